@@ -1,0 +1,123 @@
+"""What a data set says of itself: ``manifest.json``, as pydantic models.
+
+A data set is a folder of flat columns. Row i of ``values.npy`` and ``positions.npy`` is one
+observation; series k owns rows ``offsets[k]:offsets[k + 1]``.
+
+    manifest.json      this module's ``Manifest``
+    values.npy         (n_observations, n_channels) float32, as delivered: not normalised
+    positions.npy      (n_observations, n_axes) float64, as delivered: not re-anchored
+    offsets.npy        (n_series + 1,) int64
+    labels.npy         (n_series,) int64 index into ``classes``; absent without labels
+    splits.npy         (n_series,) int8 index into ``SPLITS``
+    ids.json           list of n_series strings
+
+Normalisation and the anchoring of positions are applied when a sample is read, by the same code
+as at serving time, so what is on disk stays what came in.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+SPLITS = ("train", "validation", "test")
+Split = Literal["train", "validation", "test"]
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Channel(_Document):
+    """One measured quantity of an observation."""
+
+    name: str
+    unit: str = Field(description="Unit of the values as delivered; '1' for a pure number.")
+
+
+class PositionAxis(_Document):
+    """One coordinate of an observation: time, a band's index, a place.
+
+    The model sees ``(position - anchor - offset) / scale`` in float32, computed in float64.
+    """
+
+    name: str
+    unit: str = Field(description="Unit of the positions as delivered.")
+    anchor: Literal["none", "first"] = Field(
+        "none",
+        description="'first' subtracts each series' smallest position, so that dates such as "
+        "MJD 60000.001 keep their fraction in float32.",
+    )
+    offset: float = Field(0.0, description="Subtracted after anchoring, in `unit`.")
+    scale: float = Field(
+        1.0, gt=0, description="Units of the axis per radian of the fastest rotation."
+    )
+
+
+class ChannelNormalisation(_Document):
+    """``(transform(value) - mean) / std``; mean and std are those of the train split."""
+
+    transform: Literal["identity", "arcsinh"] = "identity"
+    transform_scale: float = Field(1.0, gt=0, description="arcsinh(value / transform_scale).")
+    mean: float
+    std: float = Field(gt=0)
+
+
+class DataSchema(_Document):
+    """What a model must agree with its data about; it travels with the weights."""
+
+    channels: tuple[Channel, ...]
+    axes: tuple[PositionAxis, ...]
+    classes: tuple[str, ...] = ()
+    normalisation: tuple[ChannelNormalisation, ...] = Field(
+        description="One entry per channel, in the order of `channels`."
+    )
+
+
+class FileRecord(_Document):
+    """Size and sha256 of one file of the folder."""
+
+    n_bytes: int
+    sha256: str
+
+
+class SplitCounts(_Document):
+    n_series: int
+    n_observations: int
+
+
+class Irregularity(_Document):
+    """Observations taken out on purpose; counted, so that a drop that drops nothing is noticed."""
+
+    drop_rate: float = 0.0
+    seed: int = 0
+    n_observations_before: int
+    n_dropped: int
+
+
+class Provenance(_Document):
+    """Where the data came from, down to the bytes."""
+
+    source: str = Field(description="The source's registered name and its parameters, as text.")
+    files: dict[str, str] = Field(description="sha256 of every input file, by name.")
+    citation: str = ""
+    licence: str = ""
+
+
+class Manifest(_Document):
+    """Everything about a data set but its numbers."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    data_schema: DataSchema
+    counts: dict[Split, SplitCounts]
+    split_rule: str
+    irregularity: Irregularity | None = None
+    provenance: Provenance
+    files: dict[str, FileRecord]
+    digest: str = Field(
+        description="sha256 over every other field but `provenance.source`: the version of the data. "
+        "Equal input gives an equal digest."
+    )

@@ -1,0 +1,101 @@
+"""Writing files that another process may read at any moment, or that a crash may interrupt.
+
+``write_json`` and ``write_bytes`` replace a file whole: a reader sees the old content or the new,
+never a part. ``create_json`` makes a file that must not exist yet, which is how one of several
+processes wins. Every JSON file that outlives a process carries a ``schema_version``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(document: Any) -> str:
+    """Hex sha256 of a JSON-able document, independent of key order and white space."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new names inside ``folder`` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_aside(path: Path, content: bytes) -> Path:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # noqa: PTH101 - mkstemp makes 0600; other users of a shared job folder read too
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return Path(name)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace ``path`` by ``content`` in one step."""
+    aside = _write_aside(path, content)
+    aside.replace(path)
+    sync_folder(path.parent)
+
+
+def _as_json(document: Any) -> bytes:
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Replace ``path`` by the document in one step."""
+    write_bytes(path, _as_json(document))
+
+
+def create_json(path: Path, document: Any) -> bool:
+    """Create ``path`` with the document, whole; False (and no change) if it exists already."""
+    aside = _write_aside(path, _as_json(document))
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        return False
+    finally:
+        aside.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return True
+
+
+def read_json(path: Path, *, schema_version: int | None = None) -> Any:
+    """Read a JSON file; with ``schema_version``, refuse a file of another version.
+
+    Raises:
+        ValueError: the content is not JSON or has another ``schema_version``.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); it was cut short or changed by hand"
+        ) from error
+    if schema_version is not None:
+        found = document.get("schema_version") if isinstance(document, dict) else None
+        if found != schema_version:
+            raise ValueError(
+                f"{path} has schema_version {found!r}, this version of the software reads "
+                f"{schema_version}; use the version that wrote it, or remove it and build it again"
+            )
+    return document

@@ -1,0 +1,43 @@
+"""Integer hashing: the only source of randomness in data order, masks, drops and splits.
+
+A hash is a pure function of what it names, so the same object gets the same mask on every rank,
+in every batch, on CPU and GPU, and no generator state has to be saved. The mixing step is the
+32-bit finaliser "lowbias32" (C. Wellons, public domain); it is written with operators only, so one
+body serves numpy arrays and torch tensors. Products wrap at 64 bits in both, which keeps their
+lower 32 bits exact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TypeVar
+
+A = TypeVar("A")  # int64 numpy array, int64 torch tensor or Python int
+
+_MASK = 0xFFFFFFFF
+
+
+def mix(x: A) -> A:
+    """Scramble 32-bit values; ``x`` holds integers, only their lower 32 bits count."""
+    x = x & _MASK  # type: ignore[operator]
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK  # type: ignore[operator]
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK  # type: ignore[operator]
+    return x ^ (x >> 16)  # type: ignore[operator]
+
+
+def hash_ints(*parts: A | int) -> A:
+    """Hash integers (or integer arrays of broadcastable shapes) to 32 bits, order mattering.
+
+    Every part counts with its lower 64 bits. Returns integers in ``[0, 2**32)`` of the broadcast
+    shape; int64 arrays stay int64.
+    """
+    h: A | int = 0x9E3779B9
+    for part in parts:
+        h = mix(h ^ (part & _MASK))  # type: ignore[operator]
+        h = mix(h ^ ((part >> 32) & _MASK))  # type: ignore[operator]
+    return h  # type: ignore[return-value]
+
+
+def unit_interval(key: str) -> float:
+    """Map text to a number in ``[0, 1)`` by sha256; equal text gives an equal number for ever."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64

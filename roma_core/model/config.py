@@ -1,0 +1,201 @@
+"""Configuration of the models, as it is saved beside the weights. Imports no torch.
+
+Field names are those of the published package, so that its folders load here.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_settings import SettingsConfigDict
+
+from roma_core.settings import RomaSettings
+
+PRESETS: dict[str, dict[str, int]] = {
+    "tiny-shallow": {"d_model": 180, "nhead": 3, "depth": 2},
+    "tiny": {"d_model": 180, "nhead": 3, "depth": 12},
+    "small": {"d_model": 432, "nhead": 6, "depth": 12},
+    "base": {"d_model": 720, "nhead": 12, "depth": 12},
+    "large": {"d_model": 960, "nhead": 16, "depth": 24},
+}
+"""Published sizes (RoMAE paper, section 4), by name without the ``RoMA-`` in front."""
+
+
+def get_encoder_size(name: str) -> dict[str, int]:
+    """Keyword arguments of :class:`EncoderConfig` for a published size such as ``RoMA-tiny``.
+
+    Raises:
+        ValueError: there is no such size.
+    """
+    key = name.removeprefix("RoMAE-").removeprefix("RoMA-")
+    if key not in PRESETS:
+        raise ValueError(f"no encoder size {name!r}; there are {', '.join(PRESETS)}")
+    return dict(PRESETS[key])
+
+
+class EncoderConfig(BaseModel):
+    """Transformer stack; the encoder and the decoder each have one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    d_model: int = Field(192, gt=0, description="Token width.")
+    nhead: int = Field(3, gt=0, description="Attention heads; each is d_model // nhead wide.")
+    depth: int = Field(6, ge=0, description="Transformer blocks.")
+    dim_feedforward: int | None = Field(
+        None, gt=0, description="Width inside the MLP; None takes round(mlp_ratio * d_model)."
+    )
+    mlp_ratio: float = Field(4.0, gt=0, description="MLP width as a multiple of d_model.")
+    layer_norm_eps: float = Field(1e-12, gt=0, description="Added to RMSNorm's mean square.")
+    drop_path_rate: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Chance to skip a branch, per series; grows from 0 to this with depth.",
+    )
+    hidden_drop_rate: float = Field(0.0, ge=0, lt=1, description="Dropout after the MLP.")
+    attn_proj_drop_rate: float = Field(
+        0.0, ge=0, lt=1, description="Dropout after attention's output."
+    )
+    attn_drop_rate: float = Field(
+        0.0, ge=0, lt=1, description="Dropout on attention probabilities."
+    )
+    pos_drop_rate: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Dropout on rotated queries and keys; in pretraining on inputs too.",
+    )
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """A published size, e.g. ``EncoderConfig.preset("tiny", drop_path_rate=0.1)``."""
+        return cls(**{**get_encoder_size(name), **changes})
+
+    @property
+    def head_width(self) -> int:
+        return self.d_model // self.nhead
+
+    @property
+    def mlp_width(self) -> int:
+        return self.dim_feedforward or round(self.mlp_ratio * self.d_model)
+
+    @model_validator(mode="after")
+    def _head_has_a_pair_to_rotate(self) -> Self:
+        if self.head_width < 2:
+            raise ValueError(
+                f"nhead={self.nhead} leaves heads of width {self.head_width}; rotation needs pairs: "
+                f"use fewer heads or a larger d_model"
+            )
+        return self
+
+
+DEFAULT_DECODER = EncoderConfig(d_model=192, nhead=3, depth=2)
+
+
+class _ModelConfig(RomaSettings):
+    """What both models share."""
+
+    encoder_config: EncoderConfig = Field(EncoderConfig(), description="The encoder's stack.")
+    tubelet_size: tuple[int, int, int] = Field(
+        (1, 1, 16), description="Steps of time, height and width that one token covers."
+    )
+    n_channels: int = Field(1, gt=0, description="Channels of `values`.")
+    n_pos_dims: int = Field(3, gt=0, description="Position axes: rows of `positions`.")
+    use_cls: bool = Field(True, description="Prepend a learned token at position 0.")
+    pos_encoding: Literal["ropend", "absolute"] = Field(
+        "ropend",
+        description="'ropend': continuous axial rotary; 'absolute': sine table by token order.",
+    )
+    p_rope_val: float = Field(
+        0.75, ge=0, le=1, description="Share of channel pairs that rotate, the fastest ones."
+    )
+    max_len: int = Field(1500, gt=0, description="Rows of the absolute table; rotary ignores it.")
+    head_drop_rate: float = Field(0.0, ge=0, lt=1, description="Dropout before the head.")
+
+    @property
+    def tubelet_width(self) -> int:
+        """Numbers in one token, P."""
+        time, height, width = self.tubelet_size
+        return time * height * width * self.n_channels
+
+    @model_validator(mode="after")
+    def _stack_fits_positions(self) -> Self:
+        if min(self.tubelet_size) < 1:
+            raise ValueError(f"tubelet_size={self.tubelet_size}: every side must be at least 1")
+        for name in ("encoder_config", "decoder_config"):
+            stack: EncoderConfig | None = getattr(self, name, None)
+            if stack is None:
+                continue
+            if self.pos_encoding == "ropend" and stack.head_width // 2 < self.n_pos_dims:
+                raise ValueError(
+                    f"{name}: heads of width {stack.head_width} have {stack.head_width // 2} pairs of "
+                    f"channels, fewer than n_pos_dims={self.n_pos_dims}; use fewer heads or a larger d_model"
+                )
+            if self.pos_encoding == "absolute" and stack.d_model % 2:
+                raise ValueError(
+                    f"{name}: d_model={stack.d_model} is odd; the absolute table needs an even width"
+                )
+        return self
+
+
+class RoMAForPreTrainingConfig(_ModelConfig):
+    """Everything the pretraining model depends on."""
+
+    model_config = SettingsConfigDict(env_prefix="ROMA_PRETRAIN_")
+
+    decoder_config: EncoderConfig = Field(DEFAULT_DECODER, description="The decoder's stack.")
+    mask_ratio: float = Field(0.75, ge=0, lt=1, description="Share of each series' tokens to hide.")
+    mask_strategy: Literal["random", "block", "future"] = Field(
+        "random",
+        description="'random': anywhere; 'block': one contiguous run; 'future': the last tokens.",
+    )
+    normalize_targets: bool = Field(
+        False, description="Standardise every target tubelet by its own mean and deviation."
+    )
+
+    @model_validator(mode="after")
+    def _targets_have_a_deviation(self) -> Self:
+        if self.normalize_targets and self.tubelet_width == 1:
+            raise ValueError(
+                "normalize_targets needs tubelets of at least 2 numbers; "
+                f"tubelet_size={self.tubelet_size} with n_channels={self.n_channels} has 1"
+            )
+        return self
+
+    @property
+    def mask_fraction(self) -> Fraction:
+        """`mask_ratio` as the exact decimal that was written, e.g. 3/10 for 0.3."""
+        return Fraction(repr(self.mask_ratio)).limit_denominator(1_000_000)
+
+
+class RoMAForClassificationConfig(_ModelConfig):
+    """Everything the classifier (or regressor) depends on."""
+
+    model_config = SettingsConfigDict(env_prefix="ROMA_CLASSIFIER_")
+
+    dim_output: int | None = Field(
+        None,
+        gt=0,
+        description="Classes, or regressed numbers; None lets the trainer count the classes of the "
+        "training labels.",
+    )
+    problem_type: Literal["classification", "regression"] = Field(
+        "classification", description="Cross-entropy over classes, or mean squared error."
+    )
+    pooling: Literal["auto", "cls", "mean"] = Field(
+        "auto",
+        description="What the head reads: the CLS token or the mean of the real tokens; 'auto' takes "
+        "CLS if use_cls, as published.",
+    )
+
+    @property
+    def pools_cls(self) -> bool:
+        return self.use_cls if self.pooling == "auto" else self.pooling == "cls"
+
+    @model_validator(mode="after")
+    def _cls_exists_if_read(self) -> Self:
+        if self.pooling == "cls" and not self.use_cls:
+            raise ValueError("pooling='cls' reads a token that use_cls=False leaves out")
+        return self

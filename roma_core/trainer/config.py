@@ -1,0 +1,92 @@
+"""Configuration of the trainer. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import SettingsConfigDict
+
+from roma_core.settings import RomaSettings
+
+
+class TrainerConfig(RomaSettings):
+    """How to train; the same for pretraining and finetuning. One step is one optimiser step."""
+
+    model_config = SettingsConfigDict(env_prefix="ROMA_TRAINER_")
+
+    # the published names
+    base_lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    epochs: int = Field(100, gt=0, description="Passes over the training set.")
+    batch_size: int = Field(
+        32,
+        gt=0,
+        description="Series per process and micro-batch. Times processes times accumulation it is the "
+        "global batch, frozen at the first start.",
+    )
+    eval_every: int = Field(500, gt=0, description="Steps between evaluations.")
+    save_every: int = Field(500, gt=0, description="Steps between checkpoints.")
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer_args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Passed to the optimiser as JSON: betas, weight_decay, momentum, fused.",
+    )
+    checkpoint_dir: Path = Field(
+        Path("checkpoints"), description="Folder of the run's checkpoints."
+    )
+    max_checkpoints: int | None = Field(
+        4, ge=2, description="Newest checkpoints to keep, at least 2; None keeps all."
+    )
+    num_dataset_workers: int = Field(0, ge=0, description="Loader processes per training process.")
+    run_name: str | None = Field(None, description="Name at the trackers; None takes the folder's.")
+    project_name: str = Field("RoMA", description="Project at Weights & Biases.")
+    entity_name: str | None = Field(None, description="Entity at Weights & Biases.")
+    log_wandb: bool = Field(
+        True, description="Log to Weights & Biases if it is configured (ROMA_WANDB_MODE)."
+    )
+    warmup_steps: int | None = Field(
+        None, ge=0, description="Steps of linear warm-up; None takes a tenth of all steps."
+    )
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_scaling: bool = Field(False, description="Multiply base_lr by the number of processes.")
+    gradient_clip: float | None = Field(
+        1.0, gt=0, description="Largest gradient norm; None: no limit."
+    )
+    random_seed: int = Field(42, description="Seed of order, masks, dropout and initial weights.")
+
+    # ours
+    gradient_accumulation_steps: int = Field(1, gt=0, description="Micro-batches per step.")
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: bool = Field(False, description="Compile the token-wise regions of the blocks.")
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Decay of the averaged weights used for evaluation; None: off.",
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Classification only.")
+    augment_drop_rate: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Up to this share of each training series' tokens is left out, anew every epoch.",
+    )
+    log_every: int = Field(10, gt=0, description="Steps between records of the training loss.")
+    threads: int | None = Field(
+        None, gt=0, description="Threads per process; None takes 1 on CPU, the framework's on GPU."
+    )
+    heartbeat_every_s: float = Field(5.0, gt=0, description="Seconds between heartbeats.")
+
+    @model_validator(mode="after")
+    def _optimizer_args_are_known(self) -> Self:
+        allowed = {
+            "adamw": {"betas", "weight_decay", "eps", "fused", "foreach", "amsgrad"},
+            "sgd": {"momentum", "weight_decay", "nesterov", "dampening", "fused", "foreach"},
+        }[self.optimizer]
+        if unknown := set(self.optimizer_args) - allowed:
+            raise ValueError(
+                f"optimizer_args {sorted(unknown)} are not arguments of {self.optimizer}; "
+                f"it takes {sorted(allowed)}"
+            )
+        return self
