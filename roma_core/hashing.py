@@ -10,32 +10,32 @@ lower 32 bits exact.
 from __future__ import annotations
 
 import hashlib
-from typing import TypeVar
+from typing import Any
 
-A = TypeVar("A")  # int64 numpy array, int64 torch tensor or Python int
+Ints = Any  # an int64 numpy array, an int64 torch tensor or a Python int
 
 _MASK = 0xFFFFFFFF
 
 
-def mix(x: A) -> A:
+def mix(x: Ints) -> Ints:
     """Scramble 32-bit values; ``x`` holds integers, only their lower 32 bits count."""
-    x = x & _MASK  # type: ignore[operator]
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK  # type: ignore[operator]
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK  # type: ignore[operator]
-    return x ^ (x >> 16)  # type: ignore[operator]
+    x = x & _MASK
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
 
 
-def hash_ints(*parts: A | int) -> A:
+def hash_ints(*parts: Ints) -> Ints:
     """Hash integers (or integer arrays of broadcastable shapes) to 32 bits, order mattering.
 
     Every part counts with its lower 64 bits. Returns integers in ``[0, 2**32)`` of the broadcast
     shape; int64 arrays stay int64.
     """
-    h: A | int = 0x9E3779B9
+    h: Ints = 0x9E3779B9
     for part in parts:
-        h = mix(h ^ (part & _MASK))  # type: ignore[operator]
-        h = mix(h ^ ((part >> 32) & _MASK))  # type: ignore[operator]
-    return h  # type: ignore[return-value]
+        h = mix(h ^ (part & _MASK))
+        h = mix(h ^ ((part >> 32) & _MASK))
+    return h
 
 
 def unit_interval(key: str) -> float:

@@ -203,7 +203,7 @@ class RomaSettings(BaseSettings):
 
         For frozen configurations, which the computer they are read on must not change.
         """
-        instance = cls.model_construct()
+        instance = cls.__new__(cls)
         cls.__pydantic_validator__.validate_python(dict(values), self_instance=instance)
         instance._sources = dict.fromkeys(_leaves(values), "file")
         return instance

@@ -1,0 +1,16 @@
+"""The Rotary Masked Autoencoder: configurations, both models, presets. Imports torch on first use."""
+
+from roma_core.lazy import attributes
+
+_WHERE = {
+    "EncoderConfig": "roma_core.model.config",
+    "RoMAForPreTrainingConfig": "roma_core.model.config",
+    "RoMAForClassificationConfig": "roma_core.model.config",
+    "get_encoder_size": "roma_core.model.config",
+    "Encoder": "roma_core.model.encoder",
+    "RoMAForPreTraining": "roma_core.model.pretraining",
+    "RoMAForClassification": "roma_core.model.classification",
+    "PackedBatch": "roma_core.model.packing",
+}
+__all__ = list(_WHERE)
+__getattr__ = attributes(__name__, _WHERE)

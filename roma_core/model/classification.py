@@ -1,0 +1,163 @@
+"""Classification and regression of whole series: embed → encode → pool → head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from roma_core.model.config import RoMAForClassificationConfig
+from roma_core.model.embedding import Backbone
+from roma_core.model.encoder import Head, Rows, initialise
+from roma_core.model.packing import PackedBatch, Segments
+
+
+class RoMAForClassification(Backbone):
+    """The encoder with a head on CLS or on the mean of the tokens.
+
+    Call it with padded tensors, or with a :class:`PackedBatch` in place of ``values``.
+    """
+
+    config: RoMAForClassificationConfig
+
+    def __init__(self, config: RoMAForClassificationConfig) -> None:
+        super().__init__(config)
+        initialise(self)
+        if self.cls is not None:
+            nn.init.trunc_normal_(self.cls, std=0.02)
+        self.head: Head | None = None
+        if self.config.dim_output is not None:
+            self.set_outputs(self.config.dim_output)
+        self.loss_fn: Callable[[Tensor, Tensor], Tensor] = (
+            _cross_entropy if self.config.problem_type == "classification" else _squared_error
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str, **overrides: Any) -> RoMAForClassification:
+        """Restore a classifier whole, or start one from a pretraining model's folder.
+
+        Args:
+            folder: holds ``model.safetensors`` and ``model_config.json``, ours or published.
+            overrides: for a start from pretraining ``dim_output``, ``pooling``, ``head_drop_rate``
+                and ``encoder_config`` with dropouts; what is left out comes from the environment,
+                else it is 0 or the default. The shape always comes from the checkpoint.
+
+        Raises:
+            SettingsError: a wish contradicts the checkpoint, or ``dim_output`` is missing.
+            FileNotFoundError, ValueError: a file or a tensor is missing, or unknown.
+        """
+        from roma_core.model.weights import load_classifier
+
+        model, _ = load_classifier(folder, **overrides)
+        return model
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write weights and configuration into ``folder``."""
+        from roma_core.model.weights import save_pretrained
+
+        save_pretrained(self, folder)
+
+    def set_outputs(self, dim_output: int) -> None:
+        """Make a new head with ``dim_output`` outputs."""
+        self.config = self.config.model_copy(update={"dim_output": dim_output})
+        stack = self.config.encoder_config
+        head = Head(stack.d_model, dim_output, self.config.head_drop_rate, stack.layer_norm_eps)
+        initialise(head)
+        self.head = head.to(self.projection.weight.device)
+
+    def set_loss_fn(self, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Use ``loss_fn(logits, label)``; it must return one value per series, ``(B,)``."""
+        self.loss_fn = loss_fn
+
+    @staticmethod
+    def loss_count(batch: PackedBatch) -> float:
+        """What the loss of a packed batch is a mean over: its series."""
+        return float(batch.segments.count)
+
+    def forward(
+        self,
+        values: Tensor | PackedBatch,
+        positions: Tensor | None = None,
+        pad_mask: Tensor | None = None,
+        label: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Classify series.
+
+        Args:
+            values: ``(B, time, C, height, width)`` float, or a packed batch and nothing else.
+            positions: ``(B, D, N)``.
+            pad_mask: ``(B, N)`` bool, True at padding.
+            label: ``(B,)`` int64 classes, or float targets ``(B, dim_output)`` for regression.
+
+        Returns:
+            logits: ``(B, dim_output)``.
+            loss: mean over series, or None without label.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
+        """
+        if isinstance(values, PackedBatch):
+            logits = self.head_of()(self.pooled(values))
+            label = values.labels
+        else:
+            if positions is None:
+                raise TypeError(
+                    "positions are required: one row per axis, shape (batch, n_pos_dims, tokens)"
+                )
+            batch, order, _ = self.pack(values, positions, pad_mask)
+            packed = self.head_of()(self.pooled(batch))
+            logits = packed.new_empty(packed.shape).index_copy(0, order, packed)
+        if label is None:
+            return logits, None
+        self._check_label(label, logits)
+        return logits, self.loss_fn(logits, label).mean()
+
+    def pooled(self, batch: PackedBatch) -> Tensor:
+        """``(B, d)``: the feature the head reads, of every series."""
+        self.check_packed(batch)
+        segments = batch.segments
+        if self.table is not None:
+            self.table.check_length(segments.longest + int(self.cls is not None))
+        x, rotations, inner, token_rows, cls_rows = self.embed_rows(
+            batch.tokens, batch.positions, segments.index_in_series, segments
+        )
+        if self.config.pools_cls:
+            assert cls_rows is not None
+            one_each = Segments([1] * segments.count, segments.device)
+            return self.encoder(x, rotations, inner, Rows(cls_rows, one_each))
+        rows = None if cls_rows is None else Rows(token_rows, segments)
+        x = self.encoder(x, rotations, inner, rows)  # (T, d)
+        sums = x.new_zeros(segments.count, x.shape[1]).index_add(0, segments.ids, x)
+        return sums / segments.sizes[:, None].to(x.dtype)
+
+    def head_of(self) -> Head:
+        if self.head is None:
+            raise ValueError(
+                "the model has no head: dim_output (the number of classes) was not given. Set it in "
+                "RoMAForClassificationConfig, or ROMA_CLASSIFIER_DIM_OUTPUT, or let the trainer count the labels"
+            )
+        return self.head
+
+    def _check_label(self, label: Tensor, logits: Tensor) -> None:
+        if self.config.problem_type == "regression":
+            if label.shape != logits.shape:
+                raise ValueError(
+                    f"label must have shape (batch, dim_output) = {tuple(logits.shape)}, got {tuple(label.shape)}"
+                )
+        elif label.shape != logits.shape[:1] or label.dtype != torch.int64:
+            raise ValueError(
+                f"label must be int64 classes of shape (batch,) = {tuple(logits.shape[:1])}, "
+                f"got {label.dtype} of shape {tuple(label.shape)}"
+            )
+
+
+def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), label, reduction="none")
+
+
+def _squared_error(logits: Tensor, label: Tensor) -> Tensor:
+    return ((logits - label) ** 2).mean(-1)

@@ -1,0 +1,98 @@
+"""Tokens → encoder input, the part that both models share and that finetuning carries over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from roma_core.model.absolute import SineTable
+from roma_core.model.config import _ModelConfig
+from roma_core.model.encoder import Encoder, Rotations
+from roma_core.model.packing import PackedBatch, Segments, pack
+from roma_core.model.rotary import Rotation
+
+
+class Backbone(nn.Module):
+    """Projection, CLS, positions and encoder.
+
+    Attributes:
+        data_schema: what the data must look like, as JSON; travels with the weights. None for a
+            model that was never told.
+    """
+
+    def __init__(self, config: _ModelConfig) -> None:
+        super().__init__()
+        if isinstance(config, type):
+            config = config()  # the class instead of an instance: take it with its defaults
+        self.config = config
+        stack = config.encoder_config
+        self.data_schema: dict[str, Any] | None = None
+        self.projection = nn.Linear(config.tubelet_width, stack.d_model)
+        self.cls = nn.Parameter(torch.empty(stack.d_model)) if config.use_cls else None
+        self.encoder = Encoder(stack)
+        self.rotation = self._rotation_of(stack)
+        self.table = self._table_of(stack)
+
+    def _rotation_of(self, stack: Any) -> Rotation | None:
+        c = self.config
+        return (
+            Rotation(stack.head_width, c.n_pos_dims, c.p_rope_val)
+            if c.pos_encoding == "ropend"
+            else None
+        )
+
+    def _table_of(self, stack: Any) -> SineTable | None:
+        c = self.config
+        return SineTable(c.max_len, stack.d_model) if c.pos_encoding == "absolute" else None
+
+    def pack(
+        self, values: Tensor, positions: Tensor, pad_mask: Tensor | None
+    ) -> tuple[PackedBatch, Tensor, Tensor]:
+        """Padded tensors → packed batch; see :func:`roma_core.model.packing.pack`."""
+        c = self.config
+        return pack(values, positions, pad_mask, c.tubelet_size, c.n_channels, c.n_pos_dims)
+
+    def check_packed(self, batch: PackedBatch) -> None:
+        """Raises ValueError if a batch was made for another model."""
+        c = self.config
+        width, axes = batch.tokens.shape[1], batch.positions.shape[1]
+        if width != c.tubelet_width or axes != c.n_pos_dims:
+            raise ValueError(
+                f"the batch has tokens of {width} numbers and {axes} position axes, but the model was built "
+                f"for tokens of {c.tubelet_width} (tubelet_size={c.tubelet_size} × n_channels={c.n_channels}) "
+                f"and n_pos_dims={c.n_pos_dims}; compare the data set's schema with the model's configuration"
+            )
+
+    def embed_rows(
+        self, tokens: Tensor, positions: Tensor, index: Tensor, segments: Segments
+    ) -> tuple[Tensor, Rotations, Segments, Tensor, Tensor | None]:
+        """Project some tokens and put CLS in front of each series.
+
+        Args:
+            tokens: ``(V, P)``; positions: ``(V, D)``; index: ``(V,)`` place of each in its full series.
+            segments: the series of the V rows.
+
+        Returns:
+            x ``(V + B, d)``, rotations, segments with CLS, the rows of x that the tokens took, and
+            those that CLS took. Without CLS, ``(V, d)``, the segments given, all rows and None.
+        """
+        x = self.projection(tokens)
+        if self.table is not None:
+            shift = 0 if self.cls is None else 1
+            x = x + self.table(index + shift)
+        if self.cls is None:
+            rows = torch.arange(segments.total, device=x.device)
+            return x, self._rotations(positions), segments, rows, None
+        places = segments.with_cls
+        cls = self.cls if self.table is None else self.cls + self.table.table[0]
+        full = x.new_empty(places.segments.total, x.shape[1])
+        full = full.index_copy(0, places.token_rows, x)
+        full = full.index_copy(0, places.cls_rows, cls.to(x.dtype).expand(segments.count, -1))
+        at = positions.new_zeros(places.segments.total, positions.shape[1])
+        at = at.index_copy(0, places.token_rows, positions)  # CLS sits at 0 on every axis
+        return full, self._rotations(at), places.segments, places.token_rows, places.cls_rows
+
+    def _rotations(self, positions: Tensor) -> Rotations:
+        return None if self.rotation is None else self.rotation(positions)

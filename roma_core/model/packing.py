@@ -1,0 +1,256 @@
+"""One batch type: all tokens of a batch in one row, series after series, no padding.
+
+``PackedBatch`` is what the models work on. Padded tensors are what users may pass in and get out;
+``pack`` and ``unpack`` stand at those edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from roma_core.model.masking import sample_hidden
+from roma_core.model.tubelets import patchify
+
+
+class Segments:
+    """Where each series lies in a packed row: series b owns rows ``offsets[b]:offsets[b + 1]``.
+
+    Sizes are known on the host, so that no step waits for the device.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.lengths = tuple(lengths)
+        self.device = torch.device(device)
+
+    @property
+    def count(self) -> int:
+        """Series, B."""
+        return len(self.lengths)
+
+    @cached_property
+    def total(self) -> int:
+        """Rows, T."""
+        return sum(self.lengths)
+
+    @cached_property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """``(B,)`` int64 lengths on the device."""
+        return torch.tensor(self.lengths, dtype=torch.int64).to(self.device, non_blocking=True)
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """``(B + 1,)`` int32 on the device."""
+        starts = torch.tensor((0, *self.lengths), dtype=torch.int64).cumsum(0)
+        return starts.to(torch.int32).to(self.device, non_blocking=True)
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """``(T,)`` int64: the series each row belongs to."""
+        series = torch.arange(self.count, device=self.device)
+        return series.repeat_interleave(self.sizes, output_size=self.total)
+
+    @cached_property
+    def index_in_series(self) -> Tensor:
+        """``(T,)`` int64: 0 for the first row of each series."""
+        return torch.arange(self.total, device=self.device) - self.offsets[:-1].long()[self.ids]
+
+    @cached_property
+    def with_cls(self) -> ClsRows:
+        """The same series with one row for CLS at the start of each."""
+        segments = Segments([n + 1 for n in self.lengths], self.device)
+        series = torch.arange(self.count, device=self.device)
+        return ClsRows(
+            segments=segments,
+            cls_rows=self.offsets[:-1].long() + series,
+            token_rows=torch.arange(self.total, device=self.device) + self.ids + 1,
+        )
+
+    def to(self, device: torch.device | str) -> Segments:
+        return self if torch.device(device) == self.device else Segments(self.lengths, device)
+
+
+@dataclass(frozen=True)
+class ClsRows:
+    """A packed row with room for CLS, and where the rows went."""
+
+    segments: Segments
+    cls_rows: Tensor  # (B,) int64
+    token_rows: Tensor  # (T,) int64
+
+
+@dataclass(frozen=True)
+class MaskedRows:
+    """Which rows are visible and which are to be reconstructed, ascending within each series."""
+
+    visible_rows: Tensor  # (V,) int64
+    visible: Segments
+    hidden_rows: Tensor  # (H,) int64
+    hidden: Segments
+
+    @classmethod
+    def of(cls, hidden: Tensor, segments: Segments) -> MaskedRows:
+        """Split by a ``(T,)`` bool mask, True where hidden. Costs one wait for the device on GPU."""
+        counts = torch.zeros(segments.count, dtype=torch.int64, device=hidden.device)
+        counts.index_add_(0, segments.ids, hidden.long())
+        n_hidden = counts.tolist()
+        n_visible = [n - m for n, m in zip(segments.lengths, n_hidden, strict=True)]
+        return cls(
+            visible_rows=(~hidden).nonzero().squeeze(1),
+            visible=Segments(n_visible, segments.device),
+            hidden_rows=hidden.nonzero().squeeze(1),
+            hidden=Segments(n_hidden, segments.device),
+        )
+
+    def to(self, device: torch.device | str) -> MaskedRows:
+        return MaskedRows(
+            self.visible_rows.to(device, non_blocking=True),
+            self.visible.to(device),
+            self.hidden_rows.to(device, non_blocking=True),
+            self.hidden.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A batch of series of different lengths, without padding.
+
+    Attributes:
+        tokens: ``(T, P)`` float, the tubelets of all series one after the other.
+        positions: ``(T, D)`` float32.
+        segments: where each series lies.
+        sample_ids: ``(B,)`` int64, stable over epochs and processes; masks depend on them.
+        labels: ``(B,)`` int64 classes or ``(B, K)`` float targets, or None.
+        masked: which tokens to hide, in pretraining; None lets the model draw.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    segments: Segments
+    sample_ids: Tensor
+    labels: Tensor | None = None
+    masked: MaskedRows | None = None
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """Move everything; copies from pinned memory overlap with computation."""
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
+        return PackedBatch(
+            tokens=move(self.tokens),
+            positions=move(self.positions),
+            segments=self.segments.to(device),
+            sample_ids=move(self.sample_ids),
+            labels=None if self.labels is None else move(self.labels),
+            masked=None if self.masked is None else self.masked.to(device),
+        )
+
+    def with_mask(self, hidden: Tensor) -> PackedBatch:
+        """Hide the tokens where ``(T,)`` bool ``hidden`` is True."""
+        return replace(self, masked=MaskedRows.of(hidden, self.segments))
+
+    def with_drawn_mask(
+        self, fraction: object, strategy: str, seed: int, epoch: int
+    ) -> PackedBatch:
+        """Hide the tokens that :func:`sample_hidden` chooses."""
+        return self.with_mask(
+            sample_hidden(self.segments, self.sample_ids, fraction, strategy, seed, epoch)  # type: ignore[arg-type]
+        )
+
+
+def pack(
+    values: Tensor,
+    positions: Tensor,
+    pad_mask: Tensor | None,
+    tubelet_size: tuple[int, int, int],
+    n_channels: int,
+    n_pos_dims: int,
+) -> tuple[PackedBatch, Tensor, Tensor]:
+    """Pack padded tensors, shortest series first so that equal lengths stand together.
+
+    Args:
+        values: ``(B, time, C, height, width)`` float; padding may hold anything.
+        positions: ``(B, D, N)`` of any number type; float64 is kept until here, float32 after.
+        pad_mask: ``(B, N)`` bool, True where a token is padding; None: no padding.
+
+    Returns:
+        batch: without labels and mask; ``sample_ids`` count the rows of ``values``.
+        order: ``(B,)`` int64, the row of ``values`` that became series b.
+        rows: ``(T,)`` int64, the place of every packed token in the flattened ``(B * N)``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    if not values.is_floating_point():
+        raise TypeError(f"values must be floating point, got {values.dtype}")
+    tokens = patchify(values, tubelet_size)  # (B, N, P)
+    n_series, n_tokens, _ = tokens.shape
+    if values.shape[2] != n_channels:
+        raise ValueError(
+            f"values have {values.shape[2]} channels (axis 2), but the model was built for n_channels={n_channels}"
+        )
+    if positions.dtype == torch.bool or positions.is_complex():
+        raise TypeError(f"positions must be real numbers, got {positions.dtype}")
+    expected = (n_series, n_pos_dims, n_tokens)
+    if tuple(positions.shape) != expected:
+        raise ValueError(
+            f"positions must have shape (batch, n_pos_dims, tokens) = {expected}, got {tuple(positions.shape)}"
+        )
+    if pad_mask is not None:
+        if pad_mask.dtype != torch.bool:
+            raise TypeError(f"pad_mask must be bool, True at padding, got {pad_mask.dtype}")
+        if tuple(pad_mask.shape) != (n_series, n_tokens):
+            raise ValueError(
+                f"pad_mask must have shape (batch, tokens) = {(n_series, n_tokens)}, got {tuple(pad_mask.shape)}"
+            )
+    valid = (
+        torch.ones(n_series, n_tokens, dtype=torch.bool, device=values.device)
+        if pad_mask is None
+        else ~pad_mask
+    )
+    lengths = valid.sum(1)  # (B,)
+    if n_series == 0 or bool((lengths == 0).any()):
+        empty = (lengths == 0).nonzero().flatten().tolist()
+        raise ValueError(
+            f"every series needs at least one real token; got {n_series} series, of which rows {empty} "
+            f"of pad_mask are all padding"
+        )
+    order = lengths.argsort(stable=True)  # (B,)
+    places = torch.arange(n_series * n_tokens, device=values.device).view(n_series, n_tokens)
+    rows = places[order][valid[order]]  # (T,)
+    tokens = tokens.reshape(-1, tokens.shape[2])[rows]
+    places_d = positions.transpose(1, 2).reshape(-1, n_pos_dims)[rows].float()
+    for name, packed in (("values", tokens), ("positions", places_d)):
+        finite = packed.isfinite().all(1)
+        if not bool(finite.all()):
+            series, token = divmod(int(rows[(~finite).nonzero()[0, 0]]), n_tokens)
+            raise ValueError(
+                f"{name} must be finite at real tokens; series {series}, token {token} has NaN or infinity. "
+                f"Leave unobserved tokens out or mark them in pad_mask"
+            )
+    batch = PackedBatch(
+        tokens=tokens,
+        positions=places_d,
+        segments=Segments(lengths[order].tolist(), values.device),
+        sample_ids=order,
+    )
+    return batch, order, rows
+
+
+def unpack(packed: Tensor, segments: Segments, order: Tensor) -> Tensor:
+    """Spread ``(T, …)`` rows over ``(B, longest, …)``; row b of the result is user row ``order[b]``.
+
+    Places past a series' own length are zero.
+    """
+    out = packed.new_zeros(segments.count, segments.longest, *packed.shape[1:])
+    out[order[segments.ids], segments.index_in_series] = packed
+    return out
