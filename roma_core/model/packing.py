@@ -128,6 +128,7 @@ class PackedBatch:
         positions: ``(T, D)`` float32.
         segments: where each series lies.
         sample_ids: ``(B,)`` int64, stable over epochs and processes; masks depend on them.
+        indices: ``(B,)`` int64, places in the data set the batch was drawn from, or None.
         labels: ``(B,)`` int64 classes or ``(B, K)`` float targets, or None.
         masked: which tokens to hide, in pretraining; None lets the model draw.
     """
@@ -136,6 +137,7 @@ class PackedBatch:
     positions: Tensor
     segments: Segments
     sample_ids: Tensor
+    indices: Tensor | None = None
     labels: Tensor | None = None
     masked: MaskedRows | None = None
 
@@ -150,6 +152,7 @@ class PackedBatch:
             positions=move(self.positions),
             segments=self.segments.to(device),
             sample_ids=move(self.sample_ids),
+            indices=self.indices,  # read on the host only
             labels=None if self.labels is None else move(self.labels),
             masked=None if self.masked is None else self.masked.to(device),
         )

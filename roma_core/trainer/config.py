@@ -57,8 +57,9 @@ class TrainerConfig(RomaSettings):
 
     # ours
     gradient_accumulation_steps: int = Field(1, gt=0, description="Micro-batches per step.")
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    compile: bool = Field(False, description="Compile the token-wise regions of the blocks.")
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = Field(
+        None, description="None takes what `accelerate launch` says, else no."
+    )
     ema_decay: float | None = Field(
         None,
         gt=0,

@@ -1,0 +1,143 @@
+"""Samples → packed batches, in this process or in loader processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from roma_core.hashing import hash_ints
+from roma_core.model.config import RoMAForPreTrainingConfig, _ModelConfig
+from roma_core.model.packing import PackedBatch, Segments
+from roma_core.model.tubelets import patchify
+from roma_core.trainer.epoch_plan import Indices
+
+_DROP = 2  # keeps the hashes of dropped tokens apart from those of order and masks
+
+
+class MapStyle(Protocol):
+    """Any data set with a length whose items are dictionaries.
+
+    An item has ``values`` (time, C, height, width) float, ``positions`` (D, N), and optionally
+    ``pad_mask`` (N,) bool, ``label``, and ``id`` int, a stable name; without it the index is taken.
+    """
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Items of one micro-batch → :class:`PackedBatch`, shortest series first, with its mask.
+
+    Attributes:
+        config: of the model the batch is for.
+        seed: of masks and drops.
+        augment_drop_rate: every series loses up to this share of its tokens; 0 in evaluation.
+    """
+
+    config: _ModelConfig
+    seed: int
+    augment_drop_rate: float = 0.0
+
+    def __call__(self, items: Sequence[tuple[int, int, dict[str, Any]]]) -> PackedBatch:
+        """``items`` are (epoch, sample index, item)."""
+        epoch = items[0][0]
+        series = [(*self._tokens(epoch, index, item), index) for _, index, item in items]
+        series.sort(key=lambda s: len(s[0]))
+        tokens, positions, ids, labels, indices = zip(*series, strict=True)
+        batch = PackedBatch(
+            tokens=torch.cat(tokens),
+            positions=torch.cat(positions),
+            segments=Segments([len(t) for t in tokens]),
+            sample_ids=torch.tensor(ids, dtype=torch.int64),
+            indices=torch.tensor(indices, dtype=torch.int64),
+            labels=None if labels[0] is None else torch.stack(labels),
+        )
+        if isinstance(self.config, RoMAForPreTrainingConfig):
+            config = self.config
+            batch = batch.with_drawn_mask(
+                config.mask_fraction, config.mask_strategy, self.seed, epoch
+            )
+        return batch
+
+    def _tokens(
+        self, epoch: int, index: int, item: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor | None]:
+        values = torch.as_tensor(item["values"]).float()
+        tokens = patchify(values[None], self.config.tubelet_size)[0]  # (N, P)
+        positions = torch.as_tensor(item["positions"]).T.float()  # (N, D)
+        if positions.shape != (len(tokens), self.config.n_pos_dims):
+            raise ValueError(
+                f"sample {index}: positions must have shape (n_pos_dims, tokens) = "
+                f"{(self.config.n_pos_dims, len(tokens))}, got {tuple(positions.T.shape)}"
+            )
+        sample_id = int(item.get("id", index))
+        if (pad_mask := item.get("pad_mask")) is not None:
+            real = ~torch.as_tensor(pad_mask)
+            tokens, positions = tokens[real], positions[real]
+        if self.augment_drop_rate > 0:
+            kept = torch.from_numpy(
+                kept_tokens(len(tokens), sample_id, self.augment_drop_rate, self.seed, epoch)
+            )
+            tokens, positions = tokens[kept], positions[kept]
+        label = item.get("label")
+        return tokens, positions, sample_id, None if label is None else torch.as_tensor(label)
+
+
+def kept_tokens(
+    n: int, sample_id: int, drop_rate: float, seed: int, epoch: int
+) -> NDArray[np.int64]:
+    """Indices, ascending, that are left after dropping up to ``drop_rate`` of n tokens; at least one."""
+    rate = hash_ints(seed, epoch, _DROP, sample_id & (2**64 - 1)) / 2**32 * drop_rate
+    noise = hash_ints(seed, epoch, _DROP, sample_id & (2**64 - 1), np.arange(n))
+    n_dropped = min(int(rate * n), n - 1)
+    return np.sort(noise.argsort(kind="stable")[n_dropped:])
+
+
+class _WithEpoch(Dataset[tuple[int, int, dict[str, Any]]]):
+    """Items by (epoch, index), so that loader processes know which epoch they draw for."""
+
+    def __init__(self, dataset: MapStyle) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, int, dict[str, Any]]:
+        epoch, index = key
+        return epoch, index, self.dataset[index]
+
+
+def load(
+    dataset: MapStyle,
+    micro_batches: Sequence[tuple[int, Indices]],
+    collate: Collate,
+    workers: int,
+    pin: bool,
+) -> Iterator[PackedBatch]:
+    """Packed batches of the given (epoch, sample indices), in their order.
+
+    ``workers`` loader processes read ahead; 0 reads in this process. The batches are the same.
+    """
+    keys = [[(epoch, int(i)) for i in indices] for epoch, indices in micro_batches]
+    return iter(
+        DataLoader(
+            _WithEpoch(dataset),
+            batch_sampler=keys,
+            collate_fn=collate,
+            num_workers=workers,
+            worker_init_fn=_ignore_signals if workers else None,
+            pin_memory=pin,
+        )
+    )
+
+
+def _ignore_signals(_: int) -> None:
+    """Stop requests are for the training process, which must still read its last batches."""
+    import signal
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

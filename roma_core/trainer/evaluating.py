@@ -1,0 +1,103 @@
+"""Evaluation on every process: each takes its share, the table is put together once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from roma_core.model.classification import RoMAForClassification
+from roma_core.model.packing import PackedBatch
+from roma_core.model.pretraining import RoMAForPreTraining
+from roma_core.trainer.batches import Collate, MapStyle, load
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a classifier said about a data set, in the order of its samples.
+
+    Attributes:
+        logits: ``(n, dim_output)`` float32.
+        labels: ``(n,)`` int64 or ``(n, dim_output)`` float, or None.
+        loss: mean over the samples, or NaN without labels.
+    """
+
+    logits: NDArray[np.float32]
+    labels: NDArray[Any] | None
+    loss: float
+
+
+def _batches(
+    dataset: MapStyle, collate: Collate, batch_size: int, rank: int, world_size: int
+) -> Iterator[PackedBatch]:
+    mine = np.arange(rank, len(dataset), world_size)
+    parts = np.array_split(mine, -(-len(mine) // batch_size)) if len(mine) else []
+    return load(dataset, [(0, part) for part in parts], collate, workers=0, pin=False)
+
+
+def _gather(value: Any, world_size: int) -> list[Any]:
+    if world_size == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+@torch.no_grad()
+def classify(
+    model: RoMAForClassification,
+    dataset: MapStyle,
+    collate: Collate,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Outputs:
+    """Run the classifier over a data set. Every process gets the whole table.
+
+    The model is the bare one, not its distributed wrapper: processes may have different numbers of
+    batches.
+    """
+    model.eval()
+    device = model.projection.weight.device
+    rows = []
+    for batch in _batches(dataset, collate, batch_size, rank, world_size):
+        logits, loss = model(batch.to(device))
+        assert batch.indices is not None  # collate gave them
+        labels = None if batch.labels is None else batch.labels.numpy()
+        total = float("nan") if loss is None else float(loss) * batch.segments.count
+        rows.append((batch.indices.numpy(), logits.float().cpu().numpy(), labels, total))
+    table = [row for part in _gather(rows, world_size) for row in part]
+    order = np.concatenate([r[0] for r in table]).argsort()
+    labels = None if table[0][2] is None else np.concatenate([r[2] for r in table])[order]
+    return Outputs(
+        logits=np.concatenate([r[1] for r in table])[order],
+        labels=labels,
+        loss=sum(r[3] for r in table) / len(dataset),
+    )
+
+
+@torch.no_grad()
+def reconstruction_loss(
+    model: RoMAForPreTraining,
+    dataset: MapStyle,
+    collate: Collate,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> float:
+    """Mean loss over all hidden tokens of a data set, with the masks of epoch 0."""
+    model.eval()
+    device = model.projection.weight.device
+    total = count = 0.0
+    for batch in _batches(dataset, collate, batch_size, rank, world_size):
+        _, loss = model(batch.to(device))
+        if loss is not None:
+            total += float(loss) * model.loss_count(batch)
+            count += model.loss_count(batch)
+    sums = _gather((total, count), world_size)
+    return sum(s[0] for s in sums) / max(1.0, sum(s[1] for s in sums))

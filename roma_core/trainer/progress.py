@@ -1,0 +1,79 @@
+"""Telling people how far a run is: a bar on a terminal, lines in a log, messages to Dagster.
+
+Only rank 0 has one. Nothing here decides anything: losing a message loses no result.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from contextlib import ExitStack
+from typing import Any
+
+from tqdm import tqdm
+
+_LINE_EVERY_S = 5.0
+_MESSAGE_EVERY_S = 1.0
+
+
+class Progress:
+    """Progress of one run; use it as a context manager."""
+
+    def __init__(self, what: str, total_steps: int, first_step: int) -> None:
+        self.what, self.total_steps, self.first_step = what, total_steps, first_step
+        self._stack = ExitStack()
+        self._pipes: Any = None
+        self._start = time.monotonic()
+        self._last_line = self._last_message = float("-inf")
+        self._bar: tqdm[Any] | None = None
+
+    def __enter__(self) -> Progress:
+        if "DAGSTER_PIPES_CONTEXT" in os.environ:
+            import dagster_pipes
+
+            self._pipes = self._stack.enter_context(dagster_pipes.open_dagster_pipes())
+        if sys.stderr.isatty():
+            self._bar = self._stack.enter_context(
+                tqdm(total=self.total_steps, initial=self.first_step, desc=self.what, unit="step")
+            )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # a stopped or failed attempt must not report "closed" with its exception: the next one goes on
+        self._stack.close()
+
+    def say(self, text: str) -> None:
+        """One line for people, in the log and in Dagster's."""
+        tqdm.write(f"{self.what}: {text}", file=sys.stdout)
+        sys.stdout.flush()
+        if self._pipes is not None:
+            self._pipes.log.info(f"{self.what}: {text}")
+
+    def update(self, step: int, metrics: dict[str, float], *, force: bool = False) -> None:
+        """Show a finished step; ``metrics`` are the newest ones, by name."""
+        now = time.monotonic()
+        speed = (step - self.first_step) / max(now - self._start, 1e-9)  # steps per second
+        eta_s = (self.total_steps - step) / speed if speed else float("inf")
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix({k: f"{v:.4g}" for k, v in metrics.items() if "loss" in k})
+        elif force or now - self._last_line >= _LINE_EVERY_S:
+            self._last_line = now
+            shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+            print(
+                f"{self.what}: step {step}/{self.total_steps}  {shown}  ETA {eta_s:.0f} s",
+                flush=True,
+            )
+        if self._pipes is not None and (force or now - self._last_message >= _MESSAGE_EVERY_S):
+            self._last_message = now
+            self._pipes.report_custom_message(
+                {
+                    "kind": "progress",
+                    "what": self.what,
+                    "step": step,
+                    "total_steps": self.total_steps,
+                    "eta_s": round(eta_s, 1),
+                    "metrics": {k: float(v) for k, v in metrics.items()},
+                }
+            )
