@@ -115,13 +115,13 @@ def fit(
         low, high = np.minimum(low, x.min(axis=0)), np.maximum(high, x.max(axis=0))
     if n == 0:
         raise DataError("the train split has no observations; normalisation cannot be fitted")
-    std = np.sqrt(squares / n)
-    for channel in (c for c, is_constant in zip(channels, low == high, strict=True) if is_constant):
+    std = np.where(low == high, 0.0, np.sqrt(squares / n))
+    for k in np.flatnonzero(std == 0):
         warnings.warn(
-            f"channel {channel.name!r} never changes in the train split; its std is set to 1",
+            f"channel {channels[k].name!r} never changes in the train split; its std is set to 1",
             stacklevel=2,
         )
-    std[low == high] = 1.0
+    std[std == 0] = 1.0
     return tuple(
         t.model_copy(update={"mean": float(f"{m:.10g}"), "std": float(f"{s:.10g}")})
         for t, m, s in zip(transforms, mean, std, strict=True)
