@@ -125,7 +125,7 @@ def _commit(aside: Path, target: Path, manifest: Manifest) -> Path:
 def _problems(folder: Path, digest: str) -> list[str]:
     try:
         manifest = read_manifest(folder)
-    except (OSError, ValueError) as error:
+    except DataError as error:
         return [str(error)]
     if manifest.digest != digest:
         return [f"{MANIFEST} has the digest {manifest.digest}, expected {digest}"]

@@ -70,12 +70,10 @@ def problems(path: Path) -> list[str]:
     rounded to 3 decimals, and as stored: two copies of an object with different observations
     dropped are not equal.
     """
-    if not (path / MANIFEST).is_file():
-        return [f"{path} is no data set: it has no {MANIFEST}"]
     try:
         manifest = read_manifest(path)
-    except ValueError as error:
-        return [f"{MANIFEST}: {error}"]
+    except DataError as error:
+        return [str(error)]
     if found := damage(path, manifest):
         return found
     dataset = StoredDataset(path, verify=False)

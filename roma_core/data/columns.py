@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from roma_core.data.errors import DataError
 from roma_core.data.schema import SPLITS, FileRecord, Manifest, Split, SplitCounts
 from roma_core.files import digest_of, read_json, sha256_of
 
@@ -85,9 +86,14 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a data-set folder.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, or it is not one of this version.
+        DataError: there is none, or it is damaged or of another version of the software.
     """
-    return Manifest.model_validate(read_json(folder / MANIFEST, schema_version=1))
+    if not (folder / MANIFEST).is_file():
+        raise DataError(f"{folder} is no data set: it has no {MANIFEST}")
+    try:
+        return Manifest.model_validate(read_json(folder / MANIFEST, schema_version=1))
+    except ValueError as error:
+        raise DataError(f"{folder} cannot be read: {error}") from error
 
 
 def manifest_digest(manifest: Manifest) -> str:

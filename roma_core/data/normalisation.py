@@ -116,9 +116,9 @@ def fit(
     if n == 0:
         raise DataError("the train split has no observations; normalisation cannot be fitted")
     std = np.where(low == high, 0.0, np.sqrt(squares / n))
-    for k in np.flatnonzero(std == 0):
+    for channel in (c for c, is_constant in zip(channels, std == 0, strict=True) if is_constant):
         warnings.warn(
-            f"channel {channels[k].name!r} never changes in the train split; its std is set to 1",
+            f"channel {channel.name!r} never changes in the train split; its std is set to 1",
             stacklevel=2,
         )
     std[std == 0] = 1.0

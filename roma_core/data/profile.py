@@ -246,14 +246,17 @@ def _plot_examples(panel: Any, dataset: StoredDataset) -> None:
     """A row per series: a dot per observation, the first channel as a line broken at holes."""
     rows = np.linspace(0, len(dataset) - 1, min(_N_EXAMPLES, len(dataset))).astype(int)
     gaps = _gaps(dataset, rows.tolist())[:, 0]
-    step = float(np.median(np.abs(gaps))) if len(gaps) else 1.0
+    step = float(np.median(np.abs(gaps))) if len(gaps) else 0.0
+    step = step or 1.0
+    on_a_grid = np.allclose(gaps / step, np.round(gaps / step))
+    wide = (1.5 if on_a_grid else 5) * step
     ticks = []
     for place, i in enumerate(rows[::-1]):  # the first on top
         positions, values = dataset.raw(i)
         order = np.argsort(positions[:, 0], kind="stable")
         x, y = positions[order, 0], values[order, 0].astype(float)
         y = place + 0.7 * ((y - y.min()) / (np.ptp(y) or 1.0) - 0.5)
-        holes = np.flatnonzero(np.diff(x) > 1.5 * step)
+        holes = np.flatnonzero(np.diff(x) > wide)
         for k in holes:
             span = (x[k] + step / 2, x[k + 1] - step / 2)
             panel.fill_betweenx([place - 0.42, place + 0.42], *span, color="0.88", lw=0)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from roma_core.data.columns import MANIFEST, damage, read_manifest
+from roma_core.data.columns import damage, read_manifest
 from roma_core.data.errors import DataError
 from roma_core.data.normalisation import Normaliser
 from roma_core.data.schema import SPLITS, DataSchema, Split
@@ -46,8 +46,6 @@ class StoredDataset:
             DataError: there is no data set, or a file is damaged; the text names it.
         """
         self.path = Path(path)
-        if not (self.path / MANIFEST).is_file():
-            raise DataError(f"{self.path} is no data set: it has no {MANIFEST}")
         self.manifest = read_manifest(self.path)
         if verify and (found := damage(self.path, self.manifest)):
             raise DataError(

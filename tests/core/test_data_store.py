@@ -344,6 +344,26 @@ def test_a_folder_without_a_manifest_is_no_data_set(tmp_path):
         StoredDataset(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"schema_version": 0}', "has schema_version 0, this version of the software reads 1"),
+        ('{"schema_ver', "is not valid JSON"),
+        ('{"schema_version": 1}', "Field required"),
+    ],
+)
+def test_a_manifest_of_another_version_is_refused(sound, tmp_path, text, message):
+    copy = tmp_path / "set"
+    shutil.copytree(sound, copy)
+    (copy / "manifest.json").write_text(text)
+
+    with pytest.raises(DataError, match=message):
+        StoredDataset(copy)
+    (problem,) = problems(copy)
+    assert message in problem
+    assert CliRunner().invoke(data, ["inspect", str(copy)]).stderr.startswith("Error: ")
+
+
 def rewritten(path, name, array):
     """Replace a column and make size, sha256 and digest fit, as a foreign writer might."""
     np.save(path / name, array)
