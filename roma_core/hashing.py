@@ -38,6 +38,11 @@ def hash_ints(*parts: Ints) -> Ints:
     return h
 
 
+def hash_text(text: str) -> int:
+    """Map text to an integer in ``[0, 2**64)`` by sha256; equal text gives an equal one for ever."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
 def unit_interval(key: str) -> float:
     """Map text to a number in ``[0, 1)`` by sha256; equal text gives an equal number for ever."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    return hash_text(key) / 2**64

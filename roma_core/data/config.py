@@ -1,0 +1,72 @@
+"""Configuration of a data set: what it is built from and how. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
+
+from roma_core.data.errors import DataError
+from roma_core.data.sources import SourceConfig, source_config
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AxisOptions(_Section):
+    """How positions on one axis reach the model; see ``schema.PositionAxis``."""
+
+    anchor: Literal["none", "first"] = "none"
+    offset: float = Field(0.0, allow_inf_nan=False, description="Subtracted after anchoring.")
+    scale: float = Field(1.0, gt=0, allow_inf_nan=False, description="Axis units per radian.")
+
+
+class ChannelOptions(_Section):
+    """How values of one channel are transformed before mean and std are taken."""
+
+    transform: Literal["identity", "arcsinh"] = "identity"
+    transform_scale: float = Field(1.0, gt=0, allow_inf_nan=False)
+
+
+class DatasetConfig(_Section):
+    """A data set: its source, what is left out, its splits, its axes and channels."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$",
+        description="Name of the data set; part of the split rule, so a new name splits anew.",
+    )
+    source: Annotated[SerializeAsAny[SourceConfig], BeforeValidator(source_config)]
+    drop_rate: float = Field(
+        0.0, ge=0, lt=1, description="Share of each series' observations left out, in every split."
+    )
+    drop_seed: int = Field(0, ge=0, description="Chooses which observations are left out.")
+    validation_share: float = Field(
+        0.1, ge=0, lt=1, description="Share of the objects outside test that go to validation."
+    )
+    test_share: float = Field(
+        0.2,
+        ge=0,
+        lt=1,
+        description="Share of objects that go to test if the source records no split.",
+    )
+    axes: dict[str, AxisOptions] = Field({}, description="Options by axis name.")
+    channels: dict[str, ChannelOptions] = Field({}, description="Options by channel name.")
+
+    @classmethod
+    def from_yaml(cls, path: Path | str) -> Self:
+        """Read a configuration file.
+
+        Raises:
+            DataError: the file is not a mapping.
+            pydantic.ValidationError: a value is missing, unknown or out of range.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise DataError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise DataError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
+        return cls.model_validate(values)

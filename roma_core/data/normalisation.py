@@ -1,0 +1,128 @@
+"""From delivered numbers to what the model sees, and back.
+
+    values     (transform(value) - mean) / std        per channel, fitted on the train split
+    positions  (position - anchor - offset) / scale   per axis
+
+All arithmetic is in float64 and the result is rounded to float32 once. The served model repeats
+``Normaliser`` in its own file, so this one holds numpy and nothing else.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from roma_core.data.errors import DataError
+from roma_core.data.schema import Channel, ChannelNormalisation, DataSchema, PositionAxis
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+
+
+class Normaliser:
+    """A schema's numbers as arrays, for use on many series."""
+
+    def __init__(self, schema: DataSchema) -> None:
+        entries = schema.normalisation
+        self._mean = np.array([entry.mean for entry in entries])  # (C,)
+        self._std = np.array([entry.std for entry in entries])  # (C,)
+        self._arcsinh = [
+            (k, e.transform_scale) for k, e in enumerate(entries) if e.transform == "arcsinh"
+        ]
+        self._first = np.array([axis.anchor == "first" for axis in schema.axes])  # (D,)
+        self._offset = np.array([axis.offset for axis in schema.axes])  # (D,)
+        self._scale = np.array([axis.scale for axis in schema.axes])  # (D,)
+
+    def normalise(self, values: Float32) -> Float32:
+        """``(…, C)`` values as delivered to ``(…, C)`` float32 of about zero mean, unit spread."""
+        return ((self.transform(values) - self._mean) / self._std).astype(np.float32)
+
+    def transform(self, values: Float32) -> Float64:
+        """``(…, C)`` values as delivered to ``(…, C)`` float64, before mean and std are applied."""
+        x = values.astype(np.float64)
+        for k, scale in self._arcsinh:
+            x[..., k] = np.arcsinh(x[..., k] / scale)
+        return x
+
+    def denormalise(self, values: Float32) -> Float32:
+        """The way back: ``(…, C)`` of the model's to ``(…, C)`` float32 in delivered units."""
+        x = values.astype(np.float64) * self._std + self._mean
+        for k, scale in self._arcsinh:
+            x[..., k] = np.sinh(x[..., k]) * scale
+        return x.astype(np.float32)
+
+    def anchored(self, positions: Float64) -> Float32:
+        """``(N, D)`` positions of *one series* as delivered to ``(N, D)`` float32 for the model."""
+        start = np.where(self._first, positions.min(axis=0), 0.0) + self._offset  # (D,)
+        return ((positions - start) / self._scale).astype(np.float32)
+
+
+def normalise(values: Float32, schema: DataSchema) -> Float32:
+    """``Normaliser.normalise`` for a single use."""
+    return Normaliser(schema).normalise(values)
+
+
+def denormalise(values: Float32, schema: DataSchema) -> Float32:
+    """``Normaliser.denormalise`` for a single use."""
+    return Normaliser(schema).denormalise(values)
+
+
+def anchored_positions(positions: Float64, axes: Sequence[PositionAxis]) -> Float32:
+    """``Normaliser.anchored`` for a single use."""
+    schema = DataSchema(channels=(), axes=tuple(axes), normalisation=())
+    return Normaliser(schema).anchored(positions)
+
+
+def fit(
+    chunks: Iterable[Float32],
+    channels: Sequence[Channel],
+    transforms: Sequence[ChannelNormalisation],
+) -> tuple[ChannelNormalisation, ...]:
+    """Mean and standard deviation per channel, in one pass over the train split.
+
+    Args:
+        chunks: arrays ``(n, C)`` of train observations; together they are the whole split.
+        channels: for the names in warnings.
+        transforms: one per channel; their mean and std are ignored.
+
+    Returns:
+        The transforms with mean and std set, rounded to 10 digits, so that computers whose
+        arithmetic differs in the last bit agree on the data set's digest. A channel that never
+        changes gets a std of 1, with a warning.
+
+    Raises:
+        DataError: there is no observation to fit on.
+    """
+    schema = DataSchema(channels=(), axes=(), normalisation=tuple(transforms))
+    transform = Normaliser(schema).transform
+    n = 0
+    mean = np.zeros(len(channels))
+    squares = np.zeros(len(channels))  # sum of squared deviations from the mean
+    low, high = np.full(len(channels), np.inf), np.full(len(channels), -np.inf)
+    for chunk in chunks:
+        if len(chunk) == 0:
+            continue
+        x = transform(chunk)  # (n, C)
+        chunk_mean = x.mean(axis=0)
+        shift = chunk_mean - mean
+        total = n + len(x)
+        squares += ((x - chunk_mean) ** 2).sum(axis=0) + shift**2 * n * len(x) / total
+        mean += shift * len(x) / total
+        n = total
+        low, high = np.minimum(low, x.min(axis=0)), np.maximum(high, x.max(axis=0))
+    if n == 0:
+        raise DataError("the train split has no observations; normalisation cannot be fitted")
+    std = np.where(low == high, 0.0, np.sqrt(squares / n))
+    for channel in (c for c, is_constant in zip(channels, std == 0, strict=True) if is_constant):
+        warnings.warn(
+            f"channel {channel.name!r} never changes in the train split; its std is set to 1",
+            stacklevel=2,
+        )
+    std[std == 0] = 1.0
+    return tuple(
+        t.model_copy(update={"mean": float(f"{m:.10g}"), "std": float(f"{s:.10g}")})
+        for t, m, s in zip(transforms, mean, std, strict=True)
+    )

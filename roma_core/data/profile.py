@@ -1,0 +1,274 @@
+"""What a data set looks like: counts, lengths, classes, gaps, values; as JSON, as text, as a picture."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from roma_core.data.schema import SPLITS, PositionAxis, Split
+from roma_core.data.store import StoredDataset
+
+_MOST_OBSERVATIONS = 2_000_000  # looked at for quantiles of gaps and values
+_MOST_BYTES = 64 * 1024  # of the picture: it travels inside asset metadata
+_COLOURS = {"train": "#2f6db3", "validation": "#e0a030", "test": "#b8433f"}
+_N_EXAMPLES = 6
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Quantiles(_Document):
+    """Of a set of numbers, in their own unit."""
+
+    minimum: float
+    q05: float
+    q25: float
+    median: float
+    q75: float
+    q95: float
+    maximum: float
+
+    @classmethod
+    def of(cls, numbers: NDArray[Any]) -> Quantiles:
+        levels = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
+        names = cls.model_fields
+        return cls(**dict(zip(names, np.quantile(numbers, levels).tolist(), strict=True)))
+
+
+class SplitProfile(_Document):
+    n_series: int
+    n_observations: int
+    lengths: Quantiles | None = Field(description="Observations a series; None if empty.")
+    classes: dict[str, int] = Field(description="Series of each class; empty without labels.")
+
+
+class DataProfile(_Document):
+    """Numbers about one version of a data set."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    digest: str
+    splits: dict[Split, SplitProfile]
+    gaps: dict[str, Quantiles | None] = Field(
+        description="Axis name -> differences of consecutive positions, in stored order and in the "
+        "axis's unit; None if no series has two observations."
+    )
+    values: dict[str, Quantiles] = Field(description="Channel name -> values as delivered.")
+    share_dropped: float = Field(description="Share of the delivered observations left out.")
+    n_observations_profiled: int = Field(
+        description="Observations that gaps and values are taken from: whole series, evenly spaced."
+    )
+
+
+def profile_of(dataset: StoredDataset) -> DataProfile:
+    """Profile a data set; of a large one, gaps and values are taken from a share of the series."""
+    step = math.ceil(int(dataset.offsets[-1]) / _MOST_OBSERVATIONS)
+    chosen = range(0, len(dataset), step)
+    values = np.concatenate([dataset.raw(i)[1] for i in chosen])  # (n, C)
+    gaps = _gaps(dataset, chosen)  # (m, D)
+    irregularity = dataset.manifest.irregularity
+    return DataProfile(
+        name=dataset.manifest.name,
+        digest=dataset.manifest.digest,
+        splits={name: _split_profile(dataset, name) for name in SPLITS},
+        gaps={
+            axis.name: Quantiles.of(gaps[:, k]) if len(gaps) else None
+            for k, axis in enumerate(dataset.schema.axes)
+        },
+        values={
+            channel.name: Quantiles.of(values[:, k])
+            for k, channel in enumerate(dataset.schema.channels)
+        },
+        share_dropped=irregularity.n_dropped / irregularity.n_observations_before
+        if irregularity
+        else 0.0,
+        n_observations_profiled=len(values),
+    )
+
+
+def _gaps(dataset: StoredDataset, chosen: Sequence[int]) -> NDArray[np.float64]:
+    return np.concatenate([np.diff(dataset.raw(i)[0], axis=0) for i in chosen])
+
+
+def _split_profile(dataset: StoredDataset, name: Split) -> SplitProfile:
+    subset = dataset.split(name)
+    classes: dict[str, int] = {}
+    if dataset.labels is not None:
+        n_classes = len(dataset.schema.classes)
+        counts = np.bincount(dataset.labels[subset.indices], minlength=n_classes)
+        classes = dict(zip(dataset.schema.classes, counts.tolist(), strict=True))
+    return SplitProfile(
+        n_series=len(subset),
+        n_observations=int(subset.lengths.sum()),
+        lengths=Quantiles.of(subset.lengths) if len(subset) else None,
+        classes=classes,
+    )
+
+
+def as_markdown(profile: DataProfile) -> str:
+    """The profile as tables that read well as plain text too."""
+    levels = list(Quantiles.model_fields)
+    splits = [
+        [name, f"{s.n_series:,}", f"{s.n_observations:,}", *_numbers(s.lengths)]
+        for name, s in profile.splits.items()
+    ]
+    blocks = [
+        f"**{profile.name}**, version {profile.digest[:12]}, "
+        f"{profile.share_dropped:.1%} of the delivered observations left out",
+        "Series and observations; quantiles of observations a series",
+        _table(["split", "series", "observations", *levels], splits),
+    ]
+    if classes := profile.splits["train"].classes:
+        rows = [
+            [name, *(f"{profile.splits[split].classes[name]:,}" for split in SPLITS)]
+            for name in classes
+        ]
+        blocks += ["Series of each class", _table(["class", *SPLITS], rows)]
+    gaps = [[name, *_numbers(quantiles)] for name, quantiles in profile.gaps.items()]
+    values = [[name, *_numbers(quantiles)] for name, quantiles in profile.values.items()]
+    blocks += ["Gaps between consecutive positions", _table(["axis", *levels], gaps)]
+    blocks += ["Values as delivered", _table(["channel", *levels], values)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _numbers(quantiles: Quantiles | None) -> list[str]:
+    if quantiles is None:
+        return ["–"] * len(Quantiles.model_fields)
+    return [f"{number:.4g}" for number in quantiles.model_dump().values()]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in [head, *rows]]
+    widths = [max(map(len, column)) for column in zip(*escaped, strict=True)]
+    lines = [
+        "| "
+        + " | ".join(
+            cell.ljust(width) if k == 0 else cell.rjust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        + " |"
+        for row in escaped
+    ]
+    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([lines[0], "| " + " | ".join(rule) + " |", *lines[1:]])
+
+
+def plot_profile(profile: DataProfile, dataset: StoredDataset) -> bytes:
+    """One PNG of at most 64 KiB: lengths, classes, gaps, and a few series with their holes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(
+        f"{profile.name}   ·   {len(dataset):,} series   ·   {len(dataset.values):,} observations"
+        f"   ·   {profile.share_dropped:.0%} left out",
+        fontsize=12,
+    )
+    (lengths, classes), (gaps, examples) = figure.subplots(2, 2)
+    _plot_lengths(lengths, dataset)
+    _plot_classes(classes, profile)
+    _plot_gaps(gaps, dataset)
+    _plot_examples(examples, dataset)
+    for panel in (lengths, classes, gaps, examples):
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelsize=8)
+    for dpi in (110, 95, 80, 60, 40):
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=dpi)
+        if picture.tell() <= _MOST_BYTES:
+            break
+    return picture.getvalue()
+
+
+def _plot_lengths(panel: Any, dataset: StoredDataset) -> None:
+    names = [name for name in SPLITS if len(dataset.split(name))]
+    low, high = int(dataset.lengths.min()), int(dataset.lengths.max())
+    width = math.ceil((high - low + 1) / 40)
+    panel.hist(
+        [dataset.split(name).lengths for name in names],
+        bins=np.arange(low, high + 1 + width, width) - 0.5,
+        stacked=True,
+        color=[_COLOURS[name] for name in names],
+        label=names,
+    )
+    panel.set_title("Lengths", fontsize=10, loc="left")
+    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.set_xlabel("observations a series", fontsize=8)
+    panel.set_ylabel("series", fontsize=8)
+    panel.legend(fontsize=8, frameon=False)
+
+
+def _plot_classes(panel: Any, profile: DataProfile) -> None:
+    panel.set_title("Classes", fontsize=10, loc="left")
+    labels = list(profile.splits["train"].classes)
+    if not labels:
+        panel.text(0.5, 0.5, "no labels", ha="center", transform=panel.transAxes, color="0.5")
+        panel.set_axis_off()
+        return
+    places = np.arange(len(labels))
+    bottom = np.zeros(len(labels))
+    for name in SPLITS:
+        heights = np.array(list(profile.splits[name].classes.values()), dtype=float)
+        panel.bar(places, heights, bottom=bottom, color=_COLOURS[name])
+        bottom += heights
+    shown = places[:: math.ceil(len(labels) / 20)]
+    long = max(map(len, labels)) > 4
+    panel.set_xticks(shown, [labels[k] for k in shown], rotation=60 if long else 0)
+    panel.set_ylabel("series", fontsize=8)
+
+
+def _plot_gaps(panel: Any, dataset: StoredDataset) -> None:
+    panel.set_title("Gaps between consecutive positions", fontsize=10, loc="left")
+    step = math.ceil(int(dataset.offsets[-1]) / _MOST_OBSERVATIONS)
+    gaps = _gaps(dataset, range(0, len(dataset), step))[:, 0]  # of the first axis
+    axis = dataset.schema.axes[0]
+    panel.set_xlabel(_axis_label(axis), fontsize=8)
+    panel.set_ylabel("count", fontsize=8)
+    if len(gaps) == 0:
+        return
+    if (gaps == np.round(gaps)).all() and np.ptp(gaps) <= 40:
+        bins = np.arange(gaps.min(), gaps.max() + 2) - 0.5
+        panel.hist(gaps, bins=bins, color="0.45", rwidth=0.85)
+    else:
+        panel.hist(gaps, bins=60, color="0.45")
+        panel.set_yscale("log")
+
+
+def _plot_examples(panel: Any, dataset: StoredDataset) -> None:
+    """A row per series: a dot per observation, the first channel as a line broken at holes."""
+    rows = np.linspace(0, len(dataset) - 1, min(_N_EXAMPLES, len(dataset))).astype(int)
+    gaps = _gaps(dataset, rows.tolist())[:, 0]
+    step = float(np.median(np.abs(gaps))) if len(gaps) else 0.0
+    step = step or 1.0
+    on_a_grid = np.allclose(gaps / step, np.round(gaps / step))
+    wide = (1.5 if on_a_grid else 5) * step
+    ticks = []
+    for place, i in enumerate(rows[::-1]):  # the first on top
+        positions, values = dataset.raw(i)
+        order = np.argsort(positions[:, 0], kind="stable")
+        x, y = positions[order, 0], values[order, 0].astype(float)
+        y = place + 0.7 * ((y - y.min()) / (np.ptp(y) or 1.0) - 0.5)
+        holes = np.flatnonzero(np.diff(x) > wide)
+        for k in holes:
+            span = (x[k] + step / 2, x[k + 1] - step / 2)
+            panel.fill_betweenx([place - 0.42, place + 0.42], *span, color="0.88", lw=0)
+        colour = _COLOURS[SPLITS[dataset.splits[i]]]
+        for part in np.split(np.arange(len(x)), holes + 1):
+            panel.plot(x[part], y[part], ".-", color=colour, lw=1, ms=4)
+        ticks.append(dataset.ids[i])
+    panel.set_yticks(range(len(ticks)), ticks)
+    name = dataset.schema.channels[0].name
+    panel.set_title(f"Examples: {name}, grey where a gap is wide", fontsize=10, loc="left")
+    panel.set_xlabel(_axis_label(dataset.schema.axes[0]), fontsize=8)
+
+
+def _axis_label(axis: PositionAxis) -> str:
+    return axis.name if axis.unit in ("1", axis.name) else f"{axis.name} [{axis.unit}]"

@@ -1,0 +1,132 @@
+"""A data set on disk, opened for reading: samples by index, as fast as a slice.
+
+The layout is that of ``roma_core.data.schema``. Columns are memory-mapped, so any number of
+processes share one copy in the page cache, and a worker process costs nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from roma_core.data.columns import damage, read_manifest
+from roma_core.data.errors import DataError
+from roma_core.data.normalisation import Normaliser
+from roma_core.data.schema import SPLITS, DataSchema, Split
+from roma_core.files import read_json
+
+Sample = dict[str, Any]
+
+
+class StoredDataset:
+    """All series of a data-set folder, whatever their split.
+
+    Attributes:
+        manifest, schema: what the data set says of itself.
+        ids: the objects' ids, by row.
+        offsets: ``(n_series + 1,)`` int64; series i is observations ``offsets[i]:offsets[i + 1]``.
+        lengths: ``(n_series,)`` int64 observations of each series, at least 1.
+        labels: ``(n_series,)`` int64 index into ``schema.classes``, or None without labels.
+        splits: ``(n_series,)`` int8 index into ``SPLITS``.
+        values: ``(n_observations, C)`` float32, as delivered, read-only.
+        positions: ``(n_observations, D)`` float64, as delivered, read-only.
+    """
+
+    def __init__(self, path: Path | str, verify: bool = True) -> None:
+        """Open a folder.
+
+        Args:
+            path: the folder that holds ``manifest.json``.
+            verify: read every file once and compare its sha256 with the manifest's.
+
+        Raises:
+            DataError: there is no data set, or a file is damaged; the text names it.
+        """
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path)
+        if verify and (found := damage(self.path, self.manifest)):
+            raise DataError(
+                f"the data set {self.path} is damaged: {'; '.join(found)}; remove the folder and "
+                f"build it again"
+            )
+        self.schema: DataSchema = self.manifest.data_schema
+        self.values = self._column("values.npy", mapped=True)
+        self.positions = self._column("positions.npy", mapped=True)
+        self.offsets: NDArray[np.int64] = self._column("offsets.npy")
+        self.lengths: NDArray[np.int64] = np.diff(self.offsets)
+        self.splits: NDArray[np.int8] = self._column("splits.npy")
+        self.labels: NDArray[np.int64] | None = (
+            self._column("labels.npy") if self.schema.classes else None
+        )
+        self.ids: list[str] = read_json(self.path / "ids.json")
+        self._normaliser = Normaliser(self.schema)
+
+    def _column(self, name: str, mapped: bool = False) -> NDArray[Any]:
+        array = np.load(self.path / name, mmap_mode="r" if mapped else None, allow_pickle=False)
+        return array.view(np.ndarray)  # slicing a plain view is 10 times faster than a memmap
+
+    def __reduce__(self) -> tuple[type[StoredDataset], tuple[Path, bool]]:
+        return StoredDataset, (self.path, False)  # a worker maps the files anew, copies no data
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def raw(self, i: int) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        """Series i as delivered: positions ``(N, D)`` float64 and values ``(N, C)`` float32.
+
+        Both are read-only views of the file.
+        """
+        if not 0 <= i < len(self.ids):
+            raise IndexError(f"series {i} of a data set with {len(self.ids)}")
+        a, b = self.offsets[i], self.offsets[i + 1]
+        return self.positions[a:b], self.values[a:b]
+
+    def sample(self, i: int) -> Sample:
+        """Series i as the model sees it.
+
+        Returns:
+            values: ``(N, C, 1, 1)`` float32, normalised.
+            positions: ``(D, N)`` float32, anchored and scaled.
+            label: int index into ``schema.classes``; absent without labels.
+            id: i, which names the sample in masks and in the order of an epoch.
+        """
+        positions, values = self.raw(i)
+        sample: Sample = {
+            "values": self._normaliser.normalise(values)[:, :, None, None],
+            "positions": np.ascontiguousarray(self._normaliser.anchored(positions).T),
+            "id": int(i),
+        }
+        if self.labels is not None:
+            sample["label"] = int(self.labels[i])
+        return sample
+
+    def split(self, name: Split) -> Subset:
+        """The series of one split, in stored order."""
+        if name not in SPLITS:
+            raise ValueError(f"there is no split {name!r}; splits are {SPLITS}")
+        return Subset(self, np.flatnonzero(self.splits == SPLITS.index(name)))
+
+
+class Subset:
+    """Some series of a data set, as a map-style data set: ``len(subset)``, ``subset[k]``.
+
+    Attributes:
+        dataset: the whole.
+        indices: ``(n,)`` int64 rows in the whole; ``subset[k]["id"] == indices[k]``.
+        lengths: ``(n,)`` int64 observations of each series.
+    """
+
+    def __init__(self, dataset: StoredDataset, indices: NDArray[np.int64]) -> None:
+        self.dataset = dataset
+        self.indices = indices
+        self.lengths = dataset.lengths[indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, k: int) -> Sample:
+        """Sample k of the subset; see ``StoredDataset.sample``."""
+        return self.dataset.sample(int(self.indices[k]))
