@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from roma_core.model.config import RoMAForClassificationConfig
 from roma_core.model.embedding import Backbone
-from roma_core.model.encoder import Head, Rows, initialise
+from roma_core.model.encoder import Head, Rows, initialise, initialise_vectors
 from roma_core.model.packing import PackedBatch, Segments
 
 
@@ -27,8 +27,7 @@ class RoMAForClassification(Backbone):
     def __init__(self, config: RoMAForClassificationConfig) -> None:
         super().__init__(config)
         initialise(self)
-        if self.cls is not None:
-            nn.init.trunc_normal_(self.cls, std=0.02)
+        initialise_vectors(self.cls)
         self.head: Head | None = None
         if self.config.dim_output is not None:
             self.set_outputs(self.config.dim_output)

@@ -78,7 +78,7 @@ class Backbone(nn.Module):
             x ``(V + B, d)``, rotations, segments with CLS, the rows of x that the tokens took, and
             those that CLS took. Without CLS, ``(V, d)``, the segments given, all rows and None.
         """
-        x = self.projection(tokens)
+        x = self.projection(tokens.to(self.projection.weight.dtype))
         if self.table is not None:
             shift = 0 if self.cls is None else 1
             x = x + self.table(index + shift)

@@ -166,10 +166,20 @@ class Head(nn.Module):
         return self.linear(self.norm(self.drop(x)))
 
 
+_STD = 0.02
+
+
 def initialise(module: nn.Module) -> None:
     """The declared start of every model: matrices from N(0, 0.02²) cut at two σ, biases 0, gains 1."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
-            nn.init.trunc_normal_(part.weight, std=0.02, a=-0.04, b=0.04)
+            nn.init.trunc_normal_(part.weight, std=_STD, a=-2 * _STD, b=2 * _STD)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
+
+
+def initialise_vectors(*vectors: nn.Parameter | None) -> None:
+    """CLS and mask vectors start like matrices; None is a vector that the model does without."""
+    for vector in vectors:
+        if vector is not None:
+            nn.init.trunc_normal_(vector, std=_STD, a=-2 * _STD, b=2 * _STD)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from roma_core.model.config import RoMAForPreTrainingConfig
 from roma_core.model.embedding import Backbone
-from roma_core.model.encoder import Encoder, Head, Rows, initialise
+from roma_core.model.encoder import Encoder, Head, Rows, initialise, initialise_vectors
 from roma_core.model.packing import MaskedRows, PackedBatch, unpack
 
 
@@ -40,9 +40,8 @@ class RoMAForPreTraining(Backbone):
         )
         self.loss_fn: Callable[[Tensor, Tensor], Tensor] = _squared_error
         initialise(self)
-        nn.init.zeros_(self.mask_token)
-        if self.cls is not None:
-            nn.init.trunc_normal_(self.cls, std=0.02)
+        # not zeros, as published: the norm that follows has a slope of 1/√eps = 1e6 there
+        initialise_vectors(self.mask_token, self.cls)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, **overrides: Any) -> RoMAForPreTraining:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -150,8 +151,16 @@ class _Run:
         config = self.config = trainer.config
         self.trainer, self.model, self.attempt, self.what = trainer, model, attempt, what
         self.train_dataset, self.test_dataset, self.stops = train_dataset, test_dataset, stops
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        # without cpu=True, several processes on a computer without GPU would each train alone
+        self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision
+        )
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
+        if self.world_size != (launched := int(os.environ.get("WORLD_SIZE", "1"))):
+            raise RuntimeError(
+                f"the launcher started {launched} processes, but they formed groups of {self.world_size}; "
+                f"each would train alone. Check the rendezvous address and the launcher's flags"
+            )
         if threads := config.threads or (None if self.accelerator.device.type == "cuda" else 1):
             torch.set_num_threads(threads)
         self.checkpoints = config.checkpoint_dir
