@@ -66,15 +66,16 @@ class PredictionTable:
                     f"{name}: expected {np.dtype(dtype)} of shape {shape} for {n} ids and "
                     f"{k} classes, got {array.dtype} of shape {array.shape}"
                 )
-        self._refuse_rows("labels", (self.labels < 0) | (self.labels >= k), f"0 to {k - 1}")
-        self._refuse_rows("lengths", self.lengths < 1, "at least 1")
         p = self.probabilities
+        labelled = (self.labels >= 0) & (self.labels < k)
+        self._refuse_rows("labels", ~labelled, f"0 to {k - 1}")
+        self._refuse_rows("lengths", ~(self.lengths >= 1), "at least 1")
         self._refuse_rows("probabilities", ~np.isfinite(p).all(axis=1), "finite numbers")
         self._refuse_rows("probabilities", ((p < 0) | (p > 1)).any(axis=1), "numbers in [0, 1]")
         off = np.abs(p.sum(axis=1) - 1) > _SUM_TOLERANCE
         self._refuse_rows("probabilities", off, f"rows that sum to 1 within {_SUM_TOLERANCE}")
 
-    def _refuse_rows(self, name: str, bad: NDArray[np.bool_], expected: str) -> None:
+    def _refuse_rows(self, name: str, bad: NDArray[np.bool_] | np.bool_, expected: str) -> None:
         if bad.any():
             row = int(bad.argmax())
             raise ValueError(

@@ -8,20 +8,6 @@ from roma_core.evaluation.metrics import equal_mass_bins, evaluate
 from roma_core.evaluation.predictions import PredictionTable
 
 
-def simulated(n=370, k=9, sharpness=3.0, seed=1):
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(k, size=n)
-    logits = rng.normal(size=(n, k)) + sharpness * np.eye(k)[labels]
-    p = np.exp(logits)
-    return PredictionTable(
-        ids=[str(i) for i in range(n)],
-        classes=tuple(f"class {c}" for c in range(k)),
-        labels=labels,
-        probabilities=p / p.sum(axis=1, keepdims=True),
-        lengths=rng.integers(5, 30, size=n),
-    )
-
-
 def by_hand():
     return PredictionTable(
         ids=list("abcd"),
@@ -32,7 +18,7 @@ def by_hand():
     )
 
 
-def test_values_are_those_of_scikit_learn():
+def test_values_are_those_of_scikit_learn(simulated):
     table = simulated()
 
     found = evaluate(table)
@@ -72,7 +58,7 @@ def test_values_are_those_computed_by_hand():
     ]  # fmt: skip
 
 
-def test_a_perfect_table_has_no_spread():
+def test_a_perfect_table_has_no_spread(simulated):
     table = simulated(sharpness=50.0)
 
     found = evaluate(table)
@@ -80,7 +66,7 @@ def test_a_perfect_table_has_no_spread():
     assert (found.accuracy.low, found.accuracy.value, found.accuracy.high) == (1, 1, 1)
 
 
-def test_intervals_agree_with_a_bootstrap_written_as_a_loop():
+def test_intervals_agree_with_a_bootstrap_written_as_a_loop(simulated):
     table = simulated(sharpness=2.0)
     rng = np.random.default_rng(5)
     looped = []
@@ -106,7 +92,7 @@ def test_the_accuracy_interval_covers_the_truth_about_as_often_as_it_says():
     assert 180 <= covered <= 200  # 190 expected, standard deviation 3
 
 
-def test_equal_input_gives_equal_output_and_series_order_does_not_matter():
+def test_equal_input_gives_equal_output_and_series_order_does_not_matter(simulated):
     table = simulated()
     rows = np.random.default_rng(3).permutation(len(table.ids))
     shuffled = PredictionTable(
@@ -127,7 +113,7 @@ def test_equal_numbers_share_a_bin():
     assert np.bincount(equal_mass_bins(np.arange(30.0), 15)).tolist() == [2] * 15
 
 
-def test_a_thousand_resamples_take_less_than_a_second():
+def test_a_thousand_resamples_take_less_than_a_second(simulated):
     table = simulated()
     evaluate(table, n_bootstrap=100)  # first use of the linear algebra library
     start = time.perf_counter()
@@ -137,7 +123,7 @@ def test_a_thousand_resamples_take_less_than_a_second():
     assert time.perf_counter() - start < 1
 
 
-def test_metrics_survive_json_and_have_flat_names():
+def test_metrics_survive_json_and_have_flat_names(simulated):
     found = evaluate(simulated())
 
     assert type(found).model_validate_json(found.model_dump_json()) == found
@@ -145,6 +131,6 @@ def test_metrics_survive_json_and_have_flat_names():
     assert len(found.flat()) == 15
 
 
-def test_too_few_resamples_are_refused():
+def test_too_few_resamples_are_refused(simulated):
     with pytest.raises(ValueError, match="at least 100"):
         evaluate(simulated(), n_bootstrap=10)
