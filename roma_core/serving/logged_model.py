@@ -290,7 +290,9 @@ class LoggedModel(PythonModel):
         """Verify and load the package folder, the artifact ``package``."""
         self.classifier = Classifier.open(Path(context.artifacts["package"]))
 
-    def predict(self, model_input: list[Series], params=None) -> list[Prediction]:
+    def predict(  # type: ignore[override]
+        self, model_input: list[Series], params=None
+    ) -> list[Prediction]:
         """Predict; a series that does not fit is an MlflowException that the server answers with 400."""
         try:
             return self.classifier.predict(model_input)
