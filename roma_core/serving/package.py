@@ -1,0 +1,121 @@
+"""Write and verify the package folder of a classifier; ``logged_model.py`` describes its files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from roma_core.data.schema import DataSchema
+from roma_core.files import sha256_of, write_bytes, write_json
+from roma_core.serving.logged_model import FILES, MANIFEST, SCHEMA_VERSION, Classifier
+from roma_core.serving.logged_model import Series as LoggedSeries
+from roma_core.serving.schema import Prediction, Series
+
+LOGGED_MODEL = Path(__file__).with_name("logged_model.py")
+"""The file to log with ``mlflow.pyfunc.log_model(python_model=...)``, artifact ``package``."""
+
+GOLDEN_TOLERANCE = 1e-4
+
+
+def build_package(
+    folder: Path,
+    program: torch.export.ExportedProgram,
+    weights: Path,
+    model_config: Mapping[str, Any],
+    schema: DataSchema,
+    golden: Sequence[Series],
+    facts: Mapping[str, Any],
+    *,
+    name: str,
+    max_length: int = 4096,
+    max_batch_tokens: int = 16_384,
+) -> str:
+    """Make the folder, whole or not at all; one that is there is replaced.
+
+    Args:
+        program: takes values, positions and valid, gives logits (shapes in ``logged_model.py``),
+            exported in evaluation mode with dynamic batch and length.
+        weights: safetensors file of the same weights.
+        golden: real series, preferably of different lengths; their probabilities are computed by
+            the code that will serve them.
+        facts: plain JSON on where the model comes from: digests, run ids, commit.
+        max_length: observations of the longest series that it accepts.
+        max_batch_tokens: tokens, with padding, that go through the program at once.
+
+    Returns:
+        sha256 of ``MANIFEST.json``, which stands for the whole package.
+
+    Raises:
+        ValueError: no golden series, no classes, or a golden series does not fit the schema.
+        PackageError: the program does not give one finite logit per class.
+    """
+    if not golden or len(schema.classes) < 2:
+        raise ValueError(
+            f"a package needs golden series and at least 2 classes, got {len(golden)} and "
+            f"{len(schema.classes)}"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        torch.export.save(program, aside / "model.pt2")
+        shutil.copyfile(weights, aside / "weights.safetensors")
+        write_json(aside / "model_config.json", dict(model_config))
+        write_json(aside / "schema.json", schema.model_dump(mode="json"))
+        write_json(
+            aside / "series.schema.json",
+            {"Series": Series.model_json_schema(), "Prediction": Prediction.model_json_schema()},
+        )
+        write_json(
+            aside / "package.json",
+            {
+                "schema_version": SCHEMA_VERSION,
+                "name": name,
+                "max_length": max_length,
+                "max_batch_tokens": max_batch_tokens,
+                "torch": torch.__version__,
+                "facts": dict(facts),
+            },
+        )
+        write_bytes(aside / "golden.jsonl", _golden_rows(Classifier(aside), golden))
+        write_json(
+            aside / MANIFEST,
+            {"schema_version": SCHEMA_VERSION, "files": {f: sha256_of(aside / f) for f in FILES}},
+        )
+        digest = verify_package(aside)
+        aside.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        aside.rename(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return digest
+
+
+def verify_package(folder: Path) -> str:
+    """Check every file and the golden rows; return the sha256 of ``MANIFEST.json``.
+
+    Raises:
+        PackageError: the package is damaged or computes something else here.
+    """
+    Classifier.open(folder)
+    return sha256_of(folder / MANIFEST)
+
+
+def _golden_rows(classifier: Classifier, golden: Sequence[Series]) -> bytes:
+    predictions = classifier.predict([LoggedSeries(**one.model_dump()) for one in golden])
+    rows = [
+        {
+            "series": one.model_dump(),
+            "probabilities": prediction.probabilities,
+            "tolerance": GOLDEN_TOLERANCE,
+        }
+        for one, prediction in zip(golden, predictions, strict=True)
+    ]
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()

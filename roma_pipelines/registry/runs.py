@@ -1,0 +1,114 @@
+"""MLflow runs of jobs: one per job, however often the orchestrator asks, ended explicitly.
+
+MLflow's own hooks mark crashed and preempted runs as finished and cannot find a run again; so runs
+are made through the client, found by the tag ``roma.job_key``, and ended by who knows the outcome.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from roma_pipelines.registry.store import embedded_root, one_at_a_time
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment
+
+JOB_KEY_TAG = "roma.job_key"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
+_PARAMS_AT_ONCE = 100  # MLflow takes no more
+_log = logging.getLogger(__name__)
+
+
+def checked_name(kind: str, name: str) -> str:
+    """The name, if it is safe in paths and in MLflow's filter strings.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"{kind} {name!r}: expected letters, digits, '_', '-' and '.', in parts divided by '/'"
+        )
+    return name
+
+
+def find_or_create_run(
+    client: MlflowClient,
+    experiment: str,
+    job_key: str,
+    name: str,
+    tags: Mapping[str, str],
+    params: Mapping[str, Any],
+) -> str:
+    """The id of the job's run, RUNNING: the one that has its key, or else a new one.
+
+    Parameters cannot change in MLflow. Those of a found run stay; ones that it lacks are added, and
+    ones that differ are named in a warning.
+
+    Args:
+        experiment: created if missing, with the embedded store's folder for its artifacts.
+        name: shown in the UI; free text.
+
+    Raises:
+        ValueError: an experiment or key that MLflow's filters cannot express.
+        RuntimeError: the experiment was deleted.
+    """
+    checked_name("job key", job_key)
+    with one_at_a_time(client):
+        experiment_id = ensure_experiment(client, experiment).experiment_id
+        runs = client.search_runs(
+            [experiment_id], f"tags.`{JOB_KEY_TAG}` = '{job_key}'", order_by=["start_time ASC"]
+        )
+        run = runs[0] if runs else client.create_run(
+            experiment_id, run_name=name, tags={**tags, JOB_KEY_TAG: job_key}
+        )  # fmt: skip
+        run_id = run.info.run_id
+        _add_params(client, run_id, run.data.params, {k: str(v) for k, v in params.items()})
+        if run.info.status != "RUNNING":
+            client.update_run(run_id, status="RUNNING")
+    return run_id
+
+
+def end_run(
+    client: MlflowClient, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"]
+) -> None:
+    """Say how the job ended. Nothing else does."""
+    client.set_terminated(run_id, status)
+
+
+def ensure_experiment(client: MlflowClient, name: str) -> Experiment:
+    """The experiment of that name, created if missing.
+
+    Raises:
+        ValueError: the name cannot be used.
+        RuntimeError: it was deleted.
+    """
+    checked_name("experiment", name)
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        root = embedded_root(client.tracking_uri)
+        # without a location, MLflow would record the present working directory for ever
+        location = None if root is None else (root / "artifacts" / name.replace("/", "__")).as_uri()
+        return client.get_experiment(client.create_experiment(name, location))
+    if found.lifecycle_stage == "deleted":
+        raise RuntimeError(
+            f"the MLflow experiment {name!r} was deleted; restore it with "
+            f"`mlflow experiments restore -x {found.experiment_id}`, or use another name"
+        )
+    return found
+
+
+def _add_params(
+    client: MlflowClient, run_id: str, present: Mapping[str, str], wanted: Mapping[str, str]
+) -> None:
+    from mlflow.entities import Param
+
+    if changed := {k: (present[k], v) for k, v in wanted.items() if present.get(k, v) != v}:
+        _log.warning("run %s keeps its first parameters; these differ now: %s", run_id, changed)
+    missing = [Param(k, v) for k, v in wanted.items() if k not in present]
+    for start in range(0, len(missing), _PARAMS_AT_ONCE):
+        client.log_batch(run_id, params=missing[start : start + _PARAMS_AT_ONCE])

@@ -1,0 +1,79 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from roma_core.evaluation import plots
+from roma_core.evaluation.metrics import evaluate
+
+
+def reconstruction(n=24, channels=("a", "b"), title="series"):
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(n, len(channels)))
+    return plots.Reconstruction(
+        title, channels, rng.random(n), values, values + 0.1, rng.random(n) > 0.5
+    )
+
+
+RECORDS = [
+    {"step": s, "time": 0.0, "metrics": {"train/loss": 1 / s, "train/lr": 0.1}} for s in range(1, 9)
+] + [{"step": 8, "time": 0.0, "metrics": {"validation/loss": 0.2, "validation/accuracy": 0.9}}]
+
+
+def pixels(png):
+    assert len(png) <= plots.MAX_BYTES
+    image = Image.open(io.BytesIO(png))
+    assert image.format == "PNG"
+    return np.asarray(image.convert("RGB")).astype(int)
+
+
+def share_of(image, colour):
+    wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return (np.abs(image - wanted).max(axis=2) < 24).mean()
+
+
+def test_every_plot_is_a_small_png(simulated):
+    metrics = evaluate(simulated())
+    for png in (
+        plots.confusion_matrix(metrics),
+        plots.reliability_curve(metrics),
+        plots.reconstruction_examples([reconstruction()] * 3),
+        plots.learning_curve(RECORDS),
+    ):
+        image = pixels(png)
+        assert min(image.shape[:2]) > 300
+        assert 0.02 < (image < 250).any(axis=2).mean() < 0.9  # neither blank nor black
+
+
+def test_a_crowded_plot_stays_below_the_limit(simulated):
+    many = evaluate(simulated(n=2000, k=40, sharpness=0.5))
+    assert pixels(plots.confusion_matrix(many)).size
+    crowd = [reconstruction(n=60, channels=tuple("abcd"))] * 3
+    assert pixels(plots.reconstruction_examples(crowd)).size
+
+
+def test_only_hidden_tokens_are_drawn_as_reconstructed():
+    some = reconstruction()
+    all_visible = plots.Reconstruction(
+        some.title, some.channels, some.positions, some.values, some.predicted,
+        np.ones(len(some.positions), bool),
+    )  # fmt: skip
+
+    hidden = share_of(pixels(plots.reconstruction_examples([some])), plots.ORANGE)
+    none = share_of(pixels(plots.reconstruction_examples([all_visible])), plots.ORANGE)
+
+    assert hidden > 2 * none  # the legend alone is left
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match=r"no metric ends with one of.*'train/loss'"):
+        plots.learning_curve(RECORDS, quantities=("recall",))
+    with pytest.raises(ValueError, match="no reconstructions"):
+        plots.reconstruction_examples([])
+    with pytest.raises(ValueError, match="other has channels"):
+        plots.reconstruction_examples([reconstruction(), reconstruction(1, ("z",), "other")])
+    with pytest.raises(ValueError, match=r"visible should have shape \(3,\)"):
+        plots.Reconstruction(
+            "s", ["a"], np.zeros(3), np.zeros((3, 1)), np.zeros((3, 1)), np.ones(2, bool)
+        )

@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+
+from roma_core.evaluation.predictions import PredictionTable
+
+
+def table(**changes):
+    content = {
+        "ids": ["a", "b", "c"],
+        "classes": ("x", "y"),
+        "labels": np.array([0, 1, 1]),
+        "probabilities": np.array([[0.9, 0.1], [0.25, 0.75], [0.5, 0.5]]),
+        "lengths": np.array([3, 7, 1]),
+        "lineage": {"dataset_digest": "d1"},
+    }
+    return PredictionTable(**{**content, **changes})
+
+
+def test_a_saved_table_loads_equal(tmp_path):
+    table().save(tmp_path / "predictions.parquet")
+
+    loaded = PredictionTable.load(tmp_path / "predictions.parquet")
+
+    assert (loaded.ids, loaded.classes) == (["a", "b", "c"], ("x", "y"))
+    assert loaded.lineage == {"dataset_digest": "d1"}
+    for name in ("labels", "probabilities", "lengths"):
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(table(), name), strict=True)
+
+
+def test_a_tie_goes_to_the_first_class():
+    assert table().predicted.tolist() == [0, 1, 0]
+    assert table().correct.tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ids": ["a", "b", "b"]}, r"ids must be distinct.*\['b'\]"),
+        ({"classes": ("x", "x")}, "classes must be distinct"),
+        ({"classes": ("x", "y", "z")}, r"probabilities: expected float64 of shape \(3, 3\)"),
+        ({"labels": np.array([0, 1, 2])}, "labels: expected 0 to 1.*first is 'c' with 2"),
+        ({"labels": np.array([0.0, 1, 1])}, "labels: expected int64.*got float64"),
+        ({"lengths": np.array([1, 0, 1])}, "lengths: expected at least 1.*'b' with 0"),
+        ({"probabilities": np.full((3, 2), np.nan)}, "finite numbers.*3 of 3 series"),
+        ({"probabilities": np.full((3, 2), 0.6)}, "sum to 1 within"),
+        ({"probabilities": np.array([[1.5, -0.5]] * 3)}, r"numbers in \[0, 1\]"),
+        ({"ids": []}, "at least 1 series"),
+    ],
+)
+def test_bad_input_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        table(**changes)
+
+
+def test_another_file_is_refused(tmp_path):
+    path = tmp_path / "predictions.parquet"
+    path.write_bytes(b"not parquet")
+    with pytest.raises(ValueError, match="not a readable Parquet file"):
+        PredictionTable.load(path)
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"id": ["a"]}), path)
+    with pytest.raises(ValueError, match="no table of predictions of schema_version 1"):
+        PredictionTable.load(path)

@@ -1,0 +1,186 @@
+"""The package folder and the code that serves it; `test_logged_model.py` goes through MLflow."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from roma_core.serving import logged_model, schema
+from roma_core.serving.logged_model import (
+    Classifier,
+    InvalidSeries,
+    PackageError,
+    Prediction,
+    Series,
+)
+from roma_core.serving.package import verify_package
+from tests.core.serving import toy
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packages") / "toy"
+    toy.build_toy(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(package):
+    return Classifier.open(package)
+
+
+def given(n=4, seed=0, **changes):
+    return Series(**toy.series(n, seed, **changes).model_dump())
+
+
+def by_hand(one):
+    """Probabilities of one series, computed alone and without the package."""
+    flux, ratio = (np.array(one.values[c], np.float32).astype(float) for c in ("flux", "ratio"))
+    time, band = (np.array(one.positions[a]) for a in ("time", "band"))
+    values = np.stack([(np.arcsinh(flux / 3) - 0.5) / 2, (ratio + 1) / 4], axis=1)
+    positions = np.stack([(time - time.min()) / 2, band - 1], axis=1)
+    tensors = [torch.tensor(x[None].astype(np.float32)) for x in (values, positions)]
+    with torch.no_grad():
+        logits = toy.Toy()(*tensors, torch.ones(1, len(flux), dtype=torch.bool))[0]
+    return torch.softmax(logits.double(), dim=0).numpy()
+
+
+def test_ragged_series_come_out_in_order_and_as_if_alone(classifier):
+    lengths = [7, 1, 50, 3, 3, 20, 8, 41]
+    rows = [given(n, seed=i) for i, n in enumerate(lengths)]
+
+    found = classifier.predict(rows)
+
+    assert [p.id for p in found] == [f"s{i}" for i in range(len(lengths))]
+    for one, prediction in zip(rows, found, strict=True):
+        expected = by_hand(one)
+        assert list(prediction.probabilities) == list(toy.CLASSES)
+        assert list(prediction.probabilities.values()) == pytest.approx(expected, abs=1e-6)
+        assert prediction.label == toy.CLASSES[expected.argmax()]
+        assert sum(prediction.probabilities.values()) == pytest.approx(1, abs=1e-12)
+
+
+def test_the_order_of_observations_and_a_shift_of_an_anchored_axis_do_not_matter(classifier):
+    one = given(9)
+    order = np.random.default_rng(1).permutation(9)
+    moved = {
+        "positions": {k: [v[i] for i in order] for k, v in one.positions.items()},
+        "values": {k: [v[i] for i in order] for k, v in one.values.items()},
+    }
+    moved["positions"]["time"] = [t - 50000 for t in moved["positions"]["time"]]
+
+    first, second = classifier.predict([one, given(**moved)])
+
+    assert second.probabilities == pytest.approx(first.probabilities, abs=1e-6)
+
+
+def test_batches_hold_every_row_once_and_stay_below_the_limit(classifier):
+    lengths = [7, 1, 50, 3, 3, 20, 8, 41, 10, 10, 10, 10, 10]
+
+    batches = list(classifier._batches(lengths))
+
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 40
+    assert len(batches) < len(lengths)
+
+
+TIMES = {"time": [1.0, 2.0], "band": [1.0, 2.0]}
+VALUES = {"flux": [1.0, 2.0], "ratio": [1.0, 2.0]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"values": VALUES | {"colour": [1, 2]}}, r"values: unknown 'colour'; .*'flux', 'ratio'"),
+        ({"values": {"flux": [1, 2]}}, r"values: 'ratio' is missing; got \['flux'\]"),
+        ({"positions": {"time": [1, 2]}}, "positions: 'band' is missing"),
+        ({"positions": TIMES | {"x": [1, 2]}}, "positions: unknown 'x'"),
+        ({"values": VALUES | {"flux": [1]}}, "'flux' has 1 numbers, but 'time' has 2"),
+        ({"values": VALUES | {"flux": [1, float("nan")]}}, "'flux' must hold finite .* nan at index 1"),
+        ({"positions": TIMES | {"time": [float("inf"), 1]}}, "'time' must hold finite .* inf at index 0"),
+        ({"values": VALUES | {"ratio": [1e300, 1]}}, "values: a number is too large for float32"),
+        ({"positions": {k: [] for k in TIMES}, "values": {k: [] for k in VALUES}}, "1 to 50 observations, got 0"),
+        ({"positions": {k: [1] * 51 for k in TIMES}, "values": {k: [1] * 51 for k in VALUES}}, "1 to 50 observations, got 51"),
+        ({"units": {"flux": "Jy"}}, "units: 'flux' must be in 'mJy', got 'Jy'"),
+        ({"units": {"colour": "1"}}, "units: 'colour' is no axis or channel"),
+    ],
+)  # fmt: skip
+def test_a_series_that_does_not_fit_is_named(classifier, changes, message):
+    bad = Series(**{"id": "x7", "positions": TIMES, "values": VALUES, **changes})
+    with pytest.raises(InvalidSeries, match=r"series 1 \(id 'x7'\): .*" + message):
+        classifier.predict([given(), bad])
+
+
+def test_right_units_pass_and_an_empty_list_does_not(classifier):
+    assert classifier.predict([given(units={"flux": "mJy", "time": "d"})])[0].id == "s0"
+    with pytest.raises(InvalidSeries, match="at least one series"):
+        classifier.predict([])
+
+
+def test_the_schema_of_the_logged_file_is_the_one_of_the_project(package):
+    described = json.loads((package / "series.schema.json").read_text())
+    for ours, theirs in ((schema.Series, Series), (schema.Prediction, Prediction)):
+        assert ours.model_json_schema() == theirs.model_json_schema()
+        assert described[ours.__name__] == ours.model_json_schema()
+
+
+@pytest.mark.parametrize("name", [*logged_model.FILES, logged_model.MANIFEST])
+def test_a_changed_or_missing_file_is_refused_before_anything_is_deserialised(
+    package, tmp_path, monkeypatch, name
+):
+    monkeypatch.setattr(torch.export, "load", lambda *_: pytest.fail("deserialised"))
+    for damage in ("changed", "missing"):
+        copy = tmp_path / damage
+        shutil.copytree(package, copy)
+        if damage == "missing":
+            (copy / name).unlink()
+        elif name == logged_model.MANIFEST:
+            (copy / name).write_text((copy / name).read_text().replace("model.pt2", "../model.pt2"))
+        else:
+            content = bytearray((copy / name).read_bytes())
+            content[len(content) // 2] ^= 1
+            (copy / name).write_bytes(content)
+        with pytest.raises(PackageError, match=name):
+            verify_package(copy)
+
+
+def test_an_added_file_and_another_version_are_refused(package, tmp_path):
+    copy = tmp_path / "added"
+    shutil.copytree(package, copy)
+    (copy / "extra.py").write_text("")
+    with pytest.raises(PackageError, match=r"extra\.py"):
+        verify_package(copy)
+    manifest = json.loads((copy / logged_model.MANIFEST).read_text())
+    (copy / logged_model.MANIFEST).write_text(json.dumps(manifest | {"schema_version": 2}))
+    with pytest.raises(PackageError, match="schema_version 2, this file reads 1"):
+        verify_package(copy)
+
+
+def test_a_program_that_computes_something_else_is_refused(package, tmp_path):
+    """What a wrong build of torch would do: all files as recorded, other numbers."""
+    other = tmp_path / "other"
+    toy.build_toy(other, module=toy.Toy(seed=1))
+    shutil.copyfile(package / "golden.jsonl", other / "golden.jsonl")
+    classifier = Classifier(other)
+    with pytest.raises(PackageError, match=r"golden row 0 .* probabilities differ by"):
+        classifier.check_golden(other / "golden.jsonl")
+
+
+def test_building_is_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "package"
+    broken = toy.Toy()
+    with torch.no_grad():
+        broken.head.bias[0] = float("nan")
+    with pytest.raises(PackageError, match="finite logits"):
+        toy.build_toy(folder, module=broken)
+    assert [p.name for p in tmp_path.iterdir()] == ["package.safetensors"]
+
+    first, second = toy.build_toy(folder), toy.build_toy(folder, max_length=60)
+
+    assert first != second == verify_package(folder)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(
+        [*logged_model.FILES, logged_model.MANIFEST]
+    )
