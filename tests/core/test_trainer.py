@@ -265,7 +265,7 @@ def test_two_processes_compute_what_one_does(tmp_path):
         for n in (1, 2)
     ]
     assert "END completed 12 1" in outputs[0] and "END completed 12 2" in outputs[1]
-    one, two = (dict(((n, s), v) for n, s, v in points(tmp_path / k)) for k in ("1", "2"))
+    one, two = ({(n, s): v for n, s, v in points(tmp_path / k)} for k in ("1", "2"))
     assert one.keys() == two.keys()
     assert one["train/loss", 1] == pytest.approx(two["train/loss", 1], rel=1e-2)  # dropout differs
 
