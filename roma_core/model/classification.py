@@ -51,8 +51,7 @@ class RoMAForClassification(Backbone):
         """
         from roma_core.model.weights import load_classifier
 
-        model, _ = load_classifier(folder, **overrides)
-        return model
+        return load_classifier(folder, **overrides)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write weights and configuration into ``folder``."""

@@ -24,19 +24,11 @@ from roma_core.model.config import (
 )
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.model.rotary import published_channels
-from roma_core.settings import SettingsError
+from roma_core.model.transfer import classifier_config, is_pretraining, settings_of
 
 WEIGHTS = "model.safetensors"
 CONFIG = "model_config.json"
 SCHEMA_VERSION = 1
-_OWN_KEYS = ("schema_version", "class", "data_schema")
-_DROPOUTS = (
-    "drop_path_rate",
-    "hidden_drop_rate",
-    "attn_proj_drop_rate",
-    "attn_drop_rate",
-    "pos_drop_rate",
-)
 log = logging.getLogger(__name__)
 
 Model = RoMAForPreTraining | RoMAForClassification
@@ -139,14 +131,6 @@ def _from_published(weights: dict[str, Tensor], document: dict[str, Any]) -> dic
     return ours
 
 
-def _settings_of(document: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in document.items() if k not in _OWN_KEYS}
-
-
-def _is_pretraining(document: dict[str, Any]) -> bool:
-    return "decoder_config" in document
-
-
 def _load(model: M, weights: dict[str, Tensor], report: TransferReport, may_reset: str = "") -> M:
     wanted = model.state_dict()
     for key, tensor in weights.items():
@@ -173,11 +157,11 @@ def _load(model: M, weights: dict[str, Tensor], report: TransferReport, may_rese
 def load_pretraining(folder: Path | str, **overrides: Any) -> RoMAForPreTraining:
     """Restore a pretraining model whole. See :meth:`RoMAForPreTraining.from_pretrained`."""
     document, weights = _read(folder)
-    if not _is_pretraining(document):
+    if not is_pretraining(document):
         raise ValueError(
             f"{folder} holds a classifier, which has no decoder; a pretraining model was asked for"
         )
-    config = RoMAForPreTrainingConfig.from_values(_settings_of(document) | overrides)
+    config = RoMAForPreTrainingConfig.from_values(settings_of(document) | overrides)
     model = RoMAForPreTraining(config)
     model.data_schema = document.get("data_schema")
     report = TransferReport(Path(folder))
@@ -189,89 +173,37 @@ def load_pretraining(folder: Path | str, **overrides: Any) -> RoMAForPreTraining
     return model
 
 
-def load_classifier(
-    folder: Path | str, **overrides: Any
-) -> tuple[RoMAForClassification, TransferReport]:
+def load_classifier(folder: Path | str, **overrides: Any) -> RoMAForClassification:
     """Restore a classifier whole, or start one from a pretraining model's encoder.
 
-    From a pretraining folder the shape comes from the checkpoint; dropouts, pooling and
-    ``dim_output`` from ``overrides``, else from the environment, else 0 or the default.
-
-    Raises:
-        SettingsError: a wish contradicts the checkpoint, or ``dim_output`` is missing.
+    See :meth:`RoMAForClassification.from_pretrained`.
     """
     document, weights = _read(folder)
-    report = TransferReport(Path(folder))
-    if not _is_pretraining(document):
-        values = _settings_of(document)
-        stack = overrides.pop("encoder_config", {})
-        values["encoder_config"] = values["encoder_config"] | _dropouts_only(
-            stack, values["encoder_config"]
-        )
-        model = RoMAForClassification(RoMAForClassificationConfig.from_values(values | overrides))
-        model.data_schema = document.get("data_schema")
-        _load(model, weights, report)
-        if report.ignored:
-            raise ValueError(
-                f"{folder}: {WEIGHTS} has tensors no part takes: {', '.join(report.ignored)}"
-            )
-        return model, report
-    return _transferred(document, weights, overrides, report)
+    config = classifier_config(document, overrides, Path(folder))
+    return _classifier(config, document, weights, Path(folder))
 
 
-def _dropouts_only(wish: EncoderConfig | dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
-    values = wish.model_dump(exclude_unset=True) if isinstance(wish, EncoderConfig) else dict(wish)
-    for name, value in values.items():
-        if name not in _DROPOUTS and value != stored.get(name):
-            raise SettingsError(
-                f"encoder_config.{name}={value} contradicts the checkpoint, which has {stored.get(name)}; leave it out"
-            )
-    return {name: value for name, value in values.items() if name in _DROPOUTS}
+def start_classifier(
+    folder: Path | str, config: RoMAForClassificationConfig
+) -> RoMAForClassification:
+    """A classifier of exactly this configuration with the weights of ``folder``."""
+    document, weights = _read(folder)
+    return _classifier(config, document, weights, Path(folder))
 
 
-def _transferred(
+def _classifier(
+    config: RoMAForClassificationConfig,
     document: dict[str, Any],
     weights: dict[str, Tensor],
-    overrides: dict[str, Any],
-    report: TransferReport,
-) -> tuple[RoMAForClassification, TransferReport]:
-    shape = _settings_of(document)
-    stored_stack = {k: v for k, v in shape["encoder_config"].items() if k not in _DROPOUTS}
-    fixed = (
-        "use_cls",
-        "pos_encoding",
-        "max_len",
-        "tubelet_size",
-        "n_channels",
-        "n_pos_dims",
-        "p_rope_val",
-    )
-    for name in fixed:
-        wish = overrides.get(name, shape[name])
-        if (list(wish) if isinstance(wish, tuple) else wish) != shape[name]:
-            raise SettingsError(
-                f"{name}={wish} contradicts the checkpoint {report.folder}, which has {shape[name]}; leave it out"
-            )
-    asked = RoMAForClassificationConfig(
-        **{k: v for k, v in overrides.items() if k not in (*fixed, "encoder_config")}
-    )
-    wished = {name: getattr(asked.encoder_config, name) for name in _DROPOUTS}
-    wished |= _dropouts_only(overrides.get("encoder_config", {}), shape["encoder_config"])
-    if asked.dim_output is None:
-        raise SettingsError(
-            "dim_output (the number of classes) is needed to start a classifier from a pretraining checkpoint: "
-            "give it as a keyword or set ROMA_CLASSIFIER_DIM_OUTPUT"
-        )
-    config = RoMAForClassificationConfig.from_values(
-        {name: shape[name] for name in fixed}
-        | {
-            "encoder_config": stored_stack | wished,
-            "head_drop_rate": asked.head_drop_rate,
-            "dim_output": asked.dim_output,
-            "problem_type": asked.problem_type,
-            "pooling": asked.pooling,
-        }
-    )
+    folder: Path,
+) -> RoMAForClassification:
     model = RoMAForClassification(config)
     model.data_schema = document.get("data_schema")
-    return _load(model, weights, report, may_reset="head."), report
+    report = TransferReport(folder)
+    transfers = is_pretraining(document)
+    _load(model, weights, report, may_reset="head." if transfers else "")
+    if report.ignored and not transfers:
+        raise ValueError(
+            f"{folder}: {WEIGHTS} has tensors no part takes: {', '.join(report.ignored)}"
+        )
+    return model
