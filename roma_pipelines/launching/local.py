@@ -102,7 +102,7 @@ class LocalLauncher:
     def submit(
         self, spec: JobSpec, folder: JobFolder, attempt: int, environment: Mapping[str, str]
     ) -> JobHandle:
-        path = folder.path.absolute()
+        path = folder.path.resolve()
         argv = plan_local(spec, path, attempt, self.python, _free_port())
         log = folder.attempt(attempt).log
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -180,11 +180,11 @@ class LocalLauncher:
 
     def _handle(self, folder: JobFolder, attempt: int, pid: int, start: str) -> JobHandle:
         external = {"pid": pid, "start": start}
-        return JobHandle(str(folder.path.absolute()), attempt, self.backend, external)
+        return JobHandle(str(folder.path.resolve()), attempt, self.backend, external)
 
     def _starting(self, folder: JobFolder, attempt: int) -> JobHandle | None:
         """A process that was started for this attempt and has not claimed it yet."""
-        mark = ["-m", "roma_core.attempt", str(folder.path.absolute()), str(attempt)]
+        mark = ["-m", "roma_core.attempt", str(folder.path.resolve()), str(attempt)]
         for process in psutil.process_iter(["cmdline"]):
             start = process_start(process.pid)
             if (process.info["cmdline"] or [])[1:5] == mark and start is not None:
@@ -214,10 +214,9 @@ class LocalLauncher:
         deadline = time.monotonic() + seconds
         child = _children.get((handle.external["pid"], handle.external["start"]))
         while True:
-            if child:
-                child.poll()
-            left = self._processes(handle)
-            if not left:
+            if not self._processes(handle):
+                if child:
+                    child.wait()  # it ended: let its entry go too
                 return True
             if time.monotonic() > deadline:
                 return False

@@ -53,13 +53,17 @@ class JobMessageReader(dg.PipesMessageReader):
         if self.messages.offset:  # a watcher before this one saw it open
             self._open()
         try:
-            yield {PipesDefaultMessageWriter.FILE_PATH_KEY: str(self.folder.messages.absolute())}
+            yield {PipesDefaultMessageWriter.FILE_PATH_KEY: str(self.folder.messages.resolve())}
         finally:
             self.pump()
             if self._progress is not None:
                 self._observe(self._progress)
             if self._opened:
                 handler.handle_message(self._closed)
+
+    @property
+    def expected_writer_count(self) -> int:
+        return 1  # rank 0 alone; the base class says the same, with a warning that it may change
 
     def no_messages_debug_text(self) -> str:
         return (

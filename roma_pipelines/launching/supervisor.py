@@ -211,7 +211,7 @@ class Supervisor:
         found = self.launcher.find(self.folder, record.attempt)
         if found is not None or record.external is None:
             return found
-        path = str(self.folder.path.absolute())
+        path = str(self.folder.path.resolve())
         return JobHandle(path, record.attempt, record.backend, record.external)
 
     def _submit(self, record: AttemptRecord) -> JobHandle:
