@@ -132,16 +132,15 @@ class LocalLauncher:
 
     def watch(self, handle: JobHandle) -> JobState:
         pid, start = handle.external["pid"], handle.external["start"]
-        if is_running(pid, start):
+        child = _children.get((pid, start))
+        if child.poll() is None if child else is_running(pid, start):
             return JobState(Phase.RUNNING, f"process {pid}")
         owner = self.find(JobFolder(handle.folder), handle.attempt)
         if owner is None or owner == handle:  # else this was a second start, which left
             self.cancel(handle)  # the first process is gone, those it started may not be
-        child = _children.get((pid, start))
-        code = child.poll() if child else None
-        if code is None:
+        if child is None:
             return JobState(Phase.GONE, f"process {pid} ended while nobody waited for it")
-        return _state_of(code)
+        return _state_of(child.returncode)
 
     def cancel(self, handle: JobHandle) -> None:
         pid, start = handle.external["pid"], handle.external["start"]

@@ -411,7 +411,6 @@ def test_the_tail_of_a_huge_log_is_cheap_and_short(tmp_path):
     assert log_tail(tmp_path / "none") == ""
 
 
-@pytest.mark.slow
 def test_two_processes_of_a_real_torchrun_find_one_another(launcher, tmp_path, processes):
     script = tmp_path / "train.py"
     script.write_text(
