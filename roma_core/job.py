@@ -5,6 +5,9 @@ The folder alone is enough to find, judge and resume the job. Who writes what:
     spec.json                 launcher   what to run, once
     config.json               launcher   the resolved configuration the job runs from, once
     watcher.json              launcher   who watches the job now
+    cancel.json               anyone     asks the watcher to end the job; gone once that is done
+    decisions.jsonl           launcher   every decision: when, what was seen, what was done
+    messages.offset           launcher   how far messages.jsonl was passed on
     attempts/<n>.json         launcher   intent, created exclusively before submitting; then the external id and the end
     attempts/<n>/log          launcher   stdout and stderr of all processes
     attempts/<n>/owner.json   job        first act, created exclusively: a duplicate start finds it and leaves
@@ -79,12 +82,24 @@ class JobFolder:
         return self.path / "watcher.json"
 
     @property
+    def cancel(self) -> Path:
+        return self.path / "cancel.json"
+
+    @property
+    def decisions(self) -> Path:
+        return self.path / "decisions.jsonl"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
     @property
     def messages(self) -> Path:
         return self.path / "messages.jsonl"
+
+    @property
+    def messages_offset(self) -> Path:
+        return self.path / "messages.offset"
 
     @property
     def checkpoints(self) -> Path:

@@ -1,0 +1,190 @@
+"""Run a job from inside a Dagster asset: its log and progress appear there while it runs.
+
+Dagster Pipes is the protocol between the two, by an append-only file in the job folder. It carries
+log lines and progress only. Whether the job succeeded is the supervisor's to say, and the asset
+alone reports a materialisation; what a job reports of its own is not passed on.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import dagster as dg
+from dagster_pipes import PipesDefaultMessageWriter, PipesParams
+
+from roma_core.job import JobFolder
+from roma_pipelines.launching.job import JobSpec, Outcome, job_key, root_of
+from roma_pipelines.launching.launcher import Launcher
+from roma_pipelines.launching.messages import MessageReader, save_offset, saved_offset
+from roma_pipelines.launching.supervisor import Leave, supervise
+
+_LEVELS = frozenset({"debug", "info", "warning", "error", "critical"})
+_UNWANTED = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
+
+
+class JobMessageReader(dg.PipesMessageReader):
+    """Passes messages.jsonl on whenever ``pump`` is called, in the caller's thread."""
+
+    def __init__(
+        self, context: dg.AssetExecutionContext, folder: JobFolder, observe_every_s: float
+    ) -> None:
+        self.context, self.folder, self.observe_every_s = context, folder, observe_every_s
+        self.messages = MessageReader(folder.messages, saved_offset(folder.messages_offset))
+        self._handler: dg.PipesMessageHandler
+        self._opened = False
+        self._closed: Any = {"method": "closed", "params": {}}
+        self._progress: dict[str, Any] | None = None  # newest, not shown yet
+        self._observed_at = -math.inf
+        self._skipped = 0
+        self._ignored: set[str] = set()
+
+    @contextmanager
+    def read_messages(self, handler: dg.PipesMessageHandler) -> Iterator[PipesParams]:
+        """Yields what the job needs to know to write to the file.
+
+        The handler sees one opening and one closing whatever the number of attempts; without them
+        it warns of a job that was adopted, and of every message after the first attempt.
+        """
+        self._handler = handler
+        if self.messages.offset:  # a watcher before this one saw it open
+            self._open()
+        try:
+            yield {PipesDefaultMessageWriter.FILE_PATH_KEY: str(self.folder.messages.resolve())}
+        finally:
+            self.pump()
+            if self._progress is not None:
+                self._observe(self._progress)
+            if self._opened:
+                handler.handle_message(self._closed)
+
+    @property
+    def expected_writer_count(self) -> int:
+        return 1  # rank 0 alone; the base class says the same, with a warning that it may change
+
+    def no_messages_debug_text(self) -> str:
+        return (
+            f"The job was to append to {self.folder.messages}; its log is in an attempt's folder."
+        )
+
+    def pump(self) -> None:
+        """Pass on what was written since the last time."""
+        before = self.messages.offset
+        for message in self.messages.read():
+            self._pass_on(message)
+        if self.messages.skipped > self._skipped:
+            self._skipped = self.messages.skipped
+            self.context.log.warning(
+                f"{self._skipped} line(s) of {self.folder.messages} are no messages"
+            )
+        if self.messages.offset != before:
+            save_offset(self.folder.messages_offset, self.messages.offset)
+        due = time.monotonic() - self._observed_at >= self.observe_every_s
+        if self._progress is not None and due:
+            self._observe(self._progress)
+
+    def _pass_on(self, message: Mapping[str, Any]) -> None:
+        method, params = message.get("method"), message.get("params") or {}
+        payload = params.get("payload") if isinstance(params, dict) else None
+        if method == "opened":
+            self._open()
+        elif method == "closed" and isinstance(params, dict):
+            self._closed = {**message, "params": params}  # the last attempt's counts
+        elif method == "log":
+            level = str(params.get("level", "info")).lower()
+            self.context.log.log(
+                level if level in _LEVELS else "info", str(params.get("message", ""))
+            )
+        elif isinstance(payload, dict) and payload.get("kind") == "progress":
+            first = self._progress is None and self._observed_at == -math.inf
+            self._progress = payload
+            if first:
+                self._observe(payload)
+        elif str(method) not in self._ignored:
+            self._ignored.add(str(method))
+            self.context.log.debug(f"messages of the job by {method!r} are not passed on")
+
+    def _open(self) -> None:
+        if not self._opened:
+            self._opened = True
+            self._handler.handle_message(
+                {"method": "opened", "params": {"extras": {}}}  # type: ignore[typeddict-item]
+            )
+
+    def _observe(self, progress: Mapping[str, Any]) -> None:
+        self._progress, self._observed_at = None, time.monotonic()
+        shown = {k: _shown(v) for k, v in progress.items() if k != "kind" and v is not None}
+        partition = self.context.partition_key if self.context.has_partition_key else None
+        self.context.log_event(
+            dg.AssetObservation(self.context.asset_key, metadata=shown, partition=partition)
+        )
+
+
+def _shown(value: Any) -> Any:
+    """NaN and infinity are no JSON, so the event log gets them as text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def key_for(context: dg.AssetExecutionContext) -> str:
+    """Key of the job that this execution of the asset starts or finds again."""
+
+    def tags_of(run_id: str) -> Mapping[str, str] | None:
+        run = context.instance.get_run_by_id(run_id)
+        return run.tags if run else None
+
+    root = root_of(context.run_id, context.run.tags, tags_of)
+    partition = f"|{context.partition_key}" if context.has_partition_key else ""
+    return job_key(context.asset_key.to_user_string() + partition, root)
+
+
+def on_interrupt(instance: dg.DagsterInstance, run: dg.DagsterRun) -> Leave:
+    """Whether an interrupted Dagster run takes its job with it.
+
+    Terminate marks the run before it interrupts it. A deploy, a drained node and a crash do not:
+    then the job runs on, and a retry adopts it. A run without a code location is one somebody
+    started in the foreground of a terminal or of a test: nothing would ever adopt its job.
+    """
+    if run.remote_job_origin is None:
+        return "cancel"
+    now = instance.get_run_by_id(run.run_id)
+    return "cancel" if now is None or now.status in _UNWANTED else "detach"
+
+
+def run_job(
+    context: dg.AssetExecutionContext,
+    launcher: Launcher,
+    folder: JobFolder,
+    spec: JobSpec,
+    config: Any,
+    *,
+    observe_every_s: float = 10.0,
+    **options: Any,
+) -> Outcome:
+    """Run a job to its end under an asset; the asset then returns its own MaterializeResult.
+
+    Args:
+        config: the resolved configuration, JSON; ``spec.config_digest`` is its digest.
+        observe_every_s: progress is observed at most this often; the first and the last always.
+        options: of ``Supervisor``: poll_every_s, heartbeat_timeout_s, max_attempts.
+
+    Raises:
+        JobFailed: it failed or was cancelled; the message has the reason and the end of the log.
+    """
+    asset_key = context.asset_key.to_user_string()
+    reader = JobMessageReader(context, folder, observe_every_s)
+    with dg.open_pipes_session(context, dg.PipesEnvContextInjector(), reader) as session:
+        return supervise(
+            launcher,
+            folder,
+            spec,
+            config,
+            environment=session.get_bootstrap_env_vars(),
+            watcher={"dagster_run_id": context.run_id, "asset_key": asset_key},
+            on_poll=lambda state: reader.pump(),
+            on_note=context.log.info,
+            on_interrupt=lambda error: on_interrupt(context.instance, context.run),
+            **options,
+        )

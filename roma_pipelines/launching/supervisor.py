@@ -1,0 +1,385 @@
+"""Run a job effectively once: submit, watch, continue, judge.
+
+Everything known is in the job folder, so a supervisor may die at any line and another one goes on
+from what it finds there. Its order of writing is what makes that safe: the intent
+(``attempts/<n>.json``) before the submission, the external id after it, the end last. An intent
+without an end is adopted; an intent that was never submitted is submitted under the same number;
+and should two start the same attempt after all, the job's own claim lets one of them run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from roma_core.attempt import process_start
+from roma_core.files import create_json, digest_of, read_json, write_json
+from roma_core.job import JobFolder, Result
+from roma_pipelines.launching.job import (
+    AttemptRecord,
+    End,
+    JobFailed,
+    JobHandle,
+    JobSpec,
+    JobState,
+    Outcome,
+    Phase,
+)
+from roma_pipelines.launching.judge import Said, judge
+from roma_pipelines.launching.launcher import Launcher
+
+Leave = Literal["detach", "cancel"]
+
+FAULT_POINTS = (
+    "before intent",
+    "after intent",
+    "before submit",
+    "after submit",
+    "after record",
+    "before end",
+    "after end",
+)
+"""Where a test may kill the supervisor: around every effect that others see."""
+
+_WATCHER_BEAT_S = 5.0
+_LOG_LINES = 50
+_LOG_BYTES = 64 * 1024
+
+
+def log_tail(path: Path) -> str:
+    """The last lines of a log; empty if there is none."""
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _LOG_BYTES))
+        text = file.read().decode(errors="replace")
+    return "\n".join(text.splitlines()[-_LOG_LINES:])
+
+
+def newest_checkpoint(folder: JobFolder) -> int | None:
+    """Step of the newest committed checkpoint, by folder name; None without any."""
+    if not folder.checkpoints.is_dir():
+        return None
+    names = (re.fullmatch(r"step-(\d+)", path.name) for path in folder.checkpoints.iterdir())
+    return max((int(name[1]) for name in names if name), default=None)
+
+
+def request_cancel(folder: JobFolder, by: str) -> None:
+    """Ask whoever watches the job to end it."""
+    write_json(folder.cancel, {"schema_version": 1, "by": by, "at": time.time()})
+
+
+class Supervisor:
+    """One job, from its intent to its outcome."""
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        folder: JobFolder,
+        spec: JobSpec,
+        config: Any,
+        *,
+        environment: Mapping[str, str] | None = None,
+        watcher: Mapping[str, Any] | None = None,
+        on_poll: Callable[[JobState], None] = lambda state: None,
+        on_note: Callable[[str], None] = lambda note: None,
+        on_interrupt: Callable[[BaseException], Leave] = lambda error: "detach",
+        poll_every_s: float = 0.5,
+        heartbeat_timeout_s: float | None = 600.0,
+        max_attempts: int = 20,
+        fault_point: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        """
+        Args:
+            config: the resolved configuration, JSON; ``spec.config_digest`` is its digest.
+            environment: variables for a submission, with values; never written anywhere.
+            watcher: who this is, for ``watcher.json``.
+            on_poll: called with every state seen, once more at the end.
+            on_note: called with every decision, in words.
+            on_interrupt: called when an exception ends the watch; says whether the job goes on.
+            heartbeat_timeout_s: an attempt whose heartbeat stands still so long is hung. Counts
+                from its first heartbeat; None: never.
+            max_attempts: how many attempts in a row may continue one another.
+            fault_point: called at every one of FAULT_POINTS; tests raise there.
+        """
+        self.launcher, self.folder, self.spec, self.config = launcher, folder, spec, config
+        self.environment = dict(environment or {})
+        self.watcher = dict(watcher or {})
+        self.on_poll, self.on_note, self.on_interrupt = on_poll, on_note, on_interrupt
+        self.poll_every_s, self.heartbeat_timeout_s = poll_every_s, heartbeat_timeout_s
+        self.max_attempts, self.fault_point = max_attempts, fault_point
+        self._watcher_beat = -float("inf")
+
+    def run(self) -> Outcome:
+        """The job's outcome, after waiting for it.
+
+        Raises:
+            ValueError: the target cannot run the spec, or the folder belongs to another job.
+        """
+        self.launcher.plan(self.spec)
+        self._prepare()
+        try:
+            done = self._done_before()
+            while done is None:
+                handle = self._open_attempt()
+                state = self._watch(handle)
+                done = self._close_attempt(handle.attempt, state)
+            return done
+        except BaseException as error:  # an interrupt is no Exception
+            self._leave(error)
+            raise
+
+    # -- before ------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        if digest_of(self.config) != self.spec.config_digest:
+            raise ValueError(
+                f"config_digest {self.spec.config_digest} is not that of the configuration given, "
+                f"{digest_of(self.config)}; make it with files.digest_of(config)"
+            )
+        (self.folder.path / "attempts").mkdir(parents=True, exist_ok=True)
+        if not self.folder.spec.exists():  # so nothing was submitted yet
+            write_json(self.folder.config, self.config)
+            create_json(self.folder.spec, self.spec.model_dump(mode="json"))
+        kept = JobSpec.model_validate(read_json(self.folder.spec, schema_version=1))
+        if kept.key != self.spec.key:
+            raise ValueError(
+                f"{self.folder.path} belongs to job {kept.key}, not to {self.spec.key}; "
+                f"every job needs a folder of its own"
+            )
+        if kept != self.spec:
+            before, now = kept.model_dump(), self.spec.model_dump()
+            changed = [f"{k}: {before[k]!r} -> {now[k]!r}" for k in before if before[k] != now[k]]
+            self._decide(None, f"the specification changed: {'; '.join(changed)}", "kept the first")
+        self.spec = kept
+        records = self.records()
+        if records and records[-1].end and records[-1].end.how in ("failed", "cancelled"):
+            self.folder.cancel.unlink(missing_ok=True)  # it was for an attempt that is over
+        self._beat()
+
+    def _done_before(self) -> Outcome | None:
+        """The outcome, if an earlier supervisor came to one, and it was good."""
+        records = self.records()
+        if records and (records[-1].end is None or records[-1].end.how != "completed"):
+            return None
+        said, why = self._said(records[-1].attempt if records else None)
+        if said is Said.PROOF:
+            self._decide(None, "the job is completed", "nothing to do")
+            return self._outcome("completed", "completed before")
+        if records:
+            raise ValueError(
+                f"{self.folder.path} was completed, but its result is no more what it was: {why}; "
+                f"put result.json back or start a new job"
+            )
+        return None
+
+    # -- attempts ----------------------------------------------------------------------------
+
+    def records(self) -> list[AttemptRecord]:
+        """All attempts on record, ascending."""
+        paths = [self.folder.attempt_record(n) for n in self.folder.attempt_numbers()]
+        return [AttemptRecord.model_validate(read_json(path, schema_version=1)) for path in paths]
+
+    def _open_attempt(self) -> JobHandle:
+        """Adopt the attempt that has no end, or begin the next one."""
+        records = self.records()
+        if records and records[-1].end is None:
+            return self._adopt(records[-1])
+        n = records[-1].attempt + 1 if records else 1
+        intent = AttemptRecord(attempt=n, backend=self.launcher.backend, intended_at=time.time())
+        self.fault_point("before intent")
+        if not create_json(self.folder.attempt_record(n), intent.model_dump(mode="json")):
+            return self._open_attempt()  # another supervisor was quicker: adopt what it began
+        self.fault_point("after intent")
+        return self._submit(intent)
+
+    def _adopt(self, record: AttemptRecord) -> JobHandle:
+        handle = self._find(record)
+        if handle is None:
+            self._decide(record.attempt, "an intent that was never submitted", "submit it now")
+            return self._submit(record)
+        self._decide(record.attempt, f"an attempt without an end: {handle.external}", "adopted it")
+        return self._submitted(record, handle)
+
+    def _find(self, record: AttemptRecord) -> JobHandle | None:
+        """The attempt as its owner or the target knows it, else as it was written down."""
+        found = self.launcher.find(self.folder, record.attempt)
+        if found is not None or record.external is None:
+            return found
+        path = str(self.folder.path.resolve())
+        return JobHandle(path, record.attempt, record.backend, record.external)
+
+    def _submit(self, record: AttemptRecord) -> JobHandle:
+        self.fault_point("before submit")
+        handle = self.launcher.submit(self.spec, self.folder, record.attempt, self.environment)
+        self.fault_point("after submit")
+        self._submitted(record, handle)
+        self.fault_point("after record")
+        self._decide(record.attempt, "nothing running", f"submitted as {handle.external}")
+        return handle
+
+    def _submitted(self, record: AttemptRecord, handle: JobHandle) -> JobHandle:
+        if record.external != handle.external:
+            known = {"external": handle.external, "submitted_at": time.time()}
+            self._write(record.model_copy(update=known))
+        return handle
+
+    def _write(self, record: AttemptRecord) -> None:
+        path = self.folder.attempt_record(record.attempt)
+        write_json(path, record.model_dump(mode="json"))
+
+    # -- watching ----------------------------------------------------------------------------
+
+    def _watch(self, handle: JobHandle) -> JobState:
+        heartbeat = self.folder.attempt(handle.attempt).heartbeat
+        beat, beat_seen = None, time.monotonic()
+        phase = None
+        while True:
+            state = self.launcher.watch(handle)
+            if state.phase != phase:
+                phase = state.phase
+                self._decide(handle.attempt, str(state), "judge" if state.ended else "watch")
+            self._beat()
+            self.on_poll(state)
+            if self.folder.cancel.exists():
+                request = read_json(self.folder.cancel, schema_version=1)
+                return self._end_it(handle, Phase.CANCELLED, f"asked for by {request['by']}")
+            if state.ended:
+                owner = self.launcher.find(self.folder, handle.attempt)
+                if owner is None or owner.external == handle.external:
+                    return state
+                self._decide(handle.attempt, f"{owner.external} runs the attempt", "watch that one")
+                handle = self._submitted(self._record(handle.attempt), owner)
+                continue
+            if heartbeat.exists() and (content := heartbeat.read_bytes()) != beat:
+                beat, beat_seen = content, time.monotonic()
+            silent_s = time.monotonic() - beat_seen
+            limit_s = self.heartbeat_timeout_s
+            if beat is not None and limit_s is not None and silent_s > limit_s:
+                return self._end_it(handle, Phase.HUNG, f"no heartbeat for {limit_s:g} s")
+            time.sleep(self.poll_every_s)
+
+    def _end_it(self, handle: JobHandle, phase: Phase, reason: str) -> JobState:
+        self._decide(handle.attempt, reason, "cancel the attempt")
+        self.launcher.cancel(handle)
+        state = JobState(phase, reason)
+        self.on_poll(state)
+        return state
+
+    def _beat(self) -> None:
+        """Say in watcher.json that this supervisor is alive."""
+        if time.monotonic() - self._watcher_beat < _WATCHER_BEAT_S:
+            return
+        self._watcher_beat = time.monotonic()
+        me = {"pid": os.getpid(), "start": process_start(os.getpid()), "beat": time.time()}
+        write_json(self.folder.watcher, {"schema_version": 1, **self.watcher, **me})
+
+    # -- the end -----------------------------------------------------------------------------
+
+    def _close_attempt(self, n: int, state: JobState) -> Outcome | None:
+        """Judge an ended attempt and write its end; None if another one is to follow."""
+        said, why = self._said(n)
+        before = [record for record in self.records() if record.attempt < n]
+        checkpoint = newest_checkpoint(self.folder)
+        how, seen = judge(state.phase, said, checkpoint, before, self.max_attempts)
+        reason = "; ".join(part for part in (state.reason, why, seen) if part)
+        self._end(n, how, reason, checkpoint)
+        return None if how == "continue" else self._outcome(how, reason)
+
+    def _end(self, n: int, how: Any, reason: str, checkpoint: int | None) -> None:
+        end = End(how=how, reason=reason, checkpoint=checkpoint, ended_at=time.time())
+        self.fault_point("before end")
+        self._write(self._record(n).model_copy(update={"end": end}))
+        self.fault_point("after end")
+        if how == "cancelled":
+            self.folder.cancel.unlink(missing_ok=True)
+        self._decide(n, reason, how)
+
+    def _record(self, n: int) -> AttemptRecord:
+        return next(record for record in self.records() if record.attempt == n)
+
+    def _said(self, n: int | None) -> tuple[Said, str]:
+        """What the job's files say, and the reason they give or what is wrong with them."""
+        try:
+            result = self.folder.read_result()
+        except ValueError as error:
+            return Said.NOTHING, f"result.json cannot be read: {error}"
+        if result is not None and not (wrong := self._wrong(result)):
+            return Said.PROOF, ""
+        why = f"result.json is not this job's: {wrong}" if result is not None else ""
+        try:
+            end = self.folder.attempt(n).read_exit() if n is not None else None
+        except ValueError as error:
+            return Said.NOTHING, f"exit.json cannot be read: {error}"
+        if end is None:
+            return Said.NOTHING, why
+        said = {"completed": Said.COMPLETED, "continue": Said.CONTINUE, "failed": Said.FAILED}
+        return said[end.status], end.reason or why
+
+    def _wrong(self, result: Result) -> str:
+        if result.job_key != self.spec.key:
+            return f"it names job {result.job_key}, expected {self.spec.key}"
+        if result.world_size != self.spec.world_size:
+            return (
+                f"{result.world_size} processes made it, expected {self.spec.world_size}; "
+                f"they did not find one another"
+            )
+        return ""
+
+    def _outcome(self, status: Literal["completed", "failed", "cancelled"], reason: str) -> Outcome:
+        records = tuple(self.records())
+        completed = status == "completed"
+        last = self.folder.attempt(records[-1].attempt).log if records and not completed else None
+        return Outcome(
+            status=status,
+            key=self.spec.key,
+            folder=str(self.folder.path),
+            attempts=records,
+            result=self.folder.read_result() if completed else None,
+            reason=reason,
+            log_tail=log_tail(last) if last else "",
+        )
+
+    def _leave(self, error: BaseException) -> None:
+        """The watch ends by an exception: leave the job running, or end it too."""
+        leave = self.on_interrupt(error)
+        seen = f"the watch ended by {type(error).__name__}"
+        records = self.records()
+        if not records or records[-1].end is not None:
+            self._decide(None, seen, "nothing is running")
+            return
+        n = records[-1].attempt
+        if leave == "detach":
+            self._decide(n, seen, "left the job as it is; a retry adopts it")
+            return
+        self._decide(n, seen, "cancel the job")
+        if handle := self._find(records[-1]):
+            self.launcher.cancel(handle)
+        self._end(n, "cancelled", f"{seen}; cancelled", newest_checkpoint(self.folder))
+
+    def _decide(self, attempt: int | None, seen: str, done: str) -> None:
+        """Append a decision to the audit trail."""
+        entry = {"schema_version": 1, "time": time.time(), "attempt": attempt}
+        line = json.dumps({**entry, "seen": seen, "done": done}, ensure_ascii=False)
+        with self.folder.decisions.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        self.on_note(f"attempt {attempt}: {seen}: {done}" if attempt else f"{seen}: {done}")
+
+
+def supervise(
+    launcher: Launcher, folder: JobFolder, spec: JobSpec, config: Any, **options: Any
+) -> Outcome:
+    """Run a job and return its outcome once it is completed; options as of Supervisor.
+
+    Raises:
+        JobFailed: it failed or was cancelled; the message has the reason and the end of the log.
+    """
+    outcome = Supervisor(launcher, folder, spec, config, **options).run()
+    if outcome.status != "completed":
+        raise JobFailed(outcome)
+    return outcome

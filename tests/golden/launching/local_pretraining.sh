@@ -1,0 +1,18 @@
+# job roma-c0ffee00c0ff: 1 node(s) x 2 process(es) x 1 thread(s), 0 GPU(s) a node
+# variables handed on: WANDB_API_KEY MLFLOW_TRACKING_URI
+PYTHONUNBUFFERED=1 \
+    OMP_NUM_THREADS=1 \
+    MKL_NUM_THREADS=1 \
+    CUDA_VISIBLE_DEVICES='' \
+    python \
+    -m roma_core.attempt JOB_FOLDER 1 \
+    -- python \
+    -m torch.distributed.run \
+    --nnodes=1 \
+    --nproc-per-node=2 \
+    --node-rank=0 \
+    --master-addr=127.0.0.1 \
+    --master-port=FREE_PORT \
+    --max-restarts=0 \
+    -m roma_core.cli pretrain \
+    --job '$(a '"'"'strange'"'"' folder)'

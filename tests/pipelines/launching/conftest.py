@@ -1,0 +1,124 @@
+"""Tiny real jobs: a script of a few lines in place of a training, under the real launcher."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from roma_core.files import digest_of
+from roma_core.job import JobFolder
+from roma_pipelines.launching.job import JobSpec
+from roma_pipelines.launching.local import LocalLauncher
+
+KEY = "0123456789abcdef0123"
+CONFIG = {"base_lr": 0.001}
+
+PRELUDE = """
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+folder = Path(os.environ["ROMA_JOB_FOLDER"])
+n = int(os.environ["ROMA_JOB_ATTEMPT"])
+attempt = folder / "attempts" / str(n)
+key = json.loads((folder / "spec.json").read_text())["key"]
+with (folder / "starts").open("a") as file:
+    file.write(f"{n}\\n")
+
+def write(path, **document):
+    aside = path.with_suffix(".aside")
+    aside.write_text(json.dumps({"schema_version": 1, **document}))
+    aside.replace(path)
+
+def succeed(job_key=key, world_size=1):
+    write(folder / "result.json", job_key=job_key, attempt=n, world_size=world_size, wall_s=1.5)
+    write(attempt / "exit.json", status="completed")
+
+def leave(status, reason=""):
+    write(attempt / "exit.json", status=status, reason=reason)
+
+def save(step):
+    (folder / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+
+def say(method, **params):
+    with (folder / "messages.jsonl").open("a") as file:
+        file.write(json.dumps({"method": method, "params": params}) + "\\n")
+
+def beat(step):
+    write(attempt / "heartbeat", time=time.time(), step=step)
+
+def wait_for(name, seconds=20):
+    end = time.monotonic() + seconds
+    while not (folder / name).exists():
+        assert time.monotonic() < end, f"{name} did not come"
+        time.sleep(0.01)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> JobFolder:
+    return JobFolder(tmp_path / "jobs" / KEY)
+
+
+@pytest.fixture
+def launcher() -> LocalLauncher:
+    return LocalLauncher(grace_s=2.0)
+
+
+@pytest.fixture
+def make_spec(tmp_path: Path) -> Callable[..., JobSpec]:
+    """Builds the spec of a job that runs the given lines after PRELUDE."""
+
+    def make(body: str = "succeed()", **fields: object) -> JobSpec:
+        script = tmp_path / "job.py"
+        script.write_text(PRELUDE + body + "\n")
+        values = {"starter": "plain", "command": (str(script),), **fields}
+        return JobSpec(key=KEY, config_digest=digest_of(CONFIG), **values)  # type: ignore[arg-type]
+
+    return make
+
+
+def _eventually(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def eventually() -> Callable[..., None]:
+    """Waits until a condition holds, and fails if it does not in time."""
+    return _eventually
+
+
+@pytest.fixture
+def starts(folder: JobFolder) -> Callable[[], list[int]]:
+    """Numbers of the attempts whose program began, in order."""
+    return lambda: [int(line) for line in (folder.path / "starts").read_text().split()]
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Callable[[], list[psutil.Process]]:
+    """Living processes of any job of this test."""
+
+    def processes() -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter(["environ", "status"]):
+            job = (process.info["environ"] or {}).get("ROMA_JOB_FOLDER", "")
+            if process.info["status"] != psutil.STATUS_ZOMBIE and job.startswith(str(tmp_path)):
+                found.append(process)
+        return found
+
+    return processes
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running(processes: Callable[[], list[psutil.Process]]) -> Iterator[None]:
+    yield
+    left = processes()
+    for process in left:
+        process.kill()
+    assert not left
