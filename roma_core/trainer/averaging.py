@@ -1,0 +1,46 @@
+"""Exponential moving average of the weights; evaluation and the final model use it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """The average of a model's weights over its steps.
+
+    Attributes:
+        tensors: by parameter name, on the model's device.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, start: dict[str, Tensor] | None) -> None:
+        """``start`` is the average of a checkpoint; None begins with the present weights."""
+        self.model, self.decay = model, decay
+        named = dict(model.named_parameters())
+        self.tensors = {
+            name: (start[name] if start else parameter).detach().to(parameter.device).clone()
+            for name, parameter in named.items()
+        }
+
+    def update(self, step: int) -> None:
+        """Take in the weights of a step; early steps count more, so that the start is forgotten."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        current = [parameter.data for parameter in self.model.parameters()]
+        torch._foreach_lerp_(list(self.tensors.values()), current, 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model has the averaged weights inside the ``with`` block, its own after it."""
+        own = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.model.load_state_dict(self.tensors)
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(own)
+
+    def on_cpu(self) -> dict[str, Tensor]:
+        """Copies for a checkpoint."""
+        return {name: tensor.cpu().clone() for name, tensor in self.tensors.items()}

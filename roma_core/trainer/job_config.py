@@ -1,0 +1,89 @@
+"""The frozen configuration of a training job, ``config.json``. Imports no torch.
+
+It is resolved where the job is planned; on the computer that runs it, no environment and no
+default changes it any more.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from roma_core.data.schema import DataSchema, Manifest
+from roma_core.files import read_json
+from roma_core.model.config import RoMAForClassificationConfig, RoMAForPreTrainingConfig
+from roma_core.model.transfer import classifier_config
+from roma_core.trainer.config import TrainerConfig
+
+
+def data_fields(schema: DataSchema) -> dict[str, Any]:
+    """What the data decide of a model: channels, axes, and tokens of one observation."""
+    return {
+        "tubelet_size": [1, 1, 1],
+        "n_channels": len(schema.channels),
+        "n_pos_dims": len(schema.axes),
+    }
+
+
+class TrainingJobConfig(BaseModel):
+    """One training: on which data, of which model, from which weights, and how."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    task: Literal["pretrain", "finetune"]
+    dataset: str = Field(description="Folder of the data set.")
+    dataset_digest: str = Field(description="Its version; another one under this path is refused.")
+    weights: str | None = Field(
+        None, description="Folder of the weights to start from; None starts new."
+    )
+    model: dict[str, Any] = Field(description="Every field of the model's configuration.")
+    trainer: dict[str, Any] = Field(description="Every field of the trainer's configuration.")
+
+    @classmethod
+    def pretraining(
+        cls, dataset: Path, manifest: Manifest, model: dict[str, Any], trainer: TrainerConfig
+    ) -> Self:
+        """Pretraining from new weights; ``model`` holds the fields that the data do not decide."""
+        config = RoMAForPreTrainingConfig(**model | data_fields(manifest.data_schema))
+        return cls(
+            task="pretrain",
+            dataset=str(dataset),
+            dataset_digest=manifest.digest,
+            model=config.model_dump(mode="json"),
+            trainer=_portable(trainer),
+        )
+
+    @classmethod
+    def finetuning(
+        cls,
+        dataset: Path,
+        manifest: Manifest,
+        weights: Path | None,
+        model: dict[str, Any],
+        trainer: TrainerConfig,
+    ) -> Self:
+        """Finetuning of a classifier, from pretrained weights or, with None, from new ones."""
+        wishes = {"dim_output": len(manifest.data_schema.classes) or None, **model}
+        if weights is None:
+            config = RoMAForClassificationConfig(**wishes | data_fields(manifest.data_schema))
+        else:
+            document = read_json(weights / "model_config.json")
+            config = classifier_config(
+                document, wishes | data_fields(manifest.data_schema), weights
+            )
+        return cls(
+            task="finetune",
+            dataset=str(dataset),
+            dataset_digest=manifest.digest,
+            weights=None if weights is None else str(weights),
+            model=config.model_dump(mode="json"),
+            trainer=_portable(trainer),
+        )
+
+
+def _portable(trainer: TrainerConfig) -> dict[str, Any]:
+    """The fields of the trainer, but for the folder, which is the job's own."""
+    return trainer.model_dump(mode="json", exclude={"checkpoint_dir"})
