@@ -233,3 +233,9 @@ class RomaSettings(BaseSettings):
         parts = leaf.split(".")
         names = (".".join(parts[:i]) for i in range(len(parts), 0, -1))
         return next((self._sources[n] for n in names if n in self._sources), "default")
+
+    def as_table(self) -> str:
+        """Every leaf with its value and source, a line each, for people."""
+        rows = [(name, repr(value), source) for name, value, source in self.resolved()]
+        width = max(len(name) for name, _, _ in rows)
+        return "\n".join(f"{n:<{width}}  {v}  [{s}]" for n, v, s in rows)

@@ -12,6 +12,7 @@ from typing import Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from roma_core.evaluation.facts import Baseline, FactSheet
 from roma_core.evaluation.metrics import Estimate, Metrics
 
 _PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -29,29 +30,6 @@ _METRIC_NAMES = {
 
 class _Document(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Baseline(_Document):
-    """The accuracy of another method on the same series, and where the number comes from."""
-
-    name: str
-    accuracy: float = Field(ge=0, le=1)
-    source: str
-
-
-class Fact(_Document):
-    """One line of a table of facts; ``monospace`` for digests and other identifiers."""
-
-    label: str
-    value: str
-    monospace: bool = False
-
-
-class FactSheet(_Document):
-    """A titled table of facts: about the data, the model, the training, the job."""
-
-    title: str
-    facts: tuple[Fact, ...]
 
 
 class Plot(_Document):

@@ -1,0 +1,152 @@
+"""``roma pretrain`` and ``roma finetune``: train in a folder, by hand or as a launched job."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import yaml
+
+if TYPE_CHECKING:
+    from roma_core.data.schema import Manifest
+    from roma_core.settings import RomaSettings
+    from roma_core.trainer.config import TrainerConfig
+    from roma_core.trainer.job_config import TrainingJobConfig
+
+    Resolve = Callable[[Path, Manifest, dict[str, Any], TrainerConfig], TrainingJobConfig]
+
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+def _shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--data", type=_FOLDER, help="Data set, as made by `roma data build`."),
+        click.option(
+            "--out", type=_FOLDER, help="Folder of the run; one that has begun is resumed."
+        ),
+        click.option(
+            "--set",
+            "changes",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="A setting of model or trainer, e.g. trainer.epochs=5 or model.mask_ratio=0.6; "
+            "values as in YAML. Repeatable.",
+        ),
+        click.option(
+            "--show-config", is_flag=True, help="Print every setting with its source and stop."
+        ),
+        click.option(
+            "--job", type=_FOLDER, help="Run the job planned in this folder; no other option."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@_shared_options
+def pretrain(**options: Any) -> None:
+    """Pretrain the masked autoencoder on the training split of a data set.
+
+    Writes checkpoints, metrics.jsonl and, at the end, outputs/model into the folder of the run.
+    Start it with python, torchrun or accelerate launch (-m roma_core.cli pretrain …).
+    """
+    from roma_core.trainer.job_config import TrainingJobConfig
+
+    _run(options, "ROMA_PRETRAIN_", TrainingJobConfig.pretraining)
+
+
+@click.command()
+@_shared_options
+@click.option(
+    "--weights", type=_FOLDER, help="Pretrained weights to start from; without: new ones."
+)
+def finetune(weights: Path | None, **options: Any) -> None:
+    """Finetune a classifier on the training split of a data set.
+
+    With --weights RUN/outputs/model it starts from a pretrained encoder; the shape of the model
+    then comes from there.
+    """
+    from roma_core.trainer.job_config import TrainingJobConfig
+
+    def resolve(
+        data: Path, manifest: Manifest, model: dict[str, Any], trainer: TrainerConfig
+    ) -> TrainingJobConfig:
+        start = None if weights is None else weights.absolute()
+        return TrainingJobConfig.finetuning(data, manifest, start, model, trainer)
+
+    _run(options, "ROMA_CLASSIFIER_", resolve)
+
+
+def _run(options: dict[str, Any], prefix: str, resolve: Resolve) -> None:
+    from pydantic import ValidationError
+
+    from roma_core.job import JobFolder
+
+    if options["job"] is not None:
+        folder = JobFolder(options["job"].absolute())
+    else:
+        if options["data"] is None or (options["out"] is None and not options["show_config"]):
+            raise click.UsageError("--data and --out are needed (or --job, for a planned job)")
+        try:
+            folder = _prepared(options, prefix, resolve)
+        except (ValueError, ValidationError, OSError) as error:
+            raise click.ClickException(str(error)) from error
+
+    from roma_core.job_runner import run_in_folder
+    from roma_core.trainer.training_job import train
+
+    sys.exit(run_in_folder(folder, train))
+
+
+def _prepared(options: dict[str, Any], prefix: str, resolve: Resolve) -> Any:
+    """The folder of a run by hand, with its frozen configuration."""
+    from roma_core.data.columns import read_manifest
+    from roma_core.files import digest_of, read_json, write_json
+    from roma_core.job import JobFolder
+    from roma_core.trainer.config import TrainerConfig
+
+    changes = _changes(options["changes"])
+    data = options["data"].absolute()
+    trainer = TrainerConfig(**changes["trainer"])
+    config = resolve(data, read_manifest(data), changes["model"], trainer)
+    if options["show_config"]:
+        _show(trainer, config, prefix)
+        sys.exit(0)
+    folder = JobFolder(options["out"].absolute())
+    document = config.model_dump(mode="json")
+    if folder.config.exists():
+        if digest_of(read_json(folder.config)) != digest_of(document):
+            raise ValueError(
+                f"{folder.path} belongs to a run with other settings (compare its config.json); "
+                f"give another --out, or the same settings to resume"
+            )
+    elif os.environ.get("RANK", "0") == "0":
+        folder.path.mkdir(parents=True, exist_ok=True)
+        write_json(folder.config, document)
+    return folder
+
+
+def _changes(pairs: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """``("trainer.epochs=5",)`` → ``{"model": {}, "trainer": {"epochs": 5}}``."""
+    changes: dict[str, dict[str, Any]] = {"model": {}, "trainer": {}}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        section, *path = name.split(".")
+        if not equals or section not in changes or not path:
+            raise ValueError(f"--set {pair}: expected model.NAME=VALUE or trainer.NAME=VALUE")
+        here = changes[section]
+        for part in path[:-1]:
+            here = here.setdefault(part, {})
+        here[path[-1]] = yaml.safe_load(text)
+    return changes
+
+
+def _show(trainer: RomaSettings, config: TrainingJobConfig, prefix: str) -> None:
+    click.echo(f"# trainer (ROMA_TRAINER_…)\n{trainer.as_table()}\n")
+    click.echo(f"# model ({prefix}…), with what the data decide\n")
+    click.echo(yaml.safe_dump(config.model, sort_keys=False))
