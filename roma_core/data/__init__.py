@@ -1,6 +1,6 @@
 """Data: sources → ragged store on disk → samples.
 
-    config = DatasetConfig.from_yaml("japanese_vowels.yaml")
+    config = DatasetConfig.from_yaml("dataset.yaml")
     path = build_dataset(config, root=Path("datasets"), cache=Path("cache"))
     train = StoredDataset(path).split("train")
 

@@ -160,13 +160,15 @@ def run_job(
     spec: JobSpec,
     config: Any,
     *,
-    observe_every_s: float = 10.0,
+    environment: Mapping[str, str] | None = None,
+    observe_every_s: float = 5.0,
     **options: Any,
 ) -> Outcome:
     """Run a job to its end under an asset; the asset then returns its own MaterializeResult.
 
     Args:
         config: the resolved configuration, JSON; ``spec.config_digest`` is its digest.
+        environment: further variables of the job, with their values.
         observe_every_s: progress is observed at most this often; the first and the last always.
         options: of ``Supervisor``: poll_every_s, heartbeat_timeout_s, max_attempts.
 
@@ -181,7 +183,7 @@ def run_job(
             folder,
             spec,
             config,
-            environment=session.get_bootstrap_env_vars(),
+            environment={**session.get_bootstrap_env_vars(), **(environment or {})},
             watcher={"dagster_run_id": context.run_id, "asset_key": asset_key},
             on_poll=lambda state: reader.pump(),
             on_note=context.log.info,

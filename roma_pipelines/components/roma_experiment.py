@@ -1,0 +1,72 @@
+"""``RomaExperiment``: one YAML file → five assets, their checks and their schedule."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import dagster as dg
+from pydantic import Field, ValidationError
+
+from roma_pipelines.assets.dataset import dataset_asset
+from roma_pipelines.assets.evaluation_report import evaluation_report_asset
+from roma_pipelines.assets.registered_classifier import registered_classifier_asset
+from roma_pipelines.assets.training import finetuned_classifier_asset, pretrained_encoder_asset
+from roma_pipelines.experiment import Experiment
+
+# as written: Dagster's templates would turn the text "1" into a number
+Section = Annotated[dict[str, Any], dg.Resolver.passthrough()]
+Sections = Annotated[list[dict[str, Any]], dg.Resolver.passthrough()]
+
+
+class RomaExperiment(dg.Component, dg.Model, dg.Resolvable):
+    """An experiment: data → pretrained encoder → classifier → report → registered model.
+
+    Sections are those of ``roma_pipelines.experiment.Experiment``.
+    """
+
+    name: str = Field(description="Key prefix, group and registered name.")
+    description: str = ""
+    dataset: Section = Field(description="roma_core.data.DatasetConfig; name defaults to ours.")
+    pretraining: Section = Field({}, description="model and trainer settings.")
+    finetuning: Section = Field({}, description="model and trainer settings.")
+    resources: Section = Field({}, description="Target and size of trainings.")
+    gate: Section = Field({}, description="Thresholds of promotion.")
+    baselines: Sections = Field([], description="Other methods on the same test series.")
+    schedule: str | None = Field(None, description="Cron expression (UTC) of retraining.")
+    owners: list[str] = Field([], description="E-mail addresses or team:NAME.")
+    tags: dict[str, str] = Field({}, description="Further tags of the assets.")
+
+    def experiment(self) -> Experiment:
+        """The checked experiment.
+
+        Raises:
+            ValueError: a setting is unknown or out of range; the text names it.
+        """
+        values = self.model_dump()
+        values["dataset"] = {"name": self.name, **self.dataset}
+        try:
+            return Experiment.model_validate(values)
+        except ValidationError as error:
+            raise ValueError(f"experiment {self.name}: {error}") from error
+
+    def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
+        """The five assets and, with ``schedule``, a schedule that is switched off at first."""
+        experiment = self.experiment()
+        assets = [
+            dataset_asset(experiment),
+            pretrained_encoder_asset(experiment),
+            finetuned_classifier_asset(experiment),
+            evaluation_report_asset(experiment),
+            registered_classifier_asset(experiment),
+        ]
+        schedules = []
+        if experiment.schedule is not None:
+            schedules.append(
+                dg.ScheduleDefinition(
+                    name=f"{experiment.name}_retraining",
+                    target=dg.AssetSelection.groups(experiment.name),
+                    cron_schedule=experiment.schedule,
+                    description=f"Trains {experiment.name} anew and lets the gate decide.",
+                )
+            )
+        return dg.Definitions(assets=assets, schedules=schedules)

@@ -1,0 +1,66 @@
+"""What one experiment is: the content of its ``defs.yaml``, checked. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import dagster as dg
+from pydantic import BaseModel, ConfigDict, Field
+
+from roma_core.data.config import DatasetConfig
+from roma_core.evaluation.facts import Baseline
+from roma_pipelines.registry.promotion import GateThresholds
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Stage(_Section):
+    """One training: fields of the model's and the trainer's configuration by name."""
+
+    model: dict[str, Any] = Field({}, description="Fields that the data do not decide.")
+    trainer: dict[str, Any] = Field({}, description="Fields of TrainerConfig.")
+
+
+class Resources(_Section):
+    """Where trainings run and on how much."""
+
+    target: Literal["local"] = Field("local", description="Where jobs run: this computer.")
+    processes_per_node: int = Field(1, gt=0, description="Training processes.")
+    threads_per_process: int = Field(1, gt=0, description="CPU threads of each process.")
+    max_attempts: int = Field(20, gt=0, description="Attempts that may continue one another.")
+
+
+class Experiment(_Section):
+    """Data → pretrained encoder → classifier → report → registered model."""
+
+    name: str = Field(
+        pattern=r"^[a-z][a-z0-9_]*$", description="Key prefix, group and registered name."
+    )
+    description: str = Field("", description="What it is for, shown on its assets.")
+    dataset: DatasetConfig
+    pretraining: Stage = Stage()
+    finetuning: Stage = Stage()
+    resources: Resources = Resources()
+    gate: GateThresholds = GateThresholds()
+    baselines: tuple[Baseline, ...] = ()
+    schedule: str | None = Field(
+        None, description="Cron expression (UTC) of retraining; starts switched off."
+    )
+    owners: tuple[str, ...] = Field((), description="E-mail addresses or team:NAME.")
+    tags: dict[str, str] = Field({}, description="Further tags of the assets.")
+
+    def key(self, noun: str) -> dg.AssetKey:
+        """Key of one of its assets."""
+        return dg.AssetKey([self.name, noun])
+
+    def asset_arguments(self, noun: str, *upstream: str) -> dict[str, Any]:
+        """What all assets of the experiment have in common."""
+        return {
+            "key": self.key(noun),
+            "group_name": self.name,
+            "owners": list(self.owners) or None,
+            "tags": {"experiment": self.name, **self.tags},
+            "deps": [self.key(name) for name in upstream],
+        }

@@ -1,0 +1,78 @@
+"""Where everything lies on disk: one root, ``.roma/`` by default.
+
+.roma/
+    layout.json     version of this layout
+    cache/          what sources fetched
+    datasets/       <name>/<version>/
+    jobs/           <job key>/
+    mlflow/         the embedded tracking store and registry
+    dagster/        the embedded Dagster instance (DAGSTER_HOME)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from roma_core.files import create_json, read_json
+from roma_core.settings import RomaSettings
+
+LAYOUT_VERSION = 1
+
+
+class StorageSettings(RomaSettings):
+    """Where state is kept."""
+
+    model_config = SettingsConfigDict(env_prefix="ROMA_STORAGE_")
+
+    root: Path = Field(
+        Path(".roma"),
+        description="Folder of data sets, jobs and the embedded stores; relative to the working "
+        "directory. Jobs on a cluster need it on a file system that both sides see.",
+    )
+
+
+class StorageError(RuntimeError):
+    """The storage root cannot be used as it is; the message says what to do."""
+
+
+class Storage:
+    """The folders under one root; made by :meth:`open`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.cache = self.root / "cache"
+        self.datasets = self.root / "datasets"
+        self.jobs = self.root / "jobs"
+        self.mlflow = self.root / "mlflow"
+        self.dagster = self.root / "dagster"
+
+    @classmethod
+    def open(cls, root: Path | None = None) -> Self:
+        """The configured storage, created if it is not there.
+
+        Raises:
+            StorageError: it was written by another version, or cannot be written.
+        """
+        storage = cls(root or StorageSettings().root)
+        layout = storage.root / "layout.json"
+        try:
+            for folder in (storage.cache, storage.datasets, storage.jobs, storage.mlflow):
+                folder.mkdir(parents=True, exist_ok=True)
+            create_json(layout, {"schema_version": LAYOUT_VERSION})
+        except OSError as error:
+            raise StorageError(
+                f"cannot write to {storage.root} ({error}); free some space or set ROMA_STORAGE_ROOT to "
+                f"a folder that can be written"
+            ) from error
+        try:
+            read_json(layout, schema_version=LAYOUT_VERSION)
+        except ValueError as error:
+            raise StorageError(
+                f"{storage.root} was written by another version of this software ({error}); move it "
+                f"away, or set ROMA_STORAGE_ROOT to another folder"
+            ) from error
+        return storage

@@ -1,0 +1,142 @@
+"""One job with its MLflow run: find or make both, watch, bring the metrics home, end the run."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from pydantic import BaseModel
+
+from roma_core.files import digest_of
+from roma_core.job import JobFolder, Result
+from roma_core.trainer.followers import forward, mlflow_sender
+from roma_pipelines.experiment import Experiment
+from roma_pipelines.launching.job import JobFailed, JobSpec, Outcome
+from roma_pipelines.launching.pipes import key_for, run_job
+from roma_pipelines.provenance import code_version
+from roma_pipelines.registry.runs import end_run, find_or_create_run
+from roma_pipelines.registry.store import MlflowSettings, connect
+from roma_pipelines.storage import Storage
+from roma_pipelines.targets import launcher_for
+
+_SECRETS = (
+    "WANDB_API_KEY",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+)
+_SETTINGS = ("ROMA_WANDB_MODE", "ROMA_WANDB_INIT_TIMEOUT_S", "WANDB_BASE_URL")
+
+
+@dataclass(frozen=True)
+class TrackedJob:
+    """A completed job and the run that shows it."""
+
+    outcome: Outcome
+    folder: JobFolder
+    result: Result
+    run_id: str
+    client: Any  # mlflow.MlflowClient; importing it for the type would cost every definition load
+
+    def output(self, name: str) -> Path:
+        """Path of one of the job's outputs."""
+        return self.folder.path / self.result.outputs[name]
+
+    def metadata(self) -> dict[str, Any]:
+        """What the asset shows of it, and what downstream assets read."""
+        facts = {k: v for k, v in self.result.facts.items() if isinstance(v, int | float | str)}
+        return {
+            **self.outcome.metadata(),
+            **facts,
+            "job_folder": dg.MetadataValue.path(str(self.folder.path)),
+            "log": dg.MetadataValue.path(str(self.folder.attempt(self.result.attempt).log)),
+            "mlflow_run_id": self.run_id,
+        }
+
+
+def run_tracked_job(
+    context: dg.AssetExecutionContext,
+    experiment: Experiment,
+    command: str,
+    config: BaseModel,
+    *,
+    processes: int = 1,
+    params: Mapping[str, Any],
+) -> TrackedJob:
+    """Run ``roma COMMAND`` as a job of the experiment.
+
+    A retry of the same Dagster run finds the job and its MLflow run again.
+
+    Args:
+        config: the frozen configuration, which becomes ``config.json``.
+        processes: training processes on the node.
+        params: MLflow parameters.
+
+    Raises:
+        dagster.Failure: the job failed or was cancelled; the text has the end of its log.
+    """
+    storage = Storage.open()
+    key = key_for(context)
+    folder = JobFolder(storage.jobs / key)
+    document = config.model_dump(mode="json")
+    client = connect(MlflowSettings(), storage.mlflow)
+    noun = context.asset_key.path[-1]
+    run_id = find_or_create_run(
+        client,
+        f"{MlflowSettings().experiment_prefix}/{experiment.name}",
+        key,
+        f"{noun} {context.run_id[:8]}",
+        {
+            "roma.dagster_run_id": context.run_id,
+            "roma.asset": context.asset_key.to_user_string(),
+            "roma.git_sha": code_version(),
+            "roma.config_digest": digest_of(document),
+        },
+        params,
+    )
+    spec = JobSpec(
+        key=key,
+        command=("-m", "roma_core.cli", command, "--job", str(folder.path)),
+        config_digest=digest_of(document),
+        starter="torchrun" if processes > 1 else "plain",
+        processes_per_node=processes,
+        threads_per_process=experiment.resources.threads_per_process,
+        env_names=(*_SECRETS, *_SETTINGS),
+    )
+    try:
+        outcome = run_job(
+            context,
+            launcher_for(experiment.resources.target),
+            folder,
+            spec,
+            document,
+            environment={"MLFLOW_TRACKING_URI": client.tracking_uri, "MLFLOW_RUN_ID": run_id},
+            max_attempts=experiment.resources.max_attempts,
+        )
+    except JobFailed as error:
+        _bring_home(client, folder, run_id)
+        end_run(client, run_id, "KILLED" if error.outcome.status == "cancelled" else "FAILED")
+        raise dg.Failure(
+            description=str(error), metadata={"job_folder": str(folder.path)}, allow_retries=False
+        ) from error
+    assert outcome.result is not None, "a completed job has a result"
+    _bring_home(client, folder, run_id)
+    for file in (folder.config, folder.result):
+        client.log_artifact(run_id, str(file))
+    end_run(client, run_id, "FINISHED")
+    return TrackedJob(outcome, folder, outcome.result, run_id, client)
+
+
+def _bring_home(client: Any, folder: JobFolder, run_id: str) -> None:
+    """Send what the job's own follower could not: an MLflow that was down misses nothing."""
+    send = mlflow_sender(client.tracking_uri, run_id)
+    forward(folder.metrics, folder.path / "mlflow.offset.json", None, send)
+
+
+def picture(png: bytes, alt: str) -> dg.MetadataValue:
+    """A PNG shown on the asset's page."""
+    return dg.MetadataValue.md(f"![{alt}](data:image/png;base64,{base64.b64encode(png).decode()})")
