@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import Any, Literal
 
 import dagster as dg
@@ -9,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from roma_core.data.config import DatasetConfig
 from roma_core.evaluation.facts import Baseline
+from roma_core.files import digest_of
+from roma_pipelines.provenance import DISTRIBUTION
 from roma_pipelines.registry.promotion import GateThresholds
 
 
@@ -55,9 +58,16 @@ class Experiment(_Section):
         """Key of one of its assets."""
         return dg.AssetKey([self.name, noun])
 
-    def asset_arguments(self, noun: str, *upstream: str) -> dict[str, Any]:
-        """What all assets of the experiment have in common."""
+    def asset_arguments(self, noun: str, *upstream: str, settings: set[str]) -> dict[str, Any]:
+        """What all assets of the experiment have in common.
+
+        ``settings`` names the sections that decide the asset's content; with the release they are
+        its code version, so that a change of them, and only that, makes it outdated.
+        """
+        decides = self.model_dump(mode="json", include=settings)
+        release = importlib.metadata.version(DISTRIBUTION)
         return {
+            "code_version": digest_of([release, decides])[:12],
             "key": self.key(noun),
             "group_name": self.name,
             "owners": list(self.owners) or None,

@@ -74,6 +74,6 @@ class Progress:
                     "step": step,
                     "total_steps": self.total_steps,
                     "eta_s": round(eta_s, 1),
-                    "metrics": {k: float(v) for k, v in metrics.items()},
+                    **{name: float(value) for name, value in metrics.items()},
                 }
             )

@@ -16,7 +16,7 @@ def dataset_asset(experiment: Experiment) -> dg.AssetsDefinition:
     key = experiment.key("dataset")
 
     @dg.asset(
-        **experiment.asset_arguments("dataset"),
+        **experiment.asset_arguments("dataset", settings={"dataset"}),
         kinds={"numpy"},
         description=f"Irregular series on disk, split and profiled. {experiment.description}",
         check_specs=[

@@ -31,7 +31,11 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
 
     @dg.asset(
         **experiment.asset_arguments(
-            "evaluation_report", "dataset", "pretrained_encoder", "finetuned_classifier"
+            "evaluation_report",
+            "dataset",
+            "pretrained_encoder",
+            "finetuned_classifier",
+            settings={"dataset", "pretraining", "finetuning", "gate", "baselines"},
         ),
         kinds={"python"},
         description=f"What the classifier is worth on the test split. {experiment.description}",

@@ -21,7 +21,11 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
 
     @dg.asset(
         **experiment.asset_arguments(
-            "registered_classifier", "dataset", "finetuned_classifier", "evaluation_report"
+            "registered_classifier",
+            "dataset",
+            "finetuned_classifier",
+            "evaluation_report",
+            settings={"dataset", "pretraining", "finetuning", "gate", "baselines"},
         ),
         kinds={"mlflow"},
         pool=f"registry_{experiment.name}",  # aliases of one model move one at a time

@@ -18,7 +18,9 @@ def pretrained_encoder_asset(experiment: Experiment) -> dg.AssetsDefinition:
     """Masked-autoencoder weights, pretrained on the data set."""
 
     @dg.asset(
-        **experiment.asset_arguments("pretrained_encoder", "dataset"),
+        **experiment.asset_arguments(
+            "pretrained_encoder", "dataset", settings={"dataset", "pretraining"}
+        ),
         kinds={"pytorch"},
         description=f"Masked autoencoder, pretrained without labels. {experiment.description}",
     )
@@ -40,7 +42,12 @@ def finetuned_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
     """A classifier, started from the pretrained encoder."""
 
     @dg.asset(
-        **experiment.asset_arguments("finetuned_classifier", "dataset", "pretrained_encoder"),
+        **experiment.asset_arguments(
+            "finetuned_classifier",
+            "dataset",
+            "pretrained_encoder",
+            settings={"dataset", "pretraining", "finetuning"},
+        ),
         kinds={"pytorch"},
         description=f"Classifier, finetuned from the pretrained encoder. {experiment.description}",
     )

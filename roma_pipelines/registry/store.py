@@ -122,6 +122,7 @@ def one_at_a_time(client: MlflowClient) -> Iterator[None]:
 
 def _no_telemetry() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 
 State = Literal["missing", "ready", "older", "half-migrated"]

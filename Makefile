@@ -1,0 +1,53 @@
+# RoMA pipeline. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+# torch comes first: without a GPU its CPU build is asked for (some package mirrors carry it under
+# its own version), so that nothing after it pulls in gigabytes of CUDA
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; set PYTHON=…") if sys.version_info < (3, 11) else 0'
+	@echo "installing into $(VENV) (versions from constraints.txt)"
+	@torch=$$(grep -E '^torch==' constraints.txt); \
+	if ! command -v nvidia-smi >/dev/null 2>&1; then \
+		$(PIP) install -q "$$torch+cpu" 2>/dev/null || $(PIP) install -q "$$torch"; \
+	else \
+		$(PIP) install -q "$$torch"; \
+	fi
+	@$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+.PHONY: setup
+setup: $(READY) ## Create .venv and install everything, versions pinned
+
+.PHONY: demo
+demo: $(READY) ## Real data to a registered model: the whole path once
+	@$(BIN)/roma-pipeline demo
+
+.PHONY: up
+up: $(READY) ## Serve the Dagster and MLflow pages on 127.0.0.1
+	@$(BIN)/roma-pipeline up
+
+.PHONY: test
+test: $(READY) lint ## Lint, type-check and run all tests
+	$(BIN)/python -m pytest
+
+.PHONY: lint
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: clean
+clean: ## Remove .venv and caches; .roma (data, jobs, models) stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,222 @@
+"""``roma-pipeline demo``: one experiment from data to registered model, in the foreground."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    import dagster as dg
+
+    from roma_pipelines.storage import Storage
+
+_NOUNS = (
+    "dataset",
+    "pretrained_encoder",
+    "finetuned_classifier",
+    "evaluation_report",
+    "registered_classifier",
+)
+_LOGGER = "progress"
+
+
+@click.command()
+@click.argument("experiment", default="japanese_vowels")
+@click.option("--fresh", is_flag=True, help="Run again even if everything is there already.")
+def demo(experiment: str, fresh: bool) -> None:
+    """Materialise EXPERIMENT: data set, encoder, classifier, report, registered model.
+
+    What is there already, made by the same code from the same settings, is reused.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    started = time.monotonic()
+    from roma_pipelines.instance import prepare_instance
+    from roma_pipelines.storage import Storage, StorageError
+
+    try:
+        storage = Storage.open()
+        prepare_instance(storage)
+    except (StorageError, ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+    import dagster as dg
+
+    with dg.DagsterInstance.get() as instance:
+        definitions = _definitions()
+        keys = [dg.AssetKey([experiment, noun]) for noun in _NOUNS]
+        known = {key.path[0] for key in definitions.resolve_all_asset_keys()}
+        if experiment not in known:
+            raise click.ClickException(
+                f"there is no experiment {experiment!r}; there are {', '.join(sorted(known))}"
+            )
+        missing = keys if fresh else _missing(instance, definitions, keys)
+        if missing:
+            names = ", ".join(key.path[-1] for key in missing)
+            click.echo(f"materialising {experiment}: {names}")
+            _materialise(instance, definitions, missing)
+        else:
+            click.echo(f"{experiment} is there already, with these settings; --fresh runs it again")
+        _conclude(instance, storage, experiment, keys, time.monotonic() - started)
+
+
+def _definitions() -> dg.Definitions:
+    import dagster as dg
+
+    from roma_pipelines.definitions import defs
+
+    return dg.Definitions.merge(defs(), dg.Definitions(loggers={_LOGGER: _progress_logger()}))
+
+
+def _missing(
+    instance: dg.DagsterInstance, definitions: dg.Definitions, keys: list[dg.AssetKey]
+) -> list[dg.AssetKey]:
+    """The assets to make: the first that is not there with its present code version, and all after it."""
+    graph = definitions.resolve_asset_graph()
+    for i, key in enumerate(keys):
+        event = instance.get_latest_materialization_event(key)
+        if event is None or event.asset_materialization is None:
+            return keys[i:]
+        tags = event.asset_materialization.tags or {}
+        if tags.get("dagster/code_version") != graph.get(key).code_version:
+            return keys[i:]
+        if not _still_on_disk(event.asset_materialization):
+            return keys[i:]
+    return []
+
+
+def _still_on_disk(materialisation: dg.AssetMaterialization) -> bool:
+    paths = [
+        materialisation.metadata[name].value
+        for name in ("path", "weights", "job_folder")
+        if name in materialisation.metadata
+    ]
+    return all(Path(str(path)).exists() for path in paths)
+
+
+def _materialise(
+    instance: dg.DagsterInstance, definitions: dg.Definitions, keys: list[dg.AssetKey]
+) -> None:
+    job = definitions.resolve_implicit_global_asset_job_def()
+    try:
+        result = job.execute_in_process(
+            instance=instance,
+            asset_selection=keys,
+            run_config={"loggers": {_LOGGER: {}}},
+            raise_on_error=False,
+        )
+    except KeyboardInterrupt:
+        raise click.ClickException(
+            "interrupted; the same command goes on where it stopped"
+        ) from None
+    if result.success:
+        return
+    lines = []
+    for event in result.all_events:
+        if event.is_step_failure and event.step_failure_data.error is not None:
+            error = event.step_failure_data.error
+            while error.cause is not None:
+                error = error.cause
+            lines.append(f"{event.step_key}: {error.message.strip()}")
+    for evaluation in result.get_asset_check_evaluations():
+        if not evaluation.passed:
+            facts = "; ".join(f"{k}: {v.value}" for k, v in evaluation.metadata.items())
+            lines.append(f"check {evaluation.check_name} did not pass: {facts}")
+    raise click.ClickException("\n".join(lines) or "the run failed; see the messages above")
+
+
+def _conclude(
+    instance: dg.DagsterInstance,
+    storage: Storage,
+    experiment: str,
+    keys: list[dg.AssetKey],
+    seconds: float,
+) -> None:
+    """Where things are, what they are worth, and what to do next."""
+    from roma_core.evaluation.metrics import Metrics
+    from roma_core.files import read_json
+
+    facts: dict[str, dict[str, Any]] = {}
+    for key in keys:
+        event = instance.get_latest_materialization_event(key)
+        assert event is not None and event.asset_materialization is not None
+        metadata = event.asset_materialization.metadata
+        facts[key.path[-1]] = {name: value.value for name, value in metadata.items()}
+    job = Path(facts["evaluation_report"]["job_folder"])
+    metrics = Metrics.model_validate(read_json(job / "outputs" / "metrics.json"))
+    baselines = read_json(job / "config.json")["baselines"]
+    model = facts["registered_classifier"]
+    trained = [facts[noun]["training_s"] for noun in _NOUNS[1:3]]
+    here = Path.cwd()
+
+    def near(path: Path) -> Path:
+        return path.relative_to(here) if path.is_relative_to(here) else path
+
+    data = Path(facts["dataset"]["path"])
+    click.echo("")
+    click.echo(f"report      {near(job / 'outputs' / 'report.html')}")
+    click.echo(f"model       {model['model']} version {model['version']} ({model['aliases']})")
+    for baseline in baselines:
+        click.echo(
+            f"baseline    {baseline['accuracy']:.3f} {baseline['name']} ({baseline['source']})"
+        )
+    click.echo(
+        f"time        {seconds:.0f} s, of which pretraining {trained[0]:.0f} s and finetuning {trained[1]:.0f} s"
+    )
+    click.echo(
+        f"next        make up    # the Dagster and MLflow pages, or:\n"
+        f"            roma predict --model {model['uri']} {near(data)} predictions.parquet"
+    )
+    accuracy = metrics.accuracy
+    click.echo(f"test accuracy {accuracy.value:.3f} (95 % {accuracy.low:.3f}–{accuracy.high:.3f})")
+
+
+def _progress_logger() -> dg.LoggerDefinition:
+    """A console logger that shows what a person waits for: messages of jobs, and their progress."""
+    import dagster as dg
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            meta = getattr(record, "dagster_meta", {})
+            event = meta.get("dagster_event")
+            if event is not None:
+                text = _event_text(event)
+            elif record.levelno >= logging.INFO:
+                text = meta.get("orig_message")
+            else:
+                text = None
+            if text:
+                click.echo(f"  {text}", file=sys.stdout)
+
+    @dg.logger
+    def progress(_: dg.InitLoggerContext) -> logging.Logger:
+        logger = logging.getLogger("roma_pipelines.demo")
+        logger.setLevel(logging.DEBUG)
+        logger.propagate = False
+        logger.handlers = [Lines()]
+        return logger
+
+    return progress
+
+
+def _event_text(event: dg.DagsterEvent) -> str | None:
+    if event.event_type_value == "STEP_START":
+        return f"── {str(event.step_key).split('__')[-1]}"
+    if event.event_type_value != "ASSET_OBSERVATION":
+        return None
+    facts = event.asset_observation_data.asset_observation.metadata
+    step, total = facts.get("step"), facts.get("total_steps")
+    if step is None or total is None:
+        return None
+    numbers = {
+        name: value.value
+        for name, value in facts.items()
+        if isinstance(value.value, int | float) and ("loss" in name or "accuracy" in name)
+    }
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+    return f"step {step.value}/{total.value}  {shown}"
