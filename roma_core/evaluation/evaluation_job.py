@@ -44,6 +44,7 @@ from roma_core.trainer.training_job import open_dataset
 
 _N_GOLDEN = 10
 _N_RECONSTRUCTED = 3
+_N_CHANNELS = 4  # drawn of each; more would be too small to read
 _PARITY_SERIES = 1000  # compared between training and serving code, at most
 
 
@@ -188,6 +189,7 @@ def draw(config: EvaluationJobConfig, dataset: StoredDataset, metrics: Metrics) 
                 caption="Metrics by optimiser step; eval is the validation split.",
                 alt=f"Learning curve of the {title}.",
                 png=plots.learning_curve(records),
+                wide=True,
             )
     if config.autoencoder is not None:
         model = RoMAForPreTraining.from_pretrained(config.autoencoder).eval()
@@ -212,7 +214,7 @@ def reconstructions(
     order = np.argsort(test.lengths, kind="stable")
     chosen = order[len(order) // 2 :][:_N_RECONSTRUCTED]
     collate = Collate(model.config, seed=0)
-    channels = [c.name if c.unit == "1" else f"{c.name} ({c.unit})" for c in schema.channels]
+    names = [c.name if c.unit == "1" else f"{c.name} ({c.unit})" for c in schema.channels]
     axis = schema.axes[0]
     examples = []
     for row in chosen:
@@ -228,10 +230,10 @@ def reconstructions(
         examples.append(
             plots.Reconstruction(
                 title=dataset.ids[int(test.indices[row])],
-                channels=channels,
+                channels=names[:_N_CHANNELS],
                 positions=positions[:, 0],
-                values=values,
-                predicted=denormalise(predicted.numpy(), schema),
+                values=values[:, :_N_CHANNELS],
+                predicted=denormalise(predicted.numpy(), schema)[:, :_N_CHANNELS],
                 visible=visible,
                 axis=f"{axis.name} ({axis.unit})" if axis.unit != axis.name else axis.name,
             )

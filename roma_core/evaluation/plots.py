@@ -24,7 +24,7 @@ from roma_core.evaluation.metrics import Metrics
 
 MAX_BYTES = 64 * 1024
 BLUE, ORANGE, GREEN, GREY, INK = "#2f6db3", "#d9652b", "#3f8f5b", "#8a929c", "#22272e"
-_SPLIT_COLOURS = {"train": BLUE, "validation": ORANGE, "test": GREEN}
+_SPLIT_COLOURS = {"train": BLUE, "eval": ORANGE}
 _STYLE: Any = {
     "figure.constrained_layout.w_pad": 0.1,
     "figure.constrained_layout.h_pad": 0.1,

@@ -33,6 +33,8 @@ def up(dagster_port: int, mlflow_port: int) -> None:
     found again.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # its queue of background jobs serves features that are not used here, with four more processes
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     for name, port, option in (
         ("Dagster", dagster_port, "--dagster-port"),
         ("MLflow", mlflow_port, "--mlflow-port"),
@@ -108,7 +110,8 @@ class _Servers:
         def stop(number: int, frame: object) -> None:
             raise KeyboardInterrupt
 
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        # SIGINT too: a shell that started us in the background has it ignored
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, stop)
         return self
 
