@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from roma_core.model.packing import Segments
+from roma_core.model.segments import Segments
 
 
 def padded_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 from roma_core.model.config import RoMAForClassificationConfig
 from roma_core.model.embedding import Backbone
 from roma_core.model.encoder import Head, Rows, initialise, initialise_vectors
-from roma_core.model.packing import PackedBatch, Segments
+from roma_core.model.packing import PackedBatch
+from roma_core.model.segments import Segments
 
 
 class RoMAForClassification(Backbone):
@@ -52,12 +53,6 @@ class RoMAForClassification(Backbone):
         from roma_core.model.weights import load_classifier
 
         return load_classifier(folder, **overrides)
-
-    def save_pretrained(self, folder: Path | str) -> None:
-        """Write weights and configuration into ``folder``."""
-        from roma_core.model.weights import save_pretrained
-
-        save_pretrained(self, folder)
 
     def set_outputs(self, dim_output: int) -> None:
         """Make a new head with ``dim_output`` outputs."""

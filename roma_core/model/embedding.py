@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from roma_core.model.absolute import SineTable
 from roma_core.model.config import _ModelConfig
 from roma_core.model.encoder import Encoder, Rotations
-from roma_core.model.packing import PackedBatch, Segments, pack
+from roma_core.model.packing import PackedBatch, pack
 from roma_core.model.rotary import Rotation
+from roma_core.model.segments import Segments
 
 
 class Backbone(nn.Module):
@@ -46,6 +48,12 @@ class Backbone(nn.Module):
     def _table_of(self, stack: Any) -> SineTable | None:
         c = self.config
         return SineTable(c.max_len, stack.d_model) if c.pos_encoding == "absolute" else None
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write ``model.safetensors`` and ``model_config.json`` into ``folder``."""
+        from roma_core.model.weights import save_pretrained
+
+        save_pretrained(self, folder)
 
     def pack(
         self, values: Tensor, positions: Tensor, pad_mask: Tensor | None

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from roma_core.model.attention import packed_attention, padded_attention
 from roma_core.model.config import EncoderConfig
-from roma_core.model.packing import Segments
 from roma_core.model.rotary import rotate
+from roma_core.model.segments import Segments
 
 Rotations = tuple[Tensor, Tensor] | None
 

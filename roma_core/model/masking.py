@@ -8,15 +8,12 @@ nothing has to be saved to resume.
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from roma_core.hashing import hash_ints
-
-if TYPE_CHECKING:
-    from roma_core.model.packing import Segments
+from roma_core.model.segments import Segments
 
 
 def hidden_count(lengths: Tensor, fraction: Fraction) -> Tensor:

@@ -58,12 +58,6 @@ class RoMAForPreTraining(Backbone):
 
         return load_pretraining(folder, **overrides)
 
-    def save_pretrained(self, folder: Path | str) -> None:
-        """Write weights and configuration into ``folder``."""
-        from roma_core.model.weights import save_pretrained
-
-        save_pretrained(self, folder)
-
     def set_loss_fn(self, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Use ``loss_fn(logits, targets)``, both ``(H, P)``; it must return them unreduced."""
         self.loss_fn = loss_fn

@@ -22,6 +22,7 @@ from roma_core.model.config import (
     RoMAForClassificationConfig,
     RoMAForPreTrainingConfig,
 )
+from roma_core.model.embedding import Backbone
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.model.rotary import published_channels
 from roma_core.model.transfer import classifier_config, is_pretraining, settings_of
@@ -31,7 +32,6 @@ CONFIG = "model_config.json"
 SCHEMA_VERSION = 1
 log = logging.getLogger(__name__)
 
-Model = RoMAForPreTraining | RoMAForClassification
 M = TypeVar("M", RoMAForPreTraining, RoMAForClassification)
 
 
@@ -65,7 +65,7 @@ def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
     }
 
 
-def config_document(model: Model) -> dict[str, Any]:
+def config_document(model: Backbone) -> dict[str, Any]:
     """What ``model_config.json`` holds."""
     return {
         "schema_version": SCHEMA_VERSION,
@@ -75,7 +75,7 @@ def config_document(model: Model) -> dict[str, Any]:
     }
 
 
-def save_pretrained(model: Model, folder: Path | str) -> None:
+def save_pretrained(model: Backbone, folder: Path | str) -> None:
     """Write weights and configuration into ``folder``, each file in one step."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

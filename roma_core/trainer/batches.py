@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from roma_core.hashing import hash_ints
 from roma_core.model.config import RoMAForPreTrainingConfig, _ModelConfig
-from roma_core.model.packing import PackedBatch, Segments
+from roma_core.model.packing import PackedBatch
+from roma_core.model.segments import Segments
 from roma_core.model.tubelets import patchify
 from roma_core.trainer.epoch_plan import Indices
 

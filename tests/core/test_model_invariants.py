@@ -22,8 +22,9 @@ from roma_core.hashing import hash_ints
 from roma_core.model.attention import packed_attention, padded_attention
 from roma_core.model.export import export_classifier
 from roma_core.model.masking import hidden_count, sample_hidden
-from roma_core.model.packing import PackedBatch, Segments
+from roma_core.model.packing import PackedBatch
 from roma_core.model.rotary import pairs_per_axis
+from roma_core.model.segments import Segments
 
 STACK = EncoderConfig(d_model=24, nhead=2, depth=2)
 SHAPE = {"encoder_config": STACK, "tubelet_size": (1, 1, 1), "n_channels": 2}
