@@ -17,7 +17,7 @@ from roma_core.model.config import EncoderConfig
 from roma_core.model.rotary import rotate
 from roma_core.model.segments import Segments
 
-Rotations = tuple[Tensor, Tensor] | None
+Rotations = Tensor | None  # (T, 1, w // 2) complex64
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Attention(nn.Module):
 
     def _positioned(self, x: Tensor, rotations: Rotations) -> Tensor:
         if rotations is not None:
-            x = rotate(x, *rotations)
+            x = rotate(x, rotations)
         return F.dropout(x, self.config.pos_drop_rate, self.training)
 
     def forward(
@@ -51,15 +51,17 @@ class Attention(nn.Module):
     ) -> Tensor:
         """``(T, d)`` → ``(T, d)``, or ``(R, d)`` for the queries at ``rows`` alone."""
         if rows is None:
-            q, k, v = self._heads(self.qkv(x)).chunk(3, dim=-2)
-            q_rotations, q_segments = rotations, segments
+            heads = self._heads(self.qkv(x))  # (T, 3h, w)
+            qk, v = heads.split((2 * self.config.nhead, self.config.nhead), dim=-2)
+            q, k = self._positioned(qk, rotations).chunk(2, dim=-2)
+            q_segments = segments
         else:
             w_q, w_kv = self.qkv.weight.split((self.width, 2 * self.width))
             q = self._heads(F.linear(x[rows.index], w_q))
             k, v = self._heads(F.linear(x, w_kv)).chunk(2, dim=-2)
             q_segments = rows.segments
-            q_rotations = rotations and (rotations[0][rows.index], rotations[1][rows.index])
-        q, k = self._positioned(q, q_rotations), self._positioned(k, rotations)
+            q = self._positioned(q, None if rotations is None else rotations[rows.index])
+            k = self._positioned(k, rotations)
         dropout = self.config.attn_drop_rate if self.training else 0.0
         mixed = packed_attention(q, k, v, q_segments, segments, dropout)  # (R, h, w)
         return F.dropout(
@@ -70,7 +72,7 @@ class Attention(nn.Module):
         """``(B, S, d)`` → ``(B, S, d)`` with ``(B, S)`` bool ``valid``; inference only."""
         q, k, v = self._heads(self.qkv(x)).chunk(3, dim=-2)
         if rotations is not None:
-            q, k = rotate(q, *rotations), rotate(k, *rotations)
+            q, k = rotate(q, rotations), rotate(k, rotations)
         return self.out(padded_attention(q, k, v, valid).flatten(-2))
 
 
@@ -131,7 +133,7 @@ class Encoder(nn.Module):
 
         Args:
             x: ``(T, d)``.
-            rotations: cos and sin, each ``(T, 1, w // 2)`` float32; None rotates nothing.
+            rotations: ``(T, 1, w // 2)`` complex64; None rotates nothing.
             segments: the series of the T rows.
             rows: the rows to return; None returns all.
 

@@ -5,9 +5,9 @@ first r = ⌊p·n⌋ rotate, pair k by ``position / 10000^(k/n)`` radians: the f
 stay as they are (RoMAE, arXiv 2505.20535, section 3.1; partial rotation after Barbero et al.,
 arXiv 2410.06205).
 
-Inside a head, channels are laid out as all first halves, then all second halves, so that one
-multiplication serves all axes. Published weights keep each axis's channels together;
-``published_channels`` gives the permutation between both.
+Inside a head, the two channels of a pair stand side by side, so that a rotation is one product of
+complex numbers, for all axes at once and without a copy. Published weights keep each axis's first
+halves and second halves apart; ``published_channels`` gives the permutation between both.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def published_channels(head_width: int, n_axes: int) -> list[int]:
         raise ValueError(
             f"published weights split a head of width {head_width} into {n_axes} even chunks, which is impossible"
         )
-    starts = [axis * chunk + k for axis in range(n_axes) for k in range(chunk // 2)]
-    return starts + [start + chunk // 2 for start in starts]
+    firsts = [axis * chunk + k for axis in range(n_axes) for k in range(chunk // 2)]
+    return [channel for first in firsts for channel in (first, first + chunk // 2)]
 
 
 class Rotation(nn.Module):
-    """Positions → cosines and sines, in float32 whatever the precision of the network."""
+    """Positions → rotations, in float32 whatever the precision of the network."""
 
     def __init__(self, head_width: int, n_axes: int, p: float) -> None:
         super().__init__()
@@ -58,17 +58,20 @@ class Rotation(nn.Module):
         self.register_buffer("timescales", torch.tensor(timescales), persistent=False)
 
     @torch.no_grad()
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """``(…, D)`` float32 positions → cos and sin, each ``(…, 1, head_width // 2)`` float32."""
+    def forward(self, positions: Tensor) -> Tensor:
+        """``(…, D)`` float32 positions → ``(…, 1, head_width // 2)`` complex64 of modulus 1."""
         angles = positions.float()[..., self.axis_of_pair] / self.timescales.float()
-        return angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
+        return torch.complex(angles.cos(), angles.sin()).unsqueeze(-2)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate ``(…, h, head_width)`` queries or keys; the product is cast back to their dtype."""
-    half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(
-        x.dtype
-    )
-    return rotated if rest.shape[-1] == 0 else torch.cat((rotated, rest), dim=-1)
+def rotate(x: Tensor, rotations: Tensor) -> Tensor:
+    """Rotate ``(…, h, head_width)`` queries or keys; the product is cast back to their dtype.
+
+    A head of odd width keeps its last channel as it is.
+    """
+    width = 2 * rotations.shape[-1]
+    paired = x if width == x.shape[-1] else x[..., :width].contiguous()
+    exact = paired if x.dtype == torch.float64 else paired.float()
+    turned = torch.view_as_complex(exact.unflatten(-1, (-1, 2))) * rotations
+    rotated = torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    return rotated if width == x.shape[-1] else torch.cat((rotated, x[..., width:]), dim=-1)

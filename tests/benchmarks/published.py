@@ -126,12 +126,11 @@ def copy_blocks(ours: nn.Module, published: PublishedStack, n_axes: int) -> None
     """Our fused, reordered weights into the published layout."""
     for mine, theirs in zip(ours.layers, published.layers, strict=True):
         c = theirs.c
-        half = c.head_width // 2
         order, start = [], 0
         for pairs in pairs_per_axis(c.head_width, n_axes):
-            order += [*range(start, start + pairs), *range(half + start, half + start + pairs)]
-            start += pairs
-        order += range(2 * half, c.head_width)
+            order += [start + 2 * k + half for half in (0, 1) for k in range(pairs)]
+            start += 2 * pairs
+        order += range(start, c.head_width)
         with torch.no_grad():
             for i, name in enumerate(("wq", "wk", "wv")):
                 part = mine.attention.qkv.weight.chunk(3)[i].unflatten(0, (c.nhead, c.head_width))
