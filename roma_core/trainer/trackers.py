@@ -147,6 +147,7 @@ class WandbRun:
             if mode != "online":
                 raise
             log.warning("Weights & Biases did not answer (%s); logging offline", error)
+            wandb.teardown()  # else the id of the failed start counts as in use
             self.run = wandb.init(mode="offline", **arguments)
         self.run.define_metric("*", step_metric="trainer/global_step")
 

@@ -112,7 +112,9 @@ def test_another_schema_version_is_refused_with_what_to_do(tmp_path):
 @pytest.mark.parametrize("content", [b'{"a": ', b"", b"\xff\xfe\x00"])
 def test_what_is_no_json_is_named(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.json is not valid JSON .*cut short or changed by hand"):
+    with pytest.raises(
+        ValueError, match=r"a\.json is not valid JSON .*cut short or changed by hand"
+    ):
         read_json(tmp_path / "a.json")
 
 
@@ -140,6 +142,6 @@ def test_hashes_are_what_they_were():
 
 def test_the_unit_interval_is_filled_evenly():
     numbers = [unit_interval(f"object-{i}") for i in range(10_000)]
-    assert 0 <= min(numbers) and max(numbers) < 1
+    assert min(numbers) >= 0 and max(numbers) < 1
     tenths = [sum(n < k / 10 for n in numbers) / len(numbers) for k in range(1, 10)]
     assert tenths == pytest.approx([k / 10 for k in range(1, 10)], abs=0.02)
