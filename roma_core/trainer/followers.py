@@ -93,6 +93,20 @@ def forward(
         bookmark.move(reached, batch[-1]["step"])
 
 
+def forward_to_mlflow(metrics: Path, tracking_uri: str, run_id: str) -> None:
+    """Send an MLflow run what the thread beside a training could not, once that has ended.
+
+    Raises:
+        Exception: whatever MLflow raises; nothing is lost then, and another call goes on from there.
+    """
+    bookmark = Bookmark(_bookmark_of(metrics, "mlflow"), run_id)
+    forward(metrics, bookmark, None, MlflowRun(tracking_uri, run_id).send)
+
+
+def _bookmark_of(metrics: Path, tracker: str) -> Path:
+    return metrics.with_name(f"{tracker}.offset.json")
+
+
 class Followers:
     """The follower threads of one run."""
 
@@ -181,7 +195,7 @@ class _Follower(threading.Thread):
     def _catch_up(self) -> None:
         self.up_to_date = False
         if self._bookmark is None:
-            path = self.metrics.with_name(f"{self.name}.offset.json")
+            path = _bookmark_of(self.metrics, self.name)
             self._bookmark = Bookmark(path, self.run_id, self.resumed_at)
         if self._tracker is None:
             self._tracker = self.make(self._bookmark.run_id)

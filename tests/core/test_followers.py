@@ -24,9 +24,9 @@ from roma_core import (
 )
 from roma_core.files import read_json
 from roma_core.trainer import followers as module
-from roma_core.trainer.followers import Bookmark, Followers, forward
+from roma_core.trainer.followers import Bookmark, Followers, forward, forward_to_mlflow
 from roma_core.trainer.metrics_log import MetricsLog, read_records
-from roma_core.trainer.trackers import MlflowRun, WandbConfig
+from roma_core.trainer.trackers import WandbConfig
 
 ROOT = Path(__file__).parents[2]
 Point = tuple[str, int, float, int]
@@ -354,20 +354,27 @@ def test_mlflow_gets_every_point_once_with_its_own_time(run, in_environment):
 
 
 def test_mlflow_stores_a_replay_once(run, store):
-    end = run.train(5)
+    run.train(5)
     for attempt in range(2):
         if attempt:
             (run.folder / "mlflow.offset.json").unlink()
-        tracker = MlflowRun(store.uri, store.run_id)
-        bookmark = Bookmark(run.folder / "mlflow.offset.json", store.run_id)
-        forward(run.folder / "metrics.jsonl", bookmark, end, tracker.send)
+        forward_to_mlflow(run.folder / "metrics.jsonl", store.uri, store.run_id)
     assert store.points() == run.points()
+
+
+def test_what_the_thread_could_not_send_is_sent_at_the_outcome(run, in_environment):
+    followers = Followers.of_environment(run.folder, TrainerConfig())
+    followers.start(0)
+    followers.committed(run.train(3))
+    followers.close()
+    run.train(5)  # after the last checkpoint of a run that failed
+    forward_to_mlflow(run.folder / "metrics.jsonl", in_environment.uri, in_environment.run_id)
+    assert in_environment.points() == run.points()
 
 
 def test_one_strange_name_does_not_hold_back_the_others(run, store):
     run.log.append(1, 0.1, {"eval/f1 (macro, %)": 0.5, "eval/loss": 0.25})
-    tracker = MlflowRun(store.uri, store.run_id)
-    forward(run.folder / "metrics.jsonl", Bookmark(run.folder / "b.json"), None, tracker.send)
+    forward_to_mlflow(run.folder / "metrics.jsonl", store.uri, store.run_id)
     assert [p[:3] for p in store.points()] == [
         ("eval/f1 _macro_ __", 1, 0.5),
         ("eval/loss", 1, 0.25),
