@@ -53,7 +53,11 @@ def _write_aside(path: Path, content: bytes) -> Path:
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace ``path`` by ``content`` in one step."""
     aside = _write_aside(path, content)
-    aside.replace(path)
+    try:
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
@@ -72,7 +76,9 @@ def create_json(path: Path, document: Any) -> bool:
     try:
         os.link(aside, path)
     except FileExistsError:
-        return False
+        # over NFS a request that is sent again fails on what it did the first time
+        if aside.stat().st_nlink != 2:
+            return False
     finally:
         aside.unlink(missing_ok=True)
     sync_folder(path.parent)
@@ -87,7 +93,7 @@ def read_json(path: Path, *, schema_version: int | None = None) -> Any:
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} is not valid JSON ({error}); it was cut short or changed by hand"
         ) from error

@@ -2,7 +2,10 @@
 
 ``RomaSettings`` is the one base class that reads the environment. Its subclasses own a prefix
 each; sections nested inside them are plain ``BaseModel``s reached with two underscores
-(``ROMA_PRETRAIN_ENCODER_CONFIG__DEPTH=3``), and setting one leaf keeps the defaults of the others.
+(``ROMA_PRETRAIN_ENCODER_CONFIG__DEPTH=3``), and setting one leaf keeps the others. A leaf is one
+value, whatever its type: a dictionary from a stronger source replaces that of a weaker one. An
+object given in code for a section sets all its leaves, a dictionary only those it names.
+Lists and dictionaries are written as JSON, None as ``null``; an empty variable counts as not set.
 A variable under a class's prefix that no field takes is an error naming the closest field.
 Spellings of the published package (``ROMAE_…``) are accepted with a note.
 """
@@ -14,17 +17,20 @@ import os
 import types
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+import pydantic_settings
 import yaml
-from pydantic import BaseModel, PrivateAttr, SecretStr
+from pydantic import BaseModel, PrivateAttr, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 from pydantic_settings import (
     BaseSettings,
     DotEnvSettingsSource,
     EnvSettingsSource,
-    PydanticBaseSettingsSource,
+    InitSettingsSource,
     SettingsConfigDict,
 )
 
@@ -39,17 +45,30 @@ class SettingsError(ValueError):
 def find_env_file(start: Path | None = None) -> Path | None:
     """The ``.env`` in force: ``$ROMA_ENV_FILE`` if set, else the nearest one at or above ``start``.
 
+    ``ROMA_ENV_FILE=/dev/null`` switches it off.
+
     Raises:
         SettingsError: ``$ROMA_ENV_FILE`` names a file that does not exist.
     """
     named = os.environ.get(ENV_FILE_VARIABLE)
     if named:
         path = Path(named).expanduser().absolute()
-        if not path.is_file():
-            raise SettingsError(f"{ENV_FILE_VARIABLE}={named}: there is no such file")
+        if not path.exists() or path.is_dir():
+            raise SettingsError(
+                f"{ENV_FILE_VARIABLE}={named}: there is no such file; correct the path or unset it"
+            )
         return path
     folder = (start or Path.cwd()).absolute()
     return next((f / ".env" for f in (folder, *folder.parents) if (f / ".env").is_file()), None)
+
+
+def leaves_of(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    """All leaves of a settings class by dotted name: ``base_lr``, ``encoder_config.depth``."""
+    leaves: dict[str, FieldInfo] = {}
+    for name, field in model.model_fields.items():
+        section = _section(field.annotation)
+        leaves |= leaves_of(section, f"{prefix}{name}.") if section else {prefix + name: field}
+    return leaves
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
@@ -61,141 +80,163 @@ def _section(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def leaf_names(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted names of all leaves of a settings class: ``base_lr``, ``encoder_config.depth``."""
-    names = []
-    for name, field in model.model_fields.items():
-        section = _section(field.annotation)
-        names += leaf_names(section, f"{prefix}{name}.") if section else [prefix + name]
-    return names
+def variable_of(cls: type[RomaSettings], name: str) -> str:
+    """The environment variable of a leaf: ``ROMA_PRETRAIN_ENCODER_CONFIG__DEPTH``."""
+    return (cls.model_config["env_prefix"] + name.replace(".", _DELIMITER)).upper()
 
 
-def _reject_unknown(cls: type[RomaSettings], variables: Mapping[str, Any], where: str) -> None:
-    prefix = cls.model_config["env_prefix"].lower()
-    leaves = leaf_names(cls)
-    sections = {leaf.rsplit(".", i)[0] for leaf in leaves for i in range(1, leaf.count(".") + 1)}
-    known = {name.replace(".", _DELIMITER) for name in [*leaves, *sections]}
-    for variable in variables:
-        name = variable.lower()
-        if not name.startswith(prefix) or name.removeprefix(prefix) in known:
-            continue
-        closest = difflib.get_close_matches(name.removeprefix(prefix), known, n=1, cutoff=0.0)[0]
-        raise SettingsError(
-            f"{variable.upper()} in {where} is not a setting of {cls.__name__}; "
-            f"the closest one is {(prefix + closest).upper()}"
-        )
+def _closest(name: str, known: Iterable[str]) -> str:
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 
-class _WithPublishedSpelling:
-    """Reads ``ROMAE_X`` as ``ROMA_X``; if both are set and differ, ``ROMA_X`` wins, with a note."""
+class _Variables:
+    """What both kinds of variables share: published spellings, unknown names, JSON."""
 
     where: str
+    settings_cls: Any
 
-    def _respelt(
-        self, variables: Mapping[str, str | None], cls: type[RomaSettings]
-    ) -> dict[str, str | None]:
-        prefix = cls.model_config["env_prefix"].lower()
-        published = "romae_" + prefix.removeprefix("roma_")
-        result = {k: v for k, v in variables.items() if not k.lower().startswith(published)}
-        lowered = {k.lower() for k in result}
-        for key, value in variables.items():
-            if not key.lower().startswith(published):
-                continue
-            ours = prefix + key.lower().removeprefix(published)
-            if ours not in lowered:
+    def _checked(self, variables: Mapping[str, str | None]) -> dict[str, str | None]:
+        """``ROMAE_X`` respelt as ``ROMA_X``, which wins if both are set; the names are lower-case.
+
+        Raises:
+            SettingsError: a name under either prefix is no setting.
+        """
+        prefix = self.settings_cls.model_config["env_prefix"].lower()
+        published = prefix.replace("roma_", "romae_", 1)
+        result = {k: v for k, v in variables.items() if not k.startswith(published)}
+        for name in variables:
+            for spelling in (prefix, published):
+                if name.startswith(spelling):
+                    self._refuse_unknown(spelling, name.removeprefix(spelling))
+        for name in (n for n in variables if n.startswith(published)):
+            ours, value = prefix + name.removeprefix(published), variables[name]
+            if ours not in result:
                 result[ours] = value
-                note = f"{key.upper()} in {self.where} is read as {ours.upper()}"
-            elif variables.get(ours, variables.get(ours.upper())) == value:
-                continue
-            else:
-                note = f"{key.upper()} in {self.where} is ignored: {ours.upper()} is set too and differs"
-            warnings.warn(note, stacklevel=2)
-        _reject_unknown(cls, result, self.where)
+                warnings.warn(
+                    f"{name.upper()} in {self.where} is read as {ours.upper()}", stacklevel=2
+                )
+            elif result[ours] != value:
+                warnings.warn(
+                    f"{name.upper()} in {self.where} is ignored: {ours.upper()} is set too and differs",
+                    stacklevel=2,
+                )
         return result
 
+    def _refuse_unknown(self, prefix: str, name: str) -> None:
+        known = set()
+        for leaf in leaves_of(self.settings_cls):
+            parts = leaf.split(".")  # a section may be given whole, as JSON
+            known |= {_DELIMITER.join(parts[:i]) for i in range(1, len(parts) + 1)}
+        if name not in known:
+            raise SettingsError(
+                f"{(prefix + name).upper()} in {self.where} is not a setting of "
+                f"{self.settings_cls.__name__}; the closest one is "
+                f"{variable_of(self.settings_cls, _closest(name, known))}"
+            )
 
-class _Environment(_WithPublishedSpelling, EnvSettingsSource):
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        try:
+            return super().decode_complex_value(field_name, field, value)  # type: ignore[misc]
+        except ValueError as error:
+            raise ValueError(
+                f"{field_name} of {self.settings_cls.__name__} in {self.where}: expected JSON, such "
+                f"""as [1,16,16] or {{"weight_decay": 0.05}}, got {value!r} ({error})"""
+            ) from error
+
+
+class _Environment(_Variables, EnvSettingsSource):
     where = "the environment"
 
     def _load_env_vars(self) -> Mapping[str, str | None]:
-        return self._respelt(super()._load_env_vars(), self.settings_cls)  # type: ignore[arg-type]
+        return self._checked(super()._load_env_vars())
 
 
-class _EnvFile(_WithPublishedSpelling, DotEnvSettingsSource):
+class _EnvFile(_Variables, DotEnvSettingsSource):
     def _read_env_files(self) -> Mapping[str, str | None]:
         self.where = str(self.env_file)
-        return self._respelt(super()._read_env_files(), self.settings_cls)  # type: ignore[arg-type]
+        return self._checked(super()._read_env_files())
 
 
-class _Recorded(PydanticBaseSettingsSource):
-    """Passes a source through and notes which leaves it gave."""
-
-    def __init__(self, source: PydanticBaseSettingsSource, label: str, notes: dict[str, str]):
-        super().__init__(source.settings_cls)
-        self.source, self.label, self.notes = source, label, notes
-
-    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
-        return self.source.get_field_value(field, field_name)
-
-    def __call__(self) -> dict[str, Any]:
-        values = self.source()
-        for leaf in _leaves(values):
-            self.notes.setdefault(leaf, self.label)  # sources are called strongest first
-        return values
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    names: list[str] = []
+def _flat(
+    values: Mapping[str, Any], cls: type[BaseModel], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every leaf that is given."""
     for name, value in values.items():
-        if isinstance(value, BaseModel):
-            value = {k: getattr(value, k) for k in type(value).model_fields}
-        is_section = isinstance(value, Mapping) and value
-        names += _leaves(value, f"{prefix}{name}.") if is_section else [prefix + name]
-    return names
+        field = cls.model_fields.get(name)
+        section = _section(field.annotation) if field else None
+        if section and isinstance(value, BaseModel):
+            value = dict(value)
+        if section and isinstance(value, Mapping):
+            yield from _flat(value, section, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        *path, last = name.split(".")
+        here = nested
+        for part in path:
+            here = here.setdefault(part, {})
+        here[last] = value
+    return nested
 
 
 class RomaSettings(BaseSettings):
-    """Base of every settings class; subclasses set ``env_prefix``, none a prefix of another."""
+    """Base of every settings class; subclasses set ``env_prefix``, none a prefix of another.
+
+    Two settings are equal if their values are, wherever these came from.
+
+    Raises:
+        SettingsError: naming every value that is wrong, where it came from, and what was expected.
+    """
 
     model_config = SettingsConfigDict(
         env_nested_delimiter=_DELIMITER,
         extra="forbid",
         dotenv_filtering="match_prefix",
         env_ignore_empty=True,
+        env_parse_none_str="null",
         frozen=True,
         validate_default=True,
-        nested_model_default_partial_update=True,
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
 
-    _notes: ClassVar[dict[str, str]] = {}
-    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+    _sources: dict[str, str] = PrivateAttr(default_factory=dict)  # of the leaves that were given
 
     def __init__(self, **values: Any) -> None:
-        values.setdefault("_env_file", find_env_file())
-        notes: dict[str, str] = {}
-        type(self)._notes = notes
-        super().__init__(**values)
-        self._sources = notes
+        cls, env_file = type(self), find_env_file()
+        try:
+            from_file = _EnvFile(cls, env_file=env_file)()
+            from_environment = _Environment(cls)()
+        except pydantic_settings.SettingsError as error:
+            raise SettingsError(str(error.__cause__)) from error
+        self._fill((str(env_file), from_file), ("environment", from_environment), ("code", values))
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        env_file = getattr(dotenv_settings, "env_file", None)
-        sources: list[tuple[PydanticBaseSettingsSource, str]] = [
-            (init_settings, "code"),
-            (_Environment(settings_cls), "environment"),
-            (_EnvFile(settings_cls, env_file=env_file), str(env_file)),
-            (file_secret_settings, "secret file"),
-        ]
-        return tuple(_Recorded(source, label, cls._notes) for source, label in sources)
+    def _fill(self, *sources: tuple[str, Mapping[str, Any]]) -> None:
+        """Validate the values of all sources, weakest first, over the defaults of the sections."""
+        cls = type(self)
+        sections = {n: f for n, f in cls.model_fields.items() if _section(f.annotation)}
+        defaults = {n: f.get_default(call_default_factory=True) for n, f in sections.items()}
+        given = dict(_flat({n: v for n, v in defaults.items() if v is not PydanticUndefined}, cls))
+        labels: dict[str, str] = {}
+        for label, values in sources:
+            for name, value in _flat(values, cls):
+                for other in list(given):  # a section that becomes None, or is one again
+                    if other.startswith(f"{name}.") or name.startswith(f"{other}."):
+                        del given[other]
+                        labels.pop(other, None)
+                given[name], labels[name] = value, label
+        try:
+            super().__init__(_build_sources=((InitSettingsSource(cls, _nested(given)),), {}))
+        except ValidationError as error:
+            raise SettingsError(_explained(cls, error, labels)) from None
+        self._sources = labels
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and dict(self) == dict(other)
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> typing.Self:
@@ -204,8 +245,7 @@ class RomaSettings(BaseSettings):
         For frozen configurations, which the computer they are read on must not change.
         """
         instance = cls.__new__(cls)
-        cls.__pydantic_validator__.validate_python(dict(values), self_instance=instance)
-        instance._sources = dict.fromkeys(_leaves(values), "file")
+        instance._fill(("file", values))
         return instance
 
     @classmethod
@@ -227,15 +267,33 @@ class RomaSettings(BaseSettings):
                 value = None if value is None else getattr(value, part)
             return str(value) if isinstance(value, SecretStr) else value
 
-        return [(n, value_of(n), self._source_of(n)) for n in leaf_names(type(self))]
-
-    def _source_of(self, leaf: str) -> str:
-        parts = leaf.split(".")
-        names = (".".join(parts[:i]) for i in range(len(parts), 0, -1))
-        return next((self._sources[n] for n in names if n in self._sources), "default")
+        return [(n, value_of(n), _source_of(n, self._sources)) for n in leaves_of(type(self))]
 
     def as_table(self) -> str:
         """Every leaf with its value and source, a line each, for people."""
         rows = [(name, repr(value), source) for name, value, source in self.resolved()]
         width = max(len(name) for name, _, _ in rows)
         return "\n".join(f"{n:<{width}}  {v}  [{s}]" for n, v, s in rows)
+
+
+def _source_of(name: str, labels: Mapping[str, str]) -> str:
+    parts = name.split(".")
+    names = (".".join(parts[:i]) for i in range(len(parts), 0, -1))
+    return next((labels[n] for n in names if n in labels), "default")
+
+
+def _explained(cls: type[BaseModel], error: ValidationError, labels: Mapping[str, str]) -> str:
+    """A validation error in our words, with the source of every value that is wrong."""
+    lines = []
+    for detail in error.errors(include_url=False):
+        name, message = ".".join(map(str, detail["loc"])), detail["msg"]
+        if detail["type"] == "extra_forbidden":
+            message = f"not a setting; the closest one is {_closest(name, leaves_of(cls))}"
+        elif detail["type"] == "value_error":  # raised by a check of ours, a whole sentence
+            message = message.removeprefix("Value error, ")
+        else:
+            message = f"{message}, got {detail['input']!r}"
+        source = _source_of(name, labels)
+        place = name if source == "default" else f"{name} ({source})"
+        lines.append(f"{place}: {message}" if name else message)
+    return f"{cls.__name__}: " + "\n".join(lines)

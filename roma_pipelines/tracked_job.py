@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from roma_core.files import digest_of
 from roma_core.job import JobFolder, Result
-from roma_core.trainer.followers import forward, mlflow_sender
+from roma_core.trainer.followers import forward_to_mlflow
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.job import JobFailed, JobSpec, Outcome
 from roma_pipelines.launching.pipes import key_for, run_job
@@ -25,11 +25,17 @@ from roma_pipelines.targets import launcher_for
 
 _SECRETS = (
     "WANDB_API_KEY",
+    "ROMA_WANDB_API_KEY",
     "MLFLOW_TRACKING_USERNAME",
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
 )
-_SETTINGS = ("ROMA_WANDB_MODE", "ROMA_WANDB_INIT_TIMEOUT_S", "WANDB_BASE_URL")
+_SETTINGS = (
+    "ROMA_WANDB_MODE",
+    "ROMA_WANDB_INIT_TIMEOUT_S",
+    "ROMA_WANDB_FINISH_TIMEOUT_S",
+    "WANDB_BASE_URL",
+)
 
 
 @dataclass(frozen=True)
@@ -133,8 +139,7 @@ def run_tracked_job(
 
 def _bring_home(client: Any, folder: JobFolder, run_id: str) -> None:
     """Send what the job's own follower could not: an MLflow that was down misses nothing."""
-    send = mlflow_sender(client.tracking_uri, run_id)
-    forward(folder.metrics, folder.path / "mlflow.offset.json", None, send)
+    forward_to_mlflow(folder.metrics, client.tracking_uri, run_id)
 
 
 def picture(png: bytes, alt: str) -> dg.MetadataValue:

@@ -27,7 +27,7 @@ class TrainerConfig(RomaSettings):
     )
     eval_every: int = Field(500, gt=0, description="Steps between evaluations.")
     save_every: int = Field(500, gt=0, description="Steps between checkpoints.")
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Optimiser.")
     optimizer_args: dict[str, Any] = Field(
         default_factory=dict,
         description="Passed to the optimiser as JSON: betas, weight_decay, momentum, fused.",
@@ -48,7 +48,9 @@ class TrainerConfig(RomaSettings):
     warmup_steps: int | None = Field(
         None, ge=0, description="Steps of linear warm-up; None takes a tenth of all steps."
     )
-    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Course of the learning rate after the warm-up, to the last step."
+    )
     lr_scaling: bool = Field(False, description="Multiply base_lr by the number of processes.")
     gradient_clip: float | None = Field(
         1.0, gt=0, description="Largest gradient norm; None: no limit."
@@ -58,7 +60,9 @@ class TrainerConfig(RomaSettings):
     # ours
     gradient_accumulation_steps: int = Field(1, gt=0, description="Micro-batches per step.")
     mixed_precision: Literal["no", "bf16", "fp16"] | None = Field(
-        None, description="None takes what `accelerate launch` says, else no."
+        None,
+        description="Number type of forward and backward; None takes what `accelerate launch` says, "
+        "else no.",
     )
     ema_decay: float | None = Field(
         None,
@@ -66,7 +70,12 @@ class TrainerConfig(RomaSettings):
         lt=1,
         description="Decay of the averaged weights used for evaluation; None: off.",
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Classification only.")
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of each target spread evenly over all classes; classification only.",
+    )
     augment_drop_rate: float = Field(
         0.0,
         ge=0,

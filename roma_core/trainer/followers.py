@@ -1,170 +1,145 @@
 """MLflow and Weights & Biases follow ``metrics.jsonl``; neither can slow or end a run.
 
-A follower sends the records between its own offset and the committed one, with each record's own
-time, and then moves its offset. It runs as a thread beside rank 0, and once more at the outcome of
-the job, so a tracker that was down misses nothing. Only steps that a checkpoint covers are sent,
-so a resume sends no step twice.
+A follower sends the records between its own bookmark and the committed offset, with each record's
+own time, and then moves its bookmark. It runs as a thread beside rank 0, and once more at the
+outcome of the job, so a tracker that was down misses nothing. Only steps that a checkpoint covers
+are sent, and none that the bookmark has passed, so no step is sent twice: not after a resume, and
+not after one from an older checkpoint either.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
+import secrets
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import Field
-from pydantic_settings import SettingsConfigDict
 
 from roma_core.files import read_json, write_json
-from roma_core.settings import RomaSettings
 from roma_core.trainer.config import TrainerConfig
-from roma_core.trainer.metrics_log import read_records
+from roma_core.trainer.metrics_log import Record, read_records
+from roma_core.trainer.trackers import MlflowRun, Tracker, WandbConfig, WandbRun, import_tracker
 
 log = logging.getLogger(__name__)
-_BATCH = 1000  # MLflow takes at most this many metrics in one call
+_BATCH = 500  # records sent before the bookmark moves
 _RETRY_S = 15.0
 _LAST_TRY_S = 10.0  # how long a finished run waits for its followers
 
 
-class WandbConfig(RomaSettings):
-    """Weights & Biases; off unless a key or a mode is given."""
+class Bookmark:
+    """How much one run at a tracker has been told: ``<tracker>.offset.json``.
 
-    model_config = SettingsConfigDict(env_prefix="ROMA_WANDB_")
-
-    mode: Literal["auto", "online", "offline", "disabled"] = Field(
-        "auto", description="'auto' is online if WANDB_API_KEY is set, else disabled."
-    )
-    init_timeout_s: int = Field(10, gt=0, description="Longest wait for the server at the start.")
-
-    @property
-    def effective_mode(self) -> Literal["online", "offline", "disabled"]:
-        if self.mode != "auto":
-            return self.mode
-        return "online" if os.environ.get("WANDB_API_KEY") else "disabled"
-
-
-Record = dict[str, Any]
-Sender = Callable[[list[Record]], None]
-
-
-def forward(metrics: Path, offset_file: Path, end: int | None, send: Sender) -> int:
-    """Send the records between the persisted offset and byte ``end``; returns the new offset.
-
-    The offset is written after the tracker took a batch. A kill in between sends that batch again
-    with equal times, which MLflow stores once.
+    Attributes:
+        run_id: of the run at the tracker; a bookmark of another run is not believed.
+        offset: bytes of ``metrics.jsonl`` that were sent.
+        step: the last step that was sent; -1 if none was.
     """
-    start = int(read_json(offset_file)["offset"]) if offset_file.exists() else 0
+
+    def __init__(
+        self, path: Path, run_id: str | None = None, resumed_at: int | None = None
+    ) -> None:
+        """Open ``path``.
+
+        Args:
+            path: of the bookmark; it need not exist.
+            run_id: at the tracker; None takes the one in the file, or a new one.
+            resumed_at: bytes that the checkpoint covers from which the run goes on. 0 is a new
+                training, whose steps were not sent yet, whatever the bookmark says.
+        """
+        found = read_json(path, schema_version=1) if path.exists() else None
+        if found and (run_id not in (None, found["run_id"]) or (resumed_at == 0 < found["offset"])):
+            found = None
+        self.path = path
+        self.run_id: str = run_id or (found["run_id"] if found else secrets.token_hex(8))
+        self.offset: int = found["offset"] if found else 0
+        self.step: int = found["step"] if found else -1
+        if resumed_at is not None:
+            self.offset = min(self.offset, resumed_at)
+        self._write()
+
+    def move(self, offset: int, step: int) -> None:
+        """Everything up to ``offset``, which ends with ``step``, was sent."""
+        self.offset, self.step = offset, step
+        self._write()
+
+    def _write(self) -> None:
+        document = {"run_id": self.run_id, "offset": self.offset, "step": self.step}
+        write_json(self.path, {"schema_version": 1, **document})
+
+
+def forward(
+    metrics: Path, bookmark: Bookmark, end: int | None, send: Callable[[list[Record]], None]
+) -> None:
+    """Send the records between the bookmark and byte ``end``; None is the end of the file.
+
+    The bookmark moves after the tracker took a batch. A kill in between sends that batch again with
+    equal times, which MLflow stores once.
+    """
     batch: list[Record] = []
-    reached = start
-
-    def flush() -> None:
-        if batch:
-            send(batch)
-            write_json(offset_file, {"schema_version": 1, "offset": reached})
-            batch.clear()
-
-    for offset, record in read_records(metrics, start, end):
-        if batch and sum(len(r["metrics"]) for r in batch) + len(record["metrics"]) > _BATCH:
-            flush()
-        batch.append(record)
+    reached = bookmark.offset
+    for offset, record in read_records(metrics, bookmark.offset, end):
+        if record["step"] > bookmark.step:  # else it was sent before the run fell back
+            # a batch ends where a step does, or the bookmark's step would be half sent
+            if len(batch) >= _BATCH and record["step"] > batch[-1]["step"]:
+                send(batch)
+                bookmark.move(reached, batch[-1]["step"])
+                batch = []
+            batch.append(record)
         reached = offset
-    flush()
-    return reached
+    if batch:
+        send(batch)
+        bookmark.move(reached, batch[-1]["step"])
 
 
-def mlflow_sender(tracking_uri: str, run_id: str) -> Sender:
-    """Sends records to an MLflow run."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric
+def forward_to_mlflow(metrics: Path, tracking_uri: str, run_id: str) -> None:
+    """Send an MLflow run what the thread beside a training could not, once that has ended.
 
-    client = MlflowClient(tracking_uri=tracking_uri)
-
-    def send(records: list[Record]) -> None:
-        metrics = [
-            Metric(name, value, round(record["time"] * 1000), record["step"])
-            for record in records
-            for name, value in record["metrics"].items()
-        ]
-        client.log_batch(run_id, metrics=metrics)
-
-    return send
+    Raises:
+        Exception: whatever MLflow raises; nothing is lost then, and another call goes on from there.
+    """
+    bookmark = Bookmark(_bookmark_of(metrics, "mlflow"), run_id)
+    forward(metrics, bookmark, None, MlflowRun(tracking_uri, run_id).send)
 
 
-def wandb_sender(config: WandbConfig, trainer: TrainerConfig, folder: Path) -> Sender:
-    """Sends records to a Weights & Biases run named after the folder; offline if no server answers."""
-    import wandb
-
-    settings = wandb.Settings(
-        init_timeout=config.init_timeout_s,
-        silent=True,
-        console="off",
-        disable_git=True,
-        save_code=False,
-        x_disable_stats=True,
-    )
-    arguments: dict[str, Any] = {
-        "project": trainer.project_name,
-        "entity": trainer.entity_name,
-        "name": trainer.run_name or folder.name,
-        "id": folder.name,
-        "resume": "allow",
-        "dir": str(folder),
-        "settings": settings,
-    }
-    try:
-        run = wandb.init(mode=config.effective_mode, **arguments)
-    except Exception as error:
-        if config.effective_mode != "online":
-            raise
-        log.warning("Weights & Biases did not answer (%s); logging offline", error)
-        run = wandb.init(mode="offline", **arguments)
-    run.define_metric("*", step_metric="trainer/global_step")
-
-    def send(records: list[Record]) -> None:
-        for record in records:
-            # no step=: a replay after a resume is then a point, not a dropped row
-            run.log(
-                {
-                    **record["metrics"],
-                    "trainer/global_step": record["step"],
-                    "epoch": record["epoch"],
-                }
-            )
-
-    return send
+def _bookmark_of(metrics: Path, tracker: str) -> Path:
+    return metrics.with_name(f"{tracker}.offset.json")
 
 
 class Followers:
     """The follower threads of one run."""
 
-    def __init__(self, metrics: Path, makers: dict[str, Callable[[], Sender]]) -> None:
+    def __init__(self, metrics: Path) -> None:
         self.metrics = metrics
-        self._followers = [_Follower(metrics, name, maker) for name, maker in makers.items()]
+        self._followers: list[_Follower] = []
 
     @classmethod
     def of_environment(cls, folder: Path, trainer: TrainerConfig) -> Followers:
-        """MLflow if ``MLFLOW_TRACKING_URI`` and ``MLFLOW_RUN_ID`` are set; wandb as configured."""
-        makers: dict[str, Callable[[], Sender]] = {}
-        uri, run_id = os.environ.get("MLFLOW_TRACKING_URI"), os.environ.get("MLFLOW_RUN_ID")
-        if uri and run_id:
-            makers["mlflow"] = lambda: mlflow_sender(uri, run_id)
-        wandb_config = WandbConfig()
-        if trainer.log_wandb and wandb_config.effective_mode != "disabled":
-            if importlib.util.find_spec("wandb") is None:
-                raise ModuleNotFoundError("ROMA_WANDB_MODE asks for wandb, which is not installed")
-            makers["wandb"] = lambda: wandb_sender(wandb_config, trainer, folder)
-        return cls(folder / "metrics.jsonl", makers)
+        """MLflow if ``MLFLOW_TRACKING_URI`` and ``MLFLOW_RUN_ID`` are set; wandb as configured.
+
+        Raises:
+            ModuleNotFoundError: a tracker is configured and not installed.
+        """
+        followers = cls(folder / "metrics.jsonl")
+        uri, mlflow_run = os.environ.get("MLFLOW_TRACKING_URI"), os.environ.get("MLFLOW_RUN_ID")
+        if uri and mlflow_run:
+            import_tracker("mlflow")
+            followers.add("mlflow", lambda run_id: MlflowRun(uri, run_id), mlflow_run)
+        wandb = WandbConfig()
+        if trainer.log_wandb and wandb.effective_mode != "disabled":
+            import_tracker("wandb")
+            followers.add("wandb", lambda run_id: WandbRun(wandb, trainer, folder, run_id))
+        return followers
+
+    def add(self, name: str, make: Callable[[str], Tracker], run_id: str | None = None) -> None:
+        """Let the tracker that ``make(run_id)`` connects to follow; without an id, a run of its own."""
+        self._followers.append(_Follower(self.metrics, name, make, run_id))
 
     def start(self, offset: int) -> None:
         """Begin; ``offset`` bytes of metrics.jsonl are committed already."""
         for follower in self._followers:
-            follower.cut(offset)
-            follower.committed = offset
+            follower.resumed_at = follower.committed = offset
             follower.start()
 
     def committed(self, offset: int) -> None:
@@ -174,54 +149,72 @@ class Followers:
             follower.news.set()
 
     def close(self) -> None:
-        """Give every follower a last, bounded chance."""
-        for follower in self._followers:
+        """Give every follower a last chance, for at most ten seconds in all."""
+        started = [f for f in self._followers if f.ident is not None]
+        for follower in started:
             follower.ending = True
             follower.news.set()
-        for follower in self._followers:
-            follower.join(timeout=_LAST_TRY_S)
+        deadline = time.monotonic() + _LAST_TRY_S
+        for follower in started:
+            follower.join(timeout=max(0.0, deadline - time.monotonic()))
+            if not follower.up_to_date:
+                log.warning(
+                    "%s has not taken all metrics; they are in %s, and resuming the run sends the rest",
+                    follower.name,
+                    self.metrics,
+                )
 
 
 class _Follower(threading.Thread):
     """Forwards to one tracker; its failures are warnings."""
 
-    def __init__(self, metrics: Path, name: str, make: Callable[[], Sender]) -> None:
-        super().__init__(name=f"follower-{name}", daemon=True)
-        self.metrics, self.make = metrics, make
-        self.offset_file = metrics.with_name(f"{name}.offset.json")
-        self.committed = 0
+    def __init__(
+        self, metrics: Path, name: str, make: Callable[[str], Tracker], run_id: str | None
+    ) -> None:
+        super().__init__(name=name, daemon=True)
+        self.metrics, self.make, self.run_id = metrics, make, run_id
+        self.resumed_at = self.committed = 0
         self.ending = False
+        self.up_to_date = False
         self.news = threading.Event()
-        self._send: Sender | None = None
-        self._warned = False
-
-    def cut(self, offset: int) -> None:
-        """Forget an offset beyond the checkpoint that the run resumes from."""
-        if self.offset_file.exists() and int(read_json(self.offset_file)["offset"]) > offset:
-            write_json(self.offset_file, {"schema_version": 1, "offset": offset})
+        self._bookmark: Bookmark | None = None
+        self._tracker: Tracker | None = None
+        self._is_down = False
 
     def run(self) -> None:
         while True:
             ending = self.ending
-            failed = not self._try()
+            self._try(self._catch_up)
             if ending:
-                return
-            self.news.wait(timeout=_RETRY_S if failed else None)
+                break
+            self.news.wait(timeout=_RETRY_S if self._is_down else None)
             self.news.clear()
+        if self._tracker is not None:
+            self._try(self._tracker.close)
 
-    def _try(self) -> bool:
+    def _catch_up(self) -> None:
+        self.up_to_date = False
+        if self._bookmark is None:
+            path = _bookmark_of(self.metrics, self.name)
+            self._bookmark = Bookmark(path, self.run_id, self.resumed_at)
+        if self._tracker is None:
+            self._tracker = self.make(self._bookmark.run_id)
+        forward(self.metrics, self._bookmark, self.committed, self._tracker.send)
+        self.up_to_date = True
+
+    def _try(self, act: Callable[[], None]) -> None:
         try:
-            if self._send is None:
-                self._send = self.make()
-            forward(self.metrics, self.offset_file, self.committed, self._send)
+            act()
         except Exception as error:  # a tracker that is down must never end a run
-            if not self._warned:
+            if not self._is_down:
                 log.warning(
                     "%s: %s; training goes on, its metrics wait in %s",
                     self.name,
                     error,
                     self.metrics,
                 )
-            self._warned = True
-            return False
-        return True
+            self._is_down = True
+            return
+        if self._is_down:
+            log.info("%s answers again", self.name)
+        self._is_down = False

@@ -95,7 +95,7 @@ class TrainingRun:
         if threads := config.threads or (None if self.accelerator.device.type == "cuda" else 1):
             torch.set_num_threads(threads)
         self.checkpoints = config.checkpoint_dir
-        self.folder = folder or self.checkpoints.absolute().parent
+        self.folder = folder or self.checkpoints.absolute()
         if config.label_smoothing and isinstance(model, RoMAForClassification):
             smoothed = partial(
                 F.cross_entropy, reduction="none", label_smoothing=config.label_smoothing

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+Record = dict[str, Any]
+"""One line of the file."""
 
 
 class MetricsLog:
@@ -34,13 +38,19 @@ class MetricsLog:
     def append(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
         """Add one record; numbers that are not finite are left out."""
         finite = {k: float(v) for k, v in metrics.items() if math.isfinite(v)}
-        record = {"step": step, "epoch": round(epoch, 6), "time": time.time(), "metrics": finite}
+        record: Record = {
+            "step": step,
+            "epoch": round(epoch, 6),
+            "time": time.time(),
+            "metrics": finite,
+        }
         self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
 
     @property
     def offset(self) -> int:
-        """Bytes written."""
+        """Bytes written, all of them safe on disk, so that a checkpoint may count on them."""
+        os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
@@ -49,7 +59,7 @@ class MetricsLog:
 
 def read_records(
     path: Path, start: int = 0, end: int | None = None
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Iterator[tuple[int, Record]]:
     """(offset after it, record) of every whole line between two byte offsets."""
     if not path.exists():
         return

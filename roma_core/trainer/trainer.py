@@ -57,7 +57,7 @@ class Trainer:
         Args:
             train_dataset, test_dataset: items as :class:`~roma_core.trainer.batches.MapStyle` says.
             model: moved to this process's device and trained in place.
-            folder: of the run; ``metrics.jsonl`` goes there. The parent of ``checkpoint_dir`` by default.
+            folder: of the run; ``metrics.jsonl`` goes there. ``checkpoint_dir`` by default.
             attempt: where to beat and to look for a stop file, if a launcher watches.
             what: name of the training in progress messages.
 

@@ -91,7 +91,7 @@ def classifier():
 
 
 def points(folder) -> list[tuple[str, int, float]]:
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    lines = (Path(folder) / "checkpoints/metrics.jsonl").read_text().splitlines()
     wall_clock = ("train/tokens_per_s", "train/data_wait_share")
     return [
         (name, r["step"], value)
@@ -145,7 +145,7 @@ def test_training_learns_and_records_each_metric_once(tmp_path):
 
     assert end.status == "completed" and end.step == 60
     assert end.metrics["eval/accuracy"] > 0.9
-    assert seen[-1] == (tmp_path.absolute(), "cpu")
+    assert seen[-1] == (tmp_path.absolute() / "checkpoints", "cpu")
     found = points(tmp_path)
     assert len({(n, s) for n, s, _ in found}) == len(found)
     assert {s for n, s, _ in found if n == "train/loss"} == set(range(1, 61))
@@ -208,7 +208,7 @@ def start(folder, model="autoencoder", changes="", processes=1, wait=True):
 
 def interrupt(process, folder, until, number) -> str:
     """Send a signal once ``until`` records are written; the process's output."""
-    metrics = Path(folder) / "metrics.jsonl"
+    metrics = Path(folder) / "checkpoints/metrics.jsonl"
     while process.poll() is None:
         if metrics.exists() and len(metrics.read_text().splitlines()) > until:
             process.send_signal(number)

@@ -1,25 +1,6 @@
-"""An embedded store per test, copied from one that is created once: creation takes seconds."""
-
-import shutil
-
 import pytest
 
-from roma_pipelines.registry.store import DATABASE, MlflowSettings, connect, ensure_store
-
-
-@pytest.fixture(scope="session")
-def store_template(tmp_path_factory):
-    root = tmp_path_factory.mktemp("store")
-    ensure_store(root)
-    return root / DATABASE
-
-
-@pytest.fixture
-def store_root(store_template, tmp_path):
-    root = tmp_path / "state"
-    root.mkdir()
-    shutil.copyfile(store_template, root / DATABASE)
-    return root
+from roma_pipelines.registry.store import MlflowSettings, connect
 
 
 @pytest.fixture
