@@ -212,6 +212,8 @@ class TrainingRun:
                 self._evaluate()
             if self.step % self.config.save_every == 0 or last:
                 self._save()
+        if not self.evaluated:  # killed between the last checkpoint and the result
+            self.evaluated = self._measured()
         return self._end("completed")
 
     def _stopped(self) -> TrainingEnd:
@@ -352,8 +354,16 @@ class TrainingRun:
             self.log.append(self.step, self.step / self.plan.batches_per_epoch, metrics)
 
     def _evaluate(self) -> None:
+        self.evaluated = self._measured()
+        if self.evaluated:
+            self._record(self.evaluated)
+            if self.progress:
+                self.progress.update(self.step, self.shown, force=True)
+
+    def _measured(self) -> dict[str, float]:
+        """Metrics on the test set, on all processes alike; empty without one."""
         if self.test_dataset is None or len(self.test_dataset) == 0:
-            return
+            return {}
         arguments = (
             self.test_dataset,
             Collate(self.model.config, self.config.random_seed),
@@ -374,10 +384,7 @@ class TrainingRun:
                 loss = self.shown.get("train/loss", float("nan"))
                 extra = self.evaluate_callback(self.model, loss, self.test_dataset)
                 metrics |= {f"eval/{k}": float(v) for k, v in (extra or {}).items()}
-        self.evaluated = metrics
-        self._record(metrics)
-        if self.progress:
-            self.progress.update(self.step, self.shown, force=True)
+        return metrics
 
     def _save(self) -> None:
         """Commit a checkpoint; the other ranks wait, so that none runs ahead of a failed save."""

@@ -154,6 +154,17 @@ def test_training_learns_and_records_each_metric_once(tmp_path):
     ]
 
 
+def test_a_run_killed_after_its_last_checkpoint_still_reports_its_metrics(tmp_path):
+    ends = [
+        Trainer(config(tmp_path, epochs=2)).train(Sines(16), Sines(8), classifier())
+        for _ in range(2)
+    ]
+    assert ends[0].step == ends[1].step == 4
+    assert ends[0].metrics == ends[1].metrics != {}
+    found = points(tmp_path)
+    assert len({(n, s) for n, s, _ in found}) == len(found)
+
+
 def test_classes_are_counted_when_dim_output_is_not_given(tmp_path):
     model = RoMAForClassification(RoMAForClassificationConfig(**SHAPE))
     Trainer(config(tmp_path, epochs=1)).train(Sines(16), Sines(8), model)
