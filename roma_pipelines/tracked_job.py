@@ -70,7 +70,7 @@ def run_tracked_job(
     command: str,
     config: BaseModel,
     *,
-    processes: int = 1,
+    processes: int | None = None,
     params: Mapping[str, Any],
 ) -> TrackedJob:
     """Run ``roma COMMAND`` as a job of the experiment.
@@ -79,7 +79,8 @@ def run_tracked_job(
 
     Args:
         config: the frozen configuration, which becomes ``config.json``.
-        processes: training processes on the node.
+        processes: training processes on the node, started by torchrun; None for work that is no
+            training and runs in one plain process.
         params: MLflow parameters.
 
     Raises:
@@ -108,8 +109,8 @@ def run_tracked_job(
         key=key,
         command=("-m", "roma_core.cli", command, "--job", str(folder.path)),
         config_digest=digest_of(document),
-        starter="torchrun" if processes > 1 else "plain",
-        processes_per_node=processes,
+        starter="plain" if processes is None else "torchrun",
+        processes_per_node=processes or 1,
         threads_per_process=experiment.resources.threads_per_process,
         env_names=(*_SECRETS, *_SETTINGS),
     )

@@ -11,6 +11,7 @@ from roma_core.data.columns import read_manifest
 from roma_core.data.schema import Manifest
 from roma_core.evaluation.facts import Fact, FactSheet
 from roma_core.evaluation.job_config import EvaluationJobConfig
+from roma_core.evaluation.metrics import Metrics
 from roma_core.files import read_json, write_json
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.provenance import code_version
@@ -128,7 +129,8 @@ def _materialised(
     return dg.MaterializeResult(
         metadata={
             **job.metadata(),
-            "report": dg.MetadataValue.url(job.output("report").as_uri()),
+            "report": dg.MetadataValue.path(str(job.output("report"))),
+            "metrics": dg.MetadataValue.md(_metrics_table(job)),
             "champion_version": config.champion_version or "none",
             "confusion": picture((plots / "confusion.png").read_bytes(), "confusion matrix"),
             "reliability": picture((plots / "reliability.png").read_bytes(), "reliability curve"),
@@ -150,6 +152,15 @@ def _materialised(
             ),
         ],
     )
+
+
+def _metrics_table(job: TrackedJob) -> str:
+    metrics = Metrics.model_validate(read_json(job.output("metrics")))
+    rows = [
+        f"| {name.replace('_', ' ')} | {m.value:.4f} | {m.low:.4f}–{m.high:.4f} |"
+        for name, m in metrics.estimates().items()
+    ]
+    return "\n".join(["| test metric | value | 95 % interval |", "| --- | --- | --- |", *rows])
 
 
 def _facts(
