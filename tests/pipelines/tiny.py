@@ -8,6 +8,7 @@ from typing import Any
 
 import dagster as dg
 import numpy as np
+import psutil
 
 from roma_pipelines.components import RomaExperiment
 
@@ -66,3 +67,13 @@ def attributes(folder: Path, **changes: Mapping[str, Any]) -> dict[str, Any]:
 def definitions(sections: Mapping[str, Any]) -> dg.Definitions:
     """What the component makes of it."""
     return RomaExperiment(**sections).build_defs(None)  # type: ignore[arg-type]
+
+
+def living_jobs(folder: Path) -> list[psutil.Process]:
+    """Processes of training jobs whose job folder lies under ``folder``."""
+    return [
+        process
+        for process in psutil.process_iter(["environ", "status"])
+        if (process.info["environ"] or {}).get("ROMA_JOB_FOLDER", "").startswith(str(folder))
+        and process.info["status"] != psutil.STATUS_ZOMBIE
+    ]
