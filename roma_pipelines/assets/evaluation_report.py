@@ -127,11 +127,12 @@ def _materialised(
     plots = job.output("plots")
     return dg.MaterializeResult(
         metadata={
-            **job.metadata(),
-            "report": dg.MetadataValue.url(job.output("report").as_uri()),
-            "champion_version": config.champion_version or "none",
+            # no link: a browser does not follow one from a page to a file
+            "report": dg.MetadataValue.path(str(job.output("report"))),
             "confusion": picture((plots / "confusion.png").read_bytes(), "confusion matrix"),
             "reliability": picture((plots / "reliability.png").read_bytes(), "reliability curve"),
+            "champion_version": config.champion_version or "none",
+            **job.metadata(),
         },
         check_results=[
             dg.AssetCheckResult(

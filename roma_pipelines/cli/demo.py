@@ -251,4 +251,4 @@ def _event_text(event: dg.DagsterEvent) -> str | None:
         if isinstance(value.value, int | float) and ("loss" in name or "accuracy" in name)
     }
     shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-    return f"step {step.value}/{total.value}  {shown}"
+    return f"step {step.value}/{total.value}  {shown}".rstrip()
