@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import dagster as dg
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from roma_core.data.config import DatasetConfig
 from roma_core.evaluation.facts import Baseline
 from roma_core.files import digest_of
+from roma_pipelines.complaints import about_trainings
 from roma_pipelines.provenance import DISTRIBUTION
 from roma_pipelines.registry.promotion import GateThresholds
 
@@ -53,6 +54,13 @@ class Experiment(_Section):
     )
     owners: tuple[str, ...] = Field((), description="E-mail addresses or team:NAME.")
     tags: dict[str, str] = Field({}, description="Further tags of the assets.")
+
+    @model_validator(mode="after")
+    def _trainings_can_be_configured(self) -> Self:
+        before, after = self.pretraining, self.finetuning
+        if wrong := about_trainings(before.model, before.trainer, after.model, after.trainer):
+            raise ValueError("\n".join(wrong))
+        return self
 
     def key(self, noun: str) -> dg.AssetKey:
         """Key of one of its assets."""

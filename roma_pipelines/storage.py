@@ -11,6 +11,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from pathlib import Path
 from typing import Self
 
@@ -21,6 +23,8 @@ from roma_core.files import create_json, read_json
 from roma_core.settings import RomaSettings
 
 LAYOUT_VERSION = 1
+MIN_FREE_MB = 200
+"""Less free space than this is refused before work begins: databases, logs and a small model need it."""
 
 
 class StorageSettings(RomaSettings):
@@ -55,7 +59,7 @@ class Storage:
         """The configured storage, created if it is not there.
 
         Raises:
-            StorageError: it was written by another version, or cannot be written.
+            StorageError: it was written by another version, cannot be written, or has no room.
         """
         storage = cls(root or StorageSettings().root)
         layout = storage.root / "layout.json"
@@ -75,4 +79,23 @@ class Storage:
                 f"{storage.root} was written by another version of this software ({error}); move it "
                 f"away, or set ROMA_STORAGE_ROOT to another folder"
             ) from error
+        if storage.free_mb < MIN_FREE_MB:
+            raise StorageError(
+                f"{storage.root} has {storage.free_mb:.0f} MB of free space, at least {MIN_FREE_MB} MB "
+                f"are needed; free some, or set ROMA_STORAGE_ROOT to a folder on another disk"
+            )
         return storage
+
+    @property
+    def free_mb(self) -> float:
+        """Free space on the disk of the root, in MB."""
+        return shutil.disk_usage(self.root).free / 1e6
+
+    def is_full(self, error: BaseException) -> bool:
+        """Whether an error comes of a full disk; SQLite does not always say so."""
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+                return True
+            cause = cause.__cause__ or cause.__context__
+        return self.free_mb < 1

@@ -11,11 +11,11 @@ from typing import Any
 import dagster as dg
 from pydantic import BaseModel
 
-from roma_core.files import digest_of
+from roma_core.files import digest_of, read_json
 from roma_core.job import JobFolder, Result
 from roma_core.trainer.followers import forward_to_mlflow
 from roma_pipelines.experiment import Experiment
-from roma_pipelines.launching.job import JobFailed, JobSpec, Outcome
+from roma_pipelines.launching.job import AttemptRecord, JobFailed, JobSpec, Outcome
 from roma_pipelines.launching.pipes import key_for, run_job
 from roma_pipelines.provenance import code_version
 from roma_pipelines.registry.runs import end_run, find_or_create_run
@@ -130,12 +130,25 @@ def run_tracked_job(
         raise dg.Failure(
             description=str(error), metadata={"job_folder": str(folder.path)}, allow_retries=False
         ) from error
+    except BaseException:  # interrupted: a job that was left running keeps its run open
+        if _was_cancelled(folder):
+            end_run(client, run_id, "KILLED")
+        raise
     assert outcome.result is not None, "a completed job has a result"
     _bring_home(client, folder, run_id)
     for file in (folder.config, folder.result):
         client.log_artifact(run_id, str(file))
     end_run(client, run_id, "FINISHED")
     return TrackedJob(outcome, folder, outcome.result, run_id, client)
+
+
+def _was_cancelled(folder: JobFolder) -> bool:
+    numbers = folder.attempt_numbers()
+    if not numbers:
+        return False
+    document = read_json(folder.attempt_record(numbers[-1]), schema_version=1)
+    record = AttemptRecord.model_validate(document)
+    return record.end is not None and record.end.how == "cancelled"
 
 
 def _bring_home(client: Any, folder: JobFolder, run_id: str) -> None:

@@ -13,14 +13,14 @@ from roma_core.model.config import EncoderConfig, RoMAForClassificationConfig
 from roma_core.settings import SettingsError
 
 _OWN_KEYS = ("schema_version", "class", "data_schema")
-_DROPOUTS = (
+DROPOUTS = (
     "drop_path_rate",
     "hidden_drop_rate",
     "attn_proj_drop_rate",
     "attn_drop_rate",
     "pos_drop_rate",
 )
-_SHAPE = (
+SHAPE = (
     "use_cls",
     "pos_encoding",
     "max_len",
@@ -29,6 +29,7 @@ _SHAPE = (
     "n_pos_dims",
     "p_rope_val",
 )
+HEAD = ("head_drop_rate", "dim_output", "problem_type", "pooling")
 
 
 def settings_of(document: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def classifier_config(
     stack = stored["encoder_config"]
     wished_dropouts = _dropouts_of(wishes.get("encoder_config", {}), stack)
     others = {k: v for k, v in wishes.items() if k != "encoder_config"}
-    for name in _SHAPE:
+    for name in SHAPE:
         wish = others.pop(name, stored[name])
         if (list(wish) if isinstance(wish, tuple) else wish) != stored[name]:
             raise SettingsError(
@@ -74,21 +75,20 @@ def classifier_config(
             "dim_output (the number of classes) is needed to start a classifier from a pretraining checkpoint: "
             "give it as a keyword or set ROMA_CLASSIFIER_DIM_OUTPUT"
         )
-    shape = {k: v for k, v in stack.items() if k not in _DROPOUTS}
-    dropouts = {k: getattr(asked.encoder_config, k) for k in _DROPOUTS} | wished_dropouts
-    head = ("head_drop_rate", "dim_output", "problem_type", "pooling")
+    shape = {k: v for k, v in stack.items() if k not in DROPOUTS}
+    dropouts = {k: getattr(asked.encoder_config, k) for k in DROPOUTS} | wished_dropouts
     return RoMAForClassificationConfig.from_values(
-        {name: stored[name] for name in _SHAPE}
+        {name: stored[name] for name in SHAPE}
         | {"encoder_config": shape | dropouts}
-        | {name: getattr(asked, name) for name in head}
+        | {name: getattr(asked, name) for name in HEAD}
     )
 
 
 def _dropouts_of(wish: EncoderConfig | dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     values = wish.model_dump(exclude_unset=True) if isinstance(wish, EncoderConfig) else dict(wish)
     for name, value in values.items():
-        if name not in _DROPOUTS and value != stored.get(name):
+        if name not in DROPOUTS and value != stored.get(name):
             raise SettingsError(
                 f"encoder_config.{name}={value} contradicts the checkpoint, which has {stored.get(name)}; leave it out"
             )
-    return {name: value for name, value in values.items() if name in _DROPOUTS}
+    return {name: value for name, value in values.items() if name in DROPOUTS}

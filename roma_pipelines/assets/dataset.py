@@ -44,6 +44,8 @@ def dataset_asset(experiment: Experiment) -> dg.AssetsDefinition:
         return dg.MaterializeResult(
             data_version=dg.DataVersion(manifest.digest),
             metadata={
+                "plot": picture(plot_profile(profile, stored), "profile of the data set"),
+                "profile": dg.MetadataValue.md(as_markdown(profile)),
                 "path": dg.MetadataValue.path(str(path)),
                 "digest": manifest.digest,
                 **counts,
@@ -51,8 +53,6 @@ def dataset_asset(experiment: Experiment) -> dg.AssetsDefinition:
                 "classes": len(stored.schema.classes),
                 "source": manifest.provenance.source,
                 "licence": manifest.provenance.licence,
-                "profile": dg.MetadataValue.md(as_markdown(profile)),
-                "plot": picture(plot_profile(profile, stored), "profile of the data set"),
             },
             check_results=[
                 dg.AssetCheckResult(

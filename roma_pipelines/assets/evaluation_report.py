@@ -128,12 +128,13 @@ def _materialised(
     plots = job.output("plots")
     return dg.MaterializeResult(
         metadata={
-            **job.metadata(),
+            # no link: a browser does not follow one from a page to a file
             "report": dg.MetadataValue.path(str(job.output("report"))),
             "metrics": dg.MetadataValue.md(_metrics_table(job)),
-            "champion_version": config.champion_version or "none",
             "confusion": picture((plots / "confusion.png").read_bytes(), "confusion matrix"),
             "reliability": picture((plots / "reliability.png").read_bytes(), "reliability curve"),
+            "champion_version": config.champion_version or "none",
+            **job.metadata(),
         },
         check_results=[
             dg.AssetCheckResult(

@@ -93,9 +93,9 @@ def _materialised(job: TrackedJob) -> dg.MaterializeResult:
     records = [record for _, record in read_records(job.folder.metrics)]
     return dg.MaterializeResult(
         metadata={
+            "learning_curve": picture(learning_curve(records), "learning curve"),
             **job.metadata(),
             "weights": dg.MetadataValue.path(str(weights)),
             "metrics": dg.MetadataValue.path(str(job.folder.metrics)),
-            "learning_curve": picture(learning_curve(records), "learning curve"),
         }
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,7 @@ def demo(experiment: str, fresh: bool) -> None:
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     started = time.monotonic()
+    _end_like_ctrl_c(signal.SIGTERM, signal.SIGHUP)
     from roma_pipelines.instance import prepare_instance
     from roma_pipelines.storage import Storage, StorageError
 
@@ -47,22 +49,45 @@ def demo(experiment: str, fresh: bool) -> None:
 
     import dagster as dg
 
-    with dg.DagsterInstance.get() as instance:
-        definitions = _definitions()
-        keys = [dg.AssetKey([experiment, noun]) for noun in _NOUNS]
-        known = {key.path[0] for key in definitions.resolve_all_asset_keys()}
-        if experiment not in known:
-            raise click.ClickException(
-                f"there is no experiment {experiment!r}; there are {', '.join(sorted(known))}"
-            )
-        missing = keys if fresh else _missing(instance, definitions, keys)
-        if missing:
-            names = ", ".join(key.path[-1] for key in missing)
-            click.echo(f"materialising {experiment}: {names}")
-            _materialise(instance, definitions, missing)
-        else:
-            click.echo(f"{experiment} is there already, with these settings; --fresh runs it again")
-        _conclude(instance, storage, experiment, keys, time.monotonic() - started)
+    try:
+        with dg.DagsterInstance.get() as instance:
+            _run(instance, storage, experiment, fresh, started)
+    except Exception as error:
+        if not storage.is_full(error):
+            raise
+        raise click.ClickException(
+            f"no space is left in {storage.root}; free some, then the same command goes on where it "
+            f"stopped"
+        ) from error
+
+
+def _end_like_ctrl_c(*numbers: signal.Signals) -> None:
+    """A closed terminal or a polite kill ends the training too: nobody would ever adopt it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
+    for number in numbers:
+        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+
+
+def _run(
+    instance: dg.DagsterInstance, storage: Storage, experiment: str, fresh: bool, started: float
+) -> None:
+    import dagster as dg
+
+    definitions = _definitions()
+    keys = [dg.AssetKey([experiment, noun]) for noun in _NOUNS]
+    known = {key.path[0] for key in definitions.resolve_all_asset_keys()}
+    if experiment not in known:
+        raise click.ClickException(
+            f"there is no experiment {experiment!r}; there are {', '.join(sorted(known))}"
+        )
+    missing = keys if fresh else _missing(instance, definitions, keys)
+    if missing:
+        names = ", ".join(key.path[-1] for key in missing)
+        click.echo(f"materialising {experiment}: {names}")
+        _materialise(instance, definitions, missing)
+    else:
+        click.echo(f"{experiment} is there already, with these settings; --fresh runs it again")
+    _conclude(instance, storage, experiment, keys, time.monotonic() - started)
 
 
 def _definitions() -> dg.Definitions:
@@ -102,7 +127,10 @@ def _still_on_disk(materialisation: dg.AssetMaterialization) -> bool:
 def _materialise(
     instance: dg.DagsterInstance, definitions: dg.Definitions, keys: list[dg.AssetKey]
 ) -> None:
+    import dagster as dg
+
     job = definitions.resolve_implicit_global_asset_job_def()
+    interrupted = "interrupted; the same command goes on where it stopped"
     try:
         result = job.execute_in_process(
             instance=instance,
@@ -110,10 +138,8 @@ def _materialise(
             run_config={"loggers": {_LOGGER: {}}},
             raise_on_error=False,
         )
-    except KeyboardInterrupt:
-        raise click.ClickException(
-            "interrupted; the same command goes on where it stopped"
-        ) from None
+    except KeyboardInterrupt:  # between two steps
+        raise click.ClickException(interrupted) from None
     if result.success:
         return
     lines = []
@@ -122,6 +148,8 @@ def _materialise(
             error = event.step_failure_data.error
             while error.cause is not None:
                 error = error.cause
+            if error.cls_name == dg.DagsterExecutionInterruptedError.__name__:
+                raise click.ClickException(interrupted)
             lines.append(f"{event.step_key}: {error.message.strip()}")
     for evaluation in result.get_asset_check_evaluations():
         if not evaluation.passed:
@@ -140,6 +168,7 @@ def _conclude(
     """Where things are, what they are worth, and what to do next."""
     from roma_core.evaluation.metrics import Metrics
     from roma_core.files import read_json
+    from roma_pipelines.registry.store import MlflowSettings, ensure_store
 
     facts: dict[str, dict[str, Any]] = {}
     for key in keys:
@@ -168,9 +197,12 @@ def _conclude(
     click.echo(
         f"time        {seconds:.0f} s, of which pretraining {trained[0]:.0f} s and finetuning {trained[1]:.0f} s"
     )
+    uri = MlflowSettings().tracking_uri or ensure_store(storage.mlflow)
+    by_default = f"sqlite:///{here}/.roma/mlflow/mlflow.db"
+    store = "" if uri == by_default else f" --tracking-uri {uri}"
     click.echo(
         f"next        make up    # the Dagster and MLflow pages, or:\n"
-        f"            roma predict --model {model['uri']} {near(data)} predictions.parquet"
+        f"            roma predict --model {model['uri']}{store} {near(data)} predictions.parquet"
     )
     accuracy = metrics.accuracy
     click.echo(f"test accuracy {accuracy.value:.3f} (95 % {accuracy.low:.3f}–{accuracy.high:.3f})")
@@ -219,4 +251,4 @@ def _event_text(event: dg.DagsterEvent) -> str | None:
         if isinstance(value.value, int | float) and ("loss" in name or "accuracy" in name)
     }
     shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-    return f"step {step.value}/{total.value}  {shown}"
+    return f"step {step.value}/{total.value}  {shown}".rstrip()

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from roma_core.files import write_json
+
 if TYPE_CHECKING:
     from roma_pipelines.storage import Storage
 
@@ -52,7 +54,7 @@ def up(dagster_port: int, mlflow_port: int) -> None:
     except (StorageError, StoreError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
 
-    commands = {"Dagster": (_dagster(dagster_port), f"http://127.0.0.1:{dagster_port}")}
+    commands = {"Dagster": (_dagster(dagster_port, home), f"http://127.0.0.1:{dagster_port}")}
     if uri.startswith("sqlite:"):
         commands["MLflow"] = (_mlflow(mlflow_port, uri, storage), f"http://127.0.0.1:{mlflow_port}")
     else:
@@ -84,9 +86,12 @@ def _check_free(name: str, port: int, option: str) -> None:
             ) from error
 
 
-def _dagster(port: int) -> list[str]:
+def _dagster(port: int, home: Path) -> list[str]:
+    # the name that workspace.yaml gives too: schedules and runs belong to a location by its name
+    module = {"module_name": "roma_pipelines.definitions", "location_name": "roma_pipelines"}
+    write_json(home / "workspace.yaml", {"load_from": [{"python_module": module}]})
     return [
-        *(sys.executable, "-m", "dagster", "dev", "-m", "roma_pipelines.definitions"),
+        *(sys.executable, "-m", "dagster", "dev", "-w", str(home / "workspace.yaml")),
         *("-h", "127.0.0.1", "-p", str(port)),
     ]
 

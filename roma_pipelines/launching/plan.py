@@ -9,12 +9,15 @@ from roma_pipelines.launching.job import JobSpec
 
 
 def program(
-    spec: JobSpec, python: str, node_rank: str, master_addr: str, master_port: str
+    spec: JobSpec, python: str, node_rank: str, master_addr: str, master_port: str, scratch: str
 ) -> list[str]:
     """The command line of one node, under the claim of the attempt.
 
     Rendezvous is static, which keeps global rank 0 on the first node, and torchrun restarts
     nothing itself: the supervisor alone makes attempts.
+
+    Args:
+        scratch: folder for torchrun's own files.
 
     Raises:
         ValueError: ``starter="plain"`` with more than one process.
@@ -34,6 +37,7 @@ def program(
         f"--master-addr={master_addr}",
         f"--master-port={master_port}",
         "--max-restarts=0",
+        f"--log-dir={scratch}",  # else it leaves a folder in /tmp for every attempt
         *spec.command,
     ]
 
@@ -56,7 +60,8 @@ def plan_local(
             f"the target local is one computer, the job asks for nodes={spec.nodes}; "
             f"use nodes=1 with more processes_per_node, or another target"
         )
-    argv = program(spec, python, "0", "127.0.0.1", str(master_port))
+    scratch = f"{folder}/attempts/{attempt}/torchrun"
+    argv = program(spec, python, "0", "127.0.0.1", str(master_port), scratch)
     return claimed(folder, attempt, python, argv)
 
 

@@ -357,9 +357,11 @@ class Supervisor:
         if leave == "detach":
             self._decide(n, seen, "left the job as it is; a retry adopts it")
             return
-        self._decide(n, seen, "cancel the job")
-        if handle := self._find(records[-1]):
-            self.launcher.cancel(handle)
+        try:
+            self._decide(n, seen, "cancel the job")
+        finally:  # a full disk may be why the watch ended; the job must end all the same
+            if handle := self._find(records[-1]):
+                self.launcher.cancel(handle)
         self._end(n, "cancelled", f"{seen}; cancelled", newest_checkpoint(self.folder))
 
     def _decide(self, attempt: int | None, seen: str, done: str) -> None:

@@ -14,5 +14,6 @@ PYTHONUNBUFFERED=1 \
     --master-addr=127.0.0.1 \
     --master-port=FREE_PORT \
     --max-restarts=0 \
+    --log-dir=JOB_FOLDER/attempts/1/torchrun \
     -m roma_core.cli pretrain \
     --job '$(a '"'"'strange'"'"' folder)'

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -260,6 +261,24 @@ def test_an_interrupt_may_end_the_job(launcher, folder, make_spec, starts, proce
     assert asked == [caught.value]
     assert processes() == []
     assert Supervisor(launcher, folder, spec, CONFIG).records()[0].end.how == "cancelled"
+
+
+def test_a_full_disk_does_not_keep_an_interrupt_from_ending_the_job(
+    launcher, folder, make_spec, processes
+):
+    def on_poll(state):
+        if (folder.path / "starts").exists():
+            raise Killed
+
+    def on_note(note):
+        if "cancel the job" in note:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    options = {"on_interrupt": lambda error: "cancel", "on_poll": on_poll, "on_note": on_note}
+    with pytest.raises(OSError, match="No space left"):
+        supervise(launcher, folder, make_spec("wait_for('go', 60)"), CONFIG, **options, **FAST)
+
+    assert processes() == []
 
 
 @pytest.mark.parametrize("point", ["after intent", "after submit"])

@@ -1,0 +1,181 @@
+"""What Dagster loads: quickly, without anything heavy, and refusing a wrong file by its name."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import dagster as dg
+import pytest
+import yaml
+
+from roma_pipelines.components import RomaExperiment
+from roma_pipelines.definitions import defs
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "roma_pipelines" / "defs" / "japanese_vowels" / "defs.yaml"
+HEAVY = ("torch", "accelerate", "mlflow", "wandb", "matplotlib", "sklearn", "pandas", "pyarrow")
+NOUNS = {
+    "dataset",
+    "pretrained_encoder",
+    "finetuned_classifier",
+    "evaluation_report",
+    "registered_classifier",
+}
+
+
+def run(*command, home, **options):
+    """A command at the root of the repository; what it writes goes to ``home``."""
+    environment = os.environ | {
+        "DAGSTER_HOME": str(home),
+        "HOME": str(home),
+        "ROMA_STORAGE_ROOT": str(home / "storage"),
+        "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, **options
+    )
+
+
+def test_definitions_load_quickly_and_light(tmp_path):
+    program = (
+        "import json, sys, time\n"
+        "import dagster\n"
+        "start = time.process_time()\n"
+        "from roma_pipelines.definitions import defs\n"
+        "keys = defs().resolve_all_asset_keys()\n"
+        "seconds = time.process_time() - start\n"
+        f"heavy = [m for m in {HEAVY} if m in sys.modules]\n"
+        "print(json.dumps([len(keys), seconds, heavy]))"
+    )
+
+    done = run(sys.executable, "-c", program, home=tmp_path, check=True)
+
+    n_assets, seconds, heavy = json.loads(done.stdout)
+    assert n_assets >= 5
+    assert heavy == []
+    assert seconds < 2.0
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("dg", "check", "defs"), ("dagster", "definitions", "validate", "-w", "workspace.yaml")],
+    ids=["dg", "dagster"],
+)
+def test_the_official_checks_pass(command, tmp_path):
+    (tmp_path / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+
+    done = run(*command, home=tmp_path)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return defs().resolve_asset_graph()
+
+
+def test_an_experiment_is_five_assets_of_one_group(graph):
+    keys = {key for key in graph.get_all_asset_keys() if key.path[0] == "japanese_vowels"}
+
+    assert keys == {dg.AssetKey(["japanese_vowels", noun]) for noun in NOUNS}
+    assert {graph.get(key).group_name for key in keys} == {"japanese_vowels"}
+
+
+def test_checks_block_what_comes_after(graph):
+    checks = {key.name: graph.get(key) for key in graph.asset_check_keys}
+
+    assert set(checks) == {"sound", "gate", "serving_parity"}
+    assert all(check.blocking for check in checks.values())
+
+
+def test_the_schedule_is_off_until_somebody_wants_it():
+    (schedule,) = defs().schedules
+
+    assert schedule.name == "japanese_vowels_retraining"
+    assert schedule.default_status is dg.DefaultScheduleStatus.STOPPED
+
+
+def changed(path, value):
+    """The shipped experiment's attributes with one of them changed."""
+    attributes = copy.deepcopy(yaml.safe_load(SHIPPED.read_text())["attributes"])
+    section = attributes
+    for name in path[:-1]:
+        section = section.setdefault(name, {})
+    section[path[-1]] = value
+    return attributes
+
+
+REFUSED = {
+    ("gate", "min_acuracy"): (0.9, "gate.min_acuracy is no setting; the closest is min_accuracy"),
+    ("gate", "min_accuracy"): (9, "gate.min_accuracy: input should be less than or equal to 1"),
+    ("dataset", "drop_rat"): (0.3, "dataset.drop_rat is no setting; the closest is drop_rate"),
+    ("dataset", "source", "version"): ("", "dataset.source.version: string should match pattern"),
+    ("resources", "target"): ("laptop", "resources.target: input should be 'local', got 'laptop'"),
+    ("pretraining", "trainer", "epoch"): (
+        3,
+        "pretraining.trainer.epoch is no setting; the closest is epochs",
+    ),
+    ("pretraining", "trainer", "epochs"): (
+        "many",
+        "pretraining.trainer.epochs: input should be a valid integer",
+    ),
+    ("pretraining", "trainer", "optimizer_args"): ({"beta": 1}, "optimizer_args ['beta'] are not"),
+    ("pretraining", "model", "encoder_config", "dept"): (
+        4,
+        "pretraining.model.encoder_config.dept is no setting; the closest is depth",
+    ),
+    ("pretraining", "model", "n_channels"): (
+        12,
+        "pretraining.model.n_channels: the data decide it; leave it out",
+    ),
+    ("finetuning", "trainer", "checkpoint_dir"): (
+        "here",
+        "finetuning.trainer.checkpoint_dir: every job has a folder of its own",
+    ),
+    ("finetuning", "model", "mask_ratio"): (0.5, "finetuning.model.mask_ratio is no setting"),
+    ("finetuning", "model", "use_cls"): (
+        True,
+        "finetuning.model.use_cls: it comes with the pretrained encoder",
+    ),
+    ("finetuning", "model", "encoder_config"): (
+        {"d_model": 64},
+        "finetuning.model.encoder_config.d_model: it comes with the pretrained encoder",
+    ),
+    ("finetuning", "model", "pooling"): ("cls", "reads a token that use_cls=False leaves out"),
+}
+
+
+@pytest.mark.parametrize("path", REFUSED, ids=".".join)
+def test_a_wrong_setting_is_refused_by_its_name_when_definitions_load(path):
+    value, message = REFUSED[path]
+    component = RomaExperiment(**changed(path, value))
+
+    with pytest.raises(ValueError, match="experiment japanese_vowels: ") as caught:
+        component.build_defs(None)
+
+    assert message in str(caught.value)
+
+
+def test_all_mistakes_are_told_at_once():
+    attributes = changed(("gate", "min_acuracy"), 0.9)
+    attributes["dataset"]["drop_rat"] = 0.3
+
+    with pytest.raises(ValueError) as caught:
+        RomaExperiment(**attributes).experiment()
+
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_an_unknown_section_is_refused_by_its_name():
+    with pytest.raises(ValueError, match="pretraning"):
+        RomaExperiment(**changed(("pretraning",), {}))
+
+
+def test_a_schedule_that_is_no_cron_expression_is_refused():
+    with pytest.raises(dg.DagsterInvalidDefinitionError, match="japanese_vowels_retraining"):
+        RomaExperiment(**changed(("schedule",), "whenever")).build_defs(None)

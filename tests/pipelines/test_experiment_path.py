@@ -1,0 +1,275 @@
+"""The whole path on a tiny experiment: real jobs, a real Dagster instance, a real MLflow store.
+
+The tests follow one story; each fixture is its next event: ``first`` (two processes a training),
+``interrupted`` and ``second`` (a failure after finetuning, and its retry), ``refused`` (a gate that
+nothing passes), ``failed`` (a loss that is not finite).
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pyarrow.parquet as pq
+import pytest
+
+from roma_core.evaluation.predictions import PredictionTable
+from roma_core.job import JobFolder
+from roma_pipelines.assets import training
+from roma_pipelines.registry.promotion import audit
+from roma_pipelines.registry.store import MlflowSettings, connect
+from roma_pipelines.registry.versions import version_at
+from tests.pipelines import tiny
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class House:
+    """Where the story takes place."""
+
+    folder: Path
+    instance: dg.DagsterInstance
+
+    @property
+    def client(self):
+        return connect(MlflowSettings(), self.folder / "roma" / "mlflow")
+
+    def materialise(self, *nouns, tags=None, **changes):
+        """Materialise the experiment, or some of its assets, with some settings changed."""
+        definitions = tiny.definitions(tiny.attributes(self.folder, **changes))
+        return definitions.resolve_implicit_global_asset_job_def().execute_in_process(
+            instance=self.instance,
+            asset_selection=[dg.AssetKey(["waves", noun]) for noun in nouns or tiny.NOUNS],
+            tags=tags,
+            raise_on_error=False,
+        )
+
+    def aliases(self):
+        return {name: version_at(self.client, "waves", name) for name in ("champion", "previous")}
+
+    def runs(self):
+        experiment = self.client.get_experiment_by_name("roma/waves")
+        return self.client.search_runs([experiment.experiment_id], order_by=["start_time ASC"])
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("house")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROMA_STORAGE_ROOT", str(folder / "roma"))
+        patch.setenv("ROMA_ENV_FILE", str(folder / "empty.env"))
+        (folder / "empty.env").touch()
+        (folder / "dagster").mkdir()
+        with dg.DagsterInstance.local_temp(str(folder / "dagster")) as instance:
+            yield House(folder, instance)
+    assert tiny.living_jobs(folder) == []
+
+
+@pytest.fixture(scope="module")
+def first(house):
+    return house.materialise(resources={"processes_per_node": 2})
+
+
+def metadata_of(result, noun) -> dict[str, Any]:
+    """Metadata of the asset's materialisation in this run."""
+    (event,) = result.asset_materializations_for_node(f"waves__{noun}")
+    return {name: value.value for name, value in event.metadata.items()}
+
+
+def failure_of(result, noun) -> dg.DagsterEvent:
+    (event,) = [e for e in result.all_events if e.is_step_failure and e.step_key.endswith(noun)]
+    return event.step_failure_data.error
+
+
+def test_all_five_assets_are_made(first):
+    assert first.success
+    assert all(metadata_of(first, noun) for noun in tiny.NOUNS)
+    assert {e.check_name: e.passed for e in first.get_asset_check_evaluations()} == {
+        "sound": True,
+        "gate": True,
+        "serving_parity": True,
+    }
+
+
+@pytest.mark.parametrize("noun", ["pretrained_encoder", "finetuned_classifier"])
+def test_two_processes_trained_together(first, noun):
+    facts = metadata_of(first, noun)
+
+    assert facts["processes"] == 2
+    log = Path(facts["log"])
+    assert "2 process(es)" in log.read_text()
+    assert (log.parent / "torchrun").is_dir()  # not in /tmp, where nobody would remove it
+
+
+@pytest.mark.parametrize("noun", ["pretrained_encoder", "finetuned_classifier"])
+def test_mlflow_has_every_point_of_metrics_jsonl_once(house, first, noun):
+    facts = metadata_of(first, noun)
+    lines = [json.loads(line) for line in Path(facts["metrics"]).read_text().splitlines()]
+    written = sorted(
+        (name, line["step"], value) for line in lines for name, value in line["metrics"].items()
+    )
+    names = {name for name, _, _ in written}
+    assert {"train/loss", "train/lr", "eval/loss"} <= names
+
+    stored = sorted(
+        (name, point.step, point.value)
+        for name in names
+        for point in house.client.get_metric_history(facts["mlflow_run_id"], name)
+    )
+
+    assert stored == written
+
+
+def test_every_job_has_one_finished_run_with_its_configuration(house, first):
+    runs = {run.data.tags["roma.asset"]: run for run in house.runs()}
+
+    assert set(runs) == {f"waves/{noun}" for noun in tiny.NOUNS[1:4]}
+    assert len(runs) == 3
+    for noun, run in runs.items():
+        assert run.info.status == "FINISHED"
+        facts = metadata_of(first, noun.removeprefix("waves/"))
+        assert run.data.tags["roma.job_key"] == facts["job_key"]
+        assert run.info.run_id == facts["mlflow_run_id"]
+    assert runs["waves/finetuned_classifier"].data.params["trainer.batch_size"] == "8"
+
+
+def test_the_first_version_is_champion(house, first):
+    assert metadata_of(first, "registered_classifier")["aliases"] == "champion, candidate"
+    assert house.aliases() == {"champion": "1", "previous": None}
+
+
+def test_progress_was_observed_on_the_asset(house, first):
+    key = dg.AssetKey(["waves", "pretrained_encoder"])
+    events = house.instance.fetch_observations(key, limit=50).records
+    facts = [record.asset_observation.metadata for record in events]
+
+    last = max(facts, key=lambda f: f["step"].value)
+    assert last["step"].value == last["total_steps"].value
+    assert last["train/loss"].value > 0
+
+
+def test_the_command_predicts_what_the_report_says(house, first, tmp_path):
+    """Training code on packed rows and the served model on raw rows agree."""
+    report = JobFolder(metadata_of(first, "evaluation_report")["job_folder"])
+    table = PredictionTable.load(report.outputs / "predictions.parquet")
+    rows = zip(table.ids, table.predicted, table.probabilities, strict=True)
+    expected = {name: (table.classes[label], p) for name, label, p in rows}
+    assert len({label for label, _ in expected.values()}) == 3, "it learnt to tell them apart"
+
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "roma_core.cli", "predict"),
+            *("--model", "models:/waves@champion", "--tracking-uri", house.client.tracking_uri),
+            *(metadata_of(first, "dataset")["path"], str(tmp_path / "served.parquet")),
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "24 series classified by models:/waves@champion (version 1)" in done.stdout
+    rows = pq.read_table(tmp_path / "served.parquet").to_pylist()
+    assert {row["id"] for row in rows} == set(expected)
+    for row in rows:
+        label, probabilities = expected[row["id"]]
+        assert row["label"] == label
+        served = dict(row["probabilities"])
+        assert [served[name] for name in table.classes] == pytest.approx(probabilities, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def interrupted(house, first):
+    """A new classifier, whose worker fails between the end of the job and its materialisation."""
+    with pytest.MonkeyPatch.context() as patch:
+        show = training._materialised
+
+        def fail_once(job):
+            if "finetune" in (job.folder.spec).read_text():
+                raise OSError("the worker lost its disk")
+            return show(job)
+
+        patch.setattr(training, "_materialised", fail_once)
+        return house.materialise(*tiny.NOUNS[2:])
+
+
+@pytest.fixture(scope="module")
+def second(house, interrupted):
+    """Its retry from failure, as Dagster's page and daemon tag it."""
+    run_id = interrupted.run_id
+    return house.materialise(
+        *tiny.NOUNS[2:],
+        tags={
+            "dagster/is_resume_retry": "true",
+            "dagster/parent_run_id": run_id,
+            "dagster/root_run_id": run_id,
+        },
+    )
+
+
+def test_a_retry_finds_the_finished_job(house, interrupted, second):
+    assert "the worker lost its disk" in str(failure_of(interrupted, "finetuned_classifier"))
+    assert second.success
+    facts = metadata_of(second, "finetuned_classifier")
+
+    (run,) = [run for run in house.runs() if run.data.tags["roma.job_key"] == facts["job_key"]]
+    assert run.data.tags["roma.dagster_run_id"] == interrupted.run_id
+    assert run.info.status == "FINISHED"
+    assert facts["attempts"] == 1
+    log = Path(facts["log"]).read_text()
+    assert len(re.findall("process\\(es\\) on cpu", log)) == 1
+
+
+def test_the_second_version_replaces_the_first(house, second):
+    facts = metadata_of(second, "registered_classifier")
+
+    assert (facts["version"], facts["aliases"]) == ("2", "champion, candidate")
+    assert house.aliases() == {"champion": "2", "previous": "1"}
+    assert metadata_of(second, "evaluation_report")["champion_version"] == "1"
+    events = audit(house.client, "waves")
+    assert [(event.version, event.replaced) for event in events] == [("1", None), ("2", "1")]
+    assert events[1].evidence["dagster_run_id"] == second.run_id
+
+
+@pytest.fixture(scope="module")
+def refused(house, second):
+    return house.materialise(*tiny.NOUNS[3:], gate={"max_calibration_error": 0.0})
+
+
+def test_a_candidate_that_fails_the_gate_changes_nothing(house, refused):
+    assert not refused.success
+    checks = {e.check_name: e for e in refused.get_asset_check_evaluations()}
+    assert checks["serving_parity"].passed
+    assert not checks["gate"].passed
+    assert "at most 0.0" in checks["gate"].metadata["calibration"].value
+    assert refused.asset_materializations_for_node("waves__registered_classifier") == []
+    assert [v.version for v in house.client.search_model_versions("name = 'waves'")] == [2, 1]
+    assert house.aliases() == {"champion": "2", "previous": "1"}
+    assert metadata_of(refused, "evaluation_report")["champion_version"] == "2"
+
+
+@pytest.fixture(scope="module")
+def failed(house, second):
+    settings = {"epochs": 4, "base_lr": 1e30, "warmup_steps": 0}
+    return house.materialise("pretrained_encoder", pretraining={"trainer": settings})
+
+
+def test_a_loss_that_is_not_finite_names_the_series(house, failed):
+    assert not failed.success
+    error = failure_of(failed, "pretrained_encoder")
+    assert error.cls_name == "Failure"
+    assert re.search(r"the loss is not finite in step \d+ .*sample ids \[\d+, ", error.message)
+    assert "lower base_lr" in error.message
+
+    run = house.runs()[-1]
+    assert run.data.tags["roma.dagster_run_id"] == failed.run_id
+    assert run.info.status == "FAILED"
+    assert house.aliases() == {"champion": "2", "previous": "1"}
