@@ -17,7 +17,7 @@ import os
 import types
 import typing
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,15 @@ _DELIMITER = "__"
 
 
 class SettingsError(ValueError):
-    """A setting is misspelt, contradictory or out of range."""
+    """A setting is misspelt, contradictory or out of range.
+
+    Attributes:
+        problems: (dotted name, what is wrong) of every one, where values were validated.
+    """
+
+    def __init__(self, message: str, problems: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
 
 
 def find_env_file(start: Path | None = None) -> Path | None:
@@ -232,7 +240,8 @@ class RomaSettings(BaseSettings):
         try:
             super().__init__(_build_sources=((InitSettingsSource(cls, _nested(given)),), {}))
         except ValidationError as error:
-            raise SettingsError(_explained(cls, error, labels)) from None
+            problems = problems_of(error, cls)
+            raise SettingsError(_explained(cls, problems, labels), problems) from None
         self._sources = labels
 
     def __eq__(self, other: object) -> bool:
@@ -282,17 +291,35 @@ def _source_of(name: str, labels: Mapping[str, str]) -> str:
     return next((labels[n] for n in names if n in labels), "default")
 
 
-def _explained(cls: type[BaseModel], error: ValidationError, labels: Mapping[str, str]) -> str:
-    """A validation error in our words, with the source of every value that is wrong."""
-    lines = []
+def problems_of(error: ValidationError, model: type[BaseModel]) -> list[tuple[str, str]]:
+    """What pydantic found wrong, in our words: (dotted name of the setting, what is wrong with it)."""
+    problems = []
     for detail in error.errors(include_url=False):
         name, message = ".".join(map(str, detail["loc"])), detail["msg"]
         if detail["type"] == "extra_forbidden":
-            message = f"not a setting; the closest one is {_closest(name, leaves_of(cls))}"
-        elif detail["type"] == "value_error":  # raised by a check of ours, a whole sentence
-            message = message.removeprefix("Value error, ")
-        else:
+            known = leaves_of(model)
+            message = "not a setting" + (
+                f"; the closest one is {_closest(name, known)}" if known else ""
+            )
+        elif detail["type"] == "value_error":
+            cause = detail["ctx"]["error"]
+            if isinstance(cause, ValidationError):  # of a section that a validator built
+                inner = problems_of(cause, BaseModel)
+                problems += [(".".join(filter(None, (name, n))), text) for n, text in inner]
+                continue
+            message = str(cause)  # raised by a check of ours, a whole sentence
+        elif detail["type"] != "missing":
             message = f"{message}, got {detail['input']!r}"
+        problems.append((name, message))
+    return problems
+
+
+def _explained(
+    cls: type[BaseModel], problems: list[tuple[str, str]], labels: Mapping[str, str]
+) -> str:
+    """Problems with the source of every value that is wrong."""
+    lines = []
+    for name, message in problems:
         source = _source_of(name, labels)
         place = name if source == "default" else f"{name} ({source})"
         lines.append(f"{place}: {message}" if name else message)

@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from roma_core.data.config import DatasetConfig
 from roma_core.evaluation.facts import Baseline
 from roma_core.files import digest_of
-from roma_pipelines.complaints import about_trainings
 from roma_pipelines.provenance import DISTRIBUTION
 from roma_pipelines.registry.promotion import GateThresholds
+from roma_pipelines.training_sections import about_trainings
 
 
 class _Section(BaseModel):

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 import dagster as dg
 from pydantic import Field, ValidationError
 
+from roma_core.settings import problems_of
 from roma_pipelines.assets.dataset import dataset_asset
 from roma_pipelines.assets.evaluation_report import evaluation_report_asset
 from roma_pipelines.assets.registered_classifier import registered_classifier_asset
 from roma_pipelines.assets.training import finetuned_classifier_asset, pretrained_encoder_asset
-from roma_pipelines.complaints import complaints
 from roma_pipelines.experiment import Experiment
 
 # as written: Dagster's templates would turn the text "1" into a number
@@ -48,7 +48,8 @@ class RomaExperiment(dg.Component, dg.Model, dg.Resolvable):
         try:
             return Experiment.model_validate(values)
         except ValidationError as error:
-            wrong = "\n".join(complaints(error, Experiment))
+            problems = problems_of(error, Experiment)
+            wrong = "\n".join(": ".join(filter(None, problem)) for problem in problems)
             raise ValueError(f"experiment {self.name}: {wrong}") from None
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:

@@ -111,23 +111,29 @@ def changed(path, value):
 
 
 REFUSED = {
-    ("gate", "min_acuracy"): (0.9, "gate.min_acuracy is no setting; the closest is min_accuracy"),
-    ("gate", "min_accuracy"): (9, "gate.min_accuracy: input should be less than or equal to 1"),
-    ("dataset", "drop_rat"): (0.3, "dataset.drop_rat is no setting; the closest is drop_rate"),
-    ("dataset", "source", "version"): ("", "dataset.source.version: string should match pattern"),
-    ("resources", "target"): ("laptop", "resources.target: input should be 'local', got 'laptop'"),
+    ("gate", "min_acuracy"): (
+        0.9,
+        "gate.min_acuracy: not a setting; the closest one is gate.min_accuracy",
+    ),
+    ("gate", "min_accuracy"): (9, "gate.min_accuracy: Input should be less than or equal to 1"),
+    ("dataset", "drop_rat"): (
+        0.3,
+        "dataset.drop_rat: not a setting; the closest one is dataset.drop_rate",
+    ),
+    ("dataset", "source", "version"): ("", "dataset.source.version: String should match pattern"),
+    ("resources", "target"): ("laptop", "resources.target: Input should be 'local', got 'laptop'"),
     ("pretraining", "trainer", "epoch"): (
         3,
-        "pretraining.trainer.epoch is no setting; the closest is epochs",
+        "pretraining.trainer.epoch: not a setting; the closest one is epochs",
     ),
     ("pretraining", "trainer", "epochs"): (
         "many",
-        "pretraining.trainer.epochs: input should be a valid integer",
+        "pretraining.trainer.epochs: Input should be a valid integer",
     ),
     ("pretraining", "trainer", "optimizer_args"): ({"beta": 1}, "optimizer_args ['beta'] are not"),
     ("pretraining", "model", "encoder_config", "dept"): (
         4,
-        "pretraining.model.encoder_config.dept is no setting; the closest is depth",
+        "pretraining.model.encoder_config.dept: not a setting; the closest one is encoder_config.depth",
     ),
     ("pretraining", "model", "n_channels"): (
         12,
@@ -137,7 +143,7 @@ REFUSED = {
         "here",
         "finetuning.trainer.checkpoint_dir: every job has a folder of its own",
     ),
-    ("finetuning", "model", "mask_ratio"): (0.5, "finetuning.model.mask_ratio is no setting"),
+    ("finetuning", "model", "mask_ratio"): (0.5, "finetuning.model.mask_ratio: not a setting"),
     ("finetuning", "model", "use_cls"): (
         True,
         "finetuning.model.use_cls: it comes with the pretrained encoder",
