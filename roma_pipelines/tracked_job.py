@@ -32,6 +32,7 @@ _SECRETS = (
 )
 _SETTINGS = (
     "ROMA_WANDB_MODE",
+    "WANDB_MODE",
     "ROMA_WANDB_INIT_TIMEOUT_S",
     "ROMA_WANDB_FINISH_TIMEOUT_S",
     "WANDB_BASE_URL",
@@ -55,9 +56,10 @@ class TrackedJob:
     def metadata(self) -> dict[str, Any]:
         """What the asset shows of it, and what downstream assets read."""
         facts = {k: v for k, v in self.result.facts.items() if isinstance(v, int | float | str)}
+        shown = self.outcome.metadata() | facts
         return {
-            **self.outcome.metadata(),
-            **facts,
+            # numbers as people read them; result.json has all digits
+            **{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in shown.items()},
             "job_folder": dg.MetadataValue.path(str(self.folder.path)),
             "log": dg.MetadataValue.path(str(self.folder.attempt(self.result.attempt).log)),
             "mlflow_run_id": self.run_id,

@@ -101,6 +101,7 @@ def save_checkpoint(
         write_json(aside / "state.json", state.model_dump(mode="json"))
         hashes = {}
         for path in sorted(aside.iterdir()):
+            path.chmod(0o644)  # as the JSON files: others on shared storage read checkpoints too
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             hashes[path.name] = sha256_of(path)

@@ -1,5 +1,7 @@
 """Asset: the data set, versioned by its content."""
 
+import json
+
 import dagster as dg
 
 from roma_core.data.building import build_dataset
@@ -51,7 +53,8 @@ def dataset_asset(experiment: Experiment) -> dg.AssetsDefinition:
                 **counts,
                 "share_dropped": profile.share_dropped,
                 "classes": len(stored.schema.classes),
-                "source": manifest.provenance.source,
+                "source": dg.MetadataValue.json(json.loads(manifest.provenance.source)),
+                "citation": manifest.provenance.citation,
                 "licence": manifest.provenance.licence,
             },
             check_results=[
