@@ -13,6 +13,7 @@ from roma_core.evaluation.facts import Fact, FactSheet
 from roma_core.evaluation.job_config import EvaluationJobConfig
 from roma_core.evaluation.metrics import Metrics
 from roma_core.files import read_json, write_json
+from roma_core.job import JobFolder
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.provenance import code_version
 from roma_pipelines.references import upstream
@@ -219,6 +220,17 @@ def _facts(
             MLflow_run=classifier["mlflow_run_id"],
         ),
     )
+
+
+def has_passed(job_folder: Path) -> bool:
+    """Whether an evaluation passed its gate and its package serves what was judged.
+
+    Blocking checks block inside their own run only; whoever comes later asks here.
+    """
+    result = JobFolder(job_folder).read_result()
+    if result is None or result.metrics["serving_difference"] > MAX_SERVING_DIFFERENCE:
+        return False
+    return read_decision(job_folder).passed
 
 
 def read_decision(job_folder: Path) -> GateDecision:

@@ -6,7 +6,7 @@ import dagster as dg
 
 from roma_core.files import digest_of, read_json
 from roma_core.job import JobFolder
-from roma_pipelines.assets.evaluation_report import read_decision
+from roma_pipelines.assets.evaluation_report import has_passed, read_decision
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.provenance import code_version
 from roma_pipelines.references import upstream
@@ -56,7 +56,15 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
             {f"test/{name}": value for name, value in result.metrics.items()},
         )
         decision = read_decision(Path(evaluation["job_folder"]))
-        if decision.passed and version_at(client, experiment.name, CHAMPION) != version:
+        passed = has_passed(folder.path)
+        champion = version_at(client, experiment.name, CHAMPION)
+        compared_with = read_json(folder.config)["champion_version"]
+        if passed and champion not in (version, compared_with):
+            raise dg.Failure(
+                f"version {version} was compared with champion {compared_with}, but the champion is now "
+                f"{champion}; materialise evaluation_report again to compare with that one"
+            )
+        if passed and champion != version:
             promote(
                 client,
                 experiment.name,
@@ -78,7 +86,7 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
                 "version": version,
                 "aliases": ", ".join(aliases) or "none",
                 "uri": f"models:/{experiment.name}@{CHAMPION}",
-                "gate": "passed" if decision.passed else "not passed",
+                "gate": "passed" if passed else "not passed",
                 "accuracy": result.metrics["accuracy"],
                 "mlflow_run_id": classifier["mlflow_run_id"],
             }

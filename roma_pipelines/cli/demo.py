@@ -86,7 +86,7 @@ def _run(
         click.echo(f"materialising {experiment}: {names}")
         _materialise(instance, definitions, missing)
     else:
-        click.echo(f"{experiment} is there already, with these settings; --fresh runs it again")
+        click.echo(f"{experiment} is there already, as its file says; --fresh runs it again")
     _conclude(instance, storage, experiment, keys, time.monotonic() - started)
 
 
@@ -102,6 +102,8 @@ def _missing(
     instance: dg.DagsterInstance, definitions: dg.Definitions, keys: list[dg.AssetKey]
 ) -> list[dg.AssetKey]:
     """The assets to make: the first that is not there with its present code version, and all after it."""
+    from roma_pipelines.assets.evaluation_report import has_passed
+
     graph = definitions.resolve_asset_graph()
     for i, key in enumerate(keys):
         event = instance.get_latest_materialization_event(key)
@@ -112,16 +114,28 @@ def _missing(
             return keys[i:]
         if not _still_on_disk(event.asset_materialization):
             return keys[i:]
+        if key.path[-1] == "evaluation_report":
+            job_folder = event.asset_materialization.metadata["job_folder"].value
+            if not has_passed(Path(str(job_folder))):
+                return keys[i:]  # its blocking checks did not let the rest be made
     return []
 
 
 def _still_on_disk(materialisation: dg.AssetMaterialization) -> bool:
+    from roma_core.job import JobFolder
+
     paths = [
         materialisation.metadata[name].value
         for name in ("path", "weights", "job_folder")
         if name in materialisation.metadata
     ]
-    return all(Path(str(path)).exists() for path in paths)
+    if not all(Path(str(path)).exists() for path in paths):
+        return False
+    if "job_folder" not in materialisation.metadata:
+        return True
+    folder = JobFolder(str(materialisation.metadata["job_folder"].value))
+    result = folder.read_result()
+    return result is not None and all((folder.path / p).exists() for p in result.outputs.values())
 
 
 def _materialise(

@@ -180,7 +180,7 @@ def test_a_second_call_reuses_what_is_there(story, finished):
 
     assert again.returncode == 0, again.stderr
     lines = again.stdout.splitlines()
-    assert lines[0] == "waves is there already, with these settings; --fresh runs it again"
+    assert lines[0] == "waves is there already, as its file says; --fresh runs it again"
     assert lines[-1] == finished.stdout.splitlines()[-1]
     assert not any(line.startswith("materialising") for line in lines)
 
