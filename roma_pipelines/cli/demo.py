@@ -56,8 +56,8 @@ def demo(experiment: str, fresh: bool) -> None:
         if not storage.is_full(error):
             raise
         raise click.ClickException(
-            f"no space is left in {storage.root}; free some, then the same command goes on where it "
-            f"stopped"
+            f"no space is left in {storage.root}; free some, then the same command makes what "
+            "is missing"
         ) from error
 
 
@@ -144,7 +144,7 @@ def _materialise(
     import dagster as dg
 
     job = definitions.resolve_implicit_global_asset_job_def()
-    interrupted = "interrupted; the same command goes on where it stopped"
+    interrupted = "interrupted; the same command makes what is missing"
     try:
         result = job.execute_in_process(
             instance=instance,

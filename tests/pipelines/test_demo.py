@@ -147,7 +147,7 @@ def finished(story, interrupted):
 def test_ctrl_c_in_a_training_leaves_no_process(story, interrupted):
     assert interrupted.returncode == 1
     last = interrupted.stderr.splitlines()[-1]
-    assert last == "Error: interrupted; the same command goes on where it stopped"
+    assert last == "Error: interrupted; the same command makes what is missing"
     assert tiny.living_jobs(story.folder) == []
 
 
@@ -220,7 +220,7 @@ def test_a_full_disk_is_one_error_and_the_same_command_then_succeeds(tmp_path):
     assert len(errors) == 2
     assert f"{disk} has 2 MB of free space, at least 200 MB are needed" in errors[0]
     assert f"no space is left in {disk}" in errors[1]
-    assert "the same command goes on" in errors[1]
+    assert "the same command makes what is missing" in errors[1]
     assert "pretrain: " in done.stdout
     assert done.stdout.splitlines()[-1].startswith("test accuracy ")
     assert tiny.living_jobs(tmp_path) == []
