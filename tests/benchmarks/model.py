@@ -1,210 +1,155 @@
-"""Speed and memory of the models beside the published formulation, interleaved in one process.
+"""Speed and memory of the models beside what others would use, interleaved in one process.
 
-    python -m tests.benchmarks.model [--repeats 5] [--threads 1] [--batch 64]
+    python -m tests.benchmarks.model                       every workload, fp32 and bf16
+    python -m tests.benchmarks.model --only W2 --repeats 9
+    python -m tests.benchmarks.model --memory              peak memory, a process each
+    python -m tests.benchmarks.model --growth              how cost grows with length and batch
+    python -m tests.benchmarks.model --device cuda --batch 512
 
-    W2   pretraining step on irregular series: lengths log-uniform 10…500, width 192, 6 layers,
-         3 heads, 50 % hidden, decoder 2 layers
-    W3   classification step on the same lengths
-    W4s  inference on the same lengths
-
-Prints medians and ratios, the padding factor they come from, and the share of the matmul rate that
-this computer reached in the same minute.
+Contenders: the published formulation written anew (``published.py``), Hugging Face's ViTMAE
+(needs ``pip install transformers``), PyTorch's TransformerEncoder, ours, and ours with compiled
+regions. Prints medians with their spread, ratios to the published formulation, real tokens per
+second, and the share of the matmul rate that this computer reached in the same minute.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
-from fractions import Fraction
+import resource
+import subprocess
+import sys
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from roma_core.model.classification import RoMAForClassification
-from roma_core.model.config import (
-    EncoderConfig,
-    RoMAForClassificationConfig,
-    RoMAForPreTrainingConfig,
-)
-from roma_core.model.masking import sample_hidden
-from roma_core.model.packing import PackedBatch, pack
-from roma_core.model.pretraining import RoMAForPreTraining
-from tests.benchmarks.published import (
-    PublishedClassifier,
-    PublishedPretraining,
-    copy_blocks,
-)
+from roma_core.model.config import EncoderConfig, RoMAForClassificationConfig
+from tests.benchmarks.timing import Clock
+from tests.benchmarks.workloads import NAMES, Setting, make
 
-STACK = EncoderConfig(d_model=192, nhead=3, depth=6)
-DECODER = EncoderConfig(d_model=192, nhead=3, depth=2)
-SHAPE = {"tubelet_size": (1, 1, 1), "n_channels": 2, "n_pos_dims": 1}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def batch_of(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """values ``(n, L, 2, 1, 1)``, positions ``(n, 1, L)``, pad_mask ``(n, L)``; even lengths."""
-    rng = np.random.default_rng(seed)
-    lengths = 2 * np.exp(rng.uniform(np.log(5), np.log(250), n)).astype(int)
-    longest = int(lengths.max())
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(n, longest, 2, 1, 1, generator=generator)
-    positions = torch.rand(n, 1, longest, generator=generator).cumsum(2)
-    pad_mask = torch.arange(longest) >= torch.tensor(lengths)[:, None]
-    return values, positions, pad_mask
-
-
-def matmul_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of a product of the size that a block computes."""
-    a, b = torch.randn(4096, 192).to(dtype), torch.randn(192, 768).to(dtype)
-    best = min(timed(lambda: a @ b) for _ in range(20))
-    return 2 * 4096 * 192 * 768 / best
-
-
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def interleaved(
-    a: Callable[[], object], b: Callable[[], object], repeats: int
-) -> tuple[float, float]:
-    """Median seconds of both, A B A B …, after one warm-up each."""
-    a(), b()
-    pairs = [(timed(a), timed(b)) for _ in range(repeats)]
-    return statistics.median(p[0] for p in pairs), statistics.median(p[1] for p in pairs)
-
-
-def flops(packed: PackedBatch, queries: float, train: bool) -> float:
-    """Useful FLOPs of one pass of the 6-layer encoder over real tokens; backward counts twice."""
-    tokens, lengths = packed.segments.total, np.array(packed.segments.lengths)
-    linear = 2 * tokens * (4 * 192 * 192 + 2 * 192 * 768) * STACK.depth
-    attention = 4 * float((lengths**2).sum()) * 192 * STACK.depth
-    return (linear + attention) * (3 if train else 1) * queries
-
-
-def published_mask(packed: PackedBatch, hidden: Tensor, rows: Tensor, pad_mask: Tensor) -> Tensor:
-    """Our hidden tokens, filled up with padding so that every row hides equally many."""
-    mask = torch.zeros_like(pad_mask).flatten()
-    mask[rows[hidden]] = True
-    mask = mask.view_as(pad_mask)
-    most = int(mask.sum(1).max())
-    for row in range(len(mask)):
-        missing = most - int(mask[row].sum())
-        if missing:
-            padding = pad_mask[row].nonzero().flatten()
-            mask[row, padding[len(padding) - missing :]] = True
-    return mask
-
-
-def train_step(
-    loss_of: Callable[[], Tensor], optimizer: torch.optim.Optimizer
-) -> Callable[[], None]:
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss_of().backward()
-        optimizer.step()
-
-    return step
-
-
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="W")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=64)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    values, positions, pad_mask = batch_of(arguments.batch)
-    packed, order, rows = pack(values, positions, pad_mask, (1, 1, 1), 2, 1)
-    tokens = values.flatten(2)
-    real = packed.segments.total
+    parser.add_argument("--batch", type=int, default=64, help="series or images per step")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--eager", action="store_true", help="leave compiled regions out")
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
+    parser.add_argument("--growth", action="store_true", help="cost by length and by batch")
+    parser.add_argument("--contender", help=argparse.SUPPRESS)  # one process of --memory
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    clock = Clock(args.device, args.threads)
+    if args.contender:
+        print(peak_memory(args))
+        return
     print(
-        f"{arguments.threads} thread(s), {arguments.batch} series, {real} real tokens, "
-        f"padding factor {pad_mask.numel() / real:.2f}, torch {torch.__version__}"
+        f"{args.device}, {args.threads} thread(s), {clock}, batch {args.batch}, "
+        f"torch {torch.__version__}, {args.repeats} repeats"
     )
-    hidden = sample_hidden(packed.segments, packed.sample_ids, Fraction(1, 2), "random", 0, 0)
-    masked = packed.with_mask(hidden)
-    mask = published_mask(packed, hidden, rows, pad_mask)
-    label = torch.arange(arguments.batch) % 5
-    labelled = PackedBatch(
-        packed.tokens, packed.positions, packed.segments, packed.sample_ids, labels=label[order]
-    )
+    if args.memory:
+        compare_memory(args)
+    elif args.growth:
+        show_growth(args, clock)
+    else:
+        compare_speed(args, clock)
 
-    torch.manual_seed(0)
-    auto = RoMAForPreTraining(
-        RoMAForPreTrainingConfig(encoder_config=STACK, decoder_config=DECODER, **SHAPE)
-    )
-    theirs = PublishedPretraining(auto)
-    copy_blocks(auto.encoder, theirs.encoder, 1)
-    copy_blocks(auto.decoder, theirs.decoder, 1)
-    classifier = RoMAForClassification(
-        RoMAForClassificationConfig(encoder_config=STACK, dim_output=5, **SHAPE)
-    )
-    their_classifier = PublishedClassifier(classifier)
-    copy_blocks(classifier.encoder, their_classifier.encoder, 1)
 
-    with torch.no_grad():
-        ours_loss = float(auto(masked)[1]) * int(masked.masked.hidden.total) / int(mask.sum())
-        assert abs(ours_loss - float(theirs(tokens, positions, pad_mask, mask))) < 1e-4
-        ours_logits = classifier(packed)[0]
-        torch.testing.assert_close(
-            ours_logits, their_classifier(tokens, positions, pad_mask)[order], rtol=1e-4, atol=1e-5
+def compare_speed(args: argparse.Namespace, clock: Clock) -> None:
+    print(
+        f"{'workload':<9}{'dtype':<6}{'padding':<9}{'contender':<11}{'ms':>7}  {'(min–max)':<14}"
+        f"{'× published':>11}  {'real tokens/s':>13}  of matmul rate"
+    )
+    for dtype_name in args.dtype:
+        setting = Setting(DTYPES[dtype_name], args.device, args.batch, compiled=not args.eager)
+        for name in args.only:
+            workload = make(name, setting)
+            rate = clock.matmul_rate(setting.dtype)
+            timings = clock.interleaved(workload.contenders, args.repeats)
+            for contender, t in timings.items():
+                spread = f"({t.low * 1e3:.0f}–{t.high * 1e3:.0f})"
+                share = workload.flops / t.median / rate
+                print(
+                    f"{name:<9}{dtype_name:<6}{workload.padding_factor:<9.2f}{contender:<11}"
+                    f"{t.median * 1e3:7.0f}  {spread:<14}"
+                    f"{timings['published'].median / t.median:11.2f}  "
+                    f"{workload.real_tokens / t.median:13,.0f}  {share:.0%}",
+                    flush=True,
+                )
+
+
+def compare_memory(args: argparse.Namespace) -> None:
+    """Peak of a process over what it held after imports, for each contender alone."""
+    for name in args.only:
+        for dtype in args.dtype:
+            setting = Setting(DTYPES[dtype], args.device, 2, compiled=not args.eager)
+            peaks: dict[str, float] = {}
+            for contender in make(name, setting).contenders:
+                command = [sys.executable, "-m", __spec__.name, "--only", name, "--dtype", dtype]
+                command += ["--device", args.device, "--batch", str(args.batch)]
+                command += ["--threads", str(args.threads), "--contender", contender]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                peaks[contender] = float(done.stdout.split()[-1])
+                ratio = peaks[contender] / peaks["published"]
+                print(
+                    f"{name:<6}{dtype:<6}{contender:<11}{peaks[contender]:7.0f} MiB  {ratio:5.2f}"
+                )
+
+
+def peak_memory(args: argparse.Namespace) -> float:
+    """MiB that three steps of one contender needed."""
+    setting = Setting(DTYPES[args.dtype[0]], args.device, args.batch)
+    if args.device == "cuda":
+        work = make(args.only[0], setting, args.contender).contenders[args.contender]
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(3):
+            work()
+        return torch.cuda.max_memory_allocated() / 2**20
+    small = Setting(setting.dtype, batch=2)  # loads every library that the steps need
+    make(args.only[0], small, args.contender).contenders[args.contender]()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work = make(args.only[0], setting, args.contender).contenders[args.contender]
+    for _ in range(3):
+        work()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+
+
+def show_growth(args: argparse.Namespace, clock: Clock) -> None:
+    """Forward and backward of a classifier, equal lengths; width 192, 6 layers."""
+    model = RoMAForClassification(
+        RoMAForClassificationConfig(
+            encoder_config=EncoderConfig(d_model=192, nhead=3, depth=6),
+            tubelet_size=(1, 1, 1),
+            n_channels=2,
+            n_pos_dims=1,
+            dim_output=5,
         )
+    ).to(args.device)
+    print(f"{'series':>7} {'length':>7} {'ms':>8} {'tokens/s':>9}")
+    shapes = [(max(1, 8192 // n), n) for n in (32, 128, 512, 2048, 8192)]
+    for batch, length in [*shapes, (1, 128), (4, 128), (16, 128), (256, 128)]:
+        values = torch.randn(batch, length, 2, 1, 1, device=args.device)
+        positions = torch.rand(batch, 1, length, device=args.device) * length
+        packed, _, _ = model.pack(values, positions, None)
 
-    def optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        def step(packed=packed) -> None:
+            with Setting(DTYPES[args.dtype[0]], args.device).amp():
+                logits, _ = model(packed)
+            logits.float().sum().backward()
 
-    def cross_entropy(logits: Tensor) -> Tensor:
-        return torch.nn.functional.cross_entropy(logits, label)
-
-    print("workload  dtype  published ms  ours ms  ratio  real tokens/s  share of matmul rate")
-    for dtype in (torch.float32, torch.bfloat16):
-        amp = torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16)
-        rate = matmul_rate(dtype)
-
-        def under(work: Callable[[], Tensor], amp: torch.autocast = amp) -> Callable[[], Tensor]:
-            def run() -> Tensor:
-                with amp:
-                    return work()
-
-            return run
-
-        inference = torch.inference_mode()
-        workloads = {
-            "W2": (
-                train_step(
-                    under(lambda: theirs(tokens, positions, pad_mask, mask)), optimizer(theirs)
-                ),
-                train_step(under(lambda: auto(masked)[1]), optimizer(auto)),
-                None,
-            ),
-            "W3": (
-                train_step(
-                    under(lambda: cross_entropy(their_classifier(tokens, positions, pad_mask))),
-                    optimizer(their_classifier),
-                ),
-                train_step(under(lambda: classifier(labelled)[1]), optimizer(classifier)),
-                flops(packed, 1.0, train=True),
-            ),
-            "W4s": (
-                inference(under(lambda: their_classifier(tokens, positions, pad_mask))),
-                inference(under(lambda: classifier(packed)[0])),
-                flops(packed, 1.0, train=False),
-            ),
-        }
-        for name, (a, b, useful) in workloads.items():
-            published_s, ours_s = interleaved(a, b, arguments.repeats)
-            share = f"{useful / ours_s / rate:.0%}" if useful else "–"
-            print(
-                f"{name:<8}  {str(dtype)[6:]:<8} {published_s * 1e3:9.0f}  {ours_s * 1e3:9.0f}  "
-                f"{published_s / ours_s:5.2f}  {real / ours_s:13,.0f}  {share:>8}",
-                flush=True,
-            )
+        seconds = clock.interleaved({"step": step}, args.repeats)["step"].median
+        tokens = batch * length
+        print(f"{batch:7} {length:7} {seconds * 1e3:8.1f} {tokens / seconds:9,.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,21 +15,38 @@ from roma_core.model.config import EncoderConfig
 from roma_core.model.rotary import BASE, pairs_per_axis
 
 
-def rotate_axes(x: Tensor, positions: Tensor, p: float) -> Tensor:
-    """``(B, h, S, w)`` rotated axis by axis; ``positions`` is ``(B, D, S)``."""
-    chunks = []
-    start, n_axes, width = 0, positions.shape[1], x.shape[-1]
-    for axis, pairs in enumerate(pairs_per_axis(width, n_axes)):
-        chunk = x[..., start : start + 2 * pairs]
-        start += 2 * pairs
-        k = torch.arange(pairs, device=x.device)
-        timescale = torch.where(k < int(p * 2 * pairs) // 2, BASE ** (k / pairs), torch.inf)
-        angle = positions[:, axis, None, :, None].float() / timescale
-        cos, sin = angle.cos(), angle.sin()
-        first, second = chunk.chunk(2, dim=-1)
-        chunks += [
-            torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+class PublishedRotation(nn.Module):
+    """Cosine and sine of every axis, built anew in each forward and shared by the layers of a stack.
+
+    As published, the timescales are parameters, so that gradients flow through every angle.
+    """
+
+    def __init__(self, head_width: int, n_axes: int, p: float) -> None:
+        super().__init__()
+        self.timescales = nn.ParameterList()
+        for pairs in pairs_per_axis(head_width, n_axes):
+            k = torch.arange(pairs)
+            timescale = torch.where(k < int(p * 2 * pairs) // 2, BASE ** (k / pairs), torch.inf)
+            self.timescales.append(nn.Parameter(timescale))
+
+    def forward(self, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """``(B, D, S)`` → per axis cosine and sine ``(B, 1, S, pairs)``."""
+        angles = [
+            positions[:, axis, None, :, None].float() / timescale
+            for axis, timescale in enumerate(self.timescales)
         ]
+        return [(a.cos(), a.sin()) for a in angles]
+
+
+def rotate_axes(x: Tensor, tables: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """``(B, h, S, w)`` rotated axis by axis."""
+    chunks, start = [], 0
+    for cos, sin in tables:
+        width = 2 * cos.shape[-1]
+        first, second = x[..., start : start + width].chunk(2, dim=-1)
+        start += width
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+        chunks.append(turned.to(x.dtype))
     return torch.cat((*chunks, x[..., start:]), dim=-1)
 
 
@@ -45,29 +62,34 @@ class PublishedBlock(nn.Module):
         self.w1 = nn.Linear(c.d_model, c.mlp_width, bias=False)
         self.w2 = nn.Linear(c.mlp_width, c.d_model, bias=False)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, p: float) -> Tensor:
+    def forward(self, x: Tensor, tables: list[tuple[Tensor, Tensor]], mask: Tensor) -> Tensor:
         h = self.n1(x)
         q, k, v = (
             w(h).unflatten(-1, (self.c.nhead, -1)).transpose(1, 2)
             for w in (self.wq, self.wk, self.wv)
         )
-        q, k = rotate_axes(q, positions, p), rotate_axes(k, positions, p)
+        q, k = rotate_axes(q, tables), rotate_axes(k, tables)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))
         x = x + self.wo(mixed.transpose(1, 2).flatten(-2))
         return x + self.w2(F.silu(self.w1(self.n2(x))))
 
 
 class PublishedStack(nn.Module):
-    def __init__(self, c: EncoderConfig) -> None:
+    def __init__(self, c: EncoderConfig, n_axes: int, p: float) -> None:
         super().__init__()
         self.layers = nn.ModuleList(PublishedBlock(c) for _ in range(c.depth))
+        self.rotation = PublishedRotation(c.head_width, n_axes, p)
 
-    def forward(self, x: Tensor, positions: Tensor, pad_mask: Tensor, p: float) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, pad_mask: Tensor | None) -> Tensor:
         n = x.shape[1]
-        mask = torch.zeros(x.shape[0], 1, n, n, device=x.device)
-        mask = mask.masked_fill(pad_mask[:, None, None, :], float("-inf"))
+        if pad_mask is None:
+            mask = torch.zeros(1, n, n, device=x.device)
+        else:
+            mask = torch.zeros(x.shape[0], 1, n, n, device=x.device)
+            mask = mask.masked_fill(pad_mask[:, None, None, :], float("-inf"))
+        tables = self.rotation(positions)
         for layer in self.layers:
-            x = layer(x, positions, mask, p)
+            x = layer(x, tables, mask)
         return x
 
 
@@ -79,31 +101,40 @@ class PublishedPretraining(nn.Module):
         c = ours.config
         self.c = c
         self.projection, self.cls = ours.projection, ours.cls
-        self.encoder = PublishedStack(c.encoder_config)
+        self.encoder = PublishedStack(c.encoder_config, c.n_pos_dims, c.p_rope_val)
         self.down = ours.encoder_decoder_proj
         self.mask_token = ours.mask_token
-        self.decoder = PublishedStack(c.decoder_config)
+        self.decoder = PublishedStack(c.decoder_config, c.n_pos_dims, c.p_rope_val)
         self.head = ours.head
 
-    def forward(self, tokens: Tensor, positions: Tensor, pad_mask: Tensor, mask: Tensor) -> Tensor:
-        b, _, width = tokens.shape
-        p = self.c.p_rope_val
+    def forward(
+        self, tokens: Tensor, positions: Tensor, pad_mask: Tensor | None, mask: Tensor
+    ) -> Tensor:
+        """``(B, N, P)``, ``(B, D, N)``, ``(B, N)`` twice → the loss."""
+        b = len(tokens)
         by_token = positions.transpose(1, 2)
-        targets = tokens[mask].reshape(b, -1, width)
-        hidden_pad = pad_mask[mask].reshape(b, -1)
-        x = self.projection(tokens[~mask].reshape(b, -1, width))
-        cls_pad = torch.zeros(b, 1, dtype=torch.bool, device=x.device)
-        seen_pad = torch.cat((cls_pad, pad_mask[~mask].reshape(b, -1)), 1)
+
+        def of(x: Tensor, where: Tensor) -> Tensor:
+            return x[where].reshape(b, -1, *x.shape[2:])
+
+        x = torch.cat((self.cls.expand(b, 1, -1), self.projection(of(tokens, ~mask))), 1)
         zero = by_token.new_zeros(b, 1, by_token.shape[2])
-        seen_at = torch.cat((zero, by_token[~mask].reshape(b, -1, by_token.shape[2])), 1)
-        x = torch.cat((self.cls.expand(b, 1, -1), x), 1)
-        x = self.down(self.encoder(x, seen_at.transpose(1, 2), seen_pad, p))
+        at = torch.cat((zero, of(by_token, ~mask)), 1)
+        targets = of(tokens, mask)
+        pad = full_pad = None
+        if pad_mask is not None:
+            no_pad = torch.zeros(b, 1, dtype=torch.bool, device=x.device)
+            hidden_pad = of(pad_mask, mask)
+            pad = torch.cat((no_pad, of(pad_mask, ~mask)), 1)
+            full_pad = torch.cat((pad, hidden_pad), 1)
+        x = self.down(self.encoder(x, at.transpose(1, 2), pad))
         m = targets.shape[1]
         x = torch.cat((x, self.mask_token.expand(b, m, -1)), 1)
-        at = torch.cat((seen_at, by_token[mask].reshape(b, m, -1)), 1)
-        pad = torch.cat((seen_pad, hidden_pad), 1)
-        logits = self.head(self.decoder(x, at.transpose(1, 2), pad, p)[:, -m:])
-        error = ((logits - targets) ** 2).masked_fill(hidden_pad[..., None], 0.0)
+        at = torch.cat((at, of(by_token, mask)), 1)
+        logits = self.head(self.decoder(x, at.transpose(1, 2), full_pad)[:, -m:])
+        error = (logits - targets) ** 2
+        if pad_mask is not None:
+            error = error.masked_fill(hidden_pad[..., None], 0.0)
         return error.mean()
 
 
@@ -112,14 +143,17 @@ class PublishedClassifier(nn.Module):
         super().__init__()
         self.c = ours.config
         self.projection, self.cls, self.head = ours.projection, ours.cls, ours.head
-        self.encoder = PublishedStack(self.c.encoder_config)
+        self.encoder = PublishedStack(self.c.encoder_config, self.c.n_pos_dims, self.c.p_rope_val)
 
-    def forward(self, tokens: Tensor, positions: Tensor, pad_mask: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, pad_mask: Tensor | None) -> Tensor:
+        """``(B, N, P)``, ``(B, D, N)``, ``(B, N)`` → ``(B, dim_output)``."""
         b = len(tokens)
         x = torch.cat((self.cls.expand(b, 1, -1), self.projection(tokens)), 1)
-        pad = torch.cat((torch.zeros(b, 1, dtype=torch.bool, device=x.device), pad_mask), 1)
+        pad = None
+        if pad_mask is not None:
+            pad = torch.cat((torch.zeros(b, 1, dtype=torch.bool, device=x.device), pad_mask), 1)
         at = torch.cat((positions.new_zeros(b, positions.shape[1], 1), positions), 2)
-        return self.head(self.encoder(x, at, pad, self.c.p_rope_val)[:, 0])
+        return self.head(self.encoder(x, at, pad)[:, 0])
 
 
 def copy_blocks(ours: nn.Module, published: PublishedStack, n_axes: int) -> None:

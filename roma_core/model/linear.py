@@ -1,0 +1,64 @@
+"""Matrix products without bias, on CPU by the kernel library that is faster at our shapes.
+
+``F.linear`` in float32 goes to MKL. oneDNN, which the framework carries too and uses for 16 bits,
+is faster at tall inputs and narrow weights, and can apply SiLU before the result leaves the cache.
+``python -m tests.benchmarks.parts`` prints by how much on this computer.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
+    torch.ops.mkldnn, "_linear_pointwise"
+)
+_SMALLEST = 2048  # rows below which a call's own cost matters more
+
+
+def _onednn(x: Tensor, weight: Tensor, then: str = "none") -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, then, [], "")
+
+
+def _suits_onednn(x: Tensor) -> bool:
+    return (
+        _HAS_ONEDNN
+        and x.device.type == "cpu"
+        and x.ndim == 2
+        and x.shape[0] >= _SMALLEST
+        and x.dtype != torch.float64
+        and not torch.compiler.is_compiling()
+    )
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``(…, i)`` times ``(o, i)`` → ``(…, o)``; autocast is honoured."""
+    if _suits_onednn(x) and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+        if torch.is_grad_enabled():
+            product: Tensor = _Linear.apply(x, weight)
+            return product
+        return _onednn(x, weight)
+    return F.linear(x, weight)
+
+
+def linear_silu(x: Tensor, weight: Tensor) -> Tensor:
+    """``silu(linear(x, weight))``, in one pass where no gradient is wanted."""
+    if torch.is_grad_enabled() or not _suits_onednn(x):
+        return F.silu(linear(x, weight))
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return _onednn(x.to(dtype), weight.to(dtype), "swish")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn(x, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        grad_x = _onednn(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        return grad_x, grad.t() @ x if ctx.needs_input_grad[1] else None

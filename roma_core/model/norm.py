@@ -1,0 +1,57 @@
+"""RMSNorm without bias, ``x / √(mean(x²) + eps) · gain``, and a fast gradient of it on CPU.
+
+The framework's own has a fused gradient on GPU and none on CPU, where it is pieced together from a
+dozen passes over memory; ``python -m tests.benchmarks.parts`` prints what that costs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Normalises the last axis; reductions are in float32, or float64 for float64 input.
+
+    The result is in float32 (float64) whatever comes in; under autocast it is cast to the type that
+    the matrix product behind it wants.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(…, width)`` → ``(…, width)``."""
+        exact = x if x.dtype == torch.float64 else x.float()
+        if x.is_cuda or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return F.rms_norm(exact, self.weight.shape, self.weight, self.eps)
+        normed: Tensor = _CpuRMSNorm.apply(exact, self.weight, self.eps)
+        return normed
+
+
+class _CpuRMSNorm(torch.autograd.Function):
+    """The gradient by way of LayerNorm's fused kernel.
+
+    With a mean of 0, LayerNorm's gradient for x is RMSNorm's less ``rstd · mean(gain · grad)``, and
+    those for the gain are equal.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        rstd = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, gain, rstd)
+        return (x * rstd).mul_(gain)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, gain, rstd = ctx.saved_tensors
+        grad_x, grad_gain, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, gain.shape, torch.zeros_like(rstd), rstd, gain, None, (True, True, False)
+        )
+        grad_x.add_((grad @ gain).unsqueeze(-1).mul_(rstd).div_(x.shape[-1]))
+        return grad_x, grad_gain, None
