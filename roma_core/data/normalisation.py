@@ -54,6 +54,14 @@ class Normaliser:
             x[..., k] = np.sinh(x[..., k]) * scale
         return x.astype(np.float32)
 
+    def slope(self, values: Float32) -> Float32:
+        """Derivative of :meth:`denormalise` at ``(…, C)`` of the model's: what turns deviations back."""
+        slope = np.broadcast_to(self._std, values.shape).copy()
+        for k, scale in self._arcsinh:
+            inner = values[..., k].astype(np.float64) * self._std[k] + self._mean[k]
+            slope[..., k] *= np.cosh(inner) * scale
+        return slope.astype(np.float32)
+
     def anchored(self, positions: Float64) -> Float32:
         """``(N, D)`` positions of *one series* as delivered to ``(N, D)`` float32 for the model."""
         start = np.where(self._first, positions.min(axis=0), 0.0) + self._offset  # (D,)

@@ -1,4 +1,4 @@
-"""Classification and regression of whole series: embed → encode → pool → head."""
+"""Classification and regression of whole series, or of every token: embed → encode → pool → head."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from roma_core.model.config import RoMAForClassificationConfig
-from roma_core.model.embedding import Backbone
-from roma_core.model.encoder import Head, Rows, initialise, initialise_vectors
-from roma_core.model.packing import PackedBatch
-from roma_core.model.segments import Segments
+from roma_core.model.embedding import NO_POSITIONS, Backbone
+from roma_core.model.encoder import Head, initialise, initialise_vectors
+from roma_core.model.packing import PackedBatch, spread
 
 
 class RoMAForClassification(Backbone):
-    """The encoder with a head on CLS or on the mean of the tokens.
+    """The encoder with a head on CLS, on the mean of the tokens, or on every token.
 
     Call it with padded tensors, or with a :class:`PackedBatch` in place of ``values``.
     """
@@ -63,13 +62,13 @@ class RoMAForClassification(Backbone):
         self.head = head.to(self.projection.weight.device)
 
     def set_loss_fn(self, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Use ``loss_fn(logits, label)``; it must return one value per series, ``(B,)``."""
+        """Use ``loss_fn(logits, label)``; it must return one value per row of logits."""
         self.loss_fn = loss_fn
 
-    @staticmethod
-    def loss_count(batch: PackedBatch) -> float:
-        """What the loss of a packed batch is a mean over: its series."""
-        return float(batch.segments.count)
+    def loss_count(self, batch: PackedBatch) -> float:
+        """What the loss of a packed batch is a mean over: its series, or its tokens."""
+        segments = batch.segments
+        return float(segments.total if self.config.pools == "token" else segments.count)
 
     def forward(
         self,
@@ -84,48 +83,43 @@ class RoMAForClassification(Backbone):
             values: ``(B, time, C, height, width)`` float, or a packed batch and nothing else.
             positions: ``(B, D, N)``.
             pad_mask: ``(B, N)`` bool, True at padding.
-            label: ``(B,)`` int64 classes, or float targets ``(B, dim_output)`` for regression.
+            label: ``(B,)`` int64 classes, or float targets ``(B, dim_output)`` for regression. With a
+                head on every token ``(B, N)`` or ``(B, N, dim_output)``; padding is ignored.
 
         Returns:
-            logits: ``(B, dim_output)``.
-            loss: mean over series, or None without label.
+            logits: ``(B, dim_output)``; with a head on every token ``(B, N, dim_output)``, zero at
+                padding. For a packed batch ``(B, dim_output)`` or ``(T, dim_output)``.
+            loss: mean over series, or over real tokens; None without label.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
+        by_token = self.config.pools == "token"
         if isinstance(values, PackedBatch):
-            logits = self.head_of()(self.pooled(values))
-            label = values.labels
-        else:
-            if positions is None:
-                raise TypeError(
-                    "positions are required: one row per axis, shape (batch, n_pos_dims, tokens)"
-                )
-            batch, order, _ = self.pack(values, positions, pad_mask)
-            packed = self.head_of()(self.pooled(batch))
+            packed = self.head_of()(self.features(values, self.config.pools))
+            return packed, self._loss(packed, values.labels)
+        if positions is None:
+            raise TypeError(NO_POSITIONS)
+        batch, order, rows = self.pack(values, positions, pad_mask)
+        packed = self.head_of()(self.features(batch, self.config.pools))
+        if not by_token:
             logits = packed.new_empty(packed.shape).index_copy(0, order, packed)
-        if label is None:
-            return logits, None
-        self._check_label(label, logits)
-        return logits, self.loss_fn(logits, label).mean()
+            return logits, self._loss(logits, label)
+        shape = (len(order), positions.shape[2])
+        if label is not None:
+            if tuple(label.shape[:2]) != shape:
+                raise ValueError(
+                    f"label must have one entry per token, shape (batch, tokens) = {shape} in front; "
+                    f"got {tuple(label.shape)}"
+                )
+            label = label.flatten(0, 1)[rows]
+        return spread(packed, rows, shape), self._loss(packed, label)
 
-    def pooled(self, batch: PackedBatch) -> Tensor:
-        """``(B, d)``: the feature the head reads, of every series."""
-        self.check_packed(batch)
-        segments = batch.segments
-        if self.table is not None:
-            self.table.check_length(segments.longest + int(self.cls is not None))
-        x, rotations, inner, token_rows, cls_rows = self.embed_rows(
-            batch.tokens, batch.positions, segments.index_in_series, segments
-        )
-        if self.config.pools_cls:
-            assert cls_rows is not None
-            one_each = Segments([1] * segments.count, segments.device)
-            return self.encoder(x, rotations, inner, Rows(cls_rows, one_each))
-        rows = None if cls_rows is None else Rows(token_rows, segments)
-        x = self.encoder(x, rotations, inner, rows)  # (T, d)
-        sums = x.new_zeros(segments.count, x.shape[1]).index_add(0, segments.ids, x)
-        return sums / segments.sizes[:, None].to(x.dtype)
+    def _loss(self, logits: Tensor, label: Tensor | None) -> Tensor | None:
+        if label is None:
+            return None
+        self._check_label(label, logits)
+        return self.loss_fn(logits, label).mean()
 
     def head_of(self) -> Head:
         if self.head is None:
@@ -139,17 +133,18 @@ class RoMAForClassification(Backbone):
         if self.config.problem_type == "regression":
             if label.shape != logits.shape:
                 raise ValueError(
-                    f"label must have shape (batch, dim_output) = {tuple(logits.shape)}, got {tuple(label.shape)}"
+                    f"label must have shape (rows, dim_output) = {tuple(logits.shape)}, got {tuple(label.shape)}"
                 )
         elif label.shape != logits.shape[:1] or label.dtype != torch.int64:
             raise ValueError(
-                f"label must be int64 classes of shape (batch,) = {tuple(logits.shape[:1])}, "
+                f"label must be int64 classes of shape (rows,) = {tuple(logits.shape[:1])}, "
                 f"got {label.dtype} of shape {tuple(label.shape)}"
             )
 
 
 def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), label, reduction="none")
+    exact = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(exact, label, reduction="none")
 
 
 def _squared_error(logits: Tensor, label: Tensor) -> Tensor:

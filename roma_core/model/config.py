@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from roma_core.data.schema import PositionAxis
 from roma_core.settings import RomaSettings
 
 PRESETS: dict[str, dict[str, int]] = {
@@ -103,6 +104,11 @@ class _ModelConfig(RomaSettings):
     )
     n_channels: int = Field(1, gt=0, description="Channels of `values`.")
     n_pos_dims: int = Field(3, gt=0, description="Position axes: rows of `positions`.")
+    position_axes: tuple[PositionAxis, ...] = Field(
+        (),
+        description="Name, unit, anchor, offset and scale of every axis, applied to the positions of "
+        "padded tensors in float64; empty takes them as they are. Stored data sets apply their own.",
+    )
     use_cls: bool = Field(True, description="Prepend a learned token at position 0.")
     pos_encoding: Literal["ropend", "absolute"] = Field(
         "ropend",
@@ -124,6 +130,11 @@ class _ModelConfig(RomaSettings):
     def _stack_fits_positions(self) -> Self:
         if min(self.tubelet_size) < 1:
             raise ValueError(f"tubelet_size={self.tubelet_size}: every side must be at least 1")
+        if len(self.position_axes) not in (0, self.n_pos_dims):
+            raise ValueError(
+                f"position_axes describes {len(self.position_axes)} axes "
+                f"({', '.join(axis.name for axis in self.position_axes)}), but n_pos_dims={self.n_pos_dims}"
+            )
         for name in ("encoder_config", "decoder_config"):
             stack: EncoderConfig | None = getattr(self, name, None)
             if stack is None:
@@ -147,9 +158,20 @@ class RoMAForPreTrainingConfig(_ModelConfig):
 
     decoder_config: EncoderConfig = Field(DEFAULT_DECODER, description="The decoder's stack.")
     mask_ratio: float = Field(0.75, ge=0, lt=1, description="Share of each series' tokens to hide.")
-    mask_strategy: Literal["random", "block", "future"] = Field(
+    mask_strategy: Literal["random", "block", "future", "channel"] = Field(
         "random",
-        description="'random': anywhere; 'block': one contiguous run; 'future': the last tokens.",
+        description="'random': anywhere; 'block': one contiguous run; 'future': the last tokens; "
+        "'channel': whole channels, of series whose tokens are one channel's each (channel_axis).",
+    )
+    channel_axis: int | None = Field(
+        None,
+        ge=0,
+        description="Position axis that holds the channel's index, for mask_strategy='channel'.",
+    )
+    predict_variance: bool = Field(
+        False,
+        description="Predict a Gaussian for every hidden number, mean and variance, and train on its "
+        "likelihood instead of the squared error.",
     )
     normalize_targets: bool = Field(
         False, description="Standardise every target tubelet by its own mean and deviation."
@@ -161,6 +183,17 @@ class RoMAForPreTrainingConfig(_ModelConfig):
             raise ValueError(
                 "normalize_targets needs tubelets of at least 2 numbers; "
                 f"tubelet_size={self.tubelet_size} with n_channels={self.n_channels} has 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _channels_have_an_axis(self) -> Self:
+        if self.mask_strategy == "channel" and not (
+            self.channel_axis is not None and self.channel_axis < self.n_pos_dims
+        ):
+            raise ValueError(
+                f"mask_strategy='channel' needs channel_axis, the position axis (0…{self.n_pos_dims - 1}) that "
+                f"holds the channel's index; got {self.channel_axis}"
             )
         return self
 
@@ -184,15 +217,18 @@ class RoMAForClassificationConfig(_ModelConfig):
     problem_type: Literal["classification", "regression"] = Field(
         "classification", description="Cross-entropy over classes, or mean squared error."
     )
-    pooling: Literal["auto", "cls", "mean"] = Field(
+    pooling: Literal["auto", "cls", "mean", "token"] = Field(
         "auto",
-        description="What the head reads: the CLS token or the mean of the real tokens; 'auto' takes "
-        "CLS if use_cls, as published.",
+        description="What the head reads: the CLS token, the mean of the real tokens, or every token "
+        "for an output each; 'auto' takes CLS if use_cls, else the mean, as published.",
     )
 
     @property
-    def pools_cls(self) -> bool:
-        return self.use_cls if self.pooling == "auto" else self.pooling == "cls"
+    def pools(self) -> Literal["cls", "mean", "token"]:
+        """``pooling`` with 'auto' resolved."""
+        if self.pooling != "auto":
+            return self.pooling
+        return "cls" if self.use_cls else "mean"
 
     @model_validator(mode="after")
     def _cls_exists_if_read(self) -> Self:

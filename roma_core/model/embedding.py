@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from roma_core.model.absolute import SineTable
 from roma_core.model.config import _ModelConfig
-from roma_core.model.encoder import Encoder, Rotations
-from roma_core.model.packing import PackedBatch, pack
+from roma_core.model.encoder import Encoder, Rotations, Rows
+from roma_core.model.packing import PackedBatch, pack, spread
 from roma_core.model.rotary import Rotation
 from roma_core.model.segments import Segments
+
+Pooling = Literal["cls", "mean", "token"]
+NO_POSITIONS = "positions are required: one row per axis, shape (batch, n_pos_dims, tokens)"
 
 
 class Backbone(nn.Module):
@@ -55,12 +58,72 @@ class Backbone(nn.Module):
 
         save_pretrained(self, folder)
 
+    def compile_regions(self) -> None:
+        """Compile the token-wise parts of every stack; see :meth:`Encoder.compile_regions`."""
+        for part in self.modules():
+            if isinstance(part, Encoder):
+                part.compile_regions()
+
     def pack(
         self, values: Tensor, positions: Tensor, pad_mask: Tensor | None
     ) -> tuple[PackedBatch, Tensor, Tensor]:
         """Padded tensors → packed batch; see :func:`roma_core.model.packing.pack`."""
-        c = self.config
-        return pack(values, positions, pad_mask, c.tubelet_size, c.n_channels, c.n_pos_dims)
+        return pack(values, positions, pad_mask, self.config)
+
+    def embed(
+        self,
+        values: Tensor | PackedBatch,
+        positions: Tensor | None = None,
+        pad_mask: Tensor | None = None,
+        pooling: Pooling = "mean",
+    ) -> Tensor:
+        """Features of the encoder, with every real token visible and before any head.
+
+        They are the last block's output as it is: no norm follows it. In training mode dropout is
+        active.
+
+        Args:
+            values, positions, pad_mask: as for calling the model.
+            pooling: ``mean`` of the real tokens, the ``cls`` token, or every ``token``.
+
+        Returns:
+            ``(B, d)``; for ``token`` ``(B, N, d)``, zero at padding. From a packed batch, in its
+            order; for ``token`` ``(T, d)``.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
+        """
+        if pooling == "cls" and self.cls is None:
+            raise ValueError("pooling='cls' reads a token that this model has not: use_cls=False")
+        if isinstance(values, PackedBatch):
+            return self.features(values, pooling)
+        if positions is None:
+            raise TypeError(NO_POSITIONS)
+        batch, order, rows = self.pack(values, positions, pad_mask)
+        packed = self.features(batch, pooling)
+        if pooling == "token":
+            return spread(packed, rows, tuple(positions.shape[::2]))
+        return packed.new_empty(packed.shape).index_copy(0, order, packed)
+
+    def features(self, batch: PackedBatch, pooling: Pooling) -> Tensor:
+        """``(B, d)`` pooled, or ``(T, d)``: what a head reads of a packed batch."""
+        self.check_packed(batch)
+        segments = batch.segments
+        if self.table is not None:
+            self.table.check_length(segments.longest + int(self.cls is not None))
+        x, rotations, inner, token_rows, cls_rows = self.embed_rows(
+            batch.tokens, batch.positions, segments.index_in_series, segments
+        )
+        if pooling == "cls":
+            assert cls_rows is not None
+            one_each = Segments([1] * segments.count, segments.device)
+            return self.encoder(x, rotations, inner, Rows(cls_rows, one_each))
+        rows = None if cls_rows is None else Rows(token_rows, segments)
+        x = self.encoder(x, rotations, inner, rows)  # (T, d)
+        if pooling == "token":
+            return x
+        sums = x.new_zeros(segments.count, x.shape[1]).index_add(0, segments.ids, x)
+        return sums / segments.sizes[:, None].to(x.dtype)
 
     def check_packed(self, batch: PackedBatch) -> None:
         """Raises ValueError if a batch was made for another model."""
@@ -83,10 +146,13 @@ class Backbone(nn.Module):
             segments: the series of the V rows.
 
         Returns:
-            x ``(V + B, d)``, rotations, segments with CLS, the rows of x that the tokens took, and
+            x ``(V + B, d)`` in float32 at least, rotations, segments with CLS, the rows of x that the tokens took, and
             those that CLS took. Without CLS, ``(V, d)``, the segments given, all rows and None.
         """
-        x = self.projection(tokens.to(self.projection.weight.dtype))
+        # the residual stream keeps its precision; under autocast only products are in 16 bits
+        x = self.projection(tokens.to(self.projection.weight.dtype)).to(
+            self.projection.weight.dtype
+        )
         if self.table is not None:
             shift = 0 if self.cls is None else 1
             x = x + self.table(index + shift)

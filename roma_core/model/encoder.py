@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from roma_core.model.attention import packed_attention, padded_attention
 from roma_core.model.config import EncoderConfig
+from roma_core.model.linear import linear, linear_silu
+from roma_core.model.norm import RMSNorm
 from roma_core.model.rotary import rotate
 from roma_core.model.segments import Segments
 
-Rotations = Tensor | None  # (T, 1, w // 2) complex64
+Rotations = Tensor | None  # (T, 1, w // 2, 2) float32: cosine and sine of every pair
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Rows:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with rotated queries and keys; one product makes q, k and v."""
+    """The token-wise halves of self-attention: one product makes q, k and v, another mixes heads."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -46,74 +48,87 @@ class Attention(nn.Module):
             x = rotate(x, rotations)
         return F.dropout(x, self.config.pos_drop_rate, self.training)
 
-    def forward(
-        self, x: Tensor, rotations: Rotations, segments: Segments, rows: Rows | None
-    ) -> Tensor:
-        """``(T, d)`` → ``(T, d)``, or ``(R, d)`` for the queries at ``rows`` alone."""
-        if rows is None:
-            heads = self._heads(self.qkv(x))  # (T, 3h, w)
-            qk, v = heads.split((2 * self.config.nhead, self.config.nhead), dim=-2)
-            q, k = self._positioned(qk, rotations).chunk(2, dim=-2)
-            q_segments = segments
-        else:
-            w_q, w_kv = self.qkv.weight.split((self.width, 2 * self.width))
-            q = self._heads(F.linear(x[rows.index], w_q))
-            k, v = self._heads(F.linear(x, w_kv)).chunk(2, dim=-2)
-            q_segments = rows.segments
-            q = self._positioned(q, None if rotations is None else rotations[rows.index])
-            k = self._positioned(k, rotations)
-        dropout = self.config.attn_drop_rate if self.training else 0.0
-        mixed = packed_attention(q, k, v, q_segments, segments, dropout)  # (R, h, w)
-        return F.dropout(
-            self.out(mixed.flatten(-2)), self.config.attn_proj_drop_rate, self.training
-        )
+    def queries_keys_values(
+        self, x: Tensor, rotations: Rotations, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``(…, d)`` → rotated q and k, and v, each ``(…, h, w)``.
 
-    def forward_padded(self, x: Tensor, rotations: Rotations, valid: Tensor) -> Tensor:
-        """``(B, S, d)`` → ``(B, S, d)`` with ``(B, S)`` bool ``valid``; inference only."""
-        q, k, v = self._heads(self.qkv(x)).chunk(3, dim=-2)
-        if rotations is not None:
-            q, k = rotate(q, rotations), rotate(k, rotations)
-        return self.out(padded_attention(q, k, v, valid).flatten(-2))
+        With ``(R,)`` int64 ``rows`` of a packed x, q is made for these rows alone.
+        """
+        nhead = self.config.nhead
+        if rows is None:
+            qk, v = self._heads(linear(x, self.qkv.weight)).split((2 * nhead, nhead), dim=-2)
+            q, k = self._positioned(qk, rotations).chunk(2, dim=-2)
+            return q, k, v
+        w_q, w_kv = self.qkv.weight.split((self.width, 2 * self.width))
+        q = self._heads(linear(x[rows], w_q))
+        k, v = self._heads(linear(x, w_kv)).chunk(2, dim=-2)
+        q = self._positioned(q, None if rotations is None else rotations[rows])
+        return q, self._positioned(k, rotations), v
+
+    def mix(self, heads: Tensor) -> Tensor:
+        """``(…, h, w)`` → ``(…, d)``."""
+        mixed = linear(heads.flatten(-2), self.out.weight)
+        return F.dropout(mixed, self.config.attn_proj_drop_rate, self.training)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on a normalised input and added to the residual stream."""
+    """Attention and MLP, each on a normalised input and added to the residual stream.
+
+    ``before`` and ``after`` are what happens to every token on its own; attention stands between
+    them. They are the regions that :meth:`Encoder.compile_regions` compiles.
+    """
 
     def __init__(self, config: EncoderConfig, drop_path_rate: float) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.layer_norm_eps)
+        self.attention_norm = RMSNorm(config.d_model, config.layer_norm_eps)
         self.attention = Attention(config)
-        self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.layer_norm_eps)
+        self.ffn_norm = RMSNorm(config.d_model, config.layer_norm_eps)
         self.w1 = nn.Linear(config.d_model, config.mlp_width, bias=False)
         self.w2 = nn.Linear(config.mlp_width, config.d_model, bias=False)
         self.hidden_drop_rate = config.hidden_drop_rate
+        self.attn_drop_rate = config.attn_drop_rate
         self.drop_path_rate = drop_path_rate
 
-    def _mlp(self, x: Tensor) -> Tensor:
-        x = self.w2(F.silu(self.w1(self.ffn_norm(x))))
-        return F.dropout(x, self.hidden_drop_rate, self.training)
+    def before(
+        self, x: Tensor, rotations: Rotations, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``(…, d)`` → q, k, v of ``(…, h, w)``; q for ``rows`` alone if they are given."""
+        return self.attention.queries_keys_values(self.attention_norm(x), rotations, rows)
 
-    def _drop_path(self, branch: Tensor, segments: Segments) -> Tensor:
-        """Leave the branch out for some series; the others make up for it."""
+    def after(
+        self, x: Tensor, heads: Tensor, scales: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """``(…, d)`` and attention's ``(…, h, w)`` → ``(…, d)``; ``scales`` are drop path's."""
+        branch = self.attention.mix(heads)
+        x = x + (branch if scales is None else branch * scales[0])
+        branch = linear(linear_silu(self.ffn_norm(x), self.w1.weight), self.w2.weight)
+        branch = F.dropout(branch, self.hidden_drop_rate, self.training)
+        return x + (branch if scales is None else branch * scales[1])
+
+    def _drop_path(self, segments: Segments) -> tuple[Tensor, Tensor] | None:
+        """For each branch ``(T, 1)``: 0 for the series that skip it, the others make up for it."""
         if not self.training or self.drop_path_rate == 0:
-            return branch
+            return None
         keep = 1 - self.drop_path_rate
-        kept = torch.rand(segments.count, device=branch.device) < keep  # (B,)
-        return branch * (kept / keep)[segments.ids, None].to(branch.dtype)
+        kept = torch.rand(2, segments.count, device=segments.device) < keep
+        attention, mlp = (kept / keep)[:, segments.ids, None]
+        return attention, mlp
 
     def forward(
         self, x: Tensor, rotations: Rotations, segments: Segments, rows: Rows | None = None
     ) -> Tensor:
         """``(T, d)`` → ``(T, d)``, or ``(R, d)`` with ``rows``."""
-        branch = self.attention(self.attention_norm(x), rotations, segments, rows)
-        if rows is not None:
-            x, segments = x[rows.index], rows.segments
-        x = x + self._drop_path(branch, segments)
-        return x + self._drop_path(self._mlp(x), segments)
+        index = None if rows is None else rows.index
+        q, k, v = self.before(x, rotations, index)
+        queried = segments if rows is None else rows.segments
+        dropout = self.attn_drop_rate if self.training else 0.0
+        heads = packed_attention(q, k, v, queried, segments, dropout)
+        return self.after(x if index is None else x[index], heads, self._drop_path(queried))
 
     def forward_padded(self, x: Tensor, rotations: Rotations, valid: Tensor) -> Tensor:
-        x = x + self.attention.forward_padded(self.attention_norm(x), rotations, valid)
-        return x + self._mlp(x)
+        """``(B, S, d)`` → ``(B, S, d)`` with ``(B, S)`` bool ``valid``; inference only."""
+        return self.after(x, padded_attention(*self.before(x, rotations), valid))
 
 
 class Encoder(nn.Module):
@@ -133,7 +148,7 @@ class Encoder(nn.Module):
 
         Args:
             x: ``(T, d)``.
-            rotations: ``(T, 1, w // 2)`` complex64; None rotates nothing.
+            rotations: ``(T, 1, w // 2, 2)`` float32, cosine and sine; None rotates nothing.
             segments: the series of the T rows.
             rows: the rows to return; None returns all.
 
@@ -146,6 +161,22 @@ class Encoder(nn.Module):
         for layer in body:
             x = layer(x, rotations, segments)
         return last(x, rotations, segments, rows)
+
+    def compile_regions(self) -> None:
+        """Compile what happens to every token on its own, once for all layers and lengths.
+
+        Attention stays one operator between the regions, so lengths never cause a recompilation.
+        The first step after this takes from seconds to a minute; see ``tests/benchmarks/model.py``
+        for what it buys. Calling it again does nothing.
+        """
+        # training and evaluation, encoder and decoder, with and without 16 bits: each is a variant
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 64)
+        for block in self.layers:
+            assert isinstance(block, Block)
+            if "before" not in block.__dict__:
+                block.before = torch.compile(block.before, dynamic=True)  # type: ignore[method-assign]
+                block.after = torch.compile(block.after, dynamic=True)  # type: ignore[method-assign]
 
     def forward_padded(self, x: Tensor, rotations: Rotations, valid: Tensor) -> Tensor:
         """``(B, S, d)`` → ``(B, S, d)``; for export and for comparison, not for training."""
@@ -161,7 +192,7 @@ class Head(nn.Module):
     def __init__(self, width: int, n_outputs: int, drop_rate: float, eps: float) -> None:
         super().__init__()
         self.drop = nn.Dropout(drop_rate)
-        self.norm = nn.RMSNorm(width, eps=eps)
+        self.norm = RMSNorm(width, eps)
         self.linear = nn.Linear(width, n_outputs)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ class PaddedClassifier(nn.Module):
     def forward(self, values: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
         """``(B, N, P)`` float32 tokens, ``(B, N, D)`` float32, ``(B, N)`` bool → ``(B, dim_output)``.
 
-        Padding may hold any finite number.
+        Padding may hold any finite number. With a head on every token ``(B, N, dim_output)``, of
+        which padding's rows mean nothing.
         """
         model = self.model
         x = model.projection(values)  # (B, N, d)
@@ -36,13 +37,13 @@ class PaddedClassifier(nn.Module):
             valid = torch.cat((torch.ones_like(valid[:, :1]), valid), dim=1)
         rotations = None if model.rotation is None else model.rotation(positions)
         x = model.encoder.forward_padded(x, rotations, valid)
-        if model.config.pools_cls:
-            pooled = x[:, 0]
-        else:
-            first = 0 if model.cls is None else 1
-            weight = valid[:, first:, None].to(x.dtype)
-            pooled = (x[:, first:] * weight).sum(1) / weight.sum(1)
-        return model.head_of()(pooled)
+        first = 0 if model.cls is None else 1
+        if model.config.pools == "cls":
+            return model.head_of()(x[:, 0])
+        if model.config.pools == "token":
+            return model.head_of()(x[:, first:])
+        weight = valid[:, first:, None].to(x.dtype)
+        return model.head_of()((x[:, first:] * weight).sum(1) / weight.sum(1))
 
 
 def export_classifier(model: RoMAForClassification) -> ExportedProgram:

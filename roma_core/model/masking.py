@@ -40,6 +40,7 @@ def sample_hidden(
     strategy: str,
     seed: int,
     epoch: int,
+    channel: Tensor | None = None,
 ) -> Tensor:
     """Choose the tokens to reconstruct.
 
@@ -47,24 +48,32 @@ def sample_hidden(
         segments: the series of the batch.
         sample_ids: ``(B,)`` int64, stable names of the series.
         fraction: share of each series' tokens to hide, in ``[0, 1)``.
-        strategy: ``random`` tokens, one contiguous ``block``, or the ``future``: the last ones.
+        strategy: ``random`` tokens; one contiguous ``block``; the ``future``: the last ones; or
+            whole channels, for tokens that are one observation of one ``channel`` each. The last
+            channel to be hidden may be hidden in part, from its first token on, so that every
+            strategy hides equally many.
+        channel: ``(T,)`` int64, the channel each token belongs to; for ``channel`` only.
 
     Returns:
         ``(T,)`` bool, True where hidden. Every series keeps at least one visible token.
 
     Raises:
-        ValueError: unknown strategy.
+        ValueError: unknown strategy, or no channels for ``channel``.
     """
     n_hidden = hidden_count(segments.sizes, fraction)  # (B,)
     series_hash = hash_ints(seed, epoch, sample_ids)  # (B,)
     index = segments.index_in_series  # (T,)
-    if strategy == "random":
-        noise = hash_ints(series_hash[segments.ids], index)
+    if strategy in ("random", "channel"):
+        if strategy == "channel" and channel is None:
+            raise ValueError("mask_strategy 'channel' needs to know each token's channel")
+        noise = hash_ints(series_hash[segments.ids], index if channel is None else channel)
         return rank_in_series(noise, segments) < n_hidden[segments.ids]
     if strategy == "block":
         start = series_hash % (segments.sizes - n_hidden + 1)
     elif strategy == "future":
         start = segments.sizes - n_hidden
     else:
-        raise ValueError(f"unknown mask_strategy {strategy!r}; there are random, block and future")
+        raise ValueError(
+            f"unknown mask_strategy {strategy!r}; there are random, block, future and channel"
+        )
     return (index >= start[segments.ids]) & (index < (start + n_hidden)[segments.ids])

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from roma_core.model.axes import in_float32, placed, start_of
+from roma_core.model.config import RoMAForPreTrainingConfig, _ModelConfig
 from roma_core.model.masking import sample_hidden
 from roma_core.model.segments import Segments
 from roma_core.model.tubelets import patchify
@@ -58,7 +60,8 @@ class PackedBatch:
         segments: where each series lies.
         sample_ids: ``(B,)`` int64, stable over epochs and processes; masks depend on them.
         indices: ``(B,)`` int64, places in the data set the batch was drawn from, or None.
-        labels: ``(B,)`` int64 classes or ``(B, K)`` float targets, or None.
+        labels: ``(B,)`` int64 classes or ``(B, K)`` float targets, or None; for a head on every
+            token ``(T,)`` or ``(T, K)``.
         masked: which tokens to hide, in pretraining; None lets the model draw.
     """
 
@@ -91,28 +94,32 @@ class PackedBatch:
         return replace(self, masked=MaskedRows.of(hidden, self.segments))
 
     def with_drawn_mask(
-        self, fraction: object, strategy: str, seed: int, epoch: int
+        self, config: RoMAForPreTrainingConfig, seed: int, epoch: int
     ) -> PackedBatch:
-        """Hide the tokens that :func:`sample_hidden` chooses."""
-        return self.with_mask(
-            sample_hidden(self.segments, self.sample_ids, fraction, strategy, seed, epoch)  # type: ignore[arg-type]
+        """Hide the tokens that :func:`sample_hidden` chooses by the configuration's strategy."""
+        axis = config.channel_axis if config.mask_strategy == "channel" else None
+        hidden = sample_hidden(
+            self.segments,
+            self.sample_ids,
+            config.mask_fraction,
+            config.mask_strategy,
+            seed,
+            epoch,
+            None if axis is None else self.positions[:, axis].round().long(),
         )
+        return self.with_mask(hidden)
 
 
 def pack(
-    values: Tensor,
-    positions: Tensor,
-    pad_mask: Tensor | None,
-    tubelet_size: tuple[int, int, int],
-    n_channels: int,
-    n_pos_dims: int,
+    values: Tensor, positions: Tensor, pad_mask: Tensor | None, config: _ModelConfig
 ) -> tuple[PackedBatch, Tensor, Tensor]:
     """Pack padded tensors, shortest series first so that equal lengths stand together.
 
     Args:
         values: ``(B, time, C, height, width)`` float; padding may hold anything.
-        positions: ``(B, D, N)`` of any number type; float64 is kept until here, float32 after.
+        positions: ``(B, D, N)`` of any real type; float64 is kept until here, float32 after.
         pad_mask: ``(B, N)`` bool, True where a token is padding; None: no padding.
+        config: of the model the batch is for.
 
     Returns:
         batch: without labels and mask; ``sample_ids`` count the rows of ``values``.
@@ -122,47 +129,69 @@ def pack(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
+    tokens, valid = checked(values, positions, pad_mask, config)
+    start = start_of(positions, valid, config.position_axes)
+    return pack_tokens(tokens, placed(positions, start, config.position_axes), valid)
+
+
+def checked(
+    values: Tensor, positions: Tensor, pad_mask: Tensor | None, config: _ModelConfig
+) -> tuple[Tensor, Tensor]:
+    """Tokens ``(B, N, P)`` and ``(B, N)`` bool, True at real ones; errors as in :func:`pack`."""
     if not values.is_floating_point():
         raise TypeError(f"values must be floating point, got {values.dtype}")
-    tokens = patchify(values, tubelet_size)  # (B, N, P)
+    tokens = patchify(values, config.tubelet_size)  # (B, N, P)
     n_series, n_tokens, _ = tokens.shape
-    if values.shape[2] != n_channels:
+    if values.shape[2] != config.n_channels:
         raise ValueError(
-            f"values have {values.shape[2]} channels (axis 2), but the model was built for n_channels={n_channels}"
+            f"values have {values.shape[2]} channels (axis 2), but the model was built for "
+            f"n_channels={config.n_channels}"
         )
-    if positions.dtype == torch.bool or positions.is_complex():
-        raise TypeError(f"positions must be real numbers, got {positions.dtype}")
-    expected = (n_series, n_pos_dims, n_tokens)
-    if tuple(positions.shape) != expected:
-        raise ValueError(
-            f"positions must have shape (batch, n_pos_dims, tokens) = {expected}, got {tuple(positions.shape)}"
-        )
-    if pad_mask is not None:
+    check_positions(positions, (n_series, config.n_pos_dims, n_tokens))
+    if pad_mask is None:
+        valid = torch.ones(n_series, n_tokens, dtype=torch.bool, device=values.device)
+    else:
         if pad_mask.dtype != torch.bool:
             raise TypeError(f"pad_mask must be bool, True at padding, got {pad_mask.dtype}")
         if tuple(pad_mask.shape) != (n_series, n_tokens):
             raise ValueError(
                 f"pad_mask must have shape (batch, tokens) = {(n_series, n_tokens)}, got {tuple(pad_mask.shape)}"
             )
-    valid = (
-        torch.ones(n_series, n_tokens, dtype=torch.bool, device=values.device)
-        if pad_mask is None
-        else ~pad_mask
-    )
-    lengths = valid.sum(1)  # (B,)
-    if n_series == 0 or bool((lengths == 0).any()):
-        empty = (lengths == 0).nonzero().flatten().tolist()
+        valid = ~pad_mask
+    empty = (~valid.any(1)).nonzero().flatten().tolist()
+    if n_series == 0 or empty:
         raise ValueError(
             f"every series needs at least one real token; got {n_series} series, of which rows {empty} "
             f"of pad_mask are all padding"
         )
+    return tokens, valid
+
+
+def check_positions(
+    positions: Tensor, expected: tuple[int, int, int], name: str = "positions"
+) -> None:
+    """Raises TypeError or ValueError unless ``positions`` are real numbers of the expected shape."""
+    if positions.dtype == torch.bool or positions.is_complex():
+        raise TypeError(f"{name} must be real numbers, got {positions.dtype}")
+    if tuple(positions.shape) != expected:
+        raise ValueError(
+            f"{name} must have shape (batch, n_pos_dims, tokens) = {expected}, got {tuple(positions.shape)}"
+        )
+
+
+def pack_tokens(
+    tokens: Tensor, positions: Tensor, valid: Tensor
+) -> tuple[PackedBatch, Tensor, Tensor]:
+    """``(B, N, P)``, ``(B, D, N)`` float64 and ``(B, N)`` bool → what :func:`pack` returns."""
+    n_series, n_tokens, width = tokens.shape
+    lengths = valid.sum(1)  # (B,)
     order = lengths.argsort(stable=True)  # (B,)
-    places = torch.arange(n_series * n_tokens, device=values.device).view(n_series, n_tokens)
+    places = torch.arange(n_series * n_tokens, device=tokens.device).view(n_series, n_tokens)
     rows = places[order][valid[order]]  # (T,)
-    tokens = tokens.reshape(-1, tokens.shape[2])[rows]
-    places_d = positions.transpose(1, 2).reshape(-1, n_pos_dims)[rows].float()
-    for name, packed in (("values", tokens), ("positions", places_d)):
-        finite = packed.isfinite().all(1)
+    packed = tokens.reshape(-1, width)[rows]
+    at = positions.transpose(1, 2).reshape(len(places.flatten()), -1)[rows]  # (T, D)
+    for name, numbers in (("values", packed), ("positions", at)):
+        finite = numbers.isfinite().all(1)
         if not bool(finite.all()):
             series, token = divmod(int(rows[(~finite).nonzero()[0, 0]]), n_tokens)
             raise ValueError(
@@ -170,9 +199,9 @@ def pack(
                 f"Leave unobserved tokens out or mark them in pad_mask"
             )
     batch = PackedBatch(
-        tokens=tokens,
-        positions=places_d,
-        segments=Segments(lengths[order].tolist(), values.device),
+        tokens=packed,
+        positions=in_float32(at),
+        segments=Segments(lengths[order].tolist(), tokens.device),
         sample_ids=order,
     )
     return batch, order, rows
@@ -186,3 +215,10 @@ def unpack(packed: Tensor, segments: Segments, order: Tensor) -> Tensor:
     out = packed.new_zeros(segments.count, segments.longest, *packed.shape[1:])
     out[order[segments.ids], segments.index_in_series] = packed
     return out
+
+
+def spread(packed: Tensor, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Put ``(T, …)`` rows back to their places in ``(B, N)``, zero at padding: ``(B, N, …)``."""
+    n_series, n_tokens = shape
+    out = packed.new_zeros(n_series * n_tokens, *packed.shape[1:])
+    return out.index_copy(0, rows, packed).unflatten(0, (n_series, n_tokens))

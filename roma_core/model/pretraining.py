@@ -10,10 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from roma_core.data.schema import DataSchema
+from roma_core.model.axes import placed, start_of
 from roma_core.model.config import RoMAForPreTrainingConfig
-from roma_core.model.embedding import Backbone
+from roma_core.model.embedding import NO_POSITIONS, Backbone
 from roma_core.model.encoder import Encoder, Head, Rows, initialise, initialise_vectors
-from roma_core.model.packing import MaskedRows, PackedBatch, unpack
+from roma_core.model.packing import (
+    MaskedRows,
+    PackedBatch,
+    check_positions,
+    checked,
+    pack_tokens,
+    unpack,
+)
+from roma_core.model.reconstruction import Reconstruction
 
 
 class RoMAForPreTraining(Backbone):
@@ -34,11 +44,13 @@ class RoMAForPreTraining(Backbone):
         self.decoder_table = self._table_of(decoder)
         self.head = Head(
             decoder.d_model,
-            self.config.tubelet_width,
+            self.config.tubelet_width * (2 if self.config.predict_variance else 1),
             self.config.head_drop_rate,
             decoder.layer_norm_eps,
         )
-        self.loss_fn: Callable[[Tensor, Tensor], Tensor] = _squared_error
+        self.loss_fn: Callable[[Tensor, Tensor], Tensor] = (
+            _gaussian_nll if self.config.predict_variance else _squared_error
+        )
         initialise(self)
         # not zeros, as published: the norm that follows has a slope of 1/√eps = 1e6 there
         initialise_vectors(self.mask_token, self.cls)
@@ -59,11 +71,13 @@ class RoMAForPreTraining(Backbone):
         return load_pretraining(folder, **overrides)
 
     def set_loss_fn(self, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Use ``loss_fn(logits, targets)``, both ``(H, P)``; it must return them unreduced."""
+        """Use ``loss_fn(outputs, targets)``, both ``(H, P)``; it must return them unreduced.
+
+        With ``predict_variance`` outputs are ``(H, 2P)``: means, then logarithms of variances.
+        """
         self.loss_fn = loss_fn
 
-    @staticmethod
-    def loss_count(batch: PackedBatch) -> float:
+    def loss_count(self, batch: PackedBatch) -> float:
         """What the loss of a packed batch is a mean over: its hidden tokens."""
         return 0.0 if batch.masked is None else float(batch.masked.hidden.total)
 
@@ -97,9 +111,7 @@ class RoMAForPreTraining(Backbone):
         if isinstance(values, PackedBatch):
             return self._reconstruct(values)
         if positions is None:
-            raise TypeError(
-                "positions are required: one row per axis, shape (batch, n_pos_dims, tokens)"
-            )
+            raise TypeError(NO_POSITIONS)
         batch, order, rows = self.pack(values, positions, pad_mask)
         if mask is not None:
             shape = (batch.segments.count, positions.shape[2])
@@ -124,7 +136,7 @@ class RoMAForPreTraining(Backbone):
 
     def _with_drawn_mask(self, batch: PackedBatch) -> PackedBatch:
         seed = int(torch.randint(2**31, ()))
-        return batch.with_drawn_mask(self.config.mask_fraction, self.config.mask_strategy, seed, 0)
+        return batch.with_drawn_mask(self.config, seed, epoch=0)
 
     def _reconstruct(self, batch: PackedBatch) -> tuple[Tensor | None, Tensor | None]:
         self.check_packed(batch)
@@ -134,14 +146,82 @@ class RoMAForPreTraining(Backbone):
         assert masked is not None
         if masked.hidden.total == 0:
             return None, None
-        logits = self.reconstruct_rows(batch, masked)
+        outputs = self.outputs_of(batch, masked)
         targets = batch.tokens[masked.hidden_rows]
         if self.config.normalize_targets:
-            targets = standardise_tubelets(targets)
-        return logits, self.loss_fn(logits, targets.to(logits.dtype)).mean()
+            mean, deviation = tubelet_statistics(targets)
+            targets = (targets - mean) / deviation
+        loss = self.loss_fn(outputs, targets.to(outputs.dtype)).mean()
+        return outputs[:, : self.config.tubelet_width], loss
+
+    def reconstruct(
+        self,
+        values: Tensor,
+        positions: Tensor,
+        pad_mask: Tensor | None = None,
+        *,
+        at: Tensor,
+        denormalise: bool = True,
+    ) -> Reconstruction:
+        """Predict what would be observed at positions of your choice, from all that was observed.
+
+        Every real token is visible. Nothing needs to have been observed at ``at``: interpolation,
+        forecasting and other grids are one call. In training mode dropout is active.
+
+        Args:
+            values, positions, pad_mask: as for calling the model.
+            at: ``(B, D, Q)`` or ``(D, Q)``, of any real type, in the units of ``positions``.
+            denormalise: give values in the units of the data, by the ``data_schema`` that came with
+                the weights; without a schema they are in the model's units either way.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit, or the model cannot do it: the absolute
+                variant knows no positions, and with ``normalize_targets`` it predicts only the shape
+                of a tubelet, not its level.
+        """
+        if self.table is not None:
+            raise ValueError("reconstruct needs pos_encoding='ropend'; this model counts tokens")
+        if self.config.normalize_targets:
+            raise ValueError(
+                "a model trained with normalize_targets predicts tubelets less their own mean, over their own "
+                "deviation, which nobody knows at new positions; train with normalize_targets=False"
+            )
+        tokens, valid = checked(values, positions, pad_mask, self.config)
+        n_series, n_tokens, width = tokens.shape
+        at = at.expand(n_series, -1, -1) if at.ndim == 2 else at
+        n_asked = at.shape[-1]
+        check_positions(at, (n_series, self.config.n_pos_dims, n_asked), "at")
+        axes = self.config.position_axes
+        start = start_of(positions, valid, axes)
+        places = torch.cat((placed(positions, start, axes), placed(at, start, axes)), dim=2)
+        batch, order, rows = pack_tokens(
+            torch.cat((tokens, tokens.new_zeros(n_series, n_asked, width)), dim=1),
+            places,
+            F.pad(valid, (0, n_asked), value=True),
+        )
+        asked = rows % (n_tokens + n_asked) >= n_tokens
+        masked = MaskedRows.of(asked, batch.segments)
+        raw = unpack(self.outputs_of(batch, masked), masked.hidden, order)  # (B, Q, P or 2P)
+        std = (0.5 * raw[..., width:]).exp() if self.config.predict_variance else None
+        result = Reconstruction(raw[..., :width], std)
+        if denormalise and self.data_schema is not None:
+            return result.denormalised(DataSchema.model_validate(self.data_schema))
+        return result
 
     def reconstruct_rows(self, batch: PackedBatch, masked: MaskedRows) -> Tensor:
-        """``(H, P)`` predictions of the hidden tokens, in ascending order of rows."""
+        """``(H, P)`` predictions of the hidden tokens, in ascending order of rows.
+
+        They are in the units of ``batch.tokens``: standardised ones are put back by the statistics
+        of the true tubelets, as pictures of masked autoencoders do.
+        """
+        predicted = self.outputs_of(batch, masked)[:, : self.config.tubelet_width]
+        if self.config.normalize_targets:
+            mean, deviation = tubelet_statistics(batch.tokens[masked.hidden_rows])
+            return predicted * deviation + mean
+        return predicted
+
+    def outputs_of(self, batch: PackedBatch, masked: MaskedRows) -> Tensor:
+        """The head's ``(H, P)`` (``(H, 2P)`` with variances) for the hidden tokens, by row."""
         drop = self.config.encoder_config.pos_drop_rate
         segments, index = batch.segments, batch.segments.index_in_series
         if self.table is not None:
@@ -181,7 +261,15 @@ def _squared_error(logits: Tensor, targets: Tensor) -> Tensor:
     return (logits - targets) ** 2
 
 
-def standardise_tubelets(targets: Tensor) -> Tensor:
-    """Each ``(…, P)`` tubelet less its mean, over its (unbiased) deviation."""
+def _gaussian_nll(outputs: Tensor, targets: Tensor) -> Tensor:
+    """``(H, 2P)`` means and log variances, ``(H, P)`` → ``(H, P)``, without the constant."""
+    exact = outputs if outputs.dtype == torch.float64 else outputs.float()
+    mean, log_variance = exact.chunk(2, dim=-1)
+    log_variance = log_variance.clamp(-14.0, 14.0)  # deviations of 1e-3 … 1e3 are wide enough
+    return 0.5 * (log_variance + (targets - mean) ** 2 / log_variance.exp())
+
+
+def tubelet_statistics(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and (unbiased, floored) deviation ``(…, 1)`` of each ``(…, P)`` tubelet."""
     mean = targets.mean(-1, keepdim=True)
-    return (targets - mean) / (targets.var(-1, keepdim=True) + 1e-6).sqrt()
+    return mean, (targets.var(-1, keepdim=True) + 1e-6).sqrt()

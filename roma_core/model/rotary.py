@@ -53,15 +53,22 @@ class Rotation(nn.Module):
                 BASE ** (k / n_pairs) if k < n_rotating else float("inf") for k in range(n_pairs)
             ]
         self.axis_of_pair: Tensor
-        self.timescales: Tensor
+        self._timescale_bits: Tensor
         self.register_buffer("axis_of_pair", torch.tensor(axis_of_pair), persistent=False)
-        self.register_buffer("timescales", torch.tensor(timescales), persistent=False)
+        # as integers, so that casting the whole model to 16 bits leaves them exact
+        bits = torch.tensor(timescales).view(torch.int32)
+        self.register_buffer("_timescale_bits", bits, persistent=False)
+
+    @property
+    def timescales(self) -> Tensor:
+        """``(head_width // 2,)`` float32, units of position per radian; infinite: never turns."""
+        return self._timescale_bits.view(torch.float32)
 
     @torch.no_grad()
     def forward(self, positions: Tensor) -> Tensor:
-        """``(…, D)`` float32 positions → ``(…, 1, head_width // 2)`` complex64 of modulus 1."""
-        angles = positions.float()[..., self.axis_of_pair] / self.timescales.float()
-        return torch.complex(angles.cos(), angles.sin()).unsqueeze(-2)
+        """``(…, D)`` positions → ``(…, 1, head_width // 2, 2)`` float32: cosine and sine per pair."""
+        angles = positions.float()[..., self.axis_of_pair] / self.timescales
+        return torch.stack((angles.cos(), angles.sin()), dim=-1).unsqueeze(-3)
 
 
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
@@ -69,9 +76,15 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
 
     A head of odd width keeps its last channel as it is.
     """
-    width = 2 * rotations.shape[-1]
+    width = 2 * rotations.shape[-2]
     paired = x if width == x.shape[-1] else x[..., :width].contiguous()
-    exact = paired if x.dtype == torch.float64 else paired.float()
-    turned = torch.view_as_complex(exact.unflatten(-1, (-1, 2))) * rotations
-    rotated = torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    exact = (paired if x.dtype == torch.float64 else paired.float()).unflatten(-1, (-1, 2))
+    if x.is_cuda and torch.compiler.is_compiling():  # fuses there; complex numbers do not
+        cos, sin = rotations.unbind(-1)
+        first, second = exact.unbind(-1)
+        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    else:
+        product = torch.view_as_complex(exact) * torch.view_as_complex(rotations)
+        turned = torch.view_as_real(product)
+    rotated = turned.flatten(-2).to(x.dtype)
     return rotated if width == x.shape[-1] else torch.cat((rotated, x[..., width:]), dim=-1)

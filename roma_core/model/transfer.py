@@ -27,14 +27,15 @@ SHAPE = (
     "tubelet_size",
     "n_channels",
     "n_pos_dims",
+    "position_axes",
     "p_rope_val",
 )
 HEAD = ("head_drop_rate", "dim_output", "problem_type", "pooling")
 
 
 def settings_of(document: dict[str, Any]) -> dict[str, Any]:
-    """The configuration's fields in a ``model_config.json``."""
-    return {k: v for k, v in document.items() if k not in _OWN_KEYS}
+    """The configuration's fields in a ``model_config.json``; published ones describe no axes."""
+    return {"position_axes": []} | {k: v for k, v in document.items() if k not in _OWN_KEYS}
 
 
 def is_pretraining(document: dict[str, Any]) -> bool:

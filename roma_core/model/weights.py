@@ -6,7 +6,7 @@ says which. A key that should be there and is not is an error.
 
 from __future__ import annotations
 
-import logging
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +30,6 @@ from roma_core.model.transfer import classifier_config, is_pretraining, settings
 WEIGHTS = "model.safetensors"
 CONFIG = "model_config.json"
 SCHEMA_VERSION = 1
-log = logging.getLogger(__name__)
 
 M = TypeVar("M", RoMAForPreTraining, RoMAForClassification)
 
@@ -150,7 +149,7 @@ def _load(model: M, weights: dict[str, Tensor], report: TransferReport, may_rese
             f"{report.folder}: {WEIGHTS} lacks {', '.join(lost)}; it is incomplete or of another model"
         )
     model.load_state_dict({k: weights[k] for k in report.carried}, strict=False)
-    log.info("%s", report)
+    print(report, file=sys.stderr)
     return model
 
 

@@ -61,10 +61,7 @@ class Collate:
             labels=None if labels[0] is None else torch.stack(labels),
         )
         if isinstance(self.config, RoMAForPreTrainingConfig):
-            config = self.config
-            batch = batch.with_drawn_mask(
-                config.mask_fraction, config.mask_strategy, self.seed, epoch
-            )
+            batch = batch.with_drawn_mask(self.config, self.seed, epoch)
         return batch
 
     def _tokens(

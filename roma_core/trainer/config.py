@@ -64,6 +64,11 @@ class TrainerConfig(RomaSettings):
         description="Number type of forward and backward; None takes what `accelerate launch` says, "
         "else no.",
     )
+    compile: bool = Field(
+        False,
+        description="Compile the token-wise parts of every block; costs up to a minute at the start. "
+        "For GPUs: on CPU the kernels in use are as fast.",
+    )
     ema_decay: float | None = Field(
         None,
         gt=0,

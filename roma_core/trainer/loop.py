@@ -126,6 +126,8 @@ class TrainingRun:
         self.named = list(model.named_parameters())
         if checkpoint:
             model.load_state_dict(checkpoint.model)
+        if config.compile:
+            model.compile_regions()
         optimizer = make_optimizer(self.named, config)
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.average: WeightAverage | None = None
