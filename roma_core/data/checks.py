@@ -1,13 +1,8 @@
-"""What is refused on the way in, and what is looked for in a data set that is there.
-
-``checked`` stops at the first series that cannot be used. ``problems`` reads a whole folder and
-lists everything that is wrong with it.
-"""
+"""What is looked for in a data set that is there: ``problems`` lists everything that is wrong."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,51 +10,9 @@ import numpy as np
 from roma_core.data.columns import MANIFEST, damage, read_manifest, split_counts
 from roma_core.data.errors import DataError
 from roma_core.data.schema import SPLITS
-from roma_core.data.sources import RawSeries, Source
 from roma_core.data.store import StoredDataset
 
 _CONTENT_DECIMALS = 3  # of normalised values and of positions as the model sees them
-
-
-def checked(source: Source) -> Iterator[RawSeries]:
-    """The source's series, unchanged.
-
-    Raises:
-        DataError: a series has no or a repeated id, a wrong shape, no observation, a number that is
-            not finite, or an unknown label; the text names it.
-    """
-    seen: set[str] = set()
-    for series in source.read():
-        if not series.id or series.id in seen:
-            raise DataError(
-                f"two series have the id {series.id!r}, or it is empty; ids must be unique"
-            )
-        seen.add(series.id)
-        _check(series, source)
-        yield series
-
-
-def _check(series: RawSeries, source: Source) -> None:
-    who = f"series {series.id!r}"
-    n = len(series.values)
-    if n == 0:
-        raise DataError(f"{who} has no observations; leave it out of the source")
-    for what, array, width in (
-        ("positions", series.positions, len(source.axes)),
-        ("values", series.values, len(source.channels)),
-    ):
-        if array.shape != (n, width):
-            raise DataError(f"{who}: {what} have the shape {array.shape}, expected {(n, width)}")
-        if not np.isfinite(array).all():
-            row, column = np.argwhere(~np.isfinite(array))[0]
-            raise DataError(
-                f"{who}: {what} hold {array[row, column]} at observation {row}, column {column}, but "
-                f"all must be finite and fit in {array.dtype}: leave such observations out"
-            )
-    if source.classes and series.label not in source.classes:
-        raise DataError(f"{who} has the label {series.label!r}; classes are {source.classes}")
-    if not source.classes and series.label is not None:
-        raise DataError(f"{who} has the label {series.label!r}, but its source declares no classes")
 
 
 def problems(path: Path) -> list[str]:
@@ -83,7 +36,7 @@ def problems(path: Path) -> list[str]:
 
 
 def _broken_layout(dataset: StoredDataset) -> list[str]:
-    schema, n = dataset.schema, len(dataset)
+    schema, n = dataset.schema, len(dataset.splits)
     n_observations = int(dataset.offsets[-1]) if dataset.offsets.size else 0
     columns = {
         "values.npy": (dataset.values, (n_observations, len(schema.channels)), np.float32),
@@ -102,7 +55,9 @@ def _broken_layout(dataset: StoredDataset) -> list[str]:
         return found
     if dataset.offsets[0] != 0 or (dataset.lengths < 1).any():
         found.append("offsets.npy: must start at 0 and give every series at least one observation")
-    if len(set(dataset.ids)) != n:
+    if len(dataset.ids) != n or len(dataset.groups or dataset.ids) != n:
+        found.append(f"ids.json, groups.json: not {n} entries")
+    elif len(set(dataset.ids)) != n:
         found.append(f"ids.json: {n - len(set(dataset.ids))} ids are not unique")
     if not np.isin(dataset.splits, range(len(SPLITS))).all():
         found.append(f"splits.npy: holds other numbers than the indices of {SPLITS}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any, Self
@@ -33,7 +34,7 @@ class GrowingColumn:
 
     def append(self, rows: NDArray[Any]) -> None:
         """Add ``(n, n_columns)`` rows."""
-        self._file.write(np.ascontiguousarray(rows, dtype=self._dtype).tobytes())
+        self._file.write(np.ascontiguousarray(rows, dtype=self._dtype).data)
         self._n_rows += len(rows)
 
     def __enter__(self) -> Self:
@@ -54,6 +55,29 @@ class GrowingColumn:
             "shape": (self._n_rows, self._n_columns),
         }
         np.lib.format.write_array_header_1_0(self._file, header)
+
+
+class GrowingList:
+    """A JSON file of a list of texts, written one by one."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", encoding="utf-8")
+        self._file.write("[")
+        self._separator = ""
+
+    def append(self, text: str) -> None:
+        self._file.write(self._separator + json.dumps(text, ensure_ascii=False))
+        self._separator = ", "
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        with self._file:
+            if error is None:
+                self._file.write("]")
+                self._file.flush()
+                os.fsync(self._file.fileno())
 
 
 def write_column(path: Path, array: NDArray[Any]) -> None:
@@ -99,6 +123,8 @@ def read_manifest(folder: Path) -> Manifest:
 def manifest_digest(manifest: Manifest) -> str:
     """The digest a manifest should carry; see ``Manifest.digest``."""
     document = manifest.model_dump(mode="json", exclude={"digest": True, "provenance": {"source"}})
+    if manifest.repairs is None:  # sets that needed none keep the digest they had before repairs
+        del document["repairs"]
     return digest_of(document)
 
 
@@ -111,7 +137,7 @@ def damage(folder: Path, manifest: Manifest) -> list[str]:
         )
     needed = {"values.npy", "positions.npy", "offsets.npy", "splits.npy", "ids.json"}
     needed |= {"labels.npy"} if manifest.data_schema.classes else set()
-    if set(manifest.files) != needed:
+    if set(manifest.files) - {"groups.json"} != needed:
         return [*found, f"{MANIFEST}: lists {sorted(manifest.files)}, expected {sorted(needed)}"]
     for name, record in manifest.files.items():
         path = folder / name

@@ -10,6 +10,7 @@ observation; series k owns rows ``offsets[k]:offsets[k + 1]``.
     labels.npy         (n_series,) int64 index into ``classes``; absent without labels
     splits.npy         (n_series,) int8 index into ``SPLITS``
     ids.json           list of n_series strings
+    groups.json        list of n_series strings; absent without groups
 
 Normalisation and the anchoring of positions are applied when a sample is read, by the same code
 as at serving time, so what is on disk stays what came in.
@@ -97,6 +98,15 @@ class Irregularity(_Document):
     n_dropped: int
 
 
+class Repairs(_Document):
+    """What was put right on the way in; see ``arriving.RepairOptions``."""
+
+    series_sorted: int = Field(0, description="Series whose observations were out of order.")
+    duplicate_observations: int = Field(0, description="Left out, or taken into a mean.")
+    observations_not_finite: int = Field(0, description="Observations left out.")
+    empty_series_left_out: int = 0
+
+
 class Provenance(_Document):
     """Where the data came from, down to the bytes."""
 
@@ -115,6 +125,7 @@ class Manifest(_Document):
     counts: dict[Split, SplitCounts]
     split_rule: str
     irregularity: Irregularity | None = None
+    repairs: Repairs | None = None
     provenance: Provenance
     files: dict[str, FileRecord]
     digest: str = Field(

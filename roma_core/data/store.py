@@ -6,6 +6,7 @@ processes share one copy in the page cache, and a worker process costs nothing.
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ class StoredDataset:
 
     Attributes:
         manifest, schema: what the data set says of itself.
-        ids: the objects' ids, by row.
+        ids: the objects' ids, by row; read when first asked for.
+        groups: their groups, by row, or None without groups; read when first asked for.
         offsets: ``(n_series + 1,)`` int64; series i is observations ``offsets[i]:offsets[i + 1]``.
         lengths: ``(n_series,)`` int64 observations of each series, at least 1.
         labels: ``(n_series,)`` int64 index into ``schema.classes``, or None without labels.
@@ -61,8 +63,16 @@ class StoredDataset:
         self.labels: NDArray[np.int64] | None = (
             self._column("labels.npy") if self.schema.classes else None
         )
-        self.ids: list[str] = read_json(self.path / "ids.json")
         self._normaliser = Normaliser(self.schema)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        return read_json(self.path / "ids.json")
+
+    @cached_property
+    def groups(self) -> list[str] | None:
+        has_groups = "groups.json" in self.manifest.files
+        return read_json(self.path / "groups.json") if has_groups else None
 
     def _column(self, name: str, mapped: bool = False) -> NDArray[Any]:
         array = np.load(self.path / name, mmap_mode="r" if mapped else None, allow_pickle=False)
@@ -72,15 +82,15 @@ class StoredDataset:
         return StoredDataset, (self.path, False)  # a worker maps the files anew, copies no data
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.lengths)
 
     def raw(self, i: int) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
         """Series i as delivered: positions ``(N, D)`` float64 and values ``(N, C)`` float32.
 
         Both are read-only views of the file.
         """
-        if not 0 <= i < len(self.ids):
-            raise IndexError(f"series {i} of a data set with {len(self.ids)}")
+        if not 0 <= i < len(self.lengths):
+            raise IndexError(f"series {i} of a data set with {len(self.lengths)}")
         a, b = self.offsets[i], self.offsets[i + 1]
         return self.positions[a:b], self.values[a:b]
 

@@ -25,9 +25,9 @@ from roma_core.data import (
     StoredDataset,
     as_markdown,
     build_dataset,
-    building,
     plot_profile,
     profile_of,
+    writing,
 )
 from roma_core.data.checks import problems
 from roma_core.data.columns import manifest_digest, read_manifest, record_of
@@ -108,7 +108,8 @@ def test_every_column_survives_bit_by_bit(tmp_path_factory, lengths, draw, rate)
             series(f"s{k}", n, "xy"[k % 2], None, values=values, positions=positions)
         )
     folder = tmp_path_factory.mktemp("data")
-    dataset = StoredDataset(built(folder, *given_series, drop_rate=rate))
+    as_it_comes = {"unsorted": "keep", "duplicates": "keep"}
+    dataset = StoredDataset(built(folder, *given_series, drop_rate=rate, repair=as_it_comes))
 
     assert problems_but_leaks(dataset.path) == []
     for i, s in enumerate(given_series):
@@ -143,7 +144,7 @@ def test_a_sample_is_what_the_model_takes(tmp_path):
 
 def test_fitting_does_not_depend_on_the_chunk(tmp_path, monkeypatch):
     whole = built(tmp_path / "whole")
-    monkeypatch.setattr(building, "_CHUNK", 3)
+    monkeypatch.setattr(writing, "_CHUNK", 3)
 
     assert built(tmp_path / "chunks").name == whole.name
 
@@ -203,7 +204,7 @@ def folders(root, name="small"):
     [
         (series("bad", n=0), "series 'bad' has no observations"),
         (series("train-1"), "two series have the id 'train-1'"),
-        (series(""), "or it is empty"),
+        (series(""), "has no id, or it is empty"),
         (series("bad", label="z"), "series 'bad' has the label 'z'; classes are"),
         (series("bad", label=None), "series 'bad' has the label None"),
         (
@@ -285,7 +286,7 @@ def test_a_full_disk_or_an_interruption_leaves_no_half_folder(tmp_path, monkeypa
 
     expected = DataError if isinstance(failure, OSError) else KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(expected) as raised:
-        patch.setattr(building, "write_column", fails)
+        patch.setattr(writing, "write_column", fails)
         built(tmp_path)
 
     assert folders(tmp_path) == []
