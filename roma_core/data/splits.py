@@ -121,24 +121,23 @@ class Splitter:
         """The rule in words, for the manifest."""
         options, v, t = self.options, self.validation_share, self.test_share
         if options.by == "time":
-            return (
-                f"by the last observation: test from {options.test_from:g}, validation from "
-                f"{options.test_from if options.validation_from is None else options.validation_from:g}"
-                f", train before"
+            assert options.test_from is not None
+            later = (
+                options.test_from if options.validation_from is None else options.validation_from
             )
-        if options == SplitOptions():
-            return rule_text(v, t)
-        what = (
-            "class and order of delivery"
-            if options.stratified
-            else f"sha256 of '<data set>:<{options.by if options.by == 'group' else 'id'}>'"
-        )
+            return (
+                f"by the last observation: test from {options.test_from:.10g}, validation from "
+                f"{later:.10g}, train before"
+            )
+        by = f"sha256 of '<data set>:<{'group' if options.by == 'group' else 'id'}>'"
+        if options.stratified:
+            by = "class and order of delivery"
         if options.folds is not None:
             return (
                 f"fold {options.fold} of {options.folds} is test, {v:g} of each other fold "
-                f"validation; by {what}"
+                f"validation; by {by}"
             )
-        return rule_text(v, t).rpartition("; by ")[0] + f"; by {what}"
+        return rule_text(v, t, by)
 
 
 def split_at(
@@ -175,10 +174,12 @@ def split_of(
     return split_at(unit_interval(f"{dataset}:{object_id}"), recorded, validation_share, test_share)
 
 
-def rule_text(validation_share: float, test_share: float) -> str:
+def rule_text(
+    validation_share: float, test_share: float, by: str = "sha256 of '<data set>:<id>'"
+) -> str:
     """The default rule in words."""
     return (
         f"recorded test stays test; of recorded train, {validation_share:g} goes to validation; "
         f"without a record, {test_share:g} goes to test and {validation_share:g} of the rest to "
-        f"validation; by sha256 of '<data set>:<id>'"
+        f"validation; by {by}"
     )

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from pydantic import Field
 
 from roma_core.cli.data import data
 from roma_core.data import (
@@ -31,33 +29,9 @@ from roma_core.data import (
 )
 from roma_core.data.checks import problems
 from roma_core.data.columns import manifest_digest, read_manifest, record_of
-from roma_core.data.schema import Channel, PositionAxis
-from roma_core.data.sources import RawSeries, SourceConfig
 from roma_core.files import write_json
-
-
-class HandMade(SourceConfig):
-    """A source that is its own opened source."""
-
-    kind: str = "hand_made"
-    series: tuple[Any, ...] = Field((), exclude=True)
-    classes: tuple[str, ...] = ("x", "y")
-    channels: tuple[Channel, ...] = (Channel(name="a", unit="V"), Channel(name="b", unit="V"))
-    axes: tuple[PositionAxis, ...] = (PositionAxis(name="t", unit="s"),)
-    files: dict[str, str] = Field({})
-
-    def open(self, cache):
-        return self
-
-    def read(self):
-        return iter(self.series)
-
-
-def series(name="s", n=10, label="x", split="train", seed=0, **changes):
-    values = np.random.default_rng(seed).normal(size=(n, 2)).astype(np.float32)
-    fields = {"id": name, "positions": np.arange(n, dtype=float)[:, None], "values": values}
-    return RawSeries(**{**fields, "label": label, "recorded_split": split, **changes})
-
+from tests.core import hand_made
+from tests.core.hand_made import HandMade, config_of, series
 
 SOME = (
     series("train-1", 10, "x", "train", 1),
@@ -67,13 +41,8 @@ SOME = (
 )
 
 
-def config_of(*all_series, source=None, **options):
-    source = source or HandMade(series=all_series or SOME)
-    return DatasetConfig(**{"name": "small", "source": source, "validation_share": 0, **options})
-
-
 def built(folder, *all_series, **options):
-    return build_dataset(config_of(*all_series, **options), folder, folder, progress=False)
+    return hand_made.built(folder, *(all_series or SOME), **options)
 
 
 def test_what_comes_in_comes_out(tmp_path):
@@ -467,7 +436,9 @@ def test_the_commands_build_inspect_and_validate(yaml_file, tmp_path):
     assert inspected.exit_code == 0
     assert "25.0% of the delivered observations left out" in inspected.stdout
 
-    assert run(data, ["validate", path]).stdout == f"{path}: sound\n"
+    validated = run(data, ["validate", path])
+    assert validated.exit_code == 0 and validated.stdout.endswith(f"{path}: sound\n")
+    assert "warning: class 'x' has 4 series in train" in validated.stdout
     flip_a_byte(tmp_path / "out" / "small" / path.rsplit("/", 1)[1] / "values.npy")
     damaged = run(data, ["validate", path])
     assert damaged.exit_code == 1 and "values.npy: sha256" in damaged.stdout

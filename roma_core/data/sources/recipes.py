@@ -85,8 +85,7 @@ def pendulum(g: Generator, n: int) -> Draw:
 
     Angles follow ω' = 29.43·sin θ − 0.1·ω in steps of 1e-4, with a kick of N(0, 0.1²) every 0.01.
     """
-    theta, omega = np.empty((2, n))
-    theta[:], omega[:] = g.uniform(0, 2 * np.pi, n), 0
+    theta, omega = g.uniform(0, 2 * np.pi, n), np.zeros(n)
     angles = np.empty((n, 100))
     for frame in range(100):
         for _ in range(100):
@@ -105,9 +104,9 @@ def pendulum(g: Generator, n: int) -> Draw:
 def _rods(angles: NDArray[np.float64]) -> NDArray[np.float32]:
     """Anti-aliased pictures ``(…, 576)`` of a rod from the middle: brightness falls off at its edge."""
     centres = (np.arange(24) + 0.5 - 12) / 12  # of the pixels; the picture spans [-1, 1]
-    x, y = np.meshgrid(centres, centres)  # (24, 24)
+    grid = np.meshgrid(centres, centres)  # (24, 24) each
+    x, y = grid[0].reshape(-1), grid[1].reshape(-1)
     dx, dy = np.sin(angles)[..., None], np.cos(angles)[..., None]
-    x, y = x.reshape(-1), y.reshape(-1)
     along = np.clip(x * dx + y * dy, 0, 55 / 64)
     distance = np.hypot(x - along * dx, y - along * dy)  # from the rod, whose half width is 4 / 64
     return (255 * np.clip(0.5 + (4 / 64 - distance) * 12, 0, 1)).astype(np.float32)
