@@ -6,19 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from roma_core.hashing import hash_ints
 from roma_core.model.config import RoMAForPreTrainingConfig, _ModelConfig
 from roma_core.model.packing import PackedBatch
 from roma_core.model.segments import Segments
 from roma_core.model.tubelets import patchify
+from roma_core.trainer.augmenting import Augmentation, Draw
 from roma_core.trainer.epoch_plan import Indices
-
-_DROP = 2  # keeps the hashes of dropped tokens apart from those of order and masks
 
 
 class MapStyle(Protocol):
@@ -26,6 +22,7 @@ class MapStyle(Protocol):
 
     An item has ``values`` (time, C, height, width) float, ``positions`` (D, N), and optionally
     ``pad_mask`` (N,) bool, ``label``, and ``id`` int, a stable name; without it the index is taken.
+    The set may have ``lengths``, tokens by index, and ``augmentations`` of its own for training.
     """
 
     def __len__(self) -> int: ...
@@ -39,12 +36,12 @@ class Collate:
     Attributes:
         config: of the model the batch is for.
         seed: of masks and drops.
-        augment_drop_rate: every series loses up to this share of its tokens; 0 in evaluation.
+        augmentations: changes to every series, anew in every epoch; none in evaluation.
     """
 
     config: _ModelConfig
     seed: int
-    augment_drop_rate: float = 0.0
+    augmentations: tuple[Augmentation, ...] = ()
 
     def __call__(self, items: Sequence[tuple[int, int, dict[str, Any]]]) -> PackedBatch:
         """``items`` are (epoch, sample index, item)."""
@@ -79,23 +76,16 @@ class Collate:
         if (pad_mask := item.get("pad_mask")) is not None:
             real = ~torch.as_tensor(pad_mask)
             tokens, positions = tokens[real], positions[real]
-        if self.augment_drop_rate > 0:
-            kept = torch.from_numpy(
-                kept_tokens(len(tokens), sample_id, self.augment_drop_rate, self.seed, epoch)
-            )
-            tokens, positions = tokens[kept], positions[kept]
+        draw = Draw(self.seed, epoch, sample_id)
+        for augmentation in self.augmentations:
+            tokens, positions = augmentation(tokens, positions, draw)
+            if len(tokens) == 0 or len(tokens) != len(positions):
+                raise ValueError(
+                    f"{augmentation} left {len(tokens)} tokens and {len(positions)} positions of "
+                    f"sample {index}; it must leave at least one, and equally many"
+                )
         label = item.get("label")
         return tokens, positions, sample_id, None if label is None else torch.as_tensor(label)
-
-
-def kept_tokens(
-    n: int, sample_id: int, drop_rate: float, seed: int, epoch: int
-) -> NDArray[np.int64]:
-    """Indices, ascending, that are left after dropping up to ``drop_rate`` of n tokens; at least one."""
-    rate = hash_ints(seed, epoch, _DROP, sample_id & (2**64 - 1)) / 2**32 * drop_rate
-    noise = hash_ints(seed, epoch, _DROP, sample_id & (2**64 - 1), np.arange(n))
-    n_dropped = min(int(rate * n), n - 1)
-    return np.sort(noise.argsort(kind="stable")[n_dropped:])
 
 
 class _WithEpoch(Dataset[tuple[int, int, dict[str, Any]]]):
