@@ -32,13 +32,15 @@ class Normaliser:
         self._arcsinh = [
             (k, e.transform_scale) for k, e in enumerate(entries) if e.transform == "arcsinh"
         ]
-        self._first = np.array([axis.anchor == "first" for axis in schema.axes])  # (D,)
+        self._first = [k for k, axis in enumerate(schema.axes) if axis.anchor == "first"]
         self._offset = np.array([axis.offset for axis in schema.axes])  # (D,)
         self._scale = np.array([axis.scale for axis in schema.axes])  # (D,)
 
     def normalise(self, values: Float32) -> Float32:
         """``(…, C)`` values as delivered to ``(…, C)`` float32 of about zero mean, unit spread."""
-        return ((self.transform(values) - self._mean) / self._std).astype(np.float32)
+        x = (self.transform(values) if self._arcsinh else values) - self._mean  # float64
+        x /= self._std
+        return x.astype(np.float32)
 
     def transform(self, values: Float32) -> Float64:
         """``(…, C)`` values as delivered to ``(…, C)`` float64, before mean and std are applied."""
@@ -64,8 +66,14 @@ class Normaliser:
 
     def anchored(self, positions: Float64) -> Float32:
         """``(N, D)`` positions of *one series* as delivered to ``(N, D)`` float32 for the model."""
-        start = np.where(self._first, positions.min(axis=0), 0.0) + self._offset  # (D,)
-        return ((positions - start) / self._scale).astype(np.float32)
+        start = self._offset
+        if self._first:
+            start = start.copy()  # (D,)
+            for k in self._first:
+                start[k] += positions[:, k].min()
+        x = positions - start
+        x /= self._scale
+        return x.astype(np.float32)
 
 
 def normalise(values: Float32, schema: DataSchema) -> Float32:
