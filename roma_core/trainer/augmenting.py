@@ -62,7 +62,7 @@ class Drop:
     rate: float
 
     def __call__(self, tokens: Tensor, positions: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
-        n = len(tokens)
+        n = tokens.shape[0]
         n_dropped = min(int(draw.uniform(_DROP) * self.rate * n), n - 1)
         noise = draw.ints(_DROP, np.arange(n))
         kept = torch.from_numpy(np.sort(noise.argsort(kind="stable")[n_dropped:]))
@@ -77,7 +77,7 @@ class Crop:
     most_tokens: int | None = None
 
     def __call__(self, tokens: Tensor, positions: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
-        n = len(tokens)
+        n = tokens.shape[0]
         length = max(1, n - int(draw.uniform(_CROP, 0) * self.rate * n))
         length = min(length, self.most_tokens or length)
         start = int(draw.uniform(_CROP, 1) * (n - length + 1))

@@ -43,19 +43,23 @@ class Collate:
     seed: int
     augmentations: tuple[Augmentation, ...] = ()
 
+    @property
+    def _one_observation(self) -> bool:
+        return tuple(self.config.tubelet_size) == (1, 1, 1)
+
     def __call__(self, items: Sequence[tuple[int, int, dict[str, Any]]]) -> PackedBatch:
         """``items`` are (epoch, sample index, item)."""
         epoch = items[0][0]
         series = [(*self._tokens(epoch, index, item), index) for _, index, item in items]
-        series.sort(key=lambda s: len(s[0]))
+        series.sort(key=lambda s: s[0].shape[0])
         tokens, positions, ids, labels, indices = zip(*series, strict=True)
         batch = PackedBatch(
             tokens=torch.cat(tokens),
             positions=torch.cat(positions),
-            segments=Segments([len(t) for t in tokens]),
+            segments=Segments([t.shape[0] for t in tokens]),
             sample_ids=torch.tensor(ids, dtype=torch.int64),
             indices=torch.tensor(indices, dtype=torch.int64),
-            labels=None if labels[0] is None else torch.stack(labels),
+            labels=None if labels[0] is None else _stacked(labels),
         )
         if isinstance(self.config, RoMAForPreTrainingConfig):
             batch = batch.with_drawn_mask(self.config, self.seed, epoch)
@@ -63,14 +67,17 @@ class Collate:
 
     def _tokens(
         self, epoch: int, index: int, item: dict[str, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, int, Any]:
         values = torch.as_tensor(item["values"]).float()
-        tokens = patchify(values[None], self.config.tubelet_size)[0]  # (N, P)
+        if self._one_observation and values.shape[1:] == (self.config.n_channels, 1, 1):
+            tokens = values[:, :, 0, 0]  # (N, C): patchify would give the same, for 40 µs
+        else:
+            tokens = patchify(values[None], self.config.tubelet_size)[0]  # (N, P)
         positions = torch.as_tensor(item["positions"]).T.float()  # (N, D)
-        if positions.shape != (len(tokens), self.config.n_pos_dims):
+        if positions.shape != (tokens.shape[0], self.config.n_pos_dims):
             raise ValueError(
                 f"sample {index}: positions must have shape (n_pos_dims, tokens) = "
-                f"{(self.config.n_pos_dims, len(tokens))}, got {tuple(positions.T.shape)}"
+                f"{(self.config.n_pos_dims, tokens.shape[0])}, got {tuple(positions.T.shape)}"
             )
         sample_id = int(item.get("id", index))
         if (pad_mask := item.get("pad_mask")) is not None:
@@ -79,13 +86,19 @@ class Collate:
         draw = Draw(self.seed, epoch, sample_id)
         for augmentation in self.augmentations:
             tokens, positions = augmentation(tokens, positions, draw)
-            if len(tokens) == 0 or len(tokens) != len(positions):
+            n, m = tokens.shape[0], positions.shape[0]
+            if n == 0 or n != m:
                 raise ValueError(
-                    f"{augmentation} left {len(tokens)} tokens and {len(positions)} positions of "
-                    f"sample {index}; it must leave at least one, and equally many"
+                    f"{augmentation} left {n} tokens and {m} positions of sample {index}; it must "
+                    f"leave at least one, and equally many"
                 )
-        label = item.get("label")
-        return tokens, positions, sample_id, None if label is None else torch.as_tensor(label)
+        return tokens, positions, sample_id, item.get("label")
+
+
+def _stacked(labels: Sequence[Any]) -> torch.Tensor:
+    if all(type(label) is int for label in labels):
+        return torch.tensor(labels, dtype=torch.int64)
+    return torch.stack([torch.as_tensor(label) for label in labels])
 
 
 class _WithEpoch(Dataset[tuple[int, int, dict[str, Any]]]):

@@ -1,18 +1,20 @@
 """Tables as sources: long and one row per series, sorted and not, and what is refused in them."""
 
 import gzip
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roma_core.data import DataError, DatasetConfig, StoredDataset, build_dataset
 from roma_core.data.exporting import export_parquet
-from roma_core.data.sources import source_config
+from roma_core.data.sources import kinds, source_config
 
 COLUMNS = {
     "object": "star",
@@ -252,3 +254,15 @@ def test_an_empty_cell_in_a_list_is_not_a_number(tmp_path):
     assert np.isnan(second.values).all()
     with pytest.raises(DataError, match="series 'b': values hold nan at observation 0, column 0"):
         set_of(tmp_path, config)
+
+
+def test_the_example_in_the_readme_is_a_configuration():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    block = readme.split("or not:\n\n", 1)[1].split("\n\n", 1)[0]
+
+    config = DatasetConfig.model_validate(yaml.safe_load(block))
+
+    assert config.name == "stars" and config.split.by == "group"
+    assert config.repair.not_finite == "drop"
+    for kind in kinds():
+        assert f"`{kind}`" in readme
