@@ -500,3 +500,21 @@ def test_the_default_experiment_s_data_set(tmp_path):
     assert positions[0] == 0
     np.testing.assert_allclose(values[0, :4], first_frame, rtol=1e-6)
     assert problems(dataset.path) == []
+
+
+def test_a_changed_byte_is_found_before_training(yaml_file, tmp_path):
+    path = Path(
+        CliRunner().invoke(data, ["build", str(yaml_file), "--out", str(tmp_path)]).stdout.strip()
+    )
+    flip_a_byte(path / "positions.npy")
+    command = ["pretrain", "--data", str(path), "--out", str(tmp_path / "run")]
+
+    done = subprocess.run(
+        [sys.executable, "-m", "roma_core.cli", *command, "--set", "trainer.epochs=1"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    assert done.returncode != 0
+    assert "is damaged: positions.npy: sha256" in done.stderr
+    assert not (tmp_path / "run/checkpoints").exists()
