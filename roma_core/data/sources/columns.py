@@ -169,10 +169,10 @@ def positions_of(column: pa.Array, axis: AxisColumn, where: str) -> NDArray[np.f
 
     if not axis.categories:
         return numbers(column, axis.column, where)
-    words = text(column)
-    index = pc.index_in(words, value_set=pa.array(axis.categories, pa.string()))
+    found = text(column)
+    index = pc.index_in(found, value_set=pa.array(axis.categories, pa.string()))
     if index.null_count:
-        unknown = pc.unique(words.filter(index.is_null())).to_pylist()[:5]
+        unknown = pc.unique(found.filter(index.is_null())).to_pylist()[:5]
         raise DataError(
             f"{where}: column {axis.column!r} holds {unknown}, which are not among its categories "
             f"{list(axis.categories)}; append them there, or leave those rows out"
@@ -195,6 +195,6 @@ def _all_whole(column: pa.Array) -> bool:
     return bool(pc.all(pc.equal(pc.floor(column), column)).as_py())
 
 
-def facts(column: pa.Array) -> list[str | None]:
+def words(column: pa.Array) -> list[str | None]:
     """A column that says one thing of each object (class, group, split) as Python text."""
     return [None if cell is None else cell.strip() for cell in text(column).to_pylist()]

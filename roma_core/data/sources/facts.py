@@ -13,7 +13,7 @@ from typing import Any, cast
 from pydantic import BaseModel, ConfigDict, Field
 
 from roma_core.data.errors import DataError
-from roma_core.data.sources.columns import batches, facts
+from roma_core.data.sources.columns import batches, words
 from roma_core.data.sources.protocol import RecordedSplit
 
 _AT_ONCE = 1 << 16
@@ -101,7 +101,7 @@ def read_objects(table: ObjectTable, columns: FactColumns) -> dict[str, Facts]:
     known: dict[str, Facts] = {}
     names = [table.object, *columns.columns()]
     for batch in batches(table.file, names, names, _AT_ONCE):
-        cells = [facts(cast(Any, column)) for column in batch.columns]
+        cells = [words(cast(Any, column)) for column in batch.columns]
         for name, *row in zip(*cells, strict=True):
             if name is None or name in known:
                 raise DataError(

@@ -31,7 +31,7 @@ def keys_of(column: pa.Array, name: str, words: dict[int, str] | None = None) ->
     if column.null_count:
         row = column.is_null().index(True).as_py()
         raise DataError(f"column {name!r} is empty in row {row} of a batch; every row needs an id")
-    if pa.types.is_integer(column.type):
+    if pa.types.is_integer(column.type) and column.type != pa.uint64():  # those fit in int64
         return column.cast(pa.int64()).to_numpy()
     coded = text(column).dictionary_encode()
     texts = [word.strip() for word in coded.dictionary.to_pylist()]

@@ -21,11 +21,11 @@ from roma_core.data.sources.columns import (
     AxisColumn,
     ChannelColumn,
     batches,
-    facts,
     found_files,
     numbers,
     positions_of,
     text,
+    words,
 )
 from roma_core.data.sources.facts import FactColumns, classes_of, facts_of
 from roma_core.data.sources.protocol import RawSeries, SourceConfig
@@ -66,7 +66,7 @@ class ParquetSource:
         if config.facts.label is not None:
             for path in self._paths:
                 for batch in batches(path, [config.facts.label], [], 1 << 16):
-                    labels.update(filter(None, facts(batch.column(0).unique())))
+                    labels.update(filter(None, words(batch.column(0).unique())))
         self.classes = classes_of(sorted(labels), config.facts)
         for path in self._paths:  # a file without one of the columns is refused before any is read
             next(batches(path, self._names(), [], 1), None)
@@ -117,7 +117,7 @@ class ParquetSource:
                 ],
                 axis=1,
             )
-        columns = [facts(batch.column(name)) for name in config.facts.columns()]
+        columns = [words(batch.column(name)) for name in config.facts.columns()]
         for row, name in enumerate(ids):
             known = facts_of(
                 [column[row] for column in columns], config.facts, f"{where}: series {name!r}"

@@ -23,7 +23,8 @@ from roma_core.data.sources.package_file import (
     fetch_members,
 )
 from roma_core.data.sources.protocol import SourceConfig
-from roma_core.data.sources.table import TableColumns, TableSource
+from roma_core.data.sources.rows import TableColumns
+from roma_core.data.sources.table import TableSource
 
 BANDS = ("u", "g", "r", "i", "z", "y")
 

@@ -18,42 +18,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from roma_core.data.errors import DataError
 from roma_core.data.sources.buckets import Buckets
-from roma_core.data.sources.columns import (
-    AxisColumn,
-    ChannelColumn,
-    batches,
-    facts,
-    found_files,
-    numbers,
-    positions_of,
-)
+from roma_core.data.sources.columns import batches, found_files, words
 from roma_core.data.sources.facts import (
     FactColumns,
     Facts,
     ObjectTable,
     classes_of,
-    facts_of,
     read_objects,
 )
 from roma_core.data.sources.objects import ObjectIndex, keys_of
 from roma_core.data.sources.protocol import RawSeries, SourceConfig
+from roma_core.data.sources.rows import Block, RowReader, TableColumns
 from roma_core.files import sha256_of
-
-
-class TableColumns(BaseModel):
-    """Which column is what."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    object: str = Field(description="Column of the object's id.")
-    axes: tuple[AxisColumn, ...] = Field(min_length=1, description="Position axes; time first.")
-    channels: tuple[ChannelColumn, ...] = Field(min_length=1, description="Values, errors.")
-    facts: FactColumns = FactColumns()
 
 
 class TableConfig(SourceConfig):
@@ -117,7 +97,7 @@ class TableSource:
         for batch in self._batches([columns.object, *filter(None, [self._in_rows.label])]):
             self._objects.add(keys_of(batch.column(0), columns.object))
             if self._in_rows.label:
-                labels.update(filter(None, facts(batch.column(1).unique())))
+                labels.update(filter(None, words(batch.column(1).unique())))
         if self._known is not None:
             labels = {known.label for known in self._known.values() if known.label}
         self.classes = classes_of(sorted(labels), columns.facts)
@@ -131,11 +111,10 @@ class TableSource:
         return len(self._objects)
 
     def _batches(self, names: list[str]) -> Iterator[Any]:
-        facts_columns = self._in_rows.columns()
-        words = {self._columns.object, *facts_columns}
-        words |= {axis.column for axis in self._columns.axes if axis.categories}
+        text = {self._columns.object, *self._in_rows.columns()}
+        text |= {axis.column for axis in self._columns.axes if axis.categories}
         for path in self._paths:
-            yield from batches(path, names, words, self._rows)
+            yield from batches(path, names, text, self._rows)
 
     def read(self) -> Iterator[RawSeries]:
         """Every object in the order of its first row.
@@ -143,83 +122,47 @@ class TableSource:
         Raises:
             DataError: a column holds what it should not, or an object has two classes.
         """
+        reader = RowReader(self._columns, self._in_rows, forget=self.is_sorted)
+        # by map, nothing here refers to a batch or block once it is given: one of each in memory
+        blocks = map(reader.block, self._batches(reader.columns()))
         if self.is_sorted:
-            yield from self._series(self._blocks())
+            yield from self._series(reader, blocks)
             return
         self._cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="roma-sort-", dir=self._cache) as folder:
             buckets = Buckets(Path(folder), self._objects.sizes(), self._rows)
-            for block in self._blocks():
+            for block in blocks:
                 buckets.add(self._objects.ranks(block["key"]), block)
-            yield from self._series(buckets.sorted_blocks())
+                del block
+            yield from self._series(reader, buckets.sorted_blocks())
 
-    def _blocks(self) -> Iterator[NDArray[Any]]:
-        """Rows as structured arrays: ``key``, ``positions`` (D,), ``values`` (C,), ``facts`` (F,).
-
-        No block or batch is referred to from here once it is given, so one of each is in memory.
-        """
-        columns = self._columns
-        self._words: dict[int, str] = {}  # of the objects in memory: key → id, where it is text
-        self._cells: dict[str | None, int] = {}
-        self._kind = np.dtype(
-            [
-                ("key", np.int64),
-                ("positions", np.float64, (len(columns.axes),)),
-                ("values", np.float32, (len(columns.channels),)),
-                ("facts", np.int32, (len(self._in_rows.columns()),)),
-            ]
-        )
-        names = [columns.object, *(a.column for a in columns.axes)]
-        names += [*(c.column for c in columns.channels), *self._in_rows.columns()]
-        return map(self._block, self._batches(list(dict.fromkeys(names))))
-
-    def _block(self, batch: Any) -> NDArray[Any]:
-        columns, where = self._columns, f"{self._paths[0].parent}"
-        block = np.empty(batch.num_rows, dtype=self._kind)
-        words: dict[int, str] = {}
-        block["key"] = keys_of(batch.column(columns.object), columns.object, words)
-        if self.is_sorted:  # the series of earlier blocks have been given, but perhaps the last
-            last = next(reversed(self._words.items()), None)
-            self._words = dict([last] if last else [])
-        self._words |= words
-        for k, axis in enumerate(columns.axes):
-            block["positions"][:, k] = positions_of(batch.column(axis.column), axis, where)
-        for k, channel in enumerate(columns.channels):
-            with np.errstate(over="ignore"):  # inf is refused, or left out, later
-                block["values"][:, k] = numbers(batch.column(channel.column), channel.column, where)
-        for k, fact in enumerate(self._in_rows.columns()):
-            block["facts"][:, k] = self._codes(batch.column(fact))
-        return block
-
-    def _codes(self, column: Any) -> NDArray[np.int32]:
-        """A column of words as numbers that stand for them; see ``_cells``."""
-        coded = column.dictionary_encode()
-        codes = [self._cells.setdefault(w, len(self._cells)) for w in facts(coded.dictionary)]
-        codes.append(self._cells.setdefault(None, len(self._cells)))
-        indices = coded.indices.fill_null(len(codes) - 1)
-        return np.array(codes, dtype=np.int32)[indices.to_numpy(zero_copy_only=False)]
-
-    def _series(self, blocks: Iterator[NDArray[Any]]) -> Iterator[RawSeries]:
+    def _series(self, reader: RowReader, blocks: Iterator[Block]) -> Iterator[RawSeries]:
         """One series per run of equal keys; a run may reach over the end of a block."""
-        waiting: list[NDArray[Any]] = []  # the parts of the run that is not over yet
+        waiting: list[Block] = []  # the parts of the run that is not over yet
         for block in blocks:
+            if len(block) == 0:
+                continue
             edges = np.flatnonzero(np.diff(block["key"])) + 1
-            starts = np.concatenate([[0], edges, [len(block)]])
-            if waiting and len(block) and block["key"][0] != waiting[-1]["key"][0]:
-                yield self._one(waiting)
+            starts = np.concatenate([[0], edges])
+            if waiting and block["key"][0] != waiting[0]["key"][0]:
+                yield self._one(reader, waiting)
                 waiting = []
-            for a, b in itertools.pairwise(starts[:-1]):
-                yield self._one([*waiting, block[a:b]])
+            for a, b in itertools.pairwise(starts):
+                yield self._one(reader, [*waiting, block[a:b]])
                 waiting = []
-            waiting.append(block[starts[-2] :].copy())
+            waiting.append(block[starts[-1] :].copy())
             del block  # before the next is made
         if waiting:
-            yield self._one(waiting)
+            yield self._one(reader, waiting)
 
-    def _one(self, parts: list[NDArray[Any]]) -> RawSeries:
+    def _one(self, reader: RowReader, parts: list[Block]) -> RawSeries:
         rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        name = self._words.get(int(rows["key"][0])) or str(rows["key"][0])
-        known = self._facts(name, rows["facts"])
+        name = reader.name_of(int(rows["key"][0]))
+        known = (
+            reader.facts_of_codes(rows["facts"], name)
+            if self._known is None
+            else self._known_of(name)
+        )
         return RawSeries(
             id=name,
             positions=np.ascontiguousarray(rows["positions"]),  # copies: none holds the block
@@ -229,22 +172,11 @@ class TableSource:
             recorded_split=known.split,
         )
 
-    def _facts(self, name: str, codes: NDArray[np.int32]) -> Facts:
-        if self._known is not None:
-            if name not in self._known:
-                raise DataError(
-                    f"object {name!r} has observations but no row in the table of objects; add it, "
-                    f"or leave its observations out"
-                )
-            return self._known[name]
-        if not codes.shape[1]:
-            return Facts()
-        words = {code: word for word, code in self._cells.items()}
-        if (codes != codes[0]).any():
-            row, column = np.argwhere(codes != codes[0])[0]
-            pair = [words[int(codes[0, column])], words[int(codes[row, column])]]
+    def _known_of(self, name: str) -> Facts:
+        assert self._known is not None
+        if name not in self._known:
             raise DataError(
-                f"object {name!r} has {pair[0]!r} and {pair[1]!r} in column "
-                f"{self._in_rows.columns()[column]!r}; one of them per object"
+                f"object {name!r} has observations but no row in the table of objects; add it, or "
+                f"leave its observations out"
             )
-        return facts_of([words[int(c)] for c in codes[0]], self._in_rows, f"object {name!r}")
+        return self._known[name]
