@@ -60,7 +60,7 @@ def plan_for(
         frozen: global batch size of a run that goes on.
 
     Raises:
-        ValueError: the longest series does not fit into a batch.
+        ValueError: the longest series does not fit into a batch, or leaves other processes nothing.
     """
     at_once = world_size * config.gradient_accumulation_steps
     if config.tokens_per_batch is None:
@@ -70,7 +70,14 @@ def plan_for(
     if config.augment_crop_tokens is not None:
         lengths = np.minimum(lengths, config.augment_crop_tokens)
     size = frozen or config.tokens_per_batch * at_once
-    return TokenPlan(lengths, size, config.random_seed, config.tokens_per_batch)
+    plan = TokenPlan(lengths, size, config.random_seed, config.tokens_per_batch)
+    if world_size > 1 and plan.fewest < world_size:
+        raise ValueError(
+            f"a step of about {size:,} tokens may hold as few as {plan.fewest} series, too few for "
+            f"{world_size} processes: the longest has {lengths.max():,} tokens; raise "
+            f"tokens_per_batch, or cut long series with augment_crop_tokens"
+        )
+    return plan
 
 
 def lengths_of(dataset: Any) -> Indices:
@@ -122,6 +129,9 @@ class TokenPlan:
     The samples are shuffled, then sorted by length inside windows of 32 batches, cut into batches,
     and the batches shuffled. Every epoch has the same number of batches. A batch holds at most one
     longest series more than ``global_batch_size``.
+
+    Attributes:
+        fewest: no batch of any epoch holds fewer samples.
     """
 
     unit = "tokens"
@@ -143,7 +153,9 @@ class TokenPlan:
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.batches_per_epoch = max(1, -(-int(lengths.sum()) // global_batch_size))
         longest = int(lengths.max())
-        # no batch is empty as long as every sample is shorter than one
+        # the middles of two neighbours are at most a longest sample apart, so each stretch of a
+        # batch's width holds at least this many; none is empty if every sample fits into one
+        self.fewest = int(lengths.sum()) // self.batches_per_epoch // longest
         if longest * self.batches_per_epoch > lengths.sum():
             raise ValueError(
                 f"the longest series has {longest:,} tokens, but a step has about "

@@ -40,7 +40,7 @@ def test_every_sample_is_in_one_batch_and_no_batch_is_empty_or_too_large(lengths
     if batches:
         assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
         assert len(batches) == plan(tokens, lengths).batches_per_epoch
-        assert min(map(len, batches)) >= 1
+        assert min(map(len, batches)) >= plan(tokens, lengths).fewest >= 1
         assert max(lengths[b].sum() for b in batches) <= tokens + lengths.max()
 
 
@@ -91,6 +91,8 @@ def test_a_series_longer_than_a_batch_is_refused_with_a_way_out():
 
     with pytest.raises(ValueError, match=r"longest series has 5,000 tokens.*augment_crop_tokens"):
         plan(100, lengths)
+    with pytest.raises(ValueError, match="too few for 40 processes"):
+        plan_for(TrainerConfig(tokens_per_batch=50), Lengths(LENGTHS), 40)
     few = TrainerConfig(tokens_per_batch=30, augment_crop_tokens=10)
     assert plan_for(few, Lengths(lengths), 1).batches_per_epoch == 1
 
