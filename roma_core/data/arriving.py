@@ -51,7 +51,8 @@ class Arrivals:
         self._classes = frozenset(source.classes)
 
     def __iter__(self) -> Iterator[RawSeries]:
-        """
+        """Check and repair every series of the source.
+
         Raises:
             DataError: a series has no id, a wrong shape, an unknown label, or something that is to
                 be refused; the text names it.

@@ -8,13 +8,19 @@ splits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from roma_core.data.columns import MANIFEST, damage, read_manifest, split_counts
+from roma_core.data.columns import (
+    MANIFEST,
+    damage,
+    read_manifest,
+    shard_name,
+    split_counts,
+)
 from roma_core.data.errors import DataError
 from roma_core.data.findings import Finding, finding
 from roma_core.data.leaks import leaks
@@ -57,13 +63,15 @@ def findings(path: Path) -> list[Finding]:
 
 def _broken_layout(dataset: StoredDataset) -> list[str]:
     schema, n = dataset.schema, len(dataset.splits)
-    n_observations = int(dataset.offsets[-1]) if dataset.offsets.size else 0
-    columns = {
-        "values.npy": (dataset.values, (n_observations, len(schema.channels)), np.float32),
-        "positions.npy": (dataset.positions, (n_observations, len(schema.axes)), np.float64),
+    columns: dict[str, tuple[NDArray[Any], tuple[int, ...], Any]] = {
         "offsets.npy": (dataset.offsets, (n + 1,), np.int64),
         "splits.npy": (dataset.splits, (n,), np.int8),
     }
+    if dataset.offsets.shape == (n + 1,):
+        for k, (first, last, positions, values) in enumerate(dataset.shards()):
+            rows = int(dataset.offsets[last] - dataset.offsets[first])
+            columns[shard_name("values", k)] = (values, (rows, len(schema.channels)), np.float32)
+            columns[shard_name("positions", k)] = (positions, (rows, len(schema.axes)), np.float64)
     if dataset.labels is not None:
         columns["labels.npy"] = (dataset.labels, (n,), np.int64)
     found = [
@@ -90,18 +98,12 @@ def _broken_layout(dataset: StoredDataset) -> list[str]:
     return found
 
 
-def _parts(dataset: StoredDataset) -> Iterator[tuple[int, int, int, int]]:
-    """Whole series a few at a time: first and last series, first and last observation."""
-    edges = np.flatnonzero(np.diff(dataset.offsets[1:] // _AT_ONCE, prepend=-1))
-    for first, last in zip(edges, [*edges[1:], len(dataset)], strict=True):
-        yield int(first), int(last), int(dataset.offsets[first]), int(dataset.offsets[last])
-
-
 def _not_finite(dataset: StoredDataset) -> list[Finding]:
     bad: list[int] = []
-    for first, last, a, b in _parts(dataset):
-        whole = np.isfinite(dataset.positions[a:b]).all(1) & np.isfinite(dataset.values[a:b]).all(1)
-        per_series = np.logical_and.reduceat(whole, dataset.offsets[first:last] - a)
+    for first, last, positions, values in dataset.parts(_AT_ONCE):
+        whole = np.isfinite(positions).all(1) & np.isfinite(values).all(1)
+        starts = dataset.offsets[first:last] - dataset.offsets[first]
+        per_series = np.logical_and.reduceat(whole, starts)
         bad += (first + np.flatnonzero(~per_series)).tolist()
     names = [f"series {dataset.ids[i]!r} holds numbers that are not finite" for i in bad[:5]]
     return finding("finite", "error", names, len(bad))
@@ -113,8 +115,8 @@ def _positions(dataset: StoredDataset) -> list[Finding]:
     copies: list[int] = []
     reach = np.zeros(len(dataset.schema.axes))
     normaliser = Normaliser(dataset.schema)
-    for first, last, a, b in _parts(dataset):
-        positions, starts = dataset.positions[a:b], dataset.offsets[first:last] - a
+    for first, last, positions, _ in dataset.parts(_AT_ONCE):
+        starts = dataset.offsets[first:last] - dataset.offsets[first]
         step = np.diff(positions[:, 0], prepend=positions[:1, 0])
         step[starts] = 1.0  # the first of a series follows none
         unsorted += (first + np.flatnonzero(np.minimum.reduceat(step, starts) < 0)).tolist()
@@ -175,12 +177,14 @@ def _values(dataset: StoredDataset) -> list[Finding]:
     normaliser = Normaliser(dataset.schema)
     far: NDArray[np.int64] = np.zeros(len(dataset.schema.channels), dtype=np.int64)
     example: dict[int, tuple[float, int]] = {}
-    for _, _, a, b in _parts(dataset):
-        size = np.abs(normaliser.normalise(dataset.values[a:b]))  # (n, C)
+    for first, _, _, values in dataset.parts(_AT_ONCE):
+        size = np.abs(normaliser.normalise(values))  # (n, C)
         far += (size > _FAR).sum(axis=0)
         for k in np.flatnonzero((size > _FAR).any(axis=0)):
             row = int(size[:, k].argmax())
-            example[int(k)] = max(example.get(int(k), (0.0, 0)), (float(size[row, k]), a + row))
+            example[int(k)] = max(
+                example.get(int(k), (0.0, 0)), (float(size[row, k]), dataset.offsets[first] + row)
+            )
     words = []
     for channel, (most, row) in example.items():
         owner = int(np.searchsorted(dataset.offsets, row, side="right")) - 1

@@ -98,7 +98,8 @@ class Fit:
     def __init__(
         self, channels: Sequence[Channel], transforms: Sequence[ChannelNormalisation]
     ) -> None:
-        """
+        """Begin with nothing seen.
+
         Args:
             channels: for the names in warnings.
             transforms: one per channel; their mean and std are ignored.

@@ -1,7 +1,9 @@
 """What a data set says of itself: ``manifest.json``, as pydantic models.
 
 A data set is a folder of flat columns. Row i of ``values.npy`` and ``positions.npy`` is one
-observation; series k owns rows ``offsets[k]:offsets[k + 1]``.
+observation; series k owns rows ``offsets[k]:offsets[k + 1]``. Where there are more than 67 million
+observations, these two columns go on in ``values-1.npy``, ``values-2.npy`` and so on, each with whole
+series, so that files stay of a size that is copied, verified and kept in parallel.
 
     manifest.json      this module's ``Manifest``
     values.npy         (n_observations, n_channels) float32, as delivered: not normalised
@@ -123,6 +125,9 @@ class Manifest(_Document):
     name: str
     data_schema: DataSchema
     counts: dict[Split, SplitCounts]
+    shards: tuple[int, ...] = Field(
+        (), description="First series of every further file of values and positions."
+    )
     split_rule: str
     irregularity: Irregularity | None = None
     repairs: Repairs | None = None

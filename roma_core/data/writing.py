@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from array import array
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from operator import length_hint
 from pathlib import Path
@@ -22,10 +21,10 @@ from roma_core.data import dropping
 from roma_core.data.arriving import Arrivals
 from roma_core.data.columns import (
     MANIFEST,
-    GrowingColumn,
     GrowingList,
+    ShardedColumn,
     manifest_digest,
-    record_of,
+    records_of,
     split_counts,
     write_column,
 )
@@ -48,6 +47,7 @@ from roma_core.files import read_json, write_json
 from roma_core.hashing import hash_text
 
 _CHUNK = 1 << 16  # observations held in memory at a time when fitting
+_SHARD = 1 << 26  # observations in one file of values or positions
 
 
 def write_dataset(config: DatasetConfig, source: Source, folder: Path, progress: bool) -> Manifest:
@@ -72,13 +72,11 @@ def write_dataset(config: DatasetConfig, source: Source, folder: Path, progress:
     if not len(rows):
         raise DataError(f"the source of {config.name} has no series: {config.source!r}")
     rows.close(folder)
-    with ThreadPoolExecutor(2) as threads:  # hashing releases the interpreter
-        paths = sorted(folder.iterdir())
-        records = dict(zip([p.name for p in paths], threads.map(record_of, paths), strict=True))
     manifest = Manifest(
         name=config.name,
         data_schema=rows.schema(),
         counts=split_counts(rows.offsets, rows.splits),
+        shards=tuple(rows.shards),
         split_rule=rows.splitter.rule_text(),
         irregularity=rows.irregularity(),
         repairs=arrivals.repairs(),
@@ -88,7 +86,7 @@ def write_dataset(config: DatasetConfig, source: Source, folder: Path, progress:
             citation=source.citation,
             licence=source.licence,
         ),
-        files=records,
+        files=records_of(folder),
         digest="",
     )
     manifest = manifest.model_copy(update={"digest": manifest_digest(manifest)})
@@ -102,6 +100,7 @@ class _Rows:
     Attributes:
         offsets: ``(n_series + 1,)`` int64, after ``close``.
         splits: ``(n_series,)`` int8 index into ``SPLITS``, after ``close``.
+        shards: first series of every further file of values and positions.
     """
 
     def __init__(self, config: DatasetConfig, source: Source) -> None:
@@ -123,6 +122,8 @@ class _Rows:
         self._lengths, self._lengths_before = array("q"), array("q")
         self._prints = array("Q")  # hashes of the ids
         self._grouped: bool | None = None
+        self.shards: list[int] = []
+        self._in_file = 0  # observations in the current files
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -131,10 +132,10 @@ class _Rows:
         """Begin the columns; they are complete when the stack closes."""
         source = self.source
         self._values = stack.enter_context(
-            GrowingColumn(folder / "values.npy", np.float32, len(source.channels))
+            ShardedColumn(folder, "values", np.float32, len(source.channels))
         )
         self._positions = stack.enter_context(
-            GrowingColumn(folder / "positions.npy", np.float64, len(source.axes))
+            ShardedColumn(folder, "positions", np.float64, len(source.axes))
         )
         self._ids = stack.enter_context(GrowingList(folder / "ids.json"))
         self._groups = stack.enter_context(GrowingList(folder / "groups.json"))
@@ -148,6 +149,12 @@ class _Rows:
         if config.drop_rate > 0:
             stays = dropping.kept(n, config.drop_rate, config.drop_seed, series.id)  # (N,)
             positions, values = positions[stays], values[stays]
+        if self._in_file + len(values) > _SHARD and self._in_file:
+            self.shards.append(len(self))
+            self._in_file = 0
+            self._values.next_file()
+            self._positions.next_file()
+        self._in_file += len(values)
         self._values.append(values)
         self._positions.append(positions)
         self._ids.append(series.id)
@@ -212,7 +219,8 @@ class _Rows:
             )
 
     def schema(self) -> DataSchema:
-        """
+        """What the manifest says of the numbers.
+
         Raises:
             DataError: there was nothing to fit normalisation on.
         """
@@ -231,7 +239,8 @@ class _Rows:
         return axis.model_copy(update=chosen)
 
     def irregularity(self) -> Irregularity | None:
-        """
+        """What was dropped on purpose; None if that was not asked for.
+
         Raises:
             DataError: another number was dropped than asked for.
         """

@@ -139,7 +139,8 @@ class TokenPlan:
     def __init__(
         self, lengths: Indices, global_batch_size: int, seed: int, micro_batch_size: int
     ) -> None:
-        """
+        """Check that every sample fits.
+
         Args:
             lengths: ``(n,)`` tokens of every sample.
             global_batch_size: tokens of one step, over all processes.

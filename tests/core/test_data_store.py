@@ -387,7 +387,9 @@ def test_the_profile_counts_what_is_there(tmp_path):
     assert profile.share_dropped == pytest.approx(8 / 30)
     gaps = np.concatenate([np.diff(dataset.raw(i)[0][:, 0]) for i in range(4)])
     assert profile.gaps["t"].maximum == gaps.max() > 1
-    assert profile.values["b"].median == pytest.approx(np.median(dataset.values[:, 1]))
+    assert profile.values["b"].median == pytest.approx(
+        np.median(next(dataset.shards()).values[:, 1])
+    )
     assert type(profile).model_validate_json(profile.model_dump_json()) == profile
     text = as_markdown(profile)
     assert "26.7% of the delivered observations left out" in text
@@ -518,3 +520,35 @@ def test_a_changed_byte_is_found_before_training(yaml_file, tmp_path):
     assert done.returncode != 0
     assert "is damaged: positions.npy: sha256" in done.stderr
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+@settings(max_examples=20, deadline=None)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), shard=st.integers(1, 25))
+@pytest.mark.filterwarnings("ignore:no series of the classes", "ignore:channel")
+def test_a_large_set_lies_in_several_files_and_reads_the_same(tmp_path_factory, lengths, shard):
+    folder = tmp_path_factory.mktemp("shards")
+    given_series = [series(f"s{k}", n, "x", "train", seed=k) for k, n in enumerate(lengths)]
+    whole = StoredDataset(built(folder / "whole", *given_series))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "_SHARD", shard)
+        parted = StoredDataset(built(folder / "parted", *given_series))
+
+    assert problems_but_leaks(parted.path) == []
+    sizes = [len(part.values) for part in parted.shards()]
+    assert sum(sizes) == sum(lengths) and min(sizes) > 0
+    assert max(sizes) <= max(shard, *lengths, 0)
+    assert (
+        len(list(parted.path.glob("values*.npy"))) == len(sizes) == 1 + len(parted.manifest.shards)
+    )
+    for i in range(len(lengths)):
+        for a, b in zip(whole.raw(i), parted.raw(i), strict=True):
+            assert np.array_equal(a, b)
+    assert parted.schema == whole.schema
+    assert (parted.path.name == whole.path.name) == (len(sizes) == 1)
+    pieces = list(parted.parts(5))
+    assert [p.first for p in pieces] == [0, *[p.last for p in pieces[:-1]]]
+    assert pieces[-1].last == len(parted)
+    assert np.array_equal(np.concatenate([p.values for p in pieces]), next(whole.shards()).values)
+    (parted.path / sorted(p.name for p in parted.path.glob("values*.npy"))[-1]).unlink()
+    with pytest.raises(DataError, match=r"is damaged: values.*missing"):
+        StoredDataset(parted.path)
