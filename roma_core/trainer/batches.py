@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from roma_core.model.config import RoMAForPreTrainingConfig, _ModelConfig
 from roma_core.model.packing import PackedBatch
 from roma_core.model.segments import Segments
 from roma_core.model.tubelets import patchify
-from roma_core.trainer.augmenting import Augmentation, Draw
+from roma_core.trainer.augmenting import Augmentation, Rows
 from roma_core.trainer.epoch_plan import Indices
 
 
@@ -22,7 +22,8 @@ class MapStyle(Protocol):
 
     An item has ``values`` (time, C, height, width) float, ``positions`` (D, N), and optionally
     ``pad_mask`` (N,) bool, ``label``, and ``id`` int, a stable name; without it the index is taken.
-    The set may have ``lengths``, tokens by index, and ``augmentations`` of its own for training.
+    The set may have ``lengths``, tokens by index, and ``augmentations`` of its own for training:
+    functions of one series, see :class:`~roma_core.trainer.augmenting.Each`.
     """
 
     def __len__(self) -> int: ...
@@ -50,7 +51,13 @@ class Collate:
     def __call__(self, items: Sequence[tuple[int, int, dict[str, Any]]]) -> PackedBatch:
         """``items`` are (epoch, sample index, item)."""
         epoch = items[0][0]
-        series = [(*self._tokens(epoch, index, item), index) for _, index, item in items]
+        series = [(*self._tokens(index, item), index) for _, index, item in items]
+        tokens, positions, ids, labels, indices = zip(*series, strict=True)
+        if self.augmentations:
+            rows = Rows.of(tokens, positions, ids)
+            for augmentation in self.augmentations:
+                rows = augmentation(rows, self.seed, epoch)
+            series = list(zip(*rows.split(), ids, labels, indices, strict=True))
         series.sort(key=lambda s: s[0].shape[0])
         tokens, positions, ids, labels, indices = zip(*series, strict=True)
         batch = PackedBatch(
@@ -66,7 +73,7 @@ class Collate:
         return batch
 
     def _tokens(
-        self, epoch: int, index: int, item: dict[str, Any]
+        self, index: int, item: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor, int, Any]:
         values = torch.as_tensor(item["values"]).float()
         if self._one_observation and values.shape[1:] == (self.config.n_channels, 1, 1):
@@ -83,15 +90,6 @@ class Collate:
         if (pad_mask := item.get("pad_mask")) is not None:
             real = ~torch.as_tensor(pad_mask)
             tokens, positions = tokens[real], positions[real]
-        draw = Draw(self.seed, epoch, sample_id)
-        for augmentation in self.augmentations:
-            tokens, positions = augmentation(tokens, positions, draw)
-            n, m = tokens.shape[0], positions.shape[0]
-            if n == 0 or n != m:
-                raise ValueError(
-                    f"{augmentation} left {n} tokens and {m} positions of sample {index}; it must "
-                    f"leave at least one, and equally many"
-                )
         return tokens, positions, sample_id, item.get("label")
 
 
@@ -114,7 +112,7 @@ class _WithEpoch(Dataset[tuple[int, int, dict[str, Any]]]):
 
 def load(
     dataset: MapStyle,
-    micro_batches: Sequence[tuple[int, Indices]],
+    micro_batches: Iterable[tuple[int, Indices]],
     collate: Collate,
     workers: int,
     pin: bool,
@@ -123,7 +121,7 @@ def load(
 
     ``workers`` loader processes read ahead; 0 reads in this process. The batches are the same.
     """
-    keys = [[(epoch, int(i)) for i in indices] for epoch, indices in micro_batches]
+    keys = ([(epoch, int(i)) for i in indices] for epoch, indices in micro_batches)
     return iter(
         DataLoader(
             _WithEpoch(dataset),

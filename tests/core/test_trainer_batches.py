@@ -10,9 +10,10 @@ from roma_core import EncoderConfig, RoMAForClassification, RoMAForClassificatio
 from roma_core.trainer.augmenting import (
     ChannelDrop,
     Crop,
-    Draw,
     Drop,
+    Each,
     Jitter,
+    Rows,
     augmentations_of,
 )
 from roma_core.trainer.batches import Collate
@@ -144,7 +145,7 @@ def test_training_by_tokens_learns_and_goes_on_where_it_stopped(tmp_path):
         shape = {"tubelet_size": (1, 1, 1), "n_channels": 2, "n_pos_dims": 1, "dim_output": 2}
         model = RoMAForClassification(RoMAForClassificationConfig(encoder_config=stack, **shape))
         options = {
-            "epochs": 8,
+            "epochs": 16,
             "tokens_per_batch": 100,
             "base_lr": 0.01,
             "eval_every": 30,
@@ -189,39 +190,73 @@ def stop_at(folder, train, step):
 
 TOKENS = torch.arange(24.0).reshape(12, 2)  # (N, C)
 POSITIONS = torch.arange(24.0).reshape(12, 2)  # (N, D)
-EVERY = [Drop(0.5), Crop(0.5), ChannelDrop(0.5, 2), Jitter(0.1, 0.1)]
+EVERY = [
+    Drop(0.5),
+    Crop(0.5),
+    ChannelDrop(0.5, 2),
+    Jitter(0.1, 0.1),
+    Each(lambda tokens, positions, random: (tokens * random.normal(), positions)),
+]
+
+
+def on_one(augmentation, tokens, positions, seed=0, epoch=0, name=0):
+    """Of one series alone."""
+    rows = augmentation(Rows.of([tokens], [positions], [name]), seed, epoch)
+    assert rows.lengths.tolist() == [len(rows.tokens)] == [len(rows.positions)]
+    return rows.tokens, rows.positions
 
 
 @pytest.mark.parametrize("augmentation", EVERY, ids=lambda a: type(a).__name__)
 def test_an_augmentation_is_a_function_of_seed_epoch_and_sample(augmentation):
-    def drawn(*key):
-        return augmentation(TOKENS, POSITIONS, Draw(*key))
-
     before = TOKENS.clone()
-    tokens, positions = drawn(1, 2, 3)
-    assert torch.equal(tokens, drawn(1, 2, 3)[0]) and torch.equal(positions, drawn(1, 2, 3)[1])
-    for other in ("seed", "epoch", "sample"):
-        keys = [
-            {"seed": (k, 2, 3), "epoch": (1, k, 3), "sample": (1, 2, k)}[other] for k in range(9)
-        ]
-        assert len({drawn(*key)[0].numpy().tobytes() for key in keys}) > 1
+    first = on_one(augmentation, TOKENS, POSITIONS, 1, 2, 3)
+
+    for a, b in zip(first, on_one(augmentation, TOKENS, POSITIONS, 1, 2, 3), strict=True):
+        assert torch.equal(a, b)
+    for keys in (
+        [(k, 2, 3) for k in range(9)],
+        [(1, k, 3) for k in range(9)],
+        [(1, 2, k) for k in range(9)],
+    ):
+        drawn = {on_one(augmentation, TOKENS, POSITIONS, *key)[0].numpy().tobytes() for key in keys}
+        assert len(drawn) > 1
     assert torch.equal(TOKENS, before)  # the data set's own numbers stay
+
+
+@pytest.mark.parametrize("augmentation", EVERY, ids=lambda a: type(a).__name__)
+def test_a_batch_is_augmented_as_its_series_alone(augmentation):
+    lengths, names = [5, 1, 12, 7], [-4, 9, 2**40, 0]
+    parts = [TOKENS[:n] for n in lengths], [POSITIONS[:n] for n in lengths]
+
+    together = augmentation(Rows.of(*parts, names), 1, 2).split()
+
+    for k, name in enumerate(names):
+        alone = on_one(augmentation, parts[0][k], parts[1][k], 1, 2, name)
+        assert torch.equal(together[0][k], alone[0]) and torch.equal(together[1][k], alone[1])
 
 
 @given(epoch=st.integers(0, 500), n=st.integers(1, 12), rate=st.floats(0, 0.99))
 def test_drop_and_crop_leave_at_least_one_and_at_most_what_they_may_take(epoch, n, rate):
     for augmentation in (Drop(rate), Crop(rate)):
-        tokens, positions = augmentation(TOKENS[:n], POSITIONS[:n], Draw(0, epoch, 0))
-        assert len(tokens) == len(positions) >= max(1, n - int(rate * n))
+        tokens, positions = on_one(augmentation, TOKENS[:n], POSITIONS[:n], epoch=epoch)
+        assert len(tokens) >= max(1, n - int(rate * n))
         assert torch.equal(tokens, positions)  # of the same observations
-    kept = Crop(rate, most_tokens=4)(TOKENS[:n], POSITIONS[:n], Draw(0, epoch, 0))[0]
+        assert (torch.diff(tokens[:, 0]) > 0).all()  # in their order
+    kept, _ = on_one(Crop(rate, most_tokens=4), TOKENS[:n], POSITIONS[:n], epoch=epoch)
     assert len(kept) <= 4 and torch.equal(torch.diff(kept[:, 0]), torch.full((len(kept) - 1,), 2.0))
+
+
+def test_every_token_is_dropped_equally_often():
+    kept = [on_one(Drop(0.8), TOKENS, POSITIONS, name=k)[0][:, 0] for k in range(3000)]
+
+    often = torch.bincount((torch.cat(kept) / 2).long(), minlength=12) / 3000
+    assert (often - 0.62).abs().max() < 0.04  # a mean of two fifths goes, rounded down
 
 
 def test_a_dropped_channel_is_zero_everywhere_and_one_stays():
     tokens = torch.ones(5, 6)  # two tubelet numbers of three channels
     dropped = torch.stack(
-        [ChannelDrop(0.9, 3)(tokens, tokens, Draw(0, e, 0))[0] for e in range(300)]
+        [on_one(ChannelDrop(0.9, 3), tokens, tokens, epoch=e)[0] for e in range(300)]
     )
 
     assert torch.equal(dropped, dropped[:, :1].expand_as(dropped))
@@ -232,19 +267,18 @@ def test_a_dropped_channel_is_zero_everywhere_and_one_stays():
 
 
 def test_jitter_is_normal_and_leaves_other_axes_alone():
-    tokens, positions = torch.zeros(4000, 2), torch.zeros(4000, 2)
-
-    noisy, shifted = Jitter(0.5, 0.25)(tokens, positions, Draw(0, 0, 0))
+    noisy, shifted = on_one(Jitter(0.5, 0.25), torch.zeros(4000, 2), torch.zeros(4000, 2))
 
     assert noisy.std().item() == pytest.approx(0.5, rel=0.05)
     assert abs(noisy.mean().item()) < 0.02 and (noisy.abs() > 1.0).float().mean() < 0.06
+    assert abs(np.corrcoef(noisy.T.numpy())[0, 1]) < 0.05
     assert shifted[:, 0].std().item() == pytest.approx(0.25, rel=0.05)
     assert (shifted[:, 1] == 0).all()
 
 
 def test_settings_and_the_data_set_choose_the_augmentations():
     class Own(Waves):
-        augmentations = (lambda tokens, positions, draw: (tokens[:0], positions[:0]),)
+        augmentations = (lambda tokens, positions, random: (tokens[:0], positions[:0]),)
 
     assert augmentations_of(TrainerConfig(), 2) == ()
     chosen = augmentations_of(
@@ -252,7 +286,7 @@ def test_settings_and_the_data_set_choose_the_augmentations():
         2,
         Own(),
     )
-    assert chosen == (Crop(0, 9), Drop(0.1), Jitter(0, 1), *Own.augmentations)
+    assert chosen == (Crop(0, 9), Drop(0.1), Jitter(0, 1), Each(Own.augmentations[0]))
     stack = EncoderConfig(d_model=16, nhead=2, depth=1)
     config = RoMAForClassificationConfig(
         encoder_config=stack, tubelet_size=(1, 1, 1), n_channels=2, n_pos_dims=1, dim_output=2
