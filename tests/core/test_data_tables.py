@@ -245,12 +245,13 @@ def test_rows_that_do_not_fit_are_refused(tmp_path, changes, message):
 
 
 def test_an_empty_cell_in_a_list_is_not_a_number(tmp_path):
-    pq.write_table(row_table(), tmp_path / "rows.parquet")
+    pq.write_table(row_table(t=[[0, 2], [3]]), tmp_path / "rows.parquet")
     config = {"kind": "parquet", "files": [str(tmp_path / "rows.parquet")]}
     config |= {"axes": [{"column": "t"}], "channels": [{"column": "flux"}]}
 
-    _, second = source_config(config).open(tmp_path).read()
+    first, second = source_config(config).open(tmp_path).read()
 
+    assert first.positions.dtype == np.float64 and first.positions[:, 0].tolist() == [0, 2]
     assert np.isnan(second.values).all()
     with pytest.raises(DataError, match="series 'b': values hold nan at observation 0, column 0"):
         set_of(tmp_path, config)

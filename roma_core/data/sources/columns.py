@@ -127,8 +127,8 @@ def _refuse_missing(path: Path, columns: Sequence[str], present: Sequence[str]) 
         raise DataError(f"{path} has no column {missing[0]!r}; it has {list(present)}")
 
 
-def numbers(column: pa.Array, name: str, where: str) -> NDArray[np.float64]:
-    """A column of numbers as ``(n,)`` float64; an empty cell becomes NaN.
+def numbers(column: pa.Array, name: str, where: str) -> NDArray[Any]:
+    """A column of numbers as ``(n,)`` of its own type, or float64 with NaN where cells are empty.
 
     Raises:
         DataError: the column holds something else.
@@ -143,7 +143,9 @@ def numbers(column: pa.Array, name: str, where: str) -> NDArray[np.float64]:
             f"{where}: column {name!r} holds {kind} (first {_first(column)!r}), expected numbers; "
             f"convert it, or list its words as 'categories' if it is a position axis"
         )
-    return column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    if pa.types.is_null(kind):
+        column = column.cast(pa.float64())
+    return column.to_numpy(zero_copy_only=False)
 
 
 def _seconds(column: pa.Array) -> NDArray[np.float64]:
@@ -158,8 +160,8 @@ def _first(column: pa.Array) -> Any:
     return next((cell for cell in column[:100].to_pylist() if cell is not None), None)
 
 
-def positions_of(column: pa.Array, axis: AxisColumn, where: str) -> NDArray[np.float64]:
-    """A column of positions as ``(n,)`` float64: its numbers, or the indices of its categories.
+def positions_of(column: pa.Array, axis: AxisColumn, where: str) -> NDArray[Any]:
+    """A column of positions as ``(n,)``: its numbers, or the indices of its categories.
 
     Raises:
         DataError: a word is not among the categories, or there are none and the column is text.

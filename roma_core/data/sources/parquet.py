@@ -107,7 +107,8 @@ class ParquetSource:
                     f"{first!r} and {np.diff(other)[row]} in {name!r}; one per observation in each"
                 )
         positions = np.stack(
-            [positions_of(lists[a.column][0], a, where) for a in config.axes], axis=1
+            [positions_of(lists[a.column][0], a, where).astype(np.float64) for a in config.axes],
+            axis=1,
         )
         with np.errstate(over="ignore"):
             values = np.stack(

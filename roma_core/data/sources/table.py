@@ -142,7 +142,7 @@ class TableSource:
         for block in blocks:
             if len(block) == 0:
                 continue
-            edges = np.flatnonzero(np.diff(block["key"])) + 1
+            edges = np.flatnonzero(block["key"][1:] != block["key"][:-1]) + 1
             starts = np.concatenate([[0], edges])
             if waiting and block["key"][0] != waiting[0]["key"][0]:
                 yield self._one(reader, waiting)
