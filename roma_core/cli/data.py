@@ -1,4 +1,4 @@
-"""``roma data``: build a data set, look at one, and check one."""
+"""``roma data``: build a data set, look at one, check one, and take one elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 @click.group()
 def data() -> None:
-    """Build, inspect and validate data sets."""
+    """Build, inspect, validate and export data sets."""
 
 
 @data.command()
@@ -63,14 +63,60 @@ def inspect(path: Path) -> None:
 
 @data.command()
 @click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
-def validate(path: Path) -> None:
-    """Check the data set in PATH; exit with 1 and a list if anything is wrong with it."""
-    from roma_core.data.checks import problems
+@click.option(
+    "--against",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="An earlier version: objects that moved to another split, went, changed or drifted.",
+)
+@click.option("--strict", is_flag=True, help="Let warnings fail too.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def validate(path: Path, against: Path | None, strict: bool, as_json: bool) -> None:
+    """Check the data set in PATH; exit with 1 if there is an error in it.
 
-    found = problems(path)
-    for problem in found:
-        click.echo(problem)
-    if found:
-        click.echo(f"{path}: {len(found)} problem{'s' if len(found) > 1 else ''}", err=True)
+    Every finding has a severity, a count and examples. Errors: damaged files, columns that do not
+    fit, numbers that are not finite, an object, group or equal content in two splits.
+    """
+    import json
+
+    from roma_core.data.checks import findings
+    from roma_core.data.comparing import changes
+    from roma_core.data.errors import DataError
+    from roma_core.data.store import StoredDataset
+
+    found = findings(path)
+    errors = sum(f.severity == "error" for f in found)
+    if against is not None and not errors:
+        try:
+            found += changes(StoredDataset(path, verify=False), StoredDataset(against))
+        except DataError as error:
+            raise click.ClickException(str(error)) from error
+        errors = sum(f.severity == "error" for f in found)
+    if as_json:
+        click.echo(json.dumps([f.model_dump() for f in found], indent=2, ensure_ascii=False))
+    else:
+        for f in found:
+            for line in f.lines():
+                click.echo(f"{f.severity}: {line}")
+    if errors or (strict and found):
+        warned = f" and {len(found) - errors} warnings" if len(found) > errors else ""
+        click.echo(f"{path}: {errors} error{'s' if errors != 1 else ''}{warned}", err=True)
         sys.exit(1)
-    click.echo(f"{path}: sound")
+    if not as_json:
+        click.echo(f"{path}: sound")
+
+
+@data.command()
+@click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("target", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--split", type=click.Choice(["train", "validation", "test"]), help="Only this one.")
+def export(path: Path, target: Path, split: str | None) -> None:
+    """Write the data set in PATH to TARGET, a Parquet file with one row per series."""
+    from roma_core.data.errors import DataError
+    from roma_core.data.exporting import export_parquet
+    from roma_core.data.store import StoredDataset
+
+    try:
+        n = export_parquet(StoredDataset(path), target, split)  # type: ignore[arg-type]
+    except (DataError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"{target}: {n} series")

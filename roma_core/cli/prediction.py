@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from roma_core.serving.schema import Series
 
 _AT_ONCE = 1000
+_FACTS = ("split", "label", "group")  # columns of `roma data export` that are no input of a model
 
 
 @click.command()
@@ -42,7 +43,7 @@ def predict(model: str, tracking_uri: str, split: str, input: Path, output: Path
     """Classify the series of INPUT and write one row each to OUTPUT (Parquet).
 
     INPUT is a data-set folder, a Parquet file with one row per series (a list column per position
-    axis and per channel, optionally `id`), or a .jsonl file of {"positions": {…}, "values": {…}}.
+    axis and per channel, optionally `id`), such as `roma data export` writes, or a .jsonl file of {"positions": {…}, "values": {…}}.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import pyarrow as pa
@@ -118,9 +119,13 @@ def _series_of(path: Path, split: Any, classifier: Any) -> Iterator[Series]:
         import pyarrow.parquet as pq
 
         axes = [axis["name"] for axis in classifier.axes]
+        channels = [channel["name"] for channel in classifier.channels]
+        known = [name for name in _FACTS if name not in channels]
         for batch in pq.ParquetFile(path).iter_batches(_AT_ONCE):
             for row in batch.to_pylist():
                 name = row.pop("id", None)
+                for fact in known:
+                    row.pop(fact, None)
                 yield Series(
                     id=None if name is None else str(name),
                     positions={axis: row.pop(axis) for axis in axes if axis in row},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +16,12 @@ from roma_core.data.schema import SPLITS, FileRecord, Manifest, Split, SplitCoun
 from roma_core.files import digest_of, read_json, sha256_of
 
 MANIFEST = "manifest.json"
+_HASHERS = 4  # threads; hashing a file releases the interpreter
+
+
+def shard_name(column: str, k: int) -> str:
+    """Name of the k-th file of ``values`` or ``positions``."""
+    return f"{column}.npy" if k == 0 else f"{column}-{k}.npy"
 
 
 class GrowingColumn:
@@ -33,7 +41,7 @@ class GrowingColumn:
 
     def append(self, rows: NDArray[Any]) -> None:
         """Add ``(n, n_columns)`` rows."""
-        self._file.write(np.ascontiguousarray(rows, dtype=self._dtype).tobytes())
+        self._file.write(np.ascontiguousarray(rows, dtype=self._dtype).data)
         self._n_rows += len(rows)
 
     def __enter__(self) -> Self:
@@ -56,12 +64,71 @@ class GrowingColumn:
         np.lib.format.write_array_header_1_0(self._file, header)
 
 
+class ShardedColumn:
+    """A ``GrowingColumn`` that goes on in a new file when it is told to."""
+
+    def __init__(self, folder: Path, column: str, dtype: type[np.generic], n_columns: int) -> None:
+        self._folder, self._column, self._kind = folder, column, (dtype, n_columns)
+        self._n_files = 0
+        self._open_next()
+
+    def _open_next(self) -> None:
+        path = self._folder / shard_name(self._column, self._n_files)
+        self._file = GrowingColumn(path, *self._kind)
+        self._n_files += 1
+
+    def append(self, rows: NDArray[Any]) -> None:
+        """Add ``(n, n_columns)`` rows."""
+        self._file.append(rows)
+
+    def next_file(self) -> None:
+        """Complete this file; what is appended from now on goes to the next."""
+        self._file.__exit__(None)
+        self._open_next()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._file.__exit__(error)
+
+
+class GrowingList:
+    """A JSON file of a list of texts, written one by one."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", encoding="utf-8")
+        self._file.write("[")
+        self._separator = ""
+
+    def append(self, text: str) -> None:
+        self._file.write(self._separator + json.dumps(text, ensure_ascii=False))
+        self._separator = ", "
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        with self._file:
+            if error is None:
+                self._file.write("]")
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+
 def write_column(path: Path, array: NDArray[Any]) -> None:
     """Write a whole ``.npy`` file and bring it to the disk."""
     with path.open("wb") as file:
         np.lib.format.write_array(file, array, version=(1, 0), allow_pickle=False)
         file.flush()
         os.fsync(file.fileno())
+
+
+def records_of(folder: Path) -> dict[str, FileRecord]:
+    """Size and sha256 of every file of a folder, by name, in order."""
+    paths = sorted(folder.iterdir())
+    with ThreadPoolExecutor(_HASHERS) as threads:
+        return dict(zip([p.name for p in paths], threads.map(record_of, paths), strict=True))
 
 
 def record_of(path: Path) -> FileRecord:
@@ -99,6 +166,9 @@ def read_manifest(folder: Path) -> Manifest:
 def manifest_digest(manifest: Manifest) -> str:
     """The digest a manifest should carry; see ``Manifest.digest``."""
     document = manifest.model_dump(mode="json", exclude={"digest": True, "provenance": {"source"}})
+    for name in ("repairs", "shards"):  # sets without them keep the digest they had before
+        if not document[name]:
+            del document[name]
     return digest_of(document)
 
 
@@ -109,16 +179,27 @@ def damage(folder: Path, manifest: Manifest) -> list[str]:
         found.append(
             f"{MANIFEST}: its content has the digest {expected}, it says {manifest.digest}"
         )
-    needed = {"values.npy", "positions.npy", "offsets.npy", "splits.npy", "ids.json"}
+    needed = {"offsets.npy", "splits.npy", "ids.json"}
+    needed |= {
+        shard_name(column, k)
+        for column in ("values", "positions")
+        for k in range(len(manifest.shards) + 1)
+    }
     needed |= {"labels.npy"} if manifest.data_schema.classes else set()
-    if set(manifest.files) != needed:
+    if set(manifest.files) - {"groups.json"} != needed:
         return [*found, f"{MANIFEST}: lists {sorted(manifest.files)}, expected {sorted(needed)}"]
-    for name, record in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            found.append(f"{name}: missing")
-        elif (size := path.stat().st_size) != record.n_bytes:
-            found.append(f"{name}: {size} bytes, expected {record.n_bytes}")
-        elif (sha256 := sha256_of(path)) != record.sha256:
-            found.append(f"{name}: sha256 {sha256}, expected {record.sha256}")
-    return found
+    with ThreadPoolExecutor(_HASHERS) as threads:
+        paths = [folder / name for name in manifest.files]
+        return found + [
+            text for text in threads.map(_damage_of, paths, manifest.files.values()) if text
+        ]
+
+
+def _damage_of(path: Path, record: FileRecord) -> str | None:
+    if not path.is_file():
+        return f"{path.name}: missing"
+    if (size := path.stat().st_size) != record.n_bytes:
+        return f"{path.name}: {size} bytes, expected {record.n_bytes}"
+    if (sha256 := sha256_of(path)) != record.sha256:
+        return f"{path.name}: sha256 {sha256}, expected {record.sha256}"
+    return None

@@ -8,8 +8,10 @@ from typing import Annotated, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
 
+from roma_core.data.arriving import RepairOptions
 from roma_core.data.errors import DataError
 from roma_core.data.sources import SourceConfig, source_config
+from roma_core.data.splits import SplitOptions
 
 
 class _Section(BaseModel):
@@ -21,7 +23,11 @@ class AxisOptions(_Section):
 
     anchor: Literal["none", "first"] = "none"
     offset: float = Field(0.0, allow_inf_nan=False, description="Subtracted after anchoring.")
-    scale: float = Field(1.0, gt=0, allow_inf_nan=False, description="Axis units per radian.")
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = Field(
+        1.0,
+        description="Axis units per radian; 'auto' takes it from the gaps and spans of the train "
+        "split (see scales.py).",
+    )
 
 
 class ChannelOptions(_Section):
@@ -52,6 +58,8 @@ class DatasetConfig(_Section):
         lt=1,
         description="Share of objects that go to test if the source records no split.",
     )
+    split: SplitOptions = SplitOptions()
+    repair: RepairOptions = RepairOptions()
     axes: dict[str, AxisOptions] = Field({}, description="Options by axis name.")
     channels: dict[str, ChannelOptions] = Field({}, description="Options by channel name.")
 

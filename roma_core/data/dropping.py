@@ -53,7 +53,7 @@ def assert_dropped(rate: float, lengths_before: NDArray[np.int64], n_after: int)
             series are too short for it to take anything.
     """
     gone = int(lengths_before.sum()) - n_after
-    demanded = sum(n_dropped(int(n), rate) for n in lengths_before)
+    demanded = sum(n_dropped(int(n), rate) for n in lengths_before) if rate > 0 else 0
     if gone != demanded:
         raise DataError(f"a drop of {rate:.0%} should take {demanded} observations, it took {gone}")
     if rate > 0 and gone == 0:

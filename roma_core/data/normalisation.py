@@ -32,13 +32,15 @@ class Normaliser:
         self._arcsinh = [
             (k, e.transform_scale) for k, e in enumerate(entries) if e.transform == "arcsinh"
         ]
-        self._first = np.array([axis.anchor == "first" for axis in schema.axes])  # (D,)
+        self._first = [k for k, axis in enumerate(schema.axes) if axis.anchor == "first"]
         self._offset = np.array([axis.offset for axis in schema.axes])  # (D,)
         self._scale = np.array([axis.scale for axis in schema.axes])  # (D,)
 
     def normalise(self, values: Float32) -> Float32:
         """``(…, C)`` values as delivered to ``(…, C)`` float32 of about zero mean, unit spread."""
-        return ((self.transform(values) - self._mean) / self._std).astype(np.float32)
+        x = (self.transform(values) if self._arcsinh else values) - self._mean  # float64
+        x /= self._std
+        return x.astype(np.float32)
 
     def transform(self, values: Float32) -> Float64:
         """``(…, C)`` values as delivered to ``(…, C)`` float64, before mean and std are applied."""
@@ -64,8 +66,14 @@ class Normaliser:
 
     def anchored(self, positions: Float64) -> Float32:
         """``(N, D)`` positions of *one series* as delivered to ``(N, D)`` float32 for the model."""
-        start = np.where(self._first, positions.min(axis=0), 0.0) + self._offset  # (D,)
-        return ((positions - start) / self._scale).astype(np.float32)
+        start = self._offset
+        if self._first:
+            start = start.copy()  # (D,)
+            for k in self._first:
+                start[k] += positions[:, k].min()
+        x = positions - start
+        x /= self._scale
+        return x.astype(np.float32)
 
 
 def normalise(values: Float32, schema: DataSchema) -> Float32:
@@ -84,53 +92,74 @@ def anchored_positions(positions: Float64, axes: Sequence[PositionAxis]) -> Floa
     return Normaliser(schema).anchored(positions)
 
 
+class Fit:
+    """Mean and standard deviation per channel, in one pass over the train split."""
+
+    def __init__(
+        self, channels: Sequence[Channel], transforms: Sequence[ChannelNormalisation]
+    ) -> None:
+        """Begin with nothing seen.
+
+        Args:
+            channels: for the names in warnings.
+            transforms: one per channel; their mean and std are ignored.
+        """
+        self.channels, self.transforms = channels, transforms
+        schema = DataSchema(channels=(), axes=(), normalisation=tuple(transforms))
+        self._transform = Normaliser(schema).transform
+        self._n = 0
+        self._mean = np.zeros(len(channels))
+        self._squares = np.zeros(len(channels))  # sum of squared deviations from the mean
+        self._low = np.full(len(channels), np.inf)
+        self._high = np.full(len(channels), -np.inf)
+
+    def add(self, chunk: Float32) -> None:
+        """Take in ``(n, C)`` train observations; how they are cut into chunks does not matter."""
+        if len(chunk) == 0:
+            return
+        x = self._transform(chunk)  # (n, C)
+        chunk_mean = x.mean(axis=0)
+        shift = chunk_mean - self._mean
+        total = self._n + len(x)
+        self._squares += ((x - chunk_mean) ** 2).sum(axis=0) + shift**2 * self._n * len(x) / total
+        self._mean += shift * len(x) / total
+        self._n = total
+        self._low = np.minimum(self._low, x.min(axis=0))
+        self._high = np.maximum(self._high, x.max(axis=0))
+
+    def result(self) -> tuple[ChannelNormalisation, ...]:
+        """The transforms with mean and std set.
+
+        They are rounded to 10 digits, so that computers whose arithmetic differs in the last bit
+        agree on the data set's digest. A channel that never changes gets a std of 1, with a warning.
+
+        Raises:
+            DataError: there was no observation to fit on.
+        """
+        if self._n == 0:
+            raise DataError("the train split has no observations; normalisation cannot be fitted")
+        std = np.where(self._low == self._high, 0.0, np.sqrt(self._squares / self._n))
+        for channel in (
+            c for c, is_constant in zip(self.channels, std == 0, strict=True) if is_constant
+        ):
+            warnings.warn(
+                f"channel {channel.name!r} never changes in the train split; its std is set to 1",
+                stacklevel=2,
+            )
+        std[std == 0] = 1.0
+        return tuple(
+            t.model_copy(update={"mean": float(f"{m:.10g}"), "std": float(f"{s:.10g}")})
+            for t, m, s in zip(self.transforms, self._mean, std, strict=True)
+        )
+
+
 def fit(
     chunks: Iterable[Float32],
     channels: Sequence[Channel],
     transforms: Sequence[ChannelNormalisation],
 ) -> tuple[ChannelNormalisation, ...]:
-    """Mean and standard deviation per channel, in one pass over the train split.
-
-    Args:
-        chunks: arrays ``(n, C)`` of train observations; together they are the whole split.
-        channels: for the names in warnings.
-        transforms: one per channel; their mean and std are ignored.
-
-    Returns:
-        The transforms with mean and std set, rounded to 10 digits, so that computers whose
-        arithmetic differs in the last bit agree on the data set's digest. A channel that never
-        changes gets a std of 1, with a warning.
-
-    Raises:
-        DataError: there is no observation to fit on.
-    """
-    schema = DataSchema(channels=(), axes=(), normalisation=tuple(transforms))
-    transform = Normaliser(schema).transform
-    n = 0
-    mean = np.zeros(len(channels))
-    squares = np.zeros(len(channels))  # sum of squared deviations from the mean
-    low, high = np.full(len(channels), np.inf), np.full(len(channels), -np.inf)
+    """``Fit`` over chunks ``(n, C)`` that together are the whole train split."""
+    fit = Fit(channels, transforms)
     for chunk in chunks:
-        if len(chunk) == 0:
-            continue
-        x = transform(chunk)  # (n, C)
-        chunk_mean = x.mean(axis=0)
-        shift = chunk_mean - mean
-        total = n + len(x)
-        squares += ((x - chunk_mean) ** 2).sum(axis=0) + shift**2 * n * len(x) / total
-        mean += shift * len(x) / total
-        n = total
-        low, high = np.minimum(low, x.min(axis=0)), np.maximum(high, x.max(axis=0))
-    if n == 0:
-        raise DataError("the train split has no observations; normalisation cannot be fitted")
-    std = np.where(low == high, 0.0, np.sqrt(squares / n))
-    for channel in (c for c, is_constant in zip(channels, std == 0, strict=True) if is_constant):
-        warnings.warn(
-            f"channel {channel.name!r} never changes in the train split; its std is set to 1",
-            stacklevel=2,
-        )
-    std[std == 0] = 1.0
-    return tuple(
-        t.model_copy(update={"mean": float(f"{m:.10g}"), "std": float(f"{s:.10g}")})
-        for t, m, s in zip(transforms, mean, std, strict=True)
-    )
+        fit.add(chunk)
+    return fit.result()

@@ -168,7 +168,7 @@ def plot_profile(profile: DataProfile, dataset: StoredDataset) -> bytes:
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(
-        f"{profile.name}   ·   {len(dataset):,} series   ·   {len(dataset.values):,} observations"
+        f"{profile.name}   ·   {len(dataset):,} series   ·   {int(dataset.offsets[-1]):,} observations"
         f"   ·   {profile.share_dropped:.0%} left out",
         fontsize=12,
     )

@@ -1,7 +1,9 @@
 """What a data set says of itself: ``manifest.json``, as pydantic models.
 
 A data set is a folder of flat columns. Row i of ``values.npy`` and ``positions.npy`` is one
-observation; series k owns rows ``offsets[k]:offsets[k + 1]``.
+observation; series k owns rows ``offsets[k]:offsets[k + 1]``. Where there are more than 67 million
+observations, these two columns go on in ``values-1.npy``, ``values-2.npy`` and so on, each with whole
+series, so that files stay of a size that is copied, verified and kept in parallel.
 
     manifest.json      this module's ``Manifest``
     values.npy         (n_observations, n_channels) float32, as delivered: not normalised
@@ -10,6 +12,7 @@ observation; series k owns rows ``offsets[k]:offsets[k + 1]``.
     labels.npy         (n_series,) int64 index into ``classes``; absent without labels
     splits.npy         (n_series,) int8 index into ``SPLITS``
     ids.json           list of n_series strings
+    groups.json        list of n_series strings; absent without groups
 
 Normalisation and the anchoring of positions are applied when a sample is read, by the same code
 as at serving time, so what is on disk stays what came in.
@@ -97,6 +100,15 @@ class Irregularity(_Document):
     n_dropped: int
 
 
+class Repairs(_Document):
+    """What was put right on the way in; see ``arriving.RepairOptions``."""
+
+    series_sorted: int = Field(0, description="Series whose observations were out of order.")
+    duplicate_observations: int = Field(0, description="Left out, or taken into a mean.")
+    observations_not_finite: int = Field(0, description="Observations left out.")
+    empty_series_left_out: int = 0
+
+
 class Provenance(_Document):
     """Where the data came from, down to the bytes."""
 
@@ -113,8 +125,12 @@ class Manifest(_Document):
     name: str
     data_schema: DataSchema
     counts: dict[Split, SplitCounts]
+    shards: tuple[int, ...] = Field(
+        (), description="First series of every further file of values and positions."
+    )
     split_rule: str
     irregularity: Irregularity | None = None
+    repairs: Repairs | None = None
     provenance: Provenance
     files: dict[str, FileRecord]
     digest: str = Field(

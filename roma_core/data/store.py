@@ -6,13 +6,17 @@ processes share one copy in the page cache, and a worker process costs nothing.
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from roma_core.data.columns import damage, read_manifest
+from roma_core.data.columns import damage, read_manifest, shard_name
 from roma_core.data.errors import DataError
 from roma_core.data.normalisation import Normaliser
 from roma_core.data.schema import SPLITS, DataSchema, Split
@@ -21,18 +25,29 @@ from roma_core.files import read_json
 Sample = dict[str, Any]
 
 
+class Part(NamedTuple):
+    """Consecutive series, ``first`` to before ``last``, and all their observations.
+
+    ``positions`` (n, D) float64 and ``values`` (n, C) float32 are read-only views of the files.
+    """
+
+    first: int
+    last: int
+    positions: NDArray[np.float64]
+    values: NDArray[np.float32]
+
+
 class StoredDataset:
     """All series of a data-set folder, whatever their split.
 
     Attributes:
         manifest, schema: what the data set says of itself.
-        ids: the objects' ids, by row.
+        ids: the objects' ids, by row; read when first asked for.
+        groups: their groups, by row, or None without groups; read when first asked for.
         offsets: ``(n_series + 1,)`` int64; series i is observations ``offsets[i]:offsets[i + 1]``.
         lengths: ``(n_series,)`` int64 observations of each series, at least 1.
         labels: ``(n_series,)`` int64 index into ``schema.classes``, or None without labels.
         splits: ``(n_series,)`` int8 index into ``SPLITS``.
-        values: ``(n_observations, C)`` float32, as delivered, read-only.
-        positions: ``(n_observations, D)`` float64, as delivered, read-only.
     """
 
     def __init__(self, path: Path | str, verify: bool = True) -> None:
@@ -53,16 +68,27 @@ class StoredDataset:
                 f"build it again"
             )
         self.schema: DataSchema = self.manifest.data_schema
-        self.values = self._column("values.npy", mapped=True)
-        self.positions = self._column("positions.npy", mapped=True)
+        self._firsts = [0, *self.manifest.shards]  # series of each shard
+        self._values, self._positions = (
+            [self._column(shard_name(column, k), mapped=True) for k in range(len(self._firsts))]
+            for column in ("values", "positions")
+        )
         self.offsets: NDArray[np.int64] = self._column("offsets.npy")
         self.lengths: NDArray[np.int64] = np.diff(self.offsets)
         self.splits: NDArray[np.int8] = self._column("splits.npy")
         self.labels: NDArray[np.int64] | None = (
             self._column("labels.npy") if self.schema.classes else None
         )
-        self.ids: list[str] = read_json(self.path / "ids.json")
         self._normaliser = Normaliser(self.schema)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        return read_json(self.path / "ids.json")
+
+    @cached_property
+    def groups(self) -> list[str] | None:
+        has_groups = "groups.json" in self.manifest.files
+        return read_json(self.path / "groups.json") if has_groups else None
 
     def _column(self, name: str, mapped: bool = False) -> NDArray[Any]:
         array = np.load(self.path / name, mmap_mode="r" if mapped else None, allow_pickle=False)
@@ -72,17 +98,37 @@ class StoredDataset:
         return StoredDataset, (self.path, False)  # a worker maps the files anew, copies no data
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.lengths)
 
     def raw(self, i: int) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
         """Series i as delivered: positions ``(N, D)`` float64 and values ``(N, C)`` float32.
 
         Both are read-only views of the file.
         """
-        if not 0 <= i < len(self.ids):
-            raise IndexError(f"series {i} of a data set with {len(self.ids)}")
+        if not 0 <= i < len(self.lengths):
+            raise IndexError(f"series {i} of a data set with {len(self.lengths)}")
         a, b = self.offsets[i], self.offsets[i + 1]
-        return self.positions[a:b], self.values[a:b]
+        if len(self._firsts) == 1:
+            return self._positions[0][a:b], self._values[0][a:b]
+        k = bisect_right(self._firsts, i) - 1
+        base = self.offsets[self._firsts[k]]
+        return self._positions[k][a - base : b - base], self._values[k][a - base : b - base]
+
+    def shards(self) -> Iterator[Part]:
+        """The whole data set, a file at a time."""
+        ends = [*self._firsts[1:], len(self)]
+        for parts in zip(self._firsts, ends, self._positions, self._values, strict=True):
+            yield Part(*parts)
+
+    def parts(self, n_observations: int) -> Iterator[Part]:
+        """The whole data set, whole series of about ``n_observations`` at a time."""
+        for shard in self.shards():
+            ends = self.offsets[shard.first + 1 : shard.last + 1]
+            base = self.offsets[shard.first]
+            cuts = np.flatnonzero(np.diff((ends - base) // n_observations, prepend=-1))
+            for a, b in itertools.pairwise([*(cuts + shard.first).tolist(), shard.last]):
+                rows = slice(self.offsets[a] - base, self.offsets[b] - base)
+                yield Part(a, b, shard.positions[rows], shard.values[rows])
 
     def sample(self, i: int) -> Sample:
         """Series i as the model sees it.

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from roma_core.hashing import hash_ints
 from roma_core.model.config import RoMAForPreTrainingConfig, _ModelConfig
 from roma_core.model.packing import PackedBatch
 from roma_core.model.segments import Segments
 from roma_core.model.tubelets import patchify
+from roma_core.trainer.augmenting import Augmentation, Rows
 from roma_core.trainer.epoch_plan import Indices
-
-_DROP = 2  # keeps the hashes of dropped tokens apart from those of order and masks
 
 
 class MapStyle(Protocol):
@@ -26,6 +22,8 @@ class MapStyle(Protocol):
 
     An item has ``values`` (time, C, height, width) float, ``positions`` (D, N), and optionally
     ``pad_mask`` (N,) bool, ``label``, and ``id`` int, a stable name; without it the index is taken.
+    The set may have ``lengths``, tokens by index, and ``augmentations`` of its own for training:
+    functions of one series, see :class:`~roma_core.trainer.augmenting.Each`.
     """
 
     def __len__(self) -> int: ...
@@ -39,63 +37,66 @@ class Collate:
     Attributes:
         config: of the model the batch is for.
         seed: of masks and drops.
-        augment_drop_rate: every series loses up to this share of its tokens; 0 in evaluation.
+        augmentations: changes to every series, anew in every epoch; none in evaluation.
     """
 
     config: _ModelConfig
     seed: int
-    augment_drop_rate: float = 0.0
+    augmentations: tuple[Augmentation, ...] = ()
+
+    @property
+    def _one_observation(self) -> bool:
+        return tuple(self.config.tubelet_size) == (1, 1, 1)
 
     def __call__(self, items: Sequence[tuple[int, int, dict[str, Any]]]) -> PackedBatch:
         """``items`` are (epoch, sample index, item)."""
         epoch = items[0][0]
-        series = [(*self._tokens(epoch, index, item), index) for _, index, item in items]
-        series.sort(key=lambda s: len(s[0]))
+        series = [(*self._tokens(index, item), index) for _, index, item in items]
+        tokens, positions, ids, labels, indices = zip(*series, strict=True)
+        if self.augmentations:
+            rows = Rows.of(tokens, positions, ids)
+            for augmentation in self.augmentations:
+                rows = augmentation(rows, self.seed, epoch)
+            series = list(zip(*rows.split(), ids, labels, indices, strict=True))
+        series.sort(key=lambda s: s[0].shape[0])
         tokens, positions, ids, labels, indices = zip(*series, strict=True)
         batch = PackedBatch(
             tokens=torch.cat(tokens),
             positions=torch.cat(positions),
-            segments=Segments([len(t) for t in tokens]),
+            segments=Segments([t.shape[0] for t in tokens]),
             sample_ids=torch.tensor(ids, dtype=torch.int64),
             indices=torch.tensor(indices, dtype=torch.int64),
-            labels=None if labels[0] is None else torch.stack(labels),
+            labels=None if labels[0] is None else _stacked(labels),
         )
         if isinstance(self.config, RoMAForPreTrainingConfig):
             batch = batch.with_drawn_mask(self.config, self.seed, epoch)
         return batch
 
     def _tokens(
-        self, epoch: int, index: int, item: dict[str, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor | None]:
+        self, index: int, item: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, int, Any]:
         values = torch.as_tensor(item["values"]).float()
-        tokens = patchify(values[None], self.config.tubelet_size)[0]  # (N, P)
+        if self._one_observation and values.shape[1:] == (self.config.n_channels, 1, 1):
+            tokens = values[:, :, 0, 0]  # (N, C): patchify would give the same, for 40 µs
+        else:
+            tokens = patchify(values[None], self.config.tubelet_size)[0]  # (N, P)
         positions = torch.as_tensor(item["positions"]).T.float()  # (N, D)
-        if positions.shape != (len(tokens), self.config.n_pos_dims):
+        if positions.shape != (tokens.shape[0], self.config.n_pos_dims):
             raise ValueError(
                 f"sample {index}: positions must have shape (n_pos_dims, tokens) = "
-                f"{(self.config.n_pos_dims, len(tokens))}, got {tuple(positions.T.shape)}"
+                f"{(self.config.n_pos_dims, tokens.shape[0])}, got {tuple(positions.T.shape)}"
             )
         sample_id = int(item.get("id", index))
         if (pad_mask := item.get("pad_mask")) is not None:
             real = ~torch.as_tensor(pad_mask)
             tokens, positions = tokens[real], positions[real]
-        if self.augment_drop_rate > 0:
-            kept = torch.from_numpy(
-                kept_tokens(len(tokens), sample_id, self.augment_drop_rate, self.seed, epoch)
-            )
-            tokens, positions = tokens[kept], positions[kept]
-        label = item.get("label")
-        return tokens, positions, sample_id, None if label is None else torch.as_tensor(label)
+        return tokens, positions, sample_id, item.get("label")
 
 
-def kept_tokens(
-    n: int, sample_id: int, drop_rate: float, seed: int, epoch: int
-) -> NDArray[np.int64]:
-    """Indices, ascending, that are left after dropping up to ``drop_rate`` of n tokens; at least one."""
-    rate = hash_ints(seed, epoch, _DROP, sample_id & (2**64 - 1)) / 2**32 * drop_rate
-    noise = hash_ints(seed, epoch, _DROP, sample_id & (2**64 - 1), np.arange(n))
-    n_dropped = min(int(rate * n), n - 1)
-    return np.sort(noise.argsort(kind="stable")[n_dropped:])
+def _stacked(labels: Sequence[Any]) -> torch.Tensor:
+    if all(type(label) is int for label in labels):
+        return torch.tensor(labels, dtype=torch.int64)
+    return torch.stack([torch.as_tensor(label) for label in labels])
 
 
 class _WithEpoch(Dataset[tuple[int, int, dict[str, Any]]]):
@@ -111,7 +112,7 @@ class _WithEpoch(Dataset[tuple[int, int, dict[str, Any]]]):
 
 def load(
     dataset: MapStyle,
-    micro_batches: Sequence[tuple[int, Indices]],
+    micro_batches: Iterable[tuple[int, Indices]],
     collate: Collate,
     workers: int,
     pin: bool,
@@ -120,7 +121,7 @@ def load(
 
     ``workers`` loader processes read ahead; 0 reads in this process. The batches are the same.
     """
-    keys = [[(epoch, int(i)) for i in indices] for epoch, indices in micro_batches]
+    keys = ([(epoch, int(i)) for i in indices] for epoch, indices in micro_batches)
     return iter(
         DataLoader(
             _WithEpoch(dataset),

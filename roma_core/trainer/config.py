@@ -58,6 +58,12 @@ class TrainerConfig(RomaSettings):
     random_seed: int = Field(42, description="Seed of order, masks, dropout and initial weights.")
 
     # ours
+    tokens_per_batch: int | None = Field(
+        None,
+        gt=0,
+        description="Tokens per process and micro-batch, about, instead of batch_size series; series "
+        "of similar length go together. None counts series.",
+    )
     gradient_accumulation_steps: int = Field(1, gt=0, description="Micro-batches per step.")
     mixed_precision: Literal["no", "bf16", "fp16"] | None = Field(
         None,
@@ -86,6 +92,32 @@ class TrainerConfig(RomaSettings):
         ge=0,
         lt=1,
         description="Up to this share of each training series' tokens is left out, anew every epoch.",
+    )
+    augment_crop_rate: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Up to this share of each training series is cut off at its ends.",
+    )
+    augment_crop_tokens: int | None = Field(
+        None, gt=0, description="Longer training series are cut to this many consecutive tokens."
+    )
+    augment_channel_drop_rate: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Each channel of a training series is set to its mean with this probability; one "
+        "stays.",
+    )
+    augment_jitter_std: float = Field(
+        0.0,
+        ge=0,
+        description="Normal noise on training values, in standard deviations of the channel.",
+    )
+    augment_jitter_position: float = Field(
+        0.0,
+        ge=0,
+        description="Normal noise on training positions of the first axis, in its scale.",
     )
     log_every: int = Field(10, gt=0, description="Steps between records of the training loss.")
     threads: int | None = Field(

@@ -1,20 +1,96 @@
 """The order of samples: a list of global batches per epoch, a pure function of its inputs.
 
 Processes and micro-batches only slice a global batch, so any number of them sees the same samples
-in the same steps, and a position in a run is one number: the step.
+in the same steps, and a position in a run is one number: the step. ``EpochPlan`` makes batches of
+equally many series, ``TokenPlan`` of about equally many tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from roma_core.hashing import hash_ints
+from roma_core.trainer.config import TrainerConfig
 
 Indices = NDArray[np.int64]
 _ORDER = 1  # keeps the hashes of the order apart from those of masks and drops
+_BATCH_ORDER = 3
+_WINDOW = 32  # batches among which series are sorted by length
+
+
+class Plan(Protocol):
+    """What training needs of either plan."""
+
+    @property
+    def n_samples(self) -> int: ...
+
+    @property
+    def global_batch_size(self) -> int:
+        """Size of a step over all processes, in the plan's unit; frozen at the first start."""
+        ...
+
+    @property
+    def unit(self) -> str: ...
+
+    @property
+    def batches_per_epoch(self) -> int: ...
+
+    def epoch(self, epoch: int) -> list[Indices]:
+        """The global batches of one epoch: int64 sample indices."""
+        ...
+
+    def share(self, batch: Indices, rank: int, world_size: int) -> list[Indices]:
+        """What one process computes of a global batch, as micro-batches."""
+        ...
+
+
+def plan_for(
+    config: TrainerConfig, dataset: Any, world_size: int, frozen: int | None = None
+) -> Plan:
+    """The plan of a training.
+
+    Args:
+        config: its ``tokens_per_batch``, if given, else its ``batch_size``.
+        dataset: the training set; of its items only lengths are asked, and only for tokens.
+        world_size: processes at the first start.
+        frozen: global batch size of a run that goes on.
+
+    Raises:
+        ValueError: the longest series does not fit into a batch, or leaves other processes nothing.
+    """
+    at_once = world_size * config.gradient_accumulation_steps
+    if config.tokens_per_batch is None:
+        size = min(frozen or config.batch_size * at_once, len(dataset))
+        return EpochPlan(len(dataset), size, config.random_seed, config.batch_size)
+    lengths = lengths_of(dataset)
+    if config.augment_crop_tokens is not None:
+        lengths = np.minimum(lengths, config.augment_crop_tokens)
+    size = frozen or config.tokens_per_batch * at_once
+    plan = TokenPlan(lengths, size, config.random_seed, config.tokens_per_batch)
+    if world_size > 1 and plan.fewest < world_size:
+        raise ValueError(
+            f"a step of about {size:,} tokens may hold as few as {plan.fewest} series, too few for "
+            f"{world_size} processes: the longest has {lengths.max():,} tokens; raise "
+            f"tokens_per_batch, or cut long series with augment_crop_tokens"
+        )
+    return plan
+
+
+def lengths_of(dataset: Any) -> Indices:
+    """Tokens of every item, ``(n,)``: the data set's ``lengths``, else counted item by item."""
+    if (lengths := getattr(dataset, "lengths", None)) is not None:
+        return np.asarray(lengths, dtype=np.int64)
+    counted = []
+    for i in range(len(dataset)):
+        item = dataset[i]
+        pad_mask = item.get("pad_mask")
+        padding = 0 if pad_mask is None else int(np.asarray(pad_mask).sum())
+        counted.append(np.shape(item["positions"])[1] - padding)
+    return np.array(counted, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -25,11 +101,14 @@ class EpochPlan:
         n_samples: size of the training set.
         global_batch_size: largest number of samples in one step, over all processes.
         seed: of the order.
+        micro_batch_size: largest number of samples a process computes at once.
     """
 
     n_samples: int
     global_batch_size: int
     seed: int
+    micro_batch_size: int = 1
+    unit: str = "series"
 
     @property
     def batches_per_epoch(self) -> int:
@@ -39,6 +118,88 @@ class EpochPlan:
         """The global batches of one epoch: int64 sample indices; sizes differ by at most one."""
         noise = hash_ints(self.seed, epoch, _ORDER, np.arange(self.n_samples))
         return np.array_split(noise.argsort(kind="stable"), self.batches_per_epoch)
+
+    def share(self, batch: Indices, rank: int, world_size: int) -> list[Indices]:
+        return share_of(batch, rank, world_size, self.micro_batch_size)
+
+
+class TokenPlan:
+    """Every sample once per epoch, in batches of about equally many tokens and similar lengths.
+
+    The samples are shuffled, then sorted by length inside windows of 32 batches, cut into batches,
+    and the batches shuffled. Every epoch has the same number of batches. A batch holds at most one
+    longest series more than ``global_batch_size``.
+
+    Attributes:
+        fewest: no batch of any epoch holds fewer samples.
+    """
+
+    unit = "tokens"
+
+    def __init__(
+        self, lengths: Indices, global_batch_size: int, seed: int, micro_batch_size: int
+    ) -> None:
+        """Check that every sample fits.
+
+        Args:
+            lengths: ``(n,)`` tokens of every sample.
+            global_batch_size: tokens of one step, over all processes.
+            seed: of the order.
+            micro_batch_size: tokens a process computes at once, about.
+
+        Raises:
+            ValueError: the longest sample alone is more than a batch.
+        """
+        self.lengths, self.seed = lengths, seed
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.batches_per_epoch = max(1, -(-int(lengths.sum()) // global_batch_size))
+        longest = int(lengths.max())
+        # the middles of two neighbours are at most a longest sample apart, so each stretch of a
+        # batch's width holds at least this many; none is empty if every sample fits into one
+        self.fewest = int(lengths.sum()) // self.batches_per_epoch // longest
+        if longest * self.batches_per_epoch > lengths.sum():
+            raise ValueError(
+                f"the longest series has {longest:,} tokens, but a step has about "
+                f"{int(lengths.sum()) // self.batches_per_epoch:,}; raise tokens_per_batch above the "
+                f"longest series, or cut long series with augment_crop_tokens"
+            )
+
+    @property
+    def n_samples(self) -> int:
+        return len(self.lengths)
+
+    def epoch(self, epoch: int) -> list[Indices]:
+        n_batches = self.batches_per_epoch
+        noise = hash_ints(self.seed, epoch, _ORDER, np.arange(self.n_samples))
+        order = noise.argsort(kind="stable")
+        window = _part_of(self.lengths[order], n_batches) // _WINDOW
+        order = order[np.lexsort((self.lengths[order], window))]
+        batches = _cut(order, self.lengths, n_batches)
+        shuffled = hash_ints(self.seed, epoch, _BATCH_ORDER, np.arange(n_batches))
+        return [batches[k] for k in shuffled.argsort(kind="stable")]
+
+    def share(self, batch: Indices, rank: int, world_size: int) -> list[Indices]:
+        """Every ``world_size``-th sample, so that processes get similar lengths.
+
+        Raises:
+            ValueError: there are more processes than samples.
+        """
+        (mine,) = share_of(batch, rank, world_size, len(batch))
+        n = round(int(self.lengths[mine].sum()) / self.micro_batch_size)
+        return _cut(mine, self.lengths, min(max(1, n), len(mine)))
+
+
+def _part_of(lengths: Indices, n_parts: int) -> Indices:
+    """Which of ``n_parts`` stretches of equally many tokens the middle of each sample lies in."""
+    ends = np.cumsum(lengths)
+    middles = 2 * ends - lengths  # twice the middle, to stay with whole numbers
+    return middles * n_parts // (2 * ends[-1])
+
+
+def _cut(order: Indices, lengths: Indices, n_parts: int) -> list[Indices]:
+    """Consecutive samples of about equally many tokens; no part is empty, there may be fewer."""
+    part = _part_of(lengths[order], n_parts)
+    return np.split(order, np.flatnonzero(np.diff(part)) + 1)
 
 
 def share_of(batch: Indices, rank: int, world_size: int, micro_batch_size: int) -> list[Indices]:

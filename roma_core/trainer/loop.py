@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
@@ -24,11 +25,12 @@ from roma_core.model.classification import RoMAForClassification
 from roma_core.model.packing import PackedBatch
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.model.weights import config_document, state_of
+from roma_core.trainer.augmenting import augmentations_of
 from roma_core.trainer.averaging import WeightAverage
 from roma_core.trainer.batches import Collate, MapStyle, load
 from roma_core.trainer.checkpoint import TrainState, load_newest, save_checkpoint
 from roma_core.trainer.config import TrainerConfig
-from roma_core.trainer.epoch_plan import EpochPlan, share_of
+from roma_core.trainer.epoch_plan import Indices, plan_for
 from roma_core.trainer.evaluating import classify, reconstruction_loss
 from roma_core.trainer.followers import Followers
 from roma_core.trainer.metrics_log import MetricsLog
@@ -104,16 +106,8 @@ class TrainingRun:
 
         checkpoint = load_newest(self.checkpoints)
         state = checkpoint.state if checkpoint else None
-        first_global_batch = (
-            config.batch_size * self.world_size * config.gradient_accumulation_steps
-        )
-        self.plan = EpochPlan(
-            n_samples=len(train_dataset),
-            global_batch_size=min(
-                state.global_batch_size if state else first_global_batch, len(train_dataset)
-            ),
-            seed=config.random_seed,
-        )
+        frozen = state.global_batch_size if state else None
+        self.plan = plan_for(config, train_dataset, self.world_size, frozen)
         self.total_steps = config.epochs * self.plan.batches_per_epoch
         if state:
             self._check_same_run(state)
@@ -183,7 +177,7 @@ class TrainingRun:
         n = sum(p.numel() for p in self.model.parameters())
         origin = f"resumed from {self.resumed_from.name} " if self.resumed_from else ""
         return (
-            f"{origin}{n:,} parameters, {self.plan.n_samples} series, global batch {self.plan.global_batch_size}, "
+            f"{origin}{n:,} parameters, {self.plan.n_samples} series, global batch {self.plan.global_batch_size} {self.plan.unit}, "
             f"{self.total_steps} steps, {self.world_size} process(es) on {self.accelerator.device}"
         )
 
@@ -244,24 +238,28 @@ class TrainingRun:
     # --- one step ---------------------------------------------------------------------------
 
     def _global_batches(self, first_step: int) -> Iterator[list[PackedBatch]]:
-        """This process's micro-batches of each step, from ``first_step`` to the end of its epoch, and on."""
-        per_epoch = self.plan.batches_per_epoch
-        collate = Collate(self.model.config, self.config.random_seed, self.config.augment_drop_rate)
-        for epoch in range(first_step // per_epoch, self.config.epochs):
-            first = first_step % per_epoch if epoch == first_step // per_epoch else 0
-            shares = [
-                share_of(batch, self.rank, self.world_size, self.config.batch_size)
-                for batch in self.plan.epoch(epoch)[first:]
-            ]
-            loaded = load(
-                self.train_dataset,
-                [(epoch, indices) for share in shares for indices in share],
-                collate,
-                self.config.num_dataset_workers,
-                pin=self.accelerator.device.type == "cuda",
-            )
-            for share in shares:
-                yield [next(loaded).to(self.accelerator.device) for _ in share]
+        """This process's micro-batches of each step, from ``first_step`` to the end."""
+        augmentations = augmentations_of(
+            self.config, self.model.config.n_channels, self.train_dataset
+        )
+        # one loader for all epochs, which may be a batch or more ahead of the steps
+        steps, ahead = itertools.tee(self._shares(first_step))
+        loaded = load(
+            self.train_dataset,
+            ((epoch, indices) for epoch, share in ahead for indices in share),
+            Collate(self.model.config, self.config.random_seed, augmentations),
+            self.config.num_dataset_workers,
+            pin=self.accelerator.device.type == "cuda",
+        )
+        for _, share in steps:
+            yield [next(loaded).to(self.accelerator.device) for _ in share]
+
+    def _shares(self, first_step: int) -> Iterator[tuple[int, list[Indices]]]:
+        """Epoch and sample indices of this process's micro-batches, step after step."""
+        first_epoch, first = divmod(first_step, self.plan.batches_per_epoch)
+        for epoch in range(first_epoch, self.config.epochs):
+            for batch in self.plan.epoch(epoch)[first if epoch == first_epoch else 0 :]:
+                yield epoch, self.plan.share(batch, self.rank, self.world_size)
 
     def _sum_over_ranks(self, *numbers: float) -> list[float]:
         """One small reduction per step: loss count, tokens, stop requests."""

@@ -1,11 +1,15 @@
 """Asset: the data set, versioned by its content."""
 
 import json
+from pathlib import Path
 
 import dagster as dg
 
 from roma_core.data.building import build_dataset
-from roma_core.data.checks import problems
+from roma_core.data.checks import findings
+from roma_core.data.comparing import changes, previous_version
+from roma_core.data.findings import Finding
+from roma_core.data.findings import as_markdown as findings_as_markdown
 from roma_core.data.profile import as_markdown, plot_profile, profile_of
 from roma_core.data.store import StoredDataset
 from roma_pipelines.experiment import Experiment
@@ -14,7 +18,7 @@ from roma_pipelines.tracked_job import picture
 
 
 def dataset_asset(experiment: Experiment) -> dg.AssetsDefinition:
-    """The data set of an experiment, with its profile and a blocking check of its content."""
+    """The data set of an experiment, with its profile and the checks of its content."""
     key = experiment.key("dataset")
 
     @dg.asset(
@@ -26,19 +30,29 @@ def dataset_asset(experiment: Experiment) -> dg.AssetsDefinition:
                 "sound",
                 asset=key,
                 blocking=True,
-                description="Files match their sha256, numbers are finite, no object or equal "
-                "content is in two splits.",
-            )
+                description="Files match their sha256, numbers are finite, no object, group or equal "
+                "content is in two splits, and no object moved since the version before.",
+            ),
+            dg.AssetCheckSpec(
+                "unsuspicious",
+                asset=key,
+                description="Nothing odd: order, copies, lengths, far values, rare classes, near "
+                "copies in two splits, drift against the version before.",
+            ),
         ],
     )
     def dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         storage = Storage.open()
         path = build_dataset(experiment.dataset, storage.datasets, storage.cache, progress=False)
-        found = problems(path)
+        found = findings(path)
         stored = StoredDataset(path, verify=False)
+        before = previous_version(path)
+        if before is not None and not any(f.severity == "error" for f in found):
+            found += changes(stored, StoredDataset(before))
         profile = profile_of(stored)
         manifest = stored.manifest
         counts = {f"{split}_series": count.n_series for split, count in manifest.counts.items()}
+        repairs = manifest.repairs.model_dump() if manifest.repairs else {}
         context.log.info(
             f"dataset: {len(stored)} series, version {manifest.digest[:12]}, "
             f"{profile.share_dropped:.0%} of observations dropped"
@@ -51,6 +65,7 @@ def dataset_asset(experiment: Experiment) -> dg.AssetsDefinition:
                 "path": dg.MetadataValue.path(str(path)),
                 "digest": manifest.digest,
                 **counts,
+                **{f"repaired_{name}": count for name, count in repairs.items() if count},
                 "share_dropped": profile.share_dropped,
                 "classes": len(stored.schema.classes),
                 "source": dg.MetadataValue.json(json.loads(manifest.provenance.source)),
@@ -58,12 +73,28 @@ def dataset_asset(experiment: Experiment) -> dg.AssetsDefinition:
                 "licence": manifest.provenance.licence,
             },
             check_results=[
-                dg.AssetCheckResult(
-                    passed=not found,
-                    check_name="sound",
-                    metadata={"problems": len(found), "first": "\n".join(found[:20]) or "none"},
-                )
+                _check("sound", "error", found, before),
+                _check("unsuspicious", "warning", found, before),
             ],
         )
 
     return dataset
+
+
+def _check(
+    name: str, severity: str, found: list[Finding], before: Path | None
+) -> dg.AssetCheckResult:
+    """The findings of one severity as the result of a check."""
+    these = [f for f in found if f.severity == severity]
+    lines = [line for f in these for line in f.lines()]
+    return dg.AssetCheckResult(
+        passed=not these,
+        check_name=name,
+        severity=dg.AssetCheckSeverity.ERROR if severity == "error" else dg.AssetCheckSeverity.WARN,
+        metadata={
+            "problems": sum(f.count for f in these),
+            "first": "\n".join(lines[:20]) or "none",
+            "findings": dg.MetadataValue.md(findings_as_markdown(these)),
+            "compared_with": before.name if before else "no version before",
+        },
+    )

@@ -119,6 +119,10 @@ def test_predict_gives_the_probabilities_of_the_report(runs):
     assert [row["id"] for row in rows] == table.ids
     assert [row["label"] for row in rows] == [table.classes[k] for k in table.predicted]
     np.testing.assert_allclose(served, table.probabilities, atol=1e-5)
+    exported, again = root / "test.parquet", root / "again.parquet"
+    roma("data", "export", data, exported, "--split", "test")
+    roma("predict", "--model", root / "eval/outputs/package", exported, again)
+    assert pq.read_table(again).equals(pq.read_table(root / "out.parquet"))
 
 
 def test_predict_reads_ragged_rows_and_names_what_is_wrong(runs):

@@ -1,5 +1,6 @@
 """Which observations are dropped and where an object belongs: pure functions of what they name."""
 
+import dataclasses
 from fractions import Fraction
 
 import numpy as np
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from roma_core.data.dropping import assert_dropped, kept, n_dropped
 from roma_core.data.errors import DataError
-from roma_core.data.splits import split_of
+from roma_core.data.sources import RawSeries
+from roma_core.data.splits import SplitOptions, Splitter, rule_text, split_of
 
 ids = st.text(min_size=1, max_size=20)
 recorded = st.sampled_from([None, "train", "test"])
@@ -97,3 +99,115 @@ def test_another_name_splits_anew():
     assert [split_of("a", n, None, 0.5, 0) for n in names] != [
         split_of("b", n, None, 0.5, 0) for n in names
     ]
+
+
+def labelled(n, first=0, **changes):
+    """Objects of two classes, one in ten rare."""
+    return [
+        RawSeries(
+            f"o{k}",
+            np.array([[float(k)]]),
+            np.zeros((1, 1), np.float32),
+            "rare" if k % 10 == 0 else "common",
+            **changes,
+        )
+        for k in range(first, first + n)
+    ]
+
+
+def splits_by(objects, test=0.2, validation=0.1, **options):
+    splitter = Splitter("set", SplitOptions(**options), validation, test)
+    return {s.id: splitter.of(s) for s in objects}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stratified": True},
+        {"folds": 4, "fold": 1},
+        {"by": "time", "test_from": 70, "validation_from": 50},
+    ],
+)
+def test_a_new_delivery_moves_no_object_whatever_the_rule(options):
+    before = splits_by(labelled(90), **options)
+
+    after = splits_by(labelled(150), **options)
+
+    assert {name: after[name] for name in before} == before
+    assert set(before.values()) == {"train", "validation", "test"}
+
+
+@given(n=st.integers(10, 400), test=st.sampled_from([0.1, 0.2, 0.5]))
+def test_a_stratified_split_is_exact_in_every_class(n, test):
+    objects = labelled(n)
+    found = splits_by(objects, test, 0.1, stratified=True)
+
+    for label in ("rare", "common"):
+        ids = [s.id for s in objects if s.label == label]
+        in_test = sum(found[name] == "test" for name in ids)
+        assert abs(in_test - test * len(ids)) <= 2
+
+
+def test_a_group_is_in_one_split():
+    objects = [dataclasses.replace(s, group=f"g{k // 5}") for k, s in enumerate(labelled(500))]
+
+    found = splits_by(objects, by="group")
+
+    for k in range(100):
+        assert len({found[f"o{i}"] for i in range(5 * k, 5 * k + 5)}) == 1
+    with pytest.raises(DataError, match="'o0' has no group"):
+        splits_by(labelled(1), by="group")
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+def test_every_object_is_tested_in_exactly_one_fold(stratified):
+    objects = labelled(200)
+    folds = [splits_by(objects, folds=5, fold=k, stratified=stratified) for k in range(5)]
+
+    for s in objects:
+        assert [found[s.id] for found in folds].count("test") == 1
+    sizes = [list(found.values()).count("test") for found in folds]
+    assert max(sizes) - min(sizes) <= (4 if stratified else 30)
+
+
+def test_forward_in_time_training_ends_before_the_test_begins():
+    found = splits_by(labelled(100), by="time", validation_from=60, test_from=80)
+
+    assert [found[f"o{k}"] for k in (0, 59, 60, 79, 80, 99)] == [
+        "train",
+        "train",
+        "validation",
+        "validation",
+        "test",
+        "test",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"by": "time"}, "need each other"),
+        ({"test_from": 3}, "need each other"),
+        ({"by": "time", "test_from": 3, "validation_from": 4}, "must not come after"),
+        ({"by": "time", "test_from": 3, "stratified": True}, "neither stratified nor folds"),
+        ({"by": "group", "stratified": True}, "either by: group or stratified"),
+        ({"folds": 3, "fold": 3}, "fold 3 is not among the 3 folds"),
+    ],
+)
+def test_split_options_that_contradict_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SplitOptions(**options)
+
+
+def test_the_rule_is_said_in_words():
+    def words(**options):
+        return Splitter("set", SplitOptions(**options), 0.1, 0.2).rule_text()
+
+    assert words() == rule_text(0.1, 0.2)
+    assert words(stratified=True).endswith("; by class and order of delivery")
+    assert words(by="group").endswith("; by sha256 of '<data set>:<group>'")
+    assert words(folds=5, fold=2).startswith("fold 2 of 5 is test, 0.1 of each other fold")
+    assert words(by="time", test_from=8) == (
+        "by the last observation: test from 8, validation from 8, train before"
+    )

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from pydantic import Field
 
 from roma_core.cli.data import data
 from roma_core.data import (
@@ -25,39 +23,15 @@ from roma_core.data import (
     StoredDataset,
     as_markdown,
     build_dataset,
-    building,
     plot_profile,
     profile_of,
+    writing,
 )
 from roma_core.data.checks import problems
 from roma_core.data.columns import manifest_digest, read_manifest, record_of
-from roma_core.data.schema import Channel, PositionAxis
-from roma_core.data.sources import RawSeries, SourceConfig
 from roma_core.files import write_json
-
-
-class HandMade(SourceConfig):
-    """A source that is its own opened source."""
-
-    kind: str = "hand_made"
-    series: tuple[Any, ...] = Field((), exclude=True)
-    classes: tuple[str, ...] = ("x", "y")
-    channels: tuple[Channel, ...] = (Channel(name="a", unit="V"), Channel(name="b", unit="V"))
-    axes: tuple[PositionAxis, ...] = (PositionAxis(name="t", unit="s"),)
-    files: dict[str, str] = Field({})
-
-    def open(self, cache):
-        return self
-
-    def read(self):
-        return iter(self.series)
-
-
-def series(name="s", n=10, label="x", split="train", seed=0, **changes):
-    values = np.random.default_rng(seed).normal(size=(n, 2)).astype(np.float32)
-    fields = {"id": name, "positions": np.arange(n, dtype=float)[:, None], "values": values}
-    return RawSeries(**{**fields, "label": label, "recorded_split": split, **changes})
-
+from tests.core import hand_made
+from tests.core.hand_made import HandMade, config_of, series
 
 SOME = (
     series("train-1", 10, "x", "train", 1),
@@ -67,13 +41,8 @@ SOME = (
 )
 
 
-def config_of(*all_series, source=None, **options):
-    source = source or HandMade(series=all_series or SOME)
-    return DatasetConfig(**{"name": "small", "source": source, "validation_share": 0, **options})
-
-
 def built(folder, *all_series, **options):
-    return build_dataset(config_of(*all_series, **options), folder, folder, progress=False)
+    return hand_made.built(folder, *(all_series or SOME), **options)
 
 
 def test_what_comes_in_comes_out(tmp_path):
@@ -108,7 +77,8 @@ def test_every_column_survives_bit_by_bit(tmp_path_factory, lengths, draw, rate)
             series(f"s{k}", n, "xy"[k % 2], None, values=values, positions=positions)
         )
     folder = tmp_path_factory.mktemp("data")
-    dataset = StoredDataset(built(folder, *given_series, drop_rate=rate))
+    as_it_comes = {"unsorted": "keep", "duplicates": "keep"}
+    dataset = StoredDataset(built(folder, *given_series, drop_rate=rate, repair=as_it_comes))
 
     assert problems_but_leaks(dataset.path) == []
     for i, s in enumerate(given_series):
@@ -143,7 +113,7 @@ def test_a_sample_is_what_the_model_takes(tmp_path):
 
 def test_fitting_does_not_depend_on_the_chunk(tmp_path, monkeypatch):
     whole = built(tmp_path / "whole")
-    monkeypatch.setattr(building, "_CHUNK", 3)
+    monkeypatch.setattr(writing, "_CHUNK", 3)
 
     assert built(tmp_path / "chunks").name == whole.name
 
@@ -203,7 +173,7 @@ def folders(root, name="small"):
     [
         (series("bad", n=0), "series 'bad' has no observations"),
         (series("train-1"), "two series have the id 'train-1'"),
-        (series(""), "or it is empty"),
+        (series(""), "has no id, or it is empty"),
         (series("bad", label="z"), "series 'bad' has the label 'z'; classes are"),
         (series("bad", label=None), "series 'bad' has the label None"),
         (
@@ -285,7 +255,7 @@ def test_a_full_disk_or_an_interruption_leaves_no_half_folder(tmp_path, monkeypa
 
     expected = DataError if isinstance(failure, OSError) else KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(expected) as raised:
-        patch.setattr(building, "write_column", fails)
+        patch.setattr(writing, "write_column", fails)
         built(tmp_path)
 
     assert folders(tmp_path) == []
@@ -417,7 +387,9 @@ def test_the_profile_counts_what_is_there(tmp_path):
     assert profile.share_dropped == pytest.approx(8 / 30)
     gaps = np.concatenate([np.diff(dataset.raw(i)[0][:, 0]) for i in range(4)])
     assert profile.gaps["t"].maximum == gaps.max() > 1
-    assert profile.values["b"].median == pytest.approx(np.median(dataset.values[:, 1]))
+    assert profile.values["b"].median == pytest.approx(
+        np.median(next(dataset.shards()).values[:, 1])
+    )
     assert type(profile).model_validate_json(profile.model_dump_json()) == profile
     text = as_markdown(profile)
     assert "26.7% of the delivered observations left out" in text
@@ -466,7 +438,9 @@ def test_the_commands_build_inspect_and_validate(yaml_file, tmp_path):
     assert inspected.exit_code == 0
     assert "25.0% of the delivered observations left out" in inspected.stdout
 
-    assert run(data, ["validate", path]).stdout == f"{path}: sound\n"
+    validated = run(data, ["validate", path])
+    assert validated.exit_code == 0 and validated.stdout.endswith(f"{path}: sound\n")
+    assert "warning: class 'x' has 4 series in train" in validated.stdout
     flip_a_byte(tmp_path / "out" / "small" / path.rsplit("/", 1)[1] / "values.npy")
     damaged = run(data, ["validate", path])
     assert damaged.exit_code == 1 and "values.npy: sha256" in damaged.stdout
@@ -528,3 +502,53 @@ def test_the_default_experiment_s_data_set(tmp_path):
     assert positions[0] == 0
     np.testing.assert_allclose(values[0, :4], first_frame, rtol=1e-6)
     assert problems(dataset.path) == []
+
+
+def test_a_changed_byte_is_found_before_training(yaml_file, tmp_path):
+    path = Path(
+        CliRunner().invoke(data, ["build", str(yaml_file), "--out", str(tmp_path)]).stdout.strip()
+    )
+    flip_a_byte(path / "positions.npy")
+    command = ["pretrain", "--data", str(path), "--out", str(tmp_path / "run")]
+
+    done = subprocess.run(
+        [sys.executable, "-m", "roma_core.cli", *command, "--set", "trainer.epochs=1"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    assert done.returncode != 0
+    assert "is damaged: positions.npy: sha256" in done.stderr
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+@settings(max_examples=20, deadline=None)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), shard=st.integers(1, 25))
+@pytest.mark.filterwarnings("ignore:no series of the classes", "ignore:channel")
+def test_a_large_set_lies_in_several_files_and_reads_the_same(tmp_path_factory, lengths, shard):
+    folder = tmp_path_factory.mktemp("shards")
+    given_series = [series(f"s{k}", n, "x", "train", seed=k) for k, n in enumerate(lengths)]
+    whole = StoredDataset(built(folder / "whole", *given_series))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "_SHARD", shard)
+        parted = StoredDataset(built(folder / "parted", *given_series))
+
+    assert problems_but_leaks(parted.path) == []
+    sizes = [len(part.values) for part in parted.shards()]
+    assert sum(sizes) == sum(lengths) and min(sizes) > 0
+    assert max(sizes) <= max(shard, *lengths, 0)
+    assert (
+        len(list(parted.path.glob("values*.npy"))) == len(sizes) == 1 + len(parted.manifest.shards)
+    )
+    for i in range(len(lengths)):
+        for a, b in zip(whole.raw(i), parted.raw(i), strict=True):
+            assert np.array_equal(a, b)
+    assert parted.schema == whole.schema
+    assert (parted.path.name == whole.path.name) == (len(sizes) == 1)
+    pieces = list(parted.parts(5))
+    assert [p.first for p in pieces] == [0, *[p.last for p in pieces[:-1]]]
+    assert pieces[-1].last == len(parted)
+    assert np.array_equal(np.concatenate([p.values for p in pieces]), next(whole.shards()).values)
+    (parted.path / sorted(p.name for p in parted.path.glob("values*.npy"))[-1]).unlink()
+    with pytest.raises(DataError, match=r"is damaged: values.*missing"):
+        StoredDataset(parted.path)

@@ -93,6 +93,7 @@ def test_all_five_assets_are_made(first):
     assert all(metadata_of(first, noun) for noun in tiny.NOUNS)
     assert {e.check_name: e.passed for e in first.get_asset_check_evaluations()} == {
         "sound": True,
+        "unsuspicious": True,
         "gate": True,
         "serving_parity": True,
     }

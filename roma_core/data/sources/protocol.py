@@ -2,7 +2,10 @@
 
 A ``SourceConfig`` is the part of a configuration file that names the data. Opening it fetches and
 checks whatever has to be there and gives a ``Source``, which knows its schema and reads its series
-one after the other. A new kind of source is one such pair, registered in ``sources/__init__.py``.
+one after the other. A new kind of source is one such pair, registered in ``sources/__init__.py`` or,
+from another package, by an entry point.
+
+A source may also have ``__length_hint__``, the number of its series, for the progress bar.
 
 Shapes, here and in the rest of ``roma_core.data``:
     N observations of one series   C channels   D position axes
@@ -33,6 +36,9 @@ class RawSeries:
     values: NDArray[np.float32]  # (N, C)
     label: str | None = None
     recorded_split: RecordedSplit | None = None  # the publisher's assignment, where there is one
+    group: str | None = (
+        None  # what objects of one patient, host or device share; all or none have it
+    )
 
 
 class Source(Protocol):

@@ -1,0 +1,161 @@
+"""Series on their way in: each is checked, repaired where that is allowed, or refused by name.
+
+What may be repaired is a choice of the data set's configuration; every repair is counted, and the
+counts stand in the manifest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from roma_core.data.errors import DataError
+from roma_core.data.schema import Repairs
+from roma_core.data.sources import RawSeries, Source
+
+
+class RepairOptions(BaseModel):
+    """What is done about series that are not as they should be."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    unsorted: Literal["sort", "keep", "refuse"] = Field(
+        "sort", description="Observations not in order of the first axis: sort them, stably."
+    )
+    duplicates: Literal["refuse", "first", "mean", "keep"] = Field(
+        "refuse",
+        description="Observations of one series at equal positions on all axes: keep the first, or "
+        "the mean of their values. To a masked model, a copy gives the hidden number away.",
+    )
+    not_finite: Literal["refuse", "drop"] = Field(
+        "refuse", description="Observations with a number that is missing, infinite or too large."
+    )
+    empty: Literal["refuse", "drop"] = Field("refuse", description="Series without observations.")
+
+
+class Arrivals:
+    """The usable series of a source, and a count of what was repaired.
+
+    Attributes:
+        counts: number of repairs of each kind so far.
+    """
+
+    def __init__(self, source: Source, options: RepairOptions) -> None:
+        self.source, self.options = source, options
+        self.counts = dict.fromkeys(Repairs.model_fields, 0)
+        self._classes = frozenset(source.classes)
+
+    def __iter__(self) -> Iterator[RawSeries]:
+        """Check and repair every series of the source.
+
+        Raises:
+            DataError: a series has no id, a wrong shape, an unknown label, or something that is to
+                be refused; the text names it.
+        """
+        for series in self.source.read():
+            self._check(series)
+            usable = self._repaired(series)
+            if usable is not None:
+                yield usable
+
+    def repairs(self) -> Repairs | None:
+        """What was repaired; None if nothing was."""
+        return Repairs(**self.counts) if any(self.counts.values()) else None
+
+    def _check(self, series: RawSeries) -> None:
+        if not series.id:
+            raise DataError("a series has no id, or it is empty; every object needs one of its own")
+        who = f"series {series.id!r}"
+        n = len(series.values)
+        for what, array, width in (
+            ("positions", series.positions, len(self.source.axes)),
+            ("values", series.values, len(self.source.channels)),
+        ):
+            if array.shape != (n, width):
+                raise DataError(
+                    f"{who}: {what} have the shape {array.shape}, expected {(n, width)}"
+                )
+        classes = self.source.classes
+        if classes and series.label not in self._classes:
+            raise DataError(f"{who} has the label {series.label!r}; classes are {classes}")
+        if not classes and series.label is not None:
+            raise DataError(
+                f"{who} has the label {series.label!r}, but its source declares no classes"
+            )
+
+    def _repaired(self, series: RawSeries) -> RawSeries | None:
+        positions, values = series.positions, series.values
+        whole = np.isfinite(positions).all() and np.isfinite(values).all()
+        if not whole:
+            positions, values = self._finite(series)
+        if len(values) == 0:
+            if self.options.empty == "refuse":
+                raise DataError(
+                    f"series {series.id!r} has no observations; leave it out of the source, or set "
+                    f"repair.empty to 'drop'"
+                )
+            self.counts["empty_series_left_out"] += 1
+            return None
+        steps = positions[1:, 0] - positions[:-1, 0]
+        if self.options.unsorted != "keep" and (steps < 0).any():
+            if self.options.unsorted == "refuse":
+                at = int(np.flatnonzero(steps < 0)[0]) + 1
+                raise DataError(
+                    f"series {series.id!r}: observation {at} comes before the one it follows "
+                    f"({positions[at, 0]} after {positions[at - 1, 0]}); sort the source, or set "
+                    f"repair.unsorted to 'sort'"
+                )
+            order = np.argsort(positions[:, 0], kind="stable")
+            positions, values = positions[order], values[order]
+            self.counts["series_sorted"] += 1
+        if self.options.duplicates != "keep":
+            positions, values = self._without_duplicates(series.id, positions, values)
+        if values is series.values:
+            return series
+        return dataclasses.replace(series, positions=positions, values=values)
+
+    def _finite(self, series: RawSeries) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        bad = ~(np.isfinite(series.positions).all(1) & np.isfinite(series.values).all(1))  # (N,)
+        if self.options.not_finite == "refuse":
+            row = int(np.flatnonzero(bad)[0])
+            for what, array in (("positions", series.positions), ("values", series.values)):
+                for column in np.flatnonzero(~np.isfinite(array[row])):
+                    raise DataError(
+                        f"series {series.id!r}: {what} hold {array[row, column]} at observation "
+                        f"{row}, column {column}, but all must be finite and fit in {array.dtype}: "
+                        f"leave such observations out, or set repair.not_finite to 'drop'"
+                    )
+        self.counts["observations_not_finite"] += int(bad.sum())
+        return series.positions[~bad], series.values[~bad]
+
+    def _without_duplicates(
+        self, name: str, positions: NDArray[np.float64], values: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        if len(positions) < 2 or (np.diff(positions[:, 0]) > 0).all():
+            return positions, values
+        distinct, first, inverse = np.unique(
+            positions, axis=0, return_index=True, return_inverse=True
+        )
+        if len(distinct) == len(positions):
+            return positions, values
+        if self.options.duplicates == "refuse":
+            copy = int(np.setdiff1d(np.arange(len(positions)), first)[0])
+            raise DataError(
+                f"series {name!r} has {len(positions) - len(distinct)} observations at a position "
+                f"it has already, the first at {positions[copy].tolist()}; set repair.duplicates "
+                f"to 'first', 'mean' or 'keep', or add the axis that tells them apart"
+            )
+        self.counts["duplicate_observations"] += len(positions) - len(distinct)
+        order = np.argsort(first)
+        if self.options.duplicates == "mean":
+            inverse = inverse.reshape(-1)
+            sums = np.zeros((len(distinct), values.shape[1]))
+            np.add.at(sums, inverse, values)
+            means = sums / np.bincount(inverse)[:, None]
+            return distinct[order], means[order].astype(np.float32)
+        return positions[first[order]], values[first[order]]

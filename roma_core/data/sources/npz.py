@@ -1,0 +1,107 @@
+"""Series from one ``.npz`` file of NumPy arrays.
+
+    values      (n, N, C) or (n, N), or flat (observations, C) with offsets
+    positions   (n, N, D) or (n, N), or (N,) for all, or flat (observations, D) with offsets
+    offsets     (n + 1,) for flat arrays    or    lengths   (n,) for padded ones
+    ids, labels, groups, splits             (n,) text or whole numbers; all optional
+
+The arrays are read whole, so the file has to fit in memory; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from roma_core.data.errors import DataError
+from roma_core.data.schema import Channel, PositionAxis
+from roma_core.data.sources.facts import FactColumns, classes_of, facts_of
+from roma_core.data.sources.protocol import RawSeries, SourceConfig
+from roma_core.files import sha256_of
+
+_FACTS = {"labels": "label", "groups": "group", "splits": "split"}
+
+
+class NpzConfig(SourceConfig):
+    """One ``.npz`` file on this computer."""
+
+    kind: Literal["npz"] = "npz"
+    file: Path
+    axes: tuple[PositionAxis, ...] = Field(min_length=1, description="Names and units.")
+    channels: tuple[Channel, ...] = Field(min_length=1, description="Names and units.")
+
+    def open(self, cache: Path) -> NpzSource:
+        if not self.file.is_file():
+            raise DataError(f"there is no file {self.file} (from {Path.cwd()})")
+        return NpzSource(self)
+
+
+class NpzSource:
+    """The series of one file, in its order."""
+
+    def __init__(self, config: NpzConfig) -> None:
+        self.axes, self.channels = config.axes, config.channels
+        self.citation, self.licence = config.citation, config.licence
+        self.files = {config.file.name: sha256_of(config.file)}
+        try:
+            with np.load(config.file, allow_pickle=False) as file:
+                arrays: dict[str, NDArray[Any]] = {name: file[name] for name in file.files}
+        except (ValueError, OSError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+            raise DataError(
+                f"{config.file} cannot be read: {error}; expected an .npz file of plain arrays "
+                f"(text as fixed-width strings, not as objects)"
+            ) from error
+        for name in ("values", "positions"):
+            if name not in arrays:
+                raise DataError(f"{config.file} has no array {name!r}; it has {sorted(arrays)}")
+        self._where = str(config.file)
+        self._offsets = arrays.get("offsets")
+        self._values, self._positions = arrays["values"], arrays["positions"]
+        self._n = len(self._values) if self._offsets is None else len(self._offsets) - 1
+        self._lengths = arrays.get("lengths")
+        self._ids = arrays.get("ids", np.arange(self._n))
+        self._facts = {k: arrays[k] for k in _FACTS if k in arrays}
+        for name in ("lengths", "ids", *_FACTS):
+            if name in arrays and len(arrays[name]) != self._n:
+                raise DataError(f"{self._where}: {len(arrays[name])} {name} of {self._n} series")
+        self._columns = FactColumns(**{_FACTS[k]: k for k in self._facts})
+        labels = {str(label) for label in self._facts.get("labels", np.empty(0, str))}
+        self.classes = classes_of(sorted(labels), self._columns)
+
+    def __length_hint__(self) -> int:
+        return self._n
+
+    def read(self) -> Iterator[RawSeries]:
+        """Every series."""
+        for i in range(self._n):
+            name = str(self._ids[i])
+            cells = [str(column[i]) for column in self._facts.values()]
+            known = facts_of(cells, self._columns, f"{self._where}: series {name!r}")
+            yield RawSeries(
+                id=name,
+                positions=self._rows(self._positions, i, len(self.axes)).astype(np.float64),
+                values=self._rows(self._values, i, len(self.channels)).astype(np.float32),
+                label=known.label,
+                group=known.group,
+                recorded_split=known.split,
+            )
+
+    def _rows(self, array: NDArray[Any], i: int, width: int) -> NDArray[Any]:
+        """The observations of series i: ``(N, width)`` if the array is what it should be."""
+        if array.dtype.kind not in "iufb":
+            raise DataError(f"{self._where} holds {array.dtype} where numbers are needed")
+        if self._offsets is not None:
+            rows = array[int(self._offsets[i]) : int(self._offsets[i + 1])]
+        elif array.ndim == 1:  # one grid for all
+            rows = array
+        else:
+            rows = array[i]
+        if self._lengths is not None:
+            rows = rows[: int(self._lengths[i])]
+        return rows[:, None] if rows.ndim == 1 and width == 1 else rows

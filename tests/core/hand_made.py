@@ -1,0 +1,42 @@
+"""A source whose series a test writes out, and building it."""
+
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from roma_core.data import DatasetConfig, build_dataset
+from roma_core.data.schema import Channel, PositionAxis
+from roma_core.data.sources import RawSeries, SourceConfig
+
+
+class HandMade(SourceConfig):
+    """A source that is its own opened source."""
+
+    kind: str = "hand_made"
+    series: tuple[Any, ...] = Field((), exclude=True)
+    classes: tuple[str, ...] = ("x", "y")
+    channels: tuple[Channel, ...] = (Channel(name="a", unit="V"), Channel(name="b", unit="V"))
+    axes: tuple[PositionAxis, ...] = (PositionAxis(name="t", unit="s"),)
+    files: dict[str, str] = Field({})
+
+    def open(self, cache):
+        return self
+
+    def read(self):
+        return iter(self.series)
+
+
+def series(name="s", n=10, label="x", split="train", seed=0, **changes):
+    values = np.random.default_rng(seed).normal(size=(n, 2)).astype(np.float32)
+    fields = {"id": name, "positions": np.arange(n, dtype=float)[:, None], "values": values}
+    return RawSeries(**{**fields, "label": label, "recorded_split": split, **changes})
+
+
+def config_of(*all_series, source=None, **options):
+    source = source or HandMade(series=all_series)
+    return DatasetConfig(**{"name": "small", "source": source, "validation_share": 0, **options})
+
+
+def built(folder, *all_series, **options):
+    return build_dataset(config_of(*all_series, **options), folder, folder, progress=False)

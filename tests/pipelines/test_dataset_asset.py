@@ -1,0 +1,84 @@
+"""The data-set asset: what its checks refuse, what they only mention, and what they compare with."""
+
+import dagster as dg
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from roma_pipelines.components import RomaExperiment
+
+COLUMNS = {
+    "object": "id",
+    "axes": [{"column": "t", "unit": "s"}],
+    "channels": [{"column": "x", "unit": "V"}],
+    "facts": {"label": "kind"},
+}
+
+
+def deliver(folder, n, loud=1.0, copies=()):
+    """A long table of n series; ``copies`` are pairs (from, to) of equal content."""
+    content = {k: np.random.default_rng(k).normal(size=12) * loud for k in range(n)}
+    content |= {to: content[of] for of, to in copies}
+    table = pa.table(
+        {
+            "id": np.repeat([f"o{k}" for k in range(n)], 12),
+            "t": np.tile(np.arange(12.0), n),
+            "x": np.concatenate([content[k] for k in range(n)]),
+            "kind": np.repeat([["slow", "fast"][k % 2] for k in range(n)], 12),
+        }
+    )
+    pq.write_table(table, folder / "series.parquet")
+
+
+@pytest.fixture
+def materialized(tmp_path, monkeypatch):
+    """Makes the asset; gives its checks by name and its metadata."""
+    monkeypatch.setenv("ROMA_STORAGE_ROOT", str(tmp_path / "state"))
+
+    def make(**dataset):
+        source = {"kind": "table", "files": [str(tmp_path / "series.parquet")], "columns": COLUMNS}
+        experiment = RomaExperiment(name="own", dataset={"source": source, **dataset})
+        assets = [
+            asset
+            for asset in experiment.build_defs(None).assets
+            if asset.key == dg.AssetKey(["own", "dataset"])
+        ]
+        result = dg.materialize(assets, raise_on_error=False)  # a blocking check fails its step
+        (event,) = result.asset_materializations_for_node("own__dataset")
+        return {c.check_name: c for c in result.get_asset_check_evaluations()}, event.metadata
+
+    return make
+
+
+def test_deliveries_are_compared_and_content_in_two_splits_is_refused(tmp_path, materialized):
+    deliver(tmp_path, 100)
+    checks, first = materialized()
+    assert checks["sound"].passed and checks["unsuspicious"].passed
+    assert checks["sound"].metadata["compared_with"].value == "no version before"
+
+    deliver(tmp_path, 200, loud=4.0)
+    checks, second = materialized()
+    assert checks["sound"].passed, checks["sound"].metadata["first"].value
+    assert not checks["unsuspicious"].passed
+    assert checks["unsuspicious"].severity is dg.AssetCheckSeverity.WARN
+    assert "channel 'x' drifted" in checks["unsuspicious"].metadata["findings"].value
+    assert checks["sound"].metadata["compared_with"].value == first["digest"].value[:12]
+
+    pairs = [(k, k + 1) for k in range(0, 60, 2)]
+    deliver(tmp_path, 200, loud=4.0, copies=pairs)
+    checks, _ = materialized()
+    assert not checks["sound"].passed
+    assert checks["sound"].severity is dg.AssetCheckSeverity.ERROR
+    assert "have equal content: one of them must go" in checks["sound"].metadata["first"].value
+    assert second["digest"].value != first["digest"].value
+
+
+def test_another_rule_that_moves_objects_is_refused(tmp_path, materialized):
+    deliver(tmp_path, 100)
+    materialized()
+
+    checks, _ = materialized(split={"stratified": True})
+
+    assert not checks["sound"].passed
+    assert "a model may have learnt what it is tested on" in checks["sound"].metadata["first"].value
