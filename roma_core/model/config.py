@@ -106,8 +106,8 @@ class _ModelConfig(RomaSettings):
     n_pos_dims: int = Field(3, gt=0, description="Position axes: rows of `positions`.")
     position_axes: tuple[PositionAxis, ...] = Field(
         (),
-        description="Name, unit, anchor, offset and scale of every axis, applied to the positions of "
-        "padded tensors in float64; empty takes them as they are. Stored data sets apply their own.",
+        description="Name, unit, anchor, offset and scale of every axis, applied to positions in "
+        "float64; empty takes them as they are. Stored data sets describe and apply their own.",
     )
     use_cls: bool = Field(True, description="Prepend a learned token at position 0.")
     pos_encoding: Literal["ropend", "absolute"] = Field(

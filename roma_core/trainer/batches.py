@@ -9,7 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from roma_core.model.config import RoMAForPreTrainingConfig, _ModelConfig
+from roma_core.model.axes import in_float32, placed, start_of
+from roma_core.model.config import (
+    RoMAForClassificationConfig,
+    RoMAForPreTrainingConfig,
+    _ModelConfig,
+)
 from roma_core.model.packing import PackedBatch
 from roma_core.model.segments import Segments
 from roma_core.model.tubelets import patchify
@@ -20,8 +25,9 @@ from roma_core.trainer.epoch_plan import Indices
 class MapStyle(Protocol):
     """Any data set with a length whose items are dictionaries.
 
-    An item has ``values`` (time, C, height, width) float, ``positions`` (D, N), and optionally
-    ``pad_mask`` (N,) bool, ``label``, and ``id`` int, a stable name; without it the index is taken.
+    An item has ``values`` (time, C, height, width) float, ``positions`` (D, N) of any real type, and
+    optionally ``pad_mask`` (N,) bool, ``label``, and ``id`` int, a stable name; without it the index
+    is taken. The model's ``position_axes``, if it has any, are applied to positions.
     The set may have ``lengths``, tokens by index, and ``augmentations`` of its own for training:
     functions of one series, see :class:`~roma_core.trainer.augmenting.Each`.
     """
@@ -43,6 +49,13 @@ class Collate:
     config: _ModelConfig
     seed: int
     augmentations: tuple[Augmentation, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.augmentations and _is_per_token(self.config):
+            raise ValueError(
+                "pooling='token' has a label for every token, which augmentations would leave behind; "
+                "set the augment_ settings to 0"
+            )
 
     @property
     def _one_observation(self) -> bool:
@@ -66,7 +79,7 @@ class Collate:
             segments=Segments([t.shape[0] for t in tokens]),
             sample_ids=torch.tensor(ids, dtype=torch.int64),
             indices=torch.tensor(indices, dtype=torch.int64),
-            labels=None if labels[0] is None else _stacked(labels),
+            labels=None if labels[0] is None else self._labels(labels),
         )
         if isinstance(self.config, RoMAForPreTrainingConfig):
             batch = batch.with_drawn_mask(self.config, self.seed, epoch)
@@ -80,17 +93,42 @@ class Collate:
             tokens = values[:, :, 0, 0]  # (N, C): patchify would give the same, for 40 µs
         else:
             tokens = patchify(values[None], self.config.tubelet_size)[0]  # (N, P)
-        positions = torch.as_tensor(item["positions"]).T.float()  # (N, D)
-        if positions.shape != (tokens.shape[0], self.config.n_pos_dims):
+        positions = torch.as_tensor(item["positions"])  # (D, N)
+        if positions.shape != (self.config.n_pos_dims, tokens.shape[0]):
             raise ValueError(
                 f"sample {index}: positions must have shape (n_pos_dims, tokens) = "
-                f"{(self.config.n_pos_dims, tokens.shape[0])}, got {tuple(positions.T.shape)}"
+                f"{(self.config.n_pos_dims, tokens.shape[0])}, got {tuple(positions.shape)}"
             )
-        sample_id = int(item.get("id", index))
+        label, n_tokens = item.get("label"), tokens.shape[0]
+        if per_token := label is not None and _is_per_token(self.config):
+            label = torch.as_tensor(label)
+            if label.shape[:1] != (n_tokens,):
+                raise ValueError(
+                    f"sample {index}: label must have one entry for each of {n_tokens} tokens, "
+                    f"got shape {tuple(label.shape)}"
+                )
         if (pad_mask := item.get("pad_mask")) is not None:
             real = ~torch.as_tensor(pad_mask)
-            tokens, positions = tokens[real], positions[real]
-        return tokens, positions, sample_id, item.get("label")
+            tokens, positions = tokens[real], positions[:, real]
+            if per_token:
+                label = label[real]  # type: ignore[index]
+        return tokens, self._placed(positions), int(item.get("id", index)), label
+
+    def _labels(self, labels: Sequence[Any]) -> torch.Tensor:
+        return torch.cat(list(labels)) if _is_per_token(self.config) else _stacked(labels)
+
+    def _placed(self, positions: torch.Tensor) -> torch.Tensor:
+        """``(D, N)`` of a user's real tokens → ``(N, D)`` float32 of the model's."""
+        axes = self.config.position_axes
+        if not axes and positions.dtype == torch.float32:
+            return positions.T
+        one = positions[None]
+        real = torch.ones(1, positions.shape[1], dtype=torch.bool)
+        return in_float32(placed(one, start_of(one, real, axes), axes)[0].T)
+
+
+def _is_per_token(config: _ModelConfig) -> bool:
+    return isinstance(config, RoMAForClassificationConfig) and config.pools == "token"
 
 
 def _stacked(labels: Sequence[Any]) -> torch.Tensor:

@@ -1,0 +1,65 @@
+"""Items of a user's own data set on their way into a batch: labels per token, dates, padding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from roma_core import EncoderConfig, RoMAForClassificationConfig
+from roma_core.data.schema import PositionAxis
+from roma_core.trainer.augmenting import Drop
+from roma_core.trainer.batches import Collate
+
+
+def config(**changes):
+    values = {
+        "encoder_config": EncoderConfig(d_model=24, nhead=2, depth=1),
+        "tubelet_size": (1, 1, 1),
+        "n_channels": 1,
+        "n_pos_dims": 1,
+        "dim_output": 2,
+    }
+    return RoMAForClassificationConfig(**values | changes)
+
+
+def item(n, label, positions=None, pad_mask=None):
+    return {
+        "values": np.arange(n, dtype=np.float32)[:, None, None, None],
+        "positions": np.arange(n, dtype=np.float32)[None] if positions is None else positions,
+        "label": label,
+    } | ({} if pad_mask is None else {"pad_mask": pad_mask})
+
+
+def test_labels_of_tokens_stay_with_their_tokens_and_padding_goes():
+    collate = Collate(config(pooling="token"), seed=0)
+    items = [
+        (0, 0, item(4, np.array([10, 11, 12, 13]))),
+        (0, 1, item(3, np.array([20, 21, 22]), pad_mask=np.array([False, True, False]))),
+    ]
+    batch = collate(items)
+    assert batch.labels.tolist() == [20, 22, 10, 11, 12, 13]  # the shortest series first
+    assert batch.tokens[:, 0].tolist() == [0, 2, 0, 1, 2, 3]
+    with pytest.raises(
+        ValueError, match="sample 7: label must have one entry for each of 3 tokens"
+    ):
+        collate([(0, 7, item(3, 1))])
+    with pytest.raises(ValueError, match="augment_ settings"):
+        Collate(config(pooling="token"), 0, (Drop(0.5),))
+
+
+def test_a_label_vector_of_a_series_is_left_whole_by_padding():
+    batch = Collate(config(problem_type="regression"), seed=0)(
+        [(0, 0, item(3, np.array([0.5, 1.5]), pad_mask=np.array([False, False, True])))]
+    )
+    assert batch.labels.tolist() == [[0.5, 1.5]]
+
+
+def test_dates_are_anchored_exactly_or_refused():
+    dates = 60_000.001 + np.array([[0.0, 0.004, 0.25]])
+    axis = PositionAxis(name="time", unit="d", anchor="first", scale=0.5)
+    batch = Collate(config(position_axes=(axis,)), seed=0)([(0, 0, item(3, 0, dates))])
+    expected = torch.from_numpy((dates - dates[0, 0]).T / 0.5)
+    torch.testing.assert_close(batch.positions.double(), expected, rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match="position_axes"):
+        Collate(config(), seed=0)([(0, 0, item(3, 0, dates))])
