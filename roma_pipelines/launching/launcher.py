@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from roma_core.job import JobFolder
@@ -21,12 +22,25 @@ class Refused(ValueError):
         super().__init__("the job was refused before it was queued:\n- " + "\n- ".join(reasons))
 
 
+@dataclass(frozen=True)
+class Price:
+    """What a target costs."""
+
+    per_gpu_hour: float
+    currency: str
+
+
 class Launcher(Protocol):
     """Runs attempts of a job on one target."""
 
     @property
     def backend(self) -> str:
         """Name of the target's kind, as handles carry it: ``local``, ``slurm``, …"""
+        ...
+
+    @property
+    def price(self) -> Price | None:
+        """What the target costs, if somebody said so."""
         ...
 
     def plan(self, spec: JobSpec) -> str:

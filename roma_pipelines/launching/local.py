@@ -61,6 +61,7 @@ class LocalLauncher:
     """Runs attempts as processes of this computer."""
 
     backend = "local"
+    price = None
 
     def __init__(self, python: str = sys.executable, grace_s: float = 30.0) -> None:
         """

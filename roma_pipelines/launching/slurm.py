@@ -19,7 +19,7 @@ from roma_core.files import read_json, write_bytes
 from roma_core.job import JobFolder
 from roma_pipelines.launching.environment import handed_on
 from roma_pipelines.launching.job import JobHandle, JobSpec, JobState, Phase
-from roma_pipelines.launching.launcher import NoAnswer, Refused
+from roma_pipelines.launching.launcher import NoAnswer, Price, Refused
 from roma_pipelines.launching.poll import Poll, SharedPoll
 from roma_pipelines.launching.sbatch import batch_script, job_name
 from roma_pipelines.launching.shell import Answer, Shell
@@ -79,6 +79,11 @@ class SlurmLauncher:
         self.poll = SharedPoll(clusters / site.name, self._ask, site.poll_s, site.slowest_poll_s)
         self._missed_at: dict[str, float] = {}  # job id -> when it was first not in an answer
         self._left_at: dict[str, float] = {}  # job id -> when its exit.json was first seen
+
+    @property
+    def price(self) -> Price | None:
+        rate = self.site.price_per_gpu_hour
+        return None if rate is None else Price(rate, self.site.currency)
 
     def plan(self, spec: JobSpec) -> str:
         return batch_script(spec, self.site, "JOB_FOLDER", 1, self.python)
