@@ -39,6 +39,11 @@ class Launcher(Protocol):
         ...
 
     @property
+    def files_within_s(self) -> float:
+        """How long what an attempt wrote may take to be seen here after it ended."""
+        ...
+
+    @property
     def price(self) -> Price | None:
         """What the target costs, if somebody said so."""
         ...

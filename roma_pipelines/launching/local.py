@@ -62,6 +62,7 @@ class LocalLauncher:
 
     backend = "local"
     price = None
+    files_within_s = 0.0
 
     def __init__(self, python: str = sys.executable, grace_s: float = 30.0) -> None:
         """

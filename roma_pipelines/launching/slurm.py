@@ -42,7 +42,7 @@ PHASES: dict[str, Phase] = {
 """Every word SLURM says of a job; a word that is not here is unknown, and never an end."""
 # fmt: on
 
-_ASK = ("squeue", "-h", "--me", "-t", "all", "-o", "%i|%j|%T|%S|%N|%r")
+_ASK = ("squeue", "-h", "--me", "-t", "all", "-o", "%i|%j|%T|%S|%N|%r|%Z")
 _AWAY = re.compile(
     r"timed? ?out|unable to contact|connection (refused|reset)|communication|zero bytes|"
     r"temporarily unavailable|not responding",
@@ -64,6 +64,7 @@ class SlurmLauncher:
         python: str = sys.executable,
         gone_after_s: float = 60.0,
         cancel_timeout_s: float = 120.0,
+        files_within_s: float = 30.0,
     ) -> None:
         """
         Args:
@@ -72,9 +73,12 @@ class SlurmLauncher:
             gone_after_s: a job that SLURM has forgotten and that left no word counts as gone once
                 nothing of its folder moved for so long.
             cancel_timeout_s: how long a cancelled job may take to be gone.
+            files_within_s: how long this computer may take to see what a node wrote; network file
+                systems remember for so long that a file was not there.
         """
         self.site, self.python = site, python
         self.gone_after_s, self.cancel_timeout_s = gone_after_s, cancel_timeout_s
+        self.files_within_s = files_within_s
         self.shell = Shell(site.ssh)
         self.poll = SharedPoll(clusters / site.name, self._ask, site.poll_s, site.slowest_poll_s)
         self._missed_at: dict[str, float] = {}  # job id -> when it was first not in an answer
@@ -108,7 +112,8 @@ class SlurmLauncher:
             return self._handle(folder, attempt, document["external"]["SLURM_JOB_ID"])
         spec = JobSpec.model_validate(read_json(folder.spec, schema_version=1))
         name = job_name(spec, attempt)
-        jobs = self._named(name) or self._named_by_sacct(name)
+        path = str(folder.path.resolve())
+        jobs = self._named(name, path) or self._named_by_sacct(name, path)
         if not jobs:
             return None
         alive = [job for job, word in jobs if not _ended(word)]
@@ -128,7 +133,7 @@ class SlurmLauncher:
             return JobState(phase, _queue_reason(job, row))
         if phase in (Phase.RUNNING, Phase.UNKNOWN):
             return JobState(phase, f"job {job} {row['state']} on {row['nodes'] or '?'}")
-        self._cancel_doubles(job, row["name"], poll)
+        self._cancel_doubles(job, poll)
         return self._state(handle, row["state"], row["reason"], self._record(job))
 
     def cancel(self, handle: JobHandle) -> None:
@@ -170,8 +175,8 @@ class SlurmLauncher:
 
     def _ask(self) -> dict[str, dict[str, str]]:
         answer = self._checked(*_ASK)
-        keys = ("name", "state", "starts", "nodes", "reason")
-        rows = (line.split("|", 5) for line in answer.output.splitlines())
+        keys = ("name", "state", "starts", "nodes", "reason", "folder")
+        rows = (line.split("|", 6) for line in answer.output.splitlines())
         return {
             job: dict(zip(keys, fields, strict=True))
             for job, *fields in rows
@@ -185,19 +190,20 @@ class SlurmLauncher:
             raise NoAnswer(f"{argv[0]}: {answer.text}")
         return answer
 
-    def _named(self, name: str) -> list[tuple[str, str]]:
-        """(id, state) of all jobs of this name that slurmctld remembers."""
+    def _named(self, name: str, folder: str) -> list[tuple[str, str]]:
+        """(id, state) of all jobs of this name and folder that slurmctld remembers."""
         lines = self._checked(
-            "squeue", "-h", "--me", "-t", "all", f"--name={name}", "-o", "%i|%T"
+            "squeue", "-h", "--me", "-t", "all", f"--name={name}", "-o", "%i|%T|%Z"
         ).output.splitlines()
-        return [(job, word) for job, _, word in (line.partition("|") for line in lines)]
+        rows = (line.split("|", 2) for line in lines)
+        return [(job, word) for job, word, where in rows if where == folder]
 
-    def _named_by_sacct(self, name: str) -> list[tuple[str, str]]:
+    def _named_by_sacct(self, name: str, folder: str) -> list[tuple[str, str]]:
         """The same from the accounting, where there is one; it goes further back."""
-        columns = ("-X", "-n", "-P", "-S", "now-7days", "-o", "jobid,state")
+        columns = ("-X", "-n", "-P", "-S", "now-7days", "-o", "jobid,state,workdir")
         answer = self.shell.run("sacct", *columns, f"--name={name}")
-        rows = [line.partition("|") for line in answer.output.splitlines()]
-        return [(job, (word.split() or ["?"])[0]) for job, _, word in rows if job.isdigit()]
+        rows = (line.split("|", 2) for line in answer.output.splitlines() if line.count("|") > 1)
+        return [(job, word.split()[0]) for job, word, where in rows if word and where == folder]
 
     def _newer_than(self, handle: JobHandle) -> float:
         """From when on an answer counts: since the job was missed, or left its last word."""
@@ -265,10 +271,12 @@ class SlurmLauncher:
             return None
         return words[-1]
 
-    def _cancel_doubles(self, job: str, name: str, poll: Poll) -> None:
+    def _cancel_doubles(self, job: str, poll: Poll) -> None:
         """A second job of an attempt would wait in the queue only to leave at once: end it."""
+        ours = [poll.jobs[job][key] for key in ("name", "folder")]
         for other, row in poll.jobs.items():
-            if other != job and row["name"] == name and not _ended(row["state"]):
+            same = [row["name"], row["folder"]] == ours
+            if other != job and same and not _ended(row["state"]):
                 self.shell.run("scancel", other)
 
 

@@ -321,7 +321,7 @@ class Supervisor:
 
     def _close_attempt(self, n: int, state: JobState) -> Outcome | None:
         """Judge an ended attempt and write its end; None if another one is to follow."""
-        said, why = self._said(n)
+        said, why = self._said_at_last(n)
         before = [record for record in self.records() if record.attempt < n]
         checkpoint = newest_checkpoint(self.folder)
         how, seen = judge(state.phase, said, checkpoint, before, self.max_attempts)
@@ -342,6 +342,16 @@ class Supervisor:
 
     def _record(self, n: int) -> AttemptRecord:
         return next(record for record in self.records() if record.attempt == n)
+
+    def _said_at_last(self, n: int) -> tuple[Said, str]:
+        """The same, once the job's last word can be seen here, or must have been."""
+        deadline = time.monotonic() + self.launcher.files_within_s
+        while True:
+            said, why = self._said(n)
+            if said not in (Said.NOTHING, Said.COMPLETED) or time.monotonic() >= deadline:
+                return said, why
+            self._beat()
+            time.sleep(self.poll_every_s)
 
     def _said(self, n: int | None) -> tuple[Said, str]:
         """What the job's files say, and the reason they give or what is wrong with them."""

@@ -101,7 +101,9 @@ def site() -> Site:
 
 @pytest.fixture
 def slurm(cluster: Cluster, site: Site, tmp_path: Path) -> SlurmLauncher:
-    return SlurmLauncher(site, tmp_path / "clusters", gone_after_s=2.0, cancel_timeout_s=30.0)
+    return SlurmLauncher(
+        site, tmp_path / "clusters", gone_after_s=2.0, cancel_timeout_s=30.0, files_within_s=0.0
+    )
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ The daemons run in the foreground as its children. It is their subreaper, so wha
 the background (slurmstepd, jobs) comes back to it when slurmd ends: it kills what is below itself
 and nothing else, even after a test run that was killed with -9, whose end closes its input.
 
-Lines on standard input: ``kill NAME``, ``freeze NAME``, ``thaw NAME`` and ``start NAME``, for
+Lines on standard input: ``kill NAME``, ``end NAME`` (politely), ``freeze NAME``, ``thaw NAME`` and ``start NAME``, for
 ``slurmctld`` or a node; each is answered by one line.
 """
 
@@ -23,7 +23,12 @@ import time
 from pathlib import Path
 
 _PR_SET_CHILD_SUBREAPER = 36
-_SIGNALS = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "thaw": signal.SIGCONT}
+_SIGNALS = {
+    "kill": signal.SIGKILL,
+    "end": signal.SIGTERM,
+    "freeze": signal.SIGSTOP,
+    "thaw": signal.SIGCONT,
+}
 
 
 class Keeper:
@@ -61,7 +66,7 @@ class Keeper:
             self.start_one(name)
         else:
             self.children[name].send_signal(_SIGNALS[verb])
-            if verb == "kill":
+            if verb in ("kill", "end"):
                 self.children[name].wait()
         print("done", flush=True)
 
