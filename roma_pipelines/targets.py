@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from roma_pipelines.experiment import Resources
-from roma_pipelines.launching.job import JobSpec
+from roma_pipelines.launching.job import AttemptRecord, JobSpec
 from roma_pipelines.launching.launcher import Launcher
 from roma_pipelines.launching.local import LocalLauncher
 from roma_pipelines.storage import Storage
@@ -86,3 +87,12 @@ def job_spec(
         env_names=(*_SECRETS, *_SETTINGS),
         **sizes,
     )
+
+
+def launcher_of(storage: Storage) -> Callable[[AttemptRecord], Launcher]:
+    """Finds the launcher that an attempt on record belongs to."""
+
+    def find(record: AttemptRecord) -> Launcher:
+        return launcher_for(record.backend, (record.external or {}).get("site"), storage)
+
+    return find

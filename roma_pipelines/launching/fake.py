@@ -107,7 +107,7 @@ class FakeLauncher:
         self._jobs: dict[tuple[str, int], _Played] = {}
         self.submitted: list[tuple[str, int]] = []
 
-    def plan(self, spec: JobSpec) -> str:
+    def plan(self, spec: JobSpec, folder: str = "JOB_FOLDER", attempt: int = 1) -> str:
         argv = program(spec, "python", "RANK", "ADDRESS", "PORT", "SCRATCH")
         return render(spec, argv, process_variables(spec))
 

@@ -48,7 +48,7 @@ class Launcher(Protocol):
         """What the target costs, if somebody said so."""
         ...
 
-    def plan(self, spec: JobSpec) -> str:
+    def plan(self, spec: JobSpec, folder: str = "JOB_FOLDER", attempt: int = 1) -> str:
         """The exact text that would be submitted; no clock, file or cluster involved.
 
         Raises:

@@ -73,8 +73,8 @@ class LocalLauncher:
         self.python = python
         self.grace_s = grace_s
 
-    def plan(self, spec: JobSpec) -> str:
-        argv = plan_local(spec, "JOB_FOLDER", 1, "python", "FREE_PORT")
+    def plan(self, spec: JobSpec, folder: str = "JOB_FOLDER", attempt: int = 1) -> str:
+        argv = plan_local(spec, folder, attempt, "python", "FREE_PORT")
         return render(spec, argv, process_variables(spec))
 
     def preflight(self, spec: JobSpec, folder: JobFolder) -> list[str]:

@@ -89,8 +89,8 @@ class SlurmLauncher:
         rate = self.site.price_per_gpu_hour
         return None if rate is None else Price(rate, self.site.currency)
 
-    def plan(self, spec: JobSpec) -> str:
-        return batch_script(spec, self.site, "JOB_FOLDER", 1, self.python)
+    def plan(self, spec: JobSpec, folder: str = "JOB_FOLDER", attempt: int = 1) -> str:
+        return batch_script(spec, self.site, folder, attempt, self.python)
 
     def submit(
         self, spec: JobSpec, folder: JobFolder, attempt: int, environment: Mapping[str, str]
