@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from roma_pipelines.launching.launcher import NoAnswer
 
 _SLOWER = 1.5
+_SEEN_FOR_S = 0.1  # one look at the file serves all jobs of a process that are watched in turn
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class SharedPoll:
         self.fastest_s, self.slowest_s = fastest_s, max(fastest_s, slowest_s)
         self._read_from: tuple[int, int] | None = None
         self._last = NEVER
+        self._looked_at = float("-inf")
 
     @property
     def path(self) -> Path:
@@ -72,7 +74,7 @@ class SharedPoll:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.folder / "poll.lock", timeout=0):
-                poll = self._read()  # another one may have asked meanwhile
+                poll = self._read(anew=True)  # another one may have asked meanwhile
                 return self._ask(poll) if self._due(poll, newer_than) else poll
         except Timeout:
             return poll
@@ -96,9 +98,18 @@ class SharedPoll:
         aside = self.path.with_name(".poll.json")
         aside.write_text(json.dumps(document))  # not synced: losing it costs one question
         aside.replace(self.path)
+        self._looked_at = float("-inf")
         return poll
 
-    def _read(self) -> Poll:
+    def _read(self, anew: bool = False) -> Poll:
+        now = time.monotonic()
+        if not anew and now - self._looked_at < _SEEN_FOR_S:
+            return self._last
+        self._looked_at = now
+        self._last = self._read_file()
+        return self._last
+
+    def _read_file(self) -> Poll:
         try:
             status = self.path.stat()
             mark = (status.st_ino, status.st_mtime_ns)
@@ -106,7 +117,8 @@ class SharedPoll:
                 document: dict[str, Any] = json.loads(self.path.read_text())
                 if document.pop("schema_version") != 1:
                     return NEVER
-                self._last, self._read_from = Poll(**document), mark
+                self._read_from = mark
+                return Poll(**document)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return NEVER  # lost or of another version: ask anew
         return self._last

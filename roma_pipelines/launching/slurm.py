@@ -82,6 +82,7 @@ class SlurmLauncher:
         self.shell = Shell(site.ssh)
         self.poll = SharedPoll(clusters / site.name, self._ask, site.poll_s, site.slowest_poll_s)
         self._missed_at: dict[str, float] = {}  # job id -> when it was first not in an answer
+        self._exits: dict[str, Path] = {}  # job id -> its exit.json
         self._left_at: dict[str, float] = {}  # job id -> when its exit.json was first seen
 
     @property
@@ -208,11 +209,11 @@ class SlurmLauncher:
     def _newer_than(self, handle: JobHandle) -> float:
         """From when on an answer counts: since the job was missed, or left its last word."""
         job = handle.external["job_id"]
-        if (
-            job not in self._left_at
-            and JobFolder(handle.folder).attempt(handle.attempt).exit.exists()
-        ):
-            self._left_at[job] = time.time()
+        if job not in self._left_at:
+            if job not in self._exits:  # asked very often, so built once
+                self._exits[job] = JobFolder(handle.folder).attempt(handle.attempt).exit
+            if self._exits[job].exists():
+                self._left_at[job] = time.time()
         return max(self._missed_at.get(job, 0.0), self._left_at.get(job, 0.0))
 
     def _record(self, job: str) -> dict[str, str]:
