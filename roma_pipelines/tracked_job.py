@@ -49,6 +49,7 @@ class TrackedJob:
             **{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in shown.items()},
             "job_folder": dg.MetadataValue.path(str(self.folder.path)),
             "log": dg.MetadataValue.path(str(self.folder.attempt(self.result.attempt).log)),
+            "decisions": dg.MetadataValue.path(str(self.folder.decisions)),
             "mlflow_run_id": self.run_id,
         }
 

@@ -22,7 +22,7 @@ _CLAIM = """\
 mkdir -p "$attempt"
 claim=$attempt/.owner.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 printf '{"schema_version": 1, "host": "%s", "external": {"SLURM_JOB_ID": "%s"}}\\n' \\
-    "$(hostname)" "$SLURM_JOB_ID" >"$claim" || exit 1
+    "$HOSTNAME" "$SLURM_JOB_ID" >"$claim" || exit 1
 ln "$claim" "$attempt/owner.json" 2>/dev/null
 links=$(stat -c %h "$claim") # 2 even where NFS answers a repeated request with "exists"
 rm -f "$claim"
@@ -40,9 +40,14 @@ trap 'signalled=1; touch "$attempt/stop"' USR1 TERM
 
 _MEETING_POINT = """\
 # Where the processes meet: the first node, under the address SLURM itself uses for it.
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-address=$(scontrol -o show node "$first" | sed -n 's/.* NodeAddr=\\([^ ]*\\) .*/\\1/p')
-[ -n "$address" ] || fail "scontrol does not give the address of the first node (${first:-no name})"
+address=127.0.0.1
+if [ "$SLURM_JOB_NUM_NODES" != 1 ]; then
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    first=${first%%$'\\n'*}
+    [[ $(scontrol -o show node "$first") =~ \\ NodeAddr=([^\\ ]+) ]] ||
+        fail "scontrol does not give the address of the first node (${first:-no name})"
+    address=${BASH_REMATCH[1]}
+fi
 port=$((20000 + SLURM_JOB_ID % 20000))
 while (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done
 """
