@@ -16,6 +16,7 @@ from roma_core.job import JobFolder, Result
 from roma_core.trainer.followers import forward_to_mlflow
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.job import AttemptRecord, JobFailed, Outcome
+from roma_pipelines.launching.launcher import Refused
 from roma_pipelines.launching.pipes import key_for, run_job
 from roma_pipelines.launching.usage import usage
 from roma_pipelines.provenance import code_version
@@ -73,7 +74,8 @@ def run_tracked_job(
         params: MLflow parameters.
 
     Raises:
-        dagster.Failure: the job failed or was cancelled; the text has the end of its log.
+        dagster.Failure: the job failed or was cancelled, and the text has the end of its log; or its
+            target refused it, and the text has every reason.
     """
     storage = Storage.open()
     key = key_for(context)
@@ -115,6 +117,9 @@ def run_tracked_job(
         raise dg.Failure(
             description=str(error), metadata={"job_folder": str(folder.path)}, allow_retries=False
         ) from error
+    except Refused as error:
+        end_run(client, run_id, "FAILED")
+        raise dg.Failure(description=str(error), allow_retries=False) from error
     except BaseException:  # interrupted: a job that was left running keeps its run open
         if _was_cancelled(folder):
             end_run(client, run_id, "KILLED")

@@ -17,6 +17,7 @@ from roma_pipelines.launching.environment import inherited
 from roma_pipelines.launching.launcher import NoAnswer
 
 _KEPT_FOR = "10m"
+_OF_THIS_COMPUTER = ("CUDA_VISIBLE_DEVICES", "TMPDIR", "XDG_")  # a node has its own, or none
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,5 @@ class Shell:
 def _ours() -> dict[str, str]:
     """This process's environment as SLURM's commands and the job may see it."""
     kept = {k: v for k, v in os.environ.items() if k.startswith("SLURM_CONF")}
-    variables = inherited() | kept
-    variables.pop("CUDA_VISIBLE_DEVICES", None)  # of this computer; the job has its own
-    return variables
+    variables = {k: v for k, v in inherited().items() if not k.startswith(_OF_THIS_COMPUTER)}
+    return variables | kept

@@ -4,7 +4,7 @@ On a real SLURM of two nodes that it starts itself (Debian's slurmctld, slurmd, 
 Each figure is the median of five, printed beside its bound.
 
     accepted   from the start of a supervisor to the job's id on record, preflight included
-    first line of the trainer, later than with bare torchrun in the same job
+    first line of the trainer, later than with bare torchrun on the same cluster
     watching   1,000 jobs by 20 processes: questions to the scheduler, and CPU of all together
     plan       rendering a batch script
 """

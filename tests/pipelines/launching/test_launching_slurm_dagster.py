@@ -24,9 +24,14 @@ price_per_gpu_hour: 3600
 
 
 @pytest.fixture(scope="module")
-def made(shared_cluster, tmp_path_factory):
-    """The run, and the metadata of each asset it made."""
-    folder = tmp_path_factory.mktemp("house")
+def house(tmp_path_factory):
+    return tmp_path_factory.mktemp("house")
+
+
+@pytest.fixture(scope="module")
+def made(shared_cluster, house):
+    """The run, and the instance that knows it."""
+    folder = house
     (folder / "mini.yaml").write_text(PROFILE)
     (folder / "dagster").mkdir()
     variables = {
@@ -46,6 +51,16 @@ def made(shared_cluster, tmp_path_factory):
             yield result, instance
     shared_cluster.settle()
     assert tiny.living_jobs(folder) == []
+
+
+@pytest.fixture(scope="module")
+def refused(made, house):
+    """The same experiment, asking for more than any node has."""
+    sizes = {**SIZE, "gpus_per_node": 9, "memory_gb": 900}
+    sections = tiny.attributes(house, resources={"target": "slurm", **sizes})
+    job = tiny.definitions(sections).resolve_implicit_global_asset_job_def()
+    encoder = dg.AssetKey(["waves", "pretrained_encoder"])
+    return job.execute_in_process(instance=made[1], asset_selection=[encoder], raise_on_error=False)
 
 
 def facts_of(result, noun):
@@ -101,3 +116,17 @@ def test_progress_was_observed_while_it_trained(made):
     seen = [record.asset_observation.metadata for record in records]
 
     assert any("train/loss" in metadata for metadata in seen)
+
+
+def test_what_no_node_has_is_refused_on_the_asset_with_every_reason(refused, house):
+    from roma_pipelines.registry.store import MlflowSettings, connect
+
+    (failure,) = [e for e in refused.all_events if e.is_step_failure]
+    message = failure.step_failure_data.error.message
+    assert "9 GPUs a node are asked for" in message
+    assert "900 GB a node are asked for" in message
+    client = connect(MlflowSettings(), house / "roma" / "mlflow")
+    experiment = client.get_experiment_by_name("roma/waves")
+    runs = client.search_runs([experiment.experiment_id])
+    (run,) = [r for r in runs if r.data.tags["roma.dagster_run_id"] == refused.run_id]
+    assert run.info.status == "FAILED"
