@@ -107,10 +107,8 @@ class SlurmLauncher:
         raise Refused([f"sbatch: {answer.text}"])
 
     def find(self, folder: JobFolder, attempt: int) -> JobHandle | None:
-        owner = folder.attempt(attempt).owner
-        if owner.exists():
-            document = read_json(owner, schema_version=1)
-            return self._handle(folder, attempt, document["external"]["SLURM_JOB_ID"])
+        if owner := self._owner(folder, attempt):
+            return owner
         spec = JobSpec.model_validate(read_json(folder.spec, schema_version=1))
         name = job_name(spec, attempt)
         path = str(folder.path.resolve())
@@ -134,24 +132,27 @@ class SlurmLauncher:
             return JobState(phase, _queue_reason(job, row))
         if phase in (Phase.RUNNING, Phase.UNKNOWN):
             return JobState(phase, f"job {job} {row['state']} on {row['nodes'] or '?'}")
-        self._cancel_doubles(job, poll)
+        self._cancel_doubles(handle, poll)
         return self._state(handle, row["state"], row["reason"], self._record(job))
 
     def cancel(self, handle: JobHandle) -> None:
-        job = handle.external["job_id"]
-        self._checked("scancel", job)  # an ended or unknown job: silent, code 0
+        """End every job of the attempt: it may have been accepted twice."""
+        spec = JobSpec.model_validate(read_json(JobFolder(handle.folder).spec, schema_version=1))
+        name = job_name(spec, handle.attempt)
         deadline = time.monotonic() + self.cancel_timeout_s
+        told: set[str] = set()
         while True:
-            answer = self.shell.run("squeue", "-h", "-t", "all", "-j", job, "-o", "%T")
-            if answer.code and "invalid job id" not in answer.text.lower():
-                raise NoAnswer(f"squeue: {answer.text}")
-            words = answer.output.split() if answer.code == 0 else []
-            if all(_ended(word) for word in words):
+            named = self._named(name, handle.folder)
+            alive = {job: word for job, word in named if not _ended(word)}
+            if not alive:
                 return
+            if new := sorted(alive.keys() - told):
+                self._checked("scancel", *new)
+                told |= alive.keys()
             if time.monotonic() > deadline:
                 raise RuntimeError(
-                    f"job {job} is still {' '.join(words)} {self.cancel_timeout_s:g} s after scancel; "
-                    f"look at it with `scontrol show job {job}`"
+                    f"{name} is still {alive} {self.cancel_timeout_s:g} s after scancel; look at it with "
+                    f"`scontrol show job {min(alive)}`"
                 )
             time.sleep(min(self.site.poll_s, 1.0))
 
@@ -161,6 +162,14 @@ class SlurmLauncher:
         return refusals(self, spec, folder)
 
     # -- the parts ---------------------------------------------------------------------------
+
+    def _owner(self, folder: JobFolder, attempt: int) -> JobHandle | None:
+        """The job that claimed the attempt, if one has."""
+        owner = folder.attempt(attempt).owner
+        if not owner.exists():
+            return None
+        document = read_json(owner, schema_version=1)
+        return self._handle(folder, attempt, document["external"]["SLURM_JOB_ID"])
 
     def _write_script(self, spec: JobSpec, folder: JobFolder, attempt: int) -> Path:
         path = folder.path.resolve()
@@ -272,8 +281,15 @@ class SlurmLauncher:
             return None
         return words[-1]
 
-    def _cancel_doubles(self, job: str, poll: Poll) -> None:
-        """A second job of an attempt would wait in the queue only to leave at once: end it."""
+    def _cancel_doubles(self, handle: JobHandle, poll: Poll) -> None:
+        """A second job of an attempt would wait in the queue only to leave at once: end it.
+
+        Only once the one that claimed the attempt is over: this one may be the second itself.
+        """
+        job = handle.external["job_id"]
+        owner = self._owner(JobFolder(handle.folder), handle.attempt)
+        if owner is None or owner.external != handle.external:
+            return
         ours = [poll.jobs[job][key] for key in ("name", "folder")]
         for other, row in poll.jobs.items():
             same = [row["name"], row["folder"]] == ours

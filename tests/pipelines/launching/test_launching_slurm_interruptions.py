@@ -287,6 +287,38 @@ def test_a_job_accepted_twice_runs_once(slurm, cluster, folder, make_spec, stand
     assert (outcome.status, starts()) == ("completed", [1])
 
 
+def test_the_job_on_record_may_be_the_one_that_left(
+    slurm, cluster, folder, make_spec, stand_in, starts
+):
+    """Two were accepted, and the id that came back is the second one's: the first claimed."""
+    stand_in("sbatch", (
+        'for a in "$@"; do [ "$a" = --test-only ] && exec $REAL "$@"; done\n'
+        '$REAL "$@" >/dev/null\nsleep 1.5\nexec $REAL "$@"'
+    ))  # fmt: skip
+
+    outcome = supervise(slurm, folder, make_spec("time.sleep(4)\nsucceed()"), CONFIG, **FAST)
+
+    assert (outcome.status, starts()) == ("completed", [1])
+    assert "watch that one" in folder.decisions.read_text()
+
+
+def test_the_end_is_the_end_of_both(slurm, cluster, folder, make_spec, stand_in, once, processes):
+    stand_in("sbatch", (
+        'for a in "$@"; do [ "$a" = --test-only ] && exec $REAL "$@"; done\n'
+        '$REAL "$@" >/dev/null\nexec $REAL --begin=now+1hour "$@"'
+    ))  # fmt: skip
+
+    def ask(state):
+        if (folder.path / "starts").exists():
+            request_cancel(folder, "me")
+
+    with pytest.raises(JobFailed, match="asked for by me"):
+        supervise(slurm, folder, make_spec(TWICE), CONFIG, on_poll=ask, **FAST)
+
+    assert processes() == []
+    assert cluster.run("squeue", "-h", "-o", "%i %T") == ""
+
+
 def test_a_script_submitted_by_hand_does_no_harm(slurm, cluster, folder, make_spec, once, starts):
     def submit_again():
         script = str(folder.attempt(1).script)
