@@ -24,7 +24,7 @@ import pytest
 
 NEEDED = ("slurmctld", "slurmd", "sbatch", "squeue", "munged")
 CPUS, MEMORY_MB, GPUS = 8, 8000, 2  # of a node, claimed; a node may claim more than there is
-_OUTER = ("SLURM", "SBATCH", "SALLOC", "SRUN", "SQUEUE", "SACCT", "SCANCEL", "SINFO", "PMI")
+_OUTER = ("SLURM", "SBATCH", "SALLOC", "SRUN", "SQUEUE", "SACCT", "SCANCEL", "SINFO", "PMI", "OMP_")
 
 CONFIGURATION = """\
 ClusterName=mini
