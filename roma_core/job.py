@@ -10,6 +10,7 @@ The folder alone is enough to find, judge and resume the job. Who writes what:
     messages.offset           launcher   how far messages.jsonl was passed on
     attempts/<n>.json         launcher   intent, created exclusively before submitting; then the external id and the end
     attempts/<n>/log          launcher   stdout and stderr of all processes
+    attempts/<n>/script       launcher   what a scheduler was given
     attempts/<n>/owner.json   job        first act, created exclusively: a duplicate start finds it and leaves
     attempts/<n>/heartbeat    job        rank 0, from inside the training loop, never from a thread
     attempts/<n>/stop         anyone     its existence asks the job to save and end with "continue"
@@ -144,6 +145,10 @@ class Attempt:
     @property
     def log(self) -> Path:
         return self.path / "log"
+
+    @property
+    def script(self) -> Path:
+        return self.path / "script"
 
     @property
     def owner(self) -> Path:

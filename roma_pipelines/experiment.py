@@ -30,9 +30,20 @@ class Stage(_Section):
 class Resources(_Section):
     """Where trainings run and on how much."""
 
-    target: Literal["local"] = Field("local", description="Where jobs run: this computer.")
-    processes_per_node: int = Field(1, gt=0, description="Training processes.")
+    target: Literal["local", "slurm"] = Field(
+        "local", description="Where jobs run: this computer, or a SLURM cluster."
+    )
+    profile: str | None = Field(
+        None, description="Profile of the SLURM site; null takes ROMA_SLURM_PROFILE."
+    )
+    nodes: int = Field(1, gt=0, description="Computers; local runs all their processes on one.")
+    processes_per_node: int = Field(1, gt=0, description="Training processes on each.")
     threads_per_process: int = Field(1, gt=0, description="CPU threads of each process.")
+    gpus_per_node: int = Field(0, ge=0, description="GPUs on each node; 0 trains on CPUs.")
+    memory_gb: float | None = Field(None, gt=0, description="Per node; null: the site's default.")
+    time_limit_min: int | None = Field(
+        None, gt=1, description="Of one attempt; null: the site's default. Attempts continue."
+    )
     max_attempts: int = Field(20, gt=0, description="Attempts that may continue one another.")
 
 

@@ -5,6 +5,7 @@
     cache/          what sources fetched
     datasets/       <name>/<version>/
     jobs/           <job key>/
+    clusters/       <site>/poll.json, what a scheduler said last
     mlflow/         the embedded tracking store and registry
     dagster/        the embedded Dagster instance (DAGSTER_HOME)
 """
@@ -51,6 +52,7 @@ class Storage:
         self.cache = self.root / "cache"
         self.datasets = self.root / "datasets"
         self.jobs = self.root / "jobs"
+        self.clusters = self.root / "clusters"
         self.mlflow = self.root / "mlflow"
         self.dagster = self.root / "dagster"
 

@@ -6,7 +6,7 @@ import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import dagster as dg
 from pydantic import BaseModel
@@ -15,28 +15,15 @@ from roma_core.files import digest_of, read_json
 from roma_core.job import JobFolder, Result
 from roma_core.trainer.followers import forward_to_mlflow
 from roma_pipelines.experiment import Experiment
-from roma_pipelines.launching.job import AttemptRecord, JobFailed, JobSpec, Outcome
+from roma_pipelines.launching.job import AttemptRecord, JobFailed, Outcome
+from roma_pipelines.launching.launcher import Refused
 from roma_pipelines.launching.pipes import key_for, run_job
+from roma_pipelines.launching.usage import usage
 from roma_pipelines.provenance import code_version
 from roma_pipelines.registry.runs import end_run, find_or_create_run
-from roma_pipelines.registry.store import MlflowSettings, connect
+from roma_pipelines.registry.store import MlflowSettings, connect, embedded_root
 from roma_pipelines.storage import Storage
-from roma_pipelines.targets import launcher_for
-
-_SECRETS = (
-    "WANDB_API_KEY",
-    "ROMA_WANDB_API_KEY",
-    "MLFLOW_TRACKING_USERNAME",
-    "MLFLOW_TRACKING_PASSWORD",
-    "MLFLOW_TRACKING_TOKEN",
-)
-_SETTINGS = (
-    "ROMA_WANDB_MODE",
-    "WANDB_MODE",
-    "ROMA_WANDB_INIT_TIMEOUT_S",
-    "ROMA_WANDB_FINISH_TIMEOUT_S",
-    "WANDB_BASE_URL",
-)
+from roma_pipelines.targets import job_spec, launcher_for, roma_command
 
 
 @dataclass(frozen=True)
@@ -44,6 +31,7 @@ class TrackedJob:
     """A completed job and the run that shows it."""
 
     outcome: Outcome
+    usage: dict[str, Any]
     folder: JobFolder
     result: Result
     run_id: str
@@ -56,12 +44,13 @@ class TrackedJob:
     def metadata(self) -> dict[str, Any]:
         """What the asset shows of it, and what downstream assets read."""
         facts = {k: v for k, v in self.result.facts.items() if isinstance(v, int | float | str)}
-        shown = self.outcome.metadata() | facts
+        shown = self.outcome.metadata() | self.usage | facts
         return {
             # numbers as people read them; result.json has all digits
             **{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in shown.items()},
             "job_folder": dg.MetadataValue.path(str(self.folder.path)),
             "log": dg.MetadataValue.path(str(self.folder.attempt(self.result.attempt).log)),
+            "decisions": dg.MetadataValue.path(str(self.folder.decisions)),
             "mlflow_run_id": self.run_id,
         }
 
@@ -72,7 +61,7 @@ def run_tracked_job(
     command: str,
     config: BaseModel,
     *,
-    processes: int | None = None,
+    starter: Literal["torchrun", "plain"] = "plain",
     params: Mapping[str, Any],
 ) -> TrackedJob:
     """Run ``roma COMMAND`` as a job of the experiment.
@@ -81,12 +70,12 @@ def run_tracked_job(
 
     Args:
         config: the frozen configuration, which becomes ``config.json``.
-        processes: training processes on the node, started by torchrun; None for work that is no
-            training and runs in one plain process.
+        starter: torchrun for a training; plain for other work, which runs in one process.
         params: MLflow parameters.
 
     Raises:
-        dagster.Failure: the job failed or was cancelled; the text has the end of its log.
+        dagster.Failure: the job failed or was cancelled, and the text has the end of its log; or its
+            target refused it, and the text has every reason.
     """
     storage = Storage.open()
     key = key_for(context)
@@ -107,24 +96,20 @@ def run_tracked_job(
         },
         params,
     )
-    spec = JobSpec(
-        key=key,
-        command=("-m", "roma_core.cli", command, "--job", str(folder.path)),
-        config_digest=digest_of(document),
-        starter="plain" if processes is None else "torchrun",
-        processes_per_node=processes or 1,
-        threads_per_process=experiment.resources.threads_per_process,
-        env_names=(*_SECRETS, *_SETTINGS),
+    resources = experiment.resources
+    spec = job_spec(
+        resources, key, roma_command(command, folder.path), digest_of(document), starter
     )
+    launcher = launcher_for(resources.target, resources.profile, storage)
     try:
         outcome = run_job(
             context,
-            launcher_for(experiment.resources.target),
+            launcher,
             folder,
             spec,
             document,
-            environment={"MLFLOW_TRACKING_URI": client.tracking_uri, "MLFLOW_RUN_ID": run_id},
-            max_attempts=experiment.resources.max_attempts,
+            environment=_where_metrics_go(client, run_id, resources.target),
+            max_attempts=resources.max_attempts,
         )
     except JobFailed as error:
         _bring_home(client, folder, run_id)
@@ -132,6 +117,9 @@ def run_tracked_job(
         raise dg.Failure(
             description=str(error), metadata={"job_folder": str(folder.path)}, allow_retries=False
         ) from error
+    except Refused as error:
+        end_run(client, run_id, "FAILED")
+        raise dg.Failure(description=str(error), allow_retries=False) from error
     except BaseException:  # interrupted: a job that was left running keeps its run open
         if _was_cancelled(folder):
             end_run(client, run_id, "KILLED")
@@ -141,7 +129,19 @@ def run_tracked_job(
     for file in (folder.config, folder.result):
         client.log_artifact(run_id, str(file))
     end_run(client, run_id, "FINISHED")
-    return TrackedJob(outcome, folder, outcome.result, run_id, client)
+    used = usage(outcome, spec, launcher.price)
+    return TrackedJob(outcome, used, folder, outcome.result, run_id, client)
+
+
+def _where_metrics_go(client: Any, run_id: str, target: str) -> dict[str, str]:
+    """Variables by which the job's own follower finds its MLflow run.
+
+    The embedded store is one SQLite file, which two computers must not share: jobs of a cluster are
+    not told of it, and their metrics come home at the outcome. Progress is on the asset's page.
+    """
+    if target != "local" and embedded_root(client.tracking_uri) is not None:
+        return {}
+    return {"MLFLOW_TRACKING_URI": client.tracking_uri, "MLFLOW_RUN_ID": run_id}
 
 
 def _was_cancelled(folder: JobFolder) -> bool:

@@ -81,7 +81,7 @@ def _trained(
         experiment,
         command,
         config,
-        processes=experiment.resources.processes_per_node,
+        starter="torchrun",
         params=params,
     )
 

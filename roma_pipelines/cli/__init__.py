@@ -9,6 +9,9 @@ from roma_core.cli.lazy_group import LazyGroup
 _COMMANDS = {
     "demo": "roma_pipelines.cli.demo:demo",
     "up": "roma_pipelines.cli.up:up",
+    "plan": "roma_pipelines.cli.plan:plan",
+    "launch": "roma_pipelines.cli.launch:launch",
+    "jobs": "roma_pipelines.cli.jobs:jobs",
 }
 
 

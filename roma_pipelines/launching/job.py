@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -69,6 +69,7 @@ class Phase(StrEnum):
         "interrupted"  # killed, preempted, node lost, out of time: not the job's own doing
     )
     GONE = "gone"  # ended, and nobody can say any more how
+    OUT_OF_MEMORY = "out of memory"  # killed for it: the next attempt would end the same way
     HUNG = "hung"  # ended by the supervisor, because the heartbeat stopped
     UNKNOWN = "unknown"  # no answer, or a word nobody knows: ask again; never taken for an end
 
@@ -78,10 +79,14 @@ _NOT_ENDED = frozenset({Phase.WAITING, Phase.RUNNING, Phase.UNKNOWN})
 
 @dataclass(frozen=True)
 class JobState:
-    """A phase, and why, in words for people: queue reason, exit code, signal."""
+    """A phase, and why, in words for people: queue reason, exit code, signal.
+
+    An end may carry ``usage``: ``ran_s``, seconds it ran, and ``nodes``, where.
+    """
 
     phase: Phase
     reason: str = ""
+    usage: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def ended(self) -> bool:
@@ -108,6 +113,8 @@ class End(_Document):
     reason: str
     checkpoint: int | None  # step of the newest checkpoint at that time
     ended_at: float  # seconds since the epoch
+    ran_s: float | None = None  # without the time in the queue, where the target tells
+    nodes: str | None = None  # their names, as the target writes them
 
 
 class AttemptRecord(_Document):

@@ -61,6 +61,13 @@ TABLE: dict[Phase, dict[Said, Verdict]] = {
         Said.FAILED: Verdict.FAILED,
         Said.NOTHING: Verdict.CONTINUE,               # power cut, reboot, kill
     },
+    Phase.OUT_OF_MEMORY: {
+        Said.PROOF: Verdict.FAILED,
+        Said.COMPLETED: Verdict.FAILED,
+        Said.CONTINUE: Verdict.CONTINUE,
+        Said.FAILED: Verdict.FAILED,
+        Said.NOTHING: Verdict.FAILED,                 # it would only happen again
+    },
     Phase.HUNG: {
         Said.PROOF: Verdict.CONTINUE,
         Said.COMPLETED: Verdict.CONTINUE,

@@ -14,14 +14,12 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 
-import roma_core
 from roma_core.attempt import (
     ATTEMPT_VARIABLE,
     FOLDER_VARIABLE,
@@ -30,20 +28,9 @@ from roma_core.attempt import (
 )
 from roma_core.files import read_json
 from roma_core.job import JobFolder
+from roma_pipelines.launching.environment import handed_on, inherited
 from roma_pipelines.launching.job import JobHandle, JobSpec, JobState, Phase
-from roma_pipelines.launching.plan import local_variables, plan_local, render
-
-# What a job inherits beside its env_names. Settings are frozen in config.json, and variables of an
-# outer torchrun or scheduler would mislead this one: so a list of what may pass, not of what may not.
-# fmt: off
-_INHERITED = frozenset([
-    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "VIRTUAL_ENV",
-    "PYTHONPATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "CUDA_HOME", "CUDA_VISIBLE_DEVICES",
-    "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
-    "http_proxy", "https_proxy", "no_proxy",
-])
-# fmt: on
-_INHERITED_PREFIXES = ("LC_", "XDG_", "NCCL_")
+from roma_pipelines.launching.plan import plan_local, process_variables, render
 
 # Signals by which somebody else ends a process; any other is the process's own crash.
 _FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
@@ -61,17 +48,6 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _python_path(inherited: str | None) -> str:
-    """Module search path of the job, which starts in its own folder: ours first, all absolute."""
-    source = Path(roma_core.__file__).parents[1]
-    entries = [
-        str(Path(entry).absolute()) for entry in (inherited or "").split(os.pathsep) if entry
-    ]
-    if str(source) != sysconfig.get_path("purelib") and str(source) not in entries:
-        entries.insert(0, str(source))
-    return os.pathsep.join(entries)
-
-
 def _state_of(code: int) -> JobState:
     if code == 0:
         return JobState(Phase.ENDED_OK)
@@ -85,6 +61,8 @@ class LocalLauncher:
     """Runs attempts as processes of this computer."""
 
     backend = "local"
+    price = None
+    files_within_s = 0.0
 
     def __init__(self, python: str = sys.executable, grace_s: float = 30.0) -> None:
         """
@@ -95,9 +73,12 @@ class LocalLauncher:
         self.python = python
         self.grace_s = grace_s
 
-    def plan(self, spec: JobSpec) -> str:
-        argv = plan_local(spec, "JOB_FOLDER", 1, "python", "FREE_PORT")
-        return render(spec, argv, local_variables(spec))
+    def plan(self, spec: JobSpec, folder: str = "JOB_FOLDER", attempt: int = 1) -> str:
+        argv = plan_local(spec, folder, attempt, "python", "FREE_PORT")
+        return render(spec, argv, process_variables(spec))
+
+    def preflight(self, spec: JobSpec, folder: JobFolder) -> list[str]:
+        return []  # processes of this computer need nothing that a start does not tell at once
 
     def submit(
         self, spec: JobSpec, folder: JobFolder, attempt: int, environment: Mapping[str, str]
@@ -162,19 +143,13 @@ class LocalLauncher:
     def _environment(
         self, spec: JobSpec, folder: Path, attempt: int, environment: Mapping[str, str]
     ) -> dict[str, str]:
-        def passes(name: str) -> bool:
-            return name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
-
-        handed_on = {name: os.environ[name] for name in spec.env_names if name in os.environ}
         return {
-            **{name: value for name, value in os.environ.items() if passes(name)},
-            **handed_on,
-            **local_variables(spec),
-            "PYTHONPATH": _python_path(os.environ.get("PYTHONPATH")),
+            **inherited(),
+            **process_variables(spec),
             "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
             FOLDER_VARIABLE: str(folder),
             ATTEMPT_VARIABLE: str(attempt),
-            **environment,
+            **handed_on(spec, environment),
         }
 
     def _handle(self, folder: JobFolder, attempt: int, pid: int, start: str) -> JobHandle:

@@ -17,7 +17,7 @@ import dagster as dg
 from dagster_pipes import PipesDefaultMessageWriter, PipesParams
 
 from roma_core.job import JobFolder
-from roma_pipelines.launching.job import JobSpec, Outcome, job_key, root_of
+from roma_pipelines.launching.job import JobSpec, JobState, Outcome, Phase, job_key, root_of
 from roma_pipelines.launching.launcher import Launcher
 from roma_pipelines.launching.messages import MessageReader, save_offset, saved_offset
 from roma_pipelines.launching.supervisor import Leave, supervise
@@ -39,6 +39,7 @@ class JobMessageReader(dg.PipesMessageReader):
         self._closed: Any = {"method": "closed", "params": {}}
         self._progress: dict[str, Any] | None = None  # newest, not shown yet
         self._observed_at = -math.inf
+        self._waits_for = ""
         self._skipped = 0
         self._ignored: set[str] = set()
 
@@ -86,6 +87,15 @@ class JobMessageReader(dg.PipesMessageReader):
         if self._progress is not None and due:
             self._observe(self._progress)
 
+    def show(self, state: JobState) -> None:
+        """Say on the asset's page why the job does not run, whenever the reason changes."""
+        self.pump()
+        if state.phase not in (Phase.WAITING, Phase.UNKNOWN):
+            self._waits_for = ""
+        elif state.reason and state.reason != self._waits_for:
+            self._waits_for = state.reason
+            self._log_observation({"phase": str(state.phase), "queue": state.reason})
+
     def _pass_on(self, message: Mapping[str, Any]) -> None:
         method, params = message.get("method"), message.get("params") or {}
         payload = params.get("payload") if isinstance(params, dict) else None
@@ -116,7 +126,11 @@ class JobMessageReader(dg.PipesMessageReader):
 
     def _observe(self, progress: Mapping[str, Any]) -> None:
         self._progress, self._observed_at = None, time.monotonic()
-        shown = {k: _shown(v) for k, v in progress.items() if k != "kind" and v is not None}
+        self._log_observation(
+            {k: _shown(v) for k, v in progress.items() if k != "kind" and v is not None}
+        )
+
+    def _log_observation(self, shown: dict[str, Any]) -> None:
         partition = self.context.partition_key if self.context.has_partition_key else None
         self.context.log_event(
             dg.AssetObservation(self.context.asset_key, metadata=shown, partition=partition)
@@ -185,7 +199,7 @@ def run_job(
             config,
             environment={**session.get_bootstrap_env_vars(), **(environment or {})},
             watcher={"dagster_run_id": context.run_id, "asset_key": asset_key},
-            on_poll=lambda state: reader.pump(),
+            on_poll=reader.show,
             on_note=context.log.info,
             on_interrupt=lambda error: on_interrupt(context.instance, context.run),
             **options,

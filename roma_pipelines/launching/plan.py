@@ -65,8 +65,8 @@ def plan_local(
     return claimed(folder, attempt, python, argv)
 
 
-def local_variables(spec: JobSpec) -> dict[str, str]:
-    """Variables of an attempt on this computer that follow from the spec alone."""
+def process_variables(spec: JobSpec) -> dict[str, str]:
+    """Variables of an attempt, wherever it runs, that follow from the spec alone."""
     variables = {
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": str(spec.threads_per_process),

@@ -12,10 +12,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from roma_core.attempt import process_start
 from roma_core.files import create_json, digest_of, read_json, write_json
@@ -31,9 +33,10 @@ from roma_pipelines.launching.job import (
     Phase,
 )
 from roma_pipelines.launching.judge import Said, judge
-from roma_pipelines.launching.launcher import Launcher
+from roma_pipelines.launching.launcher import Launcher, NoAnswer, Refused
 
 Leave = Literal["detach", "cancel"]
+T = TypeVar("T")
 
 FAULT_POINTS = (
     "before intent",
@@ -47,6 +50,7 @@ FAULT_POINTS = (
 """Where a test may kill the supervisor: around every effect that others see."""
 
 _WATCHER_BEAT_S = 5.0
+_AGAIN_S = 5.0  # between two tries to reach a target; what it was asked for may still arrive
 _LOG_LINES = 50
 _LOG_BYTES = 64 * 1024
 
@@ -119,9 +123,14 @@ class Supervisor:
         """The job's outcome, after waiting for it.
 
         Raises:
-            ValueError: the target cannot run the spec, or the folder belongs to another job.
+            Refused: the target will not run the spec; nothing was written and nothing queued.
+            ValueError: it never could, or the folder belongs to another job.
         """
         self.launcher.plan(self.spec)
+        if not self.records():
+            wrong = self._patiently(lambda: self.launcher.preflight(self.spec, self.folder))
+            if wrong:
+                raise Refused(wrong)
         self._prepare()
         try:
             done = self._done_before()
@@ -158,6 +167,12 @@ class Supervisor:
             self._decide(None, f"the specification changed: {'; '.join(changed)}", "kept the first")
         self.spec = kept
         records = self.records()
+        if records and records[-1].end is None and records[-1].backend != self.launcher.backend:
+            raise ValueError(
+                f"attempt {records[-1].attempt} in {self.folder.path} runs on the target "
+                f"{records[-1].backend}, and this is {self.launcher.backend}; set the target back to "
+                f"adopt it, or end it with `roma-pipeline jobs cancel {self.spec.key}`"
+            )
         if records and records[-1].end and records[-1].end.how in ("failed", "cancelled"):
             self.folder.cancel.unlink(missing_ok=True)  # it was for an attempt that is over
         self._beat()
@@ -199,7 +214,7 @@ class Supervisor:
         return self._submit(intent)
 
     def _adopt(self, record: AttemptRecord) -> JobHandle:
-        handle = self._find(record)
+        handle = self._patiently(lambda: self._find(record))
         if handle is None:
             self._decide(record.attempt, "an intent that was never submitted", "submit it now")
             return self._submit(record)
@@ -216,7 +231,15 @@ class Supervisor:
 
     def _submit(self, record: AttemptRecord) -> JobHandle:
         self.fault_point("before submit")
-        handle = self.launcher.submit(self.spec, self.folder, record.attempt, self.environment)
+        try:
+            handle = self.launcher.submit(self.spec, self.folder, record.attempt, self.environment)
+        except NoAnswer as error:
+            self._decide(record.attempt, f"submitted without an answer: {error}", "look for it")
+            self._wait(JobState(Phase.UNKNOWN, str(error)))
+            return self._adopt(record)
+        except Refused as error:
+            self._end(record.attempt, "failed", JobState(Phase.ENDED_BAD), str(error), None)
+            raise
         self.fault_point("after submit")
         self._submitted(record, handle)
         self.fault_point("after record")
@@ -250,7 +273,7 @@ class Supervisor:
                 request = read_json(self.folder.cancel, schema_version=1)
                 return self._end_it(handle, Phase.CANCELLED, f"asked for by {request['by']}")
             if state.ended:
-                owner = self.launcher.find(self.folder, handle.attempt)
+                owner = self._patiently(partial(self.launcher.find, self.folder, handle.attempt))
                 if owner is None or owner.external == handle.external:
                     return state
                 self._decide(handle.attempt, f"{owner.external} runs the attempt", "watch that one")
@@ -266,10 +289,24 @@ class Supervisor:
 
     def _end_it(self, handle: JobHandle, phase: Phase, reason: str) -> JobState:
         self._decide(handle.attempt, reason, "cancel the attempt")
-        self.launcher.cancel(handle)
+        self._patiently(lambda: self.launcher.cancel(handle))
         state = JobState(phase, reason)
         self.on_poll(state)
         return state
+
+    def _patiently(self, ask: Callable[[], T]) -> T:
+        """What the target says, however long it is away."""
+        while True:
+            try:
+                return ask()
+            except NoAnswer as error:
+                self._wait(JobState(Phase.UNKNOWN, str(error)))
+
+    def _wait(self, state: JobState) -> None:
+        if self.folder.path.exists():
+            self._beat()
+        self.on_poll(state)
+        time.sleep(max(self.poll_every_s, min(_AGAIN_S, 20 * self.poll_every_s)))
 
     def _beat(self) -> None:
         """Say in watcher.json that this supervisor is alive."""
@@ -277,22 +314,25 @@ class Supervisor:
             return
         self._watcher_beat = time.monotonic()
         me = {"pid": os.getpid(), "start": process_start(os.getpid()), "beat": time.time()}
+        me["host"] = socket.gethostname()
         write_json(self.folder.watcher, {"schema_version": 1, **self.watcher, **me})
 
     # -- the end -----------------------------------------------------------------------------
 
     def _close_attempt(self, n: int, state: JobState) -> Outcome | None:
         """Judge an ended attempt and write its end; None if another one is to follow."""
-        said, why = self._said(n)
+        said, why = self._said_at_last(n)
         before = [record for record in self.records() if record.attempt < n]
         checkpoint = newest_checkpoint(self.folder)
         how, seen = judge(state.phase, said, checkpoint, before, self.max_attempts)
         reason = "; ".join(part for part in (state.reason, why, seen) if part)
-        self._end(n, how, reason, checkpoint)
+        self._end(n, how, state, reason, checkpoint)
         return None if how == "continue" else self._outcome(how, reason)
 
-    def _end(self, n: int, how: Any, reason: str, checkpoint: int | None) -> None:
-        end = End(how=how, reason=reason, checkpoint=checkpoint, ended_at=time.time())
+    def _end(self, n: int, how: Any, state: JobState, reason: str, checkpoint: int | None) -> None:
+        end = End(
+            how=how, reason=reason, checkpoint=checkpoint, ended_at=time.time(), **state.usage
+        )
         self.fault_point("before end")
         self._write(self._record(n).model_copy(update={"end": end}))
         self.fault_point("after end")
@@ -302,6 +342,16 @@ class Supervisor:
 
     def _record(self, n: int) -> AttemptRecord:
         return next(record for record in self.records() if record.attempt == n)
+
+    def _said_at_last(self, n: int) -> tuple[Said, str]:
+        """The same, once the job's last word can be seen here, or must have been."""
+        deadline = time.monotonic() + self.launcher.files_within_s
+        while True:
+            said, why = self._said(n)
+            if said not in (Said.NOTHING, Said.COMPLETED) or time.monotonic() >= deadline:
+                return said, why
+            self._beat()
+            time.sleep(self.poll_every_s)
 
     def _said(self, n: int | None) -> tuple[Said, str]:
         """What the job's files say, and the reason they give or what is wrong with them."""
@@ -360,9 +410,14 @@ class Supervisor:
         try:
             self._decide(n, seen, "cancel the job")
         finally:  # a full disk may be why the watch ended; the job must end all the same
-            if handle := self._find(records[-1]):
-                self.launcher.cancel(handle)
-        self._end(n, "cancelled", f"{seen}; cancelled", newest_checkpoint(self.folder))
+            try:
+                if handle := self._find(records[-1]):
+                    self.launcher.cancel(handle)
+            except NoAnswer as away:
+                request_cancel(self.folder, f"the watch that {seen}, while {away}")
+                raise
+        state = JobState(Phase.CANCELLED)
+        self._end(n, "cancelled", state, f"{seen}; cancelled", newest_checkpoint(self.folder))
 
     def _decide(self, attempt: int | None, seen: str, done: str) -> None:
         """Append a decision to the audit trail."""

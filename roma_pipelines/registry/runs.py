@@ -80,6 +80,17 @@ def end_run(
     client.set_terminated(run_id, status)
 
 
+def end_runs_of_job(
+    client: MlflowClient, job_key: str, status: Literal["FINISHED", "FAILED", "KILLED"]
+) -> None:
+    """Say how a job ended whose run nobody holds any more; runs that ended already stay as they are."""
+    checked_name("job key", job_key)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    wanted = f"tags.`{JOB_KEY_TAG}` = '{job_key}' and attributes.status = 'RUNNING'"
+    for run in client.search_runs(experiments, wanted):
+        end_run(client, run.info.run_id, status)
+
+
 def ensure_experiment(client: MlflowClient, name: str) -> Experiment:
     """The experiment of that name, created if missing.
 

@@ -121,7 +121,10 @@ REFUSED = {
         "dataset.drop_rat: not a setting; the closest one is dataset.drop_rate",
     ),
     ("dataset", "source", "version"): ("", "dataset.source.version: String should match pattern"),
-    ("resources", "target"): ("laptop", "resources.target: Input should be 'local', got 'laptop'"),
+    ("resources", "target"): (
+        "laptop",
+        "resources.target: Input should be 'local' or 'slurm', got 'laptop'",
+    ),
     ("pretraining", "trainer", "epoch"): (
         3,
         "pretraining.trainer.epoch: not a setting; the closest one is epochs",

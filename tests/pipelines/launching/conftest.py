@@ -13,6 +13,9 @@ from roma_core.files import digest_of
 from roma_core.job import JobFolder
 from roma_pipelines.launching.job import JobSpec
 from roma_pipelines.launching.local import LocalLauncher
+from roma_pipelines.launching.site import Site
+from roma_pipelines.launching.slurm import SlurmLauncher
+from tests.pipelines.launching.real_slurm import Cluster, real_slurm
 
 KEY = "0123456789abcdef0123"
 CONFIG = {"base_lr": 0.001}
@@ -66,6 +69,41 @@ def folder(tmp_path: Path) -> JobFolder:
 @pytest.fixture
 def launcher() -> LocalLauncher:
     return LocalLauncher(grace_s=2.0)
+
+
+@pytest.fixture(scope="session")
+def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with real_slurm(tmp_path_factory.mktemp("slurm") / "c") as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(shared_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A real SLURM of two nodes, idle; this process's SLURM commands talk to it."""
+    for name, value in shared_cluster.variables.items():
+        monkeypatch.setenv(name, value)
+    yield shared_cluster
+    shared_cluster.settle()
+
+
+@pytest.fixture
+def site() -> Site:
+    """The cluster's profile: quick to ask, and a network between nodes that is the loopback."""
+    return Site(
+        name="mini",
+        poll_s=0.2,
+        slowest_poll_s=0.4,
+        memory_gb=2,
+        time_limit_min=5,
+        environment={"GLOO_SOCKET_IFNAME": "lo"},
+    )
+
+
+@pytest.fixture
+def slurm(cluster: Cluster, site: Site, tmp_path: Path) -> SlurmLauncher:
+    return SlurmLauncher(
+        site, tmp_path / "clusters", gone_after_s=2.0, cancel_timeout_s=30.0, files_within_s=0.0
+    )
 
 
 @pytest.fixture

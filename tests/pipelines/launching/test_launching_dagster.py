@@ -6,6 +6,7 @@ from threading import Thread
 import dagster as dg
 import pytest
 
+from roma_pipelines.launching.fake import FakeLauncher, completed, running, waiting
 from roma_pipelines.launching.job import JobFailed, job_key
 from roma_pipelines.launching.messages import save_offset
 from roma_pipelines.launching.pipes import key_for, on_interrupt, run_job
@@ -103,6 +104,22 @@ def test_progress_is_seen_while_the_job_runs(materialize, instance, eventually, 
 
     assert result.success
     assert observations(instance) == [{"loss": "nan"}]
+
+
+def test_why_a_job_waits_is_seen_while_it_waits(folder, make_spec, instance):
+    play = [waiting("Priority"), waiting("Priority"), waiting("Resources"), running(), completed()]
+    spec = make_spec()
+
+    @dg.asset
+    def encoder(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        outcome = run_job(context, FakeLauncher(play), folder, spec, CONFIG, poll_every_s=0.0)
+        return dg.MaterializeResult(metadata=outcome.metadata())
+
+    assert dg.materialize([encoder], instance=instance).success
+    assert observations(instance) == [
+        {"phase": "waiting", "queue": "Priority"},
+        {"phase": "waiting", "queue": "Resources"},
+    ]
 
 
 def test_a_continued_job_is_one_story_without_warnings(materialize, instance):

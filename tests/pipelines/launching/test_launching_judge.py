@@ -28,6 +28,7 @@ EXPECTED = {
     Phase.ENDED_BAD: ("ff", "ff", "nn", "ff", "fn"),
     Phase.INTERRUPTED: ("nn", "nn", "nn", "ff", "nn"),
     Phase.GONE: ("cc", "ff", "nn", "ff", "nn"),
+    Phase.OUT_OF_MEMORY: ("ff", "ff", "nn", "ff", "ff"),
     Phase.HUNG: ("nn", "nn", "fn", "ff", "fn"),
     Phase.CANCELLED: ("xx", "xx", "xx", "xx", "xx"),
 }

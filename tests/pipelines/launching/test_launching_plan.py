@@ -1,3 +1,6 @@
+import re
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -5,6 +8,9 @@ import pytest
 from roma_pipelines.launching.job import JobSpec
 from roma_pipelines.launching.local import LocalLauncher
 from roma_pipelines.launching.plan import plan_local
+from roma_pipelines.launching.sbatch import batch_script
+from roma_pipelines.launching.site import Site, SlurmSettings, load_site
+from roma_pipelines.launching.slurm import SlurmLauncher
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "launching"
 
@@ -18,8 +24,105 @@ PRETRAINING = JobSpec(
 )
 
 
+LEONARDO = load_site("leonardo", SlurmSettings(account="IscrC_RoMA"))
+
+
+def slurm(site, python="/venv/bin/python"):
+    return SlurmLauncher(site, Path("/nowhere"), python)
+
+
 def test_the_local_plan_is_the_reviewed_one():
     assert LocalLauncher().plan(PRETRAINING) == (GOLDEN / "local_pretraining.sh").read_text()
+
+
+def test_the_slurm_plan_of_a_site_is_the_reviewed_one():
+    spec = PRETRAINING.model_copy(update={"nodes": 2, "gpus_per_node": 2, "memory_gb": 120.5})
+
+    plan = slurm(LEONARDO).plan(spec)
+
+    assert plan == (GOLDEN / "leonardo_pretraining.sbatch").read_text()
+    checked = subprocess.run(["bash", "-n"], input=plan, text=True, capture_output=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_the_slurm_plan_of_a_container_is_the_reviewed_one():
+    site = Site(
+        name="boxed",
+        gpu_type="h100",
+        container=("apptainer", "exec", "--nv", "/images/roma 1.sif"),
+        python="python3",
+        constraint="a|b",
+        setup=("source /etc/site.sh",),
+        sbatch_options=("--mail-type=END", "--nice=10"),
+        srun_options=("--mpi=none",),
+    )
+    spec = PRETRAINING.model_copy(
+        update={"starter": "plain", "processes_per_node": 1, "gpus_per_node": 1}
+    )
+
+    assert slurm(site).plan(spec) == (GOLDEN / "container_plain.sbatch").read_text()
+
+
+def test_a_plan_renders_in_milliseconds():
+    started = time.perf_counter()
+    for _ in range(20):
+        slurm(LEONARDO).plan(PRETRAINING)
+
+    assert (time.perf_counter() - started) / 20 < 0.01
+
+
+@pytest.mark.parametrize("folder", ['a"b', "a\nb", "a\\b", "a'b"])
+def test_a_folder_that_no_script_can_name_is_refused(folder):
+    with pytest.raises(ValueError, match="set ROMA_STORAGE_ROOT"):
+        batch_script(PRETRAINING, LEONARDO, folder, 1, "python")
+
+
+@pytest.mark.parametrize("name", ["generic", "leonardo", "marenostrum5", "orfeo"])
+def test_every_profile_that_ships_gives_a_plan(name):
+    site = load_site(name, SlurmSettings())
+
+    assert site.description
+    assert "torch.distributed.run" in slurm(site).plan(PRETRAINING)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("partition: 'a; rm -rf /'", "partition: String should match pattern"),
+        ("modules: ['$(id)']", "modules.0: String should match pattern"),
+        ("account: a b", "account: String should match"),
+        ("ssh: -oProxyCommand=id", "ssh: String should match"),
+        ("environment: {'A B': x}", "environment.A B"),
+        ("sbatch_options: ['--requeue']", "must not set requeue"),
+        ("sbatch_options: ['--wrap=$(id)']", "sbatch_options.0"),
+        ("gpus: 4", "gpus: Extra inputs are not permitted"),
+        ("a: [", "while parsing"),
+        ("- a", "expected `setting: value` lines"),
+    ],
+)
+def test_a_wrong_profile_names_file_and_field(tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        load_site("mine", SlurmSettings(profiles=tmp_path))
+
+    assert "mine.yaml" in str(caught.value)
+
+
+def test_an_unknown_profile_names_those_there_are(tmp_path):
+    with pytest.raises(ValueError, match="there are generic, leonardo, marenostrum5, orfeo"):
+        load_site("leonard", SlurmSettings())
+    with pytest.raises(ValueError, match="there are none"):
+        load_site("generic", SlurmSettings(profiles=tmp_path))
+
+
+def test_what_is_the_users_lies_over_the_profile(monkeypatch):
+    monkeypatch.setenv("ROMA_SLURM_ACCOUNT", "mine")
+    monkeypatch.setenv("ROMA_SLURM_PARTITION", "debug")
+
+    site = load_site("leonardo")
+
+    assert (site.account, site.partition, site.cpus_per_process) == ("mine", "debug", 8)
 
 
 def test_arguments_reach_the_program_as_they_are():

@@ -1,0 +1,152 @@
+"""``roma-pipeline launch``: any module that uses the Trainer as a job, without Dagster."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from roma_core.job import JobFolder
+    from roma_pipelines.launching.job import JobState
+
+_HANDED_ON = ("ROMA", "WANDB", "MLFLOW")
+
+
+@click.command(context_settings={"allow_interspersed_args": False})
+@click.option("--target", type=click.Choice(["local", "slurm"]), default="local", show_default=True)
+@click.option("--profile", help="SLURM site; ROMA_SLURM_PROFILE by default.")
+@click.option("--nodes", type=int, default=1, show_default=True)
+@click.option("--processes", type=int, default=1, show_default=True, help="On each node.")
+@click.option("--threads", type=int, default=1, show_default=True, help="CPUs of each process.")
+@click.option("--gpus", type=int, default=0, show_default=True, help="On each node.")
+@click.option("--memory-gb", type=float, help="On each node; the site's default without.")
+@click.option("--time-limit-min", type=int, help="Of one attempt; attempts continue.")
+@click.option("--max-attempts", type=int, default=20, show_default=True)
+@click.option("--job", "key", help="Watch this job again, which was launched before.")
+@click.option("-m", "as_module", is_flag=True, help="In front of MODULE, as for python.")
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="MODULE [ARGUMENT]…")
+def launch(as_module: bool, key: str | None, words: tuple[str, ...], **options: Any) -> None:
+    """Run MODULE as a job, on this computer or on a cluster, and follow its log.
+
+    All that comes after MODULE reaches it as it is. It runs in the present folder and reads the .env
+    there. Ctrl-C ends the watch, not the job: --job KEY takes it up
+    again, and makes the attempts that an interrupted job needs.
+    """
+    from pydantic import ValidationError
+
+    from roma_pipelines.launching.launcher import Refused
+    from roma_pipelines.storage import Storage, StorageError
+
+    if bool(words) == (key is not None):
+        raise click.UsageError(
+            "-m MODULE is needed, or --job KEY of a job that was launched before"
+        )
+    try:
+        storage = Storage.open()
+        folder, spec, config, launcher = (
+            _again(storage, key) if key else _new(storage, words[0], words[1:], options)
+        )
+        _watch(folder, spec, config, launcher, options["max_attempts"])
+    except (Refused, StorageError, ValidationError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _new(storage: Any, module: str, arguments: tuple[str, ...], options: dict[str, Any]) -> Any:
+    from roma_core.files import digest_of
+    from roma_core.job import JobFolder
+    from roma_pipelines.launching.job import JobSpec, job_key
+    from roma_pipelines.targets import launcher_for
+
+    here = str(Path.cwd())
+    config = {"module": module, "arguments": list(arguments), "working_folder": here}
+    key = job_key(module, secrets.token_hex(8))
+    spec = JobSpec(
+        key=key,
+        command=("-m", "roma_core.module_job", here, module, *arguments),
+        config_digest=digest_of(config),
+        nodes=options["nodes"],
+        processes_per_node=options["processes"],
+        threads_per_process=options["threads"],
+        gpus_per_node=options["gpus"],
+        memory_gb=options["memory_gb"],
+        time_limit_min=options["time_limit_min"],
+        env_names=tuple(sorted(name for name in os.environ if name.startswith(_HANDED_ON))),
+    )
+    launcher = launcher_for(options["target"], options["profile"], storage)
+    return JobFolder(storage.jobs / key), spec, config, launcher
+
+
+def _again(storage: Any, key: str) -> Any:
+    from roma_core.files import read_json
+    from roma_pipelines.launching.jobs import find_job
+    from roma_pipelines.targets import launcher_of
+
+    job = find_job(storage.jobs, key)
+    if not job.records:
+        raise ValueError(f"job {job.key} was never submitted; launch it anew")
+    if job.watched and job.open_attempt:
+        raise ValueError(
+            f"job {job.key} is watched by process {job.watcher['pid']}; "
+            f"`roma-pipeline jobs logs -f {job.key}` shows its log"
+        )
+    launcher = launcher_of(storage)(job.records[-1])
+    return job.folder, job.spec, read_json(job.folder.config), launcher
+
+
+def _watch(folder: JobFolder, spec: Any, config: Any, launcher: Any, max_attempts: int) -> None:
+    from roma_pipelines.launching.job import JobFailed
+    from roma_pipelines.launching.supervisor import supervise
+
+    click.echo(f"job {spec.key} in {folder.path}", err=True)
+    shown = _Shown(folder)
+    try:
+        outcome = supervise(
+            launcher,
+            folder,
+            spec,
+            config,
+            watcher={"asset_key": spec.command[3] if len(spec.command) > 3 else "?"},
+            on_poll=shown.update,
+            max_attempts=max_attempts,
+        )
+    except JobFailed as error:
+        shown.log()
+        # its log is on the page already
+        raise click.ClickException("\n".join(str(error).splitlines()[:2])) from error
+    except KeyboardInterrupt:
+        raise click.ClickException(
+            f"the job goes on; take it up again with `roma-pipeline launch --job {spec.key}`, or end "
+            f"it with `roma-pipeline jobs cancel {spec.key}`"
+        ) from None
+    shown.log()
+    click.echo(f"job {spec.key} completed in {len(outcome.attempts)} attempt(s)", err=True)
+
+
+class _Shown:
+    """Prints the log as it grows, and why the job does not run."""
+
+    def __init__(self, folder: JobFolder) -> None:
+        self.folder = folder
+        self.attempt, self.offset, self.reason = 0, 0, ""
+
+    def update(self, state: JobState) -> None:
+        self.log()
+        if not state.ended and state.phase != "running" and state.reason != self.reason:
+            self.reason = state.reason
+            click.echo(f"{state.phase}: {state.reason}", err=True)
+
+    def log(self) -> None:
+        newest = max(self.folder.attempt_numbers(), default=0)
+        if newest > self.attempt:
+            self.attempt, self.offset = newest, 0
+        if not self.attempt or not (log := self.folder.attempt(self.attempt).log).exists():
+            return
+        with log.open("rb") as file:
+            file.seek(self.offset)
+            content = file.read()
+        self.offset += len(content)
+        click.echo(content.decode(errors="replace"), nl=False)
