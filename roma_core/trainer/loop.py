@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from roma_core.job import Attempt
@@ -101,6 +102,12 @@ class TrainingRun:
             cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision
         )
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"{self.accelerator.distributed_type} was asked for at launch, but checkpoints here hold "
+                f"whole tensors by name: a sharded model cannot be resumed on another number of "
+                f"processes. Launch without it; a RoMA of 100 M parameters fits any GPU"
+            )
         self.ranks = Ranks(self.rank, self.world_size)
         if self.world_size != (launched := int(os.environ.get("WORLD_SIZE", "1"))):
             raise RuntimeError(

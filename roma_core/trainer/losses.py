@@ -93,16 +93,16 @@ def class_weights(wanted: str | list[float], counts: NDArray[np.int64]) -> Tenso
 
 
 def labels_of(dataset: Any) -> NDArray[np.int64]:
-    """The class of every item, ``(n,)``.
+    """The class of every item, or of every token of every item, ``(n,)``.
 
     Raises:
         ValueError: an item has no label.
     """
     items = map(dataset.__getitem__, range(len(dataset)))
-    labels = [int(item["label"]) for item in items if "label" in item]
+    labels = [np.atleast_1d(np.asarray(item["label"])) for item in items if "label" in item]
     if len(labels) < len(dataset):
         raise ValueError(
             f"only {len(labels)} of {len(dataset)} training items have a label, but the classes "
             f"must be counted (dim_output was not given, or class_weights was)"
         )
-    return np.array(labels, dtype=np.int64)
+    return np.concatenate(labels).astype(np.int64)
