@@ -42,6 +42,10 @@ up: $(READY) ## Serve the Dagster and MLflow pages on 127.0.0.1
 test: $(READY) lint ## Lint, type-check and run all tests
 	$(BIN)/python -m pytest
 
+.PHONY: chaos
+chaos: $(READY) ## The long fault tests: kills at random moments, servers that die
+	$(BIN)/python -m pytest -m chaos
+
 .PHONY: lint
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

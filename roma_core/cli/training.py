@@ -97,10 +97,13 @@ def _run(options: dict[str, Any], prefix: str, resolve: Resolve) -> None:
         except (ValueError, ValidationError, OSError) as error:
             raise click.ClickException(str(error)) from error
 
-    from roma_core.job_runner import run_in_folder
-    from roma_core.trainer.training_job import train
+    from roma_core.trainer.stopping import StopRequests
 
-    sys.exit(run_in_folder(folder, train))
+    with StopRequests():  # from here on, the seconds of the imports included, a stop is noted
+        from roma_core.job_runner import run_in_folder
+        from roma_core.trainer.training_job import train
+
+        sys.exit(run_in_folder(folder, train))
 
 
 def _prepared(options: dict[str, Any], prefix: str, resolve: Resolve) -> Any:

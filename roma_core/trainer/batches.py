@@ -154,10 +154,13 @@ def load(
     collate: Collate,
     workers: int,
     pin: bool,
+    patience_s: float = 0,
 ) -> Iterator[PackedBatch]:
     """Packed batches of the given (epoch, sample indices), in their order.
 
-    ``workers`` loader processes read ahead; 0 reads in this process. The batches are the same.
+    ``workers`` loader processes read ahead; 0 reads in this process. The batches are the same. With
+    ``patience_s``, loader processes that take longer make ``next`` raise a RuntimeError; it may be
+    called again.
     """
     keys = ([(epoch, int(i)) for i in indices] for epoch, indices in micro_batches)
     return iter(
@@ -168,6 +171,7 @@ def load(
             num_workers=workers,
             worker_init_fn=_ignore_signals if workers else None,
             pin_memory=pin,
+            timeout=patience_s if workers else 0,
         )
     )
 

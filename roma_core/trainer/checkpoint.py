@@ -7,8 +7,9 @@
         state.json                               position, seed, sizes
         MANIFEST.json                            sha256 of every other file
 
-A checkpoint is written aside, synced, and renamed; only then are old ones pruned. On loading, the
-newest whose files match its manifest is taken, and one that does not is named and passed over.
+A checkpoint is written aside, synced, and renamed; only then are old ones pruned: the newest stay,
+and the best besides. On loading, the newest whose files match its manifest is taken, and one that
+does not is named and passed over.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from roma_core.files import read_json, sha256_of, sync_folder, write_json
+from roma_core.trainer.early_stopping import Mode, kept_steps
 
 MANIFEST = "MANIFEST.json"
 log = logging.getLogger(__name__)
@@ -45,6 +48,23 @@ class TrainState(BaseModel):
     elapsed_s: float  # training time over all attempts
     world_size: int  # of the process group that wrote it; informative
     scaler: dict[str, float] | None = None  # loss scale of fp16
+    window_steps: int = 0  # steps that no record of the training loss covers yet
+    window_loss: float = 0.0  # and the sum of their losses
+    evaluation: dict[str, float] = {}  # measured at this very step; empty without
+    evaluation_due: bool = False  # a stop request came before it ended
+    best: float | None = None  # of best_metric so far
+    evaluations_since_best: int = 0
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds; nothing in it may change while it is written."""
+
+    state: TrainState
+    model: dict[str, Tensor]
+    model_config: dict[str, Any]
+    optimizer: dict[str, Tensor]
+    ema: dict[str, Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -56,6 +76,28 @@ class Checkpoint:
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     ema: dict[str, Tensor] | None
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the ``newest`` (None: all), and the ``best`` by a metric."""
+
+    newest: int | None
+    best: int = 0
+    metric: str = "eval/loss"
+    mode: Mode = "min"
+
+    def prune(self, folder: Path) -> None:
+        paths = {int(path.name[5:]): path for path in committed(folder)}
+        values = {step: self._value_of(path) for step, path in paths.items()}
+        for step in set(paths) - kept_steps(values, self.newest, self.best, self.mode):
+            shutil.rmtree(paths[step])
+
+    def _value_of(self, path: Path) -> float | None:
+        try:
+            return state_of_checkpoint(path).evaluation.get(self.metric)
+        except (OSError, ValueError):
+            return None  # damaged; it goes when it is old
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -70,34 +112,34 @@ def committed(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def save_checkpoint(
-    folder: Path,
-    state: TrainState,
-    model: dict[str, Tensor],
-    model_config: dict[str, Any],
-    optimizer: dict[str, Tensor],
-    ema: dict[str, Tensor] | None,
-    keep: int | None,
-) -> Path:
-    """Commit a checkpoint and prune all but the newest ``keep``; called on rank 0 alone.
+def state_of_checkpoint(path: Path) -> TrainState:
+    """The position a checkpoint holds."""
+    return TrainState.model_validate(read_json(path / "state.json", schema_version=1))
+
+
+def save_checkpoint(folder: Path, content: Content, retention: Retention) -> Path:
+    """Commit a checkpoint and prune; called on rank 0 alone.
 
     Raises:
         OSError: no room or no right to write; earlier checkpoints are untouched.
     """
+    state = content.state
     final = step_folder(folder, state.step)
     if final.exists() and not damage_of(final):
-        return final  # the same step again, after a resume
+        found = state_of_checkpoint(final)
+        if found.evaluation == state.evaluation and not found.evaluation_due:
+            return final  # the same step again, after a resume
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover)
     aside = folder / f".{final.name}"
     aside.mkdir()
     try:
-        save_file(model, aside / "model.safetensors")
-        save_file(optimizer, aside / "optimizer.safetensors")
-        if ema is not None:
-            save_file(ema, aside / "ema.safetensors")
-        write_json(aside / "model_config.json", model_config)
+        save_file(content.model, aside / "model.safetensors")
+        save_file(content.optimizer, aside / "optimizer.safetensors")
+        if content.ema is not None:
+            save_file(content.ema, aside / "ema.safetensors")
+        write_json(aside / "model_config.json", content.model_config)
         write_json(aside / "state.json", state.model_dump(mode="json"))
         hashes = {}
         for path in sorted(aside.iterdir()):
@@ -106,16 +148,20 @@ def save_checkpoint(
                 os.fsync(file.fileno())
             hashes[path.name] = sha256_of(path)
         write_json(aside / MANIFEST, {"schema_version": 1, "sha256": hashes})
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(
+            f"checkpoint {final} could not be written ({error}); earlier ones are untouched. Make room "
+            f"there and start the same run again: it goes on from the newest"
+        ) from error
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    if final.exists():
-        shutil.rmtree(final)  # damaged: it could not be loaded anyway
+    if final.exists():  # damaged, or saved before its evaluation ended: the one before is as good
+        shutil.rmtree(final)
     aside.replace(final)
     sync_folder(folder)
-    if keep is not None:
-        for old in committed(folder)[:-keep]:
-            shutil.rmtree(old)
+    retention.prune(folder)
     return final
 
 
@@ -142,16 +188,34 @@ def load_newest(folder: Path) -> Checkpoint | None:
         if damage := damage_of(path):
             log.warning("checkpoint %s is damaged (%s); trying the one before", path, damage)
             continue
-        ema = path / "ema.safetensors"
-        return Checkpoint(
-            path=path,
-            state=TrainState.model_validate(read_json(path / "state.json", schema_version=1)),
-            model=load_file(path / "model.safetensors"),
-            optimizer=load_file(path / "optimizer.safetensors"),
-            ema=load_file(ema) if ema.exists() else None,
-        )
+        return _read(path)
     if paths:
         raise ValueError(
             f"all {len(paths)} checkpoints in {folder} are damaged; remove the folder to start again"
         )
     return None
+
+
+def load_best(folder: Path, metric: str, mode: Mode) -> Checkpoint | None:
+    """The undamaged checkpoint with the best ``metric``, or None if none was evaluated."""
+    scored = {
+        path: value
+        for path in committed(folder)
+        if not damage_of(path)
+        and (value := state_of_checkpoint(path).evaluation.get(metric)) is not None
+    }
+    if not scored:
+        return None
+    choose = min if mode == "min" else max
+    return _read(choose(scored, key=scored.__getitem__))  # of equal ones the oldest
+
+
+def _read(path: Path) -> Checkpoint:
+    ema = path / "ema.safetensors"
+    return Checkpoint(
+        path=path,
+        state=state_of_checkpoint(path),
+        model=load_file(path / "model.safetensors"),
+        optimizer=load_file(path / "optimizer.safetensors"),
+        ema=load_file(ema) if ema.exists() else None,
+    )

@@ -87,6 +87,43 @@ class TrainerConfig(RomaSettings):
         lt=1,
         description="Share of each target spread evenly over all classes; classification only.",
     )
+    class_weights: Literal["inverse_frequency"] | list[float] | None = Field(
+        None,
+        description="Weight of each class in the loss: 'inverse_frequency', or a JSON list in the "
+        "order of the classes; scaled to a mean of 1 over the training series. Classification only.",
+    )
+    freeze_encoder: bool = Field(
+        False, description="Train the head alone (a linear probe); classification only."
+    )
+    layer_lr_decay: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Each encoder block, counted from the head, learns this much slower than the one "
+        "after it; None: all at the same rate.",
+    )
+    best_metric: str = Field(
+        "eval/loss", description="Metric of an evaluation that says which checkpoint is the best."
+    )
+    best_metric_mode: Literal["min", "max"] = Field(
+        "min", description="Whether a small (min) or a large (max) best_metric is good."
+    )
+    keep_best: int = Field(
+        1, ge=0, description="Best checkpoints to keep besides the max_checkpoints newest."
+    )
+    final_weights: Literal["last", "best"] = Field(
+        "last",
+        description="Weights the trained model has at the end: of the last or the best step.",
+    )
+    early_stopping_patience: int | None = Field(
+        None,
+        gt=0,
+        description="End after this many evaluations in a row without a better best_metric; None: "
+        "never early.",
+    )
+    early_stopping_min_delta: float = Field(
+        0.0, ge=0, description="Smallest change of best_metric that counts as better."
+    )
     augment_drop_rate: float = Field(
         0.0,
         ge=0,
@@ -124,6 +161,9 @@ class TrainerConfig(RomaSettings):
         None, gt=0, description="Threads per process; None takes 1 on CPU, the framework's on GPU."
     )
     heartbeat_every_s: float = Field(5.0, gt=0, description="Seconds between heartbeats.")
+    background_checkpoints: bool = Field(
+        True, description="Write checkpoints beside the training; false: training waits for them."
+    )
 
     @model_validator(mode="after")
     def _optimizer_args_are_known(self) -> Self:
@@ -135,5 +175,13 @@ class TrainerConfig(RomaSettings):
             raise ValueError(
                 f"optimizer_args {sorted(unknown)} are not arguments of {self.optimizer}; "
                 f"it takes {sorted(allowed)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_weights_are_kept(self) -> Self:
+        if self.final_weights == "best" and self.keep_best == 0:
+            raise ValueError(
+                "final_weights=best needs a best checkpoint: set keep_best to 1 or more"
             )
         return self

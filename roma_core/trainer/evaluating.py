@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 
 from roma_core.model.classification import RoMAForClassification
 from roma_core.model.packing import PackedBatch
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.trainer.batches import Collate, MapStyle, load
+from roma_core.trainer.ranks import ALONE, Ranks
+from roma_core.trainer.stopping import Interrupted
+
+KeepGoing = Callable[[], bool]
+"""Asked before every batch; False gives the evaluation up."""
+
+
+def to_the_end() -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -33,19 +41,19 @@ class Outputs:
 
 
 def _batches(
-    dataset: MapStyle, collate: Collate, batch_size: int, rank: int, world_size: int
+    dataset: MapStyle, collate: Collate, batch_size: int, ranks: Ranks
 ) -> Iterator[PackedBatch]:
-    mine = np.arange(rank, len(dataset), world_size)
+    mine = np.arange(ranks.rank, len(dataset), ranks.size)
     parts = np.array_split(mine, -(-len(mine) // batch_size)) if len(mine) else []
     return load(dataset, [(0, part) for part in parts], collate, workers=0, pin=False)
 
 
-def _gather(value: Any, world_size: int) -> list[Any]:
-    if world_size == 1:
-        return [value]
-    gathered: list[Any] = [None] * world_size
-    dist.all_gather_object(gathered, value)
-    return gathered
+def _gather(value: Any, given_up: bool, ranks: Ranks) -> list[Any]:
+    """The values of all processes, or :class:`Interrupted` on all if one has given up."""
+    gathered = ranks.gather((value, given_up))
+    if any(gave_up for _, gave_up in gathered):
+        raise Interrupted
+    return [value for value, _ in gathered]
 
 
 @torch.no_grad()
@@ -54,24 +62,30 @@ def classify(
     dataset: MapStyle,
     collate: Collate,
     batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
+    ranks: Ranks = ALONE,
+    keep_going: KeepGoing = to_the_end,
 ) -> Outputs:
     """Run the classifier over a data set. Every process gets the whole table.
 
     The model is the bare one, not its distributed wrapper: processes may have different numbers of
     batches.
+
+    Raises:
+        Interrupted: on every process, if ``keep_going`` was False on one.
     """
     model.eval()
     device = model.projection.weight.device
     rows = []
-    for batch in _batches(dataset, collate, batch_size, rank, world_size):
+    given_up = False
+    for batch in _batches(dataset, collate, batch_size, ranks):
+        if given_up := not keep_going():
+            break
         logits, loss = model(batch.to(device))
         assert batch.indices is not None  # collate gave them
         labels = None if batch.labels is None else batch.labels.numpy()
         total = float("nan") if loss is None else float(loss) * batch.segments.count
         rows.append((batch.indices.numpy(), logits.float().cpu().numpy(), labels, total))
-    table = [row for part in _gather(rows, world_size) for row in part]
+    table = [row for part in _gather(rows, given_up, ranks) for row in part]
     order = np.concatenate([r[0] for r in table]).argsort()
     labels = None if table[0][2] is None else np.concatenate([r[2] for r in table])[order]
     return Outputs(
@@ -87,17 +101,24 @@ def reconstruction_loss(
     dataset: MapStyle,
     collate: Collate,
     batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
+    ranks: Ranks = ALONE,
+    keep_going: KeepGoing = to_the_end,
 ) -> float:
-    """Mean loss over all hidden tokens of a data set, with the masks of epoch 0."""
+    """Mean loss over all hidden tokens of a data set, with the masks of epoch 0.
+
+    Raises:
+        Interrupted: on every process, if ``keep_going`` was False on one.
+    """
     model.eval()
     device = model.projection.weight.device
     total = count = 0.0
-    for batch in _batches(dataset, collate, batch_size, rank, world_size):
+    given_up = False
+    for batch in _batches(dataset, collate, batch_size, ranks):
+        if given_up := not keep_going():
+            break
         _, loss = model(batch.to(device))
         if loss is not None:
             total += float(loss) * model.loss_count(batch)
             count += model.loss_count(batch)
-    sums = _gather((total, count), world_size)
+    sums = _gather((total, count), given_up, ranks)
     return sum(s[0] for s in sums) / max(1.0, sum(s[1] for s in sums))

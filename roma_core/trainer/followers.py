@@ -35,6 +35,8 @@ class Bookmark:
         run_id: of the run at the tracker; a bookmark of another run is not believed.
         offset: bytes of ``metrics.jsonl`` that were sent.
         step: the last step that was sent; -1 if none was.
+        names: the metrics of that step that were sent. A step's evaluation may follow later than
+            its training loss, if a stop request came in between.
     """
 
     def __init__(
@@ -55,18 +57,30 @@ class Bookmark:
         self.run_id: str = run_id or (found["run_id"] if found else secrets.token_hex(8))
         self.offset: int = found["offset"] if found else 0
         self.step: int = found["step"] if found else -1
+        self.names: set[str] = set(found.get("names", [])) if found else set()
         if resumed_at is not None:
             self.offset = min(self.offset, resumed_at)
         self._write()
 
-    def move(self, offset: int, step: int) -> None:
-        """Everything up to ``offset``, which ends with ``step``, was sent."""
+    def unsent(self, record: Record) -> Record | None:
+        """The part of a record that was not sent before the run fell back; None if all was."""
+        if record["step"] != self.step:
+            return record if record["step"] > self.step else None
+        new = {k: v for k, v in record["metrics"].items() if k not in self.names}
+        return {**record, "metrics": new} if new else None
+
+    def move(self, offset: int, sent: list[Record]) -> None:
+        """Everything up to ``offset`` was sent, with these records as the last."""
+        step = sent[-1]["step"]
+        if step > self.step:
+            self.names = set()
+        self.names |= {name for r in sent if r["step"] == step for name in r["metrics"]}
         self.offset, self.step = offset, step
         self._write()
 
     def _write(self) -> None:
         document = {"run_id": self.run_id, "offset": self.offset, "step": self.step}
-        write_json(self.path, {"schema_version": 1, **document})
+        write_json(self.path, {"schema_version": 1, **document, "names": sorted(self.names)})
 
 
 def forward(
@@ -80,17 +94,17 @@ def forward(
     batch: list[Record] = []
     reached = bookmark.offset
     for offset, record in read_records(metrics, bookmark.offset, end):
-        if record["step"] > bookmark.step:  # else it was sent before the run fell back
+        if (unsent := bookmark.unsent(record)) is not None:
             # a batch ends where a step does, or the bookmark's step would be half sent
             if len(batch) >= _BATCH and record["step"] > batch[-1]["step"]:
                 send(batch)
-                bookmark.move(reached, batch[-1]["step"])
+                bookmark.move(reached, batch)
                 batch = []
-            batch.append(record)
+            batch.append(unsent)
         reached = offset
     if batch:
         send(batch)
-        bookmark.move(reached, batch[-1]["step"])
+        bookmark.move(reached, batch)
 
 
 def forward_to_mlflow(metrics: Path, tracking_uri: str, run_id: str) -> None:

@@ -17,6 +17,11 @@ from typing import Any
 Record = dict[str, Any]
 """One line of the file."""
 
+WALL_CLOCK = frozenset(
+    {"train/tokens_per_s", "train/data_wait_share", "train/memory_mb", "train/eta_s"}
+)
+"""Metrics that tell of the computer, not of the training; all others are the same in every repetition."""
+
 
 class MetricsLog:
     """Appends records; rank 0 alone has one."""
@@ -49,9 +54,12 @@ class MetricsLog:
 
     @property
     def offset(self) -> int:
-        """Bytes written, all of them safe on disk, so that a checkpoint may count on them."""
-        os.fsync(self._file.fileno())
+        """Bytes written so far."""
         return self._file.tell()
+
+    def sync(self) -> None:
+        """Make what was written safe on disk, so that a checkpoint may count on it."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

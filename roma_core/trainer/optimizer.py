@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,17 +17,54 @@ NamedParameters = list[tuple[str, nn.Parameter]]
 def make_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]], config: TrainerConfig
 ) -> torch.optim.Optimizer:
-    """AdamW (fused) or SGD; norms, biases, CLS and mask vectors do not decay."""
+    """AdamW (fused) or SGD; norms, biases, CLS and mask vectors do not decay.
+
+    Every group has an ``lr_scale``, its share of the learning rate.
+    """
     named = [(n, p) for n, p in parameters if p.requires_grad]
-    decayed = [p for _, p in named if p.ndim >= 2]
-    others = [p for _, p in named if p.ndim < 2]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    scales = layer_scales([name for name, _ in named], config.layer_lr_decay or 1.0)
+    by_kind: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        by_kind.setdefault((scales[name], parameter.ndim >= 2), []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "lr_scale": scale, **({} if decays else {"weight_decay": 0.0})}
+        for (scale, decays), parameters in by_kind.items()
+    ]
     arguments = {"lr": config.base_lr, **config.optimizer_args}
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, **arguments)
     if "betas" in arguments:
         arguments["betas"] = tuple(arguments["betas"])
     return torch.optim.AdamW(groups, **{"fused": True, **arguments})
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group its share of ``lr``."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def layer_scales(names: list[str], decay: float) -> dict[str, float]:
+    """Share of the learning rate of each parameter: the nearer to the input, the smaller.
+
+    What comes after the encoder has 1, the encoder's last block ``decay``, the one before it
+    ``decay²``, and the embedding of the input one power more than the first block.
+    """
+    layers = {name: re.match(r"encoder\.layers\.(\d+)\.", name) for name in names}
+    depth = max((int(found[1]) + 1 for found in layers.values() if found), default=0)
+    powers = {}
+    for name, found in layers.items():
+        if found:
+            powers[name] = depth - int(found[1])
+        else:
+            powers[name] = depth + 1 if name.startswith(("projection.", "cls")) else 0
+    return {name: decay**power for name, power in powers.items()}
+
+
+def freeze_all_but_head(model: nn.Module) -> None:
+    """A linear probe: only the head's parameters get a gradient."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("head."))
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, named: NamedParameters) -> dict[str, Tensor]:

@@ -50,11 +50,16 @@ class Progress:
         if self._pipes is not None:
             self._pipes.log.info(f"{self.what}: {text}")
 
+    def eta_s(self, step: int) -> float:
+        """Seconds that are left, if it goes on as so far; infinite before the first step."""
+        speed = (step - self.first_step) / max(time.monotonic() - self._start, 1e-9)
+        return (self.total_steps - step) / speed if speed else float("inf")
+
     def update(self, step: int, metrics: dict[str, float], *, force: bool = False) -> None:
         """Show a finished step; ``metrics`` are the newest ones, by name."""
         now = time.monotonic()
-        speed = (step - self.first_step) / max(now - self._start, 1e-9)  # steps per second
-        eta_s = (self.total_steps - step) / speed if speed else float("inf")
+        eta_s = self.eta_s(step)
+        metrics = {name: value for name, value in metrics.items() if name != "train/eta_s"}
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix({k: f"{v:.4g}" for k, v in metrics.items() if "loss" in k})

@@ -11,7 +11,9 @@ from roma_core.model.classification import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.trainer.batches import MapStyle
 from roma_core.trainer.config import TrainerConfig
-from roma_core.trainer.loop import NonFiniteLoss, TrainingEnd, TrainingRun
+from roma_core.trainer.loop import TrainingEnd, TrainingRun
+from roma_core.trainer.losses import labels_of
+from roma_core.trainer.non_finite import NonFiniteLoss
 from roma_core.trainer.stopping import StopRequests
 
 __all__ = ["NonFiniteLoss", "Trainer", "TrainingEnd"]
@@ -68,7 +70,7 @@ class Trainer:
         if len(train_dataset) == 0:
             raise ValueError("train_dataset is empty; there is nothing to train on")
         if isinstance(model, RoMAForClassification) and model.head is None:
-            model.set_outputs(_count_classes(train_dataset))
+            model.set_outputs(int(labels_of(train_dataset).max()) + 1)
         with StopRequests(attempt.stop if attempt else None) as stops:
             run = TrainingRun(
                 self.config,
@@ -85,14 +87,3 @@ class Trainer:
         if end.status == "completed" and self._post_train_hook and run.accelerator.is_main_process:
             self._post_train_hook(model, run.folder, run.accelerator.device)
         return end
-
-
-def _count_classes(dataset: MapStyle) -> int:
-    labels = [
-        int(item["label"])
-        for item in map(dataset.__getitem__, range(len(dataset)))
-        if "label" in item
-    ]
-    if len(labels) < len(dataset):
-        raise ValueError("dim_output was not given and some training items have no label to count")
-    return max(labels) + 1

@@ -187,6 +187,31 @@ def test_nor_does_a_resume_from_an_older_checkpoint(run):
     assert set(sent) < set(tracker.points())
 
 
+def test_an_evaluation_that_comes_an_attempt_later_than_its_step_is_sent(run):
+    tracker = FakeTracker()
+    followers = follow(run, tracker)
+    run.train(2)
+    run.log.append(3, 0.3, {"train/loss": 0.3})
+    stopped_at = run.log.offset
+    followers.committed(stopped_at)
+    followers.close()
+
+    run.resume(stopped_at, 3)
+    followers = follow(run, tracker, stopped_at)
+    run.log.append(3, 0.3, {"eval/loss": 0.2})
+    followers.committed(run.log.offset)
+    followers.close()
+
+    run.resume(stopped_at, 3)  # the node died before the next checkpoint
+    followers = follow(run, tracker, stopped_at)
+    run.log.append(3, 0.3, {"eval/loss": 0.2})
+    followers.committed(run.train(4))
+    followers.close()
+
+    sent = [p[:3] for p in tracker.points()]
+    assert sorted(sent) == sorted(set(sent)) == sorted(p[:3] for p in run.points())
+
+
 def test_a_training_from_the_start_is_a_run_of_its_own(run):
     tracker = FakeTracker()
     followers = follow(run, tracker)

@@ -1,8 +1,7 @@
-"""The trainer: order, gradients, resuming, stopping, metrics. Small models, one thread."""
+"""The trainer: order, gradients, learning, checkpoints. Small models, one thread."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -13,92 +12,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from roma_core import (
-    EncoderConfig,
-    RoMAForClassification,
-    RoMAForClassificationConfig,
-    RoMAForPreTraining,
-    RoMAForPreTrainingConfig,
-    Trainer,
-    TrainerConfig,
-)
-from roma_core.trainer.checkpoint import committed, load_newest
+from roma_core import RoMAForClassification, RoMAForClassificationConfig, Trainer
+from roma_core.trainer.checkpoint import committed
 from roma_core.trainer.epoch_plan import EpochPlan, share_of
 from roma_core.trainer.schedule import learning_rate_factor
-
-SHAPE = {
-    "encoder_config": EncoderConfig(d_model=16, nhead=2, depth=2, hidden_drop_rate=0.1),
-    "tubelet_size": (1, 1, 1),
-    "n_channels": 2,
-    "n_pos_dims": 1,
-}
-
-
-class Sines:
-    """Two classes of noisy sines at irregular times."""
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, i: int) -> dict:
-        g = np.random.default_rng(i)
-        length, label = g.integers(4, 12), i % 2
-        t = np.sort(g.uniform(0, 10, length))
-        wave = np.sin(t * (1 + label))
-        values = np.stack([wave, np.cos(t) + label], 1) + g.normal(0, 0.05, (length, 2))
-        return {
-            "values": torch.tensor(values, dtype=torch.float32)[:, :, None, None],
-            "positions": torch.tensor(t, dtype=torch.float32)[None],
-            "label": label,
-        }
-
-
-def config(folder, **changes) -> TrainerConfig:
-    values = {
-        "base_lr": 5e-3,
-        "epochs": 4,
-        "batch_size": 8,
-        "eval_every": 7,
-        "save_every": 5,
-        "log_every": 1,
-        "checkpoint_dir": Path(folder) / "checkpoints",
-    }
-    return TrainerConfig(**values | changes)
-
-
-def autoencoder():
-    torch.manual_seed(0)
-    decoder = EncoderConfig(d_model=12, nhead=1, depth=1)
-    return RoMAForPreTraining(RoMAForPreTrainingConfig(**SHAPE, decoder_config=decoder))
-
-
-def plain_autoencoder():
-    """No dropout, so nothing random depends on the process; float64, so that rounding stays small."""
-    torch.manual_seed(0)
-    shape = SHAPE | {"encoder_config": EncoderConfig(d_model=16, nhead=2, depth=2)}
-    decoder = EncoderConfig(d_model=12, nhead=1, depth=1)
-    return RoMAForPreTraining(RoMAForPreTrainingConfig(**shape, decoder_config=decoder)).double()
-
-
-def classifier():
-    torch.manual_seed(0)
-    return RoMAForClassification(RoMAForClassificationConfig(**SHAPE, dim_output=2))
-
-
-def points(folder) -> list[tuple[str, int, float]]:
-    lines = (Path(folder) / "checkpoints/metrics.jsonl").read_text().splitlines()
-    wall_clock = ("train/tokens_per_s", "train/data_wait_share")
-    return [
-        (name, r["step"], value)
-        for r in map(json.loads, lines)
-        for name, value in r["metrics"].items()
-        if name not in wall_clock
-    ]
+from tests.core.training_runs import (
+    SHAPE,
+    Plan,
+    Sines,
+    autoencoder,
+    classifier,
+    config,
+    interrupt,
+    plain_autoencoder,
+    points,
+    records_reach,
+    run,
+    weights,
+)
 
 
 def test_every_epoch_visits_every_sample_once_in_an_order_of_its_own():
@@ -150,7 +82,7 @@ def test_training_learns_and_records_each_metric_once(tmp_path):
     assert len({(n, s) for n, s, _ in found}) == len(found)
     assert {s for n, s, _ in found if n == "train/loss"} == set(range(1, 61))
     assert [p.name for p in committed(tmp_path / "checkpoints")] == [
-        f"step-{s:08d}" for s in (45, 50, 55, 60)
+        f"step-{s:08d}" for s in (50, 55, 56, 60)
     ]
 
 
@@ -171,124 +103,92 @@ def test_classes_are_counted_when_dim_output_is_not_given(tmp_path):
     assert model.config.dim_output == 2
 
 
-TRAIN = """
-import sys, torch
+SCRIPT = """
+import sys
 from pathlib import Path
-sys.path[:0] = {path!r}
-from test_trainer import Sines, autoencoder, classifier, config, plain_autoencoder
-from roma_core import Trainer
-model = {model}()
-end = Trainer(config({folder!r}, {changes})).train(Sines(41), Sines(12), model)
-torch.distributed.destroy_process_group() if torch.distributed.is_initialized() else None
-print("END", end.status, end.step, end.world_size)
+from tests.core.training_runs import *
+if __name__ == "__main__":
+    trainer = Trainer(config({folder!r}, eval_every=3, epochs=2, batch_size=4))
+    end = trainer.train(Sines(41), Sines(12), classifier())
+    torch.distributed.destroy_process_group()
+    print("END", end.status, end.step, end.world_size)
 """
 
 
-def start(folder, model="autoencoder", changes="", processes=1, wait=True):
-    script = Path(folder) / "train.py"
-    root = str(Path(__file__).parents[2])
-    script.parent.mkdir(exist_ok=True, parents=True)
-    script.write_text(
-        TRAIN.format(
-            path=[str(Path(__file__).parent), root],
-            model=model,
-            folder=str(folder),
-            changes=changes,
-        )
-    )
+def test_torchrun_evaluates_on_both_ranks_and_computes_what_one_process_does(tmp_path):
+    """Evaluation every 3 steps with 2 processes: the published trainer does not survive it."""
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.format(folder=str(tmp_path / "2")))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={processes}",
-        f"--master-port={port}",
-    ]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    done = subprocess.run(
+        [
+            sys.executable,
+            *("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"),
+            script,
+        ],
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
-    if not wait:
-        return process
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    return output
-
-
-def interrupt(process, folder, until, number) -> str:
-    """Send a signal once ``until`` records are written; the process's output."""
-    metrics = Path(folder) / "checkpoints/metrics.jsonl"
-    while process.poll() is None:
-        if metrics.exists() and len(metrics.read_text().splitlines()) > until:
-            process.send_signal(number)
-            break
-    return process.communicate(timeout=60)[0]
-
-
-def weights(folder):
-    checkpoint = load_newest(Path(folder) / "checkpoints")
-    return checkpoint.state, load_file(checkpoint.path / "model.safetensors")
-
-
-def test_a_killed_run_ends_like_an_unbroken_one(tmp_path):
-    """SIGKILL at moments spread over the run, then SIGTERM; bit-equal weights, no metric twice."""
-    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    changes = "ema_decay=0.9, augment_drop_rate=0.3, epochs=40"  # 240 steps
-    start(unbroken, changes=changes)
-    for until, number in ((11, signal.SIGKILL), (97, signal.SIGKILL), (180, signal.SIGTERM)):
-        process = start(broken, changes=changes, wait=False)
-        output = interrupt(process, broken, until, number)
-    assert "END continue" in output and process.returncode == 0
-    assert "resumed from" in output
-    output = start(broken, changes=changes)
-    assert "END completed 240 1" in output
-
-    (state, expected), (again, found) = weights(unbroken), weights(broken)
-    assert state.step == again.step == 240
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert points(broken) == points(unbroken)
-
-
-@pytest.mark.slow
-def test_another_number_of_processes_continues_the_same_run(tmp_path):
-    """1 process → 2 → 1: same order and masks, so without dropout the same weights up to rounding."""
-    one, mixed = tmp_path / "one", tmp_path / "mixed"
-    changes = "epochs=10, save_every=1000, eval_every=1000"  # 60 steps
-    start(one, "plain_autoencoder", changes)
-    for processes, until in ((1, 10), (2, 30)):
-        process = start(mixed, "plain_autoencoder", changes, processes, wait=False)
-        output = interrupt(process, mixed, until, signal.SIGTERM)
-        assert "asked to stop (SIGTERM)" in output
-    assert "resumed from" in start(mixed, "plain_autoencoder", changes)
-    (state, expected), (again, found) = weights(one), weights(mixed)
-    assert state.global_batch_size == again.global_batch_size == 8
-    assert [p[:2] for p in points(mixed)] == [p[:2] for p in points(one)]
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-9)
-
-
-def test_two_processes_compute_what_one_does(tmp_path):
-    """Also: evaluation every 3 steps on both ranks, which the published trainer does not survive."""
-    outputs = [
-        start(tmp_path / str(n), "classifier", f"batch_size={8 // n}, eval_every=3, epochs=2", n)
-        for n in (1, 2)
-    ]
-    assert "END completed 12 1" in outputs[0] and "END completed 12 2" in outputs[1]
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("END completed 12 2") == 2
+    run(Plan(tmp_path / "1", {"eval_every": 3, "epochs": 2}, classifier))
     one, two = ({(n, s): v for n, s, v in points(tmp_path / k)} for k in ("1", "2"))
     assert one.keys() == two.keys()
     assert one["train/loss", 1] == pytest.approx(two["train/loss", 1], rel=1e-2)  # dropout differs
 
 
-def test_a_truncated_checkpoint_is_passed_over(tmp_path, caplog):
-    Trainer(config(tmp_path, epochs=2)).train(Sines(40), None, autoencoder())
-    newest, previous = committed(tmp_path / "checkpoints")[::-1][:2]
-    file = newest / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-10])
-    found = load_newest(tmp_path / "checkpoints")
-    assert found.path == previous
-    assert "does not match its sha256" in caplog.text
+def test_another_number_of_processes_continues_the_same_run(tmp_path):
+    """2 processes → 1 → 2: same order and masks; without dropout the same weights up to rounding."""
+    changes = {"epochs": 10, "batch_size": 4, "save_every": 1000, "eval_every": 1000}  # 60 steps
+    two = Plan(tmp_path / "two", changes, plain_autoencoder)
+    mixed = Plan(tmp_path / "mixed", changes, plain_autoencoder)
+    run(two, 2)
+    for processes, until in ((2, 10), (1, 30)):
+        when = records_reach(mixed.folder, until)
+        stopped = interrupt(mixed, when, signal.SIGTERM, processes)
+        assert "asked to stop (SIGTERM)" in stopped.output
+    assert "resumed from" in run(mixed, 2)
+    (state, expected), (again, found) = weights(two.folder), weights(mixed.folder)
+    assert state.step == again.step == 60
+    assert state.global_batch_size == again.global_batch_size == 8
+    assert [p[:2] for p in points(mixed.folder)] == [p[:2] for p in points(two.folder)]
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-9)
+
+
+def test_processes_and_micro_batches_give_the_same_gradients(tmp_path):
+    """1 process × 8, 2 × 4, 2 × 2 × accumulation 2: with plain SGD at rate 1 a step is the gradient."""
+    start = dict(plain_autoencoder().named_parameters())
+    gradients = []
+    for processes, batch_size, accumulation in ((1, 8, 1), (2, 4, 1), (2, 2, 2)):
+        plan = Plan(
+            tmp_path / f"{processes}x{batch_size}x{accumulation}",
+            {
+                "batch_size": batch_size,
+                "gradient_accumulation_steps": accumulation,
+                "epochs": 1,
+                "optimizer": "sgd",
+                "base_lr": 1.0,
+                "warmup_steps": 0,
+                "gradient_clip": None,
+            },
+            plain_autoencoder,
+            train=Sines(8),
+        )
+        run(plan, processes)
+        state, after = weights(plan.folder)
+        assert state.step == 1
+        gradients.append({name: start[name].detach() - after[name] for name in after})
+    for other in gradients[1:]:
+        for name, expected in gradients[0].items():
+            assert expected.abs().max() > 0
+            torch.testing.assert_close(other[name], expected, rtol=1e-9, atol=1e-15)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
@@ -297,10 +197,3 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         Trainer(config(tmp_path, epochs=1, random_seed=7)).train(Sines(16), None, autoencoder())
     with pytest.raises(ValueError, match="size of the training set is 16, now it is 17"):
         Trainer(config(tmp_path, epochs=1)).train(Sines(17), None, autoencoder())
-
-
-def test_a_loss_that_is_not_finite_names_the_samples(tmp_path):
-    with pytest.raises(RuntimeError, match=r"not finite in step \d+ on process 0; sample ids \["):
-        Trainer(config(tmp_path, base_lr=1e30, optimizer="sgd", gradient_clip=None)).train(
-            Sines(16), None, autoencoder()
-        )
