@@ -14,8 +14,8 @@ from roma_core.model.transfer import DROPOUTS, HEAD, SHAPE
 from roma_core.settings import RomaSettings, SettingsError
 from roma_core.trainer.config import TrainerConfig
 
-_DATA_DECIDE = ("tubelet_size", "n_channels", "n_pos_dims")
-_ONE_OBSERVATION = {"tubelet_size": [1, 1, 1], "n_channels": 1, "n_pos_dims": 1}
+_DATA_DECIDE = ("tubelet_size", "n_channels", "n_pos_dims", "position_axes")
+_ONE_OBSERVATION = {"tubelet_size": [1, 1, 1], "n_channels": 1}
 
 
 def about_trainings(
@@ -38,7 +38,10 @@ def about_trainings(
         for name in _DATA_DECIDE
         if name in pretraining
     ]
-    encoder = {**pretraining, **_ONE_OBSERVATION}
+    # the data's axes are not known here; there are as many as the settings speak of
+    channel_axis = pretraining.get("channel_axis")
+    n_axes = max(1, 1 + channel_axis) if isinstance(channel_axis, int) else 1
+    encoder = {**pretraining, **_ONE_OBSERVATION, "n_pos_dims": n_axes}
     wrong = _refused(RoMAForPreTrainingConfig, encoder, "pretraining.model")
     shaped = _of_the_encoder(finetuning)
     if wrong or shaped:

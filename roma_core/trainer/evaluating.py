@@ -29,10 +29,12 @@ def to_the_end() -> bool:
 class Outputs:
     """What a classifier said about a data set, in the order of its samples.
 
+    n counts samples; for a head on every token their real tokens, sample after sample.
+
     Attributes:
         logits: ``(n, dim_output)`` float32.
         labels: ``(n,)`` int64 or ``(n, dim_output)`` float, or None.
-        loss: mean over the samples, or NaN without labels.
+        loss: mean over the n, or NaN without labels.
     """
 
     logits: NDArray[np.float32]
@@ -83,15 +85,18 @@ def classify(
         logits, loss = model(batch.to(device))
         assert batch.indices is not None  # collate gave them
         labels = None if batch.labels is None else batch.labels.numpy()
-        total = float("nan") if loss is None else float(loss) * batch.segments.count
-        rows.append((batch.indices.numpy(), logits.float().cpu().numpy(), labels, total))
+        total = float("nan") if loss is None else float(loss) * model.loss_count(batch)
+        samples = batch.indices.numpy()
+        if model.config.pools == "token":
+            samples = samples.repeat(batch.segments.lengths)
+        rows.append((samples, logits.float().cpu().numpy(), labels, total))
     table = [row for part in _gather(rows, given_up, ranks) for row in part]
-    order = np.concatenate([r[0] for r in table]).argsort()
+    order = np.concatenate([r[0] for r in table]).argsort(kind="stable")
     labels = None if table[0][2] is None else np.concatenate([r[2] for r in table])[order]
     return Outputs(
         logits=np.concatenate([r[1] for r in table])[order],
         labels=labels,
-        loss=sum(r[3] for r in table) / len(dataset),
+        loss=sum(r[3] for r in table) / len(order),
     )
 
 

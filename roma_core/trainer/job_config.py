@@ -24,6 +24,7 @@ def data_fields(schema: DataSchema) -> dict[str, Any]:
         "tubelet_size": [1, 1, 1],
         "n_channels": len(schema.channels),
         "n_pos_dims": len(schema.axes),
+        "position_axes": [],  # the data set applies its own
     }
 
 

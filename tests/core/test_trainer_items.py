@@ -6,10 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from roma_core import EncoderConfig, RoMAForClassificationConfig
+from roma_core import (
+    EncoderConfig,
+    RoMAForClassification,
+    RoMAForClassificationConfig,
+    Trainer,
+    TrainerConfig,
+)
 from roma_core.data.schema import PositionAxis
 from roma_core.trainer.augmenting import Drop
 from roma_core.trainer.batches import Collate
+from roma_core.trainer.evaluating import classify
 
 
 def config(**changes):
@@ -63,3 +70,29 @@ def test_dates_are_anchored_exactly_or_refused():
     torch.testing.assert_close(batch.positions.double(), expected, rtol=1e-6, atol=1e-7)
     with pytest.raises(ValueError, match="position_axes"):
         Collate(config(), seed=0)([(0, 0, item(3, 0, dates))])
+
+
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_a_head_on_every_token_trains_and_is_judged_token_by_token(tmp_path, batch_size):
+    """Position reconstruction without values: the label of each token is where it stands."""
+    random = np.random.default_rng(0)
+    items = []
+    for n in random.integers(3, 9, 24):
+        at = random.uniform(0, 3, (1, n)).astype(np.float32)
+        items.append(
+            item(n, (at[0] > 1.5).astype(np.int64), at) | {"values": np.ones((n, 1, 1, 1))}
+        )
+    model = RoMAForClassification(config(pooling="token"))
+    settings = {"epochs": 30, "base_lr": 3e-3, "batch_size": 8, "checkpoint_dir": tmp_path / "run"}
+    trainer = Trainer(TrainerConfig(**settings, log_wandb=False))
+
+    end = trainer.train(train_dataset=items[:16], test_dataset=items[16:], model=model)
+
+    assert end.metrics["eval/accuracy"] > 0.9
+    outputs = classify(model, items[16:], Collate(model.config, 0), batch_size)
+    expected = np.concatenate([one["label"] for one in items[16:]])
+    assert (outputs.labels == expected).all() and len(outputs.logits) == len(expected)
+    loss = torch.nn.functional.cross_entropy(
+        torch.from_numpy(outputs.logits), torch.from_numpy(outputs.labels)
+    )
+    assert outputs.loss == pytest.approx(float(loss), rel=1e-5)
