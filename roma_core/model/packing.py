@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,6 +50,13 @@ class MaskedRows:
             self.hidden.to(device),
         )
 
+    def pin_memory(self) -> MaskedRows:
+        return replace(
+            self,
+            visible_rows=self.visible_rows.pin_memory(),
+            hidden_rows=self.hidden_rows.pin_memory(),
+        )
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -75,18 +83,28 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Move everything; copies from pinned memory overlap with computation."""
+        return self._with(
+            lambda x: x.to(device, non_blocking=True),
+            self.segments.to(device),
+            None if self.masked is None else self.masked.to(device),
+        )
 
-        def move(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=True)
+    def pin_memory(self) -> PackedBatch:
+        """What a data loader calls, so that :meth:`to` need not wait."""
+        masked = None if self.masked is None else self.masked.pin_memory()
+        return self._with(torch.Tensor.pin_memory, self.segments, masked)
 
+    def _with(
+        self, move: Callable[[Tensor], Tensor], segments: Segments, masked: MaskedRows | None
+    ) -> PackedBatch:
         return PackedBatch(
             tokens=move(self.tokens),
             positions=move(self.positions),
-            segments=self.segments.to(device),
+            segments=segments,
             sample_ids=move(self.sample_ids),
             indices=self.indices,  # read on the host only
             labels=None if self.labels is None else move(self.labels),
-            masked=None if self.masked is None else self.masked.to(device),
+            masked=masked,
         )
 
     def with_mask(self, hidden: Tensor) -> PackedBatch:

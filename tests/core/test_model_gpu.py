@@ -70,3 +70,10 @@ def test_a_step_never_waits_for_the_gpu():
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_pinned_batch_is_the_same_batch():
+    _, batch = model_and_batch()
+    pinned = batch.pin_memory()
+    assert pinned.tokens.is_pinned() and pinned.masked.hidden_rows.is_pinned()
+    assert torch.equal(pinned.to("cuda").tokens.cpu(), batch.tokens)
