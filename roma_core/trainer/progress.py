@@ -65,7 +65,7 @@ class Progress:
             self._bar.set_postfix({k: f"{v:.4g}" for k, v in metrics.items() if "loss" in k})
         elif force or now - self._last_line >= _LINE_EVERY_S:
             self._last_line = now
-            shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+            shown = "  ".join(f"{k} {as_people_read(v)}" for k, v in metrics.items())
             print(
                 f"{self.what}: step {step}/{self.total_steps}  {shown}  ETA {eta_s:.0f} s",
                 flush=True,
@@ -82,3 +82,8 @@ class Progress:
                     **{name: float(value) for name, value in metrics.items()},
                 }
             )
+
+
+def as_people_read(number: float) -> str:
+    """Four digits, but thousands whole: 12,120 and not 1.212e+04."""
+    return f"{number:,.0f}" if 1000 <= abs(number) < 1e12 else f"{number:.4g}"
