@@ -140,6 +140,13 @@ class RoMAForClassification(Backbone):
                 f"label must be int64 classes of shape (rows,) = {tuple(logits.shape[:1])}, "
                 f"got {label.dtype} of shape {tuple(label.shape)}"
             )
+        elif not label.is_cuda and len(label):  # looking at a GPU's numbers would wait for it
+            wrong = ((label < 0) | (label >= logits.shape[1])).nonzero().flatten().tolist()
+            if wrong:
+                raise ValueError(
+                    f"label must be classes from 0 to {logits.shape[1] - 1} (dim_output={logits.shape[1]}); "
+                    f"row {wrong[0]} has {int(label[wrong[0]])}"
+                )
 
 
 def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:

@@ -6,7 +6,10 @@ pretraining, CLS in classification), and everything before it all of them.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +31,15 @@ class Rows:
 
     index: Tensor  # (R,) int64
     segments: Segments
+
+
+@functools.cache
+def _compiled(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a block, compiled once for the blocks of all models."""
+    # training and evaluation, encoder and decoder, with and without 16 bits: each is a variant
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 64)
+    return torch.compile(method, dynamic=True)
 
 
 class Attention(nn.Module):
@@ -89,6 +101,7 @@ class Block(nn.Module):
         self.hidden_drop_rate = config.hidden_drop_rate
         self.attn_drop_rate = config.attn_drop_rate
         self.drop_path_rate = drop_path_rate
+        self.compiles = False
 
     def before(
         self, x: Tensor, rotations: Rotations, rows: Tensor | None = None
@@ -120,11 +133,14 @@ class Block(nn.Module):
     ) -> Tensor:
         """``(T, d)`` → ``(T, d)``, or ``(R, d)`` with ``rows``."""
         index = None if rows is None else rows.index
-        q, k, v = self.before(x, rotations, index)
+        before, after = Block.before, Block.after
+        if self.compiles:
+            before, after = _compiled(before), _compiled(after)
+        q, k, v = before(self, x, rotations, index)
         queried = segments if rows is None else rows.segments
         dropout = self.attn_drop_rate if self.training else 0.0
         heads = packed_attention(q, k, v, queried, segments, dropout)
-        return self.after(x if index is None else x[index], heads, self._drop_path(queried))
+        return after(self, x if index is None else x[index], heads, self._drop_path(queried))
 
     def forward_padded(self, x: Tensor, rotations: Rotations, valid: Tensor) -> Tensor:
         """``(B, S, d)`` → ``(B, S, d)`` with ``(B, S)`` bool ``valid``; inference only."""
@@ -167,16 +183,11 @@ class Encoder(nn.Module):
 
         Attention stays one operator between the regions, so lengths never cause a recompilation.
         The first step after this takes from seconds to a minute; see ``tests/benchmarks/model.py``
-        for what it buys. Calling it again does nothing.
+        for what it buys. Calling it again does nothing. Copies of the model compile, too.
         """
-        # training and evaluation, encoder and decoder, with and without 16 bits: each is a variant
-        limits = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, 64)
         for block in self.layers:
             assert isinstance(block, Block)
-            if "before" not in block.__dict__:
-                block.before = torch.compile(block.before, dynamic=True)  # type: ignore[method-assign]
-                block.after = torch.compile(block.after, dynamic=True)  # type: ignore[method-assign]
+            block.compiles = True
 
     def forward_padded(self, x: Tensor, rotations: Rotations, valid: Tensor) -> Tensor:
         """``(B, S, d)`` → ``(B, S, d)``; for export and for comparison, not for training."""

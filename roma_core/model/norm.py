@@ -14,8 +14,8 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """Normalises the last axis; reductions are in float32, or float64 for float64 input.
 
-    The result is in float32 (float64) whatever comes in; under autocast it is cast to the type that
-    the matrix product behind it wants.
+    The result has the type of the weights whatever comes in; under autocast it is cast to the type
+    that the matrix product behind it wants.
     """
 
     def __init__(self, width: int, eps: float) -> None:
@@ -26,10 +26,12 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(…, width)`` → ``(…, width)``."""
         exact = x if x.dtype == torch.float64 else x.float()
+        gain = self.weight.to(exact.dtype)
         if x.is_cuda or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return F.rms_norm(exact, self.weight.shape, self.weight, self.eps)
-        normed: Tensor = _CpuRMSNorm.apply(exact, self.weight, self.eps)
-        return normed
+            normed = F.rms_norm(exact, gain.shape, gain, self.eps)
+        else:
+            normed = _CpuRMSNorm.apply(exact, gain, self.eps)
+        return normed.to(self.weight.dtype)
 
 
 class _CpuRMSNorm(torch.autograd.Function):

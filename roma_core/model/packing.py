@@ -176,8 +176,9 @@ def checked(
                 f"pad_mask must have shape (batch, tokens) = {(n_series, n_tokens)}, got {tuple(pad_mask.shape)}"
             )
         valid = ~pad_mask
-    empty = (~valid.any(1)).nonzero().flatten().tolist()
-    if n_series == 0 or empty:
+    if n_series == 0 or n_tokens == 0:
+        raise ValueError(f"values hold no tokens: their shape is {tuple(values.shape)}")
+    if empty := (~valid.any(1)).nonzero().flatten().tolist():
         raise ValueError(
             f"every series needs at least one real token; got {n_series} series, of which rows {empty} "
             f"of pad_mask are all padding"

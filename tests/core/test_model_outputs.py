@@ -265,3 +265,33 @@ def test_an_exception_leaves_no_trace_in_the_next_call():
     with pytest.raises(ValueError, match="NaN"):
         model(values * torch.nan, positions, pad_mask)
     assert torch.equal(model(values, positions, pad_mask)[0], before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_cast_as_a_whole_computes_and_learns(dtype):
+    values, positions, pad_mask = batch([8, 5])
+    for model in (autoencoder(), classifier()):
+        exact = model.embed(values, positions, pad_mask)
+        model.to(dtype)
+        close = (
+            {"rtol": 0.1, "atol": 0.1} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+        )
+        features = model.embed(values.to(dtype), positions, pad_mask)
+        assert features.dtype == dtype
+        torch.testing.assert_close(features.float(), exact, **close)
+        _, loss = model(values.to(dtype), positions, pad_mask, torch.tensor([0, 2]))
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("pooling, label", [("cls", [0, 3]), ("token", [[0] * 7 + [-1]] * 2)])
+def test_a_label_that_is_no_class_is_named(pooling, label):
+    values, positions, _ = batch([8, 8])
+    with pytest.raises(ValueError, match=r"classes from 0 to 2 \(dim_output=3\); row \d+ has"):
+        classifier(pooling=pooling)(values, positions, label=torch.tensor(label))
+
+
+def test_a_batch_of_nothing_is_named():
+    values, positions, _ = batch([8])
+    with pytest.raises(ValueError, match="no tokens"):
+        autoencoder()(values[:0], positions[:0])
