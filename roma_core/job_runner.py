@@ -6,6 +6,7 @@ writes ``exit.json``. The exit code tells the same, for people and for single pr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -66,6 +67,12 @@ def run_in_folder(folder: JobFolder, body: Body) -> int:
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
         create_json(attempt.exit, Exit(status="failed", reason=reason).model_dump(mode="json"))
+        if launched is None and isinstance(error, ValueError | OSError):
+            stack = attempt.path / "traceback.txt"  # the sentence is for people, the stack for us
+            with contextlib.suppress(OSError):  # a full disk may be what failed
+                stack.write_text(traceback.format_exc())
+            print(f"failed: {error}\n(the stack is in {stack})", file=sys.stderr, flush=True)
+            return 1
         traceback.print_exc()
         print(f"failed: {reason}", file=sys.stderr, flush=True)
         return 1

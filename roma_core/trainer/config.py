@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from roma_core.settings import RomaSettings
@@ -164,6 +164,13 @@ class TrainerConfig(RomaSettings):
     background_checkpoints: bool = Field(
         True, description="Write checkpoints beside the training; false: training waits for them."
     )
+
+    @field_validator("class_weights")
+    @classmethod
+    def _weights_weigh(cls, value: Any) -> Any:
+        if isinstance(value, list) and not all(0 <= weight < float("inf") for weight in value):
+            raise ValueError(f"weights must be finite and not negative, got {value}")
+        return value
 
     @model_validator(mode="after")
     def _optimizer_args_are_known(self) -> Self:

@@ -182,6 +182,13 @@ class TrainingRun:
         if self.test_dataset is None or len(self.test_dataset) == 0:
             for name in (n for n, wished in needs_evaluation.items() if wished):
                 raise ValueError(f"{name} needs a test_dataset with series to evaluate on")
+        elif self.evaluate_callback is None:
+            known = ["eval/loss"]
+            if isinstance(self.model, RoMAForClassification):
+                judged = self.model.config.problem_type == "classification"
+                known += ["eval/accuracy"] if judged else []
+            if self.config.best_metric not in known:
+                raise ValueError(_no_such_metric(self.config.best_metric, known))
 
     def _check_same_run(self, state: TrainState) -> None:
         same = {
@@ -447,10 +454,7 @@ class TrainingRun:
             return
         watched = self.config.best_metric
         if watched not in measured:
-            raise ValueError(
-                f"best_metric is {watched}, but an evaluation of this model gives {sorted(measured)}; "
-                f"name one of these, or give it in the evaluate callback"
-            )
+            raise ValueError(_no_such_metric(watched, sorted(measured)))
         self.evaluated, self.evaluated_at = measured, self.step
         self.course = self.course.after(
             measured[watched], self.config.best_metric_mode, self.config.early_stopping_min_delta
@@ -535,3 +539,10 @@ class TrainingRun:
         """Every process waits until the last checkpoint is committed."""
         self.writer.wait()
         self.ranks.wait()
+
+
+def _no_such_metric(wanted: str, given: list[str]) -> str:
+    return (
+        f"best_metric is {wanted}, but an evaluation of this model gives {', '.join(given)}; name one "
+        f"of these, or give it in the evaluate callback"
+    )

@@ -41,7 +41,8 @@ def training_loss(
     if not wished:
         return model.loss_fn
     if isinstance(model, RoMAForPreTraining):
-        log.info("pretraining has no classes and takes no notice of %s", " and ".join(wished))
+        # one .env serves both trainings, so this is no error
+        log.warning("pretraining has no classes and takes no notice of %s", " and ".join(wished))
         return model.loss_fn
     if model.config.problem_type != "classification":
         raise ValueError(

@@ -129,7 +129,6 @@ def test_a_wish_that_the_model_cannot_grant_is_refused_or_said(tmp_path, caplog)
     )
     with pytest.raises(ValueError, match="label_smoothing are for classification"):
         training_loss(regression, TrainerConfig(label_smoothing=0.1), Sines(4))
-    caplog.set_level("INFO")
     model = autoencoder()
     assert training_loss(model, TrainerConfig(label_smoothing=0.1), Sines(4)) is model.loss_fn
     assert "takes no notice of label_smoothing" in caplog.text
@@ -138,8 +137,11 @@ def test_a_wish_that_the_model_cannot_grant_is_refused_or_said(tmp_path, caplog)
     for changes in ({"early_stopping_patience": 2}, {"final_weights": "best"}):
         with pytest.raises(ValueError, match="needs a test_dataset"):
             Trainer(config(tmp_path, **changes)).train(Sines(8), None, model)
-    with pytest.raises(ValueError, match=r"best_metric is eval/f1, but .* \['eval/loss'\]"):
+    with pytest.raises(ValueError, match=r"best_metric is eval/f1, but .* gives eval/loss;"):
         Trainer(config(tmp_path, best_metric="eval/f1")).train(Sines(8), Sines(8), model)
+    assert not (tmp_path / "metrics.jsonl").exists()  # before the first step
+    with pytest.raises(ValueError, match=r"finite and not negative, got \[-1"):
+        TrainerConfig(class_weights=[-1, 2])
 
 
 SCORES = {2: 0.5, 4: 0.4, 6: 0.7, 8: 0.6, 10: 0.8}
