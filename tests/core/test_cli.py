@@ -170,3 +170,13 @@ def test_show_config_names_the_source_of_each_setting(runs):
     said = roma("pretrain", "--data", data, "--show-config", "--set", "trainer.epochs=7")
     assert "epochs" in said and "[code]" in said and "[default]" in said
     assert "n_channels: 2" in said
+
+
+def test_a_mistake_is_one_sentence_and_the_stack_is_in_a_file(runs, tmp_path):
+    said = roma(
+        *("pretrain", "--data", runs[1], "--out", tmp_path / "out", *SMALL, *DECODER),
+        *("--set", "trainer.tokens_per_batch=3"),
+        ok=False,
+    )
+    assert "failed: the longest series has" in said and "Traceback" not in said
+    assert "Traceback" in (tmp_path / "out/attempts/1/traceback.txt").read_text()
