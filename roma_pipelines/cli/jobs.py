@@ -44,7 +44,7 @@ def list_(everything: bool) -> None:
                 last.backend if last else "-",
                 str(last.attempt) if last else "-",
                 str(job.checkpoint) if job.checkpoint is not None else "-",
-                _age(time.time() - job.folder.spec.stat().st_mtime),
+                _age(time.time() - job.made_at),
                 "yes" if job.watched else "no",
                 job.asset,
             )

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -293,3 +294,38 @@ def test_an_unknown_job_is_said_so(run):
     code, text = run("jobs", "show", "abc")
 
     assert (code, "exactly one job" in text) == (1, True)
+
+
+@pytest.fixture
+def broken(root):
+    """The folder of a job whose specification was cut short."""
+    folder = root / "jobs" / "broken"
+    folder.mkdir(parents=True)
+    (folder / "spec.json").write_text('{"schema_ver')
+    return folder
+
+
+def test_a_job_that_cannot_be_read_hides_no_other_one(
+    run, broken, launcher, folder, make_spec, caplog
+):
+    supervise(launcher, folder, make_spec(), CONFIG, poll_every_s=0.02)
+
+    code, text = run("jobs", "list", "--all")
+    assert (code, folder.path.name in text) == (0, True)
+    assert f"job folder {broken} cannot be read" in caplog.text
+    caplog.clear()
+    assert run("jobs", "show", folder.path.name)[0] == 0
+    assert caplog.text == ""  # the other one's files were not looked at
+    code, text = run("jobs", "show", "broken")
+    assert (code, f"the job in {broken} cannot be read" in text) == (1, True)
+
+
+def test_a_job_removed_while_it_is_read_is_left_out(broken, monkeypatch, caplog):
+    def removed_meanwhile(path):
+        shutil.rmtree(path)
+        raise FileNotFoundError(path / "spec.json")
+
+    monkeypatch.setattr("roma_pipelines.launching.jobs.read_job", removed_meanwhile)
+
+    assert all_jobs(broken.parent) == []
+    assert caplog.text == ""
