@@ -158,6 +158,7 @@ def test_launch_hands_every_argument_on(root, profiles, request, target):
     (line,) = re.findall(r"^WORLD (.*)$", output, re.MULTILINE)
     assert json.loads(line) == [WORDS, str(root), "2"]
     assert "completed in 1 attempt(s)" in errors
+    assert f" in {root / 'jobs'}/" in errors
     assert not (root / "evil").exists()
 
 
@@ -202,6 +203,18 @@ def test_ctrl_c_ends_the_watch_and_a_stop_request_continues_the_job(root, eventu
     assert again.returncode == 0, errors
     assert "went on" in output
     assert "completed in 2 attempt(s)" in errors
+
+
+def test_ctrl_c_before_the_submission_says_that_nothing_runs(run, root, monkeypatch):
+    def interrupted(self, spec, folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("roma_pipelines.launching.local.LocalLauncher.preflight", interrupted)
+
+    code, text = run("launch", "-m", "mine")
+
+    assert (code, "before anything was submitted to the target local" in text) == (1, True)
+    assert "goes on" not in text and str(root / "jobs") not in text
 
 
 @pytest.mark.parametrize("words", [(), ("--job", "x", "mine")])
