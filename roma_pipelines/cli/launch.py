@@ -76,8 +76,29 @@ def _new(storage: Any, module: str, arguments: tuple[str, ...], options: dict[st
         time_limit_min=options["time_limit_min"],
         env_names=tuple(sorted(name for name in os.environ if name.startswith(_HANDED_ON))),
     )
+    if options["target"] == "local":
+        _fits_here(spec)
     launcher = launcher_for(options["target"], options["profile"], storage)
     return JobFolder(storage.jobs / key), spec, config, launcher
+
+
+def _fits_here(spec: Any) -> None:
+    """Take literally what was typed for this computer.
+
+    Raises:
+        Refused: it has less.
+    """
+    from roma_pipelines.launching.launcher import Refused
+    from roma_pipelines.launching.local import more_than_here
+
+    if reasons := more_than_here(spec):
+        raise Refused(reasons)
+    threads, cpus = spec.processes_per_node * spec.threads_per_process, os.cpu_count() or 1
+    if threads > cpus:
+        click.echo(
+            f"{threads} threads are asked for, this computer has {cpus} CPUs; it will be slow",
+            err=True,
+        )
 
 
 def _again(storage: Any, key: str) -> Any:

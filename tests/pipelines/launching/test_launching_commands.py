@@ -217,6 +217,30 @@ def test_ctrl_c_before_the_submission_says_that_nothing_runs(run, root, monkeypa
     assert "goes on" not in text and str(root / "jobs") not in text
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--gpus", "9"), "9 GPUs are asked for, this computer has 2"),
+        (("--memory-gb", "1e6"), "1e+06 GB of memory are asked for, this computer has"),
+    ],
+)
+def test_launch_asks_this_computer_for_no_more_than_it_has(run, root, monkeypatch, words, message):
+    monkeypatch.setattr("roma_pipelines.launching.local.gpus_here", lambda: 2)
+
+    code, text = run("launch", *words, "-m", "mine")
+
+    assert (code, message in text) == (1, True), text
+    assert not list((root / "jobs").glob("*"))
+
+
+def test_more_threads_than_cpus_are_only_said(run, root, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+
+    code, text = run("launch", "--threads", "3", "-m", "json.tool", "--help")
+
+    assert (code, "3 threads are asked for, this computer has 2 CPUs" in text) == (0, True), text
+
+
 @pytest.mark.parametrize("words", [(), ("--job", "x", "mine")])
 def test_launch_wants_a_module_or_a_job(run, words):
     code, text = run("launch", *words)
