@@ -182,13 +182,16 @@ def cancel(
 def removable(jobs: list[Job], older_than_s: float) -> list[Job]:
     """Jobs that made nothing and ended so long ago: failed and cancelled ones.
 
-    What a completed job made is what assets and models refer to; it stays.
+    What a completed job made is what assets and models refer to; it stays. So does what a living
+    watcher may still read or begin again; one silent for long is done with it.
     """
     now = time.time()
 
     def came_to_nothing(job: Job) -> bool:
         end = job.records[-1].end if job.records else None
         if end is None or end.how not in ("failed", "cancelled"):
+            return False
+        if job.watched and now - float(job.watcher["beat"]) < WATCHER_SILENT_S:
             return False
         return now - end.ended_at > older_than_s
 

@@ -296,6 +296,11 @@ def test_a_job_that_nobody_watches_can_be_cancelled(run, abandoned, processes):
     assert "1 ended" in run("jobs", "list")[1]
 
     assert "would remove" not in run("jobs", "gc")[1]  # it is not old enough
+    assert "would remove" not in run("jobs", "gc", "--days", "0")[1]  # this process watches it
+    document = json.loads(abandoned.watcher.read_text())
+    abandoned.watcher.write_text(json.dumps(document | {"start": "another process"}))
+    code, text = run("jobs", "gc", "--days", "-5")
+    assert (code, "is not in the range x>=0" in text) == (2, True)
     assert f"would remove {key}" in run("jobs", "gc", "--days", "0")[1]
     assert abandoned.path.exists()
     assert f"removed {key}" in run("jobs", "gc", "--days", "0", "--yes")[1]
