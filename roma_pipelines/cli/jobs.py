@@ -44,7 +44,7 @@ def list_(everything: bool) -> None:
                 last.backend if last else "-",
                 str(last.attempt) if last else "-",
                 str(job.checkpoint) if job.checkpoint is not None else "-",
-                _age(time.time() - job.folder.spec.stat().st_mtime),
+                _age(time.time() - job.made_at),
                 "yes" if job.watched else "no",
                 job.asset,
             )
@@ -143,7 +143,13 @@ def cancel(key: str, wait_s: float) -> None:
 
 
 @jobs.command()
-@click.option("--days", default=30.0, show_default=True, help="Ended at least so long ago.")
+@click.option(
+    "--days",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    help="Ended at least so long ago.",
+)
 @click.option("--yes", is_flag=True, help="Remove them; without, they are only listed.")
 def gc(days: float, yes: bool) -> None:
     """Remove the folders of failed and cancelled jobs; completed ones stay."""

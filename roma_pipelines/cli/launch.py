@@ -76,8 +76,29 @@ def _new(storage: Any, module: str, arguments: tuple[str, ...], options: dict[st
         time_limit_min=options["time_limit_min"],
         env_names=tuple(sorted(name for name in os.environ if name.startswith(_HANDED_ON))),
     )
+    if options["target"] == "local":
+        _fits_here(spec)
     launcher = launcher_for(options["target"], options["profile"], storage)
     return JobFolder(storage.jobs / key), spec, config, launcher
+
+
+def _fits_here(spec: Any) -> None:
+    """Take literally what was typed for this computer.
+
+    Raises:
+        Refused: it has less.
+    """
+    from roma_pipelines.launching.launcher import Refused
+    from roma_pipelines.launching.local import more_than_here
+
+    if reasons := more_than_here(spec):
+        raise Refused(reasons)
+    threads, cpus = spec.processes_per_node * spec.threads_per_process, os.cpu_count() or 1
+    if threads > cpus:
+        click.echo(
+            f"{threads} threads are asked for, this computer has {cpus} CPUs; it will be slow",
+            err=True,
+        )
 
 
 def _again(storage: Any, key: str) -> Any:
@@ -101,7 +122,6 @@ def _watch(folder: JobFolder, spec: Any, config: Any, launcher: Any, max_attempt
     from roma_pipelines.launching.job import JobFailed
     from roma_pipelines.launching.supervisor import supervise
 
-    click.echo(f"job {spec.key} in {folder.path}", err=True)
     shown = _Shown(folder)
     try:
         outcome = supervise(
@@ -111,6 +131,7 @@ def _watch(folder: JobFolder, spec: Any, config: Any, launcher: Any, max_attempt
             config,
             watcher={"asset_key": spec.command[3] if len(spec.command) > 3 else "?"},
             on_poll=shown.update,
+            on_note=lambda note: shown.name(),
             max_attempts=max_attempts,
         )
     except JobFailed as error:
@@ -118,6 +139,11 @@ def _watch(folder: JobFolder, spec: Any, config: Any, launcher: Any, max_attempt
         # its log is on the page already
         raise click.ClickException("\n".join(str(error).splitlines()[:2])) from error
     except KeyboardInterrupt:
+        if not folder.attempt_numbers():  # not even an intent: it was still being checked
+            raise click.ClickException(
+                f"interrupted before anything was submitted to the target {launcher.backend}; "
+                f"nothing runs: launch it anew"
+            ) from None
         raise click.ClickException(
             f"the job goes on; take it up again with `roma-pipeline launch --job {spec.key}`, or end "
             f"it with `roma-pipeline jobs cancel {spec.key}`"
@@ -127,13 +153,21 @@ def _watch(folder: JobFolder, spec: Any, config: Any, launcher: Any, max_attempt
 
 
 class _Shown:
-    """Prints the log as it grows, and why the job does not run."""
+    """Prints where the job is once there is one, its log as it grows, and why it does not run."""
 
     def __init__(self, folder: JobFolder) -> None:
         self.folder = folder
         self.attempt, self.offset, self.reason = 0, 0, ""
+        self.named = False
+
+    def name(self) -> None:
+        """Once, and not before the target would run it: a refused job leaves no folder."""
+        if not self.named and self.folder.attempt_numbers():
+            self.named = True
+            click.echo(f"job {self.folder.path.name} in {self.folder.path}", err=True)
 
     def update(self, state: JobState) -> None:
+        self.name()
         self.log()
         if not state.ended and state.phase != "running" and state.reason != self.reason:
             self.reason = state.reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import socket
 import time
@@ -17,6 +18,8 @@ from roma_pipelines.launching.job import AttemptRecord, JobSpec
 from roma_pipelines.launching.launcher import Launcher
 from roma_pipelines.launching.supervisor import Supervisor, newest_checkpoint, request_cancel
 
+log = logging.getLogger(__name__)
+
 WATCHER_SILENT_S = 60.0
 """A watcher on another computer that has not said for so long that it is alive is dead."""
 
@@ -28,6 +31,7 @@ class Job:
     Attributes:
         watcher: content of ``watcher.json``; empty if nobody ever watched.
         watched: whether that watcher is alive.
+        made_at: when its specification was written, seconds since the epoch.
     """
 
     folder: JobFolder
@@ -35,6 +39,7 @@ class Job:
     records: tuple[AttemptRecord, ...]
     watcher: dict[str, Any]
     watched: bool
+    made_at: float
 
     @property
     def key(self) -> str:
@@ -75,36 +80,67 @@ def is_watched(watcher: dict[str, Any]) -> bool:
 
 
 def read_job(path: Path) -> Job | None:
-    """The job in this folder; None if there is none, or not yet."""
+    """The job in this folder; None if there is none, or not yet.
+
+    Raises:
+        ValueError: a file of it cannot be understood.
+        OSError: a file of it cannot be read, or the folder is being removed.
+    """
     folder = JobFolder(path)
     if not folder.spec.exists():
         return None
+    made_at = folder.spec.stat().st_mtime
     spec = JobSpec.model_validate(read_json(folder.spec, schema_version=1))
     watcher = read_json(folder.watcher, schema_version=1) if folder.watcher.exists() else {}
     numbers = folder.attempt_numbers()
     records = [read_json(folder.attempt_record(n), schema_version=1) for n in numbers]
     attempts = tuple(AttemptRecord.model_validate(record) for record in records)
-    return Job(folder, spec, attempts, watcher, is_watched(watcher))
+    return Job(folder, spec, attempts, watcher, is_watched(watcher), made_at)
 
 
 def all_jobs(root: Path) -> list[Job]:
-    """All jobs under ``root``, the newest first."""
-    paths = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
-    jobs = [job for path in paths if (job := read_job(path))]
-    return sorted(jobs, key=lambda job: job.folder.spec.stat().st_mtime, reverse=True)
+    """All jobs under ``root``, the newest first; a warning names each that cannot be read."""
+    jobs = [job for path in _folders(root) if (job := _readable_job(path))]
+    return sorted(jobs, key=lambda job: job.made_at, reverse=True)
+
+
+def _folders(root: Path) -> list[Path]:
+    return [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+
+
+def _readable_job(path: Path) -> Job | None:
+    """One broken job must not hide all others, and one may be removed at any moment."""
+    try:
+        return read_job(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if path.exists():
+            what = " ".join(str(error).split())
+            log.warning(
+                "job folder %s cannot be read and is left out (%s); repair or remove it", path, what
+            )
+        return None
 
 
 def find_job(root: Path, key: str) -> Job:
-    """The job whose key begins so.
+    """The job whose key begins so; no other job's files are read.
 
     Raises:
-        ValueError: there is none, or several.
+        ValueError: there is none, or several, or it cannot be read.
     """
-    found = [job for job in all_jobs(root) if job.key.startswith(key)]
+    found = [path for path in _folders(root) if path.name.startswith(key)]
+    found = [path for path in found if JobFolder(path).spec.exists()]
     if len(found) != 1:
-        there = ", ".join(job.key for job in found) or "none"
+        there = ", ".join(path.name for path in found) or "none"
         raise ValueError(f"exactly one job of {root} should begin with {key!r}; there is {there}")
-    return found[0]
+    try:
+        job = read_job(found[0])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"the job in {found[0]} cannot be read ({error}); repair or remove that folder"
+        ) from error
+    if job is None:
+        raise ValueError(f"the job in {found[0]} was removed a moment ago")
+    return job
 
 
 def cancel(
@@ -146,13 +182,16 @@ def cancel(
 def removable(jobs: list[Job], older_than_s: float) -> list[Job]:
     """Jobs that made nothing and ended so long ago: failed and cancelled ones.
 
-    What a completed job made is what assets and models refer to; it stays.
+    What a completed job made is what assets and models refer to; it stays. So does what a living
+    watcher may still read or begin again; one silent for long is done with it.
     """
     now = time.time()
 
     def came_to_nothing(job: Job) -> bool:
         end = job.records[-1].end if job.records else None
         if end is None or end.how not in ("failed", "cancelled"):
+            return False
+        if job.watched and now - float(job.watcher["beat"]) < WATCHER_SILENT_S:
             return False
         return now - end.ended_at > older_than_s
 

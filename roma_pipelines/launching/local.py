@@ -42,6 +42,32 @@ _KILL_TIMEOUT_S = 10.0
 _LOOK_EVERY_S = 0.05
 
 
+def gpus_here() -> int | None:
+    """GPUs of this computer; None where counting NVIDIA's devices does not tell."""
+    if sys.platform != "linux" or any(Path(p).exists() for p in ("/dev/kfd", "/dev/dxg")):
+        return None  # another maker's, or those of a Windows around this Linux
+    return sum(path.name[6:].isdigit() for path in Path("/dev").glob("nvidia*"))
+
+
+def more_than_here(spec: JobSpec) -> list[str]:
+    """What is asked for that this computer has not.
+
+    No part of the preflight: an experiment sized for a cluster also runs here, with what there is.
+    """
+    found = []
+    if (there := gpus_here()) is not None and spec.gpus_per_node > there:
+        found.append(
+            f"{spec.gpus_per_node} GPUs are asked for, this computer has {there}; ask for at most "
+            f"that, or choose another target"
+        )
+    if spec.memory_gb and spec.memory_gb > (most := psutil.virtual_memory().total / 1e9):
+        found.append(
+            f"{spec.memory_gb:g} GB of memory are asked for, this computer has {most:.0f}; ask for at "
+            f"most that, or choose another target"
+        )
+    return found
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -17,7 +17,7 @@ from roma_core.job import JobFolder
 from roma_pipelines.launching.job import JobSpec
 from roma_pipelines.launching.launcher import NoAnswer
 from roma_pipelines.launching.sbatch import batch_script
-from roma_pipelines.launching.shell import Shell
+from roma_pipelines.launching.shell import Answer, Shell
 from roma_pipelines.launching.site import Site
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _COMMANDS = ("sbatch", "squeue", "scontrol", "scancel", "sinfo")
 _MIN_FREE_MB = 200
+_UNCONFIGURED = "Could not establish a configuration source"
+"""SLURM's word where its commands are installed and no cluster is: waiting would not help."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,11 @@ def refusals(launcher: SlurmLauncher, spec: JobSpec, folder: JobFolder) -> list[
             f"one as `ssh` in the profile {site.name}"
         ]
     found = [*_about_folder(folder, shell), *_about_python(launcher)]
-    kinds = _nodes(shell)
+    answer = shell.run("sinfo", "-h", "-o", "%P|%a|%l|%D|%c|%m|%G")
+    if _UNCONFIGURED.lower() in answer.text.lower():
+        found.append(_about_configuration(site))
+        return found
+    kinds = _nodes(answer)
     wanted = site.partition.split(",") if site.partition else []
     known = {kind.partition.rstrip("*") for kind in kinds}
     if unknown := [name for name in wanted if name not in known]:
@@ -104,8 +110,19 @@ def _about_python(launcher: SlurmLauncher) -> list[str]:
     return [f"there is no interpreter {python}; set `python` in the profile {launcher.site.name}"]
 
 
-def _nodes(shell: Shell) -> list[Nodes]:
-    answer = shell.run("sinfo", "-h", "-o", "%P|%a|%l|%D|%c|%m|%G")
+def _about_configuration(site: Site) -> str:
+    if site.ssh:
+        return (
+            f"the SLURM commands of {site.ssh} know of no cluster; name a login node as `ssh` in the "
+            f"profile {site.name}"
+        )
+    return (
+        f"the SLURM commands of this computer know of no cluster; run on a login node, name one as "
+        f"`ssh` in the profile {site.name}, or set SLURM_CONF to the cluster's slurm.conf"
+    )
+
+
+def _nodes(answer: Answer) -> list[Nodes]:
     if answer.code:
         raise NoAnswer(f"sinfo: {answer.text}")
     found = []

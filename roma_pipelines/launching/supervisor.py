@@ -67,9 +67,11 @@ def log_tail(path: Path) -> str:
 
 def newest_checkpoint(folder: JobFolder) -> int | None:
     """Step of the newest committed checkpoint, by folder name; None without any."""
-    if not folder.checkpoints.is_dir():
+    try:
+        paths = list(folder.checkpoints.iterdir())
+    except FileNotFoundError:
         return None
-    names = (re.fullmatch(r"step-(\d+)", path.name) for path in folder.checkpoints.iterdir())
+    names = (re.fullmatch(r"step-(\d+)", path.name) for path in paths)
     return max((int(name[1]) for name in names if name), default=None)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,6 +158,7 @@ def test_launch_hands_every_argument_on(root, profiles, request, target):
     (line,) = re.findall(r"^WORLD (.*)$", output, re.MULTILINE)
     assert json.loads(line) == [WORDS, str(root), "2"]
     assert "completed in 1 attempt(s)" in errors
+    assert f" in {root / 'jobs'}/" in errors
     assert not (root / "evil").exists()
 
 
@@ -201,6 +203,42 @@ def test_ctrl_c_ends_the_watch_and_a_stop_request_continues_the_job(root, eventu
     assert again.returncode == 0, errors
     assert "went on" in output
     assert "completed in 2 attempt(s)" in errors
+
+
+def test_ctrl_c_before_the_submission_says_that_nothing_runs(run, root, monkeypatch):
+    def interrupted(self, spec, folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("roma_pipelines.launching.local.LocalLauncher.preflight", interrupted)
+
+    code, text = run("launch", "-m", "mine")
+
+    assert (code, "before anything was submitted to the target local" in text) == (1, True)
+    assert "goes on" not in text and str(root / "jobs") not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--gpus", "9"), "9 GPUs are asked for, this computer has 2"),
+        (("--memory-gb", "1e6"), "1e+06 GB of memory are asked for, this computer has"),
+    ],
+)
+def test_launch_asks_this_computer_for_no_more_than_it_has(run, root, monkeypatch, words, message):
+    monkeypatch.setattr("roma_pipelines.launching.local.gpus_here", lambda: 2)
+
+    code, text = run("launch", *words, "-m", "mine")
+
+    assert (code, message in text) == (1, True), text
+    assert not list((root / "jobs").glob("*"))
+
+
+def test_more_threads_than_cpus_are_only_said(run, root, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+
+    code, text = run("launch", "--threads", "3", "-m", "json.tool", "--help")
+
+    assert (code, "3 threads are asked for, this computer has 2 CPUs" in text) == (0, True), text
 
 
 @pytest.mark.parametrize("words", [(), ("--job", "x", "mine")])
@@ -258,6 +296,11 @@ def test_a_job_that_nobody_watches_can_be_cancelled(run, abandoned, processes):
     assert "1 ended" in run("jobs", "list")[1]
 
     assert "would remove" not in run("jobs", "gc")[1]  # it is not old enough
+    assert "would remove" not in run("jobs", "gc", "--days", "0")[1]  # this process watches it
+    document = json.loads(abandoned.watcher.read_text())
+    abandoned.watcher.write_text(json.dumps(document | {"start": "another process"}))
+    code, text = run("jobs", "gc", "--days", "-5")
+    assert (code, "is not in the range x>=0" in text) == (2, True)
     assert f"would remove {key}" in run("jobs", "gc", "--days", "0")[1]
     assert abandoned.path.exists()
     assert f"removed {key}" in run("jobs", "gc", "--days", "0", "--yes")[1]
@@ -293,3 +336,38 @@ def test_an_unknown_job_is_said_so(run):
     code, text = run("jobs", "show", "abc")
 
     assert (code, "exactly one job" in text) == (1, True)
+
+
+@pytest.fixture
+def broken(root):
+    """The folder of a job whose specification was cut short."""
+    folder = root / "jobs" / "broken"
+    folder.mkdir(parents=True)
+    (folder / "spec.json").write_text('{"schema_ver')
+    return folder
+
+
+def test_a_job_that_cannot_be_read_hides_no_other_one(
+    run, broken, launcher, folder, make_spec, caplog
+):
+    supervise(launcher, folder, make_spec(), CONFIG, poll_every_s=0.02)
+
+    code, text = run("jobs", "list", "--all")
+    assert (code, folder.path.name in text) == (0, True)
+    assert f"job folder {broken} cannot be read" in caplog.text
+    caplog.clear()
+    assert run("jobs", "show", folder.path.name)[0] == 0
+    assert caplog.text == ""  # the other one's files were not looked at
+    code, text = run("jobs", "show", "broken")
+    assert (code, f"the job in {broken} cannot be read" in text) == (1, True)
+
+
+def test_a_job_removed_while_it_is_read_is_left_out(broken, monkeypatch, caplog):
+    def removed_meanwhile(path):
+        shutil.rmtree(path)
+        raise FileNotFoundError(path / "spec.json")
+
+    monkeypatch.setattr("roma_pipelines.launching.jobs.read_job", removed_meanwhile)
+
+    assert all_jobs(broken.parent) == []
+    assert caplog.text == ""

@@ -6,6 +6,8 @@ import pytest
 
 from roma_core.job import JobFolder
 from roma_pipelines.launching.launcher import NoAnswer, Refused
+from roma_pipelines.launching.shell import Answer
+from roma_pipelines.launching.slurm import SlurmLauncher
 from roma_pipelines.launching.slurm_preflight import gpus_of, minutes
 from roma_pipelines.launching.supervisor import supervise
 
@@ -105,6 +107,26 @@ def test_a_computer_without_slurm(refusals, tmp_path, monkeypatch):
     (reason,) = refusals()
 
     assert "no sbatch, squeue, scontrol, scancel, sinfo on this computer" in reason
+
+
+@pytest.mark.parametrize(("ssh", "advice"), [(None, "SLURM_CONF"), ("login", "name a login node")])
+def test_slurm_commands_that_know_of_no_cluster(
+    site, make_spec, folder, tmp_path, monkeypatch, ssh, advice
+):
+    launcher = SlurmLauncher(site, tmp_path / "clusters")
+    monkeypatch.setattr("shutil.which", lambda name: name)
+
+    def run(*argv):
+        if argv[0] == "sinfo":
+            return Answer(1, "", "sinfo: fatal: Could not establish a configuration source\n")
+        return Answer(0, "", "")
+
+    monkeypatch.setattr(launcher.shell, "run", run)
+    launcher.site = site.model_copy(update={"ssh": ssh})
+
+    (reason,) = launcher.preflight(make_spec(""), folder)
+
+    assert "know of no cluster" in reason and advice in reason
 
 
 def test_nothing_is_written_or_queued_for_a_refused_job(slurm, cluster, folder, make_spec):
