@@ -41,7 +41,7 @@ def build(config: Path, out: Path, cache: Path) -> None:
 
     try:
         path = build_dataset(DatasetConfig.from_yaml(config), out, cache)
-    except (DataError, ValidationError) as error:
+    except (DataError, ValidationError, OSError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(path)
 

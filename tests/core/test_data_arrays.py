@@ -51,6 +51,30 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path, arrays, message):
         list(npz(tmp_path, **arrays).read())
 
 
+FLAT = {"values": np.zeros(5), "positions": np.arange(5)}
+ROWS = {"values": np.zeros((2, 4)), "positions": np.arange(4)}
+
+
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        (FLAT | {"offsets": [0, 2, 4]}, "from 0 to 4 for 5 values"),
+        (FLAT | {"offsets": [0, 3, 2, 5]}, "must rise"),
+        (FLAT | {"offsets": [0.5, 5]}, "whole numbers, got float64"),
+        (FLAT | {"offsets": [0, 5], "positions": np.arange(4)}, "5 values and 4 positions"),
+        (ROWS | {"lengths": [4, -1]}, "from -1 to 4"),
+        (ROWS | {"lengths": [4, 99]}, "from 0 to the 4 observations"),
+        (ROWS | {"positions": np.zeros((2, 3))}, "as many series and observations"),
+        ({"values": np.float64(1), "positions": np.arange(4)}, "single numbers"),
+    ],
+)
+def test_arrays_that_are_not_cut_into_series_are_refused_before_any_is_read(
+    tmp_path, arrays, message
+):
+    with pytest.raises(DataError, match=message):
+        npz(tmp_path, **arrays)
+
+
 def test_a_file_that_is_no_archive_is_refused(tmp_path):
     (tmp_path / "some.npz").write_bytes(b"PK but no more")
 

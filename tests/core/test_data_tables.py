@@ -267,3 +267,9 @@ def test_the_example_in_the_readme_is_a_configuration():
     assert config.repair.not_finite == "drop"
     for kind in kinds():
         assert f"`{kind}`" in readme
+
+
+@pytest.mark.parametrize("name", ["stars.parquet", "stars.csv"])
+def test_a_row_without_the_name_of_an_object_is_refused(tmp_path, name):
+    with pytest.raises(DataError, match="needs one"):
+        opened(tmp_path, long_table(ids=("a", "a", "", "b", "b")), name)

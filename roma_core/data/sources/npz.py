@@ -63,8 +63,8 @@ class NpzSource:
         self._where = str(config.file)
         self._offsets = arrays.get("offsets")
         self._values, self._positions = arrays["values"], arrays["positions"]
-        self._n = len(self._values) if self._offsets is None else len(self._offsets) - 1
         self._lengths = arrays.get("lengths")
+        self._n = self._count()
         self._ids = arrays.get("ids", np.arange(self._n))
         self._facts = {k: arrays[k] for k in _FACTS if k in arrays}
         for name in ("lengths", "ids", *_FACTS):
@@ -76,6 +76,51 @@ class NpzSource:
 
     def __length_hint__(self) -> int:
         return self._n
+
+    def _count(self) -> int:
+        """How many series there are.
+
+        Raises:
+            DataError: offsets or lengths do not cut the arrays into series.
+        """
+        values, positions = self._values, self._positions
+        if values.ndim == 0 or positions.ndim == 0:
+            raise DataError(
+                f"{self._where}: values and positions must be arrays, not single numbers"
+            )
+        if self._offsets is not None:
+            offsets = self._whole("offsets", self._offsets)
+            ends = (offsets[0], offsets[-1]) if len(offsets) else (None, None)
+            if (
+                ends != (0, len(values))
+                or len(values) != len(positions)
+                or (np.diff(offsets) < 0).any()
+            ):
+                raise DataError(
+                    f"{self._where}: offsets must rise from 0 to the number of observations; they go from "
+                    f"{ends[0]} to {ends[1]} for {len(values)} values and {len(positions)} positions"
+                )
+            return len(offsets) - 1
+        if positions.ndim > 1 and positions.shape[:2] != values.shape[:2]:
+            raise DataError(
+                f"{self._where}: values {values.shape} and positions {positions.shape} must have as many "
+                f"series and observations"
+            )
+        if self._lengths is not None:
+            lengths, most = self._whole("lengths", self._lengths), (*values.shape, 1)[1]
+            if len(lengths) and not 0 <= lengths.min() <= lengths.max() <= most:
+                raise DataError(
+                    f"{self._where}: lengths must be from 0 to the {most} observations of a row; they go "
+                    f"from {lengths.min()} to {lengths.max()}"
+                )
+        return len(values)
+
+    def _whole(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise DataError(
+                f"{self._where}: {name} must be one row of whole numbers, got {array.dtype} of shape {array.shape}"
+            )
+        return array
 
     def read(self) -> Iterator[RawSeries]:
         """Every series."""

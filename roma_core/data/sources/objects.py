@@ -35,6 +35,8 @@ def keys_of(column: pa.Array, name: str, words: dict[int, str] | None = None) ->
         return column.cast(pa.int64()).to_numpy()
     coded = text(column).dictionary_encode()
     texts = [word.strip() for word in coded.dictionary.to_pylist()]
+    if "" in texts:
+        raise DataError(f"column {name!r} has an empty id; every row needs one")
     keys = np.array([hash_text(t) >> 1 for t in texts], dtype=np.int64)  # 63 bits
     if words is not None:
         words.update(zip(keys.tolist(), texts, strict=True))
