@@ -144,8 +144,9 @@ def _train(plan: Plan, environment: dict[str, str], log: Path) -> None:
     end = trainer.train(plan.train, plan.test, plan.model())
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    print("END", end.status, end.step, end.world_size, flush=True)
     sys.stdout.flush()
+    line = f"END {end.status} {end.step} {end.world_size}\n"
+    os.write(1, line.encode())  # at once: several processes may share the pipe
 
 
 _context = multiprocessing.get_context("forkserver")
