@@ -60,6 +60,10 @@ ROWS = {"values": np.zeros((2, 4)), "positions": np.arange(4)}
     [
         (FLAT | {"offsets": [0, 2, 4]}, "from 0 to 4 for 5 values"),
         (FLAT | {"offsets": [0, 3, 2, 5]}, "must rise"),
+        (FLAT | {"offsets": np.array([0, 3, 2, 5], dtype=np.uint64)}, "must rise"),
+        (FLAT | {"offsets": [0, 2, 5], "lengths": [-1, 99]}, "offsets and lengths"),
+        (ROWS | {"ids": "a"}, "ids must be one row"),
+        (ROWS | {"labels": 3}, "labels must be one row"),
         (FLAT | {"offsets": [0.5, 5]}, "whole numbers, got float64"),
         (FLAT | {"offsets": [0, 5], "positions": np.arange(4)}, "5 values and 4 positions"),
         (ROWS | {"lengths": [4, -1]}, "from -1 to 4"),

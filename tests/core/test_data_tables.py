@@ -273,3 +273,12 @@ def test_the_example_in_the_readme_is_a_configuration():
 def test_a_row_without_the_name_of_an_object_is_refused(tmp_path, name):
     with pytest.raises(DataError, match="needs one"):
         opened(tmp_path, long_table(ids=("a", "a", "", "b", "b")), name)
+
+
+def test_a_doubled_column_is_refused_and_endings_may_be_upper_case(tmp_path):
+    assert as_lists(opened(tmp_path, long_table(), "STARS.CSV"))
+    path = tmp_path / "STARS.CSV"
+    path.write_text(path.read_text().replace("ignored", "flux", 1))
+    values = {"kind": "table", "files": [str(path)], "columns": COLUMNS}
+    with pytest.raises(DataError, match="more than one column 'flux'"):
+        as_lists(source_config(values).open(tmp_path / "cache"))

@@ -78,7 +78,7 @@ def batches(path: Path, columns: Sequence[str], text: Iterable[str], rows: int) 
     """A Parquet or CSV file as Arrow record batches of up to about ``rows`` rows.
 
     Args:
-        path: ends in ``.parquet`` or, for CSV, in ``.csv``, ``.csv.gz`` or ``.txt``.
+        path: ends in ``.parquet`` or, for CSV, in ``.csv``, ``.csv.gz`` or ``.txt``, in any case.
         columns: to read, in this order.
         text: those of them that are text in a CSV file; the others are numbers.
         rows: per batch.
@@ -89,9 +89,10 @@ def batches(path: Path, columns: Sequence[str], text: Iterable[str], rows: int) 
     import pyarrow as pa
 
     try:
-        if path.suffix == ".parquet":
+        endings = {ending.lower() for ending in path.suffixes}
+        if path.suffix.lower() == ".parquet":
             yield from _parquet_batches(path, columns, rows)
-        elif {".csv", ".txt"} & set(path.suffixes):
+        elif {".csv", ".txt"} & endings:
             yield from _csv_batches(path, columns, set(text), rows)
         else:
             raise DataError(f"{path}: expected a .parquet or .csv file")
@@ -125,6 +126,10 @@ def _csv_batches(path: Path, columns: Sequence[str], text: set[str], rows: int) 
 def _refuse_missing(path: Path, columns: Sequence[str], present: Sequence[str]) -> None:
     if missing := [name for name in columns if name not in present]:
         raise DataError(f"{path} has no column {missing[0]!r}; it has {list(present)}")
+    if twice := [name for name in columns if list(present).count(name) > 1]:
+        raise DataError(
+            f"{path} has more than one column {twice[0]!r}; rename all but the one that is meant"
+        )
 
 
 def numbers(column: pa.Array, name: str, where: str) -> NDArray[Any]:

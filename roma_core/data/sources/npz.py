@@ -68,8 +68,13 @@ class NpzSource:
         self._ids = arrays.get("ids", np.arange(self._n))
         self._facts = {k: arrays[k] for k in _FACTS if k in arrays}
         for name in ("lengths", "ids", *_FACTS):
-            if name in arrays and len(arrays[name]) != self._n:
-                raise DataError(f"{self._where}: {len(arrays[name])} {name} of {self._n} series")
+            if name not in arrays or arrays[name].shape == (self._n,):
+                continue
+            if arrays[name].ndim != 1:
+                raise DataError(
+                    f"{self._where}: {name} must be one row, got shape {arrays[name].shape}"
+                )
+            raise DataError(f"{self._where}: {len(arrays[name])} {name} of {self._n} series")
         self._columns = FactColumns(**{_FACTS[k]: k for k in self._facts})
         labels = {str(label) for label in self._facts.get("labels", np.empty(0, str))}
         self.classes = classes_of(sorted(labels), self._columns)
@@ -89,36 +94,43 @@ class NpzSource:
                 f"{self._where}: values and positions must be arrays, not single numbers"
             )
         if self._offsets is not None:
+            if self._lengths is not None:
+                raise DataError(
+                    f"{self._where} has offsets and lengths; offsets are for flat arrays, lengths for "
+                    f"padded ones: leave one out"
+                )
             offsets = self._whole("offsets", self._offsets)
             ends = (offsets[0], offsets[-1]) if len(offsets) else (None, None)
             if (
                 ends != (0, len(values))
                 or len(values) != len(positions)
-                or (np.diff(offsets) < 0).any()
+                or (offsets[1:] < offsets[:-1]).any()  # a difference of unsigned numbers wraps
             ):
                 raise DataError(
-                    f"{self._where}: offsets must rise from 0 to the number of observations; they go from "
-                    f"{ends[0]} to {ends[1]} for {len(values)} values and {len(positions)} positions"
+                    f"{self._where}: offsets must rise from 0 to the number of observations; they "
+                    f"go from {ends[0]} to {ends[1]} for {len(values)} values and "
+                    f"{len(positions)} positions"
                 )
             return len(offsets) - 1
         if positions.ndim > 1 and positions.shape[:2] != values.shape[:2]:
             raise DataError(
-                f"{self._where}: values {values.shape} and positions {positions.shape} must have as many "
-                f"series and observations"
+                f"{self._where}: values {values.shape} and positions {positions.shape} must have "
+                f"as many series and observations"
             )
         if self._lengths is not None:
             lengths, most = self._whole("lengths", self._lengths), (*values.shape, 1)[1]
             if len(lengths) and not 0 <= lengths.min() <= lengths.max() <= most:
                 raise DataError(
-                    f"{self._where}: lengths must be from 0 to the {most} observations of a row; they go "
-                    f"from {lengths.min()} to {lengths.max()}"
+                    f"{self._where}: lengths must be from 0 to the {most} observations of a row; "
+                    f"they go from {lengths.min()} to {lengths.max()}"
                 )
         return len(values)
 
     def _whole(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise DataError(
-                f"{self._where}: {name} must be one row of whole numbers, got {array.dtype} of shape {array.shape}"
+                f"{self._where}: {name} must be one row of whole numbers, got {array.dtype} of "
+                f"shape {array.shape}"
             )
         return array
 
