@@ -146,7 +146,8 @@ class Backbone(nn.Module):
             segments: the series of the V rows.
 
         Returns:
-            x ``(V + B, d)`` in float32 at least, rotations, segments with CLS, the rows of x that the tokens took, and
+            x ``(V + B, d)`` of the weights' type, rotations, segments with CLS, the rows of x that the
+            tokens took, and
             those that CLS took. Without CLS, ``(V, d)``, the segments given, all rows and None.
         """
         # the residual stream keeps its precision; under autocast only products are in 16 bits

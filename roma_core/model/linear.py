@@ -1,8 +1,8 @@
-"""Matrix products without bias, on CPU by the kernel library that is faster at our shapes.
+"""Matrix products without bias, on CPU by the kernel library that suits our shapes.
 
 ``F.linear`` in float32 goes to MKL. oneDNN, which the framework carries too and uses for 16 bits,
-is faster at tall inputs and narrow weights, and can apply SiLU before the result leaves the cache.
-``python -m tests.benchmarks.parts`` prints by how much on this computer.
+can apply SiLU before the result leaves the cache, and was a tenth faster at tall inputs and narrow
+weights on the one processor measured. ``python -m tests.benchmarks.parts`` prints it for this one.
 """
 
 from __future__ import annotations

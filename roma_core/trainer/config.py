@@ -73,7 +73,7 @@ class TrainerConfig(RomaSettings):
     compile: bool = Field(
         False,
         description="Compile the token-wise parts of every block; costs up to a minute at the start. "
-        "For GPUs: on CPU the kernels in use are as fast.",
+        "Meant for GPUs; on CPU the kernels in use are as fast.",
     )
     ema_decay: float | None = Field(
         None,
