@@ -9,7 +9,7 @@ import yaml
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.experiment import Experiment
 
-_DEFS = Path(__file__).parent / "defs"
+DEFS = Path(__file__).parent / "defs"
 
 
 def load_experiment(name: str) -> Experiment:
@@ -20,7 +20,7 @@ def load_experiment(name: str) -> Experiment:
     """
     if name.endswith((".yaml", ".yml")):
         return _read(Path(name))
-    paths = sorted(_DEFS.glob("**/defs.yaml"))
+    paths = sorted(DEFS.glob("**/defs.yaml"))
     experiments = {path.parent.name: path for path in paths}
     if name not in experiments:
         raise ValueError(

@@ -12,6 +12,7 @@ _COMMANDS = {
     "plan": "roma_pipelines.cli.plan:plan",
     "launch": "roma_pipelines.cli.launch:launch",
     "jobs": "roma_pipelines.cli.jobs:jobs",
+    "new-experiment": "roma_pipelines.cli.new_experiment:new_experiment",
 }
 
 

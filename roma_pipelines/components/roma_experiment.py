@@ -12,6 +12,7 @@ from roma_pipelines.assets.dataset import dataset_asset
 from roma_pipelines.assets.evaluation_report import evaluation_report_asset
 from roma_pipelines.assets.registered_classifier import registered_classifier_asset
 from roma_pipelines.assets.training import finetuned_classifier_asset, pretrained_encoder_asset
+from roma_pipelines.components.scaffolder import ExperimentScaffolder
 from roma_pipelines.experiment import Experiment
 
 # as written: Dagster's templates would turn the text "1" into a number
@@ -19,6 +20,7 @@ Section = Annotated[dict[str, Any], dg.Resolver.passthrough()]
 Sections = Annotated[list[dict[str, Any]], dg.Resolver.passthrough()]
 
 
+@dg.scaffold_with(ExperimentScaffolder)
 class RomaExperiment(dg.Component, dg.Model, dg.Resolvable):
     """An experiment: data → pretrained encoder → classifier → report → registered model.
 

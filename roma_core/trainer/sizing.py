@@ -1,0 +1,124 @@
+"""How large a model and how long a training suit an amount of data: starting points, not truths.
+
+A training is counted in optimiser steps: a few hundred series need many passes to make enough of
+them, a million observations need few. Settings that come out here are written into a file, where
+people see and change them; nothing looks at the data again when a training starts. Which rows they
+were chosen on, and what they reach, is in ``tests/benchmarks/RESULTS.md``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+_PRETRAINING_STEPS, _FINETUNING_STEPS = 600, 1200
+_FEWEST_EPOCHS = {"pretraining": 8, "finetuning": 16}
+_SERIES_PER_BATCH = {"pretraining": 32, "finetuning": 16}
+_TOKENS_PER_BATCH = {"pretraining": 8192, "finetuning": 4096}  # at most
+_LEAST_TOKENS = 256
+_MANY_SERIES = 20_000
+_WIDE_TOKENS = 64  # numbers in one observation
+_SHORT = 50  # observations in a series
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much the train split holds."""
+
+    n_series: int
+    n_observations: int
+    n_channels: int
+
+    @property
+    def mean_length(self) -> float:
+        return self.n_observations / self.n_series
+
+
+@dataclass
+class Sizes:
+    """Settings of the two trainings, as an experiment's file has them, and why.
+
+    Attributes:
+        pretraining: ``model`` and ``trainer``.
+        finetuning: ``model`` and ``trainer``.
+        steps: optimiser steps of each.
+        tokens: observations that pass through the model in both trainings together.
+        why: section → a sentence.
+    """
+
+    pretraining: dict[str, Any]
+    finetuning: dict[str, Any]
+    steps: dict[str, int]
+    tokens: int
+    why: dict[str, str] = field(default_factory=dict)
+
+
+def sizes_for(amount: Amount) -> Sizes:
+    """Model and training settings for this much data."""
+    large = amount.n_series >= _MANY_SERIES or amount.n_channels > _WIDE_TOKENS
+    width, depth = (128, 6) if large else (64, 4)
+    mask_ratio = 0.5 if amount.mean_length < _SHORT else 0.75
+    pretrainer, pre_steps, pre_why = _training("pretraining", _PRETRAINING_STEPS, amount)
+    finetrainer, fine_steps, fine_why = _training("finetuning", _FINETUNING_STEPS, amount)
+    because = (
+        f"{amount.n_channels} numbers in an observation"
+        if amount.n_channels > _WIDE_TOKENS
+        else f"{amount.n_series:,} series to train on"
+    )
+    return Sizes(
+        pretraining={
+            "model": {
+                "encoder_config": {"d_model": width, "nhead": width // 16, "depth": depth},
+                "decoder_config": {"d_model": width, "nhead": width // 16, "depth": 1},
+                "use_cls": False,
+                "mask_ratio": mask_ratio,
+            },
+            "trainer": pretrainer,
+        },
+        finetuning={
+            "model": {
+                "encoder_config": {"drop_path_rate": 0.1, "hidden_drop_rate": 0.1},
+                "head_drop_rate": 0.1,
+            },
+            "trainer": {**finetrainer, "label_smoothing": 0.05, "augment_drop_rate": 0.3},
+        },
+        steps={"pretraining": pre_steps, "finetuning": fine_steps},
+        tokens=sum(
+            trainer["epochs"] * amount.n_observations for trainer in (pretrainer, finetrainer)
+        ),
+        why={
+            "model": f"width {width}, {depth} layers: {because}",
+            "mask_ratio": f"{mask_ratio}: {amount.mean_length:.0f} observations a series",
+            "pretraining": pre_why,
+            "finetuning": fine_why,
+        },
+    )
+
+
+def _training(name: str, steps: int, amount: Amount) -> tuple[dict[str, Any], int, str]:
+    """Trainer settings, the steps they come to, and a sentence."""
+    wanted = round(_SERIES_PER_BATCH[name] * amount.mean_length)
+    tokens = min(_TOKENS_PER_BATCH[name], max(wanted, _LEAST_TOKENS))
+    per_epoch = max(1, round(amount.n_observations / tokens))
+    epochs = max(_FEWEST_EPOCHS[name], math.ceil(steps / per_epoch))
+    total = epochs * per_epoch
+    trainer = {
+        "epochs": epochs,
+        "tokens_per_batch": tokens,
+        "base_lr": 0.001,
+        "eval_every": _often(total),
+        "save_every": _often(total),
+    }
+    why = (
+        f"{epochs} epochs of {per_epoch} step{'s' if per_epoch > 1 else ''} with about "
+        f"{tokens / amount.mean_length:.0f} series each: {total:,} steps"
+    )
+    return trainer, total, why
+
+
+def _often(steps: int) -> int:
+    """A tenth of the steps, to one digit, at most 500."""
+    tenth = max(10, steps // 10)
+    digit = 10 ** (len(str(tenth)) - 1)
+    return min(500, tenth // digit * digit)

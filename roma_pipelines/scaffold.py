@@ -1,0 +1,198 @@
+"""A new experiment's ``defs.yaml``: a survey of the data in, a commented file out."""
+
+from __future__ import annotations
+
+import glob
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from roma_core.data.guessing import Guess, Roles, guess_source
+from roma_core.data.sources import Source, kinds, source_config
+from roma_core.data.surveying import Survey, survey
+from roma_core.files import write_bytes
+from roma_pipelines.choices import Choices, choose
+from roma_pipelines.experiment import Experiment
+from roma_pipelines.experiment_files import DEFS
+
+TYPE = "roma_pipelines.components.RomaExperiment"
+_TOKENS_PER_CORE_SECOND = 25_000  # measured with width 64 and 4 layers on one core
+
+
+@dataclass
+class NewExperiment:
+    """The file of an experiment, and what was seen on the way.
+
+    Attributes:
+        text: of ``defs.yaml``.
+        said: how the files were read, what they hold and what was chosen.
+        warnings: what deserves a look before a result is believed.
+    """
+
+    name: str
+    text: str
+    said: list[str]
+    warnings: list[str]
+
+
+def source_of(
+    words: Sequence[str], roles: Roles, objects: Path | None = None
+) -> tuple[Guess, dict[str, Any]]:
+    """What ``--source`` names, and settings of the data set that a YAML file brings along.
+
+    Args:
+        words: files, patterns or a folder; or one YAML file as ``roma data build`` takes it; or the
+            kind of a source that needs nothing else.
+        roles: columns of tables that are named.
+        objects: a second table, with a row per object.
+
+    Raises:
+        ValueError: there is no such file, or it cannot be told what it is.
+    """
+    if len(words) == 1 and words[0] in kinds() and not Path(words[0]).exists():
+        return Guess({"kind": words[0]}, [f"source: {words[0]}"]), {}
+    if len(words) == 1 and words[0].endswith((".yaml", ".yml")):
+        return _described(Path(words[0]))
+    paths = []
+    for word in words:
+        found = sorted(glob.glob(word))  # noqa: PTH207 - may be absolute
+        if not found:
+            raise ValueError(f"there is no file {word} (from {Path.cwd()})")
+        paths += [Path(path).absolute() for path in found]
+    return guess_source(paths, roles, None if objects is None else objects.absolute()), {}
+
+
+def _described(path: Path) -> tuple[Guess, dict[str, Any]]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(document, dict) or "source" not in document:
+        raise ValueError(f"{path}: expected a data set's settings, with a 'source'")
+    document.pop("name", None)
+    return Guess(document.pop("source"), [f"source and settings as in {path}"]), document
+
+
+def new_experiment(
+    name: str, guess: Guess, cache: Path, dataset: Mapping[str, Any] = {}, target: str = "local"
+) -> NewExperiment:
+    """Look at the data and choose settings for an experiment with them.
+
+    Args:
+        guess: the source; its sentences stand in the file.
+        cache: folder for what the source fetches.
+        dataset: settings of the data set that are given; they win over chosen ones.
+
+    Raises:
+        ValueError: the data cannot be used, or the name or a setting is refused.
+    """
+    source = source_config(guess.source).open(cache)
+    found = survey(source)
+    choices = choose(found, _categorical(source))
+    section = {"source": guess.source, **choices.dataset, **dataset}
+    text = _text(name, guess, found, choices, section, target)
+    document = yaml.safe_load(text)["attributes"]
+    document["dataset"] = {"name": name, **document["dataset"]}
+    Experiment.model_validate(document)  # what is written must load
+    said = [*guess.said, _amount(found), *choices.why, *choices.sizes.why.values(), _cost(choices)]
+    return NewExperiment(name, text, said, choices.warnings)
+
+
+def file_of(name: str) -> Path:
+    """Where the experiment's file belongs, so that Dagster finds it."""
+    return DEFS / name / "defs.yaml"
+
+
+def write(experiment: NewExperiment, force: bool = False) -> Path:
+    """Write the file in its place.
+
+    Raises:
+        ValueError: there is one already, and ``force`` was not given.
+    """
+    path = file_of(experiment.name)
+    if path.exists() and not force:
+        raise ValueError(f"{path} is there already; take another name, or --force to replace it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, experiment.text.encode())
+    return path
+
+
+def _categorical(source: Source) -> frozenset[str]:
+    """Axes whose positions are indices of words."""
+    return frozenset(axis.name for axis in source.axes if axis.unit.startswith("index of "))
+
+
+def _text(
+    name: str,
+    guess: Guess,
+    found: Survey,
+    choices: Choices,
+    dataset: Mapping[str, Any],
+    target: str,
+) -> str:
+    sizes = choices.sizes
+    body = [
+        _block({"name": name, "description": f"{_amount(found)}."}, []),
+        _block({"owners": []}, ["e-mail addresses, or team:NAME"]),
+        _block({"dataset": dict(dataset)}, [*guess.said, *choices.why]),
+        _block(
+            {"pretraining": sizes.pretraining},
+            [sizes.why["model"], f"mask_ratio {sizes.why['mask_ratio']}", sizes.why["pretraining"]],
+        ),
+        _block({"finetuning": sizes.finetuning}, [sizes.why["finetuning"]]),
+        _block(
+            {"resources": {"target": target, "nodes": 1, "processes_per_node": 1}},
+            ["where trainings run; slurm takes a profile, too"],
+        ),
+        _block(
+            {"gate": {"max_loss_to_champion": 0.02}},
+            ["a candidate may not be worse than the champion by this much; add min_accuracy: 0.9"],
+        ),
+        '# schedule: "0 3 * * 1"   # trains anew every Monday at three (UTC), once it is switched on',
+    ]
+    head = [f"# {_amount(found)}. {_cost(choices)}."]
+    head += [f"# LOOK AT THIS: {warning}" for warning in choices.warnings]
+    lines = [line for part in head for line in _wrapped(part)]
+    return "\n".join([*lines, f"type: {TYPE}", "", "attributes:", _indented("\n\n".join(body)), ""])
+
+
+def _block(values: Mapping[str, Any], comments: Sequence[str]) -> str:
+    """``values`` as YAML, mappings and lists without another inside on one line, under comments."""
+    lines = [line for comment in comments for line in _wrapped(f"# {comment}")]
+    for key, value in values.items():
+        leaves_on_one_line = None if isinstance(value, dict | list) else False
+        dumped = yaml.safe_dump(
+            {key: value},
+            default_flow_style=leaves_on_one_line,
+            sort_keys=False,
+            width=96,
+            allow_unicode=True,
+        )
+        lines.append(dumped.rstrip())
+    return "\n".join(lines)
+
+
+def _wrapped(comment: str) -> list[str]:
+    return textwrap.wrap(comment, 96, subsequent_indent="#   ", break_long_words=False)
+
+
+def _indented(text: str) -> str:
+    return textwrap.indent(text, "  ")
+
+
+def _amount(found: Survey) -> str:
+    return (
+        f"{found.n_series:,} series of {len(found.classes)} classes, {found.n_observations:,} "
+        f"observations of {len(found.channels)} channel{'s' if len(found.channels) > 1 else ''}, "
+        f"{found.mean_length:.0f} a series, {found.longest} at most"
+    )
+
+
+def _cost(choices: Choices) -> str:
+    minutes = choices.sizes.tokens / _TOKENS_PER_CORE_SECOND / 60
+    steps = sum(choices.sizes.steps.values())
+    return f"both trainings: {steps:,} steps, about {max(1, round(minutes)):,} min on one CPU core"
