@@ -93,8 +93,10 @@ def test_dg_scaffolds_the_same(waves, tmp_path):
     }
 
     done = subprocess.run(
-        ["dg", "scaffold", "defs", "roma_pipelines.components.RomaExperiment", "waves"]
-        + ["--source", str(tmp_path / "waves_train.ts")],
+        [
+            *("dg", "scaffold", "defs", "roma_pipelines.components.RomaExperiment", "waves"),
+            *("--source", str(tmp_path / "waves_train.ts")),
+        ],
         cwd=project,
         env=environment,
         capture_output=True,
@@ -184,4 +186,4 @@ def test_the_file_holds_no_setting_twice(waves):
         return loader.construct_mapping(node, deep=True)
 
     Strict.add_constructor("tag:yaml.org,2002:map", mapping)
-    yaml.load(text, Strict)  # noqa: S506 - a safe loader
+    yaml.load(text, Strict)
