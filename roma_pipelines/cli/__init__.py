@@ -13,6 +13,7 @@ _COMMANDS = {
     "launch": "roma_pipelines.cli.launch:launch",
     "jobs": "roma_pipelines.cli.jobs:jobs",
     "new-experiment": "roma_pipelines.cli.new_experiment:new_experiment",
+    "results": "roma_pipelines.cli.results:results",
 }
 
 

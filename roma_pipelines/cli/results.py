@@ -1,0 +1,95 @@
+"""``roma-pipeline results``: figures of published protocols, reproduced with one command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+_LONG_S = 600.0
+
+
+@click.command()
+@click.argument("rows", nargs=-1, metavar="[ROW]…")
+@click.option(
+    "--list", "only_list", is_flag=True, help="Print the rows and what is there; run none."
+)
+@click.option(
+    "--drop-rate", "rates", multiple=True, type=float, help="Only this share. Repeatable."
+)
+@click.option("--seed", "seeds", multiple=True, type=int, help="Only this seed. Repeatable.")
+@click.option("--again", is_flag=True, help="Run cells anew whose settings have changed since.")
+@click.option("--target", type=click.Choice(["local", "slurm"]), help="In place of the files'.")
+@click.option("--profile", help="SLURM site, in place of the files'.")
+@click.option("--yes", is_flag=True, help="Do not ask before a run of more than ten minutes.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("tests/benchmarks/RESULTS.md"),
+    show_default=True,
+    help="Markdown file whose sections of these rows are replaced.",
+)
+def results(
+    rows: tuple[str, ...],
+    only_list: bool,
+    rates: tuple[float, ...],
+    seeds: tuple[int, ...],
+    again: bool,
+    target: str | None,
+    profile: str | None,
+    yes: bool,
+    out: Path,
+) -> None:
+    """Run the cells of ROWs (all of them without) and write their tables.
+
+    A cell is one share of observations left out and one seed: data set, pretraining, finetuning,
+    evaluation on the test split, as jobs outside the registry. What is there already is not run again, an
+    interrupted cell goes on, and the table is written after every cell.
+    """
+    from roma_core.data.errors import DataError
+    from roma_pipelines.launching.job import JobFailed
+    from roma_pipelines.launching.launcher import Refused
+    from roma_pipelines.results.book import Book
+    from roma_pipelines.results.cells import run_cell
+    from roma_pipelines.results.rows import chosen, read_rows
+    from roma_pipelines.storage import Storage, StorageError
+
+    changes = {k: v for k, v in (("target", target), ("profile", profile)) if v is not None}
+    try:
+        storage, known = Storage.open(), read_rows()
+        cells = chosen(known, rows, rates, seeds)
+        names = list(dict.fromkeys(cell.row for cell in cells))
+        book = Book(storage, {name: known[name] for name in names})
+        for cell in cells:
+            click.echo(book.state(cell))
+        if only_list:
+            return
+        missing = [cell for cell in cells if book.is_missing(cell, again)]
+        _confirm([book.expected_s(cell) for cell in missing], yes)
+        for n, cell in enumerate(missing, 1):
+            experiment = book.experiments[cell.row]
+            resources = experiment.resources.model_copy(update=changes)
+            run_cell(experiment, cell, resources, storage, lambda line: click.echo(f"  {line}"))
+            click.echo(f"[{n}/{len(missing)}] {book.state(cell)}")
+            book.write(cell.row, out)
+        for name in names:
+            book.write(name, out)
+    except JobFailed as error:
+        raise click.ClickException(f"{error}\nthe same command goes on from here") from error
+    except KeyboardInterrupt:
+        raise click.ClickException("interrupted; the same command goes on from here") from None
+    except (DataError, Refused, StorageError, ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"wrote {out}")
+
+
+def _confirm(seconds: list[float], yes: bool) -> None:
+    """Say what it will cost, and ask if that is much."""
+    if not seconds:
+        return
+    click.echo(
+        f"{len(seconds)} cell{'s' if len(seconds) > 1 else ''} to run, one after another: about {sum(seconds) / 60:.0f} min of training "
+        f"on one idle CPU core"
+    )
+    if not yes and sum(seconds) > _LONG_S:
+        click.confirm("go on?", abort=True)

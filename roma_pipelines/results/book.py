@@ -1,0 +1,63 @@
+"""The chosen rows, their experiments, and what is known of their cells so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from roma_pipelines.experiment import Experiment
+from roma_pipelines.experiment_files import load_experiment
+from roma_pipelines.results.cells import Record, expected_s, read_record, settings_digest
+from roma_pipelines.results.rows import Cell, Row
+from roma_pipelines.results.table import put_in_place, row_text
+from roma_pipelines.storage import Storage
+
+
+class Book:
+    """Reads records as they are on disk at the moment of asking.
+
+    Raises:
+        ValueError: an experiment of a row does not exist or is wrong.
+    """
+
+    def __init__(self, storage: Storage, rows: Mapping[str, Row]) -> None:
+        self.storage, self.rows = storage, rows
+        self.experiments: dict[str, Experiment] = {
+            name: load_experiment(row.experiment) for name, row in rows.items()
+        }
+
+    def is_missing(self, cell: Cell, again: bool) -> bool:
+        """Whether the cell is to be run; with ``again`` also because its settings have changed."""
+        return read_record(self.storage, cell) is None or (again and self.is_outdated(cell))
+
+    def is_outdated(self, cell: Cell) -> bool:
+        """Whether its record was made with other settings than the experiment has now."""
+        record = read_record(self.storage, cell)
+        now = settings_digest(self.experiments[cell.row], cell)
+        return record is not None and record.settings_digest != now
+
+    def expected_s(self, cell: Cell) -> float:
+        """About how long the cell takes, seconds; builds its data set if nothing else is known."""
+        return expected_s(self.experiments[cell.row], cell, self.storage)
+
+    def state(self, cell: Cell) -> str:
+        """The cell in one line."""
+        record = read_record(self.storage, cell)
+        if record is None:
+            return f"{cell.name}: not run"
+        shown = [
+            f"{metric.replace('_', ' ')} {record.metrics[metric]:.4f}"
+            for metric in self.rows[cell.row].metrics
+        ]
+        earlier = " (made with earlier settings)" if self.is_outdated(cell) else ""
+        return f"{cell.name}: {', '.join(shown)}{earlier}"
+
+    def write(self, name: str, path: Path) -> None:
+        """Put the row's table in its place in the file."""
+        row = self.rows[name]
+        records: dict[Cell, Record] = {}
+        for cell in row.cells():
+            if (record := read_record(self.storage, cell)) is not None:
+                records[cell] = record
+        outdated = frozenset(cell for cell in records if self.is_outdated(cell))
+        put_in_place(path, name, row_text(row, records, outdated))

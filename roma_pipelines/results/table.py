@@ -1,0 +1,104 @@
+"""Records of cells → the rows' tables, in their place in a Markdown file."""
+
+from __future__ import annotations
+
+import datetime
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from roma_core.files import write_bytes
+from roma_pipelines.results.cells import Record
+from roma_pipelines.results.rows import Anchor, Cell, Row
+
+_LOWER_IS_BETTER = frozenset({"log_loss", "calibration_error", "mse"})
+
+
+def row_text(row: Row, records: Mapping[Cell, Record], outdated: frozenset[Cell]) -> str:
+    """A row's section: protocol, command, a table, and what stands behind it.
+
+    Args:
+        outdated: cells whose record was made with settings that are no longer the experiment's.
+    """
+    have = {cell: records[cell] for cell in row.cells() if cell in records}
+    lines = [f"### {row.name}", "", row.protocol, "", f"    roma-pipeline results {row.name}", ""]
+    lines += _table(row, have)
+    lines.append("")
+    lines += [_anchor(anchor) for anchor in row.anchors]
+    lines += _made(row, have)
+    if stale := sorted(cell.name for cell in have if cell in outdated):
+        lines.append(f"- Made with earlier settings of the experiment: {', '.join(stale)}.")
+    return "\n".join(lines) + "\n"
+
+
+def _table(row: Row, have: Mapping[Cell, Record]) -> list[str]:
+    head = ["left out", "metric", "here", *(anchor.name for anchor in row.anchors), "ahead of all"]
+    lines = [" | ".join(["", *head, ""]).strip(), "|" + " --- |" * len(head)]
+    for rate in row.drop_rates:
+        for metric in row.metrics:
+            found = [
+                record.metrics[metric]
+                for cell, record in have.items()
+                if cell.drop_rate == rate and metric in record.metrics
+            ]
+            others = [anchor.values.get(metric, {}).get(rate) for anchor in row.anchors]
+            cells = [f"{rate:.0%}", metric.replace("_", " "), _ours(found, len(row.seeds))]
+            cells += ["–" if other is None else f"{other:g}" for other in others]
+            cells.append(_ahead(found, [other for other in others if other is not None], metric))
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _ours(found: Sequence[float], n_seeds: int) -> str:
+    if not found:
+        return "not run"
+    spread = f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else ""
+    seeds = f" ({len(found)} of {n_seeds} seeds)" if len(found) < n_seeds else ""
+    return f"{statistics.mean(found):.3f}{spread}{seeds}"
+
+
+def _ahead(found: Sequence[float], others: Sequence[float], metric: str) -> str:
+    if not found or not others:
+        return "–"
+    ours = statistics.mean(found)
+    if metric in _LOWER_IS_BETTER:
+        margin = min(others) - ours
+    else:
+        margin = ours - max(others)
+    return f"{'yes' if margin > 0 else 'no'}, {margin:+.3f}"
+
+
+def _anchor(anchor: Anchor) -> str:
+    like = "like for like" if anchor.like_for_like else "not like for like"
+    return f"- {anchor.name}: {anchor.source}; {like}."
+
+
+def _made(row: Row, have: Mapping[Cell, Record]) -> list[str]:
+    if not have:
+        return ["- Not run yet."]
+    records = list(have.values())
+    days = sorted({_day(record.finished_at) for record in records})
+    codes = sorted({record.code[:12] for record in records})
+    seconds = [sum(record.seconds.values()) for record in records]
+    return [
+        f"- {len(have)} of {len(row.cells())} cells, on {', '.join(days)}, code {', '.join(codes)}, "
+        f"device {', '.join(sorted({record.device for record in records}))}; "
+        f"{statistics.mean(seconds):.0f} s of training a cell; {records[0].n_test} test series."
+    ]
+
+
+def _day(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).date().isoformat()
+
+
+def put_in_place(path: Path, name: str, text: str) -> None:
+    """Replace a row's section of the file, or append it; the rest stays as it is."""
+    begin, end = f"<!-- row {name} -->\n", f"<!-- end of row {name} -->\n"
+    before = path.read_text(encoding="utf-8") if path.exists() else "# Benchmark results\n"
+    block = begin + text + end
+    if begin in before and end in before:
+        head, _, rest = before.partition(begin)
+        after = head + block + rest.partition(end)[2]
+    else:
+        after = before.rstrip("\n") + "\n\n" + block
+    write_bytes(path, after.encode())

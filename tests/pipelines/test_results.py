@@ -1,0 +1,162 @@
+"""Rows of the results: cells run once, go on after an interruption, and stand in a table."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from roma_pipelines.cli import main
+from roma_pipelines.experiment_files import load_experiment
+from roma_pipelines.launching.job import JobFailed
+from roma_pipelines.results.cells import Record, read_record, run_cell
+from roma_pipelines.results.rows import Anchor, Cell, Row, chosen, read_rows
+from roma_pipelines.results.table import put_in_place, row_text
+from roma_pipelines.storage import Storage
+from tests.pipelines.tiny import attributes
+
+ROW = Row(
+    name="waves",
+    experiment="waves",
+    protocol="Waves.",
+    drop_rates=(0.0, 0.5),
+    seeds=(0, 1),
+    metrics=("accuracy", "log_loss"),
+    anchors=(
+        Anchor(
+            name="guess",
+            source="invented",
+            like_for_like=False,
+            values={"accuracy": {0.0: 0.8, 0.5: 0.7}, "log_loss": {0.0: 0.5}},
+        ),
+    ),
+)
+
+
+def record(rate, seed, accuracy, log_loss=0.4):
+    return Record(
+        cell=Cell(row="waves", drop_rate=rate, seed=seed),
+        metrics={"accuracy": accuracy, "log_loss": log_loss},
+        n_test=24,
+        seconds={"pretraining": 1.0, "finetuning": 2.0},
+        device="cpu",
+        dataset_digest="d",
+        settings_digest="s",
+        code="abc",
+        finished_at=0.0,
+    )
+
+
+def test_the_shipped_rows_name_experiments_that_exist():
+    rows = read_rows()
+
+    for row in rows.values():
+        assert load_experiment(row.experiment).name == row.experiment
+        for anchor in row.anchors:
+            for figures in anchor.values.values():
+                assert set(figures) <= set(row.drop_rates)
+
+
+def test_cells_are_chosen_by_row_share_and_seed():
+    rows = {"waves": ROW}
+
+    assert len(chosen(rows, [], [], [])) == 4
+    assert [cell.name for cell in chosen(rows, ["waves"], [0.5], [1])] == ["waves/0.5/1"]
+    with pytest.raises(ValueError, match="no row 'wave'"):
+        chosen(rows, ["wave"], [], [])
+
+
+def test_the_table_says_what_was_run_what_is_ahead_and_what_was_not_run():
+    records = {r.cell: r for r in (record(0, 0, 0.9, 0.6), record(0, 1, 0.8, 0.6))}
+
+    text = row_text(ROW, records, frozenset({Cell(row="waves", drop_rate=0, seed=1)}))
+
+    assert "| 0% | accuracy | 0.850 ± 0.071 | 0.8 | yes, +0.050 |" in text
+    assert "| 0% | log loss | 0.600 ± 0.000 | 0.5 | no, -0.100 |" in text
+    assert "| 50% | accuracy | not run | 0.7 | – |" in text
+    assert "not like for like" in text
+    assert "earlier settings of the experiment: waves/0/1" in text
+
+
+def test_a_section_is_replaced_and_the_rest_left_alone(tmp_path):
+    path = tmp_path / "RESULTS.md"
+    path.write_text("# Mine\n\nwords\n")
+
+    put_in_place(path, "a", "first\n")
+    put_in_place(path, "b", "other\n")
+    put_in_place(path, "a", "second\n")
+
+    text = path.read_text()
+    assert text.startswith("# Mine\n\nwords\n")
+    assert "first" not in text
+    assert text.index("second") < text.index("other")
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROMA_STORAGE_ROOT", str(tmp_path / "storage"))
+    file = {"type": "roma_pipelines.components.RomaExperiment", "attributes": attributes(tmp_path)}
+    path = tmp_path / "waves.yaml"
+    path.write_text(yaml.safe_dump(file))
+    row = ROW.model_copy(update={"experiment": str(path)})
+    rows = [row.model_dump(mode="json")]
+    (tmp_path / "rows.yaml").write_text(yaml.safe_dump(rows))
+    monkeypatch.setattr("roma_pipelines.results.rows.ROWS", tmp_path / "rows.yaml")
+    monkeypatch.setattr(read_rows, "__defaults__", (tmp_path / "rows.yaml",))
+    return load_experiment(str(path))
+
+
+def test_a_cell_runs_once_and_the_table_is_written(tiny, tmp_path):
+    out = tmp_path / "RESULTS.md"
+    arguments = ["results", "waves", "--drop-rate", "0.5", "--seed", "0", "--out", str(out)]
+
+    first = CliRunner().invoke(main, arguments)
+    again = CliRunner().invoke(main, arguments)
+
+    assert first.exit_code == 0, first.output
+    assert "1 cell to run" in first.output
+    assert "finetune: job" in first.output
+    assert again.exit_code == 0, again.output
+    assert "job" not in again.output
+    found = read_record(Storage.open(), Cell(row="waves", drop_rate=0.5, seed=0))
+    assert found is not None
+    assert 0 <= found.metrics["accuracy"] <= 1
+    assert f"{found.metrics['accuracy']:.3f} (1 of 2 seeds)" in out.read_text()
+
+
+def test_an_interrupted_cell_goes_on_with_the_jobs_that_are_done(tiny, tmp_path, monkeypatch):
+    cell, storage, told = Cell(row="waves", drop_rate=0.0, seed=1), Storage.open(), []
+
+    def die(line):
+        told.append(line)
+        if " evaluate: job" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(tiny, cell, tiny.resources, storage, die)
+    made = {path: path.stat().st_mtime_ns for path in storage.jobs.glob("*/result.json")}
+    run_cell(tiny, cell, tiny.resources, storage, told.append)
+
+    assert len(made) == 2
+    assert all(path.stat().st_mtime_ns == when for path, when in made.items())
+    assert read_record(storage, cell) is not None
+
+
+def test_a_cell_that_fails_says_why(tiny, tmp_path):
+    broken = tiny.model_copy(
+        update={
+            "finetuning": tiny.finetuning.model_copy(
+                update={"trainer": {**tiny.finetuning.trainer, "base_lr": 1e30}}
+            )
+        }
+    )
+
+    with pytest.raises(JobFailed, match="not finite"):
+        run_cell(
+            broken,
+            Cell(row="waves", drop_rate=0.0, seed=0),
+            broken.resources,
+            Storage.open(),
+            lambda line: None,
+        )
+    assert not list(Path(Storage.open().root).glob("results/**/*.json"))
