@@ -7,6 +7,7 @@ from pathlib import Path
 import dagster as dg
 
 from roma_pipelines.automation.reconcile_sensor import reconcile_jobs
+from roma_pipelines.experiment import ENCODER
 
 
 @dg.definitions
@@ -19,4 +20,18 @@ def defs() -> dg.Definitions:
     """
     operations = dg.Definitions(executor=dg.in_process_executor, sensors=[reconcile_jobs])
     experiments = dg.load_from_defs_folder(path_within_project=Path(__file__).parent)
-    return dg.Definitions.merge(experiments, operations)
+    merged = dg.Definitions.merge(experiments, operations)
+    _check_shared_encoders(merged)
+    return merged
+
+
+def _check_shared_encoders(definitions: dg.Definitions) -> None:
+    """Dagster takes a key that no asset has for one made elsewhere, which would never come."""
+    graph = definitions.resolve_asset_graph()
+    for key in graph.external_asset_keys:
+        if key.path[-1] == ENCODER:
+            users = ", ".join(sorted(child.path[0] for child in graph.get(key).child_keys))
+            raise ValueError(
+                f"{users}: pretrained_from: {key.path[0]}: there is no experiment of that name that "
+                f"pretrains an encoder"
+            )

@@ -15,6 +15,16 @@ from roma_pipelines.provenance import DISTRIBUTION
 from roma_pipelines.registry.promotion import GateThresholds
 from roma_pipelines.training_sections import about_trainings
 
+ENCODER = "pretrained_encoder"
+NOUNS = (
+    "dataset",
+    ENCODER,
+    "finetuned_classifier",
+    "evaluation_report",
+    "registered_classifier",
+)
+"""The assets of an experiment, in the order in which they are made."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -56,6 +66,11 @@ class Experiment(_Section):
     description: str = Field("", description="What it is for, shown on its assets.")
     dataset: DatasetConfig
     pretraining: Stage = Stage()
+    pretrained_from: str | None = Field(
+        None,
+        pattern=r"^[a-z][a-z0-9_]*$",
+        description="Another experiment whose encoder is finetuned here, instead of pretraining one.",
+    )
     finetuning: Stage = Stage()
     resources: Resources = Resources()
     gate: GateThresholds = GateThresholds()
@@ -67,6 +82,17 @@ class Experiment(_Section):
     tags: dict[str, str] = Field({}, description="Further tags of the assets.")
 
     @model_validator(mode="after")
+    def _one_encoder(self) -> Self:
+        if self.pretrained_from is not None and self.pretraining != Stage():
+            raise ValueError(
+                f"pretrained_from: {self.pretrained_from}: the encoder comes from there, so pretraining "
+                f"has nothing to say; leave one of the two out"
+            )
+        if self.pretrained_from == self.name:
+            raise ValueError(f"pretrained_from: {self.name} is this experiment; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _trainings_can_be_configured(self) -> Self:
         before, after = self.pretraining, self.finetuning
         if wrong := about_trainings(before.model, before.trainer, after.model, after.trainer):
@@ -74,8 +100,14 @@ class Experiment(_Section):
         return self
 
     def key(self, noun: str) -> dg.AssetKey:
-        """Key of one of its assets."""
-        return dg.AssetKey([self.name, noun])
+        """Key of one of its assets, or of the encoder it shares."""
+        owner = self.pretrained_from if noun == ENCODER else None
+        return dg.AssetKey([owner or self.name, noun])
+
+    @property
+    def nouns(self) -> tuple[str, ...]:
+        """Its own assets, in the order in which they are made."""
+        return tuple(noun for noun in NOUNS if noun != ENCODER or self.pretrained_from is None)
 
     def asset_arguments(self, noun: str, *upstream: str, settings: set[str]) -> dict[str, Any]:
         """What all assets of the experiment have in common.

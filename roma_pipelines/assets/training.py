@@ -6,6 +6,8 @@ from typing import Any
 import dagster as dg
 
 from roma_core.data.columns import read_manifest
+from roma_core.data.schema import DataSchema
+from roma_core.files import read_json
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.job_config import TrainingJobConfig
 from roma_core.trainer.metrics_log import read_records
@@ -55,9 +57,13 @@ def finetuned_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
         data = upstream(context, experiment.key("dataset"))
         encoder = upstream(context, experiment.key("pretrained_encoder"))
         path = Path(data["path"])
+        manifest = read_manifest(path)
+        if experiment.pretrained_from is not None:
+            for line in _differences(Path(encoder["weights"]), manifest.data_schema):
+                context.log.warning(f"encoder of {experiment.pretrained_from}: {line}")
         config = TrainingJobConfig.finetuning(
             path,
-            read_manifest(path),
+            manifest,
             Path(encoder["weights"]),
             experiment.finetuning.model,
             TrainerConfig(**experiment.finetuning.trainer),
@@ -65,6 +71,32 @@ def finetuned_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
         return _materialised(_trained(context, experiment, "finetune", config))
 
     return finetuned_classifier
+
+
+def _differences(weights: Path, ours: DataSchema) -> list[str]:
+    """Where the data that a shared encoder has learnt from are described otherwise than these.
+
+    Raises:
+        dagster.Failure: channels or axes are others, so that it knows nothing of these data.
+    """
+    document = read_json(weights / "model_config.json").get("data_schema")
+    if document is None:
+        return ["its weights do not say which data they were made with"]
+    theirs = DataSchema.model_validate(document)
+    for what in ("channels", "axes"):
+        here, there = ([(e.name, e.unit) for e in getattr(s, what)] for s in (ours, theirs))
+        if here != there:
+            raise dg.Failure(
+                f"the shared encoder was pretrained on the {what} {there}, and these data have {here}; "
+                f"take an encoder of like data, or leave pretrained_from out",
+                allow_retries=False,
+            )
+    return [
+        f"axis {axis.name} had the scale {other.scale:g} there and has {axis.scale:g} here; set "
+        f"dataset.axes.{axis.name}.scale to {other.scale:g} if they mean the same"
+        for axis, other in zip(ours.axes, theirs.axes, strict=True)
+        if axis.scale != other.scale
+    ]
 
 
 def _trained(

@@ -17,13 +17,6 @@ if TYPE_CHECKING:
 
     from roma_pipelines.storage import Storage
 
-_NOUNS = (
-    "dataset",
-    "pretrained_encoder",
-    "finetuned_classifier",
-    "evaluation_report",
-    "registered_classifier",
-)
 _LOGGER = "progress"
 
 
@@ -71,15 +64,9 @@ def _end_like_ctrl_c(*numbers: signal.Signals) -> None:
 def _run(
     instance: dg.DagsterInstance, storage: Storage, experiment: str, fresh: bool, started: float
 ) -> None:
-    import dagster as dg
 
     definitions = _definitions()
-    keys = [dg.AssetKey([experiment, noun]) for noun in _NOUNS]
-    known = {key.path[0] for key in definitions.resolve_all_asset_keys()}
-    if experiment not in known:
-        raise click.ClickException(
-            f"there is no experiment {experiment!r}; there are {', '.join(sorted(known))}"
-        )
+    keys = _keys(definitions, experiment)
     missing = keys if fresh else _missing(instance, definitions, keys)
     if missing:
         names = ", ".join(key.path[-1] for key in missing)
@@ -88,6 +75,29 @@ def _run(
     else:
         click.echo(f"{experiment} is there already, as its file says; --fresh runs it again")
     _conclude(instance, storage, experiment, keys, time.monotonic() - started)
+
+
+def _keys(definitions: dg.Definitions, experiment: str) -> list[dg.AssetKey]:
+    """The assets of the experiment in order, after those of an encoder that it shares."""
+    import dagster as dg
+
+    from roma_pipelines.experiment import ENCODER, NOUNS
+
+    graph = definitions.resolve_asset_graph()
+    known = {key.path[0] for key in graph.materializable_asset_keys}
+    if experiment not in known:
+        raise click.ClickException(
+            f"there is no experiment {experiment!r}; there are {', '.join(sorted(known))}"
+        )
+    own = [dg.AssetKey([experiment, noun]) for noun in NOUNS]
+    encoder = next(
+        key
+        for key in graph.get(dg.AssetKey([experiment, "finetuned_classifier"])).parent_keys
+        if key.path[-1] == ENCODER
+    )
+    if encoder in own:
+        return own
+    return [dg.AssetKey([encoder.path[0], "dataset"]), encoder, *(k for k in own if graph.has(k))]
 
 
 def _definitions() -> dg.Definitions:
@@ -185,7 +195,7 @@ def _conclude(
     from roma_pipelines.registry.store import MlflowSettings, ensure_store
 
     facts: dict[str, dict[str, Any]] = {}
-    for key in keys:
+    for key in keys:  # of two data sets the experiment's own comes last
         event = instance.get_latest_materialization_event(key)
         assert event is not None and event.asset_materialization is not None
         metadata = event.asset_materialization.metadata
@@ -194,7 +204,7 @@ def _conclude(
     metrics = Metrics.model_validate(read_json(job / "outputs" / "metrics.json"))
     baselines = read_json(job / "config.json")["baselines"]
     model = facts["registered_classifier"]
-    trained = [facts[noun]["training_s"] for noun in _NOUNS[1:3]]
+    trained = [facts[noun]["training_s"] for noun in ("pretrained_encoder", "finetuned_classifier")]
     here = Path.cwd()
 
     def near(path: Path) -> Path:

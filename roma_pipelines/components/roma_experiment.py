@@ -31,6 +31,7 @@ class RomaExperiment(dg.Component, dg.Model, dg.Resolvable):
     description: str = ""
     dataset: Section = Field(description="roma_core.data.DatasetConfig; name defaults to ours.")
     pretraining: Section = Field({}, description="model and trainer settings.")
+    pretrained_from: str | None = Field(None, description="Experiment whose encoder is shared.")
     finetuning: Section = Field({}, description="model and trainer settings.")
     resources: Section = Field({}, description="Target and size of trainings.")
     gate: Section = Field({}, description="Thresholds of promotion.")
@@ -55,11 +56,11 @@ class RomaExperiment(dg.Component, dg.Model, dg.Resolvable):
             raise ValueError(f"experiment {self.name}: {wrong}") from None
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
-        """The five assets and, with ``schedule``, a schedule that is switched off at first."""
+        """The assets and, with ``schedule``, a schedule that is switched off at first."""
         experiment = self.experiment()
         assets = [
             dataset_asset(experiment),
-            pretrained_encoder_asset(experiment),
+            *([] if experiment.pretrained_from else [pretrained_encoder_asset(experiment)]),
             finetuned_classifier_asset(experiment),
             evaluation_report_asset(experiment),
             registered_classifier_asset(experiment),
