@@ -30,6 +30,17 @@ def load_experiment(name: str) -> Experiment:
     return _read(experiments[name])
 
 
+def all_experiments() -> dict[str, Experiment | str]:
+    """Every experiment under ``defs/`` by the name of its folder; a text says why one is unusable."""
+    found: dict[str, Experiment | str] = {}
+    for path in sorted(DEFS.glob("**/defs.yaml")):
+        try:
+            found[path.parent.name] = _read(path)
+        except ValueError as error:
+            found[path.parent.name] = str(error)
+    return found
+
+
 def _read(path: Path) -> Experiment:
     try:
         document = yaml.safe_load(path.read_text())

@@ -1,4 +1,4 @@
-"""``roma-pipeline up``: the Dagster page and the MLflow page over the same state."""
+"""``roma-pipeline up``: the Dagster page, the MLflow page and an overview over the same state."""
 
 from __future__ import annotations
 
@@ -28,11 +28,13 @@ _STOP_TIMEOUT_S = 20.0
 @click.command()
 @click.option("--dagster-port", default=3000, show_default=True, help="Port of the Dagster page.")
 @click.option("--mlflow-port", default=5000, show_default=True, help="Port of the MLflow page.")
-def up(dagster_port: int, mlflow_port: int) -> None:
-    """Serve Dagster (with its daemon: schedules and sensors) and MLflow on 127.0.0.1.
+@click.option("--page-port", default=8000, show_default=True, help="Port of the overview.")
+def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
+    """Serve Dagster (with its daemon: schedules and sensors), MLflow and an overview on 127.0.0.1.
 
-    Both show what is under .roma/. Ctrl-C stops both; training jobs that are running go on and are
-    found again.
+    The overview shows every experiment with its champion, its past accuracies and its last runs, and
+    leads to reports and logs. All show what is under .roma/. Ctrl-C stops them; training jobs that are
+    running go on and are found again.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # its queue of background jobs serves features that are not used here, with four more processes
@@ -40,6 +42,7 @@ def up(dagster_port: int, mlflow_port: int) -> None:
     for name, port, option in (
         ("Dagster", dagster_port, "--dagster-port"),
         ("MLflow", mlflow_port, "--mlflow-port"),
+        ("Overview", page_port, "--page-port"),
     ):
         _check_free(name, port, option)
     from roma_pipelines.instance import prepare_instance
@@ -54,11 +57,15 @@ def up(dagster_port: int, mlflow_port: int) -> None:
     except (StorageError, StoreError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
 
-    commands = {"Dagster": (_dagster(dagster_port, home), f"http://127.0.0.1:{dagster_port}")}
+    dagster, mlflow = f"http://127.0.0.1:{dagster_port}", f"http://127.0.0.1:{mlflow_port}"
+    commands = {"Dagster": (_dagster(dagster_port, home), dagster)}
     if uri.startswith("sqlite:"):
-        commands["MLflow"] = (_mlflow(mlflow_port, uri, storage), f"http://127.0.0.1:{mlflow_port}")
+        commands["MLflow"] = (_mlflow(mlflow_port, uri, storage), mlflow)
     else:
+        mlflow = uri
         click.echo(f"MLflow    {uri} (configured; not started here)")
+    overview = _overview(page_port, dagster, mlflow)
+    commands["Overview"] = (overview, f"http://127.0.0.1:{page_port}")
     logs = home / "logs"
     logs.mkdir(exist_ok=True)
     with _Servers(logs) as servers:
@@ -67,7 +74,7 @@ def up(dagster_port: int, mlflow_port: int) -> None:
         for name, (_, address) in commands.items():
             servers.wait_until_answering(name, address)
             click.echo(f"{name:<9} {address}")
-        click.echo(f"logs      {logs}\nCtrl-C stops both.")
+        click.echo(f"logs      {logs}\nCtrl-C stops them.")
         ended = servers.wait()
     if ended:
         raise click.ClickException(f"{ended} ended by itself; see its log in {logs}")
@@ -101,6 +108,13 @@ def _mlflow(port: int, uri: str, storage: Storage) -> list[str]:
         *(sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri),
         *("--artifacts-destination", (storage.mlflow / "artifacts").as_uri()),
         *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+    ]
+
+
+def _overview(port: int, dagster: str, mlflow: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "roma_pipelines.pages.server", "--port", str(port)),
+        *("--dagster", dagster, "--mlflow", mlflow),
     ]
 
 

@@ -62,7 +62,7 @@ def processes_with(variable: str, start: str) -> list[psutil.Process]:
 
 
 class Pages:
-    """The two servers and what a page asks of Dagster."""
+    """The three servers and what a page asks of Dagster."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -70,14 +70,16 @@ class Pages:
         with (
             socket.create_server(("127.0.0.1", 0)) as a,
             socket.create_server(("127.0.0.1", 0)) as b,
+            socket.create_server(("127.0.0.1", 0)) as c,
         ):
-            ports = a.getsockname()[1], b.getsockname()[1]
-        self.dagster, self.mlflow = (f"http://127.0.0.1:{port}" for port in ports)
+            ports = a.getsockname()[1], b.getsockname()[1], c.getsockname()[1]
+        self.dagster, self.mlflow, self.overview = (f"http://127.0.0.1:{port}" for port in ports)
         (folder / "empty.env").touch()
         self.child = subprocess.Popen(
             [
                 *(sys.executable, "-m", "roma_pipelines.cli", "up"),
                 *("--dagster-port", str(ports[0]), "--mlflow-port", str(ports[1])),
+                *("--page-port", str(ports[2])),
             ],
             cwd=folder,
             env={name: value for name, value in os.environ.items() if name != "DAGSTER_HOME"}
@@ -96,7 +98,7 @@ class Pages:
         assert self.child.stdout is not None
         for line in self.child.stdout:
             self.said += line
-            if "Ctrl-C stops both" in line:
+            if "Ctrl-C stops them" in line:
                 return
         pytest.fail(f"the pages did not start:\n{self.said}")
 
