@@ -256,6 +256,41 @@ def test_a_training_is_watched_live_and_terminated(pages, page):
     assert run.info.status == "KILLED"
 
 
+SCHEDULES = """
+{ schedulesOrError(repositorySelector: {
+    repositoryLocationName: "roma_pipelines", repositoryName: "__repository__"}) {
+  ... on Schedules { results { name scheduleState { status } } }
+} }"""
+
+
+def test_the_schedule_is_switched_on_where_people_switch_it_on(pages, page):
+    name = f"{GROUP}_retraining"
+
+    def status():
+        found = pages.ask(SCHEDULES)["schedulesOrError"]["results"]
+        return {schedule["name"]: schedule["scheduleState"]["status"] for schedule in found}[name]
+
+    assert status() == "STOPPED"
+    page.goto(f"{pages.dagster}/locations/roma_pipelines/schedules/{name}")
+    # the box itself is drawn outside of the window; people see its label
+    switch = page.locator("label", has=page.locator("input[type=checkbox]")).first
+    switch.click()
+    eventually(lambda: status() == "RUNNING", 20, "the schedule")
+    switch.click()
+    eventually(lambda: status() == "STOPPED", 20, "its end")
+
+
+def test_the_overview_shows_experiments_and_leads_to_their_pages(pages, page):
+    page.goto(pages.overview)
+    experiment = page.locator(f"#{GROUP}")
+    experiment.get_by_text("Last runs").wait_for()
+
+    experiment.get_by_role("link", name="dataset").click()
+
+    page.get_by_text("Materialize", exact=True).first.wait_for()
+    assert page.url.startswith(f"{pages.dagster}/assets/{GROUP}/dataset")
+
+
 def test_mlflow_shows_the_registered_model(pages, page):
     page.goto(f"{pages.mlflow}/#/models/toy")
 
@@ -263,7 +298,7 @@ def test_mlflow_shows_the_registered_model(pages, page):
     page.get_by_text("champion").first.wait_for()
 
 
-def test_sigterm_stops_both_servers(pages):
+def test_sigterm_stops_all_servers(pages):
     pages.child.send_signal(signal.SIGTERM)
 
     out, _ = pages.child.communicate(timeout=60)
