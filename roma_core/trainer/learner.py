@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from roma_core.model.classification import RoMAForClassification
 from roma_core.model.packing import PackedBatch
 from roma_core.model.pretraining import RoMAForPreTraining
-from roma_core.model.weights import state_of
 from roma_core.trainer.averaging import WeightAverage
 from roma_core.trainer.checkpoint import Checkpoint
 from roma_core.trainer.config import TrainerConfig
@@ -24,6 +25,8 @@ from roma_core.trainer.optimizer import (
     make_optimizer,
     optimizer_state,
 )
+from roma_core.trainer.ranks import Ranks
+from roma_core.trainer.sharding import copies, gradients_kept_back, sharded_twin, whole
 from roma_core.trainer.step import TrainStep
 
 
@@ -40,12 +43,14 @@ class Learner:
     """Steps forward, can be judged, and can be written down.
 
     Attributes:
-        model: the caller's, trained in place.
+        model: the caller's. Not sharded, it is what learns. Sharded, a twin of it learns, and the model
+            has the twin's weights inside :meth:`judged` and after :meth:`finish`.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
+        ranks: Ranks,
         model: RoMAForPreTraining | RoMAForClassification,
         loss: Loss,
         config: TrainerConfig,
@@ -55,7 +60,7 @@ class Learner:
         """Start as the model is, or as a checkpoint has it.
 
         Args:
-            accelerator: stands for this process among the others.
+            accelerator, ranks: stand for this process among the others.
             loss: to train with; the model's own is what it is judged by.
             total_steps: of the whole run, which the learning rate depends on.
 
@@ -63,24 +68,46 @@ class Learner:
             ValueError: the checkpoint is of another model.
         """
         self.accelerator, self.model = accelerator, model
-        self.loss, self.own_loss = loss, model.loss_fn
+        self.own_loss = model.loss_fn
+        # over one process there is nothing to share out
+        self.is_sharded = config.sharding == "full" and ranks.size > 1
         if config.freeze_encoder and isinstance(model, RoMAForClassification):
             freeze_all_but_head(model)
-        self._named = list(model.named_parameters())
         if checkpoint:
             model.load_state_dict(checkpoint.model)
         if config.compile:
             model.compile_regions()
-        wrapped, self.optimizer = accelerator.prepare(model, make_optimizer(self._named, config))
+        self._twin = sharded_twin(model, accelerator.device, ranks) if self.is_sharded else model
+        self._twin.set_loss_fn(loss)
+        self._named = list(self._twin.named_parameters())
+        optimizer = make_optimizer(self._named, config)
+        if self.is_sharded:
+            # shards are placed, and need no other wrapper; this adds the precision alone
+            wrapped = accelerator.prepare_model(
+                self._twin, device_placement=False, evaluation_mode=True
+            )
+            self.optimizer = accelerator.prepare_optimizer(optimizer)
+            accumulating = functools.partial(gradients_kept_back, self._twin)
+        else:
+            wrapped, self.optimizer = accelerator.prepare(model, optimizer)
+            accumulating = functools.partial(accelerator.no_sync, wrapped)
         self.average: WeightAverage | None = None
         if config.ema_decay is not None:
             start = checkpoint.ema if checkpoint else None
-            self.average = WeightAverage(model, config.ema_decay, start)
+            self.average = WeightAverage(self._twin, config.ema_decay, start)
         if checkpoint:
             load_optimizer_state(self.optimizer.optimizer, self._named, checkpoint.optimizer)
             if accelerator.scaler is not None and checkpoint.state.scaler:
                 accelerator.scaler.load_state_dict(checkpoint.state.scaler)
-        self._step = TrainStep(accelerator, model, wrapped, self.optimizer, config, total_steps)
+        self._step = TrainStep(
+            accelerator,
+            self._twin,
+            wrapped,
+            self.optimizer,
+            config,
+            total_steps,
+            accumulating,
+        )
 
     @property
     def lr(self) -> float:
@@ -93,14 +120,10 @@ class Learner:
         scaler = self.accelerator.scaler
         return None if scaler is None else dict(scaler.state_dict())
 
-    @contextmanager
-    def learning(self) -> Iterator[None]:
-        """The model has the loss to train with inside the ``with`` block, its own after it."""
-        self.model.set_loss_fn(self.loss)
-        try:
-            yield
-        finally:
-            self.model.set_loss_fn(self.own_loss)
+    def close(self) -> None:
+        """Give the model back to its owner: on the device, with its own loss."""
+        self.model.set_loss_fn(self.own_loss)
+        self.model.to(self.accelerator.device)
 
     def count(self, batches: list[PackedBatch]) -> float:
         """What the loss of these batches is a mean over: hidden tokens, series or tokens."""
@@ -122,20 +145,42 @@ class Learner:
     @contextmanager
     def judged(self) -> Iterator[RoMAForPreTraining | RoMAForClassification]:
         """The model, with the weights and the loss it is judged by inside the ``with`` block."""
+        if self.is_sharded:
+            self._fill_model()
+            self.model.to(self.accelerator.device)
+            with self.accelerator.autocast():
+                yield self.model
+            self.model.cpu()
+            return
+        training_loss = self.model.loss_fn
         self.model.set_loss_fn(self.own_loss)
         with self.average.applied() if self.average else nullcontext():
             yield self.model
-        self.model.set_loss_fn(self.loss)
+        self.model.set_loss_fn(training_loss)
 
     def tensors(self) -> Tensors:
-        """What a checkpoint holds. The main process alone may ask for it."""
+        """What a checkpoint holds; nothing on other processes than the main one.
+
+        Every process calls it: sharded tensors are put together from all.
+        """
+        keep = self.accelerator.is_main_process
+        average = self.average
         return Tensors(
-            state_of(self.model),
-            optimizer_state(self.optimizer.optimizer, self._named),
-            self.average.on_cpu() if self.average else None,
+            copies(self._twin.state_dict().items(), keep),
+            copies(optimizer_state(self.optimizer.optimizer, self._named), keep),
+            None if average is None else copies(average.tensors.items(), keep),
         )
 
     def finish(self) -> None:
-        """Leave the model with the weights that were judged last."""
-        if self.average is not None:
+        """Leave the model with the weights that were judged last; every process calls it."""
+        if self.is_sharded:
+            self._fill_model()
+        elif self.average is not None:
             self.model.load_state_dict(self.average.tensors)
+
+    @torch.no_grad()
+    def _fill_model(self) -> None:
+        """Give the whole model the twin's weights, or their average."""
+        named = self.average.tensors if self.average else dict(self._named)
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(whole(named[name].detach()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,9 @@ class TrainingRun:
         self.total_steps = config.epochs * self.plan.batches_per_epoch
         if state:
             check_same_run(state, config, len(train_dataset), self.total_steps)
-        self.learner = Learner(self.accelerator, model, loss, config, self.total_steps, checkpoint)
+        self.learner = Learner(
+            self.accelerator, self.ranks, model, loss, config, self.total_steps, checkpoint
+        )
         device = self.accelerator.device
         self.feed = Feed(config, self.plan, train_dataset, model.config, self.ranks, device, stops)
         self.evaluator = Evaluator(
@@ -115,7 +118,7 @@ class TrainingRun:
 
     def run(self) -> TrainingEnd:
         """Train to the end, or until a stop request."""
-        with self.report, self.saver, self.feed, self.learner.learning():
+        with self.report, self.saver, self.feed, closing(self.learner):
             self.report.say(self._first_words())
             try:
                 return self._loop()
@@ -125,9 +128,10 @@ class TrainingRun:
     def _first_words(self) -> str:
         n = sum(p.numel() for p in self.learner.model.parameters())
         origin = f"resumed from {self.resumed_from} " if self.resumed_from else ""
+        shared = " sharing them" if self.learner.is_sharded else ""
         return (
             f"{origin}{n:,} parameters, {self.plan.n_samples} series, global batch {self.plan.global_batch_size} {self.plan.unit}, "
-            f"{self.total_steps} steps, {self.ranks.size} process(es) on {self.accelerator.device}"
+            f"{self.total_steps} steps, {self.ranks.size} process(es){shared} on {self.accelerator.device}"
         )
 
     def _loop(self) -> TrainingEnd:

@@ -42,9 +42,9 @@ class Saver:
         Raises:
             OSError: the one before could not be written.
         """
+        tensors = self.learner.tensors()
         if not self.ranks.is_main:
             return
-        tensors = self.learner.tensors()
         log, followers = self.report.log, self.report.followers
         content = Content(
             state.model_copy(update={"metrics_offset": log.offset}),
