@@ -13,17 +13,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeGuard, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from roma_core.model.encoder import Block
 from roma_core.trainer.ranks import Ranks
-
-if TYPE_CHECKING:  # a second of imports that only sharding needs
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -33,9 +32,6 @@ def sharded_twin(model: M, device: torch.device, ranks: Ranks) -> M:
 
     All start from the weights of rank 0. The model moves to the host's memory.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     model.cpu()
     ranks.take_from_main(model.state_dict().values())
     twin = copy.deepcopy(model)
@@ -53,8 +49,6 @@ def gradients_kept_back(twin: nn.Module) -> Iterator[None]:
     The weights stay gathered from one micro-batch to the next, so processes may have different
     numbers of them.
     """
-    from torch.distributed.fsdp import FSDPModule
-
     assert isinstance(twin, FSDPModule)
     _exchange(twin, False)
     try:
@@ -69,21 +63,15 @@ def _exchange(twin: FSDPModule, happens: bool) -> None:
     twin.set_reshard_after_backward(happens)
 
 
-def _is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    return hasattr(tensor, "full_tensor")
-
-
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded; then every process must ask for it."""
-    return tensor.full_tensor() if _is_sharded(tensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shared_out_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """This process's part of a whole tensor, as it holds ``parameter``; of one like no other, all."""
     tensor = tensor.to(parameter.device)
-    if _is_sharded(parameter) and tensor.shape == parameter.shape:
-        from torch.distributed.tensor import distribute_tensor
-
+    if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
         # every process has read the same file: nothing needs to be sent
         return distribute_tensor(
             tensor, parameter.device_mesh, parameter.placements, src_data_rank=None
@@ -98,7 +86,7 @@ def copies(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]
     """
     kept = {}
     for name, tensor in named:
-        if keep or _is_sharded(tensor):
+        if keep or isinstance(tensor, DTensor):
             complete = whole(tensor.detach())
             if keep:
                 kept[name] = complete.cpu().contiguous().clone()
