@@ -8,21 +8,24 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from roma_core.trainer.sharding import shared_out_like
+
 
 class WeightAverage:
     """The average of a model's weights over its steps.
 
     Attributes:
-        tensors: by parameter name, on the model's device.
+        tensors: by parameter name, on the model's device, sharded as its parameters are.
     """
 
     def __init__(self, model: nn.Module, decay: float, start: dict[str, Tensor] | None) -> None:
         """``start`` is the average of a checkpoint; None begins with the present weights."""
         self.model, self.decay = model, decay
-        named = dict(model.named_parameters())
         self.tensors = {
-            name: (start[name] if start else parameter).detach().to(parameter.device).clone()
-            for name, parameter in named.items()
+            name: shared_out_like(start[name], parameter).clone()
+            if start
+            else parameter.detach().clone()
+            for name, parameter in model.named_parameters()
         }
 
     def update(self, step: int) -> None:
@@ -40,7 +43,3 @@ class WeightAverage:
             yield
         finally:
             self.model.load_state_dict(own)
-
-    def on_cpu(self) -> dict[str, Tensor]:
-        """Copies for a checkpoint."""
-        return {name: tensor.cpu().clone() for name, tensor in self.tensors.items()}

@@ -44,7 +44,7 @@ class TrainState(BaseModel):
     global_batch_size: int
     seed: int
     total_steps: int
-    metrics_offset: int  # bytes of metrics.jsonl that belong to the finished steps
+    metrics_offset: int = 0  # bytes of metrics.jsonl that belong to the finished steps
     elapsed_s: float  # training time over all attempts
     world_size: int  # of the process group that wrote it; informative
     scaler: dict[str, float] | None = None  # loss scale of fp16

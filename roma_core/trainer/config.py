@@ -70,6 +70,12 @@ class TrainerConfig(RomaSettings):
         description="Number type of forward and backward; None takes what `accelerate launch` says, "
         "else no.",
     )
+    sharding: Literal["none", "full"] = Field(
+        "none",
+        description="'full' shares out weights, gradients and the optimiser's state over all processes "
+        "(FSDP2), for a model that does not fit into one; 'none' keeps it whole in each. May change "
+        "from one start to the next.",
+    )
     compile: bool = Field(
         False,
         description="Compile the token-wise parts of every block; costs up to a minute at the start. "
@@ -182,6 +188,15 @@ class TrainerConfig(RomaSettings):
             raise ValueError(
                 f"optimizer_args {sorted(unknown)} are not arguments of {self.optimizer}; "
                 f"it takes {sorted(allowed)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_can_shard(self) -> Self:
+        if self.sharding == "full" and self.optimizer == "sgd" and self.optimizer_args.get("fused"):
+            raise ValueError(
+                "sharding=full needs SGD without its fused kernel, which knows no shards: "
+                "leave fused out of optimizer_args, or take adamw"
             )
         return self
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from roma_core.trainer.config import TrainerConfig
+from roma_core.trainer.sharding import shared_out_like
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -17,7 +18,7 @@ NamedParameters = list[tuple[str, nn.Parameter]]
 def make_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]], config: TrainerConfig
 ) -> torch.optim.Optimizer:
-    """AdamW (fused) or SGD; norms, biases, CLS and mask vectors do not decay.
+    """AdamW or SGD, fused; norms, biases, CLS and mask vectors do not decay.
 
     Every group has an ``lr_scale``, its share of the learning rate.
     """
@@ -32,7 +33,8 @@ def make_optimizer(
     ]
     arguments = {"lr": config.base_lr, **config.optimizer_args}
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, **arguments)
+        # the fused kernel knows no shards
+        return torch.optim.SGD(groups, **{"fused": config.sharding == "none", **arguments})
     if "betas" in arguments:
         arguments["betas"] = tuple(arguments["betas"])
     return torch.optim.AdamW(groups, **{"fused": True, **arguments})
@@ -67,20 +69,20 @@ def freeze_all_but_head(model: nn.Module) -> None:
         parameter.requires_grad_(name.startswith("head."))
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, named: NamedParameters) -> dict[str, Tensor]:
-    """State tensors as ``<parameter>/<what>``, on CPU, e.g. ``projection.weight/exp_avg``."""
-    return {
-        f"{name}/{key}": value.detach().cpu().contiguous().clone()
-        for name, parameter in named
-        for key, value in optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor)
-    }
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, named: NamedParameters
+) -> Iterator[tuple[str, Tensor]]:
+    """State tensors as ``<parameter>/<what>``, e.g. ``projection.weight/exp_avg``, as they lie."""
+    for name, parameter in named:
+        for what, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                yield f"{name}/{what}", value
 
 
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, named: NamedParameters, tensors: dict[str, Tensor]
 ) -> None:
-    """Put back what :func:`optimizer_state` gave.
+    """Put back whole tensors with the names that :func:`optimizer_state` gave them.
 
     Raises:
         ValueError: the tensors are those of other parameters.
@@ -99,5 +101,6 @@ def load_optimizer_state(
         if name in by_name:
             # fused kernels want the step count beside the parameter
             optimizer.state[parameter] = {
-                what: tensor.to(parameter.device).clone() for what, tensor in by_name[name].items()
+                what: shared_out_like(tensor, parameter).clone()
+                for what, tensor in by_name[name].items()
             }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -44,6 +46,14 @@ class Ranks:
         gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, value, group=self._group)
         return gathered
+
+    @torch.no_grad()
+    def take_from_main(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors with those of rank 0, which has the same."""
+        for tensor in tensors if self.size > 1 else ():
+            on_host = tensor.detach().cpu().contiguous()
+            dist.broadcast(on_host, src=0, group=self._group)
+            tensor.copy_(on_host)
 
     def wait(self) -> None:
         """Go on when every process has come here."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +20,7 @@ from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.non_finite import NonFiniteLoss
 from roma_core.trainer.optimizer import set_learning_rate
 from roma_core.trainer.schedule import learning_rate_factor
+from roma_core.trainer.sharding import whole
 
 
 class TrainStep:
@@ -33,10 +37,15 @@ class TrainStep:
         optimizer: AcceleratedOptimizer,
         config: TrainerConfig,
         total_steps: int,
+        accumulating: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        """``wrapped`` is ``model`` as :meth:`Accelerator.prepare` gave it back."""
+        """``wrapped`` is ``model`` as :meth:`Accelerator.prepare` gave it back.
+
+        Inside ``accumulating()`` gradients stay in the process.
+        """
         self.accelerator, self.model, self.wrapped = accelerator, model, wrapped
         self.optimizer, self.config, self.total_steps = optimizer, config, total_steps
+        self.accumulating = accumulating
         self.warmup_steps = (
             math.ceil(total_steps / 10) if config.warmup_steps is None else config.warmup_steps
         )
@@ -78,7 +87,7 @@ class TrainStep:
         for i, batch in enumerate(micro_batches):
             share = self.model.loss_count(batch) / count
             if i + 1 < len(micro_batches):
-                with self.accelerator.no_sync(self.wrapped):
+                with self.accumulating():
                     total += self._backward(batch, share)
             else:
                 total += self._backward(batch, share)
@@ -115,6 +124,6 @@ class TrainStep:
     def _clip(self) -> Tensor:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if self.config.gradient_clip is not None:
-            return self.accelerator.clip_grad_norm_(parameters, self.config.gradient_clip)
+            return whole(self.accelerator.clip_grad_norm_(parameters, self.config.gradient_clip))
         self.accelerator.unscale_gradients(self.optimizer)
-        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))

@@ -144,21 +144,32 @@ def test_torchrun_evaluates_on_both_ranks_and_computes_what_one_process_does(tmp
     assert one["train/loss", 1] == pytest.approx(two["train/loss", 1], rel=1e-2)  # dropout differs
 
 
-def test_another_number_of_processes_continues_the_same_run(tmp_path):
+SIXTY = {"epochs": 10, "batch_size": 4, "save_every": 8, "eval_every": 1000}  # steps of 8 series
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory):
+    """Sixty steps by two processes that nothing happens to."""
+    folder = tmp_path_factory.mktemp("two")
+    run(Plan(folder, SIXTY, plain_autoencoder), 2)
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+def test_another_number_of_processes_continues_the_same_run(tmp_path, by_two, number):
     """2 processes → 1 → 2: same order and masks; without dropout the same weights up to rounding."""
-    changes = {"epochs": 10, "batch_size": 4, "save_every": 1000, "eval_every": 1000}  # 60 steps
-    two = Plan(tmp_path / "two", changes, plain_autoencoder)
-    mixed = Plan(tmp_path / "mixed", changes, plain_autoencoder)
-    run(two, 2)
-    for processes, until in ((2, 10), (1, 30)):
-        when = records_reach(mixed.folder, until)
-        stopped = interrupt(mixed, when, signal.SIGTERM, processes)
-        assert "asked to stop (SIGTERM)" in stopped.output
+    mixed = Plan(tmp_path, SIXTY, plain_autoencoder)
+    for processes, until in ((2, 12), (1, 30)):
+        stopped = interrupt(mixed, records_reach(mixed.folder, until), number, processes)
+        if number == signal.SIGTERM:
+            assert "asked to stop (SIGTERM)" in stopped.output
+        else:
+            assert set(stopped.exit_codes) == {-signal.SIGKILL}, stopped.output
     assert "resumed from" in run(mixed, 2)
-    (state, expected), (again, found) = weights(two.folder), weights(mixed.folder)
+    (state, expected), (again, found) = weights(by_two), weights(mixed.folder)
     assert state.step == again.step == 60
     assert state.global_batch_size == again.global_batch_size == 8
-    assert [p[:2] for p in points(mixed.folder)] == [p[:2] for p in points(two.folder)]
+    assert [p[:2] for p in points(mixed.folder)] == [p[:2] for p in points(by_two)]
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-9)
 

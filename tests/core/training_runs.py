@@ -242,6 +242,14 @@ def records_reach(folder: Path, n: int) -> Callable[[], bool]:
     return lambda: path.exists() and path.read_bytes().count(b"\n") > n
 
 
+def last_step(folder: Path) -> int:
+    """Step of the last whole record; 0 before the first."""
+    path = folder / "checkpoints/metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines[-2:] if line.endswith(b"\n")]
+    return int(json.loads(whole[-1])["step"]) if whole else 0
+
+
 def is_saving(folder: Path) -> bool:
     """Whether a checkpoint is half written, or was when its writer was killed."""
     return any((folder / "checkpoints").glob(".step-*"))
@@ -272,3 +280,34 @@ def assert_same_end(found: Path, expected: Path) -> None:
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert points(found) == points(expected)
+
+
+class Store:
+    """A real MLflow store with one run, and what it holds."""
+
+    def __init__(self, uri: str) -> None:
+        from mlflow import MlflowClient
+
+        self.uri = uri
+        self.client = MlflowClient(uri)
+        self.run_id = self.client.create_run("0").info.run_id
+        self.environment = {"MLFLOW_TRACKING_URI": uri, "MLFLOW_RUN_ID": self.run_id}
+
+    def points(self) -> list[tuple[str, int, float]]:
+        names = self.client.get_run(self.run_id).data.metrics
+        return sorted(
+            (m.key, m.step, m.value)
+            for name in names
+            for m in self.client.get_metric_history(self.run_id, name)
+        )
+
+
+def assert_told_once(store: Store, folder: Path) -> None:
+    """Every (name, step, value) of ``metrics.jsonl`` is in the store once, wall-clock ones aside."""
+    from roma_core.trainer.followers import forward_to_mlflow
+
+    metrics = folder / "checkpoints/metrics.jsonl"
+    forward_to_mlflow(metrics, store.uri, store.run_id)  # as the outcome of a job does
+    expected = sorted(points(folder))
+    assert len({p[:2] for p in expected}) == len(expected) > 0
+    assert [p for p in store.points() if p[0] not in WALL_CLOCK] == expected
