@@ -94,7 +94,7 @@ class JobMessageReader(dg.PipesMessageReader):
             self._waits_for = ""
         elif state.reason and state.reason != self._waits_for:
             self._waits_for = state.reason
-            self._log_observation({"phase": str(state.phase), "queue": state.reason})
+            self._log_observation({"phase": str(state.phase), "queue": state.reason, **state.queue})
 
     def _pass_on(self, message: Mapping[str, Any]) -> None:
         method, params = message.get("method"), message.get("params") or {}
