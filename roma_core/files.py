@@ -7,10 +7,12 @@ processes wins. Every JSON file that outlives a process carries a ``schema_versi
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +72,42 @@ def write_json(path: Path, document: Any) -> None:
     write_bytes(path, _as_json(document))
 
 
+_NO_HARD_LINKS = frozenset(
+    {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+)
+_EMPTY_FOR_S = 1.0  # at most, while its creator puts the content in place of an empty file
+
+
 def create_json(path: Path, document: Any) -> bool:
-    """Create ``path`` with the document, whole; False (and no change) if it exists already."""
+    """Create ``path`` with the document, whole; False (and no change) if it exists already.
+
+    Where the file system has no hard links, the file is empty for a moment; ``read_json`` waits.
+    """
     aside = _write_aside(path, _as_json(document))
     try:
-        os.link(aside, path)
-    except FileExistsError:
-        # over NFS a request that is sent again fails on what it did the first time
-        if aside.stat().st_nlink != 2:
+        if not _take_name(path, aside):
             return False
     finally:
         aside.unlink(missing_ok=True)
     sync_folder(path.parent)
+    return True
+
+
+def _take_name(path: Path, aside: Path) -> bool:
+    """Give the content in ``aside`` the name ``path``, if nobody has."""
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        # over NFS a request that is sent again fails on what it did the first time
+        return aside.stat().st_nlink == 2
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        except FileExistsError:
+            return False
+        aside.replace(path)
     return True
 
 
@@ -92,7 +118,12 @@ def read_json(path: Path, *, schema_version: int | None = None) -> Any:
         ValueError: the content is not JSON or has another ``schema_version``.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        deadline = time.monotonic() + _EMPTY_FOR_S
+        while not text and time.monotonic() < deadline:
+            time.sleep(0.02)
+            text = path.read_text(encoding="utf-8")
+        document = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} is not valid JSON ({error}); it was cut short or changed by hand"

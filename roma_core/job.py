@@ -8,6 +8,7 @@ The folder alone is enough to find, judge and resume the job. Who writes what:
     cancel.json               anyone     asks the watcher to end the job; gone once that is done
     decisions.jsonl           launcher   every decision: when, what was seen, what was done
     messages.offset           launcher   how far messages.jsonl was passed on
+    mlflow_run.json           launcher   the MLflow run that shows the job, once there is one
     attempts/<n>.json         launcher   intent, created exclusively before submitting; then the external id and the end
     attempts/<n>/log          launcher   stdout and stderr of all processes
     attempts/<n>/script       launcher   what a scheduler was given
@@ -101,6 +102,10 @@ class JobFolder:
     @property
     def messages_offset(self) -> Path:
         return self.path / "messages.offset"
+
+    @property
+    def mlflow_run(self) -> Path:
+        return self.path / "mlflow_run.json"
 
     @property
     def checkpoints(self) -> Path:

@@ -11,17 +11,24 @@ from typing import Any, Literal
 import dagster as dg
 from pydantic import BaseModel
 
-from roma_core.files import digest_of, read_json
+from roma_core.files import digest_of, write_json
 from roma_core.job import JobFolder, Result
-from roma_core.trainer.followers import forward_to_mlflow
+from roma_core.trainer.followers import MLFLOW_RUN_VARIABLE, forward_to_mlflow
 from roma_pipelines.experiment import Experiment
-from roma_pipelines.launching.job import AttemptRecord, JobFailed, Outcome
+from roma_pipelines.launching.audit import attempts_table, decisions_table
+from roma_pipelines.launching.evidence import read_records
+from roma_pipelines.launching.job import JobFailed, Outcome
 from roma_pipelines.launching.launcher import Refused
 from roma_pipelines.launching.pipes import key_for, run_job
 from roma_pipelines.launching.usage import usage
 from roma_pipelines.provenance import code_version
-from roma_pipelines.registry.runs import end_run, find_or_create_run
-from roma_pipelines.registry.store import MlflowSettings, connect, embedded_root
+from roma_pipelines.registry.runs import end_run, end_runs_of_job, find_or_create_run
+from roma_pipelines.registry.store import (
+    MlflowSettings,
+    connect,
+    embedded_root,
+    tracking_uri,
+)
 from roma_pipelines.storage import Storage
 from roma_pipelines.targets import job_spec, launcher_for, roma_command
 
@@ -48,9 +55,8 @@ class TrackedJob:
         return {
             # numbers as people read them; result.json has all digits
             **{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in shown.items()},
-            "job_folder": dg.MetadataValue.path(str(self.folder.path)),
+            **_story(self.outcome),
             "log": dg.MetadataValue.path(str(self.folder.attempt(self.result.attempt).log)),
-            "decisions": dg.MetadataValue.path(str(self.folder.decisions)),
             "mlflow_run_id": self.run_id,
         }
 
@@ -81,21 +87,13 @@ def run_tracked_job(
     key = key_for(context)
     folder = JobFolder(storage.jobs / key)
     document = config.model_dump(mode="json")
-    client = connect(MlflowSettings(), storage.mlflow)
-    noun = context.asset_key.path[-1]
-    run_id = find_or_create_run(
-        client,
-        f"{MlflowSettings().experiment_prefix}/{experiment.name}",
-        key,
-        f"{noun} {context.run_id[:8]}",
-        {
-            "roma.dagster_run_id": context.run_id,
-            "roma.asset": context.asset_key.to_user_string(),
-            "roma.git_sha": code_version(),
-            "roma.config_digest": digest_of(document),
-        },
-        params,
-    )
+    tags = {
+        "roma.dagster_run_id": context.run_id,
+        "roma.asset": context.asset_key.to_user_string(),
+        "roma.git_sha": code_version(),
+        "roma.config_digest": digest_of(document),
+    }
+    shown = _ShownInMlflow(context, storage, folder, experiment.name, tags, params)
     resources = experiment.resources
     spec = job_spec(
         resources, key, roma_command(command, folder.path), digest_of(document), starter
@@ -108,54 +106,125 @@ def run_tracked_job(
             folder,
             spec,
             document,
-            environment=_where_metrics_go(client, run_id, resources.target),
+            environment=shown.environment(resources.target),
+            on_accepted=shown.begin,
             max_attempts=resources.max_attempts,
         )
     except JobFailed as error:
-        _bring_home(client, folder, run_id)
-        end_run(client, run_id, "KILLED" if error.outcome.status == "cancelled" else "FAILED")
-        raise dg.Failure(
-            description=str(error), metadata={"job_folder": str(folder.path)}, allow_retries=False
-        ) from error
+        shown.bring_home()
+        shown.end("KILLED" if error.outcome.status == "cancelled" else "FAILED")
+        facts = _story(error.outcome) | usage(error.outcome, spec, launcher.price)
+        raise dg.Failure(description=str(error), metadata=facts, allow_retries=False) from error
     except Refused as error:
-        end_run(client, run_id, "FAILED")
+        shown.end("FAILED")
         raise dg.Failure(description=str(error), allow_retries=False) from error
     except BaseException:  # interrupted: a job that was left running keeps its run open
         if _was_cancelled(folder):
-            end_run(client, run_id, "KILLED")
+            shown.kill()
         raise
     assert outcome.result is not None, "a completed job has a result"
-    _bring_home(client, folder, run_id)
+    shown.bring_home()
     for file in (folder.config, folder.result):
-        client.log_artifact(run_id, str(file))
-    end_run(client, run_id, "FINISHED")
+        shown.client.log_artifact(shown.run_id, str(file))
+    shown.end("FINISHED")
     used = usage(outcome, spec, launcher.price)
-    return TrackedJob(outcome, used, folder, outcome.result, run_id, client)
+    return TrackedJob(outcome, used, folder, outcome.result, shown.run_id, shown.client)
 
 
-def _where_metrics_go(client: Any, run_id: str, target: str) -> dict[str, str]:
-    """Variables by which the job's own follower finds its MLflow run.
-
-    The embedded store is one SQLite file, which two computers must not share: jobs of a cluster are
-    not told of it, and their metrics come home at the outcome. Progress is on the asset's page.
+class _ShownInMlflow:
+    """The MLflow run of a job; made when the job is under way, for importing MLflow alone takes
+    longer than a submission.
     """
-    if target != "local" and embedded_root(client.tracking_uri) is not None:
-        return {}
-    return {"MLFLOW_TRACKING_URI": client.tracking_uri, "MLFLOW_RUN_ID": run_id}
+
+    def __init__(
+        self,
+        context: dg.AssetExecutionContext,
+        storage: Storage,
+        folder: JobFolder,
+        experiment: str,
+        tags: Mapping[str, str],
+        params: Mapping[str, Any],
+    ) -> None:
+        self.context, self.storage, self.folder = context, storage, folder
+        self.experiment, self.tags, self.params = experiment, tags, params
+        self.settings = MlflowSettings()
+        self._found: tuple[Any, str] | None = None
+
+    def environment(self, target: str) -> dict[str, str]:
+        """Variables by which the job's own follower finds its MLflow run.
+
+        The embedded store is one SQLite file, which two computers must not share: jobs of a cluster
+        are not told of it, and their metrics come home at the outcome. Progress is on the asset's
+        page.
+        """
+        uri = tracking_uri(self.settings, self.storage.mlflow)
+        if target != "local" and embedded_root(uri) is not None:
+            return {}
+        run = str(self.folder.mlflow_run.absolute())
+        return {"MLFLOW_TRACKING_URI": uri, MLFLOW_RUN_VARIABLE: run}
+
+    def begin(self) -> None:
+        """Find or make the run, and tell the job; a run on record may wait until MLflow answers."""
+        try:
+            self._find()
+        except Exception as error:
+            if not self.folder.mlflow_run.exists():
+                raise
+            self.context.log.warning(
+                f"MLflow: {error}; the job goes on, its metrics wait in {self.folder.metrics}"
+            )
+
+    @property
+    def client(self) -> Any:
+        return self._find()[0]
+
+    @property
+    def run_id(self) -> str:
+        return self._find()[1]
+
+    def bring_home(self) -> None:
+        """Send what the job's own follower could not: an MLflow that was down misses nothing."""
+        forward_to_mlflow(self.folder.metrics, self.client.tracking_uri, self.run_id)
+
+    def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+        end_run(self.client, self.run_id, status)
+
+    def kill(self) -> None:
+        """End the run if there is one: the interrupt may have come before it was made."""
+        client = connect(self.settings, self.storage.mlflow)
+        end_runs_of_job(client, self.folder.path.name, "KILLED")
+
+    def _find(self) -> tuple[Any, str]:
+        if self._found is None:
+            client = connect(self.settings, self.storage.mlflow)
+            run_id = find_or_create_run(
+                client,
+                f"{self.settings.experiment_prefix}/{self.experiment}",
+                self.folder.path.name,
+                f"{self.context.asset_key.path[-1]} {self.context.run_id[:8]}",
+                self.tags,
+                self.params,
+            )
+            if self.folder.path.exists():  # a job that was refused has none
+                write_json(self.folder.mlflow_run, {"schema_version": 1, "run_id": run_id})
+            self._found = client, run_id
+        return self._found
+
+
+def _story(outcome: Outcome) -> dict[str, Any]:
+    """What became of every attempt and why, as tables on a page."""
+    folder = JobFolder(outcome.folder)
+    return {
+        "job_folder": dg.MetadataValue.path(str(folder.path)),
+        "attempts_made": dg.MetadataValue.md(attempts_table(outcome.attempts)),
+        "decisions": dg.MetadataValue.md(decisions_table(folder)),
+    }
 
 
 def _was_cancelled(folder: JobFolder) -> bool:
-    numbers = folder.attempt_numbers()
-    if not numbers:
-        return False
-    document = read_json(folder.attempt_record(numbers[-1]), schema_version=1)
-    record = AttemptRecord.model_validate(document)
-    return record.end is not None and record.end.how == "cancelled"
-
-
-def _bring_home(client: Any, folder: JobFolder, run_id: str) -> None:
-    """Send what the job's own follower could not: an MLflow that was down misses nothing."""
-    forward_to_mlflow(folder.metrics, client.tracking_uri, run_id)
+    records = read_records(folder)
+    last = records[-1].end if records else None
+    return last is not None and last.how == "cancelled"
 
 
 def picture(png: bytes, alt: str) -> dg.MetadataValue:

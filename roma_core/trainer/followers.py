@@ -23,8 +23,10 @@ from roma_core.trainer.metrics_log import Record, read_records
 from roma_core.trainer.trackers import MlflowRun, Tracker, WandbConfig, WandbRun, import_tracker
 
 log = logging.getLogger(__name__)
+MLFLOW_RUN_VARIABLE = "ROMA_JOB_MLFLOW_RUN"
 _BATCH = 500  # records sent before the bookmark moves
 _RETRY_S = 15.0
+_RUN_WITHIN_S = 30.0
 _LAST_TRY_S = 10.0  # how long a finished run waits for its followers
 
 
@@ -121,6 +123,20 @@ def _bookmark_of(metrics: Path, tracker: str) -> Path:
     return metrics.with_name(f"{tracker}.offset.json")
 
 
+def _run_in(path: Path) -> str | None:
+    """The id of the MLflow run in a file that the orchestrator is about to write; None without one.
+
+    It writes it two seconds after this job was accepted; torch alone takes longer to be here.
+    """
+    deadline = time.monotonic() + _RUN_WITHIN_S
+    while not path.exists():
+        if time.monotonic() > deadline:
+            log.warning("%s did not come; MLflow gets the metrics when the job is over", path)
+            return None
+        time.sleep(0.1)
+    return str(read_json(path, schema_version=1)["run_id"])
+
+
 class Followers:
     """The follower threads of one run."""
 
@@ -130,15 +146,22 @@ class Followers:
 
     @classmethod
     def of_environment(cls, folder: Path, trainer: TrainerConfig) -> Followers:
-        """MLflow if ``MLFLOW_TRACKING_URI`` and ``MLFLOW_RUN_ID`` are set; wandb as configured.
+        """MLflow if ``MLFLOW_TRACKING_URI`` and a run are named; wandb as configured.
+
+        ``MLFLOW_RUN_ID`` names the run, or the file that ``ROMA_JOB_MLFLOW_RUN`` names does: a job may
+        have started before its run was made.
 
         Raises:
             ModuleNotFoundError: a tracker is configured and not installed.
         """
         followers = cls(folder / "metrics.jsonl")
         uri, mlflow_run = os.environ.get("MLFLOW_TRACKING_URI"), os.environ.get("MLFLOW_RUN_ID")
-        if uri and mlflow_run:
+        to_come = os.environ.get(MLFLOW_RUN_VARIABLE)
+        if uri and (mlflow_run or to_come):
             import_tracker("mlflow")
+            if to_come and not mlflow_run:
+                mlflow_run = _run_in(Path(to_come))
+        if uri and mlflow_run:
             followers.add("mlflow", lambda run_id: MlflowRun(uri, run_id), mlflow_run)
         wandb = WandbConfig()
         if trainer.log_wandb and wandb.effective_mode != "disabled":

@@ -65,13 +65,32 @@ def _run(
     instance: dg.DagsterInstance, storage: Storage, experiment: str, fresh: bool, started: float
 ) -> None:
 
+    from roma_core.files import digest_of
+    from roma_pipelines import foreground
+
     definitions = _definitions()
     keys = _keys(definitions, experiment)
+    held, killed = foreground.unfinished(instance, experiment)
+    if held:
+        raise click.ClickException(
+            f"process {foreground.process_of(held[0])} is making {experiment} already; wait for it, or "
+            f"end it with Ctrl-C there"
+        )
+    graph = definitions.resolve_asset_graph()
+    settings = digest_of([graph.get(key).code_version for key in keys])
+    before = killed[0] if killed and not fresh else None
+    if before is not None and not foreground.has_settings(before, settings):
+        before = None
+    if killed and before is None:
+        _end_jobs(instance, storage, killed)
     missing = keys if fresh else _missing(instance, definitions, keys)
     if missing:
         names = ", ".join(key.path[-1] for key in missing)
         click.echo(f"materialising {experiment}: {names}")
-        _materialise(instance, definitions, missing)
+        if before is not None:
+            click.echo("  going on with what a killed process left")
+        tags = foreground.tags_of(experiment, settings, before)
+        _materialise(instance, definitions, missing, tags, killed)
     else:
         click.echo(f"{experiment} is there already, as its file says; --fresh runs it again")
     _conclude(instance, storage, experiment, keys, time.monotonic() - started)
@@ -98,6 +117,29 @@ def _keys(definitions: dg.Definitions, experiment: str) -> list[dg.AssetKey]:
     if encoder in own:
         return own
     return [dg.AssetKey([encoder.path[0], "dataset"]), encoder, *(k for k in own if graph.has(k))]
+
+
+def _end_jobs(instance: dg.DagsterInstance, storage: Storage, killed: list[dg.DagsterRun]) -> None:
+    """End what killed runs left running and this one cannot use."""
+    from roma_pipelines.launching.jobs import all_jobs, cancel
+    from roma_pipelines.registry.runs import end_runs_of_job
+    from roma_pipelines.registry.store import MlflowSettings, connect
+    from roma_pipelines.targets import launcher_of
+
+    runs = {run.run_id for run in killed}
+    for job in all_jobs(storage.jobs):
+        if job.is_to_go_on and job.watcher.get("dagster_run_id") in runs:
+            click.echo(f"ending job {job.key}, which a killed process left")
+            cancel(job, "roma-pipeline demo: made anew", launcher_of(storage))
+            end_runs_of_job(connect(MlflowSettings(), storage.mlflow), job.key, "KILLED")
+    _report_killed(instance, killed)
+
+
+def _report_killed(instance: dg.DagsterInstance, killed: list[dg.DagsterRun]) -> None:
+    for run in killed:
+        now = instance.get_run_by_id(run.run_id)
+        if now is not None and not now.is_finished:
+            instance.report_run_failed(now, "its process was killed; a later one went on")
 
 
 def _definitions() -> dg.Definitions:
@@ -149,7 +191,11 @@ def _still_on_disk(materialisation: dg.AssetMaterialization) -> bool:
 
 
 def _materialise(
-    instance: dg.DagsterInstance, definitions: dg.Definitions, keys: list[dg.AssetKey]
+    instance: dg.DagsterInstance,
+    definitions: dg.Definitions,
+    keys: list[dg.AssetKey],
+    tags: dict[str, str],
+    killed: list[dg.DagsterRun],
 ) -> None:
     import dagster as dg
 
@@ -160,10 +206,13 @@ def _materialise(
             instance=instance,
             asset_selection=keys,
             run_config={"loggers": {_LOGGER: {}}},
+            tags=tags,
             raise_on_error=False,
         )
     except KeyboardInterrupt:  # between two steps
         raise click.ClickException(interrupted) from None
+    finally:  # not before: until this run is there, they are what leads to their jobs
+        _report_killed(instance, killed)
     if result.success:
         return
     lines = []

@@ -59,7 +59,7 @@ def list_(everything: bool) -> None:
 @click.argument("key")
 def show(key: str) -> None:
     """One job: what it asked for, its attempts, and every decision about it."""
-    import json
+    from roma_pipelines.launching.audit import clock, read_decisions
 
     job = _job(_storage(), key)
     spec = job.spec
@@ -74,16 +74,17 @@ def show(key: str) -> None:
         alive = "alive" if job.watched else "gone"
         of_run = f", of Dagster run {run}" if run else ""
         click.echo(f"watcher    process {job.watcher['pid']}{of_run}, {alive}")
+        if job.is_to_go_on and (state := job.watcher.get("state")):
+            seen_s = time.time() - float(job.watcher["beat"])
+            click.echo(f"state      {state}; seen {_age(max(0.0, seen_s))} ago")
     for record in job.records:
         known = ", ".join(f"{k} {v}" for k, v in (record.external or {}).items())
         end = f"{record.end.how}: {record.end.reason}" if record.end else "not over"
         click.echo(f"attempt {record.attempt}  {record.backend} ({known or 'no id yet'}): {end}")
-    if job.folder.decisions.exists():
+    if decisions := read_decisions(job.folder):
         click.echo("decisions")
-        for line in job.folder.decisions.read_text().splitlines():
-            entry = json.loads(line)
-            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry["time"]))
-            click.echo(f"  {when}  {entry['attempt'] or '-'}  {entry['seen']}: {entry['done']}")
+    for entry in decisions:
+        click.echo(f"  {clock(entry.time)}  {entry.attempt or '-'}  {entry.seen}: {entry.done}")
 
 
 @jobs.command()
@@ -101,7 +102,7 @@ def logs(key: str, follow: bool, attempt: int | None) -> None:
         raise click.ClickException(f"there is no attempt {attempt}; there are {known}")
     n, offset = attempt or (known[-1] if known else 1), 0
     while True:
-        over = job is None or job.open_attempt is None
+        over = job is None or not (job.is_to_go_on and (job.open_attempt or job.watched))
         log = job.folder.attempt(n).log if job else None
         if log and log.exists():
             with log.open("rb") as file:
@@ -115,7 +116,10 @@ def logs(key: str, follow: bool, attempt: int | None) -> None:
             continue
         if not follow or over:
             return
-        time.sleep(_FOLLOW_EVERY_S)
+        try:
+            time.sleep(_FOLLOW_EVERY_S)
+        except KeyboardInterrupt:  # who looked has seen enough; the job goes on
+            return
         job = read_job(job.folder.path) if job else None
 
 
@@ -130,7 +134,7 @@ def cancel(key: str, wait_s: float) -> None:
 
     storage = _storage()
     job = _job(storage, key)
-    if job.open_attempt is None:
+    if not job.is_to_go_on:
         click.echo(f"job {job.key} is over already: {job.status}")
         return
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +47,11 @@ def launch(as_module: bool, key: str | None, words: tuple[str, ...], **options: 
         raise click.UsageError(
             "-m MODULE is needed, or --job KEY of a job that was launched before"
         )
+    if options["profile"] and options["target"] != "slurm":
+        raise click.UsageError(
+            f"--profile {options['profile']} names a SLURM site, and the target is "
+            f"{options['target']}; add --target slurm, or leave --profile out"
+        )
     try:
         storage = Storage.open()
         folder, spec, config, launcher = (
@@ -79,6 +86,8 @@ def _new(storage: Any, module: str, arguments: tuple[str, ...], options: dict[st
     if options["target"] == "local":
         _fits_here(spec)
     launcher = launcher_for(options["target"], options["profile"], storage)
+    if _has_this_python(launcher):
+        _is_a_module(module)
     return JobFolder(storage.jobs / key), spec, config, launcher
 
 
@@ -98,6 +107,33 @@ def _fits_here(spec: Any) -> None:
         click.echo(
             f"{threads} threads are asked for, this computer has {cpus} CPUs; it will be slow",
             err=True,
+        )
+
+
+def _has_this_python(launcher: Any) -> bool:
+    """Whether the job runs with this interpreter and these files, as far as anybody says."""
+    if launcher.backend == "local":
+        return True
+    site = getattr(launcher, "site", None)
+    if launcher.backend != "slurm" or site is None:
+        return False
+    return not (site.ssh or site.python or site.container or site.modules or site.setup)
+
+
+def _is_a_module(name: str) -> None:
+    """Say now what each process would say after seconds, under forty lines of its starter.
+
+    Raises:
+        ValueError: Python finds no such module from this folder.
+    """
+    look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is None)"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True)
+    if done.returncode:
+        why = done.stderr.strip().splitlines()[-1:]  # a parent package may fail to import
+        raise ValueError(
+            f"there is no module {name!r} in {Path.cwd()} or among what is installed"
+            + (f" ({why[0]})" if why else "")
+            + "; name it as for `python -m`: dots, no .py"
         )
 
 

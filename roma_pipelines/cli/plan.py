@@ -19,6 +19,9 @@ _COMMANDS = {
     "evaluation_report": ("evaluate", "plain"),
 }
 _NO_KEY = "0" * 20
+_LEGEND = f"""\
+# stand-ins, until it is submitted: JOB_FOLDER, <storage root>/jobs/<key>; {_NO_KEY[:12]}, the key's
+# beginning; FREE_PORT, chosen at the start. The training's settings go into JOB_FOLDER/config.json"""
 
 
 @click.command()
@@ -44,6 +47,11 @@ def plan(experiment: str, target: str | None, profile: str | None, asset: str, c
     from roma_pipelines.storage import Storage, StorageError
     from roma_pipelines.targets import launcher_for
 
+    if target == "local" and profile is not None:
+        raise click.UsageError(
+            f"--profile {profile} names a SLURM site, and the target is local; "
+            f"say --target slurm, or leave --profile out"
+        )
     try:
         found = load_experiment(experiment)
         changes = {"target": target, "profile": profile}
@@ -53,6 +61,7 @@ def plan(experiment: str, target: str | None, profile: str | None, asset: str, c
         storage = Storage.open()
         launcher = launcher_for(resources.target, resources.profile, storage)
         click.echo(launcher.plan(_spec(found, asset, _NO_KEY, "JOB_FOLDER")), nl=False)
+        click.echo(_LEGEND, err=True)
         _show_difference(found, asset, launcher, storage)
         if check:
             _check(found, asset, launcher, storage)

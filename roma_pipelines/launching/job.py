@@ -81,12 +81,14 @@ _NOT_ENDED = frozenset({Phase.WAITING, Phase.RUNNING, Phase.UNKNOWN})
 class JobState:
     """A phase, and why, in words for people: queue reason, exit code, signal.
 
-    An end may carry ``usage``: ``ran_s``, seconds it ran, and ``nodes``, where.
+    An end may carry ``usage``: ``ran_s``, seconds it ran, and ``nodes``, where. A wait may carry
+    ``queue``: ``queue_position``, ``queue_length`` and ``expected_start``.
     """
 
     phase: Phase
     reason: str = ""
     usage: Mapping[str, Any] = field(default_factory=dict)
+    queue: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def ended(self) -> bool:

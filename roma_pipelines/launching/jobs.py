@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import logging
 import shutil
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from roma_core.attempt import is_running
 from roma_core.files import read_json
 from roma_core.job import JobFolder
+from roma_pipelines.launching.evidence import newest_checkpoint, read_records
 from roma_pipelines.launching.job import AttemptRecord, JobSpec
 from roma_pipelines.launching.launcher import Launcher
-from roma_pipelines.launching.supervisor import Supervisor, newest_checkpoint, request_cancel
+from roma_pipelines.launching.supervisor import Supervisor, request_cancel
+from roma_pipelines.launching.watcher import WATCHER_SILENT_S, is_watched
 
 log = logging.getLogger(__name__)
-
-WATCHER_SILENT_S = 60.0
-"""A watcher on another computer that has not said for so long that it is alive is dead."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,14 @@ class Job:
         return self.records[-1] if self.records and self.records[-1].end is None else None
 
     @property
+    def is_to_go_on(self) -> bool:
+        """Whether an attempt is not over, or another one is to follow: now, or once it is retried."""
+        if not self.records:
+            return self.watched
+        end = self.records[-1].end
+        return end is None or end.how == "continue"
+
+    @property
     def status(self) -> str:
         """``completed``, ``failed``, ``cancelled``, ``continue``, ``running``, ``queued`` or ``new``."""
         if not self.records:
@@ -68,15 +73,6 @@ class Job:
     @property
     def checkpoint(self) -> int | None:
         return newest_checkpoint(self.folder)
-
-
-def is_watched(watcher: dict[str, Any]) -> bool:
-    """Whether the process that wrote ``watcher.json`` still lives."""
-    if not watcher:
-        return False
-    if watcher.get("host", socket.gethostname()) == socket.gethostname():
-        return is_running(watcher["pid"], watcher["start"])
-    return time.time() - float(watcher["beat"]) < WATCHER_SILENT_S
 
 
 def read_job(path: Path) -> Job | None:
@@ -92,9 +88,7 @@ def read_job(path: Path) -> Job | None:
     made_at = folder.spec.stat().st_mtime
     spec = JobSpec.model_validate(read_json(folder.spec, schema_version=1))
     watcher = read_json(folder.watcher, schema_version=1) if folder.watcher.exists() else {}
-    numbers = folder.attempt_numbers()
-    records = [read_json(folder.attempt_record(n), schema_version=1) for n in numbers]
-    attempts = tuple(AttemptRecord.model_validate(record) for record in records)
+    attempts = tuple(read_records(folder))
     return Job(folder, spec, attempts, watcher, is_watched(watcher), made_at)
 
 
@@ -151,30 +145,28 @@ def cancel(
 ) -> str:
     """End a job whoever watches it; returns how it ended.
 
-    A living watcher is asked; without one, this process takes the watch over and does it itself.
+    A living watcher is asked, and makes no further attempt either; without one, this process takes
+    the watch over and does it itself.
 
     Raises:
         RuntimeError: it is not over after ``wait_s``.
         NoAnswer: nobody watches it, and its target is away.
     """
-    attempt = job.open_attempt
-    if attempt is None:
+    if not job.is_to_go_on:
         return job.status
     request_cancel(job.folder, by)
     deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
         now = read_job(job.folder.path)
         assert now is not None, "its spec is never removed"
-        if now.open_attempt is None:
+        if not now.is_to_go_on:
+            now.folder.cancel.unlink(missing_ok=True)  # it ended by itself at the same moment
             return now.status
         if not now.watched:
             config = read_json(job.folder.config)
             watcher = {k: v for k, v in job.watcher.items() if k in ("asset_key", "dagster_run_id")}
-            return (
-                Supervisor(launcher_of(attempt), job.folder, job.spec, config, watcher=watcher)
-                .run()
-                .status
-            )
+            launcher = launcher_of(now.records[-1])
+            return Supervisor(launcher, job.folder, job.spec, config, watcher=watcher).run().status
         time.sleep(0.2)
     raise RuntimeError(f"job {job.key} is not over {wait_s:g} s after its watcher was asked")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,7 +94,7 @@ class JobMessageReader(dg.PipesMessageReader):
             self._waits_for = ""
         elif state.reason and state.reason != self._waits_for:
             self._waits_for = state.reason
-            self._log_observation({"phase": str(state.phase), "queue": state.reason})
+            self._log_observation({"phase": str(state.phase), "queue": state.reason, **state.queue})
 
     def _pass_on(self, message: Mapping[str, Any]) -> None:
         method, params = message.get("method"), message.get("params") or {}
@@ -167,6 +167,24 @@ def on_interrupt(instance: dg.DagsterInstance, run: dg.DagsterRun) -> Leave:
     return "cancel" if now is None or now.status in _UNWANTED else "detach"
 
 
+class Once:
+    """Calls a function the first time only, and keeps the error it raised."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function: Callable[[], None] | None = function
+        self.error: Exception | None = None
+
+    def __call__(self) -> None:
+        function, self._function = self._function, None
+        if function is None:
+            return
+        try:
+            function()
+        except Exception as error:
+            self.error = error
+            raise
+
+
 def run_job(
     context: dg.AssetExecutionContext,
     launcher: Launcher,
@@ -176,6 +194,7 @@ def run_job(
     *,
     environment: Mapping[str, str] | None = None,
     observe_every_s: float = 5.0,
+    on_accepted: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> Outcome:
     """Run a job to its end under an asset; the asset then returns its own MaterializeResult.
@@ -184,6 +203,8 @@ def run_job(
         config: the resolved configuration, JSON; ``spec.config_digest`` is its digest.
         environment: further variables of the job, with their values.
         observe_every_s: progress is observed at most this often; the first and the last always.
+        on_accepted: called once, when the target has the job: what need not be done before. Its error
+            ends the job.
         options: of ``Supervisor``: poll_every_s, heartbeat_timeout_s, max_attempts.
 
     Raises:
@@ -191,6 +212,15 @@ def run_job(
     """
     asset_key = context.asset_key.to_user_string()
     reader = JobMessageReader(context, folder, observe_every_s)
+    accepted = Once(on_accepted)
+
+    def on_poll(state: JobState) -> None:
+        accepted()
+        reader.show(state)
+
+    def leave(error: BaseException) -> Leave:
+        return "cancel" if error is accepted.error else on_interrupt(context.instance, context.run)
+
     with dg.open_pipes_session(context, dg.PipesEnvContextInjector(), reader) as session:
         return supervise(
             launcher,
@@ -199,8 +229,8 @@ def run_job(
             config,
             environment={**session.get_bootstrap_env_vars(), **(environment or {})},
             watcher={"dagster_run_id": context.run_id, "asset_key": asset_key},
-            on_poll=reader.show,
+            on_poll=on_poll,
             on_note=context.log.info,
-            on_interrupt=lambda error: on_interrupt(context.instance, context.run),
+            on_interrupt=leave,
             **options,
         )

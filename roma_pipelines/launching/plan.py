@@ -77,15 +77,26 @@ def process_variables(spec: JobSpec) -> dict[str, str]:
 
 def render(spec: JobSpec, argv: list[str], variables: dict[str, str]) -> str:
     """A plan as people read it and a shell could run it; one variable or option a line."""
-    names = " ".join(spec.env_names) or "none"
-    lines = [
-        f"# job {spec.name}: {spec.nodes} node(s) x {spec.processes_per_node} process(es) "
-        f"x {spec.threads_per_process} thread(s), {spec.gpus_per_node} GPU(s) a node",
-        f"# variables handed on: {names}",
-    ]
+    lines = [*remarks(spec), ""]
     parts = [f"{name}={shlex.quote(value)}" for name, value in variables.items()] + [""]
     for word in argv:
         if word.startswith("-"):
             parts.append("")
         parts[-1] = f"{parts[-1]} {shlex.quote(word)}".strip()
     return "\n".join([*lines, " \\\n    ".join(parts), ""])
+
+
+def remarks(spec: JobSpec) -> list[str]:
+    """Comments at the top of a plan: what is asked for, and what is handed on."""
+    asked = [
+        _count(spec.nodes, "node"),
+        f"{_count(spec.processes_per_node, 'process', 'es')} on each",
+        f"{_count(spec.threads_per_process, 'CPU thread')} for each process",
+        f"{_count(spec.gpus_per_node, 'GPU')} a node" if spec.gpus_per_node else "no GPU",
+    ]
+    names = " ".join(spec.env_names) or "none"
+    return [f"# {', '.join(asked)}", f"# variables handed on where they are set: {names}"]
+
+
+def _count(n: int, what: str, plural: str = "s") -> str:
+    return f"{n} {what}{plural if n != 1 else ''}"

@@ -2,6 +2,8 @@
 
 ``poll.json`` holds the last answer. Whoever finds it too old takes the lock and asks; the others go
 on with what is there. Nothing changed: the next question comes later, up to the slowest interval.
+Places in the queue change all the time and are no news in that sense; they are part of a question
+now and then, as whoever asks sees fit.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,10 @@ _SLOWER = 1.5
 _SEEN_FOR_S = 0.1  # one look at the file serves all jobs of a process that are watched in turn
 
 
+Jobs = dict[str, dict[str, str]]
+Places = dict[str, tuple[int, int]]
+
+
 @dataclass(frozen=True)
 class Poll:
     """An answer, or why there was none.
@@ -30,12 +36,16 @@ class Poll:
         interval_s: how long it is new enough.
         jobs: what the scheduler said of each job, by its id.
         error: why there is no answer; ``jobs`` is then the last one there was.
+        places: (place, of how many) of jobs that wait, by their id.
+        placed_at: when these were asked for, seconds since the epoch.
     """
 
     asked_at: float
     interval_s: float
-    jobs: dict[str, dict[str, str]]
+    jobs: Jobs
     error: str = ""
+    places: Places = field(default_factory=dict)
+    placed_at: float = 0.0
 
 
 NEVER = Poll(0.0, 0.0, {}, "nobody asked yet")
@@ -47,14 +57,15 @@ class SharedPoll:
     def __init__(
         self,
         folder: Path,
-        ask: Callable[[], dict[str, dict[str, str]]],
+        ask: Callable[[Poll], tuple[Jobs, Places | None]],
         fastest_s: float,
         slowest_s: float,
     ) -> None:
         """
         Args:
             folder: of this scheduler, the same for all processes that share the question.
-            ask: all jobs of this user, by id; raises NoAnswer if the scheduler is away.
+            ask: is given the last answer; all jobs of this user, by id, and places of those that
+                wait, None if it did not ask for them; raises NoAnswer if the scheduler is away.
         """
         self.folder, self.ask = folder, ask
         self.fastest_s, self.slowest_s = fastest_s, max(fastest_s, slowest_s)
@@ -86,14 +97,15 @@ class SharedPoll:
     def _ask(self, before: Poll) -> Poll:
         asked_at = time.time()
         try:
-            jobs, error = self.ask(), ""
+            (jobs, places), error = self.ask(before), ""
         except NoAnswer as away:
-            jobs, error = before.jobs, str(away)
+            jobs, places, error = before.jobs, None, str(away)
         if error or jobs != before.jobs:
             interval_s = self.fastest_s
         else:
             interval_s = min(max(before.interval_s, self.fastest_s) * _SLOWER, self.slowest_s)
-        poll = Poll(asked_at, interval_s, jobs, error)
+        placed = (before.places, before.placed_at) if places is None else (places, asked_at)
+        poll = Poll(asked_at, interval_s, jobs, error, *placed)
         document = {"schema_version": 1, **vars(poll)}
         aside = self.path.with_name(".poll.json")
         aside.write_text(json.dumps(document))  # not synced: losing it costs one question
@@ -118,6 +130,7 @@ class SharedPoll:
                 if document.pop("schema_version") != 1:
                     return NEVER
                 self._read_from = mark
+                document["places"] = {k: tuple(v) for k, v in document["places"].items()}
                 return Poll(**document)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return NEVER  # lost or of another version: ask anew

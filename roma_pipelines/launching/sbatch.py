@@ -14,7 +14,7 @@ from pathlib import Path
 
 from roma_core.attempt import ATTEMPT_VARIABLE, FOLDER_VARIABLE
 from roma_pipelines.launching.job import JobSpec
-from roma_pipelines.launching.plan import process_variables, program
+from roma_pipelines.launching.plan import process_variables, program, remarks
 from roma_pipelines.launching.site import Site
 
 _CLAIM = """\
@@ -25,11 +25,14 @@ printf '{"schema_version": 1, "host": "%s", "external": {"SLURM_JOB_ID": "%s"}}\
     "$HOSTNAME" "$SLURM_JOB_ID" >"$claim" || exit 1
 ln "$claim" "$attempt/owner.json" 2>/dev/null
 links=$(stat -c %h "$claim") # 2 even where NFS answers a repeated request with "exists"
-rm -f "$claim"
-if [ "$links" != 2 ]; then
+if [ "$links" != 2 ] && ! { # a file system without hard links: whoever makes the empty file wins
+    (set -C && : >"$attempt/owner.json") 2>/dev/null && mv -f "$claim" "$attempt/owner.json"
+}; then
+    rm -f "$claim"
     echo "attempt {attempt} in $folder is taken by $(cat "$attempt/owner.json"); leaving"
     exit 0
 fi
+rm -f "$claim"
 """
 
 _STOP = """\
@@ -87,9 +90,7 @@ def batch_script(spec: JobSpec, site: Site, folder: Path | str, attempt: int, py
     parts = [
         # a login shell knows `module`, which is a function that no environment hands on
         "#!/bin/bash -l" if site.modules or site.setup else "#!/bin/bash",
-        f"# {spec.nodes} node(s) x {spec.processes_per_node} process(es) "
-        f"x {spec.threads_per_process} thread(s), {spec.gpus_per_node} GPU(s) a node",
-        f"# variables handed on: {' '.join(spec.env_names) or 'none'}",
+        *remarks(spec),
         *(f"#SBATCH {option}" for option in _options(spec, site, str(folder), attempt)),
         "",
         f"folder={shlex.quote(str(folder))}",

@@ -20,10 +20,17 @@ from roma_core.job import JobFolder
 from roma_pipelines.launching.environment import handed_on
 from roma_pipelines.launching.job import JobHandle, JobSpec, JobState, Phase
 from roma_pipelines.launching.launcher import NoAnswer, Price, Refused
-from roma_pipelines.launching.poll import Poll, SharedPoll
+from roma_pipelines.launching.poll import Jobs, Places, Poll, SharedPoll
 from roma_pipelines.launching.sbatch import batch_script, job_name
 from roma_pipelines.launching.shell import Answer, Shell
 from roma_pipelines.launching.site import Site
+from roma_pipelines.launching.slurm_queue import (
+    SQUEUE,
+    ours_of,
+    places_in_queue,
+    rows_of,
+    waiting,
+)
 
 # fmt: off
 PHASES: dict[str, Phase] = {
@@ -42,7 +49,6 @@ PHASES: dict[str, Phase] = {
 """Every word SLURM says of a job; a word that is not here is unknown, and never an end."""
 # fmt: on
 
-_ASK = ("squeue", "-h", "--me", "-t", "all", "-o", "%i|%j|%T|%S|%N|%r|%Z")
 _AWAY = re.compile(
     r"timed? ?out|unable to contact|connection (refused|reset)|communication|zero bytes|"
     r"temporarily unavailable|not responding",
@@ -129,7 +135,7 @@ class SlurmLauncher:
         self._missed_at.pop(job, None)
         phase = PHASES.get(row["state"], Phase.UNKNOWN)
         if phase is Phase.WAITING:
-            return JobState(phase, _queue_reason(job, row))
+            return waiting(job, row, poll.places.get(job))
         if phase in (Phase.RUNNING, Phase.UNKNOWN):
             return JobState(phase, f"job {job} {row['state']} on {row['nodes'] or '?'}")
         self._cancel_doubles(handle, poll)
@@ -183,15 +189,18 @@ class SlurmLauncher:
         external = {"job_id": job, "site": self.site.name}
         return JobHandle(str(folder.path.resolve()), attempt, self.backend, external)
 
-    def _ask(self) -> dict[str, dict[str, str]]:
-        answer = self._checked(*_ASK)
-        keys = ("name", "state", "starts", "nodes", "reason", "folder")
-        rows = (line.split("|", 6) for line in answer.output.splitlines())
-        return {
-            job: dict(zip(keys, fields, strict=True))
-            for job, *fields in rows
-            if fields[0].startswith("roma-")
-        }
+    def _ask(self, before: Poll) -> tuple[Jobs, Places | None]:
+        """Our jobs; now and then, while one of them waits, everybody's: one question in any case.
+
+        Where a site hides other people's jobs, a place in the queue is that among our own.
+        """
+        waits = any(PHASES.get(row["state"]) is Phase.WAITING for row in before.jobs.values())
+        if not waits or time.time() - before.placed_at < self.site.slowest_poll_s:
+            return ours_of(rows_of(self._checked(*SQUEUE, "--me").output)), None
+        me = next(iter(before.jobs.values()))["user"]
+        rows = rows_of(self._checked(*SQUEUE).output)
+        ours = ours_of({job: row for job, row in rows.items() if row["user"] == me})
+        return ours, places_in_queue(rows, ours)
 
     def _checked(self, *argv: str) -> Answer:
         """The answer of a client command that only fails if SLURM is away."""
@@ -300,11 +309,6 @@ class SlurmLauncher:
 def _ended(word: str) -> bool:
     phase = PHASES.get(word, Phase.UNKNOWN)
     return JobState(phase).ended
-
-
-def _queue_reason(job: str, row: Mapping[str, str]) -> str:
-    starts = "" if row["starts"] in ("", "N/A") else f", expected to start {row['starts']}"
-    return f"job {job} waits: {row['reason']}{starts}"
 
 
 def _end_of(handle: JobHandle) -> str:

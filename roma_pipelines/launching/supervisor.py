@@ -9,19 +9,20 @@ and should two start the same attempt after all, the job's own claim lets one of
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import socket
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from roma_core.attempt import process_start
 from roma_core.files import create_json, digest_of, read_json, write_json
-from roma_core.job import JobFolder, Result
+from roma_core.job import JobFolder
+from roma_pipelines.launching.audit import Decision, append_decision
+from roma_pipelines.launching.evidence import (
+    log_tail,
+    newest_checkpoint,
+    read_records,
+    said_by,
+)
 from roma_pipelines.launching.job import (
     AttemptRecord,
     End,
@@ -34,6 +35,7 @@ from roma_pipelines.launching.job import (
 )
 from roma_pipelines.launching.judge import Said, judge
 from roma_pipelines.launching.launcher import Launcher, NoAnswer, Refused
+from roma_pipelines.launching.watcher import Watcher
 
 Leave = Literal["detach", "cancel"]
 T = TypeVar("T")
@@ -49,35 +51,16 @@ FAULT_POINTS = (
 )
 """Where a test may kill the supervisor: around every effect that others see."""
 
-_WATCHER_BEAT_S = 5.0
 _AGAIN_S = 5.0  # between two tries to reach a target; what it was asked for may still arrive
-_LOG_LINES = 50
-_LOG_BYTES = 64 * 1024
-
-
-def log_tail(path: Path) -> str:
-    """The last lines of a log; empty if there is none."""
-    if not path.exists():
-        return ""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _LOG_BYTES))
-        text = file.read().decode(errors="replace")
-    return "\n".join(text.splitlines()[-_LOG_LINES:])
-
-
-def newest_checkpoint(folder: JobFolder) -> int | None:
-    """Step of the newest committed checkpoint, by folder name; None without any."""
-    try:
-        paths = list(folder.checkpoints.iterdir())
-    except FileNotFoundError:
-        return None
-    names = (re.fullmatch(r"step-(\d+)", path.name) for path in paths)
-    return max((int(name[1]) for name in names if name), default=None)
 
 
 def request_cancel(folder: JobFolder, by: str) -> None:
     """Ask whoever watches the job to end it."""
     write_json(folder.cancel, {"schema_version": 1, "by": by, "at": time.time()})
+
+
+class _Unwanted(Exception):
+    """The end was asked for while no attempt ran; the text says by whom."""
 
 
 class Supervisor:
@@ -115,11 +98,10 @@ class Supervisor:
         """
         self.launcher, self.folder, self.spec, self.config = launcher, folder, spec, config
         self.environment = dict(environment or {})
-        self.watcher = dict(watcher or {})
+        self.watcher = Watcher(folder, watcher or {})
         self.on_poll, self.on_note, self.on_interrupt = on_poll, on_note, on_interrupt
         self.poll_every_s, self.heartbeat_timeout_s = poll_every_s, heartbeat_timeout_s
         self.max_attempts, self.fault_point = max_attempts, fault_point
-        self._watcher_beat = -float("inf")
 
     def run(self) -> Outcome:
         """The job's outcome, after waiting for it.
@@ -138,9 +120,10 @@ class Supervisor:
             done = self._done_before()
             while done is None:
                 handle = self._open_attempt()
-                state = self._watch(handle)
-                done = self._close_attempt(handle.attempt, state)
+                done = self._close_attempt(handle.attempt, self._watch(handle))
             return done
+        except _Unwanted as end:
+            return self._outcome("cancelled", str(end))
         except BaseException as error:  # an interrupt is no Exception
             self._leave(error)
             raise
@@ -177,14 +160,14 @@ class Supervisor:
             )
         if records and records[-1].end and records[-1].end.how in ("failed", "cancelled"):
             self.folder.cancel.unlink(missing_ok=True)  # it was for an attempt that is over
-        self._beat()
+        self.watcher.beat()
 
     def _done_before(self) -> Outcome | None:
         """The outcome, if an earlier supervisor came to one, and it was good."""
         records = self.records()
         if records and (records[-1].end is None or records[-1].end.how != "completed"):
             return None
-        said, why = self._said(records[-1].attempt if records else None)
+        said, why = said_by(self.folder, self.spec, records[-1].attempt if records else None)
         if said is Said.PROOF:
             self._decide(None, "the job is completed", "nothing to do")
             return self._outcome("completed", "completed before")
@@ -199,8 +182,7 @@ class Supervisor:
 
     def records(self) -> list[AttemptRecord]:
         """All attempts on record, ascending."""
-        paths = [self.folder.attempt_record(n) for n in self.folder.attempt_numbers()]
-        return [AttemptRecord.model_validate(read_json(path, schema_version=1)) for path in paths]
+        return read_records(self.folder)
 
     def _open_attempt(self) -> JobHandle:
         """Adopt the attempt that has no end, or begin the next one."""
@@ -232,6 +214,11 @@ class Supervisor:
         return JobHandle(path, record.attempt, record.backend, record.external)
 
     def _submit(self, record: AttemptRecord) -> JobHandle:
+        if self.folder.cancel.exists():
+            reason = f"{self._asked_for()} before it was submitted"
+            state = JobState(Phase.CANCELLED)
+            self._end(record.attempt, "cancelled", state, reason, newest_checkpoint(self.folder))
+            raise _Unwanted(reason)
         self.fault_point("before submit")
         try:
             handle = self.launcher.submit(self.spec, self.folder, record.attempt, self.environment)
@@ -269,11 +256,10 @@ class Supervisor:
             if state.phase != phase:
                 phase = state.phase
                 self._decide(handle.attempt, str(state), "judge" if state.ended else "watch")
-            self._beat()
+            self.watcher.beat(str(state))
             self.on_poll(state)
             if self.folder.cancel.exists():
-                request = read_json(self.folder.cancel, schema_version=1)
-                return self._end_it(handle, Phase.CANCELLED, f"asked for by {request['by']}")
+                return self._end_it(handle, Phase.CANCELLED, self._asked_for())
             if state.ended:
                 owner = self._patiently(partial(self.launcher.find, self.folder, handle.attempt))
                 if owner is None or owner.external == handle.external:
@@ -288,6 +274,10 @@ class Supervisor:
             if beat is not None and limit_s is not None and silent_s > limit_s:
                 return self._end_it(handle, Phase.HUNG, f"no heartbeat for {limit_s:g} s")
             time.sleep(self.poll_every_s)
+
+    def _asked_for(self) -> str:
+        request = read_json(self.folder.cancel, schema_version=1)
+        return f"asked for by {request['by']}"
 
     def _end_it(self, handle: JobHandle, phase: Phase, reason: str) -> JobState:
         self._decide(handle.attempt, reason, "cancel the attempt")
@@ -306,18 +296,9 @@ class Supervisor:
 
     def _wait(self, state: JobState) -> None:
         if self.folder.path.exists():
-            self._beat()
+            self.watcher.beat(str(state))
         self.on_poll(state)
         time.sleep(max(self.poll_every_s, min(_AGAIN_S, 20 * self.poll_every_s)))
-
-    def _beat(self) -> None:
-        """Say in watcher.json that this supervisor is alive."""
-        if time.monotonic() - self._watcher_beat < _WATCHER_BEAT_S:
-            return
-        self._watcher_beat = time.monotonic()
-        me = {"pid": os.getpid(), "start": process_start(os.getpid()), "beat": time.time()}
-        me["host"] = socket.gethostname()
-        write_json(self.folder.watcher, {"schema_version": 1, **self.watcher, **me})
 
     # -- the end -----------------------------------------------------------------------------
 
@@ -327,7 +308,7 @@ class Supervisor:
         before = [record for record in self.records() if record.attempt < n]
         checkpoint = newest_checkpoint(self.folder)
         how, seen = judge(state.phase, said, checkpoint, before, self.max_attempts)
-        reason = "; ".join(part for part in (state.reason, why, seen) if part)
+        reason = "; ".join(part for part in (why, state.reason, seen) if part)
         self._end(n, how, state, reason, checkpoint)
         return None if how == "continue" else self._outcome(how, reason)
 
@@ -338,7 +319,7 @@ class Supervisor:
         self.fault_point("before end")
         self._write(self._record(n).model_copy(update={"end": end}))
         self.fault_point("after end")
-        if how == "cancelled":
+        if how != "continue":  # else it is for the attempt that would follow
             self.folder.cancel.unlink(missing_ok=True)
         self._decide(n, reason, how)
 
@@ -346,42 +327,14 @@ class Supervisor:
         return next(record for record in self.records() if record.attempt == n)
 
     def _said_at_last(self, n: int) -> tuple[Said, str]:
-        """The same, once the job's last word can be seen here, or must have been."""
+        """What the job's files say, once its last word can be seen here, or must have been."""
         deadline = time.monotonic() + self.launcher.files_within_s
         while True:
-            said, why = self._said(n)
+            said, why = said_by(self.folder, self.spec, n)
             if said not in (Said.NOTHING, Said.COMPLETED) or time.monotonic() >= deadline:
                 return said, why
-            self._beat()
+            self.watcher.beat()
             time.sleep(self.poll_every_s)
-
-    def _said(self, n: int | None) -> tuple[Said, str]:
-        """What the job's files say, and the reason they give or what is wrong with them."""
-        try:
-            result = self.folder.read_result()
-        except ValueError as error:
-            return Said.NOTHING, f"result.json cannot be read: {error}"
-        if result is not None and not (wrong := self._wrong(result)):
-            return Said.PROOF, ""
-        why = f"result.json is not this job's: {wrong}" if result is not None else ""
-        try:
-            end = self.folder.attempt(n).read_exit() if n is not None else None
-        except ValueError as error:
-            return Said.NOTHING, f"exit.json cannot be read: {error}"
-        if end is None:
-            return Said.NOTHING, why
-        said = {"completed": Said.COMPLETED, "continue": Said.CONTINUE, "failed": Said.FAILED}
-        return said[end.status], end.reason or why
-
-    def _wrong(self, result: Result) -> str:
-        if result.job_key != self.spec.key:
-            return f"it names job {result.job_key}, expected {self.spec.key}"
-        if result.world_size != self.spec.world_size:
-            return (
-                f"{result.world_size} processes made it, expected {self.spec.world_size}; "
-                f"they did not find one another"
-            )
-        return ""
 
     def _outcome(self, status: Literal["completed", "failed", "cancelled"], reason: str) -> Outcome:
         records = tuple(self.records())
@@ -422,12 +375,10 @@ class Supervisor:
         self._end(n, "cancelled", state, f"{seen}; cancelled", newest_checkpoint(self.folder))
 
     def _decide(self, attempt: int | None, seen: str, done: str) -> None:
-        """Append a decision to the audit trail."""
-        entry = {"schema_version": 1, "time": time.time(), "attempt": attempt}
-        line = json.dumps({**entry, "seen": seen, "done": done}, ensure_ascii=False)
-        with self.folder.decisions.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-        self.on_note(f"attempt {attempt}: {seen}: {done}" if attempt else f"{seen}: {done}")
+        """Write a decision down, and say it."""
+        decision = Decision(time.time(), attempt, seen, done)
+        append_decision(self.folder, decision)
+        self.on_note(str(decision))
 
 
 def supervise(

@@ -52,6 +52,11 @@ class MlflowSettings(RomaSettings):
     )
 
 
+def tracking_uri(settings: MlflowSettings, root: Path) -> str:
+    """The URI of the configured server, or of the embedded store in ``root``, there or to come."""
+    return settings.tracking_uri or f"{_SQLITE}{root.absolute() / DATABASE}"
+
+
 def connect(settings: MlflowSettings, root: Path) -> MlflowClient:
     """A client of the configured server, or of the embedded store in ``root``.
 

@@ -1,12 +1,15 @@
 """What launching costs: python -m tests.benchmarks.launching
 
 On a real SLURM of two nodes that it starts itself (Debian's slurmctld, slurmd, slurm-client, munge).
-Each figure is the median of five, printed beside its bound.
+Every figure is printed beside its bound.
 
-    accepted   from the start of a supervisor to the job's id on record, preflight included
-    first line of the trainer, later than with bare torchrun on the same cluster
-    watching   1,000 jobs by 20 processes: questions to the scheduler, and CPU of all together
-    plan       rendering a batch script
+    plan        rendering a batch script
+    watching    1,000 jobs by 20 processes, half of them waiting: questions to the scheduler, and CPU of
+                all together
+    accepted    from the start of an asset, in a fresh worker process, to the job's id on record;
+                preflight included; median of five. And the supervisor's part of it
+    first line  of the trainer, later than with bare torchrun in the same job: both in turn, inside one
+                allocation; median of the paired differences
 """
 
 from __future__ import annotations
@@ -29,26 +32,31 @@ from roma_pipelines.launching.slurm import SlurmLauncher
 from roma_pipelines.launching.supervisor import supervise
 from tests.pipelines.launching.real_slurm import Cluster, real_slurm
 
-REPEATS = 5
+REPEATS, PAIRS = 5, 15
 JOBS, WATCHERS, WATCHED_S, INTERVAL_S = 1000, 20, 20.0, 5.0
 
 FIRST_LINE = """
 import time
 now = time.time()
-import json, os, sys
+import sys
 from pathlib import Path
 Path(sys.argv[1]).write_text(str(now))
-if len(sys.argv) > 2:
-    folder = Path(os.environ["ROMA_JOB_FOLDER"])
-    (folder / "result.json").write_text(json.dumps({"schema_version": 1, "job_key": folder.name,
-        "attempt": 1, "world_size": 1, "wall_s": 0.0}))
 """
 
-BARE = """#!/bin/bash
-#SBATCH --mem=2000 --output=/dev/null
-date +%s.%N >{folder}/began
-srun {python} -m torch.distributed.run --nnodes=1 --nproc-per-node=1 --master-addr=127.0.0.1 \\
-    --master-port=29123 {folder}/first.py {folder}/line
+IN_TURN = """#!/bin/bash
+#SBATCH --mem=2000 --cpus-per-task=1 --time=60 --output={folder}/in-turn.log
+bare() {{
+    date +%s.%N >{folder}/began-bare-$1
+    srun {python} -m torch.distributed.run --nnodes=1 --nproc-per-node=1 --master-addr=127.0.0.1 \\
+        --master-port=29123 {folder}/first.py {folder}/line-bare-$1
+}}
+ours() {{
+    date +%s.%N >{folder}/began-ours-$1
+    bash {folder}/script-$1
+}}
+for i in $(seq 1 {pairs}); do
+    if [ $((i % 2)) = 0 ]; then bare $i; ours $i; else ours $i; bare $i; fi
+done
 """
 
 WATCH = """
@@ -64,15 +72,27 @@ handles = [JobHandle(f"/nowhere/{i}", 1, "slurm", {"job_id": str(i), "site": "ma
            for i in range(int(first), int(first) + int(count))]
 begun, end = time.process_time(), time.monotonic() + float(seconds)
 while time.monotonic() < end:
-    for handle in handles:
-        state = launcher.watch(handle)
+    seen = sorted({str(launcher.watch(handle).phase) for handle in handles})
     time.sleep(0.5)
-print(json.dumps([time.process_time() - begun, str(state)]))
+print(json.dumps([time.process_time() - begun, seen]))
 """
 
 
-def accepted_s(folder: Path, site: Site) -> float:
-    """From nothing to a job id on record."""
+def accepted_s(folder: Path, environment: dict[str, str]) -> float:
+    """From the start of an asset to its job's id on record."""
+
+    def materialise(noun: str) -> str:
+        argv = [sys.executable, "-m", "tests.benchmarks.launching_asset", str(folder), noun]
+        done = subprocess.run(argv, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    materialise("dataset")
+    return statistics.median(float(materialise("pretrained_encoder")) for _ in range(REPEATS))
+
+
+def supervised_s(folder: Path, site: Site) -> float:
+    """From the start of a supervisor to its job's id on record."""
 
     class Accepted(BaseException):
         pass
@@ -81,12 +101,12 @@ def accepted_s(folder: Path, site: Site) -> float:
         if name == "after record":
             raise Accepted
 
-    script = folder / "sleep.py"
+    script = folder / "nothing.py"
     script.write_text("")
     times = []
     for i in range(REPEATS):
         spec = JobSpec(key=f"{i:020x}", command=(str(script),), config_digest=digest_of({}))
-        job = JobFolder(folder / "jobs" / spec.key)
+        job = JobFolder(folder / "supervised" / spec.key)
         started = time.perf_counter()
         try:
             launcher = SlurmLauncher(site, folder / "clusters")
@@ -96,43 +116,36 @@ def accepted_s(folder: Path, site: Site) -> float:
     return statistics.median(times)
 
 
-def first_line_s(folder: Path, site: Site, cluster: Cluster) -> tuple[float, float]:
-    """From the start of the batch script to the first Python line: ours, and bare torchrun's."""
+def first_line_s(folder: Path, site: Site, cluster: Cluster) -> tuple[list[float], float]:
+    """Seconds to the first Python line, bare torchrun's taken off ours, of every pair; and bare's."""
     (folder / "first.py").write_text(FIRST_LINE)
-    bare_script = folder / "bare.sh"
-    bare_script.write_text(BARE.format(folder=folder, python=sys.executable))
-    timed = site.model_copy(update={"setup": ()})
-    ours, bare = [], []
-    for i in range(REPEATS):
-        for name in ("line", "began"):
-            (folder / name).unlink(missing_ok=True)
-        cluster.run("sbatch", "--wait", str(bare_script))
-        bare.append(float((folder / "line").read_text()) - float((folder / "began").read_text()))
+    launcher = SlurmLauncher(site, folder / "clusters")
+    for i in range(1, PAIRS + 1):
+        command = (str(folder / "first.py"), str(folder / f"line-ours-{i}"))
+        spec = JobSpec(key=f"{i:020x}", command=command, config_digest=digest_of({}))
+        job = folder / "first" / spec.key
+        job.mkdir(parents=True)
+        (folder / f"script-{i}").write_text(launcher.plan(spec, str(job)))
+    script = folder / "in-turn.sh"
+    script.write_text(IN_TURN.format(folder=folder, python=sys.executable, pairs=PAIRS))
+    cluster.run("sbatch", "--wait", str(script), timeout=1200)
 
-        key = f"{i + 100:020x}"
-        command = (str(folder / "first.py"), str(folder / "line"), "result")
-        spec = JobSpec(key=key, command=command, config_digest=digest_of({}))
-        job = JobFolder(folder / "jobs" / key)
-        launcher = SlurmLauncher(timed, folder / "clusters", files_within_s=0)
-        written = launcher._write_script
+    def seconds(which: str, i: int) -> float:
+        line, began = folder / f"line-{which}-{i}", folder / f"began-{which}-{i}"
+        return float(line.read_text()) - float(began.read_text())
 
-        def with_time(spec: JobSpec, job: JobFolder, attempt: int, write: object = written) -> Path:
-            path: Path = write(spec, job, attempt)  # type: ignore[operator]
-            head, _, rest = path.read_text().partition("\nfolder=")
-            path.write_text(f"{head}\ndate +%s.%N >{folder}/began\nfolder={rest}")
-            return path
-
-        launcher._write_script = with_time  # type: ignore[method-assign]
-        supervise(launcher, job, spec, {}, poll_every_s=0.1)
-        ours.append(float((folder / "line").read_text()) - float((folder / "began").read_text()))
-    return statistics.median(ours), statistics.median(bare)
+    pairs = [(seconds("ours", i), seconds("bare", i)) for i in range(1, PAIRS + 1)]
+    return [ours - bare for ours, bare in pairs], statistics.median(bare for _, bare in pairs)
 
 
 def watching(folder: Path) -> tuple[int, float, int, float]:
     """Questions asked, seconds, largest number allowed, and CPU share of a core."""
     stand_in = folder / "bin" / "squeue"
     stand_in.parent.mkdir()
-    rows = "".join(f"{i}|roma-{i:012x}-1|RUNNING|N/A|n1|None|/nowhere/{i}\n" for i in range(JOBS))
+    states = ("RUNNING|N/A|n1|None", "PENDING|N/A||Priority")
+    rows = "".join(
+        f"{i}|{states[i % 2]}|main|me|{i}|/nowhere/{i}|roma-{i:012x}-1\n" for i in range(JOBS)
+    )
     (folder / "answer").write_text(rows)
     stand_in.write_text(f"#!/bin/bash\necho x >>{folder}/asked\ncat {folder}/answer\n")
     stand_in.chmod(0o755)
@@ -145,7 +158,7 @@ def watching(folder: Path) -> tuple[int, float, int, float]:
         workers.append(subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, text=True))
     started = time.monotonic()
     answers = [json.loads(worker.communicate()[0]) for worker in workers]
-    assert all("RUNNING" in state for _, state in answers), answers
+    assert all(seen == ["running", "waiting"] for _, seen in answers), answers
     wall_s = time.monotonic() - started
     asked = len((folder / "asked").read_text().split())
     return asked, wall_s, int(wall_s / INTERVAL_S) + 1, sum(cpu for cpu, _ in answers) / WATCHED_S
@@ -177,12 +190,27 @@ def main() -> None:
             site = Site(
                 name="mini", poll_s=0.2, memory_gb=2, environment={"GLOO_SOCKET_IFNAME": "lo"}
             )
-            print(f"accepted  {accepted_s(folder, site):.3f} s (at most 1 s)", flush=True)
-            cluster.settle()
-            ours, bare = first_line_s(folder, site, cluster)
+            (folder / "mini.yaml").write_text(
+                "poll_s: 0.3\nenvironment: { GLOO_SOCKET_IFNAME: lo }\n"
+            )
+            environment = {
+                **os.environ,
+                "ROMA_ENV_FILE": os.devnull,
+                "ROMA_STORAGE_ROOT": str(folder / "roma"),
+                "ROMA_SLURM_PROFILES": str(folder),
+                "ROMA_SLURM_PROFILE": "mini",
+            }
             print(
-                f"first line {ours - bare:+.3f} s against bare torchrun's {bare:.2f} s "
-                f"(at most +0.3 s)"
+                f"accepted  {accepted_s(folder, environment):.2f} s after the asset's start (at most "
+                f"1 s), {supervised_s(folder, site):.3f} s after the supervisor's",
+                flush=True,
+            )
+            cluster.settle()
+            later, bare = first_line_s(folder, site, cluster)
+            low, middle, high = statistics.quantiles(later, n=4)
+            print(
+                f"first line {middle:+.3f} s (quartiles {low:+.3f}, {high:+.3f}; {PAIRS} pairs) against "
+                f"bare torchrun's {bare:.2f} s (at most +0.3 s)"
             )
 
 

@@ -1,5 +1,6 @@
 """Files other processes read: whole or not there, and made by one of many."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -65,7 +66,10 @@ def _claim(path, barrier, results, name):
     results.put((name, create_json(path, {"owner": name})))
 
 
-def test_one_of_many_processes_creates_a_file(tmp_path):
+@pytest.mark.parametrize("links", [True, False])
+def test_one_of_many_processes_creates_a_file(tmp_path, monkeypatch, links):
+    if not links:  # as on exFAT, SMB and some FUSE file systems
+        monkeypatch.setattr(files.os, "link", _no_links)
     context = multiprocessing.get_context("fork")
     path, n = tmp_path / "owner.json", 8
     barrier, results = context.Barrier(n), context.Queue()
@@ -81,6 +85,29 @@ def test_one_of_many_processes_creates_a_file(tmp_path):
     winners = [name for name, won in claims.items() if won]
     assert len(winners) == 1 and read_json(path) == {"owner": winners[0]}
     assert [p.name for p in tmp_path.iterdir()] == ["owner.json"]
+
+
+def _no_links(source, target):
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+def test_another_error_of_a_link_is_not_taken_for_that(tmp_path, monkeypatch):
+    def broken(source, target):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files.os, "link", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        create_json(tmp_path / "a.json", {"a": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_waits_for_the_content_of_a_name_that_was_just_taken(tmp_path):
+    path = tmp_path / "a.json"
+    path.touch()
+    writer = threading.Timer(0.2, write_json, (path, {"a": 1}))
+    writer.start()
+    assert read_json(path) == {"a": 1}
+    writer.join()
 
 
 def test_a_repeated_request_over_nfs_does_not_make_the_winner_lose(tmp_path, monkeypatch):

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from roma_core.files import write_json
+from roma_core.job import JobFolder
+from roma_pipelines.launching.audit import read_decisions
+from roma_pipelines.launching.jobs import all_jobs
 from roma_pipelines.registry.store import MlflowSettings, connect
 from tests.pipelines import tiny
 
@@ -105,7 +108,7 @@ class Story:
         self.folder = folder
         self.command = tiny_demo(folder)
 
-    def interrupted_at(self, words, number):
+    def interrupted_at(self, words, number, meanwhile=lambda: None):
         """Run it until it says ``words``, then signal its process group as a terminal does."""
         child = subprocess.Popen(
             self.command,
@@ -121,6 +124,7 @@ class Story:
                 break
         assert words in said, child.communicate()
         assert tiny.living_jobs(self.folder)
+        meanwhile()
         os.killpg(child.pid, number)
         out, err = child.communicate(timeout=60)
         return subprocess.CompletedProcess(self.command, child.returncode, said + out, err)
@@ -183,6 +187,59 @@ def test_a_second_call_reuses_what_is_there(story, finished):
     assert lines[0] == "waves is there already, as its file says; --fresh runs it again"
     assert lines[-1] == finished.stdout.splitlines()[-1]
     assert not any(line.startswith("materialising") for line in lines)
+
+
+@pytest.mark.slow
+def test_a_demo_killed_with_9_and_started_again_adopts_its_training(tmp_path):
+    story = Story(tmp_path)
+    killed = story.interrupted_at("pretrain: ", signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL
+    (job,) = all_jobs(tmp_path / ".roma" / "jobs")
+    training = [process.pid for process in tiny.living_jobs(tmp_path)]
+    assert (job.status, job.watched) == ("running", False)
+
+    again = run(*story.command, folder=tmp_path)
+
+    assert again.returncode == 0, again.stderr
+    assert "going on with what a killed process left" in again.stdout
+    assert training  # it lived on while nobody watched
+    jobs = all_jobs(tmp_path / ".roma" / "jobs")
+    assert len(jobs) == 3 and all(len(found.records) == 1 for found in jobs)
+    assert job.key in [found.key for found in jobs]
+    trail = [entry.done for entry in read_decisions(JobFolder(job.folder.path))]
+    assert "adopted it" in trail and "completed" in trail
+    client = connect(MlflowSettings.from_values({}), tmp_path / ".roma" / "mlflow")
+    experiment = client.get_experiment_by_name("roma/waves")
+    assert [r.info.status for r in client.search_runs([experiment.experiment_id])] == [
+        "FINISHED"
+    ] * 3
+    assert tiny.living_jobs(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_demo_of_other_settings_ends_the_training_that_a_killed_one_left(tmp_path):
+    story = Story(tmp_path)
+    story.interrupted_at("pretrain: ", signal.SIGKILL)
+    (job,) = all_jobs(tmp_path / ".roma" / "jobs")
+
+    fresh = Story(tmp_path)
+    fresh.command = tiny_demo(tmp_path, "--fresh")
+    fresh.interrupted_at("pretrain: ", signal.SIGINT)
+
+    ended, begun = sorted(all_jobs(tmp_path / ".roma" / "jobs"), key=lambda job: job.made_at)
+    assert (ended.key, ended.status) == (job.key, "cancelled")
+    assert begun.key != job.key
+    assert tiny.living_jobs(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_two_demos_of_one_experiment_are_one_too_many(tmp_path):
+    def while_it_trains():
+        done = run(*tiny_demo(tmp_path), folder=tmp_path)
+        assert "is making waves already; wait for it" in one_error(done)
+
+    Story(tmp_path).interrupted_at("pretrain: ", signal.SIGINT, while_it_trains)
+    assert len(all_jobs(tmp_path / ".roma" / "jobs")) == 1
 
 
 # $1 the mount point, then the command: refused before it begins, stopped in the middle, at the end

@@ -1,5 +1,6 @@
-# job roma-c0ffee00c0ff: 1 node(s) x 2 process(es) x 1 thread(s), 0 GPU(s) a node
-# variables handed on: WANDB_API_KEY MLFLOW_TRACKING_URI
+# 1 node, 2 processes on each, 1 CPU thread for each process, no GPU
+# variables handed on where they are set: WANDB_API_KEY MLFLOW_TRACKING_URI
+
 PYTHONUNBUFFERED=1 \
     OMP_NUM_THREADS=1 \
     MKL_NUM_THREADS=1 \

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,8 +75,23 @@ def launcher() -> LocalLauncher:
 
 @pytest.fixture(scope="session")
 def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with real_slurm(tmp_path_factory.mktemp("slurm") / "c") as cluster:
+    folder = tmp_path_factory.mktemp("slurm") / "c"
+    with real_slurm(folder) as cluster:
         yield cluster
+    assert _processes_naming(str(folder)) == []
+
+
+def _processes_naming(words: str) -> list[str]:
+    """Command lines of living processes that have these words in it or in their environment."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "environ", "status"]):
+        variables = [f"{k}={v}" for k, v in (process.info["environ"] or {}).items()]
+        line = " ".join(process.info["cmdline"] or [])
+        if process.info["status"] == psutil.STATUS_ZOMBIE or process.pid == os.getpid():
+            continue
+        if words in line or any(words in variable for variable in variables):
+            found.append(line)
+    return found
 
 
 @pytest.fixture
@@ -151,6 +168,33 @@ def processes(tmp_path: Path) -> Callable[[], list[psutil.Process]]:
         return found
 
     return processes
+
+
+_CACHES = frozenset(
+    [".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache", ".hypothesis"]
+)
+
+
+def _tree() -> set[str]:
+    """Files of the project's own folder, without caches."""
+    found = set()
+    for folder, folders, files in os.walk(Path(__file__).parents[3]):
+        folders[:] = [name for name in folders if name not in _CACHES]
+        found |= {os.path.join(folder, name) for name in files}  # noqa: PTH118 - thousands
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_file_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Temporary files of every process of the test are gone, and the project's folder is as it was."""
+    temporary = tmp_path / "TMPDIR"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    before = _tree()
+    yield
+    assert [path.name for path in temporary.iterdir()] == []
+    assert sorted(_tree() - before) == []
 
 
 @pytest.fixture(autouse=True)

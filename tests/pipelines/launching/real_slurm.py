@@ -140,10 +140,10 @@ class Cluster:
         self._keeper.stdin.flush()
         assert self._keeper.stdout.readline() == "done\n"
 
-    def run(self, *argv: str, **options: Any) -> str:
+    def run(self, *argv: str, timeout: float = 60, **options: Any) -> str:
         """Output of a client command that has to succeed."""
         done = subprocess.run(
-            argv, env=self.environment, capture_output=True, text=True, timeout=60, **options
+            argv, env=self.environment, capture_output=True, text=True, timeout=timeout, **options
         )
         assert done.returncode == 0, f"{argv}: {done.stderr}{done.stdout}"
         return done.stdout

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -211,7 +212,7 @@ def test_ctrl_c_before_the_submission_says_that_nothing_runs(run, root, monkeypa
 
     monkeypatch.setattr("roma_pipelines.launching.local.LocalLauncher.preflight", interrupted)
 
-    code, text = run("launch", "-m", "mine")
+    code, text = run("launch", "-m", "json.tool")
 
     assert (code, "before anything was submitted to the target local" in text) == (1, True)
     assert "goes on" not in text and str(root / "jobs") not in text
@@ -231,6 +232,35 @@ def test_launch_asks_this_computer_for_no_more_than_it_has(run, root, monkeypatc
 
     assert (code, message in text) == (1, True), text
     assert not list((root / "jobs").glob("*"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("launch", "--target", "local", "--profile", "mini", "-m", "mine"),
+        ("plan", "japanese_vowels", "--target", "local", "--profile", "mini"),
+    ],
+)
+def test_a_profile_of_another_target_is_refused(run, root, words):
+    code, text = run(*words)
+
+    assert (code, "--profile mini names a SLURM site, and the target is local" in text) == (2, True)
+    assert not (root / "jobs").exists()
+
+
+@pytest.mark.parametrize("name", ["no_such_module", "json.nothing", "mine.py"])
+def test_a_module_that_does_not_exist_is_said_before_anything_starts(
+    run, root, name, monkeypatch, profiles
+):
+    monkeypatch.chdir(root)
+    (root / "mine.py").touch()
+
+    for target in ((), ("--target", "slurm", "--profile", "mini")):
+        code, text = run("launch", *target, "-m", name)
+
+        assert (code, f"there is no module {name!r} in {root}" in text) == (1, True), text
+        assert len(text.splitlines()) == 1
+        assert not list((root / "jobs").iterdir())
 
 
 def test_more_threads_than_cpus_are_only_said(run, root, monkeypatch):
@@ -281,6 +311,20 @@ def test_jobs_are_listed_shown_and_their_logs_read(run, abandoned, processes, ev
     assert "running" in text and "left the job as it is" in text
     assert run("jobs", "logs", key) == (0, "a line\n")
 
+    (abandoned.path / "go").touch()
+    eventually(lambda: not processes())
+
+
+def test_ctrl_c_ends_a_look_at_the_log_quietly(root, abandoned, processes, eventually):
+    argv = [sys.executable, "-m", "roma_pipelines.cli", "jobs", "logs", "-f", abandoned.path.name]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    looking = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert looking.stdout.readline() == b"a line\n"
+    time.sleep(0.2)  # it waits for more
+    looking.send_signal(signal.SIGINT)
+
+    assert looking.communicate(timeout=10) == (b"", b"")
+    assert looking.returncode == 0
     (abandoned.path / "go").touch()
     eventually(lambda: not processes())
 

@@ -1,9 +1,12 @@
+import json
+
 import pytest
 
 from roma_core.files import digest_of
 from roma_core.job import Exit
 from roma_pipelines.launching.fake import FakeLauncher, away, completed, ended, running, waiting
 from roma_pipelines.launching.job import JobFailed, JobSpec, Phase
+from roma_pipelines.launching.jobs import cancel, read_job
 from roma_pipelines.launching.launcher import Refused
 from roma_pipelines.launching.supervisor import request_cancel, supervise
 
@@ -69,3 +72,54 @@ def test_it_can_be_refused_and_cancelled(folder):
 
     with pytest.raises(JobFailed, match="asked for by me"):
         supervise(FakeLauncher([running(1)]), folder, SPEC, CONFIG, on_poll=ask, **FAST)
+
+
+def test_an_end_asked_for_between_attempts_stops_the_next_one(folder):
+    launcher = FakeLauncher([running(5, save=True), ended(Phase.INTERRUPTED, "preempted")])
+
+    def on_note(note):
+        if note.endswith(": continue"):
+            request_cancel(folder, "me")
+
+    with pytest.raises(JobFailed, match="asked for by me before it was submitted") as caught:
+        supervise(launcher, folder, SPEC, CONFIG, on_note=on_note, **FAST)
+
+    outcome = caught.value.outcome
+    assert outcome.status == "cancelled"
+    assert [record.end.how for record in outcome.attempts] == ["continue", "cancelled"]
+    assert len(launcher.submitted) == 1
+    assert not folder.cancel.exists()
+
+
+def test_a_job_that_is_to_go_on_and_that_nobody_watches_is_cancelled_too(folder):
+    class Gone(BaseException):
+        pass
+
+    def on_note(note):
+        if note.endswith(": continue"):
+            raise Gone
+
+    launcher = FakeLauncher([running(5, save=True), ended(Phase.INTERRUPTED, "preempted")])
+    with pytest.raises(Gone):
+        supervise(launcher, folder, SPEC, CONFIG, on_note=on_note, **FAST)
+    document = json.loads(folder.watcher.read_text())
+    folder.watcher.write_text(json.dumps(document | {"start": "another process"}))
+    job = read_job(folder.path)
+    assert (job.status, job.is_to_go_on) == ("continue", True)
+
+    assert cancel(job, "me", lambda record: launcher) == "cancelled"
+    assert len(launcher.submitted) == 1
+    assert cancel(read_job(folder.path), "me", lambda record: launcher) == "cancelled"
+    assert not folder.cancel.exists()
+
+
+def test_a_watcher_says_how_things_stand(folder):
+    seen = []
+
+    def on_poll(state):
+        seen.append(json.loads(folder.watcher.read_text())["state"])
+
+    launcher = FakeLauncher([waiting("Priority"), running(1), completed()])
+    supervise(launcher, folder, SPEC, CONFIG, on_poll=on_poll, **FAST)
+
+    assert seen == ["waiting (Priority)", "running", "ended ok"]

@@ -17,14 +17,14 @@ from roma_pipelines.launching.usage import usage
 def ask():
     """A scheduler that counts its questions; ``.answers`` are given in turn, the last for ever."""
 
-    def ask():
+    def ask(before):
         ask.asked += 1
         answer = ask.answers[min(ask.asked, len(ask.answers)) - 1]
         if isinstance(answer, Exception):
             raise answer
-        return answer
+        return answer, ask.places
 
-    ask.asked, ask.answers = 0, [{"1": {"state": "RUNNING"}}]
+    ask.asked, ask.answers, ask.places = 0, [{"1": {"state": "RUNNING"}}], None
     return ask
 
 
@@ -44,6 +44,22 @@ def test_questions_become_rarer_while_nothing_changes(tmp_path, ask):
         time.sleep(0.03)
 
     assert intervals == pytest.approx([0.01, 0.015, 0.02, 0.01, 0.015])
+
+
+def test_places_in_the_queue_are_kept_and_are_no_news(tmp_path, ask):
+    ask.places = {"1": (3, 17)}
+    poll = SharedPoll(tmp_path, ask, 0.01, 0.02)
+    first = poll.look()
+    ask.places = None  # a question that does not ask for them
+    time.sleep(0.03)
+    second = SharedPoll(tmp_path, ask, 0.01, 0.02).look()
+    ask.places = {"1": (2, 17)}
+    time.sleep(0.03)
+    third = poll.look()
+
+    assert (first.places, second.places, third.places["1"]) == ({"1": (3, 17)},) * 2 + ((2, 17),)
+    assert first.placed_at == second.placed_at < third.placed_at
+    assert [p.interval_s for p in (first, second, third)] == pytest.approx([0.01, 0.015, 0.02])
 
 
 def test_a_job_that_was_missed_is_asked_for_sooner_but_not_at_once(tmp_path, ask):
@@ -103,10 +119,10 @@ import sys, time
 from pathlib import Path
 from roma_pipelines.launching.poll import SharedPoll
 folder = Path(sys.argv[1])
-def ask():
+def ask(before):
     with (folder / "asked").open("a") as file:
         file.write("x")
-    return {}
+    return {}, None
 poll = SharedPoll(folder, ask, 0.5, 0.5)
 end = time.monotonic() + 2
 while time.monotonic() < end:

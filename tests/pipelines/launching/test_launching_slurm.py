@@ -7,6 +7,7 @@ import pytest
 
 from roma_core.job import JobFolder
 from roma_pipelines.launching.job import JobFailed, Phase
+from roma_pipelines.launching.slurm_queue import ours_of, places_in_queue, rows_of
 from roma_pipelines.launching.supervisor import supervise
 
 CONFIG = {"base_lr": 0.001}
@@ -90,19 +91,47 @@ def test_worlds_that_did_not_meet_are_no_success(slurm, folder, make_spec):
         supervise(slurm, folder, make_spec("succeed(world_size=2)"), CONFIG, **FAST)
 
 
-def test_the_queue_is_told_in_words(slurm, cluster, folder, make_spec):
-    cluster.run("sbatch", "--exclusive", "-N2", "--wrap=sleep 100", "-o", "/dev/null")
+def test_the_queue_is_told_in_words(slurm, cluster, folder, make_spec, eventually):
+    for name in ("runs", "first", "second"):  # one runs on both nodes, two are in front of ours
+        words = ("--exclusive", "-N2", f"--job-name={name}", "-o", "/dev/null")
+        cluster.run("sbatch", *words, "--wrap=sleep 100")
+    eventually(lambda: "RUNNING" in [state for _, _, state in cluster.jobs()])
+    cluster.run("sbatch", "--hold", "--job-name=held", "-o", "/dev/null", "--wrap=true")
     seen = []
 
     def on_poll(state):
-        if state.phase is Phase.WAITING and state.reason not in seen:
-            seen.append(state.reason)
-            if "Resources" in state.reason or "Priority" in state.reason:
-                cluster.run("scancel", "--name=wrap")
+        if state.phase is Phase.WAITING and state.reason not in [s.reason for s in seen]:
+            seen.append(state)
+            if state.queue.get("queue_position") == 3:
+                cluster.run("scancel", "--name=first")
+            elif state.queue.get("queue_position") == 2:
+                for name in ("second", "held", "runs"):
+                    cluster.run("scancel", f"--name={name}")
 
     supervise(slurm, folder, make_spec("succeed()"), CONFIG, on_poll=on_poll, **FAST)
 
-    assert any("waits: Resources" in reason or "waits: Priority" in reason for reason in seen)
+    placed = [state for state in seen if "queue_position" in state.queue]
+    assert ", 3 of 3 in the queue" in placed[0].reason
+    assert placed[0].queue["queue_length"] == 3
+    assert "2 of 2 in the queue" in placed[-1].reason
+
+
+def test_a_place_is_among_those_that_want_the_same_nodes():
+    lines = """\
+1|PENDING|N/A||Resources|main|me|50|/jobs/a|roma-a-1
+2|PENDING|N/A||Priority|main|you|90|/home/you|a name | with bars
+3|PENDING|N/A||Priority|low,main|you|70|/home/you|x
+4|PENDING|N/A||Priority|low|you|99|/home/you|x
+5|PENDING|N/A||JobHeldUser|main|you|99|/home/you|x
+6|RUNNING|N/A|n1|None|main|me|99|/jobs/b|roma-b-1
+7|PENDING|N/A||Dependency|main|me|50|/jobs/c|roma-c-1
+8|PENDING|N/A||Priority|main|you|10|/home/you|x
+"""
+    rows = rows_of(lines)
+
+    assert (rows["2"]["name"], rows["1"]["folder"]) == (" with bars", "/jobs/a")
+    assert set(ours_of(rows)) == {"1", "6", "7"}
+    assert places_in_queue(rows, ours_of(rows)) == {"1": (3, 4)}
 
 
 @pytest.mark.parametrize("name", ["with a space", "a;b$c", "100%j", "täglich"])

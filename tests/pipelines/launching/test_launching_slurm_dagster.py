@@ -10,6 +10,7 @@ import dagster as dg
 import pytest
 
 from roma_core.files import read_json
+from roma_core.trainer.metrics_log import read_records
 from tests.pipelines import tiny
 
 pytestmark = pytest.mark.slow
@@ -97,17 +98,38 @@ def test_every_job_was_one_of_the_clusters(made, shared_cluster):
         assert jobs[name] == (record["external"]["job_id"], "COMPLETED")
 
 
-def test_metrics_come_home_to_a_store_that_no_node_touches(made):
+@pytest.mark.parametrize("noun", ["pretrained_encoder", "finetuned_classifier"])
+def test_the_whole_curve_comes_home_to_a_store_that_no_node_touches(made, noun):
+    """The embedded store: no node is told of it, and nothing is missing or doubled all the same."""
     from roma_pipelines.registry.store import MlflowSettings, connect
 
-    facts = facts_of(made[0], "pretrained_encoder")
+    facts = facts_of(made[0], noun)
     folder = Path(facts["job_folder"])
     client = connect(MlflowSettings(), folder.parents[1] / "mlflow")
-    history = client.get_metric_history(facts["mlflow_run_id"], "train/loss")
+    written = {}
+    for _, record in read_records(folder / "metrics.jsonl"):
+        for name, value in record["metrics"].items():
+            written.setdefault(name, []).append((record["step"], pytest.approx(value)))
 
-    assert [point.step for point in history] == sorted({point.step for point in history})
-    assert history
+    assert "mlflow.db" not in (folder / "attempts" / "1" / "script").read_text()
+    assert {"train/loss", "train/lr"} <= set(written)
+    for name, points in written.items():
+        history = client.get_metric_history(facts["mlflow_run_id"], name)
+        assert [(point.step, point.value) for point in history] == points, name
     assert client.get_run(facts["mlflow_run_id"]).info.status == "FINISHED"
+
+
+def test_attempts_and_decisions_are_tables_on_the_asset(made):
+    facts = facts_of(made[0], "pretrained_encoder")
+
+    head, rule, row = facts["attempts_made"].splitlines()
+    assert head.startswith("| attempt | target | submitted | ran | nodes | end | why |")
+    assert rule == "|" + " --- |" * 7
+    assert "slurm (job\\_id " in row and "completed" in row and "n\\[1-2\\]" in row
+    decisions = facts["decisions"].splitlines()
+    assert decisions[0] == "| when | attempt | seen | done |"
+    assert any("submitted as" in line for line in decisions)
+    assert decisions[-1].endswith("| completed |")
 
 
 def test_progress_was_observed_while_it_trained(made):

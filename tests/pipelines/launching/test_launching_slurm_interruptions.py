@@ -319,12 +319,17 @@ def test_the_end_is_the_end_of_both(slurm, cluster, folder, make_spec, stand_in,
     assert cluster.run("squeue", "-h", "-o", "%i %T") == ""
 
 
-def test_a_script_submitted_by_hand_does_no_harm(slurm, cluster, folder, make_spec, once, starts):
+@pytest.mark.parametrize("links", [True, False])  # hard links, which some file systems have not
+def test_a_script_submitted_by_hand_does_no_harm(
+    slurm, cluster, folder, make_spec, once, starts, stand_in, links
+):
     def submit_again():
         script = str(folder.attempt(1).script)
         cluster.run("sbatch", "--wait", script)
         (folder.path / "go").touch()
 
+    if not links:
+        stand_in("ln", "echo 'ln: failed to create hard link: Operation not permitted' >&2; exit 1")
     body = "save(n)\nwait_for('go', 60)\nsucceed()"
     again = once(submit_again)
 

@@ -12,12 +12,12 @@ from pydantic import ValidationError
 
 from roma_core.files import digest_of
 from roma_core.job import JobFolder
+from roma_pipelines.launching.evidence import log_tail
 from roma_pipelines.launching.job import JobFailed, JobSpec, JobState, Phase
 from roma_pipelines.launching.local import LocalLauncher
 from roma_pipelines.launching.supervisor import (
     FAULT_POINTS,
     Supervisor,
-    log_tail,
     request_cancel,
     supervise,
 )
@@ -453,3 +453,14 @@ def test_two_processes_of_a_real_torchrun_find_one_another(launcher, tmp_path, p
 
     assert outcome.result.world_size == 2
     assert processes() == []
+
+
+def test_what_torchrun_says_of_itself_is_no_part_of_a_jobs_last_words(tmp_path):
+    log = tmp_path / "log"
+    report = "E1124 12:07:05.1 14 torch/distributed/elastic/multiprocessing/api.py:1] failed (exitcode: 1)"
+    rule = "=" * 60
+    log.write_text(f"ImportError: no\n{report}\n  its stack\n{rule}\nRoot Cause\n{rule}\nthe end\n")
+
+    assert log_tail(log) == "ImportError: no\nthe end"
+    log.write_text(f"ImportError: no\n{report}\n  its stack was cut short\n")
+    assert log_tail(log).endswith("cut short")  # better too much than too little
