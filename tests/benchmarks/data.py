@@ -202,7 +202,8 @@ def _memory(what: str) -> int:
 def _random_access(dataset: StoredDataset, folder: Path) -> None:
     """One series at a time, at random; every reader copies the numbers out."""
     offsets = dataset.offsets
-    _, _, positions, values = next(dataset.shards())  # one file holds it all
+    part = next(dataset.shards())  # one file holds it all
+    positions, values = part.positions, part.values
 
     def slice_of(i: int) -> None:
         a, b = offsets[i], offsets[i + 1]
