@@ -50,6 +50,7 @@ class Arrivals:
         self.counts = dict.fromkeys(Repairs.model_fields, 0)
         self._classes = frozenset(source.classes)
         self._n_targets = len(targets_of(source))
+        self._from = f" of {next(iter(source.files))}" if len(source.files) == 1 else ""
 
     def __iter__(self) -> Iterator[RawSeries]:
         """Check and repair every series of the source.
@@ -64,6 +65,9 @@ class Arrivals:
             if usable is not None:
                 yield usable
 
+    def _who(self, name: str) -> str:
+        return f"series {name!r}{self._from}"
+
     def repairs(self) -> Repairs | None:
         """What was repaired; None if nothing was."""
         return Repairs(**self.counts) if any(self.counts.values()) else None
@@ -71,7 +75,7 @@ class Arrivals:
     def _check(self, series: RawSeries) -> None:
         if not series.id:
             raise DataError("a series has no id, or it is empty; every object needs one of its own")
-        who = f"series {series.id!r}"
+        who = self._who(series.id)
         n = len(series.values)
         columns: list[tuple[str, NDArray[Any], int]] = [
             ("positions", series.positions, len(self.source.axes)),
@@ -91,7 +95,10 @@ class Arrivals:
                 )
         classes = self.source.classes
         if classes and series.label not in self._classes:
-            raise DataError(f"{who} has the label {series.label!r}; classes are {classes}")
+            raise DataError(
+                f"{who} has the label {series.label!r}, which is none of its {len(classes)} classes "
+                f"{', '.join(classes)}; append it to them, or leave the series out"
+            )
         if not classes and series.label is not None:
             raise DataError(
                 f"{who} has the label {series.label!r}, but its source declares no classes"
@@ -108,7 +115,7 @@ class Arrivals:
         if len(values) == 0:
             if self.options.empty == "refuse":
                 raise DataError(
-                    f"series {series.id!r} has no observations; leave it out of the source, or set "
+                    f"{self._who(series.id)} has no observations; leave it out of the source, or set "
                     f"repair.empty to 'drop'"
                 )
             self.counts["empty_series_left_out"] += 1
@@ -118,7 +125,7 @@ class Arrivals:
             if self.options.unsorted == "refuse":
                 at = int(np.flatnonzero(steps < 0)[0]) + 1
                 raise DataError(
-                    f"series {series.id!r}: observation {at} comes before the one it follows "
+                    f"{self._who(series.id)}: observation {at} comes before the one it follows "
                     f"({positions[at, 0]} after {positions[at - 1, 0]}); sort the source, or set "
                     f"repair.unsorted to 'sort'"
                 )
@@ -146,15 +153,15 @@ class Arrivals:
         if self.options.not_finite == "refuse":
             row = int(np.flatnonzero(bad)[0])
             c = len(self.source.channels)
-            for what, array in (
-                ("positions", positions),
-                ("values", values[:, :c]),
-                ("targets", values[:, c:]),
+            for what, array, columns in (
+                ("positions", positions, self.source.axes),
+                ("values", values[:, :c], self.source.channels),
+                ("targets", values[:, c:], targets_of(self.source)),
             ):
                 for column in np.flatnonzero(~np.isfinite(array[row])):
                     raise DataError(
-                        f"series {name!r}: {what} hold {array[row, column]} at observation "
-                        f"{row}, column {column}, but all must be finite and fit in {array.dtype}: "
+                        f"{self._who(name)}: {what} hold {array[row, column]} at observation {row}, "
+                        f"column {column} ({columns[column].name}), but all must be finite and fit in {array.dtype}: "
                         f"leave such observations out, or set repair.not_finite to 'drop'"
                     )
         self.counts["observations_not_finite"] += int(bad.sum())
@@ -173,8 +180,7 @@ class Arrivals:
         if self.options.duplicates == "refuse":
             copy = int(np.setdiff1d(np.arange(len(positions)), first)[0])
             raise DataError(
-                f"series {name!r} has {len(positions) - len(distinct)} observations at a position "
-                f"it has already, the first at {positions[copy].tolist()}; set repair.duplicates "
+                f"{self._who(name)} repeats a position, {len(positions) - len(distinct)} times in all, the first at {positions[copy].tolist()}; set repair.duplicates "
                 f"to 'first', 'mean' or 'keep', or add the axis that tells them apart"
             )
         self.counts["duplicate_observations"] += len(positions) - len(distinct)

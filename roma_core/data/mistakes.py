@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 _SHOWN = 60  # letters of a value
+_OUR_WORDS = re.compile(r"^(Input|String|List|Tuple|Dictionary|Value) should")
 
 
 def mistakes(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """The errors that pydantic found in values for ``model``, in our words."""
     found: list[str] = []
+    alternatives: dict[
+        tuple[str, str], list[str]
+    ] = {}  # a field of several types has a complaint of each
     for detail in error.errors(include_url=False):
         names = [str(part) for part in detail["loc"] if not _is_branch(part)]
         name = ".".join(names)
@@ -29,16 +34,23 @@ def mistakes(error: ValidationError, model: type[BaseModel]) -> list[str]:
             cause = detail["ctx"]["error"]  # raised by a check of ours, a whole sentence
             sentence = f"{name}: {cause}" if name else str(cause)
         else:
-            allowed = detail["msg"].replace("Input should be", "must be", 1)
-            sentence = f"{name}: {allowed}, got {_shown(detail['input'])}"
+            allowed = _OUR_WORDS.sub("must", detail["msg"], count=1)
+            place = alternatives.setdefault((name, _shown(detail["input"])), [])
+            place += [allowed] if allowed not in place else []
+            continue
         if sentence not in found:
             found.append(sentence)
+    found += [
+        f"{name}: {' or '.join(all_)}, got {came}" for (name, came), all_ in alternatives.items()
+    ]
     return found
 
 
 def _is_branch(part: int | str) -> bool:
     """Whether this part of a place is pydantic's name for one of several types, not a field's."""
-    return isinstance(part, str) and ("[" in part or part in ("float", "int", "str"))
+    return isinstance(part, str) and (
+        "[" in part or part in ("float", "int", "str") or part.startswith("constrained-")
+    )
 
 
 def _fields_beside(model: Any, place: tuple[int | str, ...]) -> list[str]:
