@@ -3,14 +3,16 @@
 A hash is a pure function of what it names, so the same object gets the same mask on every rank,
 in every batch, on CPU and GPU, and no generator state has to be saved. The mixing step is the
 32-bit finaliser "lowbias32" (C. Wellons, public domain); it is written with operators only, so one
-body serves numpy arrays and torch tensors. Products wrap at 64 bits in both, which keeps their
-lower 32 bits exact.
+body serves numpy arrays and torch tensors. Products wrap at 64 bits in tensors and at 32 in arrays;
+both keep their lower 32 bits exact.
 """
 
 from __future__ import annotations
 
 import hashlib
 from typing import Any
+
+import numpy as np
 
 Ints = Any  # an int64 numpy array, an int64 torch tensor or a Python int
 
@@ -33,9 +35,11 @@ def hash_ints(*parts: Ints) -> Ints:
     """
     h: Ints = 0x9E3779B9
     for part in parts:
-        h = mix(h ^ (part & _MASK))
-        h = mix(h ^ ((part >> 32) & _MASK))
-    return h
+        low, high = part & _MASK, (part >> 32) & _MASK
+        if isinstance(part, np.ndarray) and part.ndim:  # half the bytes, and vector instructions
+            low, high = low.astype(np.uint32), high.astype(np.uint32)
+        h = mix(mix(h ^ low) ^ high)
+    return h.astype(np.int64) if isinstance(h, np.ndarray) else h
 
 
 def hash_text(text: str) -> int:

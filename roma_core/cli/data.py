@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -31,19 +34,33 @@ def data() -> None:
 def build(config: Path, out: Path, cache: Path) -> None:
     """Build the data set that CONFIG (YAML) describes and print its folder.
 
-    Equal input gives an equal version; one that is there already is verified and used.
+    Equal input gives an equal version; one that is there already is verified and used. What went to
+    which split, and what was repaired, is said on stderr.
     """
-    from pydantic import ValidationError
-
     from roma_core.data.building import build_dataset
+    from roma_core.data.columns import read_manifest
     from roma_core.data.config import DatasetConfig
     from roma_core.data.errors import DataError
+    from roma_core.data.summary import in_words
 
     try:
-        path = build_dataset(DatasetConfig.from_yaml(config), out, cache)
-    except (DataError, ValidationError, OSError) as error:
+        with _warnings_as_lines():
+            path = build_dataset(DatasetConfig.from_yaml(config), out, cache)
+        lines = in_words(read_manifest(path))
+    except (DataError, OSError) as error:
         raise click.ClickException(str(error)) from error
+    for line in lines:
+        click.echo(line, err=True)
     click.echo(path)
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Show a warning as its sentence, without the place in the code that it comes from."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
+        yield
 
 
 @data.command()

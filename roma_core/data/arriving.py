@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from roma_core.data.errors import DataError
 from roma_core.data.schema import Repairs
-from roma_core.data.sources import RawSeries, Source
+from roma_core.data.sources import RawSeries, Source, targets_of
 
 
 class RepairOptions(BaseModel):
@@ -49,6 +49,8 @@ class Arrivals:
         self.source, self.options = source, options
         self.counts = dict.fromkeys(Repairs.model_fields, 0)
         self._classes = frozenset(source.classes)
+        self._n_targets = len(targets_of(source))
+        self._from = f" of {next(iter(source.files))}" if len(source.files) == 1 else ""
 
     def __iter__(self) -> Iterator[RawSeries]:
         """Check and repair every series of the source.
@@ -63,6 +65,9 @@ class Arrivals:
             if usable is not None:
                 yield usable
 
+    def _who(self, name: str) -> str:
+        return f"series {name!r}{self._from}"
+
     def repairs(self) -> Repairs | None:
         """What was repaired; None if nothing was."""
         return Repairs(**self.counts) if any(self.counts.values()) else None
@@ -70,19 +75,30 @@ class Arrivals:
     def _check(self, series: RawSeries) -> None:
         if not series.id:
             raise DataError("a series has no id, or it is empty; every object needs one of its own")
-        who = f"series {series.id!r}"
+        who = self._who(series.id)
         n = len(series.values)
-        for what, array, width in (
+        columns: list[tuple[str, NDArray[Any], int]] = [
             ("positions", series.positions, len(self.source.axes)),
             ("values", series.values, len(self.source.channels)),
-        ):
+        ]
+        if (series.targets is None) != (self._n_targets == 0):
+            raise DataError(
+                f"{who} has {'no' if series.targets is None else 'some'} targets, its source declares "
+                f"{self._n_targets or 'none'}"
+            )
+        if series.targets is not None:
+            columns.append(("targets", series.targets, self._n_targets))
+        for what, array, width in columns:
             if array.shape != (n, width):
                 raise DataError(
                     f"{who}: {what} have the shape {array.shape}, expected {(n, width)}"
                 )
         classes = self.source.classes
         if classes and series.label not in self._classes:
-            raise DataError(f"{who} has the label {series.label!r}; classes are {classes}")
+            raise DataError(
+                f"{who} has the label {series.label!r}, which is none of its {len(classes)} classes "
+                f"{', '.join(classes)}; append it to them, or leave the series out"
+            )
         if not classes and series.label is not None:
             raise DataError(
                 f"{who} has the label {series.label!r}, but its source declares no classes"
@@ -90,13 +106,16 @@ class Arrivals:
 
     def _repaired(self, series: RawSeries) -> RawSeries | None:
         positions, values = series.positions, series.values
+        if series.targets is not None:  # what happens to an observation happens to its targets
+            values = np.concatenate([values, series.targets], axis=1)  # (N, C + K)
+        untouched = values
         whole = np.isfinite(positions).all() and np.isfinite(values).all()
         if not whole:
-            positions, values = self._finite(series)
+            positions, values = self._finite(series.id, positions, values)
         if len(values) == 0:
             if self.options.empty == "refuse":
                 raise DataError(
-                    f"series {series.id!r} has no observations; leave it out of the source, or set "
+                    f"{self._who(series.id)} has no observations; leave it out of the source, or set "
                     f"repair.empty to 'drop'"
                 )
             self.counts["empty_series_left_out"] += 1
@@ -106,7 +125,7 @@ class Arrivals:
             if self.options.unsorted == "refuse":
                 at = int(np.flatnonzero(steps < 0)[0]) + 1
                 raise DataError(
-                    f"series {series.id!r}: observation {at} comes before the one it follows "
+                    f"{self._who(series.id)}: observation {at} comes before the one it follows "
                     f"({positions[at, 0]} after {positions[at - 1, 0]}); sort the source, or set "
                     f"repair.unsorted to 'sort'"
                 )
@@ -115,23 +134,38 @@ class Arrivals:
             self.counts["series_sorted"] += 1
         if self.options.duplicates != "keep":
             positions, values = self._without_duplicates(series.id, positions, values)
-        if values is series.values:
+        if values is untouched:
             return series
-        return dataclasses.replace(series, positions=positions, values=values)
+        if series.targets is None:
+            return dataclasses.replace(series, positions=positions, values=values)
+        n_channels = series.values.shape[1]
+        return dataclasses.replace(
+            series,
+            positions=positions,
+            values=values[:, :n_channels],
+            targets=values[:, n_channels:],
+        )
 
-    def _finite(self, series: RawSeries) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-        bad = ~(np.isfinite(series.positions).all(1) & np.isfinite(series.values).all(1))  # (N,)
+    def _finite(
+        self, name: str, positions: NDArray[np.float64], values: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        bad = ~(np.isfinite(positions).all(1) & np.isfinite(values).all(1))  # (N,)
         if self.options.not_finite == "refuse":
             row = int(np.flatnonzero(bad)[0])
-            for what, array in (("positions", series.positions), ("values", series.values)):
+            c = len(self.source.channels)
+            for what, array, columns in (
+                ("positions", positions, self.source.axes),
+                ("values", values[:, :c], self.source.channels),
+                ("targets", values[:, c:], targets_of(self.source)),
+            ):
                 for column in np.flatnonzero(~np.isfinite(array[row])):
                     raise DataError(
-                        f"series {series.id!r}: {what} hold {array[row, column]} at observation "
-                        f"{row}, column {column}, but all must be finite and fit in {array.dtype}: "
+                        f"{self._who(name)}: {what} hold {array[row, column]} at observation {row}, "
+                        f"column {column} ({columns[column].name}), but all must be finite and fit in {array.dtype}: "
                         f"leave such observations out, or set repair.not_finite to 'drop'"
                     )
         self.counts["observations_not_finite"] += int(bad.sum())
-        return series.positions[~bad], series.values[~bad]
+        return positions[~bad], values[~bad]
 
     def _without_duplicates(
         self, name: str, positions: NDArray[np.float64], values: NDArray[np.float32]
@@ -146,8 +180,7 @@ class Arrivals:
         if self.options.duplicates == "refuse":
             copy = int(np.setdiff1d(np.arange(len(positions)), first)[0])
             raise DataError(
-                f"series {name!r} has {len(positions) - len(distinct)} observations at a position "
-                f"it has already, the first at {positions[copy].tolist()}; set repair.duplicates "
+                f"{self._who(name)} repeats a position, {len(positions) - len(distinct)} times in all, the first at {positions[copy].tolist()}; set repair.duplicates "
                 f"to 'first', 'mean' or 'keep', or add the axis that tells them apart"
             )
         self.counts["duplicate_observations"] += len(positions) - len(distinct)

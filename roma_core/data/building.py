@@ -10,7 +10,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -43,13 +43,12 @@ def build_dataset(config: DatasetConfig, root: Path, cache: Path, progress: bool
     """
     source = config.source.open(cache)
     home = root / config.name
-    home.mkdir(parents=True, exist_ok=True)
     aside = home / ".building"
     with _only_builder(home):
         shutil.rmtree(aside, ignore_errors=True)  # of a builder that was killed
         try:
             aside.mkdir()
-            manifest = write_dataset(config, source, aside, progress)
+            manifest = write_dataset(config, source, aside, progress, versions=home)
             return _commit(aside, home / manifest.digest[:12], manifest)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -65,14 +64,24 @@ def build_dataset(config: DatasetConfig, root: Path, cache: Path, progress: bool
 @contextmanager
 def _only_builder(home: Path) -> Iterator[None]:
     lock = FileLock(home / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.warning("another process is building in %s; waiting for it", home)
-        lock.acquire()
+    patience_s = 0.0
+    while not lock.is_locked:
+        home.mkdir(parents=True, exist_ok=True)  # again: a builder that failed takes it away
+        try:
+            lock.acquire(timeout=patience_s)
+        except Timeout:
+            if patience_s == 0:
+                log.warning("another process is building in %s; waiting for it", home)
+            patience_s = 1.0
     try:
         yield
     finally:
+        if not any(home.glob(f"*/{MANIFEST}")):  # it failed, and nobody built here before
+            (home / ".lock").unlink(
+                missing_ok=True
+            )  # whoever waits for it notices, and makes it anew
+            with suppress(OSError):
+                home.rmdir()
         lock.release()
 
 

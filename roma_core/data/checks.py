@@ -28,6 +28,7 @@ from roma_core.data.normalisation import Normaliser
 from roma_core.data.schema import SPLITS
 from roma_core.data.store import StoredDataset
 
+_LARGE = ("values", "positions", "targets")  # columns with a row per observation
 _AT_ONCE = 1 << 18  # observations
 _LONG = 10_000  # observations of a series; attention needs time for their square
 _FAR = 50.0  # standard deviations
@@ -68,10 +69,13 @@ def _broken_layout(dataset: StoredDataset) -> list[str]:
         "splits.npy": (dataset.splits, (n,), np.int8),
     }
     if dataset.offsets.shape == (n + 1,):
-        for k, (first, last, positions, values) in enumerate(dataset.shards()):
-            rows = int(dataset.offsets[last] - dataset.offsets[first])
-            columns[shard_name("values", k)] = (values, (rows, len(schema.channels)), np.float32)
-            columns[shard_name("positions", k)] = (positions, (rows, len(schema.axes)), np.float64)
+        for k, part in enumerate(dataset.shards()):
+            n_rows = int(dataset.offsets[part.last] - dataset.offsets[part.first])
+            widths = (len(schema.channels), len(schema.axes), len(schema.targets))
+            dtypes = (np.float32, np.float64, np.float32)
+            for column, width, dtype in zip(_LARGE, widths, dtypes, strict=True):
+                if (array := getattr(part, column)) is not None:
+                    columns[shard_name(column, k)] = (array, (n_rows, width), dtype)
     if dataset.labels is not None:
         columns["labels.npy"] = (dataset.labels, (n,), np.int64)
     found = [
@@ -100,8 +104,10 @@ def _broken_layout(dataset: StoredDataset) -> list[str]:
 
 def _not_finite(dataset: StoredDataset) -> list[Finding]:
     bad: list[int] = []
-    for first, last, positions, values in dataset.parts(_AT_ONCE):
+    for first, last, positions, values, targets in dataset.parts(_AT_ONCE):
         whole = np.isfinite(positions).all(1) & np.isfinite(values).all(1)
+        if targets is not None:
+            whole &= np.isfinite(targets).all(1)
         starts = dataset.offsets[first:last] - dataset.offsets[first]
         per_series = np.logical_and.reduceat(whole, starts)
         bad += (first + np.flatnonzero(~per_series)).tolist()
@@ -115,7 +121,7 @@ def _positions(dataset: StoredDataset) -> list[Finding]:
     copies: list[int] = []
     reach = np.zeros(len(dataset.schema.axes))
     normaliser = Normaliser(dataset.schema)
-    for first, last, positions, _ in dataset.parts(_AT_ONCE):
+    for first, last, positions, *_ in dataset.parts(_AT_ONCE):
         starts = dataset.offsets[first:last] - dataset.offsets[first]
         step = np.diff(positions[:, 0], prepend=positions[:1, 0])
         step[starts] = 1.0  # the first of a series follows none
@@ -177,7 +183,7 @@ def _values(dataset: StoredDataset) -> list[Finding]:
     normaliser = Normaliser(dataset.schema)
     far: NDArray[np.int64] = np.zeros(len(dataset.schema.channels), dtype=np.int64)
     example: dict[int, tuple[float, int]] = {}
-    for first, _, _, values in dataset.parts(_AT_ONCE):
+    for first, _, _, values, _ in dataset.parts(_AT_ONCE):
         size = np.abs(normaliser.normalise(values))  # (n, C)
         far += (size > _FAR).sum(axis=0)
         for k in np.flatnonzero((size > _FAR).any(axis=0)):
@@ -200,7 +206,11 @@ def _names(dataset: StoredDataset) -> list[Finding]:
     schema = dataset.schema
     no_unit = [
         f"{what} {part.name!r} has no unit; write '1' for a pure number"
-        for what, parts in (("channel", schema.channels), ("axis", schema.axes))
+        for what, parts in (
+            ("channel", schema.channels),
+            ("axis", schema.axes),
+            ("target", schema.targets),
+        )
         for part in parts
         if not part.unit.strip()
     ]

@@ -10,17 +10,32 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from roma_core.data.errors import DataError
-from roma_core.data.schema import SPLITS, FileRecord, Manifest, Split, SplitCounts
+from roma_core.data.mistakes import mistakes
+from roma_core.data.schema import (
+    SPLITS,
+    DataSchema,
+    FileRecord,
+    Manifest,
+    Split,
+    SplitCounts,
+)
 from roma_core.files import digest_of, read_json, sha256_of
 
 MANIFEST = "manifest.json"
+VERSIONS = (1, 2)  # of the format, that can be read
 _HASHERS = 4  # threads; hashing a file releases the interpreter
 
 
+def large_columns(schema: DataSchema) -> tuple[str, ...]:
+    """Names of the columns with a row per observation."""
+    return ("values", "positions", *(("targets",) if schema.targets else ()))
+
+
 def shard_name(column: str, k: int) -> str:
-    """Name of the k-th file of ``values`` or ``positions``."""
+    """Name of the k-th file of one of the ``large_columns``."""
     return f"{column}.npy" if k == 0 else f"{column}-{k}.npy"
 
 
@@ -158,7 +173,18 @@ def read_manifest(folder: Path) -> Manifest:
     if not (folder / MANIFEST).is_file():
         raise DataError(f"{folder} is no data set: it has no {MANIFEST}")
     try:
-        return Manifest.model_validate(read_json(folder / MANIFEST, schema_version=1))
+        document = read_json(folder / MANIFEST)
+        version = document.get("schema_version") if isinstance(document, dict) else None
+        if version not in VERSIONS:
+            raise ValueError(
+                f"{folder / MANIFEST} has schema_version {version!r}, this version of the software "
+                f"reads {' and '.join(map(str, VERSIONS))}; use the version that wrote it, or build "
+                f"the data set again"
+            )
+        return Manifest.model_validate(document)
+    except ValidationError as error:
+        wrong = "; ".join(mistakes(error, Manifest))
+        raise DataError(f"{folder / MANIFEST} is not as it was written: {wrong}") from error
     except ValueError as error:
         raise DataError(f"{folder} cannot be read: {error}") from error
 
@@ -182,7 +208,7 @@ def damage(folder: Path, manifest: Manifest) -> list[str]:
     needed = {"offsets.npy", "splits.npy", "ids.json"}
     needed |= {
         shard_name(column, k)
-        for column in ("values", "positions")
+        for column in large_columns(manifest.data_schema)
         for k in range(len(manifest.shards) + 1)
     }
     needed |= {"labels.npy"} if manifest.data_schema.classes else set()

@@ -43,7 +43,7 @@ def changes(new: StoredDataset, old: StoredDataset) -> list[Finding]:
 
 def _schema(new: StoredDataset, old: StoredDataset) -> list[Finding]:
     words = []
-    for what in ("channels", "axes", "classes"):
+    for what in ("channels", "axes", "classes", "targets"):
         now, then = getattr(new.schema, what), getattr(old.schema, what)
         names = [[(p.name, p.unit) if what != "classes" else p for p in v] for v in (now, then)]
         if names[0] != names[1]:
@@ -64,8 +64,8 @@ def _objects(new: StoredDataset, old: StoredDataset) -> list[Finding]:
         if new.splits[i] != old.splits[j]:
             moved.append(
                 f"object {name!r} was in {SPLITS[old.splits[j]]}, now it is in "
-                f"{SPLITS[new.splits[i]]}: a model may have learnt what it is tested on; deliver "
-                f"new objects behind the old ones, or give the data set a new name"
+                f"{SPLITS[new.splits[i]]}: a model may have learnt what it is tested on; go "
+                f"back to the split and shares of before, or give the data set a new name"
             )
         same_label = old.labels is None or new.labels is None or new.labels[i] == old.labels[j]
         if new.lengths[i] != old.lengths[j] or not same_label:

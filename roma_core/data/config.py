@@ -6,10 +6,18 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+)
 
 from roma_core.data.arriving import RepairOptions
 from roma_core.data.errors import DataError
+from roma_core.data.mistakes import mistakes
 from roma_core.data.sources import SourceConfig, source_config
 from roma_core.data.splits import SplitOptions
 
@@ -50,7 +58,11 @@ class DatasetConfig(_Section):
     )
     drop_seed: int = Field(0, ge=0, description="Chooses which observations are left out.")
     validation_share: float = Field(
-        0.1, ge=0, lt=1, description="Share of the objects outside test that go to validation."
+        0.1,
+        ge=0,
+        lt=1,
+        description="Share of *the rest* that goes to validation: of the objects that are not test, not "
+        "of all. 0.1 beside a test_share of 0.2 is 8 % of all objects.",
     )
     test_share: float = Field(
         0.2,
@@ -68,8 +80,8 @@ class DatasetConfig(_Section):
         """Read a configuration file.
 
         Raises:
-            DataError: the file is not a mapping.
-            pydantic.ValidationError: a value is missing, unknown or out of range.
+            DataError: the file is no YAML mapping, or a value is missing, unknown or out of range; a
+                sentence for each, that names field, what is allowed and what came.
         """
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -77,4 +89,7 @@ class DatasetConfig(_Section):
             raise DataError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(values, dict):
             raise DataError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
-        return cls.model_validate(values)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise DataError(f"{path}: {'; '.join(mistakes(error, cls))}") from error

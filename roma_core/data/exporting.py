@@ -5,14 +5,15 @@ The numbers are those delivered, not normalised. ``sources/parquet.py`` reads th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from roma_core.data.errors import DataError
-from roma_core.data.schema import SPLITS, Split
+from roma_core.data.schema import SPLITS, Channel, PositionAxis, Split
 from roma_core.data.store import StoredDataset
 
 if TYPE_CHECKING:
@@ -25,13 +26,13 @@ def export_parquet(dataset: StoredDataset, target: Path, split: Split | None = N
     """Write a data set, or one split of it; appears under its name when it is whole.
 
     Columns: ``id``, ``split``, ``label`` and ``group`` where there are any, then the axes (lists of
-    double) and the channels (lists of float).
+    double), the channels and the targets (lists of float).
 
     Returns:
         The number of series written.
 
     Raises:
-        DataError: an axis or channel has the name of another column.
+        DataError: an axis, channel or target has the name of another column.
     """
     import pyarrow.parquet as pq
 
@@ -65,6 +66,7 @@ def _schema(dataset: StoredDataset) -> pa.Schema:
     schema = dataset.schema
     fields += [_list_field(axis.name, pa.float64(), axis.unit) for axis in schema.axes]
     fields += [_list_field(c.name, pa.float32(), c.unit) for c in schema.channels]
+    fields += [_list_field(t.name, pa.float32(), t.unit) for t in schema.targets]
     names = [field.name for field in fields]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"two columns would be called {twice[0]!r}; rename the channel or axis")
@@ -81,6 +83,7 @@ def _table(dataset: StoredDataset, rows: np.ndarray[Any, Any], schema: pa.Schema
     import pyarrow as pa
 
     raw = [dataset.raw(int(i)) for i in rows]
+    targets = [found for i in rows if (found := dataset.targets(int(i))) is not None]
     offsets = np.concatenate([[0], np.cumsum(dataset.lengths[rows])]).astype(np.int32)
     columns: dict[str, Any] = {
         "id": [dataset.ids[i] for i in rows],
@@ -90,10 +93,17 @@ def _table(dataset: StoredDataset, rows: np.ndarray[Any, Any], schema: pa.Schema
         columns["label"] = [dataset.schema.classes[k] for k in dataset.labels[rows]]
     if dataset.groups is not None:
         columns["group"] = [dataset.groups[i] for i in rows]
-    names = [[a.name for a in dataset.schema.axes], [c.name for c in dataset.schema.channels]]
-    for which, those in enumerate(names):
-        numbers = np.concatenate([pair[which] for pair in raw])  # (n, D) or (n, C)
-        for k, name in enumerate(those):
+    described = dataset.schema
+    parts: list[tuple[Sequence[PositionAxis | Channel], list[NDArray[Any]]]] = [
+        (described.axes, [positions for positions, _ in raw]),
+        (described.channels, [values for _, values in raw]),
+        (described.targets, targets),
+    ]
+    for those, each in parts:
+        if not those:
+            continue
+        numbers = np.concatenate(each)  # (n, D), (n, C) or (n, K)
+        for k, part in enumerate(those):
             column = pa.array(np.ascontiguousarray(numbers[:, k]))
-            columns[name] = pa.ListArray.from_arrays(offsets, column)
+            columns[part.name] = pa.ListArray.from_arrays(offsets, column)
     return pa.table(columns, schema=schema)

@@ -20,6 +20,7 @@ from roma_core.data.schema import Channel, ChannelNormalisation, DataSchema, Pos
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
+_TILE = 2048  # numbers
 
 
 class Normaliser:
@@ -29,22 +30,26 @@ class Normaliser:
         entries = schema.normalisation
         self._mean = np.array([entry.mean for entry in entries])  # (C,)
         self._std = np.array([entry.std for entry in entries])  # (C,)
+        self._means, self._stds = _tiled(self._mean), _tiled(self._std)
         self._arcsinh = [
             (k, e.transform_scale) for k, e in enumerate(entries) if e.transform == "arcsinh"
         ]
         self._first = [k for k, axis in enumerate(schema.axes) if axis.anchor == "first"]
         self._offset = np.array([axis.offset for axis in schema.axes])  # (D,)
-        self._scale = np.array([axis.scale for axis in schema.axes])  # (D,)
+        free = np.array([axis.anchor != "first" for axis in schema.axes], dtype=bool)
+        self._offsets = _tiled(np.where(free, self._offset, 0.0))
+        self._scales = _tiled(np.array([axis.scale for axis in schema.axes]))
 
     def normalise(self, values: Float32) -> Float32:
         """``(…, C)`` values as delivered to ``(…, C)`` float32 of about zero mean, unit spread."""
-        x = (self.transform(values) if self._arcsinh else values) - self._mean  # float64
-        x /= self._std
+        x = self.transform(values)
+        _each_row(np.subtract, x, self._means)
+        _each_row(np.divide, x, self._stds)
         return x.astype(np.float32)
 
     def transform(self, values: Float32) -> Float64:
         """``(…, C)`` values as delivered to ``(…, C)`` float64, before mean and std are applied."""
-        x = values.astype(np.float64)
+        x = values.astype(np.float64, order="C")
         for k, scale in self._arcsinh:
             x[..., k] = np.arcsinh(x[..., k] / scale)
         return x
@@ -64,16 +69,43 @@ class Normaliser:
             slope[..., k] *= np.cosh(inner) * scale
         return slope.astype(np.float32)
 
-    def anchored(self, positions: Float64) -> Float32:
-        """``(N, D)`` positions of *one series* as delivered to ``(N, D)`` float32 for the model."""
-        start = self._offset
-        if self._first:
-            start = start.copy()  # (D,)
-            for k in self._first:
-                start[k] += positions[:, k].min()
-        x = positions - start
-        x /= self._scale
+    def anchored(self, positions: Float64, lengths: NDArray[np.int64] | None = None) -> Float32:
+        """``(T, D)`` positions as delivered to ``(T, D)`` float32 for the model.
+
+        Args:
+            positions: of one series, or of several, one after the other.
+            lengths: ``(B,)`` observations of each, at least 1; None for one series.
+        """
+        x = positions.astype(np.float64, order="C")
+        _each_row(np.subtract, x, self._offsets)
+        for k in self._first:
+            if lengths is None:
+                x[:, k] -= self._offset[k] + positions[:, k].min()
+            else:
+                least = np.minimum.reduceat(positions[:, k], np.cumsum(lengths) - lengths)  # (B,)
+                x[:, k] -= np.repeat(self._offset[k] + least, lengths)
+        _each_row(np.divide, x, self._scales)
         return x.astype(np.float32)
+
+
+def _tiled(row: Float64) -> Float64:
+    """``(k, C)``: a row of C numbers k times, about ``_TILE`` numbers in all."""
+    return np.tile(row, (max(1, _TILE // max(1, len(row))), 1))
+
+
+def _each_row(operation: np.ufunc, x: Float64, tiled: Float64) -> None:
+    """``operation(x, row)`` in place, for ``x`` (…, C) in memory order and the row of ``_tiled``.
+
+    Broadcasting a row of two numbers over thousands of rows costs ten times what long runs do.
+    """
+    assert x.shape[-1] == tiled.shape[1], f"{x.shape[-1]} numbers a row, expected {tiled.shape[1]}"
+    flat, run = x.reshape(-1), tiled.reshape(-1)
+    whole = len(flat) - len(flat) % (len(run) or 1)
+    if whole:
+        runs = flat[:whole].reshape(-1, len(run))
+        operation(runs, run, out=runs)
+    rest = flat[whole:]
+    operation(rest, run[: len(rest)], out=rest)
 
 
 def normalise(values: Float32, schema: DataSchema) -> Float32:

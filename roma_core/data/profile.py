@@ -61,6 +61,7 @@ class DataProfile(_Document):
         "axis's unit; None if no series has two observations."
     )
     values: dict[str, Quantiles] = Field(description="Channel name -> values as delivered.")
+    targets: dict[str, Quantiles] = Field({}, description="Target name -> numbers as delivered.")
     share_dropped: float = Field(description="Share of the delivered observations left out.")
     n_observations_profiled: int = Field(
         description="Observations that gaps and values are taken from: whole series, evenly spaced."
@@ -85,6 +86,14 @@ def profile_of(dataset: StoredDataset) -> DataProfile:
         values={
             channel.name: Quantiles.of(values[:, k])
             for k, channel in enumerate(dataset.schema.channels)
+        },
+        targets={
+            target.name: Quantiles.of(
+                np.concatenate(
+                    [numbers[:, k] for i in chosen if (numbers := dataset.targets(i)) is not None]
+                )
+            )
+            for k, target in enumerate(dataset.schema.targets)
         },
         share_dropped=irregularity.n_dropped / irregularity.n_observations_before
         if irregularity
@@ -135,6 +144,9 @@ def as_markdown(profile: DataProfile) -> str:
     values = [[name, *_numbers(quantiles)] for name, quantiles in profile.values.items()]
     blocks += ["Gaps between consecutive positions", _table(["axis", *levels], gaps)]
     blocks += ["Values as delivered", _table(["channel", *levels], values)]
+    if profile.targets:
+        targets = [[name, *_numbers(quantiles)] for name, quantiles in profile.targets.items()]
+        blocks += ["Targets as delivered", _table(["target", *levels], targets)]
     return "\n\n".join(blocks) + "\n"
 
 

@@ -2,13 +2,17 @@
 
 A data set is a folder of flat columns. Row i of ``values.npy`` and ``positions.npy`` is one
 observation; series k owns rows ``offsets[k]:offsets[k + 1]``. Where there are more than 67 million
-observations, these two columns go on in ``values-1.npy``, ``values-2.npy`` and so on, each with whole
+observations, these columns go on in ``values-1.npy``, ``values-2.npy`` and so on, each with whole
 series, so that files stay of a size that is copied, verified and kept in parallel.
+
+Version 2 of the format added targets. A set without them is written, and has the digest, as in
+version 1; both versions are read.
 
     manifest.json      this module's ``Manifest``
     values.npy         (n_observations, n_channels) float32, as delivered: not normalised
     positions.npy      (n_observations, n_axes) float64, as delivered: not re-anchored
     offsets.npy        (n_series + 1,) int64
+    targets.npy        (n_observations, n_targets) float32, as delivered; absent without targets
     labels.npy         (n_series,) int64 index into ``classes``; absent without labels
     splits.npy         (n_series,) int8 index into ``SPLITS``
     ids.json           list of n_series strings
@@ -20,13 +24,17 @@ as at serving time, so what is on disk stays what came in.
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = 1
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+def _is_empty(value: Sized) -> bool:
+    return len(value) == 0
 
 
 class _Document(BaseModel):
@@ -74,6 +82,12 @@ class DataSchema(_Document):
     channels: tuple[Channel, ...]
     axes: tuple[PositionAxis, ...]
     classes: tuple[str, ...] = ()
+    targets: tuple[Channel, ...] = Field(
+        (),
+        exclude_if=_is_empty,
+        description="Numbers known of every observation that a model may be trained to tell; it never "
+        "sees them.",
+    )
     normalisation: tuple[ChannelNormalisation, ...] = Field(
         description="One entry per channel, in the order of `channels`."
     )
@@ -121,12 +135,12 @@ class Provenance(_Document):
 class Manifest(_Document):
     """Everything about a data set but its numbers."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = Field(1, description="2 for a set with targets, 1 without.")
     name: str
     data_schema: DataSchema
     counts: dict[Split, SplitCounts]
     shards: tuple[int, ...] = Field(
-        (), description="First series of every further file of values and positions."
+        (), description="First series of every further file of values, positions and targets."
     )
     split_rule: str
     irregularity: Irregularity | None = None

@@ -4,14 +4,16 @@ By default the split is a pure function of the data set's name, the object's id 
 publisher's assignment if there is one, and the shares. It looks at no other object, so a new
 delivery only adds objects and a model is never tested on what an earlier one was trained on.
 
-A stratified split looks at the class, and at how many objects of it came before: it is exact to
-about one object per class and moves none as long as new objects are delivered behind the old ones.
-A split by time looks at an object's last observation.
+A stratified split looks at the class, and at how many objects of it came before, so it is exact to
+about one object per class. It moves none, because an object that is in an earlier version keeps the
+split it has there (see ``assignment.py``); only new objects are shared out, whatever the order of
+delivery. A split by time looks at an object's last observation.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -38,7 +40,11 @@ class SplitOptions(BaseModel):
         description="'group' keeps objects of one group together; 'time' trains on series that end "
         "before validation_from and tests on those that end after test_from.",
     )
-    stratified: bool = Field(False, description="The same shares of every class, exactly.")
+    stratified: bool = Field(
+        False,
+        description="The same shares of every class, exactly. Objects of an earlier version in the same "
+        "folder of data sets keep their split.",
+    )
     folds: int | None = Field(None, ge=2, description="Cross-validation: number of test folds.")
     fold: int = Field(0, ge=0, description="The fold that is the test split; counts from 0.")
     validation_from: float | None = Field(
@@ -68,14 +74,20 @@ class SplitOptions(BaseModel):
 
 
 class Splitter:
-    """Gives every series of a data set its split, in the order they come."""
+    """Gives every series of a data set its split, in the order they come.
+
+    Attributes:
+        known: splits that objects have already, by id; for a stratified split only.
+        seen: objects of each class so far, those that are known among them.
+    """
 
     def __init__(
         self, dataset: str, options: SplitOptions, validation_share: float, test_share: float
     ) -> None:
         self.dataset, self.options = dataset, options
         self.validation_share, self.test_share = validation_share, test_share
-        self._seen: Counter[str] = Counter()  # objects of each class so far
+        self.known: Mapping[str, Split] = {}
+        self.seen: Counter[str] = Counter()
 
     def of(self, series: RawSeries) -> Split:
         """The split of one series.
@@ -84,6 +96,8 @@ class Splitter:
             DataError: the rule needs a group or a label that the series does not have.
         """
         options = self.options
+        if series.id in self.known:
+            return self.known[series.id]
         if options.by == "time":
             return self._by_time(float(series.positions[:, 0].max()))
         if options.by == "group" and series.group is None:
@@ -106,8 +120,8 @@ class Splitter:
     def _stratified(self, series: RawSeries) -> float:
         if series.label is None:
             raise DataError(f"series {series.id!r} has no label, but the split is stratified")
-        k = self._seen[series.label]
-        self._seen[series.label] += 1
+        k = self.seen[series.label]
+        self.seen[series.label] += 1
         return (unit_interval(f"{self.dataset}:{series.label}") + k * _GOLDEN) % 1
 
     def _by_time(self, end: float) -> Split:

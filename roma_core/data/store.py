@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from roma_core.data.columns import damage, read_manifest, shard_name
+from roma_core.data.columns import damage, large_columns, read_manifest, shard_name
 from roma_core.data.errors import DataError
 from roma_core.data.normalisation import Normaliser
 from roma_core.data.schema import SPLITS, DataSchema, Split
@@ -28,13 +28,31 @@ Sample = dict[str, Any]
 class Part(NamedTuple):
     """Consecutive series, ``first`` to before ``last``, and all their observations.
 
-    ``positions`` (n, D) float64 and ``values`` (n, C) float32 are read-only views of the files.
+    ``positions`` (n, D) float64, ``values`` (n, C) and ``targets`` (n, K) float32 are read-only views
+    of the files; ``targets`` is None without any.
     """
 
     first: int
     last: int
     positions: NDArray[np.float64]
     values: NDArray[np.float32]
+    targets: NDArray[np.float32] | None
+
+
+class Gathered(NamedTuple):
+    """Some series as the model sees them, one after the other.
+
+    The ``values`` (T, C) and ``positions`` (T, D) float32 are those of ``StoredDataset.sample``;
+    ``lengths`` (B,) int64 says where each series ends and ``ids`` (B,) int64 which it is; ``labels``
+    (B,) int64 and ``targets`` (T, K) float32 are None where the data set has none.
+    """
+
+    values: NDArray[np.float32]
+    positions: NDArray[np.float32]
+    lengths: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    labels: NDArray[np.int64] | None
+    targets: NDArray[np.float32] | None
 
 
 class StoredDataset:
@@ -69,10 +87,12 @@ class StoredDataset:
             )
         self.schema: DataSchema = self.manifest.data_schema
         self._firsts = [0, *self.manifest.shards]  # series of each shard
-        self._values, self._positions = (
-            [self._column(shard_name(column, k), mapped=True) for k in range(len(self._firsts))]
-            for column in ("values", "positions")
-        )
+        files = {
+            column: [self._column(shard_name(column, k), mapped=True) for k in self._shard_numbers]
+            for column in large_columns(self.schema)
+        }
+        self._values, self._positions = files["values"], files["positions"]
+        self._targets = files.get("targets")
         self.offsets: NDArray[np.int64] = self._column("offsets.npy")
         self.lengths: NDArray[np.int64] = np.diff(self.offsets)
         self.splits: NDArray[np.int8] = self._column("splits.npy")
@@ -80,6 +100,10 @@ class StoredDataset:
             self._column("labels.npy") if self.schema.classes else None
         )
         self._normaliser = Normaliser(self.schema)
+
+    @property
+    def _shard_numbers(self) -> range:
+        return range(len(self._firsts))
 
     @cached_property
     def ids(self) -> list[str]:
@@ -105,19 +129,33 @@ class StoredDataset:
 
         Both are read-only views of the file.
         """
+        k, rows = self._place(i)
+        return self._positions[k][rows], self._values[k][rows]
+
+    def targets(self, i: int) -> NDArray[np.float32] | None:
+        """The targets of series i, ``(N, K)`` float32 as delivered; None without targets."""
+        if self._targets is None:
+            return None
+        k, rows = self._place(i)
+        return self._targets[k][rows]
+
+    def _place(self, i: int) -> tuple[int, slice]:
+        """The shard of series i, and its rows there."""
         if not 0 <= i < len(self.lengths):
             raise IndexError(f"series {i} of a data set with {len(self.lengths)}")
-        a, b = self.offsets[i], self.offsets[i + 1]
+        a, b = self.offsets.item(i), self.offsets.item(i + 1)  # slices of Python ints are faster
         if len(self._firsts) == 1:
-            return self._positions[0][a:b], self._values[0][a:b]
+            return 0, slice(a, b)
         k = bisect_right(self._firsts, i) - 1
-        base = self.offsets[self._firsts[k]]
-        return self._positions[k][a - base : b - base], self._values[k][a - base : b - base]
+        base = self.offsets.item(self._firsts[k])
+        return k, slice(a - base, b - base)
 
     def shards(self) -> Iterator[Part]:
         """The whole data set, a file at a time."""
         ends = [*self._firsts[1:], len(self)]
-        for parts in zip(self._firsts, ends, self._positions, self._values, strict=True):
+        targets = itertools.repeat(None, len(ends)) if self._targets is None else self._targets
+        columns = (self._firsts, ends, self._positions, self._values, targets)
+        for parts in zip(*columns, strict=True):
             yield Part(*parts)
 
     def parts(self, n_observations: int) -> Iterator[Part]:
@@ -128,7 +166,8 @@ class StoredDataset:
             cuts = np.flatnonzero(np.diff((ends - base) // n_observations, prepend=-1))
             for a, b in itertools.pairwise([*(cuts + shard.first).tolist(), shard.last]):
                 rows = slice(self.offsets[a] - base, self.offsets[b] - base)
-                yield Part(a, b, shard.positions[rows], shard.values[rows])
+                targets = None if shard.targets is None else shard.targets[rows]
+                yield Part(a, b, shard.positions[rows], shard.values[rows], targets)
 
     def sample(self, i: int) -> Sample:
         """Series i as the model sees it.
@@ -137,6 +176,7 @@ class StoredDataset:
             values: ``(N, C, 1, 1)`` float32, normalised.
             positions: ``(D, N)`` float32, anchored and scaled.
             label: int index into ``schema.classes``; absent without labels.
+            targets: ``(N, K)`` float32 as delivered; absent without targets.
             id: i, which names the sample in masks and in the order of an epoch.
         """
         positions, values = self.raw(i)
@@ -147,7 +187,26 @@ class StoredDataset:
         }
         if self.labels is not None:
             sample["label"] = int(self.labels[i])
+        if self._targets is not None:
+            sample["targets"] = np.array(self.targets(i))
         return sample
+
+    def gathered(self, rows: NDArray[np.int64]) -> Gathered:
+        """Several series at once, ``(B,)`` rows in any order: what ``sample`` gives, for less."""
+        places = [self._place(i) for i in rows.tolist()]
+
+        def of(column: list[NDArray[Any]]) -> NDArray[Any]:
+            return np.concatenate([column[k][part] for k, part in places])
+
+        lengths = self.lengths[rows]
+        return Gathered(
+            values=self._normaliser.normalise(of(self._values)),
+            positions=self._normaliser.anchored(of(self._positions), lengths),
+            lengths=lengths,
+            ids=rows,
+            labels=None if self.labels is None else self.labels[rows],
+            targets=None if self._targets is None else of(self._targets),
+        )
 
     def split(self, name: Split) -> Subset:
         """The series of one split, in stored order."""
@@ -176,3 +235,7 @@ class Subset:
     def __getitem__(self, k: int) -> Sample:
         """Sample k of the subset; see ``StoredDataset.sample``."""
         return self.dataset.sample(int(self.indices[k]))
+
+    def gathered(self, places: NDArray[np.int64]) -> Gathered:
+        """Samples of the subset at ``(B,)`` places in it; see ``StoredDataset.gathered``."""
+        return self.dataset.gathered(self.indices[places])

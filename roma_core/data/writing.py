@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from roma_core.data import dropping
 from roma_core.data.arriving import Arrivals
+from roma_core.data.assignment import earlier_assignment
 from roma_core.data.columns import (
     MANIFEST,
     GrowingList,
@@ -41,7 +42,7 @@ from roma_core.data.schema import (
     PositionAxis,
     Provenance,
 )
-from roma_core.data.sources import RawSeries, Source
+from roma_core.data.sources import RawSeries, Source, targets_of
 from roma_core.data.splits import Splitter
 from roma_core.files import read_json, write_json
 from roma_core.hashing import hash_text
@@ -50,13 +51,20 @@ _CHUNK = 1 << 16  # observations held in memory at a time when fitting
 _SHARD = 1 << 26  # observations in one file of values or positions
 
 
-def write_dataset(config: DatasetConfig, source: Source, folder: Path, progress: bool) -> Manifest:
+def write_dataset(
+    config: DatasetConfig, source: Source, folder: Path, progress: bool, versions: Path
+) -> Manifest:
     """Write all files of the data set into an empty folder and return its manifest.
+
+    ``versions`` is the folder of its other versions; a stratified split asks them for theirs.
 
     Raises:
         DataError: the source or a series cannot be used.
     """
     rows = _Rows(config, source)
+    if config.split.stratified:
+        earlier = earlier_assignment(versions, rows.splitter.rule_text())
+        rows.splitter.known, rows.splitter.seen = earlier.splits, earlier.seen
     arrivals = Arrivals(source, config.repair)
     bar = tqdm(
         arrivals,
@@ -70,11 +78,16 @@ def write_dataset(config: DatasetConfig, source: Source, folder: Path, progress:
         for series in bar:
             rows.add(series)
     if not len(rows):
-        raise DataError(f"the source of {config.name} has no series: {config.source!r}")
+        raise DataError(
+            f"the source of {config.name} ({config.source.kind}) has no series; look into its files: "
+            f"{', '.join(source.files) or 'it has none'}"
+        )
     rows.close(folder)
+    schema = rows.schema()
     manifest = Manifest(
+        schema_version=2 if schema.targets else 1,
         name=config.name,
-        data_schema=rows.schema(),
+        data_schema=schema,
         counts=split_counts(rows.offsets, rows.splits),
         shards=tuple(rows.shards),
         split_rule=rows.splitter.rule_text(),
@@ -137,6 +150,12 @@ class _Rows:
         self._positions = stack.enter_context(
             ShardedColumn(folder, "positions", np.float64, len(source.axes))
         )
+        targets = targets_of(source)
+        self._targets = (
+            stack.enter_context(ShardedColumn(folder, "targets", np.float32, len(targets)))
+            if targets
+            else None
+        )
         self._ids = stack.enter_context(GrowingList(folder / "ids.json"))
         self._groups = stack.enter_context(GrowingList(folder / "groups.json"))
 
@@ -144,19 +163,23 @@ class _Rows:
         """Append one checked series."""
         config = self.config
         split = self.splitter.of(series)
-        positions, values = series.positions, series.values
+        positions, values, targets = series.positions, series.values, series.targets
         n = len(values)
         if config.drop_rate > 0:
             stays = dropping.kept(n, config.drop_rate, config.drop_seed, series.id)  # (N,)
             positions, values = positions[stays], values[stays]
+            targets = None if targets is None else targets[stays]
         if self._in_file + len(values) > _SHARD and self._in_file:
             self.shards.append(len(self))
             self._in_file = 0
-            self._values.next_file()
-            self._positions.next_file()
+            for column in filter(None, (self._values, self._positions, self._targets)):
+                column.next_file()
         self._in_file += len(values)
         self._values.append(values)
         self._positions.append(positions)
+        if self._targets is not None:
+            assert targets is not None, "arrivals have targets if their source has"
+            self._targets.append(targets)
         self._ids.append(series.id)
         self._add_group(series)
         self._prints.append(hash_text(series.id))
@@ -229,6 +252,7 @@ class _Rows:
             channels=self.source.channels,
             axes=tuple(self._axis(k, axis) for k, axis in enumerate(self.source.axes)),
             classes=self.source.classes,
+            targets=targets_of(self.source),
             normalisation=self._fit.result(),
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,9 +37,9 @@ class MaskedRows:
         n_hidden = counts.tolist()
         n_visible = [n - m for n, m in zip(segments.lengths, n_hidden, strict=True)]
         return cls(
-            visible_rows=(~hidden).nonzero().squeeze(1),
+            visible_rows=_rows_where(~hidden),
             visible=Segments(n_visible, segments.device),
-            hidden_rows=hidden.nonzero().squeeze(1),
+            hidden_rows=_rows_where(hidden),
             hidden=Segments(n_hidden, segments.device),
         )
 
@@ -56,6 +57,13 @@ class MaskedRows:
             visible_rows=self.visible_rows.pin_memory(),
             hidden_rows=self.hidden_rows.pin_memory(),
         )
+
+
+def _rows_where(mask: Tensor) -> Tensor:
+    """``(n,)`` int64, ascending: where ``(T,)`` bool is True."""
+    if mask.device.type != "cpu":
+        return mask.nonzero().squeeze(1)
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))  # ten times as fast
 
 
 @dataclass(frozen=True)

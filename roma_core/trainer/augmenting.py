@@ -36,12 +36,14 @@ class Rows:
         tokens, positions: ``(T, P)`` and ``(T, D)`` float32; new tensors, not the data set's.
         lengths: ``(B,)`` int64 tokens of each series, at least 1.
         ids: ``(B,)`` int64, stable names of the samples.
+        labels: ``(T,)`` or ``(T, K)``, for a head on every token; else None.
     """
 
     tokens: Tensor
     positions: Tensor
     lengths: NDArray[np.int64]
     ids: NDArray[np.int64]
+    labels: Tensor | None = None
 
     @classmethod
     def of(cls, tokens: Sequence[Tensor], positions: Sequence[Tensor], ids: Sequence[int]) -> Rows:
@@ -56,15 +58,32 @@ class Rows:
     @cached_property
     def index(self) -> NDArray[np.int64]:
         """``(T,)`` 0 for the first token of each series."""
-        starts = np.cumsum(self.lengths) - self.lengths
-        return np.arange(len(self.series)) - starts[self.series]
+        return np.arange(len(self.series)) - np.repeat(self._starts, self.lengths)
+
+    @property
+    def _starts(self) -> NDArray[np.int64]:
+        return np.cumsum(self.lengths) - self.lengths
 
     def only(self, kept: NDArray[np.bool_]) -> Rows:
         """The tokens where ``(T,)`` kept is True; at least one of every series must be."""
         rows = torch.from_numpy(np.flatnonzero(kept))
         lengths = np.bincount(self.series[kept], minlength=len(self.lengths))
+        return replace(self._at(rows), lengths=lengths)
+
+    def in_order(self, order: NDArray[np.int64]) -> Rows:
+        """The series in another order: ``(B,)`` places in the present one."""
+        lengths = self.lengths[order]
+        shift = self._starts[order] - (np.cumsum(lengths) - lengths)  # of each series' tokens
+        rows = np.arange(len(self.tokens)) + np.repeat(shift, lengths)
+        return replace(self._at(torch.from_numpy(rows)), lengths=lengths, ids=self.ids[order])
+
+    def _at(self, rows: Tensor) -> Rows:
+        """Only what stands in these ``(n,)`` rows; ``lengths`` is then wrong."""
         return replace(
-            self, tokens=self.tokens[rows], positions=self.positions[rows], lengths=lengths
+            self,
+            tokens=self.tokens[rows],
+            positions=self.positions[rows],
+            labels=None if self.labels is None else self.labels[rows],
         )
 
     def split(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

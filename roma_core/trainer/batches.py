@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from roma_core.data.store import Gathered
 from roma_core.model.axes import in_float32, placed, start_of
 from roma_core.model.config import (
     RoMAForClassificationConfig,
@@ -18,16 +20,18 @@ from roma_core.model.config import (
 from roma_core.model.packing import PackedBatch
 from roma_core.model.segments import Segments
 from roma_core.model.tubelets import patchify
-from roma_core.trainer.augmenting import Augmentation, Rows
+from roma_core.trainer.augmenting import Augmentation, Each, Rows
 from roma_core.trainer.epoch_plan import Indices
+
+_COLUMNS = {"values": "channels", "positions": "position axes"}
 
 
 class MapStyle(Protocol):
     """Any data set with a length whose items are dictionaries.
 
     An item has ``values`` (time, C, height, width) float, ``positions`` (D, N) of any real type, and
-    optionally ``pad_mask`` (N,) bool, ``label``, and ``id`` int, a stable name; without it the index
-    is taken. The model's ``position_axes``, if it has any, are applied to positions.
+    optionally ``pad_mask`` (N,) bool, ``label``, ``targets`` (N, K) float, which regression takes for
+    the label, and ``id`` int, a stable name; without it the index is taken. The model's ``position_axes``, if it has any, are applied to positions.
     The set may have ``lengths``, tokens by index, and ``augmentations`` of its own for training:
     functions of one series, see :class:`~roma_core.trainer.augmenting.Each`.
     """
@@ -51,35 +55,85 @@ class Collate:
     augmentations: tuple[Augmentation, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.augmentations and _is_per_token(self.config):
+        if self._is_per_token and any(isinstance(a, Each) for a in self.augmentations):
             raise ValueError(
-                "pooling='token' has a label for every token, which augmentations would leave behind; "
-                "set the augment_ settings to 0"
+                "pooling='token' has a label for every token, which the data set's own augmentations "
+                "would leave behind; take them away, or use the augment_ settings"
             )
+
+    def __call__(self, items: Sequence[tuple[int, int, dict[str, Any]]]) -> PackedBatch:
+        """``items`` are (epoch, sample index, item)."""
+        series = [self._tokens(index, item) for _, index, item in items]
+        tokens, positions, ids, labels = zip(*series, strict=True)
+        rows = Rows.of(tokens, positions, ids)
+        indices = np.array([index for _, index, _ in items])
+        if labels[0] is None:
+            return self._packed(items[0][0], indices, rows, None)
+        if self._is_per_token:
+            rows = replace(rows, labels=torch.cat(labels))
+            return self._packed(items[0][0], indices, rows, None)
+        return self._packed(items[0][0], indices, rows, _stacked(labels))
+
+    def gathered(self, epoch: int, indices: Indices, series: Gathered) -> PackedBatch:
+        """The same of series that a stored data set gave all at once."""
+        for what, array, width in (
+            ("values", series.values, self.config.n_channels),
+            ("positions", series.positions, self.config.n_pos_dims),
+        ):
+            if array.shape[1] != width:
+                raise ValueError(
+                    f"the data set has {array.shape[1]} {_COLUMNS[what]}, but the model was built "
+                    f"for {width}"
+                )
+        numbers = series.targets if self._is_regression else series.labels
+        labels = None if numbers is None else torch.from_numpy(numbers)
+        rows = Rows(
+            torch.from_numpy(series.values),
+            torch.from_numpy(series.positions),
+            series.lengths,
+            series.ids,
+            labels if self._is_per_token else None,
+        )
+        return self._packed(epoch, indices, rows, None if self._is_per_token else labels)
+
+    @property
+    def takes_gathered(self) -> bool:
+        """Whether observations are tokens and positions already as the model takes them."""
+        return self._one_observation and not self.config.position_axes
 
     @property
     def _one_observation(self) -> bool:
         return tuple(self.config.tubelet_size) == (1, 1, 1)
 
-    def __call__(self, items: Sequence[tuple[int, int, dict[str, Any]]]) -> PackedBatch:
-        """``items`` are (epoch, sample index, item)."""
-        epoch = items[0][0]
-        series = [(*self._tokens(index, item), index) for _, index, item in items]
-        tokens, positions, ids, labels, indices = zip(*series, strict=True)
-        if self.augmentations:
-            rows = Rows.of(tokens, positions, ids)
-            for augmentation in self.augmentations:
-                rows = augmentation(rows, self.seed, epoch)
-            series = list(zip(*rows.split(), ids, labels, indices, strict=True))
-        series.sort(key=lambda s: s[0].shape[0])
-        tokens, positions, ids, labels, indices = zip(*series, strict=True)
+    @property
+    def _is_per_token(self) -> bool:
+        config = self.config
+        return isinstance(config, RoMAForClassificationConfig) and config.pools == "token"
+
+    @property
+    def _is_regression(self) -> bool:
+        config = self.config
+        return (
+            isinstance(config, RoMAForClassificationConfig) and config.problem_type == "regression"
+        )
+
+    def _packed(
+        self, epoch: int, indices: Indices, rows: Rows, labels: torch.Tensor | None
+    ) -> PackedBatch:
+        """Augment, sort, mask. ``labels`` (B,) or (B, K) are those of series."""
+        for augmentation in self.augmentations:
+            rows = augmentation(rows, self.seed, epoch)
+        if (np.diff(rows.lengths) < 0).any():
+            order = rows.lengths.argsort(kind="stable")
+            rows, indices = rows.in_order(order), indices[order]
+            labels = None if labels is None else labels[torch.from_numpy(order)]
         batch = PackedBatch(
-            tokens=torch.cat(tokens),
-            positions=torch.cat(positions),
-            segments=Segments([t.shape[0] for t in tokens]),
-            sample_ids=torch.tensor(ids, dtype=torch.int64),
-            indices=torch.tensor(indices, dtype=torch.int64),
-            labels=None if labels[0] is None else self._labels(labels),
+            tokens=rows.tokens,
+            positions=rows.positions,
+            segments=Segments(rows.lengths.tolist()),
+            sample_ids=torch.from_numpy(rows.ids),
+            indices=torch.from_numpy(indices),
+            labels=rows.labels if self._is_per_token else labels,
         )
         if isinstance(self.config, RoMAForPreTrainingConfig):
             batch = batch.with_drawn_mask(self.config, self.seed, epoch)
@@ -88,6 +142,7 @@ class Collate:
     def _tokens(
         self, index: int, item: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor, int, Any]:
+        """Real tokens (N, P), their positions (N, D), the sample's name, and its label."""
         values = torch.as_tensor(item["values"]).float()
         if self._one_observation and values.shape[1:] == (self.config.n_channels, 1, 1):
             tokens = values[:, :, 0, 0]  # (N, C): patchify would give the same, for 40 µs
@@ -100,7 +155,9 @@ class Collate:
                 f"{(self.config.n_pos_dims, tokens.shape[0])}, got {tuple(positions.shape)}"
             )
         label, n_tokens = item.get("label"), tokens.shape[0]
-        if per_token := label is not None and _is_per_token(self.config):
+        if self._is_regression:
+            label = item.get("targets", label)
+        if per_token := label is not None and self._is_per_token:
             label = torch.as_tensor(label)
             if label.shape[:1] != (n_tokens,):
                 raise ValueError(
@@ -114,9 +171,6 @@ class Collate:
                 label = label[real]  # type: ignore[index]
         return tokens, self._placed(positions), int(item.get("id", index)), label
 
-    def _labels(self, labels: Sequence[Any]) -> torch.Tensor:
-        return torch.cat(list(labels)) if _is_per_token(self.config) else _stacked(labels)
-
     def _placed(self, positions: torch.Tensor) -> torch.Tensor:
         """``(D, N)`` of a user's real tokens → ``(N, D)`` float32 of the model's."""
         axes = self.config.position_axes
@@ -127,25 +181,32 @@ class Collate:
         return in_float32(placed(one, start_of(one, real, axes), axes)[0].T)
 
 
-def _is_per_token(config: _ModelConfig) -> bool:
-    return isinstance(config, RoMAForClassificationConfig) and config.pools == "token"
-
-
 def _stacked(labels: Sequence[Any]) -> torch.Tensor:
     if all(type(label) is int for label in labels):
         return torch.tensor(labels, dtype=torch.int64)
     return torch.stack([torch.as_tensor(label) for label in labels])
 
 
-class _WithEpoch(Dataset[tuple[int, int, dict[str, Any]]]):
-    """Items by (epoch, index), so that loader processes know which epoch they draw for."""
+@dataclass(frozen=True)
+class _Batches(Dataset[PackedBatch]):
+    """Packed batches by (epoch, sample indices), so that loader processes know the epoch.
 
-    def __init__(self, dataset: MapStyle) -> None:
-        self.dataset = dataset
+    A data set that can give many series at once (``gathered``, as stored ones can) is asked to.
+    """
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[int, int, dict[str, Any]]:
-        epoch, index = key
-        return epoch, index, self.dataset[index]
+    dataset: MapStyle
+    collate: Collate
+
+    def __getitems__(self, key: tuple[int, Indices]) -> PackedBatch:
+        epoch, indices = key
+        gathered = getattr(self.dataset, "gathered", None)
+        if gathered is not None and self.collate.takes_gathered:
+            return self.collate.gathered(epoch, indices, gathered(indices))
+        return self.collate([(epoch, i, self.dataset[i]) for i in indices.tolist()])
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def load(
@@ -162,12 +223,11 @@ def load(
     ``patience_s``, loader processes that take longer make ``next`` raise a RuntimeError; it may be
     called again.
     """
-    keys = ([(epoch, int(i)) for i in indices] for epoch, indices in micro_batches)
     return iter(
         DataLoader(
-            _WithEpoch(dataset),
-            batch_sampler=keys,
-            collate_fn=collate,
+            _Batches(dataset, collate),
+            batch_sampler=micro_batches,  # type: ignore[arg-type]
+            collate_fn=_as_it_is,
             num_workers=workers,
             worker_init_fn=_ignore_signals if workers else None,
             pin_memory=pin,

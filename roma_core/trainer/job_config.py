@@ -67,7 +67,9 @@ class TrainingJobConfig(BaseModel):
         trainer: TrainerConfig,
     ) -> Self:
         """Finetuning of a classifier, from pretrained weights or, with None, from new ones."""
-        wishes = {"dim_output": len(manifest.data_schema.classes) or None, **model}
+        schema = manifest.data_schema
+        told = schema.targets if model.get("problem_type") == "regression" else schema.classes
+        wishes = {"dim_output": len(told) or None, **model}
         if weights is None:
             config = RoMAForClassificationConfig(**wishes | data_fields(manifest.data_schema))
         else:

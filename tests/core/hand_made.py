@@ -19,6 +19,7 @@ class HandMade(SourceConfig):
     channels: tuple[Channel, ...] = (Channel(name="a", unit="V"), Channel(name="b", unit="V"))
     axes: tuple[PositionAxis, ...] = (PositionAxis(name="t", unit="s"),)
     files: dict[str, str] = Field({})
+    targets: tuple[Channel, ...] = Field((), exclude=True)
 
     def open(self, cache):
         return self

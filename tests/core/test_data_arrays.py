@@ -243,7 +243,7 @@ def test_another_package_adds_a_source(tmp_path, monkeypatch):
 
     assert len(dataset) == 40 and "ours" in kinds()
     assert '"n":40' in dataset.manifest.provenance.source
-    with pytest.raises(ValueError, match="Extra inputs"):
+    with pytest.raises(ValueError, match="m is not a setting; did you mean 'n'"):
         source_config({"kind": "ours", "m": 1})
 
 

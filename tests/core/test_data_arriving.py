@@ -41,7 +41,7 @@ def test_observations_out_of_order_are_sorted_and_counted(tmp_path):
 def test_equal_positions_are_refused_or_made_one(tmp_path):
     odd = at([5, 0, 5, 5])
 
-    with pytest.raises(DataError, match="'odd' has 2 observations at a position it has already"):
+    with pytest.raises(DataError, match="'odd' repeats a position, 2 times in all, the first at"):
         stored(tmp_path, odd)
     first, repairs = stored(tmp_path / "first", odd, duplicates="first")
     assert repairs == Repairs(series_sorted=1, duplicate_observations=2)

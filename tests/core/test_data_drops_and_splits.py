@@ -8,10 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from roma_core.data.comparing import changes
 from roma_core.data.dropping import assert_dropped, kept, n_dropped
 from roma_core.data.errors import DataError
+from roma_core.data.schema import SPLITS
 from roma_core.data.sources import RawSeries
 from roma_core.data.splits import SplitOptions, Splitter, rule_text, split_of
+from roma_core.data.store import StoredDataset
+from tests.core.hand_made import built, series
 
 ids = st.text(min_size=1, max_size=20)
 recorded = st.sampled_from([None, "train", "test"])
@@ -136,6 +140,41 @@ def test_a_new_delivery_moves_no_object_whatever_the_rule(options):
 
     assert {name: after[name] for name in before} == before
     assert set(before.values()) == {"train", "validation", "test"}
+
+
+@pytest.mark.parametrize("options", [{}, {"folds": 4, "fold": 1}])
+def test_new_deliveries_never_move_an_object_to_another_split(tmp_path, options):
+    def delivery(*numbers):
+        everything = [series(f"o{k}", 2, "xy"[k % 3 == 0], None, seed=k) for k in range(120)]
+        split = {"stratified": True, **options}
+        shares = {"test_share": 0.2, "validation_share": 0.1}
+        path = built(tmp_path, *[everything[k] for k in numbers], split=split, **shares)
+        dataset = StoredDataset(path)
+        return {name: SPLITS[k] for name, k in zip(dataset.ids, dataset.splits, strict=True)}, path
+
+    first, path = delivery(*range(60))
+    second, _ = delivery(*range(99, 59, -1), *range(0, 60, 2))  # new ones first, others gone
+    shuffled = np.random.default_rng(0).permutation(120)
+    third, last = delivery(*shuffled)
+
+    assert {name: third[name] for name in first} == first
+    assert {name: third[name] for name in second} == second
+    for label in "xy":
+        of_label = [third[f"o{k}"] for k in range(120) if "xy"[k % 3 == 0] == label]
+        in_test = of_label.count("test") / len(of_label)
+        assert abs(in_test - (0.25 if options else 0.2)) < 0.06
+    moved = [f for f in changes(StoredDataset(last), StoredDataset(path)) if f.severity == "error"]
+    assert not moved
+    assert delivery(*shuffled)[1] == last  # equal input is the version that is there
+
+
+def test_a_damaged_earlier_version_cannot_say_where_its_objects_are(tmp_path):
+    some = [series(f"o{k}", 2, split=None, seed=k) for k in range(30)]
+    path = built(tmp_path, *some, split={"stratified": True}, test_share=0.2)
+    (path / "splits.npy").write_bytes(b"x")
+
+    with pytest.raises(DataError, match=r"splits\.npy is damaged or missing; .*restore it"):
+        built(tmp_path, *some, split={"stratified": True}, test_share=0.2)
 
 
 @given(n=st.integers(10, 400), test=st.sampled_from([0.1, 0.2, 0.5]))

@@ -317,9 +317,12 @@ def test_a_folder_without_a_manifest_is_no_data_set(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"schema_version": 0}', "has schema_version 0, this version of the software reads 1"),
+        (
+            '{"schema_version": 0}',
+            "has schema_version 0, this version of the software reads 1 and 2",
+        ),
         ('{"schema_ver', "is not valid JSON"),
-        ('{"schema_version": 1}', "Field required"),
+        ('{"schema_version": 1}', "name is missing"),
     ],
 )
 def test_a_manifest_of_another_version_is_refused(sound, tmp_path, text, message):

@@ -133,7 +133,10 @@ def test_dates_become_seconds(tmp_path):
     [
         ({"flux": ["1", "x", "2", "3", "4"]}, "'flux' holds string .first '1'., expected numbers"),
         ({"band": list("grxgr")}, r"'band' holds \['x'\], which are not among its categories"),
-        ({"star": ["a", None, "b", "b", "b"]}, "'star' is empty in row 1"),
+        (
+            {"star": ["a", None, "b", "b", "b"]},
+            r"stars\.parquet: column 'star' is empty, at first in row 1",
+        ),
         ({"kind": ["nova", "dwarf"] * 2 + ["nova"]}, "'a' has 'nova' and 'dwarf' in column 'kind'"),
         ({"kind": [None] * 5}, "object 'a' has nothing in column 'kind'"),
         ({"flux": [[1.0]] * 5}, "'flux' holds list"),

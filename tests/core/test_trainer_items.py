@@ -14,7 +14,7 @@ from roma_core import (
     TrainerConfig,
 )
 from roma_core.data.schema import PositionAxis
-from roma_core.trainer.augmenting import Drop
+from roma_core.trainer.augmenting import Crop, Drop, Each
 from roma_core.trainer.batches import Collate
 from roma_core.trainer.evaluating import classify
 
@@ -51,8 +51,20 @@ def test_labels_of_tokens_stay_with_their_tokens_and_padding_goes():
         ValueError, match="sample 7: label must have one entry for each of 3 tokens"
     ):
         collate([(0, 7, item(3, 1))])
-    with pytest.raises(ValueError, match="augment_ settings"):
-        Collate(config(pooling="token"), 0, (Drop(0.5),))
+
+
+def test_labels_of_tokens_stay_with_their_tokens_when_some_are_dropped_or_cropped():
+    chosen = (Crop(0.5), Drop(0.6))
+    batch = Collate(config(pooling="token"), 0, chosen)(
+        [(3, k, item(40, 100 * k + np.arange(40))) for k in range(4)]
+    )
+    assert batch.labels.shape[0] == batch.tokens.shape[0] < 4 * 40
+    owner = batch.sample_ids[batch.segments.ids]
+    assert torch.equal(batch.labels, 100 * owner + batch.tokens[:, 0].long())
+
+    own = Each(lambda tokens, positions, random: (tokens, positions))
+    with pytest.raises(ValueError, match="the data set's own augmentations"):
+        Collate(config(pooling="token"), 0, (own,))
 
 
 def test_a_label_vector_of_a_series_is_left_whole_by_padding():

@@ -15,7 +15,10 @@ from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from roma_core.data.sources.protocol import RawSeries, Source, SourceConfig
+from pydantic import ValidationError
+
+from roma_core.data.mistakes import mistakes
+from roma_core.data.sources.protocol import RawSeries, Source, SourceConfig, targets_of
 
 GROUP = "roma_core.sources"
 
@@ -84,7 +87,20 @@ def source_config(values: Any) -> SourceConfig:
         return values
     if not isinstance(values, Mapping) or "kind" not in values:
         raise ValueError(f"a source is a mapping with a 'kind', one of {sorted(kinds())}")
-    return kind_class(str(values["kind"])).model_validate(dict(values))
+    kind = kind_class(str(values["kind"]))
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        raise ValueError("; ".join(mistakes(error, kind))) from None
 
 
-__all__ = ["GROUP", "RawSeries", "Source", "SourceConfig", "kind_class", "kinds", "source_config"]
+__all__ = [
+    "GROUP",
+    "RawSeries",
+    "Source",
+    "SourceConfig",
+    "kind_class",
+    "kinds",
+    "source_config",
+    "targets_of",
+]

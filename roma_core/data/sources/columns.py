@@ -94,6 +94,12 @@ def batches(path: Path, columns: Sequence[str], text: Iterable[str], rows: int) 
             yield from _parquet_batches(path, columns, rows)
         elif {".csv", ".txt"} & endings:
             yield from _csv_batches(path, columns, set(text), rows)
+        elif ".tsv" in endings:
+            raise DataError(
+                f"{path} is separated by tabs, but a table's columns are separated by commas; write it "
+                f"as CSV or Parquet, for example with pandas: "
+                f"read_csv({path.name!r}, sep='\\t').to_parquet({path.stem + '.parquet'!r})"
+            )
         else:
             raise DataError(f"{path}: expected a .parquet or .csv file")
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
@@ -113,6 +119,7 @@ def _csv_batches(path: Path, columns: Sequence[str], text: set[str], rows: int) 
     import pyarrow.csv as csv
 
     with csv.open_csv(path, csv.ReadOptions(block_size=1 << 16)) as reader:
+        _refuse_other_separator(path, columns, reader.schema.names)
         _refuse_missing(path, columns, reader.schema.names)
     types = {name: pa.string() if name in text else pa.float64() for name in columns}
     with csv.open_csv(
@@ -121,6 +128,17 @@ def _csv_batches(path: Path, columns: Sequence[str], text: set[str], rows: int) 
         convert_options=csv.ConvertOptions(column_types=types, include_columns=list(columns)),
     ) as reader:
         yield from reader
+
+
+def _refuse_other_separator(path: Path, columns: Sequence[str], present: Sequence[str]) -> None:
+    if len(present) > 1 or list(columns) == list(present):
+        return
+    for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+        if separator in present[0]:
+            raise DataError(
+                f"{path}: its first line {present[0]!r} is separated by {name}, expected commas; write "
+                f"it again with commas (and decimal points), or as Parquet"
+            )
 
 
 def _refuse_missing(path: Path, columns: Sequence[str], present: Sequence[str]) -> None:

@@ -41,7 +41,7 @@ class GeneratedSource:
     def __init__(self, config: GeneratedConfig) -> None:
         self.config, self.recipe = config, RECIPES[config.recipe]
         self.axes, self.channels = self.recipe.axes, self.recipe.channels
-        self.classes = self.recipe.classes
+        self.classes, self.targets = self.recipe.classes, self.recipe.targets
         self.citation, self.licence = config.citation, config.licence
 
     def __length_hint__(self) -> int:
@@ -52,11 +52,12 @@ class GeneratedSource:
         n = self.config.n_series
         for start in range(0, n, _AT_ONCE):
             generator = np.random.default_rng([self.config.seed, start])
-            positions, values, labels = self.recipe.draw(generator, _AT_ONCE)
+            drawn = self.recipe.draw(generator, _AT_ONCE)
             for k in range(min(_AT_ONCE, n - start)):
                 yield RawSeries(
                     id=f"{self.config.recipe}-{start + k:07d}",
-                    positions=positions[k],
-                    values=values[k],
-                    label=None if labels is None else self.classes[labels[k]],
+                    positions=drawn.positions[k],
+                    values=drawn.values[k],
+                    targets=None if drawn.targets is None else drawn.targets[k],
+                    label=None if drawn.labels is None else self.classes[drawn.labels[k]],
                 )

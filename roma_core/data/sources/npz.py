@@ -2,6 +2,7 @@
 
     values      (n, N, C) or (n, N), or flat (observations, C) with offsets
     positions   (n, N, D) or (n, N), or (N,) for all, or flat (observations, D) with offsets
+    targets     as values, with K in the place of C; optional
     offsets     (n + 1,) for flat arrays    or    lengths   (n,) for padded ones
     ids, labels, groups, splits             (n,) text or whole numbers; all optional
 
@@ -35,6 +36,7 @@ class NpzConfig(SourceConfig):
     file: Path
     axes: tuple[PositionAxis, ...] = Field(min_length=1, description="Names and units.")
     channels: tuple[Channel, ...] = Field(min_length=1, description="Names and units.")
+    targets: tuple[Channel, ...] = Field((), description="Names and units of the array 'targets'.")
 
     def open(self, cache: Path) -> NpzSource:
         if not self.file.is_file():
@@ -46,7 +48,7 @@ class NpzSource:
     """The series of one file, in its order."""
 
     def __init__(self, config: NpzConfig) -> None:
-        self.axes, self.channels = config.axes, config.channels
+        self.axes, self.channels, self.targets = config.axes, config.channels, config.targets
         self.citation, self.licence = config.citation, config.licence
         self.files = {config.file.name: sha256_of(config.file)}
         try:
@@ -57,12 +59,23 @@ class NpzSource:
                 f"{config.file} cannot be read: {error}; expected an .npz file of plain arrays "
                 f"(text as fixed-width strings, not as objects)"
             ) from error
-        for name in ("values", "positions"):
+        for name in ("values", "positions", *(["targets"] if config.targets else [])):
             if name not in arrays:
                 raise DataError(f"{config.file} has no array {name!r}; it has {sorted(arrays)}")
+        if "targets" in arrays and not config.targets:
+            raise DataError(
+                f"{config.file} has an array 'targets', but the configuration names none; name them "
+                f"under targets, or take the array away"
+            )
         self._where = str(config.file)
         self._offsets = arrays.get("offsets")
         self._values, self._positions = arrays["values"], arrays["positions"]
+        self._targets = arrays.get("targets")
+        if self._targets is not None and len(self._targets) != len(self._values):
+            raise DataError(
+                f"{config.file}: targets {self._targets.shape} and values {self._values.shape} must "
+                f"have as many series and observations"
+            )
         self._lengths = arrays.get("lengths")
         self._n = self._count()
         self._ids = arrays.get("ids", np.arange(self._n))
@@ -144,6 +157,11 @@ class NpzSource:
                 id=name,
                 positions=self._rows(self._positions, i, len(self.axes)).astype(np.float64),
                 values=self._rows(self._values, i, len(self.channels)).astype(np.float32),
+                targets=(
+                    None
+                    if self._targets is None
+                    else self._rows(self._targets, i, len(self.targets)).astype(np.float32)
+                ),
                 label=known.label,
                 group=known.group,
                 recorded_split=known.split,

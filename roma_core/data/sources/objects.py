@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def keys_of(column: pa.Array, name: str, words: dict[int, str] | None = None) -> NDArray[np.int64]:
+def keys_of(
+    column: pa.Array, name: str, where: str, words: dict[int, str] | None = None
+) -> NDArray[np.int64]:
     """One int64 per row that stands for the object: its id if that is a whole number, else a hash.
 
     Args:
         column: of ids.
         name: of the column, for errors.
+        where: the file, for errors.
         words: filled with key → id where the id is text.
 
     Raises:
@@ -30,13 +33,16 @@ def keys_of(column: pa.Array, name: str, words: dict[int, str] | None = None) ->
 
     if column.null_count:
         row = column.is_null().index(True).as_py()
-        raise DataError(f"column {name!r} is empty in row {row} of a batch; every row needs an id")
+        raise DataError(
+            f"{where}: column {name!r} is empty, at first in row {row} of those read at once; every "
+            f"row needs an id"
+        )
     if pa.types.is_integer(column.type) and column.type != pa.uint64():  # those fit in int64
         return column.cast(pa.int64()).to_numpy()
     coded = text(column).dictionary_encode()
     texts = [word.strip() for word in coded.dictionary.to_pylist()]
     if "" in texts:
-        raise DataError(f"column {name!r} has an empty id; every row needs one")
+        raise DataError(f"{where}: column {name!r} has an empty id; every row needs one")
     keys = np.array([hash_text(t) >> 1 for t in texts], dtype=np.int64)  # 63 bits
     if words is not None:
         words.update(zip(keys.tolist(), texts, strict=True))

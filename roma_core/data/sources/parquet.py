@@ -41,6 +41,9 @@ class ParquetConfig(SourceConfig):
     id: str = Field("id", description="Column of the series' id.")
     axes: tuple[AxisColumn, ...] = Field(min_length=1, description="List columns of positions.")
     channels: tuple[ChannelColumn, ...] = Field(min_length=1, description="List columns of values.")
+    targets: tuple[ChannelColumn, ...] = Field(
+        (), description="List columns of numbers that a model may be trained to tell."
+    )
     facts: FactColumns = FactColumns()
     series_at_once: int = Field(
         256, gt=0, description="Series held in memory at a time; does not change the result."
@@ -61,6 +64,10 @@ class ParquetSource:
         self.citation, self.licence = config.citation, config.licence
         self.channels = tuple(column.channel() for column in config.channels)
         self.axes = tuple(column.axis() for column in config.axes)
+        self.targets = tuple(column.channel() for column in config.targets)
+        self._lists = [
+            column.column for column in (*config.axes, *config.channels, *config.targets)
+        ]
         self._paths = tuple(files)
         labels: set[str] = set()
         if config.facts.label is not None:
@@ -77,8 +84,7 @@ class ParquetSource:
 
     def _names(self) -> list[str]:
         config = self.config
-        lists = [axis.column for axis in config.axes] + [c.column for c in config.channels]
-        return list(dict.fromkeys([config.id, *lists, *config.facts.columns()]))
+        return list(dict.fromkeys([config.id, *self._lists, *config.facts.columns()]))
 
     def read(self) -> Iterator[RawSeries]:
         """Every row.
@@ -93,10 +99,7 @@ class ParquetSource:
     def _rows(self, batch: Any, where: str) -> Iterator[RawSeries]:
         config = self.config
         ids = text(batch.column(config.id)).to_pylist()
-        lists = {
-            name: _flat(batch.column(name), name, where)
-            for name in [a.column for a in config.axes] + [c.column for c in config.channels]
-        }
+        lists = {name: _flat(batch.column(name), name, where) for name in self._lists}
         first = config.axes[0].column
         offsets = lists[first][1]
         for name, (_, other) in lists.items():
@@ -110,14 +113,16 @@ class ParquetSource:
             [positions_of(lists[a.column][0], a, where).astype(np.float64) for a in config.axes],
             axis=1,
         )
-        with np.errstate(over="ignore"):
-            values = np.stack(
-                [
-                    numbers(lists[c.column][0], c.column, where).astype(np.float32)
-                    for c in config.channels
-                ],
-                axis=1,
-            )
+
+        def float32(columns: tuple[ChannelColumn, ...]) -> NDArray[np.float32]:
+            with np.errstate(over="ignore"):
+                each = [
+                    numbers(lists[c.column][0], c.column, where).astype(np.float32) for c in columns
+                ]
+            return np.stack(each, axis=1)
+
+        values = float32(config.channels)
+        targets = float32(config.targets) if config.targets else None
         columns = [words(batch.column(name)) for name in config.facts.columns()]
         for row, name in enumerate(ids):
             known = facts_of(
@@ -128,6 +133,7 @@ class ParquetSource:
                 id=name or "",
                 positions=positions[a:b],
                 values=values[a:b],
+                targets=None if targets is None else targets[a:b],
                 label=known.label,
                 group=known.group,
                 recorded_split=known.split,

@@ -5,10 +5,11 @@ checks whatever has to be there and gives a ``Source``, which knows its schema a
 one after the other. A new kind of source is one such pair, registered in ``sources/__init__.py`` or,
 from another package, by an entry point.
 
-A source may also have ``__length_hint__``, the number of its series, for the progress bar.
+A source may also have ``targets`` (channels: numbers known of every observation that a model may be
+trained to tell) and ``__length_hint__``, the number of its series, for the progress bar.
 
 Shapes, here and in the rest of ``roma_core.data``:
-    N observations of one series   C channels   D position axes
+    N observations of one series   C channels   D position axes   K targets
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class RawSeries:
     group: str | None = (
         None  # what objects of one patient, host or device share; all or none have it
     )
+    targets: NDArray[np.float32] | None = None  # (N, K), if the source has targets
 
 
 class Source(Protocol):
@@ -71,6 +73,11 @@ class Source(Protocol):
     def read(self) -> Iterator[RawSeries]:
         """Give every series, in an order that depends on the files alone."""
         ...
+
+
+def targets_of(source: Source) -> tuple[Channel, ...]:
+    """The targets of a source; empty if it knows of none."""
+    return tuple(getattr(source, "targets", ()))
 
 
 class SourceConfig(BaseModel):

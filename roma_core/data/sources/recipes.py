@@ -1,15 +1,16 @@
 """Synthetic series of the published experiments, re-derived: many at once, from one generator.
 
-Every function draws ``n`` series and gives ``positions`` (n, N, D) float64, ``values`` (n, N, C)
-float32 and, where there are classes, ``labels`` (n,) indices into them. All series of a recipe
-have one length and regular positions; leave observations out with the data set's ``drop_rate``.
+Every function draws ``n`` series. All series of a recipe have one length and regular positions; leave
+observations out with the data set's ``drop_rate``. What the published experiments ask for beside a
+class is known of every observation, its targets: the clean curve, the place, the pendulum's angle. A
+model with ``pooling: token`` and ``problem_type: regression`` is trained to tell them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.random import Generator
@@ -17,7 +18,20 @@ from numpy.typing import NDArray
 
 from roma_core.data.schema import Channel, PositionAxis
 
-Draw = tuple[NDArray[np.float64], NDArray[np.float32], NDArray[np.int64] | None]
+_SIDE, _CANVAS = 24, 128  # pixels along a side of a picture, and of what it is scaled down from
+_PICTURES = 256  # drawn at a time
+
+
+class Draw(NamedTuple):
+    """Series: ``positions`` (n, N, D), ``values`` (n, N, C) and what is known of them.
+
+    ``targets`` are (n, N, K); ``labels`` (n,) indices into the recipe's classes.
+    """
+
+    positions: NDArray[np.float64]
+    values: NDArray[np.float32]
+    targets: NDArray[np.float32] | None = None
+    labels: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -28,13 +42,14 @@ class Recipe:
     axes: tuple[PositionAxis, ...]
     channels: tuple[Channel, ...]
     classes: tuple[str, ...] = ()
+    targets: tuple[Channel, ...] = ()
 
 
 def spirals(g: Generator, n: int) -> Draw:
     """Half of a spiral of 150 points over [0, 6π]: 75 noisy points in the plane, either way round.
 
     Anticlockwise from the inside, r = a + b·t about (5, 0); or clockwise, r = a + 50·b/z about
-    (−5, 0) with z = 6π + 1 − t, in the order of rising z.
+    (−5, 0) with z = 6π + 1 − t, in the order of rising z. The targets are the points without noise.
     """
     t = np.linspace(0, 6 * np.pi, 150)
     a, b = g.normal(0, 0.02, (n, 1)), g.normal(0.3, 0.02, (n, 1))
@@ -43,47 +58,56 @@ def spirals(g: Generator, n: int) -> Draw:
     out, back = a + b * t, a + 50 * b / z  # (n, 150) radii
     x = np.where(inwards[:, None], back * np.cos(z) - 5, out * np.cos(t) + 5)
     y = np.where(inwards[:, None], -back * np.sin(z), out * np.sin(t))
-    points = np.stack([x, y], axis=2)[:, :75] + g.normal(0, 0.1, (n, 75, 2))
+    clean = np.stack([x, y], axis=2)[:, :75]
+    points = clean + g.normal(0, 0.1, (n, 75, 2))
     times = np.broadcast_to(t[:75, None], (n, 75, 1))
-    return times, points.astype(np.float32), inwards.astype(np.int64)
+    return Draw(
+        times, points.astype(np.float32), clean.astype(np.float32), inwards.astype(np.int64)
+    )
 
 
 def rbf(g: Generator, n: int) -> Draw:
     """A smooth curve through ten normal numbers at 0.1 … 1, seen with noise at 50 times.
 
-    Every point is a mean of the ten, weighted by exp(−120·distance²).
+    Every point is a mean of the ten, weighted by exp(−120·distance²). The target is the curve itself.
     """
     t = 0.02 * np.arange(1, 51)
     weights = np.exp(-120 * (t[:, None] - 0.1 * np.arange(1, 11)) ** 2)  # (50, 10)
     weights /= weights.sum(axis=1, keepdims=True)
-    curves = g.normal(size=(n, 10)) @ weights.T + g.normal(0, 0.1, (n, 50))
+    curves = (g.normal(size=(n, 10)) @ weights.T)[:, :, None]
+    seen = curves + g.normal(0, 0.1, (n, 50, 1))
     times = np.broadcast_to(t[:, None], (n, 50, 1))
-    return times, curves[:, :, None].astype(np.float32), None
+    return Draw(times, seen.astype(np.float32), curves.astype(np.float32))
 
 
 def sines(g: Generator, n: int) -> Draw:
-    """One or two tones of different whole frequencies, 1 to 24 Hz, at 100 times in a second."""
+    """One or two tones of different whole frequencies, 1 to 24 Hz, at 100 times in a second.
+
+    The target is the wave without noise.
+    """
     t = np.linspace(0, 1, 100)
     tones = 1 + np.argsort(g.random((n, 24)), axis=1)[:, :2]  # (n, 2) Hz, without repetition
     loudness = g.uniform(0.5, 1, (n, 2))
     loudness[:, 1] *= g.integers(0, 2, n)  # half of the series have one tone
     phases = g.uniform(0, 2 * np.pi, (n, 2))
     angles = 2 * np.pi * tones[:, :, None] * t + phases[:, :, None]  # (n, 2, 100)
-    wave = (loudness[:, :, None] * np.sin(angles)).sum(axis=1) + g.normal(0, 0.1, (n, 100))
+    wave = (loudness[:, :, None] * np.sin(angles)).sum(axis=1)[:, :, None]
+    seen = wave + g.normal(0, 0.1, (n, 100, 1))
     times = np.broadcast_to(t[:, None], (n, 100, 1))
-    return times, wave[:, :, None].astype(np.float32), None
+    return Draw(times, seen.astype(np.float32), wave.astype(np.float32))
 
 
 def positions(g: Generator, n: int) -> Draw:
-    """Ten ones at random places in (1, 50): whoever finds the places must read positions."""
+    """Ten ones at random places in (1, 50): the target is the place, so positions must be read."""
     places = np.sort(g.uniform(1, 50, (n, 10)), axis=1)[:, :, None]
-    return places, np.ones((n, 10, 1), dtype=np.float32), None
+    return Draw(places, np.ones((n, 10, 1), dtype=np.float32), places.astype(np.float32))
 
 
 def pendulum(g: Generator, n: int) -> Draw:
     """A damped pendulum with random kicks: 100 pictures of 24 × 24 pixels, with correlated noise.
 
-    Angles follow ω' = 29.43·sin θ − 0.1·ω in steps of 1e-4, with a kick of N(0, 0.1²) every 0.01.
+    Angles follow ω' = 29.43·sin θ − 0.1·ω in steps of 1e-4, with a kick of N(0, 0.1²) every 0.01. The
+    targets are sine and cosine of the angle.
     """
     theta, omega = g.uniform(0, 2 * np.pi, n), np.zeros(n)
     angles = np.empty((n, 100))
@@ -94,22 +118,43 @@ def pendulum(g: Generator, n: int) -> Draw:
         omega += g.normal(0, 0.1, n)
         theta %= 2 * np.pi
         angles[:, frame] = theta - np.pi
-    pictures = _rods(angles)  # (n, 100, 576) in 0 … 255
+    drawn = angles + g.normal(0, 1e-5, angles.shape)
+    pictures = _rods(drawn).astype(np.float32)  # (n, 100, 576) whole numbers in 0 … 255
     clear = _clearness(g, n)[:, :, None]
     seen = clear * pictures + (1 - clear) * g.uniform(0, 255, pictures.shape)
     frames = np.broadcast_to(np.arange(100.0)[:, None], (n, 100, 1))
-    return frames, seen.astype(np.float32), None
+    targets = np.stack([np.sin(angles), np.cos(angles)], axis=2)
+    return Draw(frames, np.floor(seen).astype(np.float32), targets.astype(np.float32))
 
 
-def _rods(angles: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Anti-aliased pictures ``(…, 576)`` of a rod from the middle: brightness falls off at its edge."""
-    centres = (np.arange(24) + 0.5 - 12) / 12  # of the pixels; the picture spans [-1, 1]
-    grid = np.meshgrid(centres, centres)  # (24, 24) each
-    x, y = grid[0].reshape(-1), grid[1].reshape(-1)
-    dx, dy = np.sin(angles)[..., None], np.cos(angles)[..., None]
-    along = np.clip(x * dx + y * dy, 0, 55 / 64)
-    distance = np.hypot(x - along * dx, y - along * dy)  # from the rod, whose half width is 4 / 64
-    return (255 * np.clip(0.5 + (4 / 64 - distance) * 12, 0, 1)).astype(np.float32)
+def _rods(angles: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Pictures ``(…, 576)`` of a rod from the middle to (sin, cos) of its angle.
+
+    The rod is drawn hard-edged on a canvas of 128 × 128, 8 wide and 55 long from (64, 64), which is
+    scaled down with the Lanczos filter.
+    """
+    side = np.arange(_CANVAS)
+    x, y = np.meshgrid(side - _CANVAS // 2, side - _CANVAS // 2)  # (128, 128) each, from the middle
+    smaller = _lanczos()  # (24, 128)
+    flat = angles.reshape(-1)
+    pictures = np.empty((len(flat), _SIDE, _SIDE), dtype=np.uint8)
+    for start in range(0, len(flat), _PICTURES):
+        part = flat[start : start + _PICTURES, None, None]
+        dx, dy = np.sin(part), np.cos(part)
+        along, across = x * dx + y * dy, x * dy - y * dx
+        canvas = (along >= 0) & (along <= 55) & (np.abs(across) <= 4)
+        small = smaller @ canvas.astype(np.float32) @ smaller.T
+        pictures[start : start + _PICTURES] = 255 * np.clip(small, 0, 1)
+    return pictures.reshape(*angles.shape, _SIDE**2)
+
+
+def _lanczos() -> NDArray[np.float32]:
+    """``(24, 128)``: what each small pixel takes of each large one, along one side."""
+    scale = _CANVAS / _SIDE
+    centres = (np.arange(_SIDE) + 0.5) * scale
+    away = (np.arange(_CANVAS) + 0.5 - centres[:, None]) / scale
+    weights = np.where(np.abs(away) < 3, np.sinc(away) * np.sinc(away / 3), 0.0)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def _clearness(g: Generator, n: int) -> NDArray[np.float64]:
@@ -135,10 +180,24 @@ def _value(*names: str, **unit: Any) -> tuple[Channel, ...]:
 
 RECIPES = {
     "pendulum": Recipe(
-        pendulum, _time("frame"), _value(*(f"y{k // 24:02d}x{k % 24:02d}" for k in range(576)))
+        pendulum,
+        _time("frame"),
+        _value(*(f"y{k // _SIDE:02d}x{k % _SIDE:02d}" for k in range(_SIDE**2))),
+        targets=_value("sin", "cos"),
     ),
-    "positions": Recipe(positions, (PositionAxis(name="place", unit="1"),), _value("one")),
-    "rbf": Recipe(rbf, _time(), _value("value")),
-    "sines": Recipe(sines, _time(), _value("value")),
-    "spirals": Recipe(spirals, _time("1"), _value("x", "y"), ("anticlockwise", "clockwise")),
+    "positions": Recipe(
+        positions,
+        (PositionAxis(name="place", unit="1"),),
+        _value("one"),
+        targets=_value("place"),
+    ),
+    "rbf": Recipe(rbf, _time(), _value("value"), targets=_value("clean")),
+    "sines": Recipe(sines, _time(), _value("value"), targets=_value("clean")),
+    "spirals": Recipe(
+        spirals,
+        _time("1"),
+        _value("x", "y"),
+        ("anticlockwise", "clockwise"),
+        _value("clean_x", "clean_y"),
+    ),
 }

@@ -24,7 +24,8 @@ from roma_core.data.sources.facts import FactColumns, Facts, facts_of
 from roma_core.data.sources.objects import keys_of
 
 Block = NDArray[Any]
-"""``key`` int64, ``positions`` (D,) float64, ``values`` (C,) float32, ``facts`` (F,) int32."""
+"""``key`` int64, ``positions`` (D,) float64, ``values`` (C,) and ``targets`` (K,) float32, ``facts``
+(F,) int32."""
 
 
 class TableColumns(BaseModel):
@@ -35,6 +36,9 @@ class TableColumns(BaseModel):
     object: str = Field(description="Column of the object's id.")
     axes: tuple[AxisColumn, ...] = Field(min_length=1, description="Position axes; time first.")
     channels: tuple[ChannelColumn, ...] = Field(min_length=1, description="Values, errors.")
+    targets: tuple[ChannelColumn, ...] = Field(
+        (), description="Numbers known of every observation that a model may be trained to tell."
+    )
     facts: FactColumns = FactColumns()
 
 
@@ -57,6 +61,7 @@ class RowReader:
                 ("key", np.int64),
                 ("positions", np.float64, (len(columns.axes),)),
                 ("values", np.float32, (len(columns.channels),)),
+                ("targets", np.float32, (len(columns.targets),)),
                 ("facts", np.int32, (len(facts.columns()),)),
             ]
         )
@@ -64,11 +69,12 @@ class RowReader:
     def columns(self) -> list[str]:
         """Names of the columns that a batch must have."""
         names = [self._columns.object, *(axis.column for axis in self._columns.axes)]
-        names += [*(c.column for c in self._columns.channels), *self._facts.columns()]
+        names += [c.column for c in (*self._columns.channels, *self._columns.targets)]
+        names += self._facts.columns()
         return list(dict.fromkeys(names))
 
-    def block(self, batch: Any) -> Block:
-        """The rows of one Arrow record batch.
+    def block(self, where: str, batch: Any) -> Block:
+        """The rows of one Arrow record batch of the file ``where``.
 
         Raises:
             DataError: a column holds what it should not.
@@ -76,16 +82,17 @@ class RowReader:
         columns = self._columns
         block = np.empty(batch.num_rows, dtype=self._kind)
         names: dict[int, str] = {}
-        block["key"] = keys_of(batch.column(columns.object), columns.object, names)
+        block["key"] = keys_of(batch.column(columns.object), columns.object, where, names)
         if self._forget:
             self._names = dict([self._names.popitem()] if self._names else [])
         self._names |= names
         for k, axis in enumerate(columns.axes):
-            block["positions"][:, k] = positions_of(batch.column(axis.column), axis, "the table")
-        for k, channel in enumerate(columns.channels):
-            column = batch.column(channel.column)
-            with np.errstate(over="ignore"):  # inf is refused, or left out, later
-                block["values"][:, k] = numbers(column, channel.column, "the table")
+            block["positions"][:, k] = positions_of(batch.column(axis.column), axis, where)
+        for into, those in (("values", columns.channels), ("targets", columns.targets)):
+            for k, channel in enumerate(those):
+                column = batch.column(channel.column)
+                with np.errstate(over="ignore"):  # inf is refused, or left out, later
+                    block[into][:, k] = numbers(column, channel.column, where)
         for k, fact in enumerate(self._facts.columns()):
             block["facts"][:, k] = self._coded(batch.column(fact))
         return block

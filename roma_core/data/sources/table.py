@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,6 +71,10 @@ class TableConfig(SourceConfig):
         )
 
 
+def _pair(where: str, batch: Any) -> tuple[str, Any]:
+    return where, batch
+
+
 class TableSource:
     """The series of long tables that share their columns."""
 
@@ -89,13 +94,14 @@ class TableSource:
         self.licence = licence
         self.channels = tuple(column.channel() for column in columns.channels)
         self.axes = tuple(column.axis() for column in columns.axes)
+        self.targets = tuple(column.channel() for column in columns.targets)
         self._paths, self._columns, self._cache, self._rows = paths, columns, cache, rows_at_once
         self._in_rows = columns.facts if objects is None else FactColumns()
         self._known = None if objects is None else read_objects(objects, columns.facts)
         self._objects = ObjectIndex()
         labels: set[str] = set()
-        for batch in self._batches([columns.object, *filter(None, [self._in_rows.label])]):
-            self._objects.add(keys_of(batch.column(0), columns.object))
+        for path, batch in self._batches([columns.object, *filter(None, [self._in_rows.label])]):
+            self._objects.add(keys_of(batch.column(0), columns.object, path))
             if self._in_rows.label:
                 labels.update(filter(None, words(batch.column(1).unique())))
         if self._known is not None:
@@ -110,11 +116,13 @@ class TableSource:
     def __length_hint__(self) -> int:
         return len(self._objects)
 
-    def _batches(self, names: list[str]) -> Iterator[Any]:
+    def _batches(self, names: list[str]) -> Iterator[tuple[str, Any]]:
+        """Path and Arrow record batch, over all files."""
         text = {self._columns.object, *self._in_rows.columns()}
         text |= {axis.column for axis in self._columns.axes if axis.categories}
         for path in self._paths:
-            yield from batches(path, names, text, self._rows)
+            # by map: a loop's variable would hold the last batch while the next is read
+            yield from map(partial(_pair, str(path)), batches(path, names, text, self._rows))
 
     def read(self) -> Iterator[RawSeries]:
         """Every object in the order of its first row.
@@ -124,7 +132,7 @@ class TableSource:
         """
         reader = RowReader(self._columns, self._in_rows, forget=self.is_sorted)
         # by map, nothing here refers to a batch or block once it is given: one of each in memory
-        blocks = map(reader.block, self._batches(reader.columns()))
+        blocks = itertools.starmap(reader.block, self._batches(reader.columns()))
         if self.is_sorted:
             yield from self._series(reader, blocks)
             return
@@ -167,6 +175,7 @@ class TableSource:
             id=name,
             positions=np.ascontiguousarray(rows["positions"]),  # copies: none holds the block
             values=np.ascontiguousarray(rows["values"]),
+            targets=np.ascontiguousarray(rows["targets"]) if self.targets else None,
             label=known.label,
             group=known.group,
             recorded_split=known.split,
