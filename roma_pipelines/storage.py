@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Self
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
 from roma_core.files import create_json, read_json
@@ -37,6 +37,11 @@ class StorageSettings(RomaSettings):
         Path(".roma"),
         description="Folder of data sets, jobs and the embedded stores; relative to the working "
         "directory. Jobs on a cluster need it on a file system that both sides see.",
+    )
+    database_url: SecretStr | None = Field(
+        None,
+        description="postgresql://USER:PASSWORD@HOST:PORT/DATABASE for the state of Dagster and of "
+        "MLflow, each in a schema of its own; null keeps both in SQLite files under the root.",
     )
 
 

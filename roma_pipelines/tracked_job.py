@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic import BaseModel
 from roma_core.files import digest_of, read_json
 from roma_core.job import JobFolder, Result
 from roma_core.trainer.followers import forward_to_mlflow
+from roma_pipelines.database import PASSWORD_VARIABLES
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.job import AttemptRecord, JobFailed, Outcome
 from roma_pipelines.launching.launcher import Refused
@@ -21,7 +23,7 @@ from roma_pipelines.launching.pipes import key_for, run_job
 from roma_pipelines.launching.usage import usage
 from roma_pipelines.provenance import code_version
 from roma_pipelines.registry.runs import end_run, find_or_create_run
-from roma_pipelines.registry.store import MlflowSettings, connect, embedded_root
+from roma_pipelines.registry.store import MlflowSettings, connect, is_server
 from roma_pipelines.storage import Storage
 from roma_pipelines.targets import job_spec, launcher_for, roma_command
 
@@ -136,12 +138,17 @@ def run_tracked_job(
 def _where_metrics_go(client: Any, run_id: str, target: str) -> dict[str, str]:
     """Variables by which the job's own follower finds its MLflow run.
 
-    The embedded store is one SQLite file, which two computers must not share: jobs of a cluster are
-    not told of it, and their metrics come home at the outcome. Progress is on the asset's page.
+    Our own store is a SQLite file, which two computers must not share, or a database whose password
+    stays here: jobs of a cluster are not told of it, and their metrics come home at the outcome.
+    Progress is on the asset's page.
     """
-    if target != "local" and embedded_root(client.tracking_uri) is not None:
+    if is_server(client.tracking_uri):
+        passwords = {}
+    elif target != "local":
         return {}
-    return {"MLFLOW_TRACKING_URI": client.tracking_uri, "MLFLOW_RUN_ID": run_id}
+    else:
+        passwords = {name: os.environ[name] for name in PASSWORD_VARIABLES if name in os.environ}
+    return {**passwords, "MLFLOW_TRACKING_URI": client.tracking_uri, "MLFLOW_RUN_ID": run_id}
 
 
 def _was_cancelled(folder: JobFolder) -> bool:

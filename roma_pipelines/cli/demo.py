@@ -182,7 +182,7 @@ def _conclude(
     """Where things are, what they are worth, and what to do next."""
     from roma_core.evaluation.metrics import Metrics
     from roma_core.files import read_json
-    from roma_pipelines.registry.store import MlflowSettings, ensure_store
+    from roma_pipelines.registry.store import MlflowSettings, own_store
 
     facts: dict[str, dict[str, Any]] = {}
     for key in keys:
@@ -211,7 +211,7 @@ def _conclude(
     click.echo(
         f"time        {seconds:.0f} s, of which pretraining {trained[0]:.0f} s and finetuning {trained[1]:.0f} s"
     )
-    uri = MlflowSettings().tracking_uri or ensure_store(storage.mlflow)
+    uri = MlflowSettings().tracking_uri or own_store(storage.mlflow)
     by_default = f"sqlite:///{here}/.roma/mlflow/mlflow.db"
     store = "" if uri == by_default else f" --tracking-uri {uri}"
     click.echo(

@@ -31,7 +31,7 @@ _STOP_TIMEOUT_S = 20.0
 def up(dagster_port: int, mlflow_port: int) -> None:
     """Serve Dagster (with its daemon: schedules and sensors) and MLflow on 127.0.0.1.
 
-    Both show what is under .roma/. Ctrl-C stops both; training jobs that are running go on and are
+    Both show what is under .roma/, or in the database of ROMA_STORAGE_DATABASE_URL. Ctrl-C stops both; training jobs that are running go on and are
     found again.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -43,19 +43,19 @@ def up(dagster_port: int, mlflow_port: int) -> None:
     ):
         _check_free(name, port, option)
     from roma_pipelines.instance import prepare_instance
-    from roma_pipelines.registry.store import MlflowSettings, StoreError, ensure_store
+    from roma_pipelines.registry.store import MlflowSettings, StoreError, is_server, own_store
     from roma_pipelines.storage import Storage, StorageError
 
     try:
         storage = Storage.open()
         home = prepare_instance(storage)
         settings = MlflowSettings()
-        uri = settings.tracking_uri or ensure_store(storage.mlflow)
+        uri = settings.tracking_uri or own_store(storage.mlflow)
     except (StorageError, StoreError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
 
     commands = {"Dagster": (_dagster(dagster_port, home), f"http://127.0.0.1:{dagster_port}")}
-    if uri.startswith("sqlite:"):
+    if not is_server(uri):
         commands["MLflow"] = (_mlflow(mlflow_port, uri, storage), f"http://127.0.0.1:{mlflow_port}")
     else:
         click.echo(f"MLflow    {uri} (configured; not started here)")
