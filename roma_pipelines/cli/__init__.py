@@ -12,6 +12,10 @@ _COMMANDS = {
     "plan": "roma_pipelines.cli.plan:plan",
     "launch": "roma_pipelines.cli.launch:launch",
     "jobs": "roma_pipelines.cli.jobs:jobs",
+    "health": "roma_pipelines.cli.health:health",
+    "gc": "roma_pipelines.cli.gc:gc",
+    "backup": "roma_pipelines.cli.backup:backup",
+    "restore": "roma_pipelines.cli.backup:restore",
 }
 
 
