@@ -6,6 +6,7 @@ from pathlib import Path
 
 import dagster as dg
 
+from roma_pipelines.automation.failure_sensor import tell_of_failures
 from roma_pipelines.automation.reconcile_sensor import reconcile_jobs
 from roma_pipelines.experiment import ENCODER
 
@@ -18,7 +19,9 @@ def defs() -> dg.Definitions:
     the reconcile sensor fails and Dagster retries. A step process of its own would be a failed step,
     which is not retried.
     """
-    operations = dg.Definitions(executor=dg.in_process_executor, sensors=[reconcile_jobs])
+    operations = dg.Definitions(
+        executor=dg.in_process_executor, sensors=[reconcile_jobs, tell_of_failures]
+    )
     experiments = dg.load_from_defs_folder(path_within_project=Path(__file__).parent)
     merged = dg.Definitions.merge(experiments, operations)
     _check_shared_encoders(merged)

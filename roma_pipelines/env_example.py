@@ -7,6 +7,7 @@ from roma_core.model.config import RoMAForClassificationConfig, RoMAForPreTraini
 from roma_core.settings import RomaSettings
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.trackers import WandbConfig
+from roma_pipelines.automation.alerts import AlertSettings
 from roma_pipelines.launching.site import SlurmSettings
 from roma_pipelines.registry.store import MlflowSettings
 from roma_pipelines.storage import StorageSettings
@@ -18,6 +19,7 @@ SETTINGS: tuple[type[RomaSettings], ...] = (
     WandbConfig,
     MlflowSettings,
     StorageSettings,
+    AlertSettings,
     SlurmSettings,
 )
 """Every settings class of both packages, in the order of the file."""

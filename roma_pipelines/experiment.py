@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from roma_core.data.config import DatasetConfig
 from roma_core.evaluation.facts import Baseline
 from roma_core.files import digest_of
+from roma_pipelines.automation.settings import Automation
 from roma_pipelines.provenance import DISTRIBUTION
 from roma_pipelines.registry.promotion import GateThresholds
 from roma_pipelines.training_sections import about_trainings
@@ -78,6 +79,7 @@ class Experiment(_Section):
     schedule: str | None = Field(
         None, description="Cron expression (UTC) of retraining; starts switched off."
     )
+    automation: Automation = Automation()
     owners: tuple[str, ...] = Field((), description="E-mail addresses or team:NAME.")
     tags: dict[str, str] = Field({}, description="Further tags of the assets.")
 

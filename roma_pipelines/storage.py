@@ -14,18 +14,24 @@ from __future__ import annotations
 
 import errno
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-from pydantic import Field
+from filelock import FileLock
+from pydantic import Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
-from roma_core.files import create_json, read_json
+from roma_core.files import create_json, read_json, write_json
 from roma_core.settings import RomaSettings
 
 LAYOUT_VERSION = 1
 MIN_FREE_MB = 200
 """Less free space than this is refused before work begins: databases, logs and a small model need it."""
+
+
+UPGRADES: dict[int, Callable[[Storage], None]] = {}
+"""Layout version -> what takes a root of it to the next version; may be repeated after a crash."""
 
 
 class StorageSettings(RomaSettings):
@@ -38,10 +44,21 @@ class StorageSettings(RomaSettings):
         description="Folder of data sets, jobs and the embedded stores; relative to the working "
         "directory. Jobs on a cluster need it on a file system that both sides see.",
     )
+    database_url: SecretStr | None = Field(
+        None,
+        description="postgresql://USER:PASSWORD@HOST:PORT/DATABASE for the state of Dagster and of "
+        "MLflow, each in a schema of its own; null keeps both in SQLite files under the root.",
+    )
 
 
 class StorageError(RuntimeError):
     """The storage root cannot be used as it is; the message says what to do."""
+
+
+def _version_of(layout: Path) -> int:
+    document = read_json(layout)
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    return version if isinstance(version, int) else -1
 
 
 class Storage:
@@ -75,6 +92,7 @@ class Storage:
                 f"a folder that can be written"
             ) from error
         try:
+            storage._upgrade(layout)
             read_json(layout, schema_version=LAYOUT_VERSION)
         except ValueError as error:
             raise StorageError(
@@ -87,6 +105,18 @@ class Storage:
                 f"are needed; free some, or set ROMA_STORAGE_ROOT to a folder on another disk"
             )
         return storage
+
+    def _upgrade(self, layout: Path) -> None:
+        """Take an older layout to the present one, step by step; one process does, others wait.
+
+        The version is written after each step, so a crash repeats the step it interrupted.
+        """
+        if _version_of(layout) not in UPGRADES:
+            return
+        with FileLock(self.root / ".layout.lock"):
+            while (step := UPGRADES.get(_version_of(layout))) is not None:
+                step(self)
+                write_json(layout, {"schema_version": _version_of(layout) + 1})
 
     @property
     def free_mb(self) -> float:

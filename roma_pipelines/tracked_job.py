@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic import BaseModel
 from roma_core.files import digest_of, write_json
 from roma_core.job import JobFolder, Result
 from roma_core.trainer.followers import MLFLOW_RUN_VARIABLE, forward_to_mlflow
+from roma_pipelines.database import PASSWORD_VARIABLES
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.audit import attempts_table, decisions_table
 from roma_pipelines.launching.evidence import read_records
@@ -26,7 +28,7 @@ from roma_pipelines.registry.runs import end_run, end_runs_of_job, find_or_creat
 from roma_pipelines.registry.store import (
     MlflowSettings,
     connect,
-    embedded_root,
+    is_server,
     tracking_uri,
 )
 from roma_pipelines.storage import Storage
@@ -153,15 +155,20 @@ class _ShownInMlflow:
     def environment(self, target: str) -> dict[str, str]:
         """Variables by which the job's own follower finds its MLflow run.
 
-        The embedded store is one SQLite file, which two computers must not share: jobs of a cluster
-        are not told of it, and their metrics come home at the outcome. Progress is on the asset's
-        page.
+        Our own store is a SQLite file, which two computers must not share, or a database whose
+        password stays here: jobs of a cluster are not told of it, and their metrics come home at the
+        outcome. Progress is on the asset's page.
         """
         uri = tracking_uri(self.settings, self.storage.mlflow)
-        if target != "local" and embedded_root(uri) is not None:
-            return {}
+        passwords: dict[str, str] = {}
+        if not is_server(uri):
+            if target != "local":
+                return {}
+            passwords = {
+                name: os.environ[name] for name in PASSWORD_VARIABLES if name in os.environ
+            }
         run = str(self.folder.mlflow_run.absolute())
-        return {"MLFLOW_TRACKING_URI": uri, MLFLOW_RUN_VARIABLE: run}
+        return {**passwords, "MLFLOW_TRACKING_URI": uri, MLFLOW_RUN_VARIABLE: run}
 
     def begin(self) -> None:
         """Find or make the run, and tell the job; a run on record may wait until MLflow answers."""

@@ -10,8 +10,10 @@ from roma_core.data.checks import findings
 from roma_core.data.comparing import changes, previous_version
 from roma_core.data.findings import Finding
 from roma_core.data.findings import as_markdown as findings_as_markdown
+from roma_core.data.fingerprint import source_fingerprint
 from roma_core.data.profile import as_markdown, plot_profile, profile_of
 from roma_core.data.store import StoredDataset
+from roma_pipelines.automation.training_state import FINGERPRINT
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.storage import Storage
 from roma_pipelines.tracked_job import picture
@@ -43,6 +45,9 @@ def dataset_asset(experiment: Experiment) -> dg.AssetsDefinition:
     )
     def dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         storage = Storage.open()
+        fingerprint = source_fingerprint(
+            experiment.dataset
+        ).digest  # before, lest a change be missed
         path = build_dataset(experiment.dataset, storage.datasets, storage.cache, progress=False)
         found = findings(path)
         stored = StoredDataset(path, verify=False)
@@ -67,6 +72,7 @@ def dataset_asset(experiment: Experiment) -> dg.AssetsDefinition:
                 **counts,
                 **{f"repaired_{name}": count for name, count in repairs.items() if count},
                 "share_dropped": profile.share_dropped,
+                FINGERPRINT: fingerprint,
                 "classes": len(stored.schema.classes),
                 "source": dg.MetadataValue.json(json.loads(manifest.provenance.source)),
                 "citation": manifest.provenance.citation,

@@ -14,6 +14,10 @@ _COMMANDS = {
     "jobs": "roma_pipelines.cli.jobs:jobs",
     "new-experiment": "roma_pipelines.cli.new_experiment:new_experiment",
     "results": "roma_pipelines.cli.results:results",
+    "health": "roma_pipelines.cli.health:health",
+    "gc": "roma_pipelines.cli.gc:gc",
+    "backup": "roma_pipelines.cli.backup:backup",
+    "restore": "roma_pipelines.cli.backup:restore",
 }
 
 

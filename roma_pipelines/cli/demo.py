@@ -64,7 +64,6 @@ def _end_like_ctrl_c(*numbers: signal.Signals) -> None:
 def _run(
     instance: dg.DagsterInstance, storage: Storage, experiment: str, fresh: bool, started: float
 ) -> None:
-
     from roma_core.files import digest_of
     from roma_pipelines import foreground
 
@@ -241,7 +240,7 @@ def _conclude(
     """Where things are, what they are worth, and what to do next."""
     from roma_core.evaluation.metrics import Metrics
     from roma_core.files import read_json
-    from roma_pipelines.registry.store import MlflowSettings, ensure_store
+    from roma_pipelines.registry.store import MlflowSettings, own_store
 
     facts: dict[str, dict[str, Any]] = {}
     for key in keys:  # of two data sets the experiment's own comes last
@@ -270,7 +269,7 @@ def _conclude(
     click.echo(
         f"time        {seconds:.0f} s, of which pretraining {trained[0]:.0f} s and finetuning {trained[1]:.0f} s"
     )
-    uri = MlflowSettings().tracking_uri or ensure_store(storage.mlflow)
+    uri = MlflowSettings().tracking_uri or own_store(storage.mlflow)
     by_default = f"sqlite:///{here}/.roma/mlflow/mlflow.db"
     store = "" if uri == by_default else f" --tracking-uri {uri}"
     click.echo(

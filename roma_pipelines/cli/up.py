@@ -33,8 +33,9 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
     """Serve Dagster (with its daemon: schedules and sensors), MLflow and an overview on 127.0.0.1.
 
     The overview shows every experiment with its champion, its past accuracies and its last runs, and
-    leads to reports and logs. All show what is under .roma/. Ctrl-C stops them; training jobs that are
-    running go on and are found again.
+    leads to reports and logs. All show what is under .roma/, or in the database of
+    ROMA_STORAGE_DATABASE_URL. Ctrl-C stops them; training jobs that are running go on and are found
+    again.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # its queue of background jobs serves features that are not used here, with four more processes
@@ -46,20 +47,20 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
     ):
         _check_free(name, port, option)
     from roma_pipelines.instance import prepare_instance
-    from roma_pipelines.registry.store import MlflowSettings, StoreError, ensure_store
+    from roma_pipelines.registry.store import MlflowSettings, StoreError, is_server, own_store
     from roma_pipelines.storage import Storage, StorageError
 
     try:
         storage = Storage.open()
         home = prepare_instance(storage)
         settings = MlflowSettings()
-        uri = settings.tracking_uri or ensure_store(storage.mlflow)
+        uri = settings.tracking_uri or own_store(storage.mlflow)
     except (StorageError, StoreError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
 
     dagster, mlflow = f"http://127.0.0.1:{dagster_port}", f"http://127.0.0.1:{mlflow_port}"
     commands = {"Dagster": (_dagster(dagster_port, home), dagster)}
-    if uri.startswith("sqlite:"):
+    if not is_server(uri):
         commands["MLflow"] = (_mlflow(mlflow_port, uri, storage), mlflow)
     else:
         mlflow = uri

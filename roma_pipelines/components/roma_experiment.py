@@ -1,4 +1,4 @@
-"""``RomaExperiment``: one YAML file → five assets, their checks and their schedule."""
+"""``RomaExperiment``: one YAML file → five assets, their checks, their schedule and sensors."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from roma_pipelines.assets.dataset import dataset_asset
 from roma_pipelines.assets.evaluation_report import evaluation_report_asset
 from roma_pipelines.assets.registered_classifier import registered_classifier_asset
 from roma_pipelines.assets.training import finetuned_classifier_asset, pretrained_encoder_asset
+from roma_pipelines.automation.definitions import automated_definitions
 from roma_pipelines.components.scaffolder import ExperimentScaffolder
 from roma_pipelines.experiment import Experiment
 
@@ -37,6 +38,7 @@ class RomaExperiment(dg.Component, dg.Model, dg.Resolvable):
     gate: Section = Field({}, description="Thresholds of promotion.")
     baselines: Sections = Field([], description="Other methods on the same test series.")
     schedule: str | None = Field(None, description="Cron expression (UTC) of retraining.")
+    automation: Section = Field({}, description="What it does by itself; starts switched off.")
     owners: list[str] = Field([], description="E-mail addresses or team:NAME.")
     tags: dict[str, str] = Field({}, description="Further tags of the assets.")
 
@@ -56,7 +58,7 @@ class RomaExperiment(dg.Component, dg.Model, dg.Resolvable):
             raise ValueError(f"experiment {self.name}: {wrong}") from None
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
-        """The assets and, with ``schedule``, a schedule that is switched off at first."""
+        """Its assets; its schedule and its sensors, which are switched off at first."""
         experiment = self.experiment()
         assets = [
             dataset_asset(experiment),
@@ -65,14 +67,4 @@ class RomaExperiment(dg.Component, dg.Model, dg.Resolvable):
             evaluation_report_asset(experiment),
             registered_classifier_asset(experiment),
         ]
-        schedules = []
-        if experiment.schedule is not None:
-            schedules.append(
-                dg.ScheduleDefinition(
-                    name=f"{experiment.name}_retraining",
-                    target=dg.AssetSelection.groups(experiment.name),
-                    cron_schedule=experiment.schedule,
-                    description=f"Trains {experiment.name} anew and lets the gate decide.",
-                )
-            )
-        return dg.Definitions(assets=assets, schedules=schedules)
+        return automated_definitions(experiment, assets)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from roma_pipelines.registry.store import embedded_root, one_at_a_time
+from roma_pipelines.registry.store import artifacts_root, one_at_a_time
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -101,9 +101,9 @@ def ensure_experiment(client: MlflowClient, name: str) -> Experiment:
     checked_name("experiment", name)
     found = client.get_experiment_by_name(name)
     if found is None:
-        root = embedded_root(client.tracking_uri)
+        root = artifacts_root(client.tracking_uri)
         # without a location, MLflow would record the present working directory for ever
-        location = None if root is None else (root / "artifacts" / name.replace("/", "__")).as_uri()
+        location = None if root is None else (root / name.replace("/", "__")).as_uri()
         return client.get_experiment(client.create_experiment(name, location))
     if found.lifecycle_stage == "deleted":
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Where runs and models are kept: an MLflow server, or the embedded store of one computer.
+"""Where runs and models are kept: an MLflow server, PostgreSQL, or the embedded store of one computer.
 
 The embedded store is ``<root>/mlflow.db`` (SQLite) and ``<root>/artifacts``. MLflow itself creates
 and migrates such a file unguarded: processes that start together on a missing one leave it
@@ -9,13 +9,14 @@ aside and renames it, so a crash at any moment leaves the old file or none.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from filelock import FileLock
 from pydantic import Field
@@ -23,6 +24,7 @@ from pydantic_settings import SettingsConfigDict
 
 from roma_core.files import sync_folder
 from roma_core.settings import RomaSettings
+from roma_pipelines.storage import Storage, StorageSettings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -42,7 +44,7 @@ class MlflowSettings(RomaSettings):
     model_config = SettingsConfigDict(env_prefix="ROMA_MLFLOW_")
 
     tracking_uri: str | None = Field(
-        None, description="URI of the tracking server; None takes the embedded store."
+        None, description="URI of the tracking server; None takes the store under the storage root."
     )
     registry_uri: str | None = Field(
         None, description="URI of the model registry; None takes the tracking server's."
@@ -53,8 +55,18 @@ class MlflowSettings(RomaSettings):
 
 
 def tracking_uri(settings: MlflowSettings, root: Path) -> str:
-    """The URI of the configured server, or of the embedded store in ``root``, there or to come."""
-    return settings.tracking_uri or f"{_SQLITE}{root.absolute() / DATABASE}"
+    """The URI of the configured server, or of our own store, there or to come; imports no MLflow.
+
+    Raises:
+        StorageError: the configured database is none.
+    """
+    from roma_pipelines.database import database_url, schema_url
+
+    if settings.tracking_uri:
+        return settings.tracking_uri
+    if (url := database_url()) is not None:
+        return schema_url(url, "mlflow")
+    return f"{_SQLITE}{root.absolute() / DATABASE}"
 
 
 def connect(settings: MlflowSettings, root: Path) -> MlflowClient:
@@ -65,11 +77,28 @@ def connect(settings: MlflowSettings, root: Path) -> MlflowClient:
     _no_telemetry()
     import mlflow
 
-    uri = settings.tracking_uri or ensure_store(root)
+    uri = settings.tracking_uri or own_store(root)
     registry = settings.registry_uri or uri
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(registry)
     return mlflow.MlflowClient(uri, registry)
+
+
+def own_store(root: Path) -> str:
+    """The URI of the store this installation keeps itself: in PostgreSQL if one is configured.
+
+    Raises:
+        StoreError, StorageError: it cannot be used; the message says what to do.
+    """
+    from roma_pipelines.database import database_url
+
+    url = database_url()
+    if url is None:
+        return ensure_store(root)
+    _no_telemetry()
+    from roma_pipelines.registry.postgres_store import ensure_postgres_store
+
+    return ensure_postgres_store(url, Storage(root.parent))
 
 
 def ensure_store(root: Path) -> str:
@@ -109,19 +138,40 @@ def ensure_store(root: Path) -> str:
 
 
 def embedded_root(uri: str) -> Path | None:
-    """The folder of the embedded store behind a URI, None for a server."""
+    """The folder of the embedded store behind a URI, None for a server or PostgreSQL."""
     return Path(uri.removeprefix(_SQLITE)).parent if uri.startswith(_SQLITE) else None
+
+
+def is_server(uri: str) -> bool:
+    """Whether a URI is that of an MLflow server, which jobs on other computers may talk to."""
+    return uri.startswith(("http:", "https:"))
+
+
+def artifacts_root(uri: str) -> Path | None:
+    """The folder of artifacts of a store this installation keeps itself, None for a server."""
+    if is_server(uri):
+        return None
+    folder = embedded_root(uri)
+    return (folder if folder is not None else Storage(StorageSettings().root).mlflow) / "artifacts"
 
 
 @contextlib.contextmanager
 def one_at_a_time(client: MlflowClient) -> Iterator[None]:
-    """Serialise what looks first and writes then, between all processes of an embedded store.
+    """Serialise what looks first and writes then, between all processes of our own store.
 
     A server is shared by computers that no file lock reaches; there, the orchestrator runs such
     steps one at a time.
     """
     root = embedded_root(client.tracking_uri)
-    with contextlib.nullcontext() if root is None else FileLock(root / ".mlflow-write.lock"):
+    if root is not None:
+        with FileLock(root / ".mlflow-write.lock"):
+            yield
+    elif not is_server(client.tracking_uri):
+        from roma_pipelines.database import advisory_lock
+
+        with advisory_lock(client.tracking_uri, "mlflow write"):
+            yield
+    else:
         yield
 
 
@@ -137,8 +187,6 @@ def _state_of(database: Path) -> tuple[State, str | None]:
     """What is there, and its schema revision."""
     if not database.exists():
         return "missing", None
-    from alembic.script import ScriptDirectory
-    from mlflow.store.db.utils import _get_alembic_config
     from mlflow.version import VERSION
 
     with contextlib.closing(sqlite3.connect(f"file:{database}?mode=rw", uri=True)) as connection:
@@ -162,15 +210,33 @@ def _state_of(database: Path) -> tuple[State, str | None]:
             return "half-migrated", None
         row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
     revision = row[0] if row else None
-    scripts = ScriptDirectory.from_config(_get_alembic_config(""))
-    if revision in scripts.get_heads():
+    known = known_revisions()
+    if revision in known.heads:
         return "ready", revision
-    if revision in {script.revision for script in scripts.walk_revisions()}:
+    if revision in known.all:
         return "older", revision
     raise StoreError(
         f"{database} has schema revision {revision}, which MLflow {VERSION} does not know: a newer "
         f"MLflow wrote it. Install that version, or move the file away to start with an empty store"
     )
+
+
+class Revisions(NamedTuple):
+    """Revisions of MLflow's tables that the installed version knows."""
+
+    heads: frozenset[str]
+    all: frozenset[str]
+
+
+@functools.cache
+def known_revisions() -> Revisions:
+    """Read from the installed MLflow, once in a process."""
+    from alembic.script import ScriptDirectory
+    from mlflow.store.db.utils import _get_alembic_config
+
+    scripts = ScriptDirectory.from_config(_get_alembic_config(""))
+    every = frozenset(script.revision for script in scripts.walk_revisions())
+    return Revisions(frozenset(scripts.get_heads()), every)
 
 
 def _build(database: Path, backup: Path | None = None) -> None:

@@ -1,0 +1,229 @@
+"""What the training data looked like, in a few numbers, and how far other series are from it.
+
+A profile holds, for observations a series, spans and gaps on every axis and values of every channel,
+a hundred quantiles and the shares of ten bins; and how much of each channel is missing, and the
+share of every class. ``effects`` compares recent series with it by effect sizes, which do not grow
+with the number of series as significance does:
+
+    psi          Σ (q - p) ln(q / p) over the bins, less what chance alone gives for so few series
+    wasserstein  mean distance of the quantiles, in standard deviations of the training data
+    missing      difference of the shares that are missing
+
+Values within a series depend on one another, so chance is reckoned by series, not by observations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from roma_core.data.errors import DataError
+from roma_core.data.schema import DataSchema
+from roma_core.data.store import StoredDataset
+
+Floats = NDArray[np.float64]
+_BINS = 10
+_LEVELS = np.linspace(0, 1, 101)
+_MOST_SERIES = 20_000
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Quantity(_Document):
+    """One distribution of the training data."""
+
+    quantiles: tuple[float, ...] = Field(description="At 0, 0.01, …, 1.")
+    std: float
+    edges: tuple[float, ...] = Field(description="Inner edges of the bins.")
+    shares: tuple[float, ...] = Field(description="Of the bins, one more than edges.")
+
+
+class ReferenceProfile(_Document):
+    schema_version: Literal[1] = 1
+    dataset_digest: str
+    n_series: int
+    quantities: dict[str, Quantity] = Field(description="length, span.AXIS, gap.AXIS, value.NAME")
+    missing: dict[str, float] = Field(description="Share of each channel that is missing.")
+    classes: dict[str, float] = Field({}, description="Share of each class.")
+
+
+class Effect(_Document):
+    """How far one quantity is from the training data, by one measure."""
+
+    quantity: str
+    measure: Literal["psi", "wasserstein", "missing"]
+    size: float
+
+
+@dataclass(frozen=True)
+class Series:
+    """Quantities of some series, all numbers of all series in one array each.
+
+    Attributes:
+        values: channel -> values; NaN is missing.
+        classes: class -> number of series; empty if nobody said.
+    """
+
+    n: int
+    quantities: Mapping[str, Floats]
+    values: Mapping[str, Floats]
+    classes: Mapping[str, int]
+
+
+def reference_profile(dataset: StoredDataset) -> ReferenceProfile:
+    """Profile the train split; of a large one, evenly spaced series."""
+    indices = dataset.split("train").indices
+    indices = indices[:: max(1, len(indices) // _MOST_SERIES)]
+    pairs = [dataset.raw(int(i)) for i in indices]
+    counts: dict[str, int] = {}
+    if dataset.labels is not None:
+        numbers = np.bincount(dataset.labels[indices], minlength=len(dataset.schema.classes))
+        counts = dict(zip(dataset.schema.classes, numbers.tolist(), strict=True))
+    series = _series(dataset.schema, [p for p, _ in pairs], [v for _, v in pairs], counts)
+    return ReferenceProfile(
+        dataset_digest=dataset.manifest.digest,
+        n_series=series.n,
+        quantities={name: _quantity(numbers) for name, numbers in _numbers(series)},
+        missing=_missing(series),
+        classes=_shares(series.classes),
+    )
+
+
+def series_from_parquet(
+    paths: Sequence[Path], schema: DataSchema, class_column: str | None = None
+) -> Series:
+    """Series as ``roma data export`` and requests have them: a row each, list columns by name.
+
+    Args:
+        class_column: column with the class of each series, such as the predicted one.
+
+    Raises:
+        DataError: a column is missing, or the lists of a row differ in length.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    axes, channels = [a.name for a in schema.axes], [c.name for c in schema.channels]
+    positions: list[Floats] = []
+    values: list[Floats] = []
+    classes: dict[str, int] = {}
+    for path in paths:
+        wanted = [*axes, *channels, *([class_column] if class_column else [])]
+        try:
+            present = pq.read_schema(path).names
+            if absent := [name for name in wanted if name not in present]:
+                raise DataError(f"{path} has no column {absent[0]!r}; it has {', '.join(present)}")
+            table = pq.read_table(path, columns=wanted).combine_chunks()
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path} cannot be read as Parquet: {error}") from error
+        lists = {name: table.column(name).to_pylist() for name in (*axes, *channels)}
+        for row in range(table.num_rows):
+            columns = [np.array(lists[name][row] or [], np.float64) for name in (*axes, *channels)]
+            if len({len(column) for column in columns}) > 1:
+                lengths = dict(zip((*axes, *channels), map(len, columns), strict=True))
+                raise DataError(f"{path}, row {row}: lists differ in length: {lengths}")
+            positions.append(np.stack(columns[: len(axes)], axis=1))
+            values.append(np.stack(columns[len(axes) :], axis=1))
+        if class_column:
+            for name in table.column(class_column).to_pylist():
+                if name is not None:
+                    classes[str(name)] = classes.get(str(name), 0) + 1
+    return _series(schema, positions, values, classes)
+
+
+def effects(profile: ReferenceProfile, series: Series) -> list[Effect]:
+    """Every measure of every quantity, the largest first within each measure."""
+    if series.n == 0:
+        return []
+    found = []
+    for name, numbers in _numbers(series):
+        reference = profile.quantities.get(name)
+        if reference is None or not len(numbers):
+            continue
+        bins = np.searchsorted(reference.edges, numbers, side="left")
+        shares = np.bincount(bins, minlength=len(reference.shares)) / len(numbers)
+        psi = _psi(np.array(reference.shares), profile.n_series, shares, series.n)
+        found.append(Effect(quantity=name, measure="psi", size=psi))
+        distance = np.abs(np.quantile(numbers, _LEVELS) - reference.quantiles).mean()
+        scale = reference.std or max(abs(reference.quantiles[50]), 1.0) * 1e-6
+        found.append(Effect(quantity=name, measure="wasserstein", size=float(distance / scale)))
+    for name, share in _missing(series).items():
+        size = abs(share - profile.missing.get(name, 0.0))
+        found.append(Effect(quantity=f"value.{name}", measure="missing", size=size))
+    if series.classes and profile.classes:
+        names = sorted({*profile.classes, *series.classes})
+        now = _shares(series.classes)
+        p = np.array([profile.classes.get(name, 0.0) for name in names])
+        q = np.array([now.get(name, 0.0) for name in names])
+        found.append(
+            Effect(quantity="class", measure="psi", size=_psi(p, profile.n_series, q, series.n))
+        )
+    return sorted(found, key=lambda effect: (effect.measure, -effect.size))
+
+
+def _series(
+    schema: DataSchema, positions: Sequence[Floats], values: Sequence[NDArray], classes: dict
+) -> Series:
+    """``positions``: of every series ``(N, D)``; ``values``: ``(N, C)``."""
+    quantities: dict[str, Floats] = {"length": np.array([len(v) for v in values], np.float64)}
+    full = [p for p in positions if len(p)]
+    for k, axis in enumerate(schema.axes):
+        spans = [p[:, k].max() - p[:, k].min() for p in full]
+        gaps = [np.diff(np.sort(p[:, k])) for p in full]
+        quantities[f"span.{axis.name}"] = np.array(spans, np.float64)
+        quantities[f"gap.{axis.name}"] = np.concatenate([*gaps, np.empty(0)])
+    whole = np.concatenate([*values, np.empty((0, len(schema.channels)))])
+    by_channel = {c.name: whole[:, k].astype(np.float64) for k, c in enumerate(schema.channels)}
+    return Series(len(values), quantities, by_channel, classes)
+
+
+def _numbers(series: Series) -> Iterator[tuple[str, Floats]]:
+    yield from series.quantities.items()
+    for name, values in series.values.items():
+        yield f"value.{name}", values[np.isfinite(values)]
+
+
+def _quantity(numbers: Floats) -> Quantity:
+    distinct = np.unique(numbers)
+    if len(distinct) <= _BINS:  # between the few numbers there are
+        edges = (distinct[1:] + distinct[:-1]) / 2
+    else:
+        edges = np.unique(np.quantile(numbers, np.linspace(0, 1, _BINS + 1)[1:-1]))
+    counts = np.bincount(np.searchsorted(edges, numbers, side="left"), minlength=len(edges) + 1)
+    return Quantity(
+        quantiles=tuple(np.quantile(numbers, _LEVELS).tolist()) if len(numbers) else (0.0,) * 101,
+        std=float(numbers.std()) if len(numbers) else 0.0,
+        edges=tuple(edges.tolist()),
+        shares=tuple((counts / max(1, len(numbers))).tolist()),
+    )
+
+
+def _psi(p: Floats, n_p: int, q: Floats, n_q: int) -> float:
+    """Population stability index, less its expectation where nothing changed; at least 0.
+
+    Half a series is added to every bin: one that happens to be empty says little where few were seen.
+    """
+    p = (p * n_p + 0.5) / (n_p + 0.5 * len(p))
+    q = (q * n_q + 0.5) / (n_q + 0.5 * len(q))
+    chance = (len(p) - 1) * (1 / n_p + 1 / n_q)
+    return max(0.0, float(((q - p) * np.log(q / p)).sum()) - chance)
+
+
+def _missing(series: Series) -> dict[str, float]:
+    return {
+        name: float(1 - np.isfinite(values).mean()) if len(values) else 0.0
+        for name, values in series.values.items()
+    }
+
+
+def _shares(classes: Mapping[str, int]) -> dict[str, float]:
+    total = sum(classes.values())
+    return {name: n / total for name, n in classes.items()} if total else {}

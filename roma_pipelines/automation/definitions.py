@@ -1,0 +1,73 @@
+"""Assets of an experiment, with the schedule, sensors and freshness that its file asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import dagster as dg
+
+from roma_pipelines.automation.automated import Automated
+from roma_pipelines.automation.drift_sensor import drift_sensor
+from roma_pipelines.automation.new_data_sensor import new_data_sensor, training_sensor
+from roma_pipelines.automation.promotion_sensor import promotion_sensor
+from roma_pipelines.automation.retraining_schedule import retraining_schedule
+from roma_pipelines.experiment import Experiment
+
+
+def automated_definitions(
+    experiment: Experiment, assets: Sequence[dg.AssetsDefinition]
+) -> dg.Definitions:
+    """The assets and what looks after them.
+
+    Raises:
+        ValueError: the section ``automation`` names an asset that the experiment has not.
+    """
+    nouns = {key.path[-1] for asset in assets for key in asset.keys}
+    wanted = experiment.automation
+    if unknown := sorted(set(wanted.freshness_h) - nouns):
+        raise ValueError(
+            f"experiment {experiment.name}: automation.freshness_h.{unknown[0]}: no asset of the "
+            f"experiment; there are {', '.join(sorted(nouns))}"
+        )
+    if wanted.predict_on_promotion and "batch_predictions" not in nouns:
+        raise ValueError(
+            f"experiment {experiment.name}: automation.predict_on_promotion: the experiment makes no "
+            f"batch_predictions"
+        )
+    automated = automated_of(experiment, assets)
+    sensors = []
+    if wanted.new_data is not None:
+        sensors.append(new_data_sensor(automated, wanted.new_data))
+    if wanted.drift is not None:
+        sensors.append(drift_sensor(automated, wanted.drift))
+    if sensors or experiment.schedule is not None:
+        sensors.append(training_sensor(automated))
+    if wanted.predict_on_promotion:
+        sensors.append(promotion_sensor(automated))
+    schedule = experiment.schedule
+    return dg.Definitions(
+        assets=[_with_freshness(asset, wanted.freshness_h) for asset in assets],
+        sensors=sensors,
+        schedules=[] if schedule is None else [retraining_schedule(automated, schedule)],
+    )
+
+
+def automated_of(experiment: Experiment, assets: Sequence[dg.AssetsDefinition]) -> Automated:
+    """The experiment with the code versions of its assets."""
+    versions = {
+        spec.key.path[-1]: str(spec.code_version) for asset in assets for spec in asset.specs
+    }
+    return Automated(experiment, versions)
+
+
+def _with_freshness(asset: dg.AssetsDefinition, hours: dict[str, float]) -> dg.AssetsDefinition:
+    def policy(spec: dg.AssetSpec) -> dg.AssetSpec:
+        limit = hours.get(spec.key.path[-1])
+        if limit is None:
+            return spec
+        return spec.replace_attributes(
+            freshness_policy=dg.FreshnessPolicy.time_window(fail_window=timedelta(hours=limit))
+        )
+
+    return asset.map_asset_specs(policy)

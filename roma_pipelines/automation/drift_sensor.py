@@ -1,0 +1,170 @@
+"""Sensor: recent inputs are compared with what the present model was trained on."""
+
+from __future__ import annotations
+
+import glob
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import dagster as dg
+
+from roma_core.data.fingerprint import fingerprint_of
+from roma_core.files import read_json, write_json
+from roma_pipelines.automation.alerts import alert
+from roma_pipelines.automation.automated import Automated, Decision
+from roma_pipelines.automation.settings import Drift, DriftThresholds
+from roma_pipelines.automation.training_state import Step
+from roma_pipelines.storage import Storage
+
+if TYPE_CHECKING:
+    from roma_core.evaluation.reference_profile import Effect, ReferenceProfile
+
+
+def drift_sensor(automated: Automated, settings: Drift) -> dg.SensorDefinition:
+    """``NAME_drift``; starts switched off."""
+
+    @dg.sensor(
+        name=f"{automated.name}_drift",
+        target=dg.AssetSelection.groups(automated.name),
+        minimum_interval_seconds=round(settings.every_min * 60),
+        description=f"Compares recent inputs with the training data of {automated.name}; tells "
+        "people of drift, and trains anew within the budget.",
+    )
+    def drift(context: dg.SensorEvaluationContext) -> Decision:
+        decision, cursor = look_at_inputs(
+            automated, settings, context.instance, context.cursor, time.time()
+        )
+        context.update_cursor(cursor)
+        return decision
+
+    return drift
+
+
+def look_at_inputs(
+    automated: Automated,
+    settings: Drift,
+    instance: dg.DagsterInstance,
+    cursor: str | None,
+    now: float,
+) -> tuple[Decision, str]:
+    """Compare the newest files, if there are new ones.
+
+    Args:
+        cursor: what the look before returned; None at first.
+    """
+    seen = json.loads(cursor) if cursor else {"inputs": "", "trained_at": 0.0}
+    paths = _newest(settings)
+    inputs = fingerprint_of(paths).digest
+    if not paths or inputs == seen["inputs"]:
+        why = (
+            "no new inputs"
+            if paths
+            else f"there are no files {', '.join(map(str, settings.files))}"
+        )
+        return dg.SkipReason(why), json.dumps(seen)
+    state = automated.state(instance)
+    if state.trained_on is None:
+        return dg.SkipReason("nothing was trained yet, so there is nothing to compare with"), (
+            json.dumps(seen)
+        )
+    storage = Storage.open()
+    n, found = compare(
+        automated.experiment.dataset.name, state.trained_on[0], settings, paths, storage
+    )
+    seen = {**seen, "inputs": inputs}
+    if n < settings.min_series:
+        why = f"{n} series are too few to judge; {settings.min_series} are needed"
+        return dg.SkipReason(why), json.dumps(seen)
+    far = drifted(found, settings.thresholds)
+    if not far:
+        largest = max(found, key=lambda e: e.size / getattr(settings.thresholds, e.measure))
+        return dg.SkipReason(f"no drift in {n} series; largest: {_said(largest)}"), json.dumps(seen)
+    why = f"{n} recent series are not as the training data: " + ", ".join(map(_said, far[:6]))
+    decision, what = _decide(automated, settings, instance, seen, why, now)
+    if isinstance(decision, dg.RunRequest):
+        seen["trained_at"] = now
+    alert(
+        storage, "drift", f"{automated.name}: inputs have drifted", f"{why}\n{what}",
+        once=[automated.name, inputs],
+    )  # fmt: skip
+    return decision, json.dumps(seen)
+
+
+def _decide(
+    automated: Automated,
+    settings: Drift,
+    instance: dg.DagsterInstance,
+    seen: dict,
+    why: str,
+    now: float,
+) -> tuple[Decision, str]:
+    """What is done about drift, and in words."""
+
+    def no(text: str) -> tuple[Decision, str]:
+        return dg.SkipReason(f"{why}; {text}"), text
+
+    cool_h = (now - seen["trained_at"]) / 3600
+    if cool_h < settings.cooldown_h:
+        return no(
+            f"trained for drift {cool_h:.0f} h ago, not again within {settings.cooldown_h:g} h"
+        )
+    step = automated.step(instance)
+    if step.do == "wait" or (step.do == "nothing" and settings.only_if_new):
+        return no(f"nothing is trained: {step.why}")
+    if settings.dry_run:
+        return no(f"would {'build' if step.do == 'build' else 'train'}, but this is a dry run")
+    if step.do == "build":
+        text = f"{step.why}: a new data set is built, and trained on if it is another one"
+        return automated.build("drift", Step("build", why), step.key), text
+    key = step.key or f"drift:{seen['inputs']}"
+    decision = automated.train("drift", Step("train", why, key), key, now)
+    return decision, "training" if isinstance(decision, dg.RunRequest) else str(
+        decision.skip_message
+    )
+
+
+def compare(
+    dataset: str, version: str, settings: Drift, paths: Sequence[Path], storage: Storage
+) -> tuple[int, list[Effect]]:
+    """Number of recent series, and every effect size."""
+    from roma_core.evaluation.reference_profile import effects, series_from_parquet
+
+    folder = storage.datasets / dataset / version[:12]
+    from roma_core.data.columns import read_manifest
+
+    schema = read_manifest(folder).data_schema
+    series = series_from_parquet(paths, schema, settings.class_column)
+    return series.n, effects(_profile(folder, version, storage), series)
+
+
+def drifted(found: Sequence[Effect], thresholds: DriftThresholds) -> list[Effect]:
+    """Effects at or above their threshold, the farthest first."""
+    far = [effect for effect in found if effect.size >= getattr(thresholds, effect.measure)]
+    return sorted(far, key=lambda e: e.size / getattr(thresholds, e.measure), reverse=True)
+
+
+def _profile(folder: Path, version: str, storage: Storage) -> ReferenceProfile:
+    """Made once for a version of the data, and kept under the root's cache."""
+    from roma_core.data.store import StoredDataset
+    from roma_core.evaluation.reference_profile import ReferenceProfile, reference_profile
+
+    path = storage.cache / "profiles" / f"{version}.json"
+    if path.exists():
+        return ReferenceProfile.model_validate(read_json(path, schema_version=1))
+    profile = reference_profile(StoredDataset(folder))
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, profile.model_dump(mode="json"))
+    return profile
+
+
+def _newest(settings: Drift) -> list[Path]:
+    names = {name for pattern in settings.files for name in glob.glob(str(pattern))}  # noqa: PTH207
+    paths = sorted((Path(name) for name in names), key=lambda p: (p.stat().st_mtime, p.name))
+    return paths[-settings.newest :]
+
+
+def _said(effect: Effect) -> str:
+    return f"{effect.quantity} {effect.measure} {effect.size:.2f}"

@@ -1,0 +1,131 @@
+"""Sensor: people are told of a run that failed for good, with the end of its log."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import dagster as dg
+
+from roma_core.job import JobFolder
+from roma_pipelines.automation.alerts import alert
+from roma_pipelines.storage import Storage
+
+LAST_LINES = 50
+_AT_ONCE = 25
+_OVERLAP = timedelta(seconds=5)  # of two looks: clocks of databases and processes differ
+
+
+@dg.sensor(
+    name="tell_of_failures",
+    minimum_interval_seconds=30,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Writes failed runs and checks that did not pass to alerts.jsonl, and tells whom "
+    "ROMA_ALERT_COMMAND or ROMA_ALERT_WEBHOOK_URL names.",
+)
+def tell_of_failures(context: dg.SensorEvaluationContext) -> dg.SkipReason:
+    """Looks at every run that failed since the last tick."""
+    told, cursor = look_at_failures(context.instance, Storage.open(), context.cursor)
+    context.update_cursor(cursor)
+    return dg.SkipReason("; ".join(told) or "no other run failed")
+
+
+def look_at_failures(
+    instance: dg.DagsterInstance, storage: Storage, cursor: str | None
+) -> tuple[list[str], str]:
+    """Tell of each failed run once; a run that will be retried is no news yet.
+
+    Args:
+        cursor: what the look before returned. None, at the first one, looks at nothing before now.
+    """
+    now = datetime.now(UTC)
+    since = datetime.fromisoformat(cursor) if cursor else now
+    records = instance.get_run_records(
+        dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE], updated_after=since - _OVERLAP),
+        limit=_AT_ONCE,
+        order_by="update_timestamp",
+        ascending=True,
+    )
+    told = []
+    for record in records:
+        run = record.dagster_run
+        if run.tags.get("dagster/will_retry") == "true":
+            continue
+        kind, subject, text = _about(instance, run)
+        if alert(storage, kind, subject, text, once=[run.run_id]):
+            told.append(subject)
+    if len(records) < _AT_ONCE:
+        return told, now.isoformat()
+    last = records[-1].update_timestamp
+    return told, max(since, last.replace(tzinfo=last.tzinfo or UTC)).isoformat()
+
+
+def _about(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[str, str, str]:
+    """Kind, subject and text of the alert about a failed run."""
+    keys = run.asset_selection or ()
+    names = sorted({key.path[0] for key in keys}) or [run.job_name]
+    name, where = ", ".join(names), f"Dagster run {run.run_id}"
+    checks = [
+        evaluation
+        for record in instance.get_records_for_run(
+            run.run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION
+        ).records
+        if (evaluation := record.event_log_entry.asset_check_evaluation) is not None
+        and not evaluation.passed
+        and evaluation.severity is dg.AssetCheckSeverity.ERROR
+    ]
+    if checks:
+        asked = [f"{check.check_name} of {check.asset_key.path[-1]}" for check in checks]
+        lines = [f"{k}: {v.value}" for check in checks for k, v in check.metadata.items()]
+        return "check", f"{name}: did not pass: {', '.join(asked)}", "\n".join([where, *lines])
+    failures = instance.get_records_for_run(
+        run.run_id, of_type=dg.DagsterEventType.STEP_FAILURE
+    ).records
+    lines = [where]
+    folder: Path | None = None
+    for record in failures:
+        event = record.event_log_entry.dagster_event
+        if event is None or event.step_key is None:
+            continue
+        data = event.step_failure_data
+        lines.append(f"step {event.step_key}: {_first_line(data)}")
+        metadata = data.user_failure_data.metadata if data.user_failure_data else {}
+        if (found := metadata.get("job_folder")) is not None:
+            folder = Path(str(found.value))
+    lines += [f"last {LAST_LINES} lines:", *_last_lines(instance, run, folder)]
+    return "failed", f"{name}: run {run.run_id[:8]} failed", "\n".join(lines)
+
+
+def _first_line(data: dg.StepFailureData) -> str:
+    if data.user_failure_data is not None:
+        return str(data.user_failure_data.description or "").partition("\n")[0]
+    error = data.error
+    while error is not None and error.cause is not None:  # the outer ones are Dagster's own
+        error = error.cause
+    return str(error.message if error else "").strip().partition("\n")[0]
+
+
+def _last_lines(
+    instance: dg.DagsterInstance, run: dg.DagsterRun, folder: Path | None
+) -> Sequence[str]:
+    """Of the job's log if a job failed, else of the run's events."""
+    if folder is not None:
+        job = JobFolder(folder)
+        for n in reversed(job.attempt_numbers()):
+            log = job.attempt(n).log
+            if log.exists():
+                return _tail(log)
+    records = instance.get_records_for_run(run.run_id, limit=LAST_LINES, ascending=False).records
+    return [
+        re.sub(r"\s+", " ", record.event_log_entry.user_message or record.event_log_entry.message)
+        for record in reversed(records)
+    ]
+
+
+def _tail(log: Path) -> list[str]:
+    with log.open("rb") as file:
+        file.seek(0, 2)
+        file.seek(max(0, file.tell() - 64 * 1024))
+        return file.read().decode(errors="replace").splitlines()[-LAST_LINES:]

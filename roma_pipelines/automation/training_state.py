@@ -1,0 +1,151 @@
+"""What an experiment was last trained on, what is there now, and so what is to be done next.
+
+Everything is read from Dagster's event log by a handful of indexed queries; nothing is remembered
+elsewhere, so a restart, a training by hand and one by itself are all seen alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import dagster as dg
+
+from roma_pipelines.experiment import Experiment
+
+FINGERPRINT = "source_fingerprint"
+"""Metadata of the data set: fingerprint of its source when it was built."""
+TRAINED = ("pretrained_encoder", "finetuned_classifier", "evaluation_report")
+TRAINING = (*TRAINED, "registered_classifier")
+_GOING = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Facts about one experiment.
+
+    Attributes:
+        data_version, data_run: of the newest data set; None before the first.
+        sound: whether its blocking check passed.
+        fingerprint: of its source when it was built.
+        trained_on: data version and code version of the newest evaluated model.
+        trained_run: the run that evaluated it, empty before the first.
+        code_version: what a training would have now.
+        going: a run of this experiment that is not over.
+    """
+
+    data_version: str | None
+    data_run: str
+    sound: bool
+    fingerprint: str | None
+    trained_on: tuple[str, str] | None
+    trained_run: str
+    trained_at: float
+    code_version: str
+    going: str | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What to do next, why, and a key that is equal exactly if it is the same thing to do."""
+
+    do: Literal["build", "train", "wait", "nothing"]
+    why: str
+    key: str = ""
+
+
+def read_state(
+    instance: dg.DagsterInstance, experiment: Experiment, code_versions: Mapping[str, str]
+) -> TrainingState:
+    """The facts, now.
+
+    Args:
+        code_versions: of the assets in ``TRAINED``, as their definitions have them.
+    """
+    data_key = experiment.key("dataset")
+    data = instance.get_latest_materialization_event(data_key)
+    report = instance.get_latest_materialization_event(experiment.key("evaluation_report"))
+    data_version, fingerprint, data_run = None, None, ""
+    if data is not None and data.asset_materialization is not None:
+        data_version = (data.asset_materialization.tags or {}).get("dagster/data_version")
+        found = data.asset_materialization.metadata.get(FINGERPRINT)
+        fingerprint = str(found.value) if found is not None else None
+        data_run = data.run_id
+    trained_on, trained_run, trained_at = None, "", 0.0
+    if report is not None and report.asset_materialization is not None:
+        tags = report.asset_materialization.tags or {}
+        version = tags.get(f"dagster/input_data_version/{data_key.to_user_string()}", "")
+        trained_on = (version, tags.get("dagster/code_version", ""))
+        trained_run, trained_at = report.run_id, report.timestamp
+    return TrainingState(
+        data_version=data_version,
+        data_run=data_run,
+        sound=bool(data_version) and _is_sound(instance, data_key, data_run),
+        fingerprint=fingerprint,
+        trained_on=trained_on,
+        trained_run=trained_run,
+        trained_at=trained_at,
+        code_version=code_versions["evaluation_report"],
+        going=_going(instance, experiment.name),
+    )
+
+
+def next_step(state: TrainingState, fingerprint: str) -> Step:
+    """What brings the model up to date; pure.
+
+    Args:
+        fingerprint: of the source, now.
+    """
+    if state.going is not None:
+        return Step("wait", f"run {state.going} is not over")
+    if fingerprint != state.fingerprint:
+        why = "the source's files changed" if state.fingerprint else "no data set was built yet"
+        return Step("build", why, f"build:{fingerprint}:{state.data_run}")
+    if not state.sound:
+        why = f"the newest data set, of run {state.data_run}, is not sound; another delivery is needed"
+        return Step("nothing", why)
+    assert state.data_version is not None
+    if state.trained_on != (state.data_version, state.code_version):
+        return Step("train", _difference(state), _train_key(state))
+    return Step(
+        "nothing",
+        f"nothing is new: data {state.data_version[:12]} and settings {state.code_version} are those "
+        f"that run {state.trained_run} trained on",
+    )
+
+
+def _difference(state: TrainingState) -> str:
+    if state.trained_on is None:
+        return "nothing was trained yet"
+    data, code = state.trained_on
+    changes = []
+    if data != state.data_version:
+        changes.append(f"data {data[:12]} → {str(state.data_version)[:12]}")
+    if code != state.code_version:
+        changes.append(f"settings {code} → {state.code_version}")
+    return ", ".join(changes)
+
+
+def _train_key(state: TrainingState) -> str:
+    return f"train:{state.data_version}:{state.code_version}:{state.trained_run}"
+
+
+def _is_sound(instance: dg.DagsterInstance, key: dg.AssetKey, run_id: str) -> bool:
+    check = dg.AssetCheckKey(key, "sound")
+    found = instance.event_log_storage.get_latest_asset_check_execution_by_key([check])
+    record = found.get(check)
+    return record is not None and record.run_id == run_id and record.status.value == "SUCCEEDED"
+
+
+def _going(instance: dg.DagsterInstance, experiment: str) -> str | None:
+    for run in instance.get_runs(dg.RunsFilter(statuses=_GOING), limit=200):
+        if any(key.path[0] == experiment for key in run.asset_selection or ()):
+            return run.run_id
+    return None

@@ -1,0 +1,205 @@
+"""A backup: one tar file with the databases, the registry's artifacts and the record of every job.
+
+    MANIFEST.json       first: versions, the root it was made of, and whether PostgreSQL was in use
+    database.dump       pg_dump of both schemas, with PostgreSQL
+    root/…              files of the storage root; SQLite files as consistent copies
+    SHA256.json         last: sha256 of every member before it
+
+Databases are copied before files: what they name was written before, so it is there. Left out are
+caches, logs of servers, checkpoints, and data sets unless they are asked for (they can be built again).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import sqlite3
+import subprocess
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from roma_core.files import sync_folder
+from roma_pipelines.database import SCHEMAS, connection, database_url
+from roma_pipelines.operations.postgres_tools import postgres_tool
+from roma_pipelines.storage import Storage
+
+MANIFEST, HASHES, DUMP = "MANIFEST.json", "SHA256.json", "database.dump"
+SCHEMA_VERSION = 1
+_SQLITE_MAGIC = b"SQLite format 3\0"
+_SIDE_FILES = ("-wal", "-shm", "-journal")  # of SQLite; the copy of the database has all of it
+_LEFT_OUT = frozenset({"cache", "checkpoints", "logs", "clusters"})
+
+
+class BackupError(RuntimeError):
+    """A backup cannot be made, or is damaged, or cannot be put there."""
+
+
+def write_backup(storage: Storage, target: Path, *, with_datasets: bool = False) -> int:
+    """Write the backup, verify it, and only then give it its name; returns its bytes.
+
+    Raises:
+        BackupError: the file is there already, or pg_dump fails.
+        OSError: no room, or the folder cannot be written.
+    """
+    if target.exists():
+        raise BackupError(f"{target} exists; give another name")
+    aside = target.with_name(f".{target.name}.writing")
+    try:
+        with aside.open("wb") as file, tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            _write(storage, file, Path(scratch), with_datasets)
+        verify(aside)
+        aside.rename(target)
+        sync_folder(target.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+    return target.stat().st_size
+
+
+def _write(storage: Storage, file: IO[bytes], scratch: Path, with_datasets: bool) -> None:
+    url = database_url()
+    hashes: dict[str, str] = {}
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "made_at": time.time(),
+            "root": str(storage.root),
+            "postgres": url is not None,
+            "with_datasets": with_datasets,
+        }
+        _add_bytes(tar, MANIFEST, json.dumps(manifest, indent=2).encode(), hashes)
+        if url is not None:
+            dump = scratch / DUMP
+            _pg_dump(url, dump)
+            _add_file(tar, dump, DUMP, hashes)
+        files = list(_files(storage.root, with_datasets))
+        databases = [path for path in files if _is_sqlite(path)]
+        for path in [*databases, *(path for path in files if path not in set(databases))]:
+            name = f"root/{path.relative_to(storage.root)}"
+            if path in databases:
+                copy = scratch / "copy.db"
+                _copy_sqlite(path, copy)
+                _add_file(tar, copy, name, hashes)
+                copy.unlink()
+            else:
+                with contextlib.suppress(FileNotFoundError):  # it went since it was listed
+                    _add_file(tar, path, name, hashes)
+        _add_bytes(tar, HASHES, json.dumps(hashes, indent=0).encode(), {})
+
+
+def _files(root: Path, with_datasets: bool) -> Iterator[Path]:
+    for where, folders, names in os.walk(root):
+        folder = Path(where)
+        inside = folder.relative_to(root).parts
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not (name in _LEFT_OUT or (not inside and name == "datasets" and not with_datasets))
+        )
+        for name in sorted(names):
+            path = folder / name
+            hidden = name.startswith(".") or name.endswith(_SIDE_FILES)
+            if not hidden and path.is_file() and not path.is_symlink():
+                yield path
+
+
+def _is_sqlite(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_SQLITE_MAGIC)) == _SQLITE_MAGIC
+
+
+def _copy_sqlite(path: Path, copy: Path) -> None:
+    """A consistent copy while others write, by SQLite's own backup."""
+    with (
+        contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as source,
+        contextlib.closing(sqlite3.connect(copy)) as target,
+    ):
+        source.backup(target)
+
+
+def _add_bytes(tar: tarfile.TarFile, name: str, content: bytes, hashes: dict[str, str]) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mtime = len(content), int(time.time())
+    hashes[name] = hashlib.sha256(content).hexdigest()
+    tar.addfile(entry, io.BytesIO(content))
+
+
+def _add_file(tar: tarfile.TarFile, path: Path, name: str, hashes: dict[str, str]) -> None:
+    with path.open("rb") as file:
+        entry = tar.gettarinfo(
+            arcname=name, fileobj=file
+        )  # its size now; what is appended stays out
+        entry.uid = entry.gid = 0
+        entry.uname = entry.gname = ""
+        reader = _Hashing(file)
+        tar.addfile(entry, reader)  # type: ignore[arg-type]  # it needs nothing but read()
+    hashes[name] = reader.hash.hexdigest()
+
+
+class _Hashing:
+    """Passes a file on and hashes what passes."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.hash = file, hashlib.sha256()
+
+    def read(self, n: int) -> bytes:
+        content = self.file.read(n)
+        self.hash.update(content)
+        return content
+
+
+def _pg_dump(url: str, target: Path) -> None:
+    command = [postgres_tool("pg_dump"), "--format=custom", "--no-owner", "--no-privileges"]
+    command += [f"--schema={schema}" for schema in SCHEMAS]
+    done = subprocess.run([*command, f"--file={target}", url], capture_output=True, text=True)
+    if done.returncode:
+        raise BackupError(f"pg_dump failed: {done.stderr.strip()}")
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Compare every member with its sha256; returns the manifest.
+
+    Raises:
+        BackupError: it is damaged, cut short, or no backup.
+    """
+    found: dict[str, str] = {}
+    documents: dict[str, Any] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                content = tar.extractfile(member)
+                if content is None:
+                    raise BackupError(f"{path}: {member.name} is no file")
+                if member.name in (MANIFEST, HASHES):
+                    documents[member.name] = data = content.read()
+                    found[member.name] = hashlib.sha256(data).hexdigest()
+                else:
+                    found[member.name] = hashlib.file_digest(content, "sha256").hexdigest()  # type: ignore[arg-type]  # it has readinto
+        manifest, hashes = json.loads(documents[MANIFEST]), json.loads(documents[HASHES])
+    except (tarfile.TarError, KeyError, ValueError, OSError) as error:
+        raise BackupError(f"{path} is no whole backup ({error!r}); use another one") from error
+    found.pop(HASHES)
+    if wrong := [name for name in {**found, **hashes} if found.get(name) != hashes.get(name)]:
+        raise BackupError(f"{path} is damaged: {', '.join(sorted(wrong)[:5])}; use another one")
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise BackupError(
+            f"{path} has schema_version {manifest.get('schema_version')!r}, this version of the "
+            f"software reads {SCHEMA_VERSION}; restore it with the version that wrote it"
+        )
+    return manifest
+
+
+def is_empty(url: str) -> bool:
+    """Whether neither schema is in the database yet, or both have no table."""
+    with connection(url) as session, session.cursor() as cursor:
+        cursor.execute(
+            "SELECT count(*) FROM information_schema.tables WHERE table_schema = ANY(%s)",
+            (list(SCHEMAS),),
+        )
+        return cursor.fetchone() == (0,)
