@@ -30,11 +30,13 @@ class Stage(_Section):
 class Resources(_Section):
     """Where trainings run and on how much."""
 
-    target: Literal["local", "slurm"] = Field(
-        "local", description="Where jobs run: this computer, or a SLURM cluster."
+    target: Literal["local", "slurm", "kubernetes"] = Field(
+        "local", description="Where jobs run: this computer, or a cluster."
     )
     profile: str | None = Field(
-        None, description="Profile of the SLURM site; null takes ROMA_SLURM_PROFILE."
+        None,
+        description="Profile of the cluster; null takes ROMA_SLURM_PROFILE or "
+        "ROMA_KUBERNETES_PROFILE.",
     )
     nodes: int = Field(1, gt=0, description="Computers; local runs all their processes on one.")
     processes_per_node: int = Field(1, gt=0, description="Training processes on each.")

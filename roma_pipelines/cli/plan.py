@@ -23,8 +23,10 @@ _NO_KEY = "0" * 20
 
 @click.command()
 @click.argument("experiment")
-@click.option("--target", type=click.Choice(["local", "slurm"]), help="In place of the file's.")
-@click.option("--profile", help="SLURM site, in place of the file's.")
+@click.option(
+    "--target", type=click.Choice(["local", "slurm", "kubernetes"]), help="In place of the file's."
+)
+@click.option("--profile", help="Of the cluster, in place of the file's.")
 @click.option(
     "--asset",
     type=click.Choice(list(_COMMANDS)),
