@@ -33,6 +33,7 @@ from roma_pipelines.launching.kubernetes_states import (
     has_started,
     holds_or_cannot_start,
     index_of,
+    is_ending,
     is_over,
     state_of,
 )
@@ -64,6 +65,7 @@ class KubernetesLauncher:
         self._followers: dict[str, LogFollower] = {}  # uid of the Job -> its first pod's log
         self._served: set[str] = set()  # uids of Jobs whose Service is there
         self._seen: set[str] = set()  # uids of Jobs that existed
+        self._ending: dict[str, float] = {}  # uid of a Job -> since when it is
         self._asked_at: dict[str, float] = {}  # uid of a Job -> when it was last looked for
         self._waits: dict[str, tuple[bool, float]] = {}  # uid -> (should not wait long, since)
 
@@ -139,7 +141,9 @@ class KubernetesLauncher:
         self._seen.add(uid)
         self._serve_once(handle)
         self._follow_log(handle, seen)
-        state = state_of(seen, time.time())
+        if is_ending(seen.job):
+            self._ending.setdefault(uid, time.monotonic())
+        state = state_of(seen, time.monotonic() - self._ending.get(uid, time.monotonic()))
         if state.phase is Phase.WAITING:
             return self._waiting(handle, seen, state)
         self._waits.pop(uid, None)

@@ -58,11 +58,11 @@ class Sighting:
     warnings: Sequence[Object] = ()
 
 
-def state_of(seen: Sighting, now: float) -> JobState:
+def state_of(seen: Sighting, ending_s: float = 0.0) -> JobState:
     """How the attempt stands.
 
     Args:
-        now: seconds since the epoch.
+        ending_s: how long ago it was first seen to be ending, by this computer's clock.
     """
     status, spec = seen.job.get("status") or {}, seen.job["spec"]
     conditions = {c["type"]: c for c in status.get("conditions") or [] if c["status"] == "True"}
@@ -71,7 +71,7 @@ def state_of(seen: Sighting, now: float) -> JobState:
     if failed := conditions.get("Failed"):
         return _failure(seen, failed)
     if target := conditions.get("FailureTarget"):
-        if lost := _lost(seen, now):
+        if lost := _lost(seen, ending_s):
             reason = f"{_said(target)}; {lost}"
             return JobState(Phase.INTERRUPTED, reason, _usage(seen, target))
         return JobState(Phase.RUNNING, f"ending: {_said(target)}")
@@ -177,13 +177,21 @@ def _disruption(pod: Object) -> Object | None:
     )
 
 
-def _lost(seen: Sighting, now: float) -> str:
+def is_ending(job: Object) -> bool:
+    """Whether a Job is to fail as soon as its last pod is over."""
+    conditions = (job.get("status") or {}).get("conditions") or []
+    return {"FailureTarget"} == {
+        c["type"] for c in conditions if c["type"] in ("FailureTarget", "Failed")
+    }
+
+
+def _lost(seen: Sighting, ending_s: float) -> str:
     """What can never end: pods that were told to long ago, on nodes that do not answer."""
     left = [pod for pod in seen.pods if pod["metadata"]["uid"] not in seen.departed]
     left = [pod for pod in left if not is_over(pod)]
-    ends = [_epoch(pod["metadata"].get("deletionTimestamp")) for pod in left]
-    if not left or any(end is None or now < end + _LOST_AFTER_S for end in ends):
-        return ""  # deletionTimestamp is when the grace period ends
+    told = [pod["metadata"].get("deletionGracePeriodSeconds") for pod in left]
+    if not left or any(grace_s is None or ending_s < grace_s + _LOST_AFTER_S for grace_s in told):
+        return ""
     return f"{', '.join(_nodes(left))} lost: {left[0]['metadata']['name']} does not end"
 
 
