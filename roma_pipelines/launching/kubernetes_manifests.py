@@ -76,8 +76,9 @@ def as_text(documents: list[Manifest], spec: JobSpec) -> str:
         f"x {spec.threads_per_process} thread(s), {spec.gpus_per_node} GPU(s) a node",
         f"# variables handed on: {' '.join(spec.env_names) or 'none'}",
     ]
-    text = yaml.safe_dump_all(documents, sort_keys=False, width=1000, allow_unicode=True)
-    return "\n".join(lines) + "\n" + text
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # five times as fast
+    text = yaml.dump_all(documents, Dumper=dumper, sort_keys=False, width=1000, allow_unicode=True)
+    return "\n".join(lines) + "\n" + str(text)
 
 
 def labels(spec: JobSpec, attempt: int) -> dict[str, str]:

@@ -165,7 +165,8 @@ def load_kubernetes_site(
     path = folder / f"{name}.yaml"
     ours = settings.model_dump(exclude={"profile", "profiles"}, exclude_none=True)
     try:
-        document = yaml.safe_load(path.read_text()) or {}
+        document = yaml.safe_load(path.read_text())
+        document = {} if document is None else document
         if not isinstance(document, dict):
             raise ValueError("expected `setting: value` lines")
         return KubernetesSite.model_validate({**document, "name": name, **ours})

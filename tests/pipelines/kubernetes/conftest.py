@@ -36,12 +36,16 @@ __all__ = [
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing waits as long as it would for a real cluster."""
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing waits as long as it would for a real cluster, and no watch outlives its test."""
     monkeypatch.setattr(kubernetes_view, "_views", {})
     monkeypatch.setattr("roma_pipelines.launching.kubernetes._ORPHANED_AFTER_S", 0.3)
     monkeypatch.setattr("roma_pipelines.launching.kubernetes._ASK_ABOUT_MISSING_S", 0.2)
     monkeypatch.setattr("roma_pipelines.launching.kubernetes._CANCEL_EVERY_S", 0.05)
+    yield
+    for view in kubernetes_view._views.values():
+        for mirror in (view.jobs, view.pods, view.warnings):
+            mirror._looked_at = float("-inf")
 
 
 @pytest.fixture
