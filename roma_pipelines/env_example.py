@@ -7,6 +7,7 @@ from roma_core.model.config import RoMAForClassificationConfig, RoMAForPreTraini
 from roma_core.settings import RomaSettings
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.trackers import WandbConfig
+from roma_pipelines.executor import DagsterSettings
 from roma_pipelines.launching.kubernetes_site import KubernetesSettings
 from roma_pipelines.launching.site import SlurmSettings
 from roma_pipelines.registry.store import MlflowSettings
@@ -21,6 +22,7 @@ SETTINGS: tuple[type[RomaSettings], ...] = (
     StorageSettings,
     SlurmSettings,
     KubernetesSettings,
+    DagsterSettings,
 )
 """Every settings class of both packages, in the order of the file."""
 

@@ -300,7 +300,7 @@ class FakeCluster:
         self._status(pod, "Running", {"running": {"startedAt": start}})
         reader = threading.Thread(target=_read, args=(run.process, log), daemon=True)
         reader.start()
-        code = self._wait(run)
+        code = self._wait(run, _bytes(container["resources"].get("limits", {}).get("memory")))
         if run.node is not None and run.node.lost:
             return None  # nobody hears of it any more
         reader.join(2)
@@ -312,10 +312,19 @@ class FakeCluster:
         self._status(pod, "Running", state)  # its phase follows a little later
         time.sleep(_TICK_S)
         self._status(pod, "Failed" if code else "Succeeded", state)
-        if run.kill_at is not None:  # it was deleted, and now it is counted
-            time.sleep(_TICK_S)
+        if run.kill_at is not None:  # it was deleted; it goes as soon as its Job has counted it
+            self._wait_until_counted(pod)
             self.store.remove("pods", pod["metadata"]["namespace"], pod["metadata"]["name"])
         return None
+
+    def _wait_until_counted(self, pod: Object) -> None:
+        name = pod["metadata"]["name"].rsplit("-", 2)[0]
+        while not self._ended and (
+            job := self.store.get("jobs", pod["metadata"]["namespace"], name)
+        ):
+            if job["metadata"]["uid"] != _owner(pod) or job["status"].get("conditions"):
+                return
+            time.sleep(_TICK_S)
 
     def _schedule(self, pod: Object, run: _Run) -> bool:
         """Find a node; False if the pod was deleted before there was one."""
@@ -399,10 +408,13 @@ class FakeCluster:
         names = [source["secretRef"]["name"] for source in container.get("envFrom", [])]
         return next((name for name in names if name not in self.secrets), "")
 
-    def _wait(self, run: _Run) -> int:
-        """The exit code; a pod that was deleted is killed once its grace period is over."""
+    def _wait(self, run: _Run, memory: float) -> int:
+        """The exit code; a pod is killed once its grace period is over, or beyond its memory."""
         assert run.process is not None
         while (code := run.process.poll()) is None:
+            if memory < float("inf") and _used(run.process.pid) > memory:
+                run.ended_as = "OOMKilled"
+                _signal_all(run, signal.SIGKILL)
             if self._ended or (run.kill_at is not None and time.monotonic() > run.kill_at):
                 _signal_all(run, signal.SIGKILL)
             time.sleep(_TICK_S)
@@ -460,6 +472,19 @@ class FakeCluster:
                 "lastTimestamp": now(),
             },
         )
+
+
+def _bytes(quantity: str | None) -> float:
+    return float("inf") if quantity is None else float(quantity.removesuffix("M")) * 1e6
+
+
+def _used(pid: int) -> int:
+    """Memory of a process and its children, in bytes."""
+    try:
+        first = psutil.Process(pid)
+        return sum(p.memory_info().rss for p in [first, *first.children(recursive=True)])
+    except psutil.NoSuchProcess:
+        return 0
 
 
 def _owner(there: Object) -> str:
