@@ -22,6 +22,16 @@ class DagsterSettings(RomaSettings):
     )
 
 
+def retry_policy() -> dg.RetryPolicy | None:
+    """How often a step may be started again that ended for no failure of its job.
+
+    Where steps have pods of their own, one that dies fails its step; the next one adopts the job. A
+    failed training raises ``dagster.Failure`` with ``allow_retries=False`` and is not repeated.
+    """
+    apart = DagsterSettings().executor == "k8s_job"
+    return dg.RetryPolicy(max_retries=3, delay=10) if apart else None
+
+
 def executor() -> dg.ExecutorDefinition:
     """The executor that the settings name.
 

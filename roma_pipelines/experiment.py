@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from roma_core.data.config import DatasetConfig
 from roma_core.evaluation.facts import Baseline
 from roma_core.files import digest_of
+from roma_pipelines.executor import retry_policy
 from roma_pipelines.provenance import DISTRIBUTION
 from roma_pipelines.registry.promotion import GateThresholds
 from roma_pipelines.training_sections import about_trainings
@@ -94,4 +95,5 @@ class Experiment(_Section):
             "owners": list(self.owners) or None,
             "tags": {"experiment": self.name, **self.tags},
             "deps": [self.key(name) for name in upstream],
+            "retry_policy": retry_policy(),
         }
