@@ -8,20 +8,14 @@ import dagster as dg
 
 from roma_pipelines.automation.failure_sensor import tell_of_failures
 from roma_pipelines.automation.reconcile_sensor import reconcile_jobs
+from roma_pipelines.executor import executor
 from roma_pipelines.experiment import ENCODER
 
 
 @dg.definitions
 def defs() -> dg.Definitions:
-    """All experiments, and what looks after their jobs. Loads without torch, mlflow or wandb.
-
-    A run is one process: its steps only wait for jobs, and a worker that is killed leaves a run that
-    the reconcile sensor fails and Dagster retries. A step process of its own would be a failed step,
-    which is not retried.
-    """
-    operations = dg.Definitions(
-        executor=dg.in_process_executor, sensors=[reconcile_jobs, tell_of_failures]
-    )
+    """All experiments, and what looks after their jobs. Loads without torch, mlflow or wandb."""
+    operations = dg.Definitions(executor=executor(), sensors=[reconcile_jobs, tell_of_failures])
     experiments = dg.load_from_defs_folder(path_within_project=Path(__file__).parent)
     merged = dg.Definitions.merge(experiments, operations)
     _check_shared_encoders(merged)

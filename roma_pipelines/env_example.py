@@ -8,6 +8,8 @@ from roma_core.settings import RomaSettings
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.trackers import WandbConfig
 from roma_pipelines.automation.alerts import AlertSettings
+from roma_pipelines.executor import DagsterSettings
+from roma_pipelines.launching.kubernetes_site import KubernetesSettings
 from roma_pipelines.launching.site import SlurmSettings
 from roma_pipelines.registry.store import MlflowSettings
 from roma_pipelines.storage import StorageSettings
@@ -21,6 +23,8 @@ SETTINGS: tuple[type[RomaSettings], ...] = (
     StorageSettings,
     AlertSettings,
     SlurmSettings,
+    KubernetesSettings,
+    DagsterSettings,
 )
 """Every settings class of both packages, in the order of the file."""
 

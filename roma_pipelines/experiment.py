@@ -12,6 +12,7 @@ from roma_core.data.config import DatasetConfig
 from roma_core.evaluation.facts import Baseline
 from roma_core.files import digest_of
 from roma_pipelines.automation.settings import Automation
+from roma_pipelines.executor import retry_policy
 from roma_pipelines.provenance import DISTRIBUTION
 from roma_pipelines.registry.promotion import GateThresholds
 from roma_pipelines.training_sections import about_trainings
@@ -41,11 +42,13 @@ class Stage(_Section):
 class Resources(_Section):
     """Where trainings run and on how much."""
 
-    target: Literal["local", "slurm"] = Field(
-        "local", description="Where jobs run: this computer, or a SLURM cluster."
+    target: Literal["local", "slurm", "kubernetes"] = Field(
+        "local", description="Where jobs run: this computer, or a cluster."
     )
     profile: str | None = Field(
-        None, description="Profile of the SLURM site; null takes ROMA_SLURM_PROFILE."
+        None,
+        description="Profile of the cluster; null takes ROMA_SLURM_PROFILE or "
+        "ROMA_KUBERNETES_PROFILE.",
     )
     nodes: int = Field(1, gt=0, description="Computers; local runs all their processes on one.")
     processes_per_node: int = Field(1, gt=0, description="Training processes on each.")
@@ -126,4 +129,5 @@ class Experiment(_Section):
             "owners": list(self.owners) or None,
             "tags": {"experiment": self.name, **self.tags},
             "deps": [self.key(name) for name in upstream],
+            "retry_policy": retry_policy(),
         }

@@ -33,7 +33,7 @@ def launcher_for(target: str, profile: str | None, storage: Storage) -> Launcher
     """The launcher of a target.
 
     Args:
-        profile: of the SLURM site; None takes ROMA_SLURM_PROFILE.
+        profile: of the cluster; None takes ROMA_SLURM_PROFILE or ROMA_KUBERNETES_PROFILE.
 
     Raises:
         ValueError: there is no such target or profile.
@@ -45,8 +45,14 @@ def launcher_for(target: str, profile: str | None, storage: Storage) -> Launcher
         from roma_pipelines.launching.slurm import SlurmLauncher
 
         return SlurmLauncher(load_site(profile), storage.clusters)
+    if target == "kubernetes":
+        from roma_pipelines.launching.kubernetes import KubernetesLauncher
+        from roma_pipelines.launching.kubernetes_site import load_kubernetes_site
+
+        return KubernetesLauncher(load_kubernetes_site(profile))
     raise ValueError(
-        f"unknown target {target!r}; there are local, this computer, and slurm, a cluster"
+        f"unknown target {target!r}; there are local, this computer, and two kinds of cluster, "
+        f"slurm and kubernetes"
     )
 
 

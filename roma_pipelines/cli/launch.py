@@ -19,8 +19,13 @@ _HANDED_ON = ("ROMA", "WANDB", "MLFLOW")
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
-@click.option("--target", type=click.Choice(["local", "slurm"]), default="local", show_default=True)
-@click.option("--profile", help="SLURM site; ROMA_SLURM_PROFILE by default.")
+@click.option(
+    "--target",
+    type=click.Choice(["local", "slurm", "kubernetes"]),
+    default="local",
+    show_default=True,
+)
+@click.option("--profile", help="Of the cluster; ROMA_SLURM_ or ROMA_KUBERNETES_PROFILE else.")
 @click.option("--nodes", type=int, default=1, show_default=True)
 @click.option("--processes", type=int, default=1, show_default=True, help="On each node.")
 @click.option("--threads", type=int, default=1, show_default=True, help="CPUs of each process.")

@@ -26,8 +26,10 @@ _LEGEND = f"""\
 
 @click.command()
 @click.argument("experiment")
-@click.option("--target", type=click.Choice(["local", "slurm"]), help="In place of the file's.")
-@click.option("--profile", help="SLURM site, in place of the file's.")
+@click.option(
+    "--target", type=click.Choice(["local", "slurm", "kubernetes"]), help="In place of the file's."
+)
+@click.option("--profile", help="Of the cluster, in place of the file's.")
 @click.option(
     "--asset",
     type=click.Choice(list(_COMMANDS)),
