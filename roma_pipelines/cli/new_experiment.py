@@ -33,7 +33,12 @@ import click
     help="A second table, with a row per object, that holds label, group and split.",
 )
 @click.option("--drop-rate", type=float, help="Share of each series' observations to leave out.")
-@click.option("--target", type=click.Choice(["local", "slurm", "kubernetes"]), default="local", show_default=True)
+@click.option(
+    "--target",
+    type=click.Choice(["local", "slurm", "kubernetes"]),
+    default="local",
+    show_default=True,
+)
 @click.option("--print", "only_print", is_flag=True, help="Print the file instead of writing it.")
 @click.option("--force", is_flag=True, help="Replace an experiment of this name.")
 def new_experiment(name: str, sources: tuple[str, ...], **options: Any) -> None:

@@ -19,7 +19,9 @@ _LONG_S = 600.0
 )
 @click.option("--seed", "seeds", multiple=True, type=int, help="Only this seed. Repeatable.")
 @click.option("--again", is_flag=True, help="Run cells anew whose settings have changed since.")
-@click.option("--target", type=click.Choice(["local", "slurm", "kubernetes"]), help="In place of the files'.")
+@click.option(
+    "--target", type=click.Choice(["local", "slurm", "kubernetes"]), help="In place of the files'."
+)
 @click.option("--profile", help="SLURM site, in place of the files'.")
 @click.option("--yes", is_flag=True, help="Do not ask before a run of more than ten minutes.")
 @click.option(

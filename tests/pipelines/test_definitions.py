@@ -120,10 +120,10 @@ REFUSED = {
         0.3,
         "dataset.drop_rat: not a setting; the closest one is dataset.drop_rate",
     ),
-    ("dataset", "source", "version"): ("", "dataset.source.version: String should match pattern"),
+    ("dataset", "source", "version"): ("", "dataset.source: version: must match pattern"),
     ("resources", "target"): (
         "laptop",
-        "resources.target: Input should be 'local' or 'slurm', got 'laptop'",
+        "resources.target: Input should be 'local', 'slurm' or 'kubernetes', got 'laptop'",
     ),
     ("pretraining", "trainer", "epoch"): (
         3,
