@@ -3,8 +3,8 @@
 A hash is a pure function of what it names, so the same object gets the same mask on every rank,
 in every batch, on CPU and GPU, and no generator state has to be saved. The mixing step is the
 32-bit finaliser "lowbias32" (C. Wellons, public domain); it is written with operators only, so one
-body serves numpy arrays and torch tensors. Products wrap at 64 bits in tensors and at 32 in arrays;
-both keep their lower 32 bits exact.
+body serves Python ints and torch tensors, whose products wrap at 64 bits and keep their lower 32
+exact. Arrays have a faster one with the same results.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import numpy as np
 Ints = Any  # an int64 numpy array, an int64 torch tensor or a Python int
 
 _MASK = 0xFFFFFFFF
+_STEPS = tuple((np.uint32(s), np.uint32(f)) for s, f in ((16, 0x7FEB352D), (15, 0x846CA68B)))
+_LAST = np.uint32(16)
 
 
 def mix(x: Ints) -> Ints:
@@ -35,11 +37,21 @@ def hash_ints(*parts: Ints) -> Ints:
     """
     h: Ints = 0x9E3779B9
     for part in parts:
-        low, high = part & _MASK, (part >> 32) & _MASK
-        if isinstance(part, np.ndarray) and part.ndim:  # half the bytes, and vector instructions
-            low, high = low.astype(np.uint32), high.astype(np.uint32)
-        h = mix(mix(h ^ low) ^ high)
+        if isinstance(part, np.ndarray) and part.ndim:
+            h = _mix_array(_mix_array(h ^ part.astype(np.uint32)) ^ (part >> 32).astype(np.uint32))
+        else:
+            part = int(part) if isinstance(part, np.generic | np.ndarray) else part
+            h = mix(mix(h ^ (part & _MASK)) ^ ((part >> 32) & _MASK))
     return h.astype(np.int64) if isinstance(h, np.ndarray) else h
+
+
+def _mix_array(x: Ints) -> Ints:
+    """:func:`mix` of a uint32 array, in place: it wraps by itself, and vector instructions serve it."""
+    for shift, factor in _STEPS:
+        x ^= x >> shift
+        x *= factor
+    x ^= x >> _LAST
+    return x
 
 
 def hash_text(text: str) -> int:

@@ -69,6 +69,8 @@ def _only_builder(home: Path) -> Iterator[None]:
         home.mkdir(parents=True, exist_ok=True)  # again: a builder that failed takes it away
         try:
             lock.acquire(timeout=patience_s)
+        except FileNotFoundError:
+            continue
         except Timeout:
             if patience_s == 0:
                 log.warning("another process is building in %s; waiting for it", home)

@@ -42,9 +42,9 @@ class Normaliser:
 
     def normalise(self, values: Float32) -> Float32:
         """``(…, C)`` values as delivered to ``(…, C)`` float32 of about zero mean, unit spread."""
+        assert values.shape[-1] == len(self._mean), "another number of channels than the schema's"
         x = self.transform(values)
-        _each_row(np.subtract, x, self._means)
-        _each_row(np.divide, x, self._stds)
+        _shift_and_scale(x, self._means, self._stds)
         return x.astype(np.float32)
 
     def transform(self, values: Float32) -> Float64:
@@ -77,35 +77,35 @@ class Normaliser:
             lengths: ``(B,)`` observations of each, at least 1; None for one series.
         """
         x = positions.astype(np.float64, order="C")
-        _each_row(np.subtract, x, self._offsets)
         for k in self._first:
             if lengths is None:
                 x[:, k] -= self._offset[k] + positions[:, k].min()
             else:
                 least = np.minimum.reduceat(positions[:, k], np.cumsum(lengths) - lengths)  # (B,)
                 x[:, k] -= np.repeat(self._offset[k] + least, lengths)
-        _each_row(np.divide, x, self._scales)
+        _shift_and_scale(x, self._offsets, self._scales)
         return x.astype(np.float32)
 
 
 def _tiled(row: Float64) -> Float64:
-    """``(k, C)``: a row of C numbers k times, about ``_TILE`` numbers in all."""
-    return np.tile(row, (max(1, _TILE // max(1, len(row))), 1))
+    """A row of C numbers again and again, about ``_TILE`` numbers in all."""
+    return np.tile(row, max(1, _TILE // max(1, len(row))))
 
 
-def _each_row(operation: np.ufunc, x: Float64, tiled: Float64) -> None:
-    """``operation(x, row)`` in place, for ``x`` (…, C) in memory order and the row of ``_tiled``.
+def _shift_and_scale(x: Float64, shift: Float64, scale: Float64) -> None:
+    """``(x - shift) / scale`` in place: ``x`` (…, C) in memory order, the others rows from ``_tiled``.
 
     Broadcasting a row of two numbers over thousands of rows costs ten times what long runs do.
     """
-    assert x.shape[-1] == tiled.shape[1], f"{x.shape[-1]} numbers a row, expected {tiled.shape[1]}"
-    flat, run = x.reshape(-1), tiled.reshape(-1)
-    whole = len(flat) - len(flat) % (len(run) or 1)
-    if whole:
-        runs = flat[:whole].reshape(-1, len(run))
-        operation(runs, run, out=runs)
-    rest = flat[whole:]
-    operation(rest, run[: len(rest)], out=rest)
+    flat, run = x.reshape(-1), len(shift)
+    if len(flat) > run:
+        whole = len(flat) // run * run
+        runs = flat[:whole].reshape(-1, run)
+        runs -= shift
+        runs /= scale
+        flat = flat[whole:]
+    flat -= shift[: len(flat)]
+    flat /= scale[: len(flat)]
 
 
 def normalise(values: Float32, schema: DataSchema) -> Float32:

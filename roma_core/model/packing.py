@@ -32,9 +32,7 @@ class MaskedRows:
     @classmethod
     def of(cls, hidden: Tensor, segments: Segments) -> MaskedRows:
         """Split by a ``(T,)`` bool mask, True where hidden. Costs one wait for the device on GPU."""
-        counts = torch.zeros(segments.count, dtype=torch.int64, device=hidden.device)
-        counts.index_add_(0, segments.ids, hidden.long())
-        n_hidden = counts.tolist()
+        n_hidden = _counts(hidden, segments)
         n_visible = [n - m for n, m in zip(segments.lengths, n_hidden, strict=True)]
         return cls(
             visible_rows=_rows_where(~hidden),
@@ -57,6 +55,17 @@ class MaskedRows:
             visible_rows=self.visible_rows.pin_memory(),
             hidden_rows=self.hidden_rows.pin_memory(),
         )
+
+
+def _counts(mask: Tensor, segments: Segments) -> list[int]:
+    """How often ``(T,)`` bool is True in every series."""
+    if mask.device.type != "cpu":
+        counts = torch.zeros(segments.count, dtype=torch.int64, device=mask.device)
+        return counts.index_add_(0, segments.ids, mask.long()).tolist()
+    so_far = np.zeros(len(mask) + 1, dtype=np.int64)
+    np.cumsum(mask.numpy(), out=so_far[1:])
+    ends = so_far[np.cumsum(np.array(segments.lengths, dtype=np.int64))]
+    return np.diff(ends, prepend=0).tolist()
 
 
 def _rows_where(mask: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -165,7 +166,9 @@ def test_a_drop_that_drops_nothing_fails_and_leaves_nothing(tmp_path):
 
 
 def folders(root, name="small"):
-    return [path.name for path in (root / name).iterdir() if path.is_dir()]
+    """The versions there are; a build that failed leaves not even the set's own folder."""
+    home = root / name
+    return [path.name for path in home.iterdir() if path.is_dir()] if home.exists() else []
 
 
 @pytest.mark.parametrize(
@@ -174,7 +177,10 @@ def folders(root, name="small"):
         (series("bad", n=0), "series 'bad' has no observations"),
         (series("train-1"), "two series have the id 'train-1'"),
         (series(""), "has no id, or it is empty"),
-        (series("bad", label="z"), "series 'bad' has the label 'z'; classes are"),
+        (
+            series("bad", label="z"),
+            "series 'bad' has the label 'z', which is none of its 2 classes",
+        ),
         (series("bad", label=None), "series 'bad' has the label None"),
         (
             series("bad", values=np.ones((10, 3), np.float32)),
@@ -555,3 +561,29 @@ def test_a_large_set_lies_in_several_files_and_reads_the_same(tmp_path_factory, 
     (parted.path / sorted(p.name for p in parted.path.glob("values*.npy"))[-1]).unlink()
     with pytest.raises(DataError, match=r"is damaged: values.*missing"):
         StoredDataset(parted.path)
+
+
+def test_whoever_waits_for_a_builder_that_fails_builds_by_himself(tmp_path):
+    """The one that fails takes lock and folder away; the one that waits makes them anew."""
+    started, may_fail = threading.Event(), threading.Event()
+
+    class Failing(HandMade):
+        def read(self):
+            yield series("one")
+            started.set()
+            assert may_fail.wait(30)
+            raise DataError("it broke")
+
+    def first():
+        with pytest.raises(DataError, match="it broke"):
+            built(tmp_path, source=Failing())
+
+    failing = threading.Thread(target=first)
+    failing.start()
+    assert started.wait(30)
+    threading.Timer(0.3, may_fail.set).start()
+    path = built(tmp_path, *[series(f"s{k}", seed=k) for k in range(5)])
+    failing.join()
+
+    assert len(StoredDataset(path)) == 5
+    assert folders(tmp_path) == [path.name]

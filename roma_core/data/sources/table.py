@@ -71,10 +71,6 @@ class TableConfig(SourceConfig):
         )
 
 
-def _pair(where: str, batch: Any) -> tuple[str, Any]:
-    return where, batch
-
-
 class TableSource:
     """The series of long tables that share their columns."""
 
@@ -100,10 +96,13 @@ class TableSource:
         self._known = None if objects is None else read_objects(objects, columns.facts)
         self._objects = ObjectIndex()
         labels: set[str] = set()
-        for path, batch in self._batches([columns.object, *filter(None, [self._in_rows.label])]):
-            self._objects.add(keys_of(batch.column(0), columns.object, path))
-            if self._in_rows.label:
-                labels.update(filter(None, words(batch.column(1).unique())))
+        for path in self._paths:
+            for batch in self._batches(
+                path, [columns.object, *filter(None, [self._in_rows.label])]
+            ):
+                self._objects.add(keys_of(batch.column(0), columns.object, str(path)))
+                if self._in_rows.label:
+                    labels.update(filter(None, words(batch.column(1).unique())))
         if self._known is not None:
             labels = {known.label for known in self._known.values() if known.label}
         self.classes = classes_of(sorted(labels), columns.facts)
@@ -116,13 +115,10 @@ class TableSource:
     def __length_hint__(self) -> int:
         return len(self._objects)
 
-    def _batches(self, names: list[str]) -> Iterator[tuple[str, Any]]:
-        """Path and Arrow record batch, over all files."""
+    def _batches(self, path: Path, names: list[str]) -> Iterator[Any]:
         text = {self._columns.object, *self._in_rows.columns()}
         text |= {axis.column for axis in self._columns.axes if axis.categories}
-        for path in self._paths:
-            # by map: a loop's variable would hold the last batch while the next is read
-            yield from map(partial(_pair, str(path)), batches(path, names, text, self._rows))
+        return batches(path, names, text, self._rows)
 
     def read(self) -> Iterator[RawSeries]:
         """Every object in the order of its first row.
@@ -132,7 +128,10 @@ class TableSource:
         """
         reader = RowReader(self._columns, self._in_rows, forget=self.is_sorted)
         # by map, nothing here refers to a batch or block once it is given: one of each in memory
-        blocks = itertools.starmap(reader.block, self._batches(reader.columns()))
+        blocks = itertools.chain.from_iterable(
+            map(partial(reader.block, str(path)), self._batches(path, reader.columns()))
+            for path in self._paths
+        )
         if self.is_sorted:
             yield from self._series(reader, blocks)
             return
