@@ -6,7 +6,8 @@ each; sections nested inside them are plain ``BaseModel``s reached with two unde
 value, whatever its type: a dictionary from a stronger source replaces that of a weaker one. An
 object given in code for a section sets all its leaves, a dictionary only those it names.
 Lists and dictionaries are written as JSON, None as ``null``; an empty variable counts as not set.
-A variable under a class's prefix that no field takes is an error naming the closest field.
+A variable under a class's prefix that no field takes is an error naming the closest field, and so
+is a field behind a prefix that is misspelt.
 Spellings of the published package (``ROMAE_…``) are accepted with a note.
 """
 
@@ -36,6 +37,7 @@ from pydantic_settings import (
 
 ENV_FILE_VARIABLE = "ROMA_ENV_FILE"
 _DELIMITER = "__"
+_ALIKE = 0.75  # of two words, from 0 to 1: trainr and trainer are, pretrain and trainer are not
 
 
 class SettingsError(ValueError):
@@ -116,6 +118,8 @@ class _Variables:
             for spelling in (prefix, published):
                 if name.startswith(spelling):
                     self._refuse_unknown(spelling, name.removeprefix(spelling))
+        for name in variables:
+            self._refuse_misspelt_prefix(name)
         for name in (n for n in variables if n.startswith(published)):
             ours, value = prefix + name.removeprefix(published), variables[name]
             if ours not in result:
@@ -130,11 +134,28 @@ class _Variables:
                 )
         return result
 
-    def _refuse_unknown(self, prefix: str, name: str) -> None:
+    def _known(self) -> set[str]:
+        """Names behind the prefix."""
         known = set()
         for leaf in leaves_of(self.settings_cls):
             parts = leaf.split(".")  # a section may be given whole, as JSON
             known |= {_DELIMITER.join(parts[:i]) for i in range(1, len(parts) + 1)}
+        return known
+
+    def _refuse_misspelt_prefix(self, variable: str) -> None:
+        """``ROMA_TRAINR_BASE_LR``: a setting of this class behind almost its prefix."""
+        project, _, rest = variable.partition("_")
+        word, _, name = rest.partition("_")
+        ours = self.settings_cls.model_config["env_prefix"].lower().split("_")[1]
+        alike = difflib.SequenceMatcher(None, word, ours).ratio() >= _ALIKE
+        if project in ("roma", "romae") and word != ours and alike and name in self._known():
+            raise SettingsError(
+                f"{variable.upper()} in {self.where} is no setting; do you mean "
+                f"{variable_of(self.settings_cls, name)}?"
+            )
+
+    def _refuse_unknown(self, prefix: str, name: str) -> None:
+        known = self._known()
         if name not in known:
             raise SettingsError(
                 f"{(prefix + name).upper()} in {self.where} is not a setting of "

@@ -109,9 +109,10 @@ def _run(options: dict[str, Any], prefix: str, resolve: Resolve) -> None:
 def _prepared(options: dict[str, Any], prefix: str, resolve: Resolve) -> Any:
     """The folder of a run by hand, with its frozen configuration."""
     from roma_core.data.columns import read_manifest
-    from roma_core.files import digest_of, read_json, write_json
+    from roma_core.files import read_json, write_json
     from roma_core.job import JobFolder
     from roma_core.trainer.config import TrainerConfig
+    from roma_core.trainer.may_change import MAY_CHANGE, told, what_may_change
 
     changes = _changes(options["changes"])
     data = options["data"].absolute()
@@ -122,16 +123,36 @@ def _prepared(options: dict[str, Any], prefix: str, resolve: Resolve) -> Any:
         sys.exit(0)
     folder = JobFolder(options["out"].absolute())
     document = config.model_dump(mode="json")
+    is_main = os.environ.get("RANK", "0") == "0"
     if folder.config.exists():
-        if digest_of(read_json(folder.config)) != digest_of(document):
+        changed = _differences(read_json(folder.config), document)
+        allowed = {f"trainer.{name}" for name in MAY_CHANGE}
+        refused = {name: pair for name, pair in changed.items() if name not in allowed}
+        if refused:
             raise ValueError(
-                f"{folder.path} belongs to a run with other settings (compare its config.json); "
-                f"give another --out, or the same settings to resume"
+                f"{folder.path} belongs to a run with other settings: {told(refused)}; set them back "
+                f"to resume it, or give another --out. {what_may_change()}"
             )
-    elif os.environ.get("RANK", "0") == "0":
+        if changed and is_main:
+            click.echo(f"{folder.path} goes on with {told(changed)}")
+            write_json(folder.config, document)
+    elif is_main:
         folder.path.mkdir(parents=True, exist_ok=True)
         write_json(folder.config, document)
     return folder
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """(old, new) of every setting that is not the same, by dotted name; None where there is none."""
+    differences: dict[str, tuple[Any, Any]] = {}
+    for name in dict.fromkeys([*old, *new]):
+        then, now = old.get(name), new.get(name)
+        if isinstance(then, dict) and isinstance(now, dict):
+            inner = _differences(then, now)
+            differences |= {f"{name}.{field}": pair for field, pair in inner.items()}
+        elif then != now:
+            differences[name] = (then, now)
+    return differences
 
 
 def _changes(pairs: tuple[str, ...]) -> dict[str, dict[str, Any]]:

@@ -47,6 +47,8 @@ class TrainState(BaseModel):
     metrics_offset: int = 0  # bytes of metrics.jsonl that belong to the finished steps
     elapsed_s: float  # training time over all attempts
     world_size: int  # of the process group that wrote it; informative
+    first_world_size: int | None = None  # of the one that began the run
+    settings: dict[str, Any] = {}  # every field of the trainer's configuration
     scaler: dict[str, float] | None = None  # loss scale of fp16
     window_steps: int = 0  # steps that no record of the training loss covers yet
     window_loss: float = 0.0  # and the sum of their losses

@@ -51,7 +51,9 @@ class TrainerConfig(RomaSettings):
     lr_schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="Course of the learning rate after the warm-up, to the last step."
     )
-    lr_scaling: bool = Field(False, description="Multiply base_lr by the number of processes.")
+    lr_scaling: bool = Field(
+        False, description="Multiply base_lr by the number of processes of the first start."
+    )
     gradient_clip: float | None = Field(
         1.0, gt=0, description="Largest gradient norm; None: no limit."
     )

@@ -159,8 +159,8 @@ class TokenPlan:
         self.fewest = int(lengths.sum()) // self.batches_per_epoch // longest
         if longest * self.batches_per_epoch > lengths.sum():
             raise ValueError(
-                f"the longest series has {longest:,} tokens, but a step has about "
-                f"{int(lengths.sum()) // self.batches_per_epoch:,}; raise tokens_per_batch above the "
+                f"the longest series has {longest:,} tokens, but a step has on average only "
+                f"{int(lengths.sum()) / self.batches_per_epoch:,.1f}; raise tokens_per_batch above the "
                 f"longest series, or cut long series with augment_crop_tokens"
             )
 

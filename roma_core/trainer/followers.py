@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from roma_core.files import read_json, write_json
 from roma_core.trainer.config import TrainerConfig
@@ -166,12 +167,32 @@ class Followers:
         wandb = WandbConfig()
         if trainer.log_wandb and wandb.effective_mode != "disabled":
             import_tracker("wandb")
-            followers.add("wandb", lambda run_id: WandbRun(wandb, trainer, folder, run_id))
+
+            def run_in(mode: Literal["online", "offline"]) -> Callable[[str], Tracker]:
+                return lambda run_id: WandbRun(wandb, trainer, folder, run_id, mode)
+
+            if wandb.effective_mode == "offline":
+                followers.add("wandb", run_in("offline"))
+            else:
+                followers.add("wandb", run_in("online"), at_last=run_in("offline"))
         return followers
 
-    def add(self, name: str, make: Callable[[str], Tracker], run_id: str | None = None) -> None:
-        """Let the tracker that ``make(run_id)`` connects to follow; without an id, a run of its own."""
-        self._followers.append(_Follower(self.metrics, name, make, run_id))
+    def add(
+        self,
+        name: str,
+        make: Callable[[str], Tracker],
+        run_id: str | None = None,
+        at_last: Callable[[str], Tracker] | None = None,
+    ) -> None:
+        """Let a tracker follow.
+
+        Args:
+            name: of the tracker.
+            make: connects to a run by its id; called again and again while the tracker is down.
+            run_id: at the tracker; None takes a run of its own.
+            at_last: makes what is told instead if the tracker was down from the start to the end.
+        """
+        self._followers.append(_Follower(self.metrics, name, make, run_id, at_last))
 
     def start(self, offset: int) -> None:
         """Begin; ``offset`` bytes of metrics.jsonl are committed already."""
@@ -206,10 +227,15 @@ class _Follower(threading.Thread):
     """Forwards to one tracker; its failures are warnings."""
 
     def __init__(
-        self, metrics: Path, name: str, make: Callable[[str], Tracker], run_id: str | None
+        self,
+        metrics: Path,
+        name: str,
+        make: Callable[[str], Tracker],
+        run_id: str | None,
+        at_last: Callable[[str], Tracker] | None,
     ) -> None:
         super().__init__(name=name, daemon=True)
-        self.metrics, self.make, self.run_id = metrics, make, run_id
+        self.metrics, self.make, self.run_id, self.at_last = metrics, make, run_id, at_last
         self.resumed_at = self.committed = 0
         self.ending = False
         self.up_to_date = False
@@ -221,6 +247,8 @@ class _Follower(threading.Thread):
     def run(self) -> None:
         while True:
             ending = self.ending
+            if ending and self._is_down and self._tracker is None and self.at_last is not None:
+                self.make, self._is_down = self.at_last, False
             self._try(self._catch_up)
             if ending:
                 break

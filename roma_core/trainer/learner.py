@@ -69,6 +69,8 @@ class Learner:
         """
         self.accelerator, self.model = accelerator, model
         self.own_loss = model.loss_fn
+        state = checkpoint.state if checkpoint else None
+        self.first_world_size = (state and state.first_world_size) or ranks.size
         # over one process there is nothing to share out
         self.is_sharded = config.sharding == "full" and ranks.size > 1
         if config.freeze_encoder and isinstance(model, RoMAForClassification):
@@ -107,6 +109,7 @@ class Learner:
             config,
             total_steps,
             accumulating,
+            self.first_world_size,
         )
 
     @property

@@ -299,6 +299,8 @@ class TrainingRun:
                 total_steps=self.total_steps,
                 elapsed_s=self._elapsed_s(),
                 world_size=self.ranks.size,
+                first_world_size=self.learner.first_world_size,
+                settings=self.config.model_dump(mode="json"),
                 scaler=self.learner.scaler_state,
                 window_steps=self.window.steps,
                 window_loss=self.window.loss,

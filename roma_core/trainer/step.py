@@ -38,10 +38,12 @@ class TrainStep:
         config: TrainerConfig,
         total_steps: int,
         accumulating: Callable[[], AbstractContextManager[Any]],
+        first_world_size: int,
     ) -> None:
         """``wrapped`` is ``model`` as :meth:`Accelerator.prepare` gave it back.
 
-        Inside ``accumulating()`` gradients stay in the process.
+        Inside ``accumulating()`` gradients stay in the process. ``first_world_size`` processes began
+        the run; the learning rate stays theirs.
         """
         self.accelerator, self.model, self.wrapped = accelerator, model, wrapped
         self.optimizer, self.config, self.total_steps = optimizer, config, total_steps
@@ -50,7 +52,7 @@ class TrainStep:
             math.ceil(total_steps / 10) if config.warmup_steps is None else config.warmup_steps
         )
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
-        self.peak_lr = config.base_lr * (self.world_size if config.lr_scaling else 1)
+        self.peak_lr = config.base_lr * (first_world_size if config.lr_scaling else 1)
         self.lr = 0.0
         # on a CPU looking costs nothing, and the weights are never touched by what is not finite
         self.looks_at_once = accelerator.device.type == "cpu"

@@ -10,8 +10,10 @@ import importlib
 import logging
 import os
 import re
+import urllib.error
+import urllib.request
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from pydantic import Field, SecretStr
 from pydantic_settings import SettingsConfigDict
@@ -22,6 +24,7 @@ from roma_core.trainer.metrics_log import Record
 
 log = logging.getLogger(__name__)
 _MLFLOW_BATCH = 1000  # metrics that MLflow takes in one call
+_ANSWER_S = 2.0  # how long a server is given to say anything at all
 _Mode = Literal["online", "offline", "disabled"]
 
 
@@ -88,10 +91,10 @@ class WandbConfig(RomaSettings):
         None, description="Key; null takes WANDB_API_KEY of the environment."
     )
     init_timeout_s: int = Field(
-        10, gt=0, description="Longest wait for the server at the start, in seconds; then offline."
+        5, gt=0, description="Longest wait for a server that answers to begin a run, in seconds."
     )
     finish_timeout_s: int = Field(
-        10,
+        5,
         gt=0,
         description="Longest wait for uploads at the end, in seconds; what is left stays on disk "
         "for `wandb sync`.",
@@ -110,11 +113,22 @@ class WandbConfig(RomaSettings):
 
 
 class WandbRun:
-    """A Weights & Biases run, new or continued; offline below ``folder`` if no server answers."""
+    """A Weights & Biases run, new or continued, in a folder below that of the training."""
 
     def __init__(
-        self, config: WandbConfig, trainer: TrainerConfig, folder: Path, run_id: str
+        self,
+        config: WandbConfig,
+        trainer: TrainerConfig,
+        folder: Path,
+        run_id: str,
+        mode: Literal["online", "offline"],
     ) -> None:
+        """Begin, or go on.
+
+        Raises:
+            ConnectionError: online, and the server does not answer; seen after two seconds at most.
+            Exception: whatever else wandb raises.
+        """
         import_tracker("wandb")
         import wandb
 
@@ -124,32 +138,37 @@ class WandbRun:
             init_timeout=config.init_timeout_s,
             login_timeout=config.init_timeout_s,  # nobody answers a question asked here
             finish_timeout=config.finish_timeout_s,
+            finish_timeout_raises=True,
             silent=True,
             console="off",
             disable_git=True,
             save_code=False,
             x_disable_stats=True,
         )
-        arguments: dict[str, Any] = {
-            "project": trainer.project_name,
-            "entity": trainer.entity_name,
-            "name": trainer.run_name or folder.name,
-            "id": run_id,
-            "resume": "allow",
-            "dir": str(folder),
-            "config": trainer.model_dump(mode="json"),
-            "settings": settings,
-        }
-        mode = config.effective_mode
+        if mode == "online":
+            # wandb itself would ask again and again; setup knows the server of every settings file
+            _must_answer(wandb.setup().settings.base_url)
         try:
-            self.run = wandb.init(mode=mode, **arguments)
-        except Exception as error:
-            if mode != "online":
-                raise
-            log.warning("Weights & Biases did not answer (%s); logging offline", error)
+            self.run = wandb.init(
+                mode=mode,
+                project=trainer.project_name,
+                entity=trainer.entity_name,
+                name=trainer.run_name or folder.name,
+                id=run_id,
+                resume="allow",
+                dir=str(folder),
+                config=trainer.model_dump(mode="json"),
+                settings=settings,
+            )
+        except Exception:
             wandb.teardown()  # else the id of the failed start counts as in use
-            self.run = wandb.init(mode="offline", **arguments)
+            raise
         self.run.define_metric("*", step_metric="trainer/global_step")
+        self.folder = Path(self.run.dir).parent
+        if mode == "offline":
+            log.warning(
+                "Weights & Biases: offline; `wandb sync %s` uploads the metrics", self.folder
+            )
 
     def send(self, records: list[Record]) -> None:
         for record in records:
@@ -159,4 +178,20 @@ class WandbRun:
 
     def close(self) -> None:
         """Wait for the uploads, but not longer than configured."""
-        self.run.finish()
+        try:
+            self.run.finish()
+        except TimeoutError:
+            log.warning(
+                "Weights & Biases has not taken everything; `wandb sync %s` uploads the rest",
+                self.folder,
+            )
+
+
+def _must_answer(url: str) -> None:
+    """Raise ConnectionError if nobody answers at ``url``; whatever is said will do."""
+    try:
+        urllib.request.urlopen(url, timeout=_ANSWER_S).close()
+    except urllib.error.HTTPError:
+        return
+    except OSError as error:
+        raise ConnectionError(f"{url} does not answer ({error})") from error

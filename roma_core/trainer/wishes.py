@@ -8,6 +8,7 @@ from roma_core.trainer.batches import MapStyle
 from roma_core.trainer.checkpoint import TrainState
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.evaluator import no_such_metric
+from roma_core.trainer.may_change import MAY_CHANGE, told, what_may_change
 
 
 def check_wishes(
@@ -48,16 +49,22 @@ def check_same_run(
     """Refuse to continue from a checkpoint of another run.
 
     Raises:
-        ValueError: naming what differs.
+        ValueError: naming what differs, and what may.
     """
-    same = {
-        "random_seed": (config.random_seed, state.seed),
-        "size of the training set": (n_samples, state.n_samples),
-        "total steps (epochs)": (total_steps, state.total_steps),
+    now = config.model_dump(mode="json")
+    changed = {
+        name: (state.settings[name], value)
+        for name, value in now.items()
+        if name not in MAY_CHANGE and name in state.settings and state.settings[name] != value
     }
-    for name, (now, then) in same.items():
-        if now != then:
-            raise ValueError(
-                f"{config.checkpoint_dir} belongs to another run: its {name} is {then}, now it is {now}; "
-                f"set it back, or give another checkpoint_dir"
-            )
+    facts = {
+        "random_seed": (state.seed, config.random_seed),
+        "size of the training set": (state.n_samples, n_samples),
+        "total steps (epochs)": (state.total_steps, total_steps),
+    }
+    changed |= {name: pair for name, pair in facts.items() if pair[0] != pair[1]}
+    if changed:
+        raise ValueError(
+            f"{config.checkpoint_dir} belongs to another run: {told(changed)}; set it back, or give "
+            f"another checkpoint_dir. {what_may_change()}"
+        )

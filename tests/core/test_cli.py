@@ -146,9 +146,10 @@ def test_a_folder_of_other_settings_is_refused_and_the_same_settings_resume(runs
     root, data = runs
     arguments = ["pretrain", "--data", data, "--out", root / "pre", *SMALL, *DECODER]
     said = roma(*arguments, "--set", "trainer.epochs=3", ok=False)
-    assert "belongs to a run with other settings" in said and "Traceback" not in said
+    assert "other settings: trainer.epochs 2 → 3; set them back" in said and "Traceback" not in said
     before = (root / "pre/outputs/model/model.safetensors").read_bytes()
-    assert "resumed from step-" in roma(*arguments, "--set", "trainer.epochs=2")
+    said = roma(*arguments, "--set", "trainer.epochs=2", "--set", "trainer.save_every=7")
+    assert "resumed from step-" in said and "goes on with trainer.save_every" in said
     assert (root / "pre/outputs/model/model.safetensors").read_bytes() == before
 
 

@@ -271,6 +271,18 @@ def test_a_misspelt_nested_name_is_refused_with_the_closest_one(env_file, monkey
         RoMAForClassificationConfig(**values)
 
 
+@pytest.mark.parametrize("where", ["file", "environment"])
+def test_a_misspelt_prefix_is_refused_too(env_file, monkeypatch, where):
+    name = "ROMA_TRAINR_BASE_LR"
+    if where == "file":
+        env_file(f"{name}=0.5")
+    else:
+        monkeypatch.setenv(name, "0.5")
+    with pytest.raises(SettingsError, match=f"{name} in .* do you mean ROMA_TRAINER_BASE_LR"):
+        TrainerConfig()
+    assert RoMAForPreTrainingConfig() is not None  # it is no business of this one
+
+
 def test_other_prefixes_and_foreign_keys_are_nobodys_business(env_file, monkeypatch):
     env_file("WANDB_API_KEY=abc", "PATH_TO_DATA=/data", "ROMA_PRETRAIN_MASK_RATIO=0.5", "# a note")
     monkeypatch.setenv("ROMA_CLASSIFIER_NONSENSE", "1")

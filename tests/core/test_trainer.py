@@ -205,7 +205,27 @@ def test_processes_and_micro_batches_give_the_same_gradients(tmp_path):
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     Trainer(config(tmp_path, epochs=1)).train(Sines(16), None, autoencoder())
-    with pytest.raises(ValueError, match="random_seed is 42, now it is 7"):
+    with pytest.raises(ValueError, match="random_seed 42 → 7; set it back"):
         Trainer(config(tmp_path, epochs=1, random_seed=7)).train(Sines(16), None, autoencoder())
-    with pytest.raises(ValueError, match="size of the training set is 16, now it is 17"):
+    with pytest.raises(ValueError, match="size of the training set 16 → 17"):
         Trainer(config(tmp_path, epochs=1)).train(Sines(17), None, autoencoder())
+
+
+def test_a_run_that_goes_on_says_which_settings_changed_and_which_may(tmp_path):
+    train = (Sines(16), None, autoencoder())
+    Trainer(config(tmp_path, epochs=1)).train(*train)
+    with pytest.raises(ValueError, match=r"base_lr 0.005 → 0.1, gradient_clip 1.0 → None;") as e:
+        Trainer(config(tmp_path, epochs=1, base_lr=0.1, gradient_clip=None)).train(*train)
+    assert "may change only background_checkpoints, batch_size" in str(e.value)
+    allowed = {"batch_size": 3, "save_every": 2, "threads": 1, "run_name": "again"}
+    assert Trainer(config(tmp_path, epochs=1, **allowed)).train(*train).step == 2
+
+
+def test_the_learning_rate_stays_that_of_the_processes_that_began(tmp_path):
+    changes = {"lr_scaling": True, "batch_size": 4, "save_every": 1, "epochs": 3}
+    plan = Plan(tmp_path, changes, plain_autoencoder)
+    interrupt(plan, records_reach(tmp_path, 4), signal.SIGTERM, 2)
+    run(plan)
+    rates = [value for name, _, value in points(tmp_path) if name == "train/lr"]
+    factors = [learning_rate_factor("cosine", step, 18, 2) for step in range(18)]
+    assert rates == pytest.approx([2 * 5e-3 * factor for factor in factors])
