@@ -51,8 +51,8 @@ def plan(experiment: str, target: str | None, profile: str | None, asset: str, c
 
     if target == "local" and profile is not None:
         raise click.UsageError(
-            f"--profile {profile} names a SLURM site, and the target is local; "
-            f"say --target slurm, or leave --profile out"
+            f"--profile {profile} names a cluster, and the target is local; name another --target, or "
+            f"leave --profile out"
         )
     try:
         found = load_experiment(experiment)

@@ -246,7 +246,7 @@ def test_launch_asks_this_computer_for_no_more_than_it_has(run, root, monkeypatc
 def test_a_profile_of_another_target_is_refused(run, root, words):
     code, text = run(*words)
 
-    assert (code, "--profile mini names a SLURM site, and the target is local" in text) == (2, True)
+    assert (code, "--profile mini names a cluster, and the target is local" in text) == (2, True)
     assert not (root / "jobs").exists()
 
 
