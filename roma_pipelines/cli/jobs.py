@@ -60,15 +60,13 @@ def list_(everything: bool) -> None:
 def show(key: str) -> None:
     """One job: what it asked for, its attempts, and every decision about it."""
     from roma_pipelines.launching.audit import clock, read_decisions
+    from roma_pipelines.launching.job import id_of
+    from roma_pipelines.launching.plan import size_of
 
     job = _job(_storage(), key)
-    spec = job.spec
     click.echo(f"job        {job.key}: {job.asset}, {job.status}")
     click.echo(f"folder     {job.folder.path}")
-    click.echo(
-        f"asked for  {spec.nodes} node(s) x {spec.processes_per_node} process(es), "
-        f"{spec.gpus_per_node} GPU(s) a node"
-    )
+    click.echo(f"asked for  {size_of(job.spec)}")
     if job.watcher:
         run = job.watcher.get("dagster_run_id")
         alive = "alive" if job.watched else "gone"
@@ -78,7 +76,7 @@ def show(key: str) -> None:
             seen_s = time.time() - float(job.watcher["beat"])
             click.echo(f"state      {state}; seen {_age(max(0.0, seen_s))} ago")
     for record in job.records:
-        known = ", ".join(f"{k} {v}" for k, v in (record.external or {}).items())
+        known = id_of(record.external)
         end = f"{record.end.how}: {record.end.reason}" if record.end else "not over"
         click.echo(f"attempt {record.attempt}  {record.backend} ({known or 'no id yet'}): {end}")
     if decisions := read_decisions(job.folder):

@@ -52,10 +52,10 @@ def launch(as_module: bool, key: str | None, words: tuple[str, ...], **options: 
         raise click.UsageError(
             "-m MODULE is needed, or --job KEY of a job that was launched before"
         )
-    if options["profile"] and options["target"] != "slurm":
+    if options["profile"] and options["target"] == "local":
         raise click.UsageError(
-            f"--profile {options['profile']} names a SLURM site, and the target is "
-            f"{options['target']}; add --target slurm, or leave --profile out"
+            f"--profile {options['profile']} names a cluster, and the target is local; add --target of "
+            f"that cluster's kind, or leave --profile out"
         )
     try:
         storage = Storage.open()

@@ -19,9 +19,11 @@ _COMMANDS = {
     "evaluation_report": ("evaluate", "plain"),
 }
 _NO_KEY = "0" * 20
-_LEGEND = f"""\
-# stand-ins, until it is submitted: JOB_FOLDER, <storage root>/jobs/<key>; {_NO_KEY[:12]}, the key's
-# beginning; FREE_PORT, chosen at the start. The training's settings go into JOB_FOLDER/config.json"""
+_STAND_INS = {
+    "JOB_FOLDER": "<storage root>/jobs/<key>, where config.json holds the training's settings",
+    _NO_KEY[:12]: "the beginning of the job's key",
+    "FREE_PORT": "chosen at the start",
+}
 
 
 @click.command()
@@ -51,8 +53,8 @@ def plan(experiment: str, target: str | None, profile: str | None, asset: str, c
 
     if target == "local" and profile is not None:
         raise click.UsageError(
-            f"--profile {profile} names a SLURM site, and the target is local; "
-            f"say --target slurm, or leave --profile out"
+            f"--profile {profile} names a cluster, and the target is local; name another --target, or "
+            f"leave --profile out"
         )
     try:
         found = load_experiment(experiment)
@@ -62,8 +64,11 @@ def plan(experiment: str, target: str | None, profile: str | None, asset: str, c
         found = found.model_copy(update={"resources": resources})
         storage = Storage.open()
         launcher = launcher_for(resources.target, resources.profile, storage)
-        click.echo(launcher.plan(_spec(found, asset, _NO_KEY, "JOB_FOLDER")), nl=False)
-        click.echo(_LEGEND, err=True)
+        text = launcher.plan(_spec(found, asset, _NO_KEY, "JOB_FOLDER"))
+        click.echo(text, nl=False)
+        for word, meaning in _STAND_INS.items():
+            if word in text:
+                click.echo(f"# {word} stands for: {meaning}", err=True)
         _show_difference(found, asset, launcher, storage)
         if check:
             _check(found, asset, launcher, storage)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from roma_core.job import JobFolder
-from roma_pipelines.launching.job import AttemptRecord
+from roma_pipelines.launching.job import AttemptRecord, id_of
 
 _ROWS = 40  # of a table: a page is no archive, the file is
 _WORDS = 240  # characters of a cell
@@ -63,7 +63,7 @@ def attempts_table(records: Sequence[AttemptRecord]) -> str:
     """Markdown: one row per attempt."""
     rows = []
     for record in records:
-        known = ", ".join(f"{k} {v}" for k, v in (record.external or {}).items() if k != "start")
+        known = id_of(record.external)
         end = record.end
         ran = f"{end.ran_s:.0f} s" if end and end.ran_s is not None else ""
         where = f"{record.backend} ({known})" if known else record.backend

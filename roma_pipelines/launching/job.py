@@ -108,6 +108,13 @@ class JobHandle:
     external: dict[str, Any]
 
 
+def id_of(external: Mapping[str, Any] | None) -> str:
+    """What people need of a backend's own id: ``job_id 7, site leonardo``; empty without one."""
+    return ", ".join(
+        f"{name} {value}" for name, value in (external or {}).items() if name != "start"
+    )
+
+
 class End(_Document):
     """How an attempt ended, as judged."""
 

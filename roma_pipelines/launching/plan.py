@@ -88,14 +88,19 @@ def render(spec: JobSpec, argv: list[str], variables: dict[str, str]) -> str:
 
 def remarks(spec: JobSpec) -> list[str]:
     """Comments at the top of a plan: what is asked for, and what is handed on."""
+    names = " ".join(spec.env_names) or "none"
+    return [f"# {size_of(spec)}", f"# variables handed on where they are set: {names}"]
+
+
+def size_of(spec: JobSpec) -> str:
+    """What a job asks for, in words."""
     asked = [
         _count(spec.nodes, "node"),
         f"{_count(spec.processes_per_node, 'process', 'es')} on each",
         f"{_count(spec.threads_per_process, 'CPU thread')} for each process",
         f"{_count(spec.gpus_per_node, 'GPU')} a node" if spec.gpus_per_node else "no GPU",
     ]
-    names = " ".join(spec.env_names) or "none"
-    return [f"# {', '.join(asked)}", f"# variables handed on where they are set: {names}"]
+    return ", ".join(asked)
 
 
 def _count(n: int, what: str, plural: str = "s") -> str:

@@ -32,6 +32,7 @@ from roma_pipelines.launching.job import (
     JobState,
     Outcome,
     Phase,
+    id_of,
 )
 from roma_pipelines.launching.judge import Said, judge
 from roma_pipelines.launching.launcher import Launcher, NoAnswer, Refused
@@ -202,7 +203,9 @@ class Supervisor:
         if handle is None:
             self._decide(record.attempt, "an intent that was never submitted", "submit it now")
             return self._submit(record)
-        self._decide(record.attempt, f"an attempt without an end: {handle.external}", "adopted it")
+        self._decide(
+            record.attempt, f"an attempt without an end: {id_of(handle.external)}", "adopted it"
+        )
         return self._submitted(record, handle)
 
     def _find(self, record: AttemptRecord) -> JobHandle | None:
@@ -232,7 +235,7 @@ class Supervisor:
         self.fault_point("after submit")
         self._submitted(record, handle)
         self.fault_point("after record")
-        self._decide(record.attempt, "nothing running", f"submitted as {handle.external}")
+        self._decide(record.attempt, "nothing running", f"submitted as {id_of(handle.external)}")
         return handle
 
     def _submitted(self, record: AttemptRecord, handle: JobHandle) -> JobHandle:
@@ -264,7 +267,9 @@ class Supervisor:
                 owner = self._patiently(partial(self.launcher.find, self.folder, handle.attempt))
                 if owner is None or owner.external == handle.external:
                     return state
-                self._decide(handle.attempt, f"{owner.external} runs the attempt", "watch that one")
+                self._decide(
+                    handle.attempt, f"{id_of(owner.external)} runs the attempt", "watch that one"
+                )
                 handle = self._submitted(self._record(handle.attempt), owner)
                 continue
             if heartbeat.exists() and (content := heartbeat.read_bytes()) != beat:

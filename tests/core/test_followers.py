@@ -22,7 +22,7 @@ from roma_core import (
     Trainer,
     TrainerConfig,
 )
-from roma_core.files import read_json
+from roma_core.files import read_json, write_json
 from roma_core.trainer import followers as module
 from roma_core.trainer.followers import Bookmark, Followers, forward, forward_to_mlflow
 from roma_core.trainer.metrics_log import MetricsLog, read_records
@@ -377,6 +377,38 @@ def test_mlflow_gets_every_point_once_with_its_own_time(run, in_environment):
     followers.close()
     assert in_environment.points() == run.points()
     assert len(run.points()) == 1200
+
+
+@pytest.fixture
+def made_later(run, store, monkeypatch):
+    """The file that will name the run, which is made beside the job's start."""
+    path = run.folder / "mlflow_run.json"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
+    monkeypatch.setenv("ROMA_JOB_MLFLOW_RUN", str(path))
+    return path
+
+
+def test_a_run_that_is_made_after_the_job_began_is_waited_for(run, store, made_later):
+    document = {"schema_version": 1, "run_id": store.run_id}
+    writer = threading.Timer(0.3, write_json, (made_later, document))
+    writer.start()
+    followers = Followers.of_environment(run.folder, TrainerConfig())
+    writer.join()
+    followers.start(0)
+    followers.committed(run.train(3))
+    followers.close()
+    assert store.points() == run.points()
+
+
+def test_a_run_that_does_not_come_is_no_reason_to_wait_for_ever(
+    run, made_later, monkeypatch, caplog
+):
+    monkeypatch.setattr(module, "_RUN_WITHIN_S", 0.1)
+    followers = Followers.of_environment(run.folder, TrainerConfig())
+    followers.start(0)
+    followers.committed(run.train(3))
+    followers.close()
+    assert f"{made_later} did not come; MLflow gets the metrics when the job is over" in caplog.text
 
 
 def test_mlflow_stores_a_replay_once(run, store):

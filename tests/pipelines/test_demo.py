@@ -216,7 +216,7 @@ def test_a_demo_killed_with_9_and_started_again_adopts_its_training(tmp_path):
     assert tiny.living_jobs(tmp_path) == []
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_demo_of_other_settings_ends_the_training_that_a_killed_one_left(tmp_path):
     story = Story(tmp_path)
     story.interrupted_at("pretrain: ", signal.SIGKILL)
@@ -232,7 +232,7 @@ def test_a_demo_of_other_settings_ends_the_training_that_a_killed_one_left(tmp_p
     assert tiny.living_jobs(tmp_path) == []
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_two_demos_of_one_experiment_are_one_too_many(tmp_path):
     def while_it_trains():
         done = run(*tiny_demo(tmp_path), folder=tmp_path)

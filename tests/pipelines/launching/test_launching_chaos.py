@@ -1,5 +1,6 @@
 """The orchestrator killed with -9 at every named point of a whole experiment, and then its retry:
-always one job per asset, one MLflow run per job, one model version.
+always one job per asset, one MLflow run per job, one model version. Once at each point alone, and
+once at all of them, one after another, in the course of one experiment.
 """
 
 import os
@@ -34,25 +35,59 @@ def materialise(folder, *words):
     return done.returncode
 
 
-@pytest.mark.parametrize("point", POINTS)
-def test_one_job_one_run_one_version_wherever_it_was_killed(tmp_path, store_root, point):
+# in the order in which one experiment can come to them: a job that is adopted is not submitted
+IN_TURN = (
+    *("before intent", "after intent", "before submit", "after submit"),
+    *("before find_or_create_run", "after find_or_create_run", "before end", "after end"),
+    *("before end_run", "after end_run"),
+    "after record",  # of the next job
+    *("before register", "after register", "before promote", "after promote"),
+)
+
+
+@pytest.fixture
+def folder(tmp_path, store_root):
     (tmp_path / "roma" / "mlflow").mkdir(parents=True)
     (store_root / "mlflow.db").rename(tmp_path / "roma" / "mlflow" / "mlflow.db")
+    return tmp_path
 
-    assert materialise(tmp_path, point) == -signal.SIGKILL
-    assert (tmp_path / "hit").read_text() == point
-    assert materialise(tmp_path) == 0, (tmp_path / "log").read_text()[-3000:]
 
-    jobs = all_jobs(tmp_path / "roma" / "jobs")
+@pytest.mark.parametrize("point", POINTS)
+def test_one_job_one_run_one_version_wherever_it_was_killed(folder, point):
+    kill_at(folder, point)
+
+    finish(folder)
+
+
+def test_one_of_each_after_a_kill_at_every_point_in_turn(folder):
+    assert set(IN_TURN) == set(POINTS)
+    for point in IN_TURN:
+        print(point, flush=True)
+        kill_at(folder, point)
+
+    finish(folder)
+
+
+def kill_at(folder, point):
+    (folder / "hit").unlink(missing_ok=True)
+    assert materialise(folder, point) == -signal.SIGKILL, (folder / "log").read_text()[-3000:]
+    assert (folder / "hit").read_text() == point
+
+
+def finish(folder):
+    """The retry, and what there is to be afterwards."""
+    assert materialise(folder) == 0, (folder / "log").read_text()[-3000:]
+
+    jobs = all_jobs(folder / "roma" / "jobs")
     assert len(jobs) == 3
     assert all(job.status == "completed" for job in jobs)
     # a training that went on while nobody watched is adopted; nothing is ever run twice
     assert [len(job.records) for job in jobs] == [1, 1, 1]
-    client = connect(MlflowSettings(), tmp_path / "roma" / "mlflow")
+    client = connect(MlflowSettings(), folder / "roma" / "mlflow")
     experiment = client.get_experiment_by_name("roma/waves")
     runs = client.search_runs([experiment.experiment_id])
     assert sorted(run.data.tags["roma.job_key"] for run in runs) == sorted(job.key for job in jobs)
     assert {run.info.status for run in runs} == {"FINISHED"}
     (version,) = client.search_model_versions("name = 'waves'")
     assert version.version == client.get_model_version_by_alias("waves", "champion").version
-    assert tiny.living_jobs(tmp_path) == []
+    assert tiny.living_jobs(folder) == []

@@ -65,6 +65,8 @@ def test_plan_prints_the_script_of_a_target(run, experiment):
     code, local = run("plan", experiment)
     assert (code, "torch.distributed.run" in local) == (0, True)
     assert "--nproc-per-node=2" in local  # both nodes' processes, on one computer
+    assert "# FREE_PORT stands for: chosen at the start" in local
+    assert "# 1 node, 2 processes on each" in local
 
     code, slurm = run("plan", experiment, "--target", "slurm", "--profile", "leonardo")
     assert code == 0
@@ -244,7 +246,7 @@ def test_launch_asks_this_computer_for_no_more_than_it_has(run, root, monkeypatc
 def test_a_profile_of_another_target_is_refused(run, root, words):
     code, text = run(*words)
 
-    assert (code, "--profile mini names a SLURM site, and the target is local" in text) == (2, True)
+    assert (code, "--profile mini names a cluster, and the target is local" in text) == (2, True)
     assert not (root / "jobs").exists()
 
 
@@ -308,7 +310,8 @@ def test_jobs_are_listed_shown_and_their_logs_read(run, abandoned, processes, ev
     (row,) = [line.split() for line in text.splitlines() if key in line]
     assert row[1:4] == ["running", "local", "1"]
     _, text = run("jobs", "show", key[:6])
-    assert "running" in text and "left the job as it is" in text
+    assert "left the job as it is" in text
+    assert re.search(r"^state      running \(process \d+\); seen \d+ s ago$", text, re.MULTILINE)
     assert run("jobs", "logs", key) == (0, "a line\n")
 
     (abandoned.path / "go").touch()

@@ -280,3 +280,26 @@ def test_ctrl_c_in_a_foreground_run_ends_the_job(materialize, processes, folder,
 
     assert processes() == []
     assert json.loads(folder.attempt_record(1).read_text())["end"]["how"] == "cancelled"
+
+
+def test_what_follows_the_acceptance_is_done_once_while_the_job_runs(materialize, folder):
+    done = []
+
+    def on_accepted():
+        done.append(json.loads(folder.attempt_record(1).read_text())["external"])
+
+    assert materialize("time.sleep(0.2)\nsucceed()", on_accepted=on_accepted).success
+    assert len(done) == 1 and done[0]["pid"]
+
+
+def test_its_error_ends_the_job(materialize, folder, processes):
+    def on_accepted():
+        raise OSError("the tracking server is away")
+
+    result = materialize("wait_for('never')", on_accepted=on_accepted)
+
+    (failure,) = [event for event in result.all_events if event.is_step_failure]
+    assert "the tracking server is away" in str(failure.step_failure_data.error)
+    assert processes() == []
+    end = json.loads(folder.attempt_record(1).read_text())["end"]
+    assert end["how"] == "cancelled"

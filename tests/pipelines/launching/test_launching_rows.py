@@ -26,6 +26,7 @@ INTERRUPTIONS = {
         "supervisor: the_same_between_two_attempts",
         "slurm_interruptions: a_supervisor_may_die_at_any_point",
         "chaos: one_job_one_run_one_version_wherever_it_was_killed",
+        "chaos: one_of_each_after_a_kill_at_every_point_in_turn",
     ],
     "demo killed with -9": [
         "pipelines/test_demo.py: a_demo_killed_with_9_and_started_again_adopts_its_training"
