@@ -123,7 +123,7 @@ REFUSED = {
     ("dataset", "source", "version"): ("", "dataset.source.version: String should match pattern"),
     ("resources", "target"): (
         "laptop",
-        "resources.target: Input should be 'local' or 'slurm', got 'laptop'",
+        "resources.target: Input should be 'local', 'slurm' or 'kubernetes', got 'laptop'",
     ),
     ("pretraining", "trainer", "epoch"): (
         3,
