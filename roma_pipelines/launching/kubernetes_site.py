@@ -66,7 +66,7 @@ class KubernetesSite(_Part):
     name: Label = Field(description="Of the profile; its file's.")
     description: str = Field("", description="Which cluster this is.")
     kubeconfig: Path | None = Field(
-        None, description="null: the pod's own account inside a cluster, else KUBECONFIG."
+        None, description="null: KUBECONFIG, else the account of the pod this runs in."
     )
     context: str | None = Field(None, description="Of the kubeconfig; null: its current one.")
     namespace: Label = Field("roma", description="Where jobs run.")
