@@ -9,6 +9,7 @@ reads those once, and clusters rotate them.
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -130,8 +131,9 @@ class Connection:
 
         made = client.Configuration()
         try:
-            if self.kubeconfig is None and self.context is None:
-                config.load_config(client_configuration=made)  # in a cluster its own account
+            asked = self.kubeconfig or self.context or os.environ.get("KUBECONFIG")
+            if not asked and "KUBERNETES_SERVICE_HOST" in os.environ:
+                config.load_incluster_config(client_configuration=made)  # a pod's own account
             else:
                 path = str(self.kubeconfig) if self.kubeconfig else None
                 config.load_kube_config(path, self.context, client_configuration=made)

@@ -10,18 +10,11 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
 
-import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from roma_core.settings import RomaSettings
+from roma_pipelines.launching.profiles import DEPLOY, read_profile
 
 Label = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")]
 """Name of a namespace, a claim, a Secret, a queue, …"""
@@ -73,7 +66,7 @@ class KubernetesSite(_Part):
     name: Label = Field(description="Of the profile; its file's.")
     description: str = Field("", description="Which cluster this is.")
     kubeconfig: Path | None = Field(
-        None, description="null: the pod's own account inside a cluster, else KUBECONFIG."
+        None, description="null: KUBECONFIG, else the account of the pod this runs in."
     )
     context: str | None = Field(None, description="Of the kubeconfig; null: its current one.")
     namespace: Label = Field("roma", description="Where jobs run.")
@@ -153,25 +146,6 @@ def load_kubernetes_site(
         ValueError: there is no such profile, or it is wrong; the text names file and field.
     """
     settings = settings or KubernetesSettings()
-    name = name or settings.profile
-    folder = settings.profiles or Path(__file__).parents[2] / "deploy" / "kubernetes" / "profiles"
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    if name not in known:
-        raise ValueError(
-            f"there is no Kubernetes profile {name!r} in {folder}; there are "
-            f"{', '.join(known) or 'none'}. Copy generic.yaml, or set ROMA_KUBERNETES_PROFILES to "
-            f"the folder of yours"
-        )
-    path = folder / f"{name}.yaml"
+    folder = settings.profiles or DEPLOY / "kubernetes" / "profiles"
     ours = settings.model_dump(exclude={"profile", "profiles"}, exclude_none=True)
-    try:
-        document = yaml.safe_load(path.read_text())
-        document = {} if document is None else document
-        if not isinstance(document, dict):
-            raise ValueError("expected `setting: value` lines")
-        return KubernetesSite.model_validate({**document, "name": name, **ours})
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"{path}: {wrong}") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    return read_profile(KubernetesSite, "Kubernetes", folder, name or settings.profile, ours)

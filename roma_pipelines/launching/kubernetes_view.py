@@ -24,6 +24,7 @@ Object = dict[str, Any]
 _IDLE_S = 120.0  # nobody looked for so long: stop watching
 _SILENT_S = 60.0  # a watch that brings nothing is opened anew; half-open connections look like that
 _WATCH_S = 240  # the server is asked to end it then
+_SETTLED_S = 20.0  # a watch that lived so long was no failed try
 _PAGE = 500
 _SLOWEST_S = 15.0
 _KEPT_S = 3600.0
@@ -81,6 +82,7 @@ class Mirror:
     def _run(self) -> None:
         wait_s = 0.0
         while time.monotonic() - self._looked_at < _IDLE_S:
+            began = time.monotonic()
             try:
                 if not self._version:
                     self._list()
@@ -95,7 +97,9 @@ class Mirror:
                 self.error = str(no)
             except (NoAnswer, Refused) as away:
                 # one cut stream is no news; only a server that cannot be reached again is
-                if wait_s or not self.synced.is_set():
+                if time.monotonic() - began > _SETTLED_S:
+                    wait_s = 0.0
+                elif wait_s or not self.synced.is_set():
                     self.error = str(away)
             wait_s = min(max(0.2, 2 * wait_s), _SLOWEST_S)
             time.sleep(wait_s * random.uniform(0.5, 1.0))  # many processes lost it at once

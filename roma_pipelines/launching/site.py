@@ -11,11 +11,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from pydantic_settings import SettingsConfigDict
 
 from roma_core.settings import RomaSettings
+from roma_pipelines.launching.profiles import DEPLOY, read_profile
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+/-]*$")]
 """A partition, an account, a module, …: nothing a shell would act on."""
@@ -129,27 +129,11 @@ def load_site(name: str | None = None, settings: SlurmSettings | None = None) ->
     """
     settings = settings or SlurmSettings()
     name = name or settings.profile
-    folder = settings.profiles or Path(__file__).parents[2] / "deploy" / "slurm" / "profiles"
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    if name not in known:
-        raise ValueError(
-            f"there is no SLURM profile {name!r} in {folder}; there are {', '.join(known) or 'none'}. "
-            f"Copy generic.yaml, or set ROMA_SLURM_PROFILES to the folder of yours"
-        )
-    path = folder / f"{name}.yaml"
+    folder = settings.profiles or DEPLOY / "slurm" / "profiles"
     ours = settings.model_dump(include={"account", "partition", "qos"}, exclude_none=True)
-    try:
-        document = yaml.safe_load(path.read_text()) or {}
-        if not isinstance(document, dict):
-            raise ValueError("expected `setting: value` lines")
-        site = Site.model_validate({**document, "name": name, **ours})
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"{path}: {wrong}") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    site = read_profile(Site, "SLURM", folder, name, ours)
     if own := site.own_options():
         raise ValueError(
-            f"{path}: sbatch_options must not set {', '.join(own)}; the job's specification does"
+            f"{folder / name}.yaml: sbatch_options must not set {', '.join(own)}; the job's specification does"
         )
     return site

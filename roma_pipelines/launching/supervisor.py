@@ -274,6 +274,8 @@ class Supervisor:
                 continue
             if heartbeat.exists() and (content := heartbeat.read_bytes()) != beat:
                 beat, beat_seen = content, time.monotonic()
+            if state.phase is Phase.WAITING:  # its queue took it back; it beats again later
+                beat_seen = time.monotonic()
             silent_s = time.monotonic() - beat_seen
             limit_s = self.heartbeat_timeout_s
             if beat is not None and limit_s is not None and silent_s > limit_s:

@@ -131,11 +131,31 @@ class FakeCluster:
     def _control(self) -> None:
         seen: set[str] = set()
         while not self._ended:
+            for jobset in self.store.all("jobsets"):
+                if jobset["metadata"]["uid"] not in seen:
+                    seen.add(jobset["metadata"]["uid"])
+                    self._make_jobs(jobset)
             for job in self.store.all("jobs"):
                 if job["metadata"]["uid"] not in seen:
                     seen.add(job["metadata"]["uid"])
                     self._begin(self._job, job["metadata"]["namespace"], job["metadata"]["name"])
             time.sleep(_TICK_S)
+
+    def _make_jobs(self, jobset: Object) -> None:
+        """What JobSet's controller does: a Job for each part, and the headless Service."""
+        metadata, spec = jobset["metadata"], jobset["spec"]
+        namespace = metadata["namespace"]
+        owner = [{"kind": "JobSet", "name": metadata["name"], "uid": metadata["uid"]}]
+        for part in spec["replicatedJobs"]:
+            template = part["template"]
+            name = f"{metadata['name']}-{part['name']}-0"
+            own = {"name": name, "namespace": namespace, "ownerReferences": owner}
+            job = {"apiVersion": "batch/v1", "kind": "Job", "spec": template["spec"]}
+            self.api.create(
+                "jobs", namespace, {**job, "metadata": {**template["metadata"], **own}}, {}
+            )
+        service = {"name": spec["network"]["subdomain"], "namespace": namespace}
+        self.store.add("services", {"metadata": {**service, "ownerReferences": owner}})
 
     def _job(self, namespace: str, name: str) -> None:
         """One Job, until it is over or gone."""
@@ -253,7 +273,11 @@ class FakeCluster:
         namespace = there["metadata"].get("namespace", "")
         if resource == "pods":
             self._end_pod(there)
-        if resource != "jobs":
+        if resource == "jobsets":
+            for job in [j for j in self.store.all("jobs") if _owner(j) == there["metadata"]["uid"]]:
+                self.store.remove("jobs", namespace, job["metadata"]["name"])
+                self._deleted("jobs", job, policy)
+        if resource not in ("jobs", "jobsets"):
             return
         for pod in [p for p in self.pods(namespace) if _owner(p) == there["metadata"]["uid"]]:
             if policy == "Orphan":
@@ -295,7 +319,8 @@ class FakeCluster:
             end = {"exitCode": 128, "reason": "StartError", "message": message}
             log.over = True
             times = {"startedAt": "1970-01-01T00:00:00Z", "finishedAt": now()}
-            self._status(pod, "Failed", {"terminated": {**end, **times}})
+            for phase in ("Pending", "Failed"):
+                self._status(pod, phase, {"terminated": {**end, **times}})
             return None
         self._status(pod, "Running", {"running": {"startedAt": start}})
         reader = threading.Thread(target=_read, args=(run.process, log), daemon=True)
@@ -309,8 +334,9 @@ class FakeCluster:
         if code and container.get("terminationMessagePolicy") == "FallbackToLogsOnError":
             end["message"] = "\n".join(line for _, line in log.lines[-80:])[-2048:]
         state = {"terminated": {**end, "startedAt": start, "finishedAt": now()}}
-        self._status(pod, "Running", state)  # its phase follows a little later
-        time.sleep(_TICK_S)
+        if run.kill_at is None:  # its phase follows a little later
+            self._status(pod, "Running", state)
+            time.sleep(_TICK_S)
         self._status(pod, "Failed" if code else "Succeeded", state)
         if run.kill_at is not None:  # it was deleted; it goes as soon as its Job has counted it
             self._wait_until_counted(pod)

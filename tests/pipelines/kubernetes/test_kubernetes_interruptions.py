@@ -167,17 +167,22 @@ def test_a_job_that_its_queue_suspends_goes_on_later(
     launcher, cluster, api, folder, make_spec, once, starts
 ):
     """Kueue takes a Job's pods away and lets it begin again: the same attempt, no failure."""
-    body = "if not (folder / 'again').exists(): (folder / 'again').touch(); save(n); wait_for('never', 60)\nsucceed()"
+    body = (
+        "beat(n)\nif not (folder / 'again').exists():\n"
+        "    (folder / 'again').touch(); save(n); wait_for('never', 60)\nsucceed()"
+    )
     seen = []
 
     def on_poll(state):
         seen.append(state)
         suspend(state)
-        if "suspended" in state.reason and not cluster.pods():
+        waits = [s for s in seen if "suspended" in s.reason]
+        if len(waits) > 50 and not cluster.pods():  # longer than a heartbeat may stand still
             cluster.suspend(JOB, False)
 
     suspend = once(lambda: cluster.suspend(JOB, True))
-    outcome = supervise(launcher, folder, make_spec(body), CONFIG, on_poll=on_poll, **FAST)
+    options = {"heartbeat_timeout_s": 2.0, **FAST}
+    outcome = supervise(launcher, folder, make_spec(body), CONFIG, on_poll=on_poll, **options)
 
     assert (outcome.status, starts()) == ("completed", [1, 1])
     assert any(state.phase is Phase.WAITING and "no room" in state.reason for state in seen)

@@ -38,6 +38,60 @@ def test_a_failure_has_the_end_of_the_log(launcher, cluster, folder, make_spec):
     assert caught.value.outcome.status == "failed"
 
 
+# -- JobSet --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def jobsets(site, cluster, api):
+    api.crds = True
+    return KubernetesLauncher(site.model_copy(update={"kind": "jobset"}), files_within_s=0.0)
+
+
+def test_a_jobset_is_the_same_job(jobsets, api, folder, make_spec, starts):
+    """Its controller makes the Job and the Service; ours are the labels they are found by."""
+    body = "if os.environ['RANK'] == '0': succeed(world_size=2)"
+    spec = make_spec(body, starter="torchrun", nodes=2)
+    assert jobsets.preflight(spec, folder) == []
+
+    outcome = supervise(jobsets, folder, spec, CONFIG, **FAST)
+
+    assert (outcome.status, starts()) == ("completed", [1, 1])
+    (jobset,) = api.store.all("jobsets")
+    assert outcome.attempts[0].external["uid"] == jobset["metadata"]["uid"]
+    assert outcome.attempts[0].end.nodes == "n1, n2"
+
+
+def test_a_jobset_is_adopted_and_cancelled_whole(jobsets, cluster, api, folder, make_spec):
+    def cancel(state):
+        if folder.checkpoints.exists():
+            request_cancel(folder, "me")
+
+    with pytest.raises(Stopped):
+        supervise(
+            jobsets, folder, make_spec(HOLD), CONFIG, fault_point=stop_at("after submit"), **FAST
+        )
+    with pytest.raises(JobFailed, match="asked for by me"):
+        supervise(jobsets, folder, make_spec(HOLD), CONFIG, on_poll=cancel, **FAST)
+
+    assert "adopted it" in folder.decisions.read_text()
+    assert (api.store.all("jobsets"), api.store.all("jobs"), cluster.pods()) == ([], [], [])
+
+
+HOLD = "save(n)\nwait_for('never', 60)"
+
+
+class Stopped(BaseException):
+    """Stands for the end of the supervisor's process."""
+
+
+def stop_at(point):
+    def fault_point(name):
+        if name == point:
+            raise Stopped
+
+    return fault_point
+
+
 # -- what it asks of the API server --------------------------------------------------------------
 
 
