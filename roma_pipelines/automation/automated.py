@@ -12,6 +12,7 @@ from roma_core.data.fingerprint import source_fingerprint
 from roma_pipelines.automation.alerts import alert
 from roma_pipelines.automation.budget import over_budget
 from roma_pipelines.automation.training_state import (
+    EXPERIMENT_TAG,
     TRAINING,
     Step,
     TrainingState,
@@ -21,7 +22,6 @@ from roma_pipelines.automation.training_state import (
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.storage import Storage
 
-EXPERIMENT_TAG = "roma/experiment"
 TRIGGER_TAG = "roma/trigger"
 Trigger = Literal["schedule", "new data", "drift", "promotion"]
 Decision = dg.RunRequest | dg.SkipReason

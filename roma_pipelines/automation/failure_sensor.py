@@ -64,9 +64,7 @@ def look_at_failures(
 
 def _about(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[str, str, str]:
     """Kind, subject and text of the alert about a failed run."""
-    keys = run.asset_selection or ()
-    names = sorted({key.path[0] for key in keys}) or [run.job_name]
-    name, where = ", ".join(names), f"Dagster run {run.run_id}"
+    name, where = _name(instance, run), f"Dagster run {run.run_id}"
     checks = [
         evaluation
         for record in instance.get_records_for_run(
@@ -96,6 +94,16 @@ def _about(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[str, str, 
             folder = Path(str(found.value))
     lines += [f"last {LAST_LINES} lines:", *_last_lines(instance, run, folder)]
     return "failed", f"{name}: run {run.run_id[:8]} failed", "\n".join(lines)
+
+
+def _name(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str:
+    """The experiments whose assets it was to make."""
+    planned = instance.get_records_for_run(
+        run.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED
+    ).records
+    events = [record.event_log_entry.dagster_event for record in planned]
+    keys = [event.asset_key for event in events if event is not None]
+    return ", ".join(sorted({key.path[0] for key in keys if key})) or run.job_name
 
 
 def _first_line(data: dg.StepFailureData) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dagster as dg
 
-from roma_pipelines.automation.automated import EXPERIMENT_TAG, TRIGGER_TAG, Automated, Decision
+from roma_pipelines.automation.automated import TRIGGER_TAG, Automated, Decision
+from roma_pipelines.automation.training_state import EXPERIMENT_TAG
 from roma_pipelines.storage import Storage
 
 

@@ -16,6 +16,8 @@ from roma_pipelines.experiment import Experiment
 
 FINGERPRINT = "source_fingerprint"
 """Metadata of the data set: fingerprint of its source when it was built."""
+EXPERIMENT_TAG = "roma/experiment"
+"""Tag of runs that schedules and sensors ask for."""
 TRAINED = ("pretrained_encoder", "finetuned_classifier", "evaluation_report")
 TRAINING = (*TRAINED, "registered_classifier")
 _GOING = [
@@ -146,6 +148,7 @@ def _is_sound(instance: dg.DagsterInstance, key: dg.AssetKey, run_id: str) -> bo
 
 def _going(instance: dg.DagsterInstance, experiment: str) -> str | None:
     for run in instance.get_runs(dg.RunsFilter(statuses=_GOING), limit=200):
-        if any(key.path[0] == experiment for key in run.asset_selection or ()):
+        selected = {key.path[0] for key in run.asset_selection or ()}
+        if run.tags.get(EXPERIMENT_TAG) == experiment or experiment in selected:
             return run.run_id
     return None

@@ -1,0 +1,238 @@
+"""A month of an experiment in seconds: a real instance and data set, and jobs that are only played.
+
+Deliveries are Parquet files whose times are the month's. A day ends when nothing asks for a run any
+more. Runs are launched as Dagster's daemon would: once for each run key.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from roma_core.files import digest_of, read_json, write_json
+from roma_core.job import Attempt, JobFolder
+from roma_pipelines.assets.dataset import dataset_asset
+from roma_pipelines.automation.definitions import automated_of
+from roma_pipelines.automation.failure_sensor import look_at_failures
+from roma_pipelines.components import RomaExperiment
+from roma_pipelines.launching.fake import FakeLauncher, completed, ended
+from roma_pipelines.launching.job import JobFailed, JobSpec, JobState, Phase
+from roma_pipelines.launching.pipes import key_for, run_job
+from roma_pipelines.registry.promotion import CHAMPION, promote
+from roma_pipelines.registry.store import MlflowSettings, connect
+from roma_pipelines.registry.versions import version_at
+from roma_pipelines.storage import Storage
+
+DAY_S = 86400.0
+START = 1_767_225_600.0  # 2026-01-01
+
+
+class WorkerKilled(BaseException):
+    """The process of a run dies; its job goes on."""
+
+
+def write_series(path: Path, n: int, seed: int, at: float, shift: float = 0.0, bad: bool = False):
+    """A delivery: ``n`` series of 8 to 15 observations; a bad one has a number that is none."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(8, 16, n)
+    rows: dict[str, list[Any]] = {
+        "id": [f"{path.stem}-{k}" for k in range(n)],
+        "time": [np.cumsum(rng.exponential(1.0, k)).tolist() for k in lengths],
+        "value": [rng.normal(shift, 1.0, k).tolist() for k in lengths],
+        "kind": [("odd", "even")[k % 2] for k in range(n)],
+    }
+    if bad:
+        rows["value"][n // 2][3] = float("nan")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(rows), path)
+    os.utime(path, (at, at))
+
+
+class Month:
+    """The experiment and what happens to it.
+
+    Attributes:
+        mood: what the next job of pretraining does: ``work``, ``fail`` or ``kill``.
+        accuracy: of the next classifier.
+        trained, promoted: days on which a pretraining job was submitted, a champion made.
+        runs: (day, assets, trigger) of every run that was launched.
+    """
+
+    def __init__(self, folder: Path, storage: Storage, instance: dg.DagsterInstance) -> None:
+        self.folder, self.storage, self.instance = folder, storage, instance
+        self.day, self.mood, self.accuracy = 0, "work", 0.9
+        self.killed: JobFolder | None = None
+        self.trained: list[int] = []
+        self.promoted: list[int] = []
+        self.runs: list[tuple[int, str, str]] = []
+        self.launcher = FakeLauncher([self._play])
+        self.experiment = RomaExperiment(
+            name="waves",
+            dataset={
+                "source": {
+                    "kind": "parquet",
+                    "files": [str(folder / "data" / "*.parquet")],
+                    "axes": [{"column": "time"}],
+                    "channels": [{"column": "value"}],
+                    "facts": {"label": "kind"},
+                },
+            },
+            schedule="0 3 * * *",
+            automation={
+                "new_data": {"settle_s": 60},
+                "drift": {
+                    "files": [str(folder / "inbox" / "*.parquet")],
+                    "only_if_new": False,
+                    "newest": 1,
+                },
+            },
+        ).experiment()
+        self.assets = [dataset_asset(self.experiment), *self._played_assets()]
+        self.automated = automated_of(self.experiment, self.assets)
+        self.failure_cursor: str | None = "2000-01-01T00:00:00+00:00"
+        self.alerts: list[tuple[int, str]] = []
+
+    @property
+    def now(self) -> float:
+        """Noon of the day."""
+        return START + self.day * DAY_S + DAY_S / 2
+
+    def deliver(self, bad: bool = False) -> Path:
+        path = self.folder / "data" / f"day-{self.day:02d}.parquet"
+        write_series(path, 40, self.day, self.now - 3600, bad=bad)
+        return path
+
+    def receive_inputs(self, shift: float = 0.0) -> None:
+        path = self.folder / "inbox" / f"day-{self.day:02d}.parquet"
+        write_series(path, 120, 1000 + self.day, self.now - 3600, shift=shift)
+
+    def launch(self, decision: Any, asker: str) -> bool:
+        """As the daemon does it: a run key is served once for each sensor. True if a run began."""
+        if not isinstance(decision, dg.RunRequest):
+            return False
+        tags = dict(decision.tags)
+        if decision.run_key is not None:
+            tags |= {"dagster/run_key": decision.run_key, "dagster/sensor_name": asker}
+            keys = ("dagster/run_key", "dagster/sensor_name")
+            same = dg.RunsFilter(tags={key: tags[key] for key in keys})
+            if self.instance.get_runs(same, limit=1):
+                return False
+        nouns = [key.path[-1] for key in decision.asset_selection]
+        self.runs.append((self.day, "+".join(nouns), tags["roma/trigger"]))
+        self._execute(decision.asset_selection, tags)
+        return True
+
+    def _execute(self, keys: Any, tags: dict[str, str]) -> None:
+        result = dg.materialize(
+            self.assets,
+            instance=self.instance,
+            selection=list(keys),
+            tags=tags,
+            raise_on_error=False,
+        )
+        if (
+            self.killed is not None
+        ):  # the reconcile sensor fails such a run, and the daemon retries it
+            watcher = read_json(self.killed.watcher)
+            write_json(self.killed.watcher, {**watcher, "start": "of another process"})
+            self.killed = None
+            self.instance.add_run_tags(result.run_id, {"dagster/will_retry": "true"})
+            parents = ("dagster/parent_run_id", "dagster/root_run_id")
+            family = dict.fromkeys(parents, result.run_id)
+            self._execute(keys, {**tags, **family, "dagster/is_resume_retry": "true"})
+
+    def tell_of_failures(self) -> None:
+        told, self.failure_cursor = look_at_failures(
+            self.instance, self.storage, self.failure_cursor
+        )
+        self.alerts += [(self.day, subject) for subject in told]
+
+    def champion(self) -> str | None:
+        return version_at(connect(MlflowSettings(), self.storage.mlflow), "waves", CHAMPION)
+
+    def _play(self, folder: JobFolder, attempt: Attempt, spec: JobSpec) -> JobState:
+        attempt.path.mkdir(parents=True, exist_ok=True)
+        attempt.log.write_text("".join(f"line {k}\n" for k in range(80)))
+        if spec.command[-1] != "pretrained_encoder":
+            return completed()(folder, attempt, spec)
+        if self.mood == "kill":
+            self.mood, self.killed = "work", folder
+            raise WorkerKilled
+        mood, self.mood = self.mood, "work"
+        if mood == "fail":
+            return ended(Phase.ENDED_BAD, "exit code 1")(folder, attempt, spec)
+        return completed()(folder, attempt, spec)
+
+    def _run_job(self, context: dg.AssetExecutionContext) -> dict[str, Any]:
+        key = key_for(context)
+        folder = JobFolder(self.storage.jobs / key)
+        if not folder.path.exists() and context.asset_key.path[-1] == "pretrained_encoder":
+            self.trained.append(self.day)
+        spec = JobSpec(
+            key=key,
+            command=("-m", context.asset_key.path[-1]),
+            config_digest=digest_of({}),
+            starter="plain",
+        )
+        try:
+            outcome = run_job(context, self.launcher, folder, spec, {}, poll_every_s=0.001)
+        except JobFailed as error:
+            raise dg.Failure(
+                str(error), metadata={"job_folder": str(folder.path)}, allow_retries=False
+            ) from error
+        return outcome.metadata()
+
+    def _played_assets(self) -> list[dg.AssetsDefinition]:
+        def asset(noun: str, body: Callable, *upstream: str, **more: Any) -> dg.AssetsDefinition:
+            arguments = self.experiment.asset_arguments(
+                noun, *upstream, settings={"dataset", "pretraining", "finetuning", "gate"}
+            )
+            return dg.asset(**arguments, **more)(body)
+
+        def pretrained_encoder(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+            return dg.MaterializeResult(metadata=self._run_job(context))
+
+        def finetuned_classifier(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+            return dg.MaterializeResult(metadata=self._run_job(context))
+
+        def evaluation_report(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+            return dg.MaterializeResult(
+                check_results=[
+                    dg.AssetCheckResult(
+                        check_name="gate",
+                        passed=self.accuracy >= 0.8,
+                        metadata={"accuracy": self.accuracy},
+                    )
+                ]
+            )
+
+        def registered_classifier(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+            client = connect(MlflowSettings(), self.storage.mlflow)
+            if self.champion() is None:
+                client.create_registered_model("waves")
+            artifact = (self.storage.mlflow / "artifacts").as_uri()
+            tags = {"roma.compared_with": self.champion() or "none"}
+            version = client.create_model_version("waves", artifact, tags=tags).version
+            promote(client, "waves", str(version), "it passed", "the played gate", {})
+            self.promoted.append(self.day)
+            return dg.MaterializeResult(metadata={"version": str(version)})
+
+        check = dg.AssetCheckSpec(
+            "gate", asset=self.experiment.key("evaluation_report"), blocking=True
+        )
+        return [
+            asset("pretrained_encoder", pretrained_encoder, "dataset"),
+            asset("finetuned_classifier", finetuned_classifier, "dataset", "pretrained_encoder"),
+            asset(
+                "evaluation_report",
+                evaluation_report,
+                *("dataset", "finetuned_classifier"),
+                check_specs=[check],
+            ),
+            asset("registered_classifier", registered_classifier, "dataset", "evaluation_report"),
+        ]
