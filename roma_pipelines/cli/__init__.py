@@ -12,6 +12,11 @@ _COMMANDS = {
     "plan": "roma_pipelines.cli.plan:plan",
     "launch": "roma_pipelines.cli.launch:launch",
     "jobs": "roma_pipelines.cli.jobs:jobs",
+    "promote": "roma_pipelines.cli.promotion:promote",
+    "reject": "roma_pipelines.cli.promotion:reject",
+    "rollback": "roma_pipelines.cli.promotion:rollback",
+    "lineage": "roma_pipelines.cli.lineage:lineage",
+    "replay": "roma_pipelines.cli.lineage:replay",
 }
 
 

@@ -56,7 +56,7 @@ def attributes(folder: Path, **changes: Mapping[str, Any]) -> dict[str, Any]:
         },
         "finetuning": {
             "model": {"encoder_config": {"drop_path_rate": 0.1}},
-            "trainer": {"epochs": 20, "batch_size": 8, "base_lr": 0.01, "log_every": 2},
+            "trainer": {"epochs": 40, "batch_size": 8, "base_lr": 0.01, "log_every": 2},
         },
         "resources": {},
         "gate": {"max_loss_to_champion": 0.5},
