@@ -123,6 +123,10 @@ class Package:
                 is deserialised; or the golden rows come out differently.
         """
         verify_files(folder)
+        return cls._loaded(folder)
+
+    @classmethod
+    def _loaded(cls, folder: Path) -> Self:
         package = cls(folder)
         package.check_golden(folder / "golden.jsonl")
         return package
@@ -304,7 +308,7 @@ def open_package(folder: Path) -> Classifier | FeatureExtractor:
     """Verify and load a package of either kind; see ``Package.open``."""
     verify_files(folder)
     kind = _read(folder / "package.json").get("kind", "classifier")
-    return KINDS[kind].open(folder)
+    return KINDS[kind]._loaded(folder)
 
 
 KINDS: dict[str, type[Classifier] | type[FeatureExtractor]] = {

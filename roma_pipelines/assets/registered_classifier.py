@@ -102,8 +102,8 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
             WandbConfig(),
             experiment.name,
             version,
-            client.get_model_version_download_uri(experiment.name, version),
-            {"mlflow_uri": f"models:/{experiment.name}/{version}", **tags},
+            f"models:/{experiment.name}/{version}",
+            {"mlflow_tracking_uri": client.tracking_uri, **tags},
             folder.path,
         )
         return dg.MaterializeResult(

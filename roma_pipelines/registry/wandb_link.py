@@ -30,7 +30,7 @@ def link_version(
     """Tell W&B of a version, if it is in use.
 
     Args:
-        reference: URI of the model's files in the artifact store.
+        reference: ``models:/NAME/VERSION``, which W&B shows and does not follow.
         facts: metadata of the artifact; plain JSON.
         folder: for W&B's own files.
 

@@ -61,7 +61,8 @@ def attributes(folder: Path, **changes: Mapping[str, Any]) -> dict[str, Any]:
         "resources": {},
         "gate": {"max_loss_to_champion": 0.5},
     }
-    return sections | {name: sections[name] | dict(value) for name, value in changes.items()}
+    changed = {name: sections.get(name, {}) | dict(value) for name, value in changes.items()}
+    return sections | changed
 
 
 def definitions(sections: Mapping[str, Any]) -> dg.Definitions:
