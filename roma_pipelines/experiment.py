@@ -14,7 +14,7 @@ from roma_core.files import digest_of
 from roma_pipelines.automation.settings import Automation
 from roma_pipelines.executor import retry_policy
 from roma_pipelines.provenance import DISTRIBUTION
-from roma_pipelines.registry.promotion import GateThresholds
+from roma_pipelines.registry.gate import GateThresholds
 from roma_pipelines.training_sections import about_trainings
 
 ENCODER = "pretrained_encoder"
@@ -61,6 +61,15 @@ class Resources(_Section):
     max_attempts: int = Field(20, gt=0, description="Attempts that may continue one another.")
 
 
+class Predictions(_Section):
+    """What the champion predicts regularly: the asset ``batch_predictions``."""
+
+    input: str = Field(description="Parquet, .jsonl, or the folder of a data set.")
+    split: Literal["train", "validation", "test"] = Field(
+        "test", description="Series to take of a data set."
+    )
+
+
 class Experiment(_Section):
     """Data → pretrained encoder → classifier → report → registered model."""
 
@@ -79,6 +88,7 @@ class Experiment(_Section):
     resources: Resources = Resources()
     gate: GateThresholds = GateThresholds()
     baselines: tuple[Baseline, ...] = ()
+    predictions: Predictions | None = Field(None, description="None: no asset for it.")
     schedule: str | None = Field(
         None, description="Cron expression (UTC) of retraining; starts switched off."
     )

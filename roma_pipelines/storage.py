@@ -5,6 +5,7 @@
     cache/          what sources fetched
     datasets/       <name>/<version>/
     jobs/           <job key>/
+    predictions/    <experiment>/<input>.parquet, what champions said
     clusters/       <site>/poll.json, what a scheduler said last
     mlflow/         the embedded tracking store and registry
     dagster/        the embedded Dagster instance (DAGSTER_HOME)

@@ -14,6 +14,7 @@ _COMMANDS = {
     "finetune": "roma_core.cli.training:finetune",
     "evaluate": "roma_core.cli.evaluation:evaluate",
     "predict": "roma_core.cli.prediction:predict",
+    "embed": "roma_core.cli.prediction:embed",
     "doctor": "roma_core.cli.doctor:doctor",
 }
 

@@ -92,6 +92,12 @@ class DataSchema(_Document):
         description="One entry per channel, in the order of `channels`."
     )
 
+    @property
+    def units(self) -> dict[str, str]:
+        """Axis or channel name → unit."""
+        axes = {axis.name: axis.unit for axis in self.axes}
+        return axes | {channel.name: channel.unit for channel in self.channels}
+
 
 class FileRecord(_Document):
     """Size and sha256 of one file of the folder."""

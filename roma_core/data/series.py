@@ -12,10 +12,11 @@ def raw_series(subset: Subset, rows: Iterable[int]) -> Iterator[dict[str, Any]]:
     """Chosen rows of a split as delivered, neither normalised nor anchored.
 
     Yields:
-        ``id``, ``positions`` (axis name → numbers) and ``values`` (channel name → numbers): the
-        fields of :class:`roma_core.serving.schema.Series`.
+        ``id``, ``positions`` (axis name → numbers), ``values`` (channel name → numbers) and
+        ``units``: the fields of :class:`roma_core.serving.schema.Series`.
     """
     dataset = subset.dataset
+    units = dataset.schema.units
     for row in rows:
         i = int(subset.indices[row])
         positions, values = dataset.raw(i)
@@ -27,4 +28,5 @@ def raw_series(subset: Subset, rows: Iterable[int]) -> Iterator[dict[str, Any]]:
             "values": {
                 c.name: values[:, k].tolist() for k, c in enumerate(dataset.schema.channels)
             },
+            "units": units,
         }

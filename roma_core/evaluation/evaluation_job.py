@@ -1,11 +1,12 @@
-"""Evaluation as a job: predictions, metrics, report and the package that is served.
+"""Evaluation as a job: predictions, metrics, report and the packages that are served.
 
 outputs/predictions.parquet             test series, by the classifier
-outputs/champion_predictions.parquet    the same series, by the present champion
+outputs/champion_predictions.parquet    the same series, by the present champion if it can
 outputs/metrics.json
+outputs/measured.json                   latency, size, golden rows, leaks, trouble with the champion
 outputs/plots/*.png
 outputs/report.html
-outputs/package/                        what gets registered
+outputs/package/, encoder_package/      what gets registered
 """
 
 from __future__ import annotations
@@ -14,38 +15,26 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from roma_core.data.normalisation import denormalise
-from roma_core.data.series import raw_series
-from roma_core.data.store import StoredDataset, Subset
-from roma_core.evaluation import plots
+from roma_core.data.store import Subset
+from roma_core.evaluation.comparison import Change, changes
+from roma_core.evaluation.held_out import seen_in_training, split_digest
 from roma_core.evaluation.job_config import EvaluationJobConfig
+from roma_core.evaluation.measured import Measured
 from roma_core.evaluation.metrics import Metrics, evaluate
+from roma_core.evaluation.packaging import measure, package_classifier, package_encoder
+from roma_core.evaluation.pictures import draw
+from roma_core.evaluation.predicting import NotComparable, predict, predict_packaged
 from roma_core.evaluation.predictions import PredictionTable
 from roma_core.evaluation.report import Plot, ReportContent, render_report
 from roma_core.files import read_json, write_bytes, write_json
 from roma_core.job import Attempt, JobFolder
 from roma_core.job_runner import Work
 from roma_core.model.classification import RoMAForClassification
-from roma_core.model.export import export_classifier
 from roma_core.model.pretraining import RoMAForPreTraining
-from roma_core.serving.logged_model import Classifier
-from roma_core.serving.logged_model import Series as LoggedSeries
-from roma_core.serving.package import build_package
-from roma_core.serving.schema import Series
-from roma_core.trainer.batches import Collate
-from roma_core.trainer.evaluating import classify
-from roma_core.trainer.metrics_log import read_records
 from roma_core.trainer.progress import Progress
 from roma_core.trainer.training_job import open_dataset
-
-_N_GOLDEN = 10
-_N_RECONSTRUCTED = 3
-_N_CHANNELS = 4  # drawn of each; more would be too small to read
-_PARITY_SERIES = 1000  # compared between training and serving code, at most
 
 
 def run_evaluation(folder: JobFolder, attempt: Attempt) -> Work:
@@ -58,7 +47,8 @@ def run_evaluation(folder: JobFolder, attempt: Attempt) -> Work:
         raise ValueError(f"{config.dataset} has no labelled test series to evaluate on")
     out = folder.outputs
     (out / "plots").mkdir(parents=True, exist_ok=True)
-    with Progress("evaluate", total_steps=5, first_step=0) as progress:
+    facts = {}
+    with Progress("evaluate", total_steps=6, first_step=0) as progress:
         attempt.beat(0)
         model = RoMAForClassification.from_pretrained(config.classifier).eval()
         table = predict(model, test, config.batch_size)
@@ -67,181 +57,89 @@ def run_evaluation(folder: JobFolder, attempt: Attempt) -> Work:
         write_json(out / "metrics.json", metrics.model_dump(mode="json"))
         progress.update(1, {"accuracy": metrics.accuracy.value}, force=True)
 
-        manifest_sha256 = package(config, model, test, out / "package")
-        difference = serving_difference(out / "package", table, test)
-        progress.update(2, {"serving_difference": difference}, force=True)
+        changed, problem = beside_champion(config, table, test, out)
+        progress.update(2, {}, force=True)
 
-        if config.champion is not None:
-            champion = predict_packaged(Path(config.champion), test)
-            champion.save(out / "champion_predictions.parquet")
+        facts["manifest_sha256"] = package_classifier(
+            config, model, test, metrics, changed, problem, out / "package"
+        )
+        encoder = None
+        if config.autoencoder is not None:
+            encoder = RoMAForPreTraining.from_pretrained(config.autoencoder).eval()
+            facts["encoder_manifest_sha256"] = package_encoder(
+                config, encoder, test, out / "encoder_package"
+            )
         progress.update(3, {}, force=True)
 
-        pictures = draw(config, dataset, metrics)
+        leaks = seen_in_training(dataset, [Path(path) for path in config.trained_on])
+        measured = measure(config, out / "package", table, test, leaks, split_digest(test), problem)
+        measured.save(out / "measured.json")
+        difference = measured.serving_difference
+        progress.update(4, {"serving_difference": difference}, force=True)
+
+        pictures = draw(config, dataset, metrics, encoder)
         for name, plot in pictures.items():
             write_bytes(out / "plots" / f"{name}.png", plot.png)
-        progress.update(4, {}, force=True)
-        write_bytes(out / "report.html", report(config, metrics, list(pictures.values())).encode())
         progress.update(5, {}, force=True)
-    outputs = {
-        "predictions": "outputs/predictions.parquet",
-        "metrics": "outputs/metrics.json",
-        "plots": "outputs/plots",
-        "report": "outputs/report.html",
-        "package": "outputs/package",
-    }
-    if config.champion is not None:
-        outputs["champion_predictions"] = "outputs/champion_predictions.parquet"
+        page = report(config, metrics, changed, measured, list(pictures.values()))
+        write_bytes(out / "report.html", page.encode())
+        progress.update(6, {}, force=True)
     return Work(
         "completed",
-        metrics=metrics.flat() | {"serving_difference": difference},
-        outputs=outputs,
-        facts={"manifest_sha256": manifest_sha256, "n_series": len(test)},
+        metrics=metrics.flat() | numbers(measured),
+        outputs=outputs_of(out),
+        facts=facts | {"n_series": len(test)},
     )
 
 
-def predict(model: RoMAForClassification, test: Subset, batch_size: int) -> PredictionTable:
-    """Probabilities of every series of a split, by the packed model."""
-    dataset = test.dataset
-    assert dataset.labels is not None
-    outputs = classify(model, test, Collate(model.config, seed=0), batch_size)
-    return PredictionTable(
-        ids=[dataset.ids[i] for i in test.indices],
-        classes=dataset.schema.classes,
-        labels=dataset.labels[test.indices],
-        probabilities=_softmax(outputs.logits),
-        lengths=test.lengths,
-        lineage={"dataset_digest": dataset.manifest.digest},
-    )
+def beside_champion(
+    config: EvaluationJobConfig, table: PredictionTable, test: Subset, out: Path
+) -> tuple[tuple[Change, ...], str | None]:
+    """Evaluate the champion on the same series.
+
+    Returns:
+        What changed against it, and why it could not be evaluated: nothing and None without one.
+    """
+    if config.champion is None:
+        return (), config.champion_problem
+    try:
+        champion = predict_packaged(Path(config.champion), test)
+    except NotComparable as error:
+        return (), f"champion version {config.champion_version}: {error}"
+    champion.save(out / "champion_predictions.parquet")
+    return changes(table, champion), None
 
 
-def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
-    return shifted / shifted.sum(1, keepdims=True)
+def numbers(measured: Measured) -> dict[str, float]:
+    """What a tracker is told of the package."""
+    found = {"serving_difference": measured.serving_difference, "package_mb": measured.size_mb}
+    if measured.trial is not None:
+        found |= {"latency_ms": measured.trial.latency_ms, "load_s": measured.trial.load_s}
+    return found
 
 
-def package(
-    config: EvaluationJobConfig, model: RoMAForClassification, test: Subset, folder: Path
-) -> str:
-    """Build the package folder; the sha256 of its manifest stands for it."""
-    by_length = np.argsort(test.lengths, kind="stable")
-    golden = by_length[np.linspace(0, len(test) - 1, min(_N_GOLDEN, len(test))).astype(int)]
-    return build_package(
-        folder,
-        export_classifier(model),
-        Path(config.classifier) / "model.safetensors",
-        read_json(Path(config.classifier) / "model_config.json"),
-        test.dataset.schema,
-        [Series(**s) for s in raw_series(test, golden.tolist())],
-        {"dataset_digest": config.dataset_digest},
-        name=config.name,
-    )
-
-
-def predict_packaged(package_folder: Path, test: Subset) -> PredictionTable:
-    """Probabilities of every series of a split, by a served package, from raw rows."""
-    dataset = test.dataset
-    assert dataset.labels is not None
-    classes = dataset.schema.classes
-    classifier = Classifier.open(package_folder)
-    series = [LoggedSeries(**s) for s in raw_series(test, range(len(test)))]
-    predictions = classifier.predict(series)
-    return PredictionTable(
-        ids=[dataset.ids[i] for i in test.indices],
-        classes=classes,
-        labels=dataset.labels[test.indices],
-        probabilities=np.array([[p.probabilities[c] for c in classes] for p in predictions]),
-        lengths=test.lengths,
-        lineage={"package": str(package_folder)},
-    )
-
-
-def serving_difference(package_folder: Path, table: PredictionTable, test: Subset) -> float:
-    """Largest difference of a probability between the packed model and the package."""
-    rows = range(0, len(test), -(-len(test) // _PARITY_SERIES))
-    classifier = Classifier.open(package_folder)
-    predictions = classifier.predict([LoggedSeries(**s) for s in raw_series(test, rows)])
-    served = np.array([[p.probabilities[c] for c in table.classes] for p in predictions])
-    return float(np.abs(served - table.probabilities[list(rows)]).max())
-
-
-def draw(config: EvaluationJobConfig, dataset: StoredDataset, metrics: Metrics) -> dict[str, Plot]:
-    """The report's figures by file name."""
-    pictures = {
-        "confusion": Plot(
-            title="Confusion matrix",
-            caption="Rows are true classes, columns predicted ones; numbers count test series.",
-            alt="Confusion matrix of the test series.",
-            png=plots.confusion_matrix(metrics),
-        ),
-        "reliability": Plot(
-            title="Reliability",
-            caption="How often predictions of a given confidence are right. On the diagonal, "
-            "confidence can be taken at its word.",
-            alt="Accuracy against confidence.",
-            png=plots.reliability_curve(metrics),
-        ),
+def outputs_of(out: Path) -> dict[str, str]:
+    """Name -> path in the job folder, of what is there."""
+    places = {
+        "predictions": "predictions.parquet",
+        "champion_predictions": "champion_predictions.parquet",
+        "metrics": "metrics.json",
+        "measured": "measured.json",
+        "plots": "plots",
+        "report": "report.html",
+        "package": "package",
+        "encoder_package": "encoder_package",
     }
-    for title, path in config.curves.items():
-        records = [record for _, record in read_records(Path(path))]
-        if records:
-            pictures[f"curve_{title}"] = Plot(
-                title=f"Learning curve: {title}",
-                caption="Metrics by optimiser step; eval is the validation split.",
-                alt=f"Learning curve of the {title}.",
-                png=plots.learning_curve(records),
-                wide=True,
-            )
-    if config.autoencoder is not None:
-        model = RoMAForPreTraining.from_pretrained(config.autoencoder).eval()
-        pictures["reconstructions"] = Plot(
-            title="Reconstructions",
-            caption="Test series as the pretrained autoencoder saw them: visible observations, "
-            "hidden ones, and what it made of the hidden ones.",
-            alt="Visible, hidden and reconstructed observations of some test series.",
-            png=plots.reconstruction_examples(reconstructions(model, dataset)),
-            wide=True,
-        )
-    return pictures
+    return {name: f"outputs/{place}" for name, place in places.items() if (out / place).exists()}
 
 
-@torch.no_grad()
-def reconstructions(
-    model: RoMAForPreTraining, dataset: StoredDataset
-) -> list[plots.Reconstruction]:
-    """A few test series of middling length with a drawn mask, in the units of the data."""
-    test = dataset.split("test")
-    schema = dataset.schema
-    order = np.argsort(test.lengths, kind="stable")
-    chosen = order[len(order) // 2 :][:_N_RECONSTRUCTED]
-    collate = Collate(model.config, seed=0)
-    names = [c.name if c.unit == "1" else f"{c.name} ({c.unit})" for c in schema.channels]
-    axis = schema.axes[0]
-    examples = []
-    for row in chosen:
-        batch = collate([(0, int(row), test[int(row)])])
-        masked = batch.masked
-        assert masked is not None
-        predicted = batch.tokens.clone()
-        if masked.hidden.total:
-            predicted[masked.hidden_rows] = model.reconstruct_rows(batch, masked)
-        positions, values = dataset.raw(int(test.indices[row]))
-        visible = np.zeros(len(values), dtype=bool)
-        visible[masked.visible_rows.numpy()] = True
-        examples.append(
-            plots.Reconstruction(
-                title=dataset.ids[int(test.indices[row])],
-                channels=names[:_N_CHANNELS],
-                positions=positions[:, 0],
-                values=values[:, :_N_CHANNELS],
-                predicted=denormalise(predicted.numpy(), schema)[:, :_N_CHANNELS],
-                visible=visible,
-                axis=f"{axis.name} ({axis.unit})" if axis.unit != axis.name else axis.name,
-            )
-        )
-    return examples
-
-
-def report(config: EvaluationJobConfig, metrics: Metrics, pictures: Sequence[Plot]) -> str:
+def report(
+    config: EvaluationJobConfig,
+    metrics: Metrics,
+    changed: tuple[Change, ...],
+    measured: Measured,
+    pictures: Sequence[Plot],
+) -> str:
     """The HTML page."""
     return render_report(
         ReportContent(
@@ -250,10 +148,18 @@ def report(config: EvaluationJobConfig, metrics: Metrics, pictures: Sequence[Plo
             f"classes, judged on {metrics.n_series} test series it never saw.",
             created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             metrics=metrics,
+            champion_version=config.champion_version,
+            champion_problem=measured.champion_problem,
+            changes=changed,
+            measured=measured,
+            decided_before=config.decided_before,
             baselines=config.baselines,
             plots=tuple(pictures),
             facts=config.facts,
             limits=(
+                "Weights and settings were selected on the validation split. The test split decides "
+                "only whether a model is promoted; each such decision uses up some of its "
+                "independence.",
                 "Intervals are percentile bootstraps over test series; they do not cover another "
                 "training seed or another choice of test series.",
                 "Baselines were measured elsewhere on the same protocol, not in this run.",

@@ -26,6 +26,16 @@ class EvaluationJobConfig(BaseModel):
         None, description="Package folder of the present champion, predicted on the same series."
     )
     champion_version: str | None = None
+    champion_problem: str | None = Field(
+        None, description="Why there is a champion but no package folder of it."
+    )
+    trained_on: tuple[str, ...] = Field(
+        (), description="Folders of the data that the weights were trained on."
+    )
+    decided_before: int | None = Field(
+        None, description="How often this test split has decided about a model before."
+    )
+    lineage: dict[str, str] = Field({}, description="Identifiers that go into the package.")
     curves: dict[str, str] = Field({}, description="Title -> metrics.jsonl of a training.")
     baselines: tuple[Baseline, ...] = ()
     facts: tuple[FactSheet, ...] = Field((), description="Tables of facts for the report.")

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from roma_core.evaluation.predictions import PredictionTable
 
 N_BINS = 15
-N_LENGTH_BUCKETS = 4
+N_BUCKETS = 4
 _COUNTS_AT_ONCE = 4_000_000  # entries of the (R, N) matrix held in memory, 32 MB
 
 Floats = NDArray[np.float64]
@@ -43,6 +43,9 @@ class ClassMetrics(_Document):
     precision: float | None = Field(description="None if the class was never predicted.")
     recall: float | None = Field(description="None if the class has no series.")
     f1: float | None
+    recall_interval: tuple[float, float] | None = Field(
+        None, description="95 % Wilson interval; None if the class has no series."
+    )
     support: int = Field(description="Series of this class.")
     predicted: int = Field(description="Series predicted as this class.")
 
@@ -62,6 +65,17 @@ class LengthBucket(_Document):
     longest: int
     count: int
     accuracy: float
+    interval: tuple[float, float] | None = Field(None, description="95 % Wilson interval.")
+
+
+class MissingBucket(_Document):
+    """Series with a similar share of observations missing; see ``PredictionTable.missing``."""
+
+    least: float
+    most: float
+    count: int
+    accuracy: float
+    interval: tuple[float, float]
 
 
 class Metrics(_Document):
@@ -88,6 +102,7 @@ class Metrics(_Document):
     )
     reliability: tuple[ReliabilityBin, ...]
     by_length: tuple[LengthBucket, ...]
+    by_missing: tuple[MissingBucket, ...] = Field((), description="Empty if it is not known.")
 
     def estimates(self) -> dict[str, Estimate]:
         """The five headline metrics by name, in the order of the fields."""
@@ -140,6 +155,7 @@ def evaluate(table: PredictionTable, n_bootstrap: int = 1000, seed: int = 0) -> 
         confusion=tuple(tuple(row) for row in confusion.tolist()),
         reliability=_reliability(table, confidence, bins),
         by_length=_by_length(table),
+        by_missing=_by_missing(table),
     )
 
 
@@ -209,6 +225,7 @@ def _per_class(classes: tuple[str, ...], confusion: NDArray[np.int64]) -> tuple[
                 precision=share(hits, predicted),
                 recall=share(hits, support),
                 f1=share(2 * hits, support + predicted),
+                recall_interval=wilson(hits, support) if support else None,
                 support=support,
                 predicted=predicted,
             )
@@ -230,13 +247,38 @@ def _reliability(
 
 
 def _by_length(table: PredictionTable) -> tuple[LengthBucket, ...]:
-    bins = equal_mass_bins(table.lengths.astype(np.float64), N_LENGTH_BUCKETS)
+    bins = equal_mass_bins(table.lengths.astype(np.float64), N_BUCKETS)
     return tuple(
         LengthBucket(
             shortest=int(table.lengths[inside].min()),
             longest=int(table.lengths[inside].max()),
             count=int(inside.sum()),
             accuracy=float(table.correct[inside].mean()),
+            interval=wilson(int(table.correct[inside].sum()), int(inside.sum())),
         )
         for inside in (bins == b for b in np.unique(bins))
     )
+
+
+def _by_missing(table: PredictionTable) -> tuple[MissingBucket, ...]:
+    if table.missing is None:
+        return ()
+    bins = equal_mass_bins(table.missing, N_BUCKETS)
+    return tuple(
+        MissingBucket(
+            least=float(table.missing[inside].min()),
+            most=float(table.missing[inside].max()),
+            count=int(inside.sum()),
+            accuracy=float(table.correct[inside].mean()),
+            interval=wilson(int(table.correct[inside].sum()), int(inside.sum())),
+        )
+        for inside in (bins == b for b in np.unique(bins))
+    )
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a share; holds for small ``n`` too, of at least 1."""
+    z = 1.959964
+    centre, spread = hits + z * z / 2, z * np.sqrt(hits * (n - hits) / n + z * z / 4)
+    low, high = (centre - spread) / (n + z * z), (centre + spread) / (n + z * z)
+    return max(0.0, float(low)), min(1.0, float(high))

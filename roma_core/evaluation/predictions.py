@@ -35,6 +35,8 @@ class PredictionTable:
         probabilities: ``(N, K)`` float64, finite, in [0, 1], rows sum to 1 within 1e-4.
         lengths: ``(N,)`` int64, observations per series, at least 1.
         lineage: facts that travel along, such as the model's and the data's digest.
+        missing: ``(N,)`` float64, share of the observations that a series sampled at the usual pace
+            would have beyond those it has, in [0, 1); None if nobody knows.
 
     Raises:
         ValueError: shapes, ids, labels or probabilities are not as above.
@@ -46,6 +48,7 @@ class PredictionTable:
     probabilities: NDArray[np.float64]
     lengths: NDArray[np.int64]
     lineage: Mapping[str, str] = field(default_factory=dict)
+    missing: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         n, k = len(self.ids), len(self.classes)
@@ -59,8 +62,11 @@ class PredictionTable:
             ("labels", np.int64, (n,)),
             ("probabilities", np.float64, (n, k)),
             ("lengths", np.int64, (n,)),
+            ("missing", np.float64, (n,)),
         ):
             array = getattr(self, name)
+            if array is None and name == "missing":
+                continue
             if array.shape != shape or array.dtype != dtype:
                 raise ValueError(
                     f"{name}: expected {np.dtype(dtype)} of shape {shape} for {n} ids and "
@@ -107,6 +113,8 @@ class PredictionTable:
             "predicted": pa.array(names[self.predicted], pa.string()),
             "probabilities": pa.FixedSizeListArray.from_arrays(flat, len(self.classes)),
         }
+        if self.missing is not None:
+            columns["missing"] = pa.array(self.missing)
         header = {
             "schema_version": SCHEMA_VERSION,
             "classes": self.classes,
@@ -147,4 +155,5 @@ class PredictionTable:
             probabilities=np.array(table["probabilities"].to_pylist(), np.float64),
             lengths=table["length"].to_numpy(),
             lineage=header["lineage"],
+            missing=table["missing"].to_numpy() if "missing" in table.column_names else None,
         )

@@ -12,11 +12,13 @@ from typing import Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from roma_core.evaluation.comparison import Change
 from roma_core.evaluation.facts import Baseline, FactSheet
+from roma_core.evaluation.measured import Measured
 from roma_core.evaluation.metrics import Estimate, Metrics
 
 _PNG_START = b"\x89PNG\r\n\x1a\n"
-_METRIC_NAMES = {
+METRIC_NAMES = {
     "accuracy": ("Accuracy", "share of series whose most probable class is the true one"),
     "balanced_accuracy": ("Balanced accuracy", "mean recall of the classes"),
     "macro_f1": ("Macro F1", "mean F1 of the classes"),
@@ -58,6 +60,13 @@ class ReportContent(_Document):
     created: str = Field(description="Date and time, as it should be printed.")
     split: str = Field("test", description="Which series were judged.")
     metrics: Metrics
+    champion_version: str | None = Field(None, description="None if there was no champion.")
+    champion_problem: str | None = Field(None, description="Why it could not be evaluated.")
+    changes: tuple[Change, ...] = Field((), description="Against the champion.")
+    measured: Measured | None = None
+    decided_before: int | None = Field(
+        None, description="Models that this test split has decided about before."
+    )
     baselines: tuple[Baseline, ...] = ()
     plots: tuple[Plot, ...] = ()
     facts: tuple[FactSheet, ...] = ()
@@ -76,7 +85,9 @@ def render_report(content: ReportContent) -> str:
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     environment.filters["share"] = lambda x: "–" if x is None else f"{x:.3f}"
     environment.filters["interval"] = interval
-    metrics = [(*_METRIC_NAMES[n], e) for n, e in content.metrics.estimates().items()]
+    environment.filters["pair"] = lambda x: "–" if x is None else f"{x[0]:.3f}–{x[1]:.3f}"
+    environment.filters["signed"] = lambda x: f"{x:+.3f}".replace("-", "−")
+    metrics = [(*METRIC_NAMES[n], e) for n, e in content.metrics.estimates().items()]
     return environment.get_template("report.html.jinja").render(
         content=content, metrics=metrics, scale=_scale(content)
     )

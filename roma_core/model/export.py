@@ -1,4 +1,4 @@
-"""The classifier as a program of standard operators, for serving without this project.
+"""Models as programs of standard operators, for serving without this project.
 
 Padded tensors with a key mask instead of packed rows: what is exported loads wherever torch does.
 """
@@ -10,6 +10,43 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from roma_core.model.classification import RoMAForClassification
+from roma_core.model.embedding import Backbone
+
+
+class PaddedEncoder(nn.Module):
+    """The encoder's features as :meth:`Backbone.embed` gives them, from padded tokens."""
+
+    def __init__(self, model: Backbone, pooling: str = "mean") -> None:
+        super().__init__()
+        # its parts, not the model: a program carries every parameter it can reach
+        self.projection, self.encoder = model.projection, model.encoder
+        self.cls, self.table, self.rotation = model.cls, model.table, model.rotation
+        self.pooling = pooling
+
+    def forward(self, values: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+        """``(B, N, P)`` float32 tokens, ``(B, N, D)`` float32, ``(B, N)`` bool → ``(B, d)``.
+
+        Padding may hold any finite number. With ``pooling="token"`` ``(B, N, d)``, of which
+        padding's rows mean nothing.
+        """
+        x = self.projection(values)  # (B, N, d)
+        if self.table is not None:
+            shift = 0 if self.cls is None else 1
+            x = x + self.table.table[shift : shift + x.shape[1]]
+        if self.cls is not None:
+            cls = self.cls if self.table is None else self.cls + self.table.table[0]
+            x = torch.cat((cls.expand(x.shape[0], 1, -1), x), dim=1)
+            positions = torch.cat((torch.zeros_like(positions[:, :1]), positions), dim=1)
+            valid = torch.cat((torch.ones_like(valid[:, :1]), valid), dim=1)
+        rotations = None if self.rotation is None else self.rotation(positions)
+        x = self.encoder.forward_padded(x, rotations, valid)
+        first = 0 if self.cls is None else 1
+        if self.pooling == "cls":
+            return x[:, 0]
+        if self.pooling == "token":
+            return x[:, first:]
+        weight = valid[:, first:, None].to(x.dtype)
+        return (x[:, first:] * weight).sum(1) / weight.sum(1)
 
 
 class PaddedClassifier(nn.Module):
@@ -17,33 +54,12 @@ class PaddedClassifier(nn.Module):
 
     def __init__(self, model: RoMAForClassification) -> None:
         super().__init__()
-        self.model = model
+        self.encoder = PaddedEncoder(model, model.config.pools)
+        self.head = model.head_of()
 
     def forward(self, values: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
-        """``(B, N, P)`` float32 tokens, ``(B, N, D)`` float32, ``(B, N)`` bool → ``(B, dim_output)``.
-
-        Padding may hold any finite number. With a head on every token ``(B, N, dim_output)``, of
-        which padding's rows mean nothing.
-        """
-        model = self.model
-        x = model.projection(values)  # (B, N, d)
-        if model.table is not None:
-            shift = 0 if model.cls is None else 1
-            x = x + model.table.table[shift : shift + x.shape[1]]
-        if model.cls is not None:
-            cls = model.cls if model.table is None else model.cls + model.table.table[0]
-            x = torch.cat((cls.expand(x.shape[0], 1, -1), x), dim=1)
-            positions = torch.cat((torch.zeros_like(positions[:, :1]), positions), dim=1)
-            valid = torch.cat((torch.ones_like(valid[:, :1]), valid), dim=1)
-        rotations = None if model.rotation is None else model.rotation(positions)
-        x = model.encoder.forward_padded(x, rotations, valid)
-        first = 0 if model.cls is None else 1
-        if model.config.pools == "cls":
-            return model.head_of()(x[:, 0])
-        if model.config.pools == "token":
-            return model.head_of()(x[:, first:])
-        weight = valid[:, first:, None].to(x.dtype)
-        return model.head_of()((x[:, first:] * weight).sum(1) / weight.sum(1))
+        """Shapes as for :class:`PaddedEncoder` → ``(B, dim_output)``; per token ``(B, N, dim_output)``."""
+        return self.head(self.encoder(values, positions, valid))
 
 
 def export_classifier(model: RoMAForClassification) -> ExportedProgram:
@@ -51,7 +67,15 @@ def export_classifier(model: RoMAForClassification) -> ExportedProgram:
 
     The program takes and returns what :class:`PaddedClassifier` does.
     """
-    padded = PaddedClassifier(model.eval())
+    return _exported(PaddedClassifier(model.eval()), model)
+
+
+def export_encoder(model: Backbone) -> ExportedProgram:
+    """Export the mean of the encoder's tokens; ``model`` is put into evaluation mode."""
+    return _exported(PaddedEncoder(model.eval()), model)
+
+
+def _exported(padded: nn.Module, model: Backbone) -> ExportedProgram:
     width, axes = model.config.tubelet_width, model.config.n_pos_dims
     example = (
         torch.zeros(2, 5, width),

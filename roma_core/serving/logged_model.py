@@ -3,33 +3,35 @@
 It needs mlflow, numpy, pydantic and torch. ``package.py`` writes the folder:
 
     model.pt2             exported program: values (B, N, P) float32, positions (B, N, D) float32,
-                          valid (B, N) bool, True at a real token -> logits (B, K)
+                          valid (B, N) bool, True at a real token -> (B, K): logits of K classes, or
+                          K features of an encoder
     schema.json           channels, axes, classes, normalisation
-    golden.jsonl          series with the probabilities they must get
-    package.json          name, limits, lineage
+    golden.jsonl          series with the outputs they must get
+    package.json          name, kind, limits, lineage
     weights.safetensors, model_config.json, series.schema.json    for research and for clients
+    profile.json, requirements.lock, MODEL_CARD.md                what the model was trained on
     MANIFEST.json         sha256 of every other file, checked before anything else is read
 
-Shapes here:  B series   N tokens, padded   P channels   D axes   K classes
+Shapes here:  B series   N tokens, padded   P channels   D axes   K outputs
 """
 
 import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from mlflow.exceptions import MlflowException
-from mlflow.models import set_model
+from mlflow.models import ModelConfig, set_model
 from mlflow.pyfunc import PythonModel
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION = 1
 MANIFEST = "MANIFEST.json"
-FILES = (
+NEEDED = (
     "model.pt2",
     "weights.safetensors",
     "model_config.json",
@@ -57,7 +59,9 @@ class Series(BaseModel):
         description="Channel name -> one number per observation."
     )
     units: dict[str, str] | None = Field(
-        None, description="Axis or channel name -> unit; if given, checked against the model's."
+        None,
+        description="Axis or channel name -> unit, checked against the model's. Pure numbers (unit "
+        "'1') and axes counted in themselves (frame, in frames) may be left out, no other.",
     )
 
 
@@ -71,6 +75,15 @@ class Prediction(BaseModel):
     probabilities: dict[str, float] = Field(description="Class name -> probability; they sum to 1.")
 
 
+class Features(BaseModel):
+    """What the encoder makes of one series: the mean of its tokens."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str | None = None
+    features: list[float] = Field(description="As many numbers for every series.")
+
+
 class InvalidSeries(ValueError):
     """A series that the model cannot take; the message names it and the field."""
 
@@ -79,11 +92,14 @@ class PackageError(RuntimeError):
     """The package folder is damaged, incomplete, or does not compute here what it should."""
 
 
-class Classifier:
-    """A package folder, loaded: ``list[Series] -> list[Prediction]``.
+class Package:
+    """A package folder, loaded: series in, one row of numbers each out.
 
     The constructor trusts the folder; ``open`` verifies it.
     """
+
+    golden_field: str
+    """Field of a golden row that holds the outputs."""
 
     def __init__(self, folder: Path) -> None:
         package, schema = _read(folder / "package.json"), _read(folder / "schema.json")
@@ -94,10 +110,12 @@ class Classifier:
         self.axes: list[dict[str, Any]] = schema["axes"]
         self.classes: list[str] = schema["classes"]
         self.units = {c["name"]: c["unit"] for c in [*self.axes, *self.channels]}
+        self.units_required: bool = package.get("units_required", False)
+        self.n_outputs: int = package.get("n_outputs", len(self.classes))
         self._program = torch.export.load(folder / "model.pt2").module()
 
     @classmethod
-    def open(cls, folder: Path) -> "Classifier":
+    def open(cls, folder: Path) -> Self:
         """Verify every file, load, and check the golden rows.
 
         Raises:
@@ -105,12 +123,16 @@ class Classifier:
                 is deserialised; or the golden rows come out differently.
         """
         verify_files(folder)
-        classifier = cls(folder)
-        classifier.check_golden(folder / "golden.jsonl")
-        return classifier
+        return cls._loaded(folder)
 
-    def predict(self, series: list[Series]) -> list[Prediction]:
-        """Class and probabilities of every series, in the order given.
+    @classmethod
+    def _loaded(cls, folder: Path) -> Self:
+        package = cls(folder)
+        package.check_golden(folder / "golden.jsonl")
+        return package
+
+    def outputs(self, series: list[Series]) -> NDArray[np.float64]:
+        """``(len(series), K)``, in the order given.
 
         The order of observations inside a series does not matter.
 
@@ -120,31 +142,33 @@ class Classifier:
         if not series:
             raise InvalidSeries("expected a list of at least one series, got an empty list")
         tokens = [self._tokens(one, f"series {i}") for i, one in enumerate(series)]
-        probabilities = np.empty((len(series), len(self.classes)))
+        found = np.empty((len(series), self.n_outputs))
         for rows in self._batches([len(values) for values, _ in tokens]):
-            probabilities[rows] = self._run([tokens[i] for i in rows])
-        return [
-            Prediction(
-                id=one.id,
-                label=self.classes[int(p.argmax())],
-                probabilities=dict(zip(self.classes, p.tolist(), strict=True)),
-            )
-            for one, p in zip(series, probabilities, strict=True)
-        ]
+            found[rows] = self._run([tokens[i] for i in rows])
+        return found
 
-    def check_golden(self, path: Path) -> None:
-        """Predict the recorded series and compare with the recorded probabilities."""
+    def named(self, outputs: NDArray[np.float64]) -> Any:
+        """One row of outputs as a golden row has it."""
+        raise NotImplementedError
+
+    def check_golden(self, path: Path) -> float:
+        """Compute the recorded series again; returns the largest difference of an output."""
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        found = self.predict([Series(**row["series"]) for row in rows])
-        for number, (row, prediction) in enumerate(zip(rows, found, strict=True)):
-            expected = row["probabilities"]
-            off = max(abs(expected[name] - p) for name, p in prediction.probabilities.items())
-            if off > row["tolerance"]:
+        found = self.outputs([Series(**row["series"]) for row in rows])
+        largest = 0.0
+        for number, (row, outputs) in enumerate(zip(rows, found, strict=True)):
+            expected = row[self.golden_field]
+            if isinstance(expected, dict):
+                expected = [expected[name] for name in self.classes]
+            off = float(np.abs(np.array(expected) - outputs).max())
+            if not off <= row["tolerance"]:
                 raise PackageError(
-                    f"golden row {number} of {path}: probabilities differ by {off:.2g}, more than "
-                    f"{row['tolerance']}; the program computes something else with torch "
+                    f"golden row {number} of {path}: {self.golden_field} differ by {off:.2g}, more "
+                    f"than {row['tolerance']}; the program computes something else with torch "
                     f"{torch.__version__} on this computer, do not use it here"
                 )
+            largest = max(largest, off)
+        return largest
 
     def _tokens(self, series: Series, where: str) -> tuple[NDArray[Any], NDArray[Any]]:
         """Validated and normalised: values ``(n, P)`` and positions ``(n, D)``, both float32."""
@@ -159,6 +183,11 @@ class Classifier:
                 raise InvalidSeries(
                     f"{where}: units: {name!r} must be in {self.units[name]!r}, got {unit!r}; "
                     f"convert the numbers"
+                )
+        for name, unit in self.units.items() if self.units_required else ():
+            if unit not in ("1", name) and name not in (series.units or {}):
+                raise InvalidSeries(
+                    f"{where}: units: {name!r} is missing; this model takes it in {unit!r}"
                 )
         positions = self._columns(series.positions, self.axes, f"{where}: positions")
         values = self._columns(series.values, self.channels, f"{where}: values")
@@ -226,13 +255,66 @@ class Classifier:
             positions[row, : len(p)] = torch.from_numpy(p)
             valid[row, : len(v)] = True
         with torch.inference_mode():
-            logits = self._program(values, positions, valid)
-        if logits.shape != (len(tokens), len(self.classes)) or not logits.isfinite().all():
+            outputs = self._program(values, positions, valid)
+        if outputs.shape != (len(tokens), self.n_outputs) or not outputs.isfinite().all():
             raise PackageError(
-                f"the program should give finite logits of shape {(len(tokens), len(self.classes))}, "
-                f"got shape {tuple(logits.shape)}, {int((~logits.isfinite()).sum())} not finite"
+                f"the program should give finite outputs of shape {(len(tokens), self.n_outputs)}, "
+                f"got shape {tuple(outputs.shape)}, {int((~outputs.isfinite()).sum())} not finite"
             )
-        return torch.softmax(logits.double(), dim=1).numpy()
+        return self._finished(outputs.double()).numpy()
+
+    def _finished(self, outputs: torch.Tensor) -> torch.Tensor:
+        return outputs
+
+
+class Classifier(Package):
+    """``list[Series] -> list[Prediction]``."""
+
+    golden_field = "probabilities"
+
+    def predict(self, series: list[Series]) -> list[Prediction]:
+        """Class and probabilities of every series; errors are those of ``outputs``."""
+        return [
+            Prediction(id=one.id, label=self.classes[int(p.argmax())], probabilities=self.named(p))
+            for one, p in zip(series, self.outputs(series), strict=True)
+        ]
+
+    def named(self, outputs: NDArray[np.float64]) -> dict[str, float]:
+        """Class name -> probability."""
+        return dict(zip(self.classes, outputs.tolist(), strict=True))
+
+    def _finished(self, outputs: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(outputs, dim=1)
+
+
+class FeatureExtractor(Package):
+    """``list[Series] -> list[Features]``."""
+
+    golden_field = "features"
+
+    def predict(self, series: list[Series]) -> list[Features]:
+        """Features of every series; errors are those of ``outputs``."""
+        return [
+            Features(id=one.id, features=self.named(row))
+            for one, row in zip(series, self.outputs(series), strict=True)
+        ]
+
+    def named(self, outputs: NDArray[np.float64]) -> list[float]:
+        """The features themselves."""
+        return outputs.tolist()
+
+
+def open_package(folder: Path) -> Classifier | FeatureExtractor:
+    """Verify and load a package of either kind; see ``Package.open``."""
+    verify_files(folder)
+    kind = _read(folder / "package.json").get("kind", "classifier")
+    return KINDS[kind]._loaded(folder)
+
+
+KINDS: dict[str, type[Classifier] | type[FeatureExtractor]] = {
+    "classifier": Classifier,
+    "encoder": FeatureExtractor,
+}
 
 
 def _normalised(
@@ -250,7 +332,7 @@ def _placed(x: NDArray[np.float64], axis: dict[str, Any]) -> NDArray[np.float64]
 
 
 def verify_files(folder: Path) -> None:
-    """Compare the folder with its manifest: the files of this format, no other, unchanged.
+    """Compare the folder with its manifest: all files it lists, no other, unchanged.
 
     Raises:
         PackageError: otherwise.
@@ -264,12 +346,12 @@ def verify_files(folder: Path) -> None:
             f"reads {SCHEMA_VERSION}; load the package with the version that wrote it"
         )
     listed, found = manifest["files"], {p.name for p in folder.iterdir()} - {MANIFEST}
-    if set(listed) != set(FILES) or found != set(FILES):
+    if not set(NEEDED) <= set(listed) or found != set(listed):
         raise PackageError(
-            f"{folder} should hold {sorted(FILES)}; {MANIFEST} lists {sorted(listed)}, and there "
-            f"are {sorted(found)}; download it again"
+            f"{folder} should hold {sorted(NEEDED)} and what {MANIFEST} lists, {sorted(listed)}; "
+            f"there are {sorted(found)}; download it again"
         )
-    for name in FILES:
+    for name in listed:
         with (folder / name).open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         if sha256 != listed[name]:
@@ -283,21 +365,43 @@ def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-class LoggedModel(PythonModel):
+class _Logged(PythonModel):
     """What ``mlflow.pyfunc.load_model`` and ``mlflow models serve`` run."""
+
+    kind: type[Classifier] | type[FeatureExtractor]
 
     def load_context(self, context: Any) -> None:
         """Verify and load the package folder, the artifact ``package``."""
-        self.classifier = Classifier.open(Path(context.artifacts["package"]))
+        self.package = self.kind.open(Path(context.artifacts["package"]))
 
-    def predict(  # type: ignore[override]
-        self, model_input: list[Series], params=None
-    ) -> list[Prediction]:
+    def answer(self, series: list[Series]) -> Any:
         """Predict; a series that does not fit is an MlflowException that the server answers with 400."""
         try:
-            return self.classifier.predict(model_input)
+            return self.package.predict(series)
         except InvalidSeries as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
 
 
-set_model(LoggedModel())
+class LoggedClassifier(_Logged):
+    kind = Classifier
+
+    def predict(  # type: ignore[override]
+        self, model_input: list[Series], params=None
+    ) -> list[Prediction]:
+        """MLflow reads the signature from these types."""
+        return self.answer(model_input)
+
+
+class LoggedEncoder(_Logged):
+    kind = FeatureExtractor
+
+    def predict(  # type: ignore[override]
+        self, model_input: list[Series], params=None
+    ) -> list[Features]:
+        """MLflow reads the signature from these types."""
+        return self.answer(model_input)
+
+
+# the kind is logged with the model; without MLflow around, it does not matter
+_kind = ModelConfig(development_config={"kind": "classifier"}).get("kind")
+set_model(LoggedEncoder() if _kind == "encoder" else LoggedClassifier())

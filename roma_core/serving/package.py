@@ -1,4 +1,4 @@
-"""Write and verify the package folder of a classifier; ``logged_model.py`` describes its files."""
+"""Write and verify the package folder of a model; ``logged_model.py`` describes its files."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from roma_core.data.schema import DataSchema
 from roma_core.files import sha256_of, write_bytes, write_json
-from roma_core.serving.logged_model import FILES, MANIFEST, SCHEMA_VERSION, Classifier
+from roma_core.serving.logged_model import KINDS, MANIFEST, SCHEMA_VERSION, open_package
 from roma_core.serving.logged_model import Series as LoggedSeries
-from roma_core.serving.schema import Prediction, Series
+from roma_core.serving.requirements import locked
+from roma_core.serving.schema import Series, json_schema
 
 LOGGED_MODEL = Path(__file__).with_name("logged_model.py")
 """The file to log with ``mlflow.pyfunc.log_model(python_model=...)``, artifact ``package``."""
 
 GOLDEN_TOLERANCE = 1e-4
+MAX_LENGTH = 4096
+MAX_BATCH_TOKENS = 16_384
 
 
 def build_package(
@@ -33,18 +36,25 @@ def build_package(
     facts: Mapping[str, Any],
     *,
     name: str,
-    max_length: int = 4096,
-    max_batch_tokens: int = 16_384,
+    kind: Literal["classifier", "encoder"] = "classifier",
+    n_features: int | None = None,
+    card: str = "",
+    profile: Mapping[str, Any] | None = None,
+    max_length: int = MAX_LENGTH,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
 ) -> str:
     """Make the folder, whole or not at all; one that is there is replaced.
 
     Args:
-        program: takes values, positions and valid, gives logits (shapes in ``logged_model.py``),
-            exported in evaluation mode with dynamic batch and length.
+        program: takes values, positions and valid, gives logits or features (shapes in
+            ``logged_model.py``), exported in evaluation mode with dynamic batch and length.
         weights: safetensors file of the same weights.
-        golden: real series, preferably of different lengths; their probabilities are computed by
-            the code that will serve them.
+        golden: real series, preferably of different lengths; their outputs are computed by the code
+            that will serve them.
         facts: plain JSON on where the model comes from: digests, run ids, commit.
+        n_features: outputs of an encoder; a classifier has one per class.
+        card: model card, Markdown.
+        profile: reference profile of the training data, plain JSON.
         max_length: observations of the longest series that it accepts.
         max_batch_tokens: tokens, with padding, that go through the program at once.
 
@@ -53,9 +63,9 @@ def build_package(
 
     Raises:
         ValueError: no golden series, no classes, or a golden series does not fit the schema.
-        PackageError: the program does not give one finite logit per class.
+        PackageError: the program does not give finite outputs, one per class.
     """
-    if not golden or len(schema.classes) < 2:
+    if not golden or (kind == "classifier" and len(schema.classes) < 2):
         raise ValueError(
             f"a package needs golden series and at least 2 classes, got {len(golden)} and "
             f"{len(schema.classes)}"
@@ -67,25 +77,29 @@ def build_package(
         shutil.copyfile(weights, aside / "weights.safetensors")
         write_json(aside / "model_config.json", dict(model_config))
         write_json(aside / "schema.json", schema.model_dump(mode="json"))
-        write_json(
-            aside / "series.schema.json",
-            {"Series": Series.model_json_schema(), "Prediction": Prediction.model_json_schema()},
-        )
+        write_json(aside / "series.schema.json", json_schema(schema, max_length, n_features))
+        write_json(aside / "profile.json", dict(profile or {}))
+        write_bytes(aside / "requirements.lock", ("\n".join(locked()) + "\n").encode())
+        write_bytes(aside / "MODEL_CARD.md", card.encode())
         write_json(
             aside / "package.json",
             {
                 "schema_version": SCHEMA_VERSION,
                 "name": name,
+                "kind": kind,
+                "n_outputs": len(schema.classes) if n_features is None else n_features,
+                "units_required": True,
                 "max_length": max_length,
                 "max_batch_tokens": max_batch_tokens,
                 "torch": torch.__version__,
                 "facts": dict(facts),
             },
         )
-        write_bytes(aside / "golden.jsonl", _golden_rows(Classifier(aside), golden))
+        write_bytes(aside / "golden.jsonl", _golden_rows(aside, kind, golden))
+        files = sorted(path.name for path in aside.iterdir())
         write_json(
             aside / MANIFEST,
-            {"schema_version": SCHEMA_VERSION, "files": {f: sha256_of(aside / f) for f in FILES}},
+            {"schema_version": SCHEMA_VERSION, "files": {f: sha256_of(aside / f) for f in files}},
         )
         digest = verify_package(aside)
         aside.chmod(0o755)
@@ -104,18 +118,24 @@ def verify_package(folder: Path) -> str:
     Raises:
         PackageError: the package is damaged or computes something else here.
     """
-    Classifier.open(folder)
+    open_package(folder)
     return sha256_of(folder / MANIFEST)
 
 
-def _golden_rows(classifier: Classifier, golden: Sequence[Series]) -> bytes:
-    predictions = classifier.predict([LoggedSeries(**one.model_dump()) for one in golden])
+def size_mb(folder: Path) -> float:
+    """All files of a package."""
+    return sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+
+
+def _golden_rows(folder: Path, kind: str, golden: Sequence[Series]) -> bytes:
+    package = KINDS[kind](folder)
+    outputs = package.outputs([LoggedSeries(**one.model_dump()) for one in golden])
     rows = [
         {
             "series": one.model_dump(),
-            "probabilities": prediction.probabilities,
+            package.golden_field: package.named(row),
             "tolerance": GOLDEN_TOLERANCE,
         }
-        for one, prediction in zip(golden, predictions, strict=True)
+        for one, row in zip(golden, outputs, strict=True)
     ]
     return "".join(json.dumps(row) + "\n" for row in rows).encode()

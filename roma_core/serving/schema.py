@@ -1,12 +1,17 @@
 """What goes into a served model and what comes out: ``list[Series] -> list[Prediction]``.
 
 ``LOGGED_MODEL`` (``logged_model.py``) must run where this package is not installed and therefore
-repeats these two classes; a test keeps both in step.
+repeats these classes; a test keeps both in step. ``json_schema`` is the same for one model, with
+the names, units and limits of its data: what other languages validate against.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, Field
+
+from roma_core.data.schema import DataSchema
 
 
 class Series(BaseModel):
@@ -26,7 +31,9 @@ class Series(BaseModel):
         description="Channel name -> one number per observation."
     )
     units: dict[str, str] | None = Field(
-        None, description="Axis or channel name -> unit; if given, checked against the model's."
+        None,
+        description="Axis or channel name -> unit, checked against the model's. Pure numbers (unit "
+        "'1') and axes counted in themselves (frame, in frames) may be left out, no other.",
     )
 
 
@@ -38,3 +45,77 @@ class Prediction(BaseModel):
     id: str | None = None
     label: str = Field(description="The most probable class.")
     probabilities: dict[str, float] = Field(description="Class name -> probability; they sum to 1.")
+
+
+class Features(BaseModel):
+    """What the encoder makes of one series: the mean of its tokens."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str | None = None
+    features: list[float] = Field(description="As many numbers for every series.")
+
+
+def json_schema(schema: DataSchema, max_length: int, n_features: int | None = None) -> Any:
+    """JSON Schema (2020-12) of one model's input and output.
+
+    Args:
+        n_features: outputs of an encoder; None for a classifier.
+    """
+    units = schema.units
+    needed = [name for name, unit in units.items() if unit not in ("1", name)]
+    series = {
+        "title": "Series",
+        "description": Series.__doc__,
+        "type": "object",
+        "properties": {
+            "id": {"type": ["string", "null"], "description": "Returned with the prediction."},
+            "positions": _object({a.name: _numbers(a.unit, max_length) for a in schema.axes}),
+            "values": _object({c.name: _numbers(c.unit, max_length) for c in schema.channels}),
+            "units": {
+                **_object({name: {"const": unit} for name, unit in units.items()}, needed),
+                "description": "Checked; pure numbers may be left out.",
+            },
+        },
+        "required": ["positions", "values", *(["units"] if needed else [])],
+        "additionalProperties": False,
+    }
+    answer: type[BaseModel] = Prediction if n_features is None else Features
+    output = answer.model_json_schema()
+    if n_features is None:
+        probability = {"type": "number", "minimum": 0, "maximum": 1}
+        output["properties"]["label"]["enum"] = list(schema.classes)
+        output["properties"]["probabilities"] = _object(dict.fromkeys(schema.classes, probability))
+    else:
+        output["properties"]["features"] |= {"minItems": n_features, "maxItems": n_features}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$defs": {"Series": series, answer.__name__: output},
+        "title": "Request of an inference server",
+        "type": "object",
+        "properties": {
+            "inputs": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/Series"}}
+        },
+        "required": ["inputs"],
+        "additionalProperties": False,
+    }
+
+
+def _object(properties: dict[str, Any], required: list[str] | None = None) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties) if required is None else required,
+        "additionalProperties": False,
+    }
+
+
+def _numbers(unit: str, max_length: int) -> dict[str, Any]:
+    return {
+        "type": "array",
+        "items": {"type": "number"},
+        "minItems": 1,
+        "maxItems": max_length,
+        "description": "One finite number per observation.",
+        "unit": unit,
+    }

@@ -1,6 +1,5 @@
 """Asset: the evaluation report, and the gate as blocking checks."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,23 +7,23 @@ from typing import Any
 import dagster as dg
 
 from roma_core.data.columns import read_manifest
-from roma_core.data.schema import Manifest
-from roma_core.evaluation.facts import Fact, FactSheet
 from roma_core.evaluation.job_config import EvaluationJobConfig
+from roma_core.evaluation.measured import Measured
 from roma_core.evaluation.metrics import Metrics
-from roma_core.files import read_json, write_json
-from roma_core.job import JobFolder
+from roma_core.files import read_json
+from roma_core.serving.fetching import FetchError, fetch, package_of, resolve
+from roma_pipelines.assets.report_facts import report_facts
 from roma_pipelines.experiment import Experiment
+from roma_pipelines.launching.pipes import key_for
 from roma_pipelines.provenance import code_version
 from roma_pipelines.references import upstream
-from roma_pipelines.registry.promotion import CHAMPION, GateDecision, gate
+from roma_pipelines.registry.decisions import decide, decided_before, tag_decision
+from roma_pipelines.registry.gate import CHECKS, GateDecision
+from roma_pipelines.registry.promotion import CHAMPION
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.registry.versions import version_at
 from roma_pipelines.storage import Storage
 from roma_pipelines.tracked_job import TrackedJob, picture, run_tracked_job
-
-MAX_SERVING_DIFFERENCE = 1e-5
-"""Largest difference of a probability between the trained model and the package that is served."""
 
 
 def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
@@ -42,26 +41,14 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
         kinds={"python"},
         description=f"What the classifier is worth on the test split. {experiment.description}",
         check_specs=[
-            dg.AssetCheckSpec(
-                "gate",
-                asset=key,
-                blocking=True,
-                description="The candidate against the present champion on the same series, and "
-                "against the thresholds of the experiment.",
-            ),
-            dg.AssetCheckSpec(
-                "serving_parity",
-                asset=key,
-                blocking=True,
-                description="The package that will be served gives the probabilities of the report.",
-            ),
+            dg.AssetCheckSpec(name, asset=key, blocking=True, description=text)
+            for name, text in CHECKS.items()
         ],
     )
     def evaluation_report(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         data = upstream(context, experiment.key("dataset"))
         encoder = upstream(context, experiment.key("pretrained_encoder"))
         classifier = upstream(context, experiment.key("finetuned_classifier"))
-        champion = _champion_package(experiment.name)
         path = Path(data["path"])
         config = EvaluationJobConfig(
             name=experiment.name,
@@ -69,44 +56,68 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
             dataset_digest=data["digest"],
             classifier=classifier["weights"],
             autoencoder=encoder["weights"],
-            champion=champion[1] if champion else None,
-            champion_version=champion[0] if champion else None,
             curves={"pretraining": encoder["metrics"], "finetuning": classifier["metrics"]},
             baselines=experiment.baselines,
-            facts=_facts(read_manifest(path), encoder, classifier, context.run_id),
+            facts=report_facts(read_manifest(path), encoder, classifier, context.run_id),
+            trained_on=tuple(
+                read_json(Path(job["job_folder"]) / "config.json")["dataset"]
+                for job in (encoder, classifier)
+            ),
+            decided_before=_decided_before(experiment, path, key_for(context)),
+            lineage=_lineage(encoder, classifier, context.run_id),
+            **_champion(experiment.name),
         )
         job = run_tracked_job(
             context, experiment, "evaluate", config, params={"dataset_digest": data["digest"][:36]}
         )
-        decision = _decide(experiment, job)
-        write_json(job.folder.outputs / "gate.json", decision.model_dump(mode="json"))
+        decision = decide(job.folder, experiment.gate)
+        tag_decision(
+            job.client, job.run_id, decision, Measured.load(job.output("measured")).test_split
+        )
         _publish(job)
-        return _materialised(job, decision, config)
+        # a retry finds the job as it was configured first, with the champion of that time
+        return _materialised(job, decision, read_json(job.folder.config)["champion_version"])
 
     return evaluation_report
 
 
-def _champion_package(name: str) -> tuple[str, str] | None:
-    """Version and package folder of the present champion, if there is one."""
+def _champion(name: str) -> dict[str, Any]:
+    """The champion's fields of the job's configuration; one that cannot be had is no error here."""
     client = connect(MlflowSettings(), Storage.open().mlflow)
     version = version_at(client, name, CHAMPION)
     if version is None:
-        return None
-    import mlflow
+        return {}
+    try:
+        found = resolve(client, f"models:/{name}/{version}")
+        folder = package_of(fetch(client, found, Storage.open().cache / "models"))
+    except FetchError as error:
+        return {"champion_version": version, "champion_problem": str(error)}
+    return {"champion_version": version, "champion": str(folder)}
 
-    model = mlflow.artifacts.download_artifacts(f"models:/{name}/{version}")
-    return version, str(Path(model) / "artifacts" / "package")
+
+def _decided_before(experiment: Experiment, dataset: Path, job_key: str) -> int:
+    from roma_core.data.store import StoredDataset
+    from roma_core.evaluation.held_out import split_digest
+
+    settings = MlflowSettings()
+    client = connect(settings, Storage.open().mlflow)
+    split = split_digest(StoredDataset(dataset, verify=False).split("test"))
+    return decided_before(client, f"{settings.experiment_prefix}/{experiment.name}", split, job_key)
 
 
-def _decide(experiment: Experiment, job: TrackedJob) -> GateDecision:
-    from roma_core.evaluation.predictions import PredictionTable
+def _lineage(
+    encoder: Mapping[str, Any], classifier: Mapping[str, Any], dagster_run: str
+) -> dict[str, str]:
+    from roma_core.serving.requirements import lock_hash
 
-    champion = (
-        PredictionTable.load(job.output("champion_predictions"))
-        if "champion_predictions" in job.result.outputs
-        else None
-    )
-    return gate(PredictionTable.load(job.output("predictions")), champion, experiment.gate)
+    return {
+        "pretraining_job": encoder["job_key"],
+        "finetuning_job": classifier["job_key"],
+        "mlflow_run_id": classifier["mlflow_run_id"],
+        "dagster_run_id": dagster_run,
+        "git_sha": code_version(),
+        "lock_hash": lock_hash(),
+    }
 
 
 def _publish(job: TrackedJob) -> None:
@@ -116,16 +127,15 @@ def _publish(job: TrackedJob) -> None:
     time_ms = round(job.folder.result.stat().st_mtime * 1000)
     metrics = [Metric(f"test/{k}", v, time_ms, 0) for k, v in job.result.metrics.items()]
     job.client.log_batch(job.run_id, metrics=metrics)
-    for name in ("report", "metrics", "predictions"):
+    for name in ("report", "metrics", "measured", "predictions"):
         job.client.log_artifact(job.run_id, str(job.output(name)))
     job.client.log_artifact(job.run_id, str(job.folder.outputs / "gate.json"))
     job.client.log_artifacts(job.run_id, str(job.output("plots")), "plots")
 
 
 def _materialised(
-    job: TrackedJob, decision: GateDecision, config: EvaluationJobConfig
+    job: TrackedJob, decision: GateDecision, champion_version: str | None
 ) -> dg.MaterializeResult:
-    difference = job.result.metrics["serving_difference"]
     plots = job.output("plots")
     return dg.MaterializeResult(
         metadata={
@@ -134,24 +144,22 @@ def _materialised(
             "metrics": dg.MetadataValue.md(_metrics_table(job)),
             "confusion": picture((plots / "confusion.png").read_bytes(), "confusion matrix"),
             "reliability": picture((plots / "reliability.png").read_bytes(), "reliability curve"),
-            "champion_version": config.champion_version or "none",
+            "champion_version": champion_version or "none",
+            "gate": "passed" if decision.passed else f"FAILED: {decision.reasons()}",
             **job.metadata(),
         },
         check_results=[
             dg.AssetCheckResult(
-                check_name="gate",
-                passed=decision.passed,
+                check_name=check.name,
+                passed=check.passed,
+                description=check.explanation,
                 metadata={
-                    check.name: f"{'passed' if check.passed else 'FAILED'}: {check.explanation}"
-                    for check in decision.checks
-                }
-                or {"checks": "no champion and no threshold: nothing to compare with"},
-            ),
-            dg.AssetCheckResult(
-                check_name="serving_parity",
-                passed=difference <= MAX_SERVING_DIFFERENCE,
-                metadata={"largest_difference": difference, "allowed": MAX_SERVING_DIFFERENCE},
-            ),
+                    name: number
+                    for name, number in (("value", check.value), ("threshold", check.threshold))
+                    if number is not None
+                },
+            )
+            for check in decision.checks
         ],
     )
 
@@ -163,77 +171,3 @@ def _metrics_table(job: TrackedJob) -> str:
         for name, m in metrics.estimates().items()
     ]
     return "\n".join(["| test metric | value | 95 % interval |", "| --- | --- | --- |", *rows])
-
-
-def _facts(
-    manifest: Manifest, encoder: Mapping[str, Any], classifier: Mapping[str, Any], dagster_run: str
-) -> tuple[FactSheet, ...]:
-    """Tables of the report: data, model, training, lineage."""
-    model = read_json(Path(classifier["weights"]) / "model_config.json")
-    stack = model["encoder_config"]
-    counts = manifest.counts
-    dropped = manifest.irregularity
-
-    def sheet(title: str, **facts: Any) -> FactSheet:
-        return FactSheet(
-            title=title,
-            facts=tuple(
-                Fact(
-                    label=label.replace("_", " "),
-                    value=f"{value:.4g}" if isinstance(value, float) else str(value),
-                    monospace=label in ("version", "code", "Dagster_run", "MLflow_run"),
-                )
-                for label, value in facts.items()
-            ),
-        )
-
-    return (
-        sheet(
-            "Data",
-            name=manifest.name,
-            version=manifest.digest[:16],
-            series=", ".join(f"{split} {counts[split].n_series}" for split in counts),
-            observations_dropped=f"{dropped.n_dropped} of {dropped.n_observations_before}"
-            if dropped
-            else "none",
-            split=manifest.split_rule,
-            citation=manifest.provenance.citation,
-            licence=manifest.provenance.licence,
-        ),
-        sheet(
-            "Model",
-            parameters=f"{classifier['parameters']:,}",
-            encoder=f"width {stack['d_model']}, {stack['depth']} layers, {stack['nhead']} heads",
-            positions=f"{model['n_pos_dims']} axis, p = {model['p_rope_val']}",
-        ),
-        sheet(
-            "Training",
-            pretraining=f"{encoder['training_s']:.1f} s, validation loss {encoder['eval/loss']:.4f}",
-            finetuning=f"{classifier['training_s']:.1f} s, validation loss {classifier['eval/loss']:.4f}",
-            processes=classifier["processes"],
-            device=classifier["device"],
-        ),
-        sheet(
-            "Lineage",
-            code=code_version(),
-            Dagster_run=dagster_run,
-            MLflow_run=classifier["mlflow_run_id"],
-        ),
-    )
-
-
-def has_passed(job_folder: Path) -> bool:
-    """Whether an evaluation passed its gate and its package serves what was judged.
-
-    Blocking checks block inside their own run only; whoever comes later asks here.
-    """
-    result = JobFolder(job_folder).read_result()
-    if result is None or result.metrics["serving_difference"] > MAX_SERVING_DIFFERENCE:
-        return False
-    return read_decision(job_folder).passed
-
-
-def read_decision(job_folder: Path) -> GateDecision:
-    """The gate's decision about an evaluation."""
-    text = (job_folder / "outputs" / "gate.json").read_text(encoding="utf-8")
-    return GateDecision.model_validate(json.loads(text))

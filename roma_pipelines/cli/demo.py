@@ -153,7 +153,7 @@ def _missing(
     instance: dg.DagsterInstance, definitions: dg.Definitions, keys: list[dg.AssetKey]
 ) -> list[dg.AssetKey]:
     """The assets to make: the first that is not there with its present code version, and all after it."""
-    from roma_pipelines.assets.evaluation_report import has_passed
+    from roma_pipelines.registry.decisions import has_passed
 
     graph = definitions.resolve_asset_graph()
     for i, key in enumerate(keys):

@@ -8,6 +8,7 @@ import dagster as dg
 from pydantic import Field, ValidationError
 
 from roma_core.settings import problems_of
+from roma_pipelines.assets.batch_predictions import batch_predictions_asset
 from roma_pipelines.assets.dataset import dataset_asset
 from roma_pipelines.assets.evaluation_report import evaluation_report_asset
 from roma_pipelines.assets.registered_classifier import registered_classifier_asset
@@ -35,8 +36,11 @@ class RomaExperiment(dg.Component, dg.Model, dg.Resolvable):
     pretrained_from: str | None = Field(None, description="Experiment whose encoder is shared.")
     finetuning: Section = Field({}, description="model and trainer settings.")
     resources: Section = Field({}, description="Target and size of trainings.")
-    gate: Section = Field({}, description="Thresholds of promotion.")
+    gate: Section = Field({}, description="Thresholds and mode of promotion.")
     baselines: Sections = Field([], description="Other methods on the same test series.")
+    predictions: Annotated[dict[str, Any] | None, dg.Resolver.passthrough()] = Field(
+        None, description="File of series that the champion predicts; adds batch_predictions."
+    )
     schedule: str | None = Field(None, description="Cron expression (UTC) of retraining.")
     automation: Section = Field({}, description="What it does by itself; starts switched off.")
     owners: list[str] = Field([], description="E-mail addresses or team:NAME.")
@@ -67,4 +71,6 @@ class RomaExperiment(dg.Component, dg.Model, dg.Resolvable):
             evaluation_report_asset(experiment),
             registered_classifier_asset(experiment),
         ]
+        if experiment.predictions is not None:
+            assets.append(batch_predictions_asset(experiment))
         return automated_definitions(experiment, assets)

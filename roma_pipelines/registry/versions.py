@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from roma_core.files import sha256_of
+from roma_core.files import read_json, sha256_of
+from roma_core.serving.fetching import CODE_TAG, MANIFEST_TAG
+from roma_core.serving.requirements import locked, requirements
+from roma_pipelines.registry.lock import model_lock
 from roma_pipelines.registry.runs import JOB_KEY_TAG, checked_name
 from roma_pipelines.registry.store import one_at_a_time
 
@@ -15,8 +19,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 CANDIDATE = "candidate"
+CARD = "MODEL_CARD.md"
 RUN_ID_TAG = "roma.run_id"
-MANIFEST_TAG = "roma.manifest_sha256"
+COMPARED_TAG = "roma.compared_with"
+ENCODER_TAG = "roma.encoder_version"
 EVIDENCE_TAGS = (
     "roma.dataset_digest",
     "roma.config_digest",
@@ -24,8 +30,6 @@ EVIDENCE_TAGS = (
     "roma.dagster_run_id",
 )
 """What every version must say of itself, beside its run, its job and its manifest."""
-
-_REQUIREMENTS = ("mlflow", "numpy", "pydantic", "torch")
 
 
 def register(
@@ -40,7 +44,8 @@ def register(
     """Log the package as a model, register it, and call it ``candidate``.
 
     Asked again for the same job, it returns the version that is there. A crash in between leaves
-    at most a logged model, which the next call takes up.
+    at most a logged model, which the next call takes up. The package's model card becomes the
+    version's description.
 
     Args:
         package_folder: written by ``roma_core.serving.package``; verified by who built it.
@@ -62,18 +67,28 @@ def register(
         JOB_KEY_TAG: job_key,
         RUN_ID_TAG: run_id,
         MANIFEST_TAG: sha256_of(package_folder / "MANIFEST.json"),
+        CODE_TAG: sha256_of(logged_file()),
     }
-    with one_at_a_time(client):
+    with one_at_a_time(client):  # an upload takes too long to hold the lock of the model
+        model_id = _find_logged_model(client, run_id, job_key, name)
+        if model_id is None:
+            model_id = _log_model(client, package_folder, name, job_key, run_id, metrics)
+    with model_lock(client, name):
         version = _find_version(client, name, job_key)
         if version is None:
-            model_id = _find_logged_model(client, run_id, job_key)
-            if model_id is None:
-                model_id = _log_model(client, package_folder, name, job_key, run_id, metrics)
             version = _create_version(client, name, model_id, run_id, evidence)
+            card = package_folder / CARD
+            if card.is_file():
+                client.update_model_version(name, version, card.read_text(encoding="utf-8"))
         newest = version_at(client, name, CANDIDATE)
         if newest is None or int(newest) < int(version):
             client.set_registered_model_alias(name, CANDIDATE, version)
     return version
+
+
+def encoder_name(name: str) -> str:
+    """Registered name of the encoder that goes with a classifier."""
+    return f"{name}_encoder"
 
 
 def version_at(client: MlflowClient, name: str, alias: str) -> str | None:
@@ -88,10 +103,11 @@ def version_at(client: MlflowClient, name: str, alias: str) -> str | None:
         raise
 
 
-def requirements() -> list[str]:
-    """What the logged model needs, pinned to what is installed here, without build suffixes."""
-    versions = {name: importlib.metadata.version(name) for name in _REQUIREMENTS}
-    return [f"{name}=={version.partition('+')[0]}" for name, version in versions.items()]
+def logged_file() -> Path:
+    """The one file of code that travels with a model."""
+    import roma_core.serving
+
+    return Path(roma_core.serving.__path__[0]) / "logged_model.py"
 
 
 def _find_version(client: MlflowClient, name: str, job_key: str) -> str | None:
@@ -99,10 +115,15 @@ def _find_version(client: MlflowClient, name: str, job_key: str) -> str | None:
     return min((str(v.version) for v in found), key=int, default=None)
 
 
-def _find_logged_model(client: MlflowClient, run_id: str, job_key: str) -> str | None:
+def _find_logged_model(client: MlflowClient, run_id: str, job_key: str, name: str) -> str | None:
     experiment_id = client.get_run(run_id).info.experiment_id
-    found = client.search_logged_models([experiment_id], f"tags.`{JOB_KEY_TAG}` = '{job_key}'")
+    wanted = f"tags.`{JOB_KEY_TAG}` = '{job_key}' AND name = '{_flat(name)}'"
+    found = client.search_logged_models([experiment_id], wanted)
     return next((m.model_id for m in found if m.status == "READY"), None)
+
+
+def _flat(name: str) -> str:
+    return name.replace("/", "-")  # a logged model's name is no path
 
 
 def _log_model(
@@ -116,30 +137,34 @@ def _log_model(
     import mlflow
     from mlflow.entities import LoggedModelOutput
 
-    import roma_core.serving
-
     mlflow.set_tracking_uri(client.tracking_uri)
     logged = client.create_logged_model(
         client.get_run(run_id).info.experiment_id,
-        name=name.replace("/", "-"),  # MLflow takes no path here
+        name=_flat(name),
         source_run_id=run_id,
         tags={JOB_KEY_TAG: job_key},
     )
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
     mlflow.log_metrics(dict(metrics), run_id=run_id, model_id=logged.model_id)
-    mlflow.pyfunc.log_model(
-        name=logged.name,
-        model_id=logged.model_id,
-        python_model=str(Path(roma_core.serving.__path__[0]) / "logged_model.py"),
-        artifacts={"package": str(package_folder)},
-        pip_requirements=requirements(),
-    )
+    kind = read_json(package_folder / "package.json").get("kind", "classifier")
+    with tempfile.TemporaryDirectory() as folder:
+        constraints = Path(folder) / "constraints.txt"
+        constraints.write_text("\n".join(locked()) + "\n")
+        package = Path(folder) / "package"  # a model's files lie under the name of their folder
+        shutil.copytree(package_folder, package)
+        mlflow.pyfunc.log_model(
+            name=logged.name,
+            model_id=logged.model_id,
+            python_model=str(logged_file()),
+            model_config={"kind": kind},
+            artifacts={"package": str(package)},
+            pip_requirements=[*requirements(), f"-c {constraints}"],
+        )
     return logged.model_id
 
 
-def _create_version(
-    client: MlflowClient, name: str, model_id: str, run_id: str, tags: Mapping[str, str]
-) -> str:
+def create_model(client: MlflowClient, name: str) -> None:
+    """Make the registered model, if it is not there."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -147,6 +172,12 @@ def _create_version(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+
+
+def _create_version(
+    client: MlflowClient, name: str, model_id: str, run_id: str, tags: Mapping[str, str]
+) -> str:
+    create_model(client, name)
     source = f"models:/{model_id}"
     created = client.create_model_version(name, source, run_id, dict(tags), model_id=model_id)
     return str(created.version)

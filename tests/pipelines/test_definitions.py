@@ -13,6 +13,7 @@ import yaml
 
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.definitions import defs
+from roma_pipelines.registry.gate import CHECKS
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "roma_pipelines" / "defs" / "japanese_vowels" / "defs.yaml"
@@ -89,7 +90,7 @@ def test_an_experiment_is_five_assets_of_one_group(graph):
 def test_checks_block_what_comes_after(graph):
     checks = {key.name: graph.get(key) for key in graph.asset_check_keys}
 
-    assert set(checks) == {"sound", "unsuspicious", "gate", "serving_parity"}
+    assert set(checks) == {"sound", "unsuspicious", *CHECKS}
     assert {name for name, check in checks.items() if not check.blocking} == {"unsuspicious"}
 
 

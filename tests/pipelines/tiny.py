@@ -56,12 +56,13 @@ def attributes(folder: Path, **changes: Mapping[str, Any]) -> dict[str, Any]:
         },
         "finetuning": {
             "model": {"encoder_config": {"drop_path_rate": 0.1}},
-            "trainer": {"epochs": 20, "batch_size": 8, "base_lr": 0.01, "log_every": 2},
+            "trainer": {"epochs": 40, "batch_size": 8, "base_lr": 0.01, "log_every": 2},
         },
         "resources": {},
         "gate": {"max_loss_to_champion": 0.5},
     }
-    return sections | {name: sections[name] | dict(value) for name, value in changes.items()}
+    changed = {name: sections.get(name, {}) | dict(value) for name, value in changes.items()}
+    return sections | changed
 
 
 def definitions(sections: Mapping[str, Any]) -> dg.Definitions:

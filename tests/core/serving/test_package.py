@@ -6,17 +6,21 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from jsonschema import Draft202012Validator, ValidationError
 
 from roma_core.serving import logged_model, schema
 from roma_core.serving.logged_model import (
     Classifier,
     InvalidSeries,
     PackageError,
-    Prediction,
     Series,
 )
 from roma_core.serving.package import verify_package
 from tests.core.serving import toy
+
+FILES = (
+    *logged_model.NEEDED, "profile.json", "requirements.lock", "MODEL_CARD.md",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +91,7 @@ def test_batches_hold_every_row_once_and_stay_below_the_limit(classifier):
     assert len(batches) < len(lengths)
 
 
+UNITS = {"time": "d", "flux": "mJy"}
 TIMES = {"time": [1.0, 2.0], "band": [1.0, 2.0]}
 VALUES = {"flux": [1.0, 2.0], "ratio": [1.0, 2.0]}
 
@@ -104,12 +109,14 @@ VALUES = {"flux": [1.0, 2.0], "ratio": [1.0, 2.0]}
         ({"values": VALUES | {"ratio": [1e300, 1]}}, "values: a number is too large for float32"),
         ({"positions": {k: [] for k in TIMES}, "values": {k: [] for k in VALUES}}, "1 to 50 observations, got 0"),
         ({"positions": {k: [1] * 51 for k in TIMES}, "values": {k: [1] * 51 for k in VALUES}}, "1 to 50 observations, got 51"),
+        ({"units": None}, "units: 'time' is missing; this model takes it in 'd'"),
+        ({"units": {"time": "d"}}, "units: 'flux' is missing; this model takes it in 'mJy'"),
         ({"units": {"flux": "Jy"}}, "units: 'flux' must be in 'mJy', got 'Jy'"),
         ({"units": {"colour": "1"}}, "units: 'colour' is no axis or channel"),
     ],
 )  # fmt: skip
 def test_a_series_that_does_not_fit_is_named(classifier, changes, message):
-    bad = Series(**{"id": "x7", "positions": TIMES, "values": VALUES, **changes})
+    bad = Series(**{"id": "x7", "positions": TIMES, "values": VALUES, "units": UNITS, **changes})
     with pytest.raises(InvalidSeries, match=r"series 1 \(id 'x7'\): .*" + message):
         classifier.predict([given(), bad])
 
@@ -120,14 +127,34 @@ def test_right_units_pass_and_an_empty_list_does_not(classifier):
         classifier.predict([])
 
 
-def test_the_schema_of_the_logged_file_is_the_one_of_the_project(package):
-    described = json.loads((package / "series.schema.json").read_text())
-    for ours, theirs in ((schema.Series, Series), (schema.Prediction, Prediction)):
-        assert ours.model_json_schema() == theirs.model_json_schema()
-        assert described[ours.__name__] == ours.model_json_schema()
+@pytest.mark.parametrize("name", ["Series", "Prediction", "Features"])
+def test_the_schema_of_the_logged_file_is_the_one_of_the_project(name):
+    ours, theirs = getattr(schema, name), getattr(logged_model, name)
+    assert ours.model_json_schema() == theirs.model_json_schema()
 
 
-@pytest.mark.parametrize("name", [*logged_model.FILES, logged_model.MANIFEST])
+def test_the_json_schema_of_a_package_takes_what_the_model_takes(package):
+    validator = Draft202012Validator(json.loads((package / "series.schema.json").read_text()))
+    good = {"positions": TIMES, "values": VALUES, "units": UNITS}
+    one = {k: [v[0]] for k, v in TIMES.items()}, {k: [v[0]] for k, v in VALUES.items()}
+    validator.validate({"inputs": [good, {"positions": one[0], "values": one[1], "units": UNITS}]})
+    for changes in (
+        {"values": VALUES | {"colour": [1, 2]}},
+        {"values": {"flux": [1, 2]}},
+        {"units": {"time": "d", "flux": "Jy"}},
+        {"units": {"time": "d"}},
+        {"values": {k: [] for k in VALUES}},
+        {"values": VALUES | {"flux": ["bright", 1]}},
+        {"values": {k: [1] * 51 for k in VALUES}},
+        {"color": "red"},
+    ):
+        with pytest.raises(ValidationError):
+            validator.validate({"inputs": [good | changes]})
+    with pytest.raises(ValidationError):
+        validator.validate({"inputs": []})
+
+
+@pytest.mark.parametrize("name", [*FILES, logged_model.MANIFEST])
 def test_a_changed_or_missing_file_is_refused_before_anything_is_deserialised(
     package, tmp_path, monkeypatch, name
 ):
@@ -174,13 +201,11 @@ def test_building_is_whole_or_not_at_all(tmp_path):
     broken = toy.Toy()
     with torch.no_grad():
         broken.head.bias[0] = float("nan")
-    with pytest.raises(PackageError, match="finite logits"):
+    with pytest.raises(PackageError, match="finite outputs"):
         toy.build_toy(folder, module=broken)
     assert [p.name for p in tmp_path.iterdir()] == ["package.safetensors"]
 
     first, second = toy.build_toy(folder), toy.build_toy(folder, max_length=60)
 
     assert first != second == verify_package(folder)
-    assert sorted(p.name for p in folder.iterdir()) == sorted(
-        [*logged_model.FILES, logged_model.MANIFEST]
-    )
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*FILES, logged_model.MANIFEST])

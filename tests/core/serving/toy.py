@@ -51,6 +51,7 @@ def series(n, seed=0, **changes):
         "id": f"s{seed}",
         "positions": {"time": (60000 + rng.random(n)).tolist(), "band": rng.random(n).tolist()},
         "values": {"flux": rng.normal(size=n).tolist(), "ratio": rng.normal(size=n).tolist()},
+        "units": {"time": "d", "flux": "mJy"},
     }
     return Series(**{**content, **changes})
 
@@ -62,7 +63,8 @@ def build_toy(folder, module=None, **options):
     save_file(module.state_dict(), weights)
     golden = [series(n, seed=n) for n in range(1, 11)]
     facts = {"dataset_digest": "d1"}
-    arguments = {"name": "toy", "max_length": 50, "max_batch_tokens": 40, **options}
+    card = "# toy\n\nA *small* model."
+    arguments = {"name": "toy", "card": card, "max_length": 50, "max_batch_tokens": 40, **options}
     return build_package(
         folder, exported(module), weights, {"d_model": 8}, SCHEMA, golden, facts, **arguments
     )

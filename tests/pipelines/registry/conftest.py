@@ -1,8 +1,93 @@
+"""Registries: the embedded store, and a real server as others would run it."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
 import pytest
 
+from roma_pipelines.registry.decisions import GATE_TAG
+from roma_pipelines.registry.runs import find_or_create_run
 from roma_pipelines.registry.store import MlflowSettings, connect
+from roma_pipelines.registry.versions import COMPARED_TAG, EVIDENCE_TAGS, register
+from tests.core.serving import toy
 
 
 @pytest.fixture
 def client(store_root):
     return connect(MlflowSettings.from_values({}), store_root)
+
+
+@pytest.fixture(scope="session")
+def toy_package(tmp_path_factory):
+    """Folder of a package, and the sha256 of its manifest."""
+    folder = tmp_path_factory.mktemp("packages") / "toy"
+    return folder, toy.build_toy(folder)
+
+
+@pytest.fixture(scope="session")
+def other_package(tmp_path_factory):
+    """One with other weights."""
+    folder = tmp_path_factory.mktemp("packages") / "other"
+    return folder, toy.build_toy(folder, module=toy.Toy(seed=1))
+
+
+def registered_as(client, package, name, job_key, **tags):
+    """The version of a package that passed the gate."""
+    run_id = find_or_create_run(client, f"roma/{name}", job_key, "register", {}, {})
+    evidence = {tag: f"value of {tag}" for tag in EVIDENCE_TAGS}
+    gate = {GATE_TAG: "passed", COMPARED_TAG: "none"}
+    return register(client, package[0], name, job_key, run_id, evidence | gate | tags, {})
+
+
+@contextlib.contextmanager
+def served(command, folder, ready, **environment):
+    """A server process on a free port of 127.0.0.1; yields its address and ends it afterwards."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    log = (folder / "server.log").open("wb")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", *command, "--host", "127.0.0.1", "--port", str(port)],
+        cwd=folder,
+        env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1"} | environment,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 180
+        while True:
+            assert process.poll() is None, (folder / "server.log").read_text()
+            assert time.monotonic() < deadline, (folder / "server.log").read_text()
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(address + ready, timeout=5).close()
+                break
+            time.sleep(0.3)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        log.close()
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(store_template, tmp_path_factory):
+    """Address of a real tracking server and registry with proxied artifacts."""
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "mlflow.db").write_bytes(store_template.read_bytes())
+    command = [
+        *("server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--workers", "1"),
+        *("--artifacts-destination", (folder / "artifacts").as_uri()),
+    ]
+    with served(command, folder, "/health", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false") as address:
+        yield address

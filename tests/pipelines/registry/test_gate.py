@@ -1,10 +1,19 @@
 import numpy as np
 import pytest
 
+from roma_core.evaluation.measured import Measured
 from roma_core.evaluation.predictions import PredictionTable
-from roma_pipelines.registry.promotion import GateThresholds, gate
+from roma_core.serving.trial import Trial
+from roma_pipelines.registry import gate as gates
+from roma_pipelines.registry.gate import CHECKS, GateDecision, GateThresholds
 
 N, K = 370, 5
+TRIAL = Trial(load_s=0.5, latency_ms=2.0, golden_difference=1e-7)
+SOUND = Measured(serving_difference=1e-7, size_mb=3.0, trial=TRIAL)
+
+
+def gate(candidate, champion, thresholds, **measured):
+    return gates.gate(candidate, champion, SOUND.model_copy(update=measured), thresholds)
 
 
 def table(correct, labels=None, confidence=0.9, ids=None):
@@ -38,7 +47,9 @@ def test_promotion_rates_at_twice_epsilon(difference, low, high):
     for _ in range(200):
         champion, candidate = draw(rng, difference)
         passed.append(gate(candidate, champion, thresholds).passed)
-    assert low <= np.mean(passed) <= high
+    rate = np.mean(passed)
+    print(f"promoted at a true difference of {difference:+.2f}, ε 0.03: {rate:.1%} of 200 draws")
+    assert low <= rate <= high
 
 
 def test_the_comparison_is_paired_by_id():
@@ -86,7 +97,8 @@ def test_shuffled_labels_and_other_series_are_refused():
     for candidate, why in ((relabelled, "another label"), (fewer, "1 ids are in one table only")):
         decision = gate(candidate, right, GateThresholds())
         assert not decision.passed
-        assert why in named(decision)["same_series"].explanation
+        assert why in named(decision)["comparable"].explanation
+        assert not named(decision)["not_worse_than_champion"].passed
 
 
 def test_each_floor_and_ceiling_decides_alone():
@@ -95,21 +107,76 @@ def test_each_floor_and_ceiling_decides_alone():
     candidate = table(correct)
     accuracy = correct.mean()
 
-    def check(**thresholds):
-        (only,) = gate(candidate, None, GateThresholds(**thresholds)).checks
-        return only
+    def check(name, **thresholds):
+        return named(gate(candidate, None, GateThresholds(**thresholds)))[name]
 
-    assert check(min_accuracy=accuracy).passed
-    assert not check(min_accuracy=accuracy + 0.001).passed
-    assert check(min_class_recall=0.5).passed
-    assert not check(min_class_recall=0.51).passed
-    assert "'a'" in check(min_class_recall=0.5).explanation
-    assert check(max_calibration_error=0.001 + abs(accuracy - 0.9)).passed
-    assert not check(max_calibration_error=abs(accuracy - 0.9) / 2).passed
+    assert check("accuracy", min_accuracy=accuracy).passed
+    assert not check("accuracy", min_accuracy=accuracy + 0.001).passed
+    assert check("class_floor", min_class_recall=0.5).passed
+    assert not check("class_floor", min_class_recall=0.51).passed
+    assert "'a'" in check("class_floor").explanation
+    off = abs(accuracy - 0.9)
+    assert check("calibration", max_calibration_error=0.001 + off).passed
+    assert not check("calibration", max_calibration_error=off / 2).passed
 
 
-def test_a_decision_survives_json_and_the_first_model_needs_no_champion():
-    decision = gate(table(np.ones(N, bool)), None, GateThresholds())
-    assert decision.passed and decision.checks == ()
-    decision = gate(table(np.ones(N, bool)), table(np.ones(N, bool)), GateThresholds())
-    assert type(decision).model_validate_json(decision.model_dump_json()) == decision
+def test_a_class_that_the_champion_knew_may_not_be_lost():
+    champion = table(np.ones(N, bool))
+    correct = np.ones(N, bool)
+    correct[np.arange(0, N, 2 * K)] = False  # accuracy 0.9, but half of class "a"
+    thresholds = {"max_loss_to_champion": 0.2, "max_class_loss": 0.2}
+
+    lost = gate(table(correct), champion, GateThresholds(**thresholds))
+    kept = gate(champion, champion, GateThresholds(**thresholds))
+
+    assert kept.passed
+    assert [c.name for c in lost.checks if not c.passed] == ["class_floor"]
+    assert "('a')" in named(lost)["class_floor"].explanation
+
+
+@pytest.mark.parametrize("champion", [False, True])
+def test_a_model_of_shuffled_labels_is_refused_with_and_without_a_champion(champion):
+    """What a classifier that was trained on shuffled labels says is right by accident."""
+    rng = np.random.default_rng(3)
+    refused = 0
+    for _ in range(100):
+        by_accident = table(rng.random(N) < 1 / K)
+        beside = table(rng.random(N) < 0.9) if champion else None
+        refused += not gate(by_accident, beside, GateThresholds()).passed
+    print(f"refused {refused} of 100 models of shuffled labels")
+    assert refused == 100
+
+
+def test_a_clearly_better_model_passes_every_check():
+    rng = np.random.default_rng(4)
+    for _ in range(20):
+        champion, candidate = draw(rng, 0.06)
+        assert gate(candidate, champion, GateThresholds(), champion_trial=TRIAL).passed
+
+
+@pytest.mark.parametrize(
+    ("measured", "thresholds", "failed", "why"),
+    [
+        ({"trial": None, "trial_problem": "model.pt2 was changed"}, {}, {"golden_rows", "latency"}, "model.pt2 was changed"),
+        ({"serving_difference": 2e-5}, {}, {"serving_parity"}, "2.0e-05"),
+        ({"serving_difference": float("nan")}, {}, {"serving_parity"}, "nan"),
+        ({}, {"max_latency_ms": 1.9}, {"latency"}, "2.00 ms a series; at most 1.9"),
+        ({"champion_trial": TRIAL.model_copy(update={"latency_ms": 0.5})}, {}, {"latency"}, "4.00 times the champion's"),
+        ({}, {"max_size_mb": 2.9}, {"size"}, "3.00 MB; at most 2.9"),
+        ({"leaks": ("object 'x' is in both",)}, {}, {"no_leak"}, "object 'x'"),
+        ({"champion_problem": "the package does not load: model.pt2 was changed"}, {}, {"comparable", "not_worse_than_champion"}, "does not load"),
+    ],
+)  # fmt: skip
+def test_what_was_measured_of_package_and_data_decides_too(measured, thresholds, failed, why):
+    champion = None if "champion_problem" in measured else table(np.ones(N, bool))
+    decision = gate(table(np.ones(N, bool)), champion, GateThresholds(**thresholds), **measured)
+    assert {check.name for check in decision.checks if not check.passed} == failed
+    assert why in decision.reasons()
+
+
+def test_a_decision_survives_json_and_always_has_every_check():
+    for champion in (None, table(np.ones(N, bool))):
+        decision = gate(table(np.ones(N, bool)), champion, GateThresholds())
+        assert decision.passed
+        assert [check.name for check in decision.checks] == list(CHECKS)
+        assert GateDecision.model_validate_json(decision.model_dump_json()) == decision

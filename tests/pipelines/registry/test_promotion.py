@@ -2,8 +2,18 @@ import threading
 
 import pytest
 
-from roma_pipelines.registry.promotion import CHAMPION, PREVIOUS, audit, promote, rollback
-from roma_pipelines.registry.versions import version_at
+from roma_pipelines.registry.audit import audit
+from roma_pipelines.registry.decisions import GATE_TAG
+from roma_pipelines.registry.deletion import StillNeeded, delete_version
+from roma_pipelines.registry.promotion import (
+    CHAMPION,
+    PREVIOUS,
+    NotPromoted,
+    promote,
+    reject,
+    rollback,
+)
+from roma_pipelines.registry.versions import COMPARED_TAG, ENCODER_TAG, encoder_name, version_at
 
 NAME = "vowels"
 
@@ -13,7 +23,8 @@ def versions(client, tmp_path):
     """Four versions without content: aliases do not look inside."""
     client.create_registered_model(NAME)
     for _ in range(4):
-        client.create_model_version(NAME, (tmp_path / "model").as_uri(), None)
+        tags = {GATE_TAG: "passed", COMPARED_TAG: "none"}
+        client.create_model_version(NAME, (tmp_path / "model").as_uri(), None, tags)
     return client
 
 
@@ -25,7 +36,13 @@ def aliases(client):
     }
 
 
+def compared(client, version, champion):
+    client.set_model_version_tag(NAME, version, COMPARED_TAG, champion)
+
+
 def move(client, version):
+    """Promote a version that was compared with the present champion."""
+    compared(client, version, version_at(client, NAME, CHAMPION) or "none")
     promote(client, NAME, version, why="better", who="tester", evidence={"passed": True})
 
 
@@ -111,24 +128,108 @@ def test_a_rollback_that_dies_is_finished_by_the_next_one(versions, monkeypatch)
     assert aliases(versions) == {CHAMPION: "2", PREVIOUS: "1"}
 
 
-def test_two_promotions_at_once_leave_a_consistent_state(versions):
+def test_of_two_promotions_at_once_one_is_refused(versions):
+    """Both were compared with version 1; whoever comes second was not compared with the first."""
     move(versions, "1")
-    threads = [threading.Thread(target=move, args=(versions, v)) for v in ("2", "3")]
+    refused = []
+
+    def promoted(version):
+        try:
+            promote(versions, NAME, version, why="better", who="tester", evidence={})
+        except NotPromoted as error:
+            refused.append(str(error))
+
+    for version in ("2", "3"):
+        compared(versions, version, "1")
+    threads = [threading.Thread(target=promoted, args=(v,)) for v in ("2", "3")]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
 
     events = audit(versions, NAME)
+    assert len(events) == 2 and events[1].replaced == "1"
+    assert aliases(versions) == {CHAMPION: events[1].version, PREVIOUS: "1"}
+    assert len(refused) == 1
+    assert "was compared with champion 1, but the champion is now" in refused[0]
 
-    assert len(events) == 3
-    assert events[2].replaced == events[1].version
-    assert aliases(versions) == {CHAMPION: events[2].version, PREVIOUS: events[1].version}
+
+@pytest.mark.parametrize(
+    ("tags", "why"),
+    [
+        ({GATE_TAG: "failed"}, "has passed no gate"),
+        ({COMPARED_TAG: "4"}, "was compared with champion 4, but the champion is now 1"),
+    ],
+)
+def test_without_a_passed_gate_only_a_person_who_says_so_promotes(versions, tags, why):
+    move(versions, "1")
+    for key, value in ({COMPARED_TAG: "1"} | tags).items():
+        versions.set_model_version_tag(NAME, "2", key, value)
+    asked = {"why": "I know", "who": "tester", "evidence": {}}
+
+    with pytest.raises(NotPromoted, match=why):
+        promote(versions, NAME, "2", **asked)
+    assert aliases(versions) == {CHAMPION: "1"}
+    promote(versions, NAME, "2", **asked, despite_gate=True)
+
+    assert aliases(versions) == {CHAMPION: "2", PREVIOUS: "1"}
+    assert why in audit(versions, NAME)[-1].evidence["despite"]
+
+
+def test_what_was_rejected_or_rolled_back_does_not_come_back_by_itself(versions):
+    move(versions, "1")
+    reject(versions, NAME, "2", why="labels of june are wrong", who="tester")
+    with pytest.raises(NotPromoted, match=r"rejected: .* tester: labels of june are wrong"):
+        move(versions, "2")
+    with pytest.raises(NotPromoted, match="is the champion"):
+        reject(versions, NAME, "1", why="no", who="tester")
+    move(versions, "3")
+    rollback(versions, NAME, who="tester", why="drifts")
+    with pytest.raises(NotPromoted, match=r"was rolled back at .*: drifts"):
+        move(versions, "3")
+    assert aliases(versions) == {CHAMPION: "1"}
+    assert [e.action for e in audit(versions, NAME)] == ["promote", "reject", "promote", "rollback"]
+
+
+def test_a_version_that_somebody_needs_is_not_deleted(versions):
+    for version in ("1", "2"):
+        move(versions, version)
+    rollback(versions, NAME, who="tester", why="drifts")
+    versions.set_registered_model_alias(NAME, "canary", "3")
+    with pytest.raises(StillNeeded, match="version 1 of 'vowels' is champion"):
+        delete_version(versions, NAME, "1")
+    with pytest.raises(StillNeeded, match="was champion once"):
+        delete_version(versions, NAME, "2")
+    with pytest.raises(StillNeeded, match="is canary"):
+        delete_version(versions, NAME, "3")
+    delete_version(versions, NAME, "4")
+    with pytest.raises(ValueError, match="no version '4'"):
+        delete_version(versions, NAME, "4")
+
+
+def test_a_rollback_passes_over_a_champion_that_is_gone(versions):
+    for version in ("1", "2", "3", "4"):
+        move(versions, version)
+    versions.delete_model_version(NAME, "2")  # past this project, which would refuse
+    assert rollback(versions, NAME, who="tester", why="drifts") == "3"
+    assert aliases(versions) == {CHAMPION: "3", PREVIOUS: "1"}
+
+
+def test_the_encoder_follows_its_classifier_there_and_back(versions, tmp_path):
+    encoder = encoder_name(NAME)
+    versions.create_registered_model(encoder)
+    for version in ("1", "2"):
+        versions.create_model_version(encoder, (tmp_path / "encoder").as_uri(), None)
+        versions.set_model_version_tag(NAME, version, ENCODER_TAG, version)
+        move(versions, version)
+        assert version_at(versions, encoder, CHAMPION) == version
+    rollback(versions, NAME, who="tester", why="drifts")
+    assert version_at(versions, encoder, CHAMPION) == "1"
 
 
 def test_bad_input_moves_nothing(versions):
     with pytest.raises(ValueError, match="no version '9'"):
-        move(versions, "9")
+        promote(versions, NAME, "9", why="better", who="tester", evidence={})
     with pytest.raises(ValueError, match="why is empty"):
         promote(versions, NAME, "1", why=" ", who="tester", evidence={})
     with pytest.raises(ValueError, match="expected letters"):

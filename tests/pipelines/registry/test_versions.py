@@ -11,15 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from roma_core.files import sha256_of
 from roma_core.serving.logged_model import Classifier, Series
+from roma_core.serving.requirements import lock_hash, locked, requirements
 from roma_pipelines.registry import versions
+from roma_pipelines.registry.decisions import GATE_TAG
 from roma_pipelines.registry.promotion import promote
 from roma_pipelines.registry.runs import find_or_create_run
-from roma_pipelines.registry.versions import EVIDENCE_TAGS, register, requirements, version_at
+from roma_pipelines.registry.versions import EVIDENCE_TAGS, logged_file, register, version_at
 from tests.core.serving import toy
 
 NAME = "vowels"
-EVIDENCE = {tag: f"value of {tag}" for tag in EVIDENCE_TAGS}
+EVIDENCE = {tag: f"value of {tag}" for tag in EVIDENCE_TAGS} | {GATE_TAG: "passed"}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,9 @@ def test_a_job_has_one_version_and_the_newest_is_the_candidate(client, package, 
         "roma.job_key": "k1",
         "roma.run_id": run_id,
         "roma.manifest_sha256": package[1],
+        "roma.code_sha256": sha256_of(logged_file()),
     }
+    assert version.description == "# toy\n\nA *small* model."
     assert version.run_id == run_id
     run = client.get_run(run_id)
     assert run.data.metrics == {"accuracy": 0.9}
@@ -72,6 +77,8 @@ def test_missing_evidence_is_named(client, package):
 def test_requirements_are_pinned_without_build_suffix():
     assert f"numpy=={importlib.metadata.version('numpy')}" in requirements()
     assert not any("+" in line for line in requirements())
+    assert set(requirements()) <= set(locked()) and len(locked()) > 40
+    assert lock_hash() == lock_hash()
 
 
 CONSUMER = """

@@ -1,0 +1,152 @@
+"""What an evaluation leaves to be registered: the packages of the classifier and of its encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from roma_core.data.series import raw_series
+from roma_core.data.store import Subset
+from roma_core.evaluation.comparison import Change
+from roma_core.evaluation.job_config import EvaluationJobConfig
+from roma_core.evaluation.measured import Measured
+from roma_core.evaluation.metrics import Metrics
+from roma_core.evaluation.model_card import CardContent, render_card
+from roma_core.evaluation.predicting import serving_difference
+from roma_core.evaluation.predictions import PredictionTable
+from roma_core.files import read_json
+from roma_core.model.classification import RoMAForClassification
+from roma_core.model.export import export_classifier, export_encoder
+from roma_core.model.pretraining import RoMAForPreTraining
+from roma_core.serving.package import MAX_LENGTH, build_package, size_mb
+from roma_core.serving.reference_profile import reference_profile
+from roma_core.serving.schema import Series
+from roma_core.serving.trial import Trial, TrialFailed, try_package
+
+_N_GOLDEN = 10
+_PROFILED = 20_000  # train series that the reference profile is made of, at most
+
+
+def package_classifier(
+    config: EvaluationJobConfig,
+    model: RoMAForClassification,
+    test: Subset,
+    metrics: Metrics,
+    changes: tuple[Change, ...],
+    champion_problem: str | None,
+    folder: Path,
+) -> str:
+    """Build the package folder; the sha256 of its manifest stands for it."""
+    schema = test.dataset.schema
+    card = CardContent(
+        name=config.name,
+        kind="classifier",
+        data_schema=schema,
+        max_length=MAX_LENGTH,
+        facts=config.facts,
+        metrics=metrics,
+        changes=changes,
+        champion_version=config.champion_version,
+        champion_problem=champion_problem,
+        baselines=config.baselines,
+        decided_before=config.decided_before,
+        lineage={"dataset_digest": config.dataset_digest, **config.lineage},
+    )
+    return build_package(
+        folder,
+        export_classifier(model),
+        Path(config.classifier) / "model.safetensors",
+        read_json(Path(config.classifier) / "model_config.json"),
+        schema,
+        _golden(test),
+        {"dataset_digest": config.dataset_digest, **config.lineage},
+        name=config.name,
+        card=render_card(card),
+        profile=_profile(test),
+    )
+
+
+def package_encoder(
+    config: EvaluationJobConfig, encoder: RoMAForPreTraining, test: Subset, folder: Path
+) -> str:
+    """Build the package of the pretrained encoder; its features are the mean of its tokens."""
+    assert config.autoencoder is not None
+    weights, schema = Path(config.autoencoder), test.dataset.schema
+    lineage = {"dataset_digest": config.dataset_digest, **config.lineage}
+    name, width = f"{config.name}_encoder", encoder.config.encoder_config.d_model
+    card = CardContent(
+        name=name,
+        kind="encoder",
+        data_schema=schema,
+        max_length=MAX_LENGTH,
+        n_features=width,
+        facts=config.facts,
+        lineage=lineage,
+    )
+    return build_package(
+        folder,
+        export_encoder(encoder),
+        weights / "model.safetensors",
+        read_json(weights / "model_config.json"),
+        schema,
+        _golden(test),
+        lineage,
+        name=name,
+        kind="encoder",
+        n_features=width,
+        card=render_card(card),
+        profile=_profile(test),
+    )
+
+
+def measure(
+    config: EvaluationJobConfig,
+    package: Path,
+    table: PredictionTable,
+    test: Subset,
+    leaks: tuple[str, ...],
+    test_split: str,
+    champion_problem: str | None,
+) -> Measured:
+    """Try the package, and the champion's right after it, so that times can be compared."""
+    trial, trial_problem = _tried(package)
+    champion_trial = None
+    if config.champion is not None and champion_problem is None:
+        champion_trial, champion_problem = _tried(Path(config.champion))
+    return Measured(
+        serving_difference=serving_difference(package, table, test),
+        size_mb=size_mb(package),
+        trial=trial,
+        trial_problem=trial_problem,
+        champion_trial=champion_trial,
+        champion_problem=champion_problem,
+        leaks=leaks,
+        test_split=test_split,
+    )
+
+
+def _tried(package: Path) -> tuple[Trial | None, str | None]:
+    """A champion brings its own file, which lies two folders above its package."""
+    own = package.parent.parent / "logged_model.py"
+    try:
+        return try_package(package, own if own.is_file() else None), None
+    except TrialFailed as error:
+        return None, str(error)
+
+
+def _golden(test: Subset) -> list[Series]:
+    by_length = np.argsort(test.lengths, kind="stable")
+    rows = by_length[np.linspace(0, len(test) - 1, min(_N_GOLDEN, len(test))).astype(int)]
+    return [Series(**s) for s in raw_series(test, rows.tolist())]
+
+
+def _profile(test: Subset) -> Any:
+    dataset = test.dataset
+    train = dataset.split("train")
+    assert dataset.labels is not None
+    counts = np.bincount(dataset.labels[train.indices], minlength=len(dataset.schema.classes))
+    rows = range(0, len(train), max(1, -(-len(train) // _PROFILED)))
+    classes = dict(zip(dataset.schema.classes, counts.tolist(), strict=True))
+    return reference_profile(raw_series(train, rows), classes)

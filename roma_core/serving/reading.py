@@ -1,0 +1,109 @@
+"""Series to be scored, out of a file: Parquet, JSON lines, or a data-set folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+_AT_ONCE = 1000
+_FACTS = ("split", "label", "group")  # columns of `roma data export` that are no input of a model
+Row = dict[str, Any]
+
+
+def read_series(path: Path, split: Any, package: Any, start: int = 0) -> Iterator[Row]:
+    """Series as a server would be sent them, in the file's order, from row ``start``.
+
+    A column of a Parquet file whose field has the metadata ``unit`` says its unit; others are taken
+    to be in the model's.
+
+    Args:
+        split: of a data-set folder.
+        package: what will score them; its axes and units are needed to read columns.
+
+    Raises:
+        ValueError: the file is none of these, or a line of it is no series.
+    """
+    if path.is_dir():
+        from roma_core.data.series import raw_series
+        from roma_core.data.store import StoredDataset
+
+        subset = StoredDataset(path).split(split)
+        yield from raw_series(subset, range(start, len(subset)))
+    elif path.suffix == ".parquet":
+        yield from _parquet(path, package, start)
+    elif path.suffix == ".jsonl":
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(islice(lines, start, None), start=start + 1):
+                try:
+                    row = json.loads(line)
+                    package.module.Series(**row)
+                except (ValueError, TypeError) as error:
+                    raise ValueError(f"{path}, line {number}: {error}") from error
+                yield row
+    else:
+        raise ValueError(f"{path}: expected a data-set folder, .parquet or .jsonl")
+
+
+def count_series(path: Path, split: Any) -> int:
+    """How many ``read_series`` will give."""
+    if path.is_dir():
+        from roma_core.data.store import StoredDataset
+
+        return len(StoredDataset(path, verify=False).split(split))
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        return pq.ParquetFile(path).metadata.num_rows
+    with path.open("rb") as lines:
+        return sum(1 for _ in lines)
+
+
+def assumed_units(path: Path, package: Any) -> Mapping[str, str]:
+    """Columns of a Parquet file that do not say their unit, with the model's, which they get."""
+    if path.suffix != ".parquet":
+        return {}
+    import pyarrow.parquet as pq
+
+    given = _given_units(pq.ParquetFile(path).schema_arrow)
+    return {
+        name: unit
+        for name, unit in package.units.items()
+        if unit not in ("1", name) and name not in given
+    }
+
+
+def _parquet(path: Path, package: Any, start: int) -> Iterator[Row]:
+    import pyarrow.parquet as pq
+
+    axes = [axis["name"] for axis in package.axes]
+    channels = [channel["name"] for channel in package.channels]
+    facts = [name for name in _FACTS if name not in channels]
+    with pq.ParquetFile(path) as file:
+        units = dict(package.units) | _given_units(file.schema_arrow)
+        units = {name: unit for name, unit in units.items() if name in (*axes, *channels)}
+        for batch in file.iter_batches(_AT_ONCE):
+            if start >= len(batch):
+                start -= len(batch)
+                continue
+            for row in batch.slice(start).to_pylist():
+                name = row.pop("id", None)
+                for fact in facts:
+                    row.pop(fact, None)
+                yield {
+                    "id": None if name is None else str(name),
+                    "positions": {axis: row.pop(axis) for axis in axes if axis in row},
+                    "values": row,
+                    "units": units,
+                }
+            start = 0
+
+
+def _given_units(schema: Any) -> dict[str, str]:
+    return {
+        field.name: field.metadata[b"unit"].decode()
+        for field in schema
+        if field.metadata and b"unit" in field.metadata
+    }

@@ -1,0 +1,90 @@
+"""Asset: the champion's predictions of a file of series, with drift against what it was trained on."""
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from roma_core.files import digest_of, read_json
+from roma_pipelines.experiment import Experiment
+from roma_pipelines.registry.promotion import CHAMPION
+from roma_pipelines.registry.store import MlflowSettings, connect
+from roma_pipelines.storage import Storage
+
+_PROFILED = 2000  # series of the input that drift is computed from, at most
+
+
+def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
+    """Predictions of ``predictions.input``; a retry goes on where the last one stopped."""
+    section = experiment.predictions
+    assert section is not None
+
+    @dg.asset(
+        **experiment.asset_arguments(
+            "batch_predictions", "registered_classifier", settings={"predictions"}
+        ),
+        kinds={"parquet"},
+        description=f"What the champion says of {section.input}. {experiment.description}",
+    )
+    def batch_predictions(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        from roma_core.serving.fetching import fetch, load, package_of, resolve
+        from roma_core.serving.scoring import score_file
+
+        storage = Storage.open()
+        source = Path(section.input).absolute()
+        if not source.exists():
+            raise dg.Failure(f"{source}, the input of predictions, is not there")
+        client = connect(MlflowSettings(), storage.mlflow)
+        version = resolve(client, f"models:/{experiment.name}@{CHAMPION}")
+        folder = fetch(client, version, storage.cache / "models")
+        digest = version.manifest_sha256 or ""
+        lineage = {
+            "model": version.name,
+            "model_version": version.version,
+            "model_sha256": digest,
+            "dagster_run_id": context.run.root_run_id or context.run_id,
+        }
+        output = storage.root / "predictions" / experiment.name / f"{source.stem}.parquet"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        package = load(folder)
+        n = score_file(package, lineage, source, section.split, output)
+        context.log.info(f"{n} series scored by {version.uri}")
+        profile = read_json(package_of(folder) / "profile.json")
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(digest_of([digest, str(source), n])),
+            metadata={
+                "path": dg.MetadataValue.path(str(output)),
+                "series": n,
+                "model_version": version.version,
+                "model_sha256": digest,
+                **_shares(output),
+                **_drift(profile, source, section.split, package),
+            },
+        )
+
+    return batch_predictions
+
+
+def _shares(output: Path) -> dict[str, Any]:
+    """How often each class was predicted."""
+    import pyarrow.parquet as pq
+
+    labels = pq.read_table(output, columns=["label"])["label"]
+    counts = {str(one["values"]): one["counts"].as_py() for one in labels.value_counts()}
+    return {"classes": dg.MetadataValue.json(dict(sorted(counts.items())))}
+
+
+def _drift(profile: Any, source: Path, split: str, package: Any) -> dict[str, Any]:
+    """Stability indices against the training data, and the largest."""
+    from itertools import islice
+
+    from roma_core.serving.reading import read_series
+    from roma_core.serving.reference_profile import drift
+
+    rows = list(islice(read_series(source, split, package), _PROFILED))
+    found = drift(profile, rows)
+    most = max(found, key=lambda name: found[name])
+    return {
+        "drift": dg.MetadataValue.json({k: round(v, 4) for k, v in found.items()}),
+        "largest_drift": f"{most}: {found[most]:.3f} (above 0.25 is much)",
+    }

@@ -1,0 +1,141 @@
+"""``roma-pipeline promote | reject | rollback``: who is champion, decided by a person."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_why = click.option("--why", required=True, help="Goes into the audit; others will read it.")
+_who = click.option("--who", help="In whose name; the default is user@host.")
+
+
+@click.command()
+@click.argument("name")
+@click.argument("version")
+@_why
+@_who
+@click.option(
+    "--despite-gate",
+    is_flag=True,
+    help="Though it passed no gate, was rejected, or was compared with another champion.",
+)
+@click.option(
+    "--to", "target", metavar="URI", help="Copy it to this MLflow server and promote it there."
+)
+def promote(
+    name: str, version: str, why: str, who: str | None, despite_gate: bool, target: str | None
+) -> None:
+    """Make VERSION of model NAME the champion; the present one becomes `previous`.
+
+    It must have passed the gate against the present champion. The decision is recorded with who, why
+    and the evidence before anything moves. With --to, files are compared with their checksums on both
+    sides, and the champion there must be the one that it was compared with here.
+    """
+    from roma_pipelines.registry import promotion
+
+    with registry() as (client, person):
+        if target is not None:
+            client, version = _copied(client, target, name, version)
+        replaced = promotion.promote(
+            client,
+            name,
+            version,
+            why=why,
+            who=who or person,
+            evidence=_evidence(client, name, version),
+            despite_gate=despite_gate,
+        )
+        click.echo(f"{name}: version {version} is champion; previous is {replaced or 'none'}")
+
+
+@click.command()
+@click.argument("name")
+@click.argument("version")
+@_why
+@_who
+@click.option("--delete", is_flag=True, help="Remove the version and its files, too.")
+def reject(name: str, version: str, why: str, who: str | None, delete: bool) -> None:
+    """Say that VERSION of model NAME shall not become champion.
+
+    A version that an alias points to, or that was champion once, is never deleted.
+    """
+    from roma_pipelines.registry import deletion, promotion
+
+    with registry() as (client, person):
+        promotion.reject(client, name, version, why=why, who=who or person)
+        click.echo(f"{name}: version {version} is rejected")
+        if delete:
+            _drop_candidate(client, name, version)
+            deletion.delete_version(client, name, version)
+            click.echo(f"{name}: version {version} is deleted")
+
+
+@click.command()
+@click.argument("name")
+@_why
+@_who
+def rollback(name: str, why: str, who: str | None) -> None:
+    """Put the previous champion of model NAME back. Again: the one before that."""
+    from roma_pipelines.registry import promotion
+
+    with registry() as (client, person):
+        start = time.perf_counter()
+        version = promotion.rollback(client, name, who=who or person, why=why)
+        seconds = time.perf_counter() - start
+        click.echo(f"{name}: version {version} is champion again ({seconds:.2f} s)")
+
+
+@contextmanager
+def registry() -> Iterator[tuple[MlflowClient, str]]:
+    """The configured registry, and who asks; what it refuses is one sentence."""
+    from mlflow.exceptions import MlflowException
+
+    from roma_core.serving.fetching import FetchError
+    from roma_pipelines.registry.audit import whoever_this_is
+    from roma_pipelines.registry.lock import RegistryBusy
+    from roma_pipelines.registry.store import MlflowSettings, StoreError, connect
+    from roma_pipelines.storage import Storage, StorageError
+
+    try:
+        yield connect(MlflowSettings(), Storage.open().mlflow), whoever_this_is()
+    except MlflowException as error:
+        raise click.ClickException(error.message) from error
+    except (ValueError, FetchError, StorageError, StoreError, RegistryBusy, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _copied(client: MlflowClient, target: str, name: str, version: str) -> tuple[MlflowClient, str]:
+    """The other server's client, and the version there."""
+    from roma_core.serving.fetching import connect
+    from roma_pipelines.registry.store import MlflowSettings
+    from roma_pipelines.registry.transfer import transfer
+
+    there = connect(target)
+    experiment = f"{MlflowSettings().experiment_prefix}/{name}"
+    copied = transfer(client, there, f"models:/{name}/{version}", experiment)
+    click.echo(f"{name}: version {version} is version {copied} of {target}, checksums agree")
+    return there, copied
+
+
+def _evidence(client: MlflowClient, name: str, version: str) -> dict[str, str]:
+    """What the gate said of the version and where, by its tags."""
+    from roma_pipelines.registry.promotion import the_version
+
+    tags = the_version(client, name, version).tags
+    keys = ("roma.gate", "roma.compared_with", "roma.evaluation_job", "roma.dagster_run_id")
+    return {key.removeprefix("roma."): tags[key] for key in keys if key in tags}
+
+
+def _drop_candidate(client: MlflowClient, name: str, version: str) -> None:
+    """A rejected version is no candidate any more."""
+    from roma_pipelines.registry.versions import CANDIDATE, version_at
+
+    if version_at(client, name, CANDIDATE) == version:
+        client.delete_registered_model_alias(name, CANDIDATE)
