@@ -14,7 +14,7 @@ from roma_core.data.schema import DataSchema
 from roma_core.evaluation.comparison import Change
 from roma_core.evaluation.facts import Baseline, FactSheet
 from roma_core.evaluation.metrics import Metrics
-from roma_core.evaluation.report import METRIC_NAMES, interval
+from roma_core.evaluation.report import METRIC_NAMES, interval, signed
 
 
 class CardContent(BaseModel):
@@ -49,6 +49,7 @@ def render_card(content: CardContent) -> str:
     environment.filters["share"] = lambda x: "–" if x is None else f"{x:.3f}"
     environment.filters["pair"] = lambda x: "–" if x is None else f"{x[0]:.3f}–{x[1]:.3f}"
     environment.filters["interval"] = interval
+    environment.filters["signed"] = signed
     metrics = content.metrics
     named = [] if metrics is None else [
         (METRIC_NAMES[name][0], estimate) for name, estimate in metrics.estimates().items()
@@ -59,6 +60,6 @@ def render_card(content: CardContent) -> str:
 def _cell(text: object) -> str:
     """Text of a table's cell: on one line, without what Markdown or HTML would take for markup."""
     line = " ".join(str(text).split()) or "–"
-    for character in "\\`*_[]<>|":
+    for character in "\\`*_[]<|":
         line = line.replace(character, f"\\{character}")
     return line

@@ -86,7 +86,7 @@ def render_report(content: ReportContent) -> str:
     environment.filters["share"] = lambda x: "–" if x is None else f"{x:.3f}"
     environment.filters["interval"] = interval
     environment.filters["pair"] = lambda x: "–" if x is None else f"{x[0]:.3f}–{x[1]:.3f}"
-    environment.filters["signed"] = lambda x: f"{x:+.3f}".replace("-", "−")
+    environment.filters["signed"] = signed
     metrics = [(*METRIC_NAMES[n], e) for n, e in content.metrics.estimates().items()]
     return environment.get_template("report.html.jinja").render(
         content=content, metrics=metrics, scale=_scale(content)
@@ -96,6 +96,11 @@ def render_report(content: ReportContent) -> str:
 def interval(estimate: Estimate) -> str:
     """``0.976–0.997``"""
     return f"{estimate.low:.3f}–{estimate.high:.3f}"
+
+
+def signed(x: float) -> str:
+    """``+0.012``, ``−0.012``; never a negative zero."""
+    return f"{round(x, 3) + 0.0:+.3f}".replace("-", "−")
 
 
 def _scale(content: ReportContent) -> dict[str, float]:

@@ -108,14 +108,17 @@ def _decided_before(experiment: Experiment, dataset: Path, job_key: str) -> int:
 def _lineage(
     encoder: Mapping[str, Any], classifier: Mapping[str, Any], dagster_run: str
 ) -> dict[str, str]:
+    """What made the weights; the commit is the one that finetuning ran with, not today's."""
     from roma_core.serving.requirements import lock_hash
 
+    client = connect(MlflowSettings(), Storage.open().mlflow)
+    trained = client.get_run(classifier["mlflow_run_id"]).data.tags
     return {
         "pretraining_job": encoder["job_key"],
         "finetuning_job": classifier["job_key"],
         "mlflow_run_id": classifier["mlflow_run_id"],
         "dagster_run_id": dagster_run,
-        "git_sha": code_version(),
+        "git_sha": trained.get("roma.git_sha", code_version()),
         "lock_hash": lock_hash(),
     }
 
