@@ -1,10 +1,11 @@
 """What the trainer costs beside forward, backward and optimiser, and how long a start takes.
 
-    python -m tests.benchmarks.trainer [--steps 12] [--batch 32] [--starts 3]
+    python -m tests.benchmarks.trainer [--data plasticc/VERSION] [--steps 12] [--starts 3]
 
-The workload has the shape of PLAsTiCC's light curves: lengths 47…352, 2 channels (flux and its
-error), 2 axes (time and band), width 192, 6 layers, decoder 2 layers, half of the tokens hidden.
-The values are generated.
+With ``--data``, a data set that `roma data build` made of the source in defs/plasticc, the workloads are
+pretraining and finetuning of that experiment with its own settings, and its data at width 192, 6 layers,
+batches of 32 series. Without, series of PLAsTiCC's lengths (47…352 tokens, 2 channels, 2 axes) are
+generated for the last of the three.
 
 Overhead is the share of a training's CPU time, evaluation aside, that is not spent in forward,
 backward, clipping or the optimiser: order, loading, collating, moving, reductions, logging, stop
@@ -21,11 +22,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
+ROOT = Path(__file__).parents[2]
 STEPS_BETWEEN_SAVES = 4
 
 
@@ -49,30 +54,90 @@ class LightCurves:
         return self.items[i]
 
 
-def training(folder: Path, steps: int, batch: int, in_background: bool | None) -> dict[str, float]:
+@dataclass(frozen=True)
+class Workload:
+    """What is trained: a data set, what makes a model, and the settings of the trainer."""
+
+    name: str
+    dataset: Any
+    model: Callable[[], Any]
+    trainer: dict[str, Any]
+
+
+def wide(dataset: Any, n_steps: int, name: str, batch: int = 32) -> Workload:
+    """Pretraining at width 192 of ``n_steps`` batches of 32 series."""
+    from roma_core import EncoderConfig, RoMAForPreTraining, RoMAForPreTrainingConfig
+
+    config = RoMAForPreTrainingConfig(
+        encoder_config=EncoderConfig(d_model=192, nhead=3, depth=6),
+        decoder_config=EncoderConfig(d_model=192, nhead=3, depth=2),
+        tubelet_size=(1, 1, 1),
+        n_channels=2,
+        n_pos_dims=2,
+        mask_ratio=0.5,
+    )
+    part = _First(dataset, batch * n_steps)
+    return Workload(name, part, lambda: RoMAForPreTraining(config), {"batch_size": batch})
+
+
+def as_shipped(folder: Path, n_steps: int) -> list[Workload]:
+    """Pretraining and finetuning as ``defs/plasticc`` has them, of as many series as the steps need."""
+    from roma_core import (
+        RoMAForClassification,
+        RoMAForClassificationConfig,
+        RoMAForPreTraining,
+        RoMAForPreTrainingConfig,
+    )
+    from roma_core.data.store import StoredDataset
+    from roma_core.trainer.job_config import data_fields
+
+    dataset = StoredDataset(folder)
+    train, schema = dataset.split("train"), dataset.schema
+    file = ROOT / "roma_pipelines/defs/plasticc/defs.yaml"
+    experiment = yaml.safe_load(file.read_text())["attributes"]
+    before, after = experiment["pretraining"], experiment["finetuning"]
+    autoencoder = RoMAForPreTrainingConfig(**before["model"] | data_fields(schema))
+    stack = before["model"]["encoder_config"] | after["model"]["encoder_config"]
+    classifier = RoMAForClassificationConfig(
+        **after["model"]
+        | data_fields(schema)
+        | {"encoder_config": stack, "dim_output": len(schema.classes)}
+    )
+    mean = float(train.lengths.mean())
+    found = []
+    for name, stage, model in (
+        ("pretraining as shipped", before, lambda: RoMAForPreTraining(autoencoder)),
+        ("finetuning as shipped", after, lambda: RoMAForClassification(classifier)),
+    ):
+        n_series = int(n_steps * stage["trainer"]["tokens_per_batch"] / mean)
+        found.append(Workload(name, _First(train, n_series), model, stage["trainer"]))
+    return [*found, wide(train, n_steps, "pretraining at width 192")]
+
+
+class _First:
+    """The first ``n`` series of a data set."""
+
+    def __init__(self, dataset: Any, n: int) -> None:
+        self.dataset, self.n = dataset, min(n, len(dataset))
+        if hasattr(dataset, "lengths"):
+            self.lengths = dataset.lengths[: self.n]
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self.dataset[i]
+
+
+def training(folder: Path, workload: Workload, in_background: bool | None) -> dict[str, float]:
     """Train; seconds from the first step to the last by wall and by CPU, and of the steps themselves.
 
     ``in_background`` None writes no checkpoint between them.
     """
-    from roma_core import (
-        EncoderConfig,
-        RoMAForPreTraining,
-        RoMAForPreTrainingConfig,
-        Trainer,
-        TrainerConfig,
-    )
+    from roma_core import Trainer, TrainerConfig
     from roma_core.trainer.step import TrainStep
 
-    model = RoMAForPreTraining(
-        RoMAForPreTrainingConfig(
-            encoder_config=EncoderConfig(d_model=192, nhead=3, depth=6),
-            decoder_config=EncoderConfig(d_model=192, nhead=3, depth=2),
-            tubelet_size=(1, 1, 1),
-            n_channels=2,
-            n_pos_dims=2,
-            mask_ratio=0.5,
-        )
-    )
+    model = workload.model()
     inside = {"cpu": 0.0, "wall": 0.0}
     first: dict[str, float] = {}
     last: dict[str, float] = {}
@@ -92,22 +157,23 @@ def training(folder: Path, steps: int, batch: int, in_background: bool | None) -
 
     TrainStep.__call__ = timed  # type: ignore[method-assign]
     try:
-        trainer = Trainer(
-            TrainerConfig(
-                epochs=1,
-                batch_size=batch,
-                save_every=10**6 if in_background is None else STEPS_BETWEEN_SAVES,
-                background_checkpoints=bool(in_background),
-                checkpoint_dir=folder / "checkpoints",
-            )
+        changes = {
+            "epochs": 1,
+            "save_every": 10**6 if in_background is None else STEPS_BETWEEN_SAVES,
+            "background_checkpoints": bool(in_background),
+            "checkpoint_dir": folder / "checkpoints",
+        }
+        end = Trainer(TrainerConfig(**workload.trainer | changes)).train(
+            workload.dataset, None, model
         )
-        trainer.train(LightCurves(steps * batch), None, model)
     finally:
         TrainStep.__call__ = step  # type: ignore[method-assign]
     total = {clock: last[clock] - first[clock] for clock in inside}
-    return {f"{clock}_step": inside[clock] for clock in inside} | {
-        f"{clock}_total": total[clock] for clock in inside
-    }
+    return (
+        {"steps": end.step - 1.0}
+        | {f"{clock}_step": inside[clock] for clock in inside}
+        | {f"{clock}_total": total[clock] for clock in inside}
+    )
 
 
 IMPORTS = "import torch, accelerate"
@@ -122,8 +188,8 @@ def first(self, number, *a):
         print("FIRST", time.time(), flush=True)
     return result
 TrainStep.__call__ = first
-from tests.benchmarks.trainer import training
-training(Path(sys.argv[1]), 2, 2, True)
+from tests.benchmarks.trainer import LightCurves, training, wide
+training(Path(sys.argv[1]), wide(LightCurves(4), 2, "start", batch=2), True)
 """
 
 
@@ -144,40 +210,56 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--starts", type=int, default=3)
     arguments = parser.parse_args()
+    if arguments.data is None:
+        curves = LightCurves(arguments.steps * 32)
+        workloads = [wide(curves, arguments.steps, "generated, pretraining at width 192")]
+    else:
+        workloads = as_shipped(arguments.data, arguments.steps)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         pairs = [start_up(root / f"start-{k}") for k in range(arguments.starts)]
-        imports, first = (statistics.median(column) for column in zip(*pairs, strict=True))
-        print(
-            f"start: torch and accelerate imported in {imports:.2f} s, first step after {first:.2f} s, "
-            f"difference {statistics.median(b - a for a, b in pairs):.2f} s (goal: at most 2)"
-        )
-        found: dict[bool | None, list[dict[str, float]]] = {None: [], False: [], True: []}
-        for k, where in enumerate([*found, *found]):
-            found[where].append(
-                training(root / f"run-{k}", arguments.steps, arguments.batch, where)
-            )
-        names = {
-            None: "no checkpoint",
-            False: f"checkpoints in the loop, every {STEPS_BETWEEN_SAVES} steps",
-            True: f"checkpoints beside the loop, every {STEPS_BETWEEN_SAVES} steps",
-        }
-        for where, runs in found.items():
-            share = {
-                clock: statistics.median(1 - r[f"{clock}_step"] / r[f"{clock}_total"] for r in runs)
-                for clock in ("cpu", "wall")
-            }
-            per_step = statistics.median(r["wall_step"] for r in runs) / (arguments.steps - 1)
+        if pairs:
+            imports, first = (statistics.median(column) for column in zip(*pairs, strict=True))
             print(
-                f"{names[where]}: "
-                f"{per_step * 1000:.0f} ms a step, overhead {share['cpu']:.2%} of CPU time, "
-                f"{share['wall']:.2%} of wall time (goal: below 3 % )"
+                f"start: torch and accelerate imported in {imports:.2f} s, first step after {first:.2f} s, "
+                f"difference {statistics.median(b - a for a, b in pairs):.2f} s (goal: at most 2)"
             )
-        print(json.dumps({"starts": pairs, "runs": {str(k): v for k, v in found.items()}}))
+        found: dict[str, dict[bool | None, list[dict[str, float]]]] = {}
+        for workload in workloads:
+            runs: dict[bool | None, list[dict[str, float]]] = {None: [], False: [], True: []}
+            found[workload.name] = runs
+            for k, where in enumerate([*runs, *runs]):
+                runs[where].append(training(root / f"{workload.name}-{k}", workload, where))
+            print(f"{workload.name}:")
+            for where, measured in runs.items():
+                print(f"  {told(where, measured)}", flush=True)
+        print(json.dumps({"starts": pairs, "runs": _with_text_keys(found)}))
+
+
+def told(where: bool | None, runs: list[dict[str, float]]) -> str:
+    """One line: how long a step takes, and the share of the rest."""
+    names = {
+        None: "no checkpoint",
+        False: f"checkpoints in the loop, every {STEPS_BETWEEN_SAVES} steps",
+        True: f"checkpoints beside the loop, every {STEPS_BETWEEN_SAVES} steps",
+    }
+    share = {
+        clock: statistics.median(1 - r[f"{clock}_step"] / r[f"{clock}_total"] for r in runs)
+        for clock in ("cpu", "wall")
+    }
+    per_step = statistics.median(r["wall_step"] / r["steps"] for r in runs)
+    return (
+        f"{names[where]}: {per_step * 1000:.0f} ms a step, overhead {share['cpu']:.2%} of CPU time, "
+        f"{share['wall']:.2%} of wall time (goal: below 3 %)"
+    )
+
+
+def _with_text_keys(found: dict[str, dict[bool | None, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: {str(k): v for k, v in runs.items()} for name, runs in found.items()}
 
 
 if __name__ == "__main__":
