@@ -357,7 +357,7 @@ class KubernetesLauncher:
     def _complete_log(self, handle: JobHandle, seen: Sighting) -> None:
         """Wait for the rest of the log, and add the end of the failed pod's."""
         if follower := self._followers.pop(handle.external["uid"], None):
-            follower.finished(_LOG_COMES_WITHIN_S)
+            follower.finish(_LOG_COMES_WITHIN_S)
         pod = failed_first(seen)
         if pod is None or index_of(pod) == 0 or not has_started(pod):
             return
