@@ -8,6 +8,7 @@ part.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Mapping
@@ -98,6 +99,8 @@ class KubernetesLauncher:
         try:
             made = self.create(first)
         except Denied as no:
+            if no.code == 401:
+                raise NoAnswer(f"Kubernetes: {no}") from no  # credentials are being replaced
             if no.code != 409:
                 raise Refused([f"Kubernetes: {reason}" for reason in no.reasons]) from no
             found = self.find(folder, attempt)  # somebody submitted it before: adopt that one
@@ -105,8 +108,11 @@ class KubernetesLauncher:
                 raise NoAnswer(f"Job {job_name(spec, attempt)} is there, and then not") from no
             return found
         handle = self._handle(folder, attempt, first["metadata"]["name"], made["metadata"]["uid"])
-        for manifest in others:
-            self._serve(manifest, handle)
+        try:
+            self._serve(others, handle)
+        except Denied as no:
+            self.cancel(handle)  # without names its pods would only wait for one another
+            raise Refused([f"Kubernetes: {reason}" for reason in no.reasons]) from no
         return handle
 
     def find(self, folder: JobFolder, attempt: int) -> JobHandle | None:
@@ -239,18 +245,23 @@ class KubernetesLauncher:
             only = {"uid": handle.external["uid"]}
             self._delete(self._own(handle.external["name"]), preconditions=only)
 
-    def _serve(self, service: Manifest, handle: JobHandle) -> None:
-        """Create the Service, which goes with the Job."""
+    def _serve(self, services: list[Manifest], handle: JobHandle) -> None:
+        """Create what goes with the Job: the Service of several pods.
+
+        Raises:
+            Denied: the server does not want it.
+        """
         name, uid = handle.external["name"], handle.external["uid"]
         owner = {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": uid}
-        metadata = {**service["metadata"], "ownerReferences": [owner]}
-        try:
-            self.create({**service, "metadata": metadata})
-        except Denied as no:
-            if no.code != 409:
-                raise Refused([f"Kubernetes: {reason}" for reason in no.reasons]) from no
-        except NoAnswer:
-            return  # the watch tries again
+        for service in services:
+            metadata = {**service["metadata"], "ownerReferences": [owner]}
+            try:
+                self.create({**service, "metadata": metadata})
+            except Denied as no:
+                if no.code != 409:
+                    raise
+            except NoAnswer:
+                return  # the watch tries again
         self._served.add(uid)
 
     def _serve_once(self, handle: JobHandle) -> None:
@@ -259,10 +270,8 @@ class KubernetesLauncher:
             return
         spec = JobSpec.model_validate(read_json(JobFolder(handle.folder).spec, schema_version=1))
         _, *others = manifests(spec, self.site, handle.folder, handle.attempt)
-        for service in others:
-            self._serve(service, handle)
-        if not others:
-            self._served.add(handle.external["uid"])
+        with contextlib.suppress(Denied):  # its pods will say that they find no name
+            self._serve(others, handle)
 
     def _sighting(self, handle: JobHandle) -> Sighting | None:
         view, uid = self.view, handle.external["uid"]
@@ -348,7 +357,7 @@ class KubernetesLauncher:
     def _complete_log(self, handle: JobHandle, seen: Sighting) -> None:
         """Wait for the rest of the log, and add the end of the failed pod's."""
         if follower := self._followers.pop(handle.external["uid"], None):
-            follower.finished(_LOG_COMES_WITHIN_S)
+            follower.finish(_LOG_COMES_WITHIN_S)
         pod = failed_first(seen)
         if pod is None or index_of(pod) == 0 or not has_started(pod):
             return

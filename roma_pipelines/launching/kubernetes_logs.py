@@ -44,17 +44,19 @@ class LogFollower:
         self.mark = log.with_name(f".{log.name}.position")
         self._last, self._same = self._read_mark()  # time of the last line, and how many have it
         self._marked_at = 0.0
+        self._left = False
         self._thread = threading.Thread(target=self._run, name=f"log of {pod}", daemon=True)
         self._thread.start()
 
-    def finished(self, wait_s: float) -> bool:
-        """Whether all of the log is there, after waiting so long for it."""
-        self._thread.join(wait_s)
-        return not self._thread.is_alive()
+    def finish(self, wait_s: float) -> None:
+        """Wait so long for the rest of the log of a pod that is over; what comes later is left."""
+        if self.is_over():
+            self._thread.join(wait_s)
+        self._left = True
 
     def _run(self) -> None:
         wait_s = _AGAIN_S
-        while True:
+        while not self._left:
             over = self.is_over()  # asked first: what is written after this is still read
             try:
                 came = self._follow()
@@ -74,7 +76,7 @@ class LogFollower:
     def _pause(self, seconds: float) -> None:
         """Wait, but not beyond the pod's end."""
         end = time.monotonic() + seconds
-        while time.monotonic() < end and not self.is_over():
+        while time.monotonic() < end and not (self._left or self.is_over()):
             time.sleep(0.1)
 
     def _follow(self) -> bool:
@@ -85,6 +87,8 @@ class LogFollower:
         before, repeated, came = self._last, 0, False
         try:
             for line in self.connection.lines(self.path, query, _SILENT_S):
+                if self._left:
+                    return came
                 stamp, _, text = line.decode(errors="replace").partition(" ")
                 if before and stamp <= before:
                     repeated += stamp == before

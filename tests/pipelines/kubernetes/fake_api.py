@@ -66,6 +66,7 @@ class FakeApi:
         asked: how often each (verb, resource) was asked for; ``pods/log`` is a resource.
         away: while True connections are closed without an answer.
         swallow: (verb, resource) whose next request is done and then not answered.
+        lose: (verb, resource) whose next request never arrives.
         token: what callers have to show; None: nothing.
         rules: of a Role that callers have; None: they may do everything.
         crds: whether JobSets are known.
@@ -78,6 +79,7 @@ class FakeApi:
         self.logs: dict[str, Log] = {}  # by pod uid
         self.away = False
         self.swallow: set[tuple[str, str]] = set()
+        self.lose: set[tuple[str, str]] = set()
         self.token: str | None = None
         self.rules: list[Object] | None = None
         self.crds = False
@@ -309,6 +311,10 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             self._authenticate()
             self._take_apart(parts.path)
+            if self.asking in self.api.lose and self.query.get("dryRun") != "All":
+                self.api.lose.discard(self.asking)
+                self.close_connection = True
+                return
             act()
         except Failure as no:
             self._json(no.status, no.code)

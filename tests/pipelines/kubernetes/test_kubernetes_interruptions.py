@@ -212,10 +212,12 @@ def test_the_api_server_may_be_away(launcher, cluster, api, folder, make_spec, o
     assert any(state.phase is Phase.UNKNOWN for state in seen)
 
 
-def test_a_creation_whose_answer_is_lost_is_not_repeated(
-    launcher, cluster, api, folder, make_spec, starts
+@pytest.mark.parametrize("trouble", ["swallow", "lose"])
+def test_a_creation_without_an_answer_makes_one_job(
+    launcher, cluster, api, folder, make_spec, starts, trouble
 ):
-    api.swallow.add(("create", "jobs"))
+    """It was done and the answer is lost; or it never arrived."""
+    getattr(api, trouble).add(("create", "jobs"))
 
     outcome = supervise(launcher, folder, make_spec(), CONFIG, **FAST)
 

@@ -205,6 +205,20 @@ def test_a_server_that_is_away_is_no_refusal(site, cluster, api, folder, make_sp
         reasons_of(site, folder, make_spec())
 
 
+def test_a_service_that_is_refused_takes_its_job_along(
+    launcher, cluster, api, folder, make_spec, monkeypatch
+):
+    """A right that was lost between the dry run and the submission."""
+    api.rules = [r for r in role()["rules"] if "services" not in r["resources"]]
+    monkeypatch.setattr(launcher, "preflight", lambda spec, folder: [])
+
+    with pytest.raises(Refused, match="cannot create resource"):
+        supervise(launcher, folder, make_spec(nodes=2, starter="torchrun"), CONFIG, **FAST)
+
+    assert api.store.all("jobs") == []
+    assert not (folder.path / "starts").exists()
+
+
 # -- secrets -------------------------------------------------------------------------------------
 
 
@@ -306,11 +320,14 @@ HIDDEN = (
 ROLE = Path(__file__).parents[3] / "deploy" / "kubernetes" / "base" / "launcher-role.yaml"
 
 
+def role():
+    return next(d for d in yaml.safe_load_all(ROLE.read_text()) if d["kind"] == "Role")
+
+
 def test_the_role_is_what_a_launcher_uses_no_more_and_no_less(
     launcher, cluster, api, folder, make_spec
 ):
-    role = next(d for d in yaml.safe_load_all(ROLE.read_text()) if d["kind"] == "Role")
-    api.rules = role["rules"]
+    api.rules = role()["rules"]
     granted = {(v, r) for rule in api.rules for r in rule["resources"] for v in rule["verbs"]}
     assert not any("*" in part for pair in granted for part in pair)
     body = (
