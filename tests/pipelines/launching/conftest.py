@@ -193,7 +193,9 @@ def no_file_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr(tempfile, "tempdir", None)
     before = _tree()
     yield
-    assert [path.name for path in temporary.iterdir()] == []
+    left = [path.name for path in temporary.iterdir()]
+    # torch keeps what it compiled there for later processes
+    assert [name for name in left if not name.startswith("torchinductor_")] == []
     assert sorted(_tree() - before) == []
 
 
