@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
+from roma_core.data.errors import DataError
 from roma_core.data.fingerprint import fingerprint_of
 from roma_core.files import read_json, write_json
 from roma_pipelines.automation.alerts import alert
@@ -71,10 +72,19 @@ def look_at_inputs(
             json.dumps(seen)
         )
     storage = Storage.open()
-    n, found = compare(
-        automated.experiment.dataset.name, state.trained_on[0], settings, paths, storage
-    )
     seen = {**seen, "inputs": inputs}
+    name = automated.experiment.dataset.name
+    try:
+        n, found = compare(name, state.trained_on[0], settings, paths, storage)
+    except DataError as error:
+        alert(
+            storage,
+            "inputs",
+            f"{automated.name}: inputs cannot be compared",
+            str(error),
+            once=[automated.name, inputs],
+        )
+        return dg.SkipReason(str(error)), json.dumps(seen)
     if n < settings.min_series:
         why = f"{n} series are too few to judge; {settings.min_series} are needed"
         return dg.SkipReason(why), json.dumps(seen)
@@ -129,12 +139,15 @@ def _decide(
 def compare(
     dataset: str, version: str, settings: Drift, paths: Sequence[Path], storage: Storage
 ) -> tuple[int, list[Effect]]:
-    """Number of recent series, and every effect size."""
+    """Number of recent series, and every effect size.
+
+    Raises:
+        DataError: the data set is gone, or a file is not as it should be.
+    """
+    from roma_core.data.columns import read_manifest
     from roma_core.evaluation.reference_profile import effects, series_from_parquet
 
     folder = storage.datasets / dataset / version[:12]
-    from roma_core.data.columns import read_manifest
-
     schema = read_manifest(folder).data_schema
     series = series_from_parquet(paths, schema, settings.class_column)
     return series.n, effects(_profile(folder, version, storage), series)

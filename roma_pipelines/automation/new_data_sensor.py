@@ -13,7 +13,7 @@ import dagster as dg
 from roma_core.data.fingerprint import source_fingerprint
 from roma_pipelines.automation.automated import TRIGGER_TAG, Automated, Decision
 from roma_pipelines.automation.settings import NewData
-from roma_pipelines.automation.training_state import next_step
+from roma_pipelines.automation.training_state import newest_data, newest_trained, next_step
 
 
 def new_data_sensor(automated: Automated, settings: NewData) -> dg.SensorDefinition:
@@ -53,16 +53,16 @@ def look_at_source(
 ) -> Decision:
     """Ask for the data set if files changed and have all arrived."""
     found = source_fingerprint(automated.experiment.dataset)
-    state = automated.state(instance)
-    if found.digest == state.fingerprint:
-        return dg.SkipReason(f"none of {found.n_files} files changed since run {state.data_run}")
+    data = newest_data(instance, automated.experiment)
+    if found.digest == data.fingerprint:
+        return dg.SkipReason(f"none of {found.n_files} files changed since run {data.run}")
     age_s = now - found.newest
     if 0 <= age_s < settings.settle_s:
         return dg.SkipReason(
             f"the newest of {found.n_files} files is {age_s:.0f} s old; waiting until it is "
             f"{settings.settle_s:g} s, for it may still be written to"
         )
-    step = next_step(state, found.digest)
+    step = next_step(automated.state(instance), found.digest)
     if step.do != "build":
         return dg.SkipReason(step.why)
     return automated.build("new data", step, step.key)
@@ -72,13 +72,15 @@ def look_at_dataset(
     automated: Automated, instance: dg.DagsterInstance, now: float | None = None
 ) -> Decision:
     """Ask for a training if automation built a data set that the model was not trained on."""
-    state = automated.state(instance)
-    if state.data_version is None:
+    data = newest_data(instance, automated.experiment)
+    if data.version is None:
         return dg.SkipReason("no data set was built yet")
-    if state.trained_on is not None and state.trained_on[0] == state.data_version:
+    trained = newest_trained(instance, automated.experiment)
+    if trained.on is not None and trained.on[0] == data.version:
         return dg.SkipReason(
-            f"the newest data set, {state.data_version[:12]}, is the one that was trained on"
+            f"the newest data set, {data.version[:12]}, is the one that was trained on"
         )
+    state = automated.state(instance)
     run = instance.get_run_by_id(state.data_run)
     trigger = run.tags.get(TRIGGER_TAG) if run is not None else None
     if trigger not in ("schedule", "new data", "drift"):

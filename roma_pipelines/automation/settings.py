@@ -39,7 +39,7 @@ class Drift(_Section):
     )
     newest: int = Field(10, gt=0, description="Files looked at, the newest ones.")
     class_column: str | None = Field(None, description="Column of the predicted class.")
-    min_series: int = Field(50, gt=0, description="Fewer say nothing.")
+    min_series: int = Field(100, gt=0, description="Fewer say nothing.")
     every_min: float = Field(60, ge=0.5, description="Minutes between two looks.")
     thresholds: DriftThresholds = DriftThresholds()
     cooldown_h: float = Field(168, ge=0, description="Hours to the next training for drift.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import dagster as dg
 
@@ -18,8 +18,12 @@ FINGERPRINT = "source_fingerprint"
 """Metadata of the data set: fingerprint of its source when it was built."""
 EXPERIMENT_TAG = "roma/experiment"
 """Tag of runs that schedules and sensors ask for."""
-TRAINED = ("pretrained_encoder", "finetuned_classifier", "evaluation_report")
-TRAINING = (*TRAINED, "registered_classifier")
+TRAINING = (
+    "pretrained_encoder",
+    "finetuned_classifier",
+    "evaluation_report",
+    "registered_classifier",
+)
 _GOING = [
     dg.DagsterRunStatus.QUEUED,
     dg.DagsterRunStatus.NOT_STARTED,
@@ -49,7 +53,6 @@ class TrainingState:
     fingerprint: str | None
     trained_on: tuple[str, str] | None
     trained_run: str
-    trained_at: float
     code_version: str
     going: str | None
 
@@ -63,40 +66,60 @@ class Step:
     key: str = ""
 
 
+class Data(NamedTuple):
+    """The newest data set: its version, its run and its source's fingerprint, as in TrainingState."""
+
+    version: str | None = None
+    run: str = ""
+    fingerprint: str | None = None
+
+
+class Trained(NamedTuple):
+    """The newest evaluated model: what it was trained on, and the run that evaluated it."""
+
+    on: tuple[str, str] | None = None
+    run: str = ""
+
+
 def read_state(
     instance: dg.DagsterInstance, experiment: Experiment, code_versions: Mapping[str, str]
 ) -> TrainingState:
     """The facts, now.
 
     Args:
-        code_versions: of the assets in ``TRAINED``, as their definitions have them.
+        code_versions: of the assets, by noun, as their definitions have them.
     """
-    data_key = experiment.key("dataset")
-    data = instance.get_latest_materialization_event(data_key)
-    report = instance.get_latest_materialization_event(experiment.key("evaluation_report"))
-    data_version, fingerprint, data_run = None, None, ""
-    if data is not None and data.asset_materialization is not None:
-        data_version = (data.asset_materialization.tags or {}).get("dagster/data_version")
-        found = data.asset_materialization.metadata.get(FINGERPRINT)
-        fingerprint = str(found.value) if found is not None else None
-        data_run = data.run_id
-    trained_on, trained_run, trained_at = None, "", 0.0
-    if report is not None and report.asset_materialization is not None:
-        tags = report.asset_materialization.tags or {}
-        version = tags.get(f"dagster/input_data_version/{data_key.to_user_string()}", "")
-        trained_on = (version, tags.get("dagster/code_version", ""))
-        trained_run, trained_at = report.run_id, report.timestamp
+    data, trained = newest_data(instance, experiment), newest_trained(instance, experiment)
     return TrainingState(
-        data_version=data_version,
-        data_run=data_run,
-        sound=bool(data_version) and _is_sound(instance, data_key, data_run),
-        fingerprint=fingerprint,
-        trained_on=trained_on,
-        trained_run=trained_run,
-        trained_at=trained_at,
+        data_version=data.version,
+        data_run=data.run,
+        sound=bool(data.version) and _is_sound(instance, experiment.key("dataset"), data.run),
+        fingerprint=data.fingerprint,
+        trained_on=trained.on,
+        trained_run=trained.run,
         code_version=code_versions["evaluation_report"],
         going=_going(instance, experiment.name),
     )
+
+
+def newest_data(instance: dg.DagsterInstance, experiment: Experiment) -> Data:
+    """One query; most ticks need no more."""
+    event = instance.get_latest_materialization_event(experiment.key("dataset"))
+    if event is None or event.asset_materialization is None:
+        return Data()
+    version = (event.asset_materialization.tags or {}).get("dagster/data_version")
+    found = event.asset_materialization.metadata.get(FINGERPRINT)
+    return Data(version, event.run_id, str(found.value) if found is not None else None)
+
+
+def newest_trained(instance: dg.DagsterInstance, experiment: Experiment) -> Trained:
+    """One query. The report names the data it is of, and its code version covers all settings."""
+    event = instance.get_latest_materialization_event(experiment.key("evaluation_report"))
+    if event is None or event.asset_materialization is None:
+        return Trained()
+    tags = event.asset_materialization.tags or {}
+    version = tags.get(f"dagster/input_data_version/{experiment.name}/dataset", "")
+    return Trained((version, tags.get("dagster/code_version", "")), event.run_id)
 
 
 def next_step(state: TrainingState, fingerprint: str) -> Step:

@@ -20,7 +20,7 @@ from roma_pipelines.assets.dataset import dataset_asset
 from roma_pipelines.automation.definitions import automated_of
 from roma_pipelines.automation.failure_sensor import look_at_failures
 from roma_pipelines.components import RomaExperiment
-from roma_pipelines.launching.fake import FakeLauncher, completed, ended
+from roma_pipelines.launching.fake import FakeLauncher, completed, ended, running
 from roma_pipelines.launching.job import JobFailed, JobSpec, JobState, Phase
 from roma_pipelines.launching.pipes import key_for, run_job
 from roma_pipelines.registry.promotion import CHAMPION, promote
@@ -70,7 +70,7 @@ class Month:
         self.trained: list[int] = []
         self.promoted: list[int] = []
         self.runs: list[tuple[int, str, str]] = []
-        self.launcher = FakeLauncher([self._play])
+        self.launcher = FakeLauncher([self._begin, self._play])
         self.experiment = RomaExperiment(
             name="waves",
             dataset={
@@ -155,14 +155,15 @@ class Month:
     def champion(self) -> str | None:
         return version_at(connect(MlflowSettings(), self.storage.mlflow), "waves", CHAMPION)
 
-    def _play(self, folder: JobFolder, attempt: Attempt, spec: JobSpec) -> JobState:
-        attempt.path.mkdir(parents=True, exist_ok=True)
-        attempt.log.write_text("".join(f"line {k}\n" for k in range(80)))
-        if spec.command[-1] != "pretrained_encoder":
-            return completed()(folder, attempt, spec)
+    def _begin(self, folder: JobFolder, attempt: Attempt, spec: JobSpec) -> JobState:
         if self.mood == "kill":
             self.mood, self.killed = "work", folder
             raise WorkerKilled
+        return running()(folder, attempt, spec)
+
+    def _play(self, folder: JobFolder, attempt: Attempt, spec: JobSpec) -> JobState:
+        attempt.path.mkdir(parents=True, exist_ok=True)
+        attempt.log.write_text("".join(f"line {k}\n" for k in range(80)))
         mood, self.mood = self.mood, "work"
         if mood == "fail":
             return ended(Phase.ENDED_BAD, "exit code 1")(folder, attempt, spec)

@@ -1,0 +1,129 @@
+"""What a tick costs: ``python -m tests.benchmarks.automation [--runs 1000]``.
+
+Ticks of every sensor and of the schedule, through Dagster's own machinery, over an instance with so
+many past runs, each with its materialisations. Printed: the median and the slowest of 20 ticks, and
+the same over an instance with 10 runs, side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import dagster as dg
+
+from roma_core.data.building import build_dataset
+from roma_core.data.columns import read_manifest
+from roma_core.data.fingerprint import source_fingerprint
+from roma_pipelines.automation.failure_sensor import tell_of_failures
+from roma_pipelines.automation.reconcile_sensor import reconcile_jobs
+from roma_pipelines.components import RomaExperiment
+from roma_pipelines.instance import prepare_instance
+from roma_pipelines.storage import Storage
+from tests.pipelines.automation.played_month import write_series
+
+_TICKS = 20
+_NOUNS = ("dataset", "pretrained_encoder", "finetuned_classifier", "evaluation_report")
+
+
+def experiment(folder: Path) -> tuple[dg.Definitions, str, str]:
+    """With everything that ticks; version and source's fingerprint of its data set, which is built."""
+    write_series(folder / "data" / "a.parquet", 20, 0, time.time() - 3600)
+    write_series(folder / "inbox" / "a.parquet", 20, 0, time.time() - 3600)
+    source = {
+        "kind": "parquet",
+        "files": [str(folder / "data" / "*.parquet")],
+        "axes": [{"column": "time"}],
+        "channels": [{"column": "value"}],
+        "facts": {"label": "kind"},
+    }
+    drift = {"files": [str(folder / "inbox" / "*.parquet")]}
+    component = RomaExperiment(
+        name="waves",
+        dataset={"source": source},
+        schedule="0 3 * * *",
+        automation={"new_data": {}, "drift": drift, "budget_hours_per_week": 1000},
+    )
+    config = component.experiment().dataset
+    root = Storage.open()
+    built = build_dataset(config, root.datasets, root.cache, progress=False)
+    looked_after = dg.Definitions(sensors=[tell_of_failures, reconcile_jobs])
+    merged = dg.Definitions.merge(component.build_defs(None), looked_after)  # type: ignore[arg-type]
+    return merged, read_manifest(built).digest, source_fingerprint(config).digest
+
+
+def fill(instance: dg.DagsterInstance, n: int, version: str, fingerprint: str) -> None:
+    """Past runs; every fifth failed, so that there is something to look through."""
+    keys = [dg.AssetKey(["waves", noun]) for noun in _NOUNS]
+    for k in range(n):
+        run = dg.DagsterRun(
+            job_name="__ASSET_JOB",
+            run_id=f"{k:08d}-0000-4000-8000-000000000000",
+            status=dg.DagsterRunStatus.FAILURE if k % 5 == 0 else dg.DagsterRunStatus.SUCCESS,
+            tags={"roma/experiment": "waves", "dagster/run_key": str(k)},
+            asset_selection=frozenset(keys),
+        )
+        instance.add_run(run)
+        for key in keys:
+            tags = {"dagster/data_version": version, "dagster/code_version": "c"}
+            tags["dagster/input_data_version/waves/dataset"] = version
+            metadata = {"source_fingerprint": fingerprint}
+            instance.report_runless_asset_event(
+                dg.AssetMaterialization(key, metadata=metadata, tags=tags)
+            )
+
+
+def measure(n_runs: int, folder: Path) -> dict[str, tuple[float, float]]:
+    """Name -> median and slowest tick, ms."""
+    os.environ["ROMA_STORAGE_ROOT"] = str(folder / "root")
+    os.environ.pop("DAGSTER_HOME", None)
+    prepare_instance(Storage.open())
+    definitions, version, fingerprint = experiment(folder)
+    repository = definitions.get_repository_def()
+    found = {}
+    with dg.DagsterInstance.get() as instance:
+        fill(instance, n_runs, version, fingerprint)
+        for sensor in repository.sensor_defs:
+            cursor, times = None, []
+            for _ in range(_TICKS + 1):
+                context = dg.build_sensor_context(
+                    instance=instance, repository_def=repository, cursor=cursor
+                )
+                start = time.perf_counter()
+                cursor = sensor.evaluate_tick(context).cursor
+                times.append(time.perf_counter() - start)
+            found[sensor.name] = _ms(times)
+        for schedule in repository.schedule_defs:
+            times = []
+            for _ in range(_TICKS + 1):
+                at = dg.build_schedule_context(instance=instance, repository_def=repository)
+                start = time.perf_counter()
+                schedule.evaluate_tick(at)
+                times.append(time.perf_counter() - start)
+            found[schedule.name] = _ms(times)
+    return found
+
+
+def _ms(times: list[float]) -> tuple[float, float]:
+    """Median and slowest; the first, which imports and opens, is left out."""
+    return statistics.median(times[1:]) * 1000, max(times[1:]) * 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=1000)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as few, tempfile.TemporaryDirectory() as many:
+        before, after = measure(10, Path(few)), measure(options.runs, Path(many))
+    print(f"{'tick of':<28} {'10 runs':>18} {f'{options.runs} runs':>18}")
+    for name, (median, slowest) in after.items():
+        small = "{:.1f} ({:.1f}) ms".format(*before[name])
+        print(f"{name:<28} {small:>18} {f'{median:.1f} ({slowest:.1f}) ms':>18}")
+
+
+if __name__ == "__main__":
+    main()

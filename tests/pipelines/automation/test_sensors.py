@@ -1,0 +1,276 @@
+"""What each sensor does, one at a time."""
+
+import json
+import os
+import sys
+import time
+
+import dagster as dg
+import pytest
+
+from roma_pipelines.automation.alerts import alert, read_alerts
+from roma_pipelines.automation.budget import hours_used
+from roma_pipelines.automation.drift_sensor import look_at_inputs
+from roma_pipelines.automation.new_data_sensor import look_at_dataset, look_at_source
+from roma_pipelines.automation.promotion_sensor import look_at_champion
+from roma_pipelines.automation.settings import Drift, NewData
+from roma_pipelines.automation.training_state import TrainingState, next_step
+from roma_pipelines.components import RomaExperiment
+from roma_pipelines.registry.store import MlflowSettings, connect
+from tests.pipelines import tiny
+from tests.pipelines.automation.played_month import write_series
+
+STATE = TrainingState(
+    data_version="d" * 64,
+    data_run="R1",
+    sound=True,
+    fingerprint="f",
+    trained_on=("d" * 64, "c"),
+    trained_run="R0",
+    code_version="c",
+    going=None,
+)
+
+
+def changed(**facts):
+    return TrainingState(**{**STATE.__dict__, **facts})
+
+
+@pytest.mark.parametrize(
+    ("state", "fingerprint", "do", "why"),
+    [
+        (STATE, "f", "nothing", "nothing is new"),
+        (STATE, "g", "build", "files changed"),
+        (changed(fingerprint=None, data_version=None), "g", "build", "no data set was built yet"),
+        (changed(data_version="e" * 64), "f", "train", "data dddddddddddd → eeeeeeeeeeee"),
+        (changed(code_version="k"), "f", "train", "settings c → k"),
+        (changed(trained_on=None), "f", "train", "nothing was trained yet"),
+        (changed(data_version="e" * 64, sound=False), "f", "nothing", "not sound"),
+        (changed(data_version="e" * 64, going="R2"), "g", "wait", "run R2 is not over"),
+    ],
+)
+def test_what_comes_next_follows_from_the_facts(state, fingerprint, do, why):
+    step = next_step(state, fingerprint)
+    assert step.do == do and why in step.why
+
+
+def test_files_that_are_touched_are_built_but_not_trained_on(month):
+    settings = NewData(settle_s=60)
+    path = month.deliver()
+    asked = look_at_source(month.automated, settings, month.instance, path.stat().st_mtime + 5)
+    assert "may still be written to" in asked.skip_message
+    for _ in range(2):  # the same request, served once
+        month.launch(look_at_source(month.automated, settings, month.instance, month.now), "new")
+    month.launch(look_at_dataset(month.automated, month.instance), "train")
+    os.utime(path, (month.now - 100, month.now - 100))
+    month.launch(look_at_source(month.automated, settings, month.instance, month.now), "new")
+    asked = look_at_dataset(month.automated, month.instance)
+    assert "is the one that was trained on" in asked.skip_message
+    training = "+".join(tiny.NOUNS[1:])
+    assert [nouns for _, nouns, _ in month.runs] == ["dataset", training, "dataset"]
+
+    month.receive_inputs(shift=3.0)
+    drift = {"files": month.experiment.automation.drift.files, "only_if_new": True}
+
+    def look(cursor=None, now=month.now, **settings):
+        return look_at_inputs(
+            month.automated, Drift(**(drift | settings)), month.instance, cursor, now
+        )
+
+    asked, cursor = look()
+    assert "value.value psi" in asked.skip_message
+    assert "nothing is trained: nothing is new" in asked.skip_message
+    asked, _ = look(cursor)
+    assert asked.skip_message == "no new inputs"
+    asked, _ = look(only_if_new=False, dry_run=True)
+    assert "would train, but this is a dry run" in asked.skip_message
+    asked, cursor = look(only_if_new=False)
+    assert isinstance(asked, dg.RunRequest) and len(asked.asset_selection) == 4
+    month.day = 1
+    month.receive_inputs(shift=3.0)
+    asked, _ = look(cursor, month.now, only_if_new=False)
+    assert "trained for drift 24 h ago, not again within 168 h" in asked.skip_message
+    asked, _ = look(cursor, month.now, min_series=5000)
+    assert "too few to judge" in asked.skip_message
+    # the section has no budget, so that one is added here
+    tight = month.experiment.automation.model_copy(update={"budget_hours_per_week": 1e-9})
+    poor = month.experiment.model_copy(update={"automation": tight})
+    assert hours_used(poor, month.storage.jobs) > 0
+    automated = type(month.automated)(poor, month.automated.code_versions)
+    asked, _ = look_at_inputs(
+        automated, Drift(**(drift | {"only_if_new": False})), month.instance, None, time.time()
+    )
+    assert "CPU-hours of this week are used" in asked.skip_message
+    assert hours_used(poor, month.storage.jobs, time.time() + 8 * 86400) == 0
+
+
+def test_an_unsound_data_set_is_not_trained_on(month):
+    first = month.deliver()
+    month.launch(look_at_source(month.automated, NewData(), month.instance, month.now), "new")
+    month.launch(look_at_dataset(month.automated, month.instance), "train")
+    # objects of equal content in two splits: an error of the check, not of the builder
+    copy = first.with_name("copy.parquet")
+    write_copy(first, copy)
+    month.launch(look_at_source(month.automated, NewData(), month.instance, month.now), "new")
+    asked = look_at_dataset(month.automated, month.instance)
+    assert isinstance(asked, dg.SkipReason) and "is not sound" in asked.skip_message
+    month.tell_of_failures()
+    (told,) = read_alerts(month.storage)
+    assert told["subject"] == "waves: did not pass: sound of dataset"
+
+
+def write_copy(first, copy):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(first)
+    ids = pa.array([f"copy-{name}" for name in table["id"].to_pylist()])
+    pq.write_table(table.set_column(table.schema.get_field_index("id"), "id", ids), copy)
+    then = first.stat().st_mtime
+    os.utime(copy, (then, then))
+
+
+def test_every_move_of_champion_asks_once_for_predictions(month):
+    client = connect(MlflowSettings(), month.storage.mlflow)
+    asked, cursor = look_at_champion(month.automated, None)
+    assert "no champion yet" in asked.skip_message
+    client.create_registered_model("waves")
+    keys = []
+    for _ in range(2):
+        client.create_model_version("waves", (month.storage.mlflow / "artifacts").as_uri())
+    for version in ("1", "1", "2", "1"):  # the last one is a rollback
+        client.set_registered_model_alias("waves", "champion", version)
+        asked, cursor = look_at_champion(month.automated, cursor)
+        if isinstance(asked, dg.RunRequest):
+            keys.append(asked.run_key)
+            assert asked.asset_selection == [dg.AssetKey(["waves", "batch_predictions"])]
+    assert keys == ["champion:1:1", "champion:2:2", "champion:3:1"]
+
+
+def test_an_alert_is_told_once_by_a_command_that_need_not_work(
+    storage, tmp_path, monkeypatch, caplog
+):
+    script = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(sys.stdin.read())"
+    told = tmp_path / "told it.txt"
+    monkeypatch.setenv("ROMA_ALERT_COMMAND", f"{sys.executable} -c '{script}' '{told}'")
+    assert alert(storage, "failed", "a subject", "many\nlines", once=["1"])
+    assert not alert(storage, "failed", "a subject", "many\nlines", once=["1"])
+    assert told.read_text() == "a subject\n\nmany\nlines\n"
+    with (storage.root / "alerts.jsonl").open("a") as file:
+        file.write('{"id": "cut sho')
+    monkeypatch.setenv("ROMA_ALERT_COMMAND", "/nowhere/at/all")
+    monkeypatch.setenv("ROMA_ALERT_WEBHOOK_URL", "http://127.0.0.1:1/geheim")
+    assert alert(storage, "failed", "another", "", once=["2"])
+    assert "ROMA_ALERT_COMMAND failed" in caplog.text and "WEBHOOK_URL failed" in caplog.text
+    assert "geheim" not in caplog.text
+    assert [one["id"] for one in read_alerts(storage)] == ["failed:1", "failed:2"]
+
+
+def sections(tmp_path, **automation):
+    return tiny.attributes(tmp_path) | {"automation": automation}
+
+
+def test_nothing_that_costs_starts_switched_on(tmp_path):
+    section = {
+        "new_data": None,
+        "drift": {"files": ["x/*.parquet"]},
+        "freshness_h": {"dataset": 24},
+    }
+    definitions = tiny.definitions(sections(tmp_path, **section) | {"schedule": "0 3 * * *"})
+    status = {sensor.name: sensor.default_status.value for sensor in definitions.sensors}
+    assert status == {
+        "waves_new_data": "STOPPED",
+        "waves_drift": "STOPPED",
+        "waves_train_on_new_data": "RUNNING",  # acts on what the others built
+    }
+    (schedule,) = definitions.schedules
+    assert schedule.default_status.value == "STOPPED"
+    spec = definitions.resolve_assets_def(dg.AssetKey(["waves", "dataset"])).specs
+    assert [one.freshness_policy.fail_window.to_timedelta().total_seconds() for one in spec] == [86400.0]  # fmt: skip
+    dg.Definitions.validate_loadable(definitions)
+
+
+@pytest.mark.parametrize(
+    ("automation", "said"),
+    [
+        ({"freshness_h": {"datset": 1}}, "no asset of the experiment"),
+        ({"freshness_h": {"dataset": -1}}, "greater than 0"),
+        ({"predict_on_promotion": True}, "makes no batch_predictions"),
+        ({"drift": {}}, "files"),
+        ({"new_dta": {}}, "new_dta"),
+    ],
+)
+def test_a_mistake_in_the_section_is_said_when_definitions_load(tmp_path, automation, said):
+    with pytest.raises(ValueError, match=said):
+        tiny.definitions(sections(tmp_path, **automation))
+
+
+def test_real_sensors_evaluate(month, tmp_path):
+    """Through Dagster's own machinery, cursor and all."""
+    month.deliver()
+    definitions = RomaExperiment(**json.loads(month.experiment.model_dump_json())).build_defs(None)
+    repository = definitions.get_repository_def()
+    for name, said in (
+        ("waves_new_data", "no data set was built yet"),
+        ("waves_drift", "there are no files"),
+    ):
+        context = dg.build_sensor_context(instance=month.instance, repository_def=repository)
+        tick = repository.get_sensor_def(name).evaluate_tick(context)
+        found = tick.skip_message or tick.run_requests[0].tags["roma/why"]
+        assert said in found
+    schedule = repository.get_schedule_def("waves_retraining")
+    context = dg.build_schedule_context(instance=month.instance, repository_def=repository)
+    tick = schedule.evaluate_tick(context)
+    assert [key.path[-1] for key in tick.run_requests[0].asset_selection] == ["dataset"]
+
+
+def test_series_like_the_training_data_are_seldom_far_from_it(tmp_path):
+    """Chance alone: of 100 samples of the same distribution, next to none reaches a threshold."""
+    from roma_core.data.building import build_dataset
+    from roma_core.data.store import StoredDataset
+    from roma_core.evaluation.reference_profile import (  # fmt: skip
+        effects,
+        reference_profile,
+        series_from_parquet,
+    )
+    from roma_pipelines.automation.drift_sensor import drifted
+    from roma_pipelines.automation.settings import DriftThresholds
+
+    write_series(tmp_path / "data" / "all.parquet", 600, 0, 0.0)
+    attributes = {
+        "kind": "parquet",
+        "files": [str(tmp_path / "data" / "all.parquet")],
+        "axes": [{"column": "time"}],
+        "channels": [{"column": "value"}],
+        "facts": {"label": "kind"},
+    }
+    from roma_core.data.config import DatasetConfig
+
+    config = DatasetConfig(name="waves", source=attributes)
+    dataset = StoredDataset(build_dataset(config, tmp_path / "d", tmp_path / "c", progress=False))
+    profile = reference_profile(dataset)
+    far = 0
+    for seed in range(100):
+        path = tmp_path / "inbox.parquet"
+        write_series(path, 100, 100 + seed, 0.0)
+        series = series_from_parquet([path], dataset.schema, "kind")
+        far += bool(drifted(effects(profile, series), DriftThresholds()))
+    assert far <= 2
+    write_series(path, 50, 5, 0.0, bad=True)
+    series = series_from_parquet([path], dataset.schema, "kind")
+    assert 0 < max(e.size for e in effects(profile, series) if e.measure == "missing") < 0.01
+
+
+def test_definitions_with_automation_load_without_what_is_heavy(tmp_path):
+    import subprocess
+
+    code = (
+        "import sys, json; from tests.pipelines import tiny; "
+        "tiny.definitions(json.loads(sys.argv[1])); "
+        "print([m for m in ('torch', 'mlflow', 'wandb') if m in sys.modules])"
+    )
+    section = sections(tmp_path, new_data={}, drift={"files": ["x"]}) | {"schedule": "0 3 * * *"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(section)], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "[]", done.stderr
