@@ -119,11 +119,6 @@ class Experiment(_Section):
         owner = self.pretrained_from if noun == ENCODER else None
         return dg.AssetKey([owner or self.name, noun])
 
-    @property
-    def nouns(self) -> tuple[str, ...]:
-        """Its own assets, in the order in which they are made."""
-        return tuple(noun for noun in NOUNS if noun != ENCODER or self.pretrained_from is None)
-
     def asset_arguments(self, noun: str, *upstream: str, settings: set[str]) -> dict[str, Any]:
         """What all assets of the experiment have in common.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,17 +15,16 @@ from roma_core.evaluation.metrics import Metrics
 from roma_core.evaluation.model_card import CardContent, render_card
 from roma_core.evaluation.predicting import serving_difference
 from roma_core.evaluation.predictions import PredictionTable
+from roma_core.evaluation.reference_profile import reference_profile
 from roma_core.files import read_json
 from roma_core.model.classification import RoMAForClassification
 from roma_core.model.export import export_classifier, export_encoder
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.serving.package import MAX_LENGTH, build_package, size_mb
-from roma_core.serving.reference_profile import reference_profile
 from roma_core.serving.schema import Series
 from roma_core.serving.trial import Trial, TrialFailed, try_package
 
 _N_GOLDEN = 10
-_PROFILED = 20_000  # train series that the reference profile is made of, at most
 
 
 def package_classifier(
@@ -64,7 +62,7 @@ def package_classifier(
         {"dataset_digest": config.dataset_digest, **config.lineage},
         name=config.name,
         card=render_card(card),
-        profile=_profile(test),
+        profile=reference_profile(test.dataset).model_dump(mode="json"),
     )
 
 
@@ -97,7 +95,7 @@ def package_encoder(
         kind="encoder",
         n_features=width,
         card=render_card(card),
-        profile=_profile(test),
+        profile=reference_profile(test.dataset).model_dump(mode="json"),
     )
 
 
@@ -140,13 +138,3 @@ def _golden(test: Subset) -> list[Series]:
     by_length = np.argsort(test.lengths, kind="stable")
     rows = by_length[np.linspace(0, len(test) - 1, min(_N_GOLDEN, len(test))).astype(int)]
     return [Series(**s) for s in raw_series(test, rows.tolist())]
-
-
-def _profile(test: Subset) -> Any:
-    dataset = test.dataset
-    train = dataset.split("train")
-    assert dataset.labels is not None
-    counts = np.bincount(dataset.labels[train.indices], minlength=len(dataset.schema.classes))
-    rows = range(0, len(train), max(1, -(-len(train) // _PROFILED)))
-    classes = dict(zip(dataset.schema.classes, counts.tolist(), strict=True))
-    return reference_profile(raw_series(train, rows), classes)

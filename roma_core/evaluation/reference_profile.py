@@ -14,10 +14,10 @@ Values within a series depend on one another, so chance is reckoned by series, n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,14 +87,31 @@ def reference_profile(dataset: StoredDataset) -> ReferenceProfile:
     if dataset.labels is not None:
         numbers = np.bincount(dataset.labels[indices], minlength=len(dataset.schema.classes))
         counts = dict(zip(dataset.schema.classes, numbers.tolist(), strict=True))
-    series = _series(dataset.schema, [p for p, _ in pairs], [v for _, v in pairs], counts)
+    axes, channels = _names(dataset.schema)
+    series = _series(axes, channels, [p for p, _ in pairs], [v for _, v in pairs], counts)
+    return profile_of_series(series, dataset.manifest.digest)
+
+
+def profile_of_series(series: Series, dataset_digest: str) -> ReferenceProfile:
+    """The profile of series that are at hand."""
     return ReferenceProfile(
-        dataset_digest=dataset.manifest.digest,
+        dataset_digest=dataset_digest,
         n_series=series.n,
         quantities={name: _quantity(numbers) for name, numbers in _numbers(series)},
         missing=_missing(series),
         classes=_shares(series.classes),
     )
+
+
+def series_of_rows(
+    rows: Iterable[Mapping[str, Any]], axes: Sequence[str], channels: Sequence[str]
+) -> Series:
+    """Series as consumers send them: ``positions`` and ``values``, each name → numbers."""
+    positions, values = [], []
+    for row in rows:
+        positions.append(np.stack([np.asarray(row["positions"][a], np.float64) for a in axes], 1))
+        values.append(np.stack([np.asarray(row["values"][c], np.float64) for c in channels], 1))
+    return _series(axes, channels, positions, values, {})
 
 
 def series_from_parquet(
@@ -111,7 +128,7 @@ def series_from_parquet(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    axes, channels = [a.name for a in schema.axes], [c.name for c in schema.channels]
+    axes, channels = _names(schema)
     positions: list[Floats] = []
     values: list[Floats] = []
     classes: dict[str, int] = {}
@@ -136,7 +153,7 @@ def series_from_parquet(
             for name in table.column(class_column).to_pylist():
                 if name is not None:
                     classes[str(name)] = classes.get(str(name), 0) + 1
-    return _series(schema, positions, values, classes)
+    return _series(axes, channels, positions, values, classes)
 
 
 def effects(profile: ReferenceProfile, series: Series) -> list[Effect]:
@@ -169,19 +186,27 @@ def effects(profile: ReferenceProfile, series: Series) -> list[Effect]:
     return sorted(found, key=lambda effect: (effect.measure, -effect.size))
 
 
+def _names(schema: DataSchema) -> tuple[list[str], list[str]]:
+    return [axis.name for axis in schema.axes], [channel.name for channel in schema.channels]
+
+
 def _series(
-    schema: DataSchema, positions: Sequence[Floats], values: Sequence[NDArray], classes: dict
+    axes: Sequence[str],
+    channels: Sequence[str],
+    positions: Sequence[Floats],
+    values: Sequence[NDArray[Any]],
+    classes: Mapping[str, int],
 ) -> Series:
     """``positions``: of every series ``(N, D)``; ``values``: ``(N, C)``."""
     quantities: dict[str, Floats] = {"length": np.array([len(v) for v in values], np.float64)}
     full = [p for p in positions if len(p)]
-    for k, axis in enumerate(schema.axes):
+    for k, axis in enumerate(axes):
         spans = [p[:, k].max() - p[:, k].min() for p in full]
         gaps = [np.diff(np.sort(p[:, k])) for p in full]
-        quantities[f"span.{axis.name}"] = np.array(spans, np.float64)
-        quantities[f"gap.{axis.name}"] = np.concatenate([*gaps, np.empty(0)])
-    whole = np.concatenate([*values, np.empty((0, len(schema.channels)))])
-    by_channel = {c.name: whole[:, k].astype(np.float64) for k, c in enumerate(schema.channels)}
+        quantities[f"span.{axis}"] = np.array(spans, np.float64)
+        quantities[f"gap.{axis}"] = np.concatenate([*gaps, np.empty(0)])
+    whole = np.concatenate([*values, np.empty((0, len(channels)))])
+    by_channel = {name: whole[:, k].astype(np.float64) for k, name in enumerate(channels)}
     return Series(len(values), quantities, by_channel, classes)
 
 

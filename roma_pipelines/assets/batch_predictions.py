@@ -75,16 +75,22 @@ def _shares(output: Path) -> dict[str, Any]:
 
 
 def _drift(profile: Any, source: Path, split: str, package: Any) -> dict[str, Any]:
-    """Stability indices against the training data, and the largest."""
+    """How far the series are from the training data, by every measure, and where most."""
     from itertools import islice
 
+    from roma_core.evaluation.reference_profile import ReferenceProfile, effects, series_of_rows
     from roma_core.serving.reading import read_series
-    from roma_core.serving.reference_profile import drift
 
-    rows = list(islice(read_series(source, split, package), _PROFILED))
-    found = drift(profile, rows)
-    most = max(found, key=lambda name: found[name])
+    if not profile:
+        return {"drift": "the model carries no profile of its training data"}
+    axes, channels = ([one["name"] for one in part] for part in (package.axes, package.channels))
+    rows = islice(read_series(source, split, package), _PROFILED)
+    found = effects(ReferenceProfile.model_validate(profile), series_of_rows(rows, axes, channels))
+    most = max((e for e in found if e.measure == "psi"), key=lambda e: e.size, default=None)
+    sizes = {f"{e.quantity}, {e.measure}": round(e.size, 4) for e in found}
     return {
-        "drift": dg.MetadataValue.json({k: round(v, 4) for k, v in found.items()}),
-        "largest_drift": f"{most}: {found[most]:.3f} (above 0.25 is much)",
+        "drift": dg.MetadataValue.json(sizes),
+        "largest_drift": f"{most.quantity}: {most.size:.3f} (above 0.25 is much)"
+        if most
+        else "nothing to compare",
     }

@@ -14,6 +14,7 @@ import dagster as dg
 from roma_core.data.errors import DataError
 from roma_core.data.fingerprint import fingerprint_of
 from roma_core.files import read_json, write_json
+from roma_core.serving.fetching import FetchError
 from roma_pipelines.automation.alerts import alert
 from roma_pipelines.automation.automated import Automated, Decision
 from roma_pipelines.automation.settings import Drift, DriftThresholds
@@ -73,10 +74,10 @@ def look_at_inputs(
         )
     storage = Storage.open()
     seen = {**seen, "inputs": inputs}
-    name = automated.experiment.dataset.name
+    dataset = automated.experiment.dataset.name
     try:
-        n, found = compare(name, state.trained_on[0], settings, paths, storage)
-    except DataError as error:
+        n, found = compare(automated.name, dataset, state.trained_on[0], settings, paths, storage)
+    except (DataError, FetchError) as error:
         alert(
             storage,
             "inputs",
@@ -137,26 +138,49 @@ def _decide(
 
 
 def compare(
-    dataset: str, version: str, settings: Drift, paths: Sequence[Path], storage: Storage
+    name: str, dataset: str, version: str, settings: Drift, paths: Sequence[Path], storage: Storage
 ) -> tuple[int, list[Effect]]:
     """Number of recent series, and every effect size.
 
-    Raises:
-        DataError: the data set is gone, or a file is not as it should be.
+    They are compared with the profile that the champion called ``name`` carries; as long as there is
+    none, with the version of the data set that was trained on last.
     """
     from roma_core.data.columns import read_manifest
     from roma_core.evaluation.reference_profile import effects, series_from_parquet
 
     folder = storage.datasets / dataset / version[:12]
-    schema = read_manifest(folder).data_schema
-    series = series_from_parquet(paths, schema, settings.class_column)
-    return series.n, effects(_profile(folder, version, storage), series)
+    series = series_from_parquet(paths, read_manifest(folder).data_schema, settings.class_column)
+    profile = _champions_profile(name, storage) or _profile(folder, version, storage)
+    return series.n, effects(profile, series)
 
 
 def drifted(found: Sequence[Effect], thresholds: DriftThresholds) -> list[Effect]:
     """Effects at or above their threshold, the farthest first."""
     far = [effect for effect in found if effect.size >= getattr(thresholds, effect.measure)]
     return sorted(far, key=lambda e: e.size / getattr(thresholds, e.measure), reverse=True)
+
+
+def _champions_profile(name: str, storage: Storage) -> ReferenceProfile | None:
+    """From its verified package; None without a champion, or if it is no package of ours.
+
+    Raises:
+        FetchError: its package is missing, or not what was registered.
+    """
+    from roma_core.evaluation.reference_profile import ReferenceProfile
+    from roma_core.serving.fetching import fetch, package_of, resolve
+    from roma_pipelines.registry.promotion import CHAMPION
+    from roma_pipelines.registry.store import MlflowSettings, connect
+    from roma_pipelines.registry.versions import version_at
+
+    client = connect(MlflowSettings(), storage.mlflow)
+    if version_at(client, name, CHAMPION) is None:
+        return None
+    version = resolve(client, f"models:/{name}@{CHAMPION}")
+    if version.manifest_sha256 is None:
+        return None
+    folder = fetch(client, version, storage.cache / "models")
+    document = read_json(package_of(folder) / "profile.json")
+    return ReferenceProfile.model_validate(document) if document else None
 
 
 def _profile(folder: Path, version: str, storage: Storage) -> ReferenceProfile:

@@ -8,15 +8,19 @@ import time
 import dagster as dg
 import pytest
 
+from roma_core.evaluation.reference_profile import profile_of_series, series_of_rows
 from roma_pipelines.automation.alerts import alert, read_alerts
 from roma_pipelines.automation.budget import hours_used
-from roma_pipelines.automation.drift_sensor import look_at_inputs
+from roma_pipelines.automation.drift_sensor import compare, look_at_inputs
 from roma_pipelines.automation.new_data_sensor import look_at_dataset, look_at_source
 from roma_pipelines.automation.promotion_sensor import look_at_champion
 from roma_pipelines.automation.settings import Drift, NewData
 from roma_pipelines.automation.training_state import TrainingState, next_step
 from roma_pipelines.components import RomaExperiment
+from roma_pipelines.registry.runs import find_or_create_run
 from roma_pipelines.registry.store import MlflowSettings, connect
+from roma_pipelines.registry.versions import EVIDENCE_TAGS, register
+from tests.core.serving import toy
 from tests.pipelines import tiny
 from tests.pipelines.automation.played_month import write_series
 
@@ -145,6 +149,36 @@ def test_every_move_of_champion_asks_once_for_predictions(month):
             keys.append(asked.run_key)
             assert asked.asset_selection == [dg.AssetKey(["waves", "batch_predictions"])]
     assert keys == ["champion:1:1", "champion:2:2", "champion:3:1"]
+
+
+def test_inputs_are_compared_with_what_the_champion_carries(month, tmp_path):
+    """Not with the data that were trained on last, whose model the gate may have refused."""
+    month.deliver()
+    month.launch(look_at_source(month.automated, NewData(), month.instance, month.now), "new")
+    month.launch(look_at_dataset(month.automated, month.instance), "train")
+    version = month.automated.state(month.instance).trained_on[0]
+    write_series(tmp_path / "inbox" / "a.parquet", 200, 5, month.now)
+    settings = Drift(files=(tmp_path / "inbox" / "a.parquet",))
+
+    def psi():
+        arguments = ("waves", "waves", version, settings, settings.files, month.storage)
+        _, found = compare(*arguments)
+        return {e.quantity: e.size for e in found if e.measure == "psi"}["value.value"]
+
+    assert psi() < 0.1
+    far = series_of_rows(
+        ({"positions": {"time": [0, 1, 3]}, "values": {"value": [9, 9.5, 8]}} for _ in range(99)),
+        ["time"],
+        ["value"],
+    )
+    client = connect(MlflowSettings(), month.storage.mlflow)
+    toy.build_toy(tmp_path / "package", profile=profile_of_series(far, "d").model_dump(mode="json"))
+    run_id = find_or_create_run(client, "roma/waves", "1" * 20, "finetuned_classifier", {}, {})
+    tags = dict.fromkeys(EVIDENCE_TAGS, "0")
+    made = register(client, tmp_path / "package", "waves", "1" * 20, run_id, tags, {})
+    client.set_registered_model_alias("waves", "champion", made)
+
+    assert psi() > 1
 
 
 def test_an_alert_is_told_once_by_a_command_that_need_not_work(
