@@ -131,6 +131,7 @@ def test_torchrun_evaluates_on_both_ranks_and_computes_what_one_process_does(tmp
         ],
         env=os.environ
         | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        | {"TMPDIR": str(tmp_path)}  # torchrun leaves a folder of logs behind
         | {"PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
