@@ -118,6 +118,27 @@ def test_what_is_missing_is_said_and_fails(submit, words, options, message):
     assert (code, message in log) == (2, True), log
 
 
+@pytest.fixture
+def environment_modules(cluster, monkeypatch):
+    """``module`` as sites hand it on: a function in the environment of whoever submits."""
+    function = '() { case $2 in missing*) return 1 ;; *) export GIVEN="$GIVEN $2" ;; esac; }'
+    monkeypatch.setitem(cluster.environment, "BASH_FUNC_module%%", function)
+
+
+def test_modules_are_loaded_in_order(submit, worlds, environment_modules):
+    code, log = submit("mine", env=('MODULES="cuda/12.1 python/3.11"',))
+
+    assert code == 0, log
+    assert worlds()[0]["GIVEN"] == " cuda/12.1 python/3.11"
+
+
+def test_a_module_that_is_missing_is_named(submit, worlds, environment_modules):
+    code, log = submit("mine", env=("MODULES=missing/1.0",))
+
+    assert (code, "there is no environment module missing/1.0" in log) == (2, True), log
+    assert worlds() == []
+
+
 def test_outside_of_a_job_it_says_how_to_be_used(cluster):
     done = subprocess.run([SCRIPT, "mine"], env=cluster.environment, capture_output=True, text=True)
 

@@ -107,6 +107,7 @@ BAD_INPUT = {
     "missing module": [
         "commands: a_module_that_does_not_exist_is_said_before_anything_starts",
         "slurm_site: a_module_that_is_missing_fails_with_its_name",
+        "deploy/test_run_experiment.py: a_module_that_is_missing_is_named",
     ],
 }
 
