@@ -11,9 +11,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from roma_core.data.store import StoredDataset
 from roma_core.evaluation.predictions import PredictionTable
 from roma_core.files import read_json
+from roma_core.model.pretraining import RoMAForPreTraining
+from roma_core.trainer.batches import Collate
 
 SMALL = ["--set", "model.encoder_config={d_model: 16, nhead: 2, depth: 1}"]
 DECODER = ["--set", "model.decoder_config={d_model: 16, nhead: 2, depth: 1}"]
@@ -124,6 +128,21 @@ def test_predict_gives_the_probabilities_of_the_report(runs):
     roma("predict", "--model", root / "eval/outputs/package", exported, again)
     said, before = pq.read_table(again), pq.read_table(root / "out.parquet")
     assert said.drop("scored_at").equals(before.drop("scored_at"))
+
+
+def test_embed_gives_the_features_of_the_pretrained_encoder(runs):
+    root, data = runs
+    roma("embed", "--model", root / "eval/outputs/encoder_package", data, root / "f.parquet")
+    rows = pq.read_table(root / "f.parquet").to_pylist()
+    model = RoMAForPreTraining.from_pretrained(root / "pre/outputs/model").eval()
+    test = StoredDataset(data).split("test")
+    collate = Collate(model.config, seed=0)
+    for i in range(0, len(test), 5):
+        with torch.no_grad():
+            expected = model.embed(collate([(0, i, test[i])]), pooling="mean")[0]
+        np.testing.assert_allclose(rows[i]["features"], expected, atol=1e-5)
+    classifier = ["--model", root / "eval/outputs/package", data, root / "x.parquet"]
+    assert "use `roma predict`" in roma("embed", *classifier, ok=False)
 
 
 def test_predict_reads_ragged_rows_and_names_what_is_wrong(runs):
