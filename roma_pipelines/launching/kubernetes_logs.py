@@ -59,29 +59,36 @@ class LogFollower:
         while not self._left:
             over = self.is_over()  # asked first: what is written after this is still read
             try:
-                came = self._follow()
+                came = self._read(follow=not over)
             except Denied as no:
-                if no.code in (404, 403) or over:
+                if no.code in (404, 403) or (over and no.code != 401):
                     return  # the pod is gone, or its log is not to be had
-                came = False  # its container is only starting
+                over, came = (
+                    False,
+                    False,
+                )  # its container is only starting; or the token was replaced
             except Refused:
                 return
             except NoAnswer:
                 over, came = False, False
-            if over:
+            if over and not came:  # the end of a stream alone may be a cut
                 return
+            if over:
+                continue
             wait_s = _AGAIN_S if came else min(2 * wait_s, _SLOWEST_S)
             self._pause(wait_s)
 
     def _pause(self, seconds: float) -> None:
-        """Wait, but not beyond the pod's end."""
+        """Wait, but hardly beyond the pod's end."""
         end = time.monotonic() + seconds
-        while time.monotonic() < end and not (self._left or self.is_over()):
+        while True:
             time.sleep(0.1)
+            if time.monotonic() > end or self._left or self.is_over():
+                return
 
-    def _follow(self) -> bool:
+    def _read(self, follow: bool) -> bool:
         """Read one stream to its end; whether it brought anything."""
-        query = {"container": CONTAINER, "follow": "true", "timestamps": "true"}
+        query = {"container": CONTAINER, "follow": str(follow).lower(), "timestamps": "true"}
         if self._last:
             query["sinceTime"] = self._last
         before, repeated, came = self._last, 0, False
