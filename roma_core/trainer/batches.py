@@ -223,9 +223,12 @@ def load(
     ``patience_s``, loader processes that take longer make ``next`` raise a RuntimeError; it may be
     called again.
     """
+    batches = _Batches(dataset, collate)
+    if not workers and not pin:
+        return map(batches.__getitems__, micro_batches)  # a loader would only add to the wait
     return iter(
         DataLoader(
-            _Batches(dataset, collate),
+            batches,
             batch_sampler=micro_batches,  # type: ignore[arg-type]
             collate_fn=_as_it_is,
             num_workers=workers,
