@@ -1,4 +1,4 @@
-"""A storage root with what its commands look at, and job folders as a launcher leaves them."""
+"""What commands of operation look at: job folders and data sets as they are left behind."""
 
 import json
 import os
@@ -9,23 +9,8 @@ import pytest
 
 from roma_core.files import write_json
 from roma_core.job import JobFolder
-from roma_pipelines.instance import prepare_instance
 from roma_pipelines.launching.job import AttemptRecord, End, JobSpec
 from roma_pipelines.registry.store import MlflowSettings, connect
-from roma_pipelines.storage import Storage
-
-
-@pytest.fixture
-def storage(store_template, tmp_path, monkeypatch):
-    """A new root with an empty registry and an empty history."""
-    monkeypatch.setenv("ROMA_STORAGE_ROOT", str(tmp_path / "root"))
-    monkeypatch.setenv("DAGSTER_HOME", "")
-    monkeypatch.delenv("DAGSTER_HOME")
-    storage = Storage.open()
-    (storage.mlflow / "mlflow.db").write_bytes(store_template.read_bytes())
-    prepare_instance(storage)
-    yield storage
-    os.environ.pop("DAGSTER_HOME", None)
 
 
 @pytest.fixture

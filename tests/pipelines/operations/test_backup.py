@@ -17,16 +17,10 @@ from roma_pipelines.storage import Storage
 
 
 @pytest.fixture
-def installation(store_template, tmp_path, monkeypatch):
+def installation(storage, tmp_path):
     """A root with a history, a registered model with an artifact, and a job."""
-    monkeypatch.setenv("ROMA_STORAGE_ROOT", str(tmp_path / "root"))
-    monkeypatch.setenv("DAGSTER_HOME", "")
-    monkeypatch.delenv("DAGSTER_HOME")
-    storage = Storage.open()
-    (storage.mlflow / "mlflow.db").write_bytes(store_template.read_bytes())
     fill(storage, tmp_path)
-    yield storage
-    os.environ.pop("DAGSTER_HOME", None)
+    return storage
 
 
 def fill(storage, tmp_path):
