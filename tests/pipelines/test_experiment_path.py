@@ -357,7 +357,10 @@ def test_a_replay_plans_the_same_training_and_gives_the_same_weights(house, seco
     planned["weights"] = recorded["weights"]
     write_json(house.folder / "again" / "finetune" / "config.json", planned)
     command = ["-m", "roma_core.cli", "finetune", "--job", str(house.folder / "again" / "finetune")]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # as the launcher sets it
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     weights = house.folder / "again" / "finetune" / "outputs" / "model" / "model.safetensors"
     assert weights.read_bytes() == (Path(facts["weights"]) / "model.safetensors").read_bytes()
