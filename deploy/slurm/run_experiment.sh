@@ -71,11 +71,11 @@ port=$((20000 + SLURM_JOB_ID % 20000))
 while (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done
 
 echo "roma: $SLURM_JOB_NUM_NODES node(s) x $processes process(es), start $((${SLURM_RESTART_COUNT:-0} + 1))"
-# torchrun is the task itself: else no signal would reach the processes
+# torchrun is the task itself: else no signal would reach the processes; it halves every $$ of its words
 srun --kill-on-bad-exit=1 --wait=600 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
     bash -c 'exec "$0" -m torch.distributed.run --node-rank="$SLURM_PROCID" "$@"' "$python" \
     --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$processes" --max-restarts=0 \
-    --master-addr="$address" --master-port="$port" -m "$@" &
+    --master-addr="$address" --master-port="$port" -m "${@//\$/\$\$}" &
 step=$!
 while
     signalled=

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from roma_pipelines.launching.job import JobSpec
@@ -38,8 +39,13 @@ def program(
         f"--master-port={master_port}",
         "--max-restarts=0",
         f"--log-dir={scratch}",  # else it leaves a folder in /tmp for every attempt
-        *spec.command,
+        *through_torchrun(spec.command),
     ]
+
+
+def through_torchrun(command: Sequence[str]) -> list[str]:
+    """Words that torchrun hands on as ``command``: it fills ``${local_rank}`` and halves ``$$``."""
+    return [word.replace("$", "$$") for word in command]
 
 
 def claimed(folder: Path | str, attempt: int, python: str, argv: list[str]) -> list[str]:

@@ -167,7 +167,7 @@ def _step(spec: JobSpec, site: Site, python: str) -> list[str]:
         lines = [
             shlex.join(["bash", "-c", start, argv[0]]),
             " ".join(word for word in filled if word),
-            shlex.join(spec.command),
+            shlex.join(argv[-len(spec.command) :]),
         ]
     else:
         lines = [shlex.join(argv)]

@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "deploy" / "slurm" / "run_experiment.sh"
-WORDS = ["--name", "a b", "it's", '"quoted"', "$(touch evil)", "`id`", "*", "--", "", "täglich"]
+WORDS = [
+    "--name",
+    "a b",
+    "it's",
+    '"quoted"',
+    "$(touch evil)",
+    "$$ ${local_rank}",
+    "`id`",
+    "*",
+    "--",
+    "",
+    "täglich",
+]
 
 MODULE = """
 import json, os, sys

@@ -17,4 +17,4 @@ PYTHONUNBUFFERED=1 \
     --max-restarts=0 \
     --log-dir=JOB_FOLDER/attempts/1/torchrun \
     -m roma_core.cli pretrain \
-    --job '$(a '"'"'strange'"'"' folder)'
+    --job '$$(a '"'"'strange'"'"' folder)'

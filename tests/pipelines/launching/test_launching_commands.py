@@ -20,7 +20,18 @@ from roma_pipelines.launching.supervisor import supervise
 from tests.pipelines import tiny
 
 CONFIG = {"base_lr": 0.001}
-WORDS = ["--nodes", "a b", "it's", '"quoted"', "$(touch evil)", "-m", "--", "", "täglich"]
+WORDS = [
+    "--nodes",
+    "a b",
+    "it's",
+    '"quoted"',
+    "$(touch evil)",
+    "$$ ${local_rank}",
+    "-m",
+    "--",
+    "",
+    "täglich",
+]
 
 
 @pytest.fixture

@@ -16,7 +16,20 @@ from roma_pipelines.launching.supervisor import supervise
 
 CONFIG = {"base_lr": 0.001}
 FAST = {"poll_every_s": 0.1}
-WORDS = ("a b", "it's", '"quoted"', "$(touch evil)", "`id`", "*", "--", "", "täglich", "-m", "a\\b")
+WORDS = (
+    "a b",
+    "it's",
+    '"quoted"',
+    "$(touch evil)",
+    "$$ ${local_rank}",
+    "`id`",
+    "*",
+    "--",
+    "",
+    "täglich",
+    "-m",
+    "a\\b",
+)
 IMAGE = "/images/roma 1 'new'.sif"
 
 # names what it was given before the program, then is the program
