@@ -11,6 +11,7 @@ from roma_pipelines.automation.alerts import AlertSettings
 from roma_pipelines.executor import DagsterSettings
 from roma_pipelines.launching.kubernetes_site import KubernetesSettings
 from roma_pipelines.launching.site import SlurmSettings
+from roma_pipelines.pages.links import PageSettings
 from roma_pipelines.registry.store import MlflowSettings
 from roma_pipelines.storage import StorageSettings
 
@@ -25,6 +26,7 @@ SETTINGS: tuple[type[RomaSettings], ...] = (
     SlurmSettings,
     KubernetesSettings,
     DagsterSettings,
+    PageSettings,
 )
 """Every settings class of both packages, in the order of the file."""
 

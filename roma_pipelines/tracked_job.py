@@ -23,6 +23,7 @@ from roma_pipelines.launching.job import JobFailed, Outcome
 from roma_pipelines.launching.launcher import Refused
 from roma_pipelines.launching.pipes import key_for, run_job
 from roma_pipelines.launching.usage import usage
+from roma_pipelines.pages.links import job_links, mlflow_link
 from roma_pipelines.provenance import code_version
 from roma_pipelines.registry.runs import end_run, end_runs_of_job, find_or_create_run
 from roma_pipelines.registry.store import (
@@ -60,7 +61,12 @@ class TrackedJob:
             **_story(self.outcome),
             "log": dg.MetadataValue.path(str(self.folder.attempt(self.result.attempt).log)),
             "mlflow_run_id": self.run_id,
+            **job_links(self.folder.path.name, "report" in self.result.outputs),
+            **mlflow_link(self._experiment_id(), self.run_id, self.client.tracking_uri),
         }
+
+    def _experiment_id(self) -> str:
+        return str(self.client.get_run(self.run_id).info.experiment_id)
 
 
 def run_tracked_job(

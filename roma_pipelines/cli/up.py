@@ -47,6 +47,7 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
     ):
         _check_free(name, port, option)
     from roma_pipelines.instance import prepare_instance
+    from roma_pipelines.pages.links import announce
     from roma_pipelines.registry.store import MlflowSettings, StoreError, is_server, own_store
     from roma_pipelines.storage import Storage, StorageError
 
@@ -65,8 +66,9 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
     else:
         mlflow = uri
         click.echo(f"MLflow    {uri} (configured; not started here)")
-    overview = _overview(page_port, dagster, mlflow)
-    commands["Overview"] = (overview, f"http://127.0.0.1:{page_port}")
+    overview = f"http://127.0.0.1:{page_port}"
+    commands["Overview"] = (_overview(page_port, dagster, mlflow), overview)
+    announce(overview, mlflow)
     logs = home / "logs"
     logs.mkdir(exist_ok=True)
     with _Servers(logs) as servers:

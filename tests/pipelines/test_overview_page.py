@@ -1,6 +1,7 @@
 """The overview: what it says of experiments, and what its server gives away."""
 
 import json
+import os
 import threading
 import time
 import urllib.error
@@ -13,6 +14,7 @@ import pytest
 from roma_core.files import write_json
 from roma_core.job import JobFolder
 from roma_pipelines.experiment_files import load_experiment
+from roma_pipelines.pages.links import announce, job_links, mlflow_link
 from roma_pipelines.pages.overview import Evaluation, overview
 from roma_pipelines.pages.server import Pages, serve
 from roma_pipelines.pages.trend import trend
@@ -140,3 +142,22 @@ def test_the_drawing_marks_what_was_refused():
 
     assert drawn.count("<circle") == 3
     assert drawn.count('class="refused"') == 1
+
+
+def test_an_asset_leads_to_the_pages_that_are_there(monkeypatch):
+    assert job_links("k", has_report=True) == {}
+    assert mlflow_link("1", "r", "sqlite:////x/mlflow.db") == {}
+    server = mlflow_link("1", "r", "http://mlflow.example:5000/")["open_mlflow_run"].value
+    assert server == "http://mlflow.example:5000/#/experiments/1/runs/r"
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    announce("http://127.0.0.1:8000", "http://127.0.0.1:5000")
+
+    assert (
+        job_links("k", has_report=True)["open_report"].value
+        == "http://127.0.0.1:8000/jobs/k/report"
+    )
+    assert set(job_links("k", has_report=False)) == {"open_log"}
+    assert "127.0.0.1:5000/#/experiments/1/runs/r" in str(
+        mlflow_link("1", "r", "sqlite:////x/mlflow.db")["open_mlflow_run"].value
+    )
