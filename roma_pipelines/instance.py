@@ -11,7 +11,7 @@ from roma_pipelines.database import database_url, ensure_schemas, schema_url
 from roma_pipelines.storage import Storage, StorageError
 
 CONFIG = "dagster.yaml"
-DATABASE_VARIABLE = "ROMA_DAGSTER_DATABASE_URL"
+DATABASE_VARIABLE = "DAGSTER_POSTGRES_URL"  # no ROMA_…: those are settings, read by their classes
 _IN_POSTGRES = f"""
 storage:
   postgres:

@@ -6,9 +6,11 @@
     datasets/       <name>/<version>/
     jobs/           <job key>/
     predictions/    <experiment>/<input>.parquet, what champions said
+    results/        <row>/<share>/<seed>.json, one cell of the results each
     clusters/       <site>/poll.json, what a scheduler said last
     mlflow/         the embedded tracking store and registry
     dagster/        the embedded Dagster instance (DAGSTER_HOME)
+    alerts.jsonl    what people were told
 """
 
 from __future__ import annotations

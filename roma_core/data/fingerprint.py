@@ -6,6 +6,7 @@ building: the data set's digest, which is of the content, decides.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 from collections.abc import Iterable, Iterator
@@ -37,7 +38,10 @@ def source_fingerprint(config: DatasetConfig) -> Fingerprint:
 
 
 def fingerprint_of(patterns: Iterable[Path]) -> Fingerprint:
-    """Of files, of those that match patterns, and of all files below folders."""
+    """Of files, of those that match patterns, and of all files below folders.
+
+    Links to nothing, and files that go meanwhile, are passed over.
+    """
     found = sorted(
         {(str(path), status.st_size, status.st_mtime_ns) for path, status in _files(patterns)}
     )
@@ -63,10 +67,14 @@ def _paths(value: Any) -> Iterator[Path]:
 def _files(patterns: Iterable[Path]) -> Iterator[tuple[Path, os.stat_result]]:
     for pattern in patterns:
         for name in glob.glob(str(pattern)):  # noqa: PTH207 - may be absolute
-            path = Path(name)
-            if path.is_dir():
-                for where, _, names in os.walk(path):
-                    for inner in names:
-                        yield Path(where) / inner, (Path(where) / inner).stat()
-            else:
-                yield path, path.stat()
+            for path in _below(Path(name)):
+                with contextlib.suppress(FileNotFoundError):  # a dangling link, or it went since
+                    yield path, path.stat()
+
+
+def _below(path: Path) -> Iterator[Path]:
+    """A file itself, or all files below a folder."""
+    if not path.is_dir():
+        yield path
+    for where, _, names in os.walk(path):
+        yield from (Path(where) / name for name in names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import time
@@ -73,7 +74,7 @@ def look_at_inputs(
             json.dumps(seen)
         )
     storage = Storage.open()
-    seen = {**seen, "inputs": inputs}
+    before, seen = seen, {**seen, "inputs": inputs}
     dataset = automated.experiment.dataset.name
     try:
         n, found = compare(automated.name, dataset, state.trained_on[0], settings, paths, storage)
@@ -94,14 +95,14 @@ def look_at_inputs(
         largest = max(found, key=lambda e: e.size / getattr(settings.thresholds, e.measure))
         return dg.SkipReason(f"no drift in {n} series; largest: {_said(largest)}"), json.dumps(seen)
     why = f"{n} recent series are not as the training data: " + ", ".join(map(_said, far[:6]))
-    decision, what = _decide(automated, settings, instance, seen, why, now)
+    decision, what, settled = _decide(automated, settings, instance, seen, why, now)
     if isinstance(decision, dg.RunRequest):
         seen["trained_at"] = now
     alert(
         storage, "drift", f"{automated.name}: inputs have drifted", f"{why}\n{what}",
         once=[automated.name, inputs],
     )  # fmt: skip
-    return decision, json.dumps(seen)
+    return decision, json.dumps(seen if settled else before)
 
 
 def _decide(
@@ -111,30 +112,35 @@ def _decide(
     seen: dict,
     why: str,
     now: float,
-) -> tuple[Decision, str]:
-    """What is done about drift, and in words."""
+) -> tuple[Decision, str, bool]:
+    """What is done about drift, in words, and whether that settles it: else these inputs are looked
+    at again, for what kept them from being trained for passes.
+    """
 
-    def no(text: str) -> tuple[Decision, str]:
-        return dg.SkipReason(f"{why}; {text}"), text
+    def no(text: str, settled: bool) -> tuple[Decision, str, bool]:
+        return dg.SkipReason(f"{why}; {text}"), text, settled
 
     cool_h = (now - seen["trained_at"]) / 3600
     if cool_h < settings.cooldown_h:
         return no(
-            f"trained for drift {cool_h:.0f} h ago, not again within {settings.cooldown_h:g} h"
+            f"trained for drift {cool_h:.0f} h ago, not again within {settings.cooldown_h:g} h",
+            settled=False,
         )
     step = automated.step(instance)
     if step.do == "wait" or (step.do == "nothing" and settings.only_if_new):
-        return no(f"nothing is trained: {step.why}")
+        return no(f"nothing is trained: {step.why}", settled=step.do == "nothing")
     if settings.dry_run:
-        return no(f"would {'build' if step.do == 'build' else 'train'}, but this is a dry run")
+        return no(
+            f"would {'build' if step.do == 'build' else 'train'}, but this is a dry run", True
+        )
     if step.do == "build":
         text = f"{step.why}: a new data set is built, and trained on if it is another one"
-        return automated.build("drift", Step("build", why), step.key), text
+        return automated.build("drift", Step("build", why), step.key), text, True
     key = step.key or f"drift:{seen['inputs']}"
     decision = automated.train("drift", Step("train", why, key), key, now)
-    return decision, "training" if isinstance(decision, dg.RunRequest) else str(
-        decision.skip_message
-    )
+    if isinstance(decision, dg.SkipReason):  # the budget of the week is used up
+        return decision, str(decision.skip_message), False
+    return decision, "training", True
 
 
 def compare(
@@ -199,8 +205,11 @@ def _profile(folder: Path, version: str, storage: Storage) -> ReferenceProfile:
 
 def _newest(settings: Drift) -> list[Path]:
     names = {name for pattern in settings.files for name in glob.glob(str(pattern))}  # noqa: PTH207
-    paths = sorted((Path(name) for name in names), key=lambda p: (p.stat().st_mtime, p.name))
-    return paths[-settings.newest :]
+    found = []
+    for path in map(Path, names):
+        with contextlib.suppress(FileNotFoundError):  # it went since
+            found.append((path.stat().st_mtime, path.name, path))
+    return [path for _, _, path in sorted(found)[-settings.newest :]]
 
 
 def _said(effect: Effect) -> str:

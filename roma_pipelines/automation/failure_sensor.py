@@ -42,24 +42,30 @@ def look_at_failures(
     """
     now = datetime.now(UTC)
     since = datetime.fromisoformat(cursor) if cursor else now
-    records = instance.get_run_records(
-        dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE], updated_after=since - _OVERLAP),
-        limit=_AT_ONCE,
-        order_by="update_timestamp",
-        ascending=True,
-    )
-    told = []
-    for record in records:
-        run = record.dagster_run
-        if run.tags.get("dagster/will_retry") == "true":
-            continue
-        kind, subject, text = _about(instance, run)
-        if alert(storage, kind, subject, text, once=[run.run_id]):
-            told.append(subject)
-    if len(records) < _AT_ONCE:
-        return told, now.isoformat()
-    last = records[-1].update_timestamp
-    return told, max(since, last.replace(tzinfo=last.tzinfo or UTC)).isoformat()
+    limit = _AT_ONCE
+    told: list[str] = []
+    looked_at: set[str] = set()
+    while True:
+        records = instance.get_run_records(
+            dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE], updated_after=since - _OVERLAP),
+            limit=limit,
+            order_by="update_timestamp",
+            ascending=True,
+        )
+        for run in (record.dagster_run for record in records):
+            if run.run_id in looked_at or run.tags.get("dagster/will_retry") == "true":
+                continue
+            looked_at.add(run.run_id)
+            kind, subject, text = _about(instance, run)
+            if alert(storage, kind, subject, text, once=[run.run_id]):
+                told.append(subject)
+        if len(records) < limit:
+            return told, now.isoformat()
+        last = records[-1].update_timestamp
+        last = last.replace(tzinfo=last.tzinfo or UTC)
+        if told or last > since:
+            return told, max(since, last).isoformat()
+        limit *= 2  # the overlap alone fills the page, which would come back for ever
 
 
 def _about(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[str, str, str]:

@@ -24,7 +24,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from roma_core.job import JobFolder
 from roma_pipelines.experiment_files import all_experiments
-from roma_pipelines.launching.supervisor import log_tail
+from roma_pipelines.launching.evidence import log_tail
 from roma_pipelines.pages.overview import overview
 from roma_pipelines.pages.trend import trend
 from roma_pipelines.registry.store import MlflowSettings, connect

@@ -9,7 +9,8 @@ import dagster as dg
 import pytest
 
 from roma_pipelines.database import connection, database_url, ensure_schemas
-from roma_pipelines.instance import CONFIG, prepare_instance
+from roma_pipelines.definitions import defs
+from roma_pipelines.instance import CONFIG, DATABASE_VARIABLE, prepare_instance
 from roma_pipelines.registry.runs import find_or_create_run
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.storage import Storage, StorageError
@@ -19,11 +20,11 @@ from tests.pipelines import tiny
 @pytest.fixture
 def clean(monkeypatch):
     """What the settings put into the environment goes with the test."""
-    for name in ("PGPASSWORD", "DAGSTER_HOME", "ROMA_DAGSTER_DATABASE_URL"):
+    for name in ("PGPASSWORD", "DAGSTER_HOME", DATABASE_VARIABLE):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     yield
-    for name in ("PGPASSWORD", "DAGSTER_HOME", "ROMA_DAGSTER_DATABASE_URL"):
+    for name in ("PGPASSWORD", "DAGSTER_HOME", DATABASE_VARIABLE):
         os.environ.pop(name, None)
 
 
@@ -65,10 +66,20 @@ def test_one_setting_keeps_the_state_of_both_and_no_file_has_the_password(state,
     )
     assert not list(state.root.rglob("*.db"))
     assert not postgres.is_told_by(client.tracking_uri.encode())
-    assert "ROMA_DAGSTER_DATABASE_URL" in (home / CONFIG).read_text()
+    assert DATABASE_VARIABLE in (home / CONFIG).read_text()
     for file in state.root.rglob("*"):
         if file.is_file():
             assert not postgres.is_told_by(file.read_bytes()), file
+
+
+def test_the_code_location_loads_in_what_is_started_with_a_database(storage, monkeypatch, clean):
+    """The variable that dagster.yaml names is nobody's setting, misspelt; no server is needed."""
+    url = "postgresql://roma:geheim@127.0.0.1:1/roma"
+    monkeypatch.setenv("ROMA_STORAGE_DATABASE_URL", url)
+    monkeypatch.setattr("roma_pipelines.instance.ensure_schemas", lambda url: None)
+    prepare_instance(storage)
+    assert "search_path" in os.environ[DATABASE_VARIABLE]
+    assert defs().assets
 
 
 def test_a_training_reports_to_postgres_while_it_runs_and_no_file_has_the_password(

@@ -217,7 +217,7 @@ class Month:
             if self.champion() is None:
                 client.create_registered_model("waves")
             artifact = (self.storage.mlflow / "artifacts").as_uri()
-            tags = {"roma.compared_with": self.champion() or "none"}
+            tags = {"roma.compared_with": self.champion() or "none", "roma.gate": "passed"}
             version = client.create_model_version("waves", artifact, tags=tags).version
             promote(client, "waves", str(version), "it passed", "the played gate", {})
             self.promoted.append(self.day)

@@ -12,6 +12,7 @@ from roma_core.evaluation.reference_profile import profile_of_series, series_of_
 from roma_pipelines.automation.alerts import alert, read_alerts
 from roma_pipelines.automation.budget import hours_used
 from roma_pipelines.automation.drift_sensor import compare, look_at_inputs
+from roma_pipelines.automation.failure_sensor import look_at_failures
 from roma_pipelines.automation.new_data_sensor import look_at_dataset, look_at_source
 from roma_pipelines.automation.promotion_sensor import look_at_champion
 from roma_pipelines.automation.settings import Drift, NewData
@@ -92,8 +93,11 @@ def test_files_that_are_touched_are_built_but_not_trained_on(month):
     assert isinstance(asked, dg.RunRequest) and len(asked.asset_selection) == 4
     month.day = 1
     month.receive_inputs(shift=3.0)
-    asked, _ = look(cursor, month.now, only_if_new=False)
-    assert "trained for drift 24 h ago, not again within 168 h" in asked.skip_message
+    for _ in range(2):  # it is not forgotten
+        asked, cursor = look(cursor, month.now, only_if_new=False)
+        assert "trained for drift 24 h ago, not again within 168 h" in asked.skip_message
+    asked, _ = look(cursor, month.now + 168 * 3600, only_if_new=False)
+    assert isinstance(asked, dg.RunRequest)
     asked, _ = look(cursor, month.now, min_series=5000)
     assert "too few to judge" in asked.skip_message
     # the section has no budget, so that one is added here
@@ -101,10 +105,12 @@ def test_files_that_are_touched_are_built_but_not_trained_on(month):
     poor = month.experiment.model_copy(update={"automation": tight})
     assert hours_used(poor, month.storage.jobs) > 0
     automated = type(month.automated)(poor, month.automated.code_versions)
-    asked, _ = look_at_inputs(
-        automated, Drift(**(drift | {"only_if_new": False})), month.instance, None, time.time()
-    )
-    assert "CPU-hours of this week are used" in asked.skip_message
+    cursor = None
+    for _ in range(2):
+        asked, cursor = look_at_inputs(
+            automated, Drift(**drift | {"only_if_new": False}), month.instance, cursor, time.time()
+        )
+        assert "CPU-hours of this week are used" in asked.skip_message
     assert hours_used(poor, month.storage.jobs, time.time() + 8 * 86400) == 0
 
 
@@ -198,6 +204,20 @@ def test_an_alert_is_told_once_by_a_command_that_need_not_work(
     assert "ROMA_ALERT_COMMAND failed" in caplog.text and "WEBHOOK_URL failed" in caplog.text
     assert "geheim" not in caplog.text
     assert [one["id"] for one in read_alerts(storage)] == ["failed:1", "failed:2"]
+
+
+def test_more_failures_at_once_than_a_look_takes_are_all_told(storage):
+    with dg.DagsterInstance.get() as instance:
+        for _ in range(30):  # within the overlap of two looks
+            instance.add_run(dg.DagsterRun(job_name="waves", status=dg.DagsterRunStatus.FAILURE))
+        records = instance.get_run_records(order_by="update_timestamp", ascending=True)
+        assert (records[-1].update_timestamp - records[0].update_timestamp).total_seconds() < 4
+        cursor, told = "2000-01-01T00:00:00+00:00", []
+        for _ in range(3):
+            now, cursor = look_at_failures(instance, storage, cursor)
+            told.append(len(now))
+    assert told == [25, 5, 0]
+    assert len(read_alerts(storage)) == 30
 
 
 def sections(tmp_path, **automation):

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from roma_pipelines.cli import main
-from roma_pipelines.instance import prepare_instance
+from roma_pipelines.instance import DATABASE_VARIABLE, prepare_instance
 from roma_pipelines.operations.backup import BackupError, verify, write_backup
 from roma_pipelines.operations.restore import restore_backup
 from roma_pipelines.registry.runs import find_or_create_run
@@ -127,7 +127,7 @@ def test_nothing_is_overwritten(installation, tmp_path):
 
 
 def test_with_postgres_the_database_comes_along(postgres, tmp_path, monkeypatch):
-    for name in ("PGPASSWORD", "DAGSTER_HOME", "ROMA_DAGSTER_DATABASE_URL"):
+    for name in ("PGPASSWORD", "DAGSTER_HOME", DATABASE_VARIABLE):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("ROMA_STORAGE_ROOT", str(tmp_path / "root"))
@@ -144,5 +144,5 @@ def test_with_postgres_the_database_comes_along(postgres, tmp_path, monkeypatch)
     restore_backup(file, tmp_path / "elsewhere")
 
     assert what_is_there(tmp_path / "elsewhere", monkeypatch, tmp_path) == (42, "weights")
-    for name in ("PGPASSWORD", "DAGSTER_HOME", "ROMA_DAGSTER_DATABASE_URL"):
+    for name in ("PGPASSWORD", "DAGSTER_HOME", DATABASE_VARIABLE):
         os.environ.pop(name, None)
