@@ -22,11 +22,16 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def nobodys_settings(monkeypatch):
-    """No test reads the settings, keys or modes of the person who runs it."""
+    """No test reads the settings, keys or modes of the person who runs it, or leaves any behind."""
+    before = dict(os.environ)
     for name in list(os.environ):
         if name.upper().startswith(("ROMA", "WANDB")) or name == "MLFLOW_RUN_ID":
             monkeypatch.delenv(name)
     monkeypatch.setenv("ROMA_ENV_FILE", os.devnull)
+    yield
+    monkeypatch.undo()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

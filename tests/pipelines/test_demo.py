@@ -74,7 +74,7 @@ def test_a_root_that_cannot_be_written_is_named(tmp_path):
 def test_an_unknown_experiment_is_answered_with_those_there_are(tmp_path):
     line = one_error(run(*SHIPPED, "demo", "vowels", folder=tmp_path))
 
-    assert "there is no experiment 'vowels'; there are japanese_vowels" in line
+    assert "there is no experiment 'vowels'; there are basic_motions, " in line
 
 
 def test_a_misspelt_variable_is_refused_by_its_name(tmp_path):

@@ -17,7 +17,7 @@ PROGRAMS = {
     "ok": ("sleep 0.2", {}),
     # a container's first process ignores TERM unless it handles it; these are no such processes
     "fail": ("[ $JOB_COMPLETION_INDEX = 1 ] && exit 3; trap '' TERM; sleep 60", {}),
-    "dl": ("trap 'exit 0' TERM; sleep 60 & wait", {"activeDeadlineSeconds": 1}),
+    "dl": ("trap 'exit 0' TERM; sleep 60 & wait", {"activeDeadlineSeconds": 4}),
     "oom": ("head -c 300000000 /dev/zero | tail", {}),
     "badcmd": (None, {}),
     "img": ("true", {}),

@@ -125,14 +125,18 @@ def test_many_jobs_are_one_watch_and_no_list_per_poll(site, cluster, api, tmp_pa
 
 def test_a_view_that_nobody_looks_at_stops_watching(site, cluster, api, eventually, monkeypatch):
     monkeypatch.setattr("roma_pipelines.launching.kubernetes_view._IDLE_S", 0.3)
-    launcher = KubernetesLauncher(site)
+    launcher, before = KubernetesLauncher(site), set(threading.enumerate())
+
+    def watches():
+        return [t for t in set(threading.enumerate()) - before if t.name.startswith("watch ")]
 
     assert launcher.view.look() == ""
+    assert watches()
     api.store.add("events", {"metadata": {"name": "e", "namespace": "roma"}, "involvedObject": {}})
     time.sleep(0.5)
     api.cut_streams()
 
-    eventually(lambda: not any(t.name.startswith("watch ") for t in threading.enumerate()))
+    eventually(lambda: not watches())
     assert launcher.view.look() == ""  # and begins again
 
 

@@ -126,7 +126,7 @@ def test_plan_asks_the_cluster_too(run, experiment, profiles, cluster):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("nothing",), "there is no experiment 'nothing'; there are japanese_vowels"),
+        (("nothing",), "there is no experiment 'nothing'; there are basic_motions, "),
         (("no/such.yaml",), "No such file"),
         (("japanese_vowels", "--target", "slurm", "--profile", "x"), "no SLURM profile 'x'"),
         (("japanese_vowels", "--target", "moon"), "'moon' is not one of 'local', 'slurm'"),
@@ -149,12 +149,23 @@ if "fail" in sys.argv:
 """
 
 
+def as_from_a_terminal():
+    """A shell that has these tests in its background makes them, and their children, deaf to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(folder, *words, **options):
     (folder / "mine.py").write_text(MODULE)
     argv = [sys.executable, "-m", "roma_pipelines.cli", "launch", *words]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     return subprocess.Popen(
-        argv, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        argv,
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=as_from_a_terminal,
     )
 
 
@@ -332,7 +343,13 @@ def test_jobs_are_listed_shown_and_their_logs_read(run, abandoned, processes, ev
 def test_ctrl_c_ends_a_look_at_the_log_quietly(root, abandoned, processes, eventually):
     argv = [sys.executable, "-m", "roma_pipelines.cli", "jobs", "logs", "-f", abandoned.path.name]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
-    looking = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    looking = subprocess.Popen(
+        argv,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=as_from_a_terminal,
+    )
     assert looking.stdout.readline() == b"a line\n"
     time.sleep(0.2)  # it waits for more
     looking.send_signal(signal.SIGINT)

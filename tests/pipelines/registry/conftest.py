@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -51,10 +52,13 @@ def served(command, folder, ready, **environment):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     log = (folder / "server.log").open("wb")
+    # mlflow starts uvicorn by its name
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    further = {"MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1", "PATH": path}
     process = subprocess.Popen(
         [sys.executable, "-m", "mlflow", *command, "--host", "127.0.0.1", "--port", str(port)],
         cwd=folder,
-        env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | further | environment,
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -71,7 +75,8 @@ def served(command, folder, ready, **environment):
             time.sleep(0.3)
         yield address
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(20)
         with contextlib.suppress(ProcessLookupError):
