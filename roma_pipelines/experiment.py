@@ -60,6 +60,24 @@ class Resources(_Section):
     )
     max_attempts: int = Field(20, gt=0, description="Attempts that may continue one another.")
 
+    def at(self, target: str | None, profile: str | None) -> Self:
+        """The same somewhere else; None leaves as it is. A profile of one target is none of another.
+
+        Raises:
+            ValueError: a profile is given, and the target is this computer.
+        """
+        changes: dict[str, Any] = {"target": target or self.target, "profile": self.profile}
+        if changes["target"] != self.target:
+            changes["profile"] = None
+        if profile is not None:
+            changes["profile"] = profile
+        if changes["target"] == "local" and profile is not None:
+            raise ValueError(
+                f"--profile {profile} names a cluster, and the target is local; name another --target, "
+                f"or leave --profile out"
+            )
+        return self.model_copy(update=changes)
+
 
 class Predictions(_Section):
     """What the champion predicts regularly: the asset ``batch_predictions``."""
@@ -126,6 +144,8 @@ class Experiment(_Section):
         its code version, so that a change of them, and only that, makes it outdated.
         """
         decides = self.model_dump(mode="json", include=settings)
+        if "pretraining" in settings and self.pretrained_from is not None:
+            decides["pretrained_from"] = self.pretrained_from
         release = importlib.metadata.version(DISTRIBUTION)
         return {
             "code_version": digest_of([release, decides])[:12],

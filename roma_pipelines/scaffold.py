@@ -146,7 +146,7 @@ def _text(
         _block({"finetuning": sizes.finetuning}, [sizes.why["finetuning"]]),
         _block(
             {"resources": {"target": target, "nodes": 1, "processes_per_node": 1}},
-            ["where trainings run; slurm takes a profile, too"],
+            ["where trainings run; slurm and kubernetes take a profile, too"],
         ),
         _block(
             {"gate": {"max_loss_to_champion": 0.02}},

@@ -1,11 +1,12 @@
 """A stored data set as one Parquet file: a row per series, a list column per axis and channel.
 
-The numbers are those delivered, not normalised. ``sources/parquet.py`` reads the file back.
+The numbers are those delivered, not normalised. ``sources/parquet.py`` reads the file back. The
+fields of targets have the metadata ``role: target``, so that who scores the file leaves them out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ from roma_core.data.store import StoredDataset
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+TARGET_ROLE = {b"role": b"target"}
+"""Metadata of the Parquet field of a target."""
 
 _AT_ONCE = 1 << 18  # observations in a row group, unless one series has more
 
@@ -66,17 +70,21 @@ def _schema(dataset: StoredDataset) -> pa.Schema:
     schema = dataset.schema
     fields += [_list_field(axis.name, pa.float64(), axis.unit) for axis in schema.axes]
     fields += [_list_field(c.name, pa.float32(), c.unit) for c in schema.channels]
-    fields += [_list_field(t.name, pa.float32(), t.unit) for t in schema.targets]
+    fields += [_list_field(t.name, pa.float32(), t.unit, TARGET_ROLE) for t in schema.targets]
     names = [field.name for field in fields]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DataError(f"two columns would be called {twice[0]!r}; rename the channel or axis")
+        raise DataError(
+            f"two columns would be called {twice[0]!r}; rename the channel, axis or target"
+        )
     return pa.schema(fields)
 
 
-def _list_field(name: str, kind: pa.DataType, unit: str) -> pa.Field:
+def _list_field(
+    name: str, kind: pa.DataType, unit: str, role: Mapping[bytes, bytes] | None = None
+) -> pa.Field:
     import pyarrow as pa
 
-    return pa.field(name, pa.list_(kind), metadata={"unit": unit})
+    return pa.field(name, pa.list_(kind), metadata={b"unit": unit.encode(), **(role or {})})
 
 
 def _table(dataset: StoredDataset, rows: np.ndarray[Any, Any], schema: pa.Schema) -> pa.Table:

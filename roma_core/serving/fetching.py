@@ -136,15 +136,20 @@ def verify(folder: Path, version: ModelVersion) -> None:
     """Compare a model's folder with the tags of its version. Deserialises nothing but the manifest.
 
     Raises:
-        FetchError: a file is missing, changed, or not listed; or the version has no checksum.
+        FetchError: a file is missing, changed, or not listed; or the version lacks a checksum.
     """
     expected = version.manifest_sha256
     if expected is None:
         raise FetchError(f"{version.uri} has no tag {MANIFEST_TAG}; it cannot be verified")
     manifest = folder / _PACKAGE / "MANIFEST.json"
     _same(manifest, expected, f"the tag {MANIFEST_TAG} of {version.uri}")
-    if CODE_TAG in version.tags:
-        _same(folder / _CODE, version.tags[CODE_TAG], f"the tag {CODE_TAG} of {version.uri}")
+    if CODE_TAG not in version.tags:
+        raise FetchError(
+            f"{version.uri} has no tag {CODE_TAG}, so its {_CODE} cannot be verified before it runs; "
+            f"evaluate and register it anew, or, if you trust the store, set the tag to the sha256 "
+            f"of that file"
+        )
+    _same(folder / _CODE, version.tags[CODE_TAG], f"the tag {CODE_TAG} of {version.uri}")
     listed = json.loads(manifest.read_text(encoding="utf-8"))["files"]
     there = {path.name for path in manifest.parent.iterdir()} - {manifest.name}
     if there != set(listed):

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 _AT_ONCE = 1000
-_FACTS = ("split", "label", "group")  # columns of `roma data export` that are no input of a model
+_FACTS = ("split", "label", "group")  # columns of `roma data export` that are no input of a model,
+_TARGET = (b"role", b"target")  # as are those whose field says this
 Row = dict[str, Any]
 
 
@@ -17,7 +18,7 @@ def read_series(path: Path, split: Any, package: Any, start: int = 0) -> Iterato
     """Series as a server would be sent them, in the file's order, from row ``start``.
 
     A column of a Parquet file whose field has the metadata ``unit`` says its unit; others are taken
-    to be in the model's.
+    to be in the model's. Targets of an exported data set are left out, unless the model takes them.
 
     Args:
         split: of a data-set folder.
@@ -80,8 +81,11 @@ def _parquet(path: Path, package: Any, start: int) -> Iterator[Row]:
 
     axes = [axis["name"] for axis in package.axes]
     channels = [channel["name"] for channel in package.channels]
-    facts = [name for name in _FACTS if name not in channels]
     with pq.ParquetFile(path) as file:
+        targets = [
+            field.name for field in file.schema_arrow if _TARGET in (field.metadata or {}).items()
+        ]
+        known = [name for name in (*_FACTS, *targets) if name not in (*axes, *channels)]
         units = dict(package.units) | _given_units(file.schema_arrow)
         units = {name: unit for name, unit in units.items() if name in (*axes, *channels)}
         for batch in file.iter_batches(_AT_ONCE):
@@ -90,7 +94,7 @@ def _parquet(path: Path, package: Any, start: int) -> Iterator[Row]:
                 continue
             for row in batch.slice(start).to_pylist():
                 name = row.pop("id", None)
-                for fact in facts:
+                for fact in known:
                     row.pop(fact, None)
                 yield {
                     "id": None if name is None else str(name),

@@ -1,14 +1,20 @@
-"""Asset: the champion's predictions of a file of series, with drift against what it was trained on."""
+"""Asset: the champion's predictions of a file of series, with drift against what it was trained on.
 
+Without a champion there is nothing to say: the step ends well and materialises nothing.
+"""
+
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
+from roma_core.data.fingerprint import fingerprint_of
 from roma_core.files import digest_of, read_json
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.registry.promotion import CHAMPION
 from roma_pipelines.registry.store import MlflowSettings, connect
+from roma_pipelines.registry.versions import version_at
 from roma_pipelines.storage import Storage
 
 _PROFILED = 2000  # series of the input that drift is computed from, at most
@@ -24,9 +30,11 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
             "batch_predictions", "registered_classifier", settings={"predictions"}
         ),
         kinds={"parquet"},
+        output_required=False,
+        pool=f"predictions_{experiment.name}",  # two runs would throw away each other's parts
         description=f"What the champion says of {section.input}. {experiment.description}",
     )
-    def batch_predictions(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+    def batch_predictions(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
         from roma_core.serving.fetching import fetch, load, package_of, resolve
         from roma_core.serving.scoring import score_file
 
@@ -35,7 +43,14 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
         if not source.exists():
             raise dg.Failure(f"{source}, the input of predictions, is not there")
         client = connect(MlflowSettings(), storage.mlflow)
-        version = resolve(client, f"models:/{experiment.name}@{CHAMPION}")
+        champion = version_at(client, experiment.name, CHAMPION)
+        if champion is None:
+            context.log.warning(
+                f"{experiment.name} has no champion yet, so nothing is predicted; promote a version, "
+                f"then materialise this again"
+            )
+            return
+        version = resolve(client, f"models:/{experiment.name}/{champion}")
         folder = fetch(client, version, storage.cache / "models")
         digest = version.manifest_sha256 or ""
         lineage = {
@@ -47,11 +62,12 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
         output = storage.root / "predictions" / experiment.name / f"{source.stem}.parquet"
         output.parent.mkdir(parents=True, exist_ok=True)
         package = load(folder)
+        delivered = fingerprint_of([source]).digest  # before it is read: what changes later is new
         n = score_file(package, lineage, source, section.split, output)
         context.log.info(f"{n} series scored by {version.uri}")
         profile = read_json(package_of(folder) / "profile.json")
-        return dg.MaterializeResult(
-            data_version=dg.DataVersion(digest_of([digest, str(source), n])),
+        yield dg.MaterializeResult(
+            data_version=dg.DataVersion(digest_of([digest, delivered, section.split])),
             metadata={
                 "path": dg.MetadataValue.path(str(output)),
                 "series": n,

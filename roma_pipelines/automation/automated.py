@@ -66,8 +66,10 @@ class Automated:
     def _run(
         self, nouns: tuple[str, ...] | list[str], trigger: Trigger, why: str, run_key: str | None
     ) -> dg.RunRequest:
+        keys = [self.experiment.key(noun) for noun in nouns]
         return dg.RunRequest(
             run_key=run_key,
-            asset_selection=[self.experiment.key(noun) for noun in nouns],
+            # a shared encoder is made by its own experiment, on its data and its budget
+            asset_selection=[key for key in keys if key.path[0] == self.name],
             tags={EXPERIMENT_TAG: self.name, TRIGGER_TAG: trigger, "roma/why": why[:200]},
         )

@@ -46,21 +46,20 @@ def plan(experiment: str, target: str | None, profile: str | None, asset: str, c
     EXPERIMENT is a name or the path of a defs.yaml. Nothing is submitted. --check prints every
     reason for which the target would refuse the job, and fails if there is one.
     """
+    from roma_pipelines.experiment import ENCODER
     from roma_pipelines.experiment_files import load_experiment
     from roma_pipelines.launching.launcher import NoAnswer
     from roma_pipelines.storage import Storage, StorageError
     from roma_pipelines.targets import launcher_for
 
-    if target == "local" and profile is not None:
-        raise click.UsageError(
-            f"--profile {profile} names a cluster, and the target is local; name another --target, or "
-            f"leave --profile out"
-        )
     try:
         found = load_experiment(experiment)
-        changes = {"target": target, "profile": profile}
-        changes = {name: value for name, value in changes.items() if value is not None}
-        resources = found.resources.model_copy(update=changes)
+        if found.pretrained_from is not None and asset == ENCODER:
+            raise ValueError(
+                f"{found.name} finetunes the encoder of {found.pretrained_from}; plan that experiment, "
+                f"or give --asset finetuned_classifier"
+            )
+        resources = found.resources.at(target, profile)
         found = found.model_copy(update={"resources": resources})
         storage = Storage.open()
         launcher = launcher_for(resources.target, resources.profile, storage)

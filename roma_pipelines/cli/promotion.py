@@ -64,7 +64,8 @@ def promote(
 def reject(name: str, version: str, why: str, who: str | None, delete: bool) -> None:
     """Say that VERSION of model NAME shall not become champion.
 
-    A version that an alias points to, or that was champion once, is never deleted.
+    If it is `previous`, the champion before it takes that place. A version that an alias points to,
+    that was champion once, or that is the encoder of a classifier, is never deleted.
     """
     from roma_pipelines.registry import deletion, promotion
 

@@ -22,7 +22,7 @@ _LONG_S = 600.0
 @click.option(
     "--target", type=click.Choice(["local", "slurm", "kubernetes"]), help="In place of the files'."
 )
-@click.option("--profile", help="SLURM site, in place of the files'.")
+@click.option("--profile", help="Of the cluster, in place of the files'.")
 @click.option("--yes", is_flag=True, help="Do not ask before a run of more than ten minutes.")
 @click.option(
     "--out",
@@ -56,7 +56,6 @@ def results(
     from roma_pipelines.results.rows import chosen, read_rows
     from roma_pipelines.storage import Storage, StorageError
 
-    changes = {k: v for k, v in (("target", target), ("profile", profile)) if v is not None}
     try:
         storage, known = Storage.open(), read_rows()
         cells = chosen(known, rows, rates, seeds)
@@ -70,7 +69,7 @@ def results(
         _confirm([book.expected_s(cell) for cell in missing], yes)
         for n, cell in enumerate(missing, 1):
             experiment = book.experiments[cell.row]
-            resources = experiment.resources.model_copy(update=changes)
+            resources = experiment.resources.at(target, profile)
             run_cell(experiment, cell, resources, storage, lambda line: click.echo(f"  {line}"))
             click.echo(f"[{n}/{len(missing)}] {book.state(cell)}")
             book.write(cell.row, out)

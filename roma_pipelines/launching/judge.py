@@ -81,7 +81,12 @@ TABLE: dict[Phase, dict[Said, Verdict]] = {
 
 
 def judge(
-    state: Phase, said: Said, checkpoint: int | None, before: list[AttemptRecord], max_attempts: int
+    state: Phase,
+    said: Said,
+    checkpoint: int | None,
+    before: list[AttemptRecord],
+    max_attempts: int,
+    began: bool = True,
 ) -> tuple[Literal["completed", "continue", "failed", "cancelled"], str]:
     """How an ended attempt counts, and why.
 
@@ -90,6 +95,7 @@ def judge(
         checkpoint: step of the newest checkpoint now, None without any.
         before: records of the attempts before this one, ascending.
         max_attempts: how many attempts in a row may end with "continue" or this one.
+        began: whether its program ever started; one that only waited could add no checkpoint.
     """
     verdict = TABLE[state][said]
     seen = f"{state}, {said}"
@@ -105,6 +111,6 @@ def judge(
     advanced = checkpoint is not None and (last is None or checkpoint > last)
     if streak + 1 >= max_attempts:
         return "failed", f"{seen}; {streak + 1} attempts in a row are the limit"
-    if advanced or (verdict is Verdict.CONTINUE and streak == 0):
+    if advanced or (verdict is Verdict.CONTINUE and (streak == 0 or not began)):
         return "continue", f"{seen}; newest checkpoint: step {checkpoint}"
     return "failed", f"{seen}; no checkpoint was added since the attempt before (step {checkpoint})"

@@ -314,7 +314,8 @@ class Supervisor:
         said, why = self._said_at_last(n)
         before = [record for record in self.records() if record.attempt < n]
         checkpoint = newest_checkpoint(self.folder)
-        how, seen = judge(state.phase, said, checkpoint, before, self.max_attempts)
+        began = self.folder.attempt(n).owner.exists()
+        how, seen = judge(state.phase, said, checkpoint, before, self.max_attempts, began)
         reason = "; ".join(part for part in (why, state.reason, seen) if part)
         self._end(n, how, state, reason, checkpoint)
         return None if how == "continue" else self._outcome(how, reason)

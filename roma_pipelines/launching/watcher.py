@@ -15,6 +15,9 @@ from roma_core.job import JobFolder
 WATCHER_SILENT_S = 60.0
 """A watcher on another computer that has not said for so long that it is alive is dead."""
 
+POD_SILENT_S = 300.0
+"""The same where steps are pods: one that dies is noticed, waited for and started again meanwhile."""
+
 _BEAT_S = 5.0
 
 
@@ -47,4 +50,8 @@ def is_watched(watcher: Mapping[str, Any]) -> bool:
         return False
     if watcher.get("host", socket.gethostname()) == socket.gethostname():
         return is_running(watcher["pid"], watcher["start"])
-    return time.time() - float(watcher["beat"]) < WATCHER_SILENT_S
+    from roma_pipelines.executor import DagsterSettings  # it imports dagster: a second
+
+    in_pods = DagsterSettings().executor == "k8s_job"
+    silent_s = POD_SILENT_S if in_pods else WATCHER_SILENT_S
+    return time.time() - float(watcher["beat"]) < silent_s

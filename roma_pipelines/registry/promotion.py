@@ -11,6 +11,7 @@ The encoder that was registered with a classifier follows it: it has no gate of 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ CHAMPION, PREVIOUS = "champion", "previous"
 REJECTED_TAG = "roma.rejected"
 NO_CHAMPION = "none"
 """What ``COMPARED_TAG`` holds where there was no champion to compare with."""
+_log = logging.getLogger(__name__)
 
 
 class NotPromoted(ValueError):
@@ -52,7 +54,7 @@ def promote(
     """Make a version the champion, and the present champion ``previous``.
 
     The record is written before the aliases move; asked again after a crash, the move is finished.
-    Promoting the present champion changes nothing.
+    Promoting the present champion changes nothing else. A rejection that is overruled is taken back.
 
     Args:
         evidence: plain JSON, such as the gate's decision and the run that asked.
@@ -73,7 +75,8 @@ def promote(
     with model_lock(client, name):
         found = the_version(client, name, version)
         replaced = version_at(client, name, CHAMPION)
-        if replaced == version:
+        if replaced == version:  # perhaps by a promotion that did not come to its end
+            _settle(client, name, found)
             return version_at(client, name, PREVIOUS)
         against = _left_behind(client, name, version) or _what_stands_against(name, found, replaced)
         if against is not None and not despite_gate:
@@ -84,12 +87,14 @@ def promote(
         if replaced is not None:
             client.set_registered_model_alias(name, PREVIOUS, replaced)
         client.set_registered_model_alias(name, CHAMPION, version)
-        _let_encoder_follow(client, name, version)
+        _settle(client, name, found)
     return replaced
 
 
 def reject(client: MlflowClient, name: str, version: str, why: str, who: str) -> None:
-    """Say that a version shall not become champion; it stays in the registry.
+    """Say that a version shall not become champion, also by no rollback; it stays in the registry.
+
+    If it is ``previous``, the champion before it takes that place.
 
     Raises:
         ValueError: no such version, or nothing is said of who or why.
@@ -99,12 +104,15 @@ def reject(client: MlflowClient, name: str, version: str, why: str, who: str) ->
     checked_name("model", name)
     with model_lock(client, name):
         the_version(client, name, version)
-        if version_at(client, name, CHAMPION) == version:
+        champion = version_at(client, name, CHAMPION)
+        if champion == version:
             raise NotPromoted(
                 f"version {version} of {name!r} is the champion; `roma-pipeline rollback {name}` "
                 f"puts the one before it back"
             )
         event = record(client, name, "reject", version, None, who, why, {})
+        if version_at(client, name, PREVIOUS) == version:
+            _set_previous(client, name, _predecessor(client, name, version, champion))
         client.set_model_version_tag(name, version, REJECTED_TAG, f"{event.at} {who}: {why}")
 
 
@@ -112,10 +120,11 @@ def rollback(client: MlflowClient, name: str, who: str, why: str) -> str:
     """Put ``previous`` back as champion; return its version.
 
     ``previous`` then is the champion before that one, as the audit tells, so a second rollback goes
-    one further back instead of returning to what was just left.
+    one further back instead of returning to what was just left. Rejected versions are passed over.
 
     Raises:
         ValueError: there is no previous champion, or nothing is said of who or why.
+        NotPromoted: ``previous`` was rejected.
     """
     require(who, why)
     checked_name("model", name)
@@ -124,15 +133,18 @@ def rollback(client: MlflowClient, name: str, who: str, why: str) -> str:
         version = version_at(client, name, PREVIOUS)
         if champion is None or version is None:
             raise ValueError(f"model {name!r} has no previous champion to go back to")
+        tags = the_version(client, name, version).tags
+        if REJECTED_TAG in tags:  # by hand or by an earlier release: reject moves the alias
+            raise NotPromoted(
+                f"version {version} of {name!r}, the previous champion, was rejected: "
+                f"{tags[REJECTED_TAG]}; `roma-pipeline reject {name} {version}` again makes the one "
+                f"before it the previous one"
+            )
         if version != champion:  # equal if a crash came before the last step below
             record(client, name, "rollback", version, champion, who, why, {})
             client.set_registered_model_alias(name, CHAMPION, version)
         _let_encoder_follow(client, name, version)
-        before = _predecessor(client, name, version)
-        if before is None:
-            client.delete_registered_model_alias(name, PREVIOUS)
-        else:
-            client.set_registered_model_alias(name, PREVIOUS, before)
+        _set_previous(client, name, _predecessor(client, name, version, version))
     return version
 
 
@@ -179,14 +191,39 @@ def _left_behind(client: MlflowClient, name: str, version: str) -> str | None:
     return None
 
 
+def _settle(client: MlflowClient, name: str, champion: ModelVersion) -> None:
+    """What follows the alias of a promoted version: its encoder, and the end of a rejection."""
+    _let_encoder_follow(client, name, str(champion.version))
+    if REJECTED_TAG in champion.tags:
+        client.delete_model_version_tag(name, str(champion.version), REJECTED_TAG)
+
+
 def _let_encoder_follow(client: MlflowClient, name: str, version: str) -> None:
     encoder = client.get_model_version(name, version).tags.get(ENCODER_TAG)
-    if encoder is not None:
-        client.set_registered_model_alias(encoder_name(name), CHAMPION, encoder)
+    if encoder is None:
+        return
+    if not _exists(client, encoder_name(name), encoder):  # the classifier needs none to serve
+        _log.warning(
+            "version %s of %s, the encoder of version %s of %s, was deleted; the champion of the "
+            "encoder stays what it was",
+            *(encoder, encoder_name(name), version, name),
+        )
+        return
+    client.set_registered_model_alias(encoder_name(name), CHAMPION, encoder)
 
 
-def _predecessor(client: MlflowClient, name: str, version: str) -> str | None:
-    """Whom a version replaced when it was last promoted; who is gone is passed over."""
+def _set_previous(client: MlflowClient, name: str, version: str | None) -> None:
+    if version is None:
+        client.delete_registered_model_alias(name, PREVIOUS)
+    else:
+        client.set_registered_model_alias(name, PREVIOUS, version)
+
+
+def _predecessor(client: MlflowClient, name: str, version: str, champion: str | None) -> str | None:
+    """Whom a version replaced when it was last promoted.
+
+    Who is gone, was rejected or is the champion is passed over.
+    """
     events = audit(client, name)
     before: str | None = version
     while before is not None:
@@ -195,9 +232,16 @@ def _predecessor(client: MlflowClient, name: str, version: str) -> str | None:
         if event is not None:  # each step looks further back, so it comes to an end
             events = events[: events.index(event)]
         before = None if event is None else event.replaced
-        if before is not None and _exists(client, name, before):
+        if before is not None and before != champion and _may_return(client, name, before):
             return before
     return None
+
+
+def _may_return(client: MlflowClient, name: str, version: str) -> bool:
+    return (
+        _exists(client, name, version)
+        and REJECTED_TAG not in client.get_model_version(name, version).tags
+    )
 
 
 def _exists(client: MlflowClient, name: str, version: str) -> bool:

@@ -49,7 +49,7 @@ def plan_replay(client: MlflowClient, name: str, version: str, out: Path, datase
 
     Raises:
         FetchError: there is no such version.
-        ValueError: the version does not say what made it, ``out`` is in use, or the data set is gone.
+        ValueError: the version does not say what made it, ``out`` is in use, or a data set is gone.
     """
     tags = resolve(client, f"models:/{name}/{version}").tags
     if missing := [tag for tag in _STAGES.values() if tag not in tags]:
@@ -57,9 +57,9 @@ def plan_replay(client: MlflowClient, name: str, version: str, out: Path, datase
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; give another folder with --out")
     configs = {stage: _config_of(client, name, tags[tag]) for stage, tag in _STAGES.items()}
-    data = _dataset(Path(configs["finetune"]["dataset"]), tags["roma.dataset_digest"], datasets)
     folders = {stage: (out / stage).absolute() for stage in _STAGES}
-    for config in configs.values():
+    for config in configs.values():  # an encoder may be of other data than its classifier
+        data = _dataset(Path(config["dataset"]), config["dataset_digest"], datasets)
         config["dataset"] = str(data)
     configs["finetune"]["weights"] = str(folders["pretrain"] / "outputs" / "model")
     configs["evaluate"] |= {
@@ -68,7 +68,7 @@ def plan_replay(client: MlflowClient, name: str, version: str, out: Path, datase
         "champion": None,
         "champion_version": None,
         "champion_problem": None,
-        "trained_on": [str(data)],
+        "trained_on": [configs[stage]["dataset"] for stage in ("pretrain", "finetune")],
         "curves": {
             "pretraining": str(folders["pretrain"] / "metrics.jsonl"),
             "finetuning": str(folders["finetune"] / "metrics.jsonl"),

@@ -25,6 +25,12 @@ class Book:
         self.experiments: dict[str, Experiment] = {
             name: load_experiment(row.experiment) for name, row in rows.items()
         }
+        for name, experiment in self.experiments.items():
+            if experiment.pretrained_from is not None:
+                raise ValueError(
+                    f"row {name}: {experiment.name} finetunes the encoder of "
+                    f"{experiment.pretrained_from}; a row needs an experiment that pretrains its own"
+                )
 
     def is_missing(self, cell: Cell, again: bool) -> bool:
         """Whether the cell is to be run; with ``again`` also because its settings have changed."""

@@ -108,6 +108,8 @@ def test_targets_come_from_every_kind_of_file_and_go_out_again(stored, tmp_path,
     axes = [{"column": "t", "unit": "s"}]
     if kind == "parquet":
         export_parquet(stored, tmp_path / "x.parquet")
+        marked = pq.read_schema(tmp_path / "x.parquet").field("depth").metadata
+        assert marked == {b"unit": b"m", b"role": b"target"}
         source = {"axes": axes, "channels": columns, "targets": [{"column": "depth", "unit": "m"}]}
     elif kind == "table":
         rows = {"object": np.repeat(stored.ids, lengths), "t": positions[:, 0]}
@@ -152,6 +154,13 @@ def test_targets_that_are_missing_or_not_finite_are_refused(tmp_path):
     source = HandMade(series=(one,), targets=DEPTH)
     with pytest.raises(DataError, match="series 's': targets hold nan at observation 2, column 0"):
         build_dataset(config_of(source=source), tmp_path, tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_columns_of_a_generated_set_have_different_names(recipe):
+    made = RECIPES[recipe]
+    names = [part.name for part in (*made.axes, *made.channels, *made.targets)]
+    assert len(set(names)) == len(names), "else it cannot be exported"
 
 
 @pytest.mark.parametrize("recipe", ["spirals", "positions", "rbf", "sines"])

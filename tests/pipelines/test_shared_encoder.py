@@ -3,6 +3,10 @@
 import dagster as dg
 import pytest
 
+from roma_pipelines.assets.training import finetuned_classifier_asset
+from roma_pipelines.automation.automated import Automated
+from roma_pipelines.automation.definitions import automated_of
+from roma_pipelines.automation.training_state import TRAINING
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.definitions import _check_shared_encoders
 from roma_pipelines.experiment import NOUNS
@@ -43,6 +47,24 @@ def test_it_has_four_assets_and_depends_on_the_other_encoder(tmp_path):
     assert own == set(NOUNS) - {"pretrained_encoder"}
     classifier = graph.get(dg.AssetKey(["ripples", "finetuned_classifier"]))
     assert dg.AssetKey(["waves", "pretrained_encoder"]) in classifier.parent_keys
+
+
+def test_what_it_shares_decides_its_classifier_but_is_not_trained_by_it(tmp_path):
+    sections = sharing(tmp_path)
+    here, there = (
+        RomaExperiment(**(sections | {"pretrained_from": name})).experiment()
+        for name in ("waves", "tides")
+    )
+    versions = [
+        automated_of(e, [finetuned_classifier_asset(e)]).code_versions["finetuned_classifier"]
+        for e in (here, there)
+    ]
+    assert versions[0] != versions[1]
+
+    request = Automated(here, {})._run(TRAINING, "schedule", "a test", None)
+
+    selected = {key.to_user_string() for key in request.asset_selection}
+    assert selected == {f"ripples/{noun}" for noun in NOUNS[2:]}
 
 
 def test_the_encoder_of_the_other_experiment_is_finetuned(instance, tmp_path):

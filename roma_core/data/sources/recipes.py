@@ -189,7 +189,7 @@ RECIPES = {
         positions,
         (PositionAxis(name="place", unit="1"),),
         _value("one"),
-        targets=_value("place"),
+        targets=_value("true_place"),
     ),
     "rbf": Recipe(rbf, _time(), _value("value"), targets=_value("clean")),
     "sines": Recipe(sines, _time(), _value("value"), targets=_value("clean")),

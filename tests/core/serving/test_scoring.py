@@ -130,6 +130,20 @@ def test_units_of_parquet_columns_are_checked_or_assumed_aloud(package, tmp_path
             score_file(package, LINEAGE, path, "test", tmp_path / "out")
 
 
+@pytest.mark.parametrize("role", ["target", None])
+def test_targets_of_an_exported_data_set_are_no_input(package, tmp_path, role):
+    numbers = {name: [[1.0, 2.0]] for name in ("time", "band", "flux", "ratio", "clean")}
+    roles = {"clean": {"role": role} if role else None}
+    fields = [pa.field(n, pa.list_(pa.float64()), metadata=roles.get(n)) for n in numbers]
+    path = tmp_path / "in.parquet"
+    pq.write_table(pa.table(numbers, schema=pa.schema(fields)), path)
+    if role == "target":
+        assert score_file(package, LINEAGE, path, "test", tmp_path / "out") == 1
+    else:
+        with pytest.raises(ValueError, match="unknown 'clean'"):
+            score_file(package, LINEAGE, path, "test", tmp_path / "out")
+
+
 def test_reading_begins_at_any_row(package, source):
     for start in (0, 3, 10):
         ids = [row["id"] for row in read_series(source, "test", package, start)]

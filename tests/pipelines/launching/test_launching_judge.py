@@ -11,8 +11,8 @@ def attempt(n, how, checkpoint):
     return AttemptRecord(attempt=n, backend="fake", intended_at=0.0, end=end)
 
 
-def how(phase, said, checkpoint=None, before=(), max_attempts=20):
-    return judge(phase, said, checkpoint, list(before), max_attempts)[0]
+def how(phase, said, checkpoint=None, before=(), max_attempts=20, began=True):
+    return judge(phase, said, checkpoint, list(before), max_attempts, began)[0]
 
 
 def test_the_table_has_a_word_for_every_end():
@@ -61,3 +61,13 @@ def test_attempts_in_a_row_have_a_bound_and_a_deliberate_retry_starts_anew():
     retried = [*row, attempt(4, "failed", 4)]
     assert how(Phase.INTERRUPTED, Said.NOTHING, 4, retried, max_attempts=4) == "continue"
     assert how(Phase.ENDED_BAD, Said.NOTHING, 4, retried, max_attempts=4) == "failed"
+
+
+def test_attempts_that_only_waited_owe_no_checkpoint_but_are_counted():
+    """Where the time limit counts waiting, a busy cluster ends them before they begin."""
+    before = [attempt(1, "continue", None), attempt(2, "continue", None)]
+
+    assert how(Phase.INTERRUPTED, Said.NOTHING, None, before, began=False) == "continue"
+    assert how(Phase.INTERRUPTED, Said.NOTHING, None, before, began=True) == "failed"
+    assert how(Phase.INTERRUPTED, Said.NOTHING, None, before, 3, began=False) == "failed"
+    assert how(Phase.ENDED_BAD, Said.NOTHING, None, before, began=False) == "failed"

@@ -6,11 +6,11 @@ import pytest
 
 from roma_core.serving.fetching import (
     CODE_TAG,
+    MANIFEST_TAG,
     FetchError,
     connect,
     fetch,
     load,
-    package_of,
     resolve,
 )
 from roma_core.serving.follower import Follower
@@ -65,9 +65,10 @@ def test_a_server_that_does_not_answer_is_named_without_the_password(monkeypatch
     assert "geheim" not in str(caught.value)
 
 
-def test_a_version_without_checksums_cannot_be_verified(registry, tmp_path):
-    registry.delete_model_version_tag("stars", "1", "roma.manifest_sha256")
-    with pytest.raises(FetchError, match=r"no tag roma\.manifest_sha256"):
+@pytest.mark.parametrize("tag", [MANIFEST_TAG, CODE_TAG])
+def test_a_version_without_checksums_cannot_be_verified(registry, tmp_path, tag):
+    registry.delete_model_version_tag("stars", "1", tag)
+    with pytest.raises(FetchError, match=f"no tag {tag}"):
         fetch(registry, resolve(registry, CHAMPION), tmp_path)
 
 
@@ -129,9 +130,3 @@ def test_the_last_three_champions_still_load(registry, toy_package, tmp_path):
         package = load(fetch(registry, version, tmp_path))
         answers.append(package.predict([package.module.Series(**row) for row in rows])[0])
     assert answers[0] == answers[2] != answers[1]
-
-
-def test_a_version_of_before_checksums_of_code_is_verified_by_its_manifest(registry, tmp_path):
-    registry.delete_model_version_tag("stars", "1", CODE_TAG)
-    folder = fetch(registry, resolve(registry, CHAMPION), tmp_path)
-    assert package_of(folder).is_dir()

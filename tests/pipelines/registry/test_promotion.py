@@ -215,16 +215,86 @@ def test_a_rollback_passes_over_a_champion_that_is_gone(versions):
     assert aliases(versions) == {CHAMPION: "3", PREVIOUS: "1"}
 
 
-def test_the_encoder_follows_its_classifier_there_and_back(versions, tmp_path):
+@pytest.fixture
+def encoders(versions, tmp_path):
+    """Name of the encoders of versions 1 and 2."""
     encoder = encoder_name(NAME)
     versions.create_registered_model(encoder)
     for version in ("1", "2"):
         versions.create_model_version(encoder, (tmp_path / "encoder").as_uri(), None)
         versions.set_model_version_tag(NAME, version, ENCODER_TAG, version)
+    return encoder
+
+
+def test_the_encoder_follows_its_classifier_there_and_back(versions, encoders):
+    for version in ("1", "2"):
         move(versions, version)
-        assert version_at(versions, encoder, CHAMPION) == version
+        assert version_at(versions, encoders, CHAMPION) == version
     rollback(versions, NAME, who="tester", why="drifts")
-    assert version_at(versions, encoder, CHAMPION) == "1"
+    assert version_at(versions, encoders, CHAMPION) == "1"
+
+
+def test_a_promotion_that_dies_before_the_encoder_is_finished_by_the_next_one(
+    versions, encoders, monkeypatch
+):
+    move(versions, "1")
+    original = versions.set_registered_model_alias
+
+    def dying(name, alias, version):
+        if name == encoders:
+            raise KeyboardInterrupt
+        original(name, alias, version)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(versions, "set_registered_model_alias", dying)
+        with pytest.raises(KeyboardInterrupt):
+            move(versions, "2")
+    assert (version_at(versions, NAME, CHAMPION), version_at(versions, encoders, CHAMPION)) == (
+        "2",
+        "1",
+    )
+
+    move(versions, "2")
+
+    assert version_at(versions, encoders, CHAMPION) == "2"
+    assert aliases(versions) == {CHAMPION: "2", PREVIOUS: "1"}
+
+
+def test_an_encoder_stays_as_long_as_its_classifier_and_no_rollback_needs_it(
+    versions, encoders, caplog
+):
+    for version in ("1", "2"):
+        move(versions, version)
+    with pytest.raises(StillNeeded, match="is the encoder of version 1 of 'vowels'"):
+        delete_version(versions, encoders, "1")
+    versions.delete_model_version(encoders, "1")  # past this project
+    assert rollback(versions, NAME, who="tester", why="drifts") == "1"
+    assert aliases(versions) == {CHAMPION: "1"}
+    assert version_at(versions, encoders, CHAMPION) == "2"
+    assert "the encoder of version 1 of vowels, was deleted" in caplog.text
+
+
+def test_no_rollback_brings_back_what_was_rejected(versions):
+    for version in ("1", "2", "3", "4"):
+        move(versions, version)
+    reject(versions, NAME, "2", why="leaks", who="tester")
+    reject(versions, NAME, "3", why="leaks, too", who="tester")
+    assert aliases(versions) == {CHAMPION: "4", PREVIOUS: "1"}
+    versions.set_registered_model_alias(NAME, PREVIOUS, "3")
+    with pytest.raises(NotPromoted, match=r"was rejected: .*leaks, too; .* reject vowels 3` again"):
+        rollback(versions, NAME, who="tester", why="drifts")
+    reject(versions, NAME, "3", why="leaks, too", who="tester")
+    assert rollback(versions, NAME, who="tester", why="drifts") == "1"
+    assert aliases(versions) == {CHAMPION: "1"}
+
+
+def test_who_promotes_what_was_rejected_takes_the_rejection_back(versions):
+    move(versions, "1")
+    reject(versions, NAME, "2", why="odd", who="tester")
+    promote(versions, NAME, "2", "not odd", "tester", {}, despite_gate=True)
+    move(versions, "3")
+    assert rollback(versions, NAME, who="tester", why="drifts") == "2"
+    assert aliases(versions) == {CHAMPION: "2", PREVIOUS: "1"}
 
 
 def test_bad_input_moves_nothing(versions):
