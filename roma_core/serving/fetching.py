@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from roma_core.credentials import without_credentials
 from roma_core.files import sha256_of
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def resolve(client: MlflowClient, uri: str) -> ModelVersion:
             else client.get_model_version(name, match["version"])
         )
     except MlflowException as error:
-        raise FetchError(f"{uri} is not in {client.tracking_uri}: {error.message}") from error
+        why = without_credentials(f"{client.tracking_uri}: {error.message}")
+        raise FetchError(f"{uri} is not in {why}") from error
     return ModelVersion(name, str(found.version), dict(found.tags))
 
 
@@ -120,7 +122,8 @@ def _download(client: MlflowClient, version: ModelVersion, aside: Path) -> Path:
         repository = get_artifact_repository(place, tracking_uri=client.tracking_uri)
         repository.download_artifacts("", dst_path=str(target))
     except Exception as error:  # whatever the store's client raises
-        raise FetchError(f"{version.uri} cannot be downloaded: {error}") from error
+        why = without_credentials(str(error))
+        raise FetchError(f"{version.uri} cannot be downloaded: {why}") from error
     return target
 
 

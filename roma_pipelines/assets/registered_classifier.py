@@ -5,6 +5,7 @@ from typing import Any
 
 import dagster as dg
 
+from roma_core.credentials import without_credentials
 from roma_core.files import digest_of, read_json
 from roma_core.job import JobFolder, Result
 from roma_core.trainer.trackers import WandbConfig
@@ -103,7 +104,7 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
             experiment.name,
             version,
             f"models:/{experiment.name}/{version}",
-            {"mlflow_tracking_uri": client.tracking_uri, **tags},
+            {"mlflow_tracking_uri": without_credentials(client.tracking_uri), **tags},
             folder.path,
         )
         return dg.MaterializeResult(

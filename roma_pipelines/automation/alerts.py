@@ -13,6 +13,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Sequence
+from http.client import HTTPException
 from pathlib import Path
 
 from filelock import FileLock
@@ -104,6 +105,6 @@ def _deliver(settings: AlertSettings, text: str, path: Path) -> None:
         )
         try:
             urllib.request.urlopen(request, timeout=_TIMEOUT_S).close()
-        except (OSError, ValueError) as error:  # its text may name the URL, which is a secret
+        except (OSError, ValueError, HTTPException) as error:  # its text may name the URL: a secret
             kind = type(error).__name__
             _log.error("ROMA_ALERT_WEBHOOK_URL failed (%s); the alert is in %s", kind, path)

@@ -15,8 +15,13 @@ def backup(file: Path, with_datasets: bool) -> None:
 
     Everything may go on meanwhile. The file is read back and compared with its sha256 before it
     gets its name.
+
+    Not in it: caches, checkpoints of jobs, logs of servers, data sets (but see --with-datasets),
+    and what is kept elsewhere: by an MLflow server (ROMA_MLFLOW_TRACKING_URI), or by a DAGSTER_HOME
+    outside the root or with a storage of its own. The command names what applies; back that up
+    where it is.
     """
-    from roma_pipelines.operations.backup import BackupError, write_backup
+    from roma_pipelines.operations.backup import BackupError, kept_elsewhere, write_backup
     from roma_pipelines.operations.retention import operations_lock
     from roma_pipelines.storage import Storage, StorageError
 
@@ -24,9 +29,14 @@ def backup(file: Path, with_datasets: bool) -> None:
         storage = Storage.open()
         with operations_lock(storage):
             n_bytes = write_backup(storage, file.absolute(), with_datasets=with_datasets)
+        elsewhere = kept_elsewhere(storage)
     except (StorageError, BackupError, RuntimeError, OSError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"{file}: {n_bytes:,} bytes, verified; `roma-pipeline restore {file}` puts it back")
+    left_out = "caches, checkpoints of jobs, logs of servers"
+    click.echo(f"not in it: {left_out}{'' if with_datasets else ', data sets (--with-datasets)'}")
+    for what in elsewhere:
+        click.echo(f"NOT IN IT: {what}; back it up there")
 
 
 @click.command()

@@ -26,9 +26,10 @@ from roma_pipelines.cli.opening import opened
 def gc(days: float, keep_versions: int, yes: bool) -> None:
     """List, or with --yes remove, what nothing needs: jobs, checkpoints, data sets, MLflow runs.
 
-    Jobs that ended, checkpoints of completed jobs, old versions of data sets, and MLflow runs that
-    were deleted on MLflow's page. What a registered version or the newest materialisation of an
-    asset was made of stays, whatever its age, and so does what runs.
+    Jobs that ended, checkpoints of completed jobs, old versions of data sets, MLflow runs that were
+    deleted on MLflow's page, and cached models that have no alias. What a registered version or the
+    newest materialisation of an asset was made of stays, whatever its age, and so does what runs and
+    what an experiment predicts.
     """
     from roma_pipelines.operations.retention import operations_lock, removals
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from roma_core.credentials import without_credentials
+
 if TYPE_CHECKING:
     import dagster as dg
     from mlflow import MlflowClient
@@ -27,8 +29,12 @@ def opened() -> Iterator[tuple[Storage, dg.DagsterInstance, MlflowClient]]:
         prepare_instance(storage)
         client = connect(MlflowSettings(), storage.mlflow)
         import dagster as dg
+        from mlflow.exceptions import MlflowException  # connect() sets telemetry first
 
         with dg.DagsterInstance.get() as instance:
-            yield storage, instance, client
+            try:
+                yield storage, instance, client
+            except MlflowException as error:
+                raise click.ClickException(without_credentials(str(error))) from error
     except (StorageError, StoreError, ValueError, OSError, RuntimeError) as error:
         raise click.ClickException(str(error)) from error

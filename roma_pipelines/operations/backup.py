@@ -5,8 +5,10 @@
     root/…              files of the storage root; SQLite files as consistent copies
     SHA256.json         last: sha256 of every member before it
 
-Databases are copied before files: what they name was written before, so it is there. Left out are
-caches, logs of servers, checkpoints, and data sets unless they are asked for (they can be built again).
+Databases are copied before files are listed: what they name was written before, so it is there. Left
+out are caches, logs of servers, checkpoints of jobs, and data sets unless they are asked for (they can
+be built again). State that is kept elsewhere, such as that of an MLflow server, is not in it either;
+``kept_elsewhere`` names it.
 """
 
 from __future__ import annotations
@@ -25,16 +27,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+
+from roma_core.credentials import without_credentials
 from roma_core.files import sync_folder
 from roma_pipelines.database import SCHEMAS, connection, database_url
+from roma_pipelines.instance import DATABASE_VARIABLE
 from roma_pipelines.operations.postgres_tools import postgres_tool
+from roma_pipelines.registry.store import MlflowSettings, embedded_root
 from roma_pipelines.storage import Storage
 
 MANIFEST, HASHES, DUMP = "MANIFEST.json", "SHA256.json", "database.dump"
 SCHEMA_VERSION = 1
 _SQLITE_MAGIC = b"SQLite format 3\0"
 _SIDE_FILES = ("-wal", "-shm", "-journal")  # of SQLite; the copy of the database has all of it
-_LEFT_OUT = frozenset({"cache", "checkpoints", "logs", "clusters"})
+_LEFT_OUT = frozenset(
+    {"cache", "clusters", "dagster/logs"}
+)  # of the root; names below are anybody's
 
 
 class BackupError(RuntimeError):
@@ -62,6 +71,32 @@ def write_backup(storage: Storage, target: Path, *, with_datasets: bool = False)
     return target.stat().st_size
 
 
+def kept_elsewhere(storage: Storage) -> list[str]:
+    """State of this installation that no backup of its root and database has; a line for each."""
+    found = []
+    settings = MlflowSettings()
+    for what, uri in (
+        ("runs and models", settings.tracking_uri),
+        ("registry", settings.registry_uri),
+    ):
+        if uri and embedded_root(uri) != storage.mlflow:
+            found.append(f"MLflow's {what} at {without_credentials(uri)}")
+    home = Path(os.environ.get("DAGSTER_HOME") or storage.dagster)
+    config = home / "dagster.yaml"
+    text = config.read_text(encoding="utf-8") if config.is_file() else ""
+    if DATABASE_VARIABLE in text and database_url() is not None:  # it is in the dump
+        return found
+    document = yaml.safe_load(text) or {}
+    own = sorted({"storage", "run_storage", "event_log_storage"} & set(document))
+    if own:
+        found.append(
+            f"Dagster's history, which {config} ({', '.join(own)}) keeps in a place of its own"
+        )
+    elif not home.absolute().is_relative_to(storage.root):
+        found.append(f"Dagster's history in DAGSTER_HOME, {home}")
+    return found
+
+
 def _write(storage: Storage, file: IO[bytes], scratch: Path, with_datasets: bool) -> None:
     url = database_url()
     hashes: dict[str, str] = {}
@@ -78,35 +113,42 @@ def _write(storage: Storage, file: IO[bytes], scratch: Path, with_datasets: bool
             dump = scratch / DUMP
             _pg_dump(url, dump)
             _add_file(tar, dump, DUMP, hashes)
-        files = list(_files(storage.root, with_datasets))
-        databases = [path for path in files if _is_sqlite(path)]
-        for path in [*databases, *(path for path in files if path not in set(databases))]:
-            name = f"root/{path.relative_to(storage.root)}"
-            if path in databases:
-                copy = scratch / "copy.db"
-                _copy_sqlite(path, copy)
-                _add_file(tar, copy, name, hashes)
-                copy.unlink()
-            else:
+        for databases_only in (True, False):
+            for path in _files(storage.root, with_datasets):
+                name = f"root/{path.relative_to(storage.root)}"
                 with contextlib.suppress(FileNotFoundError):  # it went since it was listed
-                    _add_file(tar, path, name, hashes)
+                    is_database = _is_sqlite(path)
+                    if name in hashes or (databases_only and not is_database):
+                        continue
+                    if is_database:
+                        copy = scratch / "copy.db"
+                        _copy_sqlite(path, copy)
+                        _add_file(tar, copy, name, hashes)
+                        copy.unlink()
+                    else:
+                        _add_file(tar, path, name, hashes)
         _add_bytes(tar, HASHES, json.dumps(hashes, indent=0).encode(), {})
 
 
 def _files(root: Path, with_datasets: bool) -> Iterator[Path]:
     for where, folders, names in os.walk(root):
         folder = Path(where)
-        inside = folder.relative_to(root).parts
+        inside = folder.relative_to(root)
         folders[:] = sorted(
-            name
-            for name in folders
-            if not (name in _LEFT_OUT or (not inside and name == "datasets" and not with_datasets))
+            name for name in folders if not _is_left_out(inside / name, with_datasets)
         )
         for name in sorted(names):
             path = folder / name
             hidden = name.startswith(".") or name.endswith(_SIDE_FILES)
             if not hidden and path.is_file() and not path.is_symlink():
                 yield path
+
+
+def _is_left_out(inside: Path, with_datasets: bool) -> bool:
+    """Whether a folder is, by its path in the root."""
+    if inside.parts[0] == "jobs":
+        return inside.parts[2:] == ("checkpoints",)
+    return inside.as_posix() in _LEFT_OUT or (inside == Path("datasets") and not with_datasets)
 
 
 def _is_sqlite(path: Path) -> bool:

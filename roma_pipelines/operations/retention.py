@@ -1,9 +1,10 @@
 """What may be removed from the storage root, and removing it.
 
 Kept is whatever something still needs. Needed from the start: what a registered version names, what
-the newest materialisation of an asset names, jobs that run, are watched or are young, and the newest
-versions of every data set. From there, what a needed job's configuration names is needed, too: the
-report of a version needs its classifier, that one its encoder, all of them their data.
+the newest materialisation of an asset names, the input that an experiment predicts, jobs that run, are
+watched or are young, and the newest versions of every data set: a split goes on from the last. From
+there, what a needed job's configuration names is needed, too: the report of a version needs its
+classifier, that one its encoder, all of them their data.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from roma_core.job import JobFolder
+from roma_pipelines import experiment_files
 from roma_pipelines.launching.jobs import WATCHER_SILENT_S, Job, all_jobs, read_job
 from roma_pipelines.launching.jobs import remove as remove_job
 from roma_pipelines.registry.runs import JOB_KEY_TAG
@@ -83,10 +85,17 @@ def removals(
     """All that nothing needs and that is older than ``days``.
 
     Args:
-        keep_versions: newest versions of every data set that stay in any case.
+        keep_versions: newest versions of every data set that stay in any case, at least 1.
+
+    Raises:
+        RuntimeError: Dagster's instance is not the one that the jobs here were made by, so what it
+            names says nothing.
     """
+    if keep_versions < 1:
+        raise ValueError(f"keep_versions: {keep_versions}: the newest version is needed to split")
     now, age_s = time.time(), days * 86400
     jobs = all_jobs(storage.jobs)
+    _check_is_theirs(instance, jobs)
     old = {job.folder.path.name: job for job in jobs if _is_over(job, now - age_s)}
     needed = _needed(storage, instance, client, frozenset(old))
     found = []
@@ -98,7 +107,18 @@ def removals(
             what = f"checkpoints of job {job.key}: {job.asset}, completed"
             found.append(Removal(what, size, _tree(job.folder.checkpoints)))
     found += _datasets(storage, needed, now - age_s, keep_versions)
+    found += _cached(storage, client, needed, now - age_s)
     return found + _deleted_runs(client, now - age_s)
+
+
+def _check_is_theirs(instance: dg.DagsterInstance, jobs: Sequence[Job]) -> None:
+    runs = {str(job.watcher["dagster_run_id"]) for job in jobs if "dagster_run_id" in job.watcher}
+    if runs and not any(instance.has_run(run) for run in runs):
+        raise RuntimeError(
+            f"jobs here were made by {len(runs)} Dagster runs, and this Dagster instance knows none "
+            f"of them, so it cannot say what is needed; set DAGSTER_HOME (or unset it) and "
+            f"ROMA_STORAGE_DATABASE_URL as they are where Dagster runs. Nothing was removed"
+        )
 
 
 def _is_over(job: Job, before: float) -> bool:
@@ -127,10 +147,18 @@ def _tree(folder: Path) -> Callable[[], bool]:
     return remove
 
 
+def _file(path: Path) -> Callable[[], bool]:
+    def remove() -> bool:
+        path.unlink(missing_ok=True)
+        return True
+
+    return remove
+
+
 def _needed(
     storage: Storage, instance: dg.DagsterInstance, client: MlflowClient, old: frozenset[str]
 ) -> _Needed:
-    texts = [*_named_by_versions(client), *_named_by_assets(instance)]
+    texts = [*_named_by_versions(client), *_named_by_assets(instance), *_named_by_experiments()]
     folders = {path.name for path in storage.jobs.iterdir() if path.is_dir()}
     jobs, datasets, todo = set(folders - old), set(), list(folders - old)
     while texts or todo:
@@ -167,6 +195,12 @@ def _named_by_assets(instance: dg.DagsterInstance) -> Iterator[str]:
                     yield value.value
 
 
+def _named_by_experiments() -> Iterator[str]:
+    """Inputs of predictions; of a definition that cannot be used now, whatever it says."""
+    for path in experiment_files.DEFS.glob("**/defs.yaml"):
+        yield path.read_text(errors="replace")
+
+
 def _datasets(
     storage: Storage, needed: _Needed, before: float, keep_versions: int
 ) -> Iterator[Removal]:
@@ -178,6 +212,29 @@ def _datasets(
             young = (path / "manifest.json").stat().st_mtime > before
             if path.name not in digests and not young:
                 yield Removal(f"data set {home.name} {path.name}", _size(path), _tree(path))
+
+
+def _cached(
+    storage: Storage, client: MlflowClient, needed: _Needed, before: float
+) -> Iterator[Removal]:
+    """Copies of versions that have no alias, and profiles of data that is not needed.
+
+    Both are made again when somebody asks for them.
+    """
+    aliased = {
+        (model.name.replace("/", "__"), str(version))
+        for model in _paged(client.search_registered_models)
+        for version in model.aliases.values()
+    }
+    for path in sorted((storage.cache / "models").glob("*/*")):
+        if (path.parent.name, path.name) not in aliased and path.stat().st_mtime <= before:
+            what = f"cached model {path.parent.name} {path.name}"
+            yield Removal(what, _size(path), _tree(path))
+    digests = {digest for _, digest in needed.datasets}
+    for path in sorted((storage.cache / "profiles").glob("*.json")):
+        if path.stem[:12] not in digests and path.stat().st_mtime <= before:
+            what = f"cached profile of data {path.stem[:12]}"
+            yield Removal(what, path.stat().st_size, _file(path))
 
 
 def _deleted_runs(client: MlflowClient, before: float) -> list[Removal]:

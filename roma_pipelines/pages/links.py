@@ -9,6 +9,7 @@ import dagster as dg
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
+from roma_core.credentials import without_credentials
 from roma_core.settings import RomaSettings
 
 
@@ -43,7 +44,9 @@ def mlflow_link(
     experiment_id: str, run_id: str, tracking_uri: str
 ) -> dict[str, dg.MetadataValue[Any]]:
     """Link to a run's page."""
-    server = tracking_uri if tracking_uri.startswith(("http:", "https:")) else None
+    server = (
+        without_credentials(tracking_uri) if tracking_uri.startswith(("http:", "https:")) else None
+    )
     mlflow = PageSettings().mlflow_url or server
     if mlflow is None:
         return {}

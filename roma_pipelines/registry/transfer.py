@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from roma_core.credentials import without_credentials
 from roma_core.serving.fetching import MANIFEST_TAG, ModelVersion, fetch, resolve
 from roma_pipelines.registry.lock import model_lock
 from roma_pipelines.registry.promotion import NO_CHAMPION
@@ -89,7 +90,7 @@ def _tags_there(
     The encoder stays behind; its version's number means nothing there.
     """
     tags = {k: v for k, v in version.tags.items() if k != ENCODER_TAG}
-    tags[ORIGIN_TAG] = f"{source.tracking_uri} {version.uri}"
+    tags[ORIGIN_TAG] = f"{without_credentials(source.tracking_uri)} {version.uri}"
     compared = tags.get(COMPARED_TAG, NO_CHAMPION)
     if compared != NO_CHAMPION:
         before = resolve(source, f"models:/{version.name}/{compared}")

@@ -147,7 +147,7 @@ def test_the_drawing_marks_what_was_refused():
 def test_an_asset_leads_to_the_pages_that_are_there(monkeypatch):
     assert job_links("k", has_report=True) == {}
     assert mlflow_link("1", "r", "sqlite:////x/mlflow.db") == {}
-    server = mlflow_link("1", "r", "http://mlflow.example:5000/")["open_mlflow_run"].value
+    server = mlflow_link("1", "r", "http://me:secret@mlflow.example:5000/")["open_mlflow_run"].value
     assert server == "http://mlflow.example:5000/#/experiments/1/runs/r"
 
     monkeypatch.setattr(os, "environ", dict(os.environ))

@@ -202,8 +202,10 @@ def test_an_alert_is_told_once_by_a_command_that_need_not_work(
     monkeypatch.setenv("ROMA_ALERT_WEBHOOK_URL", "http://127.0.0.1:1/geheim")
     assert alert(storage, "failed", "another", "", once=["2"])
     assert "ROMA_ALERT_COMMAND failed" in caplog.text and "WEBHOOK_URL failed" in caplog.text
-    assert "geheim" not in caplog.text
-    assert [one["id"] for one in read_alerts(storage)] == ["failed:1", "failed:2"]
+    monkeypatch.setenv("ROMA_ALERT_WEBHOOK_URL", "http://127.0.0.1:1/geheim with a space")
+    assert alert(storage, "failed", "a third", "", once=["3"])
+    assert "InvalidURL" in caplog.text and "geheim" not in caplog.text
+    assert [one["id"] for one in read_alerts(storage)] == ["failed:1", "failed:2", "failed:3"]
 
 
 def test_more_failures_at_once_than_a_look_takes_are_all_told(storage):

@@ -1,5 +1,6 @@
 import os
 import sqlite3
+import tarfile
 import threading
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from click.testing import CliRunner
 
 from roma_pipelines.cli import main
 from roma_pipelines.instance import DATABASE_VARIABLE, prepare_instance
+from roma_pipelines.operations import backup
 from roma_pipelines.operations.backup import BackupError, verify, write_backup
 from roma_pipelines.operations.restore import restore_backup
 from roma_pipelines.registry.runs import find_or_create_run
@@ -73,6 +75,57 @@ def test_a_backup_brings_back_history_and_models_at_another_place(
     assert what_is_there(tmp_path / "elsewhere", monkeypatch, tmp_path) == (42, "weights")
     job = tmp_path / "elsewhere" / "jobs" / ("a" * 20)
     assert (job / "result.json").exists() and not (job / "checkpoints").exists()
+
+
+def members(file):
+    with tarfile.open(file) as tar:
+        return {name.removeprefix("root/") for name in tar.getnames()}
+
+
+def test_only_folders_of_the_root_are_left_out_not_all_of_their_names(installation, tmp_path):
+    root, job = installation.root, f"jobs/{'a' * 20}"
+    kept = [
+        "mlflow/artifacts/1/checkpoints/w",
+        "mlflow/artifacts/1/logs/w",
+        "datasets/clusters/0/manifest.json",
+        "datasets/cache/0/manifest.json",
+        f"{job}/outputs/checkpoints/w",
+    ]
+    left_out = ["cache/w", "clusters/s/poll.json", "dagster/logs/w", f"{job}/checkpoints/w"]
+    for name in kept + left_out:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("content")
+    write_backup(installation, tmp_path / "b.tar", with_datasets=True)
+    found = members(tmp_path / "b.tar")
+    assert set(kept) <= found and not set(left_out) & found
+
+
+def test_what_a_database_names_is_there_if_it_came_while_databases_were_copied(
+    installation, tmp_path, monkeypatch
+):
+    late = installation.mlflow / "artifacts" / "late"
+
+    def copy_then_write(path, copy):
+        late.write_text("logged, then named by the database")
+        copy_sqlite(path, copy)
+
+    copy_sqlite = backup._copy_sqlite
+    monkeypatch.setattr(backup, "_copy_sqlite", copy_then_write)
+    write_backup(installation, tmp_path / "b.tar")
+    assert "mlflow/artifacts/late" in members(tmp_path / "b.tar")
+
+
+def test_what_is_kept_elsewhere_is_named(storage, tmp_path, monkeypatch):
+    assert backup.kept_elsewhere(storage) == []
+    monkeypatch.setenv("ROMA_MLFLOW_TRACKING_URI", "https://me:geheim@mlflow.example.org")
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("DAGSTER_HOME", str(home))
+    printed = CliRunner().invoke(main, ["backup", str(tmp_path / "b.tar")]).output
+    assert "NOT IN IT: MLflow's runs and models at https://mlflow.example.org" in printed
+    assert f"NOT IN IT: Dagster's history in DAGSTER_HOME, {home}" in printed
+    (home / "dagster.yaml").write_text("run_storage: {module: elsewhere, class: There}")
+    assert "(run_storage)" in backup.kept_elsewhere(storage)[1]
 
 
 def test_a_copy_of_a_database_that_is_written_to_is_whole(installation, tmp_path):

@@ -1,6 +1,11 @@
+import os
+import time
+
 import dagster as dg
+import pytest
 from click.testing import CliRunner
 
+from roma_core.files import read_json, write_json
 from roma_pipelines.cli import main
 from roma_pipelines.operations.retention import removals
 from roma_pipelines.registry.runs import find_or_create_run
@@ -103,3 +108,64 @@ def test_the_command_removes_nothing_unless_told_to(storage, job):
     assert folder.path.exists()
     done = runner.invoke(main, ["gc", "--yes"])
     assert done.exit_code == 0 and "removed" in done.output and not folder.path.exists()
+
+
+def test_an_instance_that_knows_no_run_of_the_jobs_is_not_believed(storage, instance, client, job):
+    folder = job("e", how="failed")
+    watcher = read_json(folder.watcher)
+    write_json(folder.watcher, watcher | {"dagster_run_id": "of another DAGSTER_HOME"})
+    with pytest.raises(RuntimeError, match="knows none of them"):
+        removals(storage, instance, client, days=30, keep_versions=2)
+    run = dg.DagsterRun(job_name="waves", status=dg.DagsterRunStatus.FAILURE)
+    instance.add_run(run)
+    write_json(folder.watcher, watcher | {"dagster_run_id": run.run_id})
+    assert len(removals(storage, instance, client, days=30, keep_versions=2)) == 1
+
+
+def test_what_is_predicted_and_the_newest_version_stay(
+    storage, instance, client, data, tmp_path, monkeypatch
+):
+    paths = [data("waves", digit * 12, days) for digit, days in (("a", 100), ("b", 99), ("c", 98))]
+    defs = tmp_path / "defs" / "waves" / "defs.yaml"
+    defs.parent.mkdir(parents=True)
+    defs.write_text(f"attributes: {{predictions: {{input: {paths[0]}, split: test}}}}\n")
+    monkeypatch.setattr("roma_pipelines.experiment_files.DEFS", tmp_path / "defs")
+    (found,) = removals(storage, instance, client, days=30, keep_versions=1)
+    assert found.what == f"data set waves {B}"
+    with pytest.raises(ValueError, match="keep_versions"):
+        removals(storage, instance, client, days=30, keep_versions=0)
+
+
+def test_cached_models_without_an_alias_go(storage, instance, client, data):
+    client.create_registered_model("waves")
+    for _ in range(2):
+        client.create_model_version("waves", (storage.mlflow / "artifacts").as_uri())
+    client.set_registered_model_alias("waves", "champion", "2")
+    then = time.time() - 100 * 86400
+    for version in ("1", "2", "3"):
+        folder = storage.cache / "models" / "waves" / version
+        folder.mkdir(parents=True)
+        (folder / "weights").write_bytes(b"w" * 70)
+        if version != "3":  # young
+            os.utime(folder, (then, then))
+    profile = storage.cache / "profiles" / f"{'a' * 64}.json"
+    profile.parent.mkdir()
+    profile.write_text("{}")
+    os.utime(profile, (then, then))
+    found = removals(storage, instance, client, days=30, keep_versions=2)
+    assert [(one.what, one.n_bytes) for one in found] == [
+        ("cached model waves 1", 70),
+        (f"cached profile of data {A}", 2),
+    ]
+    assert all(one.remove() for one in found)
+    assert sorted(path.name for path in (storage.cache / "models" / "waves").iterdir()) == [
+        "2",
+        "3",
+    ]
+
+
+def test_a_registry_that_does_not_answer_is_a_sentence(storage, monkeypatch):
+    monkeypatch.setenv("ROMA_MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    done = CliRunner().invoke(main, ["gc"])
+    assert done.exit_code == 1 and done.output.startswith("Error: "), done.exception

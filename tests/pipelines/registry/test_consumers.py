@@ -4,7 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from roma_core.serving.fetching import CODE_TAG, MANIFEST_TAG, FetchError, fetch, load, resolve
+from roma_core.serving.fetching import (
+    CODE_TAG,
+    MANIFEST_TAG,
+    FetchError,
+    connect,
+    fetch,
+    load,
+    resolve,
+)
 from roma_core.serving.follower import Follower
 from roma_pipelines.registry.promotion import promote, rollback
 from tests.core.serving import toy
@@ -47,6 +55,14 @@ def test_what_was_changed_in_the_store_or_in_the_cache_never_runs(registry, tmp_
     with pytest.raises(FetchError, match=f"{Path(name).name} was changed: .* the (tag|manifest)"):
         fetch(registry, version, tmp_path / "elsewhere")
     assert not any((tmp_path / "elsewhere" / "stars").iterdir())
+
+
+def test_a_server_that_does_not_answer_is_named_without_the_password(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    client = connect("http://me:geheim@127.0.0.1:1")
+    with pytest.raises(FetchError, match=r"is not in http://127\.0\.0\.1:1: ") as caught:
+        resolve(client, "models:/waves@champion")
+    assert "geheim" not in str(caught.value)
 
 
 @pytest.mark.parametrize("tag", [MANIFEST_TAG, CODE_TAG])
