@@ -21,7 +21,7 @@ from roma_pipelines.registry.versions import (
     register,
     version_at,
 )
-from roma_pipelines.registry.wandb_link import link_version
+from roma_pipelines.registry.wandb_link import link_once
 from roma_pipelines.storage import Storage
 
 
@@ -98,12 +98,13 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
         command = f"roma-pipeline promote {experiment.name} {version} --why …"
         if waits and CHAMPION not in aliases:
             context.log.info(f"it passed the gate and waits for approval: {command}")
-        linked = link_version(
+        linked = link_once(
+            client,
             WandbConfig(),
+            read_json(JobFolder(classifier["job_folder"]).config)["trainer"],
             experiment.name,
             version,
-            f"models:/{experiment.name}/{version}",
-            {"mlflow_tracking_uri": client.tracking_uri, **tags},
+            tags,
             folder.path,
         )
         return dg.MaterializeResult(
