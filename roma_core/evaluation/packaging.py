@@ -42,7 +42,7 @@ def package_classifier(
         name=config.name,
         kind="classifier",
         data_schema=schema,
-        max_length=MAX_LENGTH,
+        max_length=_max_length(test),
         facts=config.facts,
         metrics=metrics,
         changes=changes,
@@ -63,6 +63,7 @@ def package_classifier(
         name=config.name,
         card=render_card(card),
         profile=reference_profile(test.dataset).model_dump(mode="json"),
+        max_length=_max_length(test),
     )
 
 
@@ -78,7 +79,7 @@ def package_encoder(
         name=name,
         kind="encoder",
         data_schema=schema,
-        max_length=MAX_LENGTH,
+        max_length=_max_length(test),
         n_features=width,
         facts=config.facts,
         lineage=lineage,
@@ -96,6 +97,7 @@ def package_encoder(
         n_features=width,
         card=render_card(card),
         profile=reference_profile(test.dataset).model_dump(mode="json"),
+        max_length=_max_length(test),
     )
 
 
@@ -132,6 +134,11 @@ def _tried(package: Path) -> tuple[Trial | None, str | None]:
         return try_package(package, own if own.is_file() else None), None
     except TrialFailed as error:
         return None, str(error)
+
+
+def _max_length(test: Subset) -> int:
+    """Observations that the package takes: no series of its own data set is too long for it."""
+    return max(MAX_LENGTH, int(test.dataset.lengths.max()))
 
 
 def _golden(test: Subset) -> list[Series]:

@@ -97,6 +97,8 @@ class ServedModel:
             body = json.dumps({"inputs": rows}, allow_nan=False).encode()
         except ValueError as error:
             raise RequestRefused(f"a number is not finite ({error})") from error
+        except TypeError as error:
+            raise RequestRefused(f"{_unsendable(rows)}: {error}; expected plain numbers") from error
         request = urllib.request.Request(
             f"{self.url}/invocations", body, {"Content-Type": "application/json"}
         )
@@ -110,6 +112,20 @@ class ServedModel:
             raise ServerFailed(f"{self.url} answered {error.code}: {message}") from error
         except (OSError, KeyError, ValueError) as error:
             raise ServerFailed(f"{self.url} did not answer as a model server: {error}") from error
+
+
+def _unsendable(rows: list[dict[str, Any]]) -> str:
+    """The first field that JSON cannot hold."""
+    for number, row in enumerate(rows):
+        for field, content in row.items():
+            named = content if isinstance(content, dict) else {None: content}
+            for name, one in named.items():
+                try:
+                    json.dumps(one)
+                except TypeError:
+                    what = field if name is None else f"{field}: {name!r}"
+                    return f"series {number}: {what}"
+    return "a series"
 
 
 def _message(body: bytes) -> str:

@@ -5,7 +5,6 @@ from typing import Any
 
 import dagster as dg
 
-from roma_core.credentials import without_credentials
 from roma_core.files import digest_of, read_json
 from roma_core.job import JobFolder, Result
 from roma_core.trainer.trackers import WandbConfig
@@ -22,7 +21,7 @@ from roma_pipelines.registry.versions import (
     register,
     version_at,
 )
-from roma_pipelines.registry.wandb_link import link_version
+from roma_pipelines.registry.wandb_link import link_once
 from roma_pipelines.storage import Storage
 
 
@@ -99,12 +98,13 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
         command = f"roma-pipeline promote {experiment.name} {version} --why …"
         if waits and CHAMPION not in aliases:
             context.log.info(f"it passed the gate and waits for approval: {command}")
-        linked = link_version(
+        linked = link_once(
+            client,
             WandbConfig(),
+            read_json(JobFolder(classifier["job_folder"]).config)["trainer"],
             experiment.name,
             version,
-            f"models:/{experiment.name}/{version}",
-            {"mlflow_tracking_uri": without_credentials(client.tracking_uri), **tags},
+            tags,
             folder.path,
         )
         return dg.MaterializeResult(

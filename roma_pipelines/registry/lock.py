@@ -37,11 +37,6 @@ class RegistryBusy(RuntimeError):
     """Somebody else moves aliases of this model, and does not come to an end."""
 
 
-def is_lock(name: str) -> bool:
-    """Whether a registered model's name is that of a lock, and no model."""
-    return _SUFFIX in name
-
-
 @contextlib.contextmanager
 def model_lock(
     client: MlflowClient,
