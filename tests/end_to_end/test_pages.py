@@ -119,6 +119,14 @@ class Pages:
         query = "{ runsOrError { ... on Runs { results { runId status } } } }"
         return self.ask(query)["runsOrError"]["results"]
 
+    def story(self, run_id: str) -> str:
+        """What the run's last events say, for a test that wonders."""
+        query = """query ($id: ID!) { runOrError(runId: $id) { ... on Run { eventConnection { events {
+            ... on MessageEvent { message }
+            ... on ExecutionStepFailureEvent { error { message cause { message } } } } } } } }"""
+        events = self.ask(query, id=run_id)["runOrError"]["eventConnection"]["events"]
+        return "\n".join(str(event) for event in events[-12:])
+
     def status(self, run_id: str) -> str:
         return next(run["status"] for run in self.runs() if run["runId"] == run_id)
 
@@ -231,7 +239,7 @@ def test_a_training_is_watched_live_and_terminated(pages, page):
     run_id = launched["run"]["runId"]
 
     def live_loss():
-        assert pages.status(run_id) in ("QUEUED", "STARTING", "STARTED")
+        assert pages.status(run_id) in ("QUEUED", "STARTING", "STARTED"), pages.story(run_id)
         asset = pages.ask(OBSERVED, key={"path": path})["assetOrError"]
         observations = asset.get("assetObservations", [])
         facts = {
