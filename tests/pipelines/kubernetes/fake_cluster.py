@@ -416,6 +416,7 @@ class FakeCluster:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_hear_all_signals,
         )
 
     def _resolved(self, word: str, pod: Object) -> str:
@@ -578,3 +579,10 @@ def _signal_all(run: _Run, number: signal.Signals) -> None:
         if (process.info["environ"] or {}).get(_MARK) == run.pod:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
+
+
+def _hear_all_signals() -> None:
+    """A container begins with nothing ignored or blocked, whatever this process was told."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
