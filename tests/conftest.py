@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 
+@pytest.hookimpl(tryfirst=True)  # before the plugin that reads the groups
 def pytest_collection_modifyitems(items):
     """Of tests that run side by side, a file stays with one worker, and SLURM with one of them.
 
