@@ -40,7 +40,7 @@ up: $(READY) ## Serve the Dagster and MLflow pages on 127.0.0.1
 
 .PHONY: test
 test: $(READY) lint ## Lint, type-check and run all tests, two at a time
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: chaos
 chaos: $(READY) ## The long fault tests: kills at random moments, servers that die

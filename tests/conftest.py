@@ -6,21 +6,6 @@ import shutil
 import pytest
 
 
-@pytest.hookimpl(tryfirst=True)  # before the plugin that reads the groups
-def pytest_collection_modifyitems(items):
-    """Of tests that run side by side, a file stays with one worker, and SLURM with one of them.
-
-    Many files tell one story, and a cluster of two nodes is as much as a worker's share.
-    """
-    files = {}
-    for item in items:
-        files.setdefault(item.path, []).append(item)
-    for path, of_file in files.items():
-        on_slurm = any("shared_cluster" in item.fixturenames for item in of_file)
-        for item in of_file:
-            item.add_marker(pytest.mark.xdist_group("slurm" if on_slurm else str(path)))
-
-
 @pytest.fixture(autouse=True)
 def nobodys_settings(monkeypatch):
     """No test reads the settings, keys or modes of the person who runs it, or leaves any behind."""
