@@ -15,12 +15,12 @@ from roma_core.data.guessing import Guess, Roles, guess_source
 from roma_core.data.sources import Source, kinds, source_config
 from roma_core.data.surveying import Survey, survey
 from roma_core.files import write_bytes
+from roma_core.trainer.sizing import TOKENS_PER_S
 from roma_pipelines.choices import Choices, choose
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.experiment_files import DEFS
 
 TYPE = "roma_pipelines.components.RomaExperiment"
-_TOKENS_PER_CORE_SECOND = 25_000  # measured with width 64 and 4 layers on one core
 
 
 @dataclass
@@ -193,6 +193,6 @@ def _amount(found: Survey) -> str:
 
 
 def _cost(choices: Choices) -> str:
-    minutes = choices.sizes.tokens / _TOKENS_PER_CORE_SECOND / 60
+    minutes = choices.sizes.tokens / TOKENS_PER_S / 60
     steps = sum(choices.sizes.steps.values())
     return f"both trainings: {steps:,} steps, about {max(1, round(minutes)):,} min on one CPU core"

@@ -59,7 +59,10 @@ def plan(experiment: str, target: str | None, profile: str | None, asset: str, c
                 f"{found.name} finetunes the encoder of {found.pretrained_from}; plan that experiment, "
                 f"or give --asset finetuned_classifier"
             )
-        resources = found.resources.at(target, profile)
+        try:
+            resources = found.resources.at(target, profile)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
         found = found.model_copy(update={"resources": resources})
         storage = Storage.open()
         launcher = launcher_for(resources.target, resources.profile, storage)

@@ -22,6 +22,7 @@ from roma_core.files import digest_of, read_json, write_json
 from roma_core.job import JobFolder, Result
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.job_config import TrainingJobConfig
+from roma_core.trainer.sizing import TOKENS_PER_S
 from roma_pipelines.experiment import Experiment, Resources, Stage
 from roma_pipelines.launching.job import JobState, job_key
 from roma_pipelines.launching.supervisor import supervise
@@ -29,9 +30,6 @@ from roma_pipelines.provenance import code_version
 from roma_pipelines.results.rows import Cell
 from roma_pipelines.storage import Storage
 from roma_pipelines.targets import job_spec, launcher_for, roma_command
-
-TOKENS_PER_S = 25_000.0
-"""Of pretraining and finetuning with width 64 and 4 layers, measured on one CPU core."""
 
 
 class Record(BaseModel):

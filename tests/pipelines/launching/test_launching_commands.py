@@ -259,19 +259,16 @@ def test_launch_asks_this_computer_for_no_more_than_it_has(run, root, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("words", "code"),
+    "words",
     [
-        (("launch", "--target", "local", "--profile", "mini", "-m", "mine"), 2),
-        (("plan", "japanese_vowels", "--target", "local", "--profile", "mini"), 1),
+        ("launch", "--target", "local", "--profile", "mini", "-m", "mine"),
+        ("plan", "japanese_vowels", "--target", "local", "--profile", "mini"),
     ],
 )
-def test_a_profile_of_another_target_is_refused(run, root, words, code):
-    ended, text = run(*words)
+def test_a_profile_of_another_target_is_refused(run, root, words):
+    code, text = run(*words)
 
-    assert (ended, "--profile mini names a cluster, and the target is local" in text) == (
-        code,
-        True,
-    )
+    assert (code, "--profile mini names a cluster, and the target is local" in text) == (2, True)
     assert not (root / "jobs").exists()
 
 
