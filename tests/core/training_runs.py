@@ -112,6 +112,13 @@ def classifier() -> RoMAForClassification:
     return RoMAForClassification(RoMAForClassificationConfig(**SHAPE, dim_output=2))
 
 
+def plain_classifier() -> RoMAForClassification:
+    """No dropout."""
+    torch.manual_seed(0)
+    shape = SHAPE | {"encoder_config": EncoderConfig(d_model=16, nhead=2, depth=2)}
+    return RoMAForClassification(RoMAForClassificationConfig(**shape, dim_output=2))
+
+
 @dataclass
 class Plan:
     """One training, as it is told to a process.
