@@ -37,6 +37,9 @@ class Stage(_Section):
 
     model: dict[str, Any] = Field({}, description="Fields that the data do not decide.")
     trainer: dict[str, Any] = Field({}, description="Fields of TrainerConfig.")
+    train_share: float = Field(
+        1.0, gt=0, le=1, description="Share of the training series to use, of every class alike."
+    )
 
 
 class Resources(_Section):

@@ -42,10 +42,22 @@ class TrainingJobConfig(BaseModel):
     )
     model: dict[str, Any] = Field(description="Every field of the model's configuration.")
     trainer: dict[str, Any] = Field(description="Every field of the trainer's configuration.")
+    train_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the training series that are used, of every class alike: what labels "
+        "are worth.",
+    )
 
     @classmethod
     def pretraining(
-        cls, dataset: Path, manifest: Manifest, model: dict[str, Any], trainer: TrainerConfig
+        cls,
+        dataset: Path,
+        manifest: Manifest,
+        model: dict[str, Any],
+        trainer: TrainerConfig,
+        train_share: float = 1.0,
     ) -> Self:
         """Pretraining from new weights; ``model`` holds the fields that the data do not decide."""
         config = RoMAForPreTrainingConfig(**model | data_fields(manifest.data_schema))
@@ -55,6 +67,7 @@ class TrainingJobConfig(BaseModel):
             dataset_digest=manifest.digest,
             model=config.model_dump(mode="json"),
             trainer=_portable(trainer),
+            train_share=train_share,
         )
 
     @classmethod
@@ -65,6 +78,7 @@ class TrainingJobConfig(BaseModel):
         weights: Path | None,
         model: dict[str, Any],
         trainer: TrainerConfig,
+        train_share: float = 1.0,
     ) -> Self:
         """Finetuning of a classifier, from pretrained weights or, with None, from new ones.
 
@@ -87,6 +101,7 @@ class TrainingJobConfig(BaseModel):
             weights=None if weights is None else str(weights),
             model=config.model_dump(mode="json"),
             trainer=_portable(trainer),
+            train_share=train_share,
         )
 
 
