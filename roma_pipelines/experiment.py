@@ -135,6 +135,19 @@ class Experiment(_Section):
             raise ValueError("\n".join(wrong))
         return self
 
+    def refuse_what_cannot_be_served(self) -> None:
+        """Its assets end with a registered model, and a regressor cannot be packaged.
+
+        Raises:
+            ValueError: it finetunes a regressor.
+        """
+        if self.finetuning.model.get("problem_type", "classification") != "classification":
+            raise ValueError(
+                f"experiment {self.name}: finetuning.model.problem_type: a regressor cannot be served or "
+                f"registered yet, so it has no assets; train it with `roma finetune`, judge it with "
+                f"`roma evaluate`, or make it a row of `roma-pipeline results`"
+            )
+
     def key(self, noun: str) -> dg.AssetKey:
         """Key of one of its assets, or of the encoder it shares."""
         owner = self.pretrained_from if noun == ENCODER else None
