@@ -84,14 +84,35 @@ def sample_hidden(
             fractions, strategy, seed, epoch, segments.sizes, segments.ids, index, sample_ids, what
         )
     # the same numbers in a fifth of the time: numpy's calls cost less
-    sizes = np.array(segments.lengths, dtype=np.int64)
-    ids = np.repeat(np.arange(len(sizes)), sizes)
-    places = np.arange(len(ids)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    sizes, ids, places = _as_arrays(segments)
     named = np.asarray(channel) if strategy == "channel" else places
     hidden = _drawn(
         fractions, strategy, seed, epoch, sizes, ids, places, np.asarray(sample_ids), named
     )
     return torch.from_numpy(hidden)
+
+
+def sample_all_but(segments: Segments, sample_ids: Tensor, n_seen: int, seed: int) -> Tensor:
+    """Hide all tokens of each series but ``n_seen`` random ones, where it has more: ``(T,)`` bool, on CPU.
+
+    With the same seed, who sees more tokens sees those that others saw, too.
+
+    Raises:
+        ValueError: ``n_seen`` is below 1.
+    """
+    if n_seen < 1:
+        raise ValueError(f"at least one token of each series must stay visible, not {n_seen}")
+    sizes, ids, places = _as_arrays(segments)
+    n_hidden = np.maximum(sizes - n_seen, 0)
+    noise = hash_ints(hash_ints(seed, 0, np.asarray(sample_ids))[ids], places)
+    return torch.from_numpy(first_in_series(noise, n_hidden[ids], ids, places))
+
+
+def _as_arrays(segments: Segments) -> tuple[Ints, Ints, Ints]:
+    """Sizes (B,) of the series; series and place in it (T,) of every token."""
+    sizes = np.array(segments.lengths, dtype=np.int64)
+    ids = np.repeat(np.arange(len(sizes)), sizes)
+    return sizes, ids, np.arange(len(ids)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
 def _drawn(
