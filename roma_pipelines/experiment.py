@@ -37,6 +37,9 @@ class Stage(_Section):
 
     model: dict[str, Any] = Field({}, description="Fields that the data do not decide.")
     trainer: dict[str, Any] = Field({}, description="Fields of TrainerConfig.")
+    train_share: float = Field(
+        1.0, gt=0, le=1, description="Share of the training series to use, of every class alike."
+    )
 
 
 class Resources(_Section):
@@ -131,6 +134,19 @@ class Experiment(_Section):
         if wrong := about_trainings(before.model, before.trainer, after.model, after.trainer):
             raise ValueError("\n".join(wrong))
         return self
+
+    def refuse_what_cannot_be_served(self) -> None:
+        """Its assets end with a registered model, and a regressor cannot be packaged.
+
+        Raises:
+            ValueError: it finetunes a regressor.
+        """
+        if self.finetuning.model.get("problem_type", "classification") != "classification":
+            raise ValueError(
+                f"experiment {self.name}: finetuning.model.problem_type: a regressor cannot be served or "
+                f"registered yet, so it has no assets; train it with `roma finetune`, judge it with "
+                f"`roma evaluate`, or make it a row of `roma-pipeline results`"
+            )
 
     def key(self, noun: str) -> dg.AssetKey:
         """Key of one of its assets, or of the encoder it shares."""

@@ -37,6 +37,13 @@ def _shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "values as in YAML. Repeatable.",
         ),
         click.option(
+            "--train-share",
+            type=click.FloatRange(0, 1, min_open=True),
+            default=1.0,
+            show_default=True,
+            help="Share of the training series to use, of every class alike: what labels are worth.",
+        ),
+        click.option(
             "--show-config", is_flag=True, help="Print every setting with its source and stop."
         ),
         click.option(
@@ -112,12 +119,14 @@ def _prepared(options: dict[str, Any], prefix: str, resolve: Resolve) -> Any:
     from roma_core.files import read_json, write_json
     from roma_core.job import JobFolder
     from roma_core.trainer.config import TrainerConfig
+    from roma_core.trainer.job_config import TrainingJobConfig
     from roma_core.trainer.may_change import MAY_CHANGE, told, what_may_change
 
     changes = _changes(options["changes"])
     data = options["data"].absolute()
     trainer = TrainerConfig(**changes["trainer"])
     config = resolve(data, read_manifest(data), changes["model"], trainer)
+    config = config.model_copy(update={"train_share": options["train_share"]})
     if options["show_config"]:
         _show(trainer, config, prefix)
         sys.exit(0)
@@ -125,7 +134,8 @@ def _prepared(options: dict[str, Any], prefix: str, resolve: Resolve) -> Any:
     document = config.model_dump(mode="json")
     is_main = os.environ.get("RANK", "0") == "0"
     if folder.config.exists():
-        changed = _differences(read_json(folder.config), document)
+        frozen = TrainingJobConfig.model_validate(read_json(folder.config))
+        changed = _differences(frozen.model_dump(mode="json"), document)
         allowed = {f"trainer.{name}" for name in MAY_CHANGE}
         refused = {name: pair for name, pair in changed.items() if name not in allowed}
         if refused:

@@ -7,6 +7,7 @@ processes share one copy in the page cache, and a worker process costs nothing.
 from __future__ import annotations
 
 import itertools
+import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cached_property
@@ -21,6 +22,7 @@ from roma_core.data.errors import DataError
 from roma_core.data.normalisation import Normaliser
 from roma_core.data.schema import SPLITS, DataSchema, Split
 from roma_core.files import read_json
+from roma_core.hashing import hash_ints, hash_text
 
 Sample = dict[str, Any]
 
@@ -244,3 +246,21 @@ class Subset:
     def gathered(self, places: NDArray[np.int64]) -> Gathered:
         """Samples of the subset at ``(B,)`` places in it; see ``StoredDataset.gathered``."""
         return self.dataset.gathered(self.indices[places])
+
+    def part(self, share: float, seed: int) -> Subset:
+        """``share`` of the samples, as many of every class, at least one of each.
+
+        Which ones is a pure function of the seed and the objects' ids, and a larger share holds a
+        smaller one of the same seed.
+        """
+        if share == 1:
+            return self
+        labels = self.dataset.labels
+        classes = np.zeros(len(self), np.int64) if labels is None else labels[self.indices]
+        named = [hash_text(self.dataset.ids[i]) for i in self.indices]
+        noise = hash_ints(seed, np.array(named, dtype=np.uint64).view(np.int64))
+        kept = [
+            places[np.argsort(noise[places], kind="stable")[: math.ceil(share * len(places))]]
+            for places in (np.flatnonzero(classes == label) for label in np.unique(classes))
+        ]
+        return Subset(self.dataset, self.indices[np.sort(np.concatenate(kept))])

@@ -28,6 +28,7 @@ from roma_core.evaluation.page import Plot
 from roma_core.evaluation.pictures import draw
 from roma_core.evaluation.predicting import NotComparable, predict, predict_packaged
 from roma_core.evaluation.predictions import PredictionTable
+from roma_core.evaluation.regression_job import run_regression
 from roma_core.evaluation.report import ReportContent, render_report
 from roma_core.files import read_json, write_bytes, write_json
 from roma_core.job import Attempt, JobFolder
@@ -43,6 +44,9 @@ def run_evaluation(folder: JobFolder, attempt: Attempt) -> Work:
     config = EvaluationJobConfig.model_validate(read_json(folder.config, schema_version=1))
     torch.set_num_threads(1)
     dataset = open_dataset(config.dataset, config.dataset_digest, verify=True)
+    model = RoMAForClassification.from_pretrained(config.classifier).eval()
+    if model.config.problem_type == "regression":
+        return run_regression(config, dataset, model, folder, attempt)
     test = dataset.split("test")
     if len(test) == 0 or dataset.labels is None:
         raise ValueError(f"{config.dataset} has no labelled test series to evaluate on")
@@ -51,7 +55,6 @@ def run_evaluation(folder: JobFolder, attempt: Attempt) -> Work:
     facts = {}
     with Progress("evaluate", total_steps=6, first_step=0) as progress:
         attempt.beat(0)
-        model = RoMAForClassification.from_pretrained(config.classifier).eval()
         table = predict(model, test, config.batch_size)
         table.save(out / "predictions.parquet")
         metrics = evaluate(table)

@@ -136,14 +136,7 @@ def evaluate(table: PredictionTable, n_bootstrap: int = 1000, seed: int = 0) -> 
     values = _headline(contributions.sum(axis=0)[None], k)  # each (1,)
     totals = resample_sums(contributions, n_bootstrap, seed)  # (R, M)
     resampled = _headline(totals, k)  # each (R,)
-    estimates = {
-        name: Estimate(
-            value=float(value[0]),
-            low=float(np.percentile(resampled[name], 2.5)),
-            high=float(np.percentile(resampled[name], 97.5)),
-        )
-        for name, value in values.items()
-    }
+    estimates = {name: estimated(value, resampled[name]) for name, value in values.items()}
     confusion = np.zeros((k, k), np.int64)
     np.add.at(confusion, (table.labels, table.predicted), 1)
     return Metrics(
@@ -157,6 +150,12 @@ def evaluate(table: PredictionTable, n_bootstrap: int = 1000, seed: int = 0) -> 
         by_length=_by_length(table),
         by_missing=_by_missing(table),
     )
+
+
+def estimated(value: Floats, resampled: Floats) -> Estimate:
+    """A metric ``(1,)`` with the interval of its resamples ``(R,)``."""
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Estimate(value=float(value[0]), low=float(low), high=float(high))
 
 
 def equal_mass_bins(x: Floats, n_bins: int) -> NDArray[np.int64]:

@@ -28,7 +28,7 @@ def draw(
     autoencoder: RoMAForPreTraining | None,
 ) -> dict[str, Plot]:
     """The report's figures by file name."""
-    pictures = {
+    own = {
         "confusion": Plot(
             title="Confusion matrix",
             caption="Rows are true classes, columns predicted ones; numbers count test series.",
@@ -43,6 +43,14 @@ def draw(
             png=plots.reliability_curve(metrics),
         ),
     }
+    return own | of_training(config, dataset, autoencoder)
+
+
+def of_training(
+    config: EvaluationJobConfig, dataset: StoredDataset, autoencoder: RoMAForPreTraining | None
+) -> dict[str, Plot]:
+    """Learning curves, and what the autoencoder makes of test series: figures of any report."""
+    pictures = {}
     for title, path in config.curves.items():
         records = [record for _, record in read_records(Path(path))]
         if records:

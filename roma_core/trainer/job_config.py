@@ -42,10 +42,22 @@ class TrainingJobConfig(BaseModel):
     )
     model: dict[str, Any] = Field(description="Every field of the model's configuration.")
     trainer: dict[str, Any] = Field(description="Every field of the trainer's configuration.")
+    train_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the training series that are used, of every class alike: what labels "
+        "are worth.",
+    )
 
     @classmethod
     def pretraining(
-        cls, dataset: Path, manifest: Manifest, model: dict[str, Any], trainer: TrainerConfig
+        cls,
+        dataset: Path,
+        manifest: Manifest,
+        model: dict[str, Any],
+        trainer: TrainerConfig,
+        train_share: float = 1.0,
     ) -> Self:
         """Pretraining from new weights; ``model`` holds the fields that the data do not decide."""
         config = RoMAForPreTrainingConfig(**model | data_fields(manifest.data_schema))
@@ -55,6 +67,7 @@ class TrainingJobConfig(BaseModel):
             dataset_digest=manifest.digest,
             model=config.model_dump(mode="json"),
             trainer=_portable(trainer),
+            train_share=train_share,
         )
 
     @classmethod
@@ -65,18 +78,22 @@ class TrainingJobConfig(BaseModel):
         weights: Path | None,
         model: dict[str, Any],
         trainer: TrainerConfig,
+        train_share: float = 1.0,
     ) -> Self:
-        """Finetuning of a classifier, from pretrained weights or, with None, from new ones."""
+        """Finetuning of a classifier, from pretrained weights or, with None, from new ones.
+
+        Raises:
+            ValueError: the data set does not know what the model is to tell.
+        """
         schema = manifest.data_schema
-        told = schema.targets if model.get("problem_type") == "regression" else schema.classes
-        wishes = {"dim_output": len(told) or None, **model}
-        if weights is None:
-            config = RoMAForClassificationConfig(**wishes | data_fields(manifest.data_schema))
+        document = None if weights is None else read_json(weights / "model_config.json")
+        told = schema.targets if _regresses(model, document) else schema.classes
+        wishes = {"dim_output": len(told) or None, **model} | data_fields(schema)
+        if document is None or weights is None:
+            config = RoMAForClassificationConfig(**wishes)
         else:
-            document = read_json(weights / "model_config.json")
-            config = classifier_config(
-                document, wishes | data_fields(manifest.data_schema), weights
-            )
+            config = classifier_config(document, wishes, weights)
+        _refuse_what_the_data_do_not_know(config, manifest)
         return cls(
             task="finetune",
             dataset=str(dataset),
@@ -84,6 +101,35 @@ class TrainingJobConfig(BaseModel):
             weights=None if weights is None else str(weights),
             model=config.model_dump(mode="json"),
             trainer=_portable(trainer),
+            train_share=train_share,
+        )
+
+
+def _regresses(model: dict[str, Any], document: dict[str, Any] | None) -> bool:
+    """Whether a model is to tell numbers: as wished, as its weights do, or as the environment says."""
+    stored = (document or {}).get("problem_type")
+    wished = model.get("problem_type", stored) or RoMAForClassificationConfig().problem_type
+    return bool(wished == "regression")
+
+
+def _refuse_what_the_data_do_not_know(
+    config: RoMAForClassificationConfig, manifest: Manifest
+) -> None:
+    """A data set knows the class of a series, and the targets of an observation."""
+    if config.problem_type == "regression" and not manifest.data_schema.targets:
+        raise ValueError(
+            f"problem_type=regression needs targets, and the data set {manifest.name} has none; name "
+            f"their columns in `targets` of its source and build it again"
+        )
+    if config.problem_type == "regression" and config.pools != "token":
+        raise ValueError(
+            f"targets belong to observations, and pooling={config.pools} tells one output a series; "
+            f"set pooling=token"
+        )
+    if config.problem_type == "classification" and config.pools == "token":
+        raise ValueError(
+            "classes belong to series, and pooling=token tells an output for every observation; set "
+            "problem_type=regression to learn the targets of a data set, or leave pooling out"
         )
 
 

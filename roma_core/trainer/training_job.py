@@ -53,7 +53,7 @@ def train(folder: JobFolder, attempt: Attempt) -> Work:
     model = _model_of(config, trainer.random_seed)
     model.data_schema = dataset.schema.model_dump(mode="json")
     end = Trainer(trainer).train(
-        dataset.split("train"),
+        dataset.split("train").part(config.train_share, trainer.random_seed),
         dataset.split("validation"),
         model,
         folder=folder.path,

@@ -34,6 +34,7 @@ def pretrained_encoder_asset(experiment: Experiment) -> dg.AssetsDefinition:
             read_manifest(path),
             experiment.pretraining.model,
             TrainerConfig(**experiment.pretraining.trainer),
+            experiment.pretraining.train_share,
         )
         return _materialised(_trained(context, experiment, "pretrain", config))
 
@@ -67,6 +68,7 @@ def finetuned_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
             Path(encoder["weights"]),
             experiment.finetuning.model,
             TrainerConfig(**experiment.finetuning.trainer),
+            experiment.finetuning.train_share,
         )
         return _materialised(_trained(context, experiment, "finetune", config))
 

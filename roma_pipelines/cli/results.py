@@ -14,9 +14,7 @@ _LONG_S = 600.0
 @click.option(
     "--list", "only_list", is_flag=True, help="Print the rows and what is there; run none."
 )
-@click.option(
-    "--drop-rate", "rates", multiple=True, type=float, help="Only this share. Repeatable."
-)
+@click.option("--case", "cases", multiple=True, metavar="NAME", help="Only this case. Repeatable.")
 @click.option("--seed", "seeds", multiple=True, type=int, help="Only this seed. Repeatable.")
 @click.option("--again", is_flag=True, help="Run cells anew whose settings have changed since.")
 @click.option(
@@ -34,7 +32,7 @@ _LONG_S = 600.0
 def results(
     rows: tuple[str, ...],
     only_list: bool,
-    rates: tuple[float, ...],
+    cases: tuple[str, ...],
     seeds: tuple[int, ...],
     again: bool,
     target: str | None,
@@ -44,8 +42,8 @@ def results(
 ) -> None:
     """Run the cells of ROWs (all of them without) and write their tables.
 
-    A cell is one share of observations left out and one seed: data set, pretraining, finetuning,
-    evaluation on the test split, as jobs outside the registry. What is there already is not run again, an
+    A cell is one case of a row (a share of observations left out, another setting) with one seed: data
+    set, pretraining, finetuning, evaluation, as jobs outside the registry. What is there already is not run again, an
     interrupted cell goes on, and the table is written after every cell.
     """
     from roma_core.data.errors import DataError
@@ -58,19 +56,19 @@ def results(
 
     try:
         storage, known = Storage.open(), read_rows()
-        cells = chosen(known, rows, rates, seeds)
-        names = list(dict.fromkeys(cell.row for cell in cells))
+        wanted = chosen(known, rows, cases, seeds)
+        names = list(dict.fromkeys(cell.row for cell in wanted))
         book = Book(storage, {name: known[name] for name in names})
-        for cell in cells:
+        for cell in wanted:
             click.echo(book.state(cell))
         if only_list:
             return
-        missing = [cell for cell in cells if book.is_missing(cell, again)]
+        missing = [cell for cell in wanted if book.is_missing(cell, again)]
         _confirm([book.expected_s(cell) for cell in missing], yes)
         for n, cell in enumerate(missing, 1):
-            experiment = book.experiments[cell.row]
-            resources = experiment.resources.at(target, profile)
-            run_cell(experiment, cell, resources, storage, lambda line: click.echo(f"  {line}"))
+            plan = book.plan(cell)
+            resources = plan.experiment.resources.at(target, profile)
+            run_cell(plan, resources, storage, lambda line: click.echo(f"  {line}"))
             click.echo(f"[{n}/{len(missing)}] {book.state(cell)}")
             book.write(cell.row, out)
         for name in names:

@@ -64,6 +64,7 @@ class RomaExperiment(dg.Component, dg.Model, dg.Resolvable):
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
         """Its assets; its schedule and its sensors, which are switched off at first."""
         experiment = self.experiment()
+        experiment.refuse_what_cannot_be_served()
         assets = [
             dataset_asset(experiment),
             *([] if experiment.pretrained_from else [pretrained_encoder_asset(experiment)]),

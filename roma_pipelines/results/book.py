@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from roma_pipelines.experiment import Experiment
 from roma_pipelines.experiment_files import load_experiment
-from roma_pipelines.results.cells import Record, expected_s, read_record, settings_digest
+from roma_pipelines.results.cells import Plan, Record, expected_s, read_record
 from roma_pipelines.results.rows import Cell, Row
 from roma_pipelines.results.table import put_in_place, row_text
 from roma_pipelines.storage import Storage
@@ -17,20 +16,27 @@ class Book:
     """Reads records as they are on disk at the moment of asking.
 
     Raises:
-        ValueError: an experiment of a row does not exist or is wrong.
+        ValueError: an experiment of a row does not exist, or it or a case of it is wrong.
     """
 
     def __init__(self, storage: Storage, rows: Mapping[str, Row]) -> None:
         self.storage, self.rows = storage, rows
-        self.experiments: dict[str, Experiment] = {
-            name: load_experiment(row.experiment) for name, row in rows.items()
-        }
-        for name, experiment in self.experiments.items():
+        self._plans: dict[Cell, Plan] = {}
+        for name, row in rows.items():
+            experiment = load_experiment(row.experiment)
             if experiment.pretrained_from is not None:
                 raise ValueError(
                     f"row {name}: {experiment.name} finetunes the encoder of "
                     f"{experiment.pretrained_from}; a row needs an experiment that pretrains its own"
                 )
+            changed = {case.name: row.changed(experiment, case) for case in row.cases}
+            for cell in row.cells():
+                trainings = row.trainings_of(row.case(cell.case))
+                self._plans[cell] = Plan(cell, changed[cell.case], trainings, row.judged_on)
+
+    def plan(self, cell: Cell) -> Plan:
+        """Everything that decides the cell."""
+        return self._plans[cell]
 
     def is_missing(self, cell: Cell, again: bool) -> bool:
         """Whether the cell is to be run; with ``again`` also because its settings have changed."""
@@ -39,12 +45,11 @@ class Book:
     def is_outdated(self, cell: Cell) -> bool:
         """Whether its record was made with other settings than the experiment has now."""
         record = read_record(self.storage, cell)
-        now = settings_digest(self.experiments[cell.row], cell)
-        return record is not None and record.settings_digest != now
+        return record is not None and record.settings_digest != self._plans[cell].digest
 
     def expected_s(self, cell: Cell) -> float:
         """About how long the cell takes, seconds; builds its data set if nothing else is known."""
-        return expected_s(self.experiments[cell.row], cell, self.storage)
+        return expected_s(self._plans[cell], self.storage)
 
     def state(self, cell: Cell) -> str:
         """The cell in one line."""
@@ -52,8 +57,9 @@ class Book:
         if record is None:
             return f"{cell.name}: not run"
         shown = [
-            f"{metric.replace('_', ' ')} {record.metrics[metric]:.4f}"
+            f"{metric.replace('_', ' ')} {record.metrics[metric]:.4g}"
             for metric in self.rows[cell.row].metrics
+            if metric in record.metrics
         ]
         earlier = " (made with earlier settings)" if self.is_outdated(cell) else ""
         return f"{cell.name}: {', '.join(shown)}{earlier}"

@@ -1,14 +1,15 @@
 """One cell of the results: data set → pretraining → finetuning → evaluation → a record.
 
-The three jobs go through the launching layer, so a cell that was interrupted goes on where it was,
-on this computer or on a cluster. Nothing of it enters the registry. A job's key is a hash of the cell
-and the job's configuration: what is done already under the same settings is found again.
+The jobs go through the launching layer, so a cell that was interrupted goes on where it was, on this
+computer or on a cluster. Nothing of it enters the registry. A job's key is a hash of its configuration:
+what is done already under the same settings is found again, by this cell or by another one.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from roma_core.data.schema import Manifest
 from roma_core.evaluation.job_config import EvaluationJobConfig
 from roma_core.files import digest_of, read_json, write_json
 from roma_core.job import JobFolder, Result
+from roma_core.model.transfer import SHAPE
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.job_config import TrainingJobConfig
 from roma_core.trainer.sizing import TOKENS_PER_S
@@ -27,20 +29,20 @@ from roma_pipelines.experiment import Experiment, Resources, Stage
 from roma_pipelines.launching.job import JobState, job_key
 from roma_pipelines.launching.supervisor import supervise
 from roma_pipelines.provenance import code_version
-from roma_pipelines.results.rows import Cell
+from roma_pipelines.results.rows import Cell, Training
 from roma_pipelines.storage import Storage
 from roma_pipelines.targets import job_spec, launcher_for, roma_command
 
 
 class Record(BaseModel):
-    """What a cell came to; ``results/<row>/<share>/<seed>.json`` under the storage root."""
+    """What a cell came to; ``results/<row>/<case>/<seed>.json`` under the storage root."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     cell: Cell
-    metrics: dict[str, float] = Field(description="On the test split.")
-    n_test: int
+    metrics: dict[str, float] = Field(description="On the split that the row is judged on.")
+    n_series: int = Field(description="Of that split.")
     seconds: dict[str, float] = Field(description="Training time by job.")
     device: str
     dataset_digest: str
@@ -52,8 +54,47 @@ class Record(BaseModel):
 Told = Callable[[str], None]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A cell with everything that decides it.
+
+    Attributes:
+        experiment: with the case's changes.
+        trainings: which of the two are done.
+        judged_on: ``test`` or ``validation``.
+    """
+
+    cell: Cell
+    experiment: Experiment
+    trainings: tuple[Training, ...]
+    judged_on: Literal["test", "validation"]
+
+    @property
+    def digest(self) -> str:
+        """A record with another one is out of date."""
+        decide = self.experiment.model_dump(
+            mode="json", include={"dataset", "pretraining", "finetuning"}
+        )
+        return digest_of([decide, self.trainings, self.judged_on, self.cell.seed])[:16]
+
+    def trainer(self, training: Training) -> TrainerConfig:
+        stage: Stage = getattr(self.experiment, training)
+        return TrainerConfig.from_values({**stage.trainer, "random_seed": self.cell.seed})
+
+    def built(self, storage: Storage) -> Path:
+        """The data set, built if need be.
+
+        Raises:
+            DataError: that fails.
+        """
+        config = self.experiment.dataset
+        if config.drop_rate:
+            config = config.model_copy(update={"drop_seed": self.cell.seed})
+        return build_dataset(config, storage.datasets, storage.cache, progress=False)
+
+
 def record_path(storage: Storage, cell: Cell) -> Path:
-    return storage.root / "results" / cell.row / f"{cell.drop_rate:g}" / f"{cell.seed}.json"
+    return storage.root / "results" / cell.row / cell.case / f"{cell.seed}.json"
 
 
 def read_record(storage: Storage, cell: Cell) -> Record | None:
@@ -62,13 +103,7 @@ def read_record(storage: Storage, cell: Cell) -> Record | None:
     return Record.model_validate(read_json(path)) if path.exists() else None
 
 
-def settings_digest(experiment: Experiment, cell: Cell) -> str:
-    """A cell with another one is out of date."""
-    decide = experiment.model_dump(mode="json", include={"dataset", "pretraining", "finetuning"})
-    return digest_of([decide, cell.drop_rate, cell.seed])[:16]
-
-
-def expected_s(experiment: Experiment, cell: Cell, storage: Storage) -> float:
+def expected_s(plan: Plan, storage: Storage) -> float:
     """About how long a cell takes: as another seed did, else by the data it shows the model.
 
     The data set is built for it if need be.
@@ -76,17 +111,17 @@ def expected_s(experiment: Experiment, cell: Cell, storage: Storage) -> float:
     Raises:
         DataError: that fails.
     """
-    for path in sorted(record_path(storage, cell).parent.glob("*.json")):
+    for path in sorted(record_path(storage, plan.cell).parent.glob("*.json")):
         return sum(Record.model_validate(read_json(path)).seconds.values())
-    counts = read_manifest(_built(experiment, cell, storage)).counts["train"]
-    stages = (experiment.pretraining, experiment.finetuning)
-    epochs = sum(_trainer(stage, cell).epochs for stage in stages)
-    return epochs * counts.n_observations / TOKENS_PER_S
+    counts = read_manifest(plan.built(storage)).counts["train"]
+    passes = sum(
+        plan.trainer(training).epochs * getattr(plan.experiment, training).train_share
+        for training in plan.trainings
+    )
+    return passes * counts.n_observations / TOKENS_PER_S
 
 
-def run_cell(
-    experiment: Experiment, cell: Cell, resources: Resources, storage: Storage, told: Told
-) -> Record:
+def run_cell(plan: Plan, resources: Resources, storage: Storage, told: Told) -> Record:
     """Run what is missing of a cell and write its record.
 
     Raises:
@@ -94,52 +129,92 @@ def run_cell(
         Refused: the target will not run one.
         DataError: the data set cannot be built.
     """
-    data = _built(experiment, cell, storage)
+    data = plan.built(storage)
     manifest = read_manifest(data)
-
-    def run(command: str, config: BaseModel, starter: Literal["torchrun", "plain"]) -> _Done:
-        return _run_job(cell, command, config, starter, resources, storage, told)
-
-    pretrained = run("pretrain", _pretraining(experiment, cell, data, manifest), "torchrun")
-    weights = pretrained.output("model")
-    finetuned = run(
-        "finetune",
-        TrainingJobConfig.finetuning(
-            data,
-            manifest,
-            weights,
-            experiment.finetuning.model,
-            _trainer(experiment.finetuning, cell),
-        ),
-        "torchrun",
-    )
-    evaluation = EvaluationJobConfig(
-        name=experiment.name,
-        dataset=str(data),
-        dataset_digest=manifest.digest,
-        classifier=str(finetuned.output("model")),
-        autoencoder=str(weights),
-    )
-    judged = run("evaluate", evaluation, "plain")
-    metrics = read_json(judged.output("metrics"))
+    jobs = _Jobs(plan.cell, resources, storage, told)
+    trained: dict[Training, _Done] = {}
+    if "pretraining" in plan.trainings:
+        config = _pretraining(plan, data, manifest)
+        trained["pretraining"] = jobs.run("pretrain", config, "torchrun")
+    if "finetuning" in plan.trainings:
+        pretrained = trained.get("pretraining")
+        weights = None if pretrained is None else pretrained.output("model")
+        config = _finetuning(plan, data, manifest, weights)
+        trained["finetuning"] = jobs.run("finetune", config, "torchrun")
+    last = trained[plan.trainings[-1]]
+    if plan.judged_on == "validation":
+        metrics = _of_the_last_evaluation(last.result)
+    else:
+        metrics = _judged(jobs, plan, data, manifest, trained)
     record = Record(
-        cell=cell,
-        metrics={k: v["value"] for k, v in metrics.items() if isinstance(v, dict) and "value" in v},
-        n_test=metrics["n_series"],
+        cell=plan.cell,
+        metrics=metrics,
+        n_series=manifest.counts[plan.judged_on].n_series,
         seconds={
-            name: float(done.result.facts.get("training_s", 0))
-            for name, done in (("pretraining", pretrained), ("finetuning", finetuned))
+            name: float(done.result.facts.get("training_s", 0)) for name, done in trained.items()
         },
-        device=str(finetuned.result.facts.get("device", "?")),
+        device=str(last.result.facts.get("device", "?")),
         dataset_digest=manifest.digest,
-        settings_digest=settings_digest(experiment, cell),
+        settings_digest=plan.digest,
         code=code_version(),
         finished_at=time.time(),
     )
-    path = record_path(storage, cell)
+    path = record_path(storage, plan.cell)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, record.model_dump(mode="json"))
     return record
+
+
+def _pretraining(plan: Plan, data: Path, manifest: Manifest) -> TrainingJobConfig:
+    stage = plan.experiment.pretraining
+    return TrainingJobConfig.pretraining(
+        data, manifest, stage.model, plan.trainer("pretraining"), stage.train_share
+    )
+
+
+def _finetuning(
+    plan: Plan, data: Path, manifest: Manifest, weights: Path | None
+) -> TrainingJobConfig:
+    stage = plan.experiment.finetuning
+    model = stage.model
+    if weights is None:  # new weights, in the shape that pretraining would have given them
+        model = from_scratch(plan.experiment.pretraining.model, model)
+    return TrainingJobConfig.finetuning(
+        data, manifest, weights, model, plan.trainer("finetuning"), stage.train_share
+    )
+
+
+def from_scratch(pretraining: dict[str, Any], finetuning: dict[str, Any]) -> dict[str, Any]:
+    """Model section of a finetuning that starts from new weights."""
+    shape = {name: value for name, value in pretraining.items() if name in SHAPE}
+    encoder = {**pretraining.get("encoder_config", {}), **finetuning.get("encoder_config", {})}
+    return {**shape, **finetuning, "encoder_config": encoder}
+
+
+def _of_the_last_evaluation(result: Result) -> dict[str, float]:
+    """Of the validation split, at the end of the training; the loss of classes is the log loss."""
+    found = {
+        name.removeprefix("eval/"): value
+        for name, value in result.metrics.items()
+        if name.startswith("eval/")
+    }
+    return found | ({"log_loss": found["loss"]} if "accuracy" in found else {})
+
+
+def _judged(
+    jobs: _Jobs, plan: Plan, data: Path, manifest: Manifest, trained: dict[Training, _Done]
+) -> dict[str, float]:
+    """Metrics on the test split."""
+    pretrained, classifier = trained.get("pretraining"), trained["finetuning"]
+    config = EvaluationJobConfig(
+        name=plan.experiment.name,
+        dataset=str(data),
+        dataset_digest=manifest.digest,
+        classifier=str(classifier.output("model")),
+        autoencoder=None if pretrained is None else str(pretrained.output("model")),
+    )
+    metrics = read_json(jobs.run("evaluate", config, "plain").output("metrics"))
+    return {k: v["value"] for k, v in metrics.items() if isinstance(v, dict) and "value" in v}
 
 
 class _Done:
@@ -152,33 +227,35 @@ class _Done:
         return self.folder.path / self.result.outputs[name]
 
 
-def _run_job(
-    cell: Cell,
-    command: str,
-    config: BaseModel,
-    starter: Literal["torchrun", "plain"],
-    resources: Resources,
-    storage: Storage,
-    told: Told,
-) -> _Done:
-    document = config.model_dump(mode="json")
-    key = job_key(f"results/{cell.name}/{command}", digest_of(document))
-    folder = JobFolder(storage.jobs / key)
-    spec = job_spec(
-        resources, key, roma_command(command, folder.path), digest_of(document), starter
-    )
-    told(f"{cell.name} {command}: job {key}")
-    outcome = supervise(
-        launcher_for(resources.target, resources.profile, storage),
-        folder,
-        spec,
-        document,
-        watcher={"asset_key": f"results/{cell.name} {command}"},
-        on_poll=_Progress(folder, f"{cell.name} {command}", told),
-        max_attempts=resources.max_attempts,
-    )
-    assert outcome.result is not None, "a completed job has a result"
-    return _Done(folder, outcome.result)
+@dataclass(frozen=True)
+class _Jobs:
+    """Runs the jobs of a cell, or finds them done."""
+
+    cell: Cell
+    resources: Resources
+    storage: Storage
+    told: Told
+
+    def run(self, command: str, config: BaseModel, starter: Literal["torchrun", "plain"]) -> _Done:
+        document = config.model_dump(mode="json")
+        key = job_key(f"results/{command}", digest_of(document))
+        folder = JobFolder(self.storage.jobs / key)
+        spec = job_spec(
+            self.resources, key, roma_command(command, folder.path), digest_of(document), starter
+        )
+        what = f"{self.cell.name} {command}"
+        self.told(f"{what}: job {key}")
+        outcome = supervise(
+            launcher_for(self.resources.target, self.resources.profile, self.storage),
+            folder,
+            spec,
+            document,
+            watcher={"asset_key": f"results/{what}"},
+            on_poll=_Progress(folder, what, self.told),
+            max_attempts=self.resources.max_attempts,
+        )
+        assert outcome.result is not None, "a completed job has a result"
+        return _Done(folder, outcome.result)
 
 
 class _Progress:
@@ -202,20 +279,3 @@ def _last_record(path: Path) -> dict[str, Any] | None:
 
     records = [record for _, record in read_records(path)] if path.exists() else []
     return records[-1] if records else None
-
-
-def _built(experiment: Experiment, cell: Cell, storage: Storage) -> Path:
-    changes = {"drop_rate": cell.drop_rate, "drop_seed": cell.seed if cell.drop_rate else 0}
-    config = experiment.dataset.model_copy(update=changes)
-    return build_dataset(config, storage.datasets, storage.cache, progress=False)
-
-
-def _pretraining(
-    experiment: Experiment, cell: Cell, data: Path, manifest: Manifest
-) -> TrainingJobConfig:
-    stage = experiment.pretraining
-    return TrainingJobConfig.pretraining(data, manifest, stage.model, _trainer(stage, cell))
-
-
-def _trainer(stage: Stage, cell: Cell) -> TrainerConfig:
-    return TrainerConfig.from_values({**stage.trainer, "random_seed": cell.seed})

@@ -11,7 +11,8 @@ from roma_core.files import write_bytes
 from roma_pipelines.results.cells import Record
 from roma_pipelines.results.rows import Anchor, Cell, Row
 
-_LOWER_IS_BETTER = frozenset({"log_loss", "calibration_error", "mse"})
+_LOWER_IS_BETTER = frozenset({"log_loss", "loss", "calibration_error"})
+_ERRORS = ("mse", "rmse", "mae")
 
 
 def row_text(row: Row, records: Mapping[Cell, Record], outdated: frozenset[Cell]) -> str:
@@ -32,17 +33,17 @@ def row_text(row: Row, records: Mapping[Cell, Record], outdated: frozenset[Cell]
 
 
 def _table(row: Row, have: Mapping[Cell, Record]) -> list[str]:
-    head = ["left out", "metric", "here", *(anchor.name for anchor in row.anchors), "ahead of all"]
+    head = ["case", "metric", "here", *(anchor.name for anchor in row.anchors), "ahead of all"]
     lines = [" | ".join(["", *head, ""]).strip(), "|" + " --- |" * len(head)]
-    for rate in row.drop_rates:
+    for case in row.cases:
         for metric in row.metrics:
             found = [
                 record.metrics[metric]
                 for cell, record in have.items()
-                if cell.drop_rate == rate and metric in record.metrics
+                if cell.case == case.name and metric in record.metrics
             ]
-            others = [anchor.values.get(metric, {}).get(rate) for anchor in row.anchors]
-            cells = [f"{rate:.0%}", metric.replace("_", " "), _ours(found, len(row.seeds))]
+            others = [anchor.values.get(metric, {}).get(case.name) for anchor in row.anchors]
+            cells = [case.name, metric.replace("_", " "), _ours(found, len(row.seeds))]
             cells += ["–" if other is None else f"{other:g}" for other in others]
             cells.append(_ahead(found, [other for other in others if other is not None], metric))
             lines.append("| " + " | ".join(cells) + " |")
@@ -52,20 +53,25 @@ def _table(row: Row, have: Mapping[Cell, Record]) -> list[str]:
 def _ours(found: Sequence[float], n_seeds: int) -> str:
     if not found:
         return "not run"
-    spread = f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else ""
+    spread = f" ± {_figure(statistics.stdev(found))}" if len(found) > 1 else ""
     seeds = f" ({len(found)} of {n_seeds} seeds)" if len(found) < n_seeds else ""
-    return f"{statistics.mean(found):.3f}{spread}{seeds}"
+    return f"{_figure(statistics.mean(found))}{spread}{seeds}"
+
+
+def _figure(value: float) -> str:
+    """Three digits after the point, or three that count where these would say too little."""
+    return f"{value:.3f}" if abs(value) >= 0.05 or value == 0 else f"{value:.3g}"
 
 
 def _ahead(found: Sequence[float], others: Sequence[float], metric: str) -> str:
     if not found or not others:
         return "–"
     ours = statistics.mean(found)
-    if metric in _LOWER_IS_BETTER:
+    if metric in _LOWER_IS_BETTER or metric.endswith(_ERRORS):
         margin = min(others) - ours
     else:
         margin = ours - max(others)
-    return f"{'yes' if margin > 0 else 'no'}, {margin:+.3f}"
+    return f"{'yes' if margin > 0 else 'no'}, {'+' if margin >= 0 else '-'}{_figure(abs(margin))}"
 
 
 def _anchor(anchor: Anchor) -> str:
@@ -83,7 +89,7 @@ def _made(row: Row, have: Mapping[Cell, Record]) -> list[str]:
     return [
         f"- {len(have)} of {len(row.cells())} cells, on {', '.join(days)}, code {', '.join(codes)}, "
         f"device {', '.join(sorted({record.device for record in records}))}; "
-        f"{statistics.mean(seconds):.0f} s of training a cell; {records[0].n_test} test series."
+        f"{statistics.mean(seconds):.0f} s of training a cell; {records[0].n_series} {row.judged_on} series."
     ]
 
 

@@ -587,3 +587,17 @@ def test_whoever_waits_for_a_builder_that_fails_builds_by_himself(tmp_path):
 
     assert len(StoredDataset(path)) == 5
     assert folders(tmp_path) == [path.name]
+
+
+def test_a_share_of_a_split_has_every_class_and_grows(tmp_path):
+    many = [series(f"s{i}", 3, "x" if i < 30 else "y", "train", i) for i in range(40)]
+    train = StoredDataset(built(tmp_path, *many)).split("train")
+
+    tenth, half = train.part(0.1, seed=1), train.part(0.5, seed=1)
+
+    assert np.bincount(train.dataset.labels[tenth.indices]).tolist() == [3, 1]
+    assert np.bincount(train.dataset.labels[half.indices]).tolist() == [15, 5]
+    assert set(tenth.indices) < set(half.indices)
+    assert set(tenth.indices) != set(train.part(0.1, seed=2).indices)
+    assert np.bincount(train.dataset.labels[train.part(0.001, seed=1).indices]).tolist() == [1, 1]
+    assert train.part(1, seed=1) is train

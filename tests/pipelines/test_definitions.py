@@ -157,6 +157,7 @@ REFUSED = {
         "finetuning.model.encoder_config.d_model: it comes with the pretrained encoder",
     ),
     ("finetuning", "model", "pooling"): ("cls", "reads a token that use_cls=False leaves out"),
+    ("finetuning", "model", "problem_type"): ("regression", "a regressor cannot be served"),
 }
 
 

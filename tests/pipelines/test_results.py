@@ -6,11 +6,12 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from roma_core.files import read_json
 from roma_pipelines.cli import main
 from roma_pipelines.experiment_files import load_experiment
 from roma_pipelines.launching.job import JobFailed
-from roma_pipelines.results.cells import Record, read_record, run_cell
-from roma_pipelines.results.rows import Anchor, Cell, Row, chosen, read_rows
+from roma_pipelines.results.cells import Plan, Record, read_record, run_cell
+from roma_pipelines.results.rows import Anchor, Case, Cell, Row, chosen, read_rows
 from roma_pipelines.results.table import put_in_place, row_text
 from roma_pipelines.storage import Storage
 from tests.pipelines.tiny import attributes
@@ -19,7 +20,7 @@ ROW = Row(
     name="waves",
     experiment="waves",
     protocol="Waves.",
-    drop_rates=(0.0, 0.5),
+    cases=(Case(name="0%"), Case(name="50%", changes={"dataset.drop_rate": 0.5})),
     seeds=(0, 1),
     metrics=("accuracy", "log_loss"),
     anchors=(
@@ -27,17 +28,17 @@ ROW = Row(
             name="guess",
             source="invented",
             like_for_like=False,
-            values={"accuracy": {0.0: 0.8, 0.5: 0.7}, "log_loss": {0.0: 0.5}},
+            values={"accuracy": {"0%": 0.8, "50%": 0.7}, "log_loss": {"0%": 0.5}},
         ),
     ),
 )
 
 
-def record(rate, seed, accuracy, log_loss=0.4):
+def record(case, seed, accuracy, log_loss=0.4):
     return Record(
-        cell=Cell(row="waves", drop_rate=rate, seed=seed),
+        cell=Cell(row="waves", case=case, seed=seed),
         metrics={"accuracy": accuracy, "log_loss": log_loss},
-        n_test=24,
+        n_series=24,
         seconds={"pretraining": 1.0, "finetuning": 2.0},
         device="cpu",
         dataset_digest="d",
@@ -51,31 +52,32 @@ def test_the_shipped_rows_name_experiments_that_exist():
     rows = read_rows()
 
     for row in rows.values():
-        assert load_experiment(row.experiment).name == row.experiment
-        for anchor in row.anchors:
-            for figures in anchor.values.values():
-                assert set(figures) <= set(row.drop_rates)
+        experiment = load_experiment(row.experiment)
+        for case in row.cases:
+            assert row.changed(experiment, case).name == experiment.name
 
 
-def test_cells_are_chosen_by_row_share_and_seed():
+def test_cells_are_chosen_by_row_case_and_seed():
     rows = {"waves": ROW}
 
     assert len(chosen(rows, [], [], [])) == 4
-    assert [cell.name for cell in chosen(rows, ["waves"], [0.5], [1])] == ["waves/0.5/1"]
+    assert [cell.name for cell in chosen(rows, ["waves"], ["50%"], [1])] == ["waves/50%/1"]
     with pytest.raises(ValueError, match="no row 'wave'"):
         chosen(rows, ["wave"], [], [])
+    with pytest.raises(ValueError, match="no case '5%'; they have 0%, 50%"):
+        chosen(rows, ["waves"], ["5%"], [])
 
 
 def test_the_table_says_what_was_run_what_is_ahead_and_what_was_not_run():
-    records = {r.cell: r for r in (record(0, 0, 0.9, 0.6), record(0, 1, 0.8, 0.6))}
+    records = {r.cell: r for r in (record("0%", 0, 0.9, 0.6), record("0%", 1, 0.8, 0.6))}
 
-    text = row_text(ROW, records, frozenset({Cell(row="waves", drop_rate=0, seed=1)}))
+    text = row_text(ROW, records, frozenset({Cell(row="waves", case="0%", seed=1)}))
 
     assert "| 0% | accuracy | 0.850 ± 0.071 | 0.8 | yes, +0.050 |" in text
     assert "| 0% | log loss | 0.600 ± 0.000 | 0.5 | no, -0.100 |" in text
     assert "| 50% | accuracy | not run | 0.7 | – |" in text
     assert "not like for like" in text
-    assert "earlier settings of the experiment: waves/0/1" in text
+    assert "earlier settings of the experiment: waves/0%/1" in text
 
 
 def test_a_section_is_replaced_and_the_rest_left_alone(tmp_path):
@@ -108,7 +110,7 @@ def tiny(tmp_path, monkeypatch):
 
 def test_a_cell_runs_once_and_the_table_is_written(tiny, tmp_path):
     out = tmp_path / "RESULTS.md"
-    arguments = ["results", "waves", "--drop-rate", "0.5", "--seed", "0", "--out", str(out)]
+    arguments = ["results", "waves", "--case", "50%", "--seed", "0", "--out", str(out)]
 
     first = CliRunner().invoke(main, arguments)
     again = CliRunner().invoke(main, arguments)
@@ -118,14 +120,45 @@ def test_a_cell_runs_once_and_the_table_is_written(tiny, tmp_path):
     assert "finetune: job" in first.output
     assert again.exit_code == 0, again.output
     assert "job" not in again.output
-    found = read_record(Storage.open(), Cell(row="waves", drop_rate=0.5, seed=0))
+    found = read_record(Storage.open(), Cell(row="waves", case="50%", seed=0))
     assert found is not None
     assert 0 <= found.metrics["accuracy"] <= 1
     assert f"{found.metrics['accuracy']:.3f} (1 of 2 seeds)" in out.read_text()
 
 
+def plan(experiment, cell):
+    return Plan(cell, experiment, ("pretraining", "finetuning"), "test")
+
+
+def test_a_cell_may_finetune_new_weights_on_few_labels_and_be_judged_on_validation(tiny):
+    row = ROW.model_copy(update={"changes": {"finetuning.trainer.epochs": 2}})
+    case = Case(name="few", changes={"finetuning.train_share": 0.5})
+    cell = Cell(row="waves", case="few", seed=0)
+    few = Plan(cell, row.changed(tiny, case), ("finetuning",), "validation")
+
+    found = run_cell(few, tiny.resources, Storage.open(), lambda line: None)
+
+    (config,) = Storage.open().jobs.glob("*/config.json")
+    document = read_json(config)
+    assert (document["weights"], document["train_share"]) == (None, 0.5)
+    assert document["model"]["encoder_config"]["d_model"] == 16
+    assert document["trainer"]["epochs"] == 2
+    assert found.metrics["log_loss"] == found.metrics["loss"] > 0
+    assert set(found.seconds) == {"finetuning"}
+
+
+def test_a_change_that_fits_nothing_is_refused(tiny):
+    for changes, wrong in (
+        ({"dataset.drop_rat": 0.5}, "drop_rat"),
+        ({"name.first": 1}, "no section"),
+        ({"finetuning.trainer.epochs": -1}, "epochs"),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            ROW.changed(tiny, Case(name="wrong", changes=changes))
+
+
 def test_an_interrupted_cell_goes_on_with_the_jobs_that_are_done(tiny, tmp_path, monkeypatch):
-    cell, storage, told = Cell(row="waves", drop_rate=0.0, seed=1), Storage.open(), []
+    cell, storage, told = Cell(row="waves", case="0%", seed=1), Storage.open(), []
 
     def die(line):
         told.append(line)
@@ -133,9 +166,9 @@ def test_an_interrupted_cell_goes_on_with_the_jobs_that_are_done(tiny, tmp_path,
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_cell(tiny, cell, tiny.resources, storage, die)
+        run_cell(plan(tiny, cell), tiny.resources, storage, die)
     made = {path: path.stat().st_mtime_ns for path in storage.jobs.glob("*/result.json")}
-    run_cell(tiny, cell, tiny.resources, storage, told.append)
+    run_cell(plan(tiny, cell), tiny.resources, storage, told.append)
 
     assert len(made) == 2
     assert all(path.stat().st_mtime_ns == when for path, when in made.items())
@@ -153,8 +186,7 @@ def test_a_cell_that_fails_says_why(tiny, tmp_path):
 
     with pytest.raises(JobFailed, match="not finite"):
         run_cell(
-            broken,
-            Cell(row="waves", drop_rate=0.0, seed=0),
+            plan(broken, Cell(row="waves", case="0%", seed=0)),
             broken.resources,
             Storage.open(),
             lambda line: None,
