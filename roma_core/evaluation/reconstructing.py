@@ -19,6 +19,7 @@ from roma_core.data.normalisation import Normaliser
 from roma_core.data.schema import DataSchema
 from roma_core.data.store import Subset
 from roma_core.files import write_bytes
+from roma_core.model.config import RoMAForPreTrainingConfig
 from roma_core.model.masking import sample_all_but
 from roma_core.model.packing import PackedBatch
 from roma_core.model.pretraining import RoMAForPreTraining
@@ -93,14 +94,13 @@ def all_but(n_seen: int, seed: int) -> Hide:
     return hide
 
 
-def as_trained(model: RoMAForPreTraining, seed: int) -> Hide:
+def as_trained(config: RoMAForPreTrainingConfig, seed: int) -> Hide:
     """Hides as much, and in the way, that the model was trained with."""
-    return lambda batch: batch.with_drawn_mask(model.config, seed, epoch=0)
+    return lambda batch: batch.with_drawn_mask(config, seed, epoch=0)
 
 
-def can_be_judged(model: RoMAForPreTraining, schema: DataSchema) -> None:
+def can_be_judged(config: RoMAForPreTrainingConfig, schema: DataSchema) -> None:
     """Raises ValueError, with the reason, if there are no values in the units of the data."""
-    config = model.config
     if config.normalize_targets:
         raise ValueError(
             "a model trained with normalize_targets predicts the shape of a token less its own mean, which is "
@@ -124,49 +124,66 @@ def reconstruct(
         ValueError: nothing is hidden, or the model cannot be judged by values.
         RuntimeError: the model read a hidden value, or its weights are not finite.
     """
-    can_be_judged(model, split.dataset.schema)
     model.eval()
-    parts = [_said(model, hide(batch)) for batch in _batches(model, split, batch_size)]
-    series, places, outputs = (np.concatenate(column) for column in zip(*parts, strict=True))
+    batches = list(_batches(model.config, split, hide, batch_size))
+    table, order = _hidden(batches, split)
+    outputs = np.concatenate([_said(model, batch) for batch in batches])[order]
+    width = table.true.shape[1]
+    units = Normaliser(split.dataset.schema)
+    mean, log_variance = outputs[:, :width], outputs[:, width:]
+    std = np.exp(0.5 * log_variance) * units.slope(mean) if model.config.predict_variance else None
+    return replace(table, predicted=units.denormalise(mean), std=std)
+
+
+def hidden_of(config: RoMAForPreTrainingConfig, split: Subset, hide: Hide) -> HiddenTable:
+    """What such a model would be asked about, predicted by nobody yet: NaN.
+
+    Raises:
+        ValueError: nothing is hidden, or such a model cannot be judged by values.
+    """
+    return _hidden(list(_batches(config, split, hide, 256)), split)[0]
+
+
+def _batches(
+    config: RoMAForPreTrainingConfig, split: Subset, hide: Hide, batch_size: int
+) -> Iterator[PackedBatch]:
+    can_be_judged(config, split.dataset.schema)
+    collate, places = Collate(config, seed=0), np.arange(len(split))
+    for start in range(0, len(split), batch_size):
+        part = places[start : start + batch_size]
+        yield hide(collate.gathered(0, part, split.gathered(part)))
+
+
+def _hidden(batches: list[PackedBatch], split: Subset) -> tuple[HiddenTable, Ints]:
+    """The table without predictions, and the ``(H,)`` row of the batches that became each of its rows."""
+    named = [_named(batch) for batch in batches]
+    series, places = (np.concatenate(column) for column in zip(*named, strict=True))
     if len(series) == 0:
         raise ValueError(
             f"nothing is hidden in {len(split)} series of {split.lengths.min()} to "
             f"{split.lengths.max()} observations; hide more"
         )
     order = np.lexsort((places, series))
-    series, places, outputs = series[order], places[order], outputs[order]
-    width = len(split.dataset.schema.channels)
-    units = Normaliser(split.dataset.schema)
-    mean, log_variance = outputs[:, :width], outputs[:, width:]
-    std = np.exp(0.5 * log_variance) * units.slope(mean) if model.config.predict_variance else None
+    series, places = series[order], places[order]
     true, clean = _what_was_there(split, series, places)
-    return HiddenTable(
-        n_series=len(split),
-        series=series,
-        places=places,
-        true=true,
-        predicted=units.denormalise(mean),
-        std=std,
-        clean=clean,
-    )
+    nobody = np.full_like(true, np.nan)
+    return HiddenTable(len(split), series, places, true, nobody, std=None, clean=clean), order
 
 
-def _batches(model: RoMAForPreTraining, split: Subset, batch_size: int) -> Iterator[PackedBatch]:
-    collate, places = Collate(model.config, seed=0), np.arange(len(split))
-    for start in range(0, len(split), batch_size):
-        part = places[start : start + batch_size]
-        yield collate.gathered(0, part, split.gathered(part))
+def _named(batch: PackedBatch) -> tuple[Ints, Ints]:
+    """Series in the split, and place in it, of the hidden tokens of a batch."""
+    assert batch.masked is not None and batch.indices is not None
+    rows, segments = batch.masked.hidden_rows, batch.segments
+    return batch.indices[segments.ids[rows]].numpy(), segments.index_in_series[rows].numpy()
 
 
-def _said(model: RoMAForPreTraining, batch: PackedBatch) -> tuple[Ints, Ints, Float32]:
-    """Series, place and the head's numbers for the hidden tokens of a batch."""
+def _said(model: RoMAForPreTraining, batch: PackedBatch) -> Float32:
+    """The head's numbers for the hidden tokens of a batch."""
     masked = batch.masked
-    assert masked is not None and batch.indices is not None
+    assert masked is not None
     rows = masked.hidden_rows
-    series = batch.indices[batch.segments.ids[rows]].numpy()
-    places = batch.segments.index_in_series[rows].numpy()
     if masked.hidden.total == 0:
-        return series, places, np.zeros((0, model.head.linear.out_features), np.float32)
+        return np.zeros((0, model.head.linear.out_features), np.float32)
     tokens = batch.tokens.clone()
     tokens[rows] = torch.nan
     outputs = model.outputs_of(replace(batch, tokens=tokens), masked).float()
@@ -174,7 +191,7 @@ def _said(model: RoMAForPreTraining, batch: PackedBatch) -> tuple[Ints, Ints, Fl
         raise RuntimeError(
             "the model gives numbers that are not finite: its weights are not, or it reads hidden values"
         )
-    return series, places, outputs.numpy()
+    return outputs.numpy()
 
 
 def _what_was_there(split: Subset, series: Ints, places: Ints) -> tuple[Float32, Float32 | None]:

@@ -59,7 +59,7 @@ def run_reconstruction(folder: JobFolder, attempt: Attempt) -> Work:
     with Progress("evaluate", total_steps=3, first_step=0) as progress:
         attempt.beat(0)
         model = RoMAForPreTraining.from_pretrained(config.autoencoder)
-        table = reconstruct(model, test, as_trained(model, config.seed), config.batch_size)
+        table = reconstruct(model, test, as_trained(model.config, config.seed), config.batch_size)
         table.save(out / "reconstructions.parquet", test)
         attempt.beat(1)
         progress.update(1, {}, force=True)

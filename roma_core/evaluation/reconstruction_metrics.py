@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from roma_core.evaluation.metrics import Estimate, resample_sums
+from roma_core.evaluation.metrics import Estimate, estimated, resample_sums
 from roma_core.evaluation.reconstructing import HiddenTable
 
 Floats = NDArray[np.float64]
@@ -173,5 +173,4 @@ def _means(series: NDArray[np.int64], values: list[NDArray[Any]]) -> list[Floats
 
 def _estimate(numbers: Floats) -> Estimate:
     """Of the value, followed by its resamples."""
-    low, high = np.percentile(numbers[1:], [2.5, 97.5])
-    return Estimate(value=float(numbers[0]), low=float(low), high=float(high))
+    return estimated(numbers[:1], numbers[1:])

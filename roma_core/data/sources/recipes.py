@@ -79,12 +79,16 @@ def rbf(g: Generator, n: int, noise: float = 0.1) -> Draw:
     Every point is a mean of the ten, weighted by exp(−120·distance²). The target is the curve itself.
     """
     t = 0.02 * np.arange(1, 51)
-    weights = np.exp(-120 * (t[:, None] - 0.1 * np.arange(1, 11)) ** 2)  # (50, 10)
-    weights /= weights.sum(axis=1, keepdims=True)
-    curves = (g.normal(size=(n, 10)) @ weights.T)[:, :, None]
+    curves = (g.normal(size=(n, 10)) @ rbf_weights(t).T)[:, :, None]
     seen = curves + g.normal(0, noise, (n, 50, 1))
     times = np.broadcast_to(t[:, None], (n, 50, 1))
     return Draw(times, seen.astype(np.float32), curves.astype(np.float32))
+
+
+def rbf_weights(t: NDArray[Any]) -> NDArray[np.float64]:
+    """``(N, 10)``: what a point of the curve at each of ``(N,)`` times takes of the ten numbers."""
+    weights: NDArray[np.float64] = np.exp(-120 * (t[:, None] - 0.1 * np.arange(1, 11)) ** 2)
+    return weights / weights.sum(axis=1, keepdims=True)
 
 
 def sines(g: Generator, n: int, noise: float = 0.1) -> Draw:

@@ -73,7 +73,7 @@ def test_what_is_hidden_is_what_the_mask_says_and_is_told_as_it_was_observed(tmp
     model = model_of()
 
     table = reconstruct(
-        model, test, as_trained(model, 0) if hide == "as_trained" else all_but(5, 0), 2
+        model, test, as_trained(model.config, 0) if hide == "as_trained" else all_but(5, 0), 2
     )
 
     hidden = {3: 2, 12: 6, 7: 4, 30: 15} if hide == "as_trained" else {3: 0, 12: 7, 7: 2, 30: 25}
@@ -113,7 +113,7 @@ def test_a_model_that_looks_is_caught(tmp_path):
     test = made(tmp_path, noisy("s", 20, 1), noisy("t", 20, 2, "train"))
 
     with pytest.raises(RuntimeError, match="reads hidden values"):
-        reconstruct(model, test, as_trained(model, 0), 8)
+        reconstruct(model, test, as_trained(model.config, 0), 8)
 
 
 def test_what_cannot_be_judged_is_refused(tmp_path):
