@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -13,9 +12,10 @@ from roma_core.evaluation import plots
 from roma_core.evaluation.drawing import BLUE, GREY, ORANGE, STYLE, new_figure, png_of, short
 from roma_core.evaluation.metrics import Estimate
 from roma_core.evaluation.page import Plot
-from roma_core.evaluation.reconstructing import HiddenTable
+from roma_core.evaluation.pictures import learning_curves
+from roma_core.evaluation.reconstructing import Float32, HiddenTable, Ints, clean_columns
 from roma_core.evaluation.reconstruction_metrics import GroupErrors
-from roma_core.trainer.metrics_log import read_records
+from roma_core.evaluation.regression_plots import named
 
 _N_SERIES = 4
 _N_CHANNELS = 4  # drawn of each; more would be too small to read
@@ -48,55 +48,42 @@ def draw(
             png=errors_by_group(groups, floor),
             wide=True,
         )
-    for title, path in curves.items():
-        if records := [record for _, record in read_records(Path(path))]:
-            pictures[f"curve_{title}"] = Plot(
-                title=f"Learning curve: {title}",
-                caption="Loss by optimiser step; eval is the validation split.",
-                alt=f"Learning curve of the {title}.",
-                png=plots.learning_curve(records),
-                wide=True,
-            )
-    return pictures
+    return pictures | learning_curves(curves)
 
 
 def examples(table: HiddenTable, split: Subset) -> list[plots.Reconstruction]:
     """A few series, spread over the split, in the units of the data."""
     schema, dataset = split.dataset.schema, split.dataset
-    names = [c.name if c.unit == "1" else f"{c.name} ({c.unit})" for c in schema.channels]
-    axis = schema.axes[0]
+    names = [named(channel) for channel in schema.channels]
+    columns = clean_columns(schema)
     has_hidden = np.unique(table.series)
     chosen = has_hidden[np.linspace(0, len(has_hidden) - 1, _N_SERIES).astype(int)]
     drawn = []
     for k in dict.fromkeys(chosen.tolist()):
-        positions, values = dataset.raw(int(split.indices[k]))
+        row = int(split.indices[k])
+        positions, values = dataset.raw(row)
         rows = table.series == k
         places = table.places[rows]
-        visible = np.ones(len(values), dtype=bool)
-        visible[places] = False
-        full = {"predicted": table.predicted, "std": table.std, "clean": table.clean}
-        spread = {}
-        for what, numbers in full.items():
-            # what is not hidden has no prediction; its observation stands in, for the line to go on
-            spread[what] = None if numbers is None else values.copy()
-            if numbers is not None:
-                spread[what][places] = numbers[rows]  # type: ignore[index]
-        predicted = spread["predicted"]
-        assert predicted is not None
+        targets = dataset.targets(row)
+        clean = None if targets is None or columns is None else targets[:, columns]
+
+        def spread(numbers: Float32, of: Float32 = values, at: Ints = places) -> Float32:
+            """``(hidden, C)`` to their places in ``(N, drawn)``; only hidden ones are drawn."""
+            full = np.full_like(of, np.nan)
+            full[at] = numbers
+            return full[:, :_N_CHANNELS]
+
         drawn.append(
             plots.Reconstruction(
-                title=dataset.ids[int(split.indices[k])],
+                title=dataset.ids[row],
                 channels=names[:_N_CHANNELS],
                 positions=positions[:, 0],
                 values=values[:, :_N_CHANNELS],
-                predicted=predicted[:, :_N_CHANNELS],
-                visible=visible,
-                axis=f"{axis.name} ({axis.unit})" if axis.unit != axis.name else axis.name,
-                **{
-                    what: None if part is None else part[:, :_N_CHANNELS]
-                    for what, part in spread.items()
-                    if what != "predicted"
-                },
+                predicted=spread(table.predicted[rows]),
+                visible=~np.isin(np.arange(len(values)), places),
+                axis=named(schema.axes[0]),
+                std=None if table.std is None else spread(table.std[rows]),
+                clean=None if clean is None else clean[:, :_N_CHANNELS],
             )
         )
     return drawn
