@@ -121,9 +121,10 @@ def reconstruct(
     """Ask the model about every hidden observation of a split.
 
     Raises:
-        ValueError: nothing is hidden, or the model cannot be judged by values.
+        ValueError: nothing is hidden, the model cannot be judged by values, or is of other data.
         RuntimeError: the model read a hidden value, or its weights are not finite.
     """
+    _check_units(model, split.dataset.schema)
     model.eval()
     batches = list(_batches(model.config, split, hide, batch_size))
     table, order = _hidden(batches, split)
@@ -131,8 +132,21 @@ def reconstruct(
     width = table.true.shape[1]
     units = Normaliser(split.dataset.schema)
     mean, log_variance = outputs[:, :width], outputs[:, width:]
-    std = np.exp(0.5 * log_variance) * units.slope(mean) if model.config.predict_variance else None
+    deviation = np.exp(0.5 * log_variance.clip(-14, 14))  # as in the loss
+    std = deviation * units.slope(mean) if model.config.predict_variance else None
     return replace(table, predicted=units.denormalise(mean), std=std)
+
+
+def _check_units(model: RoMAForPreTraining, schema: DataSchema) -> None:
+    if model.data_schema is None:
+        return
+    own = DataSchema.model_validate(model.data_schema)
+    for what in ("channels", "axes", "normalisation"):
+        if getattr(own, what) != getattr(schema, what):
+            raise ValueError(
+                f"{what} of this data set and of the data the model was trained on differ, so its numbers would "
+                f"mean something else here; judge it on the version of the data it was trained on"
+            )
 
 
 def hidden_of(config: RoMAForPreTrainingConfig, split: Subset, hide: Hide) -> HiddenTable:

@@ -125,6 +125,14 @@ def test_what_cannot_be_judged_is_refused(tmp_path):
         reconstruct(model_of(n_channels=3), test, all_but(2, 0), 8)
     with pytest.raises(ValueError, match="nothing is hidden in 1 series of 4 to 4 observations"):
         reconstruct(model_of(), test, all_but(4, 0), 8)
+    of_other_data = model_of()
+    other = made(tmp_path, noisy("s", 4, 1), noisy("t", 20, 3, "train")).dataset.schema
+    of_other_data.data_schema = other.model_dump(mode="json")
+    with pytest.raises(
+        ValueError,
+        match="normalisation of this data set and of the data the model was trained on differ",
+    ):
+        reconstruct(of_other_data, test, all_but(2, 0), 8)
 
 
 def test_predictions_are_in_the_units_of_the_data_and_so_are_deviations(tmp_path):
