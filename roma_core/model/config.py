@@ -110,6 +110,12 @@ class _ModelConfig(RomaSettings):
         description="Name, unit, anchor, offset and scale of every axis, applied to positions in "
         "float64; empty takes them as they are. Stored data sets describe and apply their own.",
     )
+    value_features: int = Field(
+        0,
+        ge=0,
+        description="Nonlinear features of a token's numbers, added to their linear projection; 0: the "
+        "projection alone, as published. 64 helps where a token holds few numbers.",
+    )
     use_cls: bool = Field(True, description="Prepend a learned token at position 0.")
     pos_encoding: Literal["ropend", "absolute"] = Field(
         "ropend",

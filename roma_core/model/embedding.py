@@ -12,6 +12,7 @@ from roma_core.model.absolute import SineTable
 from roma_core.model.config import _ModelConfig
 from roma_core.model.encoder import Encoder, Rotations, Rows
 from roma_core.model.packing import PackedBatch, pack, spread
+from roma_core.model.projection import Projection
 from roma_core.model.rotary import Rotation
 from roma_core.model.segments import Segments
 
@@ -34,7 +35,7 @@ class Backbone(nn.Module):
         self.config = config
         stack = config.encoder_config
         self.data_schema: dict[str, Any] | None = None
-        self.projection = nn.Linear(config.tubelet_width, stack.d_model)
+        self.projection = Projection(config.tubelet_width, stack.d_model, config.value_features)
         self.cls = nn.Parameter(torch.empty(stack.d_model)) if config.use_cls else None
         self.encoder = Encoder(stack)
         self.rotation = self._rotation_of(stack)

@@ -21,6 +21,7 @@ DROPOUTS = (
     "pos_drop_rate",
 )
 SHAPE = (
+    "value_features",
     "use_cls",
     "pos_encoding",
     "max_len",
@@ -34,8 +35,10 @@ HEAD = ("head_drop_rate", "dim_output", "problem_type", "pooling")
 
 
 def settings_of(document: dict[str, Any]) -> dict[str, Any]:
-    """The configuration's fields in a ``model_config.json``; published ones describe no axes."""
-    return {"position_axes": []} | {k: v for k, v in document.items() if k not in _OWN_KEYS}
+    """The configuration's fields in a ``model_config.json``; published ones know fewer."""
+    return {"position_axes": [], "value_features": 0} | {
+        k: v for k, v in document.items() if k not in _OWN_KEYS
+    }
 
 
 def is_pretraining(document: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from roma_core.data import DatasetConfig, StoredDataset, build_dataset
 from roma_core.data.schema import Channel, PositionAxis
@@ -151,6 +152,30 @@ def test_what_cannot_be_evaluated_is_explained(places, tmp_path):
         out = tmp_path / f"e{wrong['dim_output']}"
         said = roma("evaluate", "--data", data, "--weights", weights, "--out", out, ok=False)
         assert any(part in said for part in message.split("|")) and "Traceback" not in said
+
+
+@pytest.mark.parametrize("use_cls", [True, False])
+def test_equal_values_tell_their_places_only_beside_a_cls_token(use_cls):
+    torch.manual_seed(0)
+    model = RoMAForClassification(
+        RoMAForClassificationConfig(
+            encoder_config=EncoderConfig(d_model=16, nhead=2, depth=2),
+            tubelet_size=(1, 1, 1),
+            n_channels=1,
+            n_pos_dims=1,
+            use_cls=use_cls,
+            pooling="token",
+            dim_output=1,
+        )
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)  # so that no part is neutral
+    places = torch.rand(1, 1, 10) * 49 + 1
+
+    told = model(torch.ones(1, 10, 1, 1, 1), places)[0].squeeze().detach()
+
+    spread = float((told - told.mean()).abs().max())
+    assert (spread > 1e-2) is use_cls, "attention mixes equal values, whatever its weights"
 
 
 @pytest.mark.parametrize(

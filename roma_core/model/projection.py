@@ -1,0 +1,45 @@
+"""The numbers of a token → its vector: a linear projection, and nonlinear features beside it.
+
+A norm follows in the first block, and of a token of one or two numbers that are only projected it
+leaves little but their sign: a curve's height is hard to tell. Features that bend with the numbers
+say it from the first step on; ``roma-pipeline results plasticc_settings`` shows what they are worth.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from roma_core.model.encoder import initialise
+
+
+class Projection(nn.Linear):
+    """``(…, P)`` → ``(…, d)``: linear with bias, as published, plus ``n_features`` of SiLU."""
+
+    def __init__(self, n_numbers: int, width: int, n_features: int) -> None:
+        super().__init__(n_numbers, width)
+        self.features = self.mix = None
+        if n_features:
+            self.features = nn.Linear(n_numbers, n_features)
+            self.mix = nn.Linear(n_features, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        linear = super().forward(x)
+        if self.features is None or self.mix is None:
+            return linear
+        return linear + self.mix(F.silu(self.features(x)))
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Like every matrix, but the features: they must bend within the spread of the numbers.
+
+        The numbers are of unit spread, and so are the weights' products with them; the biases, too,
+        so that the bends lie all over the range.
+        """
+        initialise(self)
+        if self.features is not None:
+            nn.init.normal_(self.features.weight, std=math.sqrt(2 / self.in_features))
+            nn.init.normal_(self.features.bias)
