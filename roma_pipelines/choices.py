@@ -59,6 +59,7 @@ def choose(survey: Survey, categorical: frozenset[str] = frozenset()) -> Choices
         n_series=max(1, round(survey.n_series * share)),
         n_observations=max(1, round(survey.n_observations * share)),
         n_channels=len(survey.channels),
+        n_axes=len(survey.axes),
     )
     return Choices(dataset, sizes_for(amount), why, _warnings(survey))
 

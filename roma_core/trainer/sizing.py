@@ -3,8 +3,8 @@
 A training is counted in optimiser steps: a few hundred series need many passes to make enough of
 them, a million observations need few. Settings that come out here are written into a file, where
 people see and change them; nothing looks at the data again when a training starts. They extend what
-served JapaneseVowels and PLAsTiCC to other amounts of data; no search over many data sets stands
-behind them.
+was chosen on validation series of PLAsTiCC (`roma-pipeline results plasticc_settings`) to other amounts
+of data; no search over many data sets stands behind them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from typing import Any
 TOKENS_PER_S = 25_000.0
 """About what both trainings get through on one CPU core, with width 64 and 4 layers."""
 
-_PRETRAINING_STEPS, _FINETUNING_STEPS = 600, 1200
+_FEWEST_STEPS = {"pretraining": 600, "finetuning": 1200}
 _FEWEST_EPOCHS = {"pretraining": 8, "finetuning": 16}
 _SERIES_PER_BATCH = {"pretraining": 32, "finetuning": 16}
-_TOKENS_PER_BATCH = {"pretraining": 8192, "finetuning": 4096}  # at most
+_TOKENS_PER_BATCH = {"pretraining": 4096, "finetuning": 2048}  # at most
 _LEAST_TOKENS = 256
 _MANY_SERIES = 20_000
 _WIDE_TOKENS = 64  # numbers in one observation
+_VALUE_FEATURES = 64
+_LEARNING_RATE = 0.003  # at width 64; it shrinks as the width grows
 _SHORT = 50  # observations in a series
 
 
@@ -33,6 +35,7 @@ class Amount:
     n_series: int
     n_observations: int
     n_channels: int
+    n_axes: int = 1
 
     @property
     def mean_length(self) -> float:
@@ -63,8 +66,9 @@ def sizes_for(amount: Amount) -> Sizes:
     large = amount.n_series >= _MANY_SERIES or amount.n_channels > _WIDE_TOKENS
     width, depth = (128, 6) if large else (64, 4)
     mask_ratio = 0.5 if amount.mean_length < _SHORT else 0.75
-    pretrainer, pre_steps, pre_why = _training("pretraining", _PRETRAINING_STEPS, amount)
-    finetrainer, fine_steps, fine_why = _training("finetuning", _FINETUNING_STEPS, amount)
+    rate = _LEARNING_RATE * 64 / width
+    pretrainer, pre_steps, pre_why = _training("pretraining", amount, rate)
+    finetrainer, fine_steps, fine_why = _training("finetuning", amount, rate)
     because = (
         f"{amount.n_channels} numbers in an observation"
         if amount.n_channels > _WIDE_TOKENS
@@ -75,7 +79,9 @@ def sizes_for(amount: Amount) -> Sizes:
             "model": {
                 "encoder_config": {"d_model": width, "nhead": width // 16, "depth": depth},
                 "decoder_config": {"d_model": width, "nhead": width // 16, "depth": 1},
-                "use_cls": False,
+                # without CLS at position 0, a second axis such as a band is known by differences only
+                "use_cls": amount.n_axes > 1,
+                "value_features": 0 if amount.n_channels > _WIDE_TOKENS else _VALUE_FEATURES,
                 "mask_ratio": mask_ratio,
             },
             "trainer": pretrainer,
@@ -100,17 +106,19 @@ def sizes_for(amount: Amount) -> Sizes:
     )
 
 
-def _training(name: str, steps: int, amount: Amount) -> tuple[dict[str, Any], int, str]:
+def _training(name: str, amount: Amount, rate: float) -> tuple[dict[str, Any], int, str]:
     """Trainer settings, the steps they come to, and a sentence."""
     wanted = round(_SERIES_PER_BATCH[name] * amount.mean_length)
     tokens = min(_TOKENS_PER_BATCH[name], max(wanted, _LEAST_TOKENS))
+    # batches of fewer series, because these are long, make up for it in number
+    steps = _FEWEST_STEPS[name] * max(1.0, wanted / tokens)
     per_epoch = max(1, round(amount.n_observations / tokens))
     epochs = max(_FEWEST_EPOCHS[name], math.ceil(steps / per_epoch))
     total = epochs * per_epoch
     trainer = {
         "epochs": epochs,
         "tokens_per_batch": tokens,
-        "base_lr": 0.001,
+        "base_lr": rate,
         "eval_every": _often(total),
         "save_every": _often(total),
     }

@@ -157,14 +157,32 @@ def test_small_data_get_many_passes_and_large_data_few():
     assert large.pretraining["model"]["encoder_config"]["d_model"] > 64
     for sizes in (small, large):
         trainer = sizes.finetuning["trainer"]
-        assert trainer["tokens_per_batch"] <= 4096
+        assert trainer["tokens_per_batch"] <= 2048
         assert trainer["eval_every"] <= sizes.steps["finetuning"]
+
+
+def test_long_series_make_small_batches_and_more_steps():
+    short = sizes_for(Amount(n_series=200, n_observations=20_000, n_channels=1))
+    long = sizes_for(Amount(n_series=200, n_observations=200_000, n_channels=1))
+
+    for sizes in (short, long):
+        shown = sizes.finetuning["trainer"]["epochs"] * 200
+        assert shown == pytest.approx(1200 * 16, rel=0.1)
+    assert long.steps["finetuning"] > 5 * short.steps["finetuning"]
+
+
+def test_a_second_axis_needs_cls_and_wide_observations_no_features():
+    one = sizes_for(Amount(n_series=200, n_observations=20_000, n_channels=1))
+    two = sizes_for(Amount(n_series=200, n_observations=20_000, n_channels=900, n_axes=2))
+
+    assert [s.pretraining["model"]["use_cls"] for s in (one, two)] == [False, True]
+    assert [s.pretraining["model"]["value_features"] for s in (one, two)] == [64, 0]
 
 
 def test_every_choice_is_valid_for_the_trainer():
     from roma_pipelines.training_sections import about_trainings
 
-    sizes = sizes_for(Amount(n_series=1, n_observations=1, n_channels=900))
+    sizes = sizes_for(Amount(n_series=1, n_observations=1, n_channels=900, n_axes=2))
 
     assert not about_trainings(
         sizes.pretraining["model"],
