@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -50,17 +51,7 @@ def of_training(
     config: EvaluationJobConfig, dataset: StoredDataset, autoencoder: RoMAForPreTraining | None
 ) -> dict[str, Plot]:
     """Learning curves, and what the autoencoder makes of test series: figures of any report."""
-    pictures = {}
-    for title, path in config.curves.items():
-        records = [record for _, record in read_records(Path(path))]
-        if records:
-            pictures[f"curve_{title}"] = Plot(
-                title=f"Learning curve: {title}",
-                caption="Metrics by optimiser step; eval is the validation split.",
-                alt=f"Learning curve of the {title}.",
-                png=plots.learning_curve(records),
-                wide=True,
-            )
+    pictures = learning_curves(config.curves)
     if autoencoder is not None:
         pictures["reconstructions"] = Plot(
             title="Reconstructions",
@@ -70,6 +61,21 @@ def of_training(
             png=plots.reconstruction_examples(reconstructions(autoencoder, dataset)),
             wide=True,
         )
+    return pictures
+
+
+def learning_curves(curves: Mapping[str, str]) -> dict[str, Plot]:
+    """A figure for each metrics.jsonl, by title, that has any."""
+    pictures = {}
+    for title, path in curves.items():
+        if records := [record for _, record in read_records(Path(path))]:
+            pictures[f"curve_{title}"] = Plot(
+                title=f"Learning curve: {title}",
+                caption="Metrics by optimiser step; eval is the validation split.",
+                alt=f"Learning curve of the {title}.",
+                png=plots.learning_curve(records),
+                wide=True,
+            )
     return pictures
 
 

@@ -39,6 +39,8 @@ class Reconstruction:
         predicted: ``(N, C)`` reconstructed values; only those of hidden tokens are drawn.
         visible: ``(N,)`` bool, True where the encoder saw the token, False where it was hidden.
         axis: what the positions are, with the unit.
+        std: ``(N, C)`` predicted standard deviations; None: none are drawn.
+        clean: ``(N, C)`` values without noise, drawn as the line; None: the observed ones are.
     """
 
     title: str
@@ -48,6 +50,8 @@ class Reconstruction:
     predicted: NDArray[np.floating]
     visible: NDArray[np.bool_]
     axis: str = "position"
+    std: NDArray[np.floating] | None = None
+    clean: NDArray[np.floating] | None = None
 
     def __post_init__(self) -> None:
         n, c = len(self.positions), len(self.channels)
@@ -141,7 +145,8 @@ def reconstruction_examples(examples: Sequence[Reconstruction]) -> bytes:
             )
     rows, columns = len(examples), len(channels)
     with mpl.rc_context(STYLE):
-        figure = new_figure(max(5.0, min(11.0, 3.1 * columns)), 0.7 + 1.75 * rows)
+        width = max(6.5, min(11.0, 3.1 * columns))  # the legend takes 6.5
+        figure = new_figure(width, 0.9 + 1.75 * rows)
         grid = figure.subplots(rows, columns, squeeze=False, sharex="row")
         for row, example in enumerate(examples):
             for column, channel in enumerate(channels):
@@ -154,7 +159,9 @@ def reconstruction_examples(examples: Sequence[Reconstruction]) -> bytes:
                 if row == rows - 1:
                     axes.set_xlabel(example.axis)
         handles, labels = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+        figure.legend(
+            handles, labels, loc="outside upper center", ncols=3 if len(labels) > 3 else len(labels)
+        )
         return png_of(figure)
 
 
@@ -162,7 +169,14 @@ def _draw_reconstruction(axes: Axes, example: Reconstruction, channel: int) -> N
     order = np.argsort(example.positions, kind="stable")
     x, seen = example.positions[order], example.visible[order]
     true, guess = example.values[order, channel], example.predicted[order, channel]
-    axes.plot(x, true, color="#c9ced4", linewidth=1, zorder=1)
+    line = true if example.clean is None else example.clean[order, channel]
+    axes.plot(x, line, color="#c9ced4", linewidth=1, zorder=1,
+              label=None if example.clean is None else "without noise")  # fmt: skip
+    if example.std is not None:
+        axes.errorbar(
+            x[~seen], guess[~seen], example.std[order, channel][~seen], fmt="none",
+            ecolor=ORANGE, elinewidth=2.5, alpha=0.3, label="± one predicted deviation", zorder=2,
+        )  # fmt: skip
     axes.vlines(
         x[~seen], true[~seen], guess[~seen], color=ORANGE, linewidth=0.9, alpha=0.6, zorder=2
     )

@@ -165,6 +165,13 @@ class RoMAForPreTrainingConfig(_ModelConfig):
 
     decoder_config: EncoderConfig = Field(DEFAULT_DECODER, description="The decoder's stack.")
     mask_ratio: float = Field(0.75, ge=0, lt=1, description="Share of each series' tokens to hide.")
+    mask_ratio_max: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Hide between mask_ratio and this share of each series' tokens, every number of them "
+        "equally often; null: always mask_ratio.",
+    )
     mask_strategy: Literal["random", "block", "future", "channel"] = Field(
         "random",
         description="'random': anywhere; 'block': one contiguous run; 'future': the last tokens; "
@@ -194,6 +201,15 @@ class RoMAForPreTrainingConfig(_ModelConfig):
         return self
 
     @model_validator(mode="after")
+    def _range_is_one(self) -> Self:
+        if self.mask_ratio_max is not None and self.mask_ratio_max < self.mask_ratio:
+            raise ValueError(
+                f"mask_ratio_max={self.mask_ratio_max} is below mask_ratio={self.mask_ratio}; a range "
+                f"begins with mask_ratio"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _channels_have_an_axis(self) -> Self:
         if self.mask_strategy == "channel" and not (
             self.channel_axis is not None and self.channel_axis < self.n_pos_dims
@@ -205,9 +221,10 @@ class RoMAForPreTrainingConfig(_ModelConfig):
         return self
 
     @property
-    def mask_fraction(self) -> Fraction:
-        """`mask_ratio` as the exact decimal that was written, e.g. 3/10 for 0.3."""
-        return _exact(self.mask_ratio)
+    def mask_fractions(self) -> tuple[Fraction, Fraction]:
+        """Least and largest share to hide, as the exact decimals that were written, e.g. 3/10 for 0.3."""
+        most = self.mask_ratio if self.mask_ratio_max is None else self.mask_ratio_max
+        return _exact(self.mask_ratio), _exact(most)
 
 
 @lru_cache

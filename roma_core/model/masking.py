@@ -17,6 +17,7 @@ from roma_core.hashing import Ints, hash_ints
 from roma_core.model.segments import Segments
 
 _STRATEGIES = ("random", "block", "future", "channel")
+_HOW_MANY = -1  # no token's place, so that the number hidden has a hash of its own
 
 
 def hidden_count(lengths: Ints, fraction: Fraction) -> Ints:
@@ -47,7 +48,7 @@ def first_in_series(noise: Ints, count: Ints, ids: Ints, index: Ints) -> Ints:
 def sample_hidden(
     segments: Segments,
     sample_ids: Tensor,
-    fraction: Fraction,
+    fractions: tuple[Fraction, Fraction],
     strategy: str,
     seed: int,
     epoch: int,
@@ -58,7 +59,8 @@ def sample_hidden(
     Args:
         segments: the series of the batch.
         sample_ids: ``(B,)`` int64, stable names of the series.
-        fraction: share of each series' tokens to hide, in ``[0, 1)``.
+        fractions: least and largest share of each series' tokens to hide, in ``[0, 1)``; every number
+            between is as likely.
         strategy: ``random`` tokens; one contiguous ``block``; the ``future``: the last ones; or
             whole channels, for tokens that are one observation of one ``channel`` each. The last
             channel to be hidden may be hidden in part, from its first token on, so that every
@@ -79,21 +81,42 @@ def sample_hidden(
         index = segments.index_in_series
         what = channel if strategy == "channel" else index
         return _drawn(
-            fraction, strategy, seed, epoch, segments.sizes, segments.ids, index, sample_ids, what
+            fractions, strategy, seed, epoch, segments.sizes, segments.ids, index, sample_ids, what
         )
     # the same numbers in a fifth of the time: numpy's calls cost less
-    sizes = np.array(segments.lengths, dtype=np.int64)
-    ids = np.repeat(np.arange(len(sizes)), sizes)
-    places = np.arange(len(ids)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    sizes, ids, places = _as_arrays(segments)
     named = np.asarray(channel) if strategy == "channel" else places
     hidden = _drawn(
-        fraction, strategy, seed, epoch, sizes, ids, places, np.asarray(sample_ids), named
+        fractions, strategy, seed, epoch, sizes, ids, places, np.asarray(sample_ids), named
     )
     return torch.from_numpy(hidden)
 
 
+def sample_all_but(segments: Segments, sample_ids: Tensor, n_seen: int, seed: int) -> Tensor:
+    """Hide all tokens of each series but ``n_seen`` random ones, where it has more: ``(T,)`` bool, on CPU.
+
+    With the same seed, who sees more tokens sees those that others saw, too.
+
+    Raises:
+        ValueError: ``n_seen`` is below 1.
+    """
+    if n_seen < 1:
+        raise ValueError(f"at least one token of each series must stay visible, not {n_seen}")
+    sizes, ids, places = _as_arrays(segments)
+    n_hidden = np.maximum(sizes - n_seen, 0)
+    noise = hash_ints(hash_ints(seed, 0, np.asarray(sample_ids))[ids], places)
+    return torch.from_numpy(first_in_series(noise, n_hidden[ids], ids, places))
+
+
+def _as_arrays(segments: Segments) -> tuple[Ints, Ints, Ints]:
+    """Sizes (B,) of the series; series and place in it (T,) of every token."""
+    sizes = np.array(segments.lengths, dtype=np.int64)
+    ids = np.repeat(np.arange(len(sizes)), sizes)
+    return sizes, ids, np.arange(len(ids)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+
+
 def _drawn(
-    fraction: Fraction,
+    fractions: tuple[Fraction, Fraction],
     strategy: str,
     seed: int,
     epoch: int,
@@ -104,8 +127,12 @@ def _drawn(
     what: Ints,
 ) -> Ints:
     """``sample_hidden`` of tensors, or of arrays; ``what`` (T,) names what is hidden together."""
-    n_hidden = hidden_count(sizes, fraction)  # (B,)
+    least, most = fractions
+    n_hidden = hidden_count(sizes, least)  # (B,)
     series_hash = hash_ints(seed, epoch, sample_ids)  # (B,)
+    if most != least:
+        choices = hidden_count(sizes, most) - n_hidden + 1
+        n_hidden = n_hidden + hash_ints(series_hash, _HOW_MANY) % choices
     if strategy in ("random", "channel"):
         return first_in_series(hash_ints(series_hash[ids], what), n_hidden[ids], ids, index)
     start = sizes - n_hidden

@@ -136,7 +136,7 @@ class PackedBatch:
         hidden = sample_hidden(
             self.segments,
             self.sample_ids,
-            config.mask_fraction,
+            config.mask_fractions,
             config.mask_strategy,
             seed,
             epoch,

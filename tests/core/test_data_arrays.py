@@ -193,6 +193,32 @@ def test_spirals_turn_the_way_their_label_says(tmp_path):
         assert (turned[-1] > turned[0]) == (series.label == "anticlockwise")
 
 
+def test_the_noise_of_a_generated_set_can_be_chosen(tmp_path):
+    def drawn(recipe, **noise):
+        config = {"kind": "generated", "recipe": recipe, "n_series": 100, **noise}
+        return list(source_config(config).open(tmp_path).read())
+
+    for recipe in ("spirals", "rbf", "sines"):
+        found = [np.std(s.values - s.targets) for s in (*drawn(recipe), *drawn(recipe, noise=0.05))]
+        assert np.mean(found[:100]) == pytest.approx(0.1, rel=0.05)
+        assert np.mean(found[100:]) == pytest.approx(0.05, rel=0.05)
+        usual, quiet = drawn(recipe), drawn(recipe, noise=0)
+        assert np.array_equal(quiet[0].values, quiet[0].targets)
+        assert np.array_equal(quiet[0].targets, usual[0].targets)
+    with pytest.raises(ValueError, match="noise of pendulum cannot be chosen; leave noise out, or"):
+        source_config({"kind": "generated", "recipe": "pendulum", "n_series": 4, "noise": 0.1})
+
+
+def test_a_sine_of_one_tone_has_its_frequency_for_a_label(tmp_path):
+    config = {"kind": "generated", "recipe": "sines", "n_series": 60, "noise": 0}
+
+    for series in source_config(config).open(tmp_path).read():
+        # 99 of the 100 points are a whole second
+        strength = np.abs(np.fft.rfft(series.values[:-1, 0])) / 49.5
+        heard = np.flatnonzero(strength > 0.3)
+        assert series.label == (f"{heard[0]} Hz" if len(heard) == 1 else "two tones")
+
+
 def test_a_generated_set_is_built_like_any_other(tmp_path):
     source = {"kind": "generated", "recipe": "sines", "n_series": 50}
     config = DatasetConfig.model_validate({"name": "tones", "source": source, "drop_rate": 0.5})

@@ -21,6 +21,7 @@ from roma_core import (
     RoMAForPreTrainingConfig,
 )
 from roma_core.hashing import hash_ints
+from roma_core.model import masking
 from roma_core.model.attention import packed_attention, padded_attention
 from roma_core.model.export import export_classifier
 from roma_core.model.masking import hidden_count, sample_hidden
@@ -84,7 +85,7 @@ def test_hash_is_the_same_in_numpy_torch_and_python():
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.15, 0.3, 0.5, 0.6, 0.75, 0.9])
 def test_hidden_count_is_the_exact_ceiling(ratio):
-    fraction = RoMAForPreTrainingConfig(mask_ratio=ratio).mask_fraction
+    fraction = RoMAForPreTrainingConfig(mask_ratio=ratio).mask_fractions[0]
     lengths = torch.arange(1, 3001)
 
     counts = hidden_count(lengths, fraction)
@@ -96,10 +97,10 @@ def test_hidden_count_is_the_exact_ceiling(ratio):
 @pytest.mark.parametrize("strategy", ["random", "block", "future"])
 def test_a_series_has_the_same_mask_in_every_batch(strategy):
     lengths, ids = [5, 9, 1, 30], torch.tensor([3, 99, 7, 2**40])
-    together = sample_hidden(Segments(lengths), ids, Fraction(3, 10), strategy, 1, 2)
+    together = sample_hidden(Segments(lengths), ids, (Fraction(3, 10),) * 2, strategy, 1, 2)
 
     alone = [
-        sample_hidden(Segments([n]), ids[b : b + 1], Fraction(3, 10), strategy, 1, 2)
+        sample_hidden(Segments([n]), ids[b : b + 1], (Fraction(3, 10),) * 2, strategy, 1, 2)
         for b, n in enumerate(lengths)
     ]
 
@@ -107,10 +108,38 @@ def test_a_series_has_the_same_mask_in_every_batch(strategy):
     assert [int(a.sum()) for a in alone] == [2, 3, 0, 9]
 
 
+def test_a_range_of_ratios_hides_every_number_of_tokens_equally_often():
+    lengths, ids = [50] * 2000 + [1, 2], torch.arange(2002)
+    span = RoMAForPreTrainingConfig(mask_ratio=0.8, mask_ratio_max=0.94).mask_fractions
+
+    hidden = sample_hidden(Segments(lengths), ids, span, "random", 0, 3)
+    alone = sample_hidden(Segments([50]), ids[7:8], span, "random", 0, 3)
+    next_epoch = sample_hidden(Segments(lengths), ids, span, "random", 0, 4)
+
+    counts = hidden[: 2000 * 50].view(2000, 50).sum(1).bincount()
+    assert counts[:40].sum() == 0 and len(counts) == 48  # 3 to 10 of 50 are seen
+    assert (counts[40:] - 250).abs().max() < 5 * math.sqrt(2000 * 7 / 64)
+    assert torch.equal(alone, hidden[7 * 50 : 8 * 50])
+    assert hidden[-3:].tolist().count(True) == 1  # one token of each stays
+    assert not torch.equal(counts, next_epoch[: 2000 * 50].view(2000, 50).sum(1).bincount())
+
+
+@pytest.mark.parametrize("strategy", ["random", "block"])
+def test_a_range_of_ratios_is_drawn_alike_on_every_device(strategy):
+    sizes, ids = torch.tensor([9, 30]), torch.tensor([3, 2**40])
+    owner, index = torch.tensor([0] * 9 + [1] * 30), torch.cat((torch.arange(9), torch.arange(30)))
+    span = (Fraction(1, 10), Fraction(9, 10))
+
+    as_arrays = sample_hidden(Segments(sizes.tolist()), ids, span, strategy, 1, 2)
+    as_tensors = masking._drawn(span, strategy, 1, 2, sizes, owner, index, ids, index)
+
+    assert torch.equal(as_arrays, as_tensors)
+
+
 def test_random_masks_are_fair_and_change_with_the_epoch():
     segments, ids = Segments([20] * 400), torch.arange(400)
     masks = [
-        sample_hidden(segments, ids, Fraction(1, 2), "random", 0, epoch).view(400, 20)
+        sample_hidden(segments, ids, (Fraction(1, 2),) * 2, "random", 0, epoch).view(400, 20)
         for epoch in (0, 1)
     ]
     assert (masks[0] != masks[1]).any(1).all()

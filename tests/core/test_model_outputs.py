@@ -197,17 +197,17 @@ def test_channel_masks_hide_whole_channels_and_exactly_the_share():
     segments, ids = Segments(lengths), torch.tensor([5, 6, 7])
     channel = torch.cat([torch.arange(n) % 3 for n in lengths])
 
-    hidden = sample_hidden(segments, ids, Fraction(1, 2), "channel", 0, 0, channel)
+    hidden = sample_hidden(segments, ids, (Fraction(1, 2),) * 2, "channel", 0, 0, channel)
 
     for b, n_hidden in enumerate((6, 15, 0)):
         mine, of = hidden[segments.ids == b], channel[segments.ids == b]
         assert int(mine.sum()) == n_hidden
         shares = [mine[of == c].float().mean() for c in of.unique()]
         assert sum(0 < s < 1 for s in shares) <= 1  # at most one channel is hidden in part
-    again = sample_hidden(segments, ids, Fraction(1, 2), "channel", 0, 1, channel)
+    again = sample_hidden(segments, ids, (Fraction(1, 2),) * 2, "channel", 0, 1, channel)
     assert not torch.equal(hidden, again)
     with pytest.raises(ValueError, match="each token's channel"):
-        sample_hidden(segments, ids, Fraction(1, 2), "channel", 0, 0)
+        sample_hidden(segments, ids, (Fraction(1, 2),) * 2, "channel", 0, 0)
 
 
 def test_channel_masks_read_the_channel_from_its_axis():

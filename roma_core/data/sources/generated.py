@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from roma_core.data.sources.protocol import RawSeries, SourceConfig
 from roma_core.data.sources.recipes import RECIPES
@@ -26,8 +26,23 @@ class GeneratedConfig(SourceConfig):
     recipe: Literal["pendulum", "positions", "rbf", "sines", "spirals"]
     n_series: int = Field(gt=0)
     seed: int = Field(0, ge=0)
+    noise: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Standard deviation of the noise on the values of spirals, rbf and sines; null: 0.1.",
+    )
     citation: str = "generated after the recipes of arXiv:2505.20535"
     licence: str = "generated; free of rights"
+
+    @model_validator(mode="after")
+    def _noise_can_be_chosen(self) -> Self:
+        if self.noise is not None and RECIPES[self.recipe].noise is None:
+            choose = ", ".join(name for name, recipe in RECIPES.items() if recipe.noise is not None)
+            raise ValueError(
+                f"the noise of {self.recipe} cannot be chosen; leave noise out, or take {choose}"
+            )
+        return self
 
     def open(self, cache: Path) -> GeneratedSource:
         return GeneratedSource(self)
@@ -49,10 +64,10 @@ class GeneratedSource:
 
     def read(self) -> Iterator[RawSeries]:
         """Every series; series k depends on the recipe, the seed and k alone."""
-        n = self.config.n_series
+        n, noise = self.config.n_series, self.config.noise
         for start in range(0, n, _AT_ONCE):
             generator = np.random.default_rng([self.config.seed, start])
-            drawn = self.recipe.draw(generator, _AT_ONCE)
+            drawn = self.recipe.draw(generator, _AT_ONCE, *(() if noise is None else (noise,)))
             for k in range(min(_AT_ONCE, n - start)):
                 yield RawSeries(
                     id=f"{self.config.recipe}-{start + k:07d}",

@@ -20,6 +20,7 @@ from roma_core.data.schema import Channel, PositionAxis
 
 _SIDE, _CANVAS = 24, 128  # pixels along a side of a picture, and of what it is scaled down from
 _PICTURES = 256  # drawn at a time
+_TONES = 24  # Hz, the highest
 
 
 class Draw(NamedTuple):
@@ -36,16 +37,22 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one kind of series is drawn, and what it consists of."""
+    """How one kind of series is drawn, and what it consists of.
 
-    draw: Callable[[Generator, int], Draw]
+    Attributes:
+        noise: usual standard deviation of the noise on values; ``draw`` takes another one as its third
+            argument. None: there is no such choice.
+    """
+
+    draw: Callable[..., Draw]
     axes: tuple[PositionAxis, ...]
     channels: tuple[Channel, ...]
     classes: tuple[str, ...] = ()
     targets: tuple[Channel, ...] = ()
+    noise: float | None = None
 
 
-def spirals(g: Generator, n: int) -> Draw:
+def spirals(g: Generator, n: int, noise: float = 0.1) -> Draw:
     """Half of a spiral of 150 points over [0, 6π]: 75 noisy points in the plane, either way round.
 
     Anticlockwise from the inside, r = a + b·t about (5, 0); or clockwise, r = a + 50·b/z about
@@ -59,42 +66,48 @@ def spirals(g: Generator, n: int) -> Draw:
     x = np.where(inwards[:, None], back * np.cos(z) - 5, out * np.cos(t) + 5)
     y = np.where(inwards[:, None], -back * np.sin(z), out * np.sin(t))
     clean = np.stack([x, y], axis=2)[:, :75]
-    points = clean + g.normal(0, 0.1, (n, 75, 2))
+    points = clean + g.normal(0, noise, (n, 75, 2))
     times = np.broadcast_to(t[:75, None], (n, 75, 1))
     return Draw(
         times, points.astype(np.float32), clean.astype(np.float32), inwards.astype(np.int64)
     )
 
 
-def rbf(g: Generator, n: int) -> Draw:
+def rbf(g: Generator, n: int, noise: float = 0.1) -> Draw:
     """A smooth curve through ten normal numbers at 0.1 … 1, seen with noise at 50 times.
 
     Every point is a mean of the ten, weighted by exp(−120·distance²). The target is the curve itself.
     """
     t = 0.02 * np.arange(1, 51)
-    weights = np.exp(-120 * (t[:, None] - 0.1 * np.arange(1, 11)) ** 2)  # (50, 10)
-    weights /= weights.sum(axis=1, keepdims=True)
-    curves = (g.normal(size=(n, 10)) @ weights.T)[:, :, None]
-    seen = curves + g.normal(0, 0.1, (n, 50, 1))
+    curves = (g.normal(size=(n, 10)) @ rbf_weights(t).T)[:, :, None]
+    seen = curves + g.normal(0, noise, (n, 50, 1))
     times = np.broadcast_to(t[:, None], (n, 50, 1))
     return Draw(times, seen.astype(np.float32), curves.astype(np.float32))
 
 
-def sines(g: Generator, n: int) -> Draw:
+def rbf_weights(t: NDArray[Any]) -> NDArray[np.float64]:
+    """``(N, 10)``: what a point of the curve at each of ``(N,)`` times takes of the ten numbers."""
+    weights: NDArray[np.float64] = np.exp(-120 * (t[:, None] - 0.1 * np.arange(1, 11)) ** 2)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def sines(g: Generator, n: int, noise: float = 0.1) -> Draw:
     """One or two tones of different whole frequencies, 1 to 24 Hz, at 100 times in a second.
 
-    The target is the wave without noise.
+    The target is the wave without noise; the label is the frequency, or that there are two.
     """
     t = np.linspace(0, 1, 100)
-    tones = 1 + np.argsort(g.random((n, 24)), axis=1)[:, :2]  # (n, 2) Hz, without repetition
+    tones = 1 + np.argsort(g.random((n, _TONES)), axis=1)[:, :2]  # (n, 2) Hz, without repetition
     loudness = g.uniform(0.5, 1, (n, 2))
-    loudness[:, 1] *= g.integers(0, 2, n)  # half of the series have one tone
+    has_two = g.integers(0, 2, n)  # half of the series have one tone
+    loudness[:, 1] *= has_two
     phases = g.uniform(0, 2 * np.pi, (n, 2))
     angles = 2 * np.pi * tones[:, :, None] * t + phases[:, :, None]  # (n, 2, 100)
     wave = (loudness[:, :, None] * np.sin(angles)).sum(axis=1)[:, :, None]
-    seen = wave + g.normal(0, 0.1, (n, 100, 1))
+    seen = wave + g.normal(0, noise, (n, 100, 1))
     times = np.broadcast_to(t[:, None], (n, 100, 1))
-    return Draw(times, seen.astype(np.float32), wave.astype(np.float32))
+    labels = np.where(has_two == 1, _TONES, tones[:, 0] - 1)
+    return Draw(times, seen.astype(np.float32), wave.astype(np.float32), labels)
 
 
 def positions(g: Generator, n: int) -> Draw:
@@ -191,13 +204,21 @@ RECIPES = {
         _value("one"),
         targets=_value("true_place"),
     ),
-    "rbf": Recipe(rbf, _time(), _value("value"), targets=_value("clean")),
-    "sines": Recipe(sines, _time(), _value("value"), targets=_value("clean")),
+    "rbf": Recipe(rbf, _time(), _value("value"), targets=_value("clean"), noise=0.1),
+    "sines": Recipe(
+        sines,
+        _time(),
+        _value("value"),
+        (*(f"{hz} Hz" for hz in range(1, _TONES + 1)), "two tones"),
+        _value("clean"),
+        noise=0.1,
+    ),
     "spirals": Recipe(
         spirals,
         _time("1"),
         _value("x", "y"),
         ("anticlockwise", "clockwise"),
         _value("clean_x", "clean_y"),
+        noise=0.1,
     ),
 }
