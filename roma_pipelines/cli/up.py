@@ -79,6 +79,7 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
             click.echo(f"{name:<9} {address}")
         click.echo(f"logs      {logs}\nCtrl-C stops them.")
         ended = servers.wait()
+        click.echo("stopping the servers; training jobs go on")
     if ended:
         raise click.ClickException(f"{ended} ended by itself; see its log in {logs}")
     click.echo("stopped")

@@ -292,6 +292,8 @@ def test_a_candidate_waits_until_a_person_decides_and_one_command_goes_back(hous
 
     said = operate(house, "promote", "waves", "3", "--why", "seen by me", "--who", "ada")
     assert "version 3 is champion; previous is 2" in said
+    again = operate(house, "promote", "waves", "3", "--why", "once more")
+    assert "version 3 is champion already, nothing was changed; previous is 2" in again
     event = audit(house.client, "waves")[-1]
     assert (event.who, event.why, event.evidence["gate"]) == ("ada", "seen by me", "passed")
     assert event.evidence["evaluation_job"] == metadata_of(waiting, "evaluation_report")["job_key"]
