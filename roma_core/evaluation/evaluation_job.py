@@ -24,10 +24,11 @@ from roma_core.evaluation.job_config import EvaluationJobConfig
 from roma_core.evaluation.measured import Measured
 from roma_core.evaluation.metrics import Metrics, evaluate
 from roma_core.evaluation.packaging import measure, package_classifier, package_encoder
+from roma_core.evaluation.page import Plot
 from roma_core.evaluation.pictures import draw
 from roma_core.evaluation.predicting import NotComparable, predict, predict_packaged
 from roma_core.evaluation.predictions import PredictionTable
-from roma_core.evaluation.report import Plot, ReportContent, render_report
+from roma_core.evaluation.report import ReportContent, render_report
 from roma_core.files import read_json, write_bytes, write_json
 from roma_core.job import Attempt, JobFolder
 from roma_core.job_runner import Work

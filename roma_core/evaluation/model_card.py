@@ -14,7 +14,8 @@ from roma_core.data.schema import DataSchema
 from roma_core.evaluation.comparison import Change
 from roma_core.evaluation.facts import Baseline, FactSheet
 from roma_core.evaluation.metrics import Metrics
-from roma_core.evaluation.report import METRIC_NAMES, interval, signed
+from roma_core.evaluation.page import interval, signed
+from roma_core.evaluation.report import METRIC_NAMES
 
 
 class CardContent(BaseModel):

@@ -12,7 +12,7 @@ from roma_core.data.store import StoredDataset
 from roma_core.evaluation import plots
 from roma_core.evaluation.job_config import EvaluationJobConfig
 from roma_core.evaluation.metrics import Metrics
-from roma_core.evaluation.report import Plot
+from roma_core.evaluation.page import Plot
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.trainer.batches import Collate
 from roma_core.trainer.metrics_log import read_records

@@ -1,50 +1,30 @@
-"""Plots of the evaluation report, as PNG bytes of at most 64 KiB.
-
-Figures are drawn on the Agg canvas directly: no window system, no global state, usable from any
-thread. They are small enough to be embedded in HTML and in asset metadata.
-"""
+"""Plots of a classifier's report, of reconstructions and of learning curves, as PNG bytes."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from PIL import Image
 
+from roma_core.evaluation.drawing import (
+    BLUE,
+    GREY,
+    INK,
+    ORANGE,
+    STYLE,
+    new_figure,
+    png_of,
+    short,
+)
 from roma_core.evaluation.metrics import Metrics
 
-MAX_BYTES = 64 * 1024
-BLUE, ORANGE, GREEN, GREY, INK = "#2f6db3", "#d9652b", "#3f8f5b", "#8a929c", "#22272e"
 _SPLIT_COLOURS = {"train": BLUE, "eval": ORANGE}
-_STYLE: Any = {
-    "figure.constrained_layout.w_pad": 0.1,
-    "figure.constrained_layout.h_pad": 0.1,
-    "font.size": 10,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e8eb",
-    "legend.frameon": False,
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,11 +66,11 @@ def confusion_matrix(metrics: Metrics) -> bytes:
     k = len(counts)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = float(np.clip(1.6 + 0.42 * k, 3.6, 9))
-    with mpl.rc_context(_STYLE):
-        figure = _figure(side + 1.0, side, layout="compressed")
+    with mpl.rc_context(STYLE):
+        figure = new_figure(side + 1.0, side, layout="compressed")
         axes = figure.subplots()
         image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-        names = [_short(c.name) for c in metrics.per_class]
+        names = [short(c.name) for c in metrics.per_class]
         turned = max(map(len, names)) > 3
         axes.set_xticks(
             range(k), names, rotation=45 if turned else 0, ha="right" if turned else "center"
@@ -113,7 +93,7 @@ def confusion_matrix(metrics: Metrics) -> bytes:
         bar = figure.colorbar(image, ax=axes, fraction=0.045, pad=0.03)
         bar.set_label("share of the true class")
         bar.outline.set_visible(False)
-        return _png(figure)
+        return png_of(figure)
 
 
 def reliability_curve(metrics: Metrics) -> bytes:
@@ -124,8 +104,8 @@ def reliability_curve(metrics: Metrics) -> bytes:
     error = np.sqrt((accuracy * (1 - accuracy)).clip(1e-9) / count)
     low = min(0.95, float(min(confidence.min(), accuracy.min())))
     low = max(0.0, np.floor(low * 10 - 0.5) / 10)
-    with mpl.rc_context(_STYLE):
-        figure = _figure(4.8, 4.8)
+    with mpl.rc_context(STYLE):
+        figure = new_figure(4.8, 4.8)
         curve, counts = figure.subplots(2, 1, sharex=True, height_ratios=[3.4, 1])
         curve.plot([0, 1], [0, 1], color=GREY, linestyle=(0, (4, 3)), label="perfectly calibrated")
         curve.errorbar(
@@ -141,7 +121,7 @@ def reliability_curve(metrics: Metrics) -> bytes:
         counts.bar(confidence, count, width=0.012 * (1 - low), color=BLUE)
         counts.set(xlabel="confidence", ylabel="series", ylim=(0, count.max() * 1.15))
         counts.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-        return _png(figure)
+        return png_of(figure)
 
 
 def reconstruction_examples(examples: Sequence[Reconstruction]) -> bytes:
@@ -160,8 +140,8 @@ def reconstruction_examples(examples: Sequence[Reconstruction]) -> bytes:
                 f"one figure shows series of the same channels"
             )
     rows, columns = len(examples), len(channels)
-    with mpl.rc_context(_STYLE):
-        figure = _figure(max(5.0, min(11.0, 3.1 * columns)), 0.7 + 1.75 * rows)
+    with mpl.rc_context(STYLE):
+        figure = new_figure(max(5.0, min(11.0, 3.1 * columns)), 0.7 + 1.75 * rows)
         grid = figure.subplots(rows, columns, squeeze=False, sharex="row")
         for row, example in enumerate(examples):
             for column, channel in enumerate(channels):
@@ -170,12 +150,12 @@ def reconstruction_examples(examples: Sequence[Reconstruction]) -> bytes:
                 if row == 0:
                     axes.set_title(channel)
                 if column == 0:
-                    axes.set_ylabel(_short(example.title, 22))
+                    axes.set_ylabel(short(example.title, 22))
                 if row == rows - 1:
                     axes.set_xlabel(example.axis)
         handles, labels = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
-        return _png(figure)
+        return png_of(figure)
 
 
 def _draw_reconstruction(axes: Axes, example: Reconstruction, channel: int) -> None:
@@ -223,8 +203,8 @@ def learning_curve(
         raise ValueError(
             f"no metric ends with one of {list(quantities)}; the records hold {sorted(seen)}"
         )
-    with mpl.rc_context(_STYLE):
-        figure = _figure(4.4 * len(drawn) + 0.4, 3.3)
+    with mpl.rc_context(STYLE):
+        figure = new_figure(4.4 * len(drawn) + 0.4, 3.3)
         for axes, quantity in zip(
             figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True
         ):
@@ -239,34 +219,4 @@ def learning_curve(
             if "loss" in quantity and positive:
                 axes.set_yscale("log")
             axes.legend()
-        return _png(figure)
-
-
-def _short(name: str, length: int = 14) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
-
-
-def _figure(
-    width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained"
-) -> Figure:
-    """A figure of the given size in inches, on the Agg canvas."""
-    figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _png(figure: Figure) -> bytes:
-    """The figure as PNG with a palette, at the highest resolution that stays below MAX_BYTES."""
-    for dots_per_inch in (160, 120, 90, 60):
-        raw = io.BytesIO()
-        figure.savefig(raw, format="png", dpi=dots_per_inch)
-        small = io.BytesIO()
-        Image.open(raw).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(
-            small, format="png", optimize=True
-        )
-        if small.tell() <= MAX_BYTES:
-            return small.getvalue()
-    raise ValueError(
-        f"the plot takes {small.tell()} bytes even at {dots_per_inch} dpi, more than {MAX_BYTES}; "
-        f"show fewer series or channels"
-    )
+        return png_of(figure)

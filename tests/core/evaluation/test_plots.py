@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from roma_core.evaluation import plots
+from roma_core.evaluation.drawing import MAX_BYTES
 from roma_core.evaluation.metrics import evaluate
 
 
@@ -22,7 +23,7 @@ RECORDS = [
 
 
 def pixels(png):
-    assert len(png) <= plots.MAX_BYTES
+    assert len(png) <= MAX_BYTES
     image = Image.open(io.BytesIO(png))
     assert image.format == "PNG"
     return np.asarray(image.convert("RGB")).astype(int)
