@@ -52,7 +52,7 @@ def test_a_model_that_is_not_there_is_told_with_those_that_are(versions):
         lambda: rollback(versions, "vowel", who="tester", why="x"),
         lambda: promote(versions, "vowel", "1", why="x", who="tester", evidence={}),
     ):
-        with pytest.raises(ValueError, match="^there is no model 'vowel'; there are vowels$"):
+        with pytest.raises(ValueError, match=r"^there is no model 'vowel'; there are vowels$"):
             act()
 
 
