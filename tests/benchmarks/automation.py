@@ -90,8 +90,8 @@ def measure(n_runs: int, folder: Path) -> dict[str, tuple[float, float]]:
         for sensor in repository.sensor_defs:
             cursor, times = None, []
             for _ in range(_TICKS + 1):
-                context = dg.build_sensor_context(
-                    instance=instance, repository_def=repository, cursor=cursor
+                context = dg.SensorEvaluationContext(  # as a code server makes it
+                    instance_ref=instance.get_ref(), repository_def=repository, cursor=cursor
                 )
                 start = time.perf_counter()
                 cursor = sensor.evaluate_tick(context).cursor
