@@ -25,9 +25,11 @@ from roma_pipelines.launching.pipes import key_for, run_job
 from roma_pipelines.launching.usage import usage
 from roma_pipelines.pages.links import job_links, mlflow_link
 from roma_pipelines.provenance import code_version
+from roma_pipelines.registry.access import check_access
 from roma_pipelines.registry.runs import end_run, end_runs_of_job, find_or_create_run
 from roma_pipelines.registry.store import (
     MlflowSettings,
+    StoreError,
     connect,
     is_server,
     tracking_uri,
@@ -101,6 +103,10 @@ def run_tracked_job(
         "roma.git_sha": code_version(),
         "roma.config_digest": digest_of(document),
     }
+    try:
+        check_access(MlflowSettings())  # before anything is queued whose metrics nobody would take
+    except StoreError as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
     shown = _ShownInMlflow(context, storage, folder, experiment.name, tags, params)
     resources = experiment.resources
     spec = job_spec(

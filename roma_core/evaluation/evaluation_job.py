@@ -19,6 +19,9 @@ import torch
 
 from roma_core.data.store import Subset
 from roma_core.evaluation.comparison import Change, changes
+from roma_core.evaluation.embedding_map import embedding_map
+from roma_core.evaluation.embedding_series import features_of, trained_on_features
+from roma_core.evaluation.embeddings import embedding_profile
 from roma_core.evaluation.held_out import seen_in_training, split_digest
 from roma_core.evaluation.job_config import EvaluationJobConfig
 from roma_core.evaluation.measured import Measured
@@ -28,6 +31,7 @@ from roma_core.evaluation.page import Plot
 from roma_core.evaluation.pictures import draw
 from roma_core.evaluation.predicting import NotComparable, predict, predict_packaged
 from roma_core.evaluation.predictions import PredictionTable
+from roma_core.evaluation.reference_profile import reference_profile
 from roma_core.evaluation.regression_job import run_regression
 from roma_core.evaluation.report import ReportContent, render_report
 from roma_core.files import read_json, write_bytes, write_json
@@ -64,14 +68,17 @@ def run_evaluation(folder: JobFolder, attempt: Attempt) -> Work:
         changed, problem = beside_champion(config, table, test, out)
         progress.update(2, {}, force=True)
 
-        facts["manifest_sha256"] = package_classifier(
-            config, model, test, metrics, changed, problem, out / "package"
-        )
-        encoder = None
+        encoder = features = None
         if config.autoencoder is not None:
             encoder = RoMAForPreTraining.from_pretrained(config.autoencoder).eval()
+            features = embedding_profile(trained_on_features(encoder, dataset, config.batch_size))
+        profile = reference_profile(dataset, features)
+        facts["manifest_sha256"] = package_classifier(
+            config, model, test, metrics, changed, problem, profile, out / "package"
+        )
+        if encoder is not None:
             facts["encoder_manifest_sha256"] = package_encoder(
-                config, encoder, test, out / "encoder_package"
+                config, encoder, test, profile, out / "encoder_package"
             )
         progress.update(3, {}, force=True)
 
@@ -82,6 +89,10 @@ def run_evaluation(folder: JobFolder, attempt: Attempt) -> Work:
         progress.update(4, {"serving_difference": difference}, force=True)
 
         pictures = draw(config, dataset, metrics, encoder)
+        if encoder is not None:
+            found = features_of(encoder, test, config.batch_size)
+            labels = dataset.labels[test.indices]
+            pictures["embedding_map"] = embedding_map(found, labels, dataset.schema.classes)
         for name, plot in pictures.items():
             write_bytes(out / "plots" / f"{name}.png", plot.png)
         progress.update(5, {}, force=True)

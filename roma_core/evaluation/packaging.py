@@ -15,7 +15,7 @@ from roma_core.evaluation.metrics import Metrics
 from roma_core.evaluation.model_card import CardContent, render_card
 from roma_core.evaluation.predicting import serving_difference
 from roma_core.evaluation.predictions import PredictionTable
-from roma_core.evaluation.reference_profile import reference_profile
+from roma_core.evaluation.reference_profile import ReferenceProfile
 from roma_core.files import read_json
 from roma_core.model.classification import RoMAForClassification
 from roma_core.model.export import export_classifier, export_encoder
@@ -34,6 +34,7 @@ def package_classifier(
     metrics: Metrics,
     changes: tuple[Change, ...],
     champion_problem: str | None,
+    profile: ReferenceProfile,
     folder: Path,
 ) -> str:
     """Build the package folder; the sha256 of its manifest stands for it."""
@@ -62,13 +63,17 @@ def package_classifier(
         {"dataset_digest": config.dataset_digest, **config.lineage},
         name=config.name,
         card=render_card(card),
-        profile=reference_profile(test.dataset).model_dump(mode="json"),
+        profile=profile.model_dump(mode="json"),
         max_length=_max_length(test),
     )
 
 
 def package_encoder(
-    config: EvaluationJobConfig, encoder: RoMAForPreTraining, test: Subset, folder: Path
+    config: EvaluationJobConfig,
+    encoder: RoMAForPreTraining,
+    test: Subset,
+    profile: ReferenceProfile,
+    folder: Path,
 ) -> str:
     """Build the package of the pretrained encoder; its features are the mean of its tokens."""
     assert config.autoencoder is not None
@@ -96,7 +101,7 @@ def package_encoder(
         kind="encoder",
         n_features=width,
         card=render_card(card),
-        profile=reference_profile(test.dataset).model_dump(mode="json"),
+        profile=profile.model_dump(mode="json"),
         max_length=_max_length(test),
     )
 

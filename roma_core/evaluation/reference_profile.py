@@ -1,13 +1,14 @@
 """What the training data looked like, in a few numbers, and how far other series are from it.
 
 A profile holds, for observations a series, spans and gaps on every axis and values of every channel,
-a hundred quantiles and the shares of ten bins; and how much of each channel is missing, and the
-share of every class. ``effects`` compares recent series with it by effect sizes, which do not grow
+a hundred quantiles and the shares of ten bins; and how much of each channel is missing, the share of
+every class, and where an encoder's features lie (``embeddings.py``). ``effects`` compares recent series with it by effect sizes, which do not grow
 with the number of series as significance does:
 
     psi          Σ (q - p) ln(q / p) over the bins, less what chance alone gives for so few series
     wasserstein  mean distance of the quantiles, in standard deviations of the training data
     missing      difference of the shares that are missing
+    embedding    shift of the features' medians, in spreads of the training series
 
 Values within a series depend on one another, so chance is reckoned by series, not by observations.
 """
@@ -26,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from roma_core.data.errors import DataError
 from roma_core.data.schema import DataSchema
 from roma_core.data.store import StoredDataset
+from roma_core.evaluation.embeddings import EmbeddingProfile
 
 Floats = NDArray[np.float64]
 _BINS = 10
@@ -53,13 +55,17 @@ class ReferenceProfile(_Document):
     quantities: dict[str, Quantity] = Field(description="length, span.AXIS, gap.AXIS, value.NAME")
     missing: dict[str, float] = Field(description="Share of each channel that is missing.")
     classes: dict[str, float] = Field({}, description="Share of each class.")
+    embedding: EmbeddingProfile | None = Field(
+        None,
+        description="Features of the encoder; a model from before they were measured has none.",
+    )
 
 
 class Effect(_Document):
     """How far one quantity is from the training data, by one measure."""
 
     quantity: str
-    measure: Literal["psi", "wasserstein", "missing"]
+    measure: Literal["psi", "wasserstein", "missing", "embedding"]
     size: float
 
 
@@ -78,7 +84,9 @@ class Series:
     classes: Mapping[str, int]
 
 
-def reference_profile(dataset: StoredDataset) -> ReferenceProfile:
+def reference_profile(
+    dataset: StoredDataset, embedding: EmbeddingProfile | None = None
+) -> ReferenceProfile:
     """Profile the train split; of a large one, evenly spaced series."""
     indices = dataset.split("train").indices
     indices = indices[:: max(1, len(indices) // _MOST_SERIES)]
@@ -89,7 +97,8 @@ def reference_profile(dataset: StoredDataset) -> ReferenceProfile:
         counts = dict(zip(dataset.schema.classes, numbers.tolist(), strict=True))
     axes, channels = _names(dataset.schema)
     series = _series(axes, channels, [p for p, _ in pairs], [v for _, v in pairs], counts)
-    return profile_of_series(series, dataset.manifest.digest)
+    profile = profile_of_series(series, dataset.manifest.digest)
+    return profile.model_copy(update={"embedding": embedding})
 
 
 def profile_of_series(series: Series, dataset_digest: str) -> ReferenceProfile:

@@ -180,6 +180,11 @@ class Package:
                     f"it has {', '.join(map(repr, self.units))}"
                 )
             if unit != self.units[name]:
+                if self.units[name] in ("1", name):
+                    raise InvalidSeries(
+                        f"{where}: units: {name!r} is a plain number to this model (unit "
+                        f"{self.units[name]!r}), got {unit!r}; was it trained on such series?"
+                    )
                 raise InvalidSeries(
                     f"{where}: units: {name!r} must be in {self.units[name]!r}, got {unit!r}; "
                     f"convert the numbers"

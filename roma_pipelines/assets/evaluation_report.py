@@ -147,6 +147,12 @@ def _materialised(
             "metrics": dg.MetadataValue.md(_metrics_table(job)),
             "confusion": picture((plots / "confusion.png").read_bytes(), "confusion matrix"),
             "reliability": picture((plots / "reliability.png").read_bytes(), "reliability curve"),
+            "reconstructions": picture(
+                (plots / "reconstructions.png").read_bytes(), "reconstructions of hidden tokens"
+            ),
+            "embedding_map": picture(
+                (plots / "embedding_map.png").read_bytes(), "test series among the features"
+            ),
             "champion_version": champion_version or "none",
             "gate": "passed" if decision.passed else f"FAILED: {decision.reasons()}",
             **job.metadata(),

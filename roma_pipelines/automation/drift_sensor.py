@@ -8,22 +8,28 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import dagster as dg
 
 from roma_core.data.errors import DataError
 from roma_core.data.fingerprint import fingerprint_of
 from roma_core.files import read_json, write_json
+from roma_core.serving.embedding import NotEmbedded, embed_medians
 from roma_core.serving.fetching import FetchError
 from roma_pipelines.automation.alerts import alert
 from roma_pipelines.automation.automated import Automated, Decision
 from roma_pipelines.automation.settings import Drift, DriftThresholds
+from roma_pipelines.automation.shared_instance import instance_of
 from roma_pipelines.automation.training_state import Step
+from roma_pipelines.launching.environment import inherited
 from roma_pipelines.storage import Storage
 
 if TYPE_CHECKING:
+    from roma_core.evaluation.embeddings import EmbeddingProfile
     from roma_core.evaluation.reference_profile import Effect, ReferenceProfile
+
+_EMBED_WITHIN_S = 40.0  # Dagster gives a tick of a sensor a minute
 
 
 def drift_sensor(automated: Automated, settings: Drift) -> dg.SensorDefinition:
@@ -38,7 +44,7 @@ def drift_sensor(automated: Automated, settings: Drift) -> dg.SensorDefinition:
     )
     def drift(context: dg.SensorEvaluationContext) -> Decision:
         decision, cursor = look_at_inputs(
-            automated, settings, context.instance, context.cursor, time.time()
+            automated, settings, instance_of(context), context.cursor, time.time()
         )
         context.update_cursor(cursor)
         return decision
@@ -77,7 +83,7 @@ def look_at_inputs(
     before, seen = seen, {**seen, "inputs": inputs}
     dataset = automated.experiment.dataset.name
     try:
-        n, found = compare(automated.name, dataset, state.trained_on[0], settings, paths, storage)
+        compared = compare(automated.name, dataset, state.trained_on[0], settings, paths, storage)
     except (DataError, FetchError) as error:
         alert(
             storage,
@@ -87,14 +93,17 @@ def look_at_inputs(
             once=[automated.name, inputs],
         )
         return dg.SkipReason(str(error)), json.dumps(seen)
+    n, found, remark = compared
     if n < settings.min_series:
         why = f"{n} series are too few to judge; {settings.min_series} are needed"
         return dg.SkipReason(why), json.dumps(seen)
     far = drifted(found, settings.thresholds)
     if not far:
         largest = max(found, key=lambda e: e.size / getattr(settings.thresholds, e.measure))
-        return dg.SkipReason(f"no drift in {n} series; largest: {_said(largest)}"), json.dumps(seen)
+        why = f"no drift in {n} series; largest: {_said(largest)}{remark}"
+        return dg.SkipReason(why), json.dumps(seen)
     why = f"{n} recent series are not as the training data: " + ", ".join(map(_said, far[:6]))
+    why += remark
     decision, what, settled = _decide(automated, settings, instance, seen, why, now)
     if isinstance(decision, dg.RunRequest):
         seen["trained_at"] = now
@@ -143,13 +152,21 @@ def _decide(
     return decision, "training", True
 
 
+class Comparison(NamedTuple):
+    """Number of recent series, every effect size, and what could not be compared, in words."""
+
+    n: int
+    effects: list[Effect]
+    remark: str
+
+
 def compare(
     name: str, dataset: str, version: str, settings: Drift, paths: Sequence[Path], storage: Storage
-) -> tuple[int, list[Effect]]:
-    """Number of recent series, and every effect size.
+) -> Comparison:
+    """Compare with the profile that the champion called ``name`` carries.
 
-    They are compared with the profile that the champion called ``name`` carries; as long as there is
-    none, with the version of the data set that was trained on last.
+    As long as there is no champion, the profile is that of the data set that was trained on last,
+    which knows of no features.
     """
     from roma_core.data.columns import read_manifest
     from roma_core.evaluation.reference_profile import effects, series_from_parquet
@@ -157,7 +174,42 @@ def compare(
     folder = storage.datasets / dataset / version[:12]
     series = series_from_parquet(paths, read_manifest(folder).data_schema, settings.class_column)
     profile = _champions_profile(name, storage) or _profile(folder, version, storage)
-    return series.n, effects(profile, series)
+    found = effects(profile, series)
+    if profile.embedding is None or series.n < settings.min_series:
+        return Comparison(series.n, found, "")
+    try:
+        found.append(_embedding_effect(name, profile.embedding, paths, storage))
+    except (NotEmbedded, FetchError, ValueError) as error:
+        return Comparison(series.n, found, f"; features were not compared: {error}")
+    return Comparison(series.n, found, "")
+
+
+def _embedding_effect(
+    name: str, profile: EmbeddingProfile, paths: Sequence[Path], storage: Storage
+) -> Effect:
+    """How far recent series are among the features of the champion's encoder.
+
+    They are computed in a process of its own: torch has no place in the daemon's.
+
+    Raises:
+        NotEmbedded, FetchError, ValueError: they cannot be computed, or are of another encoder.
+    """
+    from roma_core.evaluation.embeddings import embedding_distance
+    from roma_core.evaluation.reference_profile import Effect
+    from roma_core.serving.fetching import fetch, resolve
+    from roma_pipelines.registry.promotion import CHAMPION
+    from roma_pipelines.registry.store import MlflowSettings, connect
+    from roma_pipelines.registry.versions import ENCODER_TAG, encoder_name
+
+    client = connect(MlflowSettings(), storage.mlflow)
+    encoder = resolve(client, f"models:/{name}@{CHAMPION}").tags.get(ENCODER_TAG)
+    if encoder is None:
+        raise NotEmbedded("the champion names no encoder")
+    version = resolve(client, f"models:/{encoder_name(name)}/{encoder}")
+    folder = fetch(client, version, storage.cache / "models")
+    medians = embed_medians(folder, paths, inherited(), _EMBED_WITHIN_S)
+    size = embedding_distance(profile, medians.center, medians.n)
+    return Effect(quantity="features", measure="embedding", size=size)
 
 
 def drifted(found: Sequence[Effect], thresholds: DriftThresholds) -> list[Effect]:

@@ -11,6 +11,7 @@ import dagster as dg
 
 from roma_core.job import JobFolder
 from roma_pipelines.automation.alerts import alert
+from roma_pipelines.automation.shared_instance import instance_of
 from roma_pipelines.storage import Storage
 
 LAST_LINES = 50
@@ -27,7 +28,7 @@ _OVERLAP = timedelta(seconds=5)  # of two looks: clocks of databases and process
 )
 def tell_of_failures(context: dg.SensorEvaluationContext) -> dg.SkipReason:
     """Looks at every run that failed since the last tick."""
-    told, cursor = look_at_failures(context.instance, Storage.open(), context.cursor)
+    told, cursor = look_at_failures(instance_of(context), Storage.open(), context.cursor)
     context.update_cursor(cursor)
     return dg.SkipReason("; ".join(told) or "no other run failed")
 

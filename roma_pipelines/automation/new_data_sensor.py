@@ -13,6 +13,7 @@ import dagster as dg
 from roma_core.data.fingerprint import source_fingerprint
 from roma_pipelines.automation.automated import TRIGGER_TAG, Automated, Decision
 from roma_pipelines.automation.settings import NewData
+from roma_pipelines.automation.shared_instance import instance_of
 from roma_pipelines.automation.training_state import newest_data, newest_trained, next_step
 
 
@@ -26,7 +27,7 @@ def new_data_sensor(automated: Automated, settings: NewData) -> dg.SensorDefinit
         description=f"Builds the data set of {automated.name} when files of its source changed.",
     )
     def new_data(context: dg.SensorEvaluationContext) -> Decision:
-        return look_at_source(automated, settings, context.instance, time.time())
+        return look_at_source(automated, settings, instance_of(context), time.time())
 
     return new_data
 
@@ -43,7 +44,7 @@ def training_sensor(automated: Automated) -> dg.SensorDefinition:
         "is another one than that of the present model.",
     )
     def train_on_new_data(context: dg.SensorEvaluationContext) -> Decision:
-        return look_at_dataset(automated, context.instance)
+        return look_at_dataset(automated, instance_of(context))
 
     return train_on_new_data
 

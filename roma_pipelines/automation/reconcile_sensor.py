@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dagster as dg
 
+from roma_pipelines.automation.shared_instance import instance_of
+
 
 @dg.sensor(
     name="reconcile_jobs",
@@ -27,7 +29,7 @@ def reconcile_jobs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
 
         end_runs_of_job(connect(MlflowSettings(), storage.mlflow), job.key, "KILLED")
 
-    done = reconcile(storage.jobs, context.instance, launcher_of(storage), end_mlflow_run)
+    done = reconcile(storage.jobs, instance_of(context), launcher_of(storage), end_mlflow_run)
     for line in done:
         context.log.warning(line)
     return dg.SkipReason("; ".join(done) or "every job that is not over is watched, or will be")

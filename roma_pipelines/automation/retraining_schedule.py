@@ -5,6 +5,7 @@ from __future__ import annotations
 import dagster as dg
 
 from roma_pipelines.automation.automated import Automated, Decision
+from roma_pipelines.automation.shared_instance import instance_of
 
 
 def retraining_schedule(automated: Automated, cron: str) -> dg.ScheduleDefinition:
@@ -18,7 +19,7 @@ def retraining_schedule(automated: Automated, cron: str) -> dg.ScheduleDefinitio
         "gate decide; else it says what is unchanged.",
     )
     def retraining(context: dg.ScheduleEvaluationContext) -> Decision:
-        return scheduled(automated, context.instance)
+        return scheduled(automated, instance_of(context))
 
     return retraining
 

@@ -27,6 +27,9 @@ class DriftThresholds(_Section):
     psi: float = Field(0.25, gt=0, description="Population stability index, chance taken off.")
     wasserstein: float = Field(0.5, gt=0, description="In standard deviations of training data.")
     missing: float = Field(0.1, gt=0, le=1, description="Difference of shares of missing values.")
+    embedding: float = Field(
+        0.5, gt=0, description="Shift of the encoder's features, in spreads of training series."
+    )
 
 
 class Drift(_Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import click
@@ -26,8 +27,9 @@ def lineage(what: str) -> None:
                 click.echo(f"  {name:<16} {value}")
             if found.is_dirty:
                 click.echo("  the commit had changes beside it that nobody recorded")
+            width = shutil.get_terminal_size().columns
             for line in found.decisions:
-                click.echo(f"  {line}")
+                click.echo(click.wrap_text(line, width, "  ", "    "))
             return
         versions = versions_from(client, what)
         if not versions:

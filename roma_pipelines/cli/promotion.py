@@ -39,10 +39,12 @@ def promote(
     sides, and the champion there must be the one that it was compared with here.
     """
     from roma_pipelines.registry import promotion
+    from roma_pipelines.registry.versions import version_at
 
     with registry() as (client, person):
         if target is not None:
             client, version = _copied(client, target, name, version)
+        already = version_at(client, name, promotion.CHAMPION) == version
         replaced = promotion.promote(
             client,
             name,
@@ -52,7 +54,8 @@ def promote(
             evidence=_evidence(client, name, version),
             despite_gate=despite_gate,
         )
-        click.echo(f"{name}: version {version} is champion; previous is {replaced or 'none'}")
+        is_champion = "is champion already, nothing was changed" if already else "is champion"
+        click.echo(f"{name}: version {version} {is_champion}; previous is {replaced or 'none'}")
 
 
 @click.command()

@@ -48,6 +48,7 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
         _check_free(name, port, option)
     from roma_pipelines.instance import prepare_instance
     from roma_pipelines.pages.links import announce
+    from roma_pipelines.registry.access import check_access
     from roma_pipelines.registry.store import MlflowSettings, StoreError, is_server, own_store
     from roma_pipelines.storage import Storage, StorageError
 
@@ -55,6 +56,7 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
         storage = Storage.open()
         home = prepare_instance(storage)
         settings = MlflowSettings()
+        check_access(settings)
         uri = settings.tracking_uri or own_store(storage.mlflow)
     except (StorageError, StoreError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
@@ -79,6 +81,7 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
             click.echo(f"{name:<9} {address}")
         click.echo(f"logs      {logs}\nCtrl-C stops them.")
         ended = servers.wait()
+        click.echo("stopping the servers; training jobs go on")
     if ended:
         raise click.ClickException(f"{ended} ended by itself; see its log in {logs}")
     click.echo("stopped")

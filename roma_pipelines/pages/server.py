@@ -4,8 +4,8 @@
     /jobs/KEY/report         an evaluation's report
     /jobs/KEY/log            the end of the log of a job's last attempt
 
-Run by ``roma-pipeline up`` as ``python -m roma_pipelines.pages.server``. It answers GET alone, and opens
-no file but those two of a job whose key is a key.
+Run by ``roma-pipeline up`` as ``python -m roma_pipelines.pages.server``. It answers GET and HEAD
+alone, and opens no file but those two of a job whose key is a key.
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ def serve(pages: Pages, port: int) -> ThreadingHTTPServer:
                 _log.exception("%s failed", self.path)
                 self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, traceback.format_exc(limit=-3))
 
+        do_HEAD = do_GET  # the same without the content, see _answer
+
         def _route(self, path: str) -> None:
             if path == "/":
                 self._answer(HTTPStatus.OK, pages.index(), "text/html")
@@ -115,7 +117,8 @@ def serve(pages: Pages, port: int) -> ThreadingHTTPServer:
             self.send_header("Content-Length", str(len(content)))
             self.send_header("X-Content-Type-Options", "nosniff")
             self.end_headers()
-            self.wfile.write(content)
+            if self.command != "HEAD":
+                self.wfile.write(content)
 
         def log_message(self, format: str, *arguments: object) -> None:
             _log.info(format, *arguments)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _HOLDER_TAG = "roma.holder"
-_SUFFIX = ".lock"
+LOCK_SUFFIX = ".lock"
 _DEAD_AFTER_S = 60.0
 _PAUSE_S = 0.1
 _log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def model_lock(
         with one_at_a_time(client):
             yield
         return
-    lock, token = name + _SUFFIX, f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    lock, token = name + LOCK_SUFFIX, f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     broken = _acquire(client, lock, token, dead_after_s, patience_s)
     try:
         yield

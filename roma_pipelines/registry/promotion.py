@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from roma_pipelines.registry.audit import audit, record, require
 from roma_pipelines.registry.decisions import GATE_TAG
-from roma_pipelines.registry.lock import model_lock
+from roma_pipelines.registry.lock import LOCK_SUFFIX, model_lock
 from roma_pipelines.registry.runs import checked_name
 from roma_pipelines.registry.versions import (
     COMPARED_TAG,
@@ -65,13 +65,13 @@ def promote(
         The version that was champion until now, None if there was none.
 
     Raises:
-        ValueError: no such version, or nothing is said of who or why.
+        ValueError: no such model or version, or nothing is said of who or why.
         NotPromoted: it was rejected or rolled back, has passed no gate, or was compared with
             another champion.
         RegistryBusy: somebody else does not let go of the model.
     """
     require(who, why)
-    checked_name("model", name)
+    _known(client, name)
     with model_lock(client, name):
         found = the_version(client, name, version)
         replaced = version_at(client, name, CHAMPION)
@@ -97,11 +97,11 @@ def reject(client: MlflowClient, name: str, version: str, why: str, who: str) ->
     If it is ``previous``, the champion before it takes that place.
 
     Raises:
-        ValueError: no such version, or nothing is said of who or why.
+        ValueError: no such model or version, or nothing is said of who or why.
         NotPromoted: it is the champion.
     """
     require(who, why)
-    checked_name("model", name)
+    _known(client, name)
     with model_lock(client, name):
         the_version(client, name, version)
         champion = version_at(client, name, CHAMPION)
@@ -123,11 +123,11 @@ def rollback(client: MlflowClient, name: str, who: str, why: str) -> str:
     one further back instead of returning to what was just left. Rejected versions are passed over.
 
     Raises:
-        ValueError: there is no previous champion, or nothing is said of who or why.
+        ValueError: no such model, no previous champion, or nothing is said of who or why.
         NotPromoted: ``previous`` was rejected.
     """
     require(who, why)
-    checked_name("model", name)
+    _known(client, name)
     with model_lock(client, name):
         champion = version_at(client, name, CHAMPION)
         version = version_at(client, name, PREVIOUS)
@@ -146,6 +146,31 @@ def rollback(client: MlflowClient, name: str, who: str, why: str) -> str:
         _let_encoder_follow(client, name, version)
         _set_previous(client, name, _predecessor(client, name, version, version))
     return version
+
+
+def _known(client: MlflowClient, name: str) -> None:
+    """Refuse a name that no model has.
+
+    Raises:
+        ValueError: it is no name, or the registry has no such model.
+    """
+    from mlflow.exceptions import MlflowException
+
+    checked_name("model", name)
+    try:
+        client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise ValueError(f"there is no model {name!r}; {_models(client)}") from error
+
+
+def _models(client: MlflowClient) -> str:
+    """The classifiers there are, in words: encoders follow them, and locks are no models."""
+    there = {model.name for model in client.search_registered_models()}
+    encoders = {encoder_name(name) for name in there}
+    names = sorted(n for n in there - encoders if not n.endswith(LOCK_SUFFIX))
+    return f"there are {', '.join(names)}" if names else "none is registered yet"
 
 
 def the_version(client: MlflowClient, name: str, version: str) -> ModelVersion:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from filelock import FileLock
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
 from roma_core.files import sync_folder
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class StoreError(RuntimeError):
-    """The embedded store cannot be used as it is; the message says what to do."""
+    """The store cannot be used as it is; the message says what to do."""
 
 
 class MlflowSettings(RomaSettings):
@@ -48,6 +48,14 @@ class MlflowSettings(RomaSettings):
     )
     registry_uri: str | None = Field(
         None, description="URI of the model registry; None takes the tracking server's."
+    )
+    username: str | None = Field(
+        None,
+        description="Of a server that asks for it; null takes MLFLOW_TRACKING_USERNAME of the "
+        "environment. Jobs are handed both by their environment.",
+    )
+    password: SecretStr | None = Field(
+        None, description="Null takes MLFLOW_TRACKING_PASSWORD of the environment."
     )
     experiment_prefix: str = Field(
         "roma", description="MLflow experiments are named <prefix>/<experiment>."
@@ -73,7 +81,13 @@ def connect(settings: MlflowSettings, root: Path) -> MlflowClient:
     """A client of the configured server, or of the embedded store in ``root``.
 
     Both URIs also become this process's defaults, because parts of MLflow know no other way.
+
+    Raises:
+        StoreError: a server refuses us, or our own store cannot be used.
     """
+    from roma_pipelines.registry.access import check_access
+
+    check_access(settings)
     _no_telemetry()
     import mlflow
 

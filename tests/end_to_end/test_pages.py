@@ -1,30 +1,36 @@
-"""``roma-pipeline up`` in a real browser: the graph, a plot, a run that is watched and terminated."""
+"""``roma-pipeline up`` in a real browser: the graph, a plot, a run that is watched and terminated.
 
-import json
+Before the pages start, the history gets what a gate refused: a tiny experiment, under the name of one
+that ships. ``ROMA_TEST_SCREENSHOTS`` names a folder that keeps a picture of every test's last page.
+"""
+
 import os
-import shutil
+import re
 import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import psutil
+import dagster as dg
 import pytest
 
+from roma_pipelines.instance import prepare_instance
 from roma_pipelines.registry.promotion import promote
 from roma_pipelines.registry.runs import end_run, find_or_create_run
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.registry.versions import EVIDENCE_TAGS, register
+from roma_pipelines.storage import Storage
 from tests.core.serving import toy
+from tests.end_to_end.served import (
+    CHROMIUM,
+    NO_CHROMIUM,
+    Pages,
+    chromium,
+    eventually,
+    processes_with,
+)
+from tests.pipelines import tiny
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
-ROOT = Path(__file__).parents[2]
 GROUP = "japanese_vowels"
 NOUNS = (
     "dataset",
@@ -33,117 +39,39 @@ NOUNS = (
     "evaluation_report",
     "registered_classifier",
 )
-CHROMIUM = shutil.which("chromium")
-# fmt: off
-ARGUMENTS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update",
-]
-# fmt: on
-
-
-def eventually(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """The first true answer."""
-    deadline = time.monotonic() + seconds
-    while not (answer := condition()):
-        assert time.monotonic() < deadline, f"{what} did not come within {seconds:g} s"
-        time.sleep(0.2)
-    return answer
-
-
-def processes_with(variable: str, start: str) -> list[psutil.Process]:
-    """Living processes whose environment has such a value."""
-    return [
-        process
-        for process in psutil.process_iter(["environ", "status"])
-        if (process.info["environ"] or {}).get(variable, "").startswith(start)
-        and process.info["status"] != psutil.STATUS_ZOMBIE
-    ]
-
-
-class Pages:
-    """The three servers and what a page asks of Dagster."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.storage = folder / "roma"
-        with (
-            socket.create_server(("127.0.0.1", 0)) as a,
-            socket.create_server(("127.0.0.1", 0)) as b,
-            socket.create_server(("127.0.0.1", 0)) as c,
-        ):
-            ports = a.getsockname()[1], b.getsockname()[1], c.getsockname()[1]
-        self.dagster, self.mlflow, self.overview = (f"http://127.0.0.1:{port}" for port in ports)
-        (folder / "empty.env").touch()
-        self.child = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "roma_pipelines.cli", "up"),
-                *("--dagster-port", str(ports[0]), "--mlflow-port", str(ports[1])),
-                *("--page-port", str(ports[2])),
-            ],
-            cwd=folder,
-            env={name: value for name, value in os.environ.items() if name != "DAGSTER_HOME"}
-            | {
-                "HOME": str(folder),
-                "PYTHONPATH": str(ROOT),
-                "PYTHONUNBUFFERED": "1",
-                "ROMA_ENV_FILE": str(folder / "empty.env"),
-                "ROMA_STORAGE_ROOT": str(self.storage),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.said = ""
-        assert self.child.stdout is not None
-        for line in self.child.stdout:
-            self.said += line
-            if "Ctrl-C stops them" in line:
-                return
-        pytest.fail(f"the pages did not start:\n{self.said}")
-
-    def ask(self, query: str, **variables: Any) -> Any:
-        """The data of a GraphQL answer."""
-        request = urllib.request.Request(
-            f"{self.dagster}/graphql",
-            json.dumps({"query": query, "variables": variables}).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            document = json.load(answer)
-        assert "errors" not in document, document
-        return document["data"]
-
-    def runs(self) -> list[dict[str, Any]]:
-        """All Dagster runs, the newest first."""
-        query = "{ runsOrError { ... on Runs { results { runId status } } } }"
-        return self.ask(query)["runsOrError"]["results"]
-
-    def story(self, run_id: str) -> str:
-        """What the run's last events say, for a test that wonders."""
-        query = """query ($id: ID!) { runOrError(runId: $id) { ... on Run { eventConnection { events {
-            ... on MessageEvent { message }
-            ... on ExecutionStepFailureEvent { error { message cause { message } } } } } } } }"""
-        events = self.ask(query, id=run_id)["runOrError"]["eventConnection"]["events"]
-        return "\n".join(str(event) for event in events[-12:])
-
-    def status(self, run_id: str) -> str:
-        return next(run["status"] for run in self.runs() if run["runId"] == run_id)
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory):
+def house(tmp_path_factory):
+    """Where the state lies: a registered toy model, and a run that the gate refused; its id."""
     folder = tmp_path_factory.mktemp("pages")
     register_toy(folder / "roma" / "mlflow", folder / "package")
-    pages = Pages(folder)
+    return folder, refused_run(folder)
+
+
+@pytest.fixture(scope="module")
+def pages(house):
+    pages = Pages(house[0])
     yield pages
-    if pages.child.poll() is None:
-        pages.child.send_signal(signal.SIGTERM)
-        pages.child.wait(60)
-    left = processes_with("ROMA_STORAGE_ROOT", str(pages.storage))
-    for process in left:
-        process.kill()
-    assert left == []
+    pages.stop()
+
+
+def refused_run(folder: Path) -> str:
+    """A run of all five assets with a gate that asks for more than an untrained model has."""
+    short = {"trainer": {"epochs": 1, "batch_size": 16}}
+    sections = tiny.attributes(folder, pretraining=short, finetuning=short)
+    sections |= {"name": GROUP, "gate": {"min_accuracy": 1.0}}
+    job = tiny.definitions(sections).resolve_implicit_global_asset_job_def()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROMA_STORAGE_ROOT", str(folder / "roma"))
+        patch.setenv("ROMA_ENV_FILE", os.devnull)
+        patch.delenv("DAGSTER_HOME", raising=False)
+        prepare_instance(Storage.open())
+        with dg.DagsterInstance.get() as instance:
+            done = job.execute_in_process(instance=instance, raise_on_error=False)
+        os.environ.pop("DAGSTER_HOME", None)
+    assert not done.success
+    return done.run_id
 
 
 def register_toy(root: Path, package: Path) -> None:
@@ -161,25 +89,26 @@ def register_toy(root: Path, package: Path) -> None:
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-
     if CHROMIUM is None:
-        reason = "no chromium on this computer (Debian: apt install chromium)"
         if os.environ.get("ROMA_TEST_REQUIRE_ALL") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+            pytest.fail(NO_CHROMIUM)
+        pytest.skip(NO_CHROMIUM)
+    with chromium() as browser:
         yield browser
-        browser.close()
+
+
+@pytest.fixture(scope="module")
+def screenshots(tmp_path_factory):
+    named = os.environ.get("ROMA_TEST_SCREENSHOTS")
+    return Path(named) if named else tmp_path_factory.mktemp("screenshots")
 
 
 @pytest.fixture
-def page(browser, tmp_path):
+def page(browser, screenshots, request):
     page = browser.new_page(viewport={"width": 1500, "height": 1000})
     page.set_default_timeout(30_000)
     yield page
-    page.screenshot(path=tmp_path / "page.png")
+    page.screenshot(path=screenshots / f"{request.node.name}.png")
     page.close()
 
 
@@ -190,12 +119,29 @@ def test_the_graph_shows_the_five_assets(pages, page):
         page.get_by_text(noun, exact=True).first.wait_for()
 
 
+def test_a_failed_check_is_seen_to_block_the_promotion(house, pages, page):
+    run_id = house[1]
+    page.goto(f"{pages.dagster}/assets/{GROUP}/evaluation_report?view=checks&checkDetail=accuracy")
+    page.get_by_text("Failed", exact=True).first.wait_for()
+
+    page.goto(f"{pages.dagster}/runs/{run_id}")
+    page.get_by_text("Failure", exact=True).first.wait_for()
+
+    page.goto(f"{pages.dagster}/assets/{GROUP}/registered_classifier")
+    page.get_by_text(re.compile(rf"Failed in\s*{run_id[:8]}")).first.wait_for()
+    query = """query ($key: AssetKeyInput!) {
+      assetOrError(assetKey: $key) { ... on Asset { assetMaterializations { runId } } } }"""
+    asset = pages.ask(query, key={"path": [GROUP, "registered_classifier"]})["assetOrError"]
+    assert asset["assetMaterializations"] == []
+
+
 def test_materialize_makes_the_data_set_and_shows_its_plot(pages, page):
+    before = len(pages.runs())
     page.goto(f"{pages.dagster}/assets/{GROUP}/dataset")
     page.get_by_text("Materialize", exact=True).click()
 
-    eventually(pages.runs, 30, "a run")
-    eventually(lambda: pages.runs()[0]["status"] == "SUCCESS", 60, "its success")
+    eventually(lambda: len(pages.runs()) > before, 30, "a run")
+    eventually(lambda: pages.runs()[0]["status"] == "SUCCESS", 120, "its success")
     page.reload()
     row = page.locator("tr", has=page.get_by_text("plot", exact=True))
     row.get_by_text("Show Markdown").click()
@@ -219,10 +165,6 @@ query ($key: AssetKeyInput!) {
     runId metadataEntries { label ... on FloatMetadataEntry { floatValue } }
   } } }
 }"""
-TERMINATE = """
-mutation ($runId: String!) {
-  terminateRun(runId: $runId) { __typename ... on TerminateRunFailure { message } }
-}"""
 
 
 def test_a_training_is_watched_live_and_terminated(pages, page):
@@ -241,28 +183,30 @@ def test_a_training_is_watched_live_and_terminated(pages, page):
     def live_loss():
         assert pages.status(run_id) in ("QUEUED", "STARTING", "STARTED"), pages.story(run_id)
         asset = pages.ask(OBSERVED, key={"path": path})["assetOrError"]
-        observations = asset.get("assetObservations", [])
+        observations = [o for o in asset["assetObservations"] if o["runId"] == run_id]
         facts = {
             e["label"]: e.get("floatValue") for o in observations for e in o["metadataEntries"]
         }
         return facts.get("train/loss")
 
-    assert eventually(live_loss, 60, "a live observation of the loss") > 0
+    assert eventually(live_loss, 120, "a live observation of the loss") > 0
     assert pages.status(run_id) == "STARTED"
     jobs = str(pages.storage / "jobs")
     assert processes_with("ROMA_JOB_FOLDER", jobs)
     page.goto(f"{pages.dagster}/assets/{'/'.join(path)}?view=events")
     page.get_by_text("train/loss").first.wait_for()
 
-    answer = pages.ask(TERMINATE, runId=run_id)["terminateRun"]
+    page.goto(f"{pages.dagster}/runs/{run_id}")
+    page.get_by_role("button", name="Terminate").click()
+    page.get_by_role("dialog").get_by_role("button", name="Terminate").click()
 
-    assert answer["__typename"] == "TerminateRunSuccess", answer
     eventually(lambda: not processes_with("ROMA_JOB_FOLDER", jobs), 60, "the end of the job")
     eventually(lambda: pages.status(run_id) == "CANCELED", 30, "the end of the run")
     client = connect(MlflowSettings.from_values({}), pages.storage / "mlflow")
     experiment = client.get_experiment_by_name(f"roma/{GROUP}")
-    (run,) = client.search_runs([experiment.experiment_id])
-    assert run.data.tags["roma.dagster_run_id"] == run_id
+    (run,) = client.search_runs(
+        [experiment.experiment_id], f"tags.`roma.dagster_run_id` = '{run_id}'"
+    )
     assert run.info.status == "KILLED"
 
 

@@ -17,17 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from roma_core.data.exporting import export_parquet
+from roma_core.data.store import StoredDataset
 from roma_core.evaluation.predictions import PredictionTable
 from roma_core.files import read_json, write_json
 from roma_core.job import JobFolder
 from roma_pipelines.assets import training
+from roma_pipelines.automation import drift_sensor
+from roma_pipelines.automation.drift_sensor import compare
+from roma_pipelines.automation.settings import Drift, DriftThresholds
 from roma_pipelines.registry.audit import audit
 from roma_pipelines.registry.gate import CHECKS
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.registry.versions import version_at
+from roma_pipelines.storage import Storage
 from tests.pipelines import tiny
 
 pytestmark = pytest.mark.slow
@@ -156,6 +163,47 @@ def test_progress_was_observed_on_the_asset(house, first):
     last = max(facts, key=lambda f: f["step"].value)
     assert last["step"].value == last["total_steps"].value
     assert last["train/loss"].value > 0
+
+
+def test_recent_series_are_compared_among_the_champions_features(
+    house, first, tmp_path, monkeypatch
+):
+    """The encoder is asked in a process of its own; where it cannot be, that is said."""
+    facts = metadata_of(first, "dataset")
+    same, other = tmp_path / "same.parquet", tmp_path / "other.parquet"
+    export_parquet(StoredDataset(Path(facts["path"])), same, "test")
+    table = pq.read_table(same)
+    flat = [[0.0] * len(row) for row in table["c01"].to_pylist()]
+    nan = [[float("nan"), *row[1:]] for row in table["c02"].to_pylist()]
+    for name, column in (("c01", flat), ("c02", nan)):
+        at = table.schema.get_field_index(name)
+        table = table.set_column(at, name, pa.array(column, pa.list_(pa.float64())))
+    pq.write_table(table, other)
+
+    def compared(path):
+        settings = Drift(files=(path,), min_series=10)
+        arguments = (
+            "waves",
+            "waves",
+            facts["digest"],
+            settings,
+            [path],
+            Storage(house.folder / "roma"),
+        )
+        found = compare(*arguments)
+        sizes = [e.size for e in found.effects if e.measure == "embedding"]
+        return found.n, sizes, found.remark
+
+    n, (near,), remark = compared(same)
+    assert (n, remark) == (24, "")
+    _, (far,), _ = compared(other)
+    print(f"24 test series: {near:.2f} spreads from training; with a flat channel: {far:.2f}")
+    assert near < DriftThresholds().embedding < far
+    monkeypatch.setattr(drift_sensor, "_EMBED_WITHIN_S", 0.01)
+    assert compared(same)[1:] == (
+        [],
+        "; features were not compared: the encoder did not answer within 0.01 s",
+    )
 
 
 def test_the_command_predicts_what_the_report_says(house, first, tmp_path):
@@ -292,6 +340,8 @@ def test_a_candidate_waits_until_a_person_decides_and_one_command_goes_back(hous
 
     said = operate(house, "promote", "waves", "3", "--why", "seen by me", "--who", "ada")
     assert "version 3 is champion; previous is 2" in said
+    again = operate(house, "promote", "waves", "3", "--why", "once more")
+    assert "version 3 is champion already, nothing was changed; previous is 2" in again
     event = audit(house.client, "waves")[-1]
     assert (event.who, event.why, event.evidence["gate"]) == ("ada", "seen by me", "passed")
     assert event.evidence["evaluation_job"] == metadata_of(waiting, "evaluation_report")["job_key"]

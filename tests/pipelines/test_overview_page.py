@@ -98,6 +98,17 @@ def test_the_page_leads_to_the_report_and_escapes_what_it_shows(house, address):
     assert get(address, f"/jobs/{9:020x}/report") == "<h1>report 9</h1>"
 
 
+def test_head_answers_as_get_does_without_the_content(address):
+    connection = HTTPConnection(address)
+    connection.request("HEAD", "/")
+    answer = connection.getresponse()
+
+    assert answer.status == 200
+    assert int(answer.headers["Content-Length"]) > 1000
+    assert answer.read() == b""
+    connection.close()
+
+
 @pytest.mark.parametrize(
     "path",
     ["/jobs/..%2f..%2fetc/report", "/jobs/../../layout.json", f"/jobs/{5:020x}/report", "/x"],

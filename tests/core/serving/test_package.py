@@ -112,6 +112,7 @@ VALUES = {"flux": [1.0, 2.0], "ratio": [1.0, 2.0]}
         ({"units": None}, "units: 'time' is missing; this model takes it in 'd'"),
         ({"units": {"time": "d"}}, "units: 'flux' is missing; this model takes it in 'mJy'"),
         ({"units": {"flux": "Jy"}}, "units: 'flux' must be in 'mJy', got 'Jy'"),
+        ({"units": {"ratio": "d"}}, "units: 'ratio' is a plain number to this model .* got 'd'"),
         ({"units": {"colour": "1"}}, "units: 'colour' is no axis or channel"),
     ],
 )  # fmt: skip

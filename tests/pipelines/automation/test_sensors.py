@@ -16,6 +16,7 @@ from roma_pipelines.automation.failure_sensor import look_at_failures
 from roma_pipelines.automation.new_data_sensor import look_at_dataset, look_at_source
 from roma_pipelines.automation.promotion_sensor import look_at_champion
 from roma_pipelines.automation.settings import Drift, NewData
+from roma_pipelines.automation.shared_instance import instance_of
 from roma_pipelines.automation.training_state import TrainingState, next_step
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.registry.runs import find_or_create_run
@@ -168,8 +169,9 @@ def test_inputs_are_compared_with_what_the_champion_carries(month, tmp_path):
 
     def psi():
         arguments = ("waves", "waves", version, settings, settings.files, month.storage)
-        _, found = compare(*arguments)
-        return {e.quantity: e.size for e in found if e.measure == "psi"}["value.value"]
+        return {e.quantity: e.size for e in compare(*arguments).effects if e.measure == "psi"}[
+            "value.value"
+        ]
 
     assert psi() < 0.1
     far = series_of_rows(
@@ -185,6 +187,22 @@ def test_inputs_are_compared_with_what_the_champion_carries(month, tmp_path):
     client.set_registered_model_alias("waves", "champion", made)
 
     assert psi() > 1
+
+
+def test_ticks_share_one_instance_and_another_takes_its_place(storage, tmp_path):
+    def ticked(instance):
+        context = dg.SensorEvaluationContext(instance_ref=instance.get_ref())
+        return instance_of(context), context.instance
+
+    with (
+        dg.DagsterInstance.get() as here,
+        dg.DagsterInstance.local_temp(str(tmp_path)) as there,
+    ):
+        (first, seen), (second, _), (other, _) = ticked(here), ticked(here), ticked(there)
+        assert first is second is seen and first is not here
+        assert other.root_directory == there.root_directory
+        given = dg.build_sensor_context(instance=here)
+        assert instance_of(given) is here
 
 
 def test_an_alert_is_told_once_by_a_command_that_need_not_work(

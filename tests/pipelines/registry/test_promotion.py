@@ -46,6 +46,16 @@ def move(client, version):
     promote(client, NAME, version, why="better", who="tester", evidence={"passed": True})
 
 
+def test_a_model_that_is_not_there_is_told_with_those_that_are(versions):
+    versions.create_registered_model(encoder_name(NAME))
+    for act in (
+        lambda: rollback(versions, "vowel", who="tester", why="x"),
+        lambda: promote(versions, "vowel", "1", why="x", who="tester", evidence={}),
+    ):
+        with pytest.raises(ValueError, match=r"^there is no model 'vowel'; there are vowels$"):
+            act()
+
+
 def test_promotions_and_rollbacks_move_the_aliases_and_are_recorded(versions):
     move(versions, "1")
     assert aliases(versions) == {CHAMPION: "1"}

@@ -1,0 +1,156 @@
+"""A real MLflow server that asks who one is: registry, jobs, and what it says to the wrong password."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import dagster as dg
+import pytest
+
+from roma_core.serving.fetching import fetch, resolve
+from roma_pipelines.instance import prepare_instance
+from roma_pipelines.registry.promotion import promote
+from roma_pipelines.registry.store import MlflowSettings, StoreError, connect
+from roma_pipelines.registry.versions import version_at
+from roma_pipelines.storage import Storage
+from tests.pipelines import tiny
+from tests.pipelines.registry.conftest import registered_as, served
+
+pytestmark = pytest.mark.slow
+PASSWORD = "secret: p@ss/word %41"
+
+
+@pytest.fixture(scope="module")
+def guarded(store_template, tmp_path_factory):
+    """Address of a server with one user, ``admin``."""
+    if importlib.util.find_spec("flask_wtf") is None:
+        say = pytest.fail if os.environ.get("ROMA_TEST_REQUIRE_ALL") == "1" else pytest.skip
+        say("needs flask-wtf, as mlflow[auth] does")
+    folder = tmp_path_factory.mktemp("guarded")
+    (folder / "mlflow.db").write_bytes(store_template.read_bytes())
+    (folder / "auth.ini").write_text(
+        f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{folder}/users.db\n"
+        "admin_username = admin\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
+    command = [
+        *("server", "--app-name", "basic-auth", "--workers", "1"),
+        *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db"),
+        *("--artifacts-destination", (folder / "artifacts").as_uri()),
+    ]
+    environment = {
+        "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
+        "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "not a secret here",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    with served(command, folder, "/health", **environment) as address:
+        yield address
+
+
+@pytest.fixture
+def known(guarded, tmp_path, monkeypatch):
+    """Settings that the server takes, all from a file."""
+    file = tmp_path / "known.env"
+    file.write_text(
+        f"ROMA_MLFLOW_TRACKING_URI={guarded}\n"
+        f"ROMA_MLFLOW_USERNAME=admin\nROMA_MLFLOW_PASSWORD='{PASSWORD}'\n"
+    )
+    monkeypatch.setenv("ROMA_ENV_FILE", str(file))
+    return guarded
+
+
+def refused(storage, *command):
+    """What a command says that the server does not let in."""
+    done = subprocess.run(
+        [sys.executable, "-m", "roma_pipelines.cli", *command],
+        env=os.environ | {"ROMA_STORAGE_ROOT": str(storage.root)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    return done.stdout + done.stderr
+
+
+def test_a_version_is_registered_promoted_and_fetched(known, storage, toy_package, tmp_path):
+    client = connect(MlflowSettings(), storage.mlflow)
+    version = registered_as(client, toy_package, "toy", "1" * 20)
+
+    promote(client, "toy", version, why="first", who="tester", evidence={})
+
+    assert version_at(client, "toy", "champion") == version
+    assert fetch(client, resolve(client, "models:/toy@champion"), tmp_path / "cache").is_dir()
+    assert not (storage.mlflow / "artifacts").exists()
+
+
+def test_a_job_logs_as_the_user_and_no_file_has_the_password(known, storage, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    sections = tiny.attributes(data, pretraining={"trainer": {"epochs": 1, "batch_size": 16}})
+    job = tiny.definitions(sections).resolve_implicit_global_asset_job_def()
+    prepare_instance(Storage.open())
+    with dg.DagsterInstance.get() as instance:
+        done = job.execute_in_process(
+            instance=instance,
+            asset_selection=[dg.AssetKey(["waves", noun]) for noun in tiny.NOUNS[:2]],
+        )
+        (event,) = done.asset_materializations_for_node("waves__pretrained_encoder")
+
+    client = connect(MlflowSettings(), storage.mlflow)
+    run = client.get_run(event.metadata["mlflow_run_id"].value)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["train/loss"] > 0
+    (log,) = storage.jobs.glob("*/attempts/1/log")
+    assert "mlflow:" not in log.read_text()  # the job's own follower got through
+    files = [path for path in storage.root.rglob("*") if path.is_file()]
+    assert files
+    for file in files:
+        assert PASSWORD.encode() not in file.read_bytes(), file
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "wrong, too"}, "the user 'admin'"),
+        ({"ROMA_MLFLOW_USERNAME": "ada", "ROMA_MLFLOW_PASSWORD": "wrong, too"}, "the user 'ada'"),
+        ({}, "somebody without a name"),
+    ],
+)  # fmt: skip
+def test_a_wrong_password_is_one_sentence(guarded, storage, monkeypatch, variables, says):
+    monkeypatch.setenv("ROMA_MLFLOW_TRACKING_URI", guarded)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    with pytest.raises(StoreError, match=f"{guarded} refuses {says} .401: .*ROMA_MLFLOW_PASSWORD"):
+        connect(MlflowSettings(), storage.mlflow)
+
+    said = refused(storage, "rollback", "toy", "--why", "x")
+    assert f"refuses {says}" in said and "Traceback" not in said and "wrong, too" not in said
+
+
+def test_a_training_is_refused_before_there_is_a_job(guarded, storage, tmp_path, monkeypatch):
+    monkeypatch.setenv("ROMA_MLFLOW_TRACKING_URI", guarded)
+    monkeypatch.setenv("ROMA_MLFLOW_USERNAME", "admin")
+    monkeypatch.setenv("ROMA_MLFLOW_PASSWORD", "wrong, too")
+    sections = tiny.attributes(tmp_path)
+    job = tiny.definitions(sections).resolve_implicit_global_asset_job_def()
+    with dg.DagsterInstance.get() as instance:
+        done = job.execute_in_process(
+            instance=instance,
+            asset_selection=[dg.AssetKey(["waves", noun]) for noun in tiny.NOUNS[:2]],
+            raise_on_error=False,
+        )
+
+    (failure,) = [event for event in done.all_events if event.is_step_failure]
+    said = failure.step_failure_data.user_failure_data.description
+    assert "refuses the user 'admin' (401" in said
+    assert list(storage.jobs.iterdir()) == []
+
+
+def test_a_name_without_a_password_is_told(storage, monkeypatch):
+    monkeypatch.setenv("ROMA_MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    monkeypatch.setenv("ROMA_MLFLOW_USERNAME", "ada")
+
+    with pytest.raises(StoreError, match="USERNAME is set, MLFLOW_TRACKING_PASSWORD is not"):
+        connect(MlflowSettings(), storage.mlflow)
