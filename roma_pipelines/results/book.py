@@ -32,7 +32,9 @@ class Book:
             changed = {case.name: row.changed(experiment, case) for case in row.cases}
             for cell in row.cells():
                 trainings = row.trainings_of(row.case(cell.case))
-                self._plans[cell] = Plan(cell, changed[cell.case], trainings, row.judged_on)
+                self._plans[cell] = Plan(
+                    cell, changed[cell.case], trainings, row.judged_on, row.seen
+                )
 
     def plan(self, cell: Cell) -> Plan:
         """Everything that decides the cell."""

@@ -19,6 +19,7 @@ from roma_core.data.building import build_dataset
 from roma_core.data.columns import read_manifest
 from roma_core.data.schema import Manifest
 from roma_core.evaluation.job_config import EvaluationJobConfig
+from roma_core.evaluation.reconstruction_config import ReconstructionJobConfig
 from roma_core.files import digest_of, read_json, write_json
 from roma_core.job import JobFolder, Result
 from roma_core.model.transfer import SHAPE
@@ -62,12 +63,14 @@ class Plan:
         experiment: with the case's changes.
         trainings: which of the two are done.
         judged_on: ``test`` or ``validation``.
+        seen: how many observations are left where reconstructions are judged, besides the model's own.
     """
 
     cell: Cell
     experiment: Experiment
     trainings: tuple[Training, ...]
     judged_on: Literal["test", "validation"]
+    seen: tuple[int, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -75,7 +78,7 @@ class Plan:
         decide = self.experiment.model_dump(
             mode="json", include={"dataset", "pretraining", "finetuning"}
         )
-        return digest_of([decide, self.trainings, self.judged_on, self.cell.seed])[:16]
+        return digest_of([decide, self.trainings, self.judged_on, self.seen, self.cell.seed])[:16]
 
     def trainer(self, training: Training) -> TrainerConfig:
         stage: Stage = getattr(self.experiment, training)
@@ -205,14 +208,20 @@ def _judged(
     jobs: _Jobs, plan: Plan, data: Path, manifest: Manifest, trained: dict[Training, _Done]
 ) -> dict[str, float]:
     """Metrics on the test split."""
-    pretrained, classifier = trained.get("pretraining"), trained["finetuning"]
-    config = EvaluationJobConfig(
-        name=plan.experiment.name,
-        dataset=str(data),
-        dataset_digest=manifest.digest,
-        classifier=str(classifier.output("model")),
-        autoencoder=None if pretrained is None else str(pretrained.output("model")),
-    )
+    pretrained, classifier = trained.get("pretraining"), trained.get("finetuning")
+    about = {
+        "name": plan.experiment.name,
+        "dataset": str(data),
+        "dataset_digest": manifest.digest,
+        "autoencoder": None if pretrained is None else str(pretrained.output("model")),
+    }
+    config: BaseModel
+    if classifier is None:
+        config = ReconstructionJobConfig.model_validate({**about, "seen": plan.seen})
+    else:
+        config = EvaluationJobConfig.model_validate(
+            {**about, "classifier": str(classifier.output("model"))}
+        )
     metrics = read_json(jobs.run("evaluate", config, "plain").output("metrics"))
     return {k: v["value"] for k, v in metrics.items() if isinstance(v, dict) and "value" in v}
 

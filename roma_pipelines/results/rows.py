@@ -32,6 +32,7 @@ class Anchor(_Document):
     name: str
     source: str = Field(description="Where they come from: a paper, or measured on which protocol.")
     like_for_like: bool = Field(description="Same objects, same observations left out, same split.")
+    is_bound: bool = Field(False, description="The best that is possible, nobody to be ahead of.")
     values: dict[str, dict[str, float]] = Field(
         description="Metric, as in metrics.json → name of the case → figure."
     )
@@ -63,6 +64,9 @@ class Row(_Document):
     )
     judged_on: Literal["test", "validation"] = Field(
         "test", description="Settings are compared on validation, which needs no evaluation job."
+    )
+    seen: tuple[int, ...] = Field(
+        (), description="Reconstructions are judged once more with so many observations left."
     )
     metrics: tuple[str, ...] = ("accuracy", "macro_f1", "log_loss")
     anchors: tuple[Anchor, ...] = ()

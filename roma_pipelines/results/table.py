@@ -45,7 +45,12 @@ def _table(row: Row, have: Mapping[Cell, Record]) -> list[str]:
             others = [anchor.values.get(metric, {}).get(case.name) for anchor in row.anchors]
             cells = [case.name, metric.replace("_", " "), _ours(found, len(row.seeds))]
             cells += ["–" if other is None else f"{other:g}" for other in others]
-            cells.append(_ahead(found, [other for other in others if other is not None], metric))
+            rivals = [
+                other
+                for anchor, other in zip(row.anchors, others, strict=True)
+                if other is not None and not anchor.is_bound
+            ]
+            cells.append(_ahead(found, rivals, metric))
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 

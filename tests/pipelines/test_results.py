@@ -30,6 +30,13 @@ ROW = Row(
             like_for_like=False,
             values={"accuracy": {"0%": 0.8, "50%": 0.7}, "log_loss": {"0%": 0.5}},
         ),
+        Anchor(
+            name="best possible",
+            source="computed",
+            like_for_like=True,
+            is_bound=True,
+            values={"accuracy": {"0%": 0.99}},
+        ),
     ),
 )
 
@@ -73,9 +80,9 @@ def test_the_table_says_what_was_run_what_is_ahead_and_what_was_not_run():
 
     text = row_text(ROW, records, frozenset({Cell(row="waves", case="0%", seed=1)}))
 
-    assert "| 0% | accuracy | 0.850 ± 0.071 | 0.8 | yes, +0.050 |" in text
-    assert "| 0% | log loss | 0.600 ± 0.000 | 0.5 | no, -0.100 |" in text
-    assert "| 50% | accuracy | not run | 0.7 | – |" in text
+    assert "| 0% | accuracy | 0.850 ± 0.071 | 0.8 | 0.99 | yes, +0.050 |" in text
+    assert "| 0% | log loss | 0.600 ± 0.000 | 0.5 | – | no, -0.100 |" in text
+    assert "| 50% | accuracy | not run | 0.7 | – | – |" in text
     assert "not like for like" in text
     assert "earlier settings of the experiment: waves/0%/1" in text
 
