@@ -78,7 +78,8 @@ class Plan:
         decide = self.experiment.model_dump(
             mode="json", include={"dataset", "pretraining", "finetuning"}
         )
-        return digest_of([decide, self.trainings, self.judged_on, self.seen, self.cell.seed])[:16]
+        decides = [decide, self.trainings, self.judged_on, self.cell.seed, *self.seen]
+        return digest_of(decides)[:16]
 
     def trainer(self, training: Training) -> TrainerConfig:
         stage: Stage = getattr(self.experiment, training)
