@@ -134,7 +134,7 @@ def _prepared(options: dict[str, Any], prefix: str, resolve: Resolve) -> Any:
     document = config.model_dump(mode="json")
     is_main = os.environ.get("RANK", "0") == "0"
     if folder.config.exists():
-        frozen = TrainingJobConfig.model_validate(read_json(folder.config))
+        frozen = TrainingJobConfig.model_validate(read_json(folder.config)).completed()
         changed = _differences(frozen.model_dump(mode="json"), document)
         allowed = {f"trainer.{name}" for name in MAY_CHANGE}
         refused = {name: pair for name, pair in changed.items() if name not in allowed}

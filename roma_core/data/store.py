@@ -10,6 +10,7 @@ import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Iterator
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -248,19 +249,20 @@ class Subset:
         return self.dataset.gathered(self.indices[places])
 
     def part(self, share: float, seed: int) -> Subset:
-        """``share`` of the samples, as many of every class, at least one of each.
+        """This share of the samples of every class, rounded up.
 
         Which ones is a pure function of the seed and the objects' ids, and a larger share holds a
         smaller one of the same seed.
         """
-        if share == 1:
+        if share == 1 or not len(self):
             return self
+        exact = Fraction(repr(share))
         labels = self.dataset.labels
         classes = np.zeros(len(self), np.int64) if labels is None else labels[self.indices]
         named = [hash_text(self.dataset.ids[i]) for i in self.indices]
         noise = hash_ints(seed, np.array(named, dtype=np.uint64).view(np.int64))
         kept = [
-            places[np.argsort(noise[places], kind="stable")[: math.ceil(share * len(places))]]
+            places[np.argsort(noise[places], kind="stable")[: math.ceil(exact * len(places))]]
             for places in (np.flatnonzero(classes == label) for label in np.unique(classes))
         ]
         return Subset(self.dataset, self.indices[np.sort(np.concatenate(kept))])

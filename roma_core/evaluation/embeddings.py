@@ -52,6 +52,8 @@ def embedding_distance(profile: EmbeddingProfile, center: Sequence[float], n: in
             f"the profile is of {len(profile.center)} features, these series have {len(center)}: "
             f"they were embedded by another encoder"
         )
+    if n < 1 or not np.isfinite(center).all():
+        raise ValueError(f"the features of {n} recent series have no finite medians")
     spread = np.array(profile.spread)
     spread = np.maximum(spread, max(spread.max() * 1e-3, np.finfo(np.float32).eps))
     shift = (np.array(center) - np.array(profile.center)) / spread

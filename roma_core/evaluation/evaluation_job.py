@@ -39,6 +39,7 @@ from roma_core.job import Attempt, JobFolder
 from roma_core.job_runner import Work
 from roma_core.model.classification import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
+from roma_core.model.transfer import is_pretraining
 from roma_core.trainer.progress import Progress
 from roma_core.trainer.training_job import open_dataset
 
@@ -48,6 +49,11 @@ def run_evaluation(folder: JobFolder, attempt: Attempt) -> Work:
     config = EvaluationJobConfig.model_validate(read_json(folder.config, schema_version=1))
     torch.set_num_threads(1)
     dataset = open_dataset(config.dataset, config.dataset_digest, verify=True)
+    if is_pretraining(read_json(Path(config.classifier) / "model_config.json")):
+        raise ValueError(
+            f"{config.classifier} holds an autoencoder, which tells no class: give it as --autoencoder "
+            f"to judge its reconstructions, or finetune it first"
+        )
     model = RoMAForClassification.from_pretrained(config.classifier).eval()
     if model.config.problem_type == "regression":
         return run_regression(config, dataset, model, folder, attempt)

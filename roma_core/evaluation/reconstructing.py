@@ -175,7 +175,8 @@ def _hidden(batches: list[PackedBatch], split: Subset) -> tuple[HiddenTable, Int
     if len(series) == 0:
         raise ValueError(
             f"nothing is hidden in {len(split)} series of {split.lengths.min()} to "
-            f"{split.lengths.max()} observations; hide more"
+            f"{split.lengths.max()} observations: fewer must be seen "
+            f"(--seen), or a larger share hidden (mask_ratio)"
         )
     order = np.lexsort((places, series))
     series, places = series[order], places[order]

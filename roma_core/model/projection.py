@@ -36,8 +36,8 @@ class Projection(nn.Linear):
     def initialise(self) -> None:
         """Like every matrix, but the features: they must bend within the spread of the numbers.
 
-        The numbers are of unit spread, and so are the weights' products with them; the biases, too,
-        so that the bends lie all over the range.
+        The numbers are of unit spread, their products with the weights of 1.4; biases of unit spread
+        let the bends lie all over the range.
         """
         initialise(self)
         if self.features is not None:

@@ -104,6 +104,16 @@ class TrainingJobConfig(BaseModel):
             train_share=train_share,
         )
 
+    def completed(self) -> Self:
+        """The same with the settings that have come into being since, at what they were before."""
+        model = RoMAForPreTrainingConfig if self.task == "pretrain" else RoMAForClassificationConfig
+        return self.model_copy(
+            update={
+                "model": model.from_values(self.model).model_dump(mode="json"),
+                "trainer": _portable(TrainerConfig.from_values(self.trainer)),
+            }
+        )
+
 
 def _regresses(model: dict[str, Any], document: dict[str, Any] | None) -> bool:
     """Whether a model is to tell numbers: as wished, as its weights do, or as the environment says."""
@@ -120,6 +130,16 @@ def _refuse_what_the_data_do_not_know(
         raise ValueError(
             f"problem_type=regression needs targets, and the data set {manifest.name} has none; name "
             f"their columns in `targets` of its source and build it again"
+        )
+    if config.problem_type == "classification" and config.dim_output is None:
+        instead = (
+            "; set pooling=token and problem_type=regression to learn its targets"
+            if manifest.data_schema.targets
+            else ""
+        )
+        raise ValueError(
+            f"a classifier needs classes, and the data set {manifest.name} has none: name the column of "
+            f"the class in its source and build it again{instead}"
         )
     if config.problem_type == "regression" and config.pools != "token":
         raise ValueError(

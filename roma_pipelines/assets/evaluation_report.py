@@ -136,6 +136,12 @@ def _publish(job: TrackedJob) -> None:
     job.client.log_artifacts(job.run_id, str(job.output("plots")), "plots")
 
 
+_OF_THE_ENCODER = {
+    "reconstructions": "reconstructions of hidden tokens",
+    "embedding_map": "test series among the features",
+}
+
+
 def _materialised(
     job: TrackedJob, decision: GateDecision, champion_version: str | None
 ) -> dg.MaterializeResult:
@@ -147,12 +153,11 @@ def _materialised(
             "metrics": dg.MetadataValue.md(_metrics_table(job)),
             "confusion": picture((plots / "confusion.png").read_bytes(), "confusion matrix"),
             "reliability": picture((plots / "reliability.png").read_bytes(), "reliability curve"),
-            "reconstructions": picture(
-                (plots / "reconstructions.png").read_bytes(), "reconstructions of hidden tokens"
-            ),
-            "embedding_map": picture(
-                (plots / "embedding_map.png").read_bytes(), "test series among the features"
-            ),
+            **{
+                name: picture((plots / f"{name}.png").read_bytes(), title)
+                for name, title in _OF_THE_ENCODER.items()
+                if (plots / f"{name}.png").exists()  # an older job has not drawn it
+            },
             "champion_version": champion_version or "none",
             "gate": "passed" if decision.passed else f"FAILED: {decision.reasons()}",
             **job.metadata(),

@@ -175,8 +175,10 @@ def compare(
     series = series_from_parquet(paths, read_manifest(folder).data_schema, settings.class_column)
     profile = _champions_profile(name, storage) or _profile(folder, version, storage)
     found = effects(profile, series)
-    if profile.embedding is None or series.n < settings.min_series:
+    if series.n < settings.min_series:
         return Comparison(series.n, found, "")
+    if profile.embedding is None:
+        return Comparison(series.n, found, "; features were not compared: no profile of them")
     try:
         found.append(_embedding_effect(name, profile.embedding, paths, storage))
     except (NotEmbedded, FetchError, ValueError) as error:

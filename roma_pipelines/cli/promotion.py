@@ -130,8 +130,9 @@ def _copied(client: MlflowClient, target: str, name: str, version: str) -> tuple
 
 def _evidence(client: MlflowClient, name: str, version: str) -> dict[str, str]:
     """What the gate said of the version and where, by its tags."""
-    from roma_pipelines.registry.promotion import the_version
+    from roma_pipelines.registry.promotion import must_be_known, the_version
 
+    must_be_known(client, name)
     tags = the_version(client, name, version).tags
     keys = ("roma.gate", "roma.compared_with", "roma.evaluation_job", "roma.dagster_run_id")
     return {key.removeprefix("roma."): tags[key] for key in keys if key in tags}

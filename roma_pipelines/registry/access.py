@@ -8,7 +8,7 @@ nothing of it stands in a specification, a script, an argument or a log. Imports
 from __future__ import annotations
 
 import base64
-import functools
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -26,14 +26,14 @@ def take_credentials(settings: MlflowSettings) -> None:
     """Put a configured name and password where MLflow looks for them.
 
     Raises:
-        StoreError: there is one without the other.
+        StoreError: a server is configured, and there is one without the other.
     """
     if settings.username is not None:
         os.environ[USERNAME] = settings.username
     if settings.password is not None:
         os.environ[PASSWORD] = settings.password.get_secret_value()
     has = [name for name in (USERNAME, PASSWORD) if os.environ.get(name)]
-    if len(has) == 1:
+    if len(has) == 1 and _servers(settings) and not os.environ.get(TOKEN):
         (missing,) = {USERNAME, PASSWORD} - set(has)
         raise StoreError(
             f"MLflow needs a name and a password: {has[0]} is set, {missing} is not; "
@@ -41,8 +41,16 @@ def take_credentials(settings: MlflowSettings) -> None:
         )
 
 
+def _servers(settings: MlflowSettings) -> list[str]:
+    uris = (settings.tracking_uri, settings.registry_uri)
+    return [uri.rstrip("/") for uri in uris if uri is not None and is_server(uri)]
+
+
+_welcome: set[tuple[str, str]] = set()  # (server, header) that were asked and let us in
+
+
 def check_access(settings: MlflowSettings) -> None:
-    """Ask the configured servers whether they take us, once in a process; nothing else is asked.
+    """Ask the configured servers whether they take us, until one has; nothing else is asked.
 
     A server that is away is no error here: jobs go on without it and tell it later.
 
@@ -50,37 +58,43 @@ def check_access(settings: MlflowSettings) -> None:
         StoreError: one refuses; the text says as whom we came, and never with which password.
     """
     take_credentials(settings)
-    for uri in (settings.tracking_uri, settings.registry_uri):
-        if uri is not None and is_server(uri):
-            _asked(uri.rstrip("/"), os.environ.get(USERNAME, ""), _header())
+    for uri in _servers(settings):
+        if (uri, _header()) not in _welcome and _takes_us(uri, os.environ.get(USERNAME, "")):
+            _welcome.add((uri, _header()))
 
 
-@functools.cache  # a refusal is not kept
-def _asked(uri: str, who: str, header: str) -> None:
-    shown = without_credentials(uri)
+def _takes_us(uri: str, who: str) -> bool:
+    """False if the server did not answer."""
+    shown, header = without_credentials(uri), _header()
     if shown != uri:  # the address has them; MLflow takes them from there
-        return
-    request = urllib.request.Request(
-        uri + _QUESTION, headers={"Authorization": header} if header else {}
-    )
+        return True
     try:
+        request = urllib.request.Request(
+            uri + _QUESTION, headers={"Authorization": header} if header else {}
+        )
         urllib.request.urlopen(request, timeout=_TIMEOUT_S).close()
     except urllib.error.HTTPError as error:
         if error.code not in (401, 403):
-            return
+            return False
         as_whom = f"the user {who!r}" if who else "a token" if header else "somebody without a name"
         said = " ".join(error.read(300).decode(errors="replace").split())
         raise StoreError(
             f"the MLflow server {shown} refuses {as_whom} ({error.code}: {said}); set "
             f"ROMA_MLFLOW_USERNAME and ROMA_MLFLOW_PASSWORD, or {USERNAME} and {PASSWORD}"
         ) from None
-    except OSError:
-        return
+    except (http.client.InvalidURL, ValueError):  # the text of either may hold what it is about
+        raise StoreError(
+            f"the MLflow server {shown} cannot be asked: expected http(s)://host:port, and a name, "
+            f"password and token of one line each without a line break"
+        ) from None
+    except (OSError, http.client.HTTPException):
+        return False
+    return True
 
 
 def _header() -> str:
     """What MLflow's clients would send."""
-    if os.environ.get(USERNAME):
+    if os.environ.get(USERNAME) and os.environ.get(PASSWORD):
         pair = f"{os.environ[USERNAME]}:{os.environ[PASSWORD]}"
         return "Basic " + base64.standard_b64encode(pair.encode()).decode()
     token = os.environ.get(TOKEN)

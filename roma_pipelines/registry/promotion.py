@@ -71,7 +71,7 @@ def promote(
         RegistryBusy: somebody else does not let go of the model.
     """
     require(who, why)
-    _known(client, name)
+    must_be_known(client, name)
     with model_lock(client, name):
         found = the_version(client, name, version)
         replaced = version_at(client, name, CHAMPION)
@@ -101,7 +101,7 @@ def reject(client: MlflowClient, name: str, version: str, why: str, who: str) ->
         NotPromoted: it is the champion.
     """
     require(who, why)
-    _known(client, name)
+    must_be_known(client, name)
     with model_lock(client, name):
         the_version(client, name, version)
         champion = version_at(client, name, CHAMPION)
@@ -127,7 +127,7 @@ def rollback(client: MlflowClient, name: str, who: str, why: str) -> str:
         NotPromoted: ``previous`` was rejected.
     """
     require(who, why)
-    _known(client, name)
+    must_be_known(client, name)
     with model_lock(client, name):
         champion = version_at(client, name, CHAMPION)
         version = version_at(client, name, PREVIOUS)
@@ -148,7 +148,7 @@ def rollback(client: MlflowClient, name: str, who: str, why: str) -> str:
     return version
 
 
-def _known(client: MlflowClient, name: str) -> None:
+def must_be_known(client: MlflowClient, name: str) -> None:
     """Refuse a name that no model has.
 
     Raises:

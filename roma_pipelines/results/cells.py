@@ -53,6 +53,7 @@ class Record(BaseModel):
 
 
 Told = Callable[[str], None]
+_CODE = "code.json"
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def run_cell(plan: Plan, resources: Resources, storage: Storage, told: Told) -> 
         device=str(last.result.facts.get("device", "?")),
         dataset_digest=manifest.digest,
         settings_digest=plan.digest,
-        code=code_version(),
+        code=last.code,
         finished_at=time.time(),
     )
     path = record_path(storage, plan.cell)
@@ -233,6 +234,11 @@ class _Done:
     def __init__(self, folder: JobFolder, result: Result) -> None:
         self.folder, self.result = folder, result
 
+    @property
+    def code(self) -> str:
+        """What ran it first; a job that was done before is found again under other code."""
+        return str(read_json(self.folder.path / _CODE)["code"])
+
     def output(self, name: str) -> Path:
         return self.folder.path / self.result.outputs[name]
 
@@ -253,6 +259,9 @@ class _Jobs:
         spec = job_spec(
             self.resources, key, roma_command(command, folder.path), digest_of(document), starter
         )
+        if not (folder.path / _CODE).exists():
+            folder.path.mkdir(parents=True, exist_ok=True)
+            write_json(folder.path / _CODE, {"code": code_version()})
         what = f"{self.cell.name} {command}"
         self.told(f"{what}: job {key}")
         outcome = supervise(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -65,7 +65,7 @@ class Row(_Document):
     judged_on: Literal["test", "validation"] = Field(
         "test", description="Settings are compared on validation, which needs no evaluation job."
     )
-    seen: tuple[int, ...] = Field(
+    seen: tuple[Annotated[int, Field(gt=0)], ...] = Field(
         (), description="Reconstructions are judged once more with so many observations left."
     )
     metrics: tuple[str, ...] = ("accuracy", "macro_f1", "log_loss")
@@ -81,6 +81,8 @@ class Row(_Document):
                         f"anchor {anchor.name!r} has a figure of {metric} for {unknown[0]!r}, which is "
                         f"none of the cases {', '.join(sorted(known))}"
                     )
+        if self.seen and (self.judged_on == "validation" or "finetuning" in self.trainings):
+            raise ValueError("seen: only reconstructions on the test split are judged with it")
         return self
 
     def cells(self) -> list[Cell]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +12,8 @@ from roma_core.files import write_bytes
 from roma_pipelines.results.cells import Record
 from roma_pipelines.results.rows import Anchor, Cell, Row
 
-_LOWER_IS_BETTER = frozenset({"log_loss", "loss", "calibration_error"})
-_ERRORS = ("mse", "rmse", "mae")
+# also with something before or after: clean_rmse, mse_24_hz, log_loss
+_LOWER_IS_BETTER = re.compile(r"(^|_)(n?r?mse|mae|loss|calibration_error)(_|$)")
 
 
 def row_text(row: Row, records: Mapping[Cell, Record], outdated: frozenset[Cell]) -> str:
@@ -72,7 +73,7 @@ def _ahead(found: Sequence[float], others: Sequence[float], metric: str) -> str:
     if not found or not others:
         return "–"
     ours = statistics.mean(found)
-    if metric in _LOWER_IS_BETTER or metric.endswith(_ERRORS):
+    if _LOWER_IS_BETTER.search(metric):
         margin = min(others) - ours
     else:
         margin = ours - max(others)
@@ -89,13 +90,18 @@ def _made(row: Row, have: Mapping[Cell, Record]) -> list[str]:
         return ["- Not run yet."]
     records = list(have.values())
     days = sorted({_day(record.finished_at) for record in records})
-    codes = sorted({record.code[:12] for record in records})
+    codes = sorted({_short(record.code) for record in records})
     seconds = [sum(record.seconds.values()) for record in records]
     return [
         f"- {len(have)} of {len(row.cells())} cells, on {', '.join(days)}, code {', '.join(codes)}, "
         f"device {', '.join(sorted({record.device for record in records}))}; "
         f"{statistics.mean(seconds):.0f} s of training a cell; {records[0].n_series} {row.judged_on} series."
     ]
+
+
+def _short(code: str) -> str:
+    """A commit in twelve digits, and whether files differed from it."""
+    return re.sub(r"^([0-9a-f]{12})[0-9a-f]{28}", r"\1", code)
 
 
 def _day(seconds: float) -> str:

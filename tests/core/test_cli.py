@@ -168,6 +168,10 @@ def test_a_folder_of_other_settings_is_refused_and_the_same_settings_resume(runs
     said = roma(*arguments, "--set", "trainer.epochs=3", ok=False)
     assert "other settings: trainer.epochs 2 → 3; set them back" in said and "Traceback" not in said
     before = (root / "pre/outputs/model/model.safetensors").read_bytes()
+    frozen = read_json(root / "pre/config.json")  # as before there were these settings
+    frozen["model"].pop("value_features")
+    frozen.pop("train_share")
+    (root / "pre/config.json").write_text(json.dumps(frozen))
     said = roma(*arguments, "--set", "trainer.epochs=2", "--set", "trainer.save_every=7")
     assert "resumed from step-" in said and "goes on with trainer.save_every" in said
     assert (root / "pre/outputs/model/model.safetensors").read_bytes() == before

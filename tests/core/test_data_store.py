@@ -600,4 +600,6 @@ def test_a_share_of_a_split_has_every_class_and_grows(tmp_path):
     assert set(tenth.indices) < set(half.indices)
     assert set(tenth.indices) != set(train.part(0.1, seed=2).indices)
     assert np.bincount(train.dataset.labels[train.part(0.001, seed=1).indices]).tolist() == [1, 1]
+    assert len(train.part(0.7, seed=1)) == 21 + 7  # 0.7 · 30 is a little more in floating point
     assert train.part(1, seed=1) is train
+    assert len(train.dataset.split("test").part(0.5, seed=1)) == 0

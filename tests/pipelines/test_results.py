@@ -87,6 +87,26 @@ def test_the_table_says_what_was_run_what_is_ahead_and_what_was_not_run():
     assert "earlier settings of the experiment: waves/0%/1" in text
 
 
+@pytest.mark.parametrize(
+    "metric, ahead",
+    [("mse_24_hz", "yes"), ("clean_rmse", "yes"), ("mse_seen_3", "yes"), ("macro_f1", "no")],
+)
+def test_a_smaller_error_and_a_larger_score_are_ahead(metric, ahead):
+    row = Row(
+        name="r",
+        experiment="e",
+        protocol="",
+        cases=(Case(name="c"),),
+        seeds=(0,),
+        metrics=(metric,),
+        anchors=(Anchor(name="a", source="", like_for_like=True, values={metric: {"c": 0.2}}),),
+    )
+    cell = Cell(row="r", case="c", seed=0)
+    found = record("0%", 0, 0).model_copy(update={"cell": cell, "metrics": {metric: 0.1}})
+
+    assert f"| 0.100 | 0.2 | {ahead}, " in row_text(row, {cell: found}, frozenset())
+
+
 def test_a_section_is_replaced_and_the_rest_left_alone(tmp_path):
     path = tmp_path / "RESULTS.md"
     path.write_text("# Mine\n\nwords\n")

@@ -154,3 +154,18 @@ def test_a_name_without_a_password_is_told(storage, monkeypatch):
 
     with pytest.raises(StoreError, match="USERNAME is set, MLFLOW_TRACKING_PASSWORD is not"):
         connect(MlflowSettings(), storage.mlflow)
+
+
+def test_a_token_with_a_line_break_is_refused_and_not_repeated(storage, monkeypatch):
+    monkeypatch.setenv("ROMA_MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "s3cr3t\n")
+
+    with pytest.raises(StoreError, match="without a line break") as refusal:
+        connect(MlflowSettings(), storage.mlflow)
+    assert "s3cr3t" not in str(refusal.value)
+
+
+def test_a_name_alone_is_nobodys_business_without_a_server(storage, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "left over")
+
+    connect(MlflowSettings(), storage.mlflow)
