@@ -173,7 +173,7 @@ def test_recent_series_are_compared_among_the_champions_features(
     same, other = tmp_path / "same.parquet", tmp_path / "other.parquet"
     export_parquet(StoredDataset(Path(facts["path"])), same, "test")
     table = pq.read_table(same)
-    flat = [[0.0] * len(row) for row in table["c01"].to_pylist()]
+    flat = [[5.0] * len(row) for row in table["c01"].to_pylist()]
     nan = [[float("nan"), *row[1:]] for row in table["c02"].to_pylist()]
     for name, column in (("c01", flat), ("c02", nan)):
         at = table.schema.get_field_index(name)
