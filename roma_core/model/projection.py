@@ -2,7 +2,7 @@
 
 A norm follows in the first block, and of a token of one or two numbers that are only projected it
 leaves little but their sign: a curve's height is hard to tell. Features that bend with the numbers
-say it from the first step on; ``roma-pipeline results plasticc_settings`` shows what they are worth.
+say it from the first step on; ``roma-pipeline results plasticc_settings`` measures their worth.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 A training is counted in optimiser steps: a few hundred series need many passes to make enough of
 them, a million observations need few. Settings that come out here are written into a file, where
 people see and change them; nothing looks at the data again when a training starts. They extend what
-was chosen on validation series of PLAsTiCC (`roma-pipeline results plasticc_settings`) to other amounts
-of data; no search over many data sets stands behind them.
+was chosen on validation series of PLAsTiCC, one seed each (`roma-pipeline results plasticc_settings`
+compares it anew), to other amounts of data; no search over many data sets stands behind them.
 """
 
 from __future__ import annotations
