@@ -49,9 +49,11 @@ class LogFollower:
         self._thread.start()
 
     def finish(self, wait_s: float) -> None:
-        """Wait so long for the rest of the log of a pod that is over; what comes later is left."""
-        if self.is_over():
-            self._thread.join(wait_s)
+        """Wait so long for the rest of the log; what comes later is left.
+
+        Its Job is over, but the watch on pods may hear of the pod's end later than the one on Jobs.
+        """
+        self._thread.join(wait_s)
         self._left = True
 
     def _run(self) -> None:
