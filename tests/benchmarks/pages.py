@@ -228,6 +228,7 @@ def _unsafe_but_quick() -> None:
 @contextlib.contextmanager
 def _settings(storage: str, folder: Path) -> Iterator[dict[str, str]]:
     """Variables that name a new root, and for PostgreSQL a new server."""
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "empty.env").touch()
     common = {
         "ROMA_STORAGE_ROOT": str(folder / "roma"),

@@ -81,7 +81,7 @@ def test_files_become_a_registered_model(made):
 def test_four_processes_on_two_nodes_trained_together(made, noun):
     facts = facts_of(made[0], noun)
 
-    assert (facts["processes"], facts["attempts"], facts["nodes"]) == (4, 1, "n[1-2]")
+    assert (facts["processes"], facts["attempts"], facts["nodes"]) == ("4", 1, "n[1-2]")
     assert "4 process(es)" in Path(facts["log"]).read_text()
     assert 0 < facts["efficiency"] <= 1
     assert facts["gpu_hours"] == pytest.approx(facts["ran_s"] * 2 / 3600, abs=1e-4)

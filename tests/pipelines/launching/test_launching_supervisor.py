@@ -52,7 +52,7 @@ def test_a_job_that_proves_its_success_is_completed(launcher, folder, make_spec)
     assert (outcome.status, len(outcome.attempts)) == ("completed", 1)
     assert outcome.result.wall_s == 1.5
     assert outcome.attempts[0].end.how == "completed"
-    assert outcome.metadata()["processes"] == 1
+    assert outcome.metadata()["processes"] == "1"
     assert json.loads(folder.config.read_text()) == CONFIG
 
 
