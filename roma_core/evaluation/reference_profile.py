@@ -170,13 +170,12 @@ def effects(profile: ReferenceProfile, series: Series) -> list[Effect]:
     if series.n == 0:
         return []
     found = []
+    shares = shares_of_bins(profile, series)
     for name, numbers in _numbers(series):
-        reference = profile.quantities.get(name)
-        if reference is None or not len(numbers):
+        if name not in shares:
             continue
-        bins = np.searchsorted(reference.edges, numbers, side="left")
-        shares = np.bincount(bins, minlength=len(reference.shares)) / len(numbers)
-        psi = _psi(np.array(reference.shares), profile.n_series, shares, series.n)
+        reference = profile.quantities[name]
+        psi = _psi(np.array(reference.shares), profile.n_series, shares[name], series.n)
         found.append(Effect(quantity=name, measure="psi", size=psi))
         distance = np.abs(np.quantile(numbers, _LEVELS) - reference.quantiles).mean()
         scale = reference.std or max(abs(reference.quantiles[50]), 1.0) * 1e-6
@@ -193,6 +192,17 @@ def effects(profile: ReferenceProfile, series: Series) -> list[Effect]:
             Effect(quantity="class", measure="psi", size=_psi(p, profile.n_series, q, series.n))
         )
     return sorted(found, key=lambda effect: (effect.measure, -effect.size))
+
+
+def shares_of_bins(profile: ReferenceProfile, series: Series) -> dict[str, Floats]:
+    """Shares of the series' numbers in the profile's bins, ``(B,)``, of every quantity both have."""
+    found = {}
+    for name, numbers in _numbers(series):
+        reference = profile.quantities.get(name)
+        if reference is not None and len(numbers):
+            bins = np.searchsorted(reference.edges, numbers, side="left")
+            found[name] = np.bincount(bins, minlength=len(reference.shares)) / len(numbers)
+    return found
 
 
 def _names(schema: DataSchema) -> tuple[list[str], list[str]]:

@@ -16,6 +16,7 @@ from roma_pipelines.registry.promotion import CHAMPION
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.registry.versions import version_at
 from roma_pipelines.storage import Storage
+from roma_pipelines.tracked_job import picture
 
 _PROFILED = 2000  # series of the input that drift is computed from, at most
 
@@ -94,6 +95,7 @@ def _drift(profile: Any, source: Path, split: str, package: Any) -> dict[str, An
     """How far the series are from the training data, by every measure, and where most."""
     from itertools import islice
 
+    from roma_core.evaluation.drift_plot import MUCH, drift_picture
     from roma_core.evaluation.reference_profile import ReferenceProfile, effects, series_of_rows
     from roma_core.serving.reading import read_series
 
@@ -101,12 +103,17 @@ def _drift(profile: Any, source: Path, split: str, package: Any) -> dict[str, An
         return {"drift": "the model carries no profile of its training data"}
     axes, channels = ([one["name"] for one in part] for part in (package.axes, package.channels))
     rows = islice(read_series(source, split, package), _PROFILED)
-    found = effects(ReferenceProfile.model_validate(profile), series_of_rows(rows, axes, channels))
+    reference, series = (
+        ReferenceProfile.model_validate(profile),
+        series_of_rows(rows, axes, channels),
+    )
+    found = effects(reference, series)
     most = max((e for e in found if e.measure == "psi"), key=lambda e: e.size, default=None)
+    if most is None:
+        return {"drift": "nothing to compare"}
     sizes = {f"{e.quantity}, {e.measure}": round(e.size, 4) for e in found}
     return {
-        "drift": dg.MetadataValue.json(sizes),
-        "largest_drift": f"{most.quantity}: {most.size:.3f} (above 0.25 is much)"
-        if most
-        else "nothing to compare",
+        "drift": picture(drift_picture(reference, series), "drift against the training data"),
+        "drift_sizes": dg.MetadataValue.json(sizes),
+        "largest_drift": f"{most.quantity}: {most.size:.3f} (above {MUCH} is much)",
     }

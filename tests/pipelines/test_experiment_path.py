@@ -372,8 +372,9 @@ def test_batch_predictions_are_the_champions_and_show_drift(waiting):
     assert (facts["series"], facts["model_version"]) == (24, "2") == (len(rows), "2")
     assert {row["dagster_run_id"] for row in rows} == {waiting.run_id}
     assert sum(facts["classes"].values()) == 24
-    compared = {name.partition(",")[0] for name in facts["drift"]}
+    compared = {name.partition(",")[0] for name in facts["drift_sizes"]}
     assert compared == {"value.c01", "value.c02", "gap.step", "span.step", "length"}
+    assert facts["drift"].startswith("![drift against the training data](data:image/png;base64,")
 
 
 def test_lineage_leads_there_and_back(house, first, second, waiting):

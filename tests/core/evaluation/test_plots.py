@@ -5,8 +5,10 @@ import pytest
 from PIL import Image
 
 from roma_core.evaluation import plots
-from roma_core.evaluation.drawing import MAX_BYTES
+from roma_core.evaluation.drawing import MAX_BYTES, ORANGE
+from roma_core.evaluation.drift_plot import drift_picture
 from roma_core.evaluation.metrics import evaluate
+from roma_core.evaluation.reference_profile import Series, profile_of_series
 
 
 def reconstruction(n=24, channels=("a", "b"), title="series"):
@@ -78,3 +80,26 @@ def test_bad_input_is_named():
         plots.Reconstruction(
             "s", ["a"], np.zeros(3), np.zeros((3, 1)), np.zeros((3, 1)), np.ones(2, bool)
         )
+
+
+def some_series(n, seed, level=0.0, channels=("flux", "error")):
+    rng = np.random.default_rng(seed)
+    quantities = {
+        "length": rng.integers(20, 200, n).astype(float),
+        "gap.time": rng.exponential(1.0, 50 * n),
+    }
+    values = {name: rng.normal(level, 1.0, 50 * n) for name in channels}
+    return Series(n, quantities, values, {})
+
+
+def test_drift_is_drawn_in_another_colour_and_nothing_in_common_is_refused():
+    profile = profile_of_series(some_series(300, seed=0), "digest")
+
+    same = pixels(drift_picture(profile, some_series(300, seed=1)))
+    far = pixels(drift_picture(profile, some_series(300, seed=2, level=2.0)))
+
+    left = slice(0, same.shape[1] * 2 // 5)  # the bars
+    assert share_of(same[:, left], ORANGE) == 0 < 0.02 < share_of(far[:, left], ORANGE)
+    assert pixels(drift_picture(profile, some_series(3, 3, channels=tuple("ab")))).size
+    with pytest.raises(ValueError, match="no quantity"):
+        drift_picture(profile, Series(2, {}, {}, {}))
