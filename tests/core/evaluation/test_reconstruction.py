@@ -1,6 +1,7 @@
 """Reconstructions are judged by what was hidden, all of it and nothing else."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -257,6 +258,28 @@ def test_a_pretraining_is_judged_by_one_command(trained):
     assert all((out / place).exists() for place in result["outputs"].values())
     page = (out / "outputs" / "report.html").read_text()
     assert "By how much was seen" in page and "data:image/png" in page and "0.6 to 0.8" in page
+
+
+def test_a_hand_made_judgement_names_test_series_that_training_saw(trained):
+    data, weights, root = trained
+    source = {"kind": "generated", "recipe": "rbf", "n_series": 160}
+    more = DatasetConfig(name="g", source=source, test_share=0.02)
+    seen = build_dataset(more, root / "more", root, progress=False)
+    again = root / "again" / "outputs" / "model"  # of a run that was given more to train on
+    shutil.copytree(weights, again)
+    write_json(root / "again" / "config.json", {"dataset": str(seen), "weights": None})
+    out = root / "apart"
+    command = ["evaluate", "--data", str(data), "--autoencoder", str(again), "--out", str(out)]
+
+    done = CliRunner().invoke(main, command)
+
+    assert done.exit_code == 0, done.output
+    assert read_json(out / "config.json")["trained_on"] == [str(seen)]
+    assert "were in train or validation of" in done.output
+    page = (out / "outputs" / "report.html").read_text()
+    assert "Training may have seen what it is judged on" in page
+    assert "it never saw" not in page
+    assert "<h1>Reconstructions of g</h1>" in page
 
 
 def test_a_planned_job_judges_the_same_series_the_same_way(trained):

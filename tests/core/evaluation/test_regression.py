@@ -17,7 +17,7 @@ from roma_core.evaluation.regression_table import RegressionTable
 from roma_core.files import read_json
 from roma_core.model import EncoderConfig, RoMAForClassification, RoMAForClassificationConfig
 from roma_core.trainer.config import TrainerConfig
-from roma_core.trainer.job_config import TrainingJobConfig
+from roma_core.trainer.job_config import TrainingJobConfig, data_fields
 from tests.core.hand_made import built, series
 from tests.core.test_cli import roma
 
@@ -183,6 +183,7 @@ def test_equal_values_tell_their_places_only_beside_a_cls_token(use_cls):
     [
         ({"problem_type": "regression"}, "set pooling=token"),
         ({"pooling": "token", "dim_output": 2}, "classes belong to series"),
+        ({"dim_output": 2}, "a classifier needs classes"),
     ],
 )
 def test_a_training_for_what_the_data_do_not_know_is_refused_when_it_is_planned(
@@ -200,6 +201,21 @@ def test_a_regression_without_targets_is_refused_when_it_is_planned(tmp_path):
         TrainingJobConfig.finetuning(
             data, StoredDataset(data).manifest, None, wishes, TrainerConfig()
         )
+
+
+def test_the_environment_does_not_make_a_regressor_of_a_published_classifier(
+    places, tmp_path, monkeypatch
+):
+    data, manifest = places[0], StoredDataset(places[0]).manifest
+    shape = {"encoder_config": {"d_model": 8, "nhead": 1}, "dim_output": 1}
+    config = RoMAForClassificationConfig.from_values(shape | data_fields(manifest.data_schema))
+    published = config.model_dump(mode="json")
+    del published["problem_type"], published["pooling"]
+    (tmp_path / "model_config.json").write_text(json.dumps(published))
+    monkeypatch.setenv("ROMA_CLASSIFIER_PROBLEM_TYPE", "regression")
+
+    with pytest.raises(ValueError, match="a classifier needs classes"):
+        TrainingJobConfig.finetuning(data, manifest, tmp_path, {}, TrainerConfig())
 
 
 def test_the_environment_may_ask_for_a_regression(places, monkeypatch):
