@@ -93,8 +93,11 @@ def errors_by_group(groups: Sequence[GroupErrors], floor: Estimate | None) -> by
     """Mean squared error of each class as a point with its interval, and what noise alone costs."""
     names = [short(group.name) for group in groups]
     values = np.array([group.mse.value for group in groups])
-    below = values - [group.mse.low for group in groups]
-    above = np.array([group.mse.high for group in groups]) - values
+    ends = np.array([(group.mse.low, group.mse.high) for group in groups], dtype=np.float64)
+    below, above = (
+        values - ends[:, 0],
+        ends[:, 1] - values,
+    )  # nan, which is not drawn, of one series
     with mpl.rc_context(STYLE):
         figure = new_figure(max(5.0, min(11.0, 1.5 + 0.32 * len(groups))), 3.3)
         axes = figure.subplots()

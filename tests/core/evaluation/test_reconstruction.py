@@ -20,7 +20,18 @@ from roma_core.evaluation.reconstructing import (
     mean_of_train,
     reconstruct,
 )
-from roma_core.evaluation.reconstruction_metrics import by_group, coverage, errors, noise
+from roma_core.evaluation.reconstruction_metrics import (
+    ReconstructionMetrics,
+    by_group,
+    coverage,
+    errors,
+    noise,
+)
+from roma_core.evaluation.reconstruction_pictures import errors_by_group
+from roma_core.evaluation.reconstruction_report import (
+    ReconstructionReport,
+    render_reconstruction_report,
+)
 from roma_core.files import read_json, write_json
 from roma_core.model.config import EncoderConfig, RoMAForPreTrainingConfig
 from roma_core.model.pretraining import RoMAForPreTraining
@@ -198,6 +209,25 @@ def test_errors_by_class_have_names_a_tracker_takes():
         ("a b", "a_b_class3", 1),
     ]
     assert [g.mse.value for g in groups] == pytest.approx([5, 4])
+
+
+def test_a_class_of_one_series_has_no_interval():
+    table = table_of(series=np.array([0, 1, 2]))
+    groups = by_group(table, np.array([0, 1, 1]), ("one", "two"))
+    alone, several = (group.mse for group in groups)
+    metrics = ReconstructionMetrics(
+        n_series=3, n_hidden=3, mean_hidden_share=0.5, estimates=errors(table), groups=groups
+    )
+
+    page = render_reconstruction_report(
+        ReconstructionReport(title="t", summary="s", created="c", metrics=metrics)
+    )
+    document = json.loads(json.dumps(metrics.document(), allow_nan=False))
+
+    assert (alone.low, alone.high) == (None, None) and several.low < several.high
+    assert document["mse_one"] == {"value": alone.value, "low": None, "high": None}
+    assert '<td class="number">–</td>' in page and "None" not in page
+    assert errors_by_group(groups, None).startswith(b"\x89PNG")
 
 
 def test_clean_values_are_known_by_the_names_of_the_targets(tmp_path):
