@@ -25,6 +25,7 @@ from roma_core.model import masking
 from roma_core.model.attention import packed_attention, padded_attention
 from roma_core.model.export import export_classifier
 from roma_core.model.masking import hidden_count, sample_hidden
+from roma_core.model.norm import RMSNorm
 from roma_core.model.packing import PackedBatch
 from roma_core.model.rotary import pairs_per_axis
 from roma_core.model.segments import Segments
@@ -223,6 +224,50 @@ def test_every_parameter_receives_a_gradient(use_cls, encoding):
         loss.backward()
         silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
         assert not silent
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["cpu", "the framework's"])
+def test_a_norm_has_the_usual_gradient_and_a_slope_of_one_at_zero(fused, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: fused)
+    norm = RMSNorm(6, eps=1e-12)
+    with torch.no_grad():
+        norm.weight.normal_()
+    x = torch.randn(5, 6)
+    x[[1, 3]] = 0
+    x.requires_grad_()
+    grad = torch.randn(5, 6)
+
+    out = norm(x)
+    found = torch.autograd.grad(out, (x, norm.weight), grad)
+    plain = torch.nn.functional.rms_norm(x, (6,), norm.weight, 1e-12)
+    usual = torch.autograd.grad(plain, (x, norm.weight), grad)
+
+    some = torch.tensor([0, 2, 4])
+    torch.testing.assert_close(out, plain)
+    torch.testing.assert_close(found[0][some], usual[0][some])
+    torch.testing.assert_close(found[1], usual[1])
+    torch.testing.assert_close(found[0][[1, 3]], (grad * norm.weight.detach())[[1, 3]])
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["cpu", "the framework's"])
+def test_a_series_of_zeros_has_finite_gradients_from_the_first_step(fused, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: fused)
+    stack = EncoderConfig(d_model=16, nhead=2, depth=6)
+    shape = {"encoder_config": stack, "tubelet_size": (1, 1, 1), "n_channels": 2, "n_pos_dims": 1}
+    shape |= {"use_cls": False, "value_features": 0}
+    for model in (
+        RoMAForPreTraining(RoMAForPreTrainingConfig(**shape, decoder_config=stack)),
+        RoMAForClassification(RoMAForClassificationConfig(**shape, dim_output=3)),
+    ):
+        _, loss = model(
+            torch.zeros(2, 8, 2, 1, 1),
+            torch.arange(8.0).expand(2, 1, 8),
+            label=torch.tensor([0, 1]),
+        )
+        loss.backward()
+        largest = max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None)
+        assert largest < 1e3
+        assert float(model.projection.bias.grad.abs().max()) > 0, "it can leave zero"
 
 
 def test_packed_attention_and_its_gradient_agree_with_the_padded_body():
