@@ -9,7 +9,16 @@ import numpy as np
 
 from roma_core.data.store import Subset
 from roma_core.evaluation import plots
-from roma_core.evaluation.drawing import BLUE, GREY, ORANGE, STYLE, new_figure, png_of, short
+from roma_core.evaluation.drawing import (
+    BLUE,
+    GREY,
+    ORANGE,
+    STYLE,
+    legend_above,
+    new_figure,
+    png_of,
+    short,
+)
 from roma_core.evaluation.metrics import Estimate
 from roma_core.evaluation.page import Plot
 from roma_core.evaluation.pictures import learning_curves
@@ -106,7 +115,7 @@ def errors_by_group(groups: Sequence[GroupErrors], floor: Estimate | None) -> by
                       elinewidth=1.2, markersize=5)  # fmt: skip
         if floor is not None:
             axes.axhline(floor.value, color=ORANGE, linestyle=(0, (4, 3)), label="noise alone")
-            axes.legend()
+            legend_above(figure)
         turned = max(map(len, names)) > 3
         axes.set_xticks(
             places, names, rotation=45 if turned else 0, ha="right" if turned else "center"
