@@ -6,6 +6,7 @@ default changes it any more.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,6 +17,7 @@ from roma_core.files import read_json
 from roma_core.model.config import RoMAForClassificationConfig, RoMAForPreTrainingConfig
 from roma_core.model.transfer import classifier_config, is_pretraining
 from roma_core.trainer.config import TrainerConfig
+from roma_core.trainer.target_scale import far_targets
 
 
 def data_fields(schema: DataSchema) -> dict[str, Any]:
@@ -82,6 +84,8 @@ class TrainingJobConfig(BaseModel):
     ) -> Self:
         """Finetuning of a classifier, from pretrained weights or, with None, from new ones.
 
+        Warns of a regression's targets that are far from unit size.
+
         Raises:
             ValueError: the data set does not know what the model is to tell.
         """
@@ -94,6 +98,9 @@ class TrainingJobConfig(BaseModel):
         else:
             config = classifier_config(document, wishes, weights)
         _refuse_what_the_data_do_not_know(config, manifest)
+        if config.problem_type == "regression":
+            for sentence in far_targets(dataset):
+                warnings.warn(sentence, stacklevel=2)
         return cls(
             task="finetune",
             dataset=str(dataset),
