@@ -10,13 +10,23 @@ from roma_pipelines.automation.failure_sensor import tell_of_failures
 from roma_pipelines.automation.reconcile_sensor import reconcile_jobs
 from roma_pipelines.executor import executor
 from roma_pipelines.experiment import ENCODER
+from roma_pipelines.experiment_files import mistakes_in_defs
 
 
 @dg.definitions
 def defs() -> dg.Definitions:
-    """All experiments, and what looks after their jobs. Loads without torch, mlflow or wandb."""
+    """All experiments, and what looks after their jobs. Loads without torch, mlflow or wandb.
+
+    Raises:
+        ValueError: an experiment's file is wrong; a sentence for each mistake names file and setting.
+    """
     operations = dg.Definitions(executor=executor(), sensors=[reconcile_jobs, tell_of_failures])
-    experiments = dg.load_from_defs_folder(path_within_project=Path(__file__).parent)
+    try:
+        experiments = dg.load_from_defs_folder(path_within_project=Path(__file__).parent)
+    except Exception:  # Dagster's, of several kinds, with ours as a distant cause
+        if wrong := mistakes_in_defs():
+            raise ValueError("\n".join(wrong)) from None
+        raise
     merged = dg.Definitions.merge(experiments, operations)
     _check_shared_encoders(merged)
     return merged

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from roma_core.data.config import DatasetConfig
 from roma_core.evaluation.facts import Baseline
 from roma_core.files import digest_of
+from roma_core.model.config import RoMAForClassificationConfig
+from roma_core.settings import variable_of
 from roma_pipelines.automation.settings import Automation
 from roma_pipelines.executor import retry_policy
 from roma_pipelines.provenance import DISTRIBUTION
@@ -135,15 +137,22 @@ class Experiment(_Section):
             raise ValueError("\n".join(wrong))
         return self
 
-    def refuse_what_cannot_be_served(self) -> None:
+    def refuse_what_cannot_be_served(self, environment: bool = False) -> None:
         """Its assets end with a registered model, and a regressor cannot be packaged.
+
+        Args:
+            environment: ask it, too, where the file leaves the type open: what a job would be here.
 
         Raises:
             ValueError: it finetunes a regressor.
         """
-        if self.finetuning.model.get("problem_type", "classification") != "classification":
+        found, said = self.finetuning.model.get("problem_type"), "finetuning.model.problem_type"
+        if found is None and environment:
+            found = RoMAForClassificationConfig().problem_type
+            said = f"{variable_of(RoMAForClassificationConfig, 'problem_type')} is set to {found}"
+        if found not in (None, "classification"):
             raise ValueError(
-                f"experiment {self.name}: finetuning.model.problem_type: a regressor cannot be served or "
+                f"experiment {self.name}: {said}: a regressor cannot be served or "
                 f"registered yet, so it has no assets; train it with `roma finetune`, judge it with "
                 f"`roma evaluate`, or make it a row of `roma-pipeline results`"
             )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
+from pydantic import ValidationError
 
+from roma_core.settings import problems_of
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.experiment import Experiment
+from roma_pipelines.yaml_files import read_yaml
 
 DEFS = Path(__file__).parent / "defs"
+TYPE = "roma_pipelines.components.RomaExperiment"
 
 
 def load_experiment(name: str) -> Experiment:
@@ -41,12 +44,28 @@ def all_experiments() -> dict[str, Experiment | str]:
     return found
 
 
+def mistakes_in_defs() -> list[str]:
+    """Why experiments under ``defs/`` have no assets, a text each; files of other components pass."""
+    found = []
+    for path in sorted(DEFS.glob("**/defs.yaml")):
+        try:
+            document = read_yaml(path)
+            if isinstance(document, dict) and document.get("type", TYPE) == TYPE:
+                _read(path).refuse_what_cannot_be_served()
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
 def _read(path: Path) -> Experiment:
+    document = read_yaml(path)
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    if not isinstance(attributes, dict):
+        raise ValueError(f"{path}: expected `type` and `attributes` of an experiment")
     try:
-        document = yaml.safe_load(path.read_text())
-        attributes = document["attributes"]
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected `type` and `attributes` of an experiment") from error
-    return RomaExperiment(**attributes).experiment()
+        return RomaExperiment(**attributes).experiment()
+    except ValidationError as error:
+        problems = [": ".join(filter(None, one)) for one in problems_of(error, RomaExperiment)]
+    except ValueError as error:
+        problems = str(error).removeprefix(f"experiment {attributes.get('name')}: ").splitlines()
+    raise ValueError("\n".join(f"{path}: {one}" for one in problems))

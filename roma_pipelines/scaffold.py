@@ -15,12 +15,12 @@ from roma_core.data.guessing import Guess, Roles, guess_source
 from roma_core.data.sources import Source, kinds, source_config
 from roma_core.data.surveying import Survey, survey
 from roma_core.files import write_bytes
-from roma_core.trainer.sizing import TOKENS_PER_S
+from roma_core.model.config import RoMAForPreTrainingConfig
+from roma_core.trainer.config import TrainerConfig
+from roma_core.trainer.duration import finetuning_s, pretraining_s
 from roma_pipelines.choices import Choices, choose
 from roma_pipelines.experiment import Experiment
-from roma_pipelines.experiment_files import DEFS
-
-TYPE = "roma_pipelines.components.RomaExperiment"
+from roma_pipelines.experiment_files import DEFS, TYPE
 
 
 @dataclass
@@ -193,6 +193,20 @@ def _amount(found: Survey) -> str:
 
 
 def _cost(choices: Choices) -> str:
-    minutes = choices.sizes.tokens / TOKENS_PER_S / 60
-    steps = sum(choices.sizes.steps.values())
-    return f"both trainings: {steps:,} steps, about {max(1, round(minutes)):,} min on one CPU core"
+    sizes = choices.sizes
+    shape = RoMAForPreTrainingConfig.from_values(
+        {
+            **sizes.pretraining["model"],
+            "tubelet_size": (1, 1, 1),
+            "n_channels": sizes.amount.n_channels,
+            "n_pos_dims": sizes.amount.n_axes,
+        }
+    )
+    pretrainer, finetrainer = (
+        TrainerConfig.from_values(training["trainer"])
+        for training in (sizes.pretraining, sizes.finetuning)
+    )
+    seconds = pretraining_s(shape, pretrainer, sizes.amount)
+    seconds += finetuning_s(shape, finetrainer, sizes.amount)
+    steps = sum(sizes.steps.values())
+    return f"both trainings: {steps:,} steps, about {max(1, round(seconds / 60)):,} min on one CPU core"

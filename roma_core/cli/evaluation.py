@@ -33,7 +33,9 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
     help="Judge reconstructions also with all but N observations of each series hidden. Repeatable.",
 )
 @click.option("--out", type=_FOLDER, help="Folder to write into.")
-@click.option("--name", help="Name of the model, for the report and the package.")
+@click.option(
+    "--name", help="Of the model, for the report and the package; the data set's by default."
+)
 @click.option("--job", type=_FOLDER, help="Run the job planned in this folder; no other option.")
 def evaluate(
     data: Path | None,
@@ -88,21 +90,38 @@ def _config(
     from roma_core.evaluation.job_config import EvaluationJobConfig
     from roma_core.evaluation.reconstruction_config import ReconstructionJobConfig
 
+    manifest = read_manifest(data)
     known: dict[str, Any] = {
+        "name": name or manifest.name,
         "dataset": str(data.absolute()),
-        "dataset_digest": read_manifest(data).digest,
+        "dataset_digest": manifest.digest,
+        "trained_on": _trained_on([one for one in (weights, autoencoder) if one is not None]),
     }
     encoder = None if autoencoder is None else str(autoencoder.absolute())
     if weights is None:
-        return ReconstructionJobConfig(
-            **known, name=name or "autoencoder", autoencoder=encoder, seen=seen
-        )
+        return ReconstructionJobConfig(**known, autoencoder=encoder, seen=seen)
     return EvaluationJobConfig(
         **known,
-        name=name or "classifier",
         classifier=str(weights.absolute()),
         autoencoder=encoder,
     )
+
+
+def _trained_on(folders: list[Path]) -> tuple[str, ...]:
+    """The data that these weights have seen, as far as the folders of their runs say."""
+    from roma_core.evaluation.held_out import data_behind
+
+    found: dict[str, None] = {}
+    for folder in folders:
+        behind = data_behind(folder)
+        if not behind:
+            click.echo(
+                f"{folder} is not the outputs/model of a run, so nothing says whether it was trained on "
+                f"these test series",
+                err=True,
+            )
+        found |= dict.fromkeys(str(path) for path in behind)
+    return tuple(found)
 
 
 def _judge(folder: JobFolder, attempt: Attempt) -> Work:

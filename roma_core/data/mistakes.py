@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -19,7 +19,10 @@ def mistakes(error: ValidationError, model: type[BaseModel]) -> list[str]:
     alternatives: dict[
         tuple[str, str], list[str]
     ] = {}  # a field of several types has a complaint of each
-    for detail in error.errors(include_url=False):
+    details = error.errors(include_url=False)
+    for detail in details:
+        if _only_follows(detail, details):
+            continue
         names = [str(part) for part in detail["loc"] if not _is_branch(part)]
         name = ".".join(names)
         kind = detail["type"]
@@ -44,6 +47,14 @@ def mistakes(error: ValidationError, model: type[BaseModel]) -> list[str]:
         f"{name}: {' or '.join(all_)}, got {came}" for (name, came), all_ in alternatives.items()
     ]
     return found
+
+
+def _only_follows(detail: Any, details: Sequence[Any]) -> bool:
+    """Whether a list is called too short for no other reason than that its entries are wrong."""
+    place = detail["loc"]
+    return detail["type"] == "too_short" and any(
+        len(other["loc"]) > len(place) and other["loc"][: len(place)] == place for other in details
+    )
 
 
 def _is_branch(part: int | str) -> bool:

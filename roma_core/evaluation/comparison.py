@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from roma_core.evaluation.metrics import Estimate, resample_sums
+from roma_core.evaluation.metrics import Estimate, PartEstimate, resample_sums
 from roma_core.evaluation.predictions import PredictionTable
 
 
@@ -18,7 +18,9 @@ class Change(BaseModel):
     name: str
     ours: float
     champion: float
-    difference: Estimate = Field(description="Ours minus the champion's.")
+    difference: PartEstimate = Field(
+        description="Ours minus the champion's; without an interval if one series is compared."
+    )
     n_series: int
 
 
@@ -56,10 +58,13 @@ def _change(
         name=name,
         ours=float(ours.mean()),
         champion=float(champion.mean()),
-        difference=Estimate(
-            value=float((ours - champion).mean()),
-            low=float(np.percentile(means, 2.5)),
-            high=float(np.percentile(means, 97.5)),
+        difference=PartEstimate.of(
+            Estimate(
+                value=float((ours - champion).mean()),
+                low=float(np.percentile(means, 2.5)),
+                high=float(np.percentile(means, 97.5)),
+            ),
+            n,
         ),
         n_series=n,
     )

@@ -50,6 +50,17 @@ def new_figure(
     return figure
 
 
+def legend_above(figure: Figure, columns: int = 4) -> None:
+    """One legend of all panels above them, where it covers nothing that is drawn."""
+    named: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    figure.legend(
+        named.values(), named.keys(), loc="outside upper center", ncols=min(columns, len(named))
+    )
+
+
 def png_of(figure: Figure) -> bytes:
     """The figure as PNG with a palette, at the highest resolution that stays below MAX_BYTES."""
     for dots_per_inch in (160, 120, 90, 60):

@@ -22,7 +22,7 @@ from roma_core.evaluation.comparison import Change, changes
 from roma_core.evaluation.embedding_map import embedding_map
 from roma_core.evaluation.embedding_series import features_of, trained_on_features
 from roma_core.evaluation.embeddings import embedding_profile
-from roma_core.evaluation.held_out import seen_in_training, split_digest
+from roma_core.evaluation.held_out import seen_in_training, split_digest, tell, unseen
 from roma_core.evaluation.job_config import EvaluationJobConfig
 from roma_core.evaluation.measured import Measured
 from roma_core.evaluation.metrics import Metrics, evaluate
@@ -89,6 +89,7 @@ def run_evaluation(folder: JobFolder, attempt: Attempt) -> Work:
         progress.update(3, {}, force=True)
 
         leaks = seen_in_training(dataset, [Path(path) for path in config.trained_on])
+        tell(leaks)
         measured = measure(config, out / "package", table, test, leaks, split_digest(test), problem)
         measured.save(out / "measured.json")
         difference = measured.serving_difference
@@ -166,7 +167,7 @@ def report(
         ReportContent(
             title=f"Evaluation of {config.name}",
             summary=f"RoMA, the Rotary Masked Autoencoder, as a classifier of {len(metrics.per_class)} "
-            f"classes, judged on {metrics.n_series} test series it never saw.",
+            f"classes, judged on {metrics.n_series} test series{unseen(measured.leaks)}.",
             created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             metrics=metrics,
             champion_version=config.champion_version,
@@ -183,7 +184,11 @@ def report(
                 "independence.",
                 "Intervals are percentile bootstraps over test series; they do not cover another "
                 "training seed or another choice of test series.",
-                "Baselines were measured elsewhere on the same protocol, not in this run.",
+                *(
+                    ("Baselines were measured elsewhere on the same protocol, not in this run.",)
+                    if config.baselines
+                    else ()
+                ),
                 "Probabilities are those of the model as trained; no calibration was fitted.",
             ),
         )

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from roma_core.data.leaks import leaks
 from roma_core.data.store import StoredDataset, Subset
-from roma_core.files import digest_of
+from roma_core.files import digest_of, read_json
 
 
 def split_digest(test: Subset) -> str:
@@ -39,6 +39,40 @@ def seen_in_training(dataset: StoredDataset, trained_on: Sequence[Path]) -> tupl
                 f"{len(both)} test objects, such as {both[0]!r}, were in train or validation of "
                 f"{path} when this model was trained"
             )
+    return tuple(found)
+
+
+def tell(leaks: Sequence[str]) -> None:
+    """Say in the log of an evaluation what :func:`seen_in_training` found."""
+    for line in leaks:
+        print(f"WARNING: training may have seen what is judged: {line}", flush=True)
+
+
+def unseen(leaks: Sequence[str]) -> str:
+    """What a report says behind "test series"."""
+    return "" if leaks else " it never saw"
+
+
+def data_behind(weights: Path) -> tuple[Path, ...]:
+    """The data sets that weights of a run, and those it started from, were trained on.
+
+    Args:
+        weights: ``outputs/model`` in the folder of a run.
+
+    Returns:
+        None of weights that lie elsewhere: nothing there says what they have seen.
+    """
+    found: dict[Path, None] = {}
+    start: Path | None = weights.absolute()
+    visited: set[Path] = set()
+    while start is not None and start not in visited:
+        visited.add(start)
+        config = start.parent.parent / "config.json"
+        if start.parent.name != "outputs" or not config.exists():
+            break
+        document = read_json(config)
+        found[Path(document["dataset"])] = None
+        start = Path(document["weights"]) if document.get("weights") else None
     return tuple(found)
 
 

@@ -36,6 +36,25 @@ class Estimate(_Document):
     high: float
 
 
+class PartEstimate(_Document):
+    """A metric of a part of the series, such as a class.
+
+    All resamples of one series are that series, so an interval of it would have no width and promise
+    certainty where nothing is known: with fewer than two series both ends are None.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, whole: Estimate, n_series: int) -> PartEstimate:
+        """The estimate, and its interval if there are series enough."""
+        if n_series < 2:
+            return cls(value=whole.value, low=None, high=None)
+        return cls(value=whole.value, low=whole.low, high=whole.high)
+
+
 class ClassMetrics(_Document):
     """One class against the rest; None where nothing is there to divide by."""
 
@@ -44,7 +63,7 @@ class ClassMetrics(_Document):
     recall: float | None = Field(description="None if the class has no series.")
     f1: float | None
     recall_interval: tuple[float, float] | None = Field(
-        None, description="95 % Wilson interval; None if the class has no series."
+        None, description="95 % Wilson interval; None if the class has fewer than two series."
     )
     support: int = Field(description="Series of this class.")
     predicted: int = Field(description="Series predicted as this class.")
@@ -224,7 +243,7 @@ def _per_class(classes: tuple[str, ...], confusion: NDArray[np.int64]) -> tuple[
                 precision=share(hits, predicted),
                 recall=share(hits, support),
                 f1=share(2 * hits, support + predicted),
-                recall_interval=wilson(hits, support) if support else None,
+                recall_interval=wilson(hits, support) if support > 1 else None,
                 support=support,
                 predicted=predicted,
             )

@@ -14,7 +14,7 @@ from roma_core.data.schema import DataSchema
 from roma_core.evaluation.comparison import Change
 from roma_core.evaluation.facts import Baseline, FactSheet
 from roma_core.evaluation.metrics import Metrics
-from roma_core.evaluation.page import interval, signed
+from roma_core.evaluation.page import difference_interval, interval, signed
 from roma_core.evaluation.report import METRIC_NAMES
 
 
@@ -51,6 +51,7 @@ def render_card(content: CardContent) -> str:
     environment.filters["pair"] = lambda x: "–" if x is None else f"{x[0]:.3f}–{x[1]:.3f}"
     environment.filters["interval"] = interval
     environment.filters["signed"] = signed
+    environment.filters["difference_interval"] = difference_interval
     metrics = content.metrics
     named = [] if metrics is None else [
         (METRIC_NAMES[name][0], estimate) for name, estimate in metrics.estimates().items()

@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from roma_core.evaluation.facts import FactSheet
-from roma_core.evaluation.metrics import Estimate
+from roma_core.evaluation.metrics import Estimate, PartEstimate
 
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 
@@ -67,6 +67,8 @@ def render_page(template: str, content: Page, **values: Any) -> str:
     environment.filters["pair"] = lambda x: "–" if x is None else f"{x[0]:.3f}–{x[1]:.3f}"
     environment.filters["number"] = lambda x: "–" if x is None else number(x)
     environment.filters["signed"] = signed
+    environment.filters["difference_interval"] = difference_interval
+    environment.tests["sure"] = is_sure
     return environment.get_template(template).render(content=content, **values)
 
 
@@ -78,6 +80,20 @@ def number(x: float) -> str:
 def interval(estimate: Estimate) -> str:
     """``0.976–0.997``"""
     return f"{estimate.low:.3f}–{estimate.high:.3f}"
+
+
+def difference_interval(difference: PartEstimate) -> str:
+    """``−0.012 to +0.034``; a dash if there is none."""
+    if difference.low is None or difference.high is None:
+        return "–"
+    return f"{signed(difference.low)} to {signed(difference.high)}"
+
+
+def is_sure(difference: PartEstimate) -> bool:
+    """Whether its interval sets it apart from zero."""
+    if difference.low is None or difference.high is None:
+        return False
+    return difference.low > 0 or difference.high < 0
 
 
 def signed(x: float) -> str:

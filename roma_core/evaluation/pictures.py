@@ -14,6 +14,7 @@ from roma_core.evaluation import plots
 from roma_core.evaluation.job_config import EvaluationJobConfig
 from roma_core.evaluation.metrics import Metrics
 from roma_core.evaluation.page import Plot
+from roma_core.evaluation.regression_plots import named
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.trainer.batches import Collate
 from roma_core.trainer.metrics_log import read_records
@@ -89,8 +90,7 @@ def reconstructions(
     order = np.argsort(test.lengths, kind="stable")
     chosen = order[len(order) // 2 :][:_N_RECONSTRUCTED]
     collate = Collate(model.config, seed=0)
-    names = [c.name if c.unit == "1" else f"{c.name} ({c.unit})" for c in schema.channels]
-    axis = schema.axes[0]
+    names = [named(channel) for channel in schema.channels]
     examples = []
     for row in chosen:
         batch = collate([(0, int(row), test[int(row)])])
@@ -110,7 +110,7 @@ def reconstructions(
                 values=values[:, :_N_CHANNELS],
                 predicted=denormalise(predicted.numpy(), schema)[:, :_N_CHANNELS],
                 visible=visible,
-                axis=f"{axis.name} ({axis.unit})" if axis.unit != axis.name else axis.name,
+                axis=named(schema.axes[0]),
             )
         )
     return examples

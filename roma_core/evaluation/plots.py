@@ -18,6 +18,7 @@ from roma_core.evaluation.drawing import (
     INK,
     ORANGE,
     STYLE,
+    legend_above,
     new_figure,
     png_of,
     short,
@@ -158,10 +159,7 @@ def reconstruction_examples(examples: Sequence[Reconstruction]) -> bytes:
                     axes.set_ylabel(short(example.title, 22))
                 if row == rows - 1:
                     axes.set_xlabel(example.axis)
-        handles, labels = grid[0, 0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside upper center", ncols=3 if len(labels) > 3 else len(labels)
-        )
+        legend_above(figure, columns=3)
         return png_of(figure)
 
 
@@ -232,5 +230,5 @@ def learning_curve(
             positive = all(v > 0 for _, values in lines[quantity].values() for v in values)
             if "loss" in quantity and positive:
                 axes.set_yscale("log")
-            axes.legend()
+        legend_above(figure)
         return png_of(figure)

@@ -26,5 +26,8 @@ class ReconstructionJobConfig(BaseModel):
     seed: int = Field(
         0, ge=0, description="Chooses the hidden observations; the same for all models."
     )
+    trained_on: tuple[str, ...] = Field(
+        (), description="Folders of the data that the weights were trained on."
+    )
     curves: dict[str, str] = Field({}, description="Title -> metrics.jsonl of a training.")
     batch_size: int = Field(64, gt=0, description="Series at once.")

@@ -9,6 +9,7 @@ outputs/report.html
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from roma_core.data.store import StoredDataset, Subset
 from roma_core.evaluation.facts import Fact, FactSheet
+from roma_core.evaluation.held_out import seen_in_training, tell, unseen
 from roma_core.evaluation.page import Plot
 from roma_core.evaluation.reconstructing import (
     HiddenTable,
@@ -76,7 +78,9 @@ def run_reconstruction(folder: JobFolder, attempt: Attempt) -> Work:
         pictures = draw(table, test, metrics.groups, floor, config.curves)
         for name, plot in pictures.items():
             write_bytes(out / "plots" / f"{name}.png", plot.png)
-        page = report(config, model, dataset, metrics, tuple(pictures.values()))
+        leaks = seen_in_training(dataset, [Path(path) for path in config.trained_on])
+        tell(leaks)
+        page = report(config, model, dataset, metrics, leaks, tuple(pictures.values()))
         write_bytes(out / "report.html", page.encode())
         progress.update(3, {}, force=True)
     return Work(
@@ -137,6 +141,7 @@ def report(
     model: RoMAForPreTraining,
     dataset: StoredDataset,
     metrics: ReconstructionMetrics,
+    leaks: tuple[str, ...],
     pictures: tuple[Plot, ...],
 ) -> str:
     """The HTML page."""
@@ -154,10 +159,11 @@ def report(
         ReconstructionReport(
             title=f"Reconstructions of {config.name}",
             summary="RoMA, the Rotary Masked Autoencoder, judged on hidden observations of "
-            f"{metrics.n_series} test series it never saw.",
+            f"{metrics.n_series} test series{unseen(leaks)}.",
             created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             metrics=metrics,
             seen=config.seen,
+            leaks=leaks,
             plots=pictures,
             facts=(
                 FactSheet(

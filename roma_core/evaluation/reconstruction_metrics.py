@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from roma_core.evaluation.metrics import Estimate, estimated, resample_sums
+from roma_core.evaluation.metrics import Estimate, PartEstimate, estimated, resample_sums
 from roma_core.evaluation.reconstructing import HiddenTable
 
 Floats = NDArray[np.float64]
@@ -33,8 +33,8 @@ class GroupErrors(BaseModel):
     name: str
     slug: str = Field(description="The name as it is in names of metrics.")
     n_series: int
-    mse: Estimate
-    clean_mse: Estimate | None
+    mse: PartEstimate = Field(description="Without an interval if there is one series only.")
+    clean_mse: PartEstimate | None
 
 
 class ReconstructionMetrics(BaseModel):
@@ -67,9 +67,9 @@ class ReconstructionMetrics(BaseModel):
         }
         return head | {name: e.model_dump(mode="json") for name, e in self.all().items()}
 
-    def all(self) -> dict[str, Estimate]:
+    def all(self) -> dict[str, Estimate | PartEstimate]:
         """Estimates by name, those of groups among them."""
-        found = dict(self.estimates)
+        found: dict[str, Estimate | PartEstimate] = dict(self.estimates)
         for group in self.groups:
             found[f"mse_{group.slug}"] = group.mse
             if group.clean_mse is not None:
@@ -144,8 +144,8 @@ def by_group(
                 name=name,
                 slug=slugs[name],
                 n_series=n_series,
-                mse=errors(part)["mse"],
-                clean_mse=clean,
+                mse=PartEstimate.of(errors(part)["mse"], n_series),
+                clean_mse=None if clean is None else PartEstimate.of(clean, n_series),
             )
         )
     return tuple(found)

@@ -9,7 +9,16 @@ import numpy as np
 
 from roma_core.data.store import Subset
 from roma_core.evaluation import plots
-from roma_core.evaluation.drawing import BLUE, GREY, ORANGE, STYLE, new_figure, png_of, short
+from roma_core.evaluation.drawing import (
+    BLUE,
+    GREY,
+    ORANGE,
+    STYLE,
+    legend_above,
+    new_figure,
+    png_of,
+    short,
+)
 from roma_core.evaluation.metrics import Estimate
 from roma_core.evaluation.page import Plot
 from roma_core.evaluation.pictures import learning_curves
@@ -93,8 +102,11 @@ def errors_by_group(groups: Sequence[GroupErrors], floor: Estimate | None) -> by
     """Mean squared error of each class as a point with its interval, and what noise alone costs."""
     names = [short(group.name) for group in groups]
     values = np.array([group.mse.value for group in groups])
-    below = values - [group.mse.low for group in groups]
-    above = np.array([group.mse.high for group in groups]) - values
+    ends = np.array([(group.mse.low, group.mse.high) for group in groups], dtype=np.float64)
+    below, above = (
+        values - ends[:, 0],
+        ends[:, 1] - values,
+    )  # nan, which is not drawn, of one series
     with mpl.rc_context(STYLE):
         figure = new_figure(max(5.0, min(11.0, 1.5 + 0.32 * len(groups))), 3.3)
         axes = figure.subplots()
@@ -103,7 +115,7 @@ def errors_by_group(groups: Sequence[GroupErrors], floor: Estimate | None) -> by
                       elinewidth=1.2, markersize=5)  # fmt: skip
         if floor is not None:
             axes.axhline(floor.value, color=ORANGE, linestyle=(0, (4, 3)), label="noise alone")
-            axes.legend()
+            legend_above(figure)
         turned = max(map(len, names)) > 3
         axes.set_xticks(
             places, names, rotation=45 if turned else 0, ha="right" if turned else "center"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from roma_core.evaluation.page import Page, render_page
 from roma_core.evaluation.reconstruction_metrics import ReconstructionMetrics
 
@@ -20,6 +22,7 @@ class ReconstructionReport(Page):
 
     metrics: ReconstructionMetrics
     seen: tuple[int, ...] = ()
+    leaks: tuple[str, ...] = Field((), description="Ways in which training may have seen them.")
 
 
 def render_reconstruction_report(content: ReconstructionReport) -> str:

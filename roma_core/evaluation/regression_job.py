@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from roma_core.data.store import StoredDataset, Subset
-from roma_core.evaluation.held_out import seen_in_training
+from roma_core.evaluation.held_out import seen_in_training, tell, unseen
 from roma_core.evaluation.job_config import EvaluationJobConfig
 from roma_core.evaluation.page import Plot
 from roma_core.evaluation.pictures import of_training
@@ -70,6 +70,7 @@ def run_regression(
         progress.update(2, {}, force=True)
 
         leaks = seen_in_training(dataset, [Path(path) for path in config.trained_on])
+        tell(leaks)
         page = _report(config, metrics, leaks, tuple(pictures.values()))
         write_bytes(out / "report.html", page.encode())
         progress.update(3, {}, force=True)
@@ -171,7 +172,7 @@ def _report(
         RegressionReport(
             title=f"Evaluation of {config.name}",
             summary=f"RoMA, the Rotary Masked Autoencoder, as a regressor of {names} at every "
-            f"observation, judged on {metrics.n_series} test series it never saw.",
+            f"observation, judged on {metrics.n_series} test series{unseen(leaks)}.",
             created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             metrics=metrics,
             leaks=leaks,

@@ -16,6 +16,7 @@ from roma_core.evaluation.drawing import (
     INK,
     ORANGE,
     STYLE,
+    legend_above,
     new_figure,
     png_of,
     short,
@@ -55,8 +56,7 @@ def along_series(table: RegressionTable, chosen: Sequence[int]) -> bytes:
                     axes.set_ylabel(short(table.ids[k], 22))
                 if row == rows - 1:
                     axes.set_xlabel(named(table.axes[0]))
-        handles, labels = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+        legend_above(figure)
         return png_of(figure)
 
 
@@ -93,7 +93,7 @@ def error_by_position(metrics: RegressionMetrics, axis: PositionAxis) -> bytes:
         axes.set(xlabel=named(axis), ylabel="root mean squared error")
         axes.set_ylim(bottom=0)
         if len(targets) > 1:
-            axes.legend()
+            legend_above(figure, columns=3)
         return png_of(figure)
 
 

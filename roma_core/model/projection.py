@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from roma_core.model.encoder import initialise
 
+_BIAS_STD = 0.02
+
 
 class Projection(nn.Linear):
     """``(…, P)`` → ``(…, d)``: linear with bias, as published, plus ``n_features`` of SiLU."""
@@ -37,9 +39,14 @@ class Projection(nn.Linear):
         """Like every matrix, but the features: they must bend within the spread of the numbers.
 
         The numbers are of unit spread, their products with the weights of 1.4; biases of unit spread
-        let the bends lie all over the range.
+        let the bends lie all over the range. Without features, the bias is what keeps a series of
+        zeros off zero.
         """
         initialise(self)
-        if self.features is not None:
+        if self.features is None:
+            # a series of zeros would stay one, and a norm's slope there is 1/√eps: the product of a
+            # few such slopes is more than float32 holds
+            nn.init.normal_(self.bias, std=_BIAS_STD)
+        else:
             nn.init.normal_(self.features.weight, std=math.sqrt(2 / self.in_features))
             nn.init.normal_(self.features.bias)

@@ -6,6 +6,7 @@ default changes it any more.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from roma_core.data.schema import DataSchema, Manifest
 from roma_core.files import read_json
 from roma_core.model.config import RoMAForClassificationConfig, RoMAForPreTrainingConfig
-from roma_core.model.transfer import classifier_config
+from roma_core.model.transfer import classifier_config, is_pretraining
 from roma_core.trainer.config import TrainerConfig
+from roma_core.trainer.target_scale import far_targets
 
 
 def data_fields(schema: DataSchema) -> dict[str, Any]:
@@ -82,6 +84,8 @@ class TrainingJobConfig(BaseModel):
     ) -> Self:
         """Finetuning of a classifier, from pretrained weights or, with None, from new ones.
 
+        Warns of a regression's targets that are far from unit size.
+
         Raises:
             ValueError: the data set does not know what the model is to tell.
         """
@@ -94,6 +98,9 @@ class TrainingJobConfig(BaseModel):
         else:
             config = classifier_config(document, wishes, weights)
         _refuse_what_the_data_do_not_know(config, manifest)
+        if config.problem_type == "regression":
+            for sentence in far_targets(dataset):
+                warnings.warn(sentence, stacklevel=2)
         return cls(
             task="finetune",
             dataset=str(dataset),
@@ -116,10 +123,14 @@ class TrainingJobConfig(BaseModel):
 
 
 def _regresses(model: dict[str, Any], document: dict[str, Any] | None) -> bool:
-    """Whether a model is to tell numbers: as wished, as its weights do, or as the environment says."""
-    stored = (document or {}).get("problem_type")
-    wished = model.get("problem_type", stored) or RoMAForClassificationConfig().problem_type
-    return bool(wished == "regression")
+    """Whether a model is to tell numbers: as wished, as its head's weights do, or by the environment."""
+    if "problem_type" in model:
+        found = model["problem_type"]
+    elif document is None or is_pretraining(document):  # a new head
+        found = RoMAForClassificationConfig().problem_type
+    else:  # published heads do not say, and tell classes
+        found = document.get("problem_type", "classification")
+    return bool(found == "regression")
 
 
 def _refuse_what_the_data_do_not_know(
@@ -131,16 +142,6 @@ def _refuse_what_the_data_do_not_know(
             f"problem_type=regression needs targets, and the data set {manifest.name} has none; name "
             f"their columns in `targets` of its source and build it again"
         )
-    if config.problem_type == "classification" and config.dim_output is None:
-        instead = (
-            "; set pooling=token and problem_type=regression to learn its targets"
-            if manifest.data_schema.targets
-            else ""
-        )
-        raise ValueError(
-            f"a classifier needs classes, and the data set {manifest.name} has none: name the column of "
-            f"the class in its source and build it again{instead}"
-        )
     if config.problem_type == "regression" and config.pools != "token":
         raise ValueError(
             f"targets belong to observations, and pooling={config.pools} tells one output a series; "
@@ -150,6 +151,16 @@ def _refuse_what_the_data_do_not_know(
         raise ValueError(
             "classes belong to series, and pooling=token tells an output for every observation; set "
             "problem_type=regression to learn the targets of a data set, or leave pooling out"
+        )
+    if config.problem_type == "classification" and not manifest.data_schema.classes:
+        instead = (
+            "; set pooling=token and problem_type=regression to learn its targets"
+            if manifest.data_schema.targets
+            else ""
+        )
+        raise ValueError(
+            f"a classifier needs classes, and the data set {manifest.name} has none: name the column of "
+            f"the class in its source and build it again{instead}"
         )
 
 

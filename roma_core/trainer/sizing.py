@@ -13,9 +13,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-TOKENS_PER_S = 25_000.0
-"""About what both trainings get through on one CPU core, with width 64 and 4 layers."""
-
 _FEWEST_STEPS = {"pretraining": 600, "finetuning": 1200}
 _FEWEST_EPOCHS = {"pretraining": 8, "finetuning": 16}
 _SERIES_PER_BATCH = {"pretraining": 32, "finetuning": 16}
@@ -50,14 +47,14 @@ class Sizes:
         pretraining: ``model`` and ``trainer``.
         finetuning: ``model`` and ``trainer``.
         steps: optimiser steps of each.
-        tokens: observations that pass through the model in both trainings together.
+        amount: of data that they are for.
         why: section → a sentence.
     """
 
     pretraining: dict[str, Any]
     finetuning: dict[str, Any]
     steps: dict[str, int]
-    tokens: int
+    amount: Amount
     why: dict[str, str] = field(default_factory=dict)
 
 
@@ -94,9 +91,7 @@ def sizes_for(amount: Amount) -> Sizes:
             "trainer": {**finetrainer, "label_smoothing": 0.05, "augment_drop_rate": 0.3},
         },
         steps={"pretraining": pre_steps, "finetuning": fine_steps},
-        tokens=sum(
-            trainer["epochs"] * amount.n_observations for trainer in (pretrainer, finetrainer)
-        ),
+        amount=amount,
         why={
             "model": f"width {width}, {depth} layers: {because}",
             "mask_ratio": f"{mask_ratio}: {amount.mean_length:.0f} observations a series",

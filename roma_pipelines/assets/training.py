@@ -27,6 +27,7 @@ def pretrained_encoder_asset(experiment: Experiment) -> dg.AssetsDefinition:
         description=f"Masked autoencoder, pretrained without labels. {experiment.description}",
     )
     def pretrained_encoder(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        _refuse_what_cannot_be_served(experiment)  # before hours of pretraining are spent on it
         data = upstream(context, experiment.key("dataset"))
         path = Path(data["path"])
         config = TrainingJobConfig.pretraining(
@@ -55,6 +56,7 @@ def finetuned_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
         description=f"Classifier, finetuned from the pretrained encoder. {experiment.description}",
     )
     def finetuned_classifier(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        _refuse_what_cannot_be_served(experiment)
         data = upstream(context, experiment.key("dataset"))
         encoder = upstream(context, experiment.key("pretrained_encoder"))
         path = Path(data["path"])
@@ -73,6 +75,14 @@ def finetuned_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
         return _materialised(_trained(context, experiment, "finetune", config))
 
     return finetuned_classifier
+
+
+def _refuse_what_cannot_be_served(experiment: Experiment) -> None:
+    """The file was asked when definitions were loaded; here the environment of the run is, too."""
+    try:
+        experiment.refuse_what_cannot_be_served(environment=True)
+    except ValueError as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
 
 
 def _differences(weights: Path, ours: DataSchema) -> list[str]:

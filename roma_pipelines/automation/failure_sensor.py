@@ -12,6 +12,7 @@ import dagster as dg
 from roma_core.job import JobFolder
 from roma_pipelines.automation.alerts import alert
 from roma_pipelines.automation.shared_instance import instance_of
+from roma_pipelines.step_errors import first_of, words_of
 from roma_pipelines.storage import Storage
 
 LAST_LINES = 50
@@ -116,10 +117,8 @@ def _name(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str:
 def _first_line(data: dg.StepFailureData) -> str:
     if data.user_failure_data is not None:
         return str(data.user_failure_data.description or "").partition("\n")[0]
-    error = data.error
-    while error is not None and error.cause is not None:  # the outer ones are Dagster's own
-        error = error.cause
-    return str(error.message if error else "").strip().partition("\n")[0]
+    said = "" if data.error is None else words_of(first_of(data.error))
+    return said.partition("\n")[0]
 
 
 def _last_lines(

@@ -32,6 +32,7 @@ def demo(experiment: str, fresh: bool) -> None:
     started = time.monotonic()
     _end_like_ctrl_c(signal.SIGTERM, signal.SIGHUP)
     from roma_pipelines.instance import prepare_instance
+    from roma_pipelines.registry.store import StoreError
     from roma_pipelines.storage import Storage, StorageError
 
     try:
@@ -45,6 +46,8 @@ def demo(experiment: str, fresh: bool) -> None:
     try:
         with dg.DagsterInstance.get() as instance:
             _run(instance, storage, experiment, fresh, started)
+    except StoreError as error:
+        raise click.ClickException(str(error)) from error
     except Exception as error:
         if not storage.is_full(error):
             raise
@@ -67,7 +70,10 @@ def _run(
     from roma_core.files import digest_of
     from roma_pipelines import foreground
 
-    definitions = _definitions()
+    try:
+        definitions = _definitions()
+    except ValueError as error:  # of an experiment's file, a sentence
+        raise click.ClickException(str(error)) from error
     keys = _keys(definitions, experiment)
     held, killed = foreground.unfinished(instance, experiment)
     if held:
@@ -198,6 +204,8 @@ def _materialise(
 ) -> None:
     import dagster as dg
 
+    from roma_pipelines.step_errors import first_of, words_of
+
     job = definitions.resolve_implicit_global_asset_job_def()
     interrupted = "interrupted; the same command makes what is missing"
     try:
@@ -217,12 +225,10 @@ def _materialise(
     lines = []
     for event in result.all_events:
         if event.is_step_failure and event.step_failure_data.error is not None:
-            error = event.step_failure_data.error
-            while error.cause is not None:
-                error = error.cause
+            error = first_of(event.step_failure_data.error)
             if error.cls_name == dg.DagsterExecutionInterruptedError.__name__:
                 raise click.ClickException(interrupted)
-            lines.append(f"{event.step_key}: {error.message.strip()}")
+            lines.append(f"{event.step_key}: {words_of(error)}")
     for evaluation in result.get_asset_check_evaluations():
         if not evaluation.passed:
             facts = "; ".join(f"{k}: {v.value}" for k, v in evaluation.metadata.items())

@@ -54,6 +54,7 @@ def plan(experiment: str, target: str | None, profile: str | None, asset: str, c
 
     try:
         found = load_experiment(experiment)
+        found.refuse_what_cannot_be_served(environment=True)
         if found.pretrained_from is not None and asset == ENCODER:
             raise ValueError(
                 f"{found.name} finetunes the encoder of {found.pretrained_from}; plan that experiment, "

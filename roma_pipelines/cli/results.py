@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
 
 _LONG_S = 600.0
+_INTERRUPTED = 130  # as of a shell's command that Ctrl-C ended
 
 
 @click.command()
@@ -44,13 +46,14 @@ def results(
 
     A cell is one case of a row (a share of observations left out, another setting) with one seed: data
     set, pretraining, finetuning, evaluation, as jobs outside the registry. What is there already is not run again, an
-    interrupted cell goes on, and the table is written after every cell.
+    interrupted cell goes on, and the table is written after every cell. Ctrl-C ends the watch, not the
+    job that runs: the same command takes it up again.
     """
     from roma_core.data.errors import DataError
     from roma_pipelines.launching.job import JobFailed
     from roma_pipelines.launching.launcher import Refused
     from roma_pipelines.results.book import Book
-    from roma_pipelines.results.cells import run_cell
+    from roma_pipelines.results.cells import JobGoesOn, run_cell
     from roma_pipelines.results.rows import chosen, read_rows
     from roma_pipelines.storage import Storage, StorageError
 
@@ -64,22 +67,35 @@ def results(
         if only_list:
             return
         missing = [cell for cell in wanted if book.is_missing(cell, again)]
-        _confirm([book.expected_s(cell) for cell in missing], yes)
+        _confirm([book.expected_s(cell, _told) for cell in missing], yes)
         for n, cell in enumerate(missing, 1):
             plan = book.plan(cell)
             resources = plan.experiment.resources.at(target, profile)
-            run_cell(plan, resources, storage, lambda line: click.echo(f"  {line}"))
+            run_cell(plan, resources, storage, _told)
             click.echo(f"[{n}/{len(missing)}] {book.state(cell)}")
             book.write(cell.row, out)
         for name in names:
             book.write(name, out)
     except JobFailed as error:
         raise click.ClickException(f"{error}\nthe same command goes on from here") from error
+    except JobGoesOn as error:
+        click.echo(
+            f"interrupted, but {error}: `roma-pipeline jobs logs -f {error.key}` shows what it does, "
+            f"`roma-pipeline jobs cancel {error.key}` ends it, and the same command as before takes it "
+            f"up again",
+            err=True,
+        )
+        sys.exit(_INTERRUPTED)
     except KeyboardInterrupt:
-        raise click.ClickException("interrupted; the same command goes on from here") from None
+        click.echo("interrupted, and no job runs; the same command goes on from here", err=True)
+        sys.exit(_INTERRUPTED)
     except (DataError, Refused, StorageError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"wrote {out}")
+
+
+def _told(line: str) -> None:
+    click.echo(f"  {line}")
 
 
 def _confirm(seconds: list[float], yes: bool) -> None:

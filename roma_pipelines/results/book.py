@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from roma_pipelines.experiment_files import load_experiment
-from roma_pipelines.results.cells import Plan, Record, expected_s, read_record
+from roma_pipelines.results.cells import Plan, Record, Told, expected_s, read_record
 from roma_pipelines.results.rows import Cell, Row
 from roma_pipelines.results.table import put_in_place, row_text
 from roma_pipelines.storage import Storage
@@ -22,6 +22,7 @@ class Book:
     def __init__(self, storage: Storage, rows: Mapping[str, Row]) -> None:
         self.storage, self.rows = storage, rows
         self._plans: dict[Cell, Plan] = {}
+        self._seconds: dict[tuple[str, str], float] = {}
         for name, row in rows.items():
             experiment = load_experiment(row.experiment)
             if experiment.pretrained_from is not None:
@@ -49,9 +50,15 @@ class Book:
         record = read_record(self.storage, cell)
         return record is not None and record.settings_digest != self._plans[cell].digest
 
-    def expected_s(self, cell: Cell) -> float:
-        """About how long the cell takes, seconds; builds its data set if nothing else is known."""
-        return expected_s(self._plans[cell], self.storage)
+    def expected_s(self, cell: Cell, told: Told) -> float:
+        """About how long the cell takes, seconds; as long as another seed of its case.
+
+        Builds a data set if nothing else is known of the case.
+        """
+        of_case = cell.row, cell.case
+        if of_case not in self._seconds:
+            self._seconds[of_case] = expected_s(self._plans[cell], self.storage, told)
+        return self._seconds[of_case]
 
     def state(self, cell: Cell) -> str:
         """The cell in one line."""

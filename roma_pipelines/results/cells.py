@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +22,12 @@ from roma_core.evaluation.job_config import EvaluationJobConfig
 from roma_core.evaluation.reconstruction_config import ReconstructionJobConfig
 from roma_core.files import digest_of, read_json, write_json
 from roma_core.job import JobFolder, Result
+from roma_core.model.config import RoMAForPreTrainingConfig
 from roma_core.model.transfer import SHAPE
 from roma_core.trainer.config import TrainerConfig
-from roma_core.trainer.job_config import TrainingJobConfig
-from roma_core.trainer.sizing import TOKENS_PER_S
+from roma_core.trainer.duration import finetuning_s, pretraining_s
+from roma_core.trainer.job_config import TrainingJobConfig, data_fields
+from roma_core.trainer.sizing import Amount
 from roma_pipelines.experiment import Experiment, Resources, Stage
 from roma_pipelines.launching.job import JobState, job_key
 from roma_pipelines.launching.supervisor import supervise
@@ -50,6 +52,14 @@ class Record(BaseModel):
     settings_digest: str = Field(description="Of everything that decides the cell.")
     code: str
     finished_at: float
+
+
+class JobGoesOn(KeyboardInterrupt):
+    """Somebody stopped watching a job, which runs on without them."""
+
+    def __init__(self, key: str, what: str) -> None:
+        super().__init__(f"{what}: job {key} goes on")
+        self.key, self.what = key, what
 
 
 Told = Callable[[str], None]
@@ -86,12 +96,13 @@ class Plan:
         stage: Stage = getattr(self.experiment, training)
         return TrainerConfig.from_values({**stage.trainer, "random_seed": self.cell.seed})
 
-    def built(self, storage: Storage) -> Path:
-        """The data set, built if need be.
+    def built(self, storage: Storage, told: Told) -> Path:
+        """The data set, built or found; ``told`` that this begins, since it may take minutes.
 
         Raises:
             DataError: that fails.
         """
+        told(f"building data of {self.cell.name} …")
         config = self.experiment.dataset
         if config.drop_rate:
             config = config.model_copy(update={"drop_seed": self.cell.seed})
@@ -108,8 +119,8 @@ def read_record(storage: Storage, cell: Cell) -> Record | None:
     return Record.model_validate(read_json(path)) if path.exists() else None
 
 
-def expected_s(plan: Plan, storage: Storage) -> float:
-    """About how long a cell takes: as another seed did, else by the data it shows the model.
+def expected_s(plan: Plan, storage: Storage, told: Told) -> float:
+    """About how long a cell's trainings take: as another seed did, else by model and amount of data.
 
     The data set is built for it if need be.
 
@@ -117,13 +128,24 @@ def expected_s(plan: Plan, storage: Storage) -> float:
         DataError: that fails.
     """
     for path in sorted(record_path(storage, plan.cell).parent.glob("*.json")):
-        return sum(Record.model_validate(read_json(path)).seconds.values())
-    counts = read_manifest(plan.built(storage)).counts["train"]
-    passes = sum(
-        plan.trainer(training).epochs * getattr(plan.experiment, training).train_share
+        record = Record.model_validate(read_json(path))
+        if replace(plan, cell=record.cell).digest == record.settings_digest:
+            return sum(record.seconds.values())
+    manifest = read_manifest(plan.built(storage, told))
+    counts, schema = manifest.counts["train"], manifest.data_schema
+    amount = Amount(
+        counts.n_series, counts.n_observations, len(schema.channels), n_axes=len(schema.axes)
+    )
+    shape = RoMAForPreTrainingConfig.from_values(
+        plan.experiment.pretraining.model | data_fields(schema)
+    )
+    seconds_of = {"pretraining": pretraining_s, "finetuning": finetuning_s}
+    return sum(
+        seconds_of[training](
+            shape, plan.trainer(training), amount, getattr(plan.experiment, training).train_share
+        )
         for training in plan.trainings
     )
-    return passes * counts.n_observations / TOKENS_PER_S
 
 
 def run_cell(plan: Plan, resources: Resources, storage: Storage, told: Told) -> Record:
@@ -133,8 +155,9 @@ def run_cell(plan: Plan, resources: Resources, storage: Storage, told: Told) -> 
         JobFailed: a job failed; the text has the end of its log.
         Refused: the target will not run one.
         DataError: the data set cannot be built.
+        JobGoesOn: it was interrupted while a job of it ran.
     """
-    data = plan.built(storage)
+    data = plan.built(storage, told)
     manifest = read_manifest(data)
     jobs = _Jobs(plan.cell, resources, storage, told)
     trained: dict[Training, _Done] = {}
@@ -264,15 +287,20 @@ class _Jobs:
             write_json(folder.path / _CODE, {"code": code_version()})
         what = f"{self.cell.name} {command}"
         self.told(f"{what}: job {key}")
-        outcome = supervise(
-            launcher_for(self.resources.target, self.resources.profile, self.storage),
-            folder,
-            spec,
-            document,
-            watcher={"asset_key": f"results/{what}"},
-            on_poll=_Progress(folder, what, self.told),
-            max_attempts=self.resources.max_attempts,
-        )
+        try:
+            outcome = supervise(
+                launcher_for(self.resources.target, self.resources.profile, self.storage),
+                folder,
+                spec,
+                document,
+                watcher={"asset_key": f"results/{what}"},
+                on_poll=_Progress(folder, what, self.told),
+                max_attempts=self.resources.max_attempts,
+            )
+        except KeyboardInterrupt:
+            if folder.attempt_numbers():
+                raise JobGoesOn(key, what) from None
+            raise
         assert outcome.result is not None, "a completed job has a result"
         return _Done(folder, outcome.result)
 

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from roma_core.data.mistakes import mistakes
+from roma_core.settings import problems_of
 from roma_pipelines.experiment import Experiment
+from roma_pipelines.yaml_files import read_yaml
 
 ROWS = Path(__file__).parent / "rows.yaml"
 
@@ -117,7 +119,10 @@ class Row(_Document):
         try:
             return Experiment.model_validate(document)
         except ValidationError as error:
-            raise ValueError(f"row {self.name}, case {case.name}: {error}") from error
+            wrong = "; ".join(
+                ": ".join(filter(None, one)) for one in problems_of(error, Experiment)
+            )
+            raise ValueError(f"row {self.name}, case {case.name}: {wrong}") from None
 
 
 class Cell(_Document):
@@ -139,13 +144,24 @@ def read_rows(path: Path = ROWS) -> dict[str, Row]:
     """All rows by name.
 
     Raises:
-        ValueError: the file cannot be used; the text says why.
+        ValueError: the file cannot be used; a sentence for each mistake names file, row and key, what
+            is allowed and what came.
     """
-    try:
-        rows = [Row.model_validate(entry) for entry in yaml.safe_load(path.read_text("utf-8"))]
-    except (OSError, yaml.YAMLError, ValidationError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    entries = read_yaml(path)
+    if not isinstance(entries, list):
+        raise ValueError(f"{path}: expected a list of rows, got {type(entries).__name__}")
+    rows = [_row(path, number, entry) for number, entry in enumerate(entries, 1)]
     return {row.name: _with_file_beside(path, row) for row in rows}
+
+
+def _row(path: Path, number: int, entry: Any) -> Row:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{path}: row {number}: expected a mapping of settings, got {entry!r}")
+    try:
+        return Row.model_validate(entry)
+    except ValidationError as error:
+        where = f"{path}: row {entry.get('name', number)}"
+        raise ValueError("\n".join(f"{where}: {one}" for one in mistakes(error, Row))) from None
 
 
 def _with_file_beside(path: Path, row: Row) -> Row:

@@ -100,18 +100,20 @@ def runs(tmp_path_factory):
     ]
     roma("finetune", "--data", data, "--out", root / "fine", *finetune)
     classifier = root / "fine/outputs/model"
-    arguments = ["--weights", classifier, "--autoencoder", weights, "--name", "waves"]
+    arguments = ["--weights", classifier, "--autoencoder", weights]
     roma("evaluate", "--data", data, "--out", root / "eval", *arguments)
     return root, data
 
 
 def test_the_commands_end_with_a_classifier_that_classifies(runs):
-    root, _ = runs
+    root, data = runs
     metrics = read_json(root / "eval/result.json")["metrics"]
     assert metrics["accuracy"] > 0.9
     assert metrics["serving_difference"] < 1e-5
     report = (root / "eval/outputs/report.html").read_text()
-    assert "Evaluation of waves" in report and "data:image/png;base64" in report
+    assert "<h1>Evaluation of waves</h1>" in report and "data:image/png;base64" in report
+    assert "Baseline" not in report, "none was given"
+    assert read_json(root / "eval/config.json")["trained_on"] == [str(data)]
 
 
 def test_predict_gives_the_probabilities_of_the_report(runs):

@@ -225,6 +225,24 @@ def test_every_parameter_receives_a_gradient(use_cls, encoding):
         assert not silent
 
 
+def test_a_series_of_zeros_has_finite_gradients_from_the_first_step():
+    stack = EncoderConfig(d_model=16, nhead=2, depth=6)
+    shape = {"encoder_config": stack, "tubelet_size": (1, 1, 1), "n_channels": 2, "n_pos_dims": 1}
+    shape |= {"use_cls": False, "value_features": 0}
+    for model in (
+        RoMAForPreTraining(RoMAForPreTrainingConfig(**shape, decoder_config=stack)),
+        RoMAForClassification(RoMAForClassificationConfig(**shape, dim_output=3)),
+    ):
+        _, loss = model(
+            torch.zeros(2, 8, 2, 1, 1),
+            torch.arange(8.0).expand(2, 1, 8),
+            label=torch.tensor([0, 1]),
+        )
+        loss.backward()
+        largest = max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None)
+        assert largest < 1e3
+
+
 def test_packed_attention_and_its_gradient_agree_with_the_padded_body():
     torch.manual_seed(0)
     lengths = [2, 2, 5, 1]

@@ -105,8 +105,19 @@ def test_dg_scaffolds_the_same(waves, tmp_path):
     )
 
     assert done.returncode == 0, done.stdout + done.stderr
-    experiment = load_experiment(str(project / "roma_pipelines/defs/waves/defs.yaml"))
-    assert experiment.dataset.split.stratified
+    path = project / "roma_pipelines/defs/waves/defs.yaml"
+    assert load_experiment(str(path)).dataset.split.stratified
+
+    path.write_text(path.read_text().replace("tokens_per_batch", "tokens_per_bach"))
+    loading = [sys.executable, "-c", "from roma_pipelines.definitions import defs; defs()"]
+    broken = subprocess.run(
+        loading, cwd=project, env=environment, capture_output=True, text=True, check=False
+    )
+
+    *_, before, last = broken.stderr.splitlines()
+    wrong = "trainer.tokens_per_bach: not a setting; the closest one is tokens_per_batch"
+    assert before == f"ValueError: {path}: pretraining.{wrong}"
+    assert last == f"{path}: finetuning.{wrong}"
 
 
 # choices ----------------------------------------------------------------------------------------

@@ -10,7 +10,14 @@ from roma_core.files import read_json
 from roma_pipelines.cli import main
 from roma_pipelines.experiment_files import load_experiment
 from roma_pipelines.launching.job import JobFailed
-from roma_pipelines.results.cells import Plan, Record, read_record, run_cell
+from roma_pipelines.results.cells import (
+    Plan,
+    Record,
+    expected_s,
+    read_record,
+    record_path,
+    run_cell,
+)
 from roma_pipelines.results.rows import Anchor, Case, Cell, Row, chosen, read_rows
 from roma_pipelines.results.table import put_in_place, row_text
 from roma_pipelines.storage import Storage
@@ -144,6 +151,8 @@ def test_a_cell_runs_once_and_the_table_is_written(tiny, tmp_path):
 
     assert first.exit_code == 0, first.output
     assert "1 cell to run" in first.output
+    before_the_cost, _, _ = first.output.partition("1 cell to run")
+    assert "building data of waves/50%/0 …" in before_the_cost
     assert "finetune: job" in first.output
     assert again.exit_code == 0, again.output
     assert "job" not in again.output
@@ -151,6 +160,89 @@ def test_a_cell_runs_once_and_the_table_is_written(tiny, tmp_path):
     assert found is not None
     assert 0 <= found.metrics["accuracy"] <= 1
     assert f"{found.metrics['accuracy']:.3f} (1 of 2 seeds)" in out.read_text()
+
+
+def test_the_expected_time_grows_with_the_model_and_other_settings_say_nothing(tiny):
+    cell, storage = Cell(row="waves", case="0%", seed=0), Storage.open()
+    stack = "pretraining.model.encoder_config"
+    wide = {f"{stack}.d_model": 512, f"{stack}.nhead": 4, f"{stack}.depth": 8}
+
+    def expected(changes):
+        case = Case(name="0%", changes=changes)
+        return expected_s(plan(ROW.changed(tiny, case), cell), storage, lambda line: None)
+
+    narrow = expected({})
+    made = record("0%", 0, 0.9)
+    path = record_path(storage, cell)
+    path.parent.mkdir(parents=True)
+    path.write_text(made.model_dump_json())
+    assert expected(wide) > 20 * narrow, "a record with other settings is no guide"
+    same = made.model_copy(update={"settings_digest": plan(tiny, cell).digest})
+    path.write_text(same.model_dump_json())
+    assert expected({}) == 3
+
+
+def test_ctrl_c_leaves_the_job_and_says_how_to_see_and_to_end_it(tiny, tmp_path, monkeypatch):
+    def interrupted(launcher, folder, spec, config, **options):
+        folder.attempt_record(1).parent.mkdir(parents=True)
+        folder.attempt_record(1).write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("roma_pipelines.results.cells.supervise", interrupted)
+
+    found = CliRunner().invoke(main, ["results", "--out", str(tmp_path / "R.md")])
+
+    assert found.exit_code == 130
+    (key,) = (path.name for path in Storage.open().jobs.iterdir())
+    assert f"job {key} goes on" in found.stderr
+    assert f"`roma-pipeline jobs cancel {key}`" in found.stderr
+    assert "the same command" in found.stderr
+
+
+ROW_TEXT = """
+- name: waves
+  experiment: waves
+  protocol: Waves.
+  cases: [{ name: 0%, chnages: {} }]
+  seeds: [zero]
+"""
+
+
+def test_mistakes_in_a_file_of_rows_are_sentences(tmp_path):
+    path = tmp_path / "rows.yaml"
+    for text, said in (
+        (ROW_TEXT, ("row waves: cases.0.chnages is not a setting; did you mean 'changes'",
+                    "row waves: seeds.0: must be a valid integer")),
+        ("- 3", ("row 1: expected a mapping of settings, got 3",)),
+        ("rows: 3", ("expected a list of rows, got dict",)),
+        ("- {", ("not valid YAML: line 1",)),
+    ):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(ValueError) as error:
+            read_rows(path)
+        lines = str(error.value).splitlines()
+        assert len(lines) == len(said)
+        for line, part in zip(lines, said, strict=True):
+            assert line.startswith(f"{path}") and part in line
+
+
+def test_mistakes_in_an_experiments_file_are_sentences(tiny, tmp_path):
+    path = tmp_path / "waves.yaml"
+    for changes, said in (
+        ({"datset": {}}, ["datset: not a setting; the closest one is dataset"]),
+        ({"dataset": 3}, ["dataset: Input should be a valid dictionary, got 3"]),
+        (
+            {"schedule": 5, "gate": {"mode": "x"}},
+            ["schedule: Input should be a valid string, got 5"],
+        ),
+        ({"finetuning": {"trainer": {"epoch": 2}}}, ["finetuning.trainer.epoch: "]),
+    ):
+        path.write_text(yaml.safe_dump({"attributes": attributes(tmp_path) | changes}))
+        with pytest.raises(ValueError) as error:
+            load_experiment(str(path))
+        lines = str(error.value).splitlines()
+        for line, part in zip(lines, said, strict=True):
+            assert line.startswith(f"{path}: {part}")
 
 
 def plan(experiment, cell):

@@ -8,6 +8,7 @@ from roma_core.evaluation.facts import Fact, FactSheet
 from roma_core.evaluation.metrics import evaluate, wilson
 from roma_core.evaluation.model_card import CardContent, render_card
 from roma_core.evaluation.predictions import PredictionTable
+from roma_core.evaluation.report import ReportContent, render_report
 from tests.core.serving import toy
 
 
@@ -53,6 +54,34 @@ def test_a_card_shows_changes_or_why_there_are_none(simulated):
     assert "version 7 could not be evaluated on these series: does not load" in render_card(
         content(ours, **said)
     )
+
+
+def test_one_series_of_a_class_says_nothing_for_sure(simulated):
+    whole = simulated(n=30, k=3)
+    rows = np.flatnonzero(
+        (whole.labels > 0) | (np.arange(30) == np.flatnonzero(whole.labels == 0)[0])
+    )
+
+    def table(labels_right):
+        labels = whole.labels[rows]
+        told = labels if labels_right else (labels + 1) % 3
+        ids = [whole.ids[k] for k in rows]
+        return PredictionTable(ids, whole.classes, labels, np.eye(3)[told], whole.lengths[rows])
+
+    changed = changes(table(True), table(False))
+    metrics = evaluate(table(True), n_bootstrap=100)
+    page = render_report(
+        ReportContent(title="t", summary="s", created="c", metrics=metrics, changes=changed,
+                      champion_version="7")
+    )  # fmt: skip
+
+    alone = next(change for change in changed if change.n_series == 1)
+    assert (alone.difference.value, alone.difference.low, alone.difference.high) == (1, None, None)
+    assert metrics.per_class[0].recall_interval is None
+    assert "<strong>+1.000</strong>" in page, "of the classes with more series"
+    assert '<td class="number">+1.000</td>\n    <td class="number">–</td>' in page
+    card = render_card(content(table(True), changes=changed, champion_version="7"))
+    assert f"| recall of {whole.classes[0]} | 1.000 | 0.000 | +1.000 | – |" in card
 
 
 def test_tables_of_other_series_are_not_compared(simulated):

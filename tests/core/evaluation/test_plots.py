@@ -4,11 +4,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from roma_core.evaluation import plots
+from roma_core.data import StoredDataset, build_dataset
+from roma_core.data.schema import Channel, PositionAxis
+from roma_core.evaluation import plots, reconstruction_pictures, regression_plots
 from roma_core.evaluation.drawing import MAX_BYTES, ORANGE
 from roma_core.evaluation.drift_plot import drift_picture
-from roma_core.evaluation.metrics import evaluate
+from roma_core.evaluation.metrics import Estimate, PartEstimate, evaluate
+from roma_core.evaluation.pictures import reconstructions
+from roma_core.evaluation.reconstruction_metrics import GroupErrors
 from roma_core.evaluation.reference_profile import Series, profile_of_series
+from roma_core.evaluation.regression_metrics import evaluate_regression
+from roma_core.model.config import EncoderConfig, RoMAForPreTrainingConfig
+from roma_core.model.pretraining import RoMAForPreTraining
+from tests.core.evaluation.test_regression import TIME, table_of
+from tests.core.hand_made import HandMade, config_of, series
 
 
 def reconstruction(n=24, channels=("a", "b"), title="series"):
@@ -54,6 +63,46 @@ def test_a_crowded_plot_stays_below_the_limit(simulated):
     assert pixels(plots.confusion_matrix(many)).size
     crowd = [reconstruction(n=60, channels=tuple("abcd"))] * 3
     assert pixels(plots.reconstruction_examples(crowd)).size
+
+
+def test_a_legend_stands_above_the_panels_and_covers_no_point(monkeypatch):
+    for module in (plots, reconstruction_pictures, regression_plots):
+        monkeypatch.setattr(module, "png_of", lambda figure: figure)
+    one = PartEstimate(value=1.0, low=0.5, high=2.0)
+    group = GroupErrors(name="g", slug="g", n_series=3, mse=one, clean_mse=None)
+    floor = Estimate(value=1.9, low=1.8, high=2.0)
+    regression = evaluate_regression(table_of(np.eye(2).repeat(9, axis=0), [9, 9]))
+
+    for figure in (
+        plots.learning_curve(RECORDS),
+        plots.reconstruction_examples([reconstruction()] * 2),
+        regression_plots.error_by_position(regression, TIME[0]),
+        reconstruction_pictures.errors_by_group([group] * 2, floor),
+    ):
+        figure.canvas.draw()
+        (legend,) = figure.legends
+        assert all(axes.get_legend() is None for axes in figure.axes)
+        assert legend.get_window_extent().y0 >= max(axes.bbox.y1 for axes in figure.axes)
+
+
+def test_a_pure_number_has_no_unit_in_a_label(tmp_path):
+    pure = HandMade(
+        axes=(PositionAxis(name="time", unit="1"),),
+        channels=(Channel(name="a", unit="1"), Channel(name="b", unit="V")),
+        series=[series("s0", split="train"), series("s1", split="test")],
+    )
+    dataset = StoredDataset(
+        build_dataset(config_of(source=pure), tmp_path, tmp_path, progress=False)
+    )
+    shape = {"tubelet_size": (1, 1, 1), "n_channels": 2, "n_pos_dims": 1}
+    stack = EncoderConfig(d_model=8, nhead=1, depth=1)
+    model = RoMAForPreTraining(
+        RoMAForPreTrainingConfig(**shape, encoder_config=stack, decoder_config=stack)
+    )
+
+    example, *_ = reconstructions(model.eval(), dataset)
+
+    assert (example.axis, list(example.channels)) == ("time", ["a", "b (V)"])
 
 
 def test_only_hidden_tokens_are_drawn_as_reconstructed():

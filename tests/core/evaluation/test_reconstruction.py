@@ -1,6 +1,7 @@
 """Reconstructions are judged by what was hidden, all of it and nothing else."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -19,7 +20,18 @@ from roma_core.evaluation.reconstructing import (
     mean_of_train,
     reconstruct,
 )
-from roma_core.evaluation.reconstruction_metrics import by_group, coverage, errors, noise
+from roma_core.evaluation.reconstruction_metrics import (
+    ReconstructionMetrics,
+    by_group,
+    coverage,
+    errors,
+    noise,
+)
+from roma_core.evaluation.reconstruction_pictures import errors_by_group
+from roma_core.evaluation.reconstruction_report import (
+    ReconstructionReport,
+    render_reconstruction_report,
+)
 from roma_core.files import read_json, write_json
 from roma_core.model.config import EncoderConfig, RoMAForPreTrainingConfig
 from roma_core.model.pretraining import RoMAForPreTraining
@@ -199,6 +211,25 @@ def test_errors_by_class_have_names_a_tracker_takes():
     assert [g.mse.value for g in groups] == pytest.approx([5, 4])
 
 
+def test_a_class_of_one_series_has_no_interval():
+    table = table_of(series=np.array([0, 1, 2]))
+    groups = by_group(table, np.array([0, 1, 1]), ("one", "two"))
+    alone, several = (group.mse for group in groups)
+    metrics = ReconstructionMetrics(
+        n_series=3, n_hidden=3, mean_hidden_share=0.5, estimates=errors(table), groups=groups
+    )
+
+    page = render_reconstruction_report(
+        ReconstructionReport(title="t", summary="s", created="c", metrics=metrics)
+    )
+    document = json.loads(json.dumps(metrics.document(), allow_nan=False))
+
+    assert (alone.low, alone.high) == (None, None) and several.low < several.high
+    assert document["mse_one"] == {"value": alone.value, "low": None, "high": None}
+    assert '<td class="number">–</td>' in page and "None" not in page
+    assert errors_by_group(groups, None).startswith(b"\x89PNG")
+
+
 def test_clean_values_are_known_by_the_names_of_the_targets(tmp_path):
     def columns(*names):
         targets = tuple(Channel(name=name, unit="V") for name in names)
@@ -257,6 +288,28 @@ def test_a_pretraining_is_judged_by_one_command(trained):
     assert all((out / place).exists() for place in result["outputs"].values())
     page = (out / "outputs" / "report.html").read_text()
     assert "By how much was seen" in page and "data:image/png" in page and "0.6 to 0.8" in page
+
+
+def test_a_hand_made_judgement_names_test_series_that_training_saw(trained):
+    data, weights, root = trained
+    source = {"kind": "generated", "recipe": "rbf", "n_series": 160}
+    more = DatasetConfig(name="g", source=source, test_share=0.02)
+    seen = build_dataset(more, root / "more", root, progress=False)
+    again = root / "again" / "outputs" / "model"  # of a run that was given more to train on
+    shutil.copytree(weights, again)
+    write_json(root / "again" / "config.json", {"dataset": str(seen), "weights": None})
+    out = root / "apart"
+    command = ["evaluate", "--data", str(data), "--autoencoder", str(again), "--out", str(out)]
+
+    done = CliRunner().invoke(main, command)
+
+    assert done.exit_code == 0, done.output
+    assert read_json(out / "config.json")["trained_on"] == [str(seen)]
+    assert "were in train or validation of" in done.output
+    page = (out / "outputs" / "report.html").read_text()
+    assert "Training may have seen what it is judged on" in page
+    assert "it never saw" not in page
+    assert "<h1>Reconstructions of g</h1>" in page
 
 
 def test_a_planned_job_judges_the_same_series_the_same_way(trained):

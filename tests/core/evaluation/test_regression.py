@@ -17,8 +17,8 @@ from roma_core.evaluation.regression_table import RegressionTable
 from roma_core.files import read_json
 from roma_core.model import EncoderConfig, RoMAForClassification, RoMAForClassificationConfig
 from roma_core.trainer.config import TrainerConfig
-from roma_core.trainer.job_config import TrainingJobConfig
-from tests.core.hand_made import built, series
+from roma_core.trainer.job_config import TrainingJobConfig, data_fields
+from tests.core.hand_made import HandMade, built, config_of, series
 from tests.core.test_cli import roma
 
 TIME = (PositionAxis(name="time", unit="s"),)
@@ -183,6 +183,7 @@ def test_equal_values_tell_their_places_only_beside_a_cls_token(use_cls):
     [
         ({"problem_type": "regression"}, "set pooling=token"),
         ({"pooling": "token", "dim_output": 2}, "classes belong to series"),
+        ({"dim_output": 2}, "a classifier needs classes"),
     ],
 )
 def test_a_training_for_what_the_data_do_not_know_is_refused_when_it_is_planned(
@@ -200,6 +201,45 @@ def test_a_regression_without_targets_is_refused_when_it_is_planned(tmp_path):
         TrainingJobConfig.finetuning(
             data, StoredDataset(data).manifest, None, wishes, TrainerConfig()
         )
+
+
+def test_the_environment_does_not_make_a_regressor_of_a_published_classifier(
+    places, tmp_path, monkeypatch
+):
+    data, manifest = places[0], StoredDataset(places[0]).manifest
+    shape = {"encoder_config": {"d_model": 8, "nhead": 1}, "dim_output": 1}
+    config = RoMAForClassificationConfig.from_values(shape | data_fields(manifest.data_schema))
+    published = config.model_dump(mode="json")
+    del published["problem_type"], published["pooling"]
+    (tmp_path / "model_config.json").write_text(json.dumps(published))
+    monkeypatch.setenv("ROMA_CLASSIFIER_PROBLEM_TYPE", "regression")
+
+    with pytest.raises(ValueError, match="a classifier needs classes"):
+        TrainingJobConfig.finetuning(data, manifest, tmp_path, {}, TrainerConfig())
+
+
+def test_targets_far_from_unit_size_are_warned_of_when_a_regression_is_planned(tmp_path):
+    rng = np.random.default_rng(0)
+    columns = np.array([[5000, 200], [0, 1], [0, 0.001], [0.5, 0]])  # mean and deviation
+    names = ("far", "usual", "tiny", "constant")
+    targets = tuple(Channel(name=name, unit="m") for name in names)
+
+    def one(k):
+        drawn = columns[:, 0] + columns[:, 1] * rng.normal(size=(40, 4))
+        return series(f"s{k}", 40, split="train", seed=k, targets=drawn.astype(np.float32))
+
+    source = HandMade(series=[one(k) for k in range(6)], targets=targets)
+    data = build_dataset(config_of(source=source), tmp_path, tmp_path, progress=False)
+    wishes = {"problem_type": "regression", "pooling": "token"}
+
+    with pytest.warns(UserWarning) as told:
+        TrainingJobConfig.finetuning(
+            data, StoredDataset(data).manifest, None, wishes, TrainerConfig()
+        )
+
+    said = [str(w.message) for w in told if "is learnt as it is" in str(w.message)]
+    assert [text.split("'")[1] for text in said] == ["far", "tiny"]
+    assert "let its source give (x - " in said[0]
 
 
 def test_the_environment_may_ask_for_a_regression(places, monkeypatch):

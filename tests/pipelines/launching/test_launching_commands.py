@@ -86,6 +86,20 @@ def test_plan_prints_the_script_of_a_target(run, experiment):
     assert "was never submitted" in slurm
 
 
+def test_plan_refuses_a_regression_as_its_assets_would(run, root, experiment, monkeypatch):
+    said = "a regressor cannot be served or registered yet"
+    monkeypatch.setenv("ROMA_CLASSIFIER_PROBLEM_TYPE", "regression")
+    code, text = run("plan", experiment)
+    assert (code, said in text, "ROMA_CLASSIFIER_PROBLEM_TYPE" in text) == (1, True, True)
+    monkeypatch.delenv("ROMA_CLASSIFIER_PROBLEM_TYPE")
+
+    sections = tiny.attributes(root)
+    sections["finetuning"]["model"] |= {"problem_type": "regression", "pooling": "token"}
+    Path(experiment).write_text(yaml.safe_dump({"attributes": sections}))
+    code, text = run("plan", experiment)
+    assert (code, said in text, "torchrun" in text) == (1, True, False)
+
+
 def test_plan_shows_how_a_script_differs_from_the_last_one(
     run, root, experiment, profiles, cluster, monkeypatch
 ):
