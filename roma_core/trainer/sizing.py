@@ -87,6 +87,7 @@ def sizes_for(amount: Amount) -> Sizes:
             "model": {
                 "encoder_config": {"drop_path_rate": 0.1, "hidden_drop_rate": 0.1},
                 "head_drop_rate": 0.1,
+                "pooling": "mean",  # also where there is a CLS vector
             },
             "trainer": {**finetrainer, "label_smoothing": 0.05, "augment_drop_rate": 0.3},
         },

@@ -89,6 +89,8 @@ class Plan:
         decide = self.experiment.model_dump(
             mode="json", include={"dataset", "pretraining", "finetuning"}
         )
+        if "pretraining" not in self.trainings:  # its model is the shape all the same
+            decide["pretraining"] = {"model": decide["pretraining"]["model"]}
         decides = [decide, self.trainings, self.judged_on, self.cell.seed, *self.seen]
         return digest_of(decides)[:16]
 
