@@ -141,7 +141,10 @@ def _text(
         _block({"dataset": dict(dataset)}, [*guess.said, *choices.why]),
         _block(
             {"pretraining": sizes.pretraining},
-            [sizes.why["model"], f"mask_ratio {sizes.why['mask_ratio']}", sizes.why["pretraining"]],
+            [
+                sizes.why[x]
+                for x in ("model", "mask_ratio", "use_cls", "value_features", "pretraining")
+            ],
         ),
         _block({"finetuning": sizes.finetuning}, [sizes.why["finetuning"]]),
         _block(

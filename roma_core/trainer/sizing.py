@@ -4,7 +4,8 @@ A training is counted in optimiser steps: a few hundred series need many passes 
 them, a million observations need few. Settings that come out here are written into a file, where
 people see and change them; nothing looks at the data again when a training starts. They extend what
 was chosen on validation series of PLAsTiCC, one seed each (`roma-pipeline results plasticc_settings`
-compares it anew), to other amounts of data; no search over many data sets stands behind them.
+compares it anew), to other amounts of data; no search over many data sets stands behind them. Its own
+file pretrains 30 epochs, which paid there, and where labels are few it is worth trying.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ def sizes_for(amount: Amount) -> Sizes:
     rate = _LEARNING_RATE * 64 / width
     pretrainer, pre_steps, pre_why = _training("pretraining", amount, rate)
     finetrainer, fine_steps, fine_why = _training("finetuning", amount, rate)
+    value_features = 0 if amount.n_channels > _WIDE_TOKENS else _VALUE_FEATURES
     because = (
         f"{amount.n_channels} numbers in an observation"
         if amount.n_channels > _WIDE_TOKENS
@@ -78,7 +80,7 @@ def sizes_for(amount: Amount) -> Sizes:
                 "decoder_config": {"d_model": width, "nhead": width // 16, "depth": 1},
                 # without CLS at position 0, a second axis such as a band is known by differences only
                 "use_cls": amount.n_axes > 1,
-                "value_features": 0 if amount.n_channels > _WIDE_TOKENS else _VALUE_FEATURES,
+                "value_features": value_features,
                 "mask_ratio": mask_ratio,
             },
             "trainer": pretrainer,
@@ -95,7 +97,19 @@ def sizes_for(amount: Amount) -> Sizes:
         amount=amount,
         why={
             "model": f"width {width}, {depth} layers: {because}",
-            "mask_ratio": f"{mask_ratio}: {amount.mean_length:.0f} observations a series",
+            "mask_ratio": f"mask_ratio {mask_ratio}: {amount.mean_length:.0f} observations a series",
+            "use_cls": "use_cls: a token at position 0, "
+            + (
+                "by which every axis is known absolutely, not by differences only"
+                if amount.n_axes > 1
+                else "needed only where absolute places matter"
+            ),
+            "value_features": f"value_features {value_features}: "
+            + (
+                "heights of few numbers are hard to tell from a projection alone"
+                if value_features
+                else "an observation of so many numbers needs none"
+            ),
             "pretraining": pre_why,
             "finetuning": fine_why,
         },
