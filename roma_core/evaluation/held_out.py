@@ -71,6 +71,8 @@ def data_behind(weights: Path) -> tuple[Path, ...]:
         if start.parent.name != "outputs" or not config.exists():
             break
         document = read_json(config)
+        if not isinstance(document, dict) or not isinstance(document.get("dataset"), str):
+            break  # another program's
         found[Path(document["dataset"])] = None
         start = Path(document["weights"]) if document.get("weights") else None
     return tuple(found)

@@ -98,11 +98,10 @@ def sizes_for(amount: Amount) -> Sizes:
         why={
             "model": f"width {width}, {depth} layers: {because}",
             "mask_ratio": f"mask_ratio {mask_ratio}: {amount.mean_length:.0f} observations a series",
-            "use_cls": "use_cls: a token at position 0, "
-            + (
-                "by which every axis is known absolutely, not by differences only"
+            "use_cls": (
+                "use_cls true: by a token at position 0 every axis is known absolutely"
                 if amount.n_axes > 1
-                else "needed only where absolute places matter"
+                else "use_cls false: a token at position 0 would tell absolute places, seldom needed"
             ),
             "value_features": f"value_features {value_features}: "
             + (

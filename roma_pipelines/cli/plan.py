@@ -55,6 +55,7 @@ def plan(experiment: str, target: str | None, profile: str | None, asset: str, c
     try:
         found = load_experiment(experiment)
         found.refuse_what_cannot_be_served(environment=True)
+        _refuse_wrong_settings(found, asset)
         if found.pretrained_from is not None and asset == ENCODER:
             raise ValueError(
                 f"{found.name} finetunes the encoder of {found.pretrained_from}; plan that experiment, "
@@ -77,6 +78,22 @@ def plan(experiment: str, target: str | None, profile: str | None, asset: str, c
             _check(found, asset, launcher, storage)
     except (ValueError, StorageError, NoAnswer) as error:
         raise click.ClickException(str(error)) from error
+
+
+def _refuse_wrong_settings(experiment: Experiment, asset: str) -> None:
+    """Those of the environment, too, which the job would be given.
+
+    Raises:
+        ValueError: one of the trainer's is misspelt or wrong.
+    """
+    from roma_core.trainer.config import TrainerConfig
+
+    stages = {
+        "pretrained_encoder": experiment.pretraining,
+        "finetuned_classifier": experiment.finetuning,
+    }
+    if asset in stages:
+        TrainerConfig(**stages[asset].trainer)
 
 
 def _spec(experiment: Experiment, asset: str, key: str, folder: str) -> JobSpec:

@@ -104,7 +104,7 @@ class Plan:
         Raises:
             DataError: that fails.
         """
-        told(f"building data of {self.cell.name} …")
+        told(f"data of {self.cell.name}: found, or built now …")
         config = self.experiment.dataset
         if config.drop_rate:
             config = config.model_copy(update={"drop_seed": self.cell.seed})

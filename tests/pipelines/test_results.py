@@ -152,7 +152,7 @@ def test_a_cell_runs_once_and_the_table_is_written(tiny, tmp_path):
     assert first.exit_code == 0, first.output
     assert "1 cell to run" in first.output
     before_the_cost, _, _ = first.output.partition("1 cell to run")
-    assert "building data of waves/50%/0 …" in before_the_cost
+    assert "data of waves/50%/0: found, or built now …" in before_the_cost
     assert "finetune: job" in first.output
     assert again.exit_code == 0, again.output
     assert "job" not in again.output

@@ -1,12 +1,19 @@
 """Test series that training may have seen, and the digest that counts decisions."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from roma_core.data.building import build_dataset
 from roma_core.data.config import DatasetConfig
 from roma_core.data.store import StoredDataset
-from roma_core.evaluation.held_out import missing_shares, seen_in_training, split_digest
+from roma_core.evaluation.held_out import (
+    data_behind,
+    missing_shares,
+    seen_in_training,
+    split_digest,
+)
 
 
 def built(folder, test_share):
@@ -42,6 +49,15 @@ def test_objects_that_were_learnt_from_another_version_are_named(dataset, tmp_pa
     assert f"{n} test objects, such as 's" in text and "were in train or validation" in text
     (text,) = seen_in_training(dataset, [tmp_path / "gone"])
     assert "is no longer there" in text
+
+
+def test_weights_of_another_program_say_nothing_of_their_data(tmp_path):
+    weights = tmp_path / "outputs" / "model"
+    for text in ('{"model_type": "x"}', "[1]", '{"dataset": 3}'):
+        (tmp_path / "config.json").write_text(text)
+        assert data_behind(weights) == ()
+    (tmp_path / "config.json").write_text('{"dataset": "d", "weights": null}')
+    assert data_behind(weights) == (Path("d"),)
 
 
 def test_a_split_is_known_by_its_objects(dataset):

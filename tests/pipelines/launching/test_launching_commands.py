@@ -92,6 +92,10 @@ def test_plan_refuses_a_regression_as_its_assets_would(run, root, experiment, mo
     code, text = run("plan", experiment)
     assert (code, said in text, "ROMA_CLASSIFIER_PROBLEM_TYPE" in text) == (1, True, True)
     monkeypatch.delenv("ROMA_CLASSIFIER_PROBLEM_TYPE")
+    monkeypatch.setenv("ROMA_TRAINER_BASE_LRR", "1")
+    code, text = run("plan", "japanese_vowels")
+    assert code == 1 and "the closest one is ROMA_TRAINER_BASE_LR" in text
+    monkeypatch.delenv("ROMA_TRAINER_BASE_LRR")
 
     sections = tiny.attributes(root)
     sections["finetuning"]["model"] |= {"problem_type": "regression", "pooling": "token"}
