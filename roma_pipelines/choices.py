@@ -39,10 +39,11 @@ def choose(survey: Survey, categorical: frozenset[str] = frozenset()) -> Choices
     Raises:
         ValueError: nothing can be learnt: no classes, or only one.
     """
-    if len(survey.classes) < 2:
+    found = [name for name, count in survey.classes.items() if count]
+    if len(found) < 2:
+        these = f"only {found[0]!r}" if found else "no labels; name their column with --label"
         raise ValueError(
-            f"a classifier needs at least two classes, and these data have "
-            f"{len(survey.classes) or 'no labels at all'}; name the column of the class with --label"
+            f"a classifier needs series of at least two classes, and these have {these}"
         )
     dataset: dict[str, Any] = {}
     why: list[str] = []

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
-from typing import Any, Literal, Self
+import re
+from typing import Annotated, Any, Literal, Self
 
 import dagster as dg
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from roma_core.data.config import DatasetConfig
 from roma_core.evaluation.facts import Baseline
@@ -93,18 +94,28 @@ class Predictions(_Section):
     )
 
 
+def _is_name(given: str) -> str:
+    if not re.fullmatch("[a-z][a-z0-9_]*", given):
+        raise ValueError(
+            f"expected lower-case letters, digits and _, beginning with a letter, such as "
+            f"japanese_vowels, got {given!r}"
+        )
+    return given
+
+
+Name = Annotated[str, AfterValidator(_is_name)]
+"""Of an experiment: part of asset keys, folders and registered models."""
+
+
 class Experiment(_Section):
     """Data → pretrained encoder → classifier → report → registered model."""
 
-    name: str = Field(
-        pattern=r"^[a-z][a-z0-9_]*$", description="Key prefix, group and registered name."
-    )
+    name: Name = Field(description="Key prefix, group and registered name.")
     description: str = Field("", description="What it is for, shown on its assets.")
     dataset: DatasetConfig
     pretraining: Stage = Stage()
-    pretrained_from: str | None = Field(
+    pretrained_from: Name | None = Field(
         None,
-        pattern=r"^[a-z][a-z0-9_]*$",
         description="Another experiment whose encoder is finetuned here, instead of pretraining one.",
     )
     finetuning: Stage = Stage()

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
+
+from roma_core.data.mistakes import mistakes
 
 _AT_ONCE = 1000
 _FACTS = ("split", "label", "group")  # columns of `roma data export` that are no input of a model,
@@ -41,6 +46,9 @@ def read_series(path: Path, split: Any, package: Any, start: int = 0) -> Iterato
                 try:
                     row = json.loads(line)
                     package.module.Series(**row)
+                except ValidationError as error:
+                    wrong = "; ".join(mistakes(error, package.module.Series))
+                    raise ValueError(f"{path}, line {number}: {wrong}") from error
                 except (ValueError, TypeError) as error:
                     raise ValueError(f"{path}, line {number}: {error}") from error
                 yield row
@@ -55,9 +63,8 @@ def count_series(path: Path, split: Any) -> int:
 
         return len(StoredDataset(path, verify=False).split(split))
     if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        return pq.ParquetFile(path).metadata.num_rows
+        with _parquet_file(path) as file:
+            return int(file.metadata.num_rows)
     with path.open("rb") as lines:
         return sum(1 for _ in lines)
 
@@ -66,9 +73,8 @@ def assumed_units(path: Path, package: Any) -> Mapping[str, str]:
     """Columns of a Parquet file that do not say their unit, with the model's, which they get."""
     if path.suffix != ".parquet":
         return {}
-    import pyarrow.parquet as pq
-
-    given = _given_units(pq.ParquetFile(path).schema_arrow)
+    with _parquet_file(path) as file:
+        given = _given_units(file.schema_arrow)
     return {
         name: unit
         for name, unit in package.units.items()
@@ -77,15 +83,14 @@ def assumed_units(path: Path, package: Any) -> Mapping[str, str]:
 
 
 def _parquet(path: Path, package: Any, start: int) -> Iterator[Row]:
-    import pyarrow.parquet as pq
-
     axes = [axis["name"] for axis in package.axes]
     channels = [channel["name"] for channel in package.channels]
-    with pq.ParquetFile(path) as file:
+    with _parquet_file(path) as file:
         targets = [
             field.name for field in file.schema_arrow if _TARGET in (field.metadata or {}).items()
         ]
         known = [name for name in (*_FACTS, *targets) if name not in (*axes, *channels)]
+        _refuse_single_numbers(path, file.schema_arrow, {"id", *known})
         units = dict(package.units) | _given_units(file.schema_arrow)
         units = {name: unit for name, unit in units.items() if name in (*axes, *channels)}
         for batch in file.iter_batches(_AT_ONCE):
@@ -103,6 +108,36 @@ def _parquet(path: Path, package: Any, start: int) -> Iterator[Row]:
                     "units": units,
                 }
             start = 0
+
+
+@contextmanager
+def _parquet_file(path: Path) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
+    with file:
+        yield file
+
+
+def _refuse_single_numbers(path: Path, schema: Any, facts: set[str]) -> None:
+    """A table with a row per observation is refused before any model sees it."""
+    import pyarrow as pa
+
+    single = [
+        field.name
+        for field in schema
+        if field.name not in facts and not pa.types.is_nested(field.type)
+    ]
+    if single:
+        raise ValueError(
+            f"{path}: expected one row per series, with a list in the column of every axis and channel; "
+            f"{', '.join(map(repr, single[:6]))} hold single values. Gather the rows of a series into "
+            f"lists (in pandas: table.groupby(ID).agg(list)), and leave out what is no axis or channel"
+        )
 
 
 def _given_units(schema: Any) -> dict[str, str]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SERIES_IN_A_PART = 2000
 SCHEMA_VERSION = 1
+_STATE = "state.json"  # in the folder of parts
 
 
 def score_file(
@@ -52,7 +53,8 @@ def score_file(
     import pyarrow.parquet as pq
 
     parts = output.with_name(f"{output.name}.parts")
-    _start(parts, _fingerprint(source, split, lineage))
+    fingerprint = _fingerprint(source, split, lineage)
+    _remove_those_of_others(parts, fingerprint)
     done = sorted(parts.glob("[0-9]*.parquet"))
     n = sum(pq.read_metadata(part).num_rows for part in done)
     progress(n)
@@ -63,13 +65,16 @@ def score_file(
             table = _scored(package, part, lineage)
         except ValueError as error:
             raise ValueError(f"rows {n} to {n + len(part) - 1} of {source}: {error}") from error
+        if n == 0:  # not before: a file that is refused leaves nothing behind
+            parts.mkdir(parents=True, exist_ok=True)
+            state = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint}
+            write_json(parts / _STATE, state)
         aside = path.with_suffix(".part")
         pq.write_table(table, aside)
         aside.replace(path)
         n += len(part)
         progress(n)
     if n == 0:
-        shutil.rmtree(parts)
         raise ValueError(f"{source} holds no series")
     _join(parts, output)
     shutil.rmtree(parts)
@@ -85,14 +90,12 @@ def _fingerprint(source: Path, split: str, lineage: dict[str, str]) -> str:
     return digest_of([str(source.absolute()), stamps, split, lineage, SERIES_IN_A_PART])
 
 
-def _start(parts: Path, fingerprint: str) -> None:
-    state = parts / "state.json"
-    if state.is_file():
-        if read_json(state, schema_version=SCHEMA_VERSION)["fingerprint"] == fingerprint:
-            return
+def _remove_those_of_others(parts: Path, fingerprint: str) -> None:
+    state = parts / _STATE
+    if not state.is_file():
+        return
+    if read_json(state, schema_version=SCHEMA_VERSION)["fingerprint"] != fingerprint:
         shutil.rmtree(parts)
-    parts.mkdir(parents=True, exist_ok=True)
-    write_json(state, {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint})
 
 
 def _scored(package: Any, rows: list[Row], lineage: dict[str, str]) -> pa.Table:

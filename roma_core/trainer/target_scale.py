@@ -22,7 +22,7 @@ def far_targets(dataset: Path) -> list[str]:
     train = stored.split("train").indices
     if not len(train):
         return []
-    chosen = train[:: max(1, len(train) // _MOST_SERIES)]
+    chosen = train[:: -(-len(train) // _MOST_SERIES)]
     found = [targets for i in chosen if (targets := stored.targets(int(i))) is not None]
     targets = np.concatenate(found).astype(np.float64)  # (T, K)
     sentences = []

@@ -273,7 +273,7 @@ def _conclude(
             f"baseline    {baseline['accuracy']:.3f} {baseline['name']} ({baseline['source']})"
         )
     click.echo(
-        f"time        {seconds:.0f} s, of which pretraining {trained[0]:.0f} s and finetuning {trained[1]:.0f} s"
+        f"time        {seconds:.0f} s (pretraining took {trained[0]:.0f} s, finetuning {trained[1]:.0f} s, when they ran)"
     )
     uri = MlflowSettings().tracking_uri or own_store(storage.mlflow)
     by_default = f"sqlite:///{here}/.roma/mlflow/mlflow.db"

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from roma_core.data.mistakes import mistakes
+
 Profile = TypeVar("Profile", bound=BaseModel)
 DEPLOY = Path(__file__).parents[2] / "deploy"
 """Where the profiles that ship are, in a checkout."""
@@ -39,7 +41,6 @@ def read_profile(
             raise ValueError("expected `setting: value` lines")
         return profile.model_validate({**document, "name": name, **ours})
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"{path}: {wrong}") from None
+        raise ValueError(f"{path}: {'; '.join(mistakes(error, profile))}") from None
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from None

@@ -128,13 +128,15 @@ def _largest_class_loss(
 ) -> tuple[float, str]:
     """The largest recall that a class has lost for sure, at least 0, and the class.
 
-    A class of few series has wide bounds, so that one unlucky series does not decide.
+    A class of few series has wide bounds, and each counts one series more, about which both models
+    agree, so that one unlucky series does not decide.
     """
     gain = candidate.correct.astype(np.float64) - champion.correct[rows]
     losses = []
     for k, name in enumerate(candidate.classes):
         inside = gain[candidate.labels == k]
         if len(inside):
+            inside = np.append(inside, 0.0)
             sums = resample_sums(inside[:, None], thresholds.n_bootstrap, thresholds.seed)
             best = float(np.quantile(sums[:, 0] / len(inside), thresholds.confidence))
             losses.append((max(0.0, -best), name))

@@ -66,7 +66,7 @@ def test_it_is_written_once_and_replaced_only_by_force(waves, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("Waves!", "--source", "WAVES"), "name: "),
+        (("Waves!", "--source", "WAVES"), "name: expected lower-case letters, digits and _"),
         (("waves", "--source", "nothing-here.csv"), "there is no file nothing-here.csv"),
         (("waves", "--source", "WAVES", "--drop-rate", "1.5"), "dataset.drop_rate"),
     ],
@@ -123,8 +123,8 @@ def test_dg_scaffolds_the_same(waves, tmp_path):
 # choices ----------------------------------------------------------------------------------------
 
 
-def surveyed(n=40, start=0.0, scale=1.0, constant=False):
-    """Two classes of 20 observations of one channel."""
+def surveyed(n=40, start=0.0, scale=1.0, constant=False, labels=("a", "b"), classes=("a", "b")):
+    """Series of 20 observations of one channel, of two classes unless ``labels`` has fewer."""
     rng = np.random.default_rng(0)
     series = []
     for k in range(n):
@@ -135,11 +135,19 @@ def surveyed(n=40, start=0.0, scale=1.0, constant=False):
                 id=f"s{k}",
                 positions=start + np.arange(20.0)[:, None],
                 values=(np.full((20, 1), k) if constant else values).astype(np.float32),
-                label="ab"[k % 2],
+                label=labels[k % len(labels)],
             )
         )
     one = (Channel(name="v", unit="1"),)
-    return survey(HandMade(series=tuple(series), classes=("a", "b"), channels=one))
+    return survey(HandMade(series=tuple(series), classes=classes, channels=one))
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "told"), [("a", ("a", "b"), "only 'a'"), ((None,), (), "--label")]
+)
+def test_nothing_is_learnt_from_one_class_also_if_two_are_declared(labels, classes, told):
+    with pytest.raises(ValueError, match=told):
+        choose(surveyed(labels=labels, classes=classes))
 
 
 def test_dates_are_anchored_and_small_positions_are_not():

@@ -101,6 +101,26 @@ def test_a_bad_row_is_named_by_its_place(package, source, tmp_path):
     source.write_text("")
     with pytest.raises(ValueError, match="holds no series"):
         score_file(package, LINEAGE, source, "test", tmp_path / "out")
+    source.write_text('{"positions": {"time": [0.0]}, "values": {"flux": ["x"]}, "unit": {}}')
+    with pytest.raises(ValueError, match="line 1: unit is not a setting") as told:
+        score_file(package, LINEAGE, source, "test", tmp_path / "out")
+    assert "values.flux.0: must be a valid number" in str(told.value)
+    assert "pydantic" not in str(told.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_table_with_a_row_per_observation_is_refused(package, tmp_path):
+    numbers = {"object_id": [7, 7], "time": [1.0, 2.0], "band": [0.0, 1.0], "flux": [2.0, 3.0]}
+    path = tmp_path / "long.parquet"
+    pq.write_table(pa.table(numbers), path)
+    with pytest.raises(
+        ValueError, match=r"long\.parquet: expected one row per series.*'object_id'"
+    ):
+        score_file(package, LINEAGE, path, "test", tmp_path / "out")
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"long\.parquet cannot be read as Parquet"):
+        score_file(package, LINEAGE, path, "test", tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["long.parquet"]
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,15 @@ def test_a_class_that_the_champion_knew_may_not_be_lost():
     assert "('a')" in named(lost)["class_floor"].explanation
 
 
+def test_one_unlucky_series_of_a_rare_class_does_not_decide():
+    labels = np.arange(N) % (K - 1)
+    labels[7] = K - 1  # the only one of class "e"
+    correct = np.arange(N) != 7
+    thresholds = GateThresholds(max_class_loss=0.2)
+    decision = gate(table(correct, labels), table(np.ones(N, bool), labels), thresholds)
+    assert named(decision)["class_floor"].passed
+
+
 @pytest.mark.parametrize("champion", [False, True])
 def test_a_model_of_shuffled_labels_is_refused_with_and_without_a_champion(champion):
     """What a classifier that was trained on shuffled labels says is right by accident."""
