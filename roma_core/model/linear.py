@@ -7,6 +7,8 @@ weights on the one processor measured. ``python -m tests.benchmarks.parts`` prin
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,6 +34,16 @@ def _suits_onednn(x: Tensor) -> bool:
     )
 
 
+@cache
+def _is_multiplied(dtype: torch.dtype) -> bool:
+    """Whether this processor has what oneDNN needs for the type; without AVX-512 not for 16 bits."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return True
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``(…, i)`` times ``(o, i)`` → ``(…, o)``; autocast is honoured."""
     if _suits_onednn(x) and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
@@ -44,9 +56,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def linear_silu(x: Tensor, weight: Tensor) -> Tensor:
     """``silu(linear(x, weight))``, in one pass where no gradient is wanted."""
-    if torch.is_grad_enabled() or not _suits_onednn(x):
-        return F.silu(linear(x, weight))
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    if torch.is_grad_enabled() or not _suits_onednn(x) or not _is_multiplied(dtype):
+        return F.silu(linear(x, weight))
     return _onednn(x.to(dtype), weight.to(dtype), "swish")
 
 

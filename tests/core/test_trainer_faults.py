@@ -98,7 +98,7 @@ def test_a_stop_in_an_evaluation_leaves_it_for_the_next_attempt(tmp_path):
 
 
 def test_a_stop_while_waiting_for_loader_processes_is_heard(tmp_path):
-    plan = Plan(tmp_path, {"num_dataset_workers": 2, "batch_size": 4}, train=StuckSines(16))
+    plan = Plan(tmp_path, {"num_dataset_workers": 4, "batch_size": 4}, train=StuckSines(32))
     started = Started(plan)
     while "parameters" not in started.output:
         time.sleep(0.01)
@@ -107,7 +107,9 @@ def test_a_stop_while_waiting_for_loader_processes_is_heard(tmp_path):
     started.send(signal.SIGTERM)
     assert "asked to stop (SIGTERM); saved at step 0" in started.end()
     assert started.exit_codes == [0]
-    assert time.monotonic() - asked < 9  # the loader alone would wait 5 s for each of the two
+    took = time.monotonic() - asked
+    print(f"stopped after {took:.1f} s")
+    assert took < 18  # the loader alone would wait 5 s for each of the four
 
 
 def test_one_rank_that_is_asked_stops_both(tmp_path):
