@@ -27,7 +27,7 @@ class RoMAForClassification(Backbone):
     def __init__(self, config: RoMAForClassificationConfig) -> None:
         super().__init__(config)
         initialise(self)
-        self.projection.initialise()
+        self.initialise_embedding()
         initialise_vectors(self.cls)
         self.head: Head | None = None
         if self.config.dim_output is not None:

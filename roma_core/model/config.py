@@ -116,6 +116,13 @@ class _ModelConfig(RomaSettings):
         description="Nonlinear features of a token's numbers, added to their linear projection; 0: the "
         "projection alone, as published. 64 helps where a token holds few numbers.",
     )
+    neighbours: int = Field(
+        0,
+        ge=0,
+        le=12,
+        description="Show every token how it differs from those 1, 2, 4, … places before and after it, "
+        "this many on either side; 0: none, as published. 5 helps where series have a shape.",
+    )
     use_cls: bool = Field(True, description="Prepend a learned token at position 0.")
     pos_encoding: Literal["ropend", "absolute"] = Field(
         "ropend",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from roma_core.model.absolute import SineTable
 from roma_core.model.config import _ModelConfig
 from roma_core.model.encoder import Encoder, Rotations, Rows
+from roma_core.model.neighbourhood import Neighbourhood
 from roma_core.model.packing import PackedBatch, pack, spread
 from roma_core.model.projection import Projection
 from roma_core.model.rotary import Rotation
@@ -36,6 +37,11 @@ class Backbone(nn.Module):
         stack = config.encoder_config
         self.data_schema: dict[str, Any] | None = None
         self.projection = Projection(config.tubelet_width, stack.d_model, config.value_features)
+        self.neighbourhood = (
+            Neighbourhood(config.tubelet_width, config.n_pos_dims, config.neighbours, stack.d_model)
+            if config.neighbours
+            else None
+        )
         self.cls = nn.Parameter(torch.empty(stack.d_model)) if config.use_cls else None
         self.encoder = Encoder(stack)
         self.rotation = self._rotation_of(stack)
@@ -52,6 +58,12 @@ class Backbone(nn.Module):
     def _table_of(self, stack: Any) -> SineTable | None:
         c = self.config
         return SineTable(c.max_len, stack.d_model) if c.pos_encoding == "absolute" else None
+
+    def initialise_embedding(self) -> None:
+        """The declared start of what tokens go through first, after that of every matrix."""
+        self.projection.initialise()
+        if self.neighbourhood is not None:
+            self.neighbourhood.initialise()
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write ``model.safetensors`` and ``model_config.json`` into ``folder``."""
@@ -152,9 +164,11 @@ class Backbone(nn.Module):
             those that CLS took. Without CLS, ``(V, d)``, the segments given, all rows and None.
         """
         # the residual stream keeps its precision; under autocast only products are in 16 bits
-        x = self.projection(tokens.to(self.projection.weight.dtype)).to(
-            self.projection.weight.dtype
-        )
+        dtype = self.projection.weight.dtype
+        tokens = tokens.to(dtype)
+        x = self.projection(tokens).to(dtype)
+        if self.neighbourhood is not None:
+            x = x + self.neighbourhood(tokens, positions, segments.ids).to(dtype)
         if self.table is not None:
             shift = 0 if self.cls is None else 1
             x = x + self.table(index + shift)

@@ -20,6 +20,7 @@ class PaddedEncoder(nn.Module):
         super().__init__()
         # its parts, not the model: a program carries every parameter it can reach
         self.projection, self.encoder = model.projection, model.encoder
+        self.neighbourhood = model.neighbourhood
         self.cls, self.table, self.rotation = model.cls, model.table, model.rotation
         self.pooling = pooling
 
@@ -30,6 +31,8 @@ class PaddedEncoder(nn.Module):
         padding's rows mean nothing.
         """
         x = self.projection(values)  # (B, N, d)
+        if self.neighbourhood is not None:
+            x = x + self.neighbourhood.of_padded(values, positions, valid)
         if self.table is not None:
             shift = 0 if self.cls is None else 1
             x = x + self.table.table[shift : shift + x.shape[1]]

@@ -52,7 +52,7 @@ class RoMAForPreTraining(Backbone):
             _gaussian_nll if self.config.predict_variance else _squared_error
         )
         initialise(self)
-        self.projection.initialise()
+        self.initialise_embedding()
         # not zeros, as published: the norm that follows has a slope of 1/√eps = 1e6 there
         initialise_vectors(self.mask_token, self.cls)
 

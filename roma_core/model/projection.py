@@ -36,17 +36,22 @@ class Projection(nn.Linear):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Like every matrix, but the features: they must bend within the spread of the numbers.
-
-        The numbers are of unit spread, their products with the weights of 1.4; biases of unit spread
-        let the bends lie all over the range. Without features, the bias is what keeps a series of
-        zeros off zero.
-        """
+        """Like every matrix, but the features; without these, the bias keeps zeros off zero."""
         initialise(self)
         if self.features is None:
             # a series of zeros would stay one, and a norm's slope there is 1/√eps: the product of a
             # few such slopes is more than float32 holds
             nn.init.normal_(self.bias, std=_BIAS_STD)
         else:
-            nn.init.normal_(self.features.weight, std=math.sqrt(2 / self.in_features))
-            nn.init.normal_(self.features.bias)
+            initialise_features(self.features)
+
+
+@torch.no_grad()
+def initialise_features(features: nn.Linear) -> None:
+    """Features that bend within the spread of their inputs.
+
+    The inputs are of about unit spread, their products with the weights of 1.4; biases of unit spread
+    let the bends lie all over the range.
+    """
+    nn.init.normal_(features.weight, std=math.sqrt(2 / features.in_features))
+    nn.init.normal_(features.bias)

@@ -22,6 +22,7 @@ DROPOUTS = (
 )
 SHAPE = (
     "value_features",
+    "neighbours",
     "use_cls",
     "pos_encoding",
     "max_len",
@@ -36,7 +37,7 @@ HEAD = ("head_drop_rate", "dim_output", "problem_type", "pooling")
 
 def settings_of(document: dict[str, Any]) -> dict[str, Any]:
     """The configuration's fields in a ``model_config.json``; published ones know fewer."""
-    return {"position_axes": [], "value_features": 0} | {
+    return {"position_axes": [], "value_features": 0, "neighbours": 0} | {
         k: v for k, v in document.items() if k not in _OWN_KEYS
     }
 

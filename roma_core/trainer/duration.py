@@ -81,7 +81,11 @@ def _stack(stack: EncoderConfig, tokens: float, length: float) -> _Work:
 
 def _projection(stack: EncoderConfig, config: RoMAForPreTrainingConfig, tokens: float) -> _Work:
     into, features, width = config.tubelet_width, config.value_features, stack.d_model
-    return _Work(multiply_adds=tokens * (into * width + features * (into + width)))
+    around = 2 * config.neighbours * (into + config.n_pos_dims + 1)
+    return _Work(
+        numbers=tokens * around,
+        multiply_adds=tokens * (into * width + features * (into + width) + 64 * around),
+    )
 
 
 def _seconds(work: _Work, trainer: TrainerConfig, amount: Amount, share: float) -> float:

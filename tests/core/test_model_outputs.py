@@ -262,6 +262,32 @@ def test_features_of_the_numbers_bend_and_are_carried_over(tmp_path):
     assert classifier().projection.features is None
 
 
+def test_neighbours_are_told_by_their_places_and_carried_over(tmp_path):
+    model = autoencoder(neighbours=2)
+    around = model.neighbourhood
+    tokens, positions = torch.randn(7, 2), torch.tensor([[0.0], [2], [3], [9], [10], [11], [40]])
+    series = torch.tensor([0] * 5 + [1] * 2)
+
+    inputs = around._inputs(tokens, positions, series)
+    model.save_pretrained(tmp_path)
+    started = RoMAForClassification.from_pretrained(tmp_path, dim_output=3)
+
+    assert around.places.tolist() == [-1, -2, 1, 2]
+    of_second = inputs[1].split([2, 4, 4, 4, 4])
+    assert torch.equal(of_second[0], tokens[1])
+    for found, place in zip(of_second[1:], around.places.tolist(), strict=True):
+        if place == -2:  # before the series begins
+            assert not found.any()
+            continue
+        gap = torch.asinh(positions[1 + place] - positions[1])
+        assert torch.equal(found, torch.cat((tokens[1 + place] - tokens[1], gap, torch.ones(1))))
+    assert not inputs[5].split([2, 4, 4, 4, 4])[1].any()  # the other series is none of its business
+    assert torch.equal(
+        started.neighbourhood(tokens, positions, series), around(tokens, positions, series)
+    )
+    assert classifier().neighbourhood is None
+
+
 def test_drop_path_grows_with_depth_and_keeps_the_expectation():
     stack = EncoderConfig(d_model=24, nhead=2, depth=3, drop_path_rate=0.4)
     model = classifier(encoder_config=stack)
