@@ -143,7 +143,10 @@ def _text(
             {"pretraining": sizes.pretraining},
             [
                 sizes.why[x]
-                for x in ("model", "mask_ratio", "use_cls", "value_features", "pretraining")
+                for x in (
+                    *("model", "mask_ratio", "use_cls", "value_features", "neighbours"),
+                    "pretraining",
+                )
             ],
         ),
         _block({"finetuning": sizes.finetuning}, [sizes.why["finetuning"]]),

@@ -22,6 +22,7 @@ _LEAST_TOKENS = 256
 _MANY_SERIES = 20_000
 _WIDE_TOKENS = 64  # numbers in one observation
 _VALUE_FEATURES = 64
+_NEIGHBOURS = 5  # up to 16 places away
 _LEARNING_RATE = 0.003  # at width 64; it shrinks as the width grows
 _SHORT = 50  # observations in a series
 
@@ -68,6 +69,7 @@ def sizes_for(amount: Amount) -> Sizes:
     pretrainer, pre_steps, pre_why = _training("pretraining", amount, rate)
     finetrainer, fine_steps, fine_why = _training("finetuning", amount, rate)
     value_features = 0 if amount.n_channels > _WIDE_TOKENS else _VALUE_FEATURES
+    neighbours = 0 if amount.n_channels > _WIDE_TOKENS else _NEIGHBOURS
     because = (
         f"{amount.n_channels} numbers in an observation"
         if amount.n_channels > _WIDE_TOKENS
@@ -81,6 +83,7 @@ def sizes_for(amount: Amount) -> Sizes:
                 # without CLS at position 0, a second axis such as a band is known by differences only
                 "use_cls": amount.n_axes > 1,
                 "value_features": value_features,
+                "neighbours": neighbours,
                 "mask_ratio": mask_ratio,
             },
             "trainer": pretrainer,
@@ -108,6 +111,12 @@ def sizes_for(amount: Amount) -> Sizes:
                 "heights of few numbers are hard to tell from a projection alone"
                 if value_features
                 else "an observation of so many numbers needs none"
+            ),
+            "neighbours": f"neighbours {neighbours}: "
+            + (
+                "few series do not teach attention to look beside a token"
+                if neighbours
+                else "an observation of so many numbers says enough by itself"
             ),
             "pretraining": pre_why,
             "finetuning": fine_why,

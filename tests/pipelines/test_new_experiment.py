@@ -196,6 +196,7 @@ def test_a_second_axis_needs_cls_and_wide_observations_no_features():
 
     assert [s.pretraining["model"]["use_cls"] for s in (one, two)] == [False, True]
     assert [s.pretraining["model"]["value_features"] for s in (one, two)] == [64, 0]
+    assert [s.pretraining["model"]["neighbours"] for s in (one, two)] == [5, 0]
 
 
 def test_every_choice_is_valid_for_the_trainer():
