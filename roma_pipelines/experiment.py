@@ -94,17 +94,21 @@ class Predictions(_Section):
     )
 
 
-def _is_name(given: str) -> str:
+def checked_name(given: str) -> str:
+    """The name of an experiment, as given.
+
+    Raises:
+        ValueError: it cannot be part of asset keys, folders and registered models.
+    """
     if not re.fullmatch("[a-z][a-z0-9_]*", given):
         raise ValueError(
-            f"expected lower-case letters, digits and _, beginning with a letter, such as "
-            f"japanese_vowels, got {given!r}"
+            f"the name of an experiment has lower-case letters, digits and _, beginning with a letter, "
+            f"such as japanese_vowels; got {given!r}"
         )
     return given
 
 
-Name = Annotated[str, AfterValidator(_is_name)]
-"""Of an experiment: part of asset keys, folders and registered models."""
+Name = Annotated[str, AfterValidator(checked_name)]
 
 
 class Experiment(_Section):

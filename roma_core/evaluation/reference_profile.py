@@ -89,7 +89,7 @@ def reference_profile(
 ) -> ReferenceProfile:
     """Profile the train split; of a large one, evenly spaced series."""
     indices = dataset.split("train").indices
-    indices = indices[:: -(-len(indices) // _MOST_SERIES)]
+    indices = indices[:: max(1, -(-len(indices) // _MOST_SERIES))]
     pairs = [dataset.raw(int(i)) for i in indices]
     counts: dict[str, int] = {}
     if dataset.labels is not None:

@@ -15,6 +15,9 @@ from pydantic_settings import SettingsConfigDict
 from roma_core.data.schema import PositionAxis
 from roma_core.settings import RomaSettings
 
+NEIGHBOUR_FEATURES = 64
+"""Numbers that say what stands around a token, with ``neighbours``."""
+
 PRESETS: dict[str, dict[str, int]] = {
     "tiny-shallow": {"d_model": 180, "nhead": 3, "depth": 2},
     "tiny": {"d_model": 180, "nhead": 3, "depth": 12},
@@ -120,8 +123,8 @@ class _ModelConfig(RomaSettings):
         0,
         ge=0,
         le=12,
-        description="Show every token how it differs from those 1, 2, 4, … places before and after it, "
-        "this many on either side; 0: none, as published. 5 helps where series have a shape.",
+        description="Show every token how it differs from those 1, 2, 4, … places before and after it: 5 "
+        "looks up to 16 places away. 0: at none, as published. Meant for tokens of few numbers.",
     )
     use_cls: bool = Field(True, description="Prepend a learned token at position 0.")
     pos_encoding: Literal["ropend", "absolute"] = Field(

@@ -3,11 +3,14 @@
 Attention can find a token's neighbours by their rotations, but of few labelled series it learns that
 late or never. Here every token is told from the first step on how it differs, in value and in
 position, from those 1, 2, 4, 8, … places before and after it, as dilated convolutions would tell it;
-gaps may be as irregular as they like. Only tokens that the encoder sees take part, so nothing hidden
-shows. ``roma-pipeline results neighbours`` measures what it is worth.
+gaps may be as irregular as they like. Only tokens that the encoder sees take part: in pretraining
+nothing hidden shows, and places lie farther apart than in finetuning. ``roma-pipeline results
+neighbours neighbours_plasticc`` measures what it is worth.
 
 The places count in the order of positions, the first axis first, so the order in which the tokens of a
-series come does not matter. Shapes: ``roma_core.model.tubelets``; K places that are looked at.
+series come does not matter, except among those that no axis tells apart.
+
+Shapes: ``roma_core.model.tubelets``; K places that are looked at.
 """
 
 from __future__ import annotations
@@ -16,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from roma_core.model.config import NEIGHBOUR_FEATURES
 from roma_core.model.projection import initialise_features
-
-_FEATURES = 64
 
 
 class Neighbourhood(nn.Module):
@@ -39,8 +41,8 @@ class Neighbourhood(nn.Module):
         places = torch.tensor([*(-place for place in ahead), *ahead])
         self.register_buffer("places", places, persistent=False)
         n_inputs = n_numbers + 2 * reach * (n_numbers + n_axes + 1)
-        self.features = nn.Linear(n_inputs, _FEATURES)
-        self.mix = nn.Linear(_FEATURES, width, bias=False)
+        self.features = nn.Linear(n_inputs, NEIGHBOUR_FEATURES)
+        self.mix = nn.Linear(NEIGHBOUR_FEATURES, width, bias=False)
 
     def forward(self, tokens: Tensor, positions: Tensor, series: Tensor) -> Tensor:
         """
@@ -54,11 +56,12 @@ class Neighbourhood(nn.Module):
 
     def of_padded(self, tokens: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
         """``(B, N, P)``, ``(B, N, D)`` and ``(B, N)`` bool → ``(B, N, d)``; padding's mean nothing."""
-        n_series, n_tokens, _ = tokens.shape
-        series = torch.arange(n_series, device=tokens.device)[:, None].expand(-1, n_tokens)
+        n_series = valid.shape[0]
+        series = torch.arange(n_series, device=valid.device)[:, None]
         series = torch.where(valid, series, n_series)  # padding is a series of its own
         found = self(tokens.flatten(0, 1), positions.flatten(0, 1), series.flatten())
-        return found.unflatten(0, (n_series, n_tokens))
+        # by the sizes of positions: an exported program takes other tensors' for different numbers
+        return found.unflatten(0, (positions.shape[0], positions.shape[1]))
 
     def _inputs(self, tokens: Tensor, positions: Tensor, series: Tensor) -> Tensor:
         """``(T, P + K (P + D + 1))``: the token, and of each place both differences and a 1.
@@ -78,7 +81,8 @@ class Neighbourhood(nn.Module):
             ),
             dim=2,
         )
-        return torch.cat((tokens, (differences * exists[..., None]).flatten(1)), dim=1)
+        differences = differences.masked_fill(~exists[..., None], 0)
+        return torch.cat((tokens, differences.flatten(1)), dim=1)
 
     @torch.no_grad()
     def initialise(self) -> None:

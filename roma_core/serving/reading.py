@@ -90,10 +90,10 @@ def _parquet(path: Path, package: Any, start: int) -> Iterator[Row]:
             field.name for field in file.schema_arrow if _TARGET in (field.metadata or {}).items()
         ]
         known = [name for name in (*_FACTS, *targets) if name not in (*axes, *channels)]
-        _refuse_single_numbers(path, file.schema_arrow, {"id", *known})
+        _refuse_what_holds_no_lists(path, file.schema_arrow, (*axes, *channels), {"id", *known})
         units = dict(package.units) | _given_units(file.schema_arrow)
         units = {name: unit for name, unit in units.items() if name in (*axes, *channels)}
-        for batch in file.iter_batches(_AT_ONCE):
+        for batch in _batches(path, file):
             if start >= len(batch):
                 start -= len(batch)
                 continue
@@ -123,8 +123,19 @@ def _parquet_file(path: Path) -> Iterator[Any]:
         yield file
 
 
-def _refuse_single_numbers(path: Path, schema: Any, facts: set[str]) -> None:
-    """A table with a row per observation is refused before any model sees it."""
+def _batches(path: Path, file: Any) -> Iterator[Any]:
+    import pyarrow as pa
+
+    try:
+        yield from file.iter_batches(_AT_ONCE)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _refuse_what_holds_no_lists(
+    path: Path, schema: Any, inputs: tuple[str, ...], facts: set[str]
+) -> None:
+    """A table with a row per observation, or a column nobody asked for, is refused before any model."""
     import pyarrow as pa
 
     single = [
@@ -132,11 +143,16 @@ def _refuse_single_numbers(path: Path, schema: Any, facts: set[str]) -> None:
         for field in schema
         if field.name not in facts and not pa.types.is_nested(field.type)
     ]
-    if single:
+    if of_inputs := [name for name in single if name in inputs]:
         raise ValueError(
             f"{path}: expected one row per series, with a list in the column of every axis and channel; "
-            f"{', '.join(map(repr, single[:6]))} hold single values. Gather the rows of a series into "
-            f"lists (in pandas: table.groupby(ID).agg(list)), and leave out what is no axis or channel"
+            f"of single values, or empty: {', '.join(of_inputs[:6])}. Gather the rows of a series into "
+            f"lists (in pandas: table.groupby(ID).agg(list))"
+        )
+    if single:
+        raise ValueError(
+            f"{path}: neither an axis nor a channel of the model: {', '.join(single[:6])}; leave out such "
+            f"columns, and call the one that names the series 'id'"
         )
 
 

@@ -14,6 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
+from roma_core.data.mistakes import mistakes
 from roma_core.files import digest_of, read_json, write_json
 from roma_core.serving.reading import Row, read_series
 
@@ -63,6 +66,9 @@ def score_file(
         path = parts / f"{n // SERIES_IN_A_PART:05d}.parquet"
         try:
             table = _scored(package, part, lineage)
+        except ValidationError as error:
+            wrong = "; ".join(mistakes(error, package.module.Series))
+            raise ValueError(f"rows {n} to {n + len(part) - 1} of {source}: {wrong}") from error
         except ValueError as error:
             raise ValueError(f"rows {n} to {n + len(part) - 1} of {source}: {error}") from error
         if n == 0:  # not before: a file that is refused leaves nothing behind
@@ -92,9 +98,11 @@ def _fingerprint(source: Path, split: str, lineage: dict[str, str]) -> str:
 
 def _remove_those_of_others(parts: Path, fingerprint: str) -> None:
     state = parts / _STATE
-    if not state.is_file():
-        return
-    if read_json(state, schema_version=SCHEMA_VERSION)["fingerprint"] != fingerprint:
+    if state.is_file():
+        if read_json(state, schema_version=SCHEMA_VERSION)["fingerprint"] == fingerprint:
+            return
+        state.unlink()
+    if parts.exists():
         shutil.rmtree(parts)
 
 

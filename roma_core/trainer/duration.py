@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from roma_core.model.config import EncoderConfig, RoMAForPreTrainingConfig
+from roma_core.model.config import NEIGHBOUR_FEATURES, EncoderConfig, RoMAForPreTrainingConfig
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.sizing import Amount
 
@@ -81,11 +81,14 @@ def _stack(stack: EncoderConfig, tokens: float, length: float) -> _Work:
 
 def _projection(stack: EncoderConfig, config: RoMAForPreTrainingConfig, tokens: float) -> _Work:
     into, features, width = config.tubelet_width, config.value_features, stack.d_model
-    around = 2 * config.neighbours * (into + config.n_pos_dims + 1)
-    return _Work(
-        numbers=tokens * around,
-        multiply_adds=tokens * (into * width + features * (into + width) + 64 * around),
-    )
+    work = _Work(multiply_adds=tokens * (into * width + features * (into + width)))
+    if config.neighbours:
+        around = 2 * config.neighbours * (into + config.n_pos_dims + 1)
+        features = NEIGHBOUR_FEATURES
+        work += _Work(
+            numbers=tokens * around, multiply_adds=tokens * features * (into + around + width)
+        )
+    return work
 
 
 def _seconds(work: _Work, trainer: TrainerConfig, amount: Amount, share: float) -> float:

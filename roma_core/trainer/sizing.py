@@ -114,7 +114,7 @@ def sizes_for(amount: Amount) -> Sizes:
             ),
             "neighbours": f"neighbours {neighbours}: "
             + (
-                "few series do not teach attention to look beside a token"
+                f"a token is shown how it differs from those up to {2 ** (neighbours - 1)} places beside it"
                 if neighbours
                 else "an observation of so many numbers says enough by itself"
             ),

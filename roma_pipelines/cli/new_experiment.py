@@ -53,7 +53,7 @@ def new_experiment(name: str, sources: tuple[str, ...], **options: Any) -> None:
     from roma_core.data.guessing import Roles
     from roma_core.settings import problems_of
     from roma_pipelines import scaffold
-    from roma_pipelines.experiment import Experiment
+    from roma_pipelines.experiment import Experiment, checked_name
     from roma_pipelines.storage import Storage, StorageError
 
     try:
@@ -64,6 +64,7 @@ def new_experiment(name: str, sources: tuple[str, ...], **options: Any) -> None:
                 for name in ("time", "axes", "channels", "label", "group", "split")
             },
         )
+        checked_name(name)
         guess, dataset = scaffold.source_of(sources, roles, options["objects"])
         if options["drop_rate"] is not None:
             dataset["drop_rate"] = options["drop_rate"]

@@ -115,8 +115,8 @@ def _class_floor(
         loss, lost_class = _largest_class_loss(candidate, champion, rows, thresholds)
         passed = passed and loss <= allowed
         said += (
-            f"; with {thresholds.confidence:.0%} confidence no class lost more than {loss:.4f} "
-            f"against the champion ({lost_class!r}); at most {allowed}"
+            f"; the largest loss against the champion that is sure with {thresholds.confidence:.0%} "
+            f"confidence is {loss:.4f} ({lost_class!r}); at most {allowed}"
         )
     return GateCheck(
         name="class_floor", passed=passed, value=worst, threshold=floor, explanation=said

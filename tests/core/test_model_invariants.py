@@ -293,7 +293,7 @@ def test_any_head_width_can_be_shared_out_over_the_axes(width, axes):
 def test_exported_program_agrees_at_other_shapes(use_cls, neighbours):
     model = classifier(use_cls=use_cls, neighbours=neighbours)
     program = export_classifier(model).module()
-    for lengths in ([3], [6, 2, 1]):
+    for lengths in ([3], [6, 2, 1], [1], [1, 1]):
         values, positions, pad_mask = padded_batch(lengths, max(lengths))
         with torch.no_grad():
             expected, _ = model(values, positions, pad_mask)

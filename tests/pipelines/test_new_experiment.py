@@ -66,7 +66,10 @@ def test_it_is_written_once_and_replaced_only_by_force(waves, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("Waves!", "--source", "WAVES"), "name: expected lower-case letters, digits and _"),
+        (
+            ("Waves!", "--source", "nothing-here"),
+            "the name of an experiment has lower-case letters",
+        ),
         (("waves", "--source", "nothing-here.csv"), "there is no file nothing-here.csv"),
         (("waves", "--source", "WAVES", "--drop-rate", "1.5"), "dataset.drop_rate"),
     ],

@@ -88,6 +88,14 @@ def test_an_interrupted_call_is_continued_unless_model_or_input_changed(
     assert seen == [0, 4, 8, 10]
 
 
+def test_parts_that_nobody_owns_are_not_taken_for_ours(package, source, tmp_path):
+    score_file(package, LINEAGE, source, "test", tmp_path / "before")
+    (tmp_path / "out.parts").mkdir()  # as a kill in the middle of removing them leaves it
+    (tmp_path / "before").rename(tmp_path / "out.parts" / "00000.parquet")
+    score_file(package, LINEAGE | {"model_version": "4"}, source, "test", tmp_path / "out")
+    assert pq.read_table(tmp_path / "out")["model_version"].to_pylist() == ["4"] * len(LENGTHS)
+
+
 def test_a_bad_row_is_named_by_its_place(package, source, tmp_path):
     row = toy.series(3, seed=0).model_dump()
     row["values"]["flux"][1] = None
@@ -113,9 +121,14 @@ def test_a_table_with_a_row_per_observation_is_refused(package, tmp_path):
     numbers = {"object_id": [7, 7], "time": [1.0, 2.0], "band": [0.0, 1.0], "flux": [2.0, 3.0]}
     path = tmp_path / "long.parquet"
     pq.write_table(pa.table(numbers), path)
-    with pytest.raises(
-        ValueError, match=r"long\.parquet: expected one row per series.*'object_id'"
-    ):
+    with pytest.raises(ValueError, match=r"long\.parquet: expected one row .* time, band, flux"):
+        score_file(package, LINEAGE, path, "test", tmp_path / "out")
+    lists = {name: [[1.0, 2.0]] for name in ("time", "band", "flux", "ratio")}
+    pq.write_table(pa.table({**lists, "star_id": [7]}), path)
+    with pytest.raises(ValueError, match="neither an axis nor a channel of the model: star_id"):
+        score_file(package, LINEAGE, path, "test", tmp_path / "out")
+    pq.write_table(pa.table({**lists, "ratio": [["a", "b"]]}), path)
+    with pytest.raises(ValueError, match=r"rows 0 to 0 .*values.ratio.0: must be a valid number"):
         score_file(package, LINEAGE, path, "test", tmp_path / "out")
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"long\.parquet cannot be read as Parquet"):

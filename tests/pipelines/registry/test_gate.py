@@ -143,6 +143,16 @@ def test_one_unlucky_series_of_a_rare_class_does_not_decide():
     assert named(decision)["class_floor"].passed
 
 
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_class_of_few_that_is_lost_whole_decides(n):
+    labels = np.arange(N) % (K - 1)
+    labels[:n] = K - 1
+    correct = np.arange(N) >= n
+    thresholds = GateThresholds(max_class_loss=0.2)
+    decision = gate(table(correct, labels), table(np.ones(N, bool), labels), thresholds)
+    assert not named(decision)["class_floor"].passed
+
+
 @pytest.mark.parametrize("champion", [False, True])
 def test_a_model_of_shuffled_labels_is_refused_with_and_without_a_champion(champion):
     """What a classifier that was trained on shuffled labels says is right by accident."""
