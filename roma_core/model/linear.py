@@ -35,7 +35,7 @@ def _suits_onednn(x: Tensor) -> bool:
 
 
 @cache
-def _is_multiplied(dtype: torch.dtype) -> bool:
+def _onednn_computes(dtype: torch.dtype) -> bool:
     """Whether this processor has what oneDNN needs for the type; without AVX-512 not for 16 bits."""
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -57,7 +57,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def linear_silu(x: Tensor, weight: Tensor) -> Tensor:
     """``silu(linear(x, weight))``, in one pass where no gradient is wanted."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if torch.is_grad_enabled() or not _suits_onednn(x) or not _is_multiplied(dtype):
+    if torch.is_grad_enabled() or not _suits_onednn(x) or not _onednn_computes(dtype):
         return F.silu(linear(x, weight))
     return _onednn(x.to(dtype), weight.to(dtype), "swish")
 

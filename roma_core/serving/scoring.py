@@ -7,7 +7,6 @@ another input or another model are thrown away.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from itertools import islice
@@ -57,7 +56,8 @@ def score_file(
 
     parts = output.with_name(f"{output.name}.parts")
     fingerprint = _fingerprint(source, split, lineage)
-    _remove_those_of_others(parts, fingerprint)
+    if not _is_of(parts, fingerprint):
+        _remove(parts)
     done = sorted(parts.glob("[0-9]*.parquet"))
     n = sum(pq.read_metadata(part).num_rows for part in done)
     progress(n)
@@ -83,7 +83,7 @@ def score_file(
     if n == 0:
         raise ValueError(f"{source} holds no series")
     _join(parts, output)
-    shutil.rmtree(parts)
+    _remove(parts)
     return n
 
 
@@ -96,14 +96,22 @@ def _fingerprint(source: Path, split: str, lineage: dict[str, str]) -> str:
     return digest_of([str(source.absolute()), stamps, split, lineage, SERIES_IN_A_PART])
 
 
-def _remove_those_of_others(parts: Path, fingerprint: str) -> None:
+def _is_of(parts: Path, fingerprint: str) -> bool:
     state = parts / _STATE
-    if state.is_file():
-        if read_json(state, schema_version=SCHEMA_VERSION)["fingerprint"] == fingerprint:
-            return
-        state.unlink()
-    if parts.exists():
-        shutil.rmtree(parts)
+    if not state.is_file():
+        return False
+    return bool(read_json(state, schema_version=SCHEMA_VERSION)["fingerprint"] == fingerprint)
+
+
+def _remove(parts: Path) -> None:
+    """Our files in a folder of parts, and the folder if nobody else put anything there."""
+    if not parts.is_dir():
+        return
+    (parts / _STATE).unlink(missing_ok=True)  # first: parts without it are nobody's
+    for part in parts.glob("[0-9][0-9][0-9][0-9][0-9].par*"):  # .parquet, or .part in writing
+        part.unlink()
+    if not any(parts.iterdir()):
+        parts.rmdir()
 
 
 def _scored(package: Any, rows: list[Row], lineage: dict[str, str]) -> pa.Table:

@@ -4,7 +4,9 @@ A training is counted in optimiser steps: a few hundred series need many passes 
 them, a million observations need few. Settings that come out here are written into a file, where
 people see and change them; nothing looks at the data again when a training starts. They extend what
 was chosen on validation series of PLAsTiCC, one seed each (`roma-pipeline results plasticc_settings`
-compares it anew), to other amounts of data; no search over many data sets stands behind them. Its own
+compares it anew), to other amounts of data, and the neighbours that paid from new weights on OSULeaf
+and PLAsTiCC (``neighbours``, ``neighbours_plasticc``); no search over many data sets stands behind them.
+After pretraining neighbours were even on PLAsTiCC and missed on PickupGesture. PLAsTiCC's own
 file pretrains 30 epochs, which paid there, and where labels are few it is worth trying.
 """
 

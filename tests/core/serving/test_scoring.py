@@ -92,7 +92,9 @@ def test_parts_that_nobody_owns_are_not_taken_for_ours(package, source, tmp_path
     score_file(package, LINEAGE, source, "test", tmp_path / "before")
     (tmp_path / "out.parts").mkdir()  # as a kill in the middle of removing them leaves it
     (tmp_path / "before").rename(tmp_path / "out.parts" / "00000.parquet")
+    (tmp_path / "out.parts" / "notes.txt").write_text("somebody's")
     score_file(package, LINEAGE | {"model_version": "4"}, source, "test", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out.parts").iterdir()] == ["notes.txt"]
     assert pq.read_table(tmp_path / "out")["model_version"].to_pylist() == ["4"] * len(LENGTHS)
 
 
