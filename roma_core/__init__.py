@@ -8,7 +8,7 @@ _WHERE = {
     "RoMAForClassificationConfig": "roma_core.model.config",
     "get_encoder_size": "roma_core.model.config",
     "RoMAForPreTraining": "roma_core.model.pretraining",
-    "RoMAForClassification": "roma_core.model.classification",
+    "RoMAForClassification": "roma_core.model.prediction",
     "Trainer": "roma_core.trainer.trainer",
     "TrainerConfig": "roma_core.trainer.config",
 }

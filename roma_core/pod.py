@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from roma_core.attempt import ATTEMPT_VARIABLE, FOLDER_VARIABLE
+from roma_core.claim import ATTEMPT_VARIABLE, FOLDER_VARIABLE
 from roma_core.files import create_json, read_json
 
 JOB_VARIABLE = "ROMA_JOB_UID"

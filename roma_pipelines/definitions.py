@@ -6,8 +6,8 @@ from pathlib import Path
 
 import dagster as dg
 
-from roma_pipelines.automation.failure_sensor import tell_of_failures
-from roma_pipelines.automation.reconcile_sensor import reconcile_jobs
+from roma_pipelines.automation.alerts import tell_of_failures
+from roma_pipelines.automation.housekeeping import reconcile_jobs
 from roma_pipelines.executor import executor
 from roma_pipelines.experiment import ENCODER
 from roma_pipelines.experiment_files import mistakes_in_defs

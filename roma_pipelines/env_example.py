@@ -1,16 +1,28 @@
-"""Prints ``.env.example``: ``python -m roma_pipelines.env_example > .env.example``."""
+"""Prints ``.env.example``: ``python -m roma_pipelines.env_example > .env.example``.
+
+The text of ``.env.example``: every variable of some settings classes, with its default.
+"""
 
 from __future__ import annotations
 
-from roma_core.env_example import env_example
+import json
+import shlex
+import textwrap
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
 from roma_core.model.config import RoMAForClassificationConfig, RoMAForPreTrainingConfig
-from roma_core.settings import RomaSettings
+from roma_core.settings import RomaSettings, leaves_of, variable_of
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.trackers import WandbConfig
 from roma_pipelines.automation.alerts import AlertSettings
 from roma_pipelines.executor import DagsterSettings
-from roma_pipelines.launching.kubernetes_site import KubernetesSettings
-from roma_pipelines.launching.site import SlurmSettings
+from roma_pipelines.launching.kubernetes.profile import KubernetesSettings
+from roma_pipelines.launching.slurm.profile import SlurmSettings
 from roma_pipelines.pages.links import PageSettings
 from roma_pipelines.registry.store import MlflowSettings
 from roma_pipelines.storage import StorageSettings
@@ -29,6 +41,59 @@ SETTINGS: tuple[type[RomaSettings], ...] = (
     PageSettings,
 )
 """Every settings class of both packages, in the order of the file."""
+
+
+_WIDTH = 100
+_HEAD = """\
+Settings of RoMA. Copy this file to `.env` and uncomment what you change; the values shown are the
+defaults. What is given in code wins over the environment, the environment over this file. The
+nearest `.env` at or above the working directory counts, or the file that ROMA_ENV_FILE names.
+
+Two underscores lead into a section. Lists and dictionaries are JSON, `null` means none, and an
+empty variable counts as not set. A name that is no setting is an error.
+"""
+
+
+def env_example(classes: Iterable[type[RomaSettings]]) -> str:
+    """The file's text; everything in it is commented out."""
+    return "\n".join([_comment(_HEAD), *map(_group, classes)])
+
+
+def _group(cls: type[RomaSettings]) -> str:
+    sentence = (cls.__doc__ or "").strip().split("\n")[0]
+    blocks = ["", _comment(f"--- {cls.__name__} ---\n{sentence}")]
+    fields = leaves_of(cls)
+    for name, value, _ in cls.from_values({}).resolved():
+        assignment = f"# {variable_of(cls, name)}={_written(value)}\n"
+        blocks.append(_comment(_about(fields[name])) + assignment)
+    return "\n".join(blocks)
+
+
+def _about(field: FieldInfo) -> str:
+    text = field.description or ""
+    choices = [str(c) for c in _choices(field.annotation)]
+    if not all(choice in text for choice in choices):
+        text += f" One of: {', '.join(choices)}."
+    return text
+
+
+def _choices(annotation: Any) -> list[Any]:
+    """The values of a ``Literal``, ``Optional`` or not."""
+    arguments = list(typing.get_args(annotation))
+    if typing.get_origin(annotation) is typing.Literal:
+        return arguments
+    return [choice for argument in arguments for choice in _choices(argument)]
+
+
+def _comment(text: str) -> str:
+    lines = (w for line in text.splitlines() for w in textwrap.wrap(line, _WIDTH - 2) or [""])
+    return "".join(f"# {line}".rstrip() + "\n" for line in lines)
+
+
+def _written(value: Any) -> str:
+    """A value as a variable holds it; a shell and a ``.env`` reader take it the same way."""
+    return shlex.quote(str(value) if isinstance(value, str | Path) else json.dumps(value))
+
 
 if __name__ == "__main__":
     print(env_example(SETTINGS), end="")

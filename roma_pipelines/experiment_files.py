@@ -1,18 +1,20 @@
-"""Experiments by name, as their ``defs.yaml`` have them; no Dagster instance is needed."""
+"""Experiments by name, as their ``defs.yaml`` have them; no Dagster instance is needed.
+
+YAML files that people write: what is in them, or in one sentence why they cannot be read.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
 from roma_core.settings import problems_of
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.experiment import Experiment
-from roma_pipelines.yaml_files import read_yaml
-
-DEFS = Path(__file__).parent / "defs"
-TYPE = "roma_pipelines.components.RomaExperiment"
+from roma_pipelines.scaffold import DEFS, TYPE
 
 
 def load_experiment(name: str) -> Experiment:
@@ -69,3 +71,21 @@ def _read(path: Path) -> Experiment:
     except ValueError as error:
         problems = str(error).removeprefix(f"experiment {attributes.get('name')}: ").splitlines()
     raise ValueError("\n".join(f"{path}: {one}" for one in problems))
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        ValueError: there is no such file, or it is no YAML; the text names file, line and column.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        raise ValueError(f"{path} is not valid YAML: {place}{error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None

@@ -1,4 +1,7 @@
-"""One job with its MLflow run: find or make both, watch, bring the metrics home, end the run."""
+"""One job with its MLflow run: find or make both, watch, bring the metrics home, end the run.
+
+Assets hand each other references: the metadata of a materialisation, not tensors.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +17,26 @@ from pydantic import BaseModel
 
 from roma_core.files import digest_of, write_json
 from roma_core.job import JobFolder, Result
-from roma_core.trainer.followers import MLFLOW_RUN_VARIABLE, forward_to_mlflow
-from roma_pipelines.database import PASSWORD_VARIABLES
+from roma_core.trainer.trackers import MLFLOW_RUN_VARIABLE, forward_to_mlflow
 from roma_pipelines.experiment import Experiment
-from roma_pipelines.launching.audit import attempts_table, decisions_table
-from roma_pipelines.launching.evidence import read_records
-from roma_pipelines.launching.job import JobFailed, Outcome
+from roma_pipelines.launching.jobs import usage
 from roma_pipelines.launching.launcher import Refused
+from roma_pipelines.launching.outcome import attempts_table, decisions_table, read_records
 from roma_pipelines.launching.pipes import key_for, run_job
-from roma_pipelines.launching.usage import usage
+from roma_pipelines.launching.spec import JobFailed, Outcome
+from roma_pipelines.launching.targets import job_spec, launcher_for, roma_command
 from roma_pipelines.pages.links import job_links, mlflow_link
 from roma_pipelines.provenance import code_version
-from roma_pipelines.registry.access import check_access
 from roma_pipelines.registry.runs import end_run, end_runs_of_job, find_or_create_run
 from roma_pipelines.registry.store import (
     MlflowSettings,
     StoreError,
+    check_access,
     connect,
     is_server,
     tracking_uri,
 )
-from roma_pipelines.storage import Storage
-from roma_pipelines.targets import job_spec, launcher_for, roma_command
+from roma_pipelines.storage import PASSWORD_VARIABLES, Storage
 
 
 @dataclass(frozen=True)
@@ -249,3 +250,30 @@ def _was_cancelled(folder: JobFolder) -> bool:
 def picture(png: bytes, alt: str) -> dg.MetadataValue:
     """A PNG shown on the asset's page."""
     return dg.MetadataValue.md(f"![{alt}](data:image/png;base64,{base64.b64encode(png).decode()})")
+
+
+class MissingUpstream(RuntimeError):
+    """An asset this one depends on was never materialised."""
+
+
+def upstream(context: dg.AssetExecutionContext, key: dg.AssetKey) -> dict[str, Any]:
+    """Metadata of the newest materialisation of ``key``, one of this run before all others.
+
+    Raises:
+        MissingUpstream: there is none.
+    """
+    in_run = context.instance.get_records_for_run(
+        context.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION
+    ).records
+    entries = [r.event_log_entry for r in in_run if r.event_log_entry.asset_materialization]
+    found = [
+        m for e in entries if (m := e.asset_materialization) is not None and m.asset_key == key
+    ]
+    if not found:
+        newest = context.instance.get_latest_materialization_event(key)
+        if newest is None or newest.asset_materialization is None:
+            raise MissingUpstream(
+                f"{key.to_user_string()} was never materialised; materialise it first, or select it too"
+            )
+        found = [newest.asset_materialization]
+    return {name: value.value for name, value in found[-1].metadata.items()}

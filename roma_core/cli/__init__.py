@@ -1,20 +1,41 @@
-"""``roma``: data, training, evaluation and prediction on the command line."""
+"""``roma``: data, training, evaluation and prediction on the command line.
+
+A group of commands that are imported when they are asked for, so that ``--help`` is quick.
+"""
 
 from __future__ import annotations
 
+import importlib
 import logging
+from typing import Any
 
 import click
 
-from roma_core.cli.lazy_group import LazyGroup
+
+class LazyGroup(click.Group):
+    """``places`` maps a command's name to ``module:attribute``, in the order of the help text."""
+
+    def __init__(self, *arguments: Any, places: dict[str, str], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.places = places
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.places)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in self.places:
+            return None
+        module, _, attribute = self.places[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
 
 _COMMANDS = {
     "data": "roma_core.cli.data:data",
-    "pretrain": "roma_core.cli.training:pretrain",
-    "finetune": "roma_core.cli.training:finetune",
-    "evaluate": "roma_core.cli.evaluation:evaluate",
-    "predict": "roma_core.cli.prediction:predict",
-    "embed": "roma_core.cli.prediction:embed",
+    "pretrain": "roma_core.cli.train:pretrain",
+    "finetune": "roma_core.cli.train:finetune",
+    "evaluate": "roma_core.cli.evaluate:evaluate",
+    "predict": "roma_core.cli.predict:predict",
+    "embed": "roma_core.cli.predict:embed",
     "doctor": "roma_core.cli.doctor:doctor",
 }
 

@@ -37,11 +37,10 @@ def build(config: Path, out: Path, cache: Path) -> None:
     Equal input gives an equal version; one that is there already is verified and used. What went to
     which split, and what was repaired, is said on stderr.
     """
-    from roma_core.data.building import build_dataset
-    from roma_core.data.columns import read_manifest
+    from roma_core.data.build import build_dataset, in_words
     from roma_core.data.config import DatasetConfig
-    from roma_core.data.errors import DataError
-    from roma_core.data.summary import in_words
+    from roma_core.data.schema import DataError
+    from roma_core.data.store import read_manifest
 
     try:
         with _warnings_as_lines():
@@ -67,8 +66,8 @@ def _warnings_as_lines() -> Iterator[None]:
 @click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def inspect(path: Path) -> None:
     """Print what the data set in PATH looks like: counts, lengths, classes, gaps, values."""
-    from roma_core.data.errors import DataError
     from roma_core.data.profile import as_markdown, profile_of
+    from roma_core.data.schema import DataError
     from roma_core.data.store import StoredDataset
 
     try:
@@ -95,9 +94,8 @@ def validate(path: Path, against: Path | None, strict: bool, as_json: bool) -> N
     """
     import json
 
-    from roma_core.data.checks import findings
-    from roma_core.data.comparing import changes
-    from roma_core.data.errors import DataError
+    from roma_core.data.quality import changes, findings
+    from roma_core.data.schema import DataError
     from roma_core.data.store import StoredDataset
 
     found = findings(path)
@@ -128,8 +126,8 @@ def validate(path: Path, against: Path | None, strict: bool, as_json: bool) -> N
 @click.option("--split", type=click.Choice(["train", "validation", "test"]), help="Only this one.")
 def export(path: Path, target: Path, split: str | None) -> None:
     """Write the data set in PATH to TARGET, a Parquet file with one row per series."""
-    from roma_core.data.errors import DataError
-    from roma_core.data.exporting import export_parquet
+    from roma_core.data.export import export_parquet
+    from roma_core.data.schema import DataError
     from roma_core.data.store import StoredDataset
 
     try:

@@ -13,20 +13,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from roma_core.data.building import build_dataset
+    from roma_core.data.build import build_dataset
     from roma_core.data.config import DatasetConfig
-    from roma_core.data.errors import DataError
     from roma_core.data.profile import DataProfile, as_markdown, plot_profile, profile_of
+    from roma_core.data.schema import DataError
     from roma_core.data.store import StoredDataset, Subset
 
 _MODULE_OF = {
-    "DataError": "errors",
+    "DataError": "schema",
     "DataProfile": "profile",
     "DatasetConfig": "config",
     "StoredDataset": "store",
     "Subset": "store",
     "as_markdown": "profile",
-    "build_dataset": "building",
+    "build_dataset": "build",
     "plot_profile": "profile",
     "profile_of": "profile",
 }

@@ -1,25 +1,26 @@
-"""Configuration of a data set: what it is built from and how. Imports no torch."""
+"""Configuration of a data set: what it is built from and how. Imports no torch.
+
+Whether a source may have changed, without reading it: names, sizes and times of its files.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializeAsAny,
-    ValidationError,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
 
-from roma_core.data.arriving import RepairOptions
-from roma_core.data.errors import DataError
-from roma_core.data.mistakes import mistakes
-from roma_core.data.sources import SourceConfig, source_config
+from roma_core.data.cleaning import RepairOptions
+from roma_core.data.schema import DataError
 from roma_core.data.splits import SplitOptions
+from roma_core.files import digest_of
+from roma_core.settings import mistakes
+from roma_core.sources.base import SourceConfig, source_config
 
 
 class _Section(BaseModel):
@@ -93,3 +94,64 @@ class DatasetConfig(_Section):
             return cls.model_validate(values)
         except ValidationError as error:
             raise DataError(f"{path}: {'; '.join(mistakes(error, cls))}") from error
+
+
+class Fingerprint(NamedTuple):
+    """``newest`` is the time of the newest file, seconds since the epoch; 0 without files."""
+
+    digest: str
+    n_files: int
+    newest: float
+
+
+def source_fingerprint(config: DatasetConfig) -> Fingerprint:
+    """Of every local file that the configuration names, and of the configuration itself.
+
+    A source without local files (a pinned package, generated data) changes with its settings alone.
+    """
+    files = fingerprint_of(_paths(config.source))
+    document = [config.model_dump(mode="json"), files.digest]
+    return files._replace(digest=digest_of(document)[:32])
+
+
+def fingerprint_of(patterns: Iterable[Path]) -> Fingerprint:
+    """Of files, of those that match patterns, and of all files below folders.
+
+    Links to nothing, and files that go meanwhile, are passed over.
+    """
+    found = sorted(
+        {(str(path), status.st_size, status.st_mtime_ns) for path, status in _files(patterns)}
+    )
+    newest = max((mtime for _, _, mtime in found), default=0) / 1e9
+    return Fingerprint(digest_of(found)[:32], len(found), newest)
+
+
+def _paths(value: Any) -> Iterator[Path]:
+    """Every path in a configuration, whatever its kind of source calls it."""
+    if isinstance(value, Path):
+        yield value
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _paths(getattr(value, name))
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from _paths(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _paths(one)
+
+
+def _files(patterns: Iterable[Path]) -> Iterator[tuple[Path, os.stat_result]]:
+    for pattern in patterns:
+        for name in glob.glob(str(pattern)):  # noqa: PTH207 - may be absolute
+            for path in _below(Path(name)):
+                with contextlib.suppress(FileNotFoundError):  # a dangling link, or it went since
+                    yield path, path.stat()
+
+
+def _below(path: Path) -> Iterator[Path]:
+    """A file itself, or all files below a folder."""
+    if not path.is_dir():
+        yield path
+    for where, _, names in os.walk(path):
+        yield from (Path(where) / name for name in names)

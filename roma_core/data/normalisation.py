@@ -15,8 +15,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from roma_core.data.errors import DataError
-from roma_core.data.schema import Channel, ChannelNormalisation, DataSchema, PositionAxis
+from roma_core.data.schema import Channel, ChannelNormalisation, DataError, DataSchema, PositionAxis
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]

@@ -20,6 +20,8 @@ version 1; both versions are read.
 
 Normalisation and the anchoring of positions are applied when a sample is read, by the same code
 as at serving time, so what is on disk stays what came in.
+
+The one error of this package.
 """
 
 from __future__ import annotations
@@ -28,6 +30,12 @@ from collections.abc import Sized
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+
+class DataError(ValueError):
+    """Data, or a description of data, that cannot be used; the text names the object or the file,
+    what was expected, what came, and what to do."""
+
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")

@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from roma_core.data.errors import DataError
-from roma_core.data.schema import Split
+from roma_core.data.schema import DataError, Split
 from roma_core.hashing import unit_interval
 
 if TYPE_CHECKING:
     from typing import Self
 
-    from roma_core.data.sources import RawSeries
+    from roma_core.sources.base import RawSeries
 
 _GOLDEN = 0.6180339887498949  # multiples of it fill the unit interval most evenly
 

@@ -16,36 +16,29 @@ import torch
 from numpy.typing import NDArray
 
 from roma_core.data.store import StoredDataset, Subset
-from roma_core.evaluation.facts import Fact, FactSheet
-from roma_core.evaluation.held_out import seen_in_training, tell, unseen
-from roma_core.evaluation.page import Plot
-from roma_core.evaluation.reconstructing import (
+from roma_core.evaluation.config import Fact, FactSheet, ReconstructionJobConfig
+from roma_core.evaluation.figures import draw_reconstructions
+from roma_core.evaluation.leakage import seen_in_training, tell, unseen
+from roma_core.evaluation.reconstruction import (
     HiddenTable,
+    ReconstructionMetrics,
     all_but,
     as_trained,
-    interpolated,
-    mean_of_train,
-    reconstruct,
-)
-from roma_core.evaluation.reconstruction_config import ReconstructionJobConfig
-from roma_core.evaluation.reconstruction_metrics import (
-    ReconstructionMetrics,
     by_group,
     coverage,
     errors,
+    interpolated,
+    mean_of_train,
     noise,
+    reconstruct,
 )
-from roma_core.evaluation.reconstruction_pictures import draw
-from roma_core.evaluation.reconstruction_report import (
-    ReconstructionReport,
-    render_reconstruction_report,
-)
+from roma_core.evaluation.report import Plot, ReconstructionReport, render_reconstruction_report
 from roma_core.files import read_json, write_bytes, write_json
 from roma_core.job import Attempt, JobFolder
-from roma_core.job_runner import Work
 from roma_core.model.pretraining import RoMAForPreTraining
-from roma_core.trainer.progress import Progress
-from roma_core.trainer.training_job import open_dataset
+from roma_core.run_job import Work
+from roma_core.trainer.job import open_dataset
+from roma_core.trainer.run_logger import Progress
 
 
 def run_reconstruction(folder: JobFolder, attempt: Attempt) -> Work:
@@ -75,7 +68,7 @@ def run_reconstruction(folder: JobFolder, attempt: Attempt) -> Work:
         progress.update(2, {"mse": metrics.estimates["mse"].value}, force=True)
 
         floor = metrics.estimates.get("noise_mse")
-        pictures = draw(table, test, metrics.groups, floor, config.curves)
+        pictures = draw_reconstructions(table, test, metrics.groups, floor, config.curves)
         for name, plot in pictures.items():
             write_bytes(out / "plots" / f"{name}.png", plot.png)
         leaks = seen_in_training(dataset, [Path(path) for path in config.trained_on])

@@ -9,7 +9,7 @@ _WHERE = {
     "get_encoder_size": "roma_core.model.config",
     "Encoder": "roma_core.model.encoder",
     "RoMAForPreTraining": "roma_core.model.pretraining",
-    "RoMAForClassification": "roma_core.model.classification",
+    "RoMAForClassification": "roma_core.model.prediction",
     "PackedBatch": "roma_core.model.packing",
 }
 __all__ = list(_WHERE)

@@ -1,188 +1,143 @@
-"""Tokens → encoder input, the part that both models share and that finetuning carries over."""
+"""What the tokens around a token say about it: features of its place in the series' course.
+
+Attention can find a token's neighbours by their rotations, but of few labelled series it learns that
+late or never. Here every token is told from the first step on how it differs, in value and in
+position, from those 1, 2, 4, 8, … places before and after it, as dilated convolutions would tell it;
+gaps may be as irregular as they like. Only tokens that the encoder sees take part: in pretraining
+nothing hidden shows, and places lie farther apart than in finetuning. ``roma-pipeline results
+neighbours neighbours_plasticc`` measures what it is worth.
+
+The places count in the order of positions, the first axis first, so the order in which the tokens of a
+series come does not matter, except among those that no axis tells apart.
+
+Shapes: ``roma_core.model.packing``; K places that are looked at.
+
+The numbers of a token → its vector: a linear projection, and nonlinear features beside it.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
+import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from roma_core.model.absolute import SineTable
-from roma_core.model.config import _ModelConfig
-from roma_core.model.encoder import Encoder, Rotations, Rows
-from roma_core.model.neighbourhood import Neighbourhood
-from roma_core.model.packing import PackedBatch, pack, spread
-from roma_core.model.projection import Projection
-from roma_core.model.rotary import Rotation
-from roma_core.model.segments import Segments
+from roma_core.model.config import NEIGHBOUR_FEATURES
+from roma_core.model.encoder import initialise
 
-Pooling = Literal["cls", "mean", "token"]
-NO_POSITIONS = "positions are required: one row per axis, shape (batch, n_pos_dims, tokens)"
+_BIAS_STD = 0.02
 
 
-class Backbone(nn.Module):
-    """Projection, CLS, positions and encoder.
+class Projection(nn.Linear):
+    """``(…, P)`` → ``(…, d)``: linear with bias, as published, plus ``n_features`` of SiLU."""
 
-    Attributes:
-        data_schema: what the data must look like, as JSON; travels with the weights. None for a
-            model that was never told.
+    def __init__(self, n_numbers: int, width: int, n_features: int) -> None:
+        super().__init__(n_numbers, width)
+        self.features = self.mix = None
+        if n_features:
+            self.features = nn.Linear(n_numbers, n_features)
+            self.mix = nn.Linear(n_features, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        linear = super().forward(x)
+        if self.features is None or self.mix is None:
+            return linear
+        return linear + self.mix(F.silu(self.features(x)))
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Like every matrix, but the features; without these, the bias keeps zeros off zero."""
+        initialise(self)
+        if self.features is None:
+            # a series of zeros would stay one, and a norm's slope there is 1/√eps: the product of a
+            # few such slopes is more than float32 holds
+            nn.init.normal_(self.bias, std=_BIAS_STD)
+        else:
+            initialise_features(self.features)
+
+
+@torch.no_grad()
+def initialise_features(features: nn.Linear) -> None:
+    """Features that bend within the spread of their inputs.
+
+    The inputs are of about unit spread, their products with the weights of 1.4; biases of unit spread
+    let the bends lie all over the range.
     """
+    nn.init.normal_(features.weight, std=math.sqrt(2 / features.in_features))
+    nn.init.normal_(features.bias)
 
-    def __init__(self, config: _ModelConfig) -> None:
+
+class Neighbourhood(nn.Module):
+    """``(T, P)`` tokens at ``(T, D)`` positions → ``(T, d)``, to be added to their projection."""
+
+    places: Tensor  # (K,) int64, relative to the token's own
+
+    def __init__(self, n_numbers: int, n_axes: int, reach: int, width: int) -> None:
+        """
+        Args:
+            n_numbers, n_axes: P and D.
+            reach: how many places are looked at on either side, 2^0, …, 2^(reach - 1) away; K is twice
+                as many.
+            width: of the token vectors, d.
+        """
         super().__init__()
-        if isinstance(config, type):
-            config = config()  # the class instead of an instance: take it with its defaults
-        self.config = config
-        stack = config.encoder_config
-        self.data_schema: dict[str, Any] | None = None
-        self.projection = Projection(config.tubelet_width, stack.d_model, config.value_features)
-        self.neighbourhood = (
-            Neighbourhood(config.tubelet_width, config.n_pos_dims, config.neighbours, stack.d_model)
-            if config.neighbours
-            else None
-        )
-        self.cls = nn.Parameter(torch.empty(stack.d_model)) if config.use_cls else None
-        self.encoder = Encoder(stack)
-        self.rotation = self._rotation_of(stack)
-        self.table = self._table_of(stack)
+        ahead = [2**k for k in range(reach)]
+        places = torch.tensor([*(-place for place in ahead), *ahead])
+        self.register_buffer("places", places, persistent=False)
+        n_inputs = n_numbers + 2 * reach * (n_numbers + n_axes + 1)
+        self.features = nn.Linear(n_inputs, NEIGHBOUR_FEATURES)
+        self.mix = nn.Linear(NEIGHBOUR_FEATURES, width, bias=False)
 
-    def _rotation_of(self, stack: Any) -> Rotation | None:
-        c = self.config
-        return (
-            Rotation(stack.head_width, c.n_pos_dims, c.p_rope_val)
-            if c.pos_encoding == "ropend"
-            else None
-        )
-
-    def _table_of(self, stack: Any) -> SineTable | None:
-        c = self.config
-        return SineTable(c.max_len, stack.d_model) if c.pos_encoding == "absolute" else None
-
-    def initialise_embedding(self) -> None:
-        """The declared start of what tokens go through first, after that of every matrix."""
-        self.projection.initialise()
-        if self.neighbourhood is not None:
-            self.neighbourhood.initialise()
-
-    def save_pretrained(self, folder: Path | str) -> None:
-        """Write ``model.safetensors`` and ``model_config.json`` into ``folder``."""
-        from roma_core.model.weights import save_pretrained
-
-        save_pretrained(self, folder)
-
-    def compile_regions(self) -> None:
-        """Compile the token-wise parts of every stack; see :meth:`Encoder.compile_regions`."""
-        for part in self.modules():
-            if isinstance(part, Encoder):
-                part.compile_regions()
-
-    def pack(
-        self, values: Tensor, positions: Tensor, pad_mask: Tensor | None
-    ) -> tuple[PackedBatch, Tensor, Tensor]:
-        """Padded tensors → packed batch; see :func:`roma_core.model.packing.pack`."""
-        return pack(values, positions, pad_mask, self.config)
-
-    def embed(
-        self,
-        values: Tensor | PackedBatch,
-        positions: Tensor | None = None,
-        pad_mask: Tensor | None = None,
-        pooling: Pooling = "mean",
-    ) -> Tensor:
-        """Features of the encoder, with every real token visible and before any head.
-
-        They are the last block's output as it is: no norm follows it. In training mode dropout is
-        active.
-
-        Args:
-            values, positions, pad_mask: as for calling the model.
-            pooling: ``mean`` of the real tokens, the ``cls`` token, or every ``token``.
-
-        Returns:
-            ``(B, d)``; for ``token`` ``(B, N, d)``, zero at padding. From a packed batch, in its
-            order; for ``token`` ``(T, d)``.
-
-        Raises:
-            TypeError, ValueError: naming the argument, what was expected and what came.
+    def forward(self, tokens: Tensor, positions: Tensor, series: Tensor) -> Tensor:
         """
-        if pooling == "cls" and self.cls is None:
-            raise ValueError("pooling='cls' reads a token that this model has not: use_cls=False")
-        if isinstance(values, PackedBatch):
-            return self.features(values, pooling)
-        if positions is None:
-            raise TypeError(NO_POSITIONS)
-        batch, order, rows = self.pack(values, positions, pad_mask)
-        packed = self.features(batch, pooling)
-        if pooling == "token":
-            return spread(packed, rows, tuple(positions.shape[::2]))
-        return packed.new_empty(packed.shape).index_copy(0, order, packed)
-
-    def features(self, batch: PackedBatch, pooling: Pooling) -> Tensor:
-        """``(B, d)`` pooled, or ``(T, d)``: what a head reads of a packed batch."""
-        self.check_packed(batch)
-        segments = batch.segments
-        if self.table is not None:
-            self.table.check_length(segments.longest + int(self.cls is not None))
-        x, rotations, inner, token_rows, cls_rows = self.embed_rows(
-            batch.tokens, batch.positions, segments.index_in_series, segments
-        )
-        if pooling == "cls":
-            assert cls_rows is not None
-            one_each = Segments([1] * segments.count, segments.device)
-            return self.encoder(x, rotations, inner, Rows(cls_rows, one_each))
-        rows = None if cls_rows is None else Rows(token_rows, segments)
-        x = self.encoder(x, rotations, inner, rows)  # (T, d)
-        if pooling == "token":
-            return x
-        sums = x.new_zeros(segments.count, x.shape[1]).index_add(0, segments.ids, x)
-        return sums / segments.sizes[:, None].to(x.dtype)
-
-    def check_packed(self, batch: PackedBatch) -> None:
-        """Raises ValueError if a batch was made for another model."""
-        c = self.config
-        width, axes = batch.tokens.shape[1], batch.positions.shape[1]
-        if width != c.tubelet_width or axes != c.n_pos_dims:
-            raise ValueError(
-                f"the batch has tokens of {width} numbers and {axes} position axes, but the model was built "
-                f"for tokens of {c.tubelet_width} (tubelet_size={c.tubelet_size} × n_channels={c.n_channels}) "
-                f"and n_pos_dims={c.n_pos_dims}; compare the data set's schema with the model's configuration"
-            )
-
-    def embed_rows(
-        self, tokens: Tensor, positions: Tensor, index: Tensor, segments: Segments
-    ) -> tuple[Tensor, Rotations, Segments, Tensor, Tensor | None]:
-        """Project some tokens and put CLS in front of each series.
-
         Args:
-            tokens: ``(V, P)``; positions: ``(V, D)``; index: ``(V,)`` place of each in its full series.
-            segments: the series of the V rows.
-
-        Returns:
-            x ``(V + B, d)`` of the weights' type, rotations, segments with CLS, the rows of x that the
-            tokens took, and
-            those that CLS took. Without CLS, ``(V, d)``, the segments given, all rows and None.
+            series: ``(T,)`` int64, which series each token belongs to.
         """
-        # the residual stream keeps its precision; under autocast only products are in 16 bits
-        dtype = self.projection.weight.dtype
-        tokens = tokens.to(dtype)
-        x = self.projection(tokens).to(dtype)
-        if self.neighbourhood is not None:
-            x = x + self.neighbourhood(tokens, positions, segments.ids).to(dtype)
-        if self.table is not None:
-            shift = 0 if self.cls is None else 1
-            x = x + self.table(index + shift)
-        if self.cls is None:
-            rows = torch.arange(segments.total, device=x.device)
-            return x, self._rotations(positions), segments, rows, None
-        places = segments.with_cls
-        cls = self.cls if self.table is None else self.cls + self.table.table[0]
-        full = x.new_empty(places.segments.total, x.shape[1])
-        full = full.index_copy(0, places.token_rows, x)
-        full = full.index_copy(0, places.cls_rows, cls.to(x.dtype).expand(segments.count, -1))
-        at = positions.new_zeros(places.segments.total, positions.shape[1])
-        at = at.index_copy(0, places.token_rows, positions)  # CLS sits at 0 on every axis
-        return full, self._rotations(at), places.segments, places.token_rows, places.cls_rows
+        order = _sorted_within(series, positions)
+        inputs = self._inputs(tokens[order], positions[order], series[order])
+        found = self.mix(F.silu(self.features(inputs)))
+        return torch.zeros_like(found).index_copy(0, order, found)
 
-    def _rotations(self, positions: Tensor) -> Rotations:
-        return None if self.rotation is None else self.rotation(positions)
+    def of_padded(self, tokens: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+        """``(B, N, P)``, ``(B, N, D)`` and ``(B, N)`` bool → ``(B, N, d)``; padding's mean nothing."""
+        n_series = valid.shape[0]
+        series = torch.arange(n_series, device=valid.device)[:, None]
+        series = torch.where(valid, series, n_series)  # padding is a series of its own
+        found = self(tokens.flatten(0, 1), positions.flatten(0, 1), series.flatten())
+        # by the sizes of positions: an exported program takes other tensors' for different numbers
+        return found.unflatten(0, (positions.shape[0], positions.shape[1]))
+
+    def _inputs(self, tokens: Tensor, positions: Tensor, series: Tensor) -> Tensor:
+        """``(T, P + K (P + D + 1))``: the token, and of each place both differences and a 1.
+
+        All three are 0 where the series ends before that place.
+        """
+        n = tokens.shape[0]
+        wanted = torch.arange(n, device=tokens.device)[:, None] + self.places  # (T, K)
+        there = wanted.clamp(0, n - 1)
+        exists = (wanted == there) & (series[there] == series[:, None])
+        differences = torch.cat(
+            (
+                tokens[there] - tokens[:, None],
+                # gaps of days and of years are both to be felt
+                torch.asinh(positions[there] - positions[:, None]).to(tokens.dtype),
+                tokens.new_ones(n, len(self.places), 1),
+            ),
+            dim=2,
+        )
+        differences = differences.masked_fill(~exists[..., None], 0)
+        return torch.cat((tokens, differences.flatten(1)), dim=1)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """After :func:`roma_core.model.encoder.initialise`, which the mixing matrix keeps."""
+        initialise_features(self.features)
+
+
+def _sorted_within(series: Tensor, positions: Tensor) -> Tensor:
+    """``(T,)`` int64: the rows by series, and in each by position, the first axis first."""
+    order = torch.arange(positions.shape[0], device=positions.device)
+    for key in (*reversed(positions.unbind(1)), series):
+        order = order[key[order].argsort(stable=True)]
+    return order

@@ -2,6 +2,9 @@
 
 Works on packed rows. The last block computes only the rows that somebody reads (hidden tokens in
 pretraining, CLS in classification), and everything before it all of them.
+
+Matrix products without bias, on CPU by the kernel library that suits our shapes.
+RMSNorm without bias, ``x / √(mean(x²) + eps) · gain``, and a fast gradient of it on CPU.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,10 +21,119 @@ from torch import Tensor, nn
 
 from roma_core.model.attention import packed_attention, padded_attention
 from roma_core.model.config import EncoderConfig
-from roma_core.model.linear import linear, linear_silu
-from roma_core.model.norm import RMSNorm
-from roma_core.model.rotary import rotate
+from roma_core.model.positions import rotate
 from roma_core.model.segments import Segments
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
+    torch.ops.mkldnn, "_linear_pointwise"
+)
+_SMALLEST = 2048  # rows below which a call's own cost matters more
+
+
+def _onednn(x: Tensor, weight: Tensor, then: str = "none") -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, then, [], "")
+
+
+def _suits_onednn(x: Tensor) -> bool:
+    return (
+        _HAS_ONEDNN
+        and x.device.type == "cpu"
+        and x.ndim == 2
+        and x.shape[0] >= _SMALLEST
+        and x.dtype != torch.float64
+        and not torch.compiler.is_compiling()
+    )
+
+
+@cache
+def _onednn_computes(dtype: torch.dtype) -> bool:
+    """Whether this processor has what oneDNN needs for the type; without AVX-512 not for 16 bits."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return True
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``(…, i)`` times ``(o, i)`` → ``(…, o)``; autocast is honoured."""
+    if _suits_onednn(x) and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+        if torch.is_grad_enabled():
+            product: Tensor = _Linear.apply(x, weight)
+            return product
+        return _onednn(x, weight)
+    return F.linear(x, weight)
+
+
+def linear_silu(x: Tensor, weight: Tensor) -> Tensor:
+    """``silu(linear(x, weight))``, in one pass where no gradient is wanted."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    if torch.is_grad_enabled() or not _suits_onednn(x) or not _onednn_computes(dtype):
+        return F.silu(linear(x, weight))
+    return _onednn(x.to(dtype), weight.to(dtype), "swish")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn(x, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        grad_x = _onednn(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        return grad_x, grad.t() @ x if ctx.needs_input_grad[1] else None
+
+
+class RMSNorm(nn.Module):
+    """Normalises the last axis; reductions are in float32, or float64 for float64 input.
+
+    The result has the type of the weights whatever comes in; under autocast it is cast to the type
+    that the matrix product behind it wants.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(…, width)`` → ``(…, width)``."""
+        exact = x if x.dtype == torch.float64 else x.float()
+        gain = self.weight.to(exact.dtype)
+        if x.is_cuda or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            normed = F.rms_norm(exact, gain.shape, gain, self.eps)
+        else:
+            normed = _CpuRMSNorm.apply(exact, gain, self.eps)
+        return normed.to(self.weight.dtype)
+
+
+class _CpuRMSNorm(torch.autograd.Function):
+    """The gradient by way of LayerNorm's fused kernel.
+
+    With a mean of 0, LayerNorm's gradient for x is RMSNorm's less ``rstd · mean(gain · grad)``, and
+    those for the gain are equal.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        rstd = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, gain, rstd)
+        return (x * rstd).mul_(gain)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, gain, rstd = ctx.saved_tensors
+        grad_x, grad_gain, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, gain.shape, torch.zeros_like(rstd), rstd, gain, None, (True, True, False)
+        )
+        grad_x.add_((grad @ gain).unsqueeze(-1).mul_(rstd).div_(x.shape[-1]))
+        return grad_x, grad_gain, None
+
 
 Rotations = Tensor | None  # (T, 1, w // 2, 2) float32: cosine and sine of every pair
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from roma_core.model.classification import RoMAForClassification
-from roma_core.model.embedding import Backbone
+from roma_core.model.backbone import Backbone
+from roma_core.model.prediction import RoMAForClassification
 
 
 class PaddedEncoder(nn.Module):

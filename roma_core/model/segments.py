@@ -1,4 +1,4 @@
-"""Where the series of a packed row begin and end. Shapes: ``roma_core.model.tubelets``."""
+"""Where the series of a packed row begin and end. Shapes: ``roma_core.model.packing``."""
 
 from __future__ import annotations
 

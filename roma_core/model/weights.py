@@ -16,16 +16,18 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from roma_core.files import read_json, write_bytes, write_json
-from roma_core.model.classification import RoMAForClassification
+from roma_core.model.backbone import Backbone
 from roma_core.model.config import (
     EncoderConfig,
     RoMAForClassificationConfig,
     RoMAForPreTrainingConfig,
+    classifier_config,
+    is_pretraining,
+    settings_of,
 )
-from roma_core.model.embedding import Backbone
+from roma_core.model.positions import published_channels
+from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
-from roma_core.model.rotary import published_channels
-from roma_core.model.transfer import classifier_config, is_pretraining, settings_of
 
 WEIGHTS = "model.safetensors"
 CONFIG = "model_config.json"

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from roma_core.serving.fetching import ModelVersion, connect, fetch, package_of, resolve
+from roma_core.serving.registry_client import ModelVersion, connect, fetch, package_of, resolve
 from roma_core.serving.schema import Prediction, Series
 
 

@@ -62,7 +62,7 @@ def embed_medians(
 
 
 def _series(package: Any, files: Sequence[Path], at_most: int) -> Iterator[Any]:
-    from roma_core.serving.reading import count_series, read_series
+    from roma_core.serving.batch import count_series, read_series
 
     step = -(-sum(count_series(file, "test") for file in files) // at_most) or 1
     rows = chain.from_iterable(read_series(file, "test", package) for file in files)
@@ -94,7 +94,7 @@ def main(model: str, at_most: str, *files: str) -> None:
     """See the module."""
     import torch
 
-    from roma_core.serving.fetching import load
+    from roma_core.serving.registry_client import load
 
     torch.set_num_threads(1)
     try:

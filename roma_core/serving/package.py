@@ -1,4 +1,7 @@
-"""Write and verify the package folder of a model; ``logged_model.py`` describes its files."""
+"""Write and verify the package folder of a model; ``logged_model.py`` describes its files.
+
+What a logged model needs: four packages, pinned, and the lock of everything that they need.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,9 @@ import torch
 
 from roma_core.data.schema import DataSchema
 from roma_core.files import sha256_of, write_bytes, write_json
-from roma_core.serving.logged_model import KINDS, MANIFEST, SCHEMA_VERSION, open_package
-from roma_core.serving.logged_model import Series as LoggedSeries
-from roma_core.serving.requirements import locked
-from roma_core.serving.schema import Series, json_schema
+from roma_core.serving.pyfunc_model import KINDS, MANIFEST, SCHEMA_VERSION, open_package
+from roma_core.serving.pyfunc_model import Series as LoggedSeries
+from roma_core.serving.schema import Series, json_schema, locked
 
 LOGGED_MODEL = Path(__file__).with_name("logged_model.py")
 """The file to log with ``mlflow.pyfunc.log_model(python_model=...)``, artifact ``package``."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import dagster as dg
 
-from roma_core.data.fingerprint import fingerprint_of
+from roma_core.data.config import fingerprint_of
 from roma_core.files import digest_of, read_json
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.registry.promotion import CHAMPION
@@ -36,8 +36,8 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
         description=f"What the champion says of {section.input}. {experiment.description}",
     )
     def batch_predictions(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
-        from roma_core.serving.fetching import fetch, load, package_of, resolve
-        from roma_core.serving.scoring import score_file
+        from roma_core.serving.batch import score_file
+        from roma_core.serving.registry_client import fetch, load, package_of, resolve
 
         storage = Storage.open()
         source = Path(section.input).absolute()
@@ -95,9 +95,14 @@ def _drift(profile: Any, source: Path, split: str, package: Any) -> dict[str, An
     """How far the series are from the training data, by every measure, and where most."""
     from itertools import islice
 
-    from roma_core.evaluation.drift_plot import MUCH, drift_picture
-    from roma_core.evaluation.reference_profile import ReferenceProfile, effects, series_of_rows
-    from roma_core.serving.reading import read_series
+    from roma_core.evaluation.drift import (
+        MUCH,
+        ReferenceProfile,
+        drift_picture,
+        effects,
+        series_of_rows,
+    )
+    from roma_core.serving.batch import read_series
 
     if not profile:
         return {"drift": "the model carries no profile of its training data"}

@@ -5,15 +5,13 @@ from pathlib import Path
 
 import dagster as dg
 
-from roma_core.data.building import build_dataset
-from roma_core.data.checks import findings
-from roma_core.data.comparing import changes, previous_version
-from roma_core.data.findings import Finding
-from roma_core.data.findings import as_markdown as findings_as_markdown
-from roma_core.data.fingerprint import source_fingerprint
+from roma_core.data.build import build_dataset
+from roma_core.data.config import source_fingerprint
 from roma_core.data.profile import as_markdown, plot_profile, profile_of
+from roma_core.data.quality import Finding, changes, findings, previous_version
+from roma_core.data.quality import as_markdown as findings_as_markdown
 from roma_core.data.store import StoredDataset
-from roma_pipelines.automation.training_state import FINGERPRINT
+from roma_pipelines.automation.state import FINGERPRINT
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.storage import Storage
 from roma_pipelines.tracked_job import picture

@@ -1,4 +1,7 @@
-"""Asset: the evaluation report, and the gate as blocking checks."""
+"""Asset: the evaluation report, and the gate as blocking checks.
+
+Tables of a report and a model card: what is known of the data, the model and its trainings.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,24 +9,78 @@ from typing import Any
 
 import dagster as dg
 
-from roma_core.data.columns import read_manifest
-from roma_core.evaluation.job_config import EvaluationJobConfig
-from roma_core.evaluation.measured import Measured
+from roma_core.data.schema import Manifest
+from roma_core.data.store import read_manifest
+from roma_core.evaluation.config import EvaluationJobConfig, Fact, FactSheet, Measured
 from roma_core.evaluation.metrics import Metrics
 from roma_core.files import read_json
-from roma_core.serving.fetching import FetchError, fetch, package_of, resolve
-from roma_pipelines.assets.report_facts import report_facts
+from roma_core.serving.registry_client import FetchError, fetch, package_of, resolve
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.pipes import key_for
 from roma_pipelines.provenance import code_version
-from roma_pipelines.references import upstream
-from roma_pipelines.registry.decisions import decide, decided_before, tag_decision
-from roma_pipelines.registry.gate import CHECKS, GateDecision
+from roma_pipelines.registry.gate import CHECKS, GateDecision, decide, decided_before, tag_decision
 from roma_pipelines.registry.promotion import CHAMPION
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.registry.versions import version_at
 from roma_pipelines.storage import Storage
-from roma_pipelines.tracked_job import TrackedJob, picture, run_tracked_job
+from roma_pipelines.tracked_job import TrackedJob, picture, run_tracked_job, upstream
+
+
+def report_facts(
+    manifest: Manifest, encoder: Mapping[str, Any], classifier: Mapping[str, Any], dagster_run: str
+) -> tuple[FactSheet, ...]:
+    """Tables of the report: data, model, training, lineage."""
+    model = read_json(Path(classifier["weights"]) / "model_config.json")
+    stack = model["encoder_config"]
+    counts = manifest.counts
+    dropped = manifest.irregularity
+
+    def sheet(title: str, **facts: Any) -> FactSheet:
+        return FactSheet(
+            title=title,
+            facts=tuple(
+                Fact(
+                    label=label.replace("_", " "),
+                    value=f"{value:.4g}" if isinstance(value, float) else str(value),
+                    monospace=label in ("version", "code", "Dagster_run", "MLflow_run"),
+                )
+                for label, value in facts.items()
+            ),
+        )
+
+    return (
+        sheet(
+            "Data",
+            name=manifest.name,
+            version=manifest.digest[:16],
+            series=", ".join(f"{split} {counts[split].n_series}" for split in counts),
+            observations_dropped=f"{dropped.n_dropped} of {dropped.n_observations_before}"
+            if dropped
+            else "none",
+            split=manifest.split_rule,
+            citation=manifest.provenance.citation,
+            licence=manifest.provenance.licence,
+        ),
+        sheet(
+            "Model",
+            parameters=f"{classifier['parameters']:,}",
+            encoder=f"width {stack['d_model']}, {stack['depth']} layers, {stack['nhead']} heads",
+            positions=f"{model['n_pos_dims']} axis, p = {model['p_rope_val']}",
+        ),
+        sheet(
+            "Training",
+            pretraining=f"{encoder['training_s']:.1f} s, validation loss {encoder['eval/loss']:.4f}",
+            finetuning=f"{classifier['training_s']:.1f} s, validation loss {classifier['eval/loss']:.4f}",
+            processes=classifier["processes"],
+            device=classifier["device"],
+        ),
+        sheet(
+            "Lineage",
+            code=code_version(),
+            Dagster_run=dagster_run,
+            MLflow_run=classifier["mlflow_run_id"],
+        ),
+    )
 
 
 def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
@@ -97,7 +154,7 @@ def _champion(name: str) -> dict[str, Any]:
 
 def _decided_before(experiment: Experiment, dataset: Path, job_key: str) -> int:
     from roma_core.data.store import StoredDataset
-    from roma_core.evaluation.held_out import split_digest
+    from roma_core.evaluation.leakage import split_digest
 
     settings = MlflowSettings()
     client = connect(settings, Storage.open().mlflow)
@@ -109,7 +166,7 @@ def _lineage(
     encoder: Mapping[str, Any], classifier: Mapping[str, Any], dagster_run: str
 ) -> dict[str, str]:
     """What made the weights; the commit is the one that finetuning ran with, not today's."""
-    from roma_core.serving.requirements import lock_hash
+    from roma_core.serving.schema import lock_hash
 
     client = connect(MlflowSettings(), Storage.open().mlflow)
     trained = client.get_run(classifier["mlflow_run_id"]).data.tags

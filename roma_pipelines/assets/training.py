@@ -5,15 +5,14 @@ from typing import Any
 
 import dagster as dg
 
-from roma_core.data.columns import read_manifest
 from roma_core.data.schema import DataSchema
+from roma_core.data.store import read_manifest
 from roma_core.files import read_json
 from roma_core.trainer.config import TrainerConfig
-from roma_core.trainer.job_config import TrainingJobConfig
-from roma_core.trainer.metrics_log import read_records
+from roma_core.trainer.job import TrainingJobConfig
+from roma_core.trainer.metrics import read_records
 from roma_pipelines.experiment import Experiment
-from roma_pipelines.references import upstream
-from roma_pipelines.tracked_job import TrackedJob, picture, run_tracked_job
+from roma_pipelines.tracked_job import TrackedJob, picture, run_tracked_job, upstream
 
 
 def pretrained_encoder_asset(experiment: Experiment) -> dg.AssetsDefinition:

@@ -7,11 +7,14 @@ from datetime import timedelta
 
 import dagster as dg
 
-from roma_pipelines.automation.automated import Automated
-from roma_pipelines.automation.drift_sensor import drift_sensor
-from roma_pipelines.automation.new_data_sensor import new_data_sensor, training_sensor
-from roma_pipelines.automation.promotion_sensor import promotion_sensor
-from roma_pipelines.automation.retraining_schedule import retraining_schedule
+from roma_pipelines.automation.drift import drift_sensor
+from roma_pipelines.automation.retraining import (
+    new_data_sensor,
+    promotion_sensor,
+    retraining_schedule,
+    training_sensor,
+)
+from roma_pipelines.automation.state import Automated
 from roma_pipelines.experiment import Experiment
 
 

@@ -22,7 +22,7 @@ class NewData(_Section):
 
 
 class DriftThresholds(_Section):
-    """Effect sizes from which on inputs have drifted; see roma_core.evaluation.reference_profile."""
+    """Effect sizes from which on inputs have drifted; see roma_core.evaluation.drift."""
 
     psi: float = Field(0.25, gt=0, description="Population stability index, chance taken off.")
     wasserstein: float = Field(0.5, gt=0, description="In standard deviations of training data.")

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import click
 
-from roma_core.cli.lazy_group import LazyGroup
+from roma_core.cli import LazyGroup
 
 _COMMANDS = {
     "demo": "roma_pipelines.cli.demo:demo",
     "up": "roma_pipelines.cli.up:up",
-    "plan": "roma_pipelines.cli.plan:plan",
+    "plan": "roma_pipelines.cli.launch:plan",
     "launch": "roma_pipelines.cli.launch:launch",
     "jobs": "roma_pipelines.cli.jobs:jobs",
-    "promote": "roma_pipelines.cli.promotion:promote",
-    "reject": "roma_pipelines.cli.promotion:reject",
-    "rollback": "roma_pipelines.cli.promotion:rollback",
-    "lineage": "roma_pipelines.cli.lineage:lineage",
-    "replay": "roma_pipelines.cli.lineage:replay",
+    "promote": "roma_pipelines.cli.registry:promote",
+    "reject": "roma_pipelines.cli.registry:reject",
+    "rollback": "roma_pipelines.cli.registry:rollback",
+    "lineage": "roma_pipelines.cli.registry:lineage",
+    "replay": "roma_pipelines.cli.registry:replay",
     "new-experiment": "roma_pipelines.cli.new_experiment:new_experiment",
-    "results": "roma_pipelines.cli.results:results",
-    "health": "roma_pipelines.cli.health:health",
-    "gc": "roma_pipelines.cli.gc:gc",
-    "backup": "roma_pipelines.cli.backup:backup",
-    "restore": "roma_pipelines.cli.backup:restore",
+    "results": "tests.benchmarks.results.__main__:results",
+    "health": "roma_pipelines.cli.operations:health",
+    "gc": "roma_pipelines.cli.operations:gc",
+    "backup": "roma_pipelines.cli.operations:backup",
+    "restore": "roma_pipelines.cli.operations:restore",
 }
 
 

@@ -1,16 +1,24 @@
-"""``roma-pipeline demo``: one experiment from data to registered model, in the foreground."""
+"""``roma-pipeline demo``: one experiment from data to registered model, in the foreground.
+
+Dagster runs in the foreground of a terminal: which process holds one, and what a killed one left.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import signal
+import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import dagster as dg
+
+from roma_core.claim import is_running, process_start
 
 if TYPE_CHECKING:
     import dagster as dg
@@ -31,9 +39,8 @@ def demo(experiment: str, fresh: bool) -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     started = time.monotonic()
     _end_like_ctrl_c(signal.SIGTERM, signal.SIGHUP)
-    from roma_pipelines.instance import prepare_instance
     from roma_pipelines.registry.store import StoreError
-    from roma_pipelines.storage import Storage, StorageError
+    from roma_pipelines.storage import Storage, StorageError, prepare_instance
 
     try:
         storage = Storage.open()
@@ -68,23 +75,22 @@ def _run(
     instance: dg.DagsterInstance, storage: Storage, experiment: str, fresh: bool, started: float
 ) -> None:
     from roma_core.files import digest_of
-    from roma_pipelines import foreground
 
     try:
         definitions = _definitions()
     except ValueError as error:  # of an experiment's file, a sentence
         raise click.ClickException(str(error)) from error
     keys = _keys(definitions, experiment)
-    held, killed = foreground.unfinished(instance, experiment)
+    held, killed = unfinished(instance, experiment)
     if held:
         raise click.ClickException(
-            f"process {foreground.process_of(held[0])} is making {experiment} already; wait for it, or "
+            f"process {process_of(held[0])} is making {experiment} already; wait for it, or "
             f"end it with Ctrl-C there"
         )
     graph = definitions.resolve_asset_graph()
     settings = digest_of([graph.get(key).code_version for key in keys])
     before = killed[0] if killed and not fresh else None
-    if before is not None and not foreground.has_settings(before, settings):
+    if before is not None and not has_settings(before, settings):
         before = None
     if killed and before is None:
         _end_jobs(instance, storage, killed)
@@ -94,7 +100,7 @@ def _run(
         click.echo(f"materialising {experiment}: {names}")
         if before is not None:
             click.echo("  going on with what a killed process left")
-        tags = foreground.tags_of(experiment, settings, before)
+        tags = tags_of(experiment, settings, before)
         _materialise(instance, definitions, missing, tags, killed)
     else:
         click.echo(f"{experiment} is there already, as its file says; --fresh runs it again")
@@ -127,9 +133,9 @@ def _keys(definitions: dg.Definitions, experiment: str) -> list[dg.AssetKey]:
 def _end_jobs(instance: dg.DagsterInstance, storage: Storage, killed: list[dg.DagsterRun]) -> None:
     """End what killed runs left running and this one cannot use."""
     from roma_pipelines.launching.jobs import all_jobs, cancel
+    from roma_pipelines.launching.targets import launcher_of
     from roma_pipelines.registry.runs import end_runs_of_job
     from roma_pipelines.registry.store import MlflowSettings, connect
-    from roma_pipelines.targets import launcher_of
 
     runs = {run.run_id for run in killed}
     for job in all_jobs(storage.jobs):
@@ -159,7 +165,7 @@ def _missing(
     instance: dg.DagsterInstance, definitions: dg.Definitions, keys: list[dg.AssetKey]
 ) -> list[dg.AssetKey]:
     """The assets to make: the first that is not there with its present code version, and all after it."""
-    from roma_pipelines.registry.decisions import has_passed
+    from roma_pipelines.registry.gate import has_passed
 
     graph = definitions.resolve_asset_graph()
     for i, key in enumerate(keys):
@@ -204,7 +210,7 @@ def _materialise(
 ) -> None:
     import dagster as dg
 
-    from roma_pipelines.step_errors import first_of, words_of
+    from roma_pipelines.automation.alerts import first_of, words_of
 
     job = definitions.resolve_implicit_global_asset_job_def()
     interrupted = "interrupted; the same command makes what is missing"
@@ -330,3 +336,54 @@ def _event_text(event: dg.DagsterEvent) -> str | None:
     }
     shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
     return f"step {step.value}/{total.value}  {shown}".rstrip()
+
+
+_NAME, _PROCESS, _HOST, _SETTINGS = (
+    f"roma/foreground{part}" for part in ("", "_process", "_host", "_settings")
+)
+
+
+def tags_of(name: str, settings: str, retried: dg.DagsterRun | None = None) -> dict[str, str]:
+    """Tags of a run that this process is about to begin.
+
+    Args:
+        name: of what it makes; one process at a time makes it.
+        settings: digest of what it is made from.
+        retried: the run whose jobs it goes on with.
+    """
+    process = f"{os.getpid()} {process_start(os.getpid())}"
+    mine = {_NAME: name, _PROCESS: process, _HOST: socket.gethostname(), _SETTINGS: settings}
+    if retried is None:
+        return mine
+    root = retried.tags.get("dagster/root_run_id", retried.run_id)
+    marks = {"dagster/parent_run_id": retried.run_id, "dagster/root_run_id": root}
+    return {**mine, **marks, "dagster/is_resume_retry": "true"}
+
+
+def has_settings(run: dg.DagsterRun, settings: str) -> bool:
+    """Whether a run was made from these settings."""
+    return run.tags.get(_SETTINGS) == settings
+
+
+def unfinished(
+    instance: dg.DagsterInstance, name: str
+) -> tuple[list[dg.DagsterRun], list[dg.DagsterRun]]:
+    """Runs of this name and computer that are not finished: held by a living process, and killed.
+
+    Both with the newest first.
+    """
+    here = {_NAME: name, _HOST: socket.gethostname()}
+    runs = instance.get_runs(dg.RunsFilter(tags=here))
+    open_ones = [run for run in runs if not run.is_finished]
+    held = [run for run in open_ones if _is_held(run.tags)]
+    return held, [run for run in open_ones if run not in held]
+
+
+def process_of(run: dg.DagsterRun) -> int:
+    """Id of the process that holds a run."""
+    return int(run.tags[_PROCESS].split(" ", 1)[0])
+
+
+def _is_held(tags: Mapping[str, str]) -> bool:
+    pid, _, start = tags[_PROCESS].partition(" ")
+    return is_running(int(pid), start)

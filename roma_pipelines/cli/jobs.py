@@ -59,9 +59,9 @@ def list_(everything: bool) -> None:
 @click.argument("key")
 def show(key: str) -> None:
     """One job: what it asked for, its attempts, and every decision about it."""
-    from roma_pipelines.launching.audit import clock, read_decisions
-    from roma_pipelines.launching.job import id_of
-    from roma_pipelines.launching.plan import size_of
+    from roma_pipelines.launching.launcher import size_of
+    from roma_pipelines.launching.outcome import clock, read_decisions
+    from roma_pipelines.launching.spec import id_of
 
     job = _job(_storage(), key)
     click.echo(f"job        {job.key}: {job.asset}, {job.status}")
@@ -128,7 +128,7 @@ def cancel(key: str, wait_s: float) -> None:
     """End a job, wherever it runs and whether or not anybody watches it."""
     from roma_pipelines.launching.jobs import cancel
     from roma_pipelines.launching.launcher import NoAnswer
-    from roma_pipelines.targets import launcher_of
+    from roma_pipelines.launching.targets import launcher_of
 
     storage = _storage()
     job = _job(storage, key)

@@ -1,7 +1,11 @@
-"""``roma-pipeline launch``: any module that uses the Trainer as a job, without Dagster."""
+"""``roma-pipeline launch``: any module that uses the Trainer as a job, without Dagster.
+
+``roma-pipeline plan``: what a job of an experiment would be, before it is one.
+"""
 
 from __future__ import annotations
 
+import difflib
 import os
 import secrets
 import subprocess
@@ -13,7 +17,10 @@ import click
 
 if TYPE_CHECKING:
     from roma_core.job import JobFolder
-    from roma_pipelines.launching.job import JobState
+    from roma_pipelines.experiment import Experiment
+    from roma_pipelines.launching.launcher import Launcher
+    from roma_pipelines.launching.spec import JobSpec, JobState
+    from roma_pipelines.storage import Storage
 
 _HANDED_ON = ("ROMA", "WANDB", "MLFLOW")
 
@@ -70,15 +77,15 @@ def launch(as_module: bool, key: str | None, words: tuple[str, ...], **options: 
 def _new(storage: Any, module: str, arguments: tuple[str, ...], options: dict[str, Any]) -> Any:
     from roma_core.files import digest_of
     from roma_core.job import JobFolder
-    from roma_pipelines.launching.job import JobSpec, job_key
-    from roma_pipelines.targets import launcher_for
+    from roma_pipelines.launching.spec import JobSpec, job_key
+    from roma_pipelines.launching.targets import launcher_for
 
     here = str(Path.cwd())
     config = {"module": module, "arguments": list(arguments), "working_folder": here}
     key = job_key(module, secrets.token_hex(8))
     spec = JobSpec(
         key=key,
-        command=("-m", "roma_core.module_job", here, module, *arguments),
+        command=("-m", "roma_core.run_job", here, module, *arguments),
         config_digest=digest_of(config),
         nodes=options["nodes"],
         processes_per_node=options["processes"],
@@ -145,7 +152,7 @@ def _is_a_module(name: str) -> None:
 def _again(storage: Any, key: str) -> Any:
     from roma_core.files import read_json
     from roma_pipelines.launching.jobs import find_job
-    from roma_pipelines.targets import launcher_of
+    from roma_pipelines.launching.targets import launcher_of
 
     job = find_job(storage.jobs, key)
     if not job.records:
@@ -160,7 +167,7 @@ def _again(storage: Any, key: str) -> Any:
 
 
 def _watch(folder: JobFolder, spec: Any, config: Any, launcher: Any, max_attempts: int) -> None:
-    from roma_pipelines.launching.job import JobFailed
+    from roma_pipelines.launching.spec import JobFailed
     from roma_pipelines.launching.supervisor import supervise
 
     shown = _Shown(folder)
@@ -225,3 +232,137 @@ class _Shown:
             content = file.read()
         self.offset += len(content)
         click.echo(content.decode(errors="replace"), nl=False)
+
+
+_COMMANDS = {
+    "pretrained_encoder": ("pretrain", "torchrun"),
+    "finetuned_classifier": ("finetune", "torchrun"),
+    "evaluation_report": ("evaluate", "plain"),
+}
+_NO_KEY = "0" * 20
+_STAND_INS = {
+    "JOB_FOLDER": "<storage root>/jobs/<key>, where config.json holds the training's settings",
+    _NO_KEY[:12]: "the beginning of the job's key",
+    "FREE_PORT": "chosen at the start",
+}
+
+
+@click.command()
+@click.argument("experiment")
+@click.option(
+    "--target", type=click.Choice(["local", "slurm", "kubernetes"]), help="In place of the file's."
+)
+@click.option("--profile", help="Of the cluster, in place of the file's.")
+@click.option(
+    "--asset",
+    type=click.Choice(list(_COMMANDS)),
+    default="pretrained_encoder",
+    show_default=True,
+    help="Whose job.",
+)
+@click.option("--check", is_flag=True, help="Ask the target, too, whether it would run it.")
+def plan(experiment: str, target: str | None, profile: str | None, asset: str, check: bool) -> None:
+    """Print the exact script of an EXPERIMENT's job, and how it differs from the last one.
+
+    EXPERIMENT is a name or the path of a defs.yaml. Nothing is submitted. --check prints every
+    reason for which the target would refuse the job, and fails if there is one.
+    """
+    from roma_pipelines.experiment import ENCODER
+    from roma_pipelines.experiment_files import load_experiment
+    from roma_pipelines.launching.launcher import NoAnswer
+    from roma_pipelines.launching.targets import launcher_for
+    from roma_pipelines.storage import Storage, StorageError
+
+    try:
+        found = load_experiment(experiment)
+        found.refuse_what_cannot_be_served(environment=True)
+        _refuse_wrong_settings(found, asset)
+        if found.pretrained_from is not None and asset == ENCODER:
+            raise ValueError(
+                f"{found.name} finetunes the encoder of {found.pretrained_from}; plan that experiment, "
+                f"or give --asset finetuned_classifier"
+            )
+        try:
+            resources = found.resources.at(target, profile)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
+        found = found.model_copy(update={"resources": resources})
+        storage = Storage.open()
+        launcher = launcher_for(resources.target, resources.profile, storage)
+        text = launcher.plan(_spec(found, asset, _NO_KEY, "JOB_FOLDER"))
+        click.echo(text, nl=False)
+        for word, meaning in _STAND_INS.items():
+            if word in text:
+                click.echo(f"# {word} stands for: {meaning}", err=True)
+        _show_difference(found, asset, launcher, storage)
+        if check:
+            _check(found, asset, launcher, storage)
+    except (ValueError, StorageError, NoAnswer) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _refuse_wrong_settings(experiment: Experiment, asset: str) -> None:
+    """Those of the environment, too, which the job would be given.
+
+    Raises:
+        ValueError: one of the trainer's is misspelt or wrong.
+    """
+    from roma_core.trainer.config import TrainerConfig
+
+    stages = {
+        "pretrained_encoder": experiment.pretraining,
+        "finetuned_classifier": experiment.finetuning,
+    }
+    if asset in stages:
+        TrainerConfig(**stages[asset].trainer)
+
+
+def _spec(experiment: Experiment, asset: str, key: str, folder: str) -> JobSpec:
+    from roma_pipelines.launching.targets import job_spec, roma_command
+
+    command, starter = _COMMANDS[asset]
+    return job_spec(
+        experiment.resources,
+        key,
+        roma_command(command, folder),
+        config_digest="",
+        starter=starter,  # type: ignore[arg-type]
+    )
+
+
+def _show_difference(
+    experiment: Experiment, asset: str, launcher: Launcher, storage: Storage
+) -> None:
+    """On standard error, so that the script alone can be redirected into a file."""
+    from roma_pipelines.launching.jobs import all_jobs
+
+    name = f"{experiment.name}/{asset}"
+    last = next((job for job in all_jobs(storage.jobs) if job.asset == name and job.records), None)
+    if last is None:
+        click.echo(f"# {name} was never submitted from {storage.root}", err=True)
+        return
+    n = last.records[-1].attempt
+    folder = str(last.folder.path.resolve())
+    script = last.folder.attempt(n).script
+    if script.exists():
+        before = script.read_text()
+        now = launcher.plan(_spec(experiment, asset, last.key, str(last.folder.path)), folder, n)
+    else:  # a target that is given no script: compare what was asked for
+        before = launcher.plan(last.spec)
+        now = launcher.plan(_spec(experiment, asset, last.key, str(last.folder.path)))
+    lines = list(
+        difflib.unified_diff(
+            before.splitlines(), now.splitlines(), f"last: job {last.key}", "now", lineterm="", n=1
+        )
+    )
+    click.echo("\n".join(lines or [f"# the same as the last one, job {last.key}"]), err=True)
+
+
+def _check(experiment: Experiment, asset: str, launcher: Launcher, storage: Storage) -> None:
+    from roma_core.job import JobFolder
+    from roma_pipelines.launching.launcher import Refused
+
+    folder = JobFolder(storage.jobs / _NO_KEY)
+    if reasons := launcher.preflight(_spec(experiment, asset, _NO_KEY, str(folder.path)), folder):
+        raise Refused(reasons)
+    click.echo(f"# the target {launcher.backend} would run it", err=True)

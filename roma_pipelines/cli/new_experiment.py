@@ -50,7 +50,7 @@ def new_experiment(name: str, sources: tuple[str, ...], **options: Any) -> None:
     """
     from pydantic import ValidationError
 
-    from roma_core.data.guessing import Roles
+    from roma_core.data.infer_schema import Roles
     from roma_core.settings import problems_of
     from roma_pipelines import scaffold
     from roma_pipelines.experiment import Experiment, checked_name

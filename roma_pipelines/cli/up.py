@@ -46,11 +46,15 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
         ("Overview", page_port, "--page-port"),
     ):
         _check_free(name, port, option)
-    from roma_pipelines.instance import prepare_instance
     from roma_pipelines.pages.links import announce
-    from roma_pipelines.registry.access import check_access
-    from roma_pipelines.registry.store import MlflowSettings, StoreError, is_server, own_store
-    from roma_pipelines.storage import Storage, StorageError
+    from roma_pipelines.registry.store import (
+        MlflowSettings,
+        StoreError,
+        check_access,
+        is_server,
+        own_store,
+    )
+    from roma_pipelines.storage import Storage, StorageError, prepare_instance
 
     try:
         storage = Storage.open()
@@ -119,7 +123,7 @@ def _mlflow(port: int, uri: str, storage: Storage) -> list[str]:
 
 def _overview(port: int, dagster: str, mlflow: str) -> list[str]:
     return [
-        *(sys.executable, "-m", "roma_pipelines.pages.server", "--port", str(port)),
+        *(sys.executable, "-m", "roma_pipelines.pages.overview", "--port", str(port)),
         *("--dagster", dagster, "--mlflow", mlflow),
     ]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from roma_core.files import read_json
 from roma_core.job import Attempt, Exit, JobFolder, Result
-from roma_pipelines.launching.job import JobHandle, JobSpec, JobState, Phase
-from roma_pipelines.launching.plan import process_variables, program, render
+from roma_pipelines.launching.launcher import process_variables, program, render
+from roma_pipelines.launching.spec import JobHandle, JobSpec, JobState, Phase
 
 Step = Callable[[JobFolder, Attempt, JobSpec], JobState]
 """One step of an attempt: it may write into the folder, and says how things stand then."""

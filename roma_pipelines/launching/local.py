@@ -20,17 +20,17 @@ from pathlib import Path
 
 import psutil
 
-from roma_core.attempt import (
-    ATTEMPT_VARIABLE,
-    FOLDER_VARIABLE,
-    is_running,
-    process_start,
-)
+from roma_core.claim import ATTEMPT_VARIABLE, FOLDER_VARIABLE, is_running, process_start
 from roma_core.files import read_json
 from roma_core.job import JobFolder
-from roma_pipelines.launching.environment import handed_on, inherited
-from roma_pipelines.launching.job import JobHandle, JobSpec, JobState, Phase
-from roma_pipelines.launching.plan import plan_local, process_variables, render
+from roma_pipelines.launching.launcher import (
+    handed_on,
+    inherited,
+    plan_local,
+    process_variables,
+    render,
+)
+from roma_pipelines.launching.spec import JobHandle, JobSpec, JobState, Phase
 
 # Signals by which somebody else ends a process; any other is the process's own crash.
 _FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
@@ -184,7 +184,7 @@ class LocalLauncher:
 
     def _starting(self, folder: JobFolder, attempt: int) -> JobHandle | None:
         """A process that was started for this attempt and has not claimed it yet."""
-        mark = ["-m", "roma_core.attempt", str(folder.path.resolve()), str(attempt)]
+        mark = ["-m", "roma_core.claim", str(folder.path.resolve()), str(attempt)]
         for process in psutil.process_iter(["cmdline"]):
             start = process_start(process.pid)
             if (process.info["cmdline"] or [])[1:5] == mark and start is not None:

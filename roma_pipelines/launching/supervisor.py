@@ -5,25 +5,34 @@ from what it finds there. Its order of writing is what makes that safe: the inte
 (``attempts/<n>.json``) before the submission, the external id after it, the end last. An intent
 without an end is adopted; an intent that was never submitted is submitted under the same number;
 and should two start the same attempt after all, the job's own claim lets one of them run.
+
+Who watches a job now, ``watcher.json``: written by the watcher, believed while it lives.
 """
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, TypeVar
 
+from roma_core.claim import is_running, process_start
 from roma_core.files import create_json, digest_of, read_json, write_json
 from roma_core.job import JobFolder
-from roma_pipelines.launching.audit import Decision, append_decision
-from roma_pipelines.launching.evidence import (
+from roma_pipelines.launching.launcher import Launcher, NoAnswer, Refused
+from roma_pipelines.launching.outcome import (
+    Decision,
+    Said,
+    append_decision,
+    judge,
     log_tail,
     newest_checkpoint,
     read_records,
     said_by,
 )
-from roma_pipelines.launching.job import (
+from roma_pipelines.launching.spec import (
     AttemptRecord,
     End,
     JobFailed,
@@ -34,9 +43,51 @@ from roma_pipelines.launching.job import (
     Phase,
     id_of,
 )
-from roma_pipelines.launching.judge import Said, judge
-from roma_pipelines.launching.launcher import Launcher, NoAnswer, Refused
-from roma_pipelines.launching.watcher import Watcher
+
+WATCHER_SILENT_S = 60.0
+"""A watcher on another computer that has not said for so long that it is alive is dead."""
+
+POD_SILENT_S = 300.0
+"""The same where steps are pods: one that dies is noticed, waited for and started again meanwhile."""
+
+_BEAT_S = 5.0
+
+
+class Watcher:
+    """This process, as the watcher of a job."""
+
+    def __init__(self, folder: JobFolder, about: Mapping[str, Any]) -> None:
+        """
+        Args:
+            about: who this is: ``asset_key``, ``dagster_run_id``.
+        """
+        self.folder, self.about = folder, dict(about)
+        self._state, self._beat_at = "", -float("inf")
+
+    def beat(self, state: str | None = None) -> None:
+        """Say that it is alive, and how things stand where that is known: at once if it changed."""
+        if state is not None and state != self._state:
+            self._state, self._beat_at = state, -float("inf")
+        if time.monotonic() - self._beat_at < _BEAT_S:
+            return
+        self._beat_at = time.monotonic()
+        me = {"pid": os.getpid(), "start": process_start(os.getpid()), "beat": time.time()}
+        me |= {"host": socket.gethostname(), "state": self._state}
+        write_json(self.folder.watcher, {"schema_version": 1, **self.about, **me})
+
+
+def is_watched(watcher: Mapping[str, Any]) -> bool:
+    """Whether the process that wrote this ``watcher.json`` still lives."""
+    if not watcher:
+        return False
+    if watcher.get("host", socket.gethostname()) == socket.gethostname():
+        return is_running(watcher["pid"], watcher["start"])
+    from roma_pipelines.executor import DagsterSettings  # it imports dagster: a second
+
+    in_pods = DagsterSettings().executor == "k8s_job"
+    silent_s = POD_SILENT_S if in_pods else WATCHER_SILENT_S
+    return time.time() - float(watcher["beat"]) < silent_s
+
 
 Leave = Literal["detach", "cancel"]
 T = TypeVar("T")

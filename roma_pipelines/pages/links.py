@@ -9,8 +9,7 @@ import dagster as dg
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from roma_core.credentials import without_credentials
-from roma_core.settings import RomaSettings
+from roma_core.settings import RomaSettings, without_credentials
 
 
 class PageSettings(RomaSettings):

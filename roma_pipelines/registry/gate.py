@@ -2,16 +2,292 @@
 
 ``gate`` judges tables of predictions and measured facts, and touches nothing. Every check is always
 there, so that it can be shown as a check of the asset; one without a threshold passes and says so.
+
+The part of the gate that reads what was measured of the package and of the data.
+The part of the gate that reads predictions: the candidate alone, and beside the champion.
+The gate's decisions where they are kept: in the folder of the evaluation, and as tags of its run.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from roma_core.evaluation.measured import Measured
+from roma_core.evaluation.config import Measured
+from roma_core.evaluation.metrics import Metrics, evaluate, resample_sums
 from roma_core.evaluation.predictions import PredictionTable
+from roma_core.files import read_json, write_json
+from roma_core.job import JobFolder
+from roma_pipelines.registry.runs import JOB_KEY_TAG, checked_name
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+def package_checks(measured: Measured, thresholds: GateThresholds) -> list[GateCheck]:
+    """The checks ``golden_rows`` to ``no_leak``."""
+    return [
+        _golden_rows(measured),
+        _serving_parity(measured),
+        _latency(measured, thresholds),
+        _size(measured, thresholds),
+        _no_leak(measured),
+    ]
+
+
+def _golden_rows(measured: Measured) -> GateCheck:
+    trial = measured.trial
+    if trial is None:
+        text = f"the package failed in a fresh process: {measured.trial_problem}"
+        return GateCheck(name="golden_rows", passed=False, explanation=text)
+    return GateCheck(
+        name="golden_rows",
+        passed=True,
+        value=trial.golden_difference,
+        explanation=f"golden rows differ by at most {trial.golden_difference:.1e} in a fresh process",
+    )
+
+
+def _serving_parity(measured: Measured) -> GateCheck:
+    value = measured.serving_difference
+    return GateCheck(
+        name="serving_parity",
+        passed=value <= MAX_SERVING_DIFFERENCE,
+        value=value,
+        threshold=MAX_SERVING_DIFFERENCE,
+        explanation=f"trained model and package differ by at most {value:.1e}; at most "
+        f"{MAX_SERVING_DIFFERENCE} is allowed",
+    )
+
+
+def _latency(measured: Measured, thresholds: GateThresholds) -> GateCheck:
+    if measured.trial is None:
+        return GateCheck(name="latency", passed=False, explanation="not measured: it does not run")
+    value, most = measured.trial.latency_ms, thresholds.max_latency_ms
+    passed, said = True, f"{value:.2f} ms a series"
+    if most is not None:
+        passed = value <= most
+        said += f"; at most {most:g}"
+    champion, ratio = measured.champion_trial, thresholds.max_latency_ratio
+    if champion is not None and ratio is not None:
+        times = value / champion.latency_ms
+        passed = passed and times <= ratio
+        said += (
+            f"; {times:.2f} times the champion's {champion.latency_ms:.2f} ms, at most {ratio:g}"
+        )
+    elif most is None:
+        return unset("latency", said)
+    return GateCheck(name="latency", passed=passed, value=value, threshold=most, explanation=said)
+
+
+def _size(measured: Measured, thresholds: GateThresholds) -> GateCheck:
+    value, most = measured.size_mb, thresholds.max_size_mb
+    said = f"the package has {value:.2f} MB"
+    if most is None:
+        return unset("size", said)
+    return GateCheck(
+        name="size",
+        passed=value <= most,
+        value=value,
+        threshold=most,
+        explanation=f"{said}; at most {most:g}",
+    )
+
+
+def _no_leak(measured: Measured) -> GateCheck:
+    n = len(measured.leaks)
+    return GateCheck(
+        name="no_leak",
+        passed=n == 0,
+        value=float(n),
+        threshold=0.0,
+        explanation="; ".join(measured.leaks[:3]) + (f"; and {n - 3} more" if n > 3 else "")
+        if n
+        else "no group, object or equal content is in test and in what was trained on",
+    )
+
+
+Rows = NDArray[np.int64]
+_SURE = 0.999  # that a model knows anything at all: shuffled labels must never get through
+
+
+def prediction_checks(
+    candidate: PredictionTable,
+    champion: PredictionTable | None,
+    champion_problem: str | None,
+    thresholds: GateThresholds,
+) -> list[GateCheck]:
+    """The checks ``comparable`` to ``calibration``.
+
+    Args:
+        champion_problem: why there is a champion but no table of it.
+    """
+    metrics = evaluate(candidate, n_bootstrap=100)
+    problem, rows = champion_problem, None
+    if champion is not None and problem is None:
+        problem, rows = _same_series(candidate, champion)
+    return [
+        _comparable(problem, candidate, champion),
+        _not_worse(candidate, champion, rows, problem, thresholds),
+        _class_floor(metrics, candidate, champion, rows, thresholds),
+        _better_than_guessing(candidate, thresholds),
+        _accuracy(metrics, thresholds),
+        _calibration(metrics, thresholds),
+    ]
+
+
+def _same_series(
+    candidate: PredictionTable, champion: PredictionTable
+) -> tuple[str | None, Rows | None]:
+    """What forbids a comparison, or else the champion's row of every row of the candidate."""
+    if candidate.classes != champion.classes:
+        return f"classes {candidate.classes} against the champion's {champion.classes}", None
+    place = {one: row for row, one in enumerate(champion.ids)}
+    if n_apart := len(set(candidate.ids) ^ set(place)):
+        return f"{n_apart} ids are in one table only", None
+    rows = np.array([place[one] for one in candidate.ids])
+    if n_relabelled := int((candidate.labels != champion.labels[rows]).sum()):
+        return f"{n_relabelled} series have another label in either table", None
+    return None, rows
+
+
+def _comparable(
+    problem: str | None, candidate: PredictionTable, champion: PredictionTable | None
+) -> GateCheck:
+    if problem is not None:
+        text = (
+            f"the candidate cannot be compared with the champion: {problem}. If the champion is "
+            f"damaged, go back with `roma-pipeline rollback`; if the data have another schema now, "
+            f"give the experiment another name: consumers of this one rely on the old schema"
+        )
+    elif champion is None:
+        text = "there is no champion yet"
+    else:
+        text = f"both were evaluated on the same {len(candidate.ids)} series with the same labels"
+    return GateCheck(name="comparable", passed=problem is None, explanation=text)
+
+
+def _not_worse(
+    candidate: PredictionTable,
+    champion: PredictionTable | None,
+    rows: Rows | None,
+    problem: str | None,
+    thresholds: GateThresholds,
+) -> GateCheck:
+    name, limit = "not_worse_than_champion", -thresholds.max_loss_to_champion
+    if champion is None or rows is None:
+        said = "there is no champion yet" if problem is None else "not compared with the champion"
+        return GateCheck(name=name, passed=problem is None, explanation=said)
+    n = len(rows)
+    gain = candidate.correct.astype(np.float64) - champion.correct[rows]  # (N,) -1, 0 or 1
+    sums = resample_sums(gain[:, None], thresholds.n_bootstrap, thresholds.seed)  # (R, 1)
+    low = float(np.quantile(sums[:, 0] / n, 1 - thresholds.confidence))
+    return GateCheck(
+        name=name,
+        passed=low >= limit,
+        value=low,
+        threshold=limit,
+        explanation=f"accuracy minus the champion's is {gain.mean():+.4f}; with "
+        f"{thresholds.confidence:.0%} confidence it is at least {low:+.4f}, and must be at least "
+        f"{limit:+.4f} (paired bootstrap over {n} series)",
+    )
+
+
+def _class_floor(
+    metrics: Metrics,
+    candidate: PredictionTable,
+    champion: PredictionTable | None,
+    rows: Rows | None,
+    thresholds: GateThresholds,
+) -> GateCheck:
+    worst, of_class = min((c.recall, c.name) for c in metrics.per_class if c.recall is not None)
+    floor, allowed = thresholds.min_class_recall, thresholds.max_class_loss
+    said = f"the worst class is {of_class!r}, recall {worst:.4f}"
+    if floor is None and allowed is None:
+        return unset("class_floor", said)
+    passed = True
+    if floor is not None:
+        passed = worst >= floor
+        said += f"; at least {floor}"
+    if allowed is not None and champion is not None and rows is not None:
+        loss, lost_class = _largest_class_loss(candidate, champion, rows, thresholds)
+        passed = passed and loss <= allowed
+        said += (
+            f"; the largest loss against the champion that is sure with {thresholds.confidence:.0%} "
+            f"confidence is {loss:.4f} ({lost_class!r}); at most {allowed}"
+        )
+    return GateCheck(
+        name="class_floor", passed=passed, value=worst, threshold=floor, explanation=said
+    )
+
+
+def _largest_class_loss(
+    candidate: PredictionTable, champion: PredictionTable, rows: Rows, thresholds: GateThresholds
+) -> tuple[float, str]:
+    """The largest recall that a class has lost for sure, at least 0, and the class.
+
+    A class of few series has wide bounds, and each counts one series more, about which both models
+    agree, so that one unlucky series does not decide.
+    """
+    gain = candidate.correct.astype(np.float64) - champion.correct[rows]
+    losses = []
+    for k, name in enumerate(candidate.classes):
+        inside = gain[candidate.labels == k]
+        if len(inside):
+            inside = np.append(inside, 0.0)
+            sums = resample_sums(inside[:, None], thresholds.n_bootstrap, thresholds.seed)
+            best = float(np.quantile(sums[:, 0] / len(inside), thresholds.confidence))
+            losses.append((max(0.0, -best), name))
+    return max(losses)
+
+
+def _better_than_guessing(candidate: PredictionTable, thresholds: GateThresholds) -> GateCheck:
+    """What refuses a model of shuffled labels where there is no champion and no threshold."""
+    correct = candidate.correct.astype(np.float64)
+    sums = resample_sums(correct[:, None], thresholds.n_bootstrap, thresholds.seed)
+    low = float(np.quantile(sums[:, 0] / len(correct), 1 - _SURE))
+    guessing = float(np.bincount(candidate.labels).max() / len(correct))
+    return GateCheck(
+        name="better_than_guessing",
+        passed=low > guessing,
+        value=low,
+        threshold=guessing,
+        explanation=f"accuracy is at least {low:.4f} with {_SURE:.1%} confidence; "
+        f"always naming the most frequent class gives {guessing:.4f}",
+    )
+
+
+def _accuracy(metrics: Metrics, thresholds: GateThresholds) -> GateCheck:
+    value, floor = metrics.accuracy.value, thresholds.min_accuracy
+    said = f"accuracy {value:.4f} on {metrics.n_series} series"
+    if floor is None:
+        return unset("accuracy", said)
+    return GateCheck(
+        name="accuracy",
+        passed=value >= floor,
+        value=value,
+        threshold=floor,
+        explanation=f"{said}; at least {floor}",
+    )
+
+
+def _calibration(metrics: Metrics, thresholds: GateThresholds) -> GateCheck:
+    value, ceiling = metrics.calibration_error.value, thresholds.max_calibration_error
+    said = f"calibration error {value:.4f}"
+    if ceiling is None:
+        return unset("calibration", said)
+    return GateCheck(
+        name="calibration",
+        passed=value <= ceiling,
+        value=value,
+        threshold=ceiling,
+        explanation=f"{said}; at most {ceiling}",
+    )
+
 
 MAX_SERVING_DIFFERENCE = 1e-5
 """Largest difference of a probability between the trained model and the package that is served."""
@@ -112,8 +388,6 @@ def gate(
     Args:
         champion: None without a champion, or if it could not be evaluated, which ``measured`` says.
     """
-    from roma_pipelines.registry.gate_package import package_checks
-    from roma_pipelines.registry.gate_predictions import prediction_checks
 
     found = [
         *prediction_checks(candidate, champion, measured.champion_problem, thresholds),
@@ -126,3 +400,62 @@ def gate(
 def unset(name: str, what: str) -> GateCheck:
     """A check for which the experiment sets no threshold."""
     return GateCheck(name=name, passed=True, explanation=f"{what}; no threshold is set")
+
+
+GATE_TAG = "roma.gate"
+SPLIT_TAG = "roma.test_split"
+
+
+def decide(folder: JobFolder, thresholds: GateThresholds) -> GateDecision:
+    """Judge a finished evaluation, and write ``outputs/gate.json``.
+
+    Raises:
+        ValueError: the evaluation has no result.
+    """
+    from roma_core.evaluation.predictions import PredictionTable
+
+    result = folder.read_result()
+    if result is None:
+        raise ValueError(f"the evaluation in {folder.path} has no result; materialise it again")
+    tables = {
+        name: PredictionTable.load(folder.path / result.outputs[name])
+        for name in ("predictions", "champion_predictions")
+        if name in result.outputs
+    }
+    measured = Measured.load(folder.path / result.outputs["measured"])
+    decision = gate(tables["predictions"], tables.get("champion_predictions"), measured, thresholds)
+    write_json(folder.outputs / "gate.json", decision.model_dump(mode="json"))
+    return decision
+
+
+def read_decision(job_folder: Path) -> GateDecision:
+    """The gate's decision about an evaluation."""
+    return GateDecision.model_validate(read_json(job_folder / "outputs" / "gate.json"))
+
+
+def has_passed(job_folder: Path) -> bool:
+    """Whether an evaluation passed its gate.
+
+    Blocking checks block inside their own run only; whoever comes later asks here.
+    """
+    if JobFolder(job_folder).read_result() is None:
+        return False
+    return read_decision(job_folder).passed
+
+
+def decided_before(client: MlflowClient, experiment: str, split: str, job_key: str) -> int:
+    """How many other evaluations a test split has decided, as the runs of the experiment tell."""
+    checked_name("job key", job_key)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        return 0
+    runs = client.search_runs(
+        [found.experiment_id], f"tags.`{SPLIT_TAG}` = '{split}'", max_results=50_000
+    )
+    return sum(run.data.tags.get(JOB_KEY_TAG) != job_key for run in runs)
+
+
+def tag_decision(client: MlflowClient, run_id: str, decision: GateDecision, split: str) -> None:
+    """Say at the run of an evaluation which split decided, and how."""
+    client.set_tag(run_id, SPLIT_TAG, split)
+    client.set_tag(run_id, GATE_TAG, "passed" if decision.passed else "failed")

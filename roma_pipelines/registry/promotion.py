@@ -7,28 +7,98 @@ without its record. All of them run under the lock of the model.
     previous    the champion before it; ``rollback`` puts it back
 
 The encoder that was registered with a classifier follows it: it has no gate of its own.
+
+The record of a model's champions: who made which version champion, when, why, on what evidence.
+Removing a version, where nobody needs it any more.
 """
 
 from __future__ import annotations
 
+import getpass
+import json
 import logging
+import socket
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal
 
-from roma_pipelines.registry.audit import audit, record, require
-from roma_pipelines.registry.decisions import GATE_TAG
+from pydantic import BaseModel, ConfigDict, Field
+
+from roma_pipelines.registry.gate import GATE_TAG
 from roma_pipelines.registry.lock import LOCK_SUFFIX, model_lock
 from roma_pipelines.registry.runs import checked_name
-from roma_pipelines.registry.versions import (
-    COMPARED_TAG,
-    ENCODER_TAG,
-    encoder_name,
-    version_at,
-)
+from roma_pipelines.registry.versions import COMPARED_TAG, ENCODER_TAG, encoder_name, version_at
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+
+AUDIT_TAG = "roma.audit."
+Action = Literal["promote", "rollback", "reject"]
+
+
+class AuditEvent(BaseModel):
+    """One decision about a version."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    at: str = Field(description="UTC, ISO 8601.")
+    action: Action
+    version: str = Field(description="The champion from now on; the version that is rejected.")
+    replaced: str | None = Field(description="The champion until now; None for a rejection.")
+    who: str
+    why: str
+    evidence: dict[str, Any] = {}
+
+
+def audit(client: MlflowClient, name: str) -> list[AuditEvent]:
+    """All decisions about a model's versions, the oldest first."""
+    tags = client.get_registered_model(name).tags
+    keys = sorted(key for key in tags if key.startswith(AUDIT_TAG))
+    return [AuditEvent.model_validate_json(tags[key]) for key in keys]
+
+
+def record(
+    client: MlflowClient,
+    name: str,
+    action: Action,
+    version: str,
+    replaced: str | None,
+    who: str,
+    why: str,
+    evidence: Mapping[str, Any],
+) -> AuditEvent:
+    """Append an event; the caller holds the lock of the model."""
+    event = AuditEvent(
+        at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        action=action,
+        version=version,
+        replaced=replaced,
+        who=who,
+        why=why,
+        evidence=json.loads(json.dumps(evidence, allow_nan=False)),
+    )
+    number = len(audit(client, name)) + 1
+    client.set_registered_model_tag(name, f"{AUDIT_TAG}{number:06d}", event.model_dump_json())
+    return event
+
+
+def require(who: str, why: str) -> None:
+    """Refuse a decision that nobody answers for.
+
+    Raises:
+        ValueError: nothing is said of who or why.
+    """
+    for field, text in (("who", who), ("why", why)):
+        if not text.strip():
+            raise ValueError(f"{field} is empty; the audit needs to know it")
+
+
+def whoever_this_is() -> str:
+    """``user@host`` of this process."""
+    return f"{getpass.getuser()}@{socket.gethostname()}"
+
 
 CHAMPION, PREVIOUS = "champion", "previous"
 REJECTED_TAG = "roma.rejected"
@@ -275,3 +345,52 @@ def _exists(client: MlflowClient, name: str, version: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+class StillNeeded(ValueError):
+    """An alias points to the version, it was champion once, or it is the encoder of a classifier."""
+
+
+def delete_version(client: MlflowClient, name: str, version: str) -> None:
+    """Delete a version and its logged model.
+
+    MLflow itself would drop the aliases with it, and consumers would find no champion.
+
+    Raises:
+        ValueError: there is no such version.
+        StillNeeded: an alias points to it, the audit names it as a champion of some time, or it is
+            the encoder of a classifier that is there.
+    """
+    with model_lock(client, name):
+        found = the_version(client, name, version)
+        if found.aliases:
+            raise StillNeeded(
+                f"version {version} of {name!r} is {', '.join(sorted(found.aliases))}; move the "
+                f"alias first"
+            )
+        champions = {e.version for e in audit(client, name) if e.action != "reject"}
+        champions |= {e.replaced for e in audit(client, name) if e.replaced}
+        if version in champions:
+            raise StillNeeded(
+                f"version {version} of {name!r} was champion once; the audit answers for what it "
+                f"served, so it stays"
+            )
+        if users := _classifiers_of(client, name, version):
+            raise StillNeeded(
+                f"version {version} of {name!r} is the encoder of {', '.join(users)}; it follows its "
+                f"classifier, so it stays as long as that"
+            )
+        client.delete_model_version(name, version)
+        if found.source and found.source.startswith("models:/m-"):
+            client.delete_logged_model(found.source.removeprefix("models:/"))
+
+
+def _classifiers_of(client: MlflowClient, name: str, version: str) -> list[str]:
+    """The versions of classifiers that were registered with a version of an encoder."""
+    classifier = name.removesuffix(encoder_name(""))
+    if classifier == name:
+        return []
+    found = client.search_model_versions(
+        f"name = '{classifier}' AND tags.`{ENCODER_TAG}` = '{version}'"
+    )
+    return [f"version {one.version} of {classifier!r}" for one in found]

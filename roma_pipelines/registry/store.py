@@ -4,16 +4,23 @@ The embedded store is ``<root>/mlflow.db`` (SQLite) and ``<root>/artifacts``. ML
 and migrates such a file unguarded: processes that start together on a missing one leave it
 half-migrated, and a newer MLflow migrates it unasked. Here, one process at a time builds a new file
 aside and renames it, so a crash at any moment leaves the old file or none.
+
+MLflow's tables in the PostgreSQL database: made, or brought to the installed version, once.
+An MLflow server that asks who one is: name and password on their way to it, and a look beforehand.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
+import http.client
 import logging
 import os
 import shutil
 import sqlite3
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -23,15 +30,166 @@ from pydantic import Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
 from roma_core.files import sync_folder
-from roma_core.settings import RomaSettings
-from roma_pipelines.storage import Storage, StorageSettings
+from roma_core.settings import RomaSettings, without_credentials
+from roma_pipelines.storage import (
+    Storage,
+    StorageSettings,
+    advisory_lock,
+    ensure_schemas,
+    schema_url,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+_log = logging.getLogger(__name__)
+
+
+def ensure_postgres_store(url: str, storage: Storage) -> str:
+    """Create or upgrade MLflow's tables if necessary; return the URI by which MLflow finds them.
+
+    One process does it at a time; the others wait and find it done.
+
+    Raises:
+        StoreError: a newer MLflow made the tables.
+        StorageError: the database does not answer.
+    """
+    uri = schema_url(url, "mlflow")
+    if _revision(uri) in known_revisions().heads:
+        return uri
+    ensure_schemas(url)
+    with advisory_lock(url, "mlflow schema"):
+        revision, known = _revision(uri), known_revisions()
+        if revision in known.heads:
+            return uri
+        if revision is not None and revision not in known.all:
+            raise StoreError(
+                f"{url} has MLflow's tables of revision {revision}, which the installed MLflow does "
+                f"not know: a newer one made them. Install that version, or name another database"
+            )
+        _build(uri, storage, revision)
+    return uri
+
+
+def _revision(uri: str) -> str | None:
+    """Revision of MLflow's tables; None if there are none."""
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
+    try:
+        with engine.connect() as session:
+            found = session.execute(sqlalchemy.text("SELECT to_regclass('alembic_version')"))
+            if found.scalar() is None:
+                return None
+            row = session.execute(sqlalchemy.text("SELECT version_num FROM alembic_version"))
+            return row.scalar()
+    except sqlalchemy.exc.OperationalError as error:
+        raise StoreError(f"MLflow's database does not answer: {error.orig}") from error
+
+
+def _build(uri: str, storage: Storage, revision: str | None) -> None:
+    import sqlalchemy
+    from mlflow.store.db.utils import _upgrade_db
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    if revision is None:
+        _log.info("creating MLflow's tables in PostgreSQL, which takes some seconds")
+        artifacts = storage.mlflow / "artifacts"
+        SqlAlchemyStore(uri, artifacts.as_uri()).engine.dispose()
+        return
+    _log.warning("upgrading MLflow's tables in PostgreSQL from revision %s", revision)
+    engine = sqlalchemy.create_engine(uri)
+    _upgrade_db(engine)
+    engine.dispose()
+
+
+USERNAME, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
+TOKEN = "MLFLOW_TRACKING_TOKEN"
+_QUESTION = "/api/2.0/mlflow/experiments/search?max_results=1"
+_TIMEOUT_S = 10.0
+
+
+def take_credentials(settings: MlflowSettings) -> None:
+    """Put a configured name and password where MLflow looks for them.
+
+    Raises:
+        StoreError: a server is configured, and there is one without the other.
+    """
+    if settings.username is not None:
+        os.environ[USERNAME] = settings.username
+    if settings.password is not None:
+        os.environ[PASSWORD] = settings.password.get_secret_value()
+    has = [name for name in (USERNAME, PASSWORD) if os.environ.get(name)]
+    if len(has) == 1 and _servers(settings) and not os.environ.get(TOKEN):
+        (missing,) = {USERNAME, PASSWORD} - set(has)
+        raise StoreError(
+            f"MLflow needs a name and a password: {has[0]} is set, {missing} is not; "
+            f"ROMA_MLFLOW_USERNAME and ROMA_MLFLOW_PASSWORD set both"
+        )
+
+
+def _servers(settings: MlflowSettings) -> list[str]:
+    uris = (settings.tracking_uri, settings.registry_uri)
+    return [uri.rstrip("/") for uri in uris if uri is not None and is_server(uri)]
+
+
+_welcome: set[tuple[str, str]] = set()  # (server, header) that were asked and let us in
+
+
+def check_access(settings: MlflowSettings) -> None:
+    """Ask the configured servers whether they take us, until one has; nothing else is asked.
+
+    A server that is away is no error here: jobs go on without it and tell it later.
+
+    Raises:
+        StoreError: one refuses; the text says as whom we came, and never with which password.
+    """
+    take_credentials(settings)
+    for uri in _servers(settings):
+        if (uri, _header()) not in _welcome and _takes_us(uri, os.environ.get(USERNAME, "")):
+            _welcome.add((uri, _header()))
+
+
+def _takes_us(uri: str, who: str) -> bool:
+    """False if the server did not answer."""
+    shown, header = without_credentials(uri), _header()
+    if shown != uri:  # the address has them; MLflow takes them from there
+        return True
+    try:
+        request = urllib.request.Request(
+            uri + _QUESTION, headers={"Authorization": header} if header else {}
+        )
+        urllib.request.urlopen(request, timeout=_TIMEOUT_S).close()
+    except urllib.error.HTTPError as error:
+        if error.code not in (401, 403):
+            return False
+        as_whom = f"the user {who!r}" if who else "a token" if header else "somebody without a name"
+        said = " ".join(error.read(300).decode(errors="replace").split())
+        raise StoreError(
+            f"the MLflow server {shown} refuses {as_whom} ({error.code}: {said}); set "
+            f"ROMA_MLFLOW_USERNAME and ROMA_MLFLOW_PASSWORD, or {USERNAME} and {PASSWORD}"
+        ) from None
+    except (http.client.InvalidURL, ValueError):  # the text of either may hold what it is about
+        raise StoreError(
+            f"the MLflow server {shown} cannot be asked: expected http(s)://host:port, and a name, "
+            f"password and token of one line each without a line break"
+        ) from None
+    except (OSError, http.client.HTTPException):
+        return False
+    return True
+
+
+def _header() -> str:
+    """What MLflow's clients would send."""
+    if os.environ.get(USERNAME) and os.environ.get(PASSWORD):
+        pair = f"{os.environ[USERNAME]}:{os.environ[PASSWORD]}"
+        return "Basic " + base64.standard_b64encode(pair.encode()).decode()
+    token = os.environ.get(TOKEN)
+    return f"Bearer {token}" if token else ""
+
+
 DATABASE = "mlflow.db"
 _SQLITE = "sqlite:///"
-_log = logging.getLogger(__name__)
 
 
 class StoreError(RuntimeError):
@@ -68,7 +226,7 @@ def tracking_uri(settings: MlflowSettings, root: Path) -> str:
     Raises:
         StorageError: the configured database is none.
     """
-    from roma_pipelines.database import database_url, schema_url
+    from roma_pipelines.storage import database_url, schema_url
 
     if settings.tracking_uri:
         return settings.tracking_uri
@@ -85,7 +243,6 @@ def connect(settings: MlflowSettings, root: Path) -> MlflowClient:
     Raises:
         StoreError: a server refuses us, or our own store cannot be used.
     """
-    from roma_pipelines.registry.access import check_access
 
     check_access(settings)
     _no_telemetry()
@@ -104,13 +261,12 @@ def own_store(root: Path) -> str:
     Raises:
         StoreError, StorageError: it cannot be used; the message says what to do.
     """
-    from roma_pipelines.database import database_url
+    from roma_pipelines.storage import database_url
 
     url = database_url()
     if url is None:
         return ensure_store(root)
     _no_telemetry()
-    from roma_pipelines.registry.postgres_store import ensure_postgres_store
 
     return ensure_postgres_store(url, Storage(root.parent))
 
@@ -142,12 +298,12 @@ def ensure_store(root: Path) -> str:
             state = "missing"
         if state == "missing":
             _log.info("creating the MLflow database %s, which takes some seconds", database)
-            _build(database)
+            _store_build(database)
         elif state == "older":
             backup = database.with_name(f"{DATABASE}.{revision}.backup")
             _log.info("upgrading the MLflow database %s; the old one stays as %s", database, backup)
             with _exclusively(database):
-                _build(database, backup)
+                _store_build(database, backup)
     return f"{_SQLITE}{database}"
 
 
@@ -181,7 +337,7 @@ def one_at_a_time(client: MlflowClient) -> Iterator[None]:
         with FileLock(root / ".mlflow-write.lock"):
             yield
     elif not is_server(client.tracking_uri):
-        from roma_pipelines.database import advisory_lock
+        from roma_pipelines.storage import advisory_lock
 
         with advisory_lock(client.tracking_uri, "mlflow write"):
             yield
@@ -253,7 +409,7 @@ def known_revisions() -> Revisions:
     return Revisions(frozenset(scripts.get_heads()), every)
 
 
-def _build(database: Path, backup: Path | None = None) -> None:
+def _store_build(database: Path, backup: Path | None = None) -> None:
     """Build a database aside and rename it; with ``backup``, from the present one, kept there."""
     import sqlalchemy
     from mlflow.store.db.utils import _upgrade_db

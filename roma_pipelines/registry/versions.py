@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from roma_core.files import read_json, sha256_of
-from roma_core.serving.fetching import CODE_TAG, MANIFEST_TAG
-from roma_core.serving.requirements import locked, requirements
+from roma_core.serving.registry_client import CODE_TAG, MANIFEST_TAG
+from roma_core.serving.schema import locked, requirements
 from roma_pipelines.registry.lock import model_lock
 from roma_pipelines.registry.runs import JOB_KEY_TAG, checked_name
 from roma_pipelines.registry.store import one_at_a_time

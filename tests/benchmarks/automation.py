@@ -17,14 +17,13 @@ from pathlib import Path
 
 import dagster as dg
 
-from roma_core.data.building import build_dataset
-from roma_core.data.columns import read_manifest
-from roma_core.data.fingerprint import source_fingerprint
-from roma_pipelines.automation.failure_sensor import tell_of_failures
-from roma_pipelines.automation.reconcile_sensor import reconcile_jobs
+from roma_core.data.build import build_dataset
+from roma_core.data.config import source_fingerprint
+from roma_core.data.store import read_manifest
+from roma_pipelines.automation.alerts import tell_of_failures
+from roma_pipelines.automation.housekeeping import reconcile_jobs
 from roma_pipelines.components import RomaExperiment
-from roma_pipelines.instance import prepare_instance
-from roma_pipelines.storage import Storage
+from roma_pipelines.storage import Storage, prepare_instance
 from tests.pipelines.automation.played_month import write_series
 
 _TICKS = 20

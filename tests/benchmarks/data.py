@@ -27,12 +27,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from roma_core.data.building import build_dataset
+from roma_core.data.build import build_dataset
 from roma_core.data.config import DatasetConfig
-from roma_core.data.exporting import export_parquet
+from roma_core.data.export import export_parquet
 from roma_core.data.schema import Channel, PositionAxis
-from roma_core.data.sources import RawSeries, SourceConfig
 from roma_core.data.store import StoredDataset
+from roma_core.sources.base import RawSeries, SourceConfig
 
 _ROUNDS = 5
 _BATCH = 40  # series, about the 8,192 tokens of the PLAsTiCC experiment

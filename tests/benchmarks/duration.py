@@ -4,7 +4,7 @@
 
 Measures the CPU time of steps (collating, forward, backward, clipping, AdamW) of both trainings at several
 widths, depths and lengths of series, on one thread, and prints it beside what
-``roma_core.trainer.duration`` expects, with their ratio.
+``roma_core.trainer.defaults`` expects, with their ratio.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from roma_core.model.classification import RoMAForClassification
 from roma_core.model.config import (
     EncoderConfig,
     RoMAForClassificationConfig,
     RoMAForPreTrainingConfig,
 )
+from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
-from roma_core.trainer.batches import Collate
 from roma_core.trainer.config import TrainerConfig
-from roma_core.trainer.duration import finetuning_s, pretraining_s
-from roma_core.trainer.sizing import Amount
+from roma_core.trainer.dataloader import Collate
+from roma_core.trainer.defaults import Amount, finetuning_s, pretraining_s
 from tests.benchmarks.timing import Clock
 
 _REPEATS = 7

@@ -26,25 +26,27 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 
-from roma_core.data.building import build_dataset
-from roma_core.data.sources.recipes import rbf_weights
+from roma_core.data.build import build_dataset
 from roma_core.data.store import StoredDataset, Subset
-from roma_core.evaluation.reconstructing import (
+from roma_core.evaluation.reconstruction import (
     HiddenTable,
     all_but,
     as_trained,
+    by_group,
+    errors,
     hidden_of,
     interpolated,
     mean_of_train,
+    noise,
     rows_by_series,
 )
 from roma_core.evaluation.reconstruction_job import ranges_of
-from roma_core.evaluation.reconstruction_metrics import by_group, errors, noise
 from roma_core.model.config import RoMAForPreTrainingConfig
-from roma_core.trainer.job_config import data_fields
+from roma_core.sources.synthetic import rbf_weights
+from roma_core.trainer.job import data_fields
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.experiment_files import load_experiment
-from roma_pipelines.results.rows import ROWS
+from tests.benchmarks.results.rows import ROWS
 
 Floats = NDArray[Any]
 Method = Callable[[Floats, Floats, Floats], Floats]

@@ -19,13 +19,13 @@ from pathlib import Path
 import yaml
 
 import roma_pipelines
-from roma_core.data.building import build_dataset
-from roma_core.data.columns import read_manifest
-from roma_core.evaluation.job_config import EvaluationJobConfig
+from roma_core.data.build import build_dataset
+from roma_core.data.store import read_manifest
+from roma_core.evaluation.config import EvaluationJobConfig
 from roma_core.files import write_json
 from roma_core.job import JobFolder
 from roma_core.trainer.config import TrainerConfig
-from roma_core.trainer.job_config import TrainingJobConfig
+from roma_core.trainer.job import TrainingJobConfig
 from roma_pipelines.experiment import Experiment
 
 DEFS = Path(roma_pipelines.__path__[0]) / "defs" / "japanese_vowels" / "defs.yaml"

@@ -18,12 +18,12 @@ import time
 from pathlib import Path
 
 from roma_core.job import JobFolder
-from roma_pipelines.launching.job import JobHandle, JobSpec, Phase
-from roma_pipelines.launching.kubernetes import KubernetesLauncher
-from roma_pipelines.launching.kubernetes_manifests import manifests
-from roma_pipelines.launching.kubernetes_site import KubernetesSite, load_kubernetes_site
-from tests.pipelines.kubernetes.fake_api import FakeApi
-from tests.pipelines.kubernetes.fake_store import Object, now
+from roma_pipelines.launching.kubernetes.launcher import KubernetesLauncher
+from roma_pipelines.launching.kubernetes.manifests import manifests
+from roma_pipelines.launching.kubernetes.profile import KubernetesSite, load_kubernetes_site
+from roma_pipelines.launching.spec import JobHandle, JobSpec, Phase
+from tests.pipelines.launching.kubernetes.fake_api import FakeApi
+from tests.pipelines.launching.kubernetes.fake_store import Object, now
 
 
 def spec_of(n: int, **fields: object) -> JobSpec:

@@ -26,12 +26,12 @@ from pathlib import Path
 
 from roma_core.files import digest_of
 from roma_core.job import JobFolder
-from roma_pipelines.launching.job import JobSpec
-from roma_pipelines.launching.sbatch import batch_script
-from roma_pipelines.launching.site import Site, SlurmSettings, load_site
-from roma_pipelines.launching.slurm import SlurmLauncher
+from roma_pipelines.launching.slurm.launcher import SlurmLauncher
+from roma_pipelines.launching.slurm.profile import Site, SlurmSettings, load_site
+from roma_pipelines.launching.slurm.script import batch_script
+from roma_pipelines.launching.spec import JobSpec
 from roma_pipelines.launching.supervisor import supervise
-from tests.pipelines.launching.real_slurm import Cluster, real_slurm
+from tests.pipelines.launching.slurm.real_slurm import Cluster, real_slurm
 
 REPEATS, PAIRS = 5, 15
 JOBS, WATCHERS, WATCHED_S, INTERVAL_S = 1000, 20, 20.0, 5.0

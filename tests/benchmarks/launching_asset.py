@@ -17,7 +17,7 @@ import dagster as dg
 
 from roma_core.job import JobFolder
 from roma_pipelines import tracked_job
-from roma_pipelines.launching.evidence import read_records
+from roma_pipelines.launching.outcome import read_records
 from roma_pipelines.storage import Storage
 from tests.pipelines import tiny
 

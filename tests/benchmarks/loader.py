@@ -21,7 +21,7 @@ import torch
 import yaml
 
 import roma_pipelines
-from roma_core.data.building import build_dataset
+from roma_core.data.build import build_dataset
 from roma_core.data.store import StoredDataset, Subset
 from roma_core.model import (
     RoMAForClassification,
@@ -30,8 +30,8 @@ from roma_core.model import (
     RoMAForPreTrainingConfig,
 )
 from roma_core.trainer import Trainer, TrainerConfig
-from roma_core.trainer.job_config import data_fields
-from roma_core.trainer.metrics_log import read_records
+from roma_core.trainer.job import data_fields
+from roma_core.trainer.metrics import read_records
 from roma_pipelines.experiment import Experiment
 
 SIZES = {"japanese_vowels": (243, 16), "plasticc": (1500, 2)}

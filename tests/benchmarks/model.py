@@ -21,8 +21,8 @@ import sys
 
 import torch
 
-from roma_core.model.classification import RoMAForClassification
 from roma_core.model.config import EncoderConfig, RoMAForClassificationConfig
+from roma_core.model.prediction import RoMAForClassification
 from tests.benchmarks.timing import Clock
 from tests.benchmarks.workloads import NAMES, Setting, make
 

@@ -34,8 +34,7 @@ from dagster._core.storage.event_log.schema import (
 from dagster._core.storage.runs.schema import RunsTable, RunTagsTable
 
 from roma_core.job import JobFolder
-from roma_pipelines.instance import prepare_instance
-from roma_pipelines.storage import Storage
+from roma_pipelines.storage import Storage, prepare_instance
 from tests.end_to_end.served import Pages, chromium
 from tests.pipelines import tiny
 from tests.pipelines.real_postgres import real_postgres

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from roma_core.model.attention import packed_attention, padded_attention
-from roma_core.model.linear import linear, linear_silu
-from roma_core.model.norm import RMSNorm
-from roma_core.model.rotary import Rotation, rotate
+from roma_core.model.encoder import RMSNorm, linear, linear_silu
+from roma_core.model.positions import Rotation, rotate
 from roma_core.model.segments import Segments
 from tests.benchmarks.timing import Clock, Work
 from tests.benchmarks.workloads import _lengths

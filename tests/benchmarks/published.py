@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from roma_core.model.config import EncoderConfig
-from roma_core.model.rotary import BASE, pairs_per_axis
+from roma_core.model.positions import BASE, pairs_per_axis
 
 
 class PublishedRotation(nn.Module):

@@ -85,7 +85,7 @@ def tensors(row: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def load(folder: Path) -> None:
-    from roma_core.serving.trial import try_package
+    from roma_core.serving.smoke_test import try_package
 
     trials = [try_package(folder / "package") for _ in range(3)]
     seconds = [trial.load_s for trial in trials]
@@ -112,7 +112,7 @@ def _packed(model: Any, given: list[tuple[torch.Tensor, torch.Tensor]], at_once:
 
 
 def measure_speed(folder: Path, model: Any, n: int, repeats: int) -> None:
-    from roma_core.serving.logged_model import Classifier, Series
+    from roma_core.serving.pyfunc_model import Classifier, Series
 
     torch.set_num_threads(1)
     rng = np.random.default_rng(1)
@@ -155,7 +155,7 @@ def measure_speed(folder: Path, model: Any, n: int, repeats: int) -> None:
 
 
 def rollback_time(folder: Path) -> None:
-    from roma_pipelines.registry.decisions import GATE_TAG
+    from roma_pipelines.registry.gate import GATE_TAG
     from roma_pipelines.registry.promotion import promote, rollback
     from roma_pipelines.registry.store import MlflowSettings, connect
     from roma_pipelines.registry.versions import COMPARED_TAG

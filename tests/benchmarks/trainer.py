@@ -90,7 +90,7 @@ def as_shipped(folder: Path, n_steps: int) -> list[Workload]:
         RoMAForPreTrainingConfig,
     )
     from roma_core.data.store import StoredDataset
-    from roma_core.trainer.job_config import data_fields
+    from roma_core.trainer.job import data_fields
 
     dataset = StoredDataset(folder)
     train, schema = dataset.split("train"), dataset.schema

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from roma_core.model.classification import RoMAForClassification
 from roma_core.model.config import (
     EncoderConfig,
     RoMAForClassificationConfig,
     RoMAForPreTrainingConfig,
 )
 from roma_core.model.packing import PackedBatch, pack
+from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
 from tests.benchmarks.peers import TorchClassifier, hugging_face_mae
 from tests.benchmarks.published import PublishedClassifier, PublishedPretraining, copy_blocks

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from roma_core.data import DatasetConfig, build_dataset
 from roma_core.data.schema import Channel, PositionAxis
-from roma_core.data.sources import RawSeries, SourceConfig
+from roma_core.sources.base import RawSeries, SourceConfig
 
 
 class HandMade(SourceConfig):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from roma_core.credentials import without_credentials
+from roma_core.settings import without_credentials
 
 
 @pytest.mark.parametrize(

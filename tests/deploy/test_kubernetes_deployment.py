@@ -9,7 +9,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from roma_pipelines.launching.kubernetes_site import KubernetesSettings, load_kubernetes_site
+from roma_pipelines.launching.kubernetes.profile import KubernetesSettings, load_kubernetes_site
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "kubernetes"
 CAPTURED = Path(__file__).parents[1] / "captured" / "helm" / "dagster_values_keys.yaml"

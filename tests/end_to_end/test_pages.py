@@ -12,12 +12,11 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from roma_pipelines.instance import prepare_instance
 from roma_pipelines.registry.promotion import promote
 from roma_pipelines.registry.runs import end_run, find_or_create_run
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.registry.versions import EVIDENCE_TAGS, register
-from roma_pipelines.storage import Storage
+from roma_pipelines.storage import Storage, prepare_instance
 from tests.core.serving import toy
 from tests.end_to_end.served import (
     CHROMIUM,

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from roma_pipelines.instance import prepare_instance
-from roma_pipelines.storage import Storage
+from roma_pipelines.storage import Storage, prepare_instance
 from tests.pipelines.real_postgres import Postgres, real_postgres
 
 

@@ -8,12 +8,19 @@ from concurrent.futures import ThreadPoolExecutor
 import dagster as dg
 import pytest
 
-from roma_pipelines.database import connection, database_url, ensure_schemas
 from roma_pipelines.definitions import defs
-from roma_pipelines.instance import CONFIG, DATABASE_VARIABLE, prepare_instance
 from roma_pipelines.registry.runs import find_or_create_run
 from roma_pipelines.registry.store import MlflowSettings, connect
-from roma_pipelines.storage import Storage, StorageError
+from roma_pipelines.storage import (
+    CONFIG,
+    DATABASE_VARIABLE,
+    Storage,
+    StorageError,
+    connection,
+    database_url,
+    ensure_schemas,
+    prepare_instance,
+)
 from tests.pipelines import tiny
 
 
@@ -76,7 +83,7 @@ def test_the_code_location_loads_in_what_is_started_with_a_database(storage, mon
     """The variable that dagster.yaml names is nobody's setting, misspelt; no server is needed."""
     url = "postgresql://roma:geheim@127.0.0.1:1/roma"
     monkeypatch.setenv("ROMA_STORAGE_DATABASE_URL", url)
-    monkeypatch.setattr("roma_pipelines.instance.ensure_schemas", lambda url: None)
+    monkeypatch.setattr("roma_pipelines.storage.ensure_schemas", lambda url: None)
     prepare_instance(storage)
     assert "search_path" in os.environ[DATABASE_VARIABLE]
     assert defs().assets

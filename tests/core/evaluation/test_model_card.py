@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 
-from roma_core.evaluation.comparison import changes
-from roma_core.evaluation.facts import Fact, FactSheet
+from roma_core.evaluation.compare import changes
+from roma_core.evaluation.config import Fact, FactSheet
 from roma_core.evaluation.metrics import evaluate, wilson
-from roma_core.evaluation.model_card import CardContent, render_card
 from roma_core.evaluation.predictions import PredictionTable
-from roma_core.evaluation.report import ReportContent, render_report
+from roma_core.evaluation.report import CardContent, ReportContent, render_card, render_report
 from tests.core.serving import toy
 
 

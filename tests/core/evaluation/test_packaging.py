@@ -3,13 +3,13 @@
 import pytest
 
 from roma_core.data.store import StoredDataset
-from roma_core.evaluation.job_config import EvaluationJobConfig
+from roma_core.evaluation.config import EvaluationJobConfig
+from roma_core.evaluation.drift import reference_profile
 from roma_core.evaluation.packaging import package_encoder
-from roma_core.evaluation.reference_profile import reference_profile
 from roma_core.files import read_json
 from roma_core.model import RoMAForPreTraining, RoMAForPreTrainingConfig
 from roma_core.serving.package import MAX_LENGTH
-from roma_core.trainer.job_config import data_fields
+from roma_core.trainer.job import data_fields
 from tests.core.hand_made import built, series
 
 

@@ -6,14 +6,14 @@ from PIL import Image
 
 from roma_core.data import StoredDataset, build_dataset
 from roma_core.data.schema import Channel, PositionAxis
-from roma_core.evaluation import plots, reconstruction_pictures, regression_plots
-from roma_core.evaluation.drawing import MAX_BYTES, ORANGE
-from roma_core.evaluation.drift_plot import drift_picture
-from roma_core.evaluation.metrics import Estimate, PartEstimate, evaluate
-from roma_core.evaluation.pictures import reconstructions
-from roma_core.evaluation.reconstruction_metrics import GroupErrors
-from roma_core.evaluation.reference_profile import Series, profile_of_series
-from roma_core.evaluation.regression_metrics import evaluate_regression
+from roma_core.evaluation import figures as reconstruction_pictures
+from roma_core.evaluation import plots
+from roma_core.evaluation import plots as regression_plots
+from roma_core.evaluation.drift import Series, drift_picture, profile_of_series
+from roma_core.evaluation.figures import reconstructions
+from roma_core.evaluation.metrics import Estimate, PartEstimate, evaluate, evaluate_regression
+from roma_core.evaluation.plots import MAX_BYTES, ORANGE
+from roma_core.evaluation.reconstruction import GroupErrors
 from roma_core.model.config import EncoderConfig, RoMAForPreTrainingConfig
 from roma_core.model.pretraining import RoMAForPreTraining
 from tests.core.evaluation.test_regression import TIME, table_of

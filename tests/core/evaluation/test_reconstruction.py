@@ -11,27 +11,22 @@ from click.testing import CliRunner
 from roma_core.cli import main
 from roma_core.data import DatasetConfig, StoredDataset, build_dataset
 from roma_core.data.schema import Channel
-from roma_core.evaluation.reconstructing import (
+from roma_core.evaluation.figures import errors_by_group
+from roma_core.evaluation.reconstruction import (
     HiddenTable,
+    ReconstructionMetrics,
     all_but,
     as_trained,
-    clean_columns,
-    interpolated,
-    mean_of_train,
-    reconstruct,
-)
-from roma_core.evaluation.reconstruction_metrics import (
-    ReconstructionMetrics,
     by_group,
+    clean_columns,
     coverage,
     errors,
+    interpolated,
+    mean_of_train,
     noise,
+    reconstruct,
 )
-from roma_core.evaluation.reconstruction_pictures import errors_by_group
-from roma_core.evaluation.reconstruction_report import (
-    ReconstructionReport,
-    render_reconstruction_report,
-)
+from roma_core.evaluation.report import ReconstructionReport, render_reconstruction_report
 from roma_core.files import read_json, write_json
 from roma_core.model.config import EncoderConfig, RoMAForPreTrainingConfig
 from roma_core.model.pretraining import RoMAForPreTraining

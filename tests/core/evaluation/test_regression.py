@@ -11,15 +11,15 @@ import torch
 
 from roma_core.data import DatasetConfig, StoredDataset, build_dataset
 from roma_core.data.schema import Channel, PositionAxis
-from roma_core.evaluation.regression_job import NOT_SERVED
-from roma_core.evaluation.regression_metrics import evaluate_regression
-from roma_core.evaluation.regression_table import RegressionTable
+from roma_core.evaluation.job import NOT_SERVED
+from roma_core.evaluation.metrics import evaluate_regression
+from roma_core.evaluation.predictions import RegressionTable
 from roma_core.files import read_json
 from roma_core.model import EncoderConfig, RoMAForClassification, RoMAForClassificationConfig
 from roma_core.trainer.config import TrainerConfig
-from roma_core.trainer.job_config import TrainingJobConfig, data_fields
+from roma_core.trainer.job import TrainingJobConfig, data_fields
+from tests.core.cli.test_cli import roma
 from tests.core.hand_made import HandMade, built, config_of, series
-from tests.core.test_cli import roma
 
 TIME = (PositionAxis(name="time", unit="s"),)
 TARGETS = (Channel(name="depth", unit="m"), Channel(name="heat", unit="K"))

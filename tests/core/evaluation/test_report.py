@@ -4,11 +4,10 @@ from html.parser import HTMLParser
 import pytest
 from pydantic import ValidationError
 
-from roma_core.evaluation.facts import Baseline, Fact, FactSheet
+from roma_core.evaluation.config import Baseline, Fact, FactSheet
 from roma_core.evaluation.metrics import evaluate
-from roma_core.evaluation.page import Plot
 from roma_core.evaluation.plots import confusion_matrix
-from roma_core.evaluation.report import ReportContent, render_report
+from roma_core.evaluation.report import Plot, ReportContent, render_report
 
 
 class Tags(HTMLParser):

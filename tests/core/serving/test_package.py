@@ -8,14 +8,10 @@ import pytest
 import torch
 from jsonschema import Draft202012Validator, ValidationError
 
-from roma_core.serving import logged_model, schema
-from roma_core.serving.logged_model import (
-    Classifier,
-    InvalidSeries,
-    PackageError,
-    Series,
-)
+from roma_core.serving import pyfunc_model as logged_model
+from roma_core.serving import schema
 from roma_core.serving.package import verify_package
+from roma_core.serving.pyfunc_model import Classifier, InvalidSeries, PackageError, Series
 from tests.core.serving import toy
 
 FILES = (

@@ -17,12 +17,12 @@ import pyarrow.parquet as pq
 from roma_core.files import digest_of, read_json, write_json
 from roma_core.job import Attempt, JobFolder
 from roma_pipelines.assets.dataset import dataset_asset
+from roma_pipelines.automation.alerts import look_at_failures
 from roma_pipelines.automation.definitions import automated_of
-from roma_pipelines.automation.failure_sensor import look_at_failures
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.launching.fake import FakeLauncher, completed, ended, running
-from roma_pipelines.launching.job import JobFailed, JobSpec, JobState, Phase
 from roma_pipelines.launching.pipes import key_for, run_job
+from roma_pipelines.launching.spec import JobFailed, JobSpec, JobState, Phase
 from roma_pipelines.registry.promotion import CHAMPION, promote
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.registry.versions import version_at

@@ -3,9 +3,8 @@
 import dagster as dg
 
 from roma_pipelines.automation.alerts import read_alerts
-from roma_pipelines.automation.drift_sensor import look_at_inputs
-from roma_pipelines.automation.new_data_sensor import look_at_dataset, look_at_source
-from roma_pipelines.automation.retraining_schedule import scheduled
+from roma_pipelines.automation.drift import look_at_inputs
+from roma_pipelines.automation.retraining import look_at_dataset, look_at_source, scheduled
 
 ARRIVALS = (2, 6, 10, 14, 18, 24)
 BAD_DELIVERY, JOB_CRASH, WORKER_CRASH, DAEMON_CRASH = 10, 6, 18, 24

@@ -8,20 +8,17 @@ import time
 import dagster as dg
 import pytest
 
-from roma_core.evaluation.reference_profile import profile_of_series, series_of_rows
-from roma_pipelines.automation.alerts import alert, read_alerts
-from roma_pipelines.automation.budget import hours_used
-from roma_pipelines.automation.drift_sensor import compare, look_at_inputs
-from roma_pipelines.automation.failure_sensor import look_at_failures
-from roma_pipelines.automation.new_data_sensor import look_at_dataset, look_at_source
-from roma_pipelines.automation.promotion_sensor import look_at_champion
+from roma_core.evaluation.drift import profile_of_series, series_of_rows
+from roma_pipelines.automation.alerts import alert, look_at_failures, read_alerts
+from roma_pipelines.automation.drift import compare, look_at_inputs
+from roma_pipelines.automation.retraining import look_at_champion, look_at_dataset, look_at_source
 from roma_pipelines.automation.settings import Drift, NewData
-from roma_pipelines.automation.shared_instance import instance_of
-from roma_pipelines.automation.training_state import TrainingState, next_step
+from roma_pipelines.automation.state import TrainingState, hours_used, next_step
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.registry.runs import find_or_create_run
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.registry.versions import EVIDENCE_TAGS, register
+from roma_pipelines.storage import instance_of
 from tests.core.serving import toy
 from tests.pipelines import tiny
 from tests.pipelines.automation.played_month import write_series
@@ -300,14 +297,10 @@ def test_real_sensors_evaluate(month, tmp_path):
 
 def test_series_like_the_training_data_are_seldom_far_from_it(tmp_path):
     """Chance alone: of 100 samples of the same distribution, next to none reaches a threshold."""
-    from roma_core.data.building import build_dataset
+    from roma_core.data.build import build_dataset
     from roma_core.data.store import StoredDataset
-    from roma_core.evaluation.reference_profile import (  # fmt: skip
-        effects,
-        reference_profile,
-        series_from_parquet,
-    )
-    from roma_pipelines.automation.drift_sensor import drifted
+    from roma_core.evaluation.drift import effects, reference_profile, series_from_parquet
+    from roma_pipelines.automation.drift import drifted
     from roma_pipelines.automation.settings import DriftThresholds
 
     write_series(tmp_path / "data" / "all.parquet", 600, 0, 0.0)

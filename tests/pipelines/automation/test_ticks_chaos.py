@@ -6,9 +6,9 @@ import dagster as dg
 import psutil
 import pytest
 
+from roma_pipelines.automation.alerts import tell_of_failures
 from roma_pipelines.automation.definitions import automated_definitions
-from roma_pipelines.automation.failure_sensor import tell_of_failures
-from roma_pipelines.automation.new_data_sensor import look_at_dataset, look_at_source
+from roma_pipelines.automation.retraining import look_at_dataset, look_at_source
 
 TICKS, WARM_UP = 10_000, 1_000
 MOST_MB = 10.0

@@ -19,7 +19,7 @@ from typing import Any
 import dagster as dg
 
 from roma_pipelines import tracked_job
-from roma_pipelines.assets import registered_classifier
+from roma_pipelines.assets import registered_model as registered_classifier
 from tests.pipelines import tiny
 
 MLFLOW = {

@@ -13,11 +13,11 @@ import pytest
 
 from roma_core.files import digest_of
 from roma_core.job import JobFolder
-from roma_pipelines.launching.job import JobSpec
 from roma_pipelines.launching.local import LocalLauncher
-from roma_pipelines.launching.site import Site
-from roma_pipelines.launching.slurm import SlurmLauncher
-from tests.pipelines.launching.real_slurm import Cluster, real_slurm
+from roma_pipelines.launching.slurm.launcher import SlurmLauncher
+from roma_pipelines.launching.slurm.profile import Site
+from roma_pipelines.launching.spec import JobSpec
+from tests.pipelines.launching.slurm.real_slurm import Cluster, real_slurm
 
 KEY = "0123456789abcdef0123"
 CONFIG = {"base_lr": 0.001}

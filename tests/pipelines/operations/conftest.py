@@ -9,7 +9,7 @@ import pytest
 
 from roma_core.files import write_json
 from roma_core.job import JobFolder
-from roma_pipelines.launching.job import AttemptRecord, End, JobSpec
+from roma_pipelines.launching.spec import AttemptRecord, End, JobSpec
 from roma_pipelines.registry.store import MlflowSettings, connect
 
 

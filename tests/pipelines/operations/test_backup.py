@@ -9,13 +9,11 @@ import pytest
 from click.testing import CliRunner
 
 from roma_pipelines.cli import main
-from roma_pipelines.instance import DATABASE_VARIABLE, prepare_instance
 from roma_pipelines.operations import backup
-from roma_pipelines.operations.backup import BackupError, verify, write_backup
-from roma_pipelines.operations.restore import restore_backup
+from roma_pipelines.operations.backup import BackupError, restore_backup, verify, write_backup
 from roma_pipelines.registry.runs import find_or_create_run
 from roma_pipelines.registry.store import MlflowSettings, connect
-from roma_pipelines.storage import Storage
+from roma_pipelines.storage import DATABASE_VARIABLE, Storage, prepare_instance
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from roma_pipelines.registry.decisions import GATE_TAG
+from roma_pipelines.registry.gate import GATE_TAG
 from roma_pipelines.registry.runs import find_or_create_run
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.registry.versions import COMPARED_TAG, EVIDENCE_TAGS, register

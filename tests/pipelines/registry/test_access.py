@@ -8,12 +8,11 @@ import sys
 import dagster as dg
 import pytest
 
-from roma_core.serving.fetching import fetch, resolve
-from roma_pipelines.instance import prepare_instance
+from roma_core.serving.registry_client import fetch, resolve
 from roma_pipelines.registry.promotion import promote
 from roma_pipelines.registry.store import MlflowSettings, StoreError, connect
 from roma_pipelines.registry.versions import version_at
-from roma_pipelines.storage import Storage
+from roma_pipelines.storage import Storage, prepare_instance
 from tests.pipelines import tiny
 from tests.pipelines.registry.conftest import registered_as, served
 

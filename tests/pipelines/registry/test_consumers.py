@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from roma_core.serving.fetching import (
+from roma_core.serving.registry_client import (
     CODE_TAG,
     MANIFEST_TAG,
     FetchError,
+    Follower,
     connect,
     fetch,
     load,
     resolve,
 )
-from roma_core.serving.follower import Follower
 from roma_pipelines.registry.promotion import promote, rollback
 from tests.core.serving import toy
 from tests.pipelines.registry.conftest import registered_as

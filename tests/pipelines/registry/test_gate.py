@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from roma_core.evaluation.measured import Measured
+from roma_core.evaluation.config import Measured
 from roma_core.evaluation.predictions import PredictionTable
-from roma_core.serving.trial import Trial
+from roma_core.serving.smoke_test import Trial
 from roma_pipelines.registry import gate as gates
 from roma_pipelines.registry.gate import CHECKS, GateDecision, GateThresholds
 

@@ -2,13 +2,14 @@ import threading
 
 import pytest
 
-from roma_pipelines.registry.audit import audit
-from roma_pipelines.registry.decisions import GATE_TAG
-from roma_pipelines.registry.deletion import StillNeeded, delete_version
+from roma_pipelines.registry.gate import GATE_TAG
 from roma_pipelines.registry.promotion import (
     CHAMPION,
     PREVIOUS,
     NotPromoted,
+    StillNeeded,
+    audit,
+    delete_version,
     promote,
     reject,
     rollback,

@@ -3,7 +3,7 @@
 import pytest
 
 from roma_core.files import read_json, write_json
-from roma_pipelines.registry import replay
+from roma_pipelines.registry import lineage as replay
 
 
 def test_every_stage_gets_the_version_of_the_data_that_it_had(client, tmp_path, monkeypatch):

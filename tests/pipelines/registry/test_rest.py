@@ -8,7 +8,7 @@ import urllib.request
 import pytest
 
 from roma_core.serving.client import RequestRefused, ServedModel, ServerFailed
-from roma_core.serving.logged_model import Classifier, Series
+from roma_core.serving.pyfunc_model import Classifier, Series
 from roma_core.serving.schema import Series as ClientSeries
 from roma_pipelines.registry.promotion import promote
 from roma_pipelines.registry.store import MlflowSettings, connect

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from roma_core.serving.fetching import FetchError, connect, fetch, resolve
-from roma_pipelines.registry.audit import audit
-from roma_pipelines.registry.decisions import GATE_TAG
+from roma_core.serving.registry_client import FetchError, connect, fetch, resolve
+from roma_pipelines.registry.gate import GATE_TAG
+from roma_pipelines.registry.lineage import ORIGIN_TAG, transfer
 from roma_pipelines.registry.lock import RegistryBusy, model_lock
-from roma_pipelines.registry.promotion import CHAMPION, PREVIOUS, NotPromoted, promote
-from roma_pipelines.registry.transfer import ORIGIN_TAG, transfer
+from roma_pipelines.registry.promotion import CHAMPION, PREVIOUS, NotPromoted, audit, promote
 from roma_pipelines.registry.versions import CANDIDATE, COMPARED_TAG, version_at
 from tests.pipelines.registry.conftest import registered_as
 

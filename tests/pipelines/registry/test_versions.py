@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from roma_core.files import sha256_of
-from roma_core.serving.logged_model import Classifier, Series
-from roma_core.serving.requirements import lock_hash, locked, requirements
+from roma_core.serving.pyfunc_model import Classifier, Series
+from roma_core.serving.schema import lock_hash, locked, requirements
 from roma_pipelines.registry import versions
-from roma_pipelines.registry.decisions import GATE_TAG
+from roma_pipelines.registry.gate import GATE_TAG
 from roma_pipelines.registry.promotion import promote
 from roma_pipelines.registry.runs import find_or_create_run
 from roma_pipelines.registry.versions import EVIDENCE_TAGS, logged_file, register, version_at

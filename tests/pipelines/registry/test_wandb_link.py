@@ -6,8 +6,8 @@ import types
 import pytest
 
 from roma_core.trainer.trackers import WandbConfig
-from roma_pipelines.registry import wandb_link
-from roma_pipelines.registry.wandb_link import link_once, link_version
+from roma_pipelines.registry import runs as wandb_link
+from roma_pipelines.registry.runs import link_once, link_version
 
 FACTS = {"roma.manifest_sha256": "abc", "mlflow_tracking_uri": "https://mlflow.example.org"}
 

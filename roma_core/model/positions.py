@@ -1,0 +1,162 @@
+"""The absolute variant: a sine table indexed by token order is added at the inputs.
+
+Kept to reproduce published checkpoints, off-by-one included: with CLS the encoder's token n takes
+row n + 1, the decoder's takes row n, and visible tokens are unmarked in the decoder.
+
+Positions as a user has them → positions as the rotation takes them, at the padded edge.
+Rotary embedding of continuous positions on several axes (axial p-RoPE).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from roma_core.data.schema import PositionAxis
+
+_LARGEST_LOSS = 1e-3  # radians of the fastest rotation
+
+
+def start_of(positions: Tensor, valid: Tensor, axes: Sequence[PositionAxis]) -> Tensor:
+    """What is subtracted from the positions of each series: anchor and offset.
+
+    Args:
+        positions: ``(B, D, N)`` of any real type, in the axes' units.
+        valid: ``(B, N)`` bool, True at real tokens; each series has one.
+
+    Returns:
+        ``(B, D, 1)`` float64.
+    """
+    start = positions.new_zeros(*positions.shape[:2], 1, dtype=torch.float64)
+    for d, axis in enumerate(axes):
+        if axis.anchor == "first":
+            exact = positions[:, d].double().masked_fill(~valid, torch.inf)
+            start[:, d] = exact.amin(1, keepdim=True)
+        start[:, d] += axis.offset
+    return start
+
+
+def placed(positions: Tensor, start: Tensor, axes: Sequence[PositionAxis]) -> Tensor:
+    """``(B, D, N)`` positions in the axes' units → ``(B, D, N)`` float64 as the model sees them."""
+    scale = positions.new_ones(positions.shape[1], 1, dtype=torch.float64)
+    for d, axis in enumerate(axes):
+        scale[d] = axis.scale
+    return (positions.double() - start) / scale
+
+
+def in_float32(packed: Tensor) -> Tensor:
+    """Round ``(T, D)`` float64 positions once.
+
+    Raises:
+        ValueError: float32 cannot hold them; absolute dates, for example.
+    """
+    rounded = packed.float()
+    lost = (packed - rounded.double()).abs().amax(0) if len(packed) else packed.new_zeros(0)
+    for d in (lost > _LARGEST_LOSS).nonzero().flatten().tolist():
+        raise ValueError(
+            f"positions of axis {d} reach {float(packed[:, d].abs().max()):,.0f}, where float32 loses up to "
+            f"{float(lost[d]):.2g} of them; set position_axes in the model's configuration "
+            f"(anchor='first' subtracts each series' first position), or subtract an origin before the call"
+        )
+    return rounded
+
+
+BASE = 10_000.0
+
+
+def pairs_per_axis(head_width: int, n_axes: int) -> list[int]:
+    """Share ``head_width // 2`` pairs out over the axes, the first ones getting what is left over."""
+    pairs, rest = divmod(head_width // 2, n_axes)
+    return [pairs + (axis < rest) for axis in range(n_axes)]
+
+
+def published_channels(head_width: int, n_axes: int) -> list[int]:
+    """For each channel of our head layout, its place in the published one.
+
+    Raises:
+        ValueError: the published layout does not exist for this width.
+    """
+    chunk = head_width // n_axes
+    if head_width % n_axes or chunk % 2:
+        raise ValueError(
+            f"published weights split a head of width {head_width} into {n_axes} even chunks, which is impossible"
+        )
+    firsts = [axis * chunk + k for axis in range(n_axes) for k in range(chunk // 2)]
+    return [channel for first in firsts for channel in (first, first + chunk // 2)]
+
+
+class Rotation(nn.Module):
+    """Positions → rotations, in float32 whatever the precision of the network."""
+
+    def __init__(self, head_width: int, n_axes: int, p: float) -> None:
+        super().__init__()
+        axis_of_pair: list[int] = []
+        timescales: list[float] = []
+        for axis, n_pairs in enumerate(pairs_per_axis(head_width, n_axes)):
+            n_rotating = int(p * 2 * n_pairs) // 2
+            axis_of_pair += [axis] * n_pairs
+            timescales += [
+                BASE ** (k / n_pairs) if k < n_rotating else float("inf") for k in range(n_pairs)
+            ]
+        self.axis_of_pair: Tensor
+        self._timescale_bits: Tensor
+        self.register_buffer("axis_of_pair", torch.tensor(axis_of_pair), persistent=False)
+        # as integers, so that casting the whole model to 16 bits leaves them exact
+        bits = torch.tensor(timescales).view(torch.int32)
+        self.register_buffer("_timescale_bits", bits, persistent=False)
+
+    @property
+    def timescales(self) -> Tensor:
+        """``(head_width // 2,)`` float32, units of position per radian; infinite: never turns."""
+        return self._timescale_bits.view(torch.float32)
+
+    @torch.no_grad()
+    def forward(self, positions: Tensor) -> Tensor:
+        """``(…, D)`` positions → ``(…, 1, head_width // 2, 2)`` float32: cosine and sine per pair."""
+        angles = positions.float()[..., self.axis_of_pair] / self.timescales
+        return torch.stack((angles.cos(), angles.sin()), dim=-1).unsqueeze(-3)
+
+
+def rotate(x: Tensor, rotations: Tensor) -> Tensor:
+    """Rotate ``(…, h, head_width)`` queries or keys; the product is cast back to their dtype.
+
+    A head of odd width keeps its last channel as it is.
+    """
+    width = 2 * rotations.shape[-2]
+    paired = x if width == x.shape[-1] else x[..., :width].contiguous()
+    exact = (paired if x.dtype == torch.float64 else paired.float()).unflatten(-1, (-1, 2))
+    if x.is_cuda and torch.compiler.is_compiling():  # fuses there; complex numbers do not
+        cos, sin = rotations.unbind(-1)
+        first, second = exact.unbind(-1)
+        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    else:
+        product = torch.view_as_complex(exact) * torch.view_as_complex(rotations)
+        turned = torch.view_as_real(product)
+    rotated = turned.flatten(-2).to(x.dtype)
+    return rotated if width == x.shape[-1] else torch.cat((rotated, x[..., width:]), dim=-1)
+
+
+class SineTable(nn.Module):
+    """``(max_len, width)`` table: even columns ``sin(n / 10000^(2i/w))``, odd ones the cosine."""
+
+    def __init__(self, max_len: int, width: int) -> None:
+        super().__init__()
+        rates = BASE ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+        angles = torch.arange(max_len, dtype=torch.float64)[:, None] * rates
+        table = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1).float()
+        self.table: Tensor
+        self.register_buffer("table", table, persistent=False)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Rows of the table for ``(T,)`` int64 token indices."""
+        return self.table[index]
+
+    def check_length(self, n_rows: int) -> None:
+        """Raises ValueError if a series needs more rows than the table has."""
+        if n_rows > self.table.shape[0]:
+            raise ValueError(
+                f"a series needs {n_rows} rows of the absolute table, which has max_len={self.table.shape[0]}; "
+                f"raise max_len or use pos_encoding='ropend'"
+            )

@@ -1,0 +1,159 @@
+"""Classification and regression of whole series, or of every token: embed → encode → pool → head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from roma_core.model.backbone import NO_POSITIONS, Backbone
+from roma_core.model.config import RoMAForClassificationConfig
+from roma_core.model.encoder import Head, initialise, initialise_vectors
+from roma_core.model.packing import PackedBatch, spread
+
+
+class RoMAForClassification(Backbone):
+    """The encoder with a head on CLS, on the mean of the tokens, or on every token.
+
+    Call it with padded tensors, or with a :class:`PackedBatch` in place of ``values``.
+    """
+
+    config: RoMAForClassificationConfig
+
+    def __init__(self, config: RoMAForClassificationConfig) -> None:
+        super().__init__(config)
+        initialise(self)
+        self.initialise_embedding()
+        initialise_vectors(self.cls)
+        self.head: Head | None = None
+        if self.config.dim_output is not None:
+            self.set_outputs(self.config.dim_output)
+        self.loss_fn: Callable[[Tensor, Tensor], Tensor] = (
+            _cross_entropy if self.config.problem_type == "classification" else _squared_error
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str, **overrides: Any) -> RoMAForClassification:
+        """Restore a classifier whole, or start one from a pretraining model's folder.
+
+        Args:
+            folder: holds ``model.safetensors`` and ``model_config.json``, ours or published.
+            overrides: for a start from pretraining ``dim_output``, ``pooling``, ``head_drop_rate``
+                and ``encoder_config`` with dropouts; what is left out comes from the environment,
+                else it is 0 or the default. The shape always comes from the checkpoint.
+
+        Raises:
+            SettingsError: a wish contradicts the checkpoint, or ``dim_output`` is missing.
+            FileNotFoundError, ValueError: a file or a tensor is missing, or unknown.
+        """
+        from roma_core.model.weights import load_classifier
+
+        return load_classifier(folder, **overrides)
+
+    def set_outputs(self, dim_output: int) -> None:
+        """Make a new head with ``dim_output`` outputs."""
+        self.config = self.config.model_copy(update={"dim_output": dim_output})
+        stack = self.config.encoder_config
+        head = Head(stack.d_model, dim_output, self.config.head_drop_rate, stack.layer_norm_eps)
+        initialise(head)
+        self.head = head.to(self.projection.weight.device)
+
+    def set_loss_fn(self, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Use ``loss_fn(logits, label)``; it must return one value per row of logits."""
+        self.loss_fn = loss_fn
+
+    def loss_count(self, batch: PackedBatch) -> float:
+        """What the loss of a packed batch is a mean over: its series, or its tokens."""
+        segments = batch.segments
+        return float(segments.total if self.config.pools == "token" else segments.count)
+
+    def forward(
+        self,
+        values: Tensor | PackedBatch,
+        positions: Tensor | None = None,
+        pad_mask: Tensor | None = None,
+        label: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Classify series.
+
+        Args:
+            values: ``(B, time, C, height, width)`` float, or a packed batch and nothing else.
+            positions: ``(B, D, N)``.
+            pad_mask: ``(B, N)`` bool, True at padding.
+            label: ``(B,)`` int64 classes, or float targets ``(B, dim_output)`` for regression. With a
+                head on every token ``(B, N)`` or ``(B, N, dim_output)``; padding is ignored.
+
+        Returns:
+            logits: ``(B, dim_output)``; with a head on every token ``(B, N, dim_output)``, zero at
+                padding. For a packed batch ``(B, dim_output)`` or ``(T, dim_output)``.
+            loss: mean over series, or over real tokens; None without label.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
+        """
+        by_token = self.config.pools == "token"
+        if isinstance(values, PackedBatch):
+            packed = self.head_of()(self.features(values, self.config.pools))
+            return packed, self._loss(packed, values.labels)
+        if positions is None:
+            raise TypeError(NO_POSITIONS)
+        batch, order, rows = self.pack(values, positions, pad_mask)
+        packed = self.head_of()(self.features(batch, self.config.pools))
+        if not by_token:
+            logits = packed.new_empty(packed.shape).index_copy(0, order, packed)
+            return logits, self._loss(logits, label)
+        shape = (len(order), positions.shape[2])
+        if label is not None:
+            if tuple(label.shape[:2]) != shape:
+                raise ValueError(
+                    f"label must have one entry per token, shape (batch, tokens) = {shape} in front; "
+                    f"got {tuple(label.shape)}"
+                )
+            label = label.flatten(0, 1)[rows]
+        return spread(packed, rows, shape), self._loss(packed, label)
+
+    def _loss(self, logits: Tensor, label: Tensor | None) -> Tensor | None:
+        if label is None:
+            return None
+        self._check_label(label, logits)
+        return self.loss_fn(logits, label).mean()
+
+    def head_of(self) -> Head:
+        if self.head is None:
+            raise ValueError(
+                "the model has no head: dim_output (the number of classes) was not given. Set it in "
+                "RoMAForClassificationConfig, or ROMA_CLASSIFIER_DIM_OUTPUT, or let the trainer count the labels"
+            )
+        return self.head
+
+    def _check_label(self, label: Tensor, logits: Tensor) -> None:
+        if self.config.problem_type == "regression":
+            if label.shape != logits.shape:
+                raise ValueError(
+                    f"label must have shape (rows, dim_output) = {tuple(logits.shape)}, got {tuple(label.shape)}"
+                )
+        elif label.shape != logits.shape[:1] or label.dtype != torch.int64:
+            raise ValueError(
+                f"label must be int64 classes of shape (rows,) = {tuple(logits.shape[:1])}, "
+                f"got {label.dtype} of shape {tuple(label.shape)}"
+            )
+        elif not label.is_cuda and len(label):  # looking at a GPU's numbers would wait for it
+            wrong = ((label < 0) | (label >= logits.shape[1])).nonzero().flatten().tolist()
+            if wrong:
+                raise ValueError(
+                    f"label must be classes from 0 to {logits.shape[1] - 1} (dim_output={logits.shape[1]}); "
+                    f"row {wrong[0]} has {int(label[wrong[0]])}"
+                )
+
+
+def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    exact = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(exact, label, reduction="none")
+
+
+def _squared_error(logits: Tensor, label: Tensor) -> Tensor:
+    return ((logits - label) ** 2).mean(-1)

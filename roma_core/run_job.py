@@ -1,0 +1,168 @@
+"""Runs any module that uses the Trainer as a launched job: the module does not know.
+
+    python -m roma_core.run_job WORKING_FOLDER MODULE [ARGUMENT…]
+
+The module sees its arguments as they are, and the folder it was launched from. Stop requests of the
+launcher reach it as SIGTERM, upon which the Trainer saves and returns; the attempt then ends with
+"continue". Without one, a module that returns, or leaves with exit code 0, has done what it was for.
+
+Runs a body of work inside a job folder and says how it ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from roma_core.claim import ATTEMPT_VARIABLE, FOLDER_VARIABLE
+from roma_core.files import create_json
+from roma_core.job import CONTINUE_EXIT_CODE, Attempt, Exit, JobFolder, Result
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a body did; see :class:`roma_core.job.Result` for the fields."""
+
+    status: Literal["completed", "continue"]
+    world_size: int = 1
+    step: int | None = None
+    reason: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+    outputs: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+Body = Callable[[JobFolder, Attempt], Work]
+
+
+def run_in_folder(folder: JobFolder, body: Body) -> int:
+    """Run one attempt of a job; returns the process's exit code.
+
+    Started by a launcher, the attempt is the one it claimed. Started by hand, it is attempt 1, and
+    a second process in the same folder is refused.
+
+    Raises:
+        Exception: whatever the body raised, after it was written to ``exit.json``.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    launched = os.environ.get(ATTEMPT_VARIABLE)
+    attempt = folder.attempt(int(launched or 1))
+    attempt.path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.path / ".running.lock", timeout=0)
+    if launched is None and rank == 0:
+        try:
+            lock.acquire()
+        except Timeout:
+            raise SystemExit(
+                f"another process runs in {folder.path}; wait for it, or give another folder"
+            ) from None
+        attempt.exit.unlink(missing_ok=True)
+        attempt.stop.unlink(missing_ok=True)
+    started = time.monotonic()
+    try:
+        work = body(folder, attempt)
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {error}"
+        create_json(attempt.exit, Exit(status="failed", reason=reason).model_dump(mode="json"))
+        if launched is None and isinstance(error, ValueError | OSError):
+            stack = attempt.path / "traceback.txt"  # the sentence is for people, the stack for us
+            with contextlib.suppress(OSError):  # a full disk may be what failed
+                stack.write_text(traceback.format_exc())
+            print(f"failed: {error}\n(the stack is in {stack})", file=sys.stderr, flush=True)
+            return 1
+        traceback.print_exc()
+        print(f"failed: {reason}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        if lock.is_locked:
+            lock.release()
+    if rank == 0:
+        attempt.write_exit(Exit(status=work.status, step=work.step, reason=work.reason))
+        if work.status == "completed":
+            folder.write_result(
+                Result(
+                    job_key=folder.path.name,
+                    attempt=attempt.n,
+                    world_size=work.world_size,
+                    step=work.step,
+                    metrics=work.metrics,
+                    outputs=work.outputs,
+                    facts=work.facts,
+                    wall_s=time.monotonic() - started,
+                )
+            )
+    return 0 if work.status == "completed" else CONTINUE_EXIT_CODE
+
+
+_LOOK_EVERY_S = 0.5
+
+
+class _StopPasser(threading.Thread):
+    """Turns the attempt's stop file into one SIGTERM to this process."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        super().__init__(name="stop file", daemon=True)
+        self.attempt = attempt
+        self.passed = False
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(_LOOK_EVERY_S):
+            if self.attempt.stop.exists():
+                self.passed = True
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+
+def _run(module: str, arguments: list[str]) -> int:
+    """Exit code of a module run as ``python -m`` runs it."""
+    sys.argv = [module, *arguments]
+    sys.path.insert(0, os.getcwd())  # noqa: PTH109 - as -m does
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    return 0
+
+
+def main(words: list[str]) -> int:
+    """Run the module in the job folder of this process; returns its exit code."""
+    working_folder, module, arguments = words[0], words[1], words[2:]
+    os.chdir(working_folder)
+
+    def body(folder: JobFolder, attempt: Attempt) -> Work:
+        passer = _StopPasser(attempt)
+        # ranks agree among themselves: one that was asked is enough
+        if os.environ.get("RANK", "0") == "0":
+            passer.start()
+        code = _run(module, arguments)
+        passer.over.set()
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if passer.passed or code == CONTINUE_EXIT_CODE:
+            return Work("continue", world_size, reason="stop file" if passer.passed else "")
+        if code != 0:
+            raise RuntimeError(f"{module} left with exit code {code}")
+        return Work("completed", world_size)
+
+    return run_in_folder(JobFolder(Path(os.environ[FOLDER_VARIABLE])), body)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit("usage: python -m roma_core.run_job WORKING_FOLDER MODULE [ARGUMENT…]")
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,190 @@
+"""Where series come from: one module per kind of source, found by its registered name.
+
+A configuration says ``{"kind": "ts", ...}``; ``source_config`` turns it into that kind's class. An
+installed package adds kinds by entry points of the group ``roma_core.sources``, each the name of a
+kind and a subclass of ``SourceConfig``:
+
+    [project.entry-points."roma_core.sources"]
+    our_archive = "our_package.sources:ArchiveConfig"
+
+What a source of series is.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from roma_core.data.schema import Channel, PositionAxis
+from roma_core.settings import mistakes
+
+RecordedSplit = Literal["train", "test"]
+
+
+@dataclass(frozen=True, slots=True)
+class RawSeries:
+    """One object as delivered: nothing dropped, nothing normalised."""
+
+    id: str
+    positions: NDArray[np.float64]  # (N, D)
+    values: NDArray[np.float32]  # (N, C)
+    label: str | None = None
+    recorded_split: RecordedSplit | None = None  # the publisher's assignment, where there is one
+    group: str | None = (
+        None  # what objects of one patient, host or device share; all or none have it
+    )
+    targets: NDArray[np.float32] | None = None  # (N, K), if the source has targets
+
+
+class Source(Protocol):
+    """An opened source. ``read`` may be called again and then gives the same series again."""
+
+    @property
+    def channels(self) -> tuple[Channel, ...]: ...
+
+    @property
+    def axes(self) -> tuple[PositionAxis, ...]:
+        """Names and units; anchor, offset and scale are set by the data set's configuration."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """All labels that may come, in the order of their indices; empty without labels."""
+        ...
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """sha256 of every input file, by a name that does not depend on this computer."""
+        ...
+
+    @property
+    def citation(self) -> str: ...
+
+    @property
+    def licence(self) -> str: ...
+
+    def read(self) -> Iterator[RawSeries]:
+        """Give every series, in an order that depends on the files alone."""
+        ...
+
+
+def targets_of(source: Source) -> tuple[Channel, ...]:
+    """The targets of a source; empty if it knows of none."""
+    return tuple(getattr(source, "targets", ()))
+
+
+class SourceConfig(BaseModel):
+    """Base of all source configurations; ``kind`` is the registered name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str
+    citation: str = Field("", description="How to cite the data.")
+    licence: str = Field("", description="Licence of the data.")
+
+    def open(self, cache: Path) -> Source:
+        """Make the data available and check it.
+
+        Args:
+            cache: folder for what has to be fetched; created when needed.
+
+        Raises:
+            DataError: the data is missing, damaged or not what the configuration says.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is opened")
+
+
+GROUP = "roma_core.sources"
+
+_OURS = {
+    "generated": "synthetic:GeneratedConfig",
+    "image_folder": "folders:ImageFolderConfig",
+    "npz": "npz:NpzConfig",
+    "package_file": "packaged:PackageFileConfig",
+    "parquet": "parquet:ParquetConfig",
+    "plasticc": "packaged:PlasticcConfig",
+    "table": "table:TableConfig",
+    "ts": "ts:TsConfig",
+    "wav_folder": "folders:WavFolderConfig",
+}
+
+
+def kinds() -> dict[str, EntryPoint]:
+    """Every kind of source by name: ours, then those of installed packages.
+
+    Raises:
+        ValueError: two packages claim one name.
+    """
+    found = {
+        name: EntryPoint(name, f"roma_core.sources.{place}", GROUP) for name, place in _OURS.items()
+    }
+    for point in entry_points(group=GROUP):
+        if point.name in found:
+            raise ValueError(
+                f"two sources are called {point.name!r}: {found[point.name].value} and "
+                f"{point.value}; uninstall one, or ask its author for another name"
+            )
+        found[point.name] = point
+    return found
+
+
+def kind_class(kind: str) -> type[SourceConfig]:
+    """The configuration class of a kind.
+
+    Raises:
+        ValueError: there is none, it cannot be imported, or it is no ``SourceConfig``.
+    """
+    known = kinds()
+    if kind not in known:
+        closest = difflib.get_close_matches(kind, known, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"there is no source of kind {kind!r}; the closest is {closest!r}, all are {sorted(known)}"
+        )
+    try:
+        found = known[kind].load()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"the source {kind!r} ({known[kind].value}) cannot be used: {error}"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, SourceConfig)):
+        raise ValueError(
+            f"the source {kind!r} ({known[kind].value}) is no subclass of SourceConfig"
+        )
+    return found
+
+
+def source_config(values: Any) -> SourceConfig:
+    """The configuration of the source that ``values["kind"]`` names.
+
+    Raises:
+        ValueError: the kind is missing or unknown, or its class refuses the other values.
+    """
+    if isinstance(values, SourceConfig):
+        return values
+    if not isinstance(values, Mapping) or "kind" not in values:
+        raise ValueError(f"a source is a mapping with a 'kind', one of {sorted(kinds())}")
+    kind = kind_class(str(values["kind"]))
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        raise ValueError("; ".join(mistakes(error, kind))) from None
+
+
+__all__ = [
+    "GROUP",
+    "RawSeries",
+    "Source",
+    "SourceConfig",
+    "kind_class",
+    "kinds",
+    "source_config",
+    "targets_of",
+]

@@ -1,0 +1,181 @@
+"""Series from one ``.npz`` file of NumPy arrays.
+
+    values      (n, N, C) or (n, N), or flat (observations, C) with offsets
+    positions   (n, N, D) or (n, N), or (N,) for all, or flat (observations, D) with offsets
+    targets     as values, with K in the place of C; optional
+    offsets     (n + 1,) for flat arrays    or    lengths   (n,) for padded ones
+    ids, labels, groups, splits             (n,) text or whole numbers; all optional
+
+The arrays are read whole, so the file has to fit in memory; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from roma_core.data.schema import Channel, DataError, PositionAxis
+from roma_core.files import sha256_of
+from roma_core.sources.base import RawSeries, SourceConfig
+from roma_core.sources.facts import FactColumns, classes_of, facts_of
+
+_FACTS = {"labels": "label", "groups": "group", "splits": "split"}
+
+
+class NpzConfig(SourceConfig):
+    """One ``.npz`` file on this computer."""
+
+    kind: Literal["npz"] = "npz"
+    file: Path
+    axes: tuple[PositionAxis, ...] = Field(min_length=1, description="Names and units.")
+    channels: tuple[Channel, ...] = Field(min_length=1, description="Names and units.")
+    targets: tuple[Channel, ...] = Field((), description="Names and units of the array 'targets'.")
+
+    def open(self, cache: Path) -> NpzSource:
+        if not self.file.is_file():
+            raise DataError(f"there is no file {self.file} (from {Path.cwd()})")
+        return NpzSource(self)
+
+
+class NpzSource:
+    """The series of one file, in its order."""
+
+    def __init__(self, config: NpzConfig) -> None:
+        self.axes, self.channels, self.targets = config.axes, config.channels, config.targets
+        self.citation, self.licence = config.citation, config.licence
+        self.files = {config.file.name: sha256_of(config.file)}
+        try:
+            with np.load(config.file, allow_pickle=False) as file:
+                arrays: dict[str, NDArray[Any]] = {name: file[name] for name in file.files}
+        except (ValueError, OSError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+            raise DataError(
+                f"{config.file} cannot be read: {error}; expected an .npz file of plain arrays "
+                f"(text as fixed-width strings, not as objects)"
+            ) from error
+        for name in ("values", "positions", *(["targets"] if config.targets else [])):
+            if name not in arrays:
+                raise DataError(f"{config.file} has no array {name!r}; it has {sorted(arrays)}")
+        if "targets" in arrays and not config.targets:
+            raise DataError(
+                f"{config.file} has an array 'targets', but the configuration names none; name them "
+                f"under targets, or take the array away"
+            )
+        self._where = str(config.file)
+        self._offsets = arrays.get("offsets")
+        self._values, self._positions = arrays["values"], arrays["positions"]
+        self._targets = arrays.get("targets")
+        if self._targets is not None and len(self._targets) != len(self._values):
+            raise DataError(
+                f"{config.file}: targets {self._targets.shape} and values {self._values.shape} must "
+                f"have as many series and observations"
+            )
+        self._lengths = arrays.get("lengths")
+        self._n = self._count()
+        self._ids = arrays.get("ids", np.arange(self._n))
+        self._facts = {k: arrays[k] for k in _FACTS if k in arrays}
+        for name in ("lengths", "ids", *_FACTS):
+            if name not in arrays or arrays[name].shape == (self._n,):
+                continue
+            if arrays[name].ndim != 1:
+                raise DataError(
+                    f"{self._where}: {name} must be one row, got shape {arrays[name].shape}"
+                )
+            raise DataError(f"{self._where}: {len(arrays[name])} {name} of {self._n} series")
+        self._columns = FactColumns(**{_FACTS[k]: k for k in self._facts})
+        labels = {str(label) for label in self._facts.get("labels", np.empty(0, str))}
+        self.classes = classes_of(sorted(labels), self._columns)
+
+    def __length_hint__(self) -> int:
+        return self._n
+
+    def _count(self) -> int:
+        """How many series there are.
+
+        Raises:
+            DataError: offsets or lengths do not cut the arrays into series.
+        """
+        values, positions = self._values, self._positions
+        if values.ndim == 0 or positions.ndim == 0:
+            raise DataError(
+                f"{self._where}: values and positions must be arrays, not single numbers"
+            )
+        if self._offsets is not None:
+            if self._lengths is not None:
+                raise DataError(
+                    f"{self._where} has offsets and lengths; offsets are for flat arrays, lengths for "
+                    f"padded ones: leave one out"
+                )
+            offsets = self._whole("offsets", self._offsets)
+            ends = (offsets[0], offsets[-1]) if len(offsets) else (None, None)
+            if (
+                ends != (0, len(values))
+                or len(values) != len(positions)
+                or (offsets[1:] < offsets[:-1]).any()  # a difference of unsigned numbers wraps
+            ):
+                raise DataError(
+                    f"{self._where}: offsets must rise from 0 to the number of observations; they "
+                    f"go from {ends[0]} to {ends[1]} for {len(values)} values and "
+                    f"{len(positions)} positions"
+                )
+            return len(offsets) - 1
+        if positions.ndim > 1 and positions.shape[:2] != values.shape[:2]:
+            raise DataError(
+                f"{self._where}: values {values.shape} and positions {positions.shape} must have "
+                f"as many series and observations"
+            )
+        if self._lengths is not None:
+            lengths, most = self._whole("lengths", self._lengths), (*values.shape, 1)[1]
+            if len(lengths) and not 0 <= lengths.min() <= lengths.max() <= most:
+                raise DataError(
+                    f"{self._where}: lengths must be from 0 to the {most} observations of a row; "
+                    f"they go from {lengths.min()} to {lengths.max()}"
+                )
+        return len(values)
+
+    def _whole(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise DataError(
+                f"{self._where}: {name} must be one row of whole numbers, got {array.dtype} of "
+                f"shape {array.shape}"
+            )
+        return array
+
+    def read(self) -> Iterator[RawSeries]:
+        """Every series."""
+        for i in range(self._n):
+            name = str(self._ids[i])
+            cells = [str(column[i]) for column in self._facts.values()]
+            known = facts_of(cells, self._columns, f"{self._where}: series {name!r}")
+            yield RawSeries(
+                id=name,
+                positions=self._rows(self._positions, i, len(self.axes)).astype(np.float64),
+                values=self._rows(self._values, i, len(self.channels)).astype(np.float32),
+                targets=(
+                    None
+                    if self._targets is None
+                    else self._rows(self._targets, i, len(self.targets)).astype(np.float32)
+                ),
+                label=known.label,
+                group=known.group,
+                recorded_split=known.split,
+            )
+
+    def _rows(self, array: NDArray[Any], i: int, width: int) -> NDArray[Any]:
+        """The observations of series i: ``(N, width)`` if the array is what it should be."""
+        if array.dtype.kind not in "iufb":
+            raise DataError(f"{self._where} holds {array.dtype} where numbers are needed")
+        if self._offsets is not None:
+            rows = array[int(self._offsets[i]) : int(self._offsets[i + 1])]
+        elif array.ndim == 1:  # one grid for all
+            rows = array
+        else:
+            rows = array[i]
+        if self._lengths is not None:
+            rows = rows[: int(self._lengths[i])]
+        return rows[:, None] if rows.ndim == 1 and width == 1 else rows

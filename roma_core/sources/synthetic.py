@@ -1,0 +1,289 @@
+"""Generated series: a recipe, a number and a seed.
+
+A set of more series begins with the same series, so it grows like delivered data; no two series
+share their draws, whichever splits they go to.
+
+Synthetic series of the published experiments, re-derived: many at once, from one generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from roma_core.data.schema import Channel, PositionAxis
+from roma_core.sources.base import RawSeries, SourceConfig
+
+_SIDE, _CANVAS = 24, 128  # pixels along a side of a picture, and of what it is scaled down from
+_PICTURES = 256  # drawn at a time
+_TONES = 24  # Hz, the highest
+
+
+class Draw(NamedTuple):
+    """Series: ``positions`` (n, N, D), ``values`` (n, N, C) and what is known of them.
+
+    ``targets`` are (n, N, K); ``labels`` (n,) indices into the recipe's classes.
+    """
+
+    positions: NDArray[np.float64]
+    values: NDArray[np.float32]
+    targets: NDArray[np.float32] | None = None
+    labels: NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one kind of series is drawn, and what it consists of.
+
+    Attributes:
+        noise: usual standard deviation of the noise on values; ``draw`` takes another one as its third
+            argument. None: there is no such choice.
+    """
+
+    draw: Callable[..., Draw]
+    axes: tuple[PositionAxis, ...]
+    channels: tuple[Channel, ...]
+    classes: tuple[str, ...] = ()
+    targets: tuple[Channel, ...] = ()
+    noise: float | None = None
+
+
+def spirals(g: Generator, n: int, noise: float = 0.1) -> Draw:
+    """Half of a spiral of 150 points over [0, 6π]: 75 noisy points in the plane, either way round.
+
+    Anticlockwise from the inside, r = a + b·t about (5, 0); or clockwise, r = a + 50·b/z about
+    (−5, 0) with z = 6π + 1 − t, in the order of rising z. The targets are the points without noise.
+    """
+    t = np.linspace(0, 6 * np.pi, 150)
+    a, b = g.normal(0, 0.02, (n, 1)), g.normal(0.3, 0.02, (n, 1))
+    z = (6 * np.pi + 1 - t)[::-1]
+    inwards = g.integers(0, 2, n)  # (n,) 1 for clockwise
+    out, back = a + b * t, a + 50 * b / z  # (n, 150) radii
+    x = np.where(inwards[:, None], back * np.cos(z) - 5, out * np.cos(t) + 5)
+    y = np.where(inwards[:, None], -back * np.sin(z), out * np.sin(t))
+    clean = np.stack([x, y], axis=2)[:, :75]
+    points = clean + g.normal(0, noise, (n, 75, 2))
+    times = np.broadcast_to(t[:75, None], (n, 75, 1))
+    return Draw(
+        times, points.astype(np.float32), clean.astype(np.float32), inwards.astype(np.int64)
+    )
+
+
+def rbf(g: Generator, n: int, noise: float = 0.1) -> Draw:
+    """A smooth curve through ten normal numbers at 0.1 … 1, seen with noise at 50 times.
+
+    Every point is a mean of the ten, weighted by exp(−120·distance²). The target is the curve itself.
+    """
+    t = 0.02 * np.arange(1, 51)
+    curves = (g.normal(size=(n, 10)) @ rbf_weights(t).T)[:, :, None]
+    seen = curves + g.normal(0, noise, (n, 50, 1))
+    times = np.broadcast_to(t[:, None], (n, 50, 1))
+    return Draw(times, seen.astype(np.float32), curves.astype(np.float32))
+
+
+def rbf_weights(t: NDArray[Any]) -> NDArray[np.float64]:
+    """``(N, 10)``: what a point of the curve at each of ``(N,)`` times takes of the ten numbers."""
+    weights: NDArray[np.float64] = np.exp(-120 * (t[:, None] - 0.1 * np.arange(1, 11)) ** 2)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def sines(g: Generator, n: int, noise: float = 0.1) -> Draw:
+    """One or two tones of different whole frequencies, 1 to 24 Hz, at 100 times in a second.
+
+    The target is the wave without noise; the label is the frequency, or that there are two.
+    """
+    t = np.linspace(0, 1, 100)
+    tones = 1 + np.argsort(g.random((n, _TONES)), axis=1)[:, :2]  # (n, 2) Hz, without repetition
+    loudness = g.uniform(0.5, 1, (n, 2))
+    has_two = g.integers(0, 2, n)  # half of the series have one tone
+    loudness[:, 1] *= has_two
+    phases = g.uniform(0, 2 * np.pi, (n, 2))
+    angles = 2 * np.pi * tones[:, :, None] * t + phases[:, :, None]  # (n, 2, 100)
+    wave = (loudness[:, :, None] * np.sin(angles)).sum(axis=1)[:, :, None]
+    seen = wave + g.normal(0, noise, (n, 100, 1))
+    times = np.broadcast_to(t[:, None], (n, 100, 1))
+    labels = np.where(has_two == 1, _TONES, tones[:, 0] - 1)
+    return Draw(times, seen.astype(np.float32), wave.astype(np.float32), labels)
+
+
+def positions(g: Generator, n: int) -> Draw:
+    """Ten ones at random places in (1, 50): the target is the place, so positions must be read."""
+    places = np.sort(g.uniform(1, 50, (n, 10)), axis=1)[:, :, None]
+    return Draw(places, np.ones((n, 10, 1), dtype=np.float32), places.astype(np.float32))
+
+
+def pendulum(g: Generator, n: int) -> Draw:
+    """A damped pendulum with random kicks: 100 pictures of 24 × 24 pixels, with correlated noise.
+
+    Angles follow ω' = 29.43·sin θ − 0.1·ω in steps of 1e-4, with a kick of N(0, 0.1²) every 0.01. The
+    targets are sine and cosine of the angle.
+    """
+    theta, omega = g.uniform(0, 2 * np.pi, n), np.zeros(n)
+    angles = np.empty((n, 100))
+    for frame in range(100):
+        for _ in range(100):
+            omega += 1e-4 * (29.43 * np.sin(theta) - 0.1 * omega)
+            theta += 1e-4 * omega
+        omega += g.normal(0, 0.1, n)
+        theta %= 2 * np.pi
+        angles[:, frame] = theta - np.pi
+    drawn = angles + g.normal(0, 1e-5, angles.shape)
+    pictures = _rods(drawn).astype(np.float32)  # (n, 100, 576) whole numbers in 0 … 255
+    clear = _clearness(g, n)[:, :, None]
+    seen = clear * pictures + (1 - clear) * g.uniform(0, 255, pictures.shape)
+    frames = np.broadcast_to(np.arange(100.0)[:, None], (n, 100, 1))
+    targets = np.stack([np.sin(angles), np.cos(angles)], axis=2)
+    return Draw(frames, np.floor(seen).astype(np.float32), targets.astype(np.float32))
+
+
+def _rods(angles: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Pictures ``(…, 576)`` of a rod from the middle to (sin, cos) of its angle.
+
+    The rod is drawn hard-edged on a canvas of 128 × 128, 8 wide and 55 long from (64, 64), which is
+    scaled down with the Lanczos filter.
+    """
+    side = np.arange(_CANVAS)
+    x, y = np.meshgrid(side - _CANVAS // 2, side - _CANVAS // 2)  # (128, 128) each, from the middle
+    smaller = _lanczos()  # (24, 128)
+    flat = angles.reshape(-1)
+    pictures = np.empty((len(flat), _SIDE, _SIDE), dtype=np.uint8)
+    for start in range(0, len(flat), _PICTURES):
+        part = flat[start : start + _PICTURES, None, None]
+        dx, dy = np.sin(part), np.cos(part)
+        along, across = x * dx + y * dy, x * dy - y * dx
+        canvas = (along >= 0) & (along <= 55) & (np.abs(across) <= 4)
+        small = smaller @ canvas.astype(np.float32) @ smaller.T
+        pictures[start : start + _PICTURES] = 255 * np.clip(small, 0, 1)
+    return pictures.reshape(*angles.shape, _SIDE**2)
+
+
+def _lanczos() -> NDArray[np.float32]:
+    """``(24, 128)``: what each small pixel takes of each large one, along one side."""
+    scale = _CANVAS / _SIDE
+    centres = (np.arange(_SIDE) + 0.5) * scale
+    away = (np.arange(_CANVAS) + 0.5 - centres[:, None]) / scale
+    weights = np.where(np.abs(away) < 3, np.sinc(away) * np.sinc(away / 3), 0.0)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _clearness(g: Generator, n: int) -> NDArray[np.float64]:
+    """``(n, 100)`` share of the picture that shows through the noise; the first five are clear."""
+    walk = np.empty((n, 100))
+    walk[:, 0] = g.random(n)
+    steps = g.uniform(-0.2, 0.2, (n, 100))
+    for k in range(1, 100):
+        walk[:, k] = np.clip(walk[:, k - 1] + steps[:, k], 0, 1)
+    low, high = g.uniform(0, 0.25, (n, 1)), g.uniform(0.75, 1, (n, 1))
+    walk = np.clip((walk - low) / (high - low), 0, 1)
+    walk[:, :5] = 1
+    return walk
+
+
+def _time(unit: str = "s") -> tuple[PositionAxis, ...]:
+    return (PositionAxis(name="time", unit=unit),)
+
+
+def _value(*names: str, **unit: Any) -> tuple[Channel, ...]:
+    return tuple(Channel(name=name, unit=unit.get("unit", "1")) for name in names)
+
+
+RECIPES = {
+    "pendulum": Recipe(
+        pendulum,
+        _time("frame"),
+        _value(*(f"y{k // _SIDE:02d}x{k % _SIDE:02d}" for k in range(_SIDE**2))),
+        targets=_value("sin", "cos"),
+    ),
+    "positions": Recipe(
+        positions,
+        (PositionAxis(name="place", unit="1"),),
+        _value("one"),
+        targets=_value("true_place"),
+    ),
+    "rbf": Recipe(rbf, _time(), _value("value"), targets=_value("clean"), noise=0.1),
+    "sines": Recipe(
+        sines,
+        _time(),
+        _value("value"),
+        (*(f"{hz} Hz" for hz in range(1, _TONES + 1)), "two tones"),
+        _value("clean"),
+        noise=0.1,
+    ),
+    "spirals": Recipe(
+        spirals,
+        _time("1"),
+        _value("x", "y"),
+        ("anticlockwise", "clockwise"),
+        _value("clean_x", "clean_y"),
+        noise=0.1,
+    ),
+}
+
+
+_AT_ONCE = 256
+
+
+class GeneratedConfig(SourceConfig):
+    """Series of one recipe of ``recipes.py``."""
+
+    kind: Literal["generated"] = "generated"
+    recipe: Literal["pendulum", "positions", "rbf", "sines", "spirals"]
+    n_series: int = Field(gt=0)
+    seed: int = Field(0, ge=0)
+    noise: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Standard deviation of the noise on the values of spirals, rbf and sines; null: 0.1.",
+    )
+    citation: str = "generated after the recipes of arXiv:2505.20535"
+    licence: str = "generated; free of rights"
+
+    @model_validator(mode="after")
+    def _noise_can_be_chosen(self) -> Self:
+        if self.noise is not None and RECIPES[self.recipe].noise is None:
+            choose = ", ".join(name for name, recipe in RECIPES.items() if recipe.noise is not None)
+            raise ValueError(
+                f"the noise of {self.recipe} cannot be chosen; leave noise out, or take {choose}"
+            )
+        return self
+
+    def open(self, cache: Path) -> GeneratedSource:
+        return GeneratedSource(self)
+
+
+class GeneratedSource:
+    """The series of one recipe."""
+
+    files: Mapping[str, str] = {}
+
+    def __init__(self, config: GeneratedConfig) -> None:
+        self.config, self.recipe = config, RECIPES[config.recipe]
+        self.axes, self.channels = self.recipe.axes, self.recipe.channels
+        self.classes, self.targets = self.recipe.classes, self.recipe.targets
+        self.citation, self.licence = config.citation, config.licence
+
+    def __length_hint__(self) -> int:
+        return self.config.n_series
+
+    def read(self) -> Iterator[RawSeries]:
+        """Every series; series k depends on the recipe, the seed and k alone."""
+        n, noise = self.config.n_series, self.config.noise
+        for start in range(0, n, _AT_ONCE):
+            generator = np.random.default_rng([self.config.seed, start])
+            drawn = self.recipe.draw(generator, _AT_ONCE, *(() if noise is None else (noise,)))
+            for k in range(min(_AT_ONCE, n - start)):
+                yield RawSeries(
+                    id=f"{self.config.recipe}-{start + k:07d}",
+                    positions=drawn.positions[k],
+                    values=drawn.values[k],
+                    targets=None if drawn.targets is None else drawn.targets[k],
+                    label=None if drawn.labels is None else self.classes[drawn.labels[k]],
+                )

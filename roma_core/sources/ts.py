@@ -1,0 +1,233 @@
+"""Series from ``.ts`` files, the text format of the UEA and UCR archives.
+
+A header of ``@`` lines, then one series a line: channels separated by ``:``, numbers by ``,``, the
+class last. Lengths may differ between series. Positions are the indices of the numbers: 0, 1, 2, …
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from roma_core.data.schema import Channel, DataError, PositionAxis
+from roma_core.files import sha256_of
+from roma_core.sources.base import RawSeries, RecordedSplit, SourceConfig
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TsFormat(_Section):
+    """What a ``.ts`` file does not say itself: names and units."""
+
+    kind: Literal["ts"] = "ts"
+    axis: str = Field("step", description="Name of the position axis.")
+    axis_unit: str = Field("step", description="Unit of the position axis.")
+    channels: tuple[str, ...] | None = Field(
+        None, description="Names of the channels, in file order; None gives c01, c02, …"
+    )
+    channel_unit: str = Field("1", description="Unit of all channels; '1' for a pure number.")
+
+
+class TsFile(_Section):
+    """One file and the split its publisher made it for."""
+
+    path: Path = Field(description="Absolute, or relative to the working directory.")
+    split: RecordedSplit | None = None
+
+
+class TsConfig(SourceConfig):
+    """``.ts`` files on this computer."""
+
+    kind: Literal["ts"] = "ts"
+    files: tuple[TsFile, ...] = Field(min_length=1)
+    format: TsFormat = TsFormat()
+
+    def open(self, cache: Path) -> TsSource:
+        hashes: dict[str, str] = {}
+        for file in self.files:
+            if not file.path.is_file():
+                raise DataError(f"there is no file {file.path} (from {Path.cwd()})")
+            if file.path.name in hashes:
+                raise DataError(f"two files are called {file.path.name}; rename one of them")
+            hashes[file.path.name] = sha256_of(file.path)
+        return TsSource(self.files, self.format, hashes, self.citation, self.licence)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What stands above the data, as far as it is used."""
+
+    n_channels: int | None  # None where the file does not say
+    length: int | None  # of every series; None where lengths may differ
+    classes: tuple[str, ...]  # empty without labels
+    n_lines: int
+
+
+class TsSource:
+    """Series of ``.ts`` files that agree in channels and classes.
+
+    Ids are ``<split or file name>-0001`` and so on, in the order of the lines, so a file may grow
+    at its end without renaming anything.
+    """
+
+    def __init__(
+        self,
+        files: tuple[TsFile, ...],
+        format: TsFormat,
+        hashes: Mapping[str, str],
+        citation: str = "",
+        licence: str = "",
+    ) -> None:
+        self.file_list = files
+        self.files = hashes
+        self.citation = citation
+        self.licence = licence
+        self._headers = [_read_header(file.path) for file in files]
+        self.classes = self._headers[0].classes
+        for file, header in zip(files, self._headers, strict=True):
+            if set(header.classes) != set(self.classes):
+                raise DataError(
+                    f"{file.path} has the classes {header.classes}, {files[0].path} has "
+                    f"{self.classes}; files of one data set must agree"
+                )
+        width = next(_series_lines(files[0].path, self._headers[0]), None)
+        if width is None:
+            raise DataError(f"{files[0].path} has no series after @data")
+        n_channels = width[1].count(":") + (0 if self.classes else 1)
+        names = format.channels or tuple(f"c{k + 1:02d}" for k in range(n_channels))
+        if len(names) != n_channels:
+            raise DataError(
+                f"{files[0].path} has {n_channels} channels, the configuration names "
+                f"{len(names)}: {names}"
+            )
+        self.channels = tuple(Channel(name=name, unit=format.channel_unit) for name in names)
+        self.axes = (PositionAxis(name=format.axis, unit=format.axis_unit),)
+
+    def read(self) -> Iterator[RawSeries]:
+        """Every series in file order.
+
+        Raises:
+            DataError: a line is malformed; the text names file and line.
+        """
+        counter: Counter[str] = Counter()
+        for file, header in zip(self.file_list, self._headers, strict=True):
+            prefix = file.split or file.path.stem
+            for n_line, line in _series_lines(file.path, header):
+                values, label = self._parse(line, header, f"{file.path}, line {n_line}")
+                counter[prefix] += 1
+                yield RawSeries(
+                    id=f"{prefix}-{counter[prefix]:04d}",
+                    positions=np.arange(len(values), dtype=np.float64)[:, None],  # (N, 1)
+                    values=values,
+                    label=label,
+                    recorded_split=file.split,
+                )
+
+    def _parse(
+        self, line: str, header: _Header, where: str
+    ) -> tuple[NDArray[np.float32], str | None]:
+        parts = line.split(":")
+        label = parts.pop().strip() if self.classes else None
+        if label is not None and label not in self.classes:
+            raise DataError(f"{where}: class {label!r} is not in the header's {self.classes}")
+        expected = header.n_channels or len(self.channels)
+        if len(parts) != expected or expected != len(self.channels):
+            raise DataError(f"{where}: expected {len(self.channels)} channels, got {len(parts)}")
+        columns = [_numbers(part, where) for part in parts]
+        lengths = {len(column) for column in columns}
+        if len(lengths) != 1:
+            raise DataError(f"{where}: channels differ in length: {sorted(lengths)}")
+        if header.length is not None and lengths != {header.length}:
+            raise DataError(
+                f"{where}: {lengths.pop()} numbers a channel, the header says {header.length}"
+            )
+        with np.errstate(
+            over="ignore"
+        ):  # too large for float32 becomes inf, which is refused later
+            return np.array(columns, dtype=np.float64).T.astype(np.float32, order="C"), label
+
+
+def _numbers(text: str, where: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        bad = next(word.strip() for word in text.split(",") if not _is_number(word))
+        if bad == "?":
+            raise DataError(
+                f"{where}: a missing value ('?'); an observation has all channels or is left out, "
+                f"so remove or fill incomplete observations first"
+            ) from None
+        raise DataError(f"{where}: {bad!r} is not a number") from None
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines that hold something; comments and empty lines are left out."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for n_line, line in enumerate(file, start=1):
+                if (text := line.strip()) and text[0] not in "#%":
+                    yield n_line, text
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def _series_lines(path: Path, header: _Header) -> Iterator[tuple[int, str]]:
+    return ((n_line, text) for n_line, text in _lines(path) if n_line > header.n_lines)
+
+
+def _read_header(path: Path) -> _Header:
+    words: dict[str, list[str]] = {}
+    for n_line, text in _lines(path):
+        where = f"{path}, line {n_line}"
+        if not text.startswith("@"):
+            raise DataError(
+                f"{where}: expected an @ line of the header, or @data before the series"
+            )
+        key, *rest = text[1:].split()
+        if key.lower() == "data":
+            return _header_of(words, path, n_line)
+        words[key.lower()] = rest
+    raise DataError(f"{path} has no @data line; it is not a .ts file, or it was cut short")
+
+
+def _header_of(words: dict[str, list[str]], path: Path, n_lines: int) -> _Header:
+    def says_true(key: str) -> bool:
+        return words.get(key, ["false"])[:1] in (["true"], ["True"])
+
+    def number(key: str) -> int | None:
+        if key not in words:
+            return None
+        if len(words[key]) != 1 or not words[key][0].isdigit():
+            raise DataError(f"{path}: @{key} must be one whole number, got {words[key]}")
+        return int(words[key][0])
+
+    if says_true("timestamps"):
+        raise DataError(f"{path} has time stamps (@timeStamps true), which this reader cannot take")
+    if says_true("targetlabel"):
+        raise DataError(f"{path} has regression targets (@targetLabel true); classes are expected")
+    classes = tuple(words["classlabel"][1:]) if says_true("classlabel") else ()
+    if says_true("classlabel") and (not classes or len(set(classes)) != len(classes)):
+        raise DataError(f"{path}: @classLabel true must list every class once, got {classes}")
+    return _Header(
+        n_channels=number("dimensions"),
+        length=number("serieslength") if says_true("equallength") else None,
+        classes=classes,
+        n_lines=n_lines,
+    )

@@ -1,0 +1,142 @@
+"""Asset: classifier and encoder in the registry, as candidates and, if the gate says so, as champions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+
+from roma_core.files import digest_of, read_json
+from roma_core.job import JobFolder, Result
+from roma_core.trainer.trackers import WandbConfig
+from roma_pipelines.experiment import Experiment
+from roma_pipelines.registry.gate import GATE_TAG, read_decision
+from roma_pipelines.registry.promotion import CHAMPION, NO_CHAMPION, promote
+from roma_pipelines.registry.runs import link_once
+from roma_pipelines.registry.store import MlflowSettings, connect
+from roma_pipelines.registry.versions import (
+    CANDIDATE,
+    COMPARED_TAG,
+    ENCODER_TAG,
+    encoder_name,
+    register,
+    version_at,
+)
+from roma_pipelines.storage import Storage
+from roma_pipelines.tracked_job import upstream
+
+
+def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
+    """A version in the MLflow registry; consumers load ``models:/NAME@champion``."""
+
+    @dg.asset(
+        **experiment.asset_arguments(
+            "registered_classifier",
+            "dataset",
+            "pretrained_encoder",
+            "finetuned_classifier",
+            "evaluation_report",
+            settings={"dataset", "pretraining", "finetuning", "gate", "baselines"},
+        ),
+        kinds={"mlflow"},
+        pool=f"registry_{experiment.name}",  # aliases of one model move one at a time
+        description=f"The evaluated package in the MLflow registry. {experiment.description}",
+    )
+    def registered_classifier(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        evaluation = upstream(context, experiment.key("evaluation_report"))
+        classifier = upstream(context, experiment.key("finetuned_classifier"))
+        encoder = upstream(context, experiment.key("pretrained_encoder"))
+        folder = JobFolder(evaluation["job_folder"])
+        result = folder.read_result()
+        if result is None:
+            raise dg.Failure(f"the evaluation in {folder.path} has no result; materialise it again")
+        client = connect(MlflowSettings(), Storage.open().mlflow)
+        config = read_json(folder.config)
+        decision = read_decision(folder.path)
+        metrics = {f"test/{name}": value for name, value in result.metrics.items()}
+        tags = _lineage_tags(config, context.run_id, result) | {
+            "roma.config_digest": digest_of(read_json(JobFolder(classifier["job_folder"]).config)),
+            GATE_TAG: "passed" if decision.passed else "failed",
+            COMPARED_TAG: config["champion_version"] or NO_CHAMPION,
+        }
+        encoder_tags = tags | {
+            "roma.config_digest": digest_of(read_json(JobFolder(encoder["job_folder"]).config))
+        }
+        encoder_version = register(
+            client,
+            folder.path / result.outputs["encoder_package"],
+            encoder_name(experiment.name),
+            result.job_key,
+            encoder["mlflow_run_id"],
+            encoder_tags,
+            {},
+        )
+        version = register(
+            client,
+            folder.path / result.outputs["package"],
+            experiment.name,
+            result.job_key,
+            classifier["mlflow_run_id"],
+            tags | {ENCODER_TAG: encoder_version},
+            metrics,
+        )
+        waits = experiment.gate.mode == "needs_approval" and decision.passed
+        if decision.passed and not waits:
+            promote(
+                client,
+                experiment.name,
+                version,
+                why=decision.reasons(),
+                who="automatic gate",
+                evidence={"evaluation_job": result.job_key, "dagster_run_id": context.run_id},
+            )
+        aliases = [
+            alias
+            for alias in (CHAMPION, CANDIDATE)
+            if version_at(client, experiment.name, alias) == version
+        ]
+        context.log.info(f"registered {experiment.name} version {version} as {', '.join(aliases)}")
+        command = f"roma-pipeline promote {experiment.name} {version} --why …"
+        if waits and CHAMPION not in aliases:
+            context.log.info(f"it passed the gate and waits for approval: {command}")
+        linked = link_once(
+            client,
+            WandbConfig(),
+            read_json(JobFolder(classifier["job_folder"]).config)["trainer"],
+            experiment.name,
+            version,
+            tags,
+            folder.path,
+        )
+        return dg.MaterializeResult(
+            metadata={
+                "weights_and_biases": linked,
+                "model": experiment.name,
+                "version": version,
+                "aliases": ", ".join(aliases) or "none",
+                "uri": f"models:/{experiment.name}@{CHAMPION}",
+                "encoder": f"models:/{encoder_name(experiment.name)}/{encoder_version}",
+                "gate": "passed" if decision.passed else "not passed",
+                "approval": f"needed: {command}" if waits else "not needed",
+                "accuracy": result.metrics["accuracy"],
+                "manifest_sha256": result.facts["manifest_sha256"],
+                "mlflow_run_id": classifier["mlflow_run_id"],
+            }
+        )
+
+    return registered_classifier
+
+
+def _lineage_tags(
+    config: Mapping[str, Any], registering_run: str, result: Result
+) -> dict[str, str]:
+    """Tags of a version: where it comes from, as the evaluation wrote it down."""
+    lineage: dict[str, str] = config["lineage"]
+    return {
+        "roma.dataset_digest": config["dataset_digest"],
+        "roma.git_sha": lineage["git_sha"],
+        "roma.lock_hash": lineage["lock_hash"],
+        "roma.dagster_run_id": registering_run,
+        "roma.evaluation_job": result.job_key,
+        "roma.finetuning_job": lineage["finetuning_job"],
+        "roma.pretraining_job": lineage["pretraining_job"],
+    }

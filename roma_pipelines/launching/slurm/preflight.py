@@ -1,0 +1,215 @@
+"""What a SLURM job can be told before it queues: every reason at once.
+
+The cluster knows best: ``sbatch --test-only`` is its own word on accounts, QOS and reservations.
+What is asked of ``sinfo`` beside it is there to say what to change, which sbatch does not.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shlex
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from roma_core.job import JobFolder
+from roma_pipelines.launching.launcher import NoAnswer
+from roma_pipelines.launching.slurm.cluster import Answer, Shell
+from roma_pipelines.launching.slurm.profile import Site
+from roma_pipelines.launching.slurm.script import batch_script
+from roma_pipelines.launching.spec import JobSpec
+
+if TYPE_CHECKING:
+    from roma_pipelines.launching.slurm.launcher import SlurmLauncher
+
+_COMMANDS = ("sbatch", "squeue", "scontrol", "scancel", "sinfo")
+_MIN_FREE_MB = 200
+_UNCONFIGURED = "Could not establish a configuration source"
+"""SLURM's word where its commands are installed and no cluster is: waiting would not help."""
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Nodes of one kind in a partition, as sinfo groups them."""
+
+    partition: str
+    up: bool
+    limit_min: float  # infinity without a limit
+    count: int
+    cpus: int
+    memory_mb: int
+    gpus: dict[str, int]  # by type; "" where the site names none
+
+
+def refusals(launcher: SlurmLauncher, spec: JobSpec, folder: JobFolder) -> list[str]:
+    """All reasons why this job would not run on this cluster.
+
+    Raises:
+        NoAnswer: the cluster is away.
+    """
+    site, shell = launcher.site, launcher.shell
+    missing = [] if site.ssh else [name for name in _COMMANDS if shutil.which(name) is None]
+    if missing:
+        return [
+            f"no {', '.join(missing)} on this computer; run on a login node of the cluster, or name "
+            f"one as `ssh` in the profile {site.name}"
+        ]
+    found = [*_about_folder(folder, shell), *_about_python(launcher)]
+    answer = shell.run("sinfo", "-h", "-o", "%P|%a|%l|%D|%c|%m|%G")
+    if _UNCONFIGURED.lower() in answer.text.lower():
+        found.append(_about_configuration(site))
+        return found
+    kinds = _nodes(answer)
+    wanted = site.partition.split(",") if site.partition else []
+    known = {kind.partition.rstrip("*") for kind in kinds}
+    if unknown := [name for name in wanted if name not in known]:
+        found.append(
+            f"there is no partition {', '.join(unknown)} at {site.name}; there are "
+            f"{', '.join(sorted(known))}"
+        )
+        return found
+    found += _about_size(spec, site, [k for k in kinds if _is_wanted(k, wanted)])
+    if not found:  # else sbatch would say the same again, in fewer words
+        text = batch_script(spec, site, folder.path.resolve(), 1, launcher.python)
+        if refused := _tested(shell, text):
+            found.append(f"sbatch would refuse it: {refused}")
+    return found
+
+
+def _about_folder(folder: JobFolder, shell: Shell) -> list[str]:
+    """Whether jobs may be written here, and the login node reads what is written."""
+    root = folder.path.parent
+    probe = root / f".preflight-{secrets.token_hex(4)}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe.write_text(probe.name)
+    except OSError as error:
+        return [f"cannot write to {root} ({error.strerror}); set ROMA_STORAGE_ROOT"]
+    try:
+        free_mb = shutil.disk_usage(root).free / 1e6
+        if free_mb < _MIN_FREE_MB:
+            return [f"{root} has {free_mb:.0f} MB of free space; {_MIN_FREE_MB} MB are needed"]
+        if shell.ssh and shell.run("cat", str(probe)).output != probe.name:
+            return [
+                f"{shell.ssh} does not see what is written to {root} here; jobs need a folder on a "
+                f"file system that both sides see: set ROMA_STORAGE_ROOT to one"
+            ]
+    finally:
+        probe.unlink()
+    return []
+
+
+def _about_python(launcher: SlurmLauncher) -> list[str]:
+    python = launcher.site.python or launcher.python
+    inside = launcher.site.container or launcher.site.setup or launcher.site.modules
+    if inside or "/" not in python:  # what the node finds there is the node's to say
+        return []
+    if launcher.shell.run("test", "-x", python).code == 0:
+        return []
+    return [f"there is no interpreter {python}; set `python` in the profile {launcher.site.name}"]
+
+
+def _about_configuration(site: Site) -> str:
+    if site.ssh:
+        return (
+            f"the SLURM commands of {site.ssh} know of no cluster; name a login node as `ssh` in the "
+            f"profile {site.name}"
+        )
+    return (
+        f"the SLURM commands of this computer know of no cluster; run on a login node, name one as "
+        f"`ssh` in the profile {site.name}, or set SLURM_CONF to the cluster's slurm.conf"
+    )
+
+
+def _nodes(answer: Answer) -> list[Nodes]:
+    if answer.code:
+        raise NoAnswer(f"sinfo: {answer.text}")
+    found = []
+    for line in answer.output.splitlines():
+        partition, up, limit, count, cpus, memory, gres = line.split("|")
+        found.append(
+            Nodes(
+                partition=partition,
+                up=up == "up",
+                limit_min=minutes(limit),
+                count=int(count),
+                cpus=int(cpus.rstrip("+")),
+                memory_mb=int(memory.rstrip("+")),
+                gpus=gpus_of(gres),
+            )
+        )
+    return found
+
+
+def _is_wanted(kind: Nodes, wanted: list[str]) -> bool:
+    return kind.partition.rstrip("*") in wanted if wanted else kind.partition.endswith("*")
+
+
+def _about_size(spec: JobSpec, site: Site, kinds: list[Nodes]) -> list[str]:
+    """What no kind of node of the partition has, each with the most there is."""
+    where = f"of partition {site.partition}" if site.partition else "of the default partition"
+    if not any(kind.up for kind in kinds):
+        return [f"partition {site.partition or '(default)'} is not up"]
+    kinds = [kind for kind in kinds if kind.up]
+    cpus = max(spec.threads_per_process, site.cpus_per_process or 1) * spec.processes_per_node
+    limit_min = spec.time_limit_min or site.time_limit_min
+    memory_mb = (spec.memory_gb or site.memory_gb or 0) * 1000
+
+    def gpus(kind: Nodes) -> int:
+        return kind.gpus.get(site.gpu_type, 0) if site.gpu_type else sum(kind.gpus.values())
+
+    types = sorted({name for kind in kinds for name in kind.gpus if name})
+    found = []
+    if spec.nodes > (most := sum(kind.count for kind in kinds)):
+        found.append(f"{spec.nodes} nodes are asked for, {where[3:]} has {most}")
+    if spec.gpus_per_node > (most := max(gpus(kind) for kind in kinds)):
+        kind_of = f" of type {site.gpu_type}" if site.gpu_type else ""
+        there = f" (types there: {', '.join(types)})" if site.gpu_type and types else ""
+        found.append(
+            f"{spec.gpus_per_node} GPUs{kind_of} a node are asked for, a node {where} has at most "
+            f"{most}{there}"
+        )
+    if cpus > (most := max(kind.cpus for kind in kinds)):
+        found.append(f"{cpus} CPUs a node are asked for, a node {where} has at most {most}")
+    if memory_mb > (most := max(kind.memory_mb for kind in kinds)):
+        found.append(
+            f"{memory_mb / 1000:g} GB a node are asked for, a node {where} has at most "
+            f"{most / 1000:g}"
+        )
+    if limit_min > (longest := max(kind.limit_min for kind in kinds)):
+        found.append(
+            f"a time limit of {limit_min} min is asked for, the longest {where} is {longest:g} min; "
+            f"attempts continue one another, so a shorter one does no harm"
+        )
+    return found
+
+
+def minutes(limit: str) -> float:
+    """``1-02:30:00``, ``30:00`` or ``infinite``, as sinfo writes a time limit, in minutes."""
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit)
+    if not found:
+        return float("inf")
+    days, hours, whole, seconds = (int(part or 0) for part in found.groups())
+    return (days * 24 + hours) * 60 + whole + seconds / 60
+
+
+def gpus_of(gres: str) -> dict[str, int]:
+    """``gpu:a100:4(S:0-1),lustre:1`` → ``{"a100": 4}``; the type is "" where none is named."""
+    found: dict[str, int] = {}
+    for name, count in re.findall(r"(?:^|,)gpu:(?:([A-Za-z][^:,(]*):)?(\d+)", gres):
+        found[name] = found.get(name, 0) + int(count)
+    return found
+
+
+def _tested(shell: Shell, script: str) -> str:
+    """Why sbatch would refuse the script; empty if it would not."""
+    options = [
+        line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")
+    ]
+    answer = shell.run("sbatch", "--test-only", *shlex.split(" ".join(options)), "--wrap=true")
+    if answer.code == 0:
+        return ""
+    if re.search(r"timed? ?out|unable to contact", answer.text, re.IGNORECASE):
+        raise NoAnswer(f"sbatch --test-only: {answer.text}")
+    return answer.text

@@ -1,0 +1,104 @@
+"""Where jobs run, by name; and what a job asks of its target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from roma_pipelines.experiment import Resources
+from roma_pipelines.launching.launcher import Launcher
+from roma_pipelines.launching.local import LocalLauncher
+from roma_pipelines.launching.spec import AttemptRecord, JobSpec
+from roma_pipelines.storage import Storage
+
+# environment variables that jobs are handed where they are set
+_SECRETS = (
+    "WANDB_API_KEY",
+    "ROMA_WANDB_API_KEY",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+)
+_SETTINGS = (
+    "ROMA_WANDB_MODE",
+    "WANDB_MODE",
+    "ROMA_WANDB_INIT_TIMEOUT_S",
+    "ROMA_WANDB_FINISH_TIMEOUT_S",
+    "WANDB_BASE_URL",
+)
+
+
+def launcher_for(target: str, profile: str | None, storage: Storage) -> Launcher:
+    """The launcher of a target.
+
+    Args:
+        profile: of the cluster; None takes ROMA_SLURM_PROFILE or ROMA_KUBERNETES_PROFILE.
+
+    Raises:
+        ValueError: there is no such target or profile.
+    """
+    if target == "local":
+        return LocalLauncher()
+    if target == "slurm":
+        from roma_pipelines.launching.slurm.launcher import SlurmLauncher
+        from roma_pipelines.launching.slurm.profile import load_site
+
+        return SlurmLauncher(load_site(profile), storage.clusters)
+    if target == "kubernetes":
+        from roma_pipelines.launching.kubernetes.launcher import KubernetesLauncher
+        from roma_pipelines.launching.kubernetes.profile import load_kubernetes_site
+
+        return KubernetesLauncher(load_kubernetes_site(profile))
+    raise ValueError(
+        f"unknown target {target!r}; there are local, this computer, and two kinds of cluster, "
+        f"slurm and kubernetes"
+    )
+
+
+def roma_command(command: str, folder: Path | str) -> tuple[str, ...]:
+    """``roma COMMAND`` on a job folder, as a JobSpec has it."""
+    return ("-m", "roma_core.cli", command, "--job", str(folder))
+
+
+def job_spec(
+    resources: Resources,
+    key: str,
+    command: tuple[str, ...],
+    config_digest: str,
+    starter: Literal["torchrun", "plain"],
+) -> JobSpec:
+    """What a job of an experiment asks for.
+
+    The target ``local`` runs the processes of all nodes on this computer: the world stays as large,
+    and with it the global batch, so that one file trains the same model on either target. Work that
+    is no training (``plain``) is one process, on one GPU if the trainings have any.
+    """
+    sizes: dict[str, Any] = {"nodes": 1, "processes_per_node": 1}
+    sizes["gpus_per_node"] = resources.gpus_per_node
+    if starter == "plain":
+        sizes["gpus_per_node"] = min(resources.gpus_per_node, 1)
+    elif resources.target == "local":
+        sizes["processes_per_node"] = resources.nodes * resources.processes_per_node
+    else:
+        sizes |= {"nodes": resources.nodes, "processes_per_node": resources.processes_per_node}
+    return JobSpec(
+        key=key,
+        command=command,
+        config_digest=config_digest,
+        starter=starter,
+        threads_per_process=resources.threads_per_process,
+        memory_gb=resources.memory_gb,
+        time_limit_min=resources.time_limit_min,
+        env_names=(*_SECRETS, *_SETTINGS),
+        **sizes,
+    )
+
+
+def launcher_of(storage: Storage) -> Callable[[AttemptRecord], Launcher]:
+    """Finds the launcher that an attempt on record belongs to."""
+
+    def find(record: AttemptRecord) -> Launcher:
+        return launcher_for(record.backend, (record.external or {}).get("site"), storage)
+
+    return find

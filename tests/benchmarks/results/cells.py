@@ -1,0 +1,327 @@
+"""One cell of the results: data set → pretraining → finetuning → evaluation → a record.
+
+The jobs go through the launching layer, so a cell that was interrupted goes on where it was, on this
+computer or on a cluster. Nothing of it enters the registry. A job's key is a hash of its configuration:
+what is done already under the same settings is found again, by this cell or by another one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from roma_core.data.build import build_dataset
+from roma_core.data.schema import Manifest
+from roma_core.data.store import read_manifest
+from roma_core.evaluation.config import EvaluationJobConfig, ReconstructionJobConfig
+from roma_core.files import digest_of, read_json, write_json
+from roma_core.job import JobFolder, Result
+from roma_core.model.config import SHAPE, RoMAForPreTrainingConfig
+from roma_core.trainer.config import TrainerConfig
+from roma_core.trainer.defaults import Amount, finetuning_s, pretraining_s
+from roma_core.trainer.job import TrainingJobConfig, data_fields
+from roma_pipelines.experiment import Experiment, Resources, Stage
+from roma_pipelines.launching.spec import JobState, job_key
+from roma_pipelines.launching.supervisor import supervise
+from roma_pipelines.launching.targets import job_spec, launcher_for, roma_command
+from roma_pipelines.provenance import code_version
+from roma_pipelines.storage import Storage
+from tests.benchmarks.results.rows import Cell, Training
+
+
+class Record(BaseModel):
+    """What a cell came to; ``results/<row>/<case>/<seed>.json`` under the storage root."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[2] = 2
+    cell: Cell
+    metrics: dict[str, float] = Field(description="On the split that the row is judged on.")
+    n_series: int = Field(description="Of that split.")
+    seconds: dict[str, float] = Field(description="Training time by job.")
+    device: str
+    dataset_digest: str
+    settings_digest: str = Field(description="Of everything that decides the cell.")
+    code: str
+    finished_at: float
+
+
+class JobGoesOn(KeyboardInterrupt):
+    """Somebody stopped watching a job, which runs on without them."""
+
+    def __init__(self, key: str, what: str) -> None:
+        super().__init__(f"{what}: job {key} goes on")
+        self.key, self.what = key, what
+
+
+Told = Callable[[str], None]
+_CODE = "code.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A cell with everything that decides it.
+
+    Attributes:
+        experiment: with the case's changes.
+        trainings: which of the two are done.
+        judged_on: ``test`` or ``validation``.
+        seen: how many observations are left where reconstructions are judged, besides the model's own.
+    """
+
+    cell: Cell
+    experiment: Experiment
+    trainings: tuple[Training, ...]
+    judged_on: Literal["test", "validation"]
+    seen: tuple[int, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """A record with another one is out of date."""
+        decide = self.experiment.model_dump(
+            mode="json", include={"dataset", "pretraining", "finetuning"}
+        )
+        if "pretraining" not in self.trainings:  # its model is the shape all the same
+            decide["pretraining"] = {"model": decide["pretraining"]["model"]}
+        decides = [decide, self.trainings, self.judged_on, self.cell.seed, *self.seen]
+        return digest_of(decides)[:16]
+
+    def trainer(self, training: Training) -> TrainerConfig:
+        stage: Stage = getattr(self.experiment, training)
+        return TrainerConfig.from_values({**stage.trainer, "random_seed": self.cell.seed})
+
+    def built(self, storage: Storage, told: Told) -> Path:
+        """The data set, built or found; ``told`` that this begins, since it may take minutes.
+
+        Raises:
+            DataError: that fails.
+        """
+        told(f"data of {self.cell.name}: found, or built now …")
+        config = self.experiment.dataset
+        if config.drop_rate:
+            config = config.model_copy(update={"drop_seed": self.cell.seed})
+        return build_dataset(config, storage.datasets, storage.cache, progress=False)
+
+
+def record_path(storage: Storage, cell: Cell) -> Path:
+    return storage.root / "results" / cell.row / cell.case / f"{cell.seed}.json"
+
+
+def read_record(storage: Storage, cell: Cell) -> Record | None:
+    """What was found for this cell, under whatever settings; None if it was never run."""
+    path = record_path(storage, cell)
+    return Record.model_validate(read_json(path)) if path.exists() else None
+
+
+def expected_s(plan: Plan, storage: Storage, told: Told) -> float:
+    """About how long a cell's trainings take: as another seed did, else by model and amount of data.
+
+    The data set is built for it if need be.
+
+    Raises:
+        DataError: that fails.
+    """
+    for path in sorted(record_path(storage, plan.cell).parent.glob("*.json")):
+        record = Record.model_validate(read_json(path))
+        if replace(plan, cell=record.cell).digest == record.settings_digest:
+            return sum(record.seconds.values())
+    manifest = read_manifest(plan.built(storage, told))
+    counts, schema = manifest.counts["train"], manifest.data_schema
+    amount = Amount(
+        counts.n_series, counts.n_observations, len(schema.channels), n_axes=len(schema.axes)
+    )
+    shape = RoMAForPreTrainingConfig.from_values(
+        plan.experiment.pretraining.model | data_fields(schema)
+    )
+    seconds_of = {"pretraining": pretraining_s, "finetuning": finetuning_s}
+    return sum(
+        seconds_of[training](
+            shape, plan.trainer(training), amount, getattr(plan.experiment, training).train_share
+        )
+        for training in plan.trainings
+    )
+
+
+def run_cell(plan: Plan, resources: Resources, storage: Storage, told: Told) -> Record:
+    """Run what is missing of a cell and write its record.
+
+    Raises:
+        JobFailed: a job failed; the text has the end of its log.
+        Refused: the target will not run one.
+        DataError: the data set cannot be built.
+        JobGoesOn: it was interrupted while a job of it ran.
+    """
+    data = plan.built(storage, told)
+    manifest = read_manifest(data)
+    jobs = _Jobs(plan.cell, resources, storage, told)
+    trained: dict[Training, _Done] = {}
+    if "pretraining" in plan.trainings:
+        config = _pretraining(plan, data, manifest)
+        trained["pretraining"] = jobs.run("pretrain", config, "torchrun")
+    if "finetuning" in plan.trainings:
+        pretrained = trained.get("pretraining")
+        weights = None if pretrained is None else pretrained.output("model")
+        config = _finetuning(plan, data, manifest, weights)
+        trained["finetuning"] = jobs.run("finetune", config, "torchrun")
+    last = trained[plan.trainings[-1]]
+    if plan.judged_on == "validation":
+        metrics = _of_the_last_evaluation(last.result)
+    else:
+        metrics = _judged(jobs, plan, data, manifest, trained)
+    record = Record(
+        cell=plan.cell,
+        metrics=metrics,
+        n_series=manifest.counts[plan.judged_on].n_series,
+        seconds={
+            name: float(done.result.facts.get("training_s", 0)) for name, done in trained.items()
+        },
+        device=str(last.result.facts.get("device", "?")),
+        dataset_digest=manifest.digest,
+        settings_digest=plan.digest,
+        code=last.code,
+        finished_at=time.time(),
+    )
+    path = record_path(storage, plan.cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, record.model_dump(mode="json"))
+    return record
+
+
+def _pretraining(plan: Plan, data: Path, manifest: Manifest) -> TrainingJobConfig:
+    stage = plan.experiment.pretraining
+    return TrainingJobConfig.pretraining(
+        data, manifest, stage.model, plan.trainer("pretraining"), stage.train_share
+    )
+
+
+def _finetuning(
+    plan: Plan, data: Path, manifest: Manifest, weights: Path | None
+) -> TrainingJobConfig:
+    stage = plan.experiment.finetuning
+    model = stage.model
+    if weights is None:  # new weights, in the shape that pretraining would have given them
+        model = from_scratch(plan.experiment.pretraining.model, model)
+    return TrainingJobConfig.finetuning(
+        data, manifest, weights, model, plan.trainer("finetuning"), stage.train_share
+    )
+
+
+def from_scratch(pretraining: dict[str, Any], finetuning: dict[str, Any]) -> dict[str, Any]:
+    """Model section of a finetuning that starts from new weights."""
+    shape = {name: value for name, value in pretraining.items() if name in SHAPE}
+    encoder = {**pretraining.get("encoder_config", {}), **finetuning.get("encoder_config", {})}
+    return {**shape, **finetuning, "encoder_config": encoder}
+
+
+def _of_the_last_evaluation(result: Result) -> dict[str, float]:
+    """Of the validation split, at the end of the training; the loss of classes is the log loss."""
+    found = {
+        name.removeprefix("eval/"): value
+        for name, value in result.metrics.items()
+        if name.startswith("eval/")
+    }
+    return found | ({"log_loss": found["loss"]} if "accuracy" in found else {})
+
+
+def _judged(
+    jobs: _Jobs, plan: Plan, data: Path, manifest: Manifest, trained: dict[Training, _Done]
+) -> dict[str, float]:
+    """Metrics on the test split."""
+    pretrained, classifier = trained.get("pretraining"), trained.get("finetuning")
+    about = {
+        "name": plan.experiment.name,
+        "dataset": str(data),
+        "dataset_digest": manifest.digest,
+        "autoencoder": None if pretrained is None else str(pretrained.output("model")),
+    }
+    config: BaseModel
+    if classifier is None:
+        config = ReconstructionJobConfig.model_validate({**about, "seen": plan.seen})
+    else:
+        config = EvaluationJobConfig.model_validate(
+            {**about, "classifier": str(classifier.output("model"))}
+        )
+    metrics = read_json(jobs.run("evaluate", config, "plain").output("metrics"))
+    return {k: v["value"] for k, v in metrics.items() if isinstance(v, dict) and "value" in v}
+
+
+class _Done:
+    """A completed job."""
+
+    def __init__(self, folder: JobFolder, result: Result) -> None:
+        self.folder, self.result = folder, result
+
+    @property
+    def code(self) -> str:
+        """What ran it first; a job that was done before is found again under other code."""
+        return str(read_json(self.folder.path / _CODE)["code"])
+
+    def output(self, name: str) -> Path:
+        return self.folder.path / self.result.outputs[name]
+
+
+@dataclass(frozen=True)
+class _Jobs:
+    """Runs the jobs of a cell, or finds them done."""
+
+    cell: Cell
+    resources: Resources
+    storage: Storage
+    told: Told
+
+    def run(self, command: str, config: BaseModel, starter: Literal["torchrun", "plain"]) -> _Done:
+        document = config.model_dump(mode="json")
+        key = job_key(f"results/{command}", digest_of(document))
+        folder = JobFolder(self.storage.jobs / key)
+        spec = job_spec(
+            self.resources, key, roma_command(command, folder.path), digest_of(document), starter
+        )
+        if not (folder.path / _CODE).exists():
+            folder.path.mkdir(parents=True, exist_ok=True)
+            write_json(folder.path / _CODE, {"code": code_version()})
+        what = f"{self.cell.name} {command}"
+        self.told(f"{what}: job {key}")
+        try:
+            outcome = supervise(
+                launcher_for(self.resources.target, self.resources.profile, self.storage),
+                folder,
+                spec,
+                document,
+                watcher={"asset_key": f"results/{what}"},
+                on_poll=_Progress(folder, what, self.told),
+                max_attempts=self.resources.max_attempts,
+            )
+        except KeyboardInterrupt:
+            if folder.attempt_numbers():
+                raise JobGoesOn(key, what) from None
+            raise
+        assert outcome.result is not None, "a completed job has a result"
+        return _Done(folder, outcome.result)
+
+
+class _Progress:
+    """Says every half minute how far a training is."""
+
+    def __init__(self, folder: JobFolder, what: str, told: Told) -> None:
+        self.folder, self.what, self.told = folder, what, told
+        self._said_at = time.monotonic()
+
+    def __call__(self, state: JobState) -> None:
+        if state.ended or time.monotonic() - self._said_at < 30:
+            return
+        self._said_at = time.monotonic()
+        last = _last_record(self.folder.metrics)
+        where = f"step {last['step']}" if last else str(state)
+        self.told(f"{self.what}: {where}")
+
+
+def _last_record(path: Path) -> dict[str, Any] | None:
+    from roma_core.trainer.metrics import read_records
+
+    records = [record for _, record in read_records(path)] if path.exists() else []
+    return records[-1] if records else None

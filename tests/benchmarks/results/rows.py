@@ -1,0 +1,195 @@
+"""Rows of the results: an experiment in some cases, beside the figures of others.
+
+A case is the experiment with a few settings changed: another share left out, another pooling, no
+pretraining. Protocols, ablations and learning curves over labels are all rows of cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from roma_core.settings import mistakes, problems_of
+from roma_pipelines.experiment import Experiment
+from roma_pipelines.experiment_files import read_yaml
+
+ROWS = Path(__file__).parent / "rows.yaml"
+
+Training = Literal["pretraining", "finetuning"]
+Changes = dict[str, Any]
+"""Dotted path of a setting in the experiment's file → its value here."""
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Anchor(_Document):
+    """Somebody else's figures."""
+
+    name: str
+    source: str = Field(description="Where they come from: a paper, or measured on which protocol.")
+    like_for_like: bool = Field(description="Same objects, same observations left out, same split.")
+    is_bound: bool = Field(False, description="The best that is possible, nobody to be ahead of.")
+    values: dict[str, dict[str, float]] = Field(
+        description="Metric, as in metrics.json → name of the case → figure."
+    )
+
+
+class Case(_Document):
+    """The experiment with some settings changed."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9%._+-]*$")
+    changes: Changes = {}
+    trainings: tuple[Training, ...] | None = Field(None, description="None: those of the row.")
+
+
+class Row(_Document):
+    """An experiment in some cases, some seeds each."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    experiment: str = Field(
+        description="Name of an experiment, or the path of its file; a relative one from rows.yaml."
+    )
+    protocol: str
+    cases: tuple[Case, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(min_length=1)
+    changes: Changes = Field({}, description="Of all cases; a case's own come after them.")
+    trainings: tuple[Training, ...] = Field(
+        ("pretraining", "finetuning"),
+        description="Finetuning alone starts from new weights; after pretraining alone its "
+        "reconstructions are judged.",
+    )
+    judged_on: Literal["test", "validation"] = Field(
+        "test", description="Settings are compared on validation, which needs no evaluation job."
+    )
+    seen: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        (), description="Reconstructions are judged once more with so many observations left."
+    )
+    metrics: tuple[str, ...] = ("accuracy", "macro_f1", "log_loss")
+    anchors: tuple[Anchor, ...] = ()
+
+    @model_validator(mode="after")
+    def _anchors_name_cases(self) -> Row:
+        known = {case.name for case in self.cases}
+        for anchor in self.anchors:
+            for metric, figures in anchor.values.items():
+                if unknown := sorted(set(figures) - known):
+                    raise ValueError(
+                        f"anchor {anchor.name!r} has a figure of {metric} for {unknown[0]!r}, which is "
+                        f"none of the cases {', '.join(sorted(known))}"
+                    )
+        if self.seen and (self.judged_on == "validation" or "finetuning" in self.trainings):
+            raise ValueError("seen: only reconstructions on the test split are judged with it")
+        return self
+
+    def cells(self) -> list[Cell]:
+        """All cells; a seed after the other, so that every case has a figure early."""
+        return [
+            Cell(row=self.name, case=case.name, seed=seed)
+            for seed in self.seeds
+            for case in self.cases
+        ]
+
+    def case(self, name: str) -> Case:
+        return next(case for case in self.cases if case.name == name)
+
+    def trainings_of(self, case: Case) -> tuple[Training, ...]:
+        return self.trainings if case.trainings is None else case.trainings
+
+    def changed(self, experiment: Experiment, case: Case) -> Experiment:
+        """The experiment as it is in this case.
+
+        Raises:
+            ValueError: a change names no section, or a value is wrong.
+        """
+        document = experiment.model_dump(mode="json")
+        for path, value in {**self.changes, **case.changes}.items():
+            *sections, name = path.split(".")
+            inner = document
+            for section in sections:
+                inner = inner.setdefault(section, {})
+                if not isinstance(inner, dict):
+                    raise ValueError(f"row {self.name}, case {case.name}: {path}: no section there")
+            inner[name] = value
+        try:
+            return Experiment.model_validate(document)
+        except ValidationError as error:
+            wrong = "; ".join(
+                ": ".join(filter(None, one)) for one in problems_of(error, Experiment)
+            )
+            raise ValueError(f"row {self.name}, case {case.name}: {wrong}") from None
+
+
+class Cell(_Document):
+    """One training from the data to the metrics.
+
+    ``seed`` chooses the initial weights, the order, the masks and the observations left out.
+    """
+
+    row: str
+    case: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.row}/{self.case}/{self.seed}"
+
+
+def read_rows(path: Path = ROWS) -> dict[str, Row]:
+    """All rows by name.
+
+    Raises:
+        ValueError: the file cannot be used; a sentence for each mistake names file, row and key, what
+            is allowed and what came.
+    """
+    entries = read_yaml(path)
+    if not isinstance(entries, list):
+        raise ValueError(f"{path}: expected a list of rows, got {type(entries).__name__}")
+    rows = [_row(path, number, entry) for number, entry in enumerate(entries, 1)]
+    return {row.name: _with_file_beside(path, row) for row in rows}
+
+
+def _row(path: Path, number: int, entry: Any) -> Row:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{path}: row {number}: expected a mapping of settings, got {entry!r}")
+    try:
+        return Row.model_validate(entry)
+    except ValidationError as error:
+        where = f"{path}: row {entry.get('name', number)}"
+        raise ValueError("\n".join(f"{where}: {one}" for one in mistakes(error, Row))) from None
+
+
+def _with_file_beside(path: Path, row: Row) -> Row:
+    if not row.experiment.endswith((".yaml", ".yml")):
+        return row
+    return row.model_copy(update={"experiment": str(path.parent / row.experiment)})
+
+
+def chosen(
+    rows: dict[str, Row], names: Sequence[str], cases: Sequence[str], seeds: Sequence[int]
+) -> list[Cell]:
+    """The cells of some rows, cases and seeds; empty means all.
+
+    Raises:
+        ValueError: there is no such row, or none of the rows has such a case or seed.
+    """
+    if unknown := [name for name in names if name not in rows]:
+        raise ValueError(f"there is no row {unknown[0]!r}; there are {', '.join(rows)}")
+    cells = [cell for name in names or rows for cell in rows[name].cells()]
+    _all_known("case", cases, [cell.case for cell in cells])
+    _all_known("seed", seeds, [cell.seed for cell in cells])
+    return [
+        cell
+        for cell in cells
+        if (not cases or cell.case in cases) and (not seeds or cell.seed in seeds)
+    ]
+
+
+def _all_known(what: str, wanted: Sequence[str | int], known: Sequence[str | int]) -> None:
+    if unknown := [value for value in wanted if value not in known]:
+        there = ", ".join(map(str, dict.fromkeys(known)))
+        raise ValueError(f"these rows have no {what} {unknown[0]!r}; they have {there}")

@@ -1,0 +1,313 @@
+"""Rows of the results: cells run once, go on after an interruption, and stand in a table."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from roma_core.files import read_json
+from roma_pipelines.cli import main
+from roma_pipelines.experiment_files import load_experiment
+from roma_pipelines.launching.spec import JobFailed
+from roma_pipelines.storage import Storage
+from tests.benchmarks.results.cells import (
+    Plan,
+    Record,
+    expected_s,
+    read_record,
+    record_path,
+    run_cell,
+)
+from tests.benchmarks.results.rows import Anchor, Case, Cell, Row, chosen, read_rows
+from tests.benchmarks.results.table import put_in_place, row_text
+from tests.pipelines.tiny import attributes
+
+ROW = Row(
+    name="waves",
+    experiment="waves",
+    protocol="Waves.",
+    cases=(Case(name="0%"), Case(name="50%", changes={"dataset.drop_rate": 0.5})),
+    seeds=(0, 1),
+    metrics=("accuracy", "log_loss"),
+    anchors=(
+        Anchor(
+            name="guess",
+            source="invented",
+            like_for_like=False,
+            values={"accuracy": {"0%": 0.8, "50%": 0.7}, "log_loss": {"0%": 0.5}},
+        ),
+        Anchor(
+            name="best possible",
+            source="computed",
+            like_for_like=True,
+            is_bound=True,
+            values={"accuracy": {"0%": 0.99}},
+        ),
+    ),
+)
+
+
+def record(case, seed, accuracy, log_loss=0.4):
+    return Record(
+        cell=Cell(row="waves", case=case, seed=seed),
+        metrics={"accuracy": accuracy, "log_loss": log_loss},
+        n_series=24,
+        seconds={"pretraining": 1.0, "finetuning": 2.0},
+        device="cpu",
+        dataset_digest="d",
+        settings_digest="s",
+        code="abc",
+        finished_at=0.0,
+    )
+
+
+def test_the_shipped_rows_name_experiments_that_exist():
+    rows = read_rows()
+
+    for row in rows.values():
+        experiment = load_experiment(row.experiment)
+        for case in row.cases:
+            assert row.changed(experiment, case).name == experiment.name
+
+
+def test_cells_are_chosen_by_row_case_and_seed():
+    rows = {"waves": ROW}
+
+    assert len(chosen(rows, [], [], [])) == 4
+    assert [cell.name for cell in chosen(rows, ["waves"], ["50%"], [1])] == ["waves/50%/1"]
+    with pytest.raises(ValueError, match="no row 'wave'"):
+        chosen(rows, ["wave"], [], [])
+    with pytest.raises(ValueError, match="no case '5%'; they have 0%, 50%"):
+        chosen(rows, ["waves"], ["5%"], [])
+
+
+def test_the_table_says_what_was_run_what_is_ahead_and_what_was_not_run():
+    records = {r.cell: r for r in (record("0%", 0, 0.9, 0.6), record("0%", 1, 0.8, 0.6))}
+
+    text = row_text(ROW, records, frozenset({Cell(row="waves", case="0%", seed=1)}))
+
+    assert "| 0% | accuracy | 0.850 ± 0.071 | 0.8 | 0.99 | yes, +0.050 |" in text
+    assert "| 0% | log loss | 0.600 ± 0.000 | 0.5 | – | no, -0.100 |" in text
+    assert "| 50% | accuracy | not run | 0.7 | – | – |" in text
+    assert "not like for like" in text
+    assert "earlier settings of the experiment: waves/0%/1" in text
+
+
+@pytest.mark.parametrize(
+    "metric, ahead",
+    [("mse_24_hz", "yes"), ("clean_rmse", "yes"), ("mse_seen_3", "yes"), ("macro_f1", "no")],
+)
+def test_a_smaller_error_and_a_larger_score_are_ahead(metric, ahead):
+    row = Row(
+        name="r",
+        experiment="e",
+        protocol="",
+        cases=(Case(name="c"),),
+        seeds=(0,),
+        metrics=(metric,),
+        anchors=(Anchor(name="a", source="", like_for_like=True, values={metric: {"c": 0.2}}),),
+    )
+    cell = Cell(row="r", case="c", seed=0)
+    found = record("0%", 0, 0).model_copy(update={"cell": cell, "metrics": {metric: 0.1}})
+
+    assert f"| 0.100 | 0.2 | {ahead}, " in row_text(row, {cell: found}, frozenset())
+
+
+def test_a_section_is_replaced_and_the_rest_left_alone(tmp_path):
+    path = tmp_path / "RESULTS.md"
+    path.write_text("# Mine\n\nwords\n")
+
+    put_in_place(path, "a", "first\n")
+    put_in_place(path, "b", "other\n")
+    put_in_place(path, "a", "second\n")
+
+    text = path.read_text()
+    assert text.startswith("# Mine\n\nwords\n")
+    assert "first" not in text
+    assert text.index("second") < text.index("other")
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROMA_STORAGE_ROOT", str(tmp_path / "storage"))
+    file = {"type": "roma_pipelines.components.RomaExperiment", "attributes": attributes(tmp_path)}
+    path = tmp_path / "waves.yaml"
+    path.write_text(yaml.safe_dump(file))
+    row = ROW.model_copy(update={"experiment": str(path)})
+    rows = [row.model_dump(mode="json")]
+    (tmp_path / "rows.yaml").write_text(yaml.safe_dump(rows))
+    monkeypatch.setattr("tests.benchmarks.results.rows.ROWS", tmp_path / "rows.yaml")
+    monkeypatch.setattr(read_rows, "__defaults__", (tmp_path / "rows.yaml",))
+    return load_experiment(str(path))
+
+
+def test_a_cell_runs_once_and_the_table_is_written(tiny, tmp_path):
+    out = tmp_path / "RESULTS.md"
+    arguments = ["results", "waves", "--case", "50%", "--seed", "0", "--out", str(out)]
+
+    first = CliRunner().invoke(main, arguments)
+    again = CliRunner().invoke(main, arguments)
+
+    assert first.exit_code == 0, first.output
+    assert "1 cell to run" in first.output
+    before_the_cost, _, _ = first.output.partition("1 cell to run")
+    assert "data of waves/50%/0: found, or built now …" in before_the_cost
+    assert "finetune: job" in first.output
+    assert again.exit_code == 0, again.output
+    assert "job" not in again.output
+    found = read_record(Storage.open(), Cell(row="waves", case="50%", seed=0))
+    assert found is not None
+    assert 0 <= found.metrics["accuracy"] <= 1
+    assert f"{found.metrics['accuracy']:.3f} (1 of 2 seeds)" in out.read_text()
+
+
+def test_the_expected_time_grows_with_the_model_and_other_settings_say_nothing(tiny):
+    cell, storage = Cell(row="waves", case="0%", seed=0), Storage.open()
+    stack = "pretraining.model.encoder_config"
+    wide = {f"{stack}.d_model": 512, f"{stack}.nhead": 4, f"{stack}.depth": 8}
+
+    def expected(changes):
+        case = Case(name="0%", changes=changes)
+        return expected_s(plan(ROW.changed(tiny, case), cell), storage, lambda line: None)
+
+    narrow = expected({})
+    made = record("0%", 0, 0.9)
+    path = record_path(storage, cell)
+    path.parent.mkdir(parents=True)
+    path.write_text(made.model_dump_json())
+    assert expected(wide) > 20 * narrow, "a record with other settings is no guide"
+    same = made.model_copy(update={"settings_digest": plan(tiny, cell).digest})
+    path.write_text(same.model_dump_json())
+    assert expected({}) == 3
+
+
+def test_ctrl_c_leaves_the_job_and_says_how_to_see_and_to_end_it(tiny, tmp_path, monkeypatch):
+    def interrupted(launcher, folder, spec, config, **options):
+        folder.attempt_record(1).parent.mkdir(parents=True)
+        folder.attempt_record(1).write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tests.benchmarks.results.cells.supervise", interrupted)
+
+    found = CliRunner().invoke(main, ["results", "--out", str(tmp_path / "R.md")])
+
+    assert found.exit_code == 130
+    (key,) = (path.name for path in Storage.open().jobs.iterdir())
+    assert f"job {key} goes on" in found.stderr
+    assert f"`roma-pipeline jobs cancel {key}`" in found.stderr
+    assert "the same command" in found.stderr
+
+
+ROW_TEXT = """
+- name: waves
+  experiment: waves
+  protocol: Waves.
+  cases: [{ name: 0%, chnages: {} }]
+  seeds: [zero]
+"""
+
+
+def test_mistakes_in_a_file_of_rows_are_sentences(tmp_path):
+    path = tmp_path / "rows.yaml"
+    for text, said in (
+        (ROW_TEXT, ("row waves: cases.0.chnages is not a setting; did you mean 'changes'",
+                    "row waves: seeds.0: must be a valid integer")),
+        ("- 3", ("row 1: expected a mapping of settings, got 3",)),
+        ("rows: 3", ("expected a list of rows, got dict",)),
+        ("- {", ("not valid YAML: line 1",)),
+    ):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(ValueError) as error:
+            read_rows(path)
+        lines = str(error.value).splitlines()
+        assert len(lines) == len(said)
+        for line, part in zip(lines, said, strict=True):
+            assert line.startswith(f"{path}") and part in line
+
+
+def test_mistakes_in_an_experiments_file_are_sentences(tiny, tmp_path):
+    path = tmp_path / "waves.yaml"
+    for changes, said in (
+        ({"datset": {}}, ["datset: not a setting; the closest one is dataset"]),
+        ({"dataset": 3}, ["dataset: Input should be a valid dictionary, got 3"]),
+        (
+            {"schedule": 5, "gate": {"mode": "x"}},
+            ["schedule: Input should be a valid string, got 5"],
+        ),
+        ({"finetuning": {"trainer": {"epoch": 2}}}, ["finetuning.trainer.epoch: "]),
+    ):
+        path.write_text(yaml.safe_dump({"attributes": attributes(tmp_path) | changes}))
+        with pytest.raises(ValueError) as error:
+            load_experiment(str(path))
+        lines = str(error.value).splitlines()
+        for line, part in zip(lines, said, strict=True):
+            assert line.startswith(f"{path}: {part}")
+
+
+def plan(experiment, cell):
+    return Plan(cell, experiment, ("pretraining", "finetuning"), "test")
+
+
+def test_a_cell_may_finetune_new_weights_on_few_labels_and_be_judged_on_validation(tiny):
+    row = ROW.model_copy(update={"changes": {"finetuning.trainer.epochs": 2}})
+    case = Case(name="few", changes={"finetuning.train_share": 0.5})
+    cell = Cell(row="waves", case="few", seed=0)
+    few = Plan(cell, row.changed(tiny, case), ("finetuning",), "validation")
+
+    found = run_cell(few, tiny.resources, Storage.open(), lambda line: None)
+
+    (config,) = Storage.open().jobs.glob("*/config.json")
+    document = read_json(config)
+    assert (document["weights"], document["train_share"]) == (None, 0.5)
+    assert document["model"]["encoder_config"]["d_model"] == 16
+    assert document["trainer"]["epochs"] == 2
+    assert found.metrics["log_loss"] == found.metrics["loss"] > 0
+    assert set(found.seconds) == {"finetuning"}
+
+
+def test_a_change_that_fits_nothing_is_refused(tiny):
+    for changes, wrong in (
+        ({"dataset.drop_rat": 0.5}, "drop_rat"),
+        ({"name.first": 1}, "no section"),
+        ({"finetuning.trainer.epochs": -1}, "epochs"),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            ROW.changed(tiny, Case(name="wrong", changes=changes))
+
+
+def test_an_interrupted_cell_goes_on_with_the_jobs_that_are_done(tiny, tmp_path, monkeypatch):
+    cell, storage, told = Cell(row="waves", case="0%", seed=1), Storage.open(), []
+
+    def die(line):
+        told.append(line)
+        if " evaluate: job" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(plan(tiny, cell), tiny.resources, storage, die)
+    made = {path: path.stat().st_mtime_ns for path in storage.jobs.glob("*/result.json")}
+    run_cell(plan(tiny, cell), tiny.resources, storage, told.append)
+
+    assert len(made) == 2
+    assert all(path.stat().st_mtime_ns == when for path, when in made.items())
+    assert read_record(storage, cell) is not None
+
+
+def test_a_cell_that_fails_says_why(tiny, tmp_path):
+    broken = tiny.model_copy(
+        update={
+            "finetuning": tiny.finetuning.model_copy(
+                update={"trainer": {**tiny.finetuning.trainer, "base_lr": 1e30}}
+            )
+        }
+    )
+
+    with pytest.raises(JobFailed, match="not finite"):
+        run_cell(
+            plan(broken, Cell(row="waves", case="0%", seed=0)),
+            broken.resources,
+            Storage.open(),
+            lambda line: None,
+        )
+    assert not list(Path(Storage.open().root).glob("results/**/*.json"))

@@ -1,0 +1,210 @@
+"""The commands a researcher types, one after the other, on a data set of two kinds of waves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from roma_core.data.store import StoredDataset
+from roma_core.evaluation.predictions import PredictionTable
+from roma_core.files import read_json
+from roma_core.model.pretraining import RoMAForPreTraining
+from roma_core.trainer.dataloader import Collate
+
+SMALL = ["--set", "model.encoder_config={d_model: 16, nhead: 2, depth: 1}"]
+DECODER = ["--set", "model.decoder_config={d_model: 16, nhead: 2, depth: 1}"]
+
+
+def roma(*arguments, ok=True, cwd=None):
+    done = subprocess.run(
+        [sys.executable, "-m", "roma_core.cli", *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=120,
+    )
+    assert (done.returncode == 0) is ok, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def write_waves(path: Path, n: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lines = ["@problemName waves", "@timeStamps false", "@classLabel true slow fast", "@data"]
+    for i in range(n):
+        t = np.arange(rng.integers(6, 14))
+        wave = np.sin(t * (0.4 + 0.8 * (i % 2))) + rng.normal(0, 0.05, len(t))
+        trend = np.full(len(t), i % 2) + rng.normal(0, 0.05, len(t))
+        columns = [",".join(f"{v:.4f}" for v in column) for column in (wave, trend)]
+        lines.append(":".join([*columns, ("slow", "fast")[i % 2]]))
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A data set, a pretraining, a finetuning and an evaluation, made by the commands."""
+    root = tmp_path_factory.mktemp("cli")
+    write_waves(root / "train.ts", 48, seed=0)
+    write_waves(root / "test.ts", 24, seed=1)
+    (root / "waves.yaml").write_text(
+        json.dumps(
+            {
+                "name": "waves",
+                "drop_rate": 0.2,
+                "source": {
+                    "kind": "ts",
+                    "files": [
+                        {"path": str(root / "train.ts"), "split": "train"},
+                        {"path": str(root / "test.ts"), "split": "test"},
+                    ],
+                    "format": {
+                        "kind": "ts",
+                        "axis": "step",
+                        "axis_unit": "step",
+                        "channel_unit": "1",
+                    },
+                },
+            }
+        )
+    )
+    said = roma("data", "build", root / "waves.yaml", "--out", root / "data", "--cache", root / "c")
+    data = next((root / "data" / "waves").glob("[0-9a-f]*"))
+    assert str(data) in said
+    roma(
+        "pretrain",
+        "--data",
+        data,
+        "--out",
+        root / "pre",
+        "--set",
+        "trainer.epochs=2",
+        *SMALL,
+        *DECODER,
+    )
+    weights = root / "pre/outputs/model"
+    finetune = [
+        "--weights",
+        weights,
+        "--set",
+        "trainer.epochs=15",
+        "--set",
+        "trainer.base_lr=0.005",
+    ]
+    roma("finetune", "--data", data, "--out", root / "fine", *finetune)
+    classifier = root / "fine/outputs/model"
+    arguments = ["--weights", classifier, "--autoencoder", weights]
+    roma("evaluate", "--data", data, "--out", root / "eval", *arguments)
+    return root, data
+
+
+def test_the_commands_end_with_a_classifier_that_classifies(runs):
+    root, data = runs
+    metrics = read_json(root / "eval/result.json")["metrics"]
+    assert metrics["accuracy"] > 0.9
+    assert metrics["serving_difference"] < 1e-5
+    report = (root / "eval/outputs/report.html").read_text()
+    assert "<h1>Evaluation of waves</h1>" in report and "data:image/png;base64" in report
+    assert "Baseline" not in report, "none was given"
+    assert read_json(root / "eval/config.json")["trained_on"] == [str(data)]
+
+
+def test_predict_gives_the_probabilities_of_the_report(runs):
+    root, data = runs
+    roma("predict", "--model", root / "eval/outputs/package", data, root / "out.parquet")
+    rows = pq.read_table(root / "out.parquet").to_pylist()
+    table = PredictionTable.load(root / "eval/outputs/predictions.parquet")
+    served = np.array([[dict(row["probabilities"])[c] for c in table.classes] for row in rows])
+    assert [row["id"] for row in rows] == table.ids
+    assert [row["label"] for row in rows] == [table.classes[k] for k in table.predicted]
+    np.testing.assert_allclose(served, table.probabilities, atol=1e-5)
+    exported, again = root / "test.parquet", root / "again.parquet"
+    roma("data", "export", data, exported, "--split", "test")
+    roma("predict", "--model", root / "eval/outputs/package", exported, again)
+    said, before = pq.read_table(again), pq.read_table(root / "out.parquet")
+    assert said.drop("scored_at").equals(before.drop("scored_at"))
+
+
+def test_embed_gives_the_features_of_the_pretrained_encoder(runs):
+    root, data = runs
+    roma("embed", "--model", root / "eval/outputs/encoder_package", data, root / "f.parquet")
+    rows = pq.read_table(root / "f.parquet").to_pylist()
+    model = RoMAForPreTraining.from_pretrained(root / "pre/outputs/model").eval()
+    test = StoredDataset(data).split("test")
+    collate = Collate(model.config, seed=0)
+    for i in range(0, len(test), 5):
+        with torch.no_grad():
+            expected = model.embed(collate([(0, i, test[i])]), pooling="mean")[0]
+        np.testing.assert_allclose(rows[i]["features"], expected, atol=1e-5)
+    classifier = ["--model", root / "eval/outputs/package", data, root / "x.parquet"]
+    assert "use `roma predict`" in roma("embed", *classifier, ok=False)
+
+
+def test_predict_reads_ragged_rows_and_names_what_is_wrong(runs):
+    root, data = runs
+    channels = [c["name"] for c in read_json(data / "manifest.json")["data_schema"]["channels"]]
+    good = {"positions": {"step": [0, 1, 3]}, "values": {c: [0.1, 0.2, 0.3] for c in channels}}
+    short = {"positions": {"step": [5]}, "values": {c: [0.1] for c in channels}}
+    (root / "rows.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(short) + "\n")
+    package = root / "eval/outputs/package"
+    assert "2 series" in roma(
+        "predict", "--model", package, root / "rows.jsonl", root / "o.parquet"
+    )
+
+    bad = {**good, "values": {channels[0]: [1, 2, 3]}}
+    (root / "bad.jsonl").write_text(json.dumps(bad) + "\n")
+    said = roma("predict", "--model", package, root / "bad.jsonl", root / "o.parquet", ok=False)
+    assert f"'{channels[1]}' is missing" in said and "Traceback" not in said
+
+
+def test_a_folder_of_other_settings_is_refused_and_the_same_settings_resume(runs):
+    root, data = runs
+    arguments = ["pretrain", "--data", data, "--out", root / "pre", *SMALL, *DECODER]
+    said = roma(*arguments, "--set", "trainer.epochs=3", ok=False)
+    assert "other settings: trainer.epochs 2 → 3; set them back" in said and "Traceback" not in said
+    before = (root / "pre/outputs/model/model.safetensors").read_bytes()
+    frozen = read_json(root / "pre/config.json")  # as before there were these settings
+    frozen["model"].pop("value_features")
+    frozen["model"].pop("neighbours")
+    frozen.pop("train_share")
+    (root / "pre/config.json").write_text(json.dumps(frozen))
+    said = roma(*arguments, "--set", "trainer.epochs=2", "--set", "trainer.save_every=7")
+    assert "resumed from step-" in said and "goes on with trainer.save_every" in said
+    assert (root / "pre/outputs/model/model.safetensors").read_bytes() == before
+
+
+def test_mistakes_on_the_command_line_are_explained(runs):
+    root, data = runs
+    out = ["--out", root / "x"]
+    assert "--data and --out are needed" in roma("pretrain", ok=False)
+    said = roma("pretrain", "--data", data, *out, "--set", "trainer.epoch=3", ok=False)
+    assert "epoch" in said and "Traceback" not in said
+    said = roma("pretrain", "--data", data, *out, "--set", "epochs=3", ok=False)
+    assert "expected model.NAME=VALUE or trainer.NAME=VALUE" in said
+    said = roma("pretrain", "--data", data / "nothing", *out, ok=False)
+    assert "Traceback" not in said
+    assert not (root / "x").exists()
+
+
+def test_show_config_names_the_source_of_each_setting(runs):
+    _, data = runs
+    said = roma("pretrain", "--data", data, "--show-config", "--set", "trainer.epochs=7")
+    assert "epochs" in said and "[code]" in said and "[default]" in said
+    assert "n_channels: 2" in said
+
+
+def test_a_mistake_is_one_sentence_and_the_stack_is_in_a_file(runs, tmp_path):
+    said = roma(
+        *("pretrain", "--data", runs[1], "--out", tmp_path / "out", *SMALL, *DECODER),
+        *("--set", "trainer.tokens_per_batch=3"),
+        ok=False,
+    )
+    assert "failed: the longest series has" in said and "Traceback" not in said
+    assert "Traceback" in (tmp_path / "out/attempts/1/traceback.txt").read_text()

@@ -1,0 +1,133 @@
+"""Series that are not as they should be: refused with their name, or repaired and counted."""
+
+import numpy as np
+import pytest
+
+from roma_core.data import DataError, StoredDataset
+from roma_core.data.build import ScaleFit
+from roma_core.data.schema import Repairs
+from tests.core.hand_made import HandMade, built, config_of, series
+
+GOOD = series("good", 8, "x", seed=1)
+OTHER = series("other", 8, "y", seed=2)
+
+
+def at(positions, name="odd", **changes):
+    n = len(positions)
+    column = np.array(positions, dtype=float)[:, None]
+    return series(name, n, "x", seed=3, positions=column, **changes)
+
+
+def stored(folder, *odd, **repair):
+    dataset = StoredDataset(built(folder, GOOD, OTHER, *odd, repair=repair))
+    return dataset, dataset.manifest.repairs
+
+
+def test_observations_out_of_order_are_sorted_and_counted(tmp_path):
+    odd = at([3, 1, 2])
+
+    dataset, repairs = stored(tmp_path, odd)
+
+    assert repairs == Repairs(series_sorted=1)
+    positions, values = dataset.raw(2)
+    assert positions[:, 0].tolist() == [1, 2, 3]
+    assert np.array_equal(values, odd.values[[1, 2, 0]])
+    kept, none = stored(tmp_path / "kept", odd, unsorted="keep")
+    assert kept.raw(2)[0][:, 0].tolist() == [3, 1, 2] and none is None
+    with pytest.raises(DataError, match="'odd': observation 1 comes before the one it follows"):
+        stored(tmp_path / "refused", odd, unsorted="refuse")
+
+
+def test_equal_positions_are_refused_or_made_one(tmp_path):
+    odd = at([5, 0, 5, 5])
+
+    with pytest.raises(DataError, match="'odd' repeats a position, 2 times in all, the first at"):
+        stored(tmp_path, odd)
+    first, repairs = stored(tmp_path / "first", odd, duplicates="first")
+    assert repairs == Repairs(series_sorted=1, duplicate_observations=2)
+    assert np.array_equal(first.raw(2)[1], odd.values[[1, 0]])
+    mean, _ = stored(tmp_path / "mean", odd, duplicates="mean")
+    np.testing.assert_allclose(mean.raw(2)[1][1], odd.values[[0, 2, 3]].mean(axis=0), rtol=1e-6)
+    assert len(stored(tmp_path / "all", odd, duplicates="keep")[0].raw(2)[1]) == 4
+
+
+def test_one_time_in_two_bands_is_no_copy(tmp_path):
+    axes = (*HandMade().axes, HandMade().axes[0].model_copy(update={"name": "band"}))
+    both = series("s", 4, positions=np.array([[0.0, 1], [0, 0], [1, 0], [1, 1]]))
+    source = HandMade(series=(both,), axes=axes, classes=("x",))
+
+    path = built(tmp_path, source=source)
+
+    assert StoredDataset(path).manifest.repairs is None
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_none_are_refused_or_left_out(tmp_path, bad):
+    values = GOOD.values.copy()
+    values[2, 1] = bad
+    odd = series("odd", 8, "x", seed=4, values=values)
+
+    with pytest.raises(DataError, match=r"'odd': values hold .* at observation 2, column 1"):
+        stored(tmp_path, odd)
+    dataset, repairs = stored(tmp_path / "dropped", odd, not_finite="drop")
+    assert repairs == Repairs(observations_not_finite=1)
+    assert np.array_equal(dataset.raw(2)[1], np.delete(values, 2, axis=0))
+
+
+def test_an_empty_series_is_refused_or_left_out(tmp_path):
+    nothing = series("nothing", 0)
+    only_nan = series("only-nan", 2, values=np.full((2, 2), np.nan, np.float32))
+
+    with pytest.raises(DataError, match="'nothing' has no observations"):
+        stored(tmp_path, nothing)
+    dataset, repairs = stored(tmp_path, nothing, only_nan, empty="drop", not_finite="drop")
+    assert dataset.ids == ["good", "other"]
+    assert repairs == Repairs(empty_series_left_out=2, observations_not_finite=2)
+
+
+def test_what_needed_no_repair_says_nothing_and_keeps_its_version(tmp_path):
+    plain, repairs = stored(tmp_path / "a")
+    allowed, _ = stored(tmp_path / "b", not_finite="drop", duplicates="mean", empty="drop")
+
+    assert repairs is None and plain.path.name == allowed.path.name
+
+
+def test_a_series_of_one_and_one_of_100_000_points_are_stored(tmp_path):
+    dataset, _ = stored(tmp_path, series("long", 100_000, seed=5), series("single", 1, seed=6))
+
+    assert dataset.lengths.tolist() == [8, 8, 100_000, 1]
+    assert dataset.sample(2)["values"].shape == (100_000, 2, 1, 1)
+
+
+def test_groups_come_with_all_series_or_with_none(tmp_path):
+    grouped = StoredDataset(
+        built(tmp_path, series("a", group="g1"), series("b", label="y", group="g2", seed=1))
+    )
+    assert grouped.groups == ["g1", "g2"]
+    assert stored(tmp_path / "none")[0].groups is None
+    with pytest.raises(DataError, match="series 'b' has the group None, others are different"):
+        built(tmp_path, series("a", group="g1"), series("b", label="y"))
+
+
+def test_a_scale_is_the_usual_gap_or_what_spans_the_series():
+    gaps, spans = ScaleFit(), ScaleFit()
+    for start in range(9):
+        gaps.add(start + np.array([4.0, 0, 2, 2, 6]))  # gaps of 2, in any order
+        spans.add(np.array([0, 1, 2, 3, 60_000.0]))  # gaps of 1, but a long way
+
+    assert gaps.scale() == 2
+    assert spans.scale() == 10
+    assert ScaleFit().scale() == 1
+
+
+def test_an_automatic_scale_stands_in_the_manifest(tmp_path):
+    far = series("far", 8, "x", "test", 2, positions=1000 * np.arange(8.0)[:, None])
+    config = {"axes": {"t": {"scale": "auto", "anchor": "first"}}}
+    near = series("near", 8, seed=3, positions=0.25 * np.arange(8.0)[:, None])
+
+    source = HandMade(series=(near, far), classes=("x",))
+    dataset = StoredDataset(built(tmp_path, source=source, **config))
+
+    assert dataset.schema.axes[0].scale == 0.25  # of train alone
+    with pytest.raises(ValueError, match="greater than 0"):
+        config_of(near, axes={"t": {"scale": 0}})

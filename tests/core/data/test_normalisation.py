@@ -1,0 +1,112 @@
+"""Values and positions on their way to the model and back."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from roma_core.data.normalisation import anchored_positions, denormalise, fit, normalise
+from roma_core.data.schema import Channel, ChannelNormalisation, DataError, DataSchema, PositionAxis
+
+CHANNELS = (Channel(name="flux", unit="mJy"), Channel(name="angle", unit="rad"))
+TRANSFORMS = (
+    ChannelNormalisation(transform="arcsinh", transform_scale=10, mean=0, std=1),
+    ChannelNormalisation(mean=0, std=1),
+)
+
+
+def fitted_on(*chunks):
+    normalisation = fit(chunks, CHANNELS, TRANSFORMS)
+    axes = (PositionAxis(name="time", unit="day"),)
+    return DataSchema(channels=CHANNELS, axes=axes, normalisation=normalisation)
+
+
+def some_values(n=500, seed=0):
+    values = np.random.default_rng(seed).normal([100, -3], [1000, 0.5], size=(n, 2))
+    return values.astype(np.float32)
+
+
+def test_the_fitted_split_has_zero_mean_and_unit_spread():
+    values = some_values()
+
+    normalised = normalise(values, fitted_on(values))
+
+    assert normalised.dtype == np.float32
+    np.testing.assert_allclose(normalised.mean(axis=0), 0, atol=1e-6)
+    np.testing.assert_allclose(normalised.std(axis=0), 1, atol=1e-6)
+
+
+def test_the_transform_is_what_its_formula_says():
+    values = np.array([[0, 1], [20, 3]], dtype=np.float32)
+
+    schema = fitted_on(values)
+
+    high = np.arcsinh(20 / 10)
+    assert schema.normalisation[0].mean == pytest.approx(high / 2)
+    assert schema.normalisation[0].std == pytest.approx(high / 2)
+    assert schema.normalisation[1].mean == pytest.approx(2)
+    np.testing.assert_allclose(normalise(values, schema), [[-1, -1], [1, 1]], rtol=1e-6)
+
+
+@given(cuts=st.lists(st.integers(0, 500), max_size=6))
+def test_chunks_do_not_matter(cuts):
+    values = some_values()
+
+    assert fit(np.split(values, sorted(cuts)), CHANNELS, TRANSFORMS) == fit(
+        [values], CHANNELS, TRANSFORMS
+    )
+
+
+def test_denormalise_is_the_way_back():
+    values = some_values()
+    schema = fitted_on(values)
+
+    back = denormalise(normalise(values, schema), schema)
+
+    np.testing.assert_allclose(back, values, rtol=1e-4, atol=1e-3)
+
+
+def test_a_constant_channel_gets_unit_spread_and_a_warning():
+    values = some_values()
+    values[:, 1] = 0.1
+
+    with pytest.warns(UserWarning, match="'angle' never changes"):
+        schema = fitted_on(values[:100], values[100:])
+
+    assert schema.normalisation[1].std == 1
+    np.testing.assert_allclose(normalise(values, schema)[:, 1], 0, atol=1e-6)
+
+
+def test_nothing_to_fit_on_is_an_error():
+    with pytest.raises(DataError, match="train split has no observations"):
+        fit([], CHANNELS, TRANSFORMS)
+
+
+def test_anchored_dates_keep_their_fraction():
+    days = np.array([[60000.001], [60000.0015], [60100.25]])  # float32 resolves 0.004 here
+
+    anchored = anchored_positions(days, [PositionAxis(name="mjd", unit="d", anchor="first")])
+
+    assert anchored.dtype == np.float32
+    np.testing.assert_allclose(anchored[:, 0], [0, 0.0005, 100.249], rtol=1e-5)
+
+
+def test_axes_are_offset_and_scaled_each_for_itself():
+    axes = [
+        PositionAxis(name="time", unit="d", anchor="first", offset=1, scale=10),
+        PositionAxis(name="band", unit="1", offset=2, scale=0.5),
+    ]
+
+    anchored = anchored_positions(np.array([[30.0, 3.0], [20.0, 2.0]]), axes)
+
+    np.testing.assert_allclose(anchored, [[0.9, 2.0], [-0.1, 0.0]], rtol=1e-6)
+
+
+@given(shift=st.floats(-1e6, 1e6))
+def test_an_anchored_series_does_not_notice_a_shift(shift):
+    positions = np.array([[3.5], [1.25], [9.0]])
+    axes = [PositionAxis(name="time", unit="d", anchor="first")]
+
+    np.testing.assert_allclose(
+        anchored_positions(positions + shift, axes), anchored_positions(positions, axes), atol=1e-6
+    )

@@ -1,0 +1,199 @@
+"""What is found in a data set: leaks, oddities, and what changed since the version before."""
+
+import dataclasses
+import json
+import os
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from roma_core.cli.data import data
+from roma_core.data import DatasetConfig, StoredDataset, build_dataset
+from roma_core.data.quality import changes, findings, previous_version, problems, stability_index
+from tests.core.hand_made import HandMade, built, series
+
+
+def some(n=60, **changes):
+    return [series(f"s{k}", 20, "xy"[k % 2], None, seed=k, **changes) for k in range(n)]
+
+
+def found_in(path):
+    return {f.check: f for f in findings(path)}
+
+
+def test_a_plain_set_has_no_finding(tmp_path):
+    assert findings(built(tmp_path, *some())) == []
+
+
+def test_a_group_in_two_splits_is_an_error(tmp_path):
+    grouped = [dataclasses.replace(s, group=f"g{k // 4}") for k, s in enumerate(some())]
+    path = built(tmp_path, *grouped)
+
+    (finding,) = findings(path)
+
+    assert (finding.check, finding.severity) == ("group in two splits", "error")
+    assert "set split.by to 'group'" in finding.examples[0] and "(test)" in finding.examples[0]
+    assert findings(built(tmp_path, *grouped, split={"by": "group"})) == []
+
+
+def test_equal_content_is_an_error_between_splits_and_a_warning_within(tmp_path):
+    first = series("first", 20, "x", "train", 99)
+    inside = dataclasses.replace(first, id="again")
+    outside = dataclasses.replace(first, id="asked", recorded_split="test")
+
+    found = found_in(built(tmp_path, *some(), first, inside, outside))
+
+    assert found["equal content in two splits"].severity == "error"
+    assert "'first' (train) and 'asked' (test)" in found["equal content in two splits"].examples[0]
+    assert found["equal content in one split"].severity == "warning"
+
+
+def test_a_near_copy_in_another_split_is_shown_with_its_distance(tmp_path):
+    first = series("first", 20, "x", "train", 99)
+    blurred = first.values + np.float32(0.01)
+    copy = series("copy", 20, "x", "test", values=blurred)
+
+    found = found_in(built(tmp_path, *some(), first, copy))
+
+    assert set(found) == {"near copies in two splits"}
+    text = found["near copies in two splits"].examples[0]
+    assert "'copy' (test) is 0.0" in text and "from 'first' (train)" in text
+
+
+@pytest.mark.filterwarnings("ignore:no series of the classes")
+def test_oddities_are_warnings_with_a_count_and_an_example(tmp_path):
+    unsorted = series("unsorted", 3, "x", positions=np.array([[2.0], [1], [1]]))
+    far = series("far", 3, "x", values=np.full((3, 2), 1e6, np.float32), split="test")
+    odd = [unsorted, far, series("single", 1, seed=7), series("long", 20_000, seed=8)]
+    source = HandMade(
+        series=(*some(), *odd),
+        classes=("x", "y", "never"),
+        channels=(HandMade().channels[0], HandMade().channels[1].model_copy(update={"unit": ""})),
+    )
+
+    found = found_in(
+        built(tmp_path, source=source, repair={"unsorted": "keep", "duplicates": "keep"})
+    )
+
+    assert all(f.severity == "warning" for f in found.values())
+    counts = {name: f.count for name, f in found.items()}
+    assert counts == {
+        "order": 1,
+        "copies": 1,
+        "single": 1,
+        "long": 1,
+        "far": 6,
+        "units": 1,
+        "classes": 1,
+    }
+    assert found["classes"].examples[0] == "class 'never' has 0 series in train and 0 in all"
+    assert "'b' has no unit" in found["units"].examples[0]
+    assert "'far'" in found["far"].examples[0]
+
+
+def test_positions_that_turn_the_rotation_too_far_are_noticed(tmp_path):
+    dates = [dataclasses.replace(s, positions=s.positions + 2_460_000.5) for s in some()]
+
+    assert "set its anchor to 'first'" in found_in(built(tmp_path, *dates))["reach"].examples[0]
+    anchored = built(tmp_path, *dates, axes={"t": {"anchor": "first"}})
+    assert findings(anchored) == []
+
+
+def version(folder, *all_series, at, **options):
+    """A version that was built at a given second."""
+    path = built(folder, *all_series, **options)
+    os.utime(path / "manifest.json", (at, at))
+    return path
+
+
+def test_a_version_is_compared_with_the_one_before_it(tmp_path):
+    paths = [version(tmp_path, *some(n), at=n) for n in (40, 50, 60)]
+
+    assert [previous_version(path) for path in paths] == [None, paths[0], paths[1]]
+    assert changes(StoredDataset(paths[2]), StoredDataset(paths[1])) == []
+
+
+def test_an_object_that_moved_is_an_error_others_a_warning(tmp_path):
+    before = StoredDataset(built(tmp_path, *some()))
+    later = some()
+    was = "test" if before.splits[3] != 2 else "train"
+    later[3] = dataclasses.replace(later[3], recorded_split=was)
+    later[4] = series("s4", 19, "y", None, seed=4)
+    after = StoredDataset(built(tmp_path, *later[:-1], series("new", 20, "y", None, seed=99)))
+
+    found = {f.check: f for f in changes(after, before)}
+
+    assert {name: (f.severity, f.count) for name, f in found.items()} == {
+        "moved to another split": ("error", 1),
+        "gone": ("warning", 1),
+        "changed": ("warning", 1),
+    }
+    assert "'s3' was in" in found["moved to another split"].examples[0]
+    assert "'s59'" in found["gone"].examples[0]
+    assert "19, and another label" in found["changed"].examples[0]
+
+
+def test_drift_names_what_drifted(tmp_path):
+    before = StoredDataset(built(tmp_path, *some(200)))
+    louder = [dataclasses.replace(s, values=s.values * [1, 3], id=f"n{s.id}") for s in some(200)]
+    after = StoredDataset(
+        built(tmp_path, *[dataclasses.replace(s, values=s.values.astype("f4")) for s in louder])
+    )
+
+    (drift,) = [f for f in changes(after, before) if f.check == "drift"]
+
+    assert drift.count == 1 and drift.examples[0].startswith("channel 'b' drifted")
+
+
+def test_another_schema_is_said_and_nothing_else(tmp_path):
+    before = StoredDataset(built(tmp_path, *some()))
+    channels = (HandMade().channels[0], HandMade().channels[1].model_copy(update={"unit": "mV"}))
+    after = StoredDataset(built(tmp_path, source=HandMade(series=tuple(some()), channels=channels)))
+
+    (finding,) = changes(after, before)
+
+    assert finding.check == "schema changed" and "('b', 'mV')" in finding.examples[0]
+
+
+def test_the_stability_index_is_nought_for_equal_and_large_for_shifted():
+    numbers = np.random.default_rng(0).normal(size=5000)
+
+    assert stability_index(numbers, numbers) == 0
+    assert stability_index(numbers, np.random.default_rng(1).normal(size=5000)) < 0.02
+    assert stability_index(numbers, numbers + 1) > 0.5
+    assert stability_index(np.array([0.0, 0, 1]), np.array([0.0, 1, 1])) > 0
+
+
+def test_validate_can_stand_in_anyones_ci(tmp_path):
+    run = CliRunner().invoke
+    path = built(tmp_path, *some())
+    odd = built(tmp_path, *some(), series("single", 1, split="train"))
+    moved = [dataclasses.replace(s, recorded_split="test") for s in some()[:5]] + some()[5:]
+    other = built(tmp_path, *moved)
+
+    assert run(data, ["validate", str(path), "--strict"]).stdout == f"{path}: sound\n"
+    warned = run(data, ["validate", str(odd)])
+    assert warned.exit_code == 0 and "warning: series 'single' has one" in warned.stdout
+    assert run(data, ["validate", str(odd), "--strict"]).exit_code == 1
+    (as_json,) = json.loads(run(data, ["validate", str(odd), "--json"]).stdout)
+    assert (as_json["check"], as_json["count"]) == ("single", 1)
+    against = run(data, ["validate", str(other), "--against", str(path)])
+    assert against.exit_code == 1 and "error: object 's0' was in" in against.stdout
+    out = tmp_path / "out.parquet"
+    assert run(data, ["export", str(path), str(out)]).stdout == f"{out}: 60 series\n"
+    clash = HandMade(
+        series=(series("a", 9, "x"), series("b", 9, "y", seed=1)),
+        channels=(HandMade().channels[0], HandMade().channels[1].model_copy(update={"name": "id"})),
+    )
+    refused = run(data, ["export", str(built(tmp_path, source=clash)), str(out)])
+    assert refused.exit_code == 1 and "two columns would be called 'id'" in refused.stderr
+
+
+def test_the_findings_of_a_generated_set_are_few(tmp_path):
+    source = {"kind": "generated", "recipe": "spirals", "n_series": 300}
+    config = DatasetConfig.model_validate({"name": "spirals", "source": source})
+
+    path = build_dataset(config, tmp_path, tmp_path, progress=False)
+
+    assert problems(path) == []

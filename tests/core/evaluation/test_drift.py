@@ -1,0 +1,76 @@
+"""Features of an encoder: their distances and what these leave to chance, and their map."""
+
+import numpy as np
+import pytest
+
+from roma_core.evaluation.drift import embedding_distance, embedding_profile
+from roma_core.evaluation.figures import embedding_map, principal_components
+from roma_core.evaluation.plots import MAX_BYTES
+
+
+def features(n, shift=0.0, seed=0):
+    """``(n, 3)`` of very different spreads."""
+    return np.random.default_rng(seed).normal(shift, 1, (n, 3)) * (1.0, 100.0, 0.01)
+
+
+def distance(n, **changes):
+    return embedding_distance(
+        embedding_profile(features(1000)), np.median(features(n, seed=1, **changes), axis=0), n
+    )
+
+
+def test_series_of_the_same_kind_are_near_and_others_as_far_as_they_were_moved():
+    assert distance(200) < 0.2
+    assert distance(200, shift=2.0) == pytest.approx(2.0, abs=0.3)
+
+
+def test_chance_is_taken_off_where_there_are_few():
+    profile = embedding_profile(features(1000))
+    found = [
+        embedding_distance(profile, np.median(features(30, seed=seed), axis=0), 30)
+        for seed in range(1, 60)
+    ]
+
+    print(f"30 series of the same kind: at most {max(found):.2f}")
+    assert np.median(found) < 0.15 and max(found) < 0.5
+
+
+def test_one_far_series_moves_nothing():
+    there = features(100, seed=3)
+    moved = there.copy()
+    moved[0] = 1e9
+    profile = embedding_profile(features(1000))
+
+    before, after = (embedding_distance(profile, np.median(x, axis=0), 100) for x in (there, moved))
+
+    assert abs(before - after) < 0.05
+
+
+def test_a_feature_that_never_varies_does_not_divide_by_nothing():
+    still = features(100)
+    still[:, 1] = 7
+    assert embedding_distance(embedding_profile(still), np.median(still, axis=0), 100) == 0
+    assert embedding_distance(embedding_profile(np.ones((9, 2))), [1, 1], 9) == 0
+
+
+def test_features_of_another_encoder_are_refused():
+    with pytest.raises(ValueError, match="of 3 features, these series have 2"):
+        embedding_distance(embedding_profile(features(10)), [0, 0], 10)
+
+
+def test_the_map_shows_the_two_directions_of_most_variance():
+    rng = np.random.default_rng(0)
+    labels = np.arange(90) % 3
+    found = rng.normal(size=(90, 6)) * (0.1, 0.1, 0.1, 0.1, 0.1, 0.1)
+    found[:, 4] += 5 * (labels == 1)
+    found[:, 2] -= 2 * (labels == 2)
+
+    points, shares = principal_components(found.astype(np.float32))
+
+    assert shares[0] > shares[1] > 0.05 and shares.sum() == pytest.approx(1, abs=0.02)
+    np.testing.assert_allclose(np.abs(points[labels == 1, 0] - points[labels == 0, 0]), 5, atol=0.9)
+    again, _ = principal_components(found.astype(np.float32)[::-1])
+    np.testing.assert_allclose(again[::-1], points, atol=1e-6)
+    plot = embedding_map(found.astype(np.float32), labels, ["a", "b<c", "d"])
+    assert len(plot.png) <= MAX_BYTES
+    assert embedding_map(found[:1].astype(np.float32), labels[:1], ["a"] * 30).png

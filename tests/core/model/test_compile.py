@@ -1,0 +1,132 @@
+"""Kernels and compilation: other ways to the same numbers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from roma_core import EncoderConfig, RoMAForPreTraining, RoMAForPreTrainingConfig
+from roma_core.model.encoder import _SMALLEST, Encoder, RMSNorm, linear, linear_silu
+from roma_core.model.positions import Rotation
+from roma_core.model.segments import Segments
+
+STACK = EncoderConfig(d_model=24, nhead=2, depth=2)
+
+
+def packed(lengths, seed=0):
+    """x, rotations and segments as an encoder takes them, their lazy parts already made."""
+    segments = Segments(lengths)
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(segments.total, 24, generator=g, requires_grad=True)
+    rotations = Rotation(12, 1, 0.75)(torch.rand(segments.total, 1, generator=g) * 20)
+    assert segments.offsets is not None
+    return x, rotations, segments
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_the_encoder_is_one_graph_that_serves_other_lengths():
+    torch.manual_seed(0)
+    encoder = Encoder(STACK)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(encoder, fullgraph=True, dynamic=True, backend=counter)
+    graphs = []
+    for lengths in ([7, 7, 15], [2, 7], [1, 1, 1, 28], [4, 4]):
+        x, rotations, segments = packed(lengths)
+        expected = encoder(x, rotations, segments)
+        (gradient,) = torch.autograd.grad(expected.square().sum(), x)
+        out = compiled(x, rotations, segments)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        ours = torch.autograd.grad(out.square().sum(), x)[0]
+        torch.testing.assert_close(ours, gradient, rtol=1e-4, atol=1e-5)
+        graphs.append(counter.frame_count)
+    # no length made another graph; a size that happens to equal a width would make one
+    assert graphs == graphs[:1] * 4
+
+
+@pytest.mark.slow
+def test_compiled_regions_compute_the_same_without_recompiling_for_lengths():
+    config = RoMAForPreTrainingConfig(
+        encoder_config=STACK, decoder_config=STACK, tubelet_size=(1, 1, 1), n_pos_dims=1
+    )
+    torch.manual_seed(0)
+    eager, compiled = RoMAForPreTraining(config), RoMAForPreTraining(config)
+    compiled.load_state_dict(eager.state_dict())
+    compiled.compile_regions()
+    compiled.compile_regions()  # a second call changes nothing
+    compiled = pickle.loads(
+        pickle.dumps(copy.deepcopy(compiled))
+    )  # copies have weights of their own
+    assert compiled.state_dict().keys() == eager.state_dict().keys()
+
+    def step(model, n):
+        values = torch.randn(3, n, 1, 1, 1, generator=torch.Generator().manual_seed(n))
+        mask = torch.arange(n).remainder(3).eq(1).expand(3, -1)
+        model.zero_grad()
+        _, loss = model(values, torch.arange(float(n)).expand(3, 1, n), mask=mask)
+        loss.backward()
+        return loss, [p.grad for p in model.parameters()]
+
+    step(compiled, 31)
+    torch._dynamo.utils.counters.clear()
+    for n in (7, 13, 30):
+        ours, theirs = step(compiled, n), step(eager, n)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert not torch._dynamo.utils.counters["frames"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_norm_and_its_gradient_are_those_of_the_framework(dtype):
+    torch.manual_seed(0)
+    norm = RMSNorm(12, 1e-12)
+    with torch.no_grad():
+        norm.weight.normal_()
+    if dtype == torch.float64:
+        norm.double()
+    x = torch.randn(5, 7, 12, dtype=dtype, requires_grad=True)
+    exact = x.detach().double().requires_grad_()
+    gain = norm.weight.detach().double().requires_grad_()
+    weight = torch.randn(5, 7, 12, dtype=torch.float64)
+    expected = F.rms_norm(exact, (12,), gain, 1e-12)
+    wanted = torch.autograd.grad((expected * weight).sum(), (exact, gain))
+    close = (
+        {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    )
+
+    out = norm(x)
+    grads = torch.autograd.grad((out.double() * weight).sum(), (x, norm.weight))
+
+    assert out.dtype == norm.weight.dtype
+    torch.testing.assert_close(out.double(), expected, **close)
+    torch.testing.assert_close([g.double() for g in grads], list(wanted), **close)
+    with torch.no_grad():
+        torch.testing.assert_close(norm(x).double(), expected, **close)
+
+
+@pytest.mark.parametrize("rows", [3, _SMALLEST])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_products_and_their_gradients_are_those_of_the_framework(rows, autocast):
+    torch.manual_seed(0)
+    x = torch.randn(rows, 16, requires_grad=True)
+    weight = torch.randn(24, 16, requires_grad=True)
+    grad = torch.randn(rows, 24)
+    close = {"rtol": 2e-2, "atol": 5e-2} if autocast else {"rtol": 1e-5, "atol": 1e-4}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out, expected = linear(x, weight), F.linear(x, weight)
+        assert out.dtype == expected.dtype
+        ours = torch.autograd.grad(out, (x, weight), grad.to(out.dtype))
+        theirs = torch.autograd.grad(expected, (x, weight), grad.to(out.dtype))
+        torch.testing.assert_close((out, *ours), (expected, *theirs), **close)
+        with torch.no_grad():
+            torch.testing.assert_close(linear_silu(x, weight), F.silu(expected), **close)
+        torch.testing.assert_close(linear_silu(x, weight), F.silu(expected), **close)

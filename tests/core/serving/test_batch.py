@@ -1,0 +1,185 @@
+"""A file of series, scored in parts by a package in a folder."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from roma_core.serving import batch as scoring
+from roma_core.serving import pyfunc_model as logged_model
+from roma_core.serving.batch import assumed_units, read_series, score_file
+from tests.core.serving import toy
+
+LINEAGE = {"model": "toy", "model_version": "3", "model_sha256": "abc"}
+LENGTHS = [3, 40, 1, 7, 20, 2, 9, 11, 5, 30]
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packages") / "toy"
+    toy.build_toy(folder)
+    package = logged_model.open_package(folder)
+    package.module = logged_model
+    return package
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "in.jsonl"
+    rows = [toy.series(n, seed=n).model_dump_json() for n in LENGTHS]
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def test_rows_come_out_in_order_with_their_lineage(package, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "SERIES_IN_A_PART", 4)
+    seen = []
+    assert (
+        score_file(package, LINEAGE, source, "test", tmp_path / "out", progress=seen.append) == 10
+    )
+    rows = pq.read_table(tmp_path / "out").to_pylist()
+    expected = package.predict(
+        [logged_model.Series(**toy.series(n, seed=n).model_dump()) for n in LENGTHS]
+    )
+    assert [row["id"] for row in rows] == [one.id for one in expected]
+    assert [row["label"] for row in rows] == [one.label for one in expected]
+    for row, one in zip(rows, expected, strict=True):
+        assert dict(row["probabilities"]) == pytest.approx(one.probabilities, abs=1e-6)
+        assert row.items() >= LINEAGE.items()
+    assert seen == [0, 4, 8, 10]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out"]
+
+
+def test_an_interrupted_call_is_continued_unless_model_or_input_changed(
+    package, source, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(scoring, "SERIES_IN_A_PART", 4)
+    scored = []
+    real = scoring._scored
+
+    def dies_in_the_third(package, rows, lineage):
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        scored.append(len(rows))
+        return real(package, rows, lineage)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "_scored", dies_in_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            score_file(package, LINEAGE, source, "test", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+    seen = []
+    score_file(package, LINEAGE, source, "test", tmp_path / "out", progress=seen.append)
+    assert seen == [8, 10]
+    assert [r["id"] for r in pq.read_table(tmp_path / "out").to_pylist()] == [
+        f"s{n}" for n in LENGTHS
+    ]
+
+    with monkeypatch.context() as patch:
+        scored.clear()
+        patch.setattr(scoring, "_scored", dies_in_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            score_file(package, LINEAGE, source, "test", tmp_path / "out")
+    seen = []
+    other = LINEAGE | {"model_version": "4"}
+    score_file(package, other, source, "test", tmp_path / "out", progress=seen.append)
+    assert seen == [0, 4, 8, 10]
+
+
+def test_parts_that_nobody_owns_are_not_taken_for_ours(package, source, tmp_path):
+    score_file(package, LINEAGE, source, "test", tmp_path / "before")
+    (tmp_path / "out.parts").mkdir()  # as a kill in the middle of removing them leaves it
+    (tmp_path / "before").rename(tmp_path / "out.parts" / "00000.parquet")
+    (tmp_path / "out.parts" / "notes.txt").write_text("somebody's")
+    score_file(package, LINEAGE | {"model_version": "4"}, source, "test", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out.parts").iterdir()] == ["notes.txt"]
+    assert pq.read_table(tmp_path / "out")["model_version"].to_pylist() == ["4"] * len(LENGTHS)
+
+
+def test_a_bad_row_is_named_by_its_place(package, source, tmp_path):
+    row = toy.series(3, seed=0).model_dump()
+    row["values"]["flux"][1] = None
+    with source.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"line 11: (?s:.*)flux"):
+        score_file(package, LINEAGE, source, "test", tmp_path / "out")
+    source.write_text(toy.series(51, seed=0).model_dump_json() + "\n")
+    with pytest.raises(ValueError, match=r"rows 0 to 0 of .*1 to 50 observations, got 51"):
+        score_file(package, LINEAGE, source, "test", tmp_path / "out")
+    source.write_text("")
+    with pytest.raises(ValueError, match="holds no series"):
+        score_file(package, LINEAGE, source, "test", tmp_path / "out")
+    source.write_text('{"positions": {"time": [0.0]}, "values": {"flux": ["x"]}, "unit": {}}')
+    with pytest.raises(ValueError, match="line 1: unit is not a setting") as told:
+        score_file(package, LINEAGE, source, "test", tmp_path / "out")
+    assert "values.flux.0: must be a valid number" in str(told.value)
+    assert "pydantic" not in str(told.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_table_with_a_row_per_observation_is_refused(package, tmp_path):
+    numbers = {"object_id": [7, 7], "time": [1.0, 2.0], "band": [0.0, 1.0], "flux": [2.0, 3.0]}
+    path = tmp_path / "long.parquet"
+    pq.write_table(pa.table(numbers), path)
+    with pytest.raises(ValueError, match=r"long\.parquet: expected one row .* time, band, flux"):
+        score_file(package, LINEAGE, path, "test", tmp_path / "out")
+    lists = {name: [[1.0, 2.0]] for name in ("time", "band", "flux", "ratio")}
+    pq.write_table(pa.table({**lists, "star_id": [7]}), path)
+    with pytest.raises(ValueError, match="neither an axis nor a channel of the model: star_id"):
+        score_file(package, LINEAGE, path, "test", tmp_path / "out")
+    pq.write_table(pa.table({**lists, "ratio": [["a", "b"]]}), path)
+    with pytest.raises(ValueError, match=r"rows 0 to 0 .*values.ratio.0: must be a valid number"):
+        score_file(package, LINEAGE, path, "test", tmp_path / "out")
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"long\.parquet cannot be read as Parquet"):
+        score_file(package, LINEAGE, path, "test", tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["long.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("unit", "error"), [("mJy", None), ("Jy", "'flux' must be in 'mJy'"), (None, None)]
+)
+def test_units_of_parquet_columns_are_checked_or_assumed_aloud(package, tmp_path, unit, error):
+    one = toy.series(3, seed=0)
+    columns = {**one.positions, **one.values}
+    fields = [
+        pa.field(
+            name,
+            pa.list_(pa.float64()),
+            metadata={"unit": unit} if unit and name == "flux" else None,
+        )
+        for name in columns
+    ]
+    path = tmp_path / "in.parquet"
+    table = pa.table(
+        [pa.array([numbers]) for numbers in columns.values()], schema=pa.schema(fields)
+    )
+    pq.write_table(table, path)
+    assert assumed_units(path, package) == ({"time": "d"} if unit else {"time": "d", "flux": "mJy"})
+    if error is None:
+        assert score_file(package, LINEAGE, path, "test", tmp_path / "out") == 1
+    else:
+        with pytest.raises(ValueError, match=error):
+            score_file(package, LINEAGE, path, "test", tmp_path / "out")
+
+
+@pytest.mark.parametrize("role", ["target", None])
+def test_targets_of_an_exported_data_set_are_no_input(package, tmp_path, role):
+    numbers = {name: [[1.0, 2.0]] for name in ("time", "band", "flux", "ratio", "clean")}
+    roles = {"clean": {"role": role} if role else None}
+    fields = [pa.field(n, pa.list_(pa.float64()), metadata=roles.get(n)) for n in numbers]
+    path = tmp_path / "in.parquet"
+    pq.write_table(pa.table(numbers, schema=pa.schema(fields)), path)
+    if role == "target":
+        assert score_file(package, LINEAGE, path, "test", tmp_path / "out") == 1
+    else:
+        with pytest.raises(ValueError, match="unknown 'clean'"):
+            score_file(package, LINEAGE, path, "test", tmp_path / "out")
+
+
+def test_reading_begins_at_any_row(package, source):
+    for start in (0, 3, 10):
+        ids = [row["id"] for row in read_series(source, "test", package, start)]
+        assert ids == [f"s{n}" for n in LENGTHS[start:]]

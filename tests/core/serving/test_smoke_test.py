@@ -1,0 +1,22 @@
+"""A package in a fresh process that has nothing of this project."""
+
+import pytest
+
+from roma_core.serving.smoke_test import TrialFailed, try_package
+from tests.core.serving import toy
+
+
+def test_a_sound_package_is_timed_and_a_damaged_one_is_refused(tmp_path):
+    folder = tmp_path / "toy"
+    toy.build_toy(folder)
+
+    trial = try_package(folder)
+
+    print(f"load and verify {trial.load_s:.3f} s, one series {trial.latency_ms:.2f} ms")
+    assert trial.golden_difference < 1e-5
+    assert 0 < trial.load_s < 3
+    assert 0 < trial.latency_ms < 1000
+
+    (folder / "model.pt2").write_bytes(b"not a program")
+    with pytest.raises(TrialFailed, match=r"model\.pt2 was changed: its sha256 is"):
+        try_package(folder)

@@ -1,0 +1,289 @@
+"""Tables as sources: long and one row per series, sorted and not, and what is refused in them."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as csv
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from roma_core.data import DataError, DatasetConfig, StoredDataset, build_dataset
+from roma_core.data.export import export_parquet
+from roma_core.sources.base import kinds, source_config
+
+COLUMNS = {
+    "object": "star",
+    "axes": [{"column": "t", "unit": "d"}, {"column": "band", "categories": ["g", "r"]}],
+    "channels": [{"column": "flux", "unit": "mJy"}, {"column": "err", "unit": "mJy"}],
+    "facts": {"label": "kind", "group": "field"},
+}
+
+
+def long_table(ids=("a", "a", "b", "b", "b"), **changes):
+    n = len(ids)
+    columns = {
+        "star": list(ids),
+        "t": [float(k) for k in range(n)],
+        "band": ["gr"[k % 2] for k in range(n)],
+        "flux": [k / 4 for k in range(n)],
+        "err": [0.5] * n,
+        "kind": ["nova" if name == "a" else "dwarf" for name in ids],
+        "field": [f"f-{name}" for name in ids],
+        "ignored": [None] * n,
+    }
+    return pa.table({**columns, **changes})
+
+
+def opened(folder, table, name="stars.parquet", columns=COLUMNS, **options):
+    path = folder / name
+    pq.write_table(table, path) if name.endswith("parquet") else csv.write_csv(table, path)
+    values = {"kind": "table", "files": [str(path)], "columns": columns, **options}
+    return source_config(values).open(folder / "cache")
+
+
+def as_lists(source):
+    return [
+        (s.id, s.label, s.group, s.positions.tolist(), s.values.tolist()) for s in source.read()
+    ]
+
+
+@pytest.mark.parametrize("name", ["stars.parquet", "stars.csv"])
+def test_a_long_table_is_read_as_it_stands(tmp_path, name):
+    source = opened(tmp_path, long_table(), name)
+
+    first, second = source.read()
+
+    assert (first.id, first.label, first.group) == ("a", "nova", "f-a")
+    assert first.positions.tolist() == [[0, 0], [1, 1]] and first.positions.dtype == np.float64
+    assert first.values.tolist() == [[0, 0.5], [0.25, 0.5]] and first.values.dtype == np.float32
+    assert (second.id, len(second.values)) == ("b", 3)
+    assert source.classes == ("dwarf", "nova")
+    assert [(a.name, a.unit) for a in source.axes] == [("t", "d"), ("band", "index of g, r")]
+    assert source.is_sorted and source.__length_hint__() == 2
+    assert list(source.files) == [name]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=40), at_once=st.integers(1, 9)
+)
+@pytest.mark.parametrize("as_numbers", [False, True])
+def test_any_order_of_rows_gives_the_same_series(tmp_path_factory, rows, at_once, as_numbers):
+    folder = tmp_path_factory.mktemp("rows")
+    ids = [ord(r) for r in rows] if as_numbers else rows
+    table = long_table(rows).set_column(0, "star", pa.array(ids))
+
+    found = as_lists(opened(folder, table, rows_at_once=at_once))
+
+    places = {r: [k for k, other in enumerate(rows) if other == r] for r in dict.fromkeys(rows)}
+    assert [name for name, *_ in found] == [
+        str(ord(r)) if as_numbers else r for r in places
+    ]  # in the order of first appearance
+    for (*_, positions, values), rows_of in zip(found, places.values(), strict=True):
+        assert [p[0] for p in positions] == rows_of
+        assert [v[0] for v in values] == [k / 4 for k in rows_of]
+    assert not list((folder / "cache").glob("roma-sort-*"))
+
+
+def test_several_files_are_one_table_and_an_object_may_go_on_in_the_next(tmp_path):
+    pq.write_table(long_table(("a", "b")), tmp_path / "1.parquet")
+    pq.write_table(long_table(("b", "c")), tmp_path / "2.parquet")
+    values = {"kind": "table", "files": [str(tmp_path / "*.parquet")], "columns": COLUMNS}
+
+    source = source_config(values).open(tmp_path)
+
+    assert source.is_sorted
+    assert [(s.id, len(s.values)) for s in source.read()] == [("a", 1), ("b", 2), ("c", 1)]
+
+
+def test_facts_may_stand_in_a_table_of_objects(tmp_path):
+    (tmp_path / "objects.csv").write_text("name,kind,field\n b,dwarf,f2\na , nova,f1\n")
+    objects = {"file": tmp_path / "objects.csv", "object": "name"}
+
+    source = opened(tmp_path, long_table(), objects=objects)
+
+    assert [(s.id, s.label, s.group) for s in source.read()] == [
+        ("a", "nova", "f1"),
+        ("b", "dwarf", "f2"),
+    ]
+    (tmp_path / "objects.csv").write_text("name,kind,field\na,nova,f1\n")
+    with pytest.raises(DataError, match="object 'b' has observations but no row"):
+        list(opened(tmp_path, long_table(), objects=objects).read())
+    (tmp_path / "objects.csv").write_text("name,kind,field\na,nova,f1\na,dwarf,f1\n")
+    with pytest.raises(DataError, match="the object 'a' has two rows"):
+        opened(tmp_path, long_table(), objects=objects)
+
+
+def test_dates_become_seconds(tmp_path):
+    days = pa.array(np.array(["2026-01-01", "2026-01-02"], dtype="datetime64[s]"))
+    table = long_table(("a", "a")).set_column(1, "t", days)
+
+    (series,) = opened(tmp_path, table).read()
+
+    assert np.diff(series.positions[:, 0]).tolist() == [86400]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"flux": ["1", "x", "2", "3", "4"]}, "'flux' holds string .first '1'., expected numbers"),
+        ({"band": list("grxgr")}, r"'band' holds \['x'\], which are not among its categories"),
+        (
+            {"star": ["a", None, "b", "b", "b"]},
+            r"stars\.parquet: column 'star' is empty, at first in row 1",
+        ),
+        ({"kind": ["nova", "dwarf"] * 2 + ["nova"]}, "'a' has 'nova' and 'dwarf' in column 'kind'"),
+        ({"kind": [None] * 5}, "object 'a' has nothing in column 'kind'"),
+        ({"flux": [[1.0]] * 5}, "'flux' holds list"),
+    ],
+)
+def test_what_a_column_should_not_hold_is_shown(tmp_path, changes, message):
+    with pytest.raises(DataError, match=message):
+        list(opened(tmp_path, long_table(**changes)).read())
+
+
+def test_a_csv_file_with_a_word_among_numbers_is_refused(tmp_path):
+    path = tmp_path / "stars.csv"
+    csv.write_csv(long_table(), path)
+    path.write_text(path.read_text().replace("0.25", "low"))
+    values = {"kind": "table", "files": [str(path)], "columns": COLUMNS}
+
+    with pytest.raises(DataError, match=r"stars\.csv cannot be read: .*low"):
+        list(source_config(values).open(tmp_path).read())
+
+
+@pytest.mark.parametrize("name", ["stars.parquet", "stars.csv"])
+def test_a_missing_column_names_those_there_are(tmp_path, name):
+    with pytest.raises(DataError, match=r"has no column 'star'; it has \['object', 't'"):
+        opened(tmp_path, long_table().rename_columns({"star": "object"}), name)
+
+
+def test_a_truncated_parquet_file_is_refused(tmp_path):
+    opened(tmp_path, long_table())
+    path = tmp_path / "stars.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    values = {"kind": "table", "files": [str(path)], "columns": COLUMNS}
+
+    with pytest.raises(DataError, match=r"stars\.parquet cannot be read"):
+        source_config(values).open(tmp_path)
+
+
+def test_a_compressed_csv_file_is_read(tmp_path):
+    csv.write_csv(long_table(), tmp_path / "stars.csv")
+    (tmp_path / "stars.csv.gz").write_bytes(gzip.compress((tmp_path / "stars.csv").read_bytes()))
+    values = {"kind": "table", "files": [str(tmp_path / "stars.csv.gz")], "columns": COLUMNS}
+
+    assert len(list(source_config(values).open(tmp_path).read())) == 2
+
+
+def test_no_file_and_another_ending_are_refused(tmp_path):
+    values = {"kind": "table", "files": [str(tmp_path / "*.parquet")], "columns": COLUMNS}
+    with pytest.raises(DataError, match="there is no file"):
+        source_config(values).open(tmp_path)
+    (tmp_path / "a.xls").touch()
+    with pytest.raises(DataError, match=r"expected a \.parquet or \.csv file"):
+        source_config({**values, "files": [str(tmp_path / "a.xls")]}).open(tmp_path)
+
+
+def set_of(folder, source, **options):
+    config = DatasetConfig.model_validate({"name": "stars", "source": source, **options})
+    return StoredDataset(build_dataset(config, folder / "sets", folder / "cache", progress=False))
+
+
+@pytest.mark.filterwarnings("ignore:no series of the classes", "ignore:channel")
+def test_an_exported_set_comes_back_bit_by_bit(tmp_path):
+    ids = [f"étoile-{k // 9}" for k in range(270)]
+    pq.write_table(long_table(ids), tmp_path / "stars.parquet")
+    source = {"kind": "table", "files": [str(tmp_path / "stars.parquet")], "columns": COLUMNS}
+    first = set_of(tmp_path, source)
+
+    n = export_parquet(first, tmp_path / "out.parquet")
+
+    back = {
+        "kind": "parquet",
+        "files": [str(tmp_path / "out.parquet")],
+        "axes": [{"column": "t"}, {"column": "band"}],
+        "channels": [{"column": "flux"}, {"column": "err"}],
+        "facts": {"label": "label", "group": "group"},
+        "series_at_once": 7,
+    }
+    second = set_of(tmp_path, back)
+    assert n == len(first) == 30
+    assert second.ids == first.ids and second.groups == first.groups
+    for name in ("values.npy", "positions.npy", "offsets.npy", "labels.npy", "splits.npy"):
+        assert second.manifest.files[name] == first.manifest.files[name]
+    assert export_parquet(first, tmp_path / "test.parquet", "test") == len(first.split("test"))
+    assert {p.name for p in tmp_path.glob("*.parquet")} == {
+        "stars.parquet",
+        "out.parquet",
+        "test.parquet",
+    }
+
+
+def row_table(**changes):
+    columns = {"id": ["a", "b"], "t": [[0.0, 1.5], [3.0]], "flux": [[1.0, 2.0], [None]]}
+    return pa.table({**columns, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"t": [[0.0], [1.0]]}, "series 'a' has 1 numbers in 't' and 2 in 'flux'"),
+        ({"t": [0.0, 1.0]}, "column 't' holds double, expected a list .* kind 'table'"),
+        ({"flux": [["x", "y"], ["z"]]}, "column 'flux' holds string"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(tmp_path, changes, message):
+    pq.write_table(row_table(**changes), tmp_path / "rows.parquet")
+    config = {"kind": "parquet", "files": [str(tmp_path / "rows.parquet")]}
+    config |= {"axes": [{"column": "t"}], "channels": [{"column": "flux"}]}
+
+    with pytest.raises(DataError, match=message):
+        list(source_config(config).open(tmp_path).read())
+
+
+def test_an_empty_cell_in_a_list_is_not_a_number(tmp_path):
+    pq.write_table(row_table(t=[[0, 2], [3]]), tmp_path / "rows.parquet")
+    config = {"kind": "parquet", "files": [str(tmp_path / "rows.parquet")]}
+    config |= {"axes": [{"column": "t"}], "channels": [{"column": "flux"}]}
+
+    first, second = source_config(config).open(tmp_path).read()
+
+    assert first.positions.dtype == np.float64 and first.positions[:, 0].tolist() == [0, 2]
+    assert np.isnan(second.values).all()
+    with pytest.raises(
+        DataError, match=r"series 'b' of rows.parquet: values hold nan at observation 0, column 0"
+    ):
+        set_of(tmp_path, config)
+
+
+def test_the_example_in_the_readme_is_a_configuration():
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    block = readme.split("or not:\n\n", 1)[1].split("\n\n", 1)[0]
+
+    config = DatasetConfig.model_validate(yaml.safe_load(block))
+
+    assert config.name == "stars" and config.split.by == "group"
+    assert config.repair.not_finite == "drop"
+    for kind in kinds():
+        assert f"`{kind}`" in readme
+
+
+@pytest.mark.parametrize("name", ["stars.parquet", "stars.csv"])
+def test_a_row_without_the_name_of_an_object_is_refused(tmp_path, name):
+    with pytest.raises(DataError, match="needs one"):
+        opened(tmp_path, long_table(ids=("a", "a", "", "b", "b")), name)
+
+
+def test_a_doubled_column_is_refused_and_endings_may_be_upper_case(tmp_path):
+    assert as_lists(opened(tmp_path, long_table(), "STARS.CSV"))
+    path = tmp_path / "STARS.CSV"
+    path.write_text(path.read_text().replace("ignored", "flux", 1))
+    values = {"kind": "table", "files": [str(path)], "columns": COLUMNS}
+    with pytest.raises(DataError, match="more than one column 'flux'"):
+        as_lists(source_config(values).open(tmp_path / "cache"))

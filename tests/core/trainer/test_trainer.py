@@ -1,0 +1,234 @@
+"""The trainer: order, gradients, learning, checkpoints. Small models, one thread."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from roma_core import RoMAForClassification, RoMAForClassificationConfig, Trainer
+from roma_core.trainer.checkpoint import committed
+from roma_core.trainer.optim import learning_rate_factor
+from roma_core.trainer.sampler import EpochPlan, share_of
+from tests.core.trainer.training_runs import (
+    SHAPE,
+    Plan,
+    Sines,
+    autoencoder,
+    classifier,
+    config,
+    interrupt,
+    plain_autoencoder,
+    plain_classifier,
+    points,
+    records_reach,
+    run,
+    weights,
+)
+
+
+def test_every_epoch_visits_every_sample_once_in_an_order_of_its_own():
+    plan = EpochPlan(n_samples=43, global_batch_size=10, seed=3)
+    epochs = [np.concatenate(plan.epoch(e)) for e in range(3)]
+    assert all(sorted(e) == list(range(43)) for e in epochs)
+    assert (epochs[0] != epochs[1]).any()
+    assert [len(b) for b in plan.epoch(0)] == [9, 9, 9, 8, 8]
+    assert plan.epoch(0)[0].tolist() == EpochPlan(43, 10, 3).epoch(0)[0].tolist()
+
+
+@pytest.mark.parametrize("world_size, micro", [(1, 9), (2, 4), (3, 1), (4, 8)])
+def test_processes_and_micro_batches_share_a_step_exactly(world_size, micro):
+    batch = EpochPlan(43, 10, 3).epoch(0)[0]
+    shares = [share_of(batch, rank, world_size, micro) for rank in range(world_size)]
+    flat = [i for share in shares for part in share for i in part]
+    assert sorted(flat) == sorted(batch)
+    assert max(len(part) for share in shares for part in share) <= micro
+
+
+def test_more_processes_than_samples_is_refused():
+    with pytest.raises(ValueError, match="2 samples cannot be shared by 3 processes"):
+        share_of(np.array([4, 5]), 0, 3, 8)
+
+
+def test_the_schedule_warms_up_and_ends_near_zero():
+    factors = [learning_rate_factor("cosine", s, 100, 10) for s in range(100)]
+    assert factors[0] == 0.1 and factors[9] == factors[10] == 1.0
+    assert factors == sorted(factors[:10]) + sorted(factors[10:], reverse=True)
+    assert 0 < factors[-1] < 1e-3
+    assert learning_rate_factor("linear", 55, 100, 10) == pytest.approx(0.5)
+    assert learning_rate_factor("constant", 99, 100, 0) == 1.0
+
+
+def test_training_learns_and_records_each_metric_once(tmp_path):
+    trainer = Trainer(config(tmp_path, epochs=12))
+    seen = []
+    trainer.set_evaluate_callback(
+        lambda model, loss, dataset: seen.append(loss) or {"seen": len(seen)}
+    )
+    trainer.set_post_train_hook(lambda model, run, device: seen.append((run, str(device))))
+
+    end = trainer.train(train_dataset=Sines(40), test_dataset=Sines(20), model=classifier())
+
+    assert end.status == "completed" and end.step == 60
+    assert end.metrics["eval/accuracy"] > 0.9
+    assert seen[-1] == (tmp_path.absolute() / "checkpoints", "cpu")
+    found = points(tmp_path)
+    assert len({(n, s) for n, s, _ in found}) == len(found)
+    assert {s for n, s, _ in found if n == "train/loss"} == set(range(1, 61))
+    assert [p.name for p in committed(tmp_path / "checkpoints")] == [
+        f"step-{s:08d}" for s in (50, 55, 56, 60)
+    ]
+
+
+def test_a_run_killed_after_its_last_checkpoint_still_reports_its_metrics(tmp_path):
+    ends = [
+        Trainer(config(tmp_path, epochs=2)).train(Sines(16), Sines(8), classifier())
+        for _ in range(2)
+    ]
+    assert ends[0].step == ends[1].step == 4
+    assert ends[0].metrics == ends[1].metrics != {}
+    found = points(tmp_path)
+    assert len({(n, s) for n, s, _ in found}) == len(found)
+
+
+def test_classes_are_counted_when_dim_output_is_not_given(tmp_path):
+    model = RoMAForClassification(RoMAForClassificationConfig(**SHAPE))
+    Trainer(config(tmp_path, epochs=1)).train(Sines(16), Sines(8), model)
+    assert model.config.dim_output == 2
+
+
+SCRIPT = """
+import os
+from pathlib import Path
+from tests.core.training_runs import *
+if __name__ == "__main__":
+    trainer = Trainer(config({folder!r}, eval_every=3, epochs=2, batch_size=4))
+    end = trainer.train(Sines(41), Sines(12), plain_classifier())
+    torch.distributed.destroy_process_group()
+    # one write: two processes share the pipe
+    os.write(1, f"END {{end.status}} {{end.step}} {{end.world_size}}\\n".encode())
+"""
+
+
+def test_torchrun_evaluates_on_both_ranks_and_computes_what_one_process_does(tmp_path):
+    """Evaluation every 3 steps with 2 processes: the published trainer does not survive it."""
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.format(folder=str(tmp_path / "2")))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    done = subprocess.run(
+        [
+            sys.executable,
+            *("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"),
+            script,
+        ],
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        | {"TMPDIR": str(tmp_path)}  # torchrun leaves a folder of logs behind
+        | {"PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("END completed 12 2") == 2
+    run(Plan(tmp_path / "1", {"eval_every": 3, "epochs": 2}, plain_classifier))
+    one, two = ({(n, s): v for n, s, v in points(tmp_path / k)} for k in ("1", "2"))
+    assert one.keys() == two.keys()
+    for step in (1, 12):
+        assert one["train/loss", step] == pytest.approx(two["train/loss", step], rel=1e-3)
+
+
+SIXTY = {"epochs": 10, "batch_size": 4, "save_every": 8, "eval_every": 1000}  # steps of 8 series
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory):
+    """Sixty steps by two processes that nothing happens to."""
+    folder = tmp_path_factory.mktemp("two")
+    run(Plan(folder, SIXTY, plain_autoencoder), 2)
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+def test_another_number_of_processes_continues_the_same_run(tmp_path, by_two, number):
+    """2 processes → 1 → 2: same order and masks; without dropout the same weights up to rounding."""
+    mixed = Plan(tmp_path, SIXTY, plain_autoencoder)
+    for processes, until in ((2, 12), (1, 30)):
+        stopped = interrupt(mixed, records_reach(mixed.folder, until), number, processes)
+        if number == signal.SIGTERM:
+            assert "asked to stop (SIGTERM)" in stopped.output
+        else:
+            assert set(stopped.exit_codes) == {-signal.SIGKILL}, stopped.output
+    assert "resumed from" in run(mixed, 2)
+    (state, expected), (again, found) = weights(by_two), weights(mixed.folder)
+    assert state.step == again.step == 60
+    assert state.global_batch_size == again.global_batch_size == 8
+    assert [p[:2] for p in points(mixed.folder)] == [p[:2] for p in points(by_two)]
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-9)
+
+
+def test_processes_and_micro_batches_give_the_same_gradients(tmp_path):
+    """1 process × 8, 2 × 4, 2 × 2 × accumulation 2: with plain SGD at rate 1 a step is the gradient."""
+    start = dict(plain_autoencoder().named_parameters())
+    gradients = []
+    for processes, batch_size, accumulation in ((1, 8, 1), (2, 4, 1), (2, 2, 2)):
+        plan = Plan(
+            tmp_path / f"{processes}x{batch_size}x{accumulation}",
+            {
+                "batch_size": batch_size,
+                "gradient_accumulation_steps": accumulation,
+                "epochs": 1,
+                "optimizer": "sgd",
+                "base_lr": 1.0,
+                "warmup_steps": 0,
+                "gradient_clip": None,
+            },
+            plain_autoencoder,
+            train=Sines(8),
+        )
+        run(plan, processes)
+        state, after = weights(plan.folder)
+        assert state.step == 1
+        gradients.append({name: start[name].detach() - after[name] for name in after})
+    for other in gradients[1:]:
+        for name, expected in gradients[0].items():
+            assert expected.abs().max() > 0
+            torch.testing.assert_close(other[name], expected, rtol=1e-9, atol=1e-15)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    Trainer(config(tmp_path, epochs=1)).train(Sines(16), None, autoencoder())
+    with pytest.raises(ValueError, match="random_seed 42 → 7; set it back"):
+        Trainer(config(tmp_path, epochs=1, random_seed=7)).train(Sines(16), None, autoencoder())
+    with pytest.raises(ValueError, match="size of the training set 16 → 17"):
+        Trainer(config(tmp_path, epochs=1)).train(Sines(17), None, autoencoder())
+
+
+def test_a_run_that_goes_on_says_which_settings_changed_and_which_may(tmp_path):
+    train = (Sines(16), None, autoencoder())
+    Trainer(config(tmp_path, epochs=1)).train(*train)
+    with pytest.raises(ValueError, match=r"base_lr 0.005 → 0.1, gradient_clip 1.0 → None;") as e:
+        Trainer(config(tmp_path, epochs=1, base_lr=0.1, gradient_clip=None)).train(*train)
+    assert "may change only background_checkpoints, batch_size" in str(e.value)
+    allowed = {"batch_size": 3, "save_every": 2, "threads": 1, "run_name": "again"}
+    assert Trainer(config(tmp_path, epochs=1, **allowed)).train(*train).step == 2
+
+
+def test_the_learning_rate_stays_that_of_the_processes_that_began(tmp_path):
+    changes = {"lr_scaling": True, "batch_size": 4, "save_every": 1, "epochs": 3}
+    plan = Plan(tmp_path, changes, plain_autoencoder)
+    interrupt(plan, records_reach(tmp_path, 4), signal.SIGTERM, 2)
+    run(plan)
+    rates = [value for name, _, value in points(tmp_path) if name == "train/lr"]
+    factors = [learning_rate_factor("cosine", step, 18, 2) for step in range(18)]
+    assert rates == pytest.approx([2 * 5e-3 * factor for factor in factors])

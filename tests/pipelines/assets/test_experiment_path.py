@@ -1,0 +1,458 @@
+"""The whole path on a tiny experiment: real jobs, a real Dagster instance, a real MLflow store.
+
+The tests follow one story; each fixture is its next event: ``first`` (two processes a training),
+``interrupted`` and ``second`` (a failure after finetuning, and its retry), ``refused`` (a gate that
+nothing passes), ``waiting`` (one that asks a person), ``damaged`` (a champion with a broken file),
+``failed`` (a loss that is not finite).
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from roma_core.data.export import export_parquet
+from roma_core.data.store import StoredDataset
+from roma_core.evaluation.predictions import PredictionTable
+from roma_core.files import read_json, write_json
+from roma_core.job import JobFolder
+from roma_pipelines.assets import training
+from roma_pipelines.automation import drift as drift_sensor
+from roma_pipelines.automation.drift import compare
+from roma_pipelines.automation.settings import Drift, DriftThresholds
+from roma_pipelines.registry.gate import CHECKS
+from roma_pipelines.registry.promotion import audit
+from roma_pipelines.registry.store import MlflowSettings, connect
+from roma_pipelines.registry.versions import version_at
+from roma_pipelines.storage import Storage
+from tests.pipelines import tiny
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[3]
+
+
+@dataclass
+class House:
+    """Where the story takes place."""
+
+    folder: Path
+    instance: dg.DagsterInstance
+
+    @property
+    def client(self):
+        return connect(MlflowSettings(), self.folder / "roma" / "mlflow")
+
+    def materialise(self, *nouns, tags=None, **changes):
+        """Materialise the experiment, or some of its assets, with some settings changed."""
+        definitions = tiny.definitions(tiny.attributes(self.folder, **changes))
+        return definitions.resolve_implicit_global_asset_job_def().execute_in_process(
+            instance=self.instance,
+            asset_selection=[dg.AssetKey(["waves", noun]) for noun in nouns or tiny.NOUNS],
+            tags=tags,
+            raise_on_error=False,
+        )
+
+    def aliases(self):
+        return {name: version_at(self.client, "waves", name) for name in ("champion", "previous")}
+
+    def runs(self):
+        experiment = self.client.get_experiment_by_name("roma/waves")
+        return self.client.search_runs([experiment.experiment_id], order_by=["start_time ASC"])
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("house")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROMA_STORAGE_ROOT", str(folder / "roma"))
+        patch.setenv("ROMA_ENV_FILE", str(folder / "empty.env"))
+        (folder / "empty.env").touch()
+        (folder / "dagster").mkdir()
+        with dg.DagsterInstance.local_temp(str(folder / "dagster")) as instance:
+            yield House(folder, instance)
+    assert tiny.living_jobs(folder) == []
+
+
+@pytest.fixture(scope="module")
+def first(house):
+    return house.materialise(resources={"processes_per_node": 2})
+
+
+def metadata_of(result, noun) -> dict[str, Any]:
+    """Metadata of the asset's materialisation in this run."""
+    (event,) = result.asset_materializations_for_node(f"waves__{noun}")
+    return {name: value.value for name, value in event.metadata.items()}
+
+
+def failure_of(result, noun) -> dg.DagsterEvent:
+    (event,) = [e for e in result.all_events if e.is_step_failure and e.step_key.endswith(noun)]
+    return event.step_failure_data.error
+
+
+def test_all_five_assets_are_made(first):
+    assert first.success
+    assert all(metadata_of(first, noun) for noun in tiny.NOUNS)
+    assert {e.check_name: e.passed for e in first.get_asset_check_evaluations()} == {
+        "sound": True,
+        "unsuspicious": True,
+    } | dict.fromkeys(CHECKS, True)
+
+
+@pytest.mark.parametrize("noun", ["pretrained_encoder", "finetuned_classifier"])
+def test_two_processes_trained_together(first, noun):
+    facts = metadata_of(first, noun)
+
+    assert facts["processes"] == "2"
+    log = Path(facts["log"])
+    assert "2 process(es)" in log.read_text()
+    assert (log.parent / "torchrun").is_dir()  # not in /tmp, where nobody would remove it
+
+
+@pytest.mark.parametrize("noun", ["pretrained_encoder", "finetuned_classifier"])
+def test_mlflow_has_every_point_of_metrics_jsonl_once(house, first, noun):
+    facts = metadata_of(first, noun)
+    lines = [json.loads(line) for line in Path(facts["metrics"]).read_text().splitlines()]
+    written = sorted(
+        (name, line["step"], value) for line in lines for name, value in line["metrics"].items()
+    )
+    names = {name for name, _, _ in written}
+    assert {"train/loss", "train/lr", "eval/loss"} <= names
+
+    stored = sorted(
+        (name, point.step, point.value)
+        for name in names
+        for point in house.client.get_metric_history(facts["mlflow_run_id"], name)
+    )
+
+    assert stored == written
+
+
+def test_every_job_has_one_finished_run_with_its_configuration(house, first):
+    runs = {run.data.tags["roma.asset"]: run for run in house.runs()}
+
+    assert set(runs) == {f"waves/{noun}" for noun in tiny.NOUNS[1:4]}
+    assert len(runs) == 3
+    for noun, run in runs.items():
+        assert run.info.status == "FINISHED"
+        facts = metadata_of(first, noun.removeprefix("waves/"))
+        assert run.data.tags["roma.job_key"] == facts["job_key"]
+        assert run.info.run_id == facts["mlflow_run_id"]
+    assert runs["waves/finetuned_classifier"].data.params["trainer.batch_size"] == "8"
+
+
+def test_the_first_version_is_champion(house, first):
+    assert metadata_of(first, "registered_classifier")["aliases"] == "champion, candidate"
+    assert house.aliases() == {"champion": "1", "previous": None}
+
+
+def test_progress_was_observed_on_the_asset(house, first):
+    key = dg.AssetKey(["waves", "pretrained_encoder"])
+    events = house.instance.fetch_observations(key, limit=50).records
+    facts = [record.asset_observation.metadata for record in events]
+
+    last = max(facts, key=lambda f: f["step"].value)
+    assert last["step"].value == last["total_steps"].value
+    assert last["train/loss"].value > 0
+
+
+def test_recent_series_are_compared_among_the_champions_features(
+    house, first, tmp_path, monkeypatch
+):
+    """The encoder is asked in a process of its own; where it cannot be, that is said."""
+    facts = metadata_of(first, "dataset")
+    same, other = tmp_path / "same.parquet", tmp_path / "other.parquet"
+    export_parquet(StoredDataset(Path(facts["path"])), same, "test")
+    table = pq.read_table(same)
+    flat = [[5.0] * len(row) for row in table["c01"].to_pylist()]
+    nan = [[float("nan"), *row[1:]] for row in table["c02"].to_pylist()]
+    for name, column in (("c01", flat), ("c02", nan)):
+        at = table.schema.get_field_index(name)
+        table = table.set_column(at, name, pa.array(column, pa.list_(pa.float64())))
+    pq.write_table(table, other)
+
+    def compared(path):
+        settings = Drift(files=(path,), min_series=10)
+        arguments = (
+            "waves",
+            "waves",
+            facts["digest"],
+            settings,
+            [path],
+            Storage(house.folder / "roma"),
+        )
+        found = compare(*arguments)
+        sizes = [e.size for e in found.effects if e.measure == "embedding"]
+        return found.n, sizes, found.remark
+
+    n, (near,), remark = compared(same)
+    assert (n, remark) == (24, "")
+    _, (far,), _ = compared(other)
+    print(f"24 test series: {near:.2f} spreads from training; with a flat channel: {far:.2f}")
+    assert near < DriftThresholds().embedding < far
+    monkeypatch.setattr(drift_sensor, "_EMBED_WITHIN_S", 0.01)
+    assert compared(same)[1:] == (
+        [],
+        "; features were not compared: the encoder did not answer within 0.01 s",
+    )
+
+
+def test_the_command_predicts_what_the_report_says(house, first, tmp_path):
+    """Training code on packed rows and the served model on raw rows agree."""
+    report = JobFolder(metadata_of(first, "evaluation_report")["job_folder"])
+    table = PredictionTable.load(report.outputs / "predictions.parquet")
+    rows = zip(table.ids, table.predicted, table.probabilities, strict=True)
+    expected = {name: (table.classes[label], p) for name, label, p in rows}
+    assert len({label for label, _ in expected.values()}) == 3, "it learnt to tell them apart"
+
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "roma_core.cli", "predict"),
+            *("--model", "models:/waves@champion", "--tracking-uri", house.client.tracking_uri),
+            *(metadata_of(first, "dataset")["path"], str(tmp_path / "served.parquet")),
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "24 series classified by models:/waves@champion (version 1)" in done.stdout
+    rows = pq.read_table(tmp_path / "served.parquet").to_pylist()
+    assert {row["id"] for row in rows} == set(expected)
+    for row in rows:
+        label, probabilities = expected[row["id"]]
+        assert row["label"] == label
+        served = dict(row["probabilities"])
+        assert [served[name] for name in table.classes] == pytest.approx(probabilities, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def interrupted(house, first):
+    """A new classifier, whose worker fails between the end of the job and its materialisation."""
+    with pytest.MonkeyPatch.context() as patch:
+        show = training._materialised
+
+        def fail_once(job):
+            if "finetune" in (job.folder.spec).read_text():
+                raise OSError("the worker lost its disk")
+            return show(job)
+
+        patch.setattr(training, "_materialised", fail_once)
+        return house.materialise(*tiny.NOUNS[2:])
+
+
+@pytest.fixture(scope="module")
+def second(house, interrupted):
+    """Its retry from failure, as Dagster's page and daemon tag it."""
+    run_id = interrupted.run_id
+    return house.materialise(
+        *tiny.NOUNS[2:],
+        tags={
+            "dagster/is_resume_retry": "true",
+            "dagster/parent_run_id": run_id,
+            "dagster/root_run_id": run_id,
+        },
+    )
+
+
+def test_a_retry_finds_the_finished_job(house, interrupted, second):
+    assert "the worker lost its disk" in str(failure_of(interrupted, "finetuned_classifier"))
+    assert second.success
+    facts = metadata_of(second, "finetuned_classifier")
+
+    (run,) = [run for run in house.runs() if run.data.tags["roma.job_key"] == facts["job_key"]]
+    assert run.data.tags["roma.dagster_run_id"] == interrupted.run_id
+    assert run.info.status == "FINISHED"
+    assert facts["attempts"] == 1
+    log = Path(facts["log"]).read_text()
+    assert len(re.findall("process\\(es\\) on cpu", log)) == 1
+
+
+def test_the_second_version_replaces_the_first(house, second):
+    facts = metadata_of(second, "registered_classifier")
+
+    assert (facts["version"], facts["aliases"]) == ("2", "champion, candidate")
+    assert house.aliases() == {"champion": "2", "previous": "1"}
+    assert metadata_of(second, "evaluation_report")["champion_version"] == "1"
+    events = audit(house.client, "waves")
+    assert [(event.version, event.replaced) for event in events] == [("1", None), ("2", "1")]
+    assert events[1].evidence["dagster_run_id"] == second.run_id
+
+
+@pytest.fixture(scope="module")
+def refused(house, second):
+    return house.materialise(*tiny.NOUNS[3:], gate={"max_calibration_error": 0.0})
+
+
+def test_a_candidate_that_fails_the_gate_changes_nothing(house, refused):
+    assert not refused.success
+    checks = {e.check_name: e for e in refused.get_asset_check_evaluations()}
+    assert {name for name, check in checks.items() if not check.passed} == {"calibration"}
+    assert "at most 0.0" in checks["calibration"].description
+    assert refused.asset_materializations_for_node("waves__registered_classifier") == []
+    assert [v.version for v in house.client.search_model_versions("name = 'waves'")] == [2, 1]
+    assert house.aliases() == {"champion": "2", "previous": "1"}
+    assert metadata_of(refused, "evaluation_report")["champion_version"] == "2"
+
+
+def operate(house, *arguments, ok=True):
+    """``roma-pipeline`` on the house's state; what it says."""
+    done = subprocess.run(
+        [sys.executable, "-m", "roma_pipelines.cli", *arguments],
+        cwd=house.folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "ROMA_STORAGE_ROOT": str(house.folder / "roma")},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode == 0) is ok, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def waiting(house, first, refused):
+    """A candidate that waits for approval, and the champion's predictions of the data set."""
+    data = metadata_of(first, "dataset")["path"]
+    return house.materialise(
+        *(*tiny.NOUNS[3:], "batch_predictions"),
+        gate={"mode": "needs_approval"},
+        predictions={"input": data},
+    )
+
+
+def test_a_candidate_waits_until_a_person_decides_and_one_command_goes_back(house, waiting):
+    assert waiting.success
+    facts = metadata_of(waiting, "registered_classifier")
+    assert (facts["version"], facts["aliases"]) == ("3", "candidate")
+    assert "roma-pipeline promote waves 3 --why" in facts["approval"]
+    assert house.aliases() == {"champion": "2", "previous": "1"}
+
+    said = operate(house, "promote", "waves", "3", "--why", "seen by me", "--who", "ada")
+    assert "version 3 is champion; previous is 2" in said
+    again = operate(house, "promote", "waves", "3", "--why", "once more")
+    assert "version 3 is champion already, nothing was changed; previous is 2" in again
+    event = audit(house.client, "waves")[-1]
+    assert (event.who, event.why, event.evidence["gate"]) == ("ada", "seen by me", "passed")
+    assert event.evidence["evaluation_job"] == metadata_of(waiting, "evaluation_report")["job_key"]
+    assert version_at(house.client, "waves_encoder", "champion") == "3"
+
+    said = operate(house, "rollback", "waves", "--why", "drifts")
+    seconds = float(re.search(r"version 2 is champion again \((.*) s\)", said).group(1))
+    print(f"rollback took {seconds} s")
+    assert seconds < 5
+    assert house.aliases() == {"champion": "2", "previous": "1"}
+    said = operate(house, "promote", "waves", "3", "--why", "again", ok=False)
+    assert "was rolled back" in said and "drifts" in said
+
+
+def test_a_report_says_how_often_its_test_split_has_decided(waiting):
+    config = read_json(
+        Path(metadata_of(waiting, "evaluation_report")["job_folder"]) / "config.json"
+    )
+    assert config["decided_before"] == 3
+    page = Path(metadata_of(waiting, "evaluation_report")["report"]).read_text()
+    assert "Decisions by this test split" in page
+    assert "Beside the champion" in page
+
+
+def test_batch_predictions_are_the_champions_and_show_drift(waiting):
+    facts = metadata_of(waiting, "batch_predictions")
+    rows = pq.read_table(facts["path"]).to_pylist()
+    assert (facts["series"], facts["model_version"]) == (24, "2") == (len(rows), "2")
+    assert {row["dagster_run_id"] for row in rows} == {waiting.run_id}
+    assert sum(facts["classes"].values()) == 24
+    compared = {name.partition(",")[0] for name in facts["drift_sizes"]}
+    assert compared == {"value.c01", "value.c02", "gap.step", "span.step", "length"}
+    assert facts["drift"].startswith("![drift against the training data](data:image/png;base64,")
+
+
+def test_lineage_leads_there_and_back(house, first, second, waiting):
+    said = operate(house, "lineage", "waves@champion")
+    assert "waves version 2" in said
+    digest = metadata_of(first, "dataset")["digest"]
+    finetuning = metadata_of(second, "finetuned_classifier")
+    pretraining = metadata_of(first, "pretrained_encoder")
+    for known in (
+        *(digest, finetuning["job_key"], finetuning["mlflow_run_id"], pretraining["job_key"]),
+        *(second.run_id, "promote by automatic gate", "against champion 1"),
+    ):
+        assert known in said
+    back = operate(house, "lineage", finetuning["job_key"])
+    assert "waves version 2 (finetuning job)" in back and "waves version 1" not in back
+    assert "waves version 1 (data set)" in operate(house, "lineage", digest[:8])
+    assert "no registered version comes from" in operate(house, "lineage", "f" * 12, ok=False)
+    assert "models:/waves@canary is not in" in operate(house, "lineage", "waves@canary", ok=False)
+
+
+def test_a_replay_plans_the_same_training_and_gives_the_same_weights(house, second, waiting):
+    said = operate(house, "replay", "waves", "2", "--out", "again")
+    assert "roma finetune --job" in said and "roma evaluate --job" in said
+    facts = metadata_of(second, "finetuned_classifier")
+    recorded = read_json(Path(facts["job_folder"]) / "config.json")
+    planned = read_json(house.folder / "again" / "finetune" / "config.json")
+    same = {"weights": None}
+    assert planned | same == recorded | same
+    assert "is not empty" in operate(house, "replay", "waves", "2", "--out", "again", ok=False)
+
+    # from the same pretrained weights: pretraining used two processes
+    planned["weights"] = recorded["weights"]
+    write_json(house.folder / "again" / "finetune" / "config.json", planned)
+    command = ["-m", "roma_core.cli", "finetune", "--job", str(house.folder / "again" / "finetune")]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # as the launcher sets it
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    weights = house.folder / "again" / "finetune" / "outputs" / "model" / "model.safetensors"
+    assert weights.read_bytes() == (Path(facts["weights"]) / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def damaged(house, waiting):
+    """The champion's files were changed in the store."""
+    place = house.client.get_model_version_download_uri("waves", "2").removeprefix("file://")
+    program = Path(place) / "artifacts" / "package" / "model.pt2"
+    sound = program.read_bytes()
+    shutil.rmtree(house.folder / "roma" / "cache" / "models")
+    program.write_bytes(b"x" + sound[1:])
+    yield house.materialise("evaluation_report")
+    program.write_bytes(sound)
+
+
+def test_a_damaged_champion_is_a_failed_check_that_says_so(house, damaged):
+    checks = {e.check_name: e for e in damaged.get_asset_check_evaluations()}
+    failed = {name for name, check in checks.items() if not check.passed}
+    assert failed == {"comparable", "not_worse_than_champion"}
+    assert "model.pt2 was changed" in checks["comparable"].description
+    assert "roma-pipeline rollback" in checks["comparable"].description
+    assert house.aliases() == {"champion": "2", "previous": "1"}
+
+
+@pytest.fixture(scope="module")
+def failed(house, damaged):
+    settings = {"epochs": 4, "base_lr": 1e30, "warmup_steps": 0}
+    return house.materialise("pretrained_encoder", pretraining={"trainer": settings})
+
+
+def test_a_loss_that_is_not_finite_names_the_series(house, failed):
+    assert not failed.success
+    error = failure_of(failed, "pretrained_encoder")
+    assert error.cls_name == "Failure"
+    assert re.search(r"the loss is not finite in step \d+ .*sample ids \[\d+, ", error.message)
+    assert "lower base_lr" in error.message
+
+    run = house.runs()[-1]
+    assert run.data.tags["roma.dagster_run_id"] == failed.run_id
+    assert run.info.status == "FAILED"
+    assert house.aliases() == {"champion": "2", "previous": "1"}

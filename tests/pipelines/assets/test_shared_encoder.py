@@ -1,0 +1,119 @@
+"""``pretrained_from``: a second experiment finetunes the first one's encoder."""
+
+import dagster as dg
+import pytest
+
+from roma_pipelines.assets.training import finetuned_classifier_asset
+from roma_pipelines.automation.definitions import automated_of
+from roma_pipelines.automation.state import TRAINING, Automated
+from roma_pipelines.components import RomaExperiment
+from roma_pipelines.definitions import _check_shared_encoders
+from roma_pipelines.experiment import NOUNS
+from tests.pipelines import tiny
+
+
+def sharing(folder, **changes):
+    """The tiny experiment again, under another name and without a pretraining of its own."""
+    sections = tiny.attributes(folder, **changes)
+    del sections["pretraining"]
+    return {**sections, "name": "ripples", "pretrained_from": "waves"}
+
+
+def both(folder, **changes):
+    return dg.Definitions.merge(
+        tiny.definitions(tiny.attributes(folder)), tiny.definitions(sharing(folder, **changes))
+    )
+
+
+@pytest.fixture
+def instance(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROMA_STORAGE_ROOT", str(tmp_path / "roma"))
+    (tmp_path / "dagster").mkdir()
+    with dg.DagsterInstance.local_temp(str(tmp_path / "dagster")) as instance:
+        yield instance
+
+
+def materialise(definitions, instance, *keys):
+    return definitions.resolve_implicit_global_asset_job_def().execute_in_process(
+        instance=instance, asset_selection=list(keys), raise_on_error=False
+    )
+
+
+def test_it_has_four_assets_and_depends_on_the_other_encoder(tmp_path):
+    graph = both(tmp_path).resolve_asset_graph()
+
+    own = {key.path[1] for key in graph.materializable_asset_keys if key.path[0] == "ripples"}
+    assert own == set(NOUNS) - {"pretrained_encoder"}
+    classifier = graph.get(dg.AssetKey(["ripples", "finetuned_classifier"]))
+    assert dg.AssetKey(["waves", "pretrained_encoder"]) in classifier.parent_keys
+
+
+def test_what_it_shares_decides_its_classifier_but_is_not_trained_by_it(tmp_path):
+    sections = sharing(tmp_path)
+    here, there = (
+        RomaExperiment(**(sections | {"pretrained_from": name})).experiment()
+        for name in ("waves", "tides")
+    )
+    versions = [
+        automated_of(e, [finetuned_classifier_asset(e)]).code_versions["finetuned_classifier"]
+        for e in (here, there)
+    ]
+    assert versions[0] != versions[1]
+
+    request = Automated(here, {})._run(TRAINING, "schedule", "a test", None)
+
+    selected = {key.to_user_string() for key in request.asset_selection}
+    assert selected == {f"ripples/{noun}" for noun in NOUNS[2:]}
+
+
+def test_the_encoder_of_the_other_experiment_is_finetuned(instance, tmp_path):
+    definitions = both(tmp_path, dataset={"drop_rate": 0.4})
+    wanted = [dg.AssetKey(["waves", noun]) for noun in NOUNS[:2]]
+    wanted += [dg.AssetKey(["ripples", noun]) for noun in ("dataset", "finetuned_classifier")]
+
+    done = materialise(definitions, instance, *wanted)
+
+    assert done.success
+    made = {
+        event.asset_key.to_user_string(): event.materialization.metadata
+        for event in done.get_asset_materialization_events()
+    }
+    assert "ripples/pretrained_encoder" not in made
+    assert (
+        made["ripples/finetuned_classifier"]["weights"]
+        != made["waves/pretrained_encoder"]["weights"]
+    )
+
+
+def test_an_encoder_of_other_axes_is_refused_before_a_job_starts(instance, tmp_path):
+    source = tiny.attributes(tmp_path)["dataset"]["source"]
+    in_seconds = {**source, "format": {"kind": "ts", "axis": "time", "axis_unit": "s"}}
+    definitions = both(tmp_path, dataset={"source": in_seconds})
+    wanted = [dg.AssetKey(["waves", noun]) for noun in NOUNS[:2]]
+    wanted += [dg.AssetKey(["ripples", noun]) for noun in ("dataset", "finetuned_classifier")]
+
+    done = materialise(definitions, instance, *wanted)
+
+    (failure,) = [event for event in done.all_events if event.is_step_failure]
+    assert failure.step_key == "ripples__finetuned_classifier"
+    assert "was pretrained on the axes" in str(failure.step_failure_data.error)
+
+
+def test_a_name_that_pretrains_nothing_is_refused_when_definitions_load(tmp_path):
+    alone = tiny.definitions(sharing(tmp_path))
+
+    with pytest.raises(ValueError, match="ripples: pretrained_from: waves: there is no experiment"):
+        _check_shared_encoders(alone)
+    _check_shared_encoders(both(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"pretrained_from": "ripples"}, "is this experiment"),
+        ({"pretraining": {"trainer": {"epochs": 3}}}, "the encoder comes from there"),
+    ],
+)
+def test_two_encoders_or_its_own_are_refused(tmp_path, changes, told):
+    with pytest.raises(ValueError, match=told):
+        RomaExperiment(**(sharing(tmp_path) | changes)).experiment()

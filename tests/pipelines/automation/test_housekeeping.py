@@ -1,0 +1,160 @@
+"""What becomes of a job whose watcher died, by the state of the Dagster run that began it."""
+
+import json
+import uuid
+
+import dagster as dg
+import pytest
+
+from roma_pipelines.automation.housekeeping import fate_of, reconcile
+from roma_pipelines.launching.jobs import read_job
+from roma_pipelines.launching.supervisor import supervise
+
+CONFIG = {"base_lr": 0.001}
+STATUS = dg.DagsterRunStatus
+
+
+@pytest.fixture
+def instance():
+    with dg.DagsterInstance.ephemeral() as instance:
+        yield instance
+
+
+@pytest.fixture
+def add_run(instance):
+    def add_run(status, parent=None, **tags):
+        tags = {name.replace("__", "/"): value for name, value in tags.items()}
+        if parent:
+            tags |= {"dagster/parent_run_id": parent, "dagster/root_run_id": parent}
+        run = dg.DagsterRun("job", str(uuid.uuid4()), status=status, tags=tags)
+        return instance.add_run(run).run_id
+
+    return add_run
+
+
+@pytest.fixture
+def abandon(launcher, folder, make_spec, processes, eventually):
+    """A running job that ``run_id`` watched, whose watcher is dead (or lives)."""
+
+    class Gone(BaseException):
+        pass
+
+    def abandon(run_id, alive=False):
+        def leave(state):
+            if (folder.path / "starts").exists():
+                raise Gone
+
+        watcher = {"dagster_run_id": run_id} if run_id else {}
+        spec = make_spec("wait_for('go', 60)\nsucceed()")
+        with pytest.raises(Gone):
+            supervise(
+                launcher, folder, spec, CONFIG, on_poll=leave, watcher=watcher, poll_every_s=0.02
+            )
+        if not alive:
+            document = json.loads(folder.watcher.read_text())
+            folder.watcher.write_text(json.dumps(document | {"start": "long ago"}))
+        return read_job(folder.path)
+
+    yield abandon
+    (folder.path / "go").touch()
+    eventually(lambda: not processes())
+
+
+@pytest.mark.parametrize(
+    ("status", "alive", "fate"),
+    [
+        (STATUS.STARTED, True, "leave"),
+        (STATUS.STARTED, False, "fail the run"),
+        (STATUS.STARTING, False, "fail the run"),
+        (STATUS.NOT_STARTED, False, "leave"),
+        (STATUS.CANCELING, True, "leave"),  # its worker is at it
+        (STATUS.CANCELING, False, "cancel the job"),
+        (STATUS.CANCELED, False, "cancel the job"),
+        (STATUS.FAILURE, False, "cancel the job"),
+        (STATUS.SUCCESS, False, "cancel the job"),
+    ],
+)
+def test_the_fate_of_a_job_by_the_state_of_its_run(instance, add_run, abandon, status, alive, fate):
+    job = abandon(add_run(status), alive)
+
+    assert fate_of(job, instance)[0] == fate
+
+
+def test_a_job_that_no_run_began_is_left_alone(instance, abandon):
+    assert fate_of(abandon(None), instance)[0] == "leave"
+
+
+def test_a_job_whose_run_was_deleted_is_not_wanted(instance, abandon):
+    assert fate_of(abandon("no-such-run"), instance)[0] == "cancel the job"
+
+
+def test_a_failed_run_that_is_retried_keeps_its_job(instance, add_run, abandon):
+    will = add_run(STATUS.FAILURE, dagster__will_retry="true")
+    job = abandon(will)
+    assert fate_of(job, instance)[0] == "leave"
+
+    retry = add_run(STATUS.FAILURE, parent=will)
+    assert fate_of(job, instance)[0] == "cancel the job"
+    add_run(STATUS.NOT_STARTED, parent=retry)
+    assert fate_of(job, instance)[0] == "leave"
+
+
+def test_a_run_whose_worker_died_is_failed_and_its_job_goes_on(
+    instance, add_run, abandon, folder, processes
+):
+    run_id = add_run(STATUS.STARTED)
+    abandon(run_id)
+
+    (done,) = reconcile(folder.path.parent, instance, lambda record: None)
+
+    assert done.endswith("fail the run")
+    assert instance.get_run_by_id(run_id).status is STATUS.FAILURE
+    assert processes() != []
+
+
+def test_a_job_nobody_wants_is_cancelled_once(
+    instance, add_run, abandon, folder, launcher, processes
+):
+    abandon(add_run(STATUS.CANCELED))
+    told = []
+
+    (done,) = reconcile(folder.path.parent, instance, lambda record: launcher, told.append)
+
+    assert done.endswith("cancel the job")
+    assert [job.key for job in told] == [folder.path.name]
+    assert processes() == []
+    assert reconcile(folder.path.parent, instance, lambda record: launcher) == []
+
+
+def test_a_job_that_cannot_be_cancelled_is_tried_again(instance, add_run, abandon, folder):
+    abandon(add_run(STATUS.CANCELED))
+
+    def no_launcher(record):
+        raise ValueError("there is no SLURM profile 'gone'")
+
+    (done,) = reconcile(folder.path.parent, instance, no_launcher)
+
+    assert "could not be cancelled: there is no SLURM profile 'gone'" in done
+    assert read_job(folder.path).open_attempt is not None
+
+
+def test_the_sensor_looks_at_the_configured_storage(
+    instance, add_run, abandon, folder, processes, monkeypatch, tmp_path, store_root
+):
+    from roma_pipelines.automation.housekeeping import reconcile_jobs
+    from roma_pipelines.registry.runs import find_or_create_run
+    from roma_pipelines.registry.store import MlflowSettings, connect
+
+    monkeypatch.setenv("ROMA_STORAGE_ROOT", str(tmp_path))
+    (tmp_path / "mlflow").mkdir()
+    (store_root / "mlflow.db").rename(tmp_path / "mlflow" / "mlflow.db")
+    client = connect(MlflowSettings(), tmp_path / "mlflow")
+    run_id = find_or_create_run(client, "roma/waves", folder.path.name, "x", {}, {})
+    abandon(add_run(STATUS.CANCELED))
+
+    with dg.build_sensor_context(instance=instance) as context:
+        skipped = reconcile_jobs(context)
+
+    assert "cancel the job" in skipped.skip_message
+    assert processes() == []
+    assert client.get_run(run_id).info.status == "KILLED"

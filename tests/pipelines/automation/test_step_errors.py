@@ -1,0 +1,32 @@
+"""What people are told of a failed step: the first error's own words."""
+
+import sys
+
+import pytest
+from dagster._utils.error import serializable_error_info_from_exc_info
+
+from roma_pipelines.automation.alerts import first_of, words_of
+from roma_pipelines.registry.store import StoreError
+
+
+def reported(error):
+    """As Dagster keeps it, around which it has put an error of its own."""
+    try:
+        try:
+            raise error
+        except Exception as cause:
+            raise RuntimeError("step failed") from cause
+    except RuntimeError:
+        return serializable_error_info_from_exc_info(sys.exc_info())
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (StoreError("the server refuses us: set a name"), "the server refuses us: set a name"),
+        (ValueError("first line\nsecond"), "first line\nsecond"),
+        (KeyError("path"), "KeyError: 'path'"),
+    ],
+)
+def test_a_class_is_told_only_where_it_says_something(error, words):
+    assert words_of(first_of(reported(error))) == words

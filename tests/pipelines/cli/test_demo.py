@@ -1,0 +1,283 @@
+"""``roma-pipeline demo`` as people run it: bad surroundings, Ctrl-C, a full disk, a second call."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from roma_core.files import write_json
+from roma_core.job import JobFolder
+from roma_pipelines.launching.jobs import all_jobs
+from roma_pipelines.launching.outcome import read_decisions
+from roma_pipelines.registry.store import MlflowSettings, connect
+from tests.pipelines import tiny
+
+ROOT = Path(__file__).parents[3]
+SHIPPED = (sys.executable, "-m", "roma_pipelines.cli")
+
+
+def tiny_demo(folder, *arguments):
+    return (sys.executable, "-m", "tests.pipelines.cli.tiny_demo", str(folder), *arguments, "waves")
+
+
+def surroundings(folder, **variables):
+    """Options of ``subprocess``: a clean environment with ``folder`` as the place to work in."""
+    (folder / "empty.env").touch()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ROMA_")}
+    kept.pop("DAGSTER_HOME", None)
+    ours = {"HOME": str(folder), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    ours["ROMA_ENV_FILE"] = str(folder / "empty.env")
+    return {"cwd": folder, "env": kept | ours | variables, "text": True}
+
+
+def run(*command, folder, **variables):
+    return subprocess.run(command, **surroundings(folder, **variables), capture_output=True)
+
+
+def one_error(done):
+    """The only line of a refusal."""
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("Error: ")
+    return line
+
+
+def test_state_of_another_version_is_left_alone(tmp_path):
+    root = tmp_path / ".roma"
+    root.mkdir()
+    write_json(root / "layout.json", {"schema_version": 0})
+
+    line = one_error(run(*SHIPPED, "demo", folder=tmp_path))
+
+    assert f"{root} was written by another version of this software" in line
+    assert "schema_version 0" in line
+    assert "move it away, or set ROMA_STORAGE_ROOT" in line
+
+
+def test_a_root_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    root = tmp_path / "file" / "roma"
+
+    line = one_error(run(*SHIPPED, "demo", folder=tmp_path, ROMA_STORAGE_ROOT=str(root)))
+
+    assert f"cannot write to {root}" in line
+    assert "set ROMA_STORAGE_ROOT to a folder that can be written" in line
+
+
+def test_an_unknown_experiment_is_answered_with_those_there_are(tmp_path):
+    line = one_error(run(*SHIPPED, "demo", "vowels", folder=tmp_path))
+
+    assert "there is no experiment 'vowels'; there are basic_motions, " in line
+
+
+def test_a_misspelt_variable_is_refused_by_its_name(tmp_path):
+    line = one_error(run(*SHIPPED, "demo", folder=tmp_path, ROMA_STORAGE_ROT="here"))
+
+    assert "ROMA_STORAGE_ROT" in line
+    assert "closest one is ROMA_STORAGE_ROOT" in line
+
+
+@pytest.mark.parametrize("server", ["dagster", "mlflow"])
+def test_a_port_in_use_is_named_before_anything_starts(server, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_server(("", 0)) as free:
+        port, other = listener.getsockname()[1], free.getsockname()[1]
+        free.close()
+        option, other_option = f"--{server}-port", "--mlflow-port"
+        if server == "mlflow":
+            other_option = "--dagster-port"
+
+        done = run(*SHIPPED, "up", option, str(port), other_option, str(other), folder=tmp_path)
+
+    line = one_error(done)
+    assert f"port {port}" in line
+    assert f"give another with {option}" in line
+    assert not (tmp_path / ".roma").exists()
+
+
+class Story:
+    """The tiny demo, interrupted, run again, and run once more."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.command = tiny_demo(folder)
+
+    def interrupted_at(self, words, number, meanwhile=lambda: None):
+        """Run it until it says ``words``, then signal its process group as a terminal does."""
+        child = subprocess.Popen(
+            self.command,
+            **surroundings(self.folder),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        said = ""
+        for line in child.stdout:
+            said += line
+            if words in line:
+                break
+        assert words in said, child.communicate()
+        assert tiny.living_jobs(self.folder)
+        meanwhile()
+        os.killpg(child.pid, number)
+        out, err = child.communicate(timeout=60)
+        return subprocess.CompletedProcess(self.command, child.returncode, said + out, err)
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    story = Story(tmp_path_factory.mktemp("story"))
+    yield story
+    assert tiny.living_jobs(story.folder) == []
+
+
+@pytest.fixture(scope="module")
+def interrupted(story):
+    return story.interrupted_at("pretrain: ", signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def finished(story, interrupted):
+    return run(*story.command, folder=story.folder)
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_training_leaves_no_process(story, interrupted):
+    assert interrupted.returncode == 1
+    last = interrupted.stderr.splitlines()[-1]
+    assert last == "Error: interrupted; the same command makes what is missing"
+    assert tiny.living_jobs(story.folder) == []
+
+
+@pytest.mark.slow
+def test_the_same_command_then_goes_on_to_the_end(finished):
+    assert finished.returncode == 0, finished.stderr
+    lines = finished.stdout.splitlines()
+    assert lines[0] == (
+        "materialising waves: pretrained_encoder, finetuned_classifier, evaluation_report, "
+        "registered_classifier"
+    )
+    assert re.fullmatch(r"test accuracy [01]\.\d{3} \(95 % [01]\.\d{3}–[01]\.\d{3}\)", lines[-1])
+    assert any(re.match(r"report +\.roma/jobs/\w+/outputs/report\.html$", line) for line in lines)
+    assert any("waves version 1 (champion, candidate)" in line for line in lines)
+    assert any("roma predict --model models:/waves@champion .roma/" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_the_interrupted_training_is_killed_in_mlflow_too(story, finished):
+    client = connect(MlflowSettings.from_values({}), story.folder / ".roma" / "mlflow")
+    experiment = client.get_experiment_by_name("roma/waves")
+    runs = client.search_runs([experiment.experiment_id], order_by=["start_time ASC"])
+
+    assert [run.info.status for run in runs] == ["KILLED", *["FINISHED"] * 3]
+
+
+@pytest.mark.slow
+def test_a_second_call_reuses_what_is_there(story, finished):
+    again = run(*story.command, folder=story.folder)
+
+    assert again.returncode == 0, again.stderr
+    lines = again.stdout.splitlines()
+    assert lines[0] == "waves is there already, as its file says; --fresh runs it again"
+    assert lines[-1] == finished.stdout.splitlines()[-1]
+    assert not any(line.startswith("materialising") for line in lines)
+
+
+@pytest.mark.slow
+def test_a_demo_killed_with_9_and_started_again_adopts_its_training(tmp_path):
+    story = Story(tmp_path)
+    killed = story.interrupted_at("pretrain: ", signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL
+    (job,) = all_jobs(tmp_path / ".roma" / "jobs")
+    training = [process.pid for process in tiny.living_jobs(tmp_path)]
+    assert (job.status, job.watched) == ("running", False)
+
+    again = run(*story.command, folder=tmp_path)
+
+    assert again.returncode == 0, again.stderr
+    assert "going on with what a killed process left" in again.stdout
+    assert training  # it lived on while nobody watched
+    jobs = all_jobs(tmp_path / ".roma" / "jobs")
+    assert len(jobs) == 3 and all(len(found.records) == 1 for found in jobs)
+    assert job.key in [found.key for found in jobs]
+    trail = [entry.done for entry in read_decisions(JobFolder(job.folder.path))]
+    assert "adopted it" in trail and "completed" in trail
+    client = connect(MlflowSettings.from_values({}), tmp_path / ".roma" / "mlflow")
+    experiment = client.get_experiment_by_name("roma/waves")
+    assert [r.info.status for r in client.search_runs([experiment.experiment_id])] == [
+        "FINISHED"
+    ] * 3
+    assert tiny.living_jobs(tmp_path) == []
+
+
+@pytest.mark.chaos
+def test_a_demo_of_other_settings_ends_the_training_that_a_killed_one_left(tmp_path):
+    story = Story(tmp_path)
+    story.interrupted_at("pretrain: ", signal.SIGKILL)
+    (job,) = all_jobs(tmp_path / ".roma" / "jobs")
+
+    fresh = Story(tmp_path)
+    fresh.command = tiny_demo(tmp_path, "--fresh")
+    fresh.interrupted_at("pretrain: ", signal.SIGINT)
+
+    ended, begun = sorted(all_jobs(tmp_path / ".roma" / "jobs"), key=lambda job: job.made_at)
+    assert (ended.key, ended.status) == (job.key, "cancelled")
+    assert begun.key != job.key
+    assert tiny.living_jobs(tmp_path) == []
+
+
+@pytest.mark.chaos
+def test_two_demos_of_one_experiment_are_one_too_many(tmp_path):
+    def while_it_trains():
+        done = run(*tiny_demo(tmp_path), folder=tmp_path)
+        assert "is making waves already; wait for it" in one_error(done)
+
+    Story(tmp_path).interrupted_at("pretrain: ", signal.SIGINT, while_it_trains)
+    assert len(all_jobs(tmp_path / ".roma" / "jobs")) == 1
+
+
+# $1 the mount point, then the command: refused before it begins, stopped in the middle, at the end
+DISK = """
+set -u
+mount -t tmpfs -o size=1900k tmpfs "$1"; shift
+"$@"; echo "code $?"
+"$@" --min-free-mb 0; echo "code $?"
+mount -o remount,size=300m "$ROMA_STORAGE_ROOT"
+exec "$@"
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_error_and_the_same_command_then_succeeds(tmp_path):
+    namespace = ("unshare", "--map-root-user", "--mount")
+    if shutil.which("unshare") is None or subprocess.run([*namespace, "true"]).returncode:
+        reason = "a small disk of its own needs Linux's user namespaces"
+        if os.environ.get("ROMA_TEST_REQUIRE_ALL") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    done = run(
+        *(*namespace, "sh", "-c", DISK, "sh", str(disk), *tiny_demo(tmp_path)),
+        folder=tmp_path,
+        ROMA_STORAGE_ROOT=str(disk),
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("code 1\n") == 2
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 2
+    assert f"{disk} has 2 MB of free space, at least 200 MB are needed" in errors[0]
+    assert f"no space is left in {disk}" in errors[1]
+    assert "the same command makes what is missing" in errors[1]
+    assert "pretrain: " in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("test accuracy ")
+    assert tiny.living_jobs(tmp_path) == []

@@ -1,0 +1,230 @@
+"""``new-experiment``: a file that loads, with choices that suit the data and say why."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from roma_core.data.infer_schema import survey
+from roma_core.data.schema import Channel
+from roma_core.sources.base import RawSeries
+from roma_core.trainer.defaults import Amount, sizes_for
+from roma_pipelines.cli import main
+from roma_pipelines.experiment_files import load_experiment
+from roma_pipelines.scaffold import choose
+from tests.core.hand_made import HandMade
+from tests.pipelines.tiny import write_waves
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def waves(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROMA_STORAGE_ROOT", str(tmp_path / "storage"))
+    write_waves(tmp_path)
+    return str(tmp_path / "waves_*.ts")
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, ["new-experiment", *arguments])
+
+
+def test_what_is_printed_loads_as_an_experiment(waves, tmp_path):
+    done = invoke("waves", "--source", waves, "--drop-rate", "0.3", "--print")
+
+    assert done.exit_code == 0, done.output
+    (tmp_path / "waves.yaml").write_text(done.stdout)
+    experiment = load_experiment(str(tmp_path / "waves.yaml"))
+    assert experiment.dataset.drop_rate == 0.3
+    assert experiment.finetuning.trainer["epochs"] > 100  # 60 short series: many passes
+    assert "the publisher's split: 60 train, 24 test" in done.stdout
+    assert experiment.schedule is None
+
+
+def test_it_is_written_once_and_replaced_only_by_force(waves, tmp_path, monkeypatch):
+    monkeypatch.setattr("roma_pipelines.scaffold.DEFS", tmp_path / "defs")
+
+    first = invoke("waves", "--source", waves)
+    again = invoke("waves", "--source", waves)
+    forced = invoke("waves", "--source", waves, "--force", "--target", "slurm")
+
+    path = tmp_path / "defs" / "waves" / "defs.yaml"
+    assert first.exit_code == 0
+    assert f"wrote       {path}" in first.output
+    assert again.exit_code == 1
+    assert "is there already" in again.output
+    assert forced.exit_code == 0
+    assert load_experiment(str(path)).resources.target == "slurm"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ("Waves!", "--source", "nothing-here"),
+            "the name of an experiment has lower-case letters",
+        ),
+        (("waves", "--source", "nothing-here.csv"), "there is no file nothing-here.csv"),
+        (("waves", "--source", "WAVES", "--drop-rate", "1.5"), "dataset.drop_rate"),
+    ],
+)
+def test_a_mistake_is_named_and_nothing_is_written(waves, tmp_path, monkeypatch, arguments, told):
+    monkeypatch.setattr("roma_pipelines.scaffold.DEFS", tmp_path / "defs")
+
+    done = invoke(*(waves if word == "WAVES" else word for word in arguments))
+
+    assert done.exit_code == 1
+    assert told in done.output
+    assert "Traceback" not in done.output
+    assert not (tmp_path / "defs").exists()
+
+
+def test_dg_scaffolds_the_same(waves, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(ROOT / "roma_pipelines", project / "roma_pipelines")
+    shutil.copy(ROOT / "pyproject.toml", project)
+    environment = os.environ | {
+        "PYTHONPATH": f"{project}{os.pathsep}{ROOT}",
+        "HOME": str(tmp_path),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+
+    done = subprocess.run(
+        [
+            *("dg", "scaffold", "defs", "roma_pipelines.components.RomaExperiment", "waves"),
+            *("--source", str(tmp_path / "waves_train.ts")),
+        ],
+        cwd=project,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    path = project / "roma_pipelines/defs/waves/defs.yaml"
+    assert load_experiment(str(path)).dataset.split.stratified
+
+    path.write_text(path.read_text().replace("tokens_per_batch", "tokens_per_bach"))
+    loading = [sys.executable, "-c", "from roma_pipelines.definitions import defs; defs()"]
+    broken = subprocess.run(
+        loading, cwd=project, env=environment, capture_output=True, text=True, check=False
+    )
+
+    *_, before, last = broken.stderr.splitlines()
+    wrong = "trainer.tokens_per_bach: not a setting; the closest one is tokens_per_batch"
+    assert before == f"ValueError: {path}: pretraining.{wrong}"
+    assert last == f"{path}: finetuning.{wrong}"
+
+
+# choices ----------------------------------------------------------------------------------------
+
+
+def surveyed(n=40, start=0.0, scale=1.0, constant=False, labels=("a", "b"), classes=("a", "b")):
+    """Series of 20 observations of one channel, of two classes unless ``labels`` has fewer."""
+    rng = np.random.default_rng(0)
+    series = []
+    for k in range(n):
+        values = rng.normal(size=(20, 1)) * scale
+        values[0] = 1e6 * scale if scale > 1 else values[0]
+        series.append(
+            RawSeries(
+                id=f"s{k}",
+                positions=start + np.arange(20.0)[:, None],
+                values=(np.full((20, 1), k) if constant else values).astype(np.float32),
+                label=labels[k % len(labels)],
+            )
+        )
+    one = (Channel(name="v", unit="1"),)
+    return survey(HandMade(series=tuple(series), classes=classes, channels=one))
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "told"), [("a", ("a", "b"), "only 'a'"), ((None,), (), "--label")]
+)
+def test_nothing_is_learnt_from_one_class_also_if_two_are_declared(labels, classes, told):
+    with pytest.raises(ValueError, match=told):
+        choose(surveyed(labels=labels, classes=classes))
+
+
+def test_dates_are_anchored_and_small_positions_are_not():
+    assert choose(surveyed()).dataset["axes"]["t"] == {"scale": "auto"}
+    assert choose(surveyed(start=60_000)).dataset["axes"]["t"]["anchor"] == "first"
+
+
+def test_far_values_are_squeezed_and_ordinary_ones_are_not():
+    assert "channels" not in choose(surveyed()).dataset
+    channel = next(iter(choose(surveyed(scale=10.0)).dataset["channels"].values()))
+    assert channel["transform"] == "arcsinh"
+    assert 5 < channel["transform_scale"] < 30
+
+
+def test_a_channel_that_is_a_fact_of_the_object_is_pointed_at():
+    assert choose(surveyed()).warnings == []
+    assert "never changes within a series" in choose(surveyed(constant=True)).warnings[0]
+
+
+def test_small_data_get_many_passes_and_large_data_few():
+    small = sizes_for(Amount(n_series=40, n_observations=4_000, n_channels=1))
+    large = sizes_for(Amount(n_series=50_000, n_observations=10_000_000, n_channels=2))
+
+    assert small.steps["finetuning"] >= 1000
+    assert large.finetuning["trainer"]["epochs"] < small.finetuning["trainer"]["epochs"]
+    assert large.pretraining["model"]["encoder_config"]["d_model"] > 64
+    for sizes in (small, large):
+        trainer = sizes.finetuning["trainer"]
+        assert trainer["tokens_per_batch"] <= 2048
+        assert trainer["eval_every"] <= sizes.steps["finetuning"]
+
+
+def test_long_series_make_small_batches_and_more_steps():
+    short = sizes_for(Amount(n_series=200, n_observations=20_000, n_channels=1))
+    long = sizes_for(Amount(n_series=200, n_observations=200_000, n_channels=1))
+
+    for sizes in (short, long):
+        shown = sizes.finetuning["trainer"]["epochs"] * 200
+        assert shown == pytest.approx(1200 * 16, rel=0.1)
+    assert long.steps["finetuning"] > 5 * short.steps["finetuning"]
+
+
+def test_a_second_axis_needs_cls_and_wide_observations_no_features():
+    one = sizes_for(Amount(n_series=200, n_observations=20_000, n_channels=1))
+    two = sizes_for(Amount(n_series=200, n_observations=20_000, n_channels=900, n_axes=2))
+
+    assert [s.pretraining["model"]["use_cls"] for s in (one, two)] == [False, True]
+    assert [s.pretraining["model"]["value_features"] for s in (one, two)] == [64, 0]
+    assert [s.pretraining["model"]["neighbours"] for s in (one, two)] == [5, 0]
+
+
+def test_every_choice_is_valid_for_the_trainer():
+    from roma_pipelines.experiment import about_trainings
+
+    sizes = sizes_for(Amount(n_series=1, n_observations=1, n_channels=900, n_axes=2))
+
+    assert not about_trainings(
+        sizes.pretraining["model"],
+        sizes.pretraining["trainer"],
+        sizes.finetuning["model"],
+        sizes.finetuning["trainer"],
+    )
+
+
+def test_the_file_holds_no_setting_twice(waves):
+    text = invoke("waves", "--source", waves, "--print").stdout
+
+    class Strict(yaml.SafeLoader):
+        pass
+
+    def mapping(loader, node):
+        keys = [key.value for key, _ in node.value]
+        assert len(keys) == len(set(keys))
+        return loader.construct_mapping(node, deep=True)
+
+    Strict.add_constructor("tag:yaml.org,2002:map", mapping)
+    yaml.load(text, Strict)

@@ -1,0 +1,112 @@
+"""The fake cluster against the recordings of a real one: the same steps in the same order.
+
+Where they differ, the fake is wrong. Compared are conditions of the Job, phases and container
+states of its pods, and what is left of them; not times, counters, or who wrote first.
+"""
+
+import itertools
+import time
+
+import pytest
+
+from roma_pipelines.launching.kubernetes.launcher import KubernetesLauncher
+from roma_pipelines.launching.kubernetes.manifests import manifests
+from tests.pipelines.launching.kubernetes.recordings import recorded
+
+PROGRAMS = {
+    "ok": ("sleep 0.2", {}),
+    # a container's first process ignores TERM unless it handles it; these are no such processes
+    "fail": ("[ $JOB_COMPLETION_INDEX = 1 ] && exit 3; trap '' TERM; sleep 60", {}),
+    "dl": ("trap 'exit 0' TERM; sleep 60 & wait", {"activeDeadlineSeconds": 4}),
+    "oom": ("head -c 300000000 /dev/zero | tail", {}),
+    "badcmd": (None, {}),
+    "img": ("true", {}),
+    "gpu": ("sleep 60", {}),
+    "nosa": ("true", {}),
+}
+SIZES = {"ok": 2, "fail": 2, "gpu": 3}
+
+
+def steps(changes):
+    """(conditions of the Job in order, {index: states of its pod in order}, reasons of warnings)."""
+    conditions, pods, warnings = [], {}, []
+    for kind, change, there in changes:
+        if kind == "jobs":
+            conditions.append([c["type"] for c in there["status"].get("conditions", [])])
+        elif kind == "pods":
+            index = there["metadata"]["name"].split("-")[-2]
+            pods.setdefault(index, []).append(_state(change, there))
+        elif there["type"] == "Warning":
+            warnings.append(there["reason"])
+    flat = [step for step, _ in itertools.groupby(conditions)]
+    return flat, {i: [s for s, _ in itertools.groupby(p)] for i, p in pods.items()}, set(warnings)
+
+
+def _state(change, pod):
+    phase = pod["status"]["phase"]
+    statuses = pod["status"].get("containerStatuses") or [{"state": {}}]
+    ((state, more),) = (statuses[0]["state"] or {"": {}}).items() or [("", {})]
+    return change.replace("ADDED", "MODIFIED"), phase, state, more.get("exitCode")
+
+
+@pytest.fixture
+def played(cluster, api, site, make_spec, tmp_path):
+    """Runs a scenario's program in the fake cluster; everything that changed."""
+
+    def play(scenario):
+        script, more = PROGRAMS[scenario]
+        nodes = SIZES.get(scenario, 1)
+        spec = make_spec(
+            nodes=nodes, starter="torchrun", gpus_per_node=8 if scenario == "gpu" else 0
+        )
+        changes = {"image": "none:1"} if scenario == "img" else {}
+        changes |= {"service_account": "nope"} if scenario == "nosa" else {}
+        changes |= {"grace_s": 1, "one_pod_per_node": False}
+        job, *_ = manifests(spec, site.model_copy(update=changes), tmp_path, 1)
+        del job["spec"]["podFailurePolicy"]  # the recorded ones had none
+        job["spec"] |= more
+        (container,) = job["spec"]["template"]["spec"]["containers"]
+        container["command"] = ["sh", "-c", script] if script else ["no-such-program"]
+        container["resources"].setdefault("limits", {})
+        if scenario == "oom":
+            container["resources"]["limits"]["memory"] = "50M"
+        KubernetesLauncher(site).create(job)
+        end = time.monotonic() + (2.0 if scenario in ("img", "gpu", "nosa") else 15.0)
+        while time.monotonic() < end:
+            (there,) = api.store.all("jobs")
+            if {"Complete", "Failed"} & {c["type"] for c in there["status"].get("conditions", [])}:
+                break
+            time.sleep(0.05)
+        before, name = api.store.version, there["metadata"]["name"]
+        api.delete("jobs", "roma", name, {"propagationPolicy": "Background"}, {})
+        return [
+            (change.resource, change.type, change.object)
+            for kind in ("jobs", "pods", "events")
+            for change in api.store.changes(kind, "roma", 0)
+            if change.version <= before
+        ]
+
+    return play
+
+
+@pytest.mark.parametrize("scenario", PROGRAMS)
+def test_a_scenario_goes_as_it_was_recorded(played, scenario):
+    real_conditions, real_pods, real_warnings = steps(
+        (line.kind, line.type, line.object) for line in recorded(scenario)
+    )
+    conditions, pods, warnings = steps(played(scenario))
+
+    assert conditions == real_conditions
+    assert ended(pods) == ended(real_pods)
+    assert waited(pods) == waited(real_pods)
+    assert real_warnings - {"BackoffLimitExceeded", "DeadlineExceeded", "Failed"} <= warnings
+
+
+def ended(pods):
+    return {i: [s for s in states if s[2] == "terminated"] for i, states in pods.items()}
+
+
+def waited(pods):
+    """What pods waited for last; which of several alike waits is chance."""
+    pending = [[s for s in states if s[1] == "Pending"] for states in pods.values()]
+    return sorted(states[-1][2] for states in pending if states)

@@ -1,0 +1,375 @@
+"""The interruption table on Kubernetes: what ends a job, and what becomes of it."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from roma_pipelines.launching.spec import JobFailed, Phase
+from roma_pipelines.launching.supervisor import FAULT_POINTS, request_cancel, supervise
+
+CONFIG = {"base_lr": 0.001}
+FAST = {"poll_every_s": 0.05}
+TWICE = "save(n)\nif n < 2: beat(n); wait_for('never', 100)\nsucceed()"
+JOB = "roma-0123456789ab-1"
+
+
+@pytest.fixture
+def once(folder):
+    """An ``on_poll`` that acts once, when the attempt runs and its program has come so far."""
+
+    def make(act, when=lambda: folder.checkpoints.exists()):
+        done = []
+
+        def on_poll(state):
+            if not done and state.phase is Phase.RUNNING and when():
+                done.append(True)
+                act()
+
+        return on_poll
+
+    return make
+
+
+def jobs(api):
+    return [job["metadata"]["name"] for job in api.store.all("jobs", "roma")]
+
+
+# -- somebody or something ends the job ----------------------------------------------------------
+
+
+def test_cancelling_deletes_the_job_and_its_pods(
+    launcher, cluster, api, folder, make_spec, once, processes
+):
+    ask = once(lambda: request_cancel(folder, "the sensor"))
+
+    with pytest.raises(JobFailed, match="asked for by the sensor"):
+        supervise(launcher, folder, make_spec(TWICE), CONFIG, on_poll=ask, **FAST)
+
+    assert (jobs(api), cluster.pods(), processes()) == ([], [], [])
+    assert api.store.all("services", "roma") == []
+
+
+def test_deletion_by_somebody_else_ends_it(launcher, cluster, api, folder, make_spec, once, starts):
+    delete = once(lambda: api.delete("jobs", "roma", JOB, {"propagationPolicy": "Background"}, {}))
+
+    with pytest.raises(JobFailed, match="somebody deleted Job") as caught:
+        supervise(launcher, folder, make_spec(TWICE), CONFIG, on_poll=delete, **FAST)
+
+    assert (caught.value.outcome.status, starts()) == ("cancelled", [1])
+
+
+def test_pods_that_a_plain_deletion_left_behind_are_still_watched_and_ended(
+    launcher, cluster, api, folder, make_spec, once, processes
+):
+    """The API's default orphans them; they would go on holding their GPUs."""
+    seen = []
+
+    def on_poll(state):
+        seen.append(state)
+        delete(state)
+        if "pods are left" in state.reason:
+            request_cancel(folder, "me")
+
+    delete = once(lambda: api.delete("jobs", "roma", JOB, {}, {}))
+    with pytest.raises(JobFailed, match="asked for by me"):
+        supervise(launcher, folder, make_spec(TWICE), CONFIG, on_poll=on_poll, **FAST)
+
+    assert (cluster.pods(), processes()) == ([], [])
+
+
+def test_a_preempted_job_continues(launcher, cluster, folder, make_spec, once, starts):
+    preempt = once(lambda: cluster.preempt(cluster.pod()))
+
+    outcome = supervise(launcher, folder, make_spec(TWICE), CONFIG, on_poll=preempt, **FAST)
+
+    assert (outcome.status, starts()) == ("completed", [1, 2])
+    assert "condition DisruptionTarget" in outcome.attempts[0].end.reason
+
+
+def test_term_lets_the_job_save(launcher, cluster, folder, make_spec, once, starts):
+    """What precedes every end of a pod becomes the stop file; the pod says 75."""
+    body = (
+        "signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        "if n < 2:\n    save(3); wait_for('attempts/1/stop', 60)\n"
+        "    save(7); leave('continue', 'stop file'); sys.exit(1)\nsucceed()"
+    )
+    preempt = once(lambda: cluster.preempt(cluster.pod()))
+
+    outcome = supervise(launcher, folder, make_spec(body), CONFIG, on_poll=preempt, **FAST)
+
+    assert (outcome.status, starts()) == ("completed", [1, 2])
+    assert outcome.attempts[0].end.checkpoint == 7
+
+
+def test_a_job_whose_node_is_lost_mid_step_continues(
+    launcher, cluster, folder, make_spec, once, starts, monkeypatch
+):
+    """The pod never ends; what it was told is enough once its grace period is long over."""
+    monkeypatch.setattr("roma_pipelines.launching.kubernetes.states._LOST_AFTER_S", 0.5)
+    lose = once(lambda: cluster.lose("n1"))
+
+    outcome = supervise(launcher, folder, make_spec(TWICE), CONFIG, on_poll=lose, **FAST)
+
+    assert (outcome.status, starts()) == ("completed", [1, 2])
+    assert "n1 lost" in outcome.attempts[0].end.reason
+    assert outcome.attempts[1].end.nodes == "n2"
+
+
+def test_one_dead_pod_ends_the_gang_and_its_log_is_kept(launcher, cluster, folder, make_spec):
+    """Index 1 fails; index 0 is killed for it, and is not taken for the reason."""
+    body = (
+        "if os.environ['RANK'] == '1': print('no luck'); sys.exit(9)\n"
+        "print('rank 0 waits', flush=True); wait_for('never', 60)"
+    )
+    spec = make_spec(body, starter="torchrun", nodes=2)
+
+    with pytest.raises(JobFailed) as caught:
+        supervise(launcher, folder, spec, CONFIG, **FAST)
+
+    text = str(caught.value)
+    assert "pod roma-0123456789ab-1-1-" in text
+    assert "no luck" in text
+    assert "rank 0 waits" in folder.attempt(1).log.read_text()
+
+
+def test_the_time_limit_continues_the_job(launcher, cluster, api, folder, make_spec, once, starts):
+    def run_out():
+        api.store.change("jobs", "roma", JOB, lambda o: o["spec"].update(activeDeadlineSeconds=0))
+
+    outcome = supervise(launcher, folder, make_spec(TWICE), CONFIG, on_poll=once(run_out), **FAST)
+
+    assert (outcome.status, starts()) == ("completed", [1, 2])
+    assert "DeadlineExceeded" in outcome.attempts[0].end.reason
+
+
+def test_out_of_memory_fails_and_says_so(launcher, cluster, folder, make_spec, once, starts):
+    starve = once(lambda: cluster.starve(cluster.pod()))
+
+    with pytest.raises(JobFailed, match="out of memory: ask for more memory_gb"):
+        supervise(launcher, folder, make_spec(TWICE), CONFIG, on_poll=starve, **FAST)
+
+    assert starts() == [1]
+
+
+def test_a_hung_rank_is_found_by_its_heartbeat(launcher, cluster, folder, make_spec, starts):
+    options = {"heartbeat_timeout_s": 1.0, **FAST}
+
+    outcome = supervise(launcher, folder, make_spec(TWICE), CONFIG, **options)
+
+    assert (outcome.status, starts()) == ("completed", [1, 2])
+    assert "no heartbeat for 1 s" in outcome.attempts[0].end.reason
+
+
+def test_a_job_that_its_queue_suspends_goes_on_later(
+    launcher, cluster, api, folder, make_spec, once, starts
+):
+    """Kueue takes a Job's pods away and lets it begin again: the same attempt, no failure."""
+    body = (
+        "beat(n)\nif not (folder / 'again').exists():\n"
+        "    (folder / 'again').touch(); save(n); wait_for('never', 60)\nsucceed()"
+    )
+    seen = []
+
+    def on_poll(state):
+        seen.append(state)
+        suspend(state)
+        waits = [s for s in seen if "suspended" in s.reason]
+        if len(waits) > 50 and not cluster.pods():  # longer than a heartbeat may stand still
+            cluster.suspend(JOB, False)
+
+    suspend = once(lambda: cluster.suspend(JOB, True))
+    options = {"heartbeat_timeout_s": 2.0, **FAST}
+    outcome = supervise(launcher, folder, make_spec(body), CONFIG, on_poll=on_poll, **options)
+
+    assert (outcome.status, starts()) == ("completed", [1, 1])
+    assert any(state.phase is Phase.WAITING and "no room" in state.reason for state in seen)
+
+
+# -- the API server is not what it should be -----------------------------------------------------
+
+
+def test_the_api_server_may_be_away(launcher, cluster, api, folder, make_spec, once, starts):
+    def go_away():
+        api.away = True
+        api.cut_streams()
+        (folder.path / "go").touch()
+        threading.Timer(2.0, setattr, (api, "away", False)).start()
+
+    seen = []
+    act = once(go_away)
+
+    def on_poll(state):
+        seen.append(state)
+        act(state)
+
+    spec = make_spec("save(n)\nwait_for('go', 60)\nsucceed()")
+    outcome = supervise(launcher, folder, spec, CONFIG, on_poll=on_poll, **FAST)
+
+    assert (outcome.status, starts()) == ("completed", [1])
+    assert any(state.phase is Phase.UNKNOWN for state in seen)
+
+
+@pytest.mark.parametrize("trouble", ["swallow", "lose"])
+def test_a_creation_without_an_answer_makes_one_job(
+    launcher, cluster, api, folder, make_spec, starts, trouble
+):
+    """It was done and the answer is lost; or it never arrived."""
+    getattr(api, trouble).add(("create", "jobs"))
+
+    outcome = supervise(launcher, folder, make_spec(), CONFIG, **FAST)
+
+    assert (outcome.status, starts()) == ("completed", [1])
+    assert jobs(api) == [JOB]
+
+
+def test_a_service_whose_answer_is_lost_is_made_once(launcher, cluster, api, folder, make_spec):
+    api.swallow.add(("create", "services"))
+    body = "if os.environ['RANK'] == '0': succeed(world_size=2)"
+    spec = make_spec(body, starter="torchrun", nodes=2)
+
+    outcome = supervise(launcher, folder, spec, CONFIG, **FAST)
+
+    assert outcome.status == "completed"
+    (service,) = api.store.all("services", "roma")
+    assert service["metadata"]["ownerReferences"][0]["name"] == JOB
+
+
+def test_a_job_of_this_name_that_is_there_is_adopted(launcher, cluster, folder, make_spec, starts):
+    """A supervisor created it and died before it could write that down: 409."""
+    spec = make_spec("wait_for('go', 60)\nsucceed()")
+    folder.path.mkdir(parents=True)
+    folder.spec.write_text(spec.model_dump_json())
+    folder.config.write_text('{"base_lr": 0.001}')
+    (folder.path / "attempts").mkdir()
+    first = launcher.submit(spec, folder, 1, {})
+    second = launcher.submit(spec, folder, 1, {})
+    (folder.path / "go").touch()
+
+    assert first == second
+    outcome = supervise(launcher, folder, spec, CONFIG, **FAST)
+
+    assert (outcome.status, starts()) == ("completed", [1])
+
+
+def test_a_token_may_be_replaced(launcher, cluster, api, site, folder, make_spec, once):
+    """The kubeconfig is read anew when the server no longer knows the old one's token."""
+    api.token = "first"
+    api.write_kubeconfig(site.kubeconfig)
+
+    def rotate():
+        api.token = "second"
+        api.write_kubeconfig(site.kubeconfig)
+        api.cut_streams()
+        (folder.path / "go").touch()
+
+    spec = make_spec(
+        "print('one', flush=True); save(n)\nwait_for('go', 60)\nprint('two')\nsucceed()"
+    )
+    outcome = supervise(launcher, folder, spec, CONFIG, on_poll=once(rotate), **FAST)
+
+    assert outcome.status == "completed"
+    assert folder.attempt(1).log.read_text() == "one\ntwo\n"
+
+
+def test_the_log_survives_streams_that_are_cut(launcher, cluster, api, folder, make_spec):
+    body = "for i in range(60): print(i, flush=True); time.sleep(0.03)\nsucceed()"
+    stop = threading.Event()
+
+    def cut():
+        while not stop.wait(0.15):
+            api.cut_streams()
+
+    helper = threading.Thread(target=cut)
+    helper.start()
+    try:
+        supervise(launcher, folder, make_spec(body), CONFIG, **FAST)
+    finally:
+        stop.set()
+        helper.join()
+
+    assert folder.attempt(1).log.read_text().split() == [str(i) for i in range(60)]
+
+
+# -- the orchestrator ends -----------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for the end of the supervisor's process at some line."""
+
+
+@pytest.mark.parametrize("point", FAULT_POINTS)
+def test_a_supervisor_may_die_at_any_point(
+    launcher, cluster, api, folder, make_spec, starts, point
+):
+    left = [point]
+
+    def fault_point(here):
+        if here in left:
+            left.remove(here)
+            raise Killed
+
+    with pytest.raises(Killed):
+        supervise(launcher, folder, make_spec(), CONFIG, fault_point=fault_point, **FAST)
+    outcome = supervise(launcher, folder, make_spec(), CONFIG, **FAST)
+
+    assert (outcome.status, starts()) == ("completed", [1])
+    assert jobs(api) == [JOB]
+
+
+SUPERVISE = """
+import sys
+from roma_core.job import JobFolder
+from roma_pipelines.launching.job import JobSpec
+from roma_pipelines.launching.kubernetes import KubernetesLauncher
+from roma_pipelines.launching.kubernetes_site import KubernetesSite
+from roma_pipelines.launching.supervisor import supervise
+spec, site, folder = sys.argv[1:]
+launcher = KubernetesLauncher(KubernetesSite.model_validate_json(site), files_within_s=0)
+supervise(launcher, JobFolder(folder), JobSpec.model_validate_json(spec), {"base_lr": 0.001},
+    poll_every_s=0.1)
+"""
+
+
+@pytest.fixture
+def worker(site, folder):
+    """Starts a supervisor that is a process of its own."""
+
+    def start(spec):
+        documents = (spec.model_dump_json(), site.model_dump_json(), str(folder.path))
+        return subprocess.Popen([sys.executable, "-c", SUPERVISE, *documents])
+
+    return start
+
+
+def test_a_worker_killed_with_9_is_followed_by_one_that_adopts(
+    launcher, cluster, folder, make_spec, starts, eventually, worker
+):
+    body = "for i in range(3): print(i, flush=True)\nsave(n)\nwait_for('go', 60)\nprint('end')\nsucceed()"
+    spec = make_spec(body)
+    first = worker(spec)
+    eventually(lambda: folder.checkpoints.exists(), 30)
+    eventually(
+        lambda: folder.attempt(1).log.exists() and "2" in folder.attempt(1).log.read_text(), 30
+    )
+    time.sleep(1.1)  # so that it wrote down how far it read
+    first.kill()
+    first.wait()
+    (folder.path / "go").touch()
+
+    outcome = supervise(launcher, folder, spec, CONFIG, **FAST)
+
+    assert (outcome.status, starts()) == ("completed", [1])
+    assert "adopted it" in folder.decisions.read_text()
+    assert folder.attempt(1).log.read_text().splitlines()[-1] == "end"
+
+
+def test_two_supervisors_at_once_make_one_job(api, cluster, folder, make_spec, starts, worker):
+    spec = make_spec("time.sleep(1)\nsucceed()")
+
+    workers = [worker(spec) for _ in range(2)]
+
+    assert [one.wait() for one in workers] == [0, 0]
+    assert (starts(), jobs(api)) == ([1], [JOB])

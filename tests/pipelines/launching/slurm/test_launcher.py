@@ -1,0 +1,175 @@
+"""The slurm backend on a real SLURM of two nodes: from the submission to a proven end."""
+
+import json
+import os
+
+import pytest
+
+from roma_core.job import JobFolder
+from roma_pipelines.launching.slurm.cluster import ours_of, places_in_queue, rows_of
+from roma_pipelines.launching.spec import JobFailed, Phase
+from roma_pipelines.launching.supervisor import supervise
+
+CONFIG = {"base_lr": 0.001}
+FAST = {"poll_every_s": 0.1}
+
+
+def test_a_job_that_proves_its_success_is_completed(slurm, cluster, folder, make_spec):
+    outcome = supervise(slurm, folder, make_spec("print('hello')\nsucceed()"), CONFIG, **FAST)
+
+    assert outcome.status == "completed"
+    (record,) = outcome.attempts
+    assert record.backend == "slurm"
+    assert set(record.external) == {"job_id", "site"}
+    assert record.end.nodes in cluster.nodes
+    assert folder.attempt(1).log.read_text() == "hello\n"
+    owner = json.loads(folder.attempt(1).owner.read_text())
+    assert owner["external"] == {"SLURM_JOB_ID": record.external["job_id"]}
+    assert (record.external["job_id"], "roma-0123456789ab-1", "COMPLETED") in cluster.jobs()
+
+
+WORLD = """
+import os, torch, torch.distributed as dist
+from roma_core.job import JobFolder, Result
+dist.init_process_group("gloo")
+mine = {name: os.environ.get(name) for name in
+        ("SLURMD_NODENAME", "LOCAL_RANK", "RANK", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "KEY")}
+everybody = [None] * dist.get_world_size()
+dist.all_gather_object(everybody, mine)
+if dist.get_rank() == 0:
+    folder = JobFolder(os.environ["ROMA_JOB_FOLDER"])
+    folder.write_result(Result(job_key=folder.path.name, attempt=1, facts={"ranks": everybody},
+        world_size=len(everybody), wall_s=0.1))
+dist.destroy_process_group()
+"""
+
+
+def test_two_nodes_with_two_processes_each_are_one_world(
+    slurm, folder, tmp_path, make_spec, monkeypatch
+):
+    monkeypatch.setenv("KEY", 'it\'s a "secret" $(id)')
+    monkeypatch.setenv("NOISE", "not for the job")
+    spec = make_spec(
+        "",
+        starter="torchrun",
+        nodes=2,
+        processes_per_node=2,
+        gpus_per_node=2,
+        env_names=("KEY",),
+    )
+    (tmp_path / "job.py").write_text(WORLD)
+
+    outcome = supervise(slurm, folder, spec, CONFIG, **FAST)
+
+    ranks = outcome.result.facts["ranks"]
+    assert [rank["RANK"] for rank in ranks] == ["0", "1", "2", "3"]
+    assert [rank["SLURMD_NODENAME"] for rank in ranks] == ["n1", "n1", "n2", "n2"]
+    assert {rank["CUDA_VISIBLE_DEVICES"] for rank in ranks} == {"0,1"}
+    assert {rank["KEY"] for rank in ranks} == {'it\'s a "secret" $(id)'}
+    assert outcome.attempts[0].end.nodes == "n[1-2]"
+    files = [path for path in folder.path.rglob("*") if path.is_file()]
+    assert not any(b"secret" in path.read_bytes() for path in files if path != folder.result)
+
+
+def test_a_crash_is_reported_with_code_and_log(slurm, folder, make_spec):
+    body = "print('a useful line', flush=True)\nraise MemoryError('too many whales')"
+
+    with pytest.raises(JobFailed, match=r"SLURM says FAILED .*exit code 1") as caught:
+        supervise(slurm, folder, make_spec(body), CONFIG, **FAST)
+
+    assert "a useful line" in str(caught.value)
+    assert "MemoryError: too many whales" in str(caught.value)
+
+
+def test_exit_code_0_proves_nothing(slurm, folder, make_spec):
+    with pytest.raises(JobFailed, match=r"ended ok.*no exit.json"):
+        supervise(slurm, folder, make_spec("pass"), CONFIG, **FAST)
+
+
+def test_worlds_that_did_not_meet_are_no_success(slurm, folder, make_spec):
+    with pytest.raises(JobFailed, match="2 processes made it, expected 1"):
+        supervise(slurm, folder, make_spec("succeed(world_size=2)"), CONFIG, **FAST)
+
+
+def test_the_queue_is_told_in_words(slurm, cluster, folder, make_spec, eventually):
+    for name in ("runs", "first", "second"):  # one runs on both nodes, two are in front of ours
+        words = ("--exclusive", "-N2", f"--job-name={name}", "-o", "/dev/null")
+        cluster.run("sbatch", *words, "--wrap=sleep 100")
+    eventually(lambda: "RUNNING" in [state for _, _, state in cluster.jobs()])
+    cluster.run("sbatch", "--hold", "--job-name=held", "-o", "/dev/null", "--wrap=true")
+    seen = []
+
+    def on_poll(state):
+        if state.phase is Phase.WAITING and state.reason not in [s.reason for s in seen]:
+            seen.append(state)
+            if state.queue.get("queue_position") == 3:
+                cluster.run("scancel", "--name=first")
+            elif state.queue.get("queue_position") == 2:
+                for name in ("second", "held", "runs"):
+                    cluster.run("scancel", f"--name={name}")
+
+    supervise(slurm, folder, make_spec("succeed()"), CONFIG, on_poll=on_poll, **FAST)
+
+    placed = [state for state in seen if "queue_position" in state.queue]
+    assert ", 3 of 3 in the queue" in placed[0].reason
+    assert placed[0].queue["queue_length"] == 3
+    assert "2 of 2 in the queue" in placed[-1].reason
+
+
+def test_a_place_is_among_those_that_want_the_same_nodes():
+    lines = """\
+1|PENDING|N/A||Resources|main|me|50|/jobs/a|roma-a-1
+2|PENDING|N/A||Priority|main|you|90|/home/you|a name | with bars
+3|PENDING|N/A||Priority|low,main|you|70|/home/you|x
+4|PENDING|N/A||Priority|low|you|99|/home/you|x
+5|PENDING|N/A||JobHeldUser|main|you|99|/home/you|x
+6|RUNNING|N/A|n1|None|main|me|99|/jobs/b|roma-b-1
+7|PENDING|N/A||Dependency|main|me|50|/jobs/c|roma-c-1
+8|PENDING|N/A||Priority|main|you|10|/home/you|x
+"""
+    rows = rows_of(lines)
+
+    assert (rows["2"]["name"], rows["1"]["folder"]) == (" with bars", "/jobs/a")
+    assert set(ours_of(rows)) == {"1", "6", "7"}
+    assert places_in_queue(rows, ours_of(rows)) == {"1": (3, 4)}
+
+
+@pytest.mark.parametrize("name", ["with a space", "a;b$c", "100%j", "täglich"])
+def test_any_folder_name_a_file_system_takes(slurm, tmp_path, make_spec, name):
+    folder = JobFolder(tmp_path / name / "0123456789abcdef0123")
+
+    supervise(slurm, folder, make_spec("print('here')\nsucceed()"), CONFIG, **FAST)
+
+    assert folder.attempt(1).log.read_text() == "here\n"
+
+
+def test_what_is_submitted_is_what_was_planned(slurm, folder, make_spec):
+    supervise(slurm, folder, make_spec("succeed()"), CONFIG, **FAST)
+
+    plan = slurm.plan(make_spec("succeed()"))
+    for place in ("=JOB_FOLDER\n", "=JOB_FOLDER/"):
+        plan = plan.replace(place, place.replace("JOB_FOLDER", str(folder.path)))
+    assert folder.attempt(1).script.read_text() == plan
+
+
+def test_through_ssh_only_commands_travel(slurm, cluster, folder, make_spec, tmp_path, monkeypatch):
+    """``ssh`` stands for one that runs its standard input on this computer, in a bare environment."""
+    stand_in = tmp_path / "bin" / "ssh"
+    stand_in.parent.mkdir()
+    stand_in.write_text(
+        "#!/bin/bash\n"
+        f'echo "$@" >>{tmp_path}/ssh.log\n'
+        f"exec env -i PATH=$PATH HOME=$HOME SLURM_CONF={cluster.variables['SLURM_CONF']} bash -s\n"
+    )
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stand_in.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("KEY", "a secret")
+    slurm.shell.ssh = "login.example.org"
+    spec = make_spec("print(os.environ['KEY'])\nsucceed()", env_names=("KEY",))
+
+    supervise(slurm, folder, spec, CONFIG, **FAST)
+
+    assert folder.attempt(1).log.read_text() == "a secret\n"
+    asked = (tmp_path / "ssh.log").read_text()
+    assert "ControlMaster=auto" in asked and "login.example.org bash -s" in asked
+    assert "secret" not in asked

@@ -1,0 +1,125 @@
+import json
+
+import pytest
+
+from roma_core.files import digest_of
+from roma_core.job import Exit
+from roma_pipelines.launching.fake import FakeLauncher, away, completed, ended, running, waiting
+from roma_pipelines.launching.jobs import cancel, read_job
+from roma_pipelines.launching.launcher import Refused
+from roma_pipelines.launching.spec import JobFailed, JobSpec, Phase
+from roma_pipelines.launching.supervisor import request_cancel, supervise
+
+CONFIG = {"base_lr": 0.001}
+FAST = {"poll_every_s": 0.0}
+SPEC = JobSpec(
+    key="0123456789abcdef0123",
+    command=("-m", "x"),
+    config_digest=digest_of(CONFIG),
+    nodes=64,
+    processes_per_node=4,
+)
+
+
+def test_a_job_is_played_to_its_result(folder):
+    launcher = FakeLauncher([waiting("Priority"), running(1), completed(metrics={"loss": 0.5})])
+    seen = []
+
+    outcome = supervise(launcher, folder, SPEC, CONFIG, on_poll=seen.append, **FAST)
+
+    assert [str(state) for state in seen] == ["waiting (Priority)", "running", "ended ok"]
+    assert (outcome.result.world_size, outcome.result.metrics) == (256, {"loss": 0.5})
+    assert launcher.submitted == [(str(folder.path), 1)]
+
+
+def test_every_attempt_has_a_script_of_its_own(folder):
+    preempted = [running(5, save=True), ended(Phase.INTERRUPTED, "preempted")]
+    stopped = [running(9, save=True), ended(Phase.ENDED_BAD, said=Exit(status="continue"))]
+    launcher = FakeLauncher(preempted, stopped, [running(12), completed()])
+
+    outcome = supervise(launcher, folder, SPEC, CONFIG, **FAST)
+
+    assert [a.end.how for a in outcome.attempts] == ["continue", "continue", "completed"]
+    assert [a.end.checkpoint for a in outcome.attempts] == [5, 9, 9]
+
+
+def test_a_target_that_is_away_ends_nothing(folder):
+    launcher = FakeLauncher([running(), *[away()] * 50, completed()])
+
+    assert supervise(launcher, folder, SPEC, CONFIG, **FAST).status == "completed"
+
+
+def test_a_world_of_another_size_is_no_success(folder):
+    with pytest.raises(JobFailed, match="1 processes made it, expected 256"):
+        supervise(FakeLauncher([completed(world_size=1)]), folder, SPEC, CONFIG, **FAST)
+
+
+def test_memory_is_not_tried_again(folder):
+    launcher = FakeLauncher([running(5, save=True), ended(Phase.OUT_OF_MEMORY)])
+
+    with pytest.raises(JobFailed, match="out of memory"):
+        supervise(launcher, folder, SPEC, CONFIG, **FAST)
+
+    assert len(launcher.submitted) == 1
+
+
+def test_it_can_be_refused_and_cancelled(folder):
+    with pytest.raises(Refused, match=r"- too large\n- too long"):
+        supervise(FakeLauncher(refuses=["too large", "too long"]), folder, SPEC, CONFIG)
+
+    def ask(state):
+        request_cancel(folder, "me")
+
+    with pytest.raises(JobFailed, match="asked for by me"):
+        supervise(FakeLauncher([running(1)]), folder, SPEC, CONFIG, on_poll=ask, **FAST)
+
+
+def test_an_end_asked_for_between_attempts_stops_the_next_one(folder):
+    launcher = FakeLauncher([running(5, save=True), ended(Phase.INTERRUPTED, "preempted")])
+
+    def on_note(note):
+        if note.endswith(": continue"):
+            request_cancel(folder, "me")
+
+    with pytest.raises(JobFailed, match="asked for by me before it was submitted") as caught:
+        supervise(launcher, folder, SPEC, CONFIG, on_note=on_note, **FAST)
+
+    outcome = caught.value.outcome
+    assert outcome.status == "cancelled"
+    assert [record.end.how for record in outcome.attempts] == ["continue", "cancelled"]
+    assert len(launcher.submitted) == 1
+    assert not folder.cancel.exists()
+
+
+def test_a_job_that_is_to_go_on_and_that_nobody_watches_is_cancelled_too(folder):
+    class Gone(BaseException):
+        pass
+
+    def on_note(note):
+        if note.endswith(": continue"):
+            raise Gone
+
+    launcher = FakeLauncher([running(5, save=True), ended(Phase.INTERRUPTED, "preempted")])
+    with pytest.raises(Gone):
+        supervise(launcher, folder, SPEC, CONFIG, on_note=on_note, **FAST)
+    document = json.loads(folder.watcher.read_text())
+    folder.watcher.write_text(json.dumps(document | {"start": "another process"}))
+    job = read_job(folder.path)
+    assert (job.status, job.is_to_go_on) == ("continue", True)
+
+    assert cancel(job, "me", lambda record: launcher) == "cancelled"
+    assert len(launcher.submitted) == 1
+    assert cancel(read_job(folder.path), "me", lambda record: launcher) == "cancelled"
+    assert not folder.cancel.exists()
+
+
+def test_a_watcher_says_how_things_stand(folder):
+    seen = []
+
+    def on_poll(state):
+        seen.append(json.loads(folder.watcher.read_text())["state"])
+
+    launcher = FakeLauncher([waiting("Priority"), running(1), completed()])
+    supervise(launcher, folder, SPEC, CONFIG, on_poll=on_poll, **FAST)
+
+    assert seen == ["waiting (Priority)", "running", "ended ok"]

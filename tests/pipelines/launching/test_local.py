@@ -1,0 +1,183 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from roma_pipelines.launching.local import LocalLauncher
+from roma_pipelines.launching.spec import JobHandle, Phase
+
+
+@pytest.fixture
+def submit(folder, launcher, make_spec):
+    """Submits attempt 1 of a job of the given lines."""
+
+    def submit(body, **fields):
+        spec = make_spec(body, **fields)
+        (folder.path / "attempts").mkdir(parents=True, exist_ok=True)
+        folder.spec.write_text(spec.model_dump_json())
+        return launcher.submit(spec, folder, 1, {})
+
+    return submit
+
+
+@pytest.fixture
+def end_of(launcher, eventually):
+    def end_of(handle):
+        eventually(lambda: launcher.watch(handle).ended)
+        return launcher.watch(handle)
+
+    return end_of
+
+
+@pytest.mark.parametrize(
+    ("body", "phase", "reason"),
+    [
+        ("pass", Phase.ENDED_OK, ""),
+        ("sys.exit(3)", Phase.ENDED_BAD, "exit code 3"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", Phase.ENDED_BAD, "signal 11"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", Phase.INTERRUPTED, "signal 9"),
+    ],
+)
+def test_how_a_process_ended_is_told(submit, end_of, body, phase, reason):
+    state = end_of(submit(body))
+
+    assert state.phase == phase
+    assert reason in state.reason
+
+
+def test_output_of_all_kinds_goes_to_the_log_at_once(submit, launcher, folder, eventually):
+    handle = submit("print('out'); print('err', file=sys.stderr); wait_for('go')")
+    log = folder.attempt(1).log
+
+    eventually(lambda: log.exists() and {"out", "err"} == set(log.read_text().split()))
+    launcher.cancel(handle)
+
+
+def test_a_job_sees_what_it_was_handed_on_and_no_other_setting(submit, end_of, folder, monkeypatch):
+    monkeypatch.setenv("ROMA_TRAINER_BASE_LR", "9")
+    monkeypatch.setenv("WORLD_SIZE", "7")
+    monkeypatch.setenv("MY_TOKEN", "secret")
+    monkeypatch.setenv("PYTHONPATH", ".")
+    handle = submit(
+        "print(json.dumps(dict(os.environ)))\nprint(os.getcwd())",
+        env_names=("MY_TOKEN", "NOT_SET"),
+        threads_per_process=3,
+    )
+    end_of(handle)
+
+    environment, cwd = folder.attempt(1).log.read_text().splitlines()
+    environment = json.loads(environment)
+    assert environment["MY_TOKEN"] == "secret"
+    assert environment["OMP_NUM_THREADS"] == "3"
+    assert not {"ROMA_TRAINER_BASE_LR", "WORLD_SIZE", "NOT_SET"} & environment.keys()
+    assert all(Path(entry).is_absolute() for entry in environment["PYTHONPATH"].split(os.pathsep))
+    assert cwd == str(folder.path)
+    assert "secret" not in folder.spec.read_text()
+
+
+def test_an_attempt_is_found_by_its_owner_and_before_it_claimed(
+    submit, launcher, folder, eventually
+):
+    assert launcher.find(folder, 1) is None
+    handle = submit("wait_for('go')")
+
+    assert launcher.find(folder, 1) == handle  # by its command line, or by owner.json
+    eventually(folder.attempt(1).owner.exists)
+    assert LocalLauncher().find(folder, 1) == handle
+    launcher.cancel(handle)
+    assert LocalLauncher().find(folder, 1) == handle  # it was started once, and that stays known
+
+
+def test_a_process_that_has_not_claimed_yet_is_found(launcher, folder, tmp_path, eventually):
+    (tmp_path / "slow" / "roma_core").mkdir(parents=True)
+    (tmp_path / "slow" / "roma_core" / "attempt.py").write_text("import time; time.sleep(60)")
+    argv = [sys.executable, "-m", "roma_core.claim", str(folder.path), "1", "--", "true"]
+    child = subprocess.Popen(argv, env={"PYTHONPATH": str(tmp_path / "slow")})
+    try:
+        eventually(lambda: launcher.find(folder, 1))
+        assert launcher.find(folder, 1).external["pid"] == child.pid
+        assert launcher.find(folder, 11) is None
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_number_that_went_to_another_process_is_not_the_job(launcher, folder):
+    stranger = {"pid": os.getpid(), "start": "another boot/1"}
+
+    state = launcher.watch(JobHandle(str(folder.path), 1, "local", stranger))
+
+    assert state.phase == Phase.GONE
+    launcher.cancel(JobHandle(str(folder.path), 1, "local", stranger))  # and we are still here
+
+
+FAMILY = """
+child = "import os, time; os.setsid(); open('child','w').write('1'); time.sleep(60)"
+subprocess.Popen([sys.executable, "-c", child])
+wait_for("child")
+"""
+STUBBORN = "signal.signal(signal.SIGTERM, signal.SIG_IGN); save(1); wait_for('go', 60)"
+
+
+@pytest.mark.parametrize("body", ["save(1); wait_for('go', 60)", STUBBORN])
+def test_cancel_ends_the_whole_tree_whatever_session_it_is_in(
+    submit, launcher, folder, processes, eventually, body
+):
+    launcher.grace_s = 0.3
+    handle = submit(FAMILY + body)
+    eventually(folder.checkpoints.exists)
+    assert len(processes()) == 2
+
+    launcher.cancel(handle)
+
+    assert processes() == []
+    assert launcher.watch(handle).phase == Phase.INTERRUPTED
+    launcher.cancel(handle)  # once more does no harm
+
+
+def test_workers_do_not_outlive_the_first_process(
+    submit, launcher, folder, processes, eventually, end_of
+):
+    launcher.grace_s = 0.3
+    handle = submit(FAMILY + "save(1); wait_for('go', 60)")
+    eventually(folder.checkpoints.exists)
+
+    os.kill(handle.external["pid"], signal.SIGKILL)
+    state = end_of(handle)
+
+    assert state.phase == Phase.INTERRUPTED
+    assert processes() == []
+
+
+def test_a_job_asked_to_end_has_time_to_save(submit, launcher, folder, eventually):
+    handle = submit(
+        "def stop(*_):\n    save(7)\n    leave('continue')\n    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, stop)\nsave(1)\nwait_for('go', 60)"
+    )
+    eventually(folder.checkpoints.exists)
+
+    launcher.cancel(handle)
+
+    assert folder.attempt(1).read_exit().status == "continue"
+    assert (folder.checkpoints / "step-000007").exists()
+
+
+def test_a_second_start_of_an_attempt_does_not_run(
+    submit, launcher, folder, make_spec, starts, eventually, end_of
+):
+    first = submit("wait_for('go')")
+    eventually(lambda: (folder.path / "starts").exists())
+
+    second = launcher.submit(make_spec("wait_for('go')"), folder, 1, {})
+
+    assert end_of(second).phase == Phase.ENDED_OK
+    assert launcher.watch(first).phase == Phase.RUNNING
+    assert launcher.find(folder, 1) == first
+    assert starts() == [1]
+    launcher.cancel(first)
+    assert not psutil.pid_exists(first.external["pid"])
