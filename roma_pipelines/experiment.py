@@ -31,7 +31,7 @@ from roma_pipelines.provenance import DISTRIBUTION
 from roma_pipelines.registry.gate import GateThresholds
 
 ENCODER = "pretrained_encoder"
-NOUNS = (
+ASSET_NAMES = (
     "dataset",
     ENCODER,
     "finetuned_classifier",
@@ -50,7 +50,7 @@ class Stage(_Section):
 
     model: dict[str, Any] = Field({}, description="Fields that the data do not decide.")
     trainer: dict[str, Any] = Field({}, description="Fields of TrainerConfig.")
-    train_share: float = Field(
+    train_fraction: float = Field(
         1.0, gt=0, le=1, description="Share of the training series to use, of every class alike."
     )
 

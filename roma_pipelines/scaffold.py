@@ -163,7 +163,7 @@ def _text(
             ["where trainings run; slurm and kubernetes take a profile, too"],
         ),
         _block(
-            {"gate": {"max_loss_to_champion": 0.02}},
+            {"gate": {"max_accuracy_drop": 0.02}},
             ["a candidate may not be worse than the champion by this much; add min_accuracy: 0.9"],
         ),
         '# schedule: "0 3 * * 1"   # trains anew every Monday at three (UTC), once it is switched on',
@@ -231,7 +231,7 @@ TYPE = "roma_pipelines.components.RomaExperiment"
 _FAR = 100.0  # quartile distances: values beyond are squeezed
 _DATES = 1e4  # gaps: positions farther from zero are counted from the series' first
 _FEW = 5  # objects of a class that a stratified split needs
-_VALIDATION_SHARE, _TEST_SHARE = 0.1, 0.2
+_VALIDATION_FRACTION, _TEST_FRACTION = 0.1, 0.2
 
 
 @dataclass
@@ -274,8 +274,8 @@ def choose(survey: Survey, categorical: frozenset[str] = frozenset()) -> Choices
     share = (
         survey.recorded_splits.get("train", 0) / survey.n_series
         if survey.recorded_splits
-        else 1 - _TEST_SHARE
-    ) * (1 - _VALIDATION_SHARE)
+        else 1 - _TEST_FRACTION
+    ) * (1 - _VALIDATION_FRACTION)
     amount = Amount(
         n_series=max(1, round(survey.n_series * share)),
         n_observations=max(1, round(survey.n_observations * share)),
@@ -289,13 +289,13 @@ Section = tuple[dict[str, Any], list[str]]
 
 
 def _split(survey: Survey) -> Section:
-    shares = {"validation_share": _VALIDATION_SHARE}
+    shares = {"validation_fraction": _VALIDATION_FRACTION}
     if set(survey.recorded_splits) == {"train", "test"}:
         counts = survey.recorded_splits
         return shares, [
             f"the publisher's split: {counts['train']:,} train, {counts['test']:,} test"
         ]
-    shares["test_share"] = _TEST_SHARE
+    shares["test_fraction"] = _TEST_FRACTION
     if survey.has_groups:
         return {"split": {"by": "group"}, **shares}, ["a group is never in two splits"]
     if min(survey.classes.values()) >= _FEW:

@@ -20,7 +20,7 @@ from roma_core.job import JobFolder, Result
 from roma_core.trainer.trackers import MLFLOW_RUN_VARIABLE, forward_to_mlflow
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.jobs import usage
-from roma_pipelines.launching.launcher import Refused
+from roma_pipelines.launching.launcher import Rejected
 from roma_pipelines.launching.outcome import attempts_table, decisions_table, read_records
 from roma_pipelines.launching.pipes import key_for, run_job
 from roma_pipelines.launching.spec import JobFailed, Outcome
@@ -130,7 +130,7 @@ def run_tracked_job(
         shown.end("KILLED" if error.outcome.status == "cancelled" else "FAILED")
         facts = _story(error.outcome) | usage(error.outcome, spec, launcher.price)
         raise dg.Failure(description=str(error), metadata=facts, allow_retries=False) from error
-    except Refused as error:
+    except Rejected as error:
         shown.end("FAILED")
         raise dg.Failure(description=str(error), allow_retries=False) from error
     except BaseException:  # interrupted: a job that was left running keeps its run open

@@ -37,7 +37,7 @@ def _shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "values as in YAML. Repeatable.",
         ),
         click.option(
-            "--train-share",
+            "--train-fraction",
             type=click.FloatRange(0, 1, min_open=True),
             default=1.0,
             show_default=True,
@@ -118,14 +118,14 @@ def _prepared(options: dict[str, Any], prefix: str, resolve: Resolve) -> Any:
     from roma_core.data.store import read_manifest
     from roma_core.files import read_json, write_json
     from roma_core.job import JobFolder
-    from roma_core.trainer.config import MAY_CHANGE, TrainerConfig, told, what_may_change
+    from roma_core.trainer.config import RESUMABLE, TrainerConfig, told, what_may_change
     from roma_core.trainer.job import TrainingJobConfig
 
     changes = _changes(options["changes"])
     data = options["data"].absolute()
     trainer = TrainerConfig(**changes["trainer"])
     config = resolve(data, read_manifest(data), changes["model"], trainer)
-    config = config.model_copy(update={"train_share": options["train_share"]})
+    config = config.model_copy(update={"train_fraction": options["train_fraction"]})
     if options["show_config"]:
         _show(trainer, config, prefix)
         sys.exit(0)
@@ -135,7 +135,7 @@ def _prepared(options: dict[str, Any], prefix: str, resolve: Resolve) -> Any:
     if folder.config.exists():
         frozen = TrainingJobConfig.model_validate(read_json(folder.config)).completed()
         changed = _differences(frozen.model_dump(mode="json"), document)
-        allowed = {f"trainer.{name}" for name in MAY_CHANGE}
+        allowed = {f"trainer.{name}" for name in RESUMABLE}
         refused = {name: pair for name, pair in changed.items() if name not in allowed}
         if refused:
             raise ValueError(

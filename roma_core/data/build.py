@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from roma_core.data import cleaning as dropping
-from roma_core.data.cleaning import Arrivals
+from roma_core.data.cleaning import SeriesCleaner
 from roma_core.data.config import AxisOptions, ChannelOptions, DatasetConfig
 from roma_core.data.normalisation import Fit, Float32
 from roma_core.data.schema import (
@@ -157,7 +157,7 @@ def write_dataset(
     if config.split.stratified:
         earlier = earlier_assignment(versions, rows.splitter.rule_text())
         rows.splitter.known, rows.splitter.seen = earlier.splits, earlier.seen
-    arrivals = Arrivals(source, config.repair)
+    arrivals = SeriesCleaner(source, config.repair)
     bar = tqdm(
         arrivals,
         desc=f"building {config.name}",
@@ -211,7 +211,7 @@ class _Rows:
     def __init__(self, config: DatasetConfig, source: Source) -> None:
         self.config, self.source = config, source
         self.splitter = Splitter(
-            config.name, config.split, config.validation_share, config.test_share
+            config.name, config.split, config.validation_fraction, config.test_fraction
         )
         names = [axis.name for axis in source.axes]
         _refuse_unknown(config.axes, names, "axes")

@@ -90,7 +90,7 @@ class RepairOptions(BaseModel):
     empty: Literal["refuse", "drop"] = Field("refuse", description="Series without observations.")
 
 
-class Arrivals:
+class SeriesCleaner:
     """The usable series of a source, and a count of what was repaired.
 
     Attributes:

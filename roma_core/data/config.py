@@ -58,14 +58,14 @@ class DatasetConfig(_Section):
         0.0, ge=0, lt=1, description="Share of each series' observations left out, in every split."
     )
     drop_seed: int = Field(0, ge=0, description="Chooses which observations are left out.")
-    validation_share: float = Field(
+    validation_fraction: float = Field(
         0.1,
         ge=0,
         lt=1,
         description="Share of *the rest* that goes to validation: of the objects that are not test, not "
-        "of all. 0.1 beside a test_share of 0.2 is 8 % of all objects.",
+        "of all. 0.1 beside a test_fraction of 0.2 is 8 % of all objects.",
     )
-    test_share: float = Field(
+    test_fraction: float = Field(
         0.2,
         ge=0,
         lt=1,

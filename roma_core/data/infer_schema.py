@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from roma_core.data.cleaning import Arrivals, RepairOptions
+from roma_core.data.cleaning import RepairOptions, SeriesCleaner
 from roma_core.data.schema import DataError, Repairs
 from roma_core.sources.base import Source
 
@@ -436,7 +436,7 @@ def survey(source: Source) -> Survey:
     Raises:
         DataError: there is no series, or one has a wrong shape or an unknown label.
     """
-    arriving = Arrivals(source, _LENIENT)
+    arriving = SeriesCleaner(source, _LENIENT)
     channels, axes = len(source.channels), len(source.axes)
     sample = _Sample(channels)
     classes: Counter[str] = Counter(dict.fromkeys(source.classes, 0))

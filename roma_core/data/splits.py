@@ -81,10 +81,10 @@ class Splitter:
     """
 
     def __init__(
-        self, dataset: str, options: SplitOptions, validation_share: float, test_share: float
+        self, dataset: str, options: SplitOptions, validation_fraction: float, test_fraction: float
     ) -> None:
         self.dataset, self.options = dataset, options
-        self.validation_share, self.test_share = validation_share, test_share
+        self.validation_fraction, self.test_fraction = validation_fraction, test_fraction
         self.known: Mapping[str, Split] = {}
         self.seen: Counter[str] = Counter()
 
@@ -113,8 +113,8 @@ class Splitter:
             fold, u = divmod(u * options.folds, 1)
             if fold == options.fold:
                 return "test"
-            return "validation" if u < self.validation_share else "train"
-        return split_at(u, series.recorded_split, self.validation_share, self.test_share)
+            return "validation" if u < self.validation_fraction else "train"
+        return split_at(u, series.recorded_split, self.validation_fraction, self.test_fraction)
 
     def _stratified(self, series: RawSeries) -> float:
         if series.label is None:
@@ -132,7 +132,7 @@ class Splitter:
 
     def rule_text(self) -> str:
         """The rule in words, for the manifest."""
-        options, v, t = self.options, self.validation_share, self.test_share
+        options, v, t = self.options, self.validation_fraction, self.test_fraction
         if options.by == "time":
             assert options.test_from is not None
             later = (
@@ -156,43 +156,45 @@ class Splitter:
 def split_at(
     u: float,
     recorded: Literal["train", "test"] | None,
-    validation_share: float,
-    test_share: float,
+    validation_fraction: float,
+    test_fraction: float,
 ) -> Split:
     """The split of an object whose place in the unit interval is ``u``.
 
     Args:
         u: in ``[0, 1)``, uniform over the objects.
         recorded: the publisher's assignment. "test" stays test; "train" may become validation.
-        validation_share: expected share of the objects outside test that go to validation.
-        test_share: expected share of the objects without an assignment that go to test.
+        validation_fraction: expected share of the objects outside test that go to validation.
+        test_fraction: expected share of the objects without an assignment that go to test.
     """
     if recorded == "test":
         return "test"
     if recorded is None:
-        if u < test_share:
+        if u < test_fraction:
             return "test"
-        u = (u - test_share) / (1 - test_share)  # uniform again among those left
-    return "validation" if u < validation_share else "train"
+        u = (u - test_fraction) / (1 - test_fraction)  # uniform again among those left
+    return "validation" if u < validation_fraction else "train"
 
 
 def split_of(
     dataset: str,
     object_id: str,
     recorded: Literal["train", "test"] | None,
-    validation_share: float,
-    test_share: float,
+    validation_fraction: float,
+    test_fraction: float,
 ) -> Split:
     """The split of one object by its id: ``split_at`` its hash; another data set shuffles anew."""
-    return split_at(unit_interval(f"{dataset}:{object_id}"), recorded, validation_share, test_share)
+    return split_at(
+        unit_interval(f"{dataset}:{object_id}"), recorded, validation_fraction, test_fraction
+    )
 
 
 def rule_text(
-    validation_share: float, test_share: float, by: str = "sha256 of '<data set>:<id>'"
+    validation_fraction: float, test_fraction: float, by: str = "sha256 of '<data set>:<id>'"
 ) -> str:
     """The default rule in words."""
     return (
-        f"recorded test stays test; of recorded train, {validation_share:g} goes to validation; "
-        f"without a record, {test_share:g} goes to test and {validation_share:g} of the rest to "
+        f"recorded test stays test; of recorded train, {validation_fraction:g} goes to validation; "
+        f"without a record, {test_fraction:g} goes to test and {validation_fraction:g} of the rest to "
         f"validation; by {by}"
     )

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from roma_core.files import read_json, write_json
-from roma_core.serving.smoke_test import Trial
+from roma_core.serving.smoke_test import SmokeTest
 
 
 class _Document(BaseModel):
@@ -43,7 +43,7 @@ class FactSheet(_Document):
     facts: tuple[Fact, ...]
 
 
-class Measured(BaseModel):
+class ServingChecks(BaseModel):
     """Facts of a candidate and of the champion it was evaluated beside."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -53,9 +53,9 @@ class Measured(BaseModel):
         description="Largest difference of a probability between trained model and package."
     )
     size_mb: float = Field(description="All files of the package.")
-    trial: Trial | None = Field(None, description="None if it failed.")
+    trial: SmokeTest | None = Field(None, description="None if it failed.")
     trial_problem: str | None = None
-    champion_trial: Trial | None = None
+    champion_trial: SmokeTest | None = None
     champion_problem: str | None = Field(
         None, description="Why the champion could not be evaluated on these series."
     )

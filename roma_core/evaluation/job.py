@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from roma_core.data.store import StoredDataset, Subset
 from roma_core.evaluation.compare import Change, changes
-from roma_core.evaluation.config import EvaluationJobConfig, Measured
+from roma_core.evaluation.config import EvaluationJobConfig, ServingChecks
 from roma_core.evaluation.drift import embedding_profile, reference_profile
 from roma_core.evaluation.figures import draw, embedding_map, of_training
 from roma_core.evaluation.leakage import seen_in_training, split_digest, tell, unseen
@@ -170,7 +170,7 @@ def beside_champion(
     return changes(table, champion), None
 
 
-def numbers(measured: Measured) -> dict[str, float]:
+def numbers(measured: ServingChecks) -> dict[str, float]:
     """What a tracker is told of the package."""
     found = {"serving_difference": measured.serving_difference, "package_mb": measured.size_mb}
     if measured.trial is not None:
@@ -197,7 +197,7 @@ def report(
     config: EvaluationJobConfig,
     metrics: Metrics,
     changed: tuple[Change, ...],
-    measured: Measured,
+    measured: ServingChecks,
     pictures: Sequence[Plot],
 ) -> str:
     """The HTML page."""

@@ -78,7 +78,7 @@ def data_behind(weights: Path) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def missing_shares(test: Subset) -> NDArray[np.float64]:
+def missing_fractions(test: Subset) -> NDArray[np.float64]:
     """``(N,)`` share of observations that are missing between first and last, at the usual pace.
 
     The usual pace is the median gap between different positions on the first axis, over all series.

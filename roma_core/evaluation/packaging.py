@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from roma_core.data.store import Subset, raw_series
 from roma_core.evaluation.compare import Change
-from roma_core.evaluation.config import EvaluationJobConfig, Measured
+from roma_core.evaluation.config import EvaluationJobConfig, ServingChecks
 from roma_core.evaluation.drift import ReferenceProfile
-from roma_core.evaluation.leakage import missing_shares
+from roma_core.evaluation.leakage import missing_fractions
 from roma_core.evaluation.metrics import Metrics
 from roma_core.evaluation.predictions import PredictionTable
 from roma_core.evaluation.report import CardContent, render_card
@@ -25,7 +25,7 @@ from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.serving.package import MAX_LENGTH, build_package, size_mb
 from roma_core.serving.pyfunc_model import Classifier, Series
 from roma_core.serving.schema import Series as RequestSeries
-from roma_core.serving.smoke_test import Trial, TrialFailed, try_package
+from roma_core.serving.smoke_test import SmokeTest, SmokeTestFailed, smoke_test_package
 from roma_core.trainer.dataloader import Collate
 from roma_core.trainer.evaluator import classify
 
@@ -83,7 +83,7 @@ def _table(
         probabilities=probabilities,
         lengths=test.lengths,
         lineage=lineage,
-        missing=missing_shares(test),
+        missing=missing_fractions(test),
     )
 
 
@@ -182,13 +182,13 @@ def measure(
     leaks: tuple[str, ...],
     test_split: str,
     champion_problem: str | None,
-) -> Measured:
+) -> ServingChecks:
     """Try the package, and the champion's right after it, so that times can be compared."""
     trial, trial_problem = _tried(package)
     champion_trial = None
     if config.champion is not None and champion_problem is None:
         champion_trial, champion_problem = _tried(Path(config.champion))
-    return Measured(
+    return ServingChecks(
         serving_difference=serving_difference(package, table, test),
         size_mb=size_mb(package),
         trial=trial,
@@ -200,12 +200,12 @@ def measure(
     )
 
 
-def _tried(package: Path) -> tuple[Trial | None, str | None]:
+def _tried(package: Path) -> tuple[SmokeTest | None, str | None]:
     """A champion brings its own file, which lies two folders above its package."""
     own = package.parent.parent / "logged_model.py"
     try:
-        return try_package(package, own if own.is_file() else None), None
-    except TrialFailed as error:
+        return smoke_test_package(package, own if own.is_file() else None), None
+    except SmokeTestFailed as error:
         return None, str(error)
 
 

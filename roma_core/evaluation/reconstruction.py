@@ -311,7 +311,7 @@ class ReconstructionMetrics(BaseModel):
 
     n_series: int = Field(description="With a hidden observation.")
     n_hidden: int = Field(description="Hidden observations.")
-    mean_hidden_share: float
+    mean_hidden_fraction: float
     n_bootstrap: int = N_BOOTSTRAP
     estimates: dict[str, Estimate]
     groups: tuple[GroupErrors, ...] = ()

@@ -104,7 +104,7 @@ def judged(table: HiddenTable, dataset: StoredDataset, split: Subset) -> Reconst
     return ReconstructionMetrics(
         n_series=len(np.unique(table.series)),
         n_hidden=len(table.series),
-        mean_hidden_share=len(table.series) / int(split.lengths.sum()),
+        mean_hidden_fraction=len(table.series) / int(split.lengths.sum()),
         estimates=found,
         groups=() if labels is None else by_group(table, labels[split.indices], classes),
     )

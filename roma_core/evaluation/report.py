@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from roma_core.data.schema import DataSchema
 from roma_core.evaluation.compare import Change
-from roma_core.evaluation.config import Baseline, FactSheet, Measured
+from roma_core.evaluation.config import Baseline, FactSheet, ServingChecks
 from roma_core.evaluation.metrics import Estimate, Metrics, PartEstimate, RegressionMetrics
 from roma_core.evaluation.reconstruction import ReconstructionMetrics
 
@@ -125,7 +125,7 @@ class ReportContent(Page):
     champion_version: str | None = Field(None, description="None if there was no champion.")
     champion_problem: str | None = Field(None, description="Why it could not be evaluated.")
     changes: tuple[Change, ...] = Field((), description="Against the champion.")
-    measured: Measured | None = None
+    measured: ServingChecks | None = None
     decided_before: int | None = Field(
         None, description="Models that this test split has decided about before."
     )

@@ -221,7 +221,7 @@ class Answer:
     predictions: list[Any]
 
 
-class Follower:
+class AliasWatcher:
     """The model behind an alias, now.
 
     Attributes:

@@ -47,7 +47,7 @@ print(json.dumps({"load_s": load_s, "latency_ms": latency, "golden_difference": 
 """
 
 
-class Trial(BaseModel):
+class SmokeTest(BaseModel):
     """A package, loaded by its own file alone in a process of its own, and asked its golden rows."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -59,11 +59,11 @@ class Trial(BaseModel):
     golden_difference: float = Field(description="Largest difference of an output; at most 1e-4.")
 
 
-class TrialFailed(RuntimeError):
+class SmokeTestFailed(RuntimeError):
     """The package cannot be used by a consumer; the text says why."""
 
 
-def try_package(folder: Path, code: Path | None = None) -> Trial:
+def smoke_test_package(folder: Path, code: Path | None = None) -> SmokeTest:
     """Load a package in a fresh process, check its golden rows and time it.
 
     Args:
@@ -84,8 +84,8 @@ def try_package(folder: Path, code: Path | None = None) -> Trial:
             timeout=_TIMEOUT_S,
         )
     except subprocess.TimeoutExpired as error:
-        raise TrialFailed(f"{folder} did not answer within {_TIMEOUT_S} s") from error
+        raise SmokeTestFailed(f"{folder} did not answer within {_TIMEOUT_S} s") from error
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise TrialFailed(lines[-1].removeprefix("REFUSED "))
-    return Trial.model_validate(json.loads(done.stdout.splitlines()[-1]))
+        raise SmokeTestFailed(lines[-1].removeprefix("REFUSED "))
+    return SmokeTest.model_validate(json.loads(done.stdout.splitlines()[-1]))

@@ -35,7 +35,7 @@ Mode = Literal["min", "max"]
 
 
 @dataclass(frozen=True)
-class Course:
+class EarlyStopping:
     """How the watched metric went so far.
 
     Attributes:
@@ -46,11 +46,11 @@ class Course:
     best: float | None = None
     evaluations_since: int = 0
 
-    def after(self, value: float, mode: Mode, min_delta: float = 0.0) -> Course:
+    def after(self, value: float, mode: Mode, min_delta: float = 0.0) -> EarlyStopping:
         """The course with one more evaluation; a value that is not finite never is the best."""
         if is_better(value, self.best, mode, min_delta):
-            return Course(value, 0)
-        return Course(self.best, self.evaluations_since + 1)
+            return EarlyStopping(value, 0)
+        return EarlyStopping(self.best, self.evaluations_since + 1)
 
     def is_exhausted(self, patience: int | None) -> bool:
         """True when ``patience`` evaluations in a row brought nothing better; None never ends."""

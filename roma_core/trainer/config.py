@@ -14,13 +14,19 @@ from pydantic_settings import SettingsConfigDict
 
 from roma_core.settings import RomaSettings
 
-MAY_CHANGE = frozenset(
+RESUMABLE = frozenset(
     {
         # how a step is cut; the global batch stays that of the first start
         *("batch_size", "gradient_accumulation_steps", "sharding", "compile"),
         *("num_dataset_workers", "threads"),
         # when something is written or measured
-        *("eval_every", "save_every", "log_every", "heartbeat_every_s", "background_checkpoints"),
+        *(
+            "eval_every",
+            "save_every",
+            "log_every",
+            "heartbeat_interval_s",
+            "background_checkpoints",
+        ),
         *("checkpoint_dir", "max_checkpoints", "keep_best"),
         *("early_stopping_patience", "final_weights"),
         *("run_name", "project_name", "entity_name", "log_wandb"),
@@ -36,7 +42,7 @@ def told(changed: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def what_may_change() -> str:
-    return f"A run that goes on may change only {', '.join(sorted(MAY_CHANGE))}"
+    return f"A run that goes on may change only {', '.join(sorted(RESUMABLE))}"
 
 
 class TrainerConfig(RomaSettings):
@@ -196,7 +202,7 @@ class TrainerConfig(RomaSettings):
     threads: int | None = Field(
         None, gt=0, description="Threads per process; None takes 1 on CPU, the framework's on GPU."
     )
-    heartbeat_every_s: float = Field(5.0, gt=0, description="Seconds between heartbeats.")
+    heartbeat_interval_s: float = Field(5.0, gt=0, description="Seconds between heartbeats.")
     background_checkpoints: bool = Field(
         True, description="Write checkpoints beside the training; false: training waits for them."
     )

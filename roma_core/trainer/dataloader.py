@@ -29,7 +29,7 @@ from roma_core.model.positions import in_float32, placed, start_of
 from roma_core.model.segments import Segments
 from roma_core.trainer.augmentation import Augmentation, Each, Rows, augmentations_of
 from roma_core.trainer.config import TrainerConfig
-from roma_core.trainer.distributed import Interrupted, Ranks, StopRequests
+from roma_core.trainer.distributed import HostGroup, Interrupted, StopRequests
 from roma_core.trainer.sampler import Indices, Plan
 
 
@@ -286,7 +286,7 @@ def _ignore_signals(_: int) -> None:
 _LOADER_POLL_S = 1.0  # how often a wait for loader processes looks for stop requests
 
 
-class Feed:
+class TrainLoader:
     """This process's share of every step. Use it as a context manager."""
 
     def __init__(
@@ -295,7 +295,7 @@ class Feed:
         plan: Plan,
         dataset: MapStyle,
         model: _ModelConfig,
-        ranks: Ranks,
+        ranks: HostGroup,
         device: torch.device,
         stops: StopRequests,
     ) -> None:
@@ -306,7 +306,7 @@ class Feed:
         self.collate = Collate(model, config.random_seed, augmentations)
         self._processes = LoaderProcesses()
 
-    def __enter__(self) -> Feed:
+    def __enter__(self) -> TrainLoader:
         return self
 
     def __exit__(self, *exception: object) -> None:

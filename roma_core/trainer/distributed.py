@@ -33,7 +33,7 @@ from roma_core.trainer.config import TrainerConfig
 T = TypeVar("T")
 
 
-class Ranks:
+class HostGroup:
     """The processes of one training.
 
     Attributes:
@@ -81,14 +81,14 @@ class Ranks:
         self.gather(None)
 
 
-ALONE = Ranks()
+ALONE = HostGroup()
 """A single process."""
 
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def sharded_twin(model: M, device: torch.device, ranks: Ranks) -> M:
+def sharded_twin(model: M, device: torch.device, ranks: HostGroup) -> M:
     """A copy of a model with its weights shared out, block by block; every process calls it.
 
     All start from the weights of rank 0. The model moves to the host's memory.

@@ -18,7 +18,7 @@ from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.dataloader import Collate, MapStyle, load
-from roma_core.trainer.distributed import ALONE, Interrupted, Ranks
+from roma_core.trainer.distributed import ALONE, HostGroup, Interrupted
 from roma_core.trainer.step import Learner
 
 KeepGoing = Callable[[], bool]
@@ -47,14 +47,14 @@ class Outputs:
 
 
 def _batches(
-    dataset: MapStyle, collate: Collate, batch_size: int, ranks: Ranks
+    dataset: MapStyle, collate: Collate, batch_size: int, ranks: HostGroup
 ) -> Iterator[PackedBatch]:
     mine = np.arange(ranks.rank, len(dataset), ranks.size)
     parts = np.array_split(mine, -(-len(mine) // batch_size)) if len(mine) else []
     return load(dataset, [(0, part) for part in parts], collate, workers=0, pin=False)
 
 
-def _gather(value: Any, given_up: bool, ranks: Ranks) -> list[Any]:
+def _gather(value: Any, given_up: bool, ranks: HostGroup) -> list[Any]:
     """The values of all processes, or :class:`Interrupted` on all if one has given up."""
     gathered = ranks.gather((value, given_up))
     if any(gave_up for _, gave_up in gathered):
@@ -68,7 +68,7 @@ def classify(
     dataset: MapStyle,
     collate: Collate,
     batch_size: int,
-    ranks: Ranks = ALONE,
+    ranks: HostGroup = ALONE,
     keep_going: KeepGoing = to_the_end,
 ) -> Outputs:
     """Run the classifier over a data set. Every process gets the whole table.
@@ -110,7 +110,7 @@ def reconstruction_loss(
     dataset: MapStyle,
     collate: Collate,
     batch_size: int,
-    ranks: Ranks = ALONE,
+    ranks: HostGroup = ALONE,
     keep_going: KeepGoing = to_the_end,
 ) -> float:
     """Mean loss over all hidden tokens of a data set, with the masks of epoch 0.
@@ -141,7 +141,7 @@ class Evaluator:
         config: TrainerConfig,
         learner: Learner,
         dataset: MapStyle | None,
-        ranks: Ranks,
+        ranks: HostGroup,
         keep_going: KeepGoing,
         callback: Callable[..., Any] | None,
     ) -> None:

@@ -81,7 +81,7 @@ class TrainingJobConfig(BaseModel):
     )
     model: dict[str, Any] = Field(description="Every field of the model's configuration.")
     trainer: dict[str, Any] = Field(description="Every field of the trainer's configuration.")
-    train_share: float = Field(
+    train_fraction: float = Field(
         1.0,
         gt=0,
         le=1,
@@ -96,7 +96,7 @@ class TrainingJobConfig(BaseModel):
         manifest: Manifest,
         model: dict[str, Any],
         trainer: TrainerConfig,
-        train_share: float = 1.0,
+        train_fraction: float = 1.0,
     ) -> Self:
         """Pretraining from new weights; ``model`` holds the fields that the data do not decide."""
         config = RoMAForPreTrainingConfig(**model | data_fields(manifest.data_schema))
@@ -106,7 +106,7 @@ class TrainingJobConfig(BaseModel):
             dataset_digest=manifest.digest,
             model=config.model_dump(mode="json"),
             trainer=_portable(trainer),
-            train_share=train_share,
+            train_fraction=train_fraction,
         )
 
     @classmethod
@@ -117,7 +117,7 @@ class TrainingJobConfig(BaseModel):
         weights: Path | None,
         model: dict[str, Any],
         trainer: TrainerConfig,
-        train_share: float = 1.0,
+        train_fraction: float = 1.0,
     ) -> Self:
         """Finetuning of a classifier, from pretrained weights or, with None, from new ones.
 
@@ -145,7 +145,7 @@ class TrainingJobConfig(BaseModel):
             weights=None if weights is None else str(weights),
             model=config.model_dump(mode="json"),
             trainer=_portable(trainer),
-            train_share=train_share,
+            train_fraction=train_fraction,
         )
 
     def completed(self) -> Self:
@@ -251,7 +251,7 @@ def train(folder: JobFolder, attempt: Attempt) -> Work:
     model = _model_of(config, trainer.random_seed)
     model.data_schema = dataset.schema.model_dump(mode="json")
     end = Trainer(trainer).train(
-        dataset.split("train").part(config.train_share, trainer.random_seed),
+        dataset.split("train").part(config.train_fraction, trainer.random_seed),
         dataset.split("validation"),
         model,
         folder=folder.path,

@@ -20,7 +20,7 @@ Record = dict[str, Any]
 """One line of the file."""
 
 WALL_CLOCK = frozenset(
-    {"train/tokens_per_s", "train/data_wait_share", "train/memory_mb", "train/eta_s"}
+    {"train/tokens_per_s", "train/data_wait_fraction", "train/memory_mb", "train/eta_s"}
 )
 """Metrics that tell of the computer, not of the training; all others are the same in every repetition."""
 
@@ -82,7 +82,7 @@ def read_records(
             yield start, json.loads(line)
 
 
-class Window:
+class ThroughputMeter:
     """The steps since the last record.
 
     Losses are summed step by step in float64, so that a run which was cut in the middle of a window
@@ -132,7 +132,7 @@ class Window:
         return {
             "train/loss": self.loss / self.steps,
             "train/tokens_per_s": self.tokens / self.seconds,
-            "train/data_wait_share": self.waited_s / self.seconds,
+            "train/data_wait_fraction": self.waited_s / self.seconds,
             "train/memory_mb": memory_mb(),
         }
 

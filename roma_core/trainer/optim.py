@@ -132,7 +132,7 @@ def load_optimizer_state(
             }
 
 
-class WeightAverage:
+class EMA:
     """The average of a model's weights over its steps.
 
     Attributes:

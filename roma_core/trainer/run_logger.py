@@ -97,7 +97,7 @@ def as_people_read(number: float) -> str:
     return f"{number:,.0f}" if 1000 <= abs(number) < 1e12 else f"{number:.4g}"
 
 
-class Report:
+class RunLogger:
     """The voice of one run; use it as a context manager.
 
     Attributes:
@@ -130,7 +130,7 @@ class Report:
         self.shown: dict[str, float] = {}
         self._stack = ExitStack()
 
-    def __enter__(self) -> Report:
+    def __enter__(self) -> RunLogger:
         if not self.speaks:
             return self
         with ExitStack() as stack:

@@ -11,12 +11,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from roma_core.model.weights import config_document
 from roma_core.trainer.checkpoint import Content, Retention, TrainState, save_checkpoint
 from roma_core.trainer.config import TrainerConfig
-from roma_core.trainer.distributed import Ranks
-from roma_core.trainer.run_logger import Report
+from roma_core.trainer.distributed import HostGroup
+from roma_core.trainer.run_logger import RunLogger
 from roma_core.trainer.step import Learner
 
 
-class BackgroundWriter:
+class AsyncWriter:
     """Runs one write at a time, in order; a failed one is raised at the next call.
 
     The caller hands over copies: nothing a write reads may change any more.
@@ -59,7 +59,7 @@ class Saver:
     """Commits checkpoints of one run; use it as a context manager."""
 
     def __init__(
-        self, config: TrainerConfig, learner: Learner, report: Report, ranks: Ranks
+        self, config: TrainerConfig, learner: Learner, report: RunLogger, ranks: HostGroup
     ) -> None:
         self.folder, self.learner, self.report, self.ranks = (
             config.checkpoint_dir,
@@ -70,7 +70,7 @@ class Saver:
         self.retention = Retention(
             config.max_checkpoints, config.keep_best, config.best_metric, config.best_metric_mode
         )
-        self._writer = BackgroundWriter(config.background_checkpoints)
+        self._writer = AsyncWriter(config.background_checkpoints)
 
     def __enter__(self) -> Saver:
         return self

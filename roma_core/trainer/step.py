@@ -33,9 +33,15 @@ from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.trainer.checkpoint import Checkpoint
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.dataloader import MapStyle
-from roma_core.trainer.distributed import Ranks, copies, gradients_kept_back, sharded_twin, whole
+from roma_core.trainer.distributed import (
+    HostGroup,
+    copies,
+    gradients_kept_back,
+    sharded_twin,
+    whole,
+)
 from roma_core.trainer.optim import (
-    WeightAverage,
+    EMA,
     freeze_all_but_head,
     learning_rate_factor,
     load_optimizer_state,
@@ -49,7 +55,7 @@ class NonFiniteLoss(RuntimeError):
     """The loss or its gradient became NaN or infinite; the message names the samples of the step."""
 
 
-class Unread:
+class DeferredScalars:
     """Numbers of steps that are still on the device, where reading each would wait for it."""
 
     def __init__(self) -> None:
@@ -338,7 +344,7 @@ class Learner:
     def __init__(
         self,
         accelerator: Accelerator,
-        ranks: Ranks,
+        ranks: HostGroup,
         model: RoMAForPreTraining | RoMAForClassification,
         loss: Loss,
         config: TrainerConfig,
@@ -381,10 +387,10 @@ class Learner:
         else:
             wrapped, self.optimizer = accelerator.prepare(model, optimizer)
             accumulating = functools.partial(accelerator.no_sync, wrapped)
-        self.average: WeightAverage | None = None
+        self.average: EMA | None = None
         if config.ema_decay is not None:
             start = checkpoint.ema if checkpoint else None
-            self.average = WeightAverage(self._twin, config.ema_decay, start)
+            self.average = EMA(self._twin, config.ema_decay, start)
         if checkpoint:
             load_optimizer_state(self.optimizer.optimizer, self._named, checkpoint.optimizer)
             if accelerator.scaler is not None and checkpoint.state.scaler:

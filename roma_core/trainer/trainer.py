@@ -18,16 +18,23 @@ from roma_core.job import Attempt
 from roma_core.model.packing import PackedBatch
 from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
-from roma_core.trainer.checkpoint import Course, TrainState, load_best, load_newest
-from roma_core.trainer.config import MAY_CHANGE, TrainerConfig, told, what_may_change
-from roma_core.trainer.dataloader import Feed, MapStyle
-from roma_core.trainer.distributed import Interrupted, Ranks, StopRequests, join
+from roma_core.trainer.checkpoint import EarlyStopping, TrainState, load_best, load_newest
+from roma_core.trainer.config import RESUMABLE, TrainerConfig, told, what_may_change
+from roma_core.trainer.dataloader import MapStyle, TrainLoader
+from roma_core.trainer.distributed import HostGroup, Interrupted, StopRequests, join
 from roma_core.trainer.evaluator import Evaluator, no_such_metric
-from roma_core.trainer.metrics import Window
-from roma_core.trainer.run_logger import Report
+from roma_core.trainer.metrics import ThroughputMeter
+from roma_core.trainer.run_logger import RunLogger
 from roma_core.trainer.sampler import plan_for
 from roma_core.trainer.saver import Saver
-from roma_core.trainer.step import Learner, NonFiniteLoss, Unread, labels_of, refuse, training_loss
+from roma_core.trainer.step import (
+    DeferredScalars,
+    Learner,
+    NonFiniteLoss,
+    labels_of,
+    refuse,
+    training_loss,
+)
 
 
 def check_wishes(
@@ -74,7 +81,7 @@ def check_same_run(
     changed = {
         name: (state.settings[name], value)
         for name, value in now.items()
-        if name not in MAY_CHANGE and name in state.settings and state.settings[name] != value
+        if name not in RESUMABLE and name in state.settings and state.settings[name] != value
     }
     facts = {
         "random_seed": (state.seed, config.random_seed),
@@ -126,7 +133,7 @@ class TrainingRun:
     ) -> None:
         self.config, self.attempt, self.stops = config, attempt, stops
         self.accelerator = join(config)
-        self.ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes)
+        self.ranks = HostGroup(self.accelerator.process_index, self.accelerator.num_processes)
         self.folder = folder or config.checkpoint_dir.absolute()
         check_wishes(config, model, test_dataset, evaluate_callback is not None)
         loss = training_loss(model, config, train_dataset)
@@ -142,12 +149,14 @@ class TrainingRun:
             self.accelerator, self.ranks, model, loss, config, self.total_steps, checkpoint
         )
         device = self.accelerator.device
-        self.feed = Feed(config, self.plan, train_dataset, model.config, self.ranks, device, stops)
+        self.feed = TrainLoader(
+            config, self.plan, train_dataset, model.config, self.ranks, device, stops
+        )
         self.evaluator = Evaluator(
             config, self.learner, test_dataset, self.ranks, self._keeps_going, evaluate_callback
         )
         self.step = state.step if state else 0
-        self.report = Report(
+        self.report = RunLogger(
             what,
             self.folder,
             config,
@@ -161,12 +170,16 @@ class TrainingRun:
         self.resumed_from = checkpoint.path.name if checkpoint else ""
         self.started, self.elapsed_before = time.monotonic(), state.elapsed_s if state else 0.0
         self.last_beat = float("-inf")
-        self.unread, self.norm = Unread(), float("nan")
-        self.window = Window(state.window_steps, state.window_loss) if state else Window()
+        self.unread, self.norm = DeferredScalars(), float("nan")
+        self.window = (
+            ThroughputMeter(state.window_steps, state.window_loss) if state else ThroughputMeter()
+        )
         self.evaluated: dict[str, float] = dict(state.evaluation) if state else {}
         self.evaluated_at = self.step if self.evaluated else -1
         self.evaluation_due = state.evaluation_due if state else False
-        self.course = Course(state.best, state.evaluations_since_best) if state else Course()
+        self.course = (
+            EarlyStopping(state.best, state.evaluations_since_best) if state else EarlyStopping()
+        )
 
     def run(self) -> TrainingEnd:
         """Train to the end, or until a stop request."""
@@ -289,7 +302,7 @@ class TrainingRun:
     def _beat(self) -> None:
         if self.attempt is None or not self.ranks.is_main:
             return
-        if time.monotonic() - self.last_beat >= self.config.heartbeat_every_s:
+        if time.monotonic() - self.last_beat >= self.config.heartbeat_interval_s:
             self.last_beat = time.monotonic()
             self.attempt.beat(self.step)
 
@@ -306,7 +319,7 @@ class TrainingRun:
 
     def _log_training(self) -> None:
         self._read_losses()
-        window, self.window = self.window, Window()
+        window, self.window = self.window, ThroughputMeter()
         cost = {"train/lr": self.learner.lr, "train/grad_norm": self.norm}
         self.report.record_training(self.step, window.metrics() | cost)
 

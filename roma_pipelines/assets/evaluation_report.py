@@ -11,7 +11,7 @@ import dagster as dg
 
 from roma_core.data.schema import Manifest
 from roma_core.data.store import read_manifest
-from roma_core.evaluation.config import EvaluationJobConfig, Fact, FactSheet, Measured
+from roma_core.evaluation.config import EvaluationJobConfig, Fact, FactSheet, ServingChecks
 from roma_core.evaluation.metrics import Metrics
 from roma_core.files import read_json
 from roma_core.serving.registry_client import FetchError, fetch, package_of, resolve
@@ -129,7 +129,7 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
         )
         decision = decide(job.folder, experiment.gate)
         tag_decision(
-            job.client, job.run_id, decision, Measured.load(job.output("measured")).test_split
+            job.client, job.run_id, decision, ServingChecks.load(job.output("measured")).test_split
         )
         _publish(job)
         # a retry finds the job as it was configured first, with the champion of that time

@@ -34,7 +34,7 @@ def pretrained_encoder_asset(experiment: Experiment) -> dg.AssetsDefinition:
             read_manifest(path),
             experiment.pretraining.model,
             TrainerConfig(**experiment.pretraining.trainer),
-            experiment.pretraining.train_share,
+            experiment.pretraining.train_fraction,
         )
         return _materialised(_trained(context, experiment, "pretrain", config))
 
@@ -69,7 +69,7 @@ def finetuned_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
             Path(encoder["weights"]),
             experiment.finetuning.model,
             TrainerConfig(**experiment.finetuning.trainer),
-            experiment.finetuning.train_share,
+            experiment.finetuning.train_fraction,
         )
         return _materialised(_trained(context, experiment, "finetune", config))
 

@@ -16,7 +16,7 @@ from typing import Literal
 import dagster as dg
 
 from roma_pipelines.launching.jobs import Job, all_jobs, cancel
-from roma_pipelines.launching.launcher import Launcher, NoAnswer
+from roma_pipelines.launching.launcher import Launcher, Unreachable
 from roma_pipelines.launching.spec import AttemptRecord
 from roma_pipelines.storage import instance_of
 
@@ -111,7 +111,7 @@ def reconcile(
         else:
             try:
                 cancel(job, f"the reconcile sensor: {why}", launcher_of)
-            except (NoAnswer, RuntimeError, ValueError) as error:  # the next tick tries again
+            except (Unreachable, RuntimeError, ValueError) as error:  # the next tick tries again
                 done.append(f"job {job.key}: {why}; it could not be cancelled: {error}")
                 continue
             on_cancelled(job)

@@ -111,7 +111,7 @@ def _keys(definitions: dg.Definitions, experiment: str) -> list[dg.AssetKey]:
     """The assets of the experiment in order, after those of an encoder that it shares."""
     import dagster as dg
 
-    from roma_pipelines.experiment import ENCODER, NOUNS
+    from roma_pipelines.experiment import ASSET_NAMES, ENCODER
 
     graph = definitions.resolve_asset_graph()
     known = {key.path[0] for key in graph.materializable_asset_keys}
@@ -119,7 +119,7 @@ def _keys(definitions: dg.Definitions, experiment: str) -> list[dg.AssetKey]:
         raise click.ClickException(
             f"there is no experiment {experiment!r}; there are {', '.join(sorted(known))}"
         )
-    own = [dg.AssetKey([experiment, noun]) for noun in NOUNS]
+    own = [dg.AssetKey([experiment, noun]) for noun in ASSET_NAMES]
     encoder = next(
         key
         for key in graph.get(dg.AssetKey([experiment, "finetuned_classifier"])).parent_keys

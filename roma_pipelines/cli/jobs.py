@@ -127,7 +127,7 @@ def logs(key: str, follow: bool, attempt: int | None) -> None:
 def cancel(key: str, wait_s: float) -> None:
     """End a job, wherever it runs and whether or not anybody watches it."""
     from roma_pipelines.launching.jobs import cancel
-    from roma_pipelines.launching.launcher import NoAnswer
+    from roma_pipelines.launching.launcher import Unreachable
     from roma_pipelines.launching.targets import launcher_of
 
     storage = _storage()
@@ -139,7 +139,7 @@ def cancel(key: str, wait_s: float) -> None:
         ended = cancel(
             job, f"roma-pipeline jobs cancel, by {getpass.getuser()}", launcher_of(storage), wait_s
         )
-    except (NoAnswer, RuntimeError, ValueError) as error:
+    except (Unreachable, RuntimeError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"job {job.key}: {ended}")
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from roma_pipelines.launching.spec import JobSpec, JobState
     from roma_pipelines.storage import Storage
 
-_HANDED_ON = ("ROMA", "WANDB", "MLFLOW")
+_PASSTHROUGH_ENV = ("ROMA", "WANDB", "MLFLOW")
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -52,7 +52,7 @@ def launch(as_module: bool, key: str | None, words: tuple[str, ...], **options: 
     """
     from pydantic import ValidationError
 
-    from roma_pipelines.launching.launcher import Refused
+    from roma_pipelines.launching.launcher import Rejected
     from roma_pipelines.storage import Storage, StorageError
 
     if bool(words) == (key is not None):
@@ -70,7 +70,7 @@ def launch(as_module: bool, key: str | None, words: tuple[str, ...], **options: 
             _again(storage, key) if key else _new(storage, words[0], words[1:], options)
         )
         _watch(folder, spec, config, launcher, options["max_attempts"])
-    except (Refused, StorageError, ValidationError, ValueError) as error:
+    except (Rejected, StorageError, ValidationError, ValueError) as error:
         raise click.ClickException(str(error)) from error
 
 
@@ -93,7 +93,7 @@ def _new(storage: Any, module: str, arguments: tuple[str, ...], options: dict[st
         gpus_per_node=options["gpus"],
         memory_gb=options["memory_gb"],
         time_limit_min=options["time_limit_min"],
-        env_names=tuple(sorted(name for name in os.environ if name.startswith(_HANDED_ON))),
+        env_names=tuple(sorted(name for name in os.environ if name.startswith(_PASSTHROUGH_ENV))),
     )
     if options["target"] == "local":
         _fits_here(spec)
@@ -109,11 +109,11 @@ def _fits_here(spec: Any) -> None:
     Raises:
         Refused: it has less.
     """
-    from roma_pipelines.launching.launcher import Refused
+    from roma_pipelines.launching.launcher import Rejected
     from roma_pipelines.launching.local import more_than_here
 
     if reasons := more_than_here(spec):
-        raise Refused(reasons)
+        raise Rejected(reasons)
     threads, cpus = spec.processes_per_node * spec.threads_per_process, os.cpu_count() or 1
     if threads > cpus:
         click.echo(
@@ -269,7 +269,7 @@ def plan(experiment: str, target: str | None, profile: str | None, asset: str, c
     """
     from roma_pipelines.experiment import ENCODER
     from roma_pipelines.experiment_files import load_experiment
-    from roma_pipelines.launching.launcher import NoAnswer
+    from roma_pipelines.launching.launcher import Unreachable
     from roma_pipelines.launching.targets import launcher_for
     from roma_pipelines.storage import Storage, StorageError
 
@@ -297,7 +297,7 @@ def plan(experiment: str, target: str | None, profile: str | None, asset: str, c
         _show_difference(found, asset, launcher, storage)
         if check:
             _check(found, asset, launcher, storage)
-    except (ValueError, StorageError, NoAnswer) as error:
+    except (ValueError, StorageError, Unreachable) as error:
         raise click.ClickException(str(error)) from error
 
 
@@ -360,9 +360,9 @@ def _show_difference(
 
 def _check(experiment: Experiment, asset: str, launcher: Launcher, storage: Storage) -> None:
     from roma_core.job import JobFolder
-    from roma_pipelines.launching.launcher import Refused
+    from roma_pipelines.launching.launcher import Rejected
 
     folder = JobFolder(storage.jobs / _NO_KEY)
     if reasons := launcher.preflight(_spec(experiment, asset, _NO_KEY, str(folder.path)), folder):
-        raise Refused(reasons)
+        raise Rejected(reasons)
     click.echo(f"# the target {launcher.backend} would run it", err=True)

@@ -93,7 +93,7 @@ class FakeLauncher:
 
     backend = "fake"
     price = None
-    files_within_s = 0.0
+    fs_lag_s = 0.0
 
     def __init__(self, *scripts: Sequence[Step], refuses: Sequence[str] = ()) -> None:
         """

@@ -46,7 +46,7 @@ def inherited() -> dict[str, str]:
     return {**variables, "PYTHONPATH": _python_path(os.environ.get("PYTHONPATH"))}
 
 
-def handed_on(spec: JobSpec, environment: Mapping[str, str]) -> dict[str, str]:
+def passthrough_env(spec: JobSpec, environment: Mapping[str, str]) -> dict[str, str]:
     """Variables this job gets besides: those its spec names, and those given with their values."""
     named = {name: os.environ[name] for name in spec.env_names if name in os.environ}
     return {**named, **environment}
@@ -98,11 +98,11 @@ def read_profile(
         raise ValueError(f"{path}: {error}") from None
 
 
-class NoAnswer(RuntimeError):
+class Unreachable(RuntimeError):
     """The target does not answer now. Nothing is known: what was asked for may have been done."""
 
 
-class Refused(ValueError):
+class Rejected(ValueError):
     """The target will not run the job as it is; ``reasons`` has all that was found at once."""
 
     def __init__(self, reasons: Sequence[str]) -> None:
@@ -127,7 +127,7 @@ class Launcher(Protocol):
         ...
 
     @property
-    def files_within_s(self) -> float:
+    def fs_lag_s(self) -> float:
         """How long what an attempt wrote may take to be seen here after it ended."""
         ...
 

@@ -24,8 +24,8 @@ from roma_core.claim import ATTEMPT_VARIABLE, FOLDER_VARIABLE, is_running, proce
 from roma_core.files import read_json
 from roma_core.job import JobFolder
 from roma_pipelines.launching.launcher import (
-    handed_on,
     inherited,
+    passthrough_env,
     plan_local,
     process_variables,
     render,
@@ -88,7 +88,7 @@ class LocalLauncher:
 
     backend = "local"
     price = None
-    files_within_s = 0.0
+    fs_lag_s = 0.0
 
     def __init__(self, python: str = sys.executable, grace_s: float = 30.0) -> None:
         """
@@ -175,7 +175,7 @@ class LocalLauncher:
             "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
             FOLDER_VARIABLE: str(folder),
             ATTEMPT_VARIABLE: str(attempt),
-            **handed_on(spec, environment),
+            **passthrough_env(spec, environment),
         }
 
     def _handle(self, folder: JobFolder, attempt: int, pid: int, start: str) -> JobHandle:

@@ -23,7 +23,7 @@ from roma_core.job import JobFolder, Result
 from roma_pipelines.launching.spec import AttemptRecord, JobSpec, Phase, id_of
 
 
-class Said(StrEnum):
+class ExitReport(StrEnum):
     """What the job's own files say of an ended attempt."""
 
     PROOF = "a valid result.json"  # of this job, and of as many processes as were asked for
@@ -42,57 +42,57 @@ class Verdict(StrEnum):
 
 
 # fmt: off
-TABLE: dict[Phase, dict[Said, Verdict]] = {
+TABLE: dict[Phase, dict[ExitReport, Verdict]] = {
     Phase.ENDED_OK: {
-        Said.PROOF: Verdict.COMPLETED,
-        Said.COMPLETED: Verdict.FAILED,               # a success nobody can prove
-        Said.CONTINUE: Verdict.CONTINUE,
-        Said.FAILED: Verdict.FAILED,
-        Said.NOTHING: Verdict.FAILED,                 # exit code 0 proves nothing
+        ExitReport.PROOF: Verdict.COMPLETED,
+        ExitReport.COMPLETED: Verdict.FAILED,               # a success nobody can prove
+        ExitReport.CONTINUE: Verdict.CONTINUE,
+        ExitReport.FAILED: Verdict.FAILED,
+        ExitReport.NOTHING: Verdict.FAILED,                 # exit code 0 proves nothing
     },
     Phase.ENDED_BAD: {
-        Said.PROOF: Verdict.FAILED,                   # some process failed beside the one that wrote it
-        Said.COMPLETED: Verdict.FAILED,
-        Said.CONTINUE: Verdict.CONTINUE,              # torchrun returns 1 whatever its workers return
-        Said.FAILED: Verdict.FAILED,
-        Said.NOTHING: Verdict.CONTINUE_IF_ADVANCED,   # died without a word: memory, hardware, or a bug
+        ExitReport.PROOF: Verdict.FAILED,                   # some process failed beside the one that wrote it
+        ExitReport.COMPLETED: Verdict.FAILED,
+        ExitReport.CONTINUE: Verdict.CONTINUE,              # torchrun returns 1 whatever its workers return
+        ExitReport.FAILED: Verdict.FAILED,
+        ExitReport.NOTHING: Verdict.CONTINUE_IF_ADVANCED,   # died without a word: memory, hardware, or a bug
     },
     Phase.INTERRUPTED: {
-        Said.PROOF: Verdict.CONTINUE,                 # the next attempt confirms it within a step
-        Said.COMPLETED: Verdict.CONTINUE,
-        Said.CONTINUE: Verdict.CONTINUE,
-        Said.FAILED: Verdict.FAILED,
-        Said.NOTHING: Verdict.CONTINUE,
+        ExitReport.PROOF: Verdict.CONTINUE,                 # the next attempt confirms it within a step
+        ExitReport.COMPLETED: Verdict.CONTINUE,
+        ExitReport.CONTINUE: Verdict.CONTINUE,
+        ExitReport.FAILED: Verdict.FAILED,
+        ExitReport.NOTHING: Verdict.CONTINUE,
     },
     Phase.GONE: {
-        Said.PROOF: Verdict.COMPLETED,                # the exit code died with its watcher
-        Said.COMPLETED: Verdict.FAILED,
-        Said.CONTINUE: Verdict.CONTINUE,
-        Said.FAILED: Verdict.FAILED,
-        Said.NOTHING: Verdict.CONTINUE,               # power cut, reboot, kill
+        ExitReport.PROOF: Verdict.COMPLETED,                # the exit code died with its watcher
+        ExitReport.COMPLETED: Verdict.FAILED,
+        ExitReport.CONTINUE: Verdict.CONTINUE,
+        ExitReport.FAILED: Verdict.FAILED,
+        ExitReport.NOTHING: Verdict.CONTINUE,               # power cut, reboot, kill
     },
     Phase.OUT_OF_MEMORY: {
-        Said.PROOF: Verdict.FAILED,
-        Said.COMPLETED: Verdict.FAILED,
-        Said.CONTINUE: Verdict.CONTINUE,
-        Said.FAILED: Verdict.FAILED,
-        Said.NOTHING: Verdict.FAILED,                 # it would only happen again
+        ExitReport.PROOF: Verdict.FAILED,
+        ExitReport.COMPLETED: Verdict.FAILED,
+        ExitReport.CONTINUE: Verdict.CONTINUE,
+        ExitReport.FAILED: Verdict.FAILED,
+        ExitReport.NOTHING: Verdict.FAILED,                 # it would only happen again
     },
     Phase.HUNG: {
-        Said.PROOF: Verdict.CONTINUE,
-        Said.COMPLETED: Verdict.CONTINUE,
-        Said.CONTINUE: Verdict.CONTINUE_IF_ADVANCED,  # it could save when asked to end
-        Said.FAILED: Verdict.FAILED,
-        Said.NOTHING: Verdict.CONTINUE_IF_ADVANCED,
+        ExitReport.PROOF: Verdict.CONTINUE,
+        ExitReport.COMPLETED: Verdict.CONTINUE,
+        ExitReport.CONTINUE: Verdict.CONTINUE_IF_ADVANCED,  # it could save when asked to end
+        ExitReport.FAILED: Verdict.FAILED,
+        ExitReport.NOTHING: Verdict.CONTINUE_IF_ADVANCED,
     },
-    Phase.CANCELLED: dict.fromkeys(Said, Verdict.CANCELLED),
+    Phase.CANCELLED: dict.fromkeys(ExitReport, Verdict.CANCELLED),
 }
 # fmt: on
 
 
 def judge(
     state: Phase,
-    said: Said,
+    said: ExitReport,
     checkpoint: int | None,
     before: list[AttemptRecord],
     max_attempts: int,
@@ -128,7 +128,11 @@ def judge(
 
 _LOG_LINES = 50
 _LOG_BYTES = 64 * 1024
-_SAID = {"completed": Said.COMPLETED, "continue": Said.CONTINUE, "failed": Said.FAILED}
+_SAID = {
+    "completed": ExitReport.COMPLETED,
+    "continue": ExitReport.CONTINUE,
+    "failed": ExitReport.FAILED,
+}
 _TORCHRUN_REPORTS = re.compile(r"^E\d{4} .*torch/distributed/elastic/.*failed \(exitcode")
 _RULE = re.compile(r"^={20,}\s*$")
 
@@ -139,21 +143,21 @@ def read_records(folder: JobFolder) -> list[AttemptRecord]:
     return [AttemptRecord.model_validate(read_json(path, schema_version=1)) for path in paths]
 
 
-def said_by(folder: JobFolder, spec: JobSpec, attempt: int | None) -> tuple[Said, str]:
+def said_by(folder: JobFolder, spec: JobSpec, attempt: int | None) -> tuple[ExitReport, str]:
     """What the job's files say of an attempt, and the reason they give or what is wrong with them."""
     try:
         result = folder.read_result()
     except ValueError as error:
-        return Said.NOTHING, f"result.json cannot be read: {error}"
+        return ExitReport.NOTHING, f"result.json cannot be read: {error}"
     if result is not None and not (wrong := _wrong(result, spec)):
-        return Said.PROOF, ""
+        return ExitReport.PROOF, ""
     why = f"result.json is not this job's: {wrong}" if result is not None else ""
     try:
         end = folder.attempt(attempt).read_exit() if attempt is not None else None
     except ValueError as error:
-        return Said.NOTHING, f"exit.json cannot be read: {error}"
+        return ExitReport.NOTHING, f"exit.json cannot be read: {error}"
     if end is None:
-        return Said.NOTHING, why
+        return ExitReport.NOTHING, why
     return _SAID[end.status], end.reason or why
 
 
@@ -210,7 +214,7 @@ _WORDS = 240  # characters of a cell
 
 
 @dataclass(frozen=True)
-class Decision:
+class Event:
     """One line of the trail; ``attempt`` is None where it is about the whole job."""
 
     time: float  # seconds since the epoch
@@ -223,14 +227,14 @@ class Decision:
         return f"{about}{self.seen}: {self.done}"
 
 
-def append_decision(folder: JobFolder, decision: Decision) -> None:
+def append_decision(folder: JobFolder, decision: Event) -> None:
     """Add one to the trail."""
     line = json.dumps({"schema_version": 1, **vars(decision)}, ensure_ascii=False)
     with folder.decisions.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
-def read_decisions(folder: JobFolder) -> list[Decision]:
+def read_decisions(folder: JobFolder) -> list[Event]:
     """All of them in order; a line that a crash cut short is left out."""
     if not folder.decisions.exists():
         return []
@@ -238,7 +242,7 @@ def read_decisions(folder: JobFolder) -> list[Decision]:
     for line in folder.decisions.read_text(encoding="utf-8").splitlines():
         try:
             entry = json.loads(line)
-            found.append(Decision(entry["time"], entry["attempt"], entry["seen"], entry["done"]))
+            found.append(Event(entry["time"], entry["attempt"], entry["seen"], entry["done"]))
         except (ValueError, KeyError, TypeError):
             continue
     return found

@@ -21,10 +21,10 @@ from typing import Any, Literal, TypeVar
 from roma_core.claim import is_running, process_start
 from roma_core.files import create_json, digest_of, read_json, write_json
 from roma_core.job import JobFolder
-from roma_pipelines.launching.launcher import Launcher, NoAnswer, Refused
+from roma_pipelines.launching.launcher import Launcher, Rejected, Unreachable
 from roma_pipelines.launching.outcome import (
-    Decision,
-    Said,
+    Event,
+    ExitReport,
     append_decision,
     judge,
     log_tail,
@@ -53,7 +53,7 @@ POD_SILENT_S = 300.0
 _BEAT_S = 5.0
 
 
-class Watcher:
+class Lease:
     """This process, as the watcher of a job."""
 
     def __init__(self, folder: JobFolder, about: Mapping[str, Any]) -> None:
@@ -150,7 +150,7 @@ class Supervisor:
         """
         self.launcher, self.folder, self.spec, self.config = launcher, folder, spec, config
         self.environment = dict(environment or {})
-        self.watcher = Watcher(folder, watcher or {})
+        self.watcher = Lease(folder, watcher or {})
         self.on_poll, self.on_note, self.on_interrupt = on_poll, on_note, on_interrupt
         self.poll_every_s, self.heartbeat_timeout_s = poll_every_s, heartbeat_timeout_s
         self.max_attempts, self.fault_point = max_attempts, fault_point
@@ -166,7 +166,7 @@ class Supervisor:
         if not self.records():
             wrong = self._patiently(lambda: self.launcher.preflight(self.spec, self.folder))
             if wrong:
-                raise Refused(wrong)
+                raise Rejected(wrong)
         self._prepare()
         try:
             done = self._done_before()
@@ -220,7 +220,7 @@ class Supervisor:
         if records and (records[-1].end is None or records[-1].end.how != "completed"):
             return None
         said, why = said_by(self.folder, self.spec, records[-1].attempt if records else None)
-        if said is Said.PROOF:
+        if said is ExitReport.PROOF:
             self._decide(None, "the job is completed", "nothing to do")
             return self._outcome("completed", "completed before")
         if records:
@@ -276,11 +276,11 @@ class Supervisor:
         self.fault_point("before submit")
         try:
             handle = self.launcher.submit(self.spec, self.folder, record.attempt, self.environment)
-        except NoAnswer as error:
+        except Unreachable as error:
             self._decide(record.attempt, f"submitted without an answer: {error}", "look for it")
             self._wait(JobState(Phase.UNKNOWN, str(error)))
             return self._adopt(record)
-        except Refused as error:
+        except Rejected as error:
             self._end(record.attempt, "failed", JobState(Phase.ENDED_BAD), str(error), None)
             raise
         self.fault_point("after submit")
@@ -349,7 +349,7 @@ class Supervisor:
         while True:
             try:
                 return ask()
-            except NoAnswer as error:
+            except Unreachable as error:
                 self._wait(JobState(Phase.UNKNOWN, str(error)))
 
     def _wait(self, state: JobState) -> None:
@@ -385,12 +385,15 @@ class Supervisor:
     def _record(self, n: int) -> AttemptRecord:
         return next(record for record in self.records() if record.attempt == n)
 
-    def _said_at_last(self, n: int) -> tuple[Said, str]:
+    def _said_at_last(self, n: int) -> tuple[ExitReport, str]:
         """What the job's files say, once its last word can be seen here, or must have been."""
-        deadline = time.monotonic() + self.launcher.files_within_s
+        deadline = time.monotonic() + self.launcher.fs_lag_s
         while True:
             said, why = said_by(self.folder, self.spec, n)
-            if said not in (Said.NOTHING, Said.COMPLETED) or time.monotonic() >= deadline:
+            if (
+                said not in (ExitReport.NOTHING, ExitReport.COMPLETED)
+                or time.monotonic() >= deadline
+            ):
                 return said, why
             self.watcher.beat()
             time.sleep(self.poll_every_s)
@@ -427,7 +430,7 @@ class Supervisor:
             try:
                 if handle := self._find(records[-1]):
                     self.launcher.cancel(handle)
-            except NoAnswer as away:
+            except Unreachable as away:
                 request_cancel(self.folder, f"the watch that {seen}, while {away}")
                 raise
         state = JobState(Phase.CANCELLED)
@@ -435,7 +438,7 @@ class Supervisor:
 
     def _decide(self, attempt: int | None, seen: str, done: str) -> None:
         """Write a decision down, and say it."""
-        decision = Decision(time.time(), attempt, seen, done)
+        decision = Event(time.time(), attempt, seen, done)
         append_decision(self.folder, decision)
         self.on_note(str(decision))
 

@@ -42,14 +42,14 @@ def launcher_for(target: str, profile: str | None, storage: Storage) -> Launcher
         return LocalLauncher()
     if target == "slurm":
         from roma_pipelines.launching.slurm.launcher import SlurmLauncher
-        from roma_pipelines.launching.slurm.profile import load_site
+        from roma_pipelines.launching.slurm.profile import load_slurm_profile
 
-        return SlurmLauncher(load_site(profile), storage.clusters)
+        return SlurmLauncher(load_slurm_profile(profile), storage.clusters)
     if target == "kubernetes":
         from roma_pipelines.launching.kubernetes.launcher import KubernetesLauncher
-        from roma_pipelines.launching.kubernetes.profile import load_kubernetes_site
+        from roma_pipelines.launching.kubernetes.profile import load_kubernetes_profile
 
-        return KubernetesLauncher(load_kubernetes_site(profile))
+        return KubernetesLauncher(load_kubernetes_profile(profile))
     raise ValueError(
         f"unknown target {target!r}; there are local, this computer, and two kinds of cluster, "
         f"slurm and kubernetes"

@@ -25,7 +25,7 @@ from markupsafe import Markup, escape
 
 from roma_core.files import read_json
 from roma_core.job import JobFolder
-from roma_pipelines.experiment import NOUNS, Experiment
+from roma_pipelines.experiment import ASSET_NAMES, Experiment
 from roma_pipelines.experiment_files import all_experiments
 from roma_pipelines.launching.jobs import Job, all_jobs
 from roma_pipelines.launching.outcome import log_tail
@@ -188,7 +188,7 @@ def _made_at(
     experiments: Iterable[Experiment], instance: dg.DagsterInstance
 ) -> dict[dg.AssetKey, float]:
     """When each asset was last materialised, those that were; one question for all."""
-    keys = [experiment.key(noun) for experiment in experiments for noun in NOUNS]
+    keys = [experiment.key(noun) for experiment in experiments for noun in ASSET_NAMES]
     entries = [record.asset_entry for record in instance.get_asset_records(keys)]
     return {
         entry.asset_key: entry.last_materialization.timestamp
@@ -198,7 +198,7 @@ def _made_at(
 
 
 def _assets(experiment: Experiment, made_at: Mapping[dg.AssetKey, float]) -> tuple[Asset, ...]:
-    keys = {noun: experiment.key(noun) for noun in NOUNS}
+    keys = {noun: experiment.key(noun) for noun in ASSET_NAMES}
     return tuple(Asset(noun, "/".join(key.path), made_at.get(key)) for noun, key in keys.items())
 
 

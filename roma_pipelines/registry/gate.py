@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from roma_core.evaluation.config import Measured
+from roma_core.evaluation.config import ServingChecks
 from roma_core.evaluation.metrics import Metrics, evaluate, resample_sums
 from roma_core.evaluation.predictions import PredictionTable
 from roma_core.files import read_json, write_json
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
-def package_checks(measured: Measured, thresholds: GateThresholds) -> list[GateCheck]:
+def package_checks(measured: ServingChecks, thresholds: GateThresholds) -> list[GateCheck]:
     """The checks ``golden_rows`` to ``no_leak``."""
     return [
         _golden_rows(measured),
@@ -39,7 +39,7 @@ def package_checks(measured: Measured, thresholds: GateThresholds) -> list[GateC
     ]
 
 
-def _golden_rows(measured: Measured) -> GateCheck:
+def _golden_rows(measured: ServingChecks) -> GateCheck:
     trial = measured.trial
     if trial is None:
         text = f"the package failed in a fresh process: {measured.trial_problem}"
@@ -52,7 +52,7 @@ def _golden_rows(measured: Measured) -> GateCheck:
     )
 
 
-def _serving_parity(measured: Measured) -> GateCheck:
+def _serving_parity(measured: ServingChecks) -> GateCheck:
     value = measured.serving_difference
     return GateCheck(
         name="serving_parity",
@@ -64,7 +64,7 @@ def _serving_parity(measured: Measured) -> GateCheck:
     )
 
 
-def _latency(measured: Measured, thresholds: GateThresholds) -> GateCheck:
+def _latency(measured: ServingChecks, thresholds: GateThresholds) -> GateCheck:
     if measured.trial is None:
         return GateCheck(name="latency", passed=False, explanation="not measured: it does not run")
     value, most = measured.trial.latency_ms, thresholds.max_latency_ms
@@ -84,7 +84,7 @@ def _latency(measured: Measured, thresholds: GateThresholds) -> GateCheck:
     return GateCheck(name="latency", passed=passed, value=value, threshold=most, explanation=said)
 
 
-def _size(measured: Measured, thresholds: GateThresholds) -> GateCheck:
+def _size(measured: ServingChecks, thresholds: GateThresholds) -> GateCheck:
     value, most = measured.size_mb, thresholds.max_size_mb
     said = f"the package has {value:.2f} MB"
     if most is None:
@@ -98,7 +98,7 @@ def _size(measured: Measured, thresholds: GateThresholds) -> GateCheck:
     )
 
 
-def _no_leak(measured: Measured) -> GateCheck:
+def _no_leak(measured: ServingChecks) -> GateCheck:
     n = len(measured.leaks)
     return GateCheck(
         name="no_leak",
@@ -178,7 +178,7 @@ def _not_worse(
     problem: str | None,
     thresholds: GateThresholds,
 ) -> GateCheck:
-    name, limit = "not_worse_than_champion", -thresholds.max_loss_to_champion
+    name, limit = "not_worse_than_champion", -thresholds.max_accuracy_drop
     if champion is None or rows is None:
         said = "there is no champion yet" if problem is None else "not compared with the champion"
         return GateCheck(name=name, passed=problem is None, explanation=said)
@@ -205,7 +205,7 @@ def _class_floor(
     thresholds: GateThresholds,
 ) -> GateCheck:
     worst, of_class = min((c.recall, c.name) for c in metrics.per_class if c.recall is not None)
-    floor, allowed = thresholds.min_class_recall, thresholds.max_class_loss
+    floor, allowed = thresholds.min_class_recall, thresholds.max_recall_drop
     said = f"the worst class is {of_class!r}, recall {worst:.4f}"
     if floor is None and allowed is None:
         return unset("class_floor", said)
@@ -321,7 +321,7 @@ class GateThresholds(_Document):
         "`roma-pipeline promote NAME VERSION --why …`.",
     )
     min_accuracy: float | None = Field(None, ge=0, le=1, description="Accuracy, on its own.")
-    max_loss_to_champion: float = Field(
+    max_accuracy_drop: float = Field(
         0.01,
         ge=0,
         lt=1,
@@ -332,7 +332,7 @@ class GateThresholds(_Document):
     min_class_recall: float | None = Field(
         None, ge=0, le=1, description="Recall of the worst class that has series."
     )
-    max_class_loss: float | None = Field(
+    max_recall_drop: float | None = Field(
         None,
         ge=0,
         le=1,
@@ -380,7 +380,7 @@ class GateDecision(_Document):
 def gate(
     candidate: PredictionTable,
     champion: PredictionTable | None,
-    measured: Measured,
+    measured: ServingChecks,
     thresholds: GateThresholds,
 ) -> GateDecision:
     """Judge a candidate, beside the champion on the same series if there is one.
@@ -422,7 +422,7 @@ def decide(folder: JobFolder, thresholds: GateThresholds) -> GateDecision:
         for name in ("predictions", "champion_predictions")
         if name in result.outputs
     }
-    measured = Measured.load(folder.path / result.outputs["measured"])
+    measured = ServingChecks.load(folder.path / result.outputs["measured"])
     decision = gate(tables["predictions"], tables.get("champion_predictions"), measured, thresholds)
     write_json(folder.outputs / "gate.json", decision.model_dump(mode="json"))
     return decision

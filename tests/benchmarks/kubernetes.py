@@ -20,7 +20,7 @@ from pathlib import Path
 from roma_core.job import JobFolder
 from roma_pipelines.launching.kubernetes.launcher import KubernetesLauncher
 from roma_pipelines.launching.kubernetes.manifests import manifests
-from roma_pipelines.launching.kubernetes.profile import KubernetesSite, load_kubernetes_site
+from roma_pipelines.launching.kubernetes.profile import KubernetesProfile, load_kubernetes_profile
 from roma_pipelines.launching.spec import JobHandle, JobSpec, Phase
 from tests.pipelines.launching.kubernetes.fake_api import FakeApi
 from tests.pipelines.launching.kubernetes.fake_store import Object, now
@@ -34,7 +34,7 @@ def serve(jobs: int, folder: Path) -> None:
     """The server: says where it is, ends jobs at random, says what it was asked at the end."""
     api = FakeApi()
     api.store.add("namespaces", {"metadata": {"name": "roma"}})
-    site = KubernetesSite(name="bench", kubeconfig=api.write_kubeconfig(folder / "kubeconfig"))
+    site = KubernetesProfile(name="bench", kubeconfig=api.write_kubeconfig(folder / "kubeconfig"))
     made = [_running(api, site, n) for n in range(jobs)]
     print(json.dumps(made), flush=True)
     for line in sys.stdin:
@@ -54,7 +54,7 @@ def _complete(job: Object) -> None:
     job["status"].update(conditions=[complete])
 
 
-def _running(api: FakeApi, site: KubernetesSite, n: int) -> list[str]:
+def _running(api: FakeApi, site: KubernetesProfile, n: int) -> list[str]:
     job = api.create("jobs", "roma", manifests(spec_of(n), site, "/x", 1)[0], {})
     api.store.change(
         "jobs", "roma", job["metadata"]["name"], lambda o: o["status"].update(active=1)
@@ -80,7 +80,7 @@ def watch(jobs: int, seconds: float, folder: Path) -> None:
     )
     assert server.stdin is not None and server.stdout is not None
     made = json.loads(server.stdout.readline())
-    site = KubernetesSite(name="bench", kubeconfig=folder / "kubeconfig")
+    site = KubernetesProfile(name="bench", kubeconfig=folder / "kubeconfig")
     launcher = KubernetesLauncher(site)
     handles = []
     for n, (name, uid) in enumerate(made):
@@ -115,7 +115,7 @@ def watch(jobs: int, seconds: float, folder: Path) -> None:
 
 
 def plan() -> None:
-    launcher = KubernetesLauncher(load_kubernetes_site("h100"))
+    launcher = KubernetesLauncher(load_kubernetes_profile("h100"))
     spec = spec_of(0, nodes=16, processes_per_node=8, gpus_per_node=8)
     times = []
     for _ in range(20):

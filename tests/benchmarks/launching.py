@@ -27,7 +27,7 @@ from pathlib import Path
 from roma_core.files import digest_of
 from roma_core.job import JobFolder
 from roma_pipelines.launching.slurm.launcher import SlurmLauncher
-from roma_pipelines.launching.slurm.profile import Site, SlurmSettings, load_site
+from roma_pipelines.launching.slurm.profile import SlurmProfile, SlurmSettings, load_slurm_profile
 from roma_pipelines.launching.slurm.script import batch_script
 from roma_pipelines.launching.spec import JobSpec
 from roma_pipelines.launching.supervisor import supervise
@@ -97,7 +97,7 @@ def accepted_s(folder: Path, environment: dict[str, str]) -> float:
     return statistics.median(float(materialise("pretrained_encoder")) for _ in range(REPEATS))
 
 
-def supervised_s(folder: Path, site: Site) -> float:
+def supervised_s(folder: Path, site: SlurmProfile) -> float:
     """From the start of a supervisor to its job's id on record."""
 
     class Accepted(BaseException):
@@ -122,7 +122,9 @@ def supervised_s(folder: Path, site: Site) -> float:
     return statistics.median(times)
 
 
-def first_line_s(folder: Path, site: Site, cluster: Cluster) -> tuple[list[float], float, float]:
+def first_line_s(
+    folder: Path, site: SlurmProfile, cluster: Cluster
+) -> tuple[list[float], float, float]:
     """Seconds to the first Python line, bare torchrun's taken off ours, of every pair; the median of
     bare's; and of our batch script before it calls srun.
     """
@@ -182,7 +184,7 @@ def watching(folder: Path) -> tuple[int, float, int, float]:
 
 
 def plan_s() -> float:
-    site = load_site("leonardo", SlurmSettings())
+    site = load_slurm_profile("leonardo", SlurmSettings())
     spec = JobSpec(key="a" * 20, command=("-m", "x"), config_digest="", nodes=2, gpus_per_node=4)
     times = []
     for _ in range(REPEATS * 20):
@@ -204,7 +206,7 @@ def main() -> None:
         )
         with real_slurm(folder / "slurm") as cluster:
             os.environ.update(cluster.variables)
-            site = Site(
+            site = SlurmProfile(
                 name="mini", poll_s=0.2, memory_gb=2, environment={"GLOO_SOCKET_IFNAME": "lo"}
             )
             (folder / "mini.yaml").write_text(

@@ -4,7 +4,7 @@
     python -m tests.benchmarks.loader --experiments plasticc
 
 Trains each experiment's models with the settings of its file, but for the number of epochs and
-series, and reads ``train/data_wait_share`` from the metrics, as a user would. Each stage is trained
+series, and reads ``train/data_wait_fraction`` from the metrics, as a user would. Each stage is trained
 with series gathered a batch at a time, as a stored data set gives them, and read one by one, as any
 data set may give them, in turns. Finetuning starts from new weights; it waits the same.
 """
@@ -80,7 +80,7 @@ def train(
     chosen = settings.trainer | {"epochs": epochs, "checkpoint_dir": folder / "checkpoints"}
     Trainer(TrainerConfig(**chosen)).train(subset, None, model, folder=folder)
     metrics = [record["metrics"] for _, record in read_records(folder / "metrics.jsonl")]
-    found = [m["train/data_wait_share"] for m in metrics if "train/loss" in m]
+    found = [m["train/data_wait_fraction"] for m in metrics if "train/loss" in m]
     return found[1:]
 
 

@@ -248,9 +248,9 @@ def measure(storage: str, folder: Path, n: int) -> tuple[int, dict[str, list[Vis
         root = Storage.open()
         prepare_instance(root)
         with dg.DagsterInstance.get() as instance:
-            a_run = history(folder, instance, max(1, n // len(tiny.NOUNS)), root.jobs)
+            a_run = history(folder, instance, max(1, n // len(tiny.ASSET_NAMES)), root.jobs)
             there = 0
-            for noun in tiny.NOUNS:
+            for noun in tiny.ASSET_NAMES:
                 key = dg.AssetKey([EXPERIMENT, noun])
                 there += len(instance.fetch_materializations(key, limit=5000).records)
         return there, visit_all(folder, settings, a_run)

@@ -85,9 +85,9 @@ def tensors(row: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def load(folder: Path) -> None:
-    from roma_core.serving.smoke_test import try_package
+    from roma_core.serving.smoke_test import smoke_test_package
 
-    trials = [try_package(folder / "package") for _ in range(3)]
+    trials = [smoke_test_package(folder / "package") for _ in range(3)]
     seconds = [trial.load_s for trial in trials]
     print(
         f"verify, load and 10 golden rows, imports done: {statistics.median(seconds):.2f} s wall "

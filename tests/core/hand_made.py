@@ -36,7 +36,7 @@ def series(name="s", n=10, label="x", split="train", seed=0, **changes):
 
 def config_of(*all_series, source=None, **options):
     source = source or HandMade(series=all_series)
-    return DatasetConfig(**{"name": "small", "source": source, "validation_share": 0, **options})
+    return DatasetConfig(**{"name": "small", "source": source, "validation_fraction": 0, **options})
 
 
 def built(folder, *all_series, **options):

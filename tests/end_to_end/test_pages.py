@@ -31,7 +31,7 @@ from tests.pipelines import tiny
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 GROUP = "japanese_vowels"
-NOUNS = (
+ASSET_NAMES = (
     "dataset",
     "pretrained_encoder",
     "finetuned_classifier",
@@ -114,7 +114,7 @@ def page(browser, screenshots, request):
 def test_the_graph_shows_the_five_assets(pages, page):
     page.goto(f"{pages.dagster}/locations/roma_pipelines/asset-groups/{GROUP}")
 
-    for noun in NOUNS:
+    for noun in ASSET_NAMES:
         page.get_by_text(noun, exact=True).first.wait_for()
 
 

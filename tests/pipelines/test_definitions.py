@@ -18,7 +18,7 @@ from roma_pipelines.registry.gate import CHECKS
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "roma_pipelines" / "defs" / "japanese_vowels" / "defs.yaml"
 HEAVY = ("torch", "accelerate", "mlflow", "wandb", "matplotlib", "sklearn", "pandas", "pyarrow")
-NOUNS = {
+ASSET_NAMES = {
     "dataset",
     "pretrained_encoder",
     "finetuned_classifier",
@@ -83,7 +83,7 @@ def graph():
 def test_an_experiment_is_five_assets_of_one_group(graph):
     keys = {key for key in graph.get_all_asset_keys() if key.path[0] == "japanese_vowels"}
 
-    assert keys == {dg.AssetKey(["japanese_vowels", noun]) for noun in NOUNS}
+    assert keys == {dg.AssetKey(["japanese_vowels", noun]) for noun in ASSET_NAMES}
     assert {graph.get(key).group_name for key in keys} == {"japanese_vowels"}
 
 

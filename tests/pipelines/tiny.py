@@ -12,7 +12,7 @@ import psutil
 
 from roma_pipelines.components import RomaExperiment
 
-NOUNS = (
+ASSET_NAMES = (
     "dataset",
     "pretrained_encoder",
     "finetuned_classifier",
@@ -48,7 +48,7 @@ def attributes(folder: Path, **changes: Mapping[str, Any]) -> dict[str, Any]:
         "dataset": {
             "source": {"kind": "ts", "files": write_waves(folder)},
             "drop_rate": 0.2,
-            "validation_share": 0.2,
+            "validation_fraction": 0.2,
         },
         "pretraining": {
             "model": {"encoder_config": stack, "decoder_config": stack, "use_cls": False},
@@ -59,7 +59,7 @@ def attributes(folder: Path, **changes: Mapping[str, Any]) -> dict[str, Any]:
             "trainer": {"epochs": 40, "batch_size": 8, "base_lr": 0.01, "log_every": 2},
         },
         "resources": {},
-        "gate": {"max_loss_to_champion": 0.5},
+        "gate": {"max_accuracy_drop": 0.5},
     }
     changed = {name: sections.get(name, {}) | dict(value) for name, value in changes.items()}
     return sections | changed

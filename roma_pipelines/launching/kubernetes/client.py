@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from roma_pipelines.launching.kubernetes.manifests import CONTAINER, CONTROLLER_LABEL, MANAGED_BY
-from roma_pipelines.launching.launcher import NoAnswer, Refused
+from roma_pipelines.launching.launcher import Rejected, Unreachable
 
 _RENEW_S = 25 * 60.0
 _CONNECT_S, _READ_S = 5.0, 30.0
 _BUSY = frozenset({408, 429, 500, 502, 503, 504})
 
 
-class Denied(RuntimeError):
+class ApiError(RuntimeError):
     """The API server answered no.
 
     Attributes:
@@ -82,7 +82,7 @@ class Connection:
                     *whole, rest = (rest + part).split(b"\n")
                     yield from whole
             except (HTTPError, OSError) as error:
-                raise NoAnswer(f"{path}: {error}") from error
+                raise Unreachable(f"{path}: {error}") from error
         if rest:
             yield rest
 
@@ -117,7 +117,7 @@ class Connection:
                 if again and method == "GET" and "SSL" in type(error).__name__ + str(error):
                     self._forget()  # a certificate was replaced
                     continue
-                raise NoAnswer(f"the Kubernetes API server does not answer: {error}") from error
+                raise Unreachable(f"the Kubernetes API server does not answer: {error}") from error
         raise AssertionError("the second try returns or raises")
 
     def _forget(self) -> None:
@@ -143,7 +143,7 @@ class Connection:
                 path = str(self.kubeconfig) if self.kubeconfig else None
                 config.load_kube_config(path, self.context, client_configuration=made)
         except (ConfigException, OSError, ValueError) as error:
-            raise Refused(
+            raise Rejected(
                 [
                     f"no Kubernetes cluster is configured here ({str(error).strip()}); set "
                     f"ROMA_KUBERNETES_KUBECONFIG or KUBECONFIG, and ROMA_KUBERNETES_CONTEXT if the "
@@ -166,8 +166,8 @@ def _raise(error: Any) -> NoReturn:
     except (TypeError, ValueError, AttributeError, KeyError):
         pass
     if error.status in _BUSY or not error.status:
-        raise NoAnswer(f"the Kubernetes API server: {'; '.join(reasons)}") from error
-    raise Denied(error.status, reasons) from error
+        raise Unreachable(f"the Kubernetes API server: {'; '.join(reasons)}") from error
+    raise ApiError(error.status, reasons) from error
 
 
 Object = dict[str, Any]
@@ -182,7 +182,7 @@ _KEPT_S = 3600.0
 _FIRST_ANSWER_S = 10.0
 
 
-class Mirror:
+class Informer:
     """All objects of one kind, kept up to date by a thread.
 
     Attributes:
@@ -241,12 +241,12 @@ class Mirror:
                 self.synced.set()
                 self._watch()
                 wait_s = 0.0
-            except Denied as no:
+            except ApiError as no:
                 if no.code == 410:
                     self._version = ""
                     continue
                 self.error = str(no)
-            except (NoAnswer, Refused) as away:
+            except (Unreachable, Rejected) as away:
                 # one cut stream is no news; only a server that cannot be reached again is
                 if time.monotonic() - began > _SETTLED_S:
                     wait_s = 0.0
@@ -289,14 +289,14 @@ class Mirror:
                 event = json.loads(line)
                 there = event["object"]
                 if event["type"] == "ERROR":
-                    raise Denied(int(there.get("code", 500)), [str(there.get("message", there))])
+                    raise ApiError(int(there.get("code", 500)), [str(there.get("message", there))])
                 self._version = there["metadata"]["resourceVersion"]
                 if event["type"] != "BOOKMARK":
                     self._apply(event["type"], there)
                 if time.monotonic() - self._looked_at > _IDLE_S:
                     return
         except ValueError as error:  # the last line of a stream that was cut
-            raise NoAnswer(f"{self.path}: {error}") from error
+            raise Unreachable(f"{self.path}: {error}") from error
 
     def _apply(self, kind: str, there: Object) -> None:
         there["metadata"].pop("managedFields", None)  # half of every object, of no use here
@@ -333,9 +333,9 @@ class ClusterView:
             return str(there["involvedObject"].get("uid", ""))
 
         jobs = f"/apis/batch/v1/namespaces/{namespace}/jobs"
-        self.jobs = Mirror(connection, jobs, ours, uid)
-        self.pods = Mirror(connection, f"{core}/pods", ours, controller)
-        self.warnings = Mirror(
+        self.jobs = Informer(connection, jobs, ours, uid)
+        self.pods = Informer(connection, f"{core}/pods", ours, controller)
+        self.warnings = Informer(
             connection, f"{core}/events", {"fieldSelector": "type=Warning"}, about
         )
 
@@ -421,16 +421,16 @@ class LogFollower:
             over = self.is_over()  # asked first: what is written after this is still read
             try:
                 came = self._read(follow=not over)
-            except Denied as no:
+            except ApiError as no:
                 if no.code in (404, 403) or (over and no.code != 401):
                     return  # the pod is gone, or its log is not to be had
                 over, came = (
                     False,
                     False,
                 )  # its container is only starting; or the token was replaced
-            except Refused:
+            except Rejected:
                 return
-            except NoAnswer:
+            except Unreachable:
                 over, came = False, False
             if over and not came:  # the end of a stream alone may be a cut
                 return
@@ -502,5 +502,5 @@ def end_of_log(connection: Connection, namespace: str, pod: str, lines: int) -> 
         return "\n".join(
             line.decode(errors="replace") for line in connection.lines(path, query, 30.0)
         )
-    except (Denied, NoAnswer, Refused):
+    except (ApiError, Unreachable, Rejected):
         return ""

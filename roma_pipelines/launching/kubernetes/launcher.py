@@ -17,9 +17,9 @@ from typing import Any
 from roma_core.files import read_json, write_bytes
 from roma_core.job import JobFolder
 from roma_pipelines.launching.kubernetes.client import (
+    ApiError,
     ClusterView,
     Connection,
-    Denied,
     LogFollower,
     end_of_log,
     shared_view,
@@ -31,9 +31,9 @@ from roma_pipelines.launching.kubernetes.manifests import (
     labels,
     manifests,
 )
-from roma_pipelines.launching.kubernetes.profile import KubernetesSite
+from roma_pipelines.launching.kubernetes.profile import KubernetesProfile
 from roma_pipelines.launching.kubernetes.states import (
-    Sighting,
+    Snapshot,
     failed_first,
     has_started,
     holds_or_cannot_start,
@@ -42,7 +42,7 @@ from roma_pipelines.launching.kubernetes.states import (
     is_over,
     state_of,
 )
-from roma_pipelines.launching.launcher import NoAnswer, Price, Refused, handed_on
+from roma_pipelines.launching.launcher import Price, Rejected, Unreachable, passthrough_env
 from roma_pipelines.launching.spec import JobHandle, JobSpec, JobState, Phase
 
 SECRET = re.compile(r"KEY|TOKEN|PASSWORD|SECRET|USERNAME|CREDENTIAL")
@@ -60,12 +60,12 @@ class KubernetesLauncher:
 
     backend = "kubernetes"
 
-    def __init__(self, site: KubernetesSite, files_within_s: float = 30.0) -> None:
+    def __init__(self, site: KubernetesProfile, fs_lag_s: float = 30.0) -> None:
         """
         Args:
-            files_within_s: how long this computer may take to see what a node wrote.
+            fs_lag_s: how long this computer may take to see what a node wrote.
         """
-        self.site, self.files_within_s = site, files_within_s
+        self.site, self.fs_lag_s = site, fs_lag_s
         self.connection = Connection(site.kubeconfig, site.context)
         self._followers: dict[str, LogFollower] = {}  # uid of the Job -> its first pod's log
         self._served: set[str] = set()  # uids of Jobs whose Service is there
@@ -98,25 +98,25 @@ class KubernetesLauncher:
         script = folder.attempt(attempt).script
         script.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(script, self.plan(spec, str(path), attempt).encode())
-        variables = _for_a_manifest(handed_on(spec, environment))
+        variables = _for_a_manifest(passthrough_env(spec, environment))
         first, *others = manifests(spec, self.site, path, attempt, variables)
         try:
             made = self.create(first)
-        except Denied as no:
+        except ApiError as no:
             if no.code == 401:
-                raise NoAnswer(f"Kubernetes: {no}") from no  # credentials are being replaced
+                raise Unreachable(f"Kubernetes: {no}") from no  # credentials are being replaced
             if no.code != 409:
-                raise Refused([f"Kubernetes: {reason}" for reason in no.reasons]) from no
+                raise Rejected([f"Kubernetes: {reason}" for reason in no.reasons]) from no
             found = self.find(folder, attempt)  # somebody submitted it before: adopt that one
             if found is None:
-                raise NoAnswer(f"Job {job_name(spec, attempt)} is there, and then not") from no
+                raise Unreachable(f"Job {job_name(spec, attempt)} is there, and then not") from no
             return found
         handle = self._handle(folder, attempt, first["metadata"]["name"], made["metadata"]["uid"])
         try:
             self._serve(others, handle)
-        except Denied as no:
+        except ApiError as no:
             self.cancel(handle)  # without names its pods would only wait for one another
-            raise Refused([f"Kubernetes: {reason}" for reason in no.reasons]) from no
+            raise Rejected([f"Kubernetes: {reason}" for reason in no.reasons]) from no
         return handle
 
     def find(self, folder: JobFolder, attempt: int) -> JobHandle | None:
@@ -132,13 +132,13 @@ class KubernetesLauncher:
         if (mine := labels(spec, attempt)) != {
             label: there["metadata"].get("labels", {}).get(label) for label in mine
         }:
-            raise Refused(
+            raise Rejected(
                 [
                     f"the {self.site.kind} {name} in {self.site.namespace} is not this job's: remove it"
                 ]
             )
         if there["metadata"].get("deletionTimestamp"):
-            raise NoAnswer(f"{name} is being deleted, and not gone yet")
+            raise Unreachable(f"{name} is being deleted, and not gone yet")
         return self._handle(folder, attempt, name, there["metadata"]["uid"])
 
     def watch(self, handle: JobHandle) -> JobState:
@@ -222,25 +222,25 @@ class KubernetesLauncher:
         """An answer that only a server in trouble does not give; a right may be missing for now."""
         try:
             return self.connection.request(method, path, **options)
-        except Denied as no:
-            raise NoAnswer(f"Kubernetes: {no}") from no
+        except ApiError as no:
+            raise Unreachable(f"Kubernetes: {no}") from no
 
     def _get(self, name: str) -> dict[str, Any] | None:
         try:
             return self.connection.request("GET", self._own(name))
-        except Denied as no:
+        except ApiError as no:
             if no.code == 404:
                 return None
-            raise NoAnswer(f"Kubernetes: {no}") from no
+            raise Unreachable(f"Kubernetes: {no}") from no
 
     def _delete(self, path: str, **options: Any) -> None:
         # the API's own default would leave the pods behind, holding their GPUs
         body = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background"}
         try:
             self.connection.request("DELETE", path, body={**body, **options})
-        except Denied as no:
+        except ApiError as no:
             if no.code not in (404, 409):  # gone, or another one by that name
-                raise NoAnswer(f"Kubernetes: {no}") from no
+                raise Unreachable(f"Kubernetes: {no}") from no
 
     def _delete_job(self, handle: JobHandle) -> None:
         if self.site.kind == "jobset":  # its uid is not the Job's
@@ -261,10 +261,10 @@ class KubernetesLauncher:
             metadata = {**service["metadata"], "ownerReferences": [owner]}
             try:
                 self.create({**service, "metadata": metadata})
-            except Denied as no:
+            except ApiError as no:
                 if no.code != 409:
                     raise
-            except NoAnswer:
+            except Unreachable:
                 return  # the watch tries again
         self._served.add(uid)
 
@@ -274,10 +274,10 @@ class KubernetesLauncher:
             return
         spec = JobSpec.model_validate(read_json(JobFolder(handle.folder).spec, schema_version=1))
         _, *others = manifests(spec, self.site, handle.folder, handle.attempt)
-        with contextlib.suppress(Denied):  # its pods will say that they find no name
+        with contextlib.suppress(ApiError):  # its pods will say that they find no name
             self._serve(others, handle)
 
-    def _sighting(self, handle: JobHandle) -> Sighting | None:
+    def _sighting(self, handle: JobHandle) -> Snapshot | None:
         view, uid = self.view, handle.external["uid"]
         job = next(iter(view.jobs.present(uid)), None)
         if job is None and self.site.kind == "jobset":
@@ -288,7 +288,7 @@ class KubernetesLauncher:
         present, departed = view.pods.present(uid), view.pods.departed(uid)
         gone = frozenset(pod["metadata"]["uid"] for pod in departed)
         pods = [*present, *departed]
-        return Sighting(job, pods, gone, view.warnings_about([job, *pods]))
+        return Snapshot(job, pods, gone, view.warnings_about([job, *pods]))
 
     def _job_of_set(self, handle: JobHandle) -> dict[str, Any] | None:
         """The one Job of a JobSet, by the labels both have."""
@@ -313,13 +313,13 @@ class KubernetesLauncher:
         self._asked_at[uid] = time.monotonic()
         try:
             there = self._get(name)
-        except NoAnswer as away:
+        except Unreachable as away:
             return JobState(Phase.UNKNOWN, str(away))
         if there is not None and there["metadata"]["uid"] == uid:
             return JobState(Phase.UNKNOWN, f"no news of Job {name} yet")
         return JobState(Phase.GONE, f"there is no Job {name} any more")
 
-    def _waiting(self, handle: JobHandle, seen: Sighting, state: JobState) -> JobState:
+    def _waiting(self, handle: JobHandle, seen: Snapshot, state: JobState) -> JobState:
         """The state, or its end: Kubernetes itself would wait for ever."""
         uid = handle.external["uid"]
         if seen.job["spec"].get("suspend"):
@@ -334,13 +334,13 @@ class KubernetesLauncher:
             return state
         try:
             self.cancel(handle)
-        except (NoAnswer, RuntimeError) as error:
+        except (Unreachable, RuntimeError) as error:
             return JobState(Phase.UNKNOWN, f"{state.reason}; it is to be removed: {error}")
         return JobState(Phase.ENDED_BAD, f"it did not start within {limit_s:g} s: {state.reason}")
 
     # -- logs --------------------------------------------------------------------------------
 
-    def _follow_log(self, handle: JobHandle, seen: Sighting) -> None:
+    def _follow_log(self, handle: JobHandle, seen: Snapshot) -> None:
         """Follow the log of the first pod once it has one."""
         uid = handle.external["uid"]
         running = [p for p in seen.pods if index_of(p) == 0 and has_started(p)]
@@ -358,7 +358,7 @@ class KubernetesLauncher:
             self.connection, self.site.namespace, pod["name"], log, over
         )
 
-    def _complete_log(self, handle: JobHandle, seen: Sighting) -> None:
+    def _complete_log(self, handle: JobHandle, seen: Snapshot) -> None:
         """Wait for the rest of the log, and add the end of the failed pod's."""
         if follower := self._followers.pop(handle.external["uid"], None):
             follower.finish(_LOG_COMES_WITHIN_S)
@@ -388,7 +388,7 @@ def _for_a_manifest(variables: Mapping[str, str]) -> dict[str, str]:
     """
     plain = {name: value for name, value in variables.items() if not SECRET.search(name)}
     if wrong := [name for name, value in plain.items() if _URL_WITH_PASSWORD.search(value)]:
-        raise Refused(
+        raise Rejected(
             [
                 f"{name} holds a password, and manifests are no place for one; put user and password "
                 f"into a Secret that the profile names (MLFLOW_TRACKING_USERNAME, …_PASSWORD)"

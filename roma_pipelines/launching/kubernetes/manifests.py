@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from roma_core.job import CONTINUE_EXIT_CODE
-from roma_pipelines.launching.kubernetes.profile import KubernetesSite, Toleration, Volume
+from roma_pipelines.launching.kubernetes.profile import KubernetesProfile, Toleration, Volume
 from roma_pipelines.launching.launcher import process_variables, program
 from roma_pipelines.launching.spec import JobSpec
 
@@ -39,7 +39,7 @@ def job_name(spec: JobSpec, attempt: int) -> str:
     return f"{spec.name}-{attempt}"
 
 
-def first_host(spec: JobSpec, site: KubernetesSite, attempt: int) -> str:
+def first_host(spec: JobSpec, site: KubernetesProfile, attempt: int) -> str:
     """Name by which all pods find the one with global rank 0."""
     name = job_name(spec, attempt)
     if spec.nodes == 1:
@@ -49,7 +49,7 @@ def first_host(spec: JobSpec, site: KubernetesSite, attempt: int) -> str:
 
 def manifests(
     spec: JobSpec,
-    site: KubernetesSite,
+    site: KubernetesProfile,
     folder: Path | str,
     attempt: int,
     variables: Mapping[str, str] | None = None,
@@ -86,13 +86,13 @@ def labels(spec: JobSpec, attempt: int) -> dict[str, str]:
     return {**MANAGED_BY, KEY_LABEL: spec.key[:63], ATTEMPT_LABEL: str(attempt)}
 
 
-def _metadata(spec: JobSpec, site: KubernetesSite, attempt: int, **more: Any) -> Manifest:
+def _metadata(spec: JobSpec, site: KubernetesProfile, attempt: int, **more: Any) -> Manifest:
     name = {"name": job_name(spec, attempt), "namespace": site.namespace}
     return {**name, "labels": labels(spec, attempt), **more}
 
 
 def _job(
-    spec: JobSpec, site: KubernetesSite, folder: str, attempt: int, variables: Mapping[str, str]
+    spec: JobSpec, site: KubernetesProfile, folder: str, attempt: int, variables: Mapping[str, str]
 ) -> Manifest:
     metadata = _metadata(spec, site, attempt, annotations={FOLDER_ANNOTATION: folder})
     if site.queue and site.kind == "job":
@@ -139,7 +139,7 @@ def _failure_policy() -> Manifest:
 
 
 def _pod(
-    spec: JobSpec, site: KubernetesSite, folder: str, attempt: int, variables: Mapping[str, str]
+    spec: JobSpec, site: KubernetesProfile, folder: str, attempt: int, variables: Mapping[str, str]
 ) -> Manifest:
     gpus = spec.gpus_per_node > 0
     selector = {**site.node_selector, **(site.gpu_node_selector if gpus else {})}
@@ -165,7 +165,7 @@ def _pod(
 
 
 def _container(
-    spec: JobSpec, site: KubernetesSite, folder: str, attempt: int, variables: Mapping[str, str]
+    spec: JobSpec, site: KubernetesProfile, folder: str, attempt: int, variables: Mapping[str, str]
 ) -> Manifest:
     mounts = [_mount(n, volume) for n, volume in enumerate(site.volumes)]
     container: dict[str, Any] = {
@@ -191,7 +191,7 @@ def _container(
     return {name: value for name, value in container.items() if value not in ({}, [])}
 
 
-def _command(spec: JobSpec, site: KubernetesSite, folder: str, attempt: int) -> list[str]:
+def _command(spec: JobSpec, site: KubernetesProfile, folder: str, attempt: int) -> list[str]:
     """``python -m roma_core.pod … -- program``; the program learns its rank from its index."""
     host = first_host(spec, site, attempt)
     scratch = f"{folder}/attempts/{attempt}/torchrun"
@@ -209,7 +209,7 @@ def _literal(text: str) -> str:
 
 
 def _environment(
-    spec: JobSpec, site: KubernetesSite, variables: Mapping[str, str]
+    spec: JobSpec, site: KubernetesProfile, variables: Mapping[str, str]
 ) -> list[Manifest]:
     fixed = {
         **process_variables(spec),
@@ -230,7 +230,7 @@ def _environment(
     ]
 
 
-def _resources(spec: JobSpec, site: KubernetesSite) -> Manifest:
+def _resources(spec: JobSpec, site: KubernetesProfile) -> Manifest:
     """CPUs are asked for and not limited: a limit only slows; GPUs must be asked for as limited."""
     cpus = max(spec.threads_per_process, site.cpus_per_process or 0) * spec.processes_per_node
     memory_gb = spec.memory_gb or site.memory_gb
@@ -245,15 +245,15 @@ def _resources(spec: JobSpec, site: KubernetesSite) -> Manifest:
     return {"requests": requests, **({"limits": both} if both else {})}
 
 
-def _rdma(spec: JobSpec, site: KubernetesSite) -> bool:
+def _rdma(spec: JobSpec, site: KubernetesProfile) -> bool:
     return site.rdma_resource is not None and spec.nodes > 1
 
 
-def _memory(site: KubernetesSite) -> Manifest:
+def _memory(site: KubernetesProfile) -> Manifest:
     return {"medium": "Memory", "sizeLimit": f"{math.ceil(site.shared_memory_gb * 1000)}M"}
 
 
-def _volumes(site: KubernetesSite) -> list[Manifest]:
+def _volumes(site: KubernetesProfile) -> list[Manifest]:
     found = []
     for n, volume in enumerate(site.volumes):
         source: Manifest
@@ -277,7 +277,7 @@ def _mount(n: int, volume: Volume) -> Manifest:
     return mount
 
 
-def _pod_security(site: KubernetesSite) -> Manifest:
+def _pod_security(site: KubernetesProfile) -> Manifest:
     context: Manifest = {"seccompProfile": {"type": "RuntimeDefault"}}
     if site.run_as_user is not None:
         context |= {"runAsNonRoot": True, "runAsUser": site.run_as_user}
@@ -301,7 +301,7 @@ def _apart(spec: JobSpec, attempt: int) -> Manifest:
     return {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}}
 
 
-def _service(spec: JobSpec, site: KubernetesSite, attempt: int) -> Manifest:
+def _service(spec: JobSpec, site: KubernetesProfile, attempt: int) -> Manifest:
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -316,7 +316,7 @@ def _service(spec: JobSpec, site: KubernetesSite, attempt: int) -> Manifest:
     }
 
 
-def _jobset(spec: JobSpec, site: KubernetesSite, attempt: int, job: Manifest) -> Manifest:
+def _jobset(spec: JobSpec, site: KubernetesProfile, attempt: int, job: Manifest) -> Manifest:
     """The same Job inside a JobSet, which makes the Service itself."""
     metadata = _metadata(spec, site, attempt)
     if site.queue:

@@ -13,9 +13,9 @@ import shutil
 from typing import TYPE_CHECKING
 
 from roma_core.job import JobFolder
-from roma_pipelines.launching.kubernetes.client import Denied
+from roma_pipelines.launching.kubernetes.client import ApiError
 from roma_pipelines.launching.kubernetes.manifests import manifests
-from roma_pipelines.launching.launcher import Refused
+from roma_pipelines.launching.launcher import Rejected
 from roma_pipelines.launching.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def refusals(launcher: KubernetesLauncher, spec: JobSpec, folder: JobFolder) -> 
     try:
         for manifest in manifests(spec, launcher.site, folder.path.resolve(), 1):
             found += _about_manifest(launcher, manifest)
-    except Refused as error:  # there is no cluster to ask
+    except Rejected as error:  # there is no cluster to ask
         found += error.reasons
     return list(dict.fromkeys(found))
 
@@ -81,7 +81,7 @@ def _about_manifest(launcher: KubernetesLauncher, manifest: dict[str, object]) -
     site = launcher.site
     try:
         launcher.create(manifest, dry_run=True)
-    except Denied as no:
+    except ApiError as no:
         if no.code == 409:
             return []  # there is one by that name: to be adopted
         if no.code == 404 and site.kind == "jobset":

@@ -59,7 +59,7 @@ class Toleration(_Part):
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
 
 
-class KubernetesSite(_Part):
+class KubernetesProfile(_Part):
     """A Kubernetes cluster, as jobs have to ask it for things."""
 
     schema_version: Literal[1] = 1
@@ -137,9 +137,9 @@ class KubernetesSettings(RomaSettings):
     queue: Label | None = Field(None, description="Kueue's LocalQueue; null takes the profile's.")
 
 
-def load_kubernetes_site(
+def load_kubernetes_profile(
     name: str | None = None, settings: KubernetesSettings | None = None
-) -> KubernetesSite:
+) -> KubernetesProfile:
     """The profile of this name, with the user's settings laid over it.
 
     Raises:
@@ -148,4 +148,4 @@ def load_kubernetes_site(
     settings = settings or KubernetesSettings()
     folder = settings.profiles or DEPLOY / "kubernetes" / "profiles"
     ours = settings.model_dump(exclude={"profile", "profiles"}, exclude_none=True)
-    return read_profile(KubernetesSite, "Kubernetes", folder, name or settings.profile, ours)
+    return read_profile(KubernetesProfile, "Kubernetes", folder, name or settings.profile, ours)

@@ -43,7 +43,7 @@ _MESSAGE = 2000
 
 
 @dataclass(frozen=True)
-class Sighting:
+class Snapshot:
     """An attempt as it was seen.
 
     Attributes:
@@ -58,7 +58,7 @@ class Sighting:
     warnings: Sequence[Object] = ()
 
 
-def state_of(seen: Sighting, ending_s: float = 0.0) -> JobState:
+def state_of(seen: Snapshot, ending_s: float = 0.0) -> JobState:
     """How the attempt stands.
 
     Args:
@@ -80,7 +80,7 @@ def state_of(seen: Sighting, ending_s: float = 0.0) -> JobState:
     return _progress(seen, int(spec.get("parallelism", 1)))
 
 
-def _progress(seen: Sighting, wanted: int) -> JobState:
+def _progress(seen: Snapshot, wanted: int) -> JobState:
     """Of a Job that is not over: it runs if all its pods have begun."""
     there = _present(seen)
     begun = [pod for pod in there if _begun(pod)]
@@ -100,7 +100,7 @@ def _progress(seen: Sighting, wanted: int) -> JobState:
     return JobState(Phase.WAITING, reason or "its pods are starting")
 
 
-def holds_or_cannot_start(seen: Sighting) -> bool:
+def holds_or_cannot_start(seen: Snapshot) -> bool:
     """Whether a waiting attempt should not wait long: it holds nodes, or will not begin by itself.
 
     Pods that all wait for a free node are in a queue, which may be long.
@@ -109,7 +109,7 @@ def holds_or_cannot_start(seen: Sighting) -> bool:
     return not there or any(pod["spec"].get("nodeName") for pod in there)
 
 
-def failed_first(seen: Sighting) -> Object | None:
+def failed_first(seen: Snapshot) -> Object | None:
     """The pod whose failure failed the Job; those that were killed for it come after."""
 
     def order(pod: Object) -> tuple[bool, str]:
@@ -139,7 +139,7 @@ def is_over(pod: Object) -> bool:
 # -- why it failed -------------------------------------------------------------------------------
 
 
-def _failure(seen: Sighting, failed: Object) -> JobState:
+def _failure(seen: Snapshot, failed: Object) -> JobState:
     phase = JOB_REASONS.get(failed.get("reason", ""), Phase.ENDED_BAD)
     said = [_said(failed)]
     if phase is not Phase.INTERRUPTED:
@@ -185,7 +185,7 @@ def is_ending(job: Object) -> bool:
     }
 
 
-def _lost(seen: Sighting, ending_s: float) -> str:
+def _lost(seen: Snapshot, ending_s: float) -> str:
     """What can never end: pods that were told to long ago, on nodes that do not answer."""
     left = [pod for pod in seen.pods if pod["metadata"]["uid"] not in seen.departed]
     left = [pod for pod in left if not is_over(pod)]
@@ -195,7 +195,7 @@ def _lost(seen: Sighting, ending_s: float) -> str:
     return f"{', '.join(_nodes(left))} lost: {left[0]['metadata']['name']} does not end"
 
 
-def _present(seen: Sighting) -> list[Object]:
+def _present(seen: Snapshot) -> list[Object]:
     """The pods there are, the newest of each index: one may have been replaced."""
     there = [pod for pod in seen.pods if pod["metadata"]["uid"] not in seen.departed]
     there.sort(key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))
@@ -249,7 +249,7 @@ def _nodes(pods: Sequence[Object]) -> list[str]:
     return sorted({pod["spec"].get("nodeName", "no node") for pod in pods})
 
 
-def _usage(seen: Sighting, ended: Object) -> dict[str, Any]:
+def _usage(seen: Snapshot, ended: Object) -> dict[str, Any]:
     """Seconds from the first container's start to the end, and the nodes' names."""
     starts = [s for pod in seen.pods if (s := _seconds(_started(pod))) is not None]
     start = min(starts, default=None)

@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from roma_pipelines.launching.launcher import NoAnswer, inherited
+from roma_pipelines.launching.launcher import Unreachable, inherited
 from roma_pipelines.launching.spec import JobState, Phase
 
 _KEPT_FOR = "10m"
@@ -65,7 +65,7 @@ class Shell:
                 return self._here(argv, {**_ours(), **(environment or {})})
             return self._there(argv, environment or {})
         except subprocess.TimeoutExpired as error:
-            raise NoAnswer(f"{argv[0]} gave no answer within {self.timeout_s:g} s") from error
+            raise Unreachable(f"{argv[0]} gave no answer within {self.timeout_s:g} s") from error
 
     def _here(self, argv: tuple[str, ...], environment: Mapping[str, str]) -> Answer:
         try:
@@ -102,7 +102,7 @@ class Shell:
             timeout=self.timeout_s,
         )
         if done.returncode == 255:  # ssh's own
-            raise NoAnswer(f"ssh {self.ssh}: {' '.join(done.stderr.split())}")
+            raise Unreachable(f"ssh {self.ssh}: {' '.join(done.stderr.split())}")
         if done.returncode == 127:
             raise ValueError(f"ssh {self.ssh}: {' '.join(done.stderr.split())}")
         return Answer(done.returncode, done.stdout, done.stderr)
@@ -194,7 +194,7 @@ class SharedPoll:
         asked_at = time.time()
         try:
             (jobs, places), error = self.ask(before), ""
-        except NoAnswer as away:
+        except Unreachable as away:
             jobs, places, error = before.jobs, None, str(away)
         if error or jobs != before.jobs:
             interval_s = self.fastest_s

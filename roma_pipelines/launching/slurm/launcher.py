@@ -17,7 +17,7 @@ from typing import Any
 
 from roma_core.files import read_json, write_bytes
 from roma_core.job import JobFolder
-from roma_pipelines.launching.launcher import NoAnswer, Price, Refused, handed_on
+from roma_pipelines.launching.launcher import Price, Rejected, Unreachable, passthrough_env
 from roma_pipelines.launching.slurm.cluster import (
     SQUEUE,
     Answer,
@@ -31,7 +31,7 @@ from roma_pipelines.launching.slurm.cluster import (
     rows_of,
     waiting,
 )
-from roma_pipelines.launching.slurm.profile import Site
+from roma_pipelines.launching.slurm.profile import SlurmProfile
 from roma_pipelines.launching.slurm.script import batch_script, job_name
 from roma_pipelines.launching.spec import JobHandle, JobSpec, JobState, Phase
 
@@ -68,12 +68,12 @@ class SlurmLauncher:
 
     def __init__(
         self,
-        site: Site,
+        site: SlurmProfile,
         clusters: Path,
         python: str = sys.executable,
         gone_after_s: float = 60.0,
         cancel_timeout_s: float = 120.0,
-        files_within_s: float = 30.0,
+        fs_lag_s: float = 30.0,
     ) -> None:
         """
         Args:
@@ -82,12 +82,12 @@ class SlurmLauncher:
             gone_after_s: a job that SLURM has forgotten and that left no word counts as gone once
                 nothing of its folder moved for so long.
             cancel_timeout_s: how long a cancelled job may take to be gone.
-            files_within_s: how long this computer may take to see what a node wrote; network file
+            fs_lag_s: how long this computer may take to see what a node wrote; network file
                 systems remember for so long that a file was not there.
         """
         self.site, self.python = site, python
         self.gone_after_s, self.cancel_timeout_s = gone_after_s, cancel_timeout_s
-        self.files_within_s = files_within_s
+        self.fs_lag_s = fs_lag_s
         self.shell = Shell(site.ssh)
         self.poll = SharedPoll(clusters / site.name, self._ask, site.poll_s, site.slowest_poll_s)
         self._missed_at: dict[str, float] = {}  # job id -> when it was first not in an answer
@@ -106,14 +106,14 @@ class SlurmLauncher:
         self, spec: JobSpec, folder: JobFolder, attempt: int, environment: Mapping[str, str]
     ) -> JobHandle:
         script = self._write_script(spec, folder, attempt)
-        variables = handed_on(spec, environment)
+        variables = passthrough_env(spec, environment)
         answer = self.shell.run("sbatch", "--parsable", str(script), environment=variables)
         found = re.search(r"^(\d+)(;\S+)?$", answer.output.strip(), re.MULTILINE)
         if answer.code == 0 and found:
             return self._handle(folder, attempt, found[1])
         if _AWAY.search(answer.text) or answer.code == 0:
-            raise NoAnswer(f"sbatch: {answer.text}")  # it may have been accepted all the same
-        raise Refused([f"sbatch: {answer.text}"])
+            raise Unreachable(f"sbatch: {answer.text}")  # it may have been accepted all the same
+        raise Rejected([f"sbatch: {answer.text}"])
 
     def find(self, folder: JobFolder, attempt: int) -> JobHandle | None:
         if owner := self._owner(folder, attempt):
@@ -209,7 +209,7 @@ class SlurmLauncher:
         """The answer of a client command that only fails if SLURM is away."""
         answer = self.shell.run(*argv)
         if answer.code:
-            raise NoAnswer(f"{argv[0]}: {answer.text}")
+            raise Unreachable(f"{argv[0]}: {answer.text}")
         return answer
 
     def _named(self, name: str, folder: str) -> list[tuple[str, str]]:

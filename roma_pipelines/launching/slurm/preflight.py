@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from roma_core.job import JobFolder
-from roma_pipelines.launching.launcher import NoAnswer
+from roma_pipelines.launching.launcher import Unreachable
 from roma_pipelines.launching.slurm.cluster import Answer, Shell
-from roma_pipelines.launching.slurm.profile import Site
+from roma_pipelines.launching.slurm.profile import SlurmProfile
 from roma_pipelines.launching.slurm.script import batch_script
 from roma_pipelines.launching.spec import JobSpec
 
@@ -110,7 +110,7 @@ def _about_python(launcher: SlurmLauncher) -> list[str]:
     return [f"there is no interpreter {python}; set `python` in the profile {launcher.site.name}"]
 
 
-def _about_configuration(site: Site) -> str:
+def _about_configuration(site: SlurmProfile) -> str:
     if site.ssh:
         return (
             f"the SLURM commands of {site.ssh} know of no cluster; name a login node as `ssh` in the "
@@ -124,7 +124,7 @@ def _about_configuration(site: Site) -> str:
 
 def _nodes(answer: Answer) -> list[Nodes]:
     if answer.code:
-        raise NoAnswer(f"sinfo: {answer.text}")
+        raise Unreachable(f"sinfo: {answer.text}")
     found = []
     for line in answer.output.splitlines():
         partition, up, limit, count, cpus, memory, gres = line.split("|")
@@ -146,7 +146,7 @@ def _is_wanted(kind: Nodes, wanted: list[str]) -> bool:
     return kind.partition.rstrip("*") in wanted if wanted else kind.partition.endswith("*")
 
 
-def _about_size(spec: JobSpec, site: Site, kinds: list[Nodes]) -> list[str]:
+def _about_size(spec: JobSpec, site: SlurmProfile, kinds: list[Nodes]) -> list[str]:
     """What no kind of node of the partition has, each with the most there is."""
     where = f"of partition {site.partition}" if site.partition else "of the default partition"
     if not any(kind.up for kind in kinds):
@@ -211,5 +211,5 @@ def _tested(shell: Shell, script: str) -> str:
     if answer.code == 0:
         return ""
     if re.search(r"timed? ?out|unable to contact", answer.text, re.IGNORECASE):
-        raise NoAnswer(f"sbatch --test-only: {answer.text}")
+        raise Unreachable(f"sbatch --test-only: {answer.text}")
     return answer.text

@@ -49,7 +49,7 @@ OWN_OPTIONS = frozenset(
 """Options of sbatch that the plan sets itself."""
 
 
-class Site(BaseModel):
+class SlurmProfile(BaseModel):
     """A SLURM cluster, as jobs have to ask it for things."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -121,7 +121,9 @@ class SlurmSettings(RomaSettings):
     qos: Name | None = Field(None, description="Quality of service; null takes the profile's.")
 
 
-def load_site(name: str | None = None, settings: SlurmSettings | None = None) -> Site:
+def load_slurm_profile(
+    name: str | None = None, settings: SlurmSettings | None = None
+) -> SlurmProfile:
     """The profile of this name, with the user's settings laid over it.
 
     Raises:
@@ -131,7 +133,7 @@ def load_site(name: str | None = None, settings: SlurmSettings | None = None) ->
     name = name or settings.profile
     folder = settings.profiles or DEPLOY / "slurm" / "profiles"
     ours = settings.model_dump(include={"account", "partition", "qos"}, exclude_none=True)
-    site = read_profile(Site, "SLURM", folder, name, ours)
+    site = read_profile(SlurmProfile, "SLURM", folder, name, ours)
     if own := site.own_options():
         raise ValueError(
             f"{folder / name}.yaml: sbatch_options must not set {', '.join(own)}; the job's specification does"

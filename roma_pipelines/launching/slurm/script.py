@@ -14,7 +14,7 @@ from pathlib import Path
 
 from roma_core.claim import ATTEMPT_VARIABLE, FOLDER_VARIABLE
 from roma_pipelines.launching.launcher import process_variables, program, remarks
-from roma_pipelines.launching.slurm.profile import Site
+from roma_pipelines.launching.slurm.profile import SlurmProfile
 from roma_pipelines.launching.spec import JobSpec
 
 _CLAIM = """\
@@ -72,7 +72,9 @@ def job_name(spec: JobSpec, attempt: int) -> str:
     return f"{spec.name}-{attempt}"
 
 
-def batch_script(spec: JobSpec, site: Site, folder: Path | str, attempt: int, python: str) -> str:
+def batch_script(
+    spec: JobSpec, site: SlurmProfile, folder: Path | str, attempt: int, python: str
+) -> str:
     """The script that ``sbatch`` is given.
 
     Args:
@@ -108,7 +110,7 @@ def batch_script(spec: JobSpec, site: Site, folder: Path | str, attempt: int, py
     return "\n".join(parts)
 
 
-def _options(spec: JobSpec, site: Site, folder: str, attempt: int) -> list[str]:
+def _options(spec: JobSpec, site: SlurmProfile, folder: str, attempt: int) -> list[str]:
     limit_min = spec.time_limit_min or site.time_limit_min
     # limits are looked at every 30 s, and a signal may come a minute early: short jobs get a third
     stop_s = min(site.stop_before_end_s, limit_min * 60 // 3)
@@ -144,7 +146,7 @@ def _options(spec: JobSpec, site: Site, folder: str, attempt: int) -> list[str]:
     return [*given, *flags, *further]
 
 
-def _environment(spec: JobSpec, site: Site, attempt: int) -> list[str]:
+def _environment(spec: JobSpec, site: SlurmProfile, attempt: int) -> list[str]:
     variables = {**process_variables(spec), **site.environment}
     lines = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     modules = [f'module load {name} || fail "no module {name}"' for name in site.modules]
@@ -156,7 +158,7 @@ def _environment(spec: JobSpec, site: Site, attempt: int) -> list[str]:
     ]
 
 
-def _step(spec: JobSpec, site: Site, python: str) -> list[str]:
+def _step(spec: JobSpec, site: SlurmProfile, python: str) -> list[str]:
     """One starter per node, which is the task itself: else no signal would reach the processes."""
     srun = ["--kill-on-bad-exit=1", "--wait=600", '--cpus-per-task="$SLURM_CPUS_PER_TASK"']
     argv = program(spec, site.python or python, "RANK", "ADDRESS", "PORT", "SCRATCH")

@@ -50,10 +50,10 @@ def results(
     job that runs: the same command takes it up again.
     """
     from roma_core.data.schema import DataError
-    from roma_pipelines.launching.launcher import Refused
+    from roma_pipelines.launching.launcher import Rejected
     from roma_pipelines.launching.spec import JobFailed
     from roma_pipelines.storage import Storage, StorageError
-    from tests.benchmarks.results.book import Book
+    from tests.benchmarks.results.book import ResultsStore
     from tests.benchmarks.results.cells import JobGoesOn, run_cell
     from tests.benchmarks.results.rows import chosen, read_rows
 
@@ -61,7 +61,7 @@ def results(
         storage, known = Storage.open(), read_rows()
         wanted = chosen(known, rows, cases, seeds)
         names = list(dict.fromkeys(cell.row for cell in wanted))
-        book = Book(storage, {name: known[name] for name in names})
+        book = ResultsStore(storage, {name: known[name] for name in names})
         for cell in wanted:
             click.echo(book.state(cell))
         if only_list:
@@ -89,7 +89,7 @@ def results(
     except KeyboardInterrupt:
         click.echo("interrupted, and no job runs; the same command goes on from here", err=True)
         sys.exit(_INTERRUPTED)
-    except (DataError, Refused, StorageError, ValueError, OSError) as error:
+    except (DataError, Rejected, StorageError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"wrote {out}")
 

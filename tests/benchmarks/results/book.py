@@ -8,20 +8,20 @@ from pathlib import Path
 from roma_pipelines.experiment_files import load_experiment
 from roma_pipelines.storage import Storage
 from tests.benchmarks.results.cells import Plan, Record, Told, expected_s, read_record
-from tests.benchmarks.results.rows import Cell, Row
+from tests.benchmarks.results.rows import Benchmark, Run
 from tests.benchmarks.results.table import put_in_place, row_text
 
 
-class Book:
+class ResultsStore:
     """Reads records as they are on disk at the moment of asking.
 
     Raises:
         ValueError: an experiment of a row does not exist, or it or a case of it is wrong.
     """
 
-    def __init__(self, storage: Storage, rows: Mapping[str, Row]) -> None:
+    def __init__(self, storage: Storage, rows: Mapping[str, Benchmark]) -> None:
         self.storage, self.rows = storage, rows
-        self._plans: dict[Cell, Plan] = {}
+        self._plans: dict[Run, Plan] = {}
         self._seconds: dict[tuple[str, str], float] = {}
         for name, row in rows.items():
             experiment = load_experiment(row.experiment)
@@ -37,20 +37,20 @@ class Book:
                     cell, changed[cell.case], trainings, row.judged_on, row.seen
                 )
 
-    def plan(self, cell: Cell) -> Plan:
+    def plan(self, cell: Run) -> Plan:
         """Everything that decides the cell."""
         return self._plans[cell]
 
-    def is_missing(self, cell: Cell, again: bool) -> bool:
+    def is_missing(self, cell: Run, again: bool) -> bool:
         """Whether the cell is to be run; with ``again`` also because its settings have changed."""
         return read_record(self.storage, cell) is None or (again and self.is_outdated(cell))
 
-    def is_outdated(self, cell: Cell) -> bool:
+    def is_outdated(self, cell: Run) -> bool:
         """Whether its record was made with other settings than the experiment has now."""
         record = read_record(self.storage, cell)
         return record is not None and record.settings_digest != self._plans[cell].digest
 
-    def expected_s(self, cell: Cell, told: Told) -> float:
+    def expected_s(self, cell: Run, told: Told) -> float:
         """About how long the cell takes, seconds; as long as another seed of its case.
 
         Builds a data set if nothing else is known of the case.
@@ -60,7 +60,7 @@ class Book:
             self._seconds[of_case] = expected_s(self._plans[cell], self.storage, told)
         return self._seconds[of_case]
 
-    def state(self, cell: Cell) -> str:
+    def state(self, cell: Run) -> str:
         """The cell in one line."""
         record = read_record(self.storage, cell)
         if record is None:
@@ -76,7 +76,7 @@ class Book:
     def write(self, name: str, path: Path) -> None:
         """Put the row's table in its place in the file."""
         row = self.rows[name]
-        records: dict[Cell, Record] = {}
+        records: dict[Run, Record] = {}
         for cell in row.cells():
             if (record := read_record(self.storage, cell)) is not None:
                 records[cell] = record

@@ -31,7 +31,7 @@ from roma_pipelines.launching.supervisor import supervise
 from roma_pipelines.launching.targets import job_spec, launcher_for, roma_command
 from roma_pipelines.provenance import code_version
 from roma_pipelines.storage import Storage
-from tests.benchmarks.results.rows import Cell, Training
+from tests.benchmarks.results.rows import Run, Training
 
 
 class Record(BaseModel):
@@ -40,7 +40,7 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[2] = 2
-    cell: Cell
+    cell: Run
     metrics: dict[str, float] = Field(description="On the split that the row is judged on.")
     n_series: int = Field(description="Of that split.")
     seconds: dict[str, float] = Field(description="Training time by job.")
@@ -74,7 +74,7 @@ class Plan:
         seen: how many observations are left where reconstructions are judged, besides the model's own.
     """
 
-    cell: Cell
+    cell: Run
     experiment: Experiment
     trainings: tuple[Training, ...]
     judged_on: Literal["test", "validation"]
@@ -108,11 +108,11 @@ class Plan:
         return build_dataset(config, storage.datasets, storage.cache, progress=False)
 
 
-def record_path(storage: Storage, cell: Cell) -> Path:
+def record_path(storage: Storage, cell: Run) -> Path:
     return storage.root / "results" / cell.row / cell.case / f"{cell.seed}.json"
 
 
-def read_record(storage: Storage, cell: Cell) -> Record | None:
+def read_record(storage: Storage, cell: Run) -> Record | None:
     """What was found for this cell, under whatever settings; None if it was never run."""
     path = record_path(storage, cell)
     return Record.model_validate(read_json(path)) if path.exists() else None
@@ -141,7 +141,7 @@ def expected_s(plan: Plan, storage: Storage, told: Told) -> float:
     seconds_of = {"pretraining": pretraining_s, "finetuning": finetuning_s}
     return sum(
         seconds_of[training](
-            shape, plan.trainer(training), amount, getattr(plan.experiment, training).train_share
+            shape, plan.trainer(training), amount, getattr(plan.experiment, training).train_fraction
         )
         for training in plan.trainings
     )
@@ -195,7 +195,7 @@ def run_cell(plan: Plan, resources: Resources, storage: Storage, told: Told) -> 
 def _pretraining(plan: Plan, data: Path, manifest: Manifest) -> TrainingJobConfig:
     stage = plan.experiment.pretraining
     return TrainingJobConfig.pretraining(
-        data, manifest, stage.model, plan.trainer("pretraining"), stage.train_share
+        data, manifest, stage.model, plan.trainer("pretraining"), stage.train_fraction
     )
 
 
@@ -207,7 +207,7 @@ def _finetuning(
     if weights is None:  # new weights, in the shape that pretraining would have given them
         model = from_scratch(plan.experiment.pretraining.model, model)
     return TrainingJobConfig.finetuning(
-        data, manifest, weights, model, plan.trainer("finetuning"), stage.train_share
+        data, manifest, weights, model, plan.trainer("finetuning"), stage.train_fraction
     )
 
 
@@ -269,7 +269,7 @@ class _Done:
 class _Jobs:
     """Runs the jobs of a cell, or finds them done."""
 
-    cell: Cell
+    cell: Run
     resources: Resources
     storage: Storage
     told: Told

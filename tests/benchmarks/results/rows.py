@@ -27,7 +27,7 @@ class _Document(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Anchor(_Document):
+class Reference(_Document):
     """Somebody else's figures."""
 
     name: str
@@ -47,7 +47,7 @@ class Case(_Document):
     trainings: tuple[Training, ...] | None = Field(None, description="None: those of the row.")
 
 
-class Row(_Document):
+class Benchmark(_Document):
     """An experiment in some cases, some seeds each."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
@@ -70,10 +70,10 @@ class Row(_Document):
         (), description="Reconstructions are judged once more with so many observations left."
     )
     metrics: tuple[str, ...] = ("accuracy", "macro_f1", "log_loss")
-    anchors: tuple[Anchor, ...] = ()
+    anchors: tuple[Reference, ...] = ()
 
     @model_validator(mode="after")
-    def _anchors_name_cases(self) -> Row:
+    def _anchors_name_cases(self) -> Benchmark:
         known = {case.name for case in self.cases}
         for anchor in self.anchors:
             for metric, figures in anchor.values.items():
@@ -86,10 +86,10 @@ class Row(_Document):
             raise ValueError("seen: only reconstructions on the test split are judged with it")
         return self
 
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[Run]:
         """All cells; a seed after the other, so that every case has a figure early."""
         return [
-            Cell(row=self.name, case=case.name, seed=seed)
+            Run(row=self.name, case=case.name, seed=seed)
             for seed in self.seeds
             for case in self.cases
         ]
@@ -124,7 +124,7 @@ class Row(_Document):
             raise ValueError(f"row {self.name}, case {case.name}: {wrong}") from None
 
 
-class Cell(_Document):
+class Run(_Document):
     """One training from the data to the metrics.
 
     ``seed`` chooses the initial weights, the order, the masks and the observations left out.
@@ -139,7 +139,7 @@ class Cell(_Document):
         return f"{self.row}/{self.case}/{self.seed}"
 
 
-def read_rows(path: Path = ROWS) -> dict[str, Row]:
+def read_rows(path: Path = ROWS) -> dict[str, Benchmark]:
     """All rows by name.
 
     Raises:
@@ -153,25 +153,27 @@ def read_rows(path: Path = ROWS) -> dict[str, Row]:
     return {row.name: _with_file_beside(path, row) for row in rows}
 
 
-def _row(path: Path, number: int, entry: Any) -> Row:
+def _row(path: Path, number: int, entry: Any) -> Benchmark:
     if not isinstance(entry, dict):
         raise ValueError(f"{path}: row {number}: expected a mapping of settings, got {entry!r}")
     try:
-        return Row.model_validate(entry)
+        return Benchmark.model_validate(entry)
     except ValidationError as error:
         where = f"{path}: row {entry.get('name', number)}"
-        raise ValueError("\n".join(f"{where}: {one}" for one in mistakes(error, Row))) from None
+        raise ValueError(
+            "\n".join(f"{where}: {one}" for one in mistakes(error, Benchmark))
+        ) from None
 
 
-def _with_file_beside(path: Path, row: Row) -> Row:
+def _with_file_beside(path: Path, row: Benchmark) -> Benchmark:
     if not row.experiment.endswith((".yaml", ".yml")):
         return row
     return row.model_copy(update={"experiment": str(path.parent / row.experiment)})
 
 
 def chosen(
-    rows: dict[str, Row], names: Sequence[str], cases: Sequence[str], seeds: Sequence[int]
-) -> list[Cell]:
+    rows: dict[str, Benchmark], names: Sequence[str], cases: Sequence[str], seeds: Sequence[int]
+) -> list[Run]:
     """The cells of some rows, cases and seeds; empty means all.
 
     Raises:

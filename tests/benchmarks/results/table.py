@@ -10,13 +10,13 @@ from pathlib import Path
 
 from roma_core.files import write_bytes
 from tests.benchmarks.results.cells import Record
-from tests.benchmarks.results.rows import Anchor, Cell, Row
+from tests.benchmarks.results.rows import Benchmark, Reference, Run
 
 # also with something before or after: clean_rmse, mse_24_hz, log_loss
 _LOWER_IS_BETTER = re.compile(r"(^|_)(n?r?mse|mae|loss|calibration_error)(_|$)")
 
 
-def row_text(row: Row, records: Mapping[Cell, Record], outdated: frozenset[Cell]) -> str:
+def row_text(row: Benchmark, records: Mapping[Run, Record], outdated: frozenset[Run]) -> str:
     """A row's section: protocol, command, a table, and what stands behind it.
 
     Args:
@@ -33,7 +33,7 @@ def row_text(row: Row, records: Mapping[Cell, Record], outdated: frozenset[Cell]
     return "\n".join(lines) + "\n"
 
 
-def _table(row: Row, have: Mapping[Cell, Record]) -> list[str]:
+def _table(row: Benchmark, have: Mapping[Run, Record]) -> list[str]:
     head = ["case", "metric", "here", *(anchor.name for anchor in row.anchors), "ahead of all"]
     lines = [" | ".join(["", *head, ""]).strip(), "|" + " --- |" * len(head)]
     for case in row.cases:
@@ -80,12 +80,12 @@ def _ahead(found: Sequence[float], others: Sequence[float], metric: str) -> str:
     return f"{'yes' if margin > 0 else 'no'}, {'+' if margin >= 0 else '-'}{_figure(abs(margin))}"
 
 
-def _anchor(anchor: Anchor) -> str:
+def _anchor(anchor: Reference) -> str:
     like = "like for like" if anchor.like_for_like else "not like for like"
     return f"- {anchor.name}: {anchor.source}; {like}."
 
 
-def _made(row: Row, have: Mapping[Cell, Record]) -> list[str]:
+def _made(row: Benchmark, have: Mapping[Run, Record]) -> list[str]:
     if not have:
         return ["- Not run yet."]
     records = list(have.values())

@@ -19,11 +19,11 @@ from tests.benchmarks.results.cells import (
     record_path,
     run_cell,
 )
-from tests.benchmarks.results.rows import Anchor, Case, Cell, Row, chosen, read_rows
+from tests.benchmarks.results.rows import Benchmark, Case, Reference, Run, chosen, read_rows
 from tests.benchmarks.results.table import put_in_place, row_text
 from tests.pipelines.tiny import attributes
 
-ROW = Row(
+ROW = Benchmark(
     name="waves",
     experiment="waves",
     protocol="Waves.",
@@ -31,13 +31,13 @@ ROW = Row(
     seeds=(0, 1),
     metrics=("accuracy", "log_loss"),
     anchors=(
-        Anchor(
+        Reference(
             name="guess",
             source="invented",
             like_for_like=False,
             values={"accuracy": {"0%": 0.8, "50%": 0.7}, "log_loss": {"0%": 0.5}},
         ),
-        Anchor(
+        Reference(
             name="best possible",
             source="computed",
             like_for_like=True,
@@ -50,7 +50,7 @@ ROW = Row(
 
 def record(case, seed, accuracy, log_loss=0.4):
     return Record(
-        cell=Cell(row="waves", case=case, seed=seed),
+        cell=Run(row="waves", case=case, seed=seed),
         metrics={"accuracy": accuracy, "log_loss": log_loss},
         n_series=24,
         seconds={"pretraining": 1.0, "finetuning": 2.0},
@@ -85,7 +85,7 @@ def test_cells_are_chosen_by_row_case_and_seed():
 def test_the_table_says_what_was_run_what_is_ahead_and_what_was_not_run():
     records = {r.cell: r for r in (record("0%", 0, 0.9, 0.6), record("0%", 1, 0.8, 0.6))}
 
-    text = row_text(ROW, records, frozenset({Cell(row="waves", case="0%", seed=1)}))
+    text = row_text(ROW, records, frozenset({Run(row="waves", case="0%", seed=1)}))
 
     assert "| 0% | accuracy | 0.850 ± 0.071 | 0.8 | 0.99 | yes, +0.050 |" in text
     assert "| 0% | log loss | 0.600 ± 0.000 | 0.5 | – | no, -0.100 |" in text
@@ -99,16 +99,16 @@ def test_the_table_says_what_was_run_what_is_ahead_and_what_was_not_run():
     [("mse_24_hz", "yes"), ("clean_rmse", "yes"), ("mse_seen_3", "yes"), ("macro_f1", "no")],
 )
 def test_a_smaller_error_and_a_larger_score_are_ahead(metric, ahead):
-    row = Row(
+    row = Benchmark(
         name="r",
         experiment="e",
         protocol="",
         cases=(Case(name="c"),),
         seeds=(0,),
         metrics=(metric,),
-        anchors=(Anchor(name="a", source="", like_for_like=True, values={metric: {"c": 0.2}}),),
+        anchors=(Reference(name="a", source="", like_for_like=True, values={metric: {"c": 0.2}}),),
     )
-    cell = Cell(row="r", case="c", seed=0)
+    cell = Run(row="r", case="c", seed=0)
     found = record("0%", 0, 0).model_copy(update={"cell": cell, "metrics": {metric: 0.1}})
 
     assert f"| 0.100 | 0.2 | {ahead}, " in row_text(row, {cell: found}, frozenset())
@@ -156,14 +156,14 @@ def test_a_cell_runs_once_and_the_table_is_written(tiny, tmp_path):
     assert "finetune: job" in first.output
     assert again.exit_code == 0, again.output
     assert "job" not in again.output
-    found = read_record(Storage.open(), Cell(row="waves", case="50%", seed=0))
+    found = read_record(Storage.open(), Run(row="waves", case="50%", seed=0))
     assert found is not None
     assert 0 <= found.metrics["accuracy"] <= 1
     assert f"{found.metrics['accuracy']:.3f} (1 of 2 seeds)" in out.read_text()
 
 
 def test_the_expected_time_grows_with_the_model_and_other_settings_say_nothing(tiny):
-    cell, storage = Cell(row="waves", case="0%", seed=0), Storage.open()
+    cell, storage = Run(row="waves", case="0%", seed=0), Storage.open()
     stack = "pretraining.model.encoder_config"
     wide = {f"{stack}.d_model": 512, f"{stack}.nhead": 4, f"{stack}.depth": 8}
 
@@ -251,15 +251,15 @@ def plan(experiment, cell):
 
 def test_a_cell_may_finetune_new_weights_on_few_labels_and_be_judged_on_validation(tiny):
     row = ROW.model_copy(update={"changes": {"finetuning.trainer.epochs": 2}})
-    case = Case(name="few", changes={"finetuning.train_share": 0.5})
-    cell = Cell(row="waves", case="few", seed=0)
+    case = Case(name="few", changes={"finetuning.train_fraction": 0.5})
+    cell = Run(row="waves", case="few", seed=0)
     few = Plan(cell, row.changed(tiny, case), ("finetuning",), "validation")
 
     found = run_cell(few, tiny.resources, Storage.open(), lambda line: None)
 
     (config,) = Storage.open().jobs.glob("*/config.json")
     document = read_json(config)
-    assert (document["weights"], document["train_share"]) == (None, 0.5)
+    assert (document["weights"], document["train_fraction"]) == (None, 0.5)
     assert document["model"]["encoder_config"]["d_model"] == 16
     assert document["trainer"]["epochs"] == 2
     assert found.metrics["log_loss"] == found.metrics["loss"] > 0
@@ -277,7 +277,7 @@ def test_a_change_that_fits_nothing_is_refused(tiny):
 
 
 def test_an_interrupted_cell_goes_on_with_the_jobs_that_are_done(tiny, tmp_path, monkeypatch):
-    cell, storage, told = Cell(row="waves", case="0%", seed=1), Storage.open(), []
+    cell, storage, told = Run(row="waves", case="0%", seed=1), Storage.open(), []
 
     def die(line):
         told.append(line)
@@ -305,7 +305,7 @@ def test_a_cell_that_fails_says_why(tiny, tmp_path):
 
     with pytest.raises(JobFailed, match="not finite"):
         run_cell(
-            plan(broken, Cell(row="waves", case="0%", seed=0)),
+            plan(broken, Run(row="waves", case="0%", seed=0)),
             broken.resources,
             Storage.open(),
             lambda line: None,

@@ -173,7 +173,7 @@ def test_a_folder_of_other_settings_is_refused_and_the_same_settings_resume(runs
     frozen = read_json(root / "pre/config.json")  # as before there were these settings
     frozen["model"].pop("value_features")
     frozen["model"].pop("neighbours")
-    frozen.pop("train_share")
+    frozen.pop("train_fraction")
     (root / "pre/config.json").write_text(json.dumps(frozen))
     said = roma(*arguments, "--set", "trainer.epochs=2", "--set", "trainer.save_every=7")
     assert "resumed from step-" in said and "goes on with trainer.save_every" in said

@@ -92,10 +92,10 @@ def test_series_of_one_and_of_100_000_points_and_names_in_any_script_are_kept(tm
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"test_share": 1.5}, "config.yaml: test_share: must be less than 1, got 1.5"),
+        ({"test_fraction": 1.5}, "config.yaml: test_fraction: must be less than 1, got 1.5"),
         (
-            {"valdation_share": 0},
-            "valdation_share is not a setting; did you mean 'validation_share'",
+            {"valdation_fraction": 0},
+            "valdation_fraction is not a setting; did you mean 'validation_fraction'",
         ),
         ({"split": {"by": "obect"}}, "split.by: must be 'object', 'group' or 'time', got 'obect'"),
         (
@@ -197,7 +197,9 @@ def test_content_that_is_there_twice_is_told_from_a_leak(tmp_path):
     def found(parts):
         lines = [f"{line},train" for line in SOUND]
         lines += [f"{line},{parts[k // 6]}" for k, line in enumerate(same)]
-        result = table(tmp_path, lines, header="star,t,v,part", columns=columns, validation_share=0)
+        result = table(
+            tmp_path, lines, header="star,t,v,part", columns=columns, validation_fraction=0
+        )
         path = result.output.splitlines()[-1]
         return CliRunner().invoke(main, ["data", "validate", path])
 

@@ -146,7 +146,7 @@ def test_new_deliveries_never_move_an_object_to_another_split(tmp_path, options)
     def delivery(*numbers):
         everything = [series(f"o{k}", 2, "xy"[k % 3 == 0], None, seed=k) for k in range(120)]
         split = {"stratified": True, **options}
-        shares = {"test_share": 0.2, "validation_share": 0.1}
+        shares = {"test_fraction": 0.2, "validation_fraction": 0.1}
         path = built(tmp_path, *[everything[k] for k in numbers], split=split, **shares)
         dataset = StoredDataset(path)
         return {name: SPLITS[k] for name, k in zip(dataset.ids, dataset.splits, strict=True)}, path
@@ -169,11 +169,11 @@ def test_new_deliveries_never_move_an_object_to_another_split(tmp_path, options)
 
 def test_a_damaged_earlier_version_cannot_say_where_its_objects_are(tmp_path):
     some = [series(f"o{k}", 2, split=None, seed=k) for k in range(30)]
-    path = built(tmp_path, *some, split={"stratified": True}, test_share=0.2)
+    path = built(tmp_path, *some, split={"stratified": True}, test_fraction=0.2)
     (path / "splits.npy").write_bytes(b"x")
 
     with pytest.raises(DataError, match=r"splits\.npy is damaged or missing; .*restore it"):
-        built(tmp_path, *some, split={"stratified": True}, test_share=0.2)
+        built(tmp_path, *some, split={"stratified": True}, test_fraction=0.2)
 
 
 @given(n=st.integers(10, 400), test=st.sampled_from([0.1, 0.2, 0.5]))

@@ -8,10 +8,15 @@ import pytest
 from roma_core.data.build import build_dataset
 from roma_core.data.config import DatasetConfig
 from roma_core.data.store import StoredDataset
-from roma_core.evaluation.leakage import data_behind, missing_shares, seen_in_training, split_digest
+from roma_core.evaluation.leakage import (
+    data_behind,
+    missing_fractions,
+    seen_in_training,
+    split_digest,
+)
 
 
-def built(folder, test_share):
+def built(folder, test_fraction):
     """A data set of twenty series of one channel, of which a share is for testing."""
     rng = np.random.default_rng(0)
     lines = [f"s{k},{i},{rng.normal():.4f},{'ab'[k % 2]}" for k in range(20) for i in range(12)]
@@ -24,7 +29,12 @@ def built(folder, test_share):
     }
     source = {"kind": "table", "files": [str(folder / "stars.csv")], "columns": columns}
     config = DatasetConfig.model_validate(
-        {"name": "stars", "source": source, "test_share": test_share, "validation_share": 0.2}
+        {
+            "name": "stars",
+            "source": source,
+            "test_fraction": test_fraction,
+            "validation_fraction": 0.2,
+        }
     )
     path = build_dataset(config, folder / "data", folder / "cache", progress=False)
     return StoredDataset(path)
@@ -32,12 +42,12 @@ def built(folder, test_share):
 
 @pytest.fixture
 def dataset(tmp_path):
-    return built(tmp_path, test_share=0.5)
+    return built(tmp_path, test_fraction=0.5)
 
 
 def test_objects_that_were_learnt_from_another_version_are_named(dataset, tmp_path):
     assert seen_in_training(dataset, [dataset.path]) == ()
-    before = built(tmp_path, test_share=0.1)
+    before = built(tmp_path, test_fraction=0.1)
     (text,) = seen_in_training(dataset, [dataset.path, before.path])
     n = len(dataset.split("test")) - len(before.split("test"))
     assert n > 0
@@ -72,4 +82,4 @@ def test_missing_observations_are_a_share_of_what_the_usual_pace_would_give():
 
     rows = Rows()
     rows.dataset = rows
-    assert missing_shares(rows).tolist() == pytest.approx([0.0, 0.4, 0.0])
+    assert missing_fractions(rows).tolist() == pytest.approx([0.0, 0.4, 0.0])

@@ -211,7 +211,7 @@ def test_a_class_of_one_series_has_no_interval():
     groups = by_group(table, np.array([0, 1, 1]), ("one", "two"))
     alone, several = (group.mse for group in groups)
     metrics = ReconstructionMetrics(
-        n_series=3, n_hidden=3, mean_hidden_share=0.5, estimates=errors(table), groups=groups
+        n_series=3, n_hidden=3, mean_hidden_fraction=0.5, estimates=errors(table), groups=groups
     )
 
     page = render_reconstruction_report(
@@ -276,7 +276,7 @@ def test_a_pretraining_is_judged_by_one_command(trained):
     assert value["noise_mse"] < value["mse"] < 0.7 * value["mean_mse"]  # it has learnt something
     assert value["mse"] == pytest.approx(value["clean_mse"] + value["noise_mse"], rel=0.2)
     assert value["mse_seen_20"] < value["mse_seen_3"]
-    assert 0.6 <= metrics["mean_hidden_share"] <= 0.8
+    assert 0.6 <= metrics["mean_hidden_fraction"] <= 0.8
     assert 0.5 < value["coverage_95"] <= 1
     result = read_json(out / "result.json")
     assert result["metrics"]["mse"] == value["mse"]
@@ -288,7 +288,7 @@ def test_a_pretraining_is_judged_by_one_command(trained):
 def test_a_hand_made_judgement_names_test_series_that_training_saw(trained):
     data, weights, root = trained
     source = {"kind": "generated", "recipe": "rbf", "n_series": 160}
-    more = DatasetConfig(name="g", source=source, test_share=0.02)
+    more = DatasetConfig(name="g", source=source, test_fraction=0.02)
     seen = build_dataset(more, root / "more", root, progress=False)
     again = root / "again" / "outputs" / "model"  # of a run that was given more to train on
     shutil.copytree(weights, again)

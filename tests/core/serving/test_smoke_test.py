@@ -2,7 +2,7 @@
 
 import pytest
 
-from roma_core.serving.smoke_test import TrialFailed, try_package
+from roma_core.serving.smoke_test import SmokeTestFailed, smoke_test_package
 from tests.core.serving import toy
 
 
@@ -10,7 +10,7 @@ def test_a_sound_package_is_timed_and_a_damaged_one_is_refused(tmp_path):
     folder = tmp_path / "toy"
     toy.build_toy(folder)
 
-    trial = try_package(folder)
+    trial = smoke_test_package(folder)
 
     print(f"load and verify {trial.load_s:.3f} s, one series {trial.latency_ms:.2f} ms")
     assert trial.golden_difference < 1e-5
@@ -18,5 +18,5 @@ def test_a_sound_package_is_timed_and_a_damaged_one_is_refused(tmp_path):
     assert 0 < trial.latency_ms < 1000
 
     (folder / "model.pt2").write_bytes(b"not a program")
-    with pytest.raises(TrialFailed, match=r"model\.pt2 was changed: its sha256 is"):
-        try_package(folder)
+    with pytest.raises(SmokeTestFailed, match=r"model\.pt2 was changed: its sha256 is"):
+        smoke_test_package(folder)

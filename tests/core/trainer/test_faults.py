@@ -141,7 +141,7 @@ def test_an_evaluation_beats(tmp_path):
     attempt.path.mkdir()
     beats = []
     attempt.beat = lambda step: beats.append(step)  # type: ignore[method-assign]
-    changes = {"heartbeat_every_s": 1e-9, "epochs": 1, "eval_every": 100}
+    changes = {"heartbeat_interval_s": 1e-9, "epochs": 1, "eval_every": 100}
     trainer = Trainer(config(tmp_path, **changes))
     trainer.train(Sines(16), Sines(40), classifier(), attempt=attempt)
     assert beats == [0, 1] + [2] * 5  # 2 steps, then 5 batches of 8

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from roma_core import RoMAForClassification, RoMAForClassificationConfig, Trainer, TrainerConfig
 from roma_core.trainer.checkpoint import (
-    Course,
+    EarlyStopping,
     committed,
     kept_steps,
     load_newest,
@@ -29,12 +29,12 @@ from tests.core.trainer.training_runs import SHAPE, Sines, autoencoder, classifi
 
 
 def test_a_course_knows_its_best_and_counts_what_was_not_better():
-    course = Course()
+    course = EarlyStopping()
     for value, best, since in [(3, 3, 0), (2.95, 3, 1), (math.nan, 3, 2), (2, 2, 0), (2, 2, 1)]:
         course = course.after(value, "min", min_delta=0.1)
         assert (course.best, course.evaluations_since) == (best, since)
     assert course.is_exhausted(1) and not course.is_exhausted(2) and not course.is_exhausted(None)
-    assert Course(0.5).after(0.6, "max").best == 0.6
+    assert EarlyStopping(0.5).after(0.6, "max").best == 0.6
 
 
 def test_the_newest_and_the_best_checkpoints_stay():

@@ -57,7 +57,7 @@ class House:
         definitions = tiny.definitions(tiny.attributes(self.folder, **changes))
         return definitions.resolve_implicit_global_asset_job_def().execute_in_process(
             instance=self.instance,
-            asset_selection=[dg.AssetKey(["waves", noun]) for noun in nouns or tiny.NOUNS],
+            asset_selection=[dg.AssetKey(["waves", noun]) for noun in nouns or tiny.ASSET_NAMES],
             tags=tags,
             raise_on_error=False,
         )
@@ -101,7 +101,7 @@ def failure_of(result, noun) -> dg.DagsterEvent:
 
 def test_all_five_assets_are_made(first):
     assert first.success
-    assert all(metadata_of(first, noun) for noun in tiny.NOUNS)
+    assert all(metadata_of(first, noun) for noun in tiny.ASSET_NAMES)
     assert {e.check_name: e.passed for e in first.get_asset_check_evaluations()} == {
         "sound": True,
         "unsuspicious": True,
@@ -140,7 +140,7 @@ def test_mlflow_has_every_point_of_metrics_jsonl_once(house, first, noun):
 def test_every_job_has_one_finished_run_with_its_configuration(house, first):
     runs = {run.data.tags["roma.asset"]: run for run in house.runs()}
 
-    assert set(runs) == {f"waves/{noun}" for noun in tiny.NOUNS[1:4]}
+    assert set(runs) == {f"waves/{noun}" for noun in tiny.ASSET_NAMES[1:4]}
     assert len(runs) == 3
     for noun, run in runs.items():
         assert run.info.status == "FINISHED"
@@ -249,7 +249,7 @@ def interrupted(house, first):
             return show(job)
 
         patch.setattr(training, "_materialised", fail_once)
-        return house.materialise(*tiny.NOUNS[2:])
+        return house.materialise(*tiny.ASSET_NAMES[2:])
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +257,7 @@ def second(house, interrupted):
     """Its retry from failure, as Dagster's page and daemon tag it."""
     run_id = interrupted.run_id
     return house.materialise(
-        *tiny.NOUNS[2:],
+        *tiny.ASSET_NAMES[2:],
         tags={
             "dagster/is_resume_retry": "true",
             "dagster/parent_run_id": run_id,
@@ -292,7 +292,7 @@ def test_the_second_version_replaces_the_first(house, second):
 
 @pytest.fixture(scope="module")
 def refused(house, second):
-    return house.materialise(*tiny.NOUNS[3:], gate={"max_calibration_error": 0.0})
+    return house.materialise(*tiny.ASSET_NAMES[3:], gate={"max_calibration_error": 0.0})
 
 
 def test_a_candidate_that_fails_the_gate_changes_nothing(house, refused):
@@ -325,7 +325,7 @@ def waiting(house, first, refused):
     """A candidate that waits for approval, and the champion's predictions of the data set."""
     data = metadata_of(first, "dataset")["path"]
     return house.materialise(
-        *(*tiny.NOUNS[3:], "batch_predictions"),
+        *(*tiny.ASSET_NAMES[3:], "batch_predictions"),
         gate={"mode": "needs_approval"},
         predictions={"input": data},
     )

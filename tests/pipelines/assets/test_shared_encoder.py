@@ -8,7 +8,7 @@ from roma_pipelines.automation.definitions import automated_of
 from roma_pipelines.automation.state import TRAINING, Automated
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.definitions import _check_shared_encoders
-from roma_pipelines.experiment import NOUNS
+from roma_pipelines.experiment import ASSET_NAMES
 from tests.pipelines import tiny
 
 
@@ -43,7 +43,7 @@ def test_it_has_four_assets_and_depends_on_the_other_encoder(tmp_path):
     graph = both(tmp_path).resolve_asset_graph()
 
     own = {key.path[1] for key in graph.materializable_asset_keys if key.path[0] == "ripples"}
-    assert own == set(NOUNS) - {"pretrained_encoder"}
+    assert own == set(ASSET_NAMES) - {"pretrained_encoder"}
     classifier = graph.get(dg.AssetKey(["ripples", "finetuned_classifier"]))
     assert dg.AssetKey(["waves", "pretrained_encoder"]) in classifier.parent_keys
 
@@ -63,12 +63,12 @@ def test_what_it_shares_decides_its_classifier_but_is_not_trained_by_it(tmp_path
     request = Automated(here, {})._run(TRAINING, "schedule", "a test", None)
 
     selected = {key.to_user_string() for key in request.asset_selection}
-    assert selected == {f"ripples/{noun}" for noun in NOUNS[2:]}
+    assert selected == {f"ripples/{noun}" for noun in ASSET_NAMES[2:]}
 
 
 def test_the_encoder_of_the_other_experiment_is_finetuned(instance, tmp_path):
     definitions = both(tmp_path, dataset={"drop_rate": 0.4})
-    wanted = [dg.AssetKey(["waves", noun]) for noun in NOUNS[:2]]
+    wanted = [dg.AssetKey(["waves", noun]) for noun in ASSET_NAMES[:2]]
     wanted += [dg.AssetKey(["ripples", noun]) for noun in ("dataset", "finetuned_classifier")]
 
     done = materialise(definitions, instance, *wanted)
@@ -89,7 +89,7 @@ def test_an_encoder_of_other_axes_is_refused_before_a_job_starts(instance, tmp_p
     source = tiny.attributes(tmp_path)["dataset"]["source"]
     in_seconds = {**source, "format": {"kind": "ts", "axis": "time", "axis_unit": "s"}}
     definitions = both(tmp_path, dataset={"source": in_seconds})
-    wanted = [dg.AssetKey(["waves", noun]) for noun in NOUNS[:2]]
+    wanted = [dg.AssetKey(["waves", noun]) for noun in ASSET_NAMES[:2]]
     wanted += [dg.AssetKey(["ripples", noun]) for noun in ("dataset", "finetuned_classifier")]
 
     done = materialise(definitions, instance, *wanted)

@@ -69,7 +69,7 @@ def test_files_that_are_touched_are_built_but_not_trained_on(month):
     month.launch(look_at_source(month.automated, settings, month.instance, month.now), "new")
     asked = look_at_dataset(month.automated, month.instance)
     assert "is the one that was trained on" in asked.skip_message
-    training = "+".join(tiny.NOUNS[1:])
+    training = "+".join(tiny.ASSET_NAMES[1:])
     assert [nouns for _, nouns, _ in month.runs] == ["dataset", training, "dataset"]
 
     month.receive_inputs(shift=3.0)

@@ -15,7 +15,7 @@ from roma_core.files import digest_of
 from roma_core.job import JobFolder
 from roma_pipelines.launching.local import LocalLauncher
 from roma_pipelines.launching.slurm.launcher import SlurmLauncher
-from roma_pipelines.launching.slurm.profile import Site
+from roma_pipelines.launching.slurm.profile import SlurmProfile
 from roma_pipelines.launching.spec import JobSpec
 from tests.pipelines.launching.slurm.real_slurm import Cluster, real_slurm
 
@@ -104,9 +104,9 @@ def cluster(shared_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 @pytest.fixture
-def site() -> Site:
+def site() -> SlurmProfile:
     """The cluster's profile: quick to ask, and a network between nodes that is the loopback."""
-    return Site(
+    return SlurmProfile(
         name="mini",
         poll_s=0.2,
         slowest_poll_s=0.4,
@@ -117,9 +117,9 @@ def site() -> Site:
 
 
 @pytest.fixture
-def slurm(cluster: Cluster, site: Site, tmp_path: Path) -> SlurmLauncher:
+def slurm(cluster: Cluster, site: SlurmProfile, tmp_path: Path) -> SlurmLauncher:
     return SlurmLauncher(
-        site, tmp_path / "clusters", gone_after_s=2.0, cancel_timeout_s=30.0, files_within_s=0.0
+        site, tmp_path / "clusters", gone_after_s=2.0, cancel_timeout_s=30.0, fs_lag_s=0.0
     )
 
 

@@ -1,6 +1,6 @@
 from roma_core.job import JobFolder
 from roma_pipelines.launching.outcome import (
-    Decision,
+    Event,
     append_decision,
     attempts_table,
     decisions_table,
@@ -12,7 +12,7 @@ from roma_pipelines.launching.spec import AttemptRecord, End
 def test_what_is_appended_is_read_and_a_line_cut_short_is_not(tmp_path):
     folder = JobFolder(tmp_path)
     assert read_decisions(folder) == []
-    trail = [Decision(1.0, None, "a", "b"), Decision(2.0, 3, "täglich", "d")]
+    trail = [Event(1.0, None, "a", "b"), Event(2.0, 3, "täglich", "d")]
     for decision in trail:
         append_decision(folder, decision)
     with folder.decisions.open("a") as file:
@@ -24,7 +24,7 @@ def test_what_is_appended_is_read_and_a_line_cut_short_is_not(tmp_path):
 
 def test_text_of_a_log_is_no_markdown_and_no_html(tmp_path):
     folder = JobFolder(tmp_path)
-    append_decision(folder, Decision(1.0, 1, "<img src=x> | [a](b) `c`\nnext", "x" * 1000))
+    append_decision(folder, Event(1.0, 1, "<img src=x> | [a](b) `c`\nnext", "x" * 1000))
 
     table = decisions_table(folder).splitlines()
 
@@ -36,7 +36,7 @@ def test_text_of_a_log_is_no_markdown_and_no_html(tmp_path):
 def test_a_long_trail_shows_its_end_and_says_where_the_rest_is(tmp_path):
     folder = JobFolder(tmp_path)
     for n in range(100):
-        append_decision(folder, Decision(float(n), n, f"seen{n}", "done"))
+        append_decision(folder, Event(float(n), n, f"seen{n}", "done"))
 
     table = decisions_table(folder)
 

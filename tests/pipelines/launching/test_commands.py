@@ -120,7 +120,7 @@ def test_plan_shows_how_a_script_differs_from_the_last_one(
     )
     launcher = launcher_for("slurm", "mini", Storage.open())
     options = {"watcher": {"asset_key": "waves/pretrained_encoder"}, "poll_every_s": 0.1}
-    launcher.files_within_s = 0.0
+    launcher.fs_lag_s = 0.0
     with pytest.raises(RuntimeError):  # there is no configuration in it to train from
         supervise(launcher, folder, spec, {}, **options)
 

@@ -6,7 +6,7 @@ from roma_core.files import digest_of
 from roma_core.job import Exit
 from roma_pipelines.launching.fake import FakeLauncher, away, completed, ended, running, waiting
 from roma_pipelines.launching.jobs import cancel, read_job
-from roma_pipelines.launching.launcher import Refused
+from roma_pipelines.launching.launcher import Rejected
 from roma_pipelines.launching.spec import JobFailed, JobSpec, Phase
 from roma_pipelines.launching.supervisor import request_cancel, supervise
 
@@ -64,7 +64,7 @@ def test_memory_is_not_tried_again(folder):
 
 
 def test_it_can_be_refused_and_cancelled(folder):
-    with pytest.raises(Refused, match=r"- too large\n- too long"):
+    with pytest.raises(Rejected, match=r"- too large\n- too long"):
         supervise(FakeLauncher(refuses=["too large", "too long"]), folder, SPEC, CONFIG)
 
     def ask(state):

@@ -9,7 +9,7 @@ import pytest
 from roma_pipelines.launching.launcher import plan_local
 from roma_pipelines.launching.local import LocalLauncher
 from roma_pipelines.launching.slurm.launcher import SlurmLauncher
-from roma_pipelines.launching.slurm.profile import Site, SlurmSettings, load_site
+from roma_pipelines.launching.slurm.profile import SlurmProfile, SlurmSettings, load_slurm_profile
 from roma_pipelines.launching.slurm.script import batch_script
 from roma_pipelines.launching.spec import JobSpec
 
@@ -25,7 +25,7 @@ PRETRAINING = JobSpec(
 )
 
 
-LEONARDO = load_site("leonardo", SlurmSettings(account="IscrC_RoMA"))
+LEONARDO = load_slurm_profile("leonardo", SlurmSettings(account="IscrC_RoMA"))
 
 
 def slurm(site, python="/venv/bin/python"):
@@ -47,7 +47,7 @@ def test_the_slurm_plan_of_a_site_is_the_reviewed_one():
 
 
 def test_the_slurm_plan_of_a_container_is_the_reviewed_one():
-    site = Site(
+    site = SlurmProfile(
         name="boxed",
         gpu_type="h100",
         container=("apptainer", "exec", "--nv", "/images/roma 1.sif"),
@@ -80,7 +80,7 @@ def test_a_folder_that_no_script_can_name_is_refused(folder):
 
 @pytest.mark.parametrize("name", ["generic", "leonardo", "marenostrum5", "orfeo"])
 def test_every_profile_that_ships_gives_a_plan(name):
-    site = load_site(name, SlurmSettings())
+    site = load_slurm_profile(name, SlurmSettings())
 
     assert site.description
     assert "torch.distributed.run" in slurm(site).plan(PRETRAINING)
@@ -105,23 +105,23 @@ def test_a_wrong_profile_names_file_and_field(tmp_path, text, message):
     (tmp_path / "mine.yaml").write_text(text)
 
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        load_site("mine", SlurmSettings(profiles=tmp_path))
+        load_slurm_profile("mine", SlurmSettings(profiles=tmp_path))
 
     assert "mine.yaml" in str(caught.value)
 
 
 def test_an_unknown_profile_names_those_there_are(tmp_path):
     with pytest.raises(ValueError, match="there are generic, leonardo, marenostrum5, orfeo"):
-        load_site("leonard", SlurmSettings())
+        load_slurm_profile("leonard", SlurmSettings())
     with pytest.raises(ValueError, match="there are none"):
-        load_site("generic", SlurmSettings(profiles=tmp_path))
+        load_slurm_profile("generic", SlurmSettings(profiles=tmp_path))
 
 
 def test_what_is_the_users_lies_over_the_profile(monkeypatch):
     monkeypatch.setenv("ROMA_SLURM_ACCOUNT", "mine")
     monkeypatch.setenv("ROMA_SLURM_PARTITION", "debug")
 
-    site = load_site("leonardo")
+    site = load_slurm_profile("leonardo")
 
     assert (site.account, site.partition, site.cpus_per_process) == ("mine", "debug", 8)
 

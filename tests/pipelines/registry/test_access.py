@@ -92,7 +92,7 @@ def test_a_job_logs_as_the_user_and_no_file_has_the_password(known, storage, tmp
     with dg.DagsterInstance.get() as instance:
         done = job.execute_in_process(
             instance=instance,
-            asset_selection=[dg.AssetKey(["waves", noun]) for noun in tiny.NOUNS[:2]],
+            asset_selection=[dg.AssetKey(["waves", noun]) for noun in tiny.ASSET_NAMES[:2]],
         )
         (event,) = done.asset_materializations_for_node("waves__pretrained_encoder")
 
@@ -137,7 +137,7 @@ def test_a_training_is_refused_before_there_is_a_job(guarded, storage, tmp_path,
     with dg.DagsterInstance.get() as instance:
         done = job.execute_in_process(
             instance=instance,
-            asset_selection=[dg.AssetKey(["waves", noun]) for noun in tiny.NOUNS[:2]],
+            asset_selection=[dg.AssetKey(["waves", noun]) for noun in tiny.ASSET_NAMES[:2]],
             raise_on_error=False,
         )
 

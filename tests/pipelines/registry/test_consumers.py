@@ -7,8 +7,8 @@ import pytest
 from roma_core.serving.registry_client import (
     CODE_TAG,
     MANIFEST_TAG,
+    AliasWatcher,
     FetchError,
-    Follower,
     connect,
     fetch,
     load,
@@ -74,7 +74,7 @@ def test_a_version_without_checksums_cannot_be_verified(registry, tmp_path, tag)
 
 def test_a_follower_changes_with_its_alias_and_can_go_back(registry, tmp_path):
     rows = [toy.series(n, seed=n).model_dump() for n in (3, 9)]
-    follower = Follower(registry, CHAMPION, tmp_path)
+    follower = AliasWatcher(registry, CHAMPION, tmp_path)
     first = follower.predict(rows)
     assert first.version == "1" and not follower.poll()
 
@@ -92,7 +92,7 @@ def test_a_follower_changes_with_its_alias_and_can_go_back(registry, tmp_path):
 
 
 def test_a_follower_stays_where_it_is_if_the_new_version_is_damaged(registry, tmp_path):
-    follower = Follower(registry, CHAMPION, tmp_path)
+    follower = AliasWatcher(registry, CHAMPION, tmp_path)
     stored = registry.get_model_version_download_uri("stars", "2").removeprefix("file://")
     golden = Path(stored) / "artifacts" / "package" / "golden.jsonl"
     sound = golden.read_bytes()
@@ -107,7 +107,7 @@ def test_a_follower_stays_where_it_is_if_the_new_version_is_damaged(registry, tm
 def test_a_running_follower_notices_by_itself(registry, tmp_path):
     import time
 
-    with Follower(registry, CHAMPION, tmp_path, poll_every_s=0.05) as follower:
+    with AliasWatcher(registry, CHAMPION, tmp_path, poll_every_s=0.05) as follower:
         promote(registry, "stars", "2", why="better", who="tester", evidence={})
         deadline = time.monotonic() + 60
         while follower.version != "2" and time.monotonic() < deadline:

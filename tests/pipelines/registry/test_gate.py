@@ -1,15 +1,15 @@
 import numpy as np
 import pytest
 
-from roma_core.evaluation.config import Measured
+from roma_core.evaluation.config import ServingChecks
 from roma_core.evaluation.predictions import PredictionTable
-from roma_core.serving.smoke_test import Trial
+from roma_core.serving.smoke_test import SmokeTest
 from roma_pipelines.registry import gate as gates
 from roma_pipelines.registry.gate import CHECKS, GateDecision, GateThresholds
 
 N, K = 370, 5
-TRIAL = Trial(load_s=0.5, latency_ms=2.0, golden_difference=1e-7)
-SOUND = Measured(serving_difference=1e-7, size_mb=3.0, trial=TRIAL)
+TRIAL = SmokeTest(load_s=0.5, latency_ms=2.0, golden_difference=1e-7)
+SOUND = ServingChecks(serving_difference=1e-7, size_mb=3.0, trial=TRIAL)
 
 
 def gate(candidate, champion, thresholds, **measured):
@@ -42,7 +42,7 @@ def named(decision):
 def test_promotion_rates_at_twice_epsilon(difference, low, high):
     """At most 5 % at a true difference of -2ε, at least 80 % at +2ε, in 200 draws."""
     rng = np.random.default_rng(0)
-    thresholds = GateThresholds(max_loss_to_champion=0.03, n_bootstrap=500)
+    thresholds = GateThresholds(max_accuracy_drop=0.03, n_bootstrap=500)
     passed = []
     for _ in range(200):
         champion, candidate = draw(rng, difference)
@@ -81,10 +81,10 @@ def test_the_bound_is_the_one_of_a_bootstrap_written_as_a_loop():
 
 def test_an_equal_model_passes_even_without_tolerance():
     right = table(np.arange(N) % 10 > 0)
-    decision = gate(right, right, GateThresholds(max_loss_to_champion=0))
+    decision = gate(right, right, GateThresholds(max_accuracy_drop=0))
     assert decision.passed
     worse = table(np.arange(N) % 10 > 1)
-    assert not gate(worse, right, GateThresholds(max_loss_to_champion=0)).passed
+    assert not gate(worse, right, GateThresholds(max_accuracy_drop=0)).passed
 
 
 def test_shuffled_labels_and_other_series_are_refused():
@@ -124,7 +124,7 @@ def test_a_class_that_the_champion_knew_may_not_be_lost():
     champion = table(np.ones(N, bool))
     correct = np.ones(N, bool)
     correct[np.arange(0, N, 2 * K)] = False  # accuracy 0.9, but half of class "a"
-    thresholds = {"max_loss_to_champion": 0.2, "max_class_loss": 0.2}
+    thresholds = {"max_accuracy_drop": 0.2, "max_recall_drop": 0.2}
 
     lost = gate(table(correct), champion, GateThresholds(**thresholds))
     kept = gate(champion, champion, GateThresholds(**thresholds))
@@ -138,7 +138,7 @@ def test_one_unlucky_series_of_a_rare_class_does_not_decide():
     labels = np.arange(N) % (K - 1)
     labels[7] = K - 1  # the only one of class "e"
     correct = np.arange(N) != 7
-    thresholds = GateThresholds(max_class_loss=0.2)
+    thresholds = GateThresholds(max_recall_drop=0.2)
     decision = gate(table(correct, labels), table(np.ones(N, bool), labels), thresholds)
     assert named(decision)["class_floor"].passed
 
@@ -148,7 +148,7 @@ def test_a_class_of_few_that_is_lost_whole_decides(n):
     labels = np.arange(N) % (K - 1)
     labels[:n] = K - 1
     correct = np.arange(N) >= n
-    thresholds = GateThresholds(max_class_loss=0.2)
+    thresholds = GateThresholds(max_recall_drop=0.2)
     decision = gate(table(correct, labels), table(np.ones(N, bool), labels), thresholds)
     assert not named(decision)["class_floor"].passed
 

@@ -12,7 +12,7 @@ import pytest
 import roma_core
 from roma_pipelines.launching.kubernetes import client as kubernetes_view
 from roma_pipelines.launching.kubernetes.launcher import KubernetesLauncher
-from roma_pipelines.launching.kubernetes.profile import KubernetesSite, Volume
+from roma_pipelines.launching.kubernetes.profile import KubernetesProfile, Volume
 from tests.pipelines.launching.conftest import (
     eventually,
     folder,
@@ -86,9 +86,9 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def site(api: FakeApi, tmp_path: Path, free_port: int) -> KubernetesSite:
+def site(api: FakeApi, tmp_path: Path, free_port: int) -> KubernetesProfile:
     """The fake cluster's profile: this interpreter, and the test's folder on every node."""
-    return KubernetesSite(
+    return KubernetesProfile(
         name="fake",
         kubeconfig=api.write_kubeconfig(tmp_path / "kubeconfig"),
         image="localhost/python:3.11",
@@ -105,5 +105,5 @@ def site(api: FakeApi, tmp_path: Path, free_port: int) -> KubernetesSite:
 
 
 @pytest.fixture
-def launcher(site: KubernetesSite) -> KubernetesLauncher:
-    return KubernetesLauncher(site, files_within_s=0.0)
+def launcher(site: KubernetesProfile) -> KubernetesLauncher:
+    return KubernetesLauncher(site, fs_lag_s=0.0)

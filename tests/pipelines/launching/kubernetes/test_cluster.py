@@ -27,10 +27,10 @@ import roma_core
 from roma_core.files import digest_of
 from roma_core.job import JobFolder
 from roma_pipelines.launching.kubernetes import launcher as backend
-from roma_pipelines.launching.kubernetes.client import Connection, Denied
+from roma_pipelines.launching.kubernetes.client import ApiError, Connection
 from roma_pipelines.launching.kubernetes.launcher import KubernetesLauncher
 from roma_pipelines.launching.kubernetes.manifests import MANAGED_BY, manifests
-from roma_pipelines.launching.kubernetes.profile import KubernetesSite
+from roma_pipelines.launching.kubernetes.profile import KubernetesProfile
 from roma_pipelines.launching.spec import JobFailed, JobSpec, Phase
 from roma_pipelines.launching.supervisor import request_cancel, supervise
 from tests.pipelines.launching.conftest import PRELUDE
@@ -99,7 +99,7 @@ def _until(ask, seconds=60):
     while True:
         try:
             return ask()
-        except Denied:
+        except ApiError:
             assert time.monotonic() < end
             time.sleep(0.5)
 
@@ -122,12 +122,12 @@ def site(cluster, namespace, storage, free_port):
             *values["volumes"],
             {"mount": str(storage), "host_path": str(storage)},
         ]
-    return KubernetesSite(name="test", kubeconfig=kubeconfig, namespace=namespace, **values)
+    return KubernetesProfile(name="test", kubeconfig=kubeconfig, namespace=namespace, **values)
 
 
 @pytest.fixture
 def launcher(site):
-    return KubernetesLauncher(site, files_within_s=10.0 if KUBECONFIG else 0.0)
+    return KubernetesLauncher(site, fs_lag_s=10.0 if KUBECONFIG else 0.0)
 
 
 @pytest.fixture
@@ -331,7 +331,7 @@ def test_a_job_that_somebody_orphans_can_still_be_cancelled(launcher, folder, ma
         if folder.checkpoints.exists() and "are left" not in state.reason:
             try:
                 launcher.connection.request("DELETE", path)  # its default orphans the pods
-            except Denied as gone:
+            except ApiError as gone:
                 assert gone.code == 404
         if "are left" in state.reason:
             request_cancel(folder, "me")
@@ -371,7 +371,7 @@ def test_the_server_checks_what_no_schema_has(launcher, folder, make, left):
     ):
         job = manifests(make(nodes=20, starter="torchrun"), launcher.site, "/x", 1)[0]
         change(job)
-        with pytest.raises(Denied):
+        with pytest.raises(ApiError):
             launcher.create(job, dry_run=True)
     (reason,) = changed(launcher, namespace="not-there").preflight(make(), folder)
     assert "not-there" in reason

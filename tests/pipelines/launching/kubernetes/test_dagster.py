@@ -103,7 +103,7 @@ def test_four_processes_in_two_pods_trained_together(made, noun):
 def test_every_job_was_one_of_the_clusters(made, api):
     there = {job["metadata"]["name"]: job for job in api.store.all("jobs", "roma")}
 
-    for noun in tiny.NOUNS[1:4]:
+    for noun in tiny.ASSET_NAMES[1:4]:
         folder = Path(facts_of(made[0], noun)["job_folder"])
         record = read_json(folder / "attempts" / "1.json")
         job = there[f"roma-{folder.name[:12]}-1"]

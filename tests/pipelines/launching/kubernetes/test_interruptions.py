@@ -327,7 +327,7 @@ from roma_pipelines.launching.kubernetes import KubernetesLauncher
 from roma_pipelines.launching.kubernetes_site import KubernetesSite
 from roma_pipelines.launching.supervisor import supervise
 spec, site, folder = sys.argv[1:]
-launcher = KubernetesLauncher(KubernetesSite.model_validate_json(site), files_within_s=0)
+launcher = KubernetesLauncher(KubernetesSite.model_validate_json(site), fs_lag_s=0)
 supervise(launcher, JobFolder(folder), JobSpec.model_validate_json(spec), {"base_lr": 0.001},
     poll_every_s=0.1)
 """

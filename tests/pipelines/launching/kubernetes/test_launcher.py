@@ -10,10 +10,10 @@ import yaml
 
 from roma_core.job import JobFolder
 from roma_pipelines.launching.kubernetes import manifests as kubernetes_manifests
-from roma_pipelines.launching.kubernetes.client import Denied
+from roma_pipelines.launching.kubernetes.client import ApiError
 from roma_pipelines.launching.kubernetes.launcher import KubernetesLauncher
 from roma_pipelines.launching.kubernetes.manifests import manifests
-from roma_pipelines.launching.launcher import NoAnswer, Refused
+from roma_pipelines.launching.launcher import Rejected, Unreachable
 from roma_pipelines.launching.spec import JobFailed, JobHandle, Phase
 from roma_pipelines.launching.supervisor import request_cancel, supervise
 
@@ -44,7 +44,7 @@ def test_a_failure_has_the_end_of_the_log(launcher, cluster, folder, make_spec):
 @pytest.fixture
 def jobsets(site, cluster, api):
     api.crds = True
-    return KubernetesLauncher(site.model_copy(update={"kind": "jobset"}), files_within_s=0.0)
+    return KubernetesLauncher(site.model_copy(update={"kind": "jobset"}), fs_lag_s=0.0)
 
 
 def test_a_jobset_is_the_same_job(jobsets, api, folder, make_spec, starts):
@@ -97,7 +97,7 @@ def stop_at(point):
 
 def test_many_jobs_are_one_watch_and_no_list_per_poll(site, cluster, api, tmp_path, make_spec):
     """Three lists and three watches for a process, however many jobs it polls and how often."""
-    launcher = KubernetesLauncher(site, files_within_s=0.0)
+    launcher = KubernetesLauncher(site, fs_lag_s=0.0)
     handles = []
     for n in range(12):
         spec = make_spec("time.sleep(60)").model_copy(update={"key": f"{n:020x}"})
@@ -110,7 +110,7 @@ def test_many_jobs_are_one_watch_and_no_list_per_poll(site, cluster, api, tmp_pa
         )
         external = {"name": f"job-{n}", "uid": made["metadata"]["uid"]}
         handles.append(JobHandle(str(folder.path), 1, "kubernetes", external))
-    other = KubernetesLauncher(site, files_within_s=0.0)  # of another asset in this process
+    other = KubernetesLauncher(site, fs_lag_s=0.0)  # of another asset in this process
 
     for _ in range(100):
         states = [one.watch(handle) for handle in handles for one in (launcher, other)]
@@ -198,14 +198,14 @@ def test_an_unknown_field_is_no_warning(site, cluster, make_spec):
     job = manifests(make_spec(), site, "/x", 1)[0]
     job["spec"]["bakcoffLimit"] = 3
 
-    with pytest.raises(Denied, match="bakcoffLimit"):
+    with pytest.raises(ApiError, match="bakcoffLimit"):
         KubernetesLauncher(site).create(job, dry_run=True)
 
 
 def test_a_server_that_is_away_is_no_refusal(site, cluster, api, folder, make_spec):
     api.away = True
 
-    with pytest.raises(NoAnswer):
+    with pytest.raises(Unreachable):
         reasons_of(site, folder, make_spec())
 
 
@@ -216,7 +216,7 @@ def test_a_service_that_is_refused_takes_its_job_along(
     api.rules = [r for r in role()["rules"] if "services" not in r["resources"]]
     monkeypatch.setattr(launcher, "preflight", lambda spec, folder: [])
 
-    with pytest.raises(Refused, match="cannot create resource"):
+    with pytest.raises(Rejected, match="cannot create resource"):
         supervise(launcher, folder, make_spec(nodes=2, starter="torchrun"), CONFIG, **FAST)
 
     assert api.store.all("jobs") == []
@@ -232,7 +232,7 @@ def test_secrets_come_from_secrets_and_stand_in_no_manifest(
     cluster.secrets["keys"] = {"WANDB_API_KEY": "from the cluster"}
     monkeypatch.setenv("WANDB_API_KEY", "from here")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    launcher = KubernetesLauncher(site.model_copy(update={"secrets": ("keys",)}), files_within_s=0)
+    launcher = KubernetesLauncher(site.model_copy(update={"secrets": ("keys",)}), fs_lag_s=0)
     spec = make_spec(
         "print(os.environ['WANDB_API_KEY'], os.environ['WANDB_MODE'], os.environ['GIVEN'])\nsucceed()",
         env_names=("WANDB_API_KEY", "WANDB_MODE"),
@@ -248,7 +248,7 @@ def test_secrets_come_from_secrets_and_stand_in_no_manifest(
 def test_a_password_in_an_address_is_refused(launcher, cluster, folder, make_spec):
     given = {"MLFLOW_TRACKING_URI": "https://me:pass@mlflow.example.org"}
 
-    with pytest.raises(Refused, match="MLFLOW_TRACKING_URI holds a password") as caught:
+    with pytest.raises(Rejected, match="MLFLOW_TRACKING_URI holds a password") as caught:
         supervise(launcher, folder, make_spec(), CONFIG, environment=given, **FAST)
 
     assert "me:pass" not in str(caught.value)

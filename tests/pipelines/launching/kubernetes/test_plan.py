@@ -11,10 +11,10 @@ import yaml
 from roma_pipelines.launching.kubernetes.launcher import KubernetesLauncher
 from roma_pipelines.launching.kubernetes.manifests import manifests
 from roma_pipelines.launching.kubernetes.profile import (
+    KubernetesProfile,
     KubernetesSettings,
-    KubernetesSite,
     Volume,
-    load_kubernetes_site,
+    load_kubernetes_profile,
 )
 from roma_pipelines.launching.spec import JobSpec
 
@@ -30,9 +30,9 @@ PRETRAINING = JobSpec(
     env_names=("WANDB_API_KEY", "MLFLOW_TRACKING_URI"),
 )
 GANG = PRETRAINING.model_copy(update={"nodes": 2, "gpus_per_node": 2, "memory_gb": 120.5})
-H100 = load_kubernetes_site("h100", KubernetesSettings())
-GENERIC = load_kubernetes_site("generic", KubernetesSettings())
-BARE = KubernetesSite(
+H100 = load_kubernetes_profile("h100", KubernetesSettings())
+GENERIC = load_kubernetes_profile("generic", KubernetesSettings())
+BARE = KubernetesProfile(
     name="bare",
     volumes=(
         Volume(mount="/data", nfs="files.example.org:/export/roma"),
@@ -121,21 +121,21 @@ def test_a_wrong_profile_names_file_and_field(tmp_path, document, word):
     (tmp_path / "mine.yaml").write_text(document)
 
     with pytest.raises(ValueError, match=r"mine\.yaml") as caught:
-        load_kubernetes_site("mine", KubernetesSettings(profiles=tmp_path))
+        load_kubernetes_profile("mine", KubernetesSettings(profiles=tmp_path))
 
     assert word in str(caught.value)
 
 
 def test_an_unknown_profile_names_those_there_are():
     with pytest.raises(ValueError, match="there are generic, h100"):
-        load_kubernetes_site("nowhere", KubernetesSettings())
+        load_kubernetes_profile("nowhere", KubernetesSettings())
 
 
 def test_settings_lie_over_the_profile(monkeypatch):
     monkeypatch.setenv("ROMA_KUBERNETES_NAMESPACE", "mine")
     monkeypatch.setenv("ROMA_KUBERNETES_IMAGE", "registry.example.org/roma@sha256:0123")
 
-    site = load_kubernetes_site("h100")
+    site = load_kubernetes_profile("h100")
 
     assert (site.namespace, site.image) == ("mine", "registry.example.org/roma@sha256:0123")
     assert site.queue == "gpu"

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from roma_pipelines.launching.kubernetes.states import Sighting, state_of
+from roma_pipelines.launching.kubernetes.states import Snapshot, state_of
 from roma_pipelines.launching.spec import Phase
 from tests.pipelines.launching.kubernetes.recordings import recorded
 
@@ -23,7 +23,7 @@ def sightings(scenario):
         elif line.object["type"] == "Warning":
             warnings[uid] = line.object
         if job is not None:
-            yield Sighting(job, list(pods.values()), frozenset(departed), list(warnings.values()))
+            yield Snapshot(job, list(pods.values()), frozenset(departed), list(warnings.values()))
 
 
 def states(scenario):
@@ -91,7 +91,7 @@ def end_of(scenario, change):
     seen = list(sightings(scenario))[-1]
     job, pods = copy.deepcopy(seen.job), copy.deepcopy(list(seen.pods))
     change(job, pods)
-    return Sighting(job, pods, seen.departed, seen.warnings)
+    return Snapshot(job, pods, seen.departed, seen.warnings)
 
 
 def disrupted(job, pods):

@@ -8,7 +8,7 @@ from filelock import FileLock
 
 from roma_core.job import Result
 from roma_pipelines.launching.jobs import usage
-from roma_pipelines.launching.launcher import NoAnswer, Price
+from roma_pipelines.launching.launcher import Price, Unreachable
 from roma_pipelines.launching.slurm.cluster import SharedPoll
 from roma_pipelines.launching.spec import AttemptRecord, End, JobSpec, Outcome
 
@@ -85,7 +85,7 @@ def test_while_one_asks_the_others_go_on_with_what_there_is(tmp_path, ask):
 
 
 def test_no_answer_keeps_the_last_one_and_says_why(tmp_path, ask):
-    ask.answers = [{"1": {"state": "RUNNING"}}, NoAnswer("the controller is away")]
+    ask.answers = [{"1": {"state": "RUNNING"}}, Unreachable("the controller is away")]
     poll = SharedPoll(tmp_path, ask, 0.0, 0.0)
     poll.look()
 

@@ -91,7 +91,7 @@ def test_four_processes_on_two_nodes_trained_together(made, noun):
 def test_every_job_was_one_of_the_clusters(made, shared_cluster):
     jobs = {name: (job, state) for job, name, state in shared_cluster.jobs()}
 
-    for noun in tiny.NOUNS[1:4]:
+    for noun in tiny.ASSET_NAMES[1:4]:
         folder = Path(facts_of(made[0], noun)["job_folder"])
         record = read_json(folder / "attempts" / "1.json")
         name = f"roma-{folder.name[:12]}-1"

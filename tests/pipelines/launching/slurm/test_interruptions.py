@@ -406,7 +406,7 @@ def test_a_word_nobody_knows_is_no_end(slurm, folder, make_spec, stand_in, once,
 
 def test_files_may_be_seen_late(slurm, folder, make_spec):
     """As on a network file system: the result appears here a second after the job has ended."""
-    slurm.files_within_s = 20.0
+    slurm.fs_lag_s = 20.0
     body = "write(folder / '.result', job_key=key, attempt=n, world_size=1, wall_s=1.0)"
     seen = []
 
@@ -455,7 +455,7 @@ from roma_pipelines.launching.site import Site
 from roma_pipelines.launching.slurm import SlurmLauncher
 from roma_pipelines.launching.supervisor import supervise
 spec, site, folder, clusters = sys.argv[1:]
-launcher = SlurmLauncher(Site.model_validate_json(site), Path(clusters), files_within_s=0)
+launcher = SlurmLauncher(Site.model_validate_json(site), Path(clusters), fs_lag_s=0)
 supervise(launcher, JobFolder(folder), JobSpec.model_validate_json(spec), {"base_lr": 0.001},
     poll_every_s=0.1)
 """

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from roma_core.job import JobFolder
-from roma_pipelines.launching.launcher import NoAnswer, Refused
+from roma_pipelines.launching.launcher import Rejected, Unreachable
 from roma_pipelines.launching.slurm.cluster import Answer
 from roma_pipelines.launching.slurm.launcher import SlurmLauncher
 from roma_pipelines.launching.slurm.preflight import gpus_of, minutes
@@ -133,7 +133,7 @@ def test_nothing_is_written_or_queued_for_a_refused_job(slurm, cluster, folder, 
     before = cluster.jobs()
     spec = make_spec("succeed()", gpus_per_node=8)
 
-    with pytest.raises(Refused, match="8 GPUs a node are asked for"):
+    with pytest.raises(Rejected, match="8 GPUs a node are asked for"):
         supervise(slurm, folder, spec, CONFIG)
 
     assert not folder.path.exists()
@@ -154,7 +154,7 @@ def test_a_cluster_that_is_away_is_no_refusal(refusals, monkeypatch, tmp_path):
     )
     monkeypatch.setenv("SLURM_CONF", str(conf))
 
-    with pytest.raises(NoAnswer, match="sinfo"):
+    with pytest.raises(Unreachable, match="sinfo"):
         refusals()
 
 
