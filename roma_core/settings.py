@@ -28,7 +28,7 @@ from typing import Any
 
 import pydantic_settings
 import yaml
-from pydantic import BaseModel, PrivateAttr, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from pydantic_settings import (
@@ -42,6 +42,12 @@ from pydantic_settings import (
 ENV_FILE_VARIABLE = "ROMA_ENV_FILE"
 _DELIMITER = "__"
 _ALIKE = 0.75  # of two words, from 0 to 1: trainr and trainer are, pretrain and trainer are not
+
+
+class Frozen(BaseModel):
+    """Base of every configuration section and stored document: no unknown fields, immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class SettingsError(ValueError):
