@@ -39,8 +39,8 @@ def build(config: Path, out: Path, cache: Path) -> None:
     """
     from roma_core.data.build import build_dataset, in_words
     from roma_core.data.config import DatasetConfig
-    from roma_core.data.schema import DataError
     from roma_core.data.store import read_manifest
+    from roma_core.schema import DataError
 
     try:
         with _warnings_as_lines():
@@ -67,8 +67,8 @@ def _warnings_as_lines() -> Iterator[None]:
 def inspect(path: Path) -> None:
     """Print what the data set in PATH looks like: counts, lengths, classes, gaps, values."""
     from roma_core.data.profile import as_markdown, profile_of
-    from roma_core.data.schema import DataError
     from roma_core.data.store import StoredDataset
+    from roma_core.schema import DataError
 
     try:
         profile = profile_of(StoredDataset(path))
@@ -95,8 +95,8 @@ def validate(path: Path, against: Path | None, strict: bool, as_json: bool) -> N
     import json
 
     from roma_core.data.quality import changes, findings
-    from roma_core.data.schema import DataError
     from roma_core.data.store import StoredDataset
+    from roma_core.schema import DataError
 
     found = findings(path)
     errors = sum(f.severity == "error" for f in found)
@@ -127,8 +127,8 @@ def validate(path: Path, against: Path | None, strict: bool, as_json: bool) -> N
 def export(path: Path, target: Path, split: str | None) -> None:
     """Write the data set in PATH to TARGET, a Parquet file with one row per series."""
     from roma_core.data.export import export_parquet
-    from roma_core.data.schema import DataError
     from roma_core.data.store import StoredDataset
+    from roma_core.schema import DataError
 
     try:
         n = export_parquet(StoredDataset(path), target, split)  # type: ignore[arg-type]

@@ -7,44 +7,18 @@
 Names are imported when first used; nothing here needs torch.
 """
 
-from __future__ import annotations
+from roma_core.lazy import attributes
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from roma_core.data.build import build_dataset
-    from roma_core.data.config import DatasetConfig
-    from roma_core.data.profile import DataProfile, as_markdown, plot_profile, profile_of
-    from roma_core.data.schema import DataError
-    from roma_core.data.store import StoredDataset, Subset
-
-_MODULE_OF = {
-    "DataError": "schema",
-    "DataProfile": "profile",
-    "DatasetConfig": "config",
-    "StoredDataset": "store",
-    "Subset": "store",
-    "as_markdown": "profile",
-    "build_dataset": "build",
-    "plot_profile": "profile",
-    "profile_of": "profile",
+_WHERE = {
+    "DataError": "roma_core.schema",
+    "DataProfile": "roma_core.data.profile",
+    "DatasetConfig": "roma_core.data.config",
+    "StoredDataset": "roma_core.data.store",
+    "Subset": "roma_core.data.store",
+    "as_markdown": "roma_core.data.profile",
+    "build_dataset": "roma_core.data.build",
+    "plot_profile": "roma_core.data.profile",
+    "profile_of": "roma_core.data.profile",
 }
-
-__all__ = [
-    "DataError",
-    "DataProfile",
-    "DatasetConfig",
-    "StoredDataset",
-    "Subset",
-    "as_markdown",
-    "build_dataset",
-    "plot_profile",
-    "profile_of",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+__all__ = list(_WHERE)
+__getattr__ = attributes(__name__, _WHERE)

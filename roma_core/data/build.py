@@ -30,18 +30,8 @@ from tqdm import tqdm
 from roma_core.data import cleaning as dropping
 from roma_core.data.cleaning import SeriesCleaner
 from roma_core.data.config import AxisOptions, ChannelOptions, DatasetConfig
-from roma_core.data.normalisation import Fit, Float32
-from roma_core.data.schema import (
-    SPLITS,
-    ChannelNormalisation,
-    DataError,
-    DataSchema,
-    Irregularity,
-    Manifest,
-    PositionAxis,
-    Provenance,
-    Split,
-)
+from roma_core.data.normalisation import Fit
+from roma_core.data.schema import SPLITS, Irregularity, Manifest, Provenance, Split
 from roma_core.data.splits import Splitter
 from roma_core.data.store import (
     MANIFEST,
@@ -57,6 +47,7 @@ from roma_core.data.store import (
 )
 from roma_core.files import read_json, sync_folder, write_json
 from roma_core.hashing import hash_text
+from roma_core.schema import ChannelNormalisation, DataError, DataSchema, Float32, PositionAxis
 from roma_core.sources.base import RawSeries, Source, targets_of
 
 _SMALL = ("ids.json", "splits.npy", "labels.npy")

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from roma_core.data.schema import DataError, Repairs
+from roma_core.data.schema import Repairs
 from roma_core.hashing import hash_ints, hash_text
+from roma_core.schema import DataError
 from roma_core.sources.base import RawSeries, Source, targets_of
 
 

@@ -16,9 +16,9 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from roma_core.data.cleaning import RepairOptions
-from roma_core.data.schema import DataError
 from roma_core.data.splits import SplitOptions
 from roma_core.files import digest_of
+from roma_core.schema import DataError
 from roma_core.settings import mistakes
 from roma_core.sources.base import SourceConfig, source_config
 

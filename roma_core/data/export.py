@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from roma_core.data.schema import SPLITS, Channel, DataError, PositionAxis, Split
+from roma_core.data.schema import SPLITS, Split
 from roma_core.data.store import StoredDataset
+from roma_core.schema import Channel, DataError, PositionAxis
 
 if TYPE_CHECKING:
     import pyarrow as pa

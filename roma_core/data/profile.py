@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from roma_core.data.schema import SPLITS, PositionAxis, Split
+from roma_core.data.schema import SPLITS, Split
 from roma_core.data.store import StoredDataset
+from roma_core.schema import PositionAxis
 
 _MOST_OBSERVATIONS = 2_000_000  # looked at for quantiles of gaps and values
 _MOST_BYTES = 64 * 1024  # of the picture: it travels inside asset metadata

@@ -21,8 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from roma_core.data.normalisation import Normaliser
-from roma_core.data.schema import SPLITS, DataError
+from roma_core.data.schema import SPLITS
 from roma_core.data.store import (
     MANIFEST,
     StoredDataset,
@@ -31,6 +30,7 @@ from roma_core.data.store import (
     shard_name,
     split_counts,
 )
+from roma_core.schema import DataError, Normaliser
 
 _SHOWN = 5
 
@@ -420,7 +420,9 @@ def _positions(dataset: StoredDataset) -> list[Finding]:
             if len(np.unique(own, axis=0)) < len(own):
                 copies.append(int(first + k))
         for i in range(first, last):
-            reach = np.maximum(reach, np.abs(normaliser.anchored(dataset.raw(i)[0])).max(axis=0))
+            reach = np.maximum(
+                reach, np.abs(normaliser.normalise_positions(dataset.raw(i)[0])).max(axis=0)
+            )
     far = [
         f"axis {axis.name!r} reaches {number:.3g} radians of the fastest rotation; set its anchor "
         f"to 'first', an offset, or a larger scale (or 'auto')"

@@ -20,106 +20,34 @@ version 1; both versions are read.
 
 Normalisation and the anchoring of positions are applied when a sample is read, by the same code
 as at serving time, so what is on disk stays what came in.
-
-The one error of this package.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-
-class DataError(ValueError):
-    """Data, or a description of data, that cannot be used; the text names the object or the file,
-    what was expected, what came, and what to do."""
-
+from roma_core.schema import DataSchema
+from roma_core.settings import Frozen
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
-def _is_empty(value: Sized) -> bool:
-    return len(value) == 0
-
-
-class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Channel(_Document):
-    """One measured quantity of an observation."""
-
-    name: str
-    unit: str = Field(description="Unit of the values as delivered; '1' for a pure number.")
-
-
-class PositionAxis(_Document):
-    """One coordinate of an observation: time, a band's index, a place.
-
-    The model sees ``(position - anchor - offset) / scale`` in float32, computed in float64.
-    """
-
-    name: str
-    unit: str = Field(description="Unit of the positions as delivered.")
-    anchor: Literal["none", "first"] = Field(
-        "none",
-        description="'first' subtracts each series' smallest position, so that dates such as "
-        "MJD 60000.001 keep their fraction in float32.",
-    )
-    offset: float = Field(0.0, description="Subtracted after anchoring, in `unit`.")
-    scale: float = Field(
-        1.0, gt=0, description="Units of the axis per radian of the fastest rotation."
-    )
-
-
-class ChannelNormalisation(_Document):
-    """``(transform(value) - mean) / std``; mean and std are those of the train split."""
-
-    transform: Literal["identity", "arcsinh"] = "identity"
-    transform_scale: float = Field(1.0, gt=0, description="arcsinh(value / transform_scale).")
-    mean: float
-    std: float = Field(gt=0)
-
-
-class DataSchema(_Document):
-    """What a model must agree with its data about; it travels with the weights."""
-
-    channels: tuple[Channel, ...]
-    axes: tuple[PositionAxis, ...]
-    classes: tuple[str, ...] = ()
-    targets: tuple[Channel, ...] = Field(
-        (),
-        exclude_if=_is_empty,
-        description="Numbers known of every observation that a model may be trained to tell; it never "
-        "sees them.",
-    )
-    normalisation: tuple[ChannelNormalisation, ...] = Field(
-        description="One entry per channel, in the order of `channels`."
-    )
-
-    @property
-    def units(self) -> dict[str, str]:
-        """Axis or channel name → unit."""
-        axes = {axis.name: axis.unit for axis in self.axes}
-        return axes | {channel.name: channel.unit for channel in self.channels}
-
-
-class FileRecord(_Document):
+class FileRecord(Frozen):
     """Size and sha256 of one file of the folder."""
 
     n_bytes: int
     sha256: str
 
 
-class SplitCounts(_Document):
+class SplitCounts(Frozen):
     n_series: int
     n_observations: int
 
 
-class Irregularity(_Document):
+class Irregularity(Frozen):
     """Observations taken out on purpose; counted, so that a drop that drops nothing is noticed."""
 
     drop_rate: float = 0.0
@@ -128,7 +56,7 @@ class Irregularity(_Document):
     n_dropped: int
 
 
-class Repairs(_Document):
+class Repairs(Frozen):
     """What was put right on the way in; see ``arriving.RepairOptions``."""
 
     series_sorted: int = Field(0, description="Series whose observations were out of order.")
@@ -137,7 +65,7 @@ class Repairs(_Document):
     empty_series_left_out: int = 0
 
 
-class Provenance(_Document):
+class Provenance(Frozen):
     """Where the data came from, down to the bytes."""
 
     source: str = Field(description="The source's registered name and its parameters, as text.")
@@ -146,7 +74,7 @@ class Provenance(_Document):
     licence: str = ""
 
 
-class Manifest(_Document):
+class Manifest(Frozen):
     """Everything about a data set but its numbers."""
 
     schema_version: Literal[1, 2] = Field(1, description="2 for a set with targets, 1 without.")

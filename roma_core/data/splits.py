@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from roma_core.data.schema import DataError, Split
+from roma_core.data.schema import Split
 from roma_core.hashing import unit_interval
+from roma_core.schema import DataError
 
 if TYPE_CHECKING:
     from typing import Self

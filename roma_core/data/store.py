@@ -25,18 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from roma_core.data.normalisation import Normaliser
-from roma_core.data.schema import (
-    SPLITS,
-    DataError,
-    DataSchema,
-    FileRecord,
-    Manifest,
-    Split,
-    SplitCounts,
-)
+from roma_core.data.schema import SPLITS, FileRecord, Manifest, Split, SplitCounts
 from roma_core.files import digest_of, read_json, sha256_of
 from roma_core.hashing import hash_ints, hash_text
+from roma_core.schema import DataError, DataSchema, Normaliser
 from roma_core.settings import mistakes
 
 MANIFEST = "manifest.json"
@@ -406,7 +398,7 @@ class StoredDataset:
         positions, values = self.raw(i)
         sample: Sample = {
             "values": self._normaliser.normalise(values)[:, :, None, None],
-            "positions": np.ascontiguousarray(self._normaliser.anchored(positions).T),
+            "positions": np.ascontiguousarray(self._normaliser.normalise_positions(positions).T),
             "id": int(i),
         }
         if self.labels is not None:
@@ -430,7 +422,7 @@ class StoredDataset:
         lengths = self.lengths[rows]
         return Gathered(
             values=self._normaliser.normalise(of(self._values)),
-            positions=self._normaliser.anchored(of(self._positions), lengths),
+            positions=self._normaliser.normalise_positions(of(self._positions), lengths),
             lengths=lengths,
             ids=rows,
             labels=None if self.labels is None else self.labels[rows],

@@ -17,9 +17,9 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from roma_core.data.schema import DataError, DataSchema
 from roma_core.data.store import StoredDataset
 from roma_core.evaluation.plots import BLUE, GREY, ORANGE, STYLE, new_figure, png_of, short
+from roma_core.schema import DataError, DataSchema
 
 _QUARTILES_OF_NORMAL = 1.349  # their distance, in standard deviations
 _CHANCE = np.pi / 2  # variance of the median of n normal numbers, times n

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from roma_core.data.normalisation import denormalise
 from roma_core.data.store import StoredDataset, Subset
 from roma_core.evaluation import plots
 from roma_core.evaluation.config import EvaluationJobConfig
@@ -39,6 +38,7 @@ from roma_core.evaluation.reconstruction import (
 )
 from roma_core.evaluation.report import Plot
 from roma_core.model.pretraining import RoMAForPreTraining
+from roma_core.schema import denormalise
 from roma_core.trainer.dataloader import Collate
 from roma_core.trainer.metrics import read_records
 

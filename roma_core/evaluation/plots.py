@@ -20,9 +20,9 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
-from roma_core.data.schema import Channel, PositionAxis
 from roma_core.evaluation.metrics import Metrics, RegressionMetrics
 from roma_core.evaluation.predictions import RegressionTable
+from roma_core.schema import Channel, PositionAxis
 
 MAX_BYTES = 64 * 1024
 BLUE, ORANGE, GREEN, GREY, INK = "#2f6db3", "#d9652b", "#3f8f5b", "#8a929c", "#22272e"

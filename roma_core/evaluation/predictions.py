@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from roma_core.data.schema import Channel, PositionAxis
 from roma_core.files import write_bytes
+from roma_core.schema import Channel, PositionAxis
 
 SCHEMA_VERSION = 1
 _METADATA_KEY = b"roma_predictions"

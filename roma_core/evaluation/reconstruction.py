@@ -23,8 +23,6 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from roma_core.data.normalisation import Normaliser
-from roma_core.data.schema import DataSchema
 from roma_core.data.store import Subset
 from roma_core.evaluation.metrics import Estimate, PartEstimate, estimated, resample_sums
 from roma_core.files import write_bytes
@@ -32,6 +30,7 @@ from roma_core.model.config import RoMAForPreTrainingConfig
 from roma_core.model.masking import sample_all_but
 from roma_core.model.packing import PackedBatch
 from roma_core.model.pretraining import RoMAForPreTraining
+from roma_core.schema import DataSchema, Normaliser
 from roma_core.trainer.dataloader import Collate
 
 Float32 = NDArray[np.float32]

@@ -14,11 +14,11 @@ from typing import Any, Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from roma_core.data.schema import DataSchema
 from roma_core.evaluation.compare import Change
 from roma_core.evaluation.config import Baseline, FactSheet, ServingChecks
 from roma_core.evaluation.metrics import Estimate, Metrics, PartEstimate, RegressionMetrics
 from roma_core.evaluation.reconstruction import ReconstructionMetrics
+from roma_core.schema import DataSchema
 
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 

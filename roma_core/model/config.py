@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from roma_core.data.schema import PositionAxis
+from roma_core.schema import PositionAxis
 from roma_core.settings import RomaSettings, SettingsError
 
 NEIGHBOUR_FEATURES = 64

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from roma_core.data.schema import PositionAxis
+from roma_core.schema import PositionAxis
 
 _LARGEST_LOSS = 1e-3  # radians of the fastest rotation
 

@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from roma_core.data.normalisation import Normaliser
-from roma_core.data.schema import DataSchema
 from roma_core.model.backbone import NO_POSITIONS, Backbone
 from roma_core.model.config import RoMAForPreTrainingConfig
 from roma_core.model.encoder import Encoder, Head, Rows, initialise, initialise_vectors
@@ -28,6 +26,7 @@ from roma_core.model.packing import (
     unpack,
 )
 from roma_core.model.positions import placed, start_of
+from roma_core.schema import DataSchema, Normaliser
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import torch
 
-from roma_core.data.schema import DataSchema
 from roma_core.files import sha256_of, write_bytes, write_json
+from roma_core.schema import DataSchema
 from roma_core.serving.pyfunc_model import KINDS, MANIFEST, SCHEMA_VERSION, open_package
 from roma_core.serving.pyfunc_model import Series as LoggedSeries
 from roma_core.serving.schema import Series, json_schema, locked

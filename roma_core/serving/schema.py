@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from roma_core.data.schema import DataSchema
+from roma_core.schema import DataSchema
 
 
 class Series(BaseModel):

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from roma_core.data.schema import Channel, PositionAxis
+from roma_core.schema import Channel, PositionAxis
 from roma_core.settings import mistakes
 
 RecordedSplit = Literal["train", "test"]

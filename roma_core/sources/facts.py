@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from roma_core.data.schema import DataError
+from roma_core.schema import DataError
 from roma_core.sources.base import RecordedSplit
 from roma_core.sources.columns import batches, words
 

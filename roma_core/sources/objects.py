@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from roma_core.data.schema import DataError
 from roma_core.hashing import hash_text
+from roma_core.schema import DataError
 from roma_core.sources.columns import text
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from roma_core.data.schema import DataError
 from roma_core.files import sha256_of, write_bytes
+from roma_core.schema import DataError
 from roma_core.sources.base import RecordedSplit, SourceConfig
 from roma_core.sources.columns import AxisColumn, ChannelColumn
 from roma_core.sources.facts import FactColumns, ObjectTable

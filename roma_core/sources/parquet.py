@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from roma_core.data.schema import DataError
+from roma_core.schema import DataError
 from roma_core.sources.base import RawSeries, SourceConfig
 from roma_core.sources.columns import (
     AxisColumn,

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from roma_core.data.schema import DataError
+from roma_core.schema import DataError
 from roma_core.sources.columns import AxisColumn, ChannelColumn, numbers, positions_of, words
 from roma_core.sources.facts import FactColumns, Facts, facts_of
 from roma_core.sources.objects import keys_of

@@ -18,7 +18,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from roma_core.data.schema import Channel, PositionAxis
+from roma_core.schema import Channel, PositionAxis
 from roma_core.sources.base import RawSeries, SourceConfig
 
 _SIDE, _CANVAS = 24, 128  # pixels along a side of a picture, and of what it is scaled down from

@@ -21,8 +21,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from roma_core.data.schema import DataError
 from roma_core.files import sha256_of
+from roma_core.schema import DataError
 from roma_core.sources.base import RawSeries, SourceConfig
 from roma_core.sources.buckets import Buckets
 from roma_core.sources.columns import batches, found_files, words

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from roma_core.data.schema import Channel, DataError, PositionAxis
 from roma_core.files import sha256_of
+from roma_core.schema import Channel, DataError, PositionAxis
 from roma_core.sources.base import RawSeries, RecordedSplit, SourceConfig
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from roma_core.data.schema import DataSchema, Manifest
+from roma_core.data.schema import Manifest
 from roma_core.data.store import StoredDataset
 from roma_core.files import read_json
 from roma_core.job import Attempt, JobFolder
@@ -24,6 +24,7 @@ from roma_core.model.config import (
     is_pretraining,
 )
 from roma_core.run_job import Work
+from roma_core.schema import DataSchema
 from roma_core.trainer.config import TrainerConfig
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from typing import Any
 
 import dagster as dg
 
-from roma_core.data.schema import DataSchema
 from roma_core.data.store import read_manifest
 from roma_core.files import read_json
+from roma_core.schema import DataSchema
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.job import TrainingJobConfig
 from roma_core.trainer.metrics import read_records

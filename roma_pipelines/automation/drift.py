@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import dagster as dg
 
 from roma_core.data.config import fingerprint_of
-from roma_core.data.schema import DataError
 from roma_core.files import read_json, write_json
+from roma_core.schema import DataError
 from roma_core.serving.embedding import NotEmbedded, embed_medians
 from roma_core.serving.registry_client import FetchError
 from roma_pipelines.automation.alerts import alert

@@ -30,8 +30,8 @@ from pydantic import Field
 from roma_core.data.build import build_dataset
 from roma_core.data.config import DatasetConfig
 from roma_core.data.export import export_parquet
-from roma_core.data.schema import Channel, PositionAxis
 from roma_core.data.store import StoredDataset
+from roma_core.schema import Channel, PositionAxis
 from roma_core.sources.base import RawSeries, SourceConfig
 
 _ROUNDS = 5

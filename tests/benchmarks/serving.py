@@ -29,9 +29,9 @@ CHANNELS, AXES, CLASSES = ("flux", "flux_err"), ("time", "band"), tuple(f"c{k}" 
 
 def packaged(folder: Path) -> Any:
     """A bare model, whose package then is in ``folder``."""
-    from roma_core.data.schema import Channel, ChannelNormalisation, DataSchema, PositionAxis
     from roma_core.model import EncoderConfig, RoMAForClassification, RoMAForClassificationConfig
     from roma_core.model.export import export_classifier
+    from roma_core.schema import Channel, ChannelNormalisation, DataSchema, PositionAxis
     from roma_core.serving.package import build_package
     from roma_core.serving.schema import Series
 

@@ -6,7 +6,7 @@ import numpy as np
 from pydantic import Field
 
 from roma_core.data import DatasetConfig, build_dataset
-from roma_core.data.schema import Channel, PositionAxis
+from roma_core.schema import Channel, PositionAxis
 from roma_core.sources.base import RawSeries, SourceConfig
 
 

@@ -49,7 +49,7 @@ def results(
     interrupted cell goes on, and the table is written after every cell. Ctrl-C ends the watch, not the
     job that runs: the same command takes it up again.
     """
-    from roma_core.data.schema import DataError
+    from roma_core.schema import DataError
     from roma_pipelines.launching.launcher import Rejected
     from roma_pipelines.launching.spec import JobFailed
     from roma_pipelines.storage import Storage, StorageError

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from roma_core.data.cleaning import assert_dropped, kept, n_dropped
 from roma_core.data.quality import changes
-from roma_core.data.schema import SPLITS, DataError
+from roma_core.data.schema import SPLITS
 from roma_core.data.splits import SplitOptions, Splitter, rule_text, split_of
 from roma_core.data.store import StoredDataset
+from roma_core.schema import DataError
 from roma_core.sources.base import RawSeries
 from tests.core.hand_made import built, series
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from roma_core.data.infer_schema import Roles, guess_source
-from roma_core.data.schema import DataError
+from roma_core.schema import DataError
 from roma_core.sources.base import source_config
 
 COLUMNS = ["star_id", "mjd", "band", "flux", "flux_err", "class"]

@@ -5,8 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from roma_core.data.normalisation import anchored_positions, denormalise, fit, normalise
-from roma_core.data.schema import Channel, ChannelNormalisation, DataError, DataSchema, PositionAxis
+from roma_core.data.normalisation import fit
+from roma_core.schema import (
+    Channel,
+    ChannelNormalisation,
+    DataError,
+    DataSchema,
+    PositionAxis,
+    denormalise,
+    normalise,
+    normalise_positions,
+)
 
 CHANNELS = (Channel(name="flux", unit="mJy"), Channel(name="angle", unit="rad"))
 TRANSFORMS = (
@@ -85,7 +94,7 @@ def test_nothing_to_fit_on_is_an_error():
 def test_anchored_dates_keep_their_fraction():
     days = np.array([[60000.001], [60000.0015], [60100.25]])  # float32 resolves 0.004 here
 
-    anchored = anchored_positions(days, [PositionAxis(name="mjd", unit="d", anchor="first")])
+    anchored = normalise_positions(days, [PositionAxis(name="mjd", unit="d", anchor="first")])
 
     assert anchored.dtype == np.float32
     np.testing.assert_allclose(anchored[:, 0], [0, 0.0005, 100.249], rtol=1e-5)
@@ -97,7 +106,7 @@ def test_axes_are_offset_and_scaled_each_for_itself():
         PositionAxis(name="band", unit="1", offset=2, scale=0.5),
     ]
 
-    anchored = anchored_positions(np.array([[30.0, 3.0], [20.0, 2.0]]), axes)
+    anchored = normalise_positions(np.array([[30.0, 3.0], [20.0, 2.0]]), axes)
 
     np.testing.assert_allclose(anchored, [[0.9, 2.0], [-0.1, 0.0]], rtol=1e-6)
 
@@ -108,5 +117,7 @@ def test_an_anchored_series_does_not_notice_a_shift(shift):
     axes = [PositionAxis(name="time", unit="d", anchor="first")]
 
     np.testing.assert_allclose(
-        anchored_positions(positions + shift, axes), anchored_positions(positions, axes), atol=1e-6
+        normalise_positions(positions + shift, axes),
+        normalise_positions(positions, axes),
+        atol=1e-6,
     )

@@ -14,9 +14,9 @@ from roma_core import EncoderConfig, RoMAForClassification, RoMAForClassificatio
 from roma_core.data import DataError, DatasetConfig, StoredDataset, build_dataset
 from roma_core.data.export import export_parquet
 from roma_core.data.quality import findings
-from roma_core.data.schema import Channel
 from roma_core.data.store import manifest_digest
 from roma_core.model import RoMAForPreTrainingConfig
+from roma_core.schema import Channel
 from roma_core.sources.synthetic import RECIPES
 from roma_core.trainer import TrainerConfig
 from roma_core.trainer.augmentation import Crop, Drop, Jitter

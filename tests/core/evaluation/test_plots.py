@@ -5,7 +5,6 @@ import pytest
 from PIL import Image
 
 from roma_core.data import StoredDataset, build_dataset
-from roma_core.data.schema import Channel, PositionAxis
 from roma_core.evaluation import figures as reconstruction_pictures
 from roma_core.evaluation import plots
 from roma_core.evaluation import plots as regression_plots
@@ -16,6 +15,7 @@ from roma_core.evaluation.plots import MAX_BYTES, ORANGE
 from roma_core.evaluation.reconstruction import GroupErrors
 from roma_core.model.config import EncoderConfig, RoMAForPreTrainingConfig
 from roma_core.model.pretraining import RoMAForPreTraining
+from roma_core.schema import Channel, PositionAxis
 from tests.core.evaluation.test_regression import TIME, table_of
 from tests.core.hand_made import HandMade, config_of, series
 

@@ -10,7 +10,6 @@ from click.testing import CliRunner
 
 from roma_core.cli import main
 from roma_core.data import DatasetConfig, StoredDataset, build_dataset
-from roma_core.data.schema import Channel
 from roma_core.evaluation.figures import errors_by_group
 from roma_core.evaluation.reconstruction import (
     HiddenTable,
@@ -30,6 +29,7 @@ from roma_core.evaluation.report import ReconstructionReport, render_reconstruct
 from roma_core.files import read_json, write_json
 from roma_core.model.config import EncoderConfig, RoMAForPreTrainingConfig
 from roma_core.model.pretraining import RoMAForPreTraining
+from roma_core.schema import Channel
 from tests.core.hand_made import HandMade, config_of, series
 
 STACK = EncoderConfig(d_model=16, nhead=2, depth=1)

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from roma_core.data import DatasetConfig, StoredDataset, build_dataset
-from roma_core.data.schema import Channel, PositionAxis
 from roma_core.evaluation.job import NOT_SERVED
 from roma_core.evaluation.metrics import evaluate_regression
 from roma_core.evaluation.predictions import RegressionTable
 from roma_core.files import read_json
 from roma_core.model import EncoderConfig, RoMAForClassification, RoMAForClassificationConfig
+from roma_core.schema import Channel, PositionAxis
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.job import TrainingJobConfig, data_fields
 from tests.core.cli.test_cli import roma

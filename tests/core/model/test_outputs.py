@@ -14,10 +14,10 @@ from roma_core import (
     RoMAForPreTraining,
     RoMAForPreTrainingConfig,
 )
-from roma_core.data.normalisation import denormalise
 from roma_core.model.export import export_classifier
 from roma_core.model.masking import sample_hidden
 from roma_core.model.segments import Segments
+from roma_core.schema import denormalise
 
 SHAPE = {
     "encoder_config": EncoderConfig(d_model=24, nhead=2, depth=2),
@@ -136,7 +136,7 @@ def test_reconstructions_come_in_the_units_of_the_data_with_their_deviation():
         same = model.reconstruct(values, positions, pad_mask, at=grid, denormalise=False)
         result = model.reconstruct(values, positions, pad_mask, at=grid)
     assert torch.equal(plain.mean, same.mean) and result.mean.shape == (2, 4, 2)
-    from roma_core.data.schema import DataSchema
+    from roma_core.schema import DataSchema
 
     schema = DataSchema.model_validate(SCHEMA)
     expected = torch.from_numpy(denormalise(plain.mean.numpy(), schema))

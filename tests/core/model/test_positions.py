@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roma_core import EncoderConfig, RoMAForClassification, RoMAForClassificationConfig
-from roma_core.data.normalisation import anchored_positions
-from roma_core.data.schema import PositionAxis
 from roma_core.model.positions import Rotation, pairs_per_axis, rotate
+from roma_core.schema import PositionAxis, normalise_positions
 
 WIDTH = 24
 
@@ -121,7 +120,7 @@ def test_mjd_sized_times_lose_nothing():
 
     elapsed = (MJD - MJD[:, :1])[0] / 0.1
     torch.testing.assert_close(batch.positions[:, 0].double(), elapsed, rtol=1e-7, atol=1e-7)
-    by_data = anchored_positions(MJD.T.numpy(), (TIME,))  # stored data sets say the same
+    by_data = normalise_positions(MJD.T.numpy(), (TIME,))  # stored data sets say the same
     assert (batch.positions.numpy() == by_data).all()
 
 

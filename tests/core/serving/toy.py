@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from roma_core.data.schema import Channel, ChannelNormalisation, DataSchema, PositionAxis
+from roma_core.schema import Channel, ChannelNormalisation, DataSchema, PositionAxis
 from roma_core.serving.package import build_package
 from roma_core.serving.schema import Series
 

@@ -230,7 +230,7 @@ def test_a_generated_set_is_built_like_any_other(tmp_path):
 
 PLUGIN = """
 import numpy as np
-from roma_core.data.schema import Channel, PositionAxis
+from roma_core.schema import Channel, PositionAxis
 from roma_core.data.sources import RawSeries, SourceConfig
 
 class OneConfig(SourceConfig):

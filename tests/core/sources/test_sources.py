@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from roma_core.data.schema import DataError
+from roma_core.schema import DataError
 from roma_core.sources import packaged as package_file
 from roma_core.sources.base import source_config
 

@@ -13,7 +13,7 @@ from roma_core import (
     Trainer,
     TrainerConfig,
 )
-from roma_core.data.schema import PositionAxis
+from roma_core.schema import PositionAxis
 from roma_core.trainer.augmentation import Crop, Drop, Each
 from roma_core.trainer.dataloader import Collate
 from roma_core.trainer.evaluator import classify

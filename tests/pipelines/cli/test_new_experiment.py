@@ -12,7 +12,7 @@ import yaml
 from click.testing import CliRunner
 
 from roma_core.data.infer_schema import survey
-from roma_core.data.schema import Channel
+from roma_core.schema import Channel
 from roma_core.sources.base import RawSeries
 from roma_core.trainer.defaults import Amount, sizes_for
 from roma_pipelines.cli import main

@@ -1,0 +1,193 @@
+"""What a model and its data agree on: channels, axes, classes, and the normalisation of numbers.
+
+    values     (transform(value) - mean) / std        per channel, fitted on the train split
+    positions  (position - anchor - offset) / scale   per axis
+
+All arithmetic is in float64 and the result is rounded to float32 once. The served model repeats
+``Normaliser`` in its own file, so it uses numpy and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Sized
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from roma_core.settings import Frozen
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+_TILE = 2048  # numbers
+
+
+class DataError(ValueError):
+    """Data, or a description of data, that cannot be used; the text names the object or the file,
+    what was expected, what came, and what to do."""
+
+
+def _is_empty(value: Sized) -> bool:
+    return len(value) == 0
+
+
+class Channel(Frozen):
+    """One measured quantity of an observation."""
+
+    name: str
+    unit: str = Field(description="Unit of the values as delivered; '1' for a pure number.")
+
+
+class PositionAxis(Frozen):
+    """One coordinate of an observation: time, a band's index, a place.
+
+    The model sees ``(position - anchor - offset) / scale`` in float32, computed in float64.
+    """
+
+    name: str
+    unit: str = Field(description="Unit of the positions as delivered.")
+    anchor: Literal["none", "first"] = Field(
+        "none",
+        description="'first' subtracts each series' smallest position, so that dates such as "
+        "MJD 60000.001 keep their fraction in float32.",
+    )
+    offset: float = Field(0.0, description="Subtracted after anchoring, in `unit`.")
+    scale: float = Field(
+        1.0, gt=0, description="Units of the axis per radian of the fastest rotation."
+    )
+
+
+class ChannelNormalisation(Frozen):
+    """``(transform(value) - mean) / std``; mean and std are those of the train split."""
+
+    transform: Literal["identity", "arcsinh"] = "identity"
+    transform_scale: float = Field(1.0, gt=0, description="arcsinh(value / transform_scale).")
+    mean: float
+    std: float = Field(gt=0)
+
+
+class DataSchema(Frozen):
+    """What a model must agree with its data about; it travels with the weights."""
+
+    channels: tuple[Channel, ...]
+    axes: tuple[PositionAxis, ...]
+    classes: tuple[str, ...] = ()
+    targets: tuple[Channel, ...] = Field(
+        (),
+        exclude_if=_is_empty,
+        description="Numbers known of every observation that a model may be trained to tell; it never "
+        "sees them.",
+    )
+    normalisation: tuple[ChannelNormalisation, ...] = Field(
+        description="One entry per channel, in the order of `channels`."
+    )
+
+    @property
+    def units(self) -> dict[str, str]:
+        """Axis or channel name → unit."""
+        axes = {axis.name: axis.unit for axis in self.axes}
+        return axes | {channel.name: channel.unit for channel in self.channels}
+
+
+class Normaliser:
+    """A schema's numbers as arrays, for use on many series."""
+
+    def __init__(self, schema: DataSchema) -> None:
+        entries = schema.normalisation
+        self._mean = np.array([entry.mean for entry in entries])  # (C,)
+        self._std = np.array([entry.std for entry in entries])  # (C,)
+        self._means, self._stds = _tiled(self._mean), _tiled(self._std)
+        self._arcsinh = [
+            (k, e.transform_scale) for k, e in enumerate(entries) if e.transform == "arcsinh"
+        ]
+        self._first = [k for k, axis in enumerate(schema.axes) if axis.anchor == "first"]
+        self._offset = np.array([axis.offset for axis in schema.axes])  # (D,)
+        free = np.array([axis.anchor != "first" for axis in schema.axes], dtype=bool)
+        self._offsets = _tiled(np.where(free, self._offset, 0.0))
+        self._scales = _tiled(np.array([axis.scale for axis in schema.axes]))
+
+    def normalise(self, values: Float32) -> Float32:
+        """``(…, C)`` values as delivered to ``(…, C)`` float32 of about zero mean, unit spread."""
+        assert values.shape[-1] == len(self._mean), "another number of channels than the schema's"
+        x = self.transform(values)
+        _shift_and_scale(x, self._means, self._stds)
+        return x.astype(np.float32)
+
+    def transform(self, values: Float32) -> Float64:
+        """``(…, C)`` values as delivered to ``(…, C)`` float64, before mean and std are applied."""
+        x = values.astype(np.float64, order="C")
+        for k, scale in self._arcsinh:
+            x[..., k] = np.arcsinh(x[..., k] / scale)
+        return x
+
+    def denormalise(self, values: Float32) -> Float32:
+        """The way back: ``(…, C)`` of the model's to ``(…, C)`` float32 in delivered units."""
+        x = values.astype(np.float64) * self._std + self._mean
+        for k, scale in self._arcsinh:
+            x[..., k] = np.sinh(x[..., k]) * scale
+        return x.astype(np.float32)
+
+    def slope(self, values: Float32) -> Float32:
+        """Derivative of :meth:`denormalise` at ``(…, C)`` of the model's: what turns deviations back."""
+        slope = np.broadcast_to(self._std, values.shape).copy()
+        for k, scale in self._arcsinh:
+            inner = values[..., k].astype(np.float64) * self._std[k] + self._mean[k]
+            slope[..., k] *= np.cosh(inner) * scale
+        return slope.astype(np.float32)
+
+    def normalise_positions(
+        self, positions: Float64, lengths: NDArray[np.int64] | None = None
+    ) -> Float32:
+        """``(T, D)`` positions as delivered to ``(T, D)`` float32 for the model.
+
+        Args:
+            positions: of one series, or of several, one after the other.
+            lengths: ``(B,)`` observations of each, at least 1; None for one series.
+        """
+        x = positions.astype(np.float64, order="C")
+        for k in self._first:
+            if lengths is None:
+                x[:, k] -= self._offset[k] + positions[:, k].min()
+            else:
+                least = np.minimum.reduceat(positions[:, k], np.cumsum(lengths) - lengths)  # (B,)
+                x[:, k] -= np.repeat(self._offset[k] + least, lengths)
+        _shift_and_scale(x, self._offsets, self._scales)
+        return x.astype(np.float32)
+
+
+def _tiled(row: Float64) -> Float64:
+    """A row of C numbers again and again, about ``_TILE`` numbers in all."""
+    return np.tile(row, max(1, _TILE // max(1, len(row))))
+
+
+def _shift_and_scale(x: Float64, shift: Float64, scale: Float64) -> None:
+    """``(x - shift) / scale`` in place: ``x`` (…, C) in memory order, the others rows from ``_tiled``.
+
+    Broadcasting a row of two numbers over thousands of rows costs ten times what long runs do.
+    """
+    flat, run = x.reshape(-1), len(shift)
+    if len(flat) > run:
+        whole = len(flat) // run * run
+        runs = flat[:whole].reshape(-1, run)
+        runs -= shift
+        runs /= scale
+        flat = flat[whole:]
+    flat -= shift[: len(flat)]
+    flat /= scale[: len(flat)]
+
+
+def normalise(values: Float32, schema: DataSchema) -> Float32:
+    """``Normaliser.normalise`` for a single use."""
+    return Normaliser(schema).normalise(values)
+
+
+def denormalise(values: Float32, schema: DataSchema) -> Float32:
+    """``Normaliser.denormalise`` for a single use."""
+    return Normaliser(schema).denormalise(values)
+
+
+def normalise_positions(positions: Float64, axes: Sequence[PositionAxis]) -> Float32:
+    """``Normaliser.normalise_positions`` for a single use."""
+    schema = DataSchema(channels=(), axes=tuple(axes), normalisation=())
+    return Normaliser(schema).normalise_positions(positions)
