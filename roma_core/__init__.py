@@ -1,6 +1,24 @@
 """RoMA, the Rotary Masked Autoencoder: the model, its data, its trainer, its evaluation."""
 
-from roma_core.lazy import attributes
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def lazy_attributes(package: str, where: Mapping[str, str]) -> Callable[[str], Any]:
+    """A package's ``__getattr__`` (PEP 562) that imports on first use, so that importing is cheap.
+
+    Args:
+        where: the module that defines each public name.
+    """
+
+    def getter(name: str) -> Any:
+        if name not in where:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(where[name]), name)
+
+    return getter
+
 
 _WHERE = {
     "EncoderConfig": "roma_core.model.config",
@@ -13,4 +31,4 @@ _WHERE = {
     "TrainerConfig": "roma_core.trainer.config",
 }
 __all__ = list(_WHERE)
-__getattr__ = attributes(__name__, _WHERE)
+__getattr__ = lazy_attributes(__name__, _WHERE)

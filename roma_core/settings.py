@@ -1,17 +1,13 @@
-"""Where settings come from: code, the environment, one ``.env`` file, defaults, in this order.
+"""Settings: from code, the environment, one ``.env`` file, or the defaults, in this order.
 
-``RomaSettings`` is the one base class that reads the environment. Its subclasses own a prefix
-each; sections nested inside them are plain ``BaseModel``s reached with two underscores
+``RomaSettings`` is the one base class that reads the environment. Each subclass owns a prefix;
+sections nested in it are plain ``BaseModel``s, reached with two underscores
 (``ROMA_PRETRAIN_ENCODER_CONFIG__DEPTH=3``), and setting one leaf keeps the others. A leaf is one
 value, whatever its type: a dictionary from a stronger source replaces that of a weaker one. An
 object given in code for a section sets all its leaves, a dictionary only those it names.
 Lists and dictionaries are written as JSON, None as ``null``; an empty variable counts as not set.
-A variable under a class's prefix that no field takes is an error naming the closest field, and so
-is a field behind a prefix that is misspelt.
-Spellings of the published package (``ROMAE_…``) are accepted with a note.
-
-Names and passwords in URLs stay out of everything that is kept or shown.
-What is wrong with a description of data, a sentence each: which field, what is allowed, what came.
+A variable under a class's prefix that is no field, or under a misspelt prefix, is an error naming
+the closest field. Spellings of the published package (``ROMAE_…``) are accepted with a warning.
 """
 
 from __future__ import annotations
@@ -24,7 +20,7 @@ import typing
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pydantic_settings
 import yaml
@@ -54,10 +50,10 @@ class SettingsError(ValueError):
     """A setting is misspelt, contradictory or out of range.
 
     Attributes:
-        problems: (dotted name, what is wrong) of every one, where values were validated.
+        problems: one for every wrong value, where values were validated.
     """
 
-    def __init__(self, message: str, problems: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
         super().__init__(message)
         self.problems = tuple(problems)
 
@@ -119,59 +115,43 @@ class _Variables:
         """``ROMAE_X`` respelt as ``ROMA_X``, which wins if both are set; the names are lower-case.
 
         Raises:
-            SettingsError: a name under either prefix is no setting.
+            SettingsError: a name under either prefix, or under a misspelt one, is not a setting.
         """
-        prefix = self.settings_cls.model_config["env_prefix"].lower()
+        cls = self.settings_cls
+        prefix = cls.model_config["env_prefix"].lower()
         published = prefix.replace("roma_", "romae_", 1)
-        result = {k: v for k, v in variables.items() if not k.startswith(published)}
-        for name in variables:
+        paths = [
+            leaf.split(".") for leaf in leaves_of(cls)
+        ]  # a section may be given whole, as JSON
+        known = {_DELIMITER.join(path[:i]) for path in paths for i in range(1, len(path) + 1)}
+        for variable in variables:
             for spelling in (prefix, published):
-                if name.startswith(spelling):
-                    self._refuse_unknown(spelling, name.removeprefix(spelling))
-        for name in variables:
-            self._refuse_misspelt_prefix(name)
-        for name in (n for n in variables if n.startswith(published)):
-            ours, value = prefix + name.removeprefix(published), variables[name]
-            if ours not in result:
+                name = variable.removeprefix(spelling)
+                if name != variable and name not in known:
+                    raise SettingsError(
+                        f"{variable.upper()} in {self.where} is not a setting of {cls.__name__}; "
+                        f"the closest one is {variable_of(cls, _closest(name, known))}"
+                    )
+            project, word, name = (*variable.split("_", 2), "", "")[:3]
+            own = prefix.split("_")[1]
+            alike = difflib.SequenceMatcher(None, word, own).ratio() >= _ALIKE
+            if project in ("roma", "romae") and word != own and alike and name in known:
+                raise SettingsError(
+                    f"{variable.upper()} in {self.where} is not a setting; "
+                    f"do you mean {variable_of(cls, name)}?"
+                )
+        result = {k: v for k, v in variables.items() if not k.startswith(published)}
+        for variable in (v for v in variables if v.startswith(published)):
+            ours, value = prefix + variable.removeprefix(published), variables[variable]
+            if ours in result and result[ours] != value:
+                note = f"is ignored: {ours.upper()} is set too and differs"
+            elif ours not in result:
                 result[ours] = value
-                warnings.warn(
-                    f"{name.upper()} in {self.where} is read as {ours.upper()}", stacklevel=2
-                )
-            elif result[ours] != value:
-                warnings.warn(
-                    f"{name.upper()} in {self.where} is ignored: {ours.upper()} is set too and differs",
-                    stacklevel=2,
-                )
+                note = f"is read as {ours.upper()}"
+            else:
+                continue
+            warnings.warn(f"{variable.upper()} in {self.where} {note}", stacklevel=2)
         return result
-
-    def _known(self) -> set[str]:
-        """Names behind the prefix."""
-        known = set()
-        for leaf in leaves_of(self.settings_cls):
-            parts = leaf.split(".")  # a section may be given whole, as JSON
-            known |= {_DELIMITER.join(parts[:i]) for i in range(1, len(parts) + 1)}
-        return known
-
-    def _refuse_misspelt_prefix(self, variable: str) -> None:
-        """``ROMA_TRAINR_BASE_LR``: a setting of this class behind almost its prefix."""
-        project, _, rest = variable.partition("_")
-        word, _, name = rest.partition("_")
-        ours = self.settings_cls.model_config["env_prefix"].lower().split("_")[1]
-        alike = difflib.SequenceMatcher(None, word, ours).ratio() >= _ALIKE
-        if project in ("roma", "romae") and word != ours and alike and name in self._known():
-            raise SettingsError(
-                f"{variable.upper()} in {self.where} is no setting; do you mean "
-                f"{variable_of(self.settings_cls, name)}?"
-            )
-
-    def _refuse_unknown(self, prefix: str, name: str) -> None:
-        known = self._known()
-        if name not in known:
-            raise SettingsError(
-                f"{(prefix + name).upper()} in {self.where} is not a setting of "
-                f"{self.settings_cls.__name__}; the closest one is "
-                f"{variable_of(self.settings_cls, _closest(name, known))}"
-            )
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
         try:
@@ -271,8 +251,11 @@ class RomaSettings(BaseSettings):
         try:
             super().__init__(_build_sources=((InitSettingsSource(cls, _nested(given)),), {}))
         except ValidationError as error:
-            problems = problems_of(error, cls)
-            raise SettingsError(_explained(cls, problems, labels), problems) from None
+            problems = validation_errors(error, cls)
+            raise SettingsError(
+                f"{cls.__name__}: " + "\n".join(_with_source(one, labels) for one in problems),
+                problems,
+            ) from None
         self._sources = labels
 
     def __eq__(self, other: object) -> bool:
@@ -322,107 +305,77 @@ def _source_of(name: str, labels: Mapping[str, str]) -> str:
     return next((labels[n] for n in names if n in labels), "default")
 
 
-def problems_of(error: ValidationError, model: type[BaseModel]) -> list[tuple[str, str]]:
-    """What pydantic found wrong, in our words: (dotted name of the setting, what is wrong with it)."""
-    problems = []
-    for detail in error.errors(include_url=False):
-        name, message = ".".join(map(str, detail["loc"])), detail["msg"]
-        if detail["type"] == "extra_forbidden":
-            known = leaves_of(model)
-            message = "not a setting" + (
-                f"; the closest one is {_closest(name, known)}" if known else ""
-            )
-        elif detail["type"] == "value_error":
-            cause = detail["ctx"]["error"]
-            if isinstance(cause, ValidationError):  # of a section that a validator built
-                inner = problems_of(cause, BaseModel)
-                problems += [(".".join(filter(None, (name, n))), text) for n, text in inner]
-                continue
-            message = str(cause)  # raised by a check of ours, a whole sentence
-        elif detail["type"] != "missing":
-            message = f"{message}, got {detail['input']!r}"
-        problems.append((name, message))
-    return problems
+def _with_source(problem: Problem, labels: Mapping[str, str]) -> str:
+    source = _source_of(problem.name, labels)
+    if not problem.name or source == "default":
+        return str(problem)
+    return f"{problem.name} ({source}): {problem.message}"
 
 
-def _explained(
-    cls: type[BaseModel], problems: list[tuple[str, str]], labels: Mapping[str, str]
-) -> str:
-    """Problems with the source of every value that is wrong."""
-    lines = []
-    for name, message in problems:
-        source = _source_of(name, labels)
-        place = name if source == "default" else f"{name} ({source})"
-        lines.append(f"{place}: {message}" if name else message)
-    return f"{cls.__name__}: " + "\n".join(lines)
+class Problem(NamedTuple):
+    """One wrong value: the setting's dotted name, empty for a whole document, and what is wrong."""
+
+    name: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.message}" if self.name else self.message
 
 
-_USERINFO = re.compile(r"(?<=://)[^/?#\s]*@")
+def validation_errors(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
+    """What pydantic found wrong in values for ``model``: the field, what is allowed, what was given.
 
-
-def without_credentials(text: str) -> str:
-    """A URL, or a text with URLs in it, with ``https://user:password@host`` as ``https://host``."""
-    return _USERINFO.sub("", text)
-
-
-_SHOWN = 60  # letters of a value
-_OUR_WORDS = re.compile(r"^(Input|String|List|Tuple|Dictionary|Value) should")
-
-
-def mistakes(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """The errors that pydantic found in values for ``model``, in our words."""
-    found: list[str] = []
-    alternatives: dict[
-        tuple[str, str], list[str]
-    ] = {}  # a field of several types has a complaint of each
+    The complaints of a field that has several types become one.
+    """
+    found: dict[Problem, None] = {}
+    alternatives: dict[tuple[str, str], dict[str, None]] = {}
     details = error.errors(include_url=False)
     for detail in details:
-        if _only_follows(detail, details):
-            continue
-        names = [str(part) for part in detail["loc"] if not _is_branch(part)]
+        location, kind = detail["loc"], detail["type"]
+        if kind == "too_short" and any(
+            len(other["loc"]) > len(location) and other["loc"][: len(location)] == location
+            for other in details
+        ):
+            continue  # entries of the list were wrong, and so do not count
+        names = [str(part) for part in location if not _is_union_member(part)]
         name = ".".join(names)
-        kind = detail["type"]
         if kind == "extra_forbidden":
-            known = _fields_beside(model, detail["loc"])
-            closest = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.0)
-            meant = f"; did you mean {closest[0]!r}? There are {', '.join(known)}" if known else ""
-            sentence = f"{name} is not a setting{meant}"
+            message = _unknown(names, _fields_beside(model, location))
         elif kind == "missing":
-            sentence = f"{name} is missing"
+            message = "required, but not given"
         elif kind == "value_error":
-            cause = detail["ctx"]["error"]  # raised by a check of ours, a whole sentence
-            sentence = f"{name}: {cause}" if name else str(cause)
+            cause = detail["ctx"]["error"]
+            if isinstance(cause, ValidationError):  # of a section that a validator built
+                for inner, text in validation_errors(cause, BaseModel):
+                    found[Problem(".".join(filter(None, (name, inner))), text)] = None
+                continue
+            message = str(cause)  # raised by a validator of this project, a whole sentence
         else:
-            allowed = _OUR_WORDS.sub("must", detail["msg"], count=1)
-            place = alternatives.setdefault((name, _shown(detail["input"])), [])
-            place += [allowed] if allowed not in place else []
+            allowed = _PYDANTIC_SUBJECT.sub("must", detail["msg"], count=1)
+            alternatives.setdefault((name, _shown(detail["input"])), {})[allowed] = None
             continue
-        if sentence not in found:
-            found.append(sentence)
-    found += [
-        f"{name}: {' or '.join(all_)}, got {came}" for (name, came), all_ in alternatives.items()
+        found[Problem(name, message)] = None
+    return [*found] + [
+        Problem(name, f"{' or '.join(allowed)}, got {given}")
+        for (name, given), allowed in alternatives.items()
     ]
-    return found
 
 
-def _only_follows(detail: Any, details: Sequence[Any]) -> bool:
-    """Whether a list is called too short for no other reason than that its entries are wrong."""
-    place = detail["loc"]
-    return detail["type"] == "too_short" and any(
-        len(other["loc"]) > len(place) and other["loc"][: len(place)] == place for other in details
-    )
+_MAX_SHOWN = 60  # characters of a value
+_MAX_LISTED = 20  # names of settings
+_PYDANTIC_SUBJECT = re.compile(r"^(Input|String|List|Tuple|Dictionary|Value) should")
 
 
-def _is_branch(part: int | str) -> bool:
-    """Whether this part of a place is pydantic's name for one of several types, not a field's."""
+def _is_union_member(part: int | str) -> bool:
+    """Whether this part of a location is pydantic's name of one of several types, not a field's."""
     return isinstance(part, str) and (
         "[" in part or part in ("float", "int", "str") or part.startswith("constrained-")
     )
 
 
-def _fields_beside(model: Any, place: tuple[int | str, ...]) -> list[str]:
-    """The names that would have been right in the section of the last part of ``place``."""
-    for part in place[:-1]:
+def _fields_beside(model: Any, location: tuple[int | str, ...]) -> list[str]:
+    """The fields of the section that the last part of ``location`` stands in."""
+    for part in location[:-1]:
         field = getattr(model, "model_fields", {}).get(part)
         if field is not None:
             model = field.annotation
@@ -432,8 +385,24 @@ def _fields_beside(model: Any, place: tuple[int | str, ...]) -> list[str]:
     return list(getattr(model, "model_fields", {}))
 
 
+def _unknown(names: list[str], known: list[str]) -> str:
+    if not known:
+        return "not a setting"
+    closest = ".".join((*names[:-1], _closest(names[-1], known)))
+    listed = f". There are {', '.join(known)}" if len(known) <= _MAX_LISTED else ""
+    return f"not a setting; the closest one is {closest}{listed}"
+
+
 def _shown(value: Any) -> str:
     text = (
         f"a mapping of {', '.join(map(str, value))}" if isinstance(value, Mapping) else repr(value)
     )
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
+
+
+_USERINFO = re.compile(r"(?<=://)[^/?#\s]*@")
+
+
+def without_credentials(text: str) -> str:
+    """A URL, or a text with URLs in it, with ``https://user:password@host`` as ``https://host``."""
+    return _USERINFO.sub("", text)

@@ -1,7 +1,4 @@
-"""Prints ``.env.example``: ``python -m roma_pipelines.env_example > .env.example``.
-
-The text of ``.env.example``: every variable of some settings classes, with its default.
-"""
+"""``.env.example``, with every setting and its default: ``python -m roma_pipelines.env_example``."""
 
 from __future__ import annotations
 
@@ -12,8 +9,6 @@ import typing
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-from pydantic.fields import FieldInfo
 
 from roma_core.model.config import RoMAForClassificationConfig, RoMAForPreTrainingConfig
 from roma_core.settings import RomaSettings, leaves_of, variable_of
@@ -42,7 +37,6 @@ SETTINGS: tuple[type[RomaSettings], ...] = (
 )
 """Every settings class of both packages, in the order of the file."""
 
-
 _WIDTH = 100
 _HEAD = """\
 Settings of RoMA. Copy this file to `.env` and uncomment what you change; the values shown are the
@@ -56,24 +50,19 @@ empty variable counts as not set. A name that is no setting is an error.
 
 def env_example(classes: Iterable[type[RomaSettings]]) -> str:
     """The file's text; everything in it is commented out."""
-    return "\n".join([_comment(_HEAD), *map(_group, classes)])
-
-
-def _group(cls: type[RomaSettings]) -> str:
-    sentence = (cls.__doc__ or "").strip().split("\n")[0]
-    blocks = ["", _comment(f"--- {cls.__name__} ---\n{sentence}")]
-    fields = leaves_of(cls)
-    for name, value, _ in cls.from_values({}).resolved():
-        assignment = f"# {variable_of(cls, name)}={_written(value)}\n"
-        blocks.append(_comment(_about(fields[name])) + assignment)
-    return "\n".join(blocks)
-
-
-def _about(field: FieldInfo) -> str:
-    text = field.description or ""
-    choices = [str(c) for c in _choices(field.annotation)]
-    if not all(choice in text for choice in choices):
-        text += f" One of: {', '.join(choices)}."
+    text = _comment(_HEAD)
+    for cls in classes:
+        summary = (cls.__doc__ or "").strip().split("\n")[0]
+        text += "\n\n" + _comment(f"--- {cls.__name__} ---\n{summary}")
+        fields = leaves_of(cls)
+        for name, value, _ in cls.from_values({}).resolved():
+            about = fields[name].description or ""
+            choices = [str(choice) for choice in _choices(fields[name].annotation)]
+            if not all(choice in about for choice in choices):
+                about += f" One of: {', '.join(choices)}."
+            written = str(value) if isinstance(value, str | Path) else json.dumps(value)
+            # quoted so that a shell and a .env reader take it the same way
+            text += f"\n{_comment(about)}# {variable_of(cls, name)}={shlex.quote(written)}\n"
     return text
 
 
@@ -88,11 +77,6 @@ def _choices(annotation: Any) -> list[Any]:
 def _comment(text: str) -> str:
     lines = (w for line in text.splitlines() for w in textwrap.wrap(line, _WIDTH - 2) or [""])
     return "".join(f"# {line}".rstrip() + "\n" for line in lines)
-
-
-def _written(value: Any) -> str:
-    """A value as a variable holds it; a shell and a ``.env`` reader take it the same way."""
-    return shlex.quote(str(value) if isinstance(value, str | Path) else json.dumps(value))
 
 
 if __name__ == "__main__":

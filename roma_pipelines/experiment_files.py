@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from roma_core.settings import problems_of
+from roma_core.settings import validation_errors
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.scaffold import DEFS, TYPE
@@ -67,7 +67,7 @@ def _read(path: Path) -> Experiment:
     try:
         return RomaExperiment(**attributes).experiment()
     except ValidationError as error:
-        problems = [": ".join(filter(None, one)) for one in problems_of(error, RomaExperiment)]
+        problems = [str(one) for one in validation_errors(error, RomaExperiment)]
     except ValueError as error:
         problems = str(error).removeprefix(f"experiment {attributes.get('name')}: ").splitlines()
     raise ValueError("\n".join(f"{path}: {one}" for one in problems))

@@ -7,7 +7,7 @@
 Names are imported when first used; nothing here needs torch.
 """
 
-from roma_core.lazy import attributes
+from roma_core import lazy_attributes
 
 _WHERE = {
     "DataError": "roma_core.schema",
@@ -21,4 +21,4 @@ _WHERE = {
     "profile_of": "roma_core.data.profile",
 }
 __all__ = list(_WHERE)
-__getattr__ = attributes(__name__, _WHERE)
+__getattr__ = lazy_attributes(__name__, _WHERE)

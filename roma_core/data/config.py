@@ -19,7 +19,7 @@ from roma_core.data.cleaning import RepairOptions
 from roma_core.data.splits import SplitOptions
 from roma_core.files import digest_of
 from roma_core.schema import DataError
-from roma_core.settings import mistakes
+from roma_core.settings import validation_errors
 from roma_core.sources.base import SourceConfig, source_config
 
 
@@ -93,7 +93,9 @@ class DatasetConfig(_Section):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise DataError(f"{path}: {'; '.join(mistakes(error, cls))}") from error
+            raise DataError(
+                f"{path}: {'; '.join(map(str, validation_errors(error, cls)))}"
+            ) from error
 
 
 class Fingerprint(NamedTuple):

@@ -29,7 +29,7 @@ from roma_core.data.schema import SPLITS, FileRecord, Manifest, Split, SplitCoun
 from roma_core.files import digest_of, read_json, sha256_of
 from roma_core.hashing import hash_ints, hash_text
 from roma_core.schema import DataError, DataSchema, Normaliser
-from roma_core.settings import mistakes
+from roma_core.settings import validation_errors
 
 MANIFEST = "manifest.json"
 VERSIONS = (1, 2)  # of the format, that can be read
@@ -190,7 +190,7 @@ def read_manifest(folder: Path) -> Manifest:
             )
         return Manifest.model_validate(document)
     except ValidationError as error:
-        wrong = "; ".join(mistakes(error, Manifest))
+        wrong = "; ".join(map(str, validation_errors(error, Manifest)))
         raise DataError(f"{folder / MANIFEST} is not as it was written: {wrong}") from error
     except ValueError as error:
         raise DataError(f"{folder} cannot be read: {error}") from error

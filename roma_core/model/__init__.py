@@ -1,6 +1,6 @@
 """The Rotary Masked Autoencoder: configurations, both models, presets. Imports torch on first use."""
 
-from roma_core.lazy import attributes
+from roma_core import lazy_attributes
 
 _WHERE = {
     "EncoderConfig": "roma_core.model.config",
@@ -13,4 +13,4 @@ _WHERE = {
     "PackedBatch": "roma_core.model.packing",
 }
 __all__ = list(_WHERE)
-__getattr__ = attributes(__name__, _WHERE)
+__getattr__ = lazy_attributes(__name__, _WHERE)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from roma_core.files import digest_of, read_json, write_json
-from roma_core.settings import mistakes
+from roma_core.settings import validation_errors
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -58,7 +58,7 @@ def read_series(path: Path, split: Any, package: Any, start: int = 0) -> Iterato
                     row = json.loads(line)
                     package.module.Series(**row)
                 except ValidationError as error:
-                    wrong = "; ".join(mistakes(error, package.module.Series))
+                    wrong = "; ".join(map(str, validation_errors(error, package.module.Series)))
                     raise ValueError(f"{path}, line {number}: {wrong}") from error
                 except (ValueError, TypeError) as error:
                     raise ValueError(f"{path}, line {number}: {error}") from error
@@ -220,7 +220,7 @@ def score_file(
         try:
             table = _scored(package, part, lineage)
         except ValidationError as error:
-            wrong = "; ".join(mistakes(error, package.module.Series))
+            wrong = "; ".join(map(str, validation_errors(error, package.module.Series)))
             raise ValueError(f"rows {n} to {n + len(part) - 1} of {source}: {wrong}") from error
         except ValueError as error:
             raise ValueError(f"rows {n} to {n + len(part) - 1} of {source}: {error}") from error

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from roma_core.schema import Channel, PositionAxis
-from roma_core.settings import mistakes
+from roma_core.settings import validation_errors
 
 RecordedSplit = Literal["train", "test"]
 
@@ -175,7 +175,7 @@ def source_config(values: Any) -> SourceConfig:
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        raise ValueError("; ".join(mistakes(error, kind))) from None
+        raise ValueError("; ".join(map(str, validation_errors(error, kind)))) from None
 
 
 __all__ = [

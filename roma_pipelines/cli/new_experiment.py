@@ -51,7 +51,7 @@ def new_experiment(name: str, sources: tuple[str, ...], **options: Any) -> None:
     from pydantic import ValidationError
 
     from roma_core.data.infer_schema import Roles
-    from roma_core.settings import problems_of
+    from roma_core.settings import validation_errors
     from roma_pipelines import scaffold
     from roma_pipelines.experiment import Experiment, checked_name
     from roma_pipelines.storage import Storage, StorageError
@@ -76,9 +76,8 @@ def new_experiment(name: str, sources: tuple[str, ...], **options: Any) -> None:
             return
         path = scaffold.write(made, options["force"])
     except ValidationError as error:
-        problems = problems_of(error, Experiment)
-        lines = [": ".join(filter(None, problem)) for problem in problems]
-        raise click.ClickException("\n".join(lines)) from error
+        problems = validation_errors(error, Experiment)
+        raise click.ClickException("\n".join(map(str, problems))) from error
     except (ValueError, StorageError, OSError) as error:
         raise click.ClickException(str(error)) from error
     for line in made.said:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import dagster as dg
 from pydantic import BaseModel, Field, ValidationError
 
-from roma_core.settings import problems_of
+from roma_core.settings import validation_errors
 from roma_pipelines.assets.batch_predictions import batch_predictions_asset
 from roma_pipelines.assets.dataset import dataset_asset
 from roma_pipelines.assets.evaluation_report import evaluation_report_asset
@@ -106,8 +106,7 @@ class RomaExperiment(dg.Component, dg.Model, dg.Resolvable):
         try:
             return Experiment.model_validate(values)
         except ValidationError as error:
-            problems = problems_of(error, Experiment)
-            wrong = "\n".join(": ".join(filter(None, problem)) for problem in problems)
+            wrong = "\n".join(map(str, validation_errors(error, Experiment)))
             raise ValueError(f"experiment {self.name}: {wrong}") from None
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:

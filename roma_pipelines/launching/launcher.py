@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 import roma_core
 from roma_core.job import JobFolder
-from roma_core.settings import mistakes
+from roma_core.settings import validation_errors
 from roma_pipelines.launching.spec import JobHandle, JobSpec, JobState
 
 # Settings are frozen in config.json, and variables of an outer torchrun or scheduler would mislead
@@ -93,7 +93,9 @@ def read_profile(
             raise ValueError("expected `setting: value` lines")
         return profile.model_validate({**document, "name": name, **ours})
     except ValidationError as error:
-        raise ValueError(f"{path}: {'; '.join(mistakes(error, profile))}") from None
+        raise ValueError(
+            f"{path}: {'; '.join(map(str, validation_errors(error, profile)))}"
+        ) from None
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from None
 

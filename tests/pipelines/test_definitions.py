@@ -116,7 +116,7 @@ REFUSED = {
         0.9,
         "gate.min_acuracy: not a setting; the closest one is gate.min_accuracy",
     ),
-    ("gate", "min_accuracy"): (9, "gate.min_accuracy: Input should be less than or equal to 1"),
+    ("gate", "min_accuracy"): (9, "gate.min_accuracy: must be less than or equal to 1"),
     ("dataset", "drop_rat"): (
         0.3,
         "dataset.drop_rat: not a setting; the closest one is dataset.drop_rate",
@@ -124,7 +124,7 @@ REFUSED = {
     ("dataset", "source", "version"): ("", "dataset.source: version: must match pattern"),
     ("resources", "target"): (
         "laptop",
-        "resources.target: Input should be 'local', 'slurm' or 'kubernetes', got 'laptop'",
+        "resources.target: must be 'local', 'slurm' or 'kubernetes', got 'laptop'",
     ),
     ("pretraining", "trainer", "epoch"): (
         3,
@@ -132,7 +132,7 @@ REFUSED = {
     ),
     ("pretraining", "trainer", "epochs"): (
         "many",
-        "pretraining.trainer.epochs: Input should be a valid integer",
+        "pretraining.trainer.epochs: must be a valid integer",
     ),
     ("pretraining", "trainer", "optimizer_args"): ({"beta": 1}, "optimizer_args ['beta'] are not"),
     ("pretraining", "model", "encoder_config", "dept"): (

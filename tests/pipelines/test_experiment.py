@@ -12,7 +12,7 @@ from roma_pipelines.experiment import about_trainings
         ({"mask_strategy": "channel"}, ["needs channel_axis"]),
         (
             {"mask_strategy": "channel", "channel_axis": -1},
-            ["channel_axis: Input should be greater"],
+            ["channel_axis: must be greater"],
         ),
         ({"position_axes": []}, ["position_axes: the data decide it"]),
     ],

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from roma_core.settings import mistakes, problems_of
+from roma_core.settings import validation_errors
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.experiment_files import read_yaml
 
@@ -118,9 +118,7 @@ class Benchmark(_Document):
         try:
             return Experiment.model_validate(document)
         except ValidationError as error:
-            wrong = "; ".join(
-                ": ".join(filter(None, one)) for one in problems_of(error, Experiment)
-            )
+            wrong = "; ".join(str(one) for one in validation_errors(error, Experiment))
             raise ValueError(f"row {self.name}, case {case.name}: {wrong}") from None
 
 
@@ -161,7 +159,7 @@ def _row(path: Path, number: int, entry: Any) -> Benchmark:
     except ValidationError as error:
         where = f"{path}: row {entry.get('name', number)}"
         raise ValueError(
-            "\n".join(f"{where}: {one}" for one in mistakes(error, Benchmark))
+            "\n".join(f"{where}: {one}" for one in validation_errors(error, Benchmark))
         ) from None
 
 

@@ -211,7 +211,7 @@ ROW_TEXT = """
 def test_mistakes_in_a_file_of_rows_are_sentences(tmp_path):
     path = tmp_path / "rows.yaml"
     for text, said in (
-        (ROW_TEXT, ("row waves: cases.0.chnages is not a setting; did you mean 'changes'",
+        (ROW_TEXT, ("row waves: cases.0.chnages: not a setting; the closest one is cases.0.changes",
                     "row waves: seeds.0: must be a valid integer")),
         ("- 3", ("row 1: expected a mapping of settings, got 3",)),
         ("rows: 3", ("expected a list of rows, got dict",)),
@@ -230,10 +230,10 @@ def test_mistakes_in_an_experiments_file_are_sentences(tiny, tmp_path):
     path = tmp_path / "waves.yaml"
     for changes, said in (
         ({"datset": {}}, ["datset: not a setting; the closest one is dataset"]),
-        ({"dataset": 3}, ["dataset: Input should be a valid dictionary, got 3"]),
+        ({"dataset": 3}, ["dataset: must be a valid dictionary, got 3"]),
         (
             {"schedule": 5, "gate": {"mode": "x"}},
-            ["schedule: Input should be a valid string, got 5"],
+            ["schedule: must be a valid string, got 5"],
         ),
         ({"finetuning": {"trainer": {"epoch": 2}}}, ["finetuning.trainer.epoch: "]),
     ):

@@ -95,12 +95,12 @@ def test_series_of_one_and_of_100_000_points_and_names_in_any_script_are_kept(tm
         ({"test_fraction": 1.5}, "config.yaml: test_fraction: must be less than 1, got 1.5"),
         (
             {"valdation_fraction": 0},
-            "valdation_fraction is not a setting; did you mean 'validation_fraction'",
+            "valdation_fraction: not a setting; the closest one is validation_fraction",
         ),
         ({"split": {"by": "obect"}}, "split.by: must be 'object', 'group' or 'time', got 'obect'"),
         (
             {"columns": {"chanels": []}},
-            "source: columns.chanels is not a setting; did you mean 'channels'",
+            "source: columns.chanels: not a setting; the closest one is columns.channels",
         ),
         ({"columns": {"object": None}}, "source: columns.object: must be a valid string, got None"),
         (

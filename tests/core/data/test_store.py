@@ -328,7 +328,7 @@ def test_a_folder_without_a_manifest_is_no_data_set(tmp_path):
             "has schema_version 0, this version of the software reads 1 and 2",
         ),
         ('{"schema_ver', "is not valid JSON"),
-        ('{"schema_version": 1}', "name is missing"),
+        ('{"schema_version": 1}', "name: required, but not given"),
     ],
 )
 def test_a_manifest_of_another_version_is_refused(sound, tmp_path, text, message):

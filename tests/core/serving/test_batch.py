@@ -112,7 +112,7 @@ def test_a_bad_row_is_named_by_its_place(package, source, tmp_path):
     with pytest.raises(ValueError, match="holds no series"):
         score_file(package, LINEAGE, source, "test", tmp_path / "out")
     source.write_text('{"positions": {"time": [0.0]}, "values": {"flux": ["x"]}, "unit": {}}')
-    with pytest.raises(ValueError, match="line 1: unit is not a setting") as told:
+    with pytest.raises(ValueError, match="line 1: unit: not a setting") as told:
         score_file(package, LINEAGE, source, "test", tmp_path / "out")
     assert "values.flux.0: must be a valid number" in str(told.value)
     assert "pydantic" not in str(told.value)

@@ -269,7 +269,7 @@ def test_another_package_adds_a_source(tmp_path, monkeypatch):
 
     assert len(dataset) == 40 and "ours" in kinds()
     assert '"n":40' in dataset.manifest.provenance.source
-    with pytest.raises(ValueError, match="m is not a setting; did you mean 'n'"):
+    with pytest.raises(ValueError, match="m: not a setting; the closest one is n"):
         source_config({"kind": "ours", "m": 1})
 
 

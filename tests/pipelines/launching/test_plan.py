@@ -96,7 +96,7 @@ def test_every_profile_that_ships_gives_a_plan(name):
         ("environment: {'A B': x}", "environment.A B"),
         ("sbatch_options: ['--requeue']", "must not set requeue"),
         ("sbatch_options: ['--wrap=$(id)']", "sbatch_options.0"),
-        ("gpus: 4", "gpus is not a setting; did you mean"),
+        ("gpus: 4", "gpus: not a setting; the closest one is"),
         ("a: [", "while parsing"),
         ("- a", "expected `setting: value` lines"),
     ],
