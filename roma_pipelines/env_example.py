@@ -18,9 +18,9 @@ from roma_pipelines.automation.alerts import AlertSettings
 from roma_pipelines.executor import DagsterSettings
 from roma_pipelines.launching.kubernetes.profile import KubernetesSettings
 from roma_pipelines.launching.slurm.profile import SlurmSettings
-from roma_pipelines.pages.links import PageSettings
 from roma_pipelines.registry.store import MlflowSettings
 from roma_pipelines.storage import StorageSettings
+from roma_pipelines.tracked_job import PageSettings
 
 SETTINGS: tuple[type[RomaSettings], ...] = (
     TrainerConfig,

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import dagster as dg
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
+from pydantic_settings import SettingsConfigDict
 
 from roma_core.files import digest_of, write_json
 from roma_core.job import JobFolder, Result
+from roma_core.settings import RomaSettings, without_credentials
 from roma_core.trainer.trackers import MLFLOW_RUN_VARIABLE, forward_to_mlflow
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.jobs import usage
@@ -25,7 +27,6 @@ from roma_pipelines.launching.outcome import attempts_table, decisions_table, re
 from roma_pipelines.launching.pipes import key_for, run_job
 from roma_pipelines.launching.spec import JobFailed, Outcome
 from roma_pipelines.launching.targets import job_spec, launcher_for, roma_command
-from roma_pipelines.pages.links import job_links, mlflow_link
 from roma_pipelines.provenance import code_version
 from roma_pipelines.registry.runs import end_run, end_runs_of_job, find_or_create_run
 from roma_pipelines.registry.store import (
@@ -229,6 +230,39 @@ class _ShownInMlflow:
                 write_json(self.folder.mlflow_run, {"schema_version": 1, "run_id": run_id})
             self._found = client, run_id
         return self._found
+
+
+class PageSettings(RomaSettings):
+    """Addresses of the pages in users' browsers; ``roma-pipeline up`` sets them for its processes."""
+
+    model_config = SettingsConfigDict(env_prefix="ROMA_PAGE_")
+
+    overview_url: str | None = Field(None, description="Address of the overview; null: no links.")
+    mlflow_url: str | None = Field(
+        None,
+        description="Address of the MLflow page; null takes the tracking server's, if there is one.",
+    )
+
+
+def job_links(key: str, has_report: bool) -> dict[str, dg.MetadataValue[Any]]:
+    """Links to a job's log and report on the overview; a browser opens no file from a page."""
+    overview = PageSettings().overview_url
+    if overview is None:
+        return {}
+    names = ["log", *(["report"] if has_report else [])]
+    return {f"open_{name}": dg.MetadataValue.url(f"{overview}/jobs/{key}/{name}") for name in names}
+
+
+def mlflow_link(
+    experiment_id: str, run_id: str, tracking_uri: str
+) -> dict[str, dg.MetadataValue[Any]]:
+    """Link to a run on the MLflow page; none if no page is known."""
+    server = without_credentials(tracking_uri) if is_server(tracking_uri) else None
+    mlflow = PageSettings().mlflow_url or server
+    if mlflow is None:
+        return {}
+    address = f"{mlflow.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+    return {"open_mlflow_run": dg.MetadataValue.url(address)}
 
 
 def _story(outcome: Outcome) -> dict[str, Any]:

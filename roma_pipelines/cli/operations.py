@@ -1,14 +1,8 @@
-"""``roma-pipeline backup`` and ``restore``: the state in one file, and back.
-
-What commands of operation begin with: the storage root, Dagster's instance, MLflow's client.
-``roma-pipeline health``: whether stores, daemons, disk and jobs are well.
-``roma-pipeline gc``: remove what nothing needs any more.
-"""
+"""``roma-pipeline health``, ``gc``, ``backup`` and ``restore``: operating an installation."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,73 +10,39 @@ from typing import TYPE_CHECKING
 
 import click
 
-from roma_core.settings import without_credentials
-
 if TYPE_CHECKING:
     import dagster as dg
-    from mlflow import MlflowClient
 
-    from roma_pipelines.storage import Storage
-
-
-@contextlib.contextmanager
-def opened() -> Iterator[tuple[Storage, dg.DagsterInstance, MlflowClient]]:
-    """All three; what is wrong with them, or with what is done with them, is a sentence."""
-    from roma_pipelines.registry.store import MlflowSettings, StoreError, connect
-    from roma_pipelines.storage import Storage, StorageError, prepare_instance
-
-    try:
-        storage = Storage.open()
-        prepare_instance(storage)
-        client = connect(MlflowSettings(), storage.mlflow)
-        import dagster as dg
-        from mlflow.exceptions import MlflowException  # connect() sets telemetry first
-
-        with dg.DagsterInstance.get() as instance:
-            try:
-                yield storage, instance, client
-            except MlflowException as error:
-                raise click.ClickException(without_credentials(str(error))) from error
-    except (StorageError, StoreError, ValueError, OSError, RuntimeError) as error:
-        raise click.ClickException(str(error)) from error
+    from roma_core.cli.doctor import CheckResult
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="For machines: a list of findings.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of results.")
 @click.option("--strict", is_flag=True, help="A warning counts as an error.")
 def health(as_json: bool, strict: bool) -> None:
-    """Ask every part how it is; exit code 1 if one is in error."""
-    from dataclasses import asdict
-
-    from roma_pipelines.operations.health import Finding, findings
+    """Check all components; exit 1 on any error."""
+    from roma_core.cli.doctor import CheckResult, report
+    from roma_pipelines.operations.health import checks
     from roma_pipelines.registry.store import MlflowSettings, connect
     from roma_pipelines.storage import Storage, StorageError, prepare_instance
 
-    found: list[Finding] = []
-    with contextlib.ExitStack() as stack:
+    def results(stack: contextlib.ExitStack) -> Iterator[CheckResult]:
         try:
             storage = Storage.open()
         except StorageError as error:
-            found.append(Finding("storage", "error", str(error)))
-        else:
+            yield CheckResult("storage", "error", str(error))
+            return
 
-            def instance() -> dg.DagsterInstance:
-                import dagster as dg
+        def instance() -> dg.DagsterInstance:
+            import dagster as dg
 
-                prepare_instance(storage)
-                return stack.enter_context(dg.DagsterInstance.get())
+            prepare_instance(storage)
+            return stack.enter_context(dg.DagsterInstance.get())
 
-            def client() -> MlflowClient:
-                return connect(MlflowSettings(), storage.mlflow)
+        yield from checks(storage, instance, lambda: connect(MlflowSettings(), storage.mlflow))
 
-            found += findings(storage, instance, client)
-    if as_json:
-        click.echo(json.dumps([asdict(one) for one in found], indent=2))
-    else:
-        for one in found:
-            click.echo(f"{one.status:<8} {one.part:<14} {one.detail}")
-    bad = {"error", "warning"} if strict else {"error"}
-    sys.exit(any(one.status in bad for one in found))
+    with contextlib.ExitStack() as stack:
+        sys.exit(report(results(stack), as_json=as_json, strict=strict))
 
 
 @click.command()
@@ -91,54 +51,68 @@ def health(as_json: bool, strict: bool) -> None:
     type=click.FloatRange(min=0),
     default=30.0,
     show_default=True,
-    help="Younger than this stays.",
+    help="Keep everything newer than this many days.",
 )
 @click.option(
     "--keep-versions",
     type=click.IntRange(min=2),
     default=3,
     show_default=True,
-    help="Newest versions of every data set that stay in any case.",
+    help="Newest versions to keep of every data set.",
 )
-@click.option("--yes", is_flag=True, help="Remove it; without, it is only listed.")
+@click.option("--yes", is_flag=True, help="Remove; the default is to list only.")
 def gc(days: float, keep_versions: int, yes: bool) -> None:
-    """List, or with --yes remove, what nothing needs: jobs, checkpoints, data sets, MLflow runs.
+    """List, or with --yes remove, what is not needed: jobs, checkpoints, data sets, MLflow runs.
 
-    Jobs that ended, checkpoints of completed jobs, old versions of data sets, MLflow runs that were
-    deleted on MLflow's page, and cached models that have no alias. What a registered version or the
-    newest materialisation of an asset was made of stays, whatever its age, and so does what runs and
+    Removed are ended jobs, checkpoints of completed jobs, old versions of data sets, MLflow runs
+    that were deleted on the MLflow page, and cached models without an alias. Kept at any age is what
+    a registered version or the newest materialisation of an asset was made of, what is running, and
     what an experiment predicts.
     """
+    from roma_core.settings import without_credentials
     from roma_pipelines.operations.retention import operations_lock, removals
+    from roma_pipelines.registry.store import MlflowSettings, StoreError, connect
+    from roma_pipelines.storage import Storage, StorageError, prepare_instance
 
-    with opened() as (storage, instance, client), operations_lock(storage):
-        found = removals(storage, instance, client, days=days, keep_versions=keep_versions)
-        total = 0
-        for removal in found:
-            if yes and not removal.remove():
-                click.echo(f"kept          it is needed again: {removal.what}")
-                continue
-            total += removal.n_bytes
-            verb = "removed" if yes else "would remove"
-            click.echo(f"{verb:<13} {removal.n_bytes:>14,} bytes  {removal.what}")
-        click.echo(f"{'removed' if yes else 'would remove'} {total:,} bytes in all")
-        if found and not yes:
-            click.echo("--yes removes it")
+    try:
+        storage = Storage.open()
+        prepare_instance(storage)
+        client = connect(MlflowSettings(), storage.mlflow)
+        import dagster as dg
+        from mlflow.exceptions import MlflowException  # after connect(), which sets telemetry
+    except (StorageError, StoreError, ValueError, OSError, RuntimeError) as error:
+        raise click.ClickException(str(error)) from error
+    verb, total = "removed" if yes else "would remove", 0
+    try:
+        with operations_lock(storage), dg.DagsterInstance.get() as instance:
+            found = removals(storage, instance, client, days=days, keep_versions=keep_versions)
+            for removal in found:
+                if yes and not removal.remove():
+                    click.echo(f"kept          needed again: {removal.what}")
+                    continue
+                total += removal.n_bytes
+                click.echo(f"{verb:<13} {removal.n_bytes:>14,} bytes  {removal.what}")
+    except MlflowException as error:
+        raise click.ClickException(without_credentials(str(error))) from error
+    except (ValueError, OSError, RuntimeError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"{verb} {total:,} bytes in total")
+    if found and not yes:
+        click.echo("--yes removes it")
 
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--with-datasets", is_flag=True, help="Data sets, too; they can be built again.")
+@click.option("--with-datasets", is_flag=True, help="Include data sets; they can be built again.")
 def backup(file: Path, with_datasets: bool) -> None:
     """Write the state to FILE, a tar: databases, the registry's artifacts, the record of every job.
 
-    Everything may go on meanwhile. The file is read back and compared with its sha256 before it
-    gets its name.
+    Everything may run meanwhile. The file is read back and compared with its sha256 before it gets
+    its name.
 
-    Not in it: caches, checkpoints of jobs, logs of servers, data sets (but see --with-datasets),
-    and what is kept elsewhere: by an MLflow server (ROMA_MLFLOW_TRACKING_URI), or by a DAGSTER_HOME
-    outside the root or with a storage of its own. The command names what applies; back that up
-    where it is.
+    Not included: caches, checkpoints of jobs, logs of servers, data sets (see --with-datasets), and
+    state that is kept elsewhere: by an MLflow server (ROMA_MLFLOW_TRACKING_URI), or by a DAGSTER_HOME
+    outside the root or with its own storage. The command names what applies; back that up there.
     """
     from roma_pipelines.operations.backup import BackupError, kept_elsewhere, write_backup
     from roma_pipelines.operations.retention import operations_lock
@@ -151,28 +125,30 @@ def backup(file: Path, with_datasets: bool) -> None:
         elsewhere = kept_elsewhere(storage)
     except (StorageError, BackupError, RuntimeError, OSError) as error:
         raise click.ClickException(str(error)) from error
-    click.echo(f"{file}: {n_bytes:,} bytes, verified; `roma-pipeline restore {file}` puts it back")
+    click.echo(f"{file}: {n_bytes:,} bytes, verified; `roma-pipeline restore {file}` restores it")
     left_out = "caches, checkpoints of jobs, logs of servers"
-    click.echo(f"not in it: {left_out}{'' if with_datasets else ', data sets (--with-datasets)'}")
+    click.echo(
+        f"not included: {left_out}{'' if with_datasets else ', data sets (--with-datasets)'}"
+    )
     for what in elsewhere:
-        click.echo(f"NOT IN IT: {what}; back it up there")
+        click.echo(f"NOT INCLUDED: {what}; back it up there")
 
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 def restore(file: Path) -> None:
-    """Put the state of FILE into ROMA_STORAGE_ROOT, which must be empty, as must the database."""
+    """Restore FILE into ROMA_STORAGE_ROOT, which must be empty, as must the database."""
     from roma_pipelines.operations.backup import BackupError, restore_backup
     from roma_pipelines.storage import StorageError, StorageSettings
 
     root = StorageSettings().root
     try:
-        moved = restore_backup(file, root)
+        original = restore_backup(file, root)
     except (StorageError, BackupError, RuntimeError, OSError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"restored into {root}")
-    if moved:
+    if original:
         click.echo(
-            f"it was made of {moved}: models load from the new place, but the history of assets "
-            f"names the old one until they are made again"
+            f"the backup was made of {original}: models load from the new place, but the history of "
+            f"assets refers to the old one until they are materialised again"
         )

@@ -12,14 +12,10 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from roma_core.files import write_json
-
-if TYPE_CHECKING:
-    from roma_pipelines.storage import Storage
 
 _START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 20.0
@@ -32,13 +28,12 @@ _STOP_TIMEOUT_S = 20.0
 def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
     """Serve Dagster (with its daemon: schedules and sensors), MLflow and an overview on 127.0.0.1.
 
-    The overview shows every experiment with its champion, its past accuracies and its last runs, and
-    leads to reports and logs. All show what is under .roma/, or in the database of
-    ROMA_STORAGE_DATABASE_URL. Ctrl-C stops them; training jobs that are running go on and are found
-    again.
+    The overview shows every experiment with its champion, past accuracies and last runs, and links
+    to reports and logs. All pages show the state under .roma/, or in the database of
+    ROMA_STORAGE_DATABASE_URL. Ctrl-C stops them; running training jobs continue and are found again.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # its queue of background jobs serves features that are not used here, with four more processes
+    # its job queue serves features that are not used here, with four more processes
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     for name, port, option in (
         ("Dagster", dagster_port, "--dagster-port"),
@@ -46,7 +41,6 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
         ("Overview", page_port, "--page-port"),
     ):
         _check_free(name, port, option)
-    from roma_pipelines.pages.links import announce
     from roma_pipelines.registry.store import (
         MlflowSettings,
         StoreError,
@@ -65,29 +59,44 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
     except (StorageError, StoreError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
 
-    dagster, mlflow = f"http://127.0.0.1:{dagster_port}", f"http://127.0.0.1:{mlflow_port}"
-    commands = {"Dagster": (_dagster(dagster_port, home), dagster)}
-    if not is_server(uri):
-        commands["MLflow"] = (_mlflow(mlflow_port, uri, storage), mlflow)
-    else:
-        mlflow = uri
+    # the location's name is that of workspace.yaml: schedules and runs belong to a location by name
+    module = {"module_name": "roma_pipelines.definitions", "location_name": "roma_pipelines"}
+    write_json(home / "workspace.yaml", {"load_from": [{"python_module": module}]})
+    dagster, overview = f"http://127.0.0.1:{dagster_port}", f"http://127.0.0.1:{page_port}"
+    mlflow = uri if is_server(uri) else f"http://127.0.0.1:{mlflow_port}"
+    servers = _Servers(home / "logs")
+    servers.add(
+        "Dagster",
+        dagster,
+        *("dagster", "dev", "-w", str(home / "workspace.yaml")),
+        *("-h", "127.0.0.1", "-p", str(dagster_port)),
+    )
+    if is_server(uri):
         click.echo(f"MLflow    {uri} (configured; not started here)")
-    overview = f"http://127.0.0.1:{page_port}"
-    commands["Overview"] = (_overview(page_port, dagster, mlflow), overview)
-    announce(overview, mlflow)
-    logs = home / "logs"
-    logs.mkdir(exist_ok=True)
-    with _Servers(logs) as servers:
-        for name, (command, _) in commands.items():
-            servers.start(name, command)
-        for name, (_, address) in commands.items():
-            servers.wait_until_answering(name, address)
-            click.echo(f"{name:<9} {address}")
-        click.echo(f"logs      {logs}\nCtrl-C stops them.")
+    else:
+        servers.add(
+            "MLflow",
+            mlflow,
+            *("mlflow", "server", "--backend-store-uri", uri),
+            *("--artifacts-destination", (storage.mlflow / "artifacts").as_uri()),
+            *("--host", "127.0.0.1", "--port", str(mlflow_port), "--workers", "1"),
+        )
+    servers.add(
+        "Overview",
+        overview,
+        *("roma_pipelines.pages.overview", "--port", str(page_port)),
+        *("--dagster", dagster, "--mlflow", mlflow),
+    )
+    # links on assets lead there, unless other addresses are configured
+    os.environ.setdefault("ROMA_PAGE_OVERVIEW_URL", overview)
+    os.environ.setdefault("ROMA_PAGE_MLFLOW_URL", mlflow)
+    with servers:
+        servers.start()
+        click.echo(f"logs      {servers.logs}\nCtrl-C stops them.")
         ended = servers.wait()
-        click.echo("stopping the servers; training jobs go on")
+        click.echo("stopping the servers; training jobs continue")
     if ended:
-        raise click.ClickException(f"{ended} ended by itself; see its log in {logs}")
+        raise click.ClickException(f"{ended} exited; see its log in {servers.logs}")
     click.echo("stopped")
 
 
@@ -103,43 +112,23 @@ def _check_free(name: str, port: int, option: str) -> None:
             ) from error
 
 
-def _dagster(port: int, home: Path) -> list[str]:
-    # the name that workspace.yaml gives too: schedules and runs belong to a location by its name
-    module = {"module_name": "roma_pipelines.definitions", "location_name": "roma_pipelines"}
-    write_json(home / "workspace.yaml", {"load_from": [{"python_module": module}]})
-    return [
-        *(sys.executable, "-m", "dagster", "dev", "-w", str(home / "workspace.yaml")),
-        *("-h", "127.0.0.1", "-p", str(port)),
-    ]
-
-
-def _mlflow(port: int, uri: str, storage: Storage) -> list[str]:
-    return [
-        *(sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri),
-        *("--artifacts-destination", (storage.mlflow / "artifacts").as_uri()),
-        *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
-    ]
-
-
-def _overview(port: int, dagster: str, mlflow: str) -> list[str]:
-    return [
-        *(sys.executable, "-m", "roma_pipelines.pages.overview", "--port", str(port)),
-        *("--dagster", dagster, "--mlflow", mlflow),
-    ]
-
-
 class _Servers:
-    """Child processes, each with its own process group, stopped together."""
+    """Child processes, each with its own process group and log, stopped together on leaving."""
 
     def __init__(self, logs: Path) -> None:
         self.logs = logs
+        self.commands: dict[str, tuple[str, list[str]]] = {}  # name -> address, command
         self.children: dict[str, subprocess.Popen[bytes]] = {}
+
+    def add(self, name: str, address: str, *module: str) -> None:
+        """Add a Python module with its arguments; it is started by ``start``."""
+        self.commands[name] = address, [sys.executable, "-m", *module]
 
     def __enter__(self) -> _Servers:
         def stop(number: int, frame: object) -> None:
             raise KeyboardInterrupt
 
-        # SIGINT too: a shell that started us in the background has it ignored
+        # SIGINT too: it is ignored in a process that a shell started in the background
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, stop)
         return self
@@ -154,27 +143,34 @@ class _Servers:
             self._signal(child, signal.SIGKILL)
             child.wait()
 
-    def start(self, name: str, command: list[str]) -> None:
-        log = (self.logs / f"{name.lower()}.log").open("ab")
-        self.children[name] = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-
     @staticmethod
     def _signal(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, number)
 
-    def wait_until_answering(self, name: str, address: str) -> None:
-        """Raises ClickException if the server ends, or is silent for two minutes."""
+    def start(self) -> None:
+        """Start all and print each address once it answers.
+
+        Raises:
+            click.ClickException: a server exits, or does not answer within two minutes.
+        """
+        self.logs.mkdir(exist_ok=True)
+        for name, (_, command) in self.commands.items():
+            with (self.logs / f"{name.lower()}.log").open("ab") as log:
+                self.children[name] = subprocess.Popen(
+                    command,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+        for name, (address, _) in self.commands.items():
+            self._wait_until_answering(name, address)
+            click.echo(f"{name:<9} {address}")
+
+    def _wait_until_answering(self, name: str, address: str) -> None:
         deadline = time.monotonic() + _START_TIMEOUT_S
-        while time.monotonic() < deadline:
-            if self.children[name].poll() is not None:
-                break
+        while time.monotonic() < deadline and self.children[name].poll() is None:
             try:
                 urllib.request.urlopen(address, timeout=5).close()
                 return
@@ -185,7 +181,7 @@ class _Servers:
         raise click.ClickException(f"{name} did not start; the end of {log}:\n{tail}")
 
     def wait(self) -> str | None:
-        """Until Ctrl-C (None), or until a server ends by itself (its name)."""
+        """Wait for Ctrl-C, and return None, or for the first server to exit, and return its name."""
         try:
             while True:
                 for name, child in self.children.items():

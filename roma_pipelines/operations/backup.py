@@ -1,24 +1,20 @@
-"""A backup: one tar file with the databases, the registry's artifacts and the record of every job.
+"""``roma-pipeline backup`` and ``restore``: the state in one tar file, and back.
 
-    MANIFEST.json       first: versions, the root it was made of, and whether PostgreSQL was in use
+    MANIFEST.json       first: versions, the storage root, and whether PostgreSQL was in use
     database.dump       pg_dump of both schemas, with PostgreSQL
     root/…              files of the storage root; SQLite files as consistent copies
     SHA256.json         last: sha256 of every member before it
 
-Databases are copied before files are listed: what they name was written before, so it is there. Left
-out are caches, logs of servers, checkpoints of jobs, and data sets unless they are asked for (they can
-be built again). State that is kept elsewhere, such as that of an MLflow server, is not in it either;
+Databases are copied before files are listed, so that files which they refer to are included. Left
+out are caches, logs of servers, checkpoints of jobs, and (unless requested) data sets, which can be
+built again. State that is kept elsewhere, such as that of an MLflow server, is not included;
 ``kept_elsewhere`` names it.
-
-PostgreSQL's own programs for dumps, wherever the system keeps them.
-Putting a backup back: into an empty root, and an empty database if it has one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -45,49 +41,23 @@ from roma_pipelines.storage import (
     schema_url,
 )
 
-
-def postgres_tool(name: str) -> str:
-    """Path of pg_dump or pg_restore, the newest version there is.
-
-    Raises:
-        RuntimeError: it is not installed.
-    """
-    debian = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), key=_version)
-    if debian:
-        return str(debian[-1])
-    found = shutil.which(name)
-    if found is None:
-        raise RuntimeError(
-            f"{name} is not installed here; it is in the package postgresql-client, and must be at "
-            f"least as new as the server"
-        )
-    return found
-
-
-def _version(path: Path) -> int:
-    number = path.parents[1].name
-    return int(number) if number.isdigit() else 0
-
-
 MANIFEST, HASHES, DUMP = "MANIFEST.json", "SHA256.json", "database.dump"
 SCHEMA_VERSION = 1
 _SQLITE_MAGIC = b"SQLite format 3\0"
-_SIDE_FILES = ("-wal", "-shm", "-journal")  # of SQLite; the copy of the database has all of it
-_LEFT_OUT = frozenset(
-    {"cache", "clusters", "dagster/logs"}
-)  # of the root; names below are anybody's
+_SIDE_FILES = ("-wal", "-shm", "-journal")  # of SQLite; the copy of the database includes them
+_LEFT_OUT = frozenset({"cache", "clusters", "dagster/logs"})  # paths in the root, not mere names
 
 
 class BackupError(RuntimeError):
-    """A backup cannot be made, or is damaged, or cannot be put there."""
+    """A backup cannot be made or restored, or is damaged."""
 
 
 def write_backup(storage: Storage, target: Path, *, with_datasets: bool = False) -> int:
-    """Write the backup, verify it, and only then give it its name; returns its bytes.
+    """Write and verify a backup, then rename it to ``target``; returns its size in bytes.
 
     Raises:
-        BackupError: the file is there already, or pg_dump fails.
-        OSError: no room, or the folder cannot be written.
+        BackupError: the file exists, or pg_dump fails.
+        OSError: the disk is full, or the folder cannot be written.
     """
     if target.exists():
         raise BackupError(f"{target} exists; give another name")
@@ -104,7 +74,7 @@ def write_backup(storage: Storage, target: Path, *, with_datasets: bool = False)
 
 
 def kept_elsewhere(storage: Storage) -> list[str]:
-    """State of this installation that no backup of its root and database has; a line for each."""
+    """State of this installation that no backup includes; a text for each."""
     found = []
     settings = MlflowSettings()
     for what, uri in (
@@ -116,13 +86,13 @@ def kept_elsewhere(storage: Storage) -> list[str]:
     home = Path(os.environ.get("DAGSTER_HOME") or storage.dagster)
     config = home / "dagster.yaml"
     text = config.read_text(encoding="utf-8") if config.is_file() else ""
-    if DATABASE_VARIABLE in text and database_url() is not None:  # it is in the dump
+    if DATABASE_VARIABLE in text and database_url() is not None:  # included in the dump
         return found
     document = yaml.safe_load(text) or {}
     own = sorted({"storage", "run_storage", "event_log_storage"} & set(document))
     if own:
         found.append(
-            f"Dagster's history, which {config} ({', '.join(own)}) keeps in a place of its own"
+            f"Dagster's history in the storage that {config} configures ({', '.join(own)})"
         )
     elif not home.absolute().is_relative_to(storage.root):
         found.append(f"Dagster's history in DAGSTER_HOME, {home}")
@@ -140,26 +110,28 @@ def _write(storage: Storage, file: IO[bytes], scratch: Path, with_datasets: bool
             "postgres": url is not None,
             "with_datasets": with_datasets,
         }
-        _add_bytes(tar, MANIFEST, json.dumps(manifest, indent=2).encode(), hashes)
+        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=2))
+        _add(tar, scratch / MANIFEST, MANIFEST, hashes)
         if url is not None:
-            dump = scratch / DUMP
-            _pg_dump(url, dump)
-            _add_file(tar, dump, DUMP, hashes)
+            schemas = [f"--schema={schema}" for schema in SCHEMAS]
+            _run("pg_dump", "--format=custom", *schemas, f"--file={scratch / DUMP}", url)
+            _add(tar, scratch / DUMP, DUMP, hashes)
         for databases_only in (True, False):
             for path in _files(storage.root, with_datasets):
                 name = f"root/{path.relative_to(storage.root)}"
-                with contextlib.suppress(FileNotFoundError):  # it went since it was listed
+                with contextlib.suppress(FileNotFoundError):  # removed since it was listed
                     is_database = _is_sqlite(path)
                     if name in hashes or (databases_only and not is_database):
                         continue
                     if is_database:
                         copy = scratch / "copy.db"
                         _copy_sqlite(path, copy)
-                        _add_file(tar, copy, name, hashes)
+                        _add(tar, copy, name, hashes)
                         copy.unlink()
                     else:
-                        _add_file(tar, path, name, hashes)
-        _add_bytes(tar, HASHES, json.dumps(hashes, indent=0).encode(), {})
+                        _add(tar, path, name, hashes)
+        (scratch / HASHES).write_text(json.dumps(hashes, indent=0))
+        _add(tar, scratch / HASHES, HASHES, {})
 
 
 def _files(root: Path, with_datasets: bool) -> Iterator[Path]:
@@ -177,7 +149,6 @@ def _files(root: Path, with_datasets: bool) -> Iterator[Path]:
 
 
 def _is_left_out(inside: Path, with_datasets: bool) -> bool:
-    """Whether a folder is, by its path in the root."""
     if inside.parts[0] == "jobs":
         return inside.parts[2:] == ("checkpoints",)
     return inside.as_posix() in _LEFT_OUT or (inside == Path("datasets") and not with_datasets)
@@ -197,27 +168,18 @@ def _copy_sqlite(path: Path, copy: Path) -> None:
         source.backup(target)
 
 
-def _add_bytes(tar: tarfile.TarFile, name: str, content: bytes, hashes: dict[str, str]) -> None:
-    entry = tarfile.TarInfo(name)
-    entry.size, entry.mtime = len(content), int(time.time())
-    hashes[name] = hashlib.sha256(content).hexdigest()
-    tar.addfile(entry, io.BytesIO(content))
-
-
-def _add_file(tar: tarfile.TarFile, path: Path, name: str, hashes: dict[str, str]) -> None:
+def _add(tar: tarfile.TarFile, path: Path, name: str, hashes: dict[str, str]) -> None:
     with path.open("rb") as file:
-        entry = tar.gettarinfo(
-            arcname=name, fileobj=file
-        )  # its size now; what is appended stays out
+        entry = tar.gettarinfo(arcname=name, fileobj=file)  # has the size of this moment
         entry.uid = entry.gid = 0
         entry.uname = entry.gname = ""
         reader = _Hashing(file)
-        tar.addfile(entry, reader)  # type: ignore[arg-type]  # it needs nothing but read()
+        tar.addfile(entry, reader)  # type: ignore[arg-type]  # it only needs read()
     hashes[name] = reader.hash.hexdigest()
 
 
 class _Hashing:
-    """Passes a file on and hashes what passes."""
+    """A file that hashes what is read from it."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.hash = file, hashlib.sha256()
@@ -228,19 +190,11 @@ class _Hashing:
         return content
 
 
-def _pg_dump(url: str, target: Path) -> None:
-    command = [postgres_tool("pg_dump"), "--format=custom", "--no-owner", "--no-privileges"]
-    command += [f"--schema={schema}" for schema in SCHEMAS]
-    done = subprocess.run([*command, f"--file={target}", url], capture_output=True, text=True)
-    if done.returncode:
-        raise BackupError(f"pg_dump failed: {done.stderr.strip()}")
-
-
 def verify(path: Path) -> dict[str, Any]:
     """Compare every member with its sha256; returns the manifest.
 
     Raises:
-        BackupError: it is damaged, cut short, or no backup.
+        BackupError: the file is damaged, truncated, or no backup.
     """
     found: dict[str, str] = {}
     documents: dict[str, Any] = {}
@@ -249,37 +203,28 @@ def verify(path: Path) -> dict[str, Any]:
             for member in tar:
                 content = tar.extractfile(member)
                 if content is None:
-                    raise BackupError(f"{path}: {member.name} is no file")
+                    raise BackupError(f"{path}: {member.name} is not a file")
+                found[member.name] = hashlib.file_digest(content, "sha256").hexdigest()  # type: ignore[arg-type]  # it has readinto
                 if member.name in (MANIFEST, HASHES):
-                    documents[member.name] = data = content.read()
-                    found[member.name] = hashlib.sha256(data).hexdigest()
-                else:
-                    found[member.name] = hashlib.file_digest(content, "sha256").hexdigest()  # type: ignore[arg-type]  # it has readinto
-        manifest, hashes = json.loads(documents[MANIFEST]), json.loads(documents[HASHES])
+                    content.seek(0)
+                    documents[member.name] = json.load(content)
+        manifest, hashes = documents[MANIFEST], documents[HASHES]
     except (tarfile.TarError, KeyError, ValueError, OSError) as error:
-        raise BackupError(f"{path} is no whole backup ({error!r}); use another one") from error
+        raise BackupError(
+            f"{path} is not a complete backup ({error!r}); use another one"
+        ) from error
     found.pop(HASHES)
     if wrong := [name for name in {**found, **hashes} if found.get(name) != hashes.get(name)]:
         raise BackupError(f"{path} is damaged: {', '.join(sorted(wrong)[:5])}; use another one")
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise BackupError(
-            f"{path} has schema_version {manifest.get('schema_version')!r}, this version of the "
-            f"software reads {SCHEMA_VERSION}; restore it with the version that wrote it"
+            f"{path} has schema_version {manifest.get('schema_version')!r}, this release reads "
+            f"{SCHEMA_VERSION}; restore it with the release that wrote it"
         )
     return manifest
 
 
-def is_empty(url: str) -> bool:
-    """Whether neither schema is in the database yet, or both have no table."""
-    with connection(url) as session, session.cursor() as cursor:
-        cursor.execute(
-            "SELECT count(*) FROM information_schema.tables WHERE table_schema = ANY(%s)",
-            (list(SCHEMAS),),
-        )
-        return cursor.fetchone() == (0,)
-
-
-_LOCATIONS = {  # columns in which MLflow keeps absolute paths
+_LOCATIONS = {  # columns of MLflow that hold absolute paths
     "experiments": ("artifact_location",),
     "runs": ("artifact_uri",),
     "logged_models": ("artifact_location",),
@@ -288,15 +233,15 @@ _LOCATIONS = {  # columns in which MLflow keeps absolute paths
 
 
 def restore_backup(path: Path, root: Path) -> str | None:
-    """Verify a backup and restore it; nothing is changed before it is found whole.
+    """Verify a backup, then restore it.
 
     Returns:
-        The root it was made of, if that is another one: the registry's artifacts are found at the
-        new place, but Dagster's history still names the old one until assets are made again.
+        The root it was made of, if that is another one: the registry's artifacts are found in the
+        new root, but Dagster's history refers to the old one until assets are materialised again.
 
     Raises:
-        BackupError: it is damaged, or the root or the database is not empty, or one has PostgreSQL
-            and the other has not.
+        BackupError: it is damaged, the root or the database is not empty, or only one of backup
+            and installation uses PostgreSQL.
     """
     root = root.absolute()
     manifest = verify(path)
@@ -310,8 +255,10 @@ def restore_backup(path: Path, root: Path) -> str | None:
             + ("set" if manifest["postgres"] else "unset")
             + " ROMA_STORAGE_DATABASE_URL to restore it"
         )
-    if url is not None and not is_empty(url):
-        raise BackupError(f"the database {url} has tables of an installation; name an empty one")
+    if url is not None and not _is_empty(url):
+        raise BackupError(
+            f"the database {url} has tables of an installation; configure an empty one"
+        )
     aside = root.with_name(f".{root.name}.restoring")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -321,7 +268,11 @@ def restore_backup(path: Path, root: Path) -> str | None:
         moved = manifest["root"] if manifest["root"] != str(root) else None
         content = aside / "root"
         if url is not None:
-            _pg_restore(url, aside / DUMP)
+            with connection(url) as session, session.cursor() as cursor:
+                for schema in SCHEMAS:  # they are empty; the dump creates its own
+                    cursor.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
+            options = ("--exit-on-error", "--single-transaction", f"--dbname={url}")
+            _run("pg_restore", *options, str(aside / DUMP))
         if moved is not None:
             store = content / "mlflow" / DATABASE
             uri = schema_url(url, "mlflow") if url is not None else f"sqlite:///{store}"
@@ -336,15 +287,14 @@ def restore_backup(path: Path, root: Path) -> str | None:
     return moved
 
 
-def _pg_restore(url: str, dump: Path) -> None:
+def _is_empty(url: str) -> bool:
+    """Whether the database has no table in either schema."""
     with connection(url) as session, session.cursor() as cursor:
-        for schema in SCHEMAS:  # empty, or is_empty() had said so; the dump brings its own
-            cursor.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
-    command = [postgres_tool("pg_restore"), "--no-owner", "--no-privileges", "--exit-on-error"]
-    command += ["--single-transaction", f"--dbname={url}", str(dump)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise BackupError(f"pg_restore failed, the database is as it was: {done.stderr.strip()}")
+        cursor.execute(
+            "SELECT count(*) FROM information_schema.tables WHERE table_schema = ANY(%s)",
+            (list(SCHEMAS),),
+        )
+        return cursor.fetchone() == (0,)
 
 
 def _relocate(uri: str, old: Path, new: Path) -> None:
@@ -366,3 +316,32 @@ def _relocate(uri: str, old: Path, new: Path) -> None:
                     },
                 )
     engine.dispose()
+
+
+def _run(tool: str, *arguments: str) -> None:
+    """Run pg_dump or pg_restore, which change nothing if they fail."""
+    command = [_postgres_tool(tool), "--no-owner", "--no-privileges", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BackupError(f"{tool} failed, the database is unchanged: {done.stderr.strip()}")
+
+
+def _postgres_tool(name: str) -> str:
+    """Path of pg_dump or pg_restore, the newest installed version.
+
+    Raises:
+        RuntimeError: it is not installed.
+    """
+
+    def version(path: Path) -> int:
+        number = path.parents[1].name
+        return int(number) if number.isdigit() else 0
+
+    debian = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), key=version)
+    found = str(debian[-1]) if debian else shutil.which(name)
+    if found is None:
+        raise RuntimeError(
+            f"{name} is not installed here; it is in the package postgresql-client, and must be at "
+            f"least as new as the server"
+        )
+    return found

@@ -1,12 +1,17 @@
-"""Whether the installation is well: each part is asked, and says so in a line."""
+"""``roma-pipeline health``: whether the stores, daemons, disk and jobs of an installation work.
+
+``roma doctor`` checks a computer for training instead.
+"""
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
 
+from roma_core.cli.doctor import CheckResult
 from roma_pipelines.launching.jobs import all_jobs
 from roma_pipelines.storage import MIN_FREE_MB, Storage
 
@@ -14,125 +19,119 @@ if TYPE_CHECKING:
     import dagster as dg
     from mlflow import MlflowClient
 
-Status = Literal["ok", "warning", "error"]
-_LOW_SHARE = 0.05  # of a disk that is free
-_RECENT_S = 86400.0
+_LOW_FRACTION = 0.05  # free space of a disk
+_RECENT_FAILURES = timedelta(days=1)
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One part, how it is, and why."""
-
-    part: str
-    status: Status
-    detail: str
-
-
-def findings(
+def checks(
     storage: Storage,
     instance: Callable[[], dg.DagsterInstance],
     client: Callable[[], MlflowClient],
-) -> Iterator[Finding]:
-    """Every part in turn. What cannot be reached is a finding, and hides no other.
+) -> Iterator[CheckResult]:
+    """All checks in turn. A store that cannot be reached is an error and hides no other result.
 
     Args:
-        instance, client: open Dagster's and MLflow's stores; their exceptions are the finding.
+        instance, client: open Dagster's and MLflow's stores; their exceptions become results.
     """
     yield _disk(storage)
     yield from _jobs(storage)
     try:
         yield _mlflow(client())
     except Exception as error:
-        yield Finding("MLflow store", "error", _line(error))
+        yield CheckResult("MLflow store", "error", _in_one_line(error))
     try:
         opened = instance()
         yield _dagster(opened)
     except Exception as error:
-        yield Finding("Dagster store", "error", _line(error))
+        yield CheckResult("Dagster store", "error", _in_one_line(error))
         return
-    yield from _daemons(opened)
-    yield _failures(opened)
+    yield _daemons(opened)
+    yield _failed_runs(opened)
 
 
-def _disk(storage: Storage) -> Finding:
-    import shutil
-
+def _disk(storage: Storage) -> CheckResult:
     total, _, free = shutil.disk_usage(storage.root)
     detail = f"{free / 1e9:.1f} GB of {total / 1e9:.1f} GB free at {storage.root}"
     if free < MIN_FREE_MB * 1e6:
-        return Finding("disk", "error", f"{detail}; new work is refused: roma-pipeline gc")
-    low = free / total < _LOW_SHARE
-    return Finding("disk", "warning" if low else "ok", detail + ("; roma-pipeline gc" * low))
+        return CheckResult("disk", "error", f"{detail}; new work is refused: run roma-pipeline gc")
+    if free / total < _LOW_FRACTION:
+        return CheckResult("disk", "warning", f"{detail}; run roma-pipeline gc")
+    return CheckResult("disk", "ok", detail)
 
 
-def _jobs(storage: Storage) -> Iterator[Finding]:
+def _jobs(storage: Storage) -> Iterator[CheckResult]:
     jobs = all_jobs(storage.jobs)
-    folders = sum((path / "spec.json").exists() for path in storage.jobs.iterdir())
-    if folders > len(jobs):
-        n = folders - len(jobs)
-        yield Finding("job folders", "warning", f"{n} cannot be read; roma-pipeline jobs list")
-    going = [job for job in jobs if job.open_attempt is not None]
-    alone = [job.key for job in going if not job.watched]
+    n_unreadable = sum((path / "spec.json").exists() for path in storage.jobs.iterdir()) - len(jobs)
+    if n_unreadable > 0:
+        detail = f"{n_unreadable} cannot be read; roma-pipeline jobs list names them"
+        yield CheckResult("job folders", "warning", detail)
+    active = [job for job in jobs if job.open_attempt is not None]
+    alone = [job.key for job in active if not job.watched]
     if alone:
-        detail = f"{len(alone)} of {len(going)} that run have no watcher: {', '.join(alone[:5])}"
-        yield Finding("jobs", "warning", f"{detail}; the reconcile sensor or `jobs cancel` ends it")
+        detail = (
+            f"{len(alone)} of {len(active)} active jobs have no supervisor: {', '.join(alone[:5])}"
+        )
+        yield CheckResult(
+            "jobs", "warning", f"{detail}; the reconcile sensor or `jobs cancel` ends them"
+        )
     else:
-        yield Finding("jobs", "ok", f"{len(going)} run and are watched, {len(jobs)} in all")
+        detail = f"{len(active)} active, all supervised; {len(jobs)} in total"
+        yield CheckResult("jobs", "ok", detail)
 
 
-def _mlflow(client: MlflowClient) -> Finding:
+def _mlflow(client: MlflowClient) -> CheckResult:
     from roma_pipelines.registry.store import is_server
 
     n = len(client.search_registered_models())
-    kind = "server" if is_server(client.tracking_uri) else "store, tables of the present revision"
-    return Finding("MLflow store", "ok", f"{kind}; {n} registered models")
+    kind = "server" if is_server(client.tracking_uri) else "store, its schema is current"
+    return CheckResult("MLflow store", "ok", f"{kind}; {n} registered models")
 
 
-def _dagster(instance: dg.DagsterInstance) -> Finding:
+def _dagster(instance: dg.DagsterInstance) -> CheckResult:
     instance.get_runs(limit=1)
     for storage in (instance.run_storage, instance.event_log_storage):
-        there, wanted = storage.alembic_version() or (None, None)
-        if there != wanted:
-            detail = f"{type(storage).__name__} has revision {there}, Dagster wants {wanted}"
-            return Finding("Dagster store", "error", f"{detail}; run `dagster instance migrate`")
-    return Finding("Dagster store", "ok", type(instance.run_storage).__name__)
+        present, wanted = storage.alembic_version() or (None, None)
+        if present != wanted:
+            detail = f"{type(storage).__name__} has revision {present}, Dagster needs {wanted}"
+            return CheckResult(
+                "Dagster store", "error", f"{detail}; run `dagster instance migrate`"
+            )
+    return CheckResult("Dagster store", "ok", type(instance.run_storage).__name__)
 
 
-def _daemons(instance: dg.DagsterInstance) -> Iterator[Finding]:
+def _daemons(instance: dg.DagsterInstance) -> CheckResult:
     statuses = instance.get_daemon_statuses().values()
     if all(status.last_heartbeat is None for status in statuses):
-        yield Finding("daemon", "warning", "never ran: schedules and sensors need `up`")
-        return
-    bad = []
+        return CheckResult("daemon", "warning", "never ran: schedules and sensors need `up`")
+    silent = []
     for status in statuses:
-        beat = status.last_heartbeat
         if not status.healthy:
+            beat = status.last_heartbeat
             age = f"{time.time() - beat.timestamp:.0f} s ago" if beat else "never"
-            bad.append(f"{status.daemon_type.lower()} (last heartbeat {age})")
-    if bad:
-        yield Finding("daemon", "error", f"silent: {', '.join(bad)}; is `up` running?")
-    else:
-        yield Finding("daemon", "ok", f"{len(statuses)} parts alive")
+            silent.append(f"{status.daemon_type.lower()} (last heartbeat {age})")
+    if silent:
+        return CheckResult("daemon", "error", f"silent: {', '.join(silent)}; is `up` running?")
+    return CheckResult("daemon", "ok", f"{len(statuses)} daemons alive")
 
 
-def _failures(instance: dg.DagsterInstance) -> Finding:
-    from datetime import UTC, datetime, timedelta
-
+def _failed_runs(instance: dg.DagsterInstance) -> CheckResult:
     import dagster as dg
 
-    since = datetime.now(UTC) - timedelta(seconds=_RECENT_S)
+    since = datetime.now(UTC) - _RECENT_FAILURES
     filters = dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE], updated_after=since)
     runs = instance.get_runs(filters, limit=20)
     if not runs:
-        return Finding("failures", "ok", "no run failed in the last day")
-    named = ", ".join(f"{run.run_id[:8]} {_experiments(run)}".strip() for run in runs[:3])
-    return Finding("failures", "warning", f"{len(runs)} in the last day, newest first: {named}")
+        return CheckResult("failures", "ok", "no run failed in the last day")
+
+    def name(run: dg.DagsterRun) -> str:
+        experiments = sorted({key.path[0] for key in run.asset_selection or ()})
+        return f"{run.run_id[:8]} {','.join(experiments)}".strip()
+
+    newest = ", ".join(map(name, runs[:3]))
+    return CheckResult(
+        "failures", "warning", f"{len(runs)} in the last day, newest first: {newest}"
+    )
 
 
-def _experiments(run: dg.DagsterRun) -> str:
-    keys = run.asset_selection or ()
-    return ",".join(sorted({key.path[0] for key in keys}))
-
-
-def _line(error: Exception) -> str:
+def _in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:500] or type(error).__name__

@@ -10,7 +10,7 @@ from roma_core.files import write_json
 from roma_core.job import JobFolder
 from roma_pipelines import tracked_job
 from roma_pipelines.storage import Storage
-from roma_pipelines.tracked_job import _ShownInMlflow
+from roma_pipelines.tracked_job import _ShownInMlflow, job_links, mlflow_link
 
 
 @pytest.fixture
@@ -72,3 +72,22 @@ def test_who_is_told_of_the_run(shown, folder, monkeypatch, uri, target, told):
     if told:
         assert variables["ROMA_JOB_MLFLOW_RUN"] == str(folder.mlflow_run)
         assert variables["MLFLOW_TRACKING_URI"].startswith(uri or "sqlite:////")
+
+
+def test_an_asset_links_to_the_pages_that_exist(monkeypatch):
+    assert job_links("k", has_report=True) == {}
+    assert mlflow_link("1", "r", "sqlite:////x/mlflow.db") == {}
+    server = mlflow_link("1", "r", "http://me:secret@mlflow.example:5000/")["open_mlflow_run"].value
+    assert server == "http://mlflow.example:5000/#/experiments/1/runs/r"
+
+    monkeypatch.setenv("ROMA_PAGE_OVERVIEW_URL", "http://127.0.0.1:8000")
+    monkeypatch.setenv("ROMA_PAGE_MLFLOW_URL", "http://127.0.0.1:5000")
+
+    assert (
+        job_links("k", has_report=True)["open_report"].value
+        == "http://127.0.0.1:8000/jobs/k/report"
+    )
+    assert set(job_links("k", has_report=False)) == {"open_log"}
+    assert "127.0.0.1:5000/#/experiments/1/runs/r" in str(
+        mlflow_link("1", "r", "sqlite:////x/mlflow.db")["open_mlflow_run"].value
+    )

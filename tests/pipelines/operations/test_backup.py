@@ -120,8 +120,8 @@ def test_what_is_kept_elsewhere_is_named(storage, tmp_path, monkeypatch):
     home.mkdir()
     monkeypatch.setenv("DAGSTER_HOME", str(home))
     printed = CliRunner().invoke(main, ["backup", str(tmp_path / "b.tar")]).output
-    assert "NOT IN IT: MLflow's runs and models at https://mlflow.example.org" in printed
-    assert f"NOT IN IT: Dagster's history in DAGSTER_HOME, {home}" in printed
+    assert "NOT INCLUDED: MLflow's runs and models at https://mlflow.example.org" in printed
+    assert f"NOT INCLUDED: Dagster's history in DAGSTER_HOME, {home}" in printed
     (home / "dagster.yaml").write_text("run_storage: {module: elsewhere, class: There}")
     assert "(run_storage)" in backup.kept_elsewhere(storage)[1]
 
@@ -162,7 +162,7 @@ def test_a_backup_that_was_changed_or_cut_is_refused(installation, tmp_path):
     with pytest.raises(BackupError, match=r"damaged: .*model\.txt"):
         verify(file)
     file.write_bytes(content[: len(content) // 2])
-    with pytest.raises(BackupError, match="no whole backup"):
+    with pytest.raises(BackupError, match="not a complete backup"):
         restore_backup(file, tmp_path / "elsewhere")
     assert not (tmp_path / "elsewhere").exists()
 

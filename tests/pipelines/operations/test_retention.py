@@ -99,7 +99,7 @@ def test_deleted_runs_go_unless_a_version_has_them(storage, instance, client, jo
     assert client.get_run(kept).info.lifecycle_stage == "deleted"
 
 
-def test_the_command_removes_nothing_unless_told_to(storage, job):
+def test_the_command_removes_nothing_without_yes(storage, job):
     folder = job("e", how="failed")
     runner = CliRunner()
     listed = runner.invoke(main, ["gc"])
@@ -110,7 +110,7 @@ def test_the_command_removes_nothing_unless_told_to(storage, job):
     assert done.exit_code == 0 and "removed" in done.output and not folder.path.exists()
 
 
-def test_an_instance_that_knows_no_run_of_the_jobs_is_not_believed(storage, instance, client, job):
+def test_an_instance_that_knows_no_run_of_the_jobs_is_an_error(storage, instance, client, job):
     folder = job("e", how="failed")
     watcher = read_json(folder.watcher)
     write_json(folder.watcher, watcher | {"dagster_run_id": "of another DAGSTER_HOME"})
