@@ -1,4 +1,4 @@
-"""What ``workspace.yaml`` names: every experiment under ``defs/``."""
+"""Dagster definitions that ``workspace.yaml`` names: all experiments under ``defs/``."""
 
 from __future__ import annotations
 
@@ -6,26 +6,25 @@ from pathlib import Path
 
 import dagster as dg
 
-from roma_pipelines.automation.alerts import tell_of_failures
+from roma_pipelines.automation.alerts import alert_on_failure
 from roma_pipelines.automation.housekeeping import reconcile_jobs
 from roma_pipelines.executor import executor
-from roma_pipelines.experiment import ENCODER
-from roma_pipelines.experiment_files import mistakes_in_defs
+from roma_pipelines.experiment import ENCODER, errors_in_defs
 
 
 @dg.definitions
 def defs() -> dg.Definitions:
-    """All experiments, and what looks after their jobs. Loads without torch, mlflow or wandb.
+    """All experiments, and the sensors that maintain jobs. Loads without torch, mlflow or wandb.
 
     Raises:
-        ValueError: an experiment's file is wrong; a sentence for each mistake names file and setting.
+        ValueError: an experiment's file is invalid; one line per error, with file and setting.
     """
-    operations = dg.Definitions(executor=executor(), sensors=[reconcile_jobs, tell_of_failures])
+    operations = dg.Definitions(executor=executor(), sensors=[reconcile_jobs, alert_on_failure])
     try:
         experiments = dg.load_from_defs_folder(path_within_project=Path(__file__).parent)
-    except Exception:  # Dagster's, of several kinds, with ours as a distant cause
-        if wrong := mistakes_in_defs():
-            raise ValueError("\n".join(wrong)) from None
+    except Exception:  # Dagster raises several types, with our error as a distant cause
+        if errors := errors_in_defs():
+            raise ValueError("\n".join(errors)) from None
         raise
     merged = dg.Definitions.merge(experiments, operations)
     _check_shared_encoders(merged)
@@ -33,12 +32,12 @@ def defs() -> dg.Definitions:
 
 
 def _check_shared_encoders(definitions: dg.Definitions) -> None:
-    """Dagster takes a key that no asset has for one made elsewhere, which would never come."""
+    """Dagster takes an unknown key for an external asset, which would never be materialised."""
     graph = definitions.resolve_asset_graph()
     for key in graph.external_asset_keys:
         if key.path[-1] == ENCODER:
             users = ", ".join(sorted(child.path[0] for child in graph.get(key).child_keys))
             raise ValueError(
-                f"{users}: pretrained_from: {key.path[0]}: there is no experiment of that name that "
-                f"pretrains an encoder"
+                f"{users}: pretrained_from: {key.path[0]}: no experiment of that name pretrains an "
+                f"encoder"
             )

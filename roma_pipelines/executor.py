@@ -1,4 +1,4 @@
-"""What runs the steps of a Dagster run: the run's own process, or a Kubernetes Job each."""
+"""The Dagster executor: steps run in the run's process, or each in a Kubernetes Job."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from roma_core.settings import RomaSettings
 
 
 class DagsterSettings(RomaSettings):
-    """How Dagster runs what is here."""
+    """How Dagster runs the assets."""
 
     model_config = SettingsConfigDict(env_prefix="ROMA_DAGSTER_")
 
     executor: Literal["in_process", "k8s_job"] = Field(
         "in_process",
-        description="k8s_job, in a Dagster on Kubernetes: a pod a step, which outlives its run's.",
+        description="k8s_job, for Dagster on Kubernetes: each step in a pod that outlives the "
+        "run's pod.",
     )
 
 
 def retry_policy() -> dg.RetryPolicy | None:
-    """How often a step may be started again that ended for no failure of its job.
+    """Retries of a step whose own process died.
 
-    Where steps have pods of their own, one that dies fails its step; the next one adopts the job. A
-    failed training raises ``dagster.Failure`` with ``allow_retries=False`` and is not repeated.
+    With a pod per step, a pod that dies fails its step, and the retry adopts the job. A failed
+    training raises ``dagster.Failure`` with ``allow_retries=False`` and is not repeated.
     """
-    apart = DagsterSettings().executor == "k8s_job"
-    return dg.RetryPolicy(max_retries=3, delay=10) if apart else None
+    pod_per_step = DagsterSettings().executor == "k8s_job"
+    return dg.RetryPolicy(max_retries=3, delay=10) if pod_per_step else None
 
 
 def executor() -> dg.ExecutorDefinition:
-    """The executor that the settings name.
+    """The executor chosen by ``ROMA_DAGSTER_EXECUTOR``.
 
-    In the run's process a step only waits for a job: a worker that is killed leaves a run that the
-    reconcile sensor fails, Dagster retries it, and the retry adopts the job. On Kubernetes steps are
-    Jobs of their own; a run worker that dies is resumed and finds its steps as they are.
+    In process, a step only waits for a job: the run of a killed worker is failed by the reconcile
+    sensor and retried by Dagster, and the retry adopts the job. On Kubernetes a run worker that
+    dies is resumed and finds its steps running.
     """
     if DagsterSettings().executor == "k8s_job":
-        from dagster_k8s import k8s_job_executor  # it imports the cluster client: a second
+        from dagster_k8s import k8s_job_executor  # imports the cluster client: one second
 
         return k8s_job_executor
     return dg.in_process_executor

@@ -1,6 +1,6 @@
-"""What one experiment is: the content of its ``defs.yaml``, checked. Imports no torch.
+"""An experiment: the content of one ``defs.yaml``, validated. Imports no torch.
 
-What is wrong with the trainings of an experiment, in the words of its file.
+``RomaExperiment`` in ``roma_pipelines.components`` is this model as a Dagster component.
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ from __future__ import annotations
 import importlib.metadata
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import dagster as dg
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+import yaml
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from roma_core.data.config import DatasetConfig
 from roma_core.evaluation.config import Baseline
@@ -23,13 +25,15 @@ from roma_core.model.config import (
     RoMAForClassificationConfig,
     RoMAForPreTrainingConfig,
 )
-from roma_core.settings import RomaSettings, SettingsError, variable_of
+from roma_core.settings import Frozen, RomaSettings, SettingsError, validation_errors, variable_of
 from roma_core.trainer.config import TrainerConfig
 from roma_pipelines.automation.settings import Automation
 from roma_pipelines.executor import retry_policy
 from roma_pipelines.provenance import DISTRIBUTION
 from roma_pipelines.registry.gate import GateThresholds
 
+DEFS = Path(__file__).parent / "defs"
+COMPONENT = "roma_pipelines.components.RomaExperiment"
 ENCODER = "pretrained_encoder"
 ASSET_NAMES = (
     "dataset",
@@ -38,49 +42,50 @@ ASSET_NAMES = (
     "evaluation_report",
     "registered_classifier",
 )
-"""The assets of an experiment, in the order in which they are made."""
+"""Assets of an experiment, in the order in which they are materialised."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Stage(Frozen):
+    """One training: fields of the model's and the trainer's configuration."""
 
-
-class Stage(_Section):
-    """One training: fields of the model's and the trainer's configuration by name."""
-
-    model: dict[str, Any] = Field({}, description="Fields that the data do not decide.")
+    model: dict[str, Any] = Field({}, description="Fields that the data set does not determine.")
     trainer: dict[str, Any] = Field({}, description="Fields of TrainerConfig.")
     train_fraction: float = Field(
-        1.0, gt=0, le=1, description="Share of the training series to use, of every class alike."
+        1.0, gt=0, le=1, description="Fraction of the training series to use, stratified by class."
     )
 
 
-class Resources(_Section):
-    """Where trainings run and on how much."""
+class Resources(Frozen):
+    """Where trainings run, and their size."""
 
     target: Literal["local", "slurm", "kubernetes"] = Field(
-        "local", description="Where jobs run: this computer, or a cluster."
+        "local", description="Where jobs run: this computer or a cluster."
     )
     profile: str | None = Field(
         None,
         description="Profile of the cluster; null takes ROMA_SLURM_PROFILE or "
         "ROMA_KUBERNETES_PROFILE.",
     )
-    nodes: int = Field(1, gt=0, description="Computers; local runs all their processes on one.")
-    processes_per_node: int = Field(1, gt=0, description="Training processes on each.")
-    threads_per_process: int = Field(1, gt=0, description="CPU threads of each process.")
-    gpus_per_node: int = Field(0, ge=0, description="GPUs on each node; 0 trains on CPUs.")
-    memory_gb: float | None = Field(None, gt=0, description="Per node; null: the site's default.")
+    nodes: int = Field(1, gt=0, description="Nodes; the local target runs all processes on one.")
+    processes_per_node: int = Field(1, gt=0, description="Training processes per node.")
+    threads_per_process: int = Field(1, gt=0, description="CPU threads per process.")
+    gpus_per_node: int = Field(0, ge=0, description="GPUs per node; 0 trains on CPUs.")
+    memory_gb: float | None = Field(None, gt=0, description="Per node; null: profile's default.")
     time_limit_min: int | None = Field(
-        None, gt=1, description="Of one attempt; null: the site's default. Attempts continue."
+        None,
+        gt=1,
+        description="Time limit of one attempt (minutes); the job resumes in a new one. "
+        "null: the profile's default.",
     )
-    max_attempts: int = Field(20, gt=0, description="Attempts that may continue one another.")
+    max_attempts: int = Field(20, gt=0, description="Maximum number of attempts of one job.")
 
     def at(self, target: str | None, profile: str | None) -> Self:
-        """The same somewhere else; None leaves as it is. A profile of one target is none of another.
+        """These resources on another target or profile; None keeps the present value.
+
+        A new target drops the profile, which belongs to the old one.
 
         Raises:
-            ValueError: a profile is given, and the target is this computer.
+            ValueError: a profile is given with the local target.
         """
         changes: dict[str, Any] = {"target": target or self.target, "profile": self.profile}
         if changes["target"] != self.target:
@@ -89,117 +94,147 @@ class Resources(_Section):
             changes["profile"] = profile
         if changes["target"] == "local" and profile is not None:
             raise ValueError(
-                f"--profile {profile} names a cluster, and the target is local; name another --target, "
-                f"or leave --profile out"
+                f"--profile {profile} names a cluster, but the target is local; choose another "
+                f"--target or omit --profile"
             )
         return self.model_copy(update=changes)
 
 
-class Predictions(_Section):
-    """What the champion predicts regularly: the asset ``batch_predictions``."""
+class Predictions(Frozen):
+    """Input of the asset ``batch_predictions``, made by the champion."""
 
-    input: str = Field(description="Parquet, .jsonl, or the folder of a data set.")
+    input: str = Field(description="Parquet file, .jsonl file, or folder of a data set.")
     split: Literal["train", "validation", "test"] = Field(
-        "test", description="Series to take of a data set."
+        "test", description="Split to predict if the input is a data set."
     )
 
 
-def checked_name(given: str) -> str:
-    """The name of an experiment, as given.
+def checked_name(name: str) -> str:
+    """The name of an experiment, unchanged.
 
     Raises:
-        ValueError: it cannot be part of asset keys, folders and registered models.
+        ValueError: it cannot be part of asset keys, folders and registered model names.
     """
-    if not re.fullmatch("[a-z][a-z0-9_]*", given):
+    if not re.fullmatch("[a-z][a-z0-9_]*", name):
         raise ValueError(
-            f"the name of an experiment has lower-case letters, digits and _, beginning with a letter, "
-            f"such as japanese_vowels; got {given!r}"
+            f"expected lower-case letters, digits and _, starting with a letter, such as "
+            f"japanese_vowels; got {name!r}"
         )
-    return given
+    return name
 
 
 Name = Annotated[str, AfterValidator(checked_name)]
 
 
-class Experiment(_Section):
-    """Data → pretrained encoder → classifier → report → registered model."""
+class ExperimentDataset(DatasetConfig):
+    """The data set of an experiment; its name defaults to that of the experiment."""
 
-    name: Name = Field(description="Key prefix, group and registered name.")
-    description: str = Field("", description="What it is for, shown on its assets.")
-    dataset: DatasetConfig
-    pretraining: Stage = Stage()
+    name: str = Field("", description="Name of the data set; the experiment's by default.")
+
+
+class Experiment(Frozen):
+    """Data set → pretrained encoder → classifier → report → registered model."""
+
+    name: Name = Field(description="Asset key prefix, group and registered model name.")
+    description: str = Field("", description="Purpose, shown on the assets.")
+    dataset: ExperimentDataset = Field(description="Source and preparation of the data.")
+    pretraining: Stage = Field(Stage(), description="Pretraining of the encoder.")
     pretrained_from: Name | None = Field(
-        None,
-        description="Another experiment whose encoder is finetuned here, instead of pretraining one.",
+        None, description="Experiment whose encoder is finetuned here instead of pretraining one."
     )
-    finetuning: Stage = Stage()
-    resources: Resources = Resources()
-    gate: GateThresholds = GateThresholds()
-    baselines: tuple[Baseline, ...] = ()
-    predictions: Predictions | None = Field(None, description="None: no asset for it.")
+    finetuning: Stage = Field(Stage(), description="Finetuning of the classifier.")
+    resources: Resources = Field(Resources(), description="Target and size of jobs.")
+    gate: GateThresholds = Field(GateThresholds(), description="Conditions of promotion.")
+    baselines: tuple[Baseline, ...] = Field((), description="Published results of other methods.")
+    predictions: Predictions | None = Field(
+        None, description="Adds the asset batch_predictions; null: none."
+    )
     schedule: str | None = Field(
-        None, description="Cron expression (UTC) of retraining; starts switched off."
+        None, description="Cron expression (UTC) of retraining; the schedule starts stopped."
     )
-    automation: Automation = Automation()
+    automation: Automation = Field(Automation(), description="Sensors; they start stopped.")
     owners: tuple[str, ...] = Field((), description="E-mail addresses or team:NAME.")
     tags: dict[str, str] = Field({}, description="Further tags of the assets.")
+
+    @classmethod
+    def parse(cls, attributes: Mapping[str, Any]) -> Self:
+        """An experiment from the ``attributes`` of a ``defs.yaml``.
+
+        Raises:
+            ValueError: settings are unknown or out of range; one line each, named by their path.
+        """
+        try:
+            return cls.model_validate(dict(attributes))
+        except ValidationError as error:
+            lines = "\n".join(map(str, validation_errors(error, cls)))
+            raise ValueError(f"experiment {attributes.get('name')}: {lines}") from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _dataset_has_our_name(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("dataset"), dict):
+            return {**values, "dataset": {"name": values.get("name"), **values["dataset"]}}
+        return values
 
     @model_validator(mode="after")
     def _one_encoder(self) -> Self:
         if self.pretrained_from is not None and self.pretraining != Stage():
             raise ValueError(
-                f"pretrained_from: {self.pretrained_from}: the encoder comes from there, so pretraining "
-                f"has nothing to say; leave one of the two out"
+                f"pretrained_from: {self.pretrained_from}: the encoder comes from that experiment, so "
+                f"`pretraining` has no effect; remove one of the two"
             )
         if self.pretrained_from == self.name:
-            raise ValueError(f"pretrained_from: {self.name} is this experiment; leave it out")
+            raise ValueError(f"pretrained_from: {self.name} is this experiment; remove it")
         return self
 
     @model_validator(mode="after")
-    def _trainings_can_be_configured(self) -> Self:
-        before, after = self.pretraining, self.finetuning
-        if wrong := about_trainings(before.model, before.trainer, after.model, after.trainer):
-            raise ValueError("\n".join(wrong))
+    def _trainings_are_valid(self) -> Self:
+        if errors := training_errors(self.pretraining, self.finetuning):
+            raise ValueError("\n".join(errors))
         return self
 
-    def refuse_what_cannot_be_served(self, environment: bool = False) -> None:
-        """Its assets end with a registered model, and a regressor cannot be packaged.
+    def check_servable(self, environment: bool = False) -> None:
+        """Refuse a regressor, which cannot be packaged and registered.
 
         Args:
-            environment: ask it, too, where the file leaves the type open: what a job would be here.
+            environment: read ``ROMA_CLASSIFIER_PROBLEM_TYPE`` where the file sets no type.
 
         Raises:
-            ValueError: it finetunes a regressor.
+            ValueError: the experiment finetunes a regressor.
         """
-        found, said = self.finetuning.model.get("problem_type"), "finetuning.model.problem_type"
-        if found is None and environment:
-            found = RoMAForClassificationConfig().problem_type
-            said = f"{variable_of(RoMAForClassificationConfig, 'problem_type')} is set to {found}"
-        if found not in (None, "classification"):
+        problem_type = self.finetuning.model.get("problem_type")
+        origin = "finetuning.model.problem_type"
+        if problem_type is None and environment:
+            problem_type = RoMAForClassificationConfig().problem_type
+            variable = variable_of(RoMAForClassificationConfig, "problem_type")
+            origin = f"{variable} is set to {problem_type}"
+        if problem_type not in (None, "classification"):
             raise ValueError(
-                f"experiment {self.name}: {said}: a regressor cannot be served or "
-                f"registered yet, so it has no assets; train it with `roma finetune`, judge it with "
-                f"`roma evaluate`, or make it a row of `roma-pipeline results`"
+                f"experiment {self.name}: {origin}: a regressor cannot be served or registered yet, so "
+                f"it has no assets; train it with `roma finetune` and evaluate it with `roma evaluate`"
             )
 
-    def key(self, noun: str) -> dg.AssetKey:
+    def key(self, asset_name: str) -> dg.AssetKey:
         """Key of one of its assets, or of the encoder it shares."""
-        owner = self.pretrained_from if noun == ENCODER else None
-        return dg.AssetKey([owner or self.name, noun])
+        owner = self.pretrained_from if asset_name == ENCODER else None
+        return dg.AssetKey([owner or self.name, asset_name])
 
-    def asset_arguments(self, noun: str, *upstream: str, settings: set[str]) -> dict[str, Any]:
-        """What all assets of the experiment have in common.
+    def asset_arguments(
+        self, asset_name: str, *upstream: str, settings: set[str]
+    ) -> dict[str, Any]:
+        """Arguments of ``dg.asset`` that all assets of the experiment share.
 
-        ``settings`` names the sections that decide the asset's content; with the release they are
-        its code version, so that a change of them, and only that, makes it outdated.
+        Args:
+            settings: sections that determine the asset's content. With the release they are its
+                code version, so that only a change of them makes the asset stale.
         """
-        decides = self.model_dump(mode="json", include=settings)
+        content = self.model_dump(mode="json", include=settings)
         if "pretraining" in settings and self.pretrained_from is not None:
-            decides["pretrained_from"] = self.pretrained_from
+            content["pretrained_from"] = self.pretrained_from
         release = importlib.metadata.version(DISTRIBUTION)
         return {
-            "code_version": digest_of([release, decides])[:12],
-            "key": self.key(noun),
+            "code_version": digest_of([release, content])[:12],
+            "key": self.key(asset_name),
             "group_name": self.name,
             "owners": list(self.owners) or None,
             "tags": {"experiment": self.name, **self.tags},
@@ -208,46 +243,43 @@ class Experiment(_Section):
         }
 
 
-_DATA_DECIDE = ("tubelet_size", "n_channels", "n_pos_dims", "position_axes")
+# Settings of the two trainings, validated without the environment: an error in a file shows when
+# definitions load, not after an hour of pretraining.
+
+_FROM_DATA = ("tubelet_size", "n_channels", "n_pos_dims", "position_axes")
 _ONE_OBSERVATION = {"tubelet_size": [1, 1, 1], "n_channels": 1}
 
 
-def about_trainings(
-    pretraining: Mapping[str, Any],
-    pretrainer: Mapping[str, Any],
-    finetuning: Mapping[str, Any],
-    finetrainer: Mapping[str, Any],
-) -> list[str]:
-    """What is wrong with the model and trainer sections of the two trainings; empty if nothing is."""
+def training_errors(pretraining: Stage, finetuning: Stage) -> list[str]:
+    """One sentence for each wrong setting of the two trainings, named by its path in the file."""
     found = []
-    for where, trainer in (("pretraining", pretrainer), ("finetuning", finetrainer)):
-        found += [
-            f"{where}.trainer.{name}: every job has a folder of its own; leave it out"
-            for name in ("checkpoint_dir",)
-            if name in trainer
-        ]
-        found += _refused(TrainerConfig, trainer, f"{where}.trainer")
+    for where, stage in (("pretraining", pretraining), ("finetuning", finetuning)):
+        if "checkpoint_dir" in stage.trainer:
+            found.append(
+                f"{where}.trainer.checkpoint_dir: every job has a folder of its own; remove it"
+            )
+        found += _errors(TrainerConfig, stage.trainer, f"{where}.trainer")
     found += [
-        f"pretraining.model.{name}: the data decide it; leave it out"
-        for name in _DATA_DECIDE
-        if name in pretraining
+        f"pretraining.model.{name}: determined by the data set; remove it"
+        for name in _FROM_DATA
+        if name in pretraining.model
     ]
-    # the data's axes are not known here; there are as many as the settings speak of
-    channel_axis = pretraining.get("channel_axis")
+    # the axes of the data are unknown here: assume as many as the settings refer to
+    channel_axis = pretraining.model.get("channel_axis")
     n_axes = max(1, 1 + channel_axis) if isinstance(channel_axis, int) else 1
-    encoder = {**pretraining, **_ONE_OBSERVATION, "n_pos_dims": n_axes}
-    wrong = _refused(RoMAForPreTrainingConfig, encoder, "pretraining.model")
-    shaped = _of_the_encoder(finetuning)
-    if wrong or shaped:
-        return found + wrong + shaped
-    shape = RoMAForPreTrainingConfig.from_values(encoder)
-    stack = shape.encoder_config.model_dump() | dict(finetuning.get("encoder_config", {}))
-    classifier = {name: getattr(shape, name) for name in SHAPE} | dict(finetuning)
+    encoder = {**pretraining.model, **_ONE_OBSERVATION, "n_pos_dims": n_axes}
+    wrong = _errors(RoMAForPreTrainingConfig, encoder, "pretraining.model")
+    wrong += _encoder_settings_in(finetuning.model)
+    if wrong:
+        return found + wrong
+    config = RoMAForPreTrainingConfig.from_values(encoder)
+    stack = config.encoder_config.model_dump() | dict(finetuning.model.get("encoder_config", {}))
+    classifier = {name: getattr(config, name) for name in SHAPE} | dict(finetuning.model)
     classifier["encoder_config"] = stack
-    return found + _refused(RoMAForClassificationConfig, classifier, "finetuning.model")
+    return found + _errors(RoMAForClassificationConfig, classifier, "finetuning.model")
 
 
-def _refused(settings: type[RomaSettings], values: Mapping[str, Any], where: str) -> list[str]:
+def _errors(settings: type[RomaSettings], values: Mapping[str, Any], where: str) -> list[str]:
     try:
         settings.from_values(values)
     except SettingsError as error:
@@ -258,20 +290,90 @@ def _refused(settings: type[RomaSettings], values: Mapping[str, Any], where: str
     return []
 
 
-def _of_the_encoder(finetuning: Mapping[str, Any]) -> list[str]:
-    """Settings of finetuning that the pretrained encoder brings along."""
+def _encoder_settings_in(finetuning: Mapping[str, Any]) -> list[str]:
+    """Errors for settings of finetuning that the pretrained encoder determines."""
     stack = finetuning.get("encoder_config", {})
     if not isinstance(stack, Mapping):
         return [f"finetuning.model.encoder_config: expected a mapping, got {stack!r}"]
     free = f"{', '.join(HEAD)} and, in encoder_config, {', '.join(DROPOUTS)}"
-    shape = [name for name in finetuning if name in SHAPE]
-    known = RoMAForPreTrainingConfig.model_fields["encoder_config"].default
-    shape += [
-        f"encoder_config.{name}"
-        for name in stack
-        if name in type(known).model_fields and name not in DROPOUTS
-    ]
+    known = type(RoMAForPreTrainingConfig.model_fields["encoder_config"].default).model_fields
+    fixed = [name for name in finetuning if name in SHAPE]
+    fixed += [f"encoder_config.{name}" for name in stack if name in known and name not in DROPOUTS]
     return [
-        f"finetuning.model.{name}: it comes with the pretrained encoder; free are {free}"
-        for name in shape
+        f"finetuning.model.{name}: determined by the pretrained encoder; settable are {free}"
+        for name in fixed
     ]
+
+
+def load_experiment(name: str) -> Experiment:
+    """The experiment of this name under ``defs/``, or in the YAML file of this path.
+
+    Raises:
+        ValueError: there is none, or a setting of it is wrong.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return _read(Path(name))
+    paths = {path.parent.name: path for path in _files()}
+    if name not in paths:
+        raise ValueError(
+            f"no experiment {name!r}; available: {', '.join(paths)}, or the path of a defs.yaml"
+        )
+    return _read(paths[name])
+
+
+def all_experiments() -> dict[str, Experiment | str]:
+    """Every experiment under ``defs/`` by the name of its folder, or the error of its file."""
+    found: dict[str, Experiment | str] = {}
+    for path in _files():
+        try:
+            found[path.parent.name] = _read(path)
+        except ValueError as error:
+            found[path.parent.name] = str(error)
+    return found
+
+
+def errors_in_defs() -> list[str]:
+    """Errors of the experiments under ``defs/``; files of other components are skipped."""
+    found = []
+    for path in _files():
+        try:
+            document = read_yaml(path)
+            if isinstance(document, dict) and document.get("type", COMPONENT) == COMPONENT:
+                _read(path).check_servable()
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        ValueError: the file is missing or invalid; the message has the line and the column.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        raise ValueError(f"{path} is not valid YAML: {place}{error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+
+
+def _files() -> list[Path]:
+    return sorted(DEFS.glob("**/defs.yaml"))
+
+
+def _read(path: Path) -> Experiment:
+    document = read_yaml(path)
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    if not isinstance(attributes, dict):
+        raise ValueError(f"{path}: expected `type` and `attributes` of an experiment")
+    try:
+        return Experiment.parse(attributes)
+    except ValueError as error:
+        lines = str(error).removeprefix(f"experiment {attributes.get('name')}: ").splitlines()
+        raise ValueError("\n".join(f"{path}: {line}" for line in lines)) from None

@@ -1,7 +1,4 @@
-"""A new experiment's ``defs.yaml``: a survey of the data in, a commented file out.
-
-What a survey of somebody's data suggests for an experiment, each with its reason.
-"""
+"""Settings of a new experiment chosen from the data, and its commented ``defs.yaml``."""
 
 from __future__ import annotations
 
@@ -28,109 +25,249 @@ from roma_core.model.config import RoMAForPreTrainingConfig
 from roma_core.sources.base import Source, kinds, source_config
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.defaults import Amount, Sizes, finetuning_s, pretraining_s, sizes_for
-from roma_pipelines.experiment import Experiment
+from roma_pipelines.experiment import COMPONENT, DEFS, Experiment, read_yaml
+
+_FAR = 100.0  # quartile distances; channels with values beyond are transformed
+_MANY_GAPS = 1e4  # positions farther from zero, in gaps, count from each series' first
+_FEW = 5  # objects of a class that a stratified split needs
+_VALIDATION_FRACTION, _TEST_FRACTION = 0.1, 0.2
 
 
 @dataclass
 class NewExperiment:
-    """The file of an experiment, and what was seen on the way.
+    """The file of a new experiment.
 
     Attributes:
-        text: of ``defs.yaml``.
-        said: how the files were read, what they hold and what was chosen.
-        warnings: what deserves a look before a result is believed.
+        text: content of ``defs.yaml``.
+        notes: how the files were read, what they contain and which settings were chosen.
+        warnings: findings to check before results are used.
     """
 
     name: str
     text: str
-    said: list[str]
+    notes: list[str]
     warnings: list[str]
+
+    @property
+    def path(self) -> Path:
+        """Where Dagster finds the experiment."""
+        return DEFS / self.name / "defs.yaml"
+
+    def write(self, force: bool = False) -> None:
+        """Write the file to :attr:`path`.
+
+        Raises:
+            ValueError: it exists and ``force`` is False.
+        """
+        if self.path.exists() and not force:
+            raise ValueError(f"{self.path} exists; choose another name, or replace it with --force")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(self.path, self.text.encode())
 
 
 def source_of(
     words: Sequence[str], roles: Roles, objects: Path | None = None
 ) -> tuple[Guess, dict[str, Any]]:
-    """What ``--source`` names, and settings of the data set that a YAML file brings along.
+    """The source that ``--source`` names, and the data set's settings from a YAML file.
 
     Args:
-        words: files, patterns or a folder; or one YAML file as ``roma data build`` takes it; or the
-            kind of a source that needs nothing else.
-        roles: columns of tables that are named.
-        objects: a second table, with a row per object.
+        words: files, patterns or a folder; or one YAML file as for ``roma data build``; or the kind
+            of a source that needs no file.
+        roles: columns of tables given by option.
+        objects: a second table with one row per object.
 
     Raises:
-        ValueError: there is no such file, or it cannot be told what it is.
+        ValueError: a file is missing, or its format is unknown.
     """
     if len(words) == 1 and words[0] in kinds() and not Path(words[0]).exists():
         return Guess({"kind": words[0]}, [f"source: {words[0]}"]), {}
     if len(words) == 1 and words[0].endswith((".yaml", ".yml")):
-        return _described(Path(words[0]))
+        document = read_yaml(Path(words[0]))
+        if not isinstance(document, dict) or "source" not in document:
+            raise ValueError(f"{words[0]}: expected the settings of a data set with a `source`")
+        document.pop("name", None)
+        return Guess(document.pop("source"), [f"source and settings of {words[0]}"]), document
     paths = []
     for word in words:
         found = sorted(glob.glob(word))  # noqa: PTH207 - may be absolute
         if not found:
-            raise ValueError(f"there is no file {word} (from {Path.cwd()})")
+            raise ValueError(f"no file matches {word} (in {Path.cwd()})")
         paths += [Path(path).absolute() for path in found]
     return guess_source(paths, roles, None if objects is None else objects.absolute()), {}
-
-
-def _described(path: Path) -> tuple[Guess, dict[str, Any]]:
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(document, dict) or "source" not in document:
-        raise ValueError(f"{path}: expected a data set's settings, with a 'source'")
-    document.pop("name", None)
-    return Guess(document.pop("source"), [f"source and settings as in {path}"]), document
 
 
 def new_experiment(
     name: str, guess: Guess, cache: Path, dataset: Mapping[str, Any] = {}, target: str = "local"
 ) -> NewExperiment:
-    """Look at the data and choose settings for an experiment with them.
+    """Read the data and choose settings of an experiment.
 
     Args:
-        guess: the source; its sentences stand in the file.
-        cache: folder for what the source fetches.
-        dataset: settings of the data set that are given; they win over chosen ones.
+        guess: the source; its notes become comments of the file.
+        cache: folder for downloads of the source.
+        dataset: given settings of the data set, which override chosen ones.
 
     Raises:
-        ValueError: the data cannot be used, or the name or a setting is refused.
+        ValueError: the data cannot be used, or the name or a setting is invalid.
     """
     source = source_config(guess.source).open(cache)
     found = survey(source)
-    choices = choose(found, _categorical(source))
-    section = {"source": guess.source, **choices.dataset, **dataset}
-    text = _text(name, guess, found, choices, section, target)
-    document = yaml.safe_load(text)["attributes"]
-    document["dataset"] = {"name": name, **document["dataset"]}
-    Experiment.model_validate(document)  # what is written must load
-    said = [*guess.said, _amount(found), *choices.why, *choices.sizes.why.values(), _cost(choices)]
-    return NewExperiment(name, text, said, choices.warnings)
+    proposal = propose(found, _categorical(source))
+    section = {"source": guess.source, **proposal.dataset, **dataset}
+    text = _text(name, guess, found, proposal, section, target)
+    Experiment.model_validate(yaml.safe_load(text)["attributes"])  # the written file must load
+    notes = [*guess.said, _amount(found), *proposal.reasons, *proposal.sizes.why.values()]
+    return NewExperiment(name, text, [*notes, _cost(proposal)], proposal.warnings)
 
 
-def file_of(name: str) -> Path:
-    """Where the experiment's file belongs, so that Dagster finds it."""
-    return DEFS / name / "defs.yaml"
+@dataclass
+class Proposal:
+    """Chosen settings.
+
+    Attributes:
+        dataset: settings of the data set besides its source.
+        reasons: a sentence for each choice in ``dataset``.
+        warnings: findings to check before results are used.
+    """
+
+    dataset: dict[str, Any]
+    sizes: Sizes
+    reasons: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
-def write(experiment: NewExperiment, force: bool = False) -> Path:
-    """Write the file in its place.
+def propose(survey: Survey, categorical: frozenset[str] = frozenset()) -> Proposal:
+    """Splits, repairs, axes, channels and sizes that suit the data.
+
+    Args:
+        categorical: axes whose positions are indices of categories.
 
     Raises:
-        ValueError: there is one already, and ``force`` was not given.
+        ValueError: there are no labels, or only one class.
     """
-    path = file_of(experiment.name)
-    if path.exists() and not force:
-        raise ValueError(f"{path} is there already; take another name, or --force to replace it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, experiment.text.encode())
-    return path
+    classes = [name for name, count in survey.classes.items() if count]
+    if len(classes) < 2:
+        these = f"only {classes[0]!r}" if classes else "no labels; pass --label COLUMN"
+        raise ValueError(
+            f"a classifier needs series of at least two classes, and these have {these}"
+        )
+    dataset: dict[str, Any] = {}
+    reasons: list[str] = []
+    for section, sentences in (
+        _split(survey),
+        _repair(survey),
+        _axes(survey, categorical),
+        _channels(survey),
+    ):
+        dataset |= section
+        reasons += sentences
+    if survey.recorded_splits:
+        fraction = survey.recorded_splits.get("train", 0) / survey.n_series
+    else:
+        fraction = 1 - _TEST_FRACTION
+    fraction *= 1 - _VALIDATION_FRACTION
+    amount = Amount(
+        n_series=max(1, round(survey.n_series * fraction)),
+        n_observations=max(1, round(survey.n_observations * fraction)),
+        n_channels=len(survey.channels),
+        n_axes=len(survey.axes),
+    )
+    return Proposal(dataset, sizes_for(amount), reasons, _warnings(survey))
+
+
+Section = tuple[dict[str, Any], list[str]]
+
+
+def _split(survey: Survey) -> Section:
+    fractions = {"validation_fraction": _VALIDATION_FRACTION}
+    if set(survey.recorded_splits) == {"train", "test"}:
+        counts = survey.recorded_splits
+        return fractions, [f"published split: {counts['train']:,} train, {counts['test']:,} test"]
+    fractions["test_fraction"] = _TEST_FRACTION
+    if survey.has_groups:
+        return {"split": {"by": "group"}, **fractions}, [
+            "split by group: no group is in two splits"
+        ]
+    if min(survey.classes.values()) >= _FEW:
+        return {"split": {"stratified": True}, **fractions}, ["split stratified by class"]
+    return fractions, [f"split by a hash of the id: some classes have fewer than {_FEW} objects"]
+
+
+def _repair(survey: Survey) -> Section:
+    found = survey.repairs
+    if found is None:
+        return {}, []
+    repair, reasons = {}, []
+    for name, setting, count in (
+        ("not_finite", "drop", found.observations_not_finite),
+        ("duplicates", "first", found.duplicate_observations),
+        ("empty", "drop", found.empty_series_left_out),
+    ):
+        if count:
+            repair[name] = setting
+            reasons.append(f"repair.{name}: {count:,} found; remove the line to raise an error")
+    return ({"repair": repair} if repair else {}), reasons
+
+
+def _axes(survey: Survey, categorical: frozenset[str]) -> Section:
+    axes, reasons = {}, []
+    for axis in survey.axes:
+        if axis.name in categorical:
+            reasons.append(f"{axis.name}: categorical; the position is the index of the category")
+            continue
+        axes[axis.name] = {"scale": "auto"}
+        if _is_far(axis):
+            axes[axis.name]["anchor"] = "first"
+            reasons.append(
+                f"{axis.name}: up to {axis.farthest:,.10g} with gaps of {axis.gap:.3g}, so positions "
+                f"count from the first of each series"
+            )
+    return {"axes": axes}, reasons
+
+
+def _is_far(axis: AxisSurvey) -> bool:
+    return axis.gap > 0 and axis.farthest > max(_MANY_GAPS * axis.gap, 3 * axis.span)
+
+
+def _channels(survey: Survey) -> Section:
+    far = [channel for channel in survey.channels if _has_far_values(channel)]
+    channels = {
+        channel.name: {"transform": "arcsinh", "transform_scale": float(f"{channel.spread:.2g}")}
+        for channel in far
+    }
+    reasons = [
+        f"{channel.name}: values up to {channel.reach / channel.spread:,.0f} quartile distances from "
+        f"the median, so transform: arcsinh"
+        for channel in far[:8]
+    ]
+    return ({"channels": channels} if channels else {}), reasons
+
+
+def _has_far_values(channel: ChannelSurvey) -> bool:
+    return channel.spread > 0 and channel.reach > _FAR * channel.spread
+
+
+def _warnings(survey: Survey) -> list[str]:
+    found = [
+        f"{channel.name} never changes within a series: a property of the object rather than a "
+        f"measurement, and possibly label leakage; remove it unless it is known at prediction time"
+        for channel in survey.channels
+        if not channel.varies
+    ]
+    rare = [name for name, count in survey.classes.items() if count < _FEW]
+    if rare:
+        found.append(
+            f"classes with fewer than {_FEW} objects: {', '.join(rare[:8])}; their metrics will be "
+            f"unreliable"
+        )
+    if survey.repairs and survey.repairs.observations_not_finite > 0.2 * survey.n_observations:
+        found.append(
+            "more than a fifth of the observations have a missing number and are dropped; a long "
+            "table with a column that names the quantity keeps all values"
+        )
+    return found
 
 
 def _categorical(source: Source) -> frozenset[str]:
-    """Axes whose positions are indices of words."""
     return frozenset(axis.name for axis in source.axes if axis.unit.startswith("index of "))
 
 
@@ -138,44 +275,37 @@ def _text(
     name: str,
     guess: Guess,
     found: Survey,
-    choices: Choices,
+    proposal: Proposal,
     dataset: Mapping[str, Any],
     target: str,
 ) -> str:
-    sizes = choices.sizes
+    sizes = proposal.sizes
+    settings = ("model", "mask_ratio", "use_cls", "value_features", "neighbours", "pretraining")
     body = [
         _block({"name": name, "description": f"{_amount(found)}."}, []),
-        _block({"owners": []}, ["e-mail addresses, or team:NAME"]),
-        _block({"dataset": dict(dataset)}, [*guess.said, *choices.why]),
-        _block(
-            {"pretraining": sizes.pretraining},
-            [
-                sizes.why[x]
-                for x in (
-                    *("model", "mask_ratio", "use_cls", "value_features", "neighbours"),
-                    "pretraining",
-                )
-            ],
-        ),
+        _block({"owners": []}, ["e-mail addresses or team:NAME"]),
+        _block({"dataset": dict(dataset)}, [*guess.said, *proposal.reasons]),
+        _block({"pretraining": sizes.pretraining}, [sizes.why[name] for name in settings]),
         _block({"finetuning": sizes.finetuning}, [sizes.why["finetuning"]]),
         _block(
             {"resources": {"target": target, "nodes": 1, "processes_per_node": 1}},
-            ["where trainings run; slurm and kubernetes take a profile, too"],
+            ["where trainings run; slurm and kubernetes also take a profile"],
         ),
         _block(
             {"gate": {"max_accuracy_drop": 0.02}},
-            ["a candidate may not be worse than the champion by this much; add min_accuracy: 0.9"],
+            ["largest accepted loss against the champion; min_accuracy: 0.9 adds a lower bound"],
         ),
-        '# schedule: "0 3 * * 1"   # trains anew every Monday at three (UTC), once it is switched on',
+        '# schedule: "0 3 * * 1"   # retrain every Monday at 03:00 UTC, once it is switched on',
     ]
-    head = [f"# {_amount(found)}. {_cost(choices)}."]
-    head += [f"# LOOK AT THIS: {warning}" for warning in choices.warnings]
+    head = [f"# {_amount(found)}. {_cost(proposal)}."]
+    head += [f"# WARNING: {warning}" for warning in proposal.warnings]
     lines = [line for part in head for line in _wrapped(part)]
-    return "\n".join([*lines, f"type: {TYPE}", "", "attributes:", _indented("\n\n".join(body)), ""])
+    attributes = textwrap.indent("\n\n".join(body), "  ")
+    return "\n".join([*lines, f"type: {COMPONENT}", "", "attributes:", attributes, ""])
 
 
 def _block(values: Mapping[str, Any], comments: Sequence[str]) -> str:
-    """``values`` as YAML, mappings and lists without another inside on one line, under comments."""
+    """``values`` as YAML under comments; innermost mappings and lists on one line."""
     lines = [line for comment in comments for line in _wrapped(f"# {comment}")]
     for key, value in values.items():
         leaves_on_one_line = None if isinstance(value, dict | list) else False
@@ -194,10 +324,6 @@ def _wrapped(comment: str) -> list[str]:
     return textwrap.wrap(comment, 96, subsequent_indent="#   ", break_long_words=False)
 
 
-def _indented(text: str) -> str:
-    return textwrap.indent(text, "  ")
-
-
 def _amount(found: Survey) -> str:
     return (
         f"{found.n_series:,} series of {len(found.classes)} classes, {found.n_observations:,} "
@@ -206,8 +332,8 @@ def _amount(found: Survey) -> str:
     )
 
 
-def _cost(choices: Choices) -> str:
-    sizes = choices.sizes
+def _cost(proposal: Proposal) -> str:
+    sizes = proposal.sizes
     shape = RoMAForPreTrainingConfig.from_values(
         {
             **sizes.pretraining["model"],
@@ -224,154 +350,3 @@ def _cost(choices: Choices) -> str:
     seconds += finetuning_s(shape, finetrainer, sizes.amount)
     steps = sum(sizes.steps.values())
     return f"both trainings: {steps:,} steps, about {max(1, round(seconds / 60)):,} min on one CPU core"
-
-
-DEFS = Path(__file__).parent / "defs"
-TYPE = "roma_pipelines.components.RomaExperiment"
-_FAR = 100.0  # quartile distances: values beyond are squeezed
-_DATES = 1e4  # gaps: positions farther from zero are counted from the series' first
-_FEW = 5  # objects of a class that a stratified split needs
-_VALIDATION_FRACTION, _TEST_FRACTION = 0.1, 0.2
-
-
-@dataclass
-class Choices:
-    """Sections of an experiment's file.
-
-    Attributes:
-        dataset: what the data set's section gets besides its source.
-        why: sentences about ``dataset``, to stand above it.
-        warnings: what a person should look at before believing a result.
-    """
-
-    dataset: dict[str, Any]
-    sizes: Sizes
-    why: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-
-def choose(survey: Survey, categorical: frozenset[str] = frozenset()) -> Choices:
-    """Split, repairs, axes, channels and sizes for these data.
-
-    Args:
-        categorical: axes whose positions are indices of words.
-
-    Raises:
-        ValueError: nothing can be learnt: no classes, or only one.
-    """
-    found = [name for name, count in survey.classes.items() if count]
-    if len(found) < 2:
-        these = f"only {found[0]!r}" if found else "no labels; name their column with --label"
-        raise ValueError(
-            f"a classifier needs series of at least two classes, and these have {these}"
-        )
-    dataset: dict[str, Any] = {}
-    why: list[str] = []
-    for said in (_split(survey), _repair(survey), _axes(survey, categorical), _channels(survey)):
-        section, sentences = said
-        dataset |= section
-        why += sentences
-    share = (
-        survey.recorded_splits.get("train", 0) / survey.n_series
-        if survey.recorded_splits
-        else 1 - _TEST_FRACTION
-    ) * (1 - _VALIDATION_FRACTION)
-    amount = Amount(
-        n_series=max(1, round(survey.n_series * share)),
-        n_observations=max(1, round(survey.n_observations * share)),
-        n_channels=len(survey.channels),
-        n_axes=len(survey.axes),
-    )
-    return Choices(dataset, sizes_for(amount), why, _warnings(survey))
-
-
-Section = tuple[dict[str, Any], list[str]]
-
-
-def _split(survey: Survey) -> Section:
-    shares = {"validation_fraction": _VALIDATION_FRACTION}
-    if set(survey.recorded_splits) == {"train", "test"}:
-        counts = survey.recorded_splits
-        return shares, [
-            f"the publisher's split: {counts['train']:,} train, {counts['test']:,} test"
-        ]
-    shares["test_fraction"] = _TEST_FRACTION
-    if survey.has_groups:
-        return {"split": {"by": "group"}, **shares}, ["a group is never in two splits"]
-    if min(survey.classes.values()) >= _FEW:
-        return {"split": {"stratified": True}, **shares}, ["the same shares of every class"]
-    return shares, [f"split by a hash of the id: some classes have fewer than {_FEW} objects"]
-
-
-def _repair(survey: Survey) -> Section:
-    found = survey.repairs
-    if found is None:
-        return {}, []
-    repair, why = {}, []
-    for name, setting, count in (
-        ("not_finite", "drop", found.observations_not_finite),
-        ("duplicates", "first", found.duplicate_observations),
-        ("empty", "drop", found.empty_series_left_out),
-    ):
-        if count:
-            repair[name] = setting
-            why.append(f"repair.{name}: {count:,} found; delete the line to refuse them")
-    return ({"repair": repair} if repair else {}), why
-
-
-def _axes(survey: Survey, categorical: frozenset[str]) -> Section:
-    axes, why = {}, []
-    for axis in survey.axes:
-        if axis.name in categorical:
-            why.append(f"{axis.name}: categories; a position is a word's index")
-            continue
-        axes[axis.name] = {"scale": "auto"}
-        if _is_far(axis):
-            axes[axis.name]["anchor"] = "first"
-            why.append(
-                f"{axis.name}: up to {axis.farthest:,.10g} with gaps of {axis.gap:.3g}, so it is counted "
-                f"from each series' first"
-            )
-    return {"axes": axes}, why
-
-
-def _is_far(axis: AxisSurvey) -> bool:
-    return axis.gap > 0 and axis.farthest > max(_DATES * axis.gap, 3 * axis.span)
-
-
-def _channels(survey: Survey) -> Section:
-    far = [channel for channel in survey.channels if _has_far_values(channel)]
-    channels = {
-        channel.name: {"transform": "arcsinh", "transform_scale": float(f"{channel.spread:.2g}")}
-        for channel in far
-    }
-    why = [
-        f"{channel.name}: values up to {channel.reach / channel.spread:,.0f} quartile distances away; "
-        f"arcsinh keeps them apart"
-        for channel in far[:8]
-    ]
-    return ({"channels": channels} if channels else {}), why
-
-
-def _has_far_values(channel: ChannelSurvey) -> bool:
-    return channel.spread > 0 and channel.reach > _FAR * channel.spread
-
-
-def _warnings(survey: Survey) -> list[str]:
-    found = [
-        f"{channel.name} never changes within a series: a fact of the object rather than a "
-        f"measurement, and maybe the answer itself; leave it out unless it will be known in use"
-        for channel in survey.channels
-        if not channel.varies
-    ]
-    rare = [name for name, count in survey.classes.items() if count < _FEW]
-    if rare:
-        found.append(
-            f"classes with fewer than {_FEW} objects: {', '.join(rare[:8])}; their scores will mean little"
-        )
-    if survey.repairs and survey.repairs.observations_not_finite > 0.2 * survey.n_observations:
-        found.append(
-            "more than a fifth of the observations have a number missing and are left out whole; a "
-            "long table with a column that names the quantity loses none"
-        )
-    return found

@@ -1,7 +1,4 @@
-"""One job with its MLflow run: find or make both, watch, bring the metrics home, end the run.
-
-Assets hand each other references: the metadata of a materialisation, not tensors.
-"""
+"""A job of an asset with its MLflow run: create or adopt both, supervise, forward metrics, end the run."""
 
 from __future__ import annotations
 
@@ -42,7 +39,7 @@ from roma_pipelines.storage import PASSWORD_VARIABLES, Storage
 
 @dataclass(frozen=True)
 class TrackedJob:
-    """A completed job and the run that shows it."""
+    """A completed job and its MLflow run."""
 
     outcome: Outcome
     usage: dict[str, Any]
@@ -52,17 +49,17 @@ class TrackedJob:
     client: Any  # mlflow.MlflowClient; importing it for the type would cost every definition load
 
     def output(self, name: str) -> Path:
-        """Path of one of the job's outputs."""
+        """Path of an output of the job."""
         return self.folder.path / self.result.outputs[name]
 
     def metadata(self) -> dict[str, Any]:
-        """What the asset shows of it, and what downstream assets read."""
+        """Metadata of the materialisation, which downstream assets read."""
         facts = {k: v for k, v in self.result.facts.items() if isinstance(v, int | float | str)}
         shown = self.outcome.metadata() | self.usage | facts
         return {
-            # numbers as people read them; result.json has all digits
+            # rounded for display; result.json has all digits
             **{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in shown.items()},
-            **_story(self.outcome),
+            **_attempts_metadata(self.outcome),
             "log": dg.MetadataValue.path(str(self.folder.attempt(self.result.attempt).log)),
             "mlflow_run_id": self.run_id,
             **job_links(self.folder.path.name, "report" in self.result.outputs),
@@ -88,12 +85,12 @@ def run_tracked_job(
 
     Args:
         config: the frozen configuration, which becomes ``config.json``.
-        starter: torchrun for a training; plain for other work, which runs in one process.
+        starter: torchrun for a training; plain for work in one process.
         params: MLflow parameters.
 
     Raises:
-        dagster.Failure: the job failed or was cancelled, and the text has the end of its log; or its
-            target refused it, and the text has every reason.
+        dagster.Failure: the job failed or was cancelled, with the end of its log; or its target
+            rejected it, with every reason.
     """
     storage = Storage.open()
     key = key_for(context)
@@ -106,10 +103,10 @@ def run_tracked_job(
         "roma.config_digest": digest_of(document),
     }
     try:
-        check_access(MlflowSettings())  # before anything is queued whose metrics nobody would take
+        check_access(MlflowSettings())  # before anything is queued
     except StoreError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
-    shown = _ShownInMlflow(context, storage, folder, experiment.name, tags, params)
+    run = _MlflowRun(context, storage, folder, experiment.name, tags, params)
     resources = experiment.resources
     spec = job_spec(
         resources, key, roma_command(command, folder.path), digest_of(document), starter
@@ -122,35 +119,33 @@ def run_tracked_job(
             folder,
             spec,
             document,
-            environment=shown.environment(resources.target),
-            on_accepted=shown.begin,
+            environment=run.environment(resources.target),
+            on_accepted=run.begin,
             max_attempts=resources.max_attempts,
         )
     except JobFailed as error:
-        shown.bring_home()
-        shown.end("KILLED" if error.outcome.status == "cancelled" else "FAILED")
-        facts = _story(error.outcome) | usage(error.outcome, spec, launcher.price)
+        run.forward_metrics()
+        run.end("KILLED" if error.outcome.status == "cancelled" else "FAILED")
+        facts = _attempts_metadata(error.outcome) | usage(error.outcome, spec, launcher.price)
         raise dg.Failure(description=str(error), metadata=facts, allow_retries=False) from error
     except Rejected as error:
-        shown.end("FAILED")
+        run.end("FAILED")
         raise dg.Failure(description=str(error), allow_retries=False) from error
-    except BaseException:  # interrupted: a job that was left running keeps its run open
+    except BaseException:  # interrupted: a job that still runs keeps its MLflow run open
         if _was_cancelled(folder):
-            shown.kill()
+            run.kill()
         raise
     assert outcome.result is not None, "a completed job has a result"
-    shown.bring_home()
+    run.forward_metrics()
     for file in (folder.config, folder.result):
-        shown.client.log_artifact(shown.run_id, str(file))
-    shown.end("FINISHED")
+        run.client.log_artifact(run.run_id, str(file))
+    run.end("FINISHED")
     used = usage(outcome, spec, launcher.price)
-    return TrackedJob(outcome, used, folder, outcome.result, shown.run_id, shown.client)
+    return TrackedJob(outcome, used, folder, outcome.result, run.run_id, run.client)
 
 
-class _ShownInMlflow:
-    """The MLflow run of a job; made when the job is under way, for importing MLflow alone takes
-    longer than a submission.
-    """
+class _MlflowRun:
+    """The MLflow run of a job; created after submission, since importing MLflow takes longer."""
 
     def __init__(
         self,
@@ -167,11 +162,11 @@ class _ShownInMlflow:
         self._found: tuple[Any, str] | None = None
 
     def environment(self, target: str) -> dict[str, str]:
-        """Variables by which the job's own follower finds its MLflow run.
+        """Variables with which the job itself forwards metrics to its MLflow run.
 
-        Our own store is a SQLite file, which two computers must not share, or a database whose
-        password stays here: jobs of a cluster are not told of it, and their metrics come home at the
-        outcome. Progress is on the asset's page.
+        The embedded store is a SQLite file, which two computers must not share, or a database whose
+        password stays here: cluster jobs get neither, and their metrics are forwarded at the outcome.
+        Progress is shown on the asset's page.
         """
         uri = tracking_uri(self.settings, self.storage.mlflow)
         passwords: dict[str, str] = {}
@@ -185,14 +180,14 @@ class _ShownInMlflow:
         return {**passwords, "MLFLOW_TRACKING_URI": uri, MLFLOW_RUN_VARIABLE: run}
 
     def begin(self) -> None:
-        """Find or make the run, and tell the job; a run on record may wait until MLflow answers."""
+        """Create or find the run and record it for the job; a recorded run needs no server now."""
         try:
             self._find()
         except Exception as error:
             if not self.folder.mlflow_run.exists():
                 raise
             self.context.log.warning(
-                f"MLflow: {error}; the job goes on, its metrics wait in {self.folder.metrics}"
+                f"MLflow: {error}; the job continues; its metrics are kept in {self.folder.metrics}"
             )
 
     @property
@@ -203,15 +198,15 @@ class _ShownInMlflow:
     def run_id(self) -> str:
         return self._find()[1]
 
-    def bring_home(self) -> None:
-        """Send what the job's own follower could not: an MLflow that was down misses nothing."""
+    def forward_metrics(self) -> None:
+        """Forward the metrics that the job itself could not."""
         forward_to_mlflow(self.folder.metrics, self.client.tracking_uri, self.run_id)
 
     def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         end_run(self.client, self.run_id, status)
 
     def kill(self) -> None:
-        """End the run if there is one: the interrupt may have come before it was made."""
+        """End the run if it exists: the interrupt may have come before."""
         client = connect(self.settings, self.storage.mlflow)
         end_runs_of_job(client, self.folder.path.name, "KILLED")
 
@@ -226,7 +221,7 @@ class _ShownInMlflow:
                 self.tags,
                 self.params,
             )
-            if self.folder.path.exists():  # a job that was refused has none
+            if self.folder.path.exists():  # a rejected job has none
                 write_json(self.folder.mlflow_run, {"schema_version": 1, "run_id": run_id})
             self._found = client, run_id
         return self._found
@@ -265,8 +260,8 @@ def mlflow_link(
     return {"open_mlflow_run": dg.MetadataValue.url(address)}
 
 
-def _story(outcome: Outcome) -> dict[str, Any]:
-    """What became of every attempt and why, as tables on a page."""
+def _attempts_metadata(outcome: Outcome) -> dict[str, Any]:
+    """Attempts and events of the job as tables."""
     folder = JobFolder(outcome.folder)
     return {
         "job_folder": dg.MetadataValue.path(str(folder.path)),
@@ -282,16 +277,16 @@ def _was_cancelled(folder: JobFolder) -> bool:
 
 
 def picture(png: bytes, alt: str) -> dg.MetadataValue:
-    """A PNG shown on the asset's page."""
+    """Metadata value that shows a PNG."""
     return dg.MetadataValue.md(f"![{alt}](data:image/png;base64,{base64.b64encode(png).decode()})")
 
 
 class MissingUpstream(RuntimeError):
-    """An asset this one depends on was never materialised."""
+    """An upstream asset was never materialised."""
 
 
-def upstream(context: dg.AssetExecutionContext, key: dg.AssetKey) -> dict[str, Any]:
-    """Metadata of the newest materialisation of ``key``, one of this run before all others.
+def upstream_metadata(context: dg.AssetExecutionContext, key: dg.AssetKey) -> dict[str, Any]:
+    """Metadata of the newest materialisation of ``key``, preferring one of this run.
 
     Raises:
         MissingUpstream: there is none.

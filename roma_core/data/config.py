@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    WithJsonSchema,
+)
 
 from roma_core.data.cleaning import RepairOptions
 from roma_core.data.splits import SplitOptions
@@ -53,7 +61,11 @@ class DatasetConfig(_Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$",
         description="Name of the data set; part of the split rule, so a new name splits anew.",
     )
-    source: Annotated[SerializeAsAny[SourceConfig], BeforeValidator(source_config)]
+    source: Annotated[
+        SerializeAsAny[SourceConfig],
+        BeforeValidator(source_config),
+        WithJsonSchema({"type": "object", "required": ["kind"]}),  # each kind has fields of its own
+    ]
     drop_rate: float = Field(
         0.0, ge=0, lt=1, description="Share of each series' observations left out, in every split."
     )

@@ -20,7 +20,7 @@ from roma_core.serving.pyfunc_model import KINDS, MANIFEST, SCHEMA_VERSION, open
 from roma_core.serving.pyfunc_model import Series as LoggedSeries
 from roma_core.serving.schema import Series, json_schema, locked
 
-LOGGED_MODEL = Path(__file__).with_name("logged_model.py")
+LOGGED_MODEL = Path(__file__).with_name("pyfunc_model.py")
 """The file to log with ``mlflow.pyfunc.log_model(python_model=...)``, artifact ``package``."""
 
 GOLDEN_TOLERANCE = 1e-4

@@ -72,7 +72,7 @@ def smoke_test_package(folder: Path, code: Path | None = None) -> SmokeTest:
     Raises:
         TrialFailed: it was refused, or the process failed.
     """
-    code = code or Path(__file__).with_name("logged_model.py")
+    code = code or Path(__file__).with_name("pyfunc_model.py")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     try:
         done = subprocess.run(

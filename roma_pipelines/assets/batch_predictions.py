@@ -1,6 +1,6 @@
-"""Asset: the champion's predictions of a file of series, with drift against what it was trained on.
+"""Asset: predictions of the champion for a file of series, with drift against its training data.
 
-Without a champion there is nothing to say: the step ends well and materialises nothing.
+Without a champion the step succeeds and materialises nothing.
 """
 
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ from roma_pipelines.registry.versions import version_at
 from roma_pipelines.storage import Storage
 from roma_pipelines.tracked_job import picture
 
-_PROFILED = 2000  # series of the input that drift is computed from, at most
+_PROFILED = 2000  # maximum number of series for drift
 
 
 def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
-    """Predictions of ``predictions.input``; a retry goes on where the last one stopped."""
+    """The asset ``batch_predictions``; a retry resumes where the last one stopped."""
     section = experiment.predictions
     assert section is not None
 
@@ -32,8 +32,8 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
         ),
         kinds={"parquet"},
         output_required=False,
-        pool=f"predictions_{experiment.name}",  # two runs would throw away each other's parts
-        description=f"What the champion says of {section.input}. {experiment.description}",
+        pool=f"predictions_{experiment.name}",  # concurrent runs would delete each other's parts
+        description=f"Predictions of the champion for {section.input}. {experiment.description}",
     )
     def batch_predictions(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
         from roma_core.serving.batch import score_file
@@ -42,13 +42,13 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
         storage = Storage.open()
         source = Path(section.input).absolute()
         if not source.exists():
-            raise dg.Failure(f"{source}, the input of predictions, is not there")
+            raise dg.Failure(f"predictions.input: {source} does not exist")
         client = connect(MlflowSettings(), storage.mlflow)
         champion = version_at(client, experiment.name, CHAMPION)
         if champion is None:
             context.log.warning(
-                f"{experiment.name} has no champion yet, so nothing is predicted; promote a version, "
-                f"then materialise this again"
+                f"{experiment.name} has no champion; promote a version, then materialise this asset "
+                f"again"
             )
             return
         version = resolve(client, f"models:/{experiment.name}/{champion}")
@@ -63,9 +63,11 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
         output = storage.root / "predictions" / experiment.name / f"{source.stem}.parquet"
         output.parent.mkdir(parents=True, exist_ok=True)
         package = load(folder)
-        delivered = fingerprint_of([source]).digest  # before it is read: what changes later is new
+        delivered = fingerprint_of(
+            [source]
+        ).digest  # before reading, so that a later change is detected
         n = score_file(package, lineage, source, section.split, output)
-        context.log.info(f"{n} series scored by {version.uri}")
+        context.log.info(f"{version.uri} predicted {n} series")
         profile = read_json(package_of(folder) / "profile.json")
         yield dg.MaterializeResult(
             data_version=dg.DataVersion(digest_of([digest, delivered, section.split])),
@@ -74,7 +76,7 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
                 "series": n,
                 "model_version": version.version,
                 "model_sha256": digest,
-                **_shares(output),
+                **_class_counts(output),
                 **_drift(profile, source, section.split, package),
             },
         )
@@ -82,8 +84,8 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
     return batch_predictions
 
 
-def _shares(output: Path) -> dict[str, Any]:
-    """How often each class was predicted."""
+def _class_counts(output: Path) -> dict[str, Any]:
+    """Count of each predicted class."""
     import pyarrow.parquet as pq
 
     labels = pq.read_table(output, columns=["label"])["label"]

@@ -18,34 +18,33 @@ from roma_pipelines.tracked_job import picture
 
 
 def dataset_asset(experiment: Experiment) -> dg.AssetsDefinition:
-    """The data set of an experiment, with its profile and the checks of its content."""
+    """The asset ``dataset`` with its profile and two checks."""
     key = experiment.key("dataset")
 
     @dg.asset(
         **experiment.asset_arguments("dataset", settings={"dataset"}),
         kinds={"numpy"},
-        description=f"Irregular series on disk, split and profiled. {experiment.description}",
+        description=f"Data set on disk, with splits and a profile. {experiment.description}",
         check_specs=[
             dg.AssetCheckSpec(
                 "sound",
                 asset=key,
                 blocking=True,
                 description="Files match their sha256, numbers are finite, no object, group or equal "
-                "content is in two splits, and no object moved since the version before.",
+                "content is in two splits, and no object changed its split since the previous version.",
             ),
             dg.AssetCheckSpec(
                 "unsuspicious",
                 asset=key,
-                description="Nothing odd: order, copies, lengths, far values, rare classes, near "
-                "copies in two splits, drift against the version before.",
+                description="No warnings: order, duplicates, lengths, outliers, rare classes, near "
+                "duplicates across splits, drift against the previous version.",
             ),
         ],
     )
     def dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         storage = Storage.open()
-        fingerprint = source_fingerprint(
-            experiment.dataset
-        ).digest  # before, lest a change be missed
+        # before the build, so that a change during it is detected later
+        fingerprint = source_fingerprint(experiment.dataset).digest
         path = build_dataset(experiment.dataset, storage.datasets, storage.cache, progress=False)
         found = findings(path)
         stored = StoredDataset(path, verify=False)
@@ -88,7 +87,7 @@ def dataset_asset(experiment: Experiment) -> dg.AssetsDefinition:
 def _check(
     name: str, severity: str, found: list[Finding], before: Path | None
 ) -> dg.AssetCheckResult:
-    """The findings of one severity as the result of a check."""
+    """Result of the check for findings of one severity."""
     these = [f for f in found if f.severity == severity]
     lines = [line for f in these for line in f.lines()]
     return dg.AssetCheckResult(
@@ -99,6 +98,6 @@ def _check(
             "problems": sum(f.count for f in these),
             "first": "\n".join(lines[:20]) or "none",
             "findings": dg.MetadataValue.md(findings_as_markdown(these)),
-            "compared_with": before.name if before else "no version before",
+            "compared_with": before.name if before else "no previous version",
         },
     )

@@ -1,7 +1,4 @@
-"""Asset: the evaluation report, and the gate as blocking checks.
-
-Tables of a report and a model card: what is known of the data, the model and its trainings.
-"""
+"""Asset: the evaluation report, with the gate as blocking checks."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,13 +20,13 @@ from roma_pipelines.registry.promotion import CHAMPION
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.registry.versions import version_at
 from roma_pipelines.storage import Storage
-from roma_pipelines.tracked_job import TrackedJob, picture, run_tracked_job, upstream
+from roma_pipelines.tracked_job import TrackedJob, picture, run_tracked_job, upstream_metadata
 
 
 def report_facts(
     manifest: Manifest, encoder: Mapping[str, Any], classifier: Mapping[str, Any], dagster_run: str
 ) -> tuple[FactSheet, ...]:
-    """Tables of the report: data, model, training, lineage."""
+    """Tables of the report and the model card: data, model, training, lineage."""
     model = read_json(Path(classifier["weights"]) / "model_config.json")
     stack = model["encoder_config"]
     counts = manifest.counts
@@ -84,7 +81,7 @@ def report_facts(
 
 
 def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
-    """Test metrics, plots and the report; blocks promotion of a candidate that does not pass."""
+    """The asset ``evaluation_report``; its checks block registration of a candidate that fails."""
     key = experiment.key("evaluation_report")
 
     @dg.asset(
@@ -96,16 +93,16 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
             settings={"dataset", "pretraining", "finetuning", "gate", "baselines"},
         ),
         kinds={"python"},
-        description=f"What the classifier is worth on the test split. {experiment.description}",
+        description=f"Metrics on the test split, report and gate. {experiment.description}",
         check_specs=[
             dg.AssetCheckSpec(name, asset=key, blocking=True, description=text)
             for name, text in CHECKS.items()
         ],
     )
     def evaluation_report(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        data = upstream(context, experiment.key("dataset"))
-        encoder = upstream(context, experiment.key("pretrained_encoder"))
-        classifier = upstream(context, experiment.key("finetuned_classifier"))
+        data = upstream_metadata(context, experiment.key("dataset"))
+        encoder = upstream_metadata(context, experiment.key("pretrained_encoder"))
+        classifier = upstream_metadata(context, experiment.key("finetuned_classifier"))
         path = Path(data["path"])
         config = EvaluationJobConfig(
             name=experiment.name,
@@ -132,14 +129,14 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
             job.client, job.run_id, decision, ServingChecks.load(job.output("measured")).test_split
         )
         _publish(job)
-        # a retry finds the job as it was configured first, with the champion of that time
+        # a retry adopts the job with its first configuration, and so the champion of that time
         return _materialised(job, decision, read_json(job.folder.config)["champion_version"])
 
     return evaluation_report
 
 
 def _champion(name: str) -> dict[str, Any]:
-    """The champion's fields of the job's configuration; one that cannot be had is no error here."""
+    """Configuration of the comparison; a champion that cannot be fetched is recorded, not raised."""
     client = connect(MlflowSettings(), Storage.open().mlflow)
     version = version_at(client, name, CHAMPION)
     if version is None:
@@ -165,7 +162,7 @@ def _decided_before(experiment: Experiment, dataset: Path, job_key: str) -> int:
 def _lineage(
     encoder: Mapping[str, Any], classifier: Mapping[str, Any], dagster_run: str
 ) -> dict[str, str]:
-    """What made the weights; the commit is the one that finetuning ran with, not today's."""
+    """Lineage of the weights; the commit is that of the finetuning run."""
     from roma_core.serving.schema import lock_hash
 
     client = connect(MlflowSettings(), Storage.open().mlflow)
@@ -181,7 +178,7 @@ def _lineage(
 
 
 def _publish(job: TrackedJob) -> None:
-    """Metrics, report and plots to the MLflow run."""
+    """Log metrics, report and plots to the MLflow run."""
     from mlflow.entities import Metric
 
     time_ms = round(job.folder.result.stat().st_mtime * 1000)
@@ -193,9 +190,9 @@ def _publish(job: TrackedJob) -> None:
     job.client.log_artifacts(job.run_id, str(job.output("plots")), "plots")
 
 
-_OF_THE_ENCODER = {
+_ENCODER_PLOTS = {
     "reconstructions": "reconstructions of hidden tokens",
-    "embedding_map": "test series among the features",
+    "embedding_map": "test series in feature space",
 }
 
 
@@ -205,15 +202,15 @@ def _materialised(
     plots = job.output("plots")
     return dg.MaterializeResult(
         metadata={
-            # no link: a browser does not follow one from a page to a file
+            # no link: browsers do not follow links from a page to a file
             "report": dg.MetadataValue.path(str(job.output("report"))),
             "metrics": dg.MetadataValue.md(_metrics_table(job)),
             "confusion": picture((plots / "confusion.png").read_bytes(), "confusion matrix"),
             "reliability": picture((plots / "reliability.png").read_bytes(), "reliability curve"),
             **{
                 name: picture((plots / f"{name}.png").read_bytes(), title)
-                for name, title in _OF_THE_ENCODER.items()
-                if (plots / f"{name}.png").exists()  # an older job has not drawn it
+                for name, title in _ENCODER_PLOTS.items()
+                if (plots / f"{name}.png").exists()
             },
             "champion_version": champion_version or "none",
             "gate": "passed" if decision.passed else f"FAILED: {decision.reasons()}",

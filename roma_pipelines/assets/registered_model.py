@@ -1,4 +1,4 @@
-"""Asset: classifier and encoder in the registry, as candidates and, if the gate says so, as champions."""
+"""Asset: classifier and encoder in the registry, as candidates or, if the gate passes, champions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,11 +22,11 @@ from roma_pipelines.registry.versions import (
     version_at,
 )
 from roma_pipelines.storage import Storage
-from roma_pipelines.tracked_job import upstream
+from roma_pipelines.tracked_job import upstream_metadata
 
 
 def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
-    """A version in the MLflow registry; consumers load ``models:/NAME@champion``."""
+    """The asset ``registered_classifier``; consumers load ``models:/NAME@champion``."""
 
     @dg.asset(
         **experiment.asset_arguments(
@@ -38,13 +38,13 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
             settings={"dataset", "pretraining", "finetuning", "gate", "baselines"},
         ),
         kinds={"mlflow"},
-        pool=f"registry_{experiment.name}",  # aliases of one model move one at a time
+        pool=f"registry_{experiment.name}",  # one promotion per model at a time
         description=f"The evaluated package in the MLflow registry. {experiment.description}",
     )
     def registered_classifier(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        evaluation = upstream(context, experiment.key("evaluation_report"))
-        classifier = upstream(context, experiment.key("finetuned_classifier"))
-        encoder = upstream(context, experiment.key("pretrained_encoder"))
+        evaluation = upstream_metadata(context, experiment.key("evaluation_report"))
+        classifier = upstream_metadata(context, experiment.key("finetuned_classifier"))
+        encoder = upstream_metadata(context, experiment.key("pretrained_encoder"))
         folder = JobFolder(evaluation["job_folder"])
         result = folder.read_result()
         if result is None:
@@ -97,7 +97,7 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
         context.log.info(f"registered {experiment.name} version {version} as {', '.join(aliases)}")
         command = f"roma-pipeline promote {experiment.name} {version} --why …"
         if waits and CHAMPION not in aliases:
-            context.log.info(f"it passed the gate and waits for approval: {command}")
+            context.log.info(f"the gate passed; waiting for approval: {command}")
         linked = link_once(
             client,
             WandbConfig(),
@@ -129,7 +129,7 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
 def _lineage_tags(
     config: Mapping[str, Any], registering_run: str, result: Result
 ) -> dict[str, str]:
-    """Tags of a version: where it comes from, as the evaluation wrote it down."""
+    """Lineage tags of a version, from the configuration of its evaluation."""
     lineage: dict[str, str] = config["lineage"]
     return {
         "roma.dataset_digest": config["dataset_digest"],

@@ -1,4 +1,4 @@
-"""Assets: the pretrained encoder and the finetuned classifier, each made by a training job."""
+"""Assets: the pretrained encoder and the finetuned classifier, each from a training job."""
 
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.job import TrainingJobConfig
 from roma_core.trainer.metrics import read_records
 from roma_pipelines.experiment import Experiment
-from roma_pipelines.tracked_job import TrackedJob, picture, run_tracked_job, upstream
+from roma_pipelines.tracked_job import TrackedJob, picture, run_tracked_job, upstream_metadata
 
 
 def pretrained_encoder_asset(experiment: Experiment) -> dg.AssetsDefinition:
-    """Masked-autoencoder weights, pretrained on the data set."""
+    """The asset ``pretrained_encoder``: weights of the masked autoencoder."""
 
     @dg.asset(
         **experiment.asset_arguments(
@@ -26,8 +26,8 @@ def pretrained_encoder_asset(experiment: Experiment) -> dg.AssetsDefinition:
         description=f"Masked autoencoder, pretrained without labels. {experiment.description}",
     )
     def pretrained_encoder(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        _refuse_what_cannot_be_served(experiment)  # before hours of pretraining are spent on it
-        data = upstream(context, experiment.key("dataset"))
+        _check_servable(experiment)  # before hours of pretraining are spent on it
+        data = upstream_metadata(context, experiment.key("dataset"))
         path = Path(data["path"])
         config = TrainingJobConfig.pretraining(
             path,
@@ -42,7 +42,7 @@ def pretrained_encoder_asset(experiment: Experiment) -> dg.AssetsDefinition:
 
 
 def finetuned_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
-    """A classifier, started from the pretrained encoder."""
+    """The asset ``finetuned_classifier``, initialised from the pretrained encoder."""
 
     @dg.asset(
         **experiment.asset_arguments(
@@ -55,9 +55,9 @@ def finetuned_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
         description=f"Classifier, finetuned from the pretrained encoder. {experiment.description}",
     )
     def finetuned_classifier(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        _refuse_what_cannot_be_served(experiment)
-        data = upstream(context, experiment.key("dataset"))
-        encoder = upstream(context, experiment.key("pretrained_encoder"))
+        _check_servable(experiment)
+        data = upstream_metadata(context, experiment.key("dataset"))
+        encoder = upstream_metadata(context, experiment.key("pretrained_encoder"))
         path = Path(data["path"])
         manifest = read_manifest(path)
         if experiment.pretrained_from is not None:
@@ -76,35 +76,35 @@ def finetuned_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
     return finetuned_classifier
 
 
-def _refuse_what_cannot_be_served(experiment: Experiment) -> None:
-    """The file was asked when definitions were loaded; here the environment of the run is, too."""
+def _check_servable(experiment: Experiment) -> None:
+    """Definitions checked the file; this also checks the environment of the run."""
     try:
-        experiment.refuse_what_cannot_be_served(environment=True)
+        experiment.check_servable(environment=True)
     except ValueError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
 
 
 def _differences(weights: Path, ours: DataSchema) -> list[str]:
-    """Where the data that a shared encoder has learnt from are described otherwise than these.
+    """Warnings where the data set of a shared encoder is described differently.
 
     Raises:
-        dagster.Failure: channels or axes are others, so that it knows nothing of these data.
+        dagster.Failure: channels or axes differ, so the encoder cannot be used.
     """
     document = read_json(weights / "model_config.json").get("data_schema")
     if document is None:
-        return ["its weights do not say which data they were made with"]
+        return ["its weights do not record the schema of their data"]
     theirs = DataSchema.model_validate(document)
     for what in ("channels", "axes"):
         here, there = ([(e.name, e.unit) for e in getattr(s, what)] for s in (ours, theirs))
         if here != there:
             raise dg.Failure(
-                f"the shared encoder was pretrained on the {what} {there}, and these data have {here}; "
-                f"take an encoder of like data, or leave pretrained_from out",
+                f"the shared encoder was pretrained on the {what} {there}, but this data set has {here}; "
+                f"choose an encoder of matching data, or remove pretrained_from",
                 allow_retries=False,
             )
     return [
         f"axis {axis.name} had the scale {other.scale:g} there and has {axis.scale:g} here; set "
-        f"dataset.axes.{axis.name}.scale to {other.scale:g} if they mean the same"
+        f"dataset.axes.{axis.name}.scale to {other.scale:g} if they have the same meaning"
         for axis, other in zip(ours.axes, theirs.axes, strict=True)
         if axis.scale != other.scale
     ]

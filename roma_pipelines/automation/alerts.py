@@ -1,10 +1,7 @@
-"""Telling people: a line in ``alerts.jsonl``, and the command or webhook that the settings name.
+"""Alerts: ``alerts.jsonl`` under the storage root, and the command or webhook in the settings.
 
-Every alert has an id and is told once: whoever tells it again, after a restart or from another
-process, finds the id and is silent. What cannot be delivered is logged and stays in the file.
-
-Why a step of a Dagster run failed, in the words of the error that began it.
-Sensor: people are told of a run that failed for good, with the end of its log.
+Each alert has an id and is delivered once. One that could not be delivered stays in the file as
+pending, and the next tick of the reconcile sensor delivers it.
 """
 
 from __future__ import annotations
@@ -17,10 +14,8 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
 from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import dagster as dg
 from filelock import FileLock
@@ -29,92 +24,104 @@ from pydantic_settings import SettingsConfigDict
 
 from roma_core.job import JobFolder
 from roma_core.settings import RomaSettings
-from roma_pipelines.storage import Storage, instance_of
-
-if TYPE_CHECKING:
-    from dagster._utils.error import SerializableErrorInfo
-
-
-def first_of(error: SerializableErrorInfo) -> SerializableErrorInfo:
-    """The error that caused the others, which are Dagster's own."""
-    while error.cause is not None:
-        error = error.cause
-    return error
-
-
-def words_of(error: SerializableErrorInfo) -> str:
-    """Its message without the class that Dagster puts before it, if a sentence is left.
-
-    Of an error that nobody foresaw, such as ``KeyError: 'path'``, the class is half of what it says.
-    """
-    text = error.message.strip()
-    before, _, words = text.partition(": ")
-    is_class = before.rpartition(".")[-1] == error.cls_name
-    return words.strip() if is_class and " " in words.strip() else text
-
+from roma_pipelines._compat import SerializableErrorInfo
+from roma_pipelines.storage import Storage
 
 FILE = "alerts.jsonl"
+LAST_LINES = 50
 _TIMEOUT_S = 20.0
 _log = logging.getLogger(__name__)
 
 
 class AlertSettings(RomaSettings):
-    """Whom to tell, beside the log and alerts.jsonl under the storage root."""
+    """Recipients of alerts besides the log and alerts.jsonl under the storage root."""
 
     model_config = SettingsConfigDict(env_prefix="ROMA_ALERT_")
 
     command: str | None = Field(
         None,
-        description="Command that is given the alert on standard input; split as a shell would, "
-        "but no shell is involved. Example: mail -s 'RoMA' team@example.org",
+        description="Command that receives the alert on standard input; split like a shell command "
+        "line, but run without a shell. Example: mail -s 'RoMA' team@example.org",
     )
     webhook_url: SecretStr | None = Field(
-        None, description='URL that is sent {"text": …} as JSON by POST, as chat services take it.'
+        None,
+        description='URL that receives {"text": …} as JSON by POST, the format of chat services.',
     )
 
 
-def alert(storage: Storage, kind: str, subject: str, text: str, *, once: Sequence[str]) -> bool:
-    """Tell people, unless this was told already.
+def send_alert(storage: Storage, kind: str, subject: str, text: str, *, key: Sequence[str]) -> bool:
+    """Record an alert and deliver it, unless its id is recorded already.
 
     Args:
-        kind: ``failed``, ``drift``, ``budget``, …
+        kind: ``failed``, ``check``, ``drift``, ``budget``, …; the first part of the id.
         subject: one line.
-        text: the rest; may have many lines.
-        once: parts of the id.
+        text: the body; may have many lines.
+        key: further parts of the id.
 
     Returns:
-        Whether it was told now.
+        Whether the alert is new.
     """
-    identity = ":".join((kind, *once))
-    path = storage.root / FILE
-    with FileLock(storage.root / ".alerts.lock"):
+    identity = ":".join((kind, *key))
+    with _locked(storage):
         if any(entry["id"] == identity for entry in read_alerts(storage)):
             return False
         entry = {"id": identity, "time": time.time(), "kind": kind, "subject": subject}
-        line = json.dumps({"schema_version": 1, **entry, "text": text}) + "\n"
-        cut_short = path.exists() and path.read_bytes()[-1:] not in (b"\n", b"")
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n" * cut_short + line)
-    _log.warning("%s\n%s", subject, text)
-    _deliver(AlertSettings(), f"{subject}\n\n{text}\n", path)
+        _append(storage, {**entry, "text": text, "delivered": False})
+        _log.warning("%s\n%s", subject, text)
+        if _deliver(AlertSettings(), f"{subject}\n\n{text}\n", storage.root / FILE):
+            _append(storage, {**entry, "text": text, "delivered": True})
     return True
 
 
-def read_alerts(storage: Storage) -> list[dict[str, str]]:
-    """Every alert so far, oldest first; a line that was cut short by a crash is left out."""
+def deliver_pending(storage: Storage) -> int:
+    """Deliver recorded alerts whose delivery failed before; stops at the first failure.
+
+    Returns:
+        Number of delivered alerts.
+    """
+    settings, delivered = AlertSettings(), 0
+    with _locked(storage):
+        for entry in read_alerts(storage):
+            if entry["delivered"]:
+                continue
+            message = f"{entry['subject']}\n\n{entry['text']}\n"
+            if not _deliver(settings, message, storage.root / FILE):
+                break
+            _append(storage, {**entry, "delivered": True})
+            delivered += 1
+    return delivered
+
+
+def read_alerts(storage: Storage) -> list[dict]:
+    """Every alert in its last state, oldest first; an incomplete line of a crash is skipped."""
     path = storage.root / FILE
     if not path.exists():
         return []
-    found = []
+    found: dict[str, dict] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            found.append(json.loads(line))
+            entry = json.loads(line)
         except json.JSONDecodeError:
             continue
-    return found
+        found[entry["id"]] = entry
+    return list(found.values())
 
 
-def _deliver(settings: AlertSettings, text: str, path: Path) -> None:
+def _locked(storage: Storage) -> FileLock:
+    return FileLock(storage.root / ".alerts.lock")
+
+
+def _append(storage: Storage, entry: dict) -> None:
+    path = storage.root / FILE
+    line = json.dumps({"schema_version": 1, **entry}) + "\n"
+    incomplete = path.exists() and path.read_bytes()[-1:] not in (b"\n", b"")
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" * incomplete + line)
+
+
+def _deliver(settings: AlertSettings, text: str, path: Path) -> bool:
+    """Whether every configured recipient accepted the alert."""
+    delivered = True
     if settings.command:
         try:
             subprocess.run(
@@ -127,6 +134,7 @@ def _deliver(settings: AlertSettings, text: str, path: Path) -> None:
             )
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             _log.error("ROMA_ALERT_COMMAND failed (%s); the alert is in %s", error, path)
+            delivered = False
     if settings.webhook_url is not None:
         request = urllib.request.Request(
             settings.webhook_url.get_secret_value(),
@@ -135,69 +143,32 @@ def _deliver(settings: AlertSettings, text: str, path: Path) -> None:
         )
         try:
             urllib.request.urlopen(request, timeout=_TIMEOUT_S).close()
-        except (OSError, ValueError, HTTPException) as error:  # its text may name the URL: a secret
+        except (OSError, ValueError, HTTPException) as error:  # its text may contain the secret URL
             kind = type(error).__name__
             _log.error("ROMA_ALERT_WEBHOOK_URL failed (%s); the alert is in %s", kind, path)
+            delivered = False
+    return delivered
 
 
-LAST_LINES = 50
-_AT_ONCE = 25
-_OVERLAP = timedelta(seconds=5)  # of two looks: clocks of databases and processes differ
-
-
-@dg.sensor(
-    name="tell_of_failures",
+@dg.run_failure_sensor(
+    name="alert_on_failure",
+    monitor_all_code_locations=True,
     minimum_interval_seconds=30,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Writes failed runs and checks that did not pass to alerts.jsonl, and tells whom "
-    "ROMA_ALERT_COMMAND or ROMA_ALERT_WEBHOOK_URL names.",
+    description="Sends an alert of every failed run and of every check that did not pass, unless "
+    "the run will be retried.",
 )
-def tell_of_failures(context: dg.SensorEvaluationContext) -> dg.SkipReason:
-    """Looks at every run that failed since the last tick."""
-    told, cursor = look_at_failures(instance_of(context), Storage.open(), context.cursor)
-    context.update_cursor(cursor)
-    return dg.SkipReason("; ".join(told) or "no other run failed")
+def alert_on_failure(context: dg.RunFailureSensorContext) -> None:
+    """One alert for each failed run; Dagster keeps the cursor."""
+    run = context.dagster_run
+    if run.tags.get("dagster/will_retry") != "true":
+        kind, subject, text = _describe(context.instance, run)
+        send_alert(Storage.open(), kind, subject, text, key=[run.run_id])
 
 
-def look_at_failures(
-    instance: dg.DagsterInstance, storage: Storage, cursor: str | None
-) -> tuple[list[str], str]:
-    """Tell of each failed run once; a run that will be retried is no news yet.
-
-    Args:
-        cursor: what the look before returned. None, at the first one, looks at nothing before now.
-    """
-    now = datetime.now(UTC)
-    since = datetime.fromisoformat(cursor) if cursor else now
-    limit = _AT_ONCE
-    told: list[str] = []
-    looked_at: set[str] = set()
-    while True:
-        records = instance.get_run_records(
-            dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE], updated_after=since - _OVERLAP),
-            limit=limit,
-            order_by="update_timestamp",
-            ascending=True,
-        )
-        for run in (record.dagster_run for record in records):
-            if run.run_id in looked_at or run.tags.get("dagster/will_retry") == "true":
-                continue
-            looked_at.add(run.run_id)
-            kind, subject, text = _about(instance, run)
-            if alert(storage, kind, subject, text, once=[run.run_id]):
-                told.append(subject)
-        if len(records) < limit:
-            return told, now.isoformat()
-        last = records[-1].update_timestamp
-        last = last.replace(tzinfo=last.tzinfo or UTC)
-        if told or last > since:
-            return told, max(since, last).isoformat()
-        limit *= 2  # the overlap alone fills the page, which would come back for ever
-
-
-def _about(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[str, str, str]:
-    """Kind, subject and text of the alert about a failed run."""
-    name, where = _name(instance, run), f"Dagster run {run.run_id}"
+def _describe(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[str, str, str]:
+    """Kind, subject and text of the alert of a failed run."""
+    name, where = _experiments_of(instance, run), f"Dagster run {run.run_id}"
     checks = [
         evaluation
         for record in instance.get_records_for_run(
@@ -208,9 +179,9 @@ def _about(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[str, str, 
         and evaluation.severity is dg.AssetCheckSeverity.ERROR
     ]
     if checks:
-        asked = [f"{check.check_name} of {check.asset_key.path[-1]}" for check in checks]
+        names = [f"{check.check_name} of {check.asset_key.path[-1]}" for check in checks]
         lines = [f"{k}: {v.value}" for check in checks for k, v in check.metadata.items()]
-        return "check", f"{name}: did not pass: {', '.join(asked)}", "\n".join([where, *lines])
+        return "check", f"{name}: check failed: {', '.join(names)}", "\n".join([where, *lines])
     failures = instance.get_records_for_run(
         run.run_id, of_type=dg.DagsterEventType.STEP_FAILURE
     ).records
@@ -229,8 +200,7 @@ def _about(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[str, str, 
     return "failed", f"{name}: run {run.run_id[:8]} failed", "\n".join(lines)
 
 
-def _name(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str:
-    """The experiments whose assets it was to make."""
+def _experiments_of(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str:
     planned = instance.get_records_for_run(
         run.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED
     ).records
@@ -242,14 +212,32 @@ def _name(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str:
 def _first_line(data: dg.StepFailureData) -> str:
     if data.user_failure_data is not None:
         return str(data.user_failure_data.description or "").partition("\n")[0]
-    said = "" if data.error is None else words_of(first_of(data.error))
-    return said.partition("\n")[0]
+    text = "" if data.error is None else message_of(root_cause(data.error))
+    return text.partition("\n")[0]
+
+
+def root_cause(error: SerializableErrorInfo) -> SerializableErrorInfo:
+    """The error that caused the others, which are Dagster's own."""
+    while error.cause is not None:
+        error = error.cause
+    return error
+
+
+def message_of(error: SerializableErrorInfo) -> str:
+    """Its message without the class name that Dagster prepends, if a sentence is left.
+
+    For an error such as ``KeyError: 'path'`` the class name is needed to understand it.
+    """
+    text = error.message.strip()
+    before, _, message = text.partition(": ")
+    is_class = before.rpartition(".")[-1] == error.cls_name
+    return message.strip() if is_class and " " in message.strip() else text
 
 
 def _last_lines(
     instance: dg.DagsterInstance, run: dg.DagsterRun, folder: Path | None
 ) -> Sequence[str]:
-    """Of the job's log if a job failed, else of the run's events."""
+    """Last lines of the log of the failed job, or of the run's events if there was no job."""
     if folder is not None:
         job = JobFolder(folder)
         for n in reversed(job.attempt_numbers()):

@@ -1,4 +1,4 @@
-"""Assets of an experiment, with the schedule, sensors and freshness that its file asks for."""
+"""Dagster definitions of an experiment: assets, schedule, sensors and freshness policies."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ from roma_pipelines.experiment import Experiment
 def automated_definitions(
     experiment: Experiment, assets: Sequence[dg.AssetsDefinition]
 ) -> dg.Definitions:
-    """The assets and what looks after them.
+    """The assets with the schedule and the sensors of the experiment.
 
     Raises:
-        ValueError: the section ``automation`` names an asset that the experiment has not.
+        ValueError: the section ``automation`` names an asset that the experiment does not have.
     """
-    nouns = {key.path[-1] for asset in assets for key in asset.keys}
-    wanted = experiment.automation
-    if unknown := sorted(set(wanted.freshness_h) - nouns):
+    names = {key.path[-1] for asset in assets for key in asset.keys}
+    automation = experiment.automation
+    if unknown := sorted(set(automation.freshness_h) - names):
         raise ValueError(
-            f"experiment {experiment.name}: automation.freshness_h.{unknown[0]}: no asset of the "
-            f"experiment; there are {', '.join(sorted(nouns))}"
+            f"experiment {experiment.name}: automation.freshness_h.{unknown[0]}: no such asset; "
+            f"expected one of {', '.join(sorted(names))}"
         )
-    if wanted.predict_on_promotion and "batch_predictions" not in nouns:
+    if automation.predict_on_promotion and "batch_predictions" not in names:
         raise ValueError(
-            f"experiment {experiment.name}: automation.predict_on_promotion: the experiment makes no "
-            f"batch_predictions"
+            f"experiment {experiment.name}: automation.predict_on_promotion: the experiment has no "
+            f"batch_predictions; add `predictions`"
         )
     automated = automated_of(experiment, assets)
     sensors = []
-    if wanted.new_data is not None:
-        sensors.append(new_data_sensor(automated, wanted.new_data))
-    if wanted.drift is not None:
-        sensors.append(drift_sensor(automated, wanted.drift))
+    if automation.new_data is not None:
+        sensors.append(new_data_sensor(automated, automation.new_data))
+    if automation.drift is not None:
+        sensors.append(drift_sensor(automated, automation.drift))
     if sensors or experiment.schedule is not None:
         sensors.append(training_sensor(automated))
-    if wanted.predict_on_promotion:
+    if automation.predict_on_promotion:
         sensors.append(promotion_sensor(automated))
     schedule = experiment.schedule
     return dg.Definitions(
-        assets=[_with_freshness(asset, wanted.freshness_h) for asset in assets],
+        assets=[_with_freshness(asset, automation.freshness_h) for asset in assets],
         sensors=sensors,
         schedules=[] if schedule is None else [retraining_schedule(automated, schedule)],
     )

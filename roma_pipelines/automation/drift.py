@@ -1,4 +1,4 @@
-"""Sensor: recent inputs are compared with what the present model was trained on."""
+"""Drift sensor: compares recent inputs with the training data of the current model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from roma_core.files import read_json, write_json
 from roma_core.schema import DataError
 from roma_core.serving.embedding import NotEmbedded, embed_medians
 from roma_core.serving.registry_client import FetchError
-from roma_pipelines.automation.alerts import alert
+from roma_pipelines._compat import shared_instance
+from roma_pipelines.automation.alerts import send_alert
 from roma_pipelines.automation.settings import Drift, DriftThresholds
 from roma_pipelines.automation.state import Automated, Decision, Step
 from roma_pipelines.launching.launcher import inherited
-from roma_pipelines.storage import Storage, instance_of
+from roma_pipelines.storage import Storage
 
 if TYPE_CHECKING:
     from roma_core.evaluation.drift import Effect, EmbeddingProfile, ReferenceProfile
@@ -30,18 +31,18 @@ _EMBED_WITHIN_S = 40.0  # Dagster gives a tick of a sensor a minute
 
 
 def drift_sensor(automated: Automated, settings: Drift) -> dg.SensorDefinition:
-    """``NAME_drift``; starts switched off."""
+    """``NAME_drift``; starts stopped."""
 
     @dg.sensor(
         name=f"{automated.name}_drift",
         target=dg.AssetSelection.groups(automated.name),
         minimum_interval_seconds=round(settings.every_min * 60),
-        description=f"Compares recent inputs with the training data of {automated.name}; tells "
-        "people of drift, and trains anew within the budget.",
+        description=f"Compares recent inputs with the training data of {automated.name}; sends an "
+        "alert on drift and retrains within the budget.",
     )
     def drift(context: dg.SensorEvaluationContext) -> Decision:
-        decision, cursor = look_at_inputs(
-            automated, settings, instance_of(context), context.cursor, time.time()
+        decision, cursor = check_inputs(
+            automated, settings, shared_instance(context), context.cursor, time.time()
         )
         context.update_cursor(cursor)
         return decision
@@ -49,31 +50,27 @@ def drift_sensor(automated: Automated, settings: Drift) -> dg.SensorDefinition:
     return drift
 
 
-def look_at_inputs(
+def check_inputs(
     automated: Automated,
     settings: Drift,
     instance: dg.DagsterInstance,
     cursor: str | None,
     now: float,
 ) -> tuple[Decision, str]:
-    """Compare the newest files, if there are new ones.
+    """Compare the newest files if they changed since the last tick.
 
     Args:
-        cursor: what the look before returned; None at first.
+        cursor: returned by the last tick; None at first.
     """
     seen = json.loads(cursor) if cursor else {"inputs": "", "trained_at": 0.0}
     paths = _newest(settings)
     inputs = fingerprint_of(paths).digest
     if not paths or inputs == seen["inputs"]:
-        why = (
-            "no new inputs"
-            if paths
-            else f"there are no files {', '.join(map(str, settings.files))}"
-        )
+        why = "no new inputs" if paths else f"no file matches {', '.join(map(str, settings.files))}"
         return dg.SkipReason(why), json.dumps(seen)
     state = automated.state(instance)
     if state.trained_on is None:
-        return dg.SkipReason("nothing was trained yet, so there is nothing to compare with"), (
+        return dg.SkipReason("no model was trained yet, so there is no reference"), (
             json.dumps(seen)
         )
     storage = Storage.open()
@@ -82,31 +79,31 @@ def look_at_inputs(
     try:
         compared = compare(automated.name, dataset, state.trained_on[0], settings, paths, storage)
     except (DataError, FetchError) as error:
-        alert(
+        send_alert(
             storage,
             "inputs",
             f"{automated.name}: inputs cannot be compared",
             str(error),
-            once=[automated.name, inputs],
+            key=[automated.name, inputs],
         )
         return dg.SkipReason(str(error)), json.dumps(seen)
     n, found, remark = compared
     if n < settings.min_series:
-        why = f"{n} series are too few to judge; {settings.min_series} are needed"
+        why = f"{n} series are too few; at least {settings.min_series} are needed"
         return dg.SkipReason(why), json.dumps(seen)
     far = drifted(found, settings.thresholds)
     if not far:
         largest = max(found, key=lambda e: e.size / getattr(settings.thresholds, e.measure))
-        why = f"no drift in {n} series; largest: {_said(largest)}{remark}"
+        why = f"no drift in {n} series; largest: {_describe(largest)}{remark}"
         return dg.SkipReason(why), json.dumps(seen)
-    why = f"{n} recent series are not as the training data: " + ", ".join(map(_said, far[:6]))
+    why = f"{n} recent series differ from the training data: " + ", ".join(map(_describe, far[:6]))
     why += remark
     decision, what, settled = _decide(automated, settings, instance, seen, why, now)
     if isinstance(decision, dg.RunRequest):
         seen["trained_at"] = now
-    alert(
+    send_alert(
         storage, "drift", f"{automated.name}: inputs have drifted", f"{why}\n{what}",
-        once=[automated.name, inputs],
+        key=[automated.name, inputs],
     )  # fmt: skip
     return decision, json.dumps(seen if settled else before)
 
@@ -119,8 +116,9 @@ def _decide(
     why: str,
     now: float,
 ) -> tuple[Decision, str, bool]:
-    """What is done about drift, in words, and whether that settles it: else these inputs are looked
-    at again, for what kept them from being trained for passes.
+    """The request, its description, and whether these inputs are settled.
+
+    Unsettled inputs are compared again at the next tick: the obstacle to training is temporary.
     """
 
     def no(text: str, settled: bool) -> tuple[Decision, str, bool]:
@@ -129,7 +127,7 @@ def _decide(
     cool_h = (now - seen["trained_at"]) / 3600
     if cool_h < settings.cooldown_h:
         return no(
-            f"trained for drift {cool_h:.0f} h ago, not again within {settings.cooldown_h:g} h",
+            f"trained for drift {cool_h:.0f} h ago; the cooldown is {settings.cooldown_h:g} h",
             settled=False,
         )
     step = automated.step(instance)
@@ -140,17 +138,17 @@ def _decide(
             f"would {'build' if step.do == 'build' else 'train'}, but this is a dry run", True
         )
     if step.do == "build":
-        text = f"{step.why}: a new data set is built, and trained on if it is another one"
+        text = f"{step.why}: a data set is built, and trained on if it differs"
         return automated.build("drift", Step("build", why), step.key), text, True
     key = step.key or f"drift:{seen['inputs']}"
     decision = automated.train("drift", Step("train", why, key), key, now)
-    if isinstance(decision, dg.SkipReason):  # the budget of the week is used up
+    if isinstance(decision, dg.SkipReason):  # the weekly budget is used up
         return decision, str(decision.skip_message), False
     return decision, "training", True
 
 
 class Comparison(NamedTuple):
-    """Number of recent series, every effect size, and what could not be compared, in words."""
+    """Number of recent series, all effect sizes, and a remark on what was not compared."""
 
     n: int
     effects: list[Effect]
@@ -160,10 +158,10 @@ class Comparison(NamedTuple):
 def compare(
     name: str, dataset: str, version: str, settings: Drift, paths: Sequence[Path], storage: Storage
 ) -> Comparison:
-    """Compare with the profile that the champion called ``name`` carries.
+    """Compare with the reference profile in the champion's package.
 
-    As long as there is no champion, the profile is that of the data set that was trained on last,
-    which knows of no features.
+    Without a champion, the profile of the data set that was trained on last is used, which has no
+    embedding profile.
     """
     from roma_core.data.store import read_manifest
     from roma_core.evaluation.drift import effects, series_from_parquet
@@ -175,7 +173,9 @@ def compare(
     if series.n < settings.min_series:
         return Comparison(series.n, found, "")
     if profile.embedding is None:
-        return Comparison(series.n, found, "; features were not compared: no profile of them")
+        return Comparison(
+            series.n, found, "; features were not compared: the reference has no embedding profile"
+        )
     try:
         found.append(_embedding_effect(name, profile.embedding, paths, storage))
     except (NotEmbedded, FetchError, ValueError) as error:
@@ -186,12 +186,12 @@ def compare(
 def _embedding_effect(
     name: str, profile: EmbeddingProfile, paths: Sequence[Path], storage: Storage
 ) -> Effect:
-    """How far recent series are among the features of the champion's encoder.
+    """Shift of recent series in the feature space of the champion's encoder.
 
-    They are computed in a process of its own: torch has no place in the daemon's.
+    A separate process computes the features: the daemon does not import torch.
 
     Raises:
-        NotEmbedded, FetchError, ValueError: they cannot be computed, or are of another encoder.
+        NotEmbedded, FetchError, ValueError: the features cannot be computed or compared.
     """
     from roma_core.evaluation.drift import Effect, embedding_distance
     from roma_core.serving.registry_client import fetch, resolve
@@ -202,7 +202,7 @@ def _embedding_effect(
     client = connect(MlflowSettings(), storage.mlflow)
     encoder = resolve(client, f"models:/{name}@{CHAMPION}").tags.get(ENCODER_TAG)
     if encoder is None:
-        raise NotEmbedded("the champion names no encoder")
+        raise NotEmbedded("the champion has no encoder tag")
     version = resolve(client, f"models:/{encoder_name(name)}/{encoder}")
     folder = fetch(client, version, storage.cache / "models")
     medians = embed_medians(folder, paths, inherited(), _EMBED_WITHIN_S)
@@ -211,16 +211,16 @@ def _embedding_effect(
 
 
 def drifted(found: Sequence[Effect], thresholds: DriftThresholds) -> list[Effect]:
-    """Effects at or above their threshold, the farthest first."""
+    """Effects at or above their threshold, the largest ratio first."""
     far = [effect for effect in found if effect.size >= getattr(thresholds, effect.measure)]
     return sorted(far, key=lambda e: e.size / getattr(thresholds, e.measure), reverse=True)
 
 
 def _champions_profile(name: str, storage: Storage) -> ReferenceProfile | None:
-    """From its verified package; None without a champion, or if it is no package of ours.
+    """From the verified package; None without a champion or for a foreign package.
 
     Raises:
-        FetchError: its package is missing, or not what was registered.
+        FetchError: the package is missing or differs from what was registered.
     """
     from roma_core.evaluation.drift import ReferenceProfile
     from roma_core.serving.registry_client import fetch, package_of, resolve
@@ -240,7 +240,7 @@ def _champions_profile(name: str, storage: Storage) -> ReferenceProfile | None:
 
 
 def _profile(folder: Path, version: str, storage: Storage) -> ReferenceProfile:
-    """Made once for a version of the data, and kept under the root's cache."""
+    """Profile of a data set version, cached under the storage root."""
     from roma_core.data.store import StoredDataset
     from roma_core.evaluation.drift import ReferenceProfile, reference_profile
 
@@ -257,10 +257,10 @@ def _newest(settings: Drift) -> list[Path]:
     names = {name for pattern in settings.files for name in glob.glob(str(pattern))}  # noqa: PTH207
     found = []
     for path in map(Path, names):
-        with contextlib.suppress(FileNotFoundError):  # it went since
+        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
             found.append((path.stat().st_mtime, path.name, path))
     return [path for _, _, path in sorted(found)[-settings.newest :]]
 
 
-def _said(effect: Effect) -> str:
+def _describe(effect: Effect) -> str:
     return f"{effect.quantity} {effect.measure} {effect.size:.2f}"

@@ -1,8 +1,4 @@
-"""Schedule: retraining by the clock, of what has changed.
-
-Sensors: new files are built into a data set; a data set with other content is trained on.
-Sensor: predictions are made anew when another version becomes champion.
-"""
+"""Retraining schedule, and the sensors on new data, on new data sets and on promotions."""
 
 from __future__ import annotations
 
@@ -11,6 +7,7 @@ import time
 import dagster as dg
 
 from roma_core.data.config import source_fingerprint
+from roma_pipelines._compat import shared_instance
 from roma_pipelines.automation.settings import NewData
 from roma_pipelines.automation.state import (
     EXPERIMENT_TAG,
@@ -21,11 +18,11 @@ from roma_pipelines.automation.state import (
     newest_trained,
     next_step,
 )
-from roma_pipelines.storage import Storage, instance_of
+from roma_pipelines.storage import Storage
 
 
 def new_data_sensor(automated: Automated, settings: NewData) -> dg.SensorDefinition:
-    """``NAME_new_data``; starts switched off."""
+    """``NAME_new_data``; starts stopped."""
 
     @dg.sensor(
         name=f"{automated.name}_new_data",
@@ -34,13 +31,13 @@ def new_data_sensor(automated: Automated, settings: NewData) -> dg.SensorDefinit
         description=f"Builds the data set of {automated.name} when files of its source changed.",
     )
     def new_data(context: dg.SensorEvaluationContext) -> Decision:
-        return look_at_source(automated, settings, instance_of(context), time.time())
+        return check_source(automated, settings, shared_instance(context), time.time())
 
     return new_data
 
 
 def training_sensor(automated: Automated) -> dg.SensorDefinition:
-    """``NAME_train_on_new_data``; it is on, but acts only on what a schedule or sensor built."""
+    """``NAME_train_on_new_data``; runs, but acts only on data sets that automation built."""
 
     @dg.sensor(
         name=f"{automated.name}_train_on_new_data",
@@ -48,18 +45,18 @@ def training_sensor(automated: Automated) -> dg.SensorDefinition:
         minimum_interval_seconds=30,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description=f"Trains {automated.name} when its schedule or a sensor built a data set that "
-        "is another one than that of the present model.",
+        "differs from the one of the current model.",
     )
     def train_on_new_data(context: dg.SensorEvaluationContext) -> Decision:
-        return look_at_dataset(automated, instance_of(context))
+        return check_dataset(automated, shared_instance(context))
 
     return train_on_new_data
 
 
-def look_at_source(
+def check_source(
     automated: Automated, settings: NewData, instance: dg.DagsterInstance, now: float
 ) -> Decision:
-    """Ask for the data set if files changed and have all arrived."""
+    """Request the data set if files changed and delivery is complete."""
     found = source_fingerprint(automated.experiment.dataset)
     data = newest_data(instance, automated.experiment)
     if found.digest == data.fingerprint:
@@ -67,8 +64,8 @@ def look_at_source(
     age_s = now - found.newest
     if 0 <= age_s < settings.settle_s:
         return dg.SkipReason(
-            f"the newest of {found.n_files} files is {age_s:.0f} s old; waiting until it is "
-            f"{settings.settle_s:g} s, for it may still be written to"
+            f"the newest of {found.n_files} files is {age_s:.0f} s old; waiting until "
+            f"{settings.settle_s:g} s because it may be incomplete"
         )
     step = next_step(automated.state(instance), found.digest)
     if step.do != "build":
@@ -76,24 +73,22 @@ def look_at_source(
     return automated.build("new data", step, step.key)
 
 
-def look_at_dataset(
+def check_dataset(
     automated: Automated, instance: dg.DagsterInstance, now: float | None = None
 ) -> Decision:
-    """Ask for a training if automation built a data set that the model was not trained on."""
+    """Request a training if automation built a data set that the model was not trained on."""
     data = newest_data(instance, automated.experiment)
     if data.version is None:
         return dg.SkipReason("no data set was built yet")
     trained = newest_trained(instance, automated.experiment)
     if trained.on is not None and trained.on[0] == data.version:
-        return dg.SkipReason(
-            f"the newest data set, {data.version[:12]}, is the one that was trained on"
-        )
+        return dg.SkipReason(f"the newest data set, {data.version[:12]}, was trained on already")
     state = automated.state(instance)
     run = instance.get_run_by_id(state.data_run)
     trigger = run.tags.get(TRIGGER_TAG) if run is not None else None
     if trigger not in ("schedule", "new data", "drift"):
-        return dg.SkipReason(f"run {state.data_run} built the data set by hand; train by hand, too")
-    # the source may have changed again; what is built is trained on, the rest is the next look's
+        return dg.SkipReason(f"run {state.data_run} built the data set manually, so train manually")
+    # the source may have changed again: train on what is built, the next tick handles the rest
     step = next_step(state, state.fingerprint or "")
     if step.do != "train":
         return dg.SkipReason(step.why)
@@ -101,28 +96,28 @@ def look_at_dataset(
 
 
 def promotion_sensor(automated: Automated) -> dg.SensorDefinition:
-    """``NAME_predict_on_promotion``; starts switched off. The alias counts, whoever moved it."""
+    """``NAME_predict_on_promotion``; starts stopped. Reacts to the alias, not to our commands."""
     key = automated.experiment.key("batch_predictions")
 
     @dg.sensor(
         name=f"{automated.name}_predict_on_promotion",
         asset_selection=[key],
         minimum_interval_seconds=60,
-        description=f"Makes predictions with the new champion of {automated.name}.",
+        description=f"Materialises batch_predictions with the new champion of {automated.name}.",
     )
     def predict_on_promotion(context: dg.SensorEvaluationContext) -> Decision:
-        decision, cursor = look_at_champion(automated, context.cursor)
+        decision, cursor = check_champion(automated, context.cursor)
         context.update_cursor(cursor)
         return decision
 
     return predict_on_promotion
 
 
-def look_at_champion(automated: Automated, cursor: str | None) -> tuple[Decision, str]:
-    """Ask for predictions if the champion is another one than at the last look.
+def check_champion(automated: Automated, cursor: str | None) -> tuple[Decision, str]:
+    """Request predictions if the champion changed since the last tick.
 
     Args:
-        cursor: ``MOVES:VERSION`` of the look before; None at first.
+        cursor: ``MOVES:VERSION`` of the last tick; None at first.
     """
     from roma_pipelines.registry.promotion import CHAMPION
     from roma_pipelines.registry.store import MlflowSettings, connect
@@ -133,8 +128,8 @@ def look_at_champion(automated: Automated, cursor: str | None) -> tuple[Decision
     if version is None:
         return dg.SkipReason(f"{automated.name} has no champion yet"), f"{moves}:"
     if version == before:
-        return dg.SkipReason(f"version {version} still is the champion"), f"{moves}:{version}"
-    number = int(moves) + 1  # a rollback makes an old version champion again: that is a new move
+        return dg.SkipReason(f"version {version} is still the champion"), f"{moves}:{version}"
+    number = int(moves) + 1  # a rollback to an old version is a new move
     request = dg.RunRequest(
         run_key=f"champion:{number}:{version}",
         asset_selection=[automated.experiment.key("batch_predictions")],
@@ -144,25 +139,25 @@ def look_at_champion(automated: Automated, cursor: str | None) -> tuple[Decision
 
 
 def retraining_schedule(automated: Automated, cron: str) -> dg.ScheduleDefinition:
-    """``NAME_retraining``; starts switched off."""
+    """``NAME_retraining``; starts stopped."""
 
     @dg.schedule(
         name=f"{automated.name}_retraining",
         cron_schedule=cron,
         target=dg.AssetSelection.groups(automated.name),
-        description=f"Trains {automated.name} anew if its data or settings changed, and lets the "
-        "gate decide; else it says what is unchanged.",
+        description=f"Retrains {automated.name} if its data or settings changed; the gate decides "
+        "on promotion. Otherwise the tick is skipped with the reason.",
     )
     def retraining(context: dg.ScheduleEvaluationContext) -> Decision:
-        return scheduled(automated, instance_of(context))
+        return scheduled_run(automated, shared_instance(context))
 
     return retraining
 
 
-def scheduled(
+def scheduled_run(
     automated: Automated, instance: dg.DagsterInstance, now: float | None = None
 ) -> Decision:
-    """What a tick asks for. A training that failed is tried again at the next tick."""
+    """The request of one tick. A failed training is requested again at the next tick."""
     step = automated.step(instance)
     if step.do == "build":
         return automated.build("schedule", step, None)

@@ -1,8 +1,4 @@
-"""An experiment as its sensors and schedule see it, and the Dagster runs they ask for.
-
-What trainings of an experiment took in the last week, against what they may take.
-What an experiment was last trained on, what is there now, and so what is to be done next.
-"""
+"""State of an experiment for its sensors and schedule: what is current, what to run next, budget."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from typing import Literal, NamedTuple
 import dagster as dg
 
 from roma_core.data.config import source_fingerprint
-from roma_pipelines.automation.alerts import alert
+from roma_pipelines.automation.alerts import send_alert
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.jobs import read_job
 from roma_pipelines.launching.spec import AttemptRecord, JobSpec
@@ -25,7 +21,7 @@ WEEK_S = 7 * 86400.0
 
 
 def over_budget(experiment: Experiment, jobs_root: Path, now: float | None = None) -> str | None:
-    """Why no training may begin by itself now; None if one may."""
+    """Why automation may start no training now; None if it may."""
     limit = experiment.automation.budget_hours_per_week
     if limit is None:
         return None
@@ -33,7 +29,7 @@ def over_budget(experiment: Experiment, jobs_root: Path, now: float | None = Non
     used = hours_used(experiment, jobs_root, now)
     if used < limit:
         return None
-    return f"{used:.1f} of {limit:g} {kind}-hours of this week are used"
+    return f"{used:.1f} of {limit:g} {kind}-hours of the weekly budget are used"
 
 
 def hours_used(experiment: Experiment, jobs_root: Path, now: float | None = None) -> float:
@@ -42,11 +38,11 @@ def hours_used(experiment: Experiment, jobs_root: Path, now: float | None = None
     total = 0.0
     for path in jobs_root.iterdir():
         try:
-            # an attempt's end replaces a file in there; older folders are not read at all
+            # the end of an attempt replaces a file there: older folders need not be read
             if (path / "attempts").stat().st_mtime < since:
                 continue
             job = read_job(path)
-        except (OSError, ValueError):  # being made, being removed, or damaged: health names it
+        except (OSError, ValueError):  # being created, removed, or damaged, which `health` reports
             continue
         if job is not None and job.asset.split("/")[0] == experiment.name:
             total += sum(_hours(record, job.spec, since) for record in job.records)
@@ -65,16 +61,16 @@ def _hours(record: AttemptRecord, spec: JobSpec, since: float) -> float:
 
 
 FINGERPRINT = "source_fingerprint"
-"""Metadata of the data set: fingerprint of its source when it was built."""
+"""Metadata of the data set: fingerprint of its source at build time."""
 EXPERIMENT_TAG = "roma/experiment"
-"""Tag of runs that schedules and sensors ask for."""
+"""Tag of runs requested by schedules and sensors."""
 TRAINING = (
     "pretrained_encoder",
     "finetuned_classifier",
     "evaluation_report",
     "registered_classifier",
 )
-_GOING = [
+_UNFINISHED = [
     dg.DagsterRunStatus.QUEUED,
     dg.DagsterRunStatus.NOT_STARTED,
     dg.DagsterRunStatus.STARTING,
@@ -90,11 +86,11 @@ class TrainingState:
     Attributes:
         data_version, data_run: of the newest data set; None before the first.
         sound: whether its blocking check passed.
-        fingerprint: of its source when it was built.
+        fingerprint: of its source at build time.
         trained_on: data version and code version of the newest evaluated model.
         trained_run: the run that evaluated it, empty before the first.
-        code_version: what a training would have now.
-        going: a run of this experiment that is not over.
+        code_version: of a training started now.
+        unfinished: an unfinished run of this experiment.
     """
 
     data_version: str | None
@@ -104,12 +100,12 @@ class TrainingState:
     trained_on: tuple[str, str] | None
     trained_run: str
     code_version: str
-    going: str | None
+    unfinished: str | None
 
 
 @dataclass(frozen=True)
 class Step:
-    """What to do next, why, and a key that is equal exactly if it is the same thing to do."""
+    """Next action, reason, and a key that is equal exactly for the same action."""
 
     do: Literal["build", "train", "wait", "nothing"]
     why: str
@@ -117,7 +113,7 @@ class Step:
 
 
 class Data(NamedTuple):
-    """The newest data set: its version, its run and its source's fingerprint, as in TrainingState."""
+    """Newest data set: version, run and fingerprint of its source, as in TrainingState."""
 
     version: str | None = None
     run: str = ""
@@ -125,7 +121,7 @@ class Data(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """The newest evaluated model: what it was trained on, and the run that evaluated it."""
+    """Newest evaluated model: what it was trained on, and the run that evaluated it."""
 
     on: tuple[str, str] | None = None
     run: str = ""
@@ -134,10 +130,10 @@ class Trained(NamedTuple):
 def read_state(
     instance: dg.DagsterInstance, experiment: Experiment, code_versions: Mapping[str, str]
 ) -> TrainingState:
-    """The facts, now.
+    """Current state from Dagster's event log.
 
     Args:
-        code_versions: of the assets, by noun, as their definitions have them.
+        code_versions: by asset name, from the definitions.
     """
     data, trained = newest_data(instance, experiment), newest_trained(instance, experiment)
     return TrainingState(
@@ -148,12 +144,12 @@ def read_state(
         trained_on=trained.on,
         trained_run=trained.run,
         code_version=code_versions["evaluation_report"],
-        going=_going(instance, experiment.name),
+        unfinished=_unfinished_run(instance, experiment.name),
     )
 
 
 def newest_data(instance: dg.DagsterInstance, experiment: Experiment) -> Data:
-    """One query; most ticks need no more."""
+    """One query, enough for most ticks."""
     event = instance.get_latest_materialization_event(experiment.key("dataset"))
     if event is None or event.asset_materialization is None:
         return Data()
@@ -163,7 +159,7 @@ def newest_data(instance: dg.DagsterInstance, experiment: Experiment) -> Data:
 
 
 def newest_trained(instance: dg.DagsterInstance, experiment: Experiment) -> Trained:
-    """One query. The report names the data it is of, and its code version covers all settings."""
+    """One query: the report has the data version, and its code version covers all settings."""
     event = instance.get_latest_materialization_event(experiment.key("evaluation_report"))
     if event is None or event.asset_materialization is None:
         return Trained()
@@ -173,32 +169,34 @@ def newest_trained(instance: dg.DagsterInstance, experiment: Experiment) -> Trai
 
 
 def next_step(state: TrainingState, fingerprint: str) -> Step:
-    """What brings the model up to date; pure.
+    """The step that brings the model up to date; pure.
 
     Args:
-        fingerprint: of the source, now.
+        fingerprint: current one of the source.
     """
-    if state.going is not None:
-        return Step("wait", f"run {state.going} is not over")
+    if state.unfinished is not None:
+        return Step("wait", f"run {state.unfinished} is unfinished")
     if fingerprint != state.fingerprint:
-        why = "the source's files changed" if state.fingerprint else "no data set was built yet"
+        why = (
+            "the files of the source changed" if state.fingerprint else "no data set was built yet"
+        )
         return Step("build", why, f"build:{fingerprint}:{state.data_run}")
     if not state.sound:
-        why = f"the newest data set, of run {state.data_run}, is not sound; another delivery is needed"
+        why = f"the newest data set, of run {state.data_run}, failed its check `sound`; new data are needed"
         return Step("nothing", why)
     assert state.data_version is not None
     if state.trained_on != (state.data_version, state.code_version):
         return Step("train", _difference(state), _train_key(state))
     return Step(
         "nothing",
-        f"nothing is new: data {state.data_version[:12]} and settings {state.code_version} are those "
-        f"that run {state.trained_run} trained on",
+        f"nothing changed: run {state.trained_run} trained on data {state.data_version[:12]} with settings "
+        f"{state.code_version}",
     )
 
 
 def _difference(state: TrainingState) -> str:
     if state.trained_on is None:
-        return "nothing was trained yet"
+        return "no model was trained yet"
     data, code = state.trained_on
     changes = []
     if data != state.data_version:
@@ -219,8 +217,8 @@ def _is_sound(instance: dg.DagsterInstance, key: dg.AssetKey, run_id: str) -> bo
     return record is not None and record.run_id == run_id and record.status.value == "SUCCEEDED"
 
 
-def _going(instance: dg.DagsterInstance, experiment: str) -> str | None:
-    for run in instance.get_runs(dg.RunsFilter(statuses=_GOING), limit=200):
+def _unfinished_run(instance: dg.DagsterInstance, experiment: str) -> str | None:
+    for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED), limit=200):
         selected = {key.path[0] for key in run.asset_selection or ()}
         if run.tags.get(EXPERIMENT_TAG) == experiment or experiment in selected:
             return run.run_id
@@ -234,7 +232,7 @@ Decision = dg.RunRequest | dg.SkipReason
 
 @dataclass(frozen=True)
 class Automated:
-    """An experiment with the code versions of its assets, by noun."""
+    """An experiment with the code versions of its assets, by asset name."""
 
     experiment: Experiment
     code_versions: Mapping[str, str]
@@ -247,34 +245,34 @@ class Automated:
         return read_state(instance, self.experiment, self.code_versions)
 
     def step(self, instance: dg.DagsterInstance) -> Step:
-        """What is to be done now for the source as it is now."""
+        """Next step for the current content of the source."""
         fingerprint = source_fingerprint(self.experiment.dataset)
         return next_step(self.state(instance), fingerprint.digest)
 
     def build(self, trigger: Trigger, step: Step, run_key: str | None) -> dg.RunRequest:
-        """A run that builds the data set; ``train_on_new_data`` goes on if it is another one."""
+        """A run that builds the data set; ``train_on_new_data`` follows if its content changed."""
         return self._run(["dataset"], trigger, step.why, run_key)
 
     def train(
         self, trigger: Trigger, step: Step, run_key: str | None, now: float | None = None
     ) -> Decision:
-        """A run from pretraining to the registry, unless the budget of the week is used up."""
+        """A run from pretraining to the registry, unless the weekly budget is used up."""
         storage = Storage.open()
         if why := over_budget(self.experiment, storage.jobs, now):
-            text = f"{why}, so nothing is trained now though there is reason to: {step.why}"
-            alert(
-                storage, "budget", f"{self.name}: out of budget", text, once=[self.name, step.key]
+            text = f"{why}, so no training starts. Reason to train: {step.why}"
+            send_alert(
+                storage, "budget", f"{self.name}: out of budget", text, key=[self.name, step.key]
             )
             return dg.SkipReason(text)
         return self._run(TRAINING, trigger, step.why, run_key)
 
     def _run(
-        self, nouns: tuple[str, ...] | list[str], trigger: Trigger, why: str, run_key: str | None
+        self, names: tuple[str, ...] | list[str], trigger: Trigger, why: str, run_key: str | None
     ) -> dg.RunRequest:
-        keys = [self.experiment.key(noun) for noun in nouns]
+        keys = [self.experiment.key(name) for name in names]
         return dg.RunRequest(
             run_key=run_key,
-            # a shared encoder is made by its own experiment, on its data and its budget
+            # a shared encoder is trained by its own experiment, on its data and budget
             asset_selection=[key for key in keys if key.path[0] == self.name],
             tags={EXPERIMENT_TAG: self.name, TRIGGER_TAG: trigger, "roma/why": why[:200]},
         )

@@ -18,7 +18,6 @@ _COMMANDS = {
     "lineage": "roma_pipelines.cli.registry:lineage",
     "replay": "roma_pipelines.cli.registry:replay",
     "new-experiment": "roma_pipelines.cli.new_experiment:new_experiment",
-    "results": "tests.benchmarks.results.__main__:results",
     "health": "roma_pipelines.cli.operations:health",
     "gc": "roma_pipelines.cli.operations:gc",
     "backup": "roma_pipelines.cli.operations:backup",

@@ -1,7 +1,4 @@
-"""``roma-pipeline demo``: one experiment from data to registered model, in the foreground.
-
-Dagster runs in the foreground of a terminal: which process holds one, and what a killed one left.
-"""
+"""``roma-pipeline demo``: one experiment from data to registered model, in the foreground."""
 
 from __future__ import annotations
 
@@ -30,15 +27,18 @@ _LOGGER = "progress"
 
 @click.command()
 @click.argument("experiment", default="japanese_vowels")
-@click.option("--fresh", is_flag=True, help="Run again even if everything is there already.")
+@click.option("--fresh", is_flag=True, help="Run again even if everything is up to date.")
 def demo(experiment: str, fresh: bool) -> None:
     """Materialise EXPERIMENT: data set, encoder, classifier, report, registered model.
 
-    What is there already, made by the same code from the same settings, is reused.
+    Assets that the same code made from the same settings are reused. The command resumes an
+    interrupted run.
+
+    Example: roma-pipeline demo japanese_vowels
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     started = time.monotonic()
-    _end_like_ctrl_c(signal.SIGTERM, signal.SIGHUP)
+    _handle_as_ctrl_c(signal.SIGTERM, signal.SIGHUP)
     from roma_pipelines.registry.store import StoreError
     from roma_pipelines.storage import Storage, StorageError, prepare_instance
 
@@ -59,14 +59,13 @@ def demo(experiment: str, fresh: bool) -> None:
         if not storage.is_full(error):
             raise
         raise click.ClickException(
-            f"no space is left in {storage.root}; free some, then the same command makes what "
-            "is missing"
+            f"no space left in {storage.root}; free some, then run the same command to resume"
         ) from error
 
 
-def _end_like_ctrl_c(*numbers: signal.Signals) -> None:
-    """A closed terminal or a polite kill ends the training too: nobody would ever adopt it."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
+def _handle_as_ctrl_c(*numbers: signal.Signals) -> None:
+    """Let a closed terminal or SIGTERM end the training, too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
     for number in numbers:
         signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
 
@@ -78,14 +77,14 @@ def _run(
 
     try:
         definitions = _definitions()
-    except ValueError as error:  # of an experiment's file, a sentence
+    except ValueError as error:
         raise click.ClickException(str(error)) from error
     keys = _keys(definitions, experiment)
     held, killed = unfinished(instance, experiment)
     if held:
         raise click.ClickException(
-            f"process {process_of(held[0])} is making {experiment} already; wait for it, or "
-            f"end it with Ctrl-C there"
+            f"process {process_of(held[0])} already runs {experiment}; wait for it, or stop it with "
+            f"Ctrl-C"
         )
     graph = definitions.resolve_asset_graph()
     settings = digest_of([graph.get(key).code_version for key in keys])
@@ -99,16 +98,16 @@ def _run(
         names = ", ".join(key.path[-1] for key in missing)
         click.echo(f"materialising {experiment}: {names}")
         if before is not None:
-            click.echo("  going on with what a killed process left")
+            click.echo("  resuming an interrupted run")
         tags = tags_of(experiment, settings, before)
         _materialise(instance, definitions, missing, tags, killed)
     else:
-        click.echo(f"{experiment} is there already, as its file says; --fresh runs it again")
+        click.echo(f"{experiment} is up to date; --fresh runs it again")
     _conclude(instance, storage, experiment, keys, time.monotonic() - started)
 
 
 def _keys(definitions: dg.Definitions, experiment: str) -> list[dg.AssetKey]:
-    """The assets of the experiment in order, after those of an encoder that it shares."""
+    """Assets of the experiment in order, after those of a shared encoder."""
     import dagster as dg
 
     from roma_pipelines.experiment import ASSET_NAMES, ENCODER
@@ -117,9 +116,9 @@ def _keys(definitions: dg.Definitions, experiment: str) -> list[dg.AssetKey]:
     known = {key.path[0] for key in graph.materializable_asset_keys}
     if experiment not in known:
         raise click.ClickException(
-            f"there is no experiment {experiment!r}; there are {', '.join(sorted(known))}"
+            f"no experiment {experiment!r}; available: {', '.join(sorted(known))}"
         )
-    own = [dg.AssetKey([experiment, noun]) for noun in ASSET_NAMES]
+    own = [dg.AssetKey([experiment, name]) for name in ASSET_NAMES]
     encoder = next(
         key
         for key in graph.get(dg.AssetKey([experiment, "finetuned_classifier"])).parent_keys
@@ -131,7 +130,7 @@ def _keys(definitions: dg.Definitions, experiment: str) -> list[dg.AssetKey]:
 
 
 def _end_jobs(instance: dg.DagsterInstance, storage: Storage, killed: list[dg.DagsterRun]) -> None:
-    """End what killed runs left running and this one cannot use."""
+    """Cancel jobs of killed runs that this run cannot adopt."""
     from roma_pipelines.launching.jobs import all_jobs, cancel
     from roma_pipelines.launching.targets import launcher_of
     from roma_pipelines.registry.runs import end_runs_of_job
@@ -140,8 +139,8 @@ def _end_jobs(instance: dg.DagsterInstance, storage: Storage, killed: list[dg.Da
     runs = {run.run_id for run in killed}
     for job in all_jobs(storage.jobs):
         if job.is_to_go_on and job.watcher.get("dagster_run_id") in runs:
-            click.echo(f"ending job {job.key}, which a killed process left")
-            cancel(job, "roma-pipeline demo: made anew", launcher_of(storage))
+            click.echo(f"cancelling job {job.key} of an interrupted run")
+            cancel(job, "roma-pipeline demo: started again", launcher_of(storage))
             end_runs_of_job(connect(MlflowSettings(), storage.mlflow), job.key, "KILLED")
     _report_killed(instance, killed)
 
@@ -150,7 +149,7 @@ def _report_killed(instance: dg.DagsterInstance, killed: list[dg.DagsterRun]) ->
     for run in killed:
         now = instance.get_run_by_id(run.run_id)
         if now is not None and not now.is_finished:
-            instance.report_run_failed(now, "its process was killed; a later one went on")
+            instance.report_run_failed(now, "its process was killed; a later run resumed it")
 
 
 def _definitions() -> dg.Definitions:
@@ -164,7 +163,7 @@ def _definitions() -> dg.Definitions:
 def _missing(
     instance: dg.DagsterInstance, definitions: dg.Definitions, keys: list[dg.AssetKey]
 ) -> list[dg.AssetKey]:
-    """The assets to make: the first that is not there with its present code version, and all after it."""
+    """Assets to materialise: the first that is missing or outdated, and all after it."""
     from roma_pipelines.registry.gate import has_passed
 
     graph = definitions.resolve_asset_graph()
@@ -180,7 +179,7 @@ def _missing(
         if key.path[-1] == "evaluation_report":
             job_folder = event.asset_materialization.metadata["job_folder"].value
             if not has_passed(Path(str(job_folder))):
-                return keys[i:]  # its blocking checks did not let the rest be made
+                return keys[i:]  # its blocking checks stopped the rest
     return []
 
 
@@ -210,10 +209,10 @@ def _materialise(
 ) -> None:
     import dagster as dg
 
-    from roma_pipelines.automation.alerts import first_of, words_of
+    from roma_pipelines.automation.alerts import message_of, root_cause
 
     job = definitions.resolve_implicit_global_asset_job_def()
-    interrupted = "interrupted; the same command makes what is missing"
+    interrupted = "interrupted; the same command resumes"
     try:
         result = job.execute_in_process(
             instance=instance,
@@ -224,21 +223,21 @@ def _materialise(
         )
     except KeyboardInterrupt:  # between two steps
         raise click.ClickException(interrupted) from None
-    finally:  # not before: until this run is there, they are what leads to their jobs
+    finally:  # not earlier: until this run exists, only they lead to their jobs
         _report_killed(instance, killed)
     if result.success:
         return
     lines = []
     for event in result.all_events:
         if event.is_step_failure and event.step_failure_data.error is not None:
-            error = first_of(event.step_failure_data.error)
+            error = root_cause(event.step_failure_data.error)
             if error.cls_name == dg.DagsterExecutionInterruptedError.__name__:
                 raise click.ClickException(interrupted)
-            lines.append(f"{event.step_key}: {words_of(error)}")
+            lines.append(f"{event.step_key}: {message_of(error)}")
     for evaluation in result.get_asset_check_evaluations():
         if not evaluation.passed:
             facts = "; ".join(f"{k}: {v.value}" for k, v in evaluation.metadata.items())
-            lines.append(f"check {evaluation.check_name} did not pass: {facts}")
+            lines.append(f"check {evaluation.check_name} failed: {facts}")
     raise click.ClickException("\n".join(lines) or "the run failed; see the messages above")
 
 
@@ -249,13 +248,13 @@ def _conclude(
     keys: list[dg.AssetKey],
     seconds: float,
 ) -> None:
-    """Where things are, what they are worth, and what to do next."""
+    """Print paths, results and next steps."""
     from roma_core.evaluation.metrics import Metrics
     from roma_core.files import read_json
     from roma_pipelines.registry.store import MlflowSettings, own_store
 
     facts: dict[str, dict[str, Any]] = {}
-    for key in keys:  # of two data sets the experiment's own comes last
+    for key in keys:  # of two data sets, the experiment's own comes last
         event = instance.get_latest_materialization_event(key)
         assert event is not None and event.asset_materialization is not None
         metadata = event.asset_materialization.metadata
@@ -264,15 +263,15 @@ def _conclude(
     metrics = Metrics.model_validate(read_json(job / "outputs" / "metrics.json"))
     baselines = read_json(job / "config.json")["baselines"]
     model = facts["registered_classifier"]
-    trained = [facts[noun]["training_s"] for noun in ("pretrained_encoder", "finetuned_classifier")]
+    trained = [facts[name]["training_s"] for name in ("pretrained_encoder", "finetuned_classifier")]
     here = Path.cwd()
 
-    def near(path: Path) -> Path:
+    def shorten(path: Path) -> Path:
         return path.relative_to(here) if path.is_relative_to(here) else path
 
     data = Path(facts["dataset"]["path"])
     click.echo("")
-    click.echo(f"report      {near(job / 'outputs' / 'report.html')}")
+    click.echo(f"report      {shorten(job / 'outputs' / 'report.html')}")
     click.echo(f"model       {model['model']} version {model['version']} ({model['aliases']})")
     for baseline in baselines:
         click.echo(
@@ -286,14 +285,14 @@ def _conclude(
     store = "" if uri == by_default else f" --tracking-uri {uri}"
     click.echo(
         f"next        make up    # the Dagster and MLflow pages, or:\n"
-        f"            roma predict --model {model['uri']}{store} {near(data)} predictions.parquet"
+        f"            roma predict --model {model['uri']}{store} {shorten(data)} predictions.parquet"
     )
     accuracy = metrics.accuracy
     click.echo(f"test accuracy {accuracy.value:.3f} (95 % {accuracy.low:.3f}–{accuracy.high:.3f})")
 
 
 def _progress_logger() -> dg.LoggerDefinition:
-    """A console logger that shows what a person waits for: messages of jobs, and their progress."""
+    """A console logger for messages and progress of jobs."""
     import dagster as dg
 
     class Lines(logging.Handler):
@@ -344,12 +343,12 @@ _NAME, _PROCESS, _HOST, _SETTINGS = (
 
 
 def tags_of(name: str, settings: str, retried: dg.DagsterRun | None = None) -> dict[str, str]:
-    """Tags of a run that this process is about to begin.
+    """Tags of a run that this process is about to start.
 
     Args:
-        name: of what it makes; one process at a time makes it.
-        settings: digest of what it is made from.
-        retried: the run whose jobs it goes on with.
+        name: experiment; one process at a time runs it.
+        settings: digest of the settings.
+        retried: the run whose jobs it adopts.
     """
     process = f"{os.getpid()} {process_start(os.getpid())}"
     mine = {_NAME: name, _PROCESS: process, _HOST: socket.gethostname(), _SETTINGS: settings}
@@ -361,29 +360,29 @@ def tags_of(name: str, settings: str, retried: dg.DagsterRun | None = None) -> d
 
 
 def has_settings(run: dg.DagsterRun, settings: str) -> bool:
-    """Whether a run was made from these settings."""
+    """Whether a run was started with these settings."""
     return run.tags.get(_SETTINGS) == settings
 
 
 def unfinished(
     instance: dg.DagsterInstance, name: str
 ) -> tuple[list[dg.DagsterRun], list[dg.DagsterRun]]:
-    """Runs of this name and computer that are not finished: held by a living process, and killed.
+    """Unfinished runs of this name on this computer: those of a live process, and those killed.
 
-    Both with the newest first.
+    Both newest first.
     """
     here = {_NAME: name, _HOST: socket.gethostname()}
     runs = instance.get_runs(dg.RunsFilter(tags=here))
     open_ones = [run for run in runs if not run.is_finished]
-    held = [run for run in open_ones if _is_held(run.tags)]
+    held = [run for run in open_ones if _is_alive(run.tags)]
     return held, [run for run in open_ones if run not in held]
 
 
 def process_of(run: dg.DagsterRun) -> int:
-    """Id of the process that holds a run."""
+    """Id of the process that executes a run."""
     return int(run.tags[_PROCESS].split(" ", 1)[0])
 
 
-def _is_held(tags: Mapping[str, str]) -> bool:
+def _is_alive(tags: Mapping[str, str]) -> bool:
     pid, _, start = tags[_PROCESS].partition(" ")
     return is_running(int(pid), start)

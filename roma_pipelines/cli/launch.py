@@ -267,15 +267,14 @@ def plan(experiment: str, target: str | None, profile: str | None, asset: str, c
     EXPERIMENT is a name or the path of a defs.yaml. Nothing is submitted. --check prints every
     reason for which the target would refuse the job, and fails if there is one.
     """
-    from roma_pipelines.experiment import ENCODER
-    from roma_pipelines.experiment_files import load_experiment
+    from roma_pipelines.experiment import ENCODER, load_experiment
     from roma_pipelines.launching.launcher import Unreachable
     from roma_pipelines.launching.targets import launcher_for
     from roma_pipelines.storage import Storage, StorageError
 
     try:
         found = load_experiment(experiment)
-        found.refuse_what_cannot_be_served(environment=True)
+        found.check_servable(environment=True)
         _refuse_wrong_settings(found, asset)
         if found.pretrained_from is not None and asset == ENCODER:
             raise ValueError(

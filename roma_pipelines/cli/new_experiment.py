@@ -1,4 +1,4 @@
-"""``roma-pipeline new-experiment``: from somebody's files to an experiment's file."""
+"""``roma-pipeline new-experiment``: write the ``defs.yaml`` of an experiment for given data."""
 
 from __future__ import annotations
 
@@ -15,38 +15,39 @@ import click
     "sources",
     multiple=True,
     required=True,
-    help="A file, a pattern such as 'data/*.parquet', a folder of pictures or WAV files, a data "
-    "set's YAML file, or the name of a source that needs no file, such as plasticc. Repeatable.",
+    help="File, pattern such as 'data/*.parquet', folder of images or WAV files, YAML file of a "
+    "data set, or name of a source that needs no file, such as plasticc. Repeatable.",
 )
-@click.option("--object", "object_", help="Column of the object's id.")
+@click.option("--object", "object_", help="Column of the object id.")
 @click.option("--time", help="Column of the time, the first position axis.")
-@click.option(
-    "--axis", "axes", multiple=True, help="Column of a further position axis. Repeatable."
-)
+@click.option("--axis", "axes", multiple=True, help="Column of another position axis. Repeatable.")
 @click.option("--channel", "channels", multiple=True, help="Column of values. Repeatable.")
 @click.option("--label", help="Column of the class.")
-@click.option("--group", help="Column of what must not be split: patient, host.")
-@click.option("--split", help="Column that says train or test.")
+@click.option("--group", help="Column of groups that must not be split, such as patient or host.")
+@click.option("--split", help="Column with train or test.")
 @click.option(
     "--objects",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="A second table, with a row per object, that holds label, group and split.",
+    help="A second table, one row per object, with label, group and split.",
 )
-@click.option("--drop-rate", type=float, help="Share of each series' observations to leave out.")
+@click.option("--drop-rate", type=float, help="Fraction of each series' observations to drop.")
 @click.option(
     "--target",
     type=click.Choice(["local", "slurm", "kubernetes"]),
     default="local",
     show_default=True,
+    help="Where the trainings run.",
 )
 @click.option("--print", "only_print", is_flag=True, help="Print the file instead of writing it.")
-@click.option("--force", is_flag=True, help="Replace an experiment of this name.")
+@click.option("--force", is_flag=True, help="Replace an existing experiment of this name.")
 def new_experiment(name: str, sources: tuple[str, ...], **options: Any) -> None:
-    """Look at your data and write roma_pipelines/defs/NAME/defs.yaml for them.
+    """Read your data and write roma_pipelines/defs/NAME/defs.yaml.
 
-    What is a column of what is guessed from names and types, and can be said. The split, the scale of
-    positions, the transform of channels, the size of the model and the length of the trainings are
-    chosen by what the data are like; each choice is printed and stands in the file with its reason.
+    Columns are recognised by name and type, unless options name them. Splits, position scales,
+    channel transforms, model size and training length are chosen from the data; each choice is
+    printed and stands in the file with its reason.
+
+    Example: roma-pipeline new-experiment waves --source 'data/*.parquet' --label kind
     """
     from pydantic import ValidationError
 
@@ -56,34 +57,30 @@ def new_experiment(name: str, sources: tuple[str, ...], **options: Any) -> None:
     from roma_pipelines.experiment import Experiment, checked_name
     from roma_pipelines.storage import Storage, StorageError
 
+    roles = {key: options[key] for key in ("time", "axes", "channels", "label", "group", "split")}
     try:
-        roles = Roles(
-            object=options["object_"],
-            **{
-                name: options[name]
-                for name in ("time", "axes", "channels", "label", "group", "split")
-            },
-        )
         checked_name(name)
-        guess, dataset = scaffold.source_of(sources, roles, options["objects"])
+        guess, dataset = scaffold.source_of(
+            sources, Roles(object=options["object_"], **roles), options["objects"]
+        )
         if options["drop_rate"] is not None:
             dataset["drop_rate"] = options["drop_rate"]
-        made = scaffold.new_experiment(
+        experiment = scaffold.new_experiment(
             name, guess, Storage.open().cache, dataset, options["target"]
         )
         if options["only_print"]:
-            click.echo(made.text, nl=False)
+            click.echo(experiment.text, nl=False)
             return
-        path = scaffold.write(made, options["force"])
+        experiment.write(options["force"])
     except ValidationError as error:
         problems = validation_errors(error, Experiment)
         raise click.ClickException("\n".join(map(str, problems))) from error
     except (ValueError, StorageError, OSError) as error:
         raise click.ClickException(str(error)) from error
-    for line in made.said:
+    for line in experiment.notes:
         click.echo(f"  {line}")
-    for line in made.warnings:
-        click.secho(f"look at this: {line}", fg="yellow")
-    click.echo(f"wrote       {path}")
-    click.echo(f"next        roma-pipeline demo {name}    # trains, judges and registers it, or")
-    click.echo("            roma-pipeline up             # the page, where it can be materialised")
+    for line in experiment.warnings:
+        click.secho(f"WARNING: {line}", fg="yellow")
+    click.echo(f"wrote       {experiment.path}")
+    click.echo(f"next        roma-pipeline demo {name}    # trains, evaluates and registers, or")
+    click.echo("            roma-pipeline up             # materialise it in the Dagster UI")

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from roma_core.job import JobFolder
-from roma_pipelines import experiment_files
+from roma_pipelines import experiment as experiments
 from roma_pipelines.launching.jobs import WATCHER_SILENT_S, Job, all_jobs, read_job
 from roma_pipelines.registry.runs import JOB_KEY_TAG
 from roma_pipelines.registry.store import is_server
@@ -158,7 +158,7 @@ def _needed(
     """Folders of needed jobs, and the first 12 digits of needed data sets' digests."""
     texts = [*_version_references(client), *_asset_references(instance)]
     # inputs of predictions; also of definitions that cannot be used now
-    texts += [p.read_text(errors="replace") for p in experiment_files.DEFS.glob("**/defs.yaml")]
+    texts += [p.read_text(errors="replace") for p in experiments.DEFS.glob("**/defs.yaml")]
     folders = {path.name for path in storage.jobs.iterdir() if path.is_dir()}
     jobs, todo, datasets = folders - old, list(folders - old), set[str]()
     while texts or todo:

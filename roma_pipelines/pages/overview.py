@@ -30,8 +30,7 @@ from starlette.routing import Route
 
 from roma_core.files import read_json
 from roma_core.job import JobFolder
-from roma_pipelines.experiment import ASSET_NAMES, Experiment
-from roma_pipelines.experiment_files import all_experiments
+from roma_pipelines.experiment import ASSET_NAMES, Experiment, all_experiments
 from roma_pipelines.launching.jobs import Job, all_jobs
 from roma_pipelines.launching.outcome import log_tail
 from roma_pipelines.registry.store import MlflowSettings, connect

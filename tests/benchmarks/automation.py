@@ -20,7 +20,7 @@ import dagster as dg
 from roma_core.data.build import build_dataset
 from roma_core.data.config import source_fingerprint
 from roma_core.data.store import read_manifest
-from roma_pipelines.automation.alerts import tell_of_failures
+from roma_pipelines.automation.alerts import alert_on_failure
 from roma_pipelines.automation.housekeeping import reconcile_jobs
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.storage import Storage, prepare_instance
@@ -51,7 +51,7 @@ def experiment(folder: Path) -> tuple[dg.Definitions, str, str]:
     config = component.experiment().dataset
     root = Storage.open()
     built = build_dataset(config, root.datasets, root.cache, progress=False)
-    looked_after = dg.Definitions(sensors=[tell_of_failures, reconcile_jobs])
+    looked_after = dg.Definitions(sensors=[alert_on_failure, reconcile_jobs])
     merged = dg.Definitions.merge(component.build_defs(None), looked_after)  # type: ignore[arg-type]
     return merged, read_manifest(built).digest, source_fingerprint(config).digest
 

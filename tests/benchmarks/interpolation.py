@@ -44,8 +44,7 @@ from roma_core.evaluation.reconstruction_job import ranges_of
 from roma_core.model.config import RoMAForPreTrainingConfig
 from roma_core.sources.synthetic import rbf_weights
 from roma_core.trainer.job import data_fields
-from roma_pipelines.experiment import Experiment
-from roma_pipelines.experiment_files import load_experiment
+from roma_pipelines.experiment import Experiment, load_experiment
 from tests.benchmarks.results.rows import ROWS
 
 Floats = NDArray[Any]

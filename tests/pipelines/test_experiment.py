@@ -1,8 +1,8 @@
-"""What an experiment's file may say of its models before the data are known."""
+"""Settings of an experiment that are validated before the data are known."""
 
 import pytest
 
-from roma_pipelines.experiment import about_trainings
+from roma_pipelines.experiment import Stage, training_errors
 
 
 @pytest.mark.parametrize(
@@ -14,11 +14,11 @@ from roma_pipelines.experiment import about_trainings
             {"mask_strategy": "channel", "channel_axis": -1},
             ["channel_axis: must be greater"],
         ),
-        ({"position_axes": []}, ["position_axes: the data decide it"]),
+        ({"position_axes": []}, ["position_axes: determined by the data set"]),
     ],
 )
 def test_masks_of_channels_name_an_axis_of_the_data(pretraining, wrong):
-    said = about_trainings(pretraining, {}, {}, {})
-    assert len(said) == len(wrong)
-    for text, part in zip(said, wrong, strict=True):
+    errors = training_errors(Stage(model=pretraining), Stage())
+    assert len(errors) == len(wrong)
+    for text, part in zip(errors, wrong, strict=True):
         assert part in text

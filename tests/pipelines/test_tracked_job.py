@@ -10,7 +10,7 @@ from roma_core.files import write_json
 from roma_core.job import JobFolder
 from roma_pipelines import tracked_job
 from roma_pipelines.storage import Storage
-from roma_pipelines.tracked_job import _ShownInMlflow, job_links, mlflow_link
+from roma_pipelines.tracked_job import _MlflowRun, job_links, mlflow_link
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def folder(storage):
 def shown(storage, folder):
     key = dg.AssetKey(["waves", "pretrained_encoder"])
     context = SimpleNamespace(asset_key=key, run_id="0" * 36, log=logging.getLogger("asset"))
-    return _ShownInMlflow(context, storage, folder, "waves", {}, {})
+    return _MlflowRun(context, storage, folder, "waves", {}, {})
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from roma_pipelines.experiment_files import load_experiment
+from roma_pipelines.experiment import load_experiment
 from roma_pipelines.storage import Storage
 from tests.benchmarks.results.cells import Plan, Record, Told, expected_s, read_record
 from tests.benchmarks.results.rows import Benchmark, Run

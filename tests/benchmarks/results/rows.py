@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from roma_core.settings import validation_errors
-from roma_pipelines.experiment import Experiment
-from roma_pipelines.experiment_files import read_yaml
+from roma_pipelines.experiment import Experiment, read_yaml
 
 ROWS = Path(__file__).parent / "rows.yaml"
 

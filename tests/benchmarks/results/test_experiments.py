@@ -8,7 +8,7 @@ import pytest
 
 import tests.benchmarks.results
 from roma_pipelines.components import RomaExperiment
-from roma_pipelines.experiment_files import load_experiment
+from roma_pipelines.experiment import load_experiment
 
 FILES = sorted((Path(tests.benchmarks.results.__file__).parent / "experiments").glob("*.yaml"))
 

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from roma_core.files import read_json
 from roma_pipelines.cli import main
-from roma_pipelines.experiment_files import load_experiment
+from roma_pipelines.experiment import load_experiment
 from roma_pipelines.launching.spec import JobFailed
 from roma_pipelines.storage import Storage
 from tests.benchmarks.results.cells import (

@@ -5,7 +5,7 @@ import pytest
 
 from roma_core.model.config import RoMAForPreTrainingConfig
 from roma_core.sources.synthetic import RECIPES
-from roma_pipelines.experiment_files import load_experiment
+from roma_pipelines.experiment import load_experiment
 from tests.benchmarks.interpolation import EXPERIMENTS, exact_rbf, exact_spirals, nearly_exact_sines
 
 # what is seen is enough to know the series, but for its noise

@@ -51,8 +51,7 @@ def test_it_has_four_assets_and_depends_on_the_other_encoder(tmp_path):
 def test_what_it_shares_decides_its_classifier_but_is_not_trained_by_it(tmp_path):
     sections = sharing(tmp_path)
     here, there = (
-        RomaExperiment(**(sections | {"pretrained_from": name})).experiment()
-        for name in ("waves", "tides")
+        RomaExperiment(**(sections | {"pretrained_from": name})) for name in ("waves", "tides")
     )
     versions = [
         automated_of(e, [finetuned_classifier_asset(e)]).code_versions["finetuned_classifier"]
@@ -102,7 +101,7 @@ def test_an_encoder_of_other_axes_is_refused_before_a_job_starts(instance, tmp_p
 def test_a_name_that_pretrains_nothing_is_refused_when_definitions_load(tmp_path):
     alone = tiny.definitions(sharing(tmp_path))
 
-    with pytest.raises(ValueError, match="ripples: pretrained_from: waves: there is no experiment"):
+    with pytest.raises(ValueError, match="ripples: pretrained_from: waves: no experiment"):
         _check_shared_encoders(alone)
     _check_shared_encoders(both(tmp_path))
 
@@ -111,9 +110,9 @@ def test_a_name_that_pretrains_nothing_is_refused_when_definitions_load(tmp_path
     ("changes", "told"),
     [
         ({"pretrained_from": "ripples"}, "is this experiment"),
-        ({"pretraining": {"trainer": {"epochs": 3}}}, "the encoder comes from there"),
+        ({"pretraining": {"trainer": {"epochs": 3}}}, "the encoder comes from that experiment"),
     ],
 )
 def test_two_encoders_or_its_own_are_refused(tmp_path, changes, told):
     with pytest.raises(ValueError, match=told):
-        RomaExperiment(**(sharing(tmp_path) | changes)).experiment()
+        RomaExperiment(**(sharing(tmp_path) | changes))

@@ -4,6 +4,25 @@ import dagster as dg
 import pytest
 
 from tests.pipelines.automation.played_month import Month
+from tests.pipelines.launching.conftest import (
+    eventually,
+    folder,
+    launcher,
+    make_spec,
+    nothing_is_left_running,
+    processes,
+    starts,
+)
+
+__all__ = [
+    "eventually",
+    "folder",
+    "launcher",
+    "make_spec",
+    "nothing_is_left_running",
+    "processes",
+    "starts",
+]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from roma_core.files import digest_of, read_json, write_json
 from roma_core.job import Attempt, JobFolder
 from roma_pipelines.assets.dataset import dataset_asset
-from roma_pipelines.automation.alerts import look_at_failures
+from roma_pipelines.automation.alerts import alert_on_failure, read_alerts
 from roma_pipelines.automation.definitions import automated_of
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.launching.fake import FakeLauncher, completed, ended, running
@@ -91,11 +91,12 @@ class Month:
                     "newest": 1,
                 },
             },
-        ).experiment()
+        )
         self.assets = [dataset_asset(self.experiment), *self._played_assets()]
         self.automated = automated_of(self.experiment, self.assets)
-        self.failure_cursor: str | None = "2000-01-01T00:00:00+00:00"
+        self.failure_cursor: str | None = None
         self.alerts: list[tuple[int, str]] = []
+        self.send_failure_alerts()  # the first tick only sets the cursor
 
     @property
     def now(self) -> float:
@@ -146,11 +147,21 @@ class Month:
             family = dict.fromkeys(parents, result.run_id)
             self._execute(keys, {**tags, **family, "dagster/is_resume_retry": "true"})
 
-    def tell_of_failures(self) -> None:
-        told, self.failure_cursor = look_at_failures(
-            self.instance, self.storage, self.failure_cursor
-        )
-        self.alerts += [(self.day, subject) for subject in told]
+    def send_failure_alerts(self) -> None:
+        """Ticks of the real sensor, cursor and all, until it finds no further failure."""
+        known = {alert["id"] for alert in read_alerts(self.storage)}
+        while True:
+            context = dg.build_sensor_context(
+                instance=self.instance,
+                cursor=self.failure_cursor,
+                repository_name="__repository__",
+            )
+            tick = alert_on_failure.evaluate_tick(context)
+            if tick.cursor in (None, self.failure_cursor):
+                break
+            self.failure_cursor = tick.cursor
+        new = [alert for alert in read_alerts(self.storage) if alert["id"] not in known]
+        self.alerts += [(self.day, alert["subject"]) for alert in new]
 
     def champion(self) -> str | None:
         return version_at(connect(MlflowSettings(), self.storage.mlflow), "waves", CHAMPION)

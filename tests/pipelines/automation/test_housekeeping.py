@@ -6,7 +6,7 @@ import uuid
 import dagster as dg
 import pytest
 
-from roma_pipelines.automation.housekeeping import fate_of, reconcile
+from roma_pipelines.automation.housekeeping import action_for, reconcile
 from roma_pipelines.launching.jobs import read_job
 from roma_pipelines.launching.supervisor import supervise
 
@@ -61,42 +61,42 @@ def abandon(launcher, folder, make_spec, processes, eventually):
 
 
 @pytest.mark.parametrize(
-    ("status", "alive", "fate"),
+    ("status", "alive", "action"),
     [
-        (STATUS.STARTED, True, "leave"),
+        (STATUS.STARTED, True, "none"),
         (STATUS.STARTED, False, "fail the run"),
         (STATUS.STARTING, False, "fail the run"),
-        (STATUS.NOT_STARTED, False, "leave"),
-        (STATUS.CANCELING, True, "leave"),  # its worker is at it
+        (STATUS.NOT_STARTED, False, "none"),
+        (STATUS.CANCELING, True, "none"),  # its worker is at it
         (STATUS.CANCELING, False, "cancel the job"),
         (STATUS.CANCELED, False, "cancel the job"),
         (STATUS.FAILURE, False, "cancel the job"),
         (STATUS.SUCCESS, False, "cancel the job"),
     ],
 )
-def test_the_fate_of_a_job_by_the_state_of_its_run(instance, add_run, abandon, status, alive, fate):
+def test_action_by_the_status_of_the_run(instance, add_run, abandon, status, alive, action):
     job = abandon(add_run(status), alive)
 
-    assert fate_of(job, instance)[0] == fate
+    assert action_for(job, instance)[0] == action
 
 
 def test_a_job_that_no_run_began_is_left_alone(instance, abandon):
-    assert fate_of(abandon(None), instance)[0] == "leave"
+    assert action_for(abandon(None), instance)[0] == "none"
 
 
 def test_a_job_whose_run_was_deleted_is_not_wanted(instance, abandon):
-    assert fate_of(abandon("no-such-run"), instance)[0] == "cancel the job"
+    assert action_for(abandon("no-such-run"), instance)[0] == "cancel the job"
 
 
 def test_a_failed_run_that_is_retried_keeps_its_job(instance, add_run, abandon):
     will = add_run(STATUS.FAILURE, dagster__will_retry="true")
     job = abandon(will)
-    assert fate_of(job, instance)[0] == "leave"
+    assert action_for(job, instance)[0] == "none"
 
     retry = add_run(STATUS.FAILURE, parent=will)
-    assert fate_of(job, instance)[0] == "cancel the job"
+    assert action_for(job, instance)[0] == "cancel the job"
     add_run(STATUS.NOT_STARTED, parent=retry)
-    assert fate_of(job, instance)[0] == "leave"
+    assert action_for(job, instance)[0] == "none"
 
 
 def test_a_run_whose_worker_died_is_failed_and_its_job_goes_on(
@@ -134,7 +134,7 @@ def test_a_job_that_cannot_be_cancelled_is_tried_again(instance, add_run, abando
 
     (done,) = reconcile(folder.path.parent, instance, no_launcher)
 
-    assert "could not be cancelled: there is no SLURM profile 'gone'" in done
+    assert "cancelling failed: there is no SLURM profile 'gone'" in done
     assert read_job(folder.path).open_attempt is not None
 
 

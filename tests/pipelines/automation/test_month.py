@@ -3,8 +3,8 @@
 import dagster as dg
 
 from roma_pipelines.automation.alerts import read_alerts
-from roma_pipelines.automation.drift import look_at_inputs
-from roma_pipelines.automation.retraining import look_at_dataset, look_at_source, scheduled
+from roma_pipelines.automation.drift import check_inputs
+from roma_pipelines.automation.retraining import check_dataset, check_source, scheduled_run
 
 ARRIVALS = (2, 6, 10, 14, 18, 24)
 BAD_DELIVERY, JOB_CRASH, WORKER_CRASH, DAEMON_CRASH = 10, 6, 18, 24
@@ -20,19 +20,19 @@ def test_thirty_days_give_exactly_the_expected_trainings_promotions_and_alerts(m
 
     def sensors():
         nonlocal cursor
-        month.launch(look_at_source(month.automated, new_data, month.instance, month.now), "new")
-        month.launch(look_at_dataset(month.automated, month.instance), "train")
-        decision, after = look_at_inputs(month.automated, drift, month.instance, cursor, month.now)
+        month.launch(check_source(month.automated, new_data, month.instance, month.now), "new")
+        month.launch(check_dataset(month.automated, month.instance), "train")
+        decision, after = check_inputs(month.automated, drift, month.instance, cursor, month.now)
         month.launch(decision, "drift")
         cursor = after
 
     for day in range(30):
         month.day, month.accuracy = day, 0.5 if day == WORSE_MODEL else 0.9
         # 03:00, the schedule
-        decision = scheduled(month.automated, month.instance, month.now)
+        decision = scheduled_run(month.automated, month.instance, month.now)
         said[day] = decision.skip_message if isinstance(decision, dg.SkipReason) else "run"
         month.launch(decision, "schedule")
-        month.launch(look_at_dataset(month.automated, month.instance), "train")
+        month.launch(check_dataset(month.automated, month.instance), "train")
         # 11:00, what comes in
         if day == WORSE_MODEL:
             bad.unlink()
@@ -48,7 +48,7 @@ def test_thirty_days_give_exactly_the_expected_trainings_promotions_and_alerts(m
             cursor = before
         sensors()
         sensors()
-        month.tell_of_failures()
+        month.send_failure_alerts()
 
     # the first day by the schedule; day 6 failed, so the schedule of day 7 trained in its place;
     # day 10 was no data; day 18 was killed and went on; day 21 for drift
@@ -59,9 +59,16 @@ def test_thirty_days_give_exactly_the_expected_trainings_promotions_and_alerts(m
     failed = [subject for kind, subject in kinds if kind == "failed"]
     # the job of day 6; the delivery of day 10, seen by the sensor, and by the schedule on 11 to 14
     assert len(failed) == 1 + 1 + 4
-    assert [day for day, subject in month.alerts if "failed" in subject] == [6, 10, 11, 12, 13, 14]
+    assert [day for day, subject in month.alerts if subject.endswith("failed")] == [
+        6,
+        10,
+        11,
+        12,
+        13,
+        14,
+    ]
     assert [one for one in kinds if one[0] == "check"] == [
-        ("check", "waves: did not pass: gate of evaluation_report")
+        ("check", "waves: check failed: gate of evaluation_report")
     ]
     assert [one for one in kinds if one[0] == "drift"] == [("drift", "waves: inputs have drifted")]
     assert len(kinds) == len(failed) + 2
@@ -69,17 +76,17 @@ def test_thirty_days_give_exactly_the_expected_trainings_promotions_and_alerts(m
     jobs = list(month.storage.jobs.iterdir())
     assert len(jobs) == 2 * len(month.trained) - 1  # the one that failed had no second
     assert len(list((month.storage.datasets / "waves").glob("*/manifest.json"))) == 1 + 5
-    assert said[1].startswith("nothing is new: data ")
-    assert sum(text.startswith("nothing is new") for text in said.values()) == 30 - 1 - 1 - 4
+    assert said[1].startswith("nothing changed: run ")
+    assert sum(text.startswith("nothing changed") for text in said.values()) == 30 - 1 - 1 - 4
 
 
 def test_an_alert_of_a_failed_job_has_the_last_fifty_lines_of_its_log(month):
     month.deliver()
     month.mood = "fail"
-    month.launch(scheduled(month.automated, month.instance), "schedule")
-    month.launch(look_at_dataset(month.automated, month.instance), "train")
-    month.tell_of_failures()
-    month.tell_of_failures()
+    month.launch(scheduled_run(month.automated, month.instance), "schedule")
+    month.launch(check_dataset(month.automated, month.instance), "train")
+    month.send_failure_alerts()
+    month.send_failure_alerts()
     (alert,) = read_alerts(month.storage)
     lines = alert["text"].splitlines()
     assert lines[-51:] == ["last 50 lines:", *(f"line {k}" for k in range(30, 80))]

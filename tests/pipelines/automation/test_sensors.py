@@ -9,16 +9,20 @@ import dagster as dg
 import pytest
 
 from roma_core.evaluation.drift import profile_of_series, series_of_rows
-from roma_pipelines.automation.alerts import alert, look_at_failures, read_alerts
-from roma_pipelines.automation.drift import compare, look_at_inputs
-from roma_pipelines.automation.retraining import look_at_champion, look_at_dataset, look_at_source
+from roma_pipelines._compat import shared_instance
+from roma_pipelines.automation.alerts import (
+    deliver_pending,
+    read_alerts,
+    send_alert,
+)
+from roma_pipelines.automation.drift import check_inputs, compare
+from roma_pipelines.automation.retraining import check_champion, check_dataset, check_source
 from roma_pipelines.automation.settings import Drift, NewData
 from roma_pipelines.automation.state import TrainingState, hours_used, next_step
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.registry.runs import find_or_create_run
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.registry.versions import EVIDENCE_TAGS, register
-from roma_pipelines.storage import instance_of
 from tests.core.serving import toy
 from tests.pipelines import tiny
 from tests.pipelines.automation.played_month import write_series
@@ -31,7 +35,7 @@ STATE = TrainingState(
     trained_on=("d" * 64, "c"),
     trained_run="R0",
     code_version="c",
-    going=None,
+    unfinished=None,
 )
 
 
@@ -42,14 +46,14 @@ def changed(**facts):
 @pytest.mark.parametrize(
     ("state", "fingerprint", "do", "why"),
     [
-        (STATE, "f", "nothing", "nothing is new"),
-        (STATE, "g", "build", "files changed"),
+        (STATE, "f", "nothing", "nothing changed"),
+        (STATE, "g", "build", "files of the source changed"),
         (changed(fingerprint=None, data_version=None), "g", "build", "no data set was built yet"),
         (changed(data_version="e" * 64), "f", "train", "data dddddddddddd → eeeeeeeeeeee"),
         (changed(code_version="k"), "f", "train", "settings c → k"),
-        (changed(trained_on=None), "f", "train", "nothing was trained yet"),
-        (changed(data_version="e" * 64, sound=False), "f", "nothing", "not sound"),
-        (changed(data_version="e" * 64, going="R2"), "g", "wait", "run R2 is not over"),
+        (changed(trained_on=None), "f", "train", "no model was trained yet"),
+        (changed(data_version="e" * 64, sound=False), "f", "nothing", "failed its check"),
+        (changed(data_version="e" * 64, unfinished="R2"), "g", "wait", "run R2 is unfinished"),
     ],
 )
 def test_what_comes_next_follows_from_the_facts(state, fingerprint, do, why):
@@ -60,15 +64,15 @@ def test_what_comes_next_follows_from_the_facts(state, fingerprint, do, why):
 def test_files_that_are_touched_are_built_but_not_trained_on(month):
     settings = NewData(settle_s=60)
     path = month.deliver()
-    asked = look_at_source(month.automated, settings, month.instance, path.stat().st_mtime + 5)
-    assert "may still be written to" in asked.skip_message
+    asked = check_source(month.automated, settings, month.instance, path.stat().st_mtime + 5)
+    assert "it may be incomplete" in asked.skip_message
     for _ in range(2):  # the same request, served once
-        month.launch(look_at_source(month.automated, settings, month.instance, month.now), "new")
-    month.launch(look_at_dataset(month.automated, month.instance), "train")
+        month.launch(check_source(month.automated, settings, month.instance, month.now), "new")
+    month.launch(check_dataset(month.automated, month.instance), "train")
     os.utime(path, (month.now - 100, month.now - 100))
-    month.launch(look_at_source(month.automated, settings, month.instance, month.now), "new")
-    asked = look_at_dataset(month.automated, month.instance)
-    assert "is the one that was trained on" in asked.skip_message
+    month.launch(check_source(month.automated, settings, month.instance, month.now), "new")
+    asked = check_dataset(month.automated, month.instance)
+    assert "was trained on already" in asked.skip_message
     training = "+".join(tiny.ASSET_NAMES[1:])
     assert [nouns for _, nouns, _ in month.runs] == ["dataset", training, "dataset"]
 
@@ -76,13 +80,13 @@ def test_files_that_are_touched_are_built_but_not_trained_on(month):
     drift = {"files": month.experiment.automation.drift.files, "only_if_new": True}
 
     def look(cursor=None, now=month.now, **settings):
-        return look_at_inputs(
+        return check_inputs(
             month.automated, Drift(**(drift | settings)), month.instance, cursor, now
         )
 
     asked, cursor = look()
     assert "value.value psi" in asked.skip_message
-    assert "nothing is trained: nothing is new" in asked.skip_message
+    assert "nothing is trained: nothing changed" in asked.skip_message
     asked, _ = look(cursor)
     assert asked.skip_message == "no new inputs"
     asked, _ = look(only_if_new=False, dry_run=True)
@@ -93,11 +97,11 @@ def test_files_that_are_touched_are_built_but_not_trained_on(month):
     month.receive_inputs(shift=3.0)
     for _ in range(2):  # it is not forgotten
         asked, cursor = look(cursor, month.now, only_if_new=False)
-        assert "trained for drift 24 h ago, not again within 168 h" in asked.skip_message
+        assert "trained for drift 24 h ago; the cooldown is 168 h" in asked.skip_message
     asked, _ = look(cursor, month.now + 168 * 3600, only_if_new=False)
     assert isinstance(asked, dg.RunRequest)
     asked, _ = look(cursor, month.now, min_series=5000)
-    assert "too few to judge" in asked.skip_message
+    assert "are too few" in asked.skip_message
     # the section has no budget, so that one is added here
     tight = month.experiment.automation.model_copy(update={"budget_hours_per_week": 1e-9})
     poor = month.experiment.model_copy(update={"automation": tight})
@@ -105,26 +109,26 @@ def test_files_that_are_touched_are_built_but_not_trained_on(month):
     automated = type(month.automated)(poor, month.automated.code_versions)
     cursor = None
     for _ in range(2):
-        asked, cursor = look_at_inputs(
+        asked, cursor = check_inputs(
             automated, Drift(**drift | {"only_if_new": False}), month.instance, cursor, time.time()
         )
-        assert "CPU-hours of this week are used" in asked.skip_message
+        assert "CPU-hours of the weekly budget are used" in asked.skip_message
     assert hours_used(poor, month.storage.jobs, time.time() + 8 * 86400) == 0
 
 
 def test_an_unsound_data_set_is_not_trained_on(month):
     first = month.deliver()
-    month.launch(look_at_source(month.automated, NewData(), month.instance, month.now), "new")
-    month.launch(look_at_dataset(month.automated, month.instance), "train")
+    month.launch(check_source(month.automated, NewData(), month.instance, month.now), "new")
+    month.launch(check_dataset(month.automated, month.instance), "train")
     # objects of equal content in two splits: an error of the check, not of the builder
     copy = first.with_name("copy.parquet")
     write_copy(first, copy)
-    month.launch(look_at_source(month.automated, NewData(), month.instance, month.now), "new")
-    asked = look_at_dataset(month.automated, month.instance)
-    assert isinstance(asked, dg.SkipReason) and "is not sound" in asked.skip_message
-    month.tell_of_failures()
+    month.launch(check_source(month.automated, NewData(), month.instance, month.now), "new")
+    asked = check_dataset(month.automated, month.instance)
+    assert isinstance(asked, dg.SkipReason) and "failed its check" in asked.skip_message
+    month.send_failure_alerts()
     (told,) = read_alerts(month.storage)
-    assert told["subject"] == "waves: did not pass: sound of dataset"
+    assert told["subject"] == "waves: check failed: sound of dataset"
 
 
 def write_copy(first, copy):
@@ -140,7 +144,7 @@ def write_copy(first, copy):
 
 def test_every_move_of_champion_asks_once_for_predictions(month):
     client = connect(MlflowSettings(), month.storage.mlflow)
-    asked, cursor = look_at_champion(month.automated, None)
+    asked, cursor = check_champion(month.automated, None)
     assert "no champion yet" in asked.skip_message
     client.create_registered_model("waves")
     keys = []
@@ -148,7 +152,7 @@ def test_every_move_of_champion_asks_once_for_predictions(month):
         client.create_model_version("waves", (month.storage.mlflow / "artifacts").as_uri())
     for version in ("1", "1", "2", "1"):  # the last one is a rollback
         client.set_registered_model_alias("waves", "champion", version)
-        asked, cursor = look_at_champion(month.automated, cursor)
+        asked, cursor = check_champion(month.automated, cursor)
         if isinstance(asked, dg.RunRequest):
             keys.append(asked.run_key)
             assert asked.asset_selection == [dg.AssetKey(["waves", "batch_predictions"])]
@@ -158,8 +162,8 @@ def test_every_move_of_champion_asks_once_for_predictions(month):
 def test_inputs_are_compared_with_what_the_champion_carries(month, tmp_path):
     """Not with the data that were trained on last, whose model the gate may have refused."""
     month.deliver()
-    month.launch(look_at_source(month.automated, NewData(), month.instance, month.now), "new")
-    month.launch(look_at_dataset(month.automated, month.instance), "train")
+    month.launch(check_source(month.automated, NewData(), month.instance, month.now), "new")
+    month.launch(check_dataset(month.automated, month.instance), "train")
     version = month.automated.state(month.instance).trained_on[0]
     write_series(tmp_path / "inbox" / "a.parquet", 200, 5, month.now)
     settings = Drift(files=(tmp_path / "inbox" / "a.parquet",))
@@ -189,7 +193,7 @@ def test_inputs_are_compared_with_what_the_champion_carries(month, tmp_path):
 def test_ticks_share_one_instance_and_another_takes_its_place(storage, tmp_path):
     def ticked(instance):
         context = dg.SensorEvaluationContext(instance_ref=instance.get_ref())
-        return instance_of(context), context.instance
+        return shared_instance(context), context.instance
 
     with (
         dg.DagsterInstance.get() as here,
@@ -199,42 +203,63 @@ def test_ticks_share_one_instance_and_another_takes_its_place(storage, tmp_path)
         assert first is second is seen and first is not here
         assert other.root_directory == there.root_directory
         given = dg.build_sensor_context(instance=here)
-        assert instance_of(given) is here
+        assert shared_instance(given) is here
 
 
-def test_an_alert_is_told_once_by_a_command_that_need_not_work(
-    storage, tmp_path, monkeypatch, caplog
-):
+def test_an_alert_is_sent_once(storage, tmp_path, monkeypatch):
     script = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(sys.stdin.read())"
-    told = tmp_path / "told it.txt"
-    monkeypatch.setenv("ROMA_ALERT_COMMAND", f"{sys.executable} -c '{script}' '{told}'")
-    assert alert(storage, "failed", "a subject", "many\nlines", once=["1"])
-    assert not alert(storage, "failed", "a subject", "many\nlines", once=["1"])
-    assert told.read_text() == "a subject\n\nmany\nlines\n"
+    received = tmp_path / "received it.txt"
+    monkeypatch.setenv("ROMA_ALERT_COMMAND", f"{sys.executable} -c '{script}' '{received}'")
+    assert send_alert(storage, "failed", "a subject", "many\nlines", key=["1"])
+    assert received.read_text() == "a subject\n\nmany\nlines\n"
+    received.unlink()
+    assert not send_alert(storage, "failed", "a subject", "many\nlines", key=["1"])
+    assert deliver_pending(storage) == 0
+    assert not received.exists()
+    (alert,) = read_alerts(storage)
+    assert alert["delivered"]
+
+
+def test_an_alert_that_was_not_delivered_is_delivered_later(storage, tmp_path, monkeypatch, caplog):
     with (storage.root / "alerts.jsonl").open("a") as file:
         file.write('{"id": "cut sho')
     monkeypatch.setenv("ROMA_ALERT_COMMAND", "/nowhere/at/all")
     monkeypatch.setenv("ROMA_ALERT_WEBHOOK_URL", "http://127.0.0.1:1/geheim")
-    assert alert(storage, "failed", "another", "", once=["2"])
+    assert send_alert(storage, "failed", "first", "text", key=["1"])
     assert "ROMA_ALERT_COMMAND failed" in caplog.text and "WEBHOOK_URL failed" in caplog.text
     monkeypatch.setenv("ROMA_ALERT_WEBHOOK_URL", "http://127.0.0.1:1/geheim with a space")
-    assert alert(storage, "failed", "a third", "", once=["3"])
+    assert send_alert(storage, "failed", "second", "", key=["2"])
     assert "InvalidURL" in caplog.text and "geheim" not in caplog.text
-    assert [one["id"] for one in read_alerts(storage)] == ["failed:1", "failed:2", "failed:3"]
+    assert deliver_pending(storage) == 0
+    assert [one["delivered"] for one in read_alerts(storage)] == [False, False]
+
+    script = 'import sys, pathlib; pathlib.Path(sys.argv[1]).open("a").write(sys.stdin.read())'
+    received = tmp_path / "received.txt"
+    monkeypatch.setenv("ROMA_ALERT_COMMAND", f"{sys.executable} -c '{script}' '{received}'")
+    monkeypatch.delenv("ROMA_ALERT_WEBHOOK_URL")
+
+    assert deliver_pending(storage) == 2
+    assert deliver_pending(storage) == 0
+    assert received.read_text() == "first\n\ntext\nsecond\n\n\n"
+    assert [one["id"] for one in read_alerts(storage)] == ["failed:1", "failed:2"]
 
 
-def test_more_failures_at_once_than_a_look_takes_are_all_told(storage):
-    with dg.DagsterInstance.get() as instance:
-        for _ in range(30):  # within the overlap of two looks
-            instance.add_run(dg.DagsterRun(job_name="waves", status=dg.DagsterRunStatus.FAILURE))
-        records = instance.get_run_records(order_by="update_timestamp", ascending=True)
-        assert (records[-1].update_timestamp - records[0].update_timestamp).total_seconds() < 4
-        cursor, told = "2000-01-01T00:00:00+00:00", []
-        for _ in range(3):
-            now, cursor = look_at_failures(instance, storage, cursor)
-            told.append(len(now))
-    assert told == [25, 5, 0]
-    assert len(read_alerts(storage)) == 30
+def test_many_failures_at_once_are_all_reported_once(month):
+    month.send_failure_alerts()
+    for k in range(30):
+        retries = str(int(k == 0))  # a run that will be retried has not failed yet
+        run = dg.DagsterRun(
+            job_name="waves",
+            status=dg.DagsterRunStatus.STARTED,
+            tags={"dagster/max_retries": retries},
+        )
+        month.instance.add_run(run)
+        month.instance.report_run_failed(run, "its process was killed")
+
+    for _ in range(2):
+        month.send_failure_alerts()
+
+    assert len(read_alerts(month.storage)) == len(month.alerts) == 29
 
 
 def sections(tmp_path, **automation):
@@ -264,9 +289,9 @@ def test_nothing_that_costs_starts_switched_on(tmp_path):
 @pytest.mark.parametrize(
     ("automation", "said"),
     [
-        ({"freshness_h": {"datset": 1}}, "no asset of the experiment"),
+        ({"freshness_h": {"datset": 1}}, "no such asset"),
         ({"freshness_h": {"dataset": -1}}, "greater than 0"),
-        ({"predict_on_promotion": True}, "makes no batch_predictions"),
+        ({"predict_on_promotion": True}, "has no batch_predictions"),
         ({"drift": {}}, "files"),
         ({"new_dta": {}}, "new_dta"),
     ],
@@ -283,7 +308,7 @@ def test_real_sensors_evaluate(month, tmp_path):
     repository = definitions.get_repository_def()
     for name, said in (
         ("waves_new_data", "no data set was built yet"),
-        ("waves_drift", "there are no files"),
+        ("waves_drift", "no file matches"),
     ):
         context = dg.build_sensor_context(instance=month.instance, repository_def=repository)
         tick = repository.get_sensor_def(name).evaluate_tick(context)

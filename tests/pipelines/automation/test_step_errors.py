@@ -5,7 +5,7 @@ import sys
 import pytest
 from dagster._utils.error import serializable_error_info_from_exc_info
 
-from roma_pipelines.automation.alerts import first_of, words_of
+from roma_pipelines.automation.alerts import message_of, root_cause
 from roma_pipelines.registry.store import StoreError
 
 
@@ -29,4 +29,4 @@ def reported(error):
     ],
 )
 def test_a_class_is_told_only_where_it_says_something(error, words):
-    assert words_of(first_of(reported(error))) == words
+    assert message_of(root_cause(reported(error))) == words

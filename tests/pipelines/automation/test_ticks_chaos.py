@@ -6,9 +6,9 @@ import dagster as dg
 import psutil
 import pytest
 
-from roma_pipelines.automation.alerts import tell_of_failures
+from roma_pipelines.automation.alerts import alert_on_failure
 from roma_pipelines.automation.definitions import automated_definitions
-from roma_pipelines.automation.retraining import look_at_dataset, look_at_source
+from roma_pipelines.automation.retraining import check_dataset, check_source
 
 TICKS, WARM_UP = 10_000, 1_000
 MOST_MB = 10.0
@@ -20,10 +20,10 @@ def test_memory_is_flat_over_ten_thousand_ticks(month):
     month.deliver()
     month.receive_inputs()
     settings = month.experiment.automation.new_data
-    month.launch(look_at_source(month.automated, settings, month.instance, month.now), "new")
-    month.launch(look_at_dataset(month.automated, month.instance), "train")
+    month.launch(check_source(month.automated, settings, month.instance, month.now), "new")
+    month.launch(check_dataset(month.automated, month.instance), "train")
     definitions = automated_definitions(month.experiment, month.assets)
-    merged = dg.Definitions.merge(definitions, dg.Definitions(sensors=[tell_of_failures]))
+    merged = dg.Definitions.merge(definitions, dg.Definitions(sensors=[alert_on_failure]))
     repository = merged.get_repository_def()
     cursors = {}
     sensors = list(repository.sensor_defs)

@@ -74,7 +74,7 @@ def test_a_root_that_cannot_be_written_is_named(tmp_path):
 def test_an_unknown_experiment_is_answered_with_those_there_are(tmp_path):
     line = one_error(run(*SHIPPED, "demo", "vowels", folder=tmp_path))
 
-    assert "there is no experiment 'vowels'; there are basic_motions, " in line
+    assert "no experiment 'vowels'; available: basic_motions, " in line
 
 
 def test_a_misspelt_variable_is_refused_by_its_name(tmp_path):
@@ -151,7 +151,7 @@ def finished(story, interrupted):
 def test_ctrl_c_in_a_training_leaves_no_process(story, interrupted):
     assert interrupted.returncode == 1
     last = interrupted.stderr.splitlines()[-1]
-    assert last == "Error: interrupted; the same command makes what is missing"
+    assert last == "Error: interrupted; the same command resumes"
     assert tiny.living_jobs(story.folder) == []
 
 
@@ -184,7 +184,7 @@ def test_a_second_call_reuses_what_is_there(story, finished):
 
     assert again.returncode == 0, again.stderr
     lines = again.stdout.splitlines()
-    assert lines[0] == "waves is there already, as its file says; --fresh runs it again"
+    assert lines[0] == "waves is up to date; --fresh runs it again"
     assert lines[-1] == finished.stdout.splitlines()[-1]
     assert not any(line.startswith("materialising") for line in lines)
 
@@ -201,7 +201,7 @@ def test_a_demo_killed_with_9_and_started_again_adopts_its_training(tmp_path):
     again = run(*story.command, folder=tmp_path)
 
     assert again.returncode == 0, again.stderr
-    assert "going on with what a killed process left" in again.stdout
+    assert "resuming an interrupted run" in again.stdout
     assert training  # it lived on while nobody watched
     jobs = all_jobs(tmp_path / ".roma" / "jobs")
     assert len(jobs) == 3 and all(len(found.records) == 1 for found in jobs)
@@ -236,7 +236,7 @@ def test_a_demo_of_other_settings_ends_the_training_that_a_killed_one_left(tmp_p
 def test_two_demos_of_one_experiment_are_one_too_many(tmp_path):
     def while_it_trains():
         done = run(*tiny_demo(tmp_path), folder=tmp_path)
-        assert "is making waves already; wait for it" in one_error(done)
+        assert "already runs waves; wait for it" in one_error(done)
 
     Story(tmp_path).interrupted_at("pretrain: ", signal.SIGINT, while_it_trains)
     assert len(all_jobs(tmp_path / ".roma" / "jobs")) == 1
@@ -277,7 +277,7 @@ def test_a_full_disk_is_one_error_and_the_same_command_then_succeeds(tmp_path):
     assert len(errors) == 2
     assert f"{disk} has 2 MB of free space, at least 200 MB are needed" in errors[0]
     assert f"no space is left in {disk}" in errors[1]
-    assert "the same command makes what is missing" in errors[1]
+    assert "run the same command to resume" in errors[1]
     assert "pretrain: " in done.stdout
     assert done.stdout.splitlines()[-1].startswith("test accuracy ")
     assert tiny.living_jobs(tmp_path) == []

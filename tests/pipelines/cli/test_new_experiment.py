@@ -16,8 +16,8 @@ from roma_core.schema import Channel
 from roma_core.sources.base import RawSeries
 from roma_core.trainer.defaults import Amount, sizes_for
 from roma_pipelines.cli import main
-from roma_pipelines.experiment_files import load_experiment
-from roma_pipelines.scaffold import choose
+from roma_pipelines.experiment import load_experiment
+from roma_pipelines.scaffold import propose
 from tests.core.hand_made import HandMade
 from tests.pipelines.tiny import write_waves
 
@@ -43,7 +43,7 @@ def test_what_is_printed_loads_as_an_experiment(waves, tmp_path):
     experiment = load_experiment(str(tmp_path / "waves.yaml"))
     assert experiment.dataset.drop_rate == 0.3
     assert experiment.finetuning.trainer["epochs"] > 100  # 60 short series: many passes
-    assert "the publisher's split: 60 train, 24 test" in done.stdout
+    assert "published split: 60 train, 24 test" in done.stdout
     assert experiment.schedule is None
 
 
@@ -58,7 +58,7 @@ def test_it_is_written_once_and_replaced_only_by_force(waves, tmp_path, monkeypa
     assert first.exit_code == 0
     assert f"wrote       {path}" in first.output
     assert again.exit_code == 1
-    assert "is there already" in again.output
+    assert "exists; choose another name" in again.output
     assert forced.exit_code == 0
     assert load_experiment(str(path)).resources.target == "slurm"
 
@@ -68,9 +68,9 @@ def test_it_is_written_once_and_replaced_only_by_force(waves, tmp_path, monkeypa
     [
         (
             ("Waves!", "--source", "nothing-here"),
-            "the name of an experiment has lower-case letters",
+            "expected lower-case letters",
         ),
-        (("waves", "--source", "nothing-here.csv"), "there is no file nothing-here.csv"),
+        (("waves", "--source", "nothing-here.csv"), "no file matches nothing-here.csv"),
         (("waves", "--source", "WAVES", "--drop-rate", "1.5"), "dataset.drop_rate"),
     ],
 )
@@ -150,24 +150,24 @@ def surveyed(n=40, start=0.0, scale=1.0, constant=False, labels=("a", "b"), clas
 )
 def test_nothing_is_learnt_from_one_class_also_if_two_are_declared(labels, classes, told):
     with pytest.raises(ValueError, match=told):
-        choose(surveyed(labels=labels, classes=classes))
+        propose(surveyed(labels=labels, classes=classes))
 
 
 def test_dates_are_anchored_and_small_positions_are_not():
-    assert choose(surveyed()).dataset["axes"]["t"] == {"scale": "auto"}
-    assert choose(surveyed(start=60_000)).dataset["axes"]["t"]["anchor"] == "first"
+    assert propose(surveyed()).dataset["axes"]["t"] == {"scale": "auto"}
+    assert propose(surveyed(start=60_000)).dataset["axes"]["t"]["anchor"] == "first"
 
 
 def test_far_values_are_squeezed_and_ordinary_ones_are_not():
-    assert "channels" not in choose(surveyed()).dataset
-    channel = next(iter(choose(surveyed(scale=10.0)).dataset["channels"].values()))
+    assert "channels" not in propose(surveyed()).dataset
+    channel = next(iter(propose(surveyed(scale=10.0)).dataset["channels"].values()))
     assert channel["transform"] == "arcsinh"
     assert 5 < channel["transform_scale"] < 30
 
 
 def test_a_channel_that_is_a_fact_of_the_object_is_pointed_at():
-    assert choose(surveyed()).warnings == []
-    assert "never changes within a series" in choose(surveyed(constant=True)).warnings[0]
+    assert propose(surveyed()).warnings == []
+    assert "never changes within a series" in propose(surveyed(constant=True)).warnings[0]
 
 
 def test_small_data_get_many_passes_and_large_data_few():
@@ -203,16 +203,11 @@ def test_a_second_axis_needs_cls_and_wide_observations_no_features():
 
 
 def test_every_choice_is_valid_for_the_trainer():
-    from roma_pipelines.experiment import about_trainings
+    from roma_pipelines.experiment import Stage, training_errors
 
     sizes = sizes_for(Amount(n_series=1, n_observations=1, n_channels=900, n_axes=2))
 
-    assert not about_trainings(
-        sizes.pretraining["model"],
-        sizes.pretraining["trainer"],
-        sizes.finetuning["model"],
-        sizes.finetuning["trainer"],
-    )
+    assert not training_errors(Stage(**sizes.pretraining), Stage(**sizes.finetuning))
 
 
 def test_the_file_holds_no_setting_twice(waves):

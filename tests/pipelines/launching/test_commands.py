@@ -109,7 +109,7 @@ def test_plan_shows_how_a_script_differs_from_the_last_one(
 ):
     from roma_core.files import digest_of
     from roma_core.job import JobFolder
-    from roma_pipelines.experiment_files import load_experiment
+    from roma_pipelines.experiment import load_experiment
     from roma_pipelines.launching.targets import job_spec, launcher_for, roma_command
     from roma_pipelines.storage import Storage
 
@@ -144,7 +144,7 @@ def test_plan_asks_the_cluster_too(run, experiment, profiles, cluster):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("nothing",), "there is no experiment 'nothing'; there are basic_motions, "),
+        (("nothing",), "no experiment 'nothing'; available: basic_motions, "),
         (("no/such.yaml",), "No such file"),
         (("japanese_vowels", "--target", "slurm", "--profile", "x"), "no SLURM profile 'x'"),
         (("japanese_vowels", "--target", "moon"), "'moon' is not one of 'local', 'slurm'"),

@@ -129,7 +129,7 @@ def test_what_is_predicted_and_the_newest_version_stay(
     defs = tmp_path / "defs" / "waves" / "defs.yaml"
     defs.parent.mkdir(parents=True)
     defs.write_text(f"attributes: {{predictions: {{input: {paths[0]}, split: test}}}}\n")
-    monkeypatch.setattr("roma_pipelines.experiment_files.DEFS", tmp_path / "defs")
+    monkeypatch.setattr("roma_pipelines.experiment.DEFS", tmp_path / "defs")
     (found,) = removals(storage, instance, client, days=30, keep_versions=1)
     assert found.what == f"data set waves {B}"
     with pytest.raises(ValueError, match="keep_versions"):

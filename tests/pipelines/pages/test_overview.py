@@ -14,7 +14,7 @@ import uvicorn
 
 from roma_core.files import write_json
 from roma_core.job import JobFolder
-from roma_pipelines.experiment_files import load_experiment
+from roma_pipelines.experiment import load_experiment
 from roma_pipelines.pages.overview import Evaluation, create_app, overview, trend
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.storage import Storage

@@ -1,0 +1,87 @@
+"""``RomaExperiment``: the Dagster component that turns one YAML file into assets and sensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+import dagster as dg
+from pydantic import BaseModel, Field
+
+from roma_pipelines.assets.batch_predictions import batch_predictions_asset
+from roma_pipelines.assets.dataset import dataset_asset
+from roma_pipelines.assets.evaluation_report import evaluation_report_asset
+from roma_pipelines.assets.registered_model import registered_classifier_asset
+from roma_pipelines.assets.training import finetuned_classifier_asset, pretrained_encoder_asset
+from roma_pipelines.automation.definitions import automated_definitions
+from roma_pipelines.experiment import Experiment
+
+
+class ExperimentParams(BaseModel):
+    """Parameters of ``dg scaffold defs``; those of ``roma-pipeline new-experiment``."""
+
+    source: str = Field(
+        description="File, pattern, folder, YAML file of a data set, or name of a source."
+    )
+    object: str | None = Field(None, description="Column of the object id.")
+    time: str | None = Field(None, description="Column of the time.")
+    label: str | None = Field(None, description="Column of the class.")
+    drop_rate: float = Field(0.0, description="Fraction of each series' observations to drop.")
+
+
+class ExperimentScaffolder(dg.Scaffolder[ExperimentParams]):
+    """Writes a commented ``defs.yaml`` with settings chosen from the data."""
+
+    @classmethod
+    def get_scaffold_params(cls) -> type[ExperimentParams]:
+        return ExperimentParams
+
+    def scaffold(self, request: dg.ScaffoldRequest[ExperimentParams]) -> None:
+        """Read the data and write the file into the folder that ``dg`` created.
+
+        Raises:
+            ValueError: the data cannot be used, or another format than YAML is requested.
+        """
+        from roma_core.data.infer_schema import Roles
+        from roma_core.files import write_bytes
+        from roma_pipelines.scaffold import new_experiment, source_of
+        from roma_pipelines.storage import Storage
+
+        if request.scaffold_format != "yaml" or request.append:
+            raise ValueError("an experiment is one YAML file of its own; omit --format")
+        params = request.params
+        roles = Roles(object=params.object, time=params.time, label=params.label)
+        guess, dataset = source_of([params.source], roles)
+        if params.drop_rate:
+            dataset["drop_rate"] = params.drop_rate
+        name = Path(request.target_path).name
+        experiment = new_experiment(name, guess, Storage.open().cache, dataset)
+        write_bytes(Path(request.target_path) / "defs.yaml", experiment.text.encode())
+
+
+@dg.scaffold_with(ExperimentScaffolder)
+class RomaExperiment(Experiment, dg.Component):
+    """Data set → pretrained encoder → classifier → report → registered model."""
+
+    @classmethod
+    def get_model_cls(cls) -> type[BaseModel]:
+        return cls  # the YAML file is validated against the experiment itself
+
+    @classmethod
+    def load(cls, attributes: BaseModel | None, context: dg.ComponentLoadContext) -> Self:
+        assert isinstance(attributes, cls)
+        return attributes
+
+    def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
+        """Assets and checks; the schedule and the sensors, which start stopped."""
+        self.check_servable()
+        assets = [
+            dataset_asset(self),
+            *([] if self.pretrained_from else [pretrained_encoder_asset(self)]),
+            finetuned_classifier_asset(self),
+            evaluation_report_asset(self),
+            registered_classifier_asset(self),
+        ]
+        if self.predictions is not None:
+            assets.append(batch_predictions_asset(self))
+        return automated_definitions(self, assets)
