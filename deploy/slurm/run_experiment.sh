@@ -6,7 +6,7 @@
 # for example, from the folder that your module and your .env lie in:
 #
 #     sbatch --nodes=2 --gpus-per-node=4 --cpus-per-task=32 --time=4:00:00 --account=MINE \
-#         PATH/deploy/slurm/run_experiment.sh roma_core.cli pretrain --data data/x/1 --out runs/x
+#         PATH/deploy/slurm/run_experiment.sh roma_core.cli pretrain --data data/x/1 --run-dir runs/x
 #
 # One process per GPU of the allocation (PROCESSES_PER_NODE without GPUs), on any number of nodes. The
 # arguments reach the module as they are, and its exit code becomes the job's. Before the time limit

@@ -1,4 +1,4 @@
-"""``roma pretrain`` and ``roma finetune``: train in a folder, by hand or as a launched job."""
+"""``roma pretrain`` and ``roma finetune``: train in a folder, as a local run or as a launched job."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ import yaml
 
 if TYPE_CHECKING:
     from roma_core.data.schema import Manifest
-    from roma_core.settings import RomaSettings
     from roma_core.trainer.config import TrainerConfig
     from roma_core.trainer.job import TrainingJobConfig
 
-    Resolve = Callable[[Path, Manifest, dict[str, Any], TrainerConfig], TrainingJobConfig]
+    MakeConfig = Callable[[Path, Manifest, dict[str, Any], TrainerConfig, float], TrainingJobConfig]
 
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
@@ -26,28 +25,30 @@ def _shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--data", type=_FOLDER, help="Data set, as made by `roma data build`."),
         click.option(
-            "--out", type=_FOLDER, help="Folder of the run; one that has begun is resumed."
+            "--run-dir", type=_FOLDER, help="Folder of the run; an unfinished run is resumed."
         ),
         click.option(
             "--set",
-            "changes",
+            "settings",
             multiple=True,
             metavar="NAME=VALUE",
-            help="A setting of model or trainer, e.g. trainer.epochs=5 or model.mask_ratio=0.6; "
-            "values as in YAML. Repeatable.",
+            help="Set a field of model or trainer, e.g. trainer.epochs=5 or model.mask_ratio=0.6; "
+            "values are YAML. Repeatable.",
         ),
         click.option(
             "--train-fraction",
             type=click.FloatRange(0, 1, min_open=True),
             default=1.0,
             show_default=True,
-            help="Share of the training series to use, of every class alike: what labels are worth.",
+            help="Fraction of the training series of every class to use.",
         ),
         click.option(
-            "--show-config", is_flag=True, help="Print every setting with its source and stop."
+            "--show-config", is_flag=True, help="Print every setting with its source and exit."
         ),
         click.option(
-            "--job", type=_FOLDER, help="Run the job planned in this folder; no other option."
+            "--job",
+            type=_FOLDER,
+            help="Run the job planned in this folder; excludes all other options.",
         ),
     ):
         command = option(command)
@@ -59,8 +60,8 @@ def _shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def pretrain(**options: Any) -> None:
     """Pretrain the masked autoencoder on the training split of a data set.
 
-    Writes checkpoints, metrics.jsonl and, at the end, outputs/model into the folder of the run.
-    Start it with python, torchrun or accelerate launch (-m roma_core.cli pretrain …).
+    Writes checkpoints, metrics.jsonl and, at the end, outputs/model into the folder of the run. For
+    several processes start it with torchrun or accelerate launch (-m roma_core.cli pretrain …).
     """
     from roma_core.trainer.job import TrainingJobConfig
 
@@ -70,80 +71,86 @@ def pretrain(**options: Any) -> None:
 @click.command()
 @_shared_options
 @click.option(
-    "--weights", type=_FOLDER, help="Pretrained weights to start from; without: new ones."
+    "--weights", type=_FOLDER, help="Pretrained weights to start from (default: new weights)."
 )
 def finetune(weights: Path | None, **options: Any) -> None:
-    """Finetune a classifier on the training split of a data set.
+    """Finetune a classifier or regressor on the training split of a data set.
 
-    With --weights RUN/outputs/model it starts from a pretrained encoder; the shape of the model
-    then comes from there.
+    With --weights RUN/outputs/model it starts from a pretrained encoder, which then determines the
+    shape of the model.
     """
     from roma_core.trainer.job import TrainingJobConfig
 
-    def resolve(
-        data: Path, manifest: Manifest, model: dict[str, Any], trainer: TrainerConfig
+    def make(
+        data: Path,
+        manifest: Manifest,
+        model: dict[str, Any],
+        trainer: TrainerConfig,
+        train_fraction: float,
     ) -> TrainingJobConfig:
         start = None if weights is None else weights.absolute()
-        return TrainingJobConfig.finetuning(data, manifest, start, model, trainer)
+        return TrainingJobConfig.finetuning(data, manifest, start, model, trainer, train_fraction)
 
-    _run(options, "ROMA_CLASSIFIER_", resolve)
+    _run(options, "ROMA_CLASSIFIER_", make)
 
 
-def _run(options: dict[str, Any], prefix: str, resolve: Resolve) -> None:
-    from pydantic import ValidationError
-
+def _run(options: dict[str, Any], prefix: str, make_config: MakeConfig) -> None:
     from roma_core.job import JobFolder
 
     if options["job"] is not None:
         folder = JobFolder(options["job"].absolute())
     else:
-        if options["data"] is None or (options["out"] is None and not options["show_config"]):
-            raise click.UsageError("--data and --out are needed (or --job, for a planned job)")
+        if options["data"] is None or (options["run_dir"] is None and not options["show_config"]):
+            raise click.UsageError(
+                "--data and --run-dir are required (or --job, for a planned job)"
+            )
         try:
-            folder = _prepared(options, prefix, resolve)
-        except (ValueError, ValidationError, OSError) as error:
+            folder = _prepare(options, prefix, make_config)
+        except (ValueError, OSError) as error:
             raise click.ClickException(str(error)) from error
 
     from roma_core.trainer.distributed import StopRequests
 
-    with StopRequests():  # from here on, the seconds of the imports included, a stop is noted
+    with StopRequests():  # a stop request is handled from here on, during slow imports too
         from roma_core.run_job import run_in_folder
         from roma_core.trainer.job import train
 
         sys.exit(run_in_folder(folder, train))
 
 
-def _prepared(options: dict[str, Any], prefix: str, resolve: Resolve) -> Any:
-    """The folder of a run by hand, with its frozen configuration."""
+def _prepare(options: dict[str, Any], prefix: str, make_config: MakeConfig) -> Any:
+    """The folder of a local run, with its frozen configuration."""
     from roma_core.data.store import read_manifest
     from roma_core.files import read_json, write_json
     from roma_core.job import JobFolder
-    from roma_core.trainer.config import RESUMABLE, TrainerConfig, told, what_may_change
+    from roma_core.trainer.config import TrainerConfig, describe_changes, describe_resumable
     from roma_core.trainer.job import TrainingJobConfig
 
-    changes = _changes(options["changes"])
+    settings = _parse_settings(options["settings"])
     data = options["data"].absolute()
-    trainer = TrainerConfig(**changes["trainer"])
-    config = resolve(data, read_manifest(data), changes["model"], trainer)
-    config = config.model_copy(update={"train_fraction": options["train_fraction"]})
+    trainer = TrainerConfig(**settings["trainer"])
+    manifest = read_manifest(data)
+    config = make_config(data, manifest, settings["model"], trainer, options["train_fraction"])
     if options["show_config"]:
-        _show(trainer, config, prefix)
+        click.echo(f"# trainer (ROMA_TRAINER_…)\n{trainer.as_table()}\n")
+        click.echo(f"# model ({prefix}…), including fields that the data determine\n")
+        click.echo(yaml.safe_dump(config.model, sort_keys=False))
         sys.exit(0)
-    folder = JobFolder(options["out"].absolute())
+    folder = JobFolder(options["run_dir"].absolute())
     document = config.model_dump(mode="json")
     is_main = os.environ.get("RANK", "0") == "0"
     if folder.config.exists():
         frozen = TrainingJobConfig.model_validate(read_json(folder.config)).completed()
         changed = _differences(frozen.model_dump(mode="json"), document)
-        allowed = {f"trainer.{name}" for name in RESUMABLE}
+        allowed = {f"trainer.{name}" for name in TrainerConfig.resumable()}
         refused = {name: pair for name, pair in changed.items() if name not in allowed}
         if refused:
             raise ValueError(
-                f"{folder.path} belongs to a run with other settings: {told(refused)}; set them back "
-                f"to resume it, or give another --out. {what_may_change()}"
+                f"{folder.path} belongs to a run with other settings: {describe_changes(refused)}; set "
+                f"them back to resume it, or give another --run-dir. {describe_resumable()}"
             )
         if changed and is_main:
-            click.echo(f"{folder.path} goes on with {told(changed)}")
+            click.echo(f"{folder.path} resumes with {describe_changes(changed)}")
             write_json(folder.config, document)
     elif is_main:
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -164,22 +171,16 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[An
     return differences
 
 
-def _changes(pairs: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+def _parse_settings(pairs: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """``("trainer.epochs=5",)`` → ``{"model": {}, "trainer": {"epochs": 5}}``."""
-    changes: dict[str, dict[str, Any]] = {"model": {}, "trainer": {}}
+    settings: dict[str, dict[str, Any]] = {"model": {}, "trainer": {}}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         section, *path = name.split(".")
-        if not equals or section not in changes or not path:
+        if not equals or section not in settings or not path:
             raise ValueError(f"--set {pair}: expected model.NAME=VALUE or trainer.NAME=VALUE")
-        here = changes[section]
+        here = settings[section]
         for part in path[:-1]:
             here = here.setdefault(part, {})
         here[path[-1]] = yaml.safe_load(text)
-    return changes
-
-
-def _show(trainer: RomaSettings, config: TrainingJobConfig, prefix: str) -> None:
-    click.echo(f"# trainer (ROMA_TRAINER_…)\n{trainer.as_table()}\n")
-    click.echo(f"# model ({prefix}…), with what the data decide\n")
-    click.echo(yaml.safe_dump(config.model, sort_keys=False))
+    return settings

@@ -359,7 +359,7 @@ def _broken_layout(dataset: StoredDataset) -> list[str]:
     }
     if dataset.offsets.shape == (n + 1,):
         for k, part in enumerate(dataset.shards()):
-            n_rows = int(dataset.offsets[part.last] - dataset.offsets[part.first])
+            n_rows = int(part.lengths.sum())
             widths = (len(schema.channels), len(schema.axes), len(schema.targets))
             dtypes = (np.float32, np.float64, np.float32)
             for column, width, dtype in zip(_LARGE, widths, dtypes, strict=True):
@@ -393,13 +393,11 @@ def _broken_layout(dataset: StoredDataset) -> list[str]:
 
 def _not_finite(dataset: StoredDataset) -> list[Finding]:
     bad: list[int] = []
-    for first, last, positions, values, targets in dataset.parts(_AT_ONCE):
-        whole = np.isfinite(positions).all(1) & np.isfinite(values).all(1)
-        if targets is not None:
-            whole &= np.isfinite(targets).all(1)
-        starts = dataset.offsets[first:last] - dataset.offsets[first]
-        per_series = np.logical_and.reduceat(whole, starts)
-        bad += (first + np.flatnonzero(~per_series)).tolist()
+    for part in dataset.parts(_AT_ONCE):
+        whole = np.isfinite(part.positions).all(1) & np.isfinite(part.values).all(1)
+        if part.targets is not None:
+            whole &= np.isfinite(part.targets).all(1)
+        bad += part.ids[~np.logical_and.reduceat(whole, part.starts)].tolist()
     names = [f"series {dataset.ids[i]!r} holds numbers that are not finite" for i in bad[:5]]
     return finding("finite", "error", names, len(bad))
 
@@ -410,16 +408,17 @@ def _positions(dataset: StoredDataset) -> list[Finding]:
     copies: list[int] = []
     reach = np.zeros(len(dataset.schema.axes))
     normaliser = Normaliser(dataset.schema)
-    for first, last, positions, *_ in dataset.parts(_AT_ONCE):
-        starts = dataset.offsets[first:last] - dataset.offsets[first]
-        step = np.diff(positions[:, 0], prepend=positions[:1, 0])
+    for part in dataset.parts(_AT_ONCE):
+        starts, first_axis = part.starts, part.positions[:, 0]
+        step = np.diff(first_axis, prepend=first_axis[:1])
         step[starts] = 1.0  # the first of a series follows none
-        unsorted += (first + np.flatnonzero(np.minimum.reduceat(step, starts) < 0)).tolist()
-        for k in np.flatnonzero(np.minimum.reduceat(step, starts) <= 0):
-            own = dataset.raw(int(first + k))[0]
+        smallest = np.minimum.reduceat(step, starts)
+        unsorted += part.ids[smallest < 0].tolist()
+        for i in part.ids[smallest <= 0].tolist():
+            own = dataset.raw(i)[0]
             if len(np.unique(own, axis=0)) < len(own):
-                copies.append(int(first + k))
-        for i in range(first, last):
+                copies.append(i)
+        for i in part.ids.tolist():
             reach = np.maximum(
                 reach, np.abs(normaliser.normalise_positions(dataset.raw(i)[0])).max(axis=0)
             )
@@ -474,13 +473,14 @@ def _values(dataset: StoredDataset) -> list[Finding]:
     normaliser = Normaliser(dataset.schema)
     far: NDArray[np.int64] = np.zeros(len(dataset.schema.channels), dtype=np.int64)
     example: dict[int, tuple[float, int]] = {}
-    for first, _, _, values, _ in dataset.parts(_AT_ONCE):
-        size = np.abs(normaliser.normalise(values))  # (n, C)
+    for part in dataset.parts(_AT_ONCE):
+        size = np.abs(normaliser.normalise(part.values))  # (n, C)
         far += (size > _FAR).sum(axis=0)
         for k in np.flatnonzero((size > _FAR).any(axis=0)):
             row = int(size[:, k].argmax())
             example[int(k)] = max(
-                example.get(int(k), (0.0, 0)), (float(size[row, k]), dataset.offsets[first] + row)
+                example.get(int(k), (0.0, 0)),
+                (float(size[row, k]), dataset.offsets[part.ids[0]] + row),
             )
     words = []
     for channel, (most, row) in example.items():

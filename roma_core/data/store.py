@@ -19,12 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from roma_core.data.ragged import RaggedBatch
 from roma_core.data.schema import SPLITS, FileRecord, Manifest, Split, SplitCounts
 from roma_core.files import digest_of, read_json, sha256_of
 from roma_core.hashing import hash_ints, hash_text
@@ -241,36 +242,6 @@ def _damage_of(path: Path, record: FileRecord) -> str | None:
 Sample = dict[str, Any]
 
 
-class Part(NamedTuple):
-    """Consecutive series, ``first`` to before ``last``, and all their observations.
-
-    ``positions`` (n, D) float64, ``values`` (n, C) and ``targets`` (n, K) float32 are read-only views
-    of the files; ``targets`` is None without any.
-    """
-
-    first: int
-    last: int
-    positions: NDArray[np.float64]
-    values: NDArray[np.float32]
-    targets: NDArray[np.float32] | None
-
-
-class Gathered(NamedTuple):
-    """Some series as the model sees them, one after the other.
-
-    The ``values`` (T, C) and ``positions`` (T, D) float32 are those of ``StoredDataset.sample``;
-    ``lengths`` (B,) int64 says where each series ends and ``ids`` (B,) int64 which it is; ``labels``
-    (B,) int64 and ``targets`` (T, K) float32 are None where the data set has none.
-    """
-
-    values: NDArray[np.float32]
-    positions: NDArray[np.float32]
-    lengths: NDArray[np.int64]
-    ids: NDArray[np.int64]
-    labels: NDArray[np.int64] | None
-    targets: NDArray[np.float32] | None
-
-
 class StoredDataset:
     """All series of a data-set folder, whatever their split.
 
@@ -366,24 +337,43 @@ class StoredDataset:
         base = self.offsets.item(self._firsts[k])
         return k, slice(a - base, b - base)
 
-    def shards(self) -> Iterator[Part]:
-        """The whole data set, a file at a time."""
+    def shards(self) -> Iterator[RaggedBatch]:
+        """The whole data set as delivered, a file at a time; see :meth:`parts`."""
         ends = [*self._firsts[1:], len(self)]
         targets = itertools.repeat(None, len(ends)) if self._targets is None else self._targets
         columns = (self._firsts, ends, self._positions, self._values, targets)
-        for parts in zip(*columns, strict=True):
-            yield Part(*parts)
+        for first, last, positions, values, of_targets in zip(*columns, strict=True):
+            yield self._consecutive(first, last, positions, values, of_targets)
 
-    def parts(self, n_observations: int) -> Iterator[Part]:
-        """The whole data set, whole series of about ``n_observations`` at a time."""
+    def parts(self, n_observations: int) -> Iterator[RaggedBatch]:
+        """The whole data set as delivered, whole series of about ``n_observations`` at a time.
+
+        Its arrays are read-only views of the files, ``positions`` float64; its ``ids`` are rows.
+        """
         for shard in self.shards():
-            ends = self.offsets[shard.first + 1 : shard.last + 1]
-            base = self.offsets[shard.first]
-            cuts = np.flatnonzero(np.diff((ends - base) // n_observations, prepend=-1))
-            for a, b in itertools.pairwise([*(cuts + shard.first).tolist(), shard.last]):
-                rows = slice(self.offsets[a] - base, self.offsets[b] - base)
+            starts = shard.starts
+            cuts = np.flatnonzero(
+                np.diff((starts + shard.lengths) // n_observations, prepend=-1)
+            ).tolist()
+            for a, b in itertools.pairwise([*cuts, len(starts)]):
+                rows = slice(starts[a], starts[b - 1] + shard.lengths[b - 1])
                 targets = None if shard.targets is None else shard.targets[rows]
-                yield Part(a, b, shard.positions[rows], shard.values[rows], targets)
+                first = int(shard.ids[0])
+                yield self._consecutive(
+                    first + a, first + b, shard.positions[rows], shard.values[rows], targets
+                )
+
+    def _consecutive(
+        self, first: int, last: int, positions: Any, values: Any, targets: Any
+    ) -> RaggedBatch:
+        return RaggedBatch(
+            values=values,
+            positions=positions,
+            lengths=self.lengths[first:last],
+            ids=np.arange(first, last),
+            labels=None if self.labels is None else self.labels[first:last],
+            targets=targets,
+        )
 
     def sample(self, i: int) -> Sample:
         """Series i as the model sees it.
@@ -407,8 +397,8 @@ class StoredDataset:
             sample["targets"] = np.array(self.targets(i))
         return sample
 
-    def gathered(self, rows: NDArray[np.int64]) -> Gathered:
-        """Several series at once, ``(B,)`` rows in any order: what ``sample`` gives, for less."""
+    def gather(self, rows: NDArray[np.int64]) -> RaggedBatch:
+        """Several series at once, ``(B,)`` rows in any order: what ``sample`` gives, but faster."""
         if rows.min() < 0 or rows.max() >= len(self):
             raise IndexError(f"series {rows.tolist()} of a data set with {len(self)}")
         shards = np.searchsorted(self._firsts, rows, side="right") - 1
@@ -420,7 +410,7 @@ class StoredDataset:
             return np.concatenate([column[k][a:b] for k, a, b in places])
 
         lengths = self.lengths[rows]
-        return Gathered(
+        return RaggedBatch(
             values=self._normaliser.normalise(of(self._values)),
             positions=self._normaliser.normalise_positions(of(self._positions), lengths),
             lengths=lengths,
@@ -457,9 +447,9 @@ class Subset:
         """Sample k of the subset; see ``StoredDataset.sample``."""
         return self.dataset.sample(int(self.indices[k]))
 
-    def gathered(self, places: NDArray[np.int64]) -> Gathered:
-        """Samples of the subset at ``(B,)`` places in it; see ``StoredDataset.gathered``."""
-        return self.dataset.gathered(self.indices[places])
+    def gather(self, indices: NDArray[np.int64]) -> RaggedBatch:
+        """Samples of the subset at ``(B,)`` indices; see ``StoredDataset.gather``."""
+        return self.dataset.gather(self.indices[indices])
 
     def part(self, share: float, seed: int) -> Subset:
         """This share of the samples of every class, rounded up.

@@ -51,7 +51,7 @@ from roma_core.model.config import is_pretraining
 from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.run_job import Work
-from roma_core.trainer.dataloader import Collate, load
+from roma_core.trainer.dataloader import Collate
 from roma_core.trainer.evaluator import classify
 from roma_core.trainer.job import open_dataset
 from roma_core.trainer.run_logger import Progress
@@ -67,7 +67,8 @@ def features_of(
     parts = np.array_split(np.arange(len(series)), -(-len(series) // batch_size))
     collate = Collate(encoder.config, seed=0)
     found = np.empty((len(series), encoder.config.encoder_config.d_model), np.float32)
-    for batch in load(series, [(0, part) for part in parts], collate, workers=0, pin=False):
+    for part in parts:
+        batch = collate.batch(series, part)
         assert batch.indices is not None  # collate gave them
         found[batch.indices.numpy()] = encoder.embed(batch, pooling="mean").float().numpy()
     return found

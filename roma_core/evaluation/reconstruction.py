@@ -114,7 +114,7 @@ def can_be_judged(config: RoMAForPreTrainingConfig, schema: DataSchema) -> None:
             "a model trained with normalize_targets predicts the shape of a token less its own mean, which is "
             "hidden too; only one trained with normalize_targets=False can be judged by values"
         )
-    if not Collate(config, seed=0).takes_gathered or config.n_channels != len(schema.channels):
+    if not Collate(config, seed=0).can_gather or config.n_channels != len(schema.channels):
         raise ValueError(
             f"the model has tokens of {config.tubelet_size} steps with {config.n_channels} channels and "
             f"{len(config.position_axes)} position axes of its own; only one with a token for each "
@@ -173,7 +173,7 @@ def _batches(
     collate, places = Collate(config, seed=0), np.arange(len(split))
     for start in range(0, len(split), batch_size):
         part = places[start : start + batch_size]
-        yield hide(collate.gathered(0, part, split.gathered(part)))
+        yield hide(collate.batch(split, part))
 
 
 def _hidden(batches: list[PackedBatch], split: Subset) -> tuple[HiddenTable, Ints]:

@@ -1,7 +1,7 @@
-"""Augmentation of training series: drop, crop, channel drop, jitter, and hooks of one's own.
+"""Augmentation of training series: drop, crop, channel drop, jitter, and functions of the data set's own.
 
-Every draw is a hash of (seed, epoch, what it is for, sample id), so it depends on no process, batch
-or worker, and a resumed run draws what an unbroken one would have drawn. All series of a batch are
+Every draw is a hash of (seed, epoch, purpose, sample id), so it depends on no process, batch or
+worker, and a resumed run draws what an uninterrupted one would have drawn. All series of a batch are
 augmented at once.
 
 Shapes:
@@ -11,9 +11,8 @@ Shapes:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,79 +20,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from roma_core.data.ragged import RaggedBatch
 from roma_core.hashing import hash_ints
 from roma_core.trainer.config import TrainerConfig
 
-# keep the hashes of one purpose apart from those of another; 1 and 3 are those of the epoch plan
-_DROP, _CROP, _CHANNELS, _NOISE, _OWN = 2, 4, 5, 6, 7
+# keep the hashes of one purpose apart from those of another; 1 and 3 are those of the sampler
+_DROP, _CROP, _CHANNELS, _NOISE, _CUSTOM = 2, 4, 5, 6, 7
 
-
-@dataclass(frozen=True)
-class Rows:
-    """The tokens of some series, one series after the other.
-
-    Attributes:
-        tokens, positions: ``(T, P)`` and ``(T, D)`` float32; new tensors, not the data set's.
-        lengths: ``(B,)`` int64 tokens of each series, at least 1.
-        ids: ``(B,)`` int64, stable names of the samples.
-        labels: ``(T,)`` or ``(T, K)``, for a head on every token; else None.
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    lengths: NDArray[np.int64]
-    ids: NDArray[np.int64]
-    labels: Tensor | None = None
-
-    @classmethod
-    def of(cls, tokens: Sequence[Tensor], positions: Sequence[Tensor], ids: Sequence[int]) -> Rows:
-        lengths = np.array([t.shape[0] for t in tokens])
-        return cls(torch.cat(list(tokens)), torch.cat(list(positions)), lengths, np.array(ids))
-
-    @cached_property
-    def series(self) -> NDArray[np.int64]:
-        """``(T,)`` index into ``lengths`` and ``ids`` of each token's series."""
-        return np.repeat(np.arange(len(self.lengths)), self.lengths)
-
-    @cached_property
-    def index(self) -> NDArray[np.int64]:
-        """``(T,)`` 0 for the first token of each series."""
-        return np.arange(len(self.series)) - np.repeat(self._starts, self.lengths)
-
-    @property
-    def _starts(self) -> NDArray[np.int64]:
-        return np.cumsum(self.lengths) - self.lengths
-
-    def only(self, kept: NDArray[np.bool_]) -> Rows:
-        """The tokens where ``(T,)`` kept is True; at least one of every series must be."""
-        rows = torch.from_numpy(np.flatnonzero(kept))
-        lengths = np.bincount(self.series[kept], minlength=len(self.lengths))
-        return replace(self._at(rows), lengths=lengths)
-
-    def in_order(self, order: NDArray[np.int64]) -> Rows:
-        """The series in another order: ``(B,)`` places in the present one."""
-        lengths = self.lengths[order]
-        shift = self._starts[order] - (np.cumsum(lengths) - lengths)  # of each series' tokens
-        rows = np.arange(len(self.tokens)) + np.repeat(shift, lengths)
-        return replace(self._at(torch.from_numpy(rows)), lengths=lengths, ids=self.ids[order])
-
-    def _at(self, rows: Tensor) -> Rows:
-        """Only what stands in these ``(n,)`` rows; ``lengths`` is then wrong."""
-        return replace(
-            self,
-            tokens=self.tokens[rows],
-            positions=self.positions[rows],
-            labels=None if self.labels is None else self.labels[rows],
-        )
-
-    def split(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Tokens and positions of each series."""
-        lengths = self.lengths.tolist()
-        return self.tokens.split(lengths), self.positions.split(lengths)
-
-
-Augmentation = Callable[[Rows, int, int], Rows]
-"""``(rows, seed, epoch)`` → rows of the same series."""
+Augmentation = Callable[[RaggedBatch, int, int], RaggedBatch]
+"""``(batch, seed, epoch)`` → a batch of the same series; the arrays of the first stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -102,13 +37,13 @@ class Drop:
 
     rate: float
 
-    def __call__(self, rows: Rows, seed: int, epoch: int) -> Rows:
-        share = hash_ints(seed, epoch, _DROP, rows.ids) / 2**32 * self.rate  # (B,)
-        n_dropped = np.minimum((share * rows.lengths).astype(np.int64), rows.lengths - 1)
-        noise = hash_ints(seed, epoch, _DROP, rows.ids[rows.series], rows.index)  # (T,)
-        rank = np.empty_like(rows.index)
-        rank[np.lexsort((noise, rows.series))] = rows.index
-        return rows.only(rank >= n_dropped[rows.series])
+    def __call__(self, batch: RaggedBatch, seed: int, epoch: int) -> RaggedBatch:
+        fraction = hash_ints(seed, epoch, _DROP, batch.ids) / 2**32 * self.rate  # (B,)
+        n_dropped = np.minimum((fraction * batch.lengths).astype(np.int64), batch.lengths - 1)
+        noise = hash_ints(seed, epoch, _DROP, batch.ids[batch.series], batch.index)  # (T,)
+        rank = np.empty_like(batch.index)
+        rank[np.lexsort((noise, batch.series))] = batch.index
+        return batch.select(rank >= n_dropped[batch.series])
 
 
 @dataclass(frozen=True)
@@ -116,17 +51,17 @@ class Crop:
     """Cuts off up to ``rate`` of the tokens at both ends together, and more if there are too many."""
 
     rate: float
-    most_tokens: int | None = None
+    max_tokens: int | None = None
 
-    def __call__(self, rows: Rows, seed: int, epoch: int) -> Rows:
-        n = rows.lengths
-        share = hash_ints(seed, epoch, _CROP, rows.ids, 0) / 2**32 * self.rate  # (B,)
-        left = np.maximum(1, n - (share * n).astype(np.int64))
-        left = np.minimum(left, self.most_tokens or left)
-        place = hash_ints(seed, epoch, _CROP, rows.ids, 1) / 2**32
-        start = (place * (n - left + 1)).astype(np.int64)
-        index, series = rows.index, rows.series
-        return rows.only((index >= start[series]) & (index < (start + left)[series]))
+    def __call__(self, batch: RaggedBatch, seed: int, epoch: int) -> RaggedBatch:
+        n = batch.lengths
+        fraction = hash_ints(seed, epoch, _CROP, batch.ids, 0) / 2**32 * self.rate  # (B,)
+        left = np.maximum(1, n - (fraction * n).astype(np.int64))
+        left = np.minimum(left, self.max_tokens or left)
+        offset = hash_ints(seed, epoch, _CROP, batch.ids, 1) / 2**32
+        start = (offset * (n - left + 1)).astype(np.int64)
+        index, series = batch.index, batch.series
+        return batch.select((index >= start[series]) & (index < (start + left)[series]))
 
 
 @dataclass(frozen=True)
@@ -139,13 +74,13 @@ class ChannelDrop:
     rate: float
     n_channels: int
 
-    def __call__(self, rows: Rows, seed: int, epoch: int) -> Rows:
+    def __call__(self, batch: RaggedBatch, seed: int, epoch: int) -> RaggedBatch:
         channels = np.arange(self.n_channels)
-        chance = hash_ints(seed, epoch, _CHANNELS, rows.ids[:, None], channels) / 2**32  # (B, C)
-        stays = chance >= self.rate
-        stays[np.arange(len(stays)), chance.argmax(axis=1)] = True
-        per_number = np.tile(stays, rows.tokens.shape[1] // self.n_channels)  # (B, P)
-        return replace(rows, tokens=rows.tokens * torch.from_numpy(per_number[rows.series]))
+        chance = hash_ints(seed, epoch, _CHANNELS, batch.ids[:, None], channels) / 2**32  # (B, C)
+        kept = chance >= self.rate
+        kept[np.arange(len(kept)), chance.argmax(axis=1)] = True
+        per_number = np.tile(kept, batch.values.shape[1] // self.n_channels)  # (B, P)
+        return replace(batch, values=batch.values * per_number[batch.series])
 
 
 @dataclass(frozen=True)
@@ -155,15 +90,14 @@ class Jitter:
     value_std: float
     position_std: float
 
-    def __call__(self, rows: Rows, seed: int, epoch: int) -> Rows:
-        width = rows.tokens.shape[1]
-        key = (seed, epoch, _NOISE, rows.ids[rows.series][:, None], rows.index[:, None])
-        noise = torch.from_numpy(_normal(key, np.arange(width + 1)))  # (T, P + 1)
-        positions = rows.positions.clone()
+    def __call__(self, batch: RaggedBatch, seed: int, epoch: int) -> RaggedBatch:
+        width = batch.values.shape[1]
+        key = (seed, epoch, _NOISE, batch.ids[batch.series][:, None], batch.index[:, None])
+        noise = _normal(key, np.arange(width + 1))  # (T, P + 1)
+        positions = batch.positions.copy()
         positions[:, 0] += self.position_std * noise[:, -1]
-        return replace(
-            rows, tokens=rows.tokens + self.value_std * noise[:, :-1], positions=positions
-        )
+        values = batch.values + self.value_std * noise[:, :-1]
+        return replace(batch, values=values, positions=positions)
 
 
 def _normal(key: tuple[Any, ...], index: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -176,35 +110,37 @@ def _normal(key: tuple[Any, ...], index: NDArray[np.int64]) -> NDArray[np.float3
 
 
 @dataclass(frozen=True)
-class Each:
-    """An augmentation of one's own, of one series at a time.
+class CustomAugmentation:
+    """A user's own augmentation of one series at a time.
 
-    ``function(tokens (N, P), positions (N, D), random)`` returns tokens and positions of at least one
-    token; ``random`` is a generator that belongs to this sample in this epoch.
+    ``function(tokens, positions, generator)`` takes and returns tensors ``(N, P)`` and ``(N, D)`` of
+    at least one token; ``generator`` is a numpy generator of this sample in this epoch.
     """
 
     function: Callable[[Tensor, Tensor, np.random.Generator], tuple[Tensor, Tensor]]
 
-    def __call__(self, rows: Rows, seed: int, epoch: int) -> Rows:
+    def __call__(self, batch: RaggedBatch, seed: int, epoch: int) -> RaggedBatch:
         changed = []
-        for one, places, name in zip(*rows.split(), rows.ids.tolist(), strict=True):
-            key = [hash_ints(seed, epoch, _OWN, name), hash_ints(seed, epoch, _OWN, name, 1)]
-            own = self.function(one, places, np.random.default_rng(key))
-            n, m = own[0].shape[0], own[1].shape[0]
+        for tokens, positions, name in zip(*batch.split(), batch.ids.tolist(), strict=True):
+            key = [hash_ints(seed, epoch, _CUSTOM, name), hash_ints(seed, epoch, _CUSTOM, name, 1)]
+            result = self.function(
+                torch.from_numpy(tokens), torch.from_numpy(positions), np.random.default_rng(key)
+            )
+            n, m = result[0].shape[0], result[1].shape[0]
             if n == 0 or n != m:
                 raise ValueError(
                     f"the augmentation {self.function} left {n} tokens and {m} positions of sample "
                     f"{name}; it must leave at least one, and equally many"
                 )
-            changed.append(own)
-        tokens, positions = zip(*changed, strict=True)
-        return Rows.of(tokens, positions, rows.ids.tolist())
+            changed.append([part.numpy() for part in result])
+        values, at = zip(*changed, strict=True)
+        return replace(RaggedBatch.of(values, at, batch.ids), labels=batch.labels)
 
 
 def augmentations_of(
     config: TrainerConfig, n_channels: int, dataset: Any = None
 ) -> tuple[Augmentation, ...]:
-    """What the settings ask for, then the data set's own ``augmentations``, if it has any."""
+    """The augmentations of the settings, then the data set's own ``augmentations``, if it has any."""
     chosen: list[Augmentation] = []
     if config.augment_crop_rate > 0 or config.augment_crop_tokens is not None:
         chosen.append(Crop(config.augment_crop_rate, config.augment_crop_tokens))
@@ -214,4 +150,7 @@ def augmentations_of(
         chosen.append(ChannelDrop(config.augment_channel_drop_rate, n_channels))
     if config.augment_jitter_std > 0 or config.augment_jitter_position > 0:
         chosen.append(Jitter(config.augment_jitter_std, config.augment_jitter_position))
-    return (*chosen, *(Each(function) for function in getattr(dataset, "augmentations", ())))
+    return (
+        *chosen,
+        *(CustomAugmentation(function) for function in getattr(dataset, "augmentations", ())),
+    )

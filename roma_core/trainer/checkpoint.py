@@ -1,17 +1,15 @@
-"""Resumable checkpoints: whole or not there.
+"""Resumable checkpoints, each written completely or not at all.
 
     checkpoints/step-00000500/
         model.safetensors, model_config.json     loadable by ``from_pretrained``
         optimizer.safetensors                    by parameter name
-        ema.safetensors                          if averaging is on
-        state.json                               position, seed, sizes
+        ema.safetensors                          if weights are averaged
+        state.json                               step, seed, sizes
         MANIFEST.json                            sha256 of every other file
 
-A checkpoint is written aside, synced, and renamed; only then are old ones pruned: the newest stay,
-and the best besides. On loading, the newest whose files match its manifest is taken, and one that
-does not is named and passed over.
-
-Which evaluation was the best, and when to stop waiting for a better one. Pure functions.
+A checkpoint is written to a temporary folder, synced, and renamed; only then are old ones pruned: the
+newest stay, and the best besides. Loading takes the newest whose files match its manifest; one that
+does not is skipped with a warning.
 """
 
 from __future__ import annotations
@@ -20,78 +18,32 @@ import logging
 import math
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from roma_core.files import read_json, sha256_of, sync_folder, write_json
+from roma_core.settings import Frozen
+from roma_core.trainer.config import TrainerConfig
+from roma_core.trainer.distributed import HostGroup
+from roma_core.trainer.run_logger import RunLogger
 
 Mode = Literal["min", "max"]
-
-
-@dataclass(frozen=True)
-class EarlyStopping:
-    """How the watched metric went so far.
-
-    Attributes:
-        best: its best value; None before the first evaluation.
-        evaluations_since: evaluations since then that brought no better one.
-    """
-
-    best: float | None = None
-    evaluations_since: int = 0
-
-    def after(self, value: float, mode: Mode, min_delta: float = 0.0) -> EarlyStopping:
-        """The course with one more evaluation; a value that is not finite never is the best."""
-        if is_better(value, self.best, mode, min_delta):
-            return EarlyStopping(value, 0)
-        return EarlyStopping(self.best, self.evaluations_since + 1)
-
-    def is_exhausted(self, patience: int | None) -> bool:
-        """True when ``patience`` evaluations in a row brought nothing better; None never ends."""
-        return patience is not None and self.evaluations_since >= patience
-
-
-def is_better(value: float, best: float | None, mode: Mode, min_delta: float = 0.0) -> bool:
-    """True if ``value`` beats ``best`` by more than ``min_delta``; anything finite beats None."""
-    if not math.isfinite(value):
-        return False
-    if best is None:
-        return True
-    return value < best - min_delta if mode == "min" else value > best + min_delta
-
-
-def kept_steps(
-    steps: dict[int, float | None], newest: int | None, best: int, mode: Mode
-) -> set[int]:
-    """The checkpoints to keep.
-
-    Args:
-        steps: step of every checkpoint, with the watched metric measured there, or None.
-        newest: how many of the newest to keep; None keeps all.
-        best: how many of the best to keep besides; of equal ones the older.
-        mode: whether a small or a large metric is good.
-    """
-    if newest is None:
-        return set(steps)
-    sign = 1 if mode == "min" else -1
-    scored = [(sign * v, step) for step, v in steps.items() if v is not None and math.isfinite(v)]
-    return set(sorted(steps)[-newest:]) | {step for _, step in sorted(scored)[:best]}
-
+Tensors = dict[str, dict[str, Tensor]]
+"""``model``, ``optimizer`` and, if weights are averaged, ``ema``: full CPU tensors by name."""
 
 MANIFEST = "MANIFEST.json"
 log = logging.getLogger(__name__)
 
 
-class TrainState(BaseModel):
-    """Where a run is; with the weights and the optimiser's state, all there is to know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class TrainState(Frozen):
+    """Position and counters of a run; everything besides its tensors that resuming needs."""
 
     schema_version: Literal[1] = 1
     step: int  # finished optimiser steps
@@ -103,25 +55,18 @@ class TrainState(BaseModel):
     elapsed_s: float  # training time over all attempts
     world_size: int  # of the process group that wrote it; informative
     first_world_size: int | None = None  # of the one that began the run
-    settings: dict[str, Any] = {}  # every field of the trainer's configuration
+    settings: dict[str, Any] = Field(
+        default_factory=dict
+    )  # every field of the trainer's configuration
     scaler: dict[str, float] | None = None  # loss scale of fp16
     window_steps: int = 0  # steps that no record of the training loss covers yet
     window_loss: float = 0.0  # and the sum of their losses
-    evaluation: dict[str, float] = {}  # measured at this very step; empty without
+    evaluation: dict[str, float] = Field(
+        default_factory=dict
+    )  # measured at this very step; empty without
     evaluation_due: bool = False  # a stop request came before it ended
     best: float | None = None  # of best_metric so far
     evaluations_since_best: int = 0
-
-
-@dataclass(frozen=True)
-class Content:
-    """What a checkpoint holds; nothing in it may change while it is written."""
-
-    state: TrainState
-    model: dict[str, Tensor]
-    model_config: dict[str, Any]
-    optimizer: dict[str, Tensor]
-    ema: dict[str, Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -130,93 +75,102 @@ class Checkpoint:
 
     path: Path
     state: TrainState
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    ema: dict[str, Tensor] | None
+    tensors: Tensors
 
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the ``newest`` (None: all), and the ``best`` by a metric."""
+    """Which checkpoints are kept: the ``newest`` (None: all), and the ``best`` by a metric."""
 
     newest: int | None
     best: int = 0
     metric: str = "eval/loss"
     mode: Mode = "min"
 
+    def kept(self, steps: dict[int, float | None]) -> set[int]:
+        """The steps to keep, given the metric at every checkpoint or None; of equal ones the older."""
+        if self.newest is None:
+            return set(steps)
+        sign = 1 if self.mode == "min" else -1
+        scored = [
+            (sign * v, step) for step, v in steps.items() if v is not None and math.isfinite(v)
+        ]
+        return set(sorted(steps)[-self.newest :]) | {
+            step for _, step in sorted(scored)[: self.best]
+        }
+
     def prune(self, folder: Path) -> None:
         paths = {int(path.name[5:]): path for path in committed(folder)}
-        values = {step: self._value_of(path) for step, path in paths.items()}
-        for step in set(paths) - kept_steps(values, self.newest, self.best, self.mode):
+        kept = self.kept({step: self._metric_at(path) for step, path in paths.items()})
+        for step in set(paths) - kept:
             shutil.rmtree(paths[step])
 
-    def _value_of(self, path: Path) -> float | None:
+    def _metric_at(self, path: Path) -> float | None:
         try:
-            return state_of_checkpoint(path).evaluation.get(self.metric)
+            return read_state(path).evaluation.get(self.metric)
         except (OSError, ValueError):
-            return None  # damaged; it goes when it is old
-
-
-def step_folder(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}"
+            return None  # damaged; removed when it is old
 
 
 def committed(folder: Path) -> list[Path]:
-    """Committed checkpoints, oldest first; whatever else lies there is none of ours."""
+    """Committed checkpoints, oldest first; other files of the folder are ignored."""
     if not folder.is_dir():
         return []
     found = [p for p in folder.glob("step-*") if p.name[5:].isdigit() and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def state_of_checkpoint(path: Path) -> TrainState:
-    """The position a checkpoint holds."""
+def read_state(path: Path) -> TrainState:
+    """The state of a checkpoint, without its tensors."""
     return TrainState.model_validate(read_json(path / "state.json", schema_version=1))
 
 
-def save_checkpoint(folder: Path, content: Content, retention: Retention) -> Path:
-    """Commit a checkpoint and prune; called on rank 0 alone.
+def save_checkpoint(
+    folder: Path,
+    state: TrainState,
+    tensors: Tensors,
+    model_config: dict[str, Any],
+    retention: Retention,
+) -> Path:
+    """Commit a checkpoint and prune; called on rank 0 only.
 
     Raises:
-        OSError: no room or no right to write; earlier checkpoints are untouched.
+        OSError: no space or no permission to write; earlier checkpoints are untouched.
     """
-    state = content.state
-    final = step_folder(folder, state.step)
+    final = folder / f"step-{state.step:08d}"
     if final.exists() and not damage_of(final):
-        found = state_of_checkpoint(final)
+        found = read_state(final)
         if found.evaluation == state.evaluation and not found.evaluation_due:
             return final  # the same step again, after a resume
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover)
-    aside = folder / f".{final.name}"
-    aside.mkdir()
+    temporary = folder / f".{final.name}"
+    temporary.mkdir()
     try:
-        save_file(content.model, aside / "model.safetensors")
-        save_file(content.optimizer, aside / "optimizer.safetensors")
-        if content.ema is not None:
-            save_file(content.ema, aside / "ema.safetensors")
-        write_json(aside / "model_config.json", content.model_config)
-        write_json(aside / "state.json", state.model_dump(mode="json"))
+        for kind, named in tensors.items():
+            save_file(named, temporary / f"{kind}.safetensors")
+        write_json(temporary / "model_config.json", model_config)
+        write_json(temporary / "state.json", state.model_dump(mode="json"))
         hashes = {}
-        for path in sorted(aside.iterdir()):
+        for path in sorted(temporary.iterdir()):
             path.chmod(0o644)  # as the JSON files: others on shared storage read checkpoints too
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             hashes[path.name] = sha256_of(path)
-        write_json(aside / MANIFEST, {"schema_version": 1, "sha256": hashes})
+        write_json(temporary / MANIFEST, {"schema_version": 1, "sha256": hashes})
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(
-            f"checkpoint {final} could not be written ({error}); earlier ones are untouched. Make room "
-            f"there and start the same run again: it goes on from the newest"
+            f"checkpoint {final} could not be written ({error}); earlier ones are untouched. Free space "
+            f"there and start the same run again: it resumes from the newest"
         ) from error
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     if final.exists():  # damaged, or saved before its evaluation ended: the one before is as good
         shutil.rmtree(final)
-    aside.replace(final)
+    temporary.replace(final)
     sync_folder(folder)
     retention.prune(folder)
     return final
@@ -245,7 +199,7 @@ def load_newest(folder: Path) -> Checkpoint | None:
         if damage := damage_of(path):
             log.warning("checkpoint %s is damaged (%s); trying the one before", path, damage)
             continue
-        return _read(path)
+        return _load(path)
     if paths:
         raise ValueError(
             f"all {len(paths)} checkpoints in {folder} are damaged; remove the folder to start again"
@@ -258,21 +212,78 @@ def load_best(folder: Path, metric: str, mode: Mode) -> Checkpoint | None:
     scored = {
         path: value
         for path in committed(folder)
-        if not damage_of(path)
-        and (value := state_of_checkpoint(path).evaluation.get(metric)) is not None
+        if not damage_of(path) and (value := read_state(path).evaluation.get(metric)) is not None
     }
     if not scored:
         return None
     choose = min if mode == "min" else max
-    return _read(choose(scored, key=scored.__getitem__))  # of equal ones the oldest
+    return _load(choose(scored, key=scored.__getitem__))  # of equal ones the oldest
 
 
-def _read(path: Path) -> Checkpoint:
-    ema = path / "ema.safetensors"
-    return Checkpoint(
-        path=path,
-        state=state_of_checkpoint(path),
-        model=load_file(path / "model.safetensors"),
-        optimizer=load_file(path / "optimizer.safetensors"),
-        ema=load_file(ema) if ema.exists() else None,
-    )
+def _load(path: Path) -> Checkpoint:
+    tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
+    return Checkpoint(path, read_state(path), tensors)
+
+
+class Checkpointer:
+    """Writes the checkpoints of one run, one at a time and in order. Use it as a context manager.
+
+    The error of a write in the background is raised by the next call.
+    """
+
+    def __init__(self, config: TrainerConfig, logger: RunLogger, group: HostGroup) -> None:
+        self.folder, self.logger, self.group = config.checkpoint_dir, logger, group
+        self.retention = Retention(
+            config.max_checkpoints, config.keep_best, config.best_metric, config.best_metric_mode
+        )
+        self.in_background = config.background_checkpoints
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._thread.shutdown(wait=True)  # after an error, the write in progress still ends
+
+    def save(self, state: TrainState, tensors: Tensors, model_config: dict[str, Any]) -> None:
+        """Begin to write a checkpoint on rank 0, after the one before it ended.
+
+        The run's metrics up to now belong to it; trackers get them once it is committed. The tensors
+        must be copies: they are read while training continues.
+
+        Raises:
+            OSError: the checkpoint before could not be written.
+        """
+        if not self.group.is_main:
+            return
+        self._finish()
+        offset = self.logger.offset
+        state = state.model_copy(update={"metrics_offset": offset})
+
+        def write() -> None:
+            self.logger.sync()
+            save_checkpoint(self.folder, state, tensors, model_config, self.retention)
+            self.logger.committed(offset)
+
+        self._pending = self._thread.submit(write)
+        if not self.in_background:
+            self._finish()
+
+    def check(self) -> None:
+        """Raise the error of a write that has ended, without waiting for one in progress."""
+        if self._pending is not None and self._pending.done():
+            self._finish()
+
+    def wait(self) -> None:
+        """Every process waits until the last checkpoint is committed."""
+        self._finish()
+        self.group.barrier()
+
+    def load_best(self) -> Checkpoint | None:
+        return load_best(self.folder, self.retention.metric, self.retention.mode)
+
+    def _finish(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()

@@ -1,6 +1,6 @@
-"""Configuration of the trainer. Imports no torch.
+"""Configuration of the trainer, with a mark on the settings that may change when a run resumes.
 
-Which settings a run may change when it goes on. Imports no torch.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -10,124 +10,128 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
+from pydantic.config import JsonDict
 from pydantic_settings import SettingsConfigDict
 
 from roma_core.settings import RomaSettings
 
-RESUMABLE = frozenset(
-    {
-        # how a step is cut; the global batch stays that of the first start
-        *("batch_size", "gradient_accumulation_steps", "sharding", "compile"),
-        *("num_dataset_workers", "threads"),
-        # when something is written or measured
-        *(
-            "eval_every",
-            "save_every",
-            "log_every",
-            "heartbeat_interval_s",
-            "background_checkpoints",
-        ),
-        *("checkpoint_dir", "max_checkpoints", "keep_best"),
-        *("early_stopping_patience", "final_weights"),
-        *("run_name", "project_name", "entity_name", "log_wandb"),
-    }
-)
-"""Settings that a run may change when it goes on: order, masks and, up to rounding, the course of the
-weights are the same with any value of them."""
-
-
-def told(changed: Mapping[str, tuple[Any, Any]]) -> str:
-    """``base_lr 0.001 → 0.5, epochs 4 → 5``: old and new value by name."""
-    return ", ".join(f"{name} {then} → {now}" for name, (then, now) in changed.items())
-
-
-def what_may_change() -> str:
-    return f"A run that goes on may change only {', '.join(sorted(RESUMABLE))}"
+_RESUMABLE: JsonDict = {"resumable": True}
 
 
 class TrainerConfig(RomaSettings):
-    """How to train; the same for pretraining and finetuning. One step is one optimiser step."""
+    """How to train; the same for pretraining and finetuning. One step is one optimiser step.
+
+    A field marked ``resumable`` may change when a run resumes: order and masks of the samples and, up
+    to rounding, the weights of every step are the same with any value of it.
+    """
 
     model_config = SettingsConfigDict(env_prefix="ROMA_TRAINER_")
 
-    # the published names
+    # names of the published package
     base_lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
     epochs: int = Field(100, gt=0, description="Passes over the training set.")
     batch_size: int = Field(
         32,
         gt=0,
+        json_schema_extra=_RESUMABLE,
         description="Series per process and micro-batch. Times processes times accumulation it is the "
         "global batch, frozen at the first start.",
     )
-    eval_every: int = Field(500, gt=0, description="Steps between evaluations.")
-    save_every: int = Field(500, gt=0, description="Steps between checkpoints.")
+    eval_every: int = Field(
+        500, gt=0, json_schema_extra=_RESUMABLE, description="Steps between evaluations."
+    )
+    save_every: int = Field(
+        500, gt=0, json_schema_extra=_RESUMABLE, description="Steps between checkpoints."
+    )
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Optimiser.")
     optimizer_args: dict[str, Any] = Field(
         default_factory=dict,
         description="Passed to the optimiser as JSON: betas, weight_decay, momentum, fused.",
     )
     checkpoint_dir: Path = Field(
-        Path("checkpoints"), description="Folder of the run's checkpoints."
+        Path("checkpoints"),
+        json_schema_extra=_RESUMABLE,
+        description="Folder of the run's checkpoints.",
     )
     max_checkpoints: int | None = Field(
-        4, ge=2, description="Newest checkpoints to keep, at least 2; None keeps all."
+        4,
+        ge=2,
+        json_schema_extra=_RESUMABLE,
+        description="Newest checkpoints to keep, at least 2; None keeps all.",
     )
-    num_dataset_workers: int = Field(0, ge=0, description="Loader processes per training process.")
-    run_name: str | None = Field(None, description="Name at the trackers; None takes the folder's.")
-    project_name: str = Field("RoMA", description="Project at Weights & Biases.")
-    entity_name: str | None = Field(None, description="Entity at Weights & Biases.")
+    num_dataset_workers: int = Field(
+        0, ge=0, json_schema_extra=_RESUMABLE, description="Loader processes per training process."
+    )
+    run_name: str | None = Field(
+        None,
+        json_schema_extra=_RESUMABLE,
+        description="Name at the trackers; None takes the folder's.",
+    )
+    project_name: str = Field(
+        "RoMA", json_schema_extra=_RESUMABLE, description="Project at Weights & Biases."
+    )
+    entity_name: str | None = Field(
+        None, json_schema_extra=_RESUMABLE, description="Entity at Weights & Biases."
+    )
     log_wandb: bool = Field(
-        True, description="Log to Weights & Biases if it is configured (ROMA_WANDB_MODE)."
+        True,
+        json_schema_extra=_RESUMABLE,
+        description="Log to Weights & Biases if it is configured (ROMA_WANDB_MODE).",
     )
     warmup_steps: int | None = Field(
         None, ge=0, description="Steps of linear warm-up; None takes a tenth of all steps."
     )
     lr_schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="Course of the learning rate after the warm-up, to the last step."
+        "cosine", description="Learning-rate schedule after the warm-up, to the last step."
     )
     lr_scaling: bool = Field(
         False, description="Multiply base_lr by the number of processes of the first start."
     )
     gradient_clip: float | None = Field(
-        1.0, gt=0, description="Largest gradient norm; None: no limit."
+        1.0, gt=0, description="Maximum gradient norm; None: no clipping."
     )
     random_seed: int = Field(42, description="Seed of order, masks, dropout and initial weights.")
 
-    # ours
+    # settings of this project
     tokens_per_batch: int | None = Field(
         None,
         gt=0,
-        description="Tokens per process and micro-batch, about, instead of batch_size series; series "
-        "of similar length go together. None counts series.",
+        description="Approximate tokens per process and micro-batch, in place of batch_size; series "
+        "of similar length are batched together. None: batches of batch_size series.",
     )
-    gradient_accumulation_steps: int = Field(1, gt=0, description="Micro-batches per step.")
+    gradient_accumulation_steps: int = Field(
+        1, gt=0, json_schema_extra=_RESUMABLE, description="Micro-batches per step."
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] | None = Field(
         None,
-        description="Number type of forward and backward; None takes what `accelerate launch` says, "
+        description="Precision of forward and backward; None takes the value of `accelerate launch`, "
         "else no.",
     )
-    sharding: Literal["none", "full"] = Field(
+    sharding: Literal["none", "fsdp"] = Field(
         "none",
-        description="'full' shares out weights, gradients and the optimiser's state over all processes "
-        "(FSDP2), for a model that does not fit into one; 'none' keeps it whole in each. May change "
-        "from one start to the next.",
+        json_schema_extra=_RESUMABLE,
+        description="'fsdp' shards weights, gradients and optimiser state over all processes (FSDP2), for "
+        "a model that does not fit into one device; 'none' keeps a full copy in each. May change when "
+        "a run resumes.",
     )
     compile: bool = Field(
         False,
-        description="Compile the token-wise parts of every block; costs up to a minute at the start. "
-        "Meant for GPUs; on CPU the kernels in use are as fast.",
+        json_schema_extra=_RESUMABLE,
+        description="Compile the token-wise parts of every block; takes up to a minute at the start. "
+        "For GPUs; on CPU the kernels in use are as fast.",
     )
     ema_decay: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="Decay of the averaged weights used for evaluation; None: off.",
+        description="Decay of the exponential moving average (EMA) of the weights, which evaluation uses; "
+        "None: off.",
     )
     label_smoothing: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="Share of each target spread evenly over all classes; classification only.",
+        description="Fraction of each target spread evenly over all classes; classification only.",
     )
     class_weights: Literal["inverse_frequency"] | list[float] | None = Field(
         None,
@@ -135,58 +139,63 @@ class TrainerConfig(RomaSettings):
         "order of the classes; scaled to a mean of 1 over the training series. Classification only.",
     )
     freeze_encoder: bool = Field(
-        False, description="Train the head alone (a linear probe); classification only."
+        False, description="Train only the head (a linear probe); classification only."
     )
     layer_lr_decay: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="Each encoder block, counted from the head, learns this much slower than the one "
-        "after it; None: all at the same rate.",
+        description="Factor of the learning rate from each encoder block to the one before it, counted "
+        "from the head; None: the same rate for all.",
     )
     best_metric: str = Field(
-        "eval/loss", description="Metric of an evaluation that says which checkpoint is the best."
+        "eval/loss", description="Evaluation metric by which checkpoints are ranked."
     )
     best_metric_mode: Literal["min", "max"] = Field(
-        "min", description="Whether a small (min) or a large (max) best_metric is good."
+        "min", description="Whether a small (min) or a large (max) best_metric is better."
     )
     keep_best: int = Field(
-        1, ge=0, description="Best checkpoints to keep besides the max_checkpoints newest."
+        1,
+        ge=0,
+        json_schema_extra=_RESUMABLE,
+        description="Best checkpoints to keep in addition to the max_checkpoints newest.",
     )
     final_weights: Literal["last", "best"] = Field(
         "last",
-        description="Weights the trained model has at the end: of the last or the best step.",
+        json_schema_extra=_RESUMABLE,
+        description="Weights of the trained model: those of the last or of the best step.",
     )
     early_stopping_patience: int | None = Field(
         None,
         gt=0,
-        description="End after this many evaluations in a row without a better best_metric; None: "
-        "never early.",
+        json_schema_extra=_RESUMABLE,
+        description="Stop after this many evaluations in a row without a better best_metric; None: "
+        "never.",
     )
     early_stopping_min_delta: float = Field(
-        0.0, ge=0, description="Smallest change of best_metric that counts as better."
+        0.0, ge=0, description="Smallest change of best_metric that counts as an improvement."
     )
     augment_drop_rate: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="Up to this share of each training series' tokens is left out, anew every epoch.",
+        description="Drop up to this fraction of each training series' tokens, redrawn every epoch.",
     )
     augment_crop_rate: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="Up to this share of each training series is cut off at its ends.",
+        description="Crop up to this fraction of each training series at its ends.",
     )
     augment_crop_tokens: int | None = Field(
-        None, gt=0, description="Longer training series are cut to this many consecutive tokens."
+        None, gt=0, description="Crop longer training series to this many consecutive tokens."
     )
     augment_channel_drop_rate: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="Each channel of a training series is set to its mean with this probability; one "
-        "stays.",
+        description="Set each channel of a training series to its mean with this probability; at least "
+        "one is kept.",
     )
     augment_jitter_std: float = Field(
         0.0,
@@ -198,18 +207,30 @@ class TrainerConfig(RomaSettings):
         ge=0,
         description="Normal noise on training positions of the first axis, in its scale.",
     )
-    log_every: int = Field(10, gt=0, description="Steps between records of the training loss.")
-    threads: int | None = Field(
-        None, gt=0, description="Threads per process; None takes 1 on CPU, the framework's on GPU."
+    log_every: int = Field(
+        10,
+        gt=0,
+        json_schema_extra=_RESUMABLE,
+        description="Steps between records of the training metrics.",
     )
-    heartbeat_interval_s: float = Field(5.0, gt=0, description="Seconds between heartbeats.")
+    threads: int | None = Field(
+        None,
+        gt=0,
+        json_schema_extra=_RESUMABLE,
+        description="Threads per process; None takes 1 on CPU, PyTorch's default on GPU.",
+    )
+    heartbeat_interval_s: float = Field(
+        5.0, gt=0, json_schema_extra=_RESUMABLE, description="Seconds between heartbeats."
+    )
     background_checkpoints: bool = Field(
-        True, description="Write checkpoints beside the training; false: training waits for them."
+        True,
+        json_schema_extra=_RESUMABLE,
+        description="Write checkpoints in a background thread; false: training waits for them.",
     )
 
     @field_validator("class_weights")
     @classmethod
-    def _weights_weigh(cls, value: Any) -> Any:
+    def _class_weights_are_finite(cls, value: Any) -> Any:
         if isinstance(value, list) and not all(0 <= weight < float("inf") for weight in value):
             raise ValueError(f"weights must be finite and not negative, got {value}")
         return value
@@ -228,18 +249,33 @@ class TrainerConfig(RomaSettings):
         return self
 
     @model_validator(mode="after")
-    def _optimizer_can_shard(self) -> Self:
-        if self.sharding == "full" and self.optimizer == "sgd" and self.optimizer_args.get("fused"):
+    def _sgd_shards_without_fused_kernel(self) -> Self:
+        if self.sharding == "fsdp" and self.optimizer == "sgd" and self.optimizer_args.get("fused"):
             raise ValueError(
-                "sharding=full needs SGD without its fused kernel, which knows no shards: "
-                "leave fused out of optimizer_args, or take adamw"
+                "sharding=fsdp needs SGD without its fused kernel, which does not support shards: "
+                "leave fused out of optimizer_args, or use adamw"
             )
         return self
 
     @model_validator(mode="after")
-    def _best_weights_are_kept(self) -> Self:
+    def _best_checkpoint_is_kept(self) -> Self:
         if self.final_weights == "best" and self.keep_best == 0:
             raise ValueError(
                 "final_weights=best needs a best checkpoint: set keep_best to 1 or more"
             )
         return self
+
+    @classmethod
+    def resumable(cls) -> frozenset[str]:
+        """Names of the settings that may change when a run resumes."""
+        extras = {name: field.json_schema_extra for name, field in cls.model_fields.items()}
+        return frozenset(n for n, e in extras.items() if isinstance(e, dict) and e.get("resumable"))
+
+
+def describe_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """``base_lr 0.001 → 0.5, epochs 4 → 5``: old and new value by name."""
+    return ", ".join(f"{name} {then} → {now}" for name, (then, now) in changed.items())
+
+
+def describe_resumable() -> str:
+    return f"A resumed run may change only {', '.join(sorted(TrainerConfig.resumable()))}"

@@ -1,24 +1,21 @@
-"""The batches of a run, step after step; a wait for them ends when somebody asks to stop.
-
-Ends loader processes that do not answer; a stop request must not wait for a file system.
-Samples → packed batches, in this process or in loader processes.
-"""
+"""Samples of a data set → packed batches, in the training process or in loader processes."""
 
 from __future__ import annotations
 
 import itertools
 import multiprocessing
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from roma_core.data.store import Gathered
+from roma_core.data.ragged import RaggedBatch
 from roma_core.model.config import (
     RoMAForClassificationConfig,
     RoMAForPreTrainingConfig,
@@ -27,49 +24,24 @@ from roma_core.model.config import (
 from roma_core.model.packing import PackedBatch, patchify
 from roma_core.model.positions import in_float32, placed, start_of
 from roma_core.model.segments import Segments
-from roma_core.trainer.augmentation import Augmentation, Each, Rows, augmentations_of
+from roma_core.trainer.augmentation import Augmentation, CustomAugmentation, augmentations_of
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.distributed import HostGroup, Interrupted, StopRequests
-from roma_core.trainer.sampler import Indices, Plan
+from roma_core.trainer.sampler import BatchSampler, Indices
 
-
-class LoaderProcesses:
-    """The loader processes of a run, seen from the process that may have to end them."""
-
-    def __init__(self) -> None:
-        self._handler: Any = None
-
-    def kill(self) -> None:
-        """End them at once. They ignore SIGTERM, and the loader itself waits 5 s for each."""
-        # the loader's handler would raise, in the middle of a save, that a process died
-        self._handler = signal.signal(signal.SIGCHLD, _no_news)
-        for child in multiprocessing.active_children():
-            if child.daemon:
-                child.kill()
-                child.join()
-
-    def forget(self) -> None:
-        """Give the loader's handler back, when the loader is gone."""
-        if self._handler is not None:
-            signal.signal(signal.SIGCHLD, self._handler)
-            self._handler = None
-
-
-def _no_news(number: int, frame: FrameType | None) -> None:
-    pass
-
-
-_COLUMNS = {"values": "channels", "positions": "position axes"}
+_WORKER_POLL_S = 1.0  # how often a wait for loader processes checks for stop requests
 
 
 class MapStyle(Protocol):
     """Any data set with a length whose items are dictionaries.
 
     An item has ``values`` (time, C, height, width) float, ``positions`` (D, N) of any real type, and
-    optionally ``pad_mask`` (N,) bool, ``label``, ``targets`` (N, K) float, which regression takes for
-    the label, and ``id`` int, a stable name; without it the index is taken. The model's ``position_axes``, if it has any, are applied to positions.
-    The set may have ``lengths``, tokens by index, and ``augmentations`` of its own for training:
-    functions of one series, see :class:`~roma_core.trainer.augmentation.Each`.
+    optionally ``pad_mask`` (N,) bool, ``label``, ``targets`` (N, K) float, which regression takes as
+    the label, and ``id`` int, a stable name; without it the index is taken. The model's
+    ``position_axes``, if it has any, are applied to positions.
+    The set may have ``lengths``, tokens by index; ``gather(indices)``, which returns a
+    :class:`~roma_core.data.ragged.RaggedBatch`; and ``augmentations`` for training: functions of one
+    series, see :class:`~roma_core.trainer.augmentation.CustomAugmentation`.
     """
 
     def __len__(self) -> int: ...
@@ -78,12 +50,12 @@ class MapStyle(Protocol):
 
 @dataclass(frozen=True)
 class Collate:
-    """Items of one micro-batch → :class:`PackedBatch`, shortest series first, with its mask.
+    """Samples of one micro-batch → :class:`PackedBatch`, shortest series first, with its mask.
 
     Attributes:
         config: of the model the batch is for.
         seed: of masks and drops.
-        augmentations: changes to every series, anew in every epoch; none in evaluation.
+        augmentations: changes to every series, redrawn in every epoch; none in evaluation.
     """
 
     config: _ModelConfig
@@ -91,51 +63,47 @@ class Collate:
     augmentations: tuple[Augmentation, ...] = ()
 
     def __post_init__(self) -> None:
-        if self._is_per_token and any(isinstance(a, Each) for a in self.augmentations):
+        is_custom = [isinstance(a, CustomAugmentation) for a in self.augmentations]
+        if self._is_per_token and any(is_custom):
             raise ValueError(
                 "pooling='token' has a label for every token, which the data set's own augmentations "
-                "would leave behind; take them away, or use the augment_ settings"
+                "would not follow; remove them, or use the augment_ settings"
             )
 
-    def __call__(self, items: Sequence[tuple[int, int, dict[str, Any]]]) -> PackedBatch:
-        """``items`` are (epoch, sample index, item)."""
-        series = [self._tokens(index, item) for _, index, item in items]
-        tokens, positions, ids, labels = zip(*series, strict=True)
-        rows = Rows.of(tokens, positions, ids)
-        indices = np.array([index for _, index, _ in items])
-        if labels[0] is None:
-            return self._packed(items[0][0], indices, rows, None)
-        if self._is_per_token:
-            rows = replace(rows, labels=torch.cat(labels))
-            return self._packed(items[0][0], indices, rows, None)
-        return self._packed(items[0][0], indices, rows, _stacked(labels))
-
-    def gathered(self, epoch: int, indices: Indices, series: Gathered) -> PackedBatch:
-        """The same of series that a stored data set gave all at once."""
+    def batch(self, dataset: MapStyle, indices: Indices, epoch: int = 0) -> PackedBatch:
+        """Read the samples at ``(B,)`` indices; all at once if the data set has ``gather``."""
+        gather = getattr(dataset, "gather", None)
+        if gather is None or not self.can_gather:
+            return self([(epoch, i, dataset[i]) for i in indices.tolist()])
+        series: RaggedBatch = gather(indices)
         for what, array, width in (
-            ("values", series.values, self.config.n_channels),
-            ("positions", series.positions, self.config.n_pos_dims),
+            ("channels", series.values, self.config.n_channels),
+            ("position axes", series.positions, self.config.n_pos_dims),
         ):
             if array.shape[1] != width:
                 raise ValueError(
-                    f"the data set has {array.shape[1]} {_COLUMNS[what]}, but the model was built "
-                    f"for {width}"
+                    f"the data set has {array.shape[1]} {what}, but the model was built for {width}"
                 )
-        numbers = series.targets if self._is_regression else series.labels
-        labels = None if numbers is None else torch.from_numpy(numbers)
-        rows = Rows(
-            torch.from_numpy(series.values),
-            torch.from_numpy(series.positions),
-            series.lengths,
-            series.ids,
-            labels if self._is_per_token else None,
-        )
-        return self._packed(epoch, indices, rows, None if self._is_per_token else labels)
+        if not self._is_per_token:
+            series = replace(series, targets=None)
+        return self._pack(series, indices, epoch)
+
+    def __call__(self, items: Sequence[tuple[int, int, dict[str, Any]]]) -> PackedBatch:
+        """``items`` are (epoch, sample index, item)."""
+        series = [self._series(index, item) for _, index, item in items]
+        tokens, positions, ids, labels = zip(*series, strict=True)
+        ragged = RaggedBatch.of(tokens, positions, ids)
+        if labels[0] is not None and self._is_per_token:
+            ragged = replace(ragged, targets=np.concatenate(labels))
+        elif labels[0] is not None:
+            ragged = replace(ragged, labels=_stacked(labels))
+        return self._pack(ragged, np.array([index for _, index, _ in items]), items[0][0])
 
     @property
-    def takes_gathered(self) -> bool:
-        """Whether observations are tokens and positions already as the model takes them."""
-        return self._one_observation and not self.config.position_axes
+    def can_gather(self) -> bool:
+        """Whether a stored data set's observations are this model's tokens, and its positions final."""
+        has_targets = self._is_per_token == self._is_regression
+        return self._one_observation and not self.config.position_axes and has_targets
 
     @property
     def _one_observation(self) -> bool:
@@ -153,61 +121,61 @@ class Collate:
             isinstance(config, RoMAForClassificationConfig) and config.problem_type == "regression"
         )
 
-    def _packed(
-        self, epoch: int, indices: Indices, rows: Rows, labels: torch.Tensor | None
-    ) -> PackedBatch:
-        """Augment, sort, mask. ``labels`` (B,) or (B, K) are those of series."""
+    def _pack(self, series: RaggedBatch, indices: Indices, epoch: int) -> PackedBatch:
+        """Augment, sort by length, mask."""
         for augmentation in self.augmentations:
-            rows = augmentation(rows, self.seed, epoch)
-        if (np.diff(rows.lengths) < 0).any():
-            order = rows.lengths.argsort(kind="stable")
-            rows, indices = rows.in_order(order), indices[order]
-            labels = None if labels is None else labels[torch.from_numpy(order)]
+            series = augmentation(series, self.seed, epoch)
+        if (np.diff(series.lengths) < 0).any():
+            order = series.lengths.argsort(kind="stable")
+            series, indices = series.reorder(order), indices[order]
+        labels = series.targets if self._is_per_token else series.labels
         batch = PackedBatch(
-            tokens=rows.tokens,
-            positions=rows.positions,
-            segments=Segments(rows.lengths.tolist()),
-            sample_ids=torch.from_numpy(rows.ids),
+            tokens=torch.from_numpy(series.values),
+            positions=torch.from_numpy(series.positions),
+            segments=Segments(series.lengths.tolist()),
+            sample_ids=torch.from_numpy(series.ids),
             indices=torch.from_numpy(indices),
-            labels=rows.labels if self._is_per_token else labels,
+            labels=None if labels is None else torch.from_numpy(labels),
         )
         if isinstance(self.config, RoMAForPreTrainingConfig):
             batch = batch.with_drawn_mask(self.config, self.seed, epoch)
         return batch
 
-    def _tokens(
+    def _series(
         self, index: int, item: dict[str, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor, int, Any]:
+    ) -> tuple[NDArray[np.float32], NDArray[Any], int, Any]:
         """Real tokens (N, P), their positions (N, D), the sample's name, and its label."""
         values = torch.as_tensor(item["values"]).float()
         if self._one_observation and values.shape[1:] == (self.config.n_channels, 1, 1):
-            tokens = values[:, :, 0, 0]  # (N, C): patchify would give the same, for 40 µs
+            tokens = values[:, :, 0, 0]  # (N, C): patchify would give the same, 40 µs slower
         else:
             tokens = patchify(values[None], self.config.tubelet_size)[0]  # (N, P)
+        n_tokens = tokens.shape[0]
         positions = torch.as_tensor(item["positions"])  # (D, N)
-        if positions.shape != (self.config.n_pos_dims, tokens.shape[0]):
+        if positions.shape != (self.config.n_pos_dims, n_tokens):
             raise ValueError(
                 f"sample {index}: positions must have shape (n_pos_dims, tokens) = "
-                f"{(self.config.n_pos_dims, tokens.shape[0])}, got {tuple(positions.shape)}"
+                f"{(self.config.n_pos_dims, n_tokens)}, got {tuple(positions.shape)}"
             )
-        label, n_tokens = item.get("label"), tokens.shape[0]
+        label = item.get("label")
         if self._is_regression:
             label = item.get("targets", label)
-        if per_token := label is not None and self._is_per_token:
-            label = torch.as_tensor(label)
+        if label is not None and self._is_per_token:
+            label = torch.as_tensor(label).numpy()
             if label.shape[:1] != (n_tokens,):
                 raise ValueError(
                     f"sample {index}: label must have one entry for each of {n_tokens} tokens, "
-                    f"got shape {tuple(label.shape)}"
+                    f"got shape {label.shape}"
                 )
         if (pad_mask := item.get("pad_mask")) is not None:
             real = ~torch.as_tensor(pad_mask)
             tokens, positions = tokens[real], positions[:, real]
-            if per_token:
-                label = label[real]  # type: ignore[index]
-        return tokens, self._placed(positions), int(item.get("id", index)), label
+            if label is not None and self._is_per_token:
+                label = label[real.numpy()]
+        positions = self._model_positions(positions)
+        return tokens.numpy(), positions.numpy(), int(item.get("id", index)), label
 
-    def _placed(self, positions: torch.Tensor) -> torch.Tensor:
+    def _model_positions(self, positions: torch.Tensor) -> torch.Tensor:
         """``(D, N)`` of a user's real tokens → ``(N, D)`` float32 of the model's."""
         axes = self.config.position_axes
         if not axes and positions.dtype == torch.float32:
@@ -217,135 +185,119 @@ class Collate:
         return in_float32(placed(one, start_of(one, real, axes), axes)[0].T)
 
 
-def _stacked(labels: Sequence[Any]) -> torch.Tensor:
+def _stacked(labels: Sequence[Any]) -> NDArray[Any]:
     if all(type(label) is int for label in labels):
-        return torch.tensor(labels, dtype=torch.int64)
-    return torch.stack([torch.as_tensor(label) for label in labels])
+        return np.array(labels, dtype=np.int64)
+    return torch.stack([torch.as_tensor(label) for label in labels]).numpy()
 
 
 @dataclass(frozen=True)
-class _Batches(Dataset[PackedBatch]):
-    """Packed batches by (epoch, sample indices), so that loader processes know the epoch.
-
-    A data set that can give many series at once (``gathered``, as stored ones can) is asked to.
-    """
+class _BatchDataset(Dataset[PackedBatch]):
+    """Packed batches by (epoch, sample indices), so that loader processes know the epoch."""
 
     dataset: MapStyle
     collate: Collate
 
     def __getitems__(self, key: tuple[int, Indices]) -> PackedBatch:
         epoch, indices = key
-        gathered = getattr(self.dataset, "gathered", None)
-        if gathered is not None and self.collate.takes_gathered:
-            return self.collate.gathered(epoch, indices, gathered(indices))
-        return self.collate([(epoch, i, self.dataset[i]) for i in indices.tolist()])
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def load(
-    dataset: MapStyle,
-    micro_batches: Iterable[tuple[int, Indices]],
-    collate: Collate,
-    workers: int,
-    pin: bool,
-    patience_s: float = 0,
-) -> Iterator[PackedBatch]:
-    """Packed batches of the given (epoch, sample indices), in their order.
-
-    ``workers`` loader processes read ahead; 0 reads in this process. The batches are the same. With
-    ``patience_s``, loader processes that take longer make ``next`` raise a RuntimeError; it may be
-    called again.
-    """
-    batches = _Batches(dataset, collate)
-    if not workers and not pin:
-        return map(batches.__getitems__, micro_batches)  # a loader would only add to the wait
-    return iter(
-        DataLoader(
-            batches,
-            batch_sampler=micro_batches,  # type: ignore[arg-type]
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            worker_init_fn=_ignore_signals if workers else None,
-            pin_memory=pin,
-            timeout=patience_s if workers else 0,
-        )
-    )
-
-
-def _ignore_signals(_: int) -> None:
-    """Stop requests are for the training process, which must still read its last batches."""
-    import signal
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-_LOADER_POLL_S = 1.0  # how often a wait for loader processes looks for stop requests
+        return self.collate.batch(self.dataset, indices, epoch)
 
 
 class TrainLoader:
-    """This process's share of every step. Use it as a context manager."""
+    """This process's micro-batches of every step. Use it as a context manager."""
 
     def __init__(
         self,
         config: TrainerConfig,
-        plan: Plan,
+        sampler: BatchSampler,
         dataset: MapStyle,
         model: _ModelConfig,
-        ranks: HostGroup,
+        group: HostGroup,
         device: torch.device,
         stops: StopRequests,
     ) -> None:
-        """``plan`` says which samples a step has, ``model`` how they become a batch."""
-        self.config, self.plan, self.dataset = config, plan, dataset
-        self.ranks, self.device, self.stops = ranks, device, stops
+        """``sampler`` chooses the samples of a step; ``model`` says how they become a batch."""
+        self.config, self.sampler = config, sampler
+        self.group, self.device, self.stops = group, device, stops
         augmentations = augmentations_of(config, model.n_channels, dataset)
-        self.collate = Collate(model, config.random_seed, augmentations)
-        self._processes = LoaderProcesses()
+        self.batches = _BatchDataset(dataset, Collate(model, config.random_seed, augmentations))
+        self._child_handler: Any = None
 
     def __enter__(self) -> TrainLoader:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._processes.forget()
+        if self._child_handler is not None:
+            signal.signal(signal.SIGCHLD, self._child_handler)
+            self._child_handler = None
 
     def steps(self, first_step: int) -> Iterator[list[PackedBatch]]:
         """The micro-batches of each step, on the device, from ``first_step`` to the last.
 
         Raises:
-            Interrupted: a stop request came while it waited for data.
+            Interrupted: a stop request came while waiting for data.
         """
-        # one loader for all epochs, which may be a batch or more ahead of the steps
-        steps, ahead = itertools.tee(self._shares(first_step))
-        loaded = load(
-            self.dataset,
-            ((epoch, indices) for epoch, share in ahead for indices in share),
-            self.collate,
-            self.config.num_dataset_workers,
-            pin=self.device.type == "cuda",
-            patience_s=_LOADER_POLL_S,
-        )
-        for _, share in steps:
-            yield [self._awaited(loaded).to(self.device) for _ in share]
+        # one loader for all epochs, which may read a batch or more ahead of the steps
+        steps, ahead = itertools.tee(self._micro_batches(first_step))
+        loaded = self._load((epoch, indices) for epoch, shard in ahead for indices in shard)
+        for _, shard in steps:
+            yield [self._next(loaded).to(self.device) for _ in shard]
 
-    def _shares(self, first_step: int) -> Iterator[tuple[int, list[Indices]]]:
+    def _micro_batches(self, first_step: int) -> Iterator[tuple[int, list[Indices]]]:
         """Epoch and sample indices of this process's micro-batches, step after step."""
-        first_epoch, first = divmod(first_step, self.plan.batches_per_epoch)
+        first_epoch, first = divmod(first_step, self.sampler.batches_per_epoch)
         for epoch in range(first_epoch, self.config.epochs):
-            for batch in self.plan.epoch(epoch)[first if epoch == first_epoch else 0 :]:
-                yield epoch, self.plan.share(batch, self.ranks.rank, self.ranks.size)
+            for batch in self.sampler.batches(epoch)[first if epoch == first_epoch else 0 :]:
+                yield epoch, self.sampler.shard(batch, self.group.rank, self.group.size)
 
-    def _awaited(self, loaded: Iterator[PackedBatch]) -> PackedBatch:
+    def _load(self, keys: Iterator[tuple[int, Indices]]) -> Iterator[PackedBatch]:
+        """Packed batches of (epoch, sample indices), in order, the same with any number of workers."""
+        workers, pin = self.config.num_dataset_workers, self.device.type == "cuda"
+        if not workers and not pin:
+            return map(self.batches.__getitems__, keys)  # a DataLoader would only add overhead
+        return iter(
+            DataLoader(
+                self.batches,
+                batch_sampler=keys,  # type: ignore[arg-type]
+                collate_fn=_identity,
+                num_workers=workers,
+                worker_init_fn=_ignore_signals if workers else None,
+                pin_memory=pin,
+                timeout=_WORKER_POLL_S if workers else 0,
+            )
+        )
+
+    def _next(self, loaded: Iterator[PackedBatch]) -> PackedBatch:
         """The next micro-batch; :class:`Interrupted` if a stop request comes first."""
         while not self.stops.requested():
             try:
                 return next(loaded)
             except RuntimeError as error:
-                if "timed out" not in str(error):  # the loader's word for "not yet"
+                if "timed out" not in str(error):  # raised by the loader; next may be called again
                     raise
         if self.config.num_dataset_workers:
-            self._processes.kill()
+            self._kill_workers()
         raise Interrupted
+
+    def _kill_workers(self) -> None:
+        """End the loader processes at once. They ignore SIGTERM, and DataLoader waits 5 s for each."""
+        # DataLoader's own handler would raise, in the middle of a save, that a process died
+        self._child_handler = signal.signal(signal.SIGCHLD, _ignore_child)
+        for child in multiprocessing.active_children():
+            if child.daemon:
+                child.kill()
+                child.join()
+
+
+def _identity(batch: Any) -> Any:
+    return batch
+
+
+def _ignore_child(number: int, frame: FrameType | None) -> None:
+    pass
+
+
+def _ignore_signals(_: int) -> None:
+    """Stop requests are for the training process, which must still read its last batches."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,9 +1,4 @@
-"""Stop requests: a signal or a stop file asks the run to save and end with "continue".
-
-What the processes of a training tell each other, host to host: no device ever waits for it.
-Sharding (FSDP2): the processes share out weights, gradients and the optimiser's state.
-Joins the processes of a training, through Accelerate, and refuses a group that is not one.
-"""
+"""The processes of a training: Accelerate, host-side collectives, FSDP sharding and stop requests."""
 
 from __future__ import annotations
 
@@ -33,8 +28,36 @@ from roma_core.trainer.config import TrainerConfig
 T = TypeVar("T")
 
 
+def init_accelerator(config: TrainerConfig) -> Accelerator:
+    """The Accelerator of this process, however it was launched: ``python``, ``accelerate``, ``torchrun``.
+
+    Raises:
+        RuntimeError: the processes do not form one group.
+        ValueError: the launcher is configured to shard the model.
+    """
+    # without cpu=True, several processes on a computer without GPU would each train on its own
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"the launcher selected {accelerator.distributed_type}, whose checkpoints cannot be resumed by "
+            f"another number of processes. Launch without it and set ROMA_TRAINER_SHARDING=fsdp; a RoMA "
+            f"of 100 M parameters fits any GPU without sharding"
+        )
+    n = accelerator.num_processes
+    if n != (launched := int(os.environ.get("WORLD_SIZE", "1"))):
+        raise RuntimeError(
+            f"the launcher started {launched} processes, but they formed groups of {n}; "
+            f"each would train on its own. Check the rendezvous address and the launcher's flags"
+        )
+    if threads := config.threads or (None if accelerator.device.type == "cuda" else 1):
+        torch.set_num_threads(threads)
+    return accelerator
+
+
 class HostGroup:
-    """The processes of one training.
+    """Collectives among the processes of one training, on the host: none waits for a device.
 
     Attributes:
         rank: of this process, from 0.
@@ -42,7 +65,7 @@ class HostGroup:
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
-        """Every process makes its own, at the same place of the program."""
+        """Every process of a group creates its own, at the same point of the program."""
         self.rank, self.size = rank, size
         self._group: Any = None
         if size > 1 and dist.get_backend() != "gloo":
@@ -53,7 +76,7 @@ class HostGroup:
         return self.rank == 0
 
     def sum(self, numbers: list[float]) -> list[float]:
-        """Sums over the processes, in float64, the same on all."""
+        """Sums over the processes, in float64, equal on all."""
         if self.size == 1:
             return [float(n) for n in numbers]
         sums = torch.tensor(numbers, dtype=torch.float64)
@@ -69,117 +92,87 @@ class HostGroup:
         return gathered
 
     @torch.no_grad()
-    def take_from_main(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite tensors with those of rank 0, which has the same."""
+    def broadcast_from_main(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors with those of rank 0, which passes the same ones."""
         for tensor in tensors if self.size > 1 else ():
             on_host = tensor.detach().cpu().contiguous()
             dist.broadcast(on_host, src=0, group=self._group)
             tensor.copy_(on_host)
 
-    def wait(self) -> None:
-        """Go on when every process has come here."""
+    def barrier(self) -> None:
+        """Wait until every process has called this."""
         self.gather(None)
 
 
-ALONE = HostGroup()
-"""A single process."""
-
+SINGLE_PROCESS = HostGroup()
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def sharded_twin(model: M, device: torch.device, ranks: HostGroup) -> M:
-    """A copy of a model with its weights shared out, block by block; every process calls it.
+def fsdp_copy(model: M, device: torch.device, group: HostGroup) -> M:
+    """A copy of a model with its weights sharded, block by block; every process calls it.
 
-    All start from the weights of rank 0. The model moves to the host's memory.
+    All start from the weights of rank 0. The model itself moves to host memory.
     """
     model.cpu()
-    ranks.take_from_main(model.state_dict().values())
-    twin = copy.deepcopy(model)
-    mesh = init_device_mesh(device.type, (ranks.size,))
-    for block in (part for part in twin.modules() if isinstance(part, Block)):
+    group.broadcast_from_main(model.state_dict().values())
+    sharded = copy.deepcopy(model)
+    mesh = init_device_mesh(device.type, (group.size,))
+    for block in (part for part in sharded.modules() if isinstance(part, Block)):
         fully_shard(block, mesh=mesh)
-    fully_shard(twin, mesh=mesh)
-    return twin
+    fully_shard(sharded, mesh=mesh)
+    return sharded
 
 
 @contextmanager
-def gradients_kept_back(twin: nn.Module) -> Iterator[None]:
-    """Backward passes inside the ``with`` block add up in each process; nothing is exchanged.
+def no_gradient_sync(sharded: nn.Module) -> Iterator[None]:
+    """Backward passes inside the ``with`` block accumulate in each process; nothing is exchanged.
 
     The weights stay gathered from one micro-batch to the next, so processes may have different
     numbers of them.
     """
-    assert isinstance(twin, FSDPModule)
-    _exchange(twin, False)
+    assert isinstance(sharded, FSDPModule)
+
+    def set_sync(enabled: bool) -> None:
+        sharded.set_requires_gradient_sync(enabled)
+        sharded.set_reshard_after_forward(enabled)
+        sharded.set_reshard_after_backward(enabled)
+
+    set_sync(False)
     try:
         yield
     finally:
-        _exchange(twin, True)
+        set_sync(True)
 
 
-def _exchange(twin: FSDPModule, happens: bool) -> None:
-    twin.set_requires_gradient_sync(happens)
-    twin.set_reshard_after_forward(happens)
-    twin.set_reshard_after_backward(happens)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; then every process must ask for it."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The full tensor of one that may be sharded; then every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def shared_out_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """This process's part of a whole tensor, as it holds ``parameter``; of one like no other, all."""
+def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """This process's shard of a full tensor, placed as ``parameter`` is; all of one of another shape."""
     tensor = tensor.to(parameter.device)
     if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
-        # every process has read the same file: nothing needs to be sent
+        # every process has read the same file: no communication is needed
         return distribute_tensor(
             tensor, parameter.device_mesh, parameter.placements, src_data_rank=None
         )
     return tensor
 
 
-def copies(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
-    """Whole copies of tensors on CPU, by name, each with memory of its own.
+def cpu_copies(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
+    """Full copies of tensors on CPU, by name, each with memory of its own.
 
-    Where ``keep`` is False the process only does its part for the others.
+    Where ``keep`` is False the process only takes part in the collectives.
     """
     kept = {}
     for name, tensor in named:
         if keep or isinstance(tensor, DTensor):
-            complete = whole(tensor.detach())
+            complete = full_tensor(tensor.detach())
             if keep:
                 kept[name] = complete.cpu().contiguous().clone()
     return kept
-
-
-def join(config: TrainerConfig) -> Accelerator:
-    """What stands for this process among those that ``python``, ``accelerate`` or ``torchrun`` started.
-
-    Raises:
-        RuntimeError: the processes do not form one group.
-        ValueError: the launcher was asked to shard the model.
-    """
-    # without cpu=True, several processes on a computer without GPU would each train alone
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision
-    )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ValueError(
-            f"{accelerator.distributed_type} was asked for at launch, which knows nothing of checkpoints "
-            f"that any number of processes can resume. Launch without it and set "
-            f"ROMA_TRAINER_SHARDING=full; a RoMA of 100 M parameters fits any GPU without"
-        )
-    n = accelerator.num_processes
-    if n != (launched := int(os.environ.get("WORLD_SIZE", "1"))):
-        raise RuntimeError(
-            f"the launcher started {launched} processes, but they formed groups of {n}; "
-            f"each would train alone. Check the rendezvous address and the launcher's flags"
-        )
-    if threads := config.threads or (None if accelerator.device.type == "cuda" else 1):
-        torch.set_num_threads(threads)
-    return accelerator
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -187,15 +180,16 @@ _POLL_S = 0.5
 
 
 class Interrupted(Exception):
-    """A stop request was seen in the middle of something that can be done again later."""
+    """A stop request arrived during work that can be repeated later."""
 
 
 class StopRequests:
-    """Notes requests of this process; ranks agree on them where they reduce the loss count.
+    """Requests to save and end with "continue": a signal to this process, or a stop file.
 
-    As a context manager it takes over SIGTERM, SIGINT and SIGUSR1, in the main thread only. A
-    second SIGINT interrupts at once. One inside another takes over what the outer one noted, so a
-    program can begin to listen before it imports what training needs.
+    The processes of a training agree on them where they sum the loss count. As a context manager it
+    handles SIGTERM, SIGINT and SIGUSR1, in the main thread only; a second SIGINT interrupts at once.
+    A nested one starts with the request that the outer one received, so a program can handle signals
+    before it imports what training needs.
     """
 
     _innermost: StopRequests | None = None
@@ -234,7 +228,7 @@ class StopRequests:
         self.reason = name
 
     def requested(self) -> bool:
-        """True once somebody asked; looks for the stop file at most twice a second."""
+        """True after a request; checks for the stop file at most twice a second."""
         if not self.reason and self.stop_file is not None:
             now = time.monotonic()
             if now - self._last_poll >= _POLL_S:

@@ -1,13 +1,11 @@
-"""An evaluation in the middle of a training: which metrics, of which weights.
-
-Evaluation on every process: each takes its share, the table is put together once.
-"""
+"""Evaluation on every process, each with a part of the data set; and when to stop early."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,21 +15,17 @@ from roma_core.model.packing import PackedBatch
 from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.trainer.config import TrainerConfig
-from roma_core.trainer.dataloader import Collate, MapStyle, load
-from roma_core.trainer.distributed import ALONE, HostGroup, Interrupted
-from roma_core.trainer.step import Learner
+from roma_core.trainer.dataloader import Collate, MapStyle
+from roma_core.trainer.distributed import SINGLE_PROCESS, HostGroup, Interrupted
+from roma_core.trainer.step import TrainStep
 
-KeepGoing = Callable[[], bool]
-"""Asked before every batch; False gives the evaluation up."""
-
-
-def to_the_end() -> bool:
-    return True
+ShouldStop = Callable[[], bool]
+"""Called before every batch; True aborts the evaluation."""
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a classifier said about a data set, in the order of its samples.
+    """Outputs of a classifier or regressor for a data set, in the order of its samples.
 
     n counts samples; for a head on every token their real tokens, sample after sample.
 
@@ -46,55 +40,38 @@ class Outputs:
     loss: float
 
 
-def _batches(
-    dataset: MapStyle, collate: Collate, batch_size: int, ranks: HostGroup
-) -> Iterator[PackedBatch]:
-    mine = np.arange(ranks.rank, len(dataset), ranks.size)
-    parts = np.array_split(mine, -(-len(mine) // batch_size)) if len(mine) else []
-    return load(dataset, [(0, part) for part in parts], collate, workers=0, pin=False)
-
-
-def _gather(value: Any, given_up: bool, ranks: HostGroup) -> list[Any]:
-    """The values of all processes, or :class:`Interrupted` on all if one has given up."""
-    gathered = ranks.gather((value, given_up))
-    if any(gave_up for _, gave_up in gathered):
-        raise Interrupted
-    return [value for value, _ in gathered]
-
-
 @torch.no_grad()
 def classify(
     model: RoMAForClassification,
     dataset: MapStyle,
     collate: Collate,
     batch_size: int,
-    ranks: HostGroup = ALONE,
-    keep_going: KeepGoing = to_the_end,
+    group: HostGroup = SINGLE_PROCESS,
+    should_stop: ShouldStop = lambda: False,
 ) -> Outputs:
-    """Run the classifier over a data set. Every process gets the whole table.
+    """Run a classifier over a data set. Every process gets the outputs of all samples.
 
     The model is the bare one, not its distributed wrapper: processes may have different numbers of
     batches.
 
     Raises:
-        Interrupted: on every process, if ``keep_going`` was False on one.
+        Interrupted: on every process, if ``should_stop`` returned True on one.
     """
     model.eval()
     device = model.projection.weight.device
-    rows = []
-    given_up = False
-    for batch in _batches(dataset, collate, batch_size, ranks):
-        if given_up := not keep_going():
-            break
+
+    def rows_of(batch: PackedBatch) -> tuple[Any, ...]:
         logits, loss = model(batch.to(device))
-        assert batch.indices is not None  # collate gave them
+        assert batch.indices is not None  # collate set them
         labels = None if batch.labels is None else batch.labels.numpy()
         total = float("nan") if loss is None else float(loss) * model.loss_count(batch)
         samples = batch.indices.numpy()
         if model.config.pools == "token":
             samples = samples.repeat(batch.segments.lengths)
-        rows.append((samples, logits.float().cpu().numpy(), labels, total))
-    table = [row for part in _gather(rows, given_up, ranks) for row in part]
+        return samples, logits.float().cpu().numpy(), labels, total
+
+    batches = _batches(dataset, collate, batch_size, group)
+    table = _on_every_process(rows_of, batches, group, should_stop)
     order = np.concatenate([r[0] for r in table]).argsort(kind="stable")
     labels = None if table[0][2] is None else np.concatenate([r[2] for r in table])[order]
     return Outputs(
@@ -110,89 +87,147 @@ def reconstruction_loss(
     dataset: MapStyle,
     collate: Collate,
     batch_size: int,
-    ranks: HostGroup = ALONE,
-    keep_going: KeepGoing = to_the_end,
+    group: HostGroup = SINGLE_PROCESS,
+    should_stop: ShouldStop = lambda: False,
 ) -> float:
     """Mean loss over all hidden tokens of a data set, with the masks of epoch 0.
 
     Raises:
-        Interrupted: on every process, if ``keep_going`` was False on one.
+        Interrupted: on every process, if ``should_stop`` returned True on one.
     """
     model.eval()
     device = model.projection.weight.device
-    total = count = 0.0
-    given_up = False
-    for batch in _batches(dataset, collate, batch_size, ranks):
-        if given_up := not keep_going():
-            break
+
+    def sum_of(batch: PackedBatch) -> tuple[float, float]:
         _, loss = model(batch.to(device))
-        if loss is not None:
-            total += float(loss) * model.loss_count(batch)
-            count += model.loss_count(batch)
-    sums = _gather((total, count), given_up, ranks)
-    return sum(s[0] for s in sums) / max(1.0, sum(s[1] for s in sums))
+        count = model.loss_count(batch)
+        return (0.0, 0.0) if loss is None else (float(loss) * count, count)
+
+    batches = _batches(dataset, collate, batch_size, group)
+    total = count = 0.0
+    for loss, n in _on_every_process(sum_of, batches, group, should_stop):
+        total += loss
+        count += n
+    return total / max(1.0, count)
+
+
+def _batches(
+    dataset: MapStyle, collate: Collate, batch_size: int, group: HostGroup
+) -> Iterator[PackedBatch]:
+    mine = np.arange(group.rank, len(dataset), group.size)
+    parts = np.array_split(mine, -(-len(mine) // batch_size)) if len(mine) else []
+    return (collate.batch(dataset, part) for part in parts)
+
+
+def _on_every_process(
+    compute: Callable[[PackedBatch], Any],
+    batches: Iterator[PackedBatch],
+    group: HostGroup,
+    should_stop: ShouldStop,
+) -> list[Any]:
+    """Results of all batches of all processes; :class:`Interrupted` on all if one should stop."""
+    results, stopped = [], False
+    for batch in batches:
+        if stopped := should_stop():
+            break
+        results.append(compute(batch))
+    gathered = group.gather((results, stopped))
+    if any(stopped for _, stopped in gathered):
+        raise Interrupted
+    return [result for results, _ in gathered for result in results]
 
 
 class Evaluator:
-    """Measures a learner on the test set, on all processes together."""
+    """Measures the model of a training on the test set, on all processes together."""
 
     def __init__(
         self,
         config: TrainerConfig,
-        learner: Learner,
+        train_step: TrainStep,
         dataset: MapStyle | None,
-        ranks: HostGroup,
-        keep_going: KeepGoing,
+        group: HostGroup,
+        should_stop: ShouldStop,
         callback: Callable[..., Any] | None,
     ) -> None:
-        """``keep_going`` is asked before every batch, ``callback`` for metrics of the caller's own."""
-        self.config, self.learner, self.ranks = config, learner, ranks
+        """``callback(model, train_loss, dataset)`` may return further metrics."""
+        self.config, self.train_step, self.group = config, train_step, group
         self.dataset = dataset if dataset is not None and len(dataset) else None
-        self.keep_going, self.callback = keep_going, callback
+        self.should_stop, self.callback = should_stop, callback
 
     def measure(self, train_loss: float) -> dict[str, float]:
         """``eval/…`` metrics, the same on every process; none without a test set.
 
         Raises:
             Interrupted: a stop request ended it.
-            ValueError: what ``best_metric`` names was not measured.
+            ValueError: ``best_metric`` is not among them.
         """
         if self.dataset is None:
             return {}
-        with self.learner.judged() as model:
+        with self.train_step.evaluation_model() as model:
             metrics = self._metrics_of(model, self.dataset)
             if self.callback is not None:
                 extra = self.callback(model, train_loss, self.dataset) or {}
                 metrics |= {f"eval/{name}": float(value) for name, value in extra.items()}
-        metrics = self.ranks.gather(metrics)[
-            0
-        ]  # a callback may differ; all act on the same numbers
+        metrics = self.group.gather(metrics)[0]  # a callback's may differ between processes
         if self.config.best_metric not in metrics:
-            raise ValueError(no_such_metric(self.config.best_metric, sorted(metrics)))
+            raise ValueError(unknown_metric(self.config.best_metric, sorted(metrics)))
         return metrics
 
     def _metrics_of(
         self, model: RoMAForPreTraining | RoMAForClassification, dataset: MapStyle
     ) -> dict[str, float]:
-        arguments = (
-            dataset,
-            Collate(model.config, self.config.random_seed),
-            self.config.batch_size,
-            self.ranks,
-            self.keep_going,
-        )
+        collate = Collate(model.config, self.config.random_seed)
+        arguments = (dataset, collate, self.config.batch_size, self.group, self.should_stop)
         if isinstance(model, RoMAForPreTraining):
             return {"eval/loss": reconstruction_loss(model, *arguments)}
         outputs = classify(model, *arguments)
         metrics = {"eval/loss": outputs.loss}
         if outputs.labels is not None and outputs.labels.ndim == 1:
-            right = outputs.logits.argmax(1) == outputs.labels
-            metrics["eval/accuracy"] = float(right.mean())
+            is_right = outputs.logits.argmax(1) == outputs.labels
+            metrics["eval/accuracy"] = float(is_right.mean())
         return metrics
 
 
-def no_such_metric(wanted: str, given: list[str]) -> str:
+def unknown_metric(name: str, known: list[str]) -> str:
     return (
-        f"best_metric is {wanted}, but an evaluation of this model gives {', '.join(given)}; name one "
-        f"of these, or give it in the evaluate callback"
+        f"best_metric is {name}, but an evaluation of this model gives {', '.join(known)}; use one of "
+        f"these, or return it from the evaluate callback"
     )
+
+
+@dataclass
+class EarlyStopping:
+    """Tracks the best value of a metric, and when to stop waiting for a better one.
+
+    Attributes:
+        mode: whether a small (``min``) or a large (``max``) value is better.
+        min_delta: smallest change that counts as an improvement.
+        patience: evaluations in a row without improvement after which to stop; None never stops.
+        best: None before the first evaluation.
+        evaluations_since_best: evaluations after ``best``.
+    """
+
+    mode: Literal["min", "max"]
+    min_delta: float = 0.0
+    patience: int | None = None
+    best: float | None = None
+    evaluations_since_best: int = 0
+
+    def update(self, value: float) -> bool:
+        """Add an evaluation; True if it is the best so far, which a non-finite value never is."""
+        if self._is_better(value):
+            self.best, self.evaluations_since_best = value, 0
+            return True
+        self.evaluations_since_best += 1
+        return False
+
+    @property
+    def should_stop(self) -> bool:
+        return self.patience is not None and self.evaluations_since_best >= self.patience
+
+    def _is_better(self, value: float) -> bool:
+        if not math.isfinite(value) or self.best is None:
+            return math.isfinite(value)
+        if self.mode == "min":
+            return value < self.best - self.min_delta
+        return value > self.best + self.min_delta

@@ -1,7 +1,6 @@
 """Pretraining and finetuning as a job: ``config.json`` in, weights and metrics out.
 
-Whether targets are of a size that a model can learn. Imports no torch.
-The frozen configuration of a training job, ``config.json``. Imports no torch.
+Imports torch only to train.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from roma_core.data.schema import Manifest
 from roma_core.data.store import StoredDataset
@@ -25,60 +24,40 @@ from roma_core.model.config import (
 )
 from roma_core.run_job import Work
 from roma_core.schema import DataSchema
+from roma_core.settings import Frozen
 from roma_core.trainer.config import TrainerConfig
 
 if TYPE_CHECKING:
     from roma_core.model.prediction import RoMAForClassification
     from roma_core.model.pretraining import RoMAForPreTraining
 
-_FAR = 30.0  # times larger or smaller than 1
-_MOST_SERIES = 2_000  # looked at, evenly spaced among more
-
-
-def far_targets(dataset: Path) -> list[str]:
-    """A sentence for each target of the train split that is far from unit size, with what to do."""
-    stored = StoredDataset(dataset, verify=False)
-    train = stored.split("train").indices
-    if not len(train):
-        return []
-    chosen = train[:: -(-len(train) // _MOST_SERIES)]
-    found = [targets for i in chosen if (targets := stored.targets(int(i))) is not None]
-    targets = np.concatenate(found).astype(np.float64)  # (T, K)
-    sentences = []
-    for target, mean, std in zip(
-        stored.schema.targets, targets.mean(axis=0), targets.std(axis=0), strict=True
-    ):
-        is_small = 0 < std < 1 / _FAR  # one that never changes is small in no sense
-        if abs(mean) > _FAR or std > _FAR or is_small:
-            sentences.append(
-                f"target {target.name!r} has mean {mean:.4g} and standard deviation {std:.4g} in train, "
-                f"and is learnt as it is, which trains badly so far from 0 and 1: let its source give "
-                f"(x - {mean:.4g}) / {std or 1:.4g} instead, and build the data set again"
-            )
-    return sentences
+MODEL_OUTPUT = "outputs/model"
+"""Folder of the trained weights, relative to the job folder."""
+_MAX_SCALE = 30.0  # times larger or smaller than 1
+_MAX_SERIES = 2_000  # read for the check of the scale, evenly spaced among more
 
 
 def data_fields(schema: DataSchema) -> dict[str, Any]:
-    """What the data decide of a model: channels, axes, and tokens of one observation."""
+    """Fields of a model that the data determine: channels, axes, and tokens of one observation."""
     return {
         "tubelet_size": [1, 1, 1],
         "n_channels": len(schema.channels),
         "n_pos_dims": len(schema.axes),
-        "position_axes": [],  # the data set applies its own
+        "position_axes": [],  # the data set applies its axes itself
     }
 
 
-class TrainingJobConfig(BaseModel):
-    """One training: on which data, of which model, from which weights, and how."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class TrainingJobConfig(Frozen):
+    """The frozen configuration of a training job: data, model, initial weights and trainer."""
 
     schema_version: Literal[1] = 1
     task: Literal["pretrain", "finetune"]
     dataset: str = Field(description="Folder of the data set.")
-    dataset_digest: str = Field(description="Its version; another one under this path is refused.")
+    dataset_digest: str = Field(
+        description="Its version; the job fails if another one is at this path."
+    )
     weights: str | None = Field(
-        None, description="Folder of the weights to start from; None starts new."
+        None, description="Folder of the weights to start from; None: new weights."
     )
     model: dict[str, Any] = Field(description="Every field of the model's configuration.")
     trainer: dict[str, Any] = Field(description="Every field of the trainer's configuration.")
@@ -86,8 +65,8 @@ class TrainingJobConfig(BaseModel):
         1.0,
         gt=0,
         le=1,
-        description="Share of the training series that are used, of every class alike: what labels "
-        "are worth.",
+        description="Fraction of the training series of every class to use, to measure what more "
+        "labels are worth.",
     )
 
     @classmethod
@@ -99,14 +78,14 @@ class TrainingJobConfig(BaseModel):
         trainer: TrainerConfig,
         train_fraction: float = 1.0,
     ) -> Self:
-        """Pretraining from new weights; ``model`` holds the fields that the data do not decide."""
+        """Pretraining from new weights; ``model`` holds the fields that the data do not determine."""
         config = RoMAForPreTrainingConfig(**model | data_fields(manifest.data_schema))
         return cls(
             task="pretrain",
             dataset=str(dataset),
             dataset_digest=manifest.digest,
             model=config.model_dump(mode="json"),
-            trainer=_portable(trainer),
+            trainer=_trainer_fields(trainer),
             train_fraction=train_fraction,
         )
 
@@ -120,24 +99,24 @@ class TrainingJobConfig(BaseModel):
         trainer: TrainerConfig,
         train_fraction: float = 1.0,
     ) -> Self:
-        """Finetuning of a classifier, from pretrained weights or, with None, from new ones.
+        """Finetuning of a classifier or regressor, from pretrained weights or, with None, from new ones.
 
-        Warns of a regression's targets that are far from unit size.
+        Warns if a regression's targets are far from unit scale.
 
         Raises:
-            ValueError: the data set does not know what the model is to tell.
+            ValueError: the data set does not have the classes or targets that the model predicts.
         """
         schema = manifest.data_schema
         document = None if weights is None else read_json(weights / "model_config.json")
-        told = schema.targets if _regresses(model, document) else schema.classes
-        wishes = {"dim_output": len(told) or None, **model} | data_fields(schema)
+        outputs = schema.targets if _is_regression(model, document) else schema.classes
+        fields = {"dim_output": len(outputs) or None, **model} | data_fields(schema)
         if document is None or weights is None:
-            config = RoMAForClassificationConfig(**wishes)
+            config = RoMAForClassificationConfig(**fields)
         else:
-            config = classifier_config(document, wishes, weights)
-        _refuse_what_the_data_do_not_know(config, manifest)
+            config = classifier_config(document, fields, weights)
+        _check_outputs(config, manifest)
         if config.problem_type == "regression":
-            for sentence in far_targets(dataset):
+            for sentence in unscaled_targets(dataset):
                 warnings.warn(sentence, stacklevel=2)
         return cls(
             task="finetune",
@@ -145,77 +124,91 @@ class TrainingJobConfig(BaseModel):
             dataset_digest=manifest.digest,
             weights=None if weights is None else str(weights),
             model=config.model_dump(mode="json"),
-            trainer=_portable(trainer),
+            trainer=_trainer_fields(trainer),
             train_fraction=train_fraction,
         )
 
     def completed(self) -> Self:
-        """The same with the settings that have come into being since, at what they were before."""
+        """The same with the settings added since it was written, at their defaults."""
         model = RoMAForPreTrainingConfig if self.task == "pretrain" else RoMAForClassificationConfig
         return self.model_copy(
             update={
                 "model": model.from_values(self.model).model_dump(mode="json"),
-                "trainer": _portable(TrainerConfig.from_values(self.trainer)),
+                "trainer": _trainer_fields(TrainerConfig.from_values(self.trainer)),
             }
         )
 
 
-def _regresses(model: dict[str, Any], document: dict[str, Any] | None) -> bool:
-    """Whether a model is to tell numbers: as wished, as its head's weights do, or by the environment."""
+def _is_regression(model: dict[str, Any], document: dict[str, Any] | None) -> bool:
+    """``problem_type`` of the given fields, else of the head's weights, else of the environment."""
     if "problem_type" in model:
         found = model["problem_type"]
     elif document is None or is_pretraining(document):  # a new head
         found = RoMAForClassificationConfig().problem_type
-    else:  # published heads do not say, and tell classes
+    else:  # published heads have no such field, and are classifiers
         found = document.get("problem_type", "classification")
     return bool(found == "regression")
 
 
-def _refuse_what_the_data_do_not_know(
-    config: RoMAForClassificationConfig, manifest: Manifest
-) -> None:
-    """A data set knows the class of a series, and the targets of an observation."""
-    if config.problem_type == "regression" and not manifest.data_schema.targets:
+def _check_outputs(config: RoMAForClassificationConfig, manifest: Manifest) -> None:
+    """Raises ValueError unless the data have classes of series, or targets of observations, to learn."""
+    schema, is_regression = manifest.data_schema, config.problem_type == "regression"
+    if is_regression and not schema.targets:
         raise ValueError(
             f"problem_type=regression needs targets, and the data set {manifest.name} has none; name "
             f"their columns in `targets` of its source and build it again"
         )
-    if config.problem_type == "regression" and config.pools != "token":
+    if is_regression and config.pools != "token":
         raise ValueError(
-            f"targets belong to observations, and pooling={config.pools} tells one output a series; "
+            f"targets belong to observations, but pooling={config.pools} predicts one output per series; "
             f"set pooling=token"
         )
     if config.problem_type == "classification" and config.pools == "token":
         raise ValueError(
-            "classes belong to series, and pooling=token tells an output for every observation; set "
+            "classes belong to series, but pooling=token predicts an output for every observation; set "
             "problem_type=regression to learn the targets of a data set, or leave pooling out"
         )
-    if config.problem_type == "classification" and not manifest.data_schema.classes:
-        instead = (
-            "; set pooling=token and problem_type=regression to learn its targets"
-            if manifest.data_schema.targets
-            else ""
-        )
+    if config.problem_type == "classification" and not schema.classes:
+        instead = "set pooling=token and problem_type=regression to learn its targets"
         raise ValueError(
             f"a classifier needs classes, and the data set {manifest.name} has none: name the column of "
-            f"the class in its source and build it again{instead}"
+            f"the class in its source and build it again{f'; {instead}' if schema.targets else ''}"
         )
 
 
-def _portable(trainer: TrainerConfig) -> dict[str, Any]:
-    """The fields of the trainer, but for the folder, which is the job's own."""
+def unscaled_targets(dataset: Path) -> list[str]:
+    """A warning for each target of the train split whose mean or spread is far from unit scale."""
+    stored = StoredDataset(dataset, verify=False)
+    train = stored.split("train").indices
+    if not len(train):
+        return []
+    chosen = train[:: -(-len(train) // _MAX_SERIES)]
+    found = [targets for i in chosen if (targets := stored.targets(int(i))) is not None]
+    targets = np.concatenate(found).astype(np.float64)  # (T, K)
+    sentences = []
+    for target, mean, std in zip(
+        stored.schema.targets, targets.mean(axis=0), targets.std(axis=0), strict=True
+    ):
+        is_small = 0 < std < 1 / _MAX_SCALE  # a constant target is not small
+        if abs(mean) > _MAX_SCALE or std > _MAX_SCALE or is_small:
+            sentences.append(
+                f"target {target.name!r} has mean {mean:.4g} and standard deviation {std:.4g} in train. "
+                f"Targets are not normalised, and training works poorly this far from 0 and 1: let the "
+                f"source provide (x - {mean:.4g}) / {std or 1:.4g}, and build the data set again"
+            )
+    return sentences
+
+
+def _trainer_fields(trainer: TrainerConfig) -> dict[str, Any]:
+    """The fields of the trainer, without the checkpoint folder, which is the job's own."""
     return trainer.model_dump(mode="json", exclude={"checkpoint_dir"})
-
-
-MODEL_OUTPUT = "outputs/model"
-"""Where the trained weights go, relative to the job folder."""
 
 
 def open_dataset(path: str, digest: str, *, verify: bool) -> StoredDataset:
     """The data set a job was planned for.
 
     Raises:
-        ValueError: another version lies there now.
+        ValueError: there is another version at ``path`` now.
     """
     dataset = StoredDataset(path, verify=verify)
     if dataset.manifest.digest != digest:

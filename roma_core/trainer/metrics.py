@@ -1,7 +1,4 @@
-"""What is counted between two records of ``metrics.jsonl``.
-
-``metrics.jsonl``: every metric of a run, once, in the order of its steps.
-"""
+"""``metrics.jsonl``, which holds every metric of a run once, and the numbers that are written to it."""
 
 from __future__ import annotations
 
@@ -12,30 +9,33 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Record = dict[str, Any]
-"""One line of the file."""
+"""One line of the file: ``step``, ``epoch``, ``time`` and ``metrics`` by name."""
 
 WALL_CLOCK = frozenset(
     {"train/tokens_per_s", "train/data_wait_fraction", "train/memory_mb", "train/eta_s"}
 )
-"""Metrics that tell of the computer, not of the training; all others are the same in every repetition."""
+"""Metrics that measure the computer; all others are the same in every repetition of a run."""
 
 
 class MetricsLog:
-    """Appends records; rank 0 alone has one."""
+    """Appends records in the order of steps; only rank 0 has one."""
 
     def __init__(self, path: Path, offset: int = 0) -> None:
-        """Open ``path`` and cut it at byte ``offset``, where its checkpoint ends."""
+        """Open ``path`` and truncate it at byte ``offset``, where its checkpoint ends."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         if path.stat().st_size < offset:
             raise ValueError(
-                f"{path} has {path.stat().st_size} bytes, the checkpoint counts on {offset}; "
-                f"it was cut by hand: restore it, or remove the run's folder to start again"
+                f"{path} has {path.stat().st_size} bytes, but the checkpoint refers to {offset}; "
+                f"it was truncated: restore it, or remove the run's folder to start again"
             )
         self.path = path
         self._file = path.open("r+b")
@@ -60,7 +60,7 @@ class MetricsLog:
         return self._file.tell()
 
     def sync(self) -> None:
-        """Make what was written safe on disk, so that a checkpoint may count on it."""
+        """Sync what was written to disk, so that a checkpoint may refer to it."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -70,7 +70,7 @@ class MetricsLog:
 def read_records(
     path: Path, start: int = 0, end: int | None = None
 ) -> Iterator[tuple[int, Record]]:
-    """(offset after it, record) of every whole line between two byte offsets."""
+    """(offset after it, record) of every complete line between two byte offsets."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -82,36 +82,50 @@ def read_records(
             yield start, json.loads(line)
 
 
-class ThroughputMeter:
-    """The steps since the last record.
+class DeferredScalars:
+    """Loss and gradient norm of steps, still on the device: reading each would wait for it."""
 
-    Losses are summed step by step in float64, so that a run which was cut in the middle of a window
-    and goes on from a checkpoint records the same number.
+    def __init__(self) -> None:
+        self._steps: list[tuple[int, Tensor, Tensor]] = []
+
+    def add(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        self._steps.append((step, loss, norm))
+
+    def read(self) -> list[tuple[int, float, float]]:
+        """(step, loss, norm) of every step since the last call, in one wait for the device."""
+        if not self._steps:
+            return []
+        import torch
+
+        steps, losses, norms = zip(*self._steps, strict=True)
+        self._steps = []
+        numbers = torch.stack([torch.stack(losses), torch.stack(norms).double()]).tolist()
+        return list(zip(steps, *numbers, strict=True))
+
+
+class ThroughputMeter:
+    """Loss and cost of the steps since the last record.
+
+    Losses are summed step by step in float64, so that a run that resumes between two records writes
+    the same number as an uninterrupted one.
 
     Attributes:
         steps, loss: number of steps and the sum of their losses, over all processes.
-        seconds: spent on training, without evaluation.
-        waited_s: of them, waiting for data.
-        tokens: real tokens of the steps in ``seconds``.
+        tokens: real tokens of these steps.
     """
 
     def __init__(self, steps: int = 0, loss: float = 0.0) -> None:
-        self.steps, self.loss = steps, loss
-        self.waited_s = self.tokens = 0.0
-        self._paused_s = 0.0
+        self.steps, self.loss, self.tokens = steps, loss, 0.0
+        self._waited_s = self._paused_s = 0.0
         self._started = time.monotonic()
 
     def add(self, loss: float) -> None:
         self.steps += 1
         self.loss += loss
 
-    @property
-    def seconds(self) -> float:
-        return max(1e-9, time.monotonic() - self._started - self._paused_s)
-
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in the ``with`` block is not training."""
+        """Time in the ``with`` block does not count as training."""
         started = time.monotonic()
         try:
             yield
@@ -120,25 +134,25 @@ class ThroughputMeter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time in the ``with`` block is waiting for data."""
+        """Time in the ``with`` block counts as waiting for data."""
         started = time.monotonic()
         try:
             yield
         finally:
-            self.waited_s += time.monotonic() - started
+            self._waited_s += time.monotonic() - started
 
     def metrics(self) -> dict[str, float]:
-        """The mean loss, and what the steps cost."""
+        seconds = max(1e-9, time.monotonic() - self._started - self._paused_s)
         return {
             "train/loss": self.loss / self.steps,
-            "train/tokens_per_s": self.tokens / self.seconds,
-            "train/data_wait_fraction": self.waited_s / self.seconds,
+            "train/tokens_per_s": self.tokens / seconds,
+            "train/data_wait_fraction": self._waited_s / seconds,
             "train/memory_mb": memory_mb(),
         }
 
 
 def memory_mb() -> float:
-    """Most device memory held so far, in MiB; without a GPU, what this process holds now."""
+    """Peak GPU memory allocated so far, in MiB; without a GPU, the resident memory of this process."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,8 +1,4 @@
-"""Exponential moving average of the weights; evaluation and the final model use it.
-
-Learning rate as a pure function of the step.
-Optimiser with weight decay on matrices only, and its state by parameter name.
-"""
+"""Optimiser, learning-rate schedule, and exponential moving average (EMA) of the weights."""
 
 from __future__ import annotations
 
@@ -16,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from roma_core.trainer.config import TrainerConfig
-from roma_core.trainer.distributed import shared_out_like
+from roma_core.trainer.distributed import shard_like
 
 
 def learning_rate_factor(schedule: str, step: int, total_steps: int, warmup_steps: int) -> float:
-    """Share of the peak rate in step ``step`` (0 is the first): linear warm-up, then the schedule.
+    """Fraction of the peak rate in step ``step`` (0 is the first): linear warm-up, then the schedule.
 
-    The first step already moves: the factor rises from 1/w to 1 over the w warm-up steps. ``cosine``
+    The factor rises from 1/w to 1 over the w warm-up steps. ``cosine``
     and ``linear`` then fall to 0 one step after the last.
     """
     warmup_steps = min(warmup_steps, total_steps)
@@ -44,9 +40,9 @@ NamedParameters = list[tuple[str, nn.Parameter]]
 def make_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]], config: TrainerConfig
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD, fused; norms, biases, CLS and mask vectors do not decay.
+    """AdamW or SGD, fused; norms, biases, CLS and mask vectors have no weight decay.
 
-    Every group has an ``lr_scale``, its share of the learning rate.
+    Every group has an ``lr_scale``, its factor of the learning rate.
     """
     named = [(n, p) for n, p in parameters if p.requires_grad]
     scales = layer_scales([name for name, _ in named], config.layer_lr_decay or 1.0)
@@ -59,7 +55,7 @@ def make_optimizer(
     ]
     arguments = {"lr": config.base_lr, **config.optimizer_args}
     if config.optimizer == "sgd":
-        # the fused kernel knows no shards
+        # the fused kernel does not support shards
         return torch.optim.SGD(groups, **{"fused": config.sharding == "none", **arguments})
     if "betas" in arguments:
         arguments["betas"] = tuple(arguments["betas"])
@@ -67,15 +63,14 @@ def make_optimizer(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group its share of ``lr``."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
 def layer_scales(names: list[str], decay: float) -> dict[str, float]:
-    """Share of the learning rate of each parameter: the nearer to the input, the smaller.
+    """Factor of the learning rate of each parameter: the nearer to the input, the smaller.
 
-    What comes after the encoder has 1, the encoder's last block ``decay``, the one before it
+    Parameters after the encoder have 1, the encoder's last block ``decay``, the one before it
     ``decay²``, and the embedding of the input one power more than the first block.
     """
     layers = {name: re.match(r"encoder\.layers\.(\d+)\.", name) for name in names}
@@ -90,7 +85,7 @@ def layer_scales(names: list[str], decay: float) -> dict[str, float]:
 
 
 def freeze_all_but_head(model: nn.Module) -> None:
-    """A linear probe: only the head's parameters get a gradient."""
+    """Linear probe: only the head's parameters get a gradient."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("head."))
 
@@ -98,7 +93,7 @@ def freeze_all_but_head(model: nn.Module) -> None:
 def optimizer_state(
     optimizer: torch.optim.Optimizer, named: NamedParameters
 ) -> Iterator[tuple[str, Tensor]]:
-    """State tensors as ``<parameter>/<what>``, e.g. ``projection.weight/exp_avg``, as they lie."""
+    """State tensors as ``<parameter>/<what>``, e.g. ``projection.weight/exp_avg``, not copied."""
     for name, parameter in named:
         for what, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
@@ -108,7 +103,7 @@ def optimizer_state(
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, named: NamedParameters, tensors: dict[str, Tensor]
 ) -> None:
-    """Put back whole tensors with the names that :func:`optimizer_state` gave them.
+    """Load full tensors named as by :func:`optimizer_state`.
 
     Raises:
         ValueError: the tensors are those of other parameters.
@@ -120,44 +115,44 @@ def load_optimizer_state(
     known = {name for name, p in named if p.requires_grad}
     if by_name and set(by_name) != known:
         raise ValueError(
-            f"the checkpoint's optimiser state does not fit the model: it lacks {sorted(known - set(by_name))} "
-            f"and has {sorted(set(by_name) - known)} besides"
+            f"the checkpoint's optimiser state does not match the model: it lacks {sorted(known - set(by_name))} "
+            f"and has unknown {sorted(set(by_name) - known)}"
         )
     for name, parameter in named:
         if name in by_name:
-            # fused kernels want the step count beside the parameter
+            # fused kernels need the step count on the parameter's device
             optimizer.state[parameter] = {
-                what: shared_out_like(tensor, parameter).clone()
+                what: shard_like(tensor, parameter).clone()
                 for what, tensor in by_name[name].items()
             }
 
 
 class EMA:
-    """The average of a model's weights over its steps.
+    """Exponential moving average of a model's weights.
 
     Attributes:
         tensors: by parameter name, on the model's device, sharded as its parameters are.
     """
 
     def __init__(self, model: nn.Module, decay: float, start: dict[str, Tensor] | None) -> None:
-        """``start`` is the average of a checkpoint; None begins with the present weights."""
+        """``start`` is the average of a checkpoint; None starts from the current weights."""
         self.model, self.decay = model, decay
         self.tensors = {
-            name: shared_out_like(start[name], parameter).clone()
+            name: shard_like(start[name], parameter).clone()
             if start
             else parameter.detach().clone()
             for name, parameter in model.named_parameters()
         }
 
     def update(self, step: int) -> None:
-        """Take in the weights of a step; early steps count more, so that the start is forgotten."""
+        """Include the weights after a step; early steps weigh more, so that the start is forgotten."""
         decay = min(self.decay, (1 + step) / (10 + step))
         current = [parameter.data for parameter in self.model.parameters()]
         torch._foreach_lerp_(list(self.tensors.values()), current, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model has the averaged weights inside the ``with`` block, its own after it."""
+        """Inside the ``with`` block the model has the averaged weights, after it its own."""
         own = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.model.load_state_dict(self.tensors)
         try:

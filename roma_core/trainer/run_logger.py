@@ -1,10 +1,4 @@
-"""What a run tells: ``metrics.jsonl``, the trackers that follow it, and people.
-
-Every process has a :class:`Report`, so that the loop need not ask which one it is; only the main
-process's says anything.
-
-Telling people how far a run is: a bar on a terminal, lines in a log, messages to Dagster.
-"""
+"""Where the metrics and messages of a run go: ``metrics.jsonl``, trackers, terminal and Dagster."""
 
 from __future__ import annotations
 
@@ -19,14 +13,14 @@ from tqdm import tqdm
 
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.metrics import MetricsLog
-from roma_core.trainer.trackers import Followers
+from roma_core.trainer.trackers import Trackers
 
-_LINE_EVERY_S = 5.0
-_MESSAGE_EVERY_S = 1.0
+_LINE_INTERVAL_S = 5.0
+_MESSAGE_INTERVAL_S = 1.0
 
 
 class Progress:
-    """Progress of one run; use it as a context manager."""
+    """A bar on a terminal, lines in a log, messages to Dagster. Use it as a context manager."""
 
     def __init__(self, what: str, total_steps: int, first_step: int) -> None:
         self.what, self.total_steps, self.first_step = what, total_steps, first_step
@@ -48,37 +42,37 @@ class Progress:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        # a stopped or failed attempt must not report "closed" with its exception: the next one goes on
+        # a stopped attempt must not report "closed" with its exception: the next one continues the run
         self._stack.close()
 
     def say(self, text: str) -> None:
-        """One line for people, in the log and in Dagster's."""
+        """Print one line, and send it to Dagster's log."""
         tqdm.write(f"{self.what}: {text}", file=sys.stdout)
         sys.stdout.flush()
         if self._pipes is not None:
             self._pipes.log.info(f"{self.what}: {text}")
 
     def eta_s(self, step: int) -> float:
-        """Seconds that are left, if it goes on as so far; infinite before the first step."""
+        """Seconds left at the speed so far; infinite before the first step."""
         speed = (step - self.first_step) / max(time.monotonic() - self._start, 1e-9)
         return (self.total_steps - step) / speed if speed else float("inf")
 
     def update(self, step: int, metrics: dict[str, float], *, force: bool = False) -> None:
-        """Show a finished step; ``metrics`` are the newest ones, by name."""
+        """Show a finished step and the newest ``metrics``; without ``force`` at most every second."""
         now = time.monotonic()
         eta_s = self.eta_s(step)
         metrics = {name: value for name, value in metrics.items() if name != "train/eta_s"}
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix({k: f"{v:.4g}" for k, v in metrics.items() if "loss" in k})
-        elif force or now - self._last_line >= _LINE_EVERY_S:
+        elif force or now - self._last_line >= _LINE_INTERVAL_S:
             self._last_line = now
-            shown = "  ".join(f"{k} {as_people_read(v)}" for k, v in metrics.items())
+            shown = "  ".join(f"{k} {format_number(v)}" for k, v in metrics.items())
             print(
                 f"{self.what}: step {step}/{self.total_steps}  {shown}  ETA {eta_s:.0f} s",
                 flush=True,
             )
-        if self._pipes is not None and (force or now - self._last_message >= _MESSAGE_EVERY_S):
+        if self._pipes is not None and (force or now - self._last_message >= _MESSAGE_INTERVAL_S):
             self._last_message = now
             self._pipes.report_custom_message(
                 {
@@ -92,16 +86,18 @@ class Progress:
             )
 
 
-def as_people_read(number: float) -> str:
-    """Four digits, but thousands whole: 12,120 and not 1.212e+04."""
+def format_number(number: float) -> str:
+    """Four digits, but thousands in full: 12,120 and not 1.212e+04."""
     return f"{number:,.0f}" if 1000 <= abs(number) < 1e12 else f"{number:.4g}"
 
 
 class RunLogger:
-    """The voice of one run; use it as a context manager.
+    """Logs the metrics of one run; a context manager.
+
+    Every process has one, so that the loop need not distinguish; only the main process's logs.
 
     Attributes:
-        shown: the newest value of every metric.
+        latest: the newest value of every metric.
     """
 
     def __init__(
@@ -114,7 +110,7 @@ class RunLogger:
         batches_per_epoch: int,
         first_step: int,
         offset: int,
-        speaks: bool,
+        is_main: bool,
     ) -> None:
         """
         Args:
@@ -122,25 +118,24 @@ class RunLogger:
             folder: of the run.
             first_step: finished steps at the start.
             offset: bytes of ``metrics.jsonl`` that belong to them.
-            speaks: whether this is the main process.
         """
-        self.what, self.folder, self.config, self.offset = what, folder, config, offset
+        self.what, self.folder, self.config, self.first_offset = what, folder, config, offset
         self.total_steps, self.first_step = total_steps, first_step
-        self.batches_per_epoch, self.speaks = batches_per_epoch, speaks
-        self.shown: dict[str, float] = {}
+        self.batches_per_epoch, self.is_main = batches_per_epoch, is_main
+        self.latest: dict[str, float] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> RunLogger:
-        if not self.speaks:
+        if not self.is_main:
             return self
         with ExitStack() as stack:
-            self.log = MetricsLog(self.folder / "metrics.jsonl", self.offset)
-            stack.callback(self.log.close)
-            self.followers = Followers.of_environment(self.folder, self.config)
-            stack.callback(self.followers.close)
-            self.progress = Progress(self.what, self.total_steps, self.first_step)
-            stack.enter_context(self.progress)
-            self.followers.start(self.offset)
+            self._log = MetricsLog(self.folder / "metrics.jsonl", self.first_offset)
+            stack.callback(self._log.close)
+            self._trackers = Trackers.from_environment(self.folder, self.config)
+            stack.callback(self._trackers.close)
+            self._progress = Progress(self.what, self.total_steps, self.first_step)
+            stack.enter_context(self._progress)
+            self._trackers.start(self.first_offset)
             self._stack = stack.pop_all()
         return self
 
@@ -148,27 +143,37 @@ class RunLogger:
         self._stack.close()
 
     def say(self, text: str) -> None:
-        """One line for people."""
-        if self.speaks:
-            self.progress.say(text)
+        """Print one line."""
+        if self.is_main:
+            self._progress.say(text)
 
-    def record(self, step: int, metrics: dict[str, float]) -> None:
-        """Append the metrics of a step."""
-        if self.speaks:
-            self.shown |= metrics
-            self.log.append(step, step / self.batches_per_epoch, metrics)
-
-    def record_training(self, step: int, metrics: dict[str, float]) -> None:
-        """Append what training cost and gave, with where it is and how long it has to go."""
-        if self.speaks:
-            place = {
+    def log_training(self, step: int, metrics: dict[str, float]) -> None:
+        """Record training metrics, with epoch and remaining time."""
+        if self.is_main:
+            position = {
                 "train/epoch": step / self.batches_per_epoch,
-                "train/eta_s": self.progress.eta_s(step),
+                "train/eta_s": self._progress.eta_s(step),
             }
-            self.record(step, metrics | place)
-            self.show(step, force=step == self.total_steps)
+            self._log_metrics(step, metrics | position, force=step == self.total_steps)
 
-    def show(self, step: int, *, force: bool) -> None:
-        """Let people see how far the run is; without ``force`` only now and then."""
-        if self.speaks:
-            self.progress.update(step, self.shown, force=force)
+    def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Record and show the metrics of an evaluation."""
+        if self.is_main:
+            self._log_metrics(step, metrics, force=True)
+
+    def _log_metrics(self, step: int, metrics: dict[str, float], *, force: bool) -> None:
+        self.latest |= metrics
+        self._log.append(step, step / self.batches_per_epoch, metrics)
+        self._progress.update(step, self.latest, force=force)
+
+    @property
+    def offset(self) -> int:
+        """Bytes of ``metrics.jsonl`` so far; main process only, as the next two."""
+        return self._log.offset
+
+    def sync(self) -> None:
+        self._log.sync()
+
+    def committed(self, offset: int) -> None:
+        """A checkpoint now covers the first ``offset`` bytes of ``metrics.jsonl``: trackers get them."""
+        self._trackers.committed(offset)

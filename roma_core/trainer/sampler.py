@@ -1,14 +1,13 @@
 """The order of samples: a list of global batches per epoch, a pure function of its inputs.
 
 Processes and micro-batches only slice a global batch, so any number of them sees the same samples
-in the same steps, and a position in a run is one number: the step. ``EpochPlan`` makes batches of
-equally many series, ``TokenPlan`` of about equally many tokens.
+in the same steps, and a position in a run is one number: the step.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,116 +21,64 @@ _BATCH_ORDER = 3
 _WINDOW = 32  # batches among which series are sorted by length
 
 
-class Plan(Protocol):
-    """What training needs of either plan."""
-
-    @property
-    def n_samples(self) -> int: ...
-
-    @property
-    def global_batch_size(self) -> int:
-        """Size of a step over all processes, in the plan's unit; frozen at the first start."""
-        ...
-
-    @property
-    def unit(self) -> str: ...
-
-    @property
-    def batches_per_epoch(self) -> int: ...
-
-    def epoch(self, epoch: int) -> list[Indices]:
-        """The global batches of one epoch: int64 sample indices."""
-        ...
-
-    def share(self, batch: Indices, rank: int, world_size: int) -> list[Indices]:
-        """What one process computes of a global batch, as micro-batches."""
-        ...
-
-
-def plan_for(
-    config: TrainerConfig, dataset: Any, world_size: int, frozen: int | None = None
-) -> Plan:
-    """The plan of a training.
-
-    Args:
-        config: its ``tokens_per_batch``, if given, else its ``batch_size``.
-        dataset: the training set; of its items only lengths are asked, and only for tokens.
-        world_size: processes at the first start.
-        frozen: global batch size of a run that goes on.
-
-    Raises:
-        ValueError: the longest series does not fit into a batch, or leaves other processes nothing.
-    """
-    at_once = world_size * config.gradient_accumulation_steps
-    if config.tokens_per_batch is None:
-        size = min(frozen or config.batch_size * at_once, len(dataset))
-        return EpochPlan(len(dataset), size, config.random_seed, config.batch_size)
-    lengths = lengths_of(dataset)
-    if config.augment_crop_tokens is not None:
-        lengths = np.minimum(lengths, config.augment_crop_tokens)
-    size = frozen or config.tokens_per_batch * at_once
-    plan = TokenPlan(lengths, size, config.random_seed, config.tokens_per_batch)
-    if world_size > 1 and plan.fewest < world_size:
-        raise ValueError(
-            f"a step of about {size:,} tokens may hold as few as {plan.fewest} series, too few for "
-            f"{world_size} processes: the longest has {lengths.max():,} tokens; raise "
-            f"tokens_per_batch, or cut long series with augment_crop_tokens"
-        )
-    return plan
-
-
-def lengths_of(dataset: Any) -> Indices:
-    """Tokens of every item, ``(n,)``: the data set's ``lengths``, else counted item by item."""
-    if (lengths := getattr(dataset, "lengths", None)) is not None:
-        return np.asarray(lengths, dtype=np.int64)
-    counted = []
-    for i in range(len(dataset)):
-        item = dataset[i]
-        pad_mask = item.get("pad_mask")
-        padding = 0 if pad_mask is None else int(np.asarray(pad_mask).sum())
-        counted.append(np.shape(item["positions"])[1] - padding)
-    return np.array(counted, dtype=np.int64)
-
-
-@dataclass(frozen=True)
-class EpochPlan:
-    """Every sample once per epoch, in batches of nearly equal size.
+class BatchSampler(ABC):
+    """Every sample once per epoch, in global batches.
 
     Attributes:
         n_samples: size of the training set.
-        global_batch_size: largest number of samples in one step, over all processes.
-        seed: of the order.
-        micro_batch_size: largest number of samples a process computes at once.
+        global_batch_size: size of a step over all processes, in ``unit``; frozen at the first start.
+        batches_per_epoch: the same in every epoch.
     """
 
+    unit: str
     n_samples: int
     global_batch_size: int
-    seed: int
-    micro_batch_size: int = 1
-    unit: str = "series"
+    batches_per_epoch: int
 
-    @property
-    def batches_per_epoch(self) -> int:
-        return -(-self.n_samples // self.global_batch_size)
+    @abstractmethod
+    def batches(self, epoch: int) -> list[Indices]:
+        """The global batches of one epoch: int64 sample indices."""
 
-    def epoch(self, epoch: int) -> list[Indices]:
-        """The global batches of one epoch: int64 sample indices; sizes differ by at most one."""
+    @abstractmethod
+    def shard(self, batch: Indices, rank: int, world_size: int) -> list[Indices]:
+        """The micro-batches that one process computes of a global batch.
+
+        Raises:
+            ValueError: there are more processes than samples.
+        """
+
+
+class SeriesBatchSampler(BatchSampler):
+    """Batches of equally many series; sizes differ by at most one."""
+
+    unit = "series"
+
+    def __init__(
+        self, n_samples: int, global_batch_size: int, seed: int, micro_batch_size: int = 1
+    ) -> None:
+        """``micro_batch_size`` is the largest number of samples a process computes at once."""
+        self.n_samples, self.global_batch_size = n_samples, global_batch_size
+        self.seed, self.micro_batch_size = seed, micro_batch_size
+        self.batches_per_epoch = -(-n_samples // global_batch_size)
+
+    def batches(self, epoch: int) -> list[Indices]:
         noise = hash_ints(self.seed, epoch, _ORDER, np.arange(self.n_samples))
         return np.array_split(noise.argsort(kind="stable"), self.batches_per_epoch)
 
-    def share(self, batch: Indices, rank: int, world_size: int) -> list[Indices]:
-        return share_of(batch, rank, world_size, self.micro_batch_size)
+    def shard(self, batch: Indices, rank: int, world_size: int) -> list[Indices]:
+        mine = _of_rank(batch, rank, world_size)
+        return np.array_split(mine, -(-len(mine) // self.micro_batch_size))
 
 
-class TokenPlan:
-    """Every sample once per epoch, in batches of about equally many tokens and similar lengths.
+class TokenBatchSampler(BatchSampler):
+    """Batches of about equally many tokens and similar lengths.
 
     The samples are shuffled, then sorted by length inside windows of 32 batches, cut into batches,
-    and the batches shuffled. Every epoch has the same number of batches. A batch holds at most one
-    longest series more than ``global_batch_size``.
+    and the batches shuffled. A batch holds at most one longest series more than
+    ``global_batch_size``.
 
     Attributes:
-        fewest: no batch of any epoch holds fewer samples.
+        min_samples: no batch of any epoch holds fewer samples.
     """
 
     unit = "tokens"
@@ -150,13 +97,13 @@ class TokenPlan:
         Raises:
             ValueError: the longest sample alone is more than a batch.
         """
-        self.lengths, self.seed = lengths, seed
+        self.lengths, self.seed, self.n_samples = lengths, seed, len(lengths)
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.batches_per_epoch = max(1, -(-int(lengths.sum()) // global_batch_size))
         longest = int(lengths.max())
         # the middles of two neighbours are at most a longest sample apart, so each stretch of a
         # batch's width holds at least this many; none is empty if every sample fits into one
-        self.fewest = int(lengths.sum()) // self.batches_per_epoch // longest
+        self.min_samples = int(lengths.sum()) // self.batches_per_epoch // longest
         if longest * self.batches_per_epoch > lengths.sum():
             raise ValueError(
                 f"the longest series has {longest:,} tokens, but a step has on average only "
@@ -164,11 +111,7 @@ class TokenPlan:
                 f"longest series, or cut long series with augment_crop_tokens"
             )
 
-    @property
-    def n_samples(self) -> int:
-        return len(self.lengths)
-
-    def epoch(self, epoch: int) -> list[Indices]:
+    def batches(self, epoch: int) -> list[Indices]:
         n_batches = self.batches_per_epoch
         noise = hash_ints(self.seed, epoch, _ORDER, np.arange(self.n_samples))
         order = noise.argsort(kind="stable")
@@ -178,15 +121,65 @@ class TokenPlan:
         shuffled = hash_ints(self.seed, epoch, _BATCH_ORDER, np.arange(n_batches))
         return [batches[k] for k in shuffled.argsort(kind="stable")]
 
-    def share(self, batch: Indices, rank: int, world_size: int) -> list[Indices]:
-        """Every ``world_size``-th sample, so that processes get similar lengths.
-
-        Raises:
-            ValueError: there are more processes than samples.
-        """
-        (mine,) = share_of(batch, rank, world_size, len(batch))
+    def shard(self, batch: Indices, rank: int, world_size: int) -> list[Indices]:
+        mine = _of_rank(batch, rank, world_size)
         n = round(int(self.lengths[mine].sum()) / self.micro_batch_size)
         return _cut(mine, self.lengths, min(max(1, n), len(mine)))
+
+
+def make_sampler(
+    config: TrainerConfig, dataset: Any, world_size: int, global_batch_size: int | None = None
+) -> BatchSampler:
+    """The sampler of a training.
+
+    Args:
+        config: its ``tokens_per_batch``, if given, else its ``batch_size``.
+        dataset: the training set; only lengths of its items are read, and only for tokens.
+        world_size: processes at the first start.
+        global_batch_size: of a resumed run, frozen at its first start.
+
+    Raises:
+        ValueError: the longest series does not fit into a batch, or leaves other processes nothing.
+    """
+    at_once = world_size * config.gradient_accumulation_steps
+    if config.tokens_per_batch is None:
+        size = min(global_batch_size or config.batch_size * at_once, len(dataset))
+        return SeriesBatchSampler(len(dataset), size, config.random_seed, config.batch_size)
+    lengths = lengths_of(dataset)
+    if config.augment_crop_tokens is not None:
+        lengths = np.minimum(lengths, config.augment_crop_tokens)
+    size = global_batch_size or config.tokens_per_batch * at_once
+    sampler = TokenBatchSampler(lengths, size, config.random_seed, config.tokens_per_batch)
+    if world_size > 1 and sampler.min_samples < world_size:
+        raise ValueError(
+            f"a step of about {size:,} tokens may hold as few as {sampler.min_samples} series, too few "
+            f"for {world_size} processes: the longest has {lengths.max():,} tokens; raise "
+            f"tokens_per_batch, or cut long series with augment_crop_tokens"
+        )
+    return sampler
+
+
+def lengths_of(dataset: Any) -> Indices:
+    """Tokens of every item, ``(n,)``: the data set's ``lengths``, else counted item by item."""
+    if (lengths := getattr(dataset, "lengths", None)) is not None:
+        return np.asarray(lengths, dtype=np.int64)
+    counted = []
+    for i in range(len(dataset)):
+        item = dataset[i]
+        pad_mask = item.get("pad_mask")
+        padding = 0 if pad_mask is None else int(np.asarray(pad_mask).sum())
+        counted.append(np.shape(item["positions"])[1] - padding)
+    return np.array(counted, dtype=np.int64)
+
+
+def _of_rank(batch: Indices, rank: int, world_size: int) -> Indices:
+    """Every ``world_size``-th sample, so that processes get similar lengths."""
+    if len(batch) < world_size:
+        raise ValueError(
+            f"a step of {len(batch)} samples cannot be shared by {world_size} processes; "
+            f"use fewer processes or a larger batch_size"
+        )
+    return batch[rank::world_size]
 
 
 def _part_of(lengths: Indices, n_parts: int) -> Indices:
@@ -200,18 +193,3 @@ def _cut(order: Indices, lengths: Indices, n_parts: int) -> list[Indices]:
     """Consecutive samples of about equally many tokens; no part is empty, there may be fewer."""
     part = _part_of(lengths[order], n_parts)
     return np.split(order, np.flatnonzero(np.diff(part)) + 1)
-
-
-def share_of(batch: Indices, rank: int, world_size: int, micro_batch_size: int) -> list[Indices]:
-    """What one process computes of a global batch: micro-batches of at most ``micro_batch_size``.
-
-    Raises:
-        ValueError: there are more processes than samples.
-    """
-    if len(batch) < world_size:
-        raise ValueError(
-            f"a step of {len(batch)} samples cannot be shared by {world_size} processes; "
-            f"use fewer processes or a larger batch_size"
-        )
-    mine = batch[rank::world_size]
-    return np.array_split(mine, -(-len(mine) // micro_batch_size))

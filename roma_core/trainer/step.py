@@ -1,9 +1,4 @@
-"""One optimiser step: forward, backward, clip, step.
-
-Finding a loss that became NaN or infinite, and what to look at then: the batch, as the model got it.
-The loss a classifier is trained with, where it differs from the one it is judged by.
-What learns: the model, its optimiser, and the average of its weights.
-"""
+"""One optimiser step: the training loss, forward, backward, clipping, and losses that are not finite."""
 
 from __future__ import annotations
 
@@ -11,8 +6,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -30,15 +23,14 @@ from roma_core.hashing import hash_ints
 from roma_core.model.packing import PackedBatch
 from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
-from roma_core.trainer.checkpoint import Checkpoint
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.dataloader import MapStyle
 from roma_core.trainer.distributed import (
     HostGroup,
-    copies,
-    gradients_kept_back,
-    sharded_twin,
-    whole,
+    cpu_copies,
+    fsdp_copy,
+    full_tensor,
+    no_gradient_sync,
 )
 from roma_core.trainer.optim import (
     EMA,
@@ -50,111 +42,235 @@ from roma_core.trainer.optim import (
     set_learning_rate,
 )
 
+Model = RoMAForPreTraining | RoMAForClassification
+Loss = Callable[[Tensor, Tensor], Tensor]
+log = logging.getLogger(__name__)
+
 
 class NonFiniteLoss(RuntimeError):
     """The loss or its gradient became NaN or infinite; the message names the samples of the step."""
 
 
-class DeferredScalars:
-    """Numbers of steps that are still on the device, where reading each would wait for it."""
+class TrainStep:
+    """Owns the model, its optimiser and the average of its weights; calling it does one step.
 
-    def __init__(self) -> None:
-        self._steps: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    Nothing in a step waits for the device, except the loss scaling of fp16.
 
-    def add(self, step: int, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """This process's part of a step's loss, and the gradient's norm."""
-        self._steps.append((step, loss, norm))
+    Attributes:
+        model: the caller's. With ``sharding=fsdp`` an FSDP copy of it is trained, and ``model`` has
+            the copy's weights inside :meth:`evaluation_model` and after :meth:`finish`.
+        lr: learning rate of the last step.
+    """
 
-    def read(self) -> list[tuple[int, float, float]]:
-        """(step, loss, norm) of every step since the last call, in one wait for the device."""
-        if not self._steps:
-            return []
-        steps, losses, norms = zip(*self._steps, strict=True)
-        self._steps = []
-        numbers = torch.stack([torch.stack(losses), torch.stack(norms).double()]).tolist()
-        return list(zip(steps, *numbers, strict=True))
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        group: HostGroup,
+        model: Model,
+        loss: Loss,
+        config: TrainerConfig,
+        total_steps: int,
+        first_world_size: int,
+        resume: dict[str, dict[str, Tensor]] | None = None,
+    ) -> None:
+        """Prepare the model and its optimiser.
+
+        Args:
+            loss: to train with; evaluation uses the model's own.
+            total_steps: of the whole run, which the learning rate depends on.
+            first_world_size: processes that began the run, for ``lr_scaling``.
+            resume: tensors of a checkpoint, as :meth:`state_dict` returned them; None starts new.
+
+        Raises:
+            ValueError: ``resume`` is of another model.
+        """
+        self.accelerator, self.model, self.config = accelerator, model, config
+        self.rank, self.world_size = group.rank, group.size
+        self.total_steps = total_steps
+        self.warmup_steps = (
+            math.ceil(total_steps / 10) if config.warmup_steps is None else config.warmup_steps
+        )
+        self.peak_lr = config.base_lr * (first_world_size if config.lr_scaling else 1)
+        self.lr = 0.0
+        self.own_loss = model.loss_fn
+        # on a CPU the check costs nothing, and weights are never updated by a loss that is not finite
+        self.checks_every_step = accelerator.device.type == "cpu"
+        self.is_sharded = config.sharding == "fsdp" and group.size > 1
+        if config.freeze_encoder and isinstance(model, RoMAForClassification):
+            freeze_all_but_head(model)
+        if resume:
+            model.load_state_dict(resume["model"])
+        if config.compile:
+            model.compile_regions()
+        self._trained = fsdp_copy(model, accelerator.device, group) if self.is_sharded else model
+        self._trained.set_loss_fn(loss)
+        self._named = list(self._trained.named_parameters())
+        self._trainable = [p for _, p in self._named if p.requires_grad]
+        optimizer = make_optimizer(self._named, config)
+        if self.is_sharded:
+            # shards are on their devices and need no other wrapper; this adds only the precision
+            self._wrapped = accelerator.prepare_model(
+                self._trained, device_placement=False, evaluation_mode=True
+            )
+            self._optimizer = accelerator.prepare_optimizer(optimizer)
+            self._no_sync = functools.partial(no_gradient_sync, self._trained)
+        else:
+            self._wrapped, self._optimizer = accelerator.prepare(model, optimizer)
+            self._no_sync = functools.partial(accelerator.no_sync, self._wrapped)
+        self._ema: EMA | None = None
+        if config.ema_decay is not None:
+            self._ema = EMA(self._trained, config.ema_decay, resume.get("ema") if resume else None)
+        if resume:
+            load_optimizer_state(self._optimizer.optimizer, self._named, resume["optimizer"])
+
+    def __call__(
+        self, step: int, micro_batches: list[PackedBatch], count: float
+    ) -> tuple[Tensor, Tensor]:
+        """Do step ``step`` (0 is the first) on this process's micro-batches.
+
+        Args:
+            step: fixes the seed and the learning rate.
+            count: number of terms the loss is a mean over, in all micro-batches of all processes.
+
+        Returns:
+            This process's part of the mean loss, and the gradient's norm before clipping, on the
+            device; the parts of all processes add up to the loss.
+
+        Raises:
+            NonFiniteLoss: on a CPU, before the weights change; on other devices the caller checks
+                the returned numbers with :meth:`is_finite`.
+            ValueError: no token is hidden, or there are no labels.
+        """
+        if count == 0:
+            raise ValueError(
+                f"step {step} has nothing to learn from: no token of its series is hidden; "
+                f"series need at least two tokens and mask_ratio must be above 0"
+            )
+        torch.manual_seed(hash_ints(self.config.random_seed, step, self.rank))
+        self.lr = self.peak_lr * learning_rate_factor(
+            self.config.lr_schedule, step, self.total_steps, self.warmup_steps
+        )
+        set_learning_rate(self._optimizer, self.lr)
+        self._set_training_mode()
+        total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        for i, batch in enumerate(micro_batches):
+            is_last = i + 1 == len(micro_batches)
+            with nullcontext() if is_last else self._no_sync():
+                total += self._backward(batch, self._trained.loss_count(batch) / count)
+        norm = self._clip()
+        if self.checks_every_step and not self.is_finite(float(total), float(norm)):
+            raise NonFiniteLoss
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._ema is not None:
+            self._ema.update(step)
+        return total, norm
+
+    def loss_count(self, batches: list[PackedBatch]) -> float:
+        """What the loss of these batches is a mean over: hidden tokens, series or tokens."""
+        return sum(self.model.loss_count(batch) for batch in batches)
+
+    def is_finite(self, loss: float, norm: float) -> bool:
+        """Whether a step was valid. The norm is of all processes' gradients, so all agree on it."""
+        if self.accelerator.scaler is not None:
+            return math.isfinite(loss)  # fp16 overflows now and then; its scaler skips the step
+        return math.isfinite(loss) and math.isfinite(norm)
+
+    @contextmanager
+    def evaluation_model(self) -> Iterator[Model]:
+        """The model, with the weights and the loss of evaluation inside the ``with`` block."""
+        if self.is_sharded:
+            self._fill_model()
+            self.model.to(self.accelerator.device)
+            with self.accelerator.autocast():
+                yield self.model
+            self.model.cpu()
+            return
+        training_loss = self.model.loss_fn
+        self.model.set_loss_fn(self.own_loss)
+        with self._ema.applied() if self._ema else nullcontext():
+            yield self.model
+        self.model.set_loss_fn(training_loss)
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """CPU copies of what a checkpoint holds; empty dictionaries on other than the main process.
+
+        Every process calls it: sharded tensors are gathered from all.
+        """
+        keep = self.accelerator.is_main_process
+        tensors = {
+            "model": cpu_copies(self._trained.state_dict().items(), keep),
+            "optimizer": cpu_copies(optimizer_state(self._optimizer.optimizer, self._named), keep),
+        }
+        if self._ema is not None:
+            tensors["ema"] = cpu_copies(self._ema.tensors.items(), keep)
+        return tensors
+
+    def finish(self) -> None:
+        """Leave ``model`` with the weights that evaluation uses; every process calls it."""
+        if self.is_sharded:
+            self._fill_model()
+        elif self._ema is not None:
+            self.model.load_state_dict(self._ema.tensors)
+
+    def close(self) -> None:
+        """Return ``model`` to the caller: on the device, with its own loss."""
+        self.model.set_loss_fn(self.own_loss)
+        self.model.to(self.accelerator.device)
+
+    def _set_training_mode(self) -> None:
+        if self.config.freeze_encoder and isinstance(self._trained, RoMAForClassification):
+            self._wrapped.eval()  # a probe's features are those of evaluation, without dropout
+            self._trained.head_of().train()
+        else:
+            self._wrapped.train()
+
+    def _backward(self, batch: PackedBatch, fraction: float) -> Tensor:
+        """Backward of one micro-batch's part of the global mean; gradients average over ranks."""
+        _, loss = self._wrapped(batch)
+        if loss is None:
+            raise ValueError(
+                f"samples {batch.sample_ids.tolist()} give no loss: they have no label, or nothing to hide"
+            )
+        self.accelerator.backward(loss * fraction * self.world_size)
+        return loss.detach().double() * fraction
+
+    def _clip(self) -> Tensor:
+        if self.config.gradient_clip is not None:
+            norm = self.accelerator.clip_grad_norm_(self._trainable, self.config.gradient_clip)
+            return full_tensor(norm)
+        self.accelerator.unscale_gradients(self._optimizer)
+        gradients = [p.grad for p in self._trainable if p.grad is not None]
+        return full_tensor(nn.utils.get_total_norm(gradients))
+
+    @torch.no_grad()
+    def _fill_model(self) -> None:
+        """Copy the trained weights, or their average, to the unsharded model."""
+        named = self._ema.tensors if self._ema else dict(self._named)
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(full_tensor(named[name].detach()))
 
 
-def refuse(
-    folder: Path,
-    step: int,
-    rank: int,
-    micro_batches: list[PackedBatch],
-    loss: float = float("nan"),
-    norm: float = float("nan"),
-) -> NoReturn:
-    """End a run whose loss is not finite.
+def training_loss(model: Model, config: TrainerConfig, dataset: MapStyle) -> Loss:
+    """The model's own loss, or cross entropy with label smoothing and class weights.
 
     Raises:
-        NonFiniteLoss: always; it names the samples, and the file that their batches were written to.
+        ValueError: the model is no classifier, or the weights do not match its classes.
     """
-    path = dump_batches(folder, step, rank, micro_batches, loss, norm)
-    ids = [int(i) for batch in micro_batches for i in batch.sample_ids]
-    raise NonFiniteLoss(
-        f"the loss is not finite in step {step} on process {rank}; sample ids {ids}. "
-        f"Look at these series (roma data inspect; the batch is in {path}), lower base_lr, or set "
-        f"gradient_clip"
-    )
-
-
-def dump_batches(
-    folder: Path, step: int, rank: int, micro_batches: list[PackedBatch], loss: float, norm: float
-) -> Path:
-    """Write a process's micro-batches of a step; the path of the file.
-
-    ``non_finite/step-…-rank-….safetensors`` holds, for micro-batch i, ``i/tokens`` (T, P),
-    ``i/positions`` (T, D), ``i/lengths`` (B,), ``i/sample_ids`` (B,), and where there are any
-    ``i/indices`` and ``i/labels``; in pretraining ``i/hidden_rows``. Its metadata say step, loss and
-    gradient norm.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    for i, batch in enumerate(micro_batches):
-        parts = {
-            "tokens": batch.tokens,
-            "positions": batch.positions,
-            "lengths": torch.tensor(batch.segments.lengths),
-            "sample_ids": batch.sample_ids,
-            "indices": batch.indices,
-            "labels": batch.labels,
-            "hidden_rows": None if batch.masked is None else batch.masked.hidden_rows,
-        }
-        tensors |= {
-            f"{i}/{k}": v.cpu().contiguous().clone() for k, v in parts.items() if v is not None
-        }
-    path = folder / "non_finite" / f"step-{step:08d}-rank-{rank}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"step": str(step), "loss": str(loss), "grad_norm": str(norm)}
-    write_bytes(path, save(tensors, metadata=facts))
-    return path
-
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-log = logging.getLogger(__name__)
-
-
-def training_loss(
-    model: RoMAForPreTraining | RoMAForClassification, config: TrainerConfig, dataset: MapStyle
-) -> Loss:
-    """The model's own loss, or cross entropy with smoothing and weights.
-
-    Raises:
-        ValueError: the model does not classify, or the weights do not fit its classes.
-    """
-    wishes = {
+    settings = {
         "label_smoothing": config.label_smoothing > 0,
         "class_weights": config.class_weights is not None,
     }
-    wished = [name for name, wish in wishes.items() if wish]
-    if not wished:
+    names = " and ".join(name for name, is_set in settings.items() if is_set)
+    if not names:
         return model.loss_fn
     if isinstance(model, RoMAForPreTraining):
         # one .env serves both trainings, so this is no error
-        log.warning("pretraining has no classes and takes no notice of %s", " and ".join(wished))
+        log.warning("pretraining has no classes and ignores %s", names)
         return model.loss_fn
     if model.config.problem_type != "classification":
         raise ValueError(
-            f"{' and '.join(wished)} are for classification, but problem_type is "
-            f"{model.config.problem_type}; unset them"
+            f"{names} are for classification, but problem_type is {model.config.problem_type}; unset them"
         )
     n_classes = model.config.dim_output
     assert n_classes is not None  # the trainer has counted them
@@ -172,28 +288,28 @@ def training_loss(
     return loss
 
 
-def class_weights(wanted: str | list[float], counts: NDArray[np.int64]) -> Tensor:
+def class_weights(setting: str | list[float], counts: NDArray[np.int64]) -> Tensor:
     """Weight of every class, ``(n_classes,)`` float32, scaled to a mean of 1 over the series.
 
-    A loss that is a mean over series then keeps its size, and does not depend on which series share
+    A loss that is a mean over series then keeps its scale, and does not depend on which series share
     a batch.
 
     Args:
-        wanted: ``inverse_frequency``, or one number per class.
+        setting: ``inverse_frequency``, or one number per class.
         counts: ``(n_classes,)`` training series of each class.
 
     Raises:
-        ValueError: as many numbers as classes are needed, and a weight above 0 for what occurs.
+        ValueError: as many numbers as classes are needed, and a weight above 0 for one that occurs.
     """
-    if isinstance(wanted, str):
+    if isinstance(setting, str):
         weights = 1.0 / np.maximum(counts, 1)
     else:
-        if len(wanted) != len(counts):
+        if len(setting) != len(counts):
             raise ValueError(
-                f"class_weights has {len(wanted)} numbers, but there are {len(counts)} classes; "
+                f"class_weights has {len(setting)} numbers, but there are {len(counts)} classes; "
                 f"give one per class, in the order of the data set's classes"
             )
-        weights = np.asarray(wanted, dtype=np.float64)
+        weights = np.asarray(setting, dtype=np.float64)
     mean = float((weights * counts).sum() / counts.sum())
     if mean == 0:
         raise ValueError("class_weights are 0 for every class that occurs in the training set")
@@ -216,268 +332,45 @@ def labels_of(dataset: Any) -> NDArray[np.int64]:
     return np.concatenate(labels).astype(np.int64)
 
 
-class TrainStep:
-    """Calling it does step ``step`` (0 is the first) on this process's micro-batches.
+def raise_non_finite(
+    folder: Path,
+    step: int,
+    rank: int,
+    micro_batches: list[PackedBatch],
+    loss: float = float("nan"),
+    norm: float = float("nan"),
+) -> NoReturn:
+    """End a run whose loss is not finite, and write its batches to a file.
 
-    Nothing in it waits for the device, but for fp16, whose loss scaling does.
+    ``non_finite/step-…-rank-….safetensors`` holds, for micro-batch i, ``i/tokens`` (T, P),
+    ``i/positions`` (T, D), ``i/lengths`` (B,), ``i/sample_ids`` (B,), and where there are any
+    ``i/indices`` and ``i/labels``; in pretraining ``i/hidden_rows``. Its metadata holds step, loss
+    and gradient norm.
+
+    Raises:
+        NonFiniteLoss: always; it names the samples and the file.
     """
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        model: RoMAForPreTraining | RoMAForClassification,
-        wrapped: nn.Module,
-        optimizer: AcceleratedOptimizer,
-        config: TrainerConfig,
-        total_steps: int,
-        accumulating: Callable[[], AbstractContextManager[Any]],
-        first_world_size: int,
-    ) -> None:
-        """``wrapped`` is ``model`` as :meth:`Accelerator.prepare` gave it back.
-
-        Inside ``accumulating()`` gradients stay in the process. ``first_world_size`` processes began
-        the run; the learning rate stays theirs.
-        """
-        self.accelerator, self.model, self.wrapped = accelerator, model, wrapped
-        self.optimizer, self.config, self.total_steps = optimizer, config, total_steps
-        self.accumulating = accumulating
-        self.warmup_steps = (
-            math.ceil(total_steps / 10) if config.warmup_steps is None else config.warmup_steps
-        )
-        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
-        self.peak_lr = config.base_lr * (first_world_size if config.lr_scaling else 1)
-        self.lr = 0.0
-        # on a CPU looking costs nothing, and the weights are never touched by what is not finite
-        self.looks_at_once = accelerator.device.type == "cpu"
-
-    def __call__(
-        self, step: int, micro_batches: list[PackedBatch], count: float
-    ) -> tuple[Tensor, Tensor]:
-        """
-        Args:
-            step: index of the step; it fixes the seed and the learning rate.
-            micro_batches: of this process.
-            count: what the loss is a mean over: terms of all micro-batches of all processes.
-
-        Returns:
-            This process's part of the mean loss, and the gradient's norm before clipping, on the
-            device; the parts of all processes add up to the loss.
-
-        Raises:
-            NonFiniteLoss: on a CPU at once; elsewhere whoever reads the numbers must look.
-            ValueError: there is nothing to learn from.
-        """
-        if count == 0:
-            raise ValueError(
-                f"step {step} has nothing to learn from: no token of its series is hidden; "
-                f"series need at least two tokens and mask_ratio must be above 0"
-            )
-        torch.manual_seed(hash_ints(self.config.random_seed, step, self.rank))
-        self.lr = self.peak_lr * learning_rate_factor(
-            self.config.lr_schedule, step, self.total_steps, self.warmup_steps
-        )
-        set_learning_rate(self.optimizer, self.lr)
-        self._to_training_mode()
-        total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
-        for i, batch in enumerate(micro_batches):
-            share = self.model.loss_count(batch) / count
-            if i + 1 < len(micro_batches):
-                with self.accumulating():
-                    total += self._backward(batch, share)
-            else:
-                total += self._backward(batch, share)
-        norm = self._clip()
-        if self.looks_at_once and not self.is_finite(float(total), float(norm)):
-            raise NonFiniteLoss
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total, norm
-
-    def is_finite(self, loss: float, norm: float) -> bool:
-        """Whether a step did no harm. The norm is of all processes' gradients, so all agree on it."""
-        if self.accelerator.scaler is not None:
-            return math.isfinite(loss)  # fp16 overflows now and then; its scaler skips the step
-        return math.isfinite(loss) and math.isfinite(norm)
-
-    def _to_training_mode(self) -> None:
-        if self.config.freeze_encoder and isinstance(self.model, RoMAForClassification):
-            self.wrapped.eval()  # features of a probe are those that evaluation sees
-            self.model.head_of().train()
-        else:
-            self.wrapped.train()
-
-    def _backward(self, batch: PackedBatch, share: float) -> Tensor:
-        """Backward of one micro-batch's part of the global mean; gradients average over ranks."""
-        _, loss = self.wrapped(batch)
-        if loss is None:
-            raise ValueError(
-                f"samples {batch.sample_ids.tolist()} give no loss: they have no label, or nothing to hide"
-            )
-        self.accelerator.backward(loss * share * self.world_size)
-        return loss.detach().double() * share
-
-    def _clip(self) -> Tensor:
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        if self.config.gradient_clip is not None:
-            return whole(self.accelerator.clip_grad_norm_(parameters, self.config.gradient_clip))
-        self.accelerator.unscale_gradients(self.optimizer)
-        return whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """Copies of everything that learning changed, on CPU, by name."""
-
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    ema: dict[str, Tensor] | None
-
-
-class Learner:
-    """Steps forward, can be judged, and can be written down.
-
-    Attributes:
-        model: the caller's. Not sharded, it is what learns. Sharded, a twin of it learns, and the model
-            has the twin's weights inside :meth:`judged` and after :meth:`finish`.
-    """
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        ranks: HostGroup,
-        model: RoMAForPreTraining | RoMAForClassification,
-        loss: Loss,
-        config: TrainerConfig,
-        total_steps: int,
-        checkpoint: Checkpoint | None,
-    ) -> None:
-        """Start as the model is, or as a checkpoint has it.
-
-        Args:
-            accelerator, ranks: stand for this process among the others.
-            loss: to train with; the model's own is what it is judged by.
-            total_steps: of the whole run, which the learning rate depends on.
-
-        Raises:
-            ValueError: the checkpoint is of another model.
-        """
-        self.accelerator, self.model = accelerator, model
-        self.own_loss = model.loss_fn
-        state = checkpoint.state if checkpoint else None
-        self.first_world_size = (state and state.first_world_size) or ranks.size
-        # over one process there is nothing to share out
-        self.is_sharded = config.sharding == "full" and ranks.size > 1
-        if config.freeze_encoder and isinstance(model, RoMAForClassification):
-            freeze_all_but_head(model)
-        if checkpoint:
-            model.load_state_dict(checkpoint.model)
-        if config.compile:
-            model.compile_regions()
-        self._twin = sharded_twin(model, accelerator.device, ranks) if self.is_sharded else model
-        self._twin.set_loss_fn(loss)
-        self._named = list(self._twin.named_parameters())
-        optimizer = make_optimizer(self._named, config)
-        if self.is_sharded:
-            # shards are placed, and need no other wrapper; this adds the precision alone
-            wrapped = accelerator.prepare_model(
-                self._twin, device_placement=False, evaluation_mode=True
-            )
-            self.optimizer = accelerator.prepare_optimizer(optimizer)
-            accumulating = functools.partial(gradients_kept_back, self._twin)
-        else:
-            wrapped, self.optimizer = accelerator.prepare(model, optimizer)
-            accumulating = functools.partial(accelerator.no_sync, wrapped)
-        self.average: EMA | None = None
-        if config.ema_decay is not None:
-            start = checkpoint.ema if checkpoint else None
-            self.average = EMA(self._twin, config.ema_decay, start)
-        if checkpoint:
-            load_optimizer_state(self.optimizer.optimizer, self._named, checkpoint.optimizer)
-            if accelerator.scaler is not None and checkpoint.state.scaler:
-                accelerator.scaler.load_state_dict(checkpoint.state.scaler)
-        self._step = TrainStep(
-            accelerator,
-            self._twin,
-            wrapped,
-            self.optimizer,
-            config,
-            total_steps,
-            accumulating,
-            self.first_world_size,
-        )
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the last step."""
-        return self._step.lr
-
-    @property
-    def scaler_state(self) -> dict[str, Any] | None:
-        """Of fp16's loss scaling; None without."""
-        scaler = self.accelerator.scaler
-        return None if scaler is None else dict(scaler.state_dict())
-
-    def close(self) -> None:
-        """Give the model back to its owner: on the device, with its own loss."""
-        self.model.set_loss_fn(self.own_loss)
-        self.model.to(self.accelerator.device)
-
-    def count(self, batches: list[PackedBatch]) -> float:
-        """What the loss of these batches is a mean over: hidden tokens, series or tokens."""
-        return sum(self.model.loss_count(batch) for batch in batches)
-
-    def step(
-        self, step: int, micro_batches: list[PackedBatch], count: float
-    ) -> tuple[Tensor, Tensor]:
-        """One optimiser step; see :class:`~roma_core.trainer.step.TrainStep`."""
-        numbers = self._step(step, micro_batches, count)
-        if self.average is not None:
-            self.average.update(step)
-        return numbers
-
-    def is_finite(self, loss: float, norm: float) -> bool:
-        """Whether a step with these numbers did no harm."""
-        return self._step.is_finite(loss, norm)
-
-    @contextmanager
-    def judged(self) -> Iterator[RoMAForPreTraining | RoMAForClassification]:
-        """The model, with the weights and the loss it is judged by inside the ``with`` block."""
-        if self.is_sharded:
-            self._fill_model()
-            self.model.to(self.accelerator.device)
-            with self.accelerator.autocast():
-                yield self.model
-            self.model.cpu()
-            return
-        training_loss = self.model.loss_fn
-        self.model.set_loss_fn(self.own_loss)
-        with self.average.applied() if self.average else nullcontext():
-            yield self.model
-        self.model.set_loss_fn(training_loss)
-
-    def tensors(self) -> Tensors:
-        """What a checkpoint holds; nothing on other processes than the main one.
-
-        Every process calls it: sharded tensors are put together from all.
-        """
-        keep = self.accelerator.is_main_process
-        average = self.average
-        return Tensors(
-            copies(self._twin.state_dict().items(), keep),
-            copies(optimizer_state(self.optimizer.optimizer, self._named), keep),
-            None if average is None else copies(average.tensors.items(), keep),
-        )
-
-    def finish(self) -> None:
-        """Leave the model with the weights that were judged last; every process calls it."""
-        if self.is_sharded:
-            self._fill_model()
-        elif self.average is not None:
-            self.model.load_state_dict(self.average.tensors)
-
-    @torch.no_grad()
-    def _fill_model(self) -> None:
-        """Give the whole model the twin's weights, or their average."""
-        named = self.average.tensors if self.average else dict(self._named)
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(whole(named[name].detach()))
+    tensors: dict[str, Tensor] = {}
+    for i, batch in enumerate(micro_batches):
+        parts = {
+            "tokens": batch.tokens,
+            "positions": batch.positions,
+            "lengths": torch.tensor(batch.segments.lengths),
+            "sample_ids": batch.sample_ids,
+            "indices": batch.indices,
+            "labels": batch.labels,
+            "hidden_rows": None if batch.masked is None else batch.masked.hidden_rows,
+        }
+        tensors |= {
+            f"{i}/{k}": v.cpu().contiguous().clone() for k, v in parts.items() if v is not None
+        }
+    path = folder / "non_finite" / f"step-{step:08d}-rank-{rank}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"step": str(step), "loss": str(loss), "grad_norm": str(norm)}
+    write_bytes(path, save(tensors, metadata=metadata))
+    ids = [int(i) for batch in micro_batches for i in batch.sample_ids]
+    raise NonFiniteLoss(
+        f"the loss is not finite in step {step} on process {rank}; sample ids {ids}. "
+        f"Look at these series (roma data inspect; the batch is in {path}), lower base_lr, or set "
+        f"gradient_clip"
+    )

@@ -1,9 +1,7 @@
-"""The trackers that can follow a run: MLflow, and Weights & Biases where it is configured.
+"""MLflow and Weights & Biases, which follow ``metrics.jsonl``; neither can slow or end a run.
 
-A tracker takes records as ``metrics.jsonl`` has them, with the record's own time. Building one and
-sending may raise whatever the tracker raises; :mod:`roma_core.trainer.trackers` copes with that.
-
-MLflow and Weights & Biases follow ``metrics.jsonl``; neither can slow or end a run.
+A thread for each tracker sends the records that a committed checkpoint covers, with the record's own
+time. Whatever a tracker raises becomes a warning, and its records are sent later.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from roma_core.trainer.metrics import Record, read_records
 
 log = logging.getLogger(__name__)
 _MLFLOW_BATCH = 1000  # metrics that MLflow takes in one call
-_ANSWER_S = 2.0  # how long a server is given to say anything at all
+_ANSWER_S = 2.0  # how long a server may take to answer at all
 _Mode = Literal["online", "offline", "disabled"]
 
 
@@ -46,16 +44,16 @@ def import_tracker(name: Literal["mlflow", "wandb"]) -> None:
     """Import a tracker's package, without its telemetry.
 
     Called in the main thread before the training loop: a loader process that is forked while
-    another thread imports would inherit a lock that nobody releases.
+    another thread imports would inherit an import lock that is never released.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # without a network, this one alone delays the end of the process by 20 s
+    # without a network, this delays the end of the process by 20 s
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     importlib.import_module(name)
 
 
 class MlflowRun:
-    """An existing MLflow run, by its id. A point that arrives twice with equal time is kept once."""
+    """An existing MLflow run, by its id. MLflow stores a point sent twice with equal time once."""
 
     def __init__(self, tracking_uri: str, run_id: str) -> None:
         import_tracker("mlflow")
@@ -76,11 +74,11 @@ class MlflowRun:
             self.client.log_batch(self.run_id, metrics=metrics[start : start + _MLFLOW_BATCH])
 
     def close(self) -> None:
-        """Nothing: whoever made the run ends it."""
+        """Does nothing: the run is ended where it was created."""
 
 
 def _mlflow_name(name: str) -> str:
-    """MLflow refuses a whole batch for one other character, e.g. ``eval/f1 (macro)``."""
+    """MLflow rejects a whole batch for one other character, e.g. ``eval/f1 (macro)``."""
     return re.sub(r"[^\w/\-. :]", "_", name)
 
 
@@ -91,25 +89,25 @@ class WandbConfig(RomaSettings):
 
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
         "auto",
-        description="'auto' takes WANDB_MODE of the environment, else is online if there is a key, "
-        "else disabled.",
+        description="'auto' takes WANDB_MODE of the environment, else 'online' if there is a key, "
+        "else 'disabled'.",
     )
     api_key: SecretStr | None = Field(
         None, description="Key; null takes WANDB_API_KEY of the environment."
     )
     init_timeout_s: int = Field(
-        5, gt=0, description="Longest wait for a server that answers to begin a run, in seconds."
+        5, gt=0, description="Timeout of the start of a run at a server that answers, in seconds."
     )
     finish_timeout_s: int = Field(
         5,
         gt=0,
-        description="Longest wait for uploads at the end, in seconds; what is left stays on disk "
-        "for `wandb sync`.",
+        description="Timeout of uploads at the end, in seconds; the rest stays on disk for "
+        "`wandb sync`.",
     )
 
     @property
     def effective_mode(self) -> _Mode:
-        """What 'auto' comes to in this environment."""
+        """The mode that 'auto' selects in this environment."""
         if self.mode != "auto":
             return self.mode
         match os.environ.get("WANDB_MODE"):
@@ -130,11 +128,11 @@ class WandbRun:
         run_id: str,
         mode: Literal["online", "offline"],
     ) -> None:
-        """Begin, or go on.
+        """Begin or resume the run.
 
         Raises:
-            ConnectionError: online, and the server does not answer; seen after two seconds at most.
-            Exception: whatever else wandb raises.
+            ConnectionError: online, and the server did not answer within two seconds.
+            Exception: anything else that wandb raises.
         """
         import_tracker("wandb")
         import wandb
@@ -143,7 +141,7 @@ class WandbRun:
         settings = wandb.Settings(
             api_key=None if key is None else key.get_secret_value(),
             init_timeout=config.init_timeout_s,
-            login_timeout=config.init_timeout_s,  # nobody answers a question asked here
+            login_timeout=config.init_timeout_s,  # there is no terminal to ask for a key
             finish_timeout=config.finish_timeout_s,
             finish_timeout_raises=True,
             silent=True,
@@ -153,8 +151,8 @@ class WandbRun:
             x_disable_stats=True,
         )
         if mode == "online":
-            # wandb itself would ask again and again; setup knows the server of every settings file
-            _must_answer(wandb.setup().settings.base_url)
+            # wandb itself would retry; setup has read the server's address from all settings files
+            _check_answers(wandb.setup().settings.base_url)
         try:
             self.run = wandb.init(
                 mode=mode,
@@ -184,18 +182,18 @@ class WandbRun:
             self.run.log({**record["metrics"], **place, "_timestamp": record["time"]})
 
     def close(self) -> None:
-        """Wait for the uploads, but not longer than configured."""
+        """Wait for the uploads, at most ``finish_timeout_s``."""
         try:
             self.run.finish()
         except TimeoutError:
             log.warning(
-                "Weights & Biases has not taken everything; `wandb sync %s` uploads the rest",
+                "Weights & Biases has not received everything; `wandb sync %s` uploads the rest",
                 self.folder,
             )
 
 
-def _must_answer(url: str) -> None:
-    """Raise ConnectionError if nobody answers at ``url``; whatever is said will do."""
+def _check_answers(url: str) -> None:
+    """Raise ConnectionError if no server answers at ``url``; any HTTP status counts as an answer."""
     try:
         urllib.request.urlopen(url, timeout=_ANSWER_S).close()
     except urllib.error.HTTPError:
@@ -207,18 +205,18 @@ def _must_answer(url: str) -> None:
 MLFLOW_RUN_VARIABLE = "ROMA_JOB_MLFLOW_RUN"
 _BATCH = 500  # records sent before the bookmark moves
 _RETRY_S = 15.0
-_RUN_WITHIN_S = 30.0
-_LAST_TRY_S = 10.0  # how long a finished run waits for its followers
+_RUN_FILE_TIMEOUT_S = 30.0
+_CLOSE_TIMEOUT_S = 10.0  # how long a finished run waits for its trackers
 
 
 class Bookmark:
-    """How much one run at a tracker has been told: ``<tracker>.offset.json``.
+    """How far the records were sent to one run at a tracker: ``<tracker>.offset.json``.
 
     Attributes:
-        run_id: of the run at the tracker; a bookmark of another run is not believed.
+        run_id: of the run at the tracker; a bookmark of another run is ignored.
         offset: bytes of ``metrics.jsonl`` that were sent.
         step: the last step that was sent; -1 if none was.
-        names: the metrics of that step that were sent. A step's evaluation may follow later than
+        names: the metrics of that step that were sent. A step's evaluation may be sent later than
             its training loss, if a stop request came in between.
     """
 
@@ -230,8 +228,8 @@ class Bookmark:
         Args:
             path: of the bookmark; it need not exist.
             run_id: at the tracker; None takes the one in the file, or a new one.
-            resumed_at: bytes that the checkpoint covers from which the run goes on. 0 is a new
-                training, whose steps were not sent yet, whatever the bookmark says.
+            resumed_at: bytes covered by the checkpoint that the run resumes from. 0 is a new
+                training, whose steps were not sent yet, whatever the bookmark holds.
         """
         found = read_json(path, schema_version=1) if path.exists() else None
         if found and (run_id not in (None, found["run_id"]) or (resumed_at == 0 < found["offset"])):
@@ -246,14 +244,14 @@ class Bookmark:
         self._write()
 
     def unsent(self, record: Record) -> Record | None:
-        """The part of a record that was not sent before the run fell back; None if all was."""
+        """The part of a record that was not sent before the run resumed; None if all was."""
         if record["step"] != self.step:
             return record if record["step"] > self.step else None
         new = {k: v for k, v in record["metrics"].items() if k not in self.names}
         return {**record, "metrics": new} if new else None
 
     def move(self, offset: int, sent: list[Record]) -> None:
-        """Everything up to ``offset`` was sent, with these records as the last."""
+        """Record that everything up to ``offset`` was sent, these records last."""
         step = sent[-1]["step"]
         if step > self.step:
             self.names = set()
@@ -271,7 +269,7 @@ def forward(
 ) -> None:
     """Send the records between the bookmark and byte ``end``; None is the end of the file.
 
-    The bookmark moves after the tracker took a batch. A kill in between sends that batch again with
+    The bookmark moves after the tracker received a batch. A kill in between sends that batch again with
     equal times, which MLflow stores once.
     """
     batch: list[Record] = []
@@ -291,10 +289,10 @@ def forward(
 
 
 def forward_to_mlflow(metrics: Path, tracking_uri: str, run_id: str) -> None:
-    """Send an MLflow run what the thread beside a training could not, once that has ended.
+    """After a training has ended, send MLflow the records that its thread could not.
 
     Raises:
-        Exception: whatever MLflow raises; nothing is lost then, and another call goes on from there.
+        Exception: whatever MLflow raises; nothing is lost then, and another call continues there.
     """
     bookmark = Bookmark(_bookmark_of(metrics, "mlflow"), run_id)
     forward(metrics, bookmark, None, MlflowRun(tracking_uri, run_id).send)
@@ -304,107 +302,107 @@ def _bookmark_of(metrics: Path, tracker: str) -> Path:
     return metrics.with_name(f"{tracker}.offset.json")
 
 
-def _run_in(path: Path) -> str | None:
-    """The id of the MLflow run in a file that the orchestrator is about to write; None without one.
+def _read_run_id(path: Path) -> str | None:
+    """The MLflow run id in a file that the orchestrator is about to write; None after a timeout.
 
-    It writes it two seconds after this job was accepted; torch alone takes longer to be here.
+    It writes the file two seconds after it submitted this job; importing torch takes longer.
     """
-    deadline = time.monotonic() + _RUN_WITHIN_S
+    deadline = time.monotonic() + _RUN_FILE_TIMEOUT_S
     while not path.exists():
         if time.monotonic() > deadline:
-            log.warning("%s did not come; MLflow gets the metrics when the job is over", path)
+            log.warning("%s was not written; MLflow gets the metrics when the job has ended", path)
             return None
         time.sleep(0.1)
     return str(read_json(path, schema_version=1)["run_id"])
 
 
-class Followers:
-    """The follower threads of one run."""
+class Trackers:
+    """The trackers that follow one run, each in a thread."""
 
     def __init__(self, metrics: Path) -> None:
         self.metrics = metrics
-        self._followers: list[_Follower] = []
+        self._threads: list[_TrackerThread] = []
 
     @classmethod
-    def of_environment(cls, folder: Path, trainer: TrainerConfig) -> Followers:
+    def from_environment(cls, folder: Path, trainer: TrainerConfig) -> Trackers:
         """MLflow if ``MLFLOW_TRACKING_URI`` and a run are named; wandb as configured.
 
-        ``MLFLOW_RUN_ID`` names the run, or the file that ``ROMA_JOB_MLFLOW_RUN`` names does: a job may
-        have started before its run was made.
+        The run's id is in ``MLFLOW_RUN_ID``, or in the file named by ``ROMA_JOB_MLFLOW_RUN``: a job may
+        start before its run is created.
 
         Raises:
             ModuleNotFoundError: a tracker is configured and not installed.
         """
-        followers = cls(folder / "metrics.jsonl")
+        trackers = cls(folder / "metrics.jsonl")
         uri, mlflow_run = os.environ.get("MLFLOW_TRACKING_URI"), os.environ.get("MLFLOW_RUN_ID")
-        to_come = os.environ.get(MLFLOW_RUN_VARIABLE)
-        if uri and (mlflow_run or to_come):
+        run_file = os.environ.get(MLFLOW_RUN_VARIABLE)
+        if uri and (mlflow_run or run_file):
             import_tracker("mlflow")
-            if to_come and not mlflow_run:
-                mlflow_run = _run_in(Path(to_come))
+            if run_file and not mlflow_run:
+                mlflow_run = _read_run_id(Path(run_file))
         if uri and mlflow_run:
-            followers.add("mlflow", lambda run_id: MlflowRun(uri, run_id), mlflow_run)
+            trackers.add("mlflow", lambda run_id: MlflowRun(uri, run_id), mlflow_run)
         wandb = WandbConfig()
         if trainer.log_wandb and wandb.effective_mode != "disabled":
             import_tracker("wandb")
 
-            def run_in(mode: Literal["online", "offline"]) -> Callable[[str], Tracker]:
+            def make(mode: Literal["online", "offline"]) -> Callable[[str], Tracker]:
                 return lambda run_id: WandbRun(wandb, trainer, folder, run_id, mode)
 
             if wandb.effective_mode == "offline":
-                followers.add("wandb", run_in("offline"))
+                trackers.add("wandb", make("offline"))
             else:
-                followers.add("wandb", run_in("online"), at_last=run_in("offline"))
-        return followers
+                trackers.add("wandb", make("online"), fallback=make("offline"))
+        return trackers
 
     def add(
         self,
         name: str,
         make: Callable[[str], Tracker],
         run_id: str | None = None,
-        at_last: Callable[[str], Tracker] | None = None,
+        fallback: Callable[[str], Tracker] | None = None,
     ) -> None:
-        """Let a tracker follow.
+        """Add a tracker.
 
         Args:
             name: of the tracker.
-            make: connects to a run by its id; called again and again while the tracker is down.
-            run_id: at the tracker; None takes a run of its own.
-            at_last: makes what is told instead if the tracker was down from the start to the end.
+            make: connects to a run by its id; retried while the tracker is down.
+            run_id: at the tracker; None starts a new run there.
+            fallback: replaces ``make`` at the end if the tracker was down all the time.
         """
-        self._followers.append(_Follower(self.metrics, name, make, run_id, at_last))
+        self._threads.append(_TrackerThread(self.metrics, name, make, run_id, fallback))
 
     def start(self, offset: int) -> None:
-        """Begin; ``offset`` bytes of metrics.jsonl are committed already."""
-        for follower in self._followers:
-            follower.resumed_at = follower.committed = offset
-            follower.start()
+        """Start the threads; ``offset`` bytes of metrics.jsonl are committed already."""
+        for thread in self._threads:
+            thread.resumed_at = thread.committed = offset
+            thread.start()
 
     def committed(self, offset: int) -> None:
         """A checkpoint now covers the first ``offset`` bytes of metrics.jsonl."""
-        for follower in self._followers:
-            follower.committed = offset
-            follower.news.set()
+        for thread in self._threads:
+            thread.committed = offset
+            thread.wake_up.set()
 
     def close(self) -> None:
-        """Give every follower a last chance, for at most ten seconds in all."""
-        started = [f for f in self._followers if f.ident is not None]
-        for follower in started:
-            follower.ending = True
-            follower.news.set()
-        deadline = time.monotonic() + _LAST_TRY_S
-        for follower in started:
-            follower.join(timeout=max(0.0, deadline - time.monotonic()))
-            if not follower.up_to_date:
+        """Let every tracker finish, for at most ten seconds in all."""
+        started = [thread for thread in self._threads if thread.ident is not None]
+        for thread in started:
+            thread.ending = True
+            thread.wake_up.set()
+        deadline = time.monotonic() + _CLOSE_TIMEOUT_S
+        for thread in started:
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
+            if not thread.up_to_date:
                 log.warning(
-                    "%s has not taken all metrics; they are in %s, and resuming the run sends the rest",
-                    follower.name,
+                    "%s has not received all metrics; they are in %s, and resuming the run sends the rest",
+                    thread.name,
                     self.metrics,
                 )
 
 
-class _Follower(threading.Thread):
-    """Forwards to one tracker; its failures are warnings."""
+class _TrackerThread(threading.Thread):
+    """Forwards to one tracker; its errors are warnings."""
 
     def __init__(
         self,
@@ -412,14 +410,14 @@ class _Follower(threading.Thread):
         name: str,
         make: Callable[[str], Tracker],
         run_id: str | None,
-        at_last: Callable[[str], Tracker] | None,
+        fallback: Callable[[str], Tracker] | None,
     ) -> None:
         super().__init__(name=name, daemon=True)
-        self.metrics, self.make, self.run_id, self.at_last = metrics, make, run_id, at_last
+        self.metrics, self.make, self.run_id, self.fallback = metrics, make, run_id, fallback
         self.resumed_at = self.committed = 0
         self.ending = False
         self.up_to_date = False
-        self.news = threading.Event()
+        self.wake_up = threading.Event()
         self._bookmark: Bookmark | None = None
         self._tracker: Tracker | None = None
         self._is_down = False
@@ -427,13 +425,13 @@ class _Follower(threading.Thread):
     def run(self) -> None:
         while True:
             ending = self.ending
-            if ending and self._is_down and self._tracker is None and self.at_last is not None:
-                self.make, self._is_down = self.at_last, False
+            if ending and self._is_down and self._tracker is None and self.fallback is not None:
+                self.make, self._is_down = self.fallback, False
             self._try(self._catch_up)
             if ending:
                 break
-            self.news.wait(timeout=_RETRY_S if self._is_down else None)
-            self.news.clear()
+            self.wake_up.wait(timeout=_RETRY_S if self._is_down else None)
+            self.wake_up.clear()
         if self._tracker is not None:
             self._try(self._tracker.close)
 
@@ -453,7 +451,7 @@ class _Follower(threading.Thread):
         except Exception as error:  # a tracker that is down must never end a run
             if not self._is_down:
                 log.warning(
-                    "%s: %s; training goes on, its metrics wait in %s",
+                    "%s: %s; training continues, its metrics are kept in %s",
                     self.name,
                     error,
                     self.metrics,
@@ -461,5 +459,5 @@ class _Follower(threading.Thread):
             self._is_down = True
             return
         if self._is_down:
-            log.info("%s answers again", self.name)
+            log.info("%s is reachable again", self.name)
         self._is_down = False

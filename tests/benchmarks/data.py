@@ -225,7 +225,7 @@ def _random_access(dataset: StoredDataset, folder: Path) -> None:
         "bare NumPy slice": (slice_of, 4_000),
         "this store, as delivered": (raw, 4_000),
         "this store, normalised sample": (dataset.sample, 4_000),
-        _TOGETHER: (lambda rows: dataset.gathered(np.array(rows)), 4_000),
+        _TOGETHER: (lambda rows: dataset.gather(np.array(rows)), 4_000),
         "Parquet as exported": (_parquet_reader(folder / "rows.parquet"), 10),
         "Parquet, 100 series a row group": (_parquet_reader(folder / "hundreds.parquet"), 100),
     }

@@ -82,7 +82,7 @@ def runs(tmp_path_factory):
         "pretrain",
         "--data",
         data,
-        "--out",
+        "--run-dir",
         root / "pre",
         "--set",
         "trainer.epochs=2",
@@ -98,7 +98,7 @@ def runs(tmp_path_factory):
         "--set",
         "trainer.base_lr=0.005",
     ]
-    roma("finetune", "--data", data, "--out", root / "fine", *finetune)
+    roma("finetune", "--data", data, "--run-dir", root / "fine", *finetune)
     classifier = root / "fine/outputs/model"
     arguments = ["--weights", classifier, "--autoencoder", weights]
     roma("evaluate", "--data", data, "--out", root / "eval", *arguments)
@@ -166,7 +166,7 @@ def test_predict_reads_ragged_rows_and_names_what_is_wrong(runs):
 
 def test_a_folder_of_other_settings_is_refused_and_the_same_settings_resume(runs):
     root, data = runs
-    arguments = ["pretrain", "--data", data, "--out", root / "pre", *SMALL, *DECODER]
+    arguments = ["pretrain", "--data", data, "--run-dir", root / "pre", *SMALL, *DECODER]
     said = roma(*arguments, "--set", "trainer.epochs=3", ok=False)
     assert "other settings: trainer.epochs 2 → 3; set them back" in said and "Traceback" not in said
     before = (root / "pre/outputs/model/model.safetensors").read_bytes()
@@ -176,14 +176,14 @@ def test_a_folder_of_other_settings_is_refused_and_the_same_settings_resume(runs
     frozen.pop("train_fraction")
     (root / "pre/config.json").write_text(json.dumps(frozen))
     said = roma(*arguments, "--set", "trainer.epochs=2", "--set", "trainer.save_every=7")
-    assert "resumed from step-" in said and "goes on with trainer.save_every" in said
+    assert "resumed from step-" in said and "resumes with trainer.save_every" in said
     assert (root / "pre/outputs/model/model.safetensors").read_bytes() == before
 
 
 def test_mistakes_on_the_command_line_are_explained(runs):
     root, data = runs
-    out = ["--out", root / "x"]
-    assert "--data and --out are needed" in roma("pretrain", ok=False)
+    out = ["--run-dir", root / "x"]
+    assert "--data and --run-dir are required" in roma("pretrain", ok=False)
     said = roma("pretrain", "--data", data, *out, "--set", "trainer.epoch=3", ok=False)
     assert "epoch" in said and "Traceback" not in said
     said = roma("pretrain", "--data", data, *out, "--set", "epochs=3", ok=False)
@@ -202,7 +202,7 @@ def test_show_config_names_the_source_of_each_setting(runs):
 
 def test_a_mistake_is_one_sentence_and_the_stack_is_in_a_file(runs, tmp_path):
     said = roma(
-        *("pretrain", "--data", runs[1], "--out", tmp_path / "out", *SMALL, *DECODER),
+        *("pretrain", "--data", runs[1], "--run-dir", tmp_path / "out", *SMALL, *DECODER),
         *("--set", "trainer.tokens_per_batch=3"),
         ok=False,
     )

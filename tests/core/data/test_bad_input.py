@@ -183,7 +183,7 @@ def test_a_corrupted_byte_is_found_before_training_starts(tmp_path):
     (folder / "values.npy").write_bytes(content)
 
     out = tmp_path / "run"
-    result = CliRunner().invoke(main, ["pretrain", "--data", str(folder), "--out", str(out)])
+    result = CliRunner().invoke(main, ["pretrain", "--data", str(folder), "--run-dir", str(out)])
 
     assert result.exit_code == 1
     assert "is damaged: values.npy: sha256" in result.output

@@ -518,7 +518,7 @@ def test_a_changed_byte_is_found_before_training(yaml_file, tmp_path):
         CliRunner().invoke(data, ["build", str(yaml_file), "--out", str(tmp_path)]).stdout.strip()
     )
     flip_a_byte(path / "positions.npy")
-    command = ["pretrain", "--data", str(path), "--out", str(tmp_path / "run")]
+    command = ["pretrain", "--data", str(path), "--run-dir", str(tmp_path / "run")]
 
     done = subprocess.run(
         [sys.executable, "-m", "roma_core.cli", *command, "--set", "trainer.epochs=1"],
@@ -555,8 +555,8 @@ def test_a_large_set_lies_in_several_files_and_reads_the_same(tmp_path_factory, 
     assert parted.schema == whole.schema
     assert (parted.path.name == whole.path.name) == (len(sizes) == 1)
     pieces = list(parted.parts(5))
-    assert [p.first for p in pieces] == [0, *[p.last for p in pieces[:-1]]]
-    assert pieces[-1].last == len(parted)
+    assert np.concatenate([p.ids for p in pieces]).tolist() == list(range(len(parted)))
+    assert np.concatenate([p.lengths for p in pieces]).tolist() == lengths
     assert np.array_equal(np.concatenate([p.values for p in pieces]), next(whole.shards()).values)
     (parted.path / sorted(p.name for p in parted.path.glob("values*.npy"))[-1]).unlink()
     with pytest.raises(DataError, match=r"is damaged: values.*missing"):

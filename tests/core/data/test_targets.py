@@ -20,7 +20,7 @@ from roma_core.schema import Channel
 from roma_core.sources.synthetic import RECIPES
 from roma_core.trainer import TrainerConfig
 from roma_core.trainer.augmentation import Crop, Drop, Jitter
-from roma_core.trainer.dataloader import Collate, load
+from roma_core.trainer.dataloader import Collate
 from tests.core.hand_made import HandMade, built, config_of, series
 
 DEPTH = (Channel(name="depth", unit="m"),)
@@ -86,11 +86,11 @@ def test_many_series_at_once_are_those_read_one_by_one(stored, chosen):
         ),
     )
     train = stored.split("train")
-    parts = [(3, part) for part in np.array_split(np.arange(len(train))[::-1], 4)]
+    parts = np.array_split(np.arange(len(train))[::-1], 4)
     for config in configs:
         collate = Collate(config, 7, chosen)
-        pairs = [load(d, parts, collate, workers=0, pin=False) for d in (train, OneByOne(train))]
-        for one, other in zip(*pairs, strict=True):
+        for part in parts:
+            one, other = (collate.batch(d, part, epoch=3) for d in (train, OneByOne(train)))
             assert one.segments.lengths == other.segments.lengths
             for name in ("tokens", "positions", "sample_ids", "indices", "labels"):
                 assert torch.equal(getattr(one, name), getattr(other, name)), name

@@ -256,7 +256,7 @@ def trained(tmp_path_factory):
     }
     sets = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     done = CliRunner().invoke(
-        main, ["pretrain", "--data", str(data), "--out", str(root / "run"), *sets]
+        main, ["pretrain", "--data", str(data), "--run-dir", str(root / "run"), *sets]
     )
     assert done.exit_code == 0, done.output
     return data, root / "run" / "outputs" / "model", root

@@ -105,7 +105,7 @@ def test_the_commands_end_with_errors_in_the_units_of_the_targets(places):
         "trainer.base_lr": 0.02,
     }
     settings = [word for pair in changes.items() for word in ("--set", "{}={}".format(*pair))]
-    roma("finetune", "--data", data, "--out", root / "fine", *settings)
+    roma("finetune", "--data", data, "--run-dir", root / "fine", *settings)
     weights = root / "fine/outputs/model"
 
     said = roma(
@@ -237,7 +237,7 @@ def test_targets_far_from_unit_size_are_warned_of_when_a_regression_is_planned(t
             data, StoredDataset(data).manifest, None, wishes, TrainerConfig()
         )
 
-    said = [str(w.message) for w in told if "is learnt as it is" in str(w.message)]
+    said = [str(w.message) for w in told if "are not normalised" in str(w.message)]
     assert [text.split("'")[1] for text in said] == ["far", "tiny"]
     assert "let its source give (x - " in said[0]
 

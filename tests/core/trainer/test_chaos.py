@@ -128,7 +128,7 @@ def test_an_mlflow_server_that_dies_and_comes_back_misses_nothing(tmp_path, stor
         came_back_at = points(tmp_path)[-1][1]
         output = started.end(200)
         assert "END completed 4200 1" in output
-        assert "training goes on" in output
+        assert "training continues" in output
         print(f"the server was away from step {died_at} to {came_back_at} of 4200")
         assert_told_once(store, tmp_path)
     finally:

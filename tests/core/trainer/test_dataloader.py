@@ -7,24 +7,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roma_core import EncoderConfig, RoMAForClassification, RoMAForClassificationConfig, Trainer
+from roma_core.data.ragged import RaggedBatch
 from roma_core.trainer.augmentation import (
     ChannelDrop,
     Crop,
+    CustomAugmentation,
     Drop,
-    Each,
     Jitter,
-    Rows,
     augmentations_of,
 )
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.dataloader import Collate
-from roma_core.trainer.sampler import EpochPlan, TokenPlan, lengths_of, plan_for
+from roma_core.trainer.sampler import (
+    SeriesBatchSampler,
+    TokenBatchSampler,
+    lengths_of,
+    make_sampler,
+)
 
 LENGTHS = np.random.default_rng(0).integers(1, 60, 500)
 
 
 def plan(tokens=600, lengths=LENGTHS, micro=600):
-    return TokenPlan(lengths, tokens, seed=3, micro_batch_size=micro)
+    return TokenBatchSampler(lengths, tokens, seed=3, micro_batch_size=micro)
 
 
 @settings(max_examples=60, deadline=None)
@@ -36,12 +41,12 @@ def plan(tokens=600, lengths=LENGTHS, micro=600):
 def test_every_sample_is_in_one_batch_and_no_batch_is_empty_or_too_large(lengths, tokens, epoch):
     lengths = np.array(lengths)
 
-    batches = plan(tokens, lengths).epoch(epoch) if fits(lengths, tokens) else []
+    batches = plan(tokens, lengths).batches(epoch) if fits(lengths, tokens) else []
 
     if batches:
         assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
         assert len(batches) == plan(tokens, lengths).batches_per_epoch
-        assert min(map(len, batches)) >= plan(tokens, lengths).fewest >= 1
+        assert min(map(len, batches)) >= plan(tokens, lengths).min_samples >= 1
         assert max(lengths[b].sum() for b in batches) <= tokens + lengths.max()
 
 
@@ -54,15 +59,15 @@ def fits(lengths, tokens):
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
-    first = [b.tolist() for b in plan().epoch(1)]
+    first = [b.tolist() for b in plan().batches(1)]
 
-    assert first == [b.tolist() for b in plan().epoch(1)]
-    assert first != [b.tolist() for b in plan().epoch(2)]
-    assert first != [b.tolist() for b in TokenPlan(LENGTHS, 600, 4, 600).epoch(1)]
+    assert first == [b.tolist() for b in plan().batches(1)]
+    assert first != [b.tolist() for b in plan().batches(2)]
+    assert first != [b.tolist() for b in TokenBatchSampler(LENGTHS, 600, 4, 600).batches(1)]
 
 
 def test_batches_hold_about_equally_many_tokens_of_similar_lengths():
-    batches = plan().epoch(0)
+    batches = plan().batches(0)
 
     tokens = np.array([LENGTHS[b].sum() for b in batches])
     assert np.abs(tokens - tokens.mean()).max() <= LENGTHS.max()
@@ -75,12 +80,12 @@ def test_batches_hold_about_equally_many_tokens_of_similar_lengths():
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_any_number_of_processes_shares_a_batch_exactly(world_size):
     some = plan(micro=150)
-    for batch in some.epoch(0):
+    for batch in some.batches(0):
         if len(batch) < world_size:
             with pytest.raises(ValueError, match="cannot be shared by"):
-                some.share(batch, 0, world_size)
+                some.shard(batch, 0, world_size)
             continue
-        shares = [some.share(batch, rank, world_size) for rank in range(world_size)]
+        shares = [some.shard(batch, rank, world_size) for rank in range(world_size)]
         assert sorted(np.concatenate([np.concatenate(s) for s in shares])) == sorted(batch)
         tokens = [sum(LENGTHS[m].sum() for m in share) for share in shares]
         assert max(tokens) - min(tokens) <= 2 * LENGTHS.max()
@@ -93,9 +98,9 @@ def test_a_series_longer_than_a_batch_is_refused_with_a_way_out():
     with pytest.raises(ValueError, match=r"longest series has 5,000 tokens.*augment_crop_tokens"):
         plan(100, lengths)
     with pytest.raises(ValueError, match="too few for 40 processes"):
-        plan_for(TrainerConfig(tokens_per_batch=50), Lengths(LENGTHS), 40)
+        make_sampler(TrainerConfig(tokens_per_batch=50), Lengths(LENGTHS), 40)
     few = TrainerConfig(tokens_per_batch=30, augment_crop_tokens=10)
-    assert plan_for(few, Lengths(lengths), 1).batches_per_epoch == 1
+    assert make_sampler(few, Lengths(lengths), 1).batches_per_epoch == 1
 
 
 class Lengths:
@@ -107,18 +112,20 @@ class Lengths:
 
 
 def test_the_plan_follows_the_settings_and_freezes():
-    by_series = plan_for(TrainerConfig(batch_size=8), Lengths(LENGTHS), 2)
+    by_series = make_sampler(TrainerConfig(batch_size=8), Lengths(LENGTHS), 2)
     by_tokens = TrainerConfig(tokens_per_batch=300, gradient_accumulation_steps=2)
 
-    assert isinstance(by_series, EpochPlan) and by_series.global_batch_size == 16
+    assert isinstance(by_series, SeriesBatchSampler) and by_series.global_batch_size == 16
     assert (
-        plan_for(TrainerConfig(batch_size=8), Lengths(LENGTHS), 2, frozen=5).batches_per_epoch
+        make_sampler(
+            TrainerConfig(batch_size=8), Lengths(LENGTHS), 2, global_batch_size=5
+        ).batches_per_epoch
         == 100
     )
-    assert plan_for(by_tokens, Lengths(LENGTHS), 3).global_batch_size == 1800
-    again = plan_for(by_tokens, Lengths(LENGTHS), 1, frozen=1800)
-    first = plan_for(by_tokens, Lengths(LENGTHS), 3)
-    assert [b.tolist() for b in again.epoch(4)] == [b.tolist() for b in first.epoch(4)]
+    assert make_sampler(by_tokens, Lengths(LENGTHS), 3).global_batch_size == 1800
+    again = make_sampler(by_tokens, Lengths(LENGTHS), 1, global_batch_size=1800)
+    first = make_sampler(by_tokens, Lengths(LENGTHS), 3)
+    assert [b.tolist() for b in again.batches(4)] == [b.tolist() for b in first.batches(4)]
 
 
 class Waves(torch.utils.data.Dataset):
@@ -172,19 +179,19 @@ def stop_at(folder, train, step):
     """Kill a training between two steps, as a power cut would: its newest checkpoint is older."""
     from roma_core.trainer import trainer as loop
 
-    taken = loop.TrainingRun._step
+    optimise = loop.Trainer._optimise
 
-    def until(run, *arguments):
-        if run.step == step:
+    def until(trainer, *arguments):
+        if trainer.step == step:
             raise KeyboardInterrupt
-        return taken(run, *arguments)
+        return optimise(trainer, *arguments)
 
-    loop.TrainingRun._step = until
+    loop.Trainer._optimise = until
     try:
         with pytest.raises(KeyboardInterrupt):
             train()
     finally:
-        loop.TrainingRun._step = taken
+        loop.Trainer._optimise = optimise
     assert [p.name for p in sorted(folder.iterdir())][-1] == "step-00000010"
 
 
@@ -195,15 +202,16 @@ EVERY = [
     Crop(0.5),
     ChannelDrop(0.5, 2),
     Jitter(0.1, 0.1),
-    Each(lambda tokens, positions, random: (tokens * random.normal(), positions)),
+    CustomAugmentation(lambda tokens, positions, random: (tokens * random.normal(), positions)),
 ]
 
 
 def on_one(augmentation, tokens, positions, seed=0, epoch=0, name=0):
     """Of one series alone."""
-    rows = augmentation(Rows.of([tokens], [positions], [name]), seed, epoch)
-    assert rows.lengths.tolist() == [len(rows.tokens)] == [len(rows.positions)]
-    return rows.tokens, rows.positions
+    one = RaggedBatch.of([tokens.numpy()], [positions.numpy()], [name])
+    batch = augmentation(one, seed, epoch)
+    assert batch.lengths.tolist() == [len(batch.values)] == [len(batch.positions)]
+    return torch.from_numpy(batch.values), torch.from_numpy(batch.positions)
 
 
 @pytest.mark.parametrize("augmentation", EVERY, ids=lambda a: type(a).__name__)
@@ -226,13 +234,15 @@ def test_an_augmentation_is_a_function_of_seed_epoch_and_sample(augmentation):
 @pytest.mark.parametrize("augmentation", EVERY, ids=lambda a: type(a).__name__)
 def test_a_batch_is_augmented_as_its_series_alone(augmentation):
     lengths, names = [5, 1, 12, 7], [-4, 9, 2**40, 0]
-    parts = [TOKENS[:n] for n in lengths], [POSITIONS[:n] for n in lengths]
+    parts = [TOKENS[:n].numpy() for n in lengths], [POSITIONS[:n].numpy() for n in lengths]
 
-    together = augmentation(Rows.of(*parts, names), 1, 2).split()
+    together = augmentation(RaggedBatch.of(*parts, names), 1, 2).split()
 
     for k, name in enumerate(names):
-        alone = on_one(augmentation, parts[0][k], parts[1][k], 1, 2, name)
-        assert torch.equal(together[0][k], alone[0]) and torch.equal(together[1][k], alone[1])
+        n = lengths[k]
+        alone = on_one(augmentation, TOKENS[:n], POSITIONS[:n], 1, 2, name)
+        for found, expected in zip((together[0][k], together[1][k]), alone, strict=True):
+            assert torch.equal(torch.from_numpy(found), expected)
 
 
 @given(epoch=st.integers(0, 500), n=st.integers(1, 12), rate=st.floats(0, 0.99))
@@ -242,7 +252,7 @@ def test_drop_and_crop_leave_at_least_one_and_at_most_what_they_may_take(epoch, 
         assert len(tokens) >= max(1, n - int(rate * n))
         assert torch.equal(tokens, positions)  # of the same observations
         assert (torch.diff(tokens[:, 0]) > 0).all()  # in their order
-    kept, _ = on_one(Crop(rate, most_tokens=4), TOKENS[:n], POSITIONS[:n], epoch=epoch)
+    kept, _ = on_one(Crop(rate, max_tokens=4), TOKENS[:n], POSITIONS[:n], epoch=epoch)
     assert len(kept) <= 4 and torch.equal(torch.diff(kept[:, 0]), torch.full((len(kept) - 1,), 2.0))
 
 
@@ -286,7 +296,7 @@ def test_settings_and_the_data_set_choose_the_augmentations():
         2,
         Own(),
     )
-    assert chosen == (Crop(0, 9), Drop(0.1), Jitter(0, 1), Each(Own.augmentations[0]))
+    assert chosen == (Crop(0, 9), Drop(0.1), Jitter(0, 1), CustomAugmentation(Own.augmentations[0]))
     stack = EncoderConfig(d_model=16, nhead=2, depth=1)
     config = RoMAForClassificationConfig(
         encoder_config=stack, tubelet_size=(1, 1, 1), n_channels=2, n_pos_dims=1, dim_output=2

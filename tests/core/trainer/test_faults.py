@@ -197,7 +197,7 @@ def test_a_loss_that_is_not_finite_is_never_saved(tmp_path, monkeypatch, at_once
 
     def changed(self, *arguments):
         init(self, *arguments)
-        self.looks_at_once = at_once
+        self.checks_every_step = at_once
 
     monkeypatch.setattr(TrainStep, "__init__", changed)
     trainer = Trainer(config(tmp_path, save_every=2, eval_every=100, log_every=100))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,13 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from roma_core import RoMAForClassification, RoMAForClassificationConfig, Trainer, TrainerConfig
-from roma_core.trainer.checkpoint import (
-    EarlyStopping,
-    committed,
-    kept_steps,
-    load_newest,
-    state_of_checkpoint,
-)
+from roma_core.trainer.checkpoint import Retention, committed, load_newest, read_state
+from roma_core.trainer.evaluator import EarlyStopping
 from roma_core.trainer.optim import (
     layer_scales,
     learning_rate_factor,
@@ -28,21 +24,23 @@ from roma_core.trainer.step import class_weights, training_loss
 from tests.core.trainer.training_runs import SHAPE, Sines, autoencoder, classifier, config
 
 
-def test_a_course_knows_its_best_and_counts_what_was_not_better():
-    course = EarlyStopping()
+def test_early_stopping_keeps_the_best_and_counts_what_was_not_better():
+    stopping = EarlyStopping("min", min_delta=0.1)
     for value, best, since in [(3, 3, 0), (2.95, 3, 1), (math.nan, 3, 2), (2, 2, 0), (2, 2, 1)]:
-        course = course.after(value, "min", min_delta=0.1)
-        assert (course.best, course.evaluations_since) == (best, since)
-    assert course.is_exhausted(1) and not course.is_exhausted(2) and not course.is_exhausted(None)
-    assert EarlyStopping(0.5).after(0.6, "max").best == 0.6
+        assert stopping.update(value) == (since == 0)
+        assert (stopping.best, stopping.evaluations_since_best) == (best, since)
+    for patience, stops in [(1, True), (2, False), (None, False)]:
+        assert replace(stopping, patience=patience).should_stop is stops
+    largest = EarlyStopping("max", best=0.5)
+    assert largest.update(0.6) and largest.best == 0.6
 
 
 def test_the_newest_and_the_best_checkpoints_stay():
     steps = {10: 0.9, 20: 0.2, 30: 0.5, 40: None, 50: 0.2, 60: math.nan}
-    assert kept_steps(steps, newest=2, best=1, mode="min") == {20, 50, 60}
-    assert kept_steps(steps, newest=2, best=2, mode="max") == {10, 30, 50, 60}
-    assert kept_steps(steps, newest=3, best=0, mode="min") == {40, 50, 60}
-    assert kept_steps(steps, newest=None, best=0, mode="min") == set(steps)
+    assert Retention(newest=2, best=1, mode="min").kept(steps) == {20, 50, 60}
+    assert Retention(newest=2, best=2, mode="max").kept(steps) == {10, 30, 50, 60}
+    assert Retention(newest=3, best=0, mode="min").kept(steps) == {40, 50, 60}
+    assert Retention(newest=None, best=0, mode="min").kept(steps) == set(steps)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -135,7 +133,7 @@ def test_a_wish_that_the_model_cannot_grant_is_refused_or_said(tmp_path, caplog)
         training_loss(regression, TrainerConfig(label_smoothing=0.1), Sines(4))
     model = autoencoder()
     assert training_loss(model, TrainerConfig(label_smoothing=0.1), Sines(4)) is model.loss_fn
-    assert "takes no notice of label_smoothing" in caplog.text
+    assert "ignores label_smoothing" in caplog.text
     with pytest.raises(ValueError, match="final_weights=best needs"):
         TrainerConfig(final_weights="best", keep_best=0)
     for changes in ({"early_stopping_patience": 2}, {"final_weights": "best"}):
@@ -176,7 +174,7 @@ def test_training_ends_early_and_keeps_the_best(tmp_path):
     assert [p.name for p in saved] == ["step-00000002", "step-00000004", "step-00000008"][
         -len(saved) :
     ]
-    best = next(p for p in saved if state_of_checkpoint(p).evaluation["eval/score"] == 0.4)
+    best = next(p for p in saved if read_state(p).evaluation["eval/score"] == 0.4)
     kept = load_newest(tmp_path / "checkpoints")
     assert kept is not None and kept.path.name == "step-00000008" and best.name == "step-00000004"
     for model in models:

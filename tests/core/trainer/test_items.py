@@ -14,7 +14,7 @@ from roma_core import (
     TrainerConfig,
 )
 from roma_core.schema import PositionAxis
-from roma_core.trainer.augmentation import Crop, Drop, Each
+from roma_core.trainer.augmentation import Crop, CustomAugmentation, Drop
 from roma_core.trainer.dataloader import Collate
 from roma_core.trainer.evaluator import classify
 
@@ -62,7 +62,7 @@ def test_labels_of_tokens_stay_with_their_tokens_when_some_are_dropped_or_croppe
     owner = batch.sample_ids[batch.segments.ids]
     assert torch.equal(batch.labels, 100 * owner + batch.tokens[:, 0].long())
 
-    own = Each(lambda tokens, positions, random: (tokens, positions))
+    own = CustomAugmentation(lambda tokens, positions, random: (tokens, positions))
     with pytest.raises(ValueError, match="the data set's own augmentations"):
         Collate(config(pooling="token"), 0, (own,))
 

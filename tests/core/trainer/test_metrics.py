@@ -1,6 +1,6 @@
 import pytest
 
-from roma_core.trainer.run_logger import as_people_read
+from roma_core.trainer.run_logger import format_number
 
 
 @pytest.mark.parametrize(
@@ -13,5 +13,5 @@ from roma_core.trainer.run_logger import as_people_read
         (-1e4, "-10,000"),
     ],
 )
-def test_numbers_are_shown_as_people_read_them(number, text):
-    assert as_people_read(number) == text
+def test_numbers_are_shown_format_number_them(number, text):
+    assert format_number(number) == text

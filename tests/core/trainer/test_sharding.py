@@ -48,7 +48,7 @@ def assert_equal(found, expected) -> None:
     ours, theirs = (load_newest(f / "checkpoints") for f in (found, expected))
     assert ours is not None and theirs is not None and ours.state.step == theirs.state.step
     for kind in ("model", "optimizer", "ema"):
-        tensors, again = getattr(ours, kind), getattr(theirs, kind)
+        tensors, again = ours.tensors[kind], theirs.tensors[kind]
         assert tensors.keys() == again.keys() != set()
         for name in tensors:
             torch.testing.assert_close(tensors[name], again[name], rtol=1e-9, atol=1e-12)
@@ -58,8 +58,8 @@ def assert_equal(found, expected) -> None:
 
 
 def test_a_sharded_model_learns_what_a_whole_one_does(tmp_path, whole):
-    output = run(Plan(tmp_path, CHANGES | {"sharding": "full"}, plain_autoencoder), 2)
-    assert "2 process(es) sharing them" in output
+    output = run(Plan(tmp_path, CHANGES | {"sharding": "fsdp"}, plain_autoencoder), 2)
+    assert "2 process(es) (sharded)" in output
     assert_equal(tmp_path, whole)
     norms = [value for name, _, value in points(tmp_path) if name == "train/grad_norm"]
     assert min(norms) > CHANGES["gradient_clip"]  # clipping had something to do
@@ -67,7 +67,7 @@ def test_a_sharded_model_learns_what_a_whole_one_does(tmp_path, whole):
 
 def test_sharded_and_whole_go_on_from_each_others_checkpoints(tmp_path, whole):
     """Sharded over 2 → killed → whole in 1 → stopped → sharded over 2."""
-    sharded = Plan(tmp_path, CHANGES | {"sharding": "full"}, plain_autoencoder)
+    sharded = Plan(tmp_path, CHANGES | {"sharding": "fsdp"}, plain_autoencoder)
     alone = Plan(tmp_path, CHANGES, plain_autoencoder)
     interrupt(sharded, records_reach(tmp_path, 6), signal.SIGKILL, 2)
     stopped = interrupt(alone, records_reach(tmp_path, 12), signal.SIGTERM)
@@ -78,7 +78,7 @@ def test_sharded_and_whole_go_on_from_each_others_checkpoints(tmp_path, whole):
 
 def test_sgd_shards_without_its_fused_kernel(tmp_path):
     with pytest.raises(ValueError, match="leave fused out of optimizer_args"):
-        config(tmp_path, sharding="full", optimizer="sgd", optimizer_args={"fused": True})
+        config(tmp_path, sharding="fsdp", optimizer="sgd", optimizer_args={"fused": True})
 
 
 def _keep_what_comes_out(trainer: Trainer) -> None:
@@ -89,7 +89,7 @@ def _keep_what_comes_out(trainer: Trainer) -> None:
 
 
 def test_a_sharded_probe_ends_early_and_gives_its_best_weights_whole(tmp_path):
-    changes = {"sharding": "full", "freeze_encoder": True, "final_weights": "best", "epochs": 40}
+    changes = {"sharding": "fsdp", "freeze_encoder": True, "final_weights": "best", "epochs": 40}
     changes |= {"batch_size": 4, "eval_every": 2, "best_metric": "eval/accuracy", "base_lr": 0.05}
     changes |= {"best_metric_mode": "max", "early_stopping_patience": 3, "optimizer": "sgd"}
     output = run(Plan(tmp_path, changes, classifier, prepare=_keep_what_comes_out), 2)
@@ -98,6 +98,6 @@ def test_a_sharded_probe_ends_early_and_gives_its_best_weights_whole(tmp_path):
     best = load_best(checkpoints, "eval/accuracy", "max")
     assert best is not None and best.state.step < weights(tmp_path)[0].step
     out, start = load_file(checkpoints / "out.safetensors"), classifier().state_dict()
-    for name, tensor in best.model.items():
+    for name, tensor in best.tensors["model"].items():
         assert torch.equal(out[name], tensor)
         assert torch.equal(tensor, start[name]) != name.startswith("head.")

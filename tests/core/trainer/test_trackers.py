@@ -25,7 +25,7 @@ from roma_core import (
 from roma_core.files import read_json, write_json
 from roma_core.trainer import trackers as module
 from roma_core.trainer.metrics import MetricsLog, read_records
-from roma_core.trainer.trackers import Bookmark, Followers, WandbConfig, forward, forward_to_mlflow
+from roma_core.trainer.trackers import Bookmark, Trackers, WandbConfig, forward, forward_to_mlflow
 from tests.core.trainer.wandb_server import WandbServer
 
 ROOT = Path(__file__).parents[3]
@@ -91,7 +91,7 @@ class FakeTracker:
     def _maybe_fail(self) -> None:
         if self.failures > 0:
             self.failures -= 1
-            raise ConnectionError("nobody listens")
+            raise ConnectionError("connection refused")
 
     def send(self, records) -> None:
         self._maybe_fail()
@@ -104,11 +104,11 @@ class FakeTracker:
         return points_of(self.records)
 
 
-def follow(run: Run, tracker, offset: int = 0, run_id: str | None = None) -> Followers:
-    followers = Followers(run.folder / "metrics.jsonl")
-    followers.add("fake", tracker, run_id)
-    followers.start(offset)
-    return followers
+def follow(run: Run, tracker, offset: int = 0, run_id: str | None = None) -> Trackers:
+    trackers = Trackers(run.folder / "metrics.jsonl")
+    trackers.add("fake", tracker, run_id)
+    trackers.start(offset)
+    return trackers
 
 
 def told(run: Run, tracker: str = "fake") -> dict:
@@ -125,7 +125,7 @@ def wait_until(condition, timeout_s: float = 10.0) -> None:
 @pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setattr(module, "_RETRY_S", 0.05)
-    monkeypatch.setattr(module, "_LAST_TRY_S", 0.5)
+    monkeypatch.setattr(module, "_CLOSE_TIMEOUT_S", 0.5)
 
 
 # --- what is sent ---------------------------------------------------------------------------
@@ -133,12 +133,12 @@ def impatient(monkeypatch):
 
 def test_only_committed_records_are_sent(run):
     tracker = FakeTracker()
-    followers = follow(run, tracker)
+    trackers = follow(run, tracker)
     committed = run.train(3)
     expected = run.points()
     run.train(5)
-    followers.committed(committed)
-    followers.close()
+    trackers.committed(committed)
+    trackers.close()
     assert tracker.points() == expected
     assert (told(run)["offset"], told(run)["step"]) == (committed, 3)
     assert tracker.closed == 1
@@ -146,24 +146,24 @@ def test_only_committed_records_are_sent(run):
 
 def test_nothing_is_sent_before_the_first_checkpoint(run):
     tracker = FakeTracker()
-    followers = follow(run, tracker)
+    trackers = follow(run, tracker)
     run.train(3)
-    followers.close()
+    trackers.close()
     assert tracker.records == []
 
 
 def test_a_resume_sends_no_step_twice(run):
     tracker = FakeTracker()
-    followers = follow(run, tracker)
+    trackers = follow(run, tracker)
     checkpoint = run.train(3)
-    followers.committed(checkpoint)
+    trackers.committed(checkpoint)
     run.train(5)  # lost in the crash
-    followers.close()
+    trackers.close()
 
     run.resume(checkpoint, 3)
-    followers = follow(run, tracker, checkpoint)
-    followers.committed(run.train(6))
-    followers.close()
+    trackers = follow(run, tracker, checkpoint)
+    trackers.committed(run.train(6))
+    trackers.close()
 
     assert tracker.points() == run.points()
     assert len(set(tracker.run_ids)) == 1
@@ -171,16 +171,16 @@ def test_a_resume_sends_no_step_twice(run):
 
 def test_nor_does_a_resume_from_an_older_checkpoint(run):
     tracker = FakeTracker()
-    followers = follow(run, tracker)
+    trackers = follow(run, tracker)
     older = run.train(3)
-    followers.committed(run.train(5))
-    followers.close()
+    trackers.committed(run.train(5))
+    trackers.close()
     sent = tracker.points()
 
     run.resume(older, 3)
-    followers = follow(run, tracker, older)
-    followers.committed(run.train(7))
-    followers.close()
+    trackers = follow(run, tracker, older)
+    trackers.committed(run.train(7))
+    trackers.close()
 
     names = [(name, step) for name, step, *_ in tracker.points()]
     assert sorted(names) == sorted({(name, step) for name, step, *_ in run.points()})
@@ -189,24 +189,24 @@ def test_nor_does_a_resume_from_an_older_checkpoint(run):
 
 def test_an_evaluation_that_comes_an_attempt_later_than_its_step_is_sent(run):
     tracker = FakeTracker()
-    followers = follow(run, tracker)
+    trackers = follow(run, tracker)
     run.train(2)
     run.log.append(3, 0.3, {"train/loss": 0.3})
     stopped_at = run.log.offset
-    followers.committed(stopped_at)
-    followers.close()
+    trackers.committed(stopped_at)
+    trackers.close()
 
     run.resume(stopped_at, 3)
-    followers = follow(run, tracker, stopped_at)
+    trackers = follow(run, tracker, stopped_at)
     run.log.append(3, 0.3, {"eval/loss": 0.2})
-    followers.committed(run.log.offset)
-    followers.close()
+    trackers.committed(run.log.offset)
+    trackers.close()
 
     run.resume(stopped_at, 3)  # the node died before the next checkpoint
-    followers = follow(run, tracker, stopped_at)
+    trackers = follow(run, tracker, stopped_at)
     run.log.append(3, 0.3, {"eval/loss": 0.2})
-    followers.committed(run.train(4))
-    followers.close()
+    trackers.committed(run.train(4))
+    trackers.close()
 
     sent = [p[:3] for p in tracker.points()]
     assert sorted(sent) == sorted(set(sent)) == sorted(p[:3] for p in run.points())
@@ -214,15 +214,15 @@ def test_an_evaluation_that_comes_an_attempt_later_than_its_step_is_sent(run):
 
 def test_a_training_from_the_start_is_a_run_of_its_own(run):
     tracker = FakeTracker()
-    followers = follow(run, tracker)
-    followers.committed(run.train(3))
-    followers.close()
+    trackers = follow(run, tracker)
+    trackers.committed(run.train(3))
+    trackers.close()
 
     run.resume(0, 0)
     again = FakeTracker()
-    followers = follow(run, again)
-    followers.committed(run.train(2))
-    followers.close()
+    trackers = follow(run, again)
+    trackers.committed(run.train(2))
+    trackers.close()
 
     assert again.points() == run.points()
     assert again.run_ids != tracker.run_ids
@@ -238,9 +238,9 @@ def test_a_crash_before_the_first_checkpoint_keeps_the_run(run):
 def test_another_run_at_the_tracker_is_told_everything(run):
     for run_id in ("a", "b"):
         tracker = FakeTracker()
-        followers = follow(run, tracker, run.log.offset, run_id)
-        followers.committed(run.train(3))
-        followers.close()
+        trackers = follow(run, tracker, run.log.offset, run_id)
+        trackers.committed(run.train(3))
+        trackers.close()
         assert tracker.points() == run.points() and tracker.run_ids == [run_id]
 
 
@@ -262,36 +262,36 @@ def test_batches_end_where_steps_do(run, monkeypatch):
 
 def test_a_tracker_that_is_down_at_the_start_misses_nothing(run, impatient, caplog):
     tracker = FakeTracker(failures=5)
-    followers = follow(run, tracker)
-    followers.committed(run.train(3))
+    trackers = follow(run, tracker)
+    trackers.committed(run.train(3))
     wait_until(lambda: tracker.points() == run.points())
-    followers.committed(run.train(4))
-    followers.close()
+    trackers.committed(run.train(4))
+    trackers.close()
     assert tracker.points() == run.points()
     assert len(tracker.run_ids) == 6 and len(set(tracker.run_ids)) == 1
-    assert [r.message for r in caplog.records if "nobody listens" in r.message] == [
-        f"fake: nobody listens; training goes on, its metrics wait in {run.folder / 'metrics.jsonl'}"
+    assert [r.message for r in caplog.records if "connection refused" in r.message] == [
+        f"fake: connection refused; training continues, its metrics are kept in {run.folder / 'metrics.jsonl'}"
     ]
 
 
 def test_a_tracker_that_fails_half_way_misses_nothing(run, impatient, monkeypatch):
     monkeypatch.setattr(module, "_BATCH", 1)
     tracker = FakeTracker()
-    followers = follow(run, tracker)
-    followers.committed(run.train(2))
+    trackers = follow(run, tracker)
+    trackers.committed(run.train(2))
     wait_until(lambda: tracker.points() == run.points())
     tracker.failures = 3
-    followers.committed(run.train(6))
+    trackers.committed(run.train(6))
     wait_until(lambda: tracker.points() == run.points())
-    followers.close()
+    trackers.close()
 
 
 def test_what_a_tracker_missed_is_sent_by_the_next_attempt(run, impatient, caplog):
     tracker = FakeTracker(failures=1000)
-    followers = follow(run, tracker)
-    followers.committed(run.train(3))
-    followers.close()
-    assert tracker.records == [] and "fake has not taken all metrics" in caplog.text
+    trackers = follow(run, tracker)
+    trackers.committed(run.train(3))
+    trackers.close()
+    assert tracker.records == [] and "fake has not received all metrics" in caplog.text
 
     tracker = FakeTracker()
     follow(run, tracker, run.log.offset).close()
@@ -305,33 +305,33 @@ def test_trackers_that_hang_hold_nobody_up(run, impatient, caplog):
         let_go.wait(20)
         return FakeTracker()
 
-    followers = Followers(run.folder / "metrics.jsonl")
+    trackers = Trackers(run.folder / "metrics.jsonl")
     for name in ("a", "b", "c"):
-        followers.add(name, hang)
+        trackers.add(name, hang)
     started = time.monotonic()
-    followers.start(0)
+    trackers.start(0)
     for until in (1, 2, 3):
-        followers.committed(run.train(until))
+        trackers.committed(run.train(until))
     assert time.monotonic() - started < 0.4
-    followers.close()
+    trackers.close()
     assert time.monotonic() - started < 1.5  # one bound for all three, not one each
-    assert caplog.text.count("has not taken all metrics") == 3
+    assert caplog.text.count("has not received all metrics") == 3
     let_go.set()
 
 
 def test_a_bookmark_that_cannot_be_read_does_not_end_the_run(run, impatient, caplog):
     (run.folder / "fake.offset.json").write_text("{")
     tracker = FakeTracker()
-    followers = follow(run, tracker)
-    followers.committed(run.train(2))
-    followers.close()
+    trackers = follow(run, tracker)
+    trackers.committed(run.train(2))
+    trackers.close()
     assert "fake.offset.json is not valid JSON" in caplog.text
 
 
 def test_followers_that_never_started_can_be_closed(run):
-    followers = Followers(run.folder / "metrics.jsonl")
-    followers.add("fake", FakeTracker())
-    followers.close()
+    trackers = Trackers(run.folder / "metrics.jsonl")
+    trackers.add("fake", FakeTracker())
+    trackers.close()
 
 
 # --- MLflow ---------------------------------------------------------------------------------
@@ -370,10 +370,10 @@ def in_environment(store, monkeypatch):
 
 
 def test_mlflow_gets_every_point_once_with_its_own_time(run, in_environment):
-    followers = Followers.of_environment(run.folder, TrainerConfig())
-    followers.start(0)
-    followers.committed(run.train(400))  # 1200 points, more than MLflow takes in one call
-    followers.close()
+    trackers = Trackers.from_environment(run.folder, TrainerConfig())
+    trackers.start(0)
+    trackers.committed(run.train(400))  # 1200 points, more than MLflow takes in one call
+    trackers.close()
     assert in_environment.points() == run.points()
     assert len(run.points()) == 1200
 
@@ -391,23 +391,26 @@ def test_a_run_that_is_made_after_the_job_began_is_waited_for(run, store, made_l
     document = {"schema_version": 1, "run_id": store.run_id}
     writer = threading.Timer(0.3, write_json, (made_later, document))
     writer.start()
-    followers = Followers.of_environment(run.folder, TrainerConfig())
+    trackers = Trackers.from_environment(run.folder, TrainerConfig())
     writer.join()
-    followers.start(0)
-    followers.committed(run.train(3))
-    followers.close()
+    trackers.start(0)
+    trackers.committed(run.train(3))
+    trackers.close()
     assert store.points() == run.points()
 
 
 def test_a_run_that_does_not_come_is_no_reason_to_wait_for_ever(
     run, made_later, monkeypatch, caplog
 ):
-    monkeypatch.setattr(module, "_RUN_WITHIN_S", 0.1)
-    followers = Followers.of_environment(run.folder, TrainerConfig())
-    followers.start(0)
-    followers.committed(run.train(3))
-    followers.close()
-    assert f"{made_later} did not come; MLflow gets the metrics when the job is over" in caplog.text
+    monkeypatch.setattr(module, "_RUN_FILE_TIMEOUT_S", 0.1)
+    trackers = Trackers.from_environment(run.folder, TrainerConfig())
+    trackers.start(0)
+    trackers.committed(run.train(3))
+    trackers.close()
+    assert (
+        f"{made_later} was not written; MLflow gets the metrics when the job has ended"
+        in caplog.text
+    )
 
 
 def test_mlflow_stores_a_replay_once(run, store):
@@ -420,10 +423,10 @@ def test_mlflow_stores_a_replay_once(run, store):
 
 
 def test_what_the_thread_could_not_send_is_sent_at_the_outcome(run, in_environment):
-    followers = Followers.of_environment(run.folder, TrainerConfig())
-    followers.start(0)
-    followers.committed(run.train(3))
-    followers.close()
+    trackers = Trackers.from_environment(run.folder, TrainerConfig())
+    trackers.start(0)
+    trackers.committed(run.train(3))
+    trackers.close()
     run.train(5)  # after the last checkpoint of a run that failed
     forward_to_mlflow(run.folder / "metrics.jsonl", in_environment.uri, in_environment.run_id)
     assert in_environment.points() == run.points()
@@ -486,7 +489,7 @@ def test_a_training_ends_though_its_tracker_is_no_tracker(monkeypatch, tmp_path,
     monkeypatch.setenv("MLFLOW_RUN_ID", "none")
     config = TrainerConfig(checkpoint_dir=tmp_path / "c", epochs=1, log_every=1)
     assert Trainer(config).train(Series(), None, small_classifier()).status == "completed"
-    assert "training goes on" in caplog.text and "mlflow has not taken all" in caplog.text
+    assert "training continues" in caplog.text and "mlflow has not received all" in caplog.text
 
 
 # --- Weights & Biases -----------------------------------------------------------------------
@@ -514,17 +517,17 @@ FOLLOW = """
 import json, sys, time
 from pathlib import Path
 from roma_core.trainer.config import TrainerConfig
-from roma_core.trainer.followers import Followers
-from roma_core.trainer.metrics_log import MetricsLog
+from roma_core.trainer.trackers import Trackers
+from roma_core.trainer.metrics import MetricsLog
 folder = Path(sys.argv[1])
 log = MetricsLog(folder / "metrics.jsonl")
 started = time.monotonic()
-followers = Followers.of_environment(folder, TrainerConfig(**json.loads(sys.argv[2])))
-followers.start(0)
+trackers = Trackers.from_environment(folder, TrainerConfig(**json.loads(sys.argv[2])))
+trackers.start(0)
 log.append(1, 0.5, {"train/loss": 0.5})
 log.append(2, 1.0, {"train/loss": 0.25})
-followers.committed(log.offset)
-followers.close()
+trackers.committed(log.offset)
+trackers.close()
 print(json.dumps({"seconds": time.monotonic() - started, "wandb": "wandb" in sys.modules}))
 """
 
@@ -628,23 +631,23 @@ STEPS = """
 import sys, time
 from pathlib import Path
 from roma_core.trainer.config import TrainerConfig
-from roma_core.trainer import followers
-from roma_core.trainer.metrics_log import MetricsLog
+from roma_core.trainer import trackers
+from roma_core.trainer.metrics import MetricsLog
 folder = Path(sys.argv[1])
-followers._RETRY_S = 0.2
+trackers._RETRY_S = 0.2
 log = MetricsLog(folder / "metrics.jsonl")
-follower = followers.Followers.of_environment(folder, TrainerConfig())
-follower.start(0)
+trackers_ = trackers.Trackers.from_environment(folder, TrainerConfig())
+trackers_.start(0)
 step = 0
 for line in sys.stdin:
     until = step + int(line)
     while step < until:
         step += 1
         log.append(step, step / 10, {"train/loss": 1 / step})
-    follower.committed(log.offset)
+    trackers_.committed(log.offset)
     print(step, flush=True)
 started = time.monotonic()
-follower.close()
+trackers_.close()
 print(time.monotonic() - started, flush=True)
 """
 

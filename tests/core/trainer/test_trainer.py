@@ -16,7 +16,7 @@ import torch
 from roma_core import RoMAForClassification, RoMAForClassificationConfig, Trainer
 from roma_core.trainer.checkpoint import committed
 from roma_core.trainer.optim import learning_rate_factor
-from roma_core.trainer.sampler import EpochPlan, share_of
+from roma_core.trainer.sampler import SeriesBatchSampler
 from tests.core.trainer.training_runs import (
     SHAPE,
     Plan,
@@ -35,18 +35,19 @@ from tests.core.trainer.training_runs import (
 
 
 def test_every_epoch_visits_every_sample_once_in_an_order_of_its_own():
-    plan = EpochPlan(n_samples=43, global_batch_size=10, seed=3)
-    epochs = [np.concatenate(plan.epoch(e)) for e in range(3)]
+    sampler = SeriesBatchSampler(n_samples=43, global_batch_size=10, seed=3)
+    epochs = [np.concatenate(sampler.batches(e)) for e in range(3)]
     assert all(sorted(e) == list(range(43)) for e in epochs)
     assert (epochs[0] != epochs[1]).any()
-    assert [len(b) for b in plan.epoch(0)] == [9, 9, 9, 8, 8]
-    assert plan.epoch(0)[0].tolist() == EpochPlan(43, 10, 3).epoch(0)[0].tolist()
+    assert [len(b) for b in sampler.batches(0)] == [9, 9, 9, 8, 8]
+    assert sampler.batches(0)[0].tolist() == SeriesBatchSampler(43, 10, 3).batches(0)[0].tolist()
 
 
 @pytest.mark.parametrize("world_size, micro", [(1, 9), (2, 4), (3, 1), (4, 8)])
 def test_processes_and_micro_batches_share_a_step_exactly(world_size, micro):
-    batch = EpochPlan(43, 10, 3).epoch(0)[0]
-    shares = [share_of(batch, rank, world_size, micro) for rank in range(world_size)]
+    sampler = SeriesBatchSampler(43, 10, 3, micro)
+    batch = sampler.batches(0)[0]
+    shares = [sampler.shard(batch, rank, world_size) for rank in range(world_size)]
     flat = [i for share in shares for part in share for i in part]
     assert sorted(flat) == sorted(batch)
     assert max(len(part) for share in shares for part in share) <= micro
@@ -54,7 +55,7 @@ def test_processes_and_micro_batches_share_a_step_exactly(world_size, micro):
 
 def test_more_processes_than_samples_is_refused():
     with pytest.raises(ValueError, match="2 samples cannot be shared by 3 processes"):
-        share_of(np.array([4, 5]), 0, 3, 8)
+        SeriesBatchSampler(43, 10, 3, 8).shard(np.array([4, 5]), 0, 3)
 
 
 def test_the_schedule_warms_up_and_ends_near_zero():
@@ -107,7 +108,7 @@ def test_classes_are_counted_when_dim_output_is_not_given(tmp_path):
 SCRIPT = """
 import os
 from pathlib import Path
-from tests.core.training_runs import *
+from tests.core.trainer.training_runs import *
 if __name__ == "__main__":
     trainer = Trainer(config({folder!r}, eval_every=3, epochs=2, batch_size=4))
     end = trainer.train(Sines(41), Sines(12), plain_classifier())
