@@ -239,7 +239,7 @@ def test_targets_far_from_unit_size_are_warned_of_when_a_regression_is_planned(t
 
     said = [str(w.message) for w in told if "are not normalised" in str(w.message)]
     assert [text.split("'")[1] for text in said] == ["far", "tiny"]
-    assert "let its source give (x - " in said[0]
+    assert "let the source provide (x - " in said[0]
 
 
 def test_the_environment_may_ask_for_a_regression(places, monkeypatch):
