@@ -121,7 +121,7 @@ def reconstructions(
         assert masked is not None
         predicted = batch.tokens.clone()
         if masked.hidden.total:
-            predicted[masked.hidden_rows] = model.reconstruct_rows(batch, masked)
+            predicted[masked.hidden_rows] = model.reconstruct_hidden(batch, masked)
         positions, values = dataset.raw(int(test.indices[row]))
         visible = np.zeros(len(values), dtype=bool)
         visible[masked.visible_rows.numpy()] = True

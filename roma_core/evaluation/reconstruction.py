@@ -27,7 +27,7 @@ from roma_core.data.store import Subset
 from roma_core.evaluation.metrics import Estimate, PartEstimate, estimated, resample_sums
 from roma_core.files import write_bytes
 from roma_core.model.config import RoMAForPreTrainingConfig
-from roma_core.model.masking import sample_all_but
+from roma_core.model.masking import draw_mask, mask_all_but
 from roma_core.model.packing import PackedBatch
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.schema import DataSchema, Normaliser
@@ -97,14 +97,14 @@ def all_but(n_seen: int, seed: int) -> Hide:
     """Hides all observations of each series but ``n_seen``, where it has more."""
 
     def hide(batch: PackedBatch) -> PackedBatch:
-        return batch.with_mask(sample_all_but(batch.segments, batch.sample_ids, n_seen, seed))
+        return batch.with_mask(mask_all_but(batch.segments, batch.sample_ids, n_seen, seed))
 
     return hide
 
 
 def as_trained(config: RoMAForPreTrainingConfig, seed: int) -> Hide:
     """Hides as much, and in the way, that the model was trained with."""
-    return lambda batch: batch.with_drawn_mask(config, seed, epoch=0)
+    return lambda batch: draw_mask(batch, config, seed, epoch=0)
 
 
 def can_be_judged(config: RoMAForPreTrainingConfig, schema: DataSchema) -> None:
@@ -209,7 +209,7 @@ def _said(model: RoMAForPreTraining, batch: PackedBatch) -> Float32:
         return np.zeros((0, model.head.linear.out_features), np.float32)
     tokens = batch.tokens.clone()
     tokens[rows] = torch.nan
-    outputs = model.outputs_of(replace(batch, tokens=tokens), masked).float()
+    outputs = model.predict_hidden(replace(batch, tokens=tokens), masked).float()
     if not bool(outputs.isfinite().all()):
         raise RuntimeError(
             "the model gives numbers that are not finite: its weights are not, or it reads hidden values"

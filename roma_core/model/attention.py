@@ -1,4 +1,4 @@
-"""Attention over packed series, and over padded ones: two bodies behind one shape of arguments.
+"""Attention over packed series, and over padded ones.
 
 ``packed_attention`` is one operator to the compiler. On CPU it calls the fused kernel once per run
 of neighbouring series of equal length, on views and without a mask; on CUDA it is the variable-length
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from roma_core.model.segments import Segments
+from roma_core.model.packing import Segments
 
 
 def padded_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def packed_attention(
     exact = torch.float32 if q.requires_grad and q.dtype == torch.bfloat16 else q.dtype
     # in 16 bits the fused gradient is slower than in 32, the casts included
     out, _ = _cpu_attention(
-        q.to(exact), k.to(exact), v.to(exact), q_segments.offsets, k_segments.offsets
+        q.to(exact), k.to(exact), v.to(exact), q_segments.cu_seqlens, k_segments.cu_seqlens
     )
     return out.to(q.dtype)
 
@@ -58,9 +58,9 @@ def packed_attention(
 # --- CPU: one fused call per run of equal lengths ---------------------------------------------
 
 
-def _runs(q_offsets: Tensor, k_offsets: Tensor) -> Iterator[tuple[int, int, int, int, int]]:
-    """(series, first query row, queries each, first key row, keys each) of every run."""
-    q_rows, k_rows = q_offsets.tolist(), k_offsets.tolist()
+def _runs(q_seqlens: Tensor, k_seqlens: Tensor) -> Iterator[tuple[int, int, int, int, int]]:
+    """(series, first query row, queries each, first key row, keys each) of every run of equal lengths."""
+    q_rows, k_rows = q_seqlens.tolist(), k_seqlens.tolist()
     b, n_series = 0, len(q_rows) - 1
     while b < n_series:
         n_q, n_k = q_rows[b + 1] - q_rows[b], k_rows[b + 1] - k_rows[b]
@@ -81,12 +81,12 @@ def _view(x: Tensor, n: int, start: int, each: int) -> Tensor:
 
 @torch.library.custom_op("roma::cpu_attention", mutates_args=())
 def _cpu_attention(
-    q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor
+    q: Tensor, k: Tensor, v: Tensor, q_seqlens: Tensor, k_seqlens: Tensor
 ) -> tuple[Tensor, Tensor]:
     out = q.new_empty(q.shape)
     # the kernel reports its log-sum-exp in float32 for 16-bit inputs
     lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-    for n, q0, n_q, k0, n_k in _runs(q_offsets, k_offsets):
+    for n, q0, n_q, k0, n_k in _runs(q_seqlens, k_seqlens):
         run_out, run_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             _view(q, n, q0, n_q), _view(k, n, k0, n_k), _view(v, n, k0, n_k)
         )
@@ -96,7 +96,7 @@ def _cpu_attention(
 
 
 @_cpu_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor):
+def _(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Tensor, k_seqlens: Tensor):
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
     return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=lse_dtype)
 
@@ -109,13 +109,13 @@ def _cpu_attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    q_offsets: Tensor,
-    k_offsets: Tensor,
+    q_seqlens: Tensor,
+    k_seqlens: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_q, grad_k, grad_v = (
         torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)
     )
-    for n, q0, n_q, k0, n_k in _runs(q_offsets, k_offsets):
+    for n, q0, n_q, k0, n_k in _runs(q_seqlens, k_seqlens):
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             _view(grad, n, q0, n_q),
             _view(q, n, q0, n_q),
@@ -133,55 +133,56 @@ def _cpu_attention_backward(
 
 
 @_cpu_attention_backward.register_fake
-def _(grad, q, k, v, out, lse, q_offsets, k_offsets):
+def _(grad, q, k, v, out, lse, q_seqlens, k_seqlens):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, q_offsets, k_offsets = inputs
-    ctx.save_for_backward(q, k, v, *output, q_offsets, k_offsets)
+    q, k, v, q_seqlens, k_seqlens = inputs
+    ctx.save_for_backward(q, k, v, *output, q_seqlens, k_seqlens)
 
 
 def _backward(ctx, grad_out: Tensor, grad_lse: Tensor | None):
-    q, k, v, out, lse, q_offsets, k_offsets = ctx.saved_tensors
-    grads = _cpu_attention_backward(grad_out, q, k, v, out, lse, q_offsets, k_offsets)
+    q, k, v, out, lse, q_seqlens, k_seqlens = ctx.saved_tensors
+    grads = _cpu_attention_backward(grad_out, q, k, v, out, lse, q_seqlens, k_seqlens)
     return *grads, None, None
 
 
 _cpu_attention.register_autograd(_backward, setup_context=_save)
 
 
-# --- CUDA ----------------------------------------------------------------------------------------
+# --- CUDA ---------------------------------------------------------------------------------------
 
 
 def _cuda_attention(q: Tensor, k: Tensor, v: Tensor, q_seg: Segments, k_seg: Segments) -> Tensor:
     if q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:
         from torch.nn.attention.varlen import varlen_attn
 
-        out = varlen_attn(q, k, v, q_seg.offsets, k_seg.offsets, q_seg.longest, k_seg.longest)
+        lengths = q_seg.cu_seqlens, k_seg.cu_seqlens, q_seg.max_seqlen, k_seg.max_seqlen
+        out = varlen_attn(q, k, v, *lengths)
         assert isinstance(out, Tensor)  # a tuple only if auxiliary outputs were asked for
         return out
     return _padded_call(q, k, v, q_seg, k_seg, 0.0)
 
 
-# --- padded call: dropout on any device, and 32-bit CUDA --------------------------------------------
+# --- padded call: dropout on any device, and 32-bit CUDA -------------------------------------
 
 
-def _spread(x: Tensor, segments: Segments) -> Tensor:
+def _pad(x: Tensor, segments: Segments) -> Tensor:
     """``(T, h, w)`` → ``(B, h, longest, w)``, zeros past the end."""
-    out = x.new_zeros(segments.count, segments.longest, *x.shape[1:])
+    out = x.new_zeros(segments.count, segments.max_seqlen, *x.shape[1:])
     return out.index_put((segments.ids, segments.index_in_series), x).transpose(1, 2)
 
 
 def _padded_call(
     q: Tensor, k: Tensor, v: Tensor, q_seg: Segments, k_seg: Segments, dropout: float
 ) -> Tensor:
-    places = torch.arange(k_seg.longest, device=k.device)
-    valid = places < k_seg.sizes[:, None]  # (B, S)
+    index = torch.arange(k_seg.max_seqlen, device=k.device)
+    valid = index < k_seg.sizes[:, None]  # (B, S)
     out = F.scaled_dot_product_attention(
-        _spread(q, q_seg),
-        _spread(k, k_seg),
-        _spread(v, k_seg),
+        _pad(q, q_seg),
+        _pad(k, k_seg),
+        _pad(v, k_seg),
         attn_mask=valid[:, None, None, :],
         dropout_p=dropout,
     )

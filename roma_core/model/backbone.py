@@ -1,33 +1,141 @@
-"""Tokens → encoder input, the part that both models share and that finetuning carries over."""
+"""Tokens → encoder output: the part that both models share and that finetuning carries over."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from roma_core.model.config import _ModelConfig
-from roma_core.model.embedding import Neighbourhood, Projection
-from roma_core.model.encoder import Encoder, Rotations, Rows
-from roma_core.model.packing import PackedBatch, pack, spread
-from roma_core.model.positions import Rotation, SineTable
-from roma_core.model.segments import Segments
+from roma_core.model.config import NEIGHBOUR_FEATURES, EncoderConfig, RoMAConfig
+from roma_core.model.encoder import Encoder, OutputRows, initialise
+from roma_core.model.packing import PackedBatch, Segments, pack, scatter
+from roma_core.model.positions import RotaryEmbedding, Rotations, SinusoidalEmbedding
+from roma_core.model.weights import SCHEMA_VERSION, write_weights
 
 Pooling = Literal["cls", "mean", "token"]
 NO_POSITIONS = "positions are required: one row per axis, shape (batch, n_pos_dims, tokens)"
+_BIAS_STD = 0.02
+
+
+class Projection(nn.Linear):
+    """``(…, P)`` → ``(…, d)``: linear with bias, as published, plus ``n_features`` of SiLU."""
+
+    def __init__(self, n_numbers: int, width: int, n_features: int) -> None:
+        super().__init__(n_numbers, width)
+        self.features = self.mix = None
+        if n_features:
+            self.features = nn.Linear(n_numbers, n_features)
+            self.mix = nn.Linear(n_features, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        linear = super().forward(x)
+        if self.features is None or self.mix is None:
+            return linear
+        return linear + self.mix(F.silu(self.features(x)))
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        initialise(self)
+        if self.features is None:
+            # without a bias a series of zeros would stay zero, where the slope of a norm is 1/√eps:
+            # the product of a few such slopes overflows float32
+            nn.init.normal_(self.bias, std=_BIAS_STD)
+        else:
+            _initialise_features(self.features)
+
+
+@torch.no_grad()
+def _initialise_features(features: nn.Linear) -> None:
+    """Inputs have about unit spread, their products with these weights 1.4; biases of unit spread
+    put the bends of SiLU all over that range."""
+    nn.init.normal_(features.weight, std=math.sqrt(2 / features.in_features))
+    nn.init.normal_(features.bias)
+
+
+class Neighbourhood(nn.Module):
+    """Differences of a token from those around it, as features to be added to its projection.
+
+    Attention can find a token's neighbours by their rotations, but from few labelled series it learns
+    that late or never. Here every token has, from the first step, its differences in value and in
+    position from the tokens 1, 2, 4, 8, … before and after it, as in dilated convolutions; gaps may be
+    irregular. Only tokens that the encoder sees take part: in pretraining hidden tokens are skipped, so
+    neighbours are farther apart than in finetuning. ``roma-pipeline results neighbours
+    neighbours_plasticc`` measures the gain.
+
+    Tokens are ordered by position, the first axis first, so their order in a series does not matter,
+    except among tokens at equal positions.
+    """
+
+    offsets: Tensor  # (K,) int64, relative to the token
+
+    def __init__(self, n_numbers: int, n_axes: int, reach: int, width: int) -> None:
+        """
+        Args:
+            n_numbers, n_axes: P and D.
+            reach: offsets on either side, 2^0, …, 2^(reach - 1); K is twice as many.
+            width: of the token vectors, d.
+        """
+        super().__init__()
+        ahead = [2**k for k in range(reach)]
+        offsets = torch.tensor([*(-offset for offset in ahead), *ahead])
+        self.register_buffer("offsets", offsets, persistent=False)
+        n_inputs = n_numbers + 2 * reach * (n_numbers + n_axes + 1)
+        self.features = nn.Linear(n_inputs, NEIGHBOUR_FEATURES)
+        self.mix = nn.Linear(NEIGHBOUR_FEATURES, width, bias=False)
+
+    def forward(self, tokens: Tensor, positions: Tensor, series: Tensor) -> Tensor:
+        """``(T, P)``, ``(T, D)`` and ``(T,)`` int64, the series of each token → ``(T, d)``."""
+        order = torch.arange(positions.shape[0], device=positions.device)
+        for key in (*reversed(positions.unbind(1)), series):  # by series, then by position
+            order = order[key[order].argsort(stable=True)]
+        inputs = self._inputs(tokens[order], positions[order], series[order])
+        found = self.mix(F.silu(self.features(inputs)))
+        return torch.zeros_like(found).index_copy(0, order, found)
+
+    def forward_padded(self, tokens: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+        """``(B, N, P)``, ``(B, N, D)``, ``(B, N)`` bool → ``(B, N, d)``, arbitrary at padding."""
+        n_series = valid.shape[0]
+        series = torch.arange(n_series, device=valid.device)[:, None]
+        series = torch.where(valid, series, n_series)  # padding is a series of its own
+        found = self(tokens.flatten(0, 1), positions.flatten(0, 1), series.flatten())
+        # sizes from positions: an exported program treats those of other tensors as different numbers
+        return found.unflatten(0, (positions.shape[0], positions.shape[1]))
+
+    def _inputs(self, tokens: Tensor, positions: Tensor, series: Tensor) -> Tensor:
+        """``(T, P + K (P + D + 1))``: the token, and for each offset both differences and a 1.
+
+        All three are 0 where the series ends before that offset.
+        """
+        n = tokens.shape[0]
+        wanted = torch.arange(n, device=tokens.device)[:, None] + self.offsets  # (T, K)
+        there = wanted.clamp(0, n - 1)
+        exists = (wanted == there) & (series[there] == series[:, None])
+        differences = torch.cat(
+            (
+                tokens[there] - tokens[:, None],
+                # asinh resolves gaps of days and of years alike
+                torch.asinh(positions[there] - positions[:, None]).to(tokens.dtype),
+                tokens.new_ones(n, len(self.offsets), 1),
+            ),
+            dim=2,
+        )
+        differences = differences.masked_fill(~exists[..., None], 0)
+        return torch.cat((tokens, differences.flatten(1)), dim=1)
 
 
 class Backbone(nn.Module):
-    """Projection, CLS, positions and encoder.
+    """Projection, CLS, positions and encoder: what both models share and finetuning carries over.
 
     Attributes:
-        data_schema: what the data must look like, as JSON; travels with the weights. None for a
-            model that was never told.
+        data_schema: the :class:`roma_core.schema.DataSchema` of the training data, as JSON; saved with
+            the weights. None if unknown.
     """
 
-    def __init__(self, config: _ModelConfig) -> None:
+    def __init__(self, config: RoMAConfig) -> None:
         super().__init__()
         if isinstance(config, type):
             config = config()  # the class instead of an instance: take it with its defaults
@@ -42,32 +150,35 @@ class Backbone(nn.Module):
         )
         self.cls = nn.Parameter(torch.empty(stack.d_model)) if config.use_cls else None
         self.encoder = Encoder(stack)
-        self.rotation = self._rotation_of(stack)
-        self.table = self._table_of(stack)
+        self.rotary, self.sinusoidal = self._position_embeddings(stack)
 
-    def _rotation_of(self, stack: Any) -> Rotation | None:
+    def _position_embeddings(
+        self, stack: EncoderConfig
+    ) -> tuple[RotaryEmbedding | None, SinusoidalEmbedding | None]:
         c = self.config
-        return (
-            Rotation(stack.head_width, c.n_pos_dims, c.p_rope_val)
-            if c.pos_encoding == "ropend"
-            else None
-        )
+        if c.pos_encoding == "absolute":
+            return None, SinusoidalEmbedding(c.max_len, stack.d_model)
+        return RotaryEmbedding(stack.head_width, c.n_pos_dims, c.p_rope_val), None
 
-    def _table_of(self, stack: Any) -> SineTable | None:
-        c = self.config
-        return SineTable(c.max_len, stack.d_model) if c.pos_encoding == "absolute" else None
-
-    def initialise_embedding(self) -> None:
-        """The declared start of what tokens go through first, after that of every matrix."""
+    def initialise(self) -> None:
+        """Draw the initial weights of all parts that exist by now."""
+        initialise(self)
         self.projection.initialise()
         if self.neighbourhood is not None:
-            self.neighbourhood.initialise()
+            _initialise_features(self.neighbourhood.features)
+
+    def config_document(self) -> dict[str, Any]:
+        """The content of ``model_config.json``."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "class": type(self).__name__,
+            "data_schema": self.data_schema,
+            **self.config.model_dump(mode="json"),
+        }
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write ``model.safetensors`` and ``model_config.json`` into ``folder``."""
-        from roma_core.model.weights import save_pretrained
-
-        save_pretrained(self, folder)
+        write_weights(folder, self, self.config_document())
 
     def compile_regions(self) -> None:
         """Compile the token-wise parts of every stack; see :meth:`Encoder.compile_regions`."""
@@ -105,7 +216,7 @@ class Backbone(nn.Module):
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
         if pooling == "cls" and self.cls is None:
-            raise ValueError("pooling='cls' reads a token that this model has not: use_cls=False")
+            raise ValueError("pooling='cls' reads a token that this model lacks: use_cls=False")
         if isinstance(values, PackedBatch):
             return self.features(values, pooling)
         if positions is None:
@@ -113,23 +224,21 @@ class Backbone(nn.Module):
         batch, order, rows = self.pack(values, positions, pad_mask)
         packed = self.features(batch, pooling)
         if pooling == "token":
-            return spread(packed, rows, tuple(positions.shape[::2]))
+            return scatter(packed, rows, tuple(positions.shape[::2]))
         return packed.new_empty(packed.shape).index_copy(0, order, packed)
 
     def features(self, batch: PackedBatch, pooling: Pooling) -> Tensor:
-        """``(B, d)`` pooled, or ``(T, d)``: what a head reads of a packed batch."""
+        """``(B, d)`` pooled, or ``(T, d)``: the input of a head, from a packed batch."""
         self.check_packed(batch)
         segments = batch.segments
-        if self.table is not None:
-            self.table.check_length(segments.longest + int(self.cls is not None))
         x, rotations, inner, token_rows, cls_rows = self.embed_rows(
             batch.tokens, batch.positions, segments.index_in_series, segments
         )
         if pooling == "cls":
             assert cls_rows is not None
             one_each = Segments([1] * segments.count, segments.device)
-            return self.encoder(x, rotations, inner, Rows(cls_rows, one_each))
-        rows = None if cls_rows is None else Rows(token_rows, segments)
+            return self.encoder(x, rotations, inner, OutputRows(cls_rows, one_each))
+        rows = None if cls_rows is None else OutputRows(token_rows, segments)
         x = self.encoder(x, rotations, inner, rows)  # (T, d)
         if pooling == "token":
             return x
@@ -137,7 +246,7 @@ class Backbone(nn.Module):
         return sums / segments.sizes[:, None].to(x.dtype)
 
     def check_packed(self, batch: PackedBatch) -> None:
-        """Raises ValueError if a batch was made for another model."""
+        """Raises ValueError unless the batch fits this model."""
         c = self.config
         width, axes = batch.tokens.shape[1], batch.positions.shape[1]
         if width != c.tubelet_width or axes != c.n_pos_dims:
@@ -146,6 +255,8 @@ class Backbone(nn.Module):
                 f"for tokens of {c.tubelet_width} (tubelet_size={c.tubelet_size} × n_channels={c.n_channels}) "
                 f"and n_pos_dims={c.n_pos_dims}; compare the data set's schema with the model's configuration"
             )
+        if self.sinusoidal is not None:
+            self.sinusoidal.check_length(batch.segments.max_seqlen + int(self.cls is not None))
 
     def embed_rows(
         self, tokens: Tensor, positions: Tensor, index: Tensor, segments: Segments
@@ -153,13 +264,12 @@ class Backbone(nn.Module):
         """Project some tokens and put CLS in front of each series.
 
         Args:
-            tokens: ``(V, P)``; positions: ``(V, D)``; index: ``(V,)`` place of each in its full series.
+            tokens: ``(V, P)``; positions: ``(V, D)``; index: ``(V,)`` of each in its full series.
             segments: the series of the V rows.
 
         Returns:
-            x ``(V + B, d)`` of the weights' type, rotations, segments with CLS, the rows of x that the
-            tokens took, and
-            those that CLS took. Without CLS, ``(V, d)``, the segments given, all rows and None.
+            x ``(V + B, d)`` of the weights' type, rotations, segments with CLS, the rows of the tokens
+            in x, and those of CLS. Without CLS, ``(V, d)``, the segments given, all rows and None.
         """
         # the residual stream keeps its precision; under autocast only products are in 16 bits
         dtype = self.projection.weight.dtype
@@ -167,20 +277,20 @@ class Backbone(nn.Module):
         x = self.projection(tokens).to(dtype)
         if self.neighbourhood is not None:
             x = x + self.neighbourhood(tokens, positions, segments.ids).to(dtype)
-        if self.table is not None:
+        if self.sinusoidal is not None:
             shift = 0 if self.cls is None else 1
-            x = x + self.table(index + shift)
+            x = x + self.sinusoidal(index + shift)
         if self.cls is None:
             rows = torch.arange(segments.total, device=x.device)
             return x, self._rotations(positions), segments, rows, None
-        places = segments.with_cls
-        cls = self.cls if self.table is None else self.cls + self.table.table[0]
-        full = x.new_empty(places.segments.total, x.shape[1])
-        full = full.index_copy(0, places.token_rows, x)
-        full = full.index_copy(0, places.cls_rows, cls.to(x.dtype).expand(segments.count, -1))
-        at = positions.new_zeros(places.segments.total, positions.shape[1])
-        at = at.index_copy(0, places.token_rows, positions)  # CLS sits at 0 on every axis
-        return full, self._rotations(at), places.segments, places.token_rows, places.cls_rows
+        with_cls = segments.with_cls
+        inner, token_rows, cls_rows = with_cls.segments, with_cls.token_rows, with_cls.cls_rows
+        cls = self.cls if self.sinusoidal is None else self.cls + self.sinusoidal.table[0]
+        full = x.new_empty(inner.total, x.shape[1]).index_copy(0, token_rows, x)
+        full = full.index_copy(0, cls_rows, cls.to(x.dtype).expand(segments.count, -1))
+        at = positions.new_zeros(inner.total, positions.shape[1])
+        at = at.index_copy(0, token_rows, positions)  # CLS is at 0 on every axis
+        return full, self._rotations(at), inner, token_rows, cls_rows
 
     def _rotations(self, positions: Tensor) -> Rotations:
-        return None if self.rotation is None else self.rotation(positions)
+        return None if self.rotary is None else self.rotary(positions)

@@ -1,9 +1,5 @@
-"""Configuration of the models, as it is saved beside the weights. Imports no torch.
-
-Field names are those of the published package, so that its folders load here.
-
-Which configuration a classifier gets from the folder it starts from. Imports no torch.
-"""
+"""Configurations of the models, as saved beside the weights, and of a classifier that starts from
+a checkpoint. Field names are those of the published package, so that its folders load here."""
 
 from __future__ import annotations
 
@@ -12,14 +8,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from roma_core.schema import PositionAxis
-from roma_core.settings import RomaSettings, SettingsError
+from roma_core.settings import Frozen, RomaSettings, SettingsError
 
 NEIGHBOUR_FEATURES = 64
-"""Numbers that say what stands around a token, with ``neighbours``."""
+"""Width of the features of a token's neighbours, with ``neighbours``."""
 
 PRESETS: dict[str, dict[str, int]] = {
     "tiny-shallow": {"d_model": 180, "nhead": 3, "depth": 2},
@@ -43,10 +39,8 @@ def get_encoder_size(name: str) -> dict[str, int]:
     return dict(PRESETS[key])
 
 
-class EncoderConfig(BaseModel):
+class EncoderConfig(Frozen):
     """Transformer stack; the encoder and the decoder each have one."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     d_model: int = Field(192, gt=0, description="Token width.")
     nhead: int = Field(3, gt=0, description="Attention heads; each is d_model // nhead wide.")
@@ -60,7 +54,7 @@ class EncoderConfig(BaseModel):
         0.0,
         ge=0,
         lt=1,
-        description="Chance to skip a branch, per series; grows from 0 to this with depth.",
+        description="Probability to skip a branch, per series; grows from 0 to this with depth.",
     )
     hidden_drop_rate: float = Field(0.0, ge=0, lt=1, description="Dropout after the MLP.")
     attn_proj_drop_rate: float = Field(
@@ -102,8 +96,8 @@ class EncoderConfig(BaseModel):
 DEFAULT_DECODER = EncoderConfig(d_model=192, nhead=3, depth=2)
 
 
-class _ModelConfig(RomaSettings):
-    """What both models share."""
+class RoMAConfig(RomaSettings):
+    """Fields that both models share."""
 
     encoder_config: EncoderConfig = Field(EncoderConfig(), description="The encoder's stack.")
     tubelet_size: tuple[int, int, int] = Field(
@@ -126,8 +120,8 @@ class _ModelConfig(RomaSettings):
         0,
         ge=0,
         le=12,
-        description="Show every token how it differs from those 1, 2, 4, … places before and after it: 5 "
-        "looks up to 16 places away. 0: at none, as published. Meant for tokens of few numbers.",
+        description="Add to every token its differences from the tokens 1, 2, 4, … before and after it: 5 "
+        "reaches 16 tokens away. 0: none, as published. Meant for tokens of few numbers.",
     )
     use_cls: bool = Field(True, description="Prepend a learned token at position 0.")
     pos_encoding: Literal["ropend", "absolute"] = Field(
@@ -135,7 +129,7 @@ class _ModelConfig(RomaSettings):
         description="'ropend': continuous axial rotary; 'absolute': sine table by token order.",
     )
     p_rope_val: float = Field(
-        0.75, ge=0, le=1, description="Share of channel pairs that rotate, the fastest ones."
+        0.75, ge=0, le=1, description="Fraction of channel pairs that rotate, the fastest ones."
     )
     max_len: int = Field(1500, gt=0, description="Rows of the absolute table; rotary ignores it.")
     head_drop_rate: float = Field(0.0, ge=0, lt=1, description="Dropout before the head.")
@@ -171,19 +165,21 @@ class _ModelConfig(RomaSettings):
         return self
 
 
-class RoMAForPreTrainingConfig(_ModelConfig):
+class RoMAForPreTrainingConfig(RoMAConfig):
     """Everything the pretraining model depends on."""
 
     model_config = SettingsConfigDict(env_prefix="ROMA_PRETRAIN_")
 
     decoder_config: EncoderConfig = Field(DEFAULT_DECODER, description="The decoder's stack.")
-    mask_ratio: float = Field(0.75, ge=0, lt=1, description="Share of each series' tokens to hide.")
+    mask_ratio: float = Field(
+        0.75, ge=0, lt=1, description="Fraction of each series' tokens to hide."
+    )
     mask_ratio_max: float | None = Field(
         None,
         ge=0,
         lt=1,
-        description="Hide between mask_ratio and this share of each series' tokens, every number of them "
-        "equally often; null: always mask_ratio.",
+        description="Hide between mask_ratio and this fraction of each series' tokens, every count equally "
+        "often; null: always mask_ratio.",
     )
     mask_strategy: Literal["random", "block", "future", "channel"] = Field(
         "random",
@@ -205,37 +201,28 @@ class RoMAForPreTrainingConfig(_ModelConfig):
     )
 
     @model_validator(mode="after")
-    def _targets_have_a_deviation(self) -> Self:
+    def _masks_and_targets_are_possible(self) -> Self:
         if self.normalize_targets and self.tubelet_width == 1:
             raise ValueError(
                 "normalize_targets needs tubelets of at least 2 numbers; "
                 f"tubelet_size={self.tubelet_size} with n_channels={self.n_channels} has 1"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _range_is_one(self) -> Self:
         if self.mask_ratio_max is not None and self.mask_ratio_max < self.mask_ratio:
             raise ValueError(
-                f"mask_ratio_max={self.mask_ratio_max} is below mask_ratio={self.mask_ratio}; a range "
-                f"begins with mask_ratio"
+                f"mask_ratio_max={self.mask_ratio_max} is below mask_ratio={self.mask_ratio}, "
+                f"where its range begins"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _channels_have_an_axis(self) -> Self:
-        if self.mask_strategy == "channel" and not (
-            self.channel_axis is not None and self.channel_axis < self.n_pos_dims
-        ):
+        axis = self.channel_axis
+        if self.mask_strategy == "channel" and (axis is None or axis >= self.n_pos_dims):
             raise ValueError(
                 f"mask_strategy='channel' needs channel_axis, the position axis (0…{self.n_pos_dims - 1}) that "
-                f"holds the channel's index; got {self.channel_axis}"
+                f"holds the channel's index; got {axis}"
             )
         return self
 
     @property
     def mask_fractions(self) -> tuple[Fraction, Fraction]:
-        """Least and largest share to hide, as the exact decimals that were written, e.g. 3/10 for 0.3."""
+        """Smallest and largest fraction to hide, as the exact decimals written, e.g. 3/10 for 0.3."""
         most = self.mask_ratio if self.mask_ratio_max is None else self.mask_ratio_max
         return _exact(self.mask_ratio), _exact(most)
 
@@ -245,7 +232,7 @@ def _exact(ratio: float) -> Fraction:
     return Fraction(repr(ratio)).limit_denominator(1_000_000)
 
 
-class RoMAForClassificationConfig(_ModelConfig):
+class RoMAForClassificationConfig(RoMAConfig):
     """Everything the classifier (or regressor) depends on."""
 
     model_config = SettingsConfigDict(env_prefix="ROMA_CLASSIFIER_")
@@ -302,8 +289,8 @@ SHAPE = (
 HEAD = ("head_drop_rate", "dim_output", "problem_type", "pooling")
 
 
-def settings_of(document: dict[str, Any]) -> dict[str, Any]:
-    """The configuration's fields in a ``model_config.json``; published ones know fewer."""
+def stored_fields(document: dict[str, Any]) -> dict[str, Any]:
+    """The configuration's fields in a ``model_config.json``; published ones lack some."""
     return {"position_axes": [], "value_features": 0, "neighbours": 0} | {
         k: v for k, v in document.items() if k not in _OWN_KEYS
     }
@@ -315,31 +302,37 @@ def is_pretraining(document: dict[str, Any]) -> bool:
 
 
 def classifier_config(
-    document: dict[str, Any], wishes: dict[str, Any], folder: Path
+    document: dict[str, Any], overrides: dict[str, Any], folder: Path
 ) -> RoMAForClassificationConfig:
     """Configuration of the classifier that starts from ``folder``.
 
     Args:
         document: the folder's ``model_config.json``, of a pretraining model or of a classifier.
-        wishes: fields given by the caller. For a start from pretraining, fields not wished for
-            come from the environment.
+        overrides: fields given by the caller. For a start from pretraining, fields that are not
+            given come from the environment.
 
     Raises:
-        SettingsError: a wish contradicts the checkpoint, or ``dim_output`` is missing.
+        SettingsError: an override contradicts the checkpoint, or ``dim_output`` is missing.
     """
-    stored = settings_of(document)
+    stored = stored_fields(document)
     stack = stored["encoder_config"]
-    wished_dropouts = _dropouts_of(wishes.get("encoder_config", {}), stack)
-    others = {k: v for k, v in wishes.items() if k != "encoder_config"}
-    for name in SHAPE:
-        wish = others.pop(name, stored[name])
-        if (list(wish) if isinstance(wish, tuple) else wish) != stored[name]:
+    given = overrides.get("encoder_config", {})
+    if isinstance(given, EncoderConfig):
+        given = given.model_dump(exclude_unset=True)
+    others = {k: v for k, v in overrides.items() if k != "encoder_config"}
+    fixed = [
+        (f"encoder_config.{k}", v, stack.get(k)) for k, v in given.items() if k not in DROPOUTS
+    ]
+    fixed += [(k, others.pop(k), stored[k]) for k in SHAPE if k in others]
+    for name, value, kept in fixed:
+        if (list(value) if isinstance(value, tuple) else value) != kept:
             raise SettingsError(
-                f"{name}={wish} contradicts the checkpoint {folder}, which has {stored[name]}; leave it out"
+                f"{name}={value} contradicts the checkpoint {folder}, which has {kept}; leave it out"
             )
+    dropouts = {k: v for k, v in given.items() if k in DROPOUTS}
     if not is_pretraining(document):
         return RoMAForClassificationConfig.from_values(
-            stored | {"encoder_config": stack | wished_dropouts} | others
+            stored | {"encoder_config": stack | dropouts} | others
         )
     asked = RoMAForClassificationConfig(**others)
     if asked.dim_output is None:
@@ -347,20 +340,9 @@ def classifier_config(
             "dim_output (the number of classes) is needed to start a classifier from a pretraining checkpoint: "
             "give it as a keyword or set ROMA_CLASSIFIER_DIM_OUTPUT"
         )
-    shape = {k: v for k, v in stack.items() if k not in DROPOUTS}
-    dropouts = {k: getattr(asked.encoder_config, k) for k in DROPOUTS} | wished_dropouts
+    dropouts = {k: getattr(asked.encoder_config, k) for k in DROPOUTS} | dropouts
     return RoMAForClassificationConfig.from_values(
         {name: stored[name] for name in SHAPE}
-        | {"encoder_config": shape | dropouts}
+        | {"encoder_config": stack | dropouts}
         | {name: getattr(asked, name) for name in HEAD}
     )
-
-
-def _dropouts_of(wish: EncoderConfig | dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
-    values = wish.model_dump(exclude_unset=True) if isinstance(wish, EncoderConfig) else dict(wish)
-    for name, value in values.items():
-        if name not in DROPOUTS and value != stored.get(name):
-            raise SettingsError(
-                f"encoder_config.{name}={value} contradicts the checkpoint, which has {stored.get(name)}; leave it out"
-            )
-    return {name: value for name, value in values.items() if name in DROPOUTS}

@@ -1,15 +1,12 @@
-"""The Transformer stack, encoder and decoder alike: pre-norm, bidirectional, no bias, no last norm.
+"""The Transformer stack of encoder and decoder: pre-norm, bidirectional, no bias, no last norm.
 
-Works on packed rows. The last block computes only the rows that somebody reads (hidden tokens in
-pretraining, CLS in classification), and everything before it all of them.
-
-Matrix products without bias, on CPU by the kernel library that suits our shapes.
-RMSNorm without bias, ``x / √(mean(x²) + eps) · gain``, and a fast gradient of it on CPU.
+Works on packed rows. The last block computes only the rows that are read (hidden tokens in
+pretraining, CLS in classification), and the blocks before it all of them. On CPU, large matrix
+products without bias go through oneDNN, and RMSNorm has a faster gradient.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -21,13 +18,13 @@ from torch import Tensor, nn
 
 from roma_core.model.attention import packed_attention, padded_attention
 from roma_core.model.config import EncoderConfig
-from roma_core.model.positions import rotate
-from roma_core.model.segments import Segments
+from roma_core.model.packing import Segments
+from roma_core.model.positions import Rotations, rotate
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
     torch.ops.mkldnn, "_linear_pointwise"
 )
-_SMALLEST = 2048  # rows below which a call's own cost matters more
+MIN_ONEDNN_ROWS = 2048  # with fewer, the cost of the call outweighs the gain
 
 
 def _onednn(x: Tensor, weight: Tensor, then: str = "none") -> Tensor:
@@ -39,7 +36,7 @@ def _suits_onednn(x: Tensor) -> bool:
         _HAS_ONEDNN
         and x.device.type == "cpu"
         and x.ndim == 2
-        and x.shape[0] >= _SMALLEST
+        and x.shape[0] >= MIN_ONEDNN_ROWS
         and x.dtype != torch.float64
         and not torch.compiler.is_compiling()
     )
@@ -47,7 +44,7 @@ def _suits_onednn(x: Tensor) -> bool:
 
 @cache
 def _onednn_computes(dtype: torch.dtype) -> bool:
-    """Whether this processor has what oneDNN needs for the type; without AVX-512 not for 16 bits."""
+    """Whether oneDNN computes in this type here; 16 bits need AVX-512."""
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if dtype == torch.float16:
@@ -88,10 +85,10 @@ class _Linear(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """Normalises the last axis; reductions are in float32, or float64 for float64 input.
+    """``x / √(mean(x²) + eps) · gain`` over the last axis, without bias.
 
-    The result has the type of the weights whatever comes in; under autocast it is cast to the type
-    that the matrix product behind it wants.
+    Reductions are in float32, or float64 for float64 input. The result has the type of the weights
+    for any input; under autocast the matrix product that follows casts it.
     """
 
     def __init__(self, width: int, eps: float) -> None:
@@ -111,7 +108,7 @@ class RMSNorm(nn.Module):
 
 
 class _CpuRMSNorm(torch.autograd.Function):
-    """The gradient by way of LayerNorm's fused kernel.
+    """The gradient through LayerNorm's fused kernel.
 
     With a mean of 0, LayerNorm's gradient for x is RMSNorm's less ``rstd · mean(gain · grad)``, and
     those for the gain are equal.
@@ -135,28 +132,25 @@ class _CpuRMSNorm(torch.autograd.Function):
         return grad_x, grad_gain, None
 
 
-Rotations = Tensor | None  # (T, 1, w // 2, 2) float32: cosine and sine of every pair
-
-
 @dataclass(frozen=True)
-class Rows:
-    """Some rows of a packed row, series after series."""
+class OutputRows:
+    """The rows that the last block computes, series after series."""
 
     index: Tensor  # (R,) int64
     segments: Segments
 
 
-@functools.cache
+@cache
 def _compiled(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of a block, compiled once for the blocks of all models."""
-    # training and evaluation, encoder and decoder, with and without 16 bits: each is a variant
+    """A method of ``Block``, compiled once for the blocks of all models."""
+    # training and evaluation, encoder and decoder, with and without 16 bits: a variant each
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, 64)
     return torch.compile(method, dynamic=True)
 
 
 class Attention(nn.Module):
-    """The token-wise halves of self-attention: one product makes q, k and v, another mixes heads."""
+    """The token-wise parts of self-attention: one product makes q, k and v, another mixes heads."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -200,8 +194,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each on a normalised input and added to the residual stream.
 
-    ``before`` and ``after`` are what happens to every token on its own; attention stands between
-    them. They are the regions that :meth:`Encoder.compile_regions` compiles.
+    ``before`` and ``after`` compute each token on its own, before and after attention. They are the
+    regions that :meth:`Encoder.compile_regions` compiles.
     """
 
     def __init__(self, config: EncoderConfig, drop_path_rate: float) -> None:
@@ -233,7 +227,7 @@ class Block(nn.Module):
         return x + (branch if scales is None else branch * scales[1])
 
     def _drop_path(self, segments: Segments) -> tuple[Tensor, Tensor] | None:
-        """For each branch ``(T, 1)``: 0 for the series that skip it, the others make up for it."""
+        """For each branch ``(T, 1)``: 0 for series that skip it, ``1 / keep`` for the others."""
         if not self.training or self.drop_path_rate == 0:
             return None
         keep = 1 - self.drop_path_rate
@@ -242,7 +236,7 @@ class Block(nn.Module):
         return attention, mlp
 
     def forward(
-        self, x: Tensor, rotations: Rotations, segments: Segments, rows: Rows | None = None
+        self, x: Tensor, rotations: Rotations, segments: Segments, rows: OutputRows | None = None
     ) -> Tensor:
         """``(T, d)`` → ``(T, d)``, or ``(R, d)`` with ``rows``."""
         index = None if rows is None else rows.index
@@ -271,7 +265,7 @@ class Encoder(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, rotations: Rotations, segments: Segments, rows: Rows | None = None
+        self, x: Tensor, rotations: Rotations, segments: Segments, rows: OutputRows | None = None
     ) -> Tensor:
         """Encode packed rows.
 
@@ -292,11 +286,11 @@ class Encoder(nn.Module):
         return last(x, rotations, segments, rows)
 
     def compile_regions(self) -> None:
-        """Compile what happens to every token on its own, once for all layers and lengths.
+        """Compile the token-wise parts, once for all layers and lengths.
 
         Attention stays one operator between the regions, so lengths never cause a recompilation.
-        The first step after this takes from seconds to a minute; see ``tests/benchmarks/model.py``
-        for what it buys. Calling it again does nothing. Copies of the model compile, too.
+        The first step after this takes from seconds to a minute; ``tests/benchmarks/model.py``
+        measures the gain. Calling it again has no effect. Copies of the model compile, too.
         """
         for block in self.layers:
             assert isinstance(block, Block)
@@ -311,7 +305,7 @@ class Encoder(nn.Module):
 
 
 class Head(nn.Module):
-    """Dropout, norm, linear: what every output goes through."""
+    """Dropout, norm, linear: the output layer of both models."""
 
     def __init__(self, width: int, n_outputs: int, drop_rate: float, eps: float) -> None:
         super().__init__()
@@ -327,10 +321,10 @@ _VECTOR_STD = 0.02
 
 
 def initialise(module: nn.Module) -> None:
-    """The declared start of every model: biases 0, gains 1, and matrices by their inputs.
+    """Initial weights of every model: biases 0, gains 1, and matrices by their number of inputs.
 
-    A matrix of n inputs is drawn from N(0, 1/(3n)) cut at two σ, about the spread of the framework's
-    own start. The published σ of 0.02 is meant for widths of many hundreds: a narrow model takes
+    A matrix of n inputs is drawn from N(0, 1/(3n)) cut at two σ, about the spread of PyTorch's
+    default. The published σ of 0.02 is meant for widths of many hundreds: a narrow model needs
     hundreds of steps to grow out of it.
     """
     for part in module.modules():
@@ -342,7 +336,7 @@ def initialise(module: nn.Module) -> None:
 
 
 def initialise_vectors(*vectors: nn.Parameter | None) -> None:
-    """CLS and mask vectors: N(0, 0.02²) cut at two σ; None is one that the model does without."""
+    """CLS and mask vectors: N(0, 0.02²) cut at two σ; None where the model has none."""
     for vector in vectors:
         if vector is not None:
             nn.init.trunc_normal_(vector, std=_VECTOR_STD, a=-2 * _VECTOR_STD, b=2 * _VECTOR_STD)

@@ -1,6 +1,6 @@
-"""Models as programs of standard operators, for serving without this project.
+"""Models as ``torch.export`` programs of standard operators, for serving without this project.
 
-Padded tensors with a key mask instead of packed rows: what is exported loads wherever torch does.
+They take padded tensors with a key mask instead of packed rows, and load wherever torch does.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ class PaddedEncoder(nn.Module):
 
     def __init__(self, model: Backbone, pooling: str = "mean") -> None:
         super().__init__()
-        # its parts, not the model: a program carries every parameter it can reach
+        # its parts, not the model: a program saves every parameter that it can reach
         self.projection, self.encoder = model.projection, model.encoder
-        self.neighbourhood = model.neighbourhood
-        self.cls, self.table, self.rotation = model.cls, model.table, model.rotation
+        self.neighbourhood, self.cls = model.neighbourhood, model.cls
+        self.sinusoidal, self.rotary = model.sinusoidal, model.rotary
         self.pooling = pooling
 
     def forward(self, values: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
         """``(B, N, P)`` float32 tokens, ``(B, N, D)`` float32, ``(B, N)`` bool → ``(B, d)``.
 
-        Padding may hold any finite number. With ``pooling="token"`` ``(B, N, d)``, of which
-        padding's rows mean nothing.
+        Padding may hold any finite number. With ``pooling="token"`` ``(B, N, d)``, arbitrary at
+        padding.
         """
         x = self.projection(values)  # (B, N, d)
         if self.neighbourhood is not None:
-            x = x + self.neighbourhood.of_padded(values, positions, valid)
-        if self.table is not None:
+            x = x + self.neighbourhood.forward_padded(values, positions, valid)
+        if self.sinusoidal is not None:
             shift = 0 if self.cls is None else 1
-            x = x + self.table.table[shift : shift + x.shape[1]]
+            x = x + self.sinusoidal.table[shift : shift + x.shape[1]]
         if self.cls is not None:
-            cls = self.cls if self.table is None else self.cls + self.table.table[0]
+            cls = self.cls if self.sinusoidal is None else self.cls + self.sinusoidal.table[0]
             x = torch.cat((cls.expand(x.shape[0], 1, -1), x), dim=1)
             positions = torch.cat((torch.zeros_like(positions[:, :1]), positions), dim=1)
             valid = torch.cat((torch.ones_like(valid[:, :1]), valid), dim=1)
-        rotations = None if self.rotation is None else self.rotation(positions)
+        rotations = None if self.rotary is None else self.rotary(positions)
         x = self.encoder.forward_padded(x, rotations, valid)
         first = 0 if self.cls is None else 1
         if self.pooling == "cls":
@@ -58,7 +58,7 @@ class PaddedClassifier(nn.Module):
     def __init__(self, model: RoMAForClassification) -> None:
         super().__init__()
         self.encoder = PaddedEncoder(model, model.config.pools)
-        self.head = model.head_of()
+        self.head = model.require_head()
 
     def forward(self, values: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
         """Shapes as for :class:`PaddedEncoder` → ``(B, dim_output)``; per token ``(B, N, dim_output)``."""

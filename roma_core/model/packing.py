@@ -1,25 +1,205 @@
-"""One batch type: all tokens of a batch in one row, series after series, no padding.
+"""Packed batches: all tokens of a batch in one tensor, series after series, without padding.
 
-``PackedBatch`` is what the models work on. Padded tensors are what users may pass in and get out;
-``pack`` and ``unpack`` stand at those edges.
+``PackedBatch`` is what the models work on. Users may pass padded tensors and get them back;
+``pack``, ``unpack`` and ``scatter`` convert.
 
-Values ↔ tokens: a tubelet is a block of time × height × width steps with all channels.
+Shapes, here and in the rest of ``roma_core.model``:
+    B series    N tokens of a series, padded    T tokens of all series    P numbers of a token
+    D position axes    C channels    V visible tokens    H hidden tokens    d width    h heads
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from roma_core.model.config import RoMAForPreTrainingConfig, _ModelConfig
-from roma_core.model.masking import sample_hidden
-from roma_core.model.positions import in_float32, placed, start_of
-from roma_core.model.segments import Segments
+from roma_core.model.config import RoMAConfig
+from roma_core.model.positions import origin, to_float32, to_model_positions
+
+
+class Segments:
+    """Where each series lies among packed rows: b owns rows ``cu_seqlens[b]:cu_seqlens[b + 1]``.
+
+    Lengths are known on the host, so that no step waits for the device.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.lengths = tuple(lengths)
+        self.device = torch.device(device)
+
+    @property
+    def count(self) -> int:
+        """Series, B."""
+        return len(self.lengths)
+
+    @cached_property
+    def total(self) -> int:
+        """Rows, T."""
+        return sum(self.lengths)
+
+    @cached_property
+    def max_seqlen(self) -> int:
+        return max(self.lengths, default=0)
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """``(B,)`` int64 lengths on the device."""
+        return torch.tensor(self.lengths, dtype=torch.int64).to(self.device, non_blocking=True)
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """``(B + 1,)`` int32 cumulative lengths on the device, from 0."""
+        starts = torch.tensor((0, *self.lengths), dtype=torch.int64).cumsum(0)
+        return starts.to(torch.int32).to(self.device, non_blocking=True)
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """``(T,)`` int64: the series each row belongs to."""
+        series = torch.arange(self.count, device=self.device)
+        return series.repeat_interleave(self.sizes, output_size=self.total)
+
+    @cached_property
+    def index_in_series(self) -> Tensor:
+        """``(T,)`` int64: 0 for the first row of each series."""
+        return torch.arange(self.total, device=self.device) - self.cu_seqlens[:-1].long()[self.ids]
+
+    @cached_property
+    def with_cls(self) -> WithCls:
+        segments = Segments([n + 1 for n in self.lengths], self.device)
+        series = torch.arange(self.count, device=self.device)
+        return WithCls(
+            segments=segments,
+            cls_rows=self.cu_seqlens[:-1].long() + series,
+            token_rows=torch.arange(self.total, device=self.device) + self.ids + 1,
+        )
+
+    def to(self, device: torch.device | str) -> Segments:
+        return self if torch.device(device) == self.device else Segments(self.lengths, device)
+
+
+@dataclass(frozen=True)
+class WithCls:
+    """Series with one row for CLS at the start of each, and where the other rows went."""
+
+    segments: Segments
+    cls_rows: Tensor  # (B,) int64
+    token_rows: Tensor  # (T,) int64
+
+
+@dataclass(frozen=True)
+class MaskedTokens:
+    """Which rows are visible and which are to be reconstructed, ascending within each series."""
+
+    visible_rows: Tensor  # (V,) int64
+    visible: Segments
+    hidden_rows: Tensor  # (H,) int64
+    hidden: Segments
+
+    @classmethod
+    def of(cls, hidden: Tensor, segments: Segments) -> MaskedTokens:
+        """Split by a ``(T,)`` bool mask, True where hidden. Costs one wait for the device on GPU."""
+        n_hidden = _counts(hidden, segments)
+        n_visible = [n - m for n, m in zip(segments.lengths, n_hidden, strict=True)]
+        return cls(
+            visible_rows=_rows_where(~hidden),
+            visible=Segments(n_visible, segments.device),
+            hidden_rows=_rows_where(hidden),
+            hidden=Segments(n_hidden, segments.device),
+        )
+
+    def to(self, device: torch.device | str) -> MaskedTokens:
+        return MaskedTokens(
+            self.visible_rows.to(device, non_blocking=True),
+            self.visible.to(device),
+            self.hidden_rows.to(device, non_blocking=True),
+            self.hidden.to(device),
+        )
+
+    def pin_memory(self) -> MaskedTokens:
+        return replace(
+            self,
+            visible_rows=self.visible_rows.pin_memory(),
+            hidden_rows=self.hidden_rows.pin_memory(),
+        )
+
+
+def _counts(mask: Tensor, segments: Segments) -> list[int]:
+    """How often ``(T,)`` bool is True in every series."""
+    if mask.device.type != "cpu":
+        counts = torch.zeros(segments.count, dtype=torch.int64, device=mask.device)
+        return counts.index_add_(0, segments.ids, mask.long()).tolist()
+    so_far = np.zeros(len(mask) + 1, dtype=np.int64)
+    np.cumsum(mask.numpy(), out=so_far[1:])
+    ends = so_far[np.cumsum(np.array(segments.lengths, dtype=np.int64))]
+    return np.diff(ends, prepend=0).tolist()
+
+
+def _rows_where(mask: Tensor) -> Tensor:
+    """``(n,)`` int64, ascending: where ``(T,)`` bool is True."""
+    if mask.device.type != "cpu":
+        return mask.nonzero().squeeze(1)
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))  # ten times as fast
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A batch of series of different lengths, without padding.
+
+    Attributes:
+        tokens: ``(T, P)`` float, the tubelets of all series one after the other.
+        positions: ``(T, D)`` float32.
+        segments: where each series lies.
+        sample_ids: ``(B,)`` int64, stable over epochs and processes; masks depend on them.
+        indices: ``(B,)`` int64, rows of the data set the batch was drawn from, or None.
+        labels: ``(B,)`` int64 classes or ``(B, K)`` float targets, or None; for a head on every
+            token ``(T,)`` or ``(T, K)``.
+        masked: which tokens to hide, in pretraining; None lets the model draw.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    segments: Segments
+    sample_ids: Tensor
+    indices: Tensor | None = None
+    labels: Tensor | None = None
+    masked: MaskedTokens | None = None
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """Move everything; copies from pinned memory overlap with computation."""
+        return self._with(
+            lambda x: x.to(device, non_blocking=True),
+            self.segments.to(device),
+            None if self.masked is None else self.masked.to(device),
+        )
+
+    def pin_memory(self) -> PackedBatch:
+        """What a data loader calls, so that :meth:`to` need not wait."""
+        masked = None if self.masked is None else self.masked.pin_memory()
+        return self._with(torch.Tensor.pin_memory, self.segments, masked)
+
+    def _with(
+        self, move: Callable[[Tensor], Tensor], segments: Segments, masked: MaskedTokens | None
+    ) -> PackedBatch:
+        return PackedBatch(
+            tokens=move(self.tokens),
+            positions=move(self.positions),
+            segments=segments,
+            sample_ids=move(self.sample_ids),
+            indices=self.indices,  # read on the host only
+            labels=None if self.labels is None else move(self.labels),
+            masked=masked,
+        )
+
+    def with_mask(self, hidden: Tensor) -> PackedBatch:
+        """Hide the tokens where ``(T,)`` bool ``hidden`` is True."""
+        return replace(self, masked=MaskedTokens.of(hidden, self.segments))
+
 
 _VALUES = "b (t p1) c (y p2) (x p3)"
 _TOKENS = "b (t y x) (p1 p2 p3 c)"
@@ -61,133 +241,8 @@ def unpatchify(
     return rearrange(tokens, f"{_TOKENS} -> {_VALUES}", t=t, y=y, x=x, **_sides(tubelet_size))
 
 
-@dataclass(frozen=True)
-class MaskedRows:
-    """Which rows are visible and which are to be reconstructed, ascending within each series."""
-
-    visible_rows: Tensor  # (V,) int64
-    visible: Segments
-    hidden_rows: Tensor  # (H,) int64
-    hidden: Segments
-
-    @classmethod
-    def of(cls, hidden: Tensor, segments: Segments) -> MaskedRows:
-        """Split by a ``(T,)`` bool mask, True where hidden. Costs one wait for the device on GPU."""
-        n_hidden = _counts(hidden, segments)
-        n_visible = [n - m for n, m in zip(segments.lengths, n_hidden, strict=True)]
-        return cls(
-            visible_rows=_rows_where(~hidden),
-            visible=Segments(n_visible, segments.device),
-            hidden_rows=_rows_where(hidden),
-            hidden=Segments(n_hidden, segments.device),
-        )
-
-    def to(self, device: torch.device | str) -> MaskedRows:
-        return MaskedRows(
-            self.visible_rows.to(device, non_blocking=True),
-            self.visible.to(device),
-            self.hidden_rows.to(device, non_blocking=True),
-            self.hidden.to(device),
-        )
-
-    def pin_memory(self) -> MaskedRows:
-        return replace(
-            self,
-            visible_rows=self.visible_rows.pin_memory(),
-            hidden_rows=self.hidden_rows.pin_memory(),
-        )
-
-
-def _counts(mask: Tensor, segments: Segments) -> list[int]:
-    """How often ``(T,)`` bool is True in every series."""
-    if mask.device.type != "cpu":
-        counts = torch.zeros(segments.count, dtype=torch.int64, device=mask.device)
-        return counts.index_add_(0, segments.ids, mask.long()).tolist()
-    so_far = np.zeros(len(mask) + 1, dtype=np.int64)
-    np.cumsum(mask.numpy(), out=so_far[1:])
-    ends = so_far[np.cumsum(np.array(segments.lengths, dtype=np.int64))]
-    return np.diff(ends, prepend=0).tolist()
-
-
-def _rows_where(mask: Tensor) -> Tensor:
-    """``(n,)`` int64, ascending: where ``(T,)`` bool is True."""
-    if mask.device.type != "cpu":
-        return mask.nonzero().squeeze(1)
-    return torch.from_numpy(np.flatnonzero(mask.numpy()))  # ten times as fast
-
-
-@dataclass(frozen=True)
-class PackedBatch:
-    """A batch of series of different lengths, without padding.
-
-    Attributes:
-        tokens: ``(T, P)`` float, the tubelets of all series one after the other.
-        positions: ``(T, D)`` float32.
-        segments: where each series lies.
-        sample_ids: ``(B,)`` int64, stable over epochs and processes; masks depend on them.
-        indices: ``(B,)`` int64, places in the data set the batch was drawn from, or None.
-        labels: ``(B,)`` int64 classes or ``(B, K)`` float targets, or None; for a head on every
-            token ``(T,)`` or ``(T, K)``.
-        masked: which tokens to hide, in pretraining; None lets the model draw.
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    segments: Segments
-    sample_ids: Tensor
-    indices: Tensor | None = None
-    labels: Tensor | None = None
-    masked: MaskedRows | None = None
-
-    def to(self, device: torch.device | str) -> PackedBatch:
-        """Move everything; copies from pinned memory overlap with computation."""
-        return self._with(
-            lambda x: x.to(device, non_blocking=True),
-            self.segments.to(device),
-            None if self.masked is None else self.masked.to(device),
-        )
-
-    def pin_memory(self) -> PackedBatch:
-        """What a data loader calls, so that :meth:`to` need not wait."""
-        masked = None if self.masked is None else self.masked.pin_memory()
-        return self._with(torch.Tensor.pin_memory, self.segments, masked)
-
-    def _with(
-        self, move: Callable[[Tensor], Tensor], segments: Segments, masked: MaskedRows | None
-    ) -> PackedBatch:
-        return PackedBatch(
-            tokens=move(self.tokens),
-            positions=move(self.positions),
-            segments=segments,
-            sample_ids=move(self.sample_ids),
-            indices=self.indices,  # read on the host only
-            labels=None if self.labels is None else move(self.labels),
-            masked=masked,
-        )
-
-    def with_mask(self, hidden: Tensor) -> PackedBatch:
-        """Hide the tokens where ``(T,)`` bool ``hidden`` is True."""
-        return replace(self, masked=MaskedRows.of(hidden, self.segments))
-
-    def with_drawn_mask(
-        self, config: RoMAForPreTrainingConfig, seed: int, epoch: int
-    ) -> PackedBatch:
-        """Hide the tokens that :func:`sample_hidden` chooses by the configuration's strategy."""
-        axis = config.channel_axis if config.mask_strategy == "channel" else None
-        hidden = sample_hidden(
-            self.segments,
-            self.sample_ids,
-            config.mask_fractions,
-            config.mask_strategy,
-            seed,
-            epoch,
-            None if axis is None else self.positions[:, axis].round().long(),
-        )
-        return self.with_mask(hidden)
-
-
 def pack(
-    values: Tensor, positions: Tensor, pad_mask: Tensor | None, config: _ModelConfig
+    values: Tensor, positions: Tensor, pad_mask: Tensor | None, config: RoMAConfig
 ) -> tuple[PackedBatch, Tensor, Tensor]:
     """Pack padded tensors, shortest series first so that equal lengths stand together.
 
@@ -200,18 +255,19 @@ def pack(
     Returns:
         batch: without labels and mask; ``sample_ids`` count the rows of ``values``.
         order: ``(B,)`` int64, the row of ``values`` that became series b.
-        rows: ``(T,)`` int64, the place of every packed token in the flattened ``(B * N)``.
+        rows: ``(T,)`` int64, the index of every packed token in the flattened ``(B * N)``.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    tokens, valid = checked(values, positions, pad_mask, config)
-    start = start_of(positions, valid, config.position_axes)
-    return pack_tokens(tokens, placed(positions, start, config.position_axes), valid)
+    tokens, valid = check_inputs(values, positions, pad_mask, config)
+    axes = config.position_axes
+    at = to_model_positions(positions, origin(positions, valid, axes), axes)
+    return pack_tokens(tokens, at, valid)
 
 
-def checked(
-    values: Tensor, positions: Tensor, pad_mask: Tensor | None, config: _ModelConfig
+def check_inputs(
+    values: Tensor, positions: Tensor, pad_mask: Tensor | None, config: RoMAConfig
 ) -> tuple[Tensor, Tensor]:
     """Tokens ``(B, N, P)`` and ``(B, N)`` bool, True at real ones; errors as in :func:`pack`."""
     if not values.is_floating_point():
@@ -263,10 +319,10 @@ def pack_tokens(
     n_series, n_tokens, width = tokens.shape
     lengths = valid.sum(1)  # (B,)
     order = lengths.argsort(stable=True)  # (B,)
-    places = torch.arange(n_series * n_tokens, device=tokens.device).view(n_series, n_tokens)
-    rows = places[order][valid[order]]  # (T,)
+    index = torch.arange(n_series * n_tokens, device=tokens.device).view(n_series, n_tokens)
+    rows = index[order][valid[order]]  # (T,)
     packed = tokens.reshape(-1, width)[rows]
-    at = positions.transpose(1, 2).reshape(len(places.flatten()), -1)[rows]  # (T, D)
+    at = positions.transpose(1, 2).flatten(0, 1)[rows]  # (T, D)
     for name, numbers in (("values", packed), ("positions", at)):
         finite = numbers.isfinite().all(1)
         if not bool(finite.all()):
@@ -277,7 +333,7 @@ def pack_tokens(
             )
     batch = PackedBatch(
         tokens=packed,
-        positions=in_float32(at),
+        positions=to_float32(at),
         segments=Segments(lengths[order].tolist(), tokens.device),
         sample_ids=order,
     )
@@ -285,17 +341,17 @@ def pack_tokens(
 
 
 def unpack(packed: Tensor, segments: Segments, order: Tensor) -> Tensor:
-    """Spread ``(T, …)`` rows over ``(B, longest, …)``; row b of the result is user row ``order[b]``.
+    """``(T, …)`` rows → ``(B, longest series, …)``, zero past the end of a series.
 
-    Places past a series' own length are zero.
+    Series b becomes row ``order[b]``, the user's.
     """
-    out = packed.new_zeros(segments.count, segments.longest, *packed.shape[1:])
+    out = packed.new_zeros(segments.count, segments.max_seqlen, *packed.shape[1:])
     out[order[segments.ids], segments.index_in_series] = packed
     return out
 
 
-def spread(packed: Tensor, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Put ``(T, …)`` rows back to their places in ``(B, N)``, zero at padding: ``(B, N, …)``."""
+def scatter(packed: Tensor, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """``(T, …)`` rows → ``(B, N, …)``, each at its index in the flattened ``shape``; padding is zero."""
     n_series, n_tokens = shape
     out = packed.new_zeros(n_series * n_tokens, *packed.shape[1:])
     return out.index_copy(0, rows, packed).unflatten(0, (n_series, n_tokens))

@@ -1,10 +1,9 @@
-"""The absolute variant: a sine table indexed by token order is added at the inputs.
+"""Positions: into the model's units, and into the network as rotations or as a table of sines.
 
-Kept to reproduce published checkpoints, off-by-one included: with CLS the encoder's token n takes
-row n + 1, the decoder's takes row n, and visible tokens are unmarked in the decoder.
-
-Positions as a user has them → positions as the rotation takes them, at the padded edge.
-Rotary embedding of continuous positions on several axes (axial p-RoPE).
+``pos_encoding="ropend"`` rotates queries and keys by continuous positions on several axes (axial
+p-RoPE). ``"absolute"`` adds a sine table indexed by token order to the inputs; it is kept to reproduce
+published checkpoints, off-by-one included: with CLS the encoder's token n takes row n + 1, the
+decoder's takes row n, and visible tokens are unmarked in the decoder.
 """
 
 from __future__ import annotations
@@ -16,10 +15,12 @@ from torch import Tensor, nn
 
 from roma_core.schema import PositionAxis
 
-_LARGEST_LOSS = 1e-3  # radians of the fastest rotation
+BASE = 10_000.0
+Rotations = Tensor | None  # (…, 1, w // 2, 2) float32: cosine and sine of every pair of channels
+_MAX_ROUNDING = 1e-3  # radians of the fastest rotation
 
 
-def start_of(positions: Tensor, valid: Tensor, axes: Sequence[PositionAxis]) -> Tensor:
+def origin(positions: Tensor, valid: Tensor, axes: Sequence[PositionAxis]) -> Tensor:
     """What is subtracted from the positions of each series: anchor and offset.
 
     Args:
@@ -29,24 +30,27 @@ def start_of(positions: Tensor, valid: Tensor, axes: Sequence[PositionAxis]) -> 
     Returns:
         ``(B, D, 1)`` float64.
     """
-    start = positions.new_zeros(*positions.shape[:2], 1, dtype=torch.float64)
+    subtracted = positions.new_zeros(*positions.shape[:2], 1, dtype=torch.float64)
     for d, axis in enumerate(axes):
         if axis.anchor == "first":
             exact = positions[:, d].double().masked_fill(~valid, torch.inf)
-            start[:, d] = exact.amin(1, keepdim=True)
-        start[:, d] += axis.offset
-    return start
+            subtracted[:, d] = exact.amin(1, keepdim=True)
+        subtracted[:, d] += axis.offset
+    return subtracted
 
 
-def placed(positions: Tensor, start: Tensor, axes: Sequence[PositionAxis]) -> Tensor:
-    """``(B, D, N)`` positions in the axes' units → ``(B, D, N)`` float64 as the model sees them."""
+def to_model_positions(positions: Tensor, origin: Tensor, axes: Sequence[PositionAxis]) -> Tensor:
+    """``(B, D, N)`` positions in the axes' units → ``(B, D, N)`` float64 as the model sees them.
+
+    ``origin`` is :func:`origin`'s ``(B, D, 1)``.
+    """
     scale = positions.new_ones(positions.shape[1], 1, dtype=torch.float64)
     for d, axis in enumerate(axes):
         scale[d] = axis.scale
-    return (positions.double() - start) / scale
+    return (positions.double() - origin) / scale
 
 
-def in_float32(packed: Tensor) -> Tensor:
+def to_float32(packed: Tensor) -> Tensor:
     """Round ``(T, D)`` float64 positions once.
 
     Raises:
@@ -54,7 +58,7 @@ def in_float32(packed: Tensor) -> Tensor:
     """
     rounded = packed.float()
     lost = (packed - rounded.double()).abs().amax(0) if len(packed) else packed.new_zeros(0)
-    for d in (lost > _LARGEST_LOSS).nonzero().flatten().tolist():
+    for d in (lost > _MAX_ROUNDING).nonzero().flatten().tolist():
         raise ValueError(
             f"positions of axis {d} reach {float(packed[:, d].abs().max()):,.0f}, where float32 loses up to "
             f"{float(lost[d]):.2g} of them; set position_axes in the model's configuration "
@@ -63,32 +67,20 @@ def in_float32(packed: Tensor) -> Tensor:
     return rounded
 
 
-BASE = 10_000.0
-
-
 def pairs_per_axis(head_width: int, n_axes: int) -> list[int]:
-    """Share ``head_width // 2`` pairs out over the axes, the first ones getting what is left over."""
+    """Divide ``head_width // 2`` channel pairs among the axes; the first axes take the remainder."""
     pairs, rest = divmod(head_width // 2, n_axes)
     return [pairs + (axis < rest) for axis in range(n_axes)]
 
 
-def published_channels(head_width: int, n_axes: int) -> list[int]:
-    """For each channel of our head layout, its place in the published one.
+class RotaryEmbedding(nn.Module):
+    """Positions → rotations, in float32 whatever the precision of the network.
 
-    Raises:
-        ValueError: the published layout does not exist for this width.
+    Args:
+        head_width: channels of a head.
+        n_axes: position axes, D.
+        p: fraction of each axis's pairs that rotate, the fastest ones.
     """
-    chunk = head_width // n_axes
-    if head_width % n_axes or chunk % 2:
-        raise ValueError(
-            f"published weights split a head of width {head_width} into {n_axes} even chunks, which is impossible"
-        )
-    firsts = [axis * chunk + k for axis in range(n_axes) for k in range(chunk // 2)]
-    return [channel for first in firsts for channel in (first, first + chunk // 2)]
-
-
-class Rotation(nn.Module):
-    """Positions → rotations, in float32 whatever the precision of the network."""
 
     def __init__(self, head_width: int, n_axes: int, p: float) -> None:
         super().__init__()
@@ -109,7 +101,7 @@ class Rotation(nn.Module):
 
     @property
     def timescales(self) -> Tensor:
-        """``(head_width // 2,)`` float32, units of position per radian; infinite: never turns."""
+        """``(head_width // 2,)`` float32, units of position per radian; infinite: does not rotate."""
         return self._timescale_bits.view(torch.float32)
 
     @torch.no_grad()
@@ -138,7 +130,7 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     return rotated if width == x.shape[-1] else torch.cat((rotated, x[..., width:]), dim=-1)
 
 
-class SineTable(nn.Module):
+class SinusoidalEmbedding(nn.Module):
     """``(max_len, width)`` table: even columns ``sin(n / 10000^(2i/w))``, odd ones the cosine."""
 
     def __init__(self, max_len: int, width: int) -> None:

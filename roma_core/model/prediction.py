@@ -11,9 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from roma_core.model.backbone import NO_POSITIONS, Backbone
-from roma_core.model.config import RoMAForClassificationConfig
+from roma_core.model.config import (
+    RoMAForClassificationConfig,
+    classifier_config,
+    is_pretraining,
+)
 from roma_core.model.encoder import Head, initialise, initialise_vectors
-from roma_core.model.packing import PackedBatch, spread
+from roma_core.model.packing import PackedBatch, scatter
+from roma_core.model.weights import load_weights, read_weights
 
 
 class RoMAForClassification(Backbone):
@@ -26,8 +31,7 @@ class RoMAForClassification(Backbone):
 
     def __init__(self, config: RoMAForClassificationConfig) -> None:
         super().__init__(config)
-        initialise(self)
-        self.initialise_embedding()
+        self.initialise()
         initialise_vectors(self.cls)
         self.head: Head | None = None
         if self.config.dim_output is not None:
@@ -37,22 +41,30 @@ class RoMAForClassification(Backbone):
         )
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str, **overrides: Any) -> RoMAForClassification:
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        config: RoMAForClassificationConfig | None = None,
+        **overrides: Any,
+    ) -> RoMAForClassification:
         """Restore a classifier whole, or start one from a pretraining model's folder.
 
         Args:
             folder: holds ``model.safetensors`` and ``model_config.json``, ours or published.
+            config: the exact configuration, in place of ``overrides``.
             overrides: for a start from pretraining ``dim_output``, ``pooling``, ``head_drop_rate``
                 and ``encoder_config`` with dropouts; what is left out comes from the environment,
                 else it is 0 or the default. The shape always comes from the checkpoint.
 
         Raises:
-            SettingsError: a wish contradicts the checkpoint, or ``dim_output`` is missing.
+            SettingsError: an override contradicts the checkpoint, or ``dim_output`` is missing.
             FileNotFoundError, ValueError: a file or a tensor is missing, or unknown.
         """
-        from roma_core.model.weights import load_classifier
-
-        return load_classifier(folder, **overrides)
+        document, weights = read_weights(folder)
+        model = cls(config or classifier_config(document, overrides, Path(folder)))
+        model.data_schema = document.get("data_schema")
+        load_weights(model, weights, folder, new_head=is_pretraining(document))
+        return model
 
     def set_outputs(self, dim_output: int) -> None:
         """Make a new head with ``dim_output`` outputs."""
@@ -67,7 +79,7 @@ class RoMAForClassification(Backbone):
         self.loss_fn = loss_fn
 
     def loss_count(self, batch: PackedBatch) -> float:
-        """What the loss of a packed batch is a mean over: its series, or its tokens."""
+        """Number of terms in the mean that is the loss of a packed batch: its series, or its tokens."""
         segments = batch.segments
         return float(segments.total if self.config.pools == "token" else segments.count)
 
@@ -97,12 +109,12 @@ class RoMAForClassification(Backbone):
         """
         by_token = self.config.pools == "token"
         if isinstance(values, PackedBatch):
-            packed = self.head_of()(self.features(values, self.config.pools))
+            packed = self.require_head()(self.features(values, self.config.pools))
             return packed, self._loss(packed, values.labels)
         if positions is None:
             raise TypeError(NO_POSITIONS)
         batch, order, rows = self.pack(values, positions, pad_mask)
-        packed = self.head_of()(self.features(batch, self.config.pools))
+        packed = self.require_head()(self.features(batch, self.config.pools))
         if not by_token:
             logits = packed.new_empty(packed.shape).index_copy(0, order, packed)
             return logits, self._loss(logits, label)
@@ -114,7 +126,7 @@ class RoMAForClassification(Backbone):
                     f"got {tuple(label.shape)}"
                 )
             label = label.flatten(0, 1)[rows]
-        return spread(packed, rows, shape), self._loss(packed, label)
+        return scatter(packed, rows, shape), self._loss(packed, label)
 
     def _loss(self, logits: Tensor, label: Tensor | None) -> Tensor | None:
         if label is None:
@@ -122,7 +134,8 @@ class RoMAForClassification(Backbone):
         self._check_label(label, logits)
         return self.loss_fn(logits, label).mean()
 
-    def head_of(self) -> Head:
+    def require_head(self) -> Head:
+        """The head; raises ValueError if ``dim_output`` is not known yet."""
         if self.head is None:
             raise ValueError(
                 "the model has no head: dim_output (the number of classes) was not given. Set it in "
@@ -141,7 +154,7 @@ class RoMAForClassification(Backbone):
                 f"label must be int64 classes of shape (rows,) = {tuple(logits.shape[:1])}, "
                 f"got {label.dtype} of shape {tuple(label.shape)}"
             )
-        elif not label.is_cuda and len(label):  # looking at a GPU's numbers would wait for it
+        elif not label.is_cuda and len(label):  # reading a GPU's numbers would wait for it
             wrong = ((label < 0) | (label >= logits.shape[1])).nonzero().flatten().tolist()
             if wrong:
                 raise ValueError(

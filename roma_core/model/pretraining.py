@@ -1,7 +1,4 @@
-"""Masked autoencoding: embed → hide → encode the visible → decode all → compare the hidden.
-
-What the pretraining model says about positions of anybody's choice.
-"""
+"""Masked autoencoding: embed → mask → encode the visible → decode all → compare the hidden."""
 
 from __future__ import annotations
 
@@ -15,17 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from roma_core.model.backbone import NO_POSITIONS, Backbone
-from roma_core.model.config import RoMAForPreTrainingConfig
-from roma_core.model.encoder import Encoder, Head, Rows, initialise, initialise_vectors
+from roma_core.model.config import RoMAForPreTrainingConfig, is_pretraining, stored_fields
+from roma_core.model.encoder import Encoder, Head, OutputRows, initialise_vectors
+from roma_core.model.masking import draw_mask
 from roma_core.model.packing import (
-    MaskedRows,
+    MaskedTokens,
     PackedBatch,
+    check_inputs,
     check_positions,
-    checked,
     pack_tokens,
     unpack,
 )
-from roma_core.model.positions import placed, start_of
+from roma_core.model.positions import origin, to_model_positions
+from roma_core.model.weights import load_weights, read_weights
 from roma_core.schema import DataSchema, Normaliser
 
 
@@ -43,7 +42,7 @@ class Reconstruction:
     std: Tensor | None
 
     def denormalised(self, schema: DataSchema) -> Reconstruction:
-        """The same in the units of the data; deviations to first order where a transform bends."""
+        """The same in the units of the data; deviations to first order for nonlinear transforms."""
         width, n_channels = self.mean.shape[-1], len(schema.channels)
         if width % n_channels:
             raise ValueError(
@@ -76,8 +75,7 @@ class RoMAForPreTraining(Backbone):
         self.encoder_decoder_proj = nn.Linear(stack.d_model, decoder.d_model)
         self.mask_token = nn.Parameter(torch.empty(decoder.d_model))
         self.decoder = Encoder(decoder)
-        self.decoder_rotation = self._rotation_of(decoder)
-        self.decoder_table = self._table_of(decoder)
+        self.decoder_rotary, self.decoder_sinusoidal = self._position_embeddings(decoder)
         self.head = Head(
             decoder.d_model,
             self.config.tubelet_width * (2 if self.config.predict_variance else 1),
@@ -87,8 +85,7 @@ class RoMAForPreTraining(Backbone):
         self.loss_fn: Callable[[Tensor, Tensor], Tensor] = (
             _gaussian_nll if self.config.predict_variance else _squared_error
         )
-        initialise(self)
-        self.initialise_embedding()
+        self.initialise()
         # not zeros, as published: the norm that follows has a slope of 1/√eps = 1e6 there
         initialise_vectors(self.mask_token, self.cls)
 
@@ -103,9 +100,15 @@ class RoMAForPreTraining(Backbone):
         Raises:
             FileNotFoundError, ValueError: a file or a tensor is missing, or unknown.
         """
-        from roma_core.model.weights import load_pretraining
-
-        return load_pretraining(folder, **overrides)
+        document, weights = read_weights(folder)
+        if not is_pretraining(document):
+            raise ValueError(
+                f"{folder} holds a classifier, which has no decoder; expected a pretraining model"
+            )
+        model = cls(RoMAForPreTrainingConfig.from_values(stored_fields(document) | overrides))
+        model.data_schema = document.get("data_schema")
+        load_weights(model, weights, folder)
+        return model
 
     def set_loss_fn(self, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Use ``loss_fn(outputs, targets)``, both ``(H, P)``; it must return them unreduced.
@@ -115,7 +118,7 @@ class RoMAForPreTraining(Backbone):
         self.loss_fn = loss_fn
 
     def loss_count(self, batch: PackedBatch) -> float:
-        """What the loss of a packed batch is a mean over: its hidden tokens."""
+        """Number of terms in the mean that is the loss of a packed batch: its hidden tokens."""
         return 0.0 if batch.masked is None else float(batch.masked.hidden.total)
 
     def forward(
@@ -158,10 +161,11 @@ class RoMAForPreTraining(Backbone):
                     f"got {mask.dtype} of shape {tuple(mask.shape)}"
                 )
             batch = batch.with_mask(mask.reshape(-1)[rows])
-            blind = [b for b, n in enumerate(batch.masked.visible.lengths) if n == 0]  # type: ignore[union-attr]
-            if blind:
+            assert batch.masked is not None
+            all_hidden = [b for b, n in enumerate(batch.masked.visible.lengths) if n == 0]
+            if all_hidden:
                 raise ValueError(
-                    f"mask hides every real token of series {sorted(order[blind].tolist())}; "
+                    f"mask hides every real token of series {sorted(order[all_hidden].tolist())}; "
                     f"at least one token of each must stay visible"
                 )
         else:
@@ -173,7 +177,7 @@ class RoMAForPreTraining(Backbone):
 
     def _with_drawn_mask(self, batch: PackedBatch) -> PackedBatch:
         seed = int(torch.randint(2**31, ()))
-        return batch.with_drawn_mask(self.config, seed, epoch=0)
+        return draw_mask(batch, self.config, seed, epoch=0)
 
     def _reconstruct(self, batch: PackedBatch) -> tuple[Tensor | None, Tensor | None]:
         self.check_packed(batch)
@@ -183,7 +187,7 @@ class RoMAForPreTraining(Backbone):
         assert masked is not None
         if masked.hidden.total == 0:
             return None, None
-        outputs = self.outputs_of(batch, masked)
+        outputs = self.predict_hidden(batch, masked)
         targets = batch.tokens[masked.hidden_rows]
         if self.config.normalize_targets:
             mean, deviation = tubelet_statistics(targets)
@@ -197,72 +201,74 @@ class RoMAForPreTraining(Backbone):
         positions: Tensor,
         pad_mask: Tensor | None = None,
         *,
-        at: Tensor,
+        query_positions: Tensor,
         denormalise: bool = True,
     ) -> Reconstruction:
-        """Predict what would be observed at positions of your choice, from all that was observed.
+        """Predict the values at any positions from all observed tokens: interpolation, forecasting.
 
-        Every real token is visible. Nothing needs to have been observed at ``at``: interpolation,
-        forecasting and other grids are one call. In training mode dropout is active.
+        Every real token is visible; the query positions need no observation. In training mode dropout
+        is active.
 
         Args:
             values, positions, pad_mask: as for calling the model.
-            at: ``(B, D, Q)`` or ``(D, Q)``, of any real type, in the units of ``positions``.
-            denormalise: give values in the units of the data, by the ``data_schema`` that came with
-                the weights; without a schema they are in the model's units either way.
+            query_positions: ``(B, D, Q)`` or ``(D, Q)``, of any real type, in the units of ``positions``.
+            denormalise: return values in the units of the data, by the ``data_schema`` saved with the
+                weights; without a schema they are in the model's units either way.
 
         Raises:
             TypeError, ValueError: an argument does not fit, or the model cannot do it: the absolute
-                variant knows no positions, and with ``normalize_targets`` it predicts only the shape
-                of a tubelet, not its level.
+                variant ignores positions, and with ``normalize_targets`` the model predicts only the
+                shape of a tubelet, not its level.
         """
-        if self.table is not None:
-            raise ValueError("reconstruct needs pos_encoding='ropend'; this model counts tokens")
+        if self.sinusoidal is not None:
+            raise ValueError(
+                "reconstruct needs pos_encoding='ropend'; this model encodes the order of tokens alone"
+            )
         if self.config.normalize_targets:
             raise ValueError(
-                "a model trained with normalize_targets predicts tubelets less their own mean, over their own "
-                "deviation, which nobody knows at new positions; train with normalize_targets=False"
+                "a model trained with normalize_targets predicts tubelets standardised by their own mean and "
+                "deviation, which are unknown at new positions; train with normalize_targets=False"
             )
-        tokens, valid = checked(values, positions, pad_mask, self.config)
+        tokens, valid = check_inputs(values, positions, pad_mask, self.config)
         n_series, n_tokens, width = tokens.shape
-        at = at.expand(n_series, -1, -1) if at.ndim == 2 else at
-        n_asked = at.shape[-1]
-        check_positions(at, (n_series, self.config.n_pos_dims, n_asked), "at")
+        queries = query_positions
+        queries = queries.expand(n_series, -1, -1) if queries.ndim == 2 else queries
+        n_queries = queries.shape[-1]
+        check_positions(queries, (n_series, self.config.n_pos_dims, n_queries), "query_positions")
         axes = self.config.position_axes
-        start = start_of(positions, valid, axes)
-        places = torch.cat((placed(positions, start, axes), placed(at, start, axes)), dim=2)
+        start = origin(positions, valid, axes)
+        both = [to_model_positions(x, start, axes) for x in (positions, queries)]
         batch, order, rows = pack_tokens(
-            torch.cat((tokens, tokens.new_zeros(n_series, n_asked, width)), dim=1),
-            places,
-            F.pad(valid, (0, n_asked), value=True),
+            torch.cat((tokens, tokens.new_zeros(n_series, n_queries, width)), dim=1),
+            torch.cat(both, dim=2),
+            F.pad(valid, (0, n_queries), value=True),
         )
-        asked = rows % (n_tokens + n_asked) >= n_tokens
-        masked = MaskedRows.of(asked, batch.segments)
-        raw = unpack(self.outputs_of(batch, masked), masked.hidden, order)  # (B, Q, P or 2P)
+        is_query = rows % (n_tokens + n_queries) >= n_tokens
+        masked = MaskedTokens.of(is_query, batch.segments)
+        raw = unpack(self.predict_hidden(batch, masked), masked.hidden, order)  # (B, Q, P or 2P)
         std = (0.5 * raw[..., width:]).exp() if self.config.predict_variance else None
         result = Reconstruction(raw[..., :width], std)
         if denormalise and self.data_schema is not None:
             return result.denormalised(DataSchema.model_validate(self.data_schema))
         return result
 
-    def reconstruct_rows(self, batch: PackedBatch, masked: MaskedRows) -> Tensor:
+    def reconstruct_hidden(self, batch: PackedBatch, masked: MaskedTokens) -> Tensor:
         """``(H, P)`` predictions of the hidden tokens, in ascending order of rows.
 
-        They are in the units of ``batch.tokens``: standardised ones are put back by the statistics
-        of the true tubelets, as pictures of masked autoencoders do.
+        They are in the units of ``batch.tokens``; with ``normalize_targets`` by the statistics of the
+        true tubelets, as is usual in pictures of masked autoencoders.
         """
-        predicted = self.outputs_of(batch, masked)[:, : self.config.tubelet_width]
+        predicted = self.predict_hidden(batch, masked)[:, : self.config.tubelet_width]
         if self.config.normalize_targets:
             mean, deviation = tubelet_statistics(batch.tokens[masked.hidden_rows])
             return predicted * deviation + mean
         return predicted
 
-    def outputs_of(self, batch: PackedBatch, masked: MaskedRows) -> Tensor:
+    def predict_hidden(self, batch: PackedBatch, masked: MaskedTokens) -> Tensor:
         """The head's ``(H, P)`` (``(H, 2P)`` with variances) for the hidden tokens, by row."""
         drop = self.config.encoder_config.pos_drop_rate
         segments, index = batch.segments, batch.segments.index_in_series
-        if self.table is not None:
-            self.table.check_length(segments.longest + int(self.cls is not None))
+        self.check_packed(batch)
         seen = masked.visible_rows
         x, rotations, inner, token_rows, cls_rows = self.embed_rows(
             batch.tokens[seen], batch.positions[seen], index[seen], masked.visible
@@ -270,7 +276,7 @@ class RoMAForPreTraining(Backbone):
         x = self.encoder(F.dropout(x, drop, self.training), rotations, inner)
         x = self.encoder_decoder_proj(x)
 
-        # every encoder output returns to its place in the full series; the rest are mask tokens
+        # encoder outputs return to their rows in the full series; the other rows are mask tokens
         full = segments if cls_rows is None else segments.with_cls.segments
         full_rows = (
             torch.arange(segments.total, device=x.device)
@@ -285,13 +291,15 @@ class RoMAForPreTraining(Backbone):
             to_full[cls_rows] = segments.with_cls.cls_rows
         hidden_rows = full_rows[masked.hidden_rows]
         mask_tokens = self.mask_token.to(x.dtype).expand(masked.hidden.total, -1)
-        if self.decoder_table is not None:
-            mask_tokens = mask_tokens + self.decoder_table(index[masked.hidden_rows]).to(x.dtype)
+        if self.decoder_sinusoidal is not None:
+            mask_tokens = mask_tokens + self.decoder_sinusoidal(index[masked.hidden_rows]).to(
+                x.dtype
+            )
         mask_tokens = F.dropout(mask_tokens, drop, self.training)
         y = x.new_empty(full.total, x.shape[1])
         y = y.index_copy(0, to_full, x).index_copy(0, hidden_rows, mask_tokens)
-        rotations = None if self.decoder_rotation is None else self.decoder_rotation(at)
-        return self.head(self.decoder(y, rotations, full, Rows(hidden_rows, masked.hidden)))
+        rotations = None if self.decoder_rotary is None else self.decoder_rotary(at)
+        return self.head(self.decoder(y, rotations, full, OutputRows(hidden_rows, masked.hidden)))
 
 
 def _squared_error(logits: Tensor, targets: Tensor) -> Tensor:

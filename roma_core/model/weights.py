@@ -1,90 +1,44 @@
 """Weights on disk: ``model.safetensors`` + ``model_config.json``, ours and the published package's.
 
-Nothing is loaded silently: every tensor of the file is carried, reset or ignored, and the report
-says which. A key that should be there and is not is an error.
+Works on folders and state dicts; the models build themselves. Nothing is loaded silently: every tensor
+of the file is carried, reset or ignored, and standard error shows which. A missing key is an error.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from roma_core.files import read_json, write_bytes, write_json
-from roma_core.model.backbone import Backbone
-from roma_core.model.config import (
-    EncoderConfig,
-    RoMAForClassificationConfig,
-    RoMAForPreTrainingConfig,
-    classifier_config,
-    is_pretraining,
-    settings_of,
-)
-from roma_core.model.positions import published_channels
-from roma_core.model.prediction import RoMAForClassification
-from roma_core.model.pretraining import RoMAForPreTraining
+from roma_core.model.config import EncoderConfig
 
 WEIGHTS = "model.safetensors"
 CONFIG = "model_config.json"
 SCHEMA_VERSION = 1
 
-M = TypeVar("M", RoMAForPreTraining, RoMAForClassification)
 
-
-@dataclass
-class TransferReport:
-    """What became of every tensor."""
-
-    folder: Path
-    carried: list[str] = field(default_factory=list)
-    reset: list[str] = field(default_factory=list)
-    ignored: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        def names(keys: list[str]) -> str:
-            return ", ".join(sorted({k.split(".")[0] for k in keys})) or "nothing"
-
-        return (
-            f"{self.folder}: carried {len(self.carried)} tensors ({names(self.carried)}); "
-            f"new {len(self.reset)} ({names(self.reset)}); not used {len(self.ignored)} ({names(self.ignored)})"
-        )
-
-
-def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The learned tensors by name, on CPU, without wrapper prefixes, each with memory of its own."""
-    return {
-        name.removeprefix("module.").replace("_orig_mod.", ""): tensor.detach()
-        .cpu()
-        .contiguous()
-        .clone()
-        for name, tensor in model.state_dict().items()
-    }
-
-
-def config_document(model: Backbone) -> dict[str, Any]:
-    """What ``model_config.json`` holds."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "class": type(model).__name__,
-        "data_schema": model.data_schema,
-        **model.config.model_dump(mode="json"),
-    }
-
-
-def save_pretrained(model: Backbone, folder: Path | str) -> None:
-    """Write weights and configuration into ``folder``, each file in one step."""
+def write_weights(folder: Path | str, model: nn.Module, document: dict[str, Any]) -> None:
+    """Write the model's weights and its configuration into ``folder``, each file in one step."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / WEIGHTS, save(state_of(model)))
-    write_json(folder / CONFIG, config_document(model))
+    # copies, each with memory of its own, which is what the format takes
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    write_bytes(folder / WEIGHTS, save(_without_wrappers(tensors)))
+    write_json(folder / CONFIG, document)
 
 
-def _read(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_weights(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The content of ``model_config.json``, and the tensors by our names.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, or of another version.
+    """
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -97,14 +51,58 @@ def _read(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(
             f"{folder / CONFIG} has schema_version {version}, this software reads {SCHEMA_VERSION}"
         )
-    weights = load_file(folder / WEIGHTS)
-    weights = {k.removeprefix("module.").replace("_orig_mod.", ""): v for k, v in weights.items()}
+    weights = _without_wrappers(load_file(folder / WEIGHTS))
     if any(".attention.wq." in key for key in weights):
-        weights = _from_published(weights, document)
+        weights = convert_published(weights, document)
     return document, weights
 
 
-def _from_published(weights: dict[str, Tensor], document: dict[str, Any]) -> dict[str, Tensor]:
+def load_weights(
+    model: nn.Module, weights: dict[str, Tensor], folder: Path | str, new_head: bool = False
+) -> None:
+    """Load ``weights``, read from ``folder``, into the model.
+
+    Args:
+        new_head: keep the model's own head, and ignore tensors that the model does not have.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of another shape.
+    """
+    wanted = model.state_dict()
+    kept = {key for key in wanted if new_head and key.startswith("head.")}
+    carried = [key for key in weights if key in wanted and key not in kept]
+    ignored = [key for key in weights if key not in carried]
+    for key in carried:
+        if weights[key].shape != wanted[key].shape:
+            raise ValueError(
+                f"{folder}: {key} has shape {tuple(weights[key].shape)}, the configuration beside it asks for "
+                f"{tuple(wanted[key].shape)}; the two files do not belong together"
+            )
+    if lost := sorted(wanted.keys() - kept - weights.keys()):
+        raise ValueError(
+            f"{folder}: {WEIGHTS} lacks {', '.join(lost)}; it is incomplete or of another model"
+        )
+    if ignored and not new_head:
+        raise ValueError(
+            f"{folder}: {WEIGHTS} has tensors that the model lacks: {', '.join(ignored)}"
+        )
+    model.load_state_dict({key: weights[key] for key in carried}, strict=False)
+    print(
+        f"{folder}: carried {len(carried)} tensors ({_parts(carried)}); new {len(kept)} ({_parts(kept)}); "
+        f"not used {len(ignored)} ({_parts(ignored)})",
+        file=sys.stderr,
+    )
+
+
+def _parts(keys: Iterable[str]) -> str:
+    return ", ".join(sorted({key.split(".")[0] for key in keys})) or "nothing"
+
+
+def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix("module.").replace("_orig_mod.", ""): v for k, v in tensors.items()}
+
+
+def convert_published(weights: dict[str, Tensor], document: dict[str, Any]) -> dict[str, Tensor]:
     """Rename published tensors, fuse q, k and v, and reorder the channels of rotated heads."""
     ours: dict[str, Tensor] = {}
     rotary = document["pos_encoding"] == "ropend"
@@ -120,7 +118,7 @@ def _from_published(weights: dict[str, Tensor], document: dict[str, Any]) -> dic
             stack = EncoderConfig(**document[key.split(".")[0] + "_config"])
             parts = [weights[key.replace(".wq.", f".{name}.")] for name in ("wq", "wk", "wv")]
             if rotary:
-                channels = published_channels(stack.head_width, document["n_pos_dims"])
+                channels = _published_channels(stack.head_width, document["n_pos_dims"])
                 for i in (0, 1):
                     heads = parts[i].unflatten(0, (stack.nhead, stack.head_width))
                     parts[i] = heads[:, channels].flatten(0, 1)
@@ -132,79 +130,16 @@ def _from_published(weights: dict[str, Tensor], document: dict[str, Any]) -> dic
     return ours
 
 
-def _load(model: M, weights: dict[str, Tensor], report: TransferReport, may_reset: str = "") -> M:
-    wanted = model.state_dict()
-    for key, tensor in weights.items():
-        if key not in wanted or (may_reset and key.startswith(may_reset)):
-            report.ignored.append(key)
-        elif tensor.shape != wanted[key].shape:
-            raise ValueError(
-                f"{report.folder}: {key} has shape {tuple(tensor.shape)}, the configuration beside it asks for "
-                f"{tuple(wanted[key].shape)}; the two files do not belong together"
-            )
-        else:
-            report.carried.append(key)
-    missing = set(wanted) - set(report.carried)
-    report.reset = sorted(key for key in missing if may_reset and key.startswith(may_reset))
-    if lost := sorted(missing - set(report.reset)):
-        raise ValueError(
-            f"{report.folder}: {WEIGHTS} lacks {', '.join(lost)}; it is incomplete or of another model"
-        )
-    model.load_state_dict({k: weights[k] for k in report.carried}, strict=False)
-    print(report, file=sys.stderr)
-    return model
+def _published_channels(head_width: int, n_axes: int) -> list[int]:
+    """For each channel of our head layout, its place in the published one.
 
-
-def load_pretraining(folder: Path | str, **overrides: Any) -> RoMAForPreTraining:
-    """Restore a pretraining model whole. See :meth:`RoMAForPreTraining.from_pretrained`."""
-    document, weights = _read(folder)
-    if not is_pretraining(document):
-        raise ValueError(
-            f"{folder} holds a classifier, which has no decoder; a pretraining model was asked for"
-        )
-    config = RoMAForPreTrainingConfig.from_values(settings_of(document) | overrides)
-    model = RoMAForPreTraining(config)
-    model.data_schema = document.get("data_schema")
-    report = TransferReport(Path(folder))
-    _load(model, weights, report)
-    if report.ignored:
-        raise ValueError(
-            f"{folder}: {WEIGHTS} has tensors no part takes: {', '.join(report.ignored)}"
-        )
-    return model
-
-
-def load_classifier(folder: Path | str, **overrides: Any) -> RoMAForClassification:
-    """Restore a classifier whole, or start one from a pretraining model's encoder.
-
-    See :meth:`RoMAForClassification.from_pretrained`.
+    Raises:
+        ValueError: the published layout does not exist for this width.
     """
-    document, weights = _read(folder)
-    config = classifier_config(document, overrides, Path(folder))
-    return _classifier(config, document, weights, Path(folder))
-
-
-def start_classifier(
-    folder: Path | str, config: RoMAForClassificationConfig
-) -> RoMAForClassification:
-    """A classifier of exactly this configuration with the weights of ``folder``."""
-    document, weights = _read(folder)
-    return _classifier(config, document, weights, Path(folder))
-
-
-def _classifier(
-    config: RoMAForClassificationConfig,
-    document: dict[str, Any],
-    weights: dict[str, Tensor],
-    folder: Path,
-) -> RoMAForClassification:
-    model = RoMAForClassification(config)
-    model.data_schema = document.get("data_schema")
-    report = TransferReport(folder)
-    transfers = is_pretraining(document)
-    _load(model, weights, report, may_reset="head." if transfers else "")
-    if report.ignored and not transfers:
+    chunk = head_width // n_axes
+    if head_width % n_axes or chunk % 2:
         raise ValueError(
-            f"{folder}: {WEIGHTS} has tensors no part takes: {', '.join(report.ignored)}"
+            f"published weights split a head of width {head_width} into {n_axes} even chunks, which is impossible"
         )
-    return model
+    firsts = [axis * chunk + k for axis in range(n_axes) for k in range(chunk // 2)]
+    return [channel for first in firsts for channel in (first, first + chunk // 2)]

@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from roma_core.data.ragged import RaggedBatch
 from roma_core.model.config import (
+    RoMAConfig,
     RoMAForClassificationConfig,
     RoMAForPreTrainingConfig,
-    _ModelConfig,
 )
-from roma_core.model.packing import PackedBatch, patchify
-from roma_core.model.positions import in_float32, placed, start_of
-from roma_core.model.segments import Segments
+from roma_core.model.masking import draw_mask
+from roma_core.model.packing import PackedBatch, Segments, patchify
+from roma_core.model.positions import origin, to_float32, to_model_positions
 from roma_core.trainer.augmentation import Augmentation, CustomAugmentation, augmentations_of
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.distributed import HostGroup, Interrupted, StopRequests
@@ -58,7 +58,7 @@ class Collate:
         augmentations: changes to every series, redrawn in every epoch; none in evaluation.
     """
 
-    config: _ModelConfig
+    config: RoMAConfig
     seed: int
     augmentations: tuple[Augmentation, ...] = ()
 
@@ -138,7 +138,7 @@ class Collate:
             labels=None if labels is None else torch.from_numpy(labels),
         )
         if isinstance(self.config, RoMAForPreTrainingConfig):
-            batch = batch.with_drawn_mask(self.config, self.seed, epoch)
+            batch = draw_mask(batch, self.config, self.seed, epoch)
         return batch
 
     def _series(
@@ -182,7 +182,7 @@ class Collate:
             return positions.T
         one = positions[None]
         real = torch.ones(1, positions.shape[1], dtype=torch.bool)
-        return in_float32(placed(one, start_of(one, real, axes), axes)[0].T)
+        return to_float32(to_model_positions(one, origin(one, real, axes), axes)[0].T)
 
 
 def _stacked(labels: Sequence[Any]) -> NDArray[Any]:
@@ -211,7 +211,7 @@ class TrainLoader:
         config: TrainerConfig,
         sampler: BatchSampler,
         dataset: MapStyle,
-        model: _ModelConfig,
+        model: RoMAConfig,
         group: HostGroup,
         device: torch.device,
         stops: StopRequests,

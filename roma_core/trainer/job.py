@@ -224,7 +224,6 @@ def _model_of(config: TrainingJobConfig, seed: int) -> RoMAForPreTraining | RoMA
 
     from roma_core.model.prediction import RoMAForClassification
     from roma_core.model.pretraining import RoMAForPreTraining
-    from roma_core.model.weights import start_classifier
 
     torch.manual_seed(seed)  # the same initial weights in every process and every attempt
     if config.task == "pretrain":
@@ -232,7 +231,7 @@ def _model_of(config: TrainingJobConfig, seed: int) -> RoMAForPreTraining | RoMA
     classifier = RoMAForClassificationConfig.from_values(config.model)
     if config.weights is None:
         return RoMAForClassification(classifier)
-    return start_classifier(config.weights, classifier)
+    return RoMAForClassification.from_pretrained(config.weights, classifier)
 
 
 def train(folder: JobFolder, attempt: Attempt) -> Work:

@@ -221,7 +221,7 @@ class TrainStep:
     def _set_training_mode(self) -> None:
         if self.config.freeze_encoder and isinstance(self._trained, RoMAForClassification):
             self._wrapped.eval()  # a probe's features are those of evaluation, without dropout
-            self._trained.head_of().train()
+            self._trained.require_head().train()
         else:
             self._wrapped.train()
 

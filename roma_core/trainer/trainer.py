@@ -14,7 +14,6 @@ from roma_core.job import Attempt
 from roma_core.model.packing import PackedBatch
 from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
-from roma_core.model.weights import config_document
 from roma_core.trainer.checkpoint import Checkpointer, TrainState, load_newest
 from roma_core.trainer.config import TrainerConfig, describe_changes, describe_resumable
 from roma_core.trainer.dataloader import MapStyle, TrainLoader
@@ -386,7 +385,7 @@ class Trainer:
             evaluations_since_best=self.early_stopping.evaluations_since_best,
         )
         tensors = self.train_step.state_dict()
-        self.checkpointer.save(state, tensors, config_document(self.train_step.model))
+        self.checkpointer.save(state, tensors, self.train_step.model.config_document())
 
     def _summary(self, model: Model) -> str:
         n = sum(p.numel() for p in model.parameters())

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from roma_core.model.attention import packed_attention, padded_attention
 from roma_core.model.encoder import RMSNorm, linear, linear_silu
-from roma_core.model.positions import Rotation, rotate
-from roma_core.model.segments import Segments
+from roma_core.model.packing import Segments
+from roma_core.model.positions import RotaryEmbedding, rotate
 from tests.benchmarks.timing import Clock, Work
 from tests.benchmarks.workloads import _lengths
 
@@ -56,7 +56,7 @@ def main() -> None:
     x, hidden = leaf(args.rows, 192), leaf(768, 192)
     norm = RMSNorm(192, 1e-12)
     heads = leaf(args.rows, 6, 64)
-    rotations = Rotation(64, 1, 0.75)(torch.rand(args.rows, 1) * 100)
+    rotations = RotaryEmbedding(64, 1, 0.75)(torch.rand(args.rows, 1) * 100)
     lengths = sorted(_lengths(64).tolist())
     segments, longest = Segments(lengths), max(lengths)
     q, k, v = (leaf(segments.total, 3, 64) for _ in range(3))

@@ -25,6 +25,7 @@ from roma_core.model.config import (
     RoMAForClassificationConfig,
     RoMAForPreTrainingConfig,
 )
+from roma_core.model.masking import draw_mask
 from roma_core.model.packing import PackedBatch, pack
 from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
@@ -113,7 +114,7 @@ def _padded(lengths: np.ndarray, device: str) -> _Padded:
     positions = torch.rand(n, 1, longest, generator=generator).cumsum(2)
     pad_mask = torch.arange(longest) >= torch.tensor(lengths)[:, None]
     packed, order, rows = pack(values, positions, pad_mask, SERIES_CONFIG)
-    packed = packed.with_drawn_mask(SERIES_CONFIG, 0, 0)
+    packed = draw_mask(packed, SERIES_CONFIG, 0, 0)
     mask = torch.zeros(n * longest, dtype=torch.bool)
     mask[rows[packed.masked.hidden_rows]] = True
     mask = mask.view(n, longest)
@@ -245,7 +246,7 @@ def _pretrain_images(setting: Setting) -> Workload:
     )
     theirs, ours, compiled = _models(setting, config)
     packed, _, _ = ours.pack(values, positions, None)
-    packed = packed.with_drawn_mask(config, 0, 0)
+    packed = draw_mask(packed, config, 0, 0)
     mask = torch.zeros(setting.batch * 196, dtype=torch.bool, device=setting.device)
     mask[packed.masked.hidden_rows] = True
     mask = mask.view(setting.batch, 196)

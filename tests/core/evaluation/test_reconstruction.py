@@ -112,7 +112,7 @@ def test_no_hidden_value_reaches_the_model(tmp_path):
 
 def test_a_model_that_looks_is_caught(tmp_path):
     class Peeping(RoMAForPreTraining):
-        def outputs_of(self, batch, masked):
+        def predict_hidden(self, batch, masked):
             return batch.tokens[masked.hidden_rows]
 
     model = model_of()

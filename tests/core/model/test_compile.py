@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from roma_core import EncoderConfig, RoMAForPreTraining, RoMAForPreTrainingConfig
-from roma_core.model.encoder import _SMALLEST, Encoder, RMSNorm, linear, linear_silu
-from roma_core.model.positions import Rotation
-from roma_core.model.segments import Segments
+from roma_core.model.encoder import MIN_ONEDNN_ROWS, Encoder, RMSNorm, linear, linear_silu
+from roma_core.model.packing import Segments
+from roma_core.model.positions import RotaryEmbedding
 
 STACK = EncoderConfig(d_model=24, nhead=2, depth=2)
 
@@ -23,8 +23,8 @@ def packed(lengths, seed=0):
     segments = Segments(lengths)
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(segments.total, 24, generator=g, requires_grad=True)
-    rotations = Rotation(12, 1, 0.75)(torch.rand(segments.total, 1, generator=g) * 20)
-    assert segments.offsets is not None
+    rotations = RotaryEmbedding(12, 1, 0.75)(torch.rand(segments.total, 1, generator=g) * 20)
+    assert segments.cu_seqlens is not None
     return x, rotations, segments
 
 
@@ -113,7 +113,7 @@ def test_the_norm_and_its_gradient_are_those_of_the_framework(dtype):
         torch.testing.assert_close(norm(x).double(), expected, **close)
 
 
-@pytest.mark.parametrize("rows", [3, _SMALLEST])
+@pytest.mark.parametrize("rows", [3, MIN_ONEDNN_ROWS])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_products_and_their_gradients_are_those_of_the_framework(rows, autocast):
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from roma_core import EncoderConfig, RoMAForPreTraining, RoMAForPreTrainingConfig
+from roma_core.model.masking import draw_mask
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,7 +30,7 @@ def model_and_batch():
     positions = torch.rand(4, 1, 40).cumsum(2)
     pad_mask = torch.arange(40) >= torch.tensor([[40], [7], [21], [21]])
     batch, _, _ = model.pack(values, positions, pad_mask)
-    return model, batch.with_drawn_mask(config, 0, 0)
+    return model, draw_mask(batch, config, 0, 0)
 
 
 def outcome(model, batch, dtype=torch.float32):

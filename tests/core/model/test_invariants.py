@@ -25,9 +25,8 @@ from roma_core.model import masking
 from roma_core.model.attention import packed_attention, padded_attention
 from roma_core.model.export import export_classifier
 from roma_core.model.masking import hidden_count, sample_hidden
-from roma_core.model.packing import PackedBatch
+from roma_core.model.packing import PackedBatch, Segments
 from roma_core.model.positions import pairs_per_axis
-from roma_core.model.segments import Segments
 
 STACK = EncoderConfig(d_model=24, nhead=2, depth=2)
 SHAPE = {"encoder_config": STACK, "tubelet_size": (1, 1, 1), "n_channels": 2}
@@ -131,7 +130,7 @@ def test_a_range_of_ratios_is_drawn_alike_on_every_device(strategy):
     span = (Fraction(1, 10), Fraction(9, 10))
 
     as_arrays = sample_hidden(Segments(sizes.tolist()), ids, span, strategy, 1, 2)
-    as_tensors = masking._drawn(span, strategy, 1, 2, sizes, owner, index, ids, index)
+    as_tensors = masking._sample(span, strategy, 1, 2, sizes, owner, index, ids, index)
 
     assert torch.equal(as_arrays, as_tensors)
 

@@ -15,8 +15,8 @@ from roma_core import (
     RoMAForPreTrainingConfig,
 )
 from roma_core.model.export import export_classifier
-from roma_core.model.masking import sample_hidden
-from roma_core.model.segments import Segments
+from roma_core.model.masking import draw_mask, sample_hidden
+from roma_core.model.packing import Segments
 from roma_core.schema import denormalise
 
 SHAPE = {
@@ -110,7 +110,7 @@ def test_reconstructing_hidden_tokens_at_their_own_positions_is_what_training_do
             values[:, [0, 2, 4, 5, 6, 7]],
             positions[:, :, [0, 2, 4, 5, 6, 7]],
             pad_mask[:, [0, 2, 4, 5, 6, 7]],
-            at=positions[:, :, [1, 3]],
+            query_positions=positions[:, :, [1, 3]],
         )
     torch.testing.assert_close(asked.mean, logits, rtol=1e-5, atol=1e-5)
     assert asked.std is None
@@ -131,10 +131,12 @@ def test_reconstructions_come_in_the_units_of_the_data_with_their_deviation():
     values, positions, pad_mask = batch([8, 5])
     grid = torch.linspace(0, 9, 4)[None]  # one grid for all series
     with torch.no_grad():
-        plain = model.reconstruct(values, positions, pad_mask, at=grid)
+        plain = model.reconstruct(values, positions, pad_mask, query_positions=grid)
         model.data_schema = SCHEMA
-        same = model.reconstruct(values, positions, pad_mask, at=grid, denormalise=False)
-        result = model.reconstruct(values, positions, pad_mask, at=grid)
+        same = model.reconstruct(
+            values, positions, pad_mask, query_positions=grid, denormalise=False
+        )
+        result = model.reconstruct(values, positions, pad_mask, query_positions=grid)
     assert torch.equal(plain.mean, same.mean) and result.mean.shape == (2, 4, 2)
     from roma_core.schema import DataSchema
 
@@ -161,7 +163,7 @@ def test_a_gaussian_head_learns_the_spread_of_noise():
         result = model.eval().reconstruct(
             0.3 * torch.randn(32, 6, 1, 1, 1),
             torch.arange(6.0).expand(32, 1, 6),
-            at=torch.tensor([[2.5]]),
+            query_positions=torch.tensor([[2.5]]),
         )
     assert 0.25 < float(result.std.mean()) < 0.36
 
@@ -173,9 +175,11 @@ def test_reconstruct_says_what_it_cannot_do():
         (autoencoder(normalize_targets=True), "normalize_targets=False"),
     ):
         with pytest.raises(ValueError, match=message):
-            model.reconstruct(values, positions, pad_mask, at=positions)
-    with pytest.raises(ValueError, match=r"at must have shape .* = \(2, 1, 3\), got \(2, 2, 3\)"):
-        autoencoder().reconstruct(values, positions, pad_mask, at=torch.zeros(2, 3))
+            model.reconstruct(values, positions, pad_mask, query_positions=positions)
+    with pytest.raises(
+        ValueError, match=r"query_positions must have shape .* = \(2, 1, 3\), got \(2, 2, 3\)"
+    ):
+        autoencoder().reconstruct(values, positions, pad_mask, query_positions=torch.zeros(2, 3))
 
 
 def test_standardised_predictions_are_shown_at_the_level_of_their_tubelets():
@@ -183,9 +187,9 @@ def test_standardised_predictions_are_shown_at_the_level_of_their_tubelets():
     values, _, _ = batch([8], 8)
     packed, _, _ = model.pack(values * 7 + 3, torch.arange(4.0)[None, None], None)
     packed = packed.with_mask(torch.tensor([True, False, True, False]))
-    model.outputs_of = lambda *_: torch.tensor([[0.0] * 4, [1.0] * 4])
+    model.predict_hidden = lambda *_: torch.tensor([[0.0] * 4, [1.0] * 4])
     hidden = packed.tokens[[0, 2]]
-    shown = model.reconstruct_rows(packed, packed.masked)
+    shown = model.reconstruct_hidden(packed, packed.masked)
     torch.testing.assert_close(shown[0], hidden[0].mean().expand(4))
     torch.testing.assert_close(
         shown[1], (hidden[1].mean() + hidden[1].std()).expand(4), rtol=1e-4, atol=1e-4
@@ -216,7 +220,7 @@ def test_channel_masks_read_the_channel_from_its_axis():
     model = autoencoder(mask_strategy="channel", channel_axis=1, n_pos_dims=2, mask_ratio=0.5)
     positions = torch.stack((torch.arange(12.0), torch.arange(12.0) // 6))[None]
     packed, _, _ = model.pack(torch.randn(1, 12, 2, 1, 1), positions, None)
-    hidden = packed.with_drawn_mask(model.config, 0, 0).masked.hidden_rows.tolist()
+    hidden = draw_mask(packed, model.config, 0, 0).masked.hidden_rows.tolist()
     assert hidden in ([0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11])
 
 
@@ -272,10 +276,10 @@ def test_neighbours_are_told_by_their_places_and_carried_over(tmp_path):
     model.save_pretrained(tmp_path)
     started = RoMAForClassification.from_pretrained(tmp_path, dim_output=3)
 
-    assert around.places.tolist() == [-1, -2, 1, 2]
+    assert around.offsets.tolist() == [-1, -2, 1, 2]
     of_second = inputs[1].split([2, 4, 4, 4, 4])
     assert torch.equal(of_second[0], tokens[1])
-    for found, place in zip(of_second[1:], around.places.tolist(), strict=True):
+    for found, place in zip(of_second[1:], around.offsets.tolist(), strict=True):
         if place == -2:  # before the series begins
             assert not found.any()
             continue

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from roma_core import RoMAForClassification, RoMAForPreTraining
-from roma_core.model.weights import _from_published
+from roma_core.model.weights import convert_published
 from tests.core.model import reference
 
 ENCODER = {"d_model": 24, "nhead": 2, "depth": 2, "layer_norm_eps": 1e-12}
@@ -73,7 +73,7 @@ def exact(weights):
 
 def assert_equal_gradients(model, weights, document):
     gradients = {k: torch.zeros_like(v) if v.grad is None else v.grad for k, v in weights.items()}
-    gradients = _from_published(gradients, document)
+    gradients = convert_published(gradients, document)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(
             parameter.grad, gradients[name], rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
