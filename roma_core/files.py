@@ -8,13 +8,15 @@ processes wins. Every JSON file that outlives a process carries a ``schema_versi
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
 def sha256_of(path: Path) -> str:
@@ -27,6 +29,37 @@ def digest_of(document: Any) -> str:
     """Hex sha256 of a JSON-able document, independent of key order and white space."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Fingerprint(NamedTuple):
+    """Whether files may have changed, without reading them: a digest of their names, sizes and times.
+
+    Attributes:
+        newest: modification time of the newest file, seconds since the epoch; 0 without files.
+    """
+
+    digest: str
+    n_files: int
+    newest: float
+
+
+def fingerprint_of(patterns: Iterable[Path]) -> Fingerprint:
+    """Fingerprint of files, of files that match glob patterns, and of all files below folders.
+
+    Dangling links, and files that are removed meanwhile, are ignored.
+    """
+    found: set[tuple[str, int, int]] = set()
+    for pattern in patterns:
+        for match in glob.glob(str(pattern)):  # noqa: PTH207 - may be absolute
+            below = [os.path.join(where, n) for where, _, names in os.walk(match) for n in names]  # noqa: PTH118
+            for path in below if Path(match).is_dir() else [match]:
+                try:
+                    status = Path(path).stat()
+                except FileNotFoundError:
+                    continue
+                found.add((str(Path(path)), status.st_size, status.st_mtime_ns))
+    newest = max((mtime for _, _, mtime in found), default=0) / 1e9
+    return Fingerprint(digest_of(sorted(found))[:32], len(found), newest)
 
 
 def sync_folder(folder: Path) -> None:

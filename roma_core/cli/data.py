@@ -37,15 +37,15 @@ def build(config: Path, out: Path, cache: Path) -> None:
     Equal input gives an equal version; one that is there already is verified and used. What went to
     which split, and what was repaired, is said on stderr.
     """
-    from roma_core.data.build import build_dataset, in_words
+    from roma_core.data.build import build_dataset, build_summary
     from roma_core.data.config import DatasetConfig
-    from roma_core.data.store import read_manifest
+    from roma_core.data.manifest import read_manifest
     from roma_core.schema import DataError
 
     try:
         with _warnings_as_lines():
             path = build_dataset(DatasetConfig.from_yaml(config), out, cache)
-        lines = in_words(read_manifest(path))
+        lines = build_summary(read_manifest(path))
     except (DataError, OSError) as error:
         raise click.ClickException(str(error)) from error
     for line in lines:
@@ -66,15 +66,15 @@ def _warnings_as_lines() -> Iterator[None]:
 @click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def inspect(path: Path) -> None:
     """Print what the data set in PATH looks like: counts, lengths, classes, gaps, values."""
-    from roma_core.data.profile import as_markdown, profile_of
+    from roma_core.data.profile import profile_dataset
     from roma_core.data.store import StoredDataset
     from roma_core.schema import DataError
 
     try:
-        profile = profile_of(StoredDataset(path))
+        profile = profile_dataset(StoredDataset(path))
     except DataError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(as_markdown(profile), nl=False)
+    click.echo(profile.to_markdown(), nl=False)
 
 
 @data.command()
@@ -94,15 +94,15 @@ def validate(path: Path, against: Path | None, strict: bool, as_json: bool) -> N
     """
     import json
 
-    from roma_core.data.quality import changes, findings
+    from roma_core.data.quality import check_dataset, compare_versions
     from roma_core.data.store import StoredDataset
     from roma_core.schema import DataError
 
-    found = findings(path)
+    found = check_dataset(path)
     errors = sum(f.severity == "error" for f in found)
     if against is not None and not errors:
         try:
-            found += changes(StoredDataset(path, verify=False), StoredDataset(against))
+            found += compare_versions(StoredDataset(path, verify=False), StoredDataset(against))
         except DataError as error:
             raise click.ClickException(str(error)) from error
         errors = sum(f.severity == "error" for f in found)

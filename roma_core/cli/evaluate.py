@@ -85,7 +85,7 @@ def _config(
     name: str | None,
 ) -> EvaluationJobConfig | ReconstructionJobConfig:
     """What a job by hand has for its ``config.json``."""
-    from roma_core.data.store import read_manifest
+    from roma_core.data.manifest import read_manifest
     from roma_core.evaluation.config import EvaluationJobConfig, ReconstructionJobConfig
 
     manifest = read_manifest(data)

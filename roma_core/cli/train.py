@@ -12,7 +12,7 @@ import click
 import yaml
 
 if TYPE_CHECKING:
-    from roma_core.data.schema import Manifest
+    from roma_core.data.manifest import Manifest
     from roma_core.trainer.config import TrainerConfig
     from roma_core.trainer.job import TrainingJobConfig
 
@@ -120,7 +120,7 @@ def _run(options: dict[str, Any], prefix: str, make_config: MakeConfig) -> None:
 
 def _prepare(options: dict[str, Any], prefix: str, make_config: MakeConfig) -> Any:
     """The folder of a local run, with its frozen configuration."""
-    from roma_core.data.store import read_manifest
+    from roma_core.data.manifest import read_manifest
     from roma_core.files import read_json, write_json
     from roma_core.job import JobFolder
     from roma_core.trainer.config import TrainerConfig, describe_changes, describe_resumable

@@ -1,10 +1,8 @@
-"""Data: sources → ragged store on disk → samples.
+"""Data: sources → ragged store on disk → samples. Names are imported on first use; needs no torch.
 
-    config = DatasetConfig.from_yaml("dataset.yaml")
-    path = build_dataset(config, root=Path("datasets"), cache=Path("cache"))
-    train = StoredDataset(path).split("train")
-
-Names are imported when first used; nothing here needs torch.
+config = DatasetConfig.from_yaml("dataset.yaml")
+path = build_dataset(config, root=Path("datasets"), cache=Path("cache"))
+train = StoredDataset(path).split("train")
 """
 
 from roma_core import lazy_attributes
@@ -15,10 +13,9 @@ _WHERE = {
     "DatasetConfig": "roma_core.data.config",
     "StoredDataset": "roma_core.data.store",
     "Subset": "roma_core.data.store",
-    "as_markdown": "roma_core.data.profile",
     "build_dataset": "roma_core.data.build",
     "plot_profile": "roma_core.data.profile",
-    "profile_of": "roma_core.data.profile",
+    "profile_dataset": "roma_core.data.profile",
 }
 __all__ = list(_WHERE)
 __getattr__ = lazy_attributes(__name__, _WHERE)

@@ -1,396 +1,56 @@
-"""Building a data set: one builder at a time, aside, and under its final name only when whole.
+"""Building a data set: source → cleaning → split → subsampling → columns → normalisation → manifest.
 
-The folder appears under its digest; equal input finds the folder that is already there.
-
-Which split the versions that are there already gave each object.
-A scale for positions, taken from the train split where the configuration asks for ``auto``.
-What a build made, in a few lines: realised shares of the splits, and repairs.
-The files of a data set from a source: check → split → drop → columns → normalisation → manifest.
+The files are written into a hidden folder, which is renamed to the digest of its content when it is
+complete. Equal input finds the folder that is already there. One process at a time builds under a
+name; memory holds a chunk of observations and a few numbers per series.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import logging
+import os
 import shutil
 import warnings
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 from operator import length_hint
 from pathlib import Path
+from typing import IO, Any, Self
 
 import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from roma_core.data import cleaning as dropping
-from roma_core.data.cleaning import SeriesCleaner
+from roma_core.data.cleaning import SeriesCleaner, check_dropped, keep_mask
 from roma_core.data.config import AxisOptions, ChannelOptions, DatasetConfig
-from roma_core.data.normalisation import Fit
-from roma_core.data.schema import SPLITS, Irregularity, Manifest, Provenance, Split
-from roma_core.data.splits import Splitter
-from roma_core.data.store import (
+from roma_core.data.manifest import (
     MANIFEST,
-    GrowingList,
-    ShardedColumn,
-    damage,
-    manifest_digest,
+    SPLITS,
+    Irregularity,
+    Manifest,
+    Provenance,
+    Repairs,
+    find_damage,
     read_manifest,
-    record_of,
     records_of,
+    shard_name,
     split_counts,
-    write_column,
 )
+from roma_core.data.normalisation import AxisScaleFit, ChannelFit
+from roma_core.data.splits import Splitter
 from roma_core.files import read_json, sync_folder, write_json
 from roma_core.hashing import hash_text
-from roma_core.schema import ChannelNormalisation, DataError, DataSchema, Float32, PositionAxis
+from roma_core.schema import ChannelNormalisation, DataError, DataSchema, Float32
 from roma_core.sources.base import RawSeries, Source, targets_of
 
-_SMALL = ("ids.json", "splits.npy", "labels.npy")
-
-
-@dataclass
-class Assignment:
-    """The split of every object known so far, by id, and how many objects each class has."""
-
-    splits: dict[str, Split] = field(default_factory=dict)
-    seen: Counter[str] = field(default_factory=Counter)
-
-
-def earlier_assignment(home: Path, split_rule: str) -> Assignment:
-    """What the versions in ``home`` that were split by the same rule say, the newest last.
-
-    Raises:
-        DataError: a version's small files are damaged, so it cannot be trusted to say it.
-    """
-    manifests = [m for m in home.glob(f"*/{MANIFEST}") if not m.parent.name.startswith(".")]
-    known = Assignment()
-    for path in sorted(manifests, key=lambda m: m.stat().st_mtime_ns):
-        folder, manifest = path.parent, read_manifest(path.parent)
-        if manifest.split_rule != split_rule or "labels.npy" not in manifest.files:
-            continue
-        for name in _SMALL:
-            if not (folder / name).is_file() or record_of(folder / name) != manifest.files[name]:
-                raise DataError(
-                    f"{folder / name} is damaged or missing; the split is stratified, and an earlier "
-                    f"version is needed to leave objects where they are: restore it from a backup, or "
-                    f"remove {folder} if no model was trained on it"
-                )
-        classes = manifest.data_schema.classes
-        columns = (np.load(folder / name).tolist() for name in _SMALL[1:])
-        for name, split, label in zip(read_json(folder / _SMALL[0]), *columns, strict=True):
-            known.seen[classes[label]] += name not in known.splits
-            known.splits[name] = SPLITS[split]
-    return known
-
-
-_TURN = 6000.0  # scales that the slowest rotation needs for most of a turn
-
-
-class ScaleFit:
-    """Typical gap and span of one axis, over series that are shown one after the other."""
-
-    def __init__(self) -> None:
-        self._gaps = array("d")  # the median gap of each series
-        self._spans = array("d")
-
-    def add(self, positions: NDArray[np.float64]) -> None:
-        """``(N,)`` positions of one series on the axis, in any order."""
-        gaps = np.diff(np.sort(positions))
-        gaps = gaps[gaps > 0]
-        if len(gaps):
-            self._gaps.append(float(np.median(gaps)))
-            self._spans.append(float(gaps.sum()))
-
-    def scale(self) -> float:
-        """The scale, to two digits, so that a few more series do not change it; 1 without gaps."""
-        if not self._gaps:
-            return 1.0
-        gap = float(np.median(np.frombuffer(self._gaps)))
-        span = float(np.quantile(np.frombuffer(self._spans), 0.95))
-        return float(f"{max(gap, span / _TURN):.2g}")
-
-
-def in_words(manifest: Manifest) -> list[str]:
-    """Lines for whoever built the set; shares are of all series."""
-    total = sum(count.n_series for count in manifest.counts.values())
-    shares = ", ".join(
-        f"{split} {count.n_series:,} series ({count.n_series / total:.1%}) with "
-        f"{count.n_observations:,} observations"
-        for split, count in manifest.counts.items()
-    )
-    repaired = manifest.repairs.model_dump() if manifest.repairs else {}
-    repairs = ", ".join(
-        f"{name.replace('_', ' ')} {count:,}" for name, count in repaired.items() if count
-    )
-    return [shares, *([f"repaired: {repairs}"] if repairs else [])]
-
+log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 16  # observations held in memory at a time when fitting
 _SHARD = 1 << 26  # observations in one file of values or positions
-
-
-def write_dataset(
-    config: DatasetConfig, source: Source, folder: Path, progress: bool, versions: Path
-) -> Manifest:
-    """Write all files of the data set into an empty folder and return its manifest.
-
-    ``versions`` is the folder of its other versions; a stratified split asks them for theirs.
-
-    Raises:
-        DataError: the source or a series cannot be used.
-    """
-    rows = _Rows(config, source)
-    if config.split.stratified:
-        earlier = earlier_assignment(versions, rows.splitter.rule_text())
-        rows.splitter.known, rows.splitter.seen = earlier.splits, earlier.seen
-    arrivals = SeriesCleaner(source, config.repair)
-    bar = tqdm(
-        arrivals,
-        desc=f"building {config.name}",
-        unit=" series",
-        total=length_hint(source) or None,
-        disable=not progress,
-    )
-    with ExitStack() as stack:
-        rows.open(folder, stack)
-        for series in bar:
-            rows.add(series)
-    if not len(rows):
-        raise DataError(
-            f"the source of {config.name} ({config.source.kind}) has no series; look into its files: "
-            f"{', '.join(source.files) or 'it has none'}"
-        )
-    rows.close(folder)
-    schema = rows.schema()
-    manifest = Manifest(
-        schema_version=2 if schema.targets else 1,
-        name=config.name,
-        data_schema=schema,
-        counts=split_counts(rows.offsets, rows.splits),
-        shards=tuple(rows.shards),
-        split_rule=rows.splitter.rule_text(),
-        irregularity=rows.irregularity(),
-        repairs=arrivals.repairs(),
-        provenance=Provenance(
-            source=config.source.model_dump_json(),
-            files=dict(source.files),
-            citation=source.citation,
-            licence=source.licence,
-        ),
-        files=records_of(folder),
-        digest="",
-    )
-    manifest = manifest.model_copy(update={"digest": manifest_digest(manifest)})
-    write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
-    return manifest
-
-
-class _Rows:
-    """The columns as they grow, and what the manifest says of them.
-
-    Attributes:
-        offsets: ``(n_series + 1,)`` int64, after ``close``.
-        splits: ``(n_series,)`` int8 index into ``SPLITS``, after ``close``.
-        shards: first series of every further file of values and positions.
-    """
-
-    def __init__(self, config: DatasetConfig, source: Source) -> None:
-        self.config, self.source = config, source
-        self.splitter = Splitter(
-            config.name, config.split, config.validation_fraction, config.test_fraction
-        )
-        names = [axis.name for axis in source.axes]
-        _refuse_unknown(config.axes, names, "axes")
-        self._axis_options = [config.axes.get(name, AxisOptions()) for name in names]
-        self._scales = {
-            k: ScaleFit() for k, options in enumerate(self._axis_options) if options.scale == "auto"
-        }
-        self._fit = Fit(source.channels, _transforms(source, config.channels))
-        self._waiting: list[Float32] = []  # train observations that are not fitted yet
-        self._n_waiting = 0
-        self._class_index = {name: k for k, name in enumerate(source.classes)}
-        self._labels, self._splits = array("q"), array("b")
-        self._lengths, self._lengths_before = array("q"), array("q")
-        self._prints = array("Q")  # hashes of the ids
-        self._grouped: bool | None = None
-        self.shards: list[int] = []
-        self._in_file = 0  # observations in the current files
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def open(self, folder: Path, stack: ExitStack) -> None:
-        """Begin the columns; they are complete when the stack closes."""
-        source = self.source
-        self._values = stack.enter_context(
-            ShardedColumn(folder, "values", np.float32, len(source.channels))
-        )
-        self._positions = stack.enter_context(
-            ShardedColumn(folder, "positions", np.float64, len(source.axes))
-        )
-        targets = targets_of(source)
-        self._targets = (
-            stack.enter_context(ShardedColumn(folder, "targets", np.float32, len(targets)))
-            if targets
-            else None
-        )
-        self._ids = stack.enter_context(GrowingList(folder / "ids.json"))
-        self._groups = stack.enter_context(GrowingList(folder / "groups.json"))
-
-    def add(self, series: RawSeries) -> None:
-        """Append one checked series."""
-        config = self.config
-        split = self.splitter.of(series)
-        positions, values, targets = series.positions, series.values, series.targets
-        n = len(values)
-        if config.drop_rate > 0:
-            stays = dropping.kept(n, config.drop_rate, config.drop_seed, series.id)  # (N,)
-            positions, values = positions[stays], values[stays]
-            targets = None if targets is None else targets[stays]
-        if self._in_file + len(values) > _SHARD and self._in_file:
-            self.shards.append(len(self))
-            self._in_file = 0
-            for column in filter(None, (self._values, self._positions, self._targets)):
-                column.next_file()
-        self._in_file += len(values)
-        self._values.append(values)
-        self._positions.append(positions)
-        if self._targets is not None:
-            assert targets is not None, "arrivals have targets if their source has"
-            self._targets.append(targets)
-        self._ids.append(series.id)
-        self._add_group(series)
-        self._prints.append(hash_text(series.id))
-        self._splits.append(SPLITS.index(split))
-        self._lengths.append(len(values))
-        self._lengths_before.append(n)
-        if series.label is not None:
-            self._labels.append(self._class_index[series.label])
-        if split == "train":
-            self._learn(positions, values)
-
-    def _add_group(self, series: RawSeries) -> None:
-        if self._grouped is None:
-            self._grouped = series.group is not None
-        if self._grouped != (series.group is not None):
-            raise DataError(
-                f"series {series.id!r} has the group {series.group!r}, others are different: all "
-                f"series have a group, or none"
-            )
-        if series.group is not None:
-            self._groups.append(series.group)
-
-    def _learn(self, positions: NDArray[np.float64], values: Float32) -> None:
-        for k, scale in self._scales.items():
-            scale.add(positions[:, k])
-        self._waiting.append(values if values.base is None else values.copy())  # no view of a chunk
-        self._n_waiting += len(values)
-        if self._n_waiting >= _CHUNK:
-            self._fit_waiting()
-
-    def _fit_waiting(self) -> None:
-        if self._waiting:
-            self._fit.add(np.concatenate(self._waiting))
-        self._waiting, self._n_waiting = [], 0
-
-    def close(self, folder: Path) -> None:
-        """Write the small columns; the large ones are on disk."""
-        self._refuse_equal_ids(folder)
-        if not self._grouped:
-            (folder / "groups.json").unlink()
-        lengths = np.array(self._lengths, dtype=np.int64)
-        self.offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        self.splits = np.array(self._splits, dtype=np.int8)
-        write_column(folder / "offsets.npy", self.offsets)
-        write_column(folder / "splits.npy", self.splits)
-        if self.source.classes:
-            labels = np.array(self._labels, dtype=np.int64)
-            _warn_of_unseen_classes(labels, self.splits, self.source.classes)
-            write_column(folder / "labels.npy", labels)
-
-    def _refuse_equal_ids(self, folder: Path) -> None:
-        prints = np.array(self._prints, dtype=np.uint64)
-        distinct, first = np.unique(prints, return_index=True)
-        if len(distinct) < len(prints):
-            row = int(np.setdiff1d(np.arange(len(prints)), first)[0])
-            name = read_json(folder / "ids.json")[row]
-            raise DataError(
-                f"two series have the id {name!r}; ids must be unique ({len(prints) - len(distinct)} "
-                f"series have one that came before)"
-            )
-
-    def schema(self) -> DataSchema:
-        """What the manifest says of the numbers.
-
-        Raises:
-            DataError: there was nothing to fit normalisation on.
-        """
-        self._fit_waiting()
-        return DataSchema(
-            channels=self.source.channels,
-            axes=tuple(self._axis(k, axis) for k, axis in enumerate(self.source.axes)),
-            classes=self.source.classes,
-            targets=targets_of(self.source),
-            normalisation=self._fit.result(),
-        )
-
-    def _axis(self, k: int, axis: PositionAxis) -> PositionAxis:
-        chosen = self._axis_options[k].model_dump()
-        if k in self._scales:
-            chosen["scale"] = self._scales[k].scale()
-        return axis.model_copy(update=chosen)
-
-    def irregularity(self) -> Irregularity | None:
-        """What was dropped on purpose; None if that was not asked for.
-
-        Raises:
-            DataError: another number was dropped than asked for.
-        """
-        rate = self.config.drop_rate
-        before = np.array(self._lengths_before, dtype=np.int64)
-        n_dropped = dropping.assert_dropped(rate, before, int(self.offsets[-1]))
-        if rate == 0:
-            return None
-        return Irregularity(
-            drop_rate=rate,
-            seed=self.config.drop_seed,
-            n_observations_before=int(before.sum()),
-            n_dropped=n_dropped,
-        )
-
-
-def _transforms(
-    source: Source, options: dict[str, ChannelOptions]
-) -> tuple[ChannelNormalisation, ...]:
-    names = [channel.name for channel in source.channels]
-    _refuse_unknown(options, names, "channels")
-    return tuple(
-        ChannelNormalisation(**options.get(n, ChannelOptions()).model_dump(), mean=0.0, std=1.0)
-        for n in names
-    )
-
-
-def _refuse_unknown(options: Iterable[str], names: Sequence[str], what: str) -> None:
-    if unknown := sorted(set(options) - set(names)):
-        raise DataError(
-            f"{what} {unknown} in the configuration are not in the source; it has {names}"
-        )
-
-
-def _warn_of_unseen_classes(
-    labels: NDArray[np.int64], split_column: NDArray[np.int8], classes: Sequence[str]
-) -> None:
-    in_train = set(labels[split_column == SPLITS.index("train")].tolist())
-    if unseen := [name for k, name in enumerate(classes) if k not in in_train]:
-        warnings.warn(f"no series of the classes {unseen} is in the train split", stacklevel=2)
-
-
-log = logging.getLogger(__name__)
 
 
 def build_dataset(config: DatasetConfig, root: Path, cache: Path, progress: bool = True) -> Path:
@@ -398,13 +58,13 @@ def build_dataset(config: DatasetConfig, root: Path, cache: Path, progress: bool
 
     Args:
         config: what to build from and how.
-        root: the folder ``<root>/<name>/<digest[:12]>/`` is made in.
-        cache: folder for what the source fetches.
+        root: folder of data sets; the set goes to ``<root>/<name>/<digest[:12]>/``.
+        cache: folder for what the source downloads.
         progress: show a progress bar on stderr.
 
     Returns:
-        The folder. Equal input gives an equal folder; one that is already there is verified and
-        used, or replaced if it is damaged. Only one process at a time builds under a name.
+        The folder. Equal input gives an equal folder; an existing one is verified and used, or
+        replaced if it is damaged. Only one process at a time builds under a name.
 
     Raises:
         DataError: the source or a series cannot be used, or the disk is full. Nothing is left behind.
@@ -412,11 +72,11 @@ def build_dataset(config: DatasetConfig, root: Path, cache: Path, progress: bool
     source = config.source.open(cache)
     home = root / config.name
     aside = home / ".building"
-    with _only_builder(home):
+    with _build_lock(home):
         shutil.rmtree(aside, ignore_errors=True)  # of a builder that was killed
         try:
             aside.mkdir()
-            manifest = write_dataset(config, source, aside, progress, versions=home)
+            manifest = _write_dataset(config, source, aside, progress, versions=home)
             return _commit(aside, home / manifest.digest[:12], manifest)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -429,37 +89,49 @@ def build_dataset(config: DatasetConfig, root: Path, cache: Path, progress: bool
             shutil.rmtree(aside, ignore_errors=True)
 
 
+def build_summary(manifest: Manifest) -> list[str]:
+    """Lines about a data set that was built: sizes of the splits (fractions of series), repairs."""
+    total = sum(count.n_series for count in manifest.counts.values())
+    sizes = ", ".join(
+        f"{split} {count.n_series:,} series ({count.n_series / total:.1%}) with "
+        f"{count.n_observations:,} observations"
+        for split, count in manifest.counts.items()
+    )
+    counts = manifest.repairs.model_dump() if manifest.repairs else {}
+    repairs = ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items() if n)
+    return [sizes, *([f"repaired: {repairs}"] if repairs else [])]
+
+
 @contextmanager
-def _only_builder(home: Path) -> Iterator[None]:
+def _build_lock(home: Path) -> Iterator[None]:
     lock = FileLock(home / ".lock")
-    patience_s = 0.0
+    timeout_s = 0.0
     while not lock.is_locked:
-        home.mkdir(parents=True, exist_ok=True)  # again: a builder that failed takes it away
+        home.mkdir(parents=True, exist_ok=True)  # again: a builder that fails removes it
         try:
-            lock.acquire(timeout=patience_s)
+            lock.acquire(timeout=timeout_s)
         except FileNotFoundError:
             continue
         except Timeout:
-            if patience_s == 0:
+            if timeout_s == 0:
                 log.warning("another process is building in %s; waiting for it", home)
-            patience_s = 1.0
+            timeout_s = 1.0
     try:
         yield
     finally:
-        if not any(home.glob(f"*/{MANIFEST}")):  # it failed, and nobody built here before
-            (home / ".lock").unlink(
-                missing_ok=True
-            )  # whoever waits for it notices, and makes it anew
+        if not any(home.glob(f"*/{MANIFEST}")):  # the build failed and there are no other versions
+            (home / ".lock").unlink(missing_ok=True)  # a waiting builder makes it anew
             with suppress(OSError):
                 home.rmdir()
         lock.release()
 
 
 def _commit(aside: Path, target: Path, manifest: Manifest) -> Path:
+    """Move the complete folder to its name, unless an intact one is there."""
     if target.exists():
         problems = _problems(target, manifest.digest)
         if not problems:
-            log.info("%s is there already", target)
+            log.info("%s exists already", target)
             return target
         warnings.warn(f"{target} is damaged and is replaced: {'; '.join(problems)}", stacklevel=3)
         damaged = target.with_name(f".damaged-{target.name}")
@@ -480,4 +152,317 @@ def _problems(folder: Path, digest: str) -> list[str]:
         return [str(error)]
     if manifest.digest != digest:
         return [f"{MANIFEST} has the digest {manifest.digest}, expected {digest}"]
-    return damage(folder, manifest)
+    return find_damage(folder, manifest)
+
+
+def _write_dataset(
+    config: DatasetConfig, source: Source, folder: Path, progress: bool, versions: Path
+) -> Manifest:
+    """Write all files into an empty folder; ``versions`` has the other versions of the data set."""
+    writer = DatasetWriter(config, source, folder)
+    if config.split.stratified:
+        writer.splitter.restore(versions)
+    cleaner = SeriesCleaner(source, config.repair)
+    bar = tqdm(
+        cleaner,
+        desc=f"building {config.name}",
+        unit=" series",
+        total=length_hint(source) or None,
+        disable=not progress,
+    )
+    with writer:
+        for series in bar:
+            writer.add(series)
+    if not len(writer):
+        raise DataError(
+            f"the source of {config.name} ({config.source.kind}) has no series; look into its files: "
+            f"{', '.join(source.files) or 'it has none'}"
+        )
+    return writer.finish(cleaner.repairs())
+
+
+class DatasetWriter:
+    """Appends series to the columns of a data set, then writes its manifest.
+
+    Use as a context manager: the columns are complete when the ``with`` block ends without an error.
+
+    Attributes:
+        splitter: assigns series to splits.
+
+    Raises:
+        DataError: the configuration has options for axes or channels that the source lacks.
+    """
+
+    def __init__(self, config: DatasetConfig, source: Source, folder: Path) -> None:
+        self.config, self.source, self.folder = config, source, folder
+        self.splitter = Splitter(
+            config.name, config.split, config.validation_fraction, config.test_fraction
+        )
+        axes = [axis.name for axis in source.axes]
+        channels = [channel.name for channel in source.channels]
+        _refuse_unknown(config.axes, axes, "axes")
+        _refuse_unknown(config.channels, channels, "channels")
+        self._axis_options = [config.axes.get(name, AxisOptions()) for name in axes]
+        self._scales = {
+            k: AxisScaleFit() for k, o in enumerate(self._axis_options) if o.scale == "auto"
+        }
+        options = (config.channels.get(name, ChannelOptions()) for name in channels)
+        transforms = [ChannelNormalisation(**o.model_dump(), mean=0.0, std=1.0) for o in options]
+        self._fit = ChannelFit(source.channels, transforms)
+        self._unfitted: list[Float32] = []  # train observations that are not in `_fit` yet
+        self._n_unfitted = 0
+        self._class_index = {name: k for k, name in enumerate(source.classes)}
+        self._labels, self._splits = array("q"), array("b")
+        self._lengths, self._lengths_before = array("q"), array("q")
+        self._id_hashes = array("Q")
+        self._has_groups: bool | None = None
+        self._shards: list[int] = []  # first series of every further file
+        self._n_in_shard = 0  # observations in the current files
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        def column(name: str, dtype: type[np.generic], width: int) -> ColumnWriter:
+            return self._stack.enter_context(ColumnWriter(self.folder, name, dtype, width))
+
+        source = self.source
+        self._values = column("values", np.float32, len(source.channels))
+        self._positions = column("positions", np.float64, len(source.axes))
+        n_targets = len(targets_of(source))
+        self._targets = column("targets", np.float32, n_targets) if n_targets else None
+        self._ids = self._stack.enter_context(TextListWriter(self.folder / "ids.json"))
+        self._groups = self._stack.enter_context(TextListWriter(self.folder / "groups.json"))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def add(self, series: RawSeries) -> None:
+        """Append one cleaned series."""
+        config = self.config
+        split = self.splitter.assign(series)
+        positions, values, targets = series.positions, series.values, series.targets
+        self._lengths_before.append(len(values))
+        if config.drop_rate > 0:
+            keep = keep_mask(len(values), config.drop_rate, config.drop_seed, series.id)  # (N,)
+            positions, values = positions[keep], values[keep]
+            targets = None if targets is None else targets[keep]
+        if self._n_in_shard + len(values) > _SHARD and self._n_in_shard:
+            self._shards.append(len(self))
+            self._n_in_shard = 0
+            for column in filter(None, (self._values, self._positions, self._targets)):
+                column.next_file()
+        self._n_in_shard += len(values)
+        self._values.append(values)
+        self._positions.append(positions)
+        if self._targets is not None:
+            assert targets is not None, "cleaned series have targets if their source has"
+            self._targets.append(targets)
+        self._ids.append(series.id)
+        self._add_group(series)
+        self._id_hashes.append(hash_text(series.id))
+        self._splits.append(SPLITS.index(split))
+        self._lengths.append(len(values))
+        if series.label is not None:
+            self._labels.append(self._class_index[series.label])
+        if split == "train":
+            for k, scale in self._scales.items():
+                scale.add(positions[:, k])
+            self._unfitted.append(values if values.base is None else values.copy())  # frees a chunk
+            self._n_unfitted += len(values)
+            if self._n_unfitted >= _CHUNK:
+                self._update_fit()
+
+    def _add_group(self, series: RawSeries) -> None:
+        if self._has_groups is None:
+            self._has_groups = series.group is not None
+        if self._has_groups != (series.group is not None):
+            raise DataError(
+                f"series {series.id!r} has the group {series.group!r}, others are different: all "
+                f"series have a group, or none"
+            )
+        if series.group is not None:
+            self._groups.append(series.group)
+
+    def _update_fit(self) -> None:
+        if self._unfitted:
+            self._fit.add(np.concatenate(self._unfitted))
+        self._unfitted, self._n_unfitted = [], 0
+
+    def finish(self, repairs: Repairs | None) -> Manifest:
+        """Write the small columns and the manifest; after the ``with`` block.
+
+        Raises:
+            DataError: an id came twice, train is empty, or subsampling dropped a wrong number.
+        """
+        config, source, folder = self.config, self.source, self.folder
+        self._refuse_equal_ids()
+        if not self._has_groups:
+            (folder / "groups.json").unlink()
+        lengths = np.array(self._lengths, dtype=np.int64)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        splits = np.array(self._splits, dtype=np.int8)
+        write_column(folder / "offsets.npy", offsets)
+        write_column(folder / "splits.npy", splits)
+        if source.classes:
+            labels = np.array(self._labels, dtype=np.int64)
+            in_train = set(labels[splits == SPLITS.index("train")].tolist())
+            if unseen := [name for k, name in enumerate(source.classes) if k not in in_train]:
+                warnings.warn(
+                    f"no series of the classes {unseen} is in the train split", stacklevel=2
+                )
+            write_column(folder / "labels.npy", labels)
+        schema = self._schema()
+        manifest = Manifest(
+            schema_version=2 if schema.targets else 1,
+            name=config.name,
+            data_schema=schema,
+            counts=split_counts(offsets, splits),
+            shards=tuple(self._shards),
+            split_rule=self.splitter.rule_text(),
+            irregularity=self._irregularity(int(offsets[-1])),
+            repairs=repairs,
+            provenance=Provenance(
+                source=config.source.model_dump_json(),
+                files=dict(source.files),
+                citation=source.citation,
+                licence=source.licence,
+            ),
+            files=records_of(folder),
+            digest="",
+        )
+        manifest = manifest.model_copy(update={"digest": manifest.computed_digest()})
+        write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+        return manifest
+
+    def _refuse_equal_ids(self) -> None:
+        hashes = np.array(self._id_hashes, dtype=np.uint64)
+        distinct, first = np.unique(hashes, return_index=True)
+        if len(distinct) < len(hashes):
+            row = int(np.setdiff1d(np.arange(len(hashes)), first)[0])
+            raise DataError(
+                f"two series have the id {read_json(self.folder / 'ids.json')[row]!r}; ids must be "
+                f"unique ({len(hashes) - len(distinct)} series have one that came before)"
+            )
+
+    def _schema(self) -> DataSchema:
+        self._update_fit()
+        axes = []
+        for k, axis in enumerate(self.source.axes):
+            options = self._axis_options[k].model_dump()
+            if k in self._scales:
+                options["scale"] = self._scales[k].scale()
+            axes.append(axis.model_copy(update=options))
+        return DataSchema(
+            channels=self.source.channels,
+            axes=tuple(axes),
+            classes=self.source.classes,
+            targets=targets_of(self.source),
+            normalisation=self._fit.result(),
+        )
+
+    def _irregularity(self, n_after: int) -> Irregularity | None:
+        """What was dropped on purpose, checked; None if the configuration drops nothing."""
+        rate = self.config.drop_rate
+        before = np.array(self._lengths_before, dtype=np.int64)
+        n_dropped = check_dropped(rate, before, n_after)
+        if rate == 0:
+            return None
+        return Irregularity(
+            drop_rate=rate,
+            seed=self.config.drop_seed,
+            n_observations_before=int(before.sum()),
+            n_dropped=n_dropped,
+        )
+
+
+def _refuse_unknown(options: Iterable[str], names: Sequence[str], what: str) -> None:
+    if unknown := sorted(set(options) - set(names)):
+        raise DataError(
+            f"{what} {unknown} in the configuration are not in the source; it has {names}"
+        )
+
+
+class ColumnWriter:
+    """The ``.npy`` files of a column to which rows are appended, for data larger than memory.
+
+    numpy leaves room in the header for the first axis to grow, so the header is written with no rows
+    first and with their number when a file is complete. After an error in the ``with`` block the
+    last file stays incomplete.
+    """
+
+    def __init__(self, folder: Path, column: str, dtype: type[np.generic], n_columns: int) -> None:
+        self._folder, self._column = folder, column
+        self._dtype, self._n_columns = np.dtype(dtype), n_columns
+        self._n_files = 0
+        self._open_next()
+
+    def append(self, rows: NDArray[Any]) -> None:
+        """Add ``(n, n_columns)`` rows."""
+        self._file.write(np.ascontiguousarray(rows, dtype=self._dtype).data)
+        self._n_rows += len(rows)
+
+    def next_file(self) -> None:
+        """Complete this file; rows appended from now on go to the next."""
+        self.__exit__(None)
+        self._open_next()
+
+    def _open_next(self) -> None:
+        self._file = (self._folder / shard_name(self._column, self._n_files)).open("wb")
+        self._n_files += 1
+        self._n_rows = 0
+        self._write_header()
+
+    def _write_header(self) -> None:
+        header = {
+            "descr": np.lib.format.dtype_to_descr(self._dtype),
+            "fortran_order": False,
+            "shape": (self._n_rows, self._n_columns),
+        }
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        with self._file:
+            if error is None:
+                self._file.seek(0)
+                self._write_header()
+                _sync(self._file)
+
+
+class TextListWriter:
+    """A JSON file of a list of texts, written one by one."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", encoding="utf-8")
+        self._file.write("[")
+        self._separator = ""
+
+    def append(self, text: str) -> None:
+        self._file.write(self._separator + json.dumps(text, ensure_ascii=False))
+        self._separator = ", "
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        with self._file:
+            if error is None:
+                self._file.write("]")
+                _sync(self._file)
+
+
+def write_column(path: Path, column: NDArray[Any]) -> None:
+    """Write a whole ``.npy`` file and sync it to disk."""
+    with path.open("wb") as file:
+        np.lib.format.write_array(file, column, version=(1, 0), allow_pickle=False)
+        _sync(file)
+
+
+def _sync(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())

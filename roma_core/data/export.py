@@ -1,33 +1,30 @@
-"""A stored data set as one Parquet file: a row per series, a list column per axis and channel.
+"""Export to one Parquet file: a row per series, a list column per axis, channel and target.
 
-The numbers are those delivered, not normalised. ``sources/parquet.py`` reads the file back. The
-fields of targets have the metadata ``role: target``, so that who scores the file leaves them out.
+The numbers are as delivered, not normalised; the source of kind ``parquet`` reads the file back. The
+fields of targets have the metadata ``role: target``, so that batch prediction ignores them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from roma_core.data.schema import SPLITS, Split
+from roma_core.data.manifest import SPLITS, Split
 from roma_core.data.store import StoredDataset
 from roma_core.schema import Channel, DataError, PositionAxis
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-TARGET_ROLE = {b"role": b"target"}
-"""Metadata of the Parquet field of a target."""
-
-_AT_ONCE = 1 << 18  # observations in a row group, unless one series has more
+_ROW_GROUP = 1 << 18  # observations in a row group, unless one series has more
 
 
 def export_parquet(dataset: StoredDataset, target: Path, split: Split | None = None) -> int:
-    """Write a data set, or one split of it; appears under its name when it is whole.
+    """Write a data set, or one split of it; the file gets its name when it is complete.
 
     Columns: ``id``, ``split``, ``label`` and ``group`` where there are any, then the axes (lists of
     double), the channels and the targets (lists of float).
@@ -45,7 +42,7 @@ def export_parquet(dataset: StoredDataset, target: Path, split: Split | None = N
     n = 0
     try:
         with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
-            for rows in _groups(dataset, split):
+            for rows in _row_groups(dataset, split):
                 writer.write_table(_table(dataset, rows, schema))
                 n += len(rows)
         aside.replace(target)
@@ -54,23 +51,29 @@ def export_parquet(dataset: StoredDataset, target: Path, split: Split | None = N
     return n
 
 
-def _groups(dataset: StoredDataset, split: Split | None) -> Iterator[np.ndarray[Any, Any]]:
-    """Consecutive rows of the split, cut so that each part has about as many observations."""
+def _row_groups(dataset: StoredDataset, split: Split | None) -> Iterator[NDArray[np.int64]]:
+    """Consecutive rows of the split, cut so that each group has about as many observations."""
     chosen = np.arange(len(dataset)) if split is None else dataset.split(split).indices
-    parts = np.cumsum(dataset.lengths[chosen]) // _AT_ONCE
-    yield from np.split(chosen, np.flatnonzero(np.diff(parts)) + 1) if len(chosen) else []
+    groups = np.cumsum(dataset.lengths[chosen]) // _ROW_GROUP
+    yield from np.split(chosen, np.flatnonzero(np.diff(groups)) + 1) if len(chosen) else []
 
 
 def _schema(dataset: StoredDataset) -> pa.Schema:
     import pyarrow as pa
 
-    fields = [pa.field("id", pa.string()), pa.field("split", pa.string())]
-    fields += [pa.field("label", pa.string())] if dataset.labels is not None else []
-    fields += [pa.field("group", pa.string())] if dataset.groups is not None else []
+    def lists(parts: Sequence[PositionAxis | Channel], kind: Any, **role: str) -> list[pa.Field]:
+        return [pa.field(p.name, pa.list_(kind), metadata={"unit": p.unit, **role}) for p in parts]
+
     schema = dataset.schema
-    fields += [_list_field(axis.name, pa.float64(), axis.unit) for axis in schema.axes]
-    fields += [_list_field(c.name, pa.float32(), c.unit) for c in schema.channels]
-    fields += [_list_field(t.name, pa.float32(), t.unit, TARGET_ROLE) for t in schema.targets]
+    texts = ["id", "split"]
+    texts += ["label"] if dataset.labels is not None else []
+    texts += ["group"] if dataset.groups is not None else []
+    fields = [
+        *(pa.field(name, pa.string()) for name in texts),
+        *lists(schema.axes, pa.float64()),
+        *lists(schema.channels, pa.float32()),
+        *lists(schema.targets, pa.float32(), role="target"),
+    ]
     names = [field.name for field in fields]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(
@@ -79,39 +82,28 @@ def _schema(dataset: StoredDataset) -> pa.Schema:
     return pa.schema(fields)
 
 
-def _list_field(
-    name: str, kind: pa.DataType, unit: str, role: Mapping[bytes, bytes] | None = None
-) -> pa.Field:
+def _table(dataset: StoredDataset, rows: NDArray[np.int64], arrow: pa.Schema) -> pa.Table:
     import pyarrow as pa
 
-    return pa.field(name, pa.list_(kind), metadata={b"unit": unit.encode(), **(role or {})})
-
-
-def _table(dataset: StoredDataset, rows: np.ndarray[Any, Any], schema: pa.Schema) -> pa.Table:
-    import pyarrow as pa
-
-    raw = [dataset.raw(int(i)) for i in rows]
-    targets = [found for i in rows if (found := dataset.targets(int(i))) is not None]
-    offsets = np.concatenate([[0], np.cumsum(dataset.lengths[rows])]).astype(np.int32)
+    schema = dataset.schema
     columns: dict[str, Any] = {
         "id": [dataset.ids[i] for i in rows],
         "split": [SPLITS[k] for k in dataset.splits[rows]],
     }
     if dataset.labels is not None:
-        columns["label"] = [dataset.schema.classes[k] for k in dataset.labels[rows]]
+        columns["label"] = [schema.classes[k] for k in dataset.labels[rows]]
     if dataset.groups is not None:
         columns["group"] = [dataset.groups[i] for i in rows]
-    described = dataset.schema
-    parts: list[tuple[Sequence[PositionAxis | Channel], list[NDArray[Any]]]] = [
-        (described.axes, [positions for positions, _ in raw]),
-        (described.channels, [values for _, values in raw]),
-        (described.targets, targets),
+    raw = [dataset.raw(int(i)) for i in rows]
+    targets = [found for i in rows if (found := dataset.targets(int(i))) is not None]
+    numbers: list[tuple[Sequence[PositionAxis | Channel], list[NDArray[Any]]]] = [
+        (schema.axes, [positions for positions, _ in raw]),
+        (schema.channels, [values for _, values in raw]),
+        (schema.targets, targets),
     ]
-    for those, each in parts:
-        if not those:
-            continue
-        numbers = np.concatenate(each)  # (n, D), (n, C) or (n, K)
-        for k, part in enumerate(those):
-            column = pa.array(np.ascontiguousarray(numbers[:, k]))
+    offsets = np.concatenate([[0], np.cumsum(dataset.lengths[rows])]).astype(np.int32)
+    for parts, series in numbers:
+        for k, part in enumerate(parts):
+            column = pa.array(np.concatenate([one[:, k] for one in series]))
             columns[part.name] = pa.ListArray.from_arrays(offsets, column)
-    return pa.table(columns, schema=schema)
+    return pa.table(columns, schema=arrow)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from roma_core.data.cleaning import RepairOptions, SeriesCleaner
-from roma_core.data.schema import Repairs
+from roma_core.data.manifest import Repairs
 from roma_core.schema import DataError
 from roma_core.sources.base import Source
 

@@ -1,11 +1,13 @@
-"""Fitting a channel's mean and standard deviation on the train split, in one pass."""
+"""Fitting normalisation on the train split in one pass: mean and std of channels, scales of axes."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from roma_core.schema import (
     Channel,
@@ -16,19 +18,20 @@ from roma_core.schema import (
     Normaliser,
 )
 
+_TURN = 6000.0  # scales that the slowest rotation needs for most of a turn
 
-class Fit:
-    """Mean and standard deviation per channel, in one pass over the train split."""
+
+class ChannelFit:
+    """Running mean and standard deviation per channel (Chan et al. 1979, pairwise update).
+
+    Args:
+        channels: for the names in warnings.
+        transforms: one per channel; their mean and std are ignored.
+    """
 
     def __init__(
         self, channels: Sequence[Channel], transforms: Sequence[ChannelNormalisation]
     ) -> None:
-        """Begin with nothing seen.
-
-        Args:
-            channels: for the names in warnings.
-            transforms: one per channel; their mean and std are ignored.
-        """
         self.channels, self.transforms = channels, transforms
         schema = DataSchema(channels=(), axes=(), normalisation=tuple(transforms))
         self._transform = Normaliser(schema).transform
@@ -39,7 +42,7 @@ class Fit:
         self._high = np.full(len(channels), -np.inf)
 
     def add(self, chunk: Float32) -> None:
-        """Take in ``(n, C)`` train observations; how they are cut into chunks does not matter."""
+        """Add ``(n, C)`` observations of train; how they are cut into chunks does not matter."""
         if len(chunk) == 0:
             return
         x = self._transform(chunk)  # (n, C)
@@ -56,19 +59,17 @@ class Fit:
         """The transforms with mean and std set.
 
         They are rounded to 10 digits, so that computers whose arithmetic differs in the last bit
-        agree on the data set's digest. A channel that never changes gets a std of 1, with a warning.
+        agree on the data set's digest. A constant channel gets a std of 1, with a warning.
 
         Raises:
-            DataError: there was no observation to fit on.
+            DataError: no observation was added.
         """
         if self._n == 0:
             raise DataError("the train split has no observations; normalisation cannot be fitted")
         std = np.where(self._low == self._high, 0.0, np.sqrt(self._squares / self._n))
-        for channel in (
-            c for c, is_constant in zip(self.channels, std == 0, strict=True) if is_constant
-        ):
+        for k in np.flatnonzero(std == 0).tolist():
             warnings.warn(
-                f"channel {channel.name!r} never changes in the train split; its std is set to 1",
+                f"channel {self.channels[k].name!r} never changes in the train split; its std is set to 1",
                 stacklevel=2,
             )
         std[std == 0] = 1.0
@@ -78,13 +79,25 @@ class Fit:
         )
 
 
-def fit(
-    chunks: Iterable[Float32],
-    channels: Sequence[Channel],
-    transforms: Sequence[ChannelNormalisation],
-) -> tuple[ChannelNormalisation, ...]:
-    """``Fit`` over chunks ``(n, C)`` that together are the whole train split."""
-    fit = Fit(channels, transforms)
-    for chunk in chunks:
-        fit.add(chunk)
-    return fit.result()
+class AxisScaleFit:
+    """Scale of one axis (``scale: auto``): the typical gap, or more for series that span long."""
+
+    def __init__(self) -> None:
+        self._gaps = array("d")  # the median gap of each series
+        self._spans = array("d")
+
+    def add(self, positions: NDArray[np.float64]) -> None:
+        """``(N,)`` positions of one series on the axis, in any order."""
+        gaps = np.diff(np.sort(positions))
+        gaps = gaps[gaps > 0]
+        if len(gaps):
+            self._gaps.append(float(np.median(gaps)))
+            self._spans.append(float(gaps.sum()))
+
+    def scale(self) -> float:
+        """The scale, to two digits, so that a few more series do not change it; 1 without gaps."""
+        if not self._gaps:
+            return 1.0
+        gap = float(np.median(np.frombuffer(self._gaps)))
+        span = float(np.quantile(np.frombuffer(self._spans), 0.95))
+        return float(f"{max(gap, span / _TURN):.2g}")

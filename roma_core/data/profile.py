@@ -1,32 +1,29 @@
-"""What a data set looks like: counts, lengths, classes, gaps, values; as JSON, as text, as a picture."""
+"""Profile of a data set: counts, lengths, classes, gaps, values; as JSON, Markdown and a picture."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from roma_core.data.schema import SPLITS, Split
+from roma_core.data.manifest import SPLITS, Split
 from roma_core.data.store import StoredDataset
 from roma_core.schema import PositionAxis
+from roma_core.settings import Frozen
 
-_MOST_OBSERVATIONS = 2_000_000  # looked at for quantiles of gaps and values
-_MOST_BYTES = 64 * 1024  # of the picture: it travels inside asset metadata
+_MAX_OBSERVATIONS = 2_000_000  # read for quantiles of gaps and values
+_MAX_BYTES = 64 * 1024  # of the picture, which is stored inside asset metadata
 _COLOURS = {"train": "#2f6db3", "validation": "#e0a030", "test": "#b8433f"}
 _N_EXAMPLES = 6
 
 
-class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Quantiles(_Document):
-    """Of a set of numbers, in their own unit."""
+class Quantiles(Frozen):
+    """Quantiles of a set of numbers, in their own unit."""
 
     minimum: float
     q05: float
@@ -43,15 +40,15 @@ class Quantiles(_Document):
         return cls(**dict(zip(names, np.quantile(numbers, levels).tolist(), strict=True)))
 
 
-class SplitProfile(_Document):
+class SplitProfile(Frozen):
     n_series: int
     n_observations: int
     lengths: Quantiles | None = Field(description="Observations a series; None if empty.")
     classes: dict[str, int] = Field(description="Series of each class; empty without labels.")
 
 
-class DataProfile(_Document):
-    """Numbers about one version of a data set."""
+class DataProfile(Frozen):
+    """Statistics of one version of a data set."""
 
     schema_version: Literal[1] = 1
     name: str
@@ -63,48 +60,96 @@ class DataProfile(_Document):
     )
     values: dict[str, Quantiles] = Field(description="Channel name -> values as delivered.")
     targets: dict[str, Quantiles] = Field({}, description="Target name -> numbers as delivered.")
-    share_dropped: float = Field(description="Share of the delivered observations left out.")
+    fraction_dropped: float = Field(description="Fraction of the delivered observations dropped.")
     n_observations_profiled: int = Field(
         description="Observations that gaps and values are taken from: whole series, evenly spaced."
     )
 
+    def to_markdown(self) -> str:
+        """Tables that are readable as plain text too."""
+        levels = list(Quantiles.model_fields)
+        sizes = [
+            [name, f"{s.n_series:,}", f"{s.n_observations:,}", *_numbers(s.lengths)]
+            for name, s in self.splits.items()
+        ]
+        blocks = [
+            f"**{self.name}**, version {self.digest[:12]}, {self.fraction_dropped:.1%} of the delivered "
+            f"observations dropped",
+            "Series and observations; quantiles of observations a series",
+            _table(["split", "series", "observations", *levels], sizes),
+        ]
+        if classes := self.splits["train"].classes:
+            rows = [[c, *(f"{self.splits[s].classes[c]:,}" for s in SPLITS)] for c in classes]
+            blocks += ["Series of each class", _table(["class", *SPLITS], rows)]
+        groups: list[tuple[str, str, Mapping[str, Quantiles | None]]] = [
+            ("Gaps between consecutive positions", "axis", self.gaps),
+            ("Values as delivered", "channel", self.values),
+            ("Targets as delivered", "target", self.targets),
+        ]
+        for title, what, quantiles in groups:
+            if quantiles:
+                rows = [[name, *_numbers(q)] for name, q in quantiles.items()]
+                blocks += [title, _table([what, *levels], rows)]
+        return "\n\n".join(blocks) + "\n"
 
-def profile_of(dataset: StoredDataset) -> DataProfile:
-    """Profile a data set; of a large one, gaps and values are taken from a share of the series."""
-    step = math.ceil(int(dataset.offsets[-1]) / _MOST_OBSERVATIONS)
-    chosen = range(0, len(dataset), step)
+
+def _numbers(quantiles: Quantiles | None) -> list[str]:
+    if quantiles is None:
+        return ["–"] * len(Quantiles.model_fields)
+    return [f"{number:.4g}" for number in quantiles.model_dump().values()]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, padded: first column left-aligned, others right-aligned."""
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in [head, *rows]]
+    widths = [max(map(len, column)) for column in zip(*escaped, strict=True)]
+
+    def line(cells: Iterable[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    lines = [
+        line(
+            cell.rjust(w) if k else cell.ljust(w)
+            for k, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in escaped
+    ]
+    rule = line([":" + "-" * (widths[0] - 1), *("-" * (w - 1) + ":" for w in widths[1:])])
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def profile_dataset(dataset: StoredDataset) -> DataProfile:
+    """Profile a data set; of a large one, gaps and values are taken from some of the series."""
+    chosen = _profiled(dataset)
+    schema, irregularity = dataset.schema, dataset.manifest.irregularity
     values = np.concatenate([dataset.raw(i)[1] for i in chosen])  # (n, C)
     gaps = _gaps(dataset, chosen)  # (m, D)
-    irregularity = dataset.manifest.irregularity
+    found = [numbers for i in chosen if (numbers := dataset.targets(i)) is not None]
+    targets = np.concatenate(found) if found else np.empty((0, 0))  # (n, K)
     return DataProfile(
         name=dataset.manifest.name,
         digest=dataset.manifest.digest,
         splits={name: _split_profile(dataset, name) for name in SPLITS},
         gaps={
-            axis.name: Quantiles.of(gaps[:, k]) if len(gaps) else None
-            for k, axis in enumerate(dataset.schema.axes)
+            a.name: Quantiles.of(gaps[:, k]) if len(gaps) else None
+            for k, a in enumerate(schema.axes)
         },
-        values={
-            channel.name: Quantiles.of(values[:, k])
-            for k, channel in enumerate(dataset.schema.channels)
-        },
-        targets={
-            target.name: Quantiles.of(
-                np.concatenate(
-                    [numbers[:, k] for i in chosen if (numbers := dataset.targets(i)) is not None]
-                )
-            )
-            for k, target in enumerate(dataset.schema.targets)
-        },
-        share_dropped=irregularity.n_dropped / irregularity.n_observations_before
+        values={c.name: Quantiles.of(values[:, k]) for k, c in enumerate(schema.channels)},
+        targets={t.name: Quantiles.of(targets[:, k]) for k, t in enumerate(schema.targets)},
+        fraction_dropped=irregularity.n_dropped / irregularity.n_observations_before
         if irregularity
         else 0.0,
         n_observations_profiled=len(values),
     )
 
 
-def _gaps(dataset: StoredDataset, chosen: Sequence[int]) -> NDArray[np.float64]:
-    return np.concatenate([np.diff(dataset.raw(i)[0], axis=0) for i in chosen])
+def _profiled(dataset: StoredDataset) -> range:
+    """Rows of the series that gaps and values are taken from."""
+    return range(0, len(dataset), math.ceil(int(dataset.offsets[-1]) / _MAX_OBSERVATIONS))
+
+
+def _gaps(dataset: StoredDataset, rows: Sequence[int]) -> NDArray[np.float64]:
+    return np.concatenate([np.diff(dataset.raw(i)[0], axis=0) for i in rows])
 
 
 def _split_profile(dataset: StoredDataset, name: Split) -> SplitProfile:
@@ -122,57 +167,6 @@ def _split_profile(dataset: StoredDataset, name: Split) -> SplitProfile:
     )
 
 
-def as_markdown(profile: DataProfile) -> str:
-    """The profile as tables that read well as plain text too."""
-    levels = list(Quantiles.model_fields)
-    splits = [
-        [name, f"{s.n_series:,}", f"{s.n_observations:,}", *_numbers(s.lengths)]
-        for name, s in profile.splits.items()
-    ]
-    blocks = [
-        f"**{profile.name}**, version {profile.digest[:12]}, "
-        f"{profile.share_dropped:.1%} of the delivered observations left out",
-        "Series and observations; quantiles of observations a series",
-        _table(["split", "series", "observations", *levels], splits),
-    ]
-    if classes := profile.splits["train"].classes:
-        rows = [
-            [name, *(f"{profile.splits[split].classes[name]:,}" for split in SPLITS)]
-            for name in classes
-        ]
-        blocks += ["Series of each class", _table(["class", *SPLITS], rows)]
-    gaps = [[name, *_numbers(quantiles)] for name, quantiles in profile.gaps.items()]
-    values = [[name, *_numbers(quantiles)] for name, quantiles in profile.values.items()]
-    blocks += ["Gaps between consecutive positions", _table(["axis", *levels], gaps)]
-    blocks += ["Values as delivered", _table(["channel", *levels], values)]
-    if profile.targets:
-        targets = [[name, *_numbers(quantiles)] for name, quantiles in profile.targets.items()]
-        blocks += ["Targets as delivered", _table(["target", *levels], targets)]
-    return "\n\n".join(blocks) + "\n"
-
-
-def _numbers(quantiles: Quantiles | None) -> list[str]:
-    if quantiles is None:
-        return ["–"] * len(Quantiles.model_fields)
-    return [f"{number:.4g}" for number in quantiles.model_dump().values()]
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in [head, *rows]]
-    widths = [max(map(len, column)) for column in zip(*escaped, strict=True)]
-    lines = [
-        "| "
-        + " | ".join(
-            cell.ljust(width) if k == 0 else cell.rjust(width)
-            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        + " |"
-        for row in escaped
-    ]
-    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([lines[0], "| " + " | ".join(rule) + " |", *lines[1:]])
-
-
 def plot_profile(profile: DataProfile, dataset: StoredDataset) -> bytes:
     """One PNG of at most 64 KiB: lengths, classes, gaps, and a few series with their holes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -182,7 +176,7 @@ def plot_profile(profile: DataProfile, dataset: StoredDataset) -> bytes:
     FigureCanvasAgg(figure)
     figure.suptitle(
         f"{profile.name}   ·   {len(dataset):,} series   ·   {int(dataset.offsets[-1]):,} observations"
-        f"   ·   {profile.share_dropped:.0%} left out",
+        f"   ·   {profile.fraction_dropped:.0%} dropped",
         fontsize=12,
     )
     (lengths, classes), (gaps, examples) = figure.subplots(2, 2)
@@ -196,7 +190,7 @@ def plot_profile(profile: DataProfile, dataset: StoredDataset) -> bytes:
     for dpi in (110, 95, 80, 60, 40):
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=dpi)
-        if picture.tell() <= _MOST_BYTES:
+        if picture.tell() <= _MAX_BYTES:
             break
     return picture.getvalue()
 
@@ -226,13 +220,13 @@ def _plot_classes(panel: Any, profile: DataProfile) -> None:
         panel.text(0.5, 0.5, "no labels", ha="center", transform=panel.transAxes, color="0.5")
         panel.set_axis_off()
         return
-    places = np.arange(len(labels))
+    x = np.arange(len(labels))
     bottom = np.zeros(len(labels))
     for name in SPLITS:
         heights = np.array(list(profile.splits[name].classes.values()), dtype=float)
-        panel.bar(places, heights, bottom=bottom, color=_COLOURS[name])
+        panel.bar(x, heights, bottom=bottom, color=_COLOURS[name])
         bottom += heights
-    shown = places[:: math.ceil(len(labels) / 20)]
+    shown = x[:: math.ceil(len(labels) / 20)]
     long = max(map(len, labels)) > 4
     panel.set_xticks(shown, [labels[k] for k in shown], rotation=60 if long else 0)
     panel.set_ylabel("series", fontsize=8)
@@ -240,8 +234,7 @@ def _plot_classes(panel: Any, profile: DataProfile) -> None:
 
 def _plot_gaps(panel: Any, dataset: StoredDataset) -> None:
     panel.set_title("Gaps between consecutive positions", fontsize=10, loc="left")
-    step = math.ceil(int(dataset.offsets[-1]) / _MOST_OBSERVATIONS)
-    gaps = _gaps(dataset, range(0, len(dataset), step))[:, 0]  # of the first axis
+    gaps = _gaps(dataset, _profiled(dataset))[:, 0]  # of the first axis
     axis = dataset.schema.axes[0]
     panel.set_xlabel(_axis_label(axis), fontsize=8)
     panel.set_ylabel("count", fontsize=8)
@@ -264,15 +257,15 @@ def _plot_examples(panel: Any, dataset: StoredDataset) -> None:
     on_a_grid = np.allclose(gaps / step, np.round(gaps / step))
     wide = (1.5 if on_a_grid else 5) * step
     ticks = []
-    for place, i in enumerate(rows[::-1]):  # the first on top
+    for level, i in enumerate(rows[::-1]):  # the first on top
         positions, values = dataset.raw(i)
         order = np.argsort(positions[:, 0], kind="stable")
         x, y = positions[order, 0], values[order, 0].astype(float)
-        y = place + 0.7 * ((y - y.min()) / (np.ptp(y) or 1.0) - 0.5)
+        y = level + 0.7 * ((y - y.min()) / (np.ptp(y) or 1.0) - 0.5)
         holes = np.flatnonzero(np.diff(x) > wide)
         for k in holes:
             span = (x[k] + step / 2, x[k + 1] - step / 2)
-            panel.fill_betweenx([place - 0.42, place + 0.42], *span, color="0.88", lw=0)
+            panel.fill_betweenx([level - 0.42, level + 0.42], *span, color="0.88", lw=0)
         colour = _COLOURS[SPLITS[dataset.splits[i]]]
         for part in np.split(np.arange(len(x)), holes + 1):
             panel.plot(x[part], y[part], ".-", color=colour, lw=1, ms=4)

@@ -1,39 +1,36 @@
-"""Which split an object belongs to, for ever.
+"""Assignment of objects to train, validation and test.
 
-By default the split is a pure function of the data set's name, the object's id (or its group's), the
-publisher's assignment if there is one, and the shares. It looks at no other object, so a new
-delivery only adds objects and a model is never tested on what an earlier one was trained on.
+By default the split of an object is a pure function of the data set's name, the object's id (or its
+group's), the publisher's assignment if there is one, and the fractions. It depends on no other
+object: a new delivery adds objects and moves none, so a model is never tested on objects that an
+earlier one was trained on.
 
-A stratified split looks at the class, and at how many objects of it came before, so it is exact to
-about one object per class. It moves none, because an object that is in an earlier version keeps the
-split it has there (see ``assignment.py``); only new objects are shared out, whatever the order of
-delivery. A split by time looks at an object's last observation.
+A stratified split also depends on the class and on how many objects of it came before; it meets the
+fractions to about one object per class. Objects of an earlier version keep the split they have
+there, whatever the order of delivery. A split by time depends on an object's last observation.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import numpy as np
+from pydantic import Field, model_validator
 
-from roma_core.data.schema import Split
+from roma_core.data.manifest import MANIFEST, SPLITS, Split, read_manifest, record_of
+from roma_core.files import read_json
 from roma_core.hashing import unit_interval
 from roma_core.schema import DataError
-
-if TYPE_CHECKING:
-    from typing import Self
-
-    from roma_core.sources.base import RawSeries
+from roma_core.settings import Frozen
+from roma_core.sources.base import RawSeries
 
 _GOLDEN = 0.6180339887498949  # multiples of it fill the unit interval most evenly
 
 
-class SplitOptions(BaseModel):
-    """How objects are shared out."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class SplitOptions(Frozen):
+    """How objects are assigned to splits."""
 
     by: Literal["object", "group", "time"] = Field(
         "object",
@@ -42,30 +39,27 @@ class SplitOptions(BaseModel):
     )
     stratified: bool = Field(
         False,
-        description="The same shares of every class, exactly. Objects of an earlier version in the same "
-        "folder of data sets keep their split.",
+        description="The same fractions of every class, exactly. Objects of an earlier version in the "
+        "same folder of data sets keep their split.",
     )
     folds: int | None = Field(None, ge=2, description="Cross-validation: number of test folds.")
-    fold: int = Field(0, ge=0, description="The fold that is the test split; counts from 0.")
+    fold: int = Field(0, ge=0, description="Index of the fold that is the test split, from 0.")
     validation_from: float | None = Field(
         None, description="Time, on the first axis, at which validation begins; by: time."
     )
     test_from: float | None = Field(None, description="Time at which test begins; by: time.")
 
     @model_validator(mode="after")
-    def _options_fit_together(self) -> Self:
+    def _consistent(self) -> Self:
         if (self.by == "time") != (self.test_from is not None):
             raise ValueError("by: time and test_from need each other")
-        if self.validation_from is not None and self.test_from is None:
-            raise ValueError("validation_from needs by: time and test_from")
-        if (
-            self.validation_from is not None
-            and self.test_from is not None
-            and self.validation_from > self.test_from
-        ):
-            raise ValueError("validation_from must not come after test_from: train, then validate")
+        if self.validation_from is not None:
+            if self.test_from is None:
+                raise ValueError("validation_from needs by: time and test_from")
+            if self.validation_from > self.test_from:
+                raise ValueError("validation_from must not come after test_from")
         if self.by == "time" and (self.stratified or self.folds):
-            raise ValueError("by: time takes neither stratified nor folds; the clock decides")
+            raise ValueError("by: time takes neither stratified nor folds")
         if self.by == "group" and self.stratified:
             raise ValueError("a group may hold several classes: use either by: group or stratified")
         if self.fold >= (self.folds or 1):
@@ -74,11 +68,13 @@ class SplitOptions(BaseModel):
 
 
 class Splitter:
-    """Gives every series of a data set its split, in the order they come.
+    """Assigns every series of a data set to a split, in the order of delivery.
 
-    Attributes:
-        known: splits that objects have already, by id; for a stratified split only.
-        seen: objects of each class so far, those that are known among them.
+    Args:
+        dataset: name of the data set; another name gives another assignment.
+        options: the rule.
+        validation_fraction: expected fraction of the objects outside test that go to validation.
+        test_fraction: expected fraction of the objects without a recorded split that go to test.
     """
 
     def __init__(
@@ -86,18 +82,48 @@ class Splitter:
     ) -> None:
         self.dataset, self.options = dataset, options
         self.validation_fraction, self.test_fraction = validation_fraction, test_fraction
-        self.known: Mapping[str, Split] = {}
-        self.seen: Counter[str] = Counter()
+        self._known: dict[str, Split] = {}  # split by object id, of earlier versions
+        self._n_of_class: Counter[str] = Counter()  # objects so far, the known ones included
 
-    def of(self, series: RawSeries) -> Split:
+    def restore(self, versions: Path) -> None:
+        """Take over the assignments of the versions in a folder that were split by the same rule.
+
+        Only a stratified split needs them; others are pure functions of the object.
+
+        Raises:
+            DataError: a file of an earlier version is damaged or missing.
+        """
+        manifests = [m for m in versions.glob(f"*/{MANIFEST}") if m.parent.name[0] != "."]
+        for path in sorted(manifests, key=lambda m: m.stat().st_mtime_ns):
+            folder, manifest = path.parent, read_manifest(path.parent)
+            if manifest.split_rule != self.rule_text() or "labels.npy" not in manifest.files:
+                continue
+            for name in ("ids.json", "splits.npy", "labels.npy"):
+                file = folder / name
+                if not file.is_file() or record_of(file) != manifest.files[name]:
+                    raise DataError(
+                        f"{file} is damaged or missing; the split is stratified and needs the "
+                        f"assignments of earlier versions: restore the file from a backup, or remove "
+                        f"{folder} if no model was trained on it"
+                    )
+            splits, labels = (np.load(folder / f"{c}.npy").tolist() for c in ("splits", "labels"))
+            for object_id, split, label in zip(
+                read_json(folder / "ids.json"), splits, labels, strict=True
+            ):
+                self._n_of_class[manifest.data_schema.classes[label]] += (
+                    object_id not in self._known
+                )
+                self._known[object_id] = SPLITS[split]
+
+    def assign(self, series: RawSeries) -> Split:
         """The split of one series.
 
         Raises:
             DataError: the rule needs a group or a label that the series does not have.
         """
         options = self.options
-        if series.id in self.known:
-            return self.known[series.id]
+        if series.id in self._known:
+            return self._known[series.id]
         if options.by == "time":
             return self._by_time(float(series.positions[:, 0].max()))
         if options.by == "group" and series.group is None:
@@ -108,40 +134,46 @@ class Splitter:
         if options.stratified:
             u = self._stratified(series)
         else:
-            key = series.group if options.by == "group" else series.id
-            u = unit_interval(f"{self.dataset}:{key}")
+            u = unit_interval(
+                f"{self.dataset}:{series.group if options.by == 'group' else series.id}"
+            )
         if options.folds is not None:
             fold, u = divmod(u * options.folds, 1)
             if fold == options.fold:
                 return "test"
-            return "validation" if u < self.validation_fraction else "train"
-        return split_at(u, series.recorded_split, self.validation_fraction, self.test_fraction)
+        elif series.recorded_split == "test":
+            return "test"
+        elif series.recorded_split is None:
+            if u < self.test_fraction:
+                return "test"
+            u = (u - self.test_fraction) / (1 - self.test_fraction)  # uniform among the rest
+        return "validation" if u < self.validation_fraction else "train"
 
     def _stratified(self, series: RawSeries) -> float:
         if series.label is None:
             raise DataError(f"series {series.id!r} has no label, but the split is stratified")
-        k = self.seen[series.label]
-        self.seen[series.label] += 1
+        k = self._n_of_class[series.label]
+        self._n_of_class[series.label] += 1
         return (unit_interval(f"{self.dataset}:{series.label}") + k * _GOLDEN) % 1
 
     def _by_time(self, end: float) -> Split:
         assert self.options.test_from is not None
         if end >= self.options.test_from:
             return "test"
-        later = self.options.validation_from
-        return "validation" if later is not None and end >= later else "train"
+        start = self.options.validation_from
+        return "validation" if start is not None and end >= start else "train"
 
     def rule_text(self) -> str:
         """The rule in words, for the manifest."""
         options, v, t = self.options, self.validation_fraction, self.test_fraction
         if options.by == "time":
             assert options.test_from is not None
-            later = (
+            start = (
                 options.test_from if options.validation_from is None else options.validation_from
             )
             return (
                 f"by the last observation: test from {options.test_from:.10g}, validation from "
-                f"{later:.10g}, train before"
+                f"{start:.10g}, train before"
             )
         by = f"sha256 of '<data set>:<{'group' if options.by == 'group' else 'id'}>'"
         if options.stratified:
@@ -151,51 +183,7 @@ class Splitter:
                 f"fold {options.fold} of {options.folds} is test, {v:g} of each other fold "
                 f"validation; by {by}"
             )
-        return rule_text(v, t, by)
-
-
-def split_at(
-    u: float,
-    recorded: Literal["train", "test"] | None,
-    validation_fraction: float,
-    test_fraction: float,
-) -> Split:
-    """The split of an object whose place in the unit interval is ``u``.
-
-    Args:
-        u: in ``[0, 1)``, uniform over the objects.
-        recorded: the publisher's assignment. "test" stays test; "train" may become validation.
-        validation_fraction: expected share of the objects outside test that go to validation.
-        test_fraction: expected share of the objects without an assignment that go to test.
-    """
-    if recorded == "test":
-        return "test"
-    if recorded is None:
-        if u < test_fraction:
-            return "test"
-        u = (u - test_fraction) / (1 - test_fraction)  # uniform again among those left
-    return "validation" if u < validation_fraction else "train"
-
-
-def split_of(
-    dataset: str,
-    object_id: str,
-    recorded: Literal["train", "test"] | None,
-    validation_fraction: float,
-    test_fraction: float,
-) -> Split:
-    """The split of one object by its id: ``split_at`` its hash; another data set shuffles anew."""
-    return split_at(
-        unit_interval(f"{dataset}:{object_id}"), recorded, validation_fraction, test_fraction
-    )
-
-
-def rule_text(
-    validation_fraction: float, test_fraction: float, by: str = "sha256 of '<data set>:<id>'"
-) -> str:
-    """The default rule in words."""
-    return (
-        f"recorded test stays test; of recorded train, {validation_fraction:g} goes to validation; "
-        f"without a record, {test_fraction:g} goes to test and {validation_fraction:g} of the rest to "
-        f"validation; by {by}"
-    )
+        return (
+            f"recorded test stays test; of recorded train, {v:g} goes to validation; without a "
+            f"record, {t:g} goes to test and {v:g} of the rest to validation; by {by}"
+        )

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from roma_core.data.quality import bin_edges, psi
 from roma_core.data.store import StoredDataset
 from roma_core.evaluation.plots import BLUE, GREY, ORANGE, STYLE, new_figure, png_of, short
 from roma_core.schema import DataError, DataSchema
@@ -69,7 +70,6 @@ def embedding_distance(profile: EmbeddingProfile, center: Sequence[float], n: in
 
 
 Floats = NDArray[np.float64]
-_BINS = 10
 _LEVELS = np.linspace(0, 1, 101)
 _MOST_SERIES = 20_000
 
@@ -214,8 +214,8 @@ def effects(profile: ReferenceProfile, series: Series) -> list[Effect]:
         if name not in shares:
             continue
         reference = profile.quantities[name]
-        psi = _psi(np.array(reference.shares), profile.n_series, shares[name], series.n)
-        found.append(Effect(quantity=name, measure="psi", size=psi))
+        size = _corrected_psi(np.array(reference.shares), profile.n_series, shares[name], series.n)
+        found.append(Effect(quantity=name, measure="psi", size=size))
         distance = np.abs(np.quantile(numbers, _LEVELS) - reference.quantiles).mean()
         scale = reference.std or max(abs(reference.quantiles[50]), 1.0) * 1e-6
         found.append(Effect(quantity=name, measure="wasserstein", size=float(distance / scale)))
@@ -228,7 +228,11 @@ def effects(profile: ReferenceProfile, series: Series) -> list[Effect]:
         p = np.array([profile.classes.get(name, 0.0) for name in names])
         q = np.array([now.get(name, 0.0) for name in names])
         found.append(
-            Effect(quantity="class", measure="psi", size=_psi(p, profile.n_series, q, series.n))
+            Effect(
+                quantity="class",
+                measure="psi",
+                size=_corrected_psi(p, profile.n_series, q, series.n),
+            )
         )
     return sorted(found, key=lambda effect: (effect.measure, -effect.size))
 
@@ -275,11 +279,7 @@ def _numbers(series: Series) -> Iterator[tuple[str, Floats]]:
 
 
 def _quantity(numbers: Floats) -> Quantity:
-    distinct = np.unique(numbers)
-    if len(distinct) <= _BINS:  # between the few numbers there are
-        edges = (distinct[1:] + distinct[:-1]) / 2
-    else:
-        edges = np.unique(np.quantile(numbers, np.linspace(0, 1, _BINS + 1)[1:-1]))
+    edges = bin_edges(numbers)
     counts = np.bincount(np.searchsorted(edges, numbers, side="left"), minlength=len(edges) + 1)
     return Quantity(
         quantiles=tuple(np.quantile(numbers, _LEVELS).tolist()) if len(numbers) else (0.0,) * 101,
@@ -289,15 +289,13 @@ def _quantity(numbers: Floats) -> Quantity:
     )
 
 
-def _psi(p: Floats, n_p: int, q: Floats, n_q: int) -> float:
+def _corrected_psi(p: Floats, n_p: int, q: Floats, n_q: int) -> float:
     """Population stability index, less its expectation where nothing changed; at least 0.
 
-    Half a series is added to every bin: one that happens to be empty says little where few were seen.
+    ``p`` and ``q`` are fractions ``(B,)`` of ``n_p`` and ``n_q`` series.
     """
-    p = (p * n_p + 0.5) / (n_p + 0.5 * len(p))
-    q = (q * n_q + 0.5) / (n_q + 0.5 * len(q))
     chance = (len(p) - 1) * (1 / n_p + 1 / n_q)
-    return max(0.0, float(((q - p) * np.log(q / p)).sum()) - chance)
+    return max(0.0, psi(p * n_p, q * n_q) - chance)
 
 
 def _missing(series: Series) -> dict[str, float]:

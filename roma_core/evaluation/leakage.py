@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from roma_core.data.quality import leaks
+from roma_core.data.quality import find_leakage
 from roma_core.data.store import StoredDataset, Subset
 from roma_core.files import digest_of, read_json
 
@@ -25,7 +25,7 @@ def seen_in_training(dataset: StoredDataset, trained_on: Sequence[Path]) -> tupl
         dataset: whose test split decides.
         trained_on: the versions of the data that the encoder and the classifier were trained on.
     """
-    found = [line for f in leaks(dataset) if f.severity == "error" for line in f.lines()]
+    found = [line for f in find_leakage(dataset) if f.severity == "error" for line in f.lines()]
     tested = [dataset.ids[i] for i in dataset.split("test").indices]
     for path in sorted({path.resolve() for path in trained_on} - {dataset.path.resolve()}):
         if not path.exists():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from pydantic import Field
 
-from roma_core.data.schema import Manifest
+from roma_core.data.manifest import Manifest
 from roma_core.data.store import StoredDataset
 from roma_core.files import read_json
 from roma_core.job import Attempt, JobFolder
@@ -244,7 +244,7 @@ def train(folder: JobFolder, attempt: Attempt) -> Work:
     model = _model_of(config, trainer.random_seed)
     model.data_schema = dataset.schema.model_dump(mode="json")
     end = Trainer(trainer).train(
-        dataset.split("train").part(config.train_fraction, trainer.random_seed),
+        dataset.split("train").subsample(config.train_fraction, trainer.random_seed),
         dataset.split("validation"),
         model,
         folder=folder.path,

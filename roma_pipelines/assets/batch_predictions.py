@@ -9,8 +9,7 @@ from typing import Any
 
 import dagster as dg
 
-from roma_core.data.config import fingerprint_of
-from roma_core.files import digest_of, read_json
+from roma_core.files import digest_of, fingerprint_of, read_json
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.registry.promotion import CHAMPION
 from roma_pipelines.registry.store import MlflowSettings, connect

@@ -7,9 +7,14 @@ import dagster as dg
 
 from roma_core.data.build import build_dataset
 from roma_core.data.config import source_fingerprint
-from roma_core.data.profile import as_markdown, plot_profile, profile_of
-from roma_core.data.quality import Finding, changes, findings, previous_version
-from roma_core.data.quality import as_markdown as findings_as_markdown
+from roma_core.data.profile import plot_profile, profile_dataset
+from roma_core.data.quality import (
+    Finding,
+    check_dataset,
+    compare_versions,
+    findings_table,
+    previous_version,
+)
 from roma_core.data.store import StoredDataset
 from roma_pipelines.automation.state import FINGERPRINT
 from roma_pipelines.experiment import Experiment
@@ -46,29 +51,29 @@ def dataset_asset(experiment: Experiment) -> dg.AssetsDefinition:
         # before the build, so that a change during it is detected later
         fingerprint = source_fingerprint(experiment.dataset).digest
         path = build_dataset(experiment.dataset, storage.datasets, storage.cache, progress=False)
-        found = findings(path)
+        found = check_dataset(path)
         stored = StoredDataset(path, verify=False)
         before = previous_version(path)
         if before is not None and not any(f.severity == "error" for f in found):
-            found += changes(stored, StoredDataset(before))
-        profile = profile_of(stored)
+            found += compare_versions(stored, StoredDataset(before))
+        profile = profile_dataset(stored)
         manifest = stored.manifest
         counts = {f"{split}_series": count.n_series for split, count in manifest.counts.items()}
         repairs = manifest.repairs.model_dump() if manifest.repairs else {}
         context.log.info(
             f"dataset: {len(stored)} series, version {manifest.digest[:12]}, "
-            f"{profile.share_dropped:.0%} of observations dropped"
+            f"{profile.fraction_dropped:.0%} of observations dropped"
         )
         return dg.MaterializeResult(
             data_version=dg.DataVersion(manifest.digest),
             metadata={
                 "plot": picture(plot_profile(profile, stored), "profile of the data set"),
-                "profile": dg.MetadataValue.md(as_markdown(profile)),
+                "profile": dg.MetadataValue.md(profile.to_markdown()),
                 "path": dg.MetadataValue.path(str(path)),
                 "digest": manifest.digest,
                 **counts,
                 **{f"repaired_{name}": count for name, count in repairs.items() if count},
-                "share_dropped": profile.share_dropped,
+                "fraction_dropped": profile.fraction_dropped,
                 FINGERPRINT: fingerprint,
                 "classes": len(stored.schema.classes),
                 "source": dg.MetadataValue.json(json.loads(manifest.provenance.source)),
@@ -97,7 +102,7 @@ def _check(
         metadata={
             "problems": sum(f.count for f in these),
             "first": "\n".join(lines[:20]) or "none",
-            "findings": dg.MetadataValue.md(findings_as_markdown(these)),
+            "findings": dg.MetadataValue.md(findings_table(these)),
             "compared_with": before.name if before else "no previous version",
         },
     )

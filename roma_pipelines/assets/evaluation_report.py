@@ -6,8 +6,7 @@ from typing import Any
 
 import dagster as dg
 
-from roma_core.data.schema import Manifest
-from roma_core.data.store import read_manifest
+from roma_core.data.manifest import Manifest, read_manifest
 from roma_core.evaluation.config import EvaluationJobConfig, Fact, FactSheet, ServingChecks
 from roma_core.evaluation.metrics import Metrics
 from roma_core.files import read_json

@@ -5,7 +5,7 @@ from typing import Any
 
 import dagster as dg
 
-from roma_core.data.store import read_manifest
+from roma_core.data.manifest import read_manifest
 from roma_core.files import read_json
 from roma_core.schema import DataSchema
 from roma_core.trainer.config import TrainerConfig

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import dagster as dg
 
-from roma_core.data.config import fingerprint_of
-from roma_core.files import read_json, write_json
+from roma_core.files import fingerprint_of, read_json, write_json
 from roma_core.schema import DataError
 from roma_core.serving.embedding import NotEmbedded, embed_medians
 from roma_core.serving.registry_client import FetchError
@@ -163,7 +162,7 @@ def compare(
     Without a champion, the profile of the data set that was trained on last is used, which has no
     embedding profile.
     """
-    from roma_core.data.store import read_manifest
+    from roma_core.data.manifest import read_manifest
     from roma_core.evaluation.drift import effects, series_from_parquet
 
     folder = storage.datasets / dataset / version[:12]

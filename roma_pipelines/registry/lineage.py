@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from roma_core.data.store import MANIFEST
+from roma_core.data.manifest import MANIFEST
 from roma_core.files import read_json, write_json
 from roma_core.serving.registry_client import MANIFEST_TAG, ModelVersion, fetch, resolve
 from roma_core.serving.schema import lock_hash

@@ -19,7 +19,7 @@ import dagster as dg
 
 from roma_core.data.build import build_dataset
 from roma_core.data.config import source_fingerprint
-from roma_core.data.store import read_manifest
+from roma_core.data.manifest import read_manifest
 from roma_pipelines.automation.alerts import alert_on_failure
 from roma_pipelines.automation.housekeeping import reconcile_jobs
 from roma_pipelines.components import RomaExperiment

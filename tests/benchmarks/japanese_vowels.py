@@ -20,7 +20,7 @@ import yaml
 
 import roma_pipelines
 from roma_core.data.build import build_dataset
-from roma_core.data.store import read_manifest
+from roma_core.data.manifest import read_manifest
 from roma_core.evaluation.config import EvaluationJobConfig
 from roma_core.files import write_json
 from roma_core.job import JobFolder

@@ -6,6 +6,7 @@ import numpy as np
 from pydantic import Field
 
 from roma_core.data import DatasetConfig, build_dataset
+from roma_core.data.quality import check_dataset
 from roma_core.schema import Channel, PositionAxis
 from roma_core.sources.base import RawSeries, SourceConfig
 
@@ -41,3 +42,8 @@ def config_of(*all_series, source=None, **options):
 
 def built(folder, *all_series, **options):
     return build_dataset(config_of(*all_series, **options), folder, folder, progress=False)
+
+
+def errors_in(path):
+    """Every error of a data-set folder, a line each."""
+    return [line for f in check_dataset(path) if f.severity == "error" for line in f.lines()]

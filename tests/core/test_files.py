@@ -10,7 +10,15 @@ import threading
 import pytest
 
 from roma_core import files
-from roma_core.files import create_json, digest_of, read_json, sha256_of, write_bytes, write_json
+from roma_core.files import (
+    create_json,
+    digest_of,
+    fingerprint_of,
+    read_json,
+    sha256_of,
+    write_bytes,
+    write_json,
+)
 from roma_core.hashing import hash_ints, hash_text, mix, unit_interval
 
 
@@ -172,3 +180,16 @@ def test_the_unit_interval_is_filled_evenly():
     assert min(numbers) >= 0 and max(numbers) < 1
     tenths = [sum(n < k / 10 for n in numbers) / len(numbers) for k in range(1, 10)]
     assert tenths == pytest.approx([k / 10 for k in range(1, 10)], abs=0.02)
+
+
+def test_a_fingerprint_ignores_dangling_links(tmp_path):
+    (tmp_path / "data" / "inner").mkdir(parents=True)
+    (tmp_path / "data" / "inner" / "a.ts").write_text("a")
+    patterns = [tmp_path / "data", tmp_path / "*.ts"]
+    before = fingerprint_of(patterns)
+    assert before.n_files == 1
+    (tmp_path / "data" / "gone.ts").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "gone.ts").symlink_to(tmp_path / "nowhere")
+    assert fingerprint_of(patterns) == before
+    (tmp_path / "b.ts").write_text("b")
+    assert fingerprint_of(patterns).n_files == 2

@@ -16,8 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from roma_core.data.build import build_dataset
-from roma_core.data.schema import Manifest
-from roma_core.data.store import read_manifest
+from roma_core.data.manifest import Manifest, read_manifest
 from roma_core.evaluation.config import EvaluationJobConfig, ReconstructionJobConfig
 from roma_core.files import digest_of, read_json, write_json
 from roma_core.job import JobFolder, Result

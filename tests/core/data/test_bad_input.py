@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from roma_core.cli import main
 from roma_core.data import StoredDataset
-from roma_core.data.store import read_manifest
+from roma_core.data.manifest import read_manifest
 
 COLUMNS = {"object": "star", "axes": [{"column": "t"}], "channels": [{"column": "v"}]}
 SOUND = [f"s{k},{i},{k + i / 2}" for k in range(40) for i in range(5)]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from roma_core.data import DataError, StoredDataset
-from roma_core.data.build import ScaleFit
-from roma_core.data.schema import Repairs
+from roma_core.data.manifest import Repairs
+from roma_core.data.normalisation import AxisScaleFit
 from tests.core.hand_made import HandMade, built, config_of, series
 
 GOOD = series("good", 8, "x", seed=1)
@@ -110,14 +110,14 @@ def test_groups_come_with_all_series_or_with_none(tmp_path):
 
 
 def test_a_scale_is_the_usual_gap_or_what_spans_the_series():
-    gaps, spans = ScaleFit(), ScaleFit()
+    gaps, spans = AxisScaleFit(), AxisScaleFit()
     for start in range(9):
         gaps.add(start + np.array([4.0, 0, 2, 2, 6]))  # gaps of 2, in any order
         spans.add(np.array([0, 1, 2, 3, 60_000.0]))  # gaps of 1, but a long way
 
     assert gaps.scale() == 2
     assert spans.scale() == 10
-    assert ScaleFit().scale() == 1
+    assert AxisScaleFit().scale() == 1
 
 
 def test_an_automatic_scale_stands_in_the_manifest(tmp_path):

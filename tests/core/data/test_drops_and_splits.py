@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from roma_core.data.cleaning import assert_dropped, kept, n_dropped
-from roma_core.data.quality import changes
-from roma_core.data.schema import SPLITS
-from roma_core.data.splits import SplitOptions, Splitter, rule_text, split_of
+from roma_core.data.cleaning import check_dropped, keep_mask, n_to_drop
+from roma_core.data.manifest import SPLITS
+from roma_core.data.quality import compare_versions
+from roma_core.data.splits import SplitOptions, Splitter
 from roma_core.data.store import StoredDataset
 from roma_core.schema import DataError
 from roma_core.sources.base import RawSeries
@@ -19,21 +19,26 @@ from tests.core.hand_made import built, series
 
 ids = st.text(min_size=1, max_size=20)
 recorded = st.sampled_from([None, "train", "test"])
-shares = st.floats(0, 0.9)
+fractions = st.floats(0, 0.9)
+
+
+def split_of(dataset, name, recorded, validation, test):
+    one = series(name, 1, split=recorded)
+    return Splitter(dataset, SplitOptions(), validation, test).assign(one)
 
 
 @given(n=st.integers(1, 500), percent=st.integers(0, 99), seed=st.integers(0, 2**40), name=ids)
 def test_a_drop_takes_exactly_its_share_and_never_all(n, percent, seed, name):
-    stays = kept(n, percent / 100, seed, name)
+    stays = keep_mask(n, percent / 100, seed, name)
 
     assert stays.shape == (n,)
     assert (~stays).sum() == Fraction(percent, 100) * n // 1
     assert stays.any()
-    assert np.array_equal(stays, kept(n, percent / 100, seed, name))
+    assert np.array_equal(stays, keep_mask(n, percent / 100, seed, name))
 
 
 def test_every_observation_is_dropped_equally_often():
-    stays = np.array([kept(10, 0.3, 0, f"object-{k}") for k in range(4000)])  # (4000, 10)
+    stays = np.array([keep_mask(10, 0.3, 0, f"object-{k}") for k in range(4000)])  # (4000, 10)
 
     dropped = 1 - stays.mean(axis=0)
 
@@ -43,30 +48,30 @@ def test_every_observation_is_dropped_equally_often():
 
 
 def test_seed_and_id_both_choose():
-    first = kept(100, 0.5, 0, "a")
+    first = keep_mask(100, 0.5, 0, "a")
 
-    assert not np.array_equal(first, kept(100, 0.5, 1, "a"))
-    assert not np.array_equal(first, kept(100, 0.5, 0, "b"))
+    assert not np.array_equal(first, keep_mask(100, 0.5, 1, "a"))
+    assert not np.array_equal(first, keep_mask(100, 0.5, 0, "b"))
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0])
 def test_a_rate_outside_the_unit_interval_is_refused(rate):
     with pytest.raises(ValueError, match="drop rate must be in"):
-        n_dropped(10, rate)
+        n_to_drop(10, rate)
 
 
 def test_a_drop_that_drops_nothing_is_an_error():
-    with pytest.raises(DataError, match="takes nothing: the longest series has 3"):
-        assert_dropped(0.3, np.array([3, 2, 1]), 6)
+    with pytest.raises(DataError, match="drops nothing: the longest series has 3"):
+        check_dropped(0.3, np.array([3, 2, 1]), 6)
 
 
 def test_a_drop_of_another_count_is_an_error():
-    assert assert_dropped(0.3, np.array([10, 20]), 21) == 9
-    with pytest.raises(DataError, match="should take 9 observations, it took 0"):
-        assert_dropped(0.3, np.array([10, 20]), 30)
+    assert check_dropped(0.3, np.array([10, 20]), 21) == 9
+    with pytest.raises(DataError, match="should drop 9 observations, it dropped 0"):
+        check_dropped(0.3, np.array([10, 20]), 30)
 
 
-@given(name=ids, split=recorded, validation=shares, test=shares)
+@given(name=ids, split=recorded, validation=fractions, test=fractions)
 def test_recorded_assignments_are_kept(name, split, validation, test):
     found = split_of("set", name, split, validation, test)
 
@@ -83,7 +88,7 @@ def test_a_delivery_of_more_objects_moves_none(names, more):
     assert {name: after[name] for name in names} == before
 
 
-@given(name=ids, low=shares, high=shares)
+@given(name=ids, low=fractions, high=fractions)
 def test_a_larger_test_share_takes_nothing_out_of_test(name, low, high):
     low, high = sorted((low, high))
     if split_of("set", name, None, 0.1, low) == "test":
@@ -121,7 +126,7 @@ def labelled(n, first=0, **changes):
 
 def splits_by(objects, test=0.2, validation=0.1, **options):
     splitter = Splitter("set", SplitOptions(**options), validation, test)
-    return {s.id: splitter.of(s) for s in objects}
+    return {s.id: splitter.assign(s) for s in objects}
 
 
 @pytest.mark.parametrize(
@@ -163,7 +168,11 @@ def test_new_deliveries_never_move_an_object_to_another_split(tmp_path, options)
         of_label = [third[f"o{k}"] for k in range(120) if "xy"[k % 3 == 0] == label]
         in_test = of_label.count("test") / len(of_label)
         assert abs(in_test - (0.25 if options else 0.2)) < 0.06
-    moved = [f for f in changes(StoredDataset(last), StoredDataset(path)) if f.severity == "error"]
+    moved = [
+        f
+        for f in compare_versions(StoredDataset(last), StoredDataset(path))
+        if f.severity == "error"
+    ]
     assert not moved
     assert delivery(*shuffled)[1] == last  # equal input is the version that is there
 
@@ -173,7 +182,7 @@ def test_a_damaged_earlier_version_cannot_say_where_its_objects_are(tmp_path):
     path = built(tmp_path, *some, split={"stratified": True}, test_fraction=0.2)
     (path / "splits.npy").write_bytes(b"x")
 
-    with pytest.raises(DataError, match=r"splits\.npy is damaged or missing; .*restore it"):
+    with pytest.raises(DataError, match=r"splits\.npy is damaged or missing; .*restore the file"):
         built(tmp_path, *some, split={"stratified": True}, test_fraction=0.2)
 
 
@@ -243,7 +252,10 @@ def test_the_rule_is_said_in_words():
     def words(**options):
         return Splitter("set", SplitOptions(**options), 0.1, 0.2).rule_text()
 
-    assert words() == rule_text(0.1, 0.2)
+    assert words() == (
+        "recorded test stays test; of recorded train, 0.1 goes to validation; without a record, 0.2 "
+        "goes to test and 0.1 of the rest to validation; by sha256 of '<data set>:<id>'"
+    )
     assert words(stratified=True).endswith("; by class and order of delivery")
     assert words(by="group").endswith("; by sha256 of '<data set>:<group>'")
     assert words(folds=5, fold=2).startswith("fold 2 of 5 is test, 0.1 of each other fold")

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from roma_core.data.normalisation import fit
+from roma_core.data.normalisation import ChannelFit
 from roma_core.schema import (
     Channel,
     ChannelNormalisation,
@@ -24,8 +24,15 @@ TRANSFORMS = (
 )
 
 
+def fit(chunks):
+    fit = ChannelFit(CHANNELS, TRANSFORMS)
+    for chunk in chunks:
+        fit.add(chunk)
+    return fit.result()
+
+
 def fitted_on(*chunks):
-    normalisation = fit(chunks, CHANNELS, TRANSFORMS)
+    normalisation = fit(chunks)
     axes = (PositionAxis(name="time", unit="day"),)
     return DataSchema(channels=CHANNELS, axes=axes, normalisation=normalisation)
 
@@ -61,9 +68,7 @@ def test_the_transform_is_what_its_formula_says():
 def test_chunks_do_not_matter(cuts):
     values = some_values()
 
-    assert fit(np.split(values, sorted(cuts)), CHANNELS, TRANSFORMS) == fit(
-        [values], CHANNELS, TRANSFORMS
-    )
+    assert fit(np.split(values, sorted(cuts))) == fit([values])
 
 
 def test_denormalise_is_the_way_back():
@@ -88,7 +93,7 @@ def test_a_constant_channel_gets_unit_spread_and_a_warning():
 
 def test_nothing_to_fit_on_is_an_error():
     with pytest.raises(DataError, match="train split has no observations"):
-        fit([], CHANNELS, TRANSFORMS)
+        fit([])
 
 
 def test_anchored_dates_keep_their_fraction():

@@ -10,8 +10,13 @@ from click.testing import CliRunner
 
 from roma_core.cli.data import data
 from roma_core.data import DatasetConfig, StoredDataset, build_dataset
-from roma_core.data.quality import changes, findings, previous_version, problems, stability_index
-from tests.core.hand_made import HandMade, built, series
+from roma_core.data.quality import (
+    check_dataset,
+    compare_versions,
+    previous_version,
+    stability_index,
+)
+from tests.core.hand_made import HandMade, built, errors_in, series
 
 
 def some(n=60, **changes):
@@ -19,22 +24,22 @@ def some(n=60, **changes):
 
 
 def found_in(path):
-    return {f.check: f for f in findings(path)}
+    return {f.check: f for f in check_dataset(path)}
 
 
 def test_a_plain_set_has_no_finding(tmp_path):
-    assert findings(built(tmp_path, *some())) == []
+    assert check_dataset(built(tmp_path, *some())) == []
 
 
 def test_a_group_in_two_splits_is_an_error(tmp_path):
     grouped = [dataclasses.replace(s, group=f"g{k // 4}") for k, s in enumerate(some())]
     path = built(tmp_path, *grouped)
 
-    (finding,) = findings(path)
+    (finding,) = check_dataset(path)
 
     assert (finding.check, finding.severity) == ("group in two splits", "error")
     assert "set split.by to 'group'" in finding.examples[0] and "(test)" in finding.examples[0]
-    assert findings(built(tmp_path, *grouped, split={"by": "group"})) == []
+    assert check_dataset(built(tmp_path, *grouped, split={"by": "group"})) == []
 
 
 def test_equal_content_is_an_error_between_splits_and_a_warning_within(tmp_path):
@@ -56,8 +61,8 @@ def test_a_near_copy_in_another_split_is_shown_with_its_distance(tmp_path):
 
     found = found_in(built(tmp_path, *some(), first, copy))
 
-    assert set(found) == {"near copies in two splits"}
-    text = found["near copies in two splits"].examples[0]
+    assert set(found) == {"near duplicates in two splits"}
+    text = found["near duplicates in two splits"].examples[0]
     assert "'copy' (test) is 0.0" in text and "from 'first' (train)" in text
 
 
@@ -80,7 +85,7 @@ def test_oddities_are_warnings_with_a_count_and_an_example(tmp_path):
     counts = {name: f.count for name, f in found.items()}
     assert counts == {
         "order": 1,
-        "copies": 1,
+        "duplicates": 1,
         "single": 1,
         "long": 1,
         "far": 6,
@@ -97,7 +102,7 @@ def test_positions_that_turn_the_rotation_too_far_are_noticed(tmp_path):
 
     assert "set its anchor to 'first'" in found_in(built(tmp_path, *dates))["reach"].examples[0]
     anchored = built(tmp_path, *dates, axes={"t": {"anchor": "first"}})
-    assert findings(anchored) == []
+    assert check_dataset(anchored) == []
 
 
 def version(folder, *all_series, at, **options):
@@ -111,7 +116,7 @@ def test_a_version_is_compared_with_the_one_before_it(tmp_path):
     paths = [version(tmp_path, *some(n), at=n) for n in (40, 50, 60)]
 
     assert [previous_version(path) for path in paths] == [None, paths[0], paths[1]]
-    assert changes(StoredDataset(paths[2]), StoredDataset(paths[1])) == []
+    assert compare_versions(StoredDataset(paths[2]), StoredDataset(paths[1])) == []
 
 
 def test_an_object_that_moved_is_an_error_others_a_warning(tmp_path):
@@ -122,7 +127,7 @@ def test_an_object_that_moved_is_an_error_others_a_warning(tmp_path):
     later[4] = series("s4", 19, "y", None, seed=4)
     after = StoredDataset(built(tmp_path, *later[:-1], series("new", 20, "y", None, seed=99)))
 
-    found = {f.check: f for f in changes(after, before)}
+    found = {f.check: f for f in compare_versions(after, before)}
 
     assert {name: (f.severity, f.count) for name, f in found.items()} == {
         "moved to another split": ("error", 1),
@@ -141,7 +146,7 @@ def test_drift_names_what_drifted(tmp_path):
         built(tmp_path, *[dataclasses.replace(s, values=s.values.astype("f4")) for s in louder])
     )
 
-    (drift,) = [f for f in changes(after, before) if f.check == "drift"]
+    (drift,) = [f for f in compare_versions(after, before) if f.check == "drift"]
 
     assert drift.count == 1 and drift.examples[0].startswith("channel 'b' drifted")
 
@@ -151,7 +156,7 @@ def test_another_schema_is_said_and_nothing_else(tmp_path):
     channels = (HandMade().channels[0], HandMade().channels[1].model_copy(update={"unit": "mV"}))
     after = StoredDataset(built(tmp_path, source=HandMade(series=tuple(some()), channels=channels)))
 
-    (finding,) = changes(after, before)
+    (finding,) = compare_versions(after, before)
 
     assert finding.check == "schema changed" and "('b', 'mV')" in finding.examples[0]
 
@@ -196,4 +201,4 @@ def test_the_findings_of_a_generated_set_are_few(tmp_path):
 
     path = build_dataset(config, tmp_path, tmp_path, progress=False)
 
-    assert problems(path) == []
+    assert errors_in(path) == []

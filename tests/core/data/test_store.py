@@ -22,17 +22,15 @@ from roma_core.data import (
     DataError,
     DatasetConfig,
     StoredDataset,
-    as_markdown,
     build_dataset,
     plot_profile,
-    profile_of,
+    profile_dataset,
 )
-from roma_core.data import build as writing
-from roma_core.data.quality import problems
-from roma_core.data.store import manifest_digest, read_manifest, record_of
+from roma_core.data import build as building
+from roma_core.data.manifest import read_manifest, record_of
 from roma_core.files import write_json
 from tests.core import hand_made
-from tests.core.hand_made import HandMade, config_of, series
+from tests.core.hand_made import HandMade, config_of, errors_in, series
 
 SOME = (
     series("train-1", 10, "x", "train", 1),
@@ -94,7 +92,7 @@ def test_every_column_survives_bit_by_bit(tmp_path_factory, lengths, draw, rate)
 
 
 def problems_but_leaks(path):
-    return [problem for problem in problems(path) if "equal content" not in problem]
+    return [problem for problem in errors_in(path) if "equal content" not in problem]
 
 
 def test_a_sample_is_what_the_model_takes(tmp_path):
@@ -114,7 +112,7 @@ def test_a_sample_is_what_the_model_takes(tmp_path):
 
 def test_fitting_does_not_depend_on_the_chunk(tmp_path, monkeypatch):
     whole = built(tmp_path / "whole")
-    monkeypatch.setattr(writing, "_CHUNK", 3)
+    monkeypatch.setattr(building, "_CHUNK", 3)
 
     assert built(tmp_path / "chunks").name == whole.name
 
@@ -159,7 +157,7 @@ def test_a_drop_is_counted_and_the_same_in_every_build(tmp_path):
 def test_a_drop_that_drops_nothing_fails_and_leaves_nothing(tmp_path):
     short = [series("a", 3, "x"), series("b", 2, "y")]
 
-    with pytest.raises(DataError, match="takes nothing"):
+    with pytest.raises(DataError, match="drops nothing"):
         built(tmp_path, *short, drop_rate=0.3)
 
     assert folders(tmp_path) == []
@@ -227,8 +225,8 @@ def test_a_set_without_labels_has_no_label_column(tmp_path):
 
     assert dataset.labels is None and "label" not in dataset.sample(0)
     assert not (dataset.path / "labels.npy").exists()
-    assert as_markdown(profile_of(dataset)).count("Series of each class") == 0
-    assert plot_profile(profile_of(dataset), dataset).startswith(b"\x89PNG")
+    assert profile_dataset(dataset).to_markdown().count("Series of each class") == 0
+    assert plot_profile(profile_dataset(dataset), dataset).startswith(b"\x89PNG")
 
 
 def test_an_equal_set_is_used_again_and_a_damaged_one_replaced(tmp_path):
@@ -261,7 +259,7 @@ def test_a_full_disk_or_an_interruption_leaves_no_half_folder(tmp_path, monkeypa
 
     expected = DataError if isinstance(failure, OSError) else KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(expected) as raised:
-        patch.setattr(writing, "write_column", fails)
+        patch.setattr(building, "write_column", fails)
         built(tmp_path)
 
     assert folders(tmp_path) == []
@@ -291,7 +289,7 @@ def test_any_changed_byte_is_found_before_use(sound, tmp_path_factory, draw):
 
     with pytest.raises(DataError, match=f"is damaged: {name}: sha256"):
         StoredDataset(copy)
-    assert problems(copy) and name in problems(copy)[0]
+    assert errors_in(copy) and name in errors_in(copy)[0]
 
 
 def test_a_cut_or_missing_file_and_a_changed_manifest_are_found(sound, tmp_path):
@@ -304,7 +302,7 @@ def test_a_cut_or_missing_file_and_a_changed_manifest_are_found(sound, tmp_path)
     manifest["data_schema"]["normalisation"][0]["mean"] += 1
     (copy / "manifest.json").write_text(json.dumps(manifest))
 
-    found = problems(copy)
+    found = errors_in(copy)
 
     assert [problem.split(":")[0] for problem in found] == [
         "manifest.json",
@@ -338,7 +336,7 @@ def test_a_manifest_of_another_version_is_refused(sound, tmp_path, text, message
 
     with pytest.raises(DataError, match=message):
         StoredDataset(copy)
-    (problem,) = problems(copy)
+    (problem,) = errors_in(copy)
     assert message in problem
     assert CliRunner().invoke(data, ["inspect", str(copy)]).stderr.startswith("Error: ")
 
@@ -349,7 +347,7 @@ def rewritten(path, name, array):
     manifest = read_manifest(path)
     files = {**manifest.files, name: record_of(path / name)}
     manifest = manifest.model_copy(update={"files": files})
-    manifest = manifest.model_copy(update={"digest": manifest_digest(manifest)})
+    manifest = manifest.model_copy(update={"digest": manifest.computed_digest()})
     write_json(path / "manifest.json", manifest.model_dump(mode="json"))
 
 
@@ -371,7 +369,7 @@ def test_columns_that_contradict_each_other_are_found(sound, tmp_path, name, cha
 
     rewritten(copy, name, change(np.load(copy / name)))
 
-    assert any(message in problem for problem in problems(copy))
+    assert any(message in problem for problem in errors_in(copy))
 
 
 def test_equal_content_in_two_splits_is_found(tmp_path):
@@ -379,7 +377,7 @@ def test_equal_content_in_two_splits_is_found(tmp_path):
     almost = series("copy", split="test", values=first.values + np.float32(1e-6))
     path = built(tmp_path, first, SOME[1], almost, series("other", split="test", seed=9))
 
-    (problem,) = problems(path)
+    (problem,) = errors_in(path)
 
     assert "'train-1' (train) and 'copy' (test) have equal content" in problem
 
@@ -387,28 +385,28 @@ def test_equal_content_in_two_splits_is_found(tmp_path):
 def test_the_profile_counts_what_is_there(tmp_path):
     dataset = StoredDataset(built(tmp_path, drop_rate=0.3))
 
-    profile = profile_of(dataset)
+    profile = profile_dataset(dataset)
 
     assert profile.splits["train"].n_series == 2 and profile.splits["train"].n_observations == 12
     assert profile.splits["train"].classes == {"x": 1, "y": 1}
     assert profile.splits["validation"].lengths is None
     assert profile.splits["test"].lengths.maximum == 9
-    assert profile.share_dropped == pytest.approx(8 / 30)
+    assert profile.fraction_dropped == pytest.approx(8 / 30)
     gaps = np.concatenate([np.diff(dataset.raw(i)[0][:, 0]) for i in range(4)])
     assert profile.gaps["t"].maximum == gaps.max() > 1
     assert profile.values["b"].median == pytest.approx(
         np.median(next(dataset.shards()).values[:, 1])
     )
     assert type(profile).model_validate_json(profile.model_dump_json()) == profile
-    text = as_markdown(profile)
-    assert "26.7% of the delivered observations left out" in text
+    text = profile.to_markdown()
+    assert "26.7% of the delivered observations dropped" in text
     assert len({len(line) for line in text.splitlines() if line.startswith("| train ")}) == 1
 
 
 def test_the_picture_is_small_enough_for_metadata(sound):
     dataset = StoredDataset(sound)
 
-    picture = plot_profile(profile_of(dataset), dataset)
+    picture = plot_profile(profile_dataset(dataset), dataset)
 
     assert picture.startswith(b"\x89PNG") and 5_000 < len(picture) <= 64 * 1024
 
@@ -416,7 +414,7 @@ def test_the_picture_is_small_enough_for_metadata(sound):
 def test_a_profile_of_single_observations_has_no_gaps(tmp_path):
     dataset = StoredDataset(built(tmp_path, series("a", 1), series("b", 1, "y", seed=1)))
 
-    profile = profile_of(dataset)
+    profile = profile_dataset(dataset)
 
     assert profile.gaps == {"t": None}
     assert plot_profile(profile, dataset).startswith(b"\x89PNG")
@@ -445,7 +443,7 @@ def test_the_commands_build_inspect_and_validate(yaml_file, tmp_path):
 
     inspected = run(data, ["inspect", path])
     assert inspected.exit_code == 0
-    assert "25.0% of the delivered observations left out" in inspected.stdout
+    assert "25.0% of the delivered observations dropped" in inspected.stdout
 
     validated = run(data, ["validate", path])
     assert validated.exit_code == 0 and validated.stdout.endswith(f"{path}: sound\n")
@@ -486,7 +484,7 @@ def test_two_builders_at_once_both_end_well(yaml_file, tmp_path):
     paths = {builder.communicate()[0].strip() for builder in builders}
     assert [builder.returncode for builder in builders] == [0, 0]
     assert len(paths) == 1
-    assert problems(tmp_path / "out/small" / folders(tmp_path / "out")[0]) == []
+    assert errors_in(tmp_path / "out/small" / folders(tmp_path / "out")[0]) == []
     assert len(folders(tmp_path / "out")) == 1
 
 
@@ -510,7 +508,7 @@ def test_the_default_experiment_s_data_set(tmp_path):
     first_frame = [1.860936, -0.207383, 0.261557, -0.214562]
     assert positions[0] == 0
     np.testing.assert_allclose(values[0, :4], first_frame, rtol=1e-6)
-    assert problems(dataset.path) == []
+    assert errors_in(dataset.path) == []
 
 
 def test_a_changed_byte_is_found_before_training(yaml_file, tmp_path):
@@ -539,7 +537,7 @@ def test_a_large_set_lies_in_several_files_and_reads_the_same(tmp_path_factory, 
     given_series = [series(f"s{k}", n, "x", "train", seed=k) for k, n in enumerate(lengths)]
     whole = StoredDataset(built(folder / "whole", *given_series))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writing, "_SHARD", shard)
+        patch.setattr(building, "_SHARD", shard)
         parted = StoredDataset(built(folder / "parted", *given_series))
 
     assert problems_but_leaks(parted.path) == []
@@ -593,13 +591,18 @@ def test_a_share_of_a_split_has_every_class_and_grows(tmp_path):
     many = [series(f"s{i}", 3, "x" if i < 30 else "y", "train", i) for i in range(40)]
     train = StoredDataset(built(tmp_path, *many)).split("train")
 
-    tenth, half = train.part(0.1, seed=1), train.part(0.5, seed=1)
+    tenth, half = train.subsample(0.1, seed=1), train.subsample(0.5, seed=1)
 
     assert np.bincount(train.dataset.labels[tenth.indices]).tolist() == [3, 1]
     assert np.bincount(train.dataset.labels[half.indices]).tolist() == [15, 5]
     assert set(tenth.indices) < set(half.indices)
-    assert set(tenth.indices) != set(train.part(0.1, seed=2).indices)
-    assert np.bincount(train.dataset.labels[train.part(0.001, seed=1).indices]).tolist() == [1, 1]
-    assert len(train.part(0.7, seed=1)) == 21 + 7  # 0.7 · 30 is a little more in floating point
-    assert train.part(1, seed=1) is train
-    assert len(train.dataset.split("test").part(0.5, seed=1)) == 0
+    assert set(tenth.indices) != set(train.subsample(0.1, seed=2).indices)
+    assert np.bincount(train.dataset.labels[train.subsample(0.001, seed=1).indices]).tolist() == [
+        1,
+        1,
+    ]
+    assert (
+        len(train.subsample(0.7, seed=1)) == 21 + 7
+    )  # 0.7 · 30 is a little more in floating point
+    assert train.subsample(1, seed=1) is train
+    assert len(train.dataset.split("test").subsample(0.5, seed=1)) == 0

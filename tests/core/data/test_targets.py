@@ -13,8 +13,7 @@ import torch
 from roma_core import EncoderConfig, RoMAForClassification, RoMAForClassificationConfig, Trainer
 from roma_core.data import DataError, DatasetConfig, StoredDataset, build_dataset
 from roma_core.data.export import export_parquet
-from roma_core.data.quality import findings
-from roma_core.data.store import manifest_digest
+from roma_core.data.quality import check_dataset
 from roma_core.model import RoMAForPreTrainingConfig
 from roma_core.schema import Channel
 from roma_core.sources.synthetic import RECIPES
@@ -50,7 +49,7 @@ def test_targets_stay_with_their_observations_through_sorting_and_dropping(store
         assert np.array_equal(stored.sample(i)["targets"], stored.targets(i))
     assert stored.manifest.schema_version == 2
     assert stored.manifest.repairs.series_sorted == 1
-    assert not [f for f in findings(stored.path) if f.severity == "error"]
+    assert not [f for f in check_dataset(stored.path) if f.severity == "error"]
 
 
 def test_a_set_without_targets_is_as_it_was_before_there_were_any(tmp_path):
@@ -58,7 +57,7 @@ def test_a_set_without_targets_is_as_it_was_before_there_were_any(tmp_path):
 
     assert dataset.manifest.schema_version == 1
     assert "targets" not in dataset.schema.model_dump(mode="json")
-    assert manifest_digest(dataset.manifest) == (
+    assert dataset.manifest.computed_digest() == (
         "7691a18a79eca0e9e628be0f27a0133d9380b2425a3a05d8cdf6da72a6c7ee4b"
     )
 

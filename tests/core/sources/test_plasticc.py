@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from roma_core.data import DataError, DatasetConfig, StoredDataset, build_dataset
-from roma_core.data.quality import problems
 from roma_core.sources.base import source_config
 from roma_core.sources.packaged import BANDS, CLASSES
+from tests.core.hand_made import errors_in
 
 DEFS = Path(__file__).parents[3] / "roma_pipelines/defs/plasticc/defs.yaml"
 
@@ -75,7 +75,7 @@ def test_the_shipped_settings_fit_light_curves(tmp_path, monkeypatch):
     assert time.min() == 0 and 1 < time.max() <= 1090 / schema.axes[0].scale
     assert set(band.astype(int)) <= set(range(len(BANDS)))
     assert np.abs(sample["values"]).max() < 20  # five orders of magnitude, compressed
-    assert problems(dataset.path) == []
+    assert errors_in(dataset.path) == []
 
 
 @pytest.mark.parametrize("leak", ["hostgal_photoz", "true_target", "tflux_u", "distmod", "target"])

@@ -1,0 +1,206 @@
+"""On-disk format of a data set: its files, ``manifest.json``, and verification of both.
+
+A data set is a folder of flat columns. Row i of ``values.npy`` and ``positions.npy`` is one
+observation; series k owns rows ``offsets[k]:offsets[k + 1]``. Beyond 67 million observations, these
+columns continue in ``values-1.npy``, ``values-2.npy`` and so on, each with whole series, so that
+files keep a size that is copied, verified and cached in parallel.
+
+    manifest.json      ``Manifest``
+    values.npy         (n_observations, n_channels) float32, as delivered: not normalised
+    positions.npy      (n_observations, n_axes) float64, as delivered: not normalised
+    offsets.npy        (n_series + 1,) int64
+    targets.npy        (n_observations, n_targets) float32, as delivered; absent without targets
+    labels.npy         (n_series,) int64 index into ``classes``; absent without labels
+    splits.npy         (n_series,) int8 index into ``SPLITS``
+    ids.json           list of n_series strings
+    groups.json        list of n_series strings; absent without groups
+
+Values and positions are normalised when a sample is read, by the same code as at serving time.
+
+Version 2 of the format added targets. A set without them is written, and has the digest, as in
+version 1; both versions are read.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+
+from roma_core.files import digest_of, read_json, sha256_of
+from roma_core.schema import DataError, DataSchema
+from roma_core.settings import Frozen, validation_errors
+
+MANIFEST = "manifest.json"
+VERSIONS = (1, 2)  # of the format, that can be read
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+_HASH_THREADS = 4  # hashing a file releases the interpreter lock
+
+
+class FileRecord(Frozen):
+    """Size and sha256 of one file of the folder."""
+
+    n_bytes: int
+    sha256: str
+
+
+class SplitCounts(Frozen):
+    n_series: int
+    n_observations: int
+
+
+class Irregularity(Frozen):
+    """Observations that were dropped on purpose, counted so that an ineffective drop is noticed."""
+
+    drop_rate: float = 0.0
+    seed: int = 0
+    n_observations_before: int
+    n_dropped: int
+
+
+class Repairs(Frozen):
+    """Number of repairs made while building; see ``cleaning.RepairOptions``."""
+
+    series_sorted: int = Field(0, description="Series whose observations were out of order.")
+    duplicate_observations: int = Field(0, description="Left out, or merged into a mean.")
+    observations_not_finite: int = Field(0, description="Observations left out.")
+    empty_series_left_out: int = 0
+
+
+class Provenance(Frozen):
+    """Where the data came from, down to the bytes."""
+
+    source: str = Field(description="The source's registered name and its parameters, as text.")
+    files: dict[str, str] = Field(description="sha256 of every input file, by name.")
+    citation: str = ""
+    licence: str = ""
+
+
+class Manifest(Frozen):
+    """Everything about a data set except its numbers."""
+
+    schema_version: Literal[1, 2] = Field(1, description="2 for a set with targets, 1 without.")
+    name: str
+    data_schema: DataSchema
+    counts: dict[Split, SplitCounts]
+    shards: tuple[int, ...] = Field(
+        (), description="First series of every further file of values, positions and targets."
+    )
+    split_rule: str
+    irregularity: Irregularity | None = None
+    repairs: Repairs | None = None
+    provenance: Provenance
+    files: dict[str, FileRecord]
+    digest: str = Field(
+        description="sha256 over every other field but `provenance.source`: the version of the data. "
+        "Equal input gives an equal digest."
+    )
+
+    def computed_digest(self) -> str:
+        """What ``digest`` must be, from the other fields."""
+        document = self.model_dump(mode="json", exclude={"digest": True, "provenance": {"source"}})
+        for name in ("repairs", "shards"):  # sets without them have the digest of older manifests
+            if not document[name]:
+                del document[name]
+        return digest_of(document)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a data-set folder.
+
+    Raises:
+        DataError: there is none, or it is damaged or of another version of the software.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DataError(f"{folder} is no data set: it has no {MANIFEST}")
+    try:
+        document = read_json(path)
+        version = document.get("schema_version") if isinstance(document, dict) else None
+        if version not in VERSIONS:
+            raise ValueError(
+                f"{path} has schema_version {version!r}, this version of the software reads "
+                f"{' and '.join(map(str, VERSIONS))}; use the version that wrote it, or build the "
+                f"data set again"
+            )
+        return Manifest.model_validate(document)
+    except ValidationError as error:
+        problems = "; ".join(map(str, validation_errors(error, Manifest)))
+        raise DataError(f"{path} is invalid: {problems}") from error
+    except ValueError as error:
+        raise DataError(f"{folder} cannot be read: {error}") from error
+
+
+def large_columns(schema: DataSchema) -> tuple[str, ...]:
+    """Names of the columns with a row per observation."""
+    return ("values", "positions", *(("targets",) if schema.targets else ()))
+
+
+def shard_name(column: str, k: int) -> str:
+    """Name of the k-th file of one of the ``large_columns``."""
+    return f"{column}.npy" if k == 0 else f"{column}-{k}.npy"
+
+
+def record_of(path: Path) -> FileRecord:
+    return FileRecord(n_bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
+def records_of(folder: Path) -> dict[str, FileRecord]:
+    """Records of every file of a folder, by name, in order."""
+    paths = sorted(folder.iterdir())
+    with ThreadPoolExecutor(_HASH_THREADS) as threads:
+        return dict(zip([p.name for p in paths], threads.map(record_of, paths), strict=True))
+
+
+def split_counts(
+    offsets: NDArray[np.int64], split_column: NDArray[np.int8]
+) -> dict[Split, SplitCounts]:
+    """Series and observations of every split, the empty ones too."""
+    lengths = np.diff(offsets)
+    return {
+        split: SplitCounts(
+            n_series=int((split_column == k).sum()),
+            n_observations=int(lengths[split_column == k].sum()),
+        )
+        for k, split in enumerate(SPLITS)
+    }
+
+
+def find_damage(folder: Path, manifest: Manifest) -> list[str]:
+    """Compare every file of a data-set folder with the manifest.
+
+    Returns:
+        A line per file that is missing or differs; empty if the data set is intact.
+    """
+    found = []
+    if (expected := manifest.computed_digest()) != manifest.digest:
+        found.append(
+            f"{MANIFEST}: its content has the digest {expected}, it says {manifest.digest}"
+        )
+    needed = {"offsets.npy", "splits.npy", "ids.json"}
+    needed |= {
+        shard_name(column, k)
+        for column in large_columns(manifest.data_schema)
+        for k in range(len(manifest.shards) + 1)
+    }
+    needed |= {"labels.npy"} if manifest.data_schema.classes else set()
+    if set(manifest.files) - {"groups.json"} != needed:
+        return [*found, f"{MANIFEST}: lists {sorted(manifest.files)}, expected {sorted(needed)}"]
+    with ThreadPoolExecutor(_HASH_THREADS) as threads:
+        paths = [folder / name for name in manifest.files]
+        return [*found, *filter(None, threads.map(_file_damage, paths, manifest.files.values()))]
+
+
+def _file_damage(path: Path, record: FileRecord) -> str | None:
+    if not path.is_file():
+        return f"{path.name}: missing"
+    if (size := path.stat().st_size) != record.n_bytes:
+        return f"{path.name}: {size} bytes, expected {record.n_bytes}"
+    if (sha256 := sha256_of(path)) != record.sha256:
+        return f"{path.name}: sha256 {sha256}, expected {record.sha256}"
+    return None
