@@ -1,8 +1,10 @@
-"""Data: sources → ragged store on disk → samples. Names are imported on first use; needs no torch.
+"""Data: sources → ragged store on disk → samples.
 
-config = DatasetConfig.from_yaml("dataset.yaml")
-path = build_dataset(config, root=Path("datasets"), cache=Path("cache"))
-train = StoredDataset(path).split("train")
+    config = DatasetConfig.from_yaml("dataset.yaml")
+    path = build_dataset(config, root=Path("datasets"), cache=Path("cache"))
+    train = StoredDataset(path).split("train")
+
+Names are imported on first use; nothing here needs torch.
 """
 
 from roma_core import lazy_attributes
