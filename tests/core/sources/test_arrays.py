@@ -231,7 +231,7 @@ def test_a_generated_set_is_built_like_any_other(tmp_path):
 PLUGIN = """
 import numpy as np
 from roma_core.schema import Channel, PositionAxis
-from roma_core.data.sources import RawSeries, SourceConfig
+from roma_core.sources.base import RawSeries, SourceConfig
 
 class OneConfig(SourceConfig):
     n: int = 4

@@ -55,7 +55,7 @@ def test_deliveries_are_compared_and_content_in_two_splits_is_refused(tmp_path, 
     deliver(tmp_path, 100)
     checks, first = materialized()
     assert checks["sound"].passed and checks["unsuspicious"].passed
-    assert checks["sound"].metadata["compared_with"].value == "no version before"
+    assert checks["sound"].metadata["compared_with"].value == "no previous version"
 
     deliver(tmp_path, 200, loud=4.0)
     checks, second = materialized()
@@ -81,4 +81,4 @@ def test_another_rule_that_moves_objects_is_refused(tmp_path, materialized):
     checks, _ = materialized(split={"stratified": True})
 
     assert not checks["sound"].passed
-    assert "a model may have learnt what it is tested on" in checks["sound"].metadata["first"].value
+    assert "a model may have been trained on its test data" in checks["sound"].metadata["first"].value
