@@ -81,4 +81,6 @@ def test_another_rule_that_moves_objects_is_refused(tmp_path, materialized):
     checks, _ = materialized(split={"stratified": True})
 
     assert not checks["sound"].passed
-    assert "a model may have been trained on its test data" in checks["sound"].metadata["first"].value
+    assert (
+        "a model may have been trained on its test data" in checks["sound"].metadata["first"].value
+    )
