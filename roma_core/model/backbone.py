@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from roma_core.model.config import NEIGHBOUR_FEATURES, EncoderConfig, RoMAConfig
 from roma_core.model.encoder import Encoder, OutputRows, initialise
-from roma_core.model.packing import PackedBatch, Segments, pack, scatter
+from roma_core.model.packing import Layout, PackedBatch, Segments, pack, scatter
 from roma_core.model.positions import RotaryEmbedding, Rotations, SinusoidalEmbedding
 from roma_core.model.weights import SCHEMA_VERSION, write_weights
 
@@ -231,15 +231,16 @@ class Backbone(nn.Module):
         """``(B, d)`` pooled, or ``(T, d)``: the input of a head, from a packed batch."""
         self.check_packed(batch)
         segments = batch.segments
-        x, rotations, inner, token_rows, cls_rows = self.embed_rows(
+        x, rotations, layout = self.embed_rows(
             batch.tokens, batch.positions, segments.index_in_series, segments
         )
         if pooling == "cls":
-            assert cls_rows is not None
             one_each = Segments([1] * segments.count, segments.device)
-            return self.encoder(x, rotations, inner, OutputRows(cls_rows, one_each))
-        rows = None if cls_rows is None else OutputRows(token_rows, segments)
-        x = self.encoder(x, rotations, inner, rows)  # (T, d)
+            return self.encoder(
+                x, rotations, layout.segments, OutputRows(layout.cls_rows, one_each)
+            )
+        rows = None if self.cls is None else OutputRows(layout.token_rows, segments)
+        x = self.encoder(x, rotations, layout.segments, rows)  # (T, d)
         if pooling == "token":
             return x
         sums = x.new_zeros(segments.count, x.shape[1]).index_add(0, segments.ids, x)
@@ -258,9 +259,12 @@ class Backbone(nn.Module):
         if self.sinusoidal is not None:
             self.sinusoidal.check_length(batch.segments.max_seqlen + int(self.cls is not None))
 
+    def layout_of(self, segments: Segments) -> Layout:
+        return segments.without_cls if self.cls is None else segments.with_cls
+
     def embed_rows(
         self, tokens: Tensor, positions: Tensor, index: Tensor, segments: Segments
-    ) -> tuple[Tensor, Rotations, Segments, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Rotations, Layout]:
         """Project some tokens and put CLS in front of each series.
 
         Args:
@@ -268,8 +272,7 @@ class Backbone(nn.Module):
             segments: the series of the V rows.
 
         Returns:
-            x ``(V + B, d)`` of the weights' type, rotations, segments with CLS, the rows of the tokens
-            in x, and those of CLS. Without CLS, ``(V, d)``, the segments given, all rows and None.
+            ``(V + B, d)`` of the weights' type (``(V, d)`` without CLS), rotations, and the layout.
         """
         # the residual stream keeps its precision; under autocast only products are in 16 bits
         dtype = self.projection.weight.dtype
@@ -280,17 +283,16 @@ class Backbone(nn.Module):
         if self.sinusoidal is not None:
             shift = 0 if self.cls is None else 1
             x = x + self.sinusoidal(index + shift)
+        layout = self.layout_of(segments)
         if self.cls is None:
-            rows = torch.arange(segments.total, device=x.device)
-            return x, self._rotations(positions), segments, rows, None
-        with_cls = segments.with_cls
-        inner, token_rows, cls_rows = with_cls.segments, with_cls.token_rows, with_cls.cls_rows
+            return x, self._rotations(positions), layout
+        n_rows, token_rows = layout.segments.total, layout.token_rows
         cls = self.cls if self.sinusoidal is None else self.cls + self.sinusoidal.table[0]
-        full = x.new_empty(inner.total, x.shape[1]).index_copy(0, token_rows, x)
-        full = full.index_copy(0, cls_rows, cls.to(x.dtype).expand(segments.count, -1))
-        at = positions.new_zeros(inner.total, positions.shape[1])
+        full = x.new_empty(n_rows, x.shape[1]).index_copy(0, token_rows, x)
+        full = full.index_copy(0, layout.cls_rows, cls.to(x.dtype).expand(segments.count, -1))
+        at = positions.new_zeros(n_rows, positions.shape[1])
         at = at.index_copy(0, token_rows, positions)  # CLS is at 0 on every axis
-        return full, self._rotations(at), inner, token_rows, cls_rows
+        return full, self._rotations(at), layout
 
     def _rotations(self, positions: Tensor) -> Rotations:
         return None if self.rotary is None else self.rotary(positions)

@@ -6,14 +6,15 @@ from __future__ import annotations
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from roma_core.schema import PositionAxis
 from roma_core.settings import Frozen, RomaSettings, SettingsError
 
+Rate = Annotated[float, Field(ge=0, lt=1)]
 NEIGHBOUR_FEATURES = 64
 """Width of the features of a token's neighbours, with ``neighbours``."""
 
@@ -42,32 +43,23 @@ def get_encoder_size(name: str) -> dict[str, int]:
 class EncoderConfig(Frozen):
     """Transformer stack; the encoder and the decoder each have one."""
 
-    d_model: int = Field(192, gt=0, description="Token width.")
-    nhead: int = Field(3, gt=0, description="Attention heads; each is d_model // nhead wide.")
+    d_model: PositiveInt = Field(192, description="Token width.")
+    nhead: PositiveInt = Field(3, description="Attention heads; each is d_model // nhead wide.")
     depth: int = Field(6, ge=0, description="Transformer blocks.")
-    dim_feedforward: int | None = Field(
-        None, gt=0, description="Width inside the MLP; None takes round(mlp_ratio * d_model)."
+    dim_feedforward: PositiveInt | None = Field(
+        None, description="Width inside the MLP; None takes round(mlp_ratio * d_model)."
     )
-    mlp_ratio: float = Field(4.0, gt=0, description="MLP width as a multiple of d_model.")
-    layer_norm_eps: float = Field(1e-12, gt=0, description="Added to RMSNorm's mean square.")
-    drop_path_rate: float = Field(
+    mlp_ratio: PositiveFloat = Field(4.0, description="MLP width as a multiple of d_model.")
+    layer_norm_eps: PositiveFloat = Field(1e-12, description="Added to RMSNorm's mean square.")
+    drop_path_rate: Rate = Field(
         0.0,
-        ge=0,
-        lt=1,
         description="Probability to skip a branch, per series; grows from 0 to this with depth.",
     )
-    hidden_drop_rate: float = Field(0.0, ge=0, lt=1, description="Dropout after the MLP.")
-    attn_proj_drop_rate: float = Field(
-        0.0, ge=0, lt=1, description="Dropout after attention's output."
-    )
-    attn_drop_rate: float = Field(
-        0.0, ge=0, lt=1, description="Dropout on attention probabilities."
-    )
-    pos_drop_rate: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Dropout on rotated queries and keys; in pretraining on inputs too.",
+    hidden_drop_rate: Rate = Field(0.0, description="Dropout after the MLP.")
+    attn_proj_drop_rate: Rate = Field(0.0, description="Dropout after attention's output.")
+    attn_drop_rate: Rate = Field(0.0, description="Dropout on attention probabilities.")
+    pos_drop_rate: Rate = Field(
+        0.0, description="Dropout on rotated queries and keys; in pretraining on inputs too."
     )
 
     @classmethod
@@ -103,8 +95,8 @@ class RoMAConfig(RomaSettings):
     tubelet_size: tuple[int, int, int] = Field(
         (1, 1, 16), description="Steps of time, height and width that one token covers."
     )
-    n_channels: int = Field(1, gt=0, description="Channels of `values`.")
-    n_pos_dims: int = Field(3, gt=0, description="Position axes: rows of `positions`.")
+    n_channels: PositiveInt = Field(1, description="Channels of `values`.")
+    n_pos_dims: PositiveInt = Field(3, description="Position axes: rows of `positions`.")
     position_axes: tuple[PositionAxis, ...] = Field(
         (),
         description="Name, unit, anchor, offset and scale of every axis, applied to positions in "
@@ -131,8 +123,8 @@ class RoMAConfig(RomaSettings):
     p_rope_val: float = Field(
         0.75, ge=0, le=1, description="Fraction of channel pairs that rotate, the fastest ones."
     )
-    max_len: int = Field(1500, gt=0, description="Rows of the absolute table; rotary ignores it.")
-    head_drop_rate: float = Field(0.0, ge=0, lt=1, description="Dropout before the head.")
+    max_len: PositiveInt = Field(1500, description="Rows of the absolute table; rotary ignores it.")
+    head_drop_rate: Rate = Field(0.0, description="Dropout before the head.")
 
     @property
     def tubelet_width(self) -> int:
@@ -171,13 +163,9 @@ class RoMAForPreTrainingConfig(RoMAConfig):
     model_config = SettingsConfigDict(env_prefix="ROMA_PRETRAIN_")
 
     decoder_config: EncoderConfig = Field(DEFAULT_DECODER, description="The decoder's stack.")
-    mask_ratio: float = Field(
-        0.75, ge=0, lt=1, description="Fraction of each series' tokens to hide."
-    )
-    mask_ratio_max: float | None = Field(
+    mask_ratio: Rate = Field(0.75, description="Fraction of each series' tokens to hide.")
+    mask_ratio_max: Rate | None = Field(
         None,
-        ge=0,
-        lt=1,
         description="Hide between mask_ratio and this fraction of each series' tokens, every count equally "
         "often; null: always mask_ratio.",
     )
@@ -237,9 +225,8 @@ class RoMAForClassificationConfig(RoMAConfig):
 
     model_config = SettingsConfigDict(env_prefix="ROMA_CLASSIFIER_")
 
-    dim_output: int | None = Field(
+    dim_output: PositiveInt | None = Field(
         None,
-        gt=0,
         description="Classes, or regressed numbers; None lets the trainer count the classes of the "
         "training labels.",
     )
@@ -267,26 +254,12 @@ class RoMAForClassificationConfig(RoMAConfig):
 
 
 _OWN_KEYS = ("schema_version", "class", "data_schema")
-DROPOUTS = (
-    "drop_path_rate",
-    "hidden_drop_rate",
-    "attn_proj_drop_rate",
-    "attn_drop_rate",
-    "pos_drop_rate",
-)
-SHAPE = (
-    "value_features",
-    "neighbours",
-    "use_cls",
-    "pos_encoding",
-    "max_len",
-    "tubelet_size",
-    "n_channels",
-    "n_pos_dims",
-    "position_axes",
-    "p_rope_val",
-)
+DROPOUTS = tuple(name for name in EncoderConfig.model_fields if "drop" in name)
+"""Fields of a stack that finetuning may change; its other fields are the checkpoint's."""
 HEAD = ("head_drop_rate", "dim_output", "problem_type", "pooling")
+"""Fields of a classifier that are not of the checkpoint it starts from."""
+SHAPE = tuple(n for n in RoMAConfig.model_fields if n not in (*HEAD, "encoder_config"))
+"""Fields that a classifier takes over from the checkpoint."""
 
 
 def stored_fields(document: dict[str, Any]) -> dict[str, Any]:

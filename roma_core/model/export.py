@@ -9,26 +9,29 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from roma_core.model.backbone import Backbone
+from roma_core.model.backbone import Backbone, Pooling
+from roma_core.model.encoder import Head
 from roma_core.model.prediction import RoMAForClassification
 
 
-class PaddedEncoder(nn.Module):
-    """The encoder's features as :meth:`Backbone.embed` gives them, from padded tokens."""
+class PaddedModel(nn.Module):
+    """Features as :meth:`Backbone.embed` gives them, or a head's outputs, from padded tokens."""
 
-    def __init__(self, model: Backbone, pooling: str = "mean") -> None:
+    def __init__(
+        self, model: Backbone, pooling: Pooling = "mean", head: Head | None = None
+    ) -> None:
         super().__init__()
         # its parts, not the model: a program saves every parameter that it can reach
         self.projection, self.encoder = model.projection, model.encoder
         self.neighbourhood, self.cls = model.neighbourhood, model.cls
         self.sinusoidal, self.rotary = model.sinusoidal, model.rotary
-        self.pooling = pooling
+        self.pooling, self.head = pooling, head or nn.Identity()
 
     def forward(self, values: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
         """``(B, N, P)`` float32 tokens, ``(B, N, D)`` float32, ``(B, N)`` bool → ``(B, d)``.
 
         Padding may hold any finite number. With ``pooling="token"`` ``(B, N, d)``, arbitrary at
-        padding.
+        padding. With a head its outputs take the place of d.
         """
         x = self.projection(values)  # (B, N, d)
         if self.neighbourhood is not None:
@@ -45,40 +48,27 @@ class PaddedEncoder(nn.Module):
         x = self.encoder.forward_padded(x, rotations, valid)
         first = 0 if self.cls is None else 1
         if self.pooling == "cls":
-            return x[:, 0]
+            return self.head(x[:, 0])
         if self.pooling == "token":
-            return x[:, first:]
+            return self.head(x[:, first:])
         weight = valid[:, first:, None].to(x.dtype)
-        return (x[:, first:] * weight).sum(1) / weight.sum(1)
-
-
-class PaddedClassifier(nn.Module):
-    """The same numbers as :class:`RoMAForClassification` in evaluation, from padded tokens."""
-
-    def __init__(self, model: RoMAForClassification) -> None:
-        super().__init__()
-        self.encoder = PaddedEncoder(model, model.config.pools)
-        self.head = model.require_head()
-
-    def forward(self, values: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
-        """Shapes as for :class:`PaddedEncoder` → ``(B, dim_output)``; per token ``(B, N, dim_output)``."""
-        return self.head(self.encoder(values, positions, valid))
+        return self.head((x[:, first:] * weight).sum(1) / weight.sum(1))
 
 
 def export_classifier(model: RoMAForClassification) -> ExportedProgram:
     """Export with dynamic batch and length; ``model`` is put into evaluation mode.
 
-    The program takes and returns what :class:`PaddedClassifier` does.
+    The program takes and returns what :class:`PaddedModel` does: logits, in evaluation.
     """
-    return _exported(PaddedClassifier(model.eval()), model)
+    return _export(PaddedModel(model.eval(), model.config.pools, model.require_head()), model)
 
 
 def export_encoder(model: Backbone) -> ExportedProgram:
     """Export the mean of the encoder's tokens; ``model`` is put into evaluation mode."""
-    return _exported(PaddedEncoder(model.eval()), model)
+    return _export(PaddedModel(model.eval()), model)
 
 
-def _exported(padded: nn.Module, model: Backbone) -> ExportedProgram:
+def _export(padded: nn.Module, model: Backbone) -> ExportedProgram:
     width, axes = model.config.tubelet_width, model.config.n_pos_dims
     example = (
         torch.zeros(2, 5, width),

@@ -70,26 +70,29 @@ class Segments:
         return torch.arange(self.total, device=self.device) - self.cu_seqlens[:-1].long()[self.ids]
 
     @cached_property
-    def with_cls(self) -> WithCls:
-        segments = Segments([n + 1 for n in self.lengths], self.device)
-        series = torch.arange(self.count, device=self.device)
-        return WithCls(
-            segments=segments,
-            cls_rows=self.cu_seqlens[:-1].long() + series,
+    def with_cls(self) -> Layout:
+        return Layout(
+            segments=Segments([n + 1 for n in self.lengths], self.device),
             token_rows=torch.arange(self.total, device=self.device) + self.ids + 1,
+            cls_rows=self.cu_seqlens[:-1].long() + torch.arange(self.count, device=self.device),
         )
+
+    @cached_property
+    def without_cls(self) -> Layout:
+        rows = torch.arange(self.total, device=self.device)
+        return Layout(segments=self, token_rows=rows, cls_rows=rows[:0])
 
     def to(self, device: torch.device | str) -> Segments:
         return self if torch.device(device) == self.device else Segments(self.lengths, device)
 
 
 @dataclass(frozen=True)
-class WithCls:
-    """Series with one row for CLS at the start of each, and where the other rows went."""
+class Layout:
+    """Where the rows of some series go in the encoder's input, CLS in front of each if there is one."""
 
     segments: Segments
-    cls_rows: Tensor  # (B,) int64
     token_rows: Tensor  # (T,) int64
+    cls_rows: Tensor  # (B,) int64, or (0,) without CLS
 
 
 @dataclass(frozen=True)
@@ -113,19 +116,12 @@ class MaskedTokens:
             hidden=Segments(n_hidden, segments.device),
         )
 
-    def to(self, device: torch.device | str) -> MaskedTokens:
+    def map(self, move: Callable[[Tensor], Tensor], device: torch.device | str) -> MaskedTokens:
         return MaskedTokens(
-            self.visible_rows.to(device, non_blocking=True),
-            self.visible.to(device),
-            self.hidden_rows.to(device, non_blocking=True),
-            self.hidden.to(device),
-        )
-
-    def pin_memory(self) -> MaskedTokens:
-        return replace(
-            self,
-            visible_rows=self.visible_rows.pin_memory(),
-            hidden_rows=self.hidden_rows.pin_memory(),
+            visible_rows=move(self.visible_rows),
+            visible=self.visible.to(device),
+            hidden_rows=move(self.hidden_rows),
+            hidden=self.hidden.to(device),
         )
 
 
@@ -172,41 +168,26 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Move everything; copies from pinned memory overlap with computation."""
-        return self._with(
-            lambda x: x.to(device, non_blocking=True),
-            self.segments.to(device),
-            None if self.masked is None else self.masked.to(device),
-        )
+        return self._map(lambda x: x.to(device, non_blocking=True), device)
 
     def pin_memory(self) -> PackedBatch:
-        """What a data loader calls, so that :meth:`to` need not wait."""
-        masked = None if self.masked is None else self.masked.pin_memory()
-        return self._with(torch.Tensor.pin_memory, self.segments, masked)
+        """Called by data loaders, so that :meth:`to` need not wait."""
+        return self._map(torch.Tensor.pin_memory, self.segments.device)
 
-    def _with(
-        self, move: Callable[[Tensor], Tensor], segments: Segments, masked: MaskedTokens | None
-    ) -> PackedBatch:
+    def _map(self, move: Callable[[Tensor], Tensor], device: torch.device | str) -> PackedBatch:
         return PackedBatch(
             tokens=move(self.tokens),
             positions=move(self.positions),
-            segments=segments,
+            segments=self.segments.to(device),
             sample_ids=move(self.sample_ids),
             indices=self.indices,  # read on the host only
             labels=None if self.labels is None else move(self.labels),
-            masked=masked,
+            masked=None if self.masked is None else self.masked.map(move, device),
         )
 
     def with_mask(self, hidden: Tensor) -> PackedBatch:
         """Hide the tokens where ``(T,)`` bool ``hidden`` is True."""
         return replace(self, masked=MaskedTokens.of(hidden, self.segments))
-
-
-_VALUES = "b (t p1) c (y p2) (x p3)"
-_TOKENS = "b (t y x) (p1 p2 p3 c)"
-
-
-def _sides(tubelet_size: tuple[int, int, int]) -> dict[str, int]:
-    return dict(zip(("p1", "p2", "p3"), tubelet_size, strict=True))
 
 
 def patchify(values: Tensor, tubelet_size: tuple[int, int, int]) -> Tensor:
@@ -230,15 +211,9 @@ def patchify(values: Tensor, tubelet_size: tuple[int, int, int]) -> Tensor:
                 f"values: {name} has {size} steps, which tubelet_size={tubelet_size} does not divide; "
                 f"{name} must be a multiple of {side}"
             )
-    return rearrange(values, f"{_VALUES} -> {_TOKENS}", **_sides(tubelet_size))
-
-
-def unpatchify(
-    tokens: Tensor, tubelet_size: tuple[int, int, int], grid: tuple[int, int, int]
-) -> Tensor:
-    """The inverse of :func:`patchify`; ``grid`` counts the tokens along time, height and width."""
-    t, y, x = grid
-    return rearrange(tokens, f"{_TOKENS} -> {_VALUES}", t=t, y=y, x=x, **_sides(tubelet_size))
+    p1, p2, p3 = tubelet_size
+    pattern = "b (t p1) c (y p2) (x p3) -> b (t y x) (p1 p2 p3 c)"
+    return rearrange(values, pattern, p1=p1, p2=p2, p3=p3)
 
 
 def pack(

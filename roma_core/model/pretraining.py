@@ -148,52 +148,39 @@ class RoMAForPreTraining(Backbone):
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
+        order: Tensor | None = None
         if isinstance(values, PackedBatch):
-            return self._reconstruct(values)
-        if positions is None:
+            batch = values
+        elif positions is None:
             raise TypeError(NO_POSITIONS)
-        batch, order, rows = self.pack(values, positions, pad_mask)
-        if mask is not None:
-            shape = (batch.segments.count, positions.shape[2])
-            if mask.dtype != torch.bool or tuple(mask.shape) != shape:
-                raise ValueError(
-                    f"mask must be bool of shape (batch, tokens) = {shape}, True where hidden; "
-                    f"got {mask.dtype} of shape {tuple(mask.shape)}"
-                )
-            batch = batch.with_mask(mask.reshape(-1)[rows])
-            assert batch.masked is not None
-            all_hidden = [b for b, n in enumerate(batch.masked.visible.lengths) if n == 0]
-            if all_hidden:
-                raise ValueError(
-                    f"mask hides every real token of series {sorted(order[all_hidden].tolist())}; "
-                    f"at least one token of each must stay visible"
-                )
         else:
-            batch = self._with_drawn_mask(batch)
-        logits, loss = self._reconstruct(batch)
-        if logits is None or batch.masked is None:
-            return None, None
-        return unpack(logits, batch.masked.hidden, order), loss
-
-    def _with_drawn_mask(self, batch: PackedBatch) -> PackedBatch:
-        seed = int(torch.randint(2**31, ()))
-        return draw_mask(batch, self.config, seed, epoch=0)
-
-    def _reconstruct(self, batch: PackedBatch) -> tuple[Tensor | None, Tensor | None]:
+            batch, order, rows = self.pack(values, positions, pad_mask)
+            if mask is not None:
+                _check_mask(mask, (len(order), positions.shape[2]))
+                batch = batch.with_mask(mask.reshape(-1)[rows])
         self.check_packed(batch)
         if batch.masked is None:
-            batch = self._with_drawn_mask(batch)
+            batch = draw_mask(batch, self.config, int(torch.randint(2**31, ())), epoch=0)
         masked = batch.masked
         assert masked is not None
+        if order is not None and 0 in masked.visible.lengths:
+            hidden = [
+                b for b, n in zip(order.tolist(), masked.visible.lengths, strict=True) if not n
+            ]
+            raise ValueError(
+                f"mask hides every real token of series {sorted(hidden)}; "
+                f"at least one token of each must stay visible"
+            )
         if masked.hidden.total == 0:
             return None, None
         outputs = self.predict_hidden(batch, masked)
         targets = batch.tokens[masked.hidden_rows]
         if self.config.normalize_targets:
-            mean, deviation = tubelet_statistics(targets)
+            mean, deviation = _tubelet_statistics(targets)
             targets = (targets - mean) / deviation
         loss = self.loss_fn(outputs, targets.to(outputs.dtype)).mean()
-        return outputs[:, : self.config.tubelet_width], loss
+        logits = outputs[:, : self.config.tubelet_width]
+        return (logits if order is None else unpack(logits, masked.hidden, order)), loss
 
     def reconstruct(
         self,
@@ -260,7 +247,7 @@ class RoMAForPreTraining(Backbone):
         """
         predicted = self.predict_hidden(batch, masked)[:, : self.config.tubelet_width]
         if self.config.normalize_targets:
-            mean, deviation = tubelet_statistics(batch.tokens[masked.hidden_rows])
+            mean, deviation = _tubelet_statistics(batch.tokens[masked.hidden_rows])
             return predicted * deviation + mean
         return predicted
 
@@ -270,36 +257,38 @@ class RoMAForPreTraining(Backbone):
         segments, index = batch.segments, batch.segments.index_in_series
         self.check_packed(batch)
         seen = masked.visible_rows
-        x, rotations, inner, token_rows, cls_rows = self.embed_rows(
+        x, rotations, inner = self.embed_rows(
             batch.tokens[seen], batch.positions[seen], index[seen], masked.visible
         )
-        x = self.encoder(F.dropout(x, drop, self.training), rotations, inner)
+        x = self.encoder(F.dropout(x, drop, self.training), rotations, inner.segments)
         x = self.encoder_decoder_proj(x)
 
         # encoder outputs return to their rows in the full series; the other rows are mask tokens
-        full = segments if cls_rows is None else segments.with_cls.segments
-        full_rows = (
-            torch.arange(segments.total, device=x.device)
-            if cls_rows is None
-            else segments.with_cls.token_rows
-        )
-        to_full = token_rows.new_empty(inner.total)
-        to_full[token_rows] = full_rows[seen]
-        at = batch.positions.new_zeros(full.total, batch.positions.shape[1])
-        at[full_rows] = batch.positions
-        if cls_rows is not None:
-            to_full[cls_rows] = segments.with_cls.cls_rows
-        hidden_rows = full_rows[masked.hidden_rows]
+        full = self.layout_of(segments)
+        to_full = full.token_rows.new_empty(inner.segments.total)
+        to_full[inner.token_rows] = full.token_rows[seen]
+        to_full[inner.cls_rows] = full.cls_rows
+        at = batch.positions.new_zeros(full.segments.total, batch.positions.shape[1])
+        at[full.token_rows] = batch.positions
+        hidden_rows = full.token_rows[masked.hidden_rows]
         mask_tokens = self.mask_token.to(x.dtype).expand(masked.hidden.total, -1)
         if self.decoder_sinusoidal is not None:
-            mask_tokens = mask_tokens + self.decoder_sinusoidal(index[masked.hidden_rows]).to(
-                x.dtype
-            )
+            sines = self.decoder_sinusoidal(index[masked.hidden_rows])
+            mask_tokens = mask_tokens + sines.to(x.dtype)
         mask_tokens = F.dropout(mask_tokens, drop, self.training)
-        y = x.new_empty(full.total, x.shape[1])
+        y = x.new_empty(full.segments.total, x.shape[1])
         y = y.index_copy(0, to_full, x).index_copy(0, hidden_rows, mask_tokens)
         rotations = None if self.decoder_rotary is None else self.decoder_rotary(at)
-        return self.head(self.decoder(y, rotations, full, OutputRows(hidden_rows, masked.hidden)))
+        rows = OutputRows(hidden_rows, masked.hidden)
+        return self.head(self.decoder(y, rotations, full.segments, rows))
+
+
+def _check_mask(mask: Tensor, shape: tuple[int, int]) -> None:
+    if mask.dtype != torch.bool or tuple(mask.shape) != shape:
+        raise ValueError(
+            f"mask must be bool of shape (batch, tokens) = {shape}, True where hidden; "
+            f"got {mask.dtype} of shape {tuple(mask.shape)}"
+        )
 
 
 def _squared_error(logits: Tensor, targets: Tensor) -> Tensor:
@@ -314,7 +303,7 @@ def _gaussian_nll(outputs: Tensor, targets: Tensor) -> Tensor:
     return 0.5 * (log_variance + (targets - mean) ** 2 / log_variance.exp())
 
 
-def tubelet_statistics(targets: Tensor) -> tuple[Tensor, Tensor]:
+def _tubelet_statistics(targets: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and (unbiased, floored) deviation ``(…, 1)`` of each ``(…, P)`` tubelet."""
     mean = targets.mean(-1, keepdim=True)
     return mean, (targets.var(-1, keepdim=True) + 1e-6).sqrt()
