@@ -63,7 +63,7 @@ class Neighbourhood(nn.Module):
     that late or never. Here every token has, from the first step, its differences in value and in
     position from the tokens 1, 2, 4, 8, … before and after it, as in dilated convolutions; gaps may be
     irregular. Only tokens that the encoder sees take part: in pretraining hidden tokens are skipped, so
-    neighbours are farther apart than in finetuning. ``roma-pipeline results neighbours
+    neighbours are farther apart than in finetuning. ``python -m tests.benchmarks.results neighbours
     neighbours_plasticc`` measures the gain.
 
     Tokens are ordered by position, the first axis first, so their order in a series does not matter,

@@ -45,7 +45,7 @@ from roma_core.model.config import RoMAForPreTrainingConfig
 from roma_core.sources.synthetic import rbf_weights
 from roma_core.trainer.job import data_fields
 from roma_pipelines.experiment import Experiment, load_experiment
-from tests.benchmarks.results.rows import ROWS
+from tests.benchmarks.results.benchmarks import ROWS
 
 Floats = NDArray[Any]
 Method = Callable[[Floats, Floats, Floats], Floats]

@@ -50,7 +50,10 @@ def test_a_training_that_is_taken_up_again_does_not_need_it_yet(shown, away, fol
 
     shown.begin()
 
-    assert f"nobody answers; the job goes on, its metrics wait in {folder.metrics}" in caplog.text
+    assert (
+        f"nobody answers; the job continues; its metrics are kept in {folder.metrics}"
+        in caplog.text
+    )
     with pytest.raises(ConnectionError):  # at the outcome it does
         shown.end("FINISHED")
 

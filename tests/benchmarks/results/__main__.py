@@ -1,4 +1,4 @@
-"""``roma-pipeline results``: figures of published protocols, reproduced with one command."""
+"""``python -m tests.benchmarks.results``: figures of published protocols, reproduced with one command."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def results(
     from roma_pipelines.launching.launcher import Rejected
     from roma_pipelines.launching.spec import JobFailed
     from roma_pipelines.storage import Storage, StorageError
-    from tests.benchmarks.results.book import ResultsStore
-    from tests.benchmarks.results.cells import JobGoesOn, run_cell
-    from tests.benchmarks.results.rows import chosen, read_rows
+    from tests.benchmarks.results.benchmarks import chosen, read_rows
+    from tests.benchmarks.results.runs import JobGoesOn, run_cell
+    from tests.benchmarks.results.store import ResultsStore
 
     try:
         storage, known = Storage.open(), read_rows()
@@ -108,3 +108,7 @@ def _confirm(seconds: list[float], yes: bool) -> None:
     )
     if not yes and sum(seconds) > _LONG_S:
         click.confirm("go on?", abort=True)
+
+
+if __name__ == "__main__":
+    results()

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from roma_core.files import write_bytes
-from tests.benchmarks.results.cells import Record
-from tests.benchmarks.results.rows import Benchmark, Reference, Run
+from tests.benchmarks.results.benchmarks import Benchmark, Reference, Run
+from tests.benchmarks.results.runs import Record
 
 # also with something before or after: clean_rmse, mse_24_hz, log_loss
 _LOWER_IS_BETTER = re.compile(r"(^|_)(n?r?mse|mae|loss|calibration_error)(_|$)")
@@ -23,7 +23,14 @@ def row_text(row: Benchmark, records: Mapping[Run, Record], outdated: frozenset[
         outdated: cells whose record was made with settings that are no longer the experiment's.
     """
     have = {cell: records[cell] for cell in row.cells() if cell in records}
-    lines = [f"### {row.name}", "", row.protocol, "", f"    roma-pipeline results {row.name}", ""]
+    lines = [
+        f"### {row.name}",
+        "",
+        row.protocol,
+        "",
+        f"    python -m tests.benchmarks.results {row.name}",
+        "",
+    ]
     lines += _table(row, have)
     lines.append("")
     lines += [_anchor(anchor) for anchor in row.anchors]

@@ -7,11 +7,12 @@ import yaml
 from click.testing import CliRunner
 
 from roma_core.files import read_json
-from roma_pipelines.cli import main
 from roma_pipelines.experiment import load_experiment
 from roma_pipelines.launching.spec import JobFailed
 from roma_pipelines.storage import Storage
-from tests.benchmarks.results.cells import (
+from tests.benchmarks.results.__main__ import results
+from tests.benchmarks.results.benchmarks import Benchmark, Case, Reference, Run, chosen, read_rows
+from tests.benchmarks.results.runs import (
     Plan,
     Record,
     expected_s,
@@ -19,7 +20,6 @@ from tests.benchmarks.results.cells import (
     record_path,
     run_cell,
 )
-from tests.benchmarks.results.rows import Benchmark, Case, Reference, Run, chosen, read_rows
 from tests.benchmarks.results.table import put_in_place, row_text
 from tests.pipelines.tiny import attributes
 
@@ -136,18 +136,18 @@ def tiny(tmp_path, monkeypatch):
     path.write_text(yaml.safe_dump(file))
     row = ROW.model_copy(update={"experiment": str(path)})
     rows = [row.model_dump(mode="json")]
-    (tmp_path / "rows.yaml").write_text(yaml.safe_dump(rows))
-    monkeypatch.setattr("tests.benchmarks.results.rows.ROWS", tmp_path / "rows.yaml")
-    monkeypatch.setattr(read_rows, "__defaults__", (tmp_path / "rows.yaml",))
+    (tmp_path / "benchmarks.yaml").write_text(yaml.safe_dump(rows))
+    monkeypatch.setattr("tests.benchmarks.results.benchmarks.ROWS", tmp_path / "benchmarks.yaml")
+    monkeypatch.setattr(read_rows, "__defaults__", (tmp_path / "benchmarks.yaml",))
     return load_experiment(str(path))
 
 
 def test_a_cell_runs_once_and_the_table_is_written(tiny, tmp_path):
     out = tmp_path / "RESULTS.md"
-    arguments = ["results", "waves", "--case", "50%", "--seed", "0", "--out", str(out)]
+    arguments = ["waves", "--case", "50%", "--seed", "0", "--out", str(out)]
 
-    first = CliRunner().invoke(main, arguments)
-    again = CliRunner().invoke(main, arguments)
+    first = CliRunner().invoke(results, arguments)
+    again = CliRunner().invoke(results, arguments)
 
     assert first.exit_code == 0, first.output
     assert "1 cell to run" in first.output
@@ -188,9 +188,9 @@ def test_ctrl_c_leaves_the_job_and_says_how_to_see_and_to_end_it(tiny, tmp_path,
         folder.attempt_record(1).write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tests.benchmarks.results.cells.supervise", interrupted)
+    monkeypatch.setattr("tests.benchmarks.results.runs.supervise", interrupted)
 
-    found = CliRunner().invoke(main, ["results", "--out", str(tmp_path / "R.md")])
+    found = CliRunner().invoke(results, ["--out", str(tmp_path / "R.md")])
 
     assert found.exit_code == 130
     (key,) = (path.name for path in Storage.open().jobs.iterdir())
@@ -209,7 +209,7 @@ ROW_TEXT = """
 
 
 def test_mistakes_in_a_file_of_rows_are_sentences(tmp_path):
-    path = tmp_path / "rows.yaml"
+    path = tmp_path / "benchmarks.yaml"
     for text, said in (
         (ROW_TEXT, ("row waves: cases.0.chnages: not a setting; the closest one is cases.0.changes",
                     "row waves: seeds.0: must be a valid integer")),

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from roma_core.settings import validation_errors
 from roma_pipelines.experiment import Experiment, read_yaml
 
-ROWS = Path(__file__).parent / "rows.yaml"
+ROWS = Path(__file__).parent / "benchmarks.yaml"
 
 Training = Literal["pretraining", "finetuning"]
 Changes = dict[str, Any]
@@ -51,7 +51,7 @@ class Benchmark(_Document):
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     experiment: str = Field(
-        description="Name of an experiment, or the path of its file; a relative one from rows.yaml."
+        description="Name of an experiment, or the path of its file; a relative one from benchmarks.yaml."
     )
     protocol: str
     cases: tuple[Case, ...] = Field(min_length=1)

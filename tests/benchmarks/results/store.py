@@ -7,8 +7,8 @@ from pathlib import Path
 
 from roma_pipelines.experiment import load_experiment
 from roma_pipelines.storage import Storage
-from tests.benchmarks.results.cells import Plan, Record, Told, expected_s, read_record
-from tests.benchmarks.results.rows import Benchmark, Run
+from tests.benchmarks.results.benchmarks import Benchmark, Run
+from tests.benchmarks.results.runs import Plan, Record, Told, expected_s, read_record
 from tests.benchmarks.results.table import put_in_place, row_text
 
 

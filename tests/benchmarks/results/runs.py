@@ -30,7 +30,7 @@ from roma_pipelines.launching.supervisor import supervise
 from roma_pipelines.launching.targets import job_spec, launcher_for, roma_command
 from roma_pipelines.provenance import code_version
 from roma_pipelines.storage import Storage
-from tests.benchmarks.results.rows import Run, Training
+from tests.benchmarks.results.benchmarks import Run, Training
 
 
 class Record(BaseModel):
