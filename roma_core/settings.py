@@ -352,6 +352,7 @@ def validation_errors(error: ValidationError, model: type[BaseModel]) -> list[Pr
             message = str(cause)  # raised by a validator of this project, a whole sentence
         else:
             allowed = _PYDANTIC_SUBJECT.sub("must", detail["msg"], count=1)
+            allowed = re.sub(" or instance of \\w+$", "", allowed)  # no class of ours is in a file
             alternatives.setdefault((name, _shown(detail["input"])), {})[allowed] = None
             continue
         found[Problem(name, message)] = None

@@ -1,7 +1,7 @@
-"""Rows of the results: an experiment in some cases, beside the figures of others.
+"""Benchmarks of the results: an experiment in some cases, beside the figures of others.
 
 A case is the experiment with a few settings changed: another share left out, another pooling, no
-pretraining. Protocols, ablations and learning curves over labels are all rows of cases.
+pretraining. Protocols, ablations and learning curves over labels are all benchmarks of cases.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from roma_core.settings import validation_errors
 from roma_pipelines.experiment import Experiment, read_yaml
 
-ROWS = Path(__file__).parent / "benchmarks.yaml"
+BENCHMARKS = Path(__file__).parent / "benchmarks.yaml"
 
 Training = Literal["pretraining", "finetuning"]
 Changes = dict[str, Any]
@@ -43,7 +43,9 @@ class Case(_Document):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9%._+-]*$")
     changes: Changes = {}
-    trainings: tuple[Training, ...] | None = Field(None, description="None: those of the row.")
+    trainings: tuple[Training, ...] | None = Field(
+        None, description="None: those of the benchmark."
+    )
 
 
 class Benchmark(_Document):
@@ -62,33 +64,37 @@ class Benchmark(_Document):
         description="Finetuning alone starts from new weights; after pretraining alone its "
         "reconstructions are judged.",
     )
-    judged_on: Literal["test", "validation"] = Field(
+    evaluated_on: Literal["test", "validation"] = Field(
         "test", description="Settings are compared on validation, which needs no evaluation job."
     )
-    seen: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+    n_observed: tuple[Annotated[int, Field(gt=0)], ...] = Field(
         (), description="Reconstructions are judged once more with so many observations left."
     )
     metrics: tuple[str, ...] = ("accuracy", "macro_f1", "log_loss")
-    anchors: tuple[Reference, ...] = ()
+    references: tuple[Reference, ...] = ()
 
     @model_validator(mode="after")
-    def _anchors_name_cases(self) -> Benchmark:
+    def _references_name_cases(self) -> Benchmark:
         known = {case.name for case in self.cases}
-        for anchor in self.anchors:
-            for metric, figures in anchor.values.items():
+        for reference in self.references:
+            for metric, figures in reference.values.items():
                 if unknown := sorted(set(figures) - known):
                     raise ValueError(
-                        f"anchor {anchor.name!r} has a figure of {metric} for {unknown[0]!r}, which is "
+                        f"reference {reference.name!r} has a figure of {metric} for {unknown[0]!r}, which is "
                         f"none of the cases {', '.join(sorted(known))}"
                     )
-        if self.seen and (self.judged_on == "validation" or "finetuning" in self.trainings):
-            raise ValueError("seen: only reconstructions on the test split are judged with it")
+        if self.n_observed and (
+            self.evaluated_on == "validation" or "finetuning" in self.trainings
+        ):
+            raise ValueError(
+                "n_observed: only reconstructions on the test split are judged with it"
+            )
         return self
 
-    def cells(self) -> list[Run]:
-        """All cells; a seed after the other, so that every case has a figure early."""
+    def runs(self) -> list[Run]:
+        """All runs; a seed after the other, so that every case has a figure early."""
         return [
-            Run(row=self.name, case=case.name, seed=seed)
+            Run(benchmark=self.name, case=case.name, seed=seed)
             for seed in self.seeds
             for case in self.cases
         ]
@@ -112,13 +118,15 @@ class Benchmark(_Document):
             for section in sections:
                 inner = inner.setdefault(section, {})
                 if not isinstance(inner, dict):
-                    raise ValueError(f"row {self.name}, case {case.name}: {path}: no section there")
+                    raise ValueError(
+                        f"benchmark {self.name}, case {case.name}: {path}: no section there"
+                    )
             inner[name] = value
         try:
             return Experiment.model_validate(document)
         except ValidationError as error:
             wrong = "; ".join(str(one) for one in validation_errors(error, Experiment))
-            raise ValueError(f"row {self.name}, case {case.name}: {wrong}") from None
+            raise ValueError(f"benchmark {self.name}, case {case.name}: {wrong}") from None
 
 
 class Run(_Document):
@@ -127,68 +135,71 @@ class Run(_Document):
     ``seed`` chooses the initial weights, the order, the masks and the observations left out.
     """
 
-    row: str
+    benchmark: str
     case: str
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{self.row}/{self.case}/{self.seed}"
+        return f"{self.benchmark}/{self.case}/{self.seed}"
 
 
-def read_rows(path: Path = ROWS) -> dict[str, Benchmark]:
-    """All rows by name.
+def read_benchmarks(path: Path = BENCHMARKS) -> dict[str, Benchmark]:
+    """All benchmarks by name.
 
     Raises:
-        ValueError: the file cannot be used; a sentence for each mistake names file, row and key, what
+        ValueError: the file cannot be used; a sentence for each mistake names file, benchmark and key, what
             is allowed and what came.
     """
     entries = read_yaml(path)
     if not isinstance(entries, list):
-        raise ValueError(f"{path}: expected a list of rows, got {type(entries).__name__}")
-    rows = [_row(path, number, entry) for number, entry in enumerate(entries, 1)]
-    return {row.name: _with_file_beside(path, row) for row in rows}
+        raise ValueError(f"{path}: expected a list of benchmarks, got {type(entries).__name__}")
+    benchmarks = [_row(path, number, entry) for number, entry in enumerate(entries, 1)]
+    return {benchmark.name: _with_file_beside(path, benchmark) for benchmark in benchmarks}
 
 
 def _row(path: Path, number: int, entry: Any) -> Benchmark:
     if not isinstance(entry, dict):
-        raise ValueError(f"{path}: row {number}: expected a mapping of settings, got {entry!r}")
+        raise ValueError(
+            f"{path}: benchmark {number}: expected a mapping of settings, got {entry!r}"
+        )
     try:
         return Benchmark.model_validate(entry)
     except ValidationError as error:
-        where = f"{path}: row {entry.get('name', number)}"
+        where = f"{path}: benchmark {entry.get('name', number)}"
         raise ValueError(
             "\n".join(f"{where}: {one}" for one in validation_errors(error, Benchmark))
         ) from None
 
 
-def _with_file_beside(path: Path, row: Benchmark) -> Benchmark:
-    if not row.experiment.endswith((".yaml", ".yml")):
-        return row
-    return row.model_copy(update={"experiment": str(path.parent / row.experiment)})
+def _with_file_beside(path: Path, benchmark: Benchmark) -> Benchmark:
+    if not benchmark.experiment.endswith((".yaml", ".yml")):
+        return benchmark
+    return benchmark.model_copy(update={"experiment": str(path.parent / benchmark.experiment)})
 
 
 def chosen(
-    rows: dict[str, Benchmark], names: Sequence[str], cases: Sequence[str], seeds: Sequence[int]
+    benchmarks: dict[str, Benchmark],
+    names: Sequence[str],
+    cases: Sequence[str],
+    seeds: Sequence[int],
 ) -> list[Run]:
-    """The cells of some rows, cases and seeds; empty means all.
+    """The runs of some benchmarks, cases and seeds; empty means all.
 
     Raises:
-        ValueError: there is no such row, or none of the rows has such a case or seed.
+        ValueError: there is no such benchmark, or none of the benchmarks has such a case or seed.
     """
-    if unknown := [name for name in names if name not in rows]:
-        raise ValueError(f"there is no row {unknown[0]!r}; there are {', '.join(rows)}")
-    cells = [cell for name in names or rows for cell in rows[name].cells()]
-    _all_known("case", cases, [cell.case for cell in cells])
-    _all_known("seed", seeds, [cell.seed for cell in cells])
+    if unknown := [name for name in names if name not in benchmarks]:
+        raise ValueError(f"there is no benchmark {unknown[0]!r}; there are {', '.join(benchmarks)}")
+    runs = [run for name in names or benchmarks for run in benchmarks[name].runs()]
+    _all_known("case", cases, [run.case for run in runs])
+    _all_known("seed", seeds, [run.seed for run in runs])
     return [
-        cell
-        for cell in cells
-        if (not cases or cell.case in cases) and (not seeds or cell.seed in seeds)
+        run for run in runs if (not cases or run.case in cases) and (not seeds or run.seed in seeds)
     ]
 
 
 def _all_known(what: str, wanted: Sequence[str | int], known: Sequence[str | int]) -> None:
     if unknown := [value for value in wanted if value not in known]:
         there = ", ".join(map(str, dict.fromkeys(known)))
-        raise ValueError(f"these rows have no {what} {unknown[0]!r}; they have {there}")
+        raise ValueError(f"these benchmarks have no {what} {unknown[0]!r}; they have {there}")

@@ -1,8 +1,8 @@
-"""One cell of the results: data set → pretraining → finetuning → evaluation → a record.
+"""One run of the results: data set → pretraining → finetuning → evaluation → a record.
 
-The jobs go through the launching layer, so a cell that was interrupted goes on where it was, on this
+The jobs go through the launching layer, so a run that was interrupted goes on where it was, on this
 computer or on a cluster. Nothing of it enters the registry. A job's key is a hash of its configuration:
-what is done already under the same settings is found again, by this cell or by another one.
+what is done already under the same settings is found again, by this run or by another one.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from tests.benchmarks.results.benchmarks import Run, Training
 
 
 class Record(BaseModel):
-    """What a cell came to; ``results/<row>/<case>/<seed>.json`` under the storage root."""
+    """What a run came to; ``results/<benchmark>/<case>/<seed>.json`` under the storage root."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[2] = 2
-    cell: Run
-    metrics: dict[str, float] = Field(description="On the split that the row is judged on.")
+    run: Run
+    metrics: dict[str, float] = Field(description="On the split that the benchmark is judged on.")
     n_series: int = Field(description="Of that split.")
     seconds: dict[str, float] = Field(description="Training time by job.")
     device: str
     dataset_digest: str
-    settings_digest: str = Field(description="Of everything that decides the cell.")
+    settings_digest: str = Field(description="Of everything that decides the run.")
     code: str
     finished_at: float
 
 
-class JobGoesOn(KeyboardInterrupt):
+class StillRunning(KeyboardInterrupt):
     """Somebody stopped watching a job, which runs on without them."""
 
     def __init__(self, key: str, what: str) -> None:
@@ -58,26 +58,26 @@ class JobGoesOn(KeyboardInterrupt):
         self.key, self.what = key, what
 
 
-Told = Callable[[str], None]
+Log = Callable[[str], None]
 _CODE = "code.json"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A cell with everything that decides it.
+    """A run with everything that decides it.
 
     Attributes:
         experiment: with the case's changes.
         trainings: which of the two are done.
-        judged_on: ``test`` or ``validation``.
-        seen: how many observations are left where reconstructions are judged, besides the model's own.
+        evaluated_on: ``test`` or ``validation``.
+        n_observed: how many observations are left where reconstructions are judged, besides the model's own.
     """
 
-    cell: Run
+    run: Run
     experiment: Experiment
     trainings: tuple[Training, ...]
-    judged_on: Literal["test", "validation"]
-    seen: tuple[int, ...] = ()
+    evaluated_on: Literal["test", "validation"]
+    n_observed: tuple[int, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -87,49 +87,49 @@ class Plan:
         )
         if "pretraining" not in self.trainings:  # its model is the shape all the same
             decide["pretraining"] = {"model": decide["pretraining"]["model"]}
-        decides = [decide, self.trainings, self.judged_on, self.cell.seed, *self.seen]
+        decides = [decide, self.trainings, self.evaluated_on, self.run.seed, *self.n_observed]
         return digest_of(decides)[:16]
 
     def trainer(self, training: Training) -> TrainerConfig:
         stage: Stage = getattr(self.experiment, training)
-        return TrainerConfig.from_values({**stage.trainer, "random_seed": self.cell.seed})
+        return TrainerConfig.from_values({**stage.trainer, "random_seed": self.run.seed})
 
-    def built(self, storage: Storage, told: Told) -> Path:
-        """The data set, built or found; ``told`` that this begins, since it may take minutes.
+    def built(self, storage: Storage, log: Log) -> Path:
+        """The data set, built or found; ``log`` that this begins, since it may take minutes.
 
         Raises:
             DataError: that fails.
         """
-        told(f"data of {self.cell.name}: found, or built now …")
+        log(f"data of {self.run.name}: found, or built now …")
         config = self.experiment.dataset
         if config.drop_rate:
-            config = config.model_copy(update={"drop_seed": self.cell.seed})
+            config = config.model_copy(update={"drop_seed": self.run.seed})
         return build_dataset(config, storage.datasets, storage.cache, progress=False)
 
 
-def record_path(storage: Storage, cell: Run) -> Path:
-    return storage.root / "results" / cell.row / cell.case / f"{cell.seed}.json"
+def record_path(storage: Storage, run: Run) -> Path:
+    return storage.root / "results" / run.benchmark / run.case / f"{run.seed}.json"
 
 
-def read_record(storage: Storage, cell: Run) -> Record | None:
-    """What was found for this cell, under whatever settings; None if it was never run."""
-    path = record_path(storage, cell)
+def read_record(storage: Storage, run: Run) -> Record | None:
+    """What was found for this run, under whatever settings; None if it was never run."""
+    path = record_path(storage, run)
     return Record.model_validate(read_json(path)) if path.exists() else None
 
 
-def expected_s(plan: Plan, storage: Storage, told: Told) -> float:
-    """About how long a cell's trainings take: as another seed did, else by model and amount of data.
+def expected_s(plan: Plan, storage: Storage, log: Log) -> float:
+    """About how long a run's trainings take: as another seed did, else by model and amount of data.
 
     The data set is built for it if need be.
 
     Raises:
         DataError: that fails.
     """
-    for path in sorted(record_path(storage, plan.cell).parent.glob("*.json")):
+    for path in sorted(record_path(storage, plan.run).parent.glob("*.json")):
         record = Record.model_validate(read_json(path))
-        if replace(plan, cell=record.cell).digest == record.settings_digest:
+        if replace(plan, run=record.run).digest == record.settings_digest:
             return sum(record.seconds.values())
-    manifest = read_manifest(plan.built(storage, told))
+    manifest = read_manifest(plan.built(storage, log))
     counts, schema = manifest.counts["train"], manifest.data_schema
     amount = Amount(
         counts.n_series, counts.n_observations, len(schema.channels), n_axes=len(schema.axes)
@@ -146,36 +146,36 @@ def expected_s(plan: Plan, storage: Storage, told: Told) -> float:
     )
 
 
-def run_cell(plan: Plan, resources: Resources, storage: Storage, told: Told) -> Record:
-    """Run what is missing of a cell and write its record.
+def execute(plan: Plan, resources: Resources, storage: Storage, log: Log) -> Record:
+    """Run what is missing of a run and write its record.
 
     Raises:
         JobFailed: a job failed; the text has the end of its log.
         Refused: the target will not run one.
         DataError: the data set cannot be built.
-        JobGoesOn: it was interrupted while a job of it ran.
+        StillRunning: it was interrupted while a job of it ran.
     """
-    data = plan.built(storage, told)
+    data = plan.built(storage, log)
     manifest = read_manifest(data)
-    jobs = _Jobs(plan.cell, resources, storage, told)
+    jobs = _Jobs(plan.run, resources, storage, log)
     trained: dict[Training, _Done] = {}
     if "pretraining" in plan.trainings:
         config = _pretraining(plan, data, manifest)
-        trained["pretraining"] = jobs.run("pretrain", config, "torchrun")
+        trained["pretraining"] = jobs.complete("pretrain", config, "torchrun")
     if "finetuning" in plan.trainings:
         pretrained = trained.get("pretraining")
         weights = None if pretrained is None else pretrained.output("model")
         config = _finetuning(plan, data, manifest, weights)
-        trained["finetuning"] = jobs.run("finetune", config, "torchrun")
+        trained["finetuning"] = jobs.complete("finetune", config, "torchrun")
     last = trained[plan.trainings[-1]]
-    if plan.judged_on == "validation":
+    if plan.evaluated_on == "validation":
         metrics = _of_the_last_evaluation(last.result)
     else:
-        metrics = _judged(jobs, plan, data, manifest, trained)
+        metrics = _evaluated(jobs, plan, data, manifest, trained)
     record = Record(
-        cell=plan.cell,
+        run=plan.run,
         metrics=metrics,
-        n_series=manifest.counts[plan.judged_on].n_series,
+        n_series=manifest.counts[plan.evaluated_on].n_series,
         seconds={
             name: float(done.result.facts.get("training_s", 0)) for name, done in trained.items()
         },
@@ -185,7 +185,7 @@ def run_cell(plan: Plan, resources: Resources, storage: Storage, told: Told) -> 
         code=last.code,
         finished_at=time.time(),
     )
-    path = record_path(storage, plan.cell)
+    path = record_path(storage, plan.run)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, record.model_dump(mode="json"))
     return record
@@ -227,7 +227,7 @@ def _of_the_last_evaluation(result: Result) -> dict[str, float]:
     return found | ({"log_loss": found["loss"]} if "accuracy" in found else {})
 
 
-def _judged(
+def _evaluated(
     jobs: _Jobs, plan: Plan, data: Path, manifest: Manifest, trained: dict[Training, _Done]
 ) -> dict[str, float]:
     """Metrics on the test split."""
@@ -240,12 +240,12 @@ def _judged(
     }
     config: BaseModel
     if classifier is None:
-        config = ReconstructionJobConfig.model_validate({**about, "seen": plan.seen})
+        config = ReconstructionJobConfig.model_validate({**about, "n_observed": plan.n_observed})
     else:
         config = EvaluationJobConfig.model_validate(
             {**about, "classifier": str(classifier.output("model"))}
         )
-    metrics = read_json(jobs.run("evaluate", config, "plain").output("metrics"))
+    metrics = read_json(jobs.complete("evaluate", config, "plain").output("metrics"))
     return {k: v["value"] for k, v in metrics.items() if isinstance(v, dict) and "value" in v}
 
 
@@ -266,14 +266,14 @@ class _Done:
 
 @dataclass(frozen=True)
 class _Jobs:
-    """Runs the jobs of a cell, or finds them done."""
+    """Runs the jobs of a run, or finds them done."""
 
-    cell: Run
+    run: Run
     resources: Resources
     storage: Storage
-    told: Told
+    log: Log
 
-    def run(self, command: str, config: BaseModel, starter: Literal["torchrun", "plain"]) -> _Done:
+    def complete(self, command: str, config: BaseModel, starter: Literal["torchrun", "plain"]) -> _Done:
         document = config.model_dump(mode="json")
         key = job_key(f"results/{command}", digest_of(document))
         folder = JobFolder(self.storage.jobs / key)
@@ -283,8 +283,8 @@ class _Jobs:
         if not (folder.path / _CODE).exists():
             folder.path.mkdir(parents=True, exist_ok=True)
             write_json(folder.path / _CODE, {"code": code_version()})
-        what = f"{self.cell.name} {command}"
-        self.told(f"{what}: job {key}")
+        what = f"{self.run.name} {command}"
+        self.log(f"{what}: job {key}")
         try:
             outcome = supervise(
                 launcher_for(self.resources.target, self.resources.profile, self.storage),
@@ -292,12 +292,12 @@ class _Jobs:
                 spec,
                 document,
                 watcher={"asset_key": f"results/{what}"},
-                on_poll=_Progress(folder, what, self.told),
+                on_poll=_Progress(folder, what, self.log),
                 max_attempts=self.resources.max_attempts,
             )
         except KeyboardInterrupt:
             if folder.attempt_numbers():
-                raise JobGoesOn(key, what) from None
+                raise StillRunning(key, what) from None
             raise
         assert outcome.result is not None, "a completed job has a result"
         return _Done(folder, outcome.result)
@@ -306,8 +306,8 @@ class _Jobs:
 class _Progress:
     """Says every half minute how far a training is."""
 
-    def __init__(self, folder: JobFolder, what: str, told: Told) -> None:
-        self.folder, self.what, self.told = folder, what, told
+    def __init__(self, folder: JobFolder, what: str, log: Log) -> None:
+        self.folder, self.what, self.log = folder, what, log
         self._said_at = time.monotonic()
 
     def __call__(self, state: JobState) -> None:
@@ -316,7 +316,7 @@ class _Progress:
         self._said_at = time.monotonic()
         last = _last_record(self.folder.metrics)
         where = f"step {last['step']}" if last else str(state)
-        self.told(f"{self.what}: {where}")
+        self.log(f"{self.what}: {where}")
 
 
 def _last_record(path: Path) -> dict[str, Any] | None:

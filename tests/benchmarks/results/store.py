@@ -1,4 +1,4 @@
-"""The chosen rows, their experiments, and what is known of their cells so far."""
+"""The chosen benchmarks, their experiments, and what is known of their runs so far."""
 
 from __future__ import annotations
 
@@ -8,77 +8,77 @@ from pathlib import Path
 from roma_pipelines.experiment import load_experiment
 from roma_pipelines.storage import Storage
 from tests.benchmarks.results.benchmarks import Benchmark, Run
-from tests.benchmarks.results.runs import Plan, Record, Told, expected_s, read_record
-from tests.benchmarks.results.table import put_in_place, row_text
+from tests.benchmarks.results.runs import Log, Plan, Record, expected_s, read_record
+from tests.benchmarks.results.table import put_in_place, section_text
 
 
 class ResultsStore:
     """Reads records as they are on disk at the moment of asking.
 
     Raises:
-        ValueError: an experiment of a row does not exist, or it or a case of it is wrong.
+        ValueError: an experiment of a benchmark does not exist, or it or a case of it is wrong.
     """
 
-    def __init__(self, storage: Storage, rows: Mapping[str, Benchmark]) -> None:
-        self.storage, self.rows = storage, rows
+    def __init__(self, storage: Storage, benchmarks: Mapping[str, Benchmark]) -> None:
+        self.storage, self.benchmarks = storage, benchmarks
         self._plans: dict[Run, Plan] = {}
         self._seconds: dict[tuple[str, str], float] = {}
-        for name, row in rows.items():
-            experiment = load_experiment(row.experiment)
+        for name, benchmark in benchmarks.items():
+            experiment = load_experiment(benchmark.experiment)
             if experiment.pretrained_from is not None:
                 raise ValueError(
-                    f"row {name}: {experiment.name} finetunes the encoder of "
-                    f"{experiment.pretrained_from}; a row needs an experiment that pretrains its own"
+                    f"benchmark {name}: {experiment.name} finetunes the encoder of "
+                    f"{experiment.pretrained_from}; a benchmark needs an experiment that pretrains its own"
                 )
-            changed = {case.name: row.changed(experiment, case) for case in row.cases}
-            for cell in row.cells():
-                trainings = row.trainings_of(row.case(cell.case))
-                self._plans[cell] = Plan(
-                    cell, changed[cell.case], trainings, row.judged_on, row.seen
+            changed = {case.name: benchmark.changed(experiment, case) for case in benchmark.cases}
+            for run in benchmark.runs():
+                trainings = benchmark.trainings_of(benchmark.case(run.case))
+                self._plans[run] = Plan(
+                    run, changed[run.case], trainings, benchmark.evaluated_on, benchmark.n_observed
                 )
 
-    def plan(self, cell: Run) -> Plan:
-        """Everything that decides the cell."""
-        return self._plans[cell]
+    def plan(self, run: Run) -> Plan:
+        """Everything that decides the run."""
+        return self._plans[run]
 
-    def is_missing(self, cell: Run, again: bool) -> bool:
-        """Whether the cell is to be run; with ``again`` also because its settings have changed."""
-        return read_record(self.storage, cell) is None or (again and self.is_outdated(cell))
+    def is_missing(self, run: Run, rerun_stale: bool) -> bool:
+        """Whether the run is to be run; with ``rerun_stale`` also because its settings have changed."""
+        return read_record(self.storage, run) is None or (rerun_stale and self.is_outdated(run))
 
-    def is_outdated(self, cell: Run) -> bool:
+    def is_outdated(self, run: Run) -> bool:
         """Whether its record was made with other settings than the experiment has now."""
-        record = read_record(self.storage, cell)
-        return record is not None and record.settings_digest != self._plans[cell].digest
+        record = read_record(self.storage, run)
+        return record is not None and record.settings_digest != self._plans[run].digest
 
-    def expected_s(self, cell: Run, told: Told) -> float:
-        """About how long the cell takes, seconds; as long as another seed of its case.
+    def expected_s(self, run: Run, log: Log) -> float:
+        """About how long the run takes, seconds; as long as another seed of its case.
 
         Builds a data set if nothing else is known of the case.
         """
-        of_case = cell.row, cell.case
+        of_case = run.benchmark, run.case
         if of_case not in self._seconds:
-            self._seconds[of_case] = expected_s(self._plans[cell], self.storage, told)
+            self._seconds[of_case] = expected_s(self._plans[run], self.storage, log)
         return self._seconds[of_case]
 
-    def state(self, cell: Run) -> str:
-        """The cell in one line."""
-        record = read_record(self.storage, cell)
+    def state(self, run: Run) -> str:
+        """The run in one line."""
+        record = read_record(self.storage, run)
         if record is None:
-            return f"{cell.name}: not run"
+            return f"{run.name}: not run"
         shown = [
             f"{metric.replace('_', ' ')} {record.metrics[metric]:.4g}"
-            for metric in self.rows[cell.row].metrics
+            for metric in self.benchmarks[run.benchmark].metrics
             if metric in record.metrics
         ]
-        earlier = " (made with earlier settings)" if self.is_outdated(cell) else ""
-        return f"{cell.name}: {', '.join(shown)}{earlier}"
+        earlier = " (made with earlier settings)" if self.is_outdated(run) else ""
+        return f"{run.name}: {', '.join(shown)}{earlier}"
 
     def write(self, name: str, path: Path) -> None:
-        """Put the row's table in its place in the file."""
-        row = self.rows[name]
+        """Put the benchmark's table in its place in the file."""
+        benchmark = self.benchmarks[name]
         records: dict[Run, Record] = {}
-        for cell in row.cells():
-            if (record := read_record(self.storage, cell)) is not None:
-                records[cell] = record
-        outdated = frozenset(cell for cell in records if self.is_outdated(cell))
-        put_in_place(path, name, row_text(row, records, outdated))
+        for run in benchmark.runs():
+            if (record := read_record(self.storage, run)) is not None:
+                records[run] = record
+        outdated = frozenset(run for run in records if self.is_outdated(run))
+        put_in_place(path, name, section_text(benchmark, records, outdated))

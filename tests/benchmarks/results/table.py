@@ -1,4 +1,4 @@
-"""Records of cells → the rows' tables, in their place in a Markdown file."""
+"""Records of runs → the benchmarks' tables, in their place in a Markdown file."""
 
 from __future__ import annotations
 
@@ -16,50 +16,61 @@ from tests.benchmarks.results.runs import Record
 _LOWER_IS_BETTER = re.compile(r"(^|_)(n?r?mse|mae|loss|calibration_error)(_|$)")
 
 
-def row_text(row: Benchmark, records: Mapping[Run, Record], outdated: frozenset[Run]) -> str:
-    """A row's section: protocol, command, a table, and what stands behind it.
+def section_text(
+    benchmark: Benchmark, records: Mapping[Run, Record], outdated: frozenset[Run]
+) -> str:
+    """A benchmark's section: protocol, command, a table, and what stands behind it.
 
     Args:
-        outdated: cells whose record was made with settings that are no longer the experiment's.
+        outdated: runs whose record was made with settings that are no longer the experiment's.
     """
-    have = {cell: records[cell] for cell in row.cells() if cell in records}
+    have = {run: records[run] for run in benchmark.runs() if run in records}
     lines = [
-        f"### {row.name}",
+        f"### {benchmark.name}",
         "",
-        row.protocol,
+        benchmark.protocol,
         "",
-        f"    python -m tests.benchmarks.results {row.name}",
+        f"    python -m tests.benchmarks.results {benchmark.name}",
         "",
     ]
-    lines += _table(row, have)
+    lines += _table(benchmark, have)
     lines.append("")
-    lines += [_anchor(anchor) for anchor in row.anchors]
-    lines += _made(row, have)
-    if stale := sorted(cell.name for cell in have if cell in outdated):
+    lines += [_reference(reference) for reference in benchmark.references]
+    lines += _made(benchmark, have)
+    if stale := sorted(run.name for run in have if run in outdated):
         lines.append(f"- Made with earlier settings of the experiment: {', '.join(stale)}.")
     return "\n".join(lines) + "\n"
 
 
-def _table(row: Benchmark, have: Mapping[Run, Record]) -> list[str]:
-    head = ["case", "metric", "here", *(anchor.name for anchor in row.anchors), "ahead of all"]
+def _table(benchmark: Benchmark, have: Mapping[Run, Record]) -> list[str]:
+    head = [
+        "case",
+        "metric",
+        "here",
+        *(reference.name for reference in benchmark.references),
+        "ahead of all",
+    ]
     lines = [" | ".join(["", *head, ""]).strip(), "|" + " --- |" * len(head)]
-    for case in row.cases:
-        for metric in row.metrics:
+    for case in benchmark.cases:
+        for metric in benchmark.metrics:
             found = [
                 record.metrics[metric]
-                for cell, record in have.items()
-                if cell.case == case.name and metric in record.metrics
+                for run, record in have.items()
+                if run.case == case.name and metric in record.metrics
             ]
-            others = [anchor.values.get(metric, {}).get(case.name) for anchor in row.anchors]
-            cells = [case.name, metric.replace("_", " "), _ours(found, len(row.seeds))]
-            cells += ["–" if other is None else f"{other:g}" for other in others]
+            others = [
+                reference.values.get(metric, {}).get(case.name)
+                for reference in benchmark.references
+            ]
+            runs = [case.name, metric.replace("_", " "), _ours(found, len(benchmark.seeds))]
+            runs += ["–" if other is None else f"{other:g}" for other in others]
             rivals = [
                 other
-                for anchor, other in zip(row.anchors, others, strict=True)
-                if other is not None and not anchor.is_bound
+                for reference, other in zip(benchmark.references, others, strict=True)
+                if other is not None and not reference.is_bound
             ]
-            cells.append(_ahead(found, rivals, metric))
-            lines.append("| " + " | ".join(cells) + " |")
+            runs.append(_ahead(found, rivals, metric))
+            lines.append("| " + " | ".join(runs) + " |")
     return lines
 
 
@@ -87,12 +98,12 @@ def _ahead(found: Sequence[float], others: Sequence[float], metric: str) -> str:
     return f"{'yes' if margin > 0 else 'no'}, {'+' if margin >= 0 else '-'}{_figure(abs(margin))}"
 
 
-def _anchor(anchor: Reference) -> str:
-    like = "like for like" if anchor.like_for_like else "not like for like"
-    return f"- {anchor.name}: {anchor.source}; {like}."
+def _reference(reference: Reference) -> str:
+    like = "like for like" if reference.like_for_like else "not like for like"
+    return f"- {reference.name}: {reference.source}; {like}."
 
 
-def _made(row: Benchmark, have: Mapping[Run, Record]) -> list[str]:
+def _made(benchmark: Benchmark, have: Mapping[Run, Record]) -> list[str]:
     if not have:
         return ["- Not run yet."]
     records = list(have.values())
@@ -100,9 +111,9 @@ def _made(row: Benchmark, have: Mapping[Run, Record]) -> list[str]:
     codes = sorted({_short(record.code) for record in records})
     seconds = [sum(record.seconds.values()) for record in records]
     return [
-        f"- {len(have)} of {len(row.cells())} cells, on {', '.join(days)}, code {', '.join(codes)}, "
+        f"- {len(have)} of {len(benchmark.runs())} runs, on {', '.join(days)}, code {', '.join(codes)}, "
         f"device {', '.join(sorted({record.device for record in records}))}; "
-        f"{statistics.mean(seconds):.0f} s of training a cell; {records[0].n_series} {row.judged_on} series."
+        f"{statistics.mean(seconds):.0f} s of training a run; {records[0].n_series} {benchmark.evaluated_on} series."
     ]
 
 
@@ -116,8 +127,8 @@ def _day(seconds: float) -> str:
 
 
 def put_in_place(path: Path, name: str, text: str) -> None:
-    """Replace a row's section of the file, or append it; the rest stays as it is."""
-    begin, end = f"<!-- row {name} -->\n", f"<!-- end of row {name} -->\n"
+    """Replace a benchmark's section of the file, or append it; the rest stays as it is."""
+    begin, end = f"<!-- benchmark {name} -->\n", f"<!-- end of benchmark {name} -->\n"
     before = path.read_text(encoding="utf-8") if path.exists() else "# Benchmark results\n"
     block = begin + text + end
     if begin in before and end in before:

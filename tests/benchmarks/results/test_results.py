@@ -1,4 +1,4 @@
-"""Rows of the results: cells run once, go on after an interruption, and stand in a table."""
+"""Benchmarks of the results: runs run once, go on after an interruption, and stand in a table."""
 
 from pathlib import Path
 
@@ -11,26 +11,33 @@ from roma_pipelines.experiment import load_experiment
 from roma_pipelines.launching.spec import JobFailed
 from roma_pipelines.storage import Storage
 from tests.benchmarks.results.__main__ import results
-from tests.benchmarks.results.benchmarks import Benchmark, Case, Reference, Run, chosen, read_rows
+from tests.benchmarks.results.benchmarks import (
+    Benchmark,
+    Case,
+    Reference,
+    Run,
+    chosen,
+    read_benchmarks,
+)
 from tests.benchmarks.results.runs import (
     Plan,
     Record,
+    execute,
     expected_s,
     read_record,
     record_path,
-    run_cell,
 )
-from tests.benchmarks.results.table import put_in_place, row_text
+from tests.benchmarks.results.table import put_in_place, section_text
 from tests.pipelines.tiny import attributes
 
-ROW = Benchmark(
+BENCHMARK = Benchmark(
     name="waves",
     experiment="waves",
     protocol="Waves.",
     cases=(Case(name="0%"), Case(name="50%", changes={"dataset.drop_rate": 0.5})),
     seeds=(0, 1),
     metrics=("accuracy", "log_loss"),
-    anchors=(
+    references=(
         Reference(
             name="guess",
             source="invented",
@@ -50,7 +57,7 @@ ROW = Benchmark(
 
 def record(case, seed, accuracy, log_loss=0.4):
     return Record(
-        cell=Run(row="waves", case=case, seed=seed),
+        run=Run(benchmark="waves", case=case, seed=seed),
         metrics={"accuracy": accuracy, "log_loss": log_loss},
         n_series=24,
         seconds={"pretraining": 1.0, "finetuning": 2.0},
@@ -63,29 +70,29 @@ def record(case, seed, accuracy, log_loss=0.4):
 
 
 def test_the_shipped_rows_name_experiments_that_exist():
-    rows = read_rows()
+    benchmarks = read_benchmarks()
 
-    for row in rows.values():
-        experiment = load_experiment(row.experiment)
-        for case in row.cases:
-            assert row.changed(experiment, case).name == experiment.name
+    for benchmark in benchmarks.values():
+        experiment = load_experiment(benchmark.experiment)
+        for case in benchmark.cases:
+            assert benchmark.changed(experiment, case).name == experiment.name
 
 
 def test_cells_are_chosen_by_row_case_and_seed():
-    rows = {"waves": ROW}
+    benchmarks = {"waves": BENCHMARK}
 
-    assert len(chosen(rows, [], [], [])) == 4
-    assert [cell.name for cell in chosen(rows, ["waves"], ["50%"], [1])] == ["waves/50%/1"]
-    with pytest.raises(ValueError, match="no row 'wave'"):
-        chosen(rows, ["wave"], [], [])
+    assert len(chosen(benchmarks, [], [], [])) == 4
+    assert [run.name for run in chosen(benchmarks, ["waves"], ["50%"], [1])] == ["waves/50%/1"]
+    with pytest.raises(ValueError, match="no benchmark 'wave'"):
+        chosen(benchmarks, ["wave"], [], [])
     with pytest.raises(ValueError, match="no case '5%'; they have 0%, 50%"):
-        chosen(rows, ["waves"], ["5%"], [])
+        chosen(benchmarks, ["waves"], ["5%"], [])
 
 
 def test_the_table_says_what_was_run_what_is_ahead_and_what_was_not_run():
-    records = {r.cell: r for r in (record("0%", 0, 0.9, 0.6), record("0%", 1, 0.8, 0.6))}
+    records = {r.run: r for r in (record("0%", 0, 0.9, 0.6), record("0%", 1, 0.8, 0.6))}
 
-    text = row_text(ROW, records, frozenset({Run(row="waves", case="0%", seed=1)}))
+    text = section_text(BENCHMARK, records, frozenset({Run(benchmark="waves", case="0%", seed=1)}))
 
     assert "| 0% | accuracy | 0.850 ± 0.071 | 0.8 | 0.99 | yes, +0.050 |" in text
     assert "| 0% | log loss | 0.600 ± 0.000 | 0.5 | – | no, -0.100 |" in text
@@ -99,19 +106,21 @@ def test_the_table_says_what_was_run_what_is_ahead_and_what_was_not_run():
     [("mse_24_hz", "yes"), ("clean_rmse", "yes"), ("mse_seen_3", "yes"), ("macro_f1", "no")],
 )
 def test_a_smaller_error_and_a_larger_score_are_ahead(metric, ahead):
-    row = Benchmark(
+    benchmark = Benchmark(
         name="r",
         experiment="e",
         protocol="",
         cases=(Case(name="c"),),
         seeds=(0,),
         metrics=(metric,),
-        anchors=(Reference(name="a", source="", like_for_like=True, values={metric: {"c": 0.2}}),),
+        references=(
+            Reference(name="a", source="", like_for_like=True, values={metric: {"c": 0.2}}),
+        ),
     )
-    cell = Run(row="r", case="c", seed=0)
-    found = record("0%", 0, 0).model_copy(update={"cell": cell, "metrics": {metric: 0.1}})
+    run = Run(benchmark="r", case="c", seed=0)
+    found = record("0%", 0, 0).model_copy(update={"run": run, "metrics": {metric: 0.1}})
 
-    assert f"| 0.100 | 0.2 | {ahead}, " in row_text(row, {cell: found}, frozenset())
+    assert f"| 0.100 | 0.2 | {ahead}, " in section_text(benchmark, {run: found}, frozenset())
 
 
 def test_a_section_is_replaced_and_the_rest_left_alone(tmp_path):
@@ -134,11 +143,13 @@ def tiny(tmp_path, monkeypatch):
     file = {"type": "roma_pipelines.components.RomaExperiment", "attributes": attributes(tmp_path)}
     path = tmp_path / "waves.yaml"
     path.write_text(yaml.safe_dump(file))
-    row = ROW.model_copy(update={"experiment": str(path)})
-    rows = [row.model_dump(mode="json")]
-    (tmp_path / "benchmarks.yaml").write_text(yaml.safe_dump(rows))
-    monkeypatch.setattr("tests.benchmarks.results.benchmarks.ROWS", tmp_path / "benchmarks.yaml")
-    monkeypatch.setattr(read_rows, "__defaults__", (tmp_path / "benchmarks.yaml",))
+    benchmark = BENCHMARK.model_copy(update={"experiment": str(path)})
+    benchmarks = [benchmark.model_dump(mode="json")]
+    (tmp_path / "benchmarks.yaml").write_text(yaml.safe_dump(benchmarks))
+    monkeypatch.setattr(
+        "tests.benchmarks.results.benchmarks.BENCHMARKS", tmp_path / "benchmarks.yaml"
+    )
+    monkeypatch.setattr(read_benchmarks, "__defaults__", (tmp_path / "benchmarks.yaml",))
     return load_experiment(str(path))
 
 
@@ -150,34 +161,34 @@ def test_a_cell_runs_once_and_the_table_is_written(tiny, tmp_path):
     again = CliRunner().invoke(results, arguments)
 
     assert first.exit_code == 0, first.output
-    assert "1 cell to run" in first.output
-    before_the_cost, _, _ = first.output.partition("1 cell to run")
+    assert "1 run to run" in first.output
+    before_the_cost, _, _ = first.output.partition("1 run to run")
     assert "data of waves/50%/0: found, or built now …" in before_the_cost
     assert "finetune: job" in first.output
     assert again.exit_code == 0, again.output
     assert "job" not in again.output
-    found = read_record(Storage.open(), Run(row="waves", case="50%", seed=0))
+    found = read_record(Storage.open(), Run(benchmark="waves", case="50%", seed=0))
     assert found is not None
     assert 0 <= found.metrics["accuracy"] <= 1
     assert f"{found.metrics['accuracy']:.3f} (1 of 2 seeds)" in out.read_text()
 
 
 def test_the_expected_time_grows_with_the_model_and_other_settings_say_nothing(tiny):
-    cell, storage = Run(row="waves", case="0%", seed=0), Storage.open()
+    run, storage = Run(benchmark="waves", case="0%", seed=0), Storage.open()
     stack = "pretraining.model.encoder_config"
     wide = {f"{stack}.d_model": 512, f"{stack}.nhead": 4, f"{stack}.depth": 8}
 
     def expected(changes):
         case = Case(name="0%", changes=changes)
-        return expected_s(plan(ROW.changed(tiny, case), cell), storage, lambda line: None)
+        return expected_s(plan(BENCHMARK.changed(tiny, case), run), storage, lambda line: None)
 
     narrow = expected({})
     made = record("0%", 0, 0.9)
-    path = record_path(storage, cell)
+    path = record_path(storage, run)
     path.parent.mkdir(parents=True)
     path.write_text(made.model_dump_json())
     assert expected(wide) > 20 * narrow, "a record with other settings is no guide"
-    same = made.model_copy(update={"settings_digest": plan(tiny, cell).digest})
+    same = made.model_copy(update={"settings_digest": plan(tiny, run).digest})
     path.write_text(same.model_dump_json())
     assert expected({}) == 3
 
@@ -211,15 +222,15 @@ ROW_TEXT = """
 def test_mistakes_in_a_file_of_rows_are_sentences(tmp_path):
     path = tmp_path / "benchmarks.yaml"
     for text, said in (
-        (ROW_TEXT, ("row waves: cases.0.chnages: not a setting; the closest one is cases.0.changes",
-                    "row waves: seeds.0: must be a valid integer")),
-        ("- 3", ("row 1: expected a mapping of settings, got 3",)),
-        ("rows: 3", ("expected a list of rows, got dict",)),
+        (ROW_TEXT, ("benchmark waves: cases.0.chnages: not a setting; the closest one is cases.0.changes",
+                    "benchmark waves: seeds.0: must be a valid integer")),
+        ("- 3", ("benchmark 1: expected a mapping of settings, got 3",)),
+        ("benchmarks: 3", ("expected a list of benchmarks, got dict",)),
         ("- {", ("not valid YAML: line 1",)),
     ):  # fmt: skip
         path.write_text(text)
         with pytest.raises(ValueError) as error:
-            read_rows(path)
+            read_benchmarks(path)
         lines = str(error.value).splitlines()
         assert len(lines) == len(said)
         for line, part in zip(lines, said, strict=True):
@@ -245,17 +256,17 @@ def test_mistakes_in_an_experiments_file_are_sentences(tiny, tmp_path):
             assert line.startswith(f"{path}: {part}")
 
 
-def plan(experiment, cell):
-    return Plan(cell, experiment, ("pretraining", "finetuning"), "test")
+def plan(experiment, run):
+    return Plan(run, experiment, ("pretraining", "finetuning"), "test")
 
 
 def test_a_cell_may_finetune_new_weights_on_few_labels_and_be_judged_on_validation(tiny):
-    row = ROW.model_copy(update={"changes": {"finetuning.trainer.epochs": 2}})
+    benchmark = BENCHMARK.model_copy(update={"changes": {"finetuning.trainer.epochs": 2}})
     case = Case(name="few", changes={"finetuning.train_fraction": 0.5})
-    cell = Run(row="waves", case="few", seed=0)
-    few = Plan(cell, row.changed(tiny, case), ("finetuning",), "validation")
+    run = Run(benchmark="waves", case="few", seed=0)
+    few = Plan(run, benchmark.changed(tiny, case), ("finetuning",), "validation")
 
-    found = run_cell(few, tiny.resources, Storage.open(), lambda line: None)
+    found = execute(few, tiny.resources, Storage.open(), lambda line: None)
 
     (config,) = Storage.open().jobs.glob("*/config.json")
     document = read_json(config)
@@ -273,25 +284,25 @@ def test_a_change_that_fits_nothing_is_refused(tiny):
         ({"finetuning.trainer.epochs": -1}, "epochs"),
     ):
         with pytest.raises(ValueError, match=wrong):
-            ROW.changed(tiny, Case(name="wrong", changes=changes))
+            BENCHMARK.changed(tiny, Case(name="wrong", changes=changes))
 
 
 def test_an_interrupted_cell_goes_on_with_the_jobs_that_are_done(tiny, tmp_path, monkeypatch):
-    cell, storage, told = Run(row="waves", case="0%", seed=1), Storage.open(), []
+    run, storage, log = Run(benchmark="waves", case="0%", seed=1), Storage.open(), []
 
     def die(line):
-        told.append(line)
+        log.append(line)
         if " evaluate: job" in line:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_cell(plan(tiny, cell), tiny.resources, storage, die)
+        execute(plan(tiny, run), tiny.resources, storage, die)
     made = {path: path.stat().st_mtime_ns for path in storage.jobs.glob("*/result.json")}
-    run_cell(plan(tiny, cell), tiny.resources, storage, told.append)
+    execute(plan(tiny, run), tiny.resources, storage, log.append)
 
     assert len(made) == 2
     assert all(path.stat().st_mtime_ns == when for path, when in made.items())
-    assert read_record(storage, cell) is not None
+    assert read_record(storage, run) is not None
 
 
 def test_a_cell_that_fails_says_why(tiny, tmp_path):
@@ -304,8 +315,8 @@ def test_a_cell_that_fails_says_why(tiny, tmp_path):
     )
 
     with pytest.raises(JobFailed, match="not finite"):
-        run_cell(
-            plan(broken, Run(row="waves", case="0%", seed=0)),
+        execute(
+            plan(broken, Run(benchmark="waves", case="0%", seed=0)),
             broken.resources,
             Storage.open(),
             lambda line: None,
