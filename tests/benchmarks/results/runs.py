@@ -273,7 +273,9 @@ class _Jobs:
     storage: Storage
     log: Log
 
-    def complete(self, command: str, config: BaseModel, starter: Literal["torchrun", "plain"]) -> _Done:
+    def complete(
+        self, command: str, config: BaseModel, starter: Literal["torchrun", "plain"]
+    ) -> _Done:
         document = config.model_dump(mode="json")
         key = job_key(f"results/{command}", digest_of(document))
         folder = JobFolder(self.storage.jobs / key)

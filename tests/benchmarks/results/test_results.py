@@ -244,7 +244,10 @@ def test_mistakes_in_an_experiments_file_are_sentences(tiny, tmp_path):
         ({"dataset": 3}, ["dataset: must be a valid dictionary, got 3"]),
         (
             {"schedule": 5, "gate": {"mode": "x"}},
-            ["schedule: must be a valid string, got 5"],
+            [
+                "gate.mode: must be 'automatic' or 'needs_approval', got 'x'",
+                "schedule: must be a valid string, got 5",
+            ],
         ),
         ({"finetuning": {"trainer": {"epoch": 2}}}, ["finetuning.trainer.epoch: "]),
     ):
