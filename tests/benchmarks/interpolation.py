@@ -45,13 +45,13 @@ from roma_core.model.config import RoMAForPreTrainingConfig
 from roma_core.sources.synthetic import rbf_weights
 from roma_core.trainer.job import data_fields
 from roma_pipelines.experiment import Experiment, load_experiment
-from tests.benchmarks.results.benchmarks import ROWS
+from tests.benchmarks.results.benchmarks import BENCHMARKS
 
 Floats = NDArray[Any]
 Method = Callable[[Floats, Floats, Floats], Floats]
 """Seen times (S,), seen values (S, C) and times asked for (Q,) → values (Q, C)."""
 
-EXPERIMENTS = ROWS.parent / "experiments"
+EXPERIMENTS = BENCHMARKS.parent / "experiments"
 
 
 def exact_rbf(noise: float) -> Method:
