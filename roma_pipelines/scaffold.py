@@ -200,7 +200,7 @@ def _repair(survey: Survey) -> Section:
     for name, setting, count in (
         ("not_finite", "drop", found.observations_not_finite),
         ("duplicates", "first", found.duplicate_observations),
-        ("empty", "drop", found.empty_series_left_out),
+        ("empty", "drop", found.empty_series_dropped),
     ):
         if count:
             repair[name] = setting

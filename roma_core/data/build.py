@@ -129,7 +129,15 @@ def _build_lock(home: Path) -> Iterator[None]:
 def _commit(aside: Path, target: Path, manifest: Manifest) -> Path:
     """Move the complete folder to its name, unless an intact one is there."""
     if target.exists():
-        problems = _problems(target, manifest.digest)
+        try:
+            existing = read_manifest(target)
+            problems = find_damage(target, existing)
+            if existing.digest != manifest.digest:
+                problems = [
+                    f"{MANIFEST} has the digest {existing.digest}, expected {manifest.digest}"
+                ]
+        except DataError as error:
+            problems = [str(error)]
         if not problems:
             log.info("%s exists already", target)
             return target
@@ -143,16 +151,6 @@ def _commit(aside: Path, target: Path, manifest: Manifest) -> Path:
         aside.rename(target)
     sync_folder(target.parent)
     return target
-
-
-def _problems(folder: Path, digest: str) -> list[str]:
-    try:
-        manifest = read_manifest(folder)
-    except DataError as error:
-        return [str(error)]
-    if manifest.digest != digest:
-        return [f"{MANIFEST} has the digest {manifest.digest}, expected {digest}"]
-    return find_damage(folder, manifest)
 
 
 def _write_dataset(

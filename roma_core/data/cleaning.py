@@ -119,7 +119,7 @@ class SeriesCleaner:
                     f"{self._name(series)} has no observations; leave it out of the source, or set "
                     f"repair.empty to 'drop'"
                 )
-            counts["empty_series_left_out"] += 1
+            counts["empty_series_dropped"] += 1
             return None
         steps = positions[1:, 0] - positions[:-1, 0]
         if options.unsorted != "keep" and (steps < 0).any():

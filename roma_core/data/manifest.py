@@ -67,9 +67,9 @@ class Repairs(Frozen):
     """Number of repairs made while building; see ``cleaning.RepairOptions``."""
 
     series_sorted: int = Field(0, description="Series whose observations were out of order.")
-    duplicate_observations: int = Field(0, description="Left out, or merged into a mean.")
-    observations_not_finite: int = Field(0, description="Observations left out.")
-    empty_series_left_out: int = 0
+    duplicate_observations: int = Field(0, description="Dropped, or merged into a mean.")
+    observations_not_finite: int = Field(0, description="Observations dropped.")
+    empty_series_dropped: int = 0
 
 
 class Provenance(Frozen):

@@ -206,15 +206,13 @@ def _plot_lengths(panel: Any, dataset: StoredDataset) -> None:
         color=[_COLOURS[name] for name in names],
         label=names,
     )
-    panel.set_title("Lengths", fontsize=10, loc="left")
+    _label(panel, "Lengths", x="observations a series", y="series")
     panel.xaxis.get_major_locator().set_params(integer=True)
-    panel.set_xlabel("observations a series", fontsize=8)
-    panel.set_ylabel("series", fontsize=8)
     panel.legend(fontsize=8, frameon=False)
 
 
 def _plot_classes(panel: Any, profile: DataProfile) -> None:
-    panel.set_title("Classes", fontsize=10, loc="left")
+    _label(panel, "Classes", y="series")
     labels = list(profile.splits["train"].classes)
     if not labels:
         panel.text(0.5, 0.5, "no labels", ha="center", transform=panel.transAxes, color="0.5")
@@ -229,15 +227,12 @@ def _plot_classes(panel: Any, profile: DataProfile) -> None:
     shown = x[:: math.ceil(len(labels) / 20)]
     long = max(map(len, labels)) > 4
     panel.set_xticks(shown, [labels[k] for k in shown], rotation=60 if long else 0)
-    panel.set_ylabel("series", fontsize=8)
 
 
 def _plot_gaps(panel: Any, dataset: StoredDataset) -> None:
-    panel.set_title("Gaps between consecutive positions", fontsize=10, loc="left")
-    gaps = _gaps(dataset, _profiled(dataset))[:, 0]  # of the first axis
     axis = dataset.schema.axes[0]
-    panel.set_xlabel(_axis_label(axis), fontsize=8)
-    panel.set_ylabel("count", fontsize=8)
+    _label(panel, "Gaps between consecutive positions", x=_axis_label(axis), y="count")
+    gaps = _gaps(dataset, _profiled(dataset))[:, 0]  # of the first axis
     if len(gaps) == 0:
         return
     if (gaps == np.round(gaps)).all() and np.ptp(gaps) <= 40:
@@ -272,8 +267,14 @@ def _plot_examples(panel: Any, dataset: StoredDataset) -> None:
         ticks.append(dataset.ids[i])
     panel.set_yticks(range(len(ticks)), ticks)
     name = dataset.schema.channels[0].name
-    panel.set_title(f"Examples: {name}, grey where a gap is wide", fontsize=10, loc="left")
-    panel.set_xlabel(_axis_label(dataset.schema.axes[0]), fontsize=8)
+    title = f"Examples: {name}, grey where a gap is wide"
+    _label(panel, title, x=_axis_label(dataset.schema.axes[0]))
+
+
+def _label(panel: Any, title: str, x: str = "", y: str = "") -> None:
+    panel.set_title(title, fontsize=10, loc="left")
+    panel.set_xlabel(x, fontsize=8)
+    panel.set_ylabel(y, fontsize=8)
 
 
 def _axis_label(axis: PositionAxis) -> str:

@@ -314,13 +314,16 @@ def _near_duplicates(dataset: StoredDataset) -> list[Finding]:
     They must also be ten times nearer than they vary: flat series are all alike.
     """
     from sklearn.neighbors import NearestNeighbors
+    from sklearn.random_projection import GaussianRandomProjection
 
     train = _thinned(dataset.split("train").indices, _MAX_TRAIN)
     queries = _thinned(np.flatnonzero(dataset.splits != SPLITS.index("train")), _MAX_QUERIES)
     if len(train) < 2 or len(queries) < 10:  # too few to know what is usual
         return []
     sketches = _sketches(dataset)
-    short = _projected(sketches)
+    short = sketches
+    if sketches.shape[1] > _MAX_SKETCH:  # keeps distances, so that many channels cost no more
+        short = GaussianRandomProjection(_MAX_SKETCH, random_state=0).fit_transform(sketches)
     nearest = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(short[train])
     partner = train[nearest.kneighbors(short[queries])[1][:, 0]]
     distance = np.sqrt(((sketches[queries] - sketches[partner]) ** 2).mean(axis=1))
@@ -359,15 +362,6 @@ def _sketches(dataset: StoredDataset) -> NDArray[np.float32]:
             sums = np.bincount(bins, weights=values[:, c], minlength=_N_BINS)
             sketches[i, filled, c] = sums[filled] / counts[filled]
     return sketches.reshape(len(dataset), -1)
-
-
-def _projected(sketches: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Random projection that about keeps distances, so that many channels cost no more than few."""
-    width = sketches.shape[1]
-    if width <= _MAX_SKETCH:
-        return sketches
-    directions = np.random.default_rng(0).normal(size=(width, _MAX_SKETCH)).astype(np.float32)
-    return sketches @ directions / np.float32(np.sqrt(_MAX_SKETCH))
 
 
 # -- version diff

@@ -125,14 +125,23 @@ class Splitter:
         if series.id in self._known:
             return self._known[series.id]
         if options.by == "time":
-            return self._by_time(float(series.positions[:, 0].max()))
+            assert options.test_from is not None
+            end = float(series.positions[:, 0].max())
+            if end >= options.test_from:
+                return "test"
+            start = options.validation_from
+            return "validation" if start is not None and end >= start else "train"
         if options.by == "group" and series.group is None:
             raise DataError(
                 f"series {series.id!r} has no group, but the data set is split by group; give the "
                 f"source a group column, or split by object"
             )
         if options.stratified:
-            u = self._stratified(series)
+            if series.label is None:
+                raise DataError(f"series {series.id!r} has no label, but the split is stratified")
+            k = self._n_of_class[series.label]
+            self._n_of_class[series.label] += 1
+            u = (unit_interval(f"{self.dataset}:{series.label}") + k * _GOLDEN) % 1
         else:
             u = unit_interval(
                 f"{self.dataset}:{series.group if options.by == 'group' else series.id}"
@@ -148,20 +157,6 @@ class Splitter:
                 return "test"
             u = (u - self.test_fraction) / (1 - self.test_fraction)  # uniform among the rest
         return "validation" if u < self.validation_fraction else "train"
-
-    def _stratified(self, series: RawSeries) -> float:
-        if series.label is None:
-            raise DataError(f"series {series.id!r} has no label, but the split is stratified")
-        k = self._n_of_class[series.label]
-        self._n_of_class[series.label] += 1
-        return (unit_interval(f"{self.dataset}:{series.label}") + k * _GOLDEN) % 1
-
-    def _by_time(self, end: float) -> Split:
-        assert self.options.test_from is not None
-        if end >= self.options.test_from:
-            return "test"
-        start = self.options.validation_from
-        return "validation" if start is not None and end >= start else "train"
 
     def rule_text(self) -> str:
         """The rule in words, for the manifest."""

@@ -264,18 +264,14 @@ def raw_series(subset: Subset, rows: Iterable[int]) -> Iterator[dict[str, Any]]:
         ``id``, ``positions`` (axis name → numbers), ``values`` (channel name → numbers) and
         ``units``: the fields of :class:`roma_core.serving.schema.Series`.
     """
-    dataset = subset.dataset
-    units = dataset.schema.units
-    for row in rows:
-        i = int(subset.indices[row])
+    dataset, schema = subset.dataset, subset.dataset.schema
+    axes, channels = [a.name for a in schema.axes], [c.name for c in schema.channels]
+    units = schema.units
+    for i in (int(subset.indices[row]) for row in rows):
         positions, values = dataset.raw(i)
         yield {
             "id": dataset.ids[i],
-            "positions": {
-                a.name: positions[:, k].tolist() for k, a in enumerate(dataset.schema.axes)
-            },
-            "values": {
-                c.name: values[:, k].tolist() for k, c in enumerate(dataset.schema.channels)
-            },
+            "positions": dict(zip(axes, positions.T.tolist(), strict=True)),
+            "values": dict(zip(channels, values.T.tolist(), strict=True)),
             "units": units,
         }

@@ -64,7 +64,7 @@ def test_a_bad_row_is_refused_with_its_file_and_place_and_nothing_is_left(tmp_pa
         (
             ["x,1,nan"],
             {"not_finite": "drop", "empty": "drop"},
-            {"observations_not_finite": 1, "empty_series_left_out": 1},
+            {"observations_not_finite": 1, "empty_series_dropped": 1},
         ),
     ],
 )

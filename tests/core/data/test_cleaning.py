@@ -82,7 +82,7 @@ def test_an_empty_series_is_refused_or_left_out(tmp_path):
         stored(tmp_path, nothing)
     dataset, repairs = stored(tmp_path, nothing, only_nan, empty="drop", not_finite="drop")
     assert dataset.ids == ["good", "other"]
-    assert repairs == Repairs(empty_series_left_out=2, observations_not_finite=2)
+    assert repairs == Repairs(empty_series_dropped=2, observations_not_finite=2)
 
 
 def test_what_needed_no_repair_says_nothing_and_keeps_its_version(tmp_path):
