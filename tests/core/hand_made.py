@@ -35,8 +35,16 @@ def series(name="s", n=10, label="x", split="train", seed=0, **changes):
     return RawSeries(**{**fields, "label": label, "recorded_split": split, **changes})
 
 
+SOME = (
+    series("train-1", 10, "x", "train", 1),
+    series("train-2", 7, "y", "train", 2),
+    series("test-1", 12, "x", "test", 3),
+    series("tëst-2", 1, "y", "test", 4),
+)
+
+
 def config_of(*all_series, source=None, **options):
-    source = source or HandMade(series=all_series)
+    source = source or HandMade(series=all_series or SOME)
     return DatasetConfig(**{"name": "small", "source": source, "validation_fraction": 0, **options})
 
 
@@ -47,3 +55,19 @@ def built(folder, *all_series, **options):
 def errors_in(path):
     """Every error of a data-set folder, a line each."""
     return [line for f in check_dataset(path) if f.severity == "error" for line in f.lines()]
+
+
+def flip_a_byte(path, at=-1):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def versions_in(root, name="small"):
+    """The versions there are; a build that failed leaves not even the set's own folder."""
+    home = root / name
+    return [path.name for path in home.iterdir() if path.is_dir()] if home.exists() else []
+
+
+def errors_but_leaks(path):
+    return [line for line in errors_in(path) if "equal content" not in line]

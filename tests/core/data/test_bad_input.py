@@ -68,7 +68,7 @@ def test_a_bad_row_is_refused_with_its_file_and_place_and_nothing_is_left(tmp_pa
         ),
     ],
 )
-def test_a_repair_is_counted_and_said(tmp_path, lines, options, repairs):
+def test_a_repair_is_counted_and_reported(tmp_path, lines, options, repairs):
     result = table(tmp_path, [*SOUND, *lines], repair=options)
 
     assert result.exit_code == 0, result.output
@@ -140,7 +140,7 @@ def test_another_separator_or_column_is_named(tmp_path, name, header, message):
     assert result.exit_code == 1 and re.search(message, result.output), result.output
 
 
-def test_a_source_without_series_and_a_class_nobody_declared_are_named(tmp_path):
+def test_a_source_without_series_and_an_undeclared_class_are_named(tmp_path):
     result = table(tmp_path, [])
     assert "(table) has no series; look into its files: stars.csv" in result.output
 
@@ -190,7 +190,7 @@ def test_a_corrupted_byte_is_found_before_training_starts(tmp_path):
     assert not (out / "metrics.jsonl").exists() and not (out / "checkpoints").exists()
 
 
-def test_content_that_is_there_twice_is_told_from_a_leak(tmp_path):
+def test_duplicates_in_one_split_are_no_leak(tmp_path):
     same = [f"{name},{i},{i * i}" for name in ("one", "two") for i in range(6)]
     columns = COLUMNS | {"facts": {"split": "part"}}
 

@@ -1,12 +1,16 @@
-"""Series that are not as they should be: refused with their name, or repaired and counted."""
+"""Series with defects are refused by name or repaired and counted; drops take exactly their fraction."""
+
+from fractions import Fraction
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from roma_core.data import DataError, StoredDataset
+from roma_core.data.cleaning import check_dropped, keep_mask, n_to_drop
 from roma_core.data.manifest import Repairs
-from roma_core.data.normalisation import AxisScaleFit
-from tests.core.hand_made import HandMade, built, config_of, series
+from tests.core.hand_made import HandMade, built, series
 
 GOOD = series("good", 8, "x", seed=1)
 OTHER = series("other", 8, "y", seed=2)
@@ -85,7 +89,7 @@ def test_an_empty_series_is_refused_or_left_out(tmp_path):
     assert repairs == Repairs(empty_series_dropped=2, observations_not_finite=2)
 
 
-def test_what_needed_no_repair_says_nothing_and_keeps_its_version(tmp_path):
+def test_options_without_repairs_keep_the_version(tmp_path):
     plain, repairs = stored(tmp_path / "a")
     allowed, _ = stored(tmp_path / "b", not_finite="drop", duplicates="mean", empty="drop")
 
@@ -109,25 +113,50 @@ def test_groups_come_with_all_series_or_with_none(tmp_path):
         built(tmp_path, series("a", group="g1"), series("b", label="y"))
 
 
-def test_a_scale_is_the_usual_gap_or_what_spans_the_series():
-    gaps, spans = AxisScaleFit(), AxisScaleFit()
-    for start in range(9):
-        gaps.add(start + np.array([4.0, 0, 2, 2, 6]))  # gaps of 2, in any order
-        spans.add(np.array([0, 1, 2, 3, 60_000.0]))  # gaps of 1, but a long way
+@given(
+    n=st.integers(1, 500),
+    percent=st.integers(0, 99),
+    seed=st.integers(0, 2**40),
+    name=st.text(min_size=1, max_size=20),
+)
+def test_a_drop_takes_exactly_its_fraction_and_never_all(n, percent, seed, name):
+    stays = keep_mask(n, percent / 100, seed, name)
 
-    assert gaps.scale() == 2
-    assert spans.scale() == 10
-    assert AxisScaleFit().scale() == 1
+    assert stays.shape == (n,)
+    assert (~stays).sum() == Fraction(percent, 100) * n // 1
+    assert stays.any()
+    assert np.array_equal(stays, keep_mask(n, percent / 100, seed, name))
 
 
-def test_an_automatic_scale_stands_in_the_manifest(tmp_path):
-    far = series("far", 8, "x", "test", 2, positions=1000 * np.arange(8.0)[:, None])
-    config = {"axes": {"t": {"scale": "auto", "anchor": "first"}}}
-    near = series("near", 8, seed=3, positions=0.25 * np.arange(8.0)[:, None])
+def test_every_observation_is_dropped_equally_often():
+    stays = np.array([keep_mask(10, 0.3, 0, f"object-{k}") for k in range(4000)])  # (4000, 10)
 
-    source = HandMade(series=(near, far), classes=("x",))
-    dataset = StoredDataset(built(tmp_path, source=source, **config))
+    dropped = 1 - stays.mean(axis=0)
 
-    assert dataset.schema.axes[0].scale == 0.25  # of train alone
-    with pytest.raises(ValueError, match="greater than 0"):
-        config_of(near, axes={"t": {"scale": 0}})
+    assert np.abs(dropped - 0.3).max() < 0.03  # 4 standard errors
+    together = (~stays[:, 0] & ~stays[:, 1]).mean()
+    assert abs(together - 3 / 10 * 2 / 9) < 0.02  # pairs too: uniform without replacement
+
+
+def test_seed_and_id_both_choose():
+    first = keep_mask(100, 0.5, 0, "a")
+
+    assert not np.array_equal(first, keep_mask(100, 0.5, 1, "a"))
+    assert not np.array_equal(first, keep_mask(100, 0.5, 0, "b"))
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0])
+def test_a_rate_outside_the_unit_interval_is_refused(rate):
+    with pytest.raises(ValueError, match="drop rate must be in"):
+        n_to_drop(10, rate)
+
+
+def test_a_drop_that_drops_nothing_is_an_error():
+    with pytest.raises(DataError, match="drops nothing: the longest series has 3"):
+        check_dropped(0.3, np.array([3, 2, 1]), 6)
+
+
+def test_a_drop_of_another_count_is_an_error():
+    assert check_dropped(0.3, np.array([10, 20]), 21) == 9
+    with pytest.raises(DataError, match="should drop 9 observations, it dropped 0"):
+        check_dropped(0.3, np.array([10, 20]), 30)

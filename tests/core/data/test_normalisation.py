@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from roma_core.data.normalisation import ChannelFit
+from roma_core.data import StoredDataset
+from roma_core.data.normalisation import AxisScaleFit, ChannelFit
 from roma_core.schema import (
     Channel,
     ChannelNormalisation,
@@ -16,6 +17,7 @@ from roma_core.schema import (
     normalise,
     normalise_positions,
 )
+from tests.core.hand_made import HandMade, built, config_of, series
 
 CHANNELS = (Channel(name="flux", unit="mJy"), Channel(name="angle", unit="rad"))
 TRANSFORMS = (
@@ -126,3 +128,27 @@ def test_an_anchored_series_does_not_notice_a_shift(shift):
         normalise_positions(positions, axes),
         atol=1e-6,
     )
+
+
+def test_a_scale_is_the_usual_gap_or_what_spans_the_series():
+    gaps, spans = AxisScaleFit(), AxisScaleFit()
+    for start in range(9):
+        gaps.add(start + np.array([4.0, 0, 2, 2, 6]))  # gaps of 2, in any order
+        spans.add(np.array([0, 1, 2, 3, 60_000.0]))  # gaps of 1, but a long way
+
+    assert gaps.scale() == 2
+    assert spans.scale() == 10
+    assert AxisScaleFit().scale() == 1
+
+
+def test_an_automatic_scale_stands_in_the_manifest(tmp_path):
+    far = series("far", 8, "x", "test", 2, positions=1000 * np.arange(8.0)[:, None])
+    config = {"axes": {"t": {"scale": "auto", "anchor": "first"}}}
+    near = series("near", 8, seed=3, positions=0.25 * np.arange(8.0)[:, None])
+
+    source = HandMade(series=(near, far), classes=("x",))
+    dataset = StoredDataset(built(tmp_path, source=source, **config))
+
+    assert dataset.schema.axes[0].scale == 0.25  # of train alone
+    with pytest.raises(ValueError, match="greater than 0"):
+        config_of(near, axes={"t": {"scale": 0}})

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -10,13 +11,15 @@ from click.testing import CliRunner
 
 from roma_core.cli.data import data
 from roma_core.data import DatasetConfig, StoredDataset, build_dataset
+from roma_core.data.manifest import read_manifest, record_of
 from roma_core.data.quality import (
     check_dataset,
     compare_versions,
     previous_version,
     stability_index,
 )
-from tests.core.hand_made import HandMade, built, errors_in, series
+from roma_core.files import write_json
+from tests.core.hand_made import SOME, HandMade, built, errors_in, series
 
 
 def some(n=60, **changes):
@@ -97,7 +100,7 @@ def test_oddities_are_warnings_with_a_count_and_an_example(tmp_path):
     assert "'far'" in found["far"].examples[0]
 
 
-def test_positions_that_turn_the_rotation_too_far_are_noticed(tmp_path):
+def test_positions_that_turn_the_rotation_too_far_are_found(tmp_path):
     dates = [dataclasses.replace(s, positions=s.positions + 2_460_000.5) for s in some()]
 
     assert "set its anchor to 'first'" in found_in(built(tmp_path, *dates))["reach"].examples[0]
@@ -151,7 +154,7 @@ def test_drift_names_what_drifted(tmp_path):
     assert drift.count == 1 and drift.examples[0].startswith("channel 'b' drifted")
 
 
-def test_another_schema_is_said_and_nothing_else(tmp_path):
+def test_another_schema_is_reported_and_nothing_else(tmp_path):
     before = StoredDataset(built(tmp_path, *some()))
     channels = (HandMade().channels[0], HandMade().channels[1].model_copy(update={"unit": "mV"}))
     after = StoredDataset(built(tmp_path, source=HandMade(series=tuple(some()), channels=channels)))
@@ -170,7 +173,7 @@ def test_the_stability_index_is_nought_for_equal_and_large_for_shifted():
     assert stability_index(np.array([0.0, 0, 1]), np.array([0.0, 1, 1])) > 0
 
 
-def test_validate_can_stand_in_anyones_ci(tmp_path):
+def test_validate_as_a_step_of_ci(tmp_path):
     run = CliRunner().invoke
     path = built(tmp_path, *some())
     odd = built(tmp_path, *some(), series("single", 1, split="train"))
@@ -202,3 +205,44 @@ def test_the_findings_of_a_generated_set_are_few(tmp_path):
     path = build_dataset(config, tmp_path, tmp_path, progress=False)
 
     assert errors_in(path) == []
+
+
+def rewritten(path, name, array):
+    """Replace a column and make size, sha256 and digest fit, as a foreign writer might."""
+    np.save(path / name, array)
+    manifest = read_manifest(path)
+    files = {**manifest.files, name: record_of(path / name)}
+    manifest = manifest.model_copy(update={"files": files})
+    manifest = manifest.model_copy(update={"digest": manifest.computed_digest()})
+    write_json(path / "manifest.json", manifest.model_dump(mode="json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("offsets.npy", lambda a: a[[0, 2, 1, 3, 4]], "give every series at least one"),
+        ("offsets.npy", lambda a: a[:-1], "offsets.npy: int64 of shape"),
+        ("labels.npy", lambda a: a + 1, "labels.npy: holds other numbers"),
+        ("splits.npy", lambda a: a + 3, "splits.npy: holds other numbers"),
+        ("splits.npy", lambda a: a[::-1], "manifest.json: counts"),
+        ("values.npy", lambda a: a.astype(np.float64), "values.npy: float64"),
+        ("values.npy", lambda a: np.where(a == a[0, 0], np.inf, a), "'train-1' holds numbers that"),
+    ],
+)
+def test_columns_that_contradict_each_other_are_found(sound, tmp_path, name, change, message):
+    copy = tmp_path / "set"
+    shutil.copytree(sound, copy)
+
+    rewritten(copy, name, change(np.load(copy / name)))
+
+    assert any(message in problem for problem in errors_in(copy))
+
+
+def test_equal_content_in_two_splits_is_found(tmp_path):
+    first = series("train-1", seed=1)
+    almost = series("copy", split="test", values=first.values + np.float32(1e-6))
+    path = built(tmp_path, first, SOME[1], almost, series("other", split="test", seed=9))
+
+    (problem,) = errors_in(path)
+
+    assert "'train-1' (train) and 'copy' (test) have equal content" in problem

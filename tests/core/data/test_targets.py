@@ -191,7 +191,7 @@ def test_a_model_learns_the_targets_of_a_generated_set(tmp_path, recipe):
     assert end.metrics["eval/loss"] < 0.9 * float((targets**2).mean())
 
 
-def test_a_pendulum_tells_its_angle_and_its_pictures_show_it():
+def test_targets_of_the_pendulum_are_the_angle_in_its_pictures():
     drawn = RECIPES["pendulum"].draw(np.random.default_rng(0), 4)
 
     clear = drawn.values[:, :5].reshape(-1, 24, 24)  # the first five frames have no noise

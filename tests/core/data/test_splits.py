@@ -1,14 +1,12 @@
-"""Which observations are dropped and where an object belongs: pure functions of what they name."""
+"""Which split an object is in, for every rule, and that later deliveries move none."""
 
 import dataclasses
-from fractions import Fraction
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from roma_core.data.cleaning import check_dropped, keep_mask, n_to_drop
 from roma_core.data.manifest import SPLITS
 from roma_core.data.quality import compare_versions
 from roma_core.data.splits import SplitOptions, Splitter
@@ -25,50 +23,6 @@ fractions = st.floats(0, 0.9)
 def split_of(dataset, name, recorded, validation, test):
     one = series(name, 1, split=recorded)
     return Splitter(dataset, SplitOptions(), validation, test).assign(one)
-
-
-@given(n=st.integers(1, 500), percent=st.integers(0, 99), seed=st.integers(0, 2**40), name=ids)
-def test_a_drop_takes_exactly_its_share_and_never_all(n, percent, seed, name):
-    stays = keep_mask(n, percent / 100, seed, name)
-
-    assert stays.shape == (n,)
-    assert (~stays).sum() == Fraction(percent, 100) * n // 1
-    assert stays.any()
-    assert np.array_equal(stays, keep_mask(n, percent / 100, seed, name))
-
-
-def test_every_observation_is_dropped_equally_often():
-    stays = np.array([keep_mask(10, 0.3, 0, f"object-{k}") for k in range(4000)])  # (4000, 10)
-
-    dropped = 1 - stays.mean(axis=0)
-
-    assert np.abs(dropped - 0.3).max() < 0.03  # 4 standard errors
-    together = (~stays[:, 0] & ~stays[:, 1]).mean()
-    assert abs(together - 3 / 10 * 2 / 9) < 0.02  # pairs too: uniform without replacement
-
-
-def test_seed_and_id_both_choose():
-    first = keep_mask(100, 0.5, 0, "a")
-
-    assert not np.array_equal(first, keep_mask(100, 0.5, 1, "a"))
-    assert not np.array_equal(first, keep_mask(100, 0.5, 0, "b"))
-
-
-@pytest.mark.parametrize("rate", [-0.1, 1.0])
-def test_a_rate_outside_the_unit_interval_is_refused(rate):
-    with pytest.raises(ValueError, match="drop rate must be in"):
-        n_to_drop(10, rate)
-
-
-def test_a_drop_that_drops_nothing_is_an_error():
-    with pytest.raises(DataError, match="drops nothing: the longest series has 3"):
-        check_dropped(0.3, np.array([3, 2, 1]), 6)
-
-
-def test_a_drop_of_another_count_is_an_error():
-    assert check_dropped(0.3, np.array([10, 20]), 21) == 9
-    with pytest.raises(DataError, match="should drop 9 observations, it dropped 0"):
-        check_dropped(0.3, np.array([10, 20]), 30)
 
 
 @given(name=ids, split=recorded, validation=fractions, test=fractions)
@@ -89,13 +43,13 @@ def test_a_delivery_of_more_objects_moves_none(names, more):
 
 
 @given(name=ids, low=fractions, high=fractions)
-def test_a_larger_test_share_takes_nothing_out_of_test(name, low, high):
+def test_a_larger_test_fraction_takes_nothing_out_of_test(name, low, high):
     low, high = sorted((low, high))
     if split_of("set", name, None, 0.1, low) == "test":
         assert split_of("set", name, None, 0.1, high) == "test"
 
 
-def test_shares_are_met():
+def test_fractions_are_met():
     splits = [split_of("set", f"object-{k}", None, 0.25, 0.2) for k in range(20_000)]
 
     assert splits.count("test") / 20_000 == pytest.approx(0.2, abs=0.012)
@@ -177,7 +131,7 @@ def test_new_deliveries_never_move_an_object_to_another_split(tmp_path, options)
     assert delivery(*shuffled)[1] == last  # equal input is the version that is there
 
 
-def test_a_damaged_earlier_version_cannot_say_where_its_objects_are(tmp_path):
+def test_a_damaged_earlier_version_is_an_error(tmp_path):
     some = [series(f"o{k}", 2, split=None, seed=k) for k in range(30)]
     path = built(tmp_path, *some, split={"stratified": True}, test_fraction=0.2)
     (path / "splits.npy").write_bytes(b"x")
@@ -248,7 +202,7 @@ def test_split_options_that_contradict_are_refused(options, message):
         SplitOptions(**options)
 
 
-def test_the_rule_is_said_in_words():
+def test_the_text_of_the_rule():
     def words(**options):
         return Splitter("set", SplitOptions(**options), 0.1, 0.2).rule_text()
 
