@@ -1,8 +1,8 @@
-"""Writing files that another process may read at any moment, or that a crash may interrupt.
+"""Atomic writing of files that other processes read at any moment and that a crash may interrupt.
 
 ``write_json`` and ``write_bytes`` replace a file whole: a reader sees the old content or the new,
-never a part. ``create_json`` makes a file that must not exist yet, which is how one of several
-processes wins. Every JSON file that outlives a process carries a ``schema_version``.
+never a part. ``create_json`` makes a file that must not exist yet; of several processes one succeeds.
+Every JSON file that outlives a process has a ``schema_version``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +64,7 @@ def fingerprint_of(patterns: Iterable[Path]) -> Fingerprint:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and new names inside ``folder`` survive a power cut."""
+    """Make renames and new names in ``folder`` survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -71,28 +72,26 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _write_aside(path: Path, content: bytes) -> Path:
+@contextmanager
+def _written_aside(path: Path, content: bytes) -> Iterator[Path]:
+    """A temporary file with the content beside ``path``, removed at the end unless it was renamed."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    aside = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # noqa: PTH101 - mkstemp makes 0600; other users of a shared job folder read too
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return Path(name)
+        aside.chmod(0o644)  # mkstemp makes 0600; other users of a shared job folder read too
+        yield aside
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace ``path`` by ``content`` in one step."""
-    aside = _write_aside(path, content)
-    try:
+    with _written_aside(path, content) as aside:
         aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
     sync_folder(path.parent)
 
 
@@ -108,7 +107,7 @@ def write_json(path: Path, document: Any) -> None:
 _NO_HARD_LINKS = frozenset(
     {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 )
-_EMPTY_FOR_S = 1.0  # at most, while its creator puts the content in place of an empty file
+_EMPTY_FOR_S = 1.0  # at most, until its creator has replaced an empty file by the content
 
 
 def create_json(path: Path, document: Any) -> bool:
@@ -116,22 +115,19 @@ def create_json(path: Path, document: Any) -> bool:
 
     Where the file system has no hard links, the file is empty for a moment; ``read_json`` waits.
     """
-    aside = _write_aside(path, _as_json(document))
-    try:
+    with _written_aside(path, _as_json(document)) as aside:
         if not _take_name(path, aside):
             return False
-    finally:
-        aside.unlink(missing_ok=True)
     sync_folder(path.parent)
     return True
 
 
 def _take_name(path: Path, aside: Path) -> bool:
-    """Give the content in ``aside`` the name ``path``, if nobody has."""
+    """Give the content in ``aside`` the name ``path``, unless it is taken."""
     try:
         os.link(aside, path)
     except FileExistsError:
-        # over NFS a request that is sent again fails on what it did the first time
+        # over NFS a repeated request fails on the result of the first
         return aside.stat().st_nlink == 2
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:

@@ -37,7 +37,7 @@ from pydantic_settings import (
 
 ENV_FILE_VARIABLE = "ROMA_ENV_FILE"
 _DELIMITER = "__"
-_ALIKE = 0.75  # of two words, from 0 to 1: trainr and trainer are, pretrain and trainer are not
+_ALIKE = 0.75  # of 0 to 1: trainr and trainer are alike, pretrain and trainer are not
 
 
 class Frozen(BaseModel):
@@ -106,7 +106,7 @@ def _closest(name: str, known: Iterable[str]) -> str:
 
 
 class _Variables:
-    """What both kinds of variables share: published spellings, unknown names, JSON."""
+    """Base of both sources of variables: published spellings, unknown names, JSON."""
 
     where: str
     settings_cls: Any
@@ -120,9 +120,8 @@ class _Variables:
         cls = self.settings_cls
         prefix = cls.model_config["env_prefix"].lower()
         published = prefix.replace("roma_", "romae_", 1)
-        paths = [
-            leaf.split(".") for leaf in leaves_of(cls)
-        ]  # a section may be given whole, as JSON
+        paths = [leaf.split(".") for leaf in leaves_of(cls)]
+        # a section may be given whole, as JSON
         known = {_DELIMITER.join(path[:i]) for path in paths for i in range(1, len(path) + 1)}
         for variable in variables:
             for spelling in (prefix, published):
@@ -133,9 +132,12 @@ class _Variables:
                         f"the closest one is {variable_of(cls, _closest(name, known))}"
                     )
             project, word, name = (*variable.split("_", 2), "", "")[:3]
-            own = prefix.split("_")[1]
-            alike = difflib.SequenceMatcher(None, word, own).ratio() >= _ALIKE
-            if project in ("roma", "romae") and word != own and alike and name in known:
+            if (
+                project in ("roma", "romae")
+                and word != (own := prefix.split("_")[1])
+                and name in known
+                and difflib.SequenceMatcher(None, word, own).ratio() >= _ALIKE
+            ):
                 raise SettingsError(
                     f"{variable.upper()} in {self.where} is not a setting; "
                     f"do you mean {variable_of(cls, name)}?"
@@ -325,7 +327,7 @@ class Problem(NamedTuple):
 def validation_errors(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
     """What pydantic found wrong in values for ``model``: the field, what is allowed, what was given.
 
-    The complaints of a field that has several types become one.
+    The errors of a field of several types become one.
     """
     found: dict[Problem, None] = {}
     alternatives: dict[tuple[str, str], dict[str, None]] = {}

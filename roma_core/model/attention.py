@@ -46,7 +46,15 @@ def packed_attention(
     if dropout > 0:
         return _padded_call(q, k, v, q_segments, k_segments, dropout)
     if q.is_cuda:
-        return _cuda_attention(q, k, v, q_segments, k_segments)
+        if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] % 8:
+            return _padded_call(q, k, v, q_segments, k_segments, 0.0)
+        from torch.nn.attention.varlen import varlen_attn
+
+        seqlens = q_segments.cu_seqlens, k_segments.cu_seqlens
+        longest = q_segments.max_seqlen, k_segments.max_seqlen
+        heads = varlen_attn(q, k, v, *seqlens, *longest)
+        assert isinstance(heads, Tensor)  # a tuple only if auxiliary outputs were asked for
+        return heads
     exact = torch.float32 if q.requires_grad and q.dtype == torch.bfloat16 else q.dtype
     # in 16 bits the fused gradient is slower than in 32, the casts included
     out, _ = _cpu_attention(
@@ -149,20 +157,6 @@ def _backward(ctx, grad_out: Tensor, grad_lse: Tensor | None):
 
 
 _cpu_attention.register_autograd(_backward, setup_context=_save)
-
-
-# --- CUDA ---------------------------------------------------------------------------------------
-
-
-def _cuda_attention(q: Tensor, k: Tensor, v: Tensor, q_seg: Segments, k_seg: Segments) -> Tensor:
-    if q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:
-        from torch.nn.attention.varlen import varlen_attn
-
-        lengths = q_seg.cu_seqlens, k_seg.cu_seqlens, q_seg.max_seqlen, k_seg.max_seqlen
-        out = varlen_attn(q, k, v, *lengths)
-        assert isinstance(out, Tensor)  # a tuple only if auxiliary outputs were asked for
-        return out
-    return _padded_call(q, k, v, q_seg, k_seg, 0.0)
 
 
 # --- padded call: dropout on any device, and 32-bit CUDA -------------------------------------

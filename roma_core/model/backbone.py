@@ -17,7 +17,6 @@ from roma_core.model.positions import RotaryEmbedding, Rotations, SinusoidalEmbe
 from roma_core.model.weights import SCHEMA_VERSION, write_weights
 
 Pooling = Literal["cls", "mean", "token"]
-NO_POSITIONS = "positions are required: one row per axis, shape (batch, n_pos_dims, tokens)"
 _BIAS_STD = 0.02
 
 
@@ -187,9 +186,13 @@ class Backbone(nn.Module):
                 part.compile_regions()
 
     def pack(
-        self, values: Tensor, positions: Tensor, pad_mask: Tensor | None
+        self, values: Tensor, positions: Tensor | None, pad_mask: Tensor | None
     ) -> tuple[PackedBatch, Tensor, Tensor]:
         """Padded tensors → packed batch; see :func:`roma_core.model.packing.pack`."""
+        if positions is None:
+            raise TypeError(
+                "positions are required: one row per axis, shape (batch, n_pos_dims, tokens)"
+            )
         return pack(values, positions, pad_mask, self.config)
 
     def embed(
@@ -219,11 +222,10 @@ class Backbone(nn.Module):
             raise ValueError("pooling='cls' reads a token that this model lacks: use_cls=False")
         if isinstance(values, PackedBatch):
             return self.features(values, pooling)
-        if positions is None:
-            raise TypeError(NO_POSITIONS)
         batch, order, rows = self.pack(values, positions, pad_mask)
         packed = self.features(batch, pooling)
         if pooling == "token":
+            assert positions is not None
             return scatter(packed, rows, tuple(positions.shape[::2]))
         return packed.new_empty(packed.shape).index_copy(0, order, packed)
 
@@ -256,8 +258,12 @@ class Backbone(nn.Module):
                 f"for tokens of {c.tubelet_width} (tubelet_size={c.tubelet_size} × n_channels={c.n_channels}) "
                 f"and n_pos_dims={c.n_pos_dims}; compare the data set's schema with the model's configuration"
             )
-        if self.sinusoidal is not None:
-            self.sinusoidal.check_length(batch.segments.max_seqlen + int(self.cls is not None))
+        n_rows = batch.segments.max_seqlen + int(self.cls is not None)
+        if self.sinusoidal is not None and n_rows > c.max_len:
+            raise ValueError(
+                f"a series needs {n_rows} rows of the absolute table, which has max_len={c.max_len}; "
+                f"raise max_len or use pos_encoding='ropend'"
+            )
 
     def layout_of(self, segments: Segments) -> Layout:
         return segments.without_cls if self.cls is None else segments.with_cls

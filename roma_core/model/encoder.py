@@ -27,8 +27,8 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
 MIN_ONEDNN_ROWS = 2048  # with fewer, the cost of the call outweighs the gain
 
 
-def _onednn(x: Tensor, weight: Tensor, then: str = "none") -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, then, [], "")
+def _onednn(x: Tensor, weight: Tensor, activation: str = "none") -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, activation, [], "")
 
 
 def _suits_onednn(x: Tensor) -> bool:
@@ -159,10 +159,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.d_model, 3 * self.width, bias=False)
         self.out = nn.Linear(self.width, config.d_model, bias=False)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.config.head_width))
-
-    def _positioned(self, x: Tensor, rotations: Rotations) -> Tensor:
+    def _rotated(self, x: Tensor, rotations: Rotations) -> Tensor:
         if rotations is not None:
             x = rotate(x, rotations)
         return F.dropout(x, self.config.pos_drop_rate, self.training)
@@ -174,16 +171,17 @@ class Attention(nn.Module):
 
         With ``(R,)`` int64 ``rows`` of a packed x, q is made for these rows alone.
         """
-        nhead = self.config.nhead
+        nhead, heads = self.config.nhead, (-1, self.config.head_width)
         if rows is None:
-            qk, v = self._heads(linear(x, self.qkv.weight)).split((2 * nhead, nhead), dim=-2)
-            q, k = self._positioned(qk, rotations).chunk(2, dim=-2)
+            qkv = linear(x, self.qkv.weight).unflatten(-1, heads)
+            qk, v = qkv.split((2 * nhead, nhead), dim=-2)
+            q, k = self._rotated(qk, rotations).chunk(2, dim=-2)
             return q, k, v
         w_q, w_kv = self.qkv.weight.split((self.width, 2 * self.width))
-        q = self._heads(linear(x[rows], w_q))
-        k, v = self._heads(linear(x, w_kv)).chunk(2, dim=-2)
-        q = self._positioned(q, None if rotations is None else rotations[rows])
-        return q, self._positioned(k, rotations), v
+        q = linear(x[rows], w_q).unflatten(-1, heads)
+        k, v = linear(x, w_kv).unflatten(-1, heads).chunk(2, dim=-2)
+        q = self._rotated(q, None if rotations is None else rotations[rows])
+        return q, self._rotated(k, rotations), v
 
     def mix(self, heads: Tensor) -> Tensor:
         """``(…, h, w)`` → ``(…, d)``."""
@@ -317,9 +315,6 @@ class Head(nn.Module):
         return self.linear(self.norm(self.drop(x)))
 
 
-_VECTOR_STD = 0.02
-
-
 def initialise(module: nn.Module) -> None:
     """Initial weights of every model: biases 0, gains 1, and matrices by their number of inputs.
 
@@ -339,4 +334,4 @@ def initialise_vectors(*vectors: nn.Parameter | None) -> None:
     """CLS and mask vectors: N(0, 0.02²) cut at two σ; None where the model has none."""
     for vector in vectors:
         if vector is not None:
-            nn.init.trunc_normal_(vector, std=_VECTOR_STD, a=-2 * _VECTOR_STD, b=2 * _VECTOR_STD)
+            nn.init.trunc_normal_(vector, std=0.02, a=-0.04, b=0.04)

@@ -144,11 +144,3 @@ class SinusoidalEmbedding(nn.Module):
     def forward(self, index: Tensor) -> Tensor:
         """Rows of the table for ``(T,)`` int64 token indices."""
         return self.table[index]
-
-    def check_length(self, n_rows: int) -> None:
-        """Raises ValueError if a series needs more rows than the table has."""
-        if n_rows > self.table.shape[0]:
-            raise ValueError(
-                f"a series needs {n_rows} rows of the absolute table, which has max_len={self.table.shape[0]}; "
-                f"raise max_len or use pos_encoding='ropend'"
-            )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from roma_core.model.backbone import NO_POSITIONS, Backbone
+from roma_core.model.backbone import Backbone
 from roma_core.model.config import (
     RoMAForClassificationConfig,
     classifier_config,
@@ -107,17 +107,16 @@ class RoMAForClassification(Backbone):
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
-        by_token = self.config.pools == "token"
+        head, pooling = self.require_head(), self.config.pools
         if isinstance(values, PackedBatch):
-            packed = self.require_head()(self.features(values, self.config.pools))
+            packed = head(self.features(values, pooling))
             return packed, self._loss(packed, values.labels)
-        if positions is None:
-            raise TypeError(NO_POSITIONS)
         batch, order, rows = self.pack(values, positions, pad_mask)
-        packed = self.require_head()(self.features(batch, self.config.pools))
-        if not by_token:
+        packed = head(self.features(batch, pooling))
+        if pooling != "token":
             logits = packed.new_empty(packed.shape).index_copy(0, order, packed)
             return logits, self._loss(logits, label)
+        assert positions is not None
         shape = (len(order), positions.shape[2])
         if label is not None:
             if tuple(label.shape[:2]) != shape:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from roma_core.model.backbone import NO_POSITIONS, Backbone
+from roma_core.model.backbone import Backbone
 from roma_core.model.config import RoMAForPreTrainingConfig, is_pretraining, stored_fields
 from roma_core.model.encoder import Encoder, Head, OutputRows, initialise_vectors
 from roma_core.model.masking import draw_mask
@@ -151,12 +151,16 @@ class RoMAForPreTraining(Backbone):
         order: Tensor | None = None
         if isinstance(values, PackedBatch):
             batch = values
-        elif positions is None:
-            raise TypeError(NO_POSITIONS)
         else:
             batch, order, rows = self.pack(values, positions, pad_mask)
             if mask is not None:
-                _check_mask(mask, (len(order), positions.shape[2]))
+                assert positions is not None
+                shape = (len(order), positions.shape[2])
+                if mask.dtype != torch.bool or tuple(mask.shape) != shape:
+                    raise ValueError(
+                        f"mask must be bool of shape (batch, tokens) = {shape}, True where hidden; "
+                        f"got {mask.dtype} of shape {tuple(mask.shape)}"
+                    )
                 batch = batch.with_mask(mask.reshape(-1)[rows])
         self.check_packed(batch)
         if batch.masked is None:
@@ -281,14 +285,6 @@ class RoMAForPreTraining(Backbone):
         rotations = None if self.decoder_rotary is None else self.decoder_rotary(at)
         rows = OutputRows(hidden_rows, masked.hidden)
         return self.head(self.decoder(y, rotations, full.segments, rows))
-
-
-def _check_mask(mask: Tensor, shape: tuple[int, int]) -> None:
-    if mask.dtype != torch.bool or tuple(mask.shape) != shape:
-        raise ValueError(
-            f"mask must be bool of shape (batch, tokens) = {shape}, True where hidden; "
-            f"got {mask.dtype} of shape {tuple(mask.shape)}"
-        )
 
 
 def _squared_error(logits: Tensor, targets: Tensor) -> Tensor:
