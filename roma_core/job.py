@@ -1,25 +1,25 @@
-"""The job folder: everything about one job, on storage that the orchestrator and the job both see.
+"""The job folder: everything about one job, on storage that the orchestrator and the job share.
 
-The folder alone is enough to find, judge and resume the job. Who writes what:
+The folder alone is enough to find, check and resume the job. Which side writes what:
 
     spec.json                 launcher   what to run, once
     config.json               launcher   the resolved configuration the job runs from, once
-    watcher.json              launcher   who watches the job now
-    cancel.json               anyone     asks the watcher to end the job; gone once that is done
-    decisions.jsonl           launcher   every decision: when, what was seen, what was done
-    messages.offset           launcher   how far messages.jsonl was passed on
-    mlflow_run.json           launcher   the MLflow run that shows the job, once there is one
+    lease.json                launcher   which process supervises the job now
+    cancel.json               any        asks the supervisor to cancel the job; removed once done
+    events.jsonl              launcher   every event: when, what was observed, what was done
+    messages.offset           launcher   how much of messages.jsonl was passed on
+    mlflow_run.json           launcher   the MLflow run of the job, once there is one
     attempts/<n>.json         launcher   intent, created exclusively before submitting; then the external id and the end
     attempts/<n>/log          launcher   stdout and stderr of all processes
-    attempts/<n>/script       launcher   what a scheduler was given
+    attempts/<n>/script       launcher   the batch script or manifests that were submitted
     attempts/<n>/owner.json   job        first act, created exclusively: a duplicate start finds it and leaves
     attempts/<n>/heartbeat    job        rank 0, from inside the training loop, never from a thread
-    attempts/<n>/stop         anyone     its existence asks the job to save and end with "continue"
+    attempts/<n>/stop         any        its existence asks the job to save and end with "continue"
     attempts/<n>/exit.json    job        how the attempt ended, by rank 0
     metrics.jsonl             job        every metric, once
     messages.jsonl            job        progress and log for Dagster Pipes; losing it loses no result
     checkpoints/              job        step-…/, committed atomically
-    outputs/                  job        what the job is for: weights, predictions, report
+    outputs/                  job        weights, predictions, report
     result.json               job        written last, by rank 0: the only proof of success
 """
 
@@ -27,23 +27,18 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
-from roma_core.files import create_json, read_json, write_json
-
-CONTINUE_EXIT_CODE = 75
-"""Exit code of a process that saved and wants another attempt; behind torchrun only exit.json tells."""
+from roma_core.files import read_json, write_json
+from roma_core.settings import Frozen
 
 
-class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Exit(_Document):
-    """How an attempt ended, in the words of the job itself."""
+class Exit(Frozen):
+    """How an attempt ended, as the job itself reports it; ``exit.json``."""
 
     schema_version: Literal[1] = 1
     status: Literal["completed", "continue", "failed"]
@@ -51,25 +46,28 @@ class Exit(_Document):
     reason: str = ""
 
 
-class Result(_Document):
-    """Proof that the job did what it was for."""
+class Result(Frozen):
+    """The job's result, which proves its success; ``result.json``."""
 
     schema_version: Literal[1] = 1
     job_key: str
     attempt: int
     world_size: int
     step: int | None = None
-    metrics: dict[str, float] = {}
-    outputs: dict[str, str] = {}  # name -> path relative to the job folder
-    facts: dict[str, Any] = {}  # plain JSON worth showing: seconds, tokens, device
+    metrics: dict[str, float] = Field({})
+    outputs: dict[str, str] = Field({})  # name -> path relative to the job folder
+    facts: dict[str, Any] = Field({})  # plain JSON to show: seconds, tokens, device
     wall_s: float
 
 
+@dataclass(frozen=True)
 class JobFolder:
-    """Names of the files above, and the few operations both sides share."""
+    """Paths of the files above, and the few operations both sides share."""
+
+    path: Path
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+        object.__setattr__(self, "path", Path(path))
 
     @property
     def spec(self) -> Path:
@@ -80,16 +78,16 @@ class JobFolder:
         return self.path / "config.json"
 
     @property
-    def watcher(self) -> Path:
-        return self.path / "watcher.json"
+    def lease(self) -> Path:
+        return self.path / "lease.json"
 
     @property
     def cancel(self) -> Path:
         return self.path / "cancel.json"
 
     @property
-    def decisions(self) -> Path:
-        return self.path / "decisions.jsonl"
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
 
     @property
     def metrics(self) -> Path:
@@ -171,18 +169,14 @@ class Attempt:
     def exit(self) -> Path:
         return self.path / "exit.json"
 
-    def claim(self, owner: dict[str, Any]) -> bool:
-        """Become the one process that runs this attempt; False if another already is."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        return create_json(self.owner, {"schema_version": 1, **owner})
-
     def beat(self, step: int) -> None:
-        """Say that the loop is alive. One small write, not synced: it may be lost, never torn."""
+        """Record that the training loop is alive. Not synced: a beat may be lost, never torn."""
         aside = self.heartbeat.with_name(".heartbeat")
         aside.write_text(json.dumps({"time": time.time(), "step": step}))
         aside.replace(self.heartbeat)
 
     def read_exit(self) -> Exit | None:
+        """How the attempt ended, or None if it has not written that."""
         if not self.exit.exists():
             return None
         return Exit.model_validate(read_json(self.exit, schema_version=1))

@@ -1,13 +1,13 @@
-"""What every pod of a Kubernetes job runs first, and its process 1: claim, meet, run, tell.
+"""Process 1 of every pod of a Kubernetes job: claim the attempt, wait for pod 0, run the program.
 
     python -m roma_core.pod JOB_FOLDER N [--meet HOST] -- PROGRAM [ARGUMENT…]
 
-The pods of an attempt share a claim: ``attempts/N/owner.json`` names the Job they belong to, and a
-pod of any other Job leaves with exit code 0. TERM, which Kubernetes sends before it takes a pod
-away, becomes the attempt's stop file and is passed on, so that all pods save and end together. A
-program that ended to go on later gives exit code 75, whatever its starter made of that.
+The pods of one Job share its claim; a pod of any other Job leaves with exit code 0. SIGTERM, which
+Kubernetes sends before it removes a pod, becomes the attempt's stop file and is passed on, so that
+all pods save and end together. If the attempt's ``exit.json`` says "continue", the exit code is 75
+whatever torchrun returned.
 
-Only the standard library and ``roma_core.files``: this runs before every job.
+Only the standard library, ``roma_core.files`` and ``roma_core.claim``: this runs before every job.
 """
 
 from __future__ import annotations
@@ -21,95 +21,85 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from roma_core.claim import ATTEMPT_VARIABLE, FOLDER_VARIABLE
-from roma_core.files import create_json, read_json
+from roma_core.claim import (
+    ATTEMPT_VARIABLE,
+    CONTINUE_EXIT_CODE,
+    FOLDER_VARIABLE,
+    FS_LAG_S,
+    claim,
+)
+from roma_core.files import read_json
 
-JOB_VARIABLE = "ROMA_JOB_UID"
-CONTINUE_EXIT_CODE = 75  # as roma_core.job has it, which imports more than this program may
-_SEEN_WITHIN_S = 30.0  # network file systems remember for so long that a file was not there
-_NAMED_WITHIN_S = 300.0  # the other pod may still wait for its image
-_EVERY_S = 0.5
+_DNS_TIMEOUT_S = 300.0  # the other pod may still pull its image
+_POLL_S = 0.5
 
 
-class Unable(Exception):
-    """Why the pod cannot begin; exit code 2."""
+class StartError(Exception):
+    """Why the pod cannot start; exit code 2."""
 
 
 def main(arguments: list[str]) -> int:
     """Exit code of the pod."""
-    own, program = _split(arguments)
+    split = arguments.index("--") if "--" in arguments[:-1] else 0
+    own, program = arguments[:split], arguments[split + 1 :]
     if len(own) not in (2, 4) or not own[1].isdigit() or own[2:3] not in ([], ["--meet"]):
         print(f"usage: python -m roma_core.pod JOB_FOLDER N [--meet HOST] -- …; got {arguments}")
         return 2
     folder, n = Path(own[0]), own[1]
     attempt = folder / "attempts" / n
-    child = _Child(attempt / "stop")  # from here on TERM is heard
+    child = _Child(attempt / "stop")  # installs the handlers of SIGTERM before anything waits
     try:
-        _find(folder)
-        if not _claim(attempt):
-            print(
-                f"attempt {n} in {folder} is taken by {read_json(attempt / 'owner.json')}; leaving"
-            )
+        _wait_for_folder(folder)
+        if other := _claim(attempt):
+            print(f"attempt {n} in {folder} is taken by {other}; leaving")
             return 0
         if own[2:]:
-            _meet(own[3])
-    except Unable as reason:
+            _wait_for_host(own[3])
+    except StartError as reason:
         print(f"roma: {reason}", file=sys.stderr)
         return 2
     code = child.run(program, {FOLDER_VARIABLE: str(folder), ATTEMPT_VARIABLE: n})
-    return CONTINUE_EXIT_CODE if code and _is_to_continue(attempt) else code
+    return CONTINUE_EXIT_CODE if code and _saved_to_continue(attempt) else code
 
 
-def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    if "--" not in arguments[:-1]:
-        return [], []
-    at = arguments.index("--")
-    return arguments[:at], arguments[at + 1 :]
-
-
-def _find(folder: Path) -> None:
-    deadline = time.monotonic() + _SEEN_WITHIN_S
+def _wait_for_folder(folder: Path) -> None:
+    deadline = time.monotonic() + FS_LAG_S
     while not (folder / "spec.json").exists():
         if time.monotonic() > deadline:
-            raise Unable(
-                f"the job folder {folder} is not to be seen in this pod (no spec.json in it); the "
+            raise StartError(
+                f"the job folder {folder} is not visible in this pod (no spec.json in it); the "
                 f"volume of the profile must show what the orchestrator writes, under the same path"
             )
-        time.sleep(_EVERY_S)
+        time.sleep(_POLL_S)
 
 
-def _claim(attempt: Path) -> bool:
-    """Become one of the attempt's pods; False if it belongs to another Job."""
-    mine = {"job_uid": os.environ.get(JOB_VARIABLE, "")}
-    owner = {"schema_version": 1, "host": socket.gethostname(), "external": mine}
-    path = attempt / "owner.json"
+def _claim(attempt: Path) -> object:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return create_json(path, owner) or read_json(path)["external"] == mine
+        return claim(attempt)
     except OSError as error:
-        raise Unable(
-            f"cannot write to the job folder {attempt} ({error}); the user of the pod, "
-            f"{os.getuid()}, needs the right to"
+        raise StartError(
+            f"cannot write to the job folder {attempt} ({error}); user {os.getuid()} of the pod "
+            f"needs write permission"
         ) from error
 
 
-def _meet(host: str) -> None:
-    """Wait until the first pod has a name: it gets one late, and not at all without a Service."""
-    deadline = time.monotonic() + _NAMED_WITHIN_S
+def _wait_for_host(host: str) -> None:
+    """Wait until the first pod has a DNS name, which is published late."""
+    deadline = time.monotonic() + _DNS_TIMEOUT_S
     while True:
         try:
             socket.getaddrinfo(host, None)
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise Unable(
-                    f"{host} has no address after {_NAMED_WITHIN_S:g} s ({error}); is its pod "
-                    f"running, and the headless Service there?"
+                raise StartError(
+                    f"{host} has no address after {_DNS_TIMEOUT_S:g} s ({error}); check that its "
+                    f"pod is running and that the headless Service exists"
                 ) from error
-        time.sleep(_EVERY_S)
+        time.sleep(_POLL_S)
 
 
-def _is_to_continue(attempt: Path) -> bool:
+def _saved_to_continue(attempt: Path) -> bool:
     try:
         return bool(read_json(attempt / "exit.json")["status"] == "continue")
     except (OSError, ValueError, KeyError, TypeError):
@@ -117,7 +107,7 @@ def _is_to_continue(attempt: Path) -> bool:
 
 
 class _Child:
-    """The program; hears TERM before there is one, too."""
+    """The program; SIGTERM and SIGINT are handled from before it starts."""
 
     def __init__(self, stop: Path) -> None:
         self.stop = stop
@@ -128,8 +118,8 @@ class _Child:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         try:
             self.stop.touch()
-        except OSError as error:  # the folder may be what is broken
-            os.write(2, f"roma: cannot leave a stop file ({error})\n".encode())
+        except OSError as error:  # the folder itself may be broken
+            os.write(2, f"roma: cannot write the stop file ({error})\n".encode())
         if self.process is None:
             sys.exit(128 + number)
         self.process.send_signal(number)

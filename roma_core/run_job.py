@@ -26,9 +26,9 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from roma_core.claim import ATTEMPT_VARIABLE, FOLDER_VARIABLE
+from roma_core.claim import ATTEMPT_VARIABLE, CONTINUE_EXIT_CODE, FOLDER_VARIABLE
 from roma_core.files import create_json
-from roma_core.job import CONTINUE_EXIT_CODE, Attempt, Exit, JobFolder, Result
+from roma_core.job import Attempt, Exit, JobFolder, Result
 
 
 @dataclass(frozen=True)

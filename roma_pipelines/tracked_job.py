@@ -20,7 +20,7 @@ from roma_core.trainer.trackers import MLFLOW_RUN_VARIABLE, forward_to_mlflow
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.jobs import usage
 from roma_pipelines.launching.launcher import Rejected
-from roma_pipelines.launching.outcome import attempts_table, decisions_table, read_records
+from roma_pipelines.launching.outcome import attempts_table, events_table, read_records
 from roma_pipelines.launching.pipes import key_for, run_job
 from roma_pipelines.launching.spec import JobFailed, Outcome
 from roma_pipelines.launching.targets import job_spec, launcher_for, roma_command
@@ -76,7 +76,7 @@ def run_tracked_job(
     command: str,
     config: BaseModel,
     *,
-    starter: Literal["torchrun", "plain"] = "plain",
+    runner: Literal["torchrun", "plain"] = "plain",
     params: Mapping[str, Any],
 ) -> TrackedJob:
     """Run ``roma COMMAND`` as a job of the experiment.
@@ -85,7 +85,7 @@ def run_tracked_job(
 
     Args:
         config: the frozen configuration, which becomes ``config.json``.
-        starter: torchrun for a training; plain for work in one process.
+        runner: torchrun for a training; plain for work in one process.
         params: MLflow parameters.
 
     Raises:
@@ -108,9 +108,7 @@ def run_tracked_job(
         raise dg.Failure(str(error), allow_retries=False) from error
     run = _MlflowRun(context, storage, folder, experiment.name, tags, params)
     resources = experiment.resources
-    spec = job_spec(
-        resources, key, roma_command(command, folder.path), digest_of(document), starter
-    )
+    spec = job_spec(resources, key, roma_command(command, folder.path), digest_of(document), runner)
     launcher = launcher_for(resources.target, resources.profile, storage)
     try:
         outcome = run_job(
@@ -266,14 +264,14 @@ def _attempts_metadata(outcome: Outcome) -> dict[str, Any]:
     return {
         "job_folder": dg.MetadataValue.path(str(folder.path)),
         "attempts_made": dg.MetadataValue.md(attempts_table(outcome.attempts)),
-        "decisions": dg.MetadataValue.md(decisions_table(folder)),
+        "events": dg.MetadataValue.md(events_table(folder)),
     }
 
 
 def _was_cancelled(folder: JobFolder) -> bool:
     records = read_records(folder)
     last = records[-1].end if records else None
-    return last is not None and last.how == "cancelled"
+    return last is not None and last.status == "cancelled"
 
 
 def picture(png: bytes, alt: str) -> dg.MetadataValue:

@@ -124,7 +124,7 @@ def _trained(
         experiment,
         command,
         config,
-        starter="torchrun",
+        runner="torchrun",
         params=params,
     )
 

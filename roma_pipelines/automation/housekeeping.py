@@ -18,7 +18,7 @@ from roma_pipelines.automation.alerts import deliver_pending
 from roma_pipelines.launching.jobs import Job, all_jobs, cancel
 from roma_pipelines.launching.launcher import Launcher, Unreachable
 from roma_pipelines.launching.spec import AttemptRecord
-from roma_pipelines.launching.targets import launcher_of
+from roma_pipelines.launching.targets import launcher_of_attempt
 from roma_pipelines.storage import Storage
 
 
@@ -39,7 +39,9 @@ def reconcile_jobs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
 
         end_runs_of_job(connect(MlflowSettings(), storage.mlflow), job.key, "KILLED")
 
-    done = reconcile(storage.jobs, shared_instance(context), launcher_of(storage), end_mlflow_run)
+    done = reconcile(
+        storage.jobs, shared_instance(context), launcher_of_attempt(storage), end_mlflow_run
+    )
     if n := deliver_pending(storage):
         done.append(f"delivered {n} pending alerts")
     for line in done:
@@ -56,10 +58,10 @@ _PENDING = frozenset({_STATUS.QUEUED, _STATUS.NOT_STARTED, _STATUS.MANAGED})
 
 def action_for(job: Job, instance: dg.DagsterInstance) -> tuple[Action, str]:
     """What to do about a job that has not ended, and the reason."""
-    run_id = job.watcher.get("dagster_run_id")
+    run_id = job.lease.get("dagster_run_id")
     if run_id is None:
         return "none", "it was not started by a Dagster run"
-    if job.watched:
+    if job.supervised:
         return "none", "it is supervised"
     run = instance.get_run_by_id(run_id)
     if run is None:
@@ -88,7 +90,7 @@ def _adopter(run: dg.DagsterRun, instance: dg.DagsterInstance) -> str:
 def reconcile(
     jobs_root: Path,
     instance: dg.DagsterInstance,
-    launcher_of: Callable[[AttemptRecord], Launcher],
+    launcher_of_attempt: Callable[[AttemptRecord], Launcher],
     on_cancelled: Callable[[Job], None] = lambda job: None,
 ) -> list[str]:
     """Fail runs and cancel jobs as :func:`action_for` says; returns one line per action.
@@ -104,12 +106,12 @@ def reconcile(
         if action == "none":
             continue
         if action == "fail the run":
-            run = instance.get_run_by_id(job.watcher["dagster_run_id"])
+            run = instance.get_run_by_id(job.lease["dagster_run_id"])
             if run is not None and run.status in _ALIVE:
                 instance.report_run_failed(run, f"{reason}; a retry adopts job {job.key}")
         else:
             try:
-                cancel(job, f"the reconcile sensor: {reason}", launcher_of)
+                cancel(job, f"the reconcile sensor: {reason}", launcher_of_attempt)
             except (Unreachable, RuntimeError, ValueError) as error:  # the next tick tries again
                 done.append(f"job {job.key}: {reason}; cancelling failed: {error}")
                 continue

@@ -1,4 +1,4 @@
-"""``roma-pipeline jobs``: look at jobs, and end them; works while no orchestrator runs."""
+"""``roma-pipeline jobs``: list, show, follow and cancel jobs; works without the orchestrator."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import time
 from typing import TYPE_CHECKING
 
 import click
+
+from roma_pipelines.cli.launch import print_from
 
 if TYPE_CHECKING:
     from roma_pipelines.launching.jobs import Job
@@ -17,24 +19,24 @@ _FOLLOW_EVERY_S = 0.5
 
 @click.group()
 def jobs() -> None:
-    """Training jobs: list them, read their logs, end them, remove what came to nothing.
+    """List, show, follow and cancel training jobs.
 
-    KEY is a job's key, or as much of its beginning as is needed.
+    KEY is a job's key or a unique prefix of it.
     """
 
 
 @jobs.command("list")
-@click.option("--all", "everything", is_flag=True, help="Ended ones too.")
+@click.option("--all", "everything", is_flag=True, help="Include jobs that have ended.")
 def list_(everything: bool) -> None:
-    """Jobs that wait or run; the newest first."""
+    """List waiting and running jobs, the newest first."""
     from roma_pipelines.launching.jobs import all_jobs
 
     found = all_jobs(_storage().jobs)
     shown = [job for job in found if everything or job.open_attempt is not None]
     if not shown:
-        click.echo(f"no job waits or runs; {len(found)} ended (--all shows them)")
+        click.echo(f"no waiting or running jobs; {len(found)} have ended (show them with --all)")
         return
-    rows = [("KEY", "STATUS", "TARGET", "ATTEMPT", "STEP", "AGE", "WATCHED", "WHAT")]
+    rows = [("KEY", "STATUS", "TARGET", "ATTEMPT", "STEP", "AGE", "SUPERVISED", "ASSET")]
     for job in shown:
         last = job.records[-1] if job.records else None
         rows.append(
@@ -45,7 +47,7 @@ def list_(everything: bool) -> None:
                 str(last.attempt) if last else "-",
                 str(job.checkpoint) if job.checkpoint is not None else "-",
                 _age(time.time() - job.made_at),
-                "yes" if job.watched else "no",
+                "yes" if job.supervised else "no",
                 job.asset,
             )
         )
@@ -58,39 +60,40 @@ def list_(everything: bool) -> None:
 @jobs.command()
 @click.argument("key")
 def show(key: str) -> None:
-    """One job: what it asked for, its attempts, and every decision about it."""
+    """Show one job: its resources, attempts and events."""
     from roma_pipelines.launching.launcher import size_of
-    from roma_pipelines.launching.outcome import clock, read_decisions
+    from roma_pipelines.launching.outcome import local_time, read_events
     from roma_pipelines.launching.spec import id_of
 
     job = _job(_storage(), key)
-    click.echo(f"job        {job.key}: {job.asset}, {job.status}")
-    click.echo(f"folder     {job.folder.path}")
-    click.echo(f"asked for  {size_of(job.spec)}")
-    if job.watcher:
-        run = job.watcher.get("dagster_run_id")
-        alive = "alive" if job.watched else "gone"
+    click.echo(f"job         {job.key}: {job.asset}, {job.status}")
+    click.echo(f"folder      {job.folder.path}")
+    click.echo(f"resources   {size_of(job.spec)}")
+    if job.lease:
+        run = job.lease.get("dagster_run_id")
+        alive = "alive" if job.supervised else "gone"
         of_run = f", of Dagster run {run}" if run else ""
-        click.echo(f"watcher    process {job.watcher['pid']}{of_run}, {alive}")
-        if job.is_to_go_on and (state := job.watcher.get("state")):
-            seen_s = time.time() - float(job.watcher["beat"])
-            click.echo(f"state      {state}; seen {_age(max(0.0, seen_s))} ago")
+        click.echo(f"supervisor  process {job.lease['pid']}{of_run}, {alive}")
+        if job.is_unfinished and (state := job.lease.get("state")):
+            seen_s = time.time() - float(job.lease["beat"])
+            click.echo(f"state       {state}; seen {_age(max(0.0, seen_s))} ago")
     for record in job.records:
         known = id_of(record.external)
-        end = f"{record.end.how}: {record.end.reason}" if record.end else "not over"
-        click.echo(f"attempt {record.attempt}  {record.backend} ({known or 'no id yet'}): {end}")
-    if decisions := read_decisions(job.folder):
-        click.echo("decisions")
-    for entry in decisions:
-        click.echo(f"  {clock(entry.time)}  {entry.attempt or '-'}  {entry.seen}: {entry.done}")
+        end = f"{record.end.status}: {record.end.reason}" if record.end else "not ended"
+        click.echo(f"attempt {record.attempt}   {record.backend} ({known or 'no id yet'}): {end}")
+    if events := read_events(job.folder):
+        click.echo("events")
+    for event in events:
+        when = local_time(event.time)
+        click.echo(f"  {when}  {event.attempt or '-'}  {event.observed}: {event.action}")
 
 
 @jobs.command()
 @click.argument("key")
-@click.option("-f", "--follow", is_flag=True, help="Go on as it grows, until the job is over.")
-@click.option("--attempt", type=int, help="Which; the last one by default.")
+@click.option("-f", "--follow", is_flag=True, help="Follow the log until the job has ended.")
+@click.option("--attempt", type=int, help="Attempt number (default: latest).")
 def logs(key: str, follow: bool, attempt: int | None) -> None:
-    """The output of a job's processes."""
+    """Print the output of a job's processes."""
     from roma_pipelines.launching.jobs import read_job
 
     job: Job | None = _job(_storage(), key)
@@ -100,14 +103,9 @@ def logs(key: str, follow: bool, attempt: int | None) -> None:
         raise click.ClickException(f"there is no attempt {attempt}; there are {known}")
     n, offset = attempt or (known[-1] if known else 1), 0
     while True:
-        over = job is None or not (job.is_to_go_on and (job.open_attempt or job.watched))
-        log = job.folder.attempt(n).log if job else None
-        if log and log.exists():
-            with log.open("rb") as file:
-                file.seek(offset)
-                content = file.read()
-            offset += len(content)
-            click.echo(content.decode(errors="replace"), nl=False)
+        over = job is None or not (job.is_unfinished and (job.open_attempt or job.supervised))
+        if job:
+            offset = print_from(job.folder.attempt(n).log, offset)
         newest = job.records[-1].attempt if job and job.records else n
         if attempt is None and newest > n:
             n, offset = newest, 0
@@ -116,54 +114,37 @@ def logs(key: str, follow: bool, attempt: int | None) -> None:
             return
         try:
             time.sleep(_FOLLOW_EVERY_S)
-        except KeyboardInterrupt:  # who looked has seen enough; the job goes on
+        except KeyboardInterrupt:  # stop following; the job runs on
             return
         job = read_job(job.folder.path) if job else None
 
 
 @jobs.command()
 @click.argument("key")
-@click.option("--wait", "wait_s", default=120.0, show_default=True, help="Seconds.")
+@click.option(
+    "--wait", "wait_s", default=120.0, show_default=True, help="Seconds to wait for the end."
+)
 def cancel(key: str, wait_s: float) -> None:
-    """End a job, wherever it runs and whether or not anybody watches it."""
+    """Cancel a job on any target, supervised or not."""
     from roma_pipelines.launching.jobs import cancel
     from roma_pipelines.launching.launcher import Unreachable
-    from roma_pipelines.launching.targets import launcher_of
+    from roma_pipelines.launching.targets import launcher_of_attempt
 
     storage = _storage()
     job = _job(storage, key)
-    if not job.is_to_go_on:
-        click.echo(f"job {job.key} is over already: {job.status}")
+    if not job.is_unfinished:
+        click.echo(f"job {job.key} has already ended: {job.status}")
         return
     try:
         ended = cancel(
-            job, f"roma-pipeline jobs cancel, by {getpass.getuser()}", launcher_of(storage), wait_s
+            job,
+            f"roma-pipeline jobs cancel, by {getpass.getuser()}",
+            launcher_of_attempt(storage),
+            wait_s,
         )
     except (Unreachable, RuntimeError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"job {job.key}: {ended}")
-
-
-@jobs.command()
-@click.option(
-    "--days",
-    type=click.FloatRange(min=0),
-    default=30.0,
-    show_default=True,
-    help="Ended at least so long ago.",
-)
-@click.option("--yes", is_flag=True, help="Remove them; without, they are only listed.")
-def gc(days: float, yes: bool) -> None:
-    """Remove the folders of failed and cancelled jobs; completed ones stay."""
-    from roma_pipelines.launching.jobs import all_jobs, removable, remove
-
-    found = removable(all_jobs(_storage().jobs), days * 86400)
-    for job in found:
-        if yes:
-            remove(job)
-        click.echo(f"{'removed' if yes else 'would remove'} {job.key}: {job.asset}, {job.status}")
-    if not found:
-        click.echo(f"no failed or cancelled job ended more than {days:g} days ago")
 
 
 def _storage() -> Storage:

@@ -1,6 +1,7 @@
-"""``roma-pipeline launch``: any module that uses the Trainer as a job, without Dagster.
+"""``roma-pipeline launch`` and ``plan``.
 
-``roma-pipeline plan``: what a job of an experiment would be, before it is one.
+``launch`` runs any module that uses the Trainer as a job, without Dagster. ``plan`` prints the job of
+an experiment without submitting it.
 """
 
 from __future__ import annotations
@@ -22,59 +23,72 @@ if TYPE_CHECKING:
     from roma_pipelines.launching.spec import JobSpec, JobState
     from roma_pipelines.storage import Storage
 
+_TARGET = click.Choice(["local", "slurm", "kubernetes"])
 _PASSTHROUGH_ENV = ("ROMA", "WANDB", "MLFLOW")
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
+@click.option("--target", type=_TARGET, default="local", show_default=True)
 @click.option(
-    "--target",
-    type=click.Choice(["local", "slurm", "kubernetes"]),
-    default="local",
-    show_default=True,
+    "--profile",
+    help="Profile of the cluster (default: ROMA_SLURM_PROFILE or ROMA_KUBERNETES_PROFILE).",
 )
-@click.option("--profile", help="Of the cluster; ROMA_SLURM_ or ROMA_KUBERNETES_PROFILE else.")
 @click.option("--nodes", type=int, default=1, show_default=True)
-@click.option("--processes", type=int, default=1, show_default=True, help="On each node.")
-@click.option("--threads", type=int, default=1, show_default=True, help="CPUs of each process.")
-@click.option("--gpus", type=int, default=0, show_default=True, help="On each node.")
-@click.option("--memory-gb", type=float, help="On each node; the site's default without.")
-@click.option("--time-limit-min", type=int, help="Of one attempt; attempts continue.")
+@click.option("--processes", type=int, default=1, show_default=True, help="Per node.")
+@click.option("--threads", type=int, default=1, show_default=True, help="CPU threads per process.")
+@click.option("--gpus", type=int, default=0, show_default=True, help="Per node.")
+@click.option("--memory-gb", type=float, help="Per node (default: that of the profile).")
+@click.option(
+    "--time-limit-min",
+    type=int,
+    help="Time limit of one attempt; the job resumes in a new one.",
+)
 @click.option("--max-attempts", type=int, default=20, show_default=True)
-@click.option("--job", "key", help="Watch this job again, which was launched before.")
-@click.option("-m", "as_module", is_flag=True, help="In front of MODULE, as for python.")
+@click.option("--job", "key", help="Supervise this job again, which was launched before.")
+@click.option("-m", "as_module", is_flag=True, help="Before MODULE, as with python.")
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="MODULE [ARGUMENT]…")
 def launch(as_module: bool, key: str | None, words: tuple[str, ...], **options: Any) -> None:
     """Run MODULE as a job, on this computer or on a cluster, and follow its log.
 
-    All that comes after MODULE reaches it as it is. It runs in the present folder and reads the .env
-    there. Ctrl-C ends the watch, not the job: --job KEY takes it up
-    again, and makes the attempts that an interrupted job needs.
+    Arguments after MODULE are passed on unchanged. The module runs in the current folder and reads
+    the .env there. Ctrl-C ends the supervision, not the job: --job KEY resumes it, and makes the
+    attempts that an interrupted job needs.
     """
-    from pydantic import ValidationError
-
-    from roma_pipelines.launching.launcher import Rejected
+    from roma_core.files import read_json
+    from roma_pipelines.launching.jobs import find_job
+    from roma_pipelines.launching.targets import launcher_of_attempt
     from roma_pipelines.storage import Storage, StorageError
 
     if bool(words) == (key is not None):
-        raise click.UsageError(
-            "-m MODULE is needed, or --job KEY of a job that was launched before"
-        )
+        raise click.UsageError("expected -m MODULE, or --job KEY of a job that was launched before")
     if options["profile"] and options["target"] == "local":
         raise click.UsageError(
-            f"--profile {options['profile']} names a cluster, and the target is local; add --target of "
+            f"--profile {options['profile']} names a cluster, but the target is local; add --target of "
             f"that cluster's kind, or leave --profile out"
         )
     try:
         storage = Storage.open()
-        folder, spec, config, launcher = (
-            _again(storage, key) if key else _new(storage, words[0], words[1:], options)
-        )
-        _watch(folder, spec, config, launcher, options["max_attempts"])
-    except (Rejected, StorageError, ValidationError, ValueError) as error:
+        if key is None:
+            folder, spec, config, launcher = _new_job(storage, words[0], words[1:], options)
+        else:
+            job = find_job(storage.jobs, key)
+            if not job.records:
+                raise ValueError(f"job {job.key} was never submitted; launch it again")
+            if job.supervised and job.open_attempt:
+                raise ValueError(
+                    f"job {job.key} is supervised by process {job.lease['pid']}; "
+                    f"`roma-pipeline jobs logs -f {job.key}` shows its log"
+                )
+            launcher = launcher_of_attempt(storage)(job.records[-1])
+            folder, spec, config = job.folder, job.spec, read_json(job.folder.config)
+        _supervise(folder, spec, config, launcher, options["max_attempts"])
+    except (StorageError, ValueError) as error:
         raise click.ClickException(str(error)) from error
 
 
-def _new(storage: Any, module: str, arguments: tuple[str, ...], options: dict[str, Any]) -> Any:
+def _new_job(
+    storage: Storage, module: str, arguments: tuple[str, ...], options: dict[str, Any]
+) -> tuple[JobFolder, JobSpec, Any, Launcher]:
     from roma_core.files import digest_of
     from roma_core.job import JobFolder
     from roma_pipelines.launching.spec import JobSpec, job_key
@@ -96,23 +110,19 @@ def _new(storage: Any, module: str, arguments: tuple[str, ...], options: dict[st
         env_names=tuple(sorted(name for name in os.environ if name.startswith(_PASSTHROUGH_ENV))),
     )
     if options["target"] == "local":
-        _fits_here(spec)
+        _check_fits_this_computer(spec)
     launcher = launcher_for(options["target"], options["profile"], storage)
-    if _has_this_python(launcher):
-        _is_a_module(module)
+    if _uses_this_python(launcher):
+        _check_module(module)
     return JobFolder(storage.jobs / key), spec, config, launcher
 
 
-def _fits_here(spec: Any) -> None:
-    """Take literally what was typed for this computer.
-
-    Raises:
-        Refused: it has less.
-    """
+def _check_fits_this_computer(spec: JobSpec) -> None:
+    """Raises Rejected if the job asks for more than there is; warns of too many threads."""
     from roma_pipelines.launching.launcher import Rejected
-    from roma_pipelines.launching.local import more_than_here
+    from roma_pipelines.launching.local import exceeds_this_computer
 
-    if reasons := more_than_here(spec):
+    if reasons := exceeds_this_computer(spec):
         raise Rejected(reasons)
     threads, cpus = spec.processes_per_node * spec.threads_per_process, os.cpu_count() or 1
     if threads > cpus:
@@ -122,22 +132,18 @@ def _fits_here(spec: Any) -> None:
         )
 
 
-def _has_this_python(launcher: Any) -> bool:
-    """Whether the job runs with this interpreter and these files, as far as anybody says."""
-    if launcher.backend == "local":
-        return True
-    site = getattr(launcher, "site", None)
-    if launcher.backend != "slurm" or site is None:
-        return False
-    return not (site.ssh or site.python or site.container or site.modules or site.setup)
+def _uses_this_python(launcher: Launcher) -> bool:
+    """Whether the job certainly runs with this interpreter and these files."""
+    from roma_pipelines.launching.slurm.launcher import SlurmLauncher
+
+    if not isinstance(launcher, SlurmLauncher):
+        return launcher.backend == "local"
+    at = launcher.profile
+    return not (at.ssh or at.python or at.container or at.modules or at.setup)
 
 
-def _is_a_module(name: str) -> None:
-    """Say now what each process would say after seconds, under forty lines of its starter.
-
-    Raises:
-        ValueError: Python finds no such module from this folder.
-    """
+def _check_module(name: str) -> None:
+    """Raises ValueError now, in place of a traceback of every process after seconds."""
     look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is None)"
     done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True)
     if done.returncode:
@@ -149,89 +155,81 @@ def _is_a_module(name: str) -> None:
         )
 
 
-def _again(storage: Any, key: str) -> Any:
-    from roma_core.files import read_json
-    from roma_pipelines.launching.jobs import find_job
-    from roma_pipelines.launching.targets import launcher_of
-
-    job = find_job(storage.jobs, key)
-    if not job.records:
-        raise ValueError(f"job {job.key} was never submitted; launch it anew")
-    if job.watched and job.open_attempt:
-        raise ValueError(
-            f"job {job.key} is watched by process {job.watcher['pid']}; "
-            f"`roma-pipeline jobs logs -f {job.key}` shows its log"
-        )
-    launcher = launcher_of(storage)(job.records[-1])
-    return job.folder, job.spec, read_json(job.folder.config), launcher
-
-
-def _watch(folder: JobFolder, spec: Any, config: Any, launcher: Any, max_attempts: int) -> None:
+def _supervise(
+    folder: JobFolder, spec: JobSpec, config: Any, launcher: Launcher, max_attempts: int
+) -> None:
     from roma_pipelines.launching.spec import JobFailed
     from roma_pipelines.launching.supervisor import supervise
 
-    shown = _Shown(folder)
+    console = _Console(folder)
     try:
         outcome = supervise(
             launcher,
             folder,
             spec,
             config,
-            watcher={"asset_key": spec.command[3] if len(spec.command) > 3 else "?"},
-            on_poll=shown.update,
-            on_note=lambda note: shown.name(),
+            holder={"asset_key": spec.command[3] if len(spec.command) > 3 else "?"},
+            on_poll=console.update,
+            on_note=lambda note: console.announce(),
             max_attempts=max_attempts,
         )
     except JobFailed as error:
-        shown.log()
-        # its log is on the page already
+        console.print_log()
+        # its log is printed already
         raise click.ClickException("\n".join(str(error).splitlines()[:2])) from error
     except KeyboardInterrupt:
-        if not folder.attempt_numbers():  # not even an intent: it was still being checked
+        if not folder.attempt_numbers():  # not even an intent: the preflight was not over
             raise click.ClickException(
                 f"interrupted before anything was submitted to the target {launcher.backend}; "
-                f"nothing runs: launch it anew"
+                f"no job is running: launch it again"
             ) from None
         raise click.ClickException(
-            f"the job goes on; take it up again with `roma-pipeline launch --job {spec.key}`, or end "
-            f"it with `roma-pipeline jobs cancel {spec.key}`"
+            f"the job is still running; supervise it again with `roma-pipeline launch --job "
+            f"{spec.key}`, or cancel it with `roma-pipeline jobs cancel {spec.key}`"
         ) from None
-    shown.log()
+    console.print_log()
     click.echo(f"job {spec.key} completed in {len(outcome.attempts)} attempt(s)", err=True)
 
 
-class _Shown:
-    """Prints where the job is once there is one, its log as it grows, and why it does not run."""
+class _Console:
+    """Prints the job's folder once it has one, its log as it grows, and why it does not run."""
 
     def __init__(self, folder: JobFolder) -> None:
         self.folder = folder
         self.attempt, self.offset, self.reason = 0, 0, ""
-        self.named = False
+        self.announced = False
 
-    def name(self) -> None:
-        """Once, and not before the target would run it: a refused job leaves no folder."""
-        if not self.named and self.folder.attempt_numbers():
-            self.named = True
+    def announce(self) -> None:
+        """Print the folder, once; a rejected job has none."""
+        if not self.announced and self.folder.attempt_numbers():
+            self.announced = True
             click.echo(f"job {self.folder.path.name} in {self.folder.path}", err=True)
 
     def update(self, state: JobState) -> None:
-        self.name()
-        self.log()
+        self.announce()
+        self.print_log()
         if not state.ended and state.phase != "running" and state.reason != self.reason:
             self.reason = state.reason
             click.echo(f"{state.phase}: {state.reason}", err=True)
 
-    def log(self) -> None:
+    def print_log(self) -> None:
         newest = max(self.folder.attempt_numbers(), default=0)
         if newest > self.attempt:
             self.attempt, self.offset = newest, 0
-        if not self.attempt or not (log := self.folder.attempt(self.attempt).log).exists():
-            return
-        with log.open("rb") as file:
-            file.seek(self.offset)
-            content = file.read()
-        self.offset += len(content)
-        click.echo(content.decode(errors="replace"), nl=False)
+        if self.attempt:
+            log = self.folder.attempt(self.attempt).log
+            self.offset = print_from(log, self.offset)
+
+
+def print_from(log: Path, offset: int) -> int:
+    """Print a log from this byte on, if there is one; returns the new offset."""
+    if not log.exists():
+        return offset
+    with log.open("rb") as file:
+        file.seek(offset)
+        content = file.read()
+    click.echo(content.decode(errors="replace"), nl=False)
+    return offset + len(content)
 
 
 _COMMANDS = {
@@ -240,7 +238,7 @@ _COMMANDS = {
     "evaluation_report": ("evaluate", "plain"),
 }
 _NO_KEY = "0" * 20
-_STAND_INS = {
+_PLACEHOLDERS = {
     "JOB_FOLDER": "<storage root>/jobs/<key>, where config.json holds the training's settings",
     _NO_KEY[:12]: "the beginning of the job's key",
     "FREE_PORT": "chosen at the start",
@@ -249,33 +247,32 @@ _STAND_INS = {
 
 @click.command()
 @click.argument("experiment")
-@click.option(
-    "--target", type=click.Choice(["local", "slurm", "kubernetes"]), help="In place of the file's."
-)
-@click.option("--profile", help="Of the cluster, in place of the file's.")
+@click.option("--target", type=_TARGET, help="Overrides the target of the experiment.")
+@click.option("--profile", help="Overrides the cluster profile of the experiment.")
 @click.option(
     "--asset",
     type=click.Choice(list(_COMMANDS)),
     default="pretrained_encoder",
     show_default=True,
-    help="Whose job.",
+    help="Asset whose job to print.",
 )
-@click.option("--check", is_flag=True, help="Ask the target, too, whether it would run it.")
+@click.option("--check", is_flag=True, help="Also run the target's preflight checks.")
 def plan(experiment: str, target: str | None, profile: str | None, asset: str, check: bool) -> None:
     """Print the exact script of an EXPERIMENT's job, and how it differs from the last one.
 
     EXPERIMENT is a name or the path of a defs.yaml. Nothing is submitted. --check prints every
-    reason for which the target would refuse the job, and fails if there is one.
+    reason for which the target would reject the job; the exit code is 1 if there is one.
     """
+    from roma_core.job import JobFolder
     from roma_pipelines.experiment import ENCODER, load_experiment
-    from roma_pipelines.launching.launcher import Unreachable
+    from roma_pipelines.launching.launcher import PLANNED_FOLDER, Rejected, Unreachable
     from roma_pipelines.launching.targets import launcher_for
     from roma_pipelines.storage import Storage, StorageError
 
     try:
         found = load_experiment(experiment)
         found.check_servable(environment=True)
-        _refuse_wrong_settings(found, asset)
+        _check_trainer_settings(found, asset)
         if found.pretrained_from is not None and asset == ENCODER:
             raise ValueError(
                 f"{found.name} finetunes the encoder of {found.pretrained_from}; plan that experiment, "
@@ -288,24 +285,24 @@ def plan(experiment: str, target: str | None, profile: str | None, asset: str, c
         found = found.model_copy(update={"resources": resources})
         storage = Storage.open()
         launcher = launcher_for(resources.target, resources.profile, storage)
-        text = launcher.plan(_spec(found, asset, _NO_KEY, "JOB_FOLDER"))
+        text = launcher.plan(_spec(found, asset, _NO_KEY, PLANNED_FOLDER)).text
         click.echo(text, nl=False)
-        for word, meaning in _STAND_INS.items():
+        for word, meaning in _PLACEHOLDERS.items():
             if word in text:
                 click.echo(f"# {word} stands for: {meaning}", err=True)
         _show_difference(found, asset, launcher, storage)
         if check:
-            _check(found, asset, launcher, storage)
+            folder = JobFolder((storage.jobs / _NO_KEY).resolve())
+            planned = launcher.plan(_spec(found, asset, _NO_KEY, folder), folder)
+            if reasons := launcher.preflight(planned):
+                raise Rejected(reasons)
+            click.echo(f"# the target {launcher.backend} would run it", err=True)
     except (ValueError, StorageError, Unreachable) as error:
         raise click.ClickException(str(error)) from error
 
 
-def _refuse_wrong_settings(experiment: Experiment, asset: str) -> None:
-    """Those of the environment, too, which the job would be given.
-
-    Raises:
-        ValueError: one of the trainer's is misspelt or wrong.
-    """
+def _check_trainer_settings(experiment: Experiment, asset: str) -> None:
+    """Raises ValueError if a setting of the trainer is wrong, one of the environment included."""
     from roma_core.trainer.config import TrainerConfig
 
     stages = {
@@ -316,16 +313,16 @@ def _refuse_wrong_settings(experiment: Experiment, asset: str) -> None:
         TrainerConfig(**stages[asset].trainer)
 
 
-def _spec(experiment: Experiment, asset: str, key: str, folder: str) -> JobSpec:
+def _spec(experiment: Experiment, asset: str, key: str, folder: JobFolder) -> JobSpec:
     from roma_pipelines.launching.targets import job_spec, roma_command
 
-    command, starter = _COMMANDS[asset]
+    command, runner = _COMMANDS[asset]
     return job_spec(
         experiment.resources,
         key,
-        roma_command(command, folder),
+        roma_command(command, folder.path),
         config_digest="",
-        starter=starter,  # type: ignore[arg-type]
+        runner=runner,  # type: ignore[arg-type]
     )
 
 
@@ -333,6 +330,7 @@ def _show_difference(
     experiment: Experiment, asset: str, launcher: Launcher, storage: Storage
 ) -> None:
     """On standard error, so that the script alone can be redirected into a file."""
+    from roma_core.job import JobFolder
     from roma_pipelines.launching.jobs import all_jobs
 
     name = f"{experiment.name}/{asset}"
@@ -341,27 +339,15 @@ def _show_difference(
         click.echo(f"# {name} was never submitted from {storage.root}", err=True)
         return
     n = last.records[-1].attempt
-    folder = str(last.folder.path.resolve())
+    spec = _spec(experiment, asset, last.key, last.folder)
     script = last.folder.attempt(n).script
     if script.exists():
         before = script.read_text()
-        now = launcher.plan(_spec(experiment, asset, last.key, str(last.folder.path)), folder, n)
-    else:  # a target that is given no script: compare what was asked for
-        before = launcher.plan(last.spec)
-        now = launcher.plan(_spec(experiment, asset, last.key, str(last.folder.path)))
-    lines = list(
-        difflib.unified_diff(
-            before.splitlines(), now.splitlines(), f"last: job {last.key}", "now", lineterm="", n=1
-        )
+        now = launcher.plan(spec, JobFolder(last.folder.path.resolve()), n).text
+    else:  # a target without scripts: compare the plans of both specifications
+        before, now = launcher.plan(last.spec).text, launcher.plan(spec).text
+    lines = difflib.unified_diff(
+        before.splitlines(), now.splitlines(), f"last: job {last.key}", "now", lineterm="", n=1
     )
-    click.echo("\n".join(lines or [f"# the same as the last one, job {last.key}"]), err=True)
-
-
-def _check(experiment: Experiment, asset: str, launcher: Launcher, storage: Storage) -> None:
-    from roma_core.job import JobFolder
-    from roma_pipelines.launching.launcher import Rejected
-
-    folder = JobFolder(storage.jobs / _NO_KEY)
-    if reasons := launcher.preflight(_spec(experiment, asset, _NO_KEY, str(folder.path)), folder):
-        raise Rejected(reasons)
-    click.echo(f"# the target {launcher.backend} would run it", err=True)
+    text = "\n".join(lines) or f"# the same as the last one, job {last.key}"
+    click.echo(text, err=True)

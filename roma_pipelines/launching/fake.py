@@ -1,8 +1,8 @@
-"""The target ``fake``: jobs that are only played, step by step, as a script says.
+"""The target ``fake``: jobs that are simulated in memory, step by step, from a script.
 
-For tests of what supervises jobs, and for trying out a pipeline without a computer to spare. An
-attempt takes one step of its script whenever it is watched; nothing runs beside that, so a played
-hour takes no time. The job folder is real: what a step writes there is what a training would.
+For tests of the supervisor, and for trying out a pipeline without compute. An attempt takes one
+step of its script whenever it is watched, so a simulated hour takes no time. The job folder is
+real: each step writes there what a training would.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from roma_core.files import read_json
 from roma_core.job import Attempt, Exit, JobFolder, Result
-from roma_pipelines.launching.launcher import process_variables, program, render
-from roma_pipelines.launching.spec import JobHandle, JobSpec, JobState, Phase
+from roma_pipelines.launching.launcher import PLANNED_FOLDER, process_variables, program, render
+from roma_pipelines.launching.spec import JobHandle, JobSpec, JobState, Phase, Plan
 
 Step = Callable[[JobFolder, Attempt, JobSpec], JobState]
-"""One step of an attempt: it may write into the folder, and says how things stand then."""
+"""One step of an attempt: it may write into the folder, and returns the state after it."""
 
 
 def waiting(reason: str = "Resources") -> Step:
@@ -25,7 +24,7 @@ def waiting(reason: str = "Resources") -> Step:
 
 
 def running(step: int | None = None, save: bool = False) -> Step:
-    """Running; with ``step`` its heart beats, with ``save`` it leaves a checkpoint of that step."""
+    """Running; with ``step`` it writes a heartbeat, with ``save`` a checkpoint of that step."""
 
     def play(folder: JobFolder, attempt: Attempt, spec: JobSpec) -> JobState:
         attempt.path.mkdir(parents=True, exist_ok=True)
@@ -38,13 +37,13 @@ def running(step: int | None = None, save: bool = False) -> Step:
     return play
 
 
-def away(reason: str = "nobody answers") -> Step:
-    """The target gives no answer."""
+def unreachable(reason: str = "no answer") -> Step:
+    """The target does not answer."""
     return lambda folder, attempt, spec: JobState(Phase.UNKNOWN, reason)
 
 
 def completed(world_size: int | None = None, metrics: Mapping[str, float] | None = None) -> Step:
-    """Ended with a result; ``world_size`` other than the spec's is no proof."""
+    """Ended with a result; a ``world_size`` other than the spec's is no proof."""
 
     def play(folder: JobFolder, attempt: Attempt, spec: JobSpec) -> JobState:
         attempt.path.mkdir(parents=True, exist_ok=True)
@@ -63,20 +62,20 @@ def completed(world_size: int | None = None, metrics: Mapping[str, float] | None
     return play
 
 
-def ended(phase: Phase, reason: str = "", said: Exit | None = None) -> Step:
-    """Ended in some other way, after the last words ``said``, if there were any."""
+def ended(phase: Phase, reason: str = "", report: Exit | None = None) -> Step:
+    """Ended in some other way, with this ``exit.json`` or none."""
 
     def play(folder: JobFolder, attempt: Attempt, spec: JobSpec) -> JobState:
-        if said is not None:
+        if report is not None:
             attempt.path.mkdir(parents=True, exist_ok=True)
-            attempt.write_exit(said)
+            attempt.write_exit(report)
         return JobState(phase, reason)
 
     return play
 
 
 @dataclass
-class _Played:
+class _Simulated:
     """An attempt that was submitted."""
 
     id: str
@@ -85,7 +84,7 @@ class _Played:
 
 
 class FakeLauncher:
-    """Plays attempts in memory.
+    """Simulates attempts in memory.
 
     Attributes:
         submitted: (folder, attempt) of every submission, in order.
@@ -95,56 +94,49 @@ class FakeLauncher:
     price = None
     fs_lag_s = 0.0
 
-    def __init__(self, *scripts: Sequence[Step], refuses: Sequence[str] = ()) -> None:
+    def __init__(self, *scripts: Sequence[Step], rejects: Sequence[str] = ()) -> None:
         """
         Args:
             scripts: steps of attempt 1, 2, …; the last one serves all further attempts. Without
                 any, an attempt runs once and is completed.
-            refuses: reasons of its preflight.
+            rejects: reasons of its preflight.
         """
         self._scripts = [list(script) for script in scripts] or [[running(), completed()]]
-        self._refuses = list(refuses)
-        self._jobs: dict[tuple[str, int], _Played] = {}
+        self._rejects = list(rejects)
+        self._jobs: dict[tuple[str, int], _Simulated] = {}
         self.submitted: list[tuple[str, int]] = []
 
-    def plan(self, spec: JobSpec, folder: str = "JOB_FOLDER", attempt: int = 1) -> str:
+    def plan(self, spec: JobSpec, folder: JobFolder = PLANNED_FOLDER, attempt: int = 1) -> Plan:
         argv = program(spec, "python", "RANK", "ADDRESS", "PORT", "SCRATCH")
-        return render(spec, argv, process_variables(spec))
+        return Plan(spec, folder, attempt, render(spec, argv, process_variables(spec)))
 
-    def preflight(self, spec: JobSpec, folder: JobFolder) -> list[str]:
-        return list(self._refuses)
+    def preflight(self, plan: Plan) -> list[str]:
+        return list(self._rejects)
 
-    def submit(
-        self, spec: JobSpec, folder: JobFolder, attempt: int, environment: Mapping[str, str]
-    ) -> JobHandle:
-        place = self._place(folder, attempt)
-        self.submitted.append(place)
-        if place not in self._jobs:  # else the job's own claim would let only the first one run
-            script = self._scripts[min(attempt, len(self._scripts)) - 1]
-            self._jobs[place] = _Played(str(len(self.submitted)), list(script))
-        return self._handle(place)
+    def submit(self, plan: Plan, environment: Mapping[str, str]) -> JobHandle:
+        self.submitted.append(_id(plan))
+        script = self._scripts[min(plan.attempt, len(self._scripts)) - 1]
+        # a second submission changes nothing: the job's own claim would let only the first run
+        job = _Simulated(str(len(self.submitted)), list(script))
+        return JobHandle(plan, {"id": self._jobs.setdefault(_id(plan), job).id})
 
-    def find(self, folder: JobFolder, attempt: int) -> JobHandle | None:
-        place = self._place(folder, attempt)
-        return self._handle(place) if place in self._jobs else None
+    def find(self, plan: Plan) -> JobHandle | None:
+        job = self._jobs.get(_id(plan))
+        return JobHandle(plan, {"id": job.id}) if job else None
 
     def watch(self, handle: JobHandle) -> JobState:
-        job = self._jobs.get((handle.folder, handle.attempt))
+        plan, job = handle.plan, self._jobs.get(_id(handle.plan))
         if job is None:
-            return JobState(Phase.GONE, "it was played in another process")
+            return JobState(Phase.GONE, "it was simulated in another process")
         if job.steps and not job.state.ended:
-            folder = JobFolder(handle.folder)
-            spec = JobSpec.model_validate(read_json(folder.spec, schema_version=1))
-            job.state = job.steps.pop(0)(folder, folder.attempt(handle.attempt), spec)
+            job.state = job.steps.pop(0)(plan.folder, plan.files, plan.spec)
         return job.state
 
     def cancel(self, handle: JobHandle) -> None:
-        job = self._jobs.get((handle.folder, handle.attempt))
+        job = self._jobs.get(_id(handle.plan))
         if job is not None and not job.state.ended:
             job.state = JobState(Phase.CANCELLED)
 
-    def _place(self, folder: JobFolder, attempt: int) -> tuple[str, int]:
-        return str(folder.path.resolve()), attempt
 
-    def _handle(self, place: tuple[str, int]) -> JobHandle:
-        return JobHandle(place[0], place[1], self.backend, {"id": self._jobs[place].id})
+def _id(plan: Plan) -> tuple[str, int]:
+    return str(plan.folder.path), plan.attempt

@@ -1,12 +1,8 @@
-"""All jobs under one root, as their folders tell; and how to end one from outside.
-
-What a job used: computers, time, money, and how much of it went into the training.
-"""
+"""All jobs under one root, by their folders: list, find, cancel, and the resources they used."""
 
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,19 +14,166 @@ from roma_core.job import JobFolder
 from roma_pipelines.launching.launcher import Launcher, Price
 from roma_pipelines.launching.outcome import newest_checkpoint, read_records
 from roma_pipelines.launching.spec import AttemptRecord, JobSpec, Outcome
-from roma_pipelines.launching.supervisor import (
-    WATCHER_SILENT_S,
-    Supervisor,
-    is_watched,
-    request_cancel,
-)
+from roma_pipelines.launching.supervisor import Supervisor, is_held, request_cancel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job, as it was when its folder was read.
+
+    Attributes:
+        lease: content of ``lease.json``; empty if no process ever supervised it.
+        supervised: whether the process that holds the lease is alive.
+        made_at: when its specification was written, seconds since the epoch.
+    """
+
+    folder: JobFolder
+    spec: JobSpec
+    records: tuple[AttemptRecord, ...]
+    lease: dict[str, Any]
+    supervised: bool
+    made_at: float
+
+    @property
+    def key(self) -> str:
+        return self.spec.key
+
+    @property
+    def asset(self) -> str:
+        """The asset that it materialises, or the module that it runs."""
+        return str(self.lease.get("asset_key", "?"))
+
+    @property
+    def open_attempt(self) -> AttemptRecord | None:
+        """The attempt that has not ended."""
+        return self.records[-1] if self.records and self.records[-1].end is None else None
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether an attempt has not ended, or another is to follow, at once or by a retry."""
+        if not self.records:
+            return self.supervised
+        end = self.records[-1].end
+        return end is None or end.status == "continue"
+
+    @property
+    def status(self) -> str:
+        """``completed``, ``failed``, ``cancelled``, ``continue``, ``running``, ``queued`` or ``new``."""
+        if not self.records:
+            return "new"
+        last = self.records[-1]
+        if last.end is not None:
+            return last.end.status
+        return "running" if self.folder.attempt(last.attempt).owner.exists() else "queued"
+
+    @property
+    def checkpoint(self) -> int | None:
+        return newest_checkpoint(self.folder)
+
+
+def read_job(path: Path) -> Job | None:
+    """The job in this folder; None if there is none, or not yet.
+
+    Raises:
+        ValueError: one of its files is not valid.
+        OSError: a file of it cannot be read, or the folder is being removed.
+    """
+    folder = JobFolder(path)
+    if not folder.spec.exists():
+        return None
+    made_at = folder.spec.stat().st_mtime
+    spec = JobSpec.model_validate(read_json(folder.spec, schema_version=1))
+    lease = read_json(folder.lease, schema_version=1) if folder.lease.exists() else {}
+    records = tuple(read_records(folder))
+    return Job(folder, spec, records, lease, is_held(lease), made_at)
+
+
+def all_jobs(root: Path) -> list[Job]:
+    """All jobs under ``root``, the newest first; a warning names each that cannot be read."""
+    jobs = []
+    for path in _folders(root):
+        try:
+            job = read_job(path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if path.exists():  # else it was removed a moment ago
+                what = " ".join(str(error).split())
+                log.warning(
+                    "job folder %s cannot be read and is left out (%s); repair or remove it",
+                    path,
+                    what,
+                )
+        else:
+            jobs += [job] if job else []
+    return sorted(jobs, key=lambda job: job.made_at, reverse=True)
+
+
+def _folders(root: Path) -> list[Path]:
+    return [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+
+
+def find_job(root: Path, key: str) -> Job:
+    """The job whose key begins with ``key``; other jobs' files are not read.
+
+    Raises:
+        ValueError: there is none, or several, or it cannot be read.
+    """
+    found = [path for path in _folders(root) if path.name.startswith(key)]
+    found = [path for path in found if JobFolder(path).spec.exists()]
+    if len(found) != 1:
+        there = ", ".join(path.name for path in found) or "none"
+        raise ValueError(f"exactly one job of {root} should begin with {key!r}; there is {there}")
+    try:
+        job = read_job(found[0])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"the job in {found[0]} cannot be read ({error}); repair or remove that folder"
+        ) from error
+    if job is None:
+        raise ValueError(f"the job in {found[0]} was removed a moment ago")
+    return job
+
+
+def cancel(
+    job: Job,
+    by: str,
+    launcher_of_attempt: Callable[[AttemptRecord], Launcher],
+    wait_s: float = 120.0,
+) -> str:
+    """Cancel a job, supervised or not; returns its final status.
+
+    A living supervisor is asked to, and makes no further attempt; without one, this process takes
+    the lease and does it itself.
+
+    Raises:
+        RuntimeError: it has not ended after ``wait_s``.
+        Unreachable: it is not supervised, and its target does not answer.
+    """
+    if not job.is_unfinished:
+        return job.status
+    request_cancel(job.folder, by)
+    deadline = time.monotonic() + wait_s
+    while time.monotonic() < deadline:
+        now = read_job(job.folder.path)
+        assert now is not None, "its spec is never removed"
+        if not now.is_unfinished:
+            now.folder.cancel.unlink(missing_ok=True)  # it ended by itself at the same moment
+            return now.status
+        if not now.supervised:
+            config = read_json(job.folder.config)
+            holder = {k: v for k, v in job.lease.items() if k in ("asset_key", "dagster_run_id")}
+            launcher = launcher_of_attempt(now.records[-1])
+            return Supervisor(launcher, job.folder, job.spec, config, holder=holder).run().status
+        time.sleep(0.2)
+    raise RuntimeError(f"job {job.key} has not ended {wait_s:g} s after its supervisor was asked")
 
 
 def usage(outcome: Outcome, spec: JobSpec, price: Price | None) -> dict[str, Any]:
-    """Plain values worth showing on the asset of a completed job.
+    """Plain values to show on the asset of a completed job.
 
-    ``ran_s`` and ``queued_s`` are sums over all attempts; ``lost_s`` is what attempts ran without
-    adding to the training: starting up, and steps behind the last checkpoint before an interruption.
+    ``ran_s`` and ``queued_s`` are sums over all attempts; ``lost_s`` is time of attempts that
+    did not contribute: startup, and steps after the last checkpoint before an interruption.
     """
     ran_s = sum(map(_ran_s, outcome.attempts))
     facts: dict[str, Any] = {"ran_s": round(ran_s, 1)}
@@ -62,180 +205,3 @@ def _queued_s(record: AttemptRecord) -> float:
     if record.end is None or record.end.ran_s is None or record.submitted_at is None:
         return 0.0
     return max(0.0, record.end.ended_at - record.submitted_at - record.end.ran_s)
-
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One job, at the moment it was looked at.
-
-    Attributes:
-        watcher: content of ``watcher.json``; empty if nobody ever watched.
-        watched: whether that watcher is alive.
-        made_at: when its specification was written, seconds since the epoch.
-    """
-
-    folder: JobFolder
-    spec: JobSpec
-    records: tuple[AttemptRecord, ...]
-    watcher: dict[str, Any]
-    watched: bool
-    made_at: float
-
-    @property
-    def key(self) -> str:
-        return self.spec.key
-
-    @property
-    def asset(self) -> str:
-        """What it makes: the asset's key, or the module."""
-        return str(self.watcher.get("asset_key", "?"))
-
-    @property
-    def open_attempt(self) -> AttemptRecord | None:
-        """The attempt that has no end yet."""
-        return self.records[-1] if self.records and self.records[-1].end is None else None
-
-    @property
-    def is_to_go_on(self) -> bool:
-        """Whether an attempt is not over, or another one is to follow: now, or once it is retried."""
-        if not self.records:
-            return self.watched
-        end = self.records[-1].end
-        return end is None or end.how == "continue"
-
-    @property
-    def status(self) -> str:
-        """``completed``, ``failed``, ``cancelled``, ``continue``, ``running``, ``queued`` or ``new``."""
-        if not self.records:
-            return "new"
-        last = self.records[-1]
-        if last.end is not None:
-            return last.end.how
-        return "running" if self.folder.attempt(last.attempt).owner.exists() else "queued"
-
-    @property
-    def checkpoint(self) -> int | None:
-        return newest_checkpoint(self.folder)
-
-
-def read_job(path: Path) -> Job | None:
-    """The job in this folder; None if there is none, or not yet.
-
-    Raises:
-        ValueError: a file of it cannot be understood.
-        OSError: a file of it cannot be read, or the folder is being removed.
-    """
-    folder = JobFolder(path)
-    if not folder.spec.exists():
-        return None
-    made_at = folder.spec.stat().st_mtime
-    spec = JobSpec.model_validate(read_json(folder.spec, schema_version=1))
-    watcher = read_json(folder.watcher, schema_version=1) if folder.watcher.exists() else {}
-    attempts = tuple(read_records(folder))
-    return Job(folder, spec, attempts, watcher, is_watched(watcher), made_at)
-
-
-def all_jobs(root: Path) -> list[Job]:
-    """All jobs under ``root``, the newest first; a warning names each that cannot be read."""
-    jobs = [job for path in _folders(root) if (job := _readable_job(path))]
-    return sorted(jobs, key=lambda job: job.made_at, reverse=True)
-
-
-def _folders(root: Path) -> list[Path]:
-    return [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
-
-
-def _readable_job(path: Path) -> Job | None:
-    """One broken job must not hide all others, and one may be removed at any moment."""
-    try:
-        return read_job(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if path.exists():
-            what = " ".join(str(error).split())
-            log.warning(
-                "job folder %s cannot be read and is left out (%s); repair or remove it", path, what
-            )
-        return None
-
-
-def find_job(root: Path, key: str) -> Job:
-    """The job whose key begins so; no other job's files are read.
-
-    Raises:
-        ValueError: there is none, or several, or it cannot be read.
-    """
-    found = [path for path in _folders(root) if path.name.startswith(key)]
-    found = [path for path in found if JobFolder(path).spec.exists()]
-    if len(found) != 1:
-        there = ", ".join(path.name for path in found) or "none"
-        raise ValueError(f"exactly one job of {root} should begin with {key!r}; there is {there}")
-    try:
-        job = read_job(found[0])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"the job in {found[0]} cannot be read ({error}); repair or remove that folder"
-        ) from error
-    if job is None:
-        raise ValueError(f"the job in {found[0]} was removed a moment ago")
-    return job
-
-
-def cancel(
-    job: Job,
-    by: str,
-    launcher_of: Callable[[AttemptRecord], Launcher],
-    wait_s: float = 120.0,
-) -> str:
-    """End a job whoever watches it; returns how it ended.
-
-    A living watcher is asked, and makes no further attempt either; without one, this process takes
-    the watch over and does it itself.
-
-    Raises:
-        RuntimeError: it is not over after ``wait_s``.
-        NoAnswer: nobody watches it, and its target is away.
-    """
-    if not job.is_to_go_on:
-        return job.status
-    request_cancel(job.folder, by)
-    deadline = time.monotonic() + wait_s
-    while time.monotonic() < deadline:
-        now = read_job(job.folder.path)
-        assert now is not None, "its spec is never removed"
-        if not now.is_to_go_on:
-            now.folder.cancel.unlink(missing_ok=True)  # it ended by itself at the same moment
-            return now.status
-        if not now.watched:
-            config = read_json(job.folder.config)
-            watcher = {k: v for k, v in job.watcher.items() if k in ("asset_key", "dagster_run_id")}
-            launcher = launcher_of(now.records[-1])
-            return Supervisor(launcher, job.folder, job.spec, config, watcher=watcher).run().status
-        time.sleep(0.2)
-    raise RuntimeError(f"job {job.key} is not over {wait_s:g} s after its watcher was asked")
-
-
-def removable(jobs: list[Job], older_than_s: float) -> list[Job]:
-    """Jobs that made nothing and ended so long ago: failed and cancelled ones.
-
-    What a completed job made is what assets and models refer to; it stays. So does what a living
-    watcher may still read or begin again; one silent for long is done with it.
-    """
-    now = time.time()
-
-    def came_to_nothing(job: Job) -> bool:
-        end = job.records[-1].end if job.records else None
-        if end is None or end.how not in ("failed", "cancelled"):
-            return False
-        if job.watched and now - float(job.watcher["beat"]) < WATCHER_SILENT_S:
-            return False
-        return now - end.ended_at > older_than_s
-
-    return [job for job in jobs if came_to_nothing(job)]
-
-
-def remove(job: Job) -> None:
-    """Remove the folder of a job."""
-    shutil.rmtree(job.folder.path)

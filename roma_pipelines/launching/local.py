@@ -1,7 +1,7 @@
-"""The target ``local``: processes on this computer that outlive whoever started them.
+"""The target ``local``: processes on this computer that outlive the process which started them.
 
-An attempt is a session of its own, so no Ctrl-C and no end of the orchestrator reaches it. It is
-known by the process id and start time of its first process; its other processes (torchrun gives
+An attempt is a session of its own, so neither Ctrl-C nor the end of the orchestrator reaches it. It
+is identified by process id and start time of its first process; its other processes (torchrun gives
 every worker a session of its own) by the two variables that name folder and attempt. Limits of
 memory and time are not enforced here.
 """
@@ -24,63 +24,25 @@ from roma_core.claim import ATTEMPT_VARIABLE, FOLDER_VARIABLE, is_running, proce
 from roma_core.files import read_json
 from roma_core.job import JobFolder
 from roma_pipelines.launching.launcher import (
+    PLANNED_FOLDER,
+    claimed,
     inherited,
     passthrough_env,
-    plan_local,
     process_variables,
+    program,
     render,
 )
-from roma_pipelines.launching.spec import JobHandle, JobSpec, JobState, Phase
+from roma_pipelines.launching.spec import JobHandle, JobSpec, JobState, Phase, Plan
 
-# Signals by which somebody else ends a process; any other is the process's own crash.
+# Signals by which a process is ended from outside; any other is the process's own crash.
 _FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
 
-# A child belongs to its process, not to a launcher object: only here its exit code is ever told.
+# Children belong to this process, not to a launcher object: only here their exit code is known.
 _children: dict[tuple[int, str], subprocess.Popen[bytes]] = {}
 
+_FREE_PORT = "FREE_PORT"
 _KILL_TIMEOUT_S = 10.0
-_LOOK_EVERY_S = 0.05
-
-
-def gpus_here() -> int | None:
-    """GPUs of this computer; None where counting NVIDIA's devices does not tell."""
-    if sys.platform != "linux" or any(Path(p).exists() for p in ("/dev/kfd", "/dev/dxg")):
-        return None  # another maker's, or those of a Windows around this Linux
-    return sum(path.name[6:].isdigit() for path in Path("/dev").glob("nvidia*"))
-
-
-def more_than_here(spec: JobSpec) -> list[str]:
-    """What is asked for that this computer has not.
-
-    No part of the preflight: an experiment sized for a cluster also runs here, with what there is.
-    """
-    found = []
-    if (there := gpus_here()) is not None and spec.gpus_per_node > there:
-        found.append(
-            f"{spec.gpus_per_node} GPUs are asked for, this computer has {there}; ask for at most "
-            f"that, or choose another target"
-        )
-    if spec.memory_gb and spec.memory_gb > (most := psutil.virtual_memory().total / 1e9):
-        found.append(
-            f"{spec.memory_gb:g} GB of memory are asked for, this computer has {most:.0f}; ask for at "
-            f"most that, or choose another target"
-        )
-    return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _state_of(code: int) -> JobState:
-    if code == 0:
-        return JobState(Phase.ENDED_OK)
-    if code > 0:
-        return JobState(Phase.ENDED_BAD, f"exit code {code}")
-    phase = Phase.INTERRUPTED if -code in _FROM_OUTSIDE else Phase.ENDED_BAD
-    return JobState(phase, f"ended by signal {-code}: {signal.strsignal(-code)}")
+_POLL_S = 0.05
 
 
 class LocalLauncher:
@@ -94,30 +56,42 @@ class LocalLauncher:
         """
         Args:
             python: the interpreter that runs the job.
-            grace_s: seconds between asking a job to end and killing it; a checkpoint should fit.
+            grace_s: seconds between SIGTERM and SIGKILL; a checkpoint should fit in.
         """
         self.python = python
         self.grace_s = grace_s
 
-    def plan(self, spec: JobSpec, folder: str = "JOB_FOLDER", attempt: int = 1) -> str:
-        argv = plan_local(spec, folder, attempt, "python", "FREE_PORT")
-        return render(spec, argv, process_variables(spec))
+    def plan(self, spec: JobSpec, folder: JobFolder = PLANNED_FOLDER, attempt: int = 1) -> Plan:
+        if spec.nodes != 1:
+            raise ValueError(
+                f"the target local is one computer, the job asks for nodes={spec.nodes}; "
+                f"use nodes=1 with more processes_per_node, or another target"
+            )
+        python = "python" if folder == PLANNED_FOLDER else self.python
+        scratch = str(folder.attempt(attempt).path / "torchrun")
+        argv = program(spec, python, "0", "127.0.0.1", _FREE_PORT, scratch)
+        argv = claimed(folder, attempt, python, argv)
+        return Plan(spec, folder, attempt, render(spec, argv, process_variables(spec)), argv)
 
-    def preflight(self, spec: JobSpec, folder: JobFolder) -> list[str]:
-        return []  # processes of this computer need nothing that a start does not tell at once
+    def preflight(self, plan: Plan) -> list[str]:
+        return []  # whatever is wrong shows at the start, which is at once
 
-    def submit(
-        self, spec: JobSpec, folder: JobFolder, attempt: int, environment: Mapping[str, str]
-    ) -> JobHandle:
-        path = folder.path.resolve()
-        argv = plan_local(spec, path, attempt, self.python, _free_port())
-        log = folder.attempt(attempt).log
+    def submit(self, plan: Plan, environment: Mapping[str, str]) -> JobHandle:
+        port = f"--master-port={_free_port()}"
+        argv = [port if word == f"--master-port={_FREE_PORT}" else word for word in plan.content]
+        log = plan.files.log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             child = subprocess.Popen(
                 argv,
-                cwd=path,
-                env=self._environment(spec, path, attempt, environment),
+                cwd=plan.folder.path,
+                env={
+                    **inherited(),
+                    **process_variables(plan.spec),
+                    "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+                    **_mark(plan),
+                    **passthrough_env(plan.spec, environment),
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -126,28 +100,34 @@ class LocalLauncher:
         start = process_start(child.pid)
         assert start is not None, "a child that was not waited for has an entry"
         _children[child.pid, start] = child
-        return self._handle(folder, attempt, child.pid, start)
+        return JobHandle(plan, {"pid": child.pid, "start": start})
 
-    def find(self, folder: JobFolder, attempt: int) -> JobHandle | None:
-        owner = folder.attempt(attempt).owner
+    def find(self, plan: Plan) -> JobHandle | None:
+        owner = plan.files.owner
         if not owner.exists():
-            starting = self._starting(folder, attempt)
+            starting = self._starting(plan)
             if starting is not None or not owner.exists():  # it may have claimed meanwhile
                 return starting
         document = read_json(owner, schema_version=1)
-        return self._handle(folder, attempt, document["pid"], document["start"])
+        return JobHandle(plan, {"pid": document["pid"], "start": document["start"]})
 
     def watch(self, handle: JobHandle) -> JobState:
         pid, start = handle.external["pid"], handle.external["start"]
         child = _children.get((pid, start))
         if child.poll() is None if child else is_running(pid, start):
             return JobState(Phase.RUNNING, f"process {pid}")
-        owner = self.find(JobFolder(handle.folder), handle.attempt)
-        if owner is None or owner == handle:  # else this was a second start, which left
-            self.cancel(handle)  # the first process is gone, those it started may not be
+        owner = self.find(handle.plan)
+        if owner is None or owner.external == handle.external:  # else a second start, which left
+            self.cancel(handle)  # the first process is gone, its children may not be
         if child is None:
-            return JobState(Phase.GONE, f"process {pid} ended while nobody waited for it")
-        return _state_of(child.returncode)
+            return JobState(Phase.GONE, f"process {pid} ended, and its exit code is not known")
+        code = child.returncode
+        if code == 0:
+            return JobState(Phase.ENDED_OK)
+        if code > 0:
+            return JobState(Phase.ENDED_BAD, f"exit code {code}")
+        phase = Phase.INTERRUPTED if -code in _FROM_OUTSIDE else Phase.ENDED_BAD
+        return JobState(phase, f"ended by signal {-code}: {signal.strsignal(-code)}")
 
     def cancel(self, handle: JobHandle) -> None:
         pid, start = handle.external["pid"], handle.external["start"]
@@ -155,45 +135,29 @@ class LocalLauncher:
             with contextlib.suppress(ProcessLookupError):  # it ended by itself
                 os.killpg(pid, signal.SIGTERM)  # torchrun passes it on to its workers
         else:
-            self._signal(self._processes(handle), signal.SIGTERM)
+            self._signal(handle, signal.SIGTERM)
         if self._wait_gone(handle, self.grace_s):
             return
-        self._signal(self._processes(handle), signal.SIGKILL)
+        self._signal(handle, signal.SIGKILL)
         if not self._wait_gone(handle, _KILL_TIMEOUT_S):
             left = [process.pid for process in self._processes(handle)]
             raise RuntimeError(
-                f"processes {left} of attempt {handle.attempt} in {handle.folder} survive SIGKILL; "
-                f"they may wait for a disk or a device: look at them with ps"
+                f"processes {left} of attempt {handle.plan.attempt} in {handle.plan.folder.path} "
+                f"survive SIGKILL; they may wait for a disk or a device: look at them with ps"
             )
 
-    def _environment(
-        self, spec: JobSpec, folder: Path, attempt: int, environment: Mapping[str, str]
-    ) -> dict[str, str]:
-        return {
-            **inherited(),
-            **process_variables(spec),
-            "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-            FOLDER_VARIABLE: str(folder),
-            ATTEMPT_VARIABLE: str(attempt),
-            **passthrough_env(spec, environment),
-        }
-
-    def _handle(self, folder: JobFolder, attempt: int, pid: int, start: str) -> JobHandle:
-        external = {"pid": pid, "start": start}
-        return JobHandle(str(folder.path.resolve()), attempt, self.backend, external)
-
-    def _starting(self, folder: JobFolder, attempt: int) -> JobHandle | None:
+    def _starting(self, plan: Plan) -> JobHandle | None:
         """A process that was started for this attempt and has not claimed it yet."""
-        mark = ["-m", "roma_core.claim", str(folder.path.resolve()), str(attempt)]
+        mark = claimed(plan.folder, plan.attempt, "", [])[1:5]
         for process in psutil.process_iter(["cmdline"]):
             start = process_start(process.pid)
             if (process.info["cmdline"] or [])[1:5] == mark and start is not None:
-                return self._handle(folder, attempt, process.pid, start)
+                return JobHandle(plan, {"pid": process.pid, "start": start})
         return None
 
     def _processes(self, handle: JobHandle) -> list[psutil.Process]:
-        """All living processes of the attempt, in whatever session they are."""
-        mark = {FOLDER_VARIABLE: handle.folder, ATTEMPT_VARIABLE: str(handle.attempt)}.items()
+        """All living processes of the attempt, in any session."""
+        mark = _mark(handle.plan).items()
         pid, start = handle.external["pid"], handle.external["start"]
         found = []
         for process in psutil.process_iter(["environ", "status"]):
@@ -205,8 +169,8 @@ class LocalLauncher:
                 found.append(process)
         return found
 
-    def _signal(self, processes: list[psutil.Process], number: signal.Signals) -> None:
-        for process in processes:
+    def _signal(self, handle: JobHandle, number: signal.Signals) -> None:
+        for process in self._processes(handle):
             with contextlib.suppress(psutil.NoSuchProcess):  # it ended by itself
                 process.send_signal(number)
 
@@ -216,8 +180,44 @@ class LocalLauncher:
         while True:
             if not self._processes(handle):
                 if child:
-                    child.wait()  # it ended: let its entry go too
+                    child.wait()  # reap it
                 return True
             if time.monotonic() > deadline:
                 return False
-            time.sleep(_LOOK_EVERY_S)
+            time.sleep(_POLL_S)
+
+
+def _mark(plan: Plan) -> dict[str, str]:
+    return {FOLDER_VARIABLE: str(plan.folder.path), ATTEMPT_VARIABLE: str(plan.attempt)}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def gpus_here() -> int | None:
+    """GPUs of this computer; None where NVIDIA's device files cannot be counted."""
+    if sys.platform != "linux" or any(Path(p).exists() for p in ("/dev/kfd", "/dev/dxg")):
+        return None  # another vendor's, or Windows Subsystem for Linux
+    return sum(path.name[6:].isdigit() for path in Path("/dev").glob("nvidia*"))
+
+
+def exceeds_this_computer(spec: JobSpec) -> list[str]:
+    """Resources asked for that this computer does not have.
+
+    Not part of the preflight: an experiment sized for a cluster also runs here, with what there is.
+    """
+    found = []
+    if (there := gpus_here()) is not None and spec.gpus_per_node > there:
+        found.append(
+            f"{spec.gpus_per_node} GPUs are asked for, this computer has {there}; ask for at most "
+            f"that, or choose another target"
+        )
+    if spec.memory_gb and spec.memory_gb > (most := psutil.virtual_memory().total / 1e9):
+        found.append(
+            f"{spec.memory_gb:g} GB of memory are asked for, this computer has {most:.0f}; ask for at "
+            f"most that, or choose another target"
+        )
+    return found

@@ -1,10 +1,8 @@
-"""The audit trail of a job, ``decisions.jsonl``: what was seen and what was done about it.
+"""How an attempt ended: the job's evidence, the outcome policy, and the log of events.
 
-Appended to as it happens, by whoever watches; read by ``roma-pipeline jobs show`` and, as tables, by
-the asset's page.
-
-What the end of an attempt means: one table, no file and no clock.
-What stands in a job's folder: its attempts, its last word, its checkpoints, the end of its log.
+The evidence is what stands in the job folder: attempt records, ``exit.json``, ``result.json``,
+checkpoints, the log. The policy is one table, without files and clock. The events,
+``events.jsonl``, say what was observed and what was done about it.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from roma_pipelines.launching.spec import AttemptRecord, JobSpec, Phase, id_of
 
 
 class ExitReport(StrEnum):
-    """What the job's own files say of an ended attempt."""
+    """What the job's own files report about an ended attempt."""
 
     PROOF = "a valid result.json"  # of this job, and of as many processes as were asked for
     COMPLETED = "exit.json: completed"  # but no valid result
@@ -42,20 +40,20 @@ class Verdict(StrEnum):
 
 
 # fmt: off
-TABLE: dict[Phase, dict[ExitReport, Verdict]] = {
+POLICY: dict[Phase, dict[ExitReport, Verdict]] = {
     Phase.ENDED_OK: {
         ExitReport.PROOF: Verdict.COMPLETED,
-        ExitReport.COMPLETED: Verdict.FAILED,               # a success nobody can prove
+        ExitReport.COMPLETED: Verdict.FAILED,               # a success without proof
         ExitReport.CONTINUE: Verdict.CONTINUE,
         ExitReport.FAILED: Verdict.FAILED,
         ExitReport.NOTHING: Verdict.FAILED,                 # exit code 0 proves nothing
     },
     Phase.ENDED_BAD: {
-        ExitReport.PROOF: Verdict.FAILED,                   # some process failed beside the one that wrote it
+        ExitReport.PROOF: Verdict.FAILED,                   # another process than rank 0 failed
         ExitReport.COMPLETED: Verdict.FAILED,
         ExitReport.CONTINUE: Verdict.CONTINUE,              # torchrun returns 1 whatever its workers return
         ExitReport.FAILED: Verdict.FAILED,
-        ExitReport.NOTHING: Verdict.CONTINUE_IF_ADVANCED,   # died without a word: memory, hardware, or a bug
+        ExitReport.NOTHING: Verdict.CONTINUE_IF_ADVANCED,   # a crash: memory, hardware, or a bug
     },
     Phase.INTERRUPTED: {
         ExitReport.PROOF: Verdict.CONTINUE,                 # the next attempt confirms it within a step
@@ -65,7 +63,7 @@ TABLE: dict[Phase, dict[ExitReport, Verdict]] = {
         ExitReport.NOTHING: Verdict.CONTINUE,
     },
     Phase.GONE: {
-        ExitReport.PROOF: Verdict.COMPLETED,                # the exit code died with its watcher
+        ExitReport.PROOF: Verdict.COMPLETED,                # the exit code was lost with its parent
         ExitReport.COMPLETED: Verdict.FAILED,
         ExitReport.CONTINUE: Verdict.CONTINUE,
         ExitReport.FAILED: Verdict.FAILED,
@@ -76,7 +74,7 @@ TABLE: dict[Phase, dict[ExitReport, Verdict]] = {
         ExitReport.COMPLETED: Verdict.FAILED,
         ExitReport.CONTINUE: Verdict.CONTINUE,
         ExitReport.FAILED: Verdict.FAILED,
-        ExitReport.NOTHING: Verdict.FAILED,                 # it would only happen again
+        ExitReport.NOTHING: Verdict.FAILED,                 # it would happen again
     },
     Phase.HUNG: {
         ExitReport.PROOF: Verdict.CONTINUE,
@@ -90,31 +88,31 @@ TABLE: dict[Phase, dict[ExitReport, Verdict]] = {
 # fmt: on
 
 
-def judge(
-    state: Phase,
-    said: ExitReport,
+def decide(
+    phase: Phase,
+    report: ExitReport,
     checkpoint: int | None,
     before: list[AttemptRecord],
     max_attempts: int,
     began: bool = True,
 ) -> tuple[Literal["completed", "continue", "failed", "cancelled"], str]:
-    """How an ended attempt counts, and why.
+    """Status of an ended attempt, and the reason.
 
     Args:
-        state: one of the phases that are ends.
+        phase: one of the phases that are ends.
         checkpoint: step of the newest checkpoint now, None without any.
         before: records of the attempts before this one, ascending.
-        max_attempts: how many attempts in a row may end with "continue" or this one.
+        max_attempts: how many attempts in a row may end with "continue", this one included.
         began: whether its program ever started; one that only waited could add no checkpoint.
     """
-    verdict = TABLE[state][said]
-    seen = f"{state}, {said}"
+    verdict = POLICY[phase][report]
+    seen = f"{phase}, {report}"
     if verdict not in (Verdict.CONTINUE, Verdict.CONTINUE_IF_ADVANCED):
         return verdict.value, seen  # type: ignore[return-value]
 
     streak = 0
     for record in reversed(before):
-        if record.end is None or record.end.how != "continue":
+        if record.end is None or record.end.status != "continue":
             break
         streak += 1
     last = before[-1].end.checkpoint if before and before[-1].end else None
@@ -126,42 +124,38 @@ def judge(
     return "failed", f"{seen}; no checkpoint was added since the attempt before (step {checkpoint})"
 
 
-_LOG_LINES = 50
-_LOG_BYTES = 64 * 1024
-_SAID = {
-    "completed": ExitReport.COMPLETED,
-    "continue": ExitReport.CONTINUE,
-    "failed": ExitReport.FAILED,
-}
-_TORCHRUN_REPORTS = re.compile(r"^E\d{4} .*torch/distributed/elastic/.*failed \(exitcode")
-_RULE = re.compile(r"^={20,}\s*$")
+# -- evidence --------------------------------------------------------------------------------
 
 
 def read_records(folder: JobFolder) -> list[AttemptRecord]:
-    """All attempts on record, ascending."""
+    """All recorded attempts, ascending."""
     paths = [folder.attempt_record(n) for n in folder.attempt_numbers()]
     return [AttemptRecord.model_validate(read_json(path, schema_version=1)) for path in paths]
 
 
-def said_by(folder: JobFolder, spec: JobSpec, attempt: int | None) -> tuple[ExitReport, str]:
-    """What the job's files say of an attempt, and the reason they give or what is wrong with them."""
+def read_exit_report(
+    folder: JobFolder, spec: JobSpec, attempt: int | None
+) -> tuple[ExitReport, str]:
+    """What the job's files report about an attempt, and the reason they give or what is wrong."""
     try:
         result = folder.read_result()
     except ValueError as error:
         return ExitReport.NOTHING, f"result.json cannot be read: {error}"
-    if result is not None and not (wrong := _wrong(result, spec)):
-        return ExitReport.PROOF, ""
-    why = f"result.json is not this job's: {wrong}" if result is not None else ""
+    why = ""
+    if result is not None:
+        if not (wrong := _mismatch(result, spec)):
+            return ExitReport.PROOF, ""
+        why = f"result.json is not this job's: {wrong}"
     try:
         end = folder.attempt(attempt).read_exit() if attempt is not None else None
     except ValueError as error:
         return ExitReport.NOTHING, f"exit.json cannot be read: {error}"
     if end is None:
         return ExitReport.NOTHING, why
-    return _SAID[end.status], end.reason or why
+    return ExitReport(f"exit.json: {end.status}"), end.reason or why
 
 
-def _wrong(result: Result, spec: JobSpec) -> str:
+def _mismatch(result: Result, spec: JobSpec) -> str:
     if result.job_key != spec.key:
         return f"it names job {result.job_key}, expected {spec.key}"
     if result.world_size != spec.world_size:
@@ -182,74 +176,82 @@ def newest_checkpoint(folder: JobFolder) -> int | None:
     return max((int(name[1]) for name in names if name), default=None)
 
 
+_LOG_LINES = 50
+_LOG_BYTES = 64 * 1024
+_TORCHRUN_REPORT = re.compile(r"^E\d{4} .*torch/distributed/elastic/.*failed \(exitcode")
+_RULE = re.compile(r"^={20,}\s*$")
+
+
 def log_tail(path: Path) -> str:
-    """The last lines of a log that are the job's own; empty if there is none.
-
-    torchrun ends a failed job's log by forty lines about itself, which would be all there is.
-    """
-    if not path.exists():
-        return ""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _LOG_BYTES))
-        text = file.read().decode(errors="replace")
-    return "\n".join(_without_torchrun(text.splitlines())[-_LOG_LINES:])
-
-
-def _without_torchrun(lines: list[str]) -> list[str]:
+    """The last lines of a log, without torchrun's report about itself; empty without a log."""
+    lines = tail_of(path, _LOG_BYTES).splitlines()
     kept: list[str] = []
     i = 0
     while i < len(lines):
-        if _TORCHRUN_REPORTS.match(lines[i]):
+        if _TORCHRUN_REPORT.match(lines[i]):
             rules = [k for k in range(i, len(lines)) if _RULE.match(lines[k])]
-            if len(rules) > 1:  # its report stands between two of them
+            if len(rules) > 1:  # forty lines, which end between two rules
                 i = rules[1] + 1
                 continue
         kept.append(lines[i])
         i += 1
-    return kept
+    return "\n".join(kept[-_LOG_LINES:])
 
 
-_ROWS = 40  # of a table: a page is no archive, the file is
-_WORDS = 240  # characters of a cell
+def tail_of(path: Path, n_bytes: int) -> str:
+    """The last bytes of a file as text; empty if there is none."""
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - n_bytes))
+        return file.read().decode(errors="replace")
+
+
+# -- events ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Event:
-    """One line of the trail; ``attempt`` is None where it is about the whole job."""
+    """A line of ``events.jsonl``; ``attempt`` is None where it concerns the whole job."""
 
     time: float  # seconds since the epoch
     attempt: int | None
-    seen: str
-    done: str
+    observed: str
+    action: str
 
     def __str__(self) -> str:
         about = f"attempt {self.attempt}: " if self.attempt else ""
-        return f"{about}{self.seen}: {self.done}"
+        return f"{about}{self.observed}: {self.action}"
 
 
-def append_decision(folder: JobFolder, decision: Event) -> None:
-    """Add one to the trail."""
-    line = json.dumps({"schema_version": 1, **vars(decision)}, ensure_ascii=False)
-    with folder.decisions.open("a", encoding="utf-8") as file:
+def append_event(folder: JobFolder, event: Event) -> None:
+    line = json.dumps({"schema_version": 1, **vars(event)}, ensure_ascii=False)
+    with folder.events.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
-def read_decisions(folder: JobFolder) -> list[Event]:
-    """All of them in order; a line that a crash cut short is left out."""
-    if not folder.decisions.exists():
+def read_events(folder: JobFolder) -> list[Event]:
+    """All events in order; a line that a crash cut short is left out."""
+    if not folder.events.exists():
         return []
     found = []
-    for line in folder.decisions.read_text(encoding="utf-8").splitlines():
+    for line in folder.events.read_text(encoding="utf-8").splitlines():
         try:
             entry = json.loads(line)
-            found.append(Event(entry["time"], entry["attempt"], entry["seen"], entry["done"]))
+            found.append(Event(entry["time"], entry["attempt"], entry["observed"], entry["action"]))
         except (ValueError, KeyError, TypeError):
             continue
     return found
 
 
-def clock(seconds: float) -> str:
-    """A time as people read it, local."""
+# -- tables for the asset's page -------------------------------------------------------------
+
+_MAX_ROWS = 40
+_MAX_CELL = 240  # characters
+
+
+def local_time(seconds: float) -> str:
+    """Seconds since the epoch as local date and time."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
@@ -257,44 +259,41 @@ def attempts_table(records: Sequence[AttemptRecord]) -> str:
     """Markdown: one row per attempt."""
     rows = []
     for record in records:
-        known = id_of(record.external)
-        end = record.end
-        ran = f"{end.ran_s:.0f} s" if end and end.ran_s is not None else ""
-        where = f"{record.backend} ({known})" if known else record.backend
+        known, end = id_of(record.external), record.end
         rows.append(
             (
                 str(record.attempt),
-                where,
-                clock(record.submitted_at or record.intended_at),
-                ran,
+                f"{record.backend} ({known})" if known else record.backend,
+                local_time(record.submitted_at or record.intended_at),
+                f"{end.ran_s:.0f} s" if end and end.ran_s is not None else "",
                 (end.nodes or "") if end else "",
-                end.how if end else "not over",
+                end.status if end else "not ended",
                 end.reason if end else "",
             )
         )
-    return _table(("attempt", "target", "submitted", "ran", "nodes", "end", "why"), rows)
+    return _table(("attempt", "target", "submitted", "ran", "nodes", "end", "reason"), rows)
 
 
-def decisions_table(folder: JobFolder) -> str:
-    """Markdown: one row per decision, the last ones if there are many."""
+def events_table(folder: JobFolder) -> str:
+    """Markdown: one row per event, the last ones if there are many."""
     rows = [
-        (clock(entry.time), str(entry.attempt or ""), entry.seen, entry.done)
-        for entry in read_decisions(folder)
+        (local_time(event.time), str(event.attempt or ""), event.observed, event.action)
+        for event in read_events(folder)
     ]
-    return _table(("when", "attempt", "seen", "done"), rows, str(folder.decisions))
+    return _table(("time", "attempt", "observed", "action"), rows, str(folder.events))
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], whole: str = "") -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], source: str = "") -> str:
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
-    lines += [f"| {' | '.join(map(_cell, row))} |" for row in rows[-_ROWS:]]
-    if len(rows) > _ROWS:
-        lines += ["", f"{len(rows) - _ROWS} earlier ones stand in {_cell(whole)}"]
+    lines += [f"| {' | '.join(map(_cell, row))} |" for row in rows[-_MAX_ROWS:]]
+    if len(rows) > _MAX_ROWS:
+        lines += ["", f"{len(rows) - _MAX_ROWS} earlier ones are in {_cell(source)}"]
     return "\n".join(lines)
 
 
 def _cell(text: str) -> str:
-    """Text of a job or a scheduler, as no markdown or HTML."""
+    """Text of a job or a scheduler, with markdown and HTML escaped."""
     words = " ".join(text.split())
-    words = words if len(words) <= _WORDS else words[: _WORDS - 1] + "…"
+    words = words if len(words) <= _MAX_CELL else words[: _MAX_CELL - 1] + "…"
     words = re.sub(r"([\\`*_\[\]|])", r"\\\1", words)
     return words.replace("<", "&lt;").replace(">", "&gt;")

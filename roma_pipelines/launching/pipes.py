@@ -1,10 +1,8 @@
 """Run a job from inside a Dagster asset: its log and progress appear there while it runs.
 
-Dagster Pipes is the protocol between the two, by an append-only file in the job folder. It carries
-log lines and progress only. Whether the job succeeded is the supervisor's to say, and the asset
-alone reports a materialisation; what a job reports of its own is not passed on.
-
-What a job reports: ``messages.jsonl``, read as it is written.
+Dagster Pipes is the protocol, over an append-only file in the job folder. It carries log lines and
+progress only: the supervisor decides whether the job succeeded, and the asset alone reports a
+materialisation. Materialisations and checks that a job reports are not passed on.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from roma_pipelines.launching.supervisor import Leave, supervise
 
 
 class MessageReader:
-    """Reads on from where it stopped.
+    """Reads ``messages.jsonl`` while it grows.
 
     Attributes:
         offset: bytes of the file that were read, whole lines only.
@@ -65,7 +63,7 @@ class MessageReader:
 
 
 def saved_offset(path: Path) -> int:
-    """The offset a watcher before left; 0 if there is none to be had, which replays messages."""
+    """The offset that an earlier reader saved; 0 without a valid one, which replays messages."""
     try:
         return int(read_json(path, schema_version=1)["offset"])
     except (FileNotFoundError, ValueError, KeyError):
@@ -73,18 +71,18 @@ def saved_offset(path: Path) -> int:
 
 
 def save_offset(path: Path, offset: int) -> None:
-    """Leave the offset for the next watcher. Not synced: losing it replays a few log lines."""
+    """Save the offset for the next reader. Not synced: losing it replays a few log lines."""
     aside = path.with_name(f".{path.name}")
     aside.write_text(json.dumps({"schema_version": 1, "offset": offset}))
     aside.replace(path)
 
 
 _LEVELS = frozenset({"debug", "info", "warning", "error", "critical"})
-_UNWANTED = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
+_CANCELLED = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
 
 
 class JobMessageReader(dg.PipesMessageReader):
-    """Passes messages.jsonl on whenever ``pump`` is called, in the caller's thread."""
+    """Passes on messages.jsonl whenever ``pump`` is called, in the caller's thread."""
 
     def __init__(
         self, context: dg.AssetExecutionContext, folder: JobFolder, observe_every_s: float
@@ -102,13 +100,13 @@ class JobMessageReader(dg.PipesMessageReader):
 
     @contextmanager
     def read_messages(self, handler: dg.PipesMessageHandler) -> Iterator[PipesParams]:
-        """Yields what the job needs to know to write to the file.
+        """Yields the parameters with which the job writes to the file.
 
         The handler sees one opening and one closing whatever the number of attempts; without them
         it warns of a job that was adopted, and of every message after the first attempt.
         """
         self._handler = handler
-        if self.messages.offset:  # a watcher before this one saw it open
+        if self.messages.offset:  # an earlier reader saw it open
             self._open()
         try:
             yield {PipesDefaultMessageWriter.FILE_PATH_KEY: str(self.folder.messages.resolve())}
@@ -121,22 +119,22 @@ class JobMessageReader(dg.PipesMessageReader):
 
     @property
     def expected_writer_count(self) -> int:
-        return 1  # rank 0 alone; the base class says the same, with a warning that it may change
+        return 1  # rank 0 alone; the base class returns the same, with a deprecation warning
 
     def no_messages_debug_text(self) -> str:
         return (
-            f"The job was to append to {self.folder.messages}; its log is in an attempt's folder."
+            f"The job should append to {self.folder.messages}; its log is in an attempt's folder."
         )
 
     def pump(self) -> None:
-        """Pass on what was written since the last time."""
+        """Pass on what was written since the last call."""
         before = self.messages.offset
         for message in self.messages.read():
             self._pass_on(message)
         if self.messages.skipped > self._skipped:
             self._skipped = self.messages.skipped
             self.context.log.warning(
-                f"{self._skipped} line(s) of {self.folder.messages} are no messages"
+                f"{self._skipped} line(s) of {self.folder.messages} are not messages"
             )
         if self.messages.offset != before:
             save_offset(self.folder.messages_offset, self.messages.offset)
@@ -145,7 +143,7 @@ class JobMessageReader(dg.PipesMessageReader):
             self._observe(self._progress)
 
     def show(self, state: JobState) -> None:
-        """Say on the asset's page why the job does not run, whenever the reason changes."""
+        """Show on the asset's page why the job does not run, whenever the reason changes."""
         self.pump()
         if state.phase not in (Phase.WAITING, Phase.UNKNOWN):
             self._waits_for = ""
@@ -159,7 +157,7 @@ class JobMessageReader(dg.PipesMessageReader):
         if method == "opened":
             self._open()
         elif method == "closed" and isinstance(params, dict):
-            self._closed = {**message, "params": params}  # the last attempt's counts
+            self._closed = {**message, "params": params}  # that of the last attempt is used
         elif method == "log":
             level = str(params.get("level", "info")).lower()
             self.context.log.log(
@@ -195,12 +193,12 @@ class JobMessageReader(dg.PipesMessageReader):
 
 
 def _shown(value: Any) -> Any:
-    """NaN and infinity are no JSON, so the event log gets them as text."""
+    """NaN and infinity are not valid JSON, so the event log gets them as text."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def key_for(context: dg.AssetExecutionContext) -> str:
-    """Key of the job that this execution of the asset starts or finds again."""
+    """Key of the job that this execution of the asset starts or adopts."""
 
     def tags_of(run_id: str) -> Mapping[str, str] | None:
         run = context.instance.get_run_by_id(run_id)
@@ -212,16 +210,16 @@ def key_for(context: dg.AssetExecutionContext) -> str:
 
 
 def on_interrupt(instance: dg.DagsterInstance, run: dg.DagsterRun) -> Leave:
-    """Whether an interrupted Dagster run takes its job with it.
+    """Whether an interrupted Dagster run cancels its job.
 
     Terminate marks the run before it interrupts it. A deploy, a drained node and a crash do not:
-    then the job runs on, and a retry adopts it. A run without a code location is one somebody
-    started in the foreground of a terminal or of a test: nothing would ever adopt its job.
+    then the job runs on, and a retry adopts it. A run without a code location was started in a
+    terminal or a test: no retry would ever adopt its job.
     """
     if run.remote_job_origin is None:
         return "cancel"
     now = instance.get_run_by_id(run.run_id)
-    return "cancel" if now is None or now.status in _UNWANTED else "detach"
+    return "cancel" if now is None or now.status in _CANCELLED else "detach"
 
 
 class Once:
@@ -254,14 +252,13 @@ def run_job(
     on_accepted: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> Outcome:
-    """Run a job to its end under an asset; the asset then returns its own MaterializeResult.
+    """Run a job to its end inside an asset, which then returns its own MaterializeResult.
 
     Args:
         config: the resolved configuration, JSON; ``spec.config_digest`` is its digest.
         environment: further variables of the job, with their values.
         observe_every_s: progress is observed at most this often; the first and the last always.
-        on_accepted: called once, when the target has the job: what need not be done before. Its error
-            ends the job.
+        on_accepted: called once, when the target has accepted the job; its error cancels the job.
         options: of ``Supervisor``: poll_every_s, heartbeat_timeout_s, max_attempts.
 
     Raises:
@@ -285,7 +282,7 @@ def run_job(
             spec,
             config,
             environment={**session.get_bootstrap_env_vars(), **(environment or {})},
-            watcher={"dagster_run_id": context.run_id, "asset_key": asset_key},
+            holder={"dagster_run_id": context.run_id, "asset_key": asset_key},
             on_poll=on_poll,
             on_note=context.log.info,
             on_interrupt=leave,

@@ -1,7 +1,7 @@
-"""What launching talks about: a job's specification, handle, state, attempts and outcome.
+"""Values of launching: a job's specification, the plan of an attempt, handles, states, outcomes.
 
-Values only. A *job* runs on some computer or cluster and is one folder (``roma_core.job``); it is
-made of *attempts*, and an attempt ends completed, continue, failed or cancelled.
+A *job* is one folder (``roma_core.job``). It consists of *attempts*; an attempt ends completed,
+continue (the next attempt resumes from its checkpoint), failed or cancelled.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from roma_core.job import Result
-
-
-class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from roma_core.job import Attempt, JobFolder, Result
+from roma_core.settings import Frozen
 
 
-class JobSpec(_Document):
-    """What to run and what it needs; ``spec.json``. Holds no secret and no value of the environment."""
+class JobSpec(Frozen):
+    """What to run and the resources it needs; ``spec.json``.
+
+    Holds no secrets and no values of environment variables.
+    """
 
     schema_version: Literal[1] = 1
     key: str = Field(pattern=r"^[0-9a-f]{12,64}$", description="From job_key().")
@@ -31,7 +31,7 @@ class JobSpec(_Document):
         description="What every process runs, after `python`: a script or `-m module`, arguments.",
     )
     config_digest: str = Field(description="files.digest_of() of the resolved configuration.")
-    starter: Literal["torchrun", "plain"] = Field(
+    runner: Literal["torchrun", "plain"] = Field(
         "torchrun", description="What starts the processes; plain: one process, no rendezvous."
     )
     nodes: int = Field(1, gt=0, description="Computers.")
@@ -43,7 +43,7 @@ class JobSpec(_Document):
         None, gt=0, description="Time of one attempt, minutes; None: the target's own limit."
     )
     env_names: tuple[str, ...] = Field(
-        (), description="Names of environment variables handed on to the job, secrets included."
+        (), description="Names of environment variables passed to the job, secrets included."
     )
 
     @property
@@ -53,25 +53,69 @@ class JobSpec(_Document):
 
     @property
     def world_size(self) -> int:
-        """Processes in all, as ``result.json`` must report them."""
+        """Number of processes, as ``result.json`` must report it."""
         return self.nodes * self.processes_per_node
 
 
+@dataclass(frozen=True)
+class Plan:
+    """One attempt exactly as it is submitted, made without a clock, a file or a cluster.
+
+    Attributes:
+        text: what ``roma-pipeline plan`` prints: a command line, a batch script or manifests.
+        content: the backend's own form of it (arguments, manifests), where text alone is not that.
+    """
+
+    spec: JobSpec
+    folder: JobFolder
+    attempt: int
+    text: str
+    content: Any = None
+
+    @property
+    def name(self) -> str:
+        """Name of the attempt at a scheduler, whatever process submits it."""
+        return attempt_name(self.spec, self.attempt)
+
+    @property
+    def files(self) -> Attempt:
+        """The attempt's folder."""
+        return self.folder.attempt(self.attempt)
+
+
+def attempt_name(spec: JobSpec, attempt: int) -> str:
+    """Name of an attempt at a scheduler, whatever process submits it."""
+    return f"{spec.name}-{attempt}"
+
+
+@dataclass(frozen=True)
+class JobHandle:
+    """A submitted attempt; ``external`` is the backend's own id and finds it after a restart."""
+
+    plan: Plan
+    external: dict[str, Any]
+
+
+def id_of(external: Mapping[str, Any] | None) -> str:
+    """A backend's id as text: ``job_id 7, profile leonardo``; empty without one."""
+    return ", ".join(
+        f"{name} {value}" for name, value in (external or {}).items() if name != "start"
+    )
+
+
 class Phase(StrEnum):
-    """Where an attempt stands; each backend maps what it sees to one of these in one table."""
+    """State of an attempt; each backend maps its own states to these in one table."""
 
     WAITING = "waiting"  # queued
     RUNNING = "running"
     ENDED_OK = "ended ok"  # the processes, or the scheduler, report success
     ENDED_BAD = "ended bad"  # a non-zero exit code, or a crash
-    CANCELLED = "cancelled"  # ended on somebody's demand
-    INTERRUPTED = (
-        "interrupted"  # killed, preempted, node lost, out of time: not the job's own doing
-    )
-    GONE = "gone"  # ended, and nobody can say any more how
-    OUT_OF_MEMORY = "out of memory"  # killed for it: the next attempt would end the same way
-    HUNG = "hung"  # ended by the supervisor, because the heartbeat stopped
-    UNKNOWN = "unknown"  # no answer, or a word nobody knows: ask again; never taken for an end
+    CANCELLED = "cancelled"
+    INTERRUPTED = "interrupted"  # killed, preempted, node lost, out of time: not the job's fault
+    GONE = "gone"  # ended, and its exit state is no longer known
+    OUT_OF_MEMORY = "out of memory"  # the next attempt would end the same way
+    HUNG = "hung"  # cancelled by the supervisor because its heartbeat stopped
+    UNKNOWN = "unknown"  # no answer or an unknown state: poll again; never taken for an end
 
 
 _NOT_ENDED = frozenset({Phase.WAITING, Phase.RUNNING, Phase.UNKNOWN})
@@ -79,10 +123,11 @@ _NOT_ENDED = frozenset({Phase.WAITING, Phase.RUNNING, Phase.UNKNOWN})
 
 @dataclass(frozen=True)
 class JobState:
-    """A phase, and why, in words for people: queue reason, exit code, signal.
+    """A phase and its reason as text: queue reason, exit code, signal.
 
-    An end may carry ``usage``: ``ran_s``, seconds it ran, and ``nodes``, where. A wait may carry
-    ``queue``: ``queue_position``, ``queue_length`` and ``expected_start``.
+    Attributes:
+        usage: of an ended attempt: ``ran_s`` (seconds it ran) and ``nodes`` (their names).
+        queue: of a waiting attempt: ``queue_position``, ``queue_length``, ``expected_start``.
     """
 
     phase: Phase
@@ -98,36 +143,19 @@ class JobState:
         return f"{self.phase} ({self.reason})" if self.reason else str(self.phase)
 
 
-@dataclass(frozen=True)
-class JobHandle:
-    """Enough to find one attempt again after a restart; ``external`` is the backend's own."""
+class End(Frozen):
+    """How an attempt ended, after the outcome policy was applied."""
 
-    folder: str  # path of the job folder
-    attempt: int
-    backend: str
-    external: dict[str, Any]
-
-
-def id_of(external: Mapping[str, Any] | None) -> str:
-    """What people need of a backend's own id: ``job_id 7, site leonardo``; empty without one."""
-    return ", ".join(
-        f"{name} {value}" for name, value in (external or {}).items() if name != "start"
-    )
-
-
-class End(_Document):
-    """How an attempt ended, as judged."""
-
-    how: Literal["completed", "continue", "failed", "cancelled"]
+    status: Literal["completed", "continue", "failed", "cancelled"]
     reason: str
     checkpoint: int | None  # step of the newest checkpoint at that time
     ended_at: float  # seconds since the epoch
-    ran_s: float | None = None  # without the time in the queue, where the target tells
+    ran_s: float | None = None  # without the time in the queue, where the target reports it
     nodes: str | None = None  # their names, as the target writes them
 
 
-class AttemptRecord(_Document):
-    """``attempts/<n>.json``: the intent; then what it became; then its end."""
+class AttemptRecord(Frozen):
+    """``attempts/<n>.json``: the intent; then the external id; then the end."""
 
     schema_version: Literal[1] = 1
     attempt: int
@@ -140,7 +168,7 @@ class AttemptRecord(_Document):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job; ``result`` is there exactly if it is completed."""
+    """How a job ended; ``result`` is not None exactly if it is completed."""
 
     status: Literal["completed", "failed", "cancelled"]
     key: str
@@ -151,13 +179,13 @@ class Outcome:
     log_tail: str = ""
 
     def metadata(self) -> dict[str, Any]:
-        """Plain values worth showing on the asset."""
+        """Plain values to show on the asset."""
         facts: dict[str, Any] = {"job_key": self.key, "job_folder": self.folder}
         facts["attempts"] = len(self.attempts)
         if self.result is not None:
             facts["processes"] = str(self.result.world_size)  # a number would be drawn as a plot
-            ends = ("_low", "_high")  # of intervals: too many rows for a page
-            facts |= {k: v for k, v in self.result.metrics.items() if not k.endswith(ends)}
+            bounds = ("_low", "_high")  # of intervals: too many rows for a page
+            facts |= {k: v for k, v in self.result.metrics.items() if not k.endswith(bounds)}
         return facts
 
 
@@ -176,11 +204,11 @@ class JobFailed(RuntimeError):
 
 
 def job_key(asset_key: str, root: str) -> str:
-    """Name of the job that makes ``asset_key`` for the run ``root``: 20 hex digits."""
+    """Key of the job that materialises ``asset_key`` for the run ``root``: 20 hex digits."""
     return hashlib.sha256(f"{asset_key}\n{root}".encode()).hexdigest()[:20]
 
 
-_RETRY_MARKS = {  # tags Dagster puts on a run that goes on with what another left
+_RETRY_TAGS = {  # tags by which Dagster marks a run that resumes another one
     "dagster/is_resume_retry": lambda value: value == "true",  # re-executed from failure
     "dagster/is_asset_resume_retry": lambda value: value == "true",
     "dagster/retry_number": lambda value: value.isdigit(),  # by the daemon, whatever the strategy
@@ -192,17 +220,17 @@ def root_of(
     tags: Mapping[str, str],
     tags_of: Callable[[str], Mapping[str, str] | None] = lambda run_id: None,
 ) -> str:
-    """The Dagster run whose job this run is to find.
+    """The Dagster run whose job this run adopts: itself, or the run that it retries, recursively.
 
-    Itself, unless it retries another one; then that one's, and so on. So *Re-execute all* makes a
-    new job, and a later retry of *that* run finds the new job and not the oldest of the family.
+    So *Re-execute all* makes a new job, and a later retry of *that* run finds the new job and not
+    the oldest one of the family.
 
     Args:
         tags: the run's tags.
-        tags_of: tags of another run by its id, None if it is gone; without an answer the family's
-            root (tag ``dagster/root_run_id``) stands in.
+        tags_of: tags of another run by its id, None if it was deleted; the tag
+            ``dagster/root_run_id`` is used then.
     """
-    while any(name in tags and is_set(tags[name]) for name, is_set in _RETRY_MARKS.items()):
+    while any(name in tags and is_set(tags[name]) for name, is_set in _RETRY_TAGS.items()):
         parent = tags.get("dagster/parent_run_id")
         parent_tags = tags_of(parent) if parent else None
         if parent is None or parent_tags is None:

@@ -1,4 +1,4 @@
-"""Where jobs run, by name; and what a job asks of its target."""
+"""The launcher of a target by its name, and the JobSpec of an experiment's job."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from roma_pipelines.launching.local import LocalLauncher
 from roma_pipelines.launching.spec import AttemptRecord, JobSpec
 from roma_pipelines.storage import Storage
 
-# environment variables that jobs are handed where they are set
+# environment variables that jobs get where they are set
 _SECRETS = (
     "WANDB_API_KEY",
     "ROMA_WANDB_API_KEY",
@@ -51,8 +51,7 @@ def launcher_for(target: str, profile: str | None, storage: Storage) -> Launcher
 
         return KubernetesLauncher(load_kubernetes_profile(profile))
     raise ValueError(
-        f"unknown target {target!r}; there are local, this computer, and two kinds of cluster, "
-        f"slurm and kubernetes"
+        f"unknown target {target!r}; expected local (this computer), slurm or kubernetes"
     )
 
 
@@ -66,17 +65,17 @@ def job_spec(
     key: str,
     command: tuple[str, ...],
     config_digest: str,
-    starter: Literal["torchrun", "plain"],
+    runner: Literal["torchrun", "plain"],
 ) -> JobSpec:
-    """What a job of an experiment asks for.
+    """The JobSpec of an experiment's job.
 
-    The target ``local`` runs the processes of all nodes on this computer: the world stays as large,
-    and with it the global batch, so that one file trains the same model on either target. Work that
-    is no training (``plain``) is one process, on one GPU if the trainings have any.
+    The target ``local`` runs the processes of all nodes on this computer: the world size stays the
+    same, and with it the global batch, so that one file trains the same model on either target. Other
+    work than training (``plain``) is one process, on one GPU if the trainings have any.
     """
     sizes: dict[str, Any] = {"nodes": 1, "processes_per_node": 1}
     sizes["gpus_per_node"] = resources.gpus_per_node
-    if starter == "plain":
+    if runner == "plain":
         sizes["gpus_per_node"] = min(resources.gpus_per_node, 1)
     elif resources.target == "local":
         sizes["processes_per_node"] = resources.nodes * resources.processes_per_node
@@ -86,7 +85,7 @@ def job_spec(
         key=key,
         command=command,
         config_digest=config_digest,
-        starter=starter,
+        runner=runner,
         threads_per_process=resources.threads_per_process,
         memory_gb=resources.memory_gb,
         time_limit_min=resources.time_limit_min,
@@ -95,10 +94,8 @@ def job_spec(
     )
 
 
-def launcher_of(storage: Storage) -> Callable[[AttemptRecord], Launcher]:
-    """Finds the launcher that an attempt on record belongs to."""
-
-    def find(record: AttemptRecord) -> Launcher:
-        return launcher_for(record.backend, (record.external or {}).get("site"), storage)
-
-    return find
+def launcher_of_attempt(storage: Storage) -> Callable[[AttemptRecord], Launcher]:
+    """Function that finds the launcher of a recorded attempt."""
+    return lambda record: launcher_for(
+        record.backend, (record.external or {}).get("profile"), storage
+    )

@@ -66,7 +66,7 @@ def _jobs(storage: Storage) -> Iterator[CheckResult]:
         detail = f"{n_unreadable} cannot be read; roma-pipeline jobs list names them"
         yield CheckResult("job folders", "warning", detail)
     active = [job for job in jobs if job.open_attempt is not None]
-    alone = [job.key for job in active if not job.watched]
+    alone = [job.key for job in active if not job.supervised]
     if alone:
         detail = (
             f"{len(alone)} of {len(active)} active jobs have no supervisor: {', '.join(alone[:5])}"

@@ -25,7 +25,8 @@ from filelock import FileLock, Timeout
 
 from roma_core.job import JobFolder
 from roma_pipelines import experiment as experiments
-from roma_pipelines.launching.jobs import WATCHER_SILENT_S, Job, all_jobs, read_job
+from roma_pipelines.launching.jobs import Job, all_jobs, read_job
+from roma_pipelines.launching.supervisor import LEASE_EXPIRES_S
 from roma_pipelines.registry.runs import JOB_KEY_TAG
 from roma_pipelines.registry.store import is_server
 from roma_pipelines.storage import Storage
@@ -125,7 +126,7 @@ def _size(path: Path) -> int:
 
 
 def _check_instance(instance: dg.DagsterInstance, jobs: Sequence[Job]) -> None:
-    runs = {str(job.watcher["dagster_run_id"]) for job in jobs if "dagster_run_id" in job.watcher}
+    runs = {str(job.lease["dagster_run_id"]) for job in jobs if "dagster_run_id" in job.lease}
     if runs and not any(instance.has_run(run) for run in runs):
         raise RuntimeError(
             f"jobs here were made by {len(runs)} Dagster runs, and this Dagster instance knows none "
@@ -136,9 +137,9 @@ def _check_instance(instance: dg.DagsterInstance, jobs: Sequence[Job]) -> None:
 
 def _ended_before(job: Job, before: float) -> bool:
     end = job.records[-1].end if job.records else None
-    if end is None or end.how == "continue" or end.ended_at > before:
+    if end is None or end.status == "continue" or end.ended_at > before:
         return False
-    return not (job.watched and time.time() - float(job.watcher["beat"]) < WATCHER_SILENT_S)
+    return not (job.supervised and time.time() - float(job.lease["beat"]) < LEASE_EXPIRES_S)
 
 
 def _remove_job(job: Job, before: float) -> bool:

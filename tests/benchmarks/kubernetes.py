@@ -87,8 +87,8 @@ def watch(jobs: int, seconds: float, folder: Path) -> None:
         job = JobFolder(folder / "jobs" / name)
         job.path.mkdir(parents=True)
         job.spec.write_text(spec_of(n).model_dump_json())
-        external = {"name": name, "namespace": "roma", "uid": uid, "site": "bench"}
-        handles.append(JobHandle(str(job.path), 1, "kubernetes", external))
+        external = {"name": name, "namespace": "roma", "uid": uid, "profile": "bench"}
+        handles.append(JobHandle(launcher.plan(spec_of(n), job), external))
     assert all(launcher.watch(handle).phase is Phase.RUNNING for handle in handles)
 
     looks, used, start, delays = 0, time.process_time(), time.monotonic(), []

@@ -68,13 +68,15 @@ done
 WATCH = """
 import json, sys, time
 from pathlib import Path
-from roma_pipelines.launching.job import JobHandle
-from roma_pipelines.launching.site import Site
-from roma_pipelines.launching.slurm import SlurmLauncher
+from roma_core.job import JobFolder
+from roma_pipelines.launching.slurm.launcher import SlurmLauncher
+from roma_pipelines.launching.slurm.profile import SlurmProfile
+from roma_pipelines.launching.spec import JobHandle, JobSpec
 clusters, first, count, seconds, interval = sys.argv[1:]
-site = Site(name="many", poll_s=float(interval), slowest_poll_s=float(interval))
-launcher = SlurmLauncher(site, Path(clusters))
-handles = [JobHandle(f"/nowhere/{i}", 1, "slurm", {"job_id": str(i), "site": "many"})
+profile = SlurmProfile(name="many", poll_s=float(interval), slowest_poll_s=float(interval))
+launcher = SlurmLauncher(profile, Path(clusters))
+spec = JobSpec(key="0" * 20, command=("x",), config_digest="")
+handles = [JobHandle(launcher.plan(spec, JobFolder(f"/nowhere/{i}")), {"job_id": str(i)})
            for i in range(int(first), int(first) + int(count))]
 begun, end = time.process_time(), time.monotonic() + float(seconds)
 while time.monotonic() < end:
@@ -97,7 +99,7 @@ def accepted_s(folder: Path, environment: dict[str, str]) -> float:
     return statistics.median(float(materialise("pretrained_encoder")) for _ in range(REPEATS))
 
 
-def supervised_s(folder: Path, site: SlurmProfile) -> float:
+def supervised_s(folder: Path, profile: SlurmProfile) -> float:
     """From the start of a supervisor to its job's id on record."""
 
     class Accepted(BaseException):
@@ -115,7 +117,7 @@ def supervised_s(folder: Path, site: SlurmProfile) -> float:
         job = JobFolder(folder / "supervised" / spec.key)
         started = time.perf_counter()
         try:
-            launcher = SlurmLauncher(site, folder / "clusters")
+            launcher = SlurmLauncher(profile, folder / "clusters")
             supervise(launcher, job, spec, {}, fault_point=fault_point)
         except Accepted:
             times.append(time.perf_counter() - started)
@@ -123,7 +125,7 @@ def supervised_s(folder: Path, site: SlurmProfile) -> float:
 
 
 def first_line_s(
-    folder: Path, site: SlurmProfile, cluster: Cluster
+    folder: Path, profile: SlurmProfile, cluster: Cluster
 ) -> tuple[list[float], float, float]:
     """Seconds to the first Python line, bare torchrun's taken off ours, of every pair; the median of
     bare's; and of our batch script before it calls srun.
@@ -133,14 +135,14 @@ def first_line_s(
     stand_in.parent.mkdir()
     stand_in.write_text("#!/bin/bash\ndate +%s.%N >$LINE\n")
     stand_in.chmod(0o755)
-    launcher = SlurmLauncher(site, folder / "clusters")
+    launcher = SlurmLauncher(profile, folder / "clusters")
     for i in range(1, PAIRS + 1):
         for name, key in ((f"script-{i}", f"{i:020x}"), (f"script-again-{i}", f"{i + PAIRS:020x}")):
             command = (str(folder / "first.py"), str(folder / f"line-ours-{i}"))
             spec = JobSpec(key=key, command=command, config_digest=digest_of({}))
             job = folder / "first" / spec.key
             job.mkdir(parents=True)
-            (folder / name).write_text(launcher.plan(spec, str(job)))
+            (folder / name).write_text(launcher.plan(spec, JobFolder(job)).text)
     script = folder / "in-turn.sh"
     script.write_text(IN_TURN.format(folder=folder, python=sys.executable, pairs=PAIRS))
     cluster.run("sbatch", "--wait", str(script), timeout=1200)
@@ -184,12 +186,12 @@ def watching(folder: Path) -> tuple[int, float, int, float]:
 
 
 def plan_s() -> float:
-    site = load_slurm_profile("leonardo", SlurmSettings())
+    profile = load_slurm_profile("leonardo", SlurmSettings())
     spec = JobSpec(key="a" * 20, command=("-m", "x"), config_digest="", nodes=2, gpus_per_node=4)
     times = []
     for _ in range(REPEATS * 20):
         started = time.perf_counter()
-        batch_script(spec, site, "/a/folder", 1, "python")
+        batch_script(spec, profile, "/a/folder", 1, "python")
         times.append(time.perf_counter() - started)
     return statistics.median(times)
 
@@ -206,7 +208,7 @@ def main() -> None:
         )
         with real_slurm(folder / "slurm") as cluster:
             os.environ.update(cluster.variables)
-            site = SlurmProfile(
+            profile = SlurmProfile(
                 name="mini", poll_s=0.2, memory_gb=2, environment={"GLOO_SOCKET_IFNAME": "lo"}
             )
             (folder / "mini.yaml").write_text(
@@ -221,11 +223,11 @@ def main() -> None:
             }
             print(
                 f"accepted  {accepted_s(folder, environment):.2f} s after the asset's start (at most "
-                f"1 s), {supervised_s(folder, site):.3f} s after the supervisor's",
+                f"1 s), {supervised_s(folder, profile):.3f} s after the supervisor's",
                 flush=True,
             )
             cluster.settle()
-            later, bare, before = first_line_s(folder, site, cluster)
+            later, bare, before = first_line_s(folder, profile, cluster)
             low, middle, high = statistics.quantiles(later, n=4)
             print(
                 f"first line {middle:+.3f} s (quartiles {low:+.3f}, {high:+.3f}; {PAIRS} pairs) against "

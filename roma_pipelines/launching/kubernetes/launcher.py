@@ -27,9 +27,9 @@ from roma_pipelines.launching.kubernetes.client import (
 from roma_pipelines.launching.kubernetes.manifests import (
     Manifest,
     as_text,
-    job_name,
     labels,
     manifests,
+    with_variables,
 )
 from roma_pipelines.launching.kubernetes.profile import KubernetesProfile
 from roma_pipelines.launching.kubernetes.states import (
@@ -42,8 +42,14 @@ from roma_pipelines.launching.kubernetes.states import (
     is_over,
     state_of,
 )
-from roma_pipelines.launching.launcher import Price, Rejected, Unreachable, passthrough_env
-from roma_pipelines.launching.spec import JobHandle, JobSpec, JobState, Phase
+from roma_pipelines.launching.launcher import (
+    PLANNED_FOLDER,
+    Price,
+    Rejected,
+    Unreachable,
+    passthrough_env,
+)
+from roma_pipelines.launching.spec import JobHandle, JobSpec, JobState, Phase, Plan
 
 SECRET = re.compile(r"KEY|TOKEN|PASSWORD|SECRET|USERNAME|CREDENTIAL")
 """Names of variables whose values no manifest may hold."""
@@ -83,23 +89,21 @@ class KubernetesLauncher:
     def view(self) -> ClusterView:
         return shared_view(self.connection, self.site.namespace)
 
-    def plan(self, spec: JobSpec, folder: str = "JOB_FOLDER", attempt: int = 1) -> str:
-        return as_text(manifests(spec, self.site, folder, attempt), spec)
+    def plan(self, spec: JobSpec, folder: JobFolder = PLANNED_FOLDER, attempt: int = 1) -> Plan:
+        documents = manifests(spec, self.site, folder.path, attempt)
+        return Plan(spec, folder, attempt, as_text(documents, spec), documents)
 
-    def preflight(self, spec: JobSpec, folder: JobFolder) -> list[str]:
+    def preflight(self, plan: Plan) -> list[str]:
         from roma_pipelines.launching.kubernetes.preflight import refusals  # it needs a launcher
 
-        return refusals(self, spec, folder)
+        return refusals(self, plan)
 
-    def submit(
-        self, spec: JobSpec, folder: JobFolder, attempt: int, environment: Mapping[str, str]
-    ) -> JobHandle:
-        path = folder.path.resolve()
-        script = folder.attempt(attempt).script
+    def submit(self, plan: Plan, environment: Mapping[str, str]) -> JobHandle:
+        script = plan.files.script
         script.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(script, self.plan(spec, str(path), attempt).encode())
-        variables = _for_a_manifest(passthrough_env(spec, environment))
-        first, *others = manifests(spec, self.site, path, attempt, variables)
+        write_bytes(script, plan.text.encode())
+        variables = _for_a_manifest(passthrough_env(plan.spec, environment))
+        first = with_variables(plan.content[0], variables)
         try:
             made = self.create(first)
         except ApiError as no:
@@ -107,29 +111,28 @@ class KubernetesLauncher:
                 raise Unreachable(f"Kubernetes: {no}") from no  # credentials are being replaced
             if no.code != 409:
                 raise Rejected([f"Kubernetes: {reason}" for reason in no.reasons]) from no
-            found = self.find(folder, attempt)  # somebody submitted it before: adopt that one
+            found = self.find(plan)  # it was submitted before: adopt that one
             if found is None:
-                raise Unreachable(f"Job {job_name(spec, attempt)} is there, and then not") from no
+                raise Unreachable(f"Job {plan.name} is there, and then not") from no
             return found
-        handle = self._handle(folder, attempt, first["metadata"]["name"], made["metadata"]["uid"])
+        handle = self._handle(plan, made["metadata"]["uid"])
         try:
-            self._serve(others, handle)
+            self._serve(handle)
         except ApiError as no:
             self.cancel(handle)  # without names its pods would only wait for one another
             raise Rejected([f"Kubernetes: {reason}" for reason in no.reasons]) from no
         return handle
 
-    def find(self, folder: JobFolder, attempt: int) -> JobHandle | None:
-        spec = JobSpec.model_validate(read_json(folder.spec, schema_version=1))
-        name = job_name(spec, attempt)
-        owner = folder.attempt(attempt).owner
+    def find(self, plan: Plan) -> JobHandle | None:
+        owner = plan.files.owner
         if owner.exists() and self.site.kind == "job":  # a JobSet's pods know only their Job
             document = read_json(owner, schema_version=1)
-            return self._handle(folder, attempt, name, document["external"]["job_uid"])
+            return self._handle(plan, document["external"]["job_uid"])
+        name = plan.name
         there = self._get(name)
         if there is None:
             return None
-        if (mine := labels(spec, attempt)) != {
+        if (mine := labels(plan.spec, plan.attempt)) != {
             label: there["metadata"].get("labels", {}).get(label) for label in mine
         }:
             raise Rejected(
@@ -139,7 +142,7 @@ class KubernetesLauncher:
             )
         if there["metadata"].get("deletionTimestamp"):
             raise Unreachable(f"{name} is being deleted, and not gone yet")
-        return self._handle(folder, attempt, name, there["metadata"]["uid"])
+        return self._handle(plan, there["metadata"]["uid"])
 
     def watch(self, handle: JobHandle) -> JobState:
         if away := self.view.look():
@@ -166,8 +169,7 @@ class KubernetesLauncher:
         kill_s = self.site.grace_s + 60.0
         start = time.monotonic()
         self._delete_job(handle)
-        spec = JobSpec.model_validate(read_json(JobFolder(handle.folder).spec, schema_version=1))
-        mine = labels(spec, handle.attempt).items()
+        mine = labels(handle.plan.spec, handle.plan.attempt).items()
         query = {"labelSelector": ",".join(f"{label}={value}" for label, value in mine)}
         while True:
             pods = self._checked("GET", self._core("pods"), query=query)["items"]
@@ -213,10 +215,10 @@ class KubernetesLauncher:
         """Path of what was created for an attempt."""
         return f"{self._place('JobSet' if self.site.kind == 'jobset' else 'Job')}/{name}"
 
-    def _handle(self, folder: JobFolder, attempt: int, name: str, uid: str) -> JobHandle:
+    def _handle(self, plan: Plan, uid: str) -> JobHandle:
         site = self.site
-        external = {"name": name, "namespace": site.namespace, "uid": uid, "site": site.name}
-        return JobHandle(str(folder.path.resolve()), attempt, self.backend, external)
+        external = {"name": plan.name, "namespace": site.namespace, "uid": uid}
+        return JobHandle(plan, {**external, "profile": site.name})
 
     def _checked(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         """An answer that only a server in trouble does not give; a right may be missing for now."""
@@ -249,7 +251,7 @@ class KubernetesLauncher:
             only = {"uid": handle.external["uid"]}
             self._delete(self._own(handle.external["name"]), preconditions=only)
 
-    def _serve(self, services: list[Manifest], handle: JobHandle) -> None:
+    def _serve(self, handle: JobHandle) -> None:
         """Create what goes with the Job: the Service of several pods.
 
         Raises:
@@ -257,7 +259,7 @@ class KubernetesLauncher:
         """
         name, uid = handle.external["name"], handle.external["uid"]
         owner = {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": uid}
-        for service in services:
+        for service in handle.plan.content[1:]:
             metadata = {**service["metadata"], "ownerReferences": [owner]}
             try:
                 self.create({**service, "metadata": metadata})
@@ -272,10 +274,8 @@ class KubernetesLauncher:
         """Whoever submitted the Job may have died before the Service."""
         if handle.external["uid"] in self._served:
             return
-        spec = JobSpec.model_validate(read_json(JobFolder(handle.folder).spec, schema_version=1))
-        _, *others = manifests(spec, self.site, handle.folder, handle.attempt)
         with contextlib.suppress(ApiError):  # its pods will say that they find no name
-            self._serve(others, handle)
+            self._serve(handle)
 
     def _sighting(self, handle: JobHandle) -> Snapshot | None:
         view, uid = self.view, handle.external["uid"]
@@ -292,8 +292,7 @@ class KubernetesLauncher:
 
     def _job_of_set(self, handle: JobHandle) -> dict[str, Any] | None:
         """The one Job of a JobSet, by the labels both have."""
-        spec = JobSpec.model_validate(read_json(JobFolder(handle.folder).spec, schema_version=1))
-        mine = labels(spec, handle.attempt).items()
+        mine = labels(handle.plan.spec, handle.plan.attempt).items()
         for job in self.view.jobs.all_present():
             if mine <= job["metadata"].get("labels", {}).items():
                 return job
@@ -305,7 +304,7 @@ class KubernetesLauncher:
         present = [pod for pod in self.view.pods.present(uid) if not _is_finished(pod)]
         if present:  # deleted without its pods, or they are still ending
             return JobState(Phase.RUNNING, f"Job {name} was deleted, {len(present)} pods are left")
-        last_word = JobFolder(handle.folder).attempt(handle.attempt).exit.exists()
+        last_word = handle.plan.files.exit.exists()
         if uid in self._seen and not last_word:
             return JobState(Phase.CANCELLED, f"somebody deleted Job {name}")
         if time.monotonic() - self._asked_at.get(uid, -1e9) < _ASK_ABOUT_MISSING_S:
@@ -353,7 +352,7 @@ class KubernetesLauncher:
             there = [p for p in pods.present(group) if p["metadata"]["uid"] == pod["uid"]]
             return pods.synced.is_set() and (not there or is_over(there[0]))
 
-        log = JobFolder(handle.folder).attempt(handle.attempt).log
+        log = handle.plan.files.log
         self._followers[uid] = LogFollower(
             self.connection, self.site.namespace, pod["name"], log, over
         )
@@ -366,7 +365,7 @@ class KubernetesLauncher:
         if pod is None or index_of(pod) == 0 or not has_started(pod):
             return
         name = pod["metadata"]["name"]
-        log = JobFolder(handle.folder).attempt(handle.attempt).log
+        log = handle.plan.files.log
         its_own = log.with_name(f"log.{index_of(pod)}")
         if its_own.exists():
             return

@@ -8,6 +8,7 @@ adds no retries; it makes the Job's own condition say why it failed, which outli
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from roma_core.job import CONTINUE_EXIT_CODE
+from roma_core.claim import CONTINUE_EXIT_CODE
 from roma_pipelines.launching.kubernetes.profile import KubernetesProfile, Toleration, Volume
 from roma_pipelines.launching.launcher import process_variables, program
 from roma_pipelines.launching.spec import JobSpec
@@ -52,21 +53,32 @@ def manifests(
     site: KubernetesProfile,
     folder: Path | str,
     attempt: int,
-    variables: Mapping[str, str] | None = None,
 ) -> list[Manifest]:
     """What is to be created for an attempt, in this order.
 
     Args:
         folder: path of the job folder, the same here and in the pods.
-        variables: further variables of the processes, with their values; no secrets.
 
     Raises:
         ValueError: no cluster could ever run the spec.
     """
-    job = _job(spec, site, str(folder), attempt, variables or {})
+    job = _job(spec, site, str(folder), attempt)
     if site.kind == "jobset":
         return [_jobset(spec, site, attempt, job)]
     return [job, _service(spec, site, attempt)] if spec.nodes > 1 else [job]
+
+
+def with_variables(manifest: Manifest, variables: Mapping[str, str]) -> Manifest:
+    """The manifest of a job with further variables of its processes; no secrets."""
+    changed = copy.deepcopy(manifest)
+    spec = changed["spec"]
+    if changed["kind"] == "JobSet":
+        spec = spec["replicatedJobs"][0]["template"]["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    kept = [entry for entry in container["env"] if entry["name"] not in variables]
+    given = [{"name": name, "value": _literal(value)} for name, value in variables.items()]
+    container["env"] = [*given, *kept]
+    return changed
 
 
 def as_text(documents: list[Manifest], spec: JobSpec) -> str:
@@ -91,9 +103,7 @@ def _metadata(spec: JobSpec, site: KubernetesProfile, attempt: int, **more: Any)
     return {**name, "labels": labels(spec, attempt), **more}
 
 
-def _job(
-    spec: JobSpec, site: KubernetesProfile, folder: str, attempt: int, variables: Mapping[str, str]
-) -> Manifest:
+def _job(spec: JobSpec, site: KubernetesProfile, folder: str, attempt: int) -> Manifest:
     metadata = _metadata(spec, site, attempt, annotations={FOLDER_ANNOTATION: folder})
     if site.queue and site.kind == "job":
         metadata["labels"] = {**metadata["labels"], QUEUE_LABEL: site.queue}
@@ -115,7 +125,7 @@ def _job(
                     "labels": labels(spec, attempt),
                     "annotations": {FOLDER_ANNOTATION: folder},
                 },
-                "spec": _pod(spec, site, folder, attempt, variables),
+                "spec": _pod(spec, site, folder, attempt),
             },
         },
     }
@@ -138,9 +148,7 @@ def _failure_policy() -> Manifest:
     }
 
 
-def _pod(
-    spec: JobSpec, site: KubernetesProfile, folder: str, attempt: int, variables: Mapping[str, str]
-) -> Manifest:
+def _pod(spec: JobSpec, site: KubernetesProfile, folder: str, attempt: int) -> Manifest:
     gpus = spec.gpus_per_node > 0
     selector = {**site.node_selector, **(site.gpu_node_selector if gpus else {})}
     tolerations = [*site.tolerations, *(site.gpu_tolerations if gpus else ())]
@@ -159,14 +167,12 @@ def _pod(
         "imagePullSecrets": [{"name": name} for name in site.image_pull_secrets],
         "securityContext": _pod_security(site),
         "volumes": [*_volumes(site), {"name": "shared-memory", "emptyDir": _memory(site)}],
-        "containers": [_container(spec, site, folder, attempt, variables)],
+        "containers": [_container(spec, site, folder, attempt)],
     }
     return {name: value for name, value in pod.items() if value not in (None, {}, [])}
 
 
-def _container(
-    spec: JobSpec, site: KubernetesProfile, folder: str, attempt: int, variables: Mapping[str, str]
-) -> Manifest:
+def _container(spec: JobSpec, site: KubernetesProfile, folder: str, attempt: int) -> Manifest:
     mounts = [_mount(n, volume) for n, volume in enumerate(site.volumes)]
     container: dict[str, Any] = {
         "name": CONTAINER,
@@ -175,7 +181,7 @@ def _container(
         "command": _command(spec, site, folder, attempt),
         "workingDir": folder,
         "envFrom": [{"secretRef": {"name": name}} for name in site.secrets],
-        "env": _environment(spec, site, variables),
+        "env": _environment(spec, site),
         "resources": _resources(spec, site),
         "volumeMounts": [*mounts, {"name": "shared-memory", "mountPath": "/dev/shm"}],
         # the end of the log becomes the reason, also where nobody read the log in time
@@ -208,9 +214,7 @@ def _literal(text: str) -> str:
     return text.replace("$", "$$")
 
 
-def _environment(
-    spec: JobSpec, site: KubernetesProfile, variables: Mapping[str, str]
-) -> list[Manifest]:
+def _environment(spec: JobSpec, site: KubernetesProfile) -> list[Manifest]:
     fixed = {
         **process_variables(spec),
         # torchrun must not kill its workers while they save
@@ -222,7 +226,7 @@ def _environment(
             "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
             "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "300",
         }
-    values = {**fixed, **site.environment, **variables}
+    values = {**fixed, **site.environment}
     uid = {"fieldRef": {"fieldPath": f"metadata.labels['{CONTROLLER_LABEL}']"}}
     return [
         *({"name": name, "value": _literal(value)} for name, value in values.items()),

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 
 from roma_core.job import JobFolder
 from roma_pipelines.launching.kubernetes.client import ApiError
-from roma_pipelines.launching.kubernetes.manifests import manifests
 from roma_pipelines.launching.launcher import Rejected
-from roma_pipelines.launching.spec import JobSpec
+from roma_pipelines.launching.spec import JobSpec, Plan
 
 if TYPE_CHECKING:
     from roma_pipelines.launching.kubernetes.launcher import KubernetesLauncher
@@ -24,15 +23,15 @@ if TYPE_CHECKING:
 _MIN_FREE_MB = 200
 
 
-def refusals(launcher: KubernetesLauncher, spec: JobSpec, folder: JobFolder) -> list[str]:
+def refusals(launcher: KubernetesLauncher, plan: Plan) -> list[str]:
     """All reasons why this job would not run on this cluster.
 
     Raises:
         NoAnswer: the cluster is away.
     """
-    found = [*_about_folder(launcher, folder), *_about_secrets(launcher, spec)]
+    found = [*_about_folder(launcher, plan.folder), *_about_secrets(launcher, plan.spec)]
     try:
-        for manifest in manifests(spec, launcher.site, folder.path.resolve(), 1):
+        for manifest in plan.content:
             found += _about_manifest(launcher, manifest)
     except Rejected as error:  # there is no cluster to ask
         found += error.reasons

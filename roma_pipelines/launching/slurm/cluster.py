@@ -1,8 +1,4 @@
-"""What ``squeue`` says: its lines, and where in the line a job stands.
-
-Runs a scheduler's commands, on this computer or through ssh on one connection that is kept.
-One question to a scheduler for all jobs of all supervising processes.
-"""
+"""SLURM's commands: run them, share one poll among all processes, read squeue's answer."""
 
 from __future__ import annotations
 
@@ -21,13 +17,13 @@ from filelock import FileLock, Timeout
 from roma_pipelines.launching.launcher import Unreachable, inherited
 from roma_pipelines.launching.spec import JobState, Phase
 
-_KEPT_FOR = "10m"
-_OF_THIS_COMPUTER = ("CUDA_VISIBLE_DEVICES", "TMPDIR", "XDG_")  # a node has its own, or none
+_SSH_PERSIST = "10m"
+_NOT_PASSED_ON = ("CUDA_VISIBLE_DEVICES", "TMPDIR", "XDG_")  # a node has its own, or none
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command said."""
+    """Exit code and output of a command."""
 
     code: int
     output: str
@@ -35,17 +31,17 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """Both outputs as one line for people."""
+        """Both outputs as one line."""
         return " ".join(f"{self.error} {self.output}".split())
 
 
 class Shell:
-    """Where a scheduler's commands run."""
+    """Runs SLURM's commands, on this computer or through ssh on one connection that is kept."""
 
     def __init__(self, ssh: str | None = None, timeout_s: float = 60.0) -> None:
         """
         Args:
-            ssh: host, as ssh knows it; None: this computer.
+            ssh: host, as ssh names it; None: this computer.
             timeout_s: how long a command may take; SLURM's own give up after some ten seconds.
         """
         self.ssh, self.timeout_s = ssh, timeout_s
@@ -54,20 +50,20 @@ class Shell:
         """Run a command to its end.
 
         Args:
-            environment: variables of the command beside those every job inherits.
+            environment: variables of the command besides those every job inherits.
 
         Raises:
-            NoAnswer: it took too long, or ssh did not get there; it may have been carried out.
+            Unreachable: it took too long, or ssh could not connect; it may have been carried out.
             ValueError: there is no such command here.
         """
         try:
             if self.ssh is None:
-                return self._here(argv, {**_ours(), **(environment or {})})
-            return self._there(argv, environment or {})
+                return self._run_here(argv, {**_client_environment(), **(environment or {})})
+            return self._run_by_ssh(argv, environment or {})
         except subprocess.TimeoutExpired as error:
-            raise Unreachable(f"{argv[0]} gave no answer within {self.timeout_s:g} s") from error
+            raise Unreachable(f"{argv[0]} did not answer within {self.timeout_s:g} s") from error
 
-    def _here(self, argv: tuple[str, ...], environment: Mapping[str, str]) -> Answer:
+    def _run_here(self, argv: tuple[str, ...], environment: Mapping[str, str]) -> Answer:
         try:
             done = subprocess.run(
                 argv,
@@ -85,14 +81,14 @@ class Shell:
             ) from error
         return Answer(done.returncode, done.stdout, done.stderr)
 
-    def _there(self, argv: tuple[str, ...], environment: Mapping[str, str]) -> Answer:
+    def _run_by_ssh(self, argv: tuple[str, ...], environment: Mapping[str, str]) -> Answer:
         lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
         script = "\n".join([*lines, f"exec {shlex.join(argv)}", ""])
         sockets = Path(os.environ.get("XDG_RUNTIME_DIR", Path.home() / ".ssh"))
         done = subprocess.run(
             [
                 *("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15"),
-                *("-o", "ControlMaster=auto", "-o", f"ControlPersist={_KEPT_FOR}"),
+                *("-o", "ControlMaster=auto", "-o", f"ControlPersist={_SSH_PERSIST}"),
                 *("-o", f"ControlPath={sockets}/roma-%C", self.ssh or "", "bash", "-s"),
             ],
             input=script,
@@ -108,60 +104,61 @@ class Shell:
         return Answer(done.returncode, done.stdout, done.stderr)
 
 
-def _ours() -> dict[str, str]:
+def _client_environment() -> dict[str, str]:
     """This process's environment as SLURM's commands and the job may see it."""
     kept = {k: v for k, v in os.environ.items() if k.startswith("SLURM_CONF")}
-    variables = {k: v for k, v in inherited().items() if not k.startswith(_OF_THIS_COMPUTER)}
+    variables = {k: v for k, v in inherited().items() if not k.startswith(_NOT_PASSED_ON)}
     return variables | kept
 
 
-_SLOWER = 1.5
-_SEEN_FOR_S = 0.1  # one look at the file serves all jobs of a process that are watched in turn
+# -- one poll for all jobs of all supervising processes ----------------------------------------
 
+_SLOWDOWN = 1.5
+_CACHED_S = 0.1  # one look at the file serves all jobs of a process that are polled in turn
 
 Jobs = dict[str, dict[str, str]]
-Places = dict[str, tuple[int, int]]
+Positions = dict[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Poll:
-    """An answer, or why there was none.
+class PollResult:
+    """An answer of squeue, or why there is none.
 
     Attributes:
-        asked_at: seconds since the epoch, before the question was asked.
+        asked_at: seconds since the epoch, before the query.
         interval_s: how long it is new enough.
-        jobs: what the scheduler said of each job, by its id.
-        error: why there is no answer; ``jobs`` is then the last one there was.
-        places: (place, of how many) of jobs that wait, by their id.
-        placed_at: when these were asked for, seconds since the epoch.
+        jobs: fields of each job, by its id.
+        error: why there is no answer; ``jobs`` is then the last one received.
+        positions: (position, queue length) of waiting jobs, by their id.
+        positions_at: when these were asked for, seconds since the epoch.
     """
 
     asked_at: float
     interval_s: float
     jobs: Jobs
     error: str = ""
-    places: Places = field(default_factory=dict)
-    placed_at: float = 0.0
+    positions: Positions = field(default_factory=dict)
+    positions_at: float = 0.0
 
 
-NEVER = Poll(0.0, 0.0, {}, "nobody asked yet")
+NEVER = PollResult(0.0, 0.0, {}, "not asked yet")
 
 
 class SharedPoll:
-    """The last answer, asked for again when it is too old."""
+    """The last answer, in a file; asked for again when it is too old."""
 
     def __init__(
         self,
         folder: Path,
-        ask: Callable[[Poll], tuple[Jobs, Places | None]],
+        ask: Callable[[PollResult], tuple[Jobs, Positions | None]],
         fastest_s: float,
         slowest_s: float,
     ) -> None:
         """
         Args:
-            folder: of this scheduler, the same for all processes that share the question.
-            ask: is given the last answer; all jobs of this user, by id, and places of those that
-                wait, None if it did not ask for them; raises NoAnswer if the scheduler is away.
+            folder: of this cluster, the same for all processes that share the query.
+            ask: gets the last answer; returns all jobs of this user, by id, and the queue positions
+                of those that wait, None if it did not ask for them; raises Unreachable.
         """
         self.folder, self.ask = folder, ask
         self.fastest_s, self.slowest_s = fastest_s, max(fastest_s, slowest_s)
@@ -173,77 +170,82 @@ class SharedPoll:
     def path(self) -> Path:
         return self.folder / "poll.json"
 
-    def look(self, newer_than: float = 0.0) -> Poll:
+    def look(self, newer_than: float = 0.0) -> PollResult:
         """An answer that is new enough; one asked after ``newer_than`` if there may be one already."""
-        poll = self._read()
-        if not self._due(poll, newer_than):
-            return poll
+        result = self._read()
+        if not self._due(result, newer_than):
+            return result
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.folder / "poll.lock", timeout=0):
-                poll = self._read(anew=True)  # another one may have asked meanwhile
-                return self._ask(poll) if self._due(poll, newer_than) else poll
+                self._looked_at = float("-inf")
+                result = self._read()  # another process may have asked meanwhile
+                return self._ask(result) if self._due(result, newer_than) else result
         except Timeout:
-            return poll
+            return result
 
-    def _due(self, poll: Poll, newer_than: float) -> bool:
-        interval_s = self.fastest_s if poll.asked_at < newer_than else poll.interval_s
-        return not poll.asked_at <= time.time() < poll.asked_at + interval_s  # clocks are set, too
+    def _due(self, result: PollResult, newer_than: float) -> bool:
+        interval_s = self.fastest_s if result.asked_at < newer_than else result.interval_s
+        # also due if the clock was set back
+        return not result.asked_at <= time.time() < result.asked_at + interval_s
 
-    def _ask(self, before: Poll) -> Poll:
+    def _ask(self, before: PollResult) -> PollResult:
         asked_at = time.time()
         try:
-            (jobs, places), error = self.ask(before), ""
+            (jobs, positions), error = self.ask(before), ""
         except Unreachable as away:
-            jobs, places, error = before.jobs, None, str(away)
-        if error or jobs != before.jobs:
-            interval_s = self.fastest_s
-        else:
-            interval_s = min(max(before.interval_s, self.fastest_s) * _SLOWER, self.slowest_s)
-        placed = (before.places, before.placed_at) if places is None else (places, asked_at)
-        poll = Poll(asked_at, interval_s, jobs, error, *placed)
-        document = {"schema_version": 1, **vars(poll)}
+            jobs, positions, error = before.jobs, None, str(away)
+        interval_s = self.fastest_s
+        if not error and jobs == before.jobs:
+            interval_s = min(max(before.interval_s, self.fastest_s) * _SLOWDOWN, self.slowest_s)
+        queue = (
+            (before.positions, before.positions_at) if positions is None else (positions, asked_at)
+        )
+        result = PollResult(asked_at, interval_s, jobs, error, *queue)
         aside = self.path.with_name(".poll.json")
-        aside.write_text(json.dumps(document))  # not synced: losing it costs one question
+        aside.write_text(
+            json.dumps({"schema_version": 1, **vars(result)})
+        )  # not synced: may be lost
         aside.replace(self.path)
         self._looked_at = float("-inf")
-        return poll
+        return result
 
-    def _read(self, anew: bool = False) -> Poll:
+    def _read(self) -> PollResult:
         now = time.monotonic()
-        if not anew and now - self._looked_at < _SEEN_FOR_S:
-            return self._last
-        self._looked_at = now
-        self._last = self._read_file()
+        if now - self._looked_at >= _CACHED_S:
+            self._looked_at = now
+            self._last = self._read_file()
         return self._last
 
-    def _read_file(self) -> Poll:
+    def _read_file(self) -> PollResult:
         try:
             status = self.path.stat()
             mark = (status.st_ino, status.st_mtime_ns)
-            if mark != self._read_from:
-                document: dict[str, Any] = json.loads(self.path.read_text())
-                if document.pop("schema_version") != 1:
-                    return NEVER
-                self._read_from = mark
-                document["places"] = {k: tuple(v) for k, v in document["places"].items()}
-                return Poll(**document)
+            if mark == self._read_from:
+                return self._last
+            document: dict[str, Any] = json.loads(self.path.read_text())
+            if document.pop("schema_version") != 1:
+                return NEVER
+            self._read_from = mark
+            document["positions"] = {k: tuple(v) for k, v in document["positions"].items()}
+            return PollResult(**document)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return NEVER  # lost or of another version: ask anew
-        return self._last
+            return NEVER  # lost or of another version: ask again
 
+
+# -- squeue's answer -------------------------------------------------------------------------
 
 _COLUMNS = ("state", "starts", "nodes", "reason", "partition", "user", "priority")
 SQUEUE = ("squeue", "-h", "-t", "all", "-o", "%i|%T|%S|%N|%r|%P|%u|%Q|%Z|%j")
-"""The question; with ``--me`` about one's own jobs. Folder and name come last: they may hold a bar."""
+"""The query; with ``--me`` for one's own jobs. Folder and name come last: they may hold a bar."""
 
-_NOT_IN_LINE = frozenset(  # reasons of jobs that no free node would start
+_NOT_IN_QUEUE = frozenset(  # reasons of pending jobs that no free node would start
     ["Dependency", "DependencyNeverSatisfied", "JobHeldUser", "JobHeldAdmin", "BeginTime"]
 )
 
 
-def rows_of(output: str) -> Jobs:
-    """squeue's lines by job id."""
+def parse_squeue(output: str) -> Jobs:
+    """Fields of squeue's lines, by job id."""
     found = {}
     for line in output.splitlines():
         job, *values, rest = line.split("|", 8)
@@ -252,8 +254,8 @@ def rows_of(output: str) -> Jobs:
     return found
 
 
-def ours_of(rows: Jobs) -> Jobs:
-    """Those this project submitted, without what changes all the time and so would look like news."""
+def own_jobs(rows: Jobs) -> Jobs:
+    """Jobs of this project, without the priority, which changes all the time."""
     return {
         job: {column: value for column, value in row.items() if column != "priority"}
         for job, row in rows.items()
@@ -261,37 +263,37 @@ def ours_of(rows: Jobs) -> Jobs:
     }
 
 
-def places_in_queue(rows: Jobs, wanted: Iterable[str]) -> Places:
-    """(place, of how many) of the wanted jobs that wait, among those that wait for the same nodes.
+def queue_positions(rows: Jobs, wanted: Iterable[str]) -> Positions:
+    """(position, queue length) of the wanted jobs, among those that wait for the same partitions.
 
-    Jobs stand in line by priority; those that are held, or wait for a time or another job, do not.
+    Jobs queue by priority; those that are held, or wait for a time or another job, do not count.
     """
-    waiting = [
+    pending = [
         (job, frozenset(row["partition"].split(",")))
         for job, row in sorted(rows.items(), key=lambda item: -int(item[1]["priority"]))
-        if row["state"] == "PENDING" and row["reason"] not in _NOT_IN_LINE
+        if row["state"] == "PENDING" and row["reason"] not in _NOT_IN_QUEUE
     ]
-    lines: dict[str, dict[str, int]] = {}  # place by job, of all that share a partition of these
-    places = {}
+    queues: dict[str, dict[str, int]] = {}  # by the partitions named: position of each job
+    positions = {}
     for job in wanted:
         named = rows[job]["partition"]
-        if named not in lines:
+        if named not in queues:
             ours = frozenset(named.split(","))
-            line = [other for other, theirs in waiting if theirs & ours]
-            lines[named] = {other: place for place, other in enumerate(line, start=1)}
-        if job in lines[named]:
-            places[job] = (lines[named][job], len(lines[named]))
-    return places
+            queue = [other for other, theirs in pending if theirs & ours]
+            queues[named] = {other: i for i, other in enumerate(queue, start=1)}
+        if job in queues[named]:
+            positions[job] = (queues[named][job], len(queues[named]))
+    return positions
 
 
-def waiting(job: str, row: Mapping[str, str], place: tuple[int, int] | None) -> JobState:
-    """Why a job waits, behind how many, and until when, as far as SLURM says."""
-    said = f"job {job} waits: {row['reason']}"
+def waiting(job: str, row: Mapping[str, str], position: tuple[int, int] | None) -> JobState:
+    """State of a waiting job: reason, queue position, expected start, as far as SLURM says."""
+    text = f"job {job} waits: {row['reason']}"
     queue: dict[str, Any] = {}
-    if place is not None:
-        queue |= {"queue_position": place[0], "queue_length": place[1]}
-        said += f", {place[0]} of {place[1]} in the queue"
+    if position is not None:
+        queue |= {"queue_position": position[0], "queue_length": position[1]}
+        text += f", {position[0]} of {position[1]} in the queue"
     if row["starts"] not in ("", "N/A"):
         queue["expected_start"] = row["starts"]
-        said += f", expected to start {row['starts']}"
-    return JobState(Phase.WAITING, said, queue=queue)
+        text += f", expected to start {row['starts']}"
+    return JobState(Phase.WAITING, text, queue=queue)

@@ -1,9 +1,9 @@
 """The target ``slurm``: attempts as batch jobs of a cluster.
 
-An attempt is known by its name, ``roma-<key>-<n>``, which is there before it is submitted, and by
-its job id afterwards. Three are asked, in this order, and the first that knows wins: ``squeue``
-(one shared question for all jobs), ``scontrol`` (some minutes after the end), ``sacct`` (where a
-site has it). None of them proves success; that is the result file's part.
+An attempt is found by its name, ``roma-<key>-<n>``, which is known before it is submitted, and by
+its job id afterwards. Three commands are asked in this order, and the first that knows the job
+counts: ``squeue`` (one shared query for all jobs), ``scontrol`` (some minutes after the end),
+``sacct`` (where the cluster has it). None of them proves success; only the result file does.
 """
 
 from __future__ import annotations
@@ -17,23 +17,31 @@ from typing import Any
 
 from roma_core.files import read_json, write_bytes
 from roma_core.job import JobFolder
-from roma_pipelines.launching.launcher import Price, Rejected, Unreachable, passthrough_env
+from roma_pipelines.launching.launcher import (
+    PLANNED_FOLDER,
+    Price,
+    Rejected,
+    Unreachable,
+    passthrough_env,
+)
+from roma_pipelines.launching.outcome import tail_of
 from roma_pipelines.launching.slurm.cluster import (
     SQUEUE,
     Answer,
     Jobs,
-    Places,
-    Poll,
+    PollResult,
+    Positions,
     SharedPoll,
     Shell,
-    ours_of,
-    places_in_queue,
-    rows_of,
+    own_jobs,
+    parse_squeue,
+    queue_positions,
     waiting,
 )
+from roma_pipelines.launching.slurm.preflight import reasons_against
 from roma_pipelines.launching.slurm.profile import SlurmProfile
-from roma_pipelines.launching.slurm.script import batch_script, job_name
-from roma_pipelines.launching.spec import JobHandle, JobSpec, JobState, Phase
+from roma_pipelines.launching.slurm.script import batch_script
+from roma_pipelines.launching.spec import JobHandle, JobSpec, JobState, Phase, Plan
 
 # fmt: off
 PHASES: dict[str, Phase] = {
@@ -49,10 +57,10 @@ PHASES: dict[str, Phase] = {
     "TIMEOUT": Phase.INTERRUPTED, "DEADLINE": Phase.INTERRUPTED,
     "CANCELLED": Phase.CANCELLED, "REVOKED": Phase.CANCELLED,
 }
-"""Every word SLURM says of a job; a word that is not here is unknown, and never an end."""
+"""Every state SLURM reports; one that is not here is UNKNOWN, and never an end."""
 # fmt: on
 
-_AWAY = re.compile(
+_NO_ANSWER = re.compile(
     r"timed? ?out|unable to contact|connection (refused|reset)|communication|zero bytes|"
     r"temporarily unavailable|not responding",
     re.IGNORECASE,
@@ -68,7 +76,7 @@ class SlurmLauncher:
 
     def __init__(
         self,
-        site: SlurmProfile,
+        profile: SlurmProfile,
         clusters: Path,
         python: str = sys.executable,
         gone_after_s: float = 60.0,
@@ -77,55 +85,58 @@ class SlurmLauncher:
     ) -> None:
         """
         Args:
-            clusters: folder of what processes share about clusters, ``<clusters>/<site>/poll.json``.
-            python: interpreter on the nodes, unless the site names one.
-            gone_after_s: a job that SLURM has forgotten and that left no word counts as gone once
-                nothing of its folder moved for so long.
-            cancel_timeout_s: how long a cancelled job may take to be gone.
-            fs_lag_s: how long this computer may take to see what a node wrote; network file
-                systems remember for so long that a file was not there.
+            clusters: folder of state that processes share about clusters,
+                ``<clusters>/<profile>/poll.json``.
+            python: interpreter on the nodes, unless the profile names one.
+            gone_after_s: a job that SLURM no longer knows and that left no ``exit.json`` counts as
+                gone once its log and heartbeat have not changed for so long.
+            cancel_timeout_s: how long a cancelled job may take to end.
+            fs_lag_s: seconds until files written on a node are certainly visible here; network
+                file systems may report a new file as missing for so long.
         """
-        self.site, self.python = site, python
+        self.profile, self.python = profile, python
         self.gone_after_s, self.cancel_timeout_s = gone_after_s, cancel_timeout_s
         self.fs_lag_s = fs_lag_s
-        self.shell = Shell(site.ssh)
-        self.poll = SharedPoll(clusters / site.name, self._ask, site.poll_s, site.slowest_poll_s)
-        self._missed_at: dict[str, float] = {}  # job id -> when it was first not in an answer
-        self._exits: dict[str, Path] = {}  # job id -> its exit.json
-        self._left_at: dict[str, float] = {}  # job id -> when its exit.json was first seen
+        self.shell = Shell(profile.ssh)
+        shared = clusters / profile.name
+        self.poll = SharedPoll(shared, self._query, profile.poll_s, profile.slowest_poll_s)
+        self._missing_since: dict[str, float] = {}  # job id -> when it was first not in an answer
+        self._exit_files: dict[str, Path] = {}  # job id -> its exit.json; polled very often
+        self._exited_at: dict[str, float] = {}  # job id -> when its exit.json was first seen
 
     @property
     def price(self) -> Price | None:
-        rate = self.site.price_per_gpu_hour
-        return None if rate is None else Price(rate, self.site.currency)
+        rate = self.profile.price_per_gpu_hour
+        return None if rate is None else Price(rate, self.profile.currency)
 
-    def plan(self, spec: JobSpec, folder: str = "JOB_FOLDER", attempt: int = 1) -> str:
-        return batch_script(spec, self.site, folder, attempt, self.python)
+    def plan(self, spec: JobSpec, folder: JobFolder = PLANNED_FOLDER, attempt: int = 1) -> Plan:
+        text = batch_script(spec, self.profile, folder, attempt, self.python)
+        return Plan(spec, folder, attempt, text)
 
-    def submit(
-        self, spec: JobSpec, folder: JobFolder, attempt: int, environment: Mapping[str, str]
-    ) -> JobHandle:
-        script = self._write_script(spec, folder, attempt)
-        variables = passthrough_env(spec, environment)
+    def preflight(self, plan: Plan) -> list[str]:
+        return reasons_against(plan, self.profile, self.shell, self.profile.python or self.python)
+
+    def submit(self, plan: Plan, environment: Mapping[str, str]) -> JobHandle:
+        script = plan.files.script
+        script.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(script, plan.text.encode())
+        variables = passthrough_env(plan.spec, environment)
         answer = self.shell.run("sbatch", "--parsable", str(script), environment=variables)
         found = re.search(r"^(\d+)(;\S+)?$", answer.output.strip(), re.MULTILINE)
         if answer.code == 0 and found:
-            return self._handle(folder, attempt, found[1])
-        if _AWAY.search(answer.text) or answer.code == 0:
+            return self._handle(plan, found[1])
+        if _NO_ANSWER.search(answer.text) or answer.code == 0:
             raise Unreachable(f"sbatch: {answer.text}")  # it may have been accepted all the same
         raise Rejected([f"sbatch: {answer.text}"])
 
-    def find(self, folder: JobFolder, attempt: int) -> JobHandle | None:
-        if owner := self._owner(folder, attempt):
+    def find(self, plan: Plan) -> JobHandle | None:
+        if owner := self._owner(plan):
             return owner
-        spec = JobSpec.model_validate(read_json(folder.spec, schema_version=1))
-        name = job_name(spec, attempt)
-        path = str(folder.path.resolve())
-        jobs = self._named(name, path) or self._named_by_sacct(name, path)
+        jobs = self._jobs_named(plan) or self._jobs_in_sacct(plan)
         if not jobs:
             return None
-        alive = [job for job, word in jobs if not _ended(word)]
-        return self._handle(folder, attempt, min(alive or [job for job, _ in jobs], key=int))
+        alive = [job for job, state in jobs if not _ended(state)]
+        return self._handle(plan, min(alive or [job for job, _ in jobs], key=int))
 
     def watch(self, handle: JobHandle) -> JobState:
         job = handle.external["job_id"]
@@ -135,171 +146,160 @@ class SlurmLauncher:
         row = poll.jobs.get(job)
         if row is None:
             return self._missing(handle, poll)
-        self._missed_at.pop(job, None)
+        self._missing_since.pop(job, None)
         phase = PHASES.get(row["state"], Phase.UNKNOWN)
         if phase is Phase.WAITING:
-            return waiting(job, row, poll.places.get(job))
+            return waiting(job, row, poll.positions.get(job))
         if phase in (Phase.RUNNING, Phase.UNKNOWN):
             return JobState(phase, f"job {job} {row['state']} on {row['nodes'] or '?'}")
-        self._cancel_doubles(handle, poll)
-        return self._state(handle, row["state"], row["reason"], self._record(job))
+        self._cancel_duplicates(handle, poll)
+        return self._end_state(handle, row["state"], row["reason"], self._scontrol(job))
 
     def cancel(self, handle: JobHandle) -> None:
         """End every job of the attempt: it may have been accepted twice."""
-        spec = JobSpec.model_validate(read_json(JobFolder(handle.folder).spec, schema_version=1))
-        name = job_name(spec, handle.attempt)
         deadline = time.monotonic() + self.cancel_timeout_s
-        told: set[str] = set()
+        cancelled: set[str] = set()
         while True:
-            named = self._named(name, handle.folder)
-            alive = {job: word for job, word in named if not _ended(word)}
+            named = self._jobs_named(handle.plan)
+            alive = {job: state for job, state in named if not _ended(state)}
             if not alive:
                 return
-            if new := sorted(alive.keys() - told):
+            if new := sorted(alive.keys() - cancelled):
                 self._checked("scancel", *new)
-                told |= alive.keys()
+                cancelled |= alive.keys()
             if time.monotonic() > deadline:
                 raise RuntimeError(
-                    f"{name} is still {alive} {self.cancel_timeout_s:g} s after scancel; look at it with "
-                    f"`scontrol show job {min(alive)}`"
+                    f"{handle.plan.name} is still {alive} {self.cancel_timeout_s:g} s after scancel; "
+                    f"look at it with `scontrol show job {min(alive)}`"
                 )
-            time.sleep(min(self.site.poll_s, 1.0))
+            time.sleep(min(self.profile.poll_s, 1.0))
 
-    def preflight(self, spec: JobSpec, folder: JobFolder) -> list[str]:
-        from roma_pipelines.launching.slurm.preflight import refusals  # it needs a launcher
+    # -- queries -----------------------------------------------------------------------------
 
-        return refusals(self, spec, folder)
+    def _handle(self, plan: Plan, job: str) -> JobHandle:
+        return JobHandle(plan, {"job_id": job, "profile": self.profile.name})
 
-    # -- the parts ---------------------------------------------------------------------------
-
-    def _owner(self, folder: JobFolder, attempt: int) -> JobHandle | None:
+    def _owner(self, plan: Plan) -> JobHandle | None:
         """The job that claimed the attempt, if one has."""
-        owner = folder.attempt(attempt).owner
-        if not owner.exists():
+        if not plan.files.owner.exists():
             return None
-        document = read_json(owner, schema_version=1)
-        return self._handle(folder, attempt, document["external"]["SLURM_JOB_ID"])
+        document = read_json(plan.files.owner, schema_version=1)
+        return self._handle(plan, document["external"]["SLURM_JOB_ID"])
 
-    def _write_script(self, spec: JobSpec, folder: JobFolder, attempt: int) -> Path:
-        path = folder.path.resolve()
-        script = folder.attempt(attempt).script
-        script.parent.mkdir(parents=True, exist_ok=True)
-        text = batch_script(spec, self.site, path, attempt, self.python)
-        write_bytes(script, text.encode())
-        return script.resolve()
+    def _query(self, before: PollResult) -> tuple[Jobs, Positions | None]:
+        """Our jobs; now and then, while one of them waits, all users' jobs: one query in any case.
 
-    def _handle(self, folder: JobFolder, attempt: int, job: str) -> JobHandle:
-        external = {"job_id": job, "site": self.site.name}
-        return JobHandle(str(folder.path.resolve()), attempt, self.backend, external)
-
-    def _ask(self, before: Poll) -> tuple[Jobs, Places | None]:
-        """Our jobs; now and then, while one of them waits, everybody's: one question in any case.
-
-        Where a site hides other people's jobs, a place in the queue is that among our own.
+        Where a cluster hides other users' jobs, the queue position is that among our own.
         """
         waits = any(PHASES.get(row["state"]) is Phase.WAITING for row in before.jobs.values())
-        if not waits or time.time() - before.placed_at < self.site.slowest_poll_s:
-            return ours_of(rows_of(self._checked(*SQUEUE, "--me").output)), None
+        if not waits or time.time() - before.positions_at < self.profile.slowest_poll_s:
+            return own_jobs(parse_squeue(self._checked(*SQUEUE, "--me").output)), None
         me = next(iter(before.jobs.values()))["user"]
-        rows = rows_of(self._checked(*SQUEUE).output)
-        ours = ours_of({job: row for job, row in rows.items() if row["user"] == me})
-        return ours, places_in_queue(rows, ours)
+        rows = parse_squeue(self._checked(*SQUEUE).output)
+        ours = own_jobs({job: row for job, row in rows.items() if row["user"] == me})
+        return ours, queue_positions(rows, ours)
 
     def _checked(self, *argv: str) -> Answer:
-        """The answer of a client command that only fails if SLURM is away."""
+        """The answer of a client command that fails only if SLURM does not answer."""
         answer = self.shell.run(*argv)
         if answer.code:
             raise Unreachable(f"{argv[0]}: {answer.text}")
         return answer
 
-    def _named(self, name: str, folder: str) -> list[tuple[str, str]]:
-        """(id, state) of all jobs of this name and folder that slurmctld remembers."""
+    def _jobs_named(self, plan: Plan) -> list[tuple[str, str]]:
+        """(id, state) of all jobs of this attempt that slurmctld knows."""
         lines = self._checked(
-            "squeue", "-h", "--me", "-t", "all", f"--name={name}", "-o", "%i|%T|%Z"
+            "squeue", "-h", "--me", "-t", "all", f"--name={plan.name}", "-o", "%i|%T|%Z"
         ).output.splitlines()
         rows = (line.split("|", 2) for line in lines)
-        return [(job, word) for job, word, where in rows if where == folder]
+        return [(job, state) for job, state, where in rows if where == str(plan.folder.path)]
 
-    def _named_by_sacct(self, name: str, folder: str) -> list[tuple[str, str]]:
+    def _jobs_in_sacct(self, plan: Plan) -> list[tuple[str, str]]:
         """The same from the accounting, where there is one; it goes further back."""
         columns = ("-X", "-n", "-P", "-S", "now-7days", "-o", "jobid,state,workdir")
-        answer = self.shell.run("sacct", *columns, f"--name={name}")
+        answer = self.shell.run("sacct", *columns, f"--name={plan.name}")
         rows = (line.split("|", 2) for line in answer.output.splitlines() if line.count("|") > 1)
-        return [(job, word.split()[0]) for job, word, where in rows if word and where == folder]
+        path = str(plan.folder.path)
+        return [(job, state.split()[0]) for job, state, where in rows if state and where == path]
 
     def _newer_than(self, handle: JobHandle) -> float:
-        """From when on an answer counts: since the job was missed, or left its last word."""
+        """Since when an answer is needed: since the job was missing, or wrote its exit.json."""
         job = handle.external["job_id"]
-        if job not in self._left_at:
-            if job not in self._exits:  # asked very often, so built once
-                self._exits[job] = JobFolder(handle.folder).attempt(handle.attempt).exit
-            if self._exits[job].exists():
-                self._left_at[job] = time.time()
-        return max(self._missed_at.get(job, 0.0), self._left_at.get(job, 0.0))
+        if job not in self._exited_at:
+            if job not in self._exit_files:
+                self._exit_files[job] = handle.plan.files.exit
+            if self._exit_files[job].exists():
+                self._exited_at[job] = time.time()
+        return max(self._missing_since.get(job, 0.0), self._exited_at.get(job, 0.0))
 
-    def _record(self, job: str) -> dict[str, str]:
-        """What scontrol knows of a job; empty once it has forgotten it, or is away."""
+    def _scontrol(self, job: str) -> dict[str, str]:
+        """Fields of ``scontrol show job``; empty once it no longer knows the job, or is away."""
         answer = self.shell.run("scontrol", "-o", "show", "job", job)
         if answer.code:
             return {}
         words = (word.partition("=") for word in answer.output.split())
         return {name: value for name, equals, value in words if equals}
 
-    def _state(
-        self, handle: JobHandle, word: str, reason: str, record: Mapping[str, str]
-    ) -> JobState:
-        """The end of a job, from SLURM's word and what else is known."""
-        phase = PHASES[word]
-        said = f"SLURM says {word}"
-        if reason not in ("", "None"):
-            said += f" ({reason})"
-        if (code := record.get("ExitCode", "0:0")) != "0:0":
-            said += f", exit code {code.partition(':')[0]}, signal {code.partition(':')[2]}"
-        if record.get("Restarts", "0") != "0":
-            phase, said = Phase.INTERRUPTED, f"{said}, after the site restarted it"
-        if phase is Phase.ENDED_BAD and _MEMORY.search(_end_of(handle)):
-            # an srun step that is killed for memory ends as FAILED; only its output tells
-            phase, said = Phase.OUT_OF_MEMORY, f"{said}: out of memory; ask for more memory_gb"
-        if phase is Phase.ENDED_BAD and code == "0:53":
-            said += "; its log could not be opened: do the nodes see the job folder?"
-        return JobState(phase, said, _usage(record))
+    def _sacct_state(self, job: str) -> str | None:
+        """State of an ended job by the accounting; None without one, or if it does not say."""
+        answer = self.shell.run("sacct", "-X", "-D", "-n", "-P", "-j", job, "-o", "state")
+        states = [line.split()[0] for line in answer.output.splitlines() if line.strip()]
+        if answer.code or not states or not _ended(states[-1]):  # it lags: RUNNING proves nothing
+            return None
+        return states[-1]
 
-    def _missing(self, handle: JobHandle, poll: Poll) -> JobState:
+    # -- states ------------------------------------------------------------------------------
+
+    def _end_state(
+        self, handle: JobHandle, state: str, reason: str, record: Mapping[str, str]
+    ) -> JobState:
+        """The end of a job, from SLURM's state and what else is known."""
+        phase = PHASES[state]
+        text = f"SLURM says {state}"
+        if reason not in ("", "None"):
+            text += f" ({reason})"
+        if (code := record.get("ExitCode", "0:0")) != "0:0":
+            text += f", exit code {code.partition(':')[0]}, signal {code.partition(':')[2]}"
+        if record.get("Restarts", "0") != "0":
+            phase, text = Phase.INTERRUPTED, f"{text}, after the cluster restarted it"
+        log = handle.plan.files.log
+        if phase is Phase.ENDED_BAD and _MEMORY.search(tail_of(log, _LOG_BYTES)):
+            # an srun step that is killed for memory ends as FAILED; only its output shows why
+            phase, text = Phase.OUT_OF_MEMORY, f"{text}: out of memory; ask for more memory_gb"
+        if phase is Phase.ENDED_BAD and code == "0:53":
+            text += "; its log could not be opened: do the nodes see the job folder?"
+        return JobState(phase, text, _usage(record))
+
+    def _missing(self, handle: JobHandle, poll: PollResult) -> JobState:
         """The job is in no answer: too early, too late, or slurmctld lost it."""
         job = handle.external["job_id"]
-        since = self._missed_at.setdefault(job, time.time())
+        since = self._missing_since.setdefault(job, time.time())
         if poll.asked_at <= since:
             return JobState(Phase.UNKNOWN, f"no answer about job {job} yet")
-        record = self._record(job)
-        if word := record.get("JobState"):
-            if _ended(word):
-                return self._state(handle, word, record.get("Reason", ""), record)
-            return JobState(Phase.UNKNOWN, f"squeue does not show job {job}, which is {word}")
-        if word := self._word_of_sacct(job):
-            return self._state(handle, word, "by sacct", {})
-        attempt = JobFolder(handle.folder).attempt(handle.attempt)
-        if attempt.exit.exists():
-            return JobState(Phase.GONE, f"SLURM has forgotten job {job}")
-        moved = [path.stat().st_mtime for path in (attempt.log, attempt.heartbeat) if path.exists()]
-        if time.time() - max([since, *moved]) < self.gone_after_s:
+        record = self._scontrol(job)
+        if state := record.get("JobState"):
+            if _ended(state):
+                return self._end_state(handle, state, record.get("Reason", ""), record)
+            return JobState(Phase.UNKNOWN, f"squeue does not show job {job}, which is {state}")
+        if state := self._sacct_state(job):
+            return self._end_state(handle, state, "by sacct", {})
+        files = handle.plan.files
+        if files.exit.exists():
+            return JobState(Phase.GONE, f"SLURM no longer knows job {job}")
+        changed = [path.stat().st_mtime for path in (files.log, files.heartbeat) if path.exists()]
+        if time.time() - max([since, *changed]) < self.gone_after_s:
             return JobState(Phase.UNKNOWN, f"SLURM does not know job {job}; it may still run")
-        return JobState(Phase.GONE, f"SLURM has forgotten job {job}, and nothing of it moves")
+        return JobState(
+            Phase.GONE, f"SLURM no longer knows job {job}, and its log and heartbeat stopped"
+        )
 
-    def _word_of_sacct(self, job: str) -> str | None:
-        """How a job ended by the accounting; None if there is none, or it does not say."""
-        answer = self.shell.run("sacct", "-X", "-D", "-n", "-P", "-j", job, "-o", "state")
-        words = [line.split()[0] for line in answer.output.splitlines() if line.strip()]
-        if answer.code or not words or not _ended(words[-1]):  # it lags: RUNNING proves nothing
-            return None
-        return words[-1]
-
-    def _cancel_doubles(self, handle: JobHandle, poll: Poll) -> None:
-        """A second job of an attempt would wait in the queue only to leave at once: end it.
+    def _cancel_duplicates(self, handle: JobHandle, poll: PollResult) -> None:
+        """A second job of an attempt would wait in the queue only to leave at once: cancel it.
 
         Only once the one that claimed the attempt is over: this one may be the second itself.
         """
         job = handle.external["job_id"]
-        owner = self._owner(JobFolder(handle.folder), handle.attempt)
+        owner = self._owner(handle.plan)
         if owner is None or owner.external != handle.external:
             return
         ours = [poll.jobs[job][key] for key in ("name", "folder")]
@@ -309,22 +309,12 @@ class SlurmLauncher:
                 self.shell.run("scancel", other)
 
 
-def _ended(word: str) -> bool:
-    phase = PHASES.get(word, Phase.UNKNOWN)
-    return JobState(phase).ended
-
-
-def _end_of(handle: JobHandle) -> str:
-    log = JobFolder(handle.folder).attempt(handle.attempt).log
-    if not log.exists():
-        return ""
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - _LOG_BYTES))
-        return file.read().decode(errors="replace")
+def _ended(state: str) -> bool:
+    return JobState(PHASES.get(state, Phase.UNKNOWN)).ended
 
 
 def _usage(record: Mapping[str, str]) -> dict[str, Any]:
-    """What an attempt used: seconds, and the names of its nodes."""
+    """Seconds that an attempt ran, and the names of its nodes."""
     found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", record.get("RunTime", ""))
     if not found:
         return {}

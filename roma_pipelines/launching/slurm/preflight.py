@@ -1,7 +1,7 @@
-"""What a SLURM job can be told before it queues: every reason at once.
+"""Checks of a SLURM job before it queues; reports every reason at once.
 
-The cluster knows best: ``sbatch --test-only`` is its own word on accounts, QOS and reservations.
-What is asked of ``sinfo`` beside it is there to say what to change, which sbatch does not.
+``sbatch --test-only`` is the cluster's own decision on accounts, QOS and reservations. The checks
+with ``sinfo`` before it say what to change, which sbatch does not.
 """
 
 from __future__ import annotations
@@ -11,22 +11,18 @@ import secrets
 import shlex
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from roma_core.job import JobFolder
 from roma_pipelines.launching.launcher import Unreachable
 from roma_pipelines.launching.slurm.cluster import Answer, Shell
 from roma_pipelines.launching.slurm.profile import SlurmProfile
-from roma_pipelines.launching.slurm.script import batch_script
-from roma_pipelines.launching.spec import JobSpec
-
-if TYPE_CHECKING:
-    from roma_pipelines.launching.slurm.launcher import SlurmLauncher
+from roma_pipelines.launching.slurm.script import cpus_per_node
+from roma_pipelines.launching.spec import JobSpec, Plan
 
 _COMMANDS = ("sbatch", "squeue", "scontrol", "scancel", "sinfo")
 _MIN_FREE_MB = 200
 _UNCONFIGURED = "Could not establish a configuration source"
-"""SLURM's word where its commands are installed and no cluster is: waiting would not help."""
+"""SLURM's message where its commands are installed and no cluster is: retrying would not help."""
 
 
 @dataclass(frozen=True)
@@ -42,43 +38,41 @@ class Nodes:
     gpus: dict[str, int]  # by type; "" where the site names none
 
 
-def refusals(launcher: SlurmLauncher, spec: JobSpec, folder: JobFolder) -> list[str]:
-    """All reasons why this job would not run on this cluster.
+def reasons_against(plan: Plan, profile: SlurmProfile, shell: Shell, python: str) -> list[str]:
+    """All reasons why the plan would not run on this cluster.
 
     Raises:
-        NoAnswer: the cluster is away.
+        Unreachable: the cluster does not answer.
     """
-    site, shell = launcher.site, launcher.shell
-    missing = [] if site.ssh else [name for name in _COMMANDS if shutil.which(name) is None]
+    missing = [] if profile.ssh else [name for name in _COMMANDS if shutil.which(name) is None]
     if missing:
         return [
             f"no {', '.join(missing)} on this computer; run on a login node of the cluster, or name "
-            f"one as `ssh` in the profile {site.name}"
+            f"one as `ssh` in the profile {profile.name}"
         ]
-    found = [*_about_folder(folder, shell), *_about_python(launcher)]
+    found = [*_check_folder(plan.folder, shell), *_check_python(python, profile, shell)]
     answer = shell.run("sinfo", "-h", "-o", "%P|%a|%l|%D|%c|%m|%G")
     if _UNCONFIGURED.lower() in answer.text.lower():
-        found.append(_about_configuration(site))
+        found.append(_unconfigured(profile))
         return found
     kinds = _nodes(answer)
-    wanted = site.partition.split(",") if site.partition else []
+    wanted = profile.partition.split(",") if profile.partition else []
     known = {kind.partition.rstrip("*") for kind in kinds}
     if unknown := [name for name in wanted if name not in known]:
         found.append(
-            f"there is no partition {', '.join(unknown)} at {site.name}; there are "
+            f"there is no partition {', '.join(unknown)} at {profile.name}; there are "
             f"{', '.join(sorted(known))}"
         )
         return found
-    found += _about_size(spec, site, [k for k in kinds if _is_wanted(k, wanted)])
-    if not found:  # else sbatch would say the same again, in fewer words
-        text = batch_script(spec, site, folder.path.resolve(), 1, launcher.python)
-        if refused := _tested(shell, text):
-            found.append(f"sbatch would refuse it: {refused}")
+    found += _check_size(plan.spec, profile, [k for k in kinds if _is_wanted(k, wanted)])
+    # if something was found, sbatch would only say the same again, in fewer words
+    if not found and (error := _test_only(shell, plan.text)):
+        found.append(f"sbatch would refuse it: {error}")
     return found
 
 
-def _about_folder(folder: JobFolder, shell: Shell) -> list[str]:
-    """Whether jobs may be written here, and the login node reads what is written."""
+def _check_folder(folder: JobFolder, shell: Shell) -> list[str]:
+    """The folder of the jobs is writable, has space, and the login node sees it."""
     root = folder.path.parent
     probe = root / f".preflight-{secrets.token_hex(4)}"
     try:
@@ -100,25 +94,22 @@ def _about_folder(folder: JobFolder, shell: Shell) -> list[str]:
     return []
 
 
-def _about_python(launcher: SlurmLauncher) -> list[str]:
-    python = launcher.site.python or launcher.python
-    inside = launcher.site.container or launcher.site.setup or launcher.site.modules
-    if inside or "/" not in python:  # what the node finds there is the node's to say
-        return []
-    if launcher.shell.run("test", "-x", python).code == 0:
-        return []
-    return [f"there is no interpreter {python}; set `python` in the profile {launcher.site.name}"]
+def _check_python(python: str, profile: SlurmProfile, shell: Shell) -> list[str]:
+    inside = profile.container or profile.setup or profile.modules
+    if inside or "/" not in python or shell.run("test", "-x", python).code == 0:
+        return []  # inside, only the node can tell
+    return [f"there is no interpreter {python}; set `python` in the profile {profile.name}"]
 
 
-def _about_configuration(site: SlurmProfile) -> str:
-    if site.ssh:
+def _unconfigured(profile: SlurmProfile) -> str:
+    if profile.ssh:
         return (
-            f"the SLURM commands of {site.ssh} know of no cluster; name a login node as `ssh` in the "
-            f"profile {site.name}"
+            f"the SLURM commands of {profile.ssh} know of no cluster; name a login node as `ssh` in "
+            f"the profile {profile.name}"
         )
     return (
         f"the SLURM commands of this computer know of no cluster; run on a login node, name one as "
-        f"`ssh` in the profile {site.name}, or set SLURM_CONF to the cluster's slurm.conf"
+        f"`ssh` in the profile {profile.name}, or set SLURM_CONF to the cluster's slurm.conf"
     )
 
 
@@ -146,26 +137,26 @@ def _is_wanted(kind: Nodes, wanted: list[str]) -> bool:
     return kind.partition.rstrip("*") in wanted if wanted else kind.partition.endswith("*")
 
 
-def _about_size(spec: JobSpec, site: SlurmProfile, kinds: list[Nodes]) -> list[str]:
-    """What no kind of node of the partition has, each with the most there is."""
-    where = f"of partition {site.partition}" if site.partition else "of the default partition"
+def _check_size(spec: JobSpec, profile: SlurmProfile, kinds: list[Nodes]) -> list[str]:
+    """Resources that no kind of node of the partition has, each with the most there is."""
+    where = f"of partition {profile.partition}" if profile.partition else "of the default partition"
     if not any(kind.up for kind in kinds):
-        return [f"partition {site.partition or '(default)'} is not up"]
+        return [f"partition {profile.partition or '(default)'} is not up"]
     kinds = [kind for kind in kinds if kind.up]
-    cpus = max(spec.threads_per_process, site.cpus_per_process or 1) * spec.processes_per_node
-    limit_min = spec.time_limit_min or site.time_limit_min
-    memory_mb = (spec.memory_gb or site.memory_gb or 0) * 1000
+    cpus = cpus_per_node(spec, profile)
+    limit_min = spec.time_limit_min or profile.time_limit_min
+    memory_mb = (spec.memory_gb or profile.memory_gb or 0) * 1000
 
     def gpus(kind: Nodes) -> int:
-        return kind.gpus.get(site.gpu_type, 0) if site.gpu_type else sum(kind.gpus.values())
+        return kind.gpus.get(profile.gpu_type, 0) if profile.gpu_type else sum(kind.gpus.values())
 
     types = sorted({name for kind in kinds for name in kind.gpus if name})
     found = []
     if spec.nodes > (most := sum(kind.count for kind in kinds)):
         found.append(f"{spec.nodes} nodes are asked for, {where[3:]} has {most}")
     if spec.gpus_per_node > (most := max(gpus(kind) for kind in kinds)):
-        kind_of = f" of type {site.gpu_type}" if site.gpu_type else ""
-        there = f" (types there: {', '.join(types)})" if site.gpu_type and types else ""
+        kind_of = f" of type {profile.gpu_type}" if profile.gpu_type else ""
+        there = f" (types there: {', '.join(types)})" if profile.gpu_type and types else ""
         found.append(
             f"{spec.gpus_per_node} GPUs{kind_of} a node are asked for, a node {where} has at most "
             f"{most}{there}"
@@ -180,7 +171,7 @@ def _about_size(spec: JobSpec, site: SlurmProfile, kinds: list[Nodes]) -> list[s
     if limit_min > (longest := max(kind.limit_min for kind in kinds)):
         found.append(
             f"a time limit of {limit_min} min is asked for, the longest {where} is {longest:g} min; "
-            f"attempts continue one another, so a shorter one does no harm"
+            f"an attempt that reaches its limit is resumed by the next, so a shorter limit is enough"
         )
     return found
 
@@ -202,7 +193,7 @@ def gpus_of(gres: str) -> dict[str, int]:
     return found
 
 
-def _tested(shell: Shell, script: str) -> str:
+def _test_only(shell: Shell, script: str) -> str:
     """Why sbatch would refuse the script; empty if it would not."""
     options = [
         line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")

@@ -1,68 +1,50 @@
-"""What one SLURM site needs to be told: a profile, ``deploy/slurm/profiles/<name>.yaml``.
+"""The profile of one SLURM cluster, ``deploy/slurm/profiles/<name>.yaml``.
 
-A profile holds what is the site's; what is the job's stands in its JobSpec, and what is the user's
-(account, partition) may be set beside it by ``ROMA_SLURM_…``. Everything that reaches a shell or a
-scheduler from here is a name without shell characters, is quoted, or is a line of ``setup``, which
-is shell on purpose.
+A profile holds what is the cluster's; what is the job's is in its JobSpec, and what is the user's
+(account, partition) may be set by ``ROMA_SLURM_…``. Everything that reaches a shell or the scheduler
+from here is a name without shell characters, is quoted, or is a line of ``setup``, which is shell.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from roma_core.settings import RomaSettings
+from roma_core.settings import Frozen, RomaSettings
 from roma_pipelines.launching.launcher import DEPLOY, read_profile
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+/-]*$")]
-"""A partition, an account, a module, …: nothing a shell would act on."""
+"""A partition, an account, a module, …: without shell characters."""
 Names = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,+/&|()*\[\]-]*$")]
-"""The same with what SLURM has for several: ``a,b`` or ``[a|b]``; quoted where it is used."""
+"""The same with SLURM's syntax for several: ``a,b`` or ``[a|b]``; quoted where it is used."""
 Option = Annotated[str, StringConstraints(pattern=r"^--[a-z][a-z-]*(=[^\n\"'`$\\]+)?$")]
 Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
-OWN_OPTIONS = frozenset(
-    [
-        "array",
-        "chdir",
-        "comment",
-        "cpus-per-task",
-        "error",
-        "export",
-        "gpus-per-node",
-        "job-name",
-        "mem",
-        "no-requeue",
-        "nodes",
-        "ntasks",
-        "ntasks-per-node",
-        "open-mode",
-        "output",
-        "requeue",
-        "signal",
-        "time",
-    ]
-)
-"""Options of sbatch that the plan sets itself."""
+# fmt: off
+PLANNED_OPTIONS = frozenset([
+    "array", "chdir", "comment", "cpus-per-task", "error", "export", "gpus-per-node", "job-name",
+    "mem", "no-requeue", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "requeue",
+    "signal", "time",
+])
+"""Options of sbatch that the batch script sets itself."""
+# fmt: on
 
 
-class SlurmProfile(BaseModel):
-    """A SLURM cluster, as jobs have to ask it for things."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class SlurmProfile(Frozen):
+    """A SLURM cluster: how jobs are submitted to it, and what they ask for there."""
 
     schema_version: Literal[1] = 1
-    name: Name = Field(description="Of the profile; its file's.")
+    name: Name = Field(description="Name of the profile and of its file.")
     description: str = Field("", description="Which cluster this is.")
     ssh: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@-]*$")] | None = Field(
         None,
-        description="Login node, as ssh knows it; null: SLURM's commands are on this computer.",
+        description="Login node, as ssh names it; null: SLURM's commands are on this computer.",
     )
     partition: Names | None = Field(None, description="null: the cluster's default.")
-    account: Name | None = Field(None, description="Whom to bill.")
+    account: Name | None = Field(None, description="Account to charge.")
     qos: Name | None = Field(None, description="Quality of service.")
     constraint: Names | None = Field(None, description="Features nodes must have.")
     gpu_type: Name | None = Field(None, description="null: GPUs of any type.")
@@ -71,17 +53,19 @@ class SlurmProfile(BaseModel):
         None, gt=0, description="CPUs to ask for per process; null: as many as it has threads."
     )
     memory_gb: float | None = Field(
-        None, gt=0, description="Per node, for jobs that name none; null: the cluster's default."
+        None,
+        gt=0,
+        description="Memory per node of jobs that name none; null: the cluster's default.",
     )
-    time_limit_min: int = Field(60, gt=1, description="Of an attempt, for jobs that name none.")
+    time_limit_min: int = Field(60, gt=1, description="Of one attempt, for jobs that name none.")
     stop_before_end_s: int = Field(
         120,
         gt=0,
-        description="So long before the limit the training saves and ends to go on later.",
+        description="So long before the limit the training saves; the next attempt resumes it.",
     )
-    modules: tuple[Name, ...] = Field((), description="To load with `module load`, in order.")
+    modules: tuple[Name, ...] = Field((), description="Names for `module load`, in order.")
     setup: tuple[str, ...] = Field(
-        (), description="Lines of bash to run before, on the first node."
+        (), description="Lines of bash to run before the job, on the first node."
     )
     python: str | None = Field(
         None,
@@ -97,26 +81,32 @@ class SlurmProfile(BaseModel):
     environment: dict[Variable, str] = Field({}, description="Variables of the job; no secrets.")
     price_per_gpu_hour: float | None = Field(None, ge=0, description="For the cost on the asset.")
     currency: str = Field("EUR", description="Of the price.")
-    poll_s: float = Field(5.0, gt=0, description="Seconds between questions while things change.")
-    slowest_poll_s: float = Field(60.0, gt=0, description="Seconds between them while they do not.")
+    poll_s: float = Field(5.0, gt=0, description="Seconds between polls while states change.")
+    slowest_poll_s: float = Field(
+        60.0, gt=0, description="Seconds between polls while they do not."
+    )
 
-    def own_options(self) -> list[str]:
-        """Which ``sbatch_options`` would contradict what a plan says; empty if all is well."""
+    @model_validator(mode="after")
+    def _options_do_not_contradict_the_plan(self) -> Self:
         names = (option.removeprefix("--").partition("=")[0] for option in self.sbatch_options)
-        return [name for name in names if name in OWN_OPTIONS]
+        if own := [name for name in names if name in PLANNED_OPTIONS]:
+            raise ValueError(
+                f"sbatch_options must not set {', '.join(own)}; the job's specification does"
+            )
+        return self
 
 
 class SlurmSettings(RomaSettings):
-    """The SLURM cluster to use, and what is yours on it; the rest is in its profile."""
+    """The SLURM cluster to use, and the user's own settings on it; the rest is in its profile."""
 
-    # every field has its description; looking for docstrings would cost 0.15 s before every submission
+    # every field has a description; reading attribute docstrings would cost 0.15 s per submission
     model_config = SettingsConfigDict(env_prefix="ROMA_SLURM_", use_attribute_docstrings=False)
 
     profile: str = Field("generic", description="Profile of jobs that name none.")
     profiles: Path | None = Field(
         None, description="Folder of profiles; null takes deploy/slurm/profiles of this project."
     )
-    account: Name | None = Field(None, description="Whom to bill; null takes the profile's.")
+    account: Name | None = Field(None, description="Account to charge; null takes the profile's.")
     partition: Names | None = Field(None, description="null takes the profile's.")
     qos: Name | None = Field(None, description="Quality of service; null takes the profile's.")
 
@@ -132,10 +122,5 @@ def load_slurm_profile(
     settings = settings or SlurmSettings()
     name = name or settings.profile
     folder = settings.profiles or DEPLOY / "slurm" / "profiles"
-    ours = settings.model_dump(include={"account", "partition", "qos"}, exclude_none=True)
-    site = read_profile(SlurmProfile, "SLURM", folder, name, ours)
-    if own := site.own_options():
-        raise ValueError(
-            f"{folder / name}.yaml: sbatch_options must not set {', '.join(own)}; the job's specification does"
-        )
-    return site
+    overrides = settings.model_dump(include={"account", "partition", "qos"}, exclude_none=True)
+    return read_profile(SlurmProfile, "SLURM", folder, name, overrides)

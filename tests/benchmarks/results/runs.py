@@ -274,13 +274,13 @@ class _Jobs:
     log: Log
 
     def complete(
-        self, command: str, config: BaseModel, starter: Literal["torchrun", "plain"]
+        self, command: str, config: BaseModel, runner: Literal["torchrun", "plain"]
     ) -> _Done:
         document = config.model_dump(mode="json")
         key = job_key(f"results/{command}", digest_of(document))
         folder = JobFolder(self.storage.jobs / key)
         spec = job_spec(
-            self.resources, key, roma_command(command, folder.path), digest_of(document), starter
+            self.resources, key, roma_command(command, folder.path), digest_of(document), runner
         )
         if not (folder.path / _CODE).exists():
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -293,7 +293,7 @@ class _Jobs:
                 folder,
                 spec,
                 document,
-                watcher={"asset_key": f"results/{what}"},
+                holder={"asset_key": f"results/{what}"},
                 on_poll=_Progress(folder, what, self.log),
                 max_attempts=self.resources.max_attempts,
             )

@@ -1,12 +1,12 @@
 # 1 node, 2 processes on each, 1 CPU thread for each process, no GPU
-# variables handed on where they are set: WANDB_API_KEY MLFLOW_TRACKING_URI
+# environment variables passed on if set: WANDB_API_KEY MLFLOW_TRACKING_URI
 
 PYTHONUNBUFFERED=1 \
     OMP_NUM_THREADS=1 \
     MKL_NUM_THREADS=1 \
     CUDA_VISIBLE_DEVICES='' \
     python \
-    -m roma_core.attempt JOB_FOLDER 1 \
+    -m roma_core.claim JOB_FOLDER 1 \
     -- python \
     -m torch.distributed.run \
     --nnodes=1 \

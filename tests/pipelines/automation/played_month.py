@@ -139,8 +139,8 @@ class Month:
         if (
             self.killed is not None
         ):  # the reconcile sensor fails such a run, and the daemon retries it
-            watcher = read_json(self.killed.watcher)
-            write_json(self.killed.watcher, {**watcher, "start": "of another process"})
+            watcher = read_json(self.killed.lease)
+            write_json(self.killed.lease, {**watcher, "start": "of another process"})
             self.killed = None
             self.instance.add_run_tags(result.run_id, {"dagster/will_retry": "true"})
             parents = ("dagster/parent_run_id", "dagster/root_run_id")
@@ -189,7 +189,7 @@ class Month:
             key=key,
             command=("-m", context.asset_key.path[-1]),
             config_digest=digest_of({}),
-            starter="plain",
+            runner="plain",
         )
         try:
             outcome = run_job(context, self.launcher, folder, spec, {}, poll_every_s=0.001)

@@ -48,11 +48,11 @@ def abandon(launcher, folder, make_spec, processes, eventually):
         spec = make_spec("wait_for('go', 60)\nsucceed()")
         with pytest.raises(Gone):
             supervise(
-                launcher, folder, spec, CONFIG, on_poll=leave, watcher=watcher, poll_every_s=0.02
+                launcher, folder, spec, CONFIG, on_poll=leave, holder=watcher, poll_every_s=0.02
             )
         if not alive:
-            document = json.loads(folder.watcher.read_text())
-            folder.watcher.write_text(json.dumps(document | {"start": "long ago"}))
+            document = json.loads(folder.lease.read_text())
+            folder.lease.write_text(json.dumps(document | {"start": "long ago"}))
         return read_job(folder.path)
 
     yield abandon

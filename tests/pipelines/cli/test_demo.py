@@ -14,7 +14,7 @@ import pytest
 from roma_core.files import write_json
 from roma_core.job import JobFolder
 from roma_pipelines.launching.jobs import all_jobs
-from roma_pipelines.launching.outcome import read_decisions
+from roma_pipelines.launching.outcome import read_events
 from roma_pipelines.registry.store import MlflowSettings, connect
 from tests.pipelines import tiny
 
@@ -196,7 +196,7 @@ def test_a_demo_killed_with_9_and_started_again_adopts_its_training(tmp_path):
     assert killed.returncode == -signal.SIGKILL
     (job,) = all_jobs(tmp_path / ".roma" / "jobs")
     training = [process.pid for process in tiny.living_jobs(tmp_path)]
-    assert (job.status, job.watched) == ("running", False)
+    assert (job.status, job.supervised) == ("running", False)
 
     again = run(*story.command, folder=tmp_path)
 
@@ -206,7 +206,7 @@ def test_a_demo_killed_with_9_and_started_again_adopts_its_training(tmp_path):
     jobs = all_jobs(tmp_path / ".roma" / "jobs")
     assert len(jobs) == 3 and all(len(found.records) == 1 for found in jobs)
     assert job.key in [found.key for found in jobs]
-    trail = [entry.done for entry in read_decisions(JobFolder(job.folder.path))]
+    trail = [entry.action for entry in read_events(JobFolder(job.folder.path))]
     assert "adopted it" in trail and "completed" in trail
     client = connect(MlflowSettings.from_values({}), tmp_path / ".roma" / "mlflow")
     experiment = client.get_experiment_by_name("roma/waves")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from roma_pipelines.launching.slurm.launcher import SlurmLauncher
 from roma_pipelines.launching.slurm.profile import SlurmProfile
 from roma_pipelines.launching.spec import JobSpec
 from tests.pipelines.launching.slurm.real_slurm import Cluster, real_slurm
+from tests.time_limits import SCALE, wait_until, within
 
 KEY = "0123456789abcdef0123"
 CONFIG = {"base_lr": 0.001}
@@ -56,11 +56,11 @@ def beat(step):
     write(attempt / "heartbeat", time=time.time(), step=step)
 
 def wait_for(name, seconds=20):
-    end = time.monotonic() + seconds
+    end = time.monotonic() + seconds * TIME_SCALE
     while not (folder / name).exists():
         assert time.monotonic() < end, f"{name} did not come"
         time.sleep(0.01)
-"""
+""".replace("TIME_SCALE", str(SCALE))
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def cluster(shared_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 @pytest.fixture
-def site() -> SlurmProfile:
+def profile() -> SlurmProfile:
     """The cluster's profile: quick to ask, and a network between nodes that is the loopback."""
     return SlurmProfile(
         name="mini",
@@ -117,9 +117,9 @@ def site() -> SlurmProfile:
 
 
 @pytest.fixture
-def slurm(cluster: Cluster, site: SlurmProfile, tmp_path: Path) -> SlurmLauncher:
+def slurm(cluster: Cluster, profile: SlurmProfile, tmp_path: Path) -> SlurmLauncher:
     return SlurmLauncher(
-        site, tmp_path / "clusters", gone_after_s=2.0, cancel_timeout_s=30.0, fs_lag_s=0.0
+        profile, tmp_path / "clusters", gone_after_s=2.0, cancel_timeout_s=within(10), fs_lag_s=0.0
     )
 
 
@@ -130,23 +130,16 @@ def make_spec(tmp_path: Path) -> Callable[..., JobSpec]:
     def make(body: str = "succeed()", **fields: object) -> JobSpec:
         script = tmp_path / "job.py"
         script.write_text(PRELUDE + body + "\n")
-        values = {"starter": "plain", "command": (str(script),), **fields}
+        values = {"runner": "plain", "command": (str(script),), **fields}
         return JobSpec(key=KEY, config_digest=digest_of(CONFIG), **values)  # type: ignore[arg-type]
 
     return make
 
 
-def _eventually(condition: Callable[[], object], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
-
-
 @pytest.fixture
 def eventually() -> Callable[..., None]:
     """Waits until a condition holds, and fails if it does not in time."""
-    return _eventually
+    return lambda condition, seconds=10.0: wait_until(condition, seconds)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ def encoder(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         key=key,
         command=(os.environ["TEST_SCRIPT"],),
         config_digest=digest_of({}),
-        starter="plain",
+        runner="plain",
     )
     launcher = launcher_for(os.environ["TEST_TARGET"], None, storage)
     outcome = run_job(context, launcher, JobFolder(storage.jobs / key), spec, {})

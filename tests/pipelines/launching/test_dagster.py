@@ -278,7 +278,7 @@ def test_ctrl_c_in_a_foreground_run_ends_the_job(materialize, processes, folder,
     assert "DagsterExecutionInterruptedError" in str(result.failure_data_for_node("encoder").error)
 
     assert processes() == []
-    assert json.loads(folder.attempt_record(1).read_text())["end"]["how"] == "cancelled"
+    assert json.loads(folder.attempt_record(1).read_text())["end"]["status"] == "cancelled"
 
 
 def test_what_follows_the_acceptance_is_done_once_while_the_job_runs(materialize, folder):
@@ -301,4 +301,4 @@ def test_its_error_ends_the_job(materialize, folder, processes):
     assert "the tracking server is away" in str(failure.step_failure_data.error)
     assert processes() == []
     end = json.loads(folder.attempt_record(1).read_text())["end"]
-    assert end["how"] == "cancelled"
+    assert end["status"] == "cancelled"

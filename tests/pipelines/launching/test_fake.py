@@ -4,7 +4,14 @@ import pytest
 
 from roma_core.files import digest_of
 from roma_core.job import Exit
-from roma_pipelines.launching.fake import FakeLauncher, away, completed, ended, running, waiting
+from roma_pipelines.launching.fake import (
+    FakeLauncher,
+    completed,
+    ended,
+    running,
+    unreachable,
+    waiting,
+)
 from roma_pipelines.launching.jobs import cancel, read_job
 from roma_pipelines.launching.launcher import Rejected
 from roma_pipelines.launching.spec import JobFailed, JobSpec, Phase
@@ -34,17 +41,17 @@ def test_a_job_is_played_to_its_result(folder):
 
 def test_every_attempt_has_a_script_of_its_own(folder):
     preempted = [running(5, save=True), ended(Phase.INTERRUPTED, "preempted")]
-    stopped = [running(9, save=True), ended(Phase.ENDED_BAD, said=Exit(status="continue"))]
+    stopped = [running(9, save=True), ended(Phase.ENDED_BAD, report=Exit(status="continue"))]
     launcher = FakeLauncher(preempted, stopped, [running(12), completed()])
 
     outcome = supervise(launcher, folder, SPEC, CONFIG, **FAST)
 
-    assert [a.end.how for a in outcome.attempts] == ["continue", "continue", "completed"]
+    assert [a.end.status for a in outcome.attempts] == ["continue", "continue", "completed"]
     assert [a.end.checkpoint for a in outcome.attempts] == [5, 9, 9]
 
 
 def test_a_target_that_is_away_ends_nothing(folder):
-    launcher = FakeLauncher([running(), *[away()] * 50, completed()])
+    launcher = FakeLauncher([running(), *[unreachable()] * 50, completed()])
 
     assert supervise(launcher, folder, SPEC, CONFIG, **FAST).status == "completed"
 
@@ -65,12 +72,12 @@ def test_memory_is_not_tried_again(folder):
 
 def test_it_can_be_refused_and_cancelled(folder):
     with pytest.raises(Rejected, match=r"- too large\n- too long"):
-        supervise(FakeLauncher(refuses=["too large", "too long"]), folder, SPEC, CONFIG)
+        supervise(FakeLauncher(rejects=["too large", "too long"]), folder, SPEC, CONFIG)
 
     def ask(state):
         request_cancel(folder, "me")
 
-    with pytest.raises(JobFailed, match="asked for by me"):
+    with pytest.raises(JobFailed, match="cancelled by me"):
         supervise(FakeLauncher([running(1)]), folder, SPEC, CONFIG, on_poll=ask, **FAST)
 
 
@@ -81,12 +88,12 @@ def test_an_end_asked_for_between_attempts_stops_the_next_one(folder):
         if note.endswith(": continue"):
             request_cancel(folder, "me")
 
-    with pytest.raises(JobFailed, match="asked for by me before it was submitted") as caught:
+    with pytest.raises(JobFailed, match="cancelled by me before it was submitted") as caught:
         supervise(launcher, folder, SPEC, CONFIG, on_note=on_note, **FAST)
 
     outcome = caught.value.outcome
     assert outcome.status == "cancelled"
-    assert [record.end.how for record in outcome.attempts] == ["continue", "cancelled"]
+    assert [record.end.status for record in outcome.attempts] == ["continue", "cancelled"]
     assert len(launcher.submitted) == 1
     assert not folder.cancel.exists()
 
@@ -102,10 +109,10 @@ def test_a_job_that_is_to_go_on_and_that_nobody_watches_is_cancelled_too(folder)
     launcher = FakeLauncher([running(5, save=True), ended(Phase.INTERRUPTED, "preempted")])
     with pytest.raises(Gone):
         supervise(launcher, folder, SPEC, CONFIG, on_note=on_note, **FAST)
-    document = json.loads(folder.watcher.read_text())
-    folder.watcher.write_text(json.dumps(document | {"start": "another process"}))
+    document = json.loads(folder.lease.read_text())
+    folder.lease.write_text(json.dumps(document | {"start": "another process"}))
     job = read_job(folder.path)
-    assert (job.status, job.is_to_go_on) == ("continue", True)
+    assert (job.status, job.is_unfinished) == ("continue", True)
 
     assert cancel(job, "me", lambda record: launcher) == "cancelled"
     assert len(launcher.submitted) == 1
@@ -117,7 +124,7 @@ def test_a_watcher_says_how_things_stand(folder):
     seen = []
 
     def on_poll(state):
-        seen.append(json.loads(folder.watcher.read_text())["state"])
+        seen.append(json.loads(folder.lease.read_text())["state"])
 
     launcher = FakeLauncher([waiting("Priority"), running(1), completed()])
     supervise(launcher, folder, SPEC, CONFIG, on_poll=on_poll, **FAST)

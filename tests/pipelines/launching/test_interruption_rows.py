@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parents[2]
-_HERE = "pipelines/launching/test_launching_"
 
 INTERRUPTIONS = {
     "Terminate in the UI": ["orchestrator: terminate_ends_the_job"],
     "worker killed with -9": [
         "orchestrator: a_worker_killed_with_9_is_followed_by_a_retry_that_adopts",
-        "slurm_interruptions: a_worker_killed_with_9_is_followed_by_one_that_adopts",
+        "slurm/interruptions: a_worker_killed_with_9_is_followed_by_one_that_adopts",
         "supervisor: a_killed_supervisor_leaves_the_job_to_the_next_one",
     ],
     "orchestrator restarted": [
@@ -24,51 +23,51 @@ INTERRUPTIONS = {
     "orchestrator killed at a fault point": [
         "supervisor: a_supervisor_that_dies_anywhere_is_followed_by_one_that_goes_on",
         "supervisor: the_same_between_two_attempts",
-        "slurm_interruptions: a_supervisor_may_die_at_any_point",
+        "slurm/interruptions: a_supervisor_may_die_at_any_point",
         "chaos: one_job_one_run_one_version_wherever_it_was_killed",
         "chaos: one_of_each_after_a_kill_at_every_point_in_turn",
     ],
     "demo killed with -9": [
-        "pipelines/test_demo.py: a_demo_killed_with_9_and_started_again_adopts_its_training"
+        "pipelines/cli/test_demo.py: a_demo_killed_with_9_and_started_again_adopts_its_training"
     ],
     "Ctrl-C": [
         "commands: ctrl_c_ends_the_watch_and_a_stop_request_continues_the_job",
         "dagster: ctrl_c_in_a_foreground_run_ends_the_job",
     ],
     "scancel from outside": [
-        "slurm_interruptions: scancel_by_somebody_else_ends_it",
-        "slurm_interruptions: scancel_in_the_queue_ends_it",
+        "slurm/interruptions: scancel_by_somebody_else_ends_it",
+        "slurm/interruptions: scancel_in_the_queue_ends_it",
     ],
-    "preemption": ["slurm_interruptions: a_preempted_job_continues"],
+    "preemption": ["slurm/interruptions: a_preempted_job_continues"],
     "TIMEOUT": [
-        "slurm_interruptions: the_time_limit_continues_the_job",
-        "slurm_interruptions: the_signal_before_the_limit_lets_the_job_save",
+        "slurm/interruptions: the_time_limit_continues_the_job",
+        "slurm/interruptions: the_signal_before_the_limit_lets_the_job_save",
         "deploy/test_run_experiment.py: before_the_limit_it_saves_requeues_and_goes_on",
     ],
-    "node failure": ["slurm_interruptions: a_job_whose_node_fails_continues"],
-    "node lost mid-step": ["slurm_interruptions: a_node_that_is_lost_mid_step_is_found_out"],
-    "out of memory": ["slurm_interruptions: out_of_memory_fails_and_says_so"],
+    "node failure": ["slurm/interruptions: a_job_whose_node_fails_continues"],
+    "node lost mid-step": ["slurm/interruptions: a_node_that_is_lost_mid_step_is_found_out"],
+    "out of memory": ["slurm/interruptions: out_of_memory_fails_and_says_so"],
     "slurmctld away for a minute": [
-        "slurm_interruptions: slurmctld_may_be_away",
-        "slurm_interruptions: slurmctld_may_be_away_for_a_minute_while_the_job_ends",
+        "slurm/interruptions: slurmctld_may_be_away",
+        "slurm/interruptions: slurmctld_may_be_away_for_a_minute_while_the_job_ends",
     ],
     "sbatch times out after accepting": [
-        "slurm_interruptions: sbatch_that_times_out_after_accepting_is_not_repeated",
-        "slurm_interruptions: sbatch_that_times_out_without_accepting_is_repeated",
-        "slurm_interruptions: a_job_accepted_twice_runs_once",
+        "slurm/interruptions: sbatch_that_times_out_after_accepting_is_not_repeated",
+        "slurm/interruptions: sbatch_that_times_out_without_accepting_is_repeated",
+        "slurm/interruptions: a_job_accepted_twice_runs_once",
     ],
     "sacct absent, late or wrong": [
-        "slurm_interruptions: a_job_that_slurm_forgot_is_judged_by_what_is_left",
-        "slurm_interruptions: a_running_job_that_slurmctld_lost_is_not_doubled",
+        "slurm/interruptions: a_job_that_slurm_forgot_is_judged_by_what_is_left",
+        "slurm/interruptions: a_running_job_that_slurmctld_lost_is_not_doubled",
     ],
-    "a word nobody knows": ["slurm_interruptions: a_word_nobody_knows_is_no_end"],
-    "hung rank": ["slurm_interruptions: a_hung_rank_is_found_by_its_heartbeat"],
+    "a word nobody knows": ["slurm/interruptions: a_word_nobody_knows_is_no_end"],
+    "hung rank": ["slurm/interruptions: a_hung_rank_is_found_by_its_heartbeat"],
     "duplicate job script": [
-        "slurm_interruptions: a_script_submitted_by_hand_does_no_harm",
-        "slurm_interruptions: the_job_on_record_may_be_the_one_that_left",
+        "slurm/interruptions: a_script_submitted_by_hand_does_no_harm",
+        "slurm/interruptions: the_job_on_record_may_be_the_one_that_left",
     ],
-    "two supervisors": ["slurm_interruptions: two_supervisors_at_once_make_one_job"],
-    "slow file system": ["slurm_interruptions: files_may_be_seen_late"],
+    "two supervisors": ["slurm/interruptions: two_supervisors_at_once_make_one_job"],
+    "slow file system": ["slurm/interruptions: files_may_be_seen_late"],
     "no hard links": ["core/test_files.py: one_of_many_processes_creates_a_file"],
     "an end asked for between attempts": [
         "fake: an_end_asked_for_between_attempts_stops_the_next_one",
@@ -83,30 +82,30 @@ BAD_INPUT = {
         "plan: an_unknown_profile_names_those_there_are",
     ],
     "partition that does not exist": [
-        "slurm_preflight: a_partition_that_does_not_exist_names_those_there_are"
+        "slurm/preflight: a_partition_that_does_not_exist_names_those_there_are"
     ],
     "more GPUs than a node has": [
-        "slurm_preflight: every_reason_is_given_at_once",
-        "slurm_dagster: what_no_node_has_is_refused_on_the_asset_with_every_reason",
+        "slurm/preflight: every_reason_is_given_at_once",
+        "slurm/dagster: what_no_node_has_is_refused_on_the_asset_with_every_reason",
         "commands: launch_asks_this_computer_for_no_more_than_it_has",
     ],
-    "time limit over the partition's": ["slurm_preflight: every_reason_is_given_at_once"],
+    "time limit over the partition's": ["slurm/preflight: every_reason_is_given_at_once"],
     "names with shell characters": [
         "plan: a_wrong_profile_names_file_and_field",
         "plan: a_folder_that_no_script_can_name_is_refused",
-        "slurm: any_folder_name_a_file_system_takes",
+        "slurm/launcher: any_folder_name_a_file_system_takes",
         "commands: launch_hands_every_argument_on",
-        "slurm_site: a_container_gets_every_word_as_it_is",
+        "slurm/profile: a_container_gets_every_word_as_it_is",
     ],
-    "unwritable job folder": ["slurm_preflight: a_folder_that_cannot_be_written"],
-    "unshared job folder": ["slurm_preflight: a_folder_the_login_node_does_not_see"],
+    "unwritable job folder": ["slurm/preflight: a_folder_that_cannot_be_written"],
+    "unshared job folder": ["slurm/preflight: a_folder_the_login_node_does_not_see"],
     "missing interpreter on the node": [
-        "slurm_preflight: a_missing_interpreter_on_the_node_fails_with_its_message",
+        "slurm/preflight: a_missing_interpreter_on_the_node_fails_with_its_message",
         "deploy/test_run_experiment.py: what_is_missing_is_said_and_fails",
     ],
     "missing module": [
         "commands: a_module_that_does_not_exist_is_said_before_anything_starts",
-        "slurm_site: a_module_that_is_missing_fails_with_its_name",
+        "slurm/profile: a_module_that_is_missing_fails_with_its_name",
         "deploy/test_run_experiment.py: a_module_that_is_missing_is_named",
     ],
 }
@@ -116,5 +115,8 @@ BAD_INPUT = {
 def test_every_row_has_its_tests(row, tests):
     for named in tests:
         place, name = named.split(": ")
-        path = TESTS / (place if place.endswith(".py") else f"{_HERE}{place}.py")
+        if not place.endswith(".py"):  # of this folder: plan, slurm/interruptions, …
+            folder, _, module = place.rpartition("/")
+            place = f"pipelines/launching/{folder}/test_{module}.py"
+        path = TESTS / place
         assert f"\ndef test_{name}(" in path.read_text(), f"{row}: no test_{name} in {path}"

@@ -20,7 +20,7 @@ def submit(folder, launcher, make_spec):
         spec = make_spec(body, **fields)
         (folder.path / "attempts").mkdir(parents=True, exist_ok=True)
         folder.spec.write_text(spec.model_dump_json())
-        return launcher.submit(spec, folder, 1, {})
+        return launcher.submit(launcher.plan(spec, folder), {})
 
     return submit
 
@@ -81,39 +81,44 @@ def test_a_job_sees_what_it_was_handed_on_and_no_other_setting(submit, end_of, f
 
 
 def test_an_attempt_is_found_by_its_owner_and_before_it_claimed(
-    submit, launcher, folder, eventually
+    submit, launcher, folder, make_spec, eventually
 ):
-    assert launcher.find(folder, 1) is None
+    plan = launcher.plan(make_spec("wait_for('go')"), folder)
+    assert launcher.find(plan) is None
     handle = submit("wait_for('go')")
 
-    assert launcher.find(folder, 1) == handle  # by its command line, or by owner.json
+    assert launcher.find(plan) == handle  # by its command line, or by owner.json
     eventually(folder.attempt(1).owner.exists)
-    assert LocalLauncher().find(folder, 1) == handle
+    assert LocalLauncher().find(plan) == handle
     launcher.cancel(handle)
-    assert LocalLauncher().find(folder, 1) == handle  # it was started once, and that stays known
+    assert LocalLauncher().find(plan) == handle  # it was started once, and that stays known
 
 
-def test_a_process_that_has_not_claimed_yet_is_found(launcher, folder, tmp_path, eventually):
+def test_a_process_that_has_not_claimed_yet_is_found(
+    launcher, folder, tmp_path, make_spec, eventually
+):
+    first, eleventh = (launcher.plan(make_spec(), folder, n) for n in (1, 11))
     (tmp_path / "slow" / "roma_core").mkdir(parents=True)
-    (tmp_path / "slow" / "roma_core" / "attempt.py").write_text("import time; time.sleep(60)")
+    (tmp_path / "slow" / "roma_core" / "claim.py").write_text("import time; time.sleep(60)")
     argv = [sys.executable, "-m", "roma_core.claim", str(folder.path), "1", "--", "true"]
     child = subprocess.Popen(argv, env={"PYTHONPATH": str(tmp_path / "slow")})
     try:
-        eventually(lambda: launcher.find(folder, 1))
-        assert launcher.find(folder, 1).external["pid"] == child.pid
-        assert launcher.find(folder, 11) is None
+        eventually(lambda: launcher.find(first))
+        assert launcher.find(first).external["pid"] == child.pid
+        assert launcher.find(eleventh) is None
     finally:
         child.kill()
         child.wait()
 
 
-def test_a_number_that_went_to_another_process_is_not_the_job(launcher, folder):
-    stranger = {"pid": os.getpid(), "start": "another boot/1"}
+def test_a_number_that_went_to_another_process_is_not_the_job(launcher, folder, make_spec):
+    plan = launcher.plan(make_spec(), folder)
+    stranger = JobHandle(plan, {"pid": os.getpid(), "start": "another boot/1"})
 
-    state = launcher.watch(JobHandle(str(folder.path), 1, "local", stranger))
+    state = launcher.watch(stranger)
 
     assert state.phase == Phase.GONE
-    launcher.cancel(JobHandle(str(folder.path), 1, "local", stranger))  # and we are still here
+    launcher.cancel(stranger)  # and we are still here
 
 
 FAMILY = """
@@ -173,11 +178,11 @@ def test_a_second_start_of_an_attempt_does_not_run(
     first = submit("wait_for('go')")
     eventually(lambda: (folder.path / "starts").exists())
 
-    second = launcher.submit(make_spec("wait_for('go')"), folder, 1, {})
+    second = launcher.submit(first.plan, {})
 
     assert end_of(second).phase == Phase.ENDED_OK
     assert launcher.watch(first).phase == Phase.RUNNING
-    assert launcher.find(folder, 1) == first
+    assert launcher.find(first.plan) == first
     assert starts() == [1]
     launcher.cancel(first)
     assert not psutil.pid_exists(first.external["pid"])

@@ -21,6 +21,7 @@ import pytest
 import roma_pipelines
 from roma_pipelines.launching.jobs import all_jobs
 from tests.pipelines.launching.conftest import PRELUDE
+from tests.time_limits import within
 
 ROOT = Path(__file__).parents[3]
 LOCATION = {"location_file": str(Path(__file__).with_name("dagster_location.py"))}
@@ -73,7 +74,7 @@ class Orchestrator:
                 stderr=log,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + within(60)
         while True:
             try:
                 self.ask("query { version }")
@@ -98,7 +99,7 @@ class Orchestrator:
         while left := self.processes():
             for process in left:
                 process.kill()
-            psutil.wait_procs(left, timeout=5)
+            psutil.wait_procs(left, timeout=within(5))
         self.process.wait()
 
     def ask(self, query: str, **variables: object) -> dict:
@@ -106,7 +107,7 @@ class Orchestrator:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/graphql", body, {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=within(10)) as answer:
             document = json.load(answer)
         assert "errors" not in document, document
         return document["data"]
@@ -190,14 +191,14 @@ def test_terminate_ends_the_job(orchestrator, running, cluster, eventually):
 
 
 def worker_of(job):
-    return psutil.Process(now(job).watcher["pid"])
+    return psutil.Process(now(job).lease["pid"])
 
 
 def settled(orchestrator, job, cluster, eventually):
     """Lets the job end, and waits for the run that made the asset; returns all statuses."""
     first = dict(orchestrator.statuses())
     eventually(lambda: len(orchestrator.statuses()) > len(first), 120)
-    eventually(lambda: now(job).watched, 120)
+    eventually(lambda: now(job).supervised, 120)
     (job.folder.path / "go").touch()
     eventually(lambda: "SUCCESS" in orchestrator.statuses().values(), 60)
     ended = now(job)
@@ -218,7 +219,7 @@ def test_a_worker_killed_with_9_is_followed_by_a_retry_that_adopts(
 
     statuses = settled(orchestrator, job, cluster, eventually)
     assert statuses[run_id] == "FAILURE"
-    assert "adopted it" in job.folder.decisions.read_text()
+    assert "adopted it" in job.folder.events.read_text()
 
 
 @pytest.mark.chaos
@@ -238,7 +239,7 @@ def test_an_orchestrator_that_goes_and_comes_leaves_the_job_alone(
     orchestrator.start()
 
     before = [s for s in orchestrator.statuses().values() if s == "SUCCESS"]
-    eventually(lambda: now(job).watched, 150)
+    eventually(lambda: now(job).supervised, 150)
     (job.folder.path / "go").touch()
     eventually(
         lambda: len([s for s in orchestrator.statuses().values() if s == "SUCCESS"]) > len(before),
@@ -246,4 +247,4 @@ def test_an_orchestrator_that_goes_and_comes_leaves_the_job_alone(
     )
     assert now(job).status == "completed"
     assert (job.folder.path / "starts").read_text() == "1\n"
-    assert "adopted it" in job.folder.decisions.read_text()
+    assert "adopted it" in job.folder.events.read_text()

@@ -1,23 +1,33 @@
 import pytest
 
-from roma_pipelines.launching.outcome import TABLE, ExitReport, judge
+from roma_core.job import JobFolder
+from roma_pipelines.launching.outcome import (
+    POLICY,
+    Event,
+    ExitReport,
+    append_event,
+    attempts_table,
+    decide,
+    events_table,
+    read_events,
+)
 from roma_pipelines.launching.spec import AttemptRecord, End, JobState, Phase
 
 ENDS = [phase for phase in Phase if JobState(phase).ended]
 
 
 def attempt(n, how, checkpoint):
-    end = End(how=how, reason="", checkpoint=checkpoint, ended_at=0.0)
+    end = End(status=how, reason="", checkpoint=checkpoint, ended_at=0.0)
     return AttemptRecord(attempt=n, backend="fake", intended_at=0.0, end=end)
 
 
 def how(phase, said, checkpoint=None, before=(), max_attempts=20, began=True):
-    return judge(phase, said, checkpoint, list(before), max_attempts, began)[0]
+    return decide(phase, said, checkpoint, list(before), max_attempts, began)[0]
 
 
 def test_the_table_has_a_word_for_every_end():
-    assert set(TABLE) == set(ENDS)
-    assert all(set(row) == set(ExitReport) for row in TABLE.values())
+    assert set(POLICY) == set(ENDS)
+    assert all(set(row) == set(ExitReport) for row in POLICY.values())
 
 
 # One letter per way an attempt may have ended, for a first attempt: c completed, n continue (next
@@ -73,3 +83,54 @@ def test_attempts_that_only_waited_owe_no_checkpoint_but_are_counted():
     assert how(Phase.INTERRUPTED, ExitReport.NOTHING, None, before, began=True) == "failed"
     assert how(Phase.INTERRUPTED, ExitReport.NOTHING, None, before, 3, began=False) == "failed"
     assert how(Phase.ENDED_BAD, ExitReport.NOTHING, None, before, began=False) == "failed"
+
+
+def test_what_is_appended_is_read_and_a_line_cut_short_is_not(tmp_path):
+    folder = JobFolder(tmp_path)
+    assert read_events(folder) == []
+    trail = [Event(1.0, None, "a", "b"), Event(2.0, 3, "täglich", "d")]
+    for event in trail:
+        append_event(folder, event)
+    with folder.events.open("a") as file:
+        file.write('{"time": 3.0, "att')
+
+    assert read_events(folder) == trail
+    assert [str(event) for event in trail] == ["a: b", "attempt 3: täglich: d"]
+
+
+def test_text_of_a_log_is_no_markdown_and_no_html(tmp_path):
+    folder = JobFolder(tmp_path)
+    append_event(folder, Event(1.0, 1, "<img src=x> | [a](b) `c`\nnext", "x" * 1000))
+
+    table = events_table(folder).splitlines()
+
+    assert len(table) == 3
+    assert r"&lt;img src=x&gt; \| \[a\](b) \`c\` next" in table[2]
+    assert len(table[2]) < 600
+
+
+def test_a_long_trail_shows_its_end_and_says_where_the_rest_is(tmp_path):
+    folder = JobFolder(tmp_path)
+    for n in range(100):
+        append_event(folder, Event(float(n), n, f"seen{n}", "done"))
+
+    table = events_table(folder)
+
+    assert "seen99" in table and "seen60" in table and "seen59" not in table
+    assert "60 earlier ones are in" in table
+
+
+def test_an_attempt_without_an_end_has_a_row_too():
+    end = End(
+        status="continue", reason="preempted", checkpoint=5, ended_at=9.0, ran_s=4.4, nodes="n1"
+    )
+    ended = AttemptRecord(
+        attempt=1, backend="slurm", intended_at=1.0, external={"job_id": "7"}, end=end
+    )
+    running = AttemptRecord(attempt=2, backend="local", intended_at=2.0)
+
+    first, second = attempts_table([ended, running]).splitlines()[2:]
+
+    assert first.startswith(r"| 1 | slurm (job\_id 7) | ")
+    assert first.endswith("| 4 s | n1 | continue | preempted |")
+    assert second.startswith("| 2 | local | ") and "not ended" in second

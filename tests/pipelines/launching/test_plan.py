@@ -6,7 +6,7 @@ from string import Template
 
 import pytest
 
-from roma_pipelines.launching.launcher import plan_local
+from roma_core.job import JobFolder
 from roma_pipelines.launching.local import LocalLauncher
 from roma_pipelines.launching.slurm.launcher import SlurmLauncher
 from roma_pipelines.launching.slurm.profile import SlurmProfile, SlurmSettings, load_slurm_profile
@@ -28,18 +28,18 @@ PRETRAINING = JobSpec(
 LEONARDO = load_slurm_profile("leonardo", SlurmSettings(account="IscrC_RoMA"))
 
 
-def slurm(site, python="/venv/bin/python"):
-    return SlurmLauncher(site, Path("/nowhere"), python)
+def slurm(profile, python="/venv/bin/python"):
+    return SlurmLauncher(profile, Path("/nowhere"), python)
 
 
 def test_the_local_plan_is_the_reviewed_one():
-    assert LocalLauncher().plan(PRETRAINING) == (GOLDEN / "local_pretraining.sh").read_text()
+    assert LocalLauncher().plan(PRETRAINING).text == (GOLDEN / "local_pretraining.sh").read_text()
 
 
 def test_the_slurm_plan_of_a_site_is_the_reviewed_one():
     spec = PRETRAINING.model_copy(update={"nodes": 2, "gpus_per_node": 2, "memory_gb": 120.5})
 
-    plan = slurm(LEONARDO).plan(spec)
+    plan = slurm(LEONARDO).plan(spec).text
 
     assert plan == (GOLDEN / "leonardo_pretraining.sbatch").read_text()
     checked = subprocess.run(["bash", "-n"], input=plan, text=True, capture_output=True)
@@ -47,21 +47,21 @@ def test_the_slurm_plan_of_a_site_is_the_reviewed_one():
 
 
 def test_the_slurm_plan_of_a_container_is_the_reviewed_one():
-    site = SlurmProfile(
+    profile = SlurmProfile(
         name="boxed",
         gpu_type="h100",
         container=("apptainer", "exec", "--nv", "/images/roma 1.sif"),
         python="python3",
         constraint="a|b",
-        setup=("source /etc/site.sh",),
+        setup=("source /etc/profile.sh",),
         sbatch_options=("--mail-type=END", "--nice=10"),
         srun_options=("--mpi=none",),
     )
     spec = PRETRAINING.model_copy(
-        update={"starter": "plain", "processes_per_node": 1, "gpus_per_node": 1}
+        update={"runner": "plain", "processes_per_node": 1, "gpus_per_node": 1}
     )
 
-    assert slurm(site).plan(spec) == (GOLDEN / "container_plain.sbatch").read_text()
+    assert slurm(profile).plan(spec).text == (GOLDEN / "container_plain.sbatch").read_text()
 
 
 def test_a_plan_renders_in_milliseconds():
@@ -75,15 +75,15 @@ def test_a_plan_renders_in_milliseconds():
 @pytest.mark.parametrize("folder", ['a"b', "a\nb", "a\\b", "a'b"])
 def test_a_folder_that_no_script_can_name_is_refused(folder):
     with pytest.raises(ValueError, match="set ROMA_STORAGE_ROOT"):
-        batch_script(PRETRAINING, LEONARDO, folder, 1, "python")
+        batch_script(PRETRAINING, LEONARDO, JobFolder(folder), 1, "python")
 
 
 @pytest.mark.parametrize("name", ["generic", "leonardo", "marenostrum5", "orfeo"])
 def test_every_profile_that_ships_gives_a_plan(name):
-    site = load_slurm_profile(name, SlurmSettings())
+    profile = load_slurm_profile(name, SlurmSettings())
 
-    assert site.description
-    assert "torch.distributed.run" in slurm(site).plan(PRETRAINING)
+    assert profile.description
+    assert "torch.distributed.run" in slurm(profile).plan(PRETRAINING).text
 
 
 @pytest.mark.parametrize(
@@ -121,13 +121,13 @@ def test_what_is_the_users_lies_over_the_profile(monkeypatch):
     monkeypatch.setenv("ROMA_SLURM_ACCOUNT", "mine")
     monkeypatch.setenv("ROMA_SLURM_PARTITION", "debug")
 
-    site = load_slurm_profile("leonardo")
+    profile = load_slurm_profile("leonardo")
 
-    assert (site.account, site.partition, site.cpus_per_process) == ("mine", "debug", 8)
+    assert (profile.account, profile.partition, profile.cpus_per_process) == ("mine", "debug", 8)
 
 
 def test_arguments_reach_the_program_as_they_are():
-    argv = plan_local(PRETRAINING, "/a folder", 3, "/usr/bin/python3", 29500)
+    argv = LocalLauncher("/usr/bin/python3").plan(PRETRAINING, JobFolder("/a folder"), 3).content
 
     assert argv[: argv.index("--")] == [
         *("/usr/bin/python3", "-m", "roma_core.claim", "/a folder", "3"),
@@ -137,16 +137,16 @@ def test_arguments_reach_the_program_as_they_are():
 
 
 def test_a_plain_job_has_no_rendezvous():
-    spec = PRETRAINING.model_copy(update={"starter": "plain", "processes_per_node": 1})
+    spec = PRETRAINING.model_copy(update={"runner": "plain", "processes_per_node": 1})
 
-    argv = plan_local(spec, "folder", 1, "python", 29500)
+    argv = LocalLauncher("python").plan(spec, JobFolder("folder")).content
 
     assert argv[argv.index("--") + 1 :] == ["python", *spec.command]
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"nodes": 2}, "nodes=2"), ({"starter": "plain"}, 'use starter="torchrun"')],
+    [({"nodes": 2}, "nodes=2"), ({"runner": "plain"}, 'use runner="torchrun"')],
 )
 def test_what_this_computer_cannot_run_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):

@@ -38,7 +38,7 @@ def die_at(*names):
 
 
 def done_words(folder):
-    return [json.loads(line)["done"] for line in folder.decisions.read_text().splitlines()]
+    return [json.loads(line)["action"] for line in folder.events.read_text().splitlines()]
 
 
 def test_a_job_that_proves_its_success_is_completed(launcher, folder, make_spec):
@@ -46,7 +46,7 @@ def test_a_job_that_proves_its_success_is_completed(launcher, folder, make_spec)
 
     assert (outcome.status, len(outcome.attempts)) == ("completed", 1)
     assert outcome.result.wall_s == 1.5
-    assert outcome.attempts[0].end.how == "completed"
+    assert outcome.attempts[0].end.status == "completed"
     assert outcome.metadata()["processes"] == "1"
     assert json.loads(folder.config.read_text()) == CONFIG
 
@@ -85,7 +85,7 @@ def test_an_attempt_that_wants_to_continue_gets_another(launcher, folder, make_s
     outcome = supervise(launcher, folder, make_spec(body), CONFIG, **FAST)
 
     assert starts() == [1, 2, 3]
-    assert [a.end.how for a in outcome.attempts] == ["continue", "continue", "completed"]
+    assert [a.end.status for a in outcome.attempts] == ["continue", "continue", "completed"]
     assert [a.end.checkpoint for a in outcome.attempts] == [1, 2, 3]
 
 
@@ -116,7 +116,7 @@ def test_a_retry_of_a_failed_job_makes_the_next_attempt(launcher, folder, make_s
     outcome = supervise(launcher, folder, make_spec("succeed()"), CONFIG, **FAST)
 
     assert starts() == [1, 2]
-    assert [a.end.how for a in outcome.attempts] == ["failed", "completed"]
+    assert [a.end.status for a in outcome.attempts] == ["failed", "completed"]
 
 
 @pytest.mark.parametrize(
@@ -173,8 +173,8 @@ def test_the_same_between_two_attempts(launcher, folder, make_spec, starts, poin
 SUPERVISING = """
 import json, sys
 from roma_core.job import JobFolder
-from roma_pipelines.launching.job import JobSpec
 from roma_pipelines.launching.local import LocalLauncher
+from roma_pipelines.launching.spec import JobSpec
 from roma_pipelines.launching.supervisor import supervise
 
 folder, spec, config = JobFolder(sys.argv[1]), JobSpec.model_validate_json(sys.argv[2]), sys.argv[3]
@@ -200,7 +200,7 @@ def test_a_killed_supervisor_leaves_the_job_to_the_next_one(
 
     assert starts() == [1]
     assert outcome.status == "completed"
-    assert "ended while nobody waited" in outcome.attempts[0].end.reason
+    assert "its exit code is not known" in outcome.attempts[0].end.reason
     assert "adopted it" in done_words(folder)
 
 
@@ -255,7 +255,7 @@ def test_an_interrupt_may_end_the_job(launcher, folder, make_spec, starts, proce
 
     assert asked == [caught.value]
     assert processes() == []
-    assert Supervisor(launcher, folder, spec, CONFIG).records()[0].end.how == "cancelled"
+    assert Supervisor(launcher, folder, spec, CONFIG).records()[0].end.status == "cancelled"
 
 
 def test_a_full_disk_does_not_keep_an_interrupt_from_ending_the_job(
@@ -297,7 +297,7 @@ def test_anyone_may_ask_for_the_end_and_a_retry_starts_again(
         if (folder.path / "starts").exists():
             request_cancel(folder, "the sensor")
 
-    with pytest.raises(JobFailed, match="asked for by the sensor") as caught:
+    with pytest.raises(JobFailed, match="cancelled by the sensor") as caught:
         supervise(launcher, folder, spec, CONFIG, on_poll=ask, **FAST)
 
     assert caught.value.outcome.status == "cancelled"
@@ -351,7 +351,7 @@ def test_a_changed_configuration_is_reported_and_the_job_kept(launcher, folder, 
 
 def test_mistakes_are_refused_before_anything_is_written(launcher, folder, make_spec):
     with pytest.raises(ValueError, match="one computer"):
-        supervise(launcher, folder, make_spec(nodes=2, starter="torchrun"), CONFIG)
+        supervise(launcher, folder, make_spec(nodes=2, runner="torchrun"), CONFIG)
     with pytest.raises(ValueError, match="is not that of the configuration"):
         supervise(launcher, folder, make_spec(), {"base_lr": 1})
     assert not folder.path.exists()
@@ -400,9 +400,9 @@ def test_no_answer_is_not_an_end(launcher, folder, make_spec, starts):
 
 
 def test_who_watches_is_written_down(launcher, folder, make_spec):
-    supervise(launcher, folder, make_spec(), CONFIG, watcher={"dagster_run_id": "run-a"}, **FAST)
+    supervise(launcher, folder, make_spec(), CONFIG, holder={"dagster_run_id": "run-a"}, **FAST)
 
-    watcher = json.loads(folder.watcher.read_text())
+    watcher = json.loads(folder.lease.read_text())
     assert (watcher["dagster_run_id"], watcher["pid"]) == ("run-a", os.getpid())
 
 
@@ -411,7 +411,7 @@ def test_every_file_says_its_version(launcher, folder, make_spec):
 
     paths = {path for path in folder.path.rglob("*.json") if path != folder.config}
     documents = [json.loads(path.read_text()) for path in paths]
-    documents += [json.loads(line) for line in folder.decisions.read_text().splitlines()]
+    documents += [json.loads(line) for line in folder.events.read_text().splitlines()]
     assert len(paths) == 6
     assert all(document["schema_version"] == 1 for document in documents)
 

@@ -36,7 +36,7 @@ def job(storage):
         write_json(folder.config, config or {})
         then = time.time() - days * 86400
         end = End(
-            how="failed" if how == "open" else how,
+            status="failed" if how == "open" else how,
             reason="",
             checkpoint=None,
             ended_at=then,
@@ -47,7 +47,7 @@ def job(storage):
         )
         write_json(folder.attempt_record(1), record.model_dump(mode="json"))
         watcher = {"schema_version": 1, "pid": 1, "start": "?", "beat": then, "asset_key": asset}
-        write_json(folder.watcher, watcher)
+        write_json(folder.lease, watcher)
         (folder.checkpoints / "step-1").mkdir(parents=True)
         (folder.checkpoints / "step-1" / "model").write_bytes(b"c" * 5000)
         (folder.outputs).mkdir()

@@ -112,13 +112,13 @@ def test_the_command_removes_nothing_without_yes(storage, job):
 
 def test_an_instance_that_knows_no_run_of_the_jobs_is_an_error(storage, instance, client, job):
     folder = job("e", how="failed")
-    watcher = read_json(folder.watcher)
-    write_json(folder.watcher, watcher | {"dagster_run_id": "of another DAGSTER_HOME"})
+    watcher = read_json(folder.lease)
+    write_json(folder.lease, watcher | {"dagster_run_id": "of another DAGSTER_HOME"})
     with pytest.raises(RuntimeError, match="knows none of them"):
         removals(storage, instance, client, days=30, keep_versions=2)
     run = dg.DagsterRun(job_name="waves", status=dg.DagsterRunStatus.FAILURE)
     instance.add_run(run)
-    write_json(folder.watcher, watcher | {"dagster_run_id": run.run_id})
+    write_json(folder.lease, watcher | {"dagster_run_id": run.run_id})
     assert len(removals(storage, instance, client, days=30, keep_versions=2)) == 1
 
 

@@ -147,7 +147,7 @@ def make(storage, key):
     def make(body="succeed()", **fields):
         script = storage / "job.py"
         script.write_text(PRELUDE + body + "\n")
-        values = {"starter": "plain", "command": (str(script),), **fields}
+        values = {"runner": "plain", "command": (str(script),), **fields}
         return JobSpec(key=key, config_digest=digest_of(CONFIG), **values)
 
     return make
@@ -190,7 +190,7 @@ def test_two_pods_of_two_processes_train_together(launcher, folder, make):
         "if rank == 0: succeed(world_size=dist.get_world_size())\n"
         "dist.destroy_process_group()"
     )
-    spec = make(body, starter="torchrun", nodes=2, processes_per_node=2)
+    spec = make(body, runner="torchrun", nodes=2, processes_per_node=2)
 
     outcome = supervise(launcher, folder, spec, CONFIG, **FAST)
 
@@ -221,7 +221,7 @@ def test_a_failure_ends_the_gang_and_says_why(launcher, folder, make):
     )
 
     with pytest.raises(JobFailed, match="no luck") as caught:
-        supervise(launcher, folder, make(body, starter="torchrun", nodes=2), CONFIG, **FAST)
+        supervise(launcher, folder, make(body, runner="torchrun", nodes=2), CONFIG, **FAST)
 
     assert caught.value.outcome.status == "failed"
     assert "exit code 1" in str(caught.value)
@@ -244,7 +244,11 @@ def test_a_deadline_lets_the_job_save_and_continues_it(launcher, folder, make, m
     outcome = supervise(launcher, folder, make(body), CONFIG, **FAST)
 
     first, second = outcome.attempts
-    assert (first.end.how, first.end.checkpoint, second.end.how) == ("continue", 7, "completed")
+    assert (first.end.status, first.end.checkpoint, second.end.status) == (
+        "continue",
+        7,
+        "completed",
+    )
     assert "DeadlineExceeded" in first.end.reason
 
 
@@ -267,7 +271,7 @@ def test_a_pod_that_is_taken_away_continues_the_job(launcher, folder, make):
 
     outcome = supervise(launcher, folder, make(body), CONFIG, on_poll=take, **FAST)
 
-    assert [attempt.end.how for attempt in outcome.attempts] == ["continue", "completed"]
+    assert [attempt.end.status for attempt in outcome.attempts] == ["continue", "completed"]
     assert outcome.attempts[0].end.checkpoint == 7
 
 
@@ -311,8 +315,8 @@ def test_cancelling_removes_the_job_and_its_pods(launcher, folder, make, left):
         if folder.checkpoints.exists():
             request_cancel(folder, "me")
 
-    spec = make("save(1); wait_for('never', 100)", starter="torchrun", nodes=2)
-    with pytest.raises(JobFailed, match="asked for by me"):
+    spec = make("save(1); wait_for('never', 100)", runner="torchrun", nodes=2)
+    with pytest.raises(JobFailed, match="cancelled by me"):
         supervise(
             launcher,
             folder,
@@ -336,7 +340,7 @@ def test_a_job_that_somebody_orphans_can_still_be_cancelled(launcher, folder, ma
         if "are left" in state.reason:
             request_cancel(folder, "me")
 
-    with pytest.raises(JobFailed, match="asked for by me"):
+    with pytest.raises(JobFailed, match="cancelled by me"):
         supervise(
             launcher, folder, make("save(1); wait_for('never', 100)"), CONFIG, on_poll=act, **FAST
         )
@@ -350,8 +354,9 @@ def test_a_second_submission_adopts(launcher, folder, make):
     folder.spec.write_text(spec.model_dump_json())
     folder.config.write_text('{"base_lr": 0.001}')
 
-    first = launcher.submit(spec, folder, 1, {})
-    again = KubernetesLauncher(launcher.site).submit(spec, folder, 1, {})
+    plan = launcher.plan(spec, folder)
+    first = launcher.submit(plan, {})
+    again = KubernetesLauncher(launcher.site).submit(plan, {})
     (folder.path / "go").touch()
 
     assert first == again
@@ -361,7 +366,7 @@ def test_a_second_submission_adopts(launcher, folder, make):
 
 
 def test_the_server_checks_what_no_schema_has(launcher, folder, make, left):
-    assert launcher.preflight(make(nodes=2, starter="torchrun"), folder) == []
+    assert launcher.preflight(launcher.plan(make(nodes=2, runner="torchrun"), folder)) == []
     assert left() == []
     for change in (
         lambda job: job["spec"].update(bakcoffLimit=1),
@@ -369,11 +374,12 @@ def test_the_server_checks_what_no_schema_has(launcher, folder, make, left):
         lambda job: job["spec"]["template"]["spec"]["volumes"].clear(),
         lambda job: job["metadata"].update(name="x" * 62),
     ):
-        job = manifests(make(nodes=20, starter="torchrun"), launcher.site, "/x", 1)[0]
+        job = manifests(make(nodes=20, runner="torchrun"), launcher.site, "/x", 1)[0]
         change(job)
         with pytest.raises(ApiError):
             launcher.create(job, dry_run=True)
-    (reason,) = changed(launcher, namespace="not-there").preflight(make(), folder)
+    elsewhere = changed(launcher, namespace="not-there")
+    (reason,) = elsewhere.preflight(elsewhere.plan(make(), folder))
     assert "not-there" in reason
 
 

@@ -97,5 +97,5 @@ def test_jobs_shows_and_cancels_what_runs_in_a_cluster(run, cluster, api, tmp_pa
     assert f"name roma-{key[:12]}-1" in shown.output
     assert "here" in logs.output
     assert f"job {key}: cancelled" in cancelled.output
-    assert "asked for by roma-pipeline jobs cancel" in said
+    assert "cancelled by roma-pipeline jobs cancel" in said
     assert api.store.all("jobs") == []

@@ -57,7 +57,7 @@ def played(cluster, api, site, make_spec, tmp_path):
         script, more = PROGRAMS[scenario]
         nodes = SIZES.get(scenario, 1)
         spec = make_spec(
-            nodes=nodes, starter="torchrun", gpus_per_node=8 if scenario == "gpu" else 0
+            nodes=nodes, runner="torchrun", gpus_per_node=8 if scenario == "gpu" else 0
         )
         changes = {"image": "none:1"} if scenario == "img" else {}
         changes |= {"service_account": "nope"} if scenario == "nosa" else {}

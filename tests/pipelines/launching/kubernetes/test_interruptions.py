@@ -45,7 +45,7 @@ def test_cancelling_deletes_the_job_and_its_pods(
 ):
     ask = once(lambda: request_cancel(folder, "the sensor"))
 
-    with pytest.raises(JobFailed, match="asked for by the sensor"):
+    with pytest.raises(JobFailed, match="cancelled by the sensor"):
         supervise(launcher, folder, make_spec(TWICE), CONFIG, on_poll=ask, **FAST)
 
     assert (jobs(api), cluster.pods(), processes()) == ([], [], [])
@@ -74,7 +74,7 @@ def test_pods_that_a_plain_deletion_left_behind_are_still_watched_and_ended(
             request_cancel(folder, "me")
 
     delete = once(lambda: api.delete("jobs", "roma", JOB, {}, {}))
-    with pytest.raises(JobFailed, match="asked for by me"):
+    with pytest.raises(JobFailed, match="cancelled by me"):
         supervise(launcher, folder, make_spec(TWICE), CONFIG, on_poll=on_poll, **FAST)
 
     assert (cluster.pods(), processes()) == ([], [])
@@ -124,7 +124,7 @@ def test_one_dead_pod_ends_the_gang_and_its_log_is_kept(launcher, cluster, folde
         "if os.environ['RANK'] == '1': print('no luck'); sys.exit(9)\n"
         "print('rank 0 waits', flush=True); wait_for('never', 60)"
     )
-    spec = make_spec(body, starter="torchrun", nodes=2)
+    spec = make_spec(body, runner="torchrun", nodes=2)
 
     with pytest.raises(JobFailed) as caught:
         supervise(launcher, folder, spec, CONFIG, **FAST)
@@ -228,7 +228,7 @@ def test_a_creation_without_an_answer_makes_one_job(
 def test_a_service_whose_answer_is_lost_is_made_once(launcher, cluster, api, folder, make_spec):
     api.swallow.add(("create", "services"))
     body = "if os.environ['RANK'] == '0': succeed(world_size=2)"
-    spec = make_spec(body, starter="torchrun", nodes=2)
+    spec = make_spec(body, runner="torchrun", nodes=2)
 
     outcome = supervise(launcher, folder, spec, CONFIG, **FAST)
 
@@ -244,8 +244,9 @@ def test_a_job_of_this_name_that_is_there_is_adopted(launcher, cluster, folder, 
     folder.spec.write_text(spec.model_dump_json())
     folder.config.write_text('{"base_lr": 0.001}')
     (folder.path / "attempts").mkdir()
-    first = launcher.submit(spec, folder, 1, {})
-    second = launcher.submit(spec, folder, 1, {})
+    plan = launcher.plan(spec, folder)
+    first = launcher.submit(plan, {})
+    second = launcher.submit(plan, {})
     (folder.path / "go").touch()
 
     assert first == second
@@ -322,12 +323,12 @@ def test_a_supervisor_may_die_at_any_point(
 SUPERVISE = """
 import sys
 from roma_core.job import JobFolder
-from roma_pipelines.launching.job import JobSpec
-from roma_pipelines.launching.kubernetes import KubernetesLauncher
-from roma_pipelines.launching.kubernetes_site import KubernetesSite
+from roma_pipelines.launching.kubernetes.launcher import KubernetesLauncher
+from roma_pipelines.launching.kubernetes.profile import KubernetesProfile
+from roma_pipelines.launching.spec import JobSpec
 from roma_pipelines.launching.supervisor import supervise
 spec, site, folder = sys.argv[1:]
-launcher = KubernetesLauncher(KubernetesSite.model_validate_json(site), fs_lag_s=0)
+launcher = KubernetesLauncher(KubernetesProfile.model_validate_json(site), fs_lag_s=0)
 supervise(launcher, JobFolder(folder), JobSpec.model_validate_json(spec), {"base_lr": 0.001},
     poll_every_s=0.1)
 """
@@ -362,7 +363,7 @@ def test_a_worker_killed_with_9_is_followed_by_one_that_adopts(
     outcome = supervise(launcher, folder, spec, CONFIG, **FAST)
 
     assert (outcome.status, starts()) == ("completed", [1])
-    assert "adopted it" in folder.decisions.read_text()
+    assert "adopted it" in folder.events.read_text()
     assert folder.attempt(1).log.read_text().splitlines()[-1] == "end"
 
 

@@ -50,8 +50,8 @@ def jobsets(site, cluster, api):
 def test_a_jobset_is_the_same_job(jobsets, api, folder, make_spec, starts):
     """Its controller makes the Job and the Service; ours are the labels they are found by."""
     body = "if os.environ['RANK'] == '0': succeed(world_size=2)"
-    spec = make_spec(body, starter="torchrun", nodes=2)
-    assert jobsets.preflight(spec, folder) == []
+    spec = make_spec(body, runner="torchrun", nodes=2)
+    assert jobsets.preflight(jobsets.plan(spec, folder)) == []
 
     outcome = supervise(jobsets, folder, spec, CONFIG, **FAST)
 
@@ -70,10 +70,10 @@ def test_a_jobset_is_adopted_and_cancelled_whole(jobsets, cluster, api, folder, 
         supervise(
             jobsets, folder, make_spec(HOLD), CONFIG, fault_point=stop_at("after submit"), **FAST
         )
-    with pytest.raises(JobFailed, match="asked for by me"):
+    with pytest.raises(JobFailed, match="cancelled by me"):
         supervise(jobsets, folder, make_spec(HOLD), CONFIG, on_poll=cancel, **FAST)
 
-    assert "adopted it" in folder.decisions.read_text()
+    assert "adopted it" in folder.events.read_text()
     assert (api.store.all("jobsets"), api.store.all("jobs"), cluster.pods()) == ([], [], [])
 
 
@@ -109,7 +109,7 @@ def test_many_jobs_are_one_watch_and_no_list_per_poll(site, cluster, api, tmp_pa
             {**manifest, "metadata": {**manifest["metadata"], "name": f"job-{n}"}}
         )
         external = {"name": f"job-{n}", "uid": made["metadata"]["uid"]}
-        handles.append(JobHandle(str(folder.path), 1, "kubernetes", external))
+        handles.append(JobHandle(launcher.plan(spec, folder), external))
     other = KubernetesLauncher(site, fs_lag_s=0.0)  # of another asset in this process
 
     for _ in range(100):
@@ -144,11 +144,12 @@ def test_a_view_that_nobody_looks_at_stops_watching(site, cluster, api, eventual
 
 
 def reasons_of(site, folder, spec):
-    return KubernetesLauncher(site).preflight(spec, folder)
+    launcher = KubernetesLauncher(site)
+    return launcher.preflight(launcher.plan(spec, folder))
 
 
 def test_a_job_that_could_run_is_not_refused(site, cluster, api, folder, make_spec):
-    assert reasons_of(site, folder, make_spec(nodes=2, starter="torchrun")) == []
+    assert reasons_of(site, folder, make_spec(nodes=2, runner="torchrun")) == []
     assert api.store.all("jobs") == []  # a dry run creates nothing
 
 
@@ -170,7 +171,7 @@ def test_what_is_refused_before_it_queues(site, cluster, folder, make_spec, chan
 def test_every_reason_is_given_at_once(site, cluster, api, folder, make_spec, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     api.rules = []
-    spec = make_spec(env_names=("WANDB_API_KEY",), nodes=2, starter="torchrun")
+    spec = make_spec(env_names=("WANDB_API_KEY",), nodes=2, runner="torchrun")
     reasons = reasons_of(site.model_copy(update={"volumes": ()}), folder, spec)
 
     assert len(reasons) == 4  # the folder, the secret, the Job, the Service
@@ -187,7 +188,7 @@ def test_what_the_server_finds_wrong_is_told(site, cluster, folder, make_spec, m
         job["spec"]["template"]["spec"]["containers"][0]["volumeMounts"][0]["name"] = "gone"
         return [job, *others]
 
-    monkeypatch.setattr("roma_pipelines.launching.kubernetes.preflight.manifests", broken)
+    monkeypatch.setattr("roma_pipelines.launching.kubernetes.launcher.manifests", broken)
     reasons = reasons_of(site, folder, make_spec())
 
     assert any("restartPolicy" in reason for reason in reasons)
@@ -214,10 +215,10 @@ def test_a_service_that_is_refused_takes_its_job_along(
 ):
     """A right that was lost between the dry run and the submission."""
     api.rules = [r for r in role()["rules"] if "services" not in r["resources"]]
-    monkeypatch.setattr(launcher, "preflight", lambda spec, folder: [])
+    monkeypatch.setattr(launcher, "preflight", lambda plan: [])
 
     with pytest.raises(Rejected, match="cannot create resource"):
-        supervise(launcher, folder, make_spec(nodes=2, starter="torchrun"), CONFIG, **FAST)
+        supervise(launcher, folder, make_spec(nodes=2, runner="torchrun"), CONFIG, **FAST)
 
     assert api.store.all("jobs") == []
     assert not (folder.path / "starts").exists()
@@ -274,7 +275,7 @@ def test_pods_that_find_no_node_may_wait_longer_than_half_a_gang(
         update={"start_timeout_s": 0.3, "queue_timeout_s": 60.0, "one_pod_per_node": False}
     )
     queued = make_spec(gpus_per_node=9)
-    half = queued.model_copy(update={"nodes": 3, "gpus_per_node": 8, "starter": "torchrun"})
+    half = queued.model_copy(update={"nodes": 3, "gpus_per_node": 8, "runner": "torchrun"})
     seen = []
 
     def give_up(state):
@@ -282,7 +283,7 @@ def test_pods_that_find_no_node_may_wait_longer_than_half_a_gang(
         if len(seen) > 30:
             request_cancel(folder, "me")
 
-    with pytest.raises(JobFailed, match="asked for by me"):
+    with pytest.raises(JobFailed, match="cancelled by me"):
         supervise(launcher, folder, queued, CONFIG, on_poll=give_up, **FAST)
     assert "Insufficient nvidia.com/gpu" in seen[-2].reason
     shutil.rmtree(folder.path)
@@ -307,13 +308,13 @@ def test_a_job_folder_that_pods_do_not_see_is_said(site, cluster, folder, make_s
         0.0,
     )
 
-    with pytest.raises(JobFailed, match="is not to be seen in this pod"):
+    with pytest.raises(JobFailed, match="is not visible in this pod"):
         supervise(launcher, folder, make_spec(), CONFIG, **FAST)
 
 
 HIDDEN = (
     'set -e; interpreter=$1; shift 3; shift; exec "$interpreter" -c '
-    "'import roma_core.pod as p, sys; p._SEEN_WITHIN_S = 0; "
+    "'import roma_core.pod as p, sys; p.FS_LAG_S = 0; "
     'sys.exit(p.main(["/nowhere", *sys.argv[1:]]))\' "$@"'
 )
 
@@ -338,11 +339,11 @@ def test_the_role_is_what_a_launcher_uses_no_more_and_no_less(
         "if os.environ['RANK'] == '1' and n == 1: print('one'); sys.exit(4)\n"
         "if os.environ['RANK'] == '0': wait_for('never' if n == 1 else 'spec.json', 30); succeed(world_size=2)"
     )
-    spec = make_spec(body, starter="torchrun", nodes=2)
+    spec = make_spec(body, runner="torchrun", nodes=2)
 
     with pytest.raises(JobFailed, match="one"):  # it fails, and its logs are read
         supervise(launcher, folder, spec, CONFIG, **FAST)
-    launcher.find(folder, 7)  # an attempt that nobody claimed
+    launcher.find(launcher.plan(spec, folder, 7))  # an attempt that nobody claimed
     shutil.rmtree(folder.path)
     api.delete("jobs", "roma", "roma-0123456789ab-1", {"propagationPolicy": "Background"}, {})
 
@@ -352,7 +353,7 @@ def test_the_role_is_what_a_launcher_uses_no_more_and_no_less(
         if "pods are left" in state.reason:
             request_cancel(folder, "me")
 
-    with pytest.raises(JobFailed, match="asked for by me"):
+    with pytest.raises(JobFailed, match="cancelled by me"):
         supervise(
             launcher, folder, make_spec("wait_for('never', 60)"), CONFIG, on_poll=orphan, **FAST
         )

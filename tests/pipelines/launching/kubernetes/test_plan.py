@@ -8,8 +8,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from roma_core.job import JobFolder
 from roma_pipelines.launching.kubernetes.launcher import KubernetesLauncher
-from roma_pipelines.launching.kubernetes.manifests import manifests
+from roma_pipelines.launching.kubernetes.manifests import manifests, with_variables
 from roma_pipelines.launching.kubernetes.profile import (
     KubernetesProfile,
     KubernetesSettings,
@@ -41,7 +42,7 @@ BARE = KubernetesProfile(
     command_prefix=("nice", "-n", "5"),
     one_pod_per_node=False,
 )
-PLAIN = PRETRAINING.model_copy(update={"starter": "plain", "processes_per_node": 1})
+PLAIN = PRETRAINING.model_copy(update={"runner": "plain", "processes_per_node": 1})
 
 
 @pytest.mark.parametrize(
@@ -53,19 +54,20 @@ PLAIN = PRETRAINING.model_copy(update={"starter": "plain", "processes_per_node":
     ],
 )
 def test_the_plan_is_the_reviewed_one(name, site, spec):
-    assert KubernetesLauncher(site).plan(spec) == (GOLDEN / f"{name}.yaml").read_text()
+    assert KubernetesLauncher(site).plan(spec).text == (GOLDEN / f"{name}.yaml").read_text()
 
 
 @pytest.mark.parametrize("version", [OLDEST, "1.36", NEWEST])
 @pytest.mark.parametrize("site", [H100, GENERIC, BARE], ids=lambda site: site.name)
 @pytest.mark.parametrize("spec", [GANG, PRETRAINING, PLAIN], ids=["gang", "one node", "plain"])
 def test_manifests_fit_the_schemas_strictly(version, site, spec):
-    for manifest in manifests(spec, site, "/data/roma/jobs/x", 3, {"MLFLOW_RUN_ID": "1"}):
+    job, *others = manifests(spec, site, "/data/roma/jobs/x", 3)
+    for manifest in (with_variables(job, {"MLFLOW_RUN_ID": "1"}), *others):
         kubernetes_validate.validate(manifest, version, strict=True)
 
 
 def test_the_text_is_the_manifests():
-    text = KubernetesLauncher(H100).plan(GANG, "/data/roma/jobs/x", 3)
+    text = KubernetesLauncher(H100).plan(GANG, JobFolder("/data/roma/jobs/x"), 3).text
 
     assert list(yaml.safe_load_all(text)) == manifests(GANG, H100, "/data/roma/jobs/x", 3)
 
@@ -99,7 +101,9 @@ def test_host_names_have_room():
 
 
 def test_two_attempts_differ_in_nothing_but_their_number():
-    first, second = (KubernetesLauncher(H100).plan(GANG, attempt=n).splitlines() for n in (1, 2))
+    first, second = (
+        KubernetesLauncher(H100).plan(GANG, attempt=n).text.splitlines() for n in (1, 2)
+    )
 
     changed = [(a, b) for a, b in zip(first, second, strict=True) if a != b]
     assert all(a.replace("1", "2") == b.replace("1", "2") for a, b in changed)
@@ -144,5 +148,5 @@ def test_settings_lie_over_the_profile(monkeypatch):
 def test_a_plain_job_is_one_process():
     spec = copy.copy(PLAIN).model_copy(update={"nodes": 2})
 
-    with pytest.raises(ValueError, match='starter="plain" runs one process'):
+    with pytest.raises(ValueError, match='runner="plain" runs one process'):
         KubernetesLauncher(GENERIC).plan(spec)

@@ -118,7 +118,7 @@ def test_a_deadline_continues_the_job(launcher, replay, folder):
         supervise(launcher, folder, spec_of("dl"), CONFIG, on_poll=play, **FAST)
 
     first, second = caught.value.outcome.attempts
-    assert (first.end.how, second.end.how) == ("continue", "failed")
+    assert (first.end.status, second.end.status) == ("continue", "failed")
     assert "DeadlineExceeded" in first.end.reason
 
 

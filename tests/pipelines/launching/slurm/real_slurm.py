@@ -22,6 +22,8 @@ from typing import Any
 
 import pytest
 
+from tests.time_limits import within
+
 NEEDED = ("slurmctld", "slurmd", "sbatch", "squeue", "munged")
 CPUS, MEMORY_MB, GPUS = 8, 8000, 2  # of a node, claimed; a node may claim more than there is
 _OUTER = ("SLURM", "SBATCH", "SALLOC", "SRUN", "SQUEUE", "SACCT", "SCANCEL", "SINFO", "PMI", "OMP_")
@@ -140,7 +142,7 @@ class Cluster:
         self._keeper.stdin.flush()
         assert self._keeper.stdout.readline() == "done\n"
 
-    def run(self, *argv: str, timeout: float = 60, **options: Any) -> str:
+    def run(self, *argv: str, timeout: float = within(30), **options: Any) -> str:
         """Output of a client command that has to succeed."""
         done = subprocess.run(
             argv, env=self.environment, capture_output=True, text=True, timeout=timeout, **options
@@ -156,7 +158,7 @@ class Cluster:
     def settle(self) -> None:
         """End all jobs, and wait until every node is idle and up again."""
         user = getpass.getuser()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + within(30)
         self.run("scancel", f"--user={user}")
         while True:
             states = self.run("sinfo", "-hN", "-p", "main", "-o", "%N %T").split("\n")
@@ -171,7 +173,7 @@ class Cluster:
 
     def stop(self) -> None:
         self._keeper.stdin.close()
-        self._keeper.wait(30)
+        self._keeper.wait(within(20))
 
 
 def need_slurm() -> None:

@@ -93,7 +93,7 @@ class Keeper:
                 child.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(5)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 50
         while (left := _below(os.getpid())) and time.monotonic() < deadline:
             _kill(left)
             self.reap()
@@ -109,7 +109,7 @@ class Keeper:
         return subprocess.run(argv, capture_output=True, text=True).stdout
 
     def _wait_for(self, what: str, condition) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 150
         while not condition():
             dead = [name for name, child in self.children.items() if child.poll() is not None]
             if dead or time.monotonic() > deadline:

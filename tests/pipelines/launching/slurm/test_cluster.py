@@ -22,9 +22,9 @@ def ask():
         answer = ask.answers[min(ask.asked, len(ask.answers)) - 1]
         if isinstance(answer, Exception):
             raise answer
-        return answer, ask.places
+        return answer, ask.positions
 
-    ask.asked, ask.answers, ask.places = 0, [{"1": {"state": "RUNNING"}}], None
+    ask.asked, ask.answers, ask.positions = 0, [{"1": {"state": "RUNNING"}}], None
     return ask
 
 
@@ -47,18 +47,20 @@ def test_questions_become_rarer_while_nothing_changes(tmp_path, ask):
 
 
 def test_places_in_the_queue_are_kept_and_are_no_news(tmp_path, ask):
-    ask.places = {"1": (3, 17)}
+    ask.positions = {"1": (3, 17)}
     poll = SharedPoll(tmp_path, ask, 0.01, 0.02)
     first = poll.look()
-    ask.places = None  # a question that does not ask for them
+    ask.positions = None  # a question that does not ask for them
     time.sleep(0.03)
     second = SharedPoll(tmp_path, ask, 0.01, 0.02).look()
-    ask.places = {"1": (2, 17)}
+    ask.positions = {"1": (2, 17)}
     time.sleep(0.03)
     third = poll.look()
 
-    assert (first.places, second.places, third.places["1"]) == ({"1": (3, 17)},) * 2 + ((2, 17),)
-    assert first.placed_at == second.placed_at < third.placed_at
+    assert (first.positions, second.positions, third.positions["1"]) == ({"1": (3, 17)},) * 2 + (
+        (2, 17),
+    )
+    assert first.positions_at == second.positions_at < third.positions_at
     assert [p.interval_s for p in (first, second, third)] == pytest.approx([0.01, 0.015, 0.02])
 
 
@@ -117,7 +119,7 @@ def test_a_clock_that_was_set_back_does_not_stop_the_questions(tmp_path, ask):
 LOOK = """
 import sys, time
 from pathlib import Path
-from roma_pipelines.launching.poll import SharedPoll
+from roma_pipelines.launching.slurm.cluster import SharedPoll
 folder = Path(sys.argv[1])
 def ask(before):
     with (folder / "asked").open("a") as file:
@@ -140,7 +142,7 @@ def test_processes_ask_no_more_often_than_one_would(tmp_path):
 
 
 def record(n, how, ran_s, submitted_at=100.0, ended_at=200.0):
-    end = End(how=how, reason="", checkpoint=n, ended_at=ended_at, ran_s=ran_s, nodes="n[1-2]")
+    end = End(status=how, reason="", checkpoint=n, ended_at=ended_at, ran_s=ran_s, nodes="n[1-2]")
     return AttemptRecord(
         attempt=n, backend="slurm", intended_at=submitted_at, submitted_at=submitted_at, end=end
     )

@@ -119,17 +119,17 @@ def test_the_whole_curve_comes_home_to_a_store_that_no_node_touches(made, noun):
     assert client.get_run(facts["mlflow_run_id"]).info.status == "FINISHED"
 
 
-def test_attempts_and_decisions_are_tables_on_the_asset(made):
+def test_attempts_and_events_are_tables_on_the_asset(made):
     facts = facts_of(made[0], "pretrained_encoder")
 
     head, rule, row = facts["attempts_made"].splitlines()
     assert head.startswith("| attempt | target | submitted | ran | nodes | end | why |")
     assert rule == "|" + " --- |" * 7
     assert "slurm (job\\_id " in row and "completed" in row and "n\\[1-2\\]" in row
-    decisions = facts["decisions"].splitlines()
-    assert decisions[0] == "| when | attempt | seen | done |"
-    assert any("submitted as" in line for line in decisions)
-    assert decisions[-1].endswith("| completed |")
+    events = facts["events"].splitlines()
+    assert events[0] == "| time | attempt | observed | action |"
+    assert any("submitted as" in line for line in events)
+    assert events[-1].endswith("| completed |")
 
 
 def test_progress_was_observed_while_it_trained(made):

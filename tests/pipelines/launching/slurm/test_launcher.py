@@ -6,7 +6,7 @@ import os
 import pytest
 
 from roma_core.job import JobFolder
-from roma_pipelines.launching.slurm.cluster import ours_of, places_in_queue, rows_of
+from roma_pipelines.launching.slurm.cluster import own_jobs, parse_squeue, queue_positions
 from roma_pipelines.launching.spec import JobFailed, Phase
 from roma_pipelines.launching.supervisor import supervise
 
@@ -20,7 +20,7 @@ def test_a_job_that_proves_its_success_is_completed(slurm, cluster, folder, make
     assert outcome.status == "completed"
     (record,) = outcome.attempts
     assert record.backend == "slurm"
-    assert set(record.external) == {"job_id", "site"}
+    assert set(record.external) == {"job_id", "profile"}
     assert record.end.nodes in cluster.nodes
     assert folder.attempt(1).log.read_text() == "hello\n"
     owner = json.loads(folder.attempt(1).owner.read_text())
@@ -51,7 +51,7 @@ def test_two_nodes_with_two_processes_each_are_one_world(
     monkeypatch.setenv("NOISE", "not for the job")
     spec = make_spec(
         "",
-        starter="torchrun",
+        runner="torchrun",
         nodes=2,
         processes_per_node=2,
         gpus_per_node=2,
@@ -127,11 +127,11 @@ def test_a_place_is_among_those_that_want_the_same_nodes():
 7|PENDING|N/A||Dependency|main|me|50|/jobs/c|roma-c-1
 8|PENDING|N/A||Priority|main|you|10|/home/you|x
 """
-    rows = rows_of(lines)
+    rows = parse_squeue(lines)
 
     assert (rows["2"]["name"], rows["1"]["folder"]) == (" with bars", "/jobs/a")
-    assert set(ours_of(rows)) == {"1", "6", "7"}
-    assert places_in_queue(rows, ours_of(rows)) == {"1": (3, 4)}
+    assert set(own_jobs(rows)) == {"1", "6", "7"}
+    assert queue_positions(rows, own_jobs(rows)) == {"1": (3, 4)}
 
 
 @pytest.mark.parametrize("name", ["with a space", "a;b$c", "100%j", "täglich"])
@@ -146,10 +146,12 @@ def test_any_folder_name_a_file_system_takes(slurm, tmp_path, make_spec, name):
 def test_what_is_submitted_is_what_was_planned(slurm, folder, make_spec):
     supervise(slurm, folder, make_spec("succeed()"), CONFIG, **FAST)
 
-    plan = slurm.plan(make_spec("succeed()"))
-    for place in ("=JOB_FOLDER\n", "=JOB_FOLDER/"):
-        plan = plan.replace(place, place.replace("JOB_FOLDER", str(folder.path)))
-    assert folder.attempt(1).script.read_text() == plan
+    printed = slurm.plan(make_spec("succeed()")).text
+    submitted = slurm.plan(make_spec("succeed()"), folder).text
+    assert folder.attempt(1).script.read_text() == submitted
+    assert submitted == printed.replace("JOB_FOLDER", str(folder.path)).replace(
+        f"ROMA_{folder.path}", "ROMA_JOB_FOLDER"
+    )
 
 
 def test_through_ssh_only_commands_travel(slurm, cluster, folder, make_spec, tmp_path, monkeypatch):

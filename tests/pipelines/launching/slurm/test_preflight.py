@@ -15,24 +15,24 @@ CONFIG = {"base_lr": 0.001}
 
 
 @pytest.fixture
-def refusals(slurm, folder, make_spec, site):
-    """Why a job with these needs is refused at a site with those settings."""
+def refusals(slurm, folder, make_spec, profile):
+    """Why a job with these needs is refused with these settings of the profile."""
 
     def refusals(settings=None, **needs):
-        slurm.site = site.model_copy(update=settings or {})
-        return slurm.preflight(make_spec("", **needs), folder)
+        slurm.profile = profile.model_copy(update=settings or {})
+        return slurm.preflight(slurm.plan(make_spec("", **needs), folder))
 
     return refusals
 
 
 def test_a_job_that_fits_is_not_refused(refusals):
-    assert refusals({"partition": "main"}, gpus_per_node=2, nodes=2, starter="torchrun") == []
+    assert refusals({"partition": "main"}, gpus_per_node=2, nodes=2, runner="torchrun") == []
 
 
 def test_every_reason_is_given_at_once(refusals):
     found = refusals(
         {"python": "/no/such/python"},
-        starter="torchrun",
+        runner="torchrun",
         nodes=3,
         gpus_per_node=8,
         processes_per_node=4,
@@ -83,7 +83,9 @@ def test_what_only_sbatch_knows_is_its_own_word(refusals):
 def test_a_folder_that_cannot_be_written(slurm, make_spec, tmp_path):
     (tmp_path / "file").touch()
 
-    (reason,) = slurm.preflight(make_spec(""), JobFolder(tmp_path / "file" / "jobs" / "x"))
+    (reason,) = slurm.preflight(
+        slurm.plan(make_spec(""), JobFolder(tmp_path / "file" / "jobs" / "x"))
+    )
 
     assert "set ROMA_STORAGE_ROOT" in reason
 
@@ -111,9 +113,9 @@ def test_a_computer_without_slurm(refusals, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("ssh", "advice"), [(None, "SLURM_CONF"), ("login", "name a login node")])
 def test_slurm_commands_that_know_of_no_cluster(
-    site, make_spec, folder, tmp_path, monkeypatch, ssh, advice
+    profile, make_spec, folder, tmp_path, monkeypatch, ssh, advice
 ):
-    launcher = SlurmLauncher(site, tmp_path / "clusters")
+    launcher = SlurmLauncher(profile, tmp_path / "clusters")
     monkeypatch.setattr("shutil.which", lambda name: name)
 
     def run(*argv):
@@ -122,9 +124,9 @@ def test_slurm_commands_that_know_of_no_cluster(
         return Answer(0, "", "")
 
     monkeypatch.setattr(launcher.shell, "run", run)
-    launcher.site = site.model_copy(update={"ssh": ssh})
+    launcher.profile = profile.model_copy(update={"ssh": ssh})
 
-    (reason,) = launcher.preflight(make_spec(""), folder)
+    (reason,) = launcher.preflight(launcher.plan(make_spec(""), folder))
 
     assert "know of no cluster" in reason and advice in reason
 
@@ -140,8 +142,10 @@ def test_nothing_is_written_or_queued_for_a_refused_job(slurm, cluster, folder, 
     assert cluster.jobs() == before
 
 
-def test_a_missing_interpreter_on_the_node_fails_with_its_message(slurm, folder, make_spec, site):
-    slurm.site = site.model_copy(update={"setup": ("true",), "python": "/no/such/python"})
+def test_a_missing_interpreter_on_the_node_fails_with_its_message(
+    slurm, folder, make_spec, profile
+):
+    slurm.profile = profile.model_copy(update={"setup": ("true",), "python": "/no/such/python"})
 
     with pytest.raises(RuntimeError, match="/no/such/python: No such file or directory"):
         supervise(slurm, folder, make_spec("succeed()"), CONFIG, poll_every_s=0.1)

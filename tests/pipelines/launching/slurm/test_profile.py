@@ -1,4 +1,4 @@
-"""What a site's profile puts around a job, on a real SLURM: a container command, modules, set-up lines.
+"""What a profile puts around a job, on a real SLURM: a container command, modules, set-up lines.
 
 ``apptainer`` and ``module`` are stand-ins that do what matters here: the one runs the rest of its
 words in another environment, the other is a function that only a login shell knows. The quoting
@@ -77,28 +77,28 @@ def login_shell(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(home))
 
 
-def in_site(slurm, **changes):
-    slurm.site = slurm.site.model_copy(update=changes)
+def with_settings(slurm, **changes):
+    slurm.profile = slurm.profile.model_copy(update=changes)
     return slurm
 
 
-@pytest.mark.parametrize("starter", ["torchrun", "plain"])
+@pytest.mark.parametrize("runner", ["torchrun", "plain"])
 def test_a_container_gets_every_word_as_it_is(
-    slurm, folder, make_spec, seen, tmp_path, monkeypatch, starter
+    slurm, folder, make_spec, seen, tmp_path, monkeypatch, runner
 ):
     path = tmp_path / "bin" / "apptainer"
     path.parent.mkdir()
     path.write_text(APPTAINER)
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
-    spec = make_spec(SEES, starter=starter, nodes=2 if starter == "torchrun" else 1)
+    spec = make_spec(SEES, runner=runner, nodes=2 if runner == "torchrun" else 1)
     spec = spec.model_copy(update={"command": (*spec.command, *WORDS)})
-    site = in_site(slurm, container=("apptainer", "exec", "--nv", "--bind=/a b", IMAGE))
+    profile = with_settings(slurm, container=("apptainer", "exec", "--nv", "--bind=/a b", IMAGE))
 
-    outcome = supervise(site, folder, spec, CONFIG, **FAST)
+    outcome = supervise(profile, folder, spec, CONFIG, **FAST)
 
     assert outcome.status == "completed"
-    nodes = ["n1", "n2"] if starter == "torchrun" else ["n1"]
+    nodes = ["n1", "n2"] if runner == "torchrun" else ["n1"]
     assert [found["SLURMD_NODENAME"] for found in seen()] == nodes
     for found in seen():
         assert found["argv"] == list(WORDS)
@@ -107,20 +107,20 @@ def test_a_container_gets_every_word_as_it_is(
 
 
 def test_a_container_command_that_fails_is_in_the_error(slurm, folder, make_spec, monkeypatch):
-    site = in_site(slurm, container=("no-such-apptainer", "exec", IMAGE))
+    profile = with_settings(slurm, container=("no-such-apptainer", "exec", IMAGE))
 
     with pytest.raises(JobFailed, match="no-such-apptainer"):
-        supervise(site, folder, make_spec(), CONFIG, **FAST)
+        supervise(profile, folder, make_spec(), CONFIG, **FAST)
 
 
 def test_modules_and_set_up_lines_reach_every_node(slurm, folder, make_spec, seen, login_shell):
-    site = in_site(
+    profile = with_settings(
         slurm,
         modules=("cuda/12.1", "python/3.11+x"),
         setup=("export GREETING=\"it's a 'good' day\"",),
     )
 
-    supervise(site, folder, make_spec(SEES, starter="torchrun", nodes=2), CONFIG, **FAST)
+    supervise(profile, folder, make_spec(SEES, runner="torchrun", nodes=2), CONFIG, **FAST)
 
     assert [found["LOADED"] for found in seen()] == [" cuda/12.1 python/3.11+x"] * 2
     assert [found["GREETING"] for found in seen()] == ["it's a 'good' day"] * 2
@@ -129,8 +129,8 @@ def test_modules_and_set_up_lines_reach_every_node(slurm, folder, make_spec, see
 def test_a_module_that_is_missing_fails_with_its_name(
     slurm, folder, make_spec, login_shell, starts
 ):
-    site = in_site(slurm, modules=("missing/1.0",))
+    profile = with_settings(slurm, modules=("missing/1.0",))
 
     with pytest.raises(JobFailed, match=r"no module missing/1\.0"):
-        supervise(site, folder, make_spec(), CONFIG, **FAST)
+        supervise(profile, folder, make_spec(), CONFIG, **FAST)
     assert not (folder.path / "starts").exists()
