@@ -53,7 +53,7 @@ def test_the_slurm_plan_of_a_container_is_the_reviewed_one():
         container=("apptainer", "exec", "--nv", "/images/roma 1.sif"),
         python="python3",
         constraint="a|b",
-        setup=("source /etc/profile.sh",),
+        setup=("source /etc/site.sh",),
         sbatch_options=("--mail-type=END", "--nice=10"),
         srun_options=("--mpi=none",),
     )

@@ -123,7 +123,7 @@ def test_attempts_and_events_are_tables_on_the_asset(made):
     facts = facts_of(made[0], "pretrained_encoder")
 
     head, rule, row = facts["attempts_made"].splitlines()
-    assert head.startswith("| attempt | target | submitted | ran | nodes | end | why |")
+    assert head.startswith("| attempt | target | submitted | ran | nodes | end | reason |")
     assert rule == "|" + " --- |" * 7
     assert "slurm (job\\_id " in row and "completed" in row and "n\\[1-2\\]" in row
     events = facts["events"].splitlines()
