@@ -20,6 +20,7 @@ from roma_core.files import (
     write_json,
 )
 from roma_core.hashing import hash_ints, hash_text, mix, unit_interval
+from tests.time_limits import within
 
 
 def test_a_reader_sees_the_old_content_or_the_new_never_a_part(tmp_path):
@@ -87,7 +88,7 @@ def test_one_of_many_processes_creates_a_file(tmp_path, monkeypatch, links):
     ]
     for process in processes:
         process.start()
-    claims = dict(results.get(timeout=20) for _ in processes)
+    claims = dict(results.get(timeout=within(4)) for _ in processes)
     for process in processes:
         process.join()
     winners = [name for name, won in claims.items() if won]

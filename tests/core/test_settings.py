@@ -27,7 +27,14 @@ from roma_core import (
     TrainerConfig,
     get_encoder_size,
 )
-from roma_core.settings import Frozen, RomaSettings, SettingsError, find_env_file, leaves_of
+from roma_core.settings import (
+    Frozen,
+    RomaSettings,
+    SettingsError,
+    find_env_file,
+    leaves_of,
+    without_credentials,
+)
 from roma_pipelines.env_example import SETTINGS, env_example
 
 ROOT = Path(__file__).parents[2]
@@ -438,6 +445,23 @@ def test_the_settings_of_the_core_need_neither_torch_nor_a_tracker():
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+# --- URLs with credentials -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("https://user:pass@host:5000/a@b", "https://host:5000/a@b"),
+        ("https://user:p@ss@host", "https://host"),
+        ("API request to http://token@h/x failed; http://h/y, too", "API request to http://h/x failed; http://h/y, too"),
+        ("sqlite:////a/b@c/mlflow.db", "sqlite:////a/b@c/mlflow.db"),
+        ("http://host/?mail=a@b", "http://host/?mail=a@b"),
+    ],
+)  # fmt: skip
+def test_only_what_is_before_the_host_goes(text, left):
+    assert without_credentials(text) == left
 
 
 # --- the README's blocks --------------------------------------------------------------------

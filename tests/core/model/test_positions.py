@@ -1,4 +1,4 @@
-"""RotaryEmbedding and position axes: what positions may do to a model, and what they may not."""
+"""Rotary embedding and position axes: where positions change the outputs, and where they do not."""
 
 from __future__ import annotations
 
@@ -7,27 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roma_core import EncoderConfig, RoMAForClassification, RoMAForClassificationConfig
+from roma_core import EncoderConfig
 from roma_core.model.positions import RotaryEmbedding, pairs_per_axis, rotate
 from roma_core.schema import PositionAxis, normalise_positions
+from tests.core.model import small_models
 
 WIDTH = 24
 
 
 def classifier(**changes):
-    torch.manual_seed(0)
-    values = {
-        "encoder_config": EncoderConfig(d_model=24, nhead=2, depth=2),
-        "tubelet_size": (1, 1, 1),
-        "n_channels": 2,
-        "n_pos_dims": 1,
-        "dim_output": 3,
-    }
-    model = RoMAForClassification(RoMAForClassificationConfig(**values | changes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.ndim == 1) * 0.5)
-    return model
+    return small_models.classifier(**{"n_pos_dims": 1} | changes)
 
 
 def scores(q, k, positions, rotation):
@@ -145,3 +134,13 @@ def test_dates_that_float32_cannot_hold_are_refused():
 def test_axes_must_be_as_many_as_positions_have():
     with pytest.raises(ValueError, match=r"describes 2 axes \(time, time\), but n_pos_dims=1"):
         classifier(position_axes=(TIME, TIME))
+
+
+@pytest.mark.parametrize("width, axes", [(64, 3), (42, 2), (30, 2), (15, 1)])
+def test_any_head_width_can_be_shared_out_over_the_axes(width, axes):
+    pairs = pairs_per_axis(width, axes)
+    assert sum(pairs) == width // 2 and max(pairs) - min(pairs) <= 1
+    stack = EncoderConfig(d_model=2 * width, nhead=2, depth=1)
+    model = classifier(encoder_config=stack, n_pos_dims=axes)
+    values, positions, pad_mask = small_models.padded_batch([7, 4], 8, axes)
+    assert model(values, positions, pad_mask)[0].isfinite().all()

@@ -1,4 +1,4 @@
-"""Kernels and compilation: other ways to the same numbers."""
+"""The stack: compiled regions, kernels of products and norms, attention, sizes, drop path."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from roma_core import EncoderConfig, RoMAForPreTraining, RoMAForPreTrainingConfig
+from roma_core import (
+    EncoderConfig,
+    RoMAForPreTraining,
+    RoMAForPreTrainingConfig,
+)
+from roma_core.model.attention import packed_attention, padded_attention
 from roma_core.model.encoder import MIN_ONEDNN_ROWS, Encoder, RMSNorm, linear, linear_silu
 from roma_core.model.packing import Segments
 from roma_core.model.positions import RotaryEmbedding
-
-STACK = EncoderConfig(d_model=24, nhead=2, depth=2)
+from tests.core.model.small_models import STACK, new_classifier
 
 
 def packed(lengths, seed=0):
@@ -130,3 +134,49 @@ def test_products_and_their_gradients_are_those_of_the_framework(rows, autocast)
         with torch.no_grad():
             torch.testing.assert_close(linear_silu(x, weight), F.silu(expected), **close)
         torch.testing.assert_close(linear_silu(x, weight), F.silu(expected), **close)
+
+
+def test_packed_attention_and_its_gradient_agree_with_the_padded_body():
+    torch.manual_seed(0)
+    lengths = [2, 2, 5, 1]
+    segments = Segments(lengths)
+    q, k, v = (torch.randn(10, 2, 6, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    places = (segments.ids, segments.index_in_series)
+
+    def padded():
+        spread_out = [x.new_zeros(4, 5, 2, 6).index_put(places, x) for x in (q, k, v)]
+        valid = torch.arange(5) < segments.sizes[:, None]
+        return padded_attention(*spread_out, valid)[places]
+
+    packed = packed_attention(q, k, v, segments, segments)
+    torch.testing.assert_close(packed, padded())
+    weight = torch.randn_like(packed)
+    grads = torch.autograd.grad((packed * weight).sum(), (q, k, v))
+    expected = torch.autograd.grad((padded() * weight).sum(), (q, k, v))
+    for ours, theirs in zip(grads, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "size, n_parameters",
+    [("tiny-shallow", 778_320), ("tiny", 4_669_920), ("small", 26_884_224), ("base", 74_666_880)],
+)
+def test_published_sizes_have_the_published_number_of_parameters(size, n_parameters):
+    with torch.device("meta"):
+        model = new_classifier(encoder_config=EncoderConfig.preset(size))
+    assert sum(p.numel() for p in model.encoder.parameters()) == n_parameters
+
+
+def test_drop_path_grows_with_depth_and_keeps_the_expectation():
+    stack = EncoderConfig(d_model=24, nhead=2, depth=3, drop_path_rate=0.4)
+    model = new_classifier(encoder_config=stack)
+    assert [layer.drop_path_rate for layer in model.encoder.layers] == [0.0, 0.2, 0.4]
+    only = new_classifier(encoder_config=stack.model_copy(update={"depth": 1}))
+    assert only.encoder.layers[0].drop_path_rate == 0
+    torch.manual_seed(0)
+    scales = model.encoder.layers[2].train()._drop_path(Segments([2] * 4000))
+    for branch in scales:
+        assert branch.unique().tolist() == [0.0, pytest.approx(1 / 0.6)]
+        assert torch.equal(branch[::2], branch[1::2])  # a series is dropped whole
+        assert float(branch.mean()) == pytest.approx(1, abs=0.05)
+    assert not torch.equal(*scales)

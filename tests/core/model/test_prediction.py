@@ -1,0 +1,38 @@
+"""Classification and regression: a head on every token, labels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.core.model.small_models import new_classifier, small_batch
+
+
+@pytest.mark.parametrize("problem_type", ["classification", "regression"])
+def test_a_head_on_every_token_ignores_padding(problem_type):
+    model = new_classifier(pooling="token", problem_type=problem_type)
+    values, positions, pad_mask = small_batch([8, 3, 5])
+    label = torch.randint(3, (3, 8)) if problem_type == "classification" else torch.randn(3, 8, 3)
+
+    logits, loss = model(values, positions, pad_mask, label)
+
+    assert logits.shape == (3, 8, 3)
+    assert not logits[pad_mask].any() and logits[~pad_mask].any(-1).all()
+    alone, _ = model(values[1:2, :3], positions[1:2, :, :3])
+    torch.testing.assert_close(logits[1:2, :3], alone, rtol=1e-5, atol=1e-5)
+    real, wanted = logits[~pad_mask], label[~pad_mask]
+    expected = (
+        torch.nn.functional.cross_entropy(real, wanted)
+        if problem_type == "classification"
+        else ((real - wanted) ** 2).mean()
+    )
+    torch.testing.assert_close(loss, expected)
+    with pytest.raises(ValueError, match="one entry per token"):
+        model(values, positions, pad_mask, torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("pooling, label", [("cls", [0, 3]), ("token", [[0] * 7 + [-1]] * 2)])
+def test_a_label_that_is_no_class_is_named(pooling, label):
+    values, positions, _ = small_batch([8, 8])
+    with pytest.raises(ValueError, match=r"classes from 0 to 2 \(dim_output=3\); row \d+ has"):
+        new_classifier(pooling=pooling)(values, positions, label=torch.tensor(label))
