@@ -1,4 +1,4 @@
-"""``roma predict`` and ``roma embed``: a registered model, applied to a file of series."""
+"""``roma predict`` and ``roma embed``: apply a registered model to a file of series."""
 
 from __future__ import annotations
 
@@ -10,68 +10,64 @@ from typing import Any
 
 import click
 
+_OPTIONS = (
+    click.option(
+        "--model",
+        required=True,
+        help="Registered model, e.g. models:/japanese_vowels@champion, or a package folder.",
+    ),
+    click.option(
+        "--tracking-uri",
+        envvar="MLFLOW_TRACKING_URI",
+        default="sqlite:///.roma/mlflow/mlflow.db",
+        show_default=True,
+        help="MLflow server or store of the model.",
+    ),
+    click.option(
+        "--cache",
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Folder for downloaded models (default: a temporary folder).",
+    ),
+    click.option(
+        "--split",
+        default="test",
+        show_default=True,
+        type=click.Choice(["train", "validation", "test"]),
+        help="Split to read if INPUT is a data set.",
+    ),
+    click.argument("input", type=click.Path(exists=True, path_type=Path)),
+    click.argument("output", type=click.Path(dir_okay=False, path_type=Path)),
+)
 
-def _options(command: Callable[..., None]) -> Callable[..., None]:
-    for option in reversed(
-        (
-            click.option(
-                "--model",
-                required=True,
-                help="Registered model, e.g. models:/japanese_vowels@champion, or a package folder.",
-            ),
-            click.option(
-                "--tracking-uri",
-                envvar="MLFLOW_TRACKING_URI",
-                default="sqlite:///.roma/mlflow/mlflow.db",
-                show_default=True,
-                help="MLflow server or store that knows the model.",
-            ),
-            click.option(
-                "--cache",
-                type=click.Path(file_okay=False, path_type=Path),
-                help="Keep downloaded models in this folder; else they are removed afterwards.",
-            ),
-            click.option(
-                "--split",
-                default="test",
-                show_default=True,
-                type=click.Choice(["train", "validation", "test"]),
-                help="Series to take if INPUT is a data set.",
-            ),
-            click.argument("input", type=click.Path(exists=True, path_type=Path)),
-            click.argument("output", type=click.Path(dir_okay=False, path_type=Path)),
-        )
-    ):
+
+def _with_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
 @click.command()
-@_options
-def predict(
-    model: str, tracking_uri: str, cache: Path | None, split: str, input: Path, output: Path
-) -> None:
+@_with_options
+def predict(**options: Any) -> None:
     """Classify the series of INPUT and write one row each to OUTPUT (Parquet).
 
     INPUT is a data-set folder, a Parquet file with one row per series (a list column per position
     axis and per channel, optionally `id`), such as `roma data export` writes, or a .jsonl file of
-    {"positions": {…}, "values": {…}, "units": {…}}. An interrupted call is continued by the same
+    {"positions": {…}, "values": {…}, "units": {…}}. To resume an interrupted call, repeat the
     command.
     """
-    _apply("classifier", model, tracking_uri, cache, split, input, output)
+    _apply("classifier", **options)
 
 
 @click.command()
-@_options
-def embed(
-    model: str, tracking_uri: str, cache: Path | None, split: str, input: Path, output: Path
-) -> None:
-    """Write the features of the series of INPUT to OUTPUT (Parquet).
+@_with_options
+def embed(**options: Any) -> None:
+    """Write the encoder features of the series of INPUT to OUTPUT (Parquet).
 
-    MODEL is a registered encoder, e.g. models:/japanese_vowels_encoder@champion. INPUT and the rest
-    are as for `roma predict`.
+    MODEL is a registered encoder, e.g. models:/japanese_vowels_encoder@champion. INPUT and the other
+    options are those of `roma predict`.
     """
-    _apply("encoder", model, tracking_uri, cache, split, input, output)
+    _apply("encoder", **options)
 
 
 def _apply(
@@ -80,7 +76,7 @@ def _apply(
     tracking_uri: str,
     cache: Path | None,
     split: str,
-    source: Path,
+    input: Path,
     output: Path,
 ) -> None:
     from tqdm import tqdm
@@ -89,20 +85,20 @@ def _apply(
     from roma_core.serving.registry_client import FetchError
 
     try:
-        with _opened(model, tracking_uri, cache) as (package, lineage):
+        with _load(model, tracking_uri, cache) as (package, lineage):
             found = "encoder" if package.golden_field == "features" else "classifier"
             if found != kind:
                 other = "embed" if found == "encoder" else "predict"
                 raise ValueError(f"{model} is of kind {found}; use `roma {other}`")
-            if assumed := assumed_units(source, package):
+            if assumed := assumed_units(input, package):
                 units = ", ".join(f"{name} in {unit}" for name, unit in assumed.items())
-                click.echo(f"{source} does not say its units; taken to be {units}", err=True)
-            total = count_series(source, split)
+                click.echo(f"{input} does not state its units; assuming {units}", err=True)
+            total = count_series(input, split)
             with tqdm(total=total, desc=kind, unit=" series", disable=None) as bar:
                 n = score_file(
                     package,
                     lineage,
-                    source,
+                    input,
                     split,
                     output,
                     progress=lambda done: bar.update(done - bar.n),
@@ -114,27 +110,27 @@ def _apply(
 
 
 @contextmanager
-def _opened(
+def _load(
     model: str, tracking_uri: str, cache: Path | None
 ) -> Iterator[tuple[Any, dict[str, str]]]:
-    """The verified package behind a name or in a folder, and its lineage columns."""
+    """The verified package of a registered model or in a folder, and its lineage columns."""
     from roma_core.files import sha256_of
-    from roma_core.serving import registry_client as fetching
+    from roma_core.serving import registry_client
 
     if not model.startswith("models:/"):
-        from roma_core.serving import pyfunc_model as logged_model
+        from roma_core.serving import pyfunc_model
 
-        package: Any = logged_model.open_package(Path(model))
-        package.module = logged_model
+        package: Any = pyfunc_model.open_package(Path(model))
+        package.module = pyfunc_model
         digest = sha256_of(Path(model) / "MANIFEST.json")
         yield package, {"model": model, "model_version": "-", "model_sha256": digest}
         return
-    client = fetching.connect(tracking_uri)
-    version = fetching.resolve(client, model)
+    client = registry_client.connect(tracking_uri)
+    version = registry_client.resolve(client, model)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = fetching.fetch(client, version, cache or Path(scratch))
+        folder = registry_client.fetch(client, version, cache or Path(scratch))
         yield (
-            fetching.load(folder),
+            registry_client.load(folder),
             {
                 "model": version.name,
                 "model_version": version.version,

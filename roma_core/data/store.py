@@ -262,7 +262,7 @@ def raw_series(subset: Subset, rows: Iterable[int]) -> Iterator[dict[str, Any]]:
 
     Yields:
         ``id``, ``positions`` (axis name → numbers), ``values`` (channel name → numbers) and
-        ``units``: the fields of :class:`roma_core.serving.schema.Series`.
+        ``units``: the fields of :class:`roma_core.serving.client.Series`.
     """
     dataset, schema = subset.dataset, subset.dataset.schema
     axes, channels = [a.name for a in schema.axes], [c.name for c in schema.channels]

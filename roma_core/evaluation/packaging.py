@@ -22,9 +22,9 @@ from roma_core.files import read_json
 from roma_core.model.export import export_classifier, export_encoder
 from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
+from roma_core.serving.client import Series as RequestSeries
 from roma_core.serving.package import MAX_LENGTH, build_package, size_mb
 from roma_core.serving.pyfunc_model import Classifier, Series
-from roma_core.serving.schema import Series as RequestSeries
 from roma_core.serving.smoke_test import SmokeTest, SmokeTestFailed, smoke_test_package
 from roma_core.trainer.dataloader import Collate
 from roma_core.trainer.evaluator import classify
@@ -201,10 +201,8 @@ def measure(
 
 
 def _tried(package: Path) -> tuple[SmokeTest | None, str | None]:
-    """A champion brings its own file, which lies two folders above its package."""
-    own = package.parent.parent / "logged_model.py"
     try:
-        return smoke_test_package(package, own if own.is_file() else None), None
+        return smoke_test_package(package), None
     except SmokeTestFailed as error:
         return None, str(error)
 

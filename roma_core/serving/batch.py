@@ -1,22 +1,30 @@
-"""Score a file of series, in parts: an interruption loses at most the part it fell into.
+"""Apply a model to a file of series: Parquet, JSON lines, or a data-set folder.
 
-Parts are ``OUTPUT.parts/00000.parquet`` and so on, each with its own lineage columns; at the end
-they become OUTPUT. Inside a part, series of similar length go through the model together. Parts of
-another input or another model are thrown away.
+``score_file`` writes predictions in parts, ``OUTPUT.parts/00000.parquet`` and so on, each with its
+own lineage columns, and joins them to OUTPUT at the end: an interrupted call loses at most one part.
+Parts of another input or another model are discarded.
 
-Series to be scored, out of a file: Parquet, JSON lines, or a data-set folder.
+``embed_medians`` computes medians of encoder features in a process of its own, because its caller,
+the daemon that watches for drift, must not import torch:
+
+    python -m roma_core.serving.batch MODEL_FOLDER N_MAX FILE...
+
+prints ``{"n": 640, "center": [...]}``, or exits with code 1 and one line of text.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from pydantic import ValidationError
 
 from roma_core.files import digest_of, read_json, write_json
@@ -25,24 +33,28 @@ from roma_core.settings import validation_errors
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_AT_ONCE = 1000
-_FACTS = ("split", "label", "group")  # columns of `roma data export` that are no input of a model,
-_TARGET = (b"role", b"target")  # as are those whose field says this
+SCHEMA_VERSION = 1
+SERIES_PER_PART = 2000
+_STATE = "state.json"  # in the folder of parts
+_ROWS_PER_BATCH = 1000
+_N_EMBEDDED = 1000
+_FACTS = ("split", "label", "group")  # columns of `roma data export` that are no model inputs,
+_TARGET = (b"role", b"target")  # as are columns with this field metadata
 Row = dict[str, Any]
 
 
 def read_series(path: Path, split: Any, package: Any, start: int = 0) -> Iterator[Row]:
-    """Series as a server would be sent them, in the file's order, from row ``start``.
+    """Series in the form of a server's request, in the file's order, from row ``start``.
 
-    A column of a Parquet file whose field has the metadata ``unit`` says its unit; others are taken
-    to be in the model's. Targets of an exported data set are left out, unless the model takes them.
+    The unit of a Parquet column is the metadata ``unit`` of its field, or else the model's unit.
+    Targets of an exported data set are left out, unless they are inputs of the model.
 
     Args:
         split: of a data-set folder.
-        package: what will score them; its axes and units are needed to read columns.
+        package: the loaded model; its axes, channels and units say how to read columns.
 
     Raises:
-        ValueError: the file is none of these, or a line of it is no series.
+        ValueError: the file has another format, or a line is not a valid series.
     """
     if path.is_dir():
         from roma_core.data.store import StoredDataset, raw_series
@@ -50,25 +62,29 @@ def read_series(path: Path, split: Any, package: Any, start: int = 0) -> Iterato
         subset = StoredDataset(path).split(split)
         yield from raw_series(subset, range(start, len(subset)))
     elif path.suffix == ".parquet":
-        yield from _parquet(path, package, start)
+        yield from _read_parquet(path, package, start)
     elif path.suffix == ".jsonl":
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(islice(lines, start, None), start=start + 1):
                 try:
                     row = json.loads(line)
                     package.module.Series(**row)
-                except ValidationError as error:
-                    wrong = "; ".join(map(str, validation_errors(error, package.module.Series)))
-                    raise ValueError(f"{path}, line {number}: {wrong}") from error
                 except (ValueError, TypeError) as error:
-                    raise ValueError(f"{path}, line {number}: {error}") from error
+                    reason = _reason(error, package)
+                    raise ValueError(f"{path}, line {number}: {reason}") from error
                 yield row
     else:
         raise ValueError(f"{path}: expected a data-set folder, .parquet or .jsonl")
 
 
+def _reason(error: Exception, package: Any) -> str:
+    if isinstance(error, ValidationError):
+        return "; ".join(map(str, validation_errors(error, package.module.Series)))
+    return str(error)
+
+
 def count_series(path: Path, split: Any) -> int:
-    """How many ``read_series`` will give."""
+    """Number of series that ``read_series`` yields."""
     if path.is_dir():
         from roma_core.data.store import StoredDataset
 
@@ -81,7 +97,7 @@ def count_series(path: Path, split: Any) -> int:
 
 
 def assumed_units(path: Path, package: Any) -> Mapping[str, str]:
-    """Columns of a Parquet file that do not say their unit, with the model's, which they get."""
+    """Columns of a Parquet file without a unit, with the model's unit, which is used for them."""
     if path.suffix != ".parquet":
         return {}
     with _parquet_file(path) as file:
@@ -93,32 +109,33 @@ def assumed_units(path: Path, package: Any) -> Mapping[str, str]:
     }
 
 
-def _parquet(path: Path, package: Any, start: int) -> Iterator[Row]:
+def _read_parquet(path: Path, package: Any, start: int) -> Iterator[Row]:
+    import pyarrow as pa
+
     axes = [axis["name"] for axis in package.axes]
-    channels = [channel["name"] for channel in package.channels]
+    inputs = [*axes, *(channel["name"] for channel in package.channels)]
     with _parquet_file(path) as file:
-        targets = [
-            field.name for field in file.schema_arrow if _TARGET in (field.metadata or {}).items()
-        ]
-        known = [name for name in (*_FACTS, *targets) if name not in (*axes, *channels)]
-        _refuse_what_holds_no_lists(path, file.schema_arrow, (*axes, *channels), {"id", *known})
-        units = dict(package.units) | _given_units(file.schema_arrow)
-        units = {name: unit for name, unit in units.items() if name in (*axes, *channels)}
-        for batch in _batches(path, file):
-            if start >= len(batch):
-                start -= len(batch)
-                continue
-            for row in batch.slice(start).to_pylist():
-                name = row.pop("id", None)
-                for fact in known:
-                    row.pop(fact, None)
-                yield {
-                    "id": None if name is None else str(name),
-                    "positions": {axis: row.pop(axis) for axis in axes if axis in row},
-                    "values": row,
-                    "units": units,
-                }
-            start = 0
+        schema = file.schema_arrow
+        targets = [field.name for field in schema if _TARGET in (field.metadata or {}).items()]
+        ignored = [name for name in (*_FACTS, *targets) if name not in inputs]
+        _check_columns(path, schema, inputs, {"id", *ignored})
+        units = dict(package.units) | _given_units(schema)
+        units = {name: unit for name, unit in units.items() if name in inputs}
+        try:
+            for batch in file.iter_batches(_ROWS_PER_BATCH):
+                for row in batch.slice(min(start, len(batch))).to_pylist():
+                    name = row.pop("id", None)
+                    for column in ignored:
+                        row.pop(column, None)
+                    yield {
+                        "id": None if name is None else str(name),
+                        "positions": {axis: row.pop(axis) for axis in axes if axis in row},
+                        "values": row,
+                        "units": units,
+                    }
+                start = max(0, start - len(batch))
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
 
 
 @contextmanager
@@ -134,25 +151,14 @@ def _parquet_file(path: Path) -> Iterator[Any]:
         yield file
 
 
-def _batches(path: Path, file: Any) -> Iterator[Any]:
-    import pyarrow as pa
-
-    try:
-        yield from file.iter_batches(_AT_ONCE)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def _refuse_what_holds_no_lists(
-    path: Path, schema: Any, inputs: tuple[str, ...], facts: set[str]
-) -> None:
-    """A table with a row per observation, or a column nobody asked for, is refused before any model."""
+def _check_columns(path: Path, schema: Any, inputs: list[str], ignored: set[str]) -> None:
+    """Reject a table with one row per observation, and columns that are no inputs of the model."""
     import pyarrow as pa
 
     single = [
         field.name
         for field in schema
-        if field.name not in facts and not pa.types.is_nested(field.type)
+        if field.name not in ignored and not pa.types.is_nested(field.type)
     ]
     if of_inputs := [name for name in single if name in inputs]:
         raise ValueError(
@@ -175,11 +181,6 @@ def _given_units(schema: Any) -> dict[str, str]:
     }
 
 
-SERIES_IN_A_PART = 2000
-SCHEMA_VERSION = 1
-_STATE = "state.json"  # in the folder of parts
-
-
 def score_file(
     package: Any,
     lineage: dict[str, str],
@@ -195,36 +196,34 @@ def score_file(
     entries of ``lineage``; ``scored_at`` (UTC).
 
     Args:
-        package: from ``fetching.load``.
+        package: from ``registry_client.load``.
         lineage: text columns, equal in every row.
-        progress: told the number of series that are done, also those of an earlier call.
+        progress: called with the number of series done, including those of an earlier call.
 
     Returns:
         The number of series.
 
     Raises:
-        ValueError: a series does not fit; the message names it by its row. The parts before it stay.
+        ValueError: a series does not fit; the message names its row. Earlier parts are kept.
     """
     import pyarrow.parquet as pq
 
     parts = output.with_name(f"{output.name}.parts")
     fingerprint = _fingerprint(source, split, lineage)
-    if not _is_of(parts, fingerprint):
+    if not _matches(parts, fingerprint):
         _remove(parts)
     done = sorted(parts.glob("[0-9]*.parquet"))
     n = sum(pq.read_metadata(part).num_rows for part in done)
     progress(n)
     rows = read_series(source, split, package, start=n)
-    while part := list(islice(rows, SERIES_IN_A_PART)):
-        path = parts / f"{n // SERIES_IN_A_PART:05d}.parquet"
+    while part := list(islice(rows, SERIES_PER_PART)):
+        path = parts / f"{n // SERIES_PER_PART:05d}.parquet"
         try:
-            table = _scored(package, part, lineage)
-        except ValidationError as error:
-            wrong = "; ".join(map(str, validation_errors(error, package.module.Series)))
-            raise ValueError(f"rows {n} to {n + len(part) - 1} of {source}: {wrong}") from error
+            table = _score(package, part, lineage)
         except ValueError as error:
-            raise ValueError(f"rows {n} to {n + len(part) - 1} of {source}: {error}") from error
-        if n == 0:  # not before: a file that is refused leaves nothing behind
+            rows_of_part = f"rows {n} to {n + len(part) - 1} of {source}"
+            raise ValueError(f"{rows_of_part}: {_reason(error, package)}") from error
+        if n == 0:  # not earlier, so that a rejected file leaves nothing behind
             parts.mkdir(parents=True, exist_ok=True)
             state = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint}
             write_json(parts / _STATE, state)
@@ -246,10 +245,10 @@ def _fingerprint(source: Path, split: str, lineage: dict[str, str]) -> str:
     for file in [source] if source.is_file() else sorted(source.iterdir()):
         stat = file.stat()
         stamps.append([file.name, stat.st_size, stat.st_mtime_ns])
-    return digest_of([str(source.absolute()), stamps, split, lineage, SERIES_IN_A_PART])
+    return digest_of([str(source.absolute()), stamps, split, lineage, SERIES_PER_PART])
 
 
-def _is_of(parts: Path, fingerprint: str) -> bool:
+def _matches(parts: Path, fingerprint: str) -> bool:
     state = parts / _STATE
     if not state.is_file():
         return False
@@ -257,32 +256,32 @@ def _is_of(parts: Path, fingerprint: str) -> bool:
 
 
 def _remove(parts: Path) -> None:
-    """Our files in a folder of parts, and the folder if nobody else put anything there."""
+    """Remove our files from a folder of parts, and the folder if it then is empty."""
     if not parts.is_dir():
         return
-    (parts / _STATE).unlink(missing_ok=True)  # first: parts without it are nobody's
-    for part in parts.glob("[0-9][0-9][0-9][0-9][0-9].par*"):  # .parquet, or .part in writing
+    (parts / _STATE).unlink(missing_ok=True)  # first: parts without it are not resumed
+    for part in parts.glob("[0-9][0-9][0-9][0-9][0-9].par*"):  # .parquet, or .part while written
         part.unlink()
     if not any(parts.iterdir()):
         parts.rmdir()
 
 
-def _scored(package: Any, rows: list[Row], lineage: dict[str, str]) -> pa.Table:
+def _score(package: Any, rows: list[Row], lineage: dict[str, str]) -> pa.Table:
     import pyarrow as pa
 
-    answers = package.predict([package.module.Series(**row) for row in rows])
-    columns: dict[str, Any] = {"id": pa.array([a.id for a in answers], pa.string())}
-    if hasattr(answers[0], "features"):
-        features = [a.features for a in answers]
+    predictions = package.predict([package.module.Series(**row) for row in rows])
+    columns: dict[str, Any] = {"id": pa.array([a.id for a in predictions], pa.string())}
+    if hasattr(predictions[0], "features"):
+        features = [a.features for a in predictions]
         columns["features"] = pa.array(features, pa.list_(pa.float64()))
     else:
-        columns["label"] = pa.array([a.label for a in answers], pa.string())
-        probabilities = [list(a.probabilities.items()) for a in answers]
+        columns["label"] = pa.array([a.label for a in predictions], pa.string())
+        probabilities = [list(a.probabilities.items()) for a in predictions]
         columns["probabilities"] = pa.array(probabilities, pa.map_(pa.string(), pa.float64()))
     for name, value in lineage.items():
-        columns[name] = pa.array([value] * len(answers), pa.string())
+        columns[name] = pa.array([value] * len(predictions), pa.string())
     now = datetime.now(UTC)
-    columns["scored_at"] = pa.array([now] * len(answers), pa.timestamp("ms", tz="UTC"))
+    columns["scored_at"] = pa.array([now] * len(predictions), pa.timestamp("ms", tz="UTC"))
     return pa.table(columns)
 
 
@@ -290,10 +289,91 @@ def _join(parts: Path, output: Path) -> None:
     import pyarrow.parquet as pq
 
     aside = output.with_name(f".{output.name}.joining")
-    tables: Iterator[Any] = (pq.read_table(part) for part in sorted(parts.glob("[0-9]*.parquet")))
-    first = next(tables)
-    with pq.ParquetWriter(aside, first.schema, compression="zstd") as writer:
-        writer.write_table(first)
-        for table in tables:
-            writer.write_table(table)
+    paths = sorted(parts.glob("[0-9]*.parquet"))
+    with pq.ParquetWriter(aside, pq.read_schema(paths[0]), compression="zstd") as writer:
+        for path in paths:
+            writer.write_table(pq.read_table(path))
     aside.replace(output)
+
+
+class EmbeddingFailed(RuntimeError):
+    """The features could not be computed; the message says why."""
+
+
+class FeatureMedians(NamedTuple):
+    """Median of every encoder feature over ``n`` series."""
+
+    n: int
+    center: list[float]
+
+
+def embed_medians(
+    model: Path, files: Sequence[Path], environment: Mapping[str, str], timeout_s: float
+) -> FeatureMedians:
+    """Embed the series of files in a new process; of many series, 1000 evenly spaced ones.
+
+    Observations that are not finite are left out.
+
+    Args:
+        model: verified folder of a registered encoder.
+        environment: the environment of that process.
+
+    Raises:
+        EmbeddingFailed: no result within ``timeout_s``, or the encoder does not accept the series.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, str(model), str(_N_EMBEDDED), *map(str, files)],
+            env={**environment, "OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise EmbeddingFailed(f"the encoder did not finish within {timeout_s:g} s") from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise EmbeddingFailed(lines[-1])
+    return FeatureMedians(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _observed(package: Any, row: Row) -> Any:
+    """The series of a row without observations that are not finite; None if none is left."""
+    columns = {
+        (part, one["name"]): np.array(row[part].get(one["name"]) or [], np.float64)
+        for part, names in (("positions", package.axes), ("values", package.channels))
+        for one in names
+    }
+    if len({len(column) for column in columns.values()}) != 1:
+        raise ValueError(f"series {row['id']!r}: its lists differ in length, or one is missing")
+    finite = np.isfinite(np.stack(list(columns.values()))).all(axis=0)
+    if not finite.any():
+        return None
+    kept: dict[str, dict[str, list[float]]] = {"positions": {}, "values": {}}
+    for (part, name), column in columns.items():
+        kept[part][name] = column[finite].tolist()
+    return package.module.Series(id=row["id"], units=row.get("units"), **kept)
+
+
+def _print_medians(model: str, n_max: str, *names: str) -> None:
+    import torch
+
+    from roma_core.serving.registry_client import load
+
+    torch.set_num_threads(1)
+    files = [Path(name) for name in names]
+    try:
+        package = load(Path(model))
+        step = -(-sum(count_series(file, "test") for file in files) // int(n_max)) or 1
+        rows = chain.from_iterable(read_series(file, "test", package) for file in files)
+        found = (_observed(package, row) for row in islice(rows, 0, None, step))
+        series = [one for one in found if one is not None]
+        features = package.outputs(series)
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(" ".join(str(error).split()))
+    print(json.dumps({"n": len(series), "center": np.median(features, axis=0).tolist()}))
+
+
+if __name__ == "__main__":
+    _print_medians(*sys.argv[1:])

@@ -1,11 +1,13 @@
-"""The thin client of a served model: resolve, verify, call. No torch.
+"""Request and response types of a served model, and a thin client of its server. No torch.
 
     model = ServedModel("http://127.0.0.1:5001")
     model.predict([Series(positions={"time": [0.0, 1.5]}, values={"flux": [3.0, 2.5]}, units=…)])
 
-``verified`` goes the whole way: the alias is resolved in the registry, the package is downloaded and
-compared with its checksums, and the server must give the package's golden rows the outputs recorded
-there. So it is known which version answers, though the server itself does not say so.
+``ServedModel.verified`` also finds out which version the server runs, which MLflow's server does
+not report: it resolves the alias in the registry, downloads the package, verifies its checksums,
+and compares the server's predictions of the golden rows with the recorded ones.
+
+``pyfunc_model.py`` runs without this package and repeats the three types; a test compares them.
 """
 
 from __future__ import annotations
@@ -17,23 +19,66 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from roma_core.serving.registry_client import ModelVersion, connect, fetch, package_of, resolve
-from roma_core.serving.schema import Prediction, Series
 
 
-class RequestRefused(ValueError):
-    """The server does not take these series; the message names the field."""
+class Series(BaseModel):
+    """One irregular series: positions and values of its observations, by name.
+
+    Every list of one series has the same length, its number of observations (at least 1). Names
+    and units are those of the model's schema. Series of one request may differ in length.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str | None = Field(None, description="Returned with the prediction; free text.")
+    positions: dict[str, list[float]] = Field(
+        description="Axis name -> one number per observation."
+    )
+    values: dict[str, list[float]] = Field(
+        description="Channel name -> one number per observation."
+    )
+    units: dict[str, str] | None = Field(
+        None,
+        description="Axis or channel name -> unit, checked against the model's. Pure numbers (unit "
+        "'1') and axes counted in themselves (frame, in frames) may be left out, no other.",
+    )
 
 
-class ServerFailed(RuntimeError):
-    """The server did not answer, answered with an error of its own, or serves another model."""
+class Prediction(BaseModel):
+    """The class of one series, with the probability of every class."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str | None = None
+    label: str = Field(description="The most probable class.")
+    probabilities: dict[str, float] = Field(description="Class name -> probability; they sum to 1.")
+
+
+class Features(BaseModel):
+    """Encoder features of one series: the mean of its encoded tokens."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str | None = None
+    features: list[float] = Field(description="Same length for every series.")
+
+
+class RequestRejected(ValueError):
+    """The server does not accept these series; the message names the field."""
+
+
+class ServerError(RuntimeError):
+    """The server cannot be reached, fails, or serves another model."""
 
 
 class ServedModel:
     """A model behind ``mlflow models serve``.
 
     Attributes:
-        version: the version that is known to answer; None if nobody verified it.
+        version: the version that the server runs; None unless made by ``verified``.
     """
 
     def __init__(self, url: str, *, timeout_s: float = 30.0) -> None:
@@ -45,15 +90,15 @@ class ServedModel:
     def verified(
         cls, url: str, model: str, tracking_uri: str, cache: Path, *, timeout_s: float = 30.0
     ) -> Self:
-        """A client of a server that was found to serve ``model``.
+        """A client of a server after checking that it serves ``model``.
 
         Args:
             model: ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``.
             cache: folder for downloaded models.
 
         Raises:
-            FetchError: the model is not in the registry, or is not what was registered.
-            ServerFailed: the server does not answer, or computes something else.
+            FetchError: the model is not in the registry, or differs from its recorded checksums.
+            ServerError: the server cannot be reached, or returns other predictions.
         """
         registry = connect(tracking_uri)
         version = resolve(registry, model)
@@ -66,39 +111,40 @@ class ServedModel:
         """Class and probabilities of every series, in order; lengths may differ.
 
         Raises:
-            RequestRefused: a series does not fit the model.
-            ServerFailed: anything else went wrong.
+            RequestRejected: a series does not fit the model.
+            ServerError: anything else went wrong.
         """
         rows = [one.model_dump(exclude_none=True) for one in series]
-        return [Prediction.model_validate(row) for row in self._answers(rows)]
+        return [Prediction.model_validate(row) for row in self._post(rows)]
 
     def check_golden(self, package: Path) -> None:
-        """Compare the server's answers for the golden rows of a package with those recorded.
+        """Compare the server's predictions of a package's golden rows with the recorded ones.
 
         Raises:
-            ServerFailed: they differ.
+            ServerError: they differ.
         """
         lines = (package / "golden.jsonl").read_text(encoding="utf-8").splitlines()
         golden = [json.loads(line) for line in lines]
-        answers = self.predict([Series(**row["series"]) for row in golden])
-        for number, (row, answer) in enumerate(zip(golden, answers, strict=True)):
+        predictions = self.predict([Series(**row["series"]) for row in golden])
+        for number, (row, prediction) in enumerate(zip(golden, predictions, strict=True)):
             expected = row["probabilities"]
-            if expected.keys() != answer.probabilities.keys() or any(
+            if expected.keys() != prediction.probabilities.keys() or any(
                 abs(expected[name] - p) > row["tolerance"]
-                for name, p in answer.probabilities.items()
+                for name, p in prediction.probabilities.items()
             ):
-                raise ServerFailed(
-                    f"{self.url} gives golden row {number} of {package} other probabilities: it "
-                    f"serves another version; restart it, an alias is resolved only at its start"
+                raise ServerError(
+                    f"{self.url} returns other probabilities for golden row {number} of {package}: "
+                    f"it serves another version; restart it, aliases are resolved only at startup"
                 )
 
-    def _answers(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _post(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         try:
             body = json.dumps({"inputs": rows}, allow_nan=False).encode()
         except ValueError as error:
-            raise RequestRefused(f"a number is not finite ({error})") from error
+            raise RequestRejected(f"a number is not finite ({error})") from error
         except TypeError as error:
-            raise RequestRefused(f"{_unsendable(rows)}: {error}; expected plain numbers") from error
+            field = _first_unserialisable(rows)
+            raise RequestRejected(f"{field}: {error}; expected plain numbers") from error
         request = urllib.request.Request(
             f"{self.url}/invocations", body, {"Content-Type": "application/json"}
         )
@@ -106,29 +152,26 @@ class ServedModel:
             with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
                 return json.load(response)["predictions"]
         except urllib.error.HTTPError as error:
-            message = _message(error.read())
+            message = _error_message(error.read())
             if 400 <= error.code < 500:
-                raise RequestRefused(message) from error
-            raise ServerFailed(f"{self.url} answered {error.code}: {message}") from error
+                raise RequestRejected(message) from error
+            raise ServerError(f"{self.url} answered {error.code}: {message}") from error
         except (OSError, KeyError, ValueError) as error:
-            raise ServerFailed(f"{self.url} did not answer as a model server: {error}") from error
+            raise ServerError(f"{self.url} did not answer as a model server: {error}") from error
 
 
-def _unsendable(rows: list[dict[str, Any]]) -> str:
-    """The first field that JSON cannot hold."""
+def _first_unserialisable(rows: list[dict[str, Any]]) -> str:
     for number, row in enumerate(rows):
         for field, content in row.items():
-            named = content if isinstance(content, dict) else {None: content}
-            for name, one in named.items():
+            for name, one in content.items() if isinstance(content, dict) else [(None, content)]:
                 try:
                     json.dumps(one)
                 except TypeError:
-                    what = field if name is None else f"{field}: {name!r}"
-                    return f"series {number}: {what}"
+                    return f"series {number}: {field}" + ("" if name is None else f": {name!r}")
     return "a series"
 
 
-def _message(body: bytes) -> str:
+def _error_message(body: bytes) -> str:
     try:
         document = json.loads(body)
         return str(document.get("message") or document.get("detail") or document)

@@ -1,31 +1,36 @@
-"""Write and verify the package folder of a model; ``logged_model.py`` describes its files.
+"""Write and verify the package folder of a model; ``pyfunc_model.py`` describes its files.
 
-What a logged model needs: four packages, pinned, and the lock of everything that they need.
+Importing this module imports neither torch nor MLflow.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from roma_core.files import sha256_of, write_bytes, write_json
 from roma_core.schema import DataSchema
-from roma_core.serving.pyfunc_model import KINDS, MANIFEST, SCHEMA_VERSION, open_package
-from roma_core.serving.pyfunc_model import Series as LoggedSeries
-from roma_core.serving.schema import Series, json_schema, locked
+from roma_core.serving.client import Features, Prediction, Series
 
-LOGGED_MODEL = Path(__file__).with_name("pyfunc_model.py")
+if TYPE_CHECKING:
+    import torch
+    from pydantic import BaseModel
+
+MODEL_CODE = Path(__file__).with_name("pyfunc_model.py")
 """The file to log with ``mlflow.pyfunc.log_model(python_model=...)``, artifact ``package``."""
 
 GOLDEN_TOLERANCE = 1e-4
 MAX_LENGTH = 4096
 MAX_BATCH_TOKENS = 16_384
+_REQUIREMENTS = ("mlflow", "numpy", "pydantic", "torch")
 
 
 def build_package(
@@ -45,28 +50,33 @@ def build_package(
     max_length: int = MAX_LENGTH,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
 ) -> str:
-    """Make the folder, whole or not at all; one that is there is replaced.
+    """Write the folder atomically, replacing an existing one.
 
     Args:
-        program: takes values, positions and valid, gives logits or features (shapes in
-            ``logged_model.py``), exported in evaluation mode with dynamic batch and length.
+        program: maps values, positions and valid to logits or features (shapes in
+            ``pyfunc_model.py``), exported in evaluation mode with dynamic batch and length.
         weights: safetensors file of the same weights.
-        golden: real series, preferably of different lengths; their outputs are computed by the code
-            that will serve them.
-        facts: plain JSON on where the model comes from: digests, run ids, commit.
+        golden: real series, preferably of different lengths; their expected outputs are computed by
+            the code that will serve them.
+        facts: plain JSON on the model's origin: digests, run ids, commit.
         n_features: outputs of an encoder; a classifier has one per class.
         card: model card, Markdown.
         profile: reference profile of the training data, plain JSON.
-        max_length: observations of the longest series that it accepts.
-        max_batch_tokens: tokens, with padding, that go through the program at once.
+        max_length: observations of the longest series that the model accepts.
+        max_batch_tokens: tokens of one batch, padding included.
 
     Returns:
-        sha256 of ``MANIFEST.json``, which stands for the whole package.
+        sha256 of ``MANIFEST.json``, which identifies the whole package.
 
     Raises:
-        ValueError: no golden series, no classes, or a golden series does not fit the schema.
-        PackageError: the program does not give finite outputs, one per class.
+        ValueError: no golden series, fewer than two classes, or a golden series that does not fit
+            the schema.
+        PackageError: the program does not return finite outputs, one per class.
     """
+    import torch
+
+    from roma_core.serving.pyfunc_model import MANIFEST, SCHEMA_VERSION
+
     if not golden or (kind == "classifier" and len(schema.classes) < 2):
         raise ValueError(
             f"a package needs golden series and at least 2 classes, got {len(golden)} and "
@@ -114,24 +124,11 @@ def build_package(
     return digest
 
 
-def verify_package(folder: Path) -> str:
-    """Check every file and the golden rows; return the sha256 of ``MANIFEST.json``.
-
-    Raises:
-        PackageError: the package is damaged or computes something else here.
-    """
-    open_package(folder)
-    return sha256_of(folder / MANIFEST)
-
-
-def size_mb(folder: Path) -> float:
-    """All files of a package."""
-    return sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-
-
 def _golden_rows(folder: Path, kind: str, golden: Sequence[Series]) -> bytes:
-    package = KINDS[kind](folder)
-    outputs = package.outputs([LoggedSeries(**one.model_dump()) for one in golden])
+    from roma_core.serving import pyfunc_model
+
+    package = pyfunc_model.KINDS[kind](folder)
+    outputs = package.outputs([pyfunc_model.Series(**one.model_dump()) for one in golden])
     rows = [
         {
             "series": one.model_dump(),
@@ -141,3 +138,130 @@ def _golden_rows(folder: Path, kind: str, golden: Sequence[Series]) -> bytes:
         for one, row in zip(golden, outputs, strict=True)
     ]
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def verify_package(folder: Path) -> str:
+    """Check every file and the golden rows; return the sha256 of ``MANIFEST.json``.
+
+    Raises:
+        PackageError: the package is damaged, or computes other outputs on this computer.
+    """
+    from roma_core.serving.pyfunc_model import MANIFEST, open_package
+
+    open_package(folder)
+    return sha256_of(folder / MANIFEST)
+
+
+def size_mb(folder: Path) -> float:
+    """Size of all files of a package, in MB."""
+    return sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+
+
+def json_schema(schema: DataSchema, max_length: int, n_features: int | None = None) -> Any:
+    """JSON Schema (2020-12) of one model's input and output, with its names, units and limits.
+
+    Args:
+        n_features: outputs of an encoder; None for a classifier.
+    """
+    units = schema.units
+    required = [name for name, unit in units.items() if unit not in ("1", name)]
+    series = {
+        "title": "Series",
+        "description": Series.__doc__,
+        "type": "object",
+        "properties": {
+            "id": {"type": ["string", "null"], "description": "Returned with the prediction."},
+            "positions": _object({a.name: _numbers(a.unit, max_length) for a in schema.axes}),
+            "values": _object({c.name: _numbers(c.unit, max_length) for c in schema.channels}),
+            "units": {
+                **_object({name: {"const": unit} for name, unit in units.items()}, required),
+                "description": "Checked; pure numbers may be left out.",
+            },
+        },
+        "required": ["positions", "values", *(["units"] if required else [])],
+        "additionalProperties": False,
+    }
+    answer: type[BaseModel] = Prediction if n_features is None else Features
+    output = answer.model_json_schema()
+    if n_features is None:
+        probability = {"type": "number", "minimum": 0, "maximum": 1}
+        output["properties"]["label"]["enum"] = list(schema.classes)
+        output["properties"]["probabilities"] = _object(dict.fromkeys(schema.classes, probability))
+    else:
+        output["properties"]["features"] |= {"minItems": n_features, "maxItems": n_features}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$defs": {"Series": series, answer.__name__: output},
+        "title": "Request of an inference server",
+        "type": "object",
+        "properties": {
+            "inputs": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/Series"}}
+        },
+        "required": ["inputs"],
+        "additionalProperties": False,
+    }
+
+
+def _object(properties: dict[str, Any], required: list[str] | None = None) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties) if required is None else required,
+        "additionalProperties": False,
+    }
+
+
+def _numbers(unit: str, max_length: int) -> dict[str, Any]:
+    return {
+        "type": "array",
+        "items": {"type": "number"},
+        "minItems": 1,
+        "maxItems": max_length,
+        "description": "One finite number per observation.",
+        "unit": unit,
+    }
+
+
+def requirements() -> list[str]:
+    """The packages that ``pyfunc_model.py`` imports, pinned to the installed versions.
+
+    Without build suffixes such as ``+cpu``: any build of the version serves.
+    """
+    return [_pinned(name) for name in _REQUIREMENTS]
+
+
+@cache
+def locked() -> tuple[str, ...]:
+    """Those packages and everything they depend on, pinned and sorted.
+
+    A constraints file for pip, so entries that another platform does not need are harmless.
+    """
+    found: dict[str, str] = {}
+    pending = list(_REQUIREMENTS)
+    while pending:
+        name = _canonical(pending.pop())
+        if name in found:
+            continue
+        try:
+            found[name] = _pinned(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # needed on another platform, or by an extra that is not installed
+        for line in importlib.metadata.requires(name) or ():
+            if "extra ==" not in line:
+                match = re.match(r"[A-Za-z0-9._-]+", line)
+                assert match is not None, line
+                pending.append(match.group())
+    return tuple(found[name] for name in sorted(found))
+
+
+def lock_hash() -> str:
+    """sha256 of ``locked()``: equal hashes mean equal versions."""
+    return hashlib.sha256("\n".join(locked()).encode()).hexdigest()
+
+
+def _pinned(name: str) -> str:
+    return f"{_canonical(name)}=={importlib.metadata.version(name).partition('+')[0]}"
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()

@@ -1,18 +1,18 @@
-"""The model as it is logged: this one file, beside a package folder, runs without this project.
+"""The served model: this one file, logged beside a package folder, runs without this project.
 
 It needs mlflow, numpy, pydantic and torch. ``package.py`` writes the folder:
 
     model.pt2             exported program: values (B, N, P) float32, positions (B, N, D) float32,
                           valid (B, N) bool, True at a real token -> (B, K): logits of K classes, or
                           K features of an encoder
-    schema.json           channels, axes, classes, normalisation
-    golden.jsonl          series with the outputs they must get
+    schema.json           channels, axes, classes, and the constants of ``roma_core.schema.Normaliser``
+    golden.jsonl          series with their expected outputs
     package.json          name, kind, limits, lineage
     weights.safetensors, model_config.json, series.schema.json    for research and for clients
-    profile.json, requirements.lock, MODEL_CARD.md                what the model was trained on
-    MANIFEST.json         sha256 of every other file, checked before anything else is read
+    profile.json, requirements.lock, MODEL_CARD.md                training data, packages, card
+    MANIFEST.json         sha256 of every other file, verified before anything else is read
 
-Shapes here:  B series   N tokens, padded   P channels   D axes   K outputs
+Shapes:  B series   N tokens, padded   P channels   D axes   K outputs
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION = 1
 MANIFEST = "MANIFEST.json"
-NEEDED = (
+REQUIRED_FILES = (
     "model.pt2",
     "weights.safetensors",
     "model_config.json",
@@ -76,24 +76,24 @@ class Prediction(BaseModel):
 
 
 class Features(BaseModel):
-    """What the encoder makes of one series: the mean of its tokens."""
+    """Encoder features of one series: the mean of its encoded tokens."""
 
     model_config = ConfigDict(extra="forbid")
 
     id: str | None = None
-    features: list[float] = Field(description="As many numbers for every series.")
+    features: list[float] = Field(description="Same length for every series.")
 
 
 class InvalidSeries(ValueError):
-    """A series that the model cannot take; the message names it and the field."""
+    """A series does not fit the model; the message names the series and the field."""
 
 
 class PackageError(RuntimeError):
-    """The package folder is damaged, incomplete, or does not compute here what it should."""
+    """The package folder is damaged or incomplete, or its golden rows are not reproduced."""
 
 
 class Package:
-    """A package folder, loaded: series in, one row of numbers each out.
+    """A loaded package folder: maps series to one row of outputs each.
 
     The constructor trusts the folder; ``open`` verifies it.
     """
@@ -110,8 +110,8 @@ class Package:
         self.axes: list[dict[str, Any]] = schema["axes"]
         self.classes: list[str] = schema["classes"]
         self.units = {c["name"]: c["unit"] for c in [*self.axes, *self.channels]}
-        self.units_required: bool = package.get("units_required", False)
-        self.n_outputs: int = package.get("n_outputs", len(self.classes))
+        self.units_required: bool = package["units_required"]
+        self.n_outputs: int = package["n_outputs"]
         self._program = torch.export.load(folder / "model.pt2").module()
 
     @classmethod
@@ -119,61 +119,87 @@ class Package:
         """Verify every file, load, and check the golden rows.
 
         Raises:
-            PackageError: a file is missing, changed or of another version, before anything of it
-                is deserialised; or the golden rows come out differently.
+            PackageError: a file is missing, changed or of another version (found before anything is
+                deserialised), or a golden row is not reproduced.
         """
         verify_files(folder)
-        return cls._loaded(folder)
-
-    @classmethod
-    def _loaded(cls, folder: Path) -> Self:
         package = cls(folder)
         package.check_golden(folder / "golden.jsonl")
         return package
 
     def outputs(self, series: list[Series]) -> NDArray[np.float64]:
-        """``(len(series), K)``, in the order given.
+        """Outputs ``(len(series), K)`` float64, in the order given.
 
         The order of observations inside a series does not matter.
 
         Raises:
-            InvalidSeries: there are none, or one does not fit the schema.
+            InvalidSeries: the list is empty, or a series does not fit the schema.
+            PackageError: the program returns another shape, or outputs that are not finite.
         """
         if not series:
             raise InvalidSeries("expected a list of at least one series, got an empty list")
         tokens = [self._tokens(one, f"series {i}") for i, one in enumerate(series)]
-        found = np.empty((len(series), self.n_outputs))
+        outputs = np.empty((len(series), self.n_outputs))
         for rows in self._batches([len(values) for values, _ in tokens]):
-            found[rows] = self._run([tokens[i] for i in rows])
-        return found
+            outputs[rows] = self._run([tokens[i] for i in rows])
+        return outputs
 
     def named(self, outputs: NDArray[np.float64]) -> Any:
-        """One row of outputs as a golden row has it."""
+        """One row of outputs in the form of a golden row."""
         raise NotImplementedError
 
     def check_golden(self, path: Path) -> float:
-        """Compute the recorded series again; returns the largest difference of an output."""
+        """Predict the golden series again; return the largest absolute difference of an output.
+
+        Raises:
+            PackageError: a row differs by more than its tolerance.
+        """
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        found = self.outputs([Series(**row["series"]) for row in rows])
+        outputs = self.outputs([Series(**row["series"]) for row in rows])
         largest = 0.0
-        for number, (row, outputs) in enumerate(zip(rows, found, strict=True)):
+        for number, (row, output) in enumerate(zip(rows, outputs, strict=True)):
             expected = row[self.golden_field]
             if isinstance(expected, dict):
                 expected = [expected[name] for name in self.classes]
-            off = float(np.abs(np.array(expected) - outputs).max())
-            if not off <= row["tolerance"]:
+            difference = float(np.abs(np.array(expected) - output).max())
+            if not difference <= row["tolerance"]:
                 raise PackageError(
-                    f"golden row {number} of {path}: {self.golden_field} differ by {off:.2g}, more "
-                    f"than {row['tolerance']}; the program computes something else with torch "
-                    f"{torch.__version__} on this computer, do not use it here"
+                    f"golden row {number} of {path}: {self.golden_field} differ by "
+                    f"{difference:.2g}, more than {row['tolerance']}; with torch "
+                    f"{torch.__version__} on this computer the program computes other numbers: do "
+                    f"not use it here"
                 )
-            largest = max(largest, off)
+            largest = max(largest, difference)
         return largest
 
     def _tokens(self, series: Series, where: str) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Validated and normalised: values ``(n, P)`` and positions ``(n, D)``, both float32."""
+        """Validated and normalised values ``(n, P)`` and positions ``(n, D)``, both float32."""
         where = where if series.id is None else f"{where} (id {series.id!r})"
-        for name, unit in (series.units or {}).items():
+        self._check_units(series.units or {}, where)
+        positions = self._columns(series.positions, self.axes, f"{where}: positions")
+        values = self._columns(series.values, self.channels, f"{where}: values")
+        lengths = {name: len(column) for name, column in [*positions.items(), *values.items()]}
+        first, n = next(iter(lengths.items()))
+        for name, length in lengths.items():
+            if length != n:
+                raise InvalidSeries(
+                    f"{where}: {name!r} has {length} numbers, but {first!r} has {n}; every axis and "
+                    f"channel needs one number per observation"
+                )
+        if not 1 <= n <= self.max_length:
+            raise InvalidSeries(f"{where}: expected 1 to {self.max_length} observations, got {n}")
+        with np.errstate(over="ignore"):
+            tokens = (
+                normalise_values([values[c["name"]] for c in self.channels], self.normalisation),
+                normalise_positions([positions[axis["name"]] for axis in self.axes], self.axes),
+            )
+        for field, array in zip(("values", "positions"), tokens, strict=True):
+            if not np.isfinite(array).all():
+                raise InvalidSeries(f"{where}: {field}: a number is too large for float32")
+        return tokens
+
+    def _check_units(self, given: dict[str, str], where: str) -> None:
+        for name, unit in given.items():
             if name not in self.units:
                 raise InvalidSeries(
                     f"{where}: units: {name!r} is no axis or channel of this model; "
@@ -190,31 +216,10 @@ class Package:
                     f"convert the numbers"
                 )
         for name, unit in self.units.items() if self.units_required else ():
-            if unit not in ("1", name) and name not in (series.units or {}):
+            if unit not in ("1", name) and name not in given:
                 raise InvalidSeries(
                     f"{where}: units: {name!r} is missing; this model takes it in {unit!r}"
                 )
-        positions = self._columns(series.positions, self.axes, f"{where}: positions")
-        values = self._columns(series.values, self.channels, f"{where}: values")
-        lengths = {name: len(column) for name, column in [*positions.items(), *values.items()]}
-        first, n = next(iter(lengths.items()))
-        for name, length in lengths.items():
-            if length != n:
-                raise InvalidSeries(
-                    f"{where}: {name!r} has {length} numbers, but {first!r} has {n}; every axis and "
-                    f"channel needs one number per observation"
-                )
-        if not 1 <= n <= self.max_length:
-            raise InvalidSeries(f"{where}: expected 1 to {self.max_length} observations, got {n}")
-        rules = zip(self.channels, self.normalisation, strict=True)
-        with np.errstate(over="ignore"):
-            columns = [_normalised(values[channel["name"]], **rule) for channel, rule in rules]
-            places = [_placed(positions[axis["name"]], axis) for axis in self.axes]
-            result = np.stack(columns, 1).astype(np.float32), np.stack(places, 1).astype(np.float32)
-        for field, array in zip(("values", "positions"), result, strict=True):
-            if not np.isfinite(array).all():
-                raise InvalidSeries(f"{where}: {field}: a number is too large for float32")
-        return result
 
     @staticmethod
     def _columns(
@@ -232,15 +237,15 @@ class Package:
             columns[name] = np.array(given[name], np.float64)
             bad = ~np.isfinite(columns[name])
             if bad.any():
-                at = int(bad.argmax())
+                index = int(bad.argmax())
                 raise InvalidSeries(
-                    f"{where}: {name!r} must hold finite numbers, got {given[name][at]} at index "
-                    f"{at}; leave out observations that were not made"
+                    f"{where}: {name!r} must hold finite numbers, got {given[name][index]} at "
+                    f"index {index}; leave out missing observations"
                 )
         return columns
 
     def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
-        """Rows of similar length together, at most ``max_batch_tokens`` with padding if several."""
+        """Rows of similar length, at most ``max_batch_tokens`` with padding unless it is one row."""
         batch: list[int] = []
         for row in np.argsort(lengths, kind="stable").tolist():
             if batch and (len(batch) + 1) * lengths[row] > self.max_batch_tokens:
@@ -250,7 +255,7 @@ class Package:
         yield batch
 
     def _run(self, tokens: list[tuple[NDArray[Any], NDArray[Any]]]) -> NDArray[np.float64]:
-        """Probabilities ``(B, K)`` of one batch."""
+        """Outputs ``(B, K)`` float64 of one batch."""
         longest = max(len(values) for values, _ in tokens)
         values = torch.zeros(len(tokens), longest, len(self.channels))
         positions = torch.zeros(len(tokens), longest, len(self.axes))
@@ -266,9 +271,9 @@ class Package:
                 f"the program should give finite outputs of shape {(len(tokens), self.n_outputs)}, "
                 f"got shape {tuple(outputs.shape)}, {int((~outputs.isfinite()).sum())} not finite"
             )
-        return self._finished(outputs.double()).numpy()
+        return self._activation(outputs.double()).numpy()
 
-    def _finished(self, outputs: torch.Tensor) -> torch.Tensor:
+    def _activation(self, outputs: torch.Tensor) -> torch.Tensor:
         return outputs
 
 
@@ -278,17 +283,16 @@ class Classifier(Package):
     golden_field = "probabilities"
 
     def predict(self, series: list[Series]) -> list[Prediction]:
-        """Class and probabilities of every series; errors are those of ``outputs``."""
+        """Class and probabilities of every series; raises as ``outputs``."""
         return [
             Prediction(id=one.id, label=self.classes[int(p.argmax())], probabilities=self.named(p))
             for one, p in zip(series, self.outputs(series), strict=True)
         ]
 
     def named(self, outputs: NDArray[np.float64]) -> dict[str, float]:
-        """Class name -> probability."""
         return dict(zip(self.classes, outputs.tolist(), strict=True))
 
-    def _finished(self, outputs: torch.Tensor) -> torch.Tensor:
+    def _activation(self, outputs: torch.Tensor) -> torch.Tensor:
         return torch.softmax(outputs, dim=1)
 
 
@@ -298,22 +302,22 @@ class FeatureExtractor(Package):
     golden_field = "features"
 
     def predict(self, series: list[Series]) -> list[Features]:
-        """Features of every series; errors are those of ``outputs``."""
+        """Features of every series; raises as ``outputs``."""
         return [
             Features(id=one.id, features=self.named(row))
             for one, row in zip(series, self.outputs(series), strict=True)
         ]
 
     def named(self, outputs: NDArray[np.float64]) -> list[float]:
-        """The features themselves."""
         return outputs.tolist()
 
 
 def open_package(folder: Path) -> Classifier | FeatureExtractor:
     """Verify and load a package of either kind; see ``Package.open``."""
     verify_files(folder)
-    kind = _read(folder / "package.json").get("kind", "classifier")
-    return KINDS[kind]._loaded(folder)
+    package = KINDS[_read(folder / "package.json")["kind"]](folder)
+    package.check_golden(folder / "golden.jsonl")
+    return package
 
 
 KINDS: dict[str, type[Classifier] | type[FeatureExtractor]] = {
@@ -322,28 +326,50 @@ KINDS: dict[str, type[Classifier] | type[FeatureExtractor]] = {
 }
 
 
-def _normalised(
-    x: NDArray[np.float64], transform: str, transform_scale: float, mean: float, std: float
-) -> NDArray[np.float64]:
-    x = x.astype(np.float32).astype(np.float64)  # a data set on disk holds values as float32
-    if transform == "arcsinh":
-        x = np.arcsinh(x / transform_scale)
-    return (x - mean) / std
+_TRANSFORMS = {"identity": lambda x, scale: x, "arcsinh": lambda x, scale: np.arcsinh(x / scale)}
 
 
-def _placed(x: NDArray[np.float64], axis: dict[str, Any]) -> NDArray[np.float64]:
-    anchor = x.min() if axis["anchor"] == "first" else 0.0
-    return (x - (anchor + axis["offset"])) / axis["scale"]
+def normalise_values(
+    columns: list[NDArray[np.float64]], constants: list[dict[str, Any]]
+) -> NDArray[np.float32]:
+    """``(n, P)``, equal to ``roma_core.schema.Normaliser.normalise``.
+
+    Args:
+        columns: ``(n,)`` of each channel, as delivered.
+        constants: ``normalisation`` of ``schema.json``.
+    """
+    normalised = []
+    for column, c in zip(columns, constants, strict=True):
+        x = column.astype(np.float32).astype(np.float64)  # a data set on disk stores float32
+        x = _TRANSFORMS[c["transform"]](x, c["transform_scale"])
+        normalised.append((x - c["mean"]) / c["std"])
+    return np.stack(normalised, axis=1).astype(np.float32)
+
+
+def normalise_positions(
+    columns: list[NDArray[np.float64]], axes: list[dict[str, Any]]
+) -> NDArray[np.float32]:
+    """``(n, D)``, equal to ``roma_core.schema.Normaliser.normalise_positions``.
+
+    Args:
+        columns: ``(n,)`` of each axis, as delivered.
+        axes: ``axes`` of ``schema.json``.
+    """
+    normalised = []
+    for x, axis in zip(columns, axes, strict=True):
+        anchor = {"none": 0.0, "first": x.min()}[axis["anchor"]]
+        normalised.append((x - (anchor + axis["offset"])) / axis["scale"])
+    return np.stack(normalised, axis=1).astype(np.float32)
 
 
 def verify_files(folder: Path) -> None:
-    """Compare the folder with its manifest: all files it lists, no other, unchanged.
+    """Check that the folder holds exactly the files of its manifest, unchanged.
 
     Raises:
-        PackageError: otherwise.
+        PackageError: a file is missing, added or changed, or the manifest is of another version.
     """
     if not (folder / MANIFEST).is_file():
-        raise PackageError(f"{folder} has no {MANIFEST}; it is no model package, or not all of it")
+        raise PackageError(f"{folder} has no {MANIFEST}: not a model package, or incomplete")
     manifest = _read(folder / MANIFEST)
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise PackageError(
@@ -351,10 +377,10 @@ def verify_files(folder: Path) -> None:
             f"reads {SCHEMA_VERSION}; load the package with the version that wrote it"
         )
     listed, found = manifest["files"], {p.name for p in folder.iterdir()} - {MANIFEST}
-    if not set(NEEDED) <= set(listed) or found != set(listed):
+    if not set(REQUIRED_FILES) <= set(listed) or found != set(listed):
         raise PackageError(
-            f"{folder} should hold {sorted(NEEDED)} and what {MANIFEST} lists, {sorted(listed)}; "
-            f"there are {sorted(found)}; download it again"
+            f"{folder}: expected {sorted(REQUIRED_FILES)} and the files of {MANIFEST}, "
+            f"{sorted(listed)}; found {sorted(found)}; download it again"
         )
     for name in listed:
         with (folder / name).open("rb") as file:
@@ -370,7 +396,7 @@ def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-class _Logged(PythonModel):
+class _Pyfunc(PythonModel):
     """What ``mlflow.pyfunc.load_model`` and ``mlflow models serve`` run."""
 
     kind: type[Classifier] | type[FeatureExtractor]
@@ -379,34 +405,34 @@ class _Logged(PythonModel):
         """Verify and load the package folder, the artifact ``package``."""
         self.package = self.kind.open(Path(context.artifacts["package"]))
 
-    def answer(self, series: list[Series]) -> Any:
-        """Predict; a series that does not fit is an MlflowException that the server answers with 400."""
+    def _predict(self, series: list[Series]) -> Any:
+        """An invalid series is raised as the MlflowException that the server returns as HTTP 400."""
         try:
             return self.package.predict(series)
         except InvalidSeries as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
 
 
-class LoggedClassifier(_Logged):
+class PyfuncClassifier(_Pyfunc):
     kind = Classifier
 
     def predict(  # type: ignore[override]
         self, model_input: list[Series], params=None
     ) -> list[Prediction]:
-        """MLflow reads the signature from these types."""
-        return self.answer(model_input)
+        """MLflow infers the signature from these types."""
+        return self._predict(model_input)
 
 
-class LoggedEncoder(_Logged):
+class PyfuncEncoder(_Pyfunc):
     kind = FeatureExtractor
 
     def predict(  # type: ignore[override]
         self, model_input: list[Series], params=None
     ) -> list[Features]:
-        """MLflow reads the signature from these types."""
-        return self.answer(model_input)
+        """MLflow infers the signature from these types."""
+        return self._predict(model_input)
 
 
-# the kind is logged with the model; without MLflow around, it does not matter
+# `kind` is logged with the model; an import without MLflow's loader takes the default
 _kind = ModelConfig(development_config={"kind": "classifier"}).get("kind")
-set_model(LoggedEncoder() if _kind == "encoder" else LoggedClassifier())
+set_model(PyfuncEncoder() if _kind == "encoder" else PyfuncClassifier())

@@ -1,13 +1,12 @@
-"""A model that follows its alias: services keep running while champions change.
+"""Models from an MLflow registry: resolve a name, download, verify, load, follow an alias.
 
-``poll`` looks where the alias points. If it moved, the new version is fetched, verified and loaded
-beside the old one, its golden rows are computed, and only then does it take over; the old one is
-kept for ``go_back``. Whatever goes wrong on the way leaves the old one in its place.
+A version's tags hold the sha256 of the package's manifest and of its code; the manifest holds those
+of all other files. ``AliasWatcher`` keeps a service on an alias while champions change:
 
-    with Follower(connect(uri), "models:/NAME@champion", cache) as model:
-        answer = model.predict([{"positions": …, "values": …}])     # says which version answered
+    with AliasWatcher(connect(uri), "models:/NAME@champion", cache) as model:
+        result = model.predict([{"positions": …, "values": …}])    # result.version made it
 
-From a model's name to a verified folder: alias → version → tags → manifest → files.
+Importing this module imports neither MLflow nor torch.
 """
 
 from __future__ import annotations
@@ -32,12 +31,11 @@ if TYPE_CHECKING:
 MANIFEST_TAG = "roma.manifest_sha256"
 CODE_TAG = "roma.code_sha256"
 _URI = re.compile(r"models:/(?P<name>.+?)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
-_CODE = "logged_model.py"
-_PACKAGE = Path("artifacts") / "package"
+_log = logging.getLogger(__name__)
 
 
 class FetchError(RuntimeError):
-    """The model is not there, cannot be downloaded, or is not what was registered."""
+    """The model is missing, cannot be downloaded, or differs from its recorded checksums."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +52,12 @@ class ModelVersion:
 
     @property
     def manifest_sha256(self) -> str | None:
-        """Stands for the whole package; None if nobody wrote it down."""
+        """Identifies the whole package; None if it was not recorded."""
         return self.tags.get(MANIFEST_TAG)
 
 
 def connect(tracking_uri: str) -> MlflowClient:
-    """A client of a server, or of a store of this computer, for tracking and registry."""
+    """A client of a server, or of a local store, for both tracking and registry."""
     import os
 
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -70,10 +68,10 @@ def connect(tracking_uri: str) -> MlflowClient:
 
 
 def resolve(client: MlflowClient, uri: str) -> ModelVersion:
-    """The version that ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION`` means now.
+    """The version that ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION`` refers to now.
 
     Raises:
-        FetchError: the text is none of these, or there is no such model, alias or version.
+        FetchError: the URI has another form, or there is no such model, alias or version.
     """
     from mlflow.exceptions import MlflowException
 
@@ -88,23 +86,23 @@ def resolve(client: MlflowClient, uri: str) -> ModelVersion:
             else client.get_model_version(name, match["version"])
         )
     except MlflowException as error:
-        why = without_credentials(f"{client.tracking_uri}: {error.message}")
-        raise FetchError(f"{uri} is not in {why}") from error
+        reason = without_credentials(f"{client.tracking_uri}: {error.message}")
+        raise FetchError(f"{uri} is not in {reason}") from error
     return ModelVersion(name, str(found.version), dict(found.tags))
 
 
 def fetch(client: MlflowClient, version: ModelVersion, cache: Path) -> Path:
-    """The verified folder of a version; downloaded once and verified every time.
+    """The verified model folder of a version; downloaded once, verified on every call.
 
     Raises:
-        FetchError: it cannot be downloaded, or differs from what its tags say.
+        FetchError: it cannot be downloaded, or differs from the checksums of its tags.
     """
     folder = cache / version.name.replace("/", "__") / version.version
     if folder.exists():
         try:
             verify(folder, version)
             return folder
-        except FetchError:  # of another registry, or damaged: what counts is what the store has
+        except FetchError:  # damaged, or of another registry: download again
             shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{version.version}.") as aside:
@@ -112,109 +110,106 @@ def fetch(client: MlflowClient, version: ModelVersion, cache: Path) -> Path:
         verify(downloaded, version)
         try:
             downloaded.rename(folder)
-        except OSError:  # another process was quicker
+        except OSError:  # another process was first
             verify(folder, version)
     return folder
 
 
 def _download(client: MlflowClient, version: ModelVersion, aside: Path) -> Path:
-    """Through the client's own server: MLflow's download by name asks the process's default one."""
+    """Not by ``mlflow.artifacts``, which uses the process's default server, not the client's."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     target = aside / "model"
     target.mkdir()
     try:
-        place = client.get_model_version_download_uri(version.name, version.version)
-        repository = get_artifact_repository(place, tracking_uri=client.tracking_uri)
+        source = client.get_model_version_download_uri(version.name, version.version)
+        repository = get_artifact_repository(source, tracking_uri=client.tracking_uri)
         repository.download_artifacts("", dst_path=str(target))
-    except Exception as error:  # whatever the store's client raises
-        why = without_credentials(str(error))
-        raise FetchError(f"{version.uri} cannot be downloaded: {why}") from error
+    except Exception as error:  # each artifact store has its own errors
+        reason = without_credentials(str(error))
+        raise FetchError(f"{version.uri} cannot be downloaded: {reason}") from error
     return target
 
 
 def package_of(folder: Path) -> Path:
-    """The package inside a model's folder."""
-    return folder / _PACKAGE
+    """The package folder inside a model folder."""
+    return folder / "artifacts" / "package"
+
+
+def code_of(folder: Path) -> Path:
+    """The one file of code in a model folder; it loads the package.
+
+    Raises:
+        FetchError: there is none, or more than one.
+    """
+    found = sorted(folder.glob("*.py"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise FetchError(f"{folder}: expected one Python file, found {names}; download it again")
+    return found[0]
 
 
 def verify(folder: Path, version: ModelVersion) -> None:
-    """Compare a model's folder with the tags of its version. Deserialises nothing but the manifest.
+    """Compare a model folder with its version's tags. Parses nothing but the manifest.
 
     Raises:
-        FetchError: a file is missing, changed, or not listed; or the version lacks a checksum.
+        FetchError: a file is missing, changed, or not listed; or the version has no checksum.
     """
-    expected = version.manifest_sha256
-    if expected is None:
+    if version.manifest_sha256 is None:
         raise FetchError(f"{version.uri} has no tag {MANIFEST_TAG}; it cannot be verified")
-    manifest = folder / _PACKAGE / "MANIFEST.json"
-    _same(manifest, expected, f"the tag {MANIFEST_TAG} of {version.uri}")
+    package = package_of(folder)
+    manifest = package / "MANIFEST.json"
+    _check_sha256(manifest, version.manifest_sha256, f"the tag {MANIFEST_TAG} of {version.uri}")
     if CODE_TAG not in version.tags:
         raise FetchError(
-            f"{version.uri} has no tag {CODE_TAG}, so its {_CODE} cannot be verified before it runs; "
-            f"evaluate and register it anew, or, if you trust the store, set the tag to the sha256 "
-            f"of that file"
+            f"{version.uri} has no tag {CODE_TAG}, so its code cannot be verified before it runs; "
+            f"evaluate and register the model again, or, if you trust the store, set the tag to the "
+            f"sha256 of {code_of(folder).name}"
         )
-    _same(folder / _CODE, version.tags[CODE_TAG], f"the tag {CODE_TAG} of {version.uri}")
+    _check_sha256(code_of(folder), version.tags[CODE_TAG], f"the tag {CODE_TAG} of {version.uri}")
     listed = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    there = {path.name for path in manifest.parent.iterdir()} - {manifest.name}
-    if there != set(listed):
-        raise FetchError(
-            f"{manifest.parent} should hold {sorted(listed)}; there are {sorted(there)}"
-        )
+    found = {path.name for path in package.iterdir()} - {manifest.name}
+    if found != set(listed):
+        raise FetchError(f"{package}: expected {sorted(listed)}, found {sorted(found)}")
     for name, sha256 in listed.items():
-        _same(manifest.parent / name, sha256, "the manifest")
+        _check_sha256(package / name, sha256, "the manifest")
 
 
-def _same(path: Path, expected: str, whose: str) -> None:
+def _check_sha256(path: Path, expected: str, source: str) -> None:
     if not path.is_file():
         raise FetchError(f"{path} is missing; download the model again")
     found = sha256_of(path)
     if found != expected:
         raise FetchError(
-            f"{path} was changed: its sha256 is {found}, {whose} says {expected}; do not use it"
+            f"{path} was changed: its sha256 is {found}, {source} says {expected}; do not use it"
         )
 
 
 def load(folder: Path) -> Any:
-    """A model's package, opened by the model's own file of code; golden rows are checked.
+    """A model's package, opened by the model's own code, with its golden rows checked.
 
-    Models of different versions live side by side: each brings its own classes, among them
-    ``Series``, as attribute ``module``. Needs torch. The folder must have been verified.
+    Packages of different versions can be loaded side by side: each has the classes of its own code,
+    such as ``Series``, in its attribute ``module``. Needs torch. Verify the folder first.
     """
     import importlib.util
     import sys
 
-    name = f"roma_logged_model_{sha256_of(folder / _CODE)[:16]}"
+    code = code_of(folder)
+    name = f"roma_model_{sha256_of(code)[:16]}"
     module = sys.modules.get(name)
     if module is None:
-        spec = importlib.util.spec_from_file_location(name, folder / _CODE)
+        spec = importlib.util.spec_from_file_location(name, code)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # pydantic looks types up there
+        sys.modules[name] = module  # pydantic resolves annotations there
         spec.loader.exec_module(module)
-    package = module.open_package(folder / _PACKAGE)
+    package = module.open_package(package_of(folder))
     package.module = module
     return package
 
 
-log = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True)
-class Loaded:
-    """A version in memory."""
-
-    version: ModelVersion
-    package: Any
-
-    def predict(self, series: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Answers of this version; series as JSON has them."""
-        return self.package.predict([self.package.module.Series(**one) for one in series])
-
-
-@dataclass(frozen=True)
-class Answer:
+class PredictionResult:
     """Predictions and the version that made them."""
 
     version: str
@@ -222,77 +217,82 @@ class Answer:
 
 
 class AliasWatcher:
-    """The model behind an alias, now.
+    """The model behind an alias, reloaded when the alias moves.
+
+    A new version is downloaded, verified and loaded beside the present one before it replaces it;
+    on any error the present one stays. The replaced one is kept for ``rollback``.
 
     Attributes:
-        problem: why the newest version did not take over; None if it did.
+        problem: why the newest version was not loaded; None if it was.
     """
 
     def __init__(
-        self, client: MlflowClient, uri: str, cache: Path, *, poll_every_s: float = 30.0
+        self, client: MlflowClient, uri: str, cache: Path, *, poll_interval_s: float = 30.0
     ) -> None:
         """Load the version that the alias points to.
 
         Raises:
-            FetchError: there is none, or it is not what was registered.
+            FetchError: there is none, or it differs from its recorded checksums.
         """
-        self.client, self.uri, self.cache, self.poll_every_s = client, uri, cache, poll_every_s
+        self.client, self.uri, self.cache = client, uri, cache
+        self.poll_interval_s = poll_interval_s
         self.problem: str | None = None
-        self._refused: set[str] = set()
-        self._old: Loaded | None = None
-        self._now = self._loaded(resolve(client, uri))
+        self._rolled_back: set[str] = set()
+        self._previous: tuple[str, Any] | None = None
+        self._current = self._load(resolve(client, uri))  # version and package, replaced together
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(
+            target=self._poll_forever, name="alias-watcher", daemon=True
+        )
 
     @property
     def version(self) -> str:
-        return self._now.version.version
+        return self._current[0]
 
-    def predict(self, series: Sequence[Mapping[str, Any]]) -> Answer:
-        """Predictions of one version, even if another takes over meanwhile."""
-        now = self._now
-        return Answer(now.version.version, now.predict(series))
+    def predict(self, series: Sequence[Mapping[str, Any]]) -> PredictionResult:
+        """Predict series given as JSON objects; one version predicts all, even during a change."""
+        version, package = self._current
+        predictions = package.predict([package.module.Series(**one) for one in series])
+        return PredictionResult(version, predictions)
 
     def poll(self) -> bool:
-        """Follow the alias; True if another version took over."""
+        """Load the version that the alias points to now; True if it is another one."""
         try:
             version = resolve(self.client, self.uri)
-            if version.version == self.version or version.version in self._refused:
+            if version.version == self.version or version.version in self._rolled_back:
                 return False
-            fresh = self._loaded(version)
-        except Exception as error:  # a service goes on with what it has
+            loaded = self._load(version)
+        except Exception as error:  # the service continues with the present version
             self.problem = str(error)
-            log.warning("staying with version %s of %s: %s", self.version, self.uri, error)
+            _log.warning("%s stays at version %s: %s", self.uri, self.version, error)
             return False
-        self._old, self._now, self.problem = self._now, fresh, None
-        log.info("%s is version %s now", self.uri, version.version)
+        self._previous, self._current, self.problem = self._current, loaded, None
+        _log.info("%s is now version %s", self.uri, version.version)
         return True
 
-    def go_back(self) -> str:
-        """Serve the version before this one again, whatever the alias says; returns its version.
+    def rollback(self) -> str:
+        """Serve the previous version again, wherever the alias points; return its version.
 
         Raises:
-            ValueError: none is kept.
+            ValueError: there is no previous version.
         """
-        if self._old is None:
-            raise ValueError(f"no earlier version of {self.uri} is kept")
-        self._refused.add(self.version)
-        self._now, self._old = self._old, None
+        if self._previous is None:
+            raise ValueError(f"no earlier version of {self.uri} is loaded")
+        self._rolled_back.add(self.version)
+        self._current, self._previous = self._previous, None
         return self.version
 
-    def _loaded(self, version: ModelVersion) -> Loaded:
-        return Loaded(version, load(fetch(self.client, version, self.cache)))
+    def _load(self, version: ModelVersion) -> tuple[str, Any]:
+        return version.version, load(fetch(self.client, version, self.cache))
 
     def __enter__(self) -> Self:
-        self._thread = threading.Thread(target=self._follow, name="follower", daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._thread.join()
 
-    def _follow(self) -> None:
-        while not self._stop.wait(self.poll_every_s):
+    def _poll_forever(self) -> None:
+        while not self._stop.wait(self.poll_interval_s):
             self.poll()

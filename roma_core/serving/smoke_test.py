@@ -1,6 +1,6 @@
-"""A package, tried as its consumers will: in a process of its own, without this project.
+"""Smoke test of a package: load it as a consumer does, in a new process, without this project.
 
-The process loads a copy of ``logged_model.py`` by its path, refuses every import of this project,
+The process loads the model's own file of code by path, blocks every import of this project,
 verifies the folder, computes the golden rows, and times single series.
 """
 
@@ -12,30 +12,34 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from roma_core.serving.package import MODEL_CODE
+from roma_core.serving.registry_client import code_of
+from roma_core.settings import Frozen
 
 _TIMEOUT_S = 300
 _REPEATS = 5
 _PROGRAM = """
 import importlib.util, json, pathlib, statistics, sys, time
 code, folder, repeats = sys.argv[1:]
-for ours in ("roma_core", "roma_pipelines"):
-    sys.modules[ours] = None  # an import of it fails
-spec = importlib.util.spec_from_file_location("logged_model", code)
-logged = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(logged)
-logged.torch.set_num_threads(1)
+for blocked in ("roma_core", "roma_pipelines"):
+    sys.modules[blocked] = None  # importing it raises
+spec = importlib.util.spec_from_file_location("model_code", code)
+model = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(model)
+model.torch.set_num_threads(1)
 folder = pathlib.Path(folder)
 try:
-    logged.open_package(folder)  # torch imports a thousand modules of its own when it first loads
+    model.open_package(folder)  # warm-up: the first load imports a thousand modules of torch
     start = time.perf_counter()
-    package = logged.open_package(folder)
+    package = model.open_package(folder)
     load_s = time.perf_counter() - start
     golden = folder / "golden.jsonl"
     difference = package.check_golden(golden)
-except logged.PackageError as error:
-    sys.exit(f"REFUSED {error}")
-rows = [logged.Series(**json.loads(line)["series"]) for line in golden.read_text().splitlines()]
+except model.PackageError as error:
+    sys.exit(f"PackageError: {error}")
+rows = [model.Series(**json.loads(line)["series"]) for line in golden.read_text().splitlines()]
 times = []
 for _ in range(int(repeats)):
     for row in rows:
@@ -47,32 +51,30 @@ print(json.dumps({"load_s": load_s, "latency_ms": latency, "golden_difference": 
 """
 
 
-class SmokeTest(BaseModel):
-    """A package, loaded by its own file alone in a process of its own, and asked its golden rows."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class SmokeTest(Frozen):
+    """Measurements of a package that its own code alone loaded in a new process."""
 
     load_s: float = Field(
-        description="Verify, load and compute the golden rows; imports not in it."
+        description="Time to verify, load and compute the golden rows, without imports."
     )
     latency_ms: float = Field(description="Median time of one series among the golden rows.")
     golden_difference: float = Field(description="Largest difference of an output; at most 1e-4.")
 
 
 class SmokeTestFailed(RuntimeError):
-    """The package cannot be used by a consumer; the text says why."""
+    """A consumer cannot use the package; the message says why."""
 
 
-def smoke_test_package(folder: Path, code: Path | None = None) -> SmokeTest:
-    """Load a package in a fresh process, check its golden rows and time it.
+def smoke_test_package(folder: Path) -> SmokeTest:
+    """Load a package in a new process, check its golden rows and time it.
 
-    Args:
-        code: the model's own file; None takes this project's.
+    A package inside a downloaded model is loaded by that model's code, any other by this project's.
 
     Raises:
-        TrialFailed: it was refused, or the process failed.
+        SmokeTestFailed: the package was rejected, or the process failed.
     """
-    code = code or Path(__file__).with_name("pyfunc_model.py")
+    model = folder.parent.parent
+    code = code_of(model) if (model / "MLmodel").is_file() else MODEL_CODE
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     try:
         done = subprocess.run(
@@ -84,8 +86,8 @@ def smoke_test_package(folder: Path, code: Path | None = None) -> SmokeTest:
             timeout=_TIMEOUT_S,
         )
     except subprocess.TimeoutExpired as error:
-        raise SmokeTestFailed(f"{folder} did not answer within {_TIMEOUT_S} s") from error
+        raise SmokeTestFailed(f"{folder} did not load within {_TIMEOUT_S} s") from error
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise SmokeTestFailed(lines[-1].removeprefix("REFUSED "))
+        raise SmokeTestFailed(lines[-1].removeprefix("PackageError: "))
     return SmokeTest.model_validate(json.loads(done.stdout.splitlines()[-1]))

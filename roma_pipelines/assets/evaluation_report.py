@@ -162,7 +162,7 @@ def _lineage(
     encoder: Mapping[str, Any], classifier: Mapping[str, Any], dagster_run: str
 ) -> dict[str, str]:
     """Lineage of the weights; the commit is that of the finetuning run."""
-    from roma_core.serving.schema import lock_hash
+    from roma_core.serving.package import lock_hash
 
     client = connect(MlflowSettings(), Storage.open().mlflow)
     trained = client.get_run(classifier["mlflow_run_id"]).data.tags

@@ -11,7 +11,7 @@ from roma_core.trainer.trackers import WandbConfig
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.registry.gate import GATE_TAG, read_decision
 from roma_pipelines.registry.promotion import CHAMPION, NO_CHAMPION, promote
-from roma_pipelines.registry.runs import link_once
+from roma_pipelines.registry.runs import link_wandb
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.registry.versions import (
     CANDIDATE,
@@ -85,8 +85,8 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
                 client,
                 experiment.name,
                 version,
-                why=decision.reasons(),
-                who="automatic gate",
+                reason=decision.reasons(),
+                actor="automatic gate",
                 evidence={"evaluation_job": result.job_key, "dagster_run_id": context.run_id},
             )
         aliases = [
@@ -95,10 +95,10 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
             if version_at(client, experiment.name, alias) == version
         ]
         context.log.info(f"registered {experiment.name} version {version} as {', '.join(aliases)}")
-        command = f"roma-pipeline promote {experiment.name} {version} --why …"
+        command = f"roma-pipeline promote {experiment.name} {version} --reason …"
         if waits and CHAMPION not in aliases:
             context.log.info(f"the gate passed; waiting for approval: {command}")
-        linked = link_once(
+        linked = link_wandb(
             client,
             WandbConfig(),
             read_json(JobFolder(classifier["job_folder"]).config)["trainer"],

@@ -14,7 +14,7 @@ import dagster as dg
 
 from roma_core.files import fingerprint_of, read_json, write_json
 from roma_core.schema import DataError
-from roma_core.serving.embedding import NotEmbedded, embed_medians
+from roma_core.serving.batch import EmbeddingFailed, embed_medians
 from roma_core.serving.registry_client import FetchError
 from roma_pipelines._compat import shared_instance
 from roma_pipelines.automation.alerts import send_alert
@@ -177,7 +177,7 @@ def compare(
         )
     try:
         found.append(_embedding_effect(name, profile.embedding, paths, storage))
-    except (NotEmbedded, FetchError, ValueError) as error:
+    except (EmbeddingFailed, FetchError, ValueError) as error:
         return Comparison(series.n, found, f"; features were not compared: {error}")
     return Comparison(series.n, found, "")
 
@@ -190,7 +190,7 @@ def _embedding_effect(
     A separate process computes the features: the daemon does not import torch.
 
     Raises:
-        NotEmbedded, FetchError, ValueError: the features cannot be computed or compared.
+        EmbeddingFailed, FetchError, ValueError: the features cannot be computed or compared.
     """
     from roma_core.evaluation.drift import Effect, embedding_distance
     from roma_core.serving.registry_client import fetch, resolve
@@ -201,7 +201,7 @@ def _embedding_effect(
     client = connect(MlflowSettings(), storage.mlflow)
     encoder = resolve(client, f"models:/{name}@{CHAMPION}").tags.get(ENCODER_TAG)
     if encoder is None:
-        raise NotEmbedded("the champion has no encoder tag")
+        raise EmbeddingFailed("the champion has no encoder tag")
     version = resolve(client, f"models:/{encoder_name(name)}/{encoder}")
     folder = fetch(client, version, storage.cache / "models")
     medians = embed_medians(folder, paths, inherited(), _EMBED_WITHIN_S)

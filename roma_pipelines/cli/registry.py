@@ -1,7 +1,4 @@
-"""``roma-pipeline lineage`` and ``replay``: where a version comes from, and how to make it again.
-
-``roma-pipeline promote | reject | rollback``: who is champion, decided by a person.
-"""
+"""``roma-pipeline promote | reject | rollback | lineage | replay``: the model registry."""
 
 from __future__ import annotations
 
@@ -17,108 +14,54 @@ import click
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-_why = click.option("--why", required=True, help="Goes into the audit; others will read it.")
-_who = click.option("--who", help="In whose name; the default is user@host.")
+_reason = click.option("--reason", required=True, help="Reason, recorded in the audit.")
+_actor = click.option("--actor", help="User recorded in the audit (default: user@host).")
 
 
 @click.command()
 @click.argument("name")
 @click.argument("version")
-@_why
-@_who
+@_reason
+@_actor
 @click.option(
-    "--despite-gate",
+    "--force",
     is_flag=True,
-    help="Though it passed no gate, was rejected, or was compared with another champion.",
+    help="Promote even if VERSION failed the gate, was rejected or rolled back, or was compared with "
+    "another champion.",
 )
 @click.option(
-    "--to", "target", metavar="URI", help="Copy it to this MLflow server and promote it there."
+    "--to", "target", metavar="URI", help="Copy VERSION to this MLflow server and promote it there."
 )
 def promote(
-    name: str, version: str, why: str, who: str | None, despite_gate: bool, target: str | None
+    name: str, version: str, reason: str, actor: str | None, force: bool, target: str | None
 ) -> None:
     """Make VERSION of model NAME the champion; the present one becomes `previous`.
 
-    It must have passed the gate against the present champion. The decision is recorded with who, why
-    and the evidence before anything moves. With --to, files are compared with their checksums on both
-    sides, and the champion there must be the one that it was compared with here.
+    VERSION must have passed the gate against the present champion. Actor, reason and evidence are
+    recorded before any alias moves. With --to, checksums are verified on both sides, and the champion
+    of that server must be the one that VERSION was compared with.
     """
     from roma_pipelines.registry import promotion
-    from roma_pipelines.registry.versions import version_at
+    from roma_pipelines.registry.versions import get_version, version_at
 
-    with registry() as (client, person):
+    with registry() as client:
         if target is not None:
             client, version = _copied(client, target, name, version)
+        promotion.require_model(client, name)
+        tags = get_version(client, name, version).tags
+        keys = ("gate", "compared_with", "evaluation_job", "dagster_run_id")
         already = version_at(client, name, promotion.CHAMPION) == version
         replaced = promotion.promote(
             client,
             name,
             version,
-            why=why,
-            who=who or person,
-            evidence=_evidence(client, name, version),
-            despite_gate=despite_gate,
+            reason=reason,
+            actor=actor or promotion.current_user(),
+            evidence={key: tags[f"roma.{key}"] for key in keys if f"roma.{key}" in tags},
+            force=force,
         )
-        is_champion = "is champion already, nothing was changed" if already else "is champion"
-        click.echo(f"{name}: version {version} {is_champion}; previous is {replaced or 'none'}")
-
-
-@click.command()
-@click.argument("name")
-@click.argument("version")
-@_why
-@_who
-@click.option("--delete", is_flag=True, help="Remove the version and its files, too.")
-def reject(name: str, version: str, why: str, who: str | None, delete: bool) -> None:
-    """Say that VERSION of model NAME shall not become champion.
-
-    If it is `previous`, the champion before it takes that place. A version that an alias points to,
-    that was champion once, or that is the encoder of a classifier, is never deleted.
-    """
-    from roma_pipelines.registry import promotion
-    from roma_pipelines.registry import promotion as deletion
-
-    with registry() as (client, person):
-        promotion.reject(client, name, version, why=why, who=who or person)
-        click.echo(f"{name}: version {version} is rejected")
-        if delete:
-            _drop_candidate(client, name, version)
-            deletion.delete_version(client, name, version)
-            click.echo(f"{name}: version {version} is deleted")
-
-
-@click.command()
-@click.argument("name")
-@_why
-@_who
-def rollback(name: str, why: str, who: str | None) -> None:
-    """Put the previous champion of model NAME back. Again: the one before that."""
-    from roma_pipelines.registry import promotion
-
-    with registry() as (client, person):
-        start = time.perf_counter()
-        version = promotion.rollback(client, name, who=who or person, why=why)
-        seconds = time.perf_counter() - start
-        click.echo(f"{name}: version {version} is champion again ({seconds:.2f} s)")
-
-
-@contextmanager
-def registry() -> Iterator[tuple[MlflowClient, str]]:
-    """The configured registry, and who asks; what it refuses is one sentence."""
-    from mlflow.exceptions import MlflowException
-
-    from roma_core.serving.registry_client import FetchError
-    from roma_pipelines.registry.lock import RegistryBusy
-    from roma_pipelines.registry.promotion import whoever_this_is
-    from roma_pipelines.registry.store import MlflowSettings, StoreError, connect
-    from roma_pipelines.storage import Storage, StorageError
-
-    try:
-        yield connect(MlflowSettings(), Storage.open().mlflow), whoever_this_is()
-    except MlflowException as error:
-        raise click.ClickException(error.message) from error
-    except (ValueError, FetchError, StorageError, StoreError, RegistryBusy, OSError) as error:
-        raise click.ClickException(str(error)) from error
+        state = "is already champion, nothing was changed" if already else "is champion"
+        click.echo(f"{name}: version {version} {state}; previous is {replaced or 'none'}")
 
 
 def _copied(client: MlflowClient, target: str, name: str, version: str) -> tuple[MlflowClient, str]:
@@ -134,43 +77,79 @@ def _copied(client: MlflowClient, target: str, name: str, version: str) -> tuple
     return there, copied
 
 
-def _evidence(client: MlflowClient, name: str, version: str) -> dict[str, str]:
-    """What the gate said of the version and where, by its tags."""
-    from roma_pipelines.registry.promotion import must_be_known, the_version
+@click.command()
+@click.argument("name")
+@click.argument("version")
+@_reason
+@_actor
+@click.option("--delete", is_flag=True, help="Also delete the version and its files.")
+def reject(name: str, version: str, reason: str, actor: str | None, delete: bool) -> None:
+    """Exclude VERSION of model NAME from promotion and rollback.
 
-    must_be_known(client, name)
-    tags = the_version(client, name, version).tags
-    keys = ("roma.gate", "roma.compared_with", "roma.evaluation_job", "roma.dagster_run_id")
-    return {key.removeprefix("roma."): tags[key] for key in keys if key in tags}
+    If it is `previous`, the champion before it becomes `previous`. A version that an alias points to,
+    that was champion before, or that is the encoder of a classifier, is never deleted.
+    """
+    from roma_pipelines.registry import promotion
+
+    with registry() as client:
+        promotion.reject(client, name, version, reason, actor or promotion.current_user())
+        click.echo(f"{name}: version {version} is rejected")
+        if delete:
+            promotion.delete_version(client, name, version)
+            click.echo(f"{name}: version {version} is deleted")
 
 
-def _drop_candidate(client: MlflowClient, name: str, version: str) -> None:
-    """A rejected version is no candidate any more."""
-    from roma_pipelines.registry.versions import CANDIDATE, version_at
+@click.command()
+@click.argument("name")
+@_reason
+@_actor
+def rollback(name: str, reason: str, actor: str | None) -> None:
+    """Make the previous champion of model NAME the champion; repeat to go one further back."""
+    from roma_pipelines.registry import promotion
 
-    if version_at(client, name, CANDIDATE) == version:
-        client.delete_registered_model_alias(name, CANDIDATE)
+    with registry() as client:
+        start = time.perf_counter()
+        version = promotion.rollback(client, name, actor or promotion.current_user(), reason)
+        seconds = time.perf_counter() - start
+        click.echo(f"{name}: version {version} is champion again ({seconds:.2f} s)")
+
+
+@contextmanager
+def registry() -> Iterator[MlflowClient]:
+    """The configured registry; its errors become one-line messages."""
+    from mlflow.exceptions import MlflowException
+
+    from roma_core.serving.registry_client import FetchError
+    from roma_pipelines.registry.lock import RegistryBusy
+    from roma_pipelines.registry.store import MlflowSettings, StoreError, connect
+    from roma_pipelines.storage import Storage, StorageError
+
+    try:
+        yield connect(MlflowSettings(), Storage.open().mlflow)
+    except MlflowException as error:
+        raise click.ClickException(error.message) from error
+    except (ValueError, FetchError, StorageError, StoreError, RegistryBusy, OSError) as error:
+        raise click.ClickException(str(error)) from error
 
 
 @click.command()
 @click.argument("what")
 def lineage(what: str) -> None:
-    """Say where a version comes from, or what came of something.
+    """Print the origin of a version, or the versions that come from an identifier.
 
     WHAT is NAME@ALIAS or NAME/VERSION; or a job key, run id, data-set version, commit or package
-    (or six characters of its beginning), which lists the versions that come from it.
+    (at least its first six characters).
     """
-
     from roma_pipelines.registry.lineage import lineage_of, versions_from
 
-    with registry() as (client, _):
+    with registry() as client:
         if "@" in what or "/" in what:
             found = lineage_of(client, what)
             click.echo(f"{found.name} version {found.version}")
             for name, value in found.facts.items():
                 click.echo(f"  {name:<16} {value}")
             if found.is_dirty:
-                click.echo("  the commit had changes beside it that nobody recorded")
+                click.echo("  there were uncommitted changes, which were not recorded")
             width = shutil.get_terminal_size().columns
             for line in found.decisions:
                 click.echo(click.wrap_text(line, width, "  ", "    "))
@@ -186,24 +165,24 @@ def lineage(what: str) -> None:
 @click.argument("name")
 @click.argument("version")
 @click.option(
-    "--out",
+    "--run-dir",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Where the job folders go; the default is replay/NAME-VERSION.",
+    help="Folder for the job folders (default: replay/NAME-VERSION).",
 )
-def replay(name: str, version: str, out: Path | None) -> None:
-    """Plan the training of VERSION of model NAME again: job folders and the commands to run them.
+def replay(name: str, version: str, run_dir: Path | None) -> None:
+    """Prepare the training of VERSION of model NAME again, as job folders and commands.
 
-    The configurations are those that were recorded; what is different here is said. Nothing is run.
+    The recorded configurations are used, and differences of code and packages are listed. Nothing is
+    run.
     """
-
     from roma_pipelines.registry.lineage import plan_replay
     from roma_pipelines.storage import Storage
 
-    with registry() as (client, _):
-        out = out or Path("replay") / f"{name}-{version}"
-        plan = plan_replay(client, name, version, out, Storage.open().datasets)
+    with registry() as client:
+        run_dir = run_dir or Path("replay") / f"{name}-{version}"
+        plan = plan_replay(client, name, version, run_dir, Storage.open().datasets)
         for line in plan.differences:
             click.echo(f"# {line}")
         if not plan.differences:
-            click.echo("# same code, same packages: the weights will be the same, bit for bit")
+            click.echo("# same code, same packages: the weights will be identical")
         click.echo("\n".join(plan.commands))

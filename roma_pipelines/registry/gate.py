@@ -1,11 +1,7 @@
-"""The gate before ``champion``: what an experiment demands, and what came of it.
+"""The gate before ``champion``: thresholds of an experiment, checks of a candidate, the decision.
 
-``gate`` judges tables of predictions and measured facts, and touches nothing. Every check is always
-there, so that it can be shown as a check of the asset; one without a threshold passes and says so.
-
-The part of the gate that reads what was measured of the package and of the data.
-The part of the gate that reads predictions: the candidate alone, and beside the champion.
-The gate's decisions where they are kept: in the folder of the evaluation, and as tags of its run.
+``gate`` is a pure function of prediction tables and measurements. It returns every check of
+``CHECKS``, because each is shown as an asset check; a check without a threshold passes.
 """
 
 from __future__ import annotations
@@ -15,342 +11,83 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from roma_core.evaluation.config import ServingChecks
 from roma_core.evaluation.metrics import Metrics, evaluate, resample_sums
 from roma_core.evaluation.predictions import PredictionTable
 from roma_core.files import read_json, write_json
 from roma_core.job import JobFolder
+from roma_core.settings import Frozen
 from roma_pipelines.registry.runs import JOB_KEY_TAG, checked_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-
-def package_checks(measured: ServingChecks, thresholds: GateThresholds) -> list[GateCheck]:
-    """The checks ``golden_rows`` to ``no_leak``."""
-    return [
-        _golden_rows(measured),
-        _serving_parity(measured),
-        _latency(measured, thresholds),
-        _size(measured, thresholds),
-        _no_leak(measured),
-    ]
-
-
-def _golden_rows(measured: ServingChecks) -> GateCheck:
-    trial = measured.trial
-    if trial is None:
-        text = f"the package failed in a fresh process: {measured.trial_problem}"
-        return GateCheck(name="golden_rows", passed=False, explanation=text)
-    return GateCheck(
-        name="golden_rows",
-        passed=True,
-        value=trial.golden_difference,
-        explanation=f"golden rows differ by at most {trial.golden_difference:.1e} in a fresh process",
-    )
-
-
-def _serving_parity(measured: ServingChecks) -> GateCheck:
-    value = measured.serving_difference
-    return GateCheck(
-        name="serving_parity",
-        passed=value <= MAX_SERVING_DIFFERENCE,
-        value=value,
-        threshold=MAX_SERVING_DIFFERENCE,
-        explanation=f"trained model and package differ by at most {value:.1e}; at most "
-        f"{MAX_SERVING_DIFFERENCE} is allowed",
-    )
-
-
-def _latency(measured: ServingChecks, thresholds: GateThresholds) -> GateCheck:
-    if measured.trial is None:
-        return GateCheck(name="latency", passed=False, explanation="not measured: it does not run")
-    value, most = measured.trial.latency_ms, thresholds.max_latency_ms
-    passed, said = True, f"{value:.2f} ms a series"
-    if most is not None:
-        passed = value <= most
-        said += f"; at most {most:g}"
-    champion, ratio = measured.champion_trial, thresholds.max_latency_ratio
-    if champion is not None and ratio is not None:
-        times = value / champion.latency_ms
-        passed = passed and times <= ratio
-        said += (
-            f"; {times:.2f} times the champion's {champion.latency_ms:.2f} ms, at most {ratio:g}"
-        )
-    elif most is None:
-        return unset("latency", said)
-    return GateCheck(name="latency", passed=passed, value=value, threshold=most, explanation=said)
-
-
-def _size(measured: ServingChecks, thresholds: GateThresholds) -> GateCheck:
-    value, most = measured.size_mb, thresholds.max_size_mb
-    said = f"the package has {value:.2f} MB"
-    if most is None:
-        return unset("size", said)
-    return GateCheck(
-        name="size",
-        passed=value <= most,
-        value=value,
-        threshold=most,
-        explanation=f"{said}; at most {most:g}",
-    )
-
-
-def _no_leak(measured: ServingChecks) -> GateCheck:
-    n = len(measured.leaks)
-    return GateCheck(
-        name="no_leak",
-        passed=n == 0,
-        value=float(n),
-        threshold=0.0,
-        explanation="; ".join(measured.leaks[:3]) + (f"; and {n - 3} more" if n > 3 else "")
-        if n
-        else "no group, object or equal content is in test and in what was trained on",
-    )
-
-
-Rows = NDArray[np.int64]
-_SURE = 0.999  # that a model knows anything at all: shuffled labels must never get through
-
-
-def prediction_checks(
-    candidate: PredictionTable,
-    champion: PredictionTable | None,
-    champion_problem: str | None,
-    thresholds: GateThresholds,
-) -> list[GateCheck]:
-    """The checks ``comparable`` to ``calibration``.
-
-    Args:
-        champion_problem: why there is a champion but no table of it.
-    """
-    metrics = evaluate(candidate, n_bootstrap=100)
-    problem, rows = champion_problem, None
-    if champion is not None and problem is None:
-        problem, rows = _same_series(candidate, champion)
-    return [
-        _comparable(problem, candidate, champion),
-        _not_worse(candidate, champion, rows, problem, thresholds),
-        _class_floor(metrics, candidate, champion, rows, thresholds),
-        _better_than_guessing(candidate, thresholds),
-        _accuracy(metrics, thresholds),
-        _calibration(metrics, thresholds),
-    ]
-
-
-def _same_series(
-    candidate: PredictionTable, champion: PredictionTable
-) -> tuple[str | None, Rows | None]:
-    """What forbids a comparison, or else the champion's row of every row of the candidate."""
-    if candidate.classes != champion.classes:
-        return f"classes {candidate.classes} against the champion's {champion.classes}", None
-    place = {one: row for row, one in enumerate(champion.ids)}
-    if n_apart := len(set(candidate.ids) ^ set(place)):
-        return f"{n_apart} ids are in one table only", None
-    rows = np.array([place[one] for one in candidate.ids])
-    if n_relabelled := int((candidate.labels != champion.labels[rows]).sum()):
-        return f"{n_relabelled} series have another label in either table", None
-    return None, rows
-
-
-def _comparable(
-    problem: str | None, candidate: PredictionTable, champion: PredictionTable | None
-) -> GateCheck:
-    if problem is not None:
-        text = (
-            f"the candidate cannot be compared with the champion: {problem}. If the champion is "
-            f"damaged, go back with `roma-pipeline rollback`; if the data have another schema now, "
-            f"give the experiment another name: consumers of this one rely on the old schema"
-        )
-    elif champion is None:
-        text = "there is no champion yet"
-    else:
-        text = f"both were evaluated on the same {len(candidate.ids)} series with the same labels"
-    return GateCheck(name="comparable", passed=problem is None, explanation=text)
-
-
-def _not_worse(
-    candidate: PredictionTable,
-    champion: PredictionTable | None,
-    rows: Rows | None,
-    problem: str | None,
-    thresholds: GateThresholds,
-) -> GateCheck:
-    name, limit = "not_worse_than_champion", -thresholds.max_accuracy_drop
-    if champion is None or rows is None:
-        said = "there is no champion yet" if problem is None else "not compared with the champion"
-        return GateCheck(name=name, passed=problem is None, explanation=said)
-    n = len(rows)
-    gain = candidate.correct.astype(np.float64) - champion.correct[rows]  # (N,) -1, 0 or 1
-    sums = resample_sums(gain[:, None], thresholds.n_bootstrap, thresholds.seed)  # (R, 1)
-    low = float(np.quantile(sums[:, 0] / n, 1 - thresholds.confidence))
-    return GateCheck(
-        name=name,
-        passed=low >= limit,
-        value=low,
-        threshold=limit,
-        explanation=f"accuracy minus the champion's is {gain.mean():+.4f}; with "
-        f"{thresholds.confidence:.0%} confidence it is at least {low:+.4f}, and must be at least "
-        f"{limit:+.4f} (paired bootstrap over {n} series)",
-    )
-
-
-def _class_floor(
-    metrics: Metrics,
-    candidate: PredictionTable,
-    champion: PredictionTable | None,
-    rows: Rows | None,
-    thresholds: GateThresholds,
-) -> GateCheck:
-    worst, of_class = min((c.recall, c.name) for c in metrics.per_class if c.recall is not None)
-    floor, allowed = thresholds.min_class_recall, thresholds.max_recall_drop
-    said = f"the worst class is {of_class!r}, recall {worst:.4f}"
-    if floor is None and allowed is None:
-        return unset("class_floor", said)
-    passed = True
-    if floor is not None:
-        passed = worst >= floor
-        said += f"; at least {floor}"
-    if allowed is not None and champion is not None and rows is not None:
-        loss, lost_class = _largest_class_loss(candidate, champion, rows, thresholds)
-        passed = passed and loss <= allowed
-        said += (
-            f"; the largest loss against the champion that is sure with {thresholds.confidence:.0%} "
-            f"confidence is {loss:.4f} ({lost_class!r}); at most {allowed}"
-        )
-    return GateCheck(
-        name="class_floor", passed=passed, value=worst, threshold=floor, explanation=said
-    )
-
-
-def _largest_class_loss(
-    candidate: PredictionTable, champion: PredictionTable, rows: Rows, thresholds: GateThresholds
-) -> tuple[float, str]:
-    """The largest recall that a class has lost for sure, at least 0, and the class.
-
-    A class of few series has wide bounds, and each counts one series more, about which both models
-    agree, so that one unlucky series does not decide.
-    """
-    gain = candidate.correct.astype(np.float64) - champion.correct[rows]
-    losses = []
-    for k, name in enumerate(candidate.classes):
-        inside = gain[candidate.labels == k]
-        if len(inside):
-            inside = np.append(inside, 0.0)
-            sums = resample_sums(inside[:, None], thresholds.n_bootstrap, thresholds.seed)
-            best = float(np.quantile(sums[:, 0] / len(inside), thresholds.confidence))
-            losses.append((max(0.0, -best), name))
-    return max(losses)
-
-
-def _better_than_guessing(candidate: PredictionTable, thresholds: GateThresholds) -> GateCheck:
-    """What refuses a model of shuffled labels where there is no champion and no threshold."""
-    correct = candidate.correct.astype(np.float64)
-    sums = resample_sums(correct[:, None], thresholds.n_bootstrap, thresholds.seed)
-    low = float(np.quantile(sums[:, 0] / len(correct), 1 - _SURE))
-    guessing = float(np.bincount(candidate.labels).max() / len(correct))
-    return GateCheck(
-        name="better_than_guessing",
-        passed=low > guessing,
-        value=low,
-        threshold=guessing,
-        explanation=f"accuracy is at least {low:.4f} with {_SURE:.1%} confidence; "
-        f"always naming the most frequent class gives {guessing:.4f}",
-    )
-
-
-def _accuracy(metrics: Metrics, thresholds: GateThresholds) -> GateCheck:
-    value, floor = metrics.accuracy.value, thresholds.min_accuracy
-    said = f"accuracy {value:.4f} on {metrics.n_series} series"
-    if floor is None:
-        return unset("accuracy", said)
-    return GateCheck(
-        name="accuracy",
-        passed=value >= floor,
-        value=value,
-        threshold=floor,
-        explanation=f"{said}; at least {floor}",
-    )
-
-
-def _calibration(metrics: Metrics, thresholds: GateThresholds) -> GateCheck:
-    value, ceiling = metrics.calibration_error.value, thresholds.max_calibration_error
-    said = f"calibration error {value:.4f}"
-    if ceiling is None:
-        return unset("calibration", said)
-    return GateCheck(
-        name="calibration",
-        passed=value <= ceiling,
-        value=value,
-        threshold=ceiling,
-        explanation=f"{said}; at most {ceiling}",
-    )
-
-
+GATE_TAG = "roma.gate"
+SPLIT_TAG = "roma.test_split"
 MAX_SERVING_DIFFERENCE = 1e-5
-"""Largest difference of a probability between the trained model and the package that is served."""
+"""Largest difference of a probability between the trained model and the served package."""
 
 CHECKS = {
-    "comparable": "The champion loads and both models were evaluated on the same series.",
+    "comparable": "The champion loads, and both models were evaluated on the same series.",
     "not_worse_than_champion": "Paired bootstrap of accuracy on the same series.",
-    "class_floor": "Recall of every class, on its own and beside the champion's.",
+    "class_floor": "Recall of every class, absolute and compared with the champion's.",
     "better_than_guessing": "Accuracy is above the share of the most frequent class.",
-    "accuracy": "Accuracy on its own.",
-    "calibration": "Confidence can be taken at its word.",
-    "golden_rows": "The package computes its golden rows in a process without this project.",
-    "serving_parity": "The package gives the probabilities of the report.",
-    "latency": "Time of a single series, on its own and beside the champion's.",
+    "accuracy": "Accuracy against its threshold.",
+    "calibration": "Expected calibration error against its threshold.",
+    "golden_rows": "The package reproduces its golden rows in a process without this project.",
+    "serving_parity": "The package returns the probabilities of the report.",
+    "latency": "Time of a single series, absolute and compared with the champion's.",
     "size": "Size of the package.",
-    "no_leak": "No test series is in train or validation, nor was it when this model was trained.",
+    "no_leak": "No test series is, or was at training time, in train or validation.",
 }
-"""Name -> what it says; the order is that of the report."""
+"""Name -> description, in the order of the report."""
 
 
-class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class GateThresholds(_Document):
-    """Section ``gate`` of an experiment; None leaves a condition out."""
+class GateThresholds(Frozen):
+    """Section ``gate`` of an experiment; None disables a condition."""
 
     mode: Literal["automatic", "needs_approval"] = Field(
         "automatic",
-        description="What follows a pass: the candidate becomes champion, or it waits for "
-        "`roma-pipeline promote NAME VERSION --why …`.",
+        description="After a pass, the candidate becomes champion, or it waits for "
+        "`roma-pipeline promote NAME VERSION --reason …`.",
     )
-    min_accuracy: float | None = Field(None, ge=0, le=1, description="Accuracy, on its own.")
+    min_accuracy: float | None = Field(None, ge=0, le=1, description="Smallest accuracy.")
     max_accuracy_drop: float = Field(
         0.01,
         ge=0,
         lt=1,
-        description="ε: with the stated confidence, the accuracy may not be lower than the "
-        "champion's by this much.",
+        description="Largest drop of accuracy below the champion's that the lower confidence bound "
+        "of the paired difference may show.",
     )
-    confidence: float = Field(0.95, gt=0.5, lt=1, description="Of one-sided comparisons.")
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="Level of one-sided bounds.")
     min_class_recall: float | None = Field(
-        None, ge=0, le=1, description="Recall of the worst class that has series."
+        None, ge=0, le=1, description="Smallest recall of any class that has series."
     )
     max_recall_drop: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="No class may, with the stated confidence, have lost more recall than this "
-        "against the champion.",
+        description="Largest drop of any class's recall below the champion's that is certain at "
+        "the level `confidence`.",
     )
-    max_calibration_error: float | None = Field(None, ge=0, le=1)
-    max_latency_ms: float | None = Field(None, gt=0, description="Median of a single series.")
+    max_calibration_error: float | None = Field(
+        None, ge=0, le=1, description="Largest expected calibration error."
+    )
+    max_latency_ms: float | None = Field(
+        None, gt=0, description="Largest median time of a single series."
+    )
     max_latency_ratio: float | None = Field(
-        3.0, gt=0, description="Latency against the champion's, measured side by side."
+        3.0, gt=0, description="Largest latency relative to the champion's, measured side by side."
     )
-    max_size_mb: float | None = Field(None, gt=0, description="All files of the package.")
-    n_bootstrap: int = Field(2000, ge=100)
-    seed: int = 0
+    max_size_mb: float | None = Field(None, gt=0, description="Largest size of the package.")
+    n_bootstrap: int = Field(2000, ge=100, description="Resamples of a bootstrap.")
+    seed: int = Field(0, description="Seed of the bootstrap.")
 
 
-class GateCheck(_Document):
-    """One condition. ``value`` and ``threshold`` are None where no number says it."""
+class GateCheck(Frozen):
+    """One condition; ``value`` and ``threshold`` are None where there is no number."""
 
     name: str
     passed: bool
@@ -359,8 +96,8 @@ class GateCheck(_Document):
     explanation: str
 
 
-class GateDecision(_Document):
-    """All checks; the candidate passes if every one does."""
+class GateDecision(Frozen):
+    """All checks; the candidate passes if all of them do."""
 
     schema_version: Literal[1] = 1
     checks: tuple[GateCheck, ...]
@@ -370,11 +107,10 @@ class GateDecision(_Document):
         return all(check.passed for check in self.checks)
 
     def reasons(self) -> str:
-        """Why it failed, or what it was measured by if it passed."""
-        telling = [c for c in self.checks if not c.passed] or [
-            c for c in self.checks if c.value is not None
-        ]
-        return "; ".join(c.explanation for c in telling)
+        """Explanations of the failed checks, or of the measured ones if all passed."""
+        failed = [c for c in self.checks if not c.passed]
+        shown = failed or [c for c in self.checks if c.value is not None]
+        return "; ".join(c.explanation for c in shown)
 
 
 def gate(
@@ -383,37 +119,217 @@ def gate(
     measured: ServingChecks,
     thresholds: GateThresholds,
 ) -> GateDecision:
-    """Judge a candidate, beside the champion on the same series if there is one.
+    """Check a candidate, and compare it with the champion on the same series if there is one.
 
     Args:
-        champion: None without a champion, or if it could not be evaluated, which ``measured`` says.
+        champion: None without a champion, or if ``measured.champion_problem`` says why it could not
+            be evaluated.
     """
+    metrics = evaluate(candidate, n_bootstrap=100)
+    problem, gain = measured.champion_problem, None
+    if champion is not None and problem is None:
+        problem, gain = _paired_gain(candidate, champion)
+    return GateDecision(
+        checks=(
+            _comparable(problem, gain),
+            _not_worse(problem, gain, thresholds),
+            _class_floor(metrics, candidate, gain, thresholds),
+            _better_than_guessing(candidate, thresholds),
+            _limited(
+                "accuracy",
+                metrics.accuracy.value,
+                f"accuracy {metrics.accuracy.value:.4f} on {metrics.n_series} series",
+                at_least=thresholds.min_accuracy,
+            ),
+            _limited(
+                "calibration",
+                metrics.calibration_error.value,
+                f"calibration error {metrics.calibration_error.value:.4f}",
+                at_most=thresholds.max_calibration_error,
+            ),
+            _golden_rows(measured),
+            _limited(
+                "serving_parity",
+                measured.serving_difference,
+                f"trained model and package differ by {measured.serving_difference:.1e}",
+                at_most=MAX_SERVING_DIFFERENCE,
+            ),
+            _latency(measured, thresholds),
+            _limited(
+                "size",
+                measured.size_mb,
+                f"the package has {measured.size_mb:.2f} MB",
+                at_most=thresholds.max_size_mb,
+            ),
+            _no_leak(measured.leaks),
+        )
+    )
 
-    found = [
-        *prediction_checks(candidate, champion, measured.champion_problem, thresholds),
-        *package_checks(measured, thresholds),
-    ]
-    by_name = {check.name: check for check in found}
-    return GateDecision(checks=tuple(by_name[name] for name in CHECKS))
+
+def _limited(
+    name: str,
+    value: float,
+    text: str,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> GateCheck:
+    """A number against one threshold; NaN fails, no threshold passes."""
+    if at_least is not None:
+        passed, threshold, text = value >= at_least, at_least, f"{text}; at least {at_least:g}"
+    elif at_most is not None:
+        passed, threshold, text = value <= at_most, at_most, f"{text}; at most {at_most:g}"
+    else:
+        text = f"{text}; no threshold is set"
+        return GateCheck(name=name, passed=True, explanation=text)
+    return GateCheck(name=name, passed=passed, value=value, threshold=threshold, explanation=text)
 
 
-def unset(name: str, what: str) -> GateCheck:
-    """A check for which the experiment sets no threshold."""
-    return GateCheck(name=name, passed=True, explanation=f"{what}; no threshold is set")
+def _paired_gain(
+    candidate: PredictionTable, champion: PredictionTable
+) -> tuple[str | None, NDArray[np.float64] | None]:
+    """Why the models cannot be compared, or the gain ``(N,)`` per series: -1, 0 or 1."""
+    if candidate.classes != champion.classes:
+        return f"classes {candidate.classes} against the champion's {champion.classes}", None
+    row_of = {one: row for row, one in enumerate(champion.ids)}
+    if n_different := len(set(candidate.ids) ^ set(row_of)):
+        return f"{n_different} ids are in one table only", None
+    rows = np.array([row_of[one] for one in candidate.ids])
+    if n_relabelled := int((candidate.labels != champion.labels[rows]).sum()):
+        return f"{n_relabelled} series have another label in either table", None
+    return None, candidate.correct.astype(np.float64) - champion.correct[rows]
 
 
-GATE_TAG = "roma.gate"
-SPLIT_TAG = "roma.test_split"
+def _bootstrap_bound(
+    values: NDArray[np.float64], quantile: float, thresholds: GateThresholds
+) -> float:
+    """A quantile of the bootstrapped mean of ``(N,)`` values."""
+    sums = resample_sums(values[:, None], thresholds.n_bootstrap, thresholds.seed)  # (R, 1)
+    return float(np.quantile(sums[:, 0] / len(values), quantile))
+
+
+def _comparable(problem: str | None, gain: NDArray[np.float64] | None) -> GateCheck:
+    if problem is not None:
+        text = (
+            f"the candidate cannot be compared with the champion: {problem}. If the champion is "
+            f"damaged, run `roma-pipeline rollback`; if the data have another schema now, give the "
+            f"experiment another name: consumers of this one rely on the old schema"
+        )
+    elif gain is None:
+        text = "there is no champion yet"
+    else:
+        text = f"both were evaluated on the same {len(gain)} series with the same labels"
+    return GateCheck(name="comparable", passed=problem is None, explanation=text)
+
+
+def _not_worse(
+    problem: str | None, gain: NDArray[np.float64] | None, thresholds: GateThresholds
+) -> GateCheck:
+    name, threshold = "not_worse_than_champion", -thresholds.max_accuracy_drop
+    if gain is None:
+        text = "there is no champion yet" if problem is None else "not compared with the champion"
+        return GateCheck(name=name, passed=problem is None, explanation=text)
+    low = _bootstrap_bound(gain, 1 - thresholds.confidence, thresholds)
+    return GateCheck(
+        name=name,
+        passed=low >= threshold,
+        value=low,
+        threshold=threshold,
+        explanation=f"accuracy minus the champion's is {gain.mean():+.4f}; with "
+        f"{thresholds.confidence:.0%} confidence it is at least {low:+.4f}, and must be at least "
+        f"{threshold:+.4f} (paired bootstrap over {len(gain)} series)",
+    )
+
+
+def _class_floor(
+    metrics: Metrics,
+    candidate: PredictionTable,
+    gain: NDArray[np.float64] | None,
+    thresholds: GateThresholds,
+) -> GateCheck:
+    worst, of_class = min((c.recall, c.name) for c in metrics.per_class if c.recall is not None)
+    text = f"the worst class is {of_class!r}, recall {worst:.4f}"
+    allowed = thresholds.max_recall_drop
+    if thresholds.min_class_recall is None and allowed is not None:
+        check = GateCheck(name="class_floor", passed=True, value=worst, explanation=text)
+    else:
+        check = _limited("class_floor", worst, text, at_least=thresholds.min_class_recall)
+    if allowed is None or gain is None:
+        return check
+    drops = []
+    for k, name in enumerate(candidate.classes):
+        in_class = gain[candidate.labels == k]
+        if len(in_class):
+            # one more series with no gain: a single unlucky series of a rare class does not decide
+            high = _bootstrap_bound(np.append(in_class, 0.0), thresholds.confidence, thresholds)
+            drops.append((max(0.0, -high), name))
+    drop, dropped_class = max(drops)
+    text = (
+        f"{check.explanation}; the largest drop of recall that is certain with "
+        f"{thresholds.confidence:.0%} confidence is {drop:.4f} ({dropped_class!r}); at most {allowed}"
+    )
+    passed = check.passed and drop <= allowed
+    return check.model_copy(update={"passed": passed, "explanation": text})
+
+
+def _better_than_guessing(candidate: PredictionTable, thresholds: GateThresholds) -> GateCheck:
+    """Rejects a model of shuffled labels even without a champion and without thresholds."""
+    confidence = 0.999
+    correct = candidate.correct.astype(np.float64)
+    low = _bootstrap_bound(correct, 1 - confidence, thresholds)
+    majority = float(np.bincount(candidate.labels).max() / len(correct))
+    return GateCheck(
+        name="better_than_guessing",
+        passed=low > majority,
+        value=low,
+        threshold=majority,
+        explanation=f"accuracy is at least {low:.4f} with {confidence:.1%} confidence; always "
+        f"predicting the most frequent class gives {majority:.4f}",
+    )
+
+
+def _golden_rows(measured: ServingChecks) -> GateCheck:
+    trial = measured.trial
+    if trial is None:
+        text = f"the package failed in a new process: {measured.trial_problem}"
+        return GateCheck(name="golden_rows", passed=False, explanation=text)
+    text = f"golden rows differ by at most {trial.golden_difference:.1e} in a new process"
+    value = trial.golden_difference
+    return GateCheck(name="golden_rows", passed=True, value=value, explanation=text)
+
+
+def _latency(measured: ServingChecks, thresholds: GateThresholds) -> GateCheck:
+    if measured.trial is None:
+        text = "not measured: the package does not run"
+        return GateCheck(name="latency", passed=False, explanation=text)
+    value = measured.trial.latency_ms
+    text = f"{value:.2f} ms per series"
+    check = _limited("latency", value, text, at_most=thresholds.max_latency_ms)
+    champion, allowed = measured.champion_trial, thresholds.max_latency_ratio
+    if champion is None or allowed is None:
+        return check
+    ratio = value / champion.latency_ms
+    if check.threshold is not None:
+        text = check.explanation
+    text += f"; {ratio:.2f} times the champion's {champion.latency_ms:.2f} ms, at most {allowed:g}"
+    passed = check.passed and ratio <= allowed
+    return check.model_copy(update={"passed": passed, "value": value, "explanation": text})
+
+
+def _no_leak(leaks: tuple[str, ...]) -> GateCheck:
+    n = len(leaks)
+    text = "no group, object or equal content is in both the test and the training data"
+    if n:
+        text = "; ".join(leaks[:3]) + (f"; and {n - 3} more" if n > 3 else "")
+    return GateCheck(name="no_leak", passed=n == 0, value=float(n), threshold=0.0, explanation=text)
 
 
 def decide(folder: JobFolder, thresholds: GateThresholds) -> GateDecision:
-    """Judge a finished evaluation, and write ``outputs/gate.json``.
+    """Apply the gate to a finished evaluation and write ``outputs/gate.json``.
 
     Raises:
         ValueError: the evaluation has no result.
     """
-    from roma_core.evaluation.predictions import PredictionTable
-
     result = folder.read_result()
     if result is None:
         raise ValueError(f"the evaluation in {folder.path} has no result; materialise it again")
@@ -429,22 +345,17 @@ def decide(folder: JobFolder, thresholds: GateThresholds) -> GateDecision:
 
 
 def read_decision(job_folder: Path) -> GateDecision:
-    """The gate's decision about an evaluation."""
+    """The decision that ``decide`` wrote for an evaluation."""
     return GateDecision.model_validate(read_json(job_folder / "outputs" / "gate.json"))
 
 
 def has_passed(job_folder: Path) -> bool:
-    """Whether an evaluation passed its gate.
-
-    Blocking checks block inside their own run only; whoever comes later asks here.
-    """
-    if JobFolder(job_folder).read_result() is None:
-        return False
-    return read_decision(job_folder).passed
+    """Whether a finished evaluation passed; blocking checks block only their own Dagster run."""
+    return JobFolder(job_folder).read_result() is not None and read_decision(job_folder).passed
 
 
 def decided_before(client: MlflowClient, experiment: str, split: str, job_key: str) -> int:
-    """How many other evaluations a test split has decided, as the runs of the experiment tell."""
+    """Number of other evaluations that used a test split, by the runs of the experiment."""
     checked_name("job key", job_key)
     found = client.get_experiment_by_name(experiment)
     if found is None:
@@ -456,6 +367,6 @@ def decided_before(client: MlflowClient, experiment: str, split: str, job_key: s
 
 
 def tag_decision(client: MlflowClient, run_id: str, decision: GateDecision, split: str) -> None:
-    """Say at the run of an evaluation which split decided, and how."""
+    """Record the test split and the decision on the run of an evaluation."""
     client.set_tag(run_id, SPLIT_TAG, split)
     client.set_tag(run_id, GATE_TAG, "passed" if decision.passed else "failed")

@@ -1,15 +1,11 @@
-"""From candidate to champion, and back.
-
-``promote``, ``reject`` and ``rollback`` first write who, why and on what evidence, so no move is
-without its record. All of them run under the lock of the model.
+"""Move the aliases of a registered model, with an audit record of every decision.
 
     champion    the version that consumers load
-    previous    the champion before it; ``rollback`` puts it back
+    previous    the champion before it; ``rollback`` restores it
 
-The encoder that was registered with a classifier follows it: it has no gate of its own.
-
-The record of a model's champions: who made which version champion, when, why, on what evidence.
-Removing a version, where nobody needs it any more.
+``promote``, ``reject`` and ``rollback`` write actor, reason and evidence before any alias moves, so
+no change is unrecorded. All run under the lock of the model. The encoder that was registered with a
+classifier has no gate of its own: its champion alias follows the classifier's.
 """
 
 from __future__ import annotations
@@ -22,34 +18,54 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, Field
 
+from roma_core.settings import Frozen
 from roma_pipelines.registry.gate import GATE_TAG
 from roma_pipelines.registry.lock import LOCK_SUFFIX, model_lock
 from roma_pipelines.registry.runs import checked_name
-from roma_pipelines.registry.versions import COMPARED_TAG, ENCODER_TAG, encoder_name, version_at
+from roma_pipelines.registry.versions import (
+    CANDIDATE,
+    COMPARED_TAG,
+    ENCODER_TAG,
+    encoder_name,
+    get_version,
+    version_at,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
+CHAMPION, PREVIOUS = "champion", "previous"
 AUDIT_TAG = "roma.audit."
+REJECTED_TAG = "roma.rejected"
+NO_CHAMPION = "none"
+"""Value of ``COMPARED_TAG`` where there was no champion to compare with."""
 Action = Literal["promote", "rollback", "reject"]
+_log = logging.getLogger(__name__)
 
 
-class AuditEvent(BaseModel):
+class PromotionRefused(ValueError):
+    """The gate or an earlier decision forbids the move; nothing was changed."""
+
+
+class VersionInUse(ValueError):
+    """The version has an alias, was champion before, or is the encoder of a classifier."""
+
+
+class AuditEvent(Frozen):
     """One decision about a version."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[1] = 1
     at: str = Field(description="UTC, ISO 8601.")
     action: Action
-    version: str = Field(description="The champion from now on; the version that is rejected.")
-    replaced: str | None = Field(description="The champion until now; None for a rejection.")
-    who: str
-    why: str
-    evidence: dict[str, Any] = {}
+    version: str = Field(description="The new champion, or the rejected version.")
+    replaced: str | None = Field(description="The champion until then; None for a rejection.")
+    # registries that exist hold these two as `who` and `why`
+    actor: str = Field(validation_alias=AliasChoices("actor", "who"))
+    reason: str = Field(validation_alias=AliasChoices("reason", "why"))
+    evidence: dict[str, Any] = Field({}, description="Plain JSON.")
 
 
 def audit(client: MlflowClient, name: str) -> list[AuditEvent]:
@@ -59,14 +75,14 @@ def audit(client: MlflowClient, name: str) -> list[AuditEvent]:
     return [AuditEvent.model_validate_json(tags[key]) for key in keys]
 
 
-def record(
+def _record(
     client: MlflowClient,
     name: str,
     action: Action,
     version: str,
     replaced: str | None,
-    who: str,
-    why: str,
+    actor: str,
+    reason: str,
     evidence: Mapping[str, Any],
 ) -> AuditEvent:
     """Append an event; the caller holds the lock of the model."""
@@ -75,8 +91,8 @@ def record(
         action=action,
         version=version,
         replaced=replaced,
-        who=who,
-        why=why,
+        actor=actor,
+        reason=reason,
         evidence=json.loads(json.dumps(evidence, allow_nan=False)),
     )
     number = len(audit(client, name)) + 1
@@ -84,145 +100,170 @@ def record(
     return event
 
 
-def require(who: str, why: str) -> None:
-    """Refuse a decision that nobody answers for.
-
-    Raises:
-        ValueError: nothing is said of who or why.
-    """
-    for field, text in (("who", who), ("why", why)):
-        if not text.strip():
-            raise ValueError(f"{field} is empty; the audit needs to know it")
-
-
-def whoever_this_is() -> str:
+def current_user() -> str:
     """``user@host`` of this process."""
     return f"{getpass.getuser()}@{socket.gethostname()}"
-
-
-CHAMPION, PREVIOUS = "champion", "previous"
-REJECTED_TAG = "roma.rejected"
-NO_CHAMPION = "none"
-"""What ``COMPARED_TAG`` holds where there was no champion to compare with."""
-_log = logging.getLogger(__name__)
-
-
-class NotPromoted(ValueError):
-    """The gate or an earlier decision stands against it; nothing was moved."""
 
 
 def promote(
     client: MlflowClient,
     name: str,
     version: str,
-    why: str,
-    who: str,
+    reason: str,
+    actor: str,
     evidence: Mapping[str, Any],
     *,
-    despite_gate: bool = False,
+    force: bool = False,
 ) -> str | None:
     """Make a version the champion, and the present champion ``previous``.
 
-    The record is written before the aliases move; asked again after a crash, the move is finished.
-    Promoting the present champion changes nothing else. A rejection that is overruled is taken back.
+    Repeated after a crash, it completes the move. Promoting the present champion changes nothing
+    else. A forced promotion of a rejected version revokes the rejection.
 
     Args:
-        evidence: plain JSON, such as the gate's decision and the run that asked.
-        despite_gate: move it though it was not compared with the present champion; the record says
-            so.
+        evidence: plain JSON, such as the evaluation job and the Dagster run.
+        force: promote despite a refusal, which then is recorded in the evidence.
 
     Returns:
-        The version that was champion until now, None if there was none.
+        The former champion, None if there was none.
 
     Raises:
-        ValueError: no such model or version, or nothing is said of who or why.
-        NotPromoted: it was rejected or rolled back, has passed no gate, or was compared with
-            another champion.
-        RegistryBusy: somebody else does not let go of the model.
+        ValueError: no such model or version, or actor or reason is empty.
+        PromotionRefused: it was rejected or rolled back, has not passed the gate, or was compared
+            with another champion.
+        RegistryBusy: another process holds the lock of the model.
     """
-    require(who, why)
-    must_be_known(client, name)
+    _check_request(client, name, actor, reason)
     with model_lock(client, name):
-        found = the_version(client, name, version)
+        found = get_version(client, name, version)
         replaced = version_at(client, name, CHAMPION)
-        if replaced == version:  # perhaps by a promotion that did not come to its end
-            _settle(client, name, found)
+        if replaced == version:  # perhaps by a promotion that was interrupted
+            _complete_promotion(client, name, found)
             return version_at(client, name, PREVIOUS)
-        against = _left_behind(client, name, version) or _what_stands_against(name, found, replaced)
-        if against is not None and not despite_gate:
-            raise NotPromoted(against)
-        if against is not None:
-            evidence = {**evidence, "despite": against}
-        record(client, name, "promote", version, replaced, who, why, evidence)
+        refusal = _rollback_of(client, name, version) or _refusal(name, found, replaced)
+        if refusal is not None:
+            if not force:
+                raise PromotionRefused(refusal)
+            evidence = {**evidence, "forced_despite": refusal}
+        _record(client, name, "promote", version, replaced, actor, reason, evidence)
         if replaced is not None:
             client.set_registered_model_alias(name, PREVIOUS, replaced)
         client.set_registered_model_alias(name, CHAMPION, version)
-        _settle(client, name, found)
+        _complete_promotion(client, name, found)
     return replaced
 
 
-def reject(client: MlflowClient, name: str, version: str, why: str, who: str) -> None:
-    """Say that a version shall not become champion, also by no rollback; it stays in the registry.
+def reject(client: MlflowClient, name: str, version: str, reason: str, actor: str) -> None:
+    """Exclude a version from promotion and rollback; it stays in the registry.
 
-    If it is ``previous``, the champion before it takes that place.
+    If it is ``previous``, the champion before it becomes ``previous``.
 
     Raises:
-        ValueError: no such model or version, or nothing is said of who or why.
-        NotPromoted: it is the champion.
+        ValueError: no such model or version, or actor or reason is empty.
+        PromotionRefused: it is the champion.
     """
-    require(who, why)
-    must_be_known(client, name)
+    _check_request(client, name, actor, reason)
     with model_lock(client, name):
-        the_version(client, name, version)
+        get_version(client, name, version)
         champion = version_at(client, name, CHAMPION)
         if champion == version:
-            raise NotPromoted(
+            raise PromotionRefused(
                 f"version {version} of {name!r} is the champion; `roma-pipeline rollback {name}` "
-                f"puts the one before it back"
+                f"restores the one before it"
             )
-        event = record(client, name, "reject", version, None, who, why, {})
+        event = _record(client, name, "reject", version, None, actor, reason, {})
         if version_at(client, name, PREVIOUS) == version:
             _set_previous(client, name, _predecessor(client, name, version, champion))
-        client.set_model_version_tag(name, version, REJECTED_TAG, f"{event.at} {who}: {why}")
+        client.set_model_version_tag(name, version, REJECTED_TAG, f"{event.at} {actor}: {reason}")
 
 
-def rollback(client: MlflowClient, name: str, who: str, why: str) -> str:
-    """Put ``previous`` back as champion; return its version.
+def rollback(client: MlflowClient, name: str, actor: str, reason: str) -> str:
+    """Make ``previous`` the champion again; return its version.
 
-    ``previous`` then is the champion before that one, as the audit tells, so a second rollback goes
-    one further back instead of returning to what was just left. Rejected versions are passed over.
+    ``previous`` then becomes the champion before that one, by the audit, so a second rollback goes
+    one further back. Rejected and deleted versions are skipped.
 
     Raises:
-        ValueError: no such model, no previous champion, or nothing is said of who or why.
-        NotPromoted: ``previous`` was rejected.
+        ValueError: no such model, no previous champion, or actor or reason is empty.
+        PromotionRefused: ``previous`` was rejected.
     """
-    require(who, why)
-    must_be_known(client, name)
+    _check_request(client, name, actor, reason)
     with model_lock(client, name):
         champion = version_at(client, name, CHAMPION)
         version = version_at(client, name, PREVIOUS)
         if champion is None or version is None:
-            raise ValueError(f"model {name!r} has no previous champion to go back to")
-        tags = the_version(client, name, version).tags
-        if REJECTED_TAG in tags:  # by hand or by an earlier release: reject moves the alias
-            raise NotPromoted(
+            raise ValueError(f"model {name!r} has no previous champion to roll back to")
+        tags = get_version(client, name, version).tags
+        if REJECTED_TAG in tags:  # the alias was set by hand: reject moves it
+            raise PromotionRefused(
                 f"version {version} of {name!r}, the previous champion, was rejected: "
-                f"{tags[REJECTED_TAG]}; `roma-pipeline reject {name} {version}` again makes the one "
-                f"before it the previous one"
+                f"{tags[REJECTED_TAG]}; `roma-pipeline reject {name} {version}` again sets `previous` "
+                f"to the one before it"
             )
-        if version != champion:  # equal if a crash came before the last step below
-            record(client, name, "rollback", version, champion, who, why, {})
+        if version != champion:  # equal after a crash before the last step
+            _record(client, name, "rollback", version, champion, actor, reason, {})
             client.set_registered_model_alias(name, CHAMPION, version)
-        _let_encoder_follow(client, name, version)
+        _move_encoder_alias(client, name, version)
         _set_previous(client, name, _predecessor(client, name, version, version))
     return version
 
 
-def must_be_known(client: MlflowClient, name: str) -> None:
-    """Refuse a name that no model has.
+def delete_version(client: MlflowClient, name: str, version: str) -> None:
+    """Delete a version and its logged model; of its aliases it may have ``candidate`` only.
+
+    MLflow itself would delete other aliases with it, and consumers would find no champion.
 
     Raises:
-        ValueError: it is no name, or the registry has no such model.
+        ValueError: there is no such version.
+        VersionInUse: another alias points to it, the audit names it as a former champion, or it is
+            the encoder of an existing classifier.
+    """
+    with model_lock(client, name):
+        found = get_version(client, name, version)
+        if aliases := sorted(set(found.aliases) - {CANDIDATE}):
+            raise VersionInUse(
+                f"version {version} of {name!r} is {', '.join(aliases)}; move the alias first"
+            )
+        events = audit(client, name)
+        champions = {e.version for e in events if e.action != "reject"}
+        if version in champions | {e.replaced for e in events}:
+            raise VersionInUse(
+                f"version {version} of {name!r} was champion before; the audit refers to it, so it "
+                f"is kept"
+            )
+        if users := _classifiers_of(client, name, version):
+            raise VersionInUse(
+                f"version {version} of {name!r} is the encoder of {', '.join(users)}; it is kept as "
+                f"long as its classifier"
+            )
+        if found.aliases:
+            client.delete_registered_model_alias(name, CANDIDATE)
+        client.delete_model_version(name, version)
+        if found.source and found.source.startswith("models:/m-"):
+            client.delete_logged_model(found.source.removeprefix("models:/"))
+
+
+def _classifiers_of(client: MlflowClient, encoder: str, version: str) -> list[str]:
+    """The versions of classifiers that were registered with a version of an encoder."""
+    classifier = encoder.removesuffix(encoder_name(""))
+    if classifier == encoder:
+        return []
+    wanted = f"name = '{classifier}' AND tags.`{ENCODER_TAG}` = '{version}'"
+    return [f"version {v.version} of {classifier!r}" for v in client.search_model_versions(wanted)]
+
+
+def _check_request(client: MlflowClient, name: str, actor: str, reason: str) -> None:
+    for field, text in (("actor", actor), ("reason", reason)):
+        if not text.strip():
+            raise ValueError(f"{field} is empty; the audit must record it")
+    require_model(client, name)
+
+
+def require_model(client: MlflowClient, name: str) -> None:
+    """Check that a registered model exists.
+
+    Raises:
+        ValueError: the name is invalid, or there is no such model; the message lists those there are.
     """
     from mlflow.exceptions import MlflowException
 
@@ -232,32 +273,14 @@ def must_be_known(client: MlflowClient, name: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        raise ValueError(f"there is no model {name!r}; {_models(client)}") from error
+        existing = {model.name for model in client.search_registered_models()}
+        encoders = {encoder_name(one) for one in existing}
+        names = sorted(n for n in existing - encoders if not n.endswith(LOCK_SUFFIX))
+        listed = f"there are {', '.join(names)}" if names else "none is registered yet"
+        raise ValueError(f"there is no model {name!r}; {listed}") from error
 
 
-def _models(client: MlflowClient) -> str:
-    """The classifiers there are, in words: encoders follow them, and locks are no models."""
-    there = {model.name for model in client.search_registered_models()}
-    encoders = {encoder_name(name) for name in there}
-    names = sorted(n for n in there - encoders if not n.endswith(LOCK_SUFFIX))
-    return f"there are {', '.join(names)}" if names else "none is registered yet"
-
-
-def the_version(client: MlflowClient, name: str, version: str) -> ModelVersion:
-    """The registered version.
-
-    Raises:
-        ValueError: there is none.
-    """
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_model_version(name, version)
-    except MlflowException as error:
-        raise ValueError(f"model {name!r} has no version {version!r}: {error.message}") from error
-
-
-def _what_stands_against(name: str, version: ModelVersion, champion: str | None) -> str | None:
+def _refusal(name: str, version: ModelVersion, champion: str | None) -> str | None:
     tags = version.tags
     if REJECTED_TAG in tags:
         return f"version {version.version} of {name!r} was rejected: {tags[REJECTED_TAG]}"
@@ -276,31 +299,30 @@ def _what_stands_against(name: str, version: ModelVersion, champion: str | None)
     return None
 
 
-def _left_behind(client: MlflowClient, name: str, version: str) -> str | None:
-    """The rollback that ended the version's last time as champion, if one did."""
+def _rollback_of(client: MlflowClient, name: str, version: str) -> str | None:
+    """The rollback that last ended the version's time as champion, if one did."""
     for event in reversed(audit(client, name)):
         if event.action == "promote" and event.version == version:
             return None
         if event.action == "rollback" and event.replaced == version:
-            return f"version {version} of {name!r} was rolled back at {event.at}: {event.why}"
+            return f"version {version} of {name!r} was rolled back at {event.at}: {event.reason}"
     return None
 
 
-def _settle(client: MlflowClient, name: str, champion: ModelVersion) -> None:
-    """What follows the alias of a promoted version: its encoder, and the end of a rejection."""
-    _let_encoder_follow(client, name, str(champion.version))
+def _complete_promotion(client: MlflowClient, name: str, champion: ModelVersion) -> None:
+    _move_encoder_alias(client, name, str(champion.version))
     if REJECTED_TAG in champion.tags:
         client.delete_model_version_tag(name, str(champion.version), REJECTED_TAG)
 
 
-def _let_encoder_follow(client: MlflowClient, name: str, version: str) -> None:
+def _move_encoder_alias(client: MlflowClient, name: str, version: str) -> None:
     encoder = client.get_model_version(name, version).tags.get(ENCODER_TAG)
     if encoder is None:
         return
-    if not _exists(client, encoder_name(name), encoder):  # the classifier needs none to serve
+    if not _exists(client, encoder_name(name), encoder):  # the classifier serves without it
         _log.warning(
             "version %s of %s, the encoder of version %s of %s, was deleted; the champion of the "
-            "encoder stays what it was",
+            "encoder is unchanged",
             *(encoder, encoder_name(name), version, name),
         )
         return
@@ -315,82 +337,27 @@ def _set_previous(client: MlflowClient, name: str, version: str | None) -> None:
 
 
 def _predecessor(client: MlflowClient, name: str, version: str, champion: str | None) -> str | None:
-    """Whom a version replaced when it was last promoted.
-
-    Who is gone, was rejected or is the champion is passed over.
-    """
-    events = audit(client, name)
+    """The version that this one replaced when it was last promoted; of one that is deleted, rejected
+    or the champion, its predecessor in turn."""
     before: str | None = version
-    while before is not None:
-        found = (e for e in reversed(events) if e.action == "promote" and e.version == before)
-        event = next(found, None)
-        if event is not None:  # each step looks further back, so it comes to an end
-            events = events[: events.index(event)]
-        before = None if event is None else event.replaced
-        if before is not None and before != champion and _may_return(client, name, before):
-            return before
+    for event in reversed(audit(client, name)):
+        if event.action == "promote" and event.version == before:
+            before = event.replaced
+            if before is None or (before != champion and _may_return(client, name, before)):
+                return before
     return None
 
 
 def _may_return(client: MlflowClient, name: str, version: str) -> bool:
     return (
         _exists(client, name, version)
-        and REJECTED_TAG not in client.get_model_version(name, version).tags
+        and REJECTED_TAG not in get_version(client, name, version).tags
     )
 
 
 def _exists(client: MlflowClient, name: str, version: str) -> bool:
     try:
-        the_version(client, name, version)
+        get_version(client, name, version)
     except ValueError:
         return False
     return True
-
-
-class StillNeeded(ValueError):
-    """An alias points to the version, it was champion once, or it is the encoder of a classifier."""
-
-
-def delete_version(client: MlflowClient, name: str, version: str) -> None:
-    """Delete a version and its logged model.
-
-    MLflow itself would drop the aliases with it, and consumers would find no champion.
-
-    Raises:
-        ValueError: there is no such version.
-        StillNeeded: an alias points to it, the audit names it as a champion of some time, or it is
-            the encoder of a classifier that is there.
-    """
-    with model_lock(client, name):
-        found = the_version(client, name, version)
-        if found.aliases:
-            raise StillNeeded(
-                f"version {version} of {name!r} is {', '.join(sorted(found.aliases))}; move the "
-                f"alias first"
-            )
-        champions = {e.version for e in audit(client, name) if e.action != "reject"}
-        champions |= {e.replaced for e in audit(client, name) if e.replaced}
-        if version in champions:
-            raise StillNeeded(
-                f"version {version} of {name!r} was champion once; the audit answers for what it "
-                f"served, so it stays"
-            )
-        if users := _classifiers_of(client, name, version):
-            raise StillNeeded(
-                f"version {version} of {name!r} is the encoder of {', '.join(users)}; it follows its "
-                f"classifier, so it stays as long as that"
-            )
-        client.delete_model_version(name, version)
-        if found.source and found.source.startswith("models:/m-"):
-            client.delete_logged_model(found.source.removeprefix("models:/"))
-
-
-def _classifiers_of(client: MlflowClient, name: str, version: str) -> list[str]:
-    """The versions of classifiers that were registered with a version of an encoder."""
-    classifier = name.removesuffix(encoder_name(""))
-    if classifier == name:
-        return []
-    found = client.search_model_versions(
-        f"name = '{classifier}' AND tags.`{ENCODER_TAG}` = '{version}'"
-    )
-    return [f"version {one.version} of {classifier!r}" for one in found]

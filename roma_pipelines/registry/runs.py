@@ -1,9 +1,9 @@
-"""MLflow runs of jobs: one per job, however often the orchestrator asks, ended explicitly.
+"""MLflow runs of jobs: one per job, found by the tag ``roma.job_key``, ended explicitly.
 
-MLflow's own hooks mark crashed and preempted runs as finished and cannot find a run again; so runs
-are made through the client, found by the tag ``roma.job_key``, and ended by who knows the outcome.
+MLflow's own hooks mark crashed and preempted runs as finished and cannot find a run again, so runs
+are created through the client, and the code that knows the outcome ends them.
 
-A registered version at Weights & Biases: a reference, where W&B is in use. MLflow keeps the model.
+A registered version can also be linked at Weights & Biases, as a reference to MLflow's.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from roma_core.settings import without_credentials
 from roma_core.trainer.trackers import WandbConfig, import_tracker
-from roma_pipelines.registry.store import artifacts_root, one_at_a_time
+from roma_pipelines.registry.store import artifacts_root, write_lock
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment
 
 JOB_KEY_TAG = "roma.job_key"
+WANDB_TAG = "roma.weights_and_biases"
+"""Tag of a version that was linked at W&B; its value is what ``link_wandb`` returned."""
+
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
-_PARAMS_AT_ONCE = 100  # MLflow takes no more
+_PARAMS_PER_BATCH = 100  # MLflow's limit
 _log = logging.getLogger(__name__)
 
 
@@ -49,13 +52,13 @@ def find_or_create_run(
     tags: Mapping[str, str],
     params: Mapping[str, Any],
 ) -> str:
-    """The id of the job's run, RUNNING: the one that has its key, or else a new one.
+    """Id of the job's run, set to RUNNING: the one with its key, or else a new one.
 
-    Parameters cannot change in MLflow. Those of a found run stay; ones that it lacks are added, and
-    ones that differ are named in a warning.
+    Parameters cannot change in MLflow. An existing run keeps its own; missing ones are added, and
+    those that differ are listed in a warning.
 
     Args:
-        experiment: created if missing, with the embedded store's folder for its artifacts.
+        experiment: created if missing.
         name: shown in the UI; free text.
 
     Raises:
@@ -63,7 +66,7 @@ def find_or_create_run(
         RuntimeError: the experiment was deleted.
     """
     checked_name("job key", job_key)
-    with one_at_a_time(client):
+    with write_lock(client):
         experiment_id = ensure_experiment(client, experiment).experiment_id
         runs = client.search_runs(
             [experiment_id], f"tags.`{JOB_KEY_TAG}` = '{job_key}'", order_by=["start_time ASC"]
@@ -78,21 +81,33 @@ def find_or_create_run(
     return run_id
 
 
+def _add_params(
+    client: MlflowClient, run_id: str, present: Mapping[str, str], wanted: Mapping[str, str]
+) -> None:
+    from mlflow.entities import Param
+
+    if changed := {k: (present[k], v) for k, v in wanted.items() if present.get(k, v) != v}:
+        _log.warning("run %s keeps its first parameters; these differ now: %s", run_id, changed)
+    missing = [Param(k, v) for k, v in wanted.items() if k not in present]
+    for start in range(0, len(missing), _PARAMS_PER_BATCH):
+        client.log_batch(run_id, params=missing[start : start + _PARAMS_PER_BATCH])
+
+
 def end_run(
     client: MlflowClient, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"]
 ) -> None:
-    """Say how the job ended. Nothing else does."""
+    """Set the final status of a run."""
     client.set_terminated(run_id, status)
 
 
 def end_runs_of_job(
     client: MlflowClient, job_key: str, status: Literal["FINISHED", "FAILED", "KILLED"]
 ) -> None:
-    """Say how a job ended whose run nobody holds any more; runs that ended already stay as they are."""
+    """Set the final status of a job's runs that are still RUNNING."""
     checked_name("job key", job_key)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    wanted = f"tags.`{JOB_KEY_TAG}` = '{job_key}' and attributes.status = 'RUNNING'"
-    for run in client.search_runs(experiments, wanted):
+    running = f"tags.`{JOB_KEY_TAG}` = '{job_key}' and attributes.status = 'RUNNING'"
+    for run in client.search_runs(experiments, running):
         end_run(client, run.info.run_id, status)
 
 
@@ -107,7 +122,7 @@ def ensure_experiment(client: MlflowClient, name: str) -> Experiment:
     found = client.get_experiment_by_name(name)
     if found is None:
         root = artifacts_root(client.tracking_uri)
-        # without a location, MLflow would record the present working directory for ever
+        # without a location, MLflow would store artifacts under the present working directory
         location = None if root is None else (root / name.replace("/", "__")).as_uri()
         return client.get_experiment(client.create_experiment(name, location))
     if found.lifecycle_stage == "deleted":
@@ -118,27 +133,7 @@ def ensure_experiment(client: MlflowClient, name: str) -> Experiment:
     return found
 
 
-def _add_params(
-    client: MlflowClient, run_id: str, present: Mapping[str, str], wanted: Mapping[str, str]
-) -> None:
-    from mlflow.entities import Param
-
-    if changed := {k: (present[k], v) for k, v in wanted.items() if present.get(k, v) != v}:
-        _log.warning("run %s keeps its first parameters; these differ now: %s", run_id, changed)
-    missing = [Param(k, v) for k, v in wanted.items() if k not in present]
-    for start in range(0, len(missing), _PARAMS_AT_ONCE):
-        client.log_batch(run_id, params=missing[start : start + _PARAMS_AT_ONCE])
-
-
-WANDB_TAG = "roma.weights_and_biases"
-"""Of a version that W&B was told of: what was done."""
-
-_OFF, _FAILED = "off", "failed"
-log = logging.getLogger(__name__)
-_COLLECTION = "wandb-registry-model"
-
-
-def link_once(
+def link_wandb(
     client: MlflowClient,
     config: WandbConfig,
     trainer: Mapping[str, Any],
@@ -147,70 +142,38 @@ def link_once(
     facts: Mapping[str, Any],
     folder: Path,
 ) -> str:
-    """Tell W&B of a registered version where its training was logged, unless that was done before.
+    """Link a registered version at W&B, in the project of its training, unless done before.
 
     Args:
-        trainer: settings of the training; its project and entity are taken.
-
-    Returns:
-        As ``link_version``, perhaps of an earlier call.
-    """
-    if (done := client.get_model_version(name, version).tags.get(WANDB_TAG)) is not None:
-        return done
-    done = link_version(
-        config,
-        trainer["project_name"],
-        trainer["entity_name"],
-        name,
-        version,
-        f"models:/{name}/{version}",
-        {"mlflow_tracking_uri": without_credentials(client.tracking_uri), **facts},
-        folder,
-    )
-    if not done.startswith((_OFF, _FAILED)):
-        client.set_model_version_tag(name, version, WANDB_TAG, done)
-    return done
-
-
-def link_version(
-    config: WandbConfig,
-    project: str,
-    entity: str | None,
-    name: str,
-    version: str,
-    reference: str,
-    facts: Mapping[str, Any],
-    folder: Path,
-) -> str:
-    """Tell W&B of a version, if it is in use.
-
-    Args:
-        project: of the trainings, and ``entity``; None is the key's own.
-        reference: ``models:/NAME/VERSION``, which W&B shows and does not follow.
+        trainer: settings of the training; its project and entity are used.
         facts: metadata of the artifact; plain JSON.
         folder: for W&B's own files.
 
     Returns:
-        What was done, in a word or two: ``off``, ``linked``, ``left for sync``, or why it failed.
+        ``off``, ``linked``, ``left for sync`` (offline), or ``failed: …``: an error of W&B ends
+        nothing, and the next call tries again.
     """
+    if (done := client.get_model_version(name, version).tags.get(WANDB_TAG)) is not None:
+        return done
     mode = config.effective_mode
     if mode == "disabled":
-        return _OFF
+        return "off"
+    facts = {"mlflow_tracking_uri": without_credentials(client.tracking_uri), **facts}
     try:
-        return _link(config, mode, project, entity, name, version, reference, facts, folder)
-    except Exception as error:  # W&B is a guest here
-        log.warning("Weights & Biases was not told of %s version %s: %s", name, version, error)
-        return f"{_FAILED}: {error}"
+        done = _log_reference(config, mode, trainer, name, version, facts, folder)
+    except Exception as error:  # whatever W&B raises
+        _log.warning("%s version %s was not linked at W&B: %s", name, version, error)
+        return f"failed: {error}"
+    client.set_model_version_tag(name, version, WANDB_TAG, done)
+    return done
 
 
-def _link(
+def _log_reference(
     config: WandbConfig,
     mode: str,
-    project: str,
-    entity: str | None,
+    trainer: Mapping[str, Any],
     name: str,
     version: str,
-    reference: str,
     facts: Mapping[str, Any],
     folder: Path,
 ) -> str:
@@ -230,21 +193,21 @@ def _link(
         save_code=False,
         x_disable_stats=True,
     )
-    flat = re.sub(r"[^\w.-]", "-", name)
     with wandb.init(
         mode=mode,  # type: ignore[arg-type]
-        project=project,
-        entity=entity,
+        project=trainer["project_name"],
+        entity=trainer["entity_name"],
         job_type="register",
-        name=f"{flat} version {version}",
+        name=f"{name} version {version}",
         dir=str(folder),
         settings=settings,
     ) as run:
-        artifact = wandb.Artifact(flat, type="model", metadata=dict(facts))
-        artifact.add_reference(reference, name="model", checksum=False)
+        artifact = wandb.Artifact(name, type="model", metadata=dict(facts))
+        # W&B shows the reference and does not follow it
+        artifact.add_reference(f"models:/{name}/{version}", name="model", checksum=False)
         logged = run.log_artifact(artifact, aliases=[f"v{version}"] if mode == "offline" else None)
         if mode == "offline":
             return "left for sync"
         logged.wait()
-        run.link_artifact(logged, f"{_COLLECTION}/{flat}", aliases=[f"mlflow-{version}"])
+        run.link_artifact(logged, f"wandb-registry-model/{name}", aliases=[f"mlflow-{version}"])
     return "linked"

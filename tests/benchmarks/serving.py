@@ -1,4 +1,4 @@
-"""What serving costs: load and verify, one series, a batch, and putting the old champion back.
+"""What serving costs: load and verify, one series, a batch, and rollback.
 
     python -m tests.benchmarks.serving [--series 300] [--repeats 5]
 
@@ -32,8 +32,8 @@ def packaged(folder: Path) -> Any:
     from roma_core.model import EncoderConfig, RoMAForClassification, RoMAForClassificationConfig
     from roma_core.model.export import export_classifier
     from roma_core.schema import Channel, ChannelNormalisation, DataSchema, PositionAxis
+    from roma_core.serving.client import Series
     from roma_core.serving.package import build_package
-    from roma_core.serving.schema import Series
 
     torch.manual_seed(0)
     config = RoMAForClassificationConfig(

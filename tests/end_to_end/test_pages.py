@@ -82,7 +82,7 @@ def register_toy(root: Path, package: Path) -> None:
     tags = dict.fromkeys(EVIDENCE_TAGS, "0")
     version = register(client, package, "toy", "0" * 20, run_id, tags, {"test/accuracy": 0.9})
     promote(
-        client, "toy", version, why="it is the first", who="a test", evidence={}, despite_gate=True
+        client, "toy", version, reason="it is the first", actor="a test", evidence={}, force=True
     )
 
 

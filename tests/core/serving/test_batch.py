@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from roma_core.serving import batch as scoring
-from roma_core.serving import pyfunc_model as logged_model
+from roma_core.serving import pyfunc_model
 from roma_core.serving.batch import assumed_units, read_series, score_file
 from tests.core.serving import toy
 
@@ -19,8 +19,8 @@ LENGTHS = [3, 40, 1, 7, 20, 2, 9, 11, 5, 30]
 def package(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packages") / "toy"
     toy.build_toy(folder)
-    package = logged_model.open_package(folder)
-    package.module = logged_model
+    package = pyfunc_model.open_package(folder)
+    package.module = pyfunc_model
     return package
 
 
@@ -33,14 +33,14 @@ def source(tmp_path):
 
 
 def test_rows_come_out_in_order_with_their_lineage(package, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring, "SERIES_IN_A_PART", 4)
+    monkeypatch.setattr(scoring, "SERIES_PER_PART", 4)
     seen = []
     assert (
         score_file(package, LINEAGE, source, "test", tmp_path / "out", progress=seen.append) == 10
     )
     rows = pq.read_table(tmp_path / "out").to_pylist()
     expected = package.predict(
-        [logged_model.Series(**toy.series(n, seed=n).model_dump()) for n in LENGTHS]
+        [pyfunc_model.Series(**toy.series(n, seed=n).model_dump()) for n in LENGTHS]
     )
     assert [row["id"] for row in rows] == [one.id for one in expected]
     assert [row["label"] for row in rows] == [one.label for one in expected]
@@ -54,9 +54,9 @@ def test_rows_come_out_in_order_with_their_lineage(package, source, tmp_path, mo
 def test_an_interrupted_call_is_continued_unless_model_or_input_changed(
     package, source, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(scoring, "SERIES_IN_A_PART", 4)
+    monkeypatch.setattr(scoring, "SERIES_PER_PART", 4)
     scored = []
-    real = scoring._scored
+    real = scoring._score
 
     def dies_in_the_third(package, rows, lineage):
         if len(scored) == 2:
@@ -65,7 +65,7 @@ def test_an_interrupted_call_is_continued_unless_model_or_input_changed(
         return real(package, rows, lineage)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "_scored", dies_in_the_third)
+        patch.setattr(scoring, "_score", dies_in_the_third)
         with pytest.raises(KeyboardInterrupt):
             score_file(package, LINEAGE, source, "test", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -79,7 +79,7 @@ def test_an_interrupted_call_is_continued_unless_model_or_input_changed(
 
     with monkeypatch.context() as patch:
         scored.clear()
-        patch.setattr(scoring, "_scored", dies_in_the_third)
+        patch.setattr(scoring, "_score", dies_in_the_third)
         with pytest.raises(KeyboardInterrupt):
             score_file(package, LINEAGE, source, "test", tmp_path / "out")
     seen = []
@@ -88,11 +88,11 @@ def test_an_interrupted_call_is_continued_unless_model_or_input_changed(
     assert seen == [0, 4, 8, 10]
 
 
-def test_parts_that_nobody_owns_are_not_taken_for_ours(package, source, tmp_path):
+def test_parts_without_a_state_file_are_not_resumed(package, source, tmp_path):
     score_file(package, LINEAGE, source, "test", tmp_path / "before")
     (tmp_path / "out.parts").mkdir()  # as a kill in the middle of removing them leaves it
     (tmp_path / "before").rename(tmp_path / "out.parts" / "00000.parquet")
-    (tmp_path / "out.parts" / "notes.txt").write_text("somebody's")
+    (tmp_path / "out.parts" / "notes.txt").write_text("not ours")
     score_file(package, LINEAGE | {"model_version": "4"}, source, "test", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out.parts").iterdir()] == ["notes.txt"]
     assert pq.read_table(tmp_path / "out")["model_version"].to_pylist() == ["4"] * len(LENGTHS)

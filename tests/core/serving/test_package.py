@@ -1,21 +1,25 @@
-"""The package folder and the code that serves it; `test_logged_model.py` goes through MLflow."""
+"""The package folder and the code that serves it, without MLflow."""
 
+import ast
 import json
 import shutil
+import sys
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from jsonschema import Draft202012Validator, ValidationError
 
-from roma_core.serving import pyfunc_model as logged_model
-from roma_core.serving import schema
+from roma_core.schema import ChannelNormalisation, DataSchema, Normaliser, PositionAxis
+from roma_core.serving import client, pyfunc_model
 from roma_core.serving.package import verify_package
 from roma_core.serving.pyfunc_model import Classifier, InvalidSeries, PackageError, Series
 from tests.core.serving import toy
 
 FILES = (
-    *logged_model.NEEDED, "profile.json", "requirements.lock", "MODEL_CARD.md",
+    *pyfunc_model.REQUIRED_FILES, "profile.json", "requirements.lock", "MODEL_CARD.md",
 )  # fmt: skip
 
 
@@ -125,9 +129,9 @@ def test_right_units_pass_and_an_empty_list_does_not(classifier):
 
 
 @pytest.mark.parametrize("name", ["Series", "Prediction", "Features"])
-def test_the_schema_of_the_logged_file_is_the_one_of_the_project(name):
-    ours, theirs = getattr(schema, name), getattr(logged_model, name)
-    assert ours.model_json_schema() == theirs.model_json_schema()
+def test_client_and_served_model_have_equal_types(name):
+    ours, served = getattr(client, name), getattr(pyfunc_model, name)
+    assert ours.model_json_schema() == served.model_json_schema()
 
 
 def test_the_json_schema_of_a_package_takes_what_the_model_takes(package):
@@ -151,7 +155,7 @@ def test_the_json_schema_of_a_package_takes_what_the_model_takes(package):
         validator.validate({"inputs": []})
 
 
-@pytest.mark.parametrize("name", [*FILES, logged_model.MANIFEST])
+@pytest.mark.parametrize("name", [*FILES, pyfunc_model.MANIFEST])
 def test_a_changed_or_missing_file_is_refused_before_anything_is_deserialised(
     package, tmp_path, monkeypatch, name
 ):
@@ -161,7 +165,7 @@ def test_a_changed_or_missing_file_is_refused_before_anything_is_deserialised(
         shutil.copytree(package, copy)
         if damage == "missing":
             (copy / name).unlink()
-        elif name == logged_model.MANIFEST:
+        elif name == pyfunc_model.MANIFEST:
             (copy / name).write_text((copy / name).read_text().replace("model.pt2", "../model.pt2"))
         else:
             content = bytearray((copy / name).read_bytes())
@@ -177,8 +181,8 @@ def test_an_added_file_and_another_version_are_refused(package, tmp_path):
     (copy / "extra.py").write_text("")
     with pytest.raises(PackageError, match=r"extra\.py"):
         verify_package(copy)
-    manifest = json.loads((copy / logged_model.MANIFEST).read_text())
-    (copy / logged_model.MANIFEST).write_text(json.dumps(manifest | {"schema_version": 2}))
+    manifest = json.loads((copy / pyfunc_model.MANIFEST).read_text())
+    (copy / pyfunc_model.MANIFEST).write_text(json.dumps(manifest | {"schema_version": 2}))
     with pytest.raises(PackageError, match="schema_version 2, this file reads 1"):
         verify_package(copy)
 
@@ -205,4 +209,57 @@ def test_building_is_whole_or_not_at_all(tmp_path):
     first, second = toy.build_toy(folder), toy.build_toy(folder, max_length=60)
 
     assert first != second == verify_package(folder)
-    assert sorted(p.name for p in folder.iterdir()) == sorted([*FILES, logged_model.MANIFEST])
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*FILES, pyfunc_model.MANIFEST])
+
+
+def test_the_served_file_imports_no_more_than_its_requirements():
+    tree = ast.parse(Path(pyfunc_model.__file__).read_text())
+    modules = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module.partition(".")[0])
+    assert modules - sys.stdlib_module_names == {"mlflow", "numpy", "pydantic", "torch"}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_served_file_normalises_as_the_data_side_does(seed):
+    rng = np.random.default_rng(seed)
+    transforms = get_args(ChannelNormalisation.model_fields["transform"].annotation)
+    anchors = get_args(PositionAxis.model_fields["anchor"].annotation)
+    n = int(rng.integers(1, 400))
+
+    def number():
+        return float(rng.lognormal(sigma=4))
+
+    schema = DataSchema(
+        channels=(),
+        normalisation=tuple(
+            ChannelNormalisation(
+                transform=one, transform_scale=number(), mean=rng.normal() * number(), std=number()
+            )
+            for one in rng.permutation([*transforms] * 2)
+        ),
+        axes=tuple(
+            PositionAxis(
+                name=str(k), unit="1", anchor=one, offset=rng.normal() * number(), scale=number()
+            )
+            for k, one in enumerate(rng.permutation([*anchors] * 2))
+        ),
+    )
+    values = rng.normal(size=(n, len(schema.normalisation))) * rng.lognormal(sigma=5, size=(n, 1))
+    positions = 60_000 + rng.normal(size=(n, len(schema.axes))) * rng.lognormal(
+        sigma=5, size=(n, 1)
+    )
+    constants = json.loads(schema.model_dump_json())
+
+    served = (
+        pyfunc_model.normalise_values(list(values.T), constants["normalisation"]),
+        pyfunc_model.normalise_positions(list(positions.T), constants["axes"]),
+    )
+
+    normaliser = Normaliser(schema)
+    np.testing.assert_array_equal(served[0], normaliser.normalise(values.astype(np.float32)))
+    np.testing.assert_array_equal(served[1], normaliser.normalise_positions(positions))
+    assert served[0].dtype == served[1].dtype == np.float32

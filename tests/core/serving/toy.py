@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import save_file
 
 from roma_core.schema import Channel, ChannelNormalisation, DataSchema, PositionAxis
+from roma_core.serving.client import Series
 from roma_core.serving.package import build_package
-from roma_core.serving.schema import Series
 
 CLASSES = ("one", "two", "three")
 SCHEMA = DataSchema(

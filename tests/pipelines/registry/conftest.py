@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from roma_core.serving import registry_client
 from roma_pipelines.registry.gate import GATE_TAG
 from roma_pipelines.registry.runs import find_or_create_run
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.registry.versions import COMPARED_TAG, EVIDENCE_TAGS, register
 from tests.core.serving import toy
+from tests.time_limits import within
 
 
 @pytest.fixture
@@ -65,7 +67,7 @@ def served(command, folder, ready, **environment):
     )
     address = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + within(60)
         while True:
             assert process.poll() is None, (folder / "server.log").read_text()
             assert time.monotonic() < deadline, (folder / "server.log").read_text()
@@ -96,3 +98,9 @@ def mlflow_server(store_template, tmp_path_factory):
     ]
     with served(command, folder, "/health", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false") as address:
         yield address
+
+
+@pytest.fixture(scope="session")
+def server(mlflow_server):
+    """A client of that server."""
+    return registry_client.connect(mlflow_server)

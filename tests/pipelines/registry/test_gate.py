@@ -179,7 +179,7 @@ def test_a_clearly_better_model_passes_every_check():
         ({"trial": None, "trial_problem": "model.pt2 was changed"}, {}, {"golden_rows", "latency"}, "model.pt2 was changed"),
         ({"serving_difference": 2e-5}, {}, {"serving_parity"}, "2.0e-05"),
         ({"serving_difference": float("nan")}, {}, {"serving_parity"}, "nan"),
-        ({}, {"max_latency_ms": 1.9}, {"latency"}, "2.00 ms a series; at most 1.9"),
+        ({}, {"max_latency_ms": 1.9}, {"latency"}, "2.00 ms per series; at most 1.9"),
         ({"champion_trial": TRIAL.model_copy(update={"latency_ms": 0.5})}, {}, {"latency"}, "4.00 times the champion's"),
         ({}, {"max_size_mb": 2.9}, {"size"}, "3.00 MB; at most 2.9"),
         ({"leaks": ("object 'x' is in both",)}, {}, {"no_leak"}, "object 'x'"),

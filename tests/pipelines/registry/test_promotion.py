@@ -6,8 +6,8 @@ from roma_pipelines.registry.gate import GATE_TAG
 from roma_pipelines.registry.promotion import (
     CHAMPION,
     PREVIOUS,
-    NotPromoted,
-    StillNeeded,
+    PromotionRefused,
+    VersionInUse,
     audit,
     delete_version,
     promote,
@@ -44,14 +44,14 @@ def compared(client, version, champion):
 def move(client, version):
     """Promote a version that was compared with the present champion."""
     compared(client, version, version_at(client, NAME, CHAMPION) or "none")
-    promote(client, NAME, version, why="better", who="tester", evidence={"passed": True})
+    promote(client, NAME, version, reason="better", actor="tester", evidence={"passed": True})
 
 
-def test_a_model_that_is_not_there_is_told_with_those_that_are(versions):
+def test_an_unknown_model_is_an_error_that_lists_the_known_ones(versions):
     versions.create_registered_model(encoder_name(NAME))
     for act in (
-        lambda: rollback(versions, "vowel", who="tester", why="x"),
-        lambda: promote(versions, "vowel", "1", why="x", who="tester", evidence={}),
+        lambda: rollback(versions, "vowel", actor="tester", reason="x"),
+        lambda: promote(versions, "vowel", "1", reason="x", actor="tester", evidence={}),
     ):
         with pytest.raises(ValueError, match=r"^there is no model 'vowel'; there are vowels$"):
             act()
@@ -64,12 +64,12 @@ def test_promotions_and_rollbacks_move_the_aliases_and_are_recorded(versions):
     move(versions, "2")  # nothing to do
     move(versions, "4")
     assert aliases(versions) == {CHAMPION: "4", PREVIOUS: "2"}
-    assert rollback(versions, NAME, who="tester", why="drifts") == "2"
+    assert rollback(versions, NAME, actor="tester", reason="drifts") == "2"
     assert aliases(versions) == {CHAMPION: "2", PREVIOUS: "1"}
-    assert rollback(versions, NAME, who="tester", why="still") == "1"
+    assert rollback(versions, NAME, actor="tester", reason="still") == "1"
     assert aliases(versions) == {CHAMPION: "1"}
     with pytest.raises(ValueError, match="no previous champion"):
-        rollback(versions, NAME, who="tester", why="more")
+        rollback(versions, NAME, actor="tester", reason="more")
     move(versions, "3")
     assert aliases(versions) == {CHAMPION: "3", PREVIOUS: "1"}
 
@@ -83,7 +83,7 @@ def test_promotions_and_rollbacks_move_the_aliases_and_are_recorded(versions):
         ("rollback", "2", "1"),
         ("promote", "1", "3"),
     ]
-    assert (events[1].who, events[1].why, events[1].evidence) == (
+    assert (events[1].actor, events[1].reason, events[1].evidence) == (
         "tester",
         "better",
         {"passed": True},
@@ -131,23 +131,23 @@ def test_a_rollback_that_dies_is_finished_by_the_next_one(versions, monkeypatch)
 
         patch.setattr(versions, "set_registered_model_alias", dying)
         with pytest.raises(KeyboardInterrupt):
-            rollback(versions, NAME, who="tester", why="drifts")
+            rollback(versions, NAME, actor="tester", reason="drifts")
     assert aliases(versions) == {CHAMPION: "2", PREVIOUS: "2"}
 
-    assert rollback(versions, NAME, who="tester", why="drifts") == "2"
+    assert rollback(versions, NAME, actor="tester", reason="drifts") == "2"
 
     assert aliases(versions) == {CHAMPION: "2", PREVIOUS: "1"}
 
 
 def test_of_two_promotions_at_once_one_is_refused(versions):
-    """Both were compared with version 1; whoever comes second was not compared with the first."""
+    """Both were compared with version 1; the second was not compared with the first."""
     move(versions, "1")
     refused = []
 
     def promoted(version):
         try:
-            promote(versions, NAME, version, why="better", who="tester", evidence={})
-        except NotPromoted as error:
+            promote(versions, NAME, version, reason="better", actor="tester", evidence={})
+        except PromotionRefused as error:
             refused.append(str(error))
 
     for version in ("2", "3"):
@@ -172,46 +172,46 @@ def test_of_two_promotions_at_once_one_is_refused(versions):
         ({COMPARED_TAG: "4"}, "was compared with champion 4, but the champion is now 1"),
     ],
 )
-def test_without_a_passed_gate_only_a_person_who_says_so_promotes(versions, tags, why):
+def test_without_a_passed_gate_only_force_promotes(versions, tags, why):
     move(versions, "1")
     for key, value in ({COMPARED_TAG: "1"} | tags).items():
         versions.set_model_version_tag(NAME, "2", key, value)
-    asked = {"why": "I know", "who": "tester", "evidence": {}}
+    asked = {"reason": "I know", "actor": "tester", "evidence": {}}
 
-    with pytest.raises(NotPromoted, match=why):
+    with pytest.raises(PromotionRefused, match=why):
         promote(versions, NAME, "2", **asked)
     assert aliases(versions) == {CHAMPION: "1"}
-    promote(versions, NAME, "2", **asked, despite_gate=True)
+    promote(versions, NAME, "2", **asked, force=True)
 
     assert aliases(versions) == {CHAMPION: "2", PREVIOUS: "1"}
-    assert why in audit(versions, NAME)[-1].evidence["despite"]
+    assert why in audit(versions, NAME)[-1].evidence["forced_despite"]
 
 
 def test_what_was_rejected_or_rolled_back_does_not_come_back_by_itself(versions):
     move(versions, "1")
-    reject(versions, NAME, "2", why="labels of june are wrong", who="tester")
-    with pytest.raises(NotPromoted, match=r"rejected: .* tester: labels of june are wrong"):
+    reject(versions, NAME, "2", reason="labels of june are wrong", actor="tester")
+    with pytest.raises(PromotionRefused, match=r"rejected: .* tester: labels of june are wrong"):
         move(versions, "2")
-    with pytest.raises(NotPromoted, match="is the champion"):
-        reject(versions, NAME, "1", why="no", who="tester")
+    with pytest.raises(PromotionRefused, match="is the champion"):
+        reject(versions, NAME, "1", reason="no", actor="tester")
     move(versions, "3")
-    rollback(versions, NAME, who="tester", why="drifts")
-    with pytest.raises(NotPromoted, match=r"was rolled back at .*: drifts"):
+    rollback(versions, NAME, actor="tester", reason="drifts")
+    with pytest.raises(PromotionRefused, match=r"was rolled back at .*: drifts"):
         move(versions, "3")
     assert aliases(versions) == {CHAMPION: "1"}
     assert [e.action for e in audit(versions, NAME)] == ["promote", "reject", "promote", "rollback"]
 
 
-def test_a_version_that_somebody_needs_is_not_deleted(versions):
+def test_a_version_in_use_is_not_deleted(versions):
     for version in ("1", "2"):
         move(versions, version)
-    rollback(versions, NAME, who="tester", why="drifts")
+    rollback(versions, NAME, actor="tester", reason="drifts")
     versions.set_registered_model_alias(NAME, "canary", "3")
-    with pytest.raises(StillNeeded, match="version 1 of 'vowels' is champion"):
+    with pytest.raises(VersionInUse, match="version 1 of 'vowels' is champion"):
         delete_version(versions, NAME, "1")
-    with pytest.raises(StillNeeded, match="was champion once"):
+    with pytest.raises(VersionInUse, match="was champion before"):
         delete_version(versions, NAME, "2")
-    with pytest.raises(StillNeeded, match="is canary"):
+    with pytest.raises(VersionInUse, match="is canary"):
         delete_version(versions, NAME, "3")
     delete_version(versions, NAME, "4")
     with pytest.raises(ValueError, match="no version '4'"):
@@ -222,7 +222,7 @@ def test_a_rollback_passes_over_a_champion_that_is_gone(versions):
     for version in ("1", "2", "3", "4"):
         move(versions, version)
     versions.delete_model_version(NAME, "2")  # past this project, which would refuse
-    assert rollback(versions, NAME, who="tester", why="drifts") == "3"
+    assert rollback(versions, NAME, actor="tester", reason="drifts") == "3"
     assert aliases(versions) == {CHAMPION: "3", PREVIOUS: "1"}
 
 
@@ -241,7 +241,7 @@ def test_the_encoder_follows_its_classifier_there_and_back(versions, encoders):
     for version in ("1", "2"):
         move(versions, version)
         assert version_at(versions, encoders, CHAMPION) == version
-    rollback(versions, NAME, who="tester", why="drifts")
+    rollback(versions, NAME, actor="tester", reason="drifts")
     assert version_at(versions, encoders, CHAMPION) == "1"
 
 
@@ -276,10 +276,10 @@ def test_an_encoder_stays_as_long_as_its_classifier_and_no_rollback_needs_it(
 ):
     for version in ("1", "2"):
         move(versions, version)
-    with pytest.raises(StillNeeded, match="is the encoder of version 1 of 'vowels'"):
+    with pytest.raises(VersionInUse, match="is the encoder of version 1 of 'vowels'"):
         delete_version(versions, encoders, "1")
     versions.delete_model_version(encoders, "1")  # past this project
-    assert rollback(versions, NAME, who="tester", why="drifts") == "1"
+    assert rollback(versions, NAME, actor="tester", reason="drifts") == "1"
     assert aliases(versions) == {CHAMPION: "1"}
     assert version_at(versions, encoders, CHAMPION) == "2"
     assert "the encoder of version 1 of vowels, was deleted" in caplog.text
@@ -288,34 +288,36 @@ def test_an_encoder_stays_as_long_as_its_classifier_and_no_rollback_needs_it(
 def test_no_rollback_brings_back_what_was_rejected(versions):
     for version in ("1", "2", "3", "4"):
         move(versions, version)
-    reject(versions, NAME, "2", why="leaks", who="tester")
-    reject(versions, NAME, "3", why="leaks, too", who="tester")
+    reject(versions, NAME, "2", reason="leaks", actor="tester")
+    reject(versions, NAME, "3", reason="leaks, too", actor="tester")
     assert aliases(versions) == {CHAMPION: "4", PREVIOUS: "1"}
     versions.set_registered_model_alias(NAME, PREVIOUS, "3")
-    with pytest.raises(NotPromoted, match=r"was rejected: .*leaks, too; .* reject vowels 3` again"):
-        rollback(versions, NAME, who="tester", why="drifts")
-    reject(versions, NAME, "3", why="leaks, too", who="tester")
-    assert rollback(versions, NAME, who="tester", why="drifts") == "1"
+    with pytest.raises(
+        PromotionRefused, match=r"was rejected: .*leaks, too; .* reject vowels 3` again"
+    ):
+        rollback(versions, NAME, actor="tester", reason="drifts")
+    reject(versions, NAME, "3", reason="leaks, too", actor="tester")
+    assert rollback(versions, NAME, actor="tester", reason="drifts") == "1"
     assert aliases(versions) == {CHAMPION: "1"}
 
 
-def test_who_promotes_what_was_rejected_takes_the_rejection_back(versions):
+def test_a_forced_promotion_revokes_a_rejection(versions):
     move(versions, "1")
-    reject(versions, NAME, "2", why="odd", who="tester")
-    promote(versions, NAME, "2", "not odd", "tester", {}, despite_gate=True)
+    reject(versions, NAME, "2", reason="odd", actor="tester")
+    promote(versions, NAME, "2", "not odd", "tester", {}, force=True)
     move(versions, "3")
-    assert rollback(versions, NAME, who="tester", why="drifts") == "2"
+    assert rollback(versions, NAME, actor="tester", reason="drifts") == "2"
     assert aliases(versions) == {CHAMPION: "2", PREVIOUS: "1"}
 
 
 def test_bad_input_moves_nothing(versions):
     with pytest.raises(ValueError, match="no version '9'"):
-        promote(versions, NAME, "9", why="better", who="tester", evidence={})
-    with pytest.raises(ValueError, match="why is empty"):
-        promote(versions, NAME, "1", why=" ", who="tester", evidence={})
+        promote(versions, NAME, "9", reason="better", actor="tester", evidence={})
+    with pytest.raises(ValueError, match="reason is empty"):
+        promote(versions, NAME, "1", reason=" ", actor="tester", evidence={})
     with pytest.raises(ValueError, match="expected letters"):
-        promote(versions, "it's", "1", why="x", who="tester", evidence={})
+        promote(versions, "it's", "1", reason="x", actor="tester", evidence={})
     with pytest.raises(ValueError, match="not JSON compliant"):
-        promote(versions, NAME, "1", why="x", who="y", evidence={"accuracy": float("nan")})
+        promote(versions, NAME, "1", reason="x", actor="y", evidence={"accuracy": float("nan")})
     assert aliases(versions) == {}
     assert audit(versions, NAME) == []

@@ -1,6 +1,18 @@
+"""MLflow runs of jobs, and registered versions at Weights & Biases: offline, off, and online with a
+stand-in."""
+
+import contextlib
+import types
+
 import pytest
 
-from roma_pipelines.registry.runs import end_run, ensure_experiment, find_or_create_run
+from roma_core.trainer.trackers import WandbConfig
+from roma_pipelines.registry.runs import (
+    end_run,
+    ensure_experiment,
+    find_or_create_run,
+    link_wandb,
+)
 
 
 def test_a_job_has_one_run_however_often_it_is_asked_for(client, caplog):
@@ -36,3 +48,76 @@ def test_bad_names_and_a_deleted_experiment_are_named(client):
     client.delete_experiment(ensure_experiment(client, "gone").experiment_id)
     with pytest.raises(RuntimeError, match=r"'gone' was deleted; restore it with .*-x 1"):
         ensure_experiment(client, "gone")
+
+
+FACTS = {"roma.manifest_sha256": "abc"}
+
+
+TRAINER = {"project_name": "waves", "entity_name": "team"}
+
+
+@pytest.fixture
+def link(client, tmp_path):
+    """Links version 1 of a model at W&B."""
+    client.create_registered_model("waves")
+    client.create_model_version("waves", (tmp_path / "model").as_uri())
+    return lambda config, folder: link_wandb(client, config, TRAINER, "waves", "1", FACTS, folder)
+
+
+def test_wandb_off_touches_nothing(link, tmp_path):
+    assert link(WandbConfig.from_values({"mode": "disabled"}), tmp_path / "x") == "off"
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_offline_the_reference_is_left_for_sync(link, tmp_path):
+    assert link(WandbConfig.from_values({"mode": "offline"}), tmp_path) == "left for sync"
+    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def test_online_a_reference_with_its_checksum_is_linked_into_the_registry(
+    link, client, tmp_path, monkeypatch
+):
+    import wandb
+
+    calls = []
+    logged = types.SimpleNamespace(wait=lambda: calls.append("uploaded"))
+    run = types.SimpleNamespace(
+        log_artifact=lambda artifact, aliases: calls.append(artifact) or logged,
+        link_artifact=lambda artifact, target, aliases: calls.append((artifact, target, aliases)),
+    )
+    began = {}
+    monkeypatch.setattr(
+        wandb, "init", lambda **how: began.update(how) or contextlib.nullcontext(run)
+    )
+    config = WandbConfig.from_values({"mode": "online", "api_key": "x" * 40})
+
+    assert link(config, tmp_path) == "linked"
+
+    artifact, uploaded, linked = calls
+    assert (began["project"], began["entity"]) == ("waves", "team")
+    assert uploaded == "uploaded"
+    assert linked == (logged, "wandb-registry-model/waves", ["mlflow-1"])
+    assert artifact.metadata == FACTS | {"mlflow_tracking_uri": client.tracking_uri}
+    (entry,) = artifact.manifest.entries.values()
+    assert entry.ref == "models:/waves/1"
+
+
+def test_a_version_is_linked_once_and_a_failure_is_tried_again(link, tmp_path, monkeypatch):
+    import wandb
+
+    def fails(**_):
+        raise OSError("no route")
+
+    run = types.SimpleNamespace(
+        log_artifact=lambda artifact, aliases: types.SimpleNamespace(wait=lambda: None),
+        link_artifact=lambda artifact, target, aliases: None,
+    )
+    online = WandbConfig.from_values({"mode": "online", "api_key": "x" * 40})
+    monkeypatch.setattr(wandb, "init", fails)
+    assert link(WandbConfig.from_values({"mode": "disabled"}), tmp_path) == "off"
+    assert link(online, tmp_path) == "failed: no route"
+    monkeypatch.setattr(wandb, "init", lambda **_: contextlib.nullcontext(run))
+    assert link(online, tmp_path) == "linked"
+    monkeypatch.setattr(wandb, "init", lambda **_: pytest.fail("linked twice"))
+    assert link(online, tmp_path) == "linked"

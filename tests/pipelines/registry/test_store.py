@@ -7,6 +7,7 @@ import pytest
 
 from roma_pipelines.registry import store
 from roma_pipelines.registry.store import DATABASE, MlflowSettings, StoreError, ensure_store
+from tests.time_limits import within
 
 
 def execute(path, *statements):
@@ -55,7 +56,7 @@ def test_processes_that_start_together_build_one_store(tmp_path, store_template,
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(within(60))
 
     assert [process.exitcode for process in processes] == [0] * 4
     assert log.read_text() == "x"
@@ -67,18 +68,14 @@ def test_a_crash_while_building_leaves_nothing_in_the_way(tmp_path, store_templa
     root.mkdir()
     (root / f".{DATABASE}.building").write_bytes(b"half a database")
     (root / f".{DATABASE}.building-journal").write_bytes(b"half a journal")
-    from mlflow.store.tracking import sqlalchemy_store
 
-    class Store:
-        def __init__(self, uri, artifacts):
-            path = uri.removeprefix("sqlite:///")
-            assert not os.path.exists(path)  # noqa: PTH110
-            with open(path, "wb") as file:  # noqa: PTH123
-                file.write(store_template.read_bytes())
-            self.engine = contextlib.nullcontext()
-            self.engine.dispose = lambda: None
+    def upgrade_tables(uri, root):
+        path = uri.removeprefix("sqlite:///")
+        assert not os.path.exists(path)  # noqa: PTH110
+        with open(path, "wb") as file:  # noqa: PTH123
+            file.write(store_template.read_bytes())
 
-    monkeypatch.setattr(sqlalchemy_store, "SqlAlchemyStore", Store)
+    monkeypatch.setattr(store, "_upgrade_tables", upgrade_tables)
 
     ensure_store(root)
 
@@ -139,7 +136,7 @@ def test_an_older_store_is_upgraded_and_kept(store_root):
 
 def test_an_older_store_in_use_is_not_upgraded(store_root, monkeypatch):
     database = store_root / DATABASE
-    monkeypatch.setattr(store, "_state_of", lambda _: ("older", "abc"))
+    monkeypatch.setattr(store, "_inspect", lambda _: ("older", "abc"))
     monkeypatch.setattr(store, "_build", lambda *_: pytest.fail("built"))
     connect = sqlite3.connect
     monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: connect(*a, **{**k, "timeout": 0.1}))

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 
 from roma_core.files import sha256_of
+from roma_core.serving.package import MODEL_CODE, lock_hash, locked, requirements
 from roma_core.serving.pyfunc_model import Classifier, Series
-from roma_core.serving.schema import lock_hash, locked, requirements
 from roma_pipelines.registry import versions
 from roma_pipelines.registry.gate import GATE_TAG
 from roma_pipelines.registry.promotion import promote
 from roma_pipelines.registry.runs import find_or_create_run
-from roma_pipelines.registry.versions import EVIDENCE_TAGS, logged_file, register, version_at
+from roma_pipelines.registry.versions import EVIDENCE_TAGS, register, version_at
 from tests.core.serving import toy
+from tests.time_limits import within
 
 NAME = "vowels"
 EVIDENCE = {tag: f"value of {tag}" for tag in EVIDENCE_TAGS} | {GATE_TAG: "passed"}
@@ -57,7 +58,7 @@ def test_a_job_has_one_version_and_the_newest_is_the_candidate(client, package, 
         "roma.job_key": "k1",
         "roma.run_id": run_id,
         "roma.manifest_sha256": package[1],
-        "roma.code_sha256": sha256_of(logged_file()),
+        "roma.code_sha256": sha256_of(MODEL_CODE),
     }
     assert version.description == "# toy\n\nA *small* model."
     assert version.run_id == run_id
@@ -126,7 +127,7 @@ def test_a_consumer_without_this_project_loads_predicts_and_is_protected(
     client, package, store_root, tmp_path
 ):
     version, _ = registered(client, package)
-    promote(client, NAME, version, why="first", who="tester", evidence={})
+    promote(client, NAME, version, reason="first", actor="tester", evidence={})
     rows = [toy.series(n, seed=n).model_dump() for n in (3, 50, 1, 7)]
     nan = {**rows[0], "values": {**rows[0]["values"], "flux": [1.0, 2.0, float("nan")]}}
     colour = {**rows[0], "values": {**rows[0]["values"], "colour": [1.0, 2.0, 3.0]}}
@@ -144,7 +145,7 @@ def test_a_consumer_without_this_project_loads_predicts_and_is_protected(
         env=environment | {"MLFLOW_DISABLE_TELEMETRY": "true", "HOME": str(outside)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=within(60),
     )
 
     assert done.returncode == 0, done.stderr

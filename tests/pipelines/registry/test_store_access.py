@@ -1,4 +1,4 @@
-"""A real MLflow server that asks who one is: registry, jobs, and what it says to the wrong password."""
+"""A real MLflow server with authentication: registry, jobs, and the error for a wrong password."""
 
 import importlib.util
 import os
@@ -50,7 +50,7 @@ def guarded(store_template, tmp_path_factory):
 
 @pytest.fixture
 def known(guarded, tmp_path, monkeypatch):
-    """Settings that the server takes, all from a file."""
+    """Settings that the server accepts, all from a file."""
     file = tmp_path / "known.env"
     file.write_text(
         f"ROMA_MLFLOW_TRACKING_URI={guarded}\n"
@@ -61,7 +61,7 @@ def known(guarded, tmp_path, monkeypatch):
 
 
 def refused(storage, *command):
-    """What a command says that the server does not let in."""
+    """Output of a command that the server refuses."""
     done = subprocess.run(
         [sys.executable, "-m", "roma_pipelines.cli", *command],
         env=os.environ | {"ROMA_STORAGE_ROOT": str(storage.root)},
@@ -76,7 +76,7 @@ def test_a_version_is_registered_promoted_and_fetched(known, storage, toy_packag
     client = connect(MlflowSettings(), storage.mlflow)
     version = registered_as(client, toy_package, "toy", "1" * 20)
 
-    promote(client, "toy", version, why="first", who="tester", evidence={})
+    promote(client, "toy", version, reason="first", actor="tester", evidence={})
 
     assert version_at(client, "toy", "champion") == version
     assert fetch(client, resolve(client, "models:/toy@champion"), tmp_path / "cache").is_dir()
@@ -101,7 +101,7 @@ def test_a_job_logs_as_the_user_and_no_file_has_the_password(known, storage, tmp
     assert run.info.status == "FINISHED"
     assert run.data.metrics["train/loss"] > 0
     (log,) = storage.jobs.glob("*/attempts/1/log")
-    assert "mlflow:" not in log.read_text()  # the job's own follower got through
+    assert "mlflow:" not in log.read_text()  # the job's own tracker was accepted
     files = [path for path in storage.root.rglob("*") if path.is_file()]
     assert files
     for file in files:
@@ -113,7 +113,7 @@ def test_a_job_logs_as_the_user_and_no_file_has_the_password(known, storage, tmp
     [
         ({"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "wrong, too"}, "the user 'admin'"),
         ({"ROMA_MLFLOW_USERNAME": "ada", "ROMA_MLFLOW_PASSWORD": "wrong, too"}, "the user 'ada'"),
-        ({}, "somebody without a name"),
+        ({}, "a request without a user"),
     ],
 )  # fmt: skip
 def test_a_wrong_password_is_one_sentence(guarded, storage, monkeypatch, variables, says):
@@ -124,7 +124,7 @@ def test_a_wrong_password_is_one_sentence(guarded, storage, monkeypatch, variabl
     with pytest.raises(StoreError, match=f"{guarded} refuses {says} .401: .*ROMA_MLFLOW_PASSWORD"):
         connect(MlflowSettings(), storage.mlflow)
 
-    said = refused(storage, "rollback", "toy", "--why", "x")
+    said = refused(storage, "rollback", "toy", "--reason", "x")
     assert f"refuses {says}" in said and "Traceback" not in said and "wrong, too" not in said
 
 
@@ -147,7 +147,7 @@ def test_a_training_is_refused_before_there_is_a_job(guarded, storage, tmp_path,
     assert list(storage.jobs.iterdir()) == []
 
 
-def test_a_name_without_a_password_is_told(storage, monkeypatch):
+def test_a_user_name_without_a_password_is_refused(storage, monkeypatch):
     monkeypatch.setenv("ROMA_MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     monkeypatch.setenv("ROMA_MLFLOW_USERNAME", "ada")
 
@@ -164,7 +164,7 @@ def test_a_token_with_a_line_break_is_refused_and_not_repeated(storage, monkeypa
     assert "s3cr3t" not in str(refusal.value)
 
 
-def test_a_name_alone_is_nobodys_business_without_a_server(storage, monkeypatch):
+def test_a_user_name_alone_is_no_error_without_a_server(storage, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "left over")
 
     connect(MlflowSettings(), storage.mlflow)

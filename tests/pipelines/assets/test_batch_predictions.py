@@ -44,7 +44,7 @@ def test_another_input_is_another_version_and_no_champion_is_no_failure(
     assert predicted() == []
     client = connect(MlflowSettings(), storage.mlflow)
     registered_as(client, toy_package, "waves", "k1")
-    promote(client, "waves", "1", why="first", who="tester", evidence={})
+    promote(client, "waves", "1", reason="first", actor="tester", evidence={})
 
     first, again = predicted(), predicted()
     source.write_text(toy.series(4, seed=2).model_dump_json() + "\n")

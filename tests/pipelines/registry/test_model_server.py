@@ -7,9 +7,9 @@ import urllib.request
 
 import pytest
 
-from roma_core.serving.client import RequestRefused, ServedModel, ServerFailed
+from roma_core.serving.client import RequestRejected, ServedModel, ServerError
+from roma_core.serving.client import Series as ClientSeries
 from roma_core.serving.pyfunc_model import Classifier, Series
-from roma_core.serving.schema import Series as ClientSeries
 from roma_pipelines.registry.promotion import promote
 from roma_pipelines.registry.store import MlflowSettings, connect
 from tests.core.serving import toy
@@ -34,7 +34,7 @@ def house(store_template, toy_package, other_package, tmp_path_factory):
     client = connect(MlflowSettings.from_values({}), root)
     registered_as(client, toy_package, "stars", "k1")
     registered_as(client, other_package, "stars", "k2", **{"roma.compared_with": "1"})
-    promote(client, "stars", "1", why="first", who="tester", evidence={})
+    promote(client, "stars", "1", reason="first", actor="tester", evidence={})
     uri = client.tracking_uri
     command = ["models", "serve", "-m", "models:/stars@champion", "--env-manager", "local"]
     folder = tmp_path_factory.mktemp("serving")
@@ -101,12 +101,12 @@ def test_the_thin_client_knows_which_version_answers(house, toy_package, tmp_pat
         assert found.label == one.label
         assert found.probabilities == pytest.approx(one.probabilities, abs=1e-6)
 
-    with pytest.raises(ServerFailed, match="it serves another version"):
+    with pytest.raises(ServerError, match="it serves another version"):
         ServedModel.verified(url, "models:/stars/2", uri, tmp_path)
-    with pytest.raises(RequestRefused, match="'ratio' is missing"):
+    with pytest.raises(RequestRejected, match="'ratio' is missing"):
         model.predict([ClientSeries(**GOOD | {"values": {"flux": [1, 2]}})])
-    with pytest.raises(RequestRefused, match="not finite"):
+    with pytest.raises(RequestRejected, match="not finite"):
         infinite = GOOD["values"] | {"flux": [1, float("inf")]}
         model.predict([ClientSeries(**GOOD | {"values": infinite})])
-    with pytest.raises(ServerFailed, match="did not answer"):
+    with pytest.raises(ServerError, match="did not answer"):
         ServedModel("http://127.0.0.1:9", timeout_s=2).predict(rows)
