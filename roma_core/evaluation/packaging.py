@@ -24,7 +24,7 @@ from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.serving.client import Series as RequestSeries
 from roma_core.serving.package import MAX_LENGTH, build_package, size_mb
-from roma_core.serving.pyfunc_model import Classifier, Series
+from roma_core.serving.pyfunc_model import Series, open_package
 from roma_core.serving.smoke_test import SmokeTest, SmokeTestFailed, smoke_test_package
 from roma_core.trainer.dataloader import Collate
 from roma_core.trainer.evaluator import classify
@@ -49,7 +49,7 @@ def predict_packaged(package_folder: Path, test: Subset) -> PredictionTable:
         NotComparable: it is damaged, or was made for another schema.
     """
     try:
-        classifier = Classifier.open(package_folder)
+        classifier = open_package(package_folder)
     except Exception as error:  # a damaged file may fail in any way at all
         raise NotComparable(
             f"the package does not load: {type(error).__name__}: {error}"
@@ -67,7 +67,7 @@ def predict_packaged(package_folder: Path, test: Subset) -> PredictionTable:
 def serving_difference(package_folder: Path, table: PredictionTable, test: Subset) -> float:
     """Largest difference of a probability between the packed model and the package."""
     rows = range(0, len(test), -(-len(test) // _PARITY_SERIES))
-    served = Classifier.open(package_folder).outputs([Series(**s) for s in raw_series(test, rows)])
+    served = open_package(package_folder).outputs([Series(**s) for s in raw_series(test, rows)])
     return float(np.abs(served - table.probabilities[list(rows)]).max())
 
 

@@ -22,7 +22,6 @@ from roma_core.serving.client import Features, Prediction, Series
 
 if TYPE_CHECKING:
     import torch
-    from pydantic import BaseModel
 
 MODEL_CODE = Path(__file__).with_name("pyfunc_model.py")
 """The file to log with ``mlflow.pyfunc.log_model(python_model=...)``, artifact ``package``."""
@@ -163,25 +162,16 @@ def json_schema(schema: DataSchema, max_length: int, n_features: int | None = No
     Args:
         n_features: outputs of an encoder; None for a classifier.
     """
-    units = schema.units
-    required = [name for name, unit in units.items() if unit not in ("1", name)]
-    series = {
-        "title": "Series",
-        "description": Series.__doc__,
-        "type": "object",
-        "properties": {
-            "id": {"type": ["string", "null"], "description": "Returned with the prediction."},
-            "positions": _object({a.name: _numbers(a.unit, max_length) for a in schema.axes}),
-            "values": _object({c.name: _numbers(c.unit, max_length) for c in schema.channels}),
-            "units": {
-                **_object({name: {"const": unit} for name, unit in units.items()}, required),
-                "description": "Checked; pure numbers may be left out.",
-            },
-        },
-        "required": ["positions", "values", *(["units"] if required else [])],
-        "additionalProperties": False,
+    required = [name for name, unit in schema.units.items() if unit not in ("1", name)]
+    series = Series.model_json_schema()
+    series["properties"] |= {
+        "positions": _object({a.name: _numbers(a.unit, max_length) for a in schema.axes}),
+        "values": _object({c.name: _numbers(c.unit, max_length) for c in schema.channels}),
+        "units": _object({name: {"const": unit} for name, unit in schema.units.items()}, required)
+        | {"description": "Checked; pure numbers may be left out."},
     }
-    answer: type[BaseModel] = Prediction if n_features is None else Features
+    series["required"] = ["positions", "values", *(["units"] if required else [])]
+    answer = Prediction if n_features is None else Features
     output = answer.model_json_schema()
     if n_features is None:
         probability = {"type": "number", "minimum": 0, "maximum": 1}
@@ -189,16 +179,12 @@ def json_schema(schema: DataSchema, max_length: int, n_features: int | None = No
         output["properties"]["probabilities"] = _object(dict.fromkeys(schema.classes, probability))
     else:
         output["properties"]["features"] |= {"minItems": n_features, "maxItems": n_features}
+    inputs = {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/Series"}}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$defs": {"Series": series, answer.__name__: output},
         "title": "Request of an inference server",
-        "type": "object",
-        "properties": {
-            "inputs": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/Series"}}
-        },
-        "required": ["inputs"],
-        "additionalProperties": False,
+        **_object({"inputs": inputs}),
     }
 
 

@@ -19,7 +19,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +95,7 @@ class PackageError(RuntimeError):
 class Package:
     """A loaded package folder: maps series to one row of outputs each.
 
-    The constructor trusts the folder; ``open`` verifies it.
+    The constructor trusts the folder; ``open_package`` verifies it.
     """
 
     golden_field: str
@@ -113,19 +113,6 @@ class Package:
         self.units_required: bool = package["units_required"]
         self.n_outputs: int = package["n_outputs"]
         self._program = torch.export.load(folder / "model.pt2").module()
-
-    @classmethod
-    def open(cls, folder: Path) -> Self:
-        """Verify every file, load, and check the golden rows.
-
-        Raises:
-            PackageError: a file is missing, changed or of another version (found before anything is
-                deserialised), or a golden row is not reproduced.
-        """
-        verify_files(folder)
-        package = cls(folder)
-        package.check_golden(folder / "golden.jsonl")
-        return package
 
     def outputs(self, series: list[Series]) -> NDArray[np.float64]:
         """Outputs ``(len(series), K)`` float64, in the order given.
@@ -313,7 +300,12 @@ class FeatureExtractor(Package):
 
 
 def open_package(folder: Path) -> Classifier | FeatureExtractor:
-    """Verify and load a package of either kind; see ``Package.open``."""
+    """Verify every file of a package, load it, and check the golden rows.
+
+    Raises:
+        PackageError: a file is missing, changed or of another version (found before anything is
+            deserialised), or a golden row is not reproduced.
+    """
     verify_files(folder)
     package = KINDS[_read(folder / "package.json")["kind"]](folder)
     package.check_golden(folder / "golden.jsonl")
@@ -399,11 +391,9 @@ def _read(path: Path) -> Any:
 class _Pyfunc(PythonModel):
     """What ``mlflow.pyfunc.load_model`` and ``mlflow models serve`` run."""
 
-    kind: type[Classifier] | type[FeatureExtractor]
-
     def load_context(self, context: Any) -> None:
         """Verify and load the package folder, the artifact ``package``."""
-        self.package = self.kind.open(Path(context.artifacts["package"]))
+        self.package = open_package(Path(context.artifacts["package"]))
 
     def _predict(self, series: list[Series]) -> Any:
         """An invalid series is raised as the MlflowException that the server returns as HTTP 400."""
@@ -414,8 +404,6 @@ class _Pyfunc(PythonModel):
 
 
 class PyfuncClassifier(_Pyfunc):
-    kind = Classifier
-
     def predict(  # type: ignore[override]
         self, model_input: list[Series], params=None
     ) -> list[Prediction]:
@@ -424,8 +412,6 @@ class PyfuncClassifier(_Pyfunc):
 
 
 class PyfuncEncoder(_Pyfunc):
-    kind = FeatureExtractor
-
     def predict(  # type: ignore[override]
         self, model_input: list[Series], params=None
     ) -> list[Features]:

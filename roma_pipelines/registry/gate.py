@@ -126,44 +126,29 @@ def gate(
             be evaluated.
     """
     metrics = evaluate(candidate, n_bootstrap=100)
+    accuracy, ece = metrics.accuracy.value, metrics.calibration_error.value
+    accuracy_text = f"accuracy {accuracy:.4f} on {metrics.n_series} series"
+    ece_text = f"expected calibration error {ece:.4f}"
+    difference, size_mb = measured.serving_difference, measured.size_mb
+    parity_text = f"trained model and package differ by {difference:.1e}"
+    size_text = f"the package has {size_mb:.2f} MB"
     problem, gain = measured.champion_problem, None
     if champion is not None and problem is None:
         problem, gain = _paired_gain(candidate, champion)
-    return GateDecision(
-        checks=(
-            _comparable(problem, gain),
-            _not_worse(problem, gain, thresholds),
-            _class_floor(metrics, candidate, gain, thresholds),
-            _better_than_guessing(candidate, thresholds),
-            _limited(
-                "accuracy",
-                metrics.accuracy.value,
-                f"accuracy {metrics.accuracy.value:.4f} on {metrics.n_series} series",
-                at_least=thresholds.min_accuracy,
-            ),
-            _limited(
-                "calibration",
-                metrics.calibration_error.value,
-                f"calibration error {metrics.calibration_error.value:.4f}",
-                at_most=thresholds.max_calibration_error,
-            ),
-            _golden_rows(measured),
-            _limited(
-                "serving_parity",
-                measured.serving_difference,
-                f"trained model and package differ by {measured.serving_difference:.1e}",
-                at_most=MAX_SERVING_DIFFERENCE,
-            ),
-            _latency(measured, thresholds),
-            _limited(
-                "size",
-                measured.size_mb,
-                f"the package has {measured.size_mb:.2f} MB",
-                at_most=thresholds.max_size_mb,
-            ),
-            _no_leak(measured.leaks),
-        )
+    checks = (
+        _comparable(problem, gain),
+        _not_worse(problem, gain, thresholds),
+        _class_floor(metrics, candidate, gain, thresholds),
+        _better_than_guessing(candidate, thresholds),
+        _limited("accuracy", accuracy, accuracy_text, at_least=thresholds.min_accuracy),
+        _limited("calibration", ece, ece_text, at_most=thresholds.max_calibration_error),
+        _golden_rows(measured),
+        _limited("serving_parity", difference, parity_text, at_most=MAX_SERVING_DIFFERENCE),
+        _latency(measured, thresholds),
+        _limited("size", size_mb, size_text, at_most=thresholds.max_size_mb),
+        _no_leak(measured.leaks),
     )
+    return GateDecision(checks=checks)
 
 
 def _limited(

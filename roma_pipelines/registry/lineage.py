@@ -29,7 +29,7 @@ from roma_pipelines.registry.versions import (
     ENCODER_TAG,
     RUN_ID_TAG,
     create_version,
-    find_version,
+    find_tagged,
     set_candidate,
 )
 
@@ -230,7 +230,7 @@ def transfer(source: MlflowClient, target: MlflowClient, uri: str, experiment: s
     with tempfile.TemporaryDirectory() as scratch:
         folder = fetch(source, version, Path(scratch) / "from")
         with model_lock(target, name):
-            copied = find_version(target, name, MANIFEST_TAG, version.manifest_sha256)
+            copied = find_tagged(target, name, MANIFEST_TAG, version.manifest_sha256)
             if copied is None:
                 copied = _copy(source, target, version, folder, experiment)
         fetch(target, resolve(target, f"models:/{name}/{copied}"), Path(scratch) / "to")
@@ -253,7 +253,7 @@ def _copy(
     compared = tags.get(COMPARED_TAG, NO_CHAMPION)
     if compared != NO_CHAMPION:  # as the target numbers that version
         champion = resolve(source, f"models:/{name}/{compared}")
-        number = find_version(target, name, MANIFEST_TAG, champion.manifest_sha256)
+        number = find_tagged(target, name, MANIFEST_TAG, champion.manifest_sha256)
         tags[COMPARED_TAG] = number or f"a version that is not here ({champion.uri} of the origin)"
     experiment_id = ensure_experiment(target, experiment).experiment_id
     logged = target.create_logged_model(experiment_id, name=name)

@@ -29,6 +29,7 @@ from roma_pipelines.registry.versions import (
     COMPARED_TAG,
     ENCODER_TAG,
     encoder_name,
+    find_version,
     get_version,
     version_at,
 )
@@ -58,10 +59,13 @@ class AuditEvent(Frozen):
     """One decision about a version."""
 
     schema_version: Literal[1] = 1
-    at: str = Field(description="UTC, ISO 8601.")
+    at: str = Field(
+        default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"),
+        description="UTC, ISO 8601.",
+    )
     action: Action
     version: str = Field(description="The new champion, or the rejected version.")
-    replaced: str | None = Field(description="The champion until then; None for a rejection.")
+    replaced: str | None = Field(None, description="The champion until then; None if rejected.")
     # registries that exist hold these two as `who` and `why`
     actor: str = Field(validation_alias=AliasChoices("actor", "who"))
     reason: str = Field(validation_alias=AliasChoices("reason", "why"))
@@ -75,28 +79,12 @@ def audit(client: MlflowClient, name: str) -> list[AuditEvent]:
     return [AuditEvent.model_validate_json(tags[key]) for key in keys]
 
 
-def _record(
-    client: MlflowClient,
-    name: str,
-    action: Action,
-    version: str,
-    replaced: str | None,
-    actor: str,
-    reason: str,
-    evidence: Mapping[str, Any],
-) -> AuditEvent:
+def _record(client: MlflowClient, name: str, **fields: Any) -> AuditEvent:
     """Append an event; the caller holds the lock of the model."""
-    event = AuditEvent(
-        at=datetime.now(UTC).isoformat(timespec="milliseconds"),
-        action=action,
-        version=version,
-        replaced=replaced,
-        actor=actor,
-        reason=reason,
-        evidence=json.loads(json.dumps(evidence, allow_nan=False)),
-    )
+    event = AuditEvent(**fields)
+    content = json.dumps(event.model_dump(), allow_nan=False)
     number = len(audit(client, name)) + 1
-    client.set_registered_model_tag(name, f"{AUDIT_TAG}{number:06d}", event.model_dump_json())
+    client.set_registered_model_tag(name, f"{AUDIT_TAG}{number:06d}", content)
     return event
 
 
@@ -145,7 +133,10 @@ def promote(
             if not force:
                 raise PromotionRefused(refusal)
             evidence = {**evidence, "forced_despite": refusal}
-        _record(client, name, "promote", version, replaced, actor, reason, evidence)
+        _record(
+            client, name, action="promote", version=version, replaced=replaced,
+            actor=actor, reason=reason, evidence=evidence,
+        )  # fmt: skip
         if replaced is not None:
             client.set_registered_model_alias(name, PREVIOUS, replaced)
         client.set_registered_model_alias(name, CHAMPION, version)
@@ -171,7 +162,7 @@ def reject(client: MlflowClient, name: str, version: str, reason: str, actor: st
                 f"version {version} of {name!r} is the champion; `roma-pipeline rollback {name}` "
                 f"restores the one before it"
             )
-        event = _record(client, name, "reject", version, None, actor, reason, {})
+        event = _record(client, name, action="reject", version=version, actor=actor, reason=reason)
         if version_at(client, name, PREVIOUS) == version:
             _set_previous(client, name, _predecessor(client, name, version, champion))
         client.set_model_version_tag(name, version, REJECTED_TAG, f"{event.at} {actor}: {reason}")
@@ -201,7 +192,10 @@ def rollback(client: MlflowClient, name: str, actor: str, reason: str) -> str:
                 f"to the one before it"
             )
         if version != champion:  # equal after a crash before the last step
-            _record(client, name, "rollback", version, champion, actor, reason, {})
+            _record(
+                client, name, action="rollback", version=version, replaced=champion,
+                actor=actor, reason=reason,
+            )  # fmt: skip
             client.set_registered_model_alias(name, CHAMPION, version)
         _move_encoder_alias(client, name, version)
         _set_previous(client, name, _predecessor(client, name, version, version))
@@ -319,7 +313,7 @@ def _move_encoder_alias(client: MlflowClient, name: str, version: str) -> None:
     encoder = client.get_model_version(name, version).tags.get(ENCODER_TAG)
     if encoder is None:
         return
-    if not _exists(client, encoder_name(name), encoder):  # the classifier serves without it
+    if find_version(client, encoder_name(name), encoder) is None:  # the classifier serves without
         _log.warning(
             "version %s of %s, the encoder of version %s of %s, was deleted; the champion of the "
             "encoder is unchanged",
@@ -343,21 +337,9 @@ def _predecessor(client: MlflowClient, name: str, version: str, champion: str | 
     for event in reversed(audit(client, name)):
         if event.action == "promote" and event.version == before:
             before = event.replaced
-            if before is None or (before != champion and _may_return(client, name, before)):
+            if before is None:
+                return None
+            found = find_version(client, name, before)
+            if before != champion and found is not None and REJECTED_TAG not in found.tags:
                 return before
     return None
-
-
-def _may_return(client: MlflowClient, name: str, version: str) -> bool:
-    return (
-        _exists(client, name, version)
-        and REJECTED_TAG not in get_version(client, name, version).tags
-    )
-
-
-def _exists(client: MlflowClient, name: str, version: str) -> bool:
-    try:
-        get_version(client, name, version)
-    except ValueError:
-        return False
-    return True

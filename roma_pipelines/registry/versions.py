@@ -30,6 +30,7 @@ EVIDENCE_TAGS = (
     "roma.dagster_run_id",
 )
 """Tags that every version must have, beside its run, its job and its checksums."""
+_NOT_FOUND = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 def register(
@@ -73,7 +74,7 @@ def register(
         if model_id is None:
             model_id = _log_model(client, package_folder, name, job_key, run_id, metrics)
     with model_lock(client, name):
-        version = find_version(client, name, JOB_KEY_TAG, job_key)
+        version = find_tagged(client, name, JOB_KEY_TAG, job_key)
         if version is None:
             card = (package_folder / "MODEL_CARD.md").read_text(encoding="utf-8")
             version = create_version(client, name, model_id, run_id, all_tags, card)
@@ -100,7 +101,19 @@ def version_at(client: MlflowClient, name: str, alias: str) -> str | None:
     try:
         return str(client.get_model_version_by_alias(name, alias).version)
     except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        if error.error_code in _NOT_FOUND:
+            return None
+        raise
+
+
+def find_version(client: MlflowClient, name: str, version: str) -> ModelVersion | None:
+    """The registered version; None if there is none."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version(name, version)
+    except MlflowException as error:
+        if error.error_code in _NOT_FOUND:
             return None
         raise
 
@@ -111,15 +124,13 @@ def get_version(client: MlflowClient, name: str, version: str) -> ModelVersion:
     Raises:
         ValueError: there is none.
     """
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_model_version(name, version)
-    except MlflowException as error:
-        raise ValueError(f"model {name!r} has no version {version!r}: {error.message}") from error
+    found = find_version(client, name, version)
+    if found is None:
+        raise ValueError(f"model {name!r} has no version {version!r}")
+    return found
 
 
-def find_version(client: MlflowClient, name: str, tag: str, value: str | None) -> str | None:
+def find_tagged(client: MlflowClient, name: str, tag: str, value: str | None) -> str | None:
     """The first version of a model with a tag of that value."""
     found = client.search_model_versions(f"name = '{name}' AND tags.`{tag}` = '{value}'")
     return min((str(v.version) for v in found), key=int, default=None)

@@ -112,14 +112,14 @@ def _packed(model: Any, given: list[tuple[torch.Tensor, torch.Tensor]], at_once:
 
 
 def measure_speed(folder: Path, model: Any, n: int, repeats: int) -> None:
-    from roma_core.serving.pyfunc_model import Classifier, Series
+    from roma_core.serving.pyfunc_model import Series, open_package
 
     torch.set_num_threads(1)
     rng = np.random.default_rng(1)
     rows = [light_curve(rng) for _ in range(n)]
     given = [tensors(row) for row in rows]
     batches = _packed(model, given, at_once=64)
-    classifier = Classifier.open(folder / "package")
+    classifier = open_package(folder / "package")
     series = [Series(**row) for row in rows]
     clock = Clock("cpu", 1)
     few = range(20)
@@ -142,7 +142,7 @@ def measure_speed(folder: Path, model: Any, n: int, repeats: int) -> None:
     )
     times = {name: timing.median / len(few) * 1e3 for name, timing in single.items()}
     rates = {name: n / timing.median for name, timing in many.items()}
-    opening = clock.interleaved({"open": lambda: Classifier.open(folder / "package")}, 3)["open"]
+    opening = clock.interleaved({"open": lambda: open_package(folder / "package")}, 3)["open"]
     print(f"verify, load and 10 golden rows ({clock}): {opening.median:.2f} s")
     print(
         f"one series ({clock}): package {times['package']:.2f} ms, bare model.forward "

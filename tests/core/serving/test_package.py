@@ -15,7 +15,13 @@ from jsonschema import Draft202012Validator, ValidationError
 from roma_core.schema import ChannelNormalisation, DataSchema, Normaliser, PositionAxis
 from roma_core.serving import client, pyfunc_model
 from roma_core.serving.package import verify_package
-from roma_core.serving.pyfunc_model import Classifier, InvalidSeries, PackageError, Series
+from roma_core.serving.pyfunc_model import (
+    Classifier,
+    InvalidSeries,
+    PackageError,
+    Series,
+    open_package,
+)
 from tests.core.serving import toy
 
 FILES = (
@@ -32,7 +38,7 @@ def package(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def classifier(package):
-    return Classifier.open(package)
+    return open_package(package)
 
 
 def given(n=4, seed=0, **changes):

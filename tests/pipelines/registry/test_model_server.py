@@ -9,7 +9,7 @@ import pytest
 
 from roma_core.serving.client import RequestRejected, ServedModel, ServerError
 from roma_core.serving.client import Series as ClientSeries
-from roma_core.serving.pyfunc_model import Classifier, Series
+from roma_core.serving.pyfunc_model import Series, open_package
 from roma_pipelines.registry.promotion import promote
 from roma_pipelines.registry.store import MlflowSettings, connect
 from tests.core.serving import toy
@@ -50,7 +50,7 @@ def test_the_example_with_curl(house, toy_package):
     assert code == "200", body
     answers = json.loads(body)["predictions"]
     rows = json.loads(CURL.split("-d '")[1].rstrip("'\n"))["inputs"]
-    expected = Classifier.open(toy_package[0]).predict([Series(**row) for row in rows])
+    expected = open_package(toy_package[0]).predict([Series(**row) for row in rows])
     assert [a["id"] for a in answers] == [None, "short"]
     for answer, one in zip(answers, expected, strict=True):
         assert answer["label"] == one.label
@@ -96,7 +96,7 @@ def test_the_thin_client_knows_which_version_answers(house, toy_package, tmp_pat
     model = ServedModel.verified(url, "models:/stars@champion", uri, tmp_path)
     assert model.version.version == "1"
     rows = [toy.series(n, seed=n) for n in (4, 1, 9)]
-    expected = Classifier.open(toy_package[0]).predict([Series(**r.model_dump()) for r in rows])
+    expected = open_package(toy_package[0]).predict([Series(**r.model_dump()) for r in rows])
     for found, one in zip(model.predict(rows), expected, strict=True):
         assert found.label == one.label
         assert found.probabilities == pytest.approx(one.probabilities, abs=1e-6)

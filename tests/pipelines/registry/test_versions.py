@@ -13,7 +13,7 @@ import pytest
 
 from roma_core.files import sha256_of
 from roma_core.serving.package import MODEL_CODE, lock_hash, locked, requirements
-from roma_core.serving.pyfunc_model import Classifier, Series
+from roma_core.serving.pyfunc_model import Series, open_package
 from roma_pipelines.registry import versions
 from roma_pipelines.registry.gate import GATE_TAG
 from roma_pipelines.registry.promotion import promote
@@ -150,7 +150,7 @@ def test_a_consumer_without_this_project_loads_predicts_and_is_protected(
 
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])
-    expected = Classifier.open(package[0]).predict([Series(**row) for row in rows])
+    expected = open_package(package[0]).predict([Series(**row) for row in rows])
     for found, here in zip(answer["predictions"], expected, strict=True):
         assert (found["id"], found["label"]) == (here.id, here.label)
         np.testing.assert_allclose(
