@@ -321,3 +321,15 @@ def test_bad_input_moves_nothing(versions):
         promote(versions, NAME, "1", reason="x", actor="y", evidence={"accuracy": float("nan")})
     assert aliases(versions) == {}
     assert audit(versions, NAME) == []
+
+
+def test_an_event_of_an_older_registry_is_read(versions):
+    stored = (
+        '{"schema_version": 1, "at": "2026-11-01T00:00:00.000+00:00", "action": "promote", '
+        '"version": "1", "replaced": null, "who": "ada", "why": "first", "evidence": {}}'
+    )
+    versions.set_registered_model_tag(NAME, "roma.audit.000001", stored)
+    (event,) = audit(versions, NAME)
+    assert (event.actor, event.reason) == ("ada", "first")
+    move(versions, "2")
+    assert [e.version for e in audit(versions, NAME)] == ["1", "2"]

@@ -13,6 +13,7 @@ from roma_core.serving.registry_client import (
     fetch,
     load,
     resolve,
+    verify,
 )
 from roma_pipelines.registry.promotion import promote, rollback
 from tests.core.serving import toy
@@ -124,3 +125,14 @@ def test_the_last_three_champions_still_load(registry, toy_package, tmp_path):
         package = load(fetch(registry, version, tmp_path))
         answers.append(package.predict([package.module.Series(**row) for row in rows])[0])
     assert answers[0] == answers[2] != answers[1]
+
+
+def test_the_code_of_a_model_may_have_any_name_but_there_is_one(registry, tmp_path):
+    version = resolve(registry, CHAMPION)
+    folder = fetch(registry, version, tmp_path)
+    (folder / "pyfunc_model.py").rename(folder / "logged_model.py")  # as older versions called it
+    verify(folder, version)
+    assert load(folder).classes == list(toy.CLASSES)
+    (folder / "second.py").write_text("")
+    with pytest.raises(FetchError, match=r"one Python file, found logged_model\.py, second\.py"):
+        verify(folder, version)
