@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +28,12 @@ def storage(store_template, tmp_path, monkeypatch) -> Iterator[Storage]:
     prepare_instance(storage)
     yield storage
     os.environ.pop("DAGSTER_HOME", None)
+
+
+@pytest.fixture(scope="session")
+def toy_package(tmp_path_factory) -> tuple[Path, str]:
+    """Folder of a small model's package, and the sha256 of its manifest."""
+    from tests.core.serving import toy
+
+    folder = tmp_path_factory.mktemp("packages") / "toy"
+    return folder, toy.build_toy(folder)

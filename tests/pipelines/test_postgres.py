@@ -130,7 +130,7 @@ def test_a_database_that_is_not_there_is_one_sentence_without_the_password(
 ):
     url = os.environ["ROMA_STORAGE_DATABASE_URL"]
     monkeypatch.setenv("ROMA_STORAGE_DATABASE_URL", url.replace("/t", "/nowhere"))
-    with pytest.raises(StorageError, match=r"does not let this process in .*nowhere") as caught:
+    with pytest.raises(StorageError, match=r"cannot connect to the database .*nowhere") as caught:
         ensure_schemas(database_url())
     assert not postgres.is_told_by(str(caught.value).encode())
 
@@ -150,7 +150,7 @@ def test_a_history_in_sqlite_is_not_left_behind_unseen(postgres, tmp_path, monke
     (home / "history").mkdir()
     monkeypatch.delenv("DAGSTER_HOME")
     monkeypatch.setenv("ROMA_STORAGE_DATABASE_URL", postgres.create("later"))
-    with pytest.raises(StorageError, match="its history does not move by itself"):
+    with pytest.raises(StorageError, match="its history is not migrated"):
         prepare_instance(storage)
 
 

@@ -27,13 +27,6 @@ def client(store_root):
 
 
 @pytest.fixture(scope="session")
-def toy_package(tmp_path_factory):
-    """Folder of a package, and the sha256 of its manifest."""
-    folder = tmp_path_factory.mktemp("packages") / "toy"
-    return folder, toy.build_toy(folder)
-
-
-@pytest.fixture(scope="session")
 def other_package(tmp_path_factory):
     """One with other weights."""
     folder = tmp_path_factory.mktemp("packages") / "other"

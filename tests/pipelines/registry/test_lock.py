@@ -16,6 +16,7 @@ from roma_pipelines.registry.promotion import (
     promote,
 )
 from roma_pipelines.registry.versions import COMPARED_TAG, version_at
+from tests.time_limits import within
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +65,9 @@ def test_a_lock_whose_holder_died_is_broken_and_a_living_one_is_not(rivals):
     order = []
 
     def enter(number):
-        with model_lock(connect(rivals.tracking_uri), "rivals", dead_after_s=1, timeout_s=30):
+        with model_lock(
+            connect(rivals.tracking_uri), "rivals", dead_after_s=within(1), timeout_s=within(30)
+        ):
             order.append(number)
             time.sleep(0.3)
             order.append(number)

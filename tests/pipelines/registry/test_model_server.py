@@ -14,6 +14,7 @@ from roma_pipelines.registry.promotion import promote
 from roma_pipelines.registry.store import MlflowSettings, connect
 from tests.core.serving import toy
 from tests.pipelines.registry.conftest import registered_as, served
+from tests.time_limits import within
 
 pytestmark = pytest.mark.slow
 
@@ -85,7 +86,7 @@ def test_bad_requests_get_a_4xx_that_names_the_field(house, body, words):
         f"{house[1]}/invocations", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen(request, timeout=60)
+        urllib.request.urlopen(request, timeout=within(20))
     answer = caught.value.read().decode()
     assert 400 <= caught.value.code < 500, answer
     assert words in answer.replace('\\"', '"')
@@ -93,7 +94,7 @@ def test_bad_requests_get_a_4xx_that_names_the_field(house, body, words):
 
 def test_the_thin_client_knows_which_version_answers(house, toy_package, tmp_path):
     uri, url = house
-    model = ServedModel.verified(url, "models:/stars@champion", uri, tmp_path)
+    model = ServedModel.verified(url, "models:/stars@champion", uri, tmp_path, timeout_s=within(30))
     assert model.version.version == "1"
     rows = [toy.series(n, seed=n) for n in (4, 1, 9)]
     expected = open_package(toy_package[0]).predict([Series(**r.model_dump()) for r in rows])
@@ -102,7 +103,7 @@ def test_the_thin_client_knows_which_version_answers(house, toy_package, tmp_pat
         assert found.probabilities == pytest.approx(one.probabilities, abs=1e-6)
 
     with pytest.raises(ServerError, match="it serves another version"):
-        ServedModel.verified(url, "models:/stars/2", uri, tmp_path)
+        ServedModel.verified(url, "models:/stars/2", uri, tmp_path, timeout_s=within(30))
     with pytest.raises(RequestRejected, match="'ratio' is missing"):
         model.predict([ClientSeries(**GOOD | {"values": {"flux": [1, 2]}})])
     with pytest.raises(RequestRejected, match="not finite"):

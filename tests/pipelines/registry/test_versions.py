@@ -40,7 +40,7 @@ def registered(client, package, job_key="k1"):
 
 def test_a_job_has_one_version_and_the_newest_is_the_candidate(client, package, monkeypatch):
     with monkeypatch.context() as patch:  # a crash after the upload, before the version
-        patch.setattr(versions, "_create_version", lambda *_: pytest.fail("crash"))
+        patch.setattr(versions, "create_version", lambda *_: pytest.fail("crash"))
         with pytest.raises(pytest.fail.Exception):
             registered(client, package)
     monkeypatch.setattr(versions, "_log_model", lambda *_: pytest.fail("logged twice"))
