@@ -106,7 +106,7 @@ def build_package(
                 "facts": dict(facts),
             },
         )
-        write_bytes(aside / "golden.jsonl", _golden_rows(aside, kind, golden))
+        write_bytes(aside / "golden.jsonl", _golden_rows(aside, golden))
         files = sorted(path.name for path in aside.iterdir())
         write_json(
             aside / MANIFEST,
@@ -123,10 +123,10 @@ def build_package(
     return digest
 
 
-def _golden_rows(folder: Path, kind: str, golden: Sequence[Series]) -> bytes:
+def _golden_rows(folder: Path, golden: Sequence[Series]) -> bytes:
     from roma_core.serving import pyfunc_model
 
-    package = pyfunc_model.KINDS[kind](folder)
+    package = pyfunc_model.Package(folder)
     outputs = package.outputs([pyfunc_model.Series(**one.model_dump()) for one in golden])
     rows = [
         {

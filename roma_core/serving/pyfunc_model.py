@@ -98,11 +98,10 @@ class Package:
     The constructor trusts the folder; ``open_package`` verifies it.
     """
 
-    golden_field: str
-    """Field of a golden row that holds the outputs."""
-
     def __init__(self, folder: Path) -> None:
         package, schema = _read(folder / "package.json"), _read(folder / "schema.json")
+        self.is_classifier: bool = package["kind"] == "classifier"
+        self.golden_field = "probabilities" if self.is_classifier else "features"
         self.max_length: int = package["max_length"]
         self.max_batch_tokens: int = package["max_batch_tokens"]
         self.channels: list[dict[str, str]] = schema["channels"]
@@ -131,9 +130,22 @@ class Package:
             outputs[rows] = self._run([tokens[i] for i in rows])
         return outputs
 
-    def named(self, outputs: NDArray[np.float64]) -> Any:
-        """One row of outputs in the form of a golden row."""
-        raise NotImplementedError
+    def named(self, outputs: NDArray[np.float64]) -> dict[str, float] | list[float]:
+        """One row of outputs as in a golden row: class name -> probability, or the features."""
+        numbers = outputs.tolist()
+        return dict(zip(self.classes, numbers, strict=True)) if self.is_classifier else numbers
+
+    def predict(self, series: list[Series]) -> list[Any]:
+        """A ``Prediction`` per series, or ``Features`` of an encoder; raises as ``outputs``."""
+        outputs = self.outputs(series)
+        if not self.is_classifier:
+            rows = zip(series, outputs, strict=True)
+            return [Features(id=one.id, features=row.tolist()) for one, row in rows]
+        labels = [self.classes[k] for k in outputs.argmax(axis=1)]
+        return [
+            Prediction(id=one.id, label=label, probabilities=self.named(row))
+            for one, label, row in zip(series, labels, outputs, strict=True)
+        ]
 
     def check_golden(self, path: Path) -> float:
         """Predict the golden series again; return the largest absolute difference of an output.
@@ -258,64 +270,21 @@ class Package:
                 f"the program should give finite outputs of shape {(len(tokens), self.n_outputs)}, "
                 f"got shape {tuple(outputs.shape)}, {int((~outputs.isfinite()).sum())} not finite"
             )
-        return self._activation(outputs.double()).numpy()
-
-    def _activation(self, outputs: torch.Tensor) -> torch.Tensor:
-        return outputs
+        outputs = outputs.double()
+        return (torch.softmax(outputs, dim=1) if self.is_classifier else outputs).numpy()
 
 
-class Classifier(Package):
-    """``list[Series] -> list[Prediction]``."""
-
-    golden_field = "probabilities"
-
-    def predict(self, series: list[Series]) -> list[Prediction]:
-        """Class and probabilities of every series; raises as ``outputs``."""
-        return [
-            Prediction(id=one.id, label=self.classes[int(p.argmax())], probabilities=self.named(p))
-            for one, p in zip(series, self.outputs(series), strict=True)
-        ]
-
-    def named(self, outputs: NDArray[np.float64]) -> dict[str, float]:
-        return dict(zip(self.classes, outputs.tolist(), strict=True))
-
-    def _activation(self, outputs: torch.Tensor) -> torch.Tensor:
-        return torch.softmax(outputs, dim=1)
-
-
-class FeatureExtractor(Package):
-    """``list[Series] -> list[Features]``."""
-
-    golden_field = "features"
-
-    def predict(self, series: list[Series]) -> list[Features]:
-        """Features of every series; raises as ``outputs``."""
-        return [
-            Features(id=one.id, features=self.named(row))
-            for one, row in zip(series, self.outputs(series), strict=True)
-        ]
-
-    def named(self, outputs: NDArray[np.float64]) -> list[float]:
-        return outputs.tolist()
-
-
-def open_package(folder: Path) -> Classifier | FeatureExtractor:
-    """Verify every file of a package, load it, and check the golden rows.
+def open_package(folder: Path) -> Package:
+    """Verify every file of a package, load it, and check its golden rows.
 
     Raises:
         PackageError: a file is missing, changed or of another version (found before anything is
             deserialised), or a golden row is not reproduced.
     """
     verify_files(folder)
-    package = KINDS[_read(folder / "package.json")["kind"]](folder)
+    package = Package(folder)
     package.check_golden(folder / "golden.jsonl")
     return package
-
-
-KINDS: dict[str, type[Classifier] | type[FeatureExtractor]] = {
-    "classifier": Classifier,
-    "encoder": FeatureExtractor,
-}
 
 
 _TRANSFORMS = {"identity": lambda x, scale: x, "arcsinh": lambda x, scale: np.arcsinh(x / scale)}

@@ -16,8 +16,8 @@ from roma_core.schema import ChannelNormalisation, DataSchema, Normaliser, Posit
 from roma_core.serving import client, pyfunc_model
 from roma_core.serving.package import verify_package
 from roma_core.serving.pyfunc_model import (
-    Classifier,
     InvalidSeries,
+    Package,
     PackageError,
     Series,
     open_package,
@@ -198,7 +198,7 @@ def test_a_program_that_computes_something_else_is_refused(package, tmp_path):
     other = tmp_path / "other"
     toy.build_toy(other, module=toy.Toy(seed=1))
     shutil.copyfile(package / "golden.jsonl", other / "golden.jsonl")
-    classifier = Classifier(other)
+    classifier = Package(other)
     with pytest.raises(PackageError, match=r"golden row 0 .* probabilities differ by"):
         classifier.check_golden(other / "golden.jsonl")
 
