@@ -24,7 +24,7 @@ from roma_core.files import write_bytes
 from roma_core.model.config import RoMAForPreTrainingConfig
 from roma_core.sources.base import Source, kinds, source_config
 from roma_core.trainer.config import TrainerConfig
-from roma_core.trainer.defaults import Amount, Sizes, finetuning_s, pretraining_s, sizes_for
+from roma_core.trainer.defaults import DatasetSize, DefaultSettings, cost_s, default_settings
 from roma_pipelines.experiment import COMPONENT, DEFS, Experiment, read_yaml
 
 _FAR = 100.0  # quartile distances; channels with values beyond are transformed
@@ -115,7 +115,7 @@ def new_experiment(
     section = {"source": guess.source, **proposal.dataset, **dataset}
     text = _text(name, guess, found, proposal, section, target)
     Experiment.model_validate(yaml.safe_load(text)["attributes"])  # the written file must load
-    notes = [*guess.said, _amount(found), *proposal.reasons, *proposal.sizes.why.values()]
+    notes = [*guess.said, _amount(found), *proposal.reasons, *proposal.sizes.reasons.values()]
     return NewExperiment(name, text, [*notes, _cost(proposal)], proposal.warnings)
 
 
@@ -130,7 +130,7 @@ class Proposal:
     """
 
     dataset: dict[str, Any]
-    sizes: Sizes
+    sizes: DefaultSettings
     reasons: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -165,13 +165,13 @@ def propose(survey: Survey, categorical: frozenset[str] = frozenset()) -> Propos
     else:
         fraction = 1 - _TEST_FRACTION
     fraction *= 1 - _VALIDATION_FRACTION
-    amount = Amount(
+    size = DatasetSize(
         n_series=max(1, round(survey.n_series * fraction)),
         n_observations=max(1, round(survey.n_observations * fraction)),
         n_channels=len(survey.channels),
         n_axes=len(survey.axes),
     )
-    return Proposal(dataset, sizes_for(amount), reasons, _warnings(survey))
+    return Proposal(dataset, default_settings(size), reasons, _warnings(survey))
 
 
 Section = tuple[dict[str, Any], list[str]]
@@ -285,8 +285,8 @@ def _text(
         _block({"name": name, "description": f"{_amount(found)}."}, []),
         _block({"owners": []}, ["e-mail addresses or team:NAME"]),
         _block({"dataset": dict(dataset)}, [*guess.said, *proposal.reasons]),
-        _block({"pretraining": sizes.pretraining}, [sizes.why[name] for name in settings]),
-        _block({"finetuning": sizes.finetuning}, [sizes.why["finetuning"]]),
+        _block({"pretraining": sizes.pretraining}, [sizes.reasons[name] for name in settings]),
+        _block({"finetuning": sizes.finetuning}, [sizes.reasons["finetuning"]]),
         _block(
             {"resources": {"target": target, "nodes": 1, "processes_per_node": 1}},
             ["where trainings run; slurm and kubernetes also take a profile"],
@@ -338,15 +338,15 @@ def _cost(proposal: Proposal) -> str:
         {
             **sizes.pretraining["model"],
             "tubelet_size": (1, 1, 1),
-            "n_channels": sizes.amount.n_channels,
-            "n_pos_dims": sizes.amount.n_axes,
+            "n_channels": sizes.size.n_channels,
+            "n_pos_dims": sizes.size.n_axes,
         }
     )
     pretrainer, finetrainer = (
         TrainerConfig.from_values(training["trainer"])
         for training in (sizes.pretraining, sizes.finetuning)
     )
-    seconds = pretraining_s(shape, pretrainer, sizes.amount)
-    seconds += finetuning_s(shape, finetrainer, sizes.amount)
+    seconds = cost_s("pretraining", shape, pretrainer, sizes.size)
+    seconds += cost_s("finetuning", shape, finetrainer, sizes.size)
     steps = sum(sizes.steps.values())
     return f"both trainings: {steps:,} steps, about {max(1, round(seconds / 60)):,} min on one CPU core"

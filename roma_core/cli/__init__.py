@@ -1,6 +1,6 @@
 """``roma``: data, training, evaluation and prediction on the command line.
 
-A group of commands that are imported when they are asked for, so that ``--help`` is quick.
+Commands are imported on use, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import click
 
 
 class LazyGroup(click.Group):
-    """``places`` maps a command's name to ``module:attribute``, in the order of the help text."""
+    """``commands_at`` maps a command's name to ``module:attribute``, in the order of the help text."""
 
-    def __init__(self, *arguments: Any, places: dict[str, str], **options: Any) -> None:
+    def __init__(self, *arguments: Any, commands_at: dict[str, str], **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.places = places
+        self.commands_at = commands_at
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.places)
+        return list(self.commands_at)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in self.places:
+        if name not in self.commands_at:
             return None
-        module, _, attribute = self.places[name].partition(":")
+        module, _, attribute = self.commands_at[name].partition(":")
         return getattr(importlib.import_module(module), attribute)
 
 
@@ -41,12 +41,12 @@ _COMMANDS = {
 
 
 @click.group(
-    cls=LazyGroup, places=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
+    cls=LazyGroup, commands_at=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
 )
 def main() -> None:
-    """Train, judge and use RoMA, the Rotary Masked Autoencoder.
+    """Train, evaluate and use RoMA, the Rotary Masked Autoencoder.
 
-    Settings come from options, the environment, one .env file and defaults, in this order.
+    Settings are taken from options, the environment, one .env file and defaults, in this order.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)

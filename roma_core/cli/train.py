@@ -6,18 +6,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 import yaml
 
 if TYPE_CHECKING:
-    from roma_core.data.manifest import Manifest
-    from roma_core.trainer.config import TrainerConfig
-    from roma_core.trainer.job import TrainingJobConfig
+    from roma_core.job import JobFolder
 
-    MakeConfig = Callable[[Path, Manifest, dict[str, Any], TrainerConfig, float], TrainingJobConfig]
-
+Task = Literal["pretrain", "finetune"]
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
@@ -63,9 +60,7 @@ def pretrain(**options: Any) -> None:
     Writes checkpoints, metrics.jsonl and, at the end, outputs/model into the folder of the run. For
     several processes start it with torchrun or accelerate launch (-m roma_core.cli pretrain …).
     """
-    from roma_core.trainer.job import TrainingJobConfig
-
-    _run(options, "ROMA_PRETRAIN_", TrainingJobConfig.pretraining)
+    _run("pretrain", options)
 
 
 @click.command()
@@ -79,22 +74,10 @@ def finetune(weights: Path | None, **options: Any) -> None:
     With --weights RUN/outputs/model it starts from a pretrained encoder, which then determines the
     shape of the model.
     """
-    from roma_core.trainer.job import TrainingJobConfig
-
-    def make(
-        data: Path,
-        manifest: Manifest,
-        model: dict[str, Any],
-        trainer: TrainerConfig,
-        train_fraction: float,
-    ) -> TrainingJobConfig:
-        start = None if weights is None else weights.absolute()
-        return TrainingJobConfig.finetuning(data, manifest, start, model, trainer, train_fraction)
-
-    _run(options, "ROMA_CLASSIFIER_", make)
+    _run("finetune", options, None if weights is None else weights.absolute())
 
 
-def _run(options: dict[str, Any], prefix: str, make_config: MakeConfig) -> None:
+def _run(task: Task, options: dict[str, Any], weights: Path | None = None) -> None:
     from roma_core.job import JobFolder
 
     if options["job"] is not None:
@@ -105,7 +88,7 @@ def _run(options: dict[str, Any], prefix: str, make_config: MakeConfig) -> None:
                 "--data and --run-dir are required (or --job, for a planned job)"
             )
         try:
-            folder = _prepare(options, prefix, make_config)
+            folder = _prepare(task, options, weights)
         except (ValueError, OSError) as error:
             raise click.ClickException(str(error)) from error
 
@@ -118,9 +101,8 @@ def _run(options: dict[str, Any], prefix: str, make_config: MakeConfig) -> None:
         sys.exit(run_in_folder(folder, train))
 
 
-def _prepare(options: dict[str, Any], prefix: str, make_config: MakeConfig) -> Any:
+def _prepare(task: Task, options: dict[str, Any], weights: Path | None) -> JobFolder:
     """The folder of a local run, with its frozen configuration."""
-    from roma_core.data.manifest import read_manifest
     from roma_core.files import read_json, write_json
     from roma_core.job import JobFolder
     from roma_core.trainer.config import TrainerConfig, describe_changes, describe_resumable
@@ -129,10 +111,17 @@ def _prepare(options: dict[str, Any], prefix: str, make_config: MakeConfig) -> A
     settings = _parse_settings(options["settings"])
     data = options["data"].absolute()
     trainer = TrainerConfig(**settings["trainer"])
-    manifest = read_manifest(data)
-    config = make_config(data, manifest, settings["model"], trainer, options["train_fraction"])
+    config = TrainingJobConfig.resolve(
+        task,
+        data,
+        settings["model"],
+        trainer,
+        weights=weights,
+        train_fraction=options["train_fraction"],
+    )
     if options["show_config"]:
         click.echo(f"# trainer (ROMA_TRAINER_…)\n{trainer.as_table()}\n")
+        prefix = "ROMA_PRETRAIN_" if task == "pretrain" else "ROMA_CLASSIFIER_"
         click.echo(f"# model ({prefix}…), including fields that the data determine\n")
         click.echo(yaml.safe_dump(config.model, sort_keys=False))
         sys.exit(0)

@@ -7,22 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, field_validator, model_validator
-from pydantic.config import JsonDict
 from pydantic_settings import SettingsConfigDict
 
 from roma_core.settings import RomaSettings
 
-_RESUMABLE: JsonDict = {"resumable": True}
+T = TypeVar("T")
+Resumable = Annotated[T, Field(json_schema_extra={"resumable": True})]
+"""Type of a setting that may change when a run resumes."""
 
 
 class TrainerConfig(RomaSettings):
     """How to train; the same for pretraining and finetuning. One step is one optimiser step.
 
-    A field marked ``resumable`` may change when a run resumes: order and masks of the samples and, up
-    to rounding, the weights of every step are the same with any value of it.
+    A ``Resumable`` field may change when a run resumes: order and masks of the samples and, up to
+    rounding, the weights of every step are the same with any value of it.
     """
 
     model_config = SettingsConfigDict(env_prefix="ROMA_TRAINER_")
@@ -30,53 +31,35 @@ class TrainerConfig(RomaSettings):
     # names of the published package
     base_lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
     epochs: int = Field(100, gt=0, description="Passes over the training set.")
-    batch_size: int = Field(
+    batch_size: Resumable[int] = Field(
         32,
         gt=0,
-        json_schema_extra=_RESUMABLE,
         description="Series per process and micro-batch. Times processes times accumulation it is the "
         "global batch, frozen at the first start.",
     )
-    eval_every: int = Field(
-        500, gt=0, json_schema_extra=_RESUMABLE, description="Steps between evaluations."
-    )
-    save_every: int = Field(
-        500, gt=0, json_schema_extra=_RESUMABLE, description="Steps between checkpoints."
-    )
+    eval_every: Resumable[int] = Field(500, gt=0, description="Steps between evaluations.")
+    save_every: Resumable[int] = Field(500, gt=0, description="Steps between checkpoints.")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Optimiser.")
     optimizer_args: dict[str, Any] = Field(
         default_factory=dict,
         description="Passed to the optimiser as JSON: betas, weight_decay, momentum, fused.",
     )
-    checkpoint_dir: Path = Field(
-        Path("checkpoints"),
-        json_schema_extra=_RESUMABLE,
-        description="Folder of the run's checkpoints.",
+    checkpoint_dir: Resumable[Path] = Field(
+        Path("checkpoints"), description="Folder of the run's checkpoints."
     )
-    max_checkpoints: int | None = Field(
-        4,
-        ge=2,
-        json_schema_extra=_RESUMABLE,
-        description="Newest checkpoints to keep, at least 2; None keeps all.",
+    max_checkpoints: Resumable[int | None] = Field(
+        4, ge=2, description="Newest checkpoints to keep, at least 2; None keeps all."
     )
-    num_dataset_workers: int = Field(
-        0, ge=0, json_schema_extra=_RESUMABLE, description="Loader processes per training process."
+    num_dataset_workers: Resumable[int] = Field(
+        0, ge=0, description="Loader processes per training process."
     )
-    run_name: str | None = Field(
-        None,
-        json_schema_extra=_RESUMABLE,
-        description="Name at the trackers; None takes the folder's.",
+    run_name: Resumable[str | None] = Field(
+        None, description="Name at the trackers; None takes the folder's."
     )
-    project_name: str = Field(
-        "RoMA", json_schema_extra=_RESUMABLE, description="Project at Weights & Biases."
-    )
-    entity_name: str | None = Field(
-        None, json_schema_extra=_RESUMABLE, description="Entity at Weights & Biases."
-    )
-    log_wandb: bool = Field(
-        True,
-        json_schema_extra=_RESUMABLE,
-        description="Log to Weights & Biases if it is configured (ROMA_WANDB_MODE).",
+    project_name: Resumable[str] = Field("RoMA", description="Project at Weights & Biases.")
+    entity_name: Resumable[str | None] = Field(None, description="Entity at Weights & Biases.")
+    log_wandb: Resumable[bool] = Field(
+        True, description="Log to Weights & Biases if it is configured (ROMA_WANDB_MODE)."
     )
     warmup_steps: int | None = Field(
         None, ge=0, description="Steps of linear warm-up; None takes a tenth of all steps."
@@ -99,24 +82,22 @@ class TrainerConfig(RomaSettings):
         description="Approximate tokens per process and micro-batch, in place of batch_size; series "
         "of similar length are batched together. None: batches of batch_size series.",
     )
-    gradient_accumulation_steps: int = Field(
-        1, gt=0, json_schema_extra=_RESUMABLE, description="Micro-batches per step."
+    gradient_accumulation_steps: Resumable[int] = Field(
+        1, gt=0, description="Micro-batches per step."
     )
     mixed_precision: Literal["no", "bf16", "fp16"] | None = Field(
         None,
         description="Precision of forward and backward; None takes the value of `accelerate launch`, "
         "else no.",
     )
-    sharding: Literal["none", "fsdp"] = Field(
+    sharding: Resumable[Literal["none", "fsdp"]] = Field(
         "none",
-        json_schema_extra=_RESUMABLE,
         description="'fsdp' shards weights, gradients and optimiser state over all processes (FSDP2), for "
         "a model that does not fit into one device; 'none' keeps a full copy in each. May change when "
         "a run resumes.",
     )
-    compile: bool = Field(
+    compile: Resumable[bool] = Field(
         False,
-        json_schema_extra=_RESUMABLE,
         description="Compile the token-wise parts of every block; takes up to a minute at the start. "
         "For GPUs; on CPU the kernels in use are as fast.",
     )
@@ -154,21 +135,15 @@ class TrainerConfig(RomaSettings):
     best_metric_mode: Literal["min", "max"] = Field(
         "min", description="Whether a small (min) or a large (max) best_metric is better."
     )
-    keep_best: int = Field(
-        1,
-        ge=0,
-        json_schema_extra=_RESUMABLE,
-        description="Best checkpoints to keep in addition to the max_checkpoints newest.",
+    keep_best: Resumable[int] = Field(
+        1, ge=0, description="Best checkpoints to keep in addition to the max_checkpoints newest."
     )
-    final_weights: Literal["last", "best"] = Field(
-        "last",
-        json_schema_extra=_RESUMABLE,
-        description="Weights of the trained model: those of the last or of the best step.",
+    final_weights: Resumable[Literal["last", "best"]] = Field(
+        "last", description="Weights of the trained model: those of the last or of the best step."
     )
-    early_stopping_patience: int | None = Field(
+    early_stopping_patience: Resumable[int | None] = Field(
         None,
         gt=0,
-        json_schema_extra=_RESUMABLE,
         description="Stop after this many evaluations in a row without a better best_metric; None: "
         "never.",
     )
@@ -182,10 +157,7 @@ class TrainerConfig(RomaSettings):
         description="Drop up to this fraction of each training series' tokens, redrawn every epoch.",
     )
     augment_crop_rate: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Crop up to this fraction of each training series at its ends.",
+        0.0, ge=0, lt=1, description="Crop up to this fraction of each training series at its ends."
     )
     augment_crop_tokens: int | None = Field(
         None, gt=0, description="Crop longer training series to this many consecutive tokens."
@@ -203,28 +175,21 @@ class TrainerConfig(RomaSettings):
         description="Normal noise on training values, in standard deviations of the channel.",
     )
     augment_jitter_position: float = Field(
-        0.0,
-        ge=0,
-        description="Normal noise on training positions of the first axis, in its scale.",
+        0.0, ge=0, description="Normal noise on training positions of the first axis, in its scale."
     )
-    log_every: int = Field(
-        10,
-        gt=0,
-        json_schema_extra=_RESUMABLE,
-        description="Steps between records of the training metrics.",
+    log_every: Resumable[int] = Field(
+        10, gt=0, description="Steps between records of the training metrics."
     )
-    threads: int | None = Field(
+    threads: Resumable[int | None] = Field(
         None,
         gt=0,
-        json_schema_extra=_RESUMABLE,
         description="Threads per process; None takes 1 on CPU, PyTorch's default on GPU.",
     )
-    heartbeat_interval_s: float = Field(
-        5.0, gt=0, json_schema_extra=_RESUMABLE, description="Seconds between heartbeats."
+    heartbeat_interval_s: Resumable[float] = Field(
+        5.0, gt=0, description="Seconds between heartbeats."
     )
-    background_checkpoints: bool = Field(
+    background_checkpoints: Resumable[bool] = Field(
         True,
-        json_schema_extra=_RESUMABLE,
         description="Write checkpoints in a background thread; false: training waits for them.",
     )
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from pydantic import Field
 
-from roma_core.data.manifest import Manifest
+from roma_core.data.manifest import Manifest, read_manifest
 from roma_core.data.store import StoredDataset
 from roma_core.files import read_json
 from roma_core.job import Attempt, JobFolder
@@ -70,56 +70,36 @@ class TrainingJobConfig(Frozen):
     )
 
     @classmethod
-    def pretraining(
+    def resolve(
         cls,
+        task: Literal["pretrain", "finetune"],
         dataset: Path,
-        manifest: Manifest,
         model: dict[str, Any],
         trainer: TrainerConfig,
+        *,
+        weights: Path | None = None,
         train_fraction: float = 1.0,
     ) -> Self:
-        """Pretraining from new weights; ``model`` holds the fields that the data do not determine."""
-        config = RoMAForPreTrainingConfig(**model | data_fields(manifest.data_schema))
-        return cls(
-            task="pretrain",
-            dataset=str(dataset),
-            dataset_digest=manifest.digest,
-            model=config.model_dump(mode="json"),
-            trainer=_trainer_fields(trainer),
-            train_fraction=train_fraction,
-        )
+        """Determine every field of the model. Warns if a regression's targets are far from unit scale.
 
-    @classmethod
-    def finetuning(
-        cls,
-        dataset: Path,
-        manifest: Manifest,
-        weights: Path | None,
-        model: dict[str, Any],
-        trainer: TrainerConfig,
-        train_fraction: float = 1.0,
-    ) -> Self:
-        """Finetuning of a classifier or regressor, from pretrained weights or, with None, from new ones.
-
-        Warns if a regression's targets are far from unit scale.
+        Args:
+            model: the fields that the data do not determine.
+            weights: folder of the weights that a finetuning starts from; None: new weights.
 
         Raises:
             ValueError: the data set does not have the classes or targets that the model predicts.
         """
-        schema = manifest.data_schema
-        document = None if weights is None else read_json(weights / "model_config.json")
-        outputs = schema.targets if _is_regression(model, document) else schema.classes
-        fields = {"dim_output": len(outputs) or None, **model} | data_fields(schema)
-        if document is None or weights is None:
-            config = RoMAForClassificationConfig(**fields)
+        manifest = read_manifest(dataset)
+        if task == "pretrain":
+            config: RoMAForPreTrainingConfig | RoMAForClassificationConfig
+            config = RoMAForPreTrainingConfig(**model | data_fields(manifest.data_schema))
         else:
-            config = classifier_config(document, fields, weights)
-        _check_outputs(config, manifest)
-        if config.problem_type == "regression":
-            for sentence in unscaled_targets(dataset):
-                warnings.warn(sentence, stacklevel=2)
+            config = _finetuning_model(manifest, model, weights)
+            if config.problem_type == "regression":
+                for sentence in unscaled_targets(dataset):
+                    warnings.warn(sentence, stacklevel=2)
         return cls(
-            task="finetune",
+            task=task,
             dataset=str(dataset),
             dataset_digest=manifest.digest,
             weights=None if weights is None else str(weights),
@@ -137,6 +117,21 @@ class TrainingJobConfig(Frozen):
                 "trainer": _trainer_fields(TrainerConfig.from_values(self.trainer)),
             }
         )
+
+
+def _finetuning_model(
+    manifest: Manifest, model: dict[str, Any], weights: Path | None
+) -> RoMAForClassificationConfig:
+    schema = manifest.data_schema
+    document = None if weights is None else read_json(weights / "model_config.json")
+    outputs = schema.targets if _is_regression(model, document) else schema.classes
+    fields = {"dim_output": len(outputs) or None, **model} | data_fields(schema)
+    if document is None or weights is None:
+        config = RoMAForClassificationConfig(**fields)
+    else:
+        config = classifier_config(document, fields, weights)
+    _check_outputs(config, manifest)
+    return config
 
 
 def _is_regression(model: dict[str, Any], document: dict[str, Any] | None) -> bool:

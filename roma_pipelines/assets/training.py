@@ -28,13 +28,13 @@ def pretrained_encoder_asset(experiment: Experiment) -> dg.AssetsDefinition:
     def pretrained_encoder(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         _check_servable(experiment)  # before hours of pretraining are spent on it
         data = upstream_metadata(context, experiment.key("dataset"))
-        path = Path(data["path"])
-        config = TrainingJobConfig.pretraining(
-            path,
-            read_manifest(path),
-            experiment.pretraining.model,
-            TrainerConfig(**experiment.pretraining.trainer),
-            experiment.pretraining.train_fraction,
+        stage = experiment.pretraining
+        config = TrainingJobConfig.resolve(
+            "pretrain",
+            Path(data["path"]),
+            stage.model,
+            TrainerConfig(**stage.trainer),
+            train_fraction=stage.train_fraction,
         )
         return _materialised(_trained(context, experiment, "pretrain", config))
 
@@ -59,17 +59,17 @@ def finetuned_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
         data = upstream_metadata(context, experiment.key("dataset"))
         encoder = upstream_metadata(context, experiment.key("pretrained_encoder"))
         path = Path(data["path"])
-        manifest = read_manifest(path)
         if experiment.pretrained_from is not None:
-            for line in _differences(Path(encoder["weights"]), manifest.data_schema):
+            for line in _differences(Path(encoder["weights"]), read_manifest(path).data_schema):
                 context.log.warning(f"encoder of {experiment.pretrained_from}: {line}")
-        config = TrainingJobConfig.finetuning(
+        stage = experiment.finetuning
+        config = TrainingJobConfig.resolve(
+            "finetune",
             path,
-            manifest,
-            Path(encoder["weights"]),
-            experiment.finetuning.model,
-            TrainerConfig(**experiment.finetuning.trainer),
-            experiment.finetuning.train_fraction,
+            stage.model,
+            TrainerConfig(**stage.trainer),
+            weights=Path(encoder["weights"]),
+            train_fraction=stage.train_fraction,
         )
         return _materialised(_trained(context, experiment, "finetune", config))
 

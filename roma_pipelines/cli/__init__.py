@@ -26,7 +26,7 @@ _COMMANDS = {
 
 
 @click.group(
-    cls=LazyGroup, places=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
+    cls=LazyGroup, commands_at=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
 )
 def main() -> None:
     """Operate RoMA experiments: Dagster assets, training jobs and the model registry.

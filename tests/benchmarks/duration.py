@@ -1,4 +1,4 @@
-"""How well the expected time of a training fits this computer.
+"""How well the estimated cost of a training fits this computer.
 
     python -m tests.benchmarks.duration
 
@@ -24,7 +24,7 @@ from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.dataloader import Collate
-from roma_core.trainer.defaults import Amount, finetuning_s, pretraining_s
+from roma_core.trainer.defaults import DatasetSize, cost_s
 from tests.benchmarks.timing import Clock
 
 _REPEATS = 7
@@ -54,13 +54,17 @@ def main() -> None:
         )
         classifier = RoMAForClassificationConfig.from_values(shape | {"dim_output": 3})
         trainer = TrainerConfig.from_values({"epochs": 1, "batch_size": n})
-        amount = Amount(n_series=n, n_observations=n * length, n_channels=4)
+        size = DatasetSize(n_series=n, n_observations=n * length, n_channels=4)
         for name, model, expected in (
-            ("pretraining", RoMAForPreTraining(config), pretraining_s(config, trainer, amount)),
+            (
+                "pretraining",
+                RoMAForPreTraining(config),
+                cost_s("pretraining", config, trainer, size),
+            ),
             (
                 "finetuning",
                 RoMAForClassification(classifier),
-                finetuning_s(config, trainer, amount),
+                cost_s("finetuning", config, trainer, size),
             ),
         ):
             found = clock.interleaved({name: _step(model, length, n)}, _REPEATS)[name].median

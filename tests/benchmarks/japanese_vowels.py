@@ -74,19 +74,19 @@ def main() -> None:
             first, _ = run(
                 "pretrain",
                 JobFolder(here / "pretrain"),
-                TrainingJobConfig.pretraining(
-                    data, manifest, pretraining.model, settings(pretraining.trainer)
+                TrainingJobConfig.resolve(
+                    "pretrain", data, pretraining.model, settings(pretraining.trainer)
                 ),
             )
             second, _ = run(
                 "finetune",
                 JobFolder(here / "finetune"),
-                TrainingJobConfig.finetuning(
+                TrainingJobConfig.resolve(
+                    "finetune",
                     data,
-                    manifest,
-                    here / "pretrain/outputs/model",
                     finetuning.model,
                     settings(finetuning.trainer),
+                    weights=here / "pretrain/outputs/model",
                 ),
             )
             _, metrics = run(

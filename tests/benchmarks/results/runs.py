@@ -22,7 +22,7 @@ from roma_core.files import digest_of, read_json, write_json
 from roma_core.job import JobFolder, Result
 from roma_core.model.config import SHAPE, RoMAForPreTrainingConfig
 from roma_core.trainer.config import TrainerConfig
-from roma_core.trainer.defaults import Amount, finetuning_s, pretraining_s
+from roma_core.trainer.defaults import DatasetSize, cost_s
 from roma_core.trainer.job import TrainingJobConfig, data_fields
 from roma_pipelines.experiment import Experiment, Resources, Stage
 from roma_pipelines.launching.spec import JobState, job_key
@@ -131,16 +131,19 @@ def expected_s(plan: Plan, storage: Storage, log: Log) -> float:
             return sum(record.seconds.values())
     manifest = read_manifest(plan.built(storage, log))
     counts, schema = manifest.counts["train"], manifest.data_schema
-    amount = Amount(
+    size = DatasetSize(
         counts.n_series, counts.n_observations, len(schema.channels), n_axes=len(schema.axes)
     )
     shape = RoMAForPreTrainingConfig.from_values(
         plan.experiment.pretraining.model | data_fields(schema)
     )
-    seconds_of = {"pretraining": pretraining_s, "finetuning": finetuning_s}
     return sum(
-        seconds_of[training](
-            shape, plan.trainer(training), amount, getattr(plan.experiment, training).train_fraction
+        cost_s(
+            training,
+            shape,
+            plan.trainer(training),
+            size,
+            getattr(plan.experiment, training).train_fraction,
         )
         for training in plan.trainings
     )
@@ -160,12 +163,12 @@ def execute(plan: Plan, resources: Resources, storage: Storage, log: Log) -> Rec
     jobs = _Jobs(plan.run, resources, storage, log)
     trained: dict[Training, _Done] = {}
     if "pretraining" in plan.trainings:
-        config = _pretraining(plan, data, manifest)
+        config = _pretraining(plan, data)
         trained["pretraining"] = jobs.complete("pretrain", config, "torchrun")
     if "finetuning" in plan.trainings:
         pretrained = trained.get("pretraining")
         weights = None if pretrained is None else pretrained.output("model")
-        config = _finetuning(plan, data, manifest, weights)
+        config = _finetuning(plan, data, weights)
         trained["finetuning"] = jobs.complete("finetune", config, "torchrun")
     last = trained[plan.trainings[-1]]
     if plan.evaluated_on == "validation":
@@ -191,22 +194,22 @@ def execute(plan: Plan, resources: Resources, storage: Storage, log: Log) -> Rec
     return record
 
 
-def _pretraining(plan: Plan, data: Path, manifest: Manifest) -> TrainingJobConfig:
+def _pretraining(plan: Plan, data: Path) -> TrainingJobConfig:
     stage = plan.experiment.pretraining
-    return TrainingJobConfig.pretraining(
-        data, manifest, stage.model, plan.trainer("pretraining"), stage.train_fraction
+    trainer = plan.trainer("pretraining")
+    return TrainingJobConfig.resolve(
+        "pretrain", data, stage.model, trainer, train_fraction=stage.train_fraction
     )
 
 
-def _finetuning(
-    plan: Plan, data: Path, manifest: Manifest, weights: Path | None
-) -> TrainingJobConfig:
+def _finetuning(plan: Plan, data: Path, weights: Path | None) -> TrainingJobConfig:
     stage = plan.experiment.finetuning
     model = stage.model
     if weights is None:  # new weights, in the shape that pretraining would have given them
         model = from_scratch(plan.experiment.pretraining.model, model)
-    return TrainingJobConfig.finetuning(
-        data, manifest, weights, model, plan.trainer("finetuning"), stage.train_fraction
+    trainer = plan.trainer("finetuning")
+    return TrainingJobConfig.resolve(
+        "finetune", data, model, trainer, weights=weights, train_fraction=stage.train_fraction
     )
 
 

@@ -179,7 +179,7 @@ def test_equal_values_tell_their_places_only_beside_a_cls_token(use_cls):
 
 
 @pytest.mark.parametrize(
-    ("wishes", "message"),
+    ("fields", "message"),
     [
         ({"problem_type": "regression"}, "set pooling=token"),
         ({"pooling": "token", "dim_output": 2}, "classes belong to series"),
@@ -187,20 +187,17 @@ def test_equal_values_tell_their_places_only_beside_a_cls_token(use_cls):
     ],
 )
 def test_a_training_for_what_the_data_do_not_know_is_refused_when_it_is_planned(
-    places, wishes, message
+    places, fields, message
 ):
-    manifest = StoredDataset(places[0]).manifest
     with pytest.raises(ValueError, match=message):
-        TrainingJobConfig.finetuning(places[0], manifest, None, wishes, TrainerConfig())
+        TrainingJobConfig.resolve("finetune", places[0], fields, TrainerConfig())
 
 
 def test_a_regression_without_targets_is_refused_when_it_is_planned(tmp_path):
     data = built(tmp_path, *[series(f"s{k}", seed=k) for k in range(5)])
-    wishes = {"problem_type": "regression", "pooling": "token"}
+    fields = {"problem_type": "regression", "pooling": "token"}
     with pytest.raises(ValueError, match="has none; name their columns in `targets`"):
-        TrainingJobConfig.finetuning(
-            data, StoredDataset(data).manifest, None, wishes, TrainerConfig()
-        )
+        TrainingJobConfig.resolve("finetune", data, fields, TrainerConfig())
 
 
 def test_the_environment_does_not_make_a_regressor_of_a_published_classifier(
@@ -215,7 +212,7 @@ def test_the_environment_does_not_make_a_regressor_of_a_published_classifier(
     monkeypatch.setenv("ROMA_CLASSIFIER_PROBLEM_TYPE", "regression")
 
     with pytest.raises(ValueError, match="a classifier needs classes"):
-        TrainingJobConfig.finetuning(data, manifest, tmp_path, {}, TrainerConfig())
+        TrainingJobConfig.resolve("finetune", data, {}, TrainerConfig(), weights=tmp_path)
 
 
 def test_targets_far_from_unit_size_are_warned_of_when_a_regression_is_planned(tmp_path):
@@ -230,12 +227,10 @@ def test_targets_far_from_unit_size_are_warned_of_when_a_regression_is_planned(t
 
     source = HandMade(series=[one(k) for k in range(6)], targets=targets)
     data = build_dataset(config_of(source=source), tmp_path, tmp_path, progress=False)
-    wishes = {"problem_type": "regression", "pooling": "token"}
+    fields = {"problem_type": "regression", "pooling": "token"}
 
     with pytest.warns(UserWarning) as told:
-        TrainingJobConfig.finetuning(
-            data, StoredDataset(data).manifest, None, wishes, TrainerConfig()
-        )
+        TrainingJobConfig.resolve("finetune", data, fields, TrainerConfig())
 
     said = [str(w.message) for w in told if "are not normalised" in str(w.message)]
     assert [text.split("'")[1] for text in said] == ["far", "tiny"]
@@ -245,8 +240,7 @@ def test_targets_far_from_unit_size_are_warned_of_when_a_regression_is_planned(t
 def test_the_environment_may_ask_for_a_regression(places, monkeypatch):
     for name, value in (("PROBLEM_TYPE", "regression"), ("POOLING", "token")):
         monkeypatch.setenv(f"ROMA_CLASSIFIER_{name}", value)
-    manifest = StoredDataset(places[0]).manifest
 
-    config = TrainingJobConfig.finetuning(places[0], manifest, None, {}, TrainerConfig())
+    config = TrainingJobConfig.resolve("finetune", places[0], {}, TrainerConfig())
 
     assert config.model["dim_output"] == 1, json.dumps(config.model)

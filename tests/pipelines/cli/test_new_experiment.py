@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from roma_core.data.infer_schema import survey
 from roma_core.schema import Channel
 from roma_core.sources.base import RawSeries
-from roma_core.trainer.defaults import Amount, sizes_for
+from roma_core.trainer.defaults import DatasetSize, default_settings
 from roma_pipelines.cli import main
 from roma_pipelines.experiment import load_experiment
 from roma_pipelines.scaffold import propose
@@ -171,8 +171,8 @@ def test_a_channel_that_is_a_fact_of_the_object_is_pointed_at():
 
 
 def test_small_data_get_many_passes_and_large_data_few():
-    small = sizes_for(Amount(n_series=40, n_observations=4_000, n_channels=1))
-    large = sizes_for(Amount(n_series=50_000, n_observations=10_000_000, n_channels=2))
+    small = default_settings(DatasetSize(n_series=40, n_observations=4_000, n_channels=1))
+    large = default_settings(DatasetSize(n_series=50_000, n_observations=10_000_000, n_channels=2))
 
     assert small.steps["finetuning"] >= 1000
     assert large.finetuning["trainer"]["epochs"] < small.finetuning["trainer"]["epochs"]
@@ -184,8 +184,8 @@ def test_small_data_get_many_passes_and_large_data_few():
 
 
 def test_long_series_make_small_batches_and_more_steps():
-    short = sizes_for(Amount(n_series=200, n_observations=20_000, n_channels=1))
-    long = sizes_for(Amount(n_series=200, n_observations=200_000, n_channels=1))
+    short = default_settings(DatasetSize(n_series=200, n_observations=20_000, n_channels=1))
+    long = default_settings(DatasetSize(n_series=200, n_observations=200_000, n_channels=1))
 
     for sizes in (short, long):
         shown = sizes.finetuning["trainer"]["epochs"] * 200
@@ -194,8 +194,10 @@ def test_long_series_make_small_batches_and_more_steps():
 
 
 def test_a_second_axis_needs_cls_and_wide_observations_no_features():
-    one = sizes_for(Amount(n_series=200, n_observations=20_000, n_channels=1))
-    two = sizes_for(Amount(n_series=200, n_observations=20_000, n_channels=900, n_axes=2))
+    one = default_settings(DatasetSize(n_series=200, n_observations=20_000, n_channels=1))
+    two = default_settings(
+        DatasetSize(n_series=200, n_observations=20_000, n_channels=900, n_axes=2)
+    )
 
     assert [s.pretraining["model"]["use_cls"] for s in (one, two)] == [False, True]
     assert [s.pretraining["model"]["value_features"] for s in (one, two)] == [64, 0]
@@ -205,7 +207,7 @@ def test_a_second_axis_needs_cls_and_wide_observations_no_features():
 def test_every_choice_is_valid_for_the_trainer():
     from roma_pipelines.experiment import Stage, training_errors
 
-    sizes = sizes_for(Amount(n_series=1, n_observations=1, n_channels=900, n_axes=2))
+    sizes = default_settings(DatasetSize(n_series=1, n_observations=1, n_channels=900, n_axes=2))
 
     assert not training_errors(Stage(**sizes.pretraining), Stage(**sizes.finetuning))
 
