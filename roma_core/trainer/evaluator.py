@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,8 +70,7 @@ def classify(
             samples = samples.repeat(batch.segments.lengths)
         return samples, logits.float().cpu().numpy(), labels, total
 
-    batches = _batches(dataset, collate, batch_size, group)
-    table = _on_every_process(rows_of, batches, group, should_stop)
+    table = _on_every_process(rows_of, dataset, collate, batch_size, group, should_stop)
     order = np.concatenate([r[0] for r in table]).argsort(kind="stable")
     labels = None if table[0][2] is None else np.concatenate([r[2] for r in table])[order]
     return Outputs(
@@ -103,34 +102,29 @@ def reconstruction_loss(
         count = model.loss_count(batch)
         return (0.0, 0.0) if loss is None else (float(loss) * count, count)
 
-    batches = _batches(dataset, collate, batch_size, group)
     total = count = 0.0
-    for loss, n in _on_every_process(sum_of, batches, group, should_stop):
+    arguments = (dataset, collate, batch_size, group, should_stop)
+    for loss, n in _on_every_process(sum_of, *arguments):
         total += loss
         count += n
     return total / max(1.0, count)
 
 
-def _batches(
-    dataset: MapStyle, collate: Collate, batch_size: int, group: HostGroup
-) -> Iterator[PackedBatch]:
-    mine = np.arange(group.rank, len(dataset), group.size)
-    parts = np.array_split(mine, -(-len(mine) // batch_size)) if len(mine) else []
-    return (collate.batch(dataset, part) for part in parts)
-
-
 def _on_every_process(
     compute: Callable[[PackedBatch], Any],
-    batches: Iterator[PackedBatch],
+    dataset: MapStyle,
+    collate: Collate,
+    batch_size: int,
     group: HostGroup,
     should_stop: ShouldStop,
 ) -> list[Any]:
     """Results of all batches of all processes; :class:`Interrupted` on all if one should stop."""
+    mine = np.arange(group.rank, len(dataset), group.size)
     results, stopped = [], False
-    for batch in batches:
+    for indices in np.array_split(mine, -(-len(mine) // batch_size)) if len(mine) else []:
         if stopped := should_stop():
             break
-        results.append(compute(batch))
+        results.append(compute(collate.batch(dataset, indices)))
     gathered = group.gather((results, stopped))
     if any(stopped for _, stopped in gathered):
         raise Interrupted

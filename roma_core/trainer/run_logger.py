@@ -102,26 +102,17 @@ class RunLogger:
 
     def __init__(
         self,
-        what: str,
+        progress: Progress,
         folder: Path,
         config: TrainerConfig,
         *,
-        total_steps: int,
         batches_per_epoch: int,
-        first_step: int,
         offset: int,
         is_main: bool,
     ) -> None:
-        """
-        Args:
-            what: name of the training.
-            folder: of the run.
-            first_step: finished steps at the start.
-            offset: bytes of ``metrics.jsonl`` that belong to them.
-        """
-        self.what, self.folder, self.config, self.first_offset = what, folder, config, offset
-        self.total_steps, self.first_step = total_steps, first_step
-        self.batches_per_epoch, self.is_main = batches_per_epoch, is_main
+        """``offset`` bytes of ``metrics.jsonl`` in ``folder`` belong to the steps finished so far."""
+        self._progress, self.folder, self.config = progress, folder, config
+        self.batches_per_epoch, self.first_offset, self.is_main = batches_per_epoch, offset, is_main
         self.latest: dict[str, float] = {}
         self._stack = ExitStack()
 
@@ -133,7 +124,6 @@ class RunLogger:
             stack.callback(self._log.close)
             self._trackers = Trackers.from_environment(self.folder, self.config)
             stack.callback(self._trackers.close)
-            self._progress = Progress(self.what, self.total_steps, self.first_step)
             stack.enter_context(self._progress)
             self._trackers.start(self.first_offset)
             self._stack = stack.pop_all()
@@ -154,7 +144,7 @@ class RunLogger:
                 "train/epoch": step / self.batches_per_epoch,
                 "train/eta_s": self._progress.eta_s(step),
             }
-            self._log_metrics(step, metrics | position, force=step == self.total_steps)
+            self._log_metrics(step, metrics | position, force=step == self._progress.total_steps)
 
     def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Record and show the metrics of an evaluation."""

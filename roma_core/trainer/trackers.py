@@ -6,6 +6,7 @@ time. Whatever a tracker raises becomes a warning, and its records are sent late
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
@@ -125,8 +126,8 @@ class WandbRun:
         config: WandbConfig,
         trainer: TrainerConfig,
         folder: Path,
-        run_id: str,
         mode: Literal["online", "offline"],
+        run_id: str,
     ) -> None:
         """Begin or resume the run.
 
@@ -345,14 +346,12 @@ class Trackers:
         wandb = WandbConfig()
         if trainer.log_wandb and wandb.effective_mode != "disabled":
             import_tracker("wandb")
-
-            def make(mode: Literal["online", "offline"]) -> Callable[[str], Tracker]:
-                return lambda run_id: WandbRun(wandb, trainer, folder, run_id, mode)
-
-            if wandb.effective_mode == "offline":
-                trackers.add("wandb", make("offline"))
-            else:
-                trackers.add("wandb", make("online"), fallback=make("offline"))
+            offline, online = (
+                functools.partial(WandbRun, wandb, trainer, folder, mode)
+                for mode in ("offline", "online")
+            )
+            connect = offline if wandb.effective_mode == "offline" else online
+            trackers.add("wandb", connect, fallback=offline)
         return trackers
 
     def add(

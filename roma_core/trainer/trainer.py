@@ -20,7 +20,7 @@ from roma_core.trainer.dataloader import MapStyle, TrainLoader
 from roma_core.trainer.distributed import HostGroup, Interrupted, StopRequests, init_accelerator
 from roma_core.trainer.evaluator import EarlyStopping, Evaluator, unknown_metric
 from roma_core.trainer.metrics import DeferredScalars, ThroughputMeter
-from roma_core.trainer.run_logger import RunLogger
+from roma_core.trainer.run_logger import Progress, RunLogger
 from roma_core.trainer.sampler import make_sampler
 from roma_core.trainer.step import (
     Model,
@@ -130,83 +130,65 @@ class Trainer:
     def _set_up(
         self, train_dataset: MapStyle, test_dataset: MapStyle | None, model: Model, what: str
     ) -> None:
-        config = self.config
-        self.accelerator = init_accelerator(config)
-        self.group = HostGroup(self.accelerator.process_index, self.accelerator.num_processes)
-        _check_settings(config, model, test_dataset, self._evaluate_callback is not None)
+        """Load the newest checkpoint, and create everything a run needs."""
+        config, callback = self.config, self._evaluate_callback
+        self.accelerator = accelerator = init_accelerator(config)
+        self.group = group = HostGroup(accelerator.process_index, accelerator.num_processes)
+        _check_settings(config, model, test_dataset, callback is not None)
         loss = training_loss(model, config, train_dataset)
 
         checkpoint = load_newest(config.checkpoint_dir)
         self.resumed_from = checkpoint.path.name if checkpoint else ""
-        state = checkpoint.state if checkpoint else None
-        self.sampler = make_sampler(
-            config, train_dataset, self.group.size, state.global_batch_size if state else None
-        )
+        state, tensors = (checkpoint.state, checkpoint.tensors) if checkpoint else (None, None)
+        global_batch_size = state.global_batch_size if state else None
+        self.sampler = make_sampler(config, train_dataset, group.size, global_batch_size)
         self.total_steps = config.epochs * self.sampler.batches_per_epoch
         if state:
             _check_same_run(state, config, len(train_dataset), self.total_steps)
-        self.first_world_size = (state and state.first_world_size) or self.group.size
+        self.first_world_size = (state and state.first_world_size) or group.size
         self.train_step = TrainStep(
-            self.accelerator,
-            self.group,
+            accelerator,
+            group,
             model,
             loss,
             config,
             self.total_steps,
             self.first_world_size,
-            checkpoint.tensors if checkpoint else None,
+            tensors,
         )
-        scaler = self.accelerator.scaler
-        if scaler is not None and state and state.scaler:
-            scaler.load_state_dict(state.scaler)
+        if accelerator.scaler is not None and state and state.scaler:
+            accelerator.scaler.load_state_dict(state.scaler)
         self.loader = TrainLoader(
-            config,
-            self.sampler,
-            train_dataset,
-            model.config,
-            self.group,
-            self.accelerator.device,
-            self.stops,
+            config, self.sampler, train_dataset, model.config, group, accelerator.device, self.stops
         )
         self.evaluator = Evaluator(
-            config,
-            self.train_step,
-            test_dataset,
-            self.group,
-            self._should_stop,
-            self._evaluate_callback,
+            config, self.train_step, test_dataset, group, self._should_stop, callback
         )
-
         self.step = state.step if state else 0
         self.logger = RunLogger(
-            what,
+            Progress(what, self.total_steps, self.step),
             self.folder,
             config,
-            total_steps=self.total_steps,
             batches_per_epoch=self.sampler.batches_per_epoch,
-            first_step=self.step,
             offset=state.metrics_offset if state else 0,
-            is_main=self.group.is_main,
+            is_main=group.is_main,
         )
-        self.checkpointer = Checkpointer(config, self.logger, self.group)
-        self.meter = ThroughputMeter()
+        self.checkpointer = Checkpointer(config, self.logger, group)
+
         self.unread, self.grad_norm = DeferredScalars(), float("nan")
+        self.started, self.last_heartbeat = time.monotonic(), float("-inf")
+        self.meter, self.elapsed_before_s = ThroughputMeter(), 0.0
         self.evaluation: dict[str, float] = {}
         self.evaluation_due = False
         self.early_stopping = EarlyStopping(
-            config.best_metric_mode,
-            config.early_stopping_min_delta,
-            config.early_stopping_patience,
+            config.best_metric_mode, config.early_stopping_min_delta, config.early_stopping_patience
         )
-        self.started, self.elapsed_before_s = time.monotonic(), 0.0
-        self.last_heartbeat = float("-inf")
         if state:
             self.meter = ThroughputMeter(state.window_steps, state.window_loss)
-            self.evaluation = dict(state.evaluation)
-            self.evaluation_due = state.evaluation_due
+            self.elapsed_before_s = state.elapsed_s
+            self.evaluation, self.evaluation_due = dict(state.evaluation), state.evaluation_due
             self.early_stopping.best = state.best
             self.early_stopping.evaluations_since_best = state.evaluations_since_best
-            self.elapsed_before_s = state.elapsed_s
         self.evaluated_at = self.step if self.evaluation else -1
 
     def _train_to_end(self) -> None:

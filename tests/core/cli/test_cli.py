@@ -18,6 +18,7 @@ from roma_core.evaluation.predictions import PredictionTable
 from roma_core.files import read_json
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.trainer.dataloader import Collate
+from tests.time_limits import within
 
 SMALL = ["--set", "model.encoder_config={d_model: 16, nhead: 2, depth: 1}"]
 DECODER = ["--set", "model.decoder_config={d_model: 16, nhead: 2, depth: 1}"]
@@ -30,7 +31,7 @@ def roma(*arguments, ok=True, cwd=None):
         capture_output=True,
         text=True,
         cwd=cwd,
-        timeout=120,
+        timeout=within(60),
     )
     assert (done.returncode == 0) is ok, done.stdout + done.stderr
     return done.stdout + done.stderr

@@ -9,18 +9,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from roma_core import RoMAForClassification, RoMAForClassificationConfig, Trainer
+from roma_core import (
+    EncoderConfig,
+    RoMAForClassification,
+    RoMAForClassificationConfig,
+    Trainer,
+    TrainerConfig,
+)
 from roma_core.trainer.checkpoint import committed
 from roma_core.trainer.optim import learning_rate_factor
-from roma_core.trainer.sampler import SeriesBatchSampler
 from tests.core.trainer.training_runs import (
     SHAPE,
     Plan,
     Sines,
+    Waves,
     autoencoder,
     classifier,
     config,
@@ -32,39 +37,7 @@ from tests.core.trainer.training_runs import (
     run,
     weights,
 )
-
-
-def test_every_epoch_visits_every_sample_once_in_an_order_of_its_own():
-    sampler = SeriesBatchSampler(n_samples=43, global_batch_size=10, seed=3)
-    epochs = [np.concatenate(sampler.batches(e)) for e in range(3)]
-    assert all(sorted(e) == list(range(43)) for e in epochs)
-    assert (epochs[0] != epochs[1]).any()
-    assert [len(b) for b in sampler.batches(0)] == [9, 9, 9, 8, 8]
-    assert sampler.batches(0)[0].tolist() == SeriesBatchSampler(43, 10, 3).batches(0)[0].tolist()
-
-
-@pytest.mark.parametrize("world_size, micro", [(1, 9), (2, 4), (3, 1), (4, 8)])
-def test_processes_and_micro_batches_share_a_step_exactly(world_size, micro):
-    sampler = SeriesBatchSampler(43, 10, 3, micro)
-    batch = sampler.batches(0)[0]
-    shares = [sampler.shard(batch, rank, world_size) for rank in range(world_size)]
-    flat = [i for share in shares for part in share for i in part]
-    assert sorted(flat) == sorted(batch)
-    assert max(len(part) for share in shares for part in share) <= micro
-
-
-def test_more_processes_than_samples_is_refused():
-    with pytest.raises(ValueError, match="2 samples cannot be shared by 3 processes"):
-        SeriesBatchSampler(43, 10, 3, 8).shard(np.array([4, 5]), 0, 3)
-
-
-def test_the_schedule_warms_up_and_ends_near_zero():
-    factors = [learning_rate_factor("cosine", s, 100, 10) for s in range(100)]
-    assert factors[0] == 0.1 and factors[9] == factors[10] == 1.0
-    assert factors == sorted(factors[:10]) + sorted(factors[10:], reverse=True)
-    assert 0 < factors[-1] < 1e-3
-    assert learning_rate_factor("linear", 55, 100, 10) == pytest.approx(0.5)
-    assert learning_rate_factor("constant", 99, 100, 0) == 1.0
+from tests.time_limits import within
 
 
 def test_training_learns_and_records_each_metric_once(tmp_path):
@@ -137,7 +110,7 @@ def test_torchrun_evaluates_on_both_ranks_and_computes_what_one_process_does(tmp
         | {"PYTHONPATH": str(Path(__file__).parents[3])},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=within(60),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("END completed 12 2") == 2
@@ -233,3 +206,53 @@ def test_the_learning_rate_stays_that_of_the_processes_that_began(tmp_path):
     rates = [value for name, _, value in points(tmp_path) if name == "train/lr"]
     factors = [learning_rate_factor("cosine", step, 18, 2) for step in range(18)]
     assert rates == pytest.approx([2 * 5e-3 * factor for factor in factors])
+
+
+def test_training_by_tokens_learns_and_goes_on_where_it_stopped(tmp_path):
+    def train(folder, **changes):
+        torch.manual_seed(0)
+        stack = EncoderConfig(d_model=16, nhead=2, depth=1)
+        shape = {"tubelet_size": (1, 1, 1), "n_channels": 2, "n_pos_dims": 1, "dim_output": 2}
+        model = RoMAForClassification(RoMAForClassificationConfig(encoder_config=stack, **shape))
+        options = {
+            "epochs": 16,
+            "tokens_per_batch": 100,
+            "base_lr": 0.01,
+            "eval_every": 30,
+            "save_every": 5,
+            "augment_drop_rate": 0.2,
+            "augment_jitter_std": 0.02,
+            "augment_channel_drop_rate": 0.1,
+            "augment_crop_rate": 0.2,
+            "checkpoint_dir": folder,
+        }
+        trainer = Trainer(TrainerConfig(**{**options, **changes}))
+        return trainer.train(Waves(), Waves(), model), model
+
+    whole, expected = train(tmp_path / "whole")
+    assert whole.status == "completed" and whole.metrics["eval/accuracy"] > 0.9
+    stop_at(tmp_path / "parts", lambda: train(tmp_path / "parts"), step=12)
+    resumed, found = train(tmp_path / "parts", num_dataset_workers=2)
+    assert resumed.step == whole.step
+    for a, b in zip(expected.parameters(), found.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def stop_at(folder, train, step):
+    """Kill a training between two steps, as a power cut would: its newest checkpoint is older."""
+    from roma_core.trainer import trainer as loop
+
+    optimise = loop.Trainer._optimise
+
+    def until(trainer, *arguments):
+        if trainer.step == step:
+            raise KeyboardInterrupt
+        return optimise(trainer, *arguments)
+
+    loop.Trainer._optimise = until
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train()
+    finally:
+        loop.Trainer._optimise = optimise
+    assert [p.name for p in sorted(folder.iterdir())][-1] == "step-00000010"

@@ -33,6 +33,7 @@ from roma_core import (
 )
 from roma_core.trainer.checkpoint import load_newest
 from roma_core.trainer.metrics import WALL_CLOCK
+from tests.time_limits import within
 
 SHAPE = {
     "encoder_config": EncoderConfig(d_model=16, nhead=2, depth=2, hidden_drop_rate=0.1),
@@ -63,6 +64,19 @@ class Sines:
             "positions": torch.tensor(t, dtype=torch.float32)[None],
             "label": label,
         }
+
+
+class Waves(torch.utils.data.Dataset):
+    """Two classes of waves of very different lengths."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, i):
+        t = np.linspace(0, 6, 5 + 3 * (i % 13))
+        values = np.stack([np.sin(t * (1 + i % 2)), np.cos(t)], 1).astype(np.float32)
+        item = {"values": values[:, :, None, None], "positions": t[None].astype(np.float32)}
+        return {**item, "label": i % 2, "pad_mask": np.arange(len(t)) == 0}
 
 
 class SlowSines(Sines):
@@ -206,10 +220,10 @@ class Started:
             if process.is_alive() and process.pid:
                 os.kill(process.pid, number)
 
-    def end(self, timeout_s: float = 100) -> str:
+    def end(self, seconds: float = 60) -> str:
         """Wait for all; what they said."""
         for process in self.processes:
-            process.join(timeout_s)
+            process.join(within(seconds))
         if self.is_running():
             said = self.output
             self.send(signal.SIGKILL)

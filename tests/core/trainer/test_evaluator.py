@@ -1,0 +1,69 @@
+"""Early stopping, and which checkpoints and weights are kept."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from roma_core import RoMAForClassification, Trainer
+from roma_core.trainer.checkpoint import Retention, committed, load_newest, read_state
+from roma_core.trainer.evaluator import EarlyStopping
+from tests.core.trainer.training_runs import Sines, classifier, config
+
+
+def test_early_stopping_keeps_the_best_and_counts_what_was_not_better():
+    stopping = EarlyStopping("min", min_delta=0.1)
+    for value, best, since in [(3, 3, 0), (2.95, 3, 1), (math.nan, 3, 2), (2, 2, 0), (2, 2, 1)]:
+        assert stopping.update(value) == (since == 0)
+        assert (stopping.best, stopping.evaluations_since_best) == (best, since)
+    for patience, stops in [(1, True), (2, False), (None, False)]:
+        assert replace(stopping, patience=patience).should_stop is stops
+    largest = EarlyStopping("max", best=0.5)
+    assert largest.update(0.6) and largest.best == 0.6
+
+
+def test_the_newest_and_the_best_checkpoints_stay():
+    steps = {10: 0.9, 20: 0.2, 30: 0.5, 40: None, 50: 0.2, 60: math.nan}
+    assert Retention(newest=2, best=1, mode="min").kept(steps) == {20, 50, 60}
+    assert Retention(newest=2, best=2, mode="max").kept(steps) == {10, 30, 50, 60}
+    assert Retention(newest=3, best=0, mode="min").kept(steps) == {40, 50, 60}
+    assert Retention(newest=None, best=0, mode="min").kept(steps) == set(steps)
+
+
+SCORES = {2: 0.5, 4: 0.4, 6: 0.7, 8: 0.6, 10: 0.8}
+
+
+def test_training_ends_early_and_keeps_the_best(tmp_path):
+    """A callback gives the metric; the second start finds the run ended."""
+    changes = {
+        "eval_every": 2,
+        "save_every": 100,
+        "early_stopping_patience": 2,
+        "best_metric": "eval/score",
+        "final_weights": "best",
+        "epochs": 20,
+        "max_checkpoints": 2,
+    }
+    models = []
+    for _ in range(2):
+        steps = iter(SCORES)
+        trainer = Trainer(config(tmp_path, **changes))
+        trainer.set_evaluate_callback(lambda *_, steps=steps: {"score": SCORES[next(steps)]})
+        models.append(classifier())
+        end = trainer.train(Sines(16), Sines(8), models[-1])
+        assert (end.status, end.step) == ("completed", 8)
+        assert "early stopping: 2 evaluations without a better eval/score than 0.4" in end.reason
+        assert end.metrics["eval/score"] == 0.4
+    saved = committed(tmp_path / "checkpoints")
+    assert [p.name for p in saved] == ["step-00000002", "step-00000004", "step-00000008"][
+        -len(saved) :
+    ]
+    best = next(p for p in saved if read_state(p).evaluation["eval/score"] == 0.4)
+    kept = load_newest(tmp_path / "checkpoints")
+    assert kept is not None and kept.path.name == "step-00000008" and best.name == "step-00000004"
+    for model in models:
+        again = RoMAForClassification.from_pretrained(best)
+        for name, tensor in again.state_dict().items():
+            assert torch.equal(tensor, model.state_dict()[name])
