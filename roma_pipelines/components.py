@@ -42,7 +42,7 @@ class ExperimentScaffolder(dg.Scaffolder[ExperimentParams]):
         Raises:
             ValueError: the data cannot be used, or another format than YAML is requested.
         """
-        from roma_core.data.infer_schema import Roles
+        from roma_core.data.infer_schema import ColumnRoles
         from roma_core.files import write_bytes
         from roma_pipelines.scaffold import new_experiment, source_of
         from roma_pipelines.storage import Storage
@@ -50,12 +50,12 @@ class ExperimentScaffolder(dg.Scaffolder[ExperimentParams]):
         if request.scaffold_format != "yaml" or request.append:
             raise ValueError("an experiment is one YAML file of its own; omit --format")
         params = request.params
-        roles = Roles(object=params.object, time=params.time, label=params.label)
-        guess, dataset = source_of([params.source], roles)
+        roles = ColumnRoles(object=params.object, time=params.time, label=params.label)
+        inferred, dataset = source_of([params.source], roles)
         if params.drop_rate:
             dataset["drop_rate"] = params.drop_rate
         name = Path(request.target_path).name
-        experiment = new_experiment(name, guess, Storage.open().cache, dataset)
+        experiment = new_experiment(name, inferred, Storage.open().cache, dataset)
         write_bytes(Path(request.target_path) / "defs.yaml", experiment.text.encode())
 
 

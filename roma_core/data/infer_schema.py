@@ -1,12 +1,13 @@
-"""One pass over a source that is not built yet: how much there is, how long, how spread.
+"""Infer a source's settings from files, and take the statistics that other settings are chosen by.
 
-What stands in a ``Survey`` is what settings are chosen by; a built data set has a ``DataProfile``.
-
-What somebody's files probably are: paths, and the columns that were named → a source's settings.
+A built data set has a ``DataProfile``; ``SourceStatistics`` are of a source that is not built yet.
 """
 
 from __future__ import annotations
 
+import re
+import tempfile
+import zipfile
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -21,15 +22,17 @@ from roma_core.data.cleaning import RepairOptions, SeriesCleaner
 from roma_core.data.manifest import Repairs
 from roma_core.schema import DataError
 from roma_core.sources.base import Source
+from roma_core.sources.folders import IMAGE_ENDINGS
+from roma_core.sources.table_files import TableFile, connect
 
-_NAMES = {
+_USUAL_NAMES = {
     "object": ("object", "object_id", "objectid", "series", "series_id", "id", "star_id", "uid", "oid"),
     "time": ("time", "t", "mjd", "jd", "timestamp", "datetime", "date", "seconds", "hours", "step", "frame"),
     "label": ("label", "class", "target", "y", "label_id", "class_id"),
     "group": ("group", "group_id"),
     "split": ("split",),
 }  # fmt: skip
-"""Usual names of columns by role, in lower case, the most telling first."""
+"""Usual names of columns by role, in lower case, the most specific first."""
 
 _CATEGORICAL = (
     "band",
@@ -43,13 +46,13 @@ _CATEGORICAL = (
 )
 """Usual names of a column that says which quantity a row measures."""
 
-_MOST_CATEGORIES = 64
-_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+_ROW_NUMBERS = re.compile(r"(Unnamed: \d+|__index_level_\d+__|)$")  # as pandas names its index
+_MAX_CATEGORIES = 64
 
 
 @dataclass(frozen=True)
-class Roles:
-    """Columns that were named; None and empty are guessed."""
+class ColumnRoles:
+    """Columns that the user named; None and empty are inferred."""
 
     object: str | None = None
     time: str | None = None
@@ -61,22 +64,24 @@ class Roles:
 
 
 @dataclass
-class Guess:
-    """Settings of a source, and how they came about."""
+class InferredSource:
+    """Settings of a source, and sentences on how they were inferred."""
 
-    source: dict[str, Any]
-    said: list[str] = field(default_factory=list)
+    config: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
 
 
-def guess_source(paths: Sequence[Path], roles: Roles, objects: Path | None = None) -> Guess:
-    """What kind of source the files are, and which column is what.
+def infer_source(
+    paths: Sequence[Path], roles: ColumnRoles, objects: Path | None = None
+) -> InferredSource:
+    """Infer the kind of source the files are, and the role of every column.
 
     Args:
         paths: files of one kind, or one folder; patterns are expanded by the caller.
         objects: a second table with a row per object, for long tables.
 
     Raises:
-        DataError: there is no such file, the kind is not known, or a column cannot be guessed.
+        DataError: there is no such file, the kind is not known, or a role cannot be inferred.
     """
     if missing := [path for path in paths if not path.exists()]:
         raise DataError(f"there is no file {missing[0]} (from {Path.cwd()})")
@@ -92,79 +97,79 @@ def guess_source(paths: Sequence[Path], roles: Roles, objects: Path | None = Non
     if endings in ({"parquet"}, {"csv"}):
         return _table(paths, roles, objects)
     raise DataError(
-        f"cannot tell what {', '.join(path.name for path in paths[:4])} are: expected .ts, .csv or "
-        f".parquet files, one .npz file, or a folder of pictures or WAV files with a sub-folder per "
+        f"the kind of {', '.join(path.name for path in paths[:4])} is not known: expected .ts, .csv or "
+        f".parquet files, one .npz file, or a folder of images or WAV files with a sub-folder per "
         f"class. Any other source is described in a YAML file"
     )
 
 
 def _ending(path: Path) -> str:
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes[-2:] == [".csv", ".gz"] or suffixes[-1:] == [".txt"]:
+    if suffixes[-1:] in ([".txt"], [".tsv"]) or suffixes[-2:] in (
+        [".csv", ".gz"],
+        [".csv", ".zst"],
+    ):
         return "csv"
     return suffixes[-1][1:] if suffixes else ""
 
 
-def _folder(folder: Path) -> Guess:
+def _folder(folder: Path) -> InferredSource:
     found = sorted({path.suffix.lower() for path in folder.rglob("*") if path.is_file()})
     if ".wav" in found:
-        return Guess(
+        return InferredSource(
             {"kind": "wav_folder", "folder": str(folder)},
             ["sounds, a sub-folder per class; patches of their log-mel spectrograms"],
         )
-    if not set(found) & set(_PICTURES):
+    if not set(found) & set(IMAGE_ENDINGS):
         raise DataError(
-            f"{folder} holds neither pictures ({', '.join(_PICTURES)}) nor .wav files, but "
+            f"{folder} holds neither images ({', '.join(IMAGE_ENDINGS)}) nor .wav files, but "
             f"{', '.join(found) or 'nothing'}; name the files, or a pattern such as '{folder}/*.parquet'"
         )
-    side, colours, shape = _picture_size(folder)
-    patch = next(
-        (size for size in (16, 8, 4) if min(shape) >= 8 * size), 2 if min(shape) >= 8 else 1
-    )
-    return Guess(
+    width, height, colours = _first_image(folder)
+    side = min(width, height)
+    patch = next((size for size in (16, 8, 4) if side >= 8 * size), 2 if side >= 8 else 1)
+    return InferredSource(
         {"kind": "image_folder", "folder": str(folder), "patch": patch, "colours": colours},
-        [f"pictures, a sub-folder per class; {side}, so patches are {patch} pixels wide"],
+        [
+            f"images, a sub-folder per class; the first is {width} × {height}, so patches are {patch} "
+            f"pixels wide"
+        ],
     )
 
 
-def _picture_size(folder: Path) -> tuple[str, str, tuple[int, int]]:
+def _first_image(folder: Path) -> tuple[int, int, str]:
     from PIL import Image
 
-    first = next(p for p in sorted(folder.rglob("*")) if p.suffix.lower() in _PICTURES)
+    first = next(p for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGE_ENDINGS)
     try:
         with Image.open(first) as image:
-            width, height = image.size
             colours = "grey" if image.mode in ("1", "L", "I;16", "I", "F") else "rgb"
+            return *image.size, colours
     except OSError as error:
-        raise DataError(f"{first} is no picture: {error}") from error
-    return f"the first is {width} × {height}", colours, (width, height)
+        raise DataError(f"{first} is no image: {error}") from error
 
 
-def _ts(paths: Sequence[Path]) -> Guess:
-    files, said = [], []
+def _ts(paths: Sequence[Path]) -> InferredSource:
+    files, notes = [], []
     for path in sorted(paths, key=lambda path: path.stem.lower().endswith("test")):
-        file: dict[str, Any] = {"path": str(path)}
+        file = {"path": str(path)}
         for split in ("train", "test"):
             if path.stem.lower().endswith(split):
                 file["split"] = split
         files.append(file)
-        said.append(f"{path.name}: {file.get('split', 'no recorded split')}")
+        notes.append(f"{path.name}: {file.get('split', 'no recorded split')}")
     recorded = [file for file in files if "split" in file]
     if recorded and len(recorded) < len(files):
         raise DataError(
             "some of the .ts files end in TRAIN or TEST and some do not; either all must or none"
         )
     if len(recorded) == 1:
-        recorded[0].pop("split")  # half of a pair alone: it is shared out anew
-        said = [f"{paths[0].name} alone: its series are shared out anew"]
-    return Guess({"kind": "ts", "files": files}, said)
+        recorded[0].pop("split")  # one half of a pair
+        notes = [f"{paths[0].name} alone: its series are split anew"]
+    return InferredSource({"kind": "ts", "files": files}, notes)
 
 
-def _npz(path: Path) -> Guess:
-    import zipfile
-
-    import numpy as np
-
+def _npz(path: Path) -> InferredSource:
     try:
         with np.load(path, allow_pickle=False) as file:
             shapes = {name: file[name].shape for name in file.files}
@@ -174,16 +179,22 @@ def _npz(path: Path) -> Guess:
         if name not in shapes:
             raise DataError(
                 f"{path} has the arrays {sorted(shapes)}; expected 'values' and 'positions', and "
-                f"'labels' to learn from"
+                f"'labels' for classification"
             )
-    flat = "offsets" in shapes
-    n_channels = shapes["values"][-1] if len(shapes["values"]) > (1 if flat else 2) else 1
-    wide = len(shapes["positions"]) > (1 if flat else 2)
-    n_axes = shapes["positions"][-1] if wide else 1
-    axes = [{"name": "time" if k == 0 else f"axis{k}", "unit": "1"} for k in range(n_axes)]
-    channels = [{"name": f"c{k + 1:02d}", "unit": "1"} for k in range(n_channels)]
-    return Guess(
-        {"kind": "npz", "file": str(path), "axes": axes, "channels": channels},
+    n_leading = 1 if "offsets" in shapes else 2  # dimensions before that of channels or axes
+
+    def width(name: str) -> int:
+        return shapes[name][-1] if len(shapes[name]) > n_leading else 1
+
+    axes = ["time", *(f"axis{k}" for k in range(1, width("positions")))]
+    channels = [f"c{k + 1:02d}" for k in range(width("values"))]
+    return InferredSource(
+        {
+            "kind": "npz",
+            "file": str(path),
+            "axes": [{"name": name, "unit": "1"} for name in axes],
+            "channels": [{"name": name, "unit": "1"} for name in channels],
+        },
         [f"arrays {', '.join(f'{name} {shape}' for name, shape in shapes.items())}"],
     )
 
@@ -191,239 +202,162 @@ def _npz(path: Path) -> Guess:
 # tables -----------------------------------------------------------------------------------------
 
 
-def _table(paths: Sequence[Path], roles: Roles, objects: Path | None) -> Guess:
-    columns = _columns(paths[0])
-    lists = [name for name, kind in columns.items() if kind == "list"]
-    for name in [roles.object, roles.time, *roles.axes, *roles.channels]:
-        if name is not None and name not in columns:
-            raise DataError(f"{paths[0]} has no column {name!r}; it has {list(columns)}")
-    if lists:
-        return _row_per_series(paths, columns, lists, roles)
-    return _row_per_observation(paths, columns, roles, objects)
-
-
-def _row_per_series(
-    paths: Sequence[Path], columns: dict[str, str], lists: list[str], roles: Roles
-) -> Guess:
-    time = _role("time", roles.time, lists, paths[0])
-    axes = [time, *roles.axes]
-    channels = list(roles.channels) or [name for name in lists if name not in axes]
-    single = [name for name in columns if name not in lists]
-    name = _role("object", roles.object, single, paths[0])
-    facts = _facts(roles, [column for column in single if column != name])
-    source = {
-        "kind": "parquet",
-        "files": [str(path) for path in paths],
-        "id": name,
-        "axes": [{"column": column} for column in axes],
-        "channels": [{"column": column} for column in _some(channels, paths[0])],
-        "facts": facts,
-    }
-    return Guess(source, _said("a row per series", name, axes, channels, facts, columns))
-
-
-def _row_per_observation(
-    paths: Sequence[Path], columns: dict[str, str], roles: Roles, objects: Path | None
-) -> Guess:
-    name = _role("object", roles.object, list(columns), paths[0])
-    rest = [column for column in columns if column != name]
-    time = _role("time", roles.time, rest, paths[0])
-    rest.remove(time)
-    known = rest if objects is None else [c for c in _columns(objects) if c != name]
-    facts = _facts(roles, known)
-    if objects is None:
-        rest = [column for column in rest if column not in facts.values()]
-    axes: list[dict[str, Any]] = [{"column": time}]
-    further = roles.axes or tuple(
-        column
-        for column in rest
-        if column not in roles.channels
-        and (columns[column] == "text" or column.lower() in _CATEGORICAL)
-    )
-    for column in further:
-        axis: dict[str, Any] = {"column": column}
-        if columns.get(column) == "text":
-            axis["categories"] = _categories(paths, column)
-        axes.append(axis)
-    taken = {axis["column"] for axis in axes}
-    channels = list(roles.channels) or [column for column in rest if column not in taken]
-    source: dict[str, Any] = {
-        "kind": "table",
-        "files": [str(path) for path in paths],
-        "columns": {
-            "object": name,
-            "axes": axes,
-            "channels": [{"column": column} for column in _some(channels, paths[0])],
-            "facts": facts,
-        },
-    }
-    if objects is not None:
-        source["objects"] = {"file": str(objects), "object": name}
-    all_axes = [axis["column"] for axis in axes]
-    return Guess(source, _said("a row per observation", name, all_axes, channels, facts, columns))
-
-
-def _columns(path: Path) -> dict[str, str]:
-    """Name → ``number``, ``text`` or ``list``, as the beginning of the file shows."""
-    import pyarrow as pa
-    import pyarrow.csv as csv
-    import pyarrow.parquet as pq
-
-    if not path.exists():
-        raise DataError(f"there is no file {path} (from {Path.cwd()})")
-    try:
-        if _ending(path) == "parquet":
-            schema = pq.read_schema(path)
-        else:
-            with csv.open_csv(path) as reader:
-                schema = reader.schema
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    found = {}
-    for column in schema:
-        kind = column.type
-        if (
-            pa.types.is_list(kind)
-            or pa.types.is_large_list(kind)
-            or pa.types.is_fixed_size_list(kind)
-        ):
-            found[column.name] = "list"
-        elif (
-            pa.types.is_string(kind)
-            or pa.types.is_large_string(kind)
-            or pa.types.is_dictionary(kind)
-        ):
-            found[column.name] = "text"
-        else:
-            found[column.name] = "number"
-    if len(found) == 1 and any(mark in next(iter(found)) for mark in ";\t|"):
+def _table(paths: Sequence[Path], roles: ColumnRoles, objects: Path | None) -> InferredSource:
+    database = connect(Path(tempfile.gettempdir()))
+    tables = [TableFile(path, database) for path in paths]
+    path, kinds = paths[0], {name: tables[0].kind(name) for name in tables[0].names}
+    if len(kinds) == 1:
         raise DataError(
-            f"{path} seems to divide its columns by something else than a comma: its only column is "
-            f"{next(iter(found))!r}; save it with commas, or as Parquet"
+            f"{path}: its only column is {next(iter(kinds))!r}; expected at least an object, a time and "
+            f"a value, separated by commas, semicolons, tabs or bars"
         )
-    return found
+    given = [roles.object, roles.time, *roles.axes, *roles.channels]
+    if missing := [name for name in given if name is not None and name not in kinds]:
+        raise DataError(f"{path} has no column {missing[0]!r}; it has {list(kinds)}")
+    row_numbers = [name for name in kinds if _ROW_NUMBERS.match(name) and name not in given]
+    columns = [name for name in kinds if name not in row_numbers]
+    lists = [name for name in columns if kinds[name] == "list"]
+    single = [name for name in columns if name not in lists]
 
-
-def _role(role: str, given: str | None, columns: Sequence[str], path: Path) -> str:
-    if given is not None:
-        return given
-    by_name = {column.lower(): column for column in reversed(columns)}
-    for name in _NAMES[role]:
-        if name in by_name:
-            return by_name[name]
-    raise DataError(
-        f"{path}: none of the columns {list(columns)} is called {_NAMES[role][0]!r} or the like; say "
-        f"which one it is with --{role} COLUMN"
-    )
-
-
-def _facts(roles: Roles, columns: Sequence[str]) -> dict[str, str]:
-    facts = {}
-    for role in ("label", "group", "split"):
-        given = getattr(roles, role)
-        if given is not None and given not in columns:
-            raise DataError(f"--{role} {given}: there is no such column among {list(columns)}")
-        by_name = {column.lower(): column for column in reversed(columns)}
-        found = given or next((by_name[n] for n in _NAMES[role] if n in by_name), None)
-        if found is not None:
-            facts[role] = found
-    return facts
-
-
-def _some(channels: list[str], path: Path) -> list[str]:
+    object_ = _role("object", roles.object, single if lists else columns, path)
+    rest = [name for name in columns if name != object_]
+    time = _role("time", roles.time, lists or rest, path)
+    if objects is not None:
+        known = [name for name in TableFile(objects, database).names if name != object_]
+    else:
+        known = [name for name in (single if lists else rest) if name not in (object_, time)]
+    metadata = _metadata(roles, known)
+    taken = {time, *([] if objects else metadata.values())}
+    rest = [name for name in lists or rest if name not in taken]
+    axes: list[dict[str, Any]] = [{"column": time}]
+    for name in roles.axes or [n for n in rest if not lists and n not in roles.channels]:
+        if kinds[name] == "text":
+            axes.append({"column": name, "categories": _categories(tables, name)})
+        elif name in roles.axes or name.lower() in _CATEGORICAL:
+            axes.append({"column": name})
+    taken |= {axis["column"] for axis in axes}
+    numeric = ("list",) if lists else ("number", "date")
+    channels = list(roles.channels) or [n for n in rest if n not in taken and kinds[n] in numeric]
     if not channels:
         raise DataError(
             f"{path}: no column is left for the values; name them with --channel COLUMN"
         )
-    return channels
+
+    shared = {
+        "axes": axes,
+        "channels": [{"column": name} for name in channels],
+        "metadata": metadata,
+    }
+    config: dict[str, Any] = {"kind": "table", "files": [str(path) for path in paths]}
+    if lists:
+        config |= {"kind": "parquet", "id": object_, **shared}
+    else:
+        config["columns"] = {"object": object_, **shared}
+    if objects is not None:
+        config["objects"] = {"file": str(objects), "object": object_}
+    shown = channels[:8] + ["…"] * (len(channels) > 8)
+    notes = [
+        f"a row per {'series' if lists else 'observation'}; objects: {object_}; positions: "
+        f"{', '.join(axis['column'] for axis in axes)}; values: {', '.join(shown)}",
+        ", ".join(f"{role}: {name}" for role, name in metadata.items()) or "no metadata of objects",
+    ]
+    used = {object_, *taken, *channels, *metadata.values()}
+    if unused := [name for name in columns if name not in used]:
+        notes.append(f"not used: {', '.join(unused)}")
+    if row_numbers:
+        notes.append(f"not used: row numbers in {', '.join(map(repr, row_numbers))}")
+    return InferredSource(config, notes)
 
 
-def _categories(paths: Sequence[Path], column: str) -> list[str]:
-    from roma_core.sources.columns import batches, words
+def _named_like(role: str, columns: Sequence[str]) -> str | None:
+    by_name = {column.lower(): column for column in reversed(columns)}
+    return next((by_name[name] for name in _USUAL_NAMES[role] if name in by_name), None)
 
+
+def _role(role: str, given: str | None, columns: Sequence[str], path: Path) -> str:
+    found = given or _named_like(role, columns)
+    if found is None:
+        raise DataError(
+            f"{path}: no {role} column found among {list(columns)}; expected a name such as "
+            f"{_USUAL_NAMES[role][0]!r}: pass --{role} COLUMN"
+        )
+    return found
+
+
+def _metadata(roles: ColumnRoles, columns: Sequence[str]) -> dict[str, str]:
+    metadata = {}
+    for role in ("label", "group", "split"):
+        given = getattr(roles, role)
+        if given is not None and given not in columns:
+            raise DataError(f"--{role} {given}: there is no such column among {list(columns)}")
+        if found := given or _named_like(role, columns):
+            metadata[role] = found
+    return metadata
+
+
+def _categories(tables: Sequence[TableFile], column: str) -> list[str]:
     found: set[str] = set()
-    for path in paths:
-        for batch in batches(path, [column], [column], 1 << 18):
-            found.update(filter(None, words(batch.column(0).unique())))
-            if len(found) > _MOST_CATEGORIES:
-                raise DataError(
-                    f"{path}: the text column {column!r} holds more than {_MOST_CATEGORIES} words; it "
-                    f"is no position. Say with --label what the class is, and with --channel which "
-                    f"columns are values"
-                )
+    for table in tables:
+        found |= set(filter(None, table.words(column, _MAX_CATEGORIES + 2)))
+        if len(found) > _MAX_CATEGORIES:
+            raise DataError(
+                f"{table.path}: the text column {column!r} holds more than {_MAX_CATEGORIES} words, too "
+                f"many for a position. Name the column of the class with --label, and those of values "
+                f"with --channel"
+            )
     return sorted(found)
 
 
-def _said(
-    shape: str,
-    name: str,
-    axes: Sequence[str],
-    channels: Sequence[str],
-    facts: dict[str, str],
-    columns: dict[str, str],
-) -> list[str]:
-    used = {name, *axes, *channels, *facts.values()}
-    left = [column for column in columns if column not in used]
-    shown = list(channels[:8]) + (["…"] if len(channels) > 8 else [])
-    said = [
-        f"{shape}; objects: {name}; positions: {', '.join(axes)}; values: {', '.join(shown)}",
-        ", ".join(f"{role}: {column}" for role, column in facts.items()) or "no facts of objects",
-    ]
-    if left:
-        said.append(f"not used: {', '.join(left)}")
-    return said
-
-
-_SAMPLE = 200_000  # observations that quantiles are taken from
+_SAMPLED = 200_000  # observations that quantiles are taken from
 _LENIENT = RepairOptions(unsorted="sort", duplicates="first", not_finite="drop", empty="drop")
 
 
 @dataclass(frozen=True)
-class ChannelSurvey:
+class ChannelStatistics:
     """Quantiles of the values of one channel as delivered.
 
     Attributes:
-        spread: distance of the quartiles.
-        reach: largest distance from the median.
-        varies: whether it changes within any series; a channel that never does is a fact of the
+        iqr: distance of the quartiles.
+        max_deviation: largest distance from the median.
+        varies: whether it changes within any series; a channel that never does is metadata of the
             object and no measurement.
     """
 
     name: str
     median: float
-    spread: float
-    reach: float
+    iqr: float
+    max_deviation: float
     varies: bool
 
 
 @dataclass(frozen=True)
-class AxisSurvey:
+class AxisStatistics:
     """Positions on one axis.
 
     Attributes:
-        gap: median distance of neighbouring different positions; 0 if a series never has two.
-        span: median distance from a series' smallest to its largest.
-        farthest: largest absolute position.
+        median_gap: between neighbouring different positions; 0 if no series has two.
+        median_span: from a series' smallest position to its largest.
+        max_abs: largest absolute position.
     """
 
     name: str
-    gap: float
-    span: float
-    farthest: float
+    median_gap: float
+    median_span: float
+    max_abs: float
 
 
 @dataclass(frozen=True)
-class Survey:
-    """What a source holds."""
+class SourceStatistics:
+    """Amounts, classes and spreads of a source."""
 
     n_series: int
     n_observations: int
-    longest: int
+    max_length: int
     classes: dict[str, int]
     recorded_splits: dict[str, int]  # empty if the publisher made none
     has_groups: bool
-    channels: tuple[ChannelSurvey, ...]
-    axes: tuple[AxisSurvey, ...]
+    channels: tuple[ChannelStatistics, ...]
+    axes: tuple[AxisStatistics, ...]
     repairs: Repairs | None
 
     @property
@@ -431,39 +365,43 @@ class Survey:
         return self.n_observations / self.n_series
 
 
-def survey(source: Source) -> Survey:
-    """Read a source once; unsorted, doubled and infinite observations are counted, not refused.
+def source_statistics(source: Source) -> SourceStatistics:
+    """Read a source once; unsorted, duplicate and infinite observations are counted, not refused.
 
     Raises:
         DataError: there is no series, or one has a wrong shape or an unknown label.
     """
-    arriving = SeriesCleaner(source, _LENIENT)
+    cleaner = SeriesCleaner(source, _LENIENT)
     channels, axes = len(source.channels), len(source.axes)
     sample = _Sample(channels)
     classes: Counter[str] = Counter(dict.fromkeys(source.classes, 0))
     splits: Counter[str] = Counter()
     gaps, spans = [array("d") for _ in range(axes)], [array("d") for _ in range(axes)]
-    farthest = np.zeros(axes)
+    max_abs = np.zeros(axes)
     varies = np.zeros(channels, dtype=bool)
-    n = total = longest = grouped = 0
-    for series in arriving:
-        n, total, longest = n + 1, total + len(series.values), max(longest, len(series.values))
+    n = total = max_length = grouped = 0
+    for series in cleaner:
+        n, total, max_length = (
+            n + 1,
+            total + len(series.values),
+            max(max_length, len(series.values)),
+        )
         classes.update(filter(None, [series.label]))
         splits.update(filter(None, [series.recorded_split]))
         grouped += series.group is not None
         varies |= (series.values != series.values[:1]).any(axis=0)
         sample.add(series.values)
-        farthest = np.maximum(farthest, np.abs(series.positions).max(axis=0))
+        max_abs = np.maximum(max_abs, np.abs(series.positions).max(axis=0))
         for k in range(axes):
             steps = np.diff(np.unique(series.positions[:, k]))
             gaps[k].append(float(np.median(steps)) if len(steps) else 0.0)
             spans[k].append(float(steps.sum()))
     if n == 0:
         raise DataError("the source has no series")
-    return Survey(
+    return SourceStatistics(
         n_series=n,
         n_observations=total,
-        longest=longest,
+        max_length=max_length,
         classes=dict(classes),
         recorded_splits=dict(splits),
         has_groups=grouped > 0,
@@ -472,15 +410,15 @@ def survey(source: Source) -> Survey:
             for k, channel in enumerate(source.channels)
         ),
         axes=tuple(
-            AxisSurvey(axis.name, _median(gaps[k]), _median(spans[k]), float(farthest[k]))
+            AxisStatistics(axis.name, _median(gaps[k]), _median(spans[k]), float(max_abs[k]))
             for k, axis in enumerate(source.axes)
         ),
-        repairs=arriving.repairs(),
+        repairs=cleaner.repairs(),
     )
 
 
 class _Sample:
-    """Every so many-th observation; half are let go whenever there are too many."""
+    """Every k-th observation; k doubles whenever there are too many."""
 
     def __init__(self, n_channels: int) -> None:
         self._kept: list[NDArray[np.float32]] = []
@@ -492,7 +430,7 @@ class _Sample:
         self._phase = (self._phase - len(values)) % self._step
         self._kept.append(chosen.copy())
         self._n += len(chosen)
-        if self._n > _SAMPLE:
+        if self._n > _SAMPLED:
             self._kept = [self.values()[::2]]
             self._n, self._step = len(self._kept[0]), self._step * 2
 
@@ -503,10 +441,10 @@ class _Sample:
         return self._kept[0]
 
 
-def _channel(name: str, values: NDArray[np.float32], varies: bool) -> ChannelSurvey:
+def _channel(name: str, values: NDArray[np.float32], varies: bool) -> ChannelStatistics:
     low, median, high = np.quantile(values.astype(np.float64), (0.25, 0.5, 0.75))
     reach = float(np.abs(values - median).max())
-    return ChannelSurvey(name, float(median), float(high - low), reach, varies)
+    return ChannelStatistics(name, float(median), float(high - low), reach, varies)
 
 
 def _median(numbers: array[float]) -> float:

@@ -1,19 +1,17 @@
-"""Where series come from: one module per kind of source, found by its registered name.
+"""What a source of series is, and the registry of sources: one module per kind.
 
-A configuration says ``{"kind": "ts", ...}``; ``source_config`` turns it into that kind's class. An
+A configuration such as ``{"kind": "ts", ...}`` becomes that kind's class by ``source_config``. An
 installed package adds kinds by entry points of the group ``roma_core.sources``, each the name of a
 kind and a subclass of ``SourceConfig``:
 
     [project.entry-points."roma_core.sources"]
     our_archive = "our_package.sources:ArchiveConfig"
-
-What a source of series is.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -21,10 +19,10 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from roma_core.schema import Channel, PositionAxis
-from roma_core.settings import validation_errors
+from roma_core.schema import Channel, DataError, PositionAxis
+from roma_core.settings import Frozen, validation_errors
 
 RecordedSplit = Literal["train", "test"]
 
@@ -38,9 +36,7 @@ class RawSeries:
     values: NDArray[np.float32]  # (N, C)
     label: str | None = None
     recorded_split: RecordedSplit | None = None  # the publisher's assignment, where there is one
-    group: str | None = (
-        None  # what objects of one patient, host or device share; all or none have it
-    )
+    group: str | None = None  # shared by the objects of one patient or host; all or none have it
     targets: NDArray[np.float32] | None = None  # (N, K), if the source has targets
 
 
@@ -81,10 +77,8 @@ def targets_of(source: Source) -> tuple[Channel, ...]:
     return tuple(getattr(source, "targets", ()))
 
 
-class SourceConfig(BaseModel):
+class SourceConfig(Frozen):
     """Base of all source configurations; ``kind`` is the registered name."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: str
     citation: str = Field("", description="How to cite the data.")
@@ -99,7 +93,70 @@ class SourceConfig(BaseModel):
         Raises:
             DataError: the data is missing, damaged or not what the configuration says.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is opened")
+        raise NotImplementedError(f"{type(self).__name__} does not implement open")
+
+
+_SPLITS: dict[str, RecordedSplit] = {
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "testing": "test",
+}
+
+
+class MetadataColumns(Frozen):
+    """Columns, or arrays, with one value per object; each may be absent."""
+
+    label: str | None = Field(None, description="Column of the class.")
+    group: str | None = Field(
+        None, description="Column of what must stay in one split: patient, host."
+    )
+    split: str | None = Field(None, description="Column of the publisher's split: train or test.")
+    classes: tuple[str, ...] | None = Field(
+        None,
+        description="All classes in the order of their indices; None takes those found, sorted. "
+        "List them where a delivery may bring new ones.",
+    )
+    class_names: dict[str, str] = Field({}, description="Word in the column → name of the class.")
+
+    def columns(self) -> list[str]:
+        return [name for name in (self.label, self.group, self.split) if name is not None]
+
+    def metadata(self, cells: Sequence[str | None], name: str) -> dict[str, Any]:
+        """``label``, ``group`` and ``recorded_split`` of one object.
+
+        Args:
+            cells: texts in the order of ``columns()``.
+            name: of the object, for errors.
+
+        Raises:
+            DataError: a cell is empty, or a split is neither train nor test.
+        """
+        for column, cell in zip(self.columns(), cells, strict=True):
+            if not cell:
+                raise DataError(
+                    f"{name} has nothing in column {column!r}; fill it, or leave the object out"
+                )
+        remaining = iter(cells)
+        label, group, split = (
+            None if column is None else next(remaining)
+            for column in (self.label, self.group, self.split)
+        )
+        if label is not None:
+            label = self.class_names.get(label, label)
+        if split is not None and split.lower() not in _SPLITS:
+            raise DataError(f"{name} has the split {split!r}; expected train or test")
+        recorded = None if split is None else _SPLITS[split.lower()]
+        return {"label": label, "group": group, "recorded_split": recorded}
+
+    def all_classes(self, labels: Iterable[str | None]) -> tuple[str, ...]:
+        """The declared classes, or those of the labels found, numbers in numeric order."""
+        if self.label is None:
+            return ()
+        if self.classes is not None:
+            return self.classes
+        names = {self.class_names.get(label, label) for label in labels if label}
+        return tuple(sorted(names, key=lambda w: (0, int(w), w) if w.isdigit() else (1, 0, w)))
 
 
 GROUP = "roma_core.sources"
@@ -109,9 +166,9 @@ _OURS = {
     "image_folder": "folders:ImageFolderConfig",
     "npz": "npz:NpzConfig",
     "package_file": "packaged:PackageFileConfig",
-    "parquet": "parquet:ParquetConfig",
+    "parquet": "tables:ParquetConfig",
     "plasticc": "packaged:PlasticcConfig",
-    "table": "table:TableConfig",
+    "table": "tables:TableConfig",
     "ts": "ts:TsConfig",
     "wav_folder": "folders:WavFolderConfig",
 }
@@ -176,15 +233,3 @@ def source_config(values: Any) -> SourceConfig:
         return kind.model_validate(dict(values))
     except ValidationError as error:
         raise ValueError("; ".join(map(str, validation_errors(error, kind)))) from None
-
-
-__all__ = [
-    "GROUP",
-    "RawSeries",
-    "Source",
-    "SourceConfig",
-    "kind_class",
-    "kinds",
-    "source_config",
-    "targets_of",
-]

@@ -76,7 +76,7 @@ def classes(found: list[tuple[Path, str | None]]) -> tuple[str, ...]:
     return tuple(sorted({label for _, label in found if label is not None}))
 
 
-_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
 class ImageFolderConfig(SourceConfig):
@@ -101,7 +101,7 @@ class ImageFolderSource:
     def __init__(self, config: ImageFolderConfig) -> None:
         self.config = config
         self.citation, self.licence = config.citation, config.licence
-        self._found = labelled_files(config.folder, _ENDINGS)
+        self._found = labelled_files(config.folder, IMAGE_ENDINGS)
         self.files = hashes(config.folder, self._found)
         self.classes = classes(self._found)
         self.axes = (

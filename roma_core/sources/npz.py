@@ -22,10 +22,9 @@ from pydantic import Field
 
 from roma_core.files import sha256_of
 from roma_core.schema import Channel, DataError, PositionAxis
-from roma_core.sources.base import RawSeries, SourceConfig
-from roma_core.sources.facts import FactColumns, classes_of, facts_of
+from roma_core.sources.base import MetadataColumns, RawSeries, SourceConfig
 
-_FACTS = {"labels": "label", "groups": "group", "splits": "split"}
+_METADATA = {"labels": "label", "groups": "group", "splits": "split"}
 
 
 class NpzConfig(SourceConfig):
@@ -78,8 +77,8 @@ class NpzSource:
         self._lengths = arrays.get("lengths")
         self._n = self._count()
         self._ids = arrays.get("ids", np.arange(self._n))
-        self._facts = {k: arrays[k] for k in _FACTS if k in arrays}
-        for name in ("lengths", "ids", *_FACTS):
+        self._metadata = {k: arrays[k] for k in _METADATA if k in arrays}
+        for name in ("lengths", "ids", *_METADATA):
             if name not in arrays or arrays[name].shape == (self._n,):
                 continue
             if arrays[name].ndim != 1:
@@ -87,9 +86,8 @@ class NpzSource:
                     f"{self._where}: {name} must be one row, got shape {arrays[name].shape}"
                 )
             raise DataError(f"{self._where}: {len(arrays[name])} {name} of {self._n} series")
-        self._columns = FactColumns(**{_FACTS[k]: k for k in self._facts})
-        labels = {str(label) for label in self._facts.get("labels", np.empty(0, str))}
-        self.classes = classes_of(sorted(labels), self._columns)
+        self._columns = MetadataColumns(**{_METADATA[k]: k for k in self._metadata})
+        self.classes = self._columns.all_classes(map(str, self._metadata.get("labels", ())))
 
     def __length_hint__(self) -> int:
         return self._n
@@ -150,8 +148,7 @@ class NpzSource:
         """Every series."""
         for i in range(self._n):
             name = str(self._ids[i])
-            cells = [str(column[i]) for column in self._facts.values()]
-            known = facts_of(cells, self._columns, f"{self._where}: series {name!r}")
+            cells = [str(column[i]) for column in self._metadata.values()]
             yield RawSeries(
                 id=name,
                 positions=self._rows(self._positions, i, len(self.axes)).astype(np.float64),
@@ -161,9 +158,7 @@ class NpzSource:
                     if self._targets is None
                     else self._rows(self._targets, i, len(self.targets)).astype(np.float32)
                 ),
-                label=known.label,
-                group=known.group,
-                recorded_split=known.split,
+                **self._columns.metadata(cells, f"{self._where}: series {name!r}"),
             )
 
     def _rows(self, array: NDArray[Any], i: int, width: int) -> NDArray[Any]:

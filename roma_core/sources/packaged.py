@@ -24,11 +24,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from roma_core.files import sha256_of, write_bytes
 from roma_core.schema import DataError
-from roma_core.sources.base import RecordedSplit, SourceConfig
-from roma_core.sources.columns import AxisColumn, ChannelColumn
-from roma_core.sources.facts import FactColumns, ObjectTable
-from roma_core.sources.rows import TableColumns
-from roma_core.sources.table import TableSource
+from roma_core.sources.base import MetadataColumns, RecordedSplit, SourceConfig
+from roma_core.sources.tables import (
+    AxisColumn,
+    ChannelColumn,
+    ObjectTable,
+    TableColumns,
+    TableConfig,
+    TableSource,
+)
 from roma_core.sources.ts import TsFile, TsFormat, TsSource
 
 log = logging.getLogger(__name__)
@@ -228,15 +232,16 @@ class PlasticcConfig(SourceConfig):
                 AxisColumn(column="passband", name="band", unit=f"index of {', '.join(BANDS)}"),
             ),
             channels=tuple(ChannelColumn(column=name, unit="FLUXCAL") for name in self.channels),
-            facts=FactColumns(label="target", classes=tuple(CLASSES.values()), class_names=CLASSES),
+            metadata=MetadataColumns(
+                label="target", classes=tuple(CLASSES.values()), class_names=CLASSES
+            ),
         )
-        return TableSource(
-            (paths[self.lightcurves.path],),
-            columns,
-            ObjectTable(file=paths[self.metadata.path], object="object_id"),
-            {member.path: member.sha256 for member in (self.lightcurves, self.metadata)},
-            cache,
-            rows_at_once=1 << 18,
+        config = TableConfig(
+            files=(paths[self.lightcurves.path],),
+            columns=columns,
+            objects=ObjectTable(file=paths[self.metadata.path], object="object_id"),
             citation=self.citation,
             licence=self.licence,
         )
+        hashes = {member.path: member.sha256 for member in (self.lightcurves, self.metadata)}
+        return TableSource(config, hashes, cache)

@@ -51,7 +51,7 @@ def new_experiment(name: str, sources: tuple[str, ...], **options: Any) -> None:
     """
     from pydantic import ValidationError
 
-    from roma_core.data.infer_schema import Roles
+    from roma_core.data.infer_schema import ColumnRoles
     from roma_core.settings import validation_errors
     from roma_pipelines import scaffold
     from roma_pipelines.experiment import Experiment, checked_name
@@ -60,13 +60,13 @@ def new_experiment(name: str, sources: tuple[str, ...], **options: Any) -> None:
     roles = {key: options[key] for key in ("time", "axes", "channels", "label", "group", "split")}
     try:
         checked_name(name)
-        guess, dataset = scaffold.source_of(
-            sources, Roles(object=options["object_"], **roles), options["objects"]
+        inferred, dataset = scaffold.source_of(
+            sources, ColumnRoles(object=options["object_"], **roles), options["objects"]
         )
         if options["drop_rate"] is not None:
             dataset["drop_rate"] = options["drop_rate"]
         experiment = scaffold.new_experiment(
-            name, guess, Storage.open().cache, dataset, options["target"]
+            name, inferred, Storage.open().cache, dataset, options["target"]
         )
         if options["only_print"]:
             click.echo(experiment.text, nl=False)

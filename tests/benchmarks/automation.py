@@ -39,7 +39,7 @@ def experiment(folder: Path) -> tuple[dg.Definitions, str, str]:
         "files": [str(folder / "data" / "*.parquet")],
         "axes": [{"column": "time"}],
         "channels": [{"column": "value"}],
-        "facts": {"label": "kind"},
+        "metadata": {"label": "kind"},
     }
     drift = {"files": [str(folder / "inbox" / "*.parquet")]}
     component = RomaExperiment(

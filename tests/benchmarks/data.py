@@ -94,7 +94,6 @@ class MadeUp(SourceConfig):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--series", type=int, default=40_000)
-    parser.add_argument("--rows-at-once", type=int, default=1 << 19, help="One chunk.")
     parser.add_argument("--large", type=int, default=0, help="Only this: so many times as large.")
     parser.add_argument("--build", help=argparse.SUPPRESS)  # in a process of its own
     arguments = parser.parse_args()
@@ -108,7 +107,7 @@ def main() -> None:
             _large(folder, arguments.series, arguments.large)
             return
         _write_tables(folder, arguments.series)
-        path = _builds(folder, arguments.rows_at_once)
+        path = _builds(folder)
         _random_access(StoredDataset(path, verify=False), folder)
 
 
@@ -123,25 +122,20 @@ def _write_tables(folder: Path, n_series: int) -> None:
     pq.write_table(whole.take(pa.array(order)), folder / "shuffled.parquet")
 
 
-def _builds(folder: Path, rows_at_once: int) -> Path:
-    chunk = rows_at_once * (8 + 8 + 1 + 4 + 4) + rows_at_once * (8 + 16 + 8)
-    print(
-        f"\nbuilding, {rows_at_once:,} rows at once: one chunk is {chunk / 2**20:.0f} MiB, as Arrow "
-        f"columns and as rows"
-    )
+def _builds(folder: Path) -> Path:
+    print("\nbuilding")
     path = Path()
     for name in ("sorted", "shuffled"):
         source = {
             "kind": "table",
             "files": [str(folder / f"{name}.parquet")],
             "columns": COLUMNS,
-            "rows_at_once": rows_at_once,
         }
         found = _build_apart(folder / "sets", name, source)
         path = Path(found["path"]) if name == "sorted" else path
         print(
             f"  long Parquet table, {name:9} {found['rate'] / 1e6:5.2f} M observations/s   peak "
-            f"{found['peak'] / 2**20:4.0f} MiB = {found['peak'] / chunk:.1f} × one chunk",
+            f"{found['peak'] / 2**20:4.0f} MiB",
             flush=True,
         )
     return path

@@ -1,4 +1,4 @@
-"""What somebody's files are taken for, and what is refused with words that help."""
+"""The source settings inferred from files, and the errors where none can be."""
 
 import csv
 
@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from roma_core.data.infer_schema import Roles, guess_source
+from roma_core.data.infer_schema import ColumnRoles, infer_source
 from roma_core.schema import DataError
 from roma_core.sources.base import source_config
 
@@ -29,27 +29,27 @@ def long_table(request, tmp_path):
 
 
 def test_a_long_table_is_understood_and_can_be_opened(long_table, tmp_path):
-    guess = guess_source([long_table], Roles())
+    inferred = infer_source([long_table], ColumnRoles())
 
-    columns = guess.source["columns"]
-    assert guess.source["kind"] == "table"
+    columns = inferred.config["columns"]
+    assert inferred.config["kind"] == "table"
     assert columns["object"] == "star_id"
     assert columns["axes"] == [{"column": "mjd"}, {"column": "band", "categories": ["g", "r"]}]
     assert columns["channels"] == [{"column": "flux"}, {"column": "flux_err"}]
-    assert columns["facts"] == {"label": "class"}
-    source = source_config(guess.source).open(tmp_path)
+    assert columns["metadata"] == {"label": "class"}
+    source = source_config(inferred.config).open(tmp_path)
     assert source.classes == ("a", "b")
     assert sum(len(series.values) for series in source.read()) == len(ROWS)
 
 
 def test_columns_that_are_named_win(long_table):
-    roles = Roles(channels=("flux",), axes=("band",), label="band")
+    roles = ColumnRoles(channels=("flux",), axes=("band",), label="band")
 
-    guess = guess_source([long_table], roles)
+    inferred = infer_source([long_table], roles)
 
-    assert guess.source["columns"]["channels"] == [{"column": "flux"}]
-    assert guess.source["columns"]["facts"] == {"label": "band"}
-    assert any("not used: flux_err, class" in line for line in guess.said)
+    assert inferred.config["columns"]["channels"] == [{"column": "flux"}]
+    assert inferred.config["columns"]["metadata"] == {"label": "band"}
+    assert any("not used: flux_err, class" in line for line in inferred.notes)
 
 
 def test_facts_may_stand_in_a_second_table(tmp_path):
@@ -57,10 +57,10 @@ def test_facts_may_stand_in_a_second_table(tmp_path):
     pq.write_table(pa.table({"id": [1, 1, 2], "t": [0.0, 1.0, 0.0], "v": [1.0, 2.0, 3.0]}), table)
     objects.write_text("id,label\n1,a\n2,b\n")
 
-    guess = guess_source([table], Roles(), objects)
+    inferred = infer_source([table], ColumnRoles(), objects)
 
-    assert guess.source["objects"] == {"file": str(objects), "object": "id"}
-    assert source_config(guess.source).open(tmp_path).classes == ("a", "b")
+    assert inferred.config["objects"] == {"file": str(objects), "object": "id"}
+    assert source_config(inferred.config).open(tmp_path).classes == ("a", "b")
 
 
 def test_lists_are_a_row_per_series(tmp_path):
@@ -68,11 +68,11 @@ def test_lists_are_a_row_per_series(tmp_path):
     lists = {"time": [[0.0, 1.0], [0.0]], "flux": [[1.0, 2.0], [3.0]]}
     pq.write_table(pa.table({"id": ["a", "b"], **lists, "label": ["x", "y"]}), path)
 
-    guess = guess_source([path], Roles())
+    inferred = infer_source([path], ColumnRoles())
 
-    assert guess.source["kind"] == "parquet"
-    assert guess.source["axes"] == [{"column": "time"}]
-    assert guess.source["channels"] == [{"column": "flux"}]
+    assert inferred.config["kind"] == "parquet"
+    assert inferred.config["axes"] == [{"column": "time"}]
+    assert inferred.config["channels"] == [{"column": "flux"}]
 
 
 def test_a_pair_of_ts_files_keeps_its_split_and_half_a_pair_loses_it(tmp_path):
@@ -80,8 +80,8 @@ def test_a_pair_of_ts_files_keeps_its_split_and_half_a_pair_loses_it(tmp_path):
     for path in (train, test):
         path.write_text("@classLabel true a b\n@data\n1,2:a\n3,4:b\n")
 
-    both = guess_source([test, train], Roles()).source["files"]
-    half = guess_source([train], Roles()).source["files"]
+    both = infer_source([test, train], ColumnRoles()).config["files"]
+    half = infer_source([train], ColumnRoles()).config["files"]
 
     assert [file["split"] for file in both] == ["train", "test"]
     assert "split" not in half[0]
@@ -94,31 +94,31 @@ def test_arrays_and_pictures(tmp_path):
         (pictures / name).mkdir(parents=True)
         Image.fromarray(np.zeros((28, 28), np.uint8)).save(pictures / name / "0.png")
 
-    guess = guess_source([arrays], Roles())
-    assert len(guess.source["channels"]) == 2
-    assert len(guess.source["axes"]) == 1
-    guess = guess_source([pictures], Roles())
-    assert (guess.source["patch"], guess.source["colours"]) == (2, "grey")
+    inferred = infer_source([arrays], ColumnRoles())
+    assert len(inferred.config["channels"]) == 2
+    assert len(inferred.config["axes"]) == 1
+    inferred = infer_source([pictures], ColumnRoles())
+    assert (inferred.config["patch"], inferred.config["colours"]) == (2, "grey")
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "roles", "told"),
+    ("name", "content", "roles", "message"),
     [
-        ("a.csv", "id;time;v\n1;2;3\n", Roles(), "divide its columns by something else"),
-        ("a.csv", "thing,time,v\n1,2,3\n", Roles(), "--object COLUMN"),
-        ("a.csv", "id,when,v\n1,2,3\n", Roles(), "--time COLUMN"),
-        ("a.csv", "id,time\n1,2\n", Roles(), "--channel COLUMN"),
-        ("a.csv", "id,time,v\n1,2,3\n", Roles(label="klass"), "there is no such column"),
-        ("a.csv", "id,time,v\n1,2,3\n", Roles(channels=("w",)), "no column 'w'"),
-        ("a.dat", "1 2 3\n", Roles(), "cannot tell what a.dat"),
+        ("a.csv", "id:time:v\n1:2:3\n", ColumnRoles(), "its only column is 'id:time:v'; expected"),
+        ("a.csv", "thing,time,v\n1,2,3\n", ColumnRoles(), "--object COLUMN"),
+        ("a.csv", "id,when,v\n1,2,3\n", ColumnRoles(), "--time COLUMN"),
+        ("a.csv", "id,time\n1,2\n", ColumnRoles(), "--channel COLUMN"),
+        ("a.csv", "id,time,v\n1,2,3\n", ColumnRoles(label="klass"), "there is no such column"),
+        ("a.csv", "id,time,v\n1,2,3\n", ColumnRoles(channels=("w",)), "no column 'w'"),
+        ("a.dat", "1 2 3\n", ColumnRoles(), "the kind of a.dat is not known"),
     ],
 )
-def test_what_cannot_be_guessed_is_asked_for(tmp_path, name, content, roles, told):
+def test_an_unknown_column_or_kind_raises(tmp_path, name, content, roles, message):
     path = tmp_path / name
     path.write_text(content)
 
-    with pytest.raises(DataError, match=told):
-        guess_source([path], roles)
+    with pytest.raises(DataError, match=message):
+        infer_source([path], roles)
 
 
 def test_free_text_is_no_position(tmp_path):
@@ -127,4 +127,35 @@ def test_free_text_is_no_position(tmp_path):
     path.write_text("id,time,note,v\n" + rows)
 
     with pytest.raises(DataError, match="more than 64 words"):
-        guess_source([path], Roles())
+        infer_source([path], ColumnRoles())
+
+
+@pytest.mark.parametrize(
+    ("text", "axis", "channels"),
+    [
+        (",id,time,v\n0,a,1,2\n1,a,2,3\n", "time", ["v"]),  # as pandas writes an index
+        ("id;time;v\na;1;2,5\nb;2;3\n", "time", ["v"]),
+        ("# pipeline 3\nid, timestamp, v, ok\na, 2024-03-31T00:30:00Z, 2, x\n", "timestamp", ["v"]),
+        ("id\ttime\tv\na\t1\t?\n", "time", ["v"]),
+    ],
+)
+def test_csv_dialects(tmp_path, text, axis, channels):
+    (tmp_path / "a.csv").write_text(text)
+
+    inferred = infer_source([tmp_path / "a.csv"], ColumnRoles())
+
+    columns = inferred.config["columns"]
+    assert columns["object"] == "id" and columns["axes"][0] == {"column": axis}
+    assert [channel["column"] for channel in columns["channels"]] == channels
+    assert list(source_config(inferred.config).open(tmp_path).read())
+    assert (text[0] == ",") == ("not used: row numbers in ''" in inferred.notes)
+
+
+def test_the_index_of_pandas_in_parquet_is_left_out(tmp_path):
+    columns = {"id": [1, 2], "time": [0.0, 1.0], "v": [1.0, 2.0], "__index_level_0__": [0, 1]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+
+    inferred = infer_source([tmp_path / "a.parquet"], ColumnRoles())
+
+    assert inferred.config["columns"]["channels"] == [{"column": "v"}]
+    assert "not used: row numbers in '__index_level_0__'" in inferred.notes

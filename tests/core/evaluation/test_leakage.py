@@ -25,7 +25,7 @@ def built(folder, test_fraction):
         "object": "star",
         "axes": [{"column": "t", "unit": "d"}],
         "channels": [{"column": "flux", "unit": "mJy"}],
-        "facts": {"label": "class"},
+        "metadata": {"label": "class"},
     }
     source = {"kind": "table", "files": [str(folder / "stars.csv")], "columns": columns}
     config = DatasetConfig.model_validate(

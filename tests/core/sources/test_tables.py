@@ -1,6 +1,8 @@
 """Tables as sources: long and one row per series, sorted and not, and what is refused in them."""
 
 import gzip
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ COLUMNS = {
     "object": "star",
     "axes": [{"column": "t", "unit": "d"}, {"column": "band", "categories": ["g", "r"]}],
     "channels": [{"column": "flux", "unit": "mJy"}, {"column": "err", "unit": "mJy"}],
-    "facts": {"label": "kind", "group": "field"},
+    "metadata": {"label": "kind", "group": "field"},
 }
 
 
@@ -78,7 +80,7 @@ def test_any_order_of_rows_gives_the_same_series(tmp_path_factory, rows, at_once
     ids = [ord(r) for r in rows] if as_numbers else rows
     table = long_table(rows).set_column(0, "star", pa.array(ids))
 
-    found = as_lists(opened(folder, table, rows_at_once=at_once))
+    found = as_lists(opened(folder, table))
 
     places = {r: [k for k, other in enumerate(rows) if other == r] for r in dict.fromkeys(rows)}
     assert [name for name, *_ in found] == [
@@ -119,25 +121,217 @@ def test_facts_may_stand_in_a_table_of_objects(tmp_path):
         opened(tmp_path, long_table(), objects=objects)
 
 
-def test_dates_become_seconds(tmp_path):
+@pytest.mark.parametrize(("unit", "gap"), [(None, 86400), ("s", 86400), ("h", 24), ("d", 1)])
+def test_dates_are_converted_to_the_unit_of_the_axis(tmp_path, unit, gap):
     days = pa.array(np.array(["2026-01-01", "2026-01-02"], dtype="datetime64[s]"))
     table = long_table(("a", "a")).set_column(1, "t", days)
+    axis = {"column": "t"} | ({} if unit is None else {"unit": unit})
 
-    (series,) = opened(tmp_path, table).read()
+    source = opened(tmp_path, table, columns={**COLUMNS, "axes": [axis]})
 
-    assert np.diff(series.positions[:, 0]).tolist() == [86400]
+    (series,) = source.read()
+    assert np.diff(series.positions[:, 0]).tolist() == [gap]
+    assert source.axes[0].unit == (unit or "s")
+    with pytest.raises(
+        DataError, match=r"'t' holds dates, which cannot be given in 'year'; .* s, "
+    ):
+        opened(tmp_path, table, columns={**COLUMNS, "axes": [{"column": "t", "unit": "year"}]})
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo"])
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("2024-03-31T00:30:00Z", 1711845000),
+        ("2024-03-31T00:30:00.25+02:00", 1711837800.25),
+        ("2024-03-31 00:30:00", 1711845000),
+        ("2024-03-31", 1711843200),
+    ],
+)
+def test_dates_in_csv_are_read_as_in_parquet_wherever_the_computer_stands(
+    tmp_path, monkeypatch, zone, text, seconds
+):
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    (tmp_path / "a.csv").write_text(f"star,t,v\nx,{text},1\n")
+    columns = {"object": "star", "axes": [{"column": "t"}], "channels": [{"column": "v"}]}
+    values = {"kind": "table", "files": [str(tmp_path / "a.csv")], "columns": columns}
+
+    (series,) = source_config(values).open(tmp_path).read()
+
+    assert series.positions.tolist() == [[seconds]]
+    monkeypatch.undo()
+    time.tzset()
+
+
+SHORT = {"object": "id", "axes": [{"column": "t"}], "channels": [{"column": "v"}]}
+
+
+def read_short(folder, **files):
+    for name, ids in files.items():
+        table = pa.table(
+            {"id": ids, "t": [float(k) for k in range(len(ids))], "v": [1.0] * len(ids)}
+        )
+        if name.startswith("csv"):
+            csv.write_csv(table, folder / f"{name}.csv")
+        else:
+            pq.write_table(table, folder / f"{name}.parquet")
+    paths = sorted(p for p in folder.iterdir() if p.is_file())
+    values = {"kind": "table", "files": [str(p) for p in paths], "columns": SHORT}
+    return [(s.id, len(s.values)) for s in source_config(values).open(folder / "cache").read()]
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        (pa.array([2**53 + 1, 2**53, 2**63 - 1], pa.int64()), [2**53 + 1, 2**53, 2**63 - 1]),
+        (pa.array([-(2**63), -1, 0], pa.int64()), [-(2**63), -1, 0]),
+        (pa.array([2**64 - 1, 2**63, 2**64 - 2], pa.uint64()), [2**64 - 1, 2**63, 2**64 - 2]),
+        (pa.array([" a ", "0615", "1e3"]), ["a", "0615", "1e3"]),
+        (pa.array(["x", "y", "x2"]).dictionary_encode(), ["x", "y", "x2"]),
+        (pa.array([615.0, 1e6, 0.5]), ["615", "1000000", "0.5"]),
+    ],
+)
+def test_ids_come_through_exactly(tmp_path, ids, expected):
+    assert read_short(tmp_path, a=ids) == [(str(name), 1) for name in expected]
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        pa.array(["10", "11"]),
+        pa.array([10.0, 11.0]),
+        pa.array([10, 11], pa.uint64()),
+        pa.array([10, 11], pa.int32()),
+    ],
+)
+def test_an_id_is_the_same_object_whatever_its_type_in_another_file(tmp_path, second):
+    found = read_short(tmp_path, a=pa.array([9, 10], pa.int64()), b=second)
+
+    assert found == [("9", 1), ("10", 2), ("11", 1)]
+
+
+def test_ids_of_csv_and_parquet_are_those_of_one_table(tmp_path):
+    assert read_short(tmp_path, a=[9, 10], csv_b=[10, 9]) == [("9", 2), ("10", 2)]
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("id;t;v\na;1;2,5\nb;2;-3,25e2\n", [2.5, -325]),
+        ("id\tt\tv\na\t1\t2.5\nb\t2\t3\n", [2.5, 3]),
+        ("\ufeff# made by hand\n\nid|t|v\n\na|1|2.5\n\nb|2|3\n", [2.5, 3]),
+        ('"id", t, v\n"a, 1", 1, 2.5\nb, 2, "3"\n', [2.5, 3]),
+        ("id,t,v\r\na,1,?\r\nNA,2,3", [np.nan, 3]),
+    ],
+)
+def test_the_dialects_of_csv_that_are_read(tmp_path, text, values):
+    (tmp_path / "a.csv").write_text(text, encoding="utf-8", newline="")
+    config = {"kind": "table", "files": [str(tmp_path / "a.csv")], "columns": SHORT}
+
+    found = list(source_config(config).open(tmp_path).read())
+
+    np.testing.assert_equal([s.values.item() for s in found], values)
+    assert [s.positions.item() for s in found] == [1, 2]
+    assert [s.id for s in found] in (["a", "b"], ["a, 1", "b"], ["a", "NA"])
+
+
+def test_names_that_differ_in_case_alone_and_paths_with_brackets(tmp_path):
+    table = pa.table({"id": ["a"], "T": [5.0], "t": [1.0], "V": [7.0], "v": [2.0]})
+    for name in ("a[1].parquet", "b[1].csv"):
+        pq.write_table(table, tmp_path / name) if "parquet" in name else csv.write_csv(
+            table, tmp_path / name
+        )
+        config = {"kind": "table", "files": [str(tmp_path / name.replace("[", "[[]"))]}
+
+        (series,) = source_config(config | {"columns": SHORT}).open(tmp_path).read()
+
+        assert (series.positions.item(), series.values.item()) == (1, 2)
+
+
+def test_rows_in_any_order_that_do_not_fit_in_memory_are_sorted_on_disk(tmp_path):
+    rng = np.random.default_rng(0)
+    ids = rng.permutation(np.repeat(np.arange(3000), 400))
+    row = np.arange(len(ids), dtype=float)
+    table = pa.table({"id": ids, "t": row, "v": row.astype(np.float32)})
+    path = tmp_path / "rows.parquet"
+    pq.write_table(table, path)
+    config = {"kind": "table", "files": [str(path)], "columns": SHORT, "memory_limit_mb": 40}
+
+    source = source_config(config).open(tmp_path / "cache")
+    series = source.read()
+    first = next(series)
+
+    assert list((tmp_path / "cache").glob("roma-sort-*")), "nothing was written to disk"
+    found = {first.id: first.positions[:, 0], **{s.id: s.positions[:, 0] for s in series}}
+    assert list(found) == list(dict.fromkeys(map(str, ids.tolist())))
+    for k in (0, 1, 1500, 2999):
+        assert np.array_equal(found[str(k)], np.flatnonzero(ids == k))
+    del source, series
+    assert not list((tmp_path / "cache").glob("roma-sort-*"))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_files_follow_each_other_in_order_with_any_number_of_threads(tmp_path, threads):
+    expected, row = {}, 0
+    for k in range(3):
+        ids = np.repeat(np.arange(k * 200, (k + 1) * 200 + 1), 300)
+        t = np.arange(row, row + len(ids), dtype=float)
+        row += len(ids)
+        pq.write_table(pa.table({"id": ids, "t": t, "v": t}), tmp_path / f"{k}.parquet")
+        for name in np.unique(ids):
+            expected.setdefault(str(name), []).extend(t[ids == name].tolist())
+    config = {"kind": "table", "files": [str(tmp_path / "*.parquet")], "columns": SHORT}
+
+    source = source_config(config | {"threads": threads}).open(tmp_path)
+
+    assert source.is_sorted
+    assert {s.id: s.positions[:, 0].tolist() for s in source.read()} == expected
+
+
+def test_an_error_far_into_a_file_names_it(tmp_path):
+    n = 300_000
+    columns = {"id": np.arange(n) // 9, "t": np.arange(float(n)), "v": np.arange(float(n))}
+    band = np.full(n, "g")
+    band[-1] = "z"
+    pq.write_table(pa.table({**columns, "band": band}), tmp_path / "a.parquet")
+    axes = [{"column": "t"}, {"column": "band", "categories": ["g"]}]
+    config = {
+        "kind": "table",
+        "files": [str(tmp_path / "a.parquet")],
+        "columns": {**SHORT, "axes": axes},
+    }
+
+    with pytest.raises(DataError, match=r"^\S*a\.parquet: column 'band' holds 'z', .*append"):
+        list(source_config(config).open(tmp_path).read())
+    path = tmp_path / "a.parquet"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3 : len(content) // 3 + 5000] = os.urandom(5000)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.parquet"):
+        list(source_config(config).open(tmp_path).read())
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"flux": ["1", "x", "2", "3", "4"]}, "'flux' holds string .first '1'., expected numbers"),
-        ({"band": list("grxgr")}, r"'band' holds \['x'\], which are not among its categories"),
+        (
+            {"flux": ["1", "x", "2", "3", "4"]},
+            "'flux' holds text .first '[1-4x]'., expected numbers",
+        ),
+        (
+            {"band": list("grxgr")},
+            r"stars\.parquet: column 'band' holds 'x', which is not among its",
+        ),
+        (
+            {"band": ["g", None, "g", "r", "r"]},
+            "column 'band' holds nothing, which is not among its",
+        ),
         (
             {"star": ["a", None, "b", "b", "b"]},
-            r"stars\.parquet: column 'star' is empty, at first in row 1",
+            r"stars\.parquet: column 'star' has an empty id, at first in row 2 of the data",
         ),
-        ({"kind": ["nova", "dwarf"] * 2 + ["nova"]}, "'a' has 'nova' and 'dwarf' in column 'kind'"),
+        ({"kind": ["nova", "dwarf"] * 2 + ["nova"]}, "'a' has 'dwarf' and 'nova' in column 'kind'"),
         ({"kind": [None] * 5}, "object 'a' has nothing in column 'kind'"),
         ({"flux": [[1.0]] * 5}, "'flux' holds list"),
     ],
@@ -153,7 +347,9 @@ def test_a_csv_file_with_a_word_among_numbers_is_refused(tmp_path):
     path.write_text(path.read_text().replace("0.25", "low"))
     values = {"kind": "table", "files": [str(path)], "columns": COLUMNS}
 
-    with pytest.raises(DataError, match=r"stars\.csv cannot be read: .*low"):
+    with pytest.raises(
+        DataError, match=r"stars\.csv: column 'flux' holds 'low' in row 2, expected numbers"
+    ):
         list(source_config(values).open(tmp_path).read())
 
 
@@ -209,8 +405,7 @@ def test_an_exported_set_comes_back_bit_by_bit(tmp_path):
         "files": [str(tmp_path / "out.parquet")],
         "axes": [{"column": "t"}, {"column": "band"}],
         "channels": [{"column": "flux"}, {"column": "err"}],
-        "facts": {"label": "label", "group": "group"},
-        "series_at_once": 7,
+        "metadata": {"label": "label", "group": "group"},
     }
     second = set_of(tmp_path, back)
     assert n == len(first) == 30
@@ -234,8 +429,8 @@ def row_table(**changes):
     ("changes", "message"),
     [
         ({"t": [[0.0], [1.0]]}, "series 'a' has 1 numbers in 't' and 2 in 'flux'"),
-        ({"t": [0.0, 1.0]}, "column 't' holds double, expected a list .* kind 'table'"),
-        ({"flux": [["x", "y"], ["z"]]}, "column 'flux' holds string"),
+        ({"t": [0.0, 1.0]}, "column 't' holds DOUBLE, expected a list .* kind 'table'"),
+        ({"flux": [["x", "y"], ["z"]]}, "column 'flux' holds text"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(tmp_path, changes, message):

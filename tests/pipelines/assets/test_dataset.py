@@ -12,7 +12,7 @@ COLUMNS = {
     "object": "id",
     "axes": [{"column": "t", "unit": "s"}],
     "channels": [{"column": "x", "unit": "V"}],
-    "facts": {"label": "kind"},
+    "metadata": {"label": "kind"},
 }
 
 

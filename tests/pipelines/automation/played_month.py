@@ -79,7 +79,7 @@ class Month:
                     "files": [str(folder / "data" / "*.parquet")],
                     "axes": [{"column": "time"}],
                     "channels": [{"column": "value"}],
-                    "facts": {"label": "kind"},
+                    "metadata": {"label": "kind"},
                 },
             },
             schedule="0 3 * * *",

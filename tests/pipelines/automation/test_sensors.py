@@ -334,7 +334,7 @@ def test_series_like_the_training_data_are_seldom_far_from_it(tmp_path):
         "files": [str(tmp_path / "data" / "all.parquet")],
         "axes": [{"column": "time"}],
         "channels": [{"column": "value"}],
-        "facts": {"label": "kind"},
+        "metadata": {"label": "kind"},
     }
     from roma_core.data.config import DatasetConfig
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from roma_core.data.infer_schema import survey
+from roma_core.data.infer_schema import source_statistics
 from roma_core.schema import Channel
 from roma_core.sources.base import RawSeries
 from roma_core.trainer.defaults import DatasetSize, default_settings
@@ -126,7 +126,9 @@ def test_dg_scaffolds_the_same(waves, tmp_path):
 # choices ----------------------------------------------------------------------------------------
 
 
-def surveyed(n=40, start=0.0, scale=1.0, constant=False, labels=("a", "b"), classes=("a", "b")):
+def statistics_of(
+    n=40, start=0.0, scale=1.0, constant=False, labels=("a", "b"), classes=("a", "b")
+):
     """Series of 20 observations of one channel, of two classes unless ``labels`` has fewer."""
     rng = np.random.default_rng(0)
     series = []
@@ -142,7 +144,7 @@ def surveyed(n=40, start=0.0, scale=1.0, constant=False, labels=("a", "b"), clas
             )
         )
     one = (Channel(name="v", unit="1"),)
-    return survey(HandMade(series=tuple(series), classes=classes, channels=one))
+    return source_statistics(HandMade(series=tuple(series), classes=classes, channels=one))
 
 
 @pytest.mark.parametrize(
@@ -150,24 +152,24 @@ def surveyed(n=40, start=0.0, scale=1.0, constant=False, labels=("a", "b"), clas
 )
 def test_nothing_is_learnt_from_one_class_also_if_two_are_declared(labels, classes, told):
     with pytest.raises(ValueError, match=told):
-        propose(surveyed(labels=labels, classes=classes))
+        propose(statistics_of(labels=labels, classes=classes))
 
 
 def test_dates_are_anchored_and_small_positions_are_not():
-    assert propose(surveyed()).dataset["axes"]["t"] == {"scale": "auto"}
-    assert propose(surveyed(start=60_000)).dataset["axes"]["t"]["anchor"] == "first"
+    assert propose(statistics_of()).dataset["axes"]["t"] == {"scale": "auto"}
+    assert propose(statistics_of(start=60_000)).dataset["axes"]["t"]["anchor"] == "first"
 
 
 def test_far_values_are_squeezed_and_ordinary_ones_are_not():
-    assert "channels" not in propose(surveyed()).dataset
-    channel = next(iter(propose(surveyed(scale=10.0)).dataset["channels"].values()))
+    assert "channels" not in propose(statistics_of()).dataset
+    channel = next(iter(propose(statistics_of(scale=10.0)).dataset["channels"].values()))
     assert channel["transform"] == "arcsinh"
     assert 5 < channel["transform_scale"] < 30
 
 
 def test_a_channel_that_is_a_fact_of_the_object_is_pointed_at():
-    assert propose(surveyed()).warnings == []
-    assert "never changes within a series" in propose(surveyed(constant=True)).warnings[0]
+    assert propose(statistics_of()).warnings == []
+    assert "never changes within a series" in propose(statistics_of(constant=True)).warnings[0]
 
 
 def test_small_data_get_many_passes_and_large_data_few():

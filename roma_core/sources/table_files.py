@@ -1,0 +1,358 @@
+"""CSV and Parquet files as DuckDB scans them: separators, column types, SQL expressions.
+
+Nothing here imports DuckDB or Arrow before a file is opened.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import re
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from roma_core.files import sha256_of
+from roma_core.schema import DataError
+
+if TYPE_CHECKING:
+    import duckdb
+
+SECONDS_PER_UNIT = {"s": 1.0, "ms": 1e-3, "min": 60.0, "h": 3600.0, "d": 86400.0}
+"""Units that a column of dates can be converted to."""
+
+_MISSING = (
+    *("", "?", "#N/A", "#NA", "-NaN", "-nan", "N/A"),
+    *("NA", "NULL", "NaN", "n/a", "nan", "null"),
+)
+"""Cells of a CSV file's number columns that mean a missing number."""
+
+_SEPARATORS = ",;\t|"
+_HEADER_BYTES = 1 << 20
+_SAMPLED_ROWS = 10_000  # of a CSV file, for the types of its columns
+_CSV_BUFFER_BYTES = 1 << 22
+_INTEGERS = {f"{sign}{size}INT" for sign in ("", "U") for size in ("TINY", "SMALL", "BIG", "HUGE")}
+_INTEGERS |= {"INTEGER", "UINTEGER"}
+
+
+def connect(temp: Path, memory_limit_mb: int = 96, threads: int = 1) -> duckdb.DuckDBPyConnection:
+    """An in-memory database that spills to a new folder below ``temp`` and removes it when closed."""
+    import duckdb
+
+    temp.mkdir(parents=True, exist_ok=True)
+    connection = duckdb.connect(
+        config={
+            "memory_limit": f"{memory_limit_mb}MB",
+            "threads": threads,
+            "temp_directory": str(temp / f"roma-sort-{uuid.uuid4().hex[:12]}"),
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+            "enable_external_file_cache": False,
+        }
+    )
+    connection.execute("SET GLOBAL TimeZone = 'UTC'")  # of dates without an offset
+    connection.execute("SET enable_progress_bar = false")
+    return connection
+
+
+@contextmanager
+def read_errors(files: Sequence[TableFile]) -> Iterator[None]:
+    """Raise DuckDB's errors as ``DataError`` with file, line and column where the error has them."""
+    import duckdb
+    import pyarrow as pa
+
+    try:
+        yield
+    except (duckdb.Error, OSError, pa.ArrowException) as error:  # Arrow's from within a stream
+        kind, _, text = str(error).partition(": ")
+        text, *_ = text.split("\n\n")
+        file = next((file for file in files if str(file.path) in text), files[0])
+        if text.startswith(f"{file.path}: "):  # by error() in our own SQL
+            raise DataError(text) from error
+        if kind == "Out of Memory Error":
+            raise DataError(
+                f"{file.path}: reading it takes more memory or disk than it may use ({text}); raise "
+                f"memory_limit_mb of the source, or free some disk space"
+            ) from error
+        line = re.match(r"CSV Error on Line: (\d+)\nOriginal Line: (.*)\n(.*)", text)
+        text = f"line {line[1]}, {line[2]!r}: {line[3]}" if line else text
+        raise DataError(f"{file.path} cannot be read: {text}") from error
+
+
+def expand(patterns: Sequence[Path]) -> list[Path]:
+    """Files, and files matching patterns such as ``data/*.parquet``, in order.
+
+    Raises:
+        DataError: a pattern matches nothing, or two files have one name.
+    """
+    paths: list[Path] = []
+    for pattern in patterns:
+        matching = sorted(Path(p) for p in glob.glob(str(pattern)))  # noqa: PTH207 - may be absolute
+        files = [path for path in matching if path.is_file()]
+        if not files:
+            raise DataError(f"there is no file {pattern} (from {Path.cwd()})")
+        paths += [path for path in files if path not in paths]
+    names = [path.name for path in paths]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"two files are called {twice[0]}; rename one of them")
+    return paths
+
+
+def hashes_of(paths: Sequence[Path]) -> dict[str, str]:
+    """sha256 of every file by its name."""
+    return {path.name: sha256_of(path) for path in paths}
+
+
+class TableFile:
+    """One Parquet or CSV file.
+
+    A CSV file is UTF-8, plain or compressed (``.gz``, ``.zst``), and separated by commas, semicolons,
+    tabs or bars; comment lines above the header are skipped. Numbers may have decimal commas if the
+    separator is another.
+
+    Attributes:
+        names: of the columns, in file order.
+        types: column name → DuckDB type; ``DOUBLE``, ``TIMESTAMP`` or ``VARCHAR`` as
+            the first 10,000 rows suggest for CSV. Of equal names the last.
+
+    Raises:
+        DataError: the file cannot be read, or is neither CSV nor Parquet.
+    """
+
+    def __init__(self, path: Path, connection: duckdb.DuckDBPyConnection) -> None:
+        self.path, self._connection = path, connection
+        self.names: list[str] = []
+        self._is_list = False  # whether this is ``unnested``
+        endings = {ending.lower() for ending in path.suffixes}
+        self._is_csv = path.suffix.lower() != ".parquet"
+        if self._is_csv and not endings & {".csv", ".tsv", ".txt"}:
+            raise DataError(f"{path}: expected a .parquet or .csv file")
+        if not path.is_file():
+            raise DataError(f"there is no file {path} (from {Path.cwd()})")
+        with read_errors([self]):
+            if self._is_csv:
+                self._read_header()
+                types = self._sampled_types()
+            else:
+                types = self._parquet_types()
+        self.types = dict(zip(self.names, types, strict=True))
+
+    def _parquet_types(self) -> list[str]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            self.names = pq.read_schema(self.path).names  # DuckDB renames "T" beside "t"
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+            raise DataError(f"{self.path} cannot be read: {error}") from error
+        return [
+            row[1] for row in self._connection.execute(f"DESCRIBE FROM {self._scan()}").fetchall()
+        ]
+
+    def _read_header(self) -> None:
+        import pyarrow as pa
+
+        try:
+            with pa.input_stream(str(self.path)) as stream:
+                text = stream.read(_HEADER_BYTES).decode("utf-8-sig", errors="replace")
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{self.path} cannot be read: {error}") from error
+        lines = enumerate(text.splitlines())
+        header = next(((k, s) for k, s in lines if s.strip() and not s.startswith("#")), None)
+        if header is None:
+            raise DataError(f"{self.path} cannot be read: it has no header line")
+        self._n_above, line = header
+        splits = {mark: next(csv.reader([line], delimiter=mark)) for mark in _SEPARATORS}
+        self._separator = max(_SEPARATORS, key=lambda mark: len(splits[mark]))
+        self.names = [name.strip() for name in splits[self._separator]]
+
+    def _sampled_types(self) -> list[str]:
+        """Types by the first rows; also decides whether numbers have decimal commas."""
+        missing = literal(_MISSING)
+        counts = [
+            f"count(*) FILTER (c{k} NOT IN {missing}), "
+            f"count(TRY_CAST(c{k} AS DOUBLE)), "
+            f"count(TRY_CAST(replace(c{k}, ',', '.') AS DOUBLE)), "
+            f"count(TRY_CAST(c{k} AS TIMESTAMPTZ))"
+            for k in range(len(self.names))
+        ]
+        sample = f"SELECT * FROM {self._scan()} LIMIT {_SAMPLED_ROWS}"
+        row = self._connection.execute(f"SELECT {', '.join(counts)} FROM ({sample})").fetchone()
+        assert row is not None
+        found = [row[k : k + 4] for k in range(0, len(row), 4)]
+        self._has_decimal_commas = self._separator != "," and any(
+            n_commas >= n > n_points for n, n_points, n_commas, _ in found
+        )
+        return [
+            "DOUBLE"
+            if (n_commas if self._has_decimal_commas else n_points) >= n
+            else "TIMESTAMP"
+            if n_dates >= n
+            else "VARCHAR"
+            for n, n_points, n_commas, n_dates in found
+        ]
+
+    def _scan(self) -> str:
+        """The file as ``t(c0, c1, …)``; the columns of a CSV file are text."""
+        columns = [f"c{k}" for k in range(len(self.names))]
+        if self._is_csv:
+            reader = "read_csv"
+            options: dict[str, Any] = {
+                "auto_detect": False, "header": True, "skip": self._n_above, "strict_mode": True,
+                "delim": self._separator, "quote": '"', "escape": '"',
+                "columns": dict.fromkeys(columns, "VARCHAR"), "buffer_size": _CSV_BUFFER_BYTES,
+            }  # fmt: skip
+        else:
+            reader = "read_parquet"
+            options = {"binary_as_string": True, "hive_partitioning": False}
+        chosen = ", ".join(f"{name} = {literal(value)}" for name, value in options.items())
+        path = literal(glob.escape(str(self.path)))
+        return f"{reader}({path}, {chosen}) AS t({', '.join(columns)})"
+
+    def kind(self, name: str) -> str:
+        """``number``, ``text``, ``date``, ``list``, or the DuckDB type of anything else."""
+        type_ = self.types[name]
+        if type_.endswith("]"):
+            return "list"
+        if type_ in _INTEGERS or type_ in ("FLOAT", "DOUBLE", '"NULL"') or "DECIMAL" in type_:
+            return "number"
+        if type_ in ("VARCHAR", "UUID") or type_.startswith("ENUM"):
+            return "text"
+        return "date" if type_ == "DATE" or type_.startswith("TIMESTAMP") else type_.lower()
+
+    def check_columns(self, names: Sequence[str]) -> None:
+        """Raise DataError if a column is missing, or there is more than one of its name."""
+        if missing := [name for name in names if name not in self.names]:
+            raise DataError(f"{self.path} has no column {missing[0]!r}; it has {self.names}")
+        if twice := [name for name in names if self.names.count(name) > 1]:
+            raise DataError(
+                f"{self.path} has more than one column {twice[0]!r}; rename all but the one that is "
+                f"meant"
+            )
+
+    def select(
+        self,
+        text: Sequence[str],
+        numbers: Sequence[tuple[str, str, Sequence[str]]] = (),
+        lists: Sequence[str] = (),
+    ) -> str:
+        """SQL of a query for the rows with columns ``t0, t1, …``, ``n0, n1, …``, ``l0, l1, …``.
+
+        Args:
+            text: columns for ``t*``: whole numbers as they are, everything else as stripped VARCHAR.
+            numbers: (column, unit, categories) for ``n*``, FLOAT or DOUBLE: numbers; dates in the
+                unit, ``s`` for ``1``; or indices of words in the categories, if there are any.
+            lists: columns for ``l*``, the lengths of their lists.
+
+        Raises:
+            DataError: a column is missing, or holds something else.
+        """
+        names = [*text, *(name for name, _, _ in numbers), *lists]
+        self.check_columns(names)
+        parts = [f"{self._text(name)} AS t{k}" for k, name in enumerate(text)]
+        parts += [f"{self._number(*column)} AS n{k}" for k, column in enumerate(numbers)]
+        parts += [f"coalesce(len({self._column(c)}), 0) AS l{k}" for k, c in enumerate(lists)]
+        source = self._scan()
+        if self._is_list:
+            columns = dict.fromkeys(map(self._column, names))
+            source = f"(SELECT {', '.join(f'unnest({c}) AS {c}' for c in columns)} FROM {source})"
+        elif self._is_csv and numbers:  # for errors
+            source = f"(SELECT *, row_number() OVER () AS row FROM {source})"
+        return f"SELECT {', '.join(parts)} FROM {source}"
+
+    def _column(self, name: str) -> str:
+        return f"c{self.names.index(name)}"
+
+    def _text(self, name: str) -> str:
+        column, type_ = self._column(name), self.types[name]
+        if self._is_csv:
+            type_ = "VARCHAR"
+        if type_ in _INTEGERS:
+            return column
+        if type_ in ("FLOAT", "DOUBLE"):  # pandas writes whole numbers so, if a cell was empty
+            whole = f"{column} = floor({column}) AND abs({column}) < 9e18"
+            cast = f"CAST(CAST({column} AS BIGINT) AS VARCHAR)"
+            return (
+                f"CASE WHEN {whole} THEN {cast} ELSE nullif(CAST({column} AS VARCHAR), 'nan') END"
+            )
+        return f"trim(CAST({column} AS VARCHAR), ' \t\r\n')"
+
+    def _number(self, name: str, unit: str, categories: Sequence[str]) -> str:
+        column, kind = self._column(name), self.kind(name)
+        where = f"{self.path}: column {name!r} holds"
+        if categories:
+            word = f"CAST({self._text(name)} AS VARCHAR)"
+            known = (
+                f", which is not among its categories {list(categories)}; append it there, or leave "
+                f"those rows out"
+            )
+            quoted = f"coalesce('''' || {word} || '''', 'nothing')"
+            problem = f"{literal(where + ' ')} || {quoted} || {literal(known)}"
+            index = f"CAST(list_position({literal(list(categories))}, {word}) - 1 AS DOUBLE)"
+            return f"coalesce({index}, error({problem}))"
+        if kind == "date" and unit not in ("1", *SECONDS_PER_UNIT):
+            raise DataError(
+                f"{where} dates, which cannot be given in {unit!r}; set its unit to one of "
+                f"{', '.join(SECONDS_PER_UNIT)}"
+            )
+        if kind not in ("date", "number") and not self._is_csv:
+            first = next(iter(self.words(name, 1)), None)
+            raise DataError(
+                f"{where} {kind} (first {first!r}), expected numbers; convert it, or list its words "
+                f"as 'categories' if it is a position axis"
+            )
+        if kind == "date":
+            seconds = f"epoch_us(TRY_CAST({column} AS TIMESTAMPTZ)) / 1e6"
+            number = f"{seconds} / {SECONDS_PER_UNIT.get(unit, 1.0)!r}"
+        elif self._is_csv and self._has_decimal_commas:
+            number = f"TRY_CAST(replace({column}, ',', '.') AS DOUBLE)"
+        elif self._is_csv:
+            number = f"TRY_CAST({column} AS DOUBLE)"
+        else:
+            return column if self.types[name] == "FLOAT" else f"CAST({column} AS DOUBLE)"
+        if not self._is_csv:
+            return number
+        expected = f", expected {'dates' if kind == 'date' else 'numbers'}"
+        problem = (
+            f"{literal(where)} || ' ''' || {column} || ''' in row ' || row || {literal(expected)}"
+        )
+        is_missing = f"coalesce(trim({column}), '') IN {literal(_MISSING)}"
+        return f"coalesce({number}, CASE WHEN {is_missing} THEN NULL ELSE error({problem}) END)"
+
+    def words(self, name: str, most: int = 1 << 30) -> list[str]:
+        """Different texts of a column, at most so many."""
+        query = (
+            f"SELECT DISTINCT CAST(t0 AS VARCHAR) FROM ({self.select([name])}) WHERE t0 IS NOT NULL"
+        )
+        with read_errors([self]):
+            return [row[0] for row in self._connection.execute(f"{query} LIMIT {most}").fetchall()]
+
+    def unnested(self, names: Sequence[str]) -> TableFile:
+        """The rows of the named list columns below each other, as a long table.
+
+        Raises:
+            DataError: one of them holds no lists.
+        """
+        self.check_columns(names)
+        for name in names:
+            if self.kind(name) != "list":
+                raise DataError(
+                    f"{self.path}: column {name!r} holds {self.types[name]}, expected a list of "
+                    f"numbers per series; for one row per observation use a source of kind 'table'"
+                )
+        long = object.__new__(TableFile)
+        long.__dict__ |= self.__dict__ | {"_is_list": True}
+        long.types = {name: self.types[name].rpartition("[")[0] for name in names}
+        return long
+
+
+def literal(value: Any) -> str:
+    """A Python value as SQL."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{literal(k)}: {literal(v)}' for k, v in value.items())}}}"
+    if isinstance(value, list | tuple):
+        items = ", ".join(map(literal, value))
+        return f"[{items}]" if isinstance(value, list) else f"({items})"
+    return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else str(value)

@@ -1,0 +1,395 @@
+"""Series from tables in Parquet and CSV files, with one row per observation or one per series.
+
+    object  time      band  flux    flux_err
+    615     59750.42  2     -544.8  3.6        →  positions (time, band), values (flux, flux_err)
+
+    id    time           flux           label
+    a     [0.0, 1.5, 4]  [3.1, 3.0, 2]  "Ia"   (what ``roma data export`` writes)
+
+DuckDB reads the files. One query gives the objects with their metadata and numbers of rows, another
+the rows in the order of those objects; both are streamed. Where the rows of an object do not stand
+together, the second query sorts them on disk, within the memory limit. Either way the series come
+in the order of first appearance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from roma_core.schema import Channel, DataError, PositionAxis
+from roma_core.settings import Frozen
+from roma_core.sources.base import MetadataColumns, RawSeries, SourceConfig
+from roma_core.sources.table_files import TableFile, connect, expand, hashes_of, read_errors
+
+_ROWS = 1 << 16  # of observations at a time
+_OBJECTS = 1 << 12  # at a time
+
+
+class _Column(Frozen):
+    column: str
+    name: str | None = Field(None, description="Name in the data set; the column's by default.")
+    unit: str = Field("1", description="Unit of the numbers; '1' for a pure number.")
+
+
+class ChannelColumn(_Column):
+    """A column whose numbers are the values of one channel."""
+
+    def channel(self) -> Channel:
+        return Channel(name=self.name or self.column, unit=self.unit)
+
+
+class AxisColumn(_Column):
+    """A column whose numbers, dates or categories are positions on one axis."""
+
+    categories: tuple[str, ...] = Field(
+        (),
+        description="For a column of text, such as bands or sensors: all its words. A position is "
+        "the word's index here, so append new words at the end.",
+    )
+
+    def axis(self, is_date: bool) -> PositionAxis:
+        unit = "s" if is_date and self.unit == "1" else self.unit
+        if self.categories:
+            unit = f"index of {', '.join(self.categories)}"
+        return PositionAxis(name=self.name or self.column, unit=unit)
+
+
+class ObjectTable(Frozen):
+    """A Parquet or CSV file with one row per object."""
+
+    file: Path
+    object: str = Field(description="Column of the object's id.")
+
+
+class _Columns(Frozen):
+    axes: tuple[AxisColumn, ...] = Field(min_length=1, description="Position axes; time first.")
+    channels: tuple[ChannelColumn, ...] = Field(min_length=1, description="Values, errors.")
+    targets: tuple[ChannelColumn, ...] = Field(
+        (), description="Numbers of every observation that a model may be trained to predict."
+    )
+    metadata: MetadataColumns = MetadataColumns()
+
+
+class TableColumns(_Columns):
+    """The role of each column."""
+
+    object: str = Field(description="Column of the object's id.")
+
+
+class _FilesConfig(SourceConfig):
+    files: tuple[Path, ...] = Field(
+        min_length=1, description="Parquet or CSV files, or patterns such as data/*.parquet."
+    )
+    memory_limit_mb: int = Field(
+        96, ge=16, description="Memory for sorting and reading; sorts beyond it spill to disk."
+    )
+    threads: int = Field(1, gt=0, description="Threads that read and sort.")
+
+
+class TableConfig(_FilesConfig):
+    """Long tables on this computer, in Parquet or CSV: a row per observation."""
+
+    kind: Literal["table"] = "table"
+    columns: TableColumns
+    objects: ObjectTable | None = Field(
+        None, description="A table with one row per object that holds the metadata."
+    )
+
+    def open(self, cache: Path) -> TableSource:
+        hashes = hashes_of(expand(self.files))
+        if self.objects is not None:
+            if not self.objects.file.is_file():
+                raise DataError(f"there is no file {self.objects.file} (from {Path.cwd()})")
+            hashes |= hashes_of([self.objects.file])
+        return TableSource(self, hashes, cache)
+
+
+class ParquetConfig(_FilesConfig, _Columns):
+    """Parquet files on this computer: a row per series, a list column per axis and channel."""
+
+    kind: Literal["parquet"] = "parquet"
+    id: str = Field("id", description="Column of the series' id.")
+
+    def open(self, cache: Path) -> ParquetSource:
+        return ParquetSource(self, hashes_of(expand(self.files)), cache)
+
+
+class _Rows:
+    """Rows of a query, taken some at a time as positions, values and targets."""
+
+    def __init__(self, query: Any, n_axes: int, n_channels: int) -> None:
+        self._batches = iter(query.to_arrow_reader(_ROWS))
+        self._n_axes, self._n_channels = n_axes, n_channels
+        self._block: list[NDArray[Any]] = []
+        self._start = 0
+
+    def take(self, n: int) -> list[NDArray[Any]]:
+        """Copies of the next rows: ``(n, D)`` float64, ``(n, C)`` and ``(n, K)`` float32."""
+        parts = []
+        while True:
+            part = [array[self._start : self._start + n] for array in self._block]
+            if part:
+                parts.append(part)
+                self._start += len(part[0])
+                n -= len(part[0])
+            if not n and part:
+                return [np.concatenate(each) for each in zip(*parts, strict=True)]
+            self._block, self._start = self._arrays(next(self._batches)), 0
+
+    def _arrays(self, batch: Any) -> list[NDArray[Any]]:
+        columns = [column.to_numpy(zero_copy_only=False) for column in batch.columns]
+        a, b = self._n_axes, self._n_axes + self._n_channels
+        parts = ((columns[:a], np.float64), (columns[a:b], np.float32), (columns[b:], np.float32))
+        arrays = []
+        for part, dtype in parts:
+            block = np.empty((batch.num_rows, len(part)), dtype)
+            with np.errstate(over="ignore"):  # too large for float32: inf, which is refused later
+                for k, column in enumerate(part):
+                    block[:, k] = column
+            arrays.append(block)
+        return arrays
+
+
+class _Observations:
+    """The rows of a query, taken some at a time as positions, values and targets."""
+
+    def __init__(self, query: Any, n_axes: int, n_channels: int) -> None:
+        self._batches = iter(query.to_arrow_reader(_ROWS))
+        self._n_axes, self._n_channels = n_axes, n_channels
+        self._block: list[NDArray[Any]] = []
+        self._start = 0
+
+    def take(self, n: int) -> list[NDArray[Any]]:
+        """Copies of the next rows: ``(n, D)`` float64, ``(n, C)`` and ``(n, K)`` float32."""
+        parts: list[list[NDArray[Any]]] = []
+        while not parts or n:
+            if not self._block or (n and self._start == len(self._block[0])):
+                self._block, self._start = self._arrays(next(self._batches)), 0
+            parts.append([array[self._start : self._start + n] for array in self._block])
+            self._start += len(parts[-1][0])
+            n -= len(parts[-1][0])
+        return [np.concatenate(each) for each in zip(*parts, strict=True)]
+
+    def _arrays(self, batch: Any) -> list[NDArray[Any]]:
+        columns = [column.to_numpy(zero_copy_only=False) for column in batch.columns]
+        a, b = self._n_axes, self._n_axes + self._n_channels
+        arrays = []
+        for part, dtype in ((columns[:a], "f8"), (columns[a:b], "f4"), (columns[b:], "f4")):
+            arrays.append(np.empty((batch.num_rows, len(part)), dtype))
+            with np.errstate(over="ignore"):  # too large for float32: inf, which is refused later
+                for k, column in enumerate(part):
+                    arrays[-1][:, k] = column
+        return arrays
+
+
+class _Source:
+    """What both kinds of table share: a query of objects beside one of their observations.
+
+    Attributes:
+        files: sha256 of every input file by its name.
+    """
+
+    _n: int  # series
+
+    def __init__(
+        self, config: TableConfig | ParquetConfig, hashes: Mapping[str, str], cache: Path
+    ) -> None:
+        columns = config.columns if isinstance(config, TableConfig) else config
+        self.files, self.citation, self.licence = hashes, config.citation, config.licence
+        self.channels = tuple(column.channel() for column in columns.channels)
+        self.targets = tuple(column.channel() for column in columns.targets)
+        self._axes, self._metadata = columns.axes, columns.metadata
+        self._numbers = [
+            (column.column, column.unit, getattr(column, "categories", ()))
+            for column in (*columns.axes, *columns.channels, *columns.targets)
+        ]
+        self._database = connect(cache, config.memory_limit_mb, config.threads)
+        self._tables = [TableFile(path, self._database) for path in expand(config.files)]
+
+    def __length_hint__(self) -> int:
+        return self._n
+
+    def _query(self, sql: str) -> list[tuple[Any, ...]]:
+        with read_errors(self._tables):
+            return self._database.execute(sql).fetchall()
+
+    def _position_axes(self, tables: Sequence[TableFile]) -> tuple[PositionAxis, ...]:
+        return tuple(
+            axis.axis(any(table.kind(axis.column) == "date" for table in tables))
+            for axis in self._axes
+        )
+
+    def _series(self, objects: str, observations: str) -> Iterator[RawSeries]:
+        """Every object with its observations.
+
+        Args:
+            objects: query for id, number of observations, then the metadata.
+            observations: query for ``n*``, those of the objects one after the other.
+        """
+        columns = ", ".join(f"n{k}" for k in range(len(self._numbers)))
+        cursors = self._database.cursor(), self._database.cursor()
+        with read_errors(self._tables):
+            query = cursors[0].sql(f"SELECT {columns} FROM {observations}")
+            rows = _Observations(query, len(self._axes), len(self.channels))
+            for batch in cursors[1].sql(objects).to_arrow_reader(_OBJECTS):
+                cells = [column.to_pylist() for column in batch.columns]
+                for id_, n, *metadata in zip(*cells, strict=True):
+                    positions, values, targets = rows.take(n)
+                    yield RawSeries(
+                        id=id_ or "",
+                        positions=positions,
+                        values=values,
+                        targets=targets if self.targets else None,
+                        **self._metadata.metadata(metadata, f"object {id_!r}"),
+                    )
+
+
+class TableSource(_Source):
+    """The series of long tables that share their columns.
+
+    Attributes:
+        is_sorted: whether the rows of every object stand together.
+
+    Raises:
+        DataError: a file or a column cannot be used, an object has two classes, groups or splits, or
+            no row in the table of objects.
+    """
+
+    def __init__(self, config: TableConfig, hashes: Mapping[str, str], cache: Path) -> None:
+        super().__init__(config, hashes, cache)
+        self._observations = _union(self._tables, [config.columns.object], self._numbers)
+        self.axes = self._position_axes(self._tables)
+        names = self._metadata.columns()
+        self._create_objects(config.columns.object, [] if config.objects else names)
+        if config.objects is not None:
+            self._join_metadata(config.objects, names)
+        labels = self._query("SELECT DISTINCT m0 FROM metadata") if self._metadata.label else []
+        self.classes = self._metadata.all_classes(label for (label,) in labels)
+        ((self._n, n_apart),) = self._query(
+            "SELECT count(*), count(*) FILTER (last_row - first_row + 1 <> n) FROM objects"
+        )
+        self.is_sorted = n_apart == 0
+
+    def _create_objects(self, id_: str, names: Sequence[str]) -> None:
+        """Table ``objects``: t0 (id), first_row, last_row, n, and the metadata m0, m1, …"""
+        cells = [f"coalesce(CAST(t{k} AS VARCHAR), '')" for k in range(1, len(names) + 1)]
+        columns = ["t0", "min(row) AS first_row", "max(row) AS last_row", "count(*) AS n"]
+        columns += [f"min({cell}) AS m{k}, max({cell}) AS other{k}" for k, cell in enumerate(cells)]
+        rows = f"SELECT *, row_number() OVER () AS row FROM ({_union(self._tables, [id_, *names])})"
+        self._query(
+            f"CREATE TABLE objects AS SELECT {', '.join(columns)} FROM ({rows}) GROUP BY t0"
+        )
+        self._query("CREATE VIEW metadata AS FROM objects")
+        is_empty = "coalesce(CAST(t0 AS VARCHAR), '') = ''"
+        if self._query(f"SELECT t0 FROM objects WHERE {is_empty}"):
+            for table in self._tables:
+                rows = f"SELECT *, row_number() OVER () AS row FROM ({table.select([id_])})"
+                for (row,) in self._query(f"SELECT row FROM ({rows}) WHERE {is_empty} LIMIT 1"):
+                    raise DataError(
+                        f"{table.path}: column {id_!r} has an empty id, at first in row {row} of the "
+                        f"data; every row needs one"
+                    )
+        for k, name in enumerate(names):
+            differing = f"SELECT t0, m{k}, other{k} FROM objects WHERE m{k} <> other{k}"
+            for object_, one, other in self._query(f"{differing} ORDER BY first_row LIMIT 1"):
+                raise DataError(
+                    f"object '{object_}' has {one!r} and {other!r} in column {name!r}; one of them "
+                    f"per object"
+                )
+
+    def _join_metadata(self, objects: ObjectTable, names: Sequence[str]) -> None:
+        """View ``metadata``: ``objects`` with the metadata of the table of objects."""
+        table = TableFile(objects.file, self._database)
+        with read_errors([table]):
+            columns = [f"CAST(t{k + 1} AS VARCHAR) AS m{k}" for k in range(len(names))]
+            columns = ["CAST(t0 AS VARCHAR) AS id", *columns]
+            rows = table.select([objects.object, *names])
+            self._database.execute(
+                f"CREATE TABLE known AS SELECT {', '.join(columns)} FROM ({rows})"
+            )
+        for (id_,) in self._query(
+            "SELECT id FROM known GROUP BY id HAVING count(*) > 1 OR coalesce(id, '') = '' LIMIT 1"
+        ):
+            raise DataError(
+                f"{objects.file}: the object {id_!r} has two rows, or no id; one row per object"
+            )
+        self._query(
+            "CREATE OR REPLACE VIEW metadata AS FROM objects LEFT JOIN known ON id = CAST(t0 AS VARCHAR)"
+        )
+        for (id_,) in self._query(
+            "SELECT t0 FROM metadata WHERE id IS NULL ORDER BY first_row LIMIT 1"
+        ):
+            raise DataError(
+                f"object '{id_}' has observations but no row in the table of objects; add it, or "
+                f"leave its observations out"
+            )
+
+    def read(self) -> Iterator[RawSeries]:
+        """Every object in the order of its first row.
+
+        Raises:
+            DataError: a column holds what it should not, or metadata of an object are missing.
+        """
+        metadata = [f"m{k}" for k in range(len(self._metadata.columns()))]
+        columns = ", ".join(["CAST(t0 AS VARCHAR)", "n", *metadata])
+        rows = f"({self._observations})"
+        if not self.is_sorted:
+            rows = f"(SELECT *, row_number() OVER () AS row FROM {rows}) JOIN objects USING (t0)"
+            rows += " ORDER BY first_row, row"
+        yield from self._series(f"SELECT {columns} FROM metadata ORDER BY first_row", rows)
+
+
+class ParquetSource(_Source):
+    """The rows of Parquet files, in file order.
+
+    Raises:
+        DataError: a file or a column cannot be used, or lists of one row differ in length.
+    """
+
+    def __init__(self, config: ParquetConfig, hashes: Mapping[str, str], cache: Path) -> None:
+        super().__init__(config, hashes, cache)
+        lists = list(dict.fromkeys(name for name, _, _ in self._numbers))
+        tables = [table.unnested(lists) for table in self._tables]
+        self._observations = _union(tables, [], self._numbers)
+        self.axes = self._position_axes(tables)
+        self._objects = _union(self._tables, [config.id, *self._metadata.columns()], [], lists[:1])
+        self._n = self._query(f"SELECT count(*) FROM ({self._objects})")[0][0]
+        labels: set[str] = set()
+        for table in self._tables:
+            self._check_lengths(table, config.id, lists)
+            if self._metadata.label is not None:
+                labels |= set(table.words(self._metadata.label))
+        self.classes = self._metadata.all_classes(labels)
+
+    def _check_lengths(self, table: TableFile, id_: str, lists: Sequence[str]) -> None:
+        rows = table.select([id_], lists=lists)
+        differ = " OR ".join(f"l{k} <> l0" for k in range(1, len(lists)))
+        for name, *lengths in self._query(f"FROM ({rows}) WHERE {differ or False} LIMIT 1"):
+            k = next(k for k, length in enumerate(lengths) if length != lengths[0])
+            raise DataError(
+                f"{table.path}: series '{name}' has {lengths[0]} numbers in {lists[0]!r} and "
+                f"{lengths[k]} in {lists[k]!r}; one per observation in each"
+            )
+
+    def read(self) -> Iterator[RawSeries]:
+        """Every row.
+
+        Raises:
+            DataError: a column holds what it should not, or metadata of a series are missing.
+        """
+        metadata = [f"CAST(t{k + 1} AS VARCHAR)" for k in range(len(self._metadata.columns()))]
+        columns = ", ".join(["CAST(t0 AS VARCHAR)", "l0", *metadata])
+        yield from self._series(
+            f"SELECT {columns} FROM ({self._objects})", f"({self._observations})"
+        )
+
+
+def _union(tables: Sequence[TableFile], *columns: Sequence[Any]) -> str:
+    """SQL of the rows of all files, in order; for the columns see ``TableFile.select``."""
+    return " UNION ALL ".join(table.select(*columns) for table in tables)
