@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dagster as dg
 
@@ -61,49 +61,42 @@ def check_inputs(
     Args:
         cursor: returned by the last tick; None at first.
     """
-    seen = json.loads(cursor) if cursor else {"inputs": "", "trained_at": 0.0}
+    before = json.loads(cursor) if cursor else {"inputs": "", "trained_at": 0.0}
+
+    def skip(reason: str, seen: dict[str, Any] = before) -> tuple[Decision, str]:
+        return dg.SkipReason(reason), json.dumps(seen)
+
     paths = _newest(settings)
+    if not paths:
+        return skip(f"no file matches {', '.join(map(str, settings.files))}")
     inputs = fingerprint_of(paths).digest
-    if not paths or inputs == seen["inputs"]:
-        why = "no new inputs" if paths else f"no file matches {', '.join(map(str, settings.files))}"
-        return dg.SkipReason(why), json.dumps(seen)
-    state = automated.state(instance)
-    if state.trained_on is None:
-        return dg.SkipReason("no model was trained yet, so there is no reference"), (
-            json.dumps(seen)
-        )
-    storage = Storage.open()
-    before, seen = seen, {**seen, "inputs": inputs}
+    if inputs == before["inputs"]:
+        return skip("no new inputs")
+    version = automated.state(instance).trained.on
+    if version is None:
+        return skip("no model was trained yet, so there is no reference")
+    seen = {**before, "inputs": inputs}
+    storage, name = Storage.open(), automated.name
     dataset = automated.experiment.dataset.name
     try:
-        compared = compare(automated.name, dataset, state.trained_on[0], settings, paths, storage)
+        n, found, remark = compare(name, dataset, version[0], settings, paths, storage)
     except (DataError, FetchError) as error:
-        send_alert(
-            storage,
-            "inputs",
-            f"{automated.name}: inputs cannot be compared",
-            str(error),
-            key=[automated.name, inputs],
-        )
-        return dg.SkipReason(str(error)), json.dumps(seen)
-    n, found, remark = compared
+        subject = f"{name}: inputs cannot be compared"
+        send_alert(storage, "inputs", subject, str(error), key=[name, inputs])
+        return skip(str(error), seen)
     if n < settings.min_series:
-        why = f"{n} series are too few; at least {settings.min_series} are needed"
-        return dg.SkipReason(why), json.dumps(seen)
+        return skip(f"{n} series are too few; at least {settings.min_series} are needed", seen)
     far = drifted(found, settings.thresholds)
     if not far:
         largest = max(found, key=lambda e: e.size / getattr(settings.thresholds, e.measure))
-        why = f"no drift in {n} series; largest: {_describe(largest)}{remark}"
-        return dg.SkipReason(why), json.dumps(seen)
-    why = f"{n} recent series differ from the training data: " + ", ".join(map(_describe, far[:6]))
-    why += remark
-    decision, what, settled = _decide(automated, settings, instance, seen, why, now)
+        return skip(f"no drift in {n} series; largest: {_describe(largest)}{remark}", seen)
+    why = f"{n} recent series differ from the training data: "
+    why += ", ".join(map(_describe, far[:6])) + remark
+    decision, action, settled = _decide(automated, settings, instance, seen, why, now)
     if isinstance(decision, dg.RunRequest):
         seen["trained_at"] = now
-    send_alert(
-        storage, "drift", f"{automated.name}: inputs have drifted", f"{why}\n{what}",
-        key=[automated.name, inputs],
-    )  # fmt: skip
+    subject = f"{name}: inputs have drifted"
+    send_alert(storage, "drift", subject, f"{why}\n{action}", key=[name, inputs])
     return decision, json.dumps(seen if settled else before)
 
 
@@ -111,7 +104,7 @@ def _decide(
     automated: Automated,
     settings: Drift,
     instance: dg.DagsterInstance,
-    seen: dict,
+    seen: dict[str, Any],
     why: str,
     now: float,
 ) -> tuple[Decision, str, bool]:
@@ -119,23 +112,21 @@ def _decide(
 
     Unsettled inputs are compared again at the next tick: the obstacle to training is temporary.
     """
-
-    def no(text: str, settled: bool) -> tuple[Decision, str, bool]:
-        return dg.SkipReason(f"{why}; {text}"), text, settled
-
-    cool_h = (now - seen["trained_at"]) / 3600
-    if cool_h < settings.cooldown_h:
-        return no(
-            f"trained for drift {cool_h:.0f} h ago; the cooldown is {settings.cooldown_h:g} h",
-            settled=False,
-        )
     step = automated.step(instance)
-    if step.do == "wait" or (step.do == "nothing" and settings.only_if_new):
-        return no(f"nothing is trained: {step.why}", settled=step.do == "nothing")
-    if settings.dry_run:
-        return no(
-            f"would {'build' if step.do == 'build' else 'train'}, but this is a dry run", True
+    cool_h = (now - seen["trained_at"]) / 3600
+    obstacle, settled = None, True
+    if cool_h < settings.cooldown_h:
+        obstacle = (
+            f"trained for drift {cool_h:.0f} h ago; the cooldown is {settings.cooldown_h:g} h"
         )
+        settled = False
+    elif step.do == "wait" or (step.do == "nothing" and settings.only_if_new):
+        obstacle, settled = f"nothing is trained: {step.why}", step.do == "nothing"
+    elif settings.dry_run:
+        action = "build" if step.do == "build" else "train"
+        obstacle = f"would {action}, but this is a dry run"
+    if obstacle is not None:
+        return dg.SkipReason(f"{why}; {obstacle}"), obstacle, settled
     if step.do == "build":
         text = f"{step.why}: a data set is built, and trained on if it differs"
         return automated.build("drift", Step("build", why), step.key), text, True

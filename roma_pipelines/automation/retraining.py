@@ -84,12 +84,12 @@ def check_dataset(
     if trained.on is not None and trained.on[0] == data.version:
         return dg.SkipReason(f"the newest data set, {data.version[:12]}, was trained on already")
     state = automated.state(instance)
-    run = instance.get_run_by_id(state.data_run)
+    run = instance.get_run_by_id(data.run)
     trigger = run.tags.get(TRIGGER_TAG) if run is not None else None
     if trigger not in ("schedule", "new data", "drift"):
-        return dg.SkipReason(f"run {state.data_run} built the data set manually, so train manually")
+        return dg.SkipReason(f"run {data.run} built the data set manually, so train manually")
     # the source may have changed again: train on what is built, the next tick handles the rest
-    step = next_step(state, state.fingerprint or "")
+    step = next_step(state, state.data.fingerprint or "")
     if step.do != "train":
         return dg.SkipReason(step.why)
     return automated.train(trigger, step, step.key, now)  # type: ignore[arg-type]

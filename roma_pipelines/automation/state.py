@@ -12,108 +12,27 @@ import dagster as dg
 
 from roma_core.data.config import source_fingerprint
 from roma_pipelines.automation.alerts import send_alert
-from roma_pipelines.experiment import Experiment
+from roma_pipelines.experiment import ASSET_NAMES, Experiment
 from roma_pipelines.launching.jobs import read_job
-from roma_pipelines.launching.spec import AttemptRecord, JobSpec
 from roma_pipelines.storage import Storage
 
 WEEK_S = 7 * 86400.0
-
-
-def over_budget(experiment: Experiment, jobs_root: Path, now: float | None = None) -> str | None:
-    """Why automation may start no training now; None if it may."""
-    limit = experiment.automation.budget_hours_per_week
-    if limit is None:
-        return None
-    kind = "GPU" if experiment.resources.gpus_per_node else "CPU"
-    used = hours_used(experiment, jobs_root, now)
-    if used < limit:
-        return None
-    return f"{used:.1f} of {limit:g} {kind}-hours of the weekly budget are used"
-
-
-def hours_used(experiment: Experiment, jobs_root: Path, now: float | None = None) -> float:
-    """GPU-hours of attempts that ended in the last 7 days; CPU-hours where there is no GPU."""
-    since = (time.time() if now is None else now) - WEEK_S
-    total = 0.0
-    for path in jobs_root.iterdir():
-        try:
-            # the end of an attempt replaces a file there: older folders need not be read
-            if (path / "attempts").stat().st_mtime < since:
-                continue
-            job = read_job(path)
-        except (OSError, ValueError):  # being created, removed, or damaged, which `health` reports
-            continue
-        if job is not None and job.asset.split("/")[0] == experiment.name:
-            total += sum(_hours(record, job.spec, since) for record in job.records)
-    return total
-
-
-def _hours(record: AttemptRecord, spec: JobSpec, since: float) -> float:
-    end = record.end
-    if end is None or end.ended_at < since:
-        return 0.0
-    ran_s = end.ran_s
-    if ran_s is None:
-        ran_s = end.ended_at - (record.submitted_at or record.intended_at)
-    each = spec.gpus_per_node or spec.processes_per_node * spec.threads_per_process
-    return ran_s / 3600 * spec.nodes * each
-
-
 FINGERPRINT = "source_fingerprint"
 """Metadata of the data set: fingerprint of its source at build time."""
-EXPERIMENT_TAG = "roma/experiment"
-"""Tag of runs requested by schedules and sensors."""
-TRAINING = (
-    "pretrained_encoder",
-    "finetuned_classifier",
-    "evaluation_report",
-    "registered_classifier",
-)
+EXPERIMENT_TAG, TRIGGER_TAG = "roma/experiment", "roma/trigger"
+"""Tags of runs requested by schedules and sensors."""
+TRAINING = ASSET_NAMES[1:]
 _UNFINISHED = [
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-    dg.DagsterRunStatus.CANCELING,
+    dg.DagsterRunStatus[name]
+    for name in ("QUEUED", "NOT_STARTED", "STARTING", "STARTED", "CANCELING")
 ]
 
-
-@dataclass(frozen=True)
-class TrainingState:
-    """Facts about one experiment.
-
-    Attributes:
-        data_version, data_run: of the newest data set; None before the first.
-        sound: whether its blocking check passed.
-        fingerprint: of its source at build time.
-        trained_on: data version and code version of the newest evaluated model.
-        trained_run: the run that evaluated it, empty before the first.
-        code_version: of a training started now.
-        unfinished: an unfinished run of this experiment.
-    """
-
-    data_version: str | None
-    data_run: str
-    sound: bool
-    fingerprint: str | None
-    trained_on: tuple[str, str] | None
-    trained_run: str
-    code_version: str
-    unfinished: str | None
-
-
-@dataclass(frozen=True)
-class Step:
-    """Next action, reason, and a key that is equal exactly for the same action."""
-
-    do: Literal["build", "train", "wait", "nothing"]
-    why: str
-    key: str = ""
+Trigger = Literal["schedule", "new data", "drift", "promotion"]
+Decision = dg.RunRequest | dg.SkipReason
 
 
 class Data(NamedTuple):
-    """Newest data set: version, run and fingerprint of its source, as in TrainingState."""
+    """Newest data set: version, run, and fingerprint of its source at build time."""
 
     version: str | None = None
     run: str = ""
@@ -121,31 +40,34 @@ class Data(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """Newest evaluated model: what it was trained on, and the run that evaluated it."""
+    """Newest evaluated model: its data and code version, and the run that evaluated it."""
 
     on: tuple[str, str] | None = None
     run: str = ""
 
 
-def read_state(
-    instance: dg.DagsterInstance, experiment: Experiment, code_versions: Mapping[str, str]
-) -> TrainingState:
-    """Current state from Dagster's event log.
+class TrainingState(NamedTuple):
+    """Facts about one experiment.
 
-    Args:
-        code_versions: by asset name, from the definitions.
+    Attributes:
+        sound: whether the newest data set passed its blocking check.
+        code_version: of a training started now.
+        unfinished: an unfinished run of this experiment.
     """
-    data, trained = newest_data(instance, experiment), newest_trained(instance, experiment)
-    return TrainingState(
-        data_version=data.version,
-        data_run=data.run,
-        sound=bool(data.version) and _is_sound(instance, experiment.key("dataset"), data.run),
-        fingerprint=data.fingerprint,
-        trained_on=trained.on,
-        trained_run=trained.run,
-        code_version=code_versions["evaluation_report"],
-        unfinished=_unfinished_run(instance, experiment.name),
-    )
+
+    data: Data
+    trained: Trained
+    sound: bool
+    code_version: str
+    unfinished: str | None
+
+
+class Step(NamedTuple):
+    """Next action, reason, and a key that is equal exactly for the same action."""
+
+    do: Literal["build", "train", "wait", "nothing"]
+    why: str
+    key: str = ""
 
 
 def newest_data(instance: dg.DagsterInstance, experiment: Experiment) -> Data:
@@ -174,60 +96,62 @@ def next_step(state: TrainingState, fingerprint: str) -> Step:
     Args:
         fingerprint: current one of the source.
     """
+    data, trained = state.data, state.trained
     if state.unfinished is not None:
         return Step("wait", f"run {state.unfinished} is unfinished")
-    if fingerprint != state.fingerprint:
-        why = (
-            "the files of the source changed" if state.fingerprint else "no data set was built yet"
-        )
-        return Step("build", why, f"build:{fingerprint}:{state.data_run}")
+    if data.fingerprint is None:
+        return Step("build", "no data set was built yet", f"build:{fingerprint}:{data.run}")
+    if fingerprint != data.fingerprint:
+        return Step("build", "files of the source changed", f"build:{fingerprint}:{data.run}")
     if not state.sound:
-        why = f"the newest data set, of run {state.data_run}, failed its check `sound`; new data are needed"
+        why = f"the data set of run {data.run} failed its check `sound`; new data are needed"
         return Step("nothing", why)
-    assert state.data_version is not None
-    if state.trained_on != (state.data_version, state.code_version):
-        return Step("train", _difference(state), _train_key(state))
+    assert data.version is not None
+    key = f"train:{data.version}:{state.code_version}:{trained.run}"
+    if trained.on is None:
+        return Step("train", "no model was trained yet", key)
+    changes = [
+        f"{what} {old[:12]} → {new[:12]}"
+        for what, old, new in (
+            ("data", trained.on[0], data.version),
+            ("settings", trained.on[1], state.code_version),
+        )
+        if old != new
+    ]
+    if changes:
+        return Step("train", ", ".join(changes), key)
     return Step(
         "nothing",
-        f"nothing changed: run {state.trained_run} trained on data {state.data_version[:12]} with settings "
+        f"nothing changed: run {trained.run} trained on data {data.version[:12]} with settings "
         f"{state.code_version}",
     )
 
 
-def _difference(state: TrainingState) -> str:
-    if state.trained_on is None:
-        return "no model was trained yet"
-    data, code = state.trained_on
-    changes = []
-    if data != state.data_version:
-        changes.append(f"data {data[:12]} → {str(state.data_version)[:12]}")
-    if code != state.code_version:
-        changes.append(f"settings {code} → {state.code_version}")
-    return ", ".join(changes)
-
-
-def _train_key(state: TrainingState) -> str:
-    return f"train:{state.data_version}:{state.code_version}:{state.trained_run}"
-
-
-def _is_sound(instance: dg.DagsterInstance, key: dg.AssetKey, run_id: str) -> bool:
-    check = dg.AssetCheckKey(key, "sound")
-    found = instance.event_log_storage.get_latest_asset_check_execution_by_key([check])
-    record = found.get(check)
-    return record is not None and record.run_id == run_id and record.status.value == "SUCCEEDED"
-
-
-def _unfinished_run(instance: dg.DagsterInstance, experiment: str) -> str | None:
-    for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED), limit=200):
-        selected = {key.path[0] for key in run.asset_selection or ()}
-        if run.tags.get(EXPERIMENT_TAG) == experiment or experiment in selected:
-            return run.run_id
-    return None
-
-
-TRIGGER_TAG = "roma/trigger"
-Trigger = Literal["schedule", "new data", "drift", "promotion"]
-Decision = dg.RunRequest | dg.SkipReason
+def hours_used(experiment: Experiment, jobs_root: Path, now: float | None = None) -> float:
+    """GPU-hours of attempts that ended in the last 7 days; CPU-hours where there is no GPU."""
+    since = (time.time() if now is None else now) - WEEK_S
+    hours = 0.0
+    for path in jobs_root.iterdir():
+        try:
+            # the end of an attempt replaces a file there: older folders need not be read
+            if (path / "attempts").stat().st_mtime < since:
+                continue
+            job = read_job(path)
+        except (OSError, ValueError):  # being created, removed, or damaged, which `health` reports
+            continue
+        if job is None or job.asset.split("/")[0] != experiment.name:
+            continue
+        spec = job.spec
+        width = spec.gpus_per_node or spec.processes_per_node * spec.threads_per_process
+        for record in job.records:
+            end = record.end
+            if end is None or end.ended_at < since:
+                continue
+            ran_s = end.ran_s
+            if ran_s is None:
+                ran_s = end.ended_at - (record.submitted_at or record.intended_at)
+            hours += ran_s / 3600 * spec.nodes * width
+    return hours
 
 
 @dataclass(frozen=True)
@@ -242,32 +166,54 @@ class Automated:
         return self.experiment.name
 
     def state(self, instance: dg.DagsterInstance) -> TrainingState:
-        return read_state(instance, self.experiment, self.code_versions)
+        """Current state from Dagster's event log."""
+        data = newest_data(instance, self.experiment)
+        check = dg.AssetCheckKey(self.experiment.key("dataset"), "sound")
+        latest = instance.event_log_storage.get_latest_asset_check_execution_by_key([check])
+        record = latest.get(check)
+        unfinished = (
+            run.run_id
+            for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED), limit=200)
+            if run.tags.get(EXPERIMENT_TAG) == self.name
+            or any(key.path[0] == self.name for key in run.asset_selection or ())
+        )
+        return TrainingState(
+            data=data,
+            trained=newest_trained(instance, self.experiment),
+            sound=record is not None
+            and record.run_id == data.run
+            and record.status.value == "SUCCEEDED",
+            code_version=self.code_versions["evaluation_report"],
+            unfinished=next(unfinished, None),
+        )
 
     def step(self, instance: dg.DagsterInstance) -> Step:
         """Next step for the current content of the source."""
-        fingerprint = source_fingerprint(self.experiment.dataset)
-        return next_step(self.state(instance), fingerprint.digest)
+        return next_step(self.state(instance), source_fingerprint(self.experiment.dataset).digest)
 
     def build(self, trigger: Trigger, step: Step, run_key: str | None) -> dg.RunRequest:
         """A run that builds the data set; ``train_on_new_data`` follows if its content changed."""
-        return self._run(["dataset"], trigger, step.why, run_key)
+        return self._request(("dataset",), trigger, step.why, run_key)
 
     def train(
         self, trigger: Trigger, step: Step, run_key: str | None, now: float | None = None
     ) -> Decision:
         """A run from pretraining to the registry, unless the weekly budget is used up."""
         storage = Storage.open()
-        if why := over_budget(self.experiment, storage.jobs, now):
-            text = f"{why}, so no training starts. Reason to train: {step.why}"
-            send_alert(
-                storage, "budget", f"{self.name}: out of budget", text, key=[self.name, step.key]
+        limit = self.experiment.automation.budget_hours_per_week
+        if limit is not None and (used := hours_used(self.experiment, storage.jobs, now)) >= limit:
+            unit = "GPU-hours" if self.experiment.resources.gpus_per_node else "CPU-hours"
+            text = (
+                f"{used:.1f} of {limit:g} {unit} of the weekly budget are used, so no training "
+                f"starts. Reason to train: {step.why}"
             )
+            subject = f"{self.name}: out of budget"
+            send_alert(storage, "budget", subject, text, key=[self.name, step.key])
             return dg.SkipReason(text)
-        return self._run(TRAINING, trigger, step.why, run_key)
+        return self._request(TRAINING, trigger, step.why, run_key)
 
-    def _run(
-        self, names: tuple[str, ...] | list[str], trigger: Trigger, why: str, run_key: str | None
+    def _request(
+        self, names: tuple[str, ...], trigger: Trigger, why: str, run_key: str | None
     ) -> dg.RunRequest:
         keys = [self.experiment.key(name) for name in names]
         return dg.RunRequest(

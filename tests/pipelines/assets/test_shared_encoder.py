@@ -59,7 +59,7 @@ def test_what_it_shares_decides_its_classifier_but_is_not_trained_by_it(tmp_path
     ]
     assert versions[0] != versions[1]
 
-    request = Automated(here, {})._run(TRAINING, "schedule", "a test", None)
+    request = Automated(here, {})._request(TRAINING, "schedule", "a test", None)
 
     selected = {key.to_user_string() for key in request.asset_selection}
     assert selected == {f"ripples/{noun}" for noun in ASSET_NAMES[2:]}

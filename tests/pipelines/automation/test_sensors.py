@@ -18,7 +18,13 @@ from roma_pipelines.automation.alerts import (
 from roma_pipelines.automation.drift import check_inputs, compare
 from roma_pipelines.automation.retraining import check_champion, check_dataset, check_source
 from roma_pipelines.automation.settings import Drift, NewData
-from roma_pipelines.automation.state import TrainingState, hours_used, next_step
+from roma_pipelines.automation.state import (
+    Data,
+    Trained,
+    TrainingState,
+    hours_used,
+    next_step,
+)
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.registry.runs import find_or_create_run
 from roma_pipelines.registry.store import MlflowSettings, connect
@@ -27,20 +33,18 @@ from tests.core.serving import toy
 from tests.pipelines import tiny
 from tests.pipelines.automation.played_month import write_series
 
+OLD, NEW = "d" * 64, "e" * 64
 STATE = TrainingState(
-    data_version="d" * 64,
-    data_run="R1",
+    data=Data(OLD, "R1", "f"),
+    trained=Trained((OLD, "c"), "R0"),
     sound=True,
-    fingerprint="f",
-    trained_on=("d" * 64, "c"),
-    trained_run="R0",
     code_version="c",
     unfinished=None,
 )
 
 
 def changed(**facts):
-    return TrainingState(**{**STATE.__dict__, **facts})
+    return STATE._replace(**facts)
 
 
 @pytest.mark.parametrize(
@@ -48,12 +52,12 @@ def changed(**facts):
     [
         (STATE, "f", "nothing", "nothing changed"),
         (STATE, "g", "build", "files of the source changed"),
-        (changed(fingerprint=None, data_version=None), "g", "build", "no data set was built yet"),
-        (changed(data_version="e" * 64), "f", "train", "data dddddddddddd → eeeeeeeeeeee"),
+        (changed(data=Data()), "g", "build", "no data set was built yet"),
+        (changed(data=Data(NEW, "R1", "f")), "f", "train", "data dddddddddddd → eeeeeeeeeeee"),
         (changed(code_version="k"), "f", "train", "settings c → k"),
-        (changed(trained_on=None), "f", "train", "no model was trained yet"),
-        (changed(data_version="e" * 64, sound=False), "f", "nothing", "failed its check"),
-        (changed(data_version="e" * 64, unfinished="R2"), "g", "wait", "run R2 is unfinished"),
+        (changed(trained=Trained()), "f", "train", "no model was trained yet"),
+        (changed(data=Data(NEW, "R1", "f"), sound=False), "f", "nothing", "failed its check"),
+        (changed(data=Data(NEW, "R1", "f"), unfinished="R2"), "g", "wait", "run R2 is unfinished"),
     ],
 )
 def test_what_comes_next_follows_from_the_facts(state, fingerprint, do, why):
@@ -164,7 +168,7 @@ def test_inputs_are_compared_with_what_the_champion_carries(month, tmp_path):
     month.deliver()
     month.launch(check_source(month.automated, NewData(), month.instance, month.now), "new")
     month.launch(check_dataset(month.automated, month.instance), "train")
-    version = month.automated.state(month.instance).trained_on[0]
+    version = month.automated.state(month.instance).trained.on[0]
     write_series(tmp_path / "inbox" / "a.parquet", 200, 5, month.now)
     settings = Drift(files=(tmp_path / "inbox" / "a.parquet",))
 
