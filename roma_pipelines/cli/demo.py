@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import dagster as dg
 
 from roma_core.claim import is_running, process_start
 
@@ -38,7 +37,9 @@ def demo(experiment: str, fresh: bool) -> None:
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     started = time.monotonic()
-    _handle_as_ctrl_c(signal.SIGTERM, signal.SIGHUP)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
+    for number in (signal.SIGTERM, signal.SIGHUP):  # end the training, too
+        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
     from roma_pipelines.registry.store import StoreError
     from roma_pipelines.storage import Storage, StorageError, prepare_instance
 
@@ -63,20 +64,16 @@ def demo(experiment: str, fresh: bool) -> None:
         ) from error
 
 
-def _handle_as_ctrl_c(*numbers: signal.Signals) -> None:
-    """Let a closed terminal or SIGTERM end the training, too."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
-    for number in numbers:
-        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
-
-
 def _run(
     instance: dg.DagsterInstance, storage: Storage, experiment: str, fresh: bool, started: float
 ) -> None:
     from roma_core.files import digest_of
 
     try:
-        definitions = _definitions()
+        from roma_pipelines.definitions import defs
+
+        loggers = dg.Definitions(loggers={_LOGGER: _progress_logger()})
+        definitions = dg.Definitions.merge(defs(), loggers)
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     keys = _keys(definitions, experiment)
@@ -150,14 +147,6 @@ def _report_killed(instance: dg.DagsterInstance, killed: list[dg.DagsterRun]) ->
         now = instance.get_run_by_id(run.run_id)
         if now is not None and not now.is_finished:
             instance.report_run_failed(now, "its process was killed; a later run resumed it")
-
-
-def _definitions() -> dg.Definitions:
-    import dagster as dg
-
-    from roma_pipelines.definitions import defs
-
-    return dg.Definitions.merge(defs(), dg.Definitions(loggers={_LOGGER: _progress_logger()}))
 
 
 def _missing(
@@ -371,6 +360,8 @@ def unfinished(
 
     Both newest first.
     """
+    import dagster as dg
+
     here = {_NAME: name, _HOST: socket.gethostname()}
     runs = instance.get_runs(dg.RunsFilter(tags=here))
     open_ones = [run for run in runs if not run.is_finished]
