@@ -12,11 +12,11 @@ from typing import Any
 import yaml
 
 from roma_core.data.infer_schema import (
-    Guess,
-    Roles,
-    Survey,
-    guess_source,
-    survey,
+    ColumnRoles,
+    InferredSource,
+    SourceStatistics,
+    infer_source,
+    source_statistics,
 )
 from roma_core.files import write_bytes
 from roma_core.model.config import RoMAForPreTrainingConfig
@@ -64,8 +64,8 @@ class NewExperiment:
 
 
 def source_of(
-    words: Sequence[str], roles: Roles, objects: Path | None = None
-) -> tuple[Guess, dict[str, Any]]:
+    words: Sequence[str], roles: ColumnRoles, objects: Path | None = None
+) -> tuple[InferredSource, dict[str, Any]]:
     """The source that ``--source`` names, and the data set's settings from a YAML file.
 
     Args:
@@ -78,43 +78,49 @@ def source_of(
         ValueError: a file is missing, or its format is unknown.
     """
     if len(words) == 1 and words[0] in kinds() and not Path(words[0]).exists():
-        return Guess({"kind": words[0]}, [f"source: {words[0]}"]), {}
+        return InferredSource({"kind": words[0]}, [f"source: {words[0]}"]), {}
     if len(words) == 1 and words[0].endswith((".yaml", ".yml")):
         document = read_yaml(Path(words[0]))
         if not isinstance(document, dict) or "source" not in document:
             raise ValueError(f"{words[0]}: expected the settings of a data set with a `source`")
         document.pop("name", None)
-        return Guess(document.pop("source"), [f"source and settings of {words[0]}"]), document
+        return InferredSource(
+            document.pop("source"), [f"source and settings of {words[0]}"]
+        ), document
     paths = []
     for word in words:
         found = sorted(glob.glob(word))  # noqa: PTH207 - may be absolute
         if not found:
             raise ValueError(f"no file matches {word} (in {Path.cwd()})")
         paths += [Path(path).absolute() for path in found]
-    return guess_source(paths, roles, None if objects is None else objects.absolute()), {}
+    return infer_source(paths, roles, None if objects is None else objects.absolute()), {}
 
 
 def new_experiment(
-    name: str, guess: Guess, cache: Path, dataset: Mapping[str, Any] = {}, target: str = "local"
+    name: str,
+    inferred: InferredSource,
+    cache: Path,
+    dataset: Mapping[str, Any] = {},
+    target: str = "local",
 ) -> NewExperiment:
     """Read the data and choose settings of an experiment.
 
     Args:
-        guess: the source; its notes become comments of the file.
+        inferred: the source; its notes become comments of the file.
         cache: folder for downloads of the source.
         dataset: given settings of the data set, which override chosen ones.
 
     Raises:
         ValueError: the data cannot be used, or the name or a setting is invalid.
     """
-    source = source_config(guess.source).open(cache)
-    found = survey(source)
+    source = source_config(inferred.config).open(cache)
+    found = source_statistics(source)
     categorical = frozenset(a.name for a in source.axes if a.unit.startswith("index of "))
     proposal = propose(found, categorical)
-    section = {"source": guess.source, **proposal.dataset, **dataset}
-    text = _text(name, guess, found, proposal, section, target)
+    section = {"source": inferred.config, **proposal.dataset, **dataset}
+    text = _text(name, inferred, found, proposal, section, target)
     Experiment.model_validate(yaml.safe_load(text)["attributes"])  # the written file must load
-    notes = [*guess.said, _amount(found), *proposal.reasons, *proposal.sizes.reasons.values()]
+    notes = [*inferred.notes, _amount(found), *proposal.reasons, *proposal.sizes.reasons.values()]
     return NewExperiment(name, text, [*notes, _cost(proposal)], proposal.warnings)
 
 
@@ -134,7 +140,7 @@ class Proposal:
     warnings: list[str] = field(default_factory=list)
 
 
-def propose(survey: Survey, categorical: frozenset[str] = frozenset()) -> Proposal:
+def propose(statistics: SourceStatistics, categorical: frozenset[str] = frozenset()) -> Proposal:
     """Splits, repairs, axes, channels and sizes that suit the data.
 
     Args:
@@ -143,7 +149,7 @@ def propose(survey: Survey, categorical: frozenset[str] = frozenset()) -> Propos
     Raises:
         ValueError: there are no labels, or only one class.
     """
-    classes = [name for name, count in survey.classes.items() if count]
+    classes = [name for name, count in statistics.classes.items() if count]
     if len(classes) < 2:
         these = f"only {classes[0]!r}" if classes else "no labels; pass --label COLUMN"
         raise ValueError(
@@ -152,47 +158,47 @@ def propose(survey: Survey, categorical: frozenset[str] = frozenset()) -> Propos
     dataset: dict[str, Any] = {}
     reasons: list[str] = []
     for section, sentences in (
-        _split(survey),
-        _repair(survey),
-        _axes(survey, categorical),
-        _channels(survey),
+        _split(statistics),
+        _repair(statistics),
+        _axes(statistics, categorical),
+        _channels(statistics),
     ):
         dataset |= section
         reasons += sentences
-    if survey.recorded_splits:
-        fraction = survey.recorded_splits.get("train", 0) / survey.n_series
+    if statistics.recorded_splits:
+        fraction = statistics.recorded_splits.get("train", 0) / statistics.n_series
     else:
         fraction = 1 - _TEST_FRACTION
     fraction *= 1 - _VALIDATION_FRACTION
     size = DatasetSize(
-        n_series=max(1, round(survey.n_series * fraction)),
-        n_observations=max(1, round(survey.n_observations * fraction)),
-        n_channels=len(survey.channels),
-        n_axes=len(survey.axes),
+        n_series=max(1, round(statistics.n_series * fraction)),
+        n_observations=max(1, round(statistics.n_observations * fraction)),
+        n_channels=len(statistics.channels),
+        n_axes=len(statistics.axes),
     )
-    return Proposal(dataset, default_settings(size), reasons, _warnings(survey))
+    return Proposal(dataset, default_settings(size), reasons, _warnings(statistics))
 
 
 Section = tuple[dict[str, Any], list[str]]
 
 
-def _split(survey: Survey) -> Section:
+def _split(statistics: SourceStatistics) -> Section:
     fractions = {"validation_fraction": _VALIDATION_FRACTION}
-    if set(survey.recorded_splits) == {"train", "test"}:
-        counts = survey.recorded_splits
+    if set(statistics.recorded_splits) == {"train", "test"}:
+        counts = statistics.recorded_splits
         return fractions, [f"published split: {counts['train']:,} train, {counts['test']:,} test"]
     fractions["test_fraction"] = _TEST_FRACTION
-    if survey.has_groups:
+    if statistics.has_groups:
         return {"split": {"by": "group"}, **fractions}, [
             "split by group: no group is in two splits"
         ]
-    if min(survey.classes.values()) >= _FEW:
+    if min(statistics.classes.values()) >= _FEW:
         return {"split": {"stratified": True}, **fractions}, ["split stratified by class"]
     return fractions, [f"split by a hash of the id: some classes have fewer than {_FEW} objects"]
 
 
-def _repair(survey: Survey) -> Section:
-    found = survey.repairs
+def _repair(statistics: SourceStatistics) -> Section:
+    found = statistics.repairs
     if found is None:
         return {}, []
     repair, reasons = {}, []
@@ -207,50 +213,54 @@ def _repair(survey: Survey) -> Section:
     return ({"repair": repair} if repair else {}), reasons
 
 
-def _axes(survey: Survey, categorical: frozenset[str]) -> Section:
+def _axes(statistics: SourceStatistics, categorical: frozenset[str]) -> Section:
     axes, reasons = {}, []
-    for axis in survey.axes:
+    for axis in statistics.axes:
         if axis.name in categorical:
             reasons.append(f"{axis.name}: categorical; the position is the index of the category")
             continue
         axes[axis.name] = {"scale": "auto"}
-        if axis.gap > 0 and axis.farthest > max(_MANY_GAPS * axis.gap, 3 * axis.span):
+        far = max(_MANY_GAPS * axis.median_gap, 3 * axis.median_span)
+        if axis.median_gap > 0 and axis.max_abs > far:
             axes[axis.name]["anchor"] = "first"
             reasons.append(
-                f"{axis.name}: up to {axis.farthest:,.10g} with gaps of {axis.gap:.3g}, so positions "
+                f"{axis.name}: up to {axis.max_abs:,.10g} with gaps of {axis.median_gap:.3g}, so positions "
                 f"count from the first of each series"
             )
     return {"axes": axes}, reasons
 
 
-def _channels(survey: Survey) -> Section:
-    far = [c for c in survey.channels if c.spread > 0 and c.reach > _FAR * c.spread]
+def _channels(statistics: SourceStatistics) -> Section:
+    far = [c for c in statistics.channels if c.iqr > 0 and c.max_deviation > _FAR * c.iqr]
     channels = {
-        channel.name: {"transform": "arcsinh", "transform_scale": float(f"{channel.spread:.2g}")}
+        channel.name: {"transform": "arcsinh", "transform_scale": float(f"{channel.iqr:.2g}")}
         for channel in far
     }
     reasons = [
-        f"{channel.name}: values up to {channel.reach / channel.spread:,.0f} quartile distances from "
+        f"{channel.name}: values up to {channel.max_deviation / channel.iqr:,.0f} quartile distances from "
         f"the median, so transform: arcsinh"
         for channel in far[:8]
     ]
     return ({"channels": channels} if channels else {}), reasons
 
 
-def _warnings(survey: Survey) -> list[str]:
+def _warnings(statistics: SourceStatistics) -> list[str]:
     found = [
         f"{channel.name} never changes within a series: a property of the object rather than a "
         f"measurement, and possibly label leakage; remove it unless it is known at prediction time"
-        for channel in survey.channels
+        for channel in statistics.channels
         if not channel.varies
     ]
-    rare = [name for name, count in survey.classes.items() if count < _FEW]
+    rare = [name for name, count in statistics.classes.items() if count < _FEW]
     if rare:
         found.append(
             f"classes with fewer than {_FEW} objects: {', '.join(rare[:8])}; their metrics will be "
             f"unreliable"
         )
-    if survey.repairs and survey.repairs.observations_not_finite > 0.2 * survey.n_observations:
+    if (
+        statistics.repairs
+        and statistics.repairs.observations_not_finite > 0.2 * statistics.n_observations
+    ):
         found.append(
             "more than a fifth of the observations have a missing number and are dropped; a long "
             "table with a column that names the quantity keeps all values"
@@ -260,8 +270,8 @@ def _warnings(survey: Survey) -> list[str]:
 
 def _text(
     name: str,
-    guess: Guess,
-    found: Survey,
+    inferred: InferredSource,
+    found: SourceStatistics,
     proposal: Proposal,
     dataset: Mapping[str, Any],
     target: str,
@@ -271,7 +281,7 @@ def _text(
     body = [
         _block({"name": name, "description": f"{_amount(found)}."}, []),
         _block({"owners": []}, ["e-mail addresses or team:NAME"]),
-        _block({"dataset": dict(dataset)}, [*guess.said, *proposal.reasons]),
+        _block({"dataset": dict(dataset)}, [*inferred.notes, *proposal.reasons]),
         _block({"pretraining": sizes.pretraining}, [sizes.reasons[name] for name in settings]),
         _block({"finetuning": sizes.finetuning}, [sizes.reasons["finetuning"]]),
         _block(
@@ -311,11 +321,11 @@ def _wrapped(comment: str) -> list[str]:
     return textwrap.wrap(comment, 96, subsequent_indent="#   ", break_long_words=False)
 
 
-def _amount(found: Survey) -> str:
+def _amount(found: SourceStatistics) -> str:
     return (
         f"{found.n_series:,} series of {len(found.classes)} classes, {found.n_observations:,} "
         f"observations of {len(found.channels)} channel{'s' if len(found.channels) > 1 else ''}, "
-        f"{found.mean_length:.0f} a series, {found.longest} at most"
+        f"{found.mean_length:.0f} a series, {found.max_length} at most"
     )
 
 
