@@ -1,6 +1,6 @@
 """Integer hashing: the only source of randomness in data order, masks, drops and splits.
 
-A hash is a pure function of what it names, so the same object gets the same mask on every rank,
+A hash is a pure function of its arguments, so the same object gets the same mask on every rank,
 in every batch, on CPU and GPU, and no generator state has to be saved. The mixing step is the
 32-bit finaliser "lowbias32" (C. Wellons, public domain); it is written with operators only, so one
 body serves Python ints and torch tensors, whose products wrap at 64 bits and keep their lower 32
@@ -55,10 +55,10 @@ def _mix_array(x: Ints) -> Ints:
 
 
 def hash_text(text: str) -> int:
-    """Map text to an integer in ``[0, 2**64)`` by sha256; equal text gives an equal one for ever."""
+    """Map text to an integer in ``[0, 2**64)`` by sha256; equal text gives an equal one always."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def unit_interval(key: str) -> float:
-    """Map text to a number in ``[0, 1)`` by sha256; equal text gives an equal number for ever."""
+    """Map text to a number in ``[0, 1)`` by sha256; equal text gives an equal number always."""
     return hash_text(key) / 2**64

@@ -1,4 +1,4 @@
-"""What a model and its data agree on: channels, axes, classes, and the normalisation of numbers.
+"""Schema shared by a model and its data: channels, axes, classes, and normalisation.
 
     values     (transform(value) - mean) / std        per channel, fitted on the train split
     positions  (position - anchor - offset) / scale   per axis
@@ -9,7 +9,7 @@ All arithmetic is in float64 and the result is rounded to float32 once. The serv
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Sized
 from typing import Literal
 
 import numpy as np
@@ -40,7 +40,7 @@ class Channel(Frozen):
 
 
 class PositionAxis(Frozen):
-    """One coordinate of an observation: time, a band's index, a place.
+    """One coordinate of an observation: time, a band's index, a position in space.
 
     The model sees ``(position - anchor - offset) / scale`` in float32, computed in float64.
     """
@@ -68,7 +68,7 @@ class ChannelNormalisation(Frozen):
 
 
 class DataSchema(Frozen):
-    """What a model must agree with its data about; it travels with the weights."""
+    """Channels, axes, classes and normalisation of a data set; saved with a model's weights."""
 
     channels: tuple[Channel, ...]
     axes: tuple[PositionAxis, ...]
@@ -76,8 +76,8 @@ class DataSchema(Frozen):
     targets: tuple[Channel, ...] = Field(
         (),
         exclude_if=_is_empty,
-        description="Numbers known of every observation that a model may be trained to tell; it never "
-        "sees them.",
+        description="Numbers of every observation that a model may be trained to predict; they are never "
+        "its input.",
     )
     normalisation: tuple[ChannelNormalisation, ...] = Field(
         description="One entry per channel, in the order of `channels`."
@@ -91,7 +91,7 @@ class DataSchema(Frozen):
 
 
 class Normaliser:
-    """A schema's numbers as arrays, for use on many series."""
+    """Normalisation by a schema, prepared as arrays for use on many series."""
 
     def __init__(self, schema: DataSchema) -> None:
         entries = schema.normalisation
@@ -122,14 +122,14 @@ class Normaliser:
         return x
 
     def denormalise(self, values: Float32) -> Float32:
-        """The way back: ``(…, C)`` of the model's to ``(…, C)`` float32 in delivered units."""
+        """The inverse of :meth:`normalise`: ``(…, C)`` of the model to float32 in delivered units."""
         x = values.astype(np.float64) * self._std + self._mean
         for k, scale in self._arcsinh:
             x[..., k] = np.sinh(x[..., k]) * scale
         return x.astype(np.float32)
 
     def slope(self, values: Float32) -> Float32:
-        """Derivative of :meth:`denormalise` at ``(…, C)`` of the model's: what turns deviations back."""
+        """Derivative of :meth:`denormalise` at ``(…, C)``: the factor of standard deviations."""
         slope = np.broadcast_to(self._std, values.shape).copy()
         for k, scale in self._arcsinh:
             inner = values[..., k].astype(np.float64) * self._std[k] + self._mean[k]
@@ -157,14 +157,14 @@ class Normaliser:
 
 
 def _tiled(row: Float64) -> Float64:
-    """A row of C numbers again and again, about ``_TILE`` numbers in all."""
+    """A row of C numbers repeated to about ``_TILE`` numbers."""
     return np.tile(row, max(1, _TILE // max(1, len(row))))
 
 
 def _shift_and_scale(x: Float64, shift: Float64, scale: Float64) -> None:
     """``(x - shift) / scale`` in place: ``x`` (…, C) in memory order, the others rows from ``_tiled``.
 
-    Broadcasting a row of two numbers over thousands of rows costs ten times what long runs do.
+    Broadcasting a row of two numbers over thousands of rows takes ten times as long.
     """
     flat, run = x.reshape(-1), len(shift)
     if len(flat) > run:
@@ -175,19 +175,3 @@ def _shift_and_scale(x: Float64, shift: Float64, scale: Float64) -> None:
         flat = flat[whole:]
     flat -= shift[: len(flat)]
     flat /= scale[: len(flat)]
-
-
-def normalise(values: Float32, schema: DataSchema) -> Float32:
-    """``Normaliser.normalise`` for a single use."""
-    return Normaliser(schema).normalise(values)
-
-
-def denormalise(values: Float32, schema: DataSchema) -> Float32:
-    """``Normaliser.denormalise`` for a single use."""
-    return Normaliser(schema).denormalise(values)
-
-
-def normalise_positions(positions: Float64, axes: Sequence[PositionAxis]) -> Float32:
-    """``Normaliser.normalise_positions`` for a single use."""
-    schema = DataSchema(channels=(), axes=tuple(axes), normalisation=())
-    return Normaliser(schema).normalise_positions(positions)

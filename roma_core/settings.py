@@ -377,7 +377,7 @@ def _is_union_member(part: int | str) -> bool:
 
 
 def _fields_beside(model: Any, location: tuple[int | str, ...]) -> list[str]:
-    """The fields of the section that the last part of ``location`` stands in."""
+    """The fields of the section that contains the last part of ``location``."""
     for part in location[:-1]:
         field = getattr(model, "model_fields", {}).get(part)
         if field is not None:

@@ -38,7 +38,7 @@ from roma_core.evaluation.reconstruction import (
 )
 from roma_core.evaluation.report import Plot
 from roma_core.model.pretraining import RoMAForPreTraining
-from roma_core.schema import denormalise
+from roma_core.schema import Normaliser
 from roma_core.trainer.dataloader import Collate
 from roma_core.trainer.metrics import read_records
 
@@ -109,7 +109,7 @@ def reconstructions(
 ) -> list[plots.Reconstruction]:
     """A few test series of middling length with a drawn mask, in the units of the data."""
     test = dataset.split("test")
-    schema = dataset.schema
+    schema, normaliser = dataset.schema, Normaliser(dataset.schema)
     order = np.argsort(test.lengths, kind="stable")
     chosen = order[len(order) // 2 :][:_N_RECONSTRUCTED]
     collate = Collate(model.config, seed=0)
@@ -131,7 +131,7 @@ def reconstructions(
                 channels=names[:_N_CHANNELS],
                 positions=positions[:, 0],
                 values=values[:, :_N_CHANNELS],
-                predicted=denormalise(predicted.numpy(), schema)[:, :_N_CHANNELS],
+                predicted=normaliser.denormalise(predicted.numpy())[:, :_N_CHANNELS],
                 visible=visible,
                 axis=named(schema.axes[0]),
             )

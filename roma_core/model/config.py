@@ -307,15 +307,15 @@ def classifier_config(
         return RoMAForClassificationConfig.from_values(
             stored | {"encoder_config": stack | dropouts} | others
         )
-    asked = RoMAForClassificationConfig(**others)
-    if asked.dim_output is None:
+    requested = RoMAForClassificationConfig(**others)
+    if requested.dim_output is None:
         raise SettingsError(
             "dim_output (the number of classes) is needed to start a classifier from a pretraining checkpoint: "
             "give it as a keyword or set ROMA_CLASSIFIER_DIM_OUTPUT"
         )
-    dropouts = {k: getattr(asked.encoder_config, k) for k in DROPOUTS} | dropouts
+    dropouts = {k: getattr(requested.encoder_config, k) for k in DROPOUTS} | dropouts
     return RoMAForClassificationConfig.from_values(
         {name: stored[name] for name in SHAPE}
         | {"encoder_config": stack | dropouts}
-        | {name: getattr(asked, name) for name in HEAD}
+        | {name: getattr(requested, name) for name in HEAD}
     )

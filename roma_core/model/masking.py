@@ -71,7 +71,7 @@ def sample_hidden(
     if strategy not in _STRATEGIES:
         raise ValueError(f"unknown mask_strategy {strategy!r}; there are {', '.join(_STRATEGIES)}")
     if strategy == "channel" and channel is None:
-        raise ValueError("mask_strategy 'channel' needs to know each token's channel")
+        raise ValueError("mask_strategy 'channel' needs each token's channel")
     on_host = segments.device.type == "cpu"  # numpy has the same numbers in a fifth of the time
     sizes, ids, index = (
         _as_arrays(segments)

@@ -219,7 +219,7 @@ def patchify(values: Tensor, tubelet_size: tuple[int, int, int]) -> Tensor:
 def pack(
     values: Tensor, positions: Tensor, pad_mask: Tensor | None, config: RoMAConfig
 ) -> tuple[PackedBatch, Tensor, Tensor]:
-    """Pack padded tensors, shortest series first so that equal lengths stand together.
+    """Pack padded tensors, shortest series first so that equal lengths are adjacent.
 
     Args:
         values: ``(B, time, C, height, width)`` float; padding may hold anything.

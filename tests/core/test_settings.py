@@ -287,10 +287,10 @@ def test_a_misspelt_prefix_is_refused_too(env_file, monkeypatch, where):
         monkeypatch.setenv(name, "0.5")
     with pytest.raises(SettingsError, match=f"{name} in .* do you mean ROMA_TRAINER_BASE_LR"):
         TrainerConfig()
-    assert RoMAForPreTrainingConfig() is not None  # it is no business of this one
+    assert RoMAForPreTrainingConfig() is not None  # another prefix
 
 
-def test_other_prefixes_and_foreign_keys_are_nobodys_business(env_file, monkeypatch):
+def test_other_prefixes_and_foreign_keys_are_ignored(env_file, monkeypatch):
     env_file("WANDB_API_KEY=abc", "PATH_TO_DATA=/data", "ROMA_PRETRAIN_MASK_RATIO=0.5", "# a note")
     monkeypatch.setenv("ROMA_CLASSIFIER_NONSENSE", "1")
     assert TrainerConfig() == TrainerConfig.from_values({})
@@ -308,7 +308,7 @@ def test_a_wrong_value_names_its_source(env_file, monkeypatch):
     assert "optimizer (code): must be 'adamw' or 'sgd', got 'adam'" in message
 
 
-def test_a_contradiction_is_told_in_one_sentence(monkeypatch):
+def test_a_contradiction_is_reported_in_one_sentence(monkeypatch):
     monkeypatch.setenv("ROMA_CLASSIFIER_ENCODER_CONFIG__NHEAD", "100")
     with pytest.raises(
         SettingsError, match=r"Config: encoder_config: nhead=100 leaves heads of width 1"
@@ -318,7 +318,7 @@ def test_a_contradiction_is_told_in_one_sentence(monkeypatch):
         TrainerConfig(optimizer_args={"momentum": 0.9})
 
 
-def test_what_is_no_json_is_told_so(env_file):
+def test_invalid_json_is_reported(env_file):
     env_file("ROMA_PRETRAIN_TUBELET_SIZE=1,16,16")
     with pytest.raises(
         SettingsError,
@@ -351,7 +351,7 @@ def test_published_spellings_are_read_with_a_note(env_file, monkeypatch, where):
     assert (config.n_channels, config.encoder_config.depth) == (2, 3)
 
 
-def test_our_spelling_wins_and_says_so(monkeypatch):
+def test_our_spelling_wins_with_a_warning(monkeypatch):
     monkeypatch.setenv("ROMA_TRAINER_EPOCHS", "3")
     monkeypatch.setenv("ROMAE_TRAINER_EPOCHS", "4")
     with pytest.warns(UserWarning, match="is ignored: ROMA_TRAINER_EPOCHS is set too and differs"):

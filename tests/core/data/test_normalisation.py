@@ -12,10 +12,8 @@ from roma_core.schema import (
     ChannelNormalisation,
     DataError,
     DataSchema,
+    Normaliser,
     PositionAxis,
-    denormalise,
-    normalise,
-    normalise_positions,
 )
 from tests.core.hand_made import HandMade, built, config_of, series
 
@@ -24,6 +22,11 @@ TRANSFORMS = (
     ChannelNormalisation(transform="arcsinh", transform_scale=10, mean=0, std=1),
     ChannelNormalisation(mean=0, std=1),
 )
+
+
+def normalise_positions(positions, axes):
+    schema = DataSchema(channels=(), axes=tuple(axes), normalisation=())
+    return Normaliser(schema).normalise_positions(positions)
 
 
 def fit(chunks):
@@ -47,7 +50,7 @@ def some_values(n=500, seed=0):
 def test_the_fitted_split_has_zero_mean_and_unit_spread():
     values = some_values()
 
-    normalised = normalise(values, fitted_on(values))
+    normalised = Normaliser(fitted_on(values)).normalise(values)
 
     assert normalised.dtype == np.float32
     np.testing.assert_allclose(normalised.mean(axis=0), 0, atol=1e-6)
@@ -63,7 +66,7 @@ def test_the_transform_is_what_its_formula_says():
     assert schema.normalisation[0].mean == pytest.approx(high / 2)
     assert schema.normalisation[0].std == pytest.approx(high / 2)
     assert schema.normalisation[1].mean == pytest.approx(2)
-    np.testing.assert_allclose(normalise(values, schema), [[-1, -1], [1, 1]], rtol=1e-6)
+    np.testing.assert_allclose(Normaliser(schema).normalise(values), [[-1, -1], [1, 1]], rtol=1e-6)
 
 
 @given(cuts=st.lists(st.integers(0, 500), max_size=6))
@@ -77,7 +80,7 @@ def test_denormalise_is_the_way_back():
     values = some_values()
     schema = fitted_on(values)
 
-    back = denormalise(normalise(values, schema), schema)
+    back = Normaliser(schema).denormalise(Normaliser(schema).normalise(values))
 
     np.testing.assert_allclose(back, values, rtol=1e-4, atol=1e-3)
 
@@ -90,7 +93,7 @@ def test_a_constant_channel_gets_unit_spread_and_a_warning():
         schema = fitted_on(values[:100], values[100:])
 
     assert schema.normalisation[1].std == 1
-    np.testing.assert_allclose(normalise(values, schema)[:, 1], 0, atol=1e-6)
+    np.testing.assert_allclose(Normaliser(schema).normalise(values)[:, 1], 0, atol=1e-6)
 
 
 def test_nothing_to_fit_on_is_an_error():

@@ -62,7 +62,7 @@ def test_features_of_the_numbers_bend_and_are_carried_over(tmp_path):
     assert new_classifier().projection.features is None
 
 
-def test_neighbours_are_told_by_their_places_and_carried_over(tmp_path):
+def test_neighbours_are_found_at_their_offsets_and_carried_over(tmp_path):
     model = new_autoencoder(neighbours=2)
     around = model.neighbourhood
     tokens, positions = torch.randn(7, 2), torch.tensor([[0.0], [2], [3], [9], [10], [11], [40]])

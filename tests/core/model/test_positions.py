@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from roma_core import EncoderConfig
 from roma_core.model.positions import RotaryEmbedding, pairs_per_axis, rotate
-from roma_core.schema import PositionAxis, normalise_positions
+from roma_core.schema import DataSchema, Normaliser, PositionAxis
 from tests.core.model import small_models
 
 WIDTH = 24
@@ -109,7 +109,8 @@ def test_mjd_sized_times_lose_nothing():
 
     elapsed = (MJD - MJD[:, :1])[0] / 0.1
     torch.testing.assert_close(batch.positions[:, 0].double(), elapsed, rtol=1e-7, atol=1e-7)
-    by_data = normalise_positions(MJD.T.numpy(), (TIME,))  # stored data sets say the same
+    schema = DataSchema(channels=(), axes=(TIME,), normalisation=())
+    by_data = Normaliser(schema).normalise_positions(MJD.T.numpy())  # as stored data sets do
     assert (batch.positions.numpy() == by_data).all()
 
 

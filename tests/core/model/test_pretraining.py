@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from roma_core.schema import denormalise
+from roma_core.schema import DataSchema, Normaliser
 from tests.core.model.small_models import new_autoencoder, small_batch
 
 
@@ -49,14 +49,14 @@ def test_reconstructions_come_in_the_units_of_the_data_with_their_deviation():
         )
         result = model.reconstruct(values, positions, pad_mask, query_positions=grid)
     assert torch.equal(plain.mean, same.mean) and result.mean.shape == (2, 4, 2)
-    from roma_core.schema import DataSchema
-
     schema = DataSchema.model_validate(SCHEMA)
-    expected = torch.from_numpy(denormalise(plain.mean.numpy(), schema))
+    expected = torch.from_numpy(Normaliser(schema).denormalise(plain.mean.numpy()))
     torch.testing.assert_close(result.mean, expected)
     assert result.std is not None and plain.std is not None
     torch.testing.assert_close(result.std[..., 1], plain.std[..., 1] * 10)
-    above = torch.from_numpy(denormalise((plain.mean + 1e-3 * plain.std).numpy(), schema))
+    above = torch.from_numpy(
+        Normaliser(schema).denormalise((plain.mean + 1e-3 * plain.std).numpy())
+    )
     torch.testing.assert_close((above - expected) / 1e-3, result.std, rtol=2e-2, atol=2e-2)
 
 
@@ -79,7 +79,7 @@ def test_a_gaussian_head_learns_the_spread_of_noise():
     assert 0.25 < float(result.std.mean()) < 0.36
 
 
-def test_reconstruct_says_what_it_cannot_do():
+def test_reconstruct_refuses_models_that_cannot_do_it():
     values, positions, pad_mask = small_batch([8, 5])
     for model, message in (
         (new_autoencoder(pos_encoding="absolute"), "ropend"),
