@@ -18,7 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import Field, SecretStr
 from pydantic_settings import SettingsConfigDict
@@ -118,6 +118,25 @@ class WandbConfig(RomaSettings):
         return "online" if has_key else "disabled"
 
 
+def wandb_settings(config: WandbConfig) -> Any:
+    """``wandb.Settings`` of an unattended process; ``import_tracker`` comes first."""
+    import wandb
+
+    key = config.api_key
+    return wandb.Settings(
+        api_key=None if key is None else key.get_secret_value(),
+        init_timeout=config.init_timeout_s,
+        login_timeout=config.init_timeout_s,  # there is no terminal to ask for a key
+        finish_timeout=config.finish_timeout_s,
+        finish_timeout_raises=True,
+        silent=True,
+        console="off",
+        disable_git=True,
+        save_code=False,
+        x_disable_stats=True,
+    )
+
+
 class WandbRun:
     """A Weights & Biases run, new or continued, in a folder below that of the training."""
 
@@ -138,19 +157,6 @@ class WandbRun:
         import_tracker("wandb")
         import wandb
 
-        key = config.api_key
-        settings = wandb.Settings(
-            api_key=None if key is None else key.get_secret_value(),
-            init_timeout=config.init_timeout_s,
-            login_timeout=config.init_timeout_s,  # there is no terminal to ask for a key
-            finish_timeout=config.finish_timeout_s,
-            finish_timeout_raises=True,
-            silent=True,
-            console="off",
-            disable_git=True,
-            save_code=False,
-            x_disable_stats=True,
-        )
         if mode == "online":
             # wandb itself would retry; setup has read the server's address from all settings files
             _check_answers(wandb.setup().settings.base_url)
@@ -164,7 +170,7 @@ class WandbRun:
                 resume="allow",
                 dir=str(folder),
                 config=trainer.model_dump(mode="json"),
-                settings=settings,
+                settings=wandb_settings(config),
             )
         except Exception:
             wandb.teardown()  # else the id of the failed start counts as in use

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from roma_core.settings import without_credentials
-from roma_core.trainer.trackers import WandbConfig, import_tracker
+from roma_core.trainer.trackers import WandbConfig, import_tracker, wandb_settings
 from roma_pipelines.registry.store import artifacts_root, write_lock
 
 if TYPE_CHECKING:
@@ -160,54 +160,31 @@ def link_wandb(
         return "off"
     facts = {"mlflow_tracking_uri": without_credentials(client.tracking_uri), **facts}
     try:
-        done = _log_reference(config, mode, trainer, name, version, facts, folder)
+        import_tracker("wandb")
+        import wandb
+
+        folder.mkdir(parents=True, exist_ok=True)
+        with wandb.init(
+            mode=mode,
+            project=trainer["project_name"],
+            entity=trainer["entity_name"],
+            job_type="register",
+            name=f"{name} version {version}",
+            dir=str(folder),
+            settings=wandb_settings(config),
+        ) as run:
+            artifact = wandb.Artifact(name, type="model", metadata=dict(facts))
+            # W&B shows the reference and does not follow it
+            artifact.add_reference(f"models:/{name}/{version}", name="model", checksum=False)
+            aliases = [f"v{version}"] if mode == "offline" else None
+            logged = run.log_artifact(artifact, aliases=aliases)
+            if mode == "online":
+                logged.wait()
+                collection = f"wandb-registry-model/{name}"
+                run.link_artifact(logged, collection, aliases=[f"mlflow-{version}"])
     except Exception as error:  # whatever W&B raises
         _log.warning("%s version %s was not linked at W&B: %s", name, version, error)
         return f"failed: {error}"
+    done = "linked" if mode == "online" else "left for sync"
     client.set_model_version_tag(name, version, WANDB_TAG, done)
     return done
-
-
-def _log_reference(
-    config: WandbConfig,
-    mode: str,
-    trainer: Mapping[str, Any],
-    name: str,
-    version: str,
-    facts: Mapping[str, Any],
-    folder: Path,
-) -> str:
-    import_tracker("wandb")
-    import wandb
-
-    folder.mkdir(parents=True, exist_ok=True)
-    key = config.api_key
-    settings = wandb.Settings(
-        api_key=None if key is None else key.get_secret_value(),
-        init_timeout=config.init_timeout_s,
-        login_timeout=config.init_timeout_s,
-        finish_timeout=config.finish_timeout_s,
-        silent=True,
-        console="off",
-        disable_git=True,
-        save_code=False,
-        x_disable_stats=True,
-    )
-    with wandb.init(
-        mode=mode,  # type: ignore[arg-type]
-        project=trainer["project_name"],
-        entity=trainer["entity_name"],
-        job_type="register",
-        name=f"{name} version {version}",
-        dir=str(folder),
-        settings=settings,
-    ) as run:
-        artifact = wandb.Artifact(name, type="model", metadata=dict(facts))
-        # W&B shows the reference and does not follow it
-        artifact.add_reference(f"models:/{name}/{version}", name="model", checksum=False)
-        logged = run.log_artifact(artifact, aliases=[f"v{version}"] if mode == "offline" else None)
-        if mode == "offline":
-            return "left for sync"
-        logged.wait()
-        run.link_artifact(logged, f"wandb-registry-model/{name}", aliases=[f"mlflow-{version}"])
-    return "linked"
