@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,62 +59,29 @@ class Result(Frozen):
     wall_s: float
 
 
-@dataclass(frozen=True)
 class JobFolder:
     """Paths of the files above, and the few operations both sides share."""
 
-    path: Path
-
     def __init__(self, path: Path | str) -> None:
-        object.__setattr__(self, "path", Path(path))
+        self.path = Path(path)
+        self.spec = self.path / "spec.json"
+        self.config = self.path / "config.json"
+        self.lease = self.path / "lease.json"
+        self.cancel = self.path / "cancel.json"
+        self.events = self.path / "events.jsonl"
+        self.metrics = self.path / "metrics.jsonl"
+        self.messages = self.path / "messages.jsonl"
+        self.messages_offset = self.path / "messages.offset"
+        self.mlflow_run = self.path / "mlflow_run.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.outputs = self.path / "outputs"
+        self.result = self.path / "result.json"
 
-    @property
-    def spec(self) -> Path:
-        return self.path / "spec.json"
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, JobFolder) and self.path == other.path
 
-    @property
-    def config(self) -> Path:
-        return self.path / "config.json"
-
-    @property
-    def lease(self) -> Path:
-        return self.path / "lease.json"
-
-    @property
-    def cancel(self) -> Path:
-        return self.path / "cancel.json"
-
-    @property
-    def events(self) -> Path:
-        return self.path / "events.jsonl"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def messages(self) -> Path:
-        return self.path / "messages.jsonl"
-
-    @property
-    def messages_offset(self) -> Path:
-        return self.path / "messages.offset"
-
-    @property
-    def mlflow_run(self) -> Path:
-        return self.path / "mlflow_run.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def outputs(self) -> Path:
-        return self.path / "outputs"
-
-    @property
-    def result(self) -> Path:
-        return self.path / "result.json"
+    def __hash__(self) -> int:
+        return hash(self.path)
 
     def attempt_record(self, n: int) -> Path:
         return self.path / "attempts" / f"{n}.json"
@@ -144,30 +110,12 @@ class Attempt:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.n = int(path.name)
-
-    @property
-    def log(self) -> Path:
-        return self.path / "log"
-
-    @property
-    def script(self) -> Path:
-        return self.path / "script"
-
-    @property
-    def owner(self) -> Path:
-        return self.path / "owner.json"
-
-    @property
-    def heartbeat(self) -> Path:
-        return self.path / "heartbeat"
-
-    @property
-    def stop(self) -> Path:
-        return self.path / "stop"
-
-    @property
-    def exit(self) -> Path:
-        return self.path / "exit.json"
+        self.log = path / "log"
+        self.script = path / "script"
+        self.owner = path / "owner.json"
+        self.heartbeat = path / "heartbeat"
+        self.stop = path / "stop"
+        self.exit = path / "exit.json"
 
     def beat(self, step: int) -> None:
         """Record that the training loop is alive. Not synced: a beat may be lost, never torn."""

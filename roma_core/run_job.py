@@ -1,12 +1,10 @@
-"""Runs any module that uses the Trainer as a launched job: the module does not know.
+"""Run a body of work, or any module that uses the Trainer, inside a job folder.
 
     python -m roma_core.run_job WORKING_FOLDER MODULE [ARGUMENT…]
 
-The module sees its arguments as they are, and the folder it was launched from. Stop requests of the
-launcher reach it as SIGTERM, upon which the Trainer saves and returns; the attempt then ends with
-"continue". Without one, a module that returns, or leaves with exit code 0, has done what it was for.
-
-Runs a body of work inside a job folder and says how it ended.
+The module sees its arguments unchanged, and the folder it was launched from. The launcher's stop file
+reaches it as SIGTERM, upon which the Trainer saves and returns; the attempt then ends with "continue".
+Otherwise a module that returns, or exits with code 0, is completed.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from roma_core.job import Attempt, Exit, JobFolder, Result
 
 @dataclass(frozen=True)
 class Work:
-    """What a body did; see :class:`roma_core.job.Result` for the fields."""
+    """What a body returns; see :class:`roma_core.job.Result` for the fields."""
 
     status: Literal["completed", "continue"]
     world_size: int = 1
@@ -50,11 +48,9 @@ Body = Callable[[JobFolder, Attempt], Work]
 def run_in_folder(folder: JobFolder, body: Body) -> int:
     """Run one attempt of a job; returns the process's exit code.
 
-    Started by a launcher, the attempt is the one it claimed. Started by hand, it is attempt 1, and
-    a second process in the same folder is refused.
-
-    Raises:
-        Exception: whatever the body raised, after it was written to ``exit.json``.
+    Started by a launcher, the attempt is the one that was claimed. Started by hand, it is attempt 1,
+    and a second process in the same folder is refused. An error of the body is written to
+    ``exit.json`` and printed.
     """
     rank = int(os.environ.get("RANK", "0"))
     launched = os.environ.get(ATTEMPT_VARIABLE)
@@ -66,7 +62,7 @@ def run_in_folder(folder: JobFolder, body: Body) -> int:
             lock.acquire()
         except Timeout:
             raise SystemExit(
-                f"another process runs in {folder.path}; wait for it, or give another folder"
+                f"another process runs in {folder.path}; wait for it, or choose another folder"
             ) from None
         attempt.exit.unlink(missing_ok=True)
         attempt.stop.unlink(missing_ok=True)
@@ -77,7 +73,9 @@ def run_in_folder(folder: JobFolder, body: Body) -> int:
         reason = f"{type(error).__name__}: {error}"
         create_json(attempt.exit, Exit(status="failed", reason=reason).model_dump(mode="json"))
         if launched is None and isinstance(error, ValueError | OSError):
-            stack = attempt.path / "traceback.txt"  # the sentence is for people, the stack for us
+            stack = (
+                attempt.path / "traceback.txt"
+            )  # the message is for users, the stack for developers
             with contextlib.suppress(OSError):  # a full disk may be what failed
                 stack.write_text(traceback.format_exc())
             print(f"failed: {error}\n(the stack is in {stack})", file=sys.stderr, flush=True)
@@ -106,27 +104,27 @@ def run_in_folder(folder: JobFolder, body: Body) -> int:
     return 0 if work.status == "completed" else CONTINUE_EXIT_CODE
 
 
-_LOOK_EVERY_S = 0.5
+_POLL_S = 0.5
 
 
-class _StopPasser(threading.Thread):
+class _StopFile(threading.Thread):
     """Turns the attempt's stop file into one SIGTERM to this process."""
 
-    def __init__(self, attempt: Attempt) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__(name="stop file", daemon=True)
-        self.attempt = attempt
-        self.passed = False
-        self.over = threading.Event()
+        self.path = path
+        self.seen = False
+        self.ended = threading.Event()
 
     def run(self) -> None:
-        while not self.over.wait(_LOOK_EVERY_S):
-            if self.attempt.stop.exists():
-                self.passed = True
+        while not self.ended.wait(_POLL_S):
+            if self.path.exists():
+                self.seen = True
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 
 
-def _run(module: str, arguments: list[str]) -> int:
+def _run_module(module: str, arguments: list[str]) -> int:
     """Exit code of a module run as ``python -m`` runs it."""
     sys.argv = [module, *arguments]
     sys.path.insert(0, os.getcwd())  # noqa: PTH109 - as -m does
@@ -140,29 +138,27 @@ def _run(module: str, arguments: list[str]) -> int:
     return 0
 
 
-def main(words: list[str]) -> int:
+def main(working_folder: str, module: str, *arguments: str) -> int:
     """Run the module in the job folder of this process; returns its exit code."""
-    working_folder, module, arguments = words[0], words[1], words[2:]
     os.chdir(working_folder)
 
     def body(folder: JobFolder, attempt: Attempt) -> Work:
-        passer = _StopPasser(attempt)
-        # ranks agree among themselves: one that was asked is enough
-        if os.environ.get("RANK", "0") == "0":
-            passer.start()
-        code = _run(module, arguments)
-        passer.over.set()
+        stop = _StopFile(attempt.stop)
+        if os.environ.get("RANK", "0") == "0":  # ranks agree among themselves
+            stop.start()
+        code = _run_module(module, list(arguments))
+        stop.ended.set()
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        if passer.passed or code == CONTINUE_EXIT_CODE:
-            return Work("continue", world_size, reason="stop file" if passer.passed else "")
+        if stop.seen or code == CONTINUE_EXIT_CODE:
+            return Work("continue", world_size, reason="stop file" if stop.seen else "")
         if code != 0:
             raise RuntimeError(f"{module} left with exit code {code}")
         return Work("completed", world_size)
 
-    return run_in_folder(JobFolder(Path(os.environ[FOLDER_VARIABLE])), body)
+    return run_in_folder(JobFolder(os.environ[FOLDER_VARIABLE]), body)
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit("usage: python -m roma_core.run_job WORKING_FOLDER MODULE [ARGUMENT…]")
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(*sys.argv[1:]))

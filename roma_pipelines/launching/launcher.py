@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sysconfig
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ import roma_core
 from roma_core.job import JobFolder
 from roma_core.settings import validation_errors
 from roma_pipelines.launching.spec import JobHandle, JobSpec, JobState, Plan
+from roma_pipelines.storage import MIN_FREE_MB
 
 PLANNED_FOLDER = JobFolder("JOB_FOLDER")
 """Stands for the job folder in a plan that is only printed."""
@@ -192,6 +195,23 @@ def size_of(spec: JobSpec) -> str:
         f"{count(spec.gpus_per_node, 'GPU')} per node" if spec.gpus_per_node else "no GPU",
     ]
     return ", ".join(parts)
+
+
+# -- preflight -------------------------------------------------------------------------------
+
+
+def check_writable(root: Path) -> list[str]:
+    """Reasons why jobs cannot be written below ``root``, which is made; empty if they can be."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        return [f"cannot write to {root} ({error.strerror}); set ROMA_STORAGE_ROOT"]
+    free_mb = shutil.disk_usage(root).free / 1e6
+    if free_mb < MIN_FREE_MB:
+        return [f"{root} has {free_mb:.0f} MB of free space; {MIN_FREE_MB} MB are needed"]
+    return []
 
 
 # -- environment -----------------------------------------------------------------------------

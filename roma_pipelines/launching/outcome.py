@@ -39,53 +39,30 @@ class Verdict(StrEnum):
     CANCELLED = "cancelled"
 
 
+_DONE, _NEXT, _IF_ADVANCED, _FAIL = (
+    Verdict.COMPLETED, Verdict.CONTINUE, Verdict.CONTINUE_IF_ADVANCED, Verdict.FAILED
+)  # fmt: skip
 # fmt: off
-POLICY: dict[Phase, dict[ExitReport, Verdict]] = {
-    Phase.ENDED_OK: {
-        ExitReport.PROOF: Verdict.COMPLETED,
-        ExitReport.COMPLETED: Verdict.FAILED,               # a success without proof
-        ExitReport.CONTINUE: Verdict.CONTINUE,
-        ExitReport.FAILED: Verdict.FAILED,
-        ExitReport.NOTHING: Verdict.FAILED,                 # exit code 0 proves nothing
-    },
-    Phase.ENDED_BAD: {
-        ExitReport.PROOF: Verdict.FAILED,                   # another process than rank 0 failed
-        ExitReport.COMPLETED: Verdict.FAILED,
-        ExitReport.CONTINUE: Verdict.CONTINUE,              # torchrun returns 1 whatever its workers return
-        ExitReport.FAILED: Verdict.FAILED,
-        ExitReport.NOTHING: Verdict.CONTINUE_IF_ADVANCED,   # a crash: memory, hardware, or a bug
-    },
-    Phase.INTERRUPTED: {
-        ExitReport.PROOF: Verdict.CONTINUE,                 # the next attempt confirms it within a step
-        ExitReport.COMPLETED: Verdict.CONTINUE,
-        ExitReport.CONTINUE: Verdict.CONTINUE,
-        ExitReport.FAILED: Verdict.FAILED,
-        ExitReport.NOTHING: Verdict.CONTINUE,
-    },
-    Phase.GONE: {
-        ExitReport.PROOF: Verdict.COMPLETED,                # the exit code was lost with its parent
-        ExitReport.COMPLETED: Verdict.FAILED,
-        ExitReport.CONTINUE: Verdict.CONTINUE,
-        ExitReport.FAILED: Verdict.FAILED,
-        ExitReport.NOTHING: Verdict.CONTINUE,               # power cut, reboot, kill
-    },
-    Phase.OUT_OF_MEMORY: {
-        ExitReport.PROOF: Verdict.FAILED,
-        ExitReport.COMPLETED: Verdict.FAILED,
-        ExitReport.CONTINUE: Verdict.CONTINUE,
-        ExitReport.FAILED: Verdict.FAILED,
-        ExitReport.NOTHING: Verdict.FAILED,                 # it would happen again
-    },
-    Phase.HUNG: {
-        ExitReport.PROOF: Verdict.CONTINUE,
-        ExitReport.COMPLETED: Verdict.CONTINUE,
-        ExitReport.CONTINUE: Verdict.CONTINUE_IF_ADVANCED,  # it could save when asked to end
-        ExitReport.FAILED: Verdict.FAILED,
-        ExitReport.NOTHING: Verdict.CONTINUE_IF_ADVANCED,
-    },
-    Phase.CANCELLED: dict.fromkeys(ExitReport, Verdict.CANCELLED),
+_ROWS: dict[Phase, tuple[Verdict, ...]] = {
+    # report:            proof  completed continue     failed nothing
+    # exit code 0 proves nothing without a valid result
+    Phase.ENDED_OK:      (_DONE, _FAIL, _NEXT,         _FAIL, _FAIL),
+    # torchrun returns 1 for "continue" too; with a proof, another process than rank 0 failed; no
+    # report is a crash: memory, hardware, or a bug
+    Phase.ENDED_BAD:     (_FAIL, _FAIL, _NEXT,         _FAIL, _IF_ADVANCED),
+    # with a proof, the next attempt confirms it within a step
+    Phase.INTERRUPTED:   (_NEXT, _NEXT, _NEXT,         _FAIL, _NEXT),
+    # the exit code was lost with the parent process; no report: power cut, reboot, kill
+    Phase.GONE:          (_DONE, _FAIL, _NEXT,         _FAIL, _NEXT),
+    # the next attempt would run out of memory again
+    Phase.OUT_OF_MEMORY: (_FAIL, _FAIL, _NEXT,         _FAIL, _FAIL),
+    # a hung attempt that could save when asked to end may hang again
+    Phase.HUNG:          (_NEXT, _NEXT, _IF_ADVANCED,  _FAIL, _IF_ADVANCED),
+    Phase.CANCELLED:     (Verdict.CANCELLED,) * 5,
 }
 # fmt: on
+POLICY = {phase: dict(zip(ExitReport, row, strict=True)) for phase, row in _ROWS.items()}
+"""What the end of an attempt means: a verdict for every phase and report."""
 
 
 def decide(

@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -26,15 +25,20 @@ from roma_pipelines.launching.supervisor import Leave, supervise
 
 
 class MessageReader:
-    """Reads ``messages.jsonl`` while it grows.
+    """Reads a job's ``messages.jsonl`` while it grows, from where the last reader stopped.
 
     Attributes:
         offset: bytes of the file that were read, whole lines only.
         skipped: how many lines were not JSON objects.
     """
 
-    def __init__(self, path: Path, offset: int = 0) -> None:
-        self.path, self.offset, self.skipped = path, offset, 0
+    def __init__(self, folder: JobFolder) -> None:
+        self.path, self.saved = folder.messages, folder.messages_offset
+        self.skipped = 0
+        try:
+            self.offset = int(read_json(self.saved, schema_version=1)["offset"])
+        except (FileNotFoundError, ValueError, KeyError):
+            self.offset = 0
 
     def read(self) -> list[dict[str, Any]]:
         """Messages whose lines are complete by now; a half-written last line waits."""
@@ -47,34 +51,23 @@ class MessageReader:
             content = file.read()
         complete = content[: content.rfind(b"\n") + 1]
         self.offset += len(complete)
-        return [message for line in complete.splitlines() if (message := self._parse(line))]
+        messages = []
+        for line in complete.splitlines():
+            try:
+                message = json.loads(line or b"{}")
+            except ValueError:  # not JSON, or not UTF-8
+                message = None
+            if not isinstance(message, dict):
+                self.skipped += 1
+            elif message:
+                messages.append(message)
+        return messages
 
-    def _parse(self, line: bytes) -> dict[str, Any] | None:
-        if not line.strip():
-            return None
-        try:
-            message = json.loads(line)
-        except ValueError:  # not JSON, or not UTF-8
-            message = None
-        if isinstance(message, dict):
-            return message
-        self.skipped += 1
-        return None
-
-
-def saved_offset(path: Path) -> int:
-    """The offset that an earlier reader saved; 0 without a valid one, which replays messages."""
-    try:
-        return int(read_json(path, schema_version=1)["offset"])
-    except (FileNotFoundError, ValueError, KeyError):
-        return 0
-
-
-def save_offset(path: Path, offset: int) -> None:
-    """Save the offset for the next reader. Not synced: losing it replays a few log lines."""
-    aside = path.with_name(f".{path.name}")
-    aside.write_text(json.dumps({"schema_version": 1, "offset": offset}))
-    aside.replace(path)
+    def save(self) -> None:
+        """Save the offset for the next reader. Not synced: losing it replays a few log lines."""
+        aside = self.saved.with_name(f".{self.saved.name}")
+        aside.write_text(json.dumps({"schema_version": 1, "offset": self.offset}))
+        aside.replace(self.saved)
 
 
 _LEVELS = frozenset({"debug", "info", "warning", "error", "critical"})
@@ -88,7 +81,7 @@ class JobMessageReader(dg.PipesMessageReader):
         self, context: dg.AssetExecutionContext, folder: JobFolder, observe_every_s: float
     ) -> None:
         self.context, self.folder, self.observe_every_s = context, folder, observe_every_s
-        self.messages = MessageReader(folder.messages, saved_offset(folder.messages_offset))
+        self.messages = MessageReader(folder)
         self._handler: dg.PipesMessageHandler
         self._opened = False
         self._closed: Any = {"method": "closed", "params": {}}
@@ -137,7 +130,7 @@ class JobMessageReader(dg.PipesMessageReader):
                 f"{self._skipped} line(s) of {self.folder.messages} are not messages"
             )
         if self.messages.offset != before:
-            save_offset(self.folder.messages_offset, self.messages.offset)
+            self.messages.save()
         due = time.monotonic() - self._observed_at >= self.observe_every_s
         if self._progress is not None and due:
             self._observe(self._progress)
@@ -222,24 +215,6 @@ def on_interrupt(instance: dg.DagsterInstance, run: dg.DagsterRun) -> Leave:
     return "cancel" if now is None or now.status in _CANCELLED else "detach"
 
 
-class Once:
-    """Calls a function the first time only, and keeps the error it raised."""
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        self._function: Callable[[], None] | None = function
-        self.error: Exception | None = None
-
-    def __call__(self) -> None:
-        function, self._function = self._function, None
-        if function is None:
-            return
-        try:
-            function()
-        except Exception as error:
-            self.error = error
-            raise
-
-
 def run_job(
     context: dg.AssetExecutionContext,
     launcher: Launcher,
@@ -266,14 +241,23 @@ def run_job(
     """
     asset_key = context.asset_key.to_user_string()
     reader = JobMessageReader(context, folder, observe_every_s)
-    accepted = Once(on_accepted)
+    accepted, error_of_on_accepted = False, None
 
     def on_poll(state: JobState) -> None:
-        accepted()
+        nonlocal accepted, error_of_on_accepted
+        if not accepted:
+            accepted = True
+            try:
+                on_accepted()
+            except Exception as error:
+                error_of_on_accepted = error
+                raise
         reader.show(state)
 
     def leave(error: BaseException) -> Leave:
-        return "cancel" if error is accepted.error else on_interrupt(context.instance, context.run)
+        if error is error_of_on_accepted:
+            return "cancel"
+        return on_interrupt(context.instance, context.run)
 
     with dg.open_pipes_session(context, dg.PipesEnvContextInjector(), reader) as session:
         return supervise(

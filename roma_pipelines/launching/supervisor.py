@@ -185,6 +185,12 @@ class Supervisor:
         """All recorded attempts, ascending."""
         return read_records(self.folder)
 
+    def _last(self) -> AttemptRecord | None:
+        return next(reversed(self.records()), None)
+
+    def _record(self, n: int) -> AttemptRecord:
+        return next(record for record in self.records() if record.attempt == n)
+
     # -- before ------------------------------------------------------------------------------
 
     def _check(self) -> None:
@@ -207,7 +213,7 @@ class Supervisor:
             changed = [f"{k}: {before[k]!r} -> {now[k]!r}" for k in before if before[k] != now[k]]
             self._log(None, f"the specification changed: {'; '.join(changed)}", "kept the first")
         self.spec = kept
-        last = next(reversed(self.records()), None)
+        last = self._last()
         if last and last.end is None and last.backend != self.launcher.backend:
             raise ValueError(
                 f"attempt {last.attempt} in {self.folder.path} runs on the target {last.backend}, "
@@ -225,13 +231,13 @@ class Supervisor:
 
     def _plan_next(self) -> Plan:
         """The plan of the attempt that has no end, or of a new one."""
-        last = next(reversed(self.records()), None)
+        last = self._last()
         n = 1 if last is None else last.attempt + (last.end is not None)
         return self.launcher.plan(self.spec, self.folder, n)
 
     def _completed_before(self) -> Outcome | None:
         """The outcome of a job that an earlier supervisor found completed."""
-        last = next(reversed(self.records()), None)
+        last = self._last()
         if last and (last.end is None or last.end.status != "completed"):
             return None
         report, why = read_exit_report(self.folder, self.spec, last.attempt if last else None)
@@ -249,8 +255,8 @@ class Supervisor:
 
     def _open_attempt(self, plan: Plan) -> JobHandle:
         """Adopt the attempt that has no end, or begin the next one."""
-        if record := self._record(plan.attempt):
-            return self._adopt(plan, record)
+        if plan.attempt in self.folder.attempt_numbers():
+            return self._adopt(plan, self._record(plan.attempt))
         intent = AttemptRecord(
             attempt=plan.attempt, backend=self.launcher.backend, intended_at=time.time()
         )
@@ -303,9 +309,6 @@ class Supervisor:
             self._write(record.model_copy(update=known))
         return handle
 
-    def _record(self, n: int) -> AttemptRecord | None:
-        return next((record for record in self.records() if record.attempt == n), None)
-
     def _write(self, record: AttemptRecord) -> None:
         path = self.folder.attempt_record(record.attempt)
         write_json(path, record.model_dump(mode="json"))
@@ -333,9 +336,7 @@ class Supervisor:
                 if owner is None or owner.external == handle.external:
                     return handle, state
                 self._log(n, f"{id_of(owner.external)} runs the attempt", "watch that one")
-                record = self._record(n)
-                assert record is not None, "its intent was written before it was submitted"
-                handle = self._record_id(record, owner)
+                handle = self._record_id(self._record(n), owner)
                 continue
             if heartbeat.exists() and (content := heartbeat.read_bytes()) != beat:
                 beat, changed_at = content, time.monotonic()
@@ -401,10 +402,8 @@ class Supervisor:
     ) -> None:
         now = time.time()
         end = End(status=status, reason=reason, checkpoint=checkpoint, ended_at=now, **state.usage)
-        record = self._record(n)
-        assert record is not None, "its intent was written before"
         self.fault_point("before end")
-        self._write(record.model_copy(update={"end": end}))
+        self._write(self._record(n).model_copy(update={"end": end}))
         self.fault_point("after end")
         if status != "continue":  # else it is for the attempt that would follow
             self.folder.cancel.unlink(missing_ok=True)
@@ -428,7 +427,7 @@ class Supervisor:
         """An exception ended the watch: leave the job running, or cancel it."""
         leave = self.on_interrupt(error)
         seen = f"the watch ended by {type(error).__name__}"
-        record = next(reversed(self.records()), None)
+        record = self._last()
         if record is None or record.end is not None:
             self._log(None, seen, "nothing is running")
             return

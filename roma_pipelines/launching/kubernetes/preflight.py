@@ -8,19 +8,15 @@ need (images, accounts, nodes); that is found when they start, within the profil
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 from typing import TYPE_CHECKING
 
 from roma_core.job import JobFolder
 from roma_pipelines.launching.kubernetes.client import ApiError
-from roma_pipelines.launching.launcher import Rejected
+from roma_pipelines.launching.launcher import Rejected, check_writable
 from roma_pipelines.launching.spec import JobSpec, Plan
 
 if TYPE_CHECKING:
     from roma_pipelines.launching.kubernetes.launcher import KubernetesLauncher
-
-_MIN_FREE_MB = 200
 
 
 def refusals(launcher: KubernetesLauncher, plan: Plan) -> list[str]:
@@ -48,17 +44,7 @@ def _about_folder(launcher: KubernetesLauncher, folder: JobFolder) -> list[str]:
             f"would not see the job folder; set ROMA_STORAGE_ROOT to a folder in one of them, or name "
             f"the volume under `volumes`"
         ]
-    probe = root / f".preflight-{secrets.token_hex(4)}"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        return [f"cannot write to {root} ({error.strerror}); set ROMA_STORAGE_ROOT"]
-    free_mb = shutil.disk_usage(root).free / 1e6
-    if free_mb < _MIN_FREE_MB:
-        return [f"{root} has {free_mb:.0f} MB of free space; {_MIN_FREE_MB} MB are needed"]
-    return []
+    return check_writable(root)
 
 
 def _about_secrets(launcher: KubernetesLauncher, spec: JobSpec) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import time
@@ -21,6 +22,13 @@ _SSH_PERSIST = "10m"
 _NOT_PASSED_ON = ("CUDA_VISIBLE_DEVICES", "TMPDIR", "XDG_")  # a node has its own, or none
 
 
+_NO_ANSWER = re.compile(
+    r"timed? ?out|unable to contact|connection (refused|reset)|communication|zero bytes|"
+    r"temporarily unavailable|not responding",
+    re.IGNORECASE,
+)
+
+
 @dataclass(frozen=True)
 class Answer:
     """Exit code and output of a command."""
@@ -33,6 +41,11 @@ class Answer:
     def text(self) -> str:
         """Both outputs as one line."""
         return " ".join(f"{self.error} {self.output}".split())
+
+    @property
+    def slurm_is_away(self) -> bool:
+        """Whether the text says that slurmctld did not answer."""
+        return _NO_ANSWER.search(self.text) is not None
 
 
 class Shell:
@@ -54,53 +67,40 @@ class Shell:
 
         Raises:
             Unreachable: it took too long, or ssh could not connect; it may have been carried out.
-            ValueError: there is no such command here.
+            ValueError: there is no such command.
         """
-        try:
-            if self.ssh is None:
-                return self._run_here(argv, {**_client_environment(), **(environment or {})})
-            return self._run_by_ssh(argv, environment or {})
-        except subprocess.TimeoutExpired as error:
-            raise Unreachable(f"{argv[0]} did not answer within {self.timeout_s:g} s") from error
-
-    def _run_here(self, argv: tuple[str, ...], environment: Mapping[str, str]) -> Answer:
+        given = environment or {}
+        command, stdin = list(argv), ""
+        env: dict[str, str] | None = {**_client_environment(), **given}
+        if self.ssh is not None:  # variables travel on standard input, where ps does not show them
+            exports = [f"export {name}={shlex.quote(value)}" for name, value in given.items()]
+            sockets = Path(os.environ.get("XDG_RUNTIME_DIR", Path.home() / ".ssh"))
+            command = [
+                *("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15"),
+                *("-o", "ControlMaster=auto", "-o", f"ControlPersist={_SSH_PERSIST}"),
+                *("-o", f"ControlPath={sockets}/roma-%C", self.ssh, "bash", "-s"),
+            ]
+            env, stdin = None, "\n".join([*exports, f"exec {shlex.join(argv)}", ""])
         try:
             done = subprocess.run(
-                argv,
-                env=environment,
-                stdin=subprocess.DEVNULL,
+                command,
                 capture_output=True,
                 text=True,
                 errors="replace",
                 timeout=self.timeout_s,
+                env=env,
+                input=stdin,
             )
+        except subprocess.TimeoutExpired as error:
+            raise Unreachable(f"{argv[0]} did not answer within {self.timeout_s:g} s") from error
         except FileNotFoundError as error:
             raise ValueError(
-                f"there is no command {argv[0]!r} on this computer; run on a login node of the "
+                f"there is no command {command[0]!r} on this computer; run on a login node of the "
                 f"cluster, or name one as `ssh` in its profile"
             ) from error
-        return Answer(done.returncode, done.stdout, done.stderr)
-
-    def _run_by_ssh(self, argv: tuple[str, ...], environment: Mapping[str, str]) -> Answer:
-        lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
-        script = "\n".join([*lines, f"exec {shlex.join(argv)}", ""])
-        sockets = Path(os.environ.get("XDG_RUNTIME_DIR", Path.home() / ".ssh"))
-        done = subprocess.run(
-            [
-                *("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15"),
-                *("-o", "ControlMaster=auto", "-o", f"ControlPersist={_SSH_PERSIST}"),
-                *("-o", f"ControlPath={sockets}/roma-%C", self.ssh or "", "bash", "-s"),
-            ],
-            input=script,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=self.timeout_s,
-        )
-        if done.returncode == 255:  # ssh's own
-            raise Unreachable(f"ssh {self.ssh}: {' '.join(done.stderr.split())}")
-        if done.returncode == 127:
-            raise ValueError(f"ssh {self.ssh}: {' '.join(done.stderr.split())}")
+        if self.ssh is not None and done.returncode in (127, 255):
+            text = f"ssh {self.ssh}: {' '.join(done.stderr.split())}"
+            raise Unreachable(text) if done.returncode == 255 else ValueError(text)
         return Answer(done.returncode, done.stdout, done.stderr)
 
 
@@ -297,3 +297,12 @@ def waiting(job: str, row: Mapping[str, str], position: tuple[int, int] | None) 
         queue["expected_start"] = row["starts"]
         text += f", expected to start {row['starts']}"
     return JobState(Phase.WAITING, text, queue=queue)
+
+
+def minutes(text: str) -> float:
+    """``1-02:30:00`` or ``30:00``, as SLURM writes durations, in minutes; others are infinite."""
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if not found:
+        return float("inf")
+    days, hours, whole, seconds = (int(part or 0) for part in found.groups())
+    return (days * 24 + hours) * 60 + whole + seconds / 60

@@ -33,6 +33,7 @@ from roma_pipelines.launching.slurm.cluster import (
     Positions,
     SharedPoll,
     Shell,
+    minutes,
     own_jobs,
     parse_squeue,
     queue_positions,
@@ -60,11 +61,6 @@ PHASES: dict[str, Phase] = {
 """Every state SLURM reports; one that is not here is UNKNOWN, and never an end."""
 # fmt: on
 
-_NO_ANSWER = re.compile(
-    r"timed? ?out|unable to contact|connection (refused|reset)|communication|zero bytes|"
-    r"temporarily unavailable|not responding",
-    re.IGNORECASE,
-)
 _MEMORY = re.compile(r"oom[-_]kill|Out Of Memory|exceeded (job |step )?memory limit", re.IGNORECASE)
 _LOG_BYTES = 16 * 1024
 
@@ -125,7 +121,7 @@ class SlurmLauncher:
         found = re.search(r"^(\d+)(;\S+)?$", answer.output.strip(), re.MULTILINE)
         if answer.code == 0 and found:
             return self._handle(plan, found[1])
-        if _NO_ANSWER.search(answer.text) or answer.code == 0:
+        if answer.slurm_is_away or answer.code == 0:
             raise Unreachable(f"sbatch: {answer.text}")  # it may have been accepted all the same
         raise Rejected([f"sbatch: {answer.text}"])
 
@@ -315,9 +311,7 @@ def _ended(state: str) -> bool:
 
 def _usage(record: Mapping[str, str]) -> dict[str, Any]:
     """Seconds that an attempt ran, and the names of its nodes."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", record.get("RunTime", ""))
-    if not found:
+    ran_min = minutes(record.get("RunTime", ""))
+    if ran_min == float("inf"):
         return {}
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    ran_s = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    return {"ran_s": float(ran_s), "nodes": record.get("NodeList", "")}
+    return {"ran_s": round(ran_min * 60.0, 3), "nodes": record.get("NodeList", "")}

@@ -13,14 +13,13 @@ import shutil
 from dataclasses import dataclass
 
 from roma_core.job import JobFolder
-from roma_pipelines.launching.launcher import Unreachable
-from roma_pipelines.launching.slurm.cluster import Answer, Shell
+from roma_pipelines.launching.launcher import Unreachable, check_writable
+from roma_pipelines.launching.slurm.cluster import Answer, Shell, minutes
 from roma_pipelines.launching.slurm.profile import SlurmProfile
 from roma_pipelines.launching.slurm.script import cpus_per_node
 from roma_pipelines.launching.spec import JobSpec, Plan
 
 _COMMANDS = ("sbatch", "squeue", "scontrol", "scancel", "sinfo")
-_MIN_FREE_MB = 200
 _UNCONFIGURED = "Could not establish a configuration source"
 """SLURM's message where its commands are installed and no cluster is: retrying would not help."""
 
@@ -72,26 +71,20 @@ def reasons_against(plan: Plan, profile: SlurmProfile, shell: Shell, python: str
 
 
 def _check_folder(folder: JobFolder, shell: Shell) -> list[str]:
-    """The folder of the jobs is writable, has space, and the login node sees it."""
     root = folder.path.parent
+    if (found := check_writable(root)) or not shell.ssh:
+        return found
     probe = root / f".preflight-{secrets.token_hex(4)}"
+    probe.write_text(probe.name)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        probe.write_text(probe.name)
-    except OSError as error:
-        return [f"cannot write to {root} ({error.strerror}); set ROMA_STORAGE_ROOT"]
-    try:
-        free_mb = shutil.disk_usage(root).free / 1e6
-        if free_mb < _MIN_FREE_MB:
-            return [f"{root} has {free_mb:.0f} MB of free space; {_MIN_FREE_MB} MB are needed"]
-        if shell.ssh and shell.run("cat", str(probe)).output != probe.name:
-            return [
-                f"{shell.ssh} does not see what is written to {root} here; jobs need a folder on a "
-                f"file system that both sides see: set ROMA_STORAGE_ROOT to one"
-            ]
+        if shell.run("cat", str(probe)).output == probe.name:
+            return []
     finally:
         probe.unlink()
-    return []
+    return [
+        f"{shell.ssh} does not see what is written to {root} here; jobs need a folder on a file system "
+        f"that both sides see: set ROMA_STORAGE_ROOT to one"
+    ]
 
 
 def _check_python(python: str, profile: SlurmProfile, shell: Shell) -> list[str]:
@@ -176,15 +169,6 @@ def _check_size(spec: JobSpec, profile: SlurmProfile, kinds: list[Nodes]) -> lis
     return found
 
 
-def minutes(limit: str) -> float:
-    """``1-02:30:00``, ``30:00`` or ``infinite``, as sinfo writes a time limit, in minutes."""
-    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit)
-    if not found:
-        return float("inf")
-    days, hours, whole, seconds = (int(part or 0) for part in found.groups())
-    return (days * 24 + hours) * 60 + whole + seconds / 60
-
-
 def gpus_of(gres: str) -> dict[str, int]:
     """``gpu:a100:4(S:0-1),lustre:1`` → ``{"a100": 4}``; the type is "" where none is named."""
     found: dict[str, int] = {}
@@ -201,6 +185,6 @@ def _test_only(shell: Shell, script: str) -> str:
     answer = shell.run("sbatch", "--test-only", *shlex.split(" ".join(options)), "--wrap=true")
     if answer.code == 0:
         return ""
-    if re.search(r"timed? ?out|unable to contact", answer.text, re.IGNORECASE):
+    if answer.slurm_is_away:
         raise Unreachable(f"sbatch --test-only: {answer.text}")
     return answer.text

@@ -326,7 +326,7 @@ def test_launch_wants_a_module_or_a_job(run, words):
 
 @pytest.fixture
 def abandoned(launcher, folder, make_spec, eventually):
-    """A running job whose watcher is gone."""
+    """A running job whose supervisor is gone."""
 
     class Gone(BaseException):
         pass

@@ -7,7 +7,7 @@ import dagster as dg
 import pytest
 
 from roma_pipelines.launching.fake import FakeLauncher, completed, running, waiting
-from roma_pipelines.launching.pipes import key_for, on_interrupt, run_job, save_offset
+from roma_pipelines.launching.pipes import MessageReader, key_for, on_interrupt, run_job
 from roma_pipelines.launching.spec import JobFailed, job_key
 from roma_pipelines.launching.supervisor import Supervisor
 
@@ -173,10 +173,10 @@ def test_broken_messages_are_passed_over(materialize, instance):
     assert any("1 line(s)" in line for line in log_lines(instance, result, level=30))
 
 
-def test_an_adopted_job_is_not_told_twice_and_gives_no_warning(
+def test_messages_of_an_adopted_job_are_not_repeated_and_give_no_warning(
     materialize, instance, launcher, starts
 ):
-    def earlier_watcher(folder, spec):
+    def earlier_supervisor(folder, spec):
         """Starts the job, passes its first messages on, and is gone."""
 
         class Gone(BaseException):
@@ -184,7 +184,9 @@ def test_an_adopted_job_is_not_told_twice_and_gives_no_warning(
 
         def leave(state):
             if (folder.path / "starts").exists() and folder.messages.exists():
-                save_offset(folder.messages_offset, folder.messages.stat().st_size)
+                reader = MessageReader(folder)
+                reader.read()
+                reader.save()
                 raise Gone
 
         with pytest.raises(Gone):
@@ -195,7 +197,7 @@ def test_an_adopted_job_is_not_told_twice_and_gives_no_warning(
         'say("opened", extras={})\nwait_for("go")\n'
         'say("log", message="second half")\nsay("closed")\nsucceed()'
     )
-    result = materialize(body, before=earlier_watcher)
+    result = materialize(body, before=earlier_supervisor)
 
     assert result.success
     assert starts() == [1]

@@ -98,7 +98,7 @@ def test_an_end_asked_for_between_attempts_stops_the_next_one(folder):
     assert not folder.cancel.exists()
 
 
-def test_a_job_that_is_to_go_on_and_that_nobody_watches_is_cancelled_too(folder):
+def test_an_unfinished_job_without_a_supervisor_is_cancelled_too(folder):
     class Gone(BaseException):
         pass
 
@@ -120,7 +120,7 @@ def test_a_job_that_is_to_go_on_and_that_nobody_watches_is_cancelled_too(folder)
     assert not folder.cancel.exists()
 
 
-def test_a_watcher_says_how_things_stand(folder):
+def test_the_lease_holds_the_state(folder):
     seen = []
 
     def on_poll(state):

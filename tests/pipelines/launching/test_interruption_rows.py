@@ -35,7 +35,7 @@ INTERRUPTIONS = {
         "dagster: ctrl_c_in_a_foreground_run_ends_the_job",
     ],
     "scancel from outside": [
-        "slurm/interruptions: scancel_by_somebody_else_ends_it",
+        "slurm/interruptions: scancel_by_another_user_ends_it",
         "slurm/interruptions: scancel_in_the_queue_ends_it",
     ],
     "preemption": ["slurm/interruptions: a_preempted_job_continues"],
@@ -57,10 +57,10 @@ INTERRUPTIONS = {
         "slurm/interruptions: a_job_accepted_twice_runs_once",
     ],
     "sacct absent, late or wrong": [
-        "slurm/interruptions: a_job_that_slurm_forgot_is_judged_by_what_is_left",
+        "slurm/interruptions: a_job_that_slurm_forgot_ends_as_its_files_report",
         "slurm/interruptions: a_running_job_that_slurmctld_lost_is_not_doubled",
     ],
-    "a word nobody knows": ["slurm/interruptions: a_word_nobody_knows_is_no_end"],
+    "an unknown state": ["slurm/interruptions: an_unknown_state_is_no_end"],
     "hung rank": ["slurm/interruptions: a_hung_rank_is_found_by_its_heartbeat"],
     "duplicate job script": [
         "slurm/interruptions: a_script_submitted_by_hand_does_no_harm",
@@ -71,7 +71,7 @@ INTERRUPTIONS = {
     "no hard links": ["core/test_files.py: one_of_many_processes_creates_a_file"],
     "an end asked for between attempts": [
         "fake: an_end_asked_for_between_attempts_stops_the_next_one",
-        "fake: a_job_that_is_to_go_on_and_that_nobody_watches_is_cancelled_too",
+        "fake: an_unfinished_job_without_a_supervisor_is_cancelled_too",
     ],
 }
 

@@ -399,11 +399,11 @@ def test_no_answer_is_not_an_end(launcher, folder, make_spec, starts):
     assert (outcome.status, starts()) == ("completed", [1])
 
 
-def test_who_watches_is_written_down(launcher, folder, make_spec):
+def test_the_lease_names_the_supervising_process(launcher, folder, make_spec):
     supervise(launcher, folder, make_spec(), CONFIG, holder={"dagster_run_id": "run-a"}, **FAST)
 
-    watcher = json.loads(folder.lease.read_text())
-    assert (watcher["dagster_run_id"], watcher["pid"]) == ("run-a", os.getpid())
+    lease = json.loads(folder.lease.read_text())
+    assert (lease["dagster_run_id"], lease["pid"]) == ("run-a", os.getpid())
 
 
 def test_every_file_says_its_version(launcher, folder, make_spec):

@@ -60,10 +60,10 @@ def stand_in(tmp_path, cluster, monkeypatch):
     return make
 
 
-# -- somebody or something ends the job ----------------------------------------------------------
+# -- something outside ends the job --------------------------------------------------------------
 
 
-def test_scancel_by_somebody_else_ends_it(slurm, cluster, folder, make_spec, once, starts):
+def test_scancel_by_another_user_ends_it(slurm, cluster, folder, make_spec, once, starts):
     cancel = once(lambda: cluster.run("scancel", job_of(folder)))
 
     with pytest.raises(JobFailed, match="SLURM says CANCELLED") as caught:
@@ -368,7 +368,7 @@ FORGETFUL = {
         ("echo GARBAGE", "completed"),
     ],
 )
-def test_a_job_that_slurm_forgot_is_judged_by_what_is_left(
+def test_a_job_that_slurm_forgot_ends_as_its_files_report(
     slurm, folder, make_spec, stand_in, once, sacct, status
 ):
     stand_in("sacct", sacct)
@@ -399,7 +399,7 @@ def test_a_running_job_that_slurmctld_lost_is_not_doubled(
     assert (outcome.status, starts()) == ("completed", [1])
 
 
-def test_a_word_nobody_knows_is_no_end(slurm, folder, make_spec, stand_in, once, starts):
+def test_an_unknown_state_is_no_end(slurm, folder, make_spec, stand_in, once, starts):
     stand_in("squeue", '$REAL "$@" | sed s/COMPLETED/DREAMING/')
     seen = []
 
