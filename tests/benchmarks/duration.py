@@ -3,7 +3,7 @@
     python -m tests.benchmarks.duration
 
 Measures the CPU time of steps (collating, forward, backward, clipping, AdamW) of both trainings at several
-widths, depths and lengths of series, on one thread, and prints it beside what
+widths, depths and lengths of series, on one thread, and prints it next to what
 ``roma_core.trainer.defaults`` expects, with their ratio.
 """
 

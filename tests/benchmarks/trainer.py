@@ -1,4 +1,4 @@
-"""What the trainer costs beside forward, backward and optimiser, and how long a start takes.
+"""What the trainer costs in addition to forward, backward and optimiser, and how long a start takes.
 
     python -m tests.benchmarks.trainer [--data plasticc/VERSION] [--steps 12] [--starts 3]
 
@@ -10,7 +10,7 @@ generated for the last of the three.
 Overhead is the share of a training's CPU time, evaluation aside, that is not spent in forward,
 backward, clipping or the optimiser: order, loading, collating, moving, reductions, logging, stop
 requests. Checkpoints are measured apart: none between the first and the last step, then one every
-fourth step, written in the loop and beside it.
+fourth step, written in the loop and in the background.
 """
 
 from __future__ import annotations
@@ -239,16 +239,16 @@ def main() -> None:
                 runs[where].append(training(root / f"{workload.name}-{k}", workload, where))
             print(f"{workload.name}:")
             for where, measured in runs.items():
-                print(f"  {told(where, measured)}", flush=True)
+                print(f"  {summary(where, measured)}", flush=True)
         print(json.dumps({"starts": starts, "runs": _with_text_keys(found)}))
 
 
-def told(where: bool | None, runs: list[dict[str, float]]) -> str:
+def summary(where: bool | None, runs: list[dict[str, float]]) -> str:
     """One line: how long a step takes, and the share of the rest."""
     names = {
         None: "no checkpoint",
         False: f"checkpoints in the loop, every {STEPS_BETWEEN_SAVES} steps",
-        True: f"checkpoints beside the loop, every {STEPS_BETWEEN_SAVES} steps",
+        True: f"checkpoints in the background, every {STEPS_BETWEEN_SAVES} steps",
     }
     share = {
         clock: statistics.median(1 - r[f"{clock}_step"] / r[f"{clock}_total"] for r in runs)

@@ -85,7 +85,7 @@ def test_dates_are_anchored_exactly_or_refused():
 
 
 @pytest.mark.parametrize("batch_size", [2, 5])
-def test_a_head_on_every_token_trains_and_is_judged_token_by_token(tmp_path, batch_size):
+def test_a_head_on_every_token_trains_and_is_evaluated_token_by_token(tmp_path, batch_size):
     """Position reconstruction without values: the label of each token is where it stands."""
     torch.manual_seed(0)
     random = np.random.default_rng(0)

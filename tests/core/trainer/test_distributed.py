@@ -1,4 +1,4 @@
-"""FSDP2 as a switch: shared out or whole, the same training, and each goes on where the other stopped."""
+"""FSDP2: a sharded training equals an unsharded one, and each resumes from the other's checkpoints."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ class Poisoned(Sines):
 
 @pytest.mark.parametrize("at_once", [True, False], ids=["cpu", "as on a GPU"])
 def test_a_loss_that_is_not_finite_is_never_saved(tmp_path, monkeypatch, at_once):
-    """On a GPU nobody looks at each step; the step is found before anything of it is kept."""
+    """On a GPU steps are not checked one by one; the step is found before anything of it is kept."""
     init = TrainStep.__init__
 
     def changed(self, *arguments):
@@ -224,7 +224,7 @@ def test_what_a_rate_too_large_does_is_named_too(tmp_path):
         Trainer(config(tmp_path, **changes)).train(Sines(16), None, autoencoder())
 
 
-def test_writing_beside_the_training_changes_nothing(tmp_path, unbroken):
+def test_writing_in_the_background_changes_nothing(tmp_path, unbroken):
     run(Plan(tmp_path, CHANGES | {"background_checkpoints": False}))
     assert_same_end(tmp_path, unbroken)
     assert torch.equal(*(next(iter(weights(f)[1].values())) for f in (tmp_path, unbroken)))

@@ -1,4 +1,4 @@
-"""Trackers that follow metrics.jsonl: everything once, whatever fails, and nobody waits for them."""
+"""Trackers that follow metrics.jsonl: every point once, whatever fails, without delaying the training."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def follow(run: Run, tracker, offset: int = 0, run_id: str | None = None) -> Tra
     return trackers
 
 
-def told(run: Run, tracker: str = "fake") -> dict:
+def bookmark_of(run: Run, tracker: str = "fake") -> dict:
     return read_json(run.folder / f"{tracker}.offset.json", schema_version=1)
 
 
@@ -134,7 +134,7 @@ def test_only_committed_records_are_sent(run):
     trackers.committed(committed)
     trackers.close()
     assert tracker.points() == expected
-    assert (told(run)["offset"], told(run)["step"]) == (committed, 3)
+    assert (bookmark_of(run)["offset"], bookmark_of(run)["step"]) == (committed, 3)
     assert tracker.closed == 1
 
 
@@ -292,7 +292,7 @@ def test_what_a_tracker_missed_is_sent_by_the_next_attempt(run, impatient, caplo
     assert tracker.points() == run.points()
 
 
-def test_trackers_that_hang_hold_nobody_up(run, impatient, caplog):
+def test_trackers_that_hang_do_not_delay_the_run(run, impatient, caplog):
     let_go = threading.Event()
 
     def hang(run_id):
@@ -374,7 +374,7 @@ def test_mlflow_gets_every_point_once_with_its_own_time(run, in_environment):
 
 @pytest.fixture
 def made_later(run, store, monkeypatch):
-    """The file that will name the run, which is made beside the job's start."""
+    """The file that will name the run, written while the job starts."""
     path = run.folder / "mlflow_run.json"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     monkeypatch.setenv("ROMA_JOB_MLFLOW_RUN", str(path))
@@ -648,7 +648,7 @@ print(time.monotonic() - started, flush=True)
 
 @pytest.fixture
 def steps(tmp_path, wandb_port):
-    """A process that does as many steps as it is told, with wandb online at a port."""
+    """A process that does as many steps as it reads from stdin, with wandb online at a port."""
     environment = {
         "HOME": str(tmp_path),
         "ROMA_WANDB_API_KEY": "k" * 40,

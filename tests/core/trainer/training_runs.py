@@ -88,7 +88,7 @@ class SlowSines(Sines):
 
 
 class StuckSines(Sines):
-    """Nobody gets the items of the second half of an epoch."""
+    """Every second item blocks."""
 
     def __getitem__(self, i: int) -> dict:
         if i % 2:
@@ -135,7 +135,7 @@ def plain_classifier() -> RoMAForClassification:
 
 @dataclass
 class Plan:
-    """One training, as it is told to a process.
+    """One training, as it is passed to a process.
 
     Attributes:
         folder: of the run.

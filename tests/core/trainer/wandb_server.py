@@ -13,7 +13,7 @@ class WandbServer:
     """Takes the history of runs; it can begin to listen, or go away, at any time.
 
     Attributes:
-        url: what WANDB_BASE_URL must be, also while nobody listens there.
+        url: what WANDB_BASE_URL must be, also while the server is down.
         knows_runs: whether a run was begun here.
     """
 
