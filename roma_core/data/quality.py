@@ -74,6 +74,7 @@ def check_dataset(path: Path) -> list[Finding]:
         return bad
     return [
         *find_leakage(dataset),
+        *_near_duplicates(dataset),
         *_positions(dataset),
         *_lengths(dataset),
         *_outliers(dataset),
@@ -260,8 +261,8 @@ _NEAR = 0.1  # of the usual distance to the nearest series of train
 
 
 def find_leakage(dataset: StoredDataset) -> list[Finding]:
-    """Errors for content in two splits, warnings for duplicates in one and for near duplicates."""
-    return [*_split_groups(dataset), *_equal_content(dataset), *_near_duplicates(dataset)]
+    """Errors for groups and equal content in two splits, warnings for duplicates in one."""
+    return [*_split_groups(dataset), *_equal_content(dataset)]
 
 
 def _described(dataset: StoredDataset, i: int) -> str:

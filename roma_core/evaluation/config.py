@@ -1,26 +1,18 @@
-"""The frozen configuration of a job that judges reconstructions, ``config.json``. Imports no torch.
-
-What a report is told about the world around its numbers: baselines and tables of facts.
-What an evaluation measures beside predictions: ``measured.json``. Imports no torch.
-The frozen configuration of an evaluation job, ``config.json``. Imports no torch.
-"""
+"""Configuration of an evaluation job (``config.json``) and its serving checks. Imports no torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, model_validator
 
 from roma_core.files import read_json, write_json
 from roma_core.serving.smoke_test import SmokeTest
+from roma_core.settings import Frozen
 
 
-class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Baseline(_Document):
+class Baseline(Frozen):
     """The accuracy of another method on the same series, and where the number comes from."""
 
     name: str
@@ -28,7 +20,7 @@ class Baseline(_Document):
     source: str
 
 
-class Fact(_Document):
+class Fact(Frozen):
     """One line of a table of facts; ``monospace`` for digests and other identifiers."""
 
     label: str
@@ -36,31 +28,29 @@ class Fact(_Document):
     monospace: bool = False
 
 
-class FactSheet(_Document):
+class FactSheet(Frozen):
     """A titled table of facts: about the data, the model, the training, the job."""
 
     title: str
     facts: tuple[Fact, ...]
 
 
-class ServingChecks(BaseModel):
-    """Facts of a candidate and of the champion it was evaluated beside."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class ServingChecks(Frozen):
+    """Measurements of a candidate's package and of the champion it was compared with."""
 
     schema_version: Literal[1] = 1
     serving_difference: float = Field(
         description="Largest difference of a probability between trained model and package."
     )
     size_mb: float = Field(description="All files of the package.")
-    trial: SmokeTest | None = Field(None, description="None if it failed.")
-    trial_problem: str | None = None
-    champion_trial: SmokeTest | None = None
+    smoke_test: SmokeTest | None = Field(None, description="None if it failed.")
+    smoke_test_problem: str | None = None
+    champion_smoke_test: SmokeTest | None = None
     champion_problem: str | None = Field(
         None, description="Why the champion could not be evaluated on these series."
     )
-    leaks: tuple[str, ...] = Field((), description="Test series that training may have seen.")
-    test_split: str = Field("", description="Digest of the test objects: equal splits, equal text.")
+    leaks: tuple[str, ...] = Field((), description="Test series that were in the training data.")
+    test_split: str = Field("", description="Digest of the test objects; equal for equal splits.")
 
     def save(self, path: Path) -> None:
         write_json(path, self.model_dump(mode="json"))
@@ -70,19 +60,34 @@ class ServingChecks(BaseModel):
         return cls.model_validate(read_json(path, schema_version=1))
 
 
-class EvaluationJobConfig(BaseModel):
-    """One evaluation: of which classifier, on which data, beside whom."""
+class EvaluationJobConfig(Frozen):
+    """One evaluation on the test split of a data set.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    With ``classifier`` the job evaluates a classifier or a regressor, without it the reconstructions
+    of ``autoencoder``.
+    """
 
     schema_version: Literal[1] = 1
     name: str = Field(description="Name of the model, as it will be registered.")
     dataset: str = Field(description="Folder of the data set; its test split is evaluated.")
     dataset_digest: str
-    classifier: str = Field(description="Folder of the classifier's weights.")
-    autoencoder: str | None = Field(
-        None, description="Folder of pretrained weights; its reconstructions are shown."
+    classifier: str | None = Field(
+        None, description="Folder of the weights of a classifier or a regressor."
     )
+    autoencoder: str | None = Field(
+        None,
+        description="Folder of pretrained weights. Beside a classifier the report shows its "
+        "reconstructions and its encoder is packaged, too.",
+    )
+    n_observed: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        (),
+        description="Evaluate reconstructions also with all but N observations of each series "
+        "hidden; these metrics end with `_observed_N`.",
+    )
+    seed: int = Field(
+        0, ge=0, description="Of the masks of reconstructions; equal seeds hide the same "
+        "observations from every model.",
+    )  # fmt: skip
     champion: str | None = Field(
         None, description="Package folder of the present champion, predicted on the same series."
     )
@@ -94,36 +99,18 @@ class EvaluationJobConfig(BaseModel):
         (), description="Folders of the data that the weights were trained on."
     )
     decided_before: int | None = Field(
-        None, description="How often this test split has decided about a model before."
+        None, description="Number of earlier models that this test split has decided about."
     )
     lineage: dict[str, str] = Field({}, description="Identifiers that go into the package.")
     curves: dict[str, str] = Field({}, description="Title -> metrics.jsonl of a training.")
     baselines: tuple[Baseline, ...] = ()
     facts: tuple[FactSheet, ...] = Field((), description="Tables of facts for the report.")
-    batch_size: int = Field(64, gt=0, description="Series at once.")
+    batch_size: int = Field(64, gt=0, description="Series per batch.")
 
-
-class ReconstructionJobConfig(BaseModel):
-    """One evaluation of a pretraining model: on which data, with how much hidden."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    schema_version: Literal[1] = 1
-    task: Literal["reconstruction"] = "reconstruction"
-    name: str = Field(description="Name of the model, for the report.")
-    dataset: str = Field(description="Folder of the data set; its test split is judged.")
-    dataset_digest: str
-    autoencoder: str = Field(description="Folder of the pretrained weights.")
-    seen: tuple[Annotated[int, Field(gt=0)], ...] = Field(
-        (),
-        description="Judge once more with all observations of each series hidden but so many; the "
-        "metrics get `_seen_N` after their names.",
-    )
-    seed: int = Field(
-        0, ge=0, description="Chooses the hidden observations; the same for all models."
-    )
-    trained_on: tuple[str, ...] = Field(
-        (), description="Folders of the data that the weights were trained on."
-    )
-    curves: dict[str, str] = Field({}, description="Title -> metrics.jsonl of a training.")
-    batch_size: int = Field(64, gt=0, description="Series at once.")
+    @model_validator(mode="after")
+    def _has_a_model(self) -> Self:
+        if self.classifier is None and self.autoencoder is None:
+            raise ValueError("set classifier, or autoencoder to evaluate its reconstructions")
+        if self.classifier is not None and self.n_observed:
+            raise ValueError("n_observed is for reconstructions; leave classifier out, or it")
+        return self

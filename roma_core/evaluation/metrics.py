@@ -1,62 +1,98 @@
-"""How good a classifier is, and how sure we are of that.
+"""Metrics with intervals, computed from tables of predictions. Imports no torch.
 
 Every metric is a function of sums over series (correct ones per class, negative log-likelihood,
-calibration gap per bin, …). A bootstrap resample only changes how often each series counts, so
-all resamples together are one matrix product: counts ``(R, N)`` times contributions ``(N, M)``.
+squared errors, …). A bootstrap resample only changes how often each series counts, so all resamples
+together are one matrix product: counts ``(R, N)`` times contributions ``(N, M)``.
 
-Shapes here:  N series   K classes   R resamples   M summed quantities
-
-How far a regression is off, and how sure we are of that.
+Shapes here:
+    N series   T observations   K classes or targets   C channels   R resamples   M summed quantities
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from roma_core.evaluation.predictions import Floats, PredictionTable, RegressionTable
+from roma_core.evaluation.predictions import (
+    Floats,
+    Ints,
+    PredictionTable,
+    ReconstructionTable,
+    RegressionTable,
+)
+from roma_core.settings import Frozen
 
 N_BINS = 15
-N_BUCKETS = 4
+N_ACCURACY_BINS = 4
+N_POSITION_BINS = 20
+N_BOOTSTRAP = 1000
 _COUNTS_AT_ONCE = 4_000_000  # entries of the (R, N) matrix held in memory, 32 MB
 
 
-class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Estimate(_Document):
-    """A metric with its 95 % percentile bootstrap interval over series."""
-
-    value: float
-    low: float
-    high: float
-
-
-class PartEstimate(_Document):
+class PartEstimate(Frozen):
     """A metric of a part of the series, such as a class.
 
-    All resamples of one series are that series, so an interval of it would have no width and promise
-    certainty where nothing is known: with fewer than two series both ends are None.
+    All resamples of a single series are that series, so its interval would have no width: with fewer
+    than two series both ends are None.
     """
 
     value: float
     low: float | None
     high: float | None
 
+
+class Estimate(PartEstimate):
+    """A metric with its 95 % percentile bootstrap interval over series."""
+
+    low: float
+    high: float
+
     @classmethod
-    def of(cls, whole: Estimate, n_series: int) -> PartEstimate:
-        """The estimate, and its interval if there are series enough."""
+    def of(cls, samples: Floats) -> Estimate:
+        """From ``(1 + R,)``: the value, then those of the resamples."""
+        low, high = np.percentile(samples[1:], [2.5, 97.5])
+        return cls(value=float(samples[0]), low=float(low), high=float(high))
+
+    def of_part(self, n_series: int) -> PartEstimate:
+        """The same estimate for a part of ``n_series`` series."""
         if n_series < 2:
-            return cls(value=whole.value, low=None, high=None)
-        return cls(value=whole.value, low=whole.low, high=whole.high)
+            return PartEstimate(value=self.value, low=None, high=None)
+        return PartEstimate(value=self.value, low=self.low, high=self.high)
 
 
-class ClassMetrics(_Document):
-    """One class against the rest; None where nothing is there to divide by."""
+class Metrics(Frozen):
+    """What the metrics of every task have in common; ``metrics.json``."""
+
+    schema_version: Literal[1] = 1
+    n_series: int
+    n_bootstrap: int = N_BOOTSTRAP
+    seed: int = 0
+
+    def estimates(self) -> Mapping[str, PartEstimate]:
+        """The headline metrics by name, in the order of the fields."""
+        return {
+            n: v for n in type(self).model_fields if isinstance(v := getattr(self, n), Estimate)
+        }
+
+    def flat(self) -> dict[str, float]:
+        """Numbers for a tracker: ``accuracy``, ``accuracy_low``, ``accuracy_high``, …"""
+        named = self.estimates()
+        ends = {f"{n}_{end}": getattr(e, end) for n, e in named.items() for end in ("low", "high")}
+        values = {n: e.value for n, e in named.items()} | ends
+        return {n: x for n, x in values.items() if x is not None}
+
+    def document(self) -> dict[str, Any]:
+        """The content of ``metrics.json``."""
+        return self.model_dump(mode="json")
+
+
+class ClassMetrics(Frozen):
+    """One class against the rest; None where a denominator is zero."""
 
     name: str
     precision: float | None = Field(description="None if the class was never predicted.")
@@ -69,7 +105,7 @@ class ClassMetrics(_Document):
     predicted: int = Field(description="Series predicted as this class.")
 
 
-class ReliabilityBin(_Document):
+class ReliabilityBin(Frozen):
     """Series of similar confidence, the probability given to the predicted class."""
 
     confidence: float = Field(description="Mean confidence.")
@@ -77,33 +113,19 @@ class ReliabilityBin(_Document):
     count: int
 
 
-class LengthBucket(_Document):
-    """Series of similar length."""
-
-    shortest: int = Field(description="Observations of the shortest series in it.")
-    longest: int
-    count: int
-    accuracy: float
-    interval: tuple[float, float] | None = Field(None, description="95 % Wilson interval.")
-
-
-class MissingBucket(_Document):
-    """Series with a similar share of observations missing; see ``PredictionTable.missing``."""
+class AccuracyBin(Frozen):
+    """Accuracy of series of similar length, or with a similar fraction of observations missing."""
 
     least: float
     most: float
     count: int
     accuracy: float
-    interval: tuple[float, float]
+    interval: tuple[float, float] = Field(description="95 % Wilson interval.")
 
 
-class Metrics(_Document):
-    """What ``evaluate`` finds."""
+class ClassificationMetrics(Metrics):
+    """Metrics of a classifier; see :func:`evaluate`."""
 
-    schema_version: Literal[1] = 1
-    n_series: int
-    n_bootstrap: int
-    seed: int
     accuracy: Estimate
     balanced_accuracy: Estimate = Field(description="Mean recall over classes that have series.")
     macro_f1: Estimate = Field(
@@ -120,70 +142,92 @@ class Metrics(_Document):
         description="Row: true class. Column: predicted."
     )
     reliability: tuple[ReliabilityBin, ...]
-    by_length: tuple[LengthBucket, ...]
-    by_missing: tuple[MissingBucket, ...] = Field((), description="Empty if it is not known.")
-
-    def estimates(self) -> dict[str, Estimate]:
-        """The five headline metrics by name, in the order of the fields."""
-        return {
-            n: v for n in type(self).model_fields if isinstance(v := getattr(self, n), Estimate)
-        }
-
-    def flat(self) -> dict[str, float]:
-        """Numbers for a tracker: ``accuracy``, ``accuracy_low``, ``accuracy_high``, …"""
-        named = self.estimates().items()
-        ends = {f"{n}_{end}": getattr(e, end) for n, e in named for end in ("low", "high")}
-        return {n: e.value for n, e in named} | ends
+    by_length: tuple[AccuracyBin, ...]
+    by_missing: tuple[AccuracyBin, ...] = Field((), description="Empty if it is unknown.")
 
 
-def evaluate(table: PredictionTable, n_bootstrap: int = 1000, seed: int = 0) -> Metrics:
-    """Judge a table of predictions.
+class TargetMetrics(Frozen):
+    """One target, in its own unit."""
 
-    Args:
-        n_bootstrap: resamples behind the intervals, at least 100.
-        seed: of the resamples; equal input gives equal output.
-
-    Raises:
-        ValueError: too few resamples.
-    """
-    if n_bootstrap < 100:
-        raise ValueError(f"n_bootstrap={n_bootstrap}: a 95 % interval needs at least 100 resamples")
-    k = len(table.classes)
-    confidence = table.probabilities.max(axis=1)
-    bins = equal_mass_bins(confidence, N_BINS)
-    contributions = _contributions(table, confidence, bins)  # (N, M)
-    values = _headline(contributions.sum(axis=0)[None], k)  # each (1,)
-    totals = resample_sums(contributions, n_bootstrap, seed)  # (R, M)
-    resampled = _headline(totals, k)  # each (R,)
-    estimates = {name: estimated(value, resampled[name]) for name, value in values.items()}
-    confusion = np.zeros((k, k), np.int64)
-    np.add.at(confusion, (table.labels, table.predicted), 1)
-    return Metrics(
-        n_series=len(table.ids),
-        n_bootstrap=n_bootstrap,
-        seed=seed,
-        **estimates,
-        per_class=_per_class(table.classes, confusion),
-        confusion=tuple(tuple(row) for row in confusion.tolist()),
-        reliability=_reliability(table, confidence, bins),
-        by_length=_by_length(table),
-        by_missing=_by_missing(table),
+    name: str
+    unit: str
+    mse: Estimate = Field(description="Mean squared error, in the square of the unit.")
+    rmse: Estimate = Field(description="Its root.")
+    mae: Estimate = Field(description="Mean absolute error.")
+    r2: Estimate | None = Field(
+        description="1 - mse / variance of the true values: 0 is no better than their mean. None if "
+        "they never differ."
     )
 
 
-def estimated(value: Floats, resampled: Floats) -> Estimate:
-    """A metric ``(1,)`` with the interval of its resamples ``(R,)``."""
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return Estimate(value=float(value[0]), low=float(low), high=float(high))
+class PositionBin(Frozen):
+    """Observations at neighbouring positions on the first axis."""
+
+    first: float
+    last: float
+    count: int
+    rmse: tuple[float, ...] = Field(description="One per target.")
 
 
-def equal_mass_bins(x: Floats, n_bins: int) -> NDArray[np.int64]:
-    """Bin number of every element of ``x (N,)``; bins hold about N / n_bins each.
+class RegressionMetrics(Metrics):
+    """Metrics of a regressor; see :func:`evaluate_regression`.
 
-    Equal numbers share a bin, so the order of ``x`` does not matter; bins may be empty.
+    ``mse``, ``rmse`` and ``mae`` are per value: means over all observations and targets alike. They
+    are meaningful only where the targets share a unit.
     """
-    edges = np.quantile(x, np.linspace(0, 1, n_bins + 1)[1:-1])
-    return np.searchsorted(edges, x, side="left")
+
+    n_observations: int
+    mse: Estimate = Field(description="Mean squared error per value.")
+    rmse: Estimate = Field(description="Its root.")
+    mae: Estimate = Field(description="Mean absolute error per value.")
+    per_target: tuple[TargetMetrics, ...]
+    by_position: tuple[PositionBin, ...]
+
+
+class GroupErrors(Frozen):
+    """Reconstruction errors of the series of one class."""
+
+    name: str
+    slug: str = Field(description="The name as it is in names of metrics.")
+    n_series: int
+    mse: PartEstimate = Field(description="Without an interval if there is one series only.")
+    clean_mse: PartEstimate | None
+
+
+class ReconstructionMetrics(Metrics):
+    """Metrics of a pretraining model's reconstructions, by name.
+
+    ``mse``, ``rmse``, ``mae``       against the observed values, which have noise
+    ``clean_…``                      against the values without noise, where known
+    ``noise_mse``                    error of the values without noise
+    ``nrmse``, ``clean_nrmse``       root mean square of errors as fractions of the channel's range
+                                     in train
+    ``coverage_95``                  fraction of values within 1.96 predicted deviations
+    ``mean_mse``, ``linear_mse``     two baselines: the mean of train, straight lines; also
+                                     ``mean_clean_mse``, ``linear_clean_mse``
+    ``…_observed_N``                 with only N observations of each series visible
+    ``mse_GROUP``, ``clean_mse_GROUP``    of the series of one class
+    """
+
+    n_series: int = Field(description="Series with a hidden observation.")
+    n_hidden: int = Field(description="Hidden observations.")
+    mean_hidden_fraction: float
+    overall: dict[str, Estimate]
+    groups: tuple[GroupErrors, ...] = ()
+
+    def estimates(self) -> Mapping[str, PartEstimate]:
+        """Estimates by name, those of groups included."""
+        found: dict[str, PartEstimate] = dict(self.overall)
+        for group in self.groups:
+            found[f"mse_{group.slug}"] = group.mse
+            if group.clean_mse is not None:
+                found[f"clean_mse_{group.slug}"] = group.clean_mse
+        return found
+
+    def document(self) -> dict[str, Any]:
+        """As of every task, with each estimate by name at the top level."""
+        head = self.model_dump(mode="json", exclude={"overall", "groups"})
+        return head | {n: e.model_dump(mode="json") for n, e in self.estimates().items()}
 
 
 def resample_sums(contributions: Floats, n_bootstrap: int, seed: int) -> Floats:
@@ -200,19 +244,98 @@ def resample_sums(contributions: Floats, n_bootstrap: int, seed: int) -> Floats:
     return np.concatenate(sums)
 
 
-def _contributions(table: PredictionTable, confidence: Floats, bins: NDArray[np.int64]) -> Floats:
-    """What every series adds: K hits, K labels, K predictions, NLL, N_BINS calibration gaps."""
+def sums_with_resamples(contributions: Floats, n_bootstrap: int, seed: int) -> Floats:
+    """``(1 + R, M)``: sums of ``contributions (N, M)`` over all series, then over each resample."""
+    resampled = resample_sums(contributions, n_bootstrap, seed)
+    return np.concatenate([contributions.sum(axis=0)[None], resampled])
+
+
+def means_with_resamples(series: Ints, values: Floats, n_bootstrap: int, seed: int) -> Floats:
+    """``(1 + R, M)``: means of ``values (T, M)`` over all rows, then over those of each resample.
+
+    Args:
+        series: ``(T,)`` the series of each row; whole series are resampled.
+    """
+    _, index = np.unique(series, return_inverse=True)
+    sums = [np.bincount(index, column) for column in values.T]
+    totals = sums_with_resamples(np.stack([*sums, np.bincount(index)], axis=1), n_bootstrap, seed)
+    return totals[:, :-1] / totals[:, -1:]
+
+
+def equal_mass_bins(x: Floats, n_bins: int) -> Ints:
+    """Bin number of every element of ``x (N,)``; bins hold about N / n_bins each.
+
+    Equal numbers share a bin, so the order of ``x`` does not matter; bins may be empty.
+    """
+    edges = np.quantile(x, np.linspace(0, 1, n_bins + 1)[1:-1])
+    return np.searchsorted(edges, x, side="left")
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a fraction; valid for small ``n`` too, of at least 1."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(hits, n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def evaluate(
+    table: PredictionTable, n_bootstrap: int = N_BOOTSTRAP, seed: int = 0
+) -> ClassificationMetrics:
+    """Metrics of a table of predicted classes.
+
+    Args:
+        n_bootstrap: resamples behind the intervals, at least 100.
+        seed: of the resamples; equal input gives equal output.
+
+    Raises:
+        ValueError: too few resamples.
+    """
+    if n_bootstrap < 100:
+        raise ValueError(f"n_bootstrap={n_bootstrap}: a 95 % interval needs at least 100 resamples")
     n, k = table.probabilities.shape
+    confidence = table.probabilities.max(axis=1)
+    bins = equal_mass_bins(confidence, N_BINS)
     is_label = np.eye(k)[table.labels]  # (N, K)
     is_predicted = np.eye(k)[table.predicted]  # (N, K)
-    of_label = table.probabilities[np.arange(n), table.labels]
-    nll = -np.log(of_label.clip(np.finfo(np.float64).eps))
     gap = np.eye(N_BINS)[bins] * (table.correct - confidence)[:, None]  # (N, N_BINS)
-    return np.hstack([is_label * is_predicted, is_label, is_predicted, nll[:, None], gap])
+    contributions = [is_label * is_predicted, is_label, is_predicted, nll(table)[:, None], gap]
+    sums = sums_with_resamples(np.hstack(contributions), n_bootstrap, seed)  # (1 + R, M)
+    confusion = np.zeros((k, k), np.int64)
+    np.add.at(confusion, (table.labels, table.predicted), 1)
+    return ClassificationMetrics(
+        n_series=n,
+        n_bootstrap=n_bootstrap,
+        seed=seed,
+        **{name: Estimate.of(samples) for name, samples in _headline(sums, k).items()},
+        per_class=tuple(
+            _class_metrics(
+                name, int(confusion[c, c]), int(confusion[c].sum()), int(confusion[:, c].sum())
+            )
+            for c, name in enumerate(table.classes)
+        ),
+        confusion=tuple(tuple(row) for row in confusion.tolist()),
+        reliability=tuple(
+            ReliabilityBin(
+                confidence=float(confidence[inside].mean()),
+                accuracy=float(table.correct[inside].mean()),
+                count=int(inside.sum()),
+            )
+            for inside in (bins == b for b in np.unique(bins))
+        ),
+        by_length=_accuracy_bins(table, table.lengths.astype(np.float64)),
+        by_missing=() if table.missing is None else _accuracy_bins(table, table.missing),
+    )
+
+
+def nll(table: PredictionTable) -> Floats:
+    """``(N,)`` -ln p(true class), p not below 2.2e-16."""
+    p = table.probabilities[np.arange(len(table.ids)), table.labels]
+    return -np.log(p.clip(np.finfo(np.float64).eps))
 
 
 def _headline(sums: Floats, k: int) -> dict[str, Floats]:
-    """The five metrics of every row of ``sums (R, M)``, each ``(R,)``."""
+    """The five metrics of every row of ``sums (1 + R, M)``, each ``(1 + R,)``."""
     hits, labels, predicted, nll, gap = np.split(sums, [k, 2 * k, 3 * k, 3 * k + 1], axis=1)
     n = labels.sum(axis=1)
     present = labels > 0
@@ -228,48 +351,24 @@ def _headline(sums: Floats, k: int) -> dict[str, Floats]:
     }
 
 
-def _per_class(classes: tuple[str, ...], confusion: NDArray[np.int64]) -> tuple[ClassMetrics, ...]:
-    def share(part: int, whole: int) -> float | None:
-        return part / whole if whole else None
-
-    rows = []
-    for c, name in enumerate(classes):
-        hits, support, predicted = (
-            int(x) for x in (confusion[c, c], confusion[c].sum(), confusion[:, c].sum())
-        )
-        rows.append(
-            ClassMetrics(
-                name=name,
-                precision=share(hits, predicted),
-                recall=share(hits, support),
-                f1=share(2 * hits, support + predicted),
-                recall_interval=wilson(hits, support) if support > 1 else None,
-                support=support,
-                predicted=predicted,
-            )
-        )
-    return tuple(rows)
-
-
-def _reliability(
-    table: PredictionTable, confidence: Floats, bins: NDArray[np.int64]
-) -> tuple[ReliabilityBin, ...]:
-    return tuple(
-        ReliabilityBin(
-            confidence=float(confidence[inside].mean()),
-            accuracy=float(table.correct[inside].mean()),
-            count=int(inside.sum()),
-        )
-        for inside in (bins == b for b in np.unique(bins))
+def _class_metrics(name: str, hits: int, support: int, predicted: int) -> ClassMetrics:
+    return ClassMetrics(
+        name=name,
+        precision=hits / predicted if predicted else None,
+        recall=hits / support if support else None,
+        f1=2 * hits / (support + predicted) if support + predicted else None,
+        recall_interval=wilson(hits, support) if support > 1 else None,
+        support=support,
+        predicted=predicted,
     )
 
 
-def _by_length(table: PredictionTable) -> tuple[LengthBucket, ...]:
-    bins = equal_mass_bins(table.lengths.astype(np.float64), N_BUCKETS)
+def _accuracy_bins(table: PredictionTable, x: Floats) -> tuple[AccuracyBin, ...]:
+    bins = equal_mass_bins(x, N_ACCURACY_BINS)
     return tuple(
-        LengthBucket(
-            shortest=int(table.lengths[inside].min()),
-            longest=int(table.lengths[inside].max()),
+        AccuracyBin(
+            least=float(x[inside].min()),
+            most=float(x[inside].max()),
             count=int(inside.sum()),
             accuracy=float(table.correct[inside].mean()),
             interval=wilson(int(table.correct[inside].sum()), int(inside.sum())),
@@ -278,152 +377,130 @@ def _by_length(table: PredictionTable) -> tuple[LengthBucket, ...]:
     )
 
 
-def _by_missing(table: PredictionTable) -> tuple[MissingBucket, ...]:
-    if table.missing is None:
-        return ()
-    bins = equal_mass_bins(table.missing, N_BUCKETS)
-    return tuple(
-        MissingBucket(
-            least=float(table.missing[inside].min()),
-            most=float(table.missing[inside].max()),
-            count=int(inside.sum()),
-            accuracy=float(table.correct[inside].mean()),
-            interval=wilson(int(table.correct[inside].sum()), int(inside.sum())),
-        )
-        for inside in (bins == b for b in np.unique(bins))
-    )
-
-
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a share; holds for small ``n`` too, of at least 1."""
-    z = 1.959964
-    centre, spread = hits + z * z / 2, z * np.sqrt(hits * (n - hits) / n + z * z / 4)
-    low, high = (centre - spread) / (n + z * z), (centre + spread) / (n + z * z)
-    return max(0.0, float(low)), min(1.0, float(high))
-
-
-N_POSITION_BINS = 20
-
-
-class TargetMetrics(_Document):
-    """One target, in its own unit."""
-
-    name: str
-    unit: str
-    mse: Estimate = Field(description="Mean squared error, in the square of the unit.")
-    rmse: Estimate = Field(description="Its root.")
-    mae: Estimate = Field(description="Mean absolute error.")
-    r2: Estimate | None = Field(
-        description="1 - mse / variance of the true values: 0 is no better than their mean. None if "
-        "they never differ."
-    )
-
-
-class PositionBin(_Document):
-    """Observations at neighbouring positions on the first axis."""
-
-    first: float
-    last: float
-    count: int
-    rmse: tuple[float, ...] = Field(description="One per target.")
-
-
-class RegressionMetrics(_Document):
-    """What ``evaluate_regression`` finds.
-
-    ``mse``, ``rmse`` and ``mae`` are per value: means over all observations and targets alike. They
-    say something only where the targets share a unit.
-    """
-
-    schema_version: Literal[1] = 1
-    n_series: int
-    n_observations: int
-    n_bootstrap: int
-    seed: int
-    mse: Estimate = Field(description="Mean squared error per value.")
-    rmse: Estimate = Field(description="Its root.")
-    mae: Estimate = Field(description="Mean absolute error per value.")
-    per_target: tuple[TargetMetrics, ...]
-    by_position: tuple[PositionBin, ...]
-
-    def flat(self) -> dict[str, float]:
-        """Numbers for a tracker: ``mse``, ``mse_low``, ``mse_high``, …"""
-        named = {"mse": self.mse, "rmse": self.rmse, "mae": self.mae}
-        ends = {f"{n}_{end}": getattr(e, end) for n, e in named.items() for end in ("low", "high")}
-        return {n: e.value for n, e in named.items()} | ends
+def _error_estimates(mse: Floats, mae: Floats) -> dict[str, Estimate]:
+    """From samples ``(1 + R,)`` each."""
+    return {"mse": Estimate.of(mse), "rmse": Estimate.of(np.sqrt(mse)), "mae": Estimate.of(mae)}
 
 
 def evaluate_regression(
-    table: RegressionTable, n_bootstrap: int = 1000, seed: int = 0
+    table: RegressionTable, n_bootstrap: int = N_BOOTSTRAP, seed: int = 0
 ) -> RegressionMetrics:
-    """Judge a table of predictions.
+    """Metrics of a table of predicted values.
 
     Args:
         n_bootstrap: resamples behind the 95 % intervals.
         seed: of the resamples; equal input gives equal output.
     """
-    contributions = _regression_metrics_contributions(table)  # (N, 4K + 1)
-    value = _means(contributions.sum(axis=0)[None])  # each (1, K)
-    drawn = _means(resample_sums(contributions, n_bootstrap, seed))  # each (R, K)
-
-    def all_of(name: str, root: bool = False) -> Estimate:
-        one, many = value[name].mean(axis=1), drawn[name].mean(axis=1)
-        return estimated(np.sqrt(one), np.sqrt(many)) if root else estimated(one, many)
-
+    errors, k = table.errors, len(table.targets)
+    true = table.true - table.true.mean(axis=0)  # so that squares do not cancel
+    values = np.hstack([errors**2, np.abs(errors), true, true**2])  # (T, 4K)
+    means = means_with_resamples(table.series, values, n_bootstrap, seed)
+    mse, mae, mean, square = np.split(means, [k, 2 * k, 3 * k], axis=1)  # each (1 + R, K)
+    variance = square - mean**2
     per_target = []
-    for k, target in enumerate(table.targets):
-        one, many = ({name: x[:, k] for name, x in means.items()} for means in (value, drawn))
-        varied = many["variance"] > 0  # a resample may hold one value again and again
-        many_r2 = 1 - many["mse"][varied] / many["variance"][varied]
-        r2 = None
-        if one["variance"] > 0 and varied.any():
-            r2 = estimated(1 - one["mse"] / one["variance"], many_r2)
+    for i, target in enumerate(table.targets):
+        varied = variance[:, i] > 0  # not so where a resample repeats a single value
+        r2 = 1 - mse[varied, i] / variance[varied, i]
         per_target.append(
             TargetMetrics(
                 name=target.name,
                 unit=target.unit,
-                mse=estimated(one["mse"], many["mse"]),
-                rmse=estimated(np.sqrt(one["mse"]), np.sqrt(many["mse"])),
-                mae=estimated(one["mae"], many["mae"]),
-                r2=r2,
+                **_error_estimates(mse[:, i], mae[:, i]),
+                r2=Estimate.of(r2) if varied[0] and varied[1:].any() else None,
             )
         )
+    position = table.positions[:, 0]
+    bins = equal_mass_bins(position, N_POSITION_BINS)
     return RegressionMetrics(
         n_series=len(table.ids),
         n_observations=len(table.true),
         n_bootstrap=n_bootstrap,
         seed=seed,
-        mse=all_of("mse"),
-        rmse=all_of("mse", root=True),
-        mae=all_of("mae"),
+        **_error_estimates(mse.mean(axis=1), mae.mean(axis=1)),
         per_target=tuple(per_target),
-        by_position=_by_position(table),
+        by_position=tuple(
+            PositionBin(
+                first=float(position[inside].min()),
+                last=float(position[inside].max()),
+                count=int(inside.sum()),
+                rmse=tuple(np.sqrt((errors[inside] ** 2).mean(axis=0)).tolist()),
+            )
+            for inside in (bins == b for b in np.unique(bins))
+        ),
     )
 
 
-def _regression_metrics_contributions(table: RegressionTable) -> Floats:
-    """What every series adds: K squared and K absolute errors, K true values and their squares, count."""
-    errors = table.errors
-    true = table.true - table.true.mean(axis=0)  # so that squares do not cancel
-    parts = np.hstack([errors**2, np.abs(errors), true, true**2, np.ones((len(errors), 1))])
-    return np.add.reduceat(parts, table.starts, axis=0)
+def reconstruction_errors(
+    table: ReconstructionTable,
+    against: Literal["true", "clean"] = "true",
+    ranges: Floats | None = None,
+) -> dict[str, Estimate]:
+    """``mse``, ``rmse`` and ``mae`` of a table, with 95 % intervals over series.
+
+    Args:
+        against: ``clean`` prefixes the names with ``clean_``; nothing if the table has no such values.
+        ranges: ``(C,)`` of the channels, for ``nrmse``.
+    """
+    truth = table.true if against == "true" else table.clean
+    if truth is None:
+        return {}
+    error = table.predicted.astype(np.float64) - truth  # (H, C)
+    scaled = error if ranges is None else error / ranges
+    values = np.hstack([error**2, np.abs(error), scaled**2])
+    means = means_with_resamples(table.series, values, N_BOOTSTRAP, seed=0)
+    mse, mae, relative = means.reshape(len(means), 3, -1).mean(axis=2).T  # each (1 + R,)
+    found = _error_estimates(mse, mae)
+    if ranges is not None:
+        found["nrmse"] = Estimate.of(np.sqrt(relative))
+    prefix = "clean_" if against == "clean" else ""
+    return {f"{prefix}{name}": estimate for name, estimate in found.items()}
 
 
-def _means(sums: Floats) -> dict[str, Floats]:
-    """The quantities of every row of sums ``(R, 4K + 1)``, each ``(R, K)``."""
-    squared, absolute, true, true_squared = np.split(sums[:, :-1] / sums[:, -1:], 4, axis=1)
-    return {"mse": squared, "mae": absolute, "variance": true_squared - true**2}
+def noise_error(table: ReconstructionTable) -> dict[str, Estimate]:
+    """``noise_mse``: the error of the values without noise; nothing if they are unknown."""
+    if table.clean is None:
+        return {}
+    return {"noise_mse": reconstruction_errors(replace(table, predicted=table.clean))["mse"]}
 
 
-def _by_position(table: RegressionTable) -> tuple[PositionBin, ...]:
-    places, squared = table.positions[:, 0], table.errors**2
-    bins = equal_mass_bins(places, N_POSITION_BINS)
-    return tuple(
-        PositionBin(
-            first=float(places[inside].min()),
-            last=float(places[inside].max()),
-            count=int(inside.sum()),
-            rmse=tuple(np.sqrt(squared[inside].mean(axis=0)).tolist()),
+def coverage(table: ReconstructionTable) -> dict[str, Estimate]:
+    """``coverage_95``: fraction of values in the predicted 95 % interval; nothing without ``std``."""
+    if table.std is None:
+        return {}
+    inside = np.abs(table.predicted.astype(np.float64) - table.true) <= 1.96 * table.std
+    means = means_with_resamples(table.series, inside.astype(float), N_BOOTSTRAP, seed=0)
+    return {"coverage_95": Estimate.of(means.mean(axis=1))}
+
+
+def errors_by_class(
+    table: ReconstructionTable, labels: Ints, classes: tuple[str, ...]
+) -> tuple[GroupErrors, ...]:
+    """Reconstruction errors of every class with a hidden observation.
+
+    Args:
+        labels: ``(N,)`` index into ``classes`` of every series.
+    """
+    found = []
+    for k, (name, slug) in enumerate(zip(classes, _slugs(classes), strict=True)):
+        part = table.select(labels == k)
+        if len(part.series) == 0:
+            continue
+        n_series = len(np.unique(part.series))
+        clean = reconstruction_errors(part, "clean").get("clean_mse")
+        found.append(
+            GroupErrors(
+                name=name,
+                slug=slug,
+                n_series=n_series,
+                mse=reconstruction_errors(part)["mse"].of_part(n_series),
+                clean_mse=None if clean is None else clean.of_part(n_series),
+            )
         )
-        for inside in (bins == b for b in np.unique(bins))
-    )
+    return tuple(found)
+
+
+def _slugs(names: tuple[str, ...]) -> list[str]:
+    """Distinct names of lower-case letters, digits and underscores, as trackers accept them."""
+    slugs = [re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") for name in names]
+    twice = {slug for slug in slugs if slugs.count(slug) > 1 or not slug}
+    return [f"{slug}_class{k}" if slug in twice else slug for k, slug in enumerate(slugs)]

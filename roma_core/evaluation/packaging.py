@@ -1,22 +1,17 @@
-"""What an evaluation leaves to be registered: the packages of the classifier and of its encoder.
-
-Tables of predictions of a test split: by the trained model, and by packages that are served.
-"""
+"""Packages of an evaluated classifier and of its encoder, and predictions of packages."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
 from roma_core.data.store import Subset, raw_series
-from roma_core.evaluation.compare import Change
 from roma_core.evaluation.config import EvaluationJobConfig, ServingChecks
 from roma_core.evaluation.drift import ReferenceProfile
-from roma_core.evaluation.leakage import missing_fractions
-from roma_core.evaluation.metrics import Metrics
-from roma_core.evaluation.predictions import PredictionTable
+from roma_core.evaluation.predictions import Floats, PredictionTable, missing_fractions
 from roma_core.evaluation.report import CardContent, render_card
 from roma_core.files import read_json
 from roma_core.model.export import export_classifier, export_encoder
@@ -26,54 +21,19 @@ from roma_core.serving.client import Series as RequestSeries
 from roma_core.serving.package import MAX_LENGTH, build_package, size_mb
 from roma_core.serving.pyfunc_model import Series, open_package
 from roma_core.serving.smoke_test import SmokeTest, SmokeTestFailed, smoke_test_package
-from roma_core.trainer.dataloader import Collate
-from roma_core.trainer.evaluator import classify
 
-_PARITY_SERIES = 1000  # compared between training and serving code, at most
+_N_PARITY = 1000  # series compared between training and serving code, at most
+_N_GOLDEN = 10
 
 
 class NotComparable(ValueError):
-    """A package cannot be asked about these series; the text says why."""
+    """A package cannot predict these series; the text says why."""
 
 
-def predict(model: RoMAForClassification, test: Subset, batch_size: int) -> PredictionTable:
-    """Probabilities of every series of a split, by the packed model."""
-    outputs = classify(model, test, Collate(model.config, seed=0), batch_size)
-    return _table(test, _softmax(outputs.logits), {"dataset_digest": test.dataset.manifest.digest})
-
-
-def predict_packaged(package_folder: Path, test: Subset) -> PredictionTable:
-    """Probabilities of every series of a split, by a served package, from raw rows.
-
-    Raises:
-        NotComparable: it is damaged, or was made for another schema.
-    """
-    try:
-        classifier = open_package(package_folder)
-    except Exception as error:  # a damaged file may fail in any way at all
-        raise NotComparable(
-            f"the package does not load: {type(error).__name__}: {error}"
-        ) from error
-    ours = list(test.dataset.schema.classes)
-    if classifier.classes != ours:
-        raise NotComparable(f"its classes are {classifier.classes}, those of the data are {ours}")
-    try:
-        found = classifier.outputs([Series(**s) for s in raw_series(test, range(len(test)))])
-    except Exception as error:
-        raise NotComparable(f"it refuses these series: {error}") from error
-    return _table(test, found, {"package": str(package_folder)})
-
-
-def serving_difference(package_folder: Path, table: PredictionTable, test: Subset) -> float:
-    """Largest difference of a probability between the packed model and the package."""
-    rows = range(0, len(test), -(-len(test) // _PARITY_SERIES))
-    served = open_package(package_folder).outputs([Series(**s) for s in raw_series(test, rows)])
-    return float(np.abs(served - table.probabilities[list(rows)]).max())
-
-
-def _table(
-    test: Subset, probabilities: NDArray[np.float64], lineage: dict[str, str]
+def prediction_table(
+    test: Subset, probabilities: Floats, lineage: dict[str, str]
 ) -> PredictionTable:
+    """The table of ``(N, K)`` probabilities of a split."""
     dataset = test.dataset
     assert dataset.labels is not None
     return PredictionTable(
@@ -87,52 +47,47 @@ def _table(
     )
 
 
-def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
-    return shifted / shifted.sum(1, keepdims=True)
+def predict_packaged(package: Path, test: Subset) -> PredictionTable:
+    """Probabilities of every series of a split, by a served package, from raw rows.
 
-
-_N_GOLDEN = 10
+    Raises:
+        NotComparable: it is damaged, or was made for another schema.
+    """
+    try:
+        classifier = open_package(package)
+    except Exception as error:  # a damaged file may raise anything
+        raise NotComparable(
+            f"the package does not load: {type(error).__name__}: {error}"
+        ) from error
+    classes = list(test.dataset.schema.classes)
+    if classifier.classes != classes:
+        raise NotComparable(
+            f"its classes are {classifier.classes}, those of the data are {classes}"
+        )
+    try:
+        outputs = classifier.outputs([Series(**s) for s in raw_series(test, range(len(test)))])
+    except Exception as error:
+        raise NotComparable(f"it rejects these series: {error}") from error
+    return prediction_table(test, outputs, {"package": str(package)})
 
 
 def package_classifier(
     config: EvaluationJobConfig,
     model: RoMAForClassification,
     test: Subset,
-    metrics: Metrics,
-    changes: tuple[Change, ...],
-    champion_problem: str | None,
     profile: ReferenceProfile,
     folder: Path,
+    **card: Any,
 ) -> str:
-    """Build the package folder; the sha256 of its manifest stands for it."""
-    schema = test.dataset.schema
-    card = CardContent(
-        name=config.name,
-        kind="classifier",
-        data_schema=schema,
-        max_length=_max_length(test),
-        facts=config.facts,
-        metrics=metrics,
-        changes=changes,
-        champion_version=config.champion_version,
-        champion_problem=champion_problem,
-        baselines=config.baselines,
-        decided_before=config.decided_before,
-        lineage={"dataset_digest": config.dataset_digest, **config.lineage},
-    )
-    return build_package(
-        folder,
-        export_classifier(model),
-        Path(config.classifier) / "model.safetensors",
-        read_json(Path(config.classifier) / "model_config.json"),
-        schema,
-        _golden(test),
-        {"dataset_digest": config.dataset_digest, **config.lineage},
-        name=config.name,
-        card=render_card(card),
-        profile=profile.model_dump(mode="json"),
-        max_length=_max_length(test),
+    """Build the package folder; returns the sha256 of its manifest.
+
+    Args:
+        card: further fields of the model card.
+    """
+    assert config.classifier is not None
+    content = _card(config, test, name=config.name, kind="classifier", **card)
+    return _package(
+        export_classifier(model), Path(config.classifier), test, content, profile, folder
     )
 
 
@@ -143,76 +98,84 @@ def package_encoder(
     profile: ReferenceProfile,
     folder: Path,
 ) -> str:
-    """Build the package of the pretrained encoder; its features are the mean of its tokens."""
+    """Build the package of the pretrained encoder, whose features are the mean of its tokens."""
     assert config.autoencoder is not None
-    weights, schema = Path(config.autoencoder), test.dataset.schema
-    lineage = {"dataset_digest": config.dataset_digest, **config.lineage}
-    name, width = f"{config.name}_encoder", encoder.config.encoder_config.d_model
-    card = CardContent(
-        name=name,
+    content = _card(
+        config,
+        test,
+        name=f"{config.name}_encoder",
         kind="encoder",
-        data_schema=schema,
-        max_length=_max_length(test),
-        n_features=width,
-        facts=config.facts,
-        lineage=lineage,
+        n_features=encoder.config.encoder_config.d_model,
     )
+    return _package(
+        export_encoder(encoder), Path(config.autoencoder), test, content, profile, folder
+    )
+
+
+def _card(config: EvaluationJobConfig, test: Subset, **fields: Any) -> CardContent:
+    return CardContent(
+        data_schema=test.dataset.schema,
+        # no series of its own data set is too long for the package
+        max_length=max(MAX_LENGTH, int(test.dataset.lengths.max())),
+        facts=config.facts,
+        lineage={"dataset_digest": config.dataset_digest, **config.lineage},
+        **fields,
+    )
+
+
+def _package(
+    program: torch.export.ExportedProgram,
+    weights: Path,
+    test: Subset,
+    card: CardContent,
+    profile: ReferenceProfile,
+    folder: Path,
+) -> str:
+    by_length = np.argsort(test.lengths, kind="stable")
+    golden = by_length[np.linspace(0, len(test) - 1, min(_N_GOLDEN, len(test))).astype(int)]
     return build_package(
         folder,
-        export_encoder(encoder),
+        program,
         weights / "model.safetensors",
         read_json(weights / "model_config.json"),
-        schema,
-        _golden(test),
-        lineage,
-        name=name,
-        kind="encoder",
-        n_features=width,
+        test.dataset.schema,
+        [RequestSeries(**s) for s in raw_series(test, golden.tolist())],
+        card.lineage,
+        name=card.name,
+        kind=card.kind,
+        n_features=card.n_features,
         card=render_card(card),
         profile=profile.model_dump(mode="json"),
-        max_length=_max_length(test),
+        max_length=card.max_length,
     )
 
 
-def measure(
+def check_serving(
     config: EvaluationJobConfig,
     package: Path,
     table: PredictionTable,
     test: Subset,
-    leaks: tuple[str, ...],
-    test_split: str,
     champion_problem: str | None,
 ) -> ServingChecks:
-    """Try the package, and the champion's right after it, so that times can be compared."""
-    trial, trial_problem = _tried(package)
-    champion_trial = None
+    """Test the package, and right after it the champion's, so that latencies are comparable."""
+    rows = range(0, len(test), -(-len(test) // _N_PARITY))
+    served = open_package(package).outputs([Series(**s) for s in raw_series(test, rows)])
+    smoke_test, problem = _smoke_test(package)
+    champion = None
     if config.champion is not None and champion_problem is None:
-        champion_trial, champion_problem = _tried(Path(config.champion))
+        champion, champion_problem = _smoke_test(Path(config.champion))
     return ServingChecks(
-        serving_difference=serving_difference(package, table, test),
+        serving_difference=float(np.abs(served - table.probabilities[list(rows)]).max()),
         size_mb=size_mb(package),
-        trial=trial,
-        trial_problem=trial_problem,
-        champion_trial=champion_trial,
+        smoke_test=smoke_test,
+        smoke_test_problem=problem,
+        champion_smoke_test=champion,
         champion_problem=champion_problem,
-        leaks=leaks,
-        test_split=test_split,
     )
 
 
-def _tried(package: Path) -> tuple[SmokeTest | None, str | None]:
+def _smoke_test(package: Path) -> tuple[SmokeTest | None, str | None]:
     try:
         return smoke_test_package(package), None
     except SmokeTestFailed as error:
         return None, str(error)
-
-
-def _max_length(test: Subset) -> int:
-    """Observations that the package takes: no series of its own data set is too long for it."""
-    return max(MAX_LENGTH, int(test.dataset.lengths.max()))
-
-
-def _golden(test: Subset) -> list[RequestSeries]:
-    by_length = np.argsort(test.lengths, kind="stable")
-    rows = by_length[np.linspace(0, len(test) - 1, min(_N_GOLDEN, len(test))).astype(int)]
-    return [RequestSeries(**s) for s in raw_series(test, rows.tolist())]

@@ -1,8 +1,4 @@
-"""Plots of a classifier's report, of reconstructions and of learning curves, as PNG bytes.
-
-How the figures of a report are drawn: their style, and PNG bytes of at most 64 KiB.
-Plots of a regression's report, as PNG bytes.
-"""
+"""The figures of reports and Dagster pages, as PNG bytes of at most 64 KiB."""
 
 from __future__ import annotations
 
@@ -20,8 +16,23 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
-from roma_core.evaluation.metrics import Metrics, RegressionMetrics
-from roma_core.evaluation.predictions import RegressionTable
+from roma_core.evaluation.drift import (
+    LARGE_PSI,
+    MODERATE_PSI,
+    Effect,
+    InputSample,
+    Quantity,
+    ReferenceProfile,
+    bin_fractions,
+    drift_effects,
+)
+from roma_core.evaluation.metrics import (
+    ClassificationMetrics,
+    Estimate,
+    GroupErrors,
+    RegressionMetrics,
+)
+from roma_core.evaluation.predictions import Floats, Ints, RegressionTable
 from roma_core.schema import Channel, PositionAxis
 
 MAX_BYTES = 64 * 1024
@@ -52,6 +63,17 @@ def short(name: str, length: int = 14) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
+def _tick_classes(axes: Axes, names: Sequence[str]) -> None:
+    turned = max(map(len, names)) > 3
+    rotation, alignment = (45, "right") if turned else (0, "center")
+    axes.set_xticks(range(len(names)), names, rotation=rotation, ha=alignment)
+
+
+def label_of(part: Channel | PositionAxis) -> str:
+    """``depth (m)``; without the unit of a pure number."""
+    return part.name if part.unit in ("1", part.name) else f"{part.name} ({part.unit})"
+
+
 def new_figure(
     width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained"
 ) -> Figure:
@@ -62,13 +84,16 @@ def new_figure(
 
 
 def legend_above(figure: Figure, columns: int = 4) -> None:
-    """One legend of all panels above them, where it covers nothing that is drawn."""
-    named: dict[str, Any] = {}
+    """One legend of all panels, above them."""
+    handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            named.setdefault(label, handle)
+            handles.setdefault(label, handle)
     figure.legend(
-        named.values(), named.keys(), loc="outside upper center", ncols=min(columns, len(named))
+        handles.values(),
+        handles.keys(),
+        loc="outside upper center",
+        ncols=min(columns, len(handles)),
     )
 
 
@@ -93,19 +118,19 @@ _SPLIT_COLOURS = {"train": BLUE, "eval": ORANGE}
 
 
 @dataclass(frozen=True, eq=False)
-class Reconstruction:
-    """What a masked autoencoder made of one series of N tokens and C channels.
+class ReconstructionExample:
+    """A reconstructed series of N observations and C channels.
 
     Attributes:
-        title: names the series.
-        channels: C names, with units where there are any.
-        positions: ``(N,)`` places of the tokens on the axis that is drawn.
+        title: id of the series.
+        channels: C names, with their units.
+        positions: ``(N,)`` on the axis that is drawn.
         values: ``(N, C)`` true values.
-        predicted: ``(N, C)`` reconstructed values; only those of hidden tokens are drawn.
-        visible: ``(N,)`` bool, True where the encoder saw the token, False where it was hidden.
-        axis: what the positions are, with the unit.
-        std: ``(N, C)`` predicted standard deviations; None: none are drawn.
-        clean: ``(N, C)`` values without noise, drawn as the line; None: the observed ones are.
+        predicted: ``(N, C)`` reconstructed values; only those of hidden observations are drawn.
+        visible: ``(N,)`` bool, True where the encoder saw the observation, False where it was hidden.
+        axis: name of the axis, with the unit.
+        std: ``(N, C)`` predicted standard deviations; None: not drawn.
+        clean: ``(N, C)`` values without noise, drawn as the line; None: the observed ones are drawn.
     """
 
     title: str
@@ -129,21 +154,18 @@ class Reconstruction:
                 )
 
 
-def confusion_matrix(metrics: Metrics) -> bytes:
-    """Counts per true and predicted class; colour is the share of the true class."""
+def confusion_matrix(metrics: ClassificationMetrics) -> bytes:
+    """Counts per true and predicted class; colour is the fraction of the true class."""
     counts = np.array(metrics.confusion)
     k = len(counts)
-    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    fraction = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = float(np.clip(1.6 + 0.42 * k, 3.6, 9))
     with mpl.rc_context(STYLE):
         figure = new_figure(side + 1.0, side, layout="compressed")
         axes = figure.subplots()
-        image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        image = axes.imshow(fraction, cmap="Blues", vmin=0, vmax=1)
         names = [short(c.name) for c in metrics.per_class]
-        turned = max(map(len, names)) > 3
-        axes.set_xticks(
-            range(k), names, rotation=45 if turned else 0, ha="right" if turned else "center"
-        )
+        _tick_classes(axes, names)
         axes.set_yticks(range(k), names)
         axes.set(xlabel="predicted class", ylabel="true class")
         axes.grid(False)
@@ -154,18 +176,18 @@ def confusion_matrix(metrics: Metrics) -> bytes:
         axes.tick_params(which="both", length=0)
         if k <= 25:
             for row, column in zip(*np.nonzero(counts), strict=True):
-                dark = share[row, column] > 0.55
+                dark = fraction[row, column] > 0.55
                 axes.text(
                     column, row, f"{counts[row, column]}", ha="center", va="center",
                     fontsize=9 if counts.max() < 1000 else 7, color="white" if dark else INK,
                 )  # fmt: skip
         bar = figure.colorbar(image, ax=axes, fraction=0.045, pad=0.03)
-        bar.set_label("share of the true class")
+        bar.set_label("fraction of the true class")
         bar.outline.set_visible(False)
         return png_of(figure)
 
 
-def reliability_curve(metrics: Metrics) -> bytes:
+def reliability_curve(metrics: ClassificationMetrics) -> bytes:
     """Accuracy against confidence, bins of equal mass, and how many series each bin holds."""
     confidence = np.array([b.confidence for b in metrics.reliability])
     accuracy = np.array([b.accuracy for b in metrics.reliability])
@@ -193,14 +215,14 @@ def reliability_curve(metrics: Metrics) -> bytes:
         return png_of(figure)
 
 
-def reconstruction_examples(examples: Sequence[Reconstruction]) -> bytes:
-    """A row per series, a column per channel: what was seen, what was hidden, what was guessed.
+def reconstruction_examples(examples: Sequence[ReconstructionExample]) -> bytes:
+    """A row per series, a column per channel: visible, hidden and reconstructed values.
 
     Raises:
         ValueError: no examples, or examples of different channels.
     """
     if not examples:
-        raise ValueError("no reconstructions to draw: pass at least one")
+        raise ValueError("no reconstructions to draw; pass at least one")
     channels = list(examples[0].channels)
     for example in examples:
         if list(example.channels) != channels:
@@ -227,27 +249,33 @@ def reconstruction_examples(examples: Sequence[Reconstruction]) -> bytes:
         return png_of(figure)
 
 
-def _draw_reconstruction(axes: Axes, example: Reconstruction, channel: int) -> None:
+def _draw_reconstruction(axes: Axes, example: ReconstructionExample, channel: int) -> None:
     order = np.argsort(example.positions, kind="stable")
-    x, seen = example.positions[order], example.visible[order]
-    true, guess = example.values[order, channel], example.predicted[order, channel]
+    x, visible = example.positions[order], example.visible[order]
+    true, predicted = example.values[order, channel], example.predicted[order, channel]
     line = true if example.clean is None else example.clean[order, channel]
     axes.plot(x, line, color="#c9ced4", linewidth=1, zorder=1,
               label=None if example.clean is None else "without noise")  # fmt: skip
     if example.std is not None:
         axes.errorbar(
-            x[~seen], guess[~seen], example.std[order, channel][~seen], fmt="none",
-            ecolor=ORANGE, elinewidth=2.5, alpha=0.3, label="± one predicted deviation", zorder=2,
+            x[~visible], predicted[~visible], example.std[order, channel][~visible], fmt="none",
+            ecolor=ORANGE, elinewidth=2.5, alpha=0.3, label="± predicted deviation", zorder=2,
         )  # fmt: skip
     axes.vlines(
-        x[~seen], true[~seen], guess[~seen], color=ORANGE, linewidth=0.9, alpha=0.6, zorder=2
+        x[~visible],
+        true[~visible],
+        predicted[~visible],
+        color=ORANGE,
+        linewidth=0.9,
+        alpha=0.6,
+        zorder=2,
     )
-    axes.plot(x[seen], true[seen], "o", color=INK, markersize=4, label="visible", zorder=3)
+    axes.plot(x[visible], true[visible], "o", color=INK, markersize=4, label="visible", zorder=3)
     axes.plot(
-        x[~seen], true[~seen], "o", color=GREY, markerfacecolor="white", markersize=4.5,
+        x[~visible], true[~visible], "o", color=GREY, markerfacecolor="white", markersize=4.5,
         label="hidden, true value", zorder=3,
     )  # fmt: skip
-    axes.plot(x[~seen], guess[~seen], "X", color=ORANGE, markeredgecolor="white", markeredgewidth=0.5,
+    axes.plot(x[~visible], predicted[~visible], "X", color=ORANGE, markeredgecolor="white", markeredgewidth=0.5,
               markersize=6.5, label="hidden, reconstructed", zorder=4)  # fmt: skip
     axes.yaxis.set_major_locator(MaxNLocator(4))
 
@@ -313,23 +341,23 @@ def along_series(table: RegressionTable, chosen: Sequence[int]) -> bytes:
         for row, k in enumerate(chosen):
             at = table.rows_of(k)
             order = np.argsort(table.positions[at, 0], kind="stable")
-            places = table.positions[at, 0][order]
+            position = table.positions[at, 0][order]
             for column, target in enumerate(targets):
                 axes = grid[row, column]
                 axes.plot(
-                    places, table.true[at, column][order], color=GREY, linewidth=1.2, label="true"
+                    position, table.true[at, column][order], color=GREY, linewidth=1.2, label="true"
                 )
                 axes.plot(
-                    places, table.predicted[at, column][order], "o", color=ORANGE, markersize=3,
+                    position, table.predicted[at, column][order], "o", color=ORANGE, markersize=3,
                     label="predicted",
                 )  # fmt: skip
                 axes.yaxis.set_major_locator(MaxNLocator(4))
                 if row == 0:
-                    axes.set_title(named(target))
+                    axes.set_title(label_of(target))
                 if column == 0:
                     axes.set_ylabel(short(table.ids[k], 22))
                 if row == rows - 1:
-                    axes.set_xlabel(named(table.axes[0]))
+                    axes.set_xlabel(label_of(table.axes[0]))
         legend_above(figure)
         return png_of(figure)
 
@@ -346,7 +374,7 @@ def against_true(table: RegressionTable) -> bytes:
             ends = [true.min(), true.max()]
             axes.plot(ends, ends, color=GREY, linewidth=1, zorder=3)
             axes.plot(true, predicted, ".", color=ORANGE, markersize=2, alpha=0.5)
-            axes.set(xlabel="true", title=named(target))
+            axes.set(xlabel="true", title=label_of(target))
         panels[0].set_ylabel("predicted")
         return png_of(figure)
 
@@ -364,13 +392,130 @@ def error_by_position(metrics: RegressionMetrics, axis: PositionAxis) -> bytes:
                 middle, rmse, "o-", color=colour, markersize=3.5, linewidth=1.3,
                 label=short(target.name),
             )  # fmt: skip
-        axes.set(xlabel=named(axis), ylabel="root mean squared error")
+        axes.set(xlabel=label_of(axis), ylabel="root mean squared error")
         axes.set_ylim(bottom=0)
         if len(targets) > 1:
             legend_above(figure, columns=3)
         return png_of(figure)
 
 
-def named(part: Channel | PositionAxis) -> str:
-    """``depth (m)``; without the unit of a pure number."""
-    return part.name if part.unit in ("1", part.name) else f"{part.name} ({part.unit})"
+def errors_by_group(groups: Sequence[GroupErrors], noise: Estimate | None) -> bytes:
+    """Mean squared error of each class with its interval; ``noise``: of the values without noise."""
+    names = [short(group.name) for group in groups]
+    values = np.array([group.mse.value for group in groups])
+    ends = np.array([(group.mse.low, group.mse.high) for group in groups], dtype=np.float64)
+    low, high = ends.T  # NaN, which is not drawn, of a single series
+    with mpl.rc_context(STYLE):
+        figure = new_figure(max(5.0, min(11.0, 1.5 + 0.32 * len(groups))), 3.3)
+        axes = figure.subplots()
+        bars = [(values - low).clip(0), (high - values).clip(0)]
+        axes.errorbar(
+            range(len(groups)), values, bars, fmt="o", color=BLUE, elinewidth=1.2, markersize=5
+        )
+        if noise is not None:
+            axes.axhline(noise.value, color=ORANGE, linestyle=(0, (4, 3)), label="noise alone")
+            legend_above(figure)
+        _tick_classes(axes, names)
+        axes.set(ylabel="mean squared error", ylim=(0, None))
+        axes.axhline(0, color=GREY, linewidth=0.8)
+        return png_of(figure)
+
+
+_MAX_POINTS = 2000  # more would hide each other
+_MAX_LEGEND = 20  # classes; more have no distinct colours
+
+
+def embedding_map(features: NDArray[np.floating], labels: Ints, classes: Sequence[str]) -> bytes:
+    """Two principal components of features ``(n, D)`` of series with labels ``(n,)``."""
+    step = -(-len(features) // _MAX_POINTS)
+    features, labels = features[::step], labels[::step]
+    points, fractions = principal_components(features)
+    colours = mpl.colormaps["tab10" if len(classes) <= 10 else "tab20"]
+    with mpl.rc_context(STYLE):
+        figure = new_figure(6.4, 4.6)
+        axes = figure.subplots()
+        for k, name in enumerate(classes):
+            mine = points[labels == k]
+            if len(mine):
+                axes.scatter(
+                    mine[:, 0], mine[:, 1], s=14, color=colours(k % colours.N), alpha=0.75,
+                    linewidths=0, label=short(name),
+                )  # fmt: skip
+        axes.set_xlabel(f"first principal component, {fractions[0]:.0%} of the variance")
+        axes.set_ylabel(f"second, {fractions[1]:.0%}")
+        if len(classes) <= _MAX_LEGEND:
+            figure.legend(loc="outside right upper", markerscale=1.6)
+        return png_of(figure)
+
+
+def principal_components(features: NDArray[np.floating]) -> tuple[Floats, Floats]:
+    """The first two of ``(n, D)``: scores ``(n, 2)``, and explained fractions of the variance ``(2,)``.
+
+    The larger side of each component is positive, so that equal features give equal maps.
+    """
+    centred = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
+    left, size, right = np.linalg.svd(centred, full_matrices=False)
+    scores, fractions = np.zeros((len(features), 2)), np.zeros(2)
+    for k in range(min(2, len(size))):
+        sign = np.sign(right[k, np.abs(right[k]).argmax()]) or 1.0
+        scores[:, k] = sign * left[:, k] * size[k]
+        fractions[k] = size[k] ** 2 / max((size**2).sum(), np.finfo(np.float64).tiny)
+    return scores, fractions
+
+
+_N_BARS, _N_HISTOGRAMS = 14, 4
+
+
+def drift_figure(profile: ReferenceProfile, sample: InputSample) -> bytes:
+    """The stability index of each quantity as a bar, and histograms of the most drifted ones.
+
+    Raises:
+        ValueError: the sample and the profile have no quantity in common.
+    """
+    found = [e for e in drift_effects(profile, sample) if e.measure == "psi"]
+    if not found:
+        raise ValueError(
+            "no quantity of the series is in the profile, so there is no drift to draw"
+        )
+    fractions = bin_fractions(profile, sample)
+    drawn = [e.quantity for e in found if e.quantity in fractions][:_N_HISTOGRAMS]
+    with mpl.rc_context(STYLE):
+        figure = new_figure(10.5, max(3.6, 0.9 + 0.28 * min(len(found), _N_BARS)))
+        bars, panels = figure.subfigures(1, 2, squeeze=False, width_ratios=[1, 1.5])[0]
+        _draw_bars(bars.subplots(), found[:_N_BARS])
+        columns = 2 if len(drawn) > 1 else 1
+        grid = panels.subplots(-(-len(drawn) // columns), columns, squeeze=False).ravel()
+        for axes, name in zip(grid, drawn, strict=False):
+            _draw_histograms(axes, name, profile.quantities[name], fractions[name])
+        for axes in grid[len(drawn) :]:
+            axes.set_axis_off()
+        handles, labels = grid[0].get_legend_handles_labels()
+        panels.legend(handles, labels, loc="outside upper right", ncols=2)
+        return png_of(figure)
+
+
+def _draw_bars(axes: Axes, found: list[Effect]) -> None:
+    sizes = [e.size for e in found][::-1]
+    colours = [ORANGE if size > LARGE_PSI else BLUE for size in sizes]
+    axes.barh(range(len(sizes)), sizes, color=colours, height=0.7)
+    axes.set_yticks(range(len(sizes)), [short(e.quantity, 22) for e in found][::-1])
+    for limit in (MODERATE_PSI, LARGE_PSI):
+        axes.axvline(limit, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_xlim(0, max(1.15 * max(sizes), 1.4 * LARGE_PSI))
+    axes.set_xlabel(
+        f"population stability index\n(dashed: {MODERATE_PSI} moderate, {LARGE_PSI} large drift)"
+    )
+    axes.grid(axis="y", visible=False)
+
+
+def _draw_histograms(axes: Axes, name: str, quantity: Quantity, recent: Floats) -> None:
+    """Two bars per bin; tick labels are edges between bins."""
+    x = np.arange(len(quantity.fractions))
+    axes.bar(x - 0.2, quantity.fractions, 0.4, color=GREY, label="training")
+    axes.bar(x + 0.2, recent, 0.4, color=ORANGE, label="recent")
+    every = max(1, round(len(quantity.edges) / 3))
+    shown = [n for n in range(len(quantity.edges)) if n % every == 0]
+    axes.set_xticks([n + 0.5 for n in shown], [f"{quantity.edges[n]:.3g}" for n in shown])
+    axes.set_title(short(name, 26))
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.grid(axis="x", visible=False)

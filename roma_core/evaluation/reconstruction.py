@@ -1,142 +1,71 @@
-"""How far reconstructions are off, and how sure we are of that.
+"""Predictions of a pretraining model for hidden observations, and two baselines for them.
 
-Errors are per value, in the units of the data: a mean over all hidden values of all channels. As for
-classifiers, every metric is a function of sums over series, and a bootstrap resample changes only how
-often each series counts.
-
-Shapes here:  N series   H hidden observations   C channels   R resamples
-
-What a masked autoencoder says about hidden observations, beside what was there.
+Shapes here:  N series   H hidden observations   C channels
 """
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
 
 from roma_core.data.store import Subset
-from roma_core.evaluation.metrics import Estimate, PartEstimate, estimated, resample_sums
-from roma_core.files import write_bytes
+from roma_core.evaluation.metrics import (
+    ReconstructionMetrics,
+    coverage,
+    errors_by_class,
+    noise_error,
+    reconstruction_errors,
+)
+from roma_core.evaluation.plots import ReconstructionExample, label_of
+from roma_core.evaluation.predictions import Float32, Floats, Ints, ReconstructionTable
+from roma_core.model import masking
 from roma_core.model.config import RoMAForPreTrainingConfig
-from roma_core.model.masking import draw_mask, mask_all_but
 from roma_core.model.packing import PackedBatch
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.schema import DataSchema, Normaliser
 from roma_core.trainer.dataloader import Collate
 
-Float32 = NDArray[np.float32]
-Ints = NDArray[np.int64]
+_N_EXAMPLES, _N_CHANNELS = 4, 4  # drawn; more would be too small to read
+
+Mask = Callable[[PackedBatch], PackedBatch]
+"""Hides observations of a batch."""
 
 
-@dataclass(frozen=True, eq=False)
-class HiddenTable:
-    """H hidden observations of N series, one series after the other, in the units of the data.
+def mask_all_but(n_observed: int, seed: int) -> Mask:
+    """Hides all observations of each series but ``n_observed``, where it has more."""
 
-    Attributes:
-        n_series: N, series without a hidden observation among them.
-        series: ``(H,)`` int64, which series of the split.
-        places: ``(H,)`` int64, which observation of it.
-        true: ``(H, C)`` as observed, noise and all.
-        predicted: ``(H, C)``.
-        std: ``(H, C)`` predicted standard deviation; None if the model predicts none.
-        clean: ``(H, C)`` what would have been observed without noise; None if nobody knows.
-    """
-
-    n_series: int
-    series: Ints
-    places: Ints
-    true: Float32
-    predicted: Float32
-    std: Float32 | None
-    clean: Float32 | None
-
-    def of(self, series: NDArray[np.bool_]) -> HiddenTable:
-        """The rows of the series where ``(N,)`` is True; ``n_series`` becomes their number."""
-        rows = series[self.series]
-        return replace(
-            self,
-            n_series=int(series.sum()),
-            series=self.series[rows],
-            places=self.places[rows],
-            true=self.true[rows],
-            predicted=self.predicted[rows],
-            std=None if self.std is None else self.std[rows],
-            clean=None if self.clean is None else self.clean[rows],
+    def mask(batch: PackedBatch) -> PackedBatch:
+        return batch.with_mask(
+            masking.mask_all_but(batch.segments, batch.sample_ids, n_observed, seed)
         )
 
-    def save(self, path: Path, split: Subset) -> None:
-        """Write Parquet, a row per hidden observation, in one step."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        schema = split.dataset.schema
-        ids = pa.array([split.dataset.ids[i] for i in split.indices])
-        columns = {"id": ids.take(pa.array(self.series)), "place": self.places}
-        for what in ("true", "predicted", "std", "clean"):
-            if (numbers := getattr(self, what)) is not None:
-                for c, channel in enumerate(schema.channels):
-                    columns[f"{what}_{channel.name}"] = numbers[:, c]
-        buffer = io.BytesIO()
-        pq.write_table(pa.table(columns), buffer)
-        write_bytes(path, buffer.getvalue())
+    return mask
 
 
-Hide = Callable[[PackedBatch], PackedBatch]
-
-
-def all_but(n_seen: int, seed: int) -> Hide:
-    """Hides all observations of each series but ``n_seen``, where it has more."""
-
-    def hide(batch: PackedBatch) -> PackedBatch:
-        return batch.with_mask(mask_all_but(batch.segments, batch.sample_ids, n_seen, seed))
-
-    return hide
-
-
-def as_trained(config: RoMAForPreTrainingConfig, seed: int) -> Hide:
-    """Hides as much, and in the way, that the model was trained with."""
-    return lambda batch: draw_mask(batch, config, seed, epoch=0)
-
-
-def can_be_judged(config: RoMAForPreTrainingConfig, schema: DataSchema) -> None:
-    """Raises ValueError, with the reason, if there are no values in the units of the data."""
-    if config.normalize_targets:
-        raise ValueError(
-            "a model trained with normalize_targets predicts the shape of a token less its own mean, which is "
-            "hidden too; only one trained with normalize_targets=False can be judged by values"
-        )
-    if not Collate(config, seed=0).can_gather or config.n_channels != len(schema.channels):
-        raise ValueError(
-            f"the model has tokens of {config.tubelet_size} steps with {config.n_channels} channels and "
-            f"{len(config.position_axes)} position axes of its own; only one with a token for each "
-            f"observation of this data set, {len(schema.channels)} channels, can be judged on it"
-        )
+def mask_as_trained(config: RoMAForPreTrainingConfig, seed: int) -> Mask:
+    """Hides observations with the ratio and the strategy of the pretraining."""
+    return lambda batch: masking.draw_mask(batch, config, seed, epoch=0)
 
 
 @torch.no_grad()
 def reconstruct(
-    model: RoMAForPreTraining, split: Subset, hide: Hide, batch_size: int
-) -> HiddenTable:
-    """Ask the model about every hidden observation of a split.
+    model: RoMAForPreTraining, split: Subset, mask: Mask, batch_size: int
+) -> ReconstructionTable:
+    """Predict every hidden observation of a split.
 
     Raises:
-        ValueError: nothing is hidden, the model cannot be judged by values, or is of other data.
+        ValueError: nothing is hidden, the model predicts no values in the units of the data, or it
+            was trained on other data.
         RuntimeError: the model read a hidden value, or its weights are not finite.
     """
-    _check_units(model, split.dataset.schema)
+    _check_schema(model, split.dataset.schema)
     model.eval()
-    batches = list(_batches(model.config, split, hide, batch_size))
-    table, order = _hidden(batches, split)
-    outputs = np.concatenate([_said(model, batch) for batch in batches])[order]
+    batches = list(_masked_batches(model.config, split, mask, batch_size))
+    table, order = _hidden_table(batches, split)
+    outputs = np.concatenate([_outputs(model, batch) for batch in batches])[order]
     width = table.true.shape[1]
     units = Normaliser(split.dataset.schema)
     mean, log_variance = outputs[:, :width], outputs[:, width:]
@@ -145,90 +74,105 @@ def reconstruct(
     return replace(table, predicted=units.denormalise(mean), std=std)
 
 
-def _check_units(model: RoMAForPreTraining, schema: DataSchema) -> None:
+def hidden_observations(
+    config: RoMAForPreTrainingConfig, split: Subset, mask: Mask
+) -> ReconstructionTable:
+    """What a model of this configuration would have to predict; ``predicted`` is NaN.
+
+    Raises:
+        ValueError: nothing is hidden, or such a model predicts no values in the units of the data.
+    """
+    return _hidden_table(list(_masked_batches(config, split, mask, 256)), split)[0]
+
+
+def _check_schema(model: RoMAForPreTraining, schema: DataSchema) -> None:
     if model.data_schema is None:
         return
     own = DataSchema.model_validate(model.data_schema)
     for what in ("channels", "axes", "normalisation"):
         if getattr(own, what) != getattr(schema, what):
             raise ValueError(
-                f"{what} of this data set and of the data the model was trained on differ, so its numbers would "
-                f"mean something else here; judge it on the version of the data it was trained on"
+                f"{what} of this data set and of the data the model was trained on differ, so its "
+                f"outputs have another meaning here; evaluate it on the version of the data it was "
+                f"trained on"
             )
 
 
-def hidden_of(config: RoMAForPreTrainingConfig, split: Subset, hide: Hide) -> HiddenTable:
-    """What such a model would be asked about, predicted by nobody yet: NaN.
+def _check_config(config: RoMAForPreTrainingConfig, schema: DataSchema) -> None:
+    if config.normalize_targets:
+        raise ValueError(
+            "a model trained with normalize_targets predicts the shape of a token less its own mean, "
+            "which is hidden too; only one trained with normalize_targets=False can be evaluated by "
+            "values"
+        )
+    if not Collate(config, seed=0).can_gather or config.n_channels != len(schema.channels):
+        raise ValueError(
+            f"the model has tokens of {config.tubelet_size} steps with {config.n_channels} channels and "
+            f"{len(config.position_axes)} position axes of its own; only one with a token for each "
+            f"observation of this data set, {len(schema.channels)} channels, can be evaluated on it"
+        )
 
-    Raises:
-        ValueError: nothing is hidden, or such a model cannot be judged by values.
-    """
-    return _hidden(list(_batches(config, split, hide, 256)), split)[0]
 
-
-def _batches(
-    config: RoMAForPreTrainingConfig, split: Subset, hide: Hide, batch_size: int
+def _masked_batches(
+    config: RoMAForPreTrainingConfig, split: Subset, mask: Mask, batch_size: int
 ) -> Iterator[PackedBatch]:
-    can_be_judged(config, split.dataset.schema)
-    collate, places = Collate(config, seed=0), np.arange(len(split))
+    _check_config(config, split.dataset.schema)
+    collate, rows = Collate(config, seed=0), np.arange(len(split))
     for start in range(0, len(split), batch_size):
-        part = places[start : start + batch_size]
-        yield hide(collate.batch(split, part))
+        part = rows[start : start + batch_size]
+        yield mask(collate.batch(split, part))
 
 
-def _hidden(batches: list[PackedBatch], split: Subset) -> tuple[HiddenTable, Ints]:
-    """The table without predictions, and the ``(H,)`` row of the batches that became each of its rows."""
-    named = [_named(batch) for batch in batches]
-    series, places = (np.concatenate(column) for column in zip(*named, strict=True))
+def _hidden_table(batches: list[PackedBatch], split: Subset) -> tuple[ReconstructionTable, Ints]:
+    """The table without predictions, and the ``(H,)`` row of the batches for each of its rows."""
+    found = []
+    for batch in batches:
+        assert batch.masked is not None and batch.indices is not None
+        rows, segments = batch.masked.hidden_rows, batch.segments
+        series = batch.indices[segments.ids[rows]].numpy()
+        found.append((series, segments.index_in_series[rows].numpy()))
+    series, index = (np.concatenate(column) for column in zip(*found, strict=True))
     if len(series) == 0:
         raise ValueError(
             f"nothing is hidden in {len(split)} series of {split.lengths.min()} to "
-            f"{split.lengths.max()} observations: fewer must be seen "
-            f"(--seen), or a larger share hidden (mask_ratio)"
+            f"{split.lengths.max()} observations: leave fewer visible (--n-observed), or hide a "
+            f"larger fraction (mask_ratio)"
         )
-    order = np.lexsort((places, series))
-    series, places = series[order], places[order]
-    true, clean = _what_was_there(split, series, places)
-    nobody = np.full_like(true, np.nan)
-    return HiddenTable(len(split), series, places, true, nobody, std=None, clean=clean), order
+    order = np.lexsort((index, series))
+    series, index = series[order], index[order]
+    true, clean = _true_values(split, series, index)
+    unknown = np.full_like(true, np.nan)
+    return ReconstructionTable(len(split), series, index, true, unknown, clean=clean), order
 
 
-def _named(batch: PackedBatch) -> tuple[Ints, Ints]:
-    """Series in the split, and place in it, of the hidden tokens of a batch."""
-    assert batch.masked is not None and batch.indices is not None
-    rows, segments = batch.masked.hidden_rows, batch.segments
-    return batch.indices[segments.ids[rows]].numpy(), segments.index_in_series[rows].numpy()
-
-
-def _said(model: RoMAForPreTraining, batch: PackedBatch) -> Float32:
-    """The head's numbers for the hidden tokens of a batch."""
+def _outputs(model: RoMAForPreTraining, batch: PackedBatch) -> Float32:
+    """The head's outputs for the hidden tokens of a batch, which the model sees as NaN."""
     masked = batch.masked
     assert masked is not None
-    rows = masked.hidden_rows
     if masked.hidden.total == 0:
         return np.zeros((0, model.head.linear.out_features), np.float32)
     tokens = batch.tokens.clone()
-    tokens[rows] = torch.nan
+    tokens[masked.hidden_rows] = torch.nan
     outputs = model.predict_hidden(replace(batch, tokens=tokens), masked).float()
     if not bool(outputs.isfinite().all()):
         raise RuntimeError(
-            "the model gives numbers that are not finite: its weights are not, or it reads hidden values"
+            "outputs of the model are not finite: its weights are not, or it reads hidden values"
         )
     return outputs.numpy()
 
 
-def _what_was_there(split: Subset, series: Ints, places: Ints) -> tuple[Float32, Float32 | None]:
+def _true_values(split: Subset, series: Ints, index: Ints) -> tuple[Float32, Float32 | None]:
     """``(H, C)`` observed values of hidden observations, and the clean ones if they are known."""
     dataset = split.dataset
     columns = clean_columns(dataset.schema)
     true = np.empty((len(series), len(dataset.schema.channels)), np.float32)
     clean = None if columns is None else np.empty_like(true)
     for k, rows in rows_by_series(series):
-        true[rows] = dataset.raw(int(split.indices[k]))[1][places[rows]]
+        true[rows] = dataset.raw(int(split.indices[k]))[1][index[rows]]
         if clean is not None:
             targets = dataset.targets(int(split.indices[k]))
             assert targets is not None and columns is not None
-            clean[rows] = targets[places[rows]][:, columns]
+            clean[rows] = targets[index[rows]][:, columns]
     return true, clean
 
 
@@ -251,182 +195,118 @@ def clean_columns(schema: DataSchema) -> list[int] | None:
     return [names.index(name) for name in wanted] if set(wanted) <= set(names) else None
 
 
-def mean_of_train(table: HiddenTable, split: Subset) -> HiddenTable:
+def train_mean(table: ReconstructionTable, split: Subset) -> ReconstructionTable:
     """The same observations, predicted by the mean of the train split."""
     schema = split.dataset.schema
-    nothing = np.zeros((1, len(schema.channels)), np.float32)
-    mean = Normaliser(schema).denormalise(nothing)
+    mean = Normaliser(schema).denormalise(np.zeros((1, len(schema.channels)), np.float32))
     return replace(table, predicted=np.broadcast_to(mean, table.true.shape), std=None)
 
 
-def interpolated(table: HiddenTable, split: Subset) -> HiddenTable:
-    """The same observations, on straight lines between seen ones; level before the first and after the last.
+def linear_interpolation(table: ReconstructionTable, split: Subset) -> ReconstructionTable:
+    """The same observations, on straight lines between visible ones; constant outside of them.
 
     For data with a single position axis.
     """
     predicted = np.empty_like(table.true)
     for k, rows in rows_by_series(table.series):
         positions, values = split.dataset.raw(int(split.indices[k]))
-        seen = np.ones(len(values), dtype=bool)
-        seen[table.places[rows]] = False
-        order = np.argsort(positions[seen, 0], kind="stable")
-        at, known = positions[seen, 0][order], values[seen][order]
-        asked = positions[table.places[rows], 0]
+        hidden = table.index[rows]
+        known = np.delete(np.arange(len(values)), hidden)
+        known = known[np.argsort(positions[known, 0], kind="stable")]
         for c in range(values.shape[1]):
-            predicted[rows, c] = np.interp(asked, at, known[:, c])
+            predicted[rows, c] = np.interp(
+                positions[hidden, 0], positions[known, 0], values[known, c]
+            )
     return replace(table, predicted=predicted, std=None)
 
 
-Floats = NDArray[np.float64]
-N_BOOTSTRAP = 1000
+def channel_ranges(train: Subset) -> Floats | None:
+    """``(C,)`` range of every channel over the train split; None if one never changes."""
+    if len(train) == 0:
+        return None
+    ends = [
+        (values.min(axis=0), values.max(axis=0))
+        for values in (train.dataset.raw(int(i))[1] for i in train.indices)
+    ]
+    lows, highs = (np.array(column) for column in zip(*ends, strict=True))
+    ranges = highs.max(axis=0).astype(np.float64) - lows.min(axis=0)
+    return ranges if (ranges > 0).all() else None
 
 
-class GroupErrors(BaseModel):
-    """Series of one class."""
+def evaluate_reconstruction(table: ReconstructionTable, split: Subset) -> ReconstructionMetrics:
+    """Every error of a table, beside those of the baselines on the same observations."""
+    dataset = split.dataset
+    ranges = channel_ranges(dataset.split("train"))
+    found = noise_error(table) | coverage(table)
+    found |= reconstruction_errors(table, "true", ranges)
+    found |= reconstruction_errors(table, "clean", ranges)
+    baselines = {"mean_": train_mean(table, split)}
+    if len(dataset.schema.axes) == 1:
+        baselines["linear_"] = linear_interpolation(table, split)
+    for name, baseline in baselines.items():
+        own = reconstruction_errors(baseline) | reconstruction_errors(baseline, "clean")
+        found |= {f"{name}{key}": own[key] for key in ("mse", "clean_mse") if key in own}
+    labels = dataset.labels
+    return ReconstructionMetrics(
+        n_series=len(np.unique(table.series)),
+        n_hidden=len(table.series),
+        mean_hidden_fraction=len(table.series) / int(split.lengths.sum()),
+        overall=found,
+        groups=()
+        if labels is None
+        else errors_by_class(table, labels[split.indices], dataset.schema.classes),
+    )
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
-    slug: str = Field(description="The name as it is in names of metrics.")
-    n_series: int
-    mse: PartEstimate = Field(description="Without an interval if there is one series only.")
-    clean_mse: PartEstimate | None
+@torch.no_grad()
+def reconstruct_examples(model: RoMAForPreTraining, split: Subset) -> list[ReconstructionExample]:
+    """A few series of a split, masked as in the pretraining; none if nothing of them is hidden.
 
-
-class ReconstructionMetrics(BaseModel):
-    """What was found, by name.
-
-    ``mse``, ``rmse``, ``mae``       against what was observed, noise and all
-    ``clean_…``                      against what would have been observed without noise, where known
-    ``noise_mse``                    what the clean values themselves would get
-    ``nrmse``, ``clean_nrmse``       root mean square of errors as shares of the channel's range in train
-    ``coverage_95``                  share of values within 1.96 predicted deviations
-    ``mean_mse``, ``linear_mse``     two baselines: the mean of train, straight lines; ``mean_clean_mse``, …
-    ``…_seen_N``                     with only N observations of each series seen
-    ``mse_GROUP``, ``clean_mse_GROUP``    of the series of one class
+    With ``normalize_targets`` predictions take the level of the true values.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    n_series: int = Field(description="With a hidden observation.")
-    n_hidden: int = Field(description="Hidden observations.")
-    mean_hidden_fraction: float
-    n_bootstrap: int = N_BOOTSTRAP
-    estimates: dict[str, Estimate]
-    groups: tuple[GroupErrors, ...] = ()
-
-    def document(self) -> dict[str, Any]:
-        """``metrics.json``: every estimate by name at the top, so that a row of results can ask for it."""
-        head = {
-            "schema_version": 1,
-            **self.model_dump(mode="json", exclude={"estimates", "groups"}),
-        }
-        return head | {name: e.model_dump(mode="json") for name, e in self.all().items()}
-
-    def all(self) -> dict[str, Estimate | PartEstimate]:
-        """Estimates by name, those of groups among them."""
-        found: dict[str, Estimate | PartEstimate] = dict(self.estimates)
-        for group in self.groups:
-            found[f"mse_{group.slug}"] = group.mse
-            if group.clean_mse is not None:
-                found[f"clean_mse_{group.slug}"] = group.clean_mse
-        return found
-
-    def flat(self) -> dict[str, float]:
-        """Numbers for a tracker."""
-        return {name: estimate.value for name, estimate in self.all().items()}
+    by_length = np.argsort(split.lengths, kind="stable")
+    few = Subset(split.dataset, split.indices[by_length[len(split) // 2 :][:_N_EXAMPLES]])
+    batch = Collate(model.config, seed=0).batch(few, np.arange(len(few)))
+    if batch.masked is None or batch.masked.hidden.total == 0:
+        return []
+    table, order = _hidden_table([batch], few)
+    outputs = model.eval().reconstruct_hidden(batch, batch.masked).float().numpy()[order]
+    predicted = Normaliser(split.dataset.schema).denormalise(outputs)
+    return examples_of(replace(table, predicted=predicted), few)
 
 
-def errors(
-    table: HiddenTable,
-    against: Literal["true", "clean"] = "true",
-    ranges: Floats | None = None,
-    after: str = "",
-) -> dict[str, Estimate]:
-    """``mse``, ``rmse`` and ``mae`` of a table, with 95 % intervals over series.
+def examples_of(table: ReconstructionTable, split: Subset) -> list[ReconstructionExample]:
+    """A few series, evenly spaced over the split, in the units of the data."""
+    schema, dataset = split.dataset.schema, split.dataset
+    columns = clean_columns(schema)
+    has_hidden = np.unique(table.series)
+    chosen = has_hidden[np.linspace(0, len(has_hidden) - 1, _N_EXAMPLES).astype(int)]
+    examples = []
+    for k in dict.fromkeys(chosen.tolist()):
+        row = int(split.indices[k])
+        positions, values = dataset.raw(row)
+        rows = table.series == k
+        hidden = table.index[rows]
+        targets = dataset.targets(row)
+        clean = None if targets is None or columns is None else targets[:, columns]
 
-    Args:
-        against: ``clean`` gives names that begin so; nothing if the clean values are not known.
-        ranges: ``(C,)`` of the channels, for ``nrmse``.
-        after: put behind the names.
-    """
-    truth = table.true if against == "true" else table.clean
-    if truth is None:
-        return {}
-    off = table.predicted.astype(np.float64) - truth  # (H, C)
-    scaled = off if ranges is None else off / ranges
-    mse, mae, relative = _means(table.series, [off**2, np.abs(off), scaled**2])
-    found = {"mse": _estimate(mse), "rmse": _estimate(np.sqrt(mse)), "mae": _estimate(mae)}
-    if ranges is not None:
-        found["nrmse"] = _estimate(np.sqrt(relative))
-    clean = "clean_" if against == "clean" else ""
-    return {f"{clean}{name}{after}": estimate for name, estimate in found.items()}
+        def scatter(numbers: Float32, n: int = len(values), at: Ints = hidden) -> Float32:
+            """``(hidden, C)`` to their rows of ``(N, drawn)``, the others NaN."""
+            full = np.full((n, numbers.shape[1]), np.nan, np.float32)
+            full[at] = numbers
+            return full[:, :_N_CHANNELS]
 
-
-def noise(table: HiddenTable) -> dict[str, Estimate]:
-    """``noise_mse``: what no model can go below for long, if the clean values are known."""
-    if table.clean is None:
-        return {}
-    knowing = replace(table, predicted=table.clean)
-    return {"noise_mse": errors(knowing)["mse"]}
-
-
-def coverage(table: HiddenTable) -> dict[str, Estimate]:
-    """``coverage_95``: how often a value lies where the model says that 95 % of them do."""
-    if table.std is None:
-        return {}
-    inside = np.abs(table.predicted.astype(np.float64) - table.true) <= 1.96 * table.std
-    return {"coverage_95": _estimate(_means(table.series, [inside])[0])}
-
-
-def by_group(
-    table: HiddenTable, labels: NDArray[np.int64], names: tuple[str, ...]
-) -> tuple[GroupErrors, ...]:
-    """The errors by class.
-
-    Args:
-        labels: ``(N,)`` index into ``names`` of every series.
-    """
-    found = []
-    slugs = _slugs(names)
-    for k, name in enumerate(names):
-        part = table.of(labels == k)
-        if len(part.series) == 0:
-            continue
-        clean = errors(part, "clean").get("clean_mse")
-        n_series = len(np.unique(part.series))
-        found.append(
-            GroupErrors(
-                name=name,
-                slug=slugs[name],
-                n_series=n_series,
-                mse=PartEstimate.of(errors(part)["mse"], n_series),
-                clean_mse=None if clean is None else PartEstimate.of(clean, n_series),
+        examples.append(
+            ReconstructionExample(
+                title=dataset.ids[row],
+                channels=[label_of(channel) for channel in schema.channels[:_N_CHANNELS]],
+                positions=positions[:, 0],
+                values=values[:, :_N_CHANNELS],
+                predicted=scatter(table.predicted[rows]),
+                visible=~np.isin(np.arange(len(values)), hidden),
+                axis=label_of(schema.axes[0]),
+                std=None if table.std is None else scatter(table.std[rows]),
+                clean=None if clean is None else clean[:, :_N_CHANNELS],
             )
         )
-    return tuple(found)
-
-
-def _slugs(names: tuple[str, ...]) -> Mapping[str, str]:
-    """Names as they may stand in names of metrics, all different."""
-    slugs = [re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") for name in names]
-    twice = {slug for slug in slugs if slugs.count(slug) > 1 or not slug}
-    return {
-        name: f"{slug}_class{k}" if slug in twice else slug
-        for k, (name, slug) in enumerate(zip(names, slugs, strict=True))
-    }
-
-
-def _means(series: NDArray[np.int64], values: list[NDArray[Any]]) -> list[Floats]:
-    """For each of ``values (H, C)`` its mean per value, of all series and of R resamples: ``(1 + R,)``."""
-    of, index = np.unique(series, return_inverse=True)
-    columns = [np.bincount(index, v.sum(axis=1), minlength=len(of)) for v in values]
-    counts = np.bincount(index, minlength=len(of)) * values[0].shape[1]
-    sums = np.stack([*columns, counts], axis=1).astype(np.float64)  # (N, V + 1)
-    drawn = np.concatenate([sums.sum(axis=0)[None], resample_sums(sums, N_BOOTSTRAP, seed=0)])
-    return list((drawn[:, :-1] / drawn[:, -1:]).T)
-
-
-def _estimate(numbers: Floats) -> Estimate:
-    """Of the value, followed by its resamples."""
-    return estimated(numbers[:1], numbers[1:])
+    return examples

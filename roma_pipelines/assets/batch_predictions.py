@@ -97,12 +97,12 @@ def _drift(profile: Any, source: Path, split: str, package: Any) -> dict[str, An
     from itertools import islice
 
     from roma_core.evaluation.drift import (
-        MUCH,
+        LARGE_PSI,
         ReferenceProfile,
-        drift_picture,
-        effects,
-        series_of_rows,
+        drift_effects,
+        sample_from_rows,
     )
+    from roma_core.evaluation.plots import drift_figure
     from roma_core.serving.batch import read_series
 
     if not profile:
@@ -111,15 +111,15 @@ def _drift(profile: Any, source: Path, split: str, package: Any) -> dict[str, An
     rows = islice(read_series(source, split, package), _PROFILED)
     reference, series = (
         ReferenceProfile.model_validate(profile),
-        series_of_rows(rows, axes, channels),
+        sample_from_rows(rows, axes, channels),
     )
-    found = effects(reference, series)
+    found = drift_effects(reference, series)
     most = max((e for e in found if e.measure == "psi"), key=lambda e: e.size, default=None)
     if most is None:
         return {"drift": "nothing to compare"}
     sizes = {f"{e.quantity}, {e.measure}": round(e.size, 4) for e in found}
     return {
-        "drift": picture(drift_picture(reference, series), "drift against the training data"),
+        "drift": picture(drift_figure(reference, series), "drift against the training data"),
         "drift_sizes": dg.MetadataValue.json(sizes),
-        "largest_drift": f"{most.quantity}: {most.size:.3f} (above {MUCH} is much)",
+        "largest_drift": f"{most.quantity}: {most.size:.3f} (above {LARGE_PSI} is large)",
     }

@@ -8,7 +8,7 @@ import dagster as dg
 
 from roma_core.data.manifest import Manifest, read_manifest
 from roma_core.evaluation.config import EvaluationJobConfig, Fact, FactSheet, ServingChecks
-from roma_core.evaluation.metrics import Metrics
+from roma_core.evaluation.metrics import ClassificationMetrics
 from roma_core.files import read_json
 from roma_core.serving.registry_client import FetchError, fetch, package_of, resolve
 from roma_pipelines.experiment import Experiment
@@ -125,7 +125,10 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
         )
         decision = decide(job.folder, experiment.gate)
         tag_decision(
-            job.client, job.run_id, decision, ServingChecks.load(job.output("measured")).test_split
+            job.client,
+            job.run_id,
+            decision,
+            ServingChecks.load(job.output("serving_checks")).test_split,
         )
         _publish(job)
         # a retry adopts the job with its first configuration, and so the champion of that time
@@ -183,7 +186,7 @@ def _publish(job: TrackedJob) -> None:
     time_ms = round(job.folder.result.stat().st_mtime * 1000)
     metrics = [Metric(f"test/{k}", v, time_ms, 0) for k, v in job.result.metrics.items()]
     job.client.log_batch(job.run_id, metrics=metrics)
-    for name in ("report", "metrics", "measured", "predictions"):
+    for name in ("report", "metrics", "serving_checks", "predictions"):
         job.client.log_artifact(job.run_id, str(job.output(name)))
     job.client.log_artifact(job.run_id, str(job.folder.outputs / "gate.json"))
     job.client.log_artifacts(job.run_id, str(job.output("plots")), "plots")
@@ -232,7 +235,7 @@ def _materialised(
 
 
 def _metrics_table(job: TrackedJob) -> str:
-    metrics = Metrics.model_validate(read_json(job.output("metrics")))
+    metrics = ClassificationMetrics.model_validate(read_json(job.output("metrics")))
     rows = [
         f"| {name.replace('_', ' ')} | {m.value:.4f} | {m.low:.4f}–{m.high:.4f} |"
         for name, m in metrics.estimates().items()

@@ -154,12 +154,12 @@ def compare(
     embedding profile.
     """
     from roma_core.data.manifest import read_manifest
-    from roma_core.evaluation.drift import effects, series_from_parquet
+    from roma_core.evaluation.drift import drift_effects, sample_from_parquet
 
     folder = storage.datasets / dataset / version[:12]
-    series = series_from_parquet(paths, read_manifest(folder).data_schema, settings.class_column)
+    series = sample_from_parquet(paths, read_manifest(folder).data_schema, settings.class_column)
     profile = _champions_profile(name, storage) or _profile(folder, version, storage)
-    found = effects(profile, series)
+    found = drift_effects(profile, series)
     if series.n < settings.min_series:
         return Comparison(series.n, found, "")
     if profile.embedding is None:

@@ -238,7 +238,7 @@ def _conclude(
     seconds: float,
 ) -> None:
     """Print paths, results and next steps."""
-    from roma_core.evaluation.metrics import Metrics
+    from roma_core.evaluation.metrics import ClassificationMetrics
     from roma_core.files import read_json
     from roma_pipelines.registry.store import MlflowSettings, own_store
 
@@ -249,7 +249,7 @@ def _conclude(
         metadata = event.asset_materialization.metadata
         facts[key.path[-1]] = {name: value.value for name, value in metadata.items()}
     job = Path(facts["evaluation_report"]["job_folder"])
-    metrics = Metrics.model_validate(read_json(job / "outputs" / "metrics.json"))
+    metrics = ClassificationMetrics.model_validate(read_json(job / "outputs" / "metrics.json"))
     baselines = read_json(job / "config.json")["baselines"]
     model = facts["registered_classifier"]
     trained = [facts[name]["training_s"] for name in ("pretrained_encoder", "finetuned_classifier")]

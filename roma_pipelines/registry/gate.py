@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from roma_core.evaluation.config import ServingChecks
-from roma_core.evaluation.metrics import Metrics, evaluate, resample_sums
+from roma_core.evaluation.metrics import ClassificationMetrics, evaluate, resample_sums
 from roma_core.evaluation.predictions import PredictionTable
 from roma_core.files import read_json, write_json
 from roma_core.job import JobFolder
@@ -227,7 +227,7 @@ def _not_worse(
 
 
 def _class_floor(
-    metrics: Metrics,
+    metrics: ClassificationMetrics,
     candidate: PredictionTable,
     gain: NDArray[np.float64] | None,
     thresholds: GateThresholds,
@@ -274,9 +274,9 @@ def _better_than_guessing(candidate: PredictionTable, thresholds: GateThresholds
 
 
 def _golden_rows(measured: ServingChecks) -> GateCheck:
-    trial = measured.trial
+    trial = measured.smoke_test
     if trial is None:
-        text = f"the package failed in a new process: {measured.trial_problem}"
+        text = f"the package failed in a new process: {measured.smoke_test_problem}"
         return GateCheck(name="golden_rows", passed=False, explanation=text)
     text = f"golden rows differ by at most {trial.golden_difference:.1e} in a new process"
     value = trial.golden_difference
@@ -284,13 +284,13 @@ def _golden_rows(measured: ServingChecks) -> GateCheck:
 
 
 def _latency(measured: ServingChecks, thresholds: GateThresholds) -> GateCheck:
-    if measured.trial is None:
+    if measured.smoke_test is None:
         text = "not measured: the package does not run"
         return GateCheck(name="latency", passed=False, explanation=text)
-    value = measured.trial.latency_ms
+    value = measured.smoke_test.latency_ms
     text = f"{value:.2f} ms per series"
     check = _limited("latency", value, text, at_most=thresholds.max_latency_ms)
-    champion, allowed = measured.champion_trial, thresholds.max_latency_ratio
+    champion, allowed = measured.champion_smoke_test, thresholds.max_latency_ratio
     if champion is None or allowed is None:
         return check
     ratio = value / champion.latency_ms
@@ -323,7 +323,7 @@ def decide(folder: JobFolder, thresholds: GateThresholds) -> GateDecision:
         for name in ("predictions", "champion_predictions")
         if name in result.outputs
     }
-    measured = ServingChecks.load(folder.path / result.outputs["measured"])
+    measured = ServingChecks.load(folder.path / result.outputs["serving_checks"])
     decision = gate(tables["predictions"], tables.get("champion_predictions"), measured, thresholds)
     write_json(folder.outputs / "gate.json", decision.model_dump(mode="json"))
     return decision

@@ -28,19 +28,17 @@ from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 
 from roma_core.data.build import build_dataset
 from roma_core.data.store import StoredDataset, Subset
+from roma_core.evaluation.metrics import errors_by_class, noise_error, reconstruction_errors
+from roma_core.evaluation.predictions import ReconstructionTable
 from roma_core.evaluation.reconstruction import (
-    HiddenTable,
-    all_but,
-    as_trained,
-    by_group,
-    errors,
-    hidden_of,
-    interpolated,
-    mean_of_train,
-    noise,
+    channel_ranges,
+    hidden_observations,
+    linear_interpolation,
+    mask_all_but,
+    mask_as_trained,
     rows_by_series,
+    train_mean,
 )
-from roma_core.evaluation.reconstruction_job import ranges_of
 from roma_core.model.config import RoMAForPreTrainingConfig
 from roma_core.sources.synthetic import rbf_weights
 from roma_core.trainer.job import data_fields
@@ -49,7 +47,7 @@ from tests.benchmarks.results.benchmarks import BENCHMARKS
 
 Floats = NDArray[Any]
 Method = Callable[[Floats, Floats, Floats], Floats]
-"""Seen times (S,), seen values (S, C) and times asked for (Q,) → values (Q, C)."""
+"""Visible times (S,), visible values (S, C) and query times (Q,) → values (Q, C)."""
 
 EXPERIMENTS = BENCHMARKS.parent / "experiments"
 
@@ -150,13 +148,13 @@ def gaussian_process(t: Floats, seen: Floats, asked: Floats) -> Floats:
     return np.stack(columns, axis=1)
 
 
-def by_method(table: HiddenTable, split: Subset, method: Method) -> HiddenTable:
+def by_method(table: ReconstructionTable, split: Subset, method: Method) -> ReconstructionTable:
     """The same hidden observations, predicted series by series."""
     predicted = np.empty_like(table.true)
     for k, rows in rows_by_series(table.series):
         positions, values = split.dataset.raw(int(split.indices[k]))
         seen = np.ones(len(values), dtype=bool)
-        seen[table.places[rows]] = False
+        seen[table.index[rows]] = False
         predicted[rows] = method(positions[seen, 0], values[seen], positions[~seen, 0])
     return replace(table, predicted=predicted)
 
@@ -185,19 +183,25 @@ def show(name: str, experiment: Experiment, split_name: Any, folder: Path) -> No
     methods, seen = ROW_METHODS[name]
     deviation = experiment.dataset.source.noise or 0.1
     counts = ", ".join(f"{k} {v.n_series}" for k, v in data.manifest.counts.items())
-    print(f"\n{name}, noise {deviation}: {counts}; judged on {split_name}")
-    ranges = ranges_of(data.split("train"))
+    print(f"\n{name}, noise {deviation}: {counts}; evaluated on {split_name}")
+    ranges = channel_ranges(data.split("train"))
     for hidden, hide in [
-        ("as trained", as_trained(config, 0)),
-        *((f"{n} seen", all_but(n, 0)) for n in seen),
+        ("as trained", mask_as_trained(config, 0)),
+        *((f"{n} visible", mask_all_but(n, 0)) for n in seen),
     ]:
-        table = hidden_of(config, split, hide)
-        print(f"  {hidden}: {len(table.series)} hidden; noise alone {value(noise(table))}")
-        known = {"mean of train": mean_of_train(table, split), "lines": interpolated(table, split)}
+        table = hidden_observations(config, split, hide)
+        print(f"  {hidden}: {len(table.series)} hidden; noise alone {value(noise_error(table))}")
+        known = {
+            "mean of train": train_mean(table, split),
+            "lines": linear_interpolation(table, split),
+        }
         for label, make in methods.items():
             known[label] = by_method(table, split, make(deviation))
         for label, predicted in known.items():
-            observed, clean = errors(predicted), errors(predicted, "clean", ranges)
+            observed, clean = (
+                reconstruction_errors(predicted),
+                reconstruction_errors(predicted, "clean", ranges),
+            )
             print(
                 f"    {label:17} mse {value(observed)}   clean mse {value(clean, 'clean_mse')}   "
                 f"clean rmse {value(clean, 'clean_rmse')}   of the range "
@@ -205,7 +209,7 @@ def show(name: str, experiment: Experiment, split_name: Any, folder: Path) -> No
             )
         if name == "sines":
             assert data.labels is not None
-            groups = by_group(
+            groups = errors_by_class(
                 known["nearly exact"], data.labels[split.indices], data.schema.classes
             )
             print(

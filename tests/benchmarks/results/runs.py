@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from roma_core.data.build import build_dataset
 from roma_core.data.manifest import Manifest, read_manifest
-from roma_core.evaluation.config import EvaluationJobConfig, ReconstructionJobConfig
+from roma_core.evaluation.config import EvaluationJobConfig
 from roma_core.files import digest_of, read_json, write_json
 from roma_core.job import JobFolder, Result
 from roma_core.model.config import SHAPE, RoMAForPreTrainingConfig
@@ -241,13 +241,11 @@ def _evaluated(
         "dataset_digest": manifest.digest,
         "autoencoder": None if pretrained is None else str(pretrained.output("model")),
     }
-    config: BaseModel
-    if classifier is None:
-        config = ReconstructionJobConfig.model_validate({**about, "n_observed": plan.n_observed})
+    if classifier is not None:
+        about["classifier"] = str(classifier.output("model"))
     else:
-        config = EvaluationJobConfig.model_validate(
-            {**about, "classifier": str(classifier.output("model"))}
-        )
+        about["n_observed"] = plan.n_observed
+    config = EvaluationJobConfig.model_validate(about)
     metrics = read_json(jobs.complete("evaluate", config, "plain").output("metrics"))
     return {k: v["value"] for k, v in metrics.items() if isinstance(v, dict) and "value" in v}
 

@@ -102,7 +102,7 @@ def runs(tmp_path_factory):
     roma("finetune", "--data", data, "--run-dir", root / "fine", *finetune)
     classifier = root / "fine/outputs/model"
     arguments = ["--weights", classifier, "--autoencoder", weights]
-    roma("evaluate", "--data", data, "--out", root / "eval", *arguments)
+    roma("evaluate", "--data", data, "--run-dir", root / "eval", *arguments)
     return root, data
 
 

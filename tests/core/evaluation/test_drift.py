@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from roma_core.evaluation.drift import embedding_distance, embedding_profile
-from roma_core.evaluation.figures import embedding_map, principal_components
-from roma_core.evaluation.plots import MAX_BYTES
+from roma_core.evaluation.plots import MAX_BYTES, embedding_map, principal_components
 
 
 def features(n, shift=0.0, seed=0):
@@ -71,6 +70,6 @@ def test_the_map_shows_the_two_directions_of_most_variance():
     np.testing.assert_allclose(np.abs(points[labels == 1, 0] - points[labels == 0, 0]), 5, atol=0.9)
     again, _ = principal_components(found.astype(np.float32)[::-1])
     np.testing.assert_allclose(again[::-1], points, atol=1e-6)
-    plot = embedding_map(found.astype(np.float32), labels, ["a", "b<c", "d"])
-    assert len(plot.png) <= MAX_BYTES
-    assert embedding_map(found[:1].astype(np.float32), labels[:1], ["a"] * 30).png
+    png = embedding_map(found.astype(np.float32), labels, ["a", "b<c", "d"])
+    assert len(png) <= MAX_BYTES
+    assert embedding_map(found[:1].astype(np.float32), labels[:1], ["a"] * 30)

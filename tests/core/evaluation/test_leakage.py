@@ -9,11 +9,11 @@ from roma_core.data.build import build_dataset
 from roma_core.data.config import DatasetConfig
 from roma_core.data.store import StoredDataset
 from roma_core.evaluation.leakage import (
-    data_behind,
-    missing_fractions,
-    seen_in_training,
+    check_leakage,
     split_digest,
+    training_datasets,
 )
+from roma_core.evaluation.predictions import missing_fractions
 
 
 def built(folder, test_fraction):
@@ -46,23 +46,23 @@ def dataset(tmp_path):
 
 
 def test_objects_that_were_learnt_from_another_version_are_named(dataset, tmp_path):
-    assert seen_in_training(dataset, [dataset.path]) == ()
+    assert check_leakage(dataset, [dataset.path]) == ()
     before = built(tmp_path, test_fraction=0.1)
-    (text,) = seen_in_training(dataset, [dataset.path, before.path])
+    (text,) = check_leakage(dataset, [dataset.path, before.path])
     n = len(dataset.split("test")) - len(before.split("test"))
     assert n > 0
     assert f"{n} test objects, such as 's" in text and "were in train or validation" in text
-    (text,) = seen_in_training(dataset, [tmp_path / "gone"])
-    assert "is no longer there" in text
+    (text,) = check_leakage(dataset, [tmp_path / "gone"])
+    assert "no longer exists" in text
 
 
 def test_weights_of_another_program_say_nothing_of_their_data(tmp_path):
     weights = tmp_path / "outputs" / "model"
     for text in ('{"model_type": "x"}', "[1]", '{"dataset": 3}'):
         (tmp_path / "config.json").write_text(text)
-        assert data_behind(weights) == ()
+        assert training_datasets(weights) == ()
     (tmp_path / "config.json").write_text('{"dataset": "d", "weights": null}')
-    assert data_behind(weights) == (Path("d"),)
+    assert training_datasets(weights) == (Path("d"),)
 
 
 def test_a_split_is_known_by_its_objects(dataset):

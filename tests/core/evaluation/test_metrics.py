@@ -53,7 +53,7 @@ def test_values_are_those_computed_by_hand():
     assert [(b.confidence, b.accuracy, b.count) for b in found.reliability] == [
         (0.6, 1, 1), (0.7, 1, 1), (0.8, 0, 1), (0.9, 1, 1),
     ]  # fmt: skip
-    assert [(b.shortest, b.longest, b.accuracy) for b in found.by_length] == [
+    assert [(b.least, b.most, b.accuracy) for b in found.by_length] == [
         (1, 1, 1), (2, 2, 0), (3, 3, 1), (4, 4, 1),
     ]  # fmt: skip
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from roma_core.evaluation.compare import changes
+from roma_core.evaluation.compare import compare_predictions
 from roma_core.evaluation.config import Fact, FactSheet
 from roma_core.evaluation.metrics import evaluate, wilson
 from roma_core.evaluation.predictions import PredictionTable
@@ -32,15 +32,15 @@ def test_a_card_says_what_was_measured_and_what_may_go_in(simulated):
     assert "| flux | mJy | channel |" in card and "1 to 50 observations" in card
     assert f"| Accuracy | {table.correct.mean():.3f} |" in card
     assert card.count("| class 1 |") == 1
-    assert "There was no champion before it." in card
-    assert "judged before this one: 4" in card
+    assert "There was no champion before." in card
+    assert "on this test split before this one: 4" in card
     assert "| git sha | abc |" in card
     assert r"a\|b \<i> # c" in card, "what comes from outside stays in its cell"
 
 
 def test_a_card_shows_changes_or_why_there_are_none(simulated):
     ours, champion = simulated(n=200, k=3, sharpness=4.0), simulated(n=200, k=3, sharpness=2.0)
-    changed = changes(ours, champion)
+    changed = compare_predictions(ours, champion)
     card = render_card(content(ours, changes=changed, champion_version="7"))
     assert "the champion was version 7" in card
     accuracy = changed[0]
@@ -63,11 +63,13 @@ def test_one_series_of_a_class_says_nothing_for_sure(simulated):
 
     def table(labels_right):
         labels = whole.labels[rows]
-        told = labels if labels_right else (labels + 1) % 3
+        predicted = labels if labels_right else (labels + 1) % 3
         ids = [whole.ids[k] for k in rows]
-        return PredictionTable(ids, whole.classes, labels, np.eye(3)[told], whole.lengths[rows])
+        return PredictionTable(
+            ids, whole.classes, labels, np.eye(3)[predicted], whole.lengths[rows]
+        )
 
-    changed = changes(table(True), table(False))
+    changed = compare_predictions(table(True), table(False))
     metrics = evaluate(table(True), n_bootstrap=100)
     page = render_report(
         ReportContent(title="t", summary="s", created="c", metrics=metrics, changes=changed,
@@ -89,9 +91,9 @@ def test_tables_of_other_series_are_not_compared(simulated):
         ours.ids, ours.classes, (ours.labels + 1) % 3, ours.probabilities, ours.lengths
     )
     with pytest.raises(ValueError, match="other labels"):
-        changes(ours, other)
+        compare_predictions(ours, other)
     with pytest.raises(ValueError, match="other series or classes"):
-        changes(ours, simulated(n=51, k=3))
+        compare_predictions(ours, simulated(n=51, k=3))
 
 
 def test_wilson_covers_small_samples():

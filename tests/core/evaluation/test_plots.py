@@ -5,14 +5,17 @@ import pytest
 from PIL import Image
 
 from roma_core.data import StoredDataset, build_dataset
-from roma_core.evaluation import figures as reconstruction_pictures
 from roma_core.evaluation import plots
-from roma_core.evaluation import plots as regression_plots
-from roma_core.evaluation.drift import Series, drift_picture, profile_of_series
-from roma_core.evaluation.figures import reconstructions
-from roma_core.evaluation.metrics import Estimate, PartEstimate, evaluate, evaluate_regression
-from roma_core.evaluation.plots import MAX_BYTES, ORANGE
-from roma_core.evaluation.reconstruction import GroupErrors
+from roma_core.evaluation.drift import InputSample, profile_of_sample
+from roma_core.evaluation.metrics import (
+    Estimate,
+    GroupErrors,
+    PartEstimate,
+    evaluate,
+    evaluate_regression,
+)
+from roma_core.evaluation.plots import MAX_BYTES, ORANGE, drift_figure
+from roma_core.evaluation.reconstruction import reconstruct_examples
 from roma_core.model.config import EncoderConfig, RoMAForPreTrainingConfig
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.schema import Channel, PositionAxis
@@ -23,7 +26,7 @@ from tests.core.hand_made import HandMade, config_of, series
 def reconstruction(n=24, channels=("a", "b"), title="series"):
     rng = np.random.default_rng(0)
     values = rng.normal(size=(n, len(channels)))
-    return plots.Reconstruction(
+    return plots.ReconstructionExample(
         title, channels, rng.random(n), values, values + 0.1, rng.random(n) > 0.5
     )
 
@@ -66,8 +69,7 @@ def test_a_crowded_plot_stays_below_the_limit(simulated):
 
 
 def test_a_legend_stands_above_the_panels_and_covers_no_point(monkeypatch):
-    for module in (plots, reconstruction_pictures, regression_plots):
-        monkeypatch.setattr(module, "png_of", lambda figure: figure)
+    monkeypatch.setattr(plots, "png_of", lambda figure: figure)
     one = PartEstimate(value=1.0, low=0.5, high=2.0)
     group = GroupErrors(name="g", slug="g", n_series=3, mse=one, clean_mse=None)
     floor = Estimate(value=1.9, low=1.8, high=2.0)
@@ -76,8 +78,8 @@ def test_a_legend_stands_above_the_panels_and_covers_no_point(monkeypatch):
     for figure in (
         plots.learning_curve(RECORDS),
         plots.reconstruction_examples([reconstruction()] * 2),
-        regression_plots.error_by_position(regression, TIME[0]),
-        reconstruction_pictures.errors_by_group([group] * 2, floor),
+        plots.error_by_position(regression, TIME[0]),
+        plots.errors_by_group([group] * 2, floor),
     ):
         figure.canvas.draw()
         (legend,) = figure.legends
@@ -100,14 +102,14 @@ def test_a_pure_number_has_no_unit_in_a_label(tmp_path):
         RoMAForPreTrainingConfig(**shape, encoder_config=stack, decoder_config=stack)
     )
 
-    example, *_ = reconstructions(model.eval(), dataset)
+    example, *_ = reconstruct_examples(model.eval(), dataset.split("test"))
 
     assert (example.axis, list(example.channels)) == ("time", ["a", "b (V)"])
 
 
 def test_only_hidden_tokens_are_drawn_as_reconstructed():
     some = reconstruction()
-    all_visible = plots.Reconstruction(
+    all_visible = plots.ReconstructionExample(
         some.title, some.channels, some.positions, some.values, some.predicted,
         np.ones(len(some.positions), bool),
     )  # fmt: skip
@@ -126,7 +128,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="other has channels"):
         plots.reconstruction_examples([reconstruction(), reconstruction(1, ("z",), "other")])
     with pytest.raises(ValueError, match=r"visible should have shape \(3,\)"):
-        plots.Reconstruction(
+        plots.ReconstructionExample(
             "s", ["a"], np.zeros(3), np.zeros((3, 1)), np.zeros((3, 1)), np.ones(2, bool)
         )
 
@@ -138,17 +140,17 @@ def some_series(n, seed, level=0.0, channels=("flux", "error")):
         "gap.time": rng.exponential(1.0, 50 * n),
     }
     values = {name: rng.normal(level, 1.0, 50 * n) for name in channels}
-    return Series(n, quantities, values, {})
+    return InputSample(n, quantities, values, {})
 
 
 def test_drift_is_drawn_in_another_colour_and_nothing_in_common_is_refused():
-    profile = profile_of_series(some_series(300, seed=0), "digest")
+    profile = profile_of_sample(some_series(300, seed=0), "digest")
 
-    same = pixels(drift_picture(profile, some_series(300, seed=1)))
-    far = pixels(drift_picture(profile, some_series(300, seed=2, level=2.0)))
+    same = pixels(drift_figure(profile, some_series(300, seed=1)))
+    far = pixels(drift_figure(profile, some_series(300, seed=2, level=2.0)))
 
     left = slice(0, same.shape[1] * 2 // 5)  # the bars
     assert share_of(same[:, left], ORANGE) == 0 < 0.02 < share_of(far[:, left], ORANGE)
-    assert pixels(drift_picture(profile, some_series(3, 3, channels=tuple("ab")))).size
+    assert pixels(drift_figure(profile, some_series(3, 3, channels=tuple("ab")))).size
     with pytest.raises(ValueError, match="no quantity"):
-        drift_picture(profile, Series(2, {}, {}, {}))
+        drift_figure(profile, InputSample(2, {}, {}, {}))

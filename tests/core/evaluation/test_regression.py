@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from roma_core.data import DatasetConfig, StoredDataset, build_dataset
-from roma_core.evaluation.job import NOT_SERVED
+from roma_core.evaluation.job import NOT_PACKAGED
 from roma_core.evaluation.metrics import evaluate_regression
 from roma_core.evaluation.predictions import RegressionTable
 from roma_core.files import read_json
@@ -109,10 +109,18 @@ def test_the_commands_end_with_errors_in_the_units_of_the_targets(places):
     weights = root / "fine/outputs/model"
 
     said = roma(
-        "evaluate", "--data", data, "--weights", weights, "--out", root / "eval", "--name", "places"
+        "evaluate",
+        "--data",
+        data,
+        "--weights",
+        weights,
+        "--run-dir",
+        root / "eval",
+        "--name",
+        "places",
     )
 
-    assert NOT_SERVED in said and not (root / "eval/outputs/package").exists()
+    assert NOT_PACKAGED in said and not (root / "eval/outputs/package").exists()
     metrics = read_json(root / "eval/outputs/metrics.json")
     rows = pq.read_table(root / "eval/outputs/predictions.parquet")
     dataset = StoredDataset(data)
@@ -128,7 +136,7 @@ def test_the_commands_end_with_errors_in_the_units_of_the_targets(places):
     )
     assert read_json(root / "eval/result.json")["metrics"]["mse"] == metrics["mse"]["value"]
     report = (root / "eval/outputs/report.html").read_text()
-    for shown in ("Evaluation of places", "true_place", "Error against position", NOT_SERVED):
+    for shown in ("Evaluation of places", "true_place", "Error against position", NOT_PACKAGED):
         assert shown in report
     assert report.count("data:image/png;base64") == 3
 
@@ -150,7 +158,7 @@ def test_what_cannot_be_evaluated_is_explained(places, tmp_path):
         weights = tmp_path / f"w{wrong['dim_output']}"
         model.save_pretrained(weights)
         out = tmp_path / f"e{wrong['dim_output']}"
-        said = roma("evaluate", "--data", data, "--weights", weights, "--out", out, ok=False)
+        said = roma("evaluate", "--data", data, "--weights", weights, "--run-dir", out, ok=False)
         assert any(part in said for part in message.split("|")) and "Traceback" not in said
 
 

@@ -92,7 +92,7 @@ def test_a_report_without_extras_has_no_empty_sections(content):
     bare = content.model_copy(update={"plots": (), "facts": (), "limits": (), "baselines": ()})
     text = Tags(render_report(bare)).text
 
-    for heading in ("Plots", "Limits", "Beside other methods", "How it came about"):
+    for heading in ("Plots", "Limits", "Comparison with other methods", "Provenance"):
         assert heading not in text
 
 

@@ -8,7 +8,7 @@ import time
 import dagster as dg
 import pytest
 
-from roma_core.evaluation.drift import profile_of_series, series_of_rows
+from roma_core.evaluation.drift import profile_of_sample, sample_from_rows
 from roma_pipelines._compat import shared_instance
 from roma_pipelines.automation.alerts import (
     deliver_pending,
@@ -179,13 +179,13 @@ def test_inputs_are_compared_with_what_the_champion_carries(month, tmp_path):
         ]
 
     assert psi() < 0.1
-    far = series_of_rows(
+    far = sample_from_rows(
         ({"positions": {"time": [0, 1, 3]}, "values": {"value": [9, 9.5, 8]}} for _ in range(99)),
         ["time"],
         ["value"],
     )
     client = connect(MlflowSettings(), month.storage.mlflow)
-    toy.build_toy(tmp_path / "package", profile=profile_of_series(far, "d").model_dump(mode="json"))
+    toy.build_toy(tmp_path / "package", profile=profile_of_sample(far, "d").model_dump(mode="json"))
     run_id = find_or_create_run(client, "roma/waves", "1" * 20, "finetuned_classifier", {}, {})
     tags = dict.fromkeys(EVIDENCE_TAGS, "0")
     made = register(client, tmp_path / "package", "waves", "1" * 20, run_id, tags, {})
@@ -328,7 +328,7 @@ def test_series_like_the_training_data_are_seldom_far_from_it(tmp_path):
     """Chance alone: of 100 samples of the same distribution, next to none reaches a threshold."""
     from roma_core.data.build import build_dataset
     from roma_core.data.store import StoredDataset
-    from roma_core.evaluation.drift import effects, reference_profile, series_from_parquet
+    from roma_core.evaluation.drift import drift_effects, reference_profile, sample_from_parquet
     from roma_pipelines.automation.drift import drifted
     from roma_pipelines.automation.settings import DriftThresholds
 
@@ -349,12 +349,12 @@ def test_series_like_the_training_data_are_seldom_far_from_it(tmp_path):
     for seed in range(100):
         path = tmp_path / "inbox.parquet"
         write_series(path, 100, 100 + seed, 0.0)
-        series = series_from_parquet([path], dataset.schema, "kind")
-        far += bool(drifted(effects(profile, series), DriftThresholds()))
+        series = sample_from_parquet([path], dataset.schema, "kind")
+        far += bool(drifted(drift_effects(profile, series), DriftThresholds()))
     assert far <= 2
     write_series(path, 50, 5, 0.0, bad=True)
-    series = series_from_parquet([path], dataset.schema, "kind")
-    assert 0 < max(e.size for e in effects(profile, series) if e.measure == "missing") < 0.01
+    series = sample_from_parquet([path], dataset.schema, "kind")
+    assert 0 < max(e.size for e in drift_effects(profile, series) if e.measure == "missing") < 0.01
 
 
 def test_definitions_with_automation_load_without_what_is_heavy(tmp_path):

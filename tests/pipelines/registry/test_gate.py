@@ -9,7 +9,7 @@ from roma_pipelines.registry.gate import CHECKS, GateDecision, GateThresholds
 
 N, K = 370, 5
 TRIAL = SmokeTest(load_s=0.5, latency_ms=2.0, golden_difference=1e-7)
-SOUND = ServingChecks(serving_difference=1e-7, size_mb=3.0, trial=TRIAL)
+SOUND = ServingChecks(serving_difference=1e-7, size_mb=3.0, smoke_test=TRIAL)
 
 
 def gate(candidate, champion, thresholds, **measured):
@@ -170,17 +170,17 @@ def test_a_clearly_better_model_passes_every_check():
     rng = np.random.default_rng(4)
     for _ in range(20):
         champion, candidate = draw(rng, 0.06)
-        assert gate(candidate, champion, GateThresholds(), champion_trial=TRIAL).passed
+        assert gate(candidate, champion, GateThresholds(), champion_smoke_test=TRIAL).passed
 
 
 @pytest.mark.parametrize(
     ("measured", "thresholds", "failed", "why"),
     [
-        ({"trial": None, "trial_problem": "model.pt2 was changed"}, {}, {"golden_rows", "latency"}, "model.pt2 was changed"),
+        ({"smoke_test": None, "smoke_test_problem": "model.pt2 was changed"}, {}, {"golden_rows", "latency"}, "model.pt2 was changed"),
         ({"serving_difference": 2e-5}, {}, {"serving_parity"}, "2.0e-05"),
         ({"serving_difference": float("nan")}, {}, {"serving_parity"}, "nan"),
         ({}, {"max_latency_ms": 1.9}, {"latency"}, "2.00 ms per series; at most 1.9"),
-        ({"champion_trial": TRIAL.model_copy(update={"latency_ms": 0.5})}, {}, {"latency"}, "4.00 times the champion's"),
+        ({"champion_smoke_test": TRIAL.model_copy(update={"latency_ms": 0.5})}, {}, {"latency"}, "4.00 times the champion's"),
         ({}, {"max_size_mb": 2.9}, {"size"}, "3.00 MB; at most 2.9"),
         ({"leaks": ("object 'x' is in both",)}, {}, {"no_leak"}, "object 'x'"),
         ({"champion_problem": "the package does not load: model.pt2 was changed"}, {}, {"comparable", "not_worse_than_champion"}, "does not load"),
