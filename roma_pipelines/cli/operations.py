@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
-
-if TYPE_CHECKING:
-    import dagster as dg
-
-    from roma_core.cli.doctor import CheckResult
 
 
 @click.command()
@@ -21,28 +13,10 @@ if TYPE_CHECKING:
 @click.option("--strict", is_flag=True, help="A warning counts as an error.")
 def health(as_json: bool, strict: bool) -> None:
     """Check all components; exit 1 on any error."""
-    from roma_core.cli.doctor import CheckResult, report
+    from roma_core.cli.doctor import report
     from roma_pipelines.operations.health import checks
-    from roma_pipelines.registry.store import MlflowSettings, connect
-    from roma_pipelines.storage import Storage, StorageError, prepare_instance
 
-    def results(stack: contextlib.ExitStack) -> Iterator[CheckResult]:
-        try:
-            storage = Storage.open()
-        except StorageError as error:
-            yield CheckResult("storage", "error", str(error))
-            return
-
-        def instance() -> dg.DagsterInstance:
-            import dagster as dg
-
-            prepare_instance(storage)
-            return stack.enter_context(dg.DagsterInstance.get())
-
-        yield from checks(storage, instance, lambda: connect(MlflowSettings(), storage.mlflow))
-
-    with contextlib.ExitStack() as stack:
-        sys.exit(report(results(stack), as_json=as_json, strict=strict))
+    sys.exit(report(checks(), as_json=as_json, strict=strict))
 
 
 @click.command()

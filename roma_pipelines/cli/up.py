@@ -35,12 +35,9 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # its job queue serves features that are not used here, with four more processes
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-    for name, port, option in (
-        ("Dagster", dagster_port, "--dagster-port"),
-        ("MLflow", mlflow_port, "--mlflow-port"),
-        ("Overview", page_port, "--page-port"),
-    ):
-        _check_free(name, port, option)
+    ports = {"dagster": dagster_port, "mlflow": mlflow_port, "page": page_port}
+    for name, port in ports.items():
+        _check_free(port, f"--{name}-port")
     from roma_pipelines.registry.store import (
         MlflowSettings,
         StoreError,
@@ -100,14 +97,14 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
     click.echo("stopped")
 
 
-def _check_free(name: str, port: int, option: str) -> None:
+def _check_free(port: int, option: str) -> None:
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(("127.0.0.1", port))
         except OSError as error:
             raise click.ClickException(
-                f"port {port}, for {name}, is in use ({error.strerror}); stop what uses it, or give another "
+                f"port {port} is in use ({error.strerror}); stop what uses it, or give another one "
                 f"with {option}"
             ) from error
 
@@ -134,19 +131,14 @@ class _Servers:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for child in self.children.values():
-            self._signal(child, signal.SIGTERM)
-        deadline = time.monotonic() + _STOP_TIMEOUT_S
-        for child in self.children.values():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(max(0.1, deadline - time.monotonic()))
-            self._signal(child, signal.SIGKILL)
-            child.wait()
-
-    @staticmethod
-    def _signal(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, number)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for child in self.children.values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, number)
+            deadline = time.monotonic() + _STOP_TIMEOUT_S
+            for child in self.children.values():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(max(0.1, deadline - time.monotonic()))
 
     def start(self) -> None:
         """Start all and print each address once it answers.

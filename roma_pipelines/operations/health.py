@@ -7,46 +7,47 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
+import dagster as dg
+
 from roma_core.cli.doctor import CheckResult
 from roma_pipelines.launching.jobs import all_jobs
-from roma_pipelines.storage import MIN_FREE_MB, Storage
+from roma_pipelines.registry.store import MlflowSettings, connect, is_server
+from roma_pipelines.storage import MIN_FREE_MB, Storage, StorageError, prepare_instance
 
 if TYPE_CHECKING:
-    import dagster as dg
     from mlflow import MlflowClient
 
 _LOW_FRACTION = 0.05  # free space of a disk
 _RECENT_FAILURES = timedelta(days=1)
 
 
-def checks(
-    storage: Storage,
-    instance: Callable[[], dg.DagsterInstance],
-    client: Callable[[], MlflowClient],
-) -> Iterator[CheckResult]:
-    """All checks in turn. A store that cannot be reached is an error and hides no other result.
-
-    Args:
-        instance, client: open Dagster's and MLflow's stores; their exceptions become results.
-    """
+def checks() -> Iterator[CheckResult]:
+    """All checks in turn. A store that cannot be reached is an error and hides no other result."""
+    try:
+        storage = Storage.open()
+    except StorageError as error:
+        yield CheckResult("storage", "error", str(error))
+        return
     yield _disk(storage)
     yield from _jobs(storage)
     try:
-        yield _mlflow(client())
+        yield _mlflow(connect(MlflowSettings(), storage.mlflow))
     except Exception as error:
         yield CheckResult("MLflow store", "error", _in_one_line(error))
     try:
-        opened = instance()
-        yield _dagster(opened)
+        prepare_instance(storage)
+        instance = dg.DagsterInstance.get()
+        yield _dagster(instance)
     except Exception as error:
         yield CheckResult("Dagster store", "error", _in_one_line(error))
         return
-    yield _daemons(opened)
-    yield _failed_runs(opened)
+    with instance:
+        yield _daemons(instance)
+        yield _failed_runs(instance)
 
 
 def _disk(storage: Storage) -> CheckResult:
@@ -80,8 +81,6 @@ def _jobs(storage: Storage) -> Iterator[CheckResult]:
 
 
 def _mlflow(client: MlflowClient) -> CheckResult:
-    from roma_pipelines.registry.store import is_server
-
     n = len(client.search_registered_models())
     kind = "server" if is_server(client.tracking_uri) else "store, its schema is current"
     return CheckResult("MLflow store", "ok", f"{kind}; {n} registered models")
@@ -115,8 +114,6 @@ def _daemons(instance: dg.DagsterInstance) -> CheckResult:
 
 
 def _failed_runs(instance: dg.DagsterInstance) -> CheckResult:
-    import dagster as dg
-
     since = datetime.now(UTC) - _RECENT_FAILURES
     filters = dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE], updated_after=since)
     runs = instance.get_runs(filters, limit=20)

@@ -1,4 +1,4 @@
-"""``roma-pipeline up`` as a process of its own, and a real browser to look at what it serves."""
+"""``roma-pipeline up`` as a process of its own, and a real browser that opens its pages."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from tests.time_limits import within
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium")
@@ -41,10 +43,10 @@ def chromium() -> Iterator[Any]:
 
 
 def eventually(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """The first true answer."""
-    deadline = time.monotonic() + seconds
+    """The first true answer; an idle computer needs so many seconds at most."""
+    deadline = time.monotonic() + within(seconds)
     while not (answer := condition()):
-        assert time.monotonic() < deadline, f"{what} did not come within {seconds:g} s"
+        assert time.monotonic() < deadline, f"{what} did not come within {within(seconds):g} s"
         time.sleep(0.2)
     return answer
 
@@ -60,10 +62,10 @@ def processes_with(variable: str, start: str) -> list[psutil.Process]:
 
 
 class Pages:
-    """The three servers over ``folder/roma``, and what a page asks of Dagster.
+    """The three servers over ``folder/roma``, and GraphQL requests to Dagster.
 
     Attributes:
-        said: what ``up`` printed until the pages were there.
+        output: what ``up`` printed until the pages were there.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, str] | None = None) -> None:
@@ -101,23 +103,23 @@ class Pages:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        self.said = ""
+        self.output = ""
         assert self.child.stdout is not None
         for line in self.child.stdout:
-            self.said += line
+            self.output += line
             if "Ctrl-C stops them" in line:
                 return
-        raise RuntimeError(f"the pages did not start:\n{self.said}")
+        raise RuntimeError(f"the pages did not start:\n{self.output}")
 
     def stop(self) -> None:
-        """As Ctrl-C would, and see that nothing stays.
+        """Stop as Ctrl-C does, and check that no process is left.
 
         Raises:
             AssertionError: a process over this storage root was left; it is killed.
         """
         if self.child.poll() is None:
             self.child.send_signal(signal.SIGTERM)
-            self.child.wait(60)
+            self.child.wait(within(20))
         left = processes_with("ROMA_STORAGE_ROOT", str(self.storage))
         for process in left:
             process.kill()
@@ -130,7 +132,7 @@ class Pages:
             json.dumps({"query": query, "variables": variables}).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=within(10)) as answer:
             document = json.load(answer)
         assert "errors" not in document, document
         return document["data"]
@@ -141,7 +143,7 @@ class Pages:
         return self.ask(query)["runsOrError"]["results"]
 
     def story(self, run_id: str) -> str:
-        """What the run's last events say, for a test that wonders."""
+        """The run's last events, for messages of failed tests."""
         query = """query ($id: ID!) { runOrError(runId: $id) { ... on Run { eventConnection { events {
             ... on MessageEvent { message }
             ... on ExecutionStepFailureEvent { error { message cause { message } } } } } } } }"""

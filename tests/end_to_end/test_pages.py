@@ -27,6 +27,7 @@ from tests.end_to_end.served import (
     processes_with,
 )
 from tests.pipelines import tiny
+from tests.time_limits import within
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
@@ -105,7 +106,7 @@ def screenshots(tmp_path_factory):
 @pytest.fixture
 def page(browser, screenshots, request):
     page = browser.new_page(viewport={"width": 1500, "height": 1000})
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(within(30) * 1000)
     yield page
     page.screenshot(path=screenshots / f"{request.node.name}.png")
     page.close()
@@ -254,7 +255,7 @@ def test_mlflow_shows_the_registered_model(pages, page):
 def test_sigterm_stops_all_servers(pages):
     pages.child.send_signal(signal.SIGTERM)
 
-    out, _ = pages.child.communicate(timeout=60)
+    out, _ = pages.child.communicate(timeout=within(20))
 
     assert pages.child.returncode == 0
     assert out.splitlines()[-1] == "stopped"
