@@ -5,7 +5,8 @@
 The pods of one Job share its claim; a pod of any other Job leaves with exit code 0. SIGTERM, which
 Kubernetes sends before it removes a pod, becomes the attempt's stop file and is passed on, so that
 all pods save and end together. If the attempt's ``exit.json`` says "continue", the exit code is 75
-whatever torchrun returned.
+whatever torchrun returned. The program's output goes to the attempt's ``log`` (``log.INDEX`` of
+another pod than the first) and to stdout, so that the log outlives a pod that is deleted.
 
 Only the standard library, ``roma_core.files`` and ``roma_core.claim``: this runs before every job.
 """
@@ -17,9 +18,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from roma_core.claim import (
     ATTEMPT_VARIABLE,
@@ -32,6 +35,7 @@ from roma_core.files import read_json
 
 _DNS_TIMEOUT_S = 300.0  # the other pod may still pull its image
 _POLL_S = 0.5
+_OUTPUT_TIMEOUT_S = 5.0  # a process that outlives the program may keep its output open
 
 
 class StartError(Exception):
@@ -58,7 +62,9 @@ def main(arguments: list[str]) -> int:
     except StartError as reason:
         print(f"roma: {reason}", file=sys.stderr)
         return 2
-    code = child.run(program, {FOLDER_VARIABLE: str(folder), ATTEMPT_VARIABLE: n})
+    index = os.environ.get("JOB_COMPLETION_INDEX", "0")
+    log = attempt / ("log" if index == "0" else f"log.{index}")
+    code = child.run(program, {FOLDER_VARIABLE: str(folder), ATTEMPT_VARIABLE: n}, log)
     return CONTINUE_EXIT_CODE if code and _saved_to_continue(attempt) else code
 
 
@@ -124,14 +130,40 @@ class _Child:
             sys.exit(128 + number)
         self.process.send_signal(number)
 
-    def run(self, program: list[str], variables: dict[str, str]) -> int:
+    def run(self, program: list[str], variables: dict[str, str], log: Path) -> int:
         try:
-            self.process = subprocess.Popen(program, env={**os.environ, **variables})
+            self.process = subprocess.Popen(
+                program,
+                env={**os.environ, **variables},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
         except OSError as error:
             print(f"roma: cannot start {program[0]}: {error}", file=sys.stderr)
             return 127
+        copier = threading.Thread(target=_copy_output, args=(self.process.stdout, log), daemon=True)
+        copier.start()
         code = self.process.wait()
+        copier.join(_OUTPUT_TIMEOUT_S)
         return 128 - code if code < 0 else code
+
+
+def _copy_output(output: IO[bytes], log: Path) -> None:
+    """Copy the program's output to the attempt's log, and to stdout for ``kubectl logs``."""
+    file: IO[bytes] | None = None
+    try:
+        file = log.open("ab", buffering=0)
+    except OSError as error:
+        print(f"roma: cannot write {log} ({error})", file=sys.stderr)
+    while part := os.read(output.fileno(), 65536):
+        sys.stdout.buffer.write(part)
+        sys.stdout.buffer.flush()
+        try:
+            if file is not None:
+                file.write(part)
+        except OSError as error:  # the disk is full; the program runs on
+            print(f"roma: cannot write {log} ({error})", file=sys.stderr)
+            file = None
 
 
 if __name__ == "__main__":

@@ -34,8 +34,10 @@ def serve(jobs: int, folder: Path) -> None:
     """The server: says where it is, ends jobs at random, says what it was asked at the end."""
     api = FakeApi()
     api.store.add("namespaces", {"metadata": {"name": "roma"}})
-    site = KubernetesProfile(name="bench", kubeconfig=api.write_kubeconfig(folder / "kubeconfig"))
-    made = [_running(api, site, n) for n in range(jobs)]
+    profile = KubernetesProfile(
+        name="bench", kubeconfig=api.write_kubeconfig(folder / "kubeconfig")
+    )
+    made = [_running(api, profile, n) for n in range(jobs)]
     print(json.dumps(made), flush=True)
     for line in sys.stdin:
         if line.startswith("end"):
@@ -54,8 +56,8 @@ def _complete(job: Object) -> None:
     job["status"].update(conditions=[complete])
 
 
-def _running(api: FakeApi, site: KubernetesProfile, n: int) -> list[str]:
-    job = api.create("jobs", "roma", manifests(spec_of(n), site, "/x", 1)[0], {})
+def _running(api: FakeApi, profile: KubernetesProfile, n: int) -> list[str]:
+    job = api.create("jobs", "roma", manifests(spec_of(n), profile, "/x", 1)[0], {})
     api.store.change(
         "jobs", "roma", job["metadata"]["name"], lambda o: o["status"].update(active=1)
     )
@@ -80,8 +82,8 @@ def watch(jobs: int, seconds: float, folder: Path) -> None:
     )
     assert server.stdin is not None and server.stdout is not None
     made = json.loads(server.stdout.readline())
-    site = KubernetesProfile(name="bench", kubeconfig=folder / "kubeconfig")
-    launcher = KubernetesLauncher(site)
+    profile = KubernetesProfile(name="bench", kubeconfig=folder / "kubeconfig")
+    launcher = KubernetesLauncher(profile)
     handles = []
     for n, (name, uid) in enumerate(made):
         job = JobFolder(folder / "jobs" / name)

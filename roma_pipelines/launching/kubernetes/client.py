@@ -1,12 +1,6 @@
-"""The log of a pod, brought into the job folder while it is written.
+"""One namespace of a Kubernetes cluster: requests through the official client, and informers.
 
-Pods that are ended for another's failure are deleted with their logs, so the first pod's is followed
-live. A stream may be cut at any time (the kubelet does so after some hours, a certificate may be
-replaced): it is opened again from the time of the last line, and lines that come twice are known by
-their times.
-
-Requests to one Kubernetes API server, through the official client.
-What a cluster's jobs are doing, as one process sees it: one list, then one watch, per kind.
+An ``Informer`` keeps all objects of a kind up to date; all launchers of a process share them.
 """
 
 from __future__ import annotations
@@ -20,20 +14,23 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from roma_pipelines.launching.kubernetes.manifests import CONTAINER, CONTROLLER_LABEL, MANAGED_BY
+from roma_pipelines.launching.kubernetes.manifests import CONTROLLER_LABEL, MANAGED_BY, Manifest
 from roma_pipelines.launching.launcher import Rejected, Unreachable
 
-_RENEW_S = 25 * 60.0
+Object = dict[str, Any]
+
+_RENEW_S = 25 * 60.0  # credentials and certificates are read again after so long
 _CONNECT_S, _READ_S = 5.0, 30.0
 _BUSY = frozenset({408, 429, 500, 502, 503, 504})
+_FIRST_ANSWER_S = 10.0
 
 
 class ApiError(RuntimeError):
-    """The API server answered no.
+    """The API server rejected a request.
 
     Attributes:
         code: HTTP status.
-        reasons: all that it found wrong.
+        reasons: every cause that it named.
     """
 
     def __init__(self, code: int, reasons: list[str]) -> None:
@@ -41,42 +38,74 @@ class ApiError(RuntimeError):
         super().__init__("; ".join(reasons))
 
 
-class Connection:
-    """One API server as one account; threads may share it."""
+class Client:
+    """A namespace, accessed with one account; threads may share it.
 
-    def __init__(self, kubeconfig: Path | None = None, context: str | None = None) -> None:
-        self.kubeconfig, self.context = kubeconfig, context
-        self._client: Any = None
+    Attributes:
+        jobs: the informer of our Jobs, by uid.
+        pods: of their pods, by the Job's uid.
+        warnings: of Warning events, by the uid of the object they are about.
+    """
+
+    def __init__(
+        self, kubeconfig: Path | None = None, context: str | None = None, namespace: str = "default"
+    ) -> None:
+        self.kubeconfig, self.context, self.namespace = kubeconfig, context, namespace
+        self._api_client: Any = None
         self._made_at = 0.0
         self._lock = threading.Lock()
 
+        def controller(pod: Object) -> str:
+            return str(pod["metadata"].get("labels", {}).get(CONTROLLER_LABEL, ""))
+
+        ours = {"labelSelector": selector(MANAGED_BY)}
+        self.jobs = Informer(self, "jobs", ours, lambda job: str(job["metadata"]["uid"]))
+        self.pods = Informer(self, "pods", ours, controller)
+        self.warnings = Informer(
+            self,
+            "events",
+            {"fieldSelector": "type=Warning"},
+            lambda event: str(event["involvedObject"].get("uid", "")),
+        )
+
+    def path(self, resource: str, name: str = "") -> str:
+        """Path of a kind of object, such as ``pods``, or of one of them."""
+        group = "apis/batch/v1" if resource == "jobs" else "api/v1"
+        return f"/{group}/namespaces/{self.namespace}/{resource}" + (f"/{name}" if name else "")
+
     def request(
         self, method: str, path: str, *, query: Mapping[str, Any] | None = None, body: Any = None
-    ) -> dict[str, Any]:
+    ) -> Object:
         """The answer to one request.
 
         Raises:
-            Denied: the server said no.
-            NoAnswer: it may or may not have been done.
-            Refused: there is no configuration to reach a cluster with.
+            ApiError: the server rejected it.
+            Unreachable: whether it was done is not known.
+            Rejected: no cluster is configured here.
         """
         with self._answer(method, path, query or {}, body, _READ_S) as response:
-            document: dict[str, Any] = json.loads(response.data)
+            document: Object = json.loads(response.data)
             return document
 
-    def lines(self, path: str, query: Mapping[str, Any], silent_s: float) -> Iterator[bytes]:
+    def create(self, manifest: Manifest, dry_run: bool = False) -> Object:
+        """Create an object; unknown fields are errors. Raises as ``request``."""
+        query = {"fieldValidation": "Strict", **({"dryRun": "All"} if dry_run else {})}
+        path = self.path(f"{manifest['kind'].lower()}s")
+        return self.request("POST", path, query=query, body=manifest)
+
+    def lines(self, path: str, query: Mapping[str, Any], timeout_s: float) -> Iterator[bytes]:
         """Lines of an answer as they arrive, until the server ends it.
 
         Args:
-            silent_s: a stream that brings nothing for so long is taken for cut.
+            timeout_s: a stream without data for so long counts as cut.
 
         Raises:
-            Denied, NoAnswer, Refused: as of ``request``; also in the middle.
+            ApiError, Unreachable, Rejected: as ``request``; also after the first lines.
         """
         from urllib3.exceptions import HTTPError
 
         rest = b""
-        with self._answer("GET", path, query, None, silent_s) as response:
+        with self._answer("GET", path, query, None, timeout_s) as response:
             try:
                 for part in response.stream(amt=None, decode_content=False):
                     *whole, rest = (rest + part).split(b"\n")
@@ -86,13 +115,29 @@ class Connection:
         if rest:
             yield rest
 
+    def sync(self) -> str:
+        """Keep the informers running; the reason if they have no current state, else empty."""
+        for informer in (self.jobs, self.pods, self.warnings):
+            informer.wake()
+        for informer in (self.jobs, self.pods):
+            deadline = time.monotonic() + _FIRST_ANSWER_S
+            while not informer.synced.wait(0.05) and not informer.error:
+                if time.monotonic() > deadline:
+                    return "the Kubernetes API server has not answered yet"
+        return self.jobs.error or self.pods.error  # a state is complete without warnings
+
+    def warnings_about(self, objects: list[Object]) -> list[Object]:
+        """Warning events of these objects, the oldest first."""
+        found = [w for there in objects for w in self.warnings.present(there["metadata"]["uid"])]
+        return sorted(found, key=_time_of)
+
     def _answer(
         self, method: str, path: str, query: Mapping[str, Any], body: Any, read_s: float
     ) -> Any:
         from kubernetes.client.exceptions import ApiException
         from urllib3.exceptions import HTTPError
 
-        for again in (True, False):
+        for first in (True, False):
             try:
                 return self._api().call_api(
                     path,
@@ -109,36 +154,33 @@ class Connection:
                     _request_timeout=(_CONNECT_S, read_s),
                 )
             except ApiException as error:
-                if again and error.status in (0, None, 401):
-                    self._forget()
-                    continue
-                _raise(error)
+                if not first or error.status not in (0, None, 401):
+                    _raise(error)
             except (HTTPError, OSError) as error:
-                if again and method == "GET" and "SSL" in type(error).__name__ + str(error):
-                    self._forget()  # a certificate was replaced
-                    continue
-                raise Unreachable(f"the Kubernetes API server does not answer: {error}") from error
+                replaced = "SSL" in type(error).__name__ + str(error)  # a new certificate
+                if not (first and method == "GET" and replaced):
+                    raise Unreachable(
+                        f"the Kubernetes API server does not answer: {error}"
+                    ) from error
+            with self._lock:
+                self._api_client = None
         raise AssertionError("the second try returns or raises")
-
-    def _forget(self) -> None:
-        with self._lock:
-            self._client = None
 
     def _api(self) -> Any:
         with self._lock:
-            if self._client is None or time.monotonic() - self._made_at > _RENEW_S:
-                self._client, self._made_at = self._make(), time.monotonic()
-            return self._client
+            if self._api_client is None or time.monotonic() - self._made_at > _RENEW_S:
+                self._api_client, self._made_at = self._configured(), time.monotonic()
+            return self._api_client
 
-    def _make(self) -> Any:
+    def _configured(self) -> Any:
         from kubernetes import client, config
         from kubernetes.config.config_exception import ConfigException
 
         made = client.Configuration()
         try:
-            asked = self.kubeconfig or self.context or os.environ.get("KUBECONFIG")
-            if not asked and "KUBERNETES_SERVICE_HOST" in os.environ:
-                config.load_incluster_config(client_configuration=made)  # a pod's own account
+            named = self.kubeconfig or self.context or os.environ.get("KUBECONFIG")
+            if not named and "KUBERNETES_SERVICE_HOST" in os.environ:
+                config.load_incluster_config(client_configuration=made)  # the pod's own account
             else:
                 path = str(self.kubeconfig) if self.kubeconfig else None
                 config.load_kube_config(path, self.context, client_configuration=made)
@@ -150,12 +192,28 @@ class Connection:
                     f"file has several"
                 ]
             ) from error
-        made.retries = False  # what is asked again is decided here, not below
+        made.retries = False  # requests are retried here, not below
         return client.ApiClient(made)
 
 
+_clients: dict[tuple[Any, ...], Client] = {}
+_clients_lock = threading.Lock()
+
+
+def shared_client(kubeconfig: Path | None, context: str | None, namespace: str) -> Client:
+    """The one client of this process for a namespace, so that all its launchers share the watches."""
+    key = (kubeconfig, context, namespace)
+    with _clients_lock:
+        return _clients.setdefault(key, Client(*key))
+
+
+def selector(labels: Mapping[str, str]) -> str:
+    """A label selector that matches objects with all these labels."""
+    return ",".join(f"{name}={value}" for name, value in labels.items())
+
+
 def _raise(error: Any) -> NoReturn:
-    """An ApiException as one of the two kinds."""
+    """Raise what an ApiException means."""
     reasons = [f"HTTP {error.status} {error.reason}"]
     try:
         status = json.loads(error.body)
@@ -170,69 +228,80 @@ def _raise(error: Any) -> NoReturn:
     raise ApiError(error.status, reasons) from error
 
 
-Object = dict[str, Any]
+def _time_of(event: Object) -> str:
+    """Time of an event: schedulers fill one field, controllers and kubelets another."""
+    series = event.get("series") or {}
+    times = (series.get("lastObservedTime"), event.get("lastTimestamp"), event.get("eventTime"))
+    return next((t for t in times if t), event["metadata"].get("creationTimestamp", ""))
 
-_IDLE_S = 120.0  # nobody looked for so long: stop watching
-_SILENT_S = 60.0  # a watch that brings nothing is opened anew; half-open connections look like that
-_WATCH_S = 240  # the server is asked to end it then
-_SETTLED_S = 20.0  # a watch that lived so long was no failed try
+
+# -- objects kept up to date ---------------------------------------------------------------------
+
+_IDLE_S = 120.0  # an informer that was not read for so long stops
+_SILENT_S = 60.0  # a watch without data for so long is opened again: it may be half open
+_WATCH_S = 240  # the server ends a watch after so long
+_STABLE_S = 20.0  # a watch that lasted so long was no failed try
 _PAGE = 500
-_SLOWEST_S = 15.0
-_KEPT_S = 3600.0
-_FIRST_ANSWER_S = 10.0
+_MAX_WAIT_S = 15.0
+_KEEP_DELETED_S = 3600.0
 
 
 class Informer:
-    """All objects of one kind, kept up to date by a thread.
+    """All objects of one kind that match a query, kept up to date by a thread.
+
+    One list, then one watch that resumes at its last resourceVersion. After 410 (Gone) it lists
+    again and keeps what vanished meanwhile among the deleted objects. (The official client's
+    ``Watch`` builds a model of every event, which takes 20 times as long as its JSON, and without
+    models it cannot read a 410.)
 
     Attributes:
-        error: why there is no news at the moment; empty while there is.
-        synced: whether there ever was an answer.
+        error: why the state is not current; empty while it is.
+        synced: set once there was an answer.
     """
 
     def __init__(
-        self, connection: Connection, path: str, query: dict[str, str], group: Callable[..., str]
+        self,
+        client: Client,
+        resource: str,
+        query: dict[str, str],
+        group_of: Callable[[Object], str],
     ) -> None:
         """
         Args:
-            group: of an object, by which it is asked for.
+            group_of: key by which an object is looked up.
         """
-        self.connection, self.path, self.query, self.group = connection, path, query, group
+        self.client, self.path, self.query = client, client.path(resource), query
+        self.group_of = group_of
         self.error, self.synced = "", threading.Event()
-        self._groups: dict[str, dict[str, Object]] = {}  # group -> uid -> object
-        self._left: dict[str, dict[str, tuple[float, Object]]] = {}
+        self._present: dict[str, dict[str, Object]] = {}  # group -> uid -> object
+        self._deleted: dict[str, dict[str, tuple[float, Object]]] = {}
         self._lock = threading.Lock()
         self._version = ""
-        self._looked_at = time.monotonic()
+        self._read_at = time.monotonic()
         self._thread: threading.Thread | None = None
 
     def wake(self) -> None:
-        """Somebody looks: watch, if nobody does."""
+        """Start the thread if it does not run, and keep it running for a while."""
         with self._lock:
-            self._looked_at = time.monotonic()
+            self._read_at = time.monotonic()
             if self._thread is None or not self._thread.is_alive():
                 name = f"watch {self.path}"
                 self._thread = threading.Thread(target=self._run, name=name, daemon=True)
                 self._thread.start()
 
     def present(self, group: str) -> list[Object]:
-        """Objects of the group that exist."""
+        """Existing objects of the group."""
         with self._lock:
-            return list(self._groups.get(group, {}).values())
+            return list(self._present.get(group, {}).values())
 
-    def all_present(self) -> list[Object]:
-        """All objects that exist."""
+    def deleted(self, group: str) -> list[Object]:
+        """Deleted objects of the group, as they were last reported."""
         with self._lock:
-            return [there for members in self._groups.values() for there in members.values()]
-
-    def departed(self, group: str) -> list[Object]:
-        """Objects of the group that existed, as they were last seen."""
-        with self._lock:
-            return [there for _, there in self._left.get(group, {}).values()]
+            return [there for _, there in self._deleted.get(group, {}).values()]
 
     def _run(self) -> None:
         wait_s = 0.0
-        while time.monotonic() - self._looked_at < _IDLE_S:
+        while time.monotonic() - self._read_at < _IDLE_S:
             began = time.monotonic()
             try:
                 if not self._version:
@@ -241,37 +310,38 @@ class Informer:
                 self.synced.set()
                 self._watch()
                 wait_s = 0.0
-            except ApiError as no:
-                if no.code == 410:
+            except ApiError as error:
+                if error.code == 410:
                     self._version = ""
                     continue
-                self.error = str(no)
-            except (Unreachable, Rejected) as away:
-                # one cut stream is no news; only a server that cannot be reached again is
-                if time.monotonic() - began > _SETTLED_S:
+                self.error = str(error)
+            except (Unreachable, Rejected) as error:
+                # a cut stream is normal; only a server that cannot be reached again is an error
+                if time.monotonic() - began > _STABLE_S:
                     wait_s = 0.0
                 elif wait_s or not self.synced.is_set():
-                    self.error = str(away)
-            wait_s = min(max(0.2, 2 * wait_s), _SLOWEST_S)
-            time.sleep(wait_s * random.uniform(0.5, 1.0))  # many processes lost it at once
+                    self.error = str(error)
+            wait_s = min(max(0.2, 2 * wait_s), _MAX_WAIT_S)
+            time.sleep(wait_s * random.uniform(0.5, 1.0))  # many processes retry at once
         with self._lock:
-            self._version = ""  # what happens now is not seen
+            self._version = ""  # changes are missed from now on
             self.synced.clear()
 
     def _list(self) -> None:
         found: list[Object] = []
         query = {**self.query, "limit": _PAGE}
         while True:
-            answer = self.connection.request("GET", self.path, query=query)
+            answer = self.client.request("GET", self.path, query=query)
             found += answer.get("items") or []
             if not (token := answer["metadata"].get("continue")):
                 break
             query["continue"] = token
-        uids = {item["metadata"]["uid"] for item in found}
+        uids = {there["metadata"]["uid"] for there in found}
         with self._lock:
-            gone = [o for g in self._groups.values() for uid, o in g.items() if uid not in uids]
-        for there in gone:
-            self._apply("DELETED", there)
+            known = [there for members in self._present.values() for there in members.values()]
+        for there in known:
+            if there["metadata"]["uid"] not in uids:
+                self._apply("DELETED", there)
         for there in found:
             self._apply("MODIFIED", there)
         self._version = answer["metadata"]["resourceVersion"]
@@ -285,7 +355,7 @@ class Informer:
             "timeoutSeconds": _WATCH_S,
         }
         try:
-            for line in self.connection.lines(self.path, query, _SILENT_S):
+            for line in self.client.lines(self.path, query, _SILENT_S):
                 event = json.loads(line)
                 there = event["object"]
                 if event["type"] == "ERROR":
@@ -293,214 +363,24 @@ class Informer:
                 self._version = there["metadata"]["resourceVersion"]
                 if event["type"] != "BOOKMARK":
                     self._apply(event["type"], there)
-                if time.monotonic() - self._looked_at > _IDLE_S:
+                if time.monotonic() - self._read_at > _IDLE_S:
                     return
-        except ValueError as error:  # the last line of a stream that was cut
+        except ValueError as error:  # the last line of a cut stream
             raise Unreachable(f"{self.path}: {error}") from error
 
-    def _apply(self, kind: str, there: Object) -> None:
-        there["metadata"].pop("managedFields", None)  # half of every object, of no use here
-        uid, group = there["metadata"]["uid"], self.group(there)
+    def _apply(self, change: str, there: Object) -> None:
+        there["metadata"].pop("managedFields", None)  # half of every object, not used here
+        uid, group = there["metadata"]["uid"], self.group_of(there)
         now = time.monotonic()
         with self._lock:
-            if kind != "DELETED":
-                self._groups.setdefault(group, {})[uid] = there
+            if change != "DELETED":
+                self._present.setdefault(group, {})[uid] = there
                 return
-            members = self._groups.get(group, {})
+            members = self._present.get(group, {})
             members.pop(uid, None)
             if not members:
-                self._groups.pop(group, None)
-            self._left.setdefault(group, {})[uid] = (now, there)
-            for name, left in list(self._left.items()):
-                if all(now - at > _KEPT_S for at, _ in left.values()):
-                    del self._left[name]
-
-
-class ClusterView:
-    """Jobs, their pods, and warnings about both, in one namespace."""
-
-    def __init__(self, connection: Connection, namespace: str) -> None:
-        ours = {"labelSelector": ",".join(f"{k}={v}" for k, v in MANAGED_BY.items())}
-        core = f"/api/v1/namespaces/{namespace}"
-
-        def uid(there: Object) -> str:
-            return str(there["metadata"]["uid"])
-
-        def controller(there: Object) -> str:
-            return str(there["metadata"].get("labels", {}).get(CONTROLLER_LABEL, ""))
-
-        def about(there: Object) -> str:
-            return str(there["involvedObject"].get("uid", ""))
-
-        jobs = f"/apis/batch/v1/namespaces/{namespace}/jobs"
-        self.jobs = Informer(connection, jobs, ours, uid)
-        self.pods = Informer(connection, f"{core}/pods", ours, controller)
-        self.warnings = Informer(
-            connection, f"{core}/events", {"fieldSelector": "type=Warning"}, about
-        )
-
-    def look(self) -> str:
-        """Make sure somebody watches; why there is no news, empty if there is."""
-        mirrors = (self.jobs, self.pods, self.warnings)
-        for mirror in mirrors:
-            mirror.wake()
-        for mirror in (self.jobs, self.pods):
-            deadline = time.monotonic() + _FIRST_ANSWER_S
-            while not mirror.synced.wait(0.05) and not mirror.error:
-                if time.monotonic() > deadline:
-                    return "the Kubernetes API server has not answered yet"
-        return self.jobs.error or self.pods.error  # without warnings one can go on
-
-    def warnings_about(self, objects: list[Object]) -> list[Object]:
-        """Warning events of these objects, the oldest first."""
-        found = [w for o in objects for w in self.warnings.present(o["metadata"]["uid"])]
-        return sorted(found, key=when)
-
-
-def when(event: Object) -> str:
-    """Time of an event: schedulers fill one field, controllers and kubelets another."""
-    series = event.get("series") or {}
-    times = (series.get("lastObservedTime"), event.get("lastTimestamp"), event.get("eventTime"))
-    return next((t for t in times if t), event["metadata"].get("creationTimestamp", ""))
-
-
-_views: dict[tuple[Any, ...], ClusterView] = {}
-_views_lock = threading.Lock()
-
-
-def shared_view(connection: Connection, namespace: str) -> ClusterView:
-    """The one view of this process on a namespace of a cluster."""
-    key = (connection.kubeconfig, connection.context, namespace)
-    with _views_lock:
-        if key not in _views:
-            _views[key] = ClusterView(connection, namespace)
-        return _views[key]
-
-
-_kubernetes_logs_SILENT_S = 300.0
-_AGAIN_S = 0.5
-
-_MARK_EVERY_S = 1.0
-
-
-class LogFollower:
-    """Appends the log of one pod to a file, until the pod is over and all of it is there."""
-
-    def __init__(
-        self,
-        connection: Connection,
-        namespace: str,
-        pod: str,
-        log: Path,
-        is_over: Callable[[], bool],
-    ) -> None:
-        """
-        Args:
-            is_over: whether the pod will write no more.
-        """
-        self.connection, self.pod, self.log, self.is_over = connection, pod, log, is_over
-        self.path = f"/api/v1/namespaces/{namespace}/pods/{pod}/log"
-        self.mark = log.with_name(f".{log.name}.position")
-        self._last, self._same = self._read_mark()  # time of the last line, and how many have it
-        self._marked_at = 0.0
-        self._left = False
-        self._thread = threading.Thread(target=self._run, name=f"log of {pod}", daemon=True)
-        self._thread.start()
-
-    def finish(self, wait_s: float) -> None:
-        """Wait so long for the rest of the log; what comes later is left.
-
-        Its Job is over, but the watch on pods may hear of the pod's end later than the one on Jobs.
-        """
-        self._thread.join(wait_s)
-        self._left = True
-
-    def _run(self) -> None:
-        wait_s = _AGAIN_S
-        while not self._left:
-            over = self.is_over()  # asked first: what is written after this is still read
-            try:
-                came = self._read(follow=not over)
-            except ApiError as no:
-                if no.code in (404, 403) or (over and no.code != 401):
-                    return  # the pod is gone, or its log is not to be had
-                over, came = (
-                    False,
-                    False,
-                )  # its container is only starting; or the token was replaced
-            except Rejected:
-                return
-            except Unreachable:
-                over, came = False, False
-            if over and not came:  # the end of a stream alone may be a cut
-                return
-            if over:
-                continue
-            wait_s = _AGAIN_S if came else min(2 * wait_s, _SLOWEST_S)
-            self._pause(wait_s)
-
-    def _pause(self, seconds: float) -> None:
-        """Wait, but hardly beyond the pod's end."""
-        end = time.monotonic() + seconds
-        while True:
-            time.sleep(0.1)
-            if time.monotonic() > end or self._left or self.is_over():
-                return
-
-    def _read(self, follow: bool) -> bool:
-        """Read one stream to its end; whether it brought anything."""
-        query = {"container": CONTAINER, "follow": str(follow).lower(), "timestamps": "true"}
-        if self._last:
-            query["sinceTime"] = self._last
-        before, repeated, came = self._last, 0, False
-        try:
-            for line in self.connection.lines(self.path, query, _kubernetes_logs_SILENT_S):
-                if self._left:
-                    return came
-                stamp, _, text = line.decode(errors="replace").partition(" ")
-                if before and stamp <= before:
-                    repeated += stamp == before
-                    if stamp < before or repeated <= self._same:
-                        continue
-                self._append(stamp, text)
-                came = True
-        finally:
-            self._write_mark()
-        return came
-
-    def _append(self, stamp: str, text: str) -> None:
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
-        self._same = self._same + 1 if stamp == self._last else 1
-        self._last = stamp
-        if time.monotonic() - self._marked_at > _MARK_EVERY_S:
-            self._write_mark()
-
-    def _read_mark(self) -> tuple[str, int]:
-        """Where the watcher before stopped; of another pod it is the beginning."""
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            mark = json.loads(self.mark.read_text())
-            return (mark["time"], mark["same"]) if mark["pod"] == self.pod else ("", 0)
-        except (OSError, ValueError, KeyError, TypeError):
-            return "", 0
-
-    def _write_mark(self) -> None:
-        """Not synced: losing it repeats the lines of a second."""
-        self._marked_at = time.monotonic()
-        mark = {"schema_version": 1, "pod": self.pod, "time": self._last, "same": self._same}
-        aside = self.mark.with_name(f"{self.mark.name}.new")
-        aside.write_text(json.dumps(mark))
-        aside.replace(self.mark)
-
-
-def end_of_log(connection: Connection, namespace: str, pod: str, lines: int) -> str:
-    """The last lines of a pod's log; empty if it has none or nobody can say."""
-    path = f"/api/v1/namespaces/{namespace}/pods/{pod}/log"
-    query = {"container": CONTAINER, "tailLines": lines}
-    try:
-        return "\n".join(
-            line.decode(errors="replace") for line in connection.lines(path, query, 30.0)
-        )
-    except (ApiError, Unreachable, Rejected):
-        return ""
+                self._present.pop(group, None)
+            self._deleted.setdefault(group, {})[uid] = (now, there)
+            for name, gone in list(self._deleted.items()):
+                if all(now - at > _KEEP_DELETED_S for at, _ in gone.values()):
+                    del self._deleted[name]

@@ -1,79 +1,88 @@
-"""What a Kubernetes job can be told before it queues: every reason at once.
+"""What can be found wrong with a Kubernetes job before it queues: every reason at once.
 
-The API server knows best: a dry run with strict fields is its own word on names, quantities,
-quotas, rights and whatever its admission adds, and creates nothing. It does not look at what pods
-need (images, accounts, nodes); that is found when they start, within the profile's start timeout.
+The API server checks each manifest in a dry run with strict fields: names, quantities, quotas,
+rights and whatever its admission adds, and it creates nothing. It does not look at what pods need
+(images, accounts, nodes); that is found when they start, within the profile's start timeout.
 """
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+import re
+import secrets
+import shutil
 
 from roma_core.job import JobFolder
-from roma_pipelines.launching.kubernetes.client import ApiError
-from roma_pipelines.launching.launcher import Rejected, check_writable
+from roma_pipelines.launching.kubernetes.client import ApiError, Client
+from roma_pipelines.launching.kubernetes.manifests import Manifest
+from roma_pipelines.launching.kubernetes.profile import KubernetesProfile
+from roma_pipelines.launching.launcher import Rejected
 from roma_pipelines.launching.spec import JobSpec, Plan
 
-if TYPE_CHECKING:
-    from roma_pipelines.launching.kubernetes.launcher import KubernetesLauncher
+SECRET = re.compile(r"KEY|TOKEN|PASSWORD|SECRET|USERNAME|CREDENTIAL")
+"""Names of variables whose values no manifest may hold."""
+_MIN_FREE_MB = 200
 
 
-def refusals(launcher: KubernetesLauncher, plan: Plan) -> list[str]:
-    """All reasons why this job would not run on this cluster.
+def reasons_against(plan: Plan, profile: KubernetesProfile, client: Client) -> list[str]:
+    """All reasons why the API server or the pods would not accept this job.
 
     Raises:
-        NoAnswer: the cluster is away.
+        Unreachable: the cluster does not answer.
     """
-    found = [*_about_folder(launcher, plan.folder), *_about_secrets(launcher, plan.spec)]
+    found = [*_check_folder(plan.folder, profile), *_check_secrets(plan.spec, profile)]
     try:
         for manifest in plan.content:
-            found += _about_manifest(launcher, manifest)
-    except Rejected as error:  # there is no cluster to ask
+            found += _check_manifest(manifest, client)
+    except Rejected as error:  # no cluster is configured
         found += error.reasons
     return list(dict.fromkeys(found))
 
 
-def _about_folder(launcher: KubernetesLauncher, folder: JobFolder) -> list[str]:
-    """Whether jobs may be written here, and pods would see what is written."""
-    root, site = folder.path.resolve().parent, launcher.site
-    if not site.holds(root):
-        mounts = ", ".join(v.mount for v in site.volumes if not v.read_only) or "none"
+def _check_folder(folder: JobFolder, profile: KubernetesProfile) -> list[str]:
+    """Whether jobs can be written here, and pods would see what is written."""
+    root = folder.path.resolve().parent
+    if not profile.holds(root):
+        mounts = ", ".join(v.mount for v in profile.volumes if not v.read_only) or "none"
         return [
-            f"{root} is in no writable volume of the profile {site.name} (there: {mounts}), so pods "
-            f"would not see the job folder; set ROMA_STORAGE_ROOT to a folder in one of them, or name "
-            f"the volume under `volumes`"
+            f"{root} is in no writable volume of the profile {profile.name} (there: {mounts}), so "
+            f"pods would not see the job folder; set ROMA_STORAGE_ROOT to a folder in one of them, "
+            f"or add its volume to `volumes`"
         ]
-    return check_writable(root)
+    probe = root / f".preflight-{secrets.token_hex(4)}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        return [f"cannot write to {root} ({error.strerror}); set ROMA_STORAGE_ROOT"]
+    free_mb = shutil.disk_usage(root).free / 1e6
+    if free_mb < _MIN_FREE_MB:
+        return [f"{root} has {free_mb:.0f} MB of free space; {_MIN_FREE_MB} MB are needed"]
+    return []
 
 
-def _about_secrets(launcher: KubernetesLauncher, spec: JobSpec) -> list[str]:
-    """Secrets that are set here and would not arrive."""
-    from roma_pipelines.launching.kubernetes.launcher import SECRET
-
-    if launcher.site.secrets:
-        return []  # what is in them is not ours to read
+def _check_secrets(spec: JobSpec, profile: KubernetesProfile) -> list[str]:
+    """Secrets that are set here and would not reach the pods."""
+    if profile.secrets:
+        return []  # their content may not be readable from here
     return [
-        f"{name} is set here, and a manifest is no place for a secret; put it into a Secret of the "
-        f"namespace {launcher.site.namespace} and name that under `secrets` of the profile "
-        f"{launcher.site.name}, or unset it"
+        f"{name} is set here, and manifests hold no secrets; put it into a Secret of the namespace "
+        f"{profile.namespace} and name that under `secrets` of the profile {profile.name}, or unset it"
         for name in spec.env_names
         if SECRET.search(name) and os.environ.get(name)
     ]
 
 
-def _about_manifest(launcher: KubernetesLauncher, manifest: dict[str, object]) -> list[str]:
-    site = launcher.site
+def _check_manifest(manifest: Manifest, client: Client) -> list[str]:
     try:
-        launcher.create(manifest, dry_run=True)
-    except ApiError as no:
-        if no.code == 409:
-            return []  # there is one by that name: to be adopted
-        if no.code == 404 and site.kind == "jobset":
-            return ["this cluster has no JobSet (its CRD is missing); set `kind: job`"]
-        if no.code == 404:
-            return [f"Kubernetes: there is no namespace {site.namespace} ({no})"]
-        if no.code == 401:
-            return [f"Kubernetes does not know this account ({no}); look at the kubeconfig"]
-        return [f"Kubernetes: {reason}" for reason in no.reasons]
+        client.create(manifest, dry_run=True)
+    except ApiError as error:
+        if error.code == 409:
+            return []  # an object of this name exists: the submission adopts it
+        if error.code == 404:
+            return [f"Kubernetes: there is no namespace {client.namespace} ({error})"]
+        if error.code == 401:
+            return [f"Kubernetes does not accept this account ({error}); check the kubeconfig"]
+        return [f"Kubernetes: {reason}" for reason in error.reasons]
     return []

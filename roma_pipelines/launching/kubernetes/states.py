@@ -1,7 +1,7 @@
-"""What a Job, its pods and their warnings mean: one table of words and one pure function.
+"""The state of an attempt from its Job, pods and warning events: two tables and pure functions.
 
-Nothing is concluded from counts: they lag, dip, and count pods that were killed for another's
-failure. The Job's conditions say that it is over, once all its pods are; the pods say why.
+Nothing is concluded from the Job's counters: they lag, dip, and count pods that were killed because
+another one failed. The Job's conditions show that it ended, once all its pods did; the pods show why.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ JOB_REASONS: dict[str, Phase] = {
     "FailedIndexes": Phase.ENDED_BAD, "MaxFailedIndexesExceeded": Phase.ENDED_BAD,
     "FailJobRequested": Phase.ENDED_BAD, "SuccessPolicy": Phase.ENDED_BAD,
 }
-"""Reasons of a Job's condition Failed; one that is not here is a failure whose pods are asked."""
+"""Reasons of a Job's condition Failed; any other one is ENDED_BAD, and its pods show the cause."""
 
 POD_REASONS: dict[str, Phase] = {
     "Evicted": Phase.INTERRUPTED, "Preempting": Phase.INTERRUPTED, "NodeLost": Phase.INTERRUPTED,
@@ -34,197 +34,203 @@ POD_REASONS: dict[str, Phase] = {
     "DeadlineExceeded": Phase.INTERRUPTED,
     "OOMKilled": Phase.OUT_OF_MEMORY,
 }
-"""Reasons of a failed pod or its container that say more than its exit code."""
+"""Reasons of a failed pod, or of its container, that are more specific than its exit code."""
 # fmt: on
 
 _DISRUPTED = "condition DisruptionTarget"  # in the message of a matched podFailurePolicy
-_LOST_AFTER_S = 60.0  # a pod that is still ending so long after its grace period has lost its node
-_MESSAGE = 2000
+_LOST_AFTER_S = 60.0  # a pod still terminating so long after its grace period has lost its node
+_MESSAGE_LENGTH = 2000
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """An attempt as it was seen.
+    """What is known of an attempt at one moment.
 
     Attributes:
-        pods: those that exist and those that did, as last seen.
-        departed: uids of the latter.
-        warnings: events about the Job and its pods, the oldest first.
+        pods: existing pods, and deleted ones as they were last reported.
+        deleted: uids of the latter.
+        warnings: Warning events about the Job and its pods, the oldest first.
     """
 
     job: Object
     pods: Sequence[Object] = ()
-    departed: frozenset[str] = frozenset()
+    deleted: frozenset[str] = frozenset()
     warnings: Sequence[Object] = ()
 
+    def present(self) -> list[Object]:
+        """Existing pods; of an index that has several, the newest."""
+        there = [pod for pod in self.pods if pod["metadata"]["uid"] not in self.deleted]
+        there.sort(key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))
+        return list({index_of(pod): pod for pod in there}.values())
 
-def state_of(seen: Snapshot, ending_s: float = 0.0) -> JobState:
-    """How the attempt stands.
+
+def state_of(snapshot: Snapshot, ending_s: float = 0.0) -> JobState:
+    """The attempt's state.
 
     Args:
-        ending_s: how long ago it was first seen to be ending, by this computer's clock.
+        ending_s: seconds, by this computer's clock, since ``is_ending`` was first true of its Job.
     """
-    status, spec = seen.job.get("status") or {}, seen.job["spec"]
+    status, spec = snapshot.job.get("status") or {}, snapshot.job["spec"]
     conditions = {c["type"]: c for c in status.get("conditions") or [] if c["status"] == "True"}
     if "Complete" in conditions:
-        return JobState(Phase.ENDED_OK, usage=_usage(seen, conditions["Complete"]))
+        return JobState(Phase.ENDED_OK, usage=_usage(snapshot, conditions["Complete"]))
     if failed := conditions.get("Failed"):
-        return _failure(seen, failed)
+        return _failure(snapshot, failed)
     if target := conditions.get("FailureTarget"):
-        if lost := _lost(seen, ending_s):
-            reason = f"{_said(target)}; {lost}"
-            return JobState(Phase.INTERRUPTED, reason, _usage(seen, target))
-        return JobState(Phase.RUNNING, f"ending: {_said(target)}")
+        if lost := _lost_node(snapshot, ending_s):
+            reason = f"{_report(target)}; {lost}"
+            return JobState(Phase.INTERRUPTED, reason, _usage(snapshot, target))
+        return JobState(Phase.RUNNING, f"ending: {_report(target)}")
     if spec.get("suspend") or "Suspended" in conditions:
         return JobState(Phase.WAITING, "suspended: its queue has no room for it yet")
-    return _progress(seen, int(spec.get("parallelism", 1)))
+    return _progress(snapshot, int(spec.get("parallelism", 1)))
 
 
-def _progress(seen: Snapshot, wanted: int) -> JobState:
-    """Of a Job that is not over: it runs if all its pods have begun."""
-    there = _present(seen)
-    begun = [pod for pod in there if _begun(pod)]
-    if len(begun) >= wanted:
-        return JobState(Phase.RUNNING, f"{_count(len(begun))} on {', '.join(_nodes(begun))}")
-    waiting = [why for pod in there if not _begun(pod) and (why := _waits_for(pod, seen.warnings))]
-    if len(there) < wanted:
-        job_uid = seen.job["metadata"]["uid"]
-        about_job = [w for w in seen.warnings if w["involvedObject"].get("uid") == job_uid]
-        said = (
-            about_job[-1]["message"] if about_job else f"{len(there)} of {wanted} are made so far"
-        )
-        waiting.insert(0, f"no pod: {said}" if about_job else said)
-    reason = "; ".join(dict.fromkeys(waiting))
-    if begun:
-        reason += f" (meanwhile {len(begun)} of {wanted} pods hold their nodes)"
-    return JobState(Phase.WAITING, reason or "its pods are starting")
+def is_ending(job: Object) -> bool:
+    """Whether a Job will fail as soon as its last pod has ended."""
+    types = {c["type"] for c in (job.get("status") or {}).get("conditions") or []}
+    return "FailureTarget" in types and "Failed" not in types
 
 
-def holds_or_cannot_start(seen: Snapshot) -> bool:
-    """Whether a waiting attempt should not wait long: it holds nodes, or will not begin by itself.
+def holds_or_cannot_start(snapshot: Snapshot) -> bool:
+    """Whether a waiting attempt holds nodes, or cannot start without help.
 
-    Pods that all wait for a free node are in a queue, which may be long.
+    Otherwise all its pods wait for a free node: they are in a queue, which may be long.
     """
-    there = _present(seen)
+    there = snapshot.present()
     return not there or any(pod["spec"].get("nodeName") for pod in there)
 
 
-def failed_first(seen: Snapshot) -> Object | None:
-    """The pod whose failure failed the Job; those that were killed for it come after."""
+def failed_first(snapshot: Snapshot) -> Object | None:
+    """The pod whose failure failed the Job; pods that were killed for it come after."""
 
     def order(pod: Object) -> tuple[bool, str]:
         end = _terminated(pod) or {}
         return "deletionTimestamp" in pod["metadata"], str(end.get("finishedAt", ""))
 
-    failed = [pod for pod in seen.pods if (pod.get("status") or {}).get("phase") == "Failed"]
+    failed = [pod for pod in snapshot.pods if (pod.get("status") or {}).get("phase") == "Failed"]
     return min(failed, key=order, default=None)
 
 
 def index_of(pod: Object) -> int:
-    """Its completion index, which is its node's rank."""
+    """The pod's completion index, which is its node rank."""
     return int((pod["metadata"].get("labels") or {}).get(INDEX_LABEL, 0))
 
 
+def is_finished(pod: Object) -> bool:
+    """Whether the pod's phase is final; its container may have terminated a second before."""
+    return (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed")
+
+
 def has_started(pod: Object) -> bool:
-    """Whether its container runs or ran, so that it has a log."""
+    """Whether the container runs or ran, so that it has a log."""
     state = _container(pod).get("state") or {}
-    return "running" in state or ("terminated" in state and _seconds(_terminated(pod)) is not None)
+    return "running" in state or _seconds(_terminated(pod)) is not None
 
 
-def is_over(pod: Object) -> bool:
-    """Whether its container will write no more."""
-    return "terminated" in (_container(pod).get("state") or {})
+def has_terminated(pod: Object) -> bool:
+    """Whether the container has terminated, so that its log is complete."""
+    return _terminated(pod) is not None
+
+
+# -- before the end ------------------------------------------------------------------------------
+
+
+def _progress(snapshot: Snapshot, wanted: int) -> JobState:
+    """State of a Job that has not ended: it runs once all its pods have started."""
+    there = snapshot.present()
+    begun = [pod for pod in there if is_finished(pod) or has_started(pod)]
+    if len(begun) >= wanted:
+        plural = "" if len(begun) == 1 else "s"
+        nodes = ", ".join(_nodes(begun))
+        return JobState(Phase.RUNNING, f"{len(begun)} pod{plural} on {nodes}")
+    waiting = [_waits_for(pod, snapshot.warnings) for pod in there if pod not in begun]
+    if len(there) < wanted:
+        about_job = _about(snapshot.job, snapshot.warnings)
+        created = f"{len(there)} of {wanted} pods are created so far"
+        waiting.insert(0, f"no pod: {about_job[-1]['message']}" if about_job else created)
+    reason = "; ".join(dict.fromkeys(why for why in waiting if why))
+    if begun:
+        reason += f" (meanwhile {len(begun)} of {wanted} pods hold their nodes)"
+    return JobState(Phase.WAITING, reason or "its pods are starting")
+
+
+def _waits_for(pod: Object, warnings: Sequence[Object]) -> str:
+    name = pod["metadata"]["name"]
+    waiting = (_container(pod).get("state") or {}).get("waiting") or {}
+    if (reason := waiting.get("reason")) and reason not in ("ContainerCreating", "PodInitializing"):
+        return f"{name}: {reason}: {waiting.get('message', '')}".rstrip(": ")
+    for condition in _conditions(pod, "PodScheduled", "False"):
+        return f"{name}: {condition.get('reason')}: {condition.get('message', '')}".rstrip(": ")
+    about = _about(pod, warnings)
+    return f"{name}: {about[-1]['reason']}: {about[-1]['message']}" if about else ""
+
+
+def _about(subject: Object, warnings: Sequence[Object]) -> list[Object]:
+    uid = subject["metadata"]["uid"]
+    return [warning for warning in warnings if warning["involvedObject"].get("uid") == uid]
 
 
 # -- why it failed -------------------------------------------------------------------------------
 
 
-def _failure(seen: Snapshot, failed: Object) -> JobState:
+def _failure(snapshot: Snapshot, failed: Object) -> JobState:
     phase = JOB_REASONS.get(failed.get("reason", ""), Phase.ENDED_BAD)
-    said = [_said(failed)]
+    reasons = [_report(failed)]
     if phase is not Phase.INTERRUPTED:
-        disrupted = [c for pod in seen.pods if (c := _disruption(pod))]
-        pod = failed_first(seen)
+        disrupted = [c for pod in snapshot.pods for c in _conditions(pod, "DisruptionTarget")]
+        pod = failed_first(snapshot)
         if disrupted or _DISRUPTED in failed.get("message", ""):
             phase = Phase.INTERRUPTED
-            said += [f"{c.get('reason', '')}: {c.get('message', '')}" for c in disrupted[:1]]
+            reasons += [f"{c.get('reason', '')}: {c.get('message', '')}" for c in disrupted[:1]]
         elif pod is not None:
             phase, why = _pod_failure(pod)
-            said.append(why)
-    return JobState(phase, "; ".join(part for part in said if part), _usage(seen, failed))
+            reasons.append(why)
+    return JobState(phase, "; ".join(reasons), _usage(snapshot, failed))
 
 
 def _pod_failure(pod: Object) -> tuple[Phase, str]:
-    status = pod.get("status") or {}
-    end = _terminated(pod) or {}
-    name = pod["metadata"]["name"]
+    status, end = pod.get("status") or {}, _terminated(pod) or {}
     where = f" on {pod['spec']['nodeName']}" if pod["spec"].get("nodeName") else ""
     words = [w for w in (status.get("reason"), end.get("reason")) if w]
     phase = next((POD_REASONS[w] for w in words if w in POD_REASONS), Phase.ENDED_BAD)
-    why = f"pod {name}{where}: {', '.join(words) or 'failed'}"
+    why = f"pod {pod['metadata']['name']}{where}: {', '.join(words) or 'failed'}"
     if "exitCode" in end:
         why += f", exit code {end['exitCode']}"
     if phase is Phase.OUT_OF_MEMORY:
         why += "; out of memory: ask for more memory_gb"
     message = (end.get("message") or status.get("message") or "").strip()
-    return phase, f"{why}: {message[-_MESSAGE:]}" if message else why
+    return phase, f"{why}: {message[-_MESSAGE_LENGTH:]}" if message else why
 
 
-def _disruption(pod: Object) -> Object | None:
-    conditions = (pod.get("status") or {}).get("conditions") or []
-    return next(
-        (c for c in conditions if c["type"] == "DisruptionTarget" and c["status"] == "True"), None
-    )
-
-
-def is_ending(job: Object) -> bool:
-    """Whether a Job is to fail as soon as its last pod is over."""
-    conditions = (job.get("status") or {}).get("conditions") or []
-    return {"FailureTarget"} == {
-        c["type"] for c in conditions if c["type"] in ("FailureTarget", "Failed")
-    }
-
-
-def _lost(seen: Snapshot, ending_s: float) -> str:
-    """What can never end: pods that were told to long ago, on nodes that do not answer."""
-    left = [pod for pod in seen.pods if pod["metadata"]["uid"] not in seen.departed]
-    left = [pod for pod in left if not is_over(pod)]
-    told = [pod["metadata"].get("deletionGracePeriodSeconds") for pod in left]
-    if not left or any(grace_s is None or ending_s < grace_s + _LOST_AFTER_S for grace_s in told):
+def _lost_node(snapshot: Snapshot, ending_s: float) -> str:
+    """Pods that will never end: their grace period is long over, and their nodes do not answer."""
+    left = [pod for pod in snapshot.pods if pod["metadata"]["uid"] not in snapshot.deleted]
+    left = [pod for pod in left if not has_terminated(pod)]
+    graces = [pod["metadata"].get("deletionGracePeriodSeconds") for pod in left]
+    if not left or any(g is None or ending_s < g + _LOST_AFTER_S for g in graces):
         return ""
     return f"{', '.join(_nodes(left))} lost: {left[0]['metadata']['name']} does not end"
 
 
-def _present(seen: Snapshot) -> list[Object]:
-    """The pods there are, the newest of each index: one may have been replaced."""
-    there = [pod for pod in seen.pods if pod["metadata"]["uid"] not in seen.departed]
-    there.sort(key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))
-    return list({index_of(pod): pod for pod in there}.values())
+def _report(condition: Object) -> str:
+    message = condition.get("message", "")
+    return f"Kubernetes reports {condition.get('reason', '')}" + (f": {message}" if message else "")
 
 
-# -- why it waits --------------------------------------------------------------------------------
+def _usage(snapshot: Snapshot, ended: Object) -> dict[str, Any]:
+    """Seconds from the first container's start to the end, and the nodes' names."""
+    states = [_container(pod).get("state") or {} for pod in snapshot.pods]
+    starts = [_seconds(state.get("running") or state.get("terminated")) for state in states]
+    start = min((s for s in starts if s is not None), default=None)
+    end = _epoch(ended.get("lastTransitionTime"))
+    if start is None or end is None:
+        return {}
+    nodes = _nodes([pod for pod in snapshot.pods if pod["spec"].get("nodeName")])
+    return {"ran_s": max(0.0, end - start), "nodes": ", ".join(nodes)}
 
 
-def _begun(pod: Object) -> bool:
-    return (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed") or has_started(pod)
-
-
-def _waits_for(pod: Object, warnings: Sequence[Object]) -> str:
-    name = pod["metadata"]["name"]
-    status = pod.get("status") or {}
-    waiting = (_container(pod).get("state") or {}).get("waiting") or {}
-    if (reason := waiting.get("reason")) and reason not in ("ContainerCreating", "PodInitializing"):
-        return f"{name}: {reason}: {waiting.get('message', '')}".rstrip(": ")
-    for condition in status.get("conditions") or []:
-        if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            return f"{name}: {condition.get('reason')}: {condition.get('message', '')}".rstrip(": ")
-    about = [w for w in warnings if w["involvedObject"].get("uid") == pod["metadata"]["uid"]]
-    if about:
-        return f"{name}: {about[-1]['reason']}: {about[-1]['message']}"
-    return ""
-
-
-# -- the parts of objects ------------------------------------------------------------------------
+# -- parts of objects ----------------------------------------------------------------------------
 
 
 def _container(pod: Object) -> Object:
@@ -236,38 +242,18 @@ def _terminated(pod: Object) -> Object | None:
     return (_container(pod).get("state") or {}).get("terminated")
 
 
-def _said(condition: Object) -> str:
-    reason, message = condition.get("reason", ""), condition.get("message", "")
-    return f"Kubernetes says {reason}: {message}" if message else f"Kubernetes says {reason}"
-
-
-def _count(pods: int) -> str:
-    return f"{pods} pod" if pods == 1 else f"{pods} pods"
+def _conditions(there: Object, kind: str, status: str = "True") -> list[Object]:
+    found = (there.get("status") or {}).get("conditions") or []
+    return [c for c in found if c["type"] == kind and c["status"] == status]
 
 
 def _nodes(pods: Sequence[Object]) -> list[str]:
     return sorted({pod["spec"].get("nodeName", "no node") for pod in pods})
 
 
-def _usage(seen: Snapshot, ended: Object) -> dict[str, Any]:
-    """Seconds from the first container's start to the end, and the nodes' names."""
-    starts = [s for pod in seen.pods if (s := _seconds(_started(pod))) is not None]
-    start = min(starts, default=None)
-    end = _epoch(ended.get("lastTransitionTime"))
-    if start is None or end is None:
-        return {}
-    nodes = sorted({pod["spec"]["nodeName"] for pod in seen.pods if pod["spec"].get("nodeName")})
-    return {"ran_s": max(0.0, end - start), "nodes": ", ".join(nodes)}
-
-
-def _started(pod: Object) -> Object | None:
-    return (_container(pod).get("state") or {}).get("running") or _terminated(pod)
-
-
 def _seconds(state: Object | None) -> float | None:
-    """When a container started; None if it never did (then the time is 1970)."""
-    start = _epoch((state or {}).get("startedAt"))
-    return start if start else None
+    """When a container started; None if it never did (its time is then 1970)."""
+    return _epoch((state or {}).get("startedAt")) or None
 
 
 def _epoch(text: str | None) -> float | None:

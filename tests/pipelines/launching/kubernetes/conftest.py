@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import roma_core
-from roma_pipelines.launching.kubernetes import client as kubernetes_view
+from roma_pipelines.launching.kubernetes import client as kubernetes_client
 from roma_pipelines.launching.kubernetes.launcher import KubernetesLauncher
 from roma_pipelines.launching.kubernetes.profile import KubernetesProfile, Volume
 from tests.pipelines.launching.conftest import (
@@ -37,15 +37,15 @@ __all__ = [
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing waits as long as it would for a real cluster, and no watch outlives its test."""
-    monkeypatch.setattr(kubernetes_view, "_views", {})
+    """Shorter intervals than for a real cluster, and no watch outlives its test."""
+    monkeypatch.setattr(kubernetes_client, "_clients", {})
     monkeypatch.setattr("roma_pipelines.launching.kubernetes.launcher._ORPHANED_AFTER_S", 0.3)
-    monkeypatch.setattr("roma_pipelines.launching.kubernetes.launcher._ASK_ABOUT_MISSING_S", 0.2)
-    monkeypatch.setattr("roma_pipelines.launching.kubernetes.launcher._CANCEL_EVERY_S", 0.05)
+    monkeypatch.setattr("roma_pipelines.launching.kubernetes.launcher._LOOKUP_INTERVAL_S", 0.2)
+    monkeypatch.setattr("roma_pipelines.launching.kubernetes.launcher._CANCEL_INTERVAL_S", 0.05)
     yield
-    for view in kubernetes_view._views.values():
-        for mirror in (view.jobs, view.pods, view.warnings):
-            mirror._looked_at = float("-inf")
+    for client in kubernetes_client._clients.values():
+        for informer in (client.jobs, client.pods, client.warnings):
+            informer._read_at = float("-inf")
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def site(api: FakeApi, tmp_path: Path, free_port: int) -> KubernetesProfile:
+def profile(api: FakeApi, tmp_path: Path, free_port: int) -> KubernetesProfile:
     """The fake cluster's profile: this interpreter, and the test's folder on every node."""
     return KubernetesProfile(
         name="fake",
@@ -105,5 +105,5 @@ def site(api: FakeApi, tmp_path: Path, free_port: int) -> KubernetesProfile:
 
 
 @pytest.fixture
-def launcher(site: KubernetesProfile) -> KubernetesLauncher:
-    return KubernetesLauncher(site, fs_lag_s=0.0)
+def launcher(profile: KubernetesProfile) -> KubernetesLauncher:
+    return KubernetesLauncher(profile, fs_lag_s=0.0)

@@ -1,8 +1,7 @@
 """A small Kubernetes API server on the loopback, for tests: HTTP as the real one speaks it.
 
 It knows watches with resourceVersion, 410, label and field selectors, paging, dry runs, strict
-fields, Status errors, logs that can be followed, deletion that orphans by default, tokens and a
-Role. It forgets nothing it was asked: ``asked`` counts requests by verb and resource. What happens
+fields, Status errors, deletion that orphans by default, tokens and a Role. ``asked`` counts requests by verb and resource. What happens
 to Jobs is a controller's part.
 """
 
@@ -17,7 +16,6 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -28,13 +26,13 @@ from tests.pipelines.launching.kubernetes.fake_store import KINDS, Object, Store
 
 _PATH = re.compile(
     r"^/(?:api/(?P<core>v1)|apis/(?P<group>[^/]+/[^/]+))"
-    r"(?:/namespaces/(?P<namespace>[^/]+))?/(?P<resource>[^/]+)(?:/(?P<name>[^/]+))?(?:/(?P<sub>log))?$"
+    r"(?:/namespaces/(?P<namespace>[^/]+))?/(?P<resource>[^/]+)(?:/(?P<name>[^/]+))?$"
 )
 _WAIT_S = 0.05
 
 
 class Failure(Exception):
-    """A Status that says no."""
+    """An error answer with its Status object."""
 
     def __init__(self, code: int, reason: str, message: str, why: list[Any] | None = None) -> None:
         details = {"causes": [{"reason": r, "field": f, "message": m} for r, f, m in why or []]}
@@ -51,38 +49,27 @@ class Failure(Exception):
         }
 
 
-@dataclass
-class Log:
-    """What the container of a pod wrote: (time, line), and whether it will write more."""
-
-    lines: list[tuple[str, str]] = field(default_factory=list)
-    over: bool = False
-
-
 class FakeApi:
     """The server; ``url`` is where it listens.
 
     Attributes:
-        asked: how often each (verb, resource) was asked for; ``pods/log`` is a resource.
+        asked: how often each (verb, resource) was asked for.
         away: while True connections are closed without an answer.
         swallow: (verb, resource) whose next request is done and then not answered.
         lose: (verb, resource) whose next request never arrives.
         token: what callers have to show; None: nothing.
         rules: of a Role that callers have; None: they may do everything.
-        crds: whether JobSets are known.
         on_deleted: called with (resource, object, propagation policy) after a deletion began.
     """
 
     def __init__(self) -> None:
         self.store = Store()
         self.asked: Counter[tuple[str, str]] = Counter()
-        self.logs: dict[str, Log] = {}  # by pod uid
         self.away = False
         self.swallow: set[tuple[str, str]] = set()
         self.lose: set[tuple[str, str]] = set()
         self.token: str | None = None
         self.rules: list[Object] | None = None
-        self.crds = False
         self.on_deleted: Callable[[str, Object, str], None] = lambda *_: None
         self._generation = 0  # of open streams: they end when it grows
         self._ended = False
@@ -102,7 +89,7 @@ class FakeApi:
         self._server.server_close()
 
     def cut_streams(self) -> None:
-        """End all watches and followed logs in the middle."""
+        """End all watches in the middle."""
         self._generation += 1
         with self.store.changed:
             self.store.changed.notify_all()
@@ -167,7 +154,7 @@ class FakeApi:
         uid = (body.get("preconditions") or {}).get("uid")
         if uid and uid != there["metadata"]["uid"]:
             raise Failure(409, "Conflict", f"the uid in the precondition ({uid}) is not its own")
-        # batch/v1 leaves a Job's pods behind unless it is told otherwise
+        # batch/v1 leaves a Job's pods behind unless asked otherwise
         policy = body.get("propagationPolicy") or query.get("propagationPolicy") or "Orphan"
         if resource != "pods":  # the kubelet has to end those first
             self.store.remove(resource, namespace, name)
@@ -204,38 +191,6 @@ class FakeApi:
                     resource, namespace, after
                 ):
                     self.store.changed.wait(_WAIT_S)
-
-    def log(self, namespace: str, name: str, query: dict[str, str]) -> Iterator[str | None]:
-        pod = self.store.get("pods", namespace, name)
-        if pod is None:
-            raise _not_found("pods", name)
-        statuses = (pod.get("status") or {}).get("containerStatuses") or [
-            {"state": {"waiting": {}}}
-        ]
-        log = self.logs.get(pod["metadata"]["uid"])
-        if log is None or "waiting" in statuses[0]["state"]:
-            why = f'container "main" in pod "{name}" is waiting to start: ContainerCreating'
-            raise Failure(400, "BadRequest", why)
-        since = query.get("sinceTime", "")
-        start = max(0, len(log.lines) - int(query["tailLines"])) if "tailLines" in query else 0
-        follow, mine = query.get("follow") == "true", self._generation
-        stamped = query.get("timestamps") == "true"
-
-        def stream() -> Iterator[str | None]:
-            n = start
-            while mine == self._generation and not self._ended:
-                over = log.over
-                while n < len(log.lines):
-                    stamp, line = log.lines[n]
-                    n += 1
-                    if stamp >= since:
-                        yield f"{stamp} {line}\n" if stamped else f"{line}\n"
-                if over or not follow:
-                    return
-                yield None
-                time.sleep(0.02)
-
-        return stream()
 
 
 def _fill_in_job(job: Object) -> None:
@@ -282,7 +237,7 @@ def _not_found(resource: str, name: str) -> Failure:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One request: who asks, for what, and how the answer is put on the wire."""
+    """One HTTP request: authentication, the verb, and the answer."""
 
     api: FakeApi
     protocol_version = "HTTP/1.1"
@@ -330,20 +285,18 @@ class _Handler(BaseHTTPRequestHandler):
         if found and found["resource"] == "namespaces" and found["name"]:
             found = None  # /api/v1/namespaces/NAME
         if found is None and (own := re.match(r"^/api/v1/namespaces(?:/([^/]+))?$", path)):
-            self.resource, self.namespace, self.name, self.sub = "namespaces", "", own[1], None
+            self.resource, self.namespace, self.name = "namespaces", "", own[1]
             group = ""
         elif found is None or found["resource"] not in KINDS:
             raise Failure(404, "NotFound", "the server could not find the requested resource")
         else:
             self.resource, self.namespace = found["resource"], found["namespace"] or ""
-            self.name, self.sub = found["name"], found["sub"]
+            self.name = found["name"]
             group = (found["group"] or "").partition("/")[0]
-        if self.resource == "jobsets" and not self.api.crds:
-            raise Failure(404, "NotFound", "the server could not find the requested resource")
         verb = {"POST": "create", "DELETE": "delete"}.get(self.command) or (
             "get" if self.name else "watch" if self.query.get("watch") == "true" else "list"
         )
-        what = f"{self.resource}/{self.sub}" if self.sub else self.resource
+        what = self.resource
         self.asking = (verb, what)
         self.api.asked[self.asking] += 1
         if not self.api.may(verb, what, group):
@@ -353,9 +306,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _get(self) -> None:
         api = self.api
-        if self.sub:
-            self._stream(api.log(self.namespace, self.name, self.query), "text/plain")
-        elif self.name:
+        if self.name:
             there = api.store.get(self.resource, self.namespace, self.name)
             if there is None:
                 raise _not_found(self.resource, self.name)
@@ -427,10 +378,3 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(f"{len(content):x}\r\n".encode() + content + b"\r\n")
                 self.wfile.flush()
         self.wfile.write(b"0\r\n\r\n")
-
-
-def stamp() -> str:
-    """A time with nanoseconds, as container logs have it; later at every call."""
-    ns = time.time_ns()
-    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(ns // 10**9))
-    return f"{whole}.{ns % 10**9:09d}Z"

@@ -17,7 +17,7 @@ _QUANTITY = re.compile(r"^[+-]?\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")
 
 
 def unknown_fields(there: Object) -> str:
-    """What the server's strict decoding says; empty if all fields are known."""
+    """Errors of the server's strict decoding; empty if all fields are known."""
     try:
         kubernetes_validate.validate(there, VERSION, strict=True)
     except kubernetes_validate.ValidationError as error:

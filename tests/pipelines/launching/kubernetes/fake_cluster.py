@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from roma_pipelines.launching.kubernetes.manifests import CONTAINER
-from tests.pipelines.launching.kubernetes.fake_api import FakeApi, Log, stamp
+from tests.pipelines.launching.kubernetes.fake_api import FakeApi
 from tests.pipelines.launching.kubernetes.fake_store import Object, now
 
 _TICK_S = 0.02
@@ -44,7 +44,7 @@ class _Run:
     pod: str
     node: Node | None = None
     process: subprocess.Popen[bytes] | None = None
-    ended_as: str = ""  # OOMKilled, in place of what the exit code says
+    ended_as: str = ""  # OOMKilled, in place of the exit code's reason
     kill_at: float | None = None
     threads: list[threading.Thread] = field(default_factory=list)
 
@@ -131,31 +131,11 @@ class FakeCluster:
     def _control(self) -> None:
         seen: set[str] = set()
         while not self._ended:
-            for jobset in self.store.all("jobsets"):
-                if jobset["metadata"]["uid"] not in seen:
-                    seen.add(jobset["metadata"]["uid"])
-                    self._make_jobs(jobset)
             for job in self.store.all("jobs"):
                 if job["metadata"]["uid"] not in seen:
                     seen.add(job["metadata"]["uid"])
                     self._begin(self._job, job["metadata"]["namespace"], job["metadata"]["name"])
             time.sleep(_TICK_S)
-
-    def _make_jobs(self, jobset: Object) -> None:
-        """What JobSet's controller does: a Job for each part, and the headless Service."""
-        metadata, spec = jobset["metadata"], jobset["spec"]
-        namespace = metadata["namespace"]
-        owner = [{"kind": "JobSet", "name": metadata["name"], "uid": metadata["uid"]}]
-        for part in spec["replicatedJobs"]:
-            template = part["template"]
-            name = f"{metadata['name']}-{part['name']}-0"
-            own = {"name": name, "namespace": namespace, "ownerReferences": owner}
-            job = {"apiVersion": "batch/v1", "kind": "Job", "spec": template["spec"]}
-            self.api.create(
-                "jobs", namespace, {**job, "metadata": {**template["metadata"], **own}}, {}
-            )
-        service = {"name": spec["network"]["subdomain"], "namespace": namespace}
-        self.store.add("services", {"metadata": {**service, "ownerReferences": owner}})
 
     def _job(self, namespace: str, name: str) -> None:
         """One Job, until it is over or gone."""
@@ -273,11 +253,7 @@ class FakeCluster:
         namespace = there["metadata"].get("namespace", "")
         if resource == "pods":
             self._end_pod(there)
-        if resource == "jobsets":
-            for job in [j for j in self.store.all("jobs") if _owner(j) == there["metadata"]["uid"]]:
-                self.store.remove("jobs", namespace, job["metadata"]["name"])
-                self._deleted("jobs", job, policy)
-        if resource not in ("jobs", "jobsets"):
+        if resource != "jobs":
             return
         for pod in [p for p in self.pods(namespace) if _owner(p) == there["metadata"]["uid"]]:
             if policy == "Orphan":
@@ -310,29 +286,27 @@ class FakeCluster:
             }
             self._status(pod, "Pending", {"waiting": why})
             return self._wait_for_deletion(pod, run)
-        log = self.api.logs.setdefault(pod["metadata"]["uid"], Log())
+        output: list[str] = []
         start = now()
         try:
             run.process = self._start(pod, container)
         except OSError as error:
             message = f'exec: "{container["command"][0]}": {error.strerror}'
             end = {"exitCode": 128, "reason": "StartError", "message": message}
-            log.over = True
             times = {"startedAt": "1970-01-01T00:00:00Z", "finishedAt": now()}
             for phase in ("Pending", "Failed"):
                 self._status(pod, phase, {"terminated": {**end, **times}})
             return None
         self._status(pod, "Running", {"running": {"startedAt": start}})
-        reader = threading.Thread(target=_read, args=(run.process, log), daemon=True)
+        reader = threading.Thread(target=_read, args=(run.process, output), daemon=True)
         reader.start()
         code = self._wait(run, _bytes(container["resources"].get("limits", {}).get("memory")))
         if run.node is not None and run.node.lost:
-            return None  # nobody hears of it any more
+            return None  # a lost node reports nothing
         reader.join(2)
-        log.over = True
         end = {"exitCode": code, "reason": "Completed" if code == 0 else run.ended_as or "Error"}
         if code and container.get("terminationMessagePolicy") == "FallbackToLogsOnError":
-            end["message"] = "\n".join(line for _, line in log.lines[-80:])[-2048:]
+            end["message"] = "\n".join(output[-80:])[-2048:]
         state = {"terminated": {**end, "startedAt": start, "finishedAt": now()}}
         if run.kill_at is None:  # its phase follows a little later
             self._status(pod, "Running", state)
@@ -465,7 +439,7 @@ class FakeCluster:
         if run.kill_at is None:
             run.kill_at = time.monotonic() + grace_s
         if run.process is not None and run.process.poll() is None:
-            run.process.send_signal(signal.SIGTERM)  # process 1 alone hears it
+            run.process.send_signal(signal.SIGTERM)  # only process 1 gets it
 
     def _change_pod(self, pod: Object, edit: Any) -> None:
         self.store.change("pods", pod["metadata"]["namespace"], pod["metadata"]["name"], edit)
@@ -567,10 +541,10 @@ def _expand(text: str, variables: dict[str, str]) -> str:
     return re.sub(r"\$\$|\$\(([A-Za-z_][A-Za-z0-9_.-]*)\)", one, text)
 
 
-def _read(process: subprocess.Popen[bytes], log: Log) -> None:
+def _read(process: subprocess.Popen[bytes], output: list[str]) -> None:
     assert process.stdout is not None
     for line in process.stdout:
-        log.lines.append((stamp(), line.decode(errors="replace").rstrip("\n")))
+        output.append(line.decode(errors="replace").rstrip("\n"))
 
 
 def _signal_all(run: _Run, number: signal.Signals) -> None:
@@ -582,7 +556,7 @@ def _signal_all(run: _Run, number: signal.Signals) -> None:
 
 
 def _hear_all_signals() -> None:
-    """A container begins with nothing ignored or blocked, whatever this process was told."""
+    """A container begins with nothing ignored or blocked, unlike this process perhaps."""
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)

@@ -10,9 +10,9 @@ import time
 import uuid
 from typing import Any
 
-from tests.pipelines.launching.kubernetes.fake_api import FakeApi, Log, stamp
+from tests.pipelines.launching.kubernetes.fake_api import FakeApi
 from tests.pipelines.launching.kubernetes.fake_store import Object
-from tests.pipelines.launching.kubernetes.recordings import Line, logs, recorded
+from tests.pipelines.launching.kubernetes.recordings import Line, recorded
 
 _STEP_S = 0.02
 
@@ -44,14 +44,13 @@ class Replay:
 
     def _play(self, job: Object, scenario: str) -> None:
         names = _Names(scenario, job)
-        left = logs(scenario)
         for line in recorded(scenario)[1:]:  # the first is the Job's creation
             if self._ended:
                 return
             time.sleep(self.step_s)
-            self._apply(line, names, job, left)
+            self._apply(line, names, job)
 
-    def _apply(self, line: Line, names: _Names, job: Object, left: dict[str, str]) -> None:
+    def _apply(self, line: Line, names: _Names, job: Object) -> None:
         store, there = self.api.store, names.translated(line.object)
         namespace, name = there["metadata"]["namespace"], there["metadata"]["name"]
         if line.kind == "jobs":  # the spec stays what was asked for
@@ -66,13 +65,6 @@ class Replay:
             store.change(line.kind, namespace, name, lambda o: (o.clear(), o.update(there)))
         else:
             store.remove(line.kind, namespace, name)
-        statuses = there.get("status", {}).get("containerStatuses") if line.kind == "pods" else None
-        if statuses and "waiting" not in statuses[0]["state"]:
-            log = self.api.logs.setdefault(there["metadata"]["uid"], Log())
-            text = left.get(line.object["metadata"]["name"], "")
-            if not log.lines:
-                log.lines += [(stamp(), words) for words in text.splitlines()]
-            log.over = "terminated" in statuses[0]["state"]
 
 
 class _Names:

@@ -23,7 +23,6 @@ KINDS = {
     "serviceaccounts": ("ServiceAccount", "v1"),
     "secrets": ("Secret", "v1"),
     "namespaces": ("Namespace", "v1"),
-    "jobsets": ("JobSet", "jobset.x-k8s.io/v1alpha2"),
 }
 
 

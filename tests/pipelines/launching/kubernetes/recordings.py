@@ -27,19 +27,6 @@ def recorded(scenario: str) -> list[Line]:
     return sorted(lines, key=lambda line: int(line.object["metadata"]["resourceVersion"]))
 
 
-def logs(scenario: str) -> dict[str, str]:
-    """Logs of the pods that still existed at the end, by name."""
-    found: dict[str, str] = {}
-    name = ""
-    for line in (FOLDER / scenario / "logs.txt").read_text().splitlines(keepends=True):
-        if line.startswith("# pod/"):
-            name = line.removeprefix("# pod/").strip()
-            found[name] = ""
-        elif not line.startswith("Error from server"):
-            found[name] += line
-    return found
-
-
 def _stream(scenario: str, kind: str) -> Iterator[Line]:
     for line in (FOLDER / scenario / f"{kind}.jsonl").read_text().splitlines():
         event = json.loads(line)

@@ -5,7 +5,7 @@
 takes the cluster of that file, makes a namespace there and removes it in the end. Without a file
 (`pytest -m cluster`, and `make chaos`) the tests' own API server stands in. By default pods take the interpreter, its packages and this project
 from the nodes, under the paths they have here. ROMA_TEST_PROFILE names a YAML file of what is
-different (fields of KubernetesSite: image, python, command_prefix, volumes, …); ROMA_TEST_STORAGE a
+different (fields of KubernetesProfile: image, python, command_prefix, volumes, …); ROMA_TEST_STORAGE a
 folder for jobs that pods see under the same path, in one of these volumes.
 """
 
@@ -27,7 +27,7 @@ import roma_core
 from roma_core.files import digest_of
 from roma_core.job import JobFolder
 from roma_pipelines.launching.kubernetes import launcher as backend
-from roma_pipelines.launching.kubernetes.client import ApiError, Connection
+from roma_pipelines.launching.kubernetes.client import ApiError, Client
 from roma_pipelines.launching.kubernetes.launcher import KubernetesLauncher
 from roma_pipelines.launching.kubernetes.manifests import MANAGED_BY, manifests
 from roma_pipelines.launching.kubernetes.profile import KubernetesProfile
@@ -36,6 +36,7 @@ from roma_pipelines.launching.supervisor import request_cancel, supervise
 from tests.pipelines.launching.conftest import PRELUDE
 from tests.pipelines.launching.kubernetes.fake_api import FakeApi
 from tests.pipelines.launching.kubernetes.fake_cluster import FakeCluster
+from tests.time_limits import wait_until, within
 
 # settings of tests are taken away from every single one of them, so they are read here
 KUBECONFIG = os.environ.get("ROMA_TEST_KUBECONFIG")
@@ -80,22 +81,20 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def namespace(cluster):
-    connection, name = Connection(cluster[0]), f"roma-test-{secrets.token_hex(4)}"
-    connection.request("POST", "/api/v1/namespaces", body=_namespace(name))
+    client, name = Client(cluster[0]), f"roma-test-{secrets.token_hex(4)}"
+    client.request("POST", "/api/v1/namespaces", body=_namespace(name))
     if KUBECONFIG:
-        _until(
-            lambda: connection.request("GET", f"/api/v1/namespaces/{name}/serviceaccounts/default")
-        )
+        _until(lambda: client.request("GET", f"/api/v1/namespaces/{name}/serviceaccounts/default"))
     yield name
-    connection.request("DELETE", f"/api/v1/namespaces/{name}")
+    client.request("DELETE", f"/api/v1/namespaces/{name}")
 
 
 def _namespace(name):
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
 
 
-def _until(ask, seconds=60):
-    end = time.monotonic() + seconds
+def _until(ask, seconds=20):
+    end = time.monotonic() + within(seconds)
     while True:
         try:
             return ask()
@@ -114,7 +113,7 @@ def storage():
 
 
 @pytest.fixture
-def site(cluster, namespace, storage, free_port):
+def profile(cluster, namespace, storage, free_port):
     kubeconfig, more = cluster
     values = {**ours(), "grace_s": 5, "port": free_port if not KUBECONFIG else 29500, **more}
     if not STORAGE:
@@ -126,8 +125,8 @@ def site(cluster, namespace, storage, free_port):
 
 
 @pytest.fixture
-def launcher(site):
-    return KubernetesLauncher(site, fs_lag_s=10.0 if KUBECONFIG else 0.0)
+def launcher(profile):
+    return KubernetesLauncher(profile, fs_lag_s=10.0 if KUBECONFIG else 0.0)
 
 
 @pytest.fixture
@@ -159,18 +158,18 @@ def left(launcher, key):
 
     def left():
         query = {"labelSelector": f"roma-pipeline/job-key={key}"}
-        space = launcher.site.namespace
-        jobs = launcher.connection.request(
+        space = launcher.profile.namespace
+        jobs = launcher.client.request(
             "GET", f"/apis/batch/v1/namespaces/{space}/jobs", query=query
         )
-        pods = launcher.connection.request("GET", f"/api/v1/namespaces/{space}/pods", query=query)
+        pods = launcher.client.request("GET", f"/api/v1/namespaces/{space}/pods", query=query)
         return [o["metadata"]["name"] for o in [*jobs["items"], *pods["items"]]]
 
     return left
 
 
 def changed(launcher, **fields):
-    launcher.site = launcher.site.model_copy(update=fields)
+    launcher.profile = launcher.profile.model_copy(update=fields)
     return launcher
 
 
@@ -214,7 +213,7 @@ def test_the_log_is_there_while_it_is_written(launcher, folder, make):
     assert seen == [Phase.RUNNING]
 
 
-def test_a_failure_ends_the_gang_and_says_why(launcher, folder, make):
+def test_a_failure_ends_all_pods_and_has_its_reason(launcher, folder, make):
     body = (
         "if os.environ['RANK'] == '1': print('no luck', flush=True); sys.exit(9)\n"
         "print('rank 0 waits', flush=True); wait_for('never', 100)"
@@ -263,11 +262,11 @@ def test_a_pod_that_is_taken_away_continues_the_job(launcher, folder, make):
     def take(state):
         if state.phase is Phase.RUNNING and folder.checkpoints.exists() and not taken:
             taken.append(folder.attempt_numbers()[-1])
-            pods = f"/api/v1/namespaces/{launcher.site.namespace}/pods"
+            pods = f"/api/v1/namespaces/{launcher.profile.namespace}/pods"
             query = {"labelSelector": ",".join(f"{k}={v}" for k, v in MANAGED_BY.items())}
-            for pod in launcher.connection.request("GET", pods, query=query)["items"]:
+            for pod in launcher.client.request("GET", pods, query=query)["items"]:
                 if pod["metadata"]["labels"]["roma-pipeline/job-key"] == folder.path.name:
-                    launcher.connection.request("DELETE", f"{pods}/{pod['metadata']['name']}")
+                    launcher.client.request("DELETE", f"{pods}/{pod['metadata']['name']}")
 
     outcome = supervise(launcher, folder, make(body), CONFIG, on_poll=take, **FAST)
 
@@ -275,7 +274,7 @@ def test_a_pod_that_is_taken_away_continues_the_job(launcher, folder, make):
     assert outcome.attempts[0].end.checkpoint == 7
 
 
-def test_out_of_memory_is_told(launcher, folder, make):
+def test_out_of_memory_is_reported(launcher, folder, make):
     body = (
         "hoard = bytearray(400_000_000)\nhoard[::4096] = b'x' * len(hoard[::4096])\ntime.sleep(60)"
     )
@@ -295,7 +294,9 @@ def test_out_of_memory_is_told(launcher, folder, make):
     ],
     ids=["image", "account", "gpu", "secret"],
 )
-def test_what_can_never_start_is_given_up(launcher, folder, make, left, change, fields, word):
+def test_what_can_never_start_fails_after_the_timeout(
+    launcher, folder, make, left, change, fields, word
+):
     changed(launcher, **{"start_timeout_s": 15.0 if KUBECONFIG else 1.0, **change})
 
     with pytest.raises(JobFailed, match="did not start within") as caught:
@@ -328,13 +329,13 @@ def test_cancelling_removes_the_job_and_its_pods(launcher, folder, make, left):
     _gone(left)
 
 
-def test_a_job_that_somebody_orphans_can_still_be_cancelled(launcher, folder, make, left):
+def test_a_job_whose_pods_were_orphaned_can_still_be_cancelled(launcher, folder, make, left):
     def act(state):
         name = f"roma-{folder.path.name[:12]}-1"
-        path = f"/apis/batch/v1/namespaces/{launcher.site.namespace}/jobs/{name}"
+        path = f"/apis/batch/v1/namespaces/{launcher.profile.namespace}/jobs/{name}"
         if folder.checkpoints.exists() and "are left" not in state.reason:
             try:
-                launcher.connection.request("DELETE", path)  # its default orphans the pods
+                launcher.client.request("DELETE", path)  # its default orphans the pods
             except ApiError as gone:
                 assert gone.code == 404
         if "are left" in state.reason:
@@ -356,7 +357,7 @@ def test_a_second_submission_adopts(launcher, folder, make):
 
     plan = launcher.plan(spec, folder)
     first = launcher.submit(plan, {})
-    again = KubernetesLauncher(launcher.site).submit(plan, {})
+    again = KubernetesLauncher(launcher.profile).submit(plan, {})
     (folder.path / "go").touch()
 
     assert first == again
@@ -374,17 +375,14 @@ def test_the_server_checks_what_no_schema_has(launcher, folder, make, left):
         lambda job: job["spec"]["template"]["spec"]["volumes"].clear(),
         lambda job: job["metadata"].update(name="x" * 62),
     ):
-        job = manifests(make(nodes=20, runner="torchrun"), launcher.site, "/x", 1)[0]
+        job = manifests(make(nodes=20, runner="torchrun"), launcher.profile, "/x", 1)[0]
         change(job)
         with pytest.raises(ApiError):
-            launcher.create(job, dry_run=True)
+            launcher.client.create(job, dry_run=True)
     elsewhere = changed(launcher, namespace="not-there")
     (reason,) = elsewhere.preflight(elsewhere.plan(make(), folder))
     assert "not-there" in reason
 
 
 def _gone(left):
-    end = time.monotonic() + 60
-    while left():
-        assert time.monotonic() < end, left()
-        time.sleep(0.3)
+    wait_until(lambda: not left(), 20, "the end of Job and pods")

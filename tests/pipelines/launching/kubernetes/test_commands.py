@@ -1,4 +1,4 @@
-"""The commands of people, with Kubernetes as the target."""
+"""The commands, with Kubernetes as the target."""
 
 import json
 import subprocess
@@ -9,12 +9,13 @@ import yaml
 from click.testing import CliRunner
 
 from roma_pipelines.cli import main
+from tests.time_limits import within
 
 
 @pytest.fixture
-def run(site, tmp_path, monkeypatch):
+def run(profile, tmp_path, monkeypatch):
     """``roma-pipeline`` with the fake cluster as the profile ``fake``."""
-    profile = site.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)
+    profile = profile.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)
     (tmp_path / "fake.yaml").write_text(yaml.safe_dump(profile))
     monkeypatch.setenv("ROMA_KUBERNETES_PROFILES", str(tmp_path))
     monkeypatch.setenv("ROMA_KUBERNETES_PROFILE", "fake")
@@ -91,11 +92,11 @@ def test_jobs_shows_and_cancels_what_runs_in_a_cluster(run, cluster, api, tmp_pa
 
     listed, shown = run("jobs", "list"), run("jobs", "show", key)
     logs, cancelled = run("jobs", "logs", key), run("jobs", "cancel", key)
-    said = waiting.communicate(timeout=30)[0].decode()
+    output = waiting.communicate(timeout=within(10))[0].decode()
 
     assert f"{key}  running  kubernetes" in listed.output
     assert f"name roma-{key[:12]}-1" in shown.output
     assert "here" in logs.output
     assert f"job {key}: cancelled" in cancelled.output
-    assert "cancelled by roma-pipeline jobs cancel" in said
+    assert "cancelled by roma-pipeline jobs cancel" in output
     assert api.store.all("jobs") == []

@@ -12,6 +12,7 @@ import pytest
 from roma_pipelines.launching.kubernetes.launcher import KubernetesLauncher
 from roma_pipelines.launching.kubernetes.manifests import manifests
 from tests.pipelines.launching.kubernetes.recordings import recorded
+from tests.time_limits import within
 
 PROGRAMS = {
     "ok": ("sleep 0.2", {}),
@@ -50,7 +51,7 @@ def _state(change, pod):
 
 
 @pytest.fixture
-def played(cluster, api, site, make_spec, tmp_path):
+def played(cluster, api, profile, make_spec, tmp_path):
     """Runs a scenario's program in the fake cluster; everything that changed."""
 
     def play(scenario):
@@ -62,7 +63,7 @@ def played(cluster, api, site, make_spec, tmp_path):
         changes = {"image": "none:1"} if scenario == "img" else {}
         changes |= {"service_account": "nope"} if scenario == "nosa" else {}
         changes |= {"grace_s": 1, "one_pod_per_node": False}
-        job, *_ = manifests(spec, site.model_copy(update=changes), tmp_path, 1)
+        job, *_ = manifests(spec, profile.model_copy(update=changes), tmp_path, 1)
         del job["spec"]["podFailurePolicy"]  # the recorded ones had none
         job["spec"] |= more
         (container,) = job["spec"]["template"]["spec"]["containers"]
@@ -70,8 +71,8 @@ def played(cluster, api, site, make_spec, tmp_path):
         container["resources"].setdefault("limits", {})
         if scenario == "oom":
             container["resources"]["limits"]["memory"] = "50M"
-        KubernetesLauncher(site).create(job)
-        end = time.monotonic() + (2.0 if scenario in ("img", "gpu", "nosa") else 15.0)
+        KubernetesLauncher(profile).client.create(job)
+        end = time.monotonic() + (2.0 if scenario in ("img", "gpu", "nosa") else within(5))
         while time.monotonic() < end:
             (there,) = api.store.all("jobs")
             if {"Complete", "Failed"} & {c["type"] for c in there["status"].get("conditions", [])}:

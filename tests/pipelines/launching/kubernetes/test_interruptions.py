@@ -37,7 +37,7 @@ def jobs(api):
     return [job["metadata"]["name"] for job in api.store.all("jobs", "roma")]
 
 
-# -- somebody or something ends the job ----------------------------------------------------------
+# -- the job is ended from outside ---------------------------------------------------------------
 
 
 def test_cancelling_deletes_the_job_and_its_pods(
@@ -52,10 +52,10 @@ def test_cancelling_deletes_the_job_and_its_pods(
     assert api.store.all("services", "roma") == []
 
 
-def test_deletion_by_somebody_else_ends_it(launcher, cluster, api, folder, make_spec, once, starts):
+def test_deletion_of_the_job_ends_it(launcher, cluster, api, folder, make_spec, once, starts):
     delete = once(lambda: api.delete("jobs", "roma", JOB, {"propagationPolicy": "Background"}, {}))
 
-    with pytest.raises(JobFailed, match="somebody deleted Job") as caught:
+    with pytest.raises(JobFailed, match="was deleted in the cluster") as caught:
         supervise(launcher, folder, make_spec(TWICE), CONFIG, on_poll=delete, **FAST)
 
     assert (caught.value.outcome.status, starts()) == ("cancelled", [1])
@@ -64,7 +64,7 @@ def test_deletion_by_somebody_else_ends_it(launcher, cluster, api, folder, make_
 def test_pods_that_a_plain_deletion_left_behind_are_still_watched_and_ended(
     launcher, cluster, api, folder, make_spec, once, processes
 ):
-    """The API's default orphans them; they would go on holding their GPUs."""
+    """The API's default orphans them; they would keep holding their GPUs."""
     seen = []
 
     def on_poll(state):
@@ -90,7 +90,7 @@ def test_a_preempted_job_continues(launcher, cluster, folder, make_spec, once, s
 
 
 def test_term_lets_the_job_save(launcher, cluster, folder, make_spec, once, starts):
-    """What precedes every end of a pod becomes the stop file; the pod says 75."""
+    """What precedes every end of a pod becomes the stop file; the pod exits with 75."""
     body = (
         "signal.signal(signal.SIGTERM, lambda *_: None)\n"
         "if n < 2:\n    save(3); wait_for('attempts/1/stop', 60)\n"
@@ -107,7 +107,7 @@ def test_term_lets_the_job_save(launcher, cluster, folder, make_spec, once, star
 def test_a_job_whose_node_is_lost_mid_step_continues(
     launcher, cluster, folder, make_spec, once, starts, monkeypatch
 ):
-    """The pod never ends; what it was told is enough once its grace period is long over."""
+    """The pod never ends; it counts as lost once its grace period is long over."""
     monkeypatch.setattr("roma_pipelines.launching.kubernetes.states._LOST_AFTER_S", 0.5)
     lose = once(lambda: cluster.lose("n1"))
 
@@ -145,7 +145,7 @@ def test_the_time_limit_continues_the_job(launcher, cluster, api, folder, make_s
     assert "DeadlineExceeded" in outcome.attempts[0].end.reason
 
 
-def test_out_of_memory_fails_and_says_so(launcher, cluster, folder, make_spec, once, starts):
+def test_out_of_memory_fails_with_this_reason(launcher, cluster, folder, make_spec, once, starts):
     starve = once(lambda: cluster.starve(cluster.pod()))
 
     with pytest.raises(JobFailed, match="out of memory: ask for more memory_gb"):
@@ -255,14 +255,14 @@ def test_a_job_of_this_name_that_is_there_is_adopted(launcher, cluster, folder, 
     assert (outcome.status, starts()) == ("completed", [1])
 
 
-def test_a_token_may_be_replaced(launcher, cluster, api, site, folder, make_spec, once):
+def test_a_token_may_be_replaced(launcher, cluster, api, profile, folder, make_spec, once):
     """The kubeconfig is read anew when the server no longer knows the old one's token."""
     api.token = "first"
-    api.write_kubeconfig(site.kubeconfig)
+    api.write_kubeconfig(profile.kubeconfig)
 
     def rotate():
         api.token = "second"
-        api.write_kubeconfig(site.kubeconfig)
+        api.write_kubeconfig(profile.kubeconfig)
         api.cut_streams()
         (folder.path / "go").touch()
 
@@ -327,19 +327,19 @@ from roma_pipelines.launching.kubernetes.launcher import KubernetesLauncher
 from roma_pipelines.launching.kubernetes.profile import KubernetesProfile
 from roma_pipelines.launching.spec import JobSpec
 from roma_pipelines.launching.supervisor import supervise
-spec, site, folder = sys.argv[1:]
-launcher = KubernetesLauncher(KubernetesProfile.model_validate_json(site), fs_lag_s=0)
+spec, profile, folder = sys.argv[1:]
+launcher = KubernetesLauncher(KubernetesProfile.model_validate_json(profile), fs_lag_s=0)
 supervise(launcher, JobFolder(folder), JobSpec.model_validate_json(spec), {"base_lr": 0.001},
     poll_every_s=0.1)
 """
 
 
 @pytest.fixture
-def worker(site, folder):
+def worker(profile, folder):
     """Starts a supervisor that is a process of its own."""
 
     def start(spec):
-        documents = (spec.model_dump_json(), site.model_dump_json(), str(folder.path))
+        documents = (spec.model_dump_json(), profile.model_dump_json(), str(folder.path))
         return subprocess.Popen([sys.executable, "-c", SUPERVISE, *documents])
 
     return start

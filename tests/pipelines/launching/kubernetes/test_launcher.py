@@ -1,4 +1,4 @@
-"""The verbs of the backend against an API server over HTTP."""
+"""The launcher's operations against an API server over HTTP."""
 
 import shutil
 import threading
@@ -38,79 +38,25 @@ def test_a_failure_has_the_end_of_the_log(launcher, cluster, folder, make_spec):
     assert caught.value.outcome.status == "failed"
 
 
-# -- JobSet --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def jobsets(site, cluster, api):
-    api.crds = True
-    return KubernetesLauncher(site.model_copy(update={"kind": "jobset"}), fs_lag_s=0.0)
-
-
-def test_a_jobset_is_the_same_job(jobsets, api, folder, make_spec, starts):
-    """Its controller makes the Job and the Service; ours are the labels they are found by."""
-    body = "if os.environ['RANK'] == '0': succeed(world_size=2)"
-    spec = make_spec(body, runner="torchrun", nodes=2)
-    assert jobsets.preflight(jobsets.plan(spec, folder)) == []
-
-    outcome = supervise(jobsets, folder, spec, CONFIG, **FAST)
-
-    assert (outcome.status, starts()) == ("completed", [1, 1])
-    (jobset,) = api.store.all("jobsets")
-    assert outcome.attempts[0].external["uid"] == jobset["metadata"]["uid"]
-    assert outcome.attempts[0].end.nodes == "n1, n2"
-
-
-def test_a_jobset_is_adopted_and_cancelled_whole(jobsets, cluster, api, folder, make_spec):
-    def cancel(state):
-        if folder.checkpoints.exists():
-            request_cancel(folder, "me")
-
-    with pytest.raises(Stopped):
-        supervise(
-            jobsets, folder, make_spec(HOLD), CONFIG, fault_point=stop_at("after submit"), **FAST
-        )
-    with pytest.raises(JobFailed, match="cancelled by me"):
-        supervise(jobsets, folder, make_spec(HOLD), CONFIG, on_poll=cancel, **FAST)
-
-    assert "adopted it" in folder.events.read_text()
-    assert (api.store.all("jobsets"), api.store.all("jobs"), cluster.pods()) == ([], [], [])
-
-
-HOLD = "save(n)\nwait_for('never', 60)"
-
-
-class Stopped(BaseException):
-    """Stands for the end of the supervisor's process."""
-
-
-def stop_at(point):
-    def fault_point(name):
-        if name == point:
-            raise Stopped
-
-    return fault_point
-
-
 # -- what it asks of the API server --------------------------------------------------------------
 
 
-def test_many_jobs_are_one_watch_and_no_list_per_poll(site, cluster, api, tmp_path, make_spec):
+def test_many_jobs_are_one_watch_and_no_list_per_poll(profile, cluster, api, tmp_path, make_spec):
     """Three lists and three watches for a process, however many jobs it polls and how often."""
-    launcher = KubernetesLauncher(site, fs_lag_s=0.0)
+    launcher = KubernetesLauncher(profile, fs_lag_s=0.0)
     handles = []
     for n in range(12):
         spec = make_spec("time.sleep(60)").model_copy(update={"key": f"{n:020x}"})
         folder = JobFolder(tmp_path / "jobs" / spec.key)
         folder.path.mkdir(parents=True)
         folder.spec.write_text(spec.model_copy(update={"key": spec.key}).model_dump_json())
-        manifest = manifests(spec, site.model_copy(update={"image": "none"}), folder.path, 1)[0]
-        made = launcher.create(
+        manifest = manifests(spec, profile.model_copy(update={"image": "none"}), folder.path, 1)[0]
+        made = launcher.client.create(
             {**manifest, "metadata": {**manifest["metadata"], "name": f"job-{n}"}}
         )
         external = {"name": f"job-{n}", "uid": made["metadata"]["uid"]}
         handles.append(JobHandle(launcher.plan(spec, folder), external))
-    other = KubernetesLauncher(site, fs_lag_s=0.0)  # of another asset in this process
+    other = KubernetesLauncher(profile, fs_lag_s=0.0)  # of another asset in this process
 
     for _ in range(100):
         states = [one.watch(handle) for handle in handles for one in (launcher, other)]
@@ -123,33 +69,33 @@ def test_many_jobs_are_one_watch_and_no_list_per_poll(site, cluster, api, tmp_pa
         api.delete("jobs", "roma", handle.external["name"], {"propagationPolicy": "Background"}, {})
 
 
-def test_a_view_that_nobody_looks_at_stops_watching(site, cluster, api, eventually, monkeypatch):
+def test_informers_that_are_not_read_stop_watching(profile, cluster, api, eventually, monkeypatch):
     monkeypatch.setattr("roma_pipelines.launching.kubernetes.client._IDLE_S", 0.3)
-    launcher, before = KubernetesLauncher(site), set(threading.enumerate())
+    launcher, before = KubernetesLauncher(profile), set(threading.enumerate())
 
     def watches():
         return [t for t in set(threading.enumerate()) - before if t.name.startswith("watch ")]
 
-    assert launcher.view.look() == ""
+    assert launcher.client.sync() == ""
     assert watches()
     api.store.add("events", {"metadata": {"name": "e", "namespace": "roma"}, "involvedObject": {}})
     time.sleep(0.5)
     api.cut_streams()
 
     eventually(lambda: not watches())
-    assert launcher.view.look() == ""  # and begins again
+    assert launcher.client.sync() == ""  # and begins again
 
 
 # -- preflight -----------------------------------------------------------------------------------
 
 
-def reasons_of(site, folder, spec):
-    launcher = KubernetesLauncher(site)
+def reasons_of(profile, folder, spec):
+    launcher = KubernetesLauncher(profile)
     return launcher.preflight(launcher.plan(spec, folder))
 
 
-def test_a_job_that_could_run_is_not_refused(site, cluster, api, folder, make_spec):
-    assert reasons_of(site, folder, make_spec(nodes=2, runner="torchrun")) == []
+def test_a_job_that_could_run_is_not_refused(profile, cluster, api, folder, make_spec):
+    assert reasons_of(profile, folder, make_spec(nodes=2, runner="torchrun")) == []
     assert api.store.all("jobs") == []  # a dry run creates nothing
 
 
@@ -158,27 +104,28 @@ def test_a_job_that_could_run_is_not_refused(site, cluster, api, folder, make_sp
     [
         ({"namespace": "elsewhere"}, "there is no namespace elsewhere"),
         ({"volumes": ()}, "is in no writable volume of the profile fake (there: none)"),
-        ({"kind": "jobset"}, "this cluster has no JobSet"),
         ({"kubeconfig": Path("/nowhere")}, "no Kubernetes cluster is configured here"),
     ],
 )
-def test_what_is_refused_before_it_queues(site, cluster, folder, make_spec, change, word):
-    (reason,) = reasons_of(site.model_copy(update=change), folder, make_spec())
+def test_what_is_refused_before_it_queues(profile, cluster, folder, make_spec, change, word):
+    (reason,) = reasons_of(profile.model_copy(update=change), folder, make_spec())
 
     assert word in reason
 
 
-def test_every_reason_is_given_at_once(site, cluster, api, folder, make_spec, monkeypatch):
+def test_every_reason_is_given_at_once(profile, cluster, api, folder, make_spec, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     api.rules = []
     spec = make_spec(env_names=("WANDB_API_KEY",), nodes=2, runner="torchrun")
-    reasons = reasons_of(site.model_copy(update={"volumes": ()}), folder, spec)
+    reasons = reasons_of(profile.model_copy(update={"volumes": ()}), folder, spec)
 
     assert len(reasons) == 4  # the folder, the secret, the Job, the Service
     assert "secret" not in " ".join(reasons).replace("a secret", "").replace("secrets", "")
 
 
-def test_what_the_server_finds_wrong_is_told(site, cluster, folder, make_spec, monkeypatch):
+def test_problems_found_by_the_server_are_reported(
+    profile, cluster, folder, make_spec, monkeypatch
+):
     """Rules that are in no schema: the server names each field."""
     real = kubernetes_manifests.manifests
 
@@ -189,25 +136,25 @@ def test_what_the_server_finds_wrong_is_told(site, cluster, folder, make_spec, m
         return [job, *others]
 
     monkeypatch.setattr("roma_pipelines.launching.kubernetes.launcher.manifests", broken)
-    reasons = reasons_of(site, folder, make_spec())
+    reasons = reasons_of(profile, folder, make_spec())
 
     assert any("restartPolicy" in reason for reason in reasons)
     assert any("volumeMounts" in reason for reason in reasons)
 
 
-def test_an_unknown_field_is_no_warning(site, cluster, make_spec):
-    job = manifests(make_spec(), site, "/x", 1)[0]
+def test_an_unknown_field_is_no_warning(profile, cluster, make_spec):
+    job = manifests(make_spec(), profile, "/x", 1)[0]
     job["spec"]["bakcoffLimit"] = 3
 
     with pytest.raises(ApiError, match="bakcoffLimit"):
-        KubernetesLauncher(site).create(job, dry_run=True)
+        KubernetesLauncher(profile).client.create(job, dry_run=True)
 
 
-def test_a_server_that_is_away_is_no_refusal(site, cluster, api, folder, make_spec):
+def test_a_server_that_is_away_is_no_refusal(profile, cluster, api, folder, make_spec):
     api.away = True
 
     with pytest.raises(Unreachable):
-        reasons_of(site, folder, make_spec())
+        reasons_of(profile, folder, make_spec())
 
 
 def test_a_service_that_is_refused_takes_its_job_along(
@@ -227,13 +174,13 @@ def test_a_service_that_is_refused_takes_its_job_along(
 # -- secrets -------------------------------------------------------------------------------------
 
 
-def test_secrets_come_from_secrets_and_stand_in_no_manifest(
-    site, cluster, api, folder, make_spec, monkeypatch
+def test_secrets_come_from_secrets_and_are_in_no_manifest(
+    profile, cluster, api, folder, make_spec, monkeypatch
 ):
     cluster.secrets["keys"] = {"WANDB_API_KEY": "from the cluster"}
     monkeypatch.setenv("WANDB_API_KEY", "from here")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    launcher = KubernetesLauncher(site.model_copy(update={"secrets": ("keys",)}), fs_lag_s=0)
+    launcher = KubernetesLauncher(profile.model_copy(update={"secrets": ("keys",)}), fs_lag_s=0)
     spec = make_spec(
         "print(os.environ['WANDB_API_KEY'], os.environ['WANDB_MODE'], os.environ['GIVEN'])\nsucceed()",
         env_names=("WANDB_API_KEY", "WANDB_MODE"),
@@ -256,7 +203,7 @@ def test_a_password_in_an_address_is_refused(launcher, cluster, folder, make_spe
 
 
 def test_a_secret_that_is_missing_is_named(launcher, cluster, folder, make_spec):
-    launcher.site = launcher.site.model_copy(
+    launcher.profile = launcher.profile.model_copy(
         update={"secrets": ("nowhere",), "start_timeout_s": 0.5}
     )
 
@@ -271,7 +218,7 @@ def test_pods_that_find_no_node_may_wait_longer_than_half_a_gang(
     launcher, cluster, folder, make_spec, eventually
 ):
     """All of them in the queue: its own limit. Some on nodes: those are held for nothing."""
-    launcher.site = launcher.site.model_copy(
+    launcher.profile = launcher.profile.model_copy(
         update={"start_timeout_s": 0.3, "queue_timeout_s": 60.0, "one_pod_per_node": False}
     )
     queued = make_spec(gpus_per_node=9)
@@ -293,18 +240,20 @@ def test_pods_that_find_no_node_may_wait_longer_than_half_a_gang(
     eventually(lambda: cluster.pods() == [])
 
 
-def test_a_program_that_is_not_there_is_named(site, cluster, folder, make_spec):
-    launcher = KubernetesLauncher(site.model_copy(update={"python": "/no/python"}), 0.0)
+def test_a_program_that_is_not_there_is_named(profile, cluster, folder, make_spec):
+    launcher = KubernetesLauncher(profile.model_copy(update={"python": "/no/python"}), 0.0)
 
     with pytest.raises(JobFailed, match=r"StartError.*/no/python"):
         supervise(launcher, folder, make_spec(), CONFIG, **FAST)
 
 
-def test_a_job_folder_that_pods_do_not_see_is_said(site, cluster, folder, make_spec, monkeypatch):
+def test_a_job_folder_that_pods_do_not_see_is_said(
+    profile, cluster, folder, make_spec, monkeypatch
+):
     """The volume is mounted and shows something else: the pod's own words are the reason."""
     monkeypatch.setenv("PYTHONPATH", "")
     launcher = KubernetesLauncher(
-        site.model_copy(update={"command_prefix": ("env", "-C", "/", "sh", "-c", HIDDEN, "sh")}),
+        profile.model_copy(update={"command_prefix": ("env", "-C", "/", "sh", "-c", HIDDEN, "sh")}),
         0.0,
     )
 
@@ -343,11 +292,11 @@ def test_the_role_is_what_a_launcher_uses_no_more_and_no_less(
 
     with pytest.raises(JobFailed, match="one"):  # it fails, and its logs are read
         supervise(launcher, folder, spec, CONFIG, **FAST)
-    launcher.find(launcher.plan(spec, folder, 7))  # an attempt that nobody claimed
+    launcher.find(launcher.plan(spec, folder, 7))  # an attempt without a claim
     shutil.rmtree(folder.path)
     api.delete("jobs", "roma", "roma-0123456789ab-1", {"propagationPolicy": "Background"}, {})
 
-    def orphan(state):  # a deletion by somebody that leaves the pods, then a cancel
+    def orphan(state):  # a deletion that leaves the pods, then a cancel
         if state.phase is Phase.RUNNING and api.store.get("jobs", "roma", "roma-0123456789ab-1"):
             api.delete("jobs", "roma", "roma-0123456789ab-1", {}, {})
         if "pods are left" in state.reason:

@@ -1,4 +1,4 @@
-"""What the launcher makes of every line that a real API server sent."""
+"""The launcher's state after every line that a real API server sent."""
 
 import copy
 import itertools
@@ -10,24 +10,24 @@ from roma_pipelines.launching.spec import Phase
 from tests.pipelines.launching.kubernetes.recordings import recorded
 
 
-def sightings(scenario):
-    """What is known of the Job after each line of the recording."""
-    job, pods, departed, warnings = None, {}, set(), {}
+def snapshots(scenario):
+    """A snapshot of the Job after each line of the recording."""
+    job, pods, deleted, warnings = None, {}, set(), {}
     for line in recorded(scenario):
         uid = line.object["metadata"]["uid"]
         if line.kind == "jobs":
             job = line.object
         elif line.kind == "pods":
             pods[uid] = line.object
-            departed |= {uid} if line.type == "DELETED" else set()
+            deleted |= {uid} if line.type == "DELETED" else set()
         elif line.object["type"] == "Warning":
             warnings[uid] = line.object
         if job is not None:
-            yield Snapshot(job, list(pods.values()), frozenset(departed), list(warnings.values()))
+            yield Snapshot(job, list(pods.values()), frozenset(deleted), list(warnings.values()))
 
 
 def states(scenario):
-    return [state_of(seen) for seen in sightings(scenario)]
+    return [state_of(seen) for seen in snapshots(scenario)]
 
 
 W, R = Phase.WAITING, Phase.RUNNING
@@ -66,13 +66,13 @@ def test_the_phases_of_a_recording(scenario, expected):
         ("nosa", ["no pod", 'serviceaccount "nope" not found']),
     ],
 )
-def test_the_last_state_says_why(scenario, words):
+def test_the_last_state_has_the_reason(scenario, words):
     reason = states(scenario)[-1].reason
 
     assert [word for word in words if word not in reason] == [], reason
 
 
-def test_an_end_tells_how_long_it_ran_and_where():
+def test_an_end_reports_run_time_and_nodes():
     assert states("ok")[-1].usage["nodes"] == "n1, n2"
     assert 1 <= states("ok")[-1].usage["ran_s"] <= 7
     assert states("badcmd")[-1].usage == {}  # its container started in 1970
@@ -80,18 +80,18 @@ def test_an_end_tells_how_long_it_ran_and_where():
 
 def test_a_job_is_not_over_while_a_pod_of_it_runs():
     """From FailureTarget to Failed another pod is still being ended."""
-    for seen in sightings("fail"):
+    for seen in snapshots("fail"):
         conditions = {c["type"] for c in seen.job["status"].get("conditions", [])}
         if "FailureTarget" in conditions and "Failed" not in conditions:
             assert state_of(seen).phase is Phase.RUNNING
 
 
 def end_of(scenario, change):
-    """The last sighting, changed."""
-    seen = list(sightings(scenario))[-1]
+    """The last snapshot, changed."""
+    seen = list(snapshots(scenario))[-1]
     job, pods = copy.deepcopy(seen.job), copy.deepcopy(list(seen.pods))
     change(job, pods)
-    return Snapshot(job, pods, seen.departed, seen.warnings)
+    return Snapshot(job, pods, seen.deleted, seen.warnings)
 
 
 def disrupted(job, pods):
@@ -130,7 +130,7 @@ def test_what_was_done_to_a_job_is_an_interruption(change, word):
 
 def test_a_node_that_is_lost_does_not_hold_the_job_up_for_ever():
     """Its pod ends for ever, however long ago its grace period of 2 s was over."""
-    ending = next(s for s in sightings("fail") if s.job["status"].get("terminating") == 1)
+    ending = next(s for s in snapshots("fail") if s.job["status"].get("terminating") == 1)
 
     assert state_of(ending, ending_s=30).phase is Phase.RUNNING
     lost = state_of(ending, ending_s=90)
@@ -153,5 +153,5 @@ def test_a_pod_that_failed_for_another_is_not_the_reason():
     from roma_pipelines.launching.kubernetes.states import failed_first
 
     for scenario, name in (("fail", "fail-1-trlzd"), ("retry", "retry-1-x6vl9")):
-        pod = failed_first(list(sightings(scenario))[-1])
+        pod = failed_first(list(snapshots(scenario))[-1])
         assert pod["metadata"]["name"] == name
