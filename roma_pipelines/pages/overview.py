@@ -101,14 +101,22 @@ def overview(
     Args:
         experiments: by name; a text is the reason why one cannot be used.
     """
-    records = instance.get_run_records(limit=_N_RUN_RECORDS)
+    run_records = instance.get_run_records(limit=_N_RUN_RECORDS)
     active = [job for job in all_jobs(storage.jobs) if job.open_attempt is not None]
     usable = {name: e for name, e in experiments.items() if isinstance(e, Experiment)}
     keys = {name: [e.key(asset) for asset in ASSET_NAMES] for name, e in usable.items()}
-    made_at = _made_at([key for found in keys.values() for key in found], instance)
+    asset_records = instance.get_asset_records([key for own in keys.values() for key in own])
+    entries = [record.asset_entry for record in asset_records]
+    made_at = {
+        e.asset_key: e.last_materialization.timestamp for e in entries if e.last_materialization
+    }
     views = [View(name, problem=e) for name, e in experiments.items() if isinstance(e, str)]
     for name, experiment in usable.items():
-        runs = [record for record in records if _includes(record, name)]
+        runs = [
+            record
+            for record in run_records
+            if any(key.path[0] == name for key in record.dagster_run.asset_selection or ())
+        ]
         view = View(
             name=name,
             description=experiment.description,
@@ -120,23 +128,8 @@ def overview(
         )
         views.append(view)
     return sorted(
-        views,
-        key=lambda view: (-max((at or 0 for at in view.assets.values()), default=0), view.name),
+        views, key=lambda view: (-max(filter(None, view.assets.values()), default=0), view.name)
     )
-
-
-def _made_at(keys: list[dg.AssetKey], instance: dg.DagsterInstance) -> dict[dg.AssetKey, float]:
-    """Times of the newest materialisations, by one query."""
-    entries = [record.asset_entry for record in instance.get_asset_records(keys)]
-    return {
-        entry.asset_key: entry.last_materialization.timestamp
-        for entry in entries
-        if entry.last_materialization is not None
-    }
-
-
-def _includes(record: dg.RunRecord, experiment: str) -> bool:
-    return any(key.path[0] == experiment for key in record.dagster_run.asset_selection or ())
 
 
 def _versions(client: MlflowClient, name: str) -> dict[str, ModelVersion]:

@@ -9,7 +9,10 @@ condition Complete or Failed, which comes once all pods have ended; success is p
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import secrets
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -25,8 +28,13 @@ from roma_pipelines.launching.kubernetes.client import (
     selector,
     shared_client,
 )
-from roma_pipelines.launching.kubernetes.manifests import as_text, labels, manifests, with_variables
-from roma_pipelines.launching.kubernetes.preflight import SECRET, reasons_against
+from roma_pipelines.launching.kubernetes.manifests import (
+    Manifest,
+    as_text,
+    labels,
+    manifests,
+    with_variables,
+)
 from roma_pipelines.launching.kubernetes.profile import KubernetesProfile
 from roma_pipelines.launching.kubernetes.states import (
     Snapshot,
@@ -47,7 +55,9 @@ from roma_pipelines.launching.launcher import (
 from roma_pipelines.launching.outcome import log_tail
 from roma_pipelines.launching.spec import JobHandle, JobSpec, JobState, Phase, Plan
 
+_SECRET = re.compile(r"KEY|TOKEN|PASSWORD|SECRET|USERNAME|CREDENTIAL")  # in names of variables
 _URL_WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
+_MIN_FREE_MB = 200
 _LOOKUP_INTERVAL_S = 10.0
 _CANCEL_INTERVAL_S = 0.5
 _ORPHANED_AFTER_S = 5.0
@@ -92,7 +102,16 @@ class KubernetesLauncher:
         return Plan(spec, folder, attempt, as_text(documents, spec), documents)
 
     def preflight(self, plan: Plan) -> list[str]:
-        return reasons_against(plan, self.profile, self.client)
+        found = [
+            *_check_folder(plan.folder, self.profile),
+            *_check_secrets(plan.spec, self.profile),
+        ]
+        try:
+            for manifest in plan.content:
+                found += _check_manifest(manifest, self.client)
+        except Rejected as error:  # no cluster is configured
+            found += error.reasons
+        return list(dict.fromkeys(found))
 
     def submit(self, plan: Plan, environment: Mapping[str, str]) -> JobHandle:
         script = plan.files.script
@@ -291,13 +310,70 @@ class KubernetesLauncher:
                 file.write(f"{title}\n{tail}\n")
 
 
+# -- preflight, and secrets ----------------------------------------------------------------------
+
+
+def _check_folder(folder: JobFolder, profile: KubernetesProfile) -> list[str]:
+    """Whether jobs can be written here, and pods would see what is written."""
+    root = folder.path.resolve().parent
+    if not profile.holds(root):
+        mounts = ", ".join(v.mount for v in profile.volumes if not v.read_only) or "none"
+        return [
+            f"{root} is in no writable volume of the profile {profile.name} (there: {mounts}), so "
+            f"pods would not see the job folder; set ROMA_STORAGE_ROOT to a folder in one of them, "
+            f"or add its volume to `volumes`"
+        ]
+    probe = root / f".preflight-{secrets.token_hex(4)}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        return [f"cannot write to {root} ({error.strerror}); set ROMA_STORAGE_ROOT"]
+    free_mb = shutil.disk_usage(root).free / 1e6
+    if free_mb < _MIN_FREE_MB:
+        return [f"{root} has {free_mb:.0f} MB of free space; {_MIN_FREE_MB} MB are needed"]
+    return []
+
+
+def _check_secrets(spec: JobSpec, profile: KubernetesProfile) -> list[str]:
+    """Secrets that are set here and would not reach the pods."""
+    if profile.secrets:
+        return []  # their content may not be readable from here
+    return [
+        f"{name} is set here, and manifests hold no secrets; put it into a Secret of the namespace "
+        f"{profile.namespace} and name that under `secrets` of the profile {profile.name}, or unset it"
+        for name in spec.env_names
+        if _SECRET.search(name) and os.environ.get(name)
+    ]
+
+
+def _check_manifest(manifest: Manifest, client: Client) -> list[str]:
+    """What the API server finds in a dry run with strict fields, which creates nothing.
+
+    It checks names, quantities, quotas, rights and whatever its admission adds, but not what pods
+    need (images, accounts, nodes): that is found within the profile's start timeout.
+    """
+    try:
+        client.create(manifest, dry_run=True)
+    except ApiError as error:
+        if error.code == 409:
+            return []  # an object of this name exists: the submission adopts it
+        if error.code == 404:
+            return [f"Kubernetes: there is no namespace {client.namespace} ({error})"]
+        if error.code == 401:
+            return [f"Kubernetes does not accept this account ({error}); check the kubeconfig"]
+        return [f"Kubernetes: {reason}" for reason in error.reasons]
+    return []
+
+
 def _without_secrets(variables: Mapping[str, str]) -> dict[str, str]:
     """Variables that a manifest may hold; pods take secrets from the profile's Secrets.
 
     Raises:
         Rejected: a value contains a password.
     """
-    plain = {name: value for name, value in variables.items() if not SECRET.search(name)}
+    plain = {name: value for name, value in variables.items() if not _SECRET.search(name)}
     if wrong := [name for name, value in plain.items() if _URL_WITH_PASSWORD.search(value)]:
         raise Rejected(
             [
