@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -45,7 +46,7 @@ MANIFEST, HASHES, DUMP = "MANIFEST.json", "SHA256.json", "database.dump"
 SCHEMA_VERSION = 1
 _SQLITE_MAGIC = b"SQLite format 3\0"
 _SIDE_FILES = ("-wal", "-shm", "-journal")  # of SQLite; the copy of the database includes them
-_LEFT_OUT = frozenset({"cache", "clusters", "dagster/logs"})  # paths in the root, not mere names
+_LEFT_OUT = re.compile(r"cache|clusters|dagster/logs|jobs/[^/]+/checkpoints")  # paths in the root
 
 
 class BackupError(RuntimeError):
@@ -136,22 +137,17 @@ def _write(storage: Storage, file: IO[bytes], scratch: Path, with_datasets: bool
 
 def _files(root: Path, with_datasets: bool) -> Iterator[Path]:
     for where, folders, names in os.walk(root):
-        folder = Path(where)
-        inside = folder.relative_to(root)
-        folders[:] = sorted(
-            name for name in folders if not _is_left_out(inside / name, with_datasets)
-        )
+        kept = []
+        for name in sorted(folders):
+            path = (Path(where) / name).relative_to(root).as_posix()
+            if not _LEFT_OUT.fullmatch(path) and (with_datasets or path != "datasets"):
+                kept.append(name)
+        folders[:] = kept
         for name in sorted(names):
-            path = folder / name
+            file = Path(where) / name
             hidden = name.startswith(".") or name.endswith(_SIDE_FILES)
-            if not hidden and path.is_file() and not path.is_symlink():
-                yield path
-
-
-def _is_left_out(inside: Path, with_datasets: bool) -> bool:
-    if inside.parts[0] == "jobs":
-        return inside.parts[2:] == ("checkpoints",)
-    return inside.as_posix() in _LEFT_OUT or (inside == Path("datasets") and not with_datasets)
+            if not hidden and file.is_file() and not file.is_symlink():
+                yield file
 
 
 def _is_sqlite(path: Path) -> bool:
