@@ -11,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -50,6 +48,7 @@ from roma_pipelines.launching.launcher import (
     Price,
     Rejected,
     Unreachable,
+    check_writable,
     passthrough_env,
 )
 from roma_pipelines.launching.outcome import log_tail
@@ -57,7 +56,6 @@ from roma_pipelines.launching.spec import JobHandle, JobSpec, JobState, Phase, P
 
 _SECRET = re.compile(r"KEY|TOKEN|PASSWORD|SECRET|USERNAME|CREDENTIAL")  # in names of variables
 _URL_WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
-_MIN_FREE_MB = 200
 _LOOKUP_INTERVAL_S = 10.0
 _CANCEL_INTERVAL_S = 0.5
 _ORPHANED_AFTER_S = 5.0
@@ -323,17 +321,7 @@ def _check_folder(folder: JobFolder, profile: KubernetesProfile) -> list[str]:
             f"pods would not see the job folder; set ROMA_STORAGE_ROOT to a folder in one of them, "
             f"or add its volume to `volumes`"
         ]
-    probe = root / f".preflight-{secrets.token_hex(4)}"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        return [f"cannot write to {root} ({error.strerror}); set ROMA_STORAGE_ROOT"]
-    free_mb = shutil.disk_usage(root).free / 1e6
-    if free_mb < _MIN_FREE_MB:
-        return [f"{root} has {free_mb:.0f} MB of free space; {_MIN_FREE_MB} MB are needed"]
-    return []
+    return check_writable(root)
 
 
 def _check_secrets(spec: JobSpec, profile: KubernetesProfile) -> list[str]:
