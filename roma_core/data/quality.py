@@ -117,7 +117,7 @@ def _broken_layout(dataset: StoredDataset) -> list[str]:
             ("positions", len(schema.axes), np.float64),
             ("targets", len(schema.targets), np.float32),
         )
-        for k, part in enumerate(dataset.shards()):
+        for k, part in enumerate(dataset.parts()):
             n_rows = int(part.lengths.sum())
             for column, width, dtype in large:
                 if (array := getattr(part, column)) is not None:

@@ -123,43 +123,29 @@ class StoredDataset:
         base = self.offsets.item(self._firsts[k])
         return k, slice(a - base, b - base)
 
-    def shards(self) -> Iterator[RaggedBatch]:
-        """The whole data set as delivered, a file at a time; see :meth:`parts`."""
-        ends = [*self._firsts[1:], len(self)]
-        targets = itertools.repeat(None, len(ends)) if self._targets is None else self._targets
-        columns = (self._firsts, ends, self._positions, self._values, targets)
-        for first, last, positions, values, of_targets in zip(*columns, strict=True):
-            yield self._consecutive(first, last, positions, values, of_targets)
+    def parts(self, n_observations: int | None = None) -> Iterator[RaggedBatch]:
+        """The whole data set as delivered: about ``n_observations`` at a time, or a file at a time.
 
-    def parts(self, n_observations: int) -> Iterator[RaggedBatch]:
-        """The whole data set as delivered, whole series of about ``n_observations`` at a time.
-
-        Its arrays are read-only views of the files, ``positions`` float64; its ``ids`` are rows.
+        Parts hold whole series, in order. Their arrays are read-only views of the files,
+        ``positions`` float64; their ``ids`` are rows.
         """
-        for shard in self.shards():
-            starts = shard.starts
-            cuts = np.flatnonzero(
-                np.diff((starts + shard.lengths) // n_observations, prepend=-1)
-            ).tolist()
-            for a, b in itertools.pairwise([*cuts, len(starts)]):
-                rows = slice(starts[a], starts[b - 1] + shard.lengths[b - 1])
-                targets = None if shard.targets is None else shard.targets[rows]
-                first = int(shard.ids[0])
-                yield self._consecutive(
-                    first + a, first + b, shard.positions[rows], shard.values[rows], targets
+        for k, (first, last) in enumerate(itertools.pairwise([*self._firsts, len(self)])):
+            base, ends = self.offsets[first], self.offsets[first + 1 : last + 1]
+            cuts = [first]
+            if n_observations is not None:
+                chunk = (ends - base) // n_observations
+                cuts = (first + np.flatnonzero(np.diff(chunk, prepend=-1))).tolist()
+            for a, b in itertools.pairwise([*cuts, last]):
+                rows = slice(self.offsets[a] - base, self.offsets[b] - base)
+                rows = slice(None) if n_observations is None else rows
+                yield RaggedBatch(
+                    values=self._values[k][rows],
+                    positions=self._positions[k][rows],
+                    lengths=self.lengths[a:b],
+                    ids=np.arange(a, b),
+                    labels=None if self.labels is None else self.labels[a:b],
+                    targets=None if self._targets is None else self._targets[k][rows],
                 )
-
-    def _consecutive(
-        self, first: int, last: int, positions: Any, values: Any, targets: Any
-    ) -> RaggedBatch:
-        return RaggedBatch(
-            values=values,
-            positions=positions,
-            lengths=self.lengths[first:last],
-            ids=np.arange(first, last),
-            labels=None if self.labels is None else self.labels[first:last],
-            targets=targets,
-        )
 
     def sample(self, i: int) -> Sample:
         """Series i as the model sees it.

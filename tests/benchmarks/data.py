@@ -199,7 +199,7 @@ def _memory(what: str) -> int:
 def _random_access(dataset: StoredDataset, folder: Path) -> None:
     """One series at a time, at random; every reader copies the numbers out."""
     offsets = dataset.offsets
-    part = next(dataset.shards())  # one file holds it all
+    part = next(dataset.parts())  # one file holds it all
     positions, values = part.positions, part.values
 
     def slice_of(i: int) -> None:

@@ -50,8 +50,8 @@ def test_a_bad_row_is_refused_with_its_file_and_place_and_nothing_is_left(tmp_pa
 
     assert result.exit_code == 1
     pattern = message if ".*" in message else re.escape(message)
-    (said,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
-    assert re.search(pattern, said), said
+    (text,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert re.search(pattern, text), text
     assert not (tmp_path / "out" / "stars").exists()
 
 
@@ -72,10 +72,10 @@ def test_a_repair_is_counted_and_reported(tmp_path, lines, options, repairs):
     result = table(tmp_path, [*SOUND, *lines], repair=options)
 
     assert result.exit_code == 0, result.output
-    *_, shares, said, path = result.output.splitlines()
+    *_, sizes, repaired, path = result.output.splitlines()
     made = read_manifest(tmp_path / path).repairs.model_dump()
     assert {name: count for name, count in made.items() if count} == repairs
-    assert said.startswith("repaired: ") and shares.startswith("train ")
+    assert repaired.startswith("repaired: ") and sizes.startswith("train ")
 
 
 def test_series_of_one_and_of_100_000_points_and_names_in_any_script_are_kept(tmp_path):

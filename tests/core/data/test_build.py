@@ -254,7 +254,7 @@ def test_a_large_set_lies_in_several_files_and_reads_the_same(tmp_path_factory, 
         parted = StoredDataset(built(folder / "parted", *given_series))
 
     assert errors_but_leaks(parted.path) == []
-    sizes = [len(part.values) for part in parted.shards()]
+    sizes = [len(part.values) for part in parted.parts()]
     assert sum(sizes) == sum(lengths) and min(sizes) > 0
     assert max(sizes) <= max(shard, *lengths, 0)
     assert (
@@ -268,7 +268,7 @@ def test_a_large_set_lies_in_several_files_and_reads_the_same(tmp_path_factory, 
     pieces = list(parted.parts(5))
     assert np.concatenate([p.ids for p in pieces]).tolist() == list(range(len(parted)))
     assert np.concatenate([p.lengths for p in pieces]).tolist() == lengths
-    assert np.array_equal(np.concatenate([p.values for p in pieces]), next(whole.shards()).values)
+    assert np.array_equal(np.concatenate([p.values for p in pieces]), next(whole.parts()).values)
     (parted.path / sorted(p.name for p in parted.path.glob("values*.npy"))[-1]).unlink()
     with pytest.raises(DataError, match=r"is damaged: values.*missing"):
         StoredDataset(parted.path)

@@ -27,7 +27,7 @@ def test_the_profile_counts_what_is_there(tmp_path):
     gaps = np.concatenate([np.diff(dataset.raw(i)[0][:, 0]) for i in range(4)])
     assert profile.gaps["t"].maximum == gaps.max() > 1
     assert profile.values["b"].median == pytest.approx(
-        np.median(next(dataset.shards()).values[:, 1])
+        np.median(next(dataset.parts()).values[:, 1])
     )
     assert type(profile).model_validate_json(profile.model_dump_json()) == profile
     text = profile.to_markdown()
