@@ -162,7 +162,7 @@ class MetadataColumns(Frozen):
 GROUP = "roma_core.sources"
 
 _OURS = {
-    "generated": "synthetic:GeneratedConfig",
+    "synthetic": "synthetic:SyntheticConfig",
     "image_folder": "folders:ImageFolderConfig",
     "npz": "npz:NpzConfig",
     "package_file": "packaged:PackageFileConfig",

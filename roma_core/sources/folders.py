@@ -1,9 +1,7 @@
-"""Sounds in a folder of WAV files, a sub-folder per class: patches of the log-mel spectrogram.
+"""Images or sounds in a folder, a sub-folder per class.
 
-Every patch is one observation at (time, band). Reading and the Fourier transform are SciPy's.
-
-Pictures as series: one square patch is one observation, its place is its position.
-Pictures in a folder, a sub-folder per class: every patch is one observation at (row, column).
+One observation is a square patch of an image at (row, column), or a patch of a sound's log-mel
+spectrogram at (time, band). Reading WAV files and the Fourier transform are SciPy's.
 """
 
 from __future__ import annotations
@@ -22,65 +20,11 @@ from roma_core.files import sha256_of
 from roma_core.schema import Channel, DataError, PositionAxis
 from roma_core.sources.base import RawSeries, SourceConfig
 
-
-def patches(
-    picture: NDArray[np.float32], height: int, width: int
-) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-    """Cut a picture ``(H, W, C)`` into patches of ``height`` × ``width``.
-
-    Returns:
-        positions ``(N, 2)``, row and column of the patch, and values ``(N, height * width * C)``, row
-        by row with the colour fastest; N is rows times columns. What is left over at the lower and
-        right edge is cut off.
-    """
-    n_rows, n_columns, depth = (
-        picture.shape[0] // height,
-        picture.shape[1] // width,
-        picture.shape[2],
-    )
-    whole = picture[: n_rows * height, : n_columns * width]
-    cut = whole.reshape(n_rows, height, n_columns, width, depth).transpose(0, 2, 1, 3, 4)
-    places = np.stack(np.divmod(np.arange(n_rows * n_columns), n_columns), axis=1)
-    return places.astype(np.float64), cut.reshape(n_rows * n_columns, height * width * depth)
-
-
-def labelled_files(folder: Path, endings: tuple[str, ...]) -> list[tuple[Path, str | None]]:
-    """Files below a folder, in order, with the name of the sub-folder they lie in as their class.
-
-    Files directly in the folder have no class; then all must.
-
-    Raises:
-        DataError: there is no such folder or file, or some files have a class and some have none.
-    """
-    if not folder.is_dir():
-        raise DataError(f"there is no folder {folder} (from {Path.cwd()})")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and p.is_file())
-    found = [
-        (path, path.relative_to(folder).parts[0] if path.parent != folder else None)
-        for path in paths
-    ]
-    if not found:
-        raise DataError(f"{folder} holds no file that ends in {', '.join(endings)}")
-    if len({label is None for _, label in found}) > 1:
-        stray = next(path for path, label in found if label is None)
-        raise DataError(f"{stray} lies in no sub-folder, so it has no class, but others have one")
-    return found
-
-
-def hashes(folder: Path, found: list[tuple[Path, str | None]]) -> dict[str, str]:
-    """sha256 of every file, by its name below the folder."""
-    return {path.relative_to(folder).as_posix(): sha256_of(path) for path, _ in found}
-
-
-def classes(found: list[tuple[Path, str | None]]) -> tuple[str, ...]:
-    return tuple(sorted({label for _, label in found if label is not None}))
-
-
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
 class ImageFolderConfig(SourceConfig):
-    """Pictures on this computer."""
+    """Images on this computer."""
 
     kind: Literal["image_folder"] = "image_folder"
     folder: Path
@@ -88,62 +32,11 @@ class ImageFolderConfig(SourceConfig):
     colours: Literal["rgb", "grey"] = "rgb"
     resize: tuple[int, int] | None = Field(
         None,
-        description="Height and width to scale every picture to; None leaves them as they are.",
+        description="Height and width to scale every image to; None leaves them as they are.",
     )
 
     def open(self, cache: Path) -> ImageFolderSource:
         return ImageFolderSource(self)
-
-
-class ImageFolderSource:
-    """The pictures of a folder, in the order of their names."""
-
-    def __init__(self, config: ImageFolderConfig) -> None:
-        self.config = config
-        self.citation, self.licence = config.citation, config.licence
-        self._found = labelled_files(config.folder, IMAGE_ENDINGS)
-        self.files = hashes(config.folder, self._found)
-        self.classes = classes(self._found)
-        self.axes = (
-            PositionAxis(name="row", unit="patch"),
-            PositionAxis(name="column", unit="patch"),
-        )
-        names = ("red", "green", "blue") if config.colours == "rgb" else ("grey",)
-        side = range(config.patch)
-        self.channels = tuple(
-            Channel(name=f"{name}_{y}_{x}", unit="1") for y in side for x in side for name in names
-        )
-
-    def __length_hint__(self) -> int:
-        return len(self._found)
-
-    def read(self) -> Iterator[RawSeries]:
-        """Every picture; its values are in 0 … 255.
-
-        Raises:
-            DataError: a file is no picture, or smaller than one patch.
-        """
-        from PIL import Image
-
-        config = self.config
-        for path, label in self._found:
-            try:
-                with Image.open(path) as image:
-                    picture = image.convert("RGB" if config.colours == "rgb" else "L")
-            except OSError as error:
-                raise DataError(f"{path} cannot be read as a picture: {error}") from error
-            if config.resize is not None:
-                height, width = config.resize
-                picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-            pixels = np.atleast_3d(np.asarray(picture, dtype=np.float32))  # (H, W, colours)
-            positions, values = patches(pixels, config.patch, config.patch)
-            if len(values) == 0:
-                raise DataError(
-                    f"{path} has {pixels.shape[1]} × {pixels.shape[0]} pixels, less than one patch "
-                    f"of {config.patch}; use a smaller patch, or resize"
-                )
-            name = path.relative_to(config.folder).as_posix()
-            yield RawSeries(id=name, positions=positions, values=values, label=label)
 
 
 class WavFolderConfig(SourceConfig):
@@ -165,15 +58,109 @@ class WavFolderConfig(SourceConfig):
         return WavFolderSource(self)
 
 
-class WavFolderSource:
+class _FolderSource:
+    """The files of a folder in the order of their names; their sub-folders are their classes.
+
+    Files directly in the folder have no class; then all must.
+
+    Raises:
+        DataError: there is no such folder or file, or some files have a class and some have none.
+    """
+
+    def __init__(
+        self, config: ImageFolderConfig | WavFolderConfig, endings: tuple[str, ...]
+    ) -> None:
+        folder = self._folder = config.folder
+        if not folder.is_dir():
+            raise DataError(f"there is no folder {folder} (from {Path.cwd()})")
+        self._paths = sorted(
+            p for p in folder.rglob("*") if p.suffix.lower() in endings and p.is_file()
+        )
+        if not self._paths:
+            raise DataError(f"{folder} holds no file that ends in {', '.join(endings)}")
+        labels = {self._label(path) for path in self._paths}
+        if None in labels and len(labels) > 1:
+            stray = next(path for path in self._paths if self._label(path) is None)
+            raise DataError(
+                f"{stray} lies in no sub-folder, so it has no class, but others have one"
+            )
+        self.classes = tuple(sorted(label for label in labels if label is not None))
+        self.files = {self._name(path): sha256_of(path) for path in self._paths}
+        self.citation, self.licence = config.citation, config.licence
+
+    def __length_hint__(self) -> int:
+        return len(self._paths)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self._folder).as_posix()
+
+    def _label(self, path: Path) -> str | None:
+        return path.relative_to(self._folder).parts[0] if path.parent != self._folder else None
+
+    def _series(
+        self, path: Path, positions: NDArray[np.float64], values: NDArray[np.float32]
+    ) -> RawSeries:
+        return RawSeries(self._name(path), positions, values, label=self._label(path))
+
+
+class ImageFolderSource(_FolderSource):
+    """The images of a folder, in the order of their names."""
+
+    def __init__(self, config: ImageFolderConfig) -> None:
+        super().__init__(config, IMAGE_ENDINGS)
+        self.config = config
+        self.axes = (
+            PositionAxis(name="row", unit="patch"),
+            PositionAxis(name="column", unit="patch"),
+        )
+        names = ("red", "green", "blue") if config.colours == "rgb" else ("grey",)
+        side = range(config.patch)
+        self.channels = tuple(
+            Channel(name=f"{name}_{y}_{x}", unit="1") for y in side for x in side for name in names
+        )
+
+    def read(self) -> Iterator[RawSeries]:
+        """Every image; its values are in 0 … 255, or as they stand where they have more bits.
+
+        Raises:
+            DataError: a file is no image, is smaller than one patch, or has colours of more bits.
+        """
+        from PIL import Image
+
+        config = self.config
+        for path in self._paths:
+            try:
+                with Image.open(path) as image:
+                    is_deep = image.mode == "F" or image.mode.startswith("I")
+                    if is_deep and config.colours == "rgb":
+                        raise DataError(
+                            f"{path} has grey levels of more than 8 bits; set colours to 'grey'"
+                        )
+                    if image.mode.startswith("I"):  # Pillow converts I;16 to F by way of I alone
+                        image = image.convert("I")
+                    pixel = "F" if is_deep else "RGB" if config.colours == "rgb" else "L"
+                    image = image.convert(pixel)
+            except OSError as error:
+                raise DataError(f"{path} cannot be read as an image: {error}") from error
+            if config.resize is not None:
+                height, width = config.resize
+                image = image.resize((width, height), Image.Resampling.BICUBIC)
+            pixels = np.atleast_3d(np.asarray(image, dtype=np.float32))  # (H, W, colours)
+            positions, values = patches(pixels, config.patch, config.patch)
+            if len(values) == 0:
+                raise DataError(
+                    f"{path} has {pixels.shape[1]} × {pixels.shape[0]} pixels, less than one patch "
+                    f"of {config.patch}; use a smaller patch, or resize"
+                )
+            yield self._series(path, positions, values)
+
+
+class WavFolderSource(_FolderSource):
     """The sounds of a folder, in the order of their names."""
 
     def __init__(self, config: WavFolderConfig) -> None:
+        super().__init__(config, (".wav",))
         self.config = config
-        self.citation, self.licence = config.citation, config.licence
-        self._found = labelled_files(config.folder, (".wav",))
-        self.files = hashes(config.folder, self._found)
-        self.classes = classes(self._found)
         self.axes = (
             PositionAxis(name="time", unit=f"patch of {config.patch_hops * config.hop_ms:g} ms"),
             PositionAxis(name="band", unit=f"patch of {config.patch_bands} mel bands"),
@@ -184,19 +171,16 @@ class WavFolderSource:
             for f in range(config.patch_bands)
         )
 
-    def __length_hint__(self) -> int:
-        return len(self._found)
-
     def read(self) -> Iterator[RawSeries]:
-        """Every sound, its channels mixed to one and its mean taken off.
+        """Every sound, its channels averaged and its mean subtracted.
 
         Raises:
             DataError: a file is no WAV file, is too short, or has another rate than the first.
         """
         config = self.config
         first: int | None = None
-        for path, label in self._found:
-            rate, sound = _read(path)
+        for path in self._paths:
+            rate, sound = _read_wav(path)
             first = first or rate
             if rate != first:
                 raise DataError(
@@ -211,16 +195,33 @@ class WavFolderSource:
                     f"{path} lasts {len(sound) / rate:.3f} s, less than one patch of "
                     f"{config.patch_hops} spectra; use fewer patch_hops, or leave it out"
                 )
-            name = path.relative_to(config.folder).as_posix()
-            yield RawSeries(id=name, positions=positions, values=values, label=label)
+            yield self._series(path, positions, values)
 
 
-def _read(path: Path) -> tuple[int, NDArray[np.float64]]:
+def patches(
+    image: NDArray[np.float32], height: int, width: int
+) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+    """Cut an image ``(H, W, C)`` into patches of ``height`` × ``width``.
+
+    Returns:
+        positions ``(N, 2)``, row and column of the patch, and values ``(N, height * width * C)``, row
+        by row with the colour fastest; N is rows times columns. What is left over at the lower and
+        right edge is cut off.
+    """
+    n_rows, n_columns, depth = image.shape[0] // height, image.shape[1] // width, image.shape[2]
+    whole = image[: n_rows * height, : n_columns * width]
+    cut = whole.reshape(n_rows, height, n_columns, width, depth).transpose(0, 2, 1, 3, 4)
+    positions = np.stack(np.divmod(np.arange(n_rows * n_columns), n_columns), axis=1)
+    return positions.astype(np.float64), cut.reshape(n_rows * n_columns, height * width * depth)
+
+
+def _read_wav(path: Path) -> tuple[int, NDArray[np.float64]]:
     from scipy.io import wavfile
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", wavfile.WavFileWarning)  # a file that ends too early
+            warnings.filterwarnings("ignore", r"Chunk \(non-data\) not understood")  # id3, bext
             rate, samples = wavfile.read(path)
     except (ValueError, OSError, EOFError, struct.error, wavfile.WavFileWarning) as error:
         raise DataError(f"{path} cannot be read as a WAV file: {error}") from error
@@ -234,7 +235,7 @@ def log_mel(
 ) -> NDArray[np.float32]:
     """Logarithm of the power in mel bands: ``(n,)`` samples to ``(spectra, n_bands)`` float32.
 
-    Only windows that lie wholly inside the sound count; a shorter sound gives no spectrum.
+    Only windows that lie wholly inside the sound; a shorter sound gives no spectrum.
     """
     from scipy.signal import ShortTimeFFT
     from scipy.signal.windows import hann

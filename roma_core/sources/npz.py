@@ -43,12 +43,17 @@ class NpzConfig(SourceConfig):
 
 
 class NpzSource:
-    """The series of one file, in its order."""
+    """The series of one file, in its order.
+
+    Raises:
+        DataError: the file cannot be read, lacks an array, or the arrays do not fit each other.
+    """
 
     def __init__(self, config: NpzConfig) -> None:
         self.axes, self.channels, self.targets = config.axes, config.channels, config.targets
         self.citation, self.licence = config.citation, config.licence
         self.files = {config.file.name: sha256_of(config.file)}
+        self._where = str(config.file)
         try:
             with np.load(config.file, allow_pickle=False) as file:
                 arrays: dict[str, NDArray[Any]] = {name: file[name] for name in file.files}
@@ -65,19 +70,15 @@ class NpzSource:
                 f"{config.file} has an array 'targets', but the configuration names none; name them "
                 f"under targets, or take the array away"
             )
-        self._where = str(config.file)
-        self._offsets = arrays.get("offsets")
+        self._offsets, self._lengths = arrays.get("offsets"), arrays.get("lengths")
         self._values, self._positions = arrays["values"], arrays["positions"]
         self._targets = arrays.get("targets")
+        self._n = self._count_series()
         if self._targets is not None and len(self._targets) != len(self._values):
             raise DataError(
                 f"{config.file}: targets {self._targets.shape} and values {self._values.shape} must "
                 f"have as many series and observations"
             )
-        self._lengths = arrays.get("lengths")
-        self._n = self._count()
-        self._ids = arrays.get("ids", np.arange(self._n))
-        self._metadata = {k: arrays[k] for k in _METADATA if k in arrays}
         for name in ("lengths", "ids", *_METADATA):
             if name not in arrays or arrays[name].shape == (self._n,):
                 continue
@@ -86,18 +87,18 @@ class NpzSource:
                     f"{self._where}: {name} must be one row, got shape {arrays[name].shape}"
                 )
             raise DataError(f"{self._where}: {len(arrays[name])} {name} of {self._n} series")
-        self._columns = MetadataColumns(**{_METADATA[k]: k for k in self._metadata})
-        self.classes = self._columns.all_classes(map(str, self._metadata.get("labels", ())))
+        self._ids = _texts(arrays.get("ids", np.arange(self._n)))
+        names = [name for name in _METADATA if name in arrays]
+        self._cells = [_texts(arrays[name]) for name in names]
+        self._metadata = MetadataColumns(**{_METADATA[name]: name for name in names})
+        self.classes = self._metadata.all_classes(
+            _texts(arrays["labels"]) if "labels" in arrays else ()
+        )
 
     def __length_hint__(self) -> int:
         return self._n
 
-    def _count(self) -> int:
-        """How many series there are.
-
-        Raises:
-            DataError: offsets or lengths do not cut the arrays into series.
-        """
+    def _count_series(self) -> int:
         values, positions = self._values, self._positions
         if values.ndim == 0 or positions.ndim == 0:
             raise DataError(
@@ -122,16 +123,22 @@ class NpzSource:
                     f"{len(positions)} positions"
                 )
             return len(offsets) - 1
+        shape = (*values.shape, 1, 1)
+        if shape[1] == len(self.channels) != shape[2] == positions.shape[positions.ndim > 1]:
+            raise DataError(
+                f"{self._where}: values {values.shape} look like (series, channels, observations), "
+                f"expected (series, observations, channels); transpose them"
+            )
         if positions.ndim > 1 and positions.shape[:2] != values.shape[:2]:
             raise DataError(
                 f"{self._where}: values {values.shape} and positions {positions.shape} must have "
                 f"as many series and observations"
             )
         if self._lengths is not None:
-            lengths, most = self._whole("lengths", self._lengths), (*values.shape, 1)[1]
-            if len(lengths) and not 0 <= lengths.min() <= lengths.max() <= most:
+            lengths = self._whole("lengths", self._lengths)
+            if len(lengths) and not 0 <= lengths.min() <= lengths.max() <= shape[1]:
                 raise DataError(
-                    f"{self._where}: lengths must be from 0 to the {most} observations of a row; "
+                    f"{self._where}: lengths must be from 0 to the {shape[1]} observations of a row; "
                     f"they go from {lengths.min()} to {lengths.max()}"
                 )
         return len(values)
@@ -146,19 +153,18 @@ class NpzSource:
 
     def read(self) -> Iterator[RawSeries]:
         """Every series."""
-        for i in range(self._n):
-            name = str(self._ids[i])
-            cells = [str(column[i]) for column in self._metadata.values()]
+        for i, name in enumerate(self._ids):
+            targets = None
+            if self._targets is not None:
+                targets = self._rows(self._targets, i, len(self.targets)).astype(np.float32)
             yield RawSeries(
                 id=name,
                 positions=self._rows(self._positions, i, len(self.axes)).astype(np.float64),
                 values=self._rows(self._values, i, len(self.channels)).astype(np.float32),
-                targets=(
-                    None
-                    if self._targets is None
-                    else self._rows(self._targets, i, len(self.targets)).astype(np.float32)
+                targets=targets,
+                **self._metadata.metadata(
+                    [cells[i] for cells in self._cells], f"{self._where}: series {name!r}"
                 ),
-                **self._columns.metadata(cells, f"{self._where}: series {name!r}"),
             )
 
     def _rows(self, array: NDArray[Any], i: int, width: int) -> NDArray[Any]:
@@ -167,10 +173,17 @@ class NpzSource:
             raise DataError(f"{self._where} holds {array.dtype} where numbers are needed")
         if self._offsets is not None:
             rows = array[int(self._offsets[i]) : int(self._offsets[i + 1])]
-        elif array.ndim == 1:  # one grid for all
-            rows = array
         else:
-            rows = array[i]
+            rows = array if array.ndim == 1 else array[i]  # one grid for all, or one each
         if self._lengths is not None:
             rows = rows[: int(self._lengths[i])]
         return rows[:, None] if rows.ndim == 1 and width == 1 else rows
+
+
+def _texts(array: NDArray[Any]) -> list[str]:
+    """Bytes decoded, whole numbers without '.0'."""
+    if array.dtype.kind == "S":
+        return [cell.decode() for cell in array.tolist()]
+    if array.dtype.kind == "f" and (array == np.floor(array)).all():
+        array = array.astype(np.int64)
+    return [str(cell) for cell in array.tolist()]

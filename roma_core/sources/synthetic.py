@@ -1,9 +1,7 @@
-"""Generated series: a recipe, a number and a seed.
+"""Synthetic series of the published experiments (arXiv:2505.20535), drawn by process, number and seed.
 
 A set of more series begins with the same series, so it grows like delivered data; no two series
 share their draws, whichever splits they go to.
-
-Synthetic series of the published experiments, re-derived: many at once, from one generator.
 """
 
 from __future__ import annotations
@@ -27,9 +25,9 @@ _TONES = 24  # Hz, the highest
 
 
 class Draw(NamedTuple):
-    """Series: ``positions`` (n, N, D), ``values`` (n, N, C) and what is known of them.
+    """Series: ``positions`` (n, N, D), ``values`` (n, N, C), ``targets`` (n, N, K).
 
-    ``targets`` are (n, N, K); ``labels`` (n,) indices into the recipe's classes.
+    ``labels`` are (n,) indices into the classes of the process.
     """
 
     positions: NDArray[np.float64]
@@ -39,12 +37,13 @@ class Draw(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How one kind of series is drawn, and what it consists of.
+class Process:
+    """A random process, with the axes, channels, classes and targets of its series.
 
     Attributes:
-        noise: usual standard deviation of the noise on values; ``draw`` takes another one as its third
-            argument. None: there is no such choice.
+        draw: takes a generator and the number of series.
+        noise: default standard deviation of the noise on values, the third argument of ``draw``; None
+            if it takes none.
     """
 
     draw: Callable[..., Draw]
@@ -77,7 +76,7 @@ def spirals(g: Generator, n: int, noise: float = 0.1) -> Draw:
 
 
 def rbf(g: Generator, n: int, noise: float = 0.1) -> Draw:
-    """A smooth curve through ten normal numbers at 0.1 … 1, seen with noise at 50 times.
+    """A smooth curve through ten normal numbers at 0.1 … 1, observed with noise at 50 times.
 
     Every point is a mean of the ten, weighted by exp(−120·distance²). The target is the curve itself.
     """
@@ -89,7 +88,7 @@ def rbf(g: Generator, n: int, noise: float = 0.1) -> Draw:
 
 
 def rbf_weights(t: NDArray[Any]) -> NDArray[np.float64]:
-    """``(N, 10)``: what a point of the curve at each of ``(N,)`` times takes of the ten numbers."""
+    """``(N, 10)`` weights of the ten numbers in the curve at each of ``(N,)`` times."""
     weights: NDArray[np.float64] = np.exp(-120 * (t[:, None] - 0.1 * np.arange(1, 11)) ** 2)
     return weights / weights.sum(axis=1, keepdims=True)
 
@@ -114,7 +113,7 @@ def sines(g: Generator, n: int, noise: float = 0.1) -> Draw:
 
 
 def positions(g: Generator, n: int) -> Draw:
-    """Ten ones at random places in (1, 50): the target is the place, so positions must be read."""
+    """Ten ones at random positions in (1, 50); the target is the position."""
     places = np.sort(g.uniform(1, 50, (n, 10)), axis=1)[:, :, None]
     return Draw(places, np.ones((n, 10, 1), dtype=np.float32), places.astype(np.float32))
 
@@ -136,7 +135,7 @@ def pendulum(g: Generator, n: int) -> Draw:
         angles[:, frame] = theta - np.pi
     drawn = angles + g.normal(0, 1e-5, angles.shape)
     pictures = _rods(drawn).astype(np.float32)  # (n, 100, 576) whole numbers in 0 … 255
-    clear = _clearness(g, n)[:, :, None]
+    clear = _signal_fraction(g, n)[:, :, None]
     seen = clear * pictures + (1 - clear) * g.uniform(0, 255, pictures.shape)
     frames = np.broadcast_to(np.arange(100.0)[:, None], (n, 100, 1))
     targets = np.stack([np.sin(angles), np.cos(angles)], axis=2)
@@ -165,7 +164,7 @@ def _rods(angles: NDArray[np.float64]) -> NDArray[np.uint8]:
 
 
 def _lanczos() -> NDArray[np.float32]:
-    """``(24, 128)``: what each small pixel takes of each large one, along one side."""
+    """``(24, 128)`` weights of each large pixel in each small one, along one side."""
     scale = _CANVAS / _SIDE
     centres = (np.arange(_SIDE) + 0.5) * scale
     away = (np.arange(_CANVAS) + 0.5 - centres[:, None]) / scale
@@ -173,8 +172,8 @@ def _lanczos() -> NDArray[np.float32]:
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def _clearness(g: Generator, n: int) -> NDArray[np.float64]:
-    """``(n, 100)`` share of the picture that shows through the noise; the first five are clear."""
+def _signal_fraction(g: Generator, n: int) -> NDArray[np.float64]:
+    """``(n, 100)`` fraction of the image in the sum with noise; 1 for the first five frames."""
     walk = np.empty((n, 100))
     walk[:, 0] = g.random(n)
     steps = g.uniform(-0.2, 0.2, (n, 100))
@@ -194,21 +193,21 @@ def _value(*names: str, **unit: Any) -> tuple[Channel, ...]:
     return tuple(Channel(name=name, unit=unit.get("unit", "1")) for name in names)
 
 
-RECIPES = {
-    "pendulum": Recipe(
+PROCESSES = {
+    "pendulum": Process(
         pendulum,
         _time("frame"),
         _value(*(f"y{k // _SIDE:02d}x{k % _SIDE:02d}" for k in range(_SIDE**2))),
         targets=_value("sin", "cos"),
     ),
-    "positions": Recipe(
+    "positions": Process(
         positions,
         (PositionAxis(name="place", unit="1"),),
         _value("one"),
         targets=_value("true_place"),
     ),
-    "rbf": Recipe(rbf, _time(), _value("value"), targets=_value("clean"), noise=0.1),
-    "sines": Recipe(
+    "rbf": Process(rbf, _time(), _value("value"), targets=_value("clean"), noise=0.1),
+    "sines": Process(
         sines,
         _time(),
         _value("value"),
@@ -216,7 +215,7 @@ RECIPES = {
         _value("clean"),
         noise=0.1,
     ),
-    "spirals": Recipe(
+    "spirals": Process(
         spirals,
         _time("1"),
         _value("x", "y"),
@@ -230,11 +229,11 @@ RECIPES = {
 _AT_ONCE = 256
 
 
-class GeneratedConfig(SourceConfig):
-    """Series of one recipe of ``recipes.py``."""
+class SyntheticConfig(SourceConfig):
+    """Series of one process."""
 
-    kind: Literal["generated"] = "generated"
-    recipe: Literal["pendulum", "positions", "rbf", "sines", "spirals"]
+    kind: Literal["synthetic"] = "synthetic"
+    process: Literal["pendulum", "positions", "rbf", "sines", "spirals"]
     n_series: int = Field(gt=0)
     seed: int = Field(0, ge=0)
     noise: float | None = Field(
@@ -243,45 +242,48 @@ class GeneratedConfig(SourceConfig):
         allow_inf_nan=False,
         description="Standard deviation of the noise on the values of spirals, rbf and sines; null: 0.1.",
     )
-    citation: str = "generated after the recipes of arXiv:2505.20535"
+    citation: str = "generated as in arXiv:2505.20535"
     licence: str = "generated; free of rights"
 
     @model_validator(mode="after")
     def _noise_can_be_chosen(self) -> Self:
-        if self.noise is not None and RECIPES[self.recipe].noise is None:
-            choose = ", ".join(name for name, recipe in RECIPES.items() if recipe.noise is not None)
+        if self.noise is not None and PROCESSES[self.process].noise is None:
+            noisy = ", ".join(
+                name for name, process in PROCESSES.items() if process.noise is not None
+            )
             raise ValueError(
-                f"the noise of {self.recipe} cannot be chosen; leave noise out, or take {choose}"
+                f"the noise of {self.process} cannot be chosen; leave noise out, or take {noisy}"
             )
         return self
 
-    def open(self, cache: Path) -> GeneratedSource:
-        return GeneratedSource(self)
+    def open(self, cache: Path) -> SyntheticSource:
+        return SyntheticSource(self)
 
 
-class GeneratedSource:
-    """The series of one recipe."""
+class SyntheticSource:
+    """The series of one process."""
 
     files: Mapping[str, str] = {}
 
-    def __init__(self, config: GeneratedConfig) -> None:
-        self.config, self.recipe = config, RECIPES[config.recipe]
-        self.axes, self.channels = self.recipe.axes, self.recipe.channels
-        self.classes, self.targets = self.recipe.classes, self.recipe.targets
+    def __init__(self, config: SyntheticConfig) -> None:
+        self.config, process = config, PROCESSES[config.process]
+        self.axes, self.channels = process.axes, process.channels
+        self.classes, self.targets = process.classes, process.targets
         self.citation, self.licence = config.citation, config.licence
 
     def __length_hint__(self) -> int:
         return self.config.n_series
 
     def read(self) -> Iterator[RawSeries]:
-        """Every series; series k depends on the recipe, the seed and k alone."""
-        n, noise = self.config.n_series, self.config.noise
-        for start in range(0, n, _AT_ONCE):
-            generator = np.random.default_rng([self.config.seed, start])
-            drawn = self.recipe.draw(generator, _AT_ONCE, *(() if noise is None else (noise,)))
-            for k in range(min(_AT_ONCE, n - start)):
+        """Every series; series k depends on the process, the seed and k alone."""
+        config = self.config
+        noise = () if config.noise is None else (config.noise,)
+        for start in range(0, config.n_series, _AT_ONCE):
+            generator = np.random.default_rng([config.seed, start])
+            drawn = PROCESSES[config.process].draw(generator, _AT_ONCE, *noise)
+            for k in range(min(_AT_ONCE, config.n_series - start)):
                 yield RawSeries(
-                    id=f"{self.config.recipe}-{start + k:07d}",
+                    id=f"{config.process}-{start + k:07d}",
                     positions=drawn.positions[k],
                     values=drawn.values[k],
                     targets=None if drawn.targets is None else drawn.targets[k],

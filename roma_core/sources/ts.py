@@ -1,7 +1,8 @@
 """Series from ``.ts`` files, the text format of the UEA and UCR archives.
 
-A header of ``@`` lines, then one series a line: channels separated by ``:``, numbers by ``,``, the
-class last. Lengths may differ between series. Positions are the indices of the numbers: 0, 1, 2, …
+A header of ``@`` lines, then one series per line: channels separated by ``:``, numbers by ``,``, the
+class last; ``?`` is a missing number, NaN. Lengths may differ between series. Positions are the
+indices of the numbers: 0, 1, 2, …
 """
 
 from __future__ import annotations
@@ -14,19 +15,16 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from roma_core.files import sha256_of
 from roma_core.schema import Channel, DataError, PositionAxis
+from roma_core.settings import Frozen
 from roma_core.sources.base import RawSeries, RecordedSplit, SourceConfig
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TsFormat(_Section):
-    """What a ``.ts`` file does not say itself: names and units."""
+class TsFormat(Frozen):
+    """Names and units, which a ``.ts`` file does not have."""
 
     kind: Literal["ts"] = "ts"
     axis: str = Field("step", description="Name of the position axis.")
@@ -37,7 +35,7 @@ class TsFormat(_Section):
     channel_unit: str = Field("1", description="Unit of all channels; '1' for a pure number.")
 
 
-class TsFile(_Section):
+class TsFile(Frozen):
     """One file and the split its publisher made it for."""
 
     path: Path = Field(description="Absolute, or relative to the working directory.")
@@ -64,9 +62,7 @@ class TsConfig(SourceConfig):
 
 @dataclass(frozen=True)
 class _Header:
-    """What stands above the data, as far as it is used."""
-
-    n_channels: int | None  # None where the file does not say
+    n_channels: int | None  # None where the header has none
     length: int | None  # of every series; None where lengths may differ
     classes: tuple[str, ...]  # empty without labels
     n_lines: int
@@ -99,10 +95,10 @@ class TsSource:
                     f"{file.path} has the classes {header.classes}, {files[0].path} has "
                     f"{self.classes}; files of one data set must agree"
                 )
-        width = next(_series_lines(files[0].path, self._headers[0]), None)
-        if width is None:
+        _, first = next(_series_lines(files[0].path, self._headers[0]), (0, None))
+        if first is None:
             raise DataError(f"{files[0].path} has no series after @data")
-        n_channels = width[1].count(":") + (0 if self.classes else 1)
+        n_channels = first.count(":") + (0 if self.classes else 1)
         names = format.channels or tuple(f"c{k + 1:02d}" for k in range(n_channels))
         if len(names) != n_channels:
             raise DataError(
@@ -150,35 +146,24 @@ class TsSource:
             raise DataError(
                 f"{where}: {lengths.pop()} numbers a channel, the header says {header.length}"
             )
-        with np.errstate(
-            over="ignore"
-        ):  # too large for float32 becomes inf, which is refused later
+        with np.errstate(over="ignore"):  # too large for float32: inf, which is refused later
             return np.array(columns, dtype=np.float64).T.astype(np.float32, order="C"), label
 
 
 def _numbers(text: str, where: str) -> list[float]:
-    try:
-        return [float(word) for word in text.split(",")]
-    except ValueError:
-        bad = next(word.strip() for word in text.split(",") if not _is_number(word))
-        if bad == "?":
-            raise DataError(
-                f"{where}: a missing value ('?'); an observation has all channels or is left out, "
-                f"so remove or fill incomplete observations first"
-            ) from None
-        raise DataError(f"{where}: {bad!r} is not a number") from None
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
+    numbers = []
+    for word in text.split(","):
+        try:
+            numbers.append(float(word))
+        except ValueError:
+            if word.strip() != "?":
+                raise DataError(f"{where}: {word.strip()!r} is not a number") from None
+            numbers.append(np.nan)
+    return numbers
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines that hold something; comments and empty lines are left out."""
+    """Numbered lines without comments and empty lines."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             for n_line, line in enumerate(file, start=1):

@@ -199,7 +199,7 @@ def test_validate_as_a_step_of_ci(tmp_path):
 
 
 def test_the_findings_of_a_generated_set_are_few(tmp_path):
-    source = {"kind": "generated", "recipe": "spirals", "n_series": 300}
+    source = {"kind": "synthetic", "process": "spirals", "n_series": 300}
     config = DatasetConfig.model_validate({"name": "spirals", "source": source})
 
     path = build_dataset(config, tmp_path, tmp_path, progress=False)

@@ -16,7 +16,7 @@ from roma_core.data.export import export_parquet
 from roma_core.data.quality import check_dataset
 from roma_core.model import RoMAForPreTrainingConfig
 from roma_core.schema import Channel
-from roma_core.sources.synthetic import RECIPES
+from roma_core.sources.synthetic import PROCESSES
 from roma_core.trainer import TrainerConfig
 from roma_core.trainer.augmentation import Crop, Drop, Jitter
 from roma_core.trainer.dataloader import Collate
@@ -155,17 +155,17 @@ def test_targets_that_are_missing_or_not_finite_are_refused(tmp_path):
         build_dataset(config_of(source=source), tmp_path, tmp_path, progress=False)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_columns_of_a_generated_set_have_different_names(recipe):
-    made = RECIPES[recipe]
+@pytest.mark.parametrize("process", PROCESSES)
+def test_columns_of_a_generated_set_have_different_names(process):
+    made = PROCESSES[process]
     names = [part.name for part in (*made.axes, *made.channels, *made.targets)]
     assert len(set(names)) == len(names), "else it cannot be exported"
 
 
-@pytest.mark.parametrize("recipe", ["spirals", "positions", "rbf", "sines"])
-def test_a_model_learns_the_targets_of_a_generated_set(tmp_path, recipe):
+@pytest.mark.parametrize("process", ["spirals", "positions", "rbf", "sines"])
+def test_a_model_learns_the_targets_of_a_generated_set(tmp_path, process):
     config = DatasetConfig(
-        name="g", source={"kind": "generated", "recipe": recipe, "n_series": 200}, drop_rate=0.5
+        name="g", source={"kind": "synthetic", "process": process, "n_series": 200}, drop_rate=0.5
     )
     dataset = StoredDataset(build_dataset(config, tmp_path, tmp_path, progress=False))
     schema = dataset.schema
@@ -192,7 +192,7 @@ def test_a_model_learns_the_targets_of_a_generated_set(tmp_path, recipe):
 
 
 def test_targets_of_the_pendulum_are_the_angle_in_its_pictures():
-    drawn = RECIPES["pendulum"].draw(np.random.default_rng(0), 4)
+    drawn = PROCESSES["pendulum"].draw(np.random.default_rng(0), 4)
 
     clear = drawn.values[:, :5].reshape(-1, 24, 24)  # the first five frames have no noise
     across, down = clear.sum(1), clear.sum(2)  # (20, 24) each

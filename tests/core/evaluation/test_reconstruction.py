@@ -251,7 +251,7 @@ def test_clean_values_are_known_by_the_names_of_the_targets(tmp_path):
 def trained(tmp_path_factory):
     """Curves with a clean course, and an autoencoder pretrained on them by the command."""
     root = tmp_path_factory.mktemp("rbf")
-    source = {"kind": "generated", "recipe": "rbf", "n_series": 160}
+    source = {"kind": "synthetic", "process": "rbf", "n_series": 160}
     config = DatasetConfig(name="g", source=source, axes={"time": {"scale": "auto"}})
     data = build_dataset(config, root, root, progress=False)
     settings = {
@@ -310,7 +310,7 @@ def test_a_pretraining_is_judged_by_one_command(trained):
 
 def test_a_hand_made_judgement_names_test_series_that_training_saw(trained):
     data, weights, root = trained
-    source = {"kind": "generated", "recipe": "rbf", "n_series": 160}
+    source = {"kind": "synthetic", "process": "rbf", "n_series": 160}
     more = DatasetConfig(name="g", source=source, test_fraction=0.02)
     seen = build_dataset(more, root / "more", root, progress=False)
     again = root / "again" / "outputs" / "model"  # of a run that was given more to train on

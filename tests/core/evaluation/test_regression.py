@@ -89,7 +89,7 @@ def places(tmp_path_factory):
     """A data set of places that are to be told, and a run folder."""
     root = tmp_path_factory.mktemp("regression")
     config = DatasetConfig(
-        name="places", source={"kind": "generated", "recipe": "positions", "n_series": 300}
+        name="places", source={"kind": "synthetic", "process": "positions", "n_series": 300}
     )
     return build_dataset(config, root, root, progress=False), root
 

@@ -79,6 +79,24 @@ def test_arrays_that_are_not_cut_into_series_are_refused_before_any_is_read(
         npz(tmp_path, **arrays)
 
 
+def test_texts_of_bytes_and_whole_numbers(tmp_path):
+    arrays = {"values": np.zeros((2, 3)), "positions": np.arange(3)}
+    source = npz(
+        tmp_path, **arrays, labels=np.array([b"walk", b"run"]), ids=np.array([b"p0", b"p1"])
+    )
+    assert source.classes == ("run", "walk") and [s.id for s in source.read()] == ["p0", "p1"]
+    assert npz(tmp_path, **arrays, labels=[1.0, 0.0]).classes == ("0", "1")
+
+
+def test_channels_first_is_named(tmp_path):
+    np.savez(tmp_path / "a.npz", values=np.zeros((4, 2, 25)), positions=np.arange(25))
+    channels = [{"name": name, "unit": "1"} for name in "xy"]
+    config = {"kind": "npz", "file": tmp_path / "a.npz", **TIME, "channels": channels}
+
+    with pytest.raises(DataError, match=r"look like .series, channels, observations.*transpose"):
+        source_config(config).open(tmp_path)
+
+
 def test_a_file_that_is_no_archive_is_refused(tmp_path):
     (tmp_path / "some.npz").write_bytes(b"PK but no more")
 
@@ -108,6 +126,36 @@ def test_a_picture_is_a_series_of_patches(tmp_path):
     assert first.values.shape == (6, 256)
 
 
+@pytest.mark.parametrize("resize", [None, [4, 4]])
+def test_grey_levels_of_16_bits_are_kept(tmp_path, resize):
+    (tmp_path / "a").mkdir()
+    levels = np.tile(np.array([[2_000, 40_000]], dtype=np.uint16), (4, 2))
+    Image.fromarray(levels).save(tmp_path / "a/1.png")
+    config = {"kind": "image_folder", "folder": tmp_path, "patch": 4, "resize": resize}
+
+    (series,) = source_config({**config, "colours": "grey"}).open(tmp_path).read()
+
+    assert series.values.reshape(4, 4).tolist() == levels.tolist()
+    with pytest.raises(DataError, match=r"1\.png has grey levels of more than 8 bits; set colours"):
+        list(source_config(config).open(tmp_path).read())
+
+
+def test_other_chunks_of_a_wav_file_are_skipped(tmp_path):
+    (tmp_path / "in/a").mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(-9000, 9000, 8000).astype(np.int16)
+    wavfile.write(tmp_path / "in/a/1.wav", 8000, noise)
+    content = (tmp_path / "in/a/1.wav").read_bytes()
+    chunk = b"bext" + (8).to_bytes(4, "little") + b"by hand."
+    size = (len(content) - 8 + len(chunk)).to_bytes(4, "little")
+    (tmp_path / "in/a/2.wav").write_bytes(b"RIFF" + size + content[8:12] + chunk + content[12:])
+
+    plain, other = (
+        source_config({"kind": "wav_folder", "folder": tmp_path / "in"}).open(tmp_path).read()
+    )
+
+    assert np.array_equal(plain.values, other.values)
+
+
 def test_pictures_that_cannot_be_used_are_named(tmp_path):
     config = source_config({"kind": "image_folder", "folder": tmp_path})
     with pytest.raises(DataError, match="holds no file"):
@@ -116,7 +164,7 @@ def test_pictures_that_cannot_be_used_are_named(tmp_path):
     with pytest.raises(DataError, match=r"small\.png has 30 × 8 pixels, less than one patch"):
         list(config.open(tmp_path).read())
     (tmp_path / "a/small.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"small\.png cannot be read as a picture"):
+    with pytest.raises(DataError, match=r"small\.png cannot be read as an image"):
         list(config.open(tmp_path).read())
     picture(tmp_path / "stray.png", np.zeros((16, 16)))
     with pytest.raises(DataError, match=r"stray\.png lies in no sub-folder"):
@@ -161,7 +209,7 @@ def test_a_sound_is_a_series_of_patches(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "shape"),
+    ("process", "shape"),
     [
         ("pendulum", (100, 576)),
         ("positions", (10, 1)),
@@ -170,12 +218,12 @@ def test_a_sound_is_a_series_of_patches(tmp_path):
         ("spirals", (75, 2)),
     ],
 )
-def test_a_larger_generated_set_begins_with_the_smaller(tmp_path, recipe, shape):
+def test_a_larger_generated_set_begins_with_the_smaller(tmp_path, process, shape):
     def drawn(n):
-        config = {"kind": "generated", "recipe": recipe, "n_series": n, "seed": 3}
+        config = {"kind": "synthetic", "process": process, "n_series": n, "seed": 3}
         return list(source_config(config).open(tmp_path).read())
 
-    few, more = drawn(3), drawn(300 if recipe != "pendulum" else 4)
+    few, more = drawn(3), drawn(300 if process != "pendulum" else 4)
 
     assert few[0].values.shape == shape
     for a, b in zip(few, more, strict=False):
@@ -185,7 +233,7 @@ def test_a_larger_generated_set_begins_with_the_smaller(tmp_path, recipe, shape)
 
 
 def test_spirals_turn_the_way_their_label_says(tmp_path):
-    config = {"kind": "generated", "recipe": "spirals", "n_series": 64}
+    config = {"kind": "synthetic", "process": "spirals", "n_series": 64}
 
     for series in source_config(config).open(tmp_path).read():
         x = series.values[:, 0] + (5 if series.label == "clockwise" else -5)
@@ -194,23 +242,25 @@ def test_spirals_turn_the_way_their_label_says(tmp_path):
 
 
 def test_the_noise_of_a_generated_set_can_be_chosen(tmp_path):
-    def drawn(recipe, **noise):
-        config = {"kind": "generated", "recipe": recipe, "n_series": 100, **noise}
+    def drawn(process, **noise):
+        config = {"kind": "synthetic", "process": process, "n_series": 100, **noise}
         return list(source_config(config).open(tmp_path).read())
 
-    for recipe in ("spirals", "rbf", "sines"):
-        found = [np.std(s.values - s.targets) for s in (*drawn(recipe), *drawn(recipe, noise=0.05))]
+    for process in ("spirals", "rbf", "sines"):
+        found = [
+            np.std(s.values - s.targets) for s in (*drawn(process), *drawn(process, noise=0.05))
+        ]
         assert np.mean(found[:100]) == pytest.approx(0.1, rel=0.05)
         assert np.mean(found[100:]) == pytest.approx(0.05, rel=0.05)
-        usual, quiet = drawn(recipe), drawn(recipe, noise=0)
+        usual, quiet = drawn(process), drawn(process, noise=0)
         assert np.array_equal(quiet[0].values, quiet[0].targets)
         assert np.array_equal(quiet[0].targets, usual[0].targets)
     with pytest.raises(ValueError, match="noise of pendulum cannot be chosen; leave noise out, or"):
-        source_config({"kind": "generated", "recipe": "pendulum", "n_series": 4, "noise": 0.1})
+        source_config({"kind": "synthetic", "process": "pendulum", "n_series": 4, "noise": 0.1})
 
 
 def test_a_sine_of_one_tone_has_its_frequency_for_a_label(tmp_path):
-    config = {"kind": "generated", "recipe": "sines", "n_series": 60, "noise": 0}
+    config = {"kind": "synthetic", "process": "sines", "n_series": 60, "noise": 0}
 
     for series in source_config(config).open(tmp_path).read():
         # 99 of the 100 points are a whole second
@@ -220,7 +270,7 @@ def test_a_sine_of_one_tone_has_its_frequency_for_a_label(tmp_path):
 
 
 def test_a_generated_set_is_built_like_any_other(tmp_path):
-    source = {"kind": "generated", "recipe": "sines", "n_series": 50}
+    source = {"kind": "synthetic", "process": "sines", "n_series": 50}
     config = DatasetConfig.model_validate({"name": "tones", "source": source, "drop_rate": 0.5})
 
     dataset = StoredDataset(build_dataset(config, tmp_path, tmp_path, progress=False))

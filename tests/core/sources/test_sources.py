@@ -60,7 +60,6 @@ def test_a_file_without_dimensions_or_labels_is_read_too(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (HEADER + "1,2:3,?:a\n", r"line 9: a missing value \('\?'\)"),
         (HEADER + "1,2:3,x:a\n", "line 9: 'x' is not a number"),
         (HEADER + "1,2:3:a\n", r"line 9: channels differ in length: \[1, 2\]"),
         (HEADER + "1:2:a\n1:a\n", "line 10: expected 2 channels, got 1"),
@@ -82,6 +81,12 @@ def test_a_file_without_dimensions_or_labels_is_read_too(tmp_path):
 def test_a_malformed_file_is_refused_with_its_line(tmp_path, text, message):
     with pytest.raises(DataError, match=message):
         list(ts_source(tmp_path, text).read())
+
+
+def test_a_question_mark_is_a_missing_number(tmp_path):
+    (series,) = ts_source(tmp_path, HEADER + "1,2:3, ? :a\n").read()
+
+    np.testing.assert_array_equal(series.values, [[1, 3], [2, np.nan]])
 
 
 def test_names_must_fit_the_channels(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from roma_core.model.config import RoMAForPreTrainingConfig
-from roma_core.sources.synthetic import RECIPES
+from roma_core.sources.synthetic import PROCESSES
 from roma_pipelines.experiment import load_experiment
 from tests.benchmarks.interpolation import EXPERIMENTS, exact_rbf, exact_spirals, nearly_exact_sines
 
@@ -12,11 +12,11 @@ from tests.benchmarks.interpolation import EXPERIMENTS, exact_rbf, exact_spirals
 CASES = {"spirals": (exact_spirals, 75), "rbf": (exact_rbf, 50), "sines": (nearly_exact_sines, 100)}
 
 
-@pytest.mark.parametrize("recipe", CASES)
-def test_the_exact_answer_knows_how_a_series_is_made(recipe):
-    make, n = CASES[recipe]
+@pytest.mark.parametrize("process", CASES)
+def test_the_exact_answer_knows_how_a_series_is_made(process):
+    make, n = CASES[process]
     quiet = 1e-3
-    drawn = RECIPES[recipe].draw(np.random.default_rng(0), 12, quiet)
+    drawn = PROCESSES[process].draw(np.random.default_rng(0), 12, quiet)
     seen = np.random.default_rng(1).permutation(n)[: n // 2]
     hidden = np.setdiff1d(np.arange(n), seen)
 
