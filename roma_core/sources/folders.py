@@ -130,14 +130,15 @@ class ImageFolderSource(_FolderSource):
         config = self.config
         for path in self._paths:
             try:
-                with Image.open(path) as image:
-                    is_deep = image.mode == "F" or image.mode.startswith("I")
+                with Image.open(path) as file:
+                    image: Image.Image = file
+                    is_deep = file.mode == "F" or file.mode.startswith("I")
                     if is_deep and config.colours == "rgb":
                         raise DataError(
                             f"{path} has grey levels of more than 8 bits; set colours to 'grey'"
                         )
-                    if image.mode.startswith("I"):  # Pillow converts I;16 to F by way of I alone
-                        image = image.convert("I")
+                    if file.mode.startswith("I"):  # Pillow converts I;16 to F by way of I alone
+                        image = file.convert("I")
                     pixel = "F" if is_deep else "RGB" if config.colours == "rgb" else "L"
                     image = image.convert(pixel)
             except OSError as error:

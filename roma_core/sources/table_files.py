@@ -53,6 +53,7 @@ def connect(temp: Path, memory_limit_mb: int = 96, threads: int = 1) -> duckdb.D
         }
     )
     connection.execute("SET GLOBAL TimeZone = 'UTC'")  # of dates without an offset
+    connection.execute("SET GLOBAL disabled_optimizers = 'join_order,build_side_probe_side'")
     connection.execute("SET enable_progress_bar = false")
     return connection
 
@@ -179,8 +180,7 @@ class TableFile:
             for k in range(len(self.names))
         ]
         sample = f"SELECT * FROM {self._scan()} LIMIT {_SAMPLED_ROWS}"
-        row = self._connection.execute(f"SELECT {', '.join(counts)} FROM ({sample})").fetchone()
-        assert row is not None
+        (row,) = self._connection.execute(f"SELECT {', '.join(counts)} FROM ({sample})").fetchall()
         found = [row[k : k + 4] for k in range(0, len(row), 4)]
         self._has_decimal_commas = self._separator != "," and any(
             n_commas >= n > n_points for n, n_points, n_commas, _ in found
@@ -216,7 +216,11 @@ class TableFile:
         type_ = self.types[name]
         if type_.endswith("]"):
             return "list"
-        if type_ in _INTEGERS or type_ in ("FLOAT", "DOUBLE", '"NULL"') or "DECIMAL" in type_:
+        if (
+            type_ in _INTEGERS
+            or type_ in ("FLOAT", "DOUBLE", '"NULL"')
+            or type_.startswith("DECIMAL")
+        ):
             return "number"
         if type_ in ("VARCHAR", "UUID") or type_.startswith("ENUM"):
             return "text"

@@ -14,9 +14,10 @@ in the order of first appearance.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,11 @@ from roma_core.settings import Frozen
 from roma_core.sources.base import MetadataColumns, RawSeries, SourceConfig
 from roma_core.sources.table_files import TableFile, connect, expand, hashes_of, read_errors
 
+T = TypeVar("T")
+
+_MEMORY_MB = 96  # to begin with, and for each million rows that are to be sorted:
+_MEMORY_MB_PER_MILLION = 1.1
+_MAX_MEMORY_MB = 1 << 15
 _ROWS = 1 << 16  # of observations at a time
 _OBJECTS = 1 << 12  # at a time
 
@@ -86,8 +92,11 @@ class _FilesConfig(SourceConfig):
     files: tuple[Path, ...] = Field(
         min_length=1, description="Parquet or CSV files, or patterns such as data/*.parquet."
     )
-    memory_limit_mb: int = Field(
-        96, ge=16, description="Memory for sorting and reading; sorts beyond it spill to disk."
+    memory_limit_mb: int | None = Field(
+        None,
+        ge=16,
+        description="Memory for reading and sorting; sorts beyond it spill to disk. None starts with "
+        "about 100 and takes more for a table that cannot be sorted in it.",
     )
     threads: int = Field(1, gt=0, description="Threads that read and sort.")
 
@@ -123,8 +132,8 @@ class ParquetConfig(_FilesConfig, _Columns):
 class _Rows:
     """Rows of a query, taken some at a time as positions, values and targets."""
 
-    def __init__(self, query: Any, n_axes: int, n_channels: int) -> None:
-        self._batches = iter(query.to_arrow_reader(_ROWS))
+    def __init__(self, batches: Iterator[Any], n_axes: int, n_channels: int) -> None:
+        self._batches = batches
         self._n_axes, self._n_channels = n_axes, n_channels
         self._block: list[NDArray[Any]] = []
         self._start = 0
@@ -157,10 +166,10 @@ class _Rows:
 
 
 class _Observations:
-    """The rows of a query, taken some at a time as positions, values and targets."""
+    """Rows of Arrow batches, taken some at a time as positions, values and targets."""
 
-    def __init__(self, query: Any, n_axes: int, n_channels: int) -> None:
-        self._batches = iter(query.to_arrow_reader(_ROWS))
+    def __init__(self, batches: Iterator[Any], n_axes: int, n_channels: int) -> None:
+        self._batches = batches
         self._n_axes, self._n_channels = n_axes, n_channels
         self._block: list[NDArray[Any]] = []
         self._start = 0
@@ -209,7 +218,9 @@ class _Source:
             (column.column, column.unit, getattr(column, "categories", ()))
             for column in (*columns.axes, *columns.channels, *columns.targets)
         ]
-        self._database = connect(cache, config.memory_limit_mb, config.threads)
+        self._may_grow = config.memory_limit_mb is None
+        self._memory_mb = config.memory_limit_mb or _MEMORY_MB
+        self._database = connect(cache, self._memory_mb, config.threads)
         self._tables = [TableFile(path, self._database) for path in expand(config.files)]
 
     def __length_hint__(self) -> int:
@@ -217,7 +228,25 @@ class _Source:
 
     def _query(self, sql: str) -> list[tuple[Any, ...]]:
         with read_errors(self._tables):
-            return self._database.execute(sql).fetchall()
+            return self._in_memory(lambda: self._database.execute(sql).fetchall())
+
+    def _in_memory(self, run: Callable[[], T]) -> T:
+        """Run a query again with more memory, if it may take more and cannot do with less."""
+        import duckdb
+
+        while True:
+            try:
+                return run()
+            except (duckdb.Error, OSError) as error:
+                if "Out of Memory" not in str(error) or not self._may_grow:
+                    raise
+                if self._memory_mb > _MAX_MEMORY_MB:
+                    raise
+            self._allow(self._memory_mb * 3 // 2)
+
+    def _allow(self, memory_mb: int) -> None:
+        self._memory_mb = memory_mb
+        self._database.execute(f"SET GLOBAL memory_limit = '{memory_mb}MB'")
 
     def _position_axes(self, tables: Sequence[TableFile]) -> tuple[PositionAxis, ...]:
         return tuple(
@@ -234,9 +263,12 @@ class _Source:
         """
         columns = ", ".join(f"n{k}" for k in range(len(self._numbers)))
         cursors = self._database.cursor(), self._database.cursor()
+        cursors[0].execute("SET streaming_buffer_size = '2MB'")
         with read_errors(self._tables):
-            query = cursors[0].sql(f"SELECT {columns} FROM {observations}")
-            rows = _Observations(query, len(self._axes), len(self.channels))
+            batches = self._in_memory(
+                lambda: _started(cursors[0].sql(f"SELECT {columns} FROM {observations}"))
+            )
+            rows = _Observations(batches, len(self._axes), len(self.channels))
             for batch in cursors[1].sql(objects).to_arrow_reader(_OBJECTS):
                 cells = [column.to_pylist() for column in batch.columns]
                 for id_, n, *metadata in zip(*cells, strict=True):
@@ -271,10 +303,12 @@ class TableSource(_Source):
             self._join_metadata(config.objects, names)
         labels = self._query("SELECT DISTINCT m0 FROM metadata") if self._metadata.label else []
         self.classes = self._metadata.all_classes(label for (label,) in labels)
-        ((self._n, n_apart),) = self._query(
-            "SELECT count(*), count(*) FILTER (last_row - first_row + 1 <> n) FROM objects"
+        ((self._n, n_rows, n_apart),) = self._query(
+            "SELECT count(*), sum(n), count(*) FILTER (last_row - first_row + 1 <> n) FROM objects"
         )
         self.is_sorted = n_apart == 0
+        if self._may_grow and not self.is_sorted:
+            self._allow(self._memory_mb + int(_MEMORY_MB_PER_MILLION * n_rows / 1e6))
 
     def _create_objects(self, id_: str, names: Sequence[str]) -> None:
         """Table ``objects``: t0 (id), first_row, last_row, n, and the metadata m0, m1, …"""
@@ -388,6 +422,13 @@ class ParquetSource(_Source):
         yield from self._series(
             f"SELECT {columns} FROM ({self._objects})", f"({self._observations})"
         )
+
+
+def _started(query: Any) -> Iterator[Any]:
+    """The Arrow batches of a query, the first of which is there: a sort is over."""
+    batches = query.to_arrow_reader(_ROWS)
+    first = next(batches, None)
+    return iter(()) if first is None else itertools.chain([first], batches)
 
 
 def _union(tables: Sequence[TableFile], *columns: Sequence[Any]) -> str:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from roma_core.data import DataError, DatasetConfig, StoredDataset, build_dataset
 from roma_core.data.export import export_parquet
+from roma_core.sources import tables
 from roma_core.sources.base import kinds, source_config
 
 COLUMNS = {
@@ -249,14 +250,18 @@ def test_names_that_differ_in_case_alone_and_paths_with_brackets(tmp_path):
         assert (series.positions.item(), series.values.item()) == (1, 2)
 
 
-def test_rows_in_any_order_that_do_not_fit_in_memory_are_sorted_on_disk(tmp_path):
+@pytest.mark.parametrize("limit_mb", [40, None])  # None: begins with 16, and takes more
+def test_rows_in_any_order_that_do_not_fit_in_memory_are_sorted_on_disk(
+    tmp_path, monkeypatch, limit_mb
+):
+    monkeypatch.setattr(tables, "_MEMORY_MB", 16)
     rng = np.random.default_rng(0)
     ids = rng.permutation(np.repeat(np.arange(3000), 400))
     row = np.arange(len(ids), dtype=float)
     table = pa.table({"id": ids, "t": row, "v": row.astype(np.float32)})
     path = tmp_path / "rows.parquet"
     pq.write_table(table, path)
-    config = {"kind": "table", "files": [str(path)], "columns": SHORT, "memory_limit_mb": 40}
+    config = {"kind": "table", "files": [str(path)], "columns": SHORT, "memory_limit_mb": limit_mb}
 
     source = source_config(config).open(tmp_path / "cache")
     series = source.read()
