@@ -1,12 +1,11 @@
-"""PLAsTiCC: light curves of a *simulated* survey of the sky, the complete training set.
+"""Data files inside a Python package, fetched by the package client and never imported; PLAsTiCC.
+
+PLAsTiCC: light curves of a *simulated* survey of the sky, the complete training set.
 
 7,848 objects of 14 classes, 1,421,705 observations in six bands at irregular times. The files are
-those inside one version of a Python package; see ``package_file``. An observation is one token: its
-positions are time and band, its values flux and error of the flux. Only these four columns are
-read. The others tell or hint at the class (host galaxy, true parameters, total flux), and naming
-one is an error.
-
-Files shipped inside a Python package: fetched by the ordinary package client, never imported.
+those inside one version of a Python package. An observation is one token: its positions are time and
+band, its values flux and error of the flux. Only these four columns are read. The others reveal the
+class (host galaxy, true parameters, total flux), and naming one is an error.
 """
 
 from __future__ import annotations
@@ -20,10 +19,11 @@ import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from roma_core.files import sha256_of, write_bytes
 from roma_core.schema import DataError
+from roma_core.settings import Frozen
 from roma_core.sources.base import MetadataColumns, RecordedSplit, SourceConfig
 from roma_core.sources.tables import (
     AxisColumn,
@@ -49,10 +49,8 @@ def _inside(path: str) -> str:
     return path
 
 
-class PackageMember(BaseModel):
+class PackageMember(Frozen):
     """One file inside the wheel."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: Annotated[str, AfterValidator(_inside)] = Field(description="Name in the archive.")
     sha256: Sha256

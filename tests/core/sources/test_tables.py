@@ -464,7 +464,7 @@ def test_an_empty_cell_in_a_list_is_not_a_number(tmp_path):
 
 def test_the_example_in_the_readme_is_a_configuration():
     readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-    block = readme.split("or not:\n\n", 1)[1].split("\n\n", 1)[0]
+    block = readme[readme.index("    name: stars\n") :].split("\n\n", 1)[0]
 
     config = DatasetConfig.model_validate(yaml.safe_load(block))
 
