@@ -19,6 +19,7 @@ import math
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -55,15 +56,11 @@ class TrainState(Frozen):
     elapsed_s: float  # training time over all attempts
     world_size: int  # of the process group that wrote it; informative
     first_world_size: int | None = None  # of the one that began the run
-    settings: dict[str, Any] = Field(
-        default_factory=dict
-    )  # every field of the trainer's configuration
+    settings: dict[str, Any] = Field(default_factory=dict)  # of the trainer, every field
     scaler: dict[str, float] | None = None  # loss scale of fp16
     window_steps: int = 0  # steps that no record of the training loss covers yet
     window_loss: float = 0.0  # and the sum of their losses
-    evaluation: dict[str, float] = Field(
-        default_factory=dict
-    )  # measured at this very step; empty without
+    evaluation: dict[str, float] = Field(default_factory=dict)  # at this very step
     evaluation_due: bool = False  # a stop request came before it ended
     best: float | None = None  # of best_metric so far
     evaluations_since_best: int = 0
@@ -92,24 +89,18 @@ class Retention:
         if self.newest is None:
             return set(steps)
         sign = 1 if self.mode == "min" else -1
-        scored = [
-            (sign * v, step) for step, v in steps.items() if v is not None and math.isfinite(v)
-        ]
-        return set(sorted(steps)[-self.newest :]) | {
-            step for _, step in sorted(scored)[: self.best]
-        }
+        finite = {s: sign * v for s, v in steps.items() if v is not None and math.isfinite(v)}
+        best = sorted(finite, key=lambda step: (finite[step], step))[: self.best]
+        return {*sorted(steps)[-self.newest :], *best}
 
     def prune(self, folder: Path) -> None:
         paths = {int(path.name[5:]): path for path in committed(folder)}
-        kept = self.kept({step: self._metric_at(path) for step, path in paths.items()})
-        for step in set(paths) - kept:
+        scores: dict[int, float | None] = dict.fromkeys(paths)
+        for step, path in paths.items():
+            with suppress(OSError, ValueError):  # a damaged one is removed when it is old
+                scores[step] = read_state(path).evaluation.get(self.metric)
+        for step in set(paths) - self.kept(scores):
             shutil.rmtree(paths[step])
-
-    def _metric_at(self, path: Path) -> float | None:
-        try:
-            return read_state(path).evaluation.get(self.metric)
-        except (OSError, ValueError):
-            return None  # damaged; removed when it is old
 
 
 def committed(folder: Path) -> list[Path]:
@@ -159,15 +150,14 @@ def save_checkpoint(
                 os.fsync(file.fileno())
             hashes[path.name] = sha256_of(path)
         write_json(temporary / MANIFEST, {"schema_version": 1, "sha256": hashes})
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, OSError | SafetensorError):
+            raise
         raise OSError(
             f"checkpoint {final} could not be written ({error}); earlier ones are untouched. Free space "
             f"there and start the same run again: it resumes from the newest"
         ) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     if final.exists():  # damaged, or saved before its evaluation ended: the one before is as good
         shutil.rmtree(final)
     temporary.replace(final)
@@ -196,10 +186,9 @@ def load_newest(folder: Path) -> Checkpoint | None:
     """
     paths = committed(folder)
     for path in reversed(paths):
-        if damage := damage_of(path):
-            log.warning("checkpoint %s is damaged (%s); trying the one before", path, damage)
-            continue
-        return _load(path)
+        if not (damage := damage_of(path)):
+            return _load(path)
+        log.warning("checkpoint %s is damaged (%s); trying the one before", path, damage)
     if paths:
         raise ValueError(
             f"all {len(paths)} checkpoints in {folder} are damaged; remove the folder to start again"
@@ -258,13 +247,13 @@ class Checkpointer:
         if not self.group.is_main:
             return
         self._finish()
-        offset = self.logger.offset
+        offset = self.logger.metrics_log.offset
         state = state.model_copy(update={"metrics_offset": offset})
 
         def write() -> None:
-            self.logger.sync()
+            self.logger.metrics_log.sync()
             save_checkpoint(self.folder, state, tensors, model_config, self.retention)
-            self.logger.committed(offset)
+            self.logger.trackers.committed(offset)
 
         self._pending = self._thread.submit(write)
         if not self.in_background:
@@ -279,9 +268,6 @@ class Checkpointer:
         """Every process waits until the last checkpoint is committed."""
         self._finish()
         self.group.barrier()
-
-    def load_best(self) -> Checkpoint | None:
-        return load_best(self.folder, self.retention.metric, self.retention.mode)
 
     def _finish(self) -> None:
         pending, self._pending = self._pending, None

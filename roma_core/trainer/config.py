@@ -29,169 +29,102 @@ class TrainerConfig(RomaSettings):
     model_config = SettingsConfigDict(env_prefix="ROMA_TRAINER_")
 
     # names of the published package
-    base_lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
-    epochs: int = Field(100, gt=0, description="Passes over the training set.")
-    batch_size: Resumable[int] = Field(
-        32,
-        gt=0,
-        description="Series per process and micro-batch. Times processes times accumulation it is the "
-        "global batch, frozen at the first start.",
-    )
-    eval_every: Resumable[int] = Field(500, gt=0, description="Steps between evaluations.")
-    save_every: Resumable[int] = Field(500, gt=0, description="Steps between checkpoints.")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Optimiser.")
-    optimizer_args: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Passed to the optimiser as JSON: betas, weight_decay, momentum, fused.",
-    )
-    checkpoint_dir: Resumable[Path] = Field(
-        Path("checkpoints"), description="Folder of the run's checkpoints."
-    )
-    max_checkpoints: Resumable[int | None] = Field(
-        4, ge=2, description="Newest checkpoints to keep, at least 2; None keeps all."
-    )
-    num_dataset_workers: Resumable[int] = Field(
-        0, ge=0, description="Loader processes per training process."
-    )
-    run_name: Resumable[str | None] = Field(
-        None, description="Name at the trackers; None takes the folder's."
-    )
-    project_name: Resumable[str] = Field("RoMA", description="Project at Weights & Biases.")
-    entity_name: Resumable[str | None] = Field(None, description="Entity at Weights & Biases.")
-    log_wandb: Resumable[bool] = Field(
-        True, description="Log to Weights & Biases if it is configured (ROMA_WANDB_MODE)."
-    )
-    warmup_steps: int | None = Field(
-        None, ge=0, description="Steps of linear warm-up; None takes a tenth of all steps."
-    )
-    lr_schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="Learning-rate schedule after the warm-up, to the last step."
-    )
-    lr_scaling: bool = Field(
-        False, description="Multiply base_lr by the number of processes of the first start."
-    )
-    gradient_clip: float | None = Field(
-        1.0, gt=0, description="Maximum gradient norm; None: no clipping."
-    )
-    random_seed: int = Field(42, description="Seed of order, masks, dropout and initial weights.")
+    base_lr: float = Field(1e-3, gt=0)
+    """Peak learning rate."""
+    epochs: int = Field(100, gt=0)
+    """Passes over the training set."""
+    batch_size: Resumable[int] = Field(32, gt=0)
+    """Series per process and micro-batch. Times processes times accumulation it is the global batch,
+    frozen at the first start."""
+    eval_every: Resumable[int] = Field(500, gt=0)
+    """Steps between evaluations."""
+    save_every: Resumable[int] = Field(500, gt=0)
+    """Steps between checkpoints."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Optimiser."""
+    optimizer_args: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the optimiser as JSON: betas, weight_decay, momentum, fused."""
+    checkpoint_dir: Resumable[Path] = Path("checkpoints")
+    """Folder of the run's checkpoints."""
+    max_checkpoints: Resumable[int | None] = Field(4, ge=2)
+    """Newest checkpoints to keep, at least 2; None keeps all."""
+    num_dataset_workers: Resumable[int] = Field(0, ge=0)
+    """Loader processes per training process."""
+    run_name: Resumable[str | None] = None
+    """Name at the trackers; None takes the folder's."""
+    project_name: Resumable[str] = "RoMA"
+    """Project at Weights & Biases."""
+    entity_name: Resumable[str | None] = None
+    """Entity at Weights & Biases."""
+    log_wandb: Resumable[bool] = True
+    """Log to Weights & Biases if it is configured (ROMA_WANDB_MODE)."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Steps of linear warm-up; None takes a tenth of all steps."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning-rate schedule after the warm-up, to the last step."""
+    lr_scaling: bool = False
+    """Multiply base_lr by the number of processes of the first start."""
+    gradient_clip: float | None = Field(1.0, gt=0)
+    """Maximum gradient norm; None: no clipping."""
+    random_seed: int = 42
+    """Seed of order, masks, dropout and initial weights."""
 
     # settings of this project
-    tokens_per_batch: int | None = Field(
-        None,
-        gt=0,
-        description="Approximate tokens per process and micro-batch, in place of batch_size; series "
-        "of similar length are batched together. None: batches of batch_size series.",
-    )
-    gradient_accumulation_steps: Resumable[int] = Field(
-        1, gt=0, description="Micro-batches per step."
-    )
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = Field(
-        None,
-        description="Precision of forward and backward; None takes the value of `accelerate launch`, "
-        "else no.",
-    )
-    sharding: Resumable[Literal["none", "fsdp"]] = Field(
-        "none",
-        description="'fsdp' shards weights, gradients and optimiser state over all processes (FSDP2), for "
-        "a model that does not fit into one device; 'none' keeps a full copy in each. May change when "
-        "a run resumes.",
-    )
-    compile: Resumable[bool] = Field(
-        False,
-        description="Compile the token-wise parts of every block; takes up to a minute at the start. "
-        "For GPUs; on CPU the kernels in use are as fast.",
-    )
-    ema_decay: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="Decay of the exponential moving average (EMA) of the weights, which evaluation uses; "
-        "None: off.",
-    )
-    label_smoothing: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Fraction of each target spread evenly over all classes; classification only.",
-    )
-    class_weights: Literal["inverse_frequency"] | list[float] | None = Field(
-        None,
-        description="Weight of each class in the loss: 'inverse_frequency', or a JSON list in the "
-        "order of the classes; scaled to a mean of 1 over the training series. Classification only.",
-    )
-    freeze_encoder: bool = Field(
-        False, description="Train only the head (a linear probe); classification only."
-    )
-    layer_lr_decay: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Factor of the learning rate from each encoder block to the one before it, counted "
-        "from the head; None: the same rate for all.",
-    )
-    best_metric: str = Field(
-        "eval/loss", description="Evaluation metric by which checkpoints are ranked."
-    )
-    best_metric_mode: Literal["min", "max"] = Field(
-        "min", description="Whether a small (min) or a large (max) best_metric is better."
-    )
-    keep_best: Resumable[int] = Field(
-        1, ge=0, description="Best checkpoints to keep in addition to the max_checkpoints newest."
-    )
-    final_weights: Resumable[Literal["last", "best"]] = Field(
-        "last", description="Weights of the trained model: those of the last or of the best step."
-    )
-    early_stopping_patience: Resumable[int | None] = Field(
-        None,
-        gt=0,
-        description="Stop after this many evaluations in a row without a better best_metric; None: "
-        "never.",
-    )
-    early_stopping_min_delta: float = Field(
-        0.0, ge=0, description="Smallest change of best_metric that counts as an improvement."
-    )
-    augment_drop_rate: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Drop up to this fraction of each training series' tokens, redrawn every epoch.",
-    )
-    augment_crop_rate: float = Field(
-        0.0, ge=0, lt=1, description="Crop up to this fraction of each training series at its ends."
-    )
-    augment_crop_tokens: int | None = Field(
-        None, gt=0, description="Crop longer training series to this many consecutive tokens."
-    )
-    augment_channel_drop_rate: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Set each channel of a training series to its mean with this probability; at least "
-        "one is kept.",
-    )
-    augment_jitter_std: float = Field(
-        0.0,
-        ge=0,
-        description="Normal noise on training values, in standard deviations of the channel.",
-    )
-    augment_jitter_position: float = Field(
-        0.0, ge=0, description="Normal noise on training positions of the first axis, in its scale."
-    )
-    log_every: Resumable[int] = Field(
-        10, gt=0, description="Steps between records of the training metrics."
-    )
-    threads: Resumable[int | None] = Field(
-        None,
-        gt=0,
-        description="Threads per process; None takes 1 on CPU, PyTorch's default on GPU.",
-    )
-    heartbeat_interval_s: Resumable[float] = Field(
-        5.0, gt=0, description="Seconds between heartbeats."
-    )
-    background_checkpoints: Resumable[bool] = Field(
-        True,
-        description="Write checkpoints in a background thread; false: training waits for them.",
-    )
+    tokens_per_batch: int | None = Field(None, gt=0)
+    """Approximate tokens per process and micro-batch, in place of batch_size; series of similar
+    length are batched together. None: batches of batch_size series."""
+    gradient_accumulation_steps: Resumable[int] = Field(1, gt=0)
+    """Micro-batches per step."""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """Precision of forward and backward; None takes the value of `accelerate launch`, else no."""
+    sharding: Resumable[Literal["none", "fsdp"]] = "none"
+    """'fsdp' shards weights, gradients and optimiser state over all processes (FSDP2), for a model
+    that does not fit into one device; 'none' keeps a full copy in each."""
+    compile: Resumable[bool] = False
+    """Compile the token-wise parts of every block, which takes up to a minute; only faster on GPUs."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Decay of the exponential moving average (EMA) of the weights, for evaluation; None: off."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Fraction of each target spread evenly over all classes; classification only."""
+    class_weights: Literal["inverse_frequency"] | list[float] | None = None
+    """Weight of each class in the loss: 'inverse_frequency', or a JSON list in the order of the
+    classes; scaled to a mean of 1 over the training series. Classification only."""
+    freeze_encoder: bool = False
+    """Train only the head (a linear probe); classification only."""
+    layer_lr_decay: float | None = Field(None, gt=0, le=1)
+    """Factor of the learning rate from each encoder block to the one before it; None: one rate."""
+    best_metric: str = "eval/loss"
+    """Evaluation metric by which checkpoints are ranked."""
+    best_metric_mode: Literal["min", "max"] = "min"
+    """Whether a small (min) or a large (max) best_metric is better."""
+    keep_best: Resumable[int] = Field(1, ge=0)
+    """Best checkpoints to keep in addition to the max_checkpoints newest."""
+    final_weights: Resumable[Literal["last", "best"]] = "last"
+    """Weights of the trained model: those of the last or of the best step."""
+    early_stopping_patience: Resumable[int | None] = Field(None, gt=0)
+    """Stop after this many evaluations in a row without a better best_metric; None: never."""
+    early_stopping_min_delta: float = Field(0.0, ge=0)
+    """Smallest change of best_metric that counts as an improvement."""
+    augment_drop_rate: float = Field(0.0, ge=0, lt=1)
+    """Drop up to this fraction of each training series' tokens, redrawn every epoch."""
+    augment_crop_rate: float = Field(0.0, ge=0, lt=1)
+    """Crop up to this fraction of each training series at its ends."""
+    augment_crop_tokens: int | None = Field(None, gt=0)
+    """Crop longer training series to this many consecutive tokens."""
+    augment_channel_drop_rate: float = Field(0.0, ge=0, lt=1)
+    """Set each channel of a training series to its mean with this probability; one is kept."""
+    augment_jitter_std: float = Field(0.0, ge=0)
+    """Normal noise on training values, in standard deviations of the channel."""
+    augment_jitter_position: float = Field(0.0, ge=0)
+    """Normal noise on training positions of the first axis, in its scale."""
+    log_every: Resumable[int] = Field(10, gt=0)
+    """Steps between records of the training metrics."""
+    threads: Resumable[int | None] = Field(None, gt=0)
+    """Threads per process; None takes 1 on CPU, PyTorch's default on GPU."""
+    heartbeat_interval_s: Resumable[float] = Field(5.0, gt=0)
+    """Seconds between heartbeats."""
+    background_checkpoints: Resumable[bool] = True
+    """Write checkpoints in a background thread; false: training waits for them."""
 
     @field_validator("class_weights")
     @classmethod
@@ -201,7 +134,7 @@ class TrainerConfig(RomaSettings):
         return value
 
     @model_validator(mode="after")
-    def _optimizer_args_are_known(self) -> Self:
+    def _settings_are_compatible(self) -> Self:
         allowed = {
             "adamw": {"betas", "weight_decay", "eps", "fused", "foreach", "amsgrad"},
             "sgd": {"momentum", "weight_decay", "nesterov", "dampening", "fused", "foreach"},
@@ -211,19 +144,11 @@ class TrainerConfig(RomaSettings):
                 f"optimizer_args {sorted(unknown)} are not arguments of {self.optimizer}; "
                 f"it takes {sorted(allowed)}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _sgd_shards_without_fused_kernel(self) -> Self:
         if self.sharding == "fsdp" and self.optimizer == "sgd" and self.optimizer_args.get("fused"):
             raise ValueError(
                 "sharding=fsdp needs SGD without its fused kernel, which does not support shards: "
                 "leave fused out of optimizer_args, or use adamw"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _best_checkpoint_is_kept(self) -> Self:
         if self.final_weights == "best" and self.keep_best == 0:
             raise ValueError(
                 "final_weights=best needs a best checkpoint: set keep_best to 1 or more"

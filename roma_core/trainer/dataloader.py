@@ -1,35 +1,41 @@
-"""Samples of a data set → packed batches, in the training process or in loader processes."""
+"""Samples of a data set → augmented, packed batches, in the training process or in loader processes.
+
+Every draw of an augmentation is a hash of (seed, epoch, purpose, sample id), so it depends on no
+process, batch or worker. Shapes: B series of a batch, T tokens of all of them, P numbers of a token, the
+channel fastest, C channels, D axes.
+"""
 
 from __future__ import annotations
 
 import itertools
 import multiprocessing
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from roma_core.data.ragged import RaggedBatch
-from roma_core.model.config import (
-    RoMAConfig,
-    RoMAForClassificationConfig,
-    RoMAForPreTrainingConfig,
-)
+from roma_core.hashing import hash_ints
+from roma_core.model.config import RoMAConfig, RoMAForPreTrainingConfig
 from roma_core.model.masking import draw_mask
 from roma_core.model.packing import PackedBatch, Segments, patchify
 from roma_core.model.positions import origin, to_float32, to_model_positions
-from roma_core.trainer.augmentation import Augmentation, CustomAugmentation, augmentations_of
 from roma_core.trainer.config import TrainerConfig
-from roma_core.trainer.distributed import HostGroup, Interrupted, StopRequests
+from roma_core.trainer.distributed import STOP_SIGNALS, HostGroup, Interrupted, StopRequests
 from roma_core.trainer.sampler import BatchSampler, Indices
 
+# keep the hashes of one purpose apart from those of another; 1 and 3 are those of the sampler
+_DROP, _CROP, _CHANNELS, _NOISE, _CUSTOM = 2, 4, 5, 6, 7
 _WORKER_POLL_S = 1.0  # how often a wait for loader processes checks for stop requests
+
+Augmentation = Callable[[RaggedBatch, int, int], RaggedBatch]
+"""``(batch, seed, epoch)`` → a batch of the same series; the arrays of the first stay as they are."""
 
 
 class MapStyle(Protocol):
@@ -41,11 +47,133 @@ class MapStyle(Protocol):
     ``position_axes``, if it has any, are applied to positions.
     The set may have ``lengths``, tokens by index; ``gather(indices)``, which returns a
     :class:`~roma_core.data.ragged.RaggedBatch`; and ``augmentations`` for training: functions of one
-    series, see :class:`~roma_core.trainer.augmentation.CustomAugmentation`.
+    series, see :class:`CustomAugmentation`.
     """
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Leaves out up to ``rate`` of each series' tokens, anywhere."""
+
+    rate: float
+
+    def __call__(self, batch: RaggedBatch, seed: int, epoch: int) -> RaggedBatch:
+        fraction = hash_ints(seed, epoch, _DROP, batch.ids) / 2**32 * self.rate  # (B,)
+        n_dropped = np.minimum((fraction * batch.lengths).astype(np.int64), batch.lengths - 1)
+        noise = hash_ints(seed, epoch, _DROP, batch.ids[batch.series], batch.index)  # (T,)
+        rank = np.empty_like(batch.index)
+        rank[np.lexsort((noise, batch.series))] = batch.index
+        return batch.select(rank >= n_dropped[batch.series])
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Cuts off up to ``rate`` of the tokens at both ends together, and more if there are too many."""
+
+    rate: float
+    max_tokens: int | None = None
+
+    def __call__(self, batch: RaggedBatch, seed: int, epoch: int) -> RaggedBatch:
+        n = batch.lengths
+        fraction = hash_ints(seed, epoch, _CROP, batch.ids, 0) / 2**32 * self.rate  # (B,)
+        left = np.maximum(1, n - (fraction * n).astype(np.int64))
+        left = np.minimum(left, self.max_tokens or left)
+        offset = hash_ints(seed, epoch, _CROP, batch.ids, 1) / 2**32
+        start = (offset * (n - left + 1)).astype(np.int64)
+        index, series = batch.index, batch.series
+        return batch.select((index >= start[series]) & (index < (start + left)[series]))
+
+
+@dataclass(frozen=True)
+class ChannelDrop:
+    """Sets each channel of a series to 0, the mean of normalised values, with probability ``rate``.
+
+    One channel stays.
+    """
+
+    rate: float
+    n_channels: int
+
+    def __call__(self, batch: RaggedBatch, seed: int, epoch: int) -> RaggedBatch:
+        channels = np.arange(self.n_channels)
+        chance = hash_ints(seed, epoch, _CHANNELS, batch.ids[:, None], channels) / 2**32  # (B, C)
+        kept = chance >= self.rate
+        kept[np.arange(len(kept)), chance.argmax(axis=1)] = True
+        per_number = np.tile(kept, batch.values.shape[1] // self.n_channels)  # (B, P)
+        return replace(batch, values=batch.values * per_number[batch.series])
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """Adds normal noise to values, and to positions on the first axis."""
+
+    value_std: float
+    position_std: float
+
+    def __call__(self, batch: RaggedBatch, seed: int, epoch: int) -> RaggedBatch:
+        width = batch.values.shape[1]
+        key = (seed, epoch, _NOISE, batch.ids[batch.series][:, None], batch.index[:, None])
+        uniform, turn = (
+            (hash_ints(*key, np.arange(width + 1), k).astype(np.float32) + np.float32(0.5))
+            / np.float32(2**32)
+            for k in (0, 1)
+        )
+        # Box and Muller, in float32: its cosine takes a twentieth of the time
+        noise = np.sqrt(-2 * np.log(uniform)) * np.cos(np.float32(2 * np.pi) * turn)  # (T, P + 1)
+        positions = batch.positions.copy()
+        positions[:, 0] += self.position_std * noise[:, -1]
+        values = batch.values + self.value_std * noise[:, :-1]
+        return replace(batch, values=values, positions=positions)
+
+
+@dataclass(frozen=True)
+class CustomAugmentation:
+    """A user's own augmentation of one series at a time.
+
+    ``function(tokens, positions, generator)`` takes and returns tensors ``(N, P)`` and ``(N, D)`` of
+    at least one token; ``generator`` is a numpy generator of this sample in this epoch.
+    """
+
+    function: Callable[[Tensor, Tensor, np.random.Generator], tuple[Tensor, Tensor]]
+
+    def __call__(self, batch: RaggedBatch, seed: int, epoch: int) -> RaggedBatch:
+        changed = []
+        for tokens, positions, name in zip(*batch.split(), batch.ids.tolist(), strict=True):
+            key = [hash_ints(seed, epoch, _CUSTOM, name), hash_ints(seed, epoch, _CUSTOM, name, 1)]
+            result = self.function(
+                torch.from_numpy(tokens), torch.from_numpy(positions), np.random.default_rng(key)
+            )
+            n, m = result[0].shape[0], result[1].shape[0]
+            if n == 0 or n != m:
+                raise ValueError(
+                    f"the augmentation {self.function} left {n} tokens and {m} positions of sample "
+                    f"{name}; it must leave at least one, and equally many"
+                )
+            changed.append([part.numpy() for part in result])
+        values, at = zip(*changed, strict=True)
+        return replace(RaggedBatch.of(values, at, batch.ids), labels=batch.labels)
+
+
+def augmentations_of(
+    config: TrainerConfig, n_channels: int, dataset: Any = None
+) -> tuple[Augmentation, ...]:
+    """The augmentations of the settings, then the data set's own ``augmentations``, if it has any."""
+    chosen: list[Augmentation] = []
+    if config.augment_crop_rate > 0 or config.augment_crop_tokens is not None:
+        chosen.append(Crop(config.augment_crop_rate, config.augment_crop_tokens))
+    if config.augment_drop_rate > 0:
+        chosen.append(Drop(config.augment_drop_rate))
+    if config.augment_channel_drop_rate > 0:
+        chosen.append(ChannelDrop(config.augment_channel_drop_rate, n_channels))
+    if config.augment_jitter_std > 0 or config.augment_jitter_position > 0:
+        chosen.append(Jitter(config.augment_jitter_std, config.augment_jitter_position))
+    return (
+        *chosen,
+        *(CustomAugmentation(function) for function in getattr(dataset, "augmentations", ())),
+    )
 
 
 @dataclass(frozen=True)
@@ -95,8 +223,11 @@ class Collate:
         ragged = RaggedBatch.of(tokens, positions, ids)
         if labels[0] is not None and self._is_per_token:
             ragged = replace(ragged, targets=np.concatenate(labels))
+        elif all(type(label) is int for label in labels):
+            ragged = replace(ragged, labels=np.array(labels, dtype=np.int64))
         elif labels[0] is not None:
-            ragged = replace(ragged, labels=_stacked(labels))
+            stacked = torch.stack([torch.as_tensor(label) for label in labels])
+            ragged = replace(ragged, labels=stacked.numpy())
         return self._pack(ragged, np.array([index for _, index, _ in items]), items[0][0])
 
     @property
@@ -111,15 +242,11 @@ class Collate:
 
     @property
     def _is_per_token(self) -> bool:
-        config = self.config
-        return isinstance(config, RoMAForClassificationConfig) and config.pools == "token"
+        return getattr(self.config, "pools", None) == "token"
 
     @property
     def _is_regression(self) -> bool:
-        config = self.config
-        return (
-            isinstance(config, RoMAForClassificationConfig) and config.problem_type == "regression"
-        )
+        return getattr(self.config, "problem_type", None) == "regression"
 
     def _pack(self, series: RaggedBatch, indices: Indices, epoch: int) -> PackedBatch:
         """Augment, sort by length, mask."""
@@ -172,23 +299,11 @@ class Collate:
             tokens, positions = tokens[real], positions[:, real]
             if label is not None and self._is_per_token:
                 label = label[real.numpy()]
-        positions = self._model_positions(positions)
-        return tokens.numpy(), positions.numpy(), int(item.get("id", index)), label
-
-    def _model_positions(self, positions: torch.Tensor) -> torch.Tensor:
-        """``(D, N)`` of a user's real tokens → ``(N, D)`` float32 of the model's."""
         axes = self.config.position_axes
-        if not axes and positions.dtype == torch.float32:
-            return positions.T
-        one = positions[None]
-        real = torch.ones(1, positions.shape[1], dtype=torch.bool)
-        return to_float32(to_model_positions(one, origin(one, real, axes), axes)[0].T)
-
-
-def _stacked(labels: Sequence[Any]) -> NDArray[Any]:
-    if all(type(label) is int for label in labels):
-        return np.array(labels, dtype=np.int64)
-    return torch.stack([torch.as_tensor(label) for label in labels]).numpy()
+        if axes or positions.dtype != torch.float32:
+            one, real = positions[None], torch.ones(1, positions.shape[1], dtype=torch.bool)
+            positions = to_float32(to_model_positions(one, origin(one, real, axes), axes)[0])
+        return tokens.numpy(), positions.T.numpy(), int(item.get("id", index)), label
 
 
 @dataclass(frozen=True)
@@ -237,18 +352,17 @@ class TrainLoader:
         Raises:
             Interrupted: a stop request came while waiting for data.
         """
+        first_epoch, first = divmod(first_step, self.sampler.batches_per_epoch)
+        shards = (
+            (epoch, self.sampler.shard(batch, self.group.rank, self.group.size))
+            for epoch in range(first_epoch, self.config.epochs)
+            for batch in self.sampler.batches(epoch)[first if epoch == first_epoch else 0 :]
+        )
         # one loader for all epochs, which may read a batch or more ahead of the steps
-        steps, ahead = itertools.tee(self._micro_batches(first_step))
+        steps, ahead = itertools.tee(shards)
         loaded = self._load((epoch, indices) for epoch, shard in ahead for indices in shard)
         for _, shard in steps:
             yield [self._next(loaded).to(self.device) for _ in shard]
-
-    def _micro_batches(self, first_step: int) -> Iterator[tuple[int, list[Indices]]]:
-        """Epoch and sample indices of this process's micro-batches, step after step."""
-        first_epoch, first = divmod(first_step, self.sampler.batches_per_epoch)
-        for epoch in range(first_epoch, self.config.epochs):
-            for batch in self.sampler.batches(epoch)[first if epoch == first_epoch else 0 :]:
-                yield epoch, self.sampler.shard(batch, self.group.rank, self.group.size)
 
     def _load(self, keys: Iterator[tuple[int, Indices]]) -> Iterator[PackedBatch]:
         """Packed batches of (epoch, sample indices), in order, the same with any number of workers."""
@@ -276,28 +390,21 @@ class TrainLoader:
                 if "timed out" not in str(error):  # raised by the loader; next may be called again
                     raise
         if self.config.num_dataset_workers:
-            self._kill_workers()
+            # end the processes at once: they ignore SIGTERM, and DataLoader waits 5 s for each.
+            # DataLoader's own handler would raise, in the middle of a save, that a process died
+            self._child_handler = signal.signal(signal.SIGCHLD, lambda number, frame: None)
+            for child in multiprocessing.active_children():
+                if child.daemon:
+                    child.kill()
+                    child.join()
         raise Interrupted
-
-    def _kill_workers(self) -> None:
-        """End the loader processes at once. They ignore SIGTERM, and DataLoader waits 5 s for each."""
-        # DataLoader's own handler would raise, in the middle of a save, that a process died
-        self._child_handler = signal.signal(signal.SIGCHLD, _ignore_child)
-        for child in multiprocessing.active_children():
-            if child.daemon:
-                child.kill()
-                child.join()
 
 
 def _identity(batch: Any) -> Any:
-    return batch
-
-
-def _ignore_child(number: int, frame: FrameType | None) -> None:
-    pass
+    return batch  # a lambda cannot be sent to loader processes
 
 
 def _ignore_signals(_: int) -> None:
     """Stop requests are for the training process, which must still read its last batches."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -28,12 +28,6 @@ _MIN_EPOCHS = {"pretraining": 8, "finetuning": 16}
 _SERIES_PER_BATCH = {"pretraining": 32, "finetuning": 16}
 _MAX_TOKENS_PER_BATCH = {"pretraining": 4096, "finetuning": 2048}
 _MIN_TOKENS_PER_BATCH = 256
-_MANY_SERIES = 20_000
-_MANY_CHANNELS = 64
-_VALUE_FEATURES = 64
-_NEIGHBOURS = 5  # up to 16 observations away
-_LEARNING_RATE = 0.003  # at width 64; it decreases with the width
-_SHORT = 50  # observations in a series
 
 
 @dataclass(frozen=True)
@@ -52,35 +46,34 @@ class DatasetSize:
 
 @dataclass
 class DefaultSettings:
-    """Settings of both trainings, as in an experiment's file.
-
-    Attributes:
-        pretraining, finetuning: ``model`` and ``trainer``.
-        steps: optimiser steps of each.
-        size: of the data they are for.
-        reasons: a sentence for each choice, by section or setting.
-    """
+    """Settings of both trainings, ``model`` and ``trainer``, as in an experiment's file."""
 
     pretraining: dict[str, Any]
     finetuning: dict[str, Any]
-    steps: dict[str, int]
+    steps: dict[str, int]  # optimiser steps of each
     size: DatasetSize
-    reasons: dict[str, str]
+    reasons: dict[str, str]  # a sentence for each choice, by section or setting
 
 
 def default_settings(size: DatasetSize) -> DefaultSettings:
     """Model and training settings for this much data."""
-    is_wide = size.n_channels > _MANY_CHANNELS
-    is_large = size.n_series >= _MANY_SERIES or is_wide
-    width, depth = (128, 6) if is_large else (64, 4)
+    is_wide = size.n_channels > 64
+    width, depth = (128, 6) if size.n_series >= 20_000 or is_wide else (64, 4)
     stack = {"d_model": width, "nhead": width // 16}
-    mask_ratio = 0.5 if size.mean_length < _SHORT else 0.75
-    value_features, neighbours = (0, 0) if is_wide else (_VALUE_FEATURES, _NEIGHBOURS)
+    mask_ratio = 0.5 if size.mean_length < 50 else 0.75
+    value_features, neighbours = (0, 0) if is_wide else (64, 5)
     use_cls = size.n_axes > 1
-    rate = _LEARNING_RATE * 64 / width
+    rate = 0.003 * 64 / width
     pretrainer, pretraining_steps, pretraining_reason = _trainer("pretraining", size, rate)
     finetrainer, finetuning_steps, finetuning_reason = _trainer("finetuning", size, rate)
     amount = f"{size.n_channels} channels" if is_wide else f"{size.n_series:,} training series"
+    cls = "a CLS token at position 0 would make positions absolute, rarely useful"
+    if use_cls:
+        cls = "the CLS token at position 0 makes positions on every axis absolute"
+    features = "a linear projection of few channels represents their levels poorly"
+    differences = "a token includes its differences to observations up to 16 away"
+    if is_wide:
+        features = differences = "not needed with this many channels"
     return DefaultSettings(
         pretraining={
             "model": {
@@ -107,21 +100,9 @@ def default_settings(size: DatasetSize) -> DefaultSettings:
         reasons={
             "model": f"width {width}, {depth} layers: {amount}",
             "mask_ratio": f"mask_ratio {mask_ratio}: {size.mean_length:.0f} observations per series",
-            "use_cls": "use_cls true: the CLS token at position 0 makes positions on every axis absolute"
-            if use_cls
-            else "use_cls false: a CLS token at position 0 would make positions absolute, rarely useful",
-            "value_features": f"value_features {value_features}: "
-            + (
-                "not needed with this many channels"
-                if is_wide
-                else "a linear projection of few channels represents their levels poorly"
-            ),
-            "neighbours": f"neighbours {neighbours}: "
-            + (
-                "not needed with this many channels"
-                if is_wide
-                else f"a token includes its differences to observations up to {2 ** (neighbours - 1)} away"
-            ),
+            "use_cls": f"use_cls {str(use_cls).lower()}: {cls}",
+            "value_features": f"value_features {value_features}: {features}",
+            "neighbours": f"neighbours {neighbours}: {differences}",
             "pretraining": pretraining_reason,
             "finetuning": finetuning_reason,
         },
@@ -140,13 +121,8 @@ def _trainer(stage: Stage, size: DatasetSize, rate: float) -> tuple[dict[str, An
     interval = max(10, total // 10)  # a tenth of the steps, to one digit
     digit = 10 ** (len(str(interval)) - 1)
     interval = min(500, interval // digit * digit)
-    trainer = {
-        "epochs": epochs,
-        "tokens_per_batch": tokens,
-        "base_lr": rate,
-        "eval_every": interval,
-        "save_every": interval,
-    }
+    trainer = {"epochs": epochs, "tokens_per_batch": tokens, "base_lr": rate}
+    trainer |= {"eval_every": interval, "save_every": interval}
     reason = (
         f"{epochs} epochs of {per_epoch} step{'s' if per_epoch > 1 else ''} with about "
         f"{tokens / size.mean_length:.0f} series each: {total:,} steps"
@@ -179,10 +155,16 @@ def cost_s(
         largest = config.mask_ratio if config.mask_ratio_max is None else config.mask_ratio_max
         hidden = (config.mask_ratio + largest) / 2
     visible = tokens * (1 - hidden)
-    work = _projection(config, visible) + _stack(encoder, visible, length * (1 - hidden))
+    into, features = config.tubelet_width, config.value_features
+    numbers, products = 0, into * encoder.d_model + features * (into + encoder.d_model)
+    if config.neighbours:
+        numbers = 2 * config.neighbours * (into + config.n_pos_dims + 1)
+        products += NEIGHBOUR_FEATURES * (into + numbers + encoder.d_model)
+    work = visible * np.array([0.0, numbers, products])  # of the embedding of the input
+    work += _stack(encoder, visible, length * (1 - hidden))
     if stage == "pretraining":
         work += _stack(decoder, tokens, length)
-        work[2] += tokens * hidden * decoder.d_model * config.tubelet_width
+        work[2] += tokens * hidden * decoder.d_model * into
     if trainer.tokens_per_batch is None:
         micro_batches = math.ceil(fraction * size.n_series / trainer.batch_size)
     else:
@@ -196,17 +178,3 @@ def _stack(stack: EncoderConfig, tokens: float, length: float) -> NDArray[np.flo
     inner = stack.nhead * stack.head_width
     per_token = 4 * stack.d_model * inner + 2 * stack.d_model * stack.mlp_width + 2 * length * inner
     return stack.depth * np.array([1.0, tokens * stack.d_model, tokens * per_token])
-
-
-def _projection(config: RoMAForPreTrainingConfig, tokens: float) -> NDArray[np.float64]:
-    """As :func:`_stack`, for the embedding of the input."""
-    into, features, width = (
-        config.tubelet_width,
-        config.value_features,
-        config.encoder_config.d_model,
-    )
-    numbers, multiply_adds = 0, into * width + features * (into + width)
-    if config.neighbours:
-        numbers = 2 * config.neighbours * (into + config.n_pos_dims + 1)
-        multiply_adds += NEIGHBOUR_FEATURES * (into + numbers + width)
-    return tokens * np.array([0.0, numbers, multiply_adds])

@@ -28,16 +28,11 @@ class Outputs:
     """Outputs of a classifier or regressor for a data set, in the order of its samples.
 
     n counts samples; for a head on every token their real tokens, sample after sample.
-
-    Attributes:
-        logits: ``(n, dim_output)`` float32.
-        labels: ``(n,)`` int64 or ``(n, dim_output)`` float, or None.
-        loss: mean over the n, or NaN without labels.
     """
 
-    logits: NDArray[np.float32]
-    labels: NDArray[Any] | None
-    loss: float
+    logits: NDArray[np.float32]  # (n, dim_output)
+    labels: NDArray[Any] | None  # (n,) int64 or (n, dim_output) float
+    loss: float  # mean over the n, or NaN without labels
 
 
 @torch.no_grad()
@@ -102,12 +97,8 @@ def reconstruction_loss(
         count = model.loss_count(batch)
         return (0.0, 0.0) if loss is None else (float(loss) * count, count)
 
-    total = count = 0.0
-    arguments = (dataset, collate, batch_size, group, should_stop)
-    for loss, n in _on_every_process(sum_of, *arguments):
-        total += loss
-        count += n
-    return total / max(1.0, count)
+    sums = _on_every_process(sum_of, dataset, collate, batch_size, group, should_stop)
+    return sum(loss for loss, _ in sums) / max(1.0, sum(n for _, n in sums))
 
 
 def _on_every_process(
@@ -158,27 +149,22 @@ class Evaluator:
         if self.dataset is None:
             return {}
         with self.train_step.evaluation_model() as model:
-            metrics = self._metrics_of(model, self.dataset)
+            collate = Collate(model.config, self.config.random_seed)
+            how = (self.dataset, collate, self.config.batch_size, self.group, self.should_stop)
+            if isinstance(model, RoMAForPreTraining):
+                metrics = {"eval/loss": reconstruction_loss(model, *how)}
+            else:
+                outputs = classify(model, *how)
+                metrics = {"eval/loss": outputs.loss}
+                if outputs.labels is not None and outputs.labels.ndim == 1:
+                    is_right = outputs.logits.argmax(1) == outputs.labels
+                    metrics["eval/accuracy"] = float(is_right.mean())
             if self.callback is not None:
                 extra = self.callback(model, train_loss, self.dataset) or {}
                 metrics |= {f"eval/{name}": float(value) for name, value in extra.items()}
         metrics = self.group.gather(metrics)[0]  # a callback's may differ between processes
         if self.config.best_metric not in metrics:
             raise ValueError(unknown_metric(self.config.best_metric, sorted(metrics)))
-        return metrics
-
-    def _metrics_of(
-        self, model: RoMAForPreTraining | RoMAForClassification, dataset: MapStyle
-    ) -> dict[str, float]:
-        collate = Collate(model.config, self.config.random_seed)
-        arguments = (dataset, collate, self.config.batch_size, self.group, self.should_stop)
-        if isinstance(model, RoMAForPreTraining):
-            return {"eval/loss": reconstruction_loss(model, *arguments)}
-        outputs = classify(model, *arguments)
-        metrics = {"eval/loss": outputs.loss}
-        if outputs.labels is not None and outputs.labels.ndim == 1:
-            is_right = outputs.logits.argmax(1) == outputs.labels
-            metrics["eval/accuracy"] = float(is_right.mean())
         return metrics
 
 
@@ -191,25 +177,20 @@ def unknown_metric(name: str, known: list[str]) -> str:
 
 @dataclass
 class EarlyStopping:
-    """Tracks the best value of a metric, and when to stop waiting for a better one.
+    """Tracks the best value of a metric, and when to stop waiting for a better one."""
 
-    Attributes:
-        mode: whether a small (``min``) or a large (``max``) value is better.
-        min_delta: smallest change that counts as an improvement.
-        patience: evaluations in a row without improvement after which to stop; None never stops.
-        best: None before the first evaluation.
-        evaluations_since_best: evaluations after ``best``.
-    """
-
-    mode: Literal["min", "max"]
-    min_delta: float = 0.0
-    patience: int | None = None
+    mode: Literal["min", "max"]  # whether a small or a large value is better
+    min_delta: float = 0.0  # smallest change that counts as an improvement
+    patience: int | None = None  # evaluations in a row without improvement; None never stops
     best: float | None = None
     evaluations_since_best: int = 0
 
     def update(self, value: float) -> bool:
         """Add an evaluation; True if it is the best so far, which a non-finite value never is."""
-        if self._is_better(value):
+        sign = 1 if self.mode == "min" else -1
+        if math.isfinite(value) and (
+            self.best is None or sign * value < sign * self.best - self.min_delta
+        ):
             self.best, self.evaluations_since_best = value, 0
             return True
         self.evaluations_since_best += 1
@@ -218,10 +199,3 @@ class EarlyStopping:
     @property
     def should_stop(self) -> bool:
         return self.patience is not None and self.evaluations_since_best >= self.patience
-
-    def _is_better(self, value: float) -> bool:
-        if not math.isfinite(value) or self.best is None:
-            return math.isfinite(value)
-        if self.mode == "min":
-            return value < self.best - self.min_delta
-        return value > self.best + self.min_delta

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 MODEL_OUTPUT = "outputs/model"
 """Folder of the trained weights, relative to the job folder."""
-_MAX_SCALE = 30.0  # times larger or smaller than 1
+_MAX_SCALE = 30.0  # of targets, times larger or smaller than 1
 _MAX_SERIES = 2_000  # read for the check of the scale, evenly spaced among more
 
 
@@ -52,22 +52,12 @@ class TrainingJobConfig(Frozen):
 
     schema_version: Literal[1] = 1
     task: Literal["pretrain", "finetune"]
-    dataset: str = Field(description="Folder of the data set.")
-    dataset_digest: str = Field(
-        description="Its version; the job fails if another one is at this path."
-    )
-    weights: str | None = Field(
-        None, description="Folder of the weights to start from; None: new weights."
-    )
-    model: dict[str, Any] = Field(description="Every field of the model's configuration.")
-    trainer: dict[str, Any] = Field(description="Every field of the trainer's configuration.")
-    train_fraction: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="Fraction of the training series of every class to use, to measure what more "
-        "labels are worth.",
-    )
+    dataset: str  # folder of the data set
+    dataset_digest: str  # its version; the job fails if another one is at this path
+    weights: str | None = None  # folder of the weights to start from; None: new weights
+    model: dict[str, Any]  # every field of the model's configuration
+    trainer: dict[str, Any]  # every field of the trainer's, but for the checkpoint folder
+    train_fraction: float = Field(1.0, gt=0, le=1)  # of the training series of every class
 
     @classmethod
     def resolve(
@@ -90,8 +80,8 @@ class TrainingJobConfig(Frozen):
             ValueError: the data set does not have the classes or targets that the model predicts.
         """
         manifest = read_manifest(dataset)
+        config: RoMAForPreTrainingConfig | RoMAForClassificationConfig
         if task == "pretrain":
-            config: RoMAForPreTrainingConfig | RoMAForClassificationConfig
             config = RoMAForPreTrainingConfig(**model | data_fields(manifest.data_schema))
         else:
             config = _finetuning_model(manifest, model, weights)
@@ -104,71 +94,59 @@ class TrainingJobConfig(Frozen):
             dataset_digest=manifest.digest,
             weights=None if weights is None else str(weights),
             model=config.model_dump(mode="json"),
-            trainer=_trainer_fields(trainer),
+            trainer=trainer.model_dump(mode="json", exclude={"checkpoint_dir"}),
             train_fraction=train_fraction,
         )
 
     def completed(self) -> Self:
         """The same with the settings added since it was written, at their defaults."""
-        model = RoMAForPreTrainingConfig if self.task == "pretrain" else RoMAForClassificationConfig
-        return self.model_copy(
-            update={
-                "model": model.from_values(self.model).model_dump(mode="json"),
-                "trainer": _trainer_fields(TrainerConfig.from_values(self.trainer)),
-            }
-        )
+        kind = RoMAForPreTrainingConfig if self.task == "pretrain" else RoMAForClassificationConfig
+        model = kind.from_values(self.model).model_dump(mode="json")
+        trainer = TrainerConfig.from_values(self.trainer)
+        fields = trainer.model_dump(mode="json", exclude={"checkpoint_dir"})
+        return self.model_copy(update={"model": model, "trainer": fields})
 
 
 def _finetuning_model(
     manifest: Manifest, model: dict[str, Any], weights: Path | None
 ) -> RoMAForClassificationConfig:
     schema = manifest.data_schema
-    document = None if weights is None else read_json(weights / "model_config.json")
-    outputs = schema.targets if _is_regression(model, document) else schema.classes
+    document = {} if weights is None else read_json(weights / "model_config.json")
+    if "problem_type" in model:
+        problem_type = model["problem_type"]
+    elif not document or is_pretraining(document):  # a new head
+        problem_type = RoMAForClassificationConfig().problem_type  # of the environment
+    else:  # published heads have no such field, and are classifiers
+        problem_type = document.get("problem_type", "classification")
+    outputs = schema.targets if problem_type == "regression" else schema.classes
     fields = {"dim_output": len(outputs) or None, **model} | data_fields(schema)
-    if document is None or weights is None:
+    if weights is None:
         config = RoMAForClassificationConfig(**fields)
     else:
         config = classifier_config(document, fields, weights)
-    _check_outputs(config, manifest)
-    return config
-
-
-def _is_regression(model: dict[str, Any], document: dict[str, Any] | None) -> bool:
-    """``problem_type`` of the given fields, else of the head's weights, else of the environment."""
-    if "problem_type" in model:
-        found = model["problem_type"]
-    elif document is None or is_pretraining(document):  # a new head
-        found = RoMAForClassificationConfig().problem_type
-    else:  # published heads have no such field, and are classifiers
-        found = document.get("problem_type", "classification")
-    return bool(found == "regression")
-
-
-def _check_outputs(config: RoMAForClassificationConfig, manifest: Manifest) -> None:
-    """Raises ValueError unless the data have classes of series, or targets of observations, to learn."""
-    schema, is_regression = manifest.data_schema, config.problem_type == "regression"
+    is_regression, per_token = config.problem_type == "regression", config.pools == "token"
     if is_regression and not schema.targets:
         raise ValueError(
             f"problem_type=regression needs targets, and the data set {manifest.name} has none; name "
             f"their columns in `targets` of its source and build it again"
         )
-    if is_regression and config.pools != "token":
+    if is_regression and not per_token:
         raise ValueError(
             f"targets belong to observations, but pooling={config.pools} predicts one output per series; "
             f"set pooling=token"
         )
-    if config.problem_type == "classification" and config.pools == "token":
+    if not is_regression and per_token:
         raise ValueError(
             "classes belong to series, but pooling=token predicts an output for every observation; set "
             "problem_type=regression to learn the targets of a data set, or leave pooling out"
         )
-    if config.problem_type == "classification" and not schema.classes:
-        instead = "set pooling=token and problem_type=regression to learn its targets"
+    if not is_regression and not schema.classes:
+        instead = "; set pooling=token and problem_type=regression to learn its targets"
         raise ValueError(
             f"a classifier needs classes, and the data set {manifest.name} has none: name the column of "
-            f"the class in its source and build it again{f'; {instead}' if schema.targets else ''}"
+            f"the class in its source and build it again{instead if schema.targets else ''}"
         )
+    return config
 
 
 def unscaled_targets(dataset: Path) -> list[str]:
@@ -180,23 +158,15 @@ def unscaled_targets(dataset: Path) -> list[str]:
     chosen = train[:: -(-len(train) // _MAX_SERIES)]
     found = [targets for i in chosen if (targets := stored.targets(int(i))) is not None]
     targets = np.concatenate(found).astype(np.float64)  # (T, K)
-    sentences = []
-    for target, mean, std in zip(
-        stored.schema.targets, targets.mean(axis=0), targets.std(axis=0), strict=True
-    ):
-        is_small = 0 < std < 1 / _MAX_SCALE  # a constant target is not small
-        if abs(mean) > _MAX_SCALE or std > _MAX_SCALE or is_small:
-            sentences.append(
-                f"target {target.name!r} has mean {mean:.4g} and standard deviation {std:.4g} in train. "
-                f"Targets are not normalised, and training works poorly this far from 0 and 1: let the "
-                f"source provide (x - {mean:.4g}) / {std or 1:.4g}, and build the data set again"
-            )
-    return sentences
-
-
-def _trainer_fields(trainer: TrainerConfig) -> dict[str, Any]:
-    """The fields of the trainer, without the checkpoint folder, which is the job's own."""
-    return trainer.model_dump(mode="json", exclude={"checkpoint_dir"})
+    columns = zip(stored.schema.targets, targets.mean(axis=0), targets.std(axis=0), strict=True)
+    return [
+        f"target {target.name!r} has mean {mean:.4g} and standard deviation {std:.4g} in train. "
+        f"Targets are not normalised, and training works poorly this far from 0 and 1: let the "
+        f"source provide (x - {mean:.4g}) / {std or 1:.4g}, and build the data set again"
+        for target, mean, std in columns
+        # a constant target is not small
+        if max(abs(mean), std) > _MAX_SCALE or 0 < std < 1 / _MAX_SCALE
+    ]
 
 
 def open_dataset(path: str, digest: str, *, verify: bool) -> StoredDataset:

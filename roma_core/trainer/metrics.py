@@ -9,12 +9,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import psutil
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Record = dict[str, Any]
 """One line of the file: ``step``, ``epoch``, ``time`` and ``metrics`` by name."""
@@ -45,12 +42,7 @@ class MetricsLog:
     def append(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
         """Add one record; numbers that are not finite are left out."""
         finite = {k: float(v) for k, v in metrics.items() if math.isfinite(v)}
-        record: Record = {
-            "step": step,
-            "epoch": round(epoch, 6),
-            "time": time.time(),
-            "metrics": finite,
-        }
+        record = {"step": step, "epoch": round(epoch, 6), "time": time.time(), "metrics": finite}
         self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
 
@@ -82,79 +74,39 @@ def read_records(
             yield start, json.loads(line)
 
 
-class DeferredScalars:
-    """Loss and gradient norm of steps, still on the device: reading each would wait for it."""
-
-    def __init__(self) -> None:
-        self._steps: list[tuple[int, Tensor, Tensor]] = []
-
-    def add(self, step: int, loss: Tensor, norm: Tensor) -> None:
-        self._steps.append((step, loss, norm))
-
-    def read(self) -> list[tuple[int, float, float]]:
-        """(step, loss, norm) of every step since the last call, in one wait for the device."""
-        if not self._steps:
-            return []
-        import torch
-
-        steps, losses, norms = zip(*self._steps, strict=True)
-        self._steps = []
-        numbers = torch.stack([torch.stack(losses), torch.stack(norms).double()]).tolist()
-        return list(zip(steps, *numbers, strict=True))
-
-
 class ThroughputMeter:
-    """Loss and cost of the steps since the last record.
+    """Steps since the last record, the sum of their losses, real tokens, and time.
 
     Losses are summed step by step in float64, so that a run that resumes between two records writes
     the same number as an uninterrupted one.
-
-    Attributes:
-        steps, loss: number of steps and the sum of their losses, over all processes.
-        tokens: real tokens of these steps.
     """
 
     def __init__(self, steps: int = 0, loss: float = 0.0) -> None:
         self.steps, self.loss, self.tokens = steps, loss, 0.0
-        self._waited_s = self._paused_s = 0.0
+        self._seconds = {"waiting": 0.0, "paused": 0.0}
         self._started = time.monotonic()
 
-    def add(self, loss: float) -> None:
-        self.steps += 1
-        self.loss += loss
-
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time in the ``with`` block does not count as training."""
+    def timed(self, activity: Literal["waiting", "paused"]) -> Iterator[None]:
+        """Time in the ``with`` block counts as waiting for data, or not as training at all."""
         started = time.monotonic()
         try:
             yield
         finally:
-            self._paused_s += time.monotonic() - started
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time in the ``with`` block counts as waiting for data."""
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self._waited_s += time.monotonic() - started
+            self._seconds[activity] += time.monotonic() - started
 
     def metrics(self) -> dict[str, float]:
-        seconds = max(1e-9, time.monotonic() - self._started - self._paused_s)
+        """Mean loss, tokens per second, and peak GPU or else resident memory in MiB."""
+        import torch
+
+        seconds = max(1e-9, time.monotonic() - self._started - self._seconds["paused"])
+        on_gpu = torch.cuda.is_available()
+        n_bytes = (
+            torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+        )
         return {
             "train/loss": self.loss / self.steps,
             "train/tokens_per_s": self.tokens / seconds,
-            "train/data_wait_fraction": self._waited_s / seconds,
-            "train/memory_mb": memory_mb(),
+            "train/data_wait_fraction": self._seconds["waiting"] / seconds,
+            "train/memory_mb": n_bytes / 2**20,
         }
-
-
-def memory_mb() -> float:
-    """Peak GPU memory allocated so far, in MiB; without a GPU, the resident memory of this process."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return psutil.Process().memory_info().rss / 2**20

@@ -74,15 +74,9 @@ class Progress:
             )
         if self._pipes is not None and (force or now - self._last_message >= _MESSAGE_INTERVAL_S):
             self._last_message = now
+            position = {"step": step, "total_steps": self.total_steps, "eta_s": round(eta_s, 1)}
             self._pipes.report_custom_message(
-                {
-                    "kind": "progress",
-                    "what": self.what,
-                    "step": step,
-                    "total_steps": self.total_steps,
-                    "eta_s": round(eta_s, 1),
-                    **{name: float(value) for name, value in metrics.items()},
-                }
+                {"kind": "progress", "what": self.what} | position | metrics
             )
 
 
@@ -98,6 +92,7 @@ class RunLogger:
 
     Attributes:
         latest: the newest value of every metric.
+        metrics_log, trackers: of the main process, in the context.
     """
 
     def __init__(
@@ -120,12 +115,12 @@ class RunLogger:
         if not self.is_main:
             return self
         with ExitStack() as stack:
-            self._log = MetricsLog(self.folder / "metrics.jsonl", self.first_offset)
-            stack.callback(self._log.close)
-            self._trackers = Trackers.from_environment(self.folder, self.config)
-            stack.callback(self._trackers.close)
+            self.metrics_log = MetricsLog(self.folder / "metrics.jsonl", self.first_offset)
+            stack.callback(self.metrics_log.close)
+            self.trackers = Trackers.from_environment(self.folder, self.config)
+            stack.callback(self.trackers.close)
             stack.enter_context(self._progress)
-            self._trackers.start(self.first_offset)
+            self.trackers.start(self.first_offset)
             self._stack = stack.pop_all()
         return self
 
@@ -138,32 +133,16 @@ class RunLogger:
             self._progress.say(text)
 
     def log_training(self, step: int, metrics: dict[str, float]) -> None:
-        """Record training metrics, with epoch and remaining time."""
+        """Log training metrics, with epoch and remaining time."""
+        position = {
+            "train/epoch": step / self.batches_per_epoch,
+            "train/eta_s": self._progress.eta_s(step),
+        }
+        self.log(step, metrics | position, show=step == self._progress.total_steps)
+
+    def log(self, step: int, metrics: dict[str, float], *, show: bool = True) -> None:
+        """Log metrics; without ``show`` the terminal has them at most every few seconds."""
         if self.is_main:
-            position = {
-                "train/epoch": step / self.batches_per_epoch,
-                "train/eta_s": self._progress.eta_s(step),
-            }
-            self._log_metrics(step, metrics | position, force=step == self._progress.total_steps)
-
-    def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Record and show the metrics of an evaluation."""
-        if self.is_main:
-            self._log_metrics(step, metrics, force=True)
-
-    def _log_metrics(self, step: int, metrics: dict[str, float], *, force: bool) -> None:
-        self.latest |= metrics
-        self._log.append(step, step / self.batches_per_epoch, metrics)
-        self._progress.update(step, self.latest, force=force)
-
-    @property
-    def offset(self) -> int:
-        """Bytes of ``metrics.jsonl`` so far; main process only, as the next two."""
-        return self._log.offset
-
-    def sync(self) -> None:
-        self._log.sync()
-
-    def committed(self, offset: int) -> None:
-        """A checkpoint now covers the first ``offset`` bytes of ``metrics.jsonl``: trackers get them."""
-        self._trackers.committed(offset)
+            self.latest |= metrics
+            self.metrics_log.append(step, step / self.batches_per_epoch, metrics)
+            self._progress.update(step, self.latest, force=show)

@@ -22,17 +22,11 @@ _WINDOW = 32  # batches among which series are sorted by length
 
 
 class BatchSampler(ABC):
-    """Every sample once per epoch, in global batches.
-
-    Attributes:
-        n_samples: size of the training set.
-        global_batch_size: size of a step over all processes, in ``unit``; frozen at the first start.
-        batches_per_epoch: the same in every epoch.
-    """
+    """Every sample once per epoch, in global batches."""
 
     unit: str
     n_samples: int
-    global_batch_size: int
+    global_batch_size: int  # of a step over all processes, in `unit`; frozen at the first start
     batches_per_epoch: int
 
     @abstractmethod
@@ -40,12 +34,22 @@ class BatchSampler(ABC):
         """The global batches of one epoch: int64 sample indices."""
 
     @abstractmethod
+    def _micro_batches(self, samples: Indices) -> list[Indices]: ...
+
     def shard(self, batch: Indices, rank: int, world_size: int) -> list[Indices]:
         """The micro-batches that one process computes of a global batch.
+
+        A process has every ``world_size``-th sample, so that all get similar lengths.
 
         Raises:
             ValueError: there are more processes than samples.
         """
+        if len(batch) < world_size:
+            raise ValueError(
+                f"a step of {len(batch)} samples cannot be shared by {world_size} processes; "
+                f"use fewer processes or a larger batch_size"
+            )
+        return self._micro_batches(batch[rank::world_size])
 
 
 class SeriesBatchSampler(BatchSampler):
@@ -65,9 +69,8 @@ class SeriesBatchSampler(BatchSampler):
         noise = hash_ints(self.seed, epoch, _ORDER, np.arange(self.n_samples))
         return np.array_split(noise.argsort(kind="stable"), self.batches_per_epoch)
 
-    def shard(self, batch: Indices, rank: int, world_size: int) -> list[Indices]:
-        mine = _of_rank(batch, rank, world_size)
-        return np.array_split(mine, -(-len(mine) // self.micro_batch_size))
+    def _micro_batches(self, samples: Indices) -> list[Indices]:
+        return np.array_split(samples, -(-len(samples) // self.micro_batch_size))
 
 
 class TokenBatchSampler(BatchSampler):
@@ -75,10 +78,7 @@ class TokenBatchSampler(BatchSampler):
 
     The samples are shuffled, then sorted by length inside windows of 32 batches, cut into batches,
     and the batches shuffled. A batch holds at most one longest series more than
-    ``global_batch_size``.
-
-    Attributes:
-        min_samples: no batch of any epoch holds fewer samples.
+    ``global_batch_size``, and no fewer than ``min_samples``.
     """
 
     unit = "tokens"
@@ -86,13 +86,7 @@ class TokenBatchSampler(BatchSampler):
     def __init__(
         self, lengths: Indices, global_batch_size: int, seed: int, micro_batch_size: int
     ) -> None:
-        """Check that every sample fits.
-
-        Args:
-            lengths: ``(n,)`` tokens of every sample.
-            global_batch_size: tokens of one step, over all processes.
-            seed: of the order.
-            micro_batch_size: tokens a process computes at once, about.
+        """Sizes are in tokens, ``lengths`` ``(n,)`` are those of the samples.
 
         Raises:
             ValueError: the longest sample alone is more than a batch.
@@ -121,19 +115,17 @@ class TokenBatchSampler(BatchSampler):
         shuffled = hash_ints(self.seed, epoch, _BATCH_ORDER, np.arange(n_batches))
         return [batches[k] for k in shuffled.argsort(kind="stable")]
 
-    def shard(self, batch: Indices, rank: int, world_size: int) -> list[Indices]:
-        mine = _of_rank(batch, rank, world_size)
-        n = round(int(self.lengths[mine].sum()) / self.micro_batch_size)
-        return _cut(mine, self.lengths, min(max(1, n), len(mine)))
+    def _micro_batches(self, samples: Indices) -> list[Indices]:
+        n = round(int(self.lengths[samples].sum()) / self.micro_batch_size)
+        return _cut(samples, self.lengths, min(max(1, n), len(samples)))
 
 
 def make_sampler(
     config: TrainerConfig, dataset: Any, world_size: int, global_batch_size: int | None = None
 ) -> BatchSampler:
-    """The sampler of a training.
+    """The sampler of a training: by ``tokens_per_batch``, if given, else by ``batch_size``.
 
     Args:
-        config: its ``tokens_per_batch``, if given, else its ``batch_size``.
         dataset: the training set; only lengths of its items are read, and only for tokens.
         world_size: processes at the first start.
         global_batch_size: of a resumed run, frozen at its first start.
@@ -170,16 +162,6 @@ def lengths_of(dataset: Any) -> Indices:
         padding = 0 if pad_mask is None else int(np.asarray(pad_mask).sum())
         counted.append(np.shape(item["positions"])[1] - padding)
     return np.array(counted, dtype=np.int64)
-
-
-def _of_rank(batch: Indices, rank: int, world_size: int) -> Indices:
-    """Every ``world_size``-th sample, so that processes get similar lengths."""
-    if len(batch) < world_size:
-        raise ValueError(
-            f"a step of {len(batch)} samples cannot be shared by {world_size} processes; "
-            f"use fewer processes or a larger batch_size"
-        )
-    return batch[rank::world_size]
 
 
 def _part_of(lengths: Indices, n_parts: int) -> Indices:

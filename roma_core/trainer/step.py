@@ -1,11 +1,12 @@
-"""One optimiser step: the training loss, forward, backward, clipping, and losses that are not finite."""
+"""One optimiser step: losses, optimiser, learning-rate schedule, clipping, and the average of weights."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,19 +32,12 @@ from roma_core.trainer.distributed import (
     fsdp_copy,
     full_tensor,
     no_gradient_sync,
-)
-from roma_core.trainer.optim import (
-    EMA,
-    freeze_all_but_head,
-    learning_rate_factor,
-    load_optimizer_state,
-    make_optimizer,
-    optimizer_state,
-    set_learning_rate,
+    shard_like,
 )
 
 Model = RoMAForPreTraining | RoMAForClassification
 Loss = Callable[[Tensor, Tensor], Tensor]
+NamedParameters = list[tuple[str, nn.Parameter]]
 log = logging.getLogger(__name__)
 
 
@@ -77,7 +71,6 @@ class TrainStep:
 
         Args:
             loss: to train with; evaluation uses the model's own.
-            total_steps: of the whole run, which the learning rate depends on.
             first_world_size: processes that began the run, for ``lr_scaling``.
             resume: tensors of a checkpoint, as :meth:`state_dict` returned them; None starts new.
 
@@ -96,8 +89,10 @@ class TrainStep:
         # on a CPU the check costs nothing, and weights are never updated by a loss that is not finite
         self.checks_every_step = accelerator.device.type == "cpu"
         self.is_sharded = config.sharding == "fsdp" and group.size > 1
-        if config.freeze_encoder and isinstance(model, RoMAForClassification):
-            freeze_all_but_head(model)
+        self.is_probe = config.freeze_encoder and isinstance(model, RoMAForClassification)
+        if self.is_probe:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name.startswith("head."))
         if resume:
             model.load_state_dict(resume["model"])
         if config.compile:
@@ -151,13 +146,29 @@ class TrainStep:
             self.config.lr_schedule, step, self.total_steps, self.warmup_steps
         )
         set_learning_rate(self._optimizer, self.lr)
-        self._set_training_mode()
+        self._wrapped.train(not self.is_probe)  # a probe's features are those of evaluation
+        if isinstance(self._trained, RoMAForClassification):
+            self._trained.require_head().train()
         total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         for i, batch in enumerate(micro_batches):
-            is_last = i + 1 == len(micro_batches)
-            with nullcontext() if is_last else self._no_sync():
-                total += self._backward(batch, self._trained.loss_count(batch) / count)
-        norm = self._clip()
+            fraction = self._trained.loss_count(batch) / count
+            with nullcontext() if i + 1 == len(micro_batches) else self._no_sync():
+                _, loss = self._wrapped(batch)
+                if loss is None:
+                    raise ValueError(
+                        f"samples {batch.sample_ids.tolist()} give no loss: they have no label, or "
+                        f"nothing to hide"
+                    )
+                # gradients are means over the processes, the loss is a sum
+                self.accelerator.backward(loss * fraction * self.world_size)
+            total += loss.detach().double() * fraction
+        if self.config.gradient_clip is not None:
+            norm = self.accelerator.clip_grad_norm_(self._trainable, self.config.gradient_clip)
+        else:
+            self.accelerator.unscale_gradients(self._optimizer)
+            gradients = [p.grad for p in self._trainable if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+        norm = full_tensor(norm)
         if self.checks_every_step and not self.is_finite(float(total), float(norm)):
             raise NonFiniteLoss
         self._optimizer.step()
@@ -167,7 +178,7 @@ class TrainStep:
         return total, norm
 
     def loss_count(self, batches: list[PackedBatch]) -> float:
-        """What the loss of these batches is a mean over: hidden tokens, series or tokens."""
+        """Number of terms the loss of these batches is a mean over: hidden tokens, series or tokens."""
         return sum(self.model.loss_count(batch) for batch in batches)
 
     def is_finite(self, loss: float, norm: float) -> bool:
@@ -198,9 +209,15 @@ class TrainStep:
         Every process calls it: sharded tensors are gathered from all.
         """
         keep = self.accelerator.is_main_process
+        optimizer_state = (
+            (f"{name}/{what}", value)  # e.g. projection.weight/exp_avg
+            for name, parameter in self._named
+            for what, value in self._optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        )
         tensors = {
             "model": cpu_copies(self._trained.state_dict().items(), keep),
-            "optimizer": cpu_copies(optimizer_state(self._optimizer.optimizer, self._named), keep),
+            "optimizer": cpu_copies(optimizer_state, keep),
         }
         if self._ema is not None:
             tensors["ema"] = cpu_copies(self._ema.tensors.items(), keep)
@@ -218,31 +235,6 @@ class TrainStep:
         self.model.set_loss_fn(self.own_loss)
         self.model.to(self.accelerator.device)
 
-    def _set_training_mode(self) -> None:
-        if self.config.freeze_encoder and isinstance(self._trained, RoMAForClassification):
-            self._wrapped.eval()  # a probe's features are those of evaluation, without dropout
-            self._trained.require_head().train()
-        else:
-            self._wrapped.train()
-
-    def _backward(self, batch: PackedBatch, fraction: float) -> Tensor:
-        """Backward of one micro-batch's part of the global mean; gradients average over ranks."""
-        _, loss = self._wrapped(batch)
-        if loss is None:
-            raise ValueError(
-                f"samples {batch.sample_ids.tolist()} give no loss: they have no label, or nothing to hide"
-            )
-        self.accelerator.backward(loss * fraction * self.world_size)
-        return loss.detach().double() * fraction
-
-    def _clip(self) -> Tensor:
-        if self.config.gradient_clip is not None:
-            norm = self.accelerator.clip_grad_norm_(self._trainable, self.config.gradient_clip)
-            return full_tensor(norm)
-        self.accelerator.unscale_gradients(self._optimizer)
-        gradients = [p.grad for p in self._trainable if p.grad is not None]
-        return full_tensor(nn.utils.get_total_norm(gradients))
-
     @torch.no_grad()
     def _fill_model(self) -> None:
         """Copy the trained weights, or their average, to the unsharded model."""
@@ -251,17 +243,135 @@ class TrainStep:
             parameter.copy_(full_tensor(named[name].detach()))
 
 
+class EMA:
+    """Exponential moving average of a model's weights.
+
+    Attributes:
+        tensors: by parameter name, on the model's device, sharded as its parameters are.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, start: dict[str, Tensor] | None) -> None:
+        """``start`` is the average of a checkpoint; None starts from the current weights."""
+        self.model, self.decay = model, decay
+        self.tensors = {
+            name: (shard_like(start[name], p) if start else p.detach()).clone()
+            for name, p in model.named_parameters()
+        }
+
+    def update(self, step: int) -> None:
+        """Include the weights after a step; early steps weigh more, so that the start is forgotten."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        current = [parameter.data for parameter in self.model.parameters()]
+        torch._foreach_lerp_(list(self.tensors.values()), current, 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside the ``with`` block the model has the averaged weights, after it its own."""
+        own = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.model.load_state_dict(self.tensors)
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(own)
+
+
+def learning_rate_factor(schedule: str, step: int, total_steps: int, warmup_steps: int) -> float:
+    """Fraction of the peak rate in step ``step`` (0 is the first): linear warm-up, then the schedule.
+
+    The factor rises from 1/w to 1 over the w warm-up steps. ``cosine`` and ``linear`` then fall to 0
+    one step after the last.
+    """
+    warmup_steps = min(warmup_steps, total_steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if schedule == "constant":
+        return 1.0
+    if schedule == "linear":
+        return 1.0 - done
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * done))
+    raise ValueError(f"unknown lr_schedule {schedule!r}; there are cosine, linear and constant")
+
+
+def make_optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]], config: TrainerConfig
+) -> torch.optim.Optimizer:
+    """AdamW or SGD, fused; norms, biases, CLS and mask vectors have no weight decay.
+
+    Every group has an ``lr_scale``, its factor of the learning rate.
+    """
+    named = [(n, p) for n, p in parameters if p.requires_grad]
+    scales = layer_scales([name for name, _ in named], config.layer_lr_decay or 1.0)
+    by_kind: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        by_kind.setdefault((scales[name], parameter.ndim >= 2), []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "lr_scale": scale, **({} if decays else {"weight_decay": 0.0})}
+        for (scale, decays), parameters in by_kind.items()
+    ]
+    arguments = {"lr": config.base_lr, **config.optimizer_args}
+    if config.optimizer == "sgd":
+        # the fused kernel does not support shards
+        return torch.optim.SGD(groups, **{"fused": config.sharding == "none", **arguments})
+    if "betas" in arguments:
+        arguments["betas"] = tuple(arguments["betas"])
+    return torch.optim.AdamW(groups, **{"fused": True, **arguments})
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def layer_scales(names: list[str], decay: float) -> dict[str, float]:
+    """Factor of the learning rate of each parameter: the nearer to the input, the smaller.
+
+    Parameters after the encoder have 1, the encoder's last block ``decay``, the one before it
+    ``decay²``, and the embedding of the input one power more than the first block.
+    """
+    blocks = {n: int(m[1]) for n in names if (m := re.match(r"encoder\.layers\.(\d+)\.", n))}
+    depth = max(blocks.values(), default=-1) + 1
+    powers = {n: depth + 1 if n.startswith(("projection.", "cls")) else 0 for n in names}
+    powers |= {name: depth - block for name, block in blocks.items()}
+    return {name: decay**power for name, power in powers.items()}
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, named: NamedParameters, tensors: dict[str, Tensor]
+) -> None:
+    """Load full tensors named as in :meth:`TrainStep.state_dict`.
+
+    Raises:
+        ValueError: the tensors are those of other parameters.
+    """
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, what = key.rsplit("/", 1)
+        by_name.setdefault(name, {})[what] = tensor
+    known = {name for name, p in named if p.requires_grad}
+    if by_name and set(by_name) != known:
+        raise ValueError(
+            f"the checkpoint's optimiser state does not match the model: it lacks {sorted(known - set(by_name))} "
+            f"and has unknown {sorted(set(by_name) - known)}"
+        )
+    for name, parameter in named:
+        if name in by_name:
+            # fused kernels need the step count on the parameter's device
+            optimizer.state[parameter] = {
+                what: shard_like(tensor, parameter).clone()
+                for what, tensor in by_name[name].items()
+            }
+
+
 def training_loss(model: Model, config: TrainerConfig, dataset: MapStyle) -> Loss:
     """The model's own loss, or cross entropy with label smoothing and class weights.
 
     Raises:
         ValueError: the model is no classifier, or the weights do not match its classes.
     """
-    settings = {
-        "label_smoothing": config.label_smoothing > 0,
-        "class_weights": config.class_weights is not None,
-    }
-    names = " and ".join(name for name, is_set in settings.items() if is_set)
+    settings = ("label_smoothing", "class_weights")
+    names = " and ".join(name for name in settings if getattr(config, name) not in (0, None))
     if not names:
         return model.loss_fn
     if isinstance(model, RoMAForPreTraining):

@@ -31,7 +31,6 @@ from roma_core.trainer.metrics import Record, read_records
 log = logging.getLogger(__name__)
 _MLFLOW_BATCH = 1000  # metrics that MLflow takes in one call
 _ANSWER_S = 2.0  # how long a server may take to answer at all
-_Mode = Literal["online", "offline", "disabled"]
 
 
 class Tracker(Protocol):
@@ -67,9 +66,10 @@ class MlflowRun:
         from mlflow.entities import Metric
 
         metrics = [
-            Metric(_mlflow_name(name), value, round(record["time"] * 1000), record["step"])
-            for record in records
-            for name, value in record["metrics"].items()
+            # MLflow rejects a whole batch for one other character, e.g. eval/f1 (macro, %)
+            Metric(re.sub(r"[^\w/\-. :]", "_", name), value, round(r["time"] * 1000), r["step"])
+            for r in records
+            for name, value in r["metrics"].items()
         ]
         for start in range(0, len(metrics), _MLFLOW_BATCH):
             self.client.log_batch(self.run_id, metrics=metrics[start : start + _MLFLOW_BATCH])
@@ -78,36 +78,22 @@ class MlflowRun:
         """Does nothing: the run is ended where it was created."""
 
 
-def _mlflow_name(name: str) -> str:
-    """MLflow rejects a whole batch for one other character, e.g. ``eval/f1 (macro)``."""
-    return re.sub(r"[^\w/\-. :]", "_", name)
-
-
 class WandbConfig(RomaSettings):
     """Weights & Biases; off unless a key or a mode is given."""
 
     model_config = SettingsConfigDict(env_prefix="ROMA_WANDB_")
 
-    mode: Literal["auto", "online", "offline", "disabled"] = Field(
-        "auto",
-        description="'auto' takes WANDB_MODE of the environment, else 'online' if there is a key, "
-        "else 'disabled'.",
-    )
-    api_key: SecretStr | None = Field(
-        None, description="Key; null takes WANDB_API_KEY of the environment."
-    )
-    init_timeout_s: int = Field(
-        5, gt=0, description="Timeout of the start of a run at a server that answers, in seconds."
-    )
-    finish_timeout_s: int = Field(
-        5,
-        gt=0,
-        description="Timeout of uploads at the end, in seconds; the rest stays on disk for "
-        "`wandb sync`.",
-    )
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """'auto' takes WANDB_MODE of the environment, else 'online' with a key and 'disabled' without."""
+    api_key: SecretStr | None = None
+    """Key; null takes WANDB_API_KEY of the environment."""
+    init_timeout_s: int = Field(5, gt=0)
+    """Timeout of the start of a run at a server that answers, in seconds."""
+    finish_timeout_s: int = Field(5, gt=0)
+    """Timeout of uploads at the end, in seconds; the rest stays on disk for `wandb sync`."""
 
     @property
-    def effective_mode(self) -> _Mode:
+    def effective_mode(self) -> Literal["online", "offline", "disabled"]:
         """The mode that 'auto' selects in this environment."""
         if self.mode != "auto":
             return self.mode
@@ -159,7 +145,13 @@ class WandbRun:
 
         if mode == "online":
             # wandb itself would retry; setup has read the server's address from all settings files
-            _check_answers(wandb.setup().settings.base_url)
+            url = wandb.setup().settings.base_url
+            try:
+                urllib.request.urlopen(url, timeout=_ANSWER_S).close()
+            except urllib.error.HTTPError:
+                pass  # any status is an answer
+            except OSError as error:
+                raise ConnectionError(f"{url} does not answer ({error})") from error
         try:
             self.run = wandb.init(
                 mode=mode,
@@ -199,16 +191,6 @@ class WandbRun:
             )
 
 
-def _check_answers(url: str) -> None:
-    """Raise ConnectionError if no server answers at ``url``; any HTTP status counts as an answer."""
-    try:
-        urllib.request.urlopen(url, timeout=_ANSWER_S).close()
-    except urllib.error.HTTPError:
-        return
-    except OSError as error:
-        raise ConnectionError(f"{url} does not answer ({error})") from error
-
-
 MLFLOW_RUN_VARIABLE = "ROMA_JOB_MLFLOW_RUN"
 _BATCH = 500  # records sent before the bookmark moves
 _RETRY_S = 15.0
@@ -220,7 +202,6 @@ class Bookmark:
     """How far the records were sent to one run at a tracker: ``<tracker>.offset.json``.
 
     Attributes:
-        run_id: of the run at the tracker; a bookmark of another run is ignored.
         offset: bytes of ``metrics.jsonl`` that were sent.
         step: the last step that was sent; -1 if none was.
         names: the metrics of that step that were sent. A step's evaluation may be sent later than
@@ -230,22 +211,22 @@ class Bookmark:
     def __init__(
         self, path: Path, run_id: str | None = None, resumed_at: int | None = None
     ) -> None:
-        """Open ``path``.
+        """Open ``path``, which need not exist.
 
         Args:
-            path: of the bookmark; it need not exist.
-            run_id: at the tracker; None takes the one in the file, or a new one.
+            run_id: at the tracker; None takes the one in the file, or a new one. A bookmark of
+                another run is ignored.
             resumed_at: bytes covered by the checkpoint that the run resumes from. 0 is a new
                 training, whose steps were not sent yet, whatever the bookmark holds.
         """
-        found = read_json(path, schema_version=1) if path.exists() else None
+        found = read_json(path, schema_version=1) if path.exists() else {}
         if found and (run_id not in (None, found["run_id"]) or (resumed_at == 0 < found["offset"])):
-            found = None
+            found = {}
         self.path = path
-        self.run_id: str = run_id or (found["run_id"] if found else secrets.token_hex(8))
-        self.offset: int = found["offset"] if found else 0
-        self.step: int = found["step"] if found else -1
-        self.names: set[str] = set(found.get("names", [])) if found else set()
+        self.run_id: str = run_id or found.get("run_id") or secrets.token_hex(8)
+        self.offset: int = found.get("offset", 0)
+        self.step: int = found.get("step", -1)
+        self.names = set(found.get("names", []))
         if resumed_at is not None:
             self.offset = min(self.offset, resumed_at)
         self._write()
@@ -301,26 +282,8 @@ def forward_to_mlflow(metrics: Path, tracking_uri: str, run_id: str) -> None:
     Raises:
         Exception: whatever MLflow raises; nothing is lost then, and another call continues there.
     """
-    bookmark = Bookmark(_bookmark_of(metrics, "mlflow"), run_id)
+    bookmark = Bookmark(metrics.with_name("mlflow.offset.json"), run_id)
     forward(metrics, bookmark, None, MlflowRun(tracking_uri, run_id).send)
-
-
-def _bookmark_of(metrics: Path, tracker: str) -> Path:
-    return metrics.with_name(f"{tracker}.offset.json")
-
-
-def _read_run_id(path: Path) -> str | None:
-    """The MLflow run id in a file that the orchestrator is about to write; None after a timeout.
-
-    It writes the file two seconds after it submitted this job; importing torch takes longer.
-    """
-    deadline = time.monotonic() + _RUN_FILE_TIMEOUT_S
-    while not path.exists():
-        if time.monotonic() > deadline:
-            log.warning("%s was not written; MLflow gets the metrics when the job has ended", path)
-            return None
-        time.sleep(0.1)
-    return str(read_json(path, schema_version=1)["run_id"])
 
 
 class Trackers:
@@ -346,17 +309,25 @@ class Trackers:
         if uri and (mlflow_run or run_file):
             import_tracker("mlflow")
             if run_file and not mlflow_run:
-                mlflow_run = _read_run_id(Path(run_file))
+                # written two seconds after the job was submitted; importing torch takes longer
+                path, deadline = Path(run_file), time.monotonic() + _RUN_FILE_TIMEOUT_S
+                while not path.exists() and time.monotonic() < deadline:
+                    time.sleep(0.1)
+                if path.exists():
+                    mlflow_run = str(read_json(path, schema_version=1)["run_id"])
+                else:
+                    log.warning(
+                        "%s was not written; MLflow gets the metrics when the job has ended", path
+                    )
         if uri and mlflow_run:
             trackers.add("mlflow", lambda run_id: MlflowRun(uri, run_id), mlflow_run)
         wandb = WandbConfig()
         if trainer.log_wandb and wandb.effective_mode != "disabled":
             import_tracker("wandb")
-            offline, online = (
+            connect, offline = (
                 functools.partial(WandbRun, wandb, trainer, folder, mode)
-                for mode in ("offline", "online")
+                for mode in (wandb.effective_mode, "offline")
             )
-            connect = offline if wandb.effective_mode == "offline" else online
             trackers.add("wandb", connect, fallback=offline)
         return trackers
 
@@ -370,7 +341,6 @@ class Trackers:
         """Add a tracker.
 
         Args:
-            name: of the tracker.
             make: connects to a run by its id; retried while the tracker is down.
             run_id: at the tracker; None starts a new run there.
             fallback: replaces ``make`` at the end if the tracker was down all the time.
@@ -443,7 +413,7 @@ class _TrackerThread(threading.Thread):
     def _catch_up(self) -> None:
         self.up_to_date = False
         if self._bookmark is None:
-            path = _bookmark_of(self.metrics, self.name)
+            path = self.metrics.with_name(f"{self.name}.offset.json")
             self._bookmark = Bookmark(path, self.run_id, self.resumed_at)
         if self._tracker is None:
             self._tracker = self.make(self._bookmark.run_id)

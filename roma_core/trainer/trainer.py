@@ -10,16 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from roma_core.job import Attempt
 from roma_core.model.packing import PackedBatch
 from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
-from roma_core.trainer.checkpoint import Checkpointer, TrainState, load_newest
+from roma_core.trainer.checkpoint import Checkpointer, TrainState, load_best, load_newest
 from roma_core.trainer.config import TrainerConfig, describe_changes, describe_resumable
 from roma_core.trainer.dataloader import MapStyle, TrainLoader
 from roma_core.trainer.distributed import HostGroup, Interrupted, StopRequests, init_accelerator
 from roma_core.trainer.evaluator import EarlyStopping, Evaluator, unknown_metric
-from roma_core.trainer.metrics import DeferredScalars, ThroughputMeter
+from roma_core.trainer.metrics import ThroughputMeter
 from roma_core.trainer.run_logger import Progress, RunLogger
 from roma_core.trainer.sampler import make_sampler
 from roma_core.trainer.step import (
@@ -111,20 +114,27 @@ class Trainer:
         with StopRequests(attempt.stop if attempt else None) as self.stops:
             self._set_up(train_dataset, test_dataset, model, what)
             with self.logger, self.checkpointer, self.loader, closing(self.train_step):
-                self.logger.say(self._summary(model))
                 try:
                     self._train_to_end()
-                    end = self._complete(model)
+                    status, reason = "completed", self._complete(model)
                 except Interrupted:
-                    end = self._stop_early()
-        if end.status == "completed" and self._post_train_hook and self.group.is_main:
+                    self._save()
+                    self.checkpointer.wait()
+                    reason = self.stops.reason or "another process was asked to stop"
+                    status = "continue"
+                    self.logger.say(f"asked to stop ({reason}); saved at step {self.step}")
+                end = TrainingEnd(
+                    status,
+                    self.step,
+                    self.evaluation,
+                    reason,
+                    self._elapsed_s(),
+                    self.group.size,
+                    self.group.is_main,
+                )
+        if status == "completed" and self._post_train_hook and self.group.is_main:
             self._post_train_hook(model, self.folder, self.accelerator.device)
-        del (
-            self.train_step,
-            self.evaluator,
-            self.loader,
-            self.accelerator,
-        )  # and the optimiser's memory
+        del self.train_step, self.evaluator, self.loader, self.accelerator  # free the optimiser
         return end
 
     def _set_up(
@@ -146,16 +156,8 @@ class Trainer:
         if state:
             _check_same_run(state, config, len(train_dataset), self.total_steps)
         self.first_world_size = (state and state.first_world_size) or group.size
-        self.train_step = TrainStep(
-            accelerator,
-            group,
-            model,
-            loss,
-            config,
-            self.total_steps,
-            self.first_world_size,
-            tensors,
-        )
+        sizes = (self.total_steps, self.first_world_size)
+        self.train_step = TrainStep(accelerator, group, model, loss, config, *sizes, tensors)
         if accelerator.scaler is not None and state and state.scaler:
             accelerator.scaler.load_state_dict(state.scaler)
         self.loader = TrainLoader(
@@ -175,7 +177,10 @@ class Trainer:
         )
         self.checkpointer = Checkpointer(config, self.logger, group)
 
-        self.unread, self.grad_norm = DeferredScalars(), float("nan")
+        self.unread: list[
+            tuple[int, Tensor, Tensor]
+        ] = []  # step, loss and gradient norm, on the device
+        self.grad_norm = float("nan")
         self.started, self.last_heartbeat = time.monotonic(), float("-inf")
         self.meter, self.elapsed_before_s = ThroughputMeter(), 0.0
         self.evaluation: dict[str, float] = {}
@@ -193,93 +198,76 @@ class Trainer:
 
     def _train_to_end(self) -> None:
         """The loop: step, log, evaluate and save, until the last step or early stopping."""
+        n_parameters = sum(p.numel() for p in self.train_step.model.parameters())
+        self.logger.say(
+            f"{f'resumed from {self.resumed_from} ' if self.resumed_from else ''}"
+            f"{n_parameters:,} parameters, {self.sampler.n_samples} series, global batch "
+            f"{self.sampler.global_batch_size} {self.sampler.unit}, {self.total_steps} steps, "
+            f"{self.group.size} process(es){' (sharded)' if self.train_step.is_sharded else ''} "
+            f"on {self.accelerator.device}"
+        )
         batches = self.loader.steps(self.step)
         if self.evaluation_due:  # a stop request came before it ended
             self._evaluate_and_save()
         while self.step < self.total_steps and not self.early_stopping.should_stop:
             self._heartbeat()
             self.checkpointer.check()
-            micro_batches = self._next(batches)
-            loss_count = self._sum_over_processes(micro_batches)
-            self._optimise(micro_batches, loss_count)
+            self._do_step(batches)
             if self.step % self.config.log_every == 0 or self.step == self.total_steps:
-                self._log_training()
+                self._read_losses()
+                meter, self.meter = self.meter, ThroughputMeter()
+                optimiser = {"train/lr": self.train_step.lr, "train/grad_norm": self.grad_norm}
+                self.logger.log_training(self.step, meter.metrics() | optimiser)
             self._evaluate_and_save()
         self.checkpointer.wait()
 
-    def _complete(self, model: Model) -> TrainingEnd:
-        """Leave the final weights in the model."""
+    def _complete(self, model: Model) -> str:
+        """Leave the final weights in the model; returns the reason of an early end."""
+        config, reason = self.config, ""
         if not self.evaluation:  # the last checkpoint was not evaluated
             self.evaluation = self.evaluator.measure(float("nan"))
-        reason = ""
         if self.step < self.total_steps:
-            best = self.early_stopping
             reason = (
-                f"early stopping: {best.evaluations_since_best} evaluations without a better "
-                f"{self.config.best_metric} than {best.best}"
+                f"early stopping: {self.early_stopping.evaluations_since_best} evaluations without a "
+                f"better {config.best_metric} than {self.early_stopping.best}"
             )
             self.logger.say(f"{reason}; ended at step {self.step}")
-        if self.config.final_weights == "best":
-            self._load_best(model)
-        else:
+        if config.final_weights == "last":
             self.train_step.finish()
-        return self._end("completed", reason)
-
-    def _load_best(self, model: Model) -> None:
-        best = self.checkpointer.load_best()
+            return reason
+        best = load_best(config.checkpoint_dir, config.best_metric, config.best_metric_mode)
         if best is None:
             raise ValueError(
-                f"final_weights=best: no checkpoint in {self.config.checkpoint_dir} was evaluated with "
-                f"{self.config.best_metric}"
+                f"final_weights=best: no checkpoint in {config.checkpoint_dir} was evaluated with "
+                f"{config.best_metric}"
             )
         model.load_state_dict(best.tensors.get("ema", best.tensors["model"]))
         self.evaluation = best.state.evaluation
         self.logger.say(f"weights of step {best.state.step}, the best, are kept")
+        return reason
 
-    def _stop_early(self) -> TrainingEnd:
-        self._save()
-        self.checkpointer.wait()
-        reason = self.stops.reason or "another process was asked to stop"
-        self.logger.say(f"asked to stop ({reason}); saved at step {self.step}")
-        return self._end("continue", reason)
+    def _do_step(self, batches: Iterator[list[PackedBatch]]) -> None:
+        """Do one optimiser step.
 
-    def _end(self, status: str, reason: str) -> TrainingEnd:
-        return TrainingEnd(
-            status=status,
-            step=self.step,
-            metrics=self.evaluation,
-            reason=reason,
-            elapsed_s=self._elapsed_s(),
-            world_size=self.group.size,
-            is_main_process=self.group.is_main,
-        )
-
-    # --- one step ---------------------------------------------------------------------------
-
-    def _next(self, batches: Iterator[list[PackedBatch]]) -> list[PackedBatch]:
-        """The next step's micro-batches; none if a stop request ended the wait for them."""
-        with self.meter.waiting():
+        Raises:
+            Interrupted: a process is asked to stop; raised on all of them.
+        """
+        with self.meter.timed("waiting"):
             try:
-                return next(batches)
+                micro_batches = next(batches)
             except Interrupted:
-                return []  # other processes have theirs: all agree to stop in the next sum
-
-    def _sum_over_processes(self, micro_batches: list[PackedBatch]) -> float:
-        """Number of loss terms of the step; :class:`Interrupted` if a process is asked to stop."""
+                micro_batches = []  # other processes have theirs: all agree to stop in the next sum
         count = self.train_step.loss_count(micro_batches)
         n_tokens = sum(batch.segments.total for batch in micro_batches)
         count, tokens, stop = self.group.sum([count, n_tokens, self.stops.requested()])
         if stop:
             raise Interrupted
         self.meter.tokens += tokens
-        return count
-
-    def _optimise(self, micro_batches: list[PackedBatch], loss_count: float) -> None:
         try:
-            loss, norm = self.train_step(self.step, micro_batches, loss_count)
+            loss, norm = self.train_step(self.step, micro_batches, count)
         except NonFiniteLoss:
             raise_non_finite(self.folder, self.step, self.group.rank, micro_batches)
-        self.unread.add(self.step, loss, norm)
+        self.unread.append((self.step, loss, norm))
         self.step += 1
 
     def _read_losses(self) -> None:
@@ -288,17 +276,19 @@ class Trainer:
         Called before anything of these steps is logged or saved: a step that was not finite is found
         here at the latest, and nothing after it is kept.
         """
-        read = self.unread.read()
-        for step, loss, norm in read:
+        if not self.unread:
+            return
+        steps, *scalars = zip(*self.unread, strict=True)
+        self.unread = []
+        losses, norms = torch.stack([torch.stack(part).double() for part in scalars]).tolist()
+        for step, loss, norm in zip(steps, losses, norms, strict=True):
             if not self.train_step.is_finite(loss, norm):
                 batch = next(self.loader.steps(step))
                 raise_non_finite(self.folder, step, self.group.rank, batch, loss, norm)
-            self.grad_norm = norm
-        if read:
-            for loss in self.group.sum([loss for _, loss, _ in read]):
-                self.meter.add(loss)
-
-    # --- between steps ----------------------------------------------------------------------
+        self.grad_norm = norms[-1]
+        for loss in self.group.sum(losses):
+            self.meter.steps += 1
+            self.meter.loss += loss
 
     def _heartbeat(self) -> None:
         if self.attempt is None or not self.group.is_main:
@@ -315,34 +305,23 @@ class Trainer:
     def _elapsed_s(self) -> float:
         return self.elapsed_before_s + time.monotonic() - self.started
 
-    def _log_training(self) -> None:
-        self._read_losses()
-        meter, self.meter = self.meter, ThroughputMeter()
-        optimiser = {"train/lr": self.train_step.lr, "train/grad_norm": self.grad_norm}
-        self.logger.log_training(self.step, meter.metrics() | optimiser)
-
     def _evaluate_and_save(self) -> None:
         """Evaluate and save if this step is due for it."""
         is_last = self.step == self.total_steps
         is_best = False
-        with self.meter.paused():
+        with self.meter.timed("paused"):
             if self.evaluation_due or self.step % self.config.eval_every == 0 or is_last:
                 self.evaluation_due = True
-                is_best = self._evaluate() and self.config.keep_best > 0
+                train_loss = self.logger.latest.get("train/loss", float("nan"))
+                if metrics := self.evaluator.measure(train_loss):
+                    self.evaluation, self.evaluated_at = metrics, self.step
+                    is_best = self.early_stopping.update(metrics[self.config.best_metric])
+                    self.logger.log(self.step, metrics)
                 self.evaluation_due = False
             is_end = is_last or self.early_stopping.should_stop
-            if self.step % self.config.save_every == 0 or is_best or is_end:
+            is_kept = is_best and self.config.keep_best > 0
+            if self.step % self.config.save_every == 0 or is_kept or is_end:
                 self._save()
-
-    def _evaluate(self) -> bool:
-        """Evaluate; True if it is the best so far."""
-        metrics = self.evaluator.measure(self.logger.latest.get("train/loss", float("nan")))
-        if not metrics:
-            return False
-        self.evaluation, self.evaluated_at = metrics, self.step
-        is_best = self.early_stopping.update(metrics[self.config.best_metric])
-        self.logger.log_evaluation(self.step, metrics)
-        return is_best
 
     def _save(self) -> None:
         self._read_losses()
@@ -369,16 +348,6 @@ class Trainer:
         tensors = self.train_step.state_dict()
         self.checkpointer.save(state, tensors, self.train_step.model.config_document())
 
-    def _summary(self, model: Model) -> str:
-        n = sum(p.numel() for p in model.parameters())
-        resumed = f"resumed from {self.resumed_from} " if self.resumed_from else ""
-        sharded = " (sharded)" if self.train_step.is_sharded else ""
-        return (
-            f"{resumed}{n:,} parameters, {self.sampler.n_samples} series, global batch "
-            f"{self.sampler.global_batch_size} {self.sampler.unit}, {self.total_steps} steps, "
-            f"{self.group.size} process(es){sharded} on {self.accelerator.device}"
-        )
-
 
 def _check_settings(
     config: TrainerConfig, model: Model, test_dataset: MapStyle | None, has_callback: bool
@@ -389,18 +358,17 @@ def _check_settings(
             "freeze_encoder trains only a classifier's head; pretraining would learn nothing: "
             "unset ROMA_TRAINER_FREEZE_ENCODER"
         )
-    needs_evaluation = {
-        "early_stopping_patience": config.early_stopping_patience is not None,
-        "final_weights=best": config.final_weights == "best",
-    }
     if test_dataset is None or len(test_dataset) == 0:
+        needs_evaluation = {
+            "early_stopping_patience": config.early_stopping_patience is not None,
+            "final_weights=best": config.final_weights == "best",
+        }
         for name in (n for n, is_set in needs_evaluation.items() if is_set):
             raise ValueError(f"{name} needs a test_dataset with series to evaluate on")
     elif not has_callback:
         known = ["eval/loss"]
         if isinstance(model, RoMAForClassification):
-            is_classifier = model.config.problem_type == "classification"
-            known += ["eval/accuracy"] if is_classifier else []
+            known += ["eval/accuracy"] if model.config.problem_type == "classification" else []
         if config.best_metric not in known:
             raise ValueError(unknown_metric(config.best_metric, known))
 
@@ -414,12 +382,12 @@ def _check_same_run(
         for name, value in config.model_dump(mode="json", exclude=set(config.resumable())).items()
         if name in state.settings and state.settings[name] != value
     }
-    facts = {
+    pairs = {
         "random_seed": (state.seed, config.random_seed),
         "size of the training set": (state.n_samples, n_samples),
         "total steps (epochs)": (state.total_steps, total_steps),
     }
-    changed |= {name: pair for name, pair in facts.items() if pair[0] != pair[1]}
+    changed |= {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     if changed:
         raise ValueError(
             f"{config.checkpoint_dir} belongs to another run: {describe_changes(changed)}; set it back, "

@@ -18,8 +18,7 @@ from roma_core.model import RoMAForPreTrainingConfig
 from roma_core.schema import Channel
 from roma_core.sources.synthetic import PROCESSES
 from roma_core.trainer import TrainerConfig
-from roma_core.trainer.augmentation import Crop, Drop, Jitter
-from roma_core.trainer.dataloader import Collate
+from roma_core.trainer.dataloader import Collate, Crop, Drop, Jitter
 from tests.core.hand_made import HandMade, built, config_of, series
 
 DEPTH = (Channel(name="depth", unit="m"),)

@@ -20,7 +20,7 @@ from roma_core import (
     TrainerConfig,
 )
 from roma_core.trainer.checkpoint import committed
-from roma_core.trainer.optim import learning_rate_factor
+from roma_core.trainer.step import TrainStep, learning_rate_factor
 from tests.core.trainer.training_runs import (
     SHAPE,
     Plan,
@@ -240,19 +240,17 @@ def test_training_by_tokens_learns_and_goes_on_where_it_stopped(tmp_path):
 
 def stop_at(folder, train, step):
     """Kill a training between two steps, as a power cut would: its newest checkpoint is older."""
-    from roma_core.trainer import trainer as loop
+    do_step = TrainStep.__call__
 
-    optimise = loop.Trainer._optimise
-
-    def until(trainer, *arguments):
-        if trainer.step == step:
+    def until(train_step, number, *arguments):
+        if number == step:
             raise KeyboardInterrupt
-        return optimise(trainer, *arguments)
+        return do_step(train_step, number, *arguments)
 
-    loop.Trainer._optimise = until
+    TrainStep.__call__ = until
     try:
         with pytest.raises(KeyboardInterrupt):
             train()
     finally:
-        loop.Trainer._optimise = optimise
+        TrainStep.__call__ = do_step
     assert [p.name for p in sorted(folder.iterdir())][-1] == "step-00000010"
