@@ -28,12 +28,11 @@ ATTEMPT_VARIABLE = "ROMA_JOB_ATTEMPT"
 CONTINUE_EXIT_CODE = 75
 """Exit code of a process that saved and needs another attempt; torchrun does not pass it on."""
 
-EXTERNAL_IDS = {
+_EXTERNAL_IDS = {  # environment variables that name the cluster job, and their names in owner.json
     "SLURM_JOB_ID": "SLURM_JOB_ID",
     "SLURM_RESTART_COUNT": "SLURM_RESTART_COUNT",
     "ROMA_JOB_UID": "job_uid",
 }
-"""Environment variables that name the cluster job, and their names in ``owner.json``."""
 
 FS_LAG_S = 30.0
 """Network file systems may report a new file as missing for so long, in seconds."""
@@ -42,12 +41,12 @@ FS_LAG_S = 30.0
 def claim(attempt: Path) -> dict[str, Any] | None:
     """Claim the attempt in this folder; the other owner if it is already claimed, else None.
 
-    Processes of the same cluster job, by their EXTERNAL_IDS, share one claim.
+    Processes of the same cluster job share one claim.
 
     Raises:
         OSError: the job folder is not writable.
     """
-    ours = {key: os.environ[name] for name, key in EXTERNAL_IDS.items() if name in os.environ}
+    ours = {key: os.environ[name] for name, key in _EXTERNAL_IDS.items() if name in os.environ}
     owner = {
         "schema_version": 1,
         "pid": os.getpid(),

@@ -24,13 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from roma_core.claim import (
-    ATTEMPT_VARIABLE,
-    CONTINUE_EXIT_CODE,
-    FOLDER_VARIABLE,
-    FS_LAG_S,
-    claim,
-)
+from roma_core.claim import ATTEMPT_VARIABLE, CONTINUE_EXIT_CODE, FOLDER_VARIABLE, FS_LAG_S, claim
 from roma_core.files import read_json
 
 _DNS_TIMEOUT_S = 300.0  # the other pod may still pull its image
@@ -53,8 +47,7 @@ def main(arguments: list[str]) -> int:
     attempt = folder / "attempts" / n
     child = _Child(attempt / "stop")  # installs the handlers of SIGTERM before anything waits
     try:
-        _wait_for_folder(folder)
-        if other := _claim(attempt):
+        if other := _claim(folder, attempt):
             print(f"attempt {n} in {folder} is taken by {other}; leaving")
             return 0
         if own[2:]:
@@ -65,10 +58,14 @@ def main(arguments: list[str]) -> int:
     index = os.environ.get("JOB_COMPLETION_INDEX", "0")
     log = attempt / ("log" if index == "0" else f"log.{index}")
     code = child.run(program, {FOLDER_VARIABLE: str(folder), ATTEMPT_VARIABLE: n}, log)
-    return CONTINUE_EXIT_CODE if code and _saved_to_continue(attempt) else code
+    try:
+        saved = code != 0 and read_json(attempt / "exit.json")["status"] == "continue"
+    except (OSError, ValueError, KeyError, TypeError):
+        saved = False
+    return CONTINUE_EXIT_CODE if saved else code
 
 
-def _wait_for_folder(folder: Path) -> None:
+def _claim(folder: Path, attempt: Path) -> object:
     deadline = time.monotonic() + FS_LAG_S
     while not (folder / "spec.json").exists():
         if time.monotonic() > deadline:
@@ -77,9 +74,6 @@ def _wait_for_folder(folder: Path) -> None:
                 f"volume of the profile must show what the orchestrator writes, under the same path"
             )
         time.sleep(_POLL_S)
-
-
-def _claim(attempt: Path) -> object:
     try:
         return claim(attempt)
     except OSError as error:
@@ -103,13 +97,6 @@ def _wait_for_host(host: str) -> None:
                     f"pod is running and that the headless Service exists"
                 ) from error
         time.sleep(_POLL_S)
-
-
-def _saved_to_continue(attempt: Path) -> bool:
-    try:
-        return bool(read_json(attempt / "exit.json")["status"] == "continue")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 class _Child:

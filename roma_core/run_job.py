@@ -19,7 +19,6 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
@@ -48,9 +47,8 @@ Body = Callable[[JobFolder, Attempt], Work]
 def run_in_folder(folder: JobFolder, body: Body) -> int:
     """Run one attempt of a job; returns the process's exit code.
 
-    Started by a launcher, the attempt is the one that was claimed. Started by hand, it is attempt 1,
-    and a second process in the same folder is refused. An error of the body is written to
-    ``exit.json`` and printed.
+    Started by hand, it is attempt 1, and a second process in the same folder is refused. An error of
+    the body is written to ``exit.json`` and printed.
     """
     rank = int(os.environ.get("RANK", "0"))
     launched = os.environ.get(ATTEMPT_VARIABLE)
@@ -73,14 +71,12 @@ def run_in_folder(folder: JobFolder, body: Body) -> int:
         reason = f"{type(error).__name__}: {error}"
         create_json(attempt.exit, Exit(status="failed", reason=reason).model_dump(mode="json"))
         if launched is None and isinstance(error, ValueError | OSError):
-            stack = (
-                attempt.path / "traceback.txt"
-            )  # the message is for users, the stack for developers
+            stack = attempt.path / "traceback.txt"  # the message is for users
             with contextlib.suppress(OSError):  # a full disk may be what failed
                 stack.write_text(traceback.format_exc())
-            print(f"failed: {error}\n(the stack is in {stack})", file=sys.stderr, flush=True)
-            return 1
-        traceback.print_exc()
+            reason = f"{error}\n(the stack is in {stack})"
+        else:
+            traceback.print_exc()
         print(f"failed: {reason}", file=sys.stderr, flush=True)
         return 1
     finally:
@@ -89,39 +85,14 @@ def run_in_folder(folder: JobFolder, body: Body) -> int:
     if rank == 0:
         attempt.write_exit(Exit(status=work.status, step=work.step, reason=work.reason))
         if work.status == "completed":
-            folder.write_result(
-                Result(
-                    job_key=folder.path.name,
-                    attempt=attempt.n,
-                    world_size=work.world_size,
-                    step=work.step,
-                    metrics=work.metrics,
-                    outputs=work.outputs,
-                    facts=work.facts,
-                    wall_s=time.monotonic() - started,
-                )
-            )
+            facts = {k: v for k, v in vars(work).items() if k not in ("status", "reason")}
+            wall_s = time.monotonic() - started
+            key = folder.path.name
+            folder.write_result(Result(job_key=key, attempt=attempt.n, wall_s=wall_s, **facts))
     return 0 if work.status == "completed" else CONTINUE_EXIT_CODE
 
 
 _POLL_S = 0.5
-
-
-class _StopFile(threading.Thread):
-    """Turns the attempt's stop file into one SIGTERM to this process."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(name="stop file", daemon=True)
-        self.path = path
-        self.seen = False
-        self.ended = threading.Event()
-
-    def run(self) -> None:
-        while not self.ended.wait(_POLL_S):
-            if self.path.exists():
-                self.seen = True
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
 
 
 def _run_module(module: str, arguments: list[str]) -> int:
@@ -143,14 +114,23 @@ def main(working_folder: str, module: str, *arguments: str) -> int:
     os.chdir(working_folder)
 
     def body(folder: JobFolder, attempt: Attempt) -> Work:
-        stop = _StopFile(attempt.stop)
+        stopped, ended = threading.Event(), threading.Event()
+
+        def watch_stop_file() -> None:
+            while not ended.wait(_POLL_S):
+                if attempt.stop.exists():
+                    stopped.set()
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
+
         if os.environ.get("RANK", "0") == "0":  # ranks agree among themselves
-            stop.start()
+            threading.Thread(target=watch_stop_file, name="stop file", daemon=True).start()
         code = _run_module(module, list(arguments))
-        stop.ended.set()
+        ended.set()
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        if stop.seen or code == CONTINUE_EXIT_CODE:
-            return Work("continue", world_size, reason="stop file" if stop.seen else "")
+        if stopped.is_set() or code == CONTINUE_EXIT_CODE:
+            reason = "stop file" if stopped.is_set() else ""
+            return Work("continue", world_size, reason=reason)
         if code != 0:
             raise RuntimeError(f"{module} left with exit code {code}")
         return Work("completed", world_size)

@@ -21,20 +21,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """One job, as it was when its folder was read.
-
-    Attributes:
-        lease: content of ``lease.json``; empty if no process ever supervised it.
-        supervised: whether the process that holds the lease is alive.
-        made_at: when its specification was written, seconds since the epoch.
-    """
+    """One job, as it was when its folder was read."""
 
     folder: JobFolder
     spec: JobSpec
     records: tuple[AttemptRecord, ...]
-    lease: dict[str, Any]
-    supervised: bool
-    made_at: float
+    lease: dict[str, Any]  # content of lease.json; empty if no process ever supervised it
+    supervised: bool  # whether the process that holds the lease is alive
+    made_at: float  # when its specification was written, seconds since the epoch
 
     @property
     def key(self) -> str:
@@ -98,11 +92,10 @@ def all_jobs(root: Path) -> list[Job]:
             job = read_job(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
             if path.exists():  # else it was removed a moment ago
-                what = " ".join(str(error).split())
                 log.warning(
                     "job folder %s cannot be read and is left out (%s); repair or remove it",
                     path,
-                    what,
+                    " ".join(str(error).split()),
                 )
         else:
             jobs += [job] if job else []
@@ -175,11 +168,15 @@ def usage(outcome: Outcome, spec: JobSpec, price: Price | None) -> dict[str, Any
     ``ran_s`` and ``queued_s`` are sums over all attempts; ``lost_s`` is time of attempts that
     did not contribute: startup, and steps after the last checkpoint before an interruption.
     """
-    ran_s = sum(map(_ran_s, outcome.attempts))
-    facts: dict[str, Any] = {"ran_s": round(ran_s, 1)}
-    facts["queued_s"] = round(sum(map(_queued_s, outcome.attempts)), 1)
-    ends = [record.end for record in outcome.attempts if record.end]
-    if nodes := sorted({end.nodes for end in ends if end.nodes}):
+    ran_s = queued_s = 0.0
+    for record in outcome.attempts:
+        if (end := record.end) is not None:
+            since_s = end.ended_at - (record.submitted_at or record.intended_at)
+            ran_s += since_s if end.ran_s is None else end.ran_s  # where nothing queues
+            if end.ran_s is not None and record.submitted_at is not None:
+                queued_s += max(0.0, since_s - end.ran_s)
+    facts: dict[str, Any] = {"ran_s": round(ran_s, 1), "queued_s": round(queued_s, 1)}
+    if nodes := sorted({r.end.nodes for r in outcome.attempts if r.end and r.end.nodes}):
         facts["nodes"] = ", ".join(nodes)
     if spec.gpus_per_node:
         gpu_hours = ran_s / 3600 * spec.nodes * spec.gpus_per_node
@@ -191,17 +188,3 @@ def usage(outcome: Outcome, spec: JobSpec, price: Price | None) -> dict[str, Any
         facts["lost_s"] = round(max(0.0, ran_s - trained_s), 1)
         facts["efficiency"] = round(min(1.0, trained_s / ran_s), 3)
     return facts
-
-
-def _ran_s(record: AttemptRecord) -> float:
-    if record.end is None:
-        return 0.0
-    if record.end.ran_s is not None:
-        return record.end.ran_s
-    return record.end.ended_at - (record.submitted_at or record.intended_at)  # nothing queues here
-
-
-def _queued_s(record: AttemptRecord) -> float:
-    if record.end is None or record.end.ran_s is None or record.submitted_at is None:
-        return 0.0
-    return max(0.0, record.end.ended_at - record.submitted_at - record.end.ran_s)

@@ -8,16 +8,15 @@ import shutil
 import sysconfig
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import Field, StringConstraints, ValidationError
 
 import roma_core
 from roma_core.job import JobFolder
-from roma_core.settings import validation_errors
+from roma_core.settings import Frozen, RomaSettings, validation_errors
 from roma_pipelines.launching.spec import JobHandle, JobSpec, JobState, Plan
 from roma_pipelines.storage import MIN_FREE_MB
 
@@ -37,31 +36,27 @@ class Rejected(ValueError):
         super().__init__("the job was refused before it was queued:\n- " + "\n- ".join(reasons))
 
 
-@dataclass(frozen=True)
-class Price:
-    """What a target costs."""
+class Price(NamedTuple):
+    """Price of a target."""
 
     per_gpu_hour: float
     currency: str
 
 
 class Launcher(Protocol):
-    """Runs attempts of a job on one target: plan, preflight, submit, then watch or cancel."""
+    """Runs attempts of a job on one target: plan, preflight, submit, then watch or cancel.
+
+    Attributes:
+        backend: kind of the target: ``local``, ``slurm``, …
+        fs_lag_s: seconds until files that an attempt wrote are certainly visible here.
+        price: None where its profile names none.
+    """
+
+    backend: str
+    fs_lag_s: float
 
     @property
-    def backend(self) -> str:
-        """Kind of the target: ``local``, ``slurm``, …"""
-        ...
-
-    @property
-    def fs_lag_s(self) -> float:
-        """Seconds until files that an attempt wrote are certainly visible here."""
-        ...
-
-    @property
-    def price(self) -> Price | None:
-        """What the target costs, if its profile says so."""
-        ...
+    def price(self) -> Price | None: ...
 
     def plan(self, spec: JobSpec, folder: JobFolder = PLANNED_FOLDER, attempt: int = 1) -> Plan:
         """One attempt as it would be submitted; pure.
@@ -69,7 +64,6 @@ class Launcher(Protocol):
         Raises:
             ValueError: this target can never run the spec.
         """
-        ...
 
     def preflight(self, plan: Plan) -> list[str]:
         """Every reason known now why the target would not run the plan; empty if there is none.
@@ -77,7 +71,6 @@ class Launcher(Protocol):
         Raises:
             Unreachable: the target does not answer.
         """
-        ...
 
     def submit(self, plan: Plan, environment: Mapping[str, str]) -> JobHandle:
         """Start the attempt; ``environment`` holds further variables with their values.
@@ -86,7 +79,6 @@ class Launcher(Protocol):
             Unreachable: whether it was started is not known; ``find`` finds out.
             Rejected: it was not started, and never will be as it is.
         """
-        ...
 
     def find(self, plan: Plan) -> JobHandle | None:
         """The attempt as its owner or the target knows it; None if it was never started.
@@ -94,14 +86,12 @@ class Launcher(Protocol):
         Raises:
             Unreachable: the target does not answer.
         """
-        ...
 
     def watch(self, handle: JobHandle) -> JobState:
         """The attempt's state; an end is reported only once all its processes are gone.
 
         A target that does not answer is the phase UNKNOWN, not an exception.
         """
-        ...
 
     def cancel(self, handle: JobHandle) -> None:
         """End the attempt with everything it started; returns when it is gone.
@@ -110,7 +100,6 @@ class Launcher(Protocol):
             Unreachable: the target does not answer.
             RuntimeError: part of it is still running.
         """
-        ...
 
 
 # -- command lines ---------------------------------------------------------------------------
@@ -177,7 +166,6 @@ def render(spec: JobSpec, argv: list[str], variables: dict[str, str]) -> str:
 
 
 def header(spec: JobSpec) -> list[str]:
-    """Comments at the top of a plan."""
     names = " ".join(spec.env_names) or "none"
     return [f"# {size_of(spec)}", f"# environment variables passed on if set: {names}"]
 
@@ -255,37 +243,56 @@ def passthrough_env(spec: JobSpec, environment: Mapping[str, str]) -> dict[str, 
 
 # -- profiles of clusters --------------------------------------------------------------------
 
-Profile = TypeVar("Profile", bound=BaseModel)
-DEPLOY = Path(__file__).parents[2] / "deploy"
-"""Folder of the profiles that are included, in a checkout."""
+Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+_DEPLOY = Path(__file__).parents[2] / "deploy"  # in a checkout
 
 
-def read_profile(
-    profile: type[Profile], kind: str, folder: Path, name: str, overrides: Mapping[str, Any]
-) -> Profile:
-    """The profile ``<folder>/<name>.yaml``, with the user's settings over it.
+class ClusterProfile(Frozen):
+    """What the profiles of all kinds of clusters hold; ``<folder>/<name>.yaml``."""
 
-    Args:
-        kind: SLURM or Kubernetes, as people write it.
+    kind: ClassVar[str]
+    settings: ClassVar[type[RomaSettings]]
 
-    Raises:
-        ValueError: there is no such profile, or it is wrong; the text names file and field.
-    """
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    if name not in known:
-        raise ValueError(
-            f"there is no {kind} profile {name!r} in {folder}; there are {', '.join(known) or 'none'}. "
-            f"Copy generic.yaml, or set ROMA_{kind.upper()}_PROFILES to the folder of yours"
-        )
-    path = folder / f"{name}.yaml"
-    try:
-        document = yaml.safe_load(path.read_text())
-        document = {} if document is None else document
-        if not isinstance(document, dict):
-            raise ValueError("expected `setting: value` lines")
-        return profile.model_validate({**document, "name": name, **overrides})
-    except ValidationError as error:
-        problems = "; ".join(map(str, validation_errors(error, profile)))
-        raise ValueError(f"{path}: {problems}") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    schema_version: Literal[1] = 1
+    description: str = Field("", description="Which cluster this is.")
+    environment: dict[Variable, str] = Field({}, description="Variables of the job; no secrets.")
+    memory_gb: float | None = Field(
+        None, gt=0, description="Per node, for jobs that name none; null: the cluster's default."
+    )
+    price_per_gpu_hour: float | None = Field(None, ge=0, description="For the cost on the asset.")
+    currency: str = Field("EUR", description="Currency of the price.")
+
+    @property
+    def price(self) -> Price | None:
+        rate = self.price_per_gpu_hour
+        return None if rate is None else Price(rate, self.currency)
+
+    @classmethod
+    def load(cls, name: str | None = None, settings: RomaSettings | None = None) -> Self:
+        """The profile of this name (None: that of the settings), with the user's settings over it.
+
+        Raises:
+            ValueError: there is no such profile, or it is wrong; the text names file and field.
+        """
+        overrides = (settings or cls.settings()).model_dump(exclude_none=True)
+        default, folder = overrides.pop("profile"), overrides.pop("profiles", None)
+        name, folder = name or default, folder or _DEPLOY / cls.kind.lower() / "profiles"
+        known = sorted(path.stem for path in folder.glob("*.yaml"))
+        if name not in known:
+            raise ValueError(
+                f"there is no {cls.kind} profile {name!r} in {folder}; there are "
+                f"{', '.join(known) or 'none'}. Copy generic.yaml, or set "
+                f"ROMA_{cls.kind.upper()}_PROFILES to the folder of yours"
+            )
+        path = folder / f"{name}.yaml"
+        try:
+            document = yaml.safe_load(path.read_text())
+            document = {} if document is None else document
+            if not isinstance(document, dict):
+                raise ValueError("expected `setting: value` lines")
+            return cls.model_validate({**document, "name": name, **overrides})
+        except ValidationError as error:
+            problems = "; ".join(map(str, validation_errors(error, cls)))
+            raise ValueError(f"{path}: {problems}") from None
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{path}: {error}") from None

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from roma_core.files import read_json
-from roma_core.job import JobFolder, Result
+from roma_core.job import JobFolder
 from roma_pipelines.launching.spec import AttemptRecord, JobSpec, Phase, id_of
 
 
@@ -106,7 +106,7 @@ def decide(
 
 def read_records(folder: JobFolder) -> list[AttemptRecord]:
     """All recorded attempts, ascending."""
-    paths = [folder.attempt_record(n) for n in folder.attempt_numbers()]
+    paths = map(folder.attempt_record, folder.attempt_numbers())
     return [AttemptRecord.model_validate(read_json(path, schema_version=1)) for path in paths]
 
 
@@ -120,9 +120,16 @@ def read_exit_report(
         return ExitReport.NOTHING, f"result.json cannot be read: {error}"
     why = ""
     if result is not None:
-        if not (wrong := _mismatch(result, spec)):
+        if result.job_key != spec.key:
+            why = f"it names job {result.job_key}, expected {spec.key}"
+        elif result.world_size != spec.world_size:
+            why = (
+                f"{result.world_size} processes made it, expected {spec.world_size}; "
+                f"they did not find one another"
+            )
+        else:
             return ExitReport.PROOF, ""
-        why = f"result.json is not this job's: {wrong}"
+        why = f"result.json is not this job's: {why}"
     try:
         end = folder.attempt(attempt).read_exit() if attempt is not None else None
     except ValueError as error:
@@ -130,17 +137,6 @@ def read_exit_report(
     if end is None:
         return ExitReport.NOTHING, why
     return ExitReport(f"exit.json: {end.status}"), end.reason or why
-
-
-def _mismatch(result: Result, spec: JobSpec) -> str:
-    if result.job_key != spec.key:
-        return f"it names job {result.job_key}, expected {spec.key}"
-    if result.world_size != spec.world_size:
-        return (
-            f"{result.world_size} processes made it, expected {spec.world_size}; "
-            f"they did not find one another"
-        )
-    return ""
 
 
 def newest_checkpoint(folder: JobFolder) -> int | None:
@@ -237,17 +233,13 @@ def attempts_table(records: Sequence[AttemptRecord]) -> str:
     rows = []
     for record in records:
         known, end = id_of(record.external), record.end
-        rows.append(
-            (
-                str(record.attempt),
-                f"{record.backend} ({known})" if known else record.backend,
-                local_time(record.submitted_at or record.intended_at),
-                f"{end.ran_s:.0f} s" if end and end.ran_s is not None else "",
-                (end.nodes or "") if end else "",
-                end.status if end else "not ended",
-                end.reason if end else "",
-            )
-        )
+        target = f"{record.backend} ({known})" if known else record.backend
+        submitted = local_time(record.submitted_at or record.intended_at)
+        row = ("", "", "not ended", "")
+        if end is not None:
+            ran = f"{end.ran_s:.0f} s" if end.ran_s is not None else ""
+            row = (ran, end.nodes or "", end.status, end.reason)
+        rows.append((str(record.attempt), target, submitted, *row))
     return _table(("attempt", "target", "submitted", "ran", "nodes", "end", "reason"), rows)
 
 

@@ -59,27 +59,20 @@ class JobSpec(Frozen):
 
 @dataclass(frozen=True)
 class Plan:
-    """One attempt exactly as it is submitted, made without a clock, a file or a cluster.
-
-    Attributes:
-        text: what ``roma-pipeline plan`` prints: a command line, a batch script or manifests.
-        content: the backend's own form of it (arguments, manifests), where text alone is not that.
-    """
+    """One attempt exactly as it is submitted, made without a clock, a file or a cluster."""
 
     spec: JobSpec
     folder: JobFolder
     attempt: int
-    text: str
-    content: Any = None
+    text: str  # a command line, a batch script or manifests
+    content: Any = None  # arguments, manifests: the backend's form, where it is not the text
 
     @property
     def name(self) -> str:
-        """Name of the attempt at a scheduler, whatever process submits it."""
         return attempt_name(self.spec, self.attempt)
 
     @property
     def files(self) -> Attempt:
-        """The attempt's folder."""
         return self.folder.attempt(self.attempt)
 
 
@@ -118,26 +111,19 @@ class Phase(StrEnum):
     UNKNOWN = "unknown"  # no answer or an unknown state: poll again; never taken for an end
 
 
-_NOT_ENDED = frozenset({Phase.WAITING, Phase.RUNNING, Phase.UNKNOWN})
-
-
 @dataclass(frozen=True)
 class JobState:
-    """A phase and its reason as text: queue reason, exit code, signal.
-
-    Attributes:
-        usage: of an ended attempt: ``ran_s`` (seconds it ran) and ``nodes`` (their names).
-        queue: of a waiting attempt: ``queue_position``, ``queue_length``, ``expected_start``.
-    """
+    """A phase and its reason as text: queue reason, exit code, signal."""
 
     phase: Phase
     reason: str = ""
-    usage: Mapping[str, Any] = field(default_factory=dict)
+    usage: Mapping[str, Any] = field(default_factory=dict)  # at the end: ran_s, nodes (names)
+    # while it waits: queue_position, queue_length, expected_start
     queue: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def ended(self) -> bool:
-        return self.phase not in _NOT_ENDED
+        return self.phase not in (Phase.WAITING, Phase.RUNNING, Phase.UNKNOWN)
 
     def __str__(self) -> str:
         return f"{self.phase} ({self.reason})" if self.reason else str(self.phase)
@@ -208,11 +194,10 @@ def job_key(asset_key: str, root: str) -> str:
     return hashlib.sha256(f"{asset_key}\n{root}".encode()).hexdigest()[:20]
 
 
-_RETRY_TAGS = {  # tags by which Dagster marks a run that resumes another one
-    "dagster/is_resume_retry": lambda value: value == "true",  # re-executed from failure
-    "dagster/is_asset_resume_retry": lambda value: value == "true",
-    "dagster/retry_number": lambda value: value.isdigit(),  # by the daemon, whatever the strategy
-}
+def _resumes_another(tags: Mapping[str, str]) -> bool:
+    from_failure = ("dagster/is_resume_retry", "dagster/is_asset_resume_retry")
+    by_daemon = tags.get("dagster/retry_number", "").isdigit()  # whatever its strategy
+    return by_daemon or any(tags.get(name) == "true" for name in from_failure)
 
 
 def root_of(
@@ -230,7 +215,7 @@ def root_of(
         tags_of: tags of another run by its id, None if it was deleted; the tag
             ``dagster/root_run_id`` is used then.
     """
-    while any(name in tags and is_set(tags[name]) for name, is_set in _RETRY_TAGS.items()):
+    while _resumes_another(tags):
         parent = tags.get("dagster/parent_run_id")
         parent_tags = tags_of(parent) if parent else None
         if parent is None or parent_tags is None:

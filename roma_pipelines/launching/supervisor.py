@@ -42,25 +42,19 @@ from roma_pipelines.launching.spec import (
     id_of,
 )
 
-LEASE_EXPIRES_S = 60.0
-"""The lease of a process on another computer expires after so long without renewal."""
-
-POD_LEASE_EXPIRES_S = 300.0
-"""The same where steps are pods: a dead one is noticed and started again meanwhile."""
-
+# The lease of a process on another computer expires after so long without renewal; later where
+# steps are pods: a dead one is noticed and started again meanwhile.
+LEASE_EXPIRES_S, _POD_LEASE_EXPIRES_S = 60.0, 300.0
 _RENEW_EVERY_S = 5.0
 _RETRY_S = 5.0  # between two requests to a target that does not answer
 
+# fmt: off
 FAULT_POINTS = (
-    "before intent",
-    "after intent",
-    "before submit",
-    "after submit",
-    "after record",
-    "before end",
+    "before intent", "after intent", "before submit", "after submit", "after record", "before end",
     "after end",
 )
 """Where a test may kill the supervisor: around every effect that others see."""
+# fmt: on
 
 Leave = Literal["detach", "cancel"]
 T = TypeVar("T")
@@ -70,10 +64,6 @@ class Lease:
     """``lease.json``: which process supervises a job, renewed while it lives."""
 
     def __init__(self, folder: JobFolder, holder: Mapping[str, Any]) -> None:
-        """
-        Args:
-            holder: facts to record: ``asset_key``, ``dagster_run_id``.
-        """
         self.folder, self.holder = folder, dict(holder)
         self._state, self._renewed_at = "", -float("inf")
 
@@ -98,7 +88,7 @@ def is_held(lease: Mapping[str, Any]) -> bool:
     from roma_pipelines.executor import DagsterSettings  # it imports dagster: a second
 
     in_pods = DagsterSettings().executor == "k8s_job"
-    expires_s = POD_LEASE_EXPIRES_S if in_pods else LEASE_EXPIRES_S
+    expires_s = _POD_LEASE_EXPIRES_S if in_pods else LEASE_EXPIRES_S
     return time.time() - float(lease["beat"]) < expires_s
 
 
@@ -139,8 +129,8 @@ class Supervisor:
             on_poll: called with every state, once more at the end.
             on_note: called with every event, as text.
             on_interrupt: called when an exception ends the watch; decides whether the job runs on.
-            heartbeat_timeout_s: an attempt whose heartbeat does not change for so long is hung.
-                Counts from its first heartbeat; None: never.
+            heartbeat_timeout_s: an attempt whose heartbeat does not change for so long, counted
+                from its first one, is hung; None: never.
             max_attempts: how many attempts in a row may end with "continue".
             fault_point: called at every one of FAULT_POINTS; tests raise there.
         """
@@ -164,7 +154,10 @@ class Supervisor:
         if not self.records():
             if reasons := self._retry(lambda: self.launcher.preflight(plan)):
                 raise Rejected(reasons)
-            self._write_spec()
+            (self.folder.path / "attempts").mkdir(parents=True, exist_ok=True)
+            if not self.folder.spec.exists():
+                write_json(self.folder.config, self.config)
+                create_json(self.folder.spec, self.spec.model_dump(mode="json"))
         self.lease.renew()
         try:
             outcome = self._completed_before()
@@ -182,7 +175,6 @@ class Supervisor:
             raise
 
     def records(self) -> list[AttemptRecord]:
-        """All recorded attempts, ascending."""
         return read_records(self.folder)
 
     def _last(self) -> AttemptRecord | None:
@@ -223,12 +215,6 @@ class Supervisor:
         if last and last.end and last.end.status in ("failed", "cancelled"):
             self.folder.cancel.unlink(missing_ok=True)  # it was for an attempt that has ended
 
-    def _write_spec(self) -> None:
-        (self.folder.path / "attempts").mkdir(parents=True, exist_ok=True)
-        if not self.folder.spec.exists():
-            write_json(self.folder.config, self.config)
-            create_json(self.folder.spec, self.spec.model_dump(mode="json"))
-
     def _plan_next(self) -> Plan:
         """The plan of the attempt that has no end, or of a new one."""
         last = self._last()
@@ -261,8 +247,8 @@ class Supervisor:
             attempt=plan.attempt, backend=self.launcher.backend, intended_at=time.time()
         )
         self.fault_point("before intent")
-        document = intent.model_dump(mode="json")
-        if not create_json(self.folder.attempt_record(plan.attempt), document):
+        path = self.folder.attempt_record(plan.attempt)
+        if not create_json(path, intent.model_dump(mode="json")):
             return self._open_attempt(self._plan_next())  # adopt what another supervisor began
         self.fault_point("after intent")
         return self._submit(plan, intent)
@@ -376,7 +362,14 @@ class Supervisor:
 
     def _close_attempt(self, plan: Plan, state: JobState) -> Outcome | None:
         """Apply the outcome policy and record the end; None if another attempt is to follow."""
-        report, why = self._final_report(plan)
+        deadline = time.monotonic() + self.launcher.fs_lag_s  # until its last files are visible
+        while True:
+            report, why = read_exit_report(self.folder, self.spec, plan.attempt)
+            unproven = report in (ExitReport.NOTHING, ExitReport.COMPLETED)
+            if not unproven or time.monotonic() >= deadline:
+                break
+            self.lease.renew()
+            time.sleep(self.poll_every_s)
         before = [record for record in self.records() if record.attempt < plan.attempt]
         checkpoint = newest_checkpoint(self.folder)
         status, seen = decide(
@@ -385,17 +378,6 @@ class Supervisor:
         reason = "; ".join(part for part in (why, state.reason, seen) if part)
         self._end(plan.attempt, status, state, reason, checkpoint)
         return None if status == "continue" else self._outcome(status, reason)
-
-    def _final_report(self, plan: Plan) -> tuple[ExitReport, str]:
-        """The job's own report, once its last files are certainly visible here."""
-        deadline = time.monotonic() + self.launcher.fs_lag_s
-        while True:
-            report, why = read_exit_report(self.folder, self.spec, plan.attempt)
-            unproven = report in (ExitReport.NOTHING, ExitReport.COMPLETED)
-            if not unproven or time.monotonic() >= deadline:
-                return report, why
-            self.lease.renew()
-            time.sleep(self.poll_every_s)
 
     def _end(
         self, n: int, status: Any, state: JobState, reason: str, checkpoint: int | None
@@ -412,7 +394,7 @@ class Supervisor:
     def _outcome(self, status: Literal["completed", "failed", "cancelled"], reason: str) -> Outcome:
         records = tuple(self.records())
         completed = status == "completed"
-        last = self.folder.attempt(records[-1].attempt).log if records and not completed else None
+        failed = records and not completed
         return Outcome(
             status=status,
             key=self.spec.key,
@@ -420,7 +402,7 @@ class Supervisor:
             attempts=records,
             result=self.folder.read_result() if completed else None,
             reason=reason,
-            log_tail=log_tail(last) if last else "",
+            log_tail=log_tail(self.folder.attempt(records[-1].attempt).log) if failed else "",
         )
 
     def _leave(self, error: BaseException) -> None:
@@ -444,8 +426,8 @@ class Supervisor:
             except Unreachable as away:
                 request_cancel(self.folder, f"the supervisor: {seen}, while {away}")
                 raise
-        state = JobState(Phase.CANCELLED)
-        self._end(n, "cancelled", state, f"{seen}; cancelled", newest_checkpoint(self.folder))
+        step = newest_checkpoint(self.folder)
+        self._end(n, "cancelled", JobState(Phase.CANCELLED), f"{seen}; cancelled", step)
 
     def _log(self, attempt: int | None, observed: str, action: str) -> None:
         event = Event(time.time(), attempt, observed, action)

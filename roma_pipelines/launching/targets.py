@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from roma_pipelines.experiment import Resources
 from roma_pipelines.launching.launcher import Launcher
@@ -12,21 +12,13 @@ from roma_pipelines.launching.local import LocalLauncher
 from roma_pipelines.launching.spec import AttemptRecord, JobSpec
 from roma_pipelines.storage import Storage
 
-# environment variables that jobs get where they are set
-_SECRETS = (
-    "WANDB_API_KEY",
-    "ROMA_WANDB_API_KEY",
-    "MLFLOW_TRACKING_USERNAME",
-    "MLFLOW_TRACKING_PASSWORD",
-    "MLFLOW_TRACKING_TOKEN",
+# fmt: off
+_ENV_NAMES = (  # environment variables that jobs get where they are set
+    "WANDB_API_KEY", "ROMA_WANDB_API_KEY", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN", "ROMA_WANDB_MODE", "WANDB_MODE", "ROMA_WANDB_INIT_TIMEOUT_S",
+    "ROMA_WANDB_FINISH_TIMEOUT_S", "WANDB_BASE_URL",
 )
-_SETTINGS = (
-    "ROMA_WANDB_MODE",
-    "WANDB_MODE",
-    "ROMA_WANDB_INIT_TIMEOUT_S",
-    "ROMA_WANDB_FINISH_TIMEOUT_S",
-    "WANDB_BASE_URL",
-)
+# fmt: on
 
 
 def launcher_for(target: str, profile: str | None, storage: Storage) -> Launcher:
@@ -42,14 +34,14 @@ def launcher_for(target: str, profile: str | None, storage: Storage) -> Launcher
         return LocalLauncher()
     if target == "slurm":
         from roma_pipelines.launching.slurm.launcher import SlurmLauncher
-        from roma_pipelines.launching.slurm.profile import load_slurm_profile
+        from roma_pipelines.launching.slurm.profile import SlurmProfile
 
-        return SlurmLauncher(load_slurm_profile(profile), storage.clusters)
+        return SlurmLauncher(SlurmProfile.load(profile), storage.clusters)
     if target == "kubernetes":
         from roma_pipelines.launching.kubernetes.launcher import KubernetesLauncher
-        from roma_pipelines.launching.kubernetes.profile import load_kubernetes_profile
+        from roma_pipelines.launching.kubernetes.profile import KubernetesProfile
 
-        return KubernetesLauncher(load_kubernetes_profile(profile))
+        return KubernetesLauncher(KubernetesProfile.load(profile))
     raise ValueError(
         f"unknown target {target!r}; expected local (this computer), slurm or kubernetes"
     )
@@ -73,24 +65,23 @@ def job_spec(
     same, and with it the global batch, so that one file trains the same model on either target. Other
     work than training (``plain``) is one process, on one GPU if the trainings have any.
     """
-    sizes: dict[str, Any] = {"nodes": 1, "processes_per_node": 1}
-    sizes["gpus_per_node"] = resources.gpus_per_node
+    nodes, processes, gpus = resources.nodes, resources.processes_per_node, resources.gpus_per_node
     if runner == "plain":
-        sizes["gpus_per_node"] = min(resources.gpus_per_node, 1)
+        nodes, processes, gpus = 1, 1, min(gpus, 1)
     elif resources.target == "local":
-        sizes["processes_per_node"] = resources.nodes * resources.processes_per_node
-    else:
-        sizes |= {"nodes": resources.nodes, "processes_per_node": resources.processes_per_node}
+        nodes, processes = 1, nodes * processes
     return JobSpec(
         key=key,
         command=command,
         config_digest=config_digest,
         runner=runner,
+        nodes=nodes,
+        processes_per_node=processes,
+        gpus_per_node=gpus,
         threads_per_process=resources.threads_per_process,
         memory_gb=resources.memory_gb,
         time_limit_min=resources.time_limit_min,
-        env_names=(*_SECRETS, *_SETTINGS),
-        **sizes,
+        env_names=_ENV_NAMES,
     )
 
 

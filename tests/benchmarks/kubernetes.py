@@ -20,7 +20,7 @@ from pathlib import Path
 from roma_core.job import JobFolder
 from roma_pipelines.launching.kubernetes.launcher import KubernetesLauncher
 from roma_pipelines.launching.kubernetes.manifests import manifests
-from roma_pipelines.launching.kubernetes.profile import KubernetesProfile, load_kubernetes_profile
+from roma_pipelines.launching.kubernetes.profile import KubernetesProfile
 from roma_pipelines.launching.spec import JobHandle, JobSpec, Phase
 from tests.pipelines.launching.kubernetes.fake_api import FakeApi
 from tests.pipelines.launching.kubernetes.fake_store import Object, now
@@ -117,7 +117,7 @@ def watch(jobs: int, seconds: float, folder: Path) -> None:
 
 
 def plan() -> None:
-    launcher = KubernetesLauncher(load_kubernetes_profile("h100"))
+    launcher = KubernetesLauncher(KubernetesProfile.load("h100"))
     spec = spec_of(0, nodes=16, processes_per_node=8, gpus_per_node=8)
     times = []
     for _ in range(20):

@@ -27,7 +27,7 @@ from pathlib import Path
 from roma_core.files import digest_of
 from roma_core.job import JobFolder
 from roma_pipelines.launching.slurm.launcher import SlurmLauncher
-from roma_pipelines.launching.slurm.profile import SlurmProfile, SlurmSettings, load_slurm_profile
+from roma_pipelines.launching.slurm.profile import SlurmProfile, SlurmSettings
 from roma_pipelines.launching.slurm.script import batch_script
 from roma_pipelines.launching.spec import JobSpec
 from roma_pipelines.launching.supervisor import supervise
@@ -186,7 +186,7 @@ def watching(folder: Path) -> tuple[int, float, int, float]:
 
 
 def plan_s() -> float:
-    profile = load_slurm_profile("leonardo", SlurmSettings())
+    profile = SlurmProfile.load("leonardo", SlurmSettings())
     spec = JobSpec(key="a" * 20, command=("-m", "x"), config_digest="", nodes=2, gpus_per_node=4)
     times = []
     for _ in range(REPEATS * 20):

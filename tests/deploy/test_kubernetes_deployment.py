@@ -9,7 +9,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from roma_pipelines.launching.kubernetes.profile import KubernetesSettings, load_kubernetes_profile
+from roma_pipelines.launching.kubernetes.profile import KubernetesProfile, KubernetesSettings
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "kubernetes"
 CAPTURED = Path(__file__).parents[1] / "captured" / "helm" / "dagster_values_keys.yaml"
@@ -110,7 +110,7 @@ def test_services_and_policies_meet_at_the_same_pods_and_ports():
 
 
 def test_profiles_use_what_the_base_makes():
-    site = load_kubernetes_profile("generic", KubernetesSettings())
+    site = KubernetesProfile.load("generic", KubernetesSettings())
 
     assert site.service_account in named("ServiceAccount")
     assert named("ServiceAccount")[site.service_account]["automountServiceAccountToken"] is False
@@ -184,7 +184,7 @@ def test_values_refer_to_what_base_and_services_make():
     assert environment["ROMA_KUBERNETES_PROFILE"] == "generic"
     claim = deployment["volumes"][0]["persistentVolumeClaim"]["claimName"]
     assert claim in named("PersistentVolumeClaim")
-    site = load_kubernetes_profile("generic", KubernetesSettings())
+    site = KubernetesProfile.load("generic", KubernetesSettings())
     mounts = [mount["mountPath"] for mount in deployment["volumeMounts"]]
     assert site.holds(Path(environment["ROMA_STORAGE_ROOT"]) / "jobs")
     assert mounts == [volume.mount for volume in site.volumes]

@@ -14,14 +14,13 @@ from pydantic import Field, StringConstraints, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from roma_core.settings import Frozen, RomaSettings
-from roma_pipelines.launching.launcher import DEPLOY, read_profile
+from roma_pipelines.launching.launcher import ClusterProfile
 
 Label = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")]
 """Name of a namespace, a claim, a Secret, a queue, …"""
 Key = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9_./-]*[A-Za-z0-9])?$")]
 """Key of a label or a taint, name of an extended resource."""
 Image = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:/@-]*$")]
-Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Mount = Annotated[str, StringConstraints(pattern=r"^/[^\n:]*$")]
 
 
@@ -55,66 +54,6 @@ class Toleration(Frozen):
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
 
 
-class KubernetesProfile(Frozen):
-    """How jobs run on one Kubernetes cluster."""
-
-    schema_version: Literal[1] = 1
-    name: Label = Field(description="Name of the profile and of its file.")
-    description: str = Field("", description="The cluster, in a few words.")
-    kubeconfig: Path | None = Field(
-        None, description="null: KUBECONFIG, else the service account of this pod."
-    )
-    context: str | None = Field(None, description="Its context; null: the current one.")
-    namespace: Label = Field("roma", description="Namespace of the jobs.")
-    image: Image = Field("roma-pipeline:latest", description="Image with Python and this project.")
-    image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
-    image_pull_secrets: tuple[Label, ...] = Field((), description="Names of Secrets.")
-    python: str = Field("python", pattern=r"^[^\n]+$", description="Interpreter in the image.")
-    command_prefix: tuple[str, ...] = Field((), description="Words in front of the interpreter.")
-    service_account: Label = Field("default", description="Account of the pods; needs no rights.")
-    volumes: tuple[Volume, ...] = Field(
-        (), description="One of them holds ROMA_STORAGE_ROOT, under the same path as here."
-    )
-    secrets: tuple[Label, ...] = Field((), description="Secrets whose keys become variables.")
-    environment: dict[Variable, str] = Field({}, description="Variables of the job; no secrets.")
-    queue: Label | None = Field(None, description="Kueue's LocalQueue.")
-    priority_class: Label | None = None
-    scheduler: Label | None = Field(None, description="null: the cluster's default.")
-    node_selector: dict[Key, str] = Field({}, description="Labels nodes must have.")
-    tolerations: tuple[Toleration, ...] = ()
-    gpu_resource: Key = Field("nvidia.com/gpu", description="Extended resource that counts GPUs.")
-    gpu_node_selector: dict[Key, str] = Field({}, description="Further ones for jobs with GPUs.")
-    gpu_tolerations: tuple[Toleration, ...] = Field((), description="For jobs with GPUs.")
-    rdma_resource: Key | None = Field(None, description="For several nodes; null: plain network.")
-    rdma_count: int = Field(1, gt=0)
-    one_pod_per_node: bool = Field(True, description="Place every pod of a job on its own node.")
-    run_as_user: int | None = Field(None, gt=0, description="null: the image's.")
-    run_as_group: int | None = Field(None, ge=0)
-    fs_group: int | None = Field(None, ge=0, description="Group of the volumes' files.")
-    cpus_per_process: float | None = Field(
-        None, gt=0, description="CPUs to request; null: as many as a process has threads."
-    )
-    memory_gb: float | None = Field(None, gt=0, description="Per node, for jobs that request none.")
-    shared_memory_gb: float = Field(1.0, gt=0, description="Size of /dev/shm; part of the memory.")
-    time_limit_min: int = Field(1440, gt=0, description="Of an attempt; the default of jobs.")
-    grace_s: int = Field(120, gt=0, description="Between TERM and KILL; a checkpoint must fit.")
-    start_timeout_s: float = Field(
-        900.0, gt=0, description="For pods that cannot start: image, account, volume, some nodes."
-    )
-    queue_timeout_s: float = Field(
-        86400.0, gt=0, description="For pods that wait for a node; a Kueue queue has no limit."
-    )
-    keep_days: float = Field(7.0, gt=0, description="Finished Jobs are removed after this.")
-    port: int = Field(29500, gt=1023, lt=65536, description="Port of the rendezvous.")
-    price_per_gpu_hour: float | None = Field(None, ge=0, description="Shown as cost on the asset.")
-    currency: str = Field("EUR", description="Currency of the price.")
-
-    def holds(self, folder: Path) -> bool:
-        """Whether a writable volume is mounted at or above ``folder``."""
-        path = PurePosixPath(folder)
-        return any(path.is_relative_to(v.mount) for v in self.volumes if not v.read_only)
-
-
 class KubernetesSettings(RomaSettings):
     """The Kubernetes cluster to use, and the user's overrides of its profile."""
 
@@ -132,17 +71,57 @@ class KubernetesSettings(RomaSettings):
     queue: Label | None = Field(None, description="Kueue's LocalQueue; null takes the profile's.")
 
 
-def load_kubernetes_profile(
-    name: str | None = None, settings: KubernetesSettings | None = None
-) -> KubernetesProfile:
-    """The profile of this name, with the user's settings over it.
+class KubernetesProfile(ClusterProfile):
+    """How jobs run on one Kubernetes cluster."""
 
-    Raises:
-        ValueError: there is no such profile, or it is wrong; the text names file and field.
-    """
-    settings = settings or KubernetesSettings()
-    folder = settings.profiles or DEPLOY / "kubernetes" / "profiles"
-    overrides = settings.model_dump(exclude={"profile", "profiles"}, exclude_none=True)
-    return read_profile(
-        KubernetesProfile, "Kubernetes", folder, name or settings.profile, overrides
+    kind, settings = "Kubernetes", KubernetesSettings
+
+    name: Label = Field(description="Name of the profile and of its file.")
+    kubeconfig: Path | None = Field(
+        None, description="null: KUBECONFIG, else the service account of this pod."
     )
+    context: str | None = Field(None, description="Its context; null: the current one.")
+    namespace: Label = Field("roma", description="Namespace of the jobs.")
+    image: Image = Field("roma-pipeline:latest", description="Image with Python and this project.")
+    image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
+    image_pull_secrets: tuple[Label, ...] = Field((), description="Names of Secrets.")
+    python: str = Field("python", pattern=r"^[^\n]+$", description="Interpreter in the image.")
+    command_prefix: tuple[str, ...] = Field((), description="Words in front of the interpreter.")
+    service_account: Label = Field("default", description="Account of the pods; needs no rights.")
+    volumes: tuple[Volume, ...] = Field(
+        (), description="One of them holds ROMA_STORAGE_ROOT, under the same path as here."
+    )
+    secrets: tuple[Label, ...] = Field((), description="Secrets whose keys become variables.")
+    queue: Label | None = Field(None, description="Kueue's LocalQueue.")
+    priority_class: Label | None = None
+    scheduler: Label | None = Field(None, description="null: the cluster's default.")
+    node_selector: dict[Key, str] = Field({}, description="Labels nodes must have.")
+    tolerations: tuple[Toleration, ...] = ()
+    gpu_resource: Key = Field("nvidia.com/gpu", description="Extended resource that counts GPUs.")
+    gpu_node_selector: dict[Key, str] = Field({}, description="Further ones for jobs with GPUs.")
+    gpu_tolerations: tuple[Toleration, ...] = Field((), description="For jobs with GPUs.")
+    rdma_resource: Key | None = Field(None, description="For several nodes; null: plain network.")
+    rdma_count: int = Field(1, gt=0)
+    one_pod_per_node: bool = Field(True, description="Place every pod of a job on its own node.")
+    run_as_user: int | None = Field(None, gt=0, description="null: the image's.")
+    run_as_group: int | None = Field(None, ge=0)
+    fs_group: int | None = Field(None, ge=0, description="Group of the volumes' files.")
+    cpus_per_process: float | None = Field(
+        None, gt=0, description="CPUs to request; null: as many as a process has threads."
+    )
+    shared_memory_gb: float = Field(1.0, gt=0, description="Size of /dev/shm; part of the memory.")
+    time_limit_min: int = Field(1440, gt=0, description="Of an attempt; the default of jobs.")
+    grace_s: int = Field(120, gt=0, description="Between TERM and KILL; a checkpoint must fit.")
+    start_timeout_s: float = Field(
+        900.0, gt=0, description="For pods that cannot start: image, account, volume, some nodes."
+    )
+    queue_timeout_s: float = Field(
+        86400.0, gt=0, description="For pods that wait for a node; a Kueue queue has no limit."
+    )
+    keep_days: float = Field(7.0, gt=0, description="Finished Jobs are removed after this.")
+    port: int = Field(29500, gt=1023, lt=65536, description="Port of the rendezvous.")
+
+    def holds(self, folder: Path) -> bool:
+        """Whether a writable volume is mounted at or above ``folder``."""
+        path = PurePosixPath(folder)
+        return any(path.is_relative_to(v.mount) for v in self.volumes if not v.read_only)

@@ -8,20 +8,19 @@ from here is a name without shell characters, is quoted, or is a line of ``setup
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, StringConstraints, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from roma_core.settings import Frozen, RomaSettings
-from roma_pipelines.launching.launcher import DEPLOY, read_profile
+from roma_core.settings import RomaSettings
+from roma_pipelines.launching.launcher import ClusterProfile
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+/-]*$")]
 """A partition, an account, a module, …: without shell characters."""
 Names = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,+/&|()*\[\]-]*$")]
 """The same with SLURM's syntax for several: ``a,b`` or ``[a|b]``; quoted where it is used."""
 Option = Annotated[str, StringConstraints(pattern=r"^--[a-z][a-z-]*(=[^\n\"'`$\\]+)?$")]
-Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 # fmt: off
 PLANNED_OPTIONS = frozenset([
@@ -33,14 +32,30 @@ PLANNED_OPTIONS = frozenset([
 # fmt: on
 
 
-class SlurmProfile(Frozen):
+class SlurmSettings(RomaSettings):
+    """The SLURM cluster to use, and the user's own settings on it; the rest is in its profile."""
+
+    # every field has a description; reading attribute docstrings would cost 0.15 s per submission
+    model_config = SettingsConfigDict(env_prefix="ROMA_SLURM_", use_attribute_docstrings=False)
+
+    profile: str = Field("generic", description="Profile of jobs that name none.")
+    profiles: Path | None = Field(
+        None, description="Folder of profiles; null takes deploy/slurm/profiles of this project."
+    )
+    account: Name | None = Field(None, description="Account to charge; null takes the profile's.")
+    partition: Names | None = Field(None, description="null takes the profile's.")
+    qos: Name | None = Field(None, description="Quality of service; null takes the profile's.")
+
+
+class SlurmProfile(ClusterProfile):
     """A SLURM cluster: how jobs are submitted to it, and what they ask for there."""
 
-    schema_version: Literal[1] = 1
+    kind, settings = "SLURM", SlurmSettings
+
     name: Name = Field(description="Name of the profile and of its file.")
-    description: str = Field("", description="Which cluster this is.")
-    ssh: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@-]*$")] | None = Field(
+    ssh: str | None = Field(
         None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@-]*$",
         description="Login node, as ssh names it; null: SLURM's commands are on this computer.",
     )
     partition: Names | None = Field(None, description="null: the cluster's default.")
@@ -51,11 +66,6 @@ class SlurmProfile(Frozen):
     exclusive: bool = Field(False, description="Take whole nodes.")
     cpus_per_process: int | None = Field(
         None, gt=0, description="CPUs to ask for per process; null: as many as it has threads."
-    )
-    memory_gb: float | None = Field(
-        None,
-        gt=0,
-        description="Memory per node of jobs that name none; null: the cluster's default.",
     )
     time_limit_min: int = Field(60, gt=1, description="Of one attempt, for jobs that name none.")
     stop_before_end_s: int = Field(
@@ -78,9 +88,6 @@ class SlurmProfile(Frozen):
     )
     sbatch_options: tuple[Option, ...] = Field((), description="Further options of sbatch.")
     srun_options: tuple[Option, ...] = Field((), description="Further options of srun.")
-    environment: dict[Variable, str] = Field({}, description="Variables of the job; no secrets.")
-    price_per_gpu_hour: float | None = Field(None, ge=0, description="For the cost on the asset.")
-    currency: str = Field("EUR", description="Of the price.")
     poll_s: float = Field(5.0, gt=0, description="Seconds between polls while states change.")
     slowest_poll_s: float = Field(
         60.0, gt=0, description="Seconds between polls while they do not."
@@ -94,33 +101,3 @@ class SlurmProfile(Frozen):
                 f"sbatch_options must not set {', '.join(own)}; the job's specification does"
             )
         return self
-
-
-class SlurmSettings(RomaSettings):
-    """The SLURM cluster to use, and the user's own settings on it; the rest is in its profile."""
-
-    # every field has a description; reading attribute docstrings would cost 0.15 s per submission
-    model_config = SettingsConfigDict(env_prefix="ROMA_SLURM_", use_attribute_docstrings=False)
-
-    profile: str = Field("generic", description="Profile of jobs that name none.")
-    profiles: Path | None = Field(
-        None, description="Folder of profiles; null takes deploy/slurm/profiles of this project."
-    )
-    account: Name | None = Field(None, description="Account to charge; null takes the profile's.")
-    partition: Names | None = Field(None, description="null takes the profile's.")
-    qos: Name | None = Field(None, description="Quality of service; null takes the profile's.")
-
-
-def load_slurm_profile(
-    name: str | None = None, settings: SlurmSettings | None = None
-) -> SlurmProfile:
-    """The profile of this name, with the user's settings laid over it.
-
-    Raises:
-        ValueError: there is no such profile, or it is wrong; the text names file and field.
-    """
-    settings = settings or SlurmSettings()
-    name = name or settings.profile
-    folder = settings.profiles or DEPLOY / "slurm" / "profiles"
-    overrides = settings.model_dump(include={"account", "partition", "qos"}, exclude_none=True)
-    return read_profile(SlurmProfile, "SLURM", folder, name, overrides)

@@ -9,7 +9,7 @@ import pytest
 from roma_core.job import JobFolder
 from roma_pipelines.launching.local import LocalLauncher
 from roma_pipelines.launching.slurm.launcher import SlurmLauncher
-from roma_pipelines.launching.slurm.profile import SlurmProfile, SlurmSettings, load_slurm_profile
+from roma_pipelines.launching.slurm.profile import SlurmProfile, SlurmSettings
 from roma_pipelines.launching.slurm.script import batch_script
 from roma_pipelines.launching.spec import JobSpec
 
@@ -25,7 +25,7 @@ PRETRAINING = JobSpec(
 )
 
 
-LEONARDO = load_slurm_profile("leonardo", SlurmSettings(account="IscrC_RoMA"))
+LEONARDO = SlurmProfile.load("leonardo", SlurmSettings(account="IscrC_RoMA"))
 
 
 def slurm(profile, python="/venv/bin/python"):
@@ -80,7 +80,7 @@ def test_a_folder_that_no_script_can_name_is_refused(folder):
 
 @pytest.mark.parametrize("name", ["generic", "leonardo", "marenostrum5", "orfeo"])
 def test_every_profile_that_ships_gives_a_plan(name):
-    profile = load_slurm_profile(name, SlurmSettings())
+    profile = SlurmProfile.load(name, SlurmSettings())
 
     assert profile.description
     assert "torch.distributed.run" in slurm(profile).plan(PRETRAINING).text
@@ -105,23 +105,23 @@ def test_a_wrong_profile_names_file_and_field(tmp_path, text, message):
     (tmp_path / "mine.yaml").write_text(text)
 
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        load_slurm_profile("mine", SlurmSettings(profiles=tmp_path))
+        SlurmProfile.load("mine", SlurmSettings(profiles=tmp_path))
 
     assert "mine.yaml" in str(caught.value)
 
 
 def test_an_unknown_profile_names_those_there_are(tmp_path):
     with pytest.raises(ValueError, match="there are generic, leonardo, marenostrum5, orfeo"):
-        load_slurm_profile("leonard", SlurmSettings())
+        SlurmProfile.load("leonard", SlurmSettings())
     with pytest.raises(ValueError, match="there are none"):
-        load_slurm_profile("generic", SlurmSettings(profiles=tmp_path))
+        SlurmProfile.load("generic", SlurmSettings(profiles=tmp_path))
 
 
 def test_what_is_the_users_lies_over_the_profile(monkeypatch):
     monkeypatch.setenv("ROMA_SLURM_ACCOUNT", "mine")
     monkeypatch.setenv("ROMA_SLURM_PARTITION", "debug")
 
-    profile = load_slurm_profile("leonardo")
+    profile = SlurmProfile.load("leonardo")
 
     assert (profile.account, profile.partition, profile.cpus_per_process) == ("mine", "debug", 8)
 

@@ -15,7 +15,6 @@ from roma_pipelines.launching.kubernetes.profile import (
     KubernetesProfile,
     KubernetesSettings,
     Volume,
-    load_kubernetes_profile,
 )
 from roma_pipelines.launching.spec import JobSpec
 from tests.time_limits import within
@@ -32,8 +31,8 @@ PRETRAINING = JobSpec(
     env_names=("WANDB_API_KEY", "MLFLOW_TRACKING_URI"),
 )
 GANG = PRETRAINING.model_copy(update={"nodes": 2, "gpus_per_node": 2, "memory_gb": 120.5})
-H100 = load_kubernetes_profile("h100", KubernetesSettings())
-GENERIC = load_kubernetes_profile("generic", KubernetesSettings())
+H100 = KubernetesProfile.load("h100", KubernetesSettings())
+GENERIC = KubernetesProfile.load("generic", KubernetesSettings())
 BARE = KubernetesProfile(
     name="bare",
     volumes=(
@@ -125,21 +124,21 @@ def test_a_wrong_profile_names_file_and_field(tmp_path, document, word):
     (tmp_path / "mine.yaml").write_text(document)
 
     with pytest.raises(ValueError, match=r"mine\.yaml") as caught:
-        load_kubernetes_profile("mine", KubernetesSettings(profiles=tmp_path))
+        KubernetesProfile.load("mine", KubernetesSettings(profiles=tmp_path))
 
     assert word in str(caught.value)
 
 
 def test_an_unknown_profile_names_those_there_are():
     with pytest.raises(ValueError, match="there are generic, h100"):
-        load_kubernetes_profile("nowhere", KubernetesSettings())
+        KubernetesProfile.load("nowhere", KubernetesSettings())
 
 
 def test_settings_lie_over_the_profile(monkeypatch):
     monkeypatch.setenv("ROMA_KUBERNETES_NAMESPACE", "mine")
     monkeypatch.setenv("ROMA_KUBERNETES_IMAGE", "registry.example.org/roma@sha256:0123")
 
-    profile = load_kubernetes_profile("h100")
+    profile = KubernetesProfile.load("h100")
 
     assert (profile.namespace, profile.image) == ("mine", "registry.example.org/roma@sha256:0123")
     assert profile.queue == "gpu"
