@@ -9,8 +9,8 @@ from roma_core.cli import LazyGroup
 _COMMANDS = {
     "demo": "roma_pipelines.cli.demo:demo",
     "up": "roma_pipelines.cli.up:up",
-    "plan": "roma_pipelines.cli.launch:plan",
-    "launch": "roma_pipelines.cli.launch:launch",
+    "plan": "roma_pipelines.cli.plan:plan",
+    "launch": "roma_pipelines.cli.jobs:launch",
     "jobs": "roma_pipelines.cli.jobs:jobs",
     "promote": "roma_pipelines.cli.registry:promote",
     "reject": "roma_pipelines.cli.registry:reject",

@@ -1,20 +1,224 @@
-"""``roma-pipeline jobs``: list, show, follow and cancel jobs; works without the orchestrator."""
+"""``roma-pipeline launch`` and ``jobs``: run, list, follow and cancel jobs without the orchestrator."""
 
 from __future__ import annotations
 
 import getpass
+import os
+import secrets
+import subprocess
+import sys
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from roma_pipelines.cli.launch import print_from
-
 if TYPE_CHECKING:
+    from roma_core.job import JobFolder
     from roma_pipelines.launching.jobs import Job
+    from roma_pipelines.launching.launcher import Launcher
+    from roma_pipelines.launching.spec import JobSpec, JobState
     from roma_pipelines.storage import Storage
 
+_PASSTHROUGH_ENV = ("ROMA", "WANDB", "MLFLOW")
 _FOLLOW_EVERY_S = 0.5
+
+
+@click.command(context_settings={"allow_interspersed_args": False})
+@click.option(
+    "--target",
+    type=click.Choice(["local", "slurm", "kubernetes"]),
+    default="local",
+    show_default=True,
+)
+@click.option(
+    "--profile",
+    help="Profile of the cluster (default: ROMA_SLURM_PROFILE or ROMA_KUBERNETES_PROFILE).",
+)
+@click.option("--nodes", type=int, default=1, show_default=True)
+@click.option("--processes", type=int, default=1, show_default=True, help="Per node.")
+@click.option("--threads", type=int, default=1, show_default=True, help="CPU threads per process.")
+@click.option("--gpus", type=int, default=0, show_default=True, help="Per node.")
+@click.option("--memory-gb", type=float, help="Per node (default: that of the profile).")
+@click.option(
+    "--time-limit-min",
+    type=int,
+    help="Time limit of one attempt; the job resumes in a new one.",
+)
+@click.option("--max-attempts", type=int, default=20, show_default=True)
+@click.option("--job", "key", help="Supervise this job again, which was launched before.")
+@click.option("-m", "as_module", is_flag=True, help="Before MODULE, as with python.")
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="MODULE [ARGUMENT]…")
+def launch(as_module: bool, key: str | None, words: tuple[str, ...], **options: Any) -> None:
+    """Run MODULE as a job, on this computer or on a cluster, and follow its log.
+
+    Arguments after MODULE are passed on unchanged. The module runs in the current folder and reads
+    the .env there. Ctrl-C ends the supervision, not the job: --job KEY resumes it, and makes the
+    attempts that an interrupted job needs.
+    """
+    from roma_core.files import read_json
+    from roma_pipelines.launching.targets import launcher_of_attempt
+
+    if bool(words) == (key is not None):
+        raise click.UsageError("expected -m MODULE, or --job KEY of a job that was launched before")
+    if options["profile"] and options["target"] == "local":
+        raise click.UsageError(
+            f"--profile {options['profile']} names a cluster, but the target is local; add --target of "
+            f"that cluster's kind, or leave --profile out"
+        )
+    storage = _storage()
+    try:
+        if key is None:
+            folder, spec, config, launcher = _new_job(storage, words[0], words[1:], options)
+        else:
+            job = _job(storage, key)
+            if not job.records:
+                raise ValueError(f"job {job.key} was never submitted; launch it again")
+            if job.supervised and job.open_attempt:
+                raise ValueError(
+                    f"job {job.key} is supervised by process {job.lease['pid']}; "
+                    f"`roma-pipeline jobs logs -f {job.key}` shows its log"
+                )
+            launcher = launcher_of_attempt(storage)(job.records[-1])
+            folder, spec, config = job.folder, job.spec, read_json(job.folder.config)
+        _supervise(folder, spec, config, launcher, options["max_attempts"])
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _new_job(
+    storage: Storage, module: str, arguments: tuple[str, ...], options: dict[str, Any]
+) -> tuple[JobFolder, JobSpec, Any, Launcher]:
+    from roma_core.files import digest_of
+    from roma_core.job import JobFolder
+    from roma_pipelines.launching.launcher import Rejected
+    from roma_pipelines.launching.local import exceeds_this_computer
+    from roma_pipelines.launching.slurm.launcher import SlurmLauncher
+    from roma_pipelines.launching.spec import JobSpec, job_key
+    from roma_pipelines.launching.targets import launcher_for
+
+    here = str(Path.cwd())
+    config = {"module": module, "arguments": list(arguments), "working_folder": here}
+    key = job_key(module, secrets.token_hex(8))
+    spec = JobSpec(
+        key=key,
+        command=("-m", "roma_core.run_job", here, module, *arguments),
+        config_digest=digest_of(config),
+        nodes=options["nodes"],
+        processes_per_node=options["processes"],
+        threads_per_process=options["threads"],
+        gpus_per_node=options["gpus"],
+        memory_gb=options["memory_gb"],
+        time_limit_min=options["time_limit_min"],
+        env_names=tuple(sorted(name for name in os.environ if name.startswith(_PASSTHROUGH_ENV))),
+    )
+    if options["target"] == "local":
+        if reasons := exceeds_this_computer(spec):
+            raise Rejected(reasons)
+        threads, cpus = spec.processes_per_node * spec.threads_per_process, os.cpu_count() or 1
+        if threads > cpus:
+            click.echo(
+                f"{threads} threads are asked for, this computer has {cpus} CPUs; it will be slow",
+                err=True,
+            )
+    launcher = launcher_for(options["target"], options["profile"], storage)
+    elsewhere: Any = launcher.backend != "local"
+    if isinstance(launcher, SlurmLauncher):
+        at = launcher.profile
+        elsewhere = at.ssh or at.python or at.container or at.modules or at.setup
+    if not elsewhere:  # it runs with this interpreter and these files
+        _check_module(module)
+    return JobFolder(storage.jobs / key), spec, config, launcher
+
+
+def _check_module(name: str) -> None:
+    """Raises ValueError now, in place of a traceback of every process after seconds."""
+    look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is None)"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True)
+    if done.returncode:
+        why = done.stderr.strip().splitlines()[-1:]  # a parent package may fail to import
+        raise ValueError(
+            f"there is no module {name!r} in {Path.cwd()} or among what is installed"
+            + (f" ({why[0]})" if why else "")
+            + "; name it as for `python -m`: dots, no .py"
+        )
+
+
+def _supervise(
+    folder: JobFolder, spec: JobSpec, config: Any, launcher: Launcher, max_attempts: int
+) -> None:
+    from roma_pipelines.launching.spec import JobFailed
+    from roma_pipelines.launching.supervisor import supervise
+
+    console = _Console(folder)
+    try:
+        outcome = supervise(
+            launcher,
+            folder,
+            spec,
+            config,
+            holder={"asset_key": spec.command[3] if len(spec.command) > 3 else "?"},
+            on_poll=console.update,
+            on_note=lambda note: console.announce(),
+            max_attempts=max_attempts,
+        )
+    except JobFailed as error:
+        console.print_log()
+        # its log is printed already
+        raise click.ClickException("\n".join(str(error).splitlines()[:2])) from error
+    except KeyboardInterrupt:
+        if not folder.attempt_numbers():  # not even an intent: the preflight was not over
+            raise click.ClickException(
+                f"interrupted before anything was submitted to the target {launcher.backend}; "
+                f"no job is running: launch it again"
+            ) from None
+        raise click.ClickException(
+            f"the job is still running; supervise it again with `roma-pipeline launch --job "
+            f"{spec.key}`, or cancel it with `roma-pipeline jobs cancel {spec.key}`"
+        ) from None
+    console.print_log()
+    click.echo(f"job {spec.key} completed in {len(outcome.attempts)} attempt(s)", err=True)
+
+
+class _Console:
+    """Prints the job's folder once it has one, its log as it grows, and why it does not run."""
+
+    def __init__(self, folder: JobFolder) -> None:
+        self.folder = folder
+        self.attempt, self.offset, self.reason = 0, 0, ""
+        self.announced = False
+
+    def announce(self) -> None:
+        """Print the folder, once; a rejected job has none."""
+        if not self.announced and self.folder.attempt_numbers():
+            self.announced = True
+            click.echo(f"job {self.folder.path.name} in {self.folder.path}", err=True)
+
+    def update(self, state: JobState) -> None:
+        self.announce()
+        self.print_log()
+        if not state.ended and state.phase != "running" and state.reason != self.reason:
+            self.reason = state.reason
+            click.echo(f"{state.phase}: {state.reason}", err=True)
+
+    def print_log(self) -> None:
+        newest = max(self.folder.attempt_numbers(), default=0)
+        if newest > self.attempt:
+            self.attempt, self.offset = newest, 0
+        if self.attempt:
+            log = self.folder.attempt(self.attempt).log
+            self.offset = _print_from(log, self.offset)
+
+
+def _print_from(log: Path, offset: int) -> int:
+    """Print a log from this byte on, if there is one; returns the new offset."""
+    if not log.exists():
+        return offset
+    with log.open("rb") as file:
+        file.seek(offset)
+        content = file.read()
+    click.echo(content.decode(errors="replace"), nl=False)
+    return offset + len(content)
 
 
 @click.group()
@@ -38,19 +242,12 @@ def list_(everything: bool) -> None:
         return
     rows = [("KEY", "STATUS", "TARGET", "ATTEMPT", "STEP", "AGE", "SUPERVISED", "ASSET")]
     for job in shown:
-        last = job.records[-1] if job.records else None
-        rows.append(
-            (
-                job.key,
-                job.status,
-                last.backend if last else "-",
-                str(last.attempt) if last else "-",
-                str(job.checkpoint) if job.checkpoint is not None else "-",
-                _age(time.time() - job.made_at),
-                "yes" if job.supervised else "no",
-                job.asset,
-            )
-        )
+        target, attempt = "-", "-"
+        if job.records:
+            target, attempt = job.records[-1].backend, str(job.records[-1].attempt)
+        step = "-" if job.checkpoint is None else str(job.checkpoint)
+        age, supervised = _age(time.time() - job.made_at), "yes" if job.supervised else "no"
+        rows.append((job.key, job.status, target, attempt, step, age, supervised, job.asset))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         line = "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True))
@@ -105,7 +302,7 @@ def logs(key: str, follow: bool, attempt: int | None) -> None:
     while True:
         over = job is None or not (job.is_unfinished and (job.open_attempt or job.supervised))
         if job:
-            offset = print_from(job.folder.attempt(n).log, offset)
+            offset = _print_from(job.folder.attempt(n).log, offset)
         newest = job.records[-1].attempt if job and job.records else n
         if attempt is None and newest > n:
             n, offset = newest, 0
@@ -135,13 +332,9 @@ def cancel(key: str, wait_s: float) -> None:
     if not job.is_unfinished:
         click.echo(f"job {job.key} has already ended: {job.status}")
         return
+    by = f"roma-pipeline jobs cancel, by {getpass.getuser()}"
     try:
-        ended = cancel(
-            job,
-            f"roma-pipeline jobs cancel, by {getpass.getuser()}",
-            launcher_of_attempt(storage),
-            wait_s,
-        )
+        ended = cancel(job, by, launcher_of_attempt(storage), wait_s)
     except (Unreachable, RuntimeError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"job {job.key}: {ended}")

@@ -21,7 +21,6 @@ from roma_pipelines.launching.spec import JobState, Phase
 _SSH_PERSIST = "10m"
 _NOT_PASSED_ON = ("CUDA_VISIBLE_DEVICES", "TMPDIR", "XDG_")  # a node has its own, or none
 
-
 _NO_ANSWER = re.compile(
     r"timed? ?out|unable to contact|connection (refused|reset)|communication|zero bytes|"
     r"temporarily unavailable|not responding",
@@ -71,7 +70,11 @@ class Shell:
         """
         given = environment or {}
         command, stdin = list(argv), ""
-        env: dict[str, str] | None = {**_client_environment(), **given}
+        env: dict[str, str] | None = {
+            **{k: v for k, v in inherited().items() if not k.startswith(_NOT_PASSED_ON)},
+            **{k: v for k, v in os.environ.items() if k.startswith("SLURM_CONF")},
+            **given,
+        }
         if self.ssh is not None:  # variables travel on standard input, where ps does not show them
             exports = [f"export {name}={shlex.quote(value)}" for name, value in given.items()]
             sockets = Path(os.environ.get("XDG_RUNTIME_DIR", Path.home() / ".ssh"))
@@ -104,44 +107,28 @@ class Shell:
         return Answer(done.returncode, done.stdout, done.stderr)
 
 
-def _client_environment() -> dict[str, str]:
-    """This process's environment as SLURM's commands and the job may see it."""
-    kept = {k: v for k, v in os.environ.items() if k.startswith("SLURM_CONF")}
-    variables = {k: v for k, v in inherited().items() if not k.startswith(_NOT_PASSED_ON)}
-    return variables | kept
-
-
 # -- one poll for all jobs of all supervising processes ----------------------------------------
 
 _SLOWDOWN = 1.5
 _CACHED_S = 0.1  # one look at the file serves all jobs of a process that are polled in turn
 
-Jobs = dict[str, dict[str, str]]
-Positions = dict[str, tuple[int, int]]
+Jobs = dict[str, dict[str, str]]  # job id -> its fields
+Positions = dict[str, tuple[int, int]]  # id of a waiting job -> its position, queue length
 
 
 @dataclass(frozen=True)
 class PollResult:
-    """An answer of squeue, or why there is none.
+    """An answer of squeue, or why there is none; times are seconds since the epoch."""
 
-    Attributes:
-        asked_at: seconds since the epoch, before the query.
-        interval_s: how long it is new enough.
-        jobs: fields of each job, by its id.
-        error: why there is no answer; ``jobs`` is then the last one received.
-        positions: (position, queue length) of waiting jobs, by their id.
-        positions_at: when these were asked for, seconds since the epoch.
-    """
-
-    asked_at: float
-    interval_s: float
+    asked_at: float  # before the query
+    interval_s: float  # how long it is new enough
     jobs: Jobs
-    error: str = ""
+    error: str = ""  # why there is no answer; jobs is then the last one received
     positions: Positions = field(default_factory=dict)
     positions_at: float = 0.0
 
 
-NEVER = PollResult(0.0, 0.0, {}, "not asked yet")
+_NEVER = PollResult(0.0, 0.0, {}, "not asked yet")
 
 
 class SharedPoll:
@@ -157,18 +144,14 @@ class SharedPoll:
         """
         Args:
             folder: of this cluster, the same for all processes that share the query.
-            ask: gets the last answer; returns all jobs of this user, by id, and the queue positions
-                of those that wait, None if it did not ask for them; raises Unreachable.
+            ask: gets the last answer; returns all jobs of this user and the queue positions of
+                those that wait, None if it did not ask for them; raises Unreachable.
         """
-        self.folder, self.ask = folder, ask
+        self.folder, self.path, self.ask = folder, folder / "poll.json", ask
         self.fastest_s, self.slowest_s = fastest_s, max(fastest_s, slowest_s)
         self._read_from: tuple[int, int] | None = None
-        self._last = NEVER
+        self._last = _NEVER
         self._looked_at = float("-inf")
-
-    @property
-    def path(self) -> Path:
-        return self.folder / "poll.json"
 
     def look(self, newer_than: float = 0.0) -> PollResult:
         """An answer that is new enough; one asked after ``newer_than`` if there may be one already."""
@@ -198,39 +181,33 @@ class SharedPoll:
         interval_s = self.fastest_s
         if not error and jobs == before.jobs:
             interval_s = min(max(before.interval_s, self.fastest_s) * _SLOWDOWN, self.slowest_s)
-        queue = (
-            (before.positions, before.positions_at) if positions is None else (positions, asked_at)
-        )
-        result = PollResult(asked_at, interval_s, jobs, error, *queue)
-        aside = self.path.with_name(".poll.json")
-        aside.write_text(
-            json.dumps({"schema_version": 1, **vars(result)})
-        )  # not synced: may be lost
+        positions_at = asked_at
+        if positions is None:
+            positions, positions_at = before.positions, before.positions_at
+        result = PollResult(asked_at, interval_s, jobs, error, positions, positions_at)
+        aside = self.path.with_name(".poll.json")  # not synced: may be lost
+        aside.write_text(json.dumps({"schema_version": 1, **vars(result)}))
         aside.replace(self.path)
         self._looked_at = float("-inf")
         return result
 
     def _read(self) -> PollResult:
         now = time.monotonic()
-        if now - self._looked_at >= _CACHED_S:
-            self._looked_at = now
-            self._last = self._read_file()
-        return self._last
-
-    def _read_file(self) -> PollResult:
+        if now - self._looked_at < _CACHED_S:
+            return self._last
+        self._looked_at = now
         try:
             status = self.path.stat()
             mark = (status.st_ino, status.st_mtime_ns)
-            if mark == self._read_from:
-                return self._last
-            document: dict[str, Any] = json.loads(self.path.read_text())
-            if document.pop("schema_version") != 1:
-                return NEVER
-            self._read_from = mark
-            document["positions"] = {k: tuple(v) for k, v in document["positions"].items()}
-            return PollResult(**document)
+            if mark != self._read_from:
+                document: dict[str, Any] = json.loads(self.path.read_text())
+                if document.pop("schema_version") != 1:
+                    raise ValueError("another version")
+                document["positions"] = {k: tuple(v) for k, v in document["positions"].items()}
+                self._last, self._read_from = PollResult(**document), mark
         except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return NEVER  # lost or of another version: ask again
+            self._last, self._read_from = _NEVER, None  # lost or of another version: ask again
+        return self._last
 
 
 # -- squeue's answer -------------------------------------------------------------------------

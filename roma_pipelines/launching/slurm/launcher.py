@@ -9,11 +9,14 @@ counts: ``squeue`` (one shared query for all jobs), ``scontrol`` (some minutes a
 from __future__ import annotations
 
 import re
+import secrets
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from roma_core.files import read_json, write_bytes
 from roma_core.job import JobFolder
@@ -22,6 +25,7 @@ from roma_pipelines.launching.launcher import (
     Price,
     Rejected,
     Unreachable,
+    check_writable,
     passthrough_env,
 )
 from roma_pipelines.launching.outcome import tail_of
@@ -39,9 +43,8 @@ from roma_pipelines.launching.slurm.cluster import (
     queue_positions,
     waiting,
 )
-from roma_pipelines.launching.slurm.preflight import reasons_against
 from roma_pipelines.launching.slurm.profile import SlurmProfile
-from roma_pipelines.launching.slurm.script import batch_script
+from roma_pipelines.launching.slurm.script import batch_script, cpus_per_node
 from roma_pipelines.launching.spec import JobHandle, JobSpec, JobState, Phase, Plan
 
 # fmt: off
@@ -81,14 +84,12 @@ class SlurmLauncher:
     ) -> None:
         """
         Args:
-            clusters: folder of state that processes share about clusters,
-                ``<clusters>/<profile>/poll.json``.
+            clusters: folder of shared state, ``<clusters>/<profile>/poll.json``.
             python: interpreter on the nodes, unless the profile names one.
             gone_after_s: a job that SLURM no longer knows and that left no ``exit.json`` counts as
                 gone once its log and heartbeat have not changed for so long.
             cancel_timeout_s: how long a cancelled job may take to end.
-            fs_lag_s: seconds until files written on a node are certainly visible here; network
-                file systems may report a new file as missing for so long.
+            fs_lag_s: seconds until files written on a node are certainly visible here.
         """
         self.profile, self.python = profile, python
         self.gone_after_s, self.cancel_timeout_s = gone_after_s, cancel_timeout_s
@@ -102,15 +103,62 @@ class SlurmLauncher:
 
     @property
     def price(self) -> Price | None:
-        rate = self.profile.price_per_gpu_hour
-        return None if rate is None else Price(rate, self.profile.currency)
+        return self.profile.price
 
     def plan(self, spec: JobSpec, folder: JobFolder = PLANNED_FOLDER, attempt: int = 1) -> Plan:
         text = batch_script(spec, self.profile, folder, attempt, self.python)
         return Plan(spec, folder, attempt, text)
 
     def preflight(self, plan: Plan) -> list[str]:
-        return reasons_against(plan, self.profile, self.shell, self.profile.python or self.python)
+        """Every reason at once. ``sbatch --test-only`` is the cluster's own decision on accounts, QOS
+        and reservations; the checks with ``sinfo`` before it report what to change, which it does not.
+        """
+        profile, python = self.profile, self.profile.python or self.python
+        missing = [] if profile.ssh else [name for name in _COMMANDS if shutil.which(name) is None]
+        if missing:
+            return [
+                f"no {', '.join(missing)} on this computer; run on a login node of the cluster, or "
+                f"name one as `ssh` in the profile {profile.name}"
+            ]
+        found = _check_folder(plan.folder.path.parent, self.shell)
+        inside = profile.container or profile.setup or profile.modules  # only the node knows these
+        if not inside and "/" in python and self.shell.run("test", "-x", python).code:
+            found.append(
+                f"there is no interpreter {python}; set `python` in the profile {profile.name}"
+            )
+        answer = self.shell.run("sinfo", "-h", "-o", "%P|%a|%l|%D|%c|%m|%G")
+        if _UNCONFIGURED.lower() in answer.text.lower():
+            whose = profile.ssh or "this computer"
+            remedy = f"name a login node as `ssh` in the profile {profile.name}"
+            if not profile.ssh:
+                remedy = (
+                    f"run on a login node, name one as `ssh` in the profile {profile.name}, or set "
+                    f"SLURM_CONF to the cluster's slurm.conf"
+                )
+            return [*found, f"the SLURM commands of {whose} know of no cluster; {remedy}"]
+        if answer.code:
+            raise Unreachable(f"sinfo: {answer.text}")
+        nodes = [_Nodes.parse(line) for line in answer.output.splitlines()]
+        wanted = profile.partition.split(",") if profile.partition else []
+        known = {kind.partition.rstrip("*") for kind in nodes}
+        if unknown := [name for name in wanted if name not in known]:
+            there = f"there are {', '.join(sorted(known))}"
+            what = f"there is no partition {', '.join(unknown)} at {profile.name}"
+            return [*found, f"{what}; {there}"]
+        found += _check_size(
+            plan.spec,
+            profile,
+            [n for n in nodes if (n.partition.rstrip("*") in wanted if wanted else n.default)],
+        )
+        if found:
+            return found  # sbatch would only say the same again, in fewer words
+        prefix = "#SBATCH "
+        lines = [line for line in plan.text.splitlines() if line.startswith(prefix)]
+        options = shlex.split(" ".join(line.removeprefix(prefix) for line in lines))
+        answer = self.shell.run("sbatch", "--test-only", *options, "--wrap=true")
+        if answer.code and answer.slurm_is_away:
+            raise Unreachable(f"sbatch --test-only: {answer.text}")
+        return [f"sbatch would refuse it: {answer.text}"] if answer.code else []
 
     def submit(self, plan: Plan, environment: Mapping[str, str]) -> JobHandle:
         script = plan.files.script
@@ -128,7 +176,13 @@ class SlurmLauncher:
     def find(self, plan: Plan) -> JobHandle | None:
         if owner := self._owner(plan):
             return owner
-        jobs = self._jobs_named(plan) or self._jobs_in_sacct(plan)
+        jobs = self._jobs_named(plan)
+        if not jobs:  # the accounting goes further back, where there is one
+            columns = ("-X", "-n", "-P", "-S", "now-7days", "-o", "jobid,state,workdir")
+            lines = self.shell.run("sacct", *columns, f"--name={plan.name}").output.splitlines()
+            rows = (line.split("|", 2) for line in lines if line.count("|") > 1)
+            path = str(plan.folder.path)
+            jobs = [(job, state.split()[0]) for job, state, at in rows if state and at == path]
         if not jobs:
             return None
         alive = [job for job, state in jobs if not _ended(state)]
@@ -210,14 +264,6 @@ class SlurmLauncher:
         rows = (line.split("|", 2) for line in lines)
         return [(job, state) for job, state, where in rows if where == str(plan.folder.path)]
 
-    def _jobs_in_sacct(self, plan: Plan) -> list[tuple[str, str]]:
-        """The same from the accounting, where there is one; it goes further back."""
-        columns = ("-X", "-n", "-P", "-S", "now-7days", "-o", "jobid,state,workdir")
-        answer = self.shell.run("sacct", *columns, f"--name={plan.name}")
-        rows = (line.split("|", 2) for line in answer.output.splitlines() if line.count("|") > 1)
-        path = str(plan.folder.path)
-        return [(job, state.split()[0]) for job, state, where in rows if state and where == path]
-
     def _newer_than(self, handle: JobHandle) -> float:
         """Since when an answer is needed: since the job was missing, or wrote its exit.json."""
         job = handle.external["job_id"]
@@ -264,7 +310,10 @@ class SlurmLauncher:
             phase, text = Phase.OUT_OF_MEMORY, f"{text}: out of memory; ask for more memory_gb"
         if phase is Phase.ENDED_BAD and code == "0:53":
             text += "; its log could not be opened: do the nodes see the job folder?"
-        return JobState(phase, text, _usage(record))
+        ran_min, usage = minutes(record.get("RunTime", "")), {}
+        if ran_min != float("inf"):
+            usage = {"ran_s": round(ran_min * 60.0, 3), "nodes": record.get("NodeList", "")}
+        return JobState(phase, text, usage)
 
     def _missing(self, handle: JobHandle, poll: PollResult) -> JobState:
         """The job is in no answer: too early, too late, or slurmctld lost it."""
@@ -309,9 +358,94 @@ def _ended(state: str) -> bool:
     return JobState(PHASES.get(state, Phase.UNKNOWN)).ended
 
 
-def _usage(record: Mapping[str, str]) -> dict[str, Any]:
-    """Seconds that an attempt ran, and the names of its nodes."""
-    ran_min = minutes(record.get("RunTime", ""))
-    if ran_min == float("inf"):
-        return {}
-    return {"ran_s": round(ran_min * 60.0, 3), "nodes": record.get("NodeList", "")}
+# -- preflight -------------------------------------------------------------------------------
+
+_COMMANDS = ("sbatch", "squeue", "scontrol", "scancel", "sinfo")
+_UNCONFIGURED = "Could not establish a configuration source"  # retrying would not help
+
+
+@dataclass(frozen=True)
+class _Nodes:
+    """Nodes of one kind in a partition, as sinfo groups them."""
+
+    partition: str
+    up: bool
+    limit_min: float  # infinity without a limit
+    count: int
+    cpus: int
+    memory_mb: int
+    gpus: dict[str, int]  # by type; "" where the cluster names none
+
+    @classmethod
+    def parse(cls, line: str) -> _Nodes:
+        partition, up, limit, count, cpus, memory, gres = line.split("|")
+        sizes = (int(count), int(cpus.rstrip("+")), int(memory.rstrip("+")))
+        return cls(partition, up == "up", minutes(limit), *sizes, gpus_of(gres))
+
+    @property
+    def default(self) -> bool:
+        return self.partition.endswith("*")
+
+
+def _check_folder(root: Path, shell: Shell) -> list[str]:
+    if (found := check_writable(root)) or not shell.ssh:
+        return found
+    probe = root / f".preflight-{secrets.token_hex(4)}"
+    probe.write_text(probe.name)
+    try:
+        if shell.run("cat", str(probe)).output == probe.name:
+            return []
+    finally:
+        probe.unlink()
+    return [
+        f"{shell.ssh} does not see what is written to {root} here; jobs need a folder on a file system "
+        f"that both sides see: set ROMA_STORAGE_ROOT to one"
+    ]
+
+
+def _check_size(spec: JobSpec, profile: SlurmProfile, kinds: list[_Nodes]) -> list[str]:
+    """Resources that no kind of node of the partition has, each with the most there is."""
+    kinds = [kind for kind in kinds if kind.up]
+    if not kinds:
+        return [f"partition {profile.partition or '(default)'} is not up"]
+    where = f"partition {profile.partition}" if profile.partition else "the default partition"
+    cpus = cpus_per_node(spec, profile)
+    limit_min = spec.time_limit_min or profile.time_limit_min
+    memory_mb = (spec.memory_gb or profile.memory_gb or 0) * 1000
+
+    def gpus(kind: _Nodes) -> int:
+        return kind.gpus.get(profile.gpu_type, 0) if profile.gpu_type else sum(kind.gpus.values())
+
+    found = []
+    if spec.nodes > (most := sum(kind.count for kind in kinds)):
+        found.append(f"{spec.nodes} nodes are asked for, {where} has {most}")
+    if spec.gpus_per_node > (most := max(map(gpus, kinds))):
+        kind_of = f" of type {profile.gpu_type}" if profile.gpu_type else ""
+        types = ", ".join(sorted({name for kind in kinds for name in kind.gpus if name}))
+        there = f" (types there: {types})" if profile.gpu_type and types else ""
+        found.append(
+            f"{spec.gpus_per_node} GPUs{kind_of} a node are asked for, a node of {where} has at most "
+            f"{most}{there}"
+        )
+    if cpus > (most := max(kind.cpus for kind in kinds)):
+        found.append(f"{cpus} CPUs a node are asked for, a node of {where} has at most {most}")
+    if memory_mb > (most := max(kind.memory_mb for kind in kinds)):
+        found.append(
+            f"{memory_mb / 1000:g} GB a node are asked for, a node of {where} has at most "
+            f"{most / 1000:g}"
+        )
+    if limit_min > (longest := max(kind.limit_min for kind in kinds)):
+        found.append(
+            f"a time limit of {limit_min} min is asked for, the longest of {where} is {longest:g} "
+            f"min; an attempt that reaches its limit is resumed by the next, so a shorter limit is "
+            f"enough"
+        )
+    return found
+
+
+def gpus_of(gres: str) -> dict[str, int]:
+    """``gpu:a100:4(S:0-1),lustre:1`` → ``{"a100": 4}``; the type is "" where none is named."""
+    found: dict[str, int] = {}
+    for name, count in re.findall(r"(?:^|,)gpu:(?:([A-Za-z][^:,(]*):)?(\d+)", gres):
+        found[name] = found.get(name, 0) + int(count)
+    return found

@@ -7,8 +7,7 @@ import pytest
 from roma_core.job import JobFolder
 from roma_pipelines.launching.launcher import Rejected, Unreachable
 from roma_pipelines.launching.slurm.cluster import Answer, minutes
-from roma_pipelines.launching.slurm.launcher import SlurmLauncher
-from roma_pipelines.launching.slurm.preflight import gpus_of
+from roma_pipelines.launching.slurm.launcher import SlurmLauncher, gpus_of
 from roma_pipelines.launching.supervisor import supervise
 
 CONFIG = {"base_lr": 0.001}
