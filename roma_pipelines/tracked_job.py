@@ -124,7 +124,7 @@ def run_tracked_job(
     except JobFailed as error:
         run.forward_metrics()
         run.end("KILLED" if error.outcome.status == "cancelled" else "FAILED")
-        facts = _attempts_metadata(error.outcome) | usage(error.outcome, spec, launcher.price)
+        facts = _attempts_metadata(error.outcome) | usage(error.outcome, spec, launcher.profile)
         raise dg.Failure(description=str(error), metadata=facts, allow_retries=False) from error
     except Rejected as error:
         run.end("FAILED")
@@ -138,7 +138,7 @@ def run_tracked_job(
     for file in (folder.config, folder.result):
         run.client.log_artifact(run.run_id, str(file))
     run.end("FINISHED")
-    used = usage(outcome, spec, launcher.price)
+    used = usage(outcome, spec, launcher.profile)
     return TrackedJob(outcome, used, folder, outcome.result, run.run_id, run.client)
 
 

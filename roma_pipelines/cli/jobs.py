@@ -150,21 +150,28 @@ def _supervise(
     from roma_pipelines.launching.spec import JobFailed
     from roma_pipelines.launching.supervisor import supervise
 
-    console = _Console(folder)
+    log, announced, reason = _Log(folder), False, ""
+
+    def announce(note: str = "") -> None:  # once; a rejected job has no folder
+        nonlocal announced
+        if not announced and folder.attempt_numbers():
+            announced = True
+            click.echo(f"job {spec.key} in {folder.path}", err=True)
+
+    def show(state: JobState) -> None:
+        nonlocal reason
+        announce()
+        log.print()
+        if not state.ended and state.phase != "running" and state.reason != reason:
+            reason = state.reason
+            click.echo(f"{state.phase}: {reason}", err=True)
+
+    holder = {"asset_key": spec.command[3] if len(spec.command) > 3 else "?"}
+    hooks: dict[str, Any] = {"on_poll": show, "on_note": announce, "max_attempts": max_attempts}
     try:
-        outcome = supervise(
-            launcher,
-            folder,
-            spec,
-            config,
-            holder={"asset_key": spec.command[3] if len(spec.command) > 3 else "?"},
-            on_poll=console.update,
-            on_note=lambda note: console.announce(),
-            max_attempts=max_attempts,
-        )
+        outcome = supervise(launcher, folder, spec, config, holder=holder, **hooks)
     except JobFailed as error:
-        console.print_log()
-        # its log is printed already
+        log.print()  # all of it; the message repeats its end
         raise click.ClickException("\n".join(str(error).splitlines()[:2])) from error
     except KeyboardInterrupt:
         if not folder.attempt_numbers():  # not even an intent: the preflight was not over
@@ -176,49 +183,29 @@ def _supervise(
             f"the job is still running; supervise it again with `roma-pipeline launch --job "
             f"{spec.key}`, or cancel it with `roma-pipeline jobs cancel {spec.key}`"
         ) from None
-    console.print_log()
+    log.print()
     click.echo(f"job {spec.key} completed in {len(outcome.attempts)} attempt(s)", err=True)
 
 
-class _Console:
-    """Prints the job's folder once it has one, its log as it grows, and why it does not run."""
+class _Log:
+    """Prints the log of one attempt, or of the newest ones, as it grows."""
 
-    def __init__(self, folder: JobFolder) -> None:
-        self.folder = folder
-        self.attempt, self.offset, self.reason = 0, 0, ""
-        self.announced = False
+    def __init__(self, folder: JobFolder, attempt: int | None = None) -> None:
+        self.folder, self.follows = folder, attempt is None
+        self.attempt, self.offset = attempt or max(folder.attempt_numbers(), default=0), 0
 
-    def announce(self) -> None:
-        """Print the folder, once; a rejected job has none."""
-        if not self.announced and self.folder.attempt_numbers():
-            self.announced = True
-            click.echo(f"job {self.folder.path.name} in {self.folder.path}", err=True)
-
-    def update(self, state: JobState) -> None:
-        self.announce()
-        self.print_log()
-        if not state.ended and state.phase != "running" and state.reason != self.reason:
-            self.reason = state.reason
-            click.echo(f"{state.phase}: {state.reason}", err=True)
-
-    def print_log(self) -> None:
-        newest = max(self.folder.attempt_numbers(), default=0)
-        if newest > self.attempt:
-            self.attempt, self.offset = newest, 0
-        if self.attempt:
-            log = self.folder.attempt(self.attempt).log
-            self.offset = _print_from(log, self.offset)
-
-
-def _print_from(log: Path, offset: int) -> int:
-    """Print a log from this byte on, if there is one; returns the new offset."""
-    if not log.exists():
-        return offset
-    with log.open("rb") as file:
-        file.seek(offset)
-        content = file.read()
-    click.echo(content.decode(errors="replace"), nl=False)
-    return offset + len(content)
+    def print(self) -> None:
+        numbers = self.folder.attempt_numbers() if self.follows else []
+        for n in (self.attempt, *(n for n in numbers if n > self.attempt)):
+            if n != self.attempt:
+                self.attempt, self.offset = n, 0
+            log = self.folder.attempt(n).log
+            if log.exists():
+                with log.open("rb") as file:
+                    file.seek(self.offset)
+                    content = file.read()
+                self.offset += len(content)
+                click.echo(content.decode(errors="replace"), nl=False)
 
 
 @click.group()
@@ -298,22 +285,17 @@ def logs(key: str, follow: bool, attempt: int | None) -> None:
     known = [record.attempt for record in job.records]
     if attempt is not None and attempt not in known:
         raise click.ClickException(f"there is no attempt {attempt}; there are {known}")
-    n, offset = attempt or (known[-1] if known else 1), 0
-    while True:
-        over = job is None or not (job.is_unfinished and (job.open_attempt or job.supervised))
-        if job:
-            offset = _print_from(job.folder.attempt(n).log, offset)
-        newest = job.records[-1].attempt if job and job.records else n
-        if attempt is None and newest > n:
-            n, offset = newest, 0
-            continue
-        if not follow or over:
+    log = _Log(job.folder, attempt)
+    while job is not None:
+        running = job.is_unfinished and (job.open_attempt or job.supervised)
+        log.print()
+        if not follow or not running:
             return
         try:
             time.sleep(_FOLLOW_EVERY_S)
         except KeyboardInterrupt:  # stop following; the job runs on
             return
-        job = read_job(job.folder.path) if job else None
+        job = read_job(job.folder.path)
 
 
 @jobs.command()

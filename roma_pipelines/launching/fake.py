@@ -8,7 +8,7 @@ real: each step writes there what a training would.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from roma_core.job import Attempt, Exit, JobFolder, Result
 from roma_pipelines.launching.launcher import PLANNED_FOLDER, process_variables, program, render
@@ -19,7 +19,6 @@ Step = Callable[[JobFolder, Attempt, JobSpec], JobState]
 
 
 def waiting(reason: str = "Resources") -> Step:
-    """In the queue."""
     return lambda folder, attempt, spec: JobState(Phase.WAITING, reason)
 
 
@@ -38,7 +37,6 @@ def running(step: int | None = None, save: bool = False) -> Step:
 
 
 def unreachable(reason: str = "no answer") -> Step:
-    """The target does not answer."""
     return lambda folder, attempt, spec: JobState(Phase.UNKNOWN, reason)
 
 
@@ -48,13 +46,10 @@ def completed(world_size: int | None = None, metrics: Mapping[str, float] | None
     def play(folder: JobFolder, attempt: Attempt, spec: JobSpec) -> JobState:
         attempt.path.mkdir(parents=True, exist_ok=True)
         attempt.write_exit(Exit(status="completed"))
+        world, values = world_size or spec.world_size, dict(metrics or {})
         folder.write_result(
             Result(
-                job_key=spec.key,
-                attempt=attempt.n,
-                world_size=world_size or spec.world_size,
-                metrics=dict(metrics or {}),
-                wall_s=0.0,
+                job_key=spec.key, attempt=attempt.n, world_size=world, metrics=values, wall_s=0.0
             )
         )
         return JobState(Phase.ENDED_OK)
@@ -76,22 +71,16 @@ def ended(phase: Phase, reason: str = "", report: Exit | None = None) -> Step:
 
 @dataclass
 class _Simulated:
-    """An attempt that was submitted."""
-
     id: str
     steps: list[Step]
-    state: JobState = field(default_factory=lambda: JobState(Phase.WAITING))
+    state: JobState
 
 
 class FakeLauncher:
-    """Simulates attempts in memory.
-
-    Attributes:
-        submitted: (folder, attempt) of every submission, in order.
-    """
+    """Simulates attempts in memory; ``submitted`` is (folder, attempt) of every submission."""
 
     backend = "fake"
-    price = None
+    profile = None
     fs_lag_s = 0.0
 
     def __init__(self, *scripts: Sequence[Step], rejects: Sequence[str] = ()) -> None:
@@ -117,7 +106,7 @@ class FakeLauncher:
         self.submitted.append(_id(plan))
         script = self._scripts[min(plan.attempt, len(self._scripts)) - 1]
         # a second submission changes nothing: the job's own claim would let only the first run
-        job = _Simulated(str(len(self.submitted)), list(script))
+        job = _Simulated(str(len(self.submitted)), list(script), JobState(Phase.WAITING))
         return JobHandle(plan, {"id": self._jobs.setdefault(_id(plan), job).id})
 
     def find(self, plan: Plan) -> JobHandle | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from roma_core.files import read_json
 from roma_core.job import JobFolder
-from roma_pipelines.launching.launcher import Launcher, Price
+from roma_pipelines.launching.launcher import ClusterProfile, Launcher
 from roma_pipelines.launching.outcome import newest_checkpoint, read_records
 from roma_pipelines.launching.spec import AttemptRecord, JobSpec, Outcome
 from roma_pipelines.launching.supervisor import Supervisor, is_held, request_cancel
@@ -162,7 +162,7 @@ def cancel(
     raise RuntimeError(f"job {job.key} has not ended {wait_s:g} s after its supervisor was asked")
 
 
-def usage(outcome: Outcome, spec: JobSpec, price: Price | None) -> dict[str, Any]:
+def usage(outcome: Outcome, spec: JobSpec, profile: ClusterProfile | None) -> dict[str, Any]:
     """Plain values to show on the asset of a completed job.
 
     ``ran_s`` and ``queued_s`` are sums over all attempts; ``lost_s`` is time of attempts that
@@ -181,8 +181,8 @@ def usage(outcome: Outcome, spec: JobSpec, price: Price | None) -> dict[str, Any
     if spec.gpus_per_node:
         gpu_hours = ran_s / 3600 * spec.nodes * spec.gpus_per_node
         facts["gpu_hours"] = round(gpu_hours, 4)
-        if price is not None:
-            facts["cost"] = f"{gpu_hours * price.per_gpu_hour:.2f} {price.currency}"
+        if profile is not None and (rate := profile.price_per_gpu_hour) is not None:
+            facts["cost"] = f"{gpu_hours * rate:.2f} {profile.currency}"
     trained_s = outcome.result.facts.get("training_s") if outcome.result else None
     if isinstance(trained_s, int | float) and ran_s > 0:
         facts["lost_s"] = round(max(0.0, ran_s - trained_s), 1)

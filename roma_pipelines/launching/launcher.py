@@ -9,7 +9,7 @@ import sysconfig
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import Annotated, ClassVar, Literal, Protocol, Self
 
 import yaml
 from pydantic import Field, StringConstraints, ValidationError
@@ -36,27 +36,20 @@ class Rejected(ValueError):
         super().__init__("the job was refused before it was queued:\n- " + "\n- ".join(reasons))
 
 
-class Price(NamedTuple):
-    """Price of a target."""
-
-    per_gpu_hour: float
-    currency: str
-
-
 class Launcher(Protocol):
     """Runs attempts of a job on one target: plan, preflight, submit, then watch or cancel.
 
     Attributes:
         backend: kind of the target: ``local``, ``slurm``, …
         fs_lag_s: seconds until files that an attempt wrote are certainly visible here.
-        price: None where its profile names none.
+        profile: of the cluster, if the target is one.
     """
 
     backend: str
     fs_lag_s: float
 
     @property
-    def price(self) -> Price | None: ...
+    def profile(self) -> ClusterProfile | None: ...
 
     def plan(self, spec: JobSpec, folder: JobFolder = PLANNED_FOLDER, attempt: int = 1) -> Plan:
         """One attempt as it would be submitted; pure.
@@ -261,11 +254,6 @@ class ClusterProfile(Frozen):
     )
     price_per_gpu_hour: float | None = Field(None, ge=0, description="For the cost on the asset.")
     currency: str = Field("EUR", description="Currency of the price.")
-
-    @property
-    def price(self) -> Price | None:
-        rate = self.price_per_gpu_hour
-        return None if rate is None else Price(rate, self.currency)
 
     @classmethod
     def load(cls, name: str | None = None, settings: RomaSettings | None = None) -> Self:

@@ -49,17 +49,15 @@ class LocalLauncher:
     """Runs attempts as processes of this computer."""
 
     backend = "local"
-    price = None
+    profile = None
     fs_lag_s = 0.0
 
     def __init__(self, python: str = sys.executable, grace_s: float = 30.0) -> None:
         """
         Args:
-            python: the interpreter that runs the job.
             grace_s: seconds between SIGTERM and SIGKILL; a checkpoint should fit in.
         """
-        self.python = python
-        self.grace_s = grace_s
+        self.python, self.grace_s = python, grace_s
 
     def plan(self, spec: JobSpec, folder: JobFolder = PLANNED_FOLDER, attempt: int = 1) -> Plan:
         if spec.nodes != 1:
@@ -77,7 +75,9 @@ class LocalLauncher:
         return []  # whatever is wrong shows at the start, which is at once
 
     def submit(self, plan: Plan, environment: Mapping[str, str]) -> JobHandle:
-        port = f"--master-port={_free_port()}"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = f"--master-port={probe.getsockname()[1]}"
         argv = [port if word == f"--master-port={_FREE_PORT}" else word for word in plan.content]
         log = plan.files.log
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -104,10 +104,14 @@ class LocalLauncher:
 
     def find(self, plan: Plan) -> JobHandle | None:
         owner = plan.files.owner
-        if not owner.exists():
-            starting = self._starting(plan)
-            if starting is not None or not owner.exists():  # it may have claimed meanwhile
-                return starting
+        if not owner.exists():  # a process may have been started that has not claimed it yet
+            mark = claimed(plan.folder, plan.attempt, "", [])[1:5]
+            for process in psutil.process_iter(["cmdline"]):
+                start = process_start(process.pid)
+                if (process.info["cmdline"] or [])[1:5] == mark and start is not None:
+                    return JobHandle(plan, {"pid": process.pid, "start": start})
+            if not owner.exists():  # else it has claimed meanwhile
+                return None
         document = read_json(owner, schema_version=1)
         return JobHandle(plan, {"pid": document["pid"], "start": document["start"]})
 
@@ -146,28 +150,18 @@ class LocalLauncher:
                 f"survive SIGKILL; they may wait for a disk or a device: look at them with ps"
             )
 
-    def _starting(self, plan: Plan) -> JobHandle | None:
-        """A process that was started for this attempt and has not claimed it yet."""
-        mark = claimed(plan.folder, plan.attempt, "", [])[1:5]
-        for process in psutil.process_iter(["cmdline"]):
-            start = process_start(process.pid)
-            if (process.info["cmdline"] or [])[1:5] == mark and start is not None:
-                return JobHandle(plan, {"pid": process.pid, "start": start})
-        return None
-
     def _processes(self, handle: JobHandle) -> list[psutil.Process]:
         """All living processes of the attempt, in any session."""
         mark = _mark(handle.plan).items()
         pid, start = handle.external["pid"], handle.external["start"]
-        found = []
-        for process in psutil.process_iter(["environ", "status"]):
+
+        def belongs(process: psutil.Process) -> bool:
             if process.pid == os.getpid() or process.info["status"] == psutil.STATUS_ZOMBIE:
-                continue
-            if (process.pid == pid and process_start(pid) == start) or mark <= (
-                process.info["environ"] or {}
-            ).items():
-                found.append(process)
-        return found
+                return False
+            first = process.pid == pid and process_start(pid) == start
+            return first or mark <= (process.info["environ"] or {}).items()
+
+        return list(filter(belongs, psutil.process_iter(["environ", "status"])))
 
     def _signal(self, handle: JobHandle, number: signal.Signals) -> None:
         for process in self._processes(handle):
@@ -189,12 +183,6 @@ class LocalLauncher:
 
 def _mark(plan: Plan) -> dict[str, str]:
     return {FOLDER_VARIABLE: str(plan.folder.path), ATTEMPT_VARIABLE: str(plan.attempt)}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def gpus_here() -> int | None:

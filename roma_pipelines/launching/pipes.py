@@ -25,17 +25,12 @@ from roma_pipelines.launching.supervisor import Leave, supervise
 
 
 class MessageReader:
-    """Reads a job's ``messages.jsonl`` while it grows, from where the last reader stopped.
-
-    Attributes:
-        offset: bytes of the file that were read, whole lines only.
-        skipped: how many lines were not JSON objects.
-    """
+    """Reads a job's ``messages.jsonl`` while it grows, from where the last reader stopped."""
 
     def __init__(self, folder: JobFolder) -> None:
         self.path, self.saved = folder.messages, folder.messages_offset
-        self.skipped = 0
-        try:
+        self.skipped = 0  # lines that were not JSON objects
+        try:  # bytes of the file that were read, whole lines only
             self.offset = int(read_json(self.saved, schema_version=1)["offset"])
         except (FileNotFoundError, ValueError, KeyError):
             self.offset = 0
@@ -105,7 +100,7 @@ class JobMessageReader(dg.PipesMessageReader):
             yield {PipesDefaultMessageWriter.FILE_PATH_KEY: str(self.folder.messages.resolve())}
         finally:
             self.pump()
-            if self._progress is not None:
+            if self._progress:
                 self._observe(self._progress)
             if self._opened:
                 handler.handle_message(self._closed)
@@ -115,24 +110,19 @@ class JobMessageReader(dg.PipesMessageReader):
         return 1  # rank 0 alone; the base class returns the same, with a deprecation warning
 
     def no_messages_debug_text(self) -> str:
-        return (
-            f"The job should append to {self.folder.messages}; its log is in an attempt's folder."
-        )
+        return f"The job should append to {self.folder.messages}; see the log of its attempts."
 
     def pump(self) -> None:
         """Pass on what was written since the last call."""
         before = self.messages.offset
         for message in self.messages.read():
             self._pass_on(message)
-        if self.messages.skipped > self._skipped:
-            self._skipped = self.messages.skipped
-            self.context.log.warning(
-                f"{self._skipped} line(s) of {self.folder.messages} are not messages"
-            )
+        if (skipped := self.messages.skipped) > self._skipped:
+            self._skipped = skipped
+            self.context.log.warning(f"{skipped} line(s) of {self.messages.path} are not messages")
         if self.messages.offset != before:
             self.messages.save()
-        due = time.monotonic() - self._observed_at >= self.observe_every_s
-        if self._progress is not None and due:
+        if time.monotonic() - self._observed_at >= self.observe_every_s and self._progress:
             self._observe(self._progress)
 
     def show(self, state: JobState) -> None:
@@ -152,14 +142,12 @@ class JobMessageReader(dg.PipesMessageReader):
         elif method == "closed" and isinstance(params, dict):
             self._closed = {**message, "params": params}  # that of the last attempt is used
         elif method == "log":
-            level = str(params.get("level", "info")).lower()
-            self.context.log.log(
-                level if level in _LEVELS else "info", str(params.get("message", ""))
-            )
+            level = str(params.get("level")).lower()
+            level = level if level in _LEVELS else "info"
+            self.context.log.log(level, str(params.get("message", "")))
         elif isinstance(payload, dict) and payload.get("kind") == "progress":
-            first = self._progress is None and self._observed_at == -math.inf
             self._progress = payload
-            if first:
+            if self._observed_at == -math.inf:  # the first
                 self._observe(payload)
         elif str(method) not in self._ignored:
             self._ignored.add(str(method))
@@ -168,26 +156,22 @@ class JobMessageReader(dg.PipesMessageReader):
     def _open(self) -> None:
         if not self._opened:
             self._opened = True
-            self._handler.handle_message(
-                {"method": "opened", "params": {"extras": {}}}  # type: ignore[typeddict-item]
-            )
+            opened: Any = {"method": "opened", "params": {"extras": {}}}
+            self._handler.handle_message(opened)
 
     def _observe(self, progress: Mapping[str, Any]) -> None:
         self._progress, self._observed_at = None, time.monotonic()
-        self._log_observation(
-            {k: _shown(v) for k, v in progress.items() if k != "kind" and v is not None}
-        )
+        shown = {k: v for k, v in progress.items() if k != "kind" and v is not None}
+        for name, value in shown.items():  # NaN and infinity are not valid JSON
+            if isinstance(value, float) and not math.isfinite(value):
+                shown[name] = str(value)
+        self._log_observation(shown)
 
     def _log_observation(self, shown: dict[str, Any]) -> None:
         partition = self.context.partition_key if self.context.has_partition_key else None
         self.context.log_event(
             dg.AssetObservation(self.context.asset_key, metadata=shown, partition=partition)
         )
-
-
-def _shown(value: Any) -> Any:
-    """NaN and infinity are not valid JSON, so the event log gets them as text."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def key_for(context: dg.AssetExecutionContext) -> str:
@@ -230,8 +214,6 @@ def run_job(
     """Run a job to its end inside an asset, which then returns its own MaterializeResult.
 
     Args:
-        config: the resolved configuration, JSON; ``spec.config_digest`` is its digest.
-        environment: further variables of the job, with their values.
         observe_every_s: progress is observed at most this often; the first and the last always.
         on_accepted: called once, when the target has accepted the job; its error cancels the job.
         options: of ``Supervisor``: poll_every_s, heartbeat_timeout_s, max_attempts.
@@ -239,7 +221,7 @@ def run_job(
     Raises:
         JobFailed: it failed or was cancelled; the message has the reason and the end of the log.
     """
-    asset_key = context.asset_key.to_user_string()
+    holder = {"dagster_run_id": context.run_id, "asset_key": context.asset_key.to_user_string()}
     reader = JobMessageReader(context, folder, observe_every_s)
     accepted, error_of_on_accepted = False, None
 
@@ -255,9 +237,8 @@ def run_job(
         reader.show(state)
 
     def leave(error: BaseException) -> Leave:
-        if error is error_of_on_accepted:
-            return "cancel"
-        return on_interrupt(context.instance, context.run)
+        cancels = error is error_of_on_accepted
+        return "cancel" if cancels else on_interrupt(context.instance, context.run)
 
     with dg.open_pipes_session(context, dg.PipesEnvContextInjector(), reader) as session:
         return supervise(
@@ -266,7 +247,7 @@ def run_job(
             spec,
             config,
             environment={**session.get_bootstrap_env_vars(), **(environment or {})},
-            holder={"dagster_run_id": context.run_id, "asset_key": asset_key},
+            holder=holder,
             on_poll=on_poll,
             on_note=context.log.info,
             on_interrupt=leave,

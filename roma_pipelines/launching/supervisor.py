@@ -13,6 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal, TypeVar
 
 from roma_core.claim import is_running, process_start
@@ -101,46 +102,32 @@ class _Cancelled(Exception):
     """The cancel request came while no attempt ran; the text is the reason."""
 
 
+@dataclass(repr=False, eq=False)  # its environment may hold secrets
 class Supervisor:
     """One job, from its intent to its outcome."""
 
-    def __init__(
-        self,
-        launcher: Launcher,
-        folder: JobFolder,
-        spec: JobSpec,
-        config: Any,
-        *,
-        environment: Mapping[str, str] | None = None,
-        holder: Mapping[str, Any] | None = None,
-        on_poll: Callable[[JobState], None] = lambda state: None,
-        on_note: Callable[[str], None] = lambda note: None,
-        on_interrupt: Callable[[BaseException], Leave] = lambda error: "detach",
-        poll_every_s: float = 0.5,
-        heartbeat_timeout_s: float | None = 600.0,
-        max_attempts: int = 20,
-        fault_point: Callable[[str], None] = lambda name: None,
-    ) -> None:
-        """
-        Args:
-            config: the resolved configuration, JSON; ``spec.config_digest`` is its digest.
-            environment: variables for a submission, with values; never written anywhere.
-            holder: facts for ``lease.json``.
-            on_poll: called with every state, once more at the end.
-            on_note: called with every event, as text.
-            on_interrupt: called when an exception ends the watch; decides whether the job runs on.
-            heartbeat_timeout_s: an attempt whose heartbeat does not change for so long, counted
-                from its first one, is hung; None: never.
-            max_attempts: how many attempts in a row may end with "continue".
-            fault_point: called at every one of FAULT_POINTS; tests raise there.
-        """
-        self.launcher, self.spec, self.config = launcher, spec, config
-        self.folder = JobFolder(folder.path.resolve())
-        self.environment = dict(environment or {})
-        self.lease = Lease(self.folder, holder or {})
-        self.on_poll, self.on_note, self.on_interrupt = on_poll, on_note, on_interrupt
-        self.poll_every_s, self.heartbeat_timeout_s = poll_every_s, heartbeat_timeout_s
-        self.max_attempts, self.fault_point = max_attempts, fault_point
+    launcher: Launcher
+    folder: JobFolder
+    spec: JobSpec
+    config: Any  # the resolved configuration, JSON; spec.config_digest is its digest
+    _: KW_ONLY
+    environment: Mapping[str, str] = field(default_factory=dict)  # of a submission; never written
+    holder: Mapping[str, Any] = field(default_factory=dict)  # facts for lease.json
+    on_poll: Callable[[JobState], None] = lambda state: (
+        None
+    )  # with every state, once more at the end
+    on_note: Callable[[str], None] = lambda note: None  # with every event, as text
+    # with the exception that ends the watch; decides whether the job runs on
+    on_interrupt: Callable[[BaseException], Leave] = lambda error: "detach"
+    poll_every_s: float = 0.5
+    # without a new heartbeat for so long since the last one, an attempt is hung; None: never
+    heartbeat_timeout_s: float | None = 600.0
+    max_attempts: int = 20  # that may end with "continue" in a row
+    fault_point: Callable[[str], None] = lambda name: None  # at all FAULT_POINTS; tests raise there
+
+    def __post_init__(self) -> None:
+        self.folder = JobFolder(self.folder.path.resolve())
+        self.lease = Lease(self.folder, self.holder)
 
     def run(self) -> Outcome:
         """The job's outcome, after waiting for it.

@@ -26,12 +26,7 @@ _FIRST_ANSWER_S = 10.0
 
 
 class ApiError(RuntimeError):
-    """The API server rejected a request.
-
-    Attributes:
-        code: HTTP status.
-        reasons: every cause that it named.
-    """
+    """The API server rejected a request: HTTP status, and every cause that it named."""
 
     def __init__(self, code: int, reasons: list[str]) -> None:
         self.code, self.reasons = code, reasons
@@ -41,10 +36,8 @@ class ApiError(RuntimeError):
 class Client:
     """A namespace, accessed with one account; threads may share it.
 
-    Attributes:
-        jobs: the informer of our Jobs, by uid.
-        pods: of their pods, by the Job's uid.
-        warnings: of Warning events, by the uid of the object they are about.
+    It has informers of our Jobs (by uid), of their pods (by the Job's uid), and of Warning events
+    (by the uid of the object they are about).
     """
 
     def __init__(
@@ -128,8 +121,16 @@ class Client:
 
     def warnings_about(self, objects: list[Object]) -> list[Object]:
         """Warning events of these objects, the oldest first."""
+
+        def time_of(
+            event: Object,
+        ) -> str:  # schedulers fill one field, controllers and kubelets others
+            times = [(event.get("series") or {}).get("lastObservedTime")]
+            times += [event.get("lastTimestamp"), event.get("eventTime")]
+            return next(filter(None, times), event["metadata"].get("creationTimestamp", ""))
+
         found = [w for there in objects for w in self.warnings.present(there["metadata"]["uid"])]
-        return sorted(found, key=_time_of)
+        return sorted(found, key=time_of)
 
     def _answer(
         self, method: str, path: str, query: Mapping[str, Any], body: Any, read_s: float
@@ -138,15 +139,16 @@ class Client:
         from urllib3.exceptions import HTTPError
 
         for first in (True, False):
+            with self._lock:
+                if self._api_client is None or time.monotonic() - self._made_at > _RENEW_S:
+                    self._api_client, self._made_at = self._configured(), time.monotonic()
+                api = self._api_client
             try:
-                return self._api().call_api(
+                return api.call_api(
                     path,
                     method,
                     query_params=list(query.items()),
-                    header_params={
-                        "Accept": "application/json",
-                        "Content-Type": "application/json",
-                    },
+                    header_params=dict.fromkeys(("Accept", "Content-Type"), "application/json"),
                     body=body,
                     auth_settings=["BearerToken"],
                     _preload_content=False,
@@ -165,12 +167,6 @@ class Client:
             with self._lock:
                 self._api_client = None
         raise AssertionError("the second try returns or raises")
-
-    def _api(self) -> Any:
-        with self._lock:
-            if self._api_client is None or time.monotonic() - self._made_at > _RENEW_S:
-                self._api_client, self._made_at = self._configured(), time.monotonic()
-            return self._api_client
 
     def _configured(self) -> Any:
         from kubernetes import client, config
@@ -228,13 +224,6 @@ def _raise(error: Any) -> NoReturn:
     raise ApiError(error.status, reasons) from error
 
 
-def _time_of(event: Object) -> str:
-    """Time of an event: schedulers fill one field, controllers and kubelets another."""
-    series = event.get("series") or {}
-    times = (series.get("lastObservedTime"), event.get("lastTimestamp"), event.get("eventTime"))
-    return next((t for t in times if t), event["metadata"].get("creationTimestamp", ""))
-
-
 # -- objects kept up to date ---------------------------------------------------------------------
 
 _IDLE_S = 120.0  # an informer that was not read for so long stops
@@ -253,10 +242,6 @@ class Informer:
     again and keeps what vanished meanwhile among the deleted objects. (The official client's
     ``Watch`` builds a model of every event, which takes 20 times as long as its JSON, and without
     models it cannot read a 410.)
-
-    Attributes:
-        error: why the state is not current; empty while it is.
-        synced: set once there was an answer.
     """
 
     def __init__(
@@ -272,7 +257,8 @@ class Informer:
         """
         self.client, self.path, self.query = client, client.path(resource), query
         self.group_of = group_of
-        self.error, self.synced = "", threading.Event()
+        self.error = ""  # why the state is not current; empty while it is
+        self.synced = threading.Event()  # set once there was an answer
         self._present: dict[str, dict[str, Object]] = {}  # group -> uid -> object
         self._deleted: dict[str, dict[str, tuple[float, Object]]] = {}
         self._lock = threading.Lock()

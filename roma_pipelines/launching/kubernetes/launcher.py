@@ -45,7 +45,6 @@ from roma_pipelines.launching.kubernetes.states import (
 )
 from roma_pipelines.launching.launcher import (
     PLANNED_FOLDER,
-    Price,
     Rejected,
     Unreachable,
     check_writable,
@@ -90,20 +89,28 @@ class KubernetesLauncher:
         profile = self.profile
         return shared_client(profile.kubeconfig, profile.context, profile.namespace)
 
-    @property
-    def price(self) -> Price | None:
-        rate = self.profile.price_per_gpu_hour
-        return None if rate is None else Price(rate, self.profile.currency)
-
     def plan(self, spec: JobSpec, folder: JobFolder = PLANNED_FOLDER, attempt: int = 1) -> Plan:
         documents = manifests(spec, self.profile, folder.path, attempt)
         return Plan(spec, folder, attempt, as_text(documents, spec), documents)
 
     def preflight(self, plan: Plan) -> list[str]:
-        found = [
-            *_check_folder(plan.folder, self.profile),
-            *_check_secrets(plan.spec, self.profile),
-        ]
+        root, profile = plan.folder.path.resolve().parent, self.profile
+        if profile.holds(root):
+            found = check_writable(root)
+        else:
+            mounts = ", ".join(v.mount for v in profile.volumes if not v.read_only) or "none"
+            found = [
+                f"{root} is in no writable volume of the profile {profile.name} (there: {mounts}), so "
+                f"pods would not see the job folder; set ROMA_STORAGE_ROOT to a folder in one of "
+                f"them, or add its volume to `volumes`"
+            ]
+        secret = [n for n in plan.spec.env_names if _SECRET.search(n) and os.environ.get(n)]
+        for name in secret if not profile.secrets else []:  # their content may not be readable here
+            found.append(
+                f"{name} is set here, and manifests hold no secrets; put it into a Secret of the "
+                f"namespace {profile.namespace} and name that under `secrets` of the profile "
+                f"{profile.name}, or unset it"
+            )
         try:
             for manifest in plan.content:
                 found += _check_manifest(manifest, self.client)
@@ -144,12 +151,9 @@ class KubernetesLauncher:
         if job is None:
             return None
         if not labels(plan.spec, plan.attempt).items() <= job["metadata"].get("labels", {}).items():
-            raise Rejected(
-                [
-                    f"the Job {plan.name} in {self.profile.namespace} belongs to something else "
-                    f"(its labels are not this job's); delete it"
-                ]
-            )
+            where = f"the Job {plan.name} in {self.profile.namespace}"
+            why = f"{where} belongs to something else (its labels are not this job's); delete it"
+            raise Rejected([why])
         if job["metadata"].get("deletionTimestamp"):
             raise Unreachable(f"Job {plan.name} is still being deleted")
         return self._handle(plan, job["metadata"]["uid"])
@@ -157,16 +161,21 @@ class KubernetesLauncher:
     def watch(self, handle: JobHandle) -> JobState:
         if reason := self.client.sync():
             return JobState(Phase.UNKNOWN, reason)
-        snapshot = self._snapshot(handle)
-        if snapshot is None:
+        uid = handle.external["uid"]
+        job = next(iter(self.client.jobs.present(uid)), None)
+        if job is None:
             return self._missing(handle)
-        watched = self._watched[handle.external["uid"]]
+        deleted = self.client.pods.deleted(uid)
+        pods = [*self.client.pods.present(uid), *deleted]
+        uids = frozenset(pod["metadata"]["uid"] for pod in deleted)
+        snapshot = Snapshot(job, pods, uids, self.client.warnings_about([job, *pods]))
+        watched = self._watched[uid]
         watched.exists = True
         if not watched.has_service:  # the submitter may have died before it created the Service
             with contextlib.suppress(ApiError):  # its pods report that a host name is missing
                 self._create_service(handle)
         now = time.monotonic()
-        if is_ending(snapshot.job) and watched.ending_since is None:
+        if is_ending(job) and watched.ending_since is None:
             watched.ending_since = now
         state = state_of(snapshot, now - (watched.ending_since or now))
         if state.phase is Phase.WAITING:
@@ -226,11 +235,7 @@ class KubernetesLauncher:
                 raise Unreachable(f"Kubernetes: {error}") from error
 
     def _create_service(self, handle: JobHandle) -> None:
-        """Create the Service of a job of several nodes, owned by the Job.
-
-        Raises:
-            ApiError: the server rejects it.
-        """
+        """Create the Service of a job of several nodes, owned by the Job; raises ApiError."""
         name, uid = handle.external["name"], handle.external["uid"]
         owner = {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": uid}
         for service in handle.plan.content[1:]:
@@ -243,16 +248,6 @@ class KubernetesLauncher:
             except Unreachable:
                 return  # the next poll tries again
         self._watched[uid].has_service = True
-
-    def _snapshot(self, handle: JobHandle) -> Snapshot | None:
-        client, uid = self.client, handle.external["uid"]
-        job = next(iter(client.jobs.present(uid)), None)
-        if job is None:
-            return None
-        deleted = client.pods.deleted(uid)
-        pods = [*client.pods.present(uid), *deleted]
-        uids = frozenset(pod["metadata"]["uid"] for pod in deleted)
-        return Snapshot(job, pods, uids, client.warnings_about([job, *pods]))
 
     # -- states ------------------------------------------------------------------------------
 
@@ -311,31 +306,6 @@ class KubernetesLauncher:
 # -- preflight, and secrets ----------------------------------------------------------------------
 
 
-def _check_folder(folder: JobFolder, profile: KubernetesProfile) -> list[str]:
-    """Whether jobs can be written here, and pods would see what is written."""
-    root = folder.path.resolve().parent
-    if not profile.holds(root):
-        mounts = ", ".join(v.mount for v in profile.volumes if not v.read_only) or "none"
-        return [
-            f"{root} is in no writable volume of the profile {profile.name} (there: {mounts}), so "
-            f"pods would not see the job folder; set ROMA_STORAGE_ROOT to a folder in one of them, "
-            f"or add its volume to `volumes`"
-        ]
-    return check_writable(root)
-
-
-def _check_secrets(spec: JobSpec, profile: KubernetesProfile) -> list[str]:
-    """Secrets that are set here and would not reach the pods."""
-    if profile.secrets:
-        return []  # their content may not be readable from here
-    return [
-        f"{name} is set here, and manifests hold no secrets; put it into a Secret of the namespace "
-        f"{profile.namespace} and name that under `secrets` of the profile {profile.name}, or unset it"
-        for name in spec.env_names
-        if _SECRET.search(name) and os.environ.get(name)
-    ]
-
-
 def _check_manifest(manifest: Manifest, client: Client) -> list[str]:
     """What the API server finds in a dry run with strict fields, which creates nothing.
 
@@ -362,12 +332,12 @@ def _without_secrets(variables: Mapping[str, str]) -> dict[str, str]:
         Rejected: a value contains a password.
     """
     plain = {name: value for name, value in variables.items() if not _SECRET.search(name)}
-    if wrong := [name for name, value in plain.items() if _URL_WITH_PASSWORD.search(value)]:
-        raise Rejected(
-            [
-                f"{name} holds a password, and manifests hold no secrets; put user and password into "
-                f"a Secret that the profile names (MLFLOW_TRACKING_USERNAME, …_PASSWORD)"
-                for name in wrong
-            ]
-        )
+    wrong = [
+        f"{name} holds a password, and manifests hold no secrets; put user and password into a Secret "
+        f"that the profile names (MLFLOW_TRACKING_USERNAME, …_PASSWORD)"
+        for name, value in plain.items()
+        if _URL_WITH_PASSWORD.search(value)
+    ]
+    if wrong:
+        raise Rejected(wrong)
     return plain

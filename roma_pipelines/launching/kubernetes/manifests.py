@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from roma_core.claim import CONTINUE_EXIT_CODE
-from roma_pipelines.launching.kubernetes.profile import KubernetesProfile, Volume
+from roma_pipelines.launching.kubernetes.profile import KubernetesProfile
 from roma_pipelines.launching.launcher import header, process_variables, program
 from roma_pipelines.launching.spec import JobSpec, attempt_name
 
@@ -26,17 +26,14 @@ Manifest = dict[str, Any]
 
 CONTAINER = "main"
 MANAGED_BY = {"app.kubernetes.io/managed-by": "roma-pipeline"}
-KEY_LABEL = "roma-pipeline/job-key"
-ATTEMPT_LABEL = "roma-pipeline/attempt"
-FOLDER_ANNOTATION = "roma-pipeline/folder"
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 CONTROLLER_LABEL = "batch.kubernetes.io/controller-uid"
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
 
 def labels(spec: JobSpec, attempt: int) -> dict[str, str]:
     """Labels of everything that belongs to an attempt."""
-    return {**MANAGED_BY, KEY_LABEL: spec.key[:63], ATTEMPT_LABEL: str(attempt)}
+    job = {"roma-pipeline/job-key": spec.key[:63], "roma-pipeline/attempt": str(attempt)}
+    return {**MANAGED_BY, **job}
 
 
 def manifests(
@@ -50,21 +47,17 @@ def manifests(
     Raises:
         ValueError: no cluster could ever run the spec.
     """
-    annotations = {FOLDER_ANNOTATION: str(folder)}
+    annotations = {"roma-pipeline/folder": str(folder)}
     metadata: Manifest = {
         "name": attempt_name(spec, attempt),
         "namespace": profile.namespace,
         "labels": labels(spec, attempt),
     }
-    queue = {QUEUE_LABEL: profile.queue} if profile.queue else {}
+    queue = {"kueue.x-k8s.io/queue-name": profile.queue} if profile.queue else {}
     job = {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": {
-            **metadata,
-            "labels": {**metadata["labels"], **queue},
-            "annotations": annotations,
-        },
+        "metadata": {**metadata, "labels": metadata["labels"] | queue, "annotations": annotations},
         "spec": {
             "completionMode": "Indexed",
             "completions": spec.nodes,
@@ -119,13 +112,8 @@ def _failure_policy() -> Manifest:
         return {"action": "FailJob", "onExitCodes": codes}
 
     disrupted = [{"type": "DisruptionTarget", "status": "True"}]
-    return {
-        "rules": [
-            {"action": "FailJob", "onPodConditions": disrupted},
-            exit_codes("In"),
-            exit_codes("NotIn"),
-        ]
-    }
+    rule = {"action": "FailJob", "onPodConditions": disrupted}
+    return {"rules": [rule, exit_codes("In"), exit_codes("NotIn")]}
 
 
 def _pod(spec: JobSpec, profile: KubernetesProfile, folder: str, attempt: int) -> Manifest:
@@ -136,10 +124,16 @@ def _pod(spec: JobSpec, profile: KubernetesProfile, folder: str, attempt: int) -
         "topologyKey": "kubernetes.io/hostname",
     }
     affinity = {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [apart]}}
-    shared = {
-        "medium": "Memory",
-        "sizeLimit": f"{math.ceil(profile.shared_memory_gb * 1000)}M",
-    }
+    shared = {"medium": "Memory", "sizeLimit": f"{math.ceil(profile.shared_memory_gb * 1000)}M"}
+    volumes = []
+    for n, volume in enumerate(profile.volumes):
+        server, _, path = (volume.nfs or "").partition(":")
+        source: Manifest = {"nfs": {"server": server, "path": path}}
+        if volume.claim:
+            source = {"persistentVolumeClaim": {"claimName": volume.claim}}
+        elif volume.host_path:
+            source = {"hostPath": {"path": volume.host_path, "type": "Directory"}}
+        volumes.append({"name": f"volume-{n}", **source})
     return _filled(
         {
             "restartPolicy": "Never",
@@ -150,21 +144,12 @@ def _pod(spec: JobSpec, profile: KubernetesProfile, folder: str, attempt: int) -
             "subdomain": attempt_name(spec, attempt) if several else None,
             "priorityClassName": profile.priority_class,
             "schedulerName": profile.scheduler,
-            "nodeSelector": {
-                **profile.node_selector,
-                **(profile.gpu_node_selector if gpus else {}),
-            },
+            "nodeSelector": profile.node_selector | (profile.gpu_node_selector if gpus else {}),
             "tolerations": [one.model_dump(exclude_none=True) for one in tolerations],
             "affinity": affinity if profile.one_pod_per_node and several else None,
             "imagePullSecrets": [{"name": name} for name in profile.image_pull_secrets],
             "securityContext": _pod_security(profile),
-            "volumes": [
-                *(
-                    {"name": f"volume-{n}", **_volume_source(volume)}
-                    for n, volume in enumerate(profile.volumes)
-                ),
-                {"name": "shared-memory", "emptyDir": shared},
-            ],
+            "volumes": [*volumes, {"name": "shared-memory", "emptyDir": shared}],
             "containers": [_container(spec, profile, folder, attempt)],
         }
     )
@@ -253,15 +238,6 @@ def _resources(spec: JobSpec, profile: KubernetesProfile, rdma: bool) -> Manifes
     if rdma:
         limits[str(profile.rdma_resource)] = str(profile.rdma_count)
     return _filled({"requests": {"cpu": f"{math.ceil(cpus * 1000)}m", **limits}, "limits": limits})
-
-
-def _volume_source(volume: Volume) -> Manifest:
-    if volume.claim:
-        return {"persistentVolumeClaim": {"claimName": volume.claim}}
-    if volume.host_path:
-        return {"hostPath": {"path": volume.host_path, "type": "Directory"}}
-    server, _, path = str(volume.nfs).partition(":")
-    return {"nfs": {"server": server, "path": path}}
 
 
 def _pod_security(profile: KubernetesProfile) -> Manifest:

@@ -1,4 +1,4 @@
-"""The state of an attempt from its Job, pods and warning events: two tables and pure functions.
+"""The state of an attempt from its Job, pods and warning events: a table and pure functions.
 
 Nothing is concluded from the Job's counters: they lag, dip, and count pods that were killed because
 another one failed. The Job's conditions show that it ended, once all its pods did; the pods show why.
@@ -18,14 +18,6 @@ from roma_pipelines.launching.spec import JobState, Phase
 Object = dict[str, Any]
 
 # fmt: off
-JOB_REASONS: dict[str, Phase] = {
-    "DeadlineExceeded": Phase.INTERRUPTED,
-    "PodFailurePolicy": Phase.ENDED_BAD, "BackoffLimitExceeded": Phase.ENDED_BAD,
-    "FailedIndexes": Phase.ENDED_BAD, "MaxFailedIndexesExceeded": Phase.ENDED_BAD,
-    "FailJobRequested": Phase.ENDED_BAD, "SuccessPolicy": Phase.ENDED_BAD,
-}
-"""Reasons of a Job's condition Failed; any other one is ENDED_BAD, and its pods show the cause."""
-
 POD_REASONS: dict[str, Phase] = {
     "Evicted": Phase.INTERRUPTED, "Preempting": Phase.INTERRUPTED, "NodeLost": Phase.INTERRUPTED,
     "NodeShutdown": Phase.INTERRUPTED, "Terminated": Phase.INTERRUPTED, "Shutdown": Phase.INTERRUPTED,
@@ -44,18 +36,12 @@ _MESSAGE_LENGTH = 2000
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What is known of an attempt at one moment.
-
-    Attributes:
-        pods: existing pods, and deleted ones as they were last reported.
-        deleted: uids of the latter.
-        warnings: Warning events about the Job and its pods, the oldest first.
-    """
+    """What is known of an attempt at one moment."""
 
     job: Object
-    pods: Sequence[Object] = ()
-    deleted: frozenset[str] = frozenset()
-    warnings: Sequence[Object] = ()
+    pods: Sequence[Object] = ()  # existing ones, and deleted ones as they were last reported
+    deleted: frozenset[str] = frozenset()  # uids of the latter
+    warnings: Sequence[Object] = ()  # about the Job and its pods, the oldest first
 
     def present(self) -> list[Object]:
         """Existing pods; of an index that has several, the newest."""
@@ -77,7 +63,11 @@ def state_of(snapshot: Snapshot, ending_s: float = 0.0) -> JobState:
     if failed := conditions.get("Failed"):
         return _failure(snapshot, failed)
     if target := conditions.get("FailureTarget"):
-        if lost := _lost_node(snapshot, ending_s):
+        there = [pod for pod in snapshot.pods if pod["metadata"]["uid"] not in snapshot.deleted]
+        left = [pod for pod in there if _terminated(pod) is None]
+        graces = [pod["metadata"].get("deletionGracePeriodSeconds") for pod in left]
+        if left and all(g is not None and ending_s >= g + _LOST_AFTER_S for g in graces):
+            lost = f"{', '.join(_nodes(left))} lost: {left[0]['metadata']['name']} does not end"
             reason = f"{_report(target)}; {lost}"
             return JobState(Phase.INTERRUPTED, reason, _usage(snapshot, target))
         return JobState(Phase.RUNNING, f"ending: {_report(target)}")
@@ -122,24 +112,18 @@ def is_finished(pod: Object) -> bool:
     return (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed")
 
 
-def has_started(pod: Object) -> bool:
-    """Whether the container runs or ran, so that it has a log."""
-    state = _container(pod).get("state") or {}
-    return "running" in state or _seconds(_terminated(pod)) is not None
-
-
-def has_terminated(pod: Object) -> bool:
-    """Whether the container has terminated, so that its log is complete."""
-    return _terminated(pod) is not None
-
-
 # -- before the end ------------------------------------------------------------------------------
 
 
 def _progress(snapshot: Snapshot, wanted: int) -> JobState:
     """State of a Job that has not ended: it runs once all its pods have started."""
+
+    def has_started(pod: Object) -> bool:
+        state = _container(pod).get("state") or {}
+        return is_finished(pod) or "running" in state or _seconds(_terminated(pod)) is not None
+
     there = snapshot.present()
-    begun = [pod for pod in there if is_finished(pod) or has_started(pod)]
+    begun = list(filter(has_started, there))
     if len(begun) >= wanted:
         plural = "" if len(begun) == 1 else "s"
         nodes = ", ".join(_nodes(begun))
@@ -175,9 +159,9 @@ def _about(subject: Object, warnings: Sequence[Object]) -> list[Object]:
 
 
 def _failure(snapshot: Snapshot, failed: Object) -> JobState:
-    phase = JOB_REASONS.get(failed.get("reason", ""), Phase.ENDED_BAD)
-    reasons = [_report(failed)]
-    if phase is not Phase.INTERRUPTED:
+    phase, reasons = Phase.INTERRUPTED, [_report(failed)]
+    if failed.get("reason") != "DeadlineExceeded":  # for any other one the pods show the cause
+        phase = Phase.ENDED_BAD
         disrupted = [c for pod in snapshot.pods for c in _conditions(pod, "DisruptionTarget")]
         pod = failed_first(snapshot)
         if disrupted or _DISRUPTED in failed.get("message", ""):
@@ -201,16 +185,6 @@ def _pod_failure(pod: Object) -> tuple[Phase, str]:
         why += "; out of memory: ask for more memory_gb"
     message = (end.get("message") or status.get("message") or "").strip()
     return phase, f"{why}: {message[-_MESSAGE_LENGTH:]}" if message else why
-
-
-def _lost_node(snapshot: Snapshot, ending_s: float) -> str:
-    """Pods that will never end: their grace period is long over, and their nodes do not answer."""
-    left = [pod for pod in snapshot.pods if pod["metadata"]["uid"] not in snapshot.deleted]
-    left = [pod for pod in left if not has_terminated(pod)]
-    graces = [pod["metadata"].get("deletionGracePeriodSeconds") for pod in left]
-    if not left or any(g is None or ending_s < g + _LOST_AFTER_S for g in graces):
-        return ""
-    return f"{', '.join(_nodes(left))} lost: {left[0]['metadata']['name']} does not end"
 
 
 def _report(condition: Object) -> str:

@@ -22,7 +22,6 @@ from roma_core.files import read_json, write_bytes
 from roma_core.job import JobFolder
 from roma_pipelines.launching.launcher import (
     PLANNED_FOLDER,
-    Price,
     Rejected,
     Unreachable,
     check_writable,
@@ -100,10 +99,6 @@ class SlurmLauncher:
         self._missing_since: dict[str, float] = {}  # job id -> when it was first not in an answer
         self._exit_files: dict[str, Path] = {}  # job id -> its exit.json; polled very often
         self._exited_at: dict[str, float] = {}  # job id -> when its exit.json was first seen
-
-    @property
-    def price(self) -> Price | None:
-        return self.profile.price
 
     def plan(self, spec: JobSpec, folder: JobFolder = PLANNED_FOLDER, attempt: int = 1) -> Plan:
         text = batch_script(spec, self.profile, folder, attempt, self.python)
@@ -409,9 +404,7 @@ def _check_size(spec: JobSpec, profile: SlurmProfile, kinds: list[_Nodes]) -> li
     if not kinds:
         return [f"partition {profile.partition or '(default)'} is not up"]
     where = f"partition {profile.partition}" if profile.partition else "the default partition"
-    cpus = cpus_per_node(spec, profile)
     limit_min = spec.time_limit_min or profile.time_limit_min
-    memory_mb = (spec.memory_gb or profile.memory_gb or 0) * 1000
 
     def gpus(kind: _Nodes) -> int:
         return kind.gpus.get(profile.gpu_type, 0) if profile.gpu_type else sum(kind.gpus.values())
@@ -427,13 +420,15 @@ def _check_size(spec: JobSpec, profile: SlurmProfile, kinds: list[_Nodes]) -> li
             f"{spec.gpus_per_node} GPUs{kind_of} a node are asked for, a node of {where} has at most "
             f"{most}{there}"
         )
-    if cpus > (most := max(kind.cpus for kind in kinds)):
-        found.append(f"{cpus} CPUs a node are asked for, a node of {where} has at most {most}")
-    if memory_mb > (most := max(kind.memory_mb for kind in kinds)):
-        found.append(
-            f"{memory_mb / 1000:g} GB a node are asked for, a node of {where} has at most "
-            f"{most / 1000:g}"
-        )
+    cpus, memory_gb = cpus_per_node(spec, profile), spec.memory_gb or profile.memory_gb or 0
+    for unit, asked, most in (
+        ("CPUs", cpus, max(kind.cpus for kind in kinds)),
+        ("GB", memory_gb, max(kind.memory_mb for kind in kinds) / 1000),
+    ):
+        if asked > most:
+            found.append(
+                f"{asked:g} {unit} a node are asked for, a node of {where} has at most {most:g}"
+            )
     if limit_min > (longest := max(kind.limit_min for kind in kinds)):
         found.append(
             f"a time limit of {limit_min} min is asked for, the longest of {where} is {longest:g} "

@@ -8,8 +8,9 @@ from filelock import FileLock
 
 from roma_core.job import Result
 from roma_pipelines.launching.jobs import usage
-from roma_pipelines.launching.launcher import Price, Unreachable
+from roma_pipelines.launching.launcher import Unreachable
 from roma_pipelines.launching.slurm.cluster import SharedPoll
+from roma_pipelines.launching.slurm.profile import SlurmProfile
 from roma_pipelines.launching.spec import AttemptRecord, End, JobSpec, Outcome
 
 
@@ -120,6 +121,7 @@ LOOK = """
 import sys, time
 from pathlib import Path
 from roma_pipelines.launching.slurm.cluster import SharedPoll
+from roma_pipelines.launching.slurm.profile import SlurmProfile
 folder = Path(sys.argv[1])
 def ask(before):
     with (folder / "asked").open("a") as file:
@@ -154,7 +156,8 @@ def test_what_a_job_used_is_summed_over_its_attempts():
     records = (record(1, "continue", 60.0), record(2, "completed", 40.0))
     outcome = Outcome("completed", spec.key, "", records, result, "")
 
-    assert usage(outcome, spec, Price(9.0, "EUR")) == {
+    profile = SlurmProfile(name="cluster", price_per_gpu_hour=9.0, currency="EUR")
+    assert usage(outcome, spec, profile) == {
         "ran_s": 100.0,
         "queued_s": 100.0,
         "nodes": "n[1-2]",
