@@ -409,26 +409,22 @@ def _check_size(spec: JobSpec, profile: SlurmProfile, kinds: list[_Nodes]) -> li
     def gpus(kind: _Nodes) -> int:
         return kind.gpus.get(profile.gpu_type, 0) if profile.gpu_type else sum(kind.gpus.values())
 
-    found = []
-    if spec.nodes > (most := sum(kind.count for kind in kinds)):
-        found.append(f"{spec.nodes} nodes are asked for, {where} has {most}")
-    if spec.gpus_per_node > (most := max(map(gpus, kinds))):
-        kind_of = f" of type {profile.gpu_type}" if profile.gpu_type else ""
-        types = ", ".join(sorted({name for kind in kinds for name in kind.gpus if name}))
-        there = f" (types there: {types})" if profile.gpu_type and types else ""
-        found.append(
-            f"{spec.gpus_per_node} GPUs{kind_of} a node are asked for, a node of {where} has at most "
-            f"{most}{there}"
-        )
-    cpus, memory_gb = cpus_per_node(spec, profile), spec.memory_gb or profile.memory_gb or 0
-    for unit, asked, most in (
-        ("CPUs", cpus, max(kind.cpus for kind in kinds)),
-        ("GB", memory_gb, max(kind.memory_mb for kind in kinds) / 1000),
-    ):
-        if asked > most:
-            found.append(
-                f"{asked:g} {unit} a node are asked for, a node of {where} has at most {most:g}"
-            )
+    kind_of = f" of type {profile.gpu_type}" if profile.gpu_type else ""
+    types = ", ".join(sorted({name for kind in kinds for name in kind.gpus if name}))
+    there = f" (types there: {types})" if profile.gpu_type and types else ""
+    memory_gb = spec.memory_gb or profile.memory_gb or 0
+    per_node: list[tuple[float, str, float, str]] = [
+        (spec.gpus_per_node, f"GPUs{kind_of}", max(map(gpus, kinds)), there),
+        (cpus_per_node(spec, profile), "CPUs", max(kind.cpus for kind in kinds), ""),
+        (memory_gb, "GB", max(kind.memory_mb for kind in kinds) / 1000, ""),
+    ]
+    found = [
+        f"{asked:g} {unit} a node are asked for, a node of {where} has at most {most:g}{note}"
+        for asked, unit, most, note in per_node
+        if asked > most
+    ]
+    if spec.nodes > (count := sum(kind.count for kind in kinds)):
+        found.insert(0, f"{spec.nodes} nodes are asked for, {where} has {count}")
     if limit_min > (longest := max(kind.limit_min for kind in kinds)):
         found.append(
             f"a time limit of {limit_min} min is asked for, the longest of {where} is {longest:g} "
