@@ -37,7 +37,6 @@ class StartError(Exception):
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code of the pod."""
     split = arguments.index("--") if "--" in arguments[:-1] else 0
     own, program = arguments[:split], arguments[split + 1 :]
     if len(own) not in (2, 4) or not own[1].isdigit() or own[2:3] not in ([], ["--meet"]):

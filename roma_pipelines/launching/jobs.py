@@ -41,7 +41,6 @@ class Job:
 
     @property
     def open_attempt(self) -> AttemptRecord | None:
-        """The attempt that has not ended."""
         return self.records[-1] if self.records and self.records[-1].end is None else None
 
     @property

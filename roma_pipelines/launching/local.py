@@ -46,8 +46,6 @@ _POLL_S = 0.05
 
 
 class LocalLauncher:
-    """Runs attempts as processes of this computer."""
-
     backend = "local"
     profile = None
     fs_lag_s = 0.0

@@ -105,7 +105,6 @@ def decide(
 
 
 def read_records(folder: JobFolder) -> list[AttemptRecord]:
-    """All recorded attempts, ascending."""
     paths = map(folder.attempt_record, folder.attempt_numbers())
     return [AttemptRecord.model_validate(read_json(path, schema_version=1)) for path in paths]
 

@@ -165,7 +165,6 @@ class Outcome:
     log_tail: str = ""
 
     def metadata(self) -> dict[str, Any]:
-        """Plain values to show on the asset."""
         facts: dict[str, Any] = {"job_key": self.key, "job_folder": self.folder}
         facts["attempts"] = len(self.attempts)
         if self.result is not None:

@@ -86,7 +86,6 @@ def job_spec(
 
 
 def launcher_of_attempt(storage: Storage) -> Callable[[AttemptRecord], Launcher]:
-    """Function that finds the launcher of a recorded attempt."""
     return lambda record: launcher_for(
         record.backend, (record.external or {}).get("profile"), storage
     )

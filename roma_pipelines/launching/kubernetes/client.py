@@ -204,12 +204,10 @@ def shared_client(kubeconfig: Path | None, context: str | None, namespace: str) 
 
 
 def selector(labels: Mapping[str, str]) -> str:
-    """A label selector that matches objects with all these labels."""
     return ",".join(f"{name}={value}" for name, value in labels.items())
 
 
 def _raise(error: Any) -> NoReturn:
-    """Raise what an ApiException means."""
     reasons = [f"HTTP {error.status} {error.reason}"]
     try:
         status = json.loads(error.body)
@@ -276,7 +274,6 @@ class Informer:
                 self._thread.start()
 
     def present(self, group: str) -> list[Object]:
-        """Existing objects of the group."""
         with self._lock:
             return list(self._present.get(group, {}).values())
 

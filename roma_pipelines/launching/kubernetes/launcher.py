@@ -72,8 +72,6 @@ class _Watched:
 
 
 class KubernetesLauncher:
-    """Runs attempts on one Kubernetes cluster."""
-
     backend = "kubernetes"
 
     def __init__(self, profile: KubernetesProfile, fs_lag_s: float = 30.0) -> None:

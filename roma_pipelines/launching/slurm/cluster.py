@@ -30,15 +30,12 @@ _NO_ANSWER = re.compile(
 
 @dataclass(frozen=True)
 class Answer:
-    """Exit code and output of a command."""
-
     code: int
     output: str
     error: str
 
     @property
     def text(self) -> str:
-        """Both outputs as one line."""
         return " ".join(f"{self.error} {self.output}".split())
 
     @property
@@ -222,7 +219,6 @@ _NOT_IN_QUEUE = frozenset(  # reasons of pending jobs that no free node would st
 
 
 def parse_squeue(output: str) -> Jobs:
-    """Fields of squeue's lines, by job id."""
     found = {}
     for line in output.splitlines():
         job, *values, rest = line.split("|", 8)

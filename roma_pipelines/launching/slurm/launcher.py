@@ -68,8 +68,6 @@ _LOG_BYTES = 16 * 1024
 
 
 class SlurmLauncher:
-    """Runs attempts on one SLURM cluster."""
-
     backend = "slurm"
 
     def __init__(
@@ -225,7 +223,6 @@ class SlurmLauncher:
         return JobHandle(plan, {"job_id": job, "profile": self.profile.name})
 
     def _owner(self, plan: Plan) -> JobHandle | None:
-        """The job that claimed the attempt, if one has."""
         if not plan.files.owner.exists():
             return None
         document = read_json(plan.files.owner, schema_version=1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping
 
 from roma_core.claim import ATTEMPT_VARIABLE, FOLDER_VARIABLE
 from roma_core.job import JobFolder
@@ -99,7 +98,7 @@ def _options(spec: JobSpec, profile: SlurmProfile, folder: str, attempt: int) ->
     memory_gb = spec.memory_gb or profile.memory_gb
     gpu_type = f"{profile.gpu_type}:" if profile.gpu_type else ""
     escaped = folder.replace("%", "%%")  # %j and the like are SLURM's
-    values: Mapping[str, str | None] = {
+    values = {
         "job-name": attempt_name(spec, attempt),
         "comment": f"{spec.key}/{attempt}",
         "chdir": folder,
@@ -147,7 +146,7 @@ _TASK = (
 def _step(
     spec: JobSpec, profile: SlurmProfile, folder: JobFolder, attempt: int, python: str
 ) -> list[str]:
-    """One task per node that becomes the runner itself: else no signal would reach the processes."""
+    # one task per node that becomes the runner itself: else no signal would reach the processes
     argv = program(spec, python, "RANK", "ADDRESS", "PORT", "SCRATCH")
     if spec.runner == "torchrun":
         n = len(spec.command)
