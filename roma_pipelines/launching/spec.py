@@ -46,10 +46,9 @@ class JobSpec(Frozen):
         (), description="Names of environment variables passed to the job, secrets included."
     )
 
-    @property
-    def name(self) -> str:
-        """Name of the job at a scheduler, without the attempt's number."""
-        return f"roma-{self.key[:12]}"
+    def attempt_name(self, attempt: int) -> str:
+        """Name of an attempt at a scheduler, whatever process submits it."""
+        return f"roma-{self.key[:12]}-{attempt}"
 
     @property
     def world_size(self) -> int:
@@ -69,16 +68,11 @@ class Plan:
 
     @property
     def name(self) -> str:
-        return attempt_name(self.spec, self.attempt)
+        return self.spec.attempt_name(self.attempt)
 
     @property
     def files(self) -> Attempt:
         return self.folder.attempt(self.attempt)
-
-
-def attempt_name(spec: JobSpec, attempt: int) -> str:
-    """Name of an attempt at a scheduler, whatever process submits it."""
-    return f"{spec.name}-{attempt}"
 
 
 @dataclass(frozen=True)

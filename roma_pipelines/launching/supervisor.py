@@ -113,15 +113,14 @@ class Supervisor:
     _: KW_ONLY
     environment: Mapping[str, str] = field(default_factory=dict)  # of a submission; never written
     holder: Mapping[str, Any] = field(default_factory=dict)  # facts for lease.json
-    on_poll: Callable[[JobState], None] = lambda state: (
-        None
-    )  # with every state, once more at the end
-    on_note: Callable[[str], None] = lambda note: None  # with every event, as text
-    # with the exception that ends the watch; decides whether the job runs on
+    # called with every state, once more at the end; with every event, as text; with the exception
+    # that ends the watch, to decide whether the job runs on
+    on_poll: Callable[[JobState], None] = lambda state: None
+    on_note: Callable[[str], None] = lambda note: None
     on_interrupt: Callable[[BaseException], Leave] = lambda error: "detach"
     poll_every_s: float = 0.5
-    # without a new heartbeat for so long since the last one, an attempt is hung; None: never
-    heartbeat_timeout_s: float | None = 600.0
+    # an attempt whose heartbeat does not change for so long, counted from its first, is hung
+    heartbeat_timeout_s: float | None = 600.0  # None: never
     max_attempts: int = 20  # that may end with "continue" in a row
     fault_point: Callable[[str], None] = lambda name: None  # at all FAULT_POINTS; tests raise there
 

@@ -20,7 +20,7 @@ import yaml
 from roma_core.claim import CONTINUE_EXIT_CODE
 from roma_pipelines.launching.kubernetes.profile import KubernetesProfile
 from roma_pipelines.launching.launcher import header, process_variables, program
-from roma_pipelines.launching.spec import JobSpec, attempt_name
+from roma_pipelines.launching.spec import JobSpec
 
 Manifest = dict[str, Any]
 
@@ -49,7 +49,7 @@ def manifests(
     """
     annotations = {"roma-pipeline/folder": str(folder)}
     metadata: Manifest = {
-        "name": attempt_name(spec, attempt),
+        "name": spec.attempt_name(attempt),
         "namespace": profile.namespace,
         "labels": labels(spec, attempt),
     }
@@ -141,7 +141,7 @@ def _pod(spec: JobSpec, profile: KubernetesProfile, folder: str, attempt: int) -
             "serviceAccountName": profile.service_account,
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
-            "subdomain": attempt_name(spec, attempt) if several else None,
+            "subdomain": spec.attempt_name(attempt) if several else None,
             "priorityClassName": profile.priority_class,
             "schedulerName": profile.scheduler,
             "nodeSelector": profile.node_selector | (profile.gpu_node_selector if gpus else {}),
@@ -191,7 +191,7 @@ def _container(spec: JobSpec, profile: KubernetesProfile, folder: str, attempt: 
 
 def _command(spec: JobSpec, profile: KubernetesProfile, folder: str, attempt: int) -> list[str]:
     """``python -m roma_core.pod … -- program``; the node rank is the pod's completion index."""
-    name = attempt_name(spec, attempt)
+    name = spec.attempt_name(attempt)
     host = f"{name}-0.{name}" if spec.nodes > 1 else "127.0.0.1"  # of the pod with rank 0
     scratch = f"{folder}/attempts/{attempt}/torchrun"
     argv = program(spec, profile.python, "RANK", host, str(profile.port), scratch)

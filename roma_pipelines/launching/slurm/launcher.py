@@ -274,14 +274,6 @@ class SlurmLauncher:
         words = (word.partition("=") for word in answer.output.split())
         return {name: value for name, equals, value in words if equals}
 
-    def _sacct_state(self, job: str) -> str | None:
-        """State of an ended job by the accounting; None without one, or if it does not say."""
-        answer = self.shell.run("sacct", "-X", "-D", "-n", "-P", "-j", job, "-o", "state")
-        states = [line.split()[0] for line in answer.output.splitlines() if line.strip()]
-        if answer.code or not states or not _ended(states[-1]):  # it lags: RUNNING proves nothing
-            return None
-        return states[-1]
-
     # -- states ------------------------------------------------------------------------------
 
     def _end_state(
@@ -318,17 +310,17 @@ class SlurmLauncher:
             if _ended(state):
                 return self._end_state(handle, state, record.get("Reason", ""), record)
             return JobState(Phase.UNKNOWN, f"squeue does not show job {job}, which is {state}")
-        if state := self._sacct_state(job):
-            return self._end_state(handle, state, "by sacct", {})
-        files = handle.plan.files
+        answer = self.shell.run("sacct", "-X", "-D", "-n", "-P", "-j", job, "-o", "state")
+        states = [line.split()[0] for line in answer.output.splitlines() if line.strip()]
+        if not answer.code and states and _ended(states[-1]):  # it lags: RUNNING proves nothing
+            return self._end_state(handle, states[-1], "by sacct", {})
+        files, gone = handle.plan.files, f"SLURM no longer knows job {job}"
         if files.exit.exists():
-            return JobState(Phase.GONE, f"SLURM no longer knows job {job}")
+            return JobState(Phase.GONE, gone)
         changed = [path.stat().st_mtime for path in (files.log, files.heartbeat) if path.exists()]
         if time.time() - max([since, *changed]) < self.gone_after_s:
             return JobState(Phase.UNKNOWN, f"SLURM does not know job {job}; it may still run")
-        return JobState(
-            Phase.GONE, f"SLURM no longer knows job {job}, and its log and heartbeat stopped"
-        )
+        return JobState(Phase.GONE, f"{gone}, and its log and heartbeat stopped")
 
     def _cancel_duplicates(self, handle: JobHandle, poll: PollResult) -> None:
         """A second job of an attempt would wait in the queue only to leave at once: cancel it.

@@ -14,7 +14,7 @@ from roma_core.claim import ATTEMPT_VARIABLE, FOLDER_VARIABLE
 from roma_core.job import JobFolder
 from roma_pipelines.launching.launcher import claimed, header, process_variables, program
 from roma_pipelines.launching.slurm.profile import SlurmProfile
-from roma_pipelines.launching.spec import JobSpec, attempt_name
+from roma_pipelines.launching.spec import JobSpec
 
 _STOP = """\
 # SLURM's signal before the limit becomes the stop file: the trainer saves, and ends with "continue".
@@ -99,7 +99,7 @@ def _options(spec: JobSpec, profile: SlurmProfile, folder: str, attempt: int) ->
     gpu_type = f"{profile.gpu_type}:" if profile.gpu_type else ""
     escaped = folder.replace("%", "%%")  # %j and the like are SLURM's
     values = {
-        "job-name": attempt_name(spec, attempt),
+        "job-name": spec.attempt_name(attempt),
         "comment": f"{spec.key}/{attempt}",
         "chdir": folder,
         "output": f"{escaped}/attempts/{attempt}/log",

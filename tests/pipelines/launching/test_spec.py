@@ -19,7 +19,7 @@ def test_a_spec_survives_json_and_refuses_unknown_fields():
 
     assert JobSpec.model_validate_json(spec.model_dump_json()) == spec
     assert spec.world_size == 8
-    assert spec.name == "roma-000000000000"
+    assert spec.attempt_name(3) == "roma-000000000000-3"
     with pytest.raises(ValidationError, match="node"):
         JobSpec(**SPEC, node=2)
 
