@@ -1,11 +1,7 @@
-"""What a source of series is, and the registry of sources: one module per kind.
+"""What a source of series is, and the registry of sources.
 
-A configuration such as ``{"kind": "ts", ...}`` becomes that kind's class by ``source_config``. An
-installed package adds kinds by entry points of the group ``roma_core.sources``, each the name of a
-kind and a subclass of ``SourceConfig``:
-
-    [project.entry-points."roma_core.sources"]
-    our_archive = "our_package.sources:ArchiveConfig"
+An installed package adds kinds by entry points of the group ``roma_core.sources``, each the name of
+a kind and a subclass of ``SourceConfig``: ``our_archive = "our_package.sources:ArchiveConfig"``.
 """
 
 from __future__ import annotations
@@ -15,12 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
+from roma_core.files import sha256_of
 from roma_core.schema import Channel, DataError, PositionAxis
 from roma_core.settings import Frozen, validation_errors
 
@@ -40,36 +37,32 @@ class RawSeries:
     targets: NDArray[np.float32] | None = None  # (N, K), if the source has targets
 
 
-class Source(Protocol):
-    """An opened source. ``read`` may be called again and then gives the same series again."""
+class Source:
+    """An opened source.
 
-    @property
-    def channels(self) -> tuple[Channel, ...]: ...
+    Attributes:
+        axes: names and units; anchor, offset and scale are set by the data set's configuration.
+        classes: all labels that may come, in the order of their indices; empty without labels.
+        files: sha256 of every input file, by a name that does not depend on this computer.
+    """
 
-    @property
-    def axes(self) -> tuple[PositionAxis, ...]:
-        """Names and units; anchor, offset and scale are set by the data set's configuration."""
-        ...
+    channels: tuple[Channel, ...]
+    axes: tuple[PositionAxis, ...]
+    classes: tuple[str, ...]
+    files: Mapping[str, str]
+    citation: str
+    licence: str
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """All labels that may come, in the order of their indices; empty without labels."""
-        ...
-
-    @property
-    def files(self) -> Mapping[str, str]:
-        """sha256 of every input file, by a name that does not depend on this computer."""
-        ...
-
-    @property
-    def citation(self) -> str: ...
-
-    @property
-    def licence(self) -> str: ...
+    def __init__(self, config: SourceConfig) -> None:
+        self.citation, self.licence = config.citation, config.licence
 
     def read(self) -> Iterator[RawSeries]:
-        """Give every series, in an order that depends on the files alone."""
-        ...
+        """Every series, in an order that depends on the files alone; may be called again.
+
+        Raises:
+            DataError: the data are malformed; the message names file and place.
+        """
+        raise NotImplementedError
 
 
 def targets_of(source: Source) -> tuple[Channel, ...]:
@@ -85,10 +78,7 @@ class SourceConfig(Frozen):
     licence: str = Field("", description="Licence of the data.")
 
     def open(self, cache: Path) -> Source:
-        """Make the data available and check it.
-
-        Args:
-            cache: folder for what has to be fetched; created when needed.
+        """Check the data, after fetching what is missing into the folder ``cache``.
 
         Raises:
             DataError: the data is missing, damaged or not what the configuration says.
@@ -96,12 +86,20 @@ class SourceConfig(Frozen):
         raise NotImplementedError(f"{type(self).__name__} does not implement open")
 
 
-_SPLITS: dict[str, RecordedSplit] = {
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "testing": "test",
-}
+def hash_files(paths: Iterable[Path]) -> dict[str, str]:
+    """sha256 of every file by its name.
+
+    Raises:
+        DataError: a file is missing, or two have one name.
+    """
+    hashes: dict[str, str] = {}
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"there is no file {path} (from {Path.cwd()})")
+        if path.name in hashes:
+            raise DataError(f"two files are called {path.name}; rename one of them")
+        hashes[path.name] = sha256_of(path)
+    return hashes
 
 
 class MetadataColumns(Frozen):
@@ -123,30 +121,24 @@ class MetadataColumns(Frozen):
         return [name for name in (self.label, self.group, self.split) if name is not None]
 
     def metadata(self, cells: Sequence[str | None], name: str) -> dict[str, Any]:
-        """``label``, ``group`` and ``recorded_split`` of one object.
-
-        Args:
-            cells: texts in the order of ``columns()``.
-            name: of the object, for errors.
+        """``label``, ``group`` and ``recorded_split`` of an object from texts, as ``columns()``.
 
         Raises:
             DataError: a cell is empty, or a split is neither train nor test.
         """
-        for column, cell in zip(self.columns(), cells, strict=True):
+        found = dict(zip(self.columns(), cells, strict=True))
+        for column, cell in found.items():
             if not cell:
                 raise DataError(
                     f"{name} has nothing in column {column!r}; fill it, or leave the object out"
                 )
-        remaining = iter(cells)
         label, group, split = (
-            None if column is None else next(remaining)
-            for column in (self.label, self.group, self.split)
+            found.get(column or "") for column in (self.label, self.group, self.split)
         )
-        if label is not None:
-            label = self.class_names.get(label, label)
-        if split is not None and split.lower() not in _SPLITS:
+        recorded = split and split.lower().removesuffix("ing")  # training, testing
+        if recorded not in (None, "train", "test"):
             raise DataError(f"{name} has the split {split!r}; expected train or test")
-        recorded = None if split is None else _SPLITS[split.lower()]
+        label = label and self.class_names.get(label, label)
         return {"label": label, "group": group, "recorded_split": recorded}
 
     def all_classes(self, labels: Iterable[str | None]) -> tuple[str, ...]:
@@ -158,8 +150,6 @@ class MetadataColumns(Frozen):
         names = {self.class_names.get(label, label) for label in labels if label}
         return tuple(sorted(names, key=lambda w: (0, int(w), w) if w.isdigit() else (1, 0, w)))
 
-
-GROUP = "roma_core.sources"
 
 _OURS = {
     "synthetic": "synthetic:SyntheticConfig",
@@ -180,10 +170,9 @@ def kinds() -> dict[str, EntryPoint]:
     Raises:
         ValueError: two packages claim one name.
     """
-    found = {
-        name: EntryPoint(name, f"roma_core.sources.{place}", GROUP) for name, place in _OURS.items()
-    }
-    for point in entry_points(group=GROUP):
+    group = "roma_core.sources"
+    found = {name: EntryPoint(name, f"{group}.{path}", group) for name, path in _OURS.items()}
+    for point in entry_points(group=group):
         if point.name in found:
             raise ValueError(
                 f"two sources are called {point.name!r}: {found[point.name].value} and "
@@ -193,43 +182,32 @@ def kinds() -> dict[str, EntryPoint]:
     return found
 
 
-def kind_class(kind: str) -> type[SourceConfig]:
-    """The configuration class of a kind.
+def source_config(values: Any) -> SourceConfig:
+    """The configuration of the source that ``values["kind"]`` names.
 
     Raises:
-        ValueError: there is none, it cannot be imported, or it is no ``SourceConfig``.
+        ValueError: the kind is missing, unknown or cannot be imported, or its class refuses the
+            other values.
     """
+    if isinstance(values, SourceConfig):
+        return values
     known = kinds()
+    if not isinstance(values, Mapping) or "kind" not in values:
+        raise ValueError(f"a source is a mapping with a 'kind', one of {sorted(known)}")
+    kind = str(values["kind"])
     if kind not in known:
         closest = difflib.get_close_matches(kind, known, n=1, cutoff=0.0)[0]
         raise ValueError(
             f"there is no source of kind {kind!r}; the closest is {closest!r}, all are {sorted(known)}"
         )
+    where = f"the source {kind!r} ({known[kind].value})"
     try:
         found = known[kind].load()
     except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"the source {kind!r} ({known[kind].value}) cannot be used: {error}"
-        ) from error
+        raise ValueError(f"{where} cannot be used: {error}") from error
     if not (isinstance(found, type) and issubclass(found, SourceConfig)):
-        raise ValueError(
-            f"the source {kind!r} ({known[kind].value}) is no subclass of SourceConfig"
-        )
-    return found
-
-
-def source_config(values: Any) -> SourceConfig:
-    """The configuration of the source that ``values["kind"]`` names.
-
-    Raises:
-        ValueError: the kind is missing or unknown, or its class refuses the other values.
-    """
-    if isinstance(values, SourceConfig):
-        return values
-    if not isinstance(values, Mapping) or "kind" not in values:
-        raise ValueError(f"a source is a mapping with a 'kind', one of {sorted(kinds())}")
-    kind = kind_class(str(values["kind"]))
+        raise ValueError(f"{where} is no subclass of SourceConfig")
     try:
-        return kind.model_validate(dict(values))
+        return found.model_validate(dict(values))
     except ValidationError as error:
-        raise ValueError("; ".join(map(str, validation_errors(error, kind)))) from None
+        raise ValueError("; ".join(map(str, validation_errors(error, found)))) from None

@@ -10,7 +10,7 @@ import struct
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from pydantic import Field
 
 from roma_core.files import sha256_of
 from roma_core.schema import Channel, DataError, PositionAxis
-from roma_core.sources.base import RawSeries, SourceConfig
+from roma_core.sources.base import RawSeries, Source, SourceConfig
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
@@ -58,7 +58,7 @@ class WavFolderConfig(SourceConfig):
         return WavFolderSource(self)
 
 
-class _FolderSource:
+class _FolderSource(Source):
     """The files of a folder in the order of their names; their sub-folders are their classes.
 
     Files directly in the folder have no class; then all must.
@@ -67,101 +67,99 @@ class _FolderSource:
         DataError: there is no such folder or file, or some files have a class and some have none.
     """
 
-    def __init__(
-        self, config: ImageFolderConfig | WavFolderConfig, endings: tuple[str, ...]
-    ) -> None:
-        folder = self._folder = config.folder
+    _patch: tuple[int, int]  # height and width
+
+    def __init__(self, config: ImageFolderConfig | WavFolderConfig, *endings: str) -> None:
+        super().__init__(config)
+        folder = config.folder
         if not folder.is_dir():
             raise DataError(f"there is no folder {folder} (from {Path.cwd()})")
-        self._paths = sorted(
-            p for p in folder.rglob("*") if p.suffix.lower() in endings and p.is_file()
-        )
-        if not self._paths:
+        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and p.is_file())
+        if not paths:
             raise DataError(f"{folder} holds no file that ends in {', '.join(endings)}")
-        labels = {self._label(path) for path in self._paths}
-        if None in labels and len(labels) > 1:
-            stray = next(path for path in self._paths if self._label(path) is None)
+        self._paths = {path.relative_to(folder).as_posix(): path for path in paths}
+        self._labels = {
+            name: name.partition("/")[0] if "/" in name else None for name in self._paths
+        }
+        self.classes = tuple(
+            sorted({label for label in self._labels.values() if label is not None})
+        )
+        stray = next((name for name, label in self._labels.items() if label is None), None)
+        if stray is not None and self.classes:
             raise DataError(
-                f"{stray} lies in no sub-folder, so it has no class, but others have one"
+                f"{folder / stray} lies in no sub-folder, so it has no class, but others have one"
             )
-        self.classes = tuple(sorted(label for label in labels if label is not None))
-        self.files = {self._name(path): sha256_of(path) for path in self._paths}
-        self.citation, self.licence = config.citation, config.licence
+        self.files = {name: sha256_of(path) for name, path in self._paths.items()}
 
     def __length_hint__(self) -> int:
         return len(self._paths)
 
-    def _name(self, path: Path) -> str:
-        return path.relative_to(self._folder).as_posix()
+    def _image(self, path: Path) -> tuple[NDArray[np.float32], str]:
+        """An image ``(H, W, C)``, and the error message if it is less than one patch."""
+        raise NotImplementedError
 
-    def _label(self, path: Path) -> str | None:
-        return path.relative_to(self._folder).parts[0] if path.parent != self._folder else None
+    def read(self) -> Iterator[RawSeries]:
+        """Every file.
 
-    def _series(
-        self, path: Path, positions: NDArray[np.float64], values: NDArray[np.float32]
-    ) -> RawSeries:
-        return RawSeries(self._name(path), positions, values, label=self._label(path))
+        Raises:
+            DataError: a file cannot be read, or is smaller than one patch.
+        """
+        for name, path in self._paths.items():
+            image, too_small = self._image(path)
+            positions, values = patches(image, *self._patch)
+            if len(values) == 0:
+                raise DataError(f"{path} {too_small}")
+            yield RawSeries(name, positions, values, label=self._labels[name])
 
 
 class ImageFolderSource(_FolderSource):
-    """The images of a folder, in the order of their names."""
+    """Images; their values are in 0 … 255, or as they stand where they have more bits."""
 
     def __init__(self, config: ImageFolderConfig) -> None:
-        super().__init__(config, IMAGE_ENDINGS)
-        self.config = config
-        self.axes = (
-            PositionAxis(name="row", unit="patch"),
-            PositionAxis(name="column", unit="patch"),
-        )
+        super().__init__(config, *IMAGE_ENDINGS)
+        self.config, self._patch = config, (config.patch, config.patch)
+        self.axes = tuple(PositionAxis(name=name, unit="patch") for name in ("row", "column"))
         names = ("red", "green", "blue") if config.colours == "rgb" else ("grey",)
         side = range(config.patch)
         self.channels = tuple(
             Channel(name=f"{name}_{y}_{x}", unit="1") for y in side for x in side for name in names
         )
 
-    def read(self) -> Iterator[RawSeries]:
-        """Every image; its values are in 0 … 255, or as they stand where they have more bits.
-
-        Raises:
-            DataError: a file is no image, is smaller than one patch, or has colours of more bits.
-        """
+    def _image(self, path: Path) -> tuple[NDArray[np.float32], str]:
         from PIL import Image
 
         config = self.config
-        for path in self._paths:
-            try:
-                with Image.open(path) as file:
-                    image: Image.Image = file
-                    is_deep = file.mode == "F" or file.mode.startswith("I")
-                    if is_deep and config.colours == "rgb":
-                        raise DataError(
-                            f"{path} has grey levels of more than 8 bits; set colours to 'grey'"
-                        )
-                    if file.mode.startswith("I"):  # Pillow converts I;16 to F by way of I alone
-                        image = file.convert("I")
-                    pixel = "F" if is_deep else "RGB" if config.colours == "rgb" else "L"
-                    image = image.convert(pixel)
-            except OSError as error:
-                raise DataError(f"{path} cannot be read as an image: {error}") from error
-            if config.resize is not None:
-                height, width = config.resize
-                image = image.resize((width, height), Image.Resampling.BICUBIC)
-            pixels = np.atleast_3d(np.asarray(image, dtype=np.float32))  # (H, W, colours)
-            positions, values = patches(pixels, config.patch, config.patch)
-            if len(values) == 0:
-                raise DataError(
-                    f"{path} has {pixels.shape[1]} × {pixels.shape[0]} pixels, less than one patch "
-                    f"of {config.patch}; use a smaller patch, or resize"
-                )
-            yield self._series(path, positions, values)
+        try:
+            with Image.open(path) as file:
+                image: Image.Image = file
+                is_deep = file.mode == "F" or file.mode.startswith("I")
+                if is_deep and config.colours == "rgb":
+                    raise DataError(
+                        f"{path} has grey levels of more than 8 bits; set colours to 'grey'"
+                    )
+                if file.mode.startswith("I"):  # Pillow converts I;16 to F by way of I alone
+                    image = file.convert("I")
+                image = image.convert("F" if is_deep else "RGB" if config.colours == "rgb" else "L")
+        except OSError as error:
+            raise DataError(f"{path} cannot be read as an image: {error}") from error
+        if config.resize is not None:
+            height, width = config.resize
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        return (
+            np.atleast_3d(np.asarray(image, dtype=np.float32)),
+            f"has {image.width} × {image.height} pixels, less than one patch of {config.patch}; use "
+            f"a smaller patch, or resize",
+        )
 
 
 class WavFolderSource(_FolderSource):
-    """The sounds of a folder, in the order of their names."""
+    """Sounds, which have the rate of the first; channels are averaged and the mean is subtracted."""
+
+    _rate: int | None = None
 
     def __init__(self, config: WavFolderConfig) -> None:
-        super().__init__(config, (".wav",))
-        self.config = config
+        super().__init__(config, ".wav")
+        self.config, self._patch = config, (config.patch_hops, config.patch_bands)
         self.axes = (
             PositionAxis(name="time", unit=f"patch of {config.patch_hops * config.hop_ms:g} ms"),
             PositionAxis(name="band", unit=f"patch of {config.patch_bands} mel bands"),
@@ -172,42 +170,30 @@ class WavFolderSource(_FolderSource):
             for f in range(config.patch_bands)
         )
 
-    def read(self) -> Iterator[RawSeries]:
-        """Every sound, its channels averaged and its mean subtracted.
-
-        Raises:
-            DataError: a file is no WAV file, is too short, or has another rate than the first.
-        """
+    def _image(self, path: Path) -> tuple[NDArray[np.float32], str]:
         config = self.config
-        first: int | None = None
-        for path in self._paths:
-            rate, sound = _read_wav(path)
-            first = first or rate
-            if rate != first:
-                raise DataError(
-                    f"{path} has {rate} samples a second, others have {first}; resample it first"
-                )
-            spectrogram = log_mel(sound, rate, config.window_ms, config.hop_ms, config.n_bands)
-            positions, values = patches(
-                spectrogram[:, :, None], config.patch_hops, config.patch_bands
+        rate, sound = _read_wav(path)
+        self._rate = self._rate or rate
+        if rate != self._rate:
+            raise DataError(
+                f"{path} has {rate} samples a second, others have {self._rate}; resample it first"
             )
-            if len(values) == 0:
-                raise DataError(
-                    f"{path} lasts {len(sound) / rate:.3f} s, less than one patch of "
-                    f"{config.patch_hops} spectra; use fewer patch_hops, or leave it out"
-                )
-            yield self._series(path, positions, values)
+        spectrogram = log_mel(sound, rate, config.window_ms, config.hop_ms, config.n_bands)
+        return (
+            spectrogram[:, :, None],
+            f"lasts {len(sound) / rate:.3f} s, less than one patch of {config.patch_hops} spectra; "
+            f"use fewer patch_hops, or leave it out",
+        )
 
 
 def patches(
     image: NDArray[np.float32], height: int, width: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-    """Cut an image ``(H, W, C)`` into patches of ``height`` × ``width``.
+    """Cut an image ``(H, W, C)`` into patches; what is left over at the lower and right edge goes.
 
     Returns:
         positions ``(N, 2)``, row and column of the patch, and values ``(N, height * width * C)``, row
-        by row with the colour fastest; N is rows times columns. What is left over at the lower and
-        right edge is cut off.
+        by row with the colour fastest.
     """
     n_rows, n_columns, depth = image.shape[0] // height, image.shape[1] // width, image.shape[2]
     whole = image[: n_rows * height, : n_columns * width]
@@ -248,18 +234,10 @@ def log_mel(
     transform = ShortTimeFFT(hann(window, sym=False), hop, rate, mfft=n_fft)
     start, stop = transform.lower_border_end[1], transform.upper_border_begin(len(sound))[1]
     power = np.abs(transform.stft(sound - sound.mean(), p0=start, p1=stop)) ** 2  # (F, spectra)
-    bands = _mel_bands(transform.f, n_bands) @ power
-    return np.log(np.maximum(bands, 1e-10)).T.astype(np.float32)
-
-
-def _mel_bands(frequencies: NDArray[Any], n_bands: int) -> NDArray[np.float64]:
-    """Triangular weights ``(n_bands, F)``, evenly spaced on the mel scale 2595·log10(1 + f/700)."""
-
-    def mel(f: Any) -> Any:
-        return 2595 * np.log10(1 + f / 700)
-
-    edges = np.linspace(mel(20.0), mel(frequencies[-1]), n_bands + 2)
-    x = mel(frequencies)
+    # triangular weights (n_bands, F), evenly spaced on the mel scale
+    x = 2595 * np.log10(1 + transform.f / 700)
+    edges = np.linspace(2595 * np.log10(1 + 20 / 700), x[-1], n_bands + 2)
     rising = (x - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     falling = (edges[2:, None] - x) / (edges[2:] - edges[1:-1])[:, None]
-    return np.clip(np.minimum(rising, falling), 0, None)
+    bands = np.clip(np.minimum(rising, falling), 0, None) @ power
+    return np.log(np.maximum(bands, 1e-10)).T.astype(np.float32)

@@ -20,9 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from roma_core.files import sha256_of
 from roma_core.schema import Channel, DataError, PositionAxis
-from roma_core.sources.base import MetadataColumns, RawSeries, SourceConfig
+from roma_core.sources.base import MetadataColumns, RawSeries, Source, SourceConfig, hash_files
 
 _METADATA = {"labels": "label", "groups": "group", "splits": "split"}
 
@@ -37,12 +36,10 @@ class NpzConfig(SourceConfig):
     targets: tuple[Channel, ...] = Field((), description="Names and units of the array 'targets'.")
 
     def open(self, cache: Path) -> NpzSource:
-        if not self.file.is_file():
-            raise DataError(f"there is no file {self.file} (from {Path.cwd()})")
         return NpzSource(self)
 
 
-class NpzSource:
+class NpzSource(Source):
     """The series of one file, in its order.
 
     Raises:
@@ -50,9 +47,9 @@ class NpzSource:
     """
 
     def __init__(self, config: NpzConfig) -> None:
+        super().__init__(config)
         self.axes, self.channels, self.targets = config.axes, config.channels, config.targets
-        self.citation, self.licence = config.citation, config.licence
-        self.files = {config.file.name: sha256_of(config.file)}
+        self.files = hash_files([config.file])
         self._where = str(config.file)
         try:
             with np.load(config.file, allow_pickle=False) as file:
@@ -76,41 +73,40 @@ class NpzSource:
         self._n = self._count_series()
         if self._targets is not None and len(self._targets) != len(self._values):
             raise DataError(
-                f"{config.file}: targets {self._targets.shape} and values {self._values.shape} must "
+                f"{self._where}: targets {self._targets.shape} and values {self._values.shape} must "
                 f"have as many series and observations"
             )
         for name in ("lengths", "ids", *_METADATA):
-            if name not in arrays or arrays[name].shape == (self._n,):
-                continue
-            if arrays[name].ndim != 1:
-                raise DataError(
-                    f"{self._where}: {name} must be one row, got shape {arrays[name].shape}"
-                )
-            raise DataError(f"{self._where}: {len(arrays[name])} {name} of {self._n} series")
+            array = arrays.get(name)
+            if array is not None and array.ndim != 1:
+                raise DataError(f"{self._where}: {name} must be one row, got shape {array.shape}")
+            if array is not None and len(array) != self._n:
+                raise DataError(f"{self._where}: {len(array)} {name} of {self._n} series")
         self._ids = _texts(arrays.get("ids", np.arange(self._n)))
-        names = [name for name in _METADATA if name in arrays]
-        self._cells = [_texts(arrays[name]) for name in names]
-        self._metadata = MetadataColumns(**{_METADATA[name]: name for name in names})
-        self.classes = self._metadata.all_classes(
-            _texts(arrays["labels"]) if "labels" in arrays else ()
-        )
+        cells = {name: _texts(arrays[name]) for name in _METADATA if name in arrays}
+        self._cells = list(cells.values())
+        self._metadata = MetadataColumns(**{_METADATA[name]: name for name in cells})
+        self.classes = self._metadata.all_classes(cells.get("labels", ()))
 
     def __length_hint__(self) -> int:
         return self._n
 
     def _count_series(self) -> int:
-        values, positions = self._values, self._positions
+        values, positions, where = self._values, self._positions, self._where
         if values.ndim == 0 or positions.ndim == 0:
-            raise DataError(
-                f"{self._where}: values and positions must be arrays, not single numbers"
-            )
-        if self._offsets is not None:
+            raise DataError(f"{where}: values and positions must be arrays, not single numbers")
+        for name, cut in (("offsets", self._offsets), ("lengths", self._lengths)):
+            if cut is not None and (cut.ndim != 1 or cut.dtype.kind not in "iu"):
+                raise DataError(
+                    f"{where}: {name} must be one row of whole numbers, got {cut.dtype} of shape "
+                    f"{cut.shape}"
+                )
+        if (offsets := self._offsets) is not None:
             if self._lengths is not None:
                 raise DataError(
-                    f"{self._where} has offsets and lengths; offsets are for flat arrays, lengths for "
+                    f"{where} has offsets and lengths; offsets are for flat arrays, lengths for "
                     f"padded ones: leave one out"
                 )
-            offsets = self._whole("offsets", self._offsets)
             ends = (offsets[0], offsets[-1]) if len(offsets) else (None, None)
             if (
                 ends != (0, len(values))
@@ -118,7 +114,7 @@ class NpzSource:
                 or (offsets[1:] < offsets[:-1]).any()  # a difference of unsigned numbers wraps
             ):
                 raise DataError(
-                    f"{self._where}: offsets must rise from 0 to the number of observations; they "
+                    f"{where}: offsets must rise from 0 to the number of observations; they "
                     f"go from {ends[0]} to {ends[1]} for {len(values)} values and "
                     f"{len(positions)} positions"
                 )
@@ -126,33 +122,25 @@ class NpzSource:
         shape = (*values.shape, 1, 1)
         if shape[1] == len(self.channels) != shape[2] == positions.shape[positions.ndim > 1]:
             raise DataError(
-                f"{self._where}: values {values.shape} look like (series, channels, observations), "
+                f"{where}: values {values.shape} look like (series, channels, observations), "
                 f"expected (series, observations, channels); transpose them"
             )
         if positions.ndim > 1 and positions.shape[:2] != values.shape[:2]:
             raise DataError(
-                f"{self._where}: values {values.shape} and positions {positions.shape} must have "
+                f"{where}: values {values.shape} and positions {positions.shape} must have "
                 f"as many series and observations"
             )
-        if self._lengths is not None:
-            lengths = self._whole("lengths", self._lengths)
-            if len(lengths) and not 0 <= lengths.min() <= lengths.max() <= shape[1]:
+        lengths = self._lengths
+        if lengths is not None and len(lengths):
+            least, most = lengths.min(), lengths.max()
+            if not 0 <= least <= most <= shape[1]:
                 raise DataError(
-                    f"{self._where}: lengths must be from 0 to the {shape[1]} observations of a row; "
-                    f"they go from {lengths.min()} to {lengths.max()}"
+                    f"{where}: lengths must be from 0 to the {shape[1]} observations of a row; they go "
+                    f"from {least} to {most}"
                 )
         return len(values)
 
-    def _whole(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise DataError(
-                f"{self._where}: {name} must be one row of whole numbers, got {array.dtype} of "
-                f"shape {array.shape}"
-            )
-        return array
-
     def read(self) -> Iterator[RawSeries]:
-        """Every series."""
         for i, name in enumerate(self._ids):
             targets = None
             if self._targets is not None:

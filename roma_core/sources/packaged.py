@@ -1,16 +1,9 @@
-"""Data files inside a Python package, fetched by the package client and never imported; PLAsTiCC.
-
-PLAsTiCC: light curves of a *simulated* survey of the sky, the complete training set.
-
-7,848 objects of 14 classes, 1,421,705 observations in six bands at irregular times. The files are
-those inside one version of a Python package. An observation is one token: its positions are time and
-band, its values flux and error of the flux. Only these four columns are read. The others reveal the
-class (host galaxy, true parameters, total flux), and naming one is an error.
-"""
+"""Data files inside a Python package, fetched by the package client and never imported; PLAsTiCC."""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import logging
 import subprocess
 import sys
@@ -73,7 +66,7 @@ class PackageFileConfig(SourceConfig):
         paths = fetch_members(self, cache)
         files = tuple(TsFile(path=paths[m.path], split=m.split) for m in self.members)
         hashes = {member.path: member.sha256 for member in self.members}
-        return TsSource(files, self.format, hashes, self.citation, self.licence)
+        return TsSource(self, files, self.format, hashes)
 
 
 def fetch_members(config: PackageFileConfig, cache: Path) -> dict[str, Path]:
@@ -86,33 +79,42 @@ def fetch_members(config: PackageFileConfig, cache: Path) -> dict[str, Path]:
     """
     folder = cache / f"{config.package}-{config.version}"
     paths = {member.path: folder / member.path for member in config.members}
-    wanted = [m for m in config.members if not _is_good(paths[m.path], m.sha256)]
+    wanted = []
+    for member in config.members:
+        path = paths[member.path]
+        if not path.is_file() or sha256_of(path) != member.sha256:
+            wanted.append(member)
+            if path.is_file():
+                log.warning("%s is damaged (wrong sha256); it is fetched again", path)
     if not wanted:
         return paths
     with tempfile.TemporaryDirectory(prefix="roma-wheel-") as name:
         wheel = _download(config, Path(name), folder)
-        for member, content in _members_of(wheel, wanted):
-            target = paths[member.path]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(target, content)
-    for member in wanted:
-        if (found := sha256_of(paths[member.path])) != member.sha256:
-            paths[member.path].unlink()
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                names = archive.namelist()
+                for member in wanted:
+                    if member.path not in names:
+                        close = difflib.get_close_matches(member.path, names, n=3)
+                        raise DataError(
+                            f"{wheel.name} has no member {member.path}; similar: {close}"
+                        )
+                contents = [archive.read(member.path) for member in wanted]
+        except (zipfile.BadZipFile, EOFError) as error:
+            raise DataError(
+                f"{wheel.name} is not a sound archive ({error}); the download was damaged: run the "
+                f"same command again, with pip's cache purged if it stays so"
+            ) from error
+    for member, content in zip(wanted, contents, strict=True):
+        if (found := hashlib.sha256(content).hexdigest()) != member.sha256:
             raise DataError(
                 f"{member.path} in {config.package}=={config.version} has sha256 {found}, expected "
                 f"{member.sha256}; do not use the file: compare version and sha256 in the "
                 f"configuration with the publisher's"
             )
+        paths[member.path].parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(paths[member.path], content)
     return paths
-
-
-def _is_good(path: Path, sha256: str) -> bool:
-    if not path.is_file():
-        return False
-    if sha256_of(path) == sha256:
-        return True
-    log.warning("%s is damaged (wrong sha256); it is fetched again", path)
-    return False
 
 
 def _download(config: PackageFileConfig, folder: Path, cache: Path) -> Path:
@@ -139,39 +141,12 @@ def _download(config: PackageFileConfig, folder: Path, cache: Path) -> Path:
     return wheels[0]
 
 
-def _members_of(wheel: Path, members: list[PackageMember]) -> list[tuple[PackageMember, bytes]]:
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            names = archive.namelist()
-            for member in members:
-                if member.path not in names:
-                    close = difflib.get_close_matches(member.path, names, n=3)
-                    raise DataError(f"{wheel.name} has no member {member.path}; similar: {close}")
-            return [(member, archive.read(member.path)) for member in members]
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise DataError(
-            f"{wheel.name} is not a sound archive ({error}); the download was damaged: run the same "
-            f"command again, with pip's cache purged if it stays so"
-        ) from error
-
-
 BANDS = ("u", "g", "r", "i", "z", "y")
 
 CLASSES = {
-    "6": "microlensing",
-    "15": "TDE",
-    "16": "eclipsing binary",
-    "42": "SN II",
-    "52": "SN Iax",
-    "53": "Mira",
-    "62": "SN Ibc",
-    "64": "kilonova",
-    "65": "M-dwarf flare",
-    "67": "SN Ia-91bg",
-    "88": "AGN",
-    "90": "SN Ia",
-    "92": "RR Lyrae",
-    "95": "SLSN-I",
+    **{"6": "microlensing", "15": "TDE", "16": "eclipsing binary", "42": "SN II", "52": "SN Iax"},
+    **{"53": "Mira", "62": "SN Ibc", "64": "kilonova", "65": "M-dwarf flare", "67": "SN Ia-91bg"},
+    **{"88": "AGN", "90": "SN Ia", "92": "RR Lyrae", "95": "SLSN-I"},
 }
 
 _LEAKS = ("hostgal_", "true_", "tflux_", "distmod", "mwebv", "ra", "decl", "gal_", "ddf", "target")
@@ -179,7 +154,12 @@ _FOLDER = "snmachine/example_data/plasticc_train_"
 
 
 class PlasticcConfig(SourceConfig):
-    """The light curves, by default those in ``snmachine``."""
+    """Light curves of a *simulated* survey of the sky, by default those in ``snmachine``.
+
+    7,848 objects of 14 classes, 1,421,705 observations in six bands at irregular times: the complete
+    training set. Positions are time and band, values flux and its error. The other columns reveal the
+    class (host galaxy, true parameters, total flux), and naming one is an error.
+    """
 
     kind: Literal["plasticc"] = "plasticc"
     package: str = "snmachine"

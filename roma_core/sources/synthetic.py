@@ -6,7 +6,7 @@ share their draws, whichever splits they go to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from roma_core.schema import Channel, PositionAxis
-from roma_core.sources.base import RawSeries, SourceConfig
+from roma_core.sources.base import RawSeries, Source, SourceConfig
 
 _SIDE, _CANVAS = 24, 128  # pixels along a side of a picture, and of what it is scaled down from
-_PICTURES = 256  # drawn at a time
 _TONES = 24  # Hz, the highest
+_AT_ONCE = 256  # series, or pictures, drawn at a time
 
 
 class Draw(NamedTuple):
@@ -32,26 +32,16 @@ class Draw(NamedTuple):
 
     positions: NDArray[np.float64]
     values: NDArray[np.float32]
-    targets: NDArray[np.float32] | None = None
+    targets: NDArray[np.float32]
     labels: NDArray[np.int64] | None = None
 
 
-@dataclass(frozen=True)
-class Process:
-    """A random process, with the axes, channels, classes and targets of its series.
-
-    Attributes:
-        draw: takes a generator and the number of series.
-        noise: default standard deviation of the noise on values, the third argument of ``draw``; None
-            if it takes none.
-    """
-
-    draw: Callable[..., Draw]
-    axes: tuple[PositionAxis, ...]
-    channels: tuple[Channel, ...]
-    classes: tuple[str, ...] = ()
-    targets: tuple[Channel, ...] = ()
-    noise: float | None = None
+def _at(
+    times: NDArray[Any], values: NDArray[Any], targets: NDArray[Any], labels: Any = None
+) -> Draw:
+    """Series observed at the same ``(N,)`` times."""
+    positions = np.broadcast_to(times[:, None], (len(values), len(times), 1))
+    return Draw(positions, values.astype(np.float32), targets.astype(np.float32), labels)
 
 
 def spirals(g: Generator, n: int, noise: float = 0.1) -> Draw:
@@ -68,11 +58,7 @@ def spirals(g: Generator, n: int, noise: float = 0.1) -> Draw:
     x = np.where(inwards[:, None], back * np.cos(z) - 5, out * np.cos(t) + 5)
     y = np.where(inwards[:, None], -back * np.sin(z), out * np.sin(t))
     clean = np.stack([x, y], axis=2)[:, :75]
-    points = clean + g.normal(0, noise, (n, 75, 2))
-    times = np.broadcast_to(t[:75, None], (n, 75, 1))
-    return Draw(
-        times, points.astype(np.float32), clean.astype(np.float32), inwards.astype(np.int64)
-    )
+    return _at(t[:75], clean + g.normal(0, noise, (n, 75, 2)), clean, inwards)
 
 
 def rbf(g: Generator, n: int, noise: float = 0.1) -> Draw:
@@ -82,9 +68,7 @@ def rbf(g: Generator, n: int, noise: float = 0.1) -> Draw:
     """
     t = 0.02 * np.arange(1, 51)
     curves = (g.normal(size=(n, 10)) @ rbf_weights(t).T)[:, :, None]
-    seen = curves + g.normal(0, noise, (n, 50, 1))
-    times = np.broadcast_to(t[:, None], (n, 50, 1))
-    return Draw(times, seen.astype(np.float32), curves.astype(np.float32))
+    return _at(t, curves + g.normal(0, noise, (n, 50, 1)), curves)
 
 
 def rbf_weights(t: NDArray[Any]) -> NDArray[np.float64]:
@@ -106,10 +90,8 @@ def sines(g: Generator, n: int, noise: float = 0.1) -> Draw:
     phases = g.uniform(0, 2 * np.pi, (n, 2))
     angles = 2 * np.pi * tones[:, :, None] * t + phases[:, :, None]  # (n, 2, 100)
     wave = (loudness[:, :, None] * np.sin(angles)).sum(axis=1)[:, :, None]
-    seen = wave + g.normal(0, noise, (n, 100, 1))
-    times = np.broadcast_to(t[:, None], (n, 100, 1))
     labels = np.where(has_two == 1, _TONES, tones[:, 0] - 1)
-    return Draw(times, seen.astype(np.float32), wave.astype(np.float32), labels)
+    return _at(t, wave + g.normal(0, noise, (n, 100, 1)), wave, labels)
 
 
 def positions(g: Generator, n: int) -> Draw:
@@ -137,9 +119,8 @@ def pendulum(g: Generator, n: int) -> Draw:
     pictures = _rods(drawn).astype(np.float32)  # (n, 100, 576) whole numbers in 0 … 255
     clear = _signal_fraction(g, n)[:, :, None]
     seen = clear * pictures + (1 - clear) * g.uniform(0, 255, pictures.shape)
-    frames = np.broadcast_to(np.arange(100.0)[:, None], (n, 100, 1))
     targets = np.stack([np.sin(angles), np.cos(angles)], axis=2)
-    return Draw(frames, np.floor(seen).astype(np.float32), targets.astype(np.float32))
+    return _at(np.arange(100.0), np.floor(seen), targets)
 
 
 def _rods(angles: NDArray[np.float64]) -> NDArray[np.uint8]:
@@ -148,28 +129,23 @@ def _rods(angles: NDArray[np.float64]) -> NDArray[np.uint8]:
     The rod is drawn hard-edged on a canvas of 128 × 128, 8 wide and 55 long from (64, 64), which is
     scaled down with the Lanczos filter.
     """
-    side = np.arange(_CANVAS)
-    x, y = np.meshgrid(side - _CANVAS // 2, side - _CANVAS // 2)  # (128, 128) each, from the middle
-    smaller = _lanczos()  # (24, 128)
-    flat = angles.reshape(-1)
-    pictures = np.empty((len(flat), _SIDE, _SIDE), dtype=np.uint8)
-    for start in range(0, len(flat), _PICTURES):
-        part = flat[start : start + _PICTURES, None, None]
-        dx, dy = np.sin(part), np.cos(part)
-        along, across = x * dx + y * dy, x * dy - y * dx
-        canvas = (along >= 0) & (along <= 55) & (np.abs(across) <= 4)
-        small = smaller @ canvas.astype(np.float32) @ smaller.T
-        pictures[start : start + _PICTURES] = 255 * np.clip(small, 0, 1)
-    return pictures.reshape(*angles.shape, _SIDE**2)
-
-
-def _lanczos() -> NDArray[np.float32]:
-    """``(24, 128)`` weights of each large pixel in each small one, along one side."""
     scale = _CANVAS / _SIDE
     centres = (np.arange(_SIDE) + 0.5) * scale
     away = (np.arange(_CANVAS) + 0.5 - centres[:, None]) / scale
     weights = np.where(np.abs(away) < 3, np.sinc(away) * np.sinc(away / 3), 0.0)
-    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    smaller = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)  # (24, 128)
+    side = np.arange(_CANVAS) - _CANVAS // 2
+    x, y = np.meshgrid(side, side)  # (128, 128) each, from the middle
+    flat = angles.reshape(-1)
+    pictures = np.empty((len(flat), _SIDE, _SIDE), dtype=np.uint8)
+    for start in range(0, len(flat), _AT_ONCE):
+        part = flat[start : start + _AT_ONCE, None, None]
+        dx, dy = np.sin(part), np.cos(part)
+        along, across = x * dx + y * dy, x * dy - y * dx
+        canvas = (along >= 0) & (along <= 55) & (np.abs(across) <= 4)
+        small = smaller @ canvas.astype(np.float32) @ smaller.T
+        pictures[start : start + _AT_ONCE] = 255 * np.clip(small, 0, 1)
+    return pictures.reshape(*angles.shape, _SIDE**2)
 
 
 def _signal_fraction(g: Generator, n: int) -> NDArray[np.float64]:
@@ -185,48 +161,48 @@ def _signal_fraction(g: Generator, n: int) -> NDArray[np.float64]:
     return walk
 
 
-def _time(unit: str = "s") -> tuple[PositionAxis, ...]:
-    return (PositionAxis(name="time", unit=unit),)
+@dataclass(frozen=True)
+class Process:
+    """A random process: ``draw(generator, n_series)``, and the schema of its series."""
+
+    draw: Callable[..., Draw]
+    axes: tuple[PositionAxis, ...]
+    channels: tuple[Channel, ...]
+    targets: tuple[Channel, ...]
+    classes: tuple[str, ...] = ()
 
 
-def _value(*names: str, **unit: Any) -> tuple[Channel, ...]:
-    return tuple(Channel(name=name, unit=unit.get("unit", "1")) for name in names)
+def _process(
+    draw: Callable[..., Draw],
+    axis: PositionAxis,
+    channels: Iterable[str],
+    targets: Iterable[str],
+    classes: tuple[str, ...] = (),
+) -> Process:
+    values, answers = (
+        tuple(Channel(name=name, unit="1") for name in names) for names in (channels, targets)
+    )
+    return Process(draw, (axis,), values, answers, classes)
 
 
+_PIXELS = [f"y{k // _SIDE:02d}x{k % _SIDE:02d}" for k in range(_SIDE**2)]
+_TONE_CLASSES = (*(f"{hz} Hz" for hz in range(1, _TONES + 1)), "two tones")
+_TURNS = ("anticlockwise", "clockwise")
+_SECONDS = PositionAxis(name="time", unit="s")
 PROCESSES = {
-    "pendulum": Process(
-        pendulum,
-        _time("frame"),
-        _value(*(f"y{k // _SIDE:02d}x{k % _SIDE:02d}" for k in range(_SIDE**2))),
-        targets=_value("sin", "cos"),
+    "pendulum": _process(
+        pendulum, PositionAxis(name="time", unit="frame"), _PIXELS, ("sin", "cos")
     ),
-    "positions": Process(
-        positions,
-        (PositionAxis(name="place", unit="1"),),
-        _value("one"),
-        targets=_value("true_place"),
+    "positions": _process(
+        positions, PositionAxis(name="place", unit="1"), ("one",), ("true_place",)
     ),
-    "rbf": Process(rbf, _time(), _value("value"), targets=_value("clean"), noise=0.1),
-    "sines": Process(
-        sines,
-        _time(),
-        _value("value"),
-        (*(f"{hz} Hz" for hz in range(1, _TONES + 1)), "two tones"),
-        _value("clean"),
-        noise=0.1,
-    ),
-    "spirals": Process(
-        spirals,
-        _time("1"),
-        _value("x", "y"),
-        ("anticlockwise", "clockwise"),
-        _value("clean_x", "clean_y"),
-        noise=0.1,
+    "rbf": _process(rbf, _SECONDS, ("value",), ("clean",)),
+    "sines": _process(sines, _SECONDS, ("value",), ("clean",), _TONE_CLASSES),
+    "spirals": _process(
+        spirals, PositionAxis(name="time", unit="1"), ("x", "y"), ("clean_x", "clean_y"), _TURNS
     ),
 }
-
-
-_AT_ONCE = 256
+_NOISY = ("rbf", "sines", "spirals")  # processes with a standard deviation of noise, 0.1 by default
 
 
 class SyntheticConfig(SourceConfig):
@@ -240,19 +216,17 @@ class SyntheticConfig(SourceConfig):
         None,
         ge=0,
         allow_inf_nan=False,
-        description="Standard deviation of the noise on the values of spirals, rbf and sines; null: 0.1.",
+        description="Standard deviation of the noise of spirals, rbf and sines; null: 0.1.",
     )
     citation: str = "generated as in arXiv:2505.20535"
     licence: str = "generated; free of rights"
 
     @model_validator(mode="after")
     def _noise_can_be_chosen(self) -> Self:
-        if self.noise is not None and PROCESSES[self.process].noise is None:
-            noisy = ", ".join(
-                name for name, process in PROCESSES.items() if process.noise is not None
-            )
+        if self.noise is not None and self.process not in _NOISY:
             raise ValueError(
-                f"the noise of {self.process} cannot be chosen; leave noise out, or take {noisy}"
+                f"the noise of {self.process} cannot be chosen; leave noise out, or take "
+                f"{', '.join(_NOISY)}"
             )
         return self
 
@@ -260,16 +234,16 @@ class SyntheticConfig(SourceConfig):
         return SyntheticSource(self)
 
 
-class SyntheticSource:
+class SyntheticSource(Source):
     """The series of one process."""
 
     files: Mapping[str, str] = {}
 
     def __init__(self, config: SyntheticConfig) -> None:
+        super().__init__(config)
         self.config, process = config, PROCESSES[config.process]
         self.axes, self.channels = process.axes, process.channels
         self.classes, self.targets = process.classes, process.targets
-        self.citation, self.licence = config.citation, config.licence
 
     def __length_hint__(self) -> int:
         return self.config.n_series
@@ -286,6 +260,6 @@ class SyntheticSource:
                     id=f"{config.process}-{start + k:07d}",
                     positions=drawn.positions[k],
                     values=drawn.values[k],
-                    targets=None if drawn.targets is None else drawn.targets[k],
+                    targets=drawn.targets[k],
                     label=None if drawn.labels is None else self.classes[drawn.labels[k]],
                 )

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from roma_core.files import sha256_of
 from roma_core.schema import DataError
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def read_errors(files: Sequence[TableFile]) -> Iterator[None]:
         yield
     except (duckdb.Error, OSError, pa.ArrowException) as error:  # Arrow's from within a stream
         kind, _, text = str(error).partition(": ")
-        text, *_ = text.split("\n\n")
+        text, *_ = (text if kind.endswith("Error") else str(error)).split("\n\n")
         file = next((file for file in files if str(file.path) in text), files[0])
         if text.startswith(f"{file.path}: "):  # by error() in our own SQL
             raise DataError(text) from error
@@ -86,7 +85,7 @@ def expand(patterns: Sequence[Path]) -> list[Path]:
     """Files, and files matching patterns such as ``data/*.parquet``, in order.
 
     Raises:
-        DataError: a pattern matches nothing, or two files have one name.
+        DataError: a pattern matches nothing.
     """
     paths: list[Path] = []
     for pattern in patterns:
@@ -95,15 +94,7 @@ def expand(patterns: Sequence[Path]) -> list[Path]:
         if not files:
             raise DataError(f"there is no file {pattern} (from {Path.cwd()})")
         paths += [path for path in files if path not in paths]
-    names = [path.name for path in paths]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DataError(f"two files are called {twice[0]}; rename one of them")
     return paths
-
-
-def hashes_of(paths: Sequence[Path]) -> dict[str, str]:
-    """sha256 of every file by its name."""
-    return {path.name: sha256_of(path) for path in paths}
 
 
 class TableFile:
@@ -133,33 +124,22 @@ class TableFile:
         if not path.is_file():
             raise DataError(f"there is no file {path} (from {Path.cwd()})")
         with read_errors([self]):
-            if self._is_csv:
-                self._read_header()
-                types = self._sampled_types()
-            else:
-                types = self._parquet_types()
+            types = self._csv_types() if self._is_csv else self._parquet_types()
         self.types = dict(zip(self.names, types, strict=True))
 
     def _parquet_types(self) -> list[str]:
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        try:
-            self.names = pq.read_schema(self.path).names  # DuckDB renames "T" beside "t"
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-            raise DataError(f"{self.path} cannot be read: {error}") from error
-        return [
-            row[1] for row in self._connection.execute(f"DESCRIBE FROM {self._scan()}").fetchall()
-        ]
+        self.names = pq.read_schema(self.path).names  # DuckDB renames "T" beside "t"
+        described = self._connection.execute(f"DESCRIBE FROM {self._scan()}")
+        return [row[1] for row in described.fetchall()]
 
-    def _read_header(self) -> None:
+    def _csv_types(self) -> list[str]:
+        """Types by the first rows; also finds the header, separator and kind of decimal mark."""
         import pyarrow as pa
 
-        try:
-            with pa.input_stream(str(self.path)) as stream:
-                text = stream.read(_HEADER_BYTES).decode("utf-8-sig", errors="replace")
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{self.path} cannot be read: {error}") from error
+        with pa.input_stream(str(self.path)) as stream:
+            text = stream.read(_HEADER_BYTES).decode("utf-8-sig", errors="replace")
         lines = enumerate(text.splitlines())
         header = next(((k, s) for k, s in lines if s.strip() and not s.startswith("#")), None)
         if header is None:
@@ -168,9 +148,6 @@ class TableFile:
         splits = {mark: next(csv.reader([line], delimiter=mark)) for mark in _SEPARATORS}
         self._separator = max(_SEPARATORS, key=lambda mark: len(splits[mark]))
         self.names = [name.strip() for name in splits[self._separator]]
-
-    def _sampled_types(self) -> list[str]:
-        """Types by the first rows; also decides whether numbers have decimal commas."""
         missing = literal(_MISSING)
         counts = [
             f"count(*) FILTER (c{k} NOT IN {missing}), "
@@ -216,15 +193,11 @@ class TableFile:
         type_ = self.types[name]
         if type_.endswith("]"):
             return "list"
-        if (
-            type_ in _INTEGERS
-            or type_ in ("FLOAT", "DOUBLE", '"NULL"')
-            or type_.startswith("DECIMAL")
-        ):
+        if type_ in _INTEGERS or type_.startswith(("FLOAT", "DOUBLE", "DECIMAL", '"NULL"')):
             return "number"
-        if type_ in ("VARCHAR", "UUID") or type_.startswith("ENUM"):
+        if type_.startswith(("VARCHAR", "UUID", "ENUM")):
             return "text"
-        return "date" if type_ == "DATE" or type_.startswith("TIMESTAMP") else type_.lower()
+        return "date" if type_.startswith(("DATE", "TIMESTAMP")) else type_.lower()
 
     def check_columns(self, names: Sequence[str]) -> None:
         """Raise DataError if a column is missing, or there is more than one of its name."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +25,8 @@ from pydantic import Field
 
 from roma_core.schema import Channel, DataError, PositionAxis
 from roma_core.settings import Frozen
-from roma_core.sources.base import MetadataColumns, RawSeries, SourceConfig
-from roma_core.sources.table_files import TableFile, connect, expand, hashes_of, read_errors
-
-T = TypeVar("T")
+from roma_core.sources.base import MetadataColumns, RawSeries, Source, SourceConfig, hash_files
+from roma_core.sources.table_files import TableFile, connect, expand, read_errors
 
 _MEMORY_MB = 96  # to begin with, and for each million rows that are to be sorted:
 _MEMORY_MB_PER_MILLION = 1.1
@@ -111,11 +109,9 @@ class TableConfig(_FilesConfig):
     )
 
     def open(self, cache: Path) -> TableSource:
-        hashes = hashes_of(expand(self.files))
+        hashes = hash_files(expand(self.files))
         if self.objects is not None:
-            if not self.objects.file.is_file():
-                raise DataError(f"there is no file {self.objects.file} (from {Path.cwd()})")
-            hashes |= hashes_of([self.objects.file])
+            hashes |= hash_files([self.objects.file])
         return TableSource(self, hashes, cache)
 
 
@@ -126,43 +122,7 @@ class ParquetConfig(_FilesConfig, _Columns):
     id: str = Field("id", description="Column of the series' id.")
 
     def open(self, cache: Path) -> ParquetSource:
-        return ParquetSource(self, hashes_of(expand(self.files)), cache)
-
-
-class _Rows:
-    """Rows of a query, taken some at a time as positions, values and targets."""
-
-    def __init__(self, batches: Iterator[Any], n_axes: int, n_channels: int) -> None:
-        self._batches = batches
-        self._n_axes, self._n_channels = n_axes, n_channels
-        self._block: list[NDArray[Any]] = []
-        self._start = 0
-
-    def take(self, n: int) -> list[NDArray[Any]]:
-        """Copies of the next rows: ``(n, D)`` float64, ``(n, C)`` and ``(n, K)`` float32."""
-        parts = []
-        while True:
-            part = [array[self._start : self._start + n] for array in self._block]
-            if part:
-                parts.append(part)
-                self._start += len(part[0])
-                n -= len(part[0])
-            if not n and part:
-                return [np.concatenate(each) for each in zip(*parts, strict=True)]
-            self._block, self._start = self._arrays(next(self._batches)), 0
-
-    def _arrays(self, batch: Any) -> list[NDArray[Any]]:
-        columns = [column.to_numpy(zero_copy_only=False) for column in batch.columns]
-        a, b = self._n_axes, self._n_axes + self._n_channels
-        parts = ((columns[:a], np.float64), (columns[a:b], np.float32), (columns[b:], np.float32))
-        arrays = []
-        for part, dtype in parts:
-            block = np.empty((batch.num_rows, len(part)), dtype)
-            with np.errstate(over="ignore"):  # too large for float32: inf, which is refused later
-                for k, column in enumerate(part):
-                    block[:, k] = column
-            arrays.append(block)
-        return arrays
+        return ParquetSource(self, hash_files(expand(self.files)), cache)
 
 
 class _Observations:
@@ -197,23 +157,20 @@ class _Observations:
         return arrays
 
 
-class _Source:
-    """What both kinds of table share: a query of objects beside one of their observations.
-
-    Attributes:
-        files: sha256 of every input file by its name.
-    """
+class _Source(Source):
+    """What both kinds of table share: a query of objects beside one of their observations."""
 
     _n: int  # series
 
     def __init__(
         self, config: TableConfig | ParquetConfig, hashes: Mapping[str, str], cache: Path
     ) -> None:
+        super().__init__(config)
         columns = config.columns if isinstance(config, TableConfig) else config
-        self.files, self.citation, self.licence = hashes, config.citation, config.licence
+        self.files = hashes
         self.channels = tuple(column.channel() for column in columns.channels)
         self.targets = tuple(column.channel() for column in columns.targets)
-        self._axes, self._metadata = columns.axes, columns.metadata
+        self._metadata = columns.metadata
         self._numbers = [
             (column.column, column.unit, getattr(column, "categories", ()))
             for column in (*columns.axes, *columns.channels, *columns.targets)
@@ -222,6 +179,17 @@ class _Source:
         self._memory_mb = config.memory_limit_mb or _MEMORY_MB
         self._database = connect(cache, self._memory_mb, config.threads)
         self._tables = [TableFile(path, self._database) for path in expand(config.files)]
+        self._lists = list(dict.fromkeys(name for name, _, _ in self._numbers))
+        long, ids = self._tables, []
+        if isinstance(config, TableConfig):
+            ids = [config.columns.object]
+        else:
+            long = [table.unnested(self._lists) for table in self._tables]
+        self._observations = _union(long, ids, self._numbers)
+        self.axes = tuple(
+            axis.axis(any(table.kind(axis.column) == "date" for table in long))
+            for axis in columns.axes
+        )
 
     def __length_hint__(self) -> int:
         return self._n
@@ -230,7 +198,7 @@ class _Source:
         with read_errors(self._tables):
             return self._in_memory(lambda: self._database.execute(sql).fetchall())
 
-    def _in_memory(self, run: Callable[[], T]) -> T:
+    def _in_memory(self, run: Callable[[], Any]) -> Any:
         """Run a query again with more memory, if it may take more and cannot do with less."""
         import duckdb
 
@@ -238,21 +206,14 @@ class _Source:
             try:
                 return run()
             except (duckdb.Error, OSError) as error:
-                if "Out of Memory" not in str(error) or not self._may_grow:
-                    raise
-                if self._memory_mb > _MAX_MEMORY_MB:
+                may_grow = self._may_grow and self._memory_mb <= _MAX_MEMORY_MB
+                if "Out of Memory" not in str(error) or not may_grow:
                     raise
             self._allow(self._memory_mb * 3 // 2)
 
     def _allow(self, memory_mb: int) -> None:
         self._memory_mb = memory_mb
         self._database.execute(f"SET GLOBAL memory_limit = '{memory_mb}MB'")
-
-    def _position_axes(self, tables: Sequence[TableFile]) -> tuple[PositionAxis, ...]:
-        return tuple(
-            axis.axis(any(table.kind(axis.column) == "date" for table in tables))
-            for axis in self._axes
-        )
 
     def _series(self, objects: str, observations: str) -> Iterator[RawSeries]:
         """Every object with its observations.
@@ -264,11 +225,14 @@ class _Source:
         columns = ", ".join(f"n{k}" for k in range(len(self._numbers)))
         cursors = self._database.cursor(), self._database.cursor()
         cursors[0].execute("SET streaming_buffer_size = '2MB'")
+
+        def start() -> Iterator[Any]:
+            query = cursors[0].sql(f"SELECT {columns} FROM {observations}")
+            batches = query.to_arrow_reader(_ROWS)
+            return itertools.chain([*itertools.islice(batches, 1)], batches)  # now a sort is over
+
         with read_errors(self._tables):
-            batches = self._in_memory(
-                lambda: _started(cursors[0].sql(f"SELECT {columns} FROM {observations}"))
-            )
-            rows = _Observations(batches, len(self._axes), len(self.channels))
+            rows = _Observations(self._in_memory(start), len(self.axes), len(self.channels))
             for batch in cursors[1].sql(objects).to_arrow_reader(_OBJECTS):
                 cells = [column.to_pylist() for column in batch.columns]
                 for id_, n, *metadata in zip(*cells, strict=True):
@@ -295,8 +259,6 @@ class TableSource(_Source):
 
     def __init__(self, config: TableConfig, hashes: Mapping[str, str], cache: Path) -> None:
         super().__init__(config, hashes, cache)
-        self._observations = _union(self._tables, [config.columns.object], self._numbers)
-        self.axes = self._position_axes(self._tables)
         names = self._metadata.columns()
         self._create_objects(config.columns.object, [] if config.objects else names)
         if config.objects is not None:
@@ -365,11 +327,7 @@ class TableSource(_Source):
             )
 
     def read(self) -> Iterator[RawSeries]:
-        """Every object in the order of its first row.
-
-        Raises:
-            DataError: a column holds what it should not, or metadata of an object are missing.
-        """
+        """Every object in the order of its first row."""
         metadata = [f"m{k}" for k in range(len(self._metadata.columns()))]
         columns = ", ".join(["CAST(t0 AS VARCHAR)", "n", *metadata])
         rows = f"({self._observations})"
@@ -388,47 +346,29 @@ class ParquetSource(_Source):
 
     def __init__(self, config: ParquetConfig, hashes: Mapping[str, str], cache: Path) -> None:
         super().__init__(config, hashes, cache)
-        lists = list(dict.fromkeys(name for name, _, _ in self._numbers))
-        tables = [table.unnested(lists) for table in self._tables]
-        self._observations = _union(tables, [], self._numbers)
-        self.axes = self._position_axes(tables)
+        lists = self._lists
         self._objects = _union(self._tables, [config.id, *self._metadata.columns()], [], lists[:1])
         self._n = self._query(f"SELECT count(*) FROM ({self._objects})")[0][0]
+        differ = " OR ".join(f"l{k} <> l0" for k in range(1, len(lists)))
         labels: set[str] = set()
         for table in self._tables:
-            self._check_lengths(table, config.id, lists)
+            rows = table.select([config.id], lists=lists)
+            for name, *lengths in self._query(f"FROM ({rows}) WHERE {differ or False} LIMIT 1"):
+                k = next(k for k, length in enumerate(lengths) if length != lengths[0])
+                raise DataError(
+                    f"{table.path}: series '{name}' has {lengths[0]} numbers in {lists[0]!r} and "
+                    f"{lengths[k]} in {lists[k]!r}; one per observation in each"
+                )
             if self._metadata.label is not None:
                 labels |= set(table.words(self._metadata.label))
         self.classes = self._metadata.all_classes(labels)
 
-    def _check_lengths(self, table: TableFile, id_: str, lists: Sequence[str]) -> None:
-        rows = table.select([id_], lists=lists)
-        differ = " OR ".join(f"l{k} <> l0" for k in range(1, len(lists)))
-        for name, *lengths in self._query(f"FROM ({rows}) WHERE {differ or False} LIMIT 1"):
-            k = next(k for k, length in enumerate(lengths) if length != lengths[0])
-            raise DataError(
-                f"{table.path}: series '{name}' has {lengths[0]} numbers in {lists[0]!r} and "
-                f"{lengths[k]} in {lists[k]!r}; one per observation in each"
-            )
-
     def read(self) -> Iterator[RawSeries]:
-        """Every row.
-
-        Raises:
-            DataError: a column holds what it should not, or metadata of a series are missing.
-        """
         metadata = [f"CAST(t{k + 1} AS VARCHAR)" for k in range(len(self._metadata.columns()))]
         columns = ", ".join(["CAST(t0 AS VARCHAR)", "l0", *metadata])
         yield from self._series(
             f"SELECT {columns} FROM ({self._objects})", f"({self._observations})"
         )
-
-
-def _started(query: Any) -> Iterator[Any]:
-    """The Arrow batches of a query, the first of which is there: a sort is over."""
-    batches = query.to_arrow_reader(_ROWS)
-    first = next(batches, None)
-    return iter(()) if first is None else itertools.chain([first], batches)
 
 
 def _union(tables: Sequence[TableFile], *columns: Sequence[Any]) -> str:

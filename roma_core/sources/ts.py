@@ -17,10 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from roma_core.files import sha256_of
 from roma_core.schema import Channel, DataError, PositionAxis
 from roma_core.settings import Frozen
-from roma_core.sources.base import RawSeries, RecordedSplit, SourceConfig
+from roma_core.sources.base import RawSeries, RecordedSplit, Source, SourceConfig, hash_files
 
 
 class TsFormat(Frozen):
@@ -50,14 +49,8 @@ class TsConfig(SourceConfig):
     format: TsFormat = TsFormat()
 
     def open(self, cache: Path) -> TsSource:
-        hashes: dict[str, str] = {}
-        for file in self.files:
-            if not file.path.is_file():
-                raise DataError(f"there is no file {file.path} (from {Path.cwd()})")
-            if file.path.name in hashes:
-                raise DataError(f"two files are called {file.path.name}; rename one of them")
-            hashes[file.path.name] = sha256_of(file.path)
-        return TsSource(self.files, self.format, hashes, self.citation, self.licence)
+        hashes = hash_files(file.path for file in self.files)
+        return TsSource(self, self.files, self.format, hashes)
 
 
 @dataclass(frozen=True)
@@ -68,7 +61,7 @@ class _Header:
     n_lines: int
 
 
-class TsSource:
+class TsSource(Source):
     """Series of ``.ts`` files that agree in channels and classes.
 
     Ids are ``<split or file name>-0001`` and so on, in the order of the lines, so a file may grow
@@ -77,16 +70,13 @@ class TsSource:
 
     def __init__(
         self,
+        config: SourceConfig,
         files: tuple[TsFile, ...],
         format: TsFormat,
         hashes: Mapping[str, str],
-        citation: str = "",
-        licence: str = "",
     ) -> None:
-        self.file_list = files
-        self.files = hashes
-        self.citation = citation
-        self.licence = licence
+        super().__init__(config)
+        self.file_list, self.files = files, hashes
         self._headers = [_read_header(file.path) for file in files]
         self.classes = self._headers[0].classes
         for file, header in zip(files, self._headers, strict=True):
@@ -109,11 +99,6 @@ class TsSource:
         self.axes = (PositionAxis(name=format.axis, unit=format.axis_unit),)
 
     def read(self) -> Iterator[RawSeries]:
-        """Every series in file order.
-
-        Raises:
-            DataError: a line is malformed; the text names file and line.
-        """
         counter: Counter[str] = Counter()
         for file, header in zip(self.file_list, self._headers, strict=True):
             prefix = file.split or file.path.stem
@@ -138,7 +123,15 @@ class TsSource:
         expected = header.n_channels or len(self.channels)
         if len(parts) != expected or expected != len(self.channels):
             raise DataError(f"{where}: expected {len(self.channels)} channels, got {len(parts)}")
-        columns = [_numbers(part, where) for part in parts]
+        columns: list[list[float]] = [[] for _ in parts]
+        for part, column in zip(parts, columns, strict=True):
+            for word in part.split(","):
+                try:
+                    column.append(float(word))
+                except ValueError:
+                    if word.strip() != "?":
+                        raise DataError(f"{where}: {word.strip()!r} is not a number") from None
+                    column.append(np.nan)
         lengths = {len(column) for column in columns}
         if len(lengths) != 1:
             raise DataError(f"{where}: channels differ in length: {sorted(lengths)}")
@@ -148,18 +141,6 @@ class TsSource:
             )
         with np.errstate(over="ignore"):  # too large for float32: inf, which is refused later
             return np.array(columns, dtype=np.float64).T.astype(np.float32, order="C"), label
-
-
-def _numbers(text: str, where: str) -> list[float]:
-    numbers = []
-    for word in text.split(","):
-        try:
-            numbers.append(float(word))
-        except ValueError:
-            if word.strip() != "?":
-                raise DataError(f"{where}: {word.strip()!r} is not a number") from None
-            numbers.append(np.nan)
-    return numbers
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -180,39 +161,28 @@ def _series_lines(path: Path, header: _Header) -> Iterator[tuple[int, str]]:
 def _read_header(path: Path) -> _Header:
     words: dict[str, list[str]] = {}
     for n_line, text in _lines(path):
-        where = f"{path}, line {n_line}"
         if not text.startswith("@"):
             raise DataError(
-                f"{where}: expected an @ line of the header, or @data before the series"
+                f"{path}, line {n_line}: expected an @ line of the header, or @data before the series"
             )
         key, *rest = text[1:].split()
         if key.lower() == "data":
-            return _header_of(words, path, n_line)
+            break
         words[key.lower()] = rest
-    raise DataError(f"{path} has no @data line; it is not a .ts file, or it was cut short")
-
-
-def _header_of(words: dict[str, list[str]], path: Path, n_lines: int) -> _Header:
-    def says_true(key: str) -> bool:
-        return words.get(key, ["false"])[:1] in (["true"], ["True"])
-
-    def number(key: str) -> int | None:
-        if key not in words:
-            return None
-        if len(words[key]) != 1 or not words[key][0].isdigit():
-            raise DataError(f"{path}: @{key} must be one whole number, got {words[key]}")
-        return int(words[key][0])
-
-    if says_true("timestamps"):
+    else:
+        raise DataError(f"{path} has no @data line; it is not a .ts file, or it was cut short")
+    true = {key for key, rest in words.items() if rest[:1] in (["true"], ["True"])}
+    if "timestamps" in true:
         raise DataError(f"{path} has time stamps (@timeStamps true), which this reader cannot take")
-    if says_true("targetlabel"):
+    if "targetlabel" in true:
         raise DataError(f"{path} has regression targets (@targetLabel true); classes are expected")
-    classes = tuple(words["classlabel"][1:]) if says_true("classlabel") else ()
-    if says_true("classlabel") and (not classes or len(set(classes)) != len(classes)):
+    classes = tuple(words["classlabel"][1:]) if "classlabel" in true else ()
+    if "classlabel" in true and (not classes or len(set(classes)) != len(classes)):
         raise DataError(f"{path}: @classLabel true must list every class once, got {classes}")
-    return _Header(
-        n_channels=number("dimensions"),
-        length=number("serieslength") if says_true("equallength") else None,
-        classes=classes,
-        n_lines=n_lines,
-    )
+    numbers: dict[str, int] = {}
+    for key in ("dimensions", *(["serieslength"] if "equallength" in true else [])):
+        if (found := words.get(key)) is not None:
+            if len(found) != 1 or not found[0].isdigit():
+                raise DataError(f"{path}: @{key} must be one whole number, got {found}")
+            numbers[key] = int(found[0])
+    return _Header(numbers.get("dimensions"), numbers.get("serieslength"), classes, n_line)
