@@ -325,7 +325,7 @@ def _amount(found: SourceStatistics) -> str:
     return (
         f"{found.n_series:,} series of {len(found.classes)} classes, {found.n_observations:,} "
         f"observations of {len(found.channels)} channel{'s' if len(found.channels) > 1 else ''}, "
-        f"{found.mean_length:.0f} a series, {found.max_length} at most"
+        f"{found.n_observations / found.n_series:.0f} a series, {found.max_length} at most"
     )
 
 

@@ -1,7 +1,4 @@
-"""Infer a source's settings from files, and take the statistics that other settings are chosen by.
-
-A built data set has a ``DataProfile``; ``SourceStatistics`` are of a source that is not built yet.
-"""
+"""Infer a source's settings from files, and take the statistics that other settings are chosen by."""
 
 from __future__ import annotations
 
@@ -31,22 +28,12 @@ _USUAL_NAMES = {
     "label": ("label", "class", "target", "y", "label_id", "class_id"),
     "group": ("group", "group_id"),
     "split": ("split",),
+    "quantity": ("band", "passband", "filter", "channel", "sensor", "variable", "parameter", "feature"),
 }  # fmt: skip
 """Usual names of columns by role, in lower case, the most specific first."""
 
-_CATEGORICAL = (
-    "band",
-    "passband",
-    "filter",
-    "channel",
-    "sensor",
-    "variable",
-    "parameter",
-    "feature",
-)
-"""Usual names of a column that says which quantity a row measures."""
-
 _ROW_NUMBERS = re.compile(r"(Unnamed: \d+|__index_level_\d+__|)$")  # as pandas names its index
+_CSV = re.compile(r"\.(txt|tsv|csv|csv\.gz|csv\.zst)$", re.IGNORECASE)
 _MAX_CATEGORIES = 64
 
 
@@ -74,10 +61,9 @@ class InferredSource:
 def infer_source(
     paths: Sequence[Path], roles: ColumnRoles, objects: Path | None = None
 ) -> InferredSource:
-    """Infer the kind of source the files are, and the role of every column.
+    """Infer the kind of source that files of one kind, or one folder, are, and every column's role.
 
     Args:
-        paths: files of one kind, or one folder; patterns are expanded by the caller.
         objects: a second table with a row per object, for long tables.
 
     Raises:
@@ -85,16 +71,18 @@ def infer_source(
     """
     if missing := [path for path in paths if not path.exists()]:
         raise DataError(f"there is no file {missing[0]} (from {Path.cwd()})")
-    endings = {_ending(path) for path in paths if path.is_file()}
+    endings = {path.suffix.lower() for path in paths if path.is_file()}
+    if endings and all(_CSV.search(path.name) for path in paths):
+        endings = {".csv"}
     if len(paths) == 1 and paths[0].is_dir():
         return _folder(paths[0])
-    if objects is not None and endings - {"parquet", "csv"}:
+    if objects is not None and endings - {".parquet", ".csv"}:
         raise DataError("a table of objects goes with long tables, in Parquet or CSV, only")
-    if endings == {"ts"}:
+    if endings == {".ts"}:
         return _ts(paths)
-    if endings == {"npz"} and len(paths) == 1:
+    if endings == {".npz"} and len(paths) == 1:
         return _npz(paths[0])
-    if endings in ({"parquet"}, {"csv"}):
+    if endings in ({".parquet"}, {".csv"}):
         return _table(paths, roles, objects)
     raise DataError(
         f"the kind of {', '.join(path.name for path in paths[:4])} is not known: expected .ts, .csv or "
@@ -103,61 +91,40 @@ def infer_source(
     )
 
 
-def _ending(path: Path) -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes[-1:] in ([".txt"], [".tsv"]) or suffixes[-2:] in (
-        [".csv", ".gz"],
-        [".csv", ".zst"],
-    ):
-        return "csv"
-    return suffixes[-1][1:] if suffixes else ""
-
-
 def _folder(folder: Path) -> InferredSource:
     found = sorted({path.suffix.lower() for path in folder.rglob("*") if path.is_file()})
     if ".wav" in found:
-        return InferredSource(
-            {"kind": "wav_folder", "folder": str(folder)},
-            ["sounds, a sub-folder per class; patches of their log-mel spectrograms"],
-        )
+        note = "sounds, a sub-folder per class; patches of their log-mel spectrograms"
+        return InferredSource({"kind": "wav_folder", "folder": str(folder)}, [note])
     if not set(found) & set(IMAGE_ENDINGS):
         raise DataError(
             f"{folder} holds neither images ({', '.join(IMAGE_ENDINGS)}) nor .wav files, but "
             f"{', '.join(found) or 'nothing'}; name the files, or a pattern such as '{folder}/*.parquet'"
         )
-    width, height, colours = _first_image(folder)
-    side = min(width, height)
-    patch = next((size for size in (16, 8, 4) if side >= 8 * size), 2 if side >= 8 else 1)
-    return InferredSource(
-        {"kind": "image_folder", "folder": str(folder), "patch": patch, "colours": colours},
-        [
-            f"images, a sub-folder per class; the first is {width} × {height}, so patches are {patch} "
-            f"pixels wide"
-        ],
-    )
-
-
-def _first_image(folder: Path) -> tuple[int, int, str]:
     from PIL import Image
 
     first = next(p for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGE_ENDINGS)
     try:
         with Image.open(first) as image:
+            width, height = image.size
             colours = "grey" if image.mode in ("1", "L", "I;16", "I", "F") else "rgb"
-            return *image.size, colours
     except OSError as error:
         raise DataError(f"{first} is no image: {error}") from error
+    side = min(width, height)
+    patch = next((size for size in (16, 8, 4) if side >= 8 * size), 2 if side >= 8 else 1)
+    note = (
+        f"images, a sub-folder per class; the first is {width} × {height}, so patches are {patch}"
+    )
+    config = {"kind": "image_folder", "folder": str(folder), "patch": patch, "colours": colours}
+    return InferredSource(config, [f"{note} pixels wide"])
 
 
 def _ts(paths: Sequence[Path]) -> InferredSource:
     files, notes = [], []
     for path in sorted(paths, key=lambda path: path.stem.lower().endswith("test")):
-        file = {"path": str(path)}
-        for split in ("train", "test"):
-            if path.stem.lower().endswith(split):
-                file["split"] = split
-        files.append(file)
-        notes.append(f"{path.name}: {file.get('split', 'no recorded split')}")
+        split = re.search("(train|test)$", path.stem.lower())
+        files.append({"path": str(path)} | ({"split": split[0]} if split else {}))
+        notes.append(f"{path.name}: {split[0] if split else 'no recorded split'}")
     recorded = [file for file in files if "split" in file]
     if recorded and len(recorded) < len(files):
         raise DataError(
@@ -186,20 +153,13 @@ def _npz(path: Path) -> InferredSource:
     def width(name: str) -> int:
         return shapes[name][-1] if len(shapes[name]) > n_leading else 1
 
-    axes = ["time", *(f"axis{k}" for k in range(1, width("positions")))]
-    channels = [f"c{k + 1:02d}" for k in range(width("values"))]
-    return InferredSource(
-        {
-            "kind": "npz",
-            "file": str(path),
-            "axes": [{"name": name, "unit": "1"} for name in axes],
-            "channels": [{"name": name, "unit": "1"} for name in channels],
-        },
-        [f"arrays {', '.join(f'{name} {shape}' for name, shape in shapes.items())}"],
-    )
-
-
-# tables -----------------------------------------------------------------------------------------
+    names = {
+        "axes": ["time", *(f"axis{k}" for k in range(1, width("positions")))],
+        "channels": [f"c{k + 1:02d}" for k in range(width("values"))],
+    }
+    columns = {key: [{"name": name, "unit": "1"} for name in names[key]] for key in names}
+    found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+    return InferredSource({"kind": "npz", "file": str(path), **columns}, [f"arrays {found}"])
 
 
 def _table(paths: Sequence[Path], roles: ColumnRoles, objects: Path | None) -> InferredSource:
@@ -219,21 +179,34 @@ def _table(paths: Sequence[Path], roles: ColumnRoles, objects: Path | None) -> I
     lists = [name for name in columns if kinds[name] == "list"]
     single = [name for name in columns if name not in lists]
 
-    object_ = _role("object", roles.object, single if lists else columns, path)
+    def role(name: str, given: str | None, candidates: Sequence[str]) -> str:
+        if found := given or _named_like(name, candidates):
+            return found
+        raise DataError(
+            f"{path}: no {name} column found among {list(candidates)}; expected a name such as "
+            f"{_USUAL_NAMES[name][0]!r}: pass --{name} COLUMN"
+        )
+
+    object_ = role("object", roles.object, single if lists else columns)
     rest = [name for name in columns if name != object_]
-    time = _role("time", roles.time, lists or rest, path)
+    time = role("time", roles.time, lists or rest)
+    known = [name for name in (single if lists else rest) if name not in (object_, time)]
     if objects is not None:
         known = [name for name in TableFile(objects, database).names if name != object_]
-    else:
-        known = [name for name in (single if lists else rest) if name not in (object_, time)]
-    metadata = _metadata(roles, known)
+    metadata = {}
+    for key in ("label", "group", "split"):
+        named = getattr(roles, key)
+        if named is not None and named not in known:
+            raise DataError(f"--{key} {named}: there is no such column among {known}")
+        if found := named or _named_like(key, known):
+            metadata[key] = found
     taken = {time, *([] if objects else metadata.values())}
     rest = [name for name in lists or rest if name not in taken]
     axes: list[dict[str, Any]] = [{"column": time}]
     for name in roles.axes or [n for n in rest if not lists and n not in roles.channels]:
         if kinds[name] == "text":
             axes.append({"column": name, "categories": _categories(tables, name)})
-        elif name in roles.axes or name.lower() in _CATEGORICAL:
+        elif name in roles.axes or name.lower() in _USUAL_NAMES["quantity"]:
             axes.append({"column": name})
     taken |= {axis["column"] for axis in axes}
     numeric = ("list",) if lists else ("number", "date")
@@ -243,23 +216,20 @@ def _table(paths: Sequence[Path], roles: ColumnRoles, objects: Path | None) -> I
             f"{path}: no column is left for the values; name them with --channel COLUMN"
         )
 
-    shared = {
-        "axes": axes,
-        "channels": [{"column": name} for name in channels],
-        "metadata": metadata,
+    values = [{"column": name} for name in channels]
+    shared = {"axes": axes, "channels": values, "metadata": metadata}
+    config: dict[str, Any] = {
+        "kind": "parquet" if lists else "table",
+        "files": list(map(str, paths)),
     }
-    config: dict[str, Any] = {"kind": "table", "files": [str(path) for path in paths]}
-    if lists:
-        config |= {"kind": "parquet", "id": object_, **shared}
-    else:
-        config["columns"] = {"object": object_, **shared}
+    config |= {"id": object_, **shared} if lists else {"columns": {"object": object_, **shared}}
     if objects is not None:
         config["objects"] = {"file": str(objects), "object": object_}
     shown = channels[:8] + ["…"] * (len(channels) > 8)
     notes = [
         f"a row per {'series' if lists else 'observation'}; objects: {object_}; positions: "
         f"{', '.join(axis['column'] for axis in axes)}; values: {', '.join(shown)}",
-        ", ".join(f"{role}: {name}" for role, name in metadata.items()) or "no metadata of objects",
+        ", ".join(f"{key}: {name}" for key, name in metadata.items()) or "no metadata of objects",
     ]
     used = {object_, *taken, *channels, *metadata.values()}
     if unused := [name for name in columns if name not in used]:
@@ -272,27 +242,6 @@ def _table(paths: Sequence[Path], roles: ColumnRoles, objects: Path | None) -> I
 def _named_like(role: str, columns: Sequence[str]) -> str | None:
     by_name = {column.lower(): column for column in reversed(columns)}
     return next((by_name[name] for name in _USUAL_NAMES[role] if name in by_name), None)
-
-
-def _role(role: str, given: str | None, columns: Sequence[str], path: Path) -> str:
-    found = given or _named_like(role, columns)
-    if found is None:
-        raise DataError(
-            f"{path}: no {role} column found among {list(columns)}; expected a name such as "
-            f"{_USUAL_NAMES[role][0]!r}: pass --{role} COLUMN"
-        )
-    return found
-
-
-def _metadata(roles: ColumnRoles, columns: Sequence[str]) -> dict[str, str]:
-    metadata = {}
-    for role in ("label", "group", "split"):
-        given = getattr(roles, role)
-        if given is not None and given not in columns:
-            raise DataError(f"--{role} {given}: there is no such column among {list(columns)}")
-        if found := given or _named_like(role, columns):
-            metadata[role] = found
-    return metadata
 
 
 def _categories(tables: Sequence[TableFile], column: str) -> list[str]:
@@ -314,35 +263,21 @@ _LENIENT = RepairOptions(unsorted="sort", duplicates="first", not_finite="drop",
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """Quantiles of the values of one channel as delivered.
-
-    Attributes:
-        iqr: distance of the quartiles.
-        max_deviation: largest distance from the median.
-        varies: whether it changes within any series; a channel that never does is metadata of the
-            object and no measurement.
-    """
+    """Quantiles of the values of one channel as delivered."""
 
     name: str
-    median: float
-    iqr: float
-    max_deviation: float
-    varies: bool
+    iqr: float  # distance of the quartiles
+    max_deviation: float  # largest distance from the median
+    varies: bool  # within any series; else it is metadata of the object and no measurement
 
 
 @dataclass(frozen=True)
 class AxisStatistics:
-    """Positions on one axis.
-
-    Attributes:
-        median_gap: between neighbouring different positions; 0 if no series has two.
-        median_span: from a series' smallest position to its largest.
-        max_abs: largest absolute position.
-    """
+    """Positions on one axis."""
 
     name: str
-    median_gap: float
-    median_span: float
+    median_gap: float  # between neighbouring different positions; 0 if no series has two
+    median_span: float  # from a series' smallest position to its largest
     max_abs: float
 
 
@@ -360,10 +295,6 @@ class SourceStatistics:
     axes: tuple[AxisStatistics, ...]
     repairs: Repairs | None
 
-    @property
-    def mean_length(self) -> float:
-        return self.n_observations / self.n_series
-
 
 def source_statistics(source: Source) -> SourceStatistics:
     """Read a source once; unsorted, duplicate and infinite observations are counted, not refused.
@@ -372,39 +303,34 @@ def source_statistics(source: Source) -> SourceStatistics:
         DataError: there is no series, or one has a wrong shape or an unknown label.
     """
     cleaner = SeriesCleaner(source, _LENIENT)
-    channels, axes = len(source.channels), len(source.axes)
-    sample = _Sample(channels)
+    sample = _Sample()
     classes: Counter[str] = Counter(dict.fromkeys(source.classes, 0))
     splits: Counter[str] = Counter()
-    gaps, spans = [array("d") for _ in range(axes)], [array("d") for _ in range(axes)]
-    max_abs = np.zeros(axes)
-    varies = np.zeros(channels, dtype=bool)
-    n = total = max_length = grouped = 0
+    gaps, spans = ([array("d") for _ in source.axes] for _ in range(2))
+    max_abs = np.zeros(len(source.axes))
+    varies = np.zeros(len(source.channels), dtype=bool)
+    lengths, has_groups = array("q"), False
     for series in cleaner:
-        n, total, max_length = (
-            n + 1,
-            total + len(series.values),
-            max(max_length, len(series.values)),
-        )
+        lengths.append(len(series.values))
         classes.update(filter(None, [series.label]))
         splits.update(filter(None, [series.recorded_split]))
-        grouped += series.group is not None
+        has_groups |= series.group is not None
         varies |= (series.values != series.values[:1]).any(axis=0)
         sample.add(series.values)
         max_abs = np.maximum(max_abs, np.abs(series.positions).max(axis=0))
-        for k in range(axes):
+        for k in range(len(source.axes)):
             steps = np.diff(np.unique(series.positions[:, k]))
             gaps[k].append(float(np.median(steps)) if len(steps) else 0.0)
             spans[k].append(float(steps.sum()))
-    if n == 0:
+    if not lengths:
         raise DataError("the source has no series")
     return SourceStatistics(
-        n_series=n,
-        n_observations=total,
-        max_length=max_length,
+        n_series=len(lengths),
+        n_observations=sum(lengths),
+        max_length=max(lengths),
         classes=dict(classes),
         recorded_splits=dict(splits),
-        has_groups=grouped > 0,
+        has_groups=has_groups,
         channels=tuple(
             _channel(channel.name, sample.values()[:, k], bool(varies[k]))
             for k, channel in enumerate(source.channels)
@@ -420,10 +346,9 @@ def source_statistics(source: Source) -> SourceStatistics:
 class _Sample:
     """Every k-th observation; k doubles whenever there are too many."""
 
-    def __init__(self, n_channels: int) -> None:
+    def __init__(self) -> None:
         self._kept: list[NDArray[np.float32]] = []
         self._step, self._n, self._phase = 1, 0, 0
-        self._width = n_channels
 
     def add(self, values: NDArray[np.float32]) -> None:
         chosen = values[self._phase :: self._step]
@@ -435,16 +360,13 @@ class _Sample:
             self._n, self._step = len(self._kept[0]), self._step * 2
 
     def values(self) -> NDArray[np.float32]:
-        if not self._kept:
-            return np.empty((0, self._width), np.float32)
         self._kept = [np.concatenate(self._kept)]
         return self._kept[0]
 
 
 def _channel(name: str, values: NDArray[np.float32], varies: bool) -> ChannelStatistics:
     low, median, high = np.quantile(values.astype(np.float64), (0.25, 0.5, 0.75))
-    reach = float(np.abs(values - median).max())
-    return ChannelStatistics(name, float(median), float(high - low), reach, varies)
+    return ChannelStatistics(name, float(high - low), float(np.abs(values - median).max()), varies)
 
 
 def _median(numbers: array[float]) -> float:

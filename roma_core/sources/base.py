@@ -126,15 +126,13 @@ class MetadataColumns(Frozen):
         Raises:
             DataError: a cell is empty, or a split is neither train nor test.
         """
-        found = dict(zip(self.columns(), cells, strict=True))
+        found: dict[str | None, str | None] = dict(zip(self.columns(), cells, strict=True))
         for column, cell in found.items():
             if not cell:
                 raise DataError(
                     f"{name} has nothing in column {column!r}; fill it, or leave the object out"
                 )
-        label, group, split = (
-            found.get(column or "") for column in (self.label, self.group, self.split)
-        )
+        label, group, split = (found.get(column) for column in (self.label, self.group, self.split))
         recorded = split and split.lower().removesuffix("ing")  # training, testing
         if recorded not in (None, "train", "test"):
             raise DataError(f"{name} has the split {split!r}; expected train or test")
@@ -152,16 +150,11 @@ class MetadataColumns(Frozen):
 
 
 _OURS = {
-    "synthetic": "synthetic:SyntheticConfig",
-    "image_folder": "folders:ImageFolderConfig",
-    "npz": "npz:NpzConfig",
-    "package_file": "packaged:PackageFileConfig",
-    "parquet": "tables:ParquetConfig",
-    "plasticc": "packaged:PlasticcConfig",
-    "table": "tables:TableConfig",
-    "ts": "ts:TsConfig",
-    "wav_folder": "folders:WavFolderConfig",
-}
+    "synthetic": "synthetic:SyntheticConfig", "image_folder": "folders:ImageFolderConfig",
+    "npz": "npz:NpzConfig", "package_file": "packaged:PackageFileConfig",
+    "parquet": "tables:ParquetConfig", "plasticc": "packaged:PlasticcConfig",
+    "table": "tables:TableConfig", "ts": "ts:TsConfig", "wav_folder": "folders:WavFolderConfig",
+}  # fmt: skip
 
 
 def kinds() -> dict[str, EntryPoint]:

@@ -59,13 +59,7 @@ class WavFolderConfig(SourceConfig):
 
 
 class _FolderSource(Source):
-    """The files of a folder in the order of their names; their sub-folders are their classes.
-
-    Files directly in the folder have no class; then all must.
-
-    Raises:
-        DataError: there is no such folder or file, or some files have a class and some have none.
-    """
+    """The files of a folder in the order of their names; their sub-folders, if any, are the classes."""
 
     _patch: tuple[int, int]  # height and width
 
@@ -99,11 +93,6 @@ class _FolderSource(Source):
         raise NotImplementedError
 
     def read(self) -> Iterator[RawSeries]:
-        """Every file.
-
-        Raises:
-            DataError: a file cannot be read, or is smaller than one patch.
-        """
         for name, path in self._paths.items():
             image, too_small = self._image(path)
             positions, values = patches(image, *self._patch)

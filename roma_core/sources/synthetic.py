@@ -6,7 +6,7 @@ share their draws, whichever splits they go to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -25,15 +25,12 @@ _AT_ONCE = 256  # series, or pictures, drawn at a time
 
 
 class Draw(NamedTuple):
-    """Series: ``positions`` (n, N, D), ``values`` (n, N, C), ``targets`` (n, N, K).
+    """Series of one process."""
 
-    ``labels`` are (n,) indices into the classes of the process.
-    """
-
-    positions: NDArray[np.float64]
-    values: NDArray[np.float32]
-    targets: NDArray[np.float32]
-    labels: NDArray[np.int64] | None = None
+    positions: NDArray[np.float64]  # (n, N, D)
+    values: NDArray[np.float32]  # (n, N, C)
+    targets: NDArray[np.float32]  # (n, N, K)
+    labels: NDArray[np.int64] | None = None  # (n,) indices into the classes of the process
 
 
 def _at(
@@ -172,35 +169,24 @@ class Process:
     classes: tuple[str, ...] = ()
 
 
-def _process(
-    draw: Callable[..., Draw],
-    axis: PositionAxis,
-    channels: Iterable[str],
-    targets: Iterable[str],
-    classes: tuple[str, ...] = (),
-) -> Process:
-    values, answers = (
-        tuple(Channel(name=name, unit="1") for name in names) for names in (channels, targets)
-    )
-    return Process(draw, (axis,), values, answers, classes)
+def _columns(*names: str) -> tuple[Channel, ...]:
+    return tuple(Channel(name=name, unit="1") for name in names)
 
 
-_PIXELS = [f"y{k // _SIDE:02d}x{k % _SIDE:02d}" for k in range(_SIDE**2)]
+def _axis(name: str, unit: str) -> tuple[PositionAxis, ...]:
+    return (PositionAxis(name=name, unit=unit),)
+
+
+_PIXELS = _columns(*(f"y{k // _SIDE:02d}x{k % _SIDE:02d}" for k in range(_SIDE**2)))
 _TONE_CLASSES = (*(f"{hz} Hz" for hz in range(1, _TONES + 1)), "two tones")
+_ONE, _XY, _CLEAN_XY = _columns("value"), _columns("x", "y"), _columns("clean_x", "clean_y")
 _TURNS = ("anticlockwise", "clockwise")
-_SECONDS = PositionAxis(name="time", unit="s")
 PROCESSES = {
-    "pendulum": _process(
-        pendulum, PositionAxis(name="time", unit="frame"), _PIXELS, ("sin", "cos")
-    ),
-    "positions": _process(
-        positions, PositionAxis(name="place", unit="1"), ("one",), ("true_place",)
-    ),
-    "rbf": _process(rbf, _SECONDS, ("value",), ("clean",)),
-    "sines": _process(sines, _SECONDS, ("value",), ("clean",), _TONE_CLASSES),
-    "spirals": _process(
-        spirals, PositionAxis(name="time", unit="1"), ("x", "y"), ("clean_x", "clean_y"), _TURNS
-    ),
+    "pendulum": Process(pendulum, _axis("time", "frame"), _PIXELS, _columns("sin", "cos")),
+    "positions": Process(positions, _axis("place", "1"), _columns("one"), _columns("true_place")),
+    "rbf": Process(rbf, _axis("time", "s"), _ONE, _columns("clean")),
+    "sines": Process(sines, _axis("time", "s"), _ONE, _columns("clean"), _TONE_CLASSES),
+    "spirals": Process(spirals, _axis("time", "1"), _XY, _CLEAN_XY, _TURNS),
 }
 _NOISY = ("rbf", "sines", "spirals")  # processes with a standard deviation of noise, 0.1 by default
 
@@ -213,10 +199,7 @@ class SyntheticConfig(SourceConfig):
     n_series: int = Field(gt=0)
     seed: int = Field(0, ge=0)
     noise: float | None = Field(
-        None,
-        ge=0,
-        allow_inf_nan=False,
-        description="Standard deviation of the noise of spirals, rbf and sines; null: 0.1.",
+        None, ge=0, allow_inf_nan=False, description="Standard deviation of the noise; null: 0.1."
     )
     citation: str = "generated as in arXiv:2505.20535"
     licence: str = "generated; free of rights"

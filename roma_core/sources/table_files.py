@@ -1,10 +1,8 @@
-"""CSV and Parquet files as DuckDB scans them: separators, column types, SQL expressions.
-
-Nothing here imports DuckDB or Arrow before a file is opened.
-"""
+"""CSV and Parquet files as DuckDB scans them; DuckDB and Arrow are imported when one is opened."""
 
 from __future__ import annotations
 
+import copy
 import csv
 import glob
 import re
@@ -19,19 +17,13 @@ from roma_core.schema import DataError
 if TYPE_CHECKING:
     import duckdb
 
-SECONDS_PER_UNIT = {"s": 1.0, "ms": 1e-3, "min": 60.0, "h": 3600.0, "d": 86400.0}
-"""Units that a column of dates can be converted to."""
-
-_MISSING = (
-    *("", "?", "#N/A", "#NA", "-NaN", "-nan", "N/A"),
-    *("NA", "NULL", "NaN", "n/a", "nan", "null"),
-)
-"""Cells of a CSV file's number columns that mean a missing number."""
-
+# units that a column of dates can be converted to
+_SECONDS_PER_UNIT = {"s": 1.0, "ms": 1e-3, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_MISSING = (  # cells of a CSV file's number columns that mean a missing number
+    "", "?", "#N/A", "#NA", "-NaN", "-nan", "N/A", "NA", "NULL", "NaN", "n/a", "nan", "null",
+)  # fmt: skip
 _SEPARATORS = ",;\t|"
 _HEADER_BYTES = 1 << 20
-_SAMPLED_ROWS = 10_000  # of a CSV file, for the types of its columns
-_CSV_BUFFER_BYTES = 1 << 22
 _INTEGERS = {f"{sign}{size}INT" for sign in ("", "U") for size in ("TINY", "SMALL", "BIG", "HUGE")}
 _INTEGERS |= {"INTEGER", "UINTEGER"}
 
@@ -102,12 +94,8 @@ class TableFile:
 
     A CSV file is UTF-8, plain or compressed (``.gz``, ``.zst``), and separated by commas, semicolons,
     tabs or bars; comment lines above the header are skipped. Numbers may have decimal commas if the
-    separator is another.
-
-    Attributes:
-        names: of the columns, in file order.
-        types: column name → DuckDB type; ``DOUBLE``, ``TIMESTAMP`` or ``VARCHAR`` as
-            the first 10,000 rows suggest for CSV. Of equal names the last.
+    separator is another. ``types`` are DuckDB's by column name; for CSV ``DOUBLE``, ``TIMESTAMP`` or
+    ``VARCHAR``, as the first 10,000 rows suggest. Of equal names the last.
 
     Raises:
         DataError: the file cannot be read, or is neither CSV nor Parquet.
@@ -150,13 +138,11 @@ class TableFile:
         self.names = [name.strip() for name in splits[self._separator]]
         missing = literal(_MISSING)
         counts = [
-            f"count(*) FILTER (c{k} NOT IN {missing}), "
-            f"count(TRY_CAST(c{k} AS DOUBLE)), "
-            f"count(TRY_CAST(replace(c{k}, ',', '.') AS DOUBLE)), "
-            f"count(TRY_CAST(c{k} AS TIMESTAMPTZ))"
+            f"count(*) FILTER (c{k} NOT IN {missing}), count(TRY_CAST(c{k} AS DOUBLE)), "
+            f"count(TRY_CAST(replace(c{k}, ',', '.') AS DOUBLE)), count(TRY_CAST(c{k} AS TIMESTAMPTZ))"
             for k in range(len(self.names))
         ]
-        sample = f"SELECT * FROM {self._scan()} LIMIT {_SAMPLED_ROWS}"
+        sample = f"SELECT * FROM {self._scan()} LIMIT 10000"
         (row,) = self._connection.execute(f"SELECT {', '.join(counts)} FROM ({sample})").fetchall()
         found = [row[k : k + 4] for k in range(0, len(row), 4)]
         self._has_decimal_commas = self._separator != "," and any(
@@ -179,7 +165,7 @@ class TableFile:
             options: dict[str, Any] = {
                 "auto_detect": False, "header": True, "skip": self._n_above, "strict_mode": True,
                 "delim": self._separator, "quote": '"', "escape": '"',
-                "columns": dict.fromkeys(columns, "VARCHAR"), "buffer_size": _CSV_BUFFER_BYTES,
+                "columns": dict.fromkeys(columns, "VARCHAR"), "buffer_size": 1 << 22,
             }  # fmt: skip
         else:
             reader = "read_parquet"
@@ -215,16 +201,13 @@ class TableFile:
         numbers: Sequence[tuple[str, str, Sequence[str]]] = (),
         lists: Sequence[str] = (),
     ) -> str:
-        """SQL of a query for the rows with columns ``t0, t1, …``, ``n0, n1, …``, ``l0, l1, …``.
+        """SQL of the rows as ``t0, t1, …, n0, n1, …, l0, l1, …``; DataError if a column is unsuitable.
 
         Args:
             text: columns for ``t*``: whole numbers as they are, everything else as stripped VARCHAR.
             numbers: (column, unit, categories) for ``n*``, FLOAT or DOUBLE: numbers; dates in the
                 unit, ``s`` for ``1``; or indices of words in the categories, if there are any.
             lists: columns for ``l*``, the lengths of their lists.
-
-        Raises:
-            DataError: a column is missing, or holds something else.
         """
         names = [*text, *(name for name, _, _ in numbers), *lists]
         self.check_columns(names)
@@ -243,16 +226,13 @@ class TableFile:
         return f"c{self.names.index(name)}"
 
     def _text(self, name: str) -> str:
-        column, type_ = self._column(name), self.types[name]
-        if self._is_csv:
-            type_ = "VARCHAR"
+        column, type_ = self._column(name), "VARCHAR" if self._is_csv else self.types[name]
         if type_ in _INTEGERS:
             return column
         if type_ in ("FLOAT", "DOUBLE"):  # pandas writes whole numbers so, if a cell was empty
-            whole = f"{column} = floor({column}) AND abs({column}) < 9e18"
-            cast = f"CAST(CAST({column} AS BIGINT) AS VARCHAR)"
             return (
-                f"CASE WHEN {whole} THEN {cast} ELSE nullif(CAST({column} AS VARCHAR), 'nan') END"
+                f"CASE WHEN {column} = floor({column}) AND abs({column}) < 9e18 THEN CAST(CAST({column} "
+                f"AS BIGINT) AS VARCHAR) ELSE nullif(CAST({column} AS VARCHAR), 'nan') END"
             )
         return f"trim(CAST({column} AS VARCHAR), ' \t\r\n')"
 
@@ -269,10 +249,10 @@ class TableFile:
             problem = f"{literal(where + ' ')} || {quoted} || {literal(known)}"
             index = f"CAST(list_position({literal(list(categories))}, {word}) - 1 AS DOUBLE)"
             return f"coalesce({index}, error({problem}))"
-        if kind == "date" and unit not in ("1", *SECONDS_PER_UNIT):
+        if kind == "date" and unit not in ("1", *_SECONDS_PER_UNIT):
             raise DataError(
                 f"{where} dates, which cannot be given in {unit!r}; set its unit to one of "
-                f"{', '.join(SECONDS_PER_UNIT)}"
+                f"{', '.join(_SECONDS_PER_UNIT)}"
             )
         if kind not in ("date", "number") and not self._is_csv:
             first = next(iter(self.words(name, 1)), None)
@@ -282,7 +262,7 @@ class TableFile:
             )
         if kind == "date":
             seconds = f"epoch_us(TRY_CAST({column} AS TIMESTAMPTZ)) / 1e6"
-            number = f"{seconds} / {SECONDS_PER_UNIT.get(unit, 1.0)!r}"
+            number = f"{seconds} / {_SECONDS_PER_UNIT.get(unit, 1.0)!r}"
         elif self._is_csv and self._has_decimal_commas:
             number = f"TRY_CAST(replace({column}, ',', '.') AS DOUBLE)"
         elif self._is_csv:
@@ -307,11 +287,7 @@ class TableFile:
             return [row[0] for row in self._connection.execute(f"{query} LIMIT {most}").fetchall()]
 
     def unnested(self, names: Sequence[str]) -> TableFile:
-        """The rows of the named list columns below each other, as a long table.
-
-        Raises:
-            DataError: one of them holds no lists.
-        """
+        """The rows of the named list columns below each other, as a long table; else DataError."""
         self.check_columns(names)
         for name in names:
             if self.kind(name) != "list":
@@ -319,8 +295,8 @@ class TableFile:
                     f"{self.path}: column {name!r} holds {self.types[name]}, expected a list of "
                     f"numbers per series; for one row per observation use a source of kind 'table'"
                 )
-        long = object.__new__(TableFile)
-        long.__dict__ |= self.__dict__ | {"_is_list": True}
+        long = copy.copy(self)
+        long._is_list = True
         long.types = {name: self.types[name].rpartition("[")[0] for name in names}
         return long
 

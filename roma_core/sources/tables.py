@@ -6,9 +6,8 @@
     id    time           flux           label
     a     [0.0, 1.5, 4]  [3.1, 3.0, 2]  "Ia"   (what ``roma data export`` writes)
 
-DuckDB reads the files. One query gives the objects with their metadata and numbers of rows, another
-the rows in the order of those objects; both are streamed. Where the rows of an object do not stand
-together, the second query sorts them on disk, within the memory limit. Either way the series come
+DuckDB streams two queries: the objects with their metadata and numbers of rows, and the rows in the
+order of those objects, sorted on disk where the rows of an object do not stand together. Series come
 in the order of first appearance.
 """
 
@@ -180,11 +179,8 @@ class _Source(Source):
         self._database = connect(cache, self._memory_mb, config.threads)
         self._tables = [TableFile(path, self._database) for path in expand(config.files)]
         self._lists = list(dict.fromkeys(name for name, _, _ in self._numbers))
-        long, ids = self._tables, []
-        if isinstance(config, TableConfig):
-            ids = [config.columns.object]
-        else:
-            long = [table.unnested(self._lists) for table in self._tables]
+        ids = [config.columns.object] if isinstance(config, TableConfig) else []
+        long = self._tables if ids else [table.unnested(self._lists) for table in self._tables]
         self._observations = _union(long, ids, self._numbers)
         self.axes = tuple(
             axis.axis(any(table.kind(axis.column) == "date" for table in long))
@@ -216,12 +212,7 @@ class _Source(Source):
         self._database.execute(f"SET GLOBAL memory_limit = '{memory_mb}MB'")
 
     def _series(self, objects: str, observations: str) -> Iterator[RawSeries]:
-        """Every object with its observations.
-
-        Args:
-            objects: query for id, number of observations, then the metadata.
-            observations: query for ``n*``, those of the objects one after the other.
-        """
+        """Series of a query for id, length and metadata, and of a relation with their ``n*`` in order."""
         columns = ", ".join(f"n{k}" for k in range(len(self._numbers)))
         cursors = self._database.cursor(), self._database.cursor()
         cursors[0].execute("SET streaming_buffer_size = '2MB'")
@@ -251,10 +242,6 @@ class TableSource(_Source):
 
     Attributes:
         is_sorted: whether the rows of every object stand together.
-
-    Raises:
-        DataError: a file or a column cannot be used, an object has two classes, groups or splits, or
-            no row in the table of objects.
     """
 
     def __init__(self, config: TableConfig, hashes: Mapping[str, str], cache: Path) -> None:
@@ -338,11 +325,7 @@ class TableSource(_Source):
 
 
 class ParquetSource(_Source):
-    """The rows of Parquet files, in file order.
-
-    Raises:
-        DataError: a file or a column cannot be used, or lists of one row differ in length.
-    """
+    """The rows of Parquet files, in file order."""
 
     def __init__(self, config: ParquetConfig, hashes: Mapping[str, str], cache: Path) -> None:
         super().__init__(config, hashes, cache)

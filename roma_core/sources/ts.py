@@ -85,7 +85,7 @@ class TsSource(Source):
                     f"{file.path} has the classes {header.classes}, {files[0].path} has "
                     f"{self.classes}; files of one data set must agree"
                 )
-        _, first = next(_series_lines(files[0].path, self._headers[0]), (0, None))
+        _, first = next(_lines(files[0].path, self._headers[0].n_lines), (0, None))
         if first is None:
             raise DataError(f"{files[0].path} has no series after @data")
         n_channels = first.count(":") + (0 if self.classes else 1)
@@ -102,7 +102,7 @@ class TsSource(Source):
         counter: Counter[str] = Counter()
         for file, header in zip(self.file_list, self._headers, strict=True):
             prefix = file.split or file.path.stem
-            for n_line, line in _series_lines(file.path, header):
+            for n_line, line in _lines(file.path, header.n_lines):
                 values, label = self._parse(line, header, f"{file.path}, line {n_line}")
                 counter[prefix] += 1
                 yield RawSeries(
@@ -143,19 +143,15 @@ class TsSource(Source):
             return np.array(columns, dtype=np.float64).T.astype(np.float32, order="C"), label
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines without comments and empty lines."""
+def _lines(path: Path, after: int = 0) -> Iterator[tuple[int, str]]:
+    """Numbered lines after such a number, without comments and empty lines."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             for n_line, line in enumerate(file, start=1):
-                if (text := line.strip()) and text[0] not in "#%":
+                if n_line > after and (text := line.strip()) and text[0] not in "#%":
                     yield n_line, text
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}") from error
-
-
-def _series_lines(path: Path, header: _Header) -> Iterator[tuple[int, str]]:
-    return ((n_line, text) for n_line, text in _lines(path) if n_line > header.n_lines)
 
 
 def _read_header(path: Path) -> _Header:

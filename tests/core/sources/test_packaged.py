@@ -1,4 +1,4 @@
-"""PLAsTiCC: a small look-alike for what the source promises, the real set once."""
+"""Files out of a package, with the real package client and no network; PLAsTiCC."""
 
 import hashlib
 import zipfile
@@ -9,9 +9,128 @@ import pytest
 import yaml
 
 from roma_core.data import DataError, DatasetConfig, StoredDataset, build_dataset
+from roma_core.sources import packaged
 from roma_core.sources.base import source_config
 from roma_core.sources.packaged import BANDS, CLASSES
 from tests.core.hand_made import errors_in
+
+HEADER = """\
+@dimensions 2
+@classLabel true a b
+@data
+"""
+TRAIN = HEADER + "1,2,3:4,5,6:a\n\n0.5,-1e-1:0,7:b\n"
+TEST = HEADER + "9:8:b\n"
+
+
+def sha256(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """A folder that stands for the package server, with one wheel whose import would fail."""
+    folder = tmp_path / "shelf"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "smallset-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("smallset/__init__.py", "raise SystemExit('imported')")
+        wheel.writestr("smallset/TRAIN.ts", TRAIN)
+        wheel.writestr("smallset/TEST.ts", TEST)
+        info = "smallset-1.0.dist-info"
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: smallset\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def package(**changes):
+    values = {
+        "kind": "package_file",
+        "package": "smallset",
+        "version": "1.0",
+        "members": [
+            {"path": "smallset/TRAIN.ts", "sha256": sha256(TRAIN), "split": "train"},
+            {"path": "smallset/TEST.ts", "sha256": sha256(TEST), "split": "test"},
+        ],
+    }
+    return source_config({**values, **changes})
+
+
+def test_members_are_fetched_once_and_read(shelf, tmp_path, monkeypatch):
+    source = package().open(tmp_path / "cache")
+
+    assert [series.id for series in source.read()] == ["train-0001", "train-0002", "test-0001"]
+    assert source.files["smallset/TRAIN.ts"] == sha256(TRAIN)
+    assert (tmp_path / "cache/smallset-1.0/smallset/TEST.ts").read_text() == TEST
+    monkeypatch.setattr(packaged.subprocess, "run", None)  # the cache is enough
+    assert len(list(package().open(tmp_path / "cache").read())) == 3
+
+
+def test_a_damaged_cached_member_is_fetched_again(shelf, tmp_path):
+    package().open(tmp_path / "cache")
+    member = tmp_path / "cache/smallset-1.0/smallset/TRAIN.ts"
+    member.write_text(TRAIN[:-3])
+
+    package().open(tmp_path / "cache")
+
+    assert member.read_text() == TRAIN
+
+
+def test_an_interruption_leaves_a_usable_cache(shelf, tmp_path, monkeypatch):
+    def interrupted(path, content):
+        if path.name == "TEST.ts":
+            raise KeyboardInterrupt
+        path.write_bytes(content)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(packaged, "write_bytes", interrupted)
+        package().open(tmp_path / "cache")
+
+    assert len(list(package().open(tmp_path / "cache").read())) == 3
+
+
+def test_without_a_server_the_client_s_last_words_are_shown(shelf, tmp_path):
+    with pytest.raises(DataError, match=r"(?s)could not fetch smallset==2\.0.*No matching distrib"):
+        package(version="2.0").open(tmp_path / "cache")
+
+
+def test_another_wheel_than_the_pinned_is_refused(shelf, tmp_path):
+    with pytest.raises(DataError, match=f"expected {'0' * 64}; the package server gave another"):
+        package(wheel_sha256="0" * 64).open(tmp_path / "cache")
+
+
+def test_a_member_with_another_content_is_refused_and_not_kept(shelf, tmp_path):
+    members = [{"path": "smallset/TRAIN.ts", "sha256": sha256("other")}]
+
+    with pytest.raises(DataError, match=f"has sha256 {sha256(TRAIN)}, expected {sha256('other')}"):
+        package(members=members).open(tmp_path / "cache")
+
+    assert not (tmp_path / "cache/smallset-1.0/smallset/TRAIN.ts").exists()
+
+
+def test_a_missing_member_names_similar_ones(shelf, tmp_path):
+    members = [{"path": "smallset/TRIAN.ts", "sha256": "0" * 64}]
+
+    with pytest.raises(DataError, match=r"no member smallset/TRIAN\.ts; similar: \['smallset/TR"):
+        package(members=members).open(tmp_path / "cache")
+
+
+def test_a_corrupt_archive_is_refused(shelf, tmp_path):
+    wheel = next(shelf.glob("*.whl"))
+    content = wheel.read_bytes()
+    wheel.write_bytes(content.replace(b"1,2,3:4", b"1,2,3:5"))  # the checksum no longer fits
+
+    with pytest.raises(DataError, match="is not a sound archive"):
+        package().open(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../up.ts", "a/../../up.ts", ""])
+def test_a_member_cannot_leave_the_cache(path):
+    with pytest.raises(ValueError, match="not the name of an archive member"):
+        package(members=[{"path": path, "sha256": "0" * 64}])
+
 
 DEFS = Path(__file__).parents[3] / "roma_pipelines/defs/plasticc/defs.yaml"
 
