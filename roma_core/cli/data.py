@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
+
+_dataset_argument = click.argument(
+    "path", type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
 
 
 @click.group()
@@ -35,7 +37,7 @@ def build(config: Path, out: Path, cache: Path) -> None:
     """Build the data set that CONFIG (YAML) describes and print its folder.
 
     Equal input gives an equal version; one that is there already is verified and used. What went to
-    which split, and what was repaired, is said on stderr.
+    which split, and what was repaired, is printed to stderr.
     """
     from roma_core.data.build import build_dataset, build_summary
     from roma_core.data.config import DatasetConfig
@@ -43,7 +45,9 @@ def build(config: Path, out: Path, cache: Path) -> None:
     from roma_core.schema import DataError
 
     try:
-        with _warnings_as_lines():
+        with warnings.catch_warnings():  # show the sentences without their place in the code
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = lambda m, *_, **__: click.echo(f"warning: {m}", err=True)
             path = build_dataset(DatasetConfig.from_yaml(config), out, cache)
         lines = build_summary(read_manifest(path))
     except (DataError, OSError) as error:
@@ -53,17 +57,8 @@ def build(config: Path, out: Path, cache: Path) -> None:
     click.echo(path)
 
 
-@contextmanager
-def _warnings_as_lines() -> Iterator[None]:
-    """Show a warning as its sentence, without the place in the code that it comes from."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
-        yield
-
-
 @data.command()
-@click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@_dataset_argument
 def inspect(path: Path) -> None:
     """Print what the data set in PATH looks like: counts, lengths, classes, gaps, values."""
     from roma_core.data.profile import profile_dataset
@@ -78,7 +73,7 @@ def inspect(path: Path) -> None:
 
 
 @data.command()
-@click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@_dataset_argument
 @click.option(
     "--against",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -121,7 +116,7 @@ def validate(path: Path, against: Path | None, strict: bool, as_json: bool) -> N
 
 
 @data.command()
-@click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@_dataset_argument
 @click.argument("target", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--split", type=click.Choice(["train", "validation", "test"]), help="Only this one.")
 def export(path: Path, target: Path, split: str | None) -> None:
