@@ -1,13 +1,10 @@
-"""Private parts of Dagster that have no public equivalent; ``tests/pipelines/test_compat.py`` holds
-each of them to the installed version.
-"""
+"""Private parts of Dagster without a public equivalent; tests in ``tests/pipelines/test_compat.py``."""
 
 from __future__ import annotations
 
 import threading
 
 import dagster as dg
-from dagster._core.instance.ref import InstanceRef
 from dagster._serdes import serialize_value
 from dagster._utils.error import SerializableErrorInfo
 
@@ -20,21 +17,14 @@ _open: dict[str, dg.DagsterInstance] = {}  # at most one: a code server has one 
 def shared_instance(
     context: dg.SensorEvaluationContext | dg.ScheduleEvaluationContext,
 ) -> dg.DagsterInstance:
-    """The context's Dagster instance, opened once per process rather than once per tick.
-
-    ``context.instance`` alone would open a new one in every tick, with its database connections.
-    """
-    if context._instance is None and context.instance_ref is not None:
-        context._instance = _opened(context.instance_ref)
+    """The context's Dagster instance, opened once per process rather than once per tick."""
+    if context._instance is None and (ref := context.instance_ref) is not None:
+        key = serialize_value(ref)
+        with _lock:
+            if key not in _open:
+                for other in _open.values():
+                    other.dispose()
+                _open.clear()
+                _open[key] = dg.DagsterInstance.from_ref(ref)
+            context._instance = _open[key]
     return context.instance
-
-
-def _opened(ref: InstanceRef) -> dg.DagsterInstance:
-    key = serialize_value(ref)
-    with _lock:
-        if key not in _open:
-            for other in _open.values():
-                other.dispose()
-            _open.clear()
-            _open[key] = dg.DagsterInstance.from_ref(ref)
-        return _open[key]

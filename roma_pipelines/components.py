@@ -18,7 +18,7 @@ from roma_pipelines.experiment import Experiment
 
 
 class ExperimentParams(BaseModel):
-    """Parameters of ``dg scaffold defs``; those of ``roma-pipeline new-experiment``."""
+    """Parameters of ``dg scaffold defs``."""
 
     source: str = Field(
         description="File, pattern, folder, YAML file of a data set, or name of a source."
@@ -37,11 +37,7 @@ class ExperimentScaffolder(dg.Scaffolder[ExperimentParams]):
         return ExperimentParams
 
     def scaffold(self, request: dg.ScaffoldRequest[ExperimentParams]) -> None:
-        """Read the data and write the file into the folder that ``dg`` created.
-
-        Raises:
-            ValueError: the data cannot be used, or another format than YAML is requested.
-        """
+        """Raises ValueError if the data cannot be used, or another format than YAML is requested."""
         from roma_core.data.infer_schema import ColumnRoles
         from roma_core.files import write_bytes
         from roma_pipelines.scaffold import new_experiment, source_of
@@ -54,9 +50,9 @@ class ExperimentScaffolder(dg.Scaffolder[ExperimentParams]):
         inferred, dataset = source_of([params.source], roles)
         if params.drop_rate:
             dataset["drop_rate"] = params.drop_rate
-        name = Path(request.target_path).name
-        experiment = new_experiment(name, inferred, Storage.open().cache, dataset)
-        write_bytes(Path(request.target_path) / "defs.yaml", experiment.text.encode())
+        folder = Path(request.target_path)
+        experiment = new_experiment(folder.name, inferred, Storage.open().cache, dataset)
+        write_bytes(folder / "defs.yaml", experiment.text.encode())
 
 
 @dg.scaffold_with(ExperimentScaffolder)
@@ -73,7 +69,6 @@ class RomaExperiment(Experiment, dg.Component):
         return attributes
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
-        """Assets and checks; the schedule and the sensors, which start stopped."""
         self.check_servable()
         assets = [
             dataset_asset(self),

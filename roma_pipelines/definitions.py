@@ -9,7 +9,7 @@ import dagster as dg
 from roma_pipelines.automation.alerts import alert_on_failure
 from roma_pipelines.automation.housekeeping import reconcile_jobs
 from roma_pipelines.executor import executor
-from roma_pipelines.experiment import ENCODER, errors_in_defs
+from roma_pipelines.experiment import ENCODER, all_experiments
 
 
 @dg.definitions
@@ -23,7 +23,7 @@ def defs() -> dg.Definitions:
     try:
         experiments = dg.load_from_defs_folder(path_within_project=Path(__file__).parent)
     except Exception:  # Dagster raises several types, with our error as a distant cause
-        if errors := errors_in_defs():
+        if errors := [error for error in all_experiments().values() if isinstance(error, str)]:
             raise ValueError("\n".join(errors)) from None
         raise
     merged = dg.Definitions.merge(experiments, operations)

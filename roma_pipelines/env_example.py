@@ -35,9 +35,6 @@ SETTINGS: tuple[type[RomaSettings], ...] = (
     DagsterSettings,
     PageSettings,
 )
-"""Every settings class of both packages, in the order of the file."""
-
-_WIDTH = 100
 _HEAD = """\
 Settings of RoMA. Copy this file to `.env` and uncomment what you change; the values shown are the
 defaults. What is given in code wins over the environment, the environment over this file. The
@@ -52,7 +49,7 @@ def env_example(classes: Iterable[type[RomaSettings]]) -> str:
     """The file's text; everything in it is commented out."""
     text = _comment(_HEAD)
     for cls in classes:
-        summary = (cls.__doc__ or "").strip().split("\n")[0]
+        summary = (cls.__doc__ or "").strip().partition("\n")[0]
         text += "\n\n" + _comment(f"--- {cls.__name__} ---\n{summary}")
         fields = leaves_of(cls)
         for name, value, _ in cls.from_values({}).resolved():
@@ -75,7 +72,7 @@ def _choices(annotation: Any) -> list[Any]:
 
 
 def _comment(text: str) -> str:
-    lines = (w for line in text.splitlines() for w in textwrap.wrap(line, _WIDTH - 2) or [""])
+    lines = (w for line in text.splitlines() for w in textwrap.wrap(line, 98) or [""])
     return "".join(f"# {line}".rstrip() + "\n" for line in lines)
 
 

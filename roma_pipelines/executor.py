@@ -29,8 +29,9 @@ def retry_policy() -> dg.RetryPolicy | None:
     With a pod per step, a pod that dies fails its step, and the retry adopts the job. A failed
     training raises ``dagster.Failure`` with ``allow_retries=False`` and is not repeated.
     """
-    pod_per_step = DagsterSettings().executor == "k8s_job"
-    return dg.RetryPolicy(max_retries=3, delay=10) if pod_per_step else None
+    if DagsterSettings().executor == "in_process":
+        return None
+    return dg.RetryPolicy(max_retries=3, delay=10)
 
 
 def executor() -> dg.ExecutorDefinition:

@@ -1,7 +1,4 @@
-"""An experiment: the content of one ``defs.yaml``, validated. Imports no torch.
-
-``RomaExperiment`` in ``roma_pipelines.components`` is this model as a Dagster component.
-"""
+"""An experiment: the content of one ``defs.yaml``, validated. Imports no torch."""
 
 from __future__ import annotations
 
@@ -87,17 +84,14 @@ class Resources(Frozen):
         Raises:
             ValueError: a profile is given with the local target.
         """
-        changes: dict[str, Any] = {"target": target or self.target, "profile": self.profile}
-        if changes["target"] != self.target:
-            changes["profile"] = None
-        if profile is not None:
-            changes["profile"] = profile
-        if changes["target"] == "local" and profile is not None:
+        target = target or self.target
+        if target == "local" and profile is not None:
             raise ValueError(
                 f"--profile {profile} names a cluster, but the target is local; choose another "
                 f"--target or omit --profile"
             )
-        return self.model_copy(update=changes)
+        kept = self.profile if target == self.target else None
+        return self.model_copy(update={"target": target, "profile": profile or kept})
 
 
 class Predictions(Frozen):
@@ -158,11 +152,7 @@ class Experiment(Frozen):
 
     @classmethod
     def parse(cls, attributes: Mapping[str, Any]) -> Self:
-        """An experiment from the ``attributes`` of a ``defs.yaml``.
-
-        Raises:
-            ValueError: settings are unknown or out of range; one line each, named by their path.
-        """
+        """From the ``attributes`` of a ``defs.yaml``; ValueError has a line per invalid setting."""
         try:
             return cls.model_validate(dict(attributes))
         except ValidationError as error:
@@ -194,13 +184,10 @@ class Experiment(Frozen):
         return self
 
     def check_servable(self, environment: bool = False) -> None:
-        """Refuse a regressor, which cannot be packaged and registered.
+        """Raise ValueError for a regressor, which cannot be packaged and registered.
 
         Args:
             environment: read ``ROMA_CLASSIFIER_PROBLEM_TYPE`` where the file sets no type.
-
-        Raises:
-            ValueError: the experiment finetunes a regressor.
         """
         problem_type = self.finetuning.model.get("problem_type")
         origin = "finetuning.model.problem_type"
@@ -247,7 +234,6 @@ class Experiment(Frozen):
 # definitions load, not after an hour of pretraining.
 
 _FROM_DATA = ("tubelet_size", "n_channels", "n_pos_dims", "position_axes")
-_ONE_OBSERVATION = {"tubelet_size": [1, 1, 1], "n_channels": 1}
 
 
 def training_errors(pretraining: Stage, finetuning: Stage) -> list[str]:
@@ -267,15 +253,26 @@ def training_errors(pretraining: Stage, finetuning: Stage) -> list[str]:
     # the axes of the data are unknown here: assume as many as the settings refer to
     channel_axis = pretraining.model.get("channel_axis")
     n_axes = max(1, 1 + channel_axis) if isinstance(channel_axis, int) else 1
-    encoder = {**pretraining.model, **_ONE_OBSERVATION, "n_pos_dims": n_axes}
+    shape = {"tubelet_size": [1, 1, 1], "n_channels": 1, "n_pos_dims": n_axes}
+    encoder = {**pretraining.model, **shape}
     wrong = _errors(RoMAForPreTrainingConfig, encoder, "pretraining.model")
-    wrong += _encoder_settings_in(finetuning.model)
+    stack = finetuning.model.get("encoder_config", {})
+    if not isinstance(stack, Mapping):
+        wrong.append(f"finetuning.model.encoder_config: expected a mapping, got {stack!r}")
+        return found + wrong
+    known = type(RoMAForPreTrainingConfig.model_fields["encoder_config"].default).model_fields
+    fixed = [name for name in finetuning.model if name in SHAPE]
+    fixed += [f"encoder_config.{name}" for name in stack if name in known and name not in DROPOUTS]
+    free = f"{', '.join(HEAD)} and, in encoder_config, {', '.join(DROPOUTS)}"
+    wrong += [
+        f"finetuning.model.{name}: determined by the pretrained encoder; settable are {free}"
+        for name in fixed
+    ]
     if wrong:
         return found + wrong
     config = RoMAForPreTrainingConfig.from_values(encoder)
-    stack = config.encoder_config.model_dump() | dict(finetuning.model.get("encoder_config", {}))
     classifier = {name: getattr(config, name) for name in SHAPE} | dict(finetuning.model)
-    classifier["encoder_config"] = stack
+    classifier["encoder_config"] = config.encoder_config.model_dump() | dict(stack)
     return found + _errors(RoMAForClassificationConfig, classifier, "finetuning.model")
 
 
@@ -290,21 +287,6 @@ def _errors(settings: type[RomaSettings], values: Mapping[str, Any], where: str)
     return []
 
 
-def _encoder_settings_in(finetuning: Mapping[str, Any]) -> list[str]:
-    """Errors for settings of finetuning that the pretrained encoder determines."""
-    stack = finetuning.get("encoder_config", {})
-    if not isinstance(stack, Mapping):
-        return [f"finetuning.model.encoder_config: expected a mapping, got {stack!r}"]
-    free = f"{', '.join(HEAD)} and, in encoder_config, {', '.join(DROPOUTS)}"
-    known = type(RoMAForPreTrainingConfig.model_fields["encoder_config"].default).model_fields
-    fixed = [name for name in finetuning if name in SHAPE]
-    fixed += [f"encoder_config.{name}" for name in stack if name in known and name not in DROPOUTS]
-    return [
-        f"finetuning.model.{name}: determined by the pretrained encoder; settable are {free}"
-        for name in fixed
-    ]
-
-
 def load_experiment(name: str) -> Experiment:
     """The experiment of this name under ``defs/``, or in the YAML file of this path.
 
@@ -313,7 +295,7 @@ def load_experiment(name: str) -> Experiment:
     """
     if name.endswith((".yaml", ".yml")):
         return _read(Path(name))
-    paths = {path.parent.name: path for path in _files()}
+    paths = {path.parent.name: path for path in sorted(DEFS.glob("**/defs.yaml"))}
     if name not in paths:
         raise ValueError(
             f"no experiment {name!r}; available: {', '.join(paths)}, or the path of a defs.yaml"
@@ -322,26 +304,20 @@ def load_experiment(name: str) -> Experiment:
 
 
 def all_experiments() -> dict[str, Experiment | str]:
-    """Every experiment under ``defs/`` by the name of its folder, or the error of its file."""
+    """Every experiment under ``defs/`` by the name of its folder, or the error of its file.
+
+    Files of other components are skipped.
+    """
     found: dict[str, Experiment | str] = {}
-    for path in _files():
-        try:
-            found[path.parent.name] = _read(path)
-        except ValueError as error:
-            found[path.parent.name] = str(error)
-    return found
-
-
-def errors_in_defs() -> list[str]:
-    """Errors of the experiments under ``defs/``; files of other components are skipped."""
-    found = []
-    for path in _files():
+    for path in sorted(DEFS.glob("**/defs.yaml")):
         try:
             document = read_yaml(path)
-            if isinstance(document, dict) and document.get("type", COMPONENT) == COMPONENT:
-                _read(path).check_servable()
+            if isinstance(document, dict) and document.get("type", COMPONENT) != COMPONENT:
+                continue
+            experiment = found[path.parent.name] = _read(path)
+            experiment.check_servable()
         except ValueError as error:
-            found.append(str(error))
+            found[path.parent.name] = str(error)
     return found
 
 
@@ -361,10 +337,6 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(f"{path} is not valid YAML: {place}{error.problem}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
-
-
-def _files() -> list[Path]:
-    return sorted(DEFS.glob("**/defs.yaml"))
 
 
 def _read(path: Path) -> Experiment:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,30 +33,19 @@ _VALIDATION_FRACTION, _TEST_FRACTION = 0.1, 0.2
 
 @dataclass
 class NewExperiment:
-    """The file of a new experiment.
-
-    Attributes:
-        text: content of ``defs.yaml``.
-        notes: how the files were read, what they contain and which settings were chosen.
-        warnings: findings to check before results are used.
-    """
+    """The file of a new experiment."""
 
     name: str
-    text: str
-    notes: list[str]
-    warnings: list[str]
+    text: str  # content of defs.yaml
+    notes: list[str]  # how the files were read, what they contain, which settings were chosen
+    warnings: list[str]  # findings to check before results are used
 
     @property
     def path(self) -> Path:
-        """Where Dagster finds the experiment."""
         return DEFS / self.name / "defs.yaml"
 
     def write(self, force: bool = False) -> None:
-        """Write the file to :attr:`path`.
-
-        Raises:
-            ValueError: it exists and ``force`` is False.
-        """
+        """Write the file; ValueError if it exists and ``force`` is False."""
         if self.path.exists() and not force:
             raise ValueError(f"{self.path} exists; choose another name, or replace it with --force")
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,9 +73,8 @@ def source_of(
         if not isinstance(document, dict) or "source" not in document:
             raise ValueError(f"{words[0]}: expected the settings of a data set with a `source`")
         document.pop("name", None)
-        return InferredSource(
-            document.pop("source"), [f"source and settings of {words[0]}"]
-        ), document
+        source = document.pop("source")
+        return InferredSource(source, [f"source and settings of {words[0]}"]), document
     paths = []
     for word in words:
         found = sorted(glob.glob(word))  # noqa: PTH207 - may be absolute
@@ -126,18 +114,12 @@ def new_experiment(
 
 @dataclass
 class Proposal:
-    """Chosen settings.
+    """Chosen settings."""
 
-    Attributes:
-        dataset: settings of the data set besides its source.
-        reasons: a sentence for each choice in ``dataset``.
-        warnings: findings to check before results are used.
-    """
-
-    dataset: dict[str, Any]
+    dataset: dict[str, Any]  # besides its source
     sizes: DefaultSettings
-    reasons: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    reasons: list[str]  # a sentence for each choice in `dataset`
+    warnings: list[str]  # findings to check before results are used
 
 
 def propose(statistics: SourceStatistics, categorical: frozenset[str] = frozenset()) -> Proposal:
@@ -155,20 +137,10 @@ def propose(statistics: SourceStatistics, categorical: frozenset[str] = frozense
         raise ValueError(
             f"a classifier needs series of at least two classes, and these have {these}"
         )
-    dataset: dict[str, Any] = {}
-    reasons: list[str] = []
-    for section, sentences in (
-        _split(statistics),
-        _repair(statistics),
-        _axes(statistics, categorical),
-        _channels(statistics),
-    ):
-        dataset |= section
-        reasons += sentences
+    dataset, reasons = _dataset_settings(statistics, categorical)
+    fraction = 1 - _TEST_FRACTION
     if statistics.recorded_splits:
         fraction = statistics.recorded_splits.get("train", 0) / statistics.n_series
-    else:
-        fraction = 1 - _TEST_FRACTION
     fraction *= 1 - _VALIDATION_FRACTION
     size = DatasetSize(
         n_series=max(1, round(statistics.n_series * fraction)),
@@ -179,42 +151,36 @@ def propose(statistics: SourceStatistics, categorical: frozenset[str] = frozense
     return Proposal(dataset, default_settings(size), reasons, _warnings(statistics))
 
 
-Section = tuple[dict[str, Any], list[str]]
-
-
-def _split(statistics: SourceStatistics) -> Section:
+def _dataset_settings(
+    statistics: SourceStatistics, categorical: frozenset[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Split, repairs, axes and channels, with a sentence for each choice."""
+    dataset: dict[str, Any] = {}
     fractions = {"validation_fraction": _VALIDATION_FRACTION}
-    if set(statistics.recorded_splits) == {"train", "test"}:
-        counts = statistics.recorded_splits
-        return fractions, [f"published split: {counts['train']:,} train, {counts['test']:,} test"]
-    fractions["test_fraction"] = _TEST_FRACTION
-    if statistics.has_groups:
-        return {"split": {"by": "group"}, **fractions}, [
-            "split by group: no group is in two splits"
-        ]
-    if min(statistics.classes.values()) >= _FEW:
-        return {"split": {"stratified": True}, **fractions}, ["split stratified by class"]
-    return fractions, [f"split by a hash of the id: some classes have fewer than {_FEW} objects"]
-
-
-def _repair(statistics: SourceStatistics) -> Section:
-    found = statistics.repairs
-    if found is None:
-        return {}, []
-    repair, reasons = {}, []
-    for name, setting, count in (
-        ("not_finite", "drop", found.observations_not_finite),
-        ("duplicates", "first", found.duplicate_observations),
-        ("empty", "drop", found.empty_series_dropped),
-    ):
-        if count:
-            repair[name] = setting
-            reasons.append(f"repair.{name}: {count:,} found; remove the line to raise an error")
-    return ({"repair": repair} if repair else {}), reasons
-
-
-def _axes(statistics: SourceStatistics, categorical: frozenset[str]) -> Section:
-    axes, reasons = {}, []
+    counts = statistics.recorded_splits
+    if set(counts) == {"train", "test"}:
+        reasons = [f"published split: {counts['train']:,} train, {counts['test']:,} test"]
+    else:
+        fractions["test_fraction"] = _TEST_FRACTION
+        if statistics.has_groups:
+            dataset["split"] = {"by": "group"}
+            reasons = ["split by group: no group is in two splits"]
+        elif min(statistics.classes.values()) >= _FEW:
+            dataset["split"] = {"stratified": True}
+            reasons = ["split stratified by class"]
+        else:
+            reasons = [f"split by a hash of the id: some classes have fewer than {_FEW} objects"]
+    dataset |= fractions
+    if (found := statistics.repairs) is not None:
+        for name, setting, count in (
+            ("not_finite", "drop", found.observations_not_finite),
+            ("duplicates", "first", found.duplicate_observations),
+            ("empty", "drop", found.empty_series_dropped),
+        ):
+            if count:
+                dataset.setdefault("repair", {})[name] = setting
+                reasons.append(f"repair.{name}: {count:,} found; remove the line to raise an error")
+    axes = dataset["axes"] = {}
     for axis in statistics.axes:
         if axis.name in categorical:
             reasons.append(f"{axis.name}: categorical; the position is the index of the category")
@@ -227,21 +193,17 @@ def _axes(statistics: SourceStatistics, categorical: frozenset[str]) -> Section:
                 f"{axis.name}: up to {axis.max_abs:,.10g} with gaps of {axis.median_gap:.3g}, so positions "
                 f"count from the first of each series"
             )
-    return {"axes": axes}, reasons
-
-
-def _channels(statistics: SourceStatistics) -> Section:
-    far = [c for c in statistics.channels if c.iqr > 0 and c.max_deviation > _FAR * c.iqr]
-    channels = {
-        channel.name: {"transform": "arcsinh", "transform_scale": float(f"{channel.iqr:.2g}")}
-        for channel in far
-    }
-    reasons = [
-        f"{channel.name}: values up to {channel.max_deviation / channel.iqr:,.0f} quartile distances from "
-        f"the median, so transform: arcsinh"
-        for channel in far[:8]
-    ]
-    return ({"channels": channels} if channels else {}), reasons
+    outlying = [c for c in statistics.channels if c.iqr > 0 and c.max_deviation > _FAR * c.iqr]
+    for n, channel in enumerate(outlying):
+        scale = float(f"{channel.iqr:.2g}")
+        chosen = dataset.setdefault("channels", {})
+        chosen[channel.name] = {"transform": "arcsinh", "transform_scale": scale}
+        if n < 8:
+            reasons.append(
+                f"{channel.name}: values up to {channel.max_deviation / channel.iqr:,.0f} quartile "
+                f"distances from the median, so transform: arcsinh"
+            )
+    return dataset, reasons
 
 
 def _warnings(statistics: SourceStatistics) -> list[str]:
@@ -257,10 +219,8 @@ def _warnings(statistics: SourceStatistics) -> list[str]:
             f"classes with fewer than {_FEW} objects: {', '.join(rare[:8])}; their metrics will be "
             f"unreliable"
         )
-    if (
-        statistics.repairs
-        and statistics.repairs.observations_not_finite > 0.2 * statistics.n_observations
-    ):
+    repairs = statistics.repairs
+    if repairs and repairs.observations_not_finite > 0.2 * statistics.n_observations:
         found.append(
             "more than a fifth of the observations have a missing number and are dropped; a long "
             "table with a column that names the quantity keeps all values"
@@ -278,6 +238,7 @@ def _text(
 ) -> str:
     sizes = proposal.sizes
     settings = ("model", "mask_ratio", "use_cls", "value_features", "neighbours", "pretraining")
+    resources = {"target": target, "nodes": 1, "processes_per_node": 1}
     body = [
         _block({"name": name, "description": f"{_amount(found)}."}, []),
         _block({"owners": []}, ["e-mail addresses or team:NAME"]),
@@ -285,7 +246,7 @@ def _text(
         _block({"pretraining": sizes.pretraining}, [sizes.reasons[name] for name in settings]),
         _block({"finetuning": sizes.finetuning}, [sizes.reasons["finetuning"]]),
         _block(
-            {"resources": {"target": target, "nodes": 1, "processes_per_node": 1}},
+            {"resources": resources},
             ["where trainings run; slurm and kubernetes also take a profile"],
         ),
         _block(
@@ -305,15 +266,9 @@ def _block(values: Mapping[str, Any], comments: Sequence[str]) -> str:
     """``values`` as YAML under comments; innermost mappings and lists on one line."""
     lines = [line for comment in comments for line in _wrapped(f"# {comment}")]
     for key, value in values.items():
-        leaves_on_one_line = None if isinstance(value, dict | list) else False
-        dumped = yaml.safe_dump(
-            {key: value},
-            default_flow_style=leaves_on_one_line,
-            sort_keys=False,
-            width=96,
-            allow_unicode=True,
-        )
-        lines.append(dumped.rstrip())
+        flow = None if isinstance(value, dict | list) else False
+        options = {"sort_keys": False, "width": 96, "allow_unicode": True}
+        lines.append(yaml.safe_dump({key: value}, default_flow_style=flow, **options).rstrip())
     return "\n".join(lines)
 
 
@@ -331,13 +286,9 @@ def _amount(found: SourceStatistics) -> str:
 
 def _cost(proposal: Proposal) -> str:
     sizes = proposal.sizes
+    data = {"n_channels": sizes.size.n_channels, "n_pos_dims": sizes.size.n_axes}
     shape = RoMAForPreTrainingConfig.from_values(
-        {
-            **sizes.pretraining["model"],
-            "tubelet_size": (1, 1, 1),
-            "n_channels": sizes.size.n_channels,
-            "n_pos_dims": sizes.size.n_axes,
-        }
+        {**sizes.pretraining["model"], "tubelet_size": (1, 1, 1), **data}
     )
     pretrainer, finetrainer = (
         TrainerConfig.from_values(training["trainer"])
@@ -345,5 +296,5 @@ def _cost(proposal: Proposal) -> str:
     )
     seconds = cost_s("pretraining", shape, pretrainer, sizes.size)
     seconds += cost_s("finetuning", shape, finetrainer, sizes.size)
-    steps = sum(sizes.steps.values())
-    return f"both trainings: {steps:,} steps, about {max(1, round(seconds / 60)):,} min on one CPU core"
+    steps, minutes = sum(sizes.steps.values()), max(1, round(seconds / 60))
+    return f"both trainings: {steps:,} steps, about {minutes:,} min on one CPU core"

@@ -31,8 +31,7 @@ from roma_core.files import create_json, read_json, write_bytes
 from roma_core.settings import RomaSettings
 
 LAYOUT_VERSION = 2
-MIN_FREE_MB = 200
-"""Minimum free space to start work: room for databases, logs and a small model."""
+MIN_FREE_MB = 200  # to start work: room for databases, logs and a small model
 
 
 class StorageSettings(RomaSettings):
@@ -117,13 +116,8 @@ class Storage:
 
 
 SCHEMAS = ("dagster", "mlflow")
-PASSWORD_VARIABLES = ("PGPASSWORD", "PGPASSFILE")
-"""Sources of libpq's password; whatever starts a connecting process passes them on."""
-_CONNECT_TIMEOUT_S = 10
+PASSWORD_VARIABLES = ("PGPASSWORD", "PGPASSFILE")  # of libpq; passed on to child processes
 _SQLALCHEMY = "postgresql+psycopg2"  # without a driver name SQLAlchemy would look for psycopg 3
-_EXPECTED = (
-    "ROMA_STORAGE_DATABASE_URL: expected postgresql://USER:PASSWORD@HOST:PORT/DATABASE, got {}"
-)
 
 
 def database_url() -> str | None:
@@ -138,12 +132,13 @@ def database_url() -> str | None:
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
+    expected = "ROMA_STORAGE_DATABASE_URL: expected postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
     try:
         url = make_url(secret.get_secret_value())
     except (ArgumentError, ValueError):
-        raise StorageError(_EXPECTED.format("something that is not a URL")) from None
+        raise StorageError(f"{expected}, got something that is not a URL") from None
     if url.drivername not in ("postgresql", "postgres", _SQLALCHEMY) or not url.database:
-        raise StorageError(_EXPECTED.format(f"{url.drivername}://…/{url.database or ''}"))
+        raise StorageError(f"{expected}, got {url.drivername}://…/{url.database or ''}")
     try:
         import dagster_postgres  # noqa: F401
         import psycopg2  # noqa: F401
@@ -197,7 +192,7 @@ def connection(url: str) -> Iterator[Any]:
 
     try:
         plain = url.replace(f"{_SQLALCHEMY}:", "postgresql:", 1)
-        session = psycopg2.connect(plain, connect_timeout=_CONNECT_TIMEOUT_S)
+        session = psycopg2.connect(plain, connect_timeout=10)
     except psycopg2.OperationalError as error:
         raise StorageError(
             f"cannot connect to the database {url} ({' '.join(str(error).split())}); check that it "
@@ -215,11 +210,7 @@ def connection(url: str) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def advisory_lock(url: str, name: str) -> Iterator[Any]:
-    """Hold a lock across all computers of the database; it ends with the connection.
-
-    Yields:
-        The connection that holds it.
-    """
+    """Hold a lock across all computers of the database; yields the connection that holds it."""
     number = zlib.crc32(f"roma-pipeline {name}".encode())
     with connection(url) as session:
         with session.cursor() as cursor:
@@ -227,7 +218,6 @@ def advisory_lock(url: str, name: str) -> Iterator[Any]:
         yield session
 
 
-CONFIG = "dagster.yaml"
 DATABASE_VARIABLE = "DAGSTER_POSTGRES_URL"  # not ROMA_…: unknown ROMA_ variables are errors
 _IN_POSTGRES = f"""
 storage:
@@ -238,13 +228,10 @@ storage:
 
 
 def prepare_instance(storage: Storage) -> Path:
-    """Create the embedded Dagster instance; set DAGSTER_HOME for this process and its children.
+    """Create the embedded Dagster instance, set DAGSTER_HOME for child processes, too; return it.
 
     A given DAGSTER_HOME is used as it is. A ``dagster.yaml`` that differs from ours belongs to the
     operator, but must name the configured database: state must not be split between two.
-
-    Returns:
-        DAGSTER_HOME.
 
     Raises:
         StorageError: the database cannot be used, or dagster.yaml contradicts the settings.
@@ -253,23 +240,21 @@ def prepare_instance(storage: Storage) -> Path:
     if url is not None:
         ensure_schemas(url)
         os.environ[DATABASE_VARIABLE] = schema_url(url, "dagster")
-    configured = os.environ.get("DAGSTER_HOME")
-    if configured:
+    if configured := os.environ.get("DAGSTER_HOME"):
         return Path(configured)
     home = storage.dagster
     home.mkdir(parents=True, exist_ok=True)
-    _write_config(home / CONFIG, in_postgres=url is not None)
+    _write_config(home / "dagster.yaml", in_postgres=url is not None)
     os.environ["DAGSTER_HOME"] = str(home)
     os.environ["ROMA_STORAGE_ROOT"] = str(storage.root)
     return home
 
 
 def _write_config(path: Path, in_postgres: bool) -> None:
-    plain = files("roma_pipelines").joinpath(CONFIG).read_bytes()
+    plain = files("roma_pipelines").joinpath(path.name).read_bytes()
     wanted = plain + _IN_POSTGRES if in_postgres else plain
     present = path.read_bytes() if path.exists() else None
-    has_history = (path.parent / "history").exists()
-    if present is None or (present == plain and not has_history):
+    if present is None or (present == plain and not (path.parent / "history").exists()):
         if present != wanted:
             write_bytes(path, wanted)
         return

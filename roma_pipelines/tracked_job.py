@@ -1,11 +1,12 @@
-"""A job of an asset with its MLflow run: create or adopt both, supervise, forward metrics, end the run."""
+"""A job of an asset with its MLflow run: create or adopt both, supervise, end the run."""
 
 from __future__ import annotations
 
 import base64
+import functools
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,11 +64,12 @@ class TrackedJob:
             "log": dg.MetadataValue.path(str(self.folder.attempt(self.result.attempt).log)),
             "mlflow_run_id": self.run_id,
             **job_links(self.folder.path.name, "report" in self.result.outputs),
-            **mlflow_link(self._experiment_id(), self.run_id, self.client.tracking_uri),
+            **mlflow_link(
+                self.client.get_run(self.run_id).info.experiment_id,
+                self.run_id,
+                self.client.tracking_uri,
+            ),
         }
-
-    def _experiment_id(self) -> str:
-        return str(self.client.get_run(self.run_id).info.experiment_id)
 
 
 def run_tracked_job(
@@ -79,9 +81,7 @@ def run_tracked_job(
     runner: Literal["torchrun", "plain"] = "plain",
     params: Mapping[str, Any],
 ) -> TrackedJob:
-    """Run ``roma COMMAND`` as a job of the experiment.
-
-    A retry of the same Dagster run finds the job and its MLflow run again.
+    """Run ``roma COMMAND`` as a job of the experiment; a retry of the Dagster run adopts both.
 
     Args:
         config: the frozen configuration, which becomes ``config.json``.
@@ -102,11 +102,11 @@ def run_tracked_job(
         "roma.git_sha": code_version(),
         "roma.config_digest": digest_of(document),
     }
+    run = _MlflowRun(context, storage, folder, experiment.name, tags, params)
     try:
-        check_access(MlflowSettings())  # before anything is queued
+        check_access(run.settings)  # before anything is queued
     except StoreError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
-    run = _MlflowRun(context, storage, folder, experiment.name, tags, params)
     resources = experiment.resources
     spec = job_spec(resources, key, roma_command(command, folder.path), digest_of(document), runner)
     launcher = launcher_for(resources.target, resources.profile, storage)
@@ -130,8 +130,11 @@ def run_tracked_job(
         run.end("FAILED")
         raise dg.Failure(description=str(error), allow_retries=False) from error
     except BaseException:  # interrupted: a job that still runs keeps its MLflow run open
-        if _was_cancelled(folder):
-            run.kill()
+        records = read_records(folder)
+        end = records[-1].end if records else None
+        if end is not None and end.status == "cancelled":
+            client = connect(run.settings, storage.mlflow)  # the interrupt may precede run.begin
+            end_runs_of_job(client, key, "KILLED")
         raise
     assert outcome.result is not None, "a completed job has a result"
     run.forward_metrics()
@@ -142,29 +145,23 @@ def run_tracked_job(
     return TrackedJob(outcome, used, folder, outcome.result, run.run_id, run.client)
 
 
+@dataclass
 class _MlflowRun:
     """The MLflow run of a job; created after submission, since importing MLflow takes longer."""
 
-    def __init__(
-        self,
-        context: dg.AssetExecutionContext,
-        storage: Storage,
-        folder: JobFolder,
-        experiment: str,
-        tags: Mapping[str, str],
-        params: Mapping[str, Any],
-    ) -> None:
-        self.context, self.storage, self.folder = context, storage, folder
-        self.experiment, self.tags, self.params = experiment, tags, params
-        self.settings = MlflowSettings()
-        self._found: tuple[Any, str] | None = None
+    context: dg.AssetExecutionContext
+    storage: Storage
+    folder: JobFolder
+    experiment: str
+    tags: Mapping[str, str]
+    params: Mapping[str, Any]
+    settings: MlflowSettings = field(default_factory=MlflowSettings)
 
     def environment(self, target: str) -> dict[str, str]:
         """Variables with which the job itself forwards metrics to its MLflow run.
 
         The embedded store is a SQLite file, which two computers must not share, or a database whose
         password stays here: cluster jobs get neither, and their metrics are forwarded at the outcome.
-        Progress is shown on the asset's page.
         """
         uri = tracking_uri(self.settings, self.storage.mlflow)
         passwords: dict[str, str] = {}
@@ -180,7 +177,7 @@ class _MlflowRun:
     def begin(self) -> None:
         """Create or find the run and record it for the job; a recorded run needs no server now."""
         try:
-            self._find()
+            _ = self._found
         except Exception as error:
             if not self.folder.mlflow_run.exists():
                 raise
@@ -190,11 +187,11 @@ class _MlflowRun:
 
     @property
     def client(self) -> Any:
-        return self._find()[0]
+        return self._found[0]
 
     @property
     def run_id(self) -> str:
-        return self._find()[1]
+        return self._found[1]
 
     def forward_metrics(self) -> None:
         """Forward the metrics that the job itself could not."""
@@ -203,26 +200,20 @@ class _MlflowRun:
     def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         end_run(self.client, self.run_id, status)
 
-    def kill(self) -> None:
-        """End the run if it exists: the interrupt may have come before."""
+    @functools.cached_property
+    def _found(self) -> tuple[Any, str]:
         client = connect(self.settings, self.storage.mlflow)
-        end_runs_of_job(client, self.folder.path.name, "KILLED")
-
-    def _find(self) -> tuple[Any, str]:
-        if self._found is None:
-            client = connect(self.settings, self.storage.mlflow)
-            run_id = find_or_create_run(
-                client,
-                f"{self.settings.experiment_prefix}/{self.experiment}",
-                self.folder.path.name,
-                f"{self.context.asset_key.path[-1]} {self.context.run_id[:8]}",
-                self.tags,
-                self.params,
-            )
-            if self.folder.path.exists():  # a rejected job has none
-                write_json(self.folder.mlflow_run, {"schema_version": 1, "run_id": run_id})
-            self._found = client, run_id
-        return self._found
+        run_id = find_or_create_run(
+            client,
+            f"{self.settings.experiment_prefix}/{self.experiment}",
+            self.folder.path.name,
+            f"{self.context.asset_key.path[-1]} {self.context.run_id[:8]}",
+            self.tags,
+            self.params,
+        )
+        if self.folder.path.exists():  # a rejected job has none
+            write_json(self.folder.mlflow_run, {"schema_version": 1, "run_id": run_id})
+        return client, run_id
 
 
 class PageSettings(RomaSettings):
@@ -242,7 +233,7 @@ def job_links(key: str, has_report: bool) -> dict[str, dg.MetadataValue[Any]]:
     overview = PageSettings().overview_url
     if overview is None:
         return {}
-    names = ["log", *(["report"] if has_report else [])]
+    names = ["log", "report"] if has_report else ["log"]
     return {f"open_{name}": dg.MetadataValue.url(f"{overview}/jobs/{key}/{name}") for name in names}
 
 
@@ -268,12 +259,6 @@ def _attempts_metadata(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _was_cancelled(folder: JobFolder) -> bool:
-    records = read_records(folder)
-    last = records[-1].end if records else None
-    return last is not None and last.status == "cancelled"
-
-
 def picture(png: bytes, alt: str) -> dg.MetadataValue:
     """Metadata value that shows a PNG."""
     return dg.MetadataValue.md(f"![{alt}](data:image/png;base64,{base64.b64encode(png).decode()})")
@@ -283,8 +268,10 @@ class MissingUpstream(RuntimeError):
     """An upstream asset was never materialised."""
 
 
-def upstream_metadata(context: dg.AssetExecutionContext, key: dg.AssetKey) -> dict[str, Any]:
-    """Metadata of the newest materialisation of ``key``, preferring one of this run.
+def upstream_metadata(
+    context: dg.AssetExecutionContext, experiment: Experiment, *names: str
+) -> list[dict[str, Any]]:
+    """Metadata of the newest materialisation of each asset, preferring one of this run.
 
     Raises:
         MissingUpstream: there is none.
@@ -292,15 +279,21 @@ def upstream_metadata(context: dg.AssetExecutionContext, key: dg.AssetKey) -> di
     in_run = context.instance.get_records_for_run(
         context.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION
     ).records
-    entries = [r.event_log_entry for r in in_run if r.event_log_entry.asset_materialization]
-    found = [
-        m for e in entries if (m := e.asset_materialization) is not None and m.asset_key == key
-    ]
-    if not found:
-        newest = context.instance.get_latest_materialization_event(key)
-        if newest is None or newest.asset_materialization is None:
+    made = [found for r in in_run if (found := r.event_log_entry.asset_materialization)]
+    of_run = {materialization.asset_key: materialization for materialization in made}
+    upstream = []
+    for key in map(experiment.key, names):
+        newest = of_run.get(key) or newest_materialization(context.instance, key)
+        if newest is None:
             raise MissingUpstream(
                 f"{key.to_user_string()} was never materialised; materialise it first, or select it too"
             )
-        found = [newest.asset_materialization]
-    return {name: value.value for name, value in found[-1].metadata.items()}
+        upstream.append({name: value.value for name, value in newest.metadata.items()})
+    return upstream
+
+
+def newest_materialization(
+    instance: dg.DagsterInstance, key: dg.AssetKey
+) -> dg.AssetMaterialization | None:
+    event = instance.get_latest_materialization_event(key)
+    return None if event is None else event.asset_materialization

@@ -5,8 +5,10 @@ Commands are imported on use, so that ``--help`` is fast.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -27,6 +29,15 @@ class LazyGroup(click.Group):
             return None
         module, _, attribute = self.commands_at[name].partition(":")
         return getattr(importlib.import_module(module), attribute)
+
+
+@contextlib.contextmanager
+def errors_as_messages(*kinds: type[Exception]) -> Iterator[None]:
+    """Ends the command with the message of an error of these kinds (default: any expected one)."""
+    try:
+        yield
+    except kinds or (RuntimeError, ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
 
 
 _COMMANDS = {

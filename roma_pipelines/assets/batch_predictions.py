@@ -1,9 +1,7 @@
-"""Asset: predictions of the champion for a file of series, with drift against its training data.
-
-Without a champion the step succeeds and materialises nothing.
-"""
+"""Asset: predictions of the champion for a file of series, with drift against its training data."""
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,9 @@ from roma_pipelines.registry.versions import version_at
 from roma_pipelines.storage import Storage
 from roma_pipelines.tracked_job import picture
 
-_PROFILED = 2000  # maximum number of series for drift
-
 
 def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
-    """The asset ``batch_predictions``; a retry resumes where the last one stopped."""
+    """The asset ``batch_predictions``; a retry resumes, and nothing is made without a champion."""
     section = experiment.predictions
     assert section is not None
 
@@ -35,6 +31,8 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
         description=f"Predictions of the champion for {section.input}. {experiment.description}",
     )
     def batch_predictions(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
+        import pyarrow.parquet as pq
+
         from roma_core.serving.batch import score_file
         from roma_core.serving.registry_client import fetch, load, package_of, resolve
 
@@ -53,29 +51,26 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
         version = resolve(client, f"models:/{experiment.name}/{champion}")
         folder = fetch(client, version, storage.cache / "models")
         digest = version.manifest_sha256 or ""
-        lineage = {
-            "model": version.name,
-            "model_version": version.version,
-            "model_sha256": digest,
-            "dagster_run_id": context.run.root_run_id or context.run_id,
-        }
+        model = {"model_version": version.version, "model_sha256": digest}
+        run_id = context.run.root_run_id or context.run_id
+        lineage = {"model": version.name, **model, "dagster_run_id": run_id}
         output = storage.root / "predictions" / experiment.name / f"{source.stem}.parquet"
         output.parent.mkdir(parents=True, exist_ok=True)
         package = load(folder)
-        delivered = fingerprint_of(
-            [source]
-        ).digest  # before reading, so that a later change is detected
+        # before reading, so that a later change is detected
+        delivered = fingerprint_of([source]).digest
         n = score_file(package, lineage, source, section.split, output)
         context.log.info(f"{version.uri} predicted {n} series")
+        labels = pq.read_table(output, columns=["label"])["label"].value_counts()
+        counts = {str(one["values"]): one["counts"].as_py() for one in labels}
         profile = read_json(package_of(folder) / "profile.json")
         yield dg.MaterializeResult(
             data_version=dg.DataVersion(digest_of([digest, delivered, section.split])),
             metadata={
                 "path": dg.MetadataValue.path(str(output)),
                 "series": n,
-                "model_version": version.version,
-                "model_sha256": digest,
-                **_class_counts(output),
+                **model,
+                "classes": dg.MetadataValue.json(dict(sorted(counts.items()))),
                 **_drift(profile, source, section.split, package),
             },
         )
@@ -83,19 +78,8 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
     return batch_predictions
 
 
-def _class_counts(output: Path) -> dict[str, Any]:
-    """Count of each predicted class."""
-    import pyarrow.parquet as pq
-
-    labels = pq.read_table(output, columns=["label"])["label"]
-    counts = {str(one["values"]): one["counts"].as_py() for one in labels.value_counts()}
-    return {"classes": dg.MetadataValue.json(dict(sorted(counts.items())))}
-
-
 def _drift(profile: Any, source: Path, split: str, package: Any) -> dict[str, Any]:
-    """How far the series are from the training data, by every measure, and where most."""
-    from itertools import islice
-
+    """How far the first 2,000 series are from the training data, by every measure."""
     from roma_core.evaluation.drift import (
         LARGE_PSI,
         ReferenceProfile,
@@ -108,11 +92,9 @@ def _drift(profile: Any, source: Path, split: str, package: Any) -> dict[str, An
     if not profile:
         return {"drift": "the model carries no profile of its training data"}
     axes, channels = ([one["name"] for one in part] for part in (package.axes, package.channels))
-    rows = islice(read_series(source, split, package), _PROFILED)
-    reference, series = (
-        ReferenceProfile.model_validate(profile),
-        sample_from_rows(rows, axes, channels),
-    )
+    reference = ReferenceProfile.model_validate(profile)
+    rows = islice(read_series(source, split, package), 2000)
+    series = sample_from_rows(rows, axes, channels)
     found = drift_effects(reference, series)
     most = max((e for e in found if e.measure == "psi"), key=lambda e: e.size, default=None)
     if most is None:

@@ -81,8 +81,8 @@ def dataset_asset(experiment: Experiment) -> dg.AssetsDefinition:
                 "licence": manifest.provenance.licence,
             },
             check_results=[
-                _check("sound", "error", found, before),
-                _check("unsuspicious", "warning", found, before),
+                _check("sound", dg.AssetCheckSeverity.ERROR, found, before),
+                _check("unsuspicious", dg.AssetCheckSeverity.WARN, found, before),
             ],
         )
 
@@ -90,17 +90,17 @@ def dataset_asset(experiment: Experiment) -> dg.AssetsDefinition:
 
 
 def _check(
-    name: str, severity: str, found: list[Finding], before: Path | None
+    name: str, severity: dg.AssetCheckSeverity, found: list[Finding], before: Path | None
 ) -> dg.AssetCheckResult:
-    """Result of the check for findings of one severity."""
-    these = [f for f in found if f.severity == severity]
-    lines = [line for f in these for line in f.lines()]
+    kind = "error" if severity is dg.AssetCheckSeverity.ERROR else "warning"
+    these = [finding for finding in found if finding.severity == kind]
+    lines = [line for finding in these for line in finding.lines()]
     return dg.AssetCheckResult(
         passed=not these,
         check_name=name,
-        severity=dg.AssetCheckSeverity.ERROR if severity == "error" else dg.AssetCheckSeverity.WARN,
+        severity=severity,
         metadata={
-            "problems": sum(f.count for f in these),
+            "problems": sum(finding.count for finding in these),
             "first": "\n".join(lines[:20]) or "none",
             "findings": dg.MetadataValue.md(findings_table(these)),
             "compared_with": before.name if before else "no previous version",

@@ -1,5 +1,6 @@
 """Asset: the evaluation report, with the gate as blocking checks."""
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,63 +23,6 @@ from roma_pipelines.storage import Storage
 from roma_pipelines.tracked_job import TrackedJob, picture, run_tracked_job, upstream_metadata
 
 
-def report_facts(
-    manifest: Manifest, encoder: Mapping[str, Any], classifier: Mapping[str, Any], dagster_run: str
-) -> tuple[FactSheet, ...]:
-    """Tables of the report and the model card: data, model, training, lineage."""
-    model = read_json(Path(classifier["weights"]) / "model_config.json")
-    stack = model["encoder_config"]
-    counts = manifest.counts
-    dropped = manifest.irregularity
-
-    def sheet(title: str, **facts: Any) -> FactSheet:
-        return FactSheet(
-            title=title,
-            facts=tuple(
-                Fact(
-                    label=label.replace("_", " "),
-                    value=f"{value:.4g}" if isinstance(value, float) else str(value),
-                    monospace=label in ("version", "code", "Dagster_run", "MLflow_run"),
-                )
-                for label, value in facts.items()
-            ),
-        )
-
-    return (
-        sheet(
-            "Data",
-            name=manifest.name,
-            version=manifest.digest[:16],
-            series=", ".join(f"{split} {counts[split].n_series}" for split in counts),
-            observations_dropped=f"{dropped.n_dropped} of {dropped.n_observations_before}"
-            if dropped
-            else "none",
-            split=manifest.split_rule,
-            citation=manifest.provenance.citation,
-            licence=manifest.provenance.licence,
-        ),
-        sheet(
-            "Model",
-            parameters=f"{classifier['parameters']:,}",
-            encoder=f"width {stack['d_model']}, {stack['depth']} layers, {stack['nhead']} heads",
-            positions=f"{model['n_pos_dims']} axis, p = {model['p_rope_val']}",
-        ),
-        sheet(
-            "Training",
-            pretraining=f"{encoder['training_s']:.1f} s, validation loss {encoder['eval/loss']:.4f}",
-            finetuning=f"{classifier['training_s']:.1f} s, validation loss {classifier['eval/loss']:.4f}",
-            processes=classifier["processes"],
-            device=classifier["device"],
-        ),
-        sheet(
-            "Lineage",
-            code=code_version(),
-            Dagster_run=dagster_run,
-            MLflow_run=classifier["mlflow_run_id"],
-        ),
-    )
-
-
 def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
     """The asset ``evaluation_report``; its checks block registration of a candidate that fails."""
     key = experiment.key("evaluation_report")
@@ -99,10 +43,17 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
         ],
     )
     def evaluation_report(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        data = upstream_metadata(context, experiment.key("dataset"))
-        encoder = upstream_metadata(context, experiment.key("pretrained_encoder"))
-        classifier = upstream_metadata(context, experiment.key("finetuned_classifier"))
+        from roma_core.data.store import StoredDataset
+        from roma_core.evaluation.leakage import split_digest
+
+        data, encoder, classifier = upstream_metadata(
+            context, experiment, "dataset", "pretrained_encoder", "finetuned_classifier"
+        )
         path = Path(data["path"])
+        settings, storage = MlflowSettings(), Storage.open()
+        client = connect(settings, storage.mlflow)
+        test_split = split_digest(StoredDataset(path, verify=False).split("test"))
+        runs = f"{settings.experiment_prefix}/{experiment.name}"
         config = EvaluationJobConfig(
             name=experiment.name,
             dataset=str(path),
@@ -111,25 +62,21 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
             autoencoder=encoder["weights"],
             curves={"pretraining": encoder["metrics"], "finetuning": classifier["metrics"]},
             baselines=experiment.baselines,
-            facts=report_facts(read_manifest(path), encoder, classifier, context.run_id),
+            facts=_report_facts(read_manifest(path), encoder, classifier, context.run_id),
             trained_on=tuple(
                 read_json(Path(job["job_folder"]) / "config.json")["dataset"]
                 for job in (encoder, classifier)
             ),
-            decided_before=_decided_before(experiment, path, key_for(context)),
-            lineage=_lineage(encoder, classifier, context.run_id),
-            **_champion(experiment.name),
+            decided_before=decided_before(client, runs, test_split, key_for(context)),
+            lineage=_lineage(client, encoder, classifier, context.run_id),
+            **_champion(client, experiment.name, storage.cache / "models"),
         )
         job = run_tracked_job(
             context, experiment, "evaluate", config, params={"dataset_digest": data["digest"][:36]}
         )
         decision = decide(job.folder, experiment.gate)
-        tag_decision(
-            job.client,
-            job.run_id,
-            decision,
-            ServingChecks.load(job.output("serving_checks")).test_split,
-        )
+        evaluated_split = ServingChecks.load(job.output("serving_checks")).test_split
+        tag_decision(job.client, job.run_id, decision, evaluated_split)
         _publish(job)
         # a retry adopts the job with its first configuration, and so the champion of that time
         return _materialised(job, decision, read_json(job.folder.config)["champion_version"])
@@ -137,37 +84,25 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
     return evaluation_report
 
 
-def _champion(name: str) -> dict[str, Any]:
+def _champion(client: Any, name: str, cache: Path) -> dict[str, Any]:
     """Configuration of the comparison; a champion that cannot be fetched is recorded, not raised."""
-    client = connect(MlflowSettings(), Storage.open().mlflow)
     version = version_at(client, name, CHAMPION)
     if version is None:
         return {}
     try:
         found = resolve(client, f"models:/{name}/{version}")
-        folder = package_of(fetch(client, found, Storage.open().cache / "models"))
+        folder = package_of(fetch(client, found, cache))
     except FetchError as error:
         return {"champion_version": version, "champion_problem": str(error)}
     return {"champion_version": version, "champion": str(folder)}
 
 
-def _decided_before(experiment: Experiment, dataset: Path, job_key: str) -> int:
-    from roma_core.data.store import StoredDataset
-    from roma_core.evaluation.leakage import split_digest
-
-    settings = MlflowSettings()
-    client = connect(settings, Storage.open().mlflow)
-    split = split_digest(StoredDataset(dataset, verify=False).split("test"))
-    return decided_before(client, f"{settings.experiment_prefix}/{experiment.name}", split, job_key)
-
-
 def _lineage(
-    encoder: Mapping[str, Any], classifier: Mapping[str, Any], dagster_run: str
+    client: Any, encoder: Mapping[str, Any], classifier: Mapping[str, Any], dagster_run: str
 ) -> dict[str, str]:
     """Lineage of the weights; the commit is that of the finetuning run."""
     from roma_core.serving.package import lock_hash
 
-    client = connect(MlflowSettings(), Storage.open().mlflow)
     trained = client.get_run(classifier["mlflow_run_id"]).data.tags
     return {
         "pretraining_job": encoder["job_key"],
@@ -180,7 +115,6 @@ def _lineage(
 
 
 def _publish(job: TrackedJob) -> None:
-    """Log metrics, report and plots to the MLflow run."""
     from mlflow.entities import Metric
 
     time_ms = round(job.folder.result.stat().st_mtime * 1000)
@@ -192,7 +126,9 @@ def _publish(job: TrackedJob) -> None:
     job.client.log_artifacts(job.run_id, str(job.output("plots")), "plots")
 
 
-_ENCODER_PLOTS = {
+_PLOTS = {
+    "confusion": "confusion matrix",
+    "reliability": "reliability curve",
     "reconstructions": "reconstructions of hidden tokens",
     "embedding_map": "test series in feature space",
 }
@@ -202,16 +138,20 @@ def _materialised(
     job: TrackedJob, decision: GateDecision, champion_version: str | None
 ) -> dg.MaterializeResult:
     plots = job.output("plots")
+    estimates = ClassificationMetrics.model_validate(read_json(job.output("metrics"))).estimates()
+    metrics = ["| test metric | value | 95 % interval |", "| --- | --- | --- |"]
+    metrics += [
+        f"| {name.replace('_', ' ')} | {m.value:.4f} | {m.low:.4f}–{m.high:.4f} |"
+        for name, m in estimates.items()
+    ]
     return dg.MaterializeResult(
         metadata={
             # no link: browsers do not follow links from a page to a file
             "report": dg.MetadataValue.path(str(job.output("report"))),
-            "metrics": dg.MetadataValue.md(_metrics_table(job)),
-            "confusion": picture((plots / "confusion.png").read_bytes(), "confusion matrix"),
-            "reliability": picture((plots / "reliability.png").read_bytes(), "reliability curve"),
+            "metrics": dg.MetadataValue.md("\n".join(metrics)),
             **{
                 name: picture((plots / f"{name}.png").read_bytes(), title)
-                for name, title in _ENCODER_PLOTS.items()
+                for name, title in _PLOTS.items()
                 if (plots / f"{name}.png").exists()
             },
             "champion_version": champion_version or "none",
@@ -223,21 +163,55 @@ def _materialised(
                 check_name=check.name,
                 passed=check.passed,
                 description=check.explanation,
-                metadata={
-                    name: number
-                    for name, number in (("value", check.value), ("threshold", check.threshold))
-                    if number is not None
-                },
+                metadata=check.model_dump(include={"value", "threshold"}, exclude_none=True),
             )
             for check in decision.checks
         ],
     )
 
 
-def _metrics_table(job: TrackedJob) -> str:
-    metrics = ClassificationMetrics.model_validate(read_json(job.output("metrics")))
-    rows = [
-        f"| {name.replace('_', ' ')} | {m.value:.4f} | {m.low:.4f}–{m.high:.4f} |"
-        for name, m in metrics.estimates().items()
-    ]
-    return "\n".join(["| test metric | value | 95 % interval |", "| --- | --- | --- |", *rows])
+def _report_facts(
+    manifest: Manifest, encoder: Mapping[str, Any], classifier: Mapping[str, Any], dagster_run: str
+) -> tuple[FactSheet, ...]:
+    """Tables of the report and the model card."""
+    model = read_json(Path(classifier["weights"]) / "model_config.json")
+    stack, dropped = model["encoder_config"], manifest.irregularity
+    splits = (f"{split} {count.n_series}" for split, count in manifest.counts.items())
+    sheets: dict[str, dict[str, Any]] = {
+        "Data": {
+            "name": manifest.name,
+            "version": manifest.digest[:16],
+            "series": ", ".join(splits),
+            "observations dropped": f"{dropped.n_dropped} of {dropped.n_observations_before}"
+            if dropped
+            else "none",
+            "split": manifest.split_rule,
+            "citation": manifest.provenance.citation,
+            "licence": manifest.provenance.licence,
+        },
+        "Model": {
+            "parameters": f"{classifier['parameters']:,}",
+            "encoder": f"width {stack['d_model']}, {stack['depth']} layers, {stack['nhead']} heads",
+            "positions": f"{model['n_pos_dims']} axis, p = {model['p_rope_val']}",
+        },
+        "Training": {
+            stage: f"{job['training_s']:.1f} s, validation loss {job['eval/loss']:.4f}"
+            for stage, job in (("pretraining", encoder), ("finetuning", classifier))
+        }
+        | {"processes": classifier["processes"], "device": classifier["device"]},
+        "Lineage": {
+            "code": code_version(),
+            "Dagster run": dagster_run,
+            "MLflow run": classifier["mlflow_run_id"],
+        },
+    }
+
+    def fact(label: str, value: Any) -> Fact:
+        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+        monospace = label in ("version", "code", "Dagster run", "MLflow run")
+        return Fact(label=label, value=shown, monospace=monospace)
+
+    return tuple(
+        FactSheet(title=title, facts=tuple(itertools.starmap(fact, facts.items())))
+        for title, facts in sheets.items()
+    )

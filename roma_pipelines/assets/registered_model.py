@@ -1,12 +1,9 @@
 """Asset: classifier and encoder in the registry, as candidates or, if the gate passes, champions."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import dagster as dg
 
 from roma_core.files import digest_of, read_json
-from roma_core.job import JobFolder, Result
+from roma_core.job import JobFolder
 from roma_core.trainer.trackers import WandbConfig
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.registry.gate import GATE_TAG, read_decision
@@ -42,9 +39,9 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
         description=f"The evaluated package in the MLflow registry. {experiment.description}",
     )
     def registered_classifier(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        evaluation = upstream_metadata(context, experiment.key("evaluation_report"))
-        classifier = upstream_metadata(context, experiment.key("finetuned_classifier"))
-        encoder = upstream_metadata(context, experiment.key("pretrained_encoder"))
+        evaluation, classifier, encoder = upstream_metadata(
+            context, experiment, "evaluation_report", "finetuned_classifier", "pretrained_encoder"
+        )
         folder = JobFolder(evaluation["job_folder"])
         result = folder.read_result()
         if result is None:
@@ -53,13 +50,17 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
         config = read_json(folder.config)
         decision = read_decision(folder.path)
         metrics = {f"test/{name}": value for name, value in result.metrics.items()}
-        tags = _lineage_tags(config, context.run_id, result) | {
-            "roma.config_digest": digest_of(read_json(JobFolder(classifier["job_folder"]).config)),
+        trained, pretrained = (
+            read_json(JobFolder(job["job_folder"]).config) for job in (classifier, encoder)
+        )
+        inherited = ("git_sha", "lock_hash", "finetuning_job", "pretraining_job")
+        tags = {f"roma.{name}": config["lineage"][name] for name in inherited} | {
+            "roma.dataset_digest": config["dataset_digest"],
+            "roma.config_digest": digest_of(trained),
+            "roma.dagster_run_id": context.run_id,
+            "roma.evaluation_job": result.job_key,
             GATE_TAG: "passed" if decision.passed else "failed",
             COMPARED_TAG: config["champion_version"] or NO_CHAMPION,
-        }
-        encoder_tags = tags | {
-            "roma.config_digest": digest_of(read_json(JobFolder(encoder["job_folder"]).config))
         }
         encoder_version = register(
             client,
@@ -67,7 +68,7 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
             encoder_name(experiment.name),
             result.job_key,
             encoder["mlflow_run_id"],
-            encoder_tags,
+            tags | {"roma.config_digest": digest_of(pretrained)},
             {},
         )
         version = register(
@@ -101,7 +102,7 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
         linked = link_wandb(
             client,
             WandbConfig(),
-            read_json(JobFolder(classifier["job_folder"]).config)["trainer"],
+            trained["trainer"],
             experiment.name,
             version,
             tags,
@@ -124,19 +125,3 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
         )
 
     return registered_classifier
-
-
-def _lineage_tags(
-    config: Mapping[str, Any], registering_run: str, result: Result
-) -> dict[str, str]:
-    """Lineage tags of a version, from the configuration of its evaluation."""
-    lineage: dict[str, str] = config["lineage"]
-    return {
-        "roma.dataset_digest": config["dataset_digest"],
-        "roma.git_sha": lineage["git_sha"],
-        "roma.lock_hash": lineage["lock_hash"],
-        "roma.dagster_run_id": registering_run,
-        "roma.evaluation_job": result.job_key,
-        "roma.finetuning_job": lineage["finetuning_job"],
-        "roma.pretraining_job": lineage["pretraining_job"],
-    }

@@ -1,7 +1,7 @@
 """Assets: the pretrained encoder and the finetuned classifier, each from a training job."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import dagster as dg
 
@@ -27,16 +27,8 @@ def pretrained_encoder_asset(experiment: Experiment) -> dg.AssetsDefinition:
     )
     def pretrained_encoder(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         _check_servable(experiment)  # before hours of pretraining are spent on it
-        data = upstream_metadata(context, experiment.key("dataset"))
-        stage = experiment.pretraining
-        config = TrainingJobConfig.resolve(
-            "pretrain",
-            Path(data["path"]),
-            stage.model,
-            TrainerConfig(**stage.trainer),
-            train_fraction=stage.train_fraction,
-        )
-        return _materialised(_trained(context, experiment, "pretrain", config))
+        (data,) = upstream_metadata(context, experiment, "dataset")
+        return _materialised(_trained(context, experiment, "pretrain", Path(data["path"])))
 
     return pretrained_encoder
 
@@ -56,28 +48,17 @@ def finetuned_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
     )
     def finetuned_classifier(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         _check_servable(experiment)
-        data = upstream_metadata(context, experiment.key("dataset"))
-        encoder = upstream_metadata(context, experiment.key("pretrained_encoder"))
-        path = Path(data["path"])
+        data, encoder = upstream_metadata(context, experiment, "dataset", "pretrained_encoder")
+        path, weights = Path(data["path"]), Path(encoder["weights"])
         if experiment.pretrained_from is not None:
-            for line in _differences(Path(encoder["weights"]), read_manifest(path).data_schema):
+            for line in _differences(weights, read_manifest(path).data_schema):
                 context.log.warning(f"encoder of {experiment.pretrained_from}: {line}")
-        stage = experiment.finetuning
-        config = TrainingJobConfig.resolve(
-            "finetune",
-            path,
-            stage.model,
-            TrainerConfig(**stage.trainer),
-            weights=Path(encoder["weights"]),
-            train_fraction=stage.train_fraction,
-        )
-        return _materialised(_trained(context, experiment, "finetune", config))
+        return _materialised(_trained(context, experiment, "finetune", path, weights))
 
     return finetuned_classifier
 
 
 def _check_servable(experiment: Experiment) -> None:
-    """Definitions checked the file; this also checks the environment of the run."""
     try:
         experiment.check_servable(environment=True)
     except ValueError as error:
@@ -113,20 +94,23 @@ def _differences(weights: Path, ours: DataSchema) -> list[str]:
 def _trained(
     context: dg.AssetExecutionContext,
     experiment: Experiment,
-    command: str,
-    config: TrainingJobConfig,
+    command: Literal["pretrain", "finetune"],
+    dataset: Path,
+    weights: Path | None = None,
 ) -> TrackedJob:
+    stage = experiment.pretraining if command == "pretrain" else experiment.finetuning
+    config = TrainingJobConfig.resolve(
+        command,
+        dataset,
+        stage.model,
+        TrainerConfig(**stage.trainer),
+        weights=weights,
+        train_fraction=stage.train_fraction,
+    )
     params: dict[str, Any] = {"dataset_digest": config.dataset_digest[:36]}
     for section in ("model", "trainer"):
         params |= {f"{section}.{k}": v for k, v in getattr(config, section).items()}
-    return run_tracked_job(
-        context,
-        experiment,
-        command,
-        config,
-        runner="torchrun",
-        params=params,
-    )
+    return run_tracked_job(context, experiment, command, config, runner="torchrun", params=params)
 
 
 def _materialised(job: TrackedJob) -> dg.MaterializeResult:

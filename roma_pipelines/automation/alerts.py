@@ -1,7 +1,6 @@
 """Alerts: ``alerts.jsonl`` under the storage root, and the command or webhook in the settings.
 
-Each alert has an id and is delivered once. One that could not be delivered stays in the file as
-pending, and the next tick of the reconcile sensor delivers it.
+Each alert has an id and is delivered once; the reconcile sensor delivers pending ones.
 """
 
 from __future__ import annotations
@@ -25,10 +24,11 @@ from pydantic_settings import SettingsConfigDict
 from roma_core.job import JobFolder
 from roma_core.settings import RomaSettings
 from roma_pipelines._compat import SerializableErrorInfo
+from roma_pipelines.launching.outcome import tail_of
 from roma_pipelines.storage import Storage
 
 FILE = "alerts.jsonl"
-LAST_LINES = 50
+_LAST_LINES = 50
 _TIMEOUT_S = 20.0
 _log = logging.getLogger(__name__)
 
@@ -53,42 +53,32 @@ def send_alert(storage: Storage, kind: str, subject: str, text: str, *, key: Seq
     """Record an alert and deliver it, unless its id is recorded already.
 
     Args:
-        kind: ``failed``, ``check``, ``drift``, ``budget``, …; the first part of the id.
+        kind: ``failed``, ``check``, ``drift``, ``budget``, …; with ``key`` the id.
         subject: one line.
-        text: the body; may have many lines.
-        key: further parts of the id.
 
     Returns:
         Whether the alert is new.
     """
     identity = ":".join((kind, *key))
+    alert = {"id": identity, "time": time.time(), "kind": kind, "subject": subject, "text": text}
     with _locked(storage):
         if any(entry["id"] == identity for entry in read_alerts(storage)):
             return False
-        entry = {"id": identity, "time": time.time(), "kind": kind, "subject": subject}
-        _append(storage, {**entry, "text": text, "delivered": False})
+        _append(storage, {**alert, "delivered": False})
         _log.warning("%s\n%s", subject, text)
-        if _deliver(AlertSettings(), f"{subject}\n\n{text}\n", storage.root / FILE):
-            _append(storage, {**entry, "text": text, "delivered": True})
+        _deliver(storage, alert)
     return True
 
 
 def deliver_pending(storage: Storage) -> int:
-    """Deliver recorded alerts whose delivery failed before; stops at the first failure.
-
-    Returns:
-        Number of delivered alerts.
-    """
-    settings, delivered = AlertSettings(), 0
+    """Deliver pending alerts until one fails; returns the number of delivered ones."""
+    delivered = 0
     with _locked(storage):
-        for entry in read_alerts(storage):
-            if entry["delivered"]:
-                continue
-            message = f"{entry['subject']}\n\n{entry['text']}\n"
-            if not _deliver(settings, message, storage.root / FILE):
-                break
-            _append(storage, {**entry, "delivered": True})
-            delivered += 1
+        for alert in read_alerts(storage):
+            if not alert["delivered"]:
+                if not _deliver(storage, alert):
+                    break
+                delivered += 1
     return delivered
 
 
@@ -119,9 +109,10 @@ def _append(storage: Storage, entry: dict) -> None:
         file.write("\n" * incomplete + line)
 
 
-def _deliver(settings: AlertSettings, text: str, path: Path) -> bool:
-    """Whether every configured recipient accepted the alert."""
-    delivered = True
+def _deliver(storage: Storage, alert: dict) -> bool:
+    """Whether every configured recipient accepted the alert; records it."""
+    settings, path, delivered = AlertSettings(), storage.root / FILE, True
+    text = f"{alert['subject']}\n\n{alert['text']}\n"
     if settings.command:
         try:
             subprocess.run(
@@ -147,6 +138,8 @@ def _deliver(settings: AlertSettings, text: str, path: Path) -> bool:
             kind = type(error).__name__
             _log.error("ROMA_ALERT_WEBHOOK_URL failed (%s); the alert is in %s", kind, path)
             delivered = False
+    if delivered:
+        _append(storage, {**alert, "delivered": True})
     return delivered
 
 
@@ -168,52 +161,38 @@ def alert_on_failure(context: dg.RunFailureSensorContext) -> None:
 
 def _describe(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[str, str, str]:
     """Kind, subject and text of the alert of a failed run."""
-    name, where = _experiments_of(instance, run), f"Dagster run {run.run_id}"
+
+    def events(kind: dg.DagsterEventType) -> list[dg.DagsterEvent]:
+        records = instance.get_records_for_run(run.run_id, of_type=kind).records
+        return [event for record in records if (event := record.event_log_entry.dagster_event)]
+
+    planned = events(dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED)
+    experiments = sorted({event.asset_key.path[0] for event in planned if event.asset_key})
+    name = ", ".join(experiments) or run.job_name
+    lines = [f"Dagster run {run.run_id}"]
     checks = [
-        evaluation
-        for record in instance.get_records_for_run(
-            run.run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION
-        ).records
-        if (evaluation := record.event_log_entry.asset_check_evaluation) is not None
-        and not evaluation.passed
-        and evaluation.severity is dg.AssetCheckSeverity.ERROR
+        check
+        for event in events(dg.DagsterEventType.ASSET_CHECK_EVALUATION)
+        if not (check := event.asset_check_evaluation_data).passed
+        and check.severity is dg.AssetCheckSeverity.ERROR
     ]
     if checks:
         names = [f"{check.check_name} of {check.asset_key.path[-1]}" for check in checks]
-        lines = [f"{k}: {v.value}" for check in checks for k, v in check.metadata.items()]
-        return "check", f"{name}: check failed: {', '.join(names)}", "\n".join([where, *lines])
-    failures = instance.get_records_for_run(
-        run.run_id, of_type=dg.DagsterEventType.STEP_FAILURE
-    ).records
-    lines = [where]
+        lines += [f"{k}: {v.value}" for check in checks for k, v in check.metadata.items()]
+        return "check", f"{name}: check failed: {', '.join(names)}", "\n".join(lines)
     folder: Path | None = None
-    for record in failures:
-        event = record.event_log_entry.dagster_event
-        if event is None or event.step_key is None:
-            continue
+    for event in events(dg.DagsterEventType.STEP_FAILURE):
         data = event.step_failure_data
-        lines.append(f"step {event.step_key}: {_first_line(data)}")
-        metadata = data.user_failure_data.metadata if data.user_failure_data else {}
-        if (found := metadata.get("job_folder")) is not None:
-            folder = Path(str(found.value))
-    lines += [f"last {LAST_LINES} lines:", *_last_lines(instance, run, folder)]
+        if data.user_failure_data is not None:
+            text = data.user_failure_data.description or ""
+            if (found := data.user_failure_data.metadata.get("job_folder")) is not None:
+                folder = Path(str(found.value))
+        else:
+            text = "" if data.error is None else message_of(root_cause(data.error))
+        first_line = text.partition("\n")[0]
+        lines.append(f"step {event.step_key}: {first_line}")
+    lines += [f"last {_LAST_LINES} lines:", *_last_lines(instance, run, folder)]
     return "failed", f"{name}: run {run.run_id[:8]} failed", "\n".join(lines)
-
-
-def _experiments_of(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str:
-    planned = instance.get_records_for_run(
-        run.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED
-    ).records
-    events = [record.event_log_entry.dagster_event for record in planned]
-    keys = [event.asset_key for event in events if event is not None]
-    return ", ".join(sorted({key.path[0] for key in keys if key})) or run.job_name
-
-
-def _first_line(data: dg.StepFailureData) -> str:
-    if data.user_failure_data is not None:
-        return str(data.user_failure_data.description or "").partition("\n")[0]
-    text = "" if data.error is None else message_of(root_cause(data.error))
-    return text.partition("\n")[0]
 
 
 def root_cause(error: SerializableErrorInfo) -> SerializableErrorInfo:
@@ -241,18 +220,10 @@ def _last_lines(
     if folder is not None:
         job = JobFolder(folder)
         for n in reversed(job.attempt_numbers()):
-            log = job.attempt(n).log
-            if log.exists():
-                return _tail(log)
-    records = instance.get_records_for_run(run.run_id, limit=LAST_LINES, ascending=False).records
+            if job.attempt(n).log.exists():
+                return tail_of(job.attempt(n).log, 64 * 1024).splitlines()[-_LAST_LINES:]
+    records = instance.get_records_for_run(run.run_id, limit=_LAST_LINES, ascending=False).records
     return [
         re.sub(r"\s+", " ", record.event_log_entry.user_message or record.event_log_entry.message)
         for record in reversed(records)
     ]
-
-
-def _tail(log: Path) -> list[str]:
-    with log.open("rb") as file:
-        file.seek(0, 2)
-        file.seek(max(0, file.tell() - 64 * 1024))
-        return file.read().decode(errors="replace").splitlines()[-LAST_LINES:]

@@ -38,17 +38,15 @@ def automated_definitions(
             f"experiment {experiment.name}: automation.predict_on_promotion: the experiment has no "
             f"batch_predictions; add `predictions`"
         )
-    automated = automated_of(experiment, assets)
-    sensors = []
+    automated, schedule, sensors = automated_of(experiment, assets), experiment.schedule, []
     if automation.new_data is not None:
         sensors.append(new_data_sensor(automated, automation.new_data))
     if automation.drift is not None:
         sensors.append(drift_sensor(automated, automation.drift))
-    if sensors or experiment.schedule is not None:
+    if sensors or schedule is not None:
         sensors.append(training_sensor(automated))
     if automation.predict_on_promotion:
         sensors.append(promotion_sensor(automated))
-    schedule = experiment.schedule
     return dg.Definitions(
         assets=[_with_freshness(asset, automation.freshness_h) for asset in assets],
         sensors=sensors,
@@ -58,19 +56,15 @@ def automated_definitions(
 
 def automated_of(experiment: Experiment, assets: Sequence[dg.AssetsDefinition]) -> Automated:
     """The experiment with the code versions of its assets."""
-    versions = {
-        spec.key.path[-1]: str(spec.code_version) for asset in assets for spec in asset.specs
-    }
-    return Automated(experiment, versions)
+    specs = [spec for asset in assets for spec in asset.specs]
+    return Automated(experiment, {spec.key.path[-1]: str(spec.code_version) for spec in specs})
 
 
 def _with_freshness(asset: dg.AssetsDefinition, hours: dict[str, float]) -> dg.AssetsDefinition:
-    def policy(spec: dg.AssetSpec) -> dg.AssetSpec:
-        limit = hours.get(spec.key.path[-1])
-        if limit is None:
+    def with_policy(spec: dg.AssetSpec) -> dg.AssetSpec:
+        if (limit := hours.get(spec.key.path[-1])) is None:
             return spec
-        return spec.replace_attributes(
-            freshness_policy=dg.FreshnessPolicy.time_window(fail_window=timedelta(hours=limit))
-        )
+        policy = dg.FreshnessPolicy.time_window(fail_window=timedelta(hours=limit))
+        return spec.replace_attributes(freshness_policy=policy)
 
-    return asset.map_asset_specs(policy)
+    return asset.map_asset_specs(with_policy)

@@ -6,7 +6,7 @@ import contextlib
 import glob
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,16 +15,19 @@ import dagster as dg
 from roma_core.files import fingerprint_of, read_json, write_json
 from roma_core.schema import DataError
 from roma_core.serving.batch import EmbeddingFailed, embed_medians
-from roma_core.serving.registry_client import FetchError
+from roma_core.serving.registry_client import FetchError, fetch, package_of, resolve
 from roma_pipelines._compat import shared_instance
 from roma_pipelines.automation.alerts import send_alert
 from roma_pipelines.automation.settings import Drift, DriftThresholds
 from roma_pipelines.automation.state import Automated, Decision, Step
 from roma_pipelines.launching.launcher import inherited
+from roma_pipelines.registry.promotion import CHAMPION
+from roma_pipelines.registry.store import MlflowSettings, connect
+from roma_pipelines.registry.versions import ENCODER_TAG, encoder_name, version_at
 from roma_pipelines.storage import Storage
 
 if TYPE_CHECKING:
-    from roma_core.evaluation.drift import Effect, EmbeddingProfile, ReferenceProfile
+    from roma_core.evaluation.drift import Effect, ReferenceProfile
 
 _EMBED_WITHIN_S = 40.0  # Dagster gives a tick of a sensor a minute
 
@@ -56,17 +59,17 @@ def check_inputs(
     cursor: str | None,
     now: float,
 ) -> tuple[Decision, str]:
-    """Compare the newest files if they changed since the last tick.
-
-    Args:
-        cursor: returned by the last tick; None at first.
-    """
+    """Compare the newest files if they changed since the last tick, which returned ``cursor``."""
     before = json.loads(cursor) if cursor else {"inputs": "", "trained_at": 0.0}
 
     def skip(reason: str, seen: dict[str, Any] = before) -> tuple[Decision, str]:
         return dg.SkipReason(reason), json.dumps(seen)
 
-    paths = _newest(settings)
+    found_files = []
+    for path in {Path(p) for pattern in settings.files for p in glob.glob(str(pattern))}:  # noqa: PTH207
+        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+            found_files.append((path.stat().st_mtime, path.name, path))
+    paths = [path for _, _, path in sorted(found_files)[-settings.newest :]]
     if not paths:
         return skip(f"no file matches {', '.join(map(str, settings.files))}")
     inputs = fingerprint_of(paths).digest
@@ -114,18 +117,16 @@ def _decide(
     """
     step = automated.step(instance)
     cool_h = (now - seen["trained_at"]) / 3600
-    obstacle, settled = None, True
+    obstacle, settled = "", True
     if cool_h < settings.cooldown_h:
-        obstacle = (
-            f"trained for drift {cool_h:.0f} h ago; the cooldown is {settings.cooldown_h:g} h"
-        )
-        settled = False
+        cooldown = f"the cooldown is {settings.cooldown_h:g} h"
+        obstacle, settled = f"trained for drift {cool_h:.0f} h ago; {cooldown}", False
     elif step.do == "wait" or (step.do == "nothing" and settings.only_if_new):
         obstacle, settled = f"nothing is trained: {step.why}", step.do == "nothing"
     elif settings.dry_run:
         action = "build" if step.do == "build" else "train"
         obstacle = f"would {action}, but this is a dry run"
-    if obstacle is not None:
+    if obstacle:
         return dg.SkipReason(f"{why}; {obstacle}"), obstacle, settled
     if step.do == "build":
         text = f"{step.why}: a data set is built, and trained on if it differs"
@@ -150,83 +151,58 @@ def compare(
 ) -> Comparison:
     """Compare with the reference profile in the champion's package.
 
-    Without a champion, the profile of the data set that was trained on last is used, which has no
-    embedding profile.
+    Without a champion, or for a foreign package, the profile of the data set that was trained on
+    last is used, which has no embedding profile. A separate process computes the features of the
+    champion's encoder: the daemon does not import torch.
+
+    Raises:
+        FetchError: the champion's package is missing or differs from what was registered.
     """
     from roma_core.data.manifest import read_manifest
-    from roma_core.evaluation.drift import drift_effects, sample_from_parquet
+    from roma_core.evaluation.drift import (
+        Effect,
+        ReferenceProfile,
+        drift_effects,
+        embedding_distance,
+        sample_from_parquet,
+    )
 
-    folder = storage.datasets / dataset / version[:12]
+    folder, models = storage.datasets / dataset / version[:12], storage.cache / "models"
     series = sample_from_parquet(paths, read_manifest(folder).data_schema, settings.class_column)
-    profile = _champions_profile(name, storage) or _profile(folder, version, storage)
+    client = connect(MlflowSettings(), storage.mlflow)
+    document: Any = None
+    tags: Mapping[str, str] = {}
+    if version_at(client, name, CHAMPION) is not None:
+        champion = resolve(client, f"models:/{name}@{CHAMPION}")
+        tags = champion.tags
+        if champion.manifest_sha256 is not None:
+            document = read_json(package_of(fetch(client, champion, models)) / "profile.json")
+    if document:
+        profile = ReferenceProfile.model_validate(document)
+    else:
+        profile = _profile(folder, version, storage)
     found = drift_effects(profile, series)
     if series.n < settings.min_series:
         return Comparison(series.n, found, "")
-    if profile.embedding is None:
-        return Comparison(
-            series.n, found, "; features were not compared: the reference has no embedding profile"
-        )
     try:
-        found.append(_embedding_effect(name, profile.embedding, paths, storage))
+        if profile.embedding is None:
+            raise EmbeddingFailed("the reference has no embedding profile")
+        if ENCODER_TAG not in tags:
+            raise EmbeddingFailed("the champion has no encoder tag")
+        encoder = resolve(client, f"models:/{encoder_name(name)}/{tags[ENCODER_TAG]}")
+        encoder_folder = fetch(client, encoder, models)
+        medians = embed_medians(encoder_folder, paths, inherited(), _EMBED_WITHIN_S)
+        size = embedding_distance(profile.embedding, medians.center, medians.n)
     except (EmbeddingFailed, FetchError, ValueError) as error:
         return Comparison(series.n, found, f"; features were not compared: {error}")
+    found.append(Effect(quantity="features", measure="embedding", size=size))
     return Comparison(series.n, found, "")
-
-
-def _embedding_effect(
-    name: str, profile: EmbeddingProfile, paths: Sequence[Path], storage: Storage
-) -> Effect:
-    """Shift of recent series in the feature space of the champion's encoder.
-
-    A separate process computes the features: the daemon does not import torch.
-
-    Raises:
-        EmbeddingFailed, FetchError, ValueError: the features cannot be computed or compared.
-    """
-    from roma_core.evaluation.drift import Effect, embedding_distance
-    from roma_core.serving.registry_client import fetch, resolve
-    from roma_pipelines.registry.promotion import CHAMPION
-    from roma_pipelines.registry.store import MlflowSettings, connect
-    from roma_pipelines.registry.versions import ENCODER_TAG, encoder_name
-
-    client = connect(MlflowSettings(), storage.mlflow)
-    encoder = resolve(client, f"models:/{name}@{CHAMPION}").tags.get(ENCODER_TAG)
-    if encoder is None:
-        raise EmbeddingFailed("the champion has no encoder tag")
-    version = resolve(client, f"models:/{encoder_name(name)}/{encoder}")
-    folder = fetch(client, version, storage.cache / "models")
-    medians = embed_medians(folder, paths, inherited(), _EMBED_WITHIN_S)
-    size = embedding_distance(profile, medians.center, medians.n)
-    return Effect(quantity="features", measure="embedding", size=size)
 
 
 def drifted(found: Sequence[Effect], thresholds: DriftThresholds) -> list[Effect]:
     """Effects at or above their threshold, the largest ratio first."""
     far = [effect for effect in found if effect.size >= getattr(thresholds, effect.measure)]
     return sorted(far, key=lambda e: e.size / getattr(thresholds, e.measure), reverse=True)
-
-
-def _champions_profile(name: str, storage: Storage) -> ReferenceProfile | None:
-    """From the verified package; None without a champion or for a foreign package.
-
-    Raises:
-        FetchError: the package is missing or differs from what was registered.
-    """
-    from roma_core.evaluation.drift import ReferenceProfile
-    from roma_core.serving.registry_client import fetch, package_of, resolve
-    from roma_pipelines.registry.promotion import CHAMPION
-    from roma_pipelines.registry.store import MlflowSettings, connect
-    from roma_pipelines.registry.versions import version_at
-
-    client = connect(MlflowSettings(), storage.mlflow)
-    if version_at(client, name, CHAMPION) is None:
-        return None
-    version = resolve(client, f"models:/{name}@{CHAMPION}")
-    if version.manifest_sha256 is None:
-        return None
-    folder = fetch(client, version, storage.cache / "models")
-    document = read_json(package_of(folder) / "profile.json")
-    return ReferenceProfile.model_validate(document) if document else None
 
 
 def _profile(folder: Path, version: str, storage: Storage) -> ReferenceProfile:
@@ -241,15 +217,6 @@ def _profile(folder: Path, version: str, storage: Storage) -> ReferenceProfile:
     path.parent.mkdir(exist_ok=True)
     write_json(path, profile.model_dump(mode="json"))
     return profile
-
-
-def _newest(settings: Drift) -> list[Path]:
-    names = {name for pattern in settings.files for name in glob.glob(str(pattern))}  # noqa: PTH207
-    found = []
-    for path in map(Path, names):
-        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-            found.append((path.stat().st_mtime, path.name, path))
-    return [path for _, _, path in sorted(found)[-settings.newest :]]
 
 
 def _describe(effect: Effect) -> str:

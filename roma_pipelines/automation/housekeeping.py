@@ -19,6 +19,8 @@ from roma_pipelines.launching.jobs import Job, all_jobs, cancel
 from roma_pipelines.launching.launcher import Launcher, Unreachable
 from roma_pipelines.launching.spec import AttemptRecord
 from roma_pipelines.launching.targets import launcher_of_attempt
+from roma_pipelines.registry.runs import end_runs_of_job
+from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.storage import Storage
 
 
@@ -30,13 +32,9 @@ from roma_pipelines.storage import Storage
     "whose run ended, and delivers pending alerts.",
 )
 def reconcile_jobs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
-    """Checks every job that has not ended."""
     storage = Storage.open()
 
     def end_mlflow_run(job: Job) -> None:
-        from roma_pipelines.registry.runs import end_runs_of_job
-        from roma_pipelines.registry.store import MlflowSettings, connect
-
         end_runs_of_job(connect(MlflowSettings(), storage.mlflow), job.key, "KILLED")
 
     done = reconcile(
@@ -49,14 +47,13 @@ def reconcile_jobs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
     return dg.SkipReason("; ".join(done) or "every unfinished job is supervised or will be")
 
 
-Action = Literal["none", "fail the run", "cancel the job"]
-
 _STATUS = dg.DagsterRunStatus
-_ALIVE = frozenset({_STATUS.STARTED, _STATUS.STARTING, _STATUS.CANCELING})
-_PENDING = frozenset({_STATUS.QUEUED, _STATUS.NOT_STARTED, _STATUS.MANAGED})
+_ALIVE = (_STATUS.STARTED, _STATUS.STARTING, _STATUS.CANCELING)
 
 
-def action_for(job: Job, instance: dg.DagsterInstance) -> tuple[Action, str]:
+def action_for(
+    job: Job, instance: dg.DagsterInstance
+) -> tuple[Literal["none", "fail the run", "cancel the job"], str]:
     """What to do about a job that has not ended, and the reason."""
     run_id = job.lease.get("dagster_run_id")
     if run_id is None:
@@ -66,7 +63,7 @@ def action_for(job: Job, instance: dg.DagsterInstance) -> tuple[Action, str]:
     run = instance.get_run_by_id(run_id)
     if run is None:
         return "cancel the job", f"its run {run_id} was deleted"
-    if run.status in _PENDING:
+    if run.status in (_STATUS.QUEUED, _STATUS.NOT_STARTED, _STATUS.MANAGED):
         return "none", f"its run {run_id} is about to start"
     if run.status is _STATUS.CANCELING:
         return "cancel the job", f"its run {run_id} is being cancelled without a supervisor"
@@ -93,11 +90,7 @@ def reconcile(
     launcher_of_attempt: Callable[[AttemptRecord], Launcher],
     on_cancelled: Callable[[Job], None] = lambda job: None,
 ) -> list[str]:
-    """Fail runs and cancel jobs as :func:`action_for` says; returns one line per action.
-
-    Args:
-        on_cancelled: called with every cancelled job, to end what else belongs to it.
-    """
+    """Fail runs and cancel jobs as :func:`action_for` says; returns one line per action."""
     done = []
     for job in all_jobs(jobs_root):
         if job.open_attempt is None:

@@ -18,6 +18,9 @@ from roma_pipelines.automation.state import (
     newest_trained,
     next_step,
 )
+from roma_pipelines.registry.promotion import CHAMPION
+from roma_pipelines.registry.store import MlflowSettings, connect
+from roma_pipelines.registry.versions import version_at
 from roma_pipelines.storage import Storage
 
 
@@ -97,11 +100,10 @@ def check_dataset(
 
 def promotion_sensor(automated: Automated) -> dg.SensorDefinition:
     """``NAME_predict_on_promotion``; starts stopped. Reacts to the alias, not to our commands."""
-    key = automated.experiment.key("batch_predictions")
 
     @dg.sensor(
         name=f"{automated.name}_predict_on_promotion",
-        asset_selection=[key],
+        asset_selection=[automated.experiment.key("batch_predictions")],
         minimum_interval_seconds=60,
         description=f"Materialises batch_predictions with the new champion of {automated.name}.",
     )
@@ -114,15 +116,7 @@ def promotion_sensor(automated: Automated) -> dg.SensorDefinition:
 
 
 def check_champion(automated: Automated, cursor: str | None) -> tuple[Decision, str]:
-    """Request predictions if the champion changed since the last tick.
-
-    Args:
-        cursor: ``MOVES:VERSION`` of the last tick; None at first.
-    """
-    from roma_pipelines.registry.promotion import CHAMPION
-    from roma_pipelines.registry.store import MlflowSettings, connect
-    from roma_pipelines.registry.versions import version_at
-
+    """Request predictions if the champion changed since ``cursor``, ``MOVES:VERSION``."""
     version = version_at(connect(MlflowSettings(), Storage.open().mlflow), automated.name, CHAMPION)
     moves, _, before = (cursor or "0:").partition(":")
     if version is None:

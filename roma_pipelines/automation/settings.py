@@ -77,8 +77,7 @@ class Automation(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _empty_section_means_defaults(cls, values: Any) -> Any:
-        """``new_data:`` without a value enables it with its defaults."""
-        if isinstance(values, dict) and "new_data" in values and values["new_data"] is None:
+        if isinstance(values, dict) and values.get("new_data", 0) is None:
             return {**values, "new_data": {}}
         return values
 

@@ -16,11 +16,8 @@ from roma_pipelines.experiment import ASSET_NAMES, Experiment
 from roma_pipelines.launching.jobs import read_job
 from roma_pipelines.storage import Storage
 
-WEEK_S = 7 * 86400.0
-FINGERPRINT = "source_fingerprint"
-"""Metadata of the data set: fingerprint of its source at build time."""
-EXPERIMENT_TAG, TRIGGER_TAG = "roma/experiment", "roma/trigger"
-"""Tags of runs requested by schedules and sensors."""
+FINGERPRINT = "source_fingerprint"  # metadata of the data set: its source at build time
+EXPERIMENT_TAG, TRIGGER_TAG = "roma/experiment", "roma/trigger"  # of requested runs
 TRAINING = ASSET_NAMES[1:]
 _UNFINISHED = [
     dg.DagsterRunStatus[name]
@@ -32,7 +29,7 @@ Decision = dg.RunRequest | dg.SkipReason
 
 
 class Data(NamedTuple):
-    """Newest data set: version, run, and fingerprint of its source at build time."""
+    """Newest data set."""
 
     version: str | None = None
     run: str = ""
@@ -47,19 +44,13 @@ class Trained(NamedTuple):
 
 
 class TrainingState(NamedTuple):
-    """Facts about one experiment.
-
-    Attributes:
-        sound: whether the newest data set passed its blocking check.
-        code_version: of a training started now.
-        unfinished: an unfinished run of this experiment.
-    """
+    """Facts about one experiment."""
 
     data: Data
     trained: Trained
-    sound: bool
-    code_version: str
-    unfinished: str | None
+    sound: bool  # whether the newest data set passed its blocking check
+    code_version: str  # of a training started now
+    unfinished: str | None  # id of an unfinished run
 
 
 class Step(NamedTuple):
@@ -91,11 +82,7 @@ def newest_trained(instance: dg.DagsterInstance, experiment: Experiment) -> Trai
 
 
 def next_step(state: TrainingState, fingerprint: str) -> Step:
-    """The step that brings the model up to date; pure.
-
-    Args:
-        fingerprint: current one of the source.
-    """
+    """The step that brings the model up to date with the source's fingerprint; pure."""
     data, trained = state.data, state.trained
     if state.unfinished is not None:
         return Step("wait", f"run {state.unfinished} is unfinished")
@@ -110,12 +97,10 @@ def next_step(state: TrainingState, fingerprint: str) -> Step:
     key = f"train:{data.version}:{state.code_version}:{trained.run}"
     if trained.on is None:
         return Step("train", "no model was trained yet", key)
+    now = (data.version, state.code_version)
     changes = [
         f"{what} {old[:12]} → {new[:12]}"
-        for what, old, new in (
-            ("data", trained.on[0], data.version),
-            ("settings", trained.on[1], state.code_version),
-        )
+        for what, old, new in zip(("data", "settings"), trained.on, now, strict=True)
         if old != new
     ]
     if changes:
@@ -129,7 +114,7 @@ def next_step(state: TrainingState, fingerprint: str) -> Step:
 
 def hours_used(experiment: Experiment, jobs_root: Path, now: float | None = None) -> float:
     """GPU-hours of attempts that ended in the last 7 days; CPU-hours where there is no GPU."""
-    since = (time.time() if now is None else now) - WEEK_S
+    since = (time.time() if now is None else now) - 7 * 86400
     hours = 0.0
     for path in jobs_root.iterdir():
         try:
@@ -145,12 +130,10 @@ def hours_used(experiment: Experiment, jobs_root: Path, now: float | None = None
         width = spec.gpus_per_node or spec.processes_per_node * spec.threads_per_process
         for record in job.records:
             end = record.end
-            if end is None or end.ended_at < since:
-                continue
-            ran_s = end.ran_s
-            if ran_s is None:
-                ran_s = end.ended_at - (record.submitted_at or record.intended_at)
-            hours += ran_s / 3600 * spec.nodes * width
+            if end is not None and end.ended_at >= since:
+                began_at = record.submitted_at or record.intended_at
+                ran_s = end.ended_at - began_at if end.ran_s is None else end.ran_s
+                hours += ran_s / 3600 * spec.nodes * width
     return hours
 
 
@@ -169,8 +152,8 @@ class Automated:
         """Current state from Dagster's event log."""
         data = newest_data(instance, self.experiment)
         check = dg.AssetCheckKey(self.experiment.key("dataset"), "sound")
-        latest = instance.event_log_storage.get_latest_asset_check_execution_by_key([check])
-        record = latest.get(check)
+        storage = instance.event_log_storage
+        record = storage.get_latest_asset_check_execution_by_key([check]).get(check)
         unfinished = (
             run.run_id
             for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED), limit=200)

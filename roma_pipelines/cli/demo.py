@@ -8,13 +8,13 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from roma_core.claim import is_running, process_start
+from roma_core.cli import errors_as_messages
 
 if TYPE_CHECKING:
     import dagster as dg
@@ -41,21 +41,17 @@ def demo(experiment: str, fresh: bool) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):  # end the training, too
         signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
     from roma_pipelines.registry.store import StoreError
-    from roma_pipelines.storage import Storage, StorageError, prepare_instance
+    from roma_pipelines.storage import Storage, prepare_instance
 
-    try:
+    with errors_as_messages():
         storage = Storage.open()
         prepare_instance(storage)
-    except (StorageError, ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
 
     import dagster as dg
 
     try:
-        with dg.DagsterInstance.get() as instance:
+        with errors_as_messages(StoreError), dg.DagsterInstance.get() as instance:
             _run(instance, storage, experiment, fresh, started)
-    except StoreError as error:
-        raise click.ClickException(str(error)) from error
     except Exception as error:
         if not storage.is_full(error):
             raise
@@ -67,33 +63,32 @@ def demo(experiment: str, fresh: bool) -> None:
 def _run(
     instance: dg.DagsterInstance, storage: Storage, experiment: str, fresh: bool, started: float
 ) -> None:
+    import dagster as dg
+
     from roma_core.files import digest_of
 
-    try:
+    with errors_as_messages(ValueError):
         from roma_pipelines.definitions import defs
 
         loggers = dg.Definitions(loggers={_LOGGER: _progress_logger()})
         definitions = dg.Definitions.merge(defs(), loggers)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
     keys = _keys(definitions, experiment)
     held, killed = unfinished(instance, experiment)
     if held:
+        process = held[0].tags[PROCESS_TAG].partition(" ")[0]
         raise click.ClickException(
-            f"process {process_of(held[0])} already runs {experiment}; wait for it, or stop it with "
-            f"Ctrl-C"
+            f"process {process} already runs {experiment}; wait for it, or stop it with Ctrl-C"
         )
     graph = definitions.resolve_asset_graph()
     settings = digest_of([graph.get(key).code_version for key in keys])
     before = killed[0] if killed and not fresh else None
-    if before is not None and not has_settings(before, settings):
+    if before is not None and before.tags.get(SETTINGS_TAG) != settings:
         before = None
     if killed and before is None:
         _end_jobs(instance, storage, killed)
     missing = keys if fresh else _missing(instance, definitions, keys)
     if missing:
-        names = ", ".join(key.path[-1] for key in missing)
-        click.echo(f"materialising {experiment}: {names}")
+        click.echo(f"materialising {experiment}: {', '.join(key.path[-1] for key in missing)}")
         if before is not None:
             click.echo("  resuming an interrupted run")
         tags = tags_of(experiment, settings, before)
@@ -116,11 +111,8 @@ def _keys(definitions: dg.Definitions, experiment: str) -> list[dg.AssetKey]:
             f"no experiment {experiment!r}; available: {', '.join(sorted(known))}"
         )
     own = [dg.AssetKey([experiment, name]) for name in ASSET_NAMES]
-    encoder = next(
-        key
-        for key in graph.get(dg.AssetKey([experiment, "finetuned_classifier"])).parent_keys
-        if key.path[-1] == ENCODER
-    )
+    parents = graph.get(dg.AssetKey([experiment, "finetuned_classifier"])).parent_keys
+    encoder = next(key for key in parents if key.path[-1] == ENCODER)
     if encoder in own:
         return own
     return [dg.AssetKey([encoder.path[0], "dataset"]), encoder, *(k for k in own if graph.has(k))]
@@ -153,40 +145,29 @@ def _missing(
     instance: dg.DagsterInstance, definitions: dg.Definitions, keys: list[dg.AssetKey]
 ) -> list[dg.AssetKey]:
     """Assets to materialise: the first that is missing or outdated, and all after it."""
+    from roma_core.job import JobFolder
     from roma_pipelines.registry.gate import has_passed
+    from roma_pipelines.tracked_job import newest_materialization
 
     graph = definitions.resolve_asset_graph()
     for i, key in enumerate(keys):
-        event = instance.get_latest_materialization_event(key)
-        if event is None or event.asset_materialization is None:
+        made = newest_materialization(instance, key)
+        if made is None:
             return keys[i:]
-        tags = event.asset_materialization.tags or {}
-        if tags.get("dagster/code_version") != graph.get(key).code_version:
+        if (made.tags or {}).get("dagster/code_version") != graph.get(key).code_version:
             return keys[i:]
-        if not _still_on_disk(event.asset_materialization):
+        facts = {name: str(value.value) for name, value in made.metadata.items()}
+        paths = [Path(facts[name]) for name in ("path", "weights", "job_folder") if name in facts]
+        if "job_folder" in facts:
+            folder = JobFolder(facts["job_folder"])
+            if (result := folder.read_result()) is None:
+                return keys[i:]
+            paths += [folder.path / output for output in result.outputs.values()]
+        if not all(path.exists() for path in paths):
             return keys[i:]
-        if key.path[-1] == "evaluation_report":
-            job_folder = event.asset_materialization.metadata["job_folder"].value
-            if not has_passed(Path(str(job_folder))):
-                return keys[i:]  # its blocking checks stopped the rest
+        if key.path[-1] == "evaluation_report" and not has_passed(Path(facts["job_folder"])):
+            return keys[i:]  # its blocking checks stopped the rest
     return []
-
-
-def _still_on_disk(materialisation: dg.AssetMaterialization) -> bool:
-    from roma_core.job import JobFolder
-
-    paths = [
-        materialisation.metadata[name].value
-        for name in ("path", "weights", "job_folder")
-        if name in materialisation.metadata
-    ]
-    if not all(Path(str(path)).exists() for path in paths):
-        return False
-    if "job_folder" not in materialisation.metadata:
-        return True
-    folder = JobFolder(str(materialisation.metadata["job_folder"].value))
-    result = folder.read_result()
-    return result is not None and all((folder.path / p).exists() for p in result.outputs.values())
 
 
 def _materialise(
@@ -241,13 +222,13 @@ def _conclude(
     from roma_core.evaluation.metrics import ClassificationMetrics
     from roma_core.files import read_json
     from roma_pipelines.registry.store import MlflowSettings, own_store
+    from roma_pipelines.tracked_job import newest_materialization
 
     facts: dict[str, dict[str, Any]] = {}
     for key in keys:  # of two data sets, the experiment's own comes last
-        event = instance.get_latest_materialization_event(key)
-        assert event is not None and event.asset_materialization is not None
-        metadata = event.asset_materialization.metadata
-        facts[key.path[-1]] = {name: value.value for name, value in metadata.items()}
+        made = newest_materialization(instance, key)
+        assert made is not None
+        facts[key.path[-1]] = {name: value.value for name, value in made.metadata.items()}
     job = Path(facts["evaluation_report"]["job_folder"])
     metrics = ClassificationMetrics.model_validate(read_json(job / "outputs" / "metrics.json"))
     baselines = read_json(job / "config.json")["baselines"]
@@ -258,24 +239,19 @@ def _conclude(
     def shorten(path: Path) -> Path:
         return path.relative_to(here) if path.is_relative_to(here) else path
 
-    data = Path(facts["dataset"]["path"])
-    click.echo("")
-    click.echo(f"report      {shorten(job / 'outputs' / 'report.html')}")
+    click.echo(f"\nreport      {shorten(job / 'outputs' / 'report.html')}")
     click.echo(f"model       {model['model']} version {model['version']} ({model['aliases']})")
-    for baseline in baselines:
-        click.echo(
-            f"baseline    {baseline['accuracy']:.3f} {baseline['name']} ({baseline['source']})"
-        )
+    for one in baselines:
+        click.echo(f"baseline    {one['accuracy']:.3f} {one['name']} ({one['source']})")
     click.echo(
         f"time        {seconds:.0f} s (pretraining took {trained[0]:.0f} s, finetuning {trained[1]:.0f} s, when they ran)"
     )
     uri = MlflowSettings().tracking_uri or own_store(storage.mlflow)
-    by_default = f"sqlite:///{here}/.roma/mlflow/mlflow.db"
-    store = "" if uri == by_default else f" --tracking-uri {uri}"
-    click.echo(
-        f"next        make up    # the Dagster and MLflow pages, or:\n"
-        f"            roma predict --model {model['uri']}{store} {shorten(data)} predictions.parquet"
-    )
+    is_default = uri == f"sqlite:///{here}/.roma/mlflow/mlflow.db"
+    options = f"--model {model['uri']}{'' if is_default else f' --tracking-uri {uri}'}"
+    data = shorten(Path(facts["dataset"]["path"]))
+    click.echo("next        make up    # the Dagster and MLflow pages, or:")
+    click.echo(f"            roma predict {options} {data} predictions.parquet")
     accuracy = metrics.accuracy
     click.echo(f"test accuracy {accuracy.value:.3f} (95 % {accuracy.low:.3f}–{accuracy.high:.3f})")
 
@@ -287,13 +263,9 @@ def _progress_logger() -> dg.LoggerDefinition:
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             meta = getattr(record, "dagster_meta", {})
-            event = meta.get("dagster_event")
-            if event is not None:
+            text = meta.get("orig_message") if record.levelno >= logging.INFO else None
+            if (event := meta.get("dagster_event")) is not None:
                 text = _event_text(event)
-            elif record.levelno >= logging.INFO:
-                text = meta.get("orig_message")
-            else:
-                text = None
             if text:
                 click.echo(f"  {text}", file=sys.stdout)
 
@@ -317,18 +289,16 @@ def _event_text(event: dg.DagsterEvent) -> str | None:
     step, total = facts.get("step"), facts.get("total_steps")
     if step is None or total is None:
         return None
-    numbers = {
-        name: value.value
+    shown = "  ".join(
+        f"{name} {value.value:.4g}"
         for name, value in facts.items()
         if isinstance(value.value, int | float) and ("loss" in name or "accuracy" in name)
-    }
-    shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+    )
     return f"step {step.value}/{total.value}  {shown}".rstrip()
 
 
-_NAME, _PROCESS, _HOST, _SETTINGS = (
-    f"roma/foreground{part}" for part in ("", "_process", "_host", "_settings")
-)
+_NAME_TAG, _HOST_TAG = "roma/foreground", "roma/foreground_host"
+PROCESS_TAG, SETTINGS_TAG = "roma/foreground_process", "roma/foreground_settings"
 
 
 def tags_of(name: str, settings: str, retried: dg.DagsterRun | None = None) -> dict[str, str]:
@@ -340,17 +310,13 @@ def tags_of(name: str, settings: str, retried: dg.DagsterRun | None = None) -> d
         retried: the run whose jobs it adopts.
     """
     process = f"{os.getpid()} {process_start(os.getpid())}"
-    mine = {_NAME: name, _PROCESS: process, _HOST: socket.gethostname(), _SETTINGS: settings}
-    if retried is None:
-        return mine
-    root = retried.tags.get("dagster/root_run_id", retried.run_id)
-    marks = {"dagster/parent_run_id": retried.run_id, "dagster/root_run_id": root}
-    return {**mine, **marks, "dagster/is_resume_retry": "true"}
-
-
-def has_settings(run: dg.DagsterRun, settings: str) -> bool:
-    """Whether a run was started with these settings."""
-    return run.tags.get(_SETTINGS) == settings
+    tags = {_NAME_TAG: name, _HOST_TAG: socket.gethostname()}
+    tags |= {PROCESS_TAG: process, SETTINGS_TAG: settings}
+    if retried is not None:
+        root = retried.tags.get("dagster/root_run_id", retried.run_id)
+        tags |= {"dagster/parent_run_id": retried.run_id, "dagster/root_run_id": root}
+        tags["dagster/is_resume_retry"] = "true"
+    return tags
 
 
 def unfinished(
@@ -362,18 +328,11 @@ def unfinished(
     """
     import dagster as dg
 
-    here = {_NAME: name, _HOST: socket.gethostname()}
-    runs = instance.get_runs(dg.RunsFilter(tags=here))
-    open_ones = [run for run in runs if not run.is_finished]
-    held = [run for run in open_ones if _is_alive(run.tags)]
-    return held, [run for run in open_ones if run not in held]
-
-
-def process_of(run: dg.DagsterRun) -> int:
-    """Id of the process that executes a run."""
-    return int(run.tags[_PROCESS].split(" ", 1)[0])
-
-
-def _is_alive(tags: Mapping[str, str]) -> bool:
-    pid, _, start = tags[_PROCESS].partition(" ")
-    return is_running(int(pid), start)
+    here = {_NAME_TAG: name, _HOST_TAG: socket.gethostname()}
+    held: list[dg.DagsterRun] = []
+    killed: list[dg.DagsterRun] = []
+    for run in instance.get_runs(dg.RunsFilter(tags=here)):
+        if not run.is_finished:
+            pid, _, start = run.tags[PROCESS_TAG].partition(" ")
+            (held if is_running(int(pid), start) else killed).append(run)
+    return held, killed

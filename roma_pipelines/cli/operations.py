@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from roma_core.cli import errors_as_messages
+
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of results.")
@@ -45,20 +47,19 @@ def gc(days: float, keep_versions: int, yes: bool) -> None:
     """
     from roma_core.settings import without_credentials
     from roma_pipelines.operations.retention import operations_lock, removals
-    from roma_pipelines.registry.store import MlflowSettings, StoreError, connect
-    from roma_pipelines.storage import Storage, StorageError, prepare_instance
+    from roma_pipelines.registry.store import MlflowSettings, connect
+    from roma_pipelines.storage import Storage, prepare_instance
 
-    try:
+    with errors_as_messages():
         storage = Storage.open()
         prepare_instance(storage)
         client = connect(MlflowSettings(), storage.mlflow)
-        import dagster as dg
-        from mlflow.exceptions import MlflowException  # after connect(), which sets telemetry
-    except (StorageError, StoreError, ValueError, OSError, RuntimeError) as error:
-        raise click.ClickException(str(error)) from error
+    import dagster as dg
+    from mlflow.exceptions import MlflowException  # after connect(), which sets telemetry
+
     verb, total = "removed" if yes else "would remove", 0
     try:
-        with operations_lock(storage), dg.DagsterInstance.get() as instance:
+        with errors_as_messages(), operations_lock(storage), dg.DagsterInstance.get() as instance:
             found = removals(storage, instance, client, days=days, keep_versions=keep_versions)
             for removal in found:
                 if yes and not removal.remove():
@@ -68,8 +69,6 @@ def gc(days: float, keep_versions: int, yes: bool) -> None:
                 click.echo(f"{verb:<13} {removal.n_bytes:>14,} bytes  {removal.what}")
     except MlflowException as error:
         raise click.ClickException(without_credentials(str(error))) from error
-    except (ValueError, OSError, RuntimeError) as error:
-        raise click.ClickException(str(error)) from error
     click.echo(f"{verb} {total:,} bytes in total")
     if found and not yes:
         click.echo("--yes removes it")
@@ -88,22 +87,18 @@ def backup(file: Path, with_datasets: bool) -> None:
     state that is kept elsewhere: by an MLflow server (ROMA_MLFLOW_TRACKING_URI), or by a DAGSTER_HOME
     outside the root or with its own storage. The command names what applies; back that up there.
     """
-    from roma_pipelines.operations.backup import BackupError, kept_elsewhere, write_backup
+    from roma_pipelines.operations.backup import kept_elsewhere, write_backup
     from roma_pipelines.operations.retention import operations_lock
-    from roma_pipelines.storage import Storage, StorageError
+    from roma_pipelines.storage import Storage
 
-    try:
+    with errors_as_messages():
         storage = Storage.open()
         with operations_lock(storage):
             n_bytes = write_backup(storage, file.absolute(), with_datasets=with_datasets)
         elsewhere = kept_elsewhere(storage)
-    except (StorageError, BackupError, RuntimeError, OSError) as error:
-        raise click.ClickException(str(error)) from error
     click.echo(f"{file}: {n_bytes:,} bytes, verified; `roma-pipeline restore {file}` restores it")
-    left_out = "caches, checkpoints of jobs, logs of servers"
-    click.echo(
-        f"not included: {left_out}{'' if with_datasets else ', data sets (--with-datasets)'}"
-    )
+    datasets = "" if with_datasets else ", data sets (--with-datasets)"
+    click.echo(f"not included: caches, checkpoints of jobs, logs of servers{datasets}")
     for what in elsewhere:
         click.echo(f"NOT INCLUDED: {what}; back it up there")
 
@@ -112,14 +107,12 @@ def backup(file: Path, with_datasets: bool) -> None:
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 def restore(file: Path) -> None:
     """Restore FILE into ROMA_STORAGE_ROOT, which must be empty, as must the database."""
-    from roma_pipelines.operations.backup import BackupError, restore_backup
-    from roma_pipelines.storage import StorageError, StorageSettings
+    from roma_pipelines.operations.backup import restore_backup
+    from roma_pipelines.storage import StorageSettings
 
     root = StorageSettings().root
-    try:
+    with errors_as_messages():
         original = restore_backup(file, root)
-    except (StorageError, BackupError, RuntimeError, OSError) as error:
-        raise click.ClickException(str(error)) from error
     click.echo(f"restored into {root}")
     if original:
         click.echo(

@@ -12,13 +12,12 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import click
 
+from roma_core.cli import errors_as_messages
 from roma_core.files import write_json
-
-_START_TIMEOUT_S = 120.0
-_STOP_TIMEOUT_S = 20.0
 
 
 @click.command()
@@ -35,26 +34,17 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # its job queue serves features that are not used here, with four more processes
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-    ports = {"dagster": dagster_port, "mlflow": mlflow_port, "page": page_port}
-    for name, port in ports.items():
+    for name, port in (("dagster", dagster_port), ("mlflow", mlflow_port), ("page", page_port)):
         _check_free(port, f"--{name}-port")
-    from roma_pipelines.registry.store import (
-        MlflowSettings,
-        StoreError,
-        check_access,
-        is_server,
-        own_store,
-    )
-    from roma_pipelines.storage import Storage, StorageError, prepare_instance
+    from roma_pipelines.registry.store import MlflowSettings, check_access, is_server, own_store
+    from roma_pipelines.storage import Storage, prepare_instance
 
-    try:
+    with errors_as_messages():
         storage = Storage.open()
         home = prepare_instance(storage)
         settings = MlflowSettings()
         check_access(settings)
         uri = settings.tracking_uri or own_store(storage.mlflow)
-    except (StorageError, StoreError, ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
 
     # the location's name is that of workspace.yaml: schedules and runs belong to a location by name
     module = {"module_name": "roma_pipelines.definitions", "location_name": "roma_pipelines"}
@@ -62,12 +52,9 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
     dagster, overview = f"http://127.0.0.1:{dagster_port}", f"http://127.0.0.1:{page_port}"
     mlflow = uri if is_server(uri) else f"http://127.0.0.1:{mlflow_port}"
     servers = _Servers(home / "logs")
-    servers.add(
-        "Dagster",
-        dagster,
-        *("dagster", "dev", "-w", str(home / "workspace.yaml")),
-        *("-h", "127.0.0.1", "-p", str(dagster_port)),
-    )
+    workspace = ("-w", str(home / "workspace.yaml"))
+    address = ("-h", "127.0.0.1", "-p", str(dagster_port))
+    servers.add("Dagster", dagster, "dagster", "dev", *workspace, *address)
     if is_server(uri):
         click.echo(f"MLflow    {uri} (configured; not started here)")
     else:
@@ -78,12 +65,8 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
             *("--artifacts-destination", (storage.mlflow / "artifacts").as_uri()),
             *("--host", "127.0.0.1", "--port", str(mlflow_port), "--workers", "1"),
         )
-    servers.add(
-        "Overview",
-        overview,
-        *("roma_pipelines.pages.overview", "--port", str(page_port)),
-        *("--dagster", dagster, "--mlflow", mlflow),
-    )
+    pages = ("--port", str(page_port), "--dagster", dagster, "--mlflow", mlflow)
+    servers.add("Overview", overview, "roma_pipelines.pages.overview", *pages)
     # links on assets lead there, unless other addresses are configured
     os.environ.setdefault("ROMA_PAGE_OVERVIEW_URL", overview)
     os.environ.setdefault("ROMA_PAGE_MLFLOW_URL", mlflow)
@@ -118,7 +101,7 @@ class _Servers:
         self.children: dict[str, subprocess.Popen[bytes]] = {}
 
     def add(self, name: str, address: str, *module: str) -> None:
-        """Add a Python module with its arguments; it is started by ``start``."""
+        """Add a Python module with its arguments."""
         self.commands[name] = address, [sys.executable, "-m", *module]
 
     def __enter__(self) -> _Servers:
@@ -135,7 +118,7 @@ class _Servers:
             for child in self.children.values():
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child.pid, number)
-            deadline = time.monotonic() + _STOP_TIMEOUT_S
+            deadline = time.monotonic() + 20.0
             for child in self.children.values():
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(max(0.1, deadline - time.monotonic()))
@@ -149,19 +132,14 @@ class _Servers:
         self.logs.mkdir(exist_ok=True)
         for name, (_, command) in self.commands.items():
             with (self.logs / f"{name.lower()}.log").open("ab") as log:
-                self.children[name] = subprocess.Popen(
-                    command,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
+                io: Any = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+                self.children[name] = subprocess.Popen(command, start_new_session=True, **io)
         for name, (address, _) in self.commands.items():
             self._wait_until_answering(name, address)
             click.echo(f"{name:<9} {address}")
 
     def _wait_until_answering(self, name: str, address: str) -> None:
-        deadline = time.monotonic() + _START_TIMEOUT_S
+        deadline = time.monotonic() + 120.0
         while time.monotonic() < deadline and self.children[name].poll() is None:
             try:
                 urllib.request.urlopen(address, timeout=5).close()

@@ -5,10 +5,7 @@
     root/…              files of the storage root; SQLite files as consistent copies
     SHA256.json         last: sha256 of every member before it
 
-Databases are copied before files are listed, so that files which they refer to are included. Left
-out are caches, logs of servers, checkpoints of jobs, and (unless requested) data sets, which can be
-built again. State that is kept elsewhere, such as that of an MLflow server, is not included;
-``kept_elsewhere`` names it.
+Databases are copied before files are listed, so that files which they refer to are included.
 """
 
 from __future__ import annotations
@@ -76,25 +73,22 @@ def write_backup(storage: Storage, target: Path, *, with_datasets: bool = False)
 
 def kept_elsewhere(storage: Storage) -> list[str]:
     """State of this installation that no backup includes; a text for each."""
-    found = []
     settings = MlflowSettings()
-    for what, uri in (
-        ("runs and models", settings.tracking_uri),
-        ("registry", settings.registry_uri),
-    ):
-        if uri and embedded_root(uri) != storage.mlflow:
-            found.append(f"MLflow's {what} at {without_credentials(uri)}")
+    uris = {"runs and models": settings.tracking_uri, "registry": settings.registry_uri}
+    found = [
+        f"MLflow's {what} at {without_credentials(uri)}"
+        for what, uri in uris.items()
+        if uri and embedded_root(uri) != storage.mlflow
+    ]
     home = Path(os.environ.get("DAGSTER_HOME") or storage.dagster)
     config = home / "dagster.yaml"
     text = config.read_text(encoding="utf-8") if config.is_file() else ""
     if DATABASE_VARIABLE in text and database_url() is not None:  # included in the dump
         return found
-    document = yaml.safe_load(text) or {}
-    own = sorted({"storage", "run_storage", "event_log_storage"} & set(document))
+    own = {"storage", "run_storage", "event_log_storage"} & set(yaml.safe_load(text) or {})
     if own:
-        found.append(
-            f"Dagster's history in the storage that {config} configures ({', '.join(own)})"
-        )
+        names = ", ".join(sorted(own))
+        found.append(f"Dagster's history in the storage that {config} configures ({names})")
     elif not home.absolute().is_relative_to(storage.root):
         found.append(f"Dagster's history in DAGSTER_HOME, {home}")
     return found
@@ -121,38 +115,32 @@ def _write(storage: Storage, file: IO[bytes], scratch: Path, with_datasets: bool
             for path in _files(storage.root, with_datasets):
                 name = f"root/{path.relative_to(storage.root)}"
                 with contextlib.suppress(FileNotFoundError):  # removed since it was listed
-                    is_database = _is_sqlite(path)
+                    with path.open("rb") as content:
+                        is_database = content.read(len(_SQLITE_MAGIC)) == _SQLITE_MAGIC
                     if name in hashes or (databases_only and not is_database):
                         continue
+                    copy = scratch / "copy.db"
                     if is_database:
-                        copy = scratch / "copy.db"
                         _copy_sqlite(path, copy)
-                        _add(tar, copy, name, hashes)
-                        copy.unlink()
-                    else:
-                        _add(tar, path, name, hashes)
+                    _add(tar, copy if is_database else path, name, hashes)
+                    copy.unlink(missing_ok=True)
         (scratch / HASHES).write_text(json.dumps(hashes, indent=0))
         _add(tar, scratch / HASHES, HASHES, {})
 
 
 def _files(root: Path, with_datasets: bool) -> Iterator[Path]:
     for where, folders, names in os.walk(root):
-        kept = []
-        for name in sorted(folders):
-            path = (Path(where) / name).relative_to(root).as_posix()
-            if not _LEFT_OUT.fullmatch(path) and (with_datasets or path != "datasets"):
-                kept.append(name)
-        folders[:] = kept
+        below = {name: (Path(where) / name).relative_to(root).as_posix() for name in folders}
+        folders[:] = [
+            name
+            for name, path in sorted(below.items())
+            if not _LEFT_OUT.fullmatch(path) and (with_datasets or path != "datasets")
+        ]
         for name in sorted(names):
             file = Path(where) / name
             hidden = name.startswith(".") or name.endswith(_SIDE_FILES)
             if not hidden and file.is_file() and not file.is_symlink():
                 yield file
-
-
-def _is_sqlite(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(_SQLITE_MAGIC)) == _SQLITE_MAGIC
 
 
 def _copy_sqlite(path: Path, copy: Path) -> None:
@@ -229,11 +217,10 @@ _LOCATIONS = {  # columns of MLflow that hold absolute paths
 
 
 def restore_backup(path: Path, root: Path) -> str | None:
-    """Verify a backup, then restore it.
+    """Verify a backup, then restore it; returns the root it was made of if that is another one.
 
-    Returns:
-        The root it was made of, if that is another one: the registry's artifacts are found in the
-        new root, but Dagster's history refers to the old one until assets are materialised again.
+    Then the registry's artifacts are found in the new root, but Dagster's history refers to the old
+    one until assets are materialised again.
 
     Raises:
         BackupError: it is damaged, the root or the database is not empty, or only one of backup
@@ -245,16 +232,20 @@ def restore_backup(path: Path, root: Path) -> str | None:
         raise BackupError(f"{root} is not empty; restore into an empty folder (ROMA_STORAGE_ROOT)")
     url = database_url()
     if manifest["postgres"] != (url is not None):
-        kept = "in PostgreSQL" if manifest["postgres"] else "in SQLite files"
+        kept, verb = "SQLite files", "unset"
+        if manifest["postgres"]:
+            kept, verb = "PostgreSQL", "set"
         raise BackupError(
-            f"{path} has its state {kept}; "
-            + ("set" if manifest["postgres"] else "unset")
-            + " ROMA_STORAGE_DATABASE_URL to restore it"
+            f"{path} has its state in {kept}; {verb} ROMA_STORAGE_DATABASE_URL to restore it"
         )
-    if url is not None and not _is_empty(url):
-        raise BackupError(
-            f"the database {url} has tables of an installation; configure an empty one"
-        )
+    if url is not None:
+        query = "SELECT count(*) FROM information_schema.tables WHERE table_schema = ANY(%s)"
+        with connection(url) as session, session.cursor() as cursor:
+            cursor.execute(query, (list(SCHEMAS),))
+            if cursor.fetchone() != (0,):
+                raise BackupError(
+                    f"the database {url} has tables of an installation; configure an empty one"
+                )
     aside = root.with_name(f".{root.name}.restoring")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -283,61 +274,36 @@ def restore_backup(path: Path, root: Path) -> str | None:
     return moved
 
 
-def _is_empty(url: str) -> bool:
-    """Whether the database has no table in either schema."""
-    with connection(url) as session, session.cursor() as cursor:
-        cursor.execute(
-            "SELECT count(*) FROM information_schema.tables WHERE table_schema = ANY(%s)",
-            (list(SCHEMAS),),
-        )
-        return cursor.fetchone() == (0,)
-
-
 def _relocate(uri: str, old: Path, new: Path) -> None:
     import sqlalchemy
 
     engine = sqlalchemy.create_engine(uri)
+    values = {"old": f"{old.as_uri()}/", "new": f"{new.as_uri()}/", "begin": f"{old.as_uri()}/%"}
     with engine.begin() as session:
         for table, columns in _LOCATIONS.items():
             for column in columns:
-                session.execute(
-                    sqlalchemy.text(
-                        f"UPDATE {table} SET {column} = replace({column}, :old, :new) "
-                        f"WHERE {column} LIKE :begin"
-                    ),
-                    {
-                        "old": f"{old.as_uri()}/",
-                        "new": f"{new.as_uri()}/",
-                        "begin": f"{old.as_uri()}/%",
-                    },
+                replaced = (
+                    f"SET {column} = replace({column}, :old, :new) WHERE {column} LIKE :begin"
                 )
+                session.execute(sqlalchemy.text(f"UPDATE {table} {replaced}"), values)
     engine.dispose()
 
 
 def _run(tool: str, *arguments: str) -> None:
-    """Run pg_dump or pg_restore, which change nothing if they fail."""
-    command = [_postgres_tool(tool), "--no-owner", "--no-privileges", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise BackupError(f"{tool} failed, the database is unchanged: {done.stderr.strip()}")
-
-
-def _postgres_tool(name: str) -> str:
-    """Path of pg_dump or pg_restore, the newest installed version.
-
-    Raises:
-        RuntimeError: it is not installed.
-    """
+    """Run the newest installed pg_dump or pg_restore, which change nothing if they fail."""
 
     def version(path: Path) -> int:
         number = path.parents[1].name
         return int(number) if number.isdigit() else 0
 
-    debian = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), key=version)
-    found = str(debian[-1]) if debian else shutil.which(name)
+    debian = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{tool}"), key=version)
+    found = str(debian[-1]) if debian else shutil.which(tool)
     if found is None:
         raise RuntimeError(
-            f"{name} is not installed here; it is in the package postgresql-client, and must be at "
+            f"{tool} is not installed here; it is in the package postgresql-client, and must be at "
             f"least as new as the server"
         )
-    return found
+    command = [found, "--no-owner", "--no-privileges", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BackupError(f"{tool} failed, the database is unchanged: {done.stderr.strip()}")

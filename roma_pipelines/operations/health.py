@@ -1,7 +1,4 @@
-"""``roma-pipeline health``: whether the stores, daemons, disk and jobs of an installation work.
-
-``roma doctor`` checks a computer for training instead.
-"""
+"""``roma-pipeline health``: whether the stores, daemons, disk and jobs of an installation work."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
 
 import dagster as dg
 
@@ -17,12 +13,6 @@ from roma_core.cli.doctor import CheckResult
 from roma_pipelines.launching.jobs import all_jobs
 from roma_pipelines.registry.store import MlflowSettings, connect, is_server
 from roma_pipelines.storage import MIN_FREE_MB, Storage, StorageError, prepare_instance
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
-_LOW_FRACTION = 0.05  # free space of a disk
-_RECENT_FAILURES = timedelta(days=1)
 
 
 def checks() -> Iterator[CheckResult]:
@@ -35,7 +25,10 @@ def checks() -> Iterator[CheckResult]:
     yield _disk(storage)
     yield from _jobs(storage)
     try:
-        yield _mlflow(connect(MlflowSettings(), storage.mlflow))
+        client = connect(MlflowSettings(), storage.mlflow)
+        kind = "server" if is_server(client.tracking_uri) else "store, its schema is current"
+        detail = f"{kind}; {len(client.search_registered_models())} registered models"
+        yield CheckResult("MLflow store", "ok", detail)
     except Exception as error:
         yield CheckResult("MLflow store", "error", _in_one_line(error))
     try:
@@ -55,7 +48,7 @@ def _disk(storage: Storage) -> CheckResult:
     detail = f"{free / 1e9:.1f} GB of {total / 1e9:.1f} GB free at {storage.root}"
     if free < MIN_FREE_MB * 1e6:
         return CheckResult("disk", "error", f"{detail}; new work is refused: run roma-pipeline gc")
-    if free / total < _LOW_FRACTION:
+    if free / total < 0.05:
         return CheckResult("disk", "warning", f"{detail}; run roma-pipeline gc")
     return CheckResult("disk", "ok", detail)
 
@@ -69,21 +62,12 @@ def _jobs(storage: Storage) -> Iterator[CheckResult]:
     active = [job for job in jobs if job.open_attempt is not None]
     alone = [job.key for job in active if not job.supervised]
     if alone:
-        detail = (
-            f"{len(alone)} of {len(active)} active jobs have no supervisor: {', '.join(alone[:5])}"
-        )
-        yield CheckResult(
-            "jobs", "warning", f"{detail}; the reconcile sensor or `jobs cancel` ends them"
-        )
+        detail = f"{len(alone)} of {len(active)} active jobs have no supervisor"
+        detail += f": {', '.join(alone[:5])}; the reconcile sensor or `jobs cancel` ends them"
+        yield CheckResult("jobs", "warning", detail)
     else:
         detail = f"{len(active)} active, all supervised; {len(jobs)} in total"
         yield CheckResult("jobs", "ok", detail)
-
-
-def _mlflow(client: MlflowClient) -> CheckResult:
-    n = len(client.search_registered_models())
-    kind = "server" if is_server(client.tracking_uri) else "store, its schema is current"
-    return CheckResult("MLflow store", "ok", f"{kind}; {n} registered models")
 
 
 def _dagster(instance: dg.DagsterInstance) -> CheckResult:
@@ -92,9 +76,8 @@ def _dagster(instance: dg.DagsterInstance) -> CheckResult:
         present, wanted = storage.alembic_version() or (None, None)
         if present != wanted:
             detail = f"{type(storage).__name__} has revision {present}, Dagster needs {wanted}"
-            return CheckResult(
-                "Dagster store", "error", f"{detail}; run `dagster instance migrate`"
-            )
+            detail += "; run `dagster instance migrate`"
+            return CheckResult("Dagster store", "error", detail)
     return CheckResult("Dagster store", "ok", type(instance.run_storage).__name__)
 
 
@@ -114,7 +97,7 @@ def _daemons(instance: dg.DagsterInstance) -> CheckResult:
 
 
 def _failed_runs(instance: dg.DagsterInstance) -> CheckResult:
-    since = datetime.now(UTC) - _RECENT_FAILURES
+    since = datetime.now(UTC) - timedelta(days=1)
     filters = dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE], updated_after=since)
     runs = instance.get_runs(filters, limit=20)
     if not runs:
@@ -125,9 +108,8 @@ def _failed_runs(instance: dg.DagsterInstance) -> CheckResult:
         return f"{run.run_id[:8]} {','.join(experiments)}".strip()
 
     newest = ", ".join(map(name, runs[:3]))
-    return CheckResult(
-        "failures", "warning", f"{len(runs)} in the last day, newest first: {newest}"
-    )
+    detail = f"{len(runs)} in the last day, newest first: {newest}"
+    return CheckResult("failures", "warning", detail)
 
 
 def _in_one_line(error: Exception) -> str:

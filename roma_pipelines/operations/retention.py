@@ -1,10 +1,8 @@
 """``roma-pipeline gc``: what may be removed from the storage root, and its removal.
 
-Kept is what something still needs. The roots are: what a registered version refers to, what the
-newest materialisation of an asset refers to, inputs of predictions, jobs that are active or young,
-and the newest versions of every data set (the next version keeps the last one's splits). From
-there, everything that the configuration of a needed job refers to is needed too: the report of a
-version needs its classifier, that one its encoder, all of them their data.
+Needed is what a registered version, the newest materialisation of an asset, an input of predictions
+or an active or young job refers to, directly or through the configuration of a needed job; and the
+newest versions of every data set (the next version keeps the last one's splits).
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +28,7 @@ from roma_pipelines.launching.supervisor import LEASE_EXPIRES_S
 from roma_pipelines.registry.runs import JOB_KEY_TAG
 from roma_pipelines.registry.store import is_server
 from roma_pipelines.storage import Storage
+from roma_pipelines.tracked_job import newest_materialization
 
 if TYPE_CHECKING:
     import dagster as dg
@@ -41,25 +40,16 @@ _DATASET = re.compile(r"datasets/[A-Za-z0-9_-]+/([0-9a-f]{12})(?![0-9a-f])")
 
 @dataclass(frozen=True)
 class Removal:
-    """One thing that may be removed.
-
-    Attributes:
-        n_bytes: its size on the disk.
-        remove: removes it; False if it is needed now after all.
-    """
+    """One thing that may be removed."""
 
     what: str
-    n_bytes: int
-    remove: Callable[[], bool]
+    n_bytes: int  # on the disk
+    remove: Callable[[], bool]  # False if it is needed now after all
 
 
 @contextlib.contextmanager
 def operations_lock(storage: Storage) -> Iterator[None]:
-    """Excludes other operations: nothing is removed while it is backed up.
-
-    Raises:
-        RuntimeError: another one is running.
-    """
+    """Excludes other operations, such as a backup; RuntimeError if another one is running."""
     try:
         with FileLock(storage.root / ".operations.lock", timeout=0):
             yield
@@ -79,9 +69,6 @@ def removals(
 ) -> list[Removal]:
     """Everything that is not needed and older than ``days``.
 
-    Args:
-        keep_versions: newest versions kept of every data set, at least 1.
-
     Raises:
         RuntimeError: Dagster's instance knows none of the runs that made the jobs here, so what it
             refers to is no evidence.
@@ -90,15 +77,29 @@ def removals(
         raise ValueError(f"keep_versions: {keep_versions}: the newest version is needed to split")
     before = time.time() - days * 86400
     jobs = all_jobs(storage.jobs)
-    _check_instance(instance, jobs)
+    runs = {str(job.lease["dagster_run_id"]) for job in jobs if "dagster_run_id" in job.lease}
+    if runs and not any(instance.has_run(run) for run in runs):
+        raise RuntimeError(
+            f"jobs here were made by {len(runs)} Dagster runs, and this Dagster instance knows none "
+            f"of them, so what is needed is unknown; set DAGSTER_HOME (or unset it) and "
+            f"ROMA_STORAGE_DATABASE_URL as they are where Dagster runs. Nothing was removed"
+        )
     old = {job.folder.path.name: job for job in jobs if _ended_before(job, before)}
     needed_jobs, needed_data = _needed(storage, instance, client, frozenset(old))
+
+    def remove_job(folder: Path) -> bool:
+        now = read_job(folder)  # a retry may have resumed it since it was listed
+        if now is None or not _ended_before(now, before):
+            return False
+        shutil.rmtree(folder)
+        return True
+
     found = []
     for name, job in old.items():
         if name not in needed_jobs:
             what = f"job {job.key}: {job.asset}, {job.status}"
-            size = _size(job.folder.path)
-            found.append(Removal(what, size, partial(_remove_job, job, before)))
+            folder = job.folder.path
+            found.append(Removal(what, _size(folder), partial(remove_job, folder)))
         elif job.status == "completed" and (size := _size(job.folder.checkpoints)):
             what = f"checkpoints of job {job.key}: {job.asset}, completed"
             found.append(_removal(what, job.folder.checkpoints, size))
@@ -125,16 +126,6 @@ def _size(path: Path) -> int:
     return sum(below.lstat().st_size for below in path.rglob("*") if not below.is_dir())
 
 
-def _check_instance(instance: dg.DagsterInstance, jobs: Sequence[Job]) -> None:
-    runs = {str(job.lease["dagster_run_id"]) for job in jobs if "dagster_run_id" in job.lease}
-    if runs and not any(instance.has_run(run) for run in runs):
-        raise RuntimeError(
-            f"jobs here were made by {len(runs)} Dagster runs, and this Dagster instance knows none "
-            f"of them, so what is needed is unknown; set DAGSTER_HOME (or unset it) and "
-            f"ROMA_STORAGE_DATABASE_URL as they are where Dagster runs. Nothing was removed"
-        )
-
-
 def _ended_before(job: Job, before: float) -> bool:
     end = job.records[-1].end if job.records else None
     if end is None or end.status == "continue" or end.ended_at > before:
@@ -142,22 +133,15 @@ def _ended_before(job: Job, before: float) -> bool:
     return not (job.supervised and time.time() - float(job.lease["beat"]) < LEASE_EXPIRES_S)
 
 
-def _remove_job(job: Job, before: float) -> bool:
-    now = read_job(job.folder.path)  # a retry may have resumed it since it was listed
-    if now is None or not _ended_before(now, before):
-        return False
-    shutil.rmtree(job.folder.path)
-    return True
-
-
-# -- what is needed ------------------------------------------------------------------------------
-
-
 def _needed(
     storage: Storage, instance: dg.DagsterInstance, client: MlflowClient, old: frozenset[str]
 ) -> tuple[set[str], set[str]]:
     """Folders of needed jobs, and the first 12 digits of needed data sets' digests."""
-    texts = [*_version_references(client), *_asset_references(instance)]
+    texts = list(_version_references(client))
+    for key in instance.get_asset_keys():
+        made = newest_materialization(instance, key)
+        values = [value.value for value in made.metadata.values()] if made is not None else []
+        texts += [value for value in values if isinstance(value, str)]
     # inputs of predictions; also of definitions that cannot be used now
     texts += [p.read_text(errors="replace") for p in experiments.DEFS.glob("**/defs.yaml")]
     folders = {path.name for path in storage.jobs.iterdir() if path.is_dir()}
@@ -193,18 +177,6 @@ def _version_references(client: MlflowClient) -> Iterator[str]:
                 yield f"jobs/{run.data.tags.get(JOB_KEY_TAG, '')}"
 
 
-def _asset_references(instance: dg.DagsterInstance) -> Iterator[str]:
-    for key in instance.get_asset_keys():
-        event = instance.get_latest_materialization_event(key)
-        if event is not None and event.asset_materialization is not None:
-            for value in event.asset_materialization.metadata.values():
-                if isinstance(value.value, str):
-                    yield value.value
-
-
-# -- what is not -----------------------------------------------------------------------------------
-
-
 def _datasets(
     storage: Storage, needed: set[str], before: float, keep_versions: int
 ) -> Iterator[Removal]:
@@ -224,10 +196,7 @@ def _datasets(
 def _cached(
     storage: Storage, client: MlflowClient, needed: set[str], before: float
 ) -> Iterator[Removal]:
-    """Copies of versions without an alias, and profiles of data that is not needed.
-
-    Both are made again on demand.
-    """
+    """Copies of versions without an alias, and profiles of data that is not needed."""
     aliased = {
         (model.name.replace("/", "__"), str(version))
         for model in _paged(client.search_registered_models)
@@ -247,6 +216,13 @@ def _deleted_runs(client: MlflowClient, before: float) -> list[Removal]:
         return []
     from mlflow.entities import ViewType
 
+    def purge(run_id: str) -> bool:
+        command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", client.tracking_uri]
+        done = subprocess.run([*command, "--run-ids", run_id], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"mlflow gc of run {run_id} failed:\n{done.stderr[-2000:]}")
+        return True
+
     registered = {version.run_id for version in _paged(client.search_model_versions)}
     experiments = [e.experiment_id for e in _paged(client.search_experiments)]
     found = []
@@ -256,17 +232,8 @@ def _deleted_runs(client: MlflowClient, before: float) -> list[Removal]:
             continue
         size = _size(Path(run.info.artifact_uri.removeprefix("file://")))
         what = f"deleted MLflow run {run.info.run_id}: {run.info.run_name}"
-        purge = partial(_purge_run, client.tracking_uri, run.info.run_id)
-        found.append(Removal(what, size, purge))
+        found.append(Removal(what, size, partial(purge, run.info.run_id)))
     return found
-
-
-def _purge_run(uri: str, run_id: str) -> bool:
-    command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", uri]
-    done = subprocess.run([*command, "--run-ids", run_id], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"mlflow gc of run {run_id} failed:\n{done.stderr[-2000:]}")
-    return True
 
 
 def _paged(search: Callable, *arguments: object, **options: object) -> Iterator:

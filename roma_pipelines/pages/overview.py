@@ -12,14 +12,13 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import dagster as dg
 import uvicorn
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -40,54 +39,31 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-_N_EVALUATIONS = 20  # in the trend
-_N_RUN_RECORDS = 200  # newest runs of all experiments
-_N_RUNS = 5
-_ALIASES = ("champion", "previous", "candidate")
-
-# -- what it shows -------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation report.
-
-    Attributes:
-        low, high: 95 % interval of the accuracy.
-        job: key of the job that made it.
-        passed: whether it passed the gate; None if there was none.
-        objections: explanations of the gate's failed checks.
-    """
+    """One evaluation report."""
 
     accuracy: float
-    low: float
+    low: float  # 95 % interval
     high: float
-    job: str
-    passed: bool | None
-    objections: tuple[str, ...]
+    job: str  # key of the job that made it
+    passed: bool | None  # the gate; None if there was none
+    objections: tuple[str, ...]  # explanations of the gate's failed checks
 
 
 @dataclass(frozen=True)
 class View:
-    """An experiment.
-
-    Attributes:
-        problem: why its file cannot be used; empty if it can.
-        assets: time of each asset's newest materialisation, seconds since the epoch.
-        versions: registered versions by alias.
-        evaluations: the newest last.
-        runs: the newest Dagster runs that include its assets, the newest first.
-        jobs: those that wait or run.
-    """
+    """An experiment."""
 
     name: str
     description: str = ""
-    problem: str = ""
-    assets: Mapping[dg.AssetKey, float | None] = field(default_factory=dict)
-    versions: Mapping[str, ModelVersion] = field(default_factory=dict)
-    evaluations: Sequence[Evaluation] = ()
-    runs: Sequence[dg.RunRecord] = ()
-    jobs: Sequence[Job] = ()
+    problem: str = ""  # why its file cannot be used
+    assets: Mapping[dg.AssetKey, float | None] = field(default_factory=dict)  # time of the newest
+    versions: Mapping[str, ModelVersion] = field(default_factory=dict)  # by alias
+    evaluations: Sequence[Evaluation] = ()  # the newest last
+    runs: Sequence[dg.RunRecord] = ()  # the newest first
+    jobs: Sequence[Job] = ()  # those that wait or run
 
 
 def overview(
@@ -101,7 +77,7 @@ def overview(
     Args:
         experiments: by name; a text is the reason why one cannot be used.
     """
-    run_records = instance.get_run_records(limit=_N_RUN_RECORDS)
+    run_records = instance.get_run_records(limit=200)
     active = [job for job in all_jobs(storage.jobs) if job.open_attempt is not None]
     usable = {name: e for name, e in experiments.items() if isinstance(e, Experiment)}
     keys = {name: [e.key(asset) for asset in ASSET_NAMES] for name, e in usable.items()}
@@ -123,7 +99,7 @@ def overview(
             assets={key: made_at.get(key) for key in keys[name]},
             versions=_versions(client, name),
             evaluations=_evaluations(experiment, instance),
-            runs=runs[:_N_RUNS],
+            runs=runs[:5],
             jobs=[job for job in active if job.asset.startswith(f"{name}/")],
         )
         views.append(view)
@@ -141,42 +117,34 @@ def _versions(client: MlflowClient, name: str) -> dict[str, ModelVersion]:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return {}
         raise
-    return {
-        alias: client.get_model_version(name, aliases[alias])
-        for alias in _ALIASES
-        if alias in aliases
-    }
+    shown = [a for a in ("champion", "previous", "candidate") if a in aliases]
+    return {alias: client.get_model_version(name, aliases[alias]) for alias in shown}
 
 
 def _evaluations(experiment: Experiment, instance: dg.DagsterInstance) -> list[Evaluation]:
+    """The newest ones whose job folders are not removed."""
     key = experiment.key("evaluation_report")
-    records = instance.fetch_materializations(key, limit=_N_EVALUATIONS).records
     found = []
-    for record in reversed(records):
-        materialisation = record.asset_materialization
-        if materialisation is None or "job_folder" not in materialisation.metadata:
+    for record in reversed(instance.fetch_materializations(key, limit=20).records):
+        made = record.asset_materialization
+        if made is None or "job_folder" not in made.metadata:
             continue
-        folder = Path(str(materialisation.metadata["job_folder"].value))
-        if (evaluation := _evaluation(folder)) is not None:
-            found.append(evaluation)
+        folder = JobFolder(str(made.metadata["job_folder"].value))
+        metrics, gate = folder.outputs / "metrics.json", folder.outputs / "gate.json"
+        if not metrics.exists():
+            continue
+        accuracy = read_json(metrics)["accuracy"]
+        checks: list[dict[str, Any]] = read_json(gate)["checks"] if gate.exists() else []
+        evaluation = Evaluation(
+            accuracy=accuracy["value"],
+            low=accuracy["low"],
+            high=accuracy["high"],
+            job=folder.path.name,
+            passed=all(check["passed"] for check in checks) if gate.exists() else None,
+            objections=tuple(check["explanation"] for check in checks if not check["passed"]),
+        )
+        found.append(evaluation)
     return found
-
-
-def _evaluation(folder: Path) -> Evaluation | None:
-    """From its job folder; None if that was removed."""
-    metrics, gate = folder / "outputs" / "metrics.json", folder / "outputs" / "gate.json"
-    if not metrics.exists():
-        return None
-    accuracy = read_json(metrics)["accuracy"]
-    checks: list[dict[str, Any]] = read_json(gate)["checks"] if gate.exists() else []
-    return Evaluation(
-        accuracy=accuracy["value"],
-        low=accuracy["low"],
-        high=accuracy["high"],
-        job=folder.name,
-        passed=all(check["passed"] for check in checks) if gate.exists() else None,
-        objections=tuple(check["explanation"] for check in checks if not check["passed"]),
-    )
 
 
 _WIDTH, _HEIGHT, _MARGIN = 320.0, 84.0, 10.0
@@ -200,16 +168,14 @@ def trend(evaluations: Sequence[Evaluation]) -> Markup:
         title = f"{e.accuracy:.3f} ({e.low:.3f}–{e.high:.3f})"
         title += {True: ", passed the gate", False: ", rejected by the gate", None: ""}[e.passed]
         parts.append(
-            f'<g><title>{escape(title)}</title><line x1="{x(k):.1f}" x2="{x(k):.1f}" y1="{y(e.low):.1f}" '
+            f'<g><title>{title}</title><line x1="{x(k):.1f}" x2="{x(k):.1f}" y1="{y(e.low):.1f}" '
             f'y2="{y(e.high):.1f}" class="range"/><circle cx="{x(k):.1f}" cy="{y(e.accuracy):.1f}" '
             f'r="3.5" class="{"rejected" if e.passed is False else "point"}"/></g>'
         )
-    label = (
-        f"test accuracy of {len(evaluations)} evaluations, the last {evaluations[-1].accuracy:.3f}"
-    )
+    n, last = len(evaluations), evaluations[-1].accuracy
     return Markup(
-        f'<svg viewBox="0 0 {_WIDTH:.0f} {_HEIGHT:.0f}" role="img" aria-label="{escape(label)}">'
-        f"{''.join(parts)}</svg>"
+        f'<svg viewBox="0 0 {_WIDTH:.0f} {_HEIGHT:.0f}" role="img" aria-label="test accuracy of {n} '
+        f'evaluations, the last {last:.3f}">{"".join(parts)}</svg>'
     )
 
 
@@ -220,11 +186,7 @@ _HEADERS = {"X-Content-Type-Options": "nosniff"}
 
 
 def create_app(storage: Storage, dagster: str, mlflow: str) -> Starlette:
-    """The application; it answers requests to localhost only.
-
-    Args:
-        dagster, mlflow: addresses of their pages, for links.
-    """
+    """The application; it answers requests to localhost only, and links to the two addresses."""
     client = connect(MlflowSettings(), storage.mlflow)
     template = _template()
 

@@ -12,7 +12,6 @@ from roma_pipelines.definitions import defs
 from roma_pipelines.registry.runs import find_or_create_run
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.storage import (
-    CONFIG,
     DATABASE_VARIABLE,
     Storage,
     StorageError,
@@ -73,7 +72,7 @@ def test_one_setting_keeps_the_state_of_both_and_no_file_has_the_password(state,
     )
     assert not list(state.root.rglob("*.db"))
     assert not postgres.is_told_by(client.tracking_uri.encode())
-    assert DATABASE_VARIABLE in (home / CONFIG).read_text()
+    assert DATABASE_VARIABLE in (home / "dagster.yaml").read_text()
     for file in state.root.rglob("*"):
         if file.is_file():
             assert not postgres.is_told_by(file.read_bytes()), file

@@ -41,8 +41,8 @@ def test_a_run_is_held_while_its_process_lives(instance):
 
     assert [run.run_id for run in held] == [mine.run_id]
     assert [run.run_id for run in left] == [gone.run_id]
-    assert foreground.process_of(held[0]) == os.getpid()
-    assert foreground.has_settings(gone, "a") and not foreground.has_settings(gone, "b")
+    assert held[0].tags[foreground.PROCESS_TAG].split()[0] == str(os.getpid())
+    assert left[0].tags[foreground.SETTINGS_TAG] == "a"
 
 
 def test_a_retry_of_a_retry_leads_to_the_first_run(instance):
