@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Self
 
@@ -13,7 +15,14 @@ from roma_pipelines.assets.dataset import dataset_asset
 from roma_pipelines.assets.evaluation_report import evaluation_report_asset
 from roma_pipelines.assets.registered_model import registered_classifier_asset
 from roma_pipelines.assets.training import finetuned_classifier_asset, pretrained_encoder_asset
-from roma_pipelines.automation.definitions import automated_definitions
+from roma_pipelines.automation.drift import drift_sensor
+from roma_pipelines.automation.retraining import (
+    new_data_sensor,
+    promotion_sensor,
+    retraining_schedule,
+    training_sensor,
+)
+from roma_pipelines.automation.state import Automated
 from roma_pipelines.experiment import Experiment
 
 
@@ -79,4 +88,39 @@ class RomaExperiment(Experiment, dg.Component):
         ]
         if self.predictions is not None:
             assets.append(batch_predictions_asset(self))
-        return automated_definitions(self, assets)
+        return self.with_automation(assets)
+
+    def with_automation(self, assets: Sequence[dg.AssetsDefinition]) -> dg.Definitions:
+        """Adds freshness policies, schedule and sensors; ValueError if a setting names no asset."""
+        names = {key.path[-1] for asset in assets for key in asset.keys}
+        section, schedule, sensors = self.automation, self.schedule, []
+        if unknown := sorted(set(section.freshness_h) - names):
+            raise ValueError(
+                f"experiment {self.name}: automation.freshness_h.{unknown[0]}: no such asset; "
+                f"expected one of {', '.join(sorted(names))}"
+            )
+        if section.predict_on_promotion and "batch_predictions" not in names:
+            raise ValueError(
+                f"experiment {self.name}: automation.predict_on_promotion: the experiment has no "
+                f"batch_predictions; add `predictions`"
+            )
+        automated = Automated.of(self, assets)
+        if section.new_data is not None:
+            sensors.append(new_data_sensor(automated, section.new_data))
+        if section.drift is not None:
+            sensors.append(drift_sensor(automated, section.drift))
+        if sensors or schedule is not None:
+            sensors.append(training_sensor(automated))
+        if section.predict_on_promotion:
+            sensors.append(promotion_sensor(automated))
+        return dg.Definitions(
+            assets=[asset.map_asset_specs(self._with_freshness) for asset in assets],
+            sensors=sensors,
+            schedules=[] if schedule is None else [retraining_schedule(automated, schedule)],
+        )
+
+    def _with_freshness(self, spec: dg.AssetSpec) -> dg.AssetSpec:
+        if (hours := self.automation.freshness_h.get(spec.key.path[-1])) is None:
+            return spec
+        policy = dg.FreshnessPolicy.time_window(fail_window=timedelta(hours=hours))
+        return spec.replace_attributes(freshness_policy=policy)

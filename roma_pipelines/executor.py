@@ -24,10 +24,9 @@ class DagsterSettings(RomaSettings):
 
 
 def retry_policy() -> dg.RetryPolicy | None:
-    """Retries of a step whose own process died.
+    """Retries of a step whose pod died; the retry adopts the job.
 
-    With a pod per step, a pod that dies fails its step, and the retry adopts the job. A failed
-    training raises ``dagster.Failure`` with ``allow_retries=False`` and is not repeated.
+    A failed training raises ``dagster.Failure`` with ``allow_retries=False`` and is not repeated.
     """
     if DagsterSettings().executor == "in_process":
         return None
@@ -37,9 +36,8 @@ def retry_policy() -> dg.RetryPolicy | None:
 def executor() -> dg.ExecutorDefinition:
     """The executor chosen by ``ROMA_DAGSTER_EXECUTOR``.
 
-    In process, a step only waits for a job: the run of a killed worker is failed by the reconcile
-    sensor and retried by Dagster, and the retry adopts the job. On Kubernetes a run worker that
-    dies is resumed and finds its steps running.
+    In process, a step only waits for a job: the reconcile sensor fails the run of a killed worker,
+    and its retry adopts the job. On Kubernetes a new run worker finds its steps running.
     """
     if DagsterSettings().executor == "k8s_job":
         from dagster_k8s import k8s_job_executor  # imports the cluster client: one second

@@ -26,7 +26,6 @@ from roma_core.settings import Frozen, RomaSettings, SettingsError, validation_e
 from roma_core.trainer.config import TrainerConfig
 from roma_pipelines.automation.settings import Automation
 from roma_pipelines.executor import retry_policy
-from roma_pipelines.provenance import DISTRIBUTION
 from roma_pipelines.registry.gate import GateThresholds
 
 DEFS = Path(__file__).parent / "defs"
@@ -104,11 +103,7 @@ class Predictions(Frozen):
 
 
 def checked_name(name: str) -> str:
-    """The name of an experiment, unchanged.
-
-    Raises:
-        ValueError: it cannot be part of asset keys, folders and registered model names.
-    """
+    """The name; ValueError if it cannot be part of asset keys, folders and model names."""
     if not re.fullmatch("[a-z][a-z0-9_]*", name):
         raise ValueError(
             f"expected lower-case letters, digits and _, starting with a letter, such as "
@@ -218,7 +213,7 @@ class Experiment(Frozen):
         content = self.model_dump(mode="json", include=settings)
         if "pretraining" in settings and self.pretrained_from is not None:
             content["pretrained_from"] = self.pretrained_from
-        release = importlib.metadata.version(DISTRIBUTION)
+        release = importlib.metadata.version("roma-pipeline")
         return {
             "code_version": digest_of([release, content])[:12],
             "key": self.key(asset_name),
@@ -288,11 +283,7 @@ def _errors(settings: type[RomaSettings], values: Mapping[str, Any], where: str)
 
 
 def load_experiment(name: str) -> Experiment:
-    """The experiment of this name under ``defs/``, or in the YAML file of this path.
-
-    Raises:
-        ValueError: there is none, or a setting of it is wrong.
-    """
+    """The experiment of this name under ``defs/``, or in this YAML file; ValueError if it is invalid."""
     if name.endswith((".yaml", ".yml")):
         return _read(Path(name))
     paths = {path.parent.name: path for path in sorted(DEFS.glob("**/defs.yaml"))}
@@ -304,10 +295,7 @@ def load_experiment(name: str) -> Experiment:
 
 
 def all_experiments() -> dict[str, Experiment | str]:
-    """Every experiment under ``defs/`` by the name of its folder, or the error of its file.
-
-    Files of other components are skipped.
-    """
+    """Experiments under ``defs/`` by the name of their folder, or the error of their file."""
     found: dict[str, Experiment | str] = {}
     for path in sorted(DEFS.glob("**/defs.yaml")):
         try:
@@ -322,11 +310,7 @@ def all_experiments() -> dict[str, Experiment | str]:
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML file.
-
-    Raises:
-        ValueError: the file is missing or invalid; the message has the line and the column.
-    """
+    """The content of a YAML file; ValueError with line and column if it is missing or invalid."""
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -94,7 +94,6 @@ def new_experiment(
     """Read the data and choose settings of an experiment.
 
     Args:
-        inferred: the source; its notes become comments of the file.
         cache: folder for downloads of the source.
         dataset: given settings of the data set, which override chosen ones.
 

@@ -165,11 +165,7 @@ def schema_url(url: str, schema: str) -> str:
 
 
 def ensure_schemas(url: str) -> None:
-    """Create the two schemas if missing; any number of processes may call it at once.
-
-    Raises:
-        StorageError: the database does not answer, or this user may not create schemas in it.
-    """
+    """Create missing schemas, safely from any number of processes; StorageError as for connection."""
     with connection(url) as session, session.cursor() as cursor:
         cursor.execute(
             "SELECT count(*) FROM pg_namespace WHERE nspname = ANY(%s)", (list(SCHEMAS),)

@@ -25,8 +25,7 @@ from roma_pipelines.launching.outcome import attempts_table, events_table, read_
 from roma_pipelines.launching.pipes import key_for, run_job
 from roma_pipelines.launching.spec import JobFailed, Outcome
 from roma_pipelines.launching.targets import job_spec, launcher_for, roma_command
-from roma_pipelines.provenance import code_version
-from roma_pipelines.registry.runs import end_run, end_runs_of_job, find_or_create_run
+from roma_pipelines.registry.runs import code_version, end_run, end_runs_of_job, find_or_create_run
 from roma_pipelines.registry.store import (
     MlflowSettings,
     StoreError,
@@ -82,11 +81,6 @@ def run_tracked_job(
     params: Mapping[str, Any],
 ) -> TrackedJob:
     """Run ``roma COMMAND`` as a job of the experiment; a retry of the Dagster run adopts both.
-
-    Args:
-        config: the frozen configuration, which becomes ``config.json``.
-        runner: torchrun for a training; plain for work in one process.
-        params: MLflow parameters.
 
     Raises:
         dagster.Failure: the job failed or was cancelled, with the end of its log; or its target
@@ -250,7 +244,6 @@ def mlflow_link(
 
 
 def _attempts_metadata(outcome: Outcome) -> dict[str, Any]:
-    """Attempts and events of the job as tables."""
     folder = JobFolder(outcome.folder)
     return {
         "job_folder": dg.MetadataValue.path(str(folder.path)),
@@ -271,11 +264,7 @@ class MissingUpstream(RuntimeError):
 def upstream_metadata(
     context: dg.AssetExecutionContext, experiment: Experiment, *names: str
 ) -> list[dict[str, Any]]:
-    """Metadata of the newest materialisation of each asset, preferring one of this run.
-
-    Raises:
-        MissingUpstream: there is none.
-    """
+    """Metadata of each asset's newest materialisation, or that of this run; or MissingUpstream."""
     in_run = context.instance.get_records_for_run(
         context.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION
     ).records

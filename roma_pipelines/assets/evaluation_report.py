@@ -14,9 +14,9 @@ from roma_core.files import read_json
 from roma_core.serving.registry_client import FetchError, fetch, package_of, resolve
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.pipes import key_for
-from roma_pipelines.provenance import code_version
 from roma_pipelines.registry.gate import CHECKS, GateDecision, decide, decided_before, tag_decision
 from roma_pipelines.registry.promotion import CHAMPION
+from roma_pipelines.registry.runs import code_version
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.registry.versions import version_at
 from roma_pipelines.storage import Storage
@@ -173,7 +173,6 @@ def _materialised(
 def _report_facts(
     manifest: Manifest, encoder: Mapping[str, Any], classifier: Mapping[str, Any], dagster_run: str
 ) -> tuple[FactSheet, ...]:
-    """Tables of the report and the model card."""
     model = read_json(Path(classifier["weights"]) / "model_config.json")
     stack, dropped = model["encoder_config"], manifest.irregularity
     splits = (f"{split} {count.n_series}" for split, count in manifest.counts.items())

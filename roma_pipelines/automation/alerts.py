@@ -50,15 +50,7 @@ class AlertSettings(RomaSettings):
 
 
 def send_alert(storage: Storage, kind: str, subject: str, text: str, *, key: Sequence[str]) -> bool:
-    """Record an alert and deliver it, unless its id is recorded already.
-
-    Args:
-        kind: ``failed``, ``check``, ``drift``, ``budget``, …; with ``key`` the id.
-        subject: one line.
-
-    Returns:
-        Whether the alert is new.
-    """
+    """Record and deliver an alert unless one of that kind and key is recorded; whether it is new."""
     identity = ":".join((kind, *key))
     alert = {"id": identity, "time": time.time(), "kind": kind, "subject": subject, "text": text}
     with _locked(storage):
@@ -203,10 +195,7 @@ def root_cause(error: SerializableErrorInfo) -> SerializableErrorInfo:
 
 
 def message_of(error: SerializableErrorInfo) -> str:
-    """Its message without the class name that Dagster prepends, if a sentence is left.
-
-    For an error such as ``KeyError: 'path'`` the class name is needed to understand it.
-    """
+    """Its message without the class name, unless only that explains it, as in ``KeyError: 'path'``."""
     text = error.message.strip()
     before, _, message = text.partition(": ")
     is_class = before.rpartition(".")[-1] == error.cls_name

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import dagster as dg
 
@@ -143,6 +143,11 @@ class Automated:
 
     experiment: Experiment
     code_versions: Mapping[str, str]
+
+    @classmethod
+    def of(cls, experiment: Experiment, assets: Iterable[dg.AssetsDefinition]) -> Self:
+        specs = [spec for asset in assets for spec in asset.specs]
+        return cls(experiment, {spec.key.path[-1]: str(spec.code_version) for spec in specs})
 
     @property
     def name(self) -> str:

@@ -302,13 +302,7 @@ PROCESS_TAG, SETTINGS_TAG = "roma/foreground_process", "roma/foreground_settings
 
 
 def tags_of(name: str, settings: str, retried: dg.DagsterRun | None = None) -> dict[str, str]:
-    """Tags of a run that this process is about to start.
-
-    Args:
-        name: experiment; one process at a time runs it.
-        settings: digest of the settings.
-        retried: the run whose jobs it adopts.
-    """
+    """Tags of a run of this process, with the digest of its settings; it adopts the jobs of ``retried``."""
     process = f"{os.getpid()} {process_start(os.getpid())}"
     tags = {_NAME_TAG: name, _HOST_TAG: socket.gethostname()}
     tags |= {PROCESS_TAG: process, SETTINGS_TAG: settings}
@@ -322,10 +316,7 @@ def tags_of(name: str, settings: str, retried: dg.DagsterRun | None = None) -> d
 def unfinished(
     instance: dg.DagsterInstance, name: str
 ) -> tuple[list[dg.DagsterRun], list[dg.DagsterRun]]:
-    """Unfinished runs of this name on this computer: those of a live process, and those killed.
-
-    Both newest first.
-    """
+    """Unfinished runs of this name on this computer: of a live process, and killed; newest first."""
     import dagster as dg
 
     here = {_NAME_TAG: name, _HOST_TAG: socket.gethostname()}

@@ -9,8 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,32 +51,23 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
     write_json(home / "workspace.yaml", {"load_from": [{"python_module": module}]})
     dagster, overview = f"http://127.0.0.1:{dagster_port}", f"http://127.0.0.1:{page_port}"
     mlflow = uri if is_server(uri) else f"http://127.0.0.1:{mlflow_port}"
-    servers = _Servers(home / "logs")
-    workspace = ("-w", str(home / "workspace.yaml"))
-    address = ("-h", "127.0.0.1", "-p", str(dagster_port))
-    servers.add("Dagster", dagster, "dagster", "dev", *workspace, *address)
+    modules: dict[str, tuple[str, Sequence[str]]] = {}
+    workspace = ("-w", str(home / "workspace.yaml"), "-h", "127.0.0.1", "-p", str(dagster_port))
+    modules["Dagster"] = dagster, ("dagster", "dev", *workspace)
     if is_server(uri):
         click.echo(f"MLflow    {uri} (configured; not started here)")
     else:
-        servers.add(
-            "MLflow",
-            mlflow,
-            *("mlflow", "server", "--backend-store-uri", uri),
-            *("--artifacts-destination", (storage.mlflow / "artifacts").as_uri()),
-            *("--host", "127.0.0.1", "--port", str(mlflow_port), "--workers", "1"),
-        )
+        artifacts = ("--artifacts-destination", (storage.mlflow / "artifacts").as_uri())
+        server = ("--host", "127.0.0.1", "--port", str(mlflow_port), "--workers", "1")
+        store = ("--backend-store-uri", uri)
+        modules["MLflow"] = mlflow, ("mlflow", "server", *store, *artifacts, *server)
     pages = ("--port", str(page_port), "--dagster", dagster, "--mlflow", mlflow)
-    servers.add("Overview", overview, "roma_pipelines.pages.overview", *pages)
+    modules["Overview"] = overview, ("roma_pipelines.pages.overview", *pages)
     # links on assets lead there, unless other addresses are configured
     os.environ.setdefault("ROMA_PAGE_OVERVIEW_URL", overview)
     os.environ.setdefault("ROMA_PAGE_MLFLOW_URL", mlflow)
-    with servers:
-        servers.start()
-        click.echo(f"logs      {servers.logs}\nCtrl-C stops them.")
-        ended = servers.wait()
-        click.echo("stopping the servers; training jobs continue")
-    if ended:
-        raise click.ClickException(f"{ended} exited; see its log in {servers.logs}")
+    if ended := _serve(modules, home / "logs"):
+        raise click.ClickException(f"{ended[0]} exited; see its log in {home / 'logs'}")
     click.echo("stopped")
 
 
@@ -92,71 +83,58 @@ def _check_free(port: int, option: str) -> None:
             ) from error
 
 
-class _Servers:
-    """Child processes, each with its own process group and log, stopped together on leaving."""
+def _serve(modules: dict[str, tuple[str, Sequence[str]]], logs: Path) -> list[str]:
+    """Run modules until Ctrl-C, or until one exits, then stop all; returns those that exited.
 
-    def __init__(self, logs: Path) -> None:
-        self.logs = logs
-        self.commands: dict[str, tuple[str, list[str]]] = {}  # name -> address, command
-        self.children: dict[str, subprocess.Popen[bytes]] = {}
+    Args:
+        modules: name -> address that answers when it is ready; module and arguments.
+    """
 
-    def add(self, name: str, address: str, *module: str) -> None:
-        """Add a Python module with its arguments."""
-        self.commands[name] = address, [sys.executable, "-m", *module]
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
 
-    def __enter__(self) -> _Servers:
-        def stop(number: int, frame: object) -> None:
-            raise KeyboardInterrupt
-
-        # SIGINT too: it is ignored in a process that a shell started in the background
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, stop)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    # SIGINT too: it is ignored in a process that a shell started in the background
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+    logs.mkdir(exist_ok=True)
+    children: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for name, (_, module) in modules.items():
+            with (logs / f"{name.lower()}.log").open("ab") as log:
+                io: Any = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+                command = [sys.executable, "-m", *module]
+                children[name] = subprocess.Popen(command, start_new_session=True, **io)
+        for name, (address, _) in modules.items():
+            _wait_until_answering(children[name], address, name, logs / f"{name.lower()}.log")
+            click.echo(f"{name:<9} {address}")
+        click.echo(f"logs      {logs}\nCtrl-C stops them.")
+        ended: list[str] = []
+        with contextlib.suppress(KeyboardInterrupt):
+            while not ended:
+                time.sleep(0.5)
+                ended = [name for name, child in children.items() if child.poll() is not None]
+        click.echo("stopping the servers; training jobs continue")
+        return ended
+    finally:
         for number in (signal.SIGTERM, signal.SIGKILL):
-            for child in self.children.values():
+            for child in children.values():
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child.pid, number)
             deadline = time.monotonic() + 20.0
-            for child in self.children.values():
+            for child in children.values():
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(max(0.1, deadline - time.monotonic()))
 
-    def start(self) -> None:
-        """Start all and print each address once it answers.
 
-        Raises:
-            click.ClickException: a server exits, or does not answer within two minutes.
-        """
-        self.logs.mkdir(exist_ok=True)
-        for name, (_, command) in self.commands.items():
-            with (self.logs / f"{name.lower()}.log").open("ab") as log:
-                io: Any = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-                self.children[name] = subprocess.Popen(command, start_new_session=True, **io)
-        for name, (address, _) in self.commands.items():
-            self._wait_until_answering(name, address)
-            click.echo(f"{name:<9} {address}")
-
-    def _wait_until_answering(self, name: str, address: str) -> None:
-        deadline = time.monotonic() + 120.0
-        while time.monotonic() < deadline and self.children[name].poll() is None:
-            try:
-                urllib.request.urlopen(address, timeout=5).close()
-                return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.3)
-        log = self.logs / f"{name.lower()}.log"
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-        raise click.ClickException(f"{name} did not start; the end of {log}:\n{tail}")
-
-    def wait(self) -> str | None:
-        """Wait for Ctrl-C, and return None, or for the first server to exit, and return its name."""
+def _wait_until_answering(
+    child: subprocess.Popen[bytes], address: str, name: str, log: Path
+) -> None:
+    deadline = time.monotonic() + 120.0
+    while time.monotonic() < deadline and child.poll() is None:
         try:
-            while True:
-                for name, child in self.children.items():
-                    if child.poll() is not None:
-                        return name
-                time.sleep(0.5)
-        except KeyboardInterrupt:
-            return None
+            urllib.request.urlopen(address, timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.3)
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+    raise click.ClickException(f"{name} did not start; the end of {log}:\n{tail}")

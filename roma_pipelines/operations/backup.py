@@ -175,11 +175,7 @@ class _Hashing:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Compare every member with its sha256; returns the manifest.
-
-    Raises:
-        BackupError: the file is damaged, truncated, or no backup.
-    """
+    """Compare every member with its sha256; returns the manifest. BackupError if it is damaged."""
     found: dict[str, str] = {}
     documents: dict[str, Any] = {}
     try:

@@ -72,11 +72,7 @@ def overview(
     instance: dg.DagsterInstance,
     client: MlflowClient,
 ) -> list[View]:
-    """A view of every experiment, the one that was materialised last first.
-
-    Args:
-        experiments: by name; a text is the reason why one cannot be used.
-    """
+    """A view of every experiment, or of the error of its file; the last materialised one first."""
     run_records = instance.get_run_records(limit=200)
     active = [job for job in all_jobs(storage.jobs) if job.open_attempt is not None]
     usable = {name: e for name, e in experiments.items() if isinstance(e, Experiment)}
@@ -188,7 +184,20 @@ _HEADERS = {"X-Content-Type-Options": "nosniff"}
 def create_app(storage: Storage, dagster: str, mlflow: str) -> Starlette:
     """The application; it answers requests to localhost only, and links to the two addresses."""
     client = connect(MlflowSettings(), storage.mlflow)
-    template = _template()
+    environment = Environment(
+        loader=PackageLoader("roma_pipelines.pages", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "ago": lambda then: _duration(time.time() - then) + " ago",
+        "duration": _duration,
+        "moment": lambda s: f"{datetime.fromtimestamp(s).astimezone():%Y-%m-%d %H:%M:%S %Z}",
+        "trend": trend,
+    }
+    template = environment.get_template("overview.html.jinja")
 
     def index(request: Request) -> Response:
         with dg.DagsterInstance.get() as instance:
@@ -228,27 +237,6 @@ def create_app(storage: Storage, dagster: str, mlflow: str) -> Starlette:
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])],
         exception_handlers={Exception: error},
     )
-
-
-def _template() -> Any:
-    environment = Environment(
-        loader=PackageLoader("roma_pipelines.pages", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-    def moment(seconds: float) -> str:
-        return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
-
-    environment.filters |= {
-        "ago": lambda then: _duration(time.time() - then) + " ago",
-        "duration": _duration,
-        "moment": moment,
-        "trend": trend,
-    }
-    return environment.get_template("overview.html.jinja")
 
 
 def _duration(seconds: float) -> str:

@@ -19,11 +19,10 @@ from roma_core.files import read_json, write_json
 from roma_core.serving.package import lock_hash
 from roma_core.serving.registry_client import MANIFEST_TAG, ModelVersion, fetch, resolve
 from roma_core.settings import without_credentials
-from roma_pipelines.provenance import code_version
 from roma_pipelines.registry.gate import GATE_TAG
 from roma_pipelines.registry.lock import model_lock
 from roma_pipelines.registry.promotion import NO_CHAMPION, audit
-from roma_pipelines.registry.runs import JOB_KEY_TAG, checked_name, ensure_experiment
+from roma_pipelines.registry.runs import JOB_KEY_TAG, checked_name, code_version, ensure_experiment
 from roma_pipelines.registry.versions import (
     COMPARED_TAG,
     ENCODER_TAG,

@@ -8,8 +8,10 @@ A registered version can also be linked at Weights & Biases, as a reference to M
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import re
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -42,6 +44,16 @@ def checked_name(kind: str, name: str) -> str:
             f"{kind} {name!r}: expected letters, digits, '_', '-' and '.', in parts divided by '/'"
         )
     return name
+
+
+def code_version() -> str:
+    """The git commit, with ``-dirty`` if files differ from it; outside a checkout the release."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    here = Path(__file__).parent
+    described = subprocess.run(command, cwd=here, capture_output=True, text=True)
+    if described.returncode == 0 and described.stdout.strip():
+        return described.stdout.strip()
+    return f"release {importlib.metadata.version('roma-pipeline')}"
 
 
 def find_or_create_run(

@@ -28,7 +28,7 @@ from roma_pipelines.experiment import Experiment, Resources, Stage
 from roma_pipelines.launching.spec import JobState, job_key
 from roma_pipelines.launching.supervisor import supervise
 from roma_pipelines.launching.targets import job_spec, launcher_for, roma_command
-from roma_pipelines.provenance import code_version
+from roma_pipelines.registry.runs import code_version
 from roma_pipelines.storage import Storage
 from tests.benchmarks.results.benchmarks import Run, Training
 

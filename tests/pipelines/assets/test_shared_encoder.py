@@ -4,7 +4,6 @@ import dagster as dg
 import pytest
 
 from roma_pipelines.assets.training import finetuned_classifier_asset
-from roma_pipelines.automation.definitions import automated_of
 from roma_pipelines.automation.state import TRAINING, Automated
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.definitions import _check_shared_encoders
@@ -54,7 +53,7 @@ def test_what_it_shares_decides_its_classifier_but_is_not_trained_by_it(tmp_path
         RomaExperiment(**(sections | {"pretrained_from": name})) for name in ("waves", "tides")
     )
     versions = [
-        automated_of(e, [finetuned_classifier_asset(e)]).code_versions["finetuned_classifier"]
+        Automated.of(e, [finetuned_classifier_asset(e)]).code_versions["finetuned_classifier"]
         for e in (here, there)
     ]
     assert versions[0] != versions[1]

@@ -18,7 +18,7 @@ from roma_core.files import digest_of, read_json, write_json
 from roma_core.job import Attempt, JobFolder
 from roma_pipelines.assets.dataset import dataset_asset
 from roma_pipelines.automation.alerts import alert_on_failure, read_alerts
-from roma_pipelines.automation.definitions import automated_of
+from roma_pipelines.automation.state import Automated
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.launching.fake import FakeLauncher, completed, ended, running
 from roma_pipelines.launching.pipes import key_for, run_job
@@ -93,7 +93,7 @@ class Month:
             },
         )
         self.assets = [dataset_asset(self.experiment), *self._played_assets()]
-        self.automated = automated_of(self.experiment, self.assets)
+        self.automated = Automated.of(self.experiment, self.assets)
         self.failure_cursor: str | None = None
         self.alerts: list[tuple[int, str]] = []
         self.send_failure_alerts()  # the first tick only sets the cursor

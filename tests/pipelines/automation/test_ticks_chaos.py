@@ -7,7 +7,6 @@ import psutil
 import pytest
 
 from roma_pipelines.automation.alerts import alert_on_failure
-from roma_pipelines.automation.definitions import automated_definitions
 from roma_pipelines.automation.retraining import check_dataset, check_source
 
 TICKS, WARM_UP = 10_000, 1_000
@@ -22,7 +21,7 @@ def test_memory_is_flat_over_ten_thousand_ticks(month):
     settings = month.experiment.automation.new_data
     month.launch(check_source(month.automated, settings, month.instance, month.now), "new")
     month.launch(check_dataset(month.automated, month.instance), "train")
-    definitions = automated_definitions(month.experiment, month.assets)
+    definitions = month.experiment.with_automation(month.assets)
     merged = dg.Definitions.merge(definitions, dg.Definitions(sensors=[alert_on_failure]))
     repository = merged.get_repository_def()
     cursors = {}

@@ -58,7 +58,7 @@ def test_state_of_another_version_is_left_alone(tmp_path):
 
     assert f"{root} was written by another version of this software" in line
     assert "schema_version 0" in line
-    assert "move it away, or set ROMA_STORAGE_ROOT" in line
+    assert "move it away (its models stay loadable" in line and "or set ROMA_STORAGE_ROOT" in line
 
 
 def test_a_root_that_cannot_be_written_is_named(tmp_path):
@@ -68,7 +68,7 @@ def test_a_root_that_cannot_be_written_is_named(tmp_path):
     line = one_error(run(*SHIPPED, "demo", folder=tmp_path, ROMA_STORAGE_ROOT=str(root)))
 
     assert f"cannot write to {root}" in line
-    assert "set ROMA_STORAGE_ROOT to a folder that can be written" in line
+    assert "set ROMA_STORAGE_ROOT to a writable folder" in line
 
 
 def test_an_unknown_experiment_is_answered_with_those_there_are(tmp_path):
@@ -97,7 +97,7 @@ def test_a_port_in_use_is_named_before_anything_starts(server, tmp_path):
 
     line = one_error(done)
     assert f"port {port}" in line
-    assert f"give another with {option}" in line
+    assert f"give another one with {option}" in line
     assert not (tmp_path / ".roma").exists()
 
 
@@ -276,7 +276,7 @@ def test_a_full_disk_is_one_error_and_the_same_command_then_succeeds(tmp_path):
     errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
     assert len(errors) == 2
     assert f"{disk} has 2 MB of free space, at least 200 MB are needed" in errors[0]
-    assert f"no space is left in {disk}" in errors[1]
+    assert f"no space left in {disk}" in errors[1]
     assert "run the same command to resume" in errors[1]
     assert "pretrain: " in done.stdout
     assert done.stdout.splitlines()[-1].startswith("test accuracy ")
