@@ -191,12 +191,12 @@ def create_app(storage: Storage, dagster: str, mlflow: str) -> Starlette:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "ago": lambda then: _duration(time.time() - then) + " ago",
-        "duration": _duration,
-        "moment": lambda s: f"{datetime.fromtimestamp(s).astimezone():%Y-%m-%d %H:%M:%S %Z}",
-        "trend": trend,
-    }
+    environment.filters.update(
+        ago=lambda then: _duration(time.time() - then) + " ago",
+        duration=_duration,
+        moment=lambda then: f"{datetime.fromtimestamp(then).astimezone():%Y-%m-%d %H:%M:%S %Z}",
+        trend=trend,
+    )
     template = environment.get_template("overview.html.jinja")
 
     def index(request: Request) -> Response:
