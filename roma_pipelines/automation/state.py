@@ -86,10 +86,9 @@ def next_step(state: TrainingState, fingerprint: str) -> Step:
     data, trained = state.data, state.trained
     if state.unfinished is not None:
         return Step("wait", f"run {state.unfinished} is unfinished")
-    if data.fingerprint is None:
-        return Step("build", "no data set was built yet", f"build:{fingerprint}:{data.run}")
     if fingerprint != data.fingerprint:
-        return Step("build", "files of the source changed", f"build:{fingerprint}:{data.run}")
+        why = "files of the source changed" if data.fingerprint else "no data set was built yet"
+        return Step("build", why, f"build:{fingerprint}:{data.run}")
     if not state.sound:
         why = f"the data set of run {data.run} failed its check `sound`; new data are needed"
         return Step("nothing", why)
