@@ -32,11 +32,13 @@ class LazyGroup(click.Group):
 
 
 @contextlib.contextmanager
-def errors_as_messages(*kinds: type[Exception]) -> Iterator[None]:
-    """Ends the command with the message of an error of these kinds (default: any expected one)."""
+def errors_as_messages(
+    kinds: tuple[type[Exception], ...] = (RuntimeError, ValueError, OSError),
+) -> Iterator[None]:
+    """Ends the command with the message of an error of these kinds."""
     try:
         yield
-    except kinds or (RuntimeError, ValueError, OSError) as error:
+    except kinds as error:
         raise click.ClickException(str(error)) from error
 
 

@@ -50,7 +50,7 @@ def demo(experiment: str, fresh: bool) -> None:
     import dagster as dg
 
     try:
-        with errors_as_messages(StoreError), dg.DagsterInstance.get() as instance:
+        with errors_as_messages((StoreError,)), dg.DagsterInstance.get() as instance:
             _run(instance, storage, experiment, fresh, started)
     except Exception as error:
         if not storage.is_full(error):
@@ -67,7 +67,7 @@ def _run(
 
     from roma_core.files import digest_of
 
-    with errors_as_messages(ValueError):
+    with errors_as_messages((ValueError,)):
         from roma_pipelines.definitions import defs
 
         loggers = dg.Definitions(loggers={_LOGGER: _progress_logger()})
