@@ -95,14 +95,11 @@ def _apply(
                 click.echo(f"{input} does not state its units; assuming {units}", err=True)
             total = count_series(input, split)
             with tqdm(total=total, desc=kind, unit=" series", disable=None) as bar:
-                n = score_file(
-                    package,
-                    lineage,
-                    input,
-                    split,
-                    output,
-                    progress=lambda done: bar.update(done - bar.n),
-                )
+
+                def progress(done: int) -> None:
+                    bar.update(done - bar.n)
+
+                n = score_file(package, lineage, input, split, output, progress=progress)
     except (FetchError, RuntimeError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     done = "classified" if kind == "classifier" else "embedded"
@@ -129,11 +126,6 @@ def _load(
     version = registry_client.resolve(client, model)
     with tempfile.TemporaryDirectory() as scratch:
         folder = registry_client.fetch(client, version, cache or Path(scratch))
-        yield (
-            registry_client.load(folder),
-            {
-                "model": version.name,
-                "model_version": version.version,
-                "model_sha256": version.manifest_sha256 or "",
-            },
-        )
+        lineage = {"model": version.name, "model_version": version.version}
+        digest = version.manifest_sha256 or ""
+        yield registry_client.load(folder), lineage | {"model_sha256": digest}

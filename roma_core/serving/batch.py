@@ -49,9 +49,7 @@ def read_series(path: Path, split: Any, package: Any, start: int = 0) -> Iterato
     The unit of a Parquet column is the metadata ``unit`` of its field, or else the model's unit.
     Targets of an exported data set are left out, unless they are inputs of the model.
 
-    Args:
-        split: of a data-set folder.
-        package: the loaded model; its axes, channels and units say how to read columns.
+    ``split`` is that of a data-set folder; ``package`` is the loaded model.
 
     Raises:
         ValueError: the file has another format, or a line is not a valid series.
@@ -193,15 +191,9 @@ def score_file(
     """Write one row per series of ``source`` to ``output`` (Parquet).
 
     Columns: ``id``; ``label`` and ``probabilities`` (map), or ``features`` (list) of an encoder; the
-    entries of ``lineage``; ``scored_at`` (UTC).
-
-    Args:
-        package: from ``registry_client.load``.
-        lineage: text columns, equal in every row.
-        progress: called with the number of series done, including those of an earlier call.
-
-    Returns:
-        The number of series.
+    entries of ``lineage``, equal in every row; ``scored_at`` (UTC). ``package`` comes from
+    ``registry_client.load``. ``progress`` is called with the number of series done, including those
+    of an earlier call. Returns the number of series.
 
     Raises:
         ValueError: a series does not fit; the message names its row. Earlier parts are kept.
@@ -209,8 +201,14 @@ def score_file(
     import pyarrow.parquet as pq
 
     parts = output.with_name(f"{output.name}.parts")
-    fingerprint = _fingerprint(source, split, lineage)
-    if not _matches(parts, fingerprint):
+    files = [source] if source.is_file() else sorted(source.iterdir())
+    stamps = [[file.name, (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files]
+    fingerprint = digest_of([str(source.absolute()), stamps, split, lineage, SERIES_PER_PART])
+    state = parts / _STATE
+    if (
+        not state.is_file()
+        or read_json(state, schema_version=SCHEMA_VERSION)["fingerprint"] != fingerprint
+    ):
         _remove(parts)
     done = sorted(parts.glob("[0-9]*.parquet"))
     n = sum(pq.read_metadata(part).num_rows for part in done)
@@ -225,8 +223,7 @@ def score_file(
             raise ValueError(f"{rows_of_part}: {_reason(error, package)}") from error
         if n == 0:  # not earlier, so that a rejected file leaves nothing behind
             parts.mkdir(parents=True, exist_ok=True)
-            state = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint}
-            write_json(parts / _STATE, state)
+            write_json(state, {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint})
         aside = path.with_suffix(".part")
         pq.write_table(table, aside)
         aside.replace(path)
@@ -234,25 +231,14 @@ def score_file(
         progress(n)
     if n == 0:
         raise ValueError(f"{source} holds no series")
-    _join(parts, output)
+    aside = output.with_name(f".{output.name}.joining")
+    paths = sorted(parts.glob("[0-9]*.parquet"))
+    with pq.ParquetWriter(aside, pq.read_schema(paths[0]), compression="zstd") as writer:
+        for path in paths:
+            writer.write_table(pq.read_table(path))
+    aside.replace(output)
     _remove(parts)
     return n
-
-
-def _fingerprint(source: Path, split: str, lineage: dict[str, str]) -> str:
-    """Changes with the input and with the model."""
-    stamps = []
-    for file in [source] if source.is_file() else sorted(source.iterdir()):
-        stat = file.stat()
-        stamps.append([file.name, stat.st_size, stat.st_mtime_ns])
-    return digest_of([str(source.absolute()), stamps, split, lineage, SERIES_PER_PART])
-
-
-def _matches(parts: Path, fingerprint: str) -> bool:
-    state = parts / _STATE
-    if not state.is_file():
-        return False
-    return bool(read_json(state, schema_version=SCHEMA_VERSION)["fingerprint"] == fingerprint)
 
 
 def _remove(parts: Path) -> None:
@@ -285,17 +271,6 @@ def _score(package: Any, rows: list[Row], lineage: dict[str, str]) -> pa.Table:
     return pa.table(columns)
 
 
-def _join(parts: Path, output: Path) -> None:
-    import pyarrow.parquet as pq
-
-    aside = output.with_name(f".{output.name}.joining")
-    paths = sorted(parts.glob("[0-9]*.parquet"))
-    with pq.ParquetWriter(aside, pq.read_schema(paths[0]), compression="zstd") as writer:
-        for path in paths:
-            writer.write_table(pq.read_table(path))
-    aside.replace(output)
-
-
 class EmbeddingFailed(RuntimeError):
     """The features could not be computed; the message says why."""
 
@@ -312,11 +287,8 @@ def embed_medians(
 ) -> FeatureMedians:
     """Embed the series of files in a new process; of many series, 1000 evenly spaced ones.
 
-    Observations that are not finite are left out.
-
-    Args:
-        model: verified folder of a registered encoder.
-        environment: the environment of that process.
+    ``model`` is the verified folder of a registered encoder. Observations that are not finite are
+    left out.
 
     Raises:
         EmbeddingFailed: no result within ``timeout_s``, or the encoder does not accept the series.

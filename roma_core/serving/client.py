@@ -75,11 +75,7 @@ class ServerError(RuntimeError):
 
 
 class ServedModel:
-    """A model behind ``mlflow models serve``.
-
-    Attributes:
-        version: the version that the server runs; None unless made by ``verified``.
-    """
+    """A model behind ``mlflow models serve``; ``version`` is None unless made by ``verified``."""
 
     def __init__(self, url: str, *, timeout_s: float = 30.0) -> None:
         self.url = url.rstrip("/")
@@ -90,11 +86,7 @@ class ServedModel:
     def verified(
         cls, url: str, model: str, tracking_uri: str, cache: Path, *, timeout_s: float = 30.0
     ) -> Self:
-        """A client of a server after checking that it serves ``model``.
-
-        Args:
-            model: ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``.
-            cache: folder for downloaded models.
+        """A client of a server after checking that it serves ``model``, a ``models:/`` URI.
 
         Raises:
             FetchError: the model is not in the registry, or differs from its recorded checksums.

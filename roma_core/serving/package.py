@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 MODEL_CODE = Path(__file__).with_name("pyfunc_model.py")
 """The file to log with ``mlflow.pyfunc.log_model(python_model=...)``, artifact ``package``."""
 
-GOLDEN_TOLERANCE = 1e-4
 MAX_LENGTH = 4096
-MAX_BATCH_TOKENS = 16_384
 _REQUIREMENTS = ("mlflow", "numpy", "pydantic", "torch")
 
 
@@ -47,7 +45,7 @@ def build_package(
     card: str = "",
     profile: Mapping[str, Any] | None = None,
     max_length: int = MAX_LENGTH,
-    max_batch_tokens: int = MAX_BATCH_TOKENS,
+    max_batch_tokens: int = 16_384,
 ) -> str:
     """Write the folder atomically, replacing an existing one.
 
@@ -60,9 +58,8 @@ def build_package(
         facts: plain JSON on the model's origin: digests, run ids, commit.
         n_features: outputs of an encoder; a classifier has one per class.
         card: model card, Markdown.
-        profile: reference profile of the training data, plain JSON.
-        max_length: observations of the longest series that the model accepts.
-        max_batch_tokens: tokens of one batch, padding included.
+        profile: of the training data, plain JSON.
+        max_batch_tokens: padding included.
 
     Returns:
         sha256 of ``MANIFEST.json``, which identifies the whole package.
@@ -74,7 +71,7 @@ def build_package(
     """
     import torch
 
-    from roma_core.serving.pyfunc_model import MANIFEST, SCHEMA_VERSION
+    from roma_core.serving import pyfunc_model
 
     if not golden or (kind == "classifier" and len(schema.classes) < 2):
         raise ValueError(
@@ -95,7 +92,7 @@ def build_package(
         write_json(
             aside / "package.json",
             {
-                "schema_version": SCHEMA_VERSION,
+                "schema_version": pyfunc_model.SCHEMA_VERSION,
                 "name": name,
                 "kind": kind,
                 "n_outputs": len(schema.classes) if n_features is None else n_features,
@@ -106,12 +103,21 @@ def build_package(
                 "facts": dict(facts),
             },
         )
-        write_bytes(aside / "golden.jsonl", _golden_rows(aside, golden))
-        files = sorted(path.name for path in aside.iterdir())
-        write_json(
-            aside / MANIFEST,
-            {"schema_version": SCHEMA_VERSION, "files": {f: sha256_of(aside / f) for f in files}},
-        )
+        package = pyfunc_model.Package(aside)
+        outputs = package.outputs([pyfunc_model.Series(**one.model_dump()) for one in golden])
+        rows = [
+            {
+                "series": one.model_dump(),
+                package.golden_field: package.named(row),
+                "tolerance": 1e-4,
+            }
+            for one, row in zip(golden, outputs, strict=True)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_bytes(aside / "golden.jsonl", text.encode())
+        files = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
+        manifest = {"schema_version": pyfunc_model.SCHEMA_VERSION, "files": files}
+        write_json(aside / pyfunc_model.MANIFEST, manifest)
         digest = verify_package(aside)
         aside.chmod(0o755)
         if folder.exists():
@@ -121,22 +127,6 @@ def build_package(
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return digest
-
-
-def _golden_rows(folder: Path, golden: Sequence[Series]) -> bytes:
-    from roma_core.serving import pyfunc_model
-
-    package = pyfunc_model.Package(folder)
-    outputs = package.outputs([pyfunc_model.Series(**one.model_dump()) for one in golden])
-    rows = [
-        {
-            "series": one.model_dump(),
-            package.golden_field: package.named(row),
-            "tolerance": GOLDEN_TOLERANCE,
-        }
-        for one, row in zip(golden, outputs, strict=True)
-    ]
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 def verify_package(folder: Path) -> str:
@@ -157,11 +147,7 @@ def size_mb(folder: Path) -> float:
 
 
 def json_schema(schema: DataSchema, max_length: int, n_features: int | None = None) -> Any:
-    """JSON Schema (2020-12) of one model's input and output, with its names, units and limits.
-
-    Args:
-        n_features: outputs of an encoder; None for a classifier.
-    """
+    """JSON Schema (2020-12) of a model's input and output; ``n_features`` is None of a classifier."""
     required = [name for name, unit in schema.units.items() if unit not in ("1", name)]
     series = Series.model_json_schema()
     series["properties"] |= {
@@ -198,14 +184,8 @@ def _object(properties: dict[str, Any], required: list[str] | None = None) -> di
 
 
 def _numbers(unit: str, max_length: int) -> dict[str, Any]:
-    return {
-        "type": "array",
-        "items": {"type": "number"},
-        "minItems": 1,
-        "maxItems": max_length,
-        "description": "One finite number per observation.",
-        "unit": unit,
-    }
+    limits = {"type": "array", "items": {"type": "number"}, "minItems": 1, "maxItems": max_length}
+    return limits | {"description": "One finite number per observation.", "unit": unit}
 
 
 def requirements() -> list[str]:

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from roma_core.files import sha256_of
 from roma_core.settings import without_credentials
@@ -208,10 +208,7 @@ def load(folder: Path) -> Any:
     return package
 
 
-@dataclass(frozen=True)
-class PredictionResult:
-    """Predictions and the version that made them."""
-
+class PredictionResult(NamedTuple):
     version: str
     predictions: list[Any]
 
@@ -220,10 +217,8 @@ class AliasWatcher:
     """The model behind an alias, reloaded when the alias moves.
 
     A new version is downloaded, verified and loaded beside the present one before it replaces it;
-    on any error the present one stays. The replaced one is kept for ``rollback``.
-
-    Attributes:
-        problem: why the newest version was not loaded; None if it was.
+    on any error the present one stays, and ``problem`` says why. The replaced one is kept for
+    ``rollback``.
     """
 
     def __init__(
@@ -241,9 +236,7 @@ class AliasWatcher:
         self._previous: tuple[str, Any] | None = None
         self._current = self._load(resolve(client, uri))  # version and package, replaced together
         self._stop = threading.Event()
-        self._thread = threading.Thread(
-            target=self._poll_forever, name="alias-watcher", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, name="alias-watcher", daemon=True)
 
     @property
     def version(self) -> str:
@@ -293,6 +286,6 @@ class AliasWatcher:
         self._stop.set()
         self._thread.join()
 
-    def _poll_forever(self) -> None:
+    def _run(self) -> None:
         while not self._stop.wait(self.poll_interval_s):
             self.poll()

@@ -120,8 +120,7 @@ def registry() -> Iterator[MlflowClient]:
     from mlflow.exceptions import MlflowException
 
     from roma_core.serving.registry_client import FetchError
-    from roma_pipelines.registry.lock import RegistryBusy
-    from roma_pipelines.registry.store import MlflowSettings, StoreError, connect
+    from roma_pipelines.registry.store import MlflowSettings, RegistryBusy, StoreError, connect
     from roma_pipelines.storage import Storage, StorageError
 
     try:

@@ -121,9 +121,7 @@ def gate(
 ) -> GateDecision:
     """Check a candidate, and compare it with the champion on the same series if there is one.
 
-    Args:
-        champion: None without a champion, or if ``measured.champion_problem`` says why it could not
-            be evaluated.
+    ``champion`` is also None if ``measured.champion_problem`` says why it could not be evaluated.
     """
     metrics = evaluate(candidate, n_bootstrap=100)
     accuracy, ece = metrics.accuracy.value, metrics.calibration_error.value
@@ -135,6 +133,15 @@ def gate(
     problem, gain = measured.champion_problem, None
     if champion is not None and problem is None:
         problem, gain = _paired_gain(candidate, champion)
+    if (smoke_test := measured.smoke_test) is None:
+        text = f"the package failed in a new process: {measured.smoke_test_problem}"
+        golden_rows = GateCheck(name="golden_rows", passed=False, explanation=text)
+    else:
+        value = smoke_test.golden_difference
+        text = f"golden rows differ by at most {value:.1e} in a new process"
+        golden_rows = GateCheck(name="golden_rows", passed=True, value=value, explanation=text)
+    more = [f"and {len(measured.leaks) - 3} more"] if len(measured.leaks) > 3 else []
+    leaks = "; ".join([*measured.leaks[:3], *more])
     checks = (
         _comparable(problem, gain),
         _not_worse(problem, gain, thresholds),
@@ -142,11 +149,18 @@ def gate(
         _better_than_guessing(candidate, thresholds),
         _limited("accuracy", accuracy, accuracy_text, at_least=thresholds.min_accuracy),
         _limited("calibration", ece, ece_text, at_most=thresholds.max_calibration_error),
-        _golden_rows(measured),
+        golden_rows,
         _limited("serving_parity", difference, parity_text, at_most=MAX_SERVING_DIFFERENCE),
         _latency(measured, thresholds),
         _limited("size", size_mb, size_text, at_most=thresholds.max_size_mb),
-        _no_leak(measured.leaks),
+        GateCheck(
+            name="no_leak",
+            passed=not measured.leaks,
+            value=float(len(measured.leaks)),
+            threshold=0.0,
+            explanation=leaks
+            or "no group, object or equal content is in both the test and the training data",
+        ),
     )
     return GateDecision(checks=checks)
 
@@ -273,16 +287,6 @@ def _better_than_guessing(candidate: PredictionTable, thresholds: GateThresholds
     )
 
 
-def _golden_rows(measured: ServingChecks) -> GateCheck:
-    trial = measured.smoke_test
-    if trial is None:
-        text = f"the package failed in a new process: {measured.smoke_test_problem}"
-        return GateCheck(name="golden_rows", passed=False, explanation=text)
-    text = f"golden rows differ by at most {trial.golden_difference:.1e} in a new process"
-    value = trial.golden_difference
-    return GateCheck(name="golden_rows", passed=True, value=value, explanation=text)
-
-
 def _latency(measured: ServingChecks, thresholds: GateThresholds) -> GateCheck:
     if measured.smoke_test is None:
         text = "not measured: the package does not run"
@@ -299,14 +303,6 @@ def _latency(measured: ServingChecks, thresholds: GateThresholds) -> GateCheck:
     text += f"; {ratio:.2f} times the champion's {champion.latency_ms:.2f} ms, at most {allowed:g}"
     passed = check.passed and ratio <= allowed
     return check.model_copy(update={"passed": passed, "value": value, "explanation": text})
-
-
-def _no_leak(leaks: tuple[str, ...]) -> GateCheck:
-    n = len(leaks)
-    text = "no group, object or equal content is in both the test and the training data"
-    if n:
-        text = "; ".join(leaks[:3]) + (f"; and {n - 3} more" if n > 3 else "")
-    return GateCheck(name="no_leak", passed=n == 0, value=float(n), threshold=0.0, explanation=text)
 
 
 def decide(folder: JobFolder, thresholds: GateThresholds) -> GateDecision:

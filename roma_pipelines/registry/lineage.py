@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shlex
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +19,9 @@ from roma_core.serving.package import lock_hash
 from roma_core.serving.registry_client import MANIFEST_TAG, ModelVersion, fetch, resolve
 from roma_core.settings import without_credentials
 from roma_pipelines.registry.gate import GATE_TAG
-from roma_pipelines.registry.lock import model_lock
 from roma_pipelines.registry.promotion import NO_CHAMPION, audit
 from roma_pipelines.registry.runs import JOB_KEY_TAG, checked_name, code_version, ensure_experiment
+from roma_pipelines.registry.store import model_lock
 from roma_pipelines.registry.versions import (
     COMPARED_TAG,
     ENCODER_TAG,
@@ -96,10 +95,9 @@ def lineage_of(client: MlflowClient, uri: str) -> Lineage:
 
 
 def versions_from(client: MlflowClient, identifier: str) -> list[tuple[str, str, str]]:
-    """Versions of any model with an identifier that has this prefix.
+    """Name, version and matching identifier of all versions that have one with this prefix.
 
-    Returns:
-        Name, version, and which identifier it is, the most recently updated first.
+    The most recently updated is first.
 
     Raises:
         ValueError: the prefix is too short.
@@ -122,8 +120,6 @@ def versions_from(client: MlflowClient, identifier: str) -> list[tuple[str, str,
 class Replay:
     """Job folders that are ready to run, and what differs from the recorded trainings."""
 
-    name: str
-    version: str
     folders: dict[str, Path]
     commands: tuple[str, ...]
     differences: tuple[str, ...]
@@ -134,8 +130,7 @@ def plan_replay(
 ) -> Replay:
     """Write the job folders of a version's trainings and evaluation to ``run_dir``; run nothing.
 
-    Args:
-        datasets: folder of data sets, ``NAME/VERSION/`` each.
+    ``datasets`` is the folder of data sets, ``NAME/VERSION/`` each.
 
     Raises:
         FetchError: there is no such version.
@@ -150,8 +145,17 @@ def plan_replay(
     configs = {stage: _config_of(client, name, tags[tag]) for stage, tag in _STAGES.items()}
     folders = {stage: (run_dir / stage).absolute() for stage in _STAGES}
     for config in configs.values():  # encoder and classifier may be of different data
-        data = _find_dataset(Path(config["dataset"]), config["dataset_digest"], datasets)
-        config["dataset"] = str(data)
+        recorded, digest = config["dataset"], config["dataset_digest"]
+        for folder in (Path(recorded), *datasets.glob(f"*/{digest[:8]}*")):
+            manifest = folder / MANIFEST
+            if manifest.is_file() and read_json(manifest).get("digest") == digest:
+                config["dataset"] = str(folder.absolute())
+                break
+        else:
+            raise ValueError(
+                f"the data set of version {digest[:16]} is neither in {recorded} nor under "
+                f"{datasets}; build it again: equal input gives an equal version"
+            )
     configs["finetune"]["weights"] = str(folders["pretrain"] / "outputs" / "model")
     configs["evaluate"] |= {
         "classifier": str(folders["finetune"] / "outputs" / "model"),
@@ -169,7 +173,14 @@ def plan_replay(
         folder.mkdir(parents=True)
         write_json(folder / "config.json", configs[stage])
     commands = [f"roma {stage} --job {shlex.quote(str(f))}" for stage, f in folders.items()]
-    return Replay(name, version, folders, tuple(commands), tuple(_differences(tags)))
+    differences = []  # what may lead to other numbers
+    if (then := tags.get("roma.git_sha", "")) != (now := code_version()):
+        differences.append(f"the code was {then}, here it is {now}")
+    if then.endswith("-dirty"):
+        differences.append("the code had uncommitted changes")
+    if (lock := tags.get("roma.lock_hash", "")) != lock_hash():
+        differences.append(f"packages had lock {lock[:12]}, here it is {lock_hash()[:12]}")
+    return Replay(folders, tuple(commands), tuple(differences))
 
 
 def _config_of(client: MlflowClient, name: str, job_key: str) -> dict[str, Any]:
@@ -188,37 +199,11 @@ def _config_of(client: MlflowClient, name: str, job_key: str) -> dict[str, Any]:
         raise ValueError(f"run {runs[0].info.run_id} has no config.json: {error}") from error
 
 
-def _find_dataset(recorded: Path, digest: str, datasets: Path) -> Path:
-    for folder in (recorded, *datasets.glob(f"*/{digest[:8]}*")):
-        manifest = folder / MANIFEST
-        if manifest.is_file() and read_json(manifest).get("digest") == digest:
-            return folder.absolute()
-    raise ValueError(
-        f"the data set of version {digest[:16]} is neither in {recorded} nor under {datasets}; build "
-        f"it again: equal input gives an equal version"
-    )
-
-
-def _differences(tags: Mapping[str, str]) -> list[str]:
-    """What may lead to other numbers."""
-    found = []
-    if (then := tags.get("roma.git_sha", "")) != (now := code_version()):
-        found.append(f"the code was {then}, here it is {now}")
-    if then.endswith("-dirty"):
-        found.append("the code had uncommitted changes")
-    if (lock := tags.get("roma.lock_hash", "")) != lock_hash():
-        found.append(f"packages had lock {lock[:12]}, here it is {lock_hash()[:12]}")
-    return found
-
-
 def transfer(source: MlflowClient, target: MlflowClient, uri: str, experiment: str) -> str:
     """Copy a version to another registry as its candidate; return the version there.
 
-    A version with the same manifest that is there already is not copied again.
-
-    Args:
-        uri: ``models:/NAME/VERSION`` or ``models:/NAME@ALIAS`` of the source.
-        experiment: of the target; holds the logged model.
+    A version with the same manifest that is there already is not copied again. ``uri`` is of the
+    source; ``experiment`` of the target holds the logged model.
 
     Raises:
         FetchError: the source has no such version, or files differ from their checksums on either

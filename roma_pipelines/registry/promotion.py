@@ -22,8 +22,8 @@ from pydantic import AliasChoices, Field
 
 from roma_core.settings import Frozen
 from roma_pipelines.registry.gate import GATE_TAG
-from roma_pipelines.registry.lock import LOCK_SUFFIX, model_lock
 from roma_pipelines.registry.runs import checked_name
+from roma_pipelines.registry.store import LOCK_SUFFIX, model_lock
 from roma_pipelines.registry.versions import (
     CANDIDATE,
     COMPARED_TAG,
@@ -106,14 +106,8 @@ def promote(
     """Make a version the champion, and the present champion ``previous``.
 
     Repeated after a crash, it completes the move. Promoting the present champion changes nothing
-    else. A forced promotion of a rejected version revokes the rejection.
-
-    Args:
-        evidence: plain JSON, such as the evaluation job and the Dagster run.
-        force: promote despite a refusal, which then is recorded in the evidence.
-
-    Returns:
-        The former champion, None if there was none.
+    else. A forced promotion of a rejected version revokes the rejection; the refusal is recorded in
+    the evidence (plain JSON). Returns the former champion, None if there was none.
 
     Raises:
         ValueError: no such model or version, or actor or reason is empty.
@@ -128,7 +122,7 @@ def promote(
         if replaced == version:  # perhaps by a promotion that was interrupted
             _complete_promotion(client, name, found)
             return version_at(client, name, PREVIOUS)
-        refusal = _rollback_of(client, name, version) or _refusal(name, found, replaced)
+        refusal = _refusal(client, name, found, replaced)
         if refusal is not None:
             if not force:
                 raise PromotionRefused(refusal)
@@ -225,25 +219,20 @@ def delete_version(client: MlflowClient, name: str, version: str) -> None:
                 f"version {version} of {name!r} was champion before; the audit refers to it, so it "
                 f"is kept"
             )
-        if users := _classifiers_of(client, name, version):
+        classifier = name.removesuffix(encoder_name(""))
+        wanted = f"name = '{classifier}' AND tags.`{ENCODER_TAG}` = '{version}'"
+        users = client.search_model_versions(wanted) if classifier != name else []
+        if users:
+            used = ", ".join(f"version {v.version} of {classifier!r}" for v in users)
             raise VersionInUse(
-                f"version {version} of {name!r} is the encoder of {', '.join(users)}; it is kept as "
-                f"long as its classifier"
+                f"version {version} of {name!r} is the encoder of {used}; it is kept as long as its "
+                f"classifier"
             )
         if found.aliases:
             client.delete_registered_model_alias(name, CANDIDATE)
         client.delete_model_version(name, version)
         if found.source and found.source.startswith("models:/m-"):
             client.delete_logged_model(found.source.removeprefix("models:/"))
-
-
-def _classifiers_of(client: MlflowClient, encoder: str, version: str) -> list[str]:
-    """The versions of classifiers that were registered with a version of an encoder."""
-    classifier = encoder.removesuffix(encoder_name(""))
-    if classifier == encoder:
-        return []
-    wanted = f"name = '{classifier}' AND tags.`{ENCODER_TAG}` = '{version}'"
-    return [f"version {v.version} of {classifier!r}" for v in client.search_model_versions(wanted)]
 
 
 def _check_request(client: MlflowClient, name: str, actor: str, reason: str) -> None:
@@ -274,32 +263,32 @@ def require_model(client: MlflowClient, name: str) -> None:
         raise ValueError(f"there is no model {name!r}; {listed}") from error
 
 
-def _refusal(name: str, version: ModelVersion, champion: str | None) -> str | None:
-    tags = version.tags
+def _refusal(
+    client: MlflowClient, name: str, version: ModelVersion, champion: str | None
+) -> str | None:
+    number, tags, this = (
+        str(version.version),
+        version.tags,
+        f"version {version.version} of {name!r}",
+    )
+    for event in reversed(audit(client, name)):
+        if event.action == "promote" and event.version == number:
+            break
+        if event.action == "rollback" and event.replaced == number:
+            return f"{this} was rolled back at {event.at}: {event.reason}"
     if REJECTED_TAG in tags:
-        return f"version {version.version} of {name!r} was rejected: {tags[REJECTED_TAG]}"
+        return f"{this} was rejected: {tags[REJECTED_TAG]}"
     if tags.get(GATE_TAG) != "passed":
         return (
-            f"version {version.version} of {name!r} has passed no gate (its tag {GATE_TAG} is "
-            f"{tags.get(GATE_TAG)!r}); materialise evaluation_report"
+            f"{this} has passed no gate (its tag {GATE_TAG} is {tags.get(GATE_TAG)!r}); "
+            f"materialise evaluation_report"
         )
-    compared = tags.get(COMPARED_TAG, NO_CHAMPION)
-    if compared != (champion or NO_CHAMPION):
+    compared, now = tags.get(COMPARED_TAG, NO_CHAMPION), champion or NO_CHAMPION
+    if compared != now:
         return (
-            f"version {version.version} of {name!r} was compared with champion {compared}, but the "
-            f"champion is now {champion or NO_CHAMPION}; materialise evaluation_report again to "
-            f"compare with that one"
+            f"{this} was compared with champion {compared}, but the champion is now {now}; "
+            f"materialise evaluation_report again to compare with that one"
         )
-    return None
-
-
-def _rollback_of(client: MlflowClient, name: str, version: str) -> str | None:
-    """The rollback that last ended the version's time as champion, if one did."""
-    for event in reversed(audit(client, name)):
-        if event.action == "promote" and event.version == version:
-            return None
-        if event.action == "rollback" and event.replaced == version:
-            return f"version {version} of {name!r} was rolled back at {event.at}: {event.reason}"
     return None
 
 

@@ -67,16 +67,14 @@ def find_or_create_run(
     """Id of the job's run, set to RUNNING: the one with its key, or else a new one.
 
     Parameters cannot change in MLflow. An existing run keeps its own; missing ones are added, and
-    those that differ are listed in a warning.
-
-    Args:
-        experiment: created if missing.
-        name: shown in the UI; free text.
+    those that differ are listed in a warning. ``experiment`` is created if missing.
 
     Raises:
         ValueError: an experiment or key that MLflow's filters cannot express.
         RuntimeError: the experiment was deleted.
     """
+    from mlflow.entities import Param
+
     checked_name("job key", job_key)
     with write_lock(client):
         experiment_id = ensure_experiment(client, experiment).experiment_id
@@ -87,22 +85,16 @@ def find_or_create_run(
             experiment_id, run_name=name, tags={**tags, JOB_KEY_TAG: job_key}
         )  # fmt: skip
         run_id = run.info.run_id
-        _add_params(client, run_id, run.data.params, {k: str(v) for k, v in params.items()})
+        wanted = {k: str(v) for k, v in params.items()}
+        present = run.data.params
+        if changed := {k: (present[k], v) for k, v in wanted.items() if present.get(k, v) != v}:
+            _log.warning("run %s keeps its first parameters; these differ now: %s", run_id, changed)
+        missing = [Param(k, v) for k, v in wanted.items() if k not in present]
+        for start in range(0, len(missing), _PARAMS_PER_BATCH):
+            client.log_batch(run_id, params=missing[start : start + _PARAMS_PER_BATCH])
         if run.info.status != "RUNNING":
             client.update_run(run_id, status="RUNNING")
     return run_id
-
-
-def _add_params(
-    client: MlflowClient, run_id: str, present: Mapping[str, str], wanted: Mapping[str, str]
-) -> None:
-    from mlflow.entities import Param
-
-    if changed := {k: (present[k], v) for k, v in wanted.items() if present.get(k, v) != v}:
-        _log.warning("run %s keeps its first parameters; these differ now: %s", run_id, changed)
-    missing = [Param(k, v) for k, v in wanted.items() if k not in present]
-    for start in range(0, len(missing), _PARAMS_PER_BATCH):
-        client.log_batch(run_id, params=missing[start : start + _PARAMS_PER_BATCH])
 
 
 def end_run(
@@ -156,14 +148,9 @@ def link_wandb(
 ) -> str:
     """Link a registered version at W&B, in the project of its training, unless done before.
 
-    Args:
-        trainer: settings of the training; its project and entity are used.
-        facts: metadata of the artifact; plain JSON.
-        folder: for W&B's own files.
-
-    Returns:
-        ``off``, ``linked``, ``left for sync`` (offline), or ``failed: …``: an error of W&B ends
-        nothing, and the next call tries again.
+    ``trainer`` are the settings of the training, ``facts`` the artifact's metadata (plain JSON), and
+    ``folder`` holds W&B's own files. Returns ``off``, ``linked``, ``left for sync`` (offline), or
+    ``failed: …``: an error of W&B ends nothing, and the next call tries again.
     """
     if (done := client.get_model_version(name, version).tags.get(WANDB_TAG)) is not None:
         return done

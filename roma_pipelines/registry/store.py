@@ -18,9 +18,12 @@ import http.client
 import logging
 import os
 import shutil
+import socket
 import sqlite3
+import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -48,7 +51,9 @@ _SQLITE = "sqlite:///"
 _USERNAME, _PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 _TOKEN = "MLFLOW_TRACKING_TOKEN"
 _PROBE = "/api/2.0/mlflow/experiments/search?max_results=1"
-_PROBE_TIMEOUT_S = 10.0
+LOCK_SUFFIX = ".lock"
+_HOLDER_TAG = "roma.holder"
+_DEAD_AFTER_S = 60.0
 _log = logging.getLogger(__name__)
 
 
@@ -158,6 +163,91 @@ def write_lock(client: MlflowClient) -> Iterator[None]:
         yield
 
 
+class RegistryBusy(RuntimeError):
+    """Another process holds the lock of this model for too long."""
+
+
+@contextlib.contextmanager
+def model_lock(
+    client: MlflowClient,
+    name: str,
+    *,
+    dead_after_s: float = _DEAD_AFTER_S,
+    timeout_s: float = 2 * _DEAD_AFTER_S,
+) -> Iterator[None]:
+    """Hold the lock of a registered model, also between computers: one promotion at a time.
+
+    The embedded store has a file lock. No file lock reaches all users of a server, and MLflow's only
+    atomic operation is the creation of a registered model: of two processes that create the same
+    name, one fails. The lock is therefore an empty registered model ``NAME.lock``, which exists
+    while aliases of NAME are moved, and holds a random token. A token that stays longer than
+    ``dead_after_s`` belongs to a dead process; the lock is then broken by renaming it to a name made
+    of that token. Of several processes that try, one succeeds, and a lock that was newly acquired
+    meanwhile is never renamed.
+
+    Raises:
+        RegistryBusy: the lock was not free in time.
+    """
+    if embedded_root(client.tracking_uri) is not None:
+        with write_lock(client):
+            yield
+        return
+    lock, token = name + LOCK_SUFFIX, f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    broken = _acquire(client, lock, token, dead_after_s, timeout_s)
+    try:
+        yield
+    finally:
+        if _holder(client, lock) == token:
+            client.delete_registered_model(lock)
+        for broken_lock in broken:
+            with contextlib.suppress(Exception):  # another process may have deleted it
+                client.delete_registered_model(broken_lock)
+
+
+def _acquire(
+    client: MlflowClient, lock: str, token: str, dead_after_s: float, timeout_s: float
+) -> list[str]:
+    """Wait for the lock; return the new names of locks that were broken on the way."""
+    from mlflow.exceptions import MlflowException
+
+    broken: list[str] = []
+    seen, since, start = None, time.monotonic(), time.monotonic()
+    while True:
+        try:
+            client.create_registered_model(
+                lock, tags={_HOLDER_TAG: token}, description="Held while aliases are moved."
+            )
+            return broken
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        holder, now = _holder(client, lock), time.monotonic()
+        if holder != seen:
+            seen, since = holder, now
+        elif holder is not None and now - since > dead_after_s:
+            _log.warning("breaking %s: its holder %s appears to be dead", lock, holder)
+            with contextlib.suppress(MlflowException):  # another process was first
+                client.rename_registered_model(lock, f"{lock}.of.{holder}")
+                broken.append(f"{lock}.of.{holder}")
+        if now - start > timeout_s:
+            raise RegistryBusy(
+                f"{lock} is held by {holder} for {now - since:.0f} s; if that process no longer "
+                f"exists, delete the registered model {lock!r} and try again"
+            )
+        time.sleep(0.1)
+
+
+def _holder(client: MlflowClient, lock: str) -> str | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_registered_model(lock).tags.get(_HOLDER_TAG)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+
+
 def _set_mlflow_defaults() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -201,7 +291,7 @@ def _accepts_credentials(uri: str) -> bool:
     try:
         headers = {"Authorization": header} if header else {}
         request = urllib.request.Request(uri + _PROBE, headers=headers)
-        urllib.request.urlopen(request, timeout=_PROBE_TIMEOUT_S).close()
+        urllib.request.urlopen(request, timeout=10.0).close()
     except urllib.error.HTTPError as error:
         if error.code not in (401, 403):
             return False

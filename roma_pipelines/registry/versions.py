@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 from roma_core.files import read_json, sha256_of
 from roma_core.serving.package import MODEL_CODE, locked, requirements
 from roma_core.serving.registry_client import CODE_TAG, MANIFEST_TAG
-from roma_pipelines.registry.lock import model_lock
 from roma_pipelines.registry.runs import JOB_KEY_TAG, checked_name
-from roma_pipelines.registry.store import write_lock
+from roma_pipelines.registry.store import model_lock, write_lock
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,15 +44,8 @@ def register(
     """Log the package as a model, register it, and set the alias ``candidate``.
 
     Repeated for the same job, it returns the existing version; after a crash it continues with the
-    logged model that is there. The model card becomes the version's description.
-
-    Args:
-        package_folder: written and verified by ``roma_core.serving.package``.
-        tags: all of ``EVIDENCE_TAGS`` and any others.
-        metrics: of the evaluation, logged to the run and to the logged model.
-
-    Returns:
-        The version, a number as text.
+    logged model that is there. The model card becomes the version's description; ``metrics`` are
+    logged to the run and to the logged model; ``tags`` hold all of ``EVIDENCE_TAGS`` and any others.
 
     Raises:
         ValueError: a tag is missing, or a name cannot be used.
@@ -70,7 +62,10 @@ def register(
         CODE_TAG: sha256_of(MODEL_CODE),
     }
     with write_lock(client):  # not the model's lock: an upload takes longer than that may be held
-        model_id = _find_logged_model(client, run_id, job_key, name)
+        experiment_id = client.get_run(run_id).info.experiment_id
+        wanted = f"tags.`{JOB_KEY_TAG}` = '{job_key}' AND name = '{name}'"
+        found = client.search_logged_models([experiment_id], wanted)
+        model_id = next((m.model_id for m in found if m.status == "READY"), None)
         if model_id is None:
             model_id = _log_model(client, package_folder, name, job_key, run_id, metrics)
     with model_lock(client, name):
@@ -161,13 +156,6 @@ def create_version(
         model_id=model_id,
     )
     return str(created.version)
-
-
-def _find_logged_model(client: MlflowClient, run_id: str, job_key: str, name: str) -> str | None:
-    experiment_id = client.get_run(run_id).info.experiment_id
-    wanted = f"tags.`{JOB_KEY_TAG}` = '{job_key}' AND name = '{name}'"
-    found = client.search_logged_models([experiment_id], wanted)
-    return next((m.model_id for m in found if m.status == "READY"), None)
 
 
 def _log_model(

@@ -7,7 +7,6 @@ import pytest
 
 from roma_core.serving.registry_client import connect
 from roma_pipelines.registry.gate import GATE_TAG
-from roma_pipelines.registry.lock import RegistryBusy, model_lock
 from roma_pipelines.registry.promotion import (
     CHAMPION,
     PREVIOUS,
@@ -15,6 +14,7 @@ from roma_pipelines.registry.promotion import (
     audit,
     promote,
 )
+from roma_pipelines.registry.store import RegistryBusy, model_lock
 from roma_pipelines.registry.versions import COMPARED_TAG, version_at
 from tests.time_limits import within
 
