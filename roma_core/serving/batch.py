@@ -1,15 +1,7 @@
 """Apply a model to a file of series: Parquet, JSON lines, or a data-set folder.
 
-``score_file`` writes predictions in parts, ``OUTPUT.parts/00000.parquet`` and so on, each with its
-own lineage columns, and joins them to OUTPUT at the end: an interrupted call loses at most one part.
-Parts of another input or another model are discarded.
-
-``embed_medians`` computes medians of encoder features in a process of its own, because its caller,
-the daemon that watches for drift, must not import torch:
-
-    python -m roma_core.serving.batch MODEL_FOLDER N_MAX FILE...
-
-prints ``{"n": 640, "center": [...]}``, or exits with code 1 and one line of text.
+``python -m roma_core.serving.batch MODEL_FOLDER N_MAX FILE...`` prints medians of encoder features,
+``{"n": 640, "center": [...]}``, or exits with code 1 and one line of text.
 """
 
 from __future__ import annotations
@@ -190,6 +182,9 @@ def score_file(
 ) -> int:
     """Write one row per series of ``source`` to ``output`` (Parquet).
 
+    Predictions are first written in parts, ``OUTPUT.parts/00000.parquet`` and so on: an interrupted
+    call loses at most one. Parts of another input or another model are discarded.
+
     Columns: ``id``; ``label`` and ``probabilities`` (map), or ``features`` (list) of an encoder; the
     entries of ``lineage``, equal in every row; ``scored_at`` (UTC). ``package`` comes from
     ``registry_client.load``. ``progress`` is called with the number of series done, including those
@@ -286,6 +281,8 @@ def embed_medians(
     model: Path, files: Sequence[Path], environment: Mapping[str, str], timeout_s: float
 ) -> FeatureMedians:
     """Embed the series of files in a new process; of many series, 1000 evenly spaced ones.
+
+    The caller, the daemon that watches for drift, must not import torch.
 
     ``model`` is the verified folder of a registered encoder. Observations that are not finite are
     left out.

@@ -3,10 +3,6 @@
     model = ServedModel("http://127.0.0.1:5001")
     model.predict([Series(positions={"time": [0.0, 1.5]}, values={"flux": [3.0, 2.5]}, units=…)])
 
-``ServedModel.verified`` also finds out which version the server runs, which MLflow's server does
-not report: it resolves the alias in the registry, downloads the package, verifies its checksums,
-and compares the server's predictions of the golden rows with the recorded ones.
-
 ``pyfunc_model.py`` runs without this package and repeats the three types; a test compares them.
 """
 
@@ -88,6 +84,9 @@ class ServedModel:
     ) -> Self:
         """A client of a server after checking that it serves ``model``, a ``models:/`` URI.
 
+        MLflow's server does not report its version, so its predictions of the golden rows are
+        compared with those of the verified package in the registry.
+
         Raises:
             FetchError: the model is not in the registry, or differs from its recorded checksums.
             ServerError: the server cannot be reached, or returns other predictions.
@@ -144,7 +143,12 @@ class ServedModel:
             with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
                 return json.load(response)["predictions"]
         except urllib.error.HTTPError as error:
-            message = _error_message(error.read())
+            body = error.read()
+            try:
+                document = json.loads(body)
+                message = str(document.get("message") or document.get("detail") or document)
+            except (ValueError, AttributeError):
+                message = body.decode(errors="replace")[:500]
             if 400 <= error.code < 500:
                 raise RequestRejected(message) from error
             raise ServerError(f"{self.url} answered {error.code}: {message}") from error
@@ -161,11 +165,3 @@ def _first_unserialisable(rows: list[dict[str, Any]]) -> str:
                 except TypeError:
                     return f"series {number}: {field}" + ("" if name is None else f": {name!r}")
     return "a series"
-
-
-def _error_message(body: bytes) -> str:
-    try:
-        document = json.loads(body)
-        return str(document.get("message") or document.get("detail") or document)
-    except (ValueError, AttributeError):
-        return body.decode(errors="replace")[:500]

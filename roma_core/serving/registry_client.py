@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -58,13 +59,16 @@ class ModelVersion:
 
 def connect(tracking_uri: str) -> MlflowClient:
     """A client of a server, or of a local store, for both tracking and registry."""
-    import os
-
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    set_mlflow_defaults()
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri, tracking_uri)
+
+
+def set_mlflow_defaults() -> None:
+    """Turn off telemetry, which MLflow reads at its import, and progress bars."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 
 def resolve(client: MlflowClient, uri: str) -> ModelVersion:
@@ -97,6 +101,8 @@ def fetch(client: MlflowClient, version: ModelVersion, cache: Path) -> Path:
     Raises:
         FetchError: it cannot be downloaded, or differs from the checksums of its tags.
     """
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
     folder = cache / version.name.replace("/", "__") / version.version
     if folder.exists():
         try:
@@ -106,29 +112,21 @@ def fetch(client: MlflowClient, version: ModelVersion, cache: Path) -> Path:
             shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{version.version}.") as aside:
-        downloaded = _download(client, version, Path(aside))
+        downloaded = Path(aside) / "model"
+        downloaded.mkdir()
+        try:  # mlflow.artifacts would use the process's default server, not the client's
+            source = client.get_model_version_download_uri(version.name, version.version)
+            repository = get_artifact_repository(source, tracking_uri=client.tracking_uri)
+            repository.download_artifacts("", dst_path=str(downloaded))
+        except Exception as error:  # each artifact store has its own errors
+            reason = without_credentials(str(error))
+            raise FetchError(f"{version.uri} cannot be downloaded: {reason}") from error
         verify(downloaded, version)
         try:
             downloaded.rename(folder)
         except OSError:  # another process was first
             verify(folder, version)
     return folder
-
-
-def _download(client: MlflowClient, version: ModelVersion, aside: Path) -> Path:
-    """Not by ``mlflow.artifacts``, which uses the process's default server, not the client's."""
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-    target = aside / "model"
-    target.mkdir()
-    try:
-        source = client.get_model_version_download_uri(version.name, version.version)
-        repository = get_artifact_repository(source, tracking_uri=client.tracking_uri)
-        repository.download_artifacts("", dst_path=str(target))
-    except Exception as error:  # each artifact store has its own errors
-        reason = without_credentials(str(error))
-        raise FetchError(f"{version.uri} cannot be downloaded: {reason}") from error
-    return target
 
 
 def package_of(folder: Path) -> Path:

@@ -19,7 +19,6 @@ from roma_core.serving.registry_client import code_of
 from roma_core.settings import Frozen
 
 _TIMEOUT_S = 300
-_REPEATS = 5
 _PROGRAM = """
 import importlib.util, json, pathlib, statistics, sys, time
 code, folder, repeats = sys.argv[1:]
@@ -78,7 +77,7 @@ def smoke_test_package(folder: Path) -> SmokeTest:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-c", _PROGRAM, str(code), str(folder), str(_REPEATS)],
+            [sys.executable, "-I", "-c", _PROGRAM, str(code), str(folder), "5"],
             env=environment | {"MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1"},
             cwd=folder,
             capture_output=True,

@@ -147,7 +147,7 @@ def lineage(what: str) -> None:
             click.echo(f"{found.name} version {found.version}")
             for name, value in found.facts.items():
                 click.echo(f"  {name:<16} {value}")
-            if found.is_dirty:
+            if found.facts.get("commit", "").endswith("-dirty"):
                 click.echo("  there were uncommitted changes, which were not recorded")
             width = shutil.get_terminal_size().columns
             for line in found.decisions:

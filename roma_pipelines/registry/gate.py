@@ -143,8 +143,7 @@ def gate(
     more = [f"and {len(measured.leaks) - 3} more"] if len(measured.leaks) > 3 else []
     leaks = "; ".join([*measured.leaks[:3], *more])
     checks = (
-        _comparable(problem, gain),
-        _not_worse(problem, gain, thresholds),
+        *_compare(problem, gain, thresholds),
         _class_floor(metrics, candidate, gain, thresholds),
         _better_than_guessing(candidate, thresholds),
         _limited("accuracy", accuracy, accuracy_text, at_least=thresholds.min_accuracy),
@@ -179,8 +178,7 @@ def _limited(
     elif at_most is not None:
         passed, threshold, text = value <= at_most, at_most, f"{text}; at most {at_most:g}"
     else:
-        text = f"{text}; no threshold is set"
-        return GateCheck(name=name, passed=True, explanation=text)
+        return GateCheck(name=name, passed=True, explanation=f"{text}; no threshold is set")
     return GateCheck(name=name, passed=passed, value=value, threshold=threshold, explanation=text)
 
 
@@ -207,30 +205,29 @@ def _bootstrap_bound(
     return float(np.quantile(sums[:, 0] / len(values), quantile))
 
 
-def _comparable(problem: str | None, gain: NDArray[np.float64] | None) -> GateCheck:
+def _compare(
+    problem: str | None, gain: NDArray[np.float64] | None, thresholds: GateThresholds
+) -> tuple[GateCheck, GateCheck]:
+    """The checks ``comparable`` and ``not_worse_than_champion``."""
+    first, second = "comparable", "not_worse_than_champion"
     if problem is not None:
         text = (
             f"the candidate cannot be compared with the champion: {problem}. If the champion is "
             f"damaged, run `roma-pipeline rollback`; if the data have another schema now, give the "
             f"experiment another name: consumers of this one rely on the old schema"
         )
-    elif gain is None:
-        text = "there is no champion yet"
-    else:
-        text = f"both were evaluated on the same {len(gain)} series with the same labels"
-    return GateCheck(name="comparable", passed=problem is None, explanation=text)
-
-
-def _not_worse(
-    problem: str | None, gain: NDArray[np.float64] | None, thresholds: GateThresholds
-) -> GateCheck:
-    name, threshold = "not_worse_than_champion", -thresholds.max_accuracy_drop
+        comparable = GateCheck(name=first, passed=False, explanation=text)
+        text = "not compared with the champion"
+        return comparable, GateCheck(name=second, passed=False, explanation=text)
     if gain is None:
-        text = "there is no champion yet" if problem is None else "not compared with the champion"
-        return GateCheck(name=name, passed=problem is None, explanation=text)
+        text = "there is no champion yet"
+        comparable = GateCheck(name=first, passed=True, explanation=text)
+        return comparable, comparable.model_copy(update={"name": second})
+    text = f"both were evaluated on the same {len(gain)} series with the same labels"
+    threshold = -thresholds.max_accuracy_drop
     low = _bootstrap_bound(gain, 1 - thresholds.confidence, thresholds)
-    return GateCheck(
-        name=name,
+    return GateCheck(name=first, passed=True, explanation=text), GateCheck(
+        name=second,
         passed=low >= threshold,
         value=low,
         threshold=threshold,

@@ -64,11 +64,6 @@ class Lineage:
     facts: dict[str, str]
     decisions: list[str]
 
-    @property
-    def is_dirty(self) -> bool:
-        """Whether there were uncommitted changes."""
-        return self.facts.get("commit", "").endswith("-dirty")
-
 
 def lineage_of(client: MlflowClient, uri: str) -> Lineage:
     """The origin of ``models:/NAME@ALIAS``, ``NAME@ALIAS`` or ``NAME/VERSION``.
@@ -224,11 +219,7 @@ def transfer(source: MlflowClient, target: MlflowClient, uri: str, experiment: s
 
 
 def _copy(
-    source: MlflowClient,
-    target: MlflowClient,
-    version: ModelVersion,
-    folder: Path,
-    experiment: str,
+    source: MlflowClient, target: MlflowClient, version: ModelVersion, folder: Path, experiment: str
 ) -> str:
     name = version.name
     # the encoder is not copied, and its version number means nothing in the target

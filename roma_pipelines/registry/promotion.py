@@ -3,9 +3,8 @@
     champion    the version that consumers load
     previous    the champion before it; ``rollback`` restores it
 
-``promote``, ``reject`` and ``rollback`` write actor, reason and evidence before any alias moves, so
-no change is unrecorded. All run under the lock of the model. The encoder that was registered with a
-classifier has no gate of its own: its champion alias follows the classifier's.
+All run under the lock of the model. The encoder that was registered with a classifier has no gate
+of its own: its champion alias follows the classifier's.
 """
 
 from __future__ import annotations
@@ -158,7 +157,7 @@ def reject(client: MlflowClient, name: str, version: str, reason: str, actor: st
             )
         event = _record(client, name, action="reject", version=version, actor=actor, reason=reason)
         if version_at(client, name, PREVIOUS) == version:
-            _set_previous(client, name, _predecessor(client, name, version, champion))
+            _set_previous(client, name, version, champion)
         client.set_model_version_tag(name, version, REJECTED_TAG, f"{event.at} {actor}: {reason}")
 
 
@@ -192,7 +191,7 @@ def rollback(client: MlflowClient, name: str, actor: str, reason: str) -> str:
             )  # fmt: skip
             client.set_registered_model_alias(name, CHAMPION, version)
         _move_encoder_alias(client, name, version)
-        _set_previous(client, name, _predecessor(client, name, version, version))
+        _set_previous(client, name, version, version)
     return version
 
 
@@ -312,23 +311,15 @@ def _move_encoder_alias(client: MlflowClient, name: str, version: str) -> None:
     client.set_registered_model_alias(encoder_name(name), CHAMPION, encoder)
 
 
-def _set_previous(client: MlflowClient, name: str, version: str | None) -> None:
-    if version is None:
-        client.delete_registered_model_alias(name, PREVIOUS)
-    else:
-        client.set_registered_model_alias(name, PREVIOUS, version)
-
-
-def _predecessor(client: MlflowClient, name: str, version: str, champion: str | None) -> str | None:
-    """The version that this one replaced when it was last promoted; of one that is deleted, rejected
-    or the champion, its predecessor in turn."""
+def _set_previous(client: MlflowClient, name: str, version: str, champion: str | None) -> None:
+    """Set ``previous`` to the version that this one replaced when it was last promoted; of one that
+    is deleted, rejected or the champion, to its predecessor in turn."""
     before: str | None = version
     for event in reversed(audit(client, name)):
         if event.action == "promote" and event.version == before:
             before = event.replaced
-            if before is None:
-                return None
-            found = find_version(client, name, before)
-            if before != champion and found is not None and REJECTED_TAG not in found.tags:
-                return before
-    return None
+            found = None if before is None else find_version(client, name, before)
+            if found is not None and before != champion and REJECTED_TAG not in found.tags:
+                client.set_registered_model_alias(name, PREVIOUS, before)
+                return
+    client.delete_registered_model_alias(name, PREVIOUS)

@@ -1,9 +1,6 @@
 """MLflow runs of jobs: one per job, found by the tag ``roma.job_key``, ended explicitly.
 
-MLflow's own hooks mark crashed and preempted runs as finished and cannot find a run again, so runs
-are created through the client, and the code that knows the outcome ends them.
-
-A registered version can also be linked at Weights & Biases, as a reference to MLflow's.
+MLflow's own hooks mark crashed and preempted runs as finished and cannot find a run again.
 """
 
 from __future__ import annotations

@@ -1,12 +1,8 @@
 """Where runs and models are stored: an MLflow server, PostgreSQL, or the embedded store.
 
-The embedded store is ``<root>/mlflow.db`` (SQLite) and ``<root>/artifacts``. MLflow creates and
-migrates its tables without a lock: processes that start together on a missing file leave it
-half-migrated, and a newer MLflow migrates it unasked. Here one process at a time builds the new
-database aside and renames it, so a crash at any moment leaves the old file or none. In PostgreSQL
-one process at a time runs ``mlflow db upgrade``.
-
-A server's credentials are checked before anything else is sent to it.
+MLflow creates and migrates its tables without a lock, and processes that start together leave them
+half-migrated. Here one process at a time does: of the embedded store, ``<root>/mlflow.db`` (SQLite),
+in a copy that is renamed at the end; in PostgreSQL by ``mlflow db upgrade``.
 """
 
 from __future__ import annotations
@@ -33,6 +29,7 @@ from pydantic import Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
 from roma_core.files import sync_folder
+from roma_core.serving.registry_client import set_mlflow_defaults
 from roma_core.settings import RomaSettings, without_credentials
 from roma_pipelines.storage import (
     Storage,
@@ -101,16 +98,14 @@ def tracking_uri(settings: MlflowSettings, root: Path) -> str:
 def connect(settings: MlflowSettings, root: Path) -> MlflowClient:
     """A client of the configured server, or of the installation's own store.
 
-    Both URIs also become this process's defaults, which parts of MLflow use.
-
-    Args:
-        root: folder of the embedded store.
+    Both URIs also become this process's defaults, which parts of MLflow use. ``root`` is the folder
+    of the embedded store.
 
     Raises:
         StoreError: a server refuses the credentials, or the own store cannot be used.
     """
     check_access(settings)
-    _set_mlflow_defaults()
+    set_mlflow_defaults()
     import mlflow
 
     uri = settings.tracking_uri or own_store(root)
@@ -248,11 +243,6 @@ def _holder(client: MlflowClient, lock: str) -> str | None:
         raise
 
 
-def _set_mlflow_defaults() -> None:
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-
-
 def check_access(settings: MlflowSettings) -> None:
     """Check that the configured servers accept the credentials, once per process.
 
@@ -324,7 +314,7 @@ def _authorization() -> str:
 @functools.cache
 def _ensure_postgres(url: str, root: Path) -> str:
     """Create or upgrade MLflow's tables; one process does, others wait. Returns MLflow's URI."""
-    _set_mlflow_defaults()
+    set_mlflow_defaults()
     from alembic.util import CommandError
 
     uri = schema_url(url, "mlflow")
@@ -362,7 +352,7 @@ def ensure_store(root: Path) -> str:
     root = root.absolute()
     if set("?#%") & set(str(root)):
         raise StoreError(f"{root}: a path with '?', '#' or '%' cannot be named in a database URI")
-    _set_mlflow_defaults()
+    set_mlflow_defaults()
     root.mkdir(parents=True, exist_ok=True)
     database = root / DATABASE
     with FileLock(root / ".mlflow-create.lock"):
@@ -380,7 +370,16 @@ def ensure_store(root: Path) -> str:
         elif state == "older":
             backup = database.with_name(f"{DATABASE}.{revision}.backup")
             _log.info("upgrading the MLflow database %s; backup: %s", database, backup)
-            with _exclusive(database):
+            with contextlib.closing(
+                sqlite3.connect(database, timeout=5, isolation_level=None)
+            ) as connection:
+                try:
+                    connection.execute("BEGIN EXCLUSIVE")  # no other process can write
+                except sqlite3.OperationalError as error:
+                    raise StoreError(
+                        f"{database} must be upgraded, but another process uses it ({error}); stop "
+                        f"that one and run again"
+                    ) from error
                 _build(database, backup)
     return f"{_SQLITE}{database}"
 
@@ -445,19 +444,3 @@ def _build(database: Path, backup: Path | None = None) -> None:
         os.link(database, backup)
     aside.replace(database)
     sync_folder(database.parent)
-
-
-@contextlib.contextmanager
-def _exclusive(database: Path) -> Iterator[None]:
-    """Keep every other process from writing to the database."""
-    with contextlib.closing(
-        sqlite3.connect(database, timeout=5, isolation_level=None)
-    ) as connection:
-        try:
-            connection.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError as error:
-            raise StoreError(
-                f"{database} must be upgraded, but another process uses it ({error}); stop that one "
-                f"and run again"
-            ) from error
-        yield

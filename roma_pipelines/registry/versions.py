@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,22 +91,20 @@ def encoder_name(name: str) -> str:
 
 def version_at(client: MlflowClient, name: str, alias: str) -> str | None:
     """The version that an alias points to; None if the model or the alias does not exist."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return str(client.get_model_version_by_alias(name, alias).version)
-    except MlflowException as error:
-        if error.error_code in _NOT_FOUND:
-            return None
-        raise
+    found = _unless_missing(client.get_model_version_by_alias, name, alias)
+    return None if found is None else str(found.version)
 
 
 def find_version(client: MlflowClient, name: str, version: str) -> ModelVersion | None:
     """The registered version; None if there is none."""
+    return _unless_missing(client.get_model_version, name, version)
+
+
+def _unless_missing(get: Callable[[str, str], ModelVersion], *key: str) -> ModelVersion | None:
     from mlflow.exceptions import MlflowException
 
     try:
-        return client.get_model_version(name, version)
+        return get(*key)
     except MlflowException as error:
         if error.error_code in _NOT_FOUND:
             return None
