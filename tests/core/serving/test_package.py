@@ -25,7 +25,7 @@ from roma_core.serving.pyfunc_model import (
 from tests.core.serving import toy
 
 FILES = (
-    *pyfunc_model.REQUIRED_FILES, "profile.json", "requirements.lock", "MODEL_CARD.md",
+    *sorted(pyfunc_model.REQUIRED_FILES), "profile.json", "requirements.lock", "MODEL_CARD.md",
 )  # fmt: skip
 
 
