@@ -318,8 +318,10 @@ def _set_previous(client: MlflowClient, name: str, version: str, champion: str |
     for event in reversed(audit(client, name)):
         if event.action == "promote" and event.version == before:
             before = event.replaced
-            found = None if before is None else find_version(client, name, before)
-            if found is not None and before != champion and REJECTED_TAG not in found.tags:
+            if before is None:
+                break
+            found = find_version(client, name, before)
+            if before != champion and found is not None and REJECTED_TAG not in found.tags:
                 client.set_registered_model_alias(name, PREVIOUS, before)
                 return
     client.delete_registered_model_alias(name, PREVIOUS)

@@ -26,6 +26,7 @@ WANDB_TAG = "roma.weights_and_biases"
 """Tag of a version that was linked at W&B; its value is what ``link_wandb`` returned."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
+FinalStatus = Literal["FINISHED", "FAILED", "KILLED"]
 _PARAMS_PER_BATCH = 100  # MLflow's limit
 _log = logging.getLogger(__name__)
 
@@ -94,16 +95,12 @@ def find_or_create_run(
     return run_id
 
 
-def end_run(
-    client: MlflowClient, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"]
-) -> None:
+def end_run(client: MlflowClient, run_id: str, status: FinalStatus) -> None:
     """Set the final status of a run."""
     client.set_terminated(run_id, status)
 
 
-def end_runs_of_job(
-    client: MlflowClient, job_key: str, status: Literal["FINISHED", "FAILED", "KILLED"]
-) -> None:
+def end_runs_of_job(client: MlflowClient, job_key: str, status: FinalStatus) -> None:
     """Set the final status of a job's runs that are still RUNNING."""
     checked_name("job key", job_key)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]

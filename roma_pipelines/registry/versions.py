@@ -22,12 +22,7 @@ CANDIDATE = "candidate"
 RUN_ID_TAG = "roma.run_id"
 COMPARED_TAG = "roma.compared_with"
 ENCODER_TAG = "roma.encoder_version"
-EVIDENCE_TAGS = (
-    "roma.dataset_digest",
-    "roma.config_digest",
-    "roma.git_sha",
-    "roma.dagster_run_id",
-)
+EVIDENCE_TAGS = ("roma.dataset_digest", "roma.config_digest", "roma.git_sha", "roma.dagster_run_id")
 """Tags that every version must have, beside its run, its job and its checksums."""
 _NOT_FOUND = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
