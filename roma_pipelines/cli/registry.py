@@ -41,12 +41,21 @@ def promote(
     recorded before any alias moves. With --to, checksums are verified on both sides, and the champion
     of that server must be the one that VERSION was compared with.
     """
+    from roma_core.serving.registry_client import connect
     from roma_pipelines.registry import promotion
+    from roma_pipelines.registry.lineage import transfer
+    from roma_pipelines.registry.store import MlflowSettings
     from roma_pipelines.registry.versions import get_version, version_at
 
     with registry() as client:
         if target is not None:
-            client, version = _copied(client, target, name, version)
+            there = connect(target)
+            experiment = f"{MlflowSettings().experiment_prefix}/{name}"
+            copied = transfer(client, there, f"models:/{name}/{version}", experiment)
+            click.echo(
+                f"{name}: version {version} is version {copied} of {target}, checksums agree"
+            )
+            client, version = there, copied
         promotion.require_model(client, name)
         tags = get_version(client, name, version).tags
         keys = ("gate", "compared_with", "evaluation_job", "dagster_run_id")
@@ -62,19 +71,6 @@ def promote(
         )
         state = "is already champion, nothing was changed" if already else "is champion"
         click.echo(f"{name}: version {version} {state}; previous is {replaced or 'none'}")
-
-
-def _copied(client: MlflowClient, target: str, name: str, version: str) -> tuple[MlflowClient, str]:
-    """The other server's client, and the version there."""
-    from roma_core.serving.registry_client import connect
-    from roma_pipelines.registry.lineage import transfer
-    from roma_pipelines.registry.store import MlflowSettings
-
-    there = connect(target)
-    experiment = f"{MlflowSettings().experiment_prefix}/{name}"
-    copied = transfer(client, there, f"models:/{name}/{version}", experiment)
-    click.echo(f"{name}: version {version} is version {copied} of {target}, checksums agree")
-    return there, copied
 
 
 @click.command()

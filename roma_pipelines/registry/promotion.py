@@ -118,22 +118,24 @@ def promote(
     with model_lock(client, name):
         found = get_version(client, name, version)
         replaced = version_at(client, name, CHAMPION)
-        if replaced == version:  # perhaps by a promotion that was interrupted
-            _complete_promotion(client, name, found)
-            return version_at(client, name, PREVIOUS)
-        refusal = _refusal(client, name, found, replaced)
-        if refusal is not None:
-            if not force:
-                raise PromotionRefused(refusal)
-            evidence = {**evidence, "forced_despite": refusal}
-        _record(
-            client, name, action="promote", version=version, replaced=replaced,
-            actor=actor, reason=reason, evidence=evidence,
-        )  # fmt: skip
-        if replaced is not None:
-            client.set_registered_model_alias(name, PREVIOUS, replaced)
-        client.set_registered_model_alias(name, CHAMPION, version)
-        _complete_promotion(client, name, found)
+        if replaced == version:  # perhaps by a promotion that was interrupted, completed below
+            replaced = version_at(client, name, PREVIOUS)
+        else:
+            refusal = _refusal(client, name, found, replaced)
+            if refusal is not None:
+                if not force:
+                    raise PromotionRefused(refusal)
+                evidence = {**evidence, "forced_despite": refusal}
+            _record(
+                client, name, action="promote", version=version, replaced=replaced,
+                actor=actor, reason=reason, evidence=evidence,
+            )  # fmt: skip
+            if replaced is not None:
+                client.set_registered_model_alias(name, PREVIOUS, replaced)
+            client.set_registered_model_alias(name, CHAMPION, version)
+        _move_encoder_alias(client, name, version)
+        if REJECTED_TAG in found.tags:
+            client.delete_model_version_tag(name, version, REJECTED_TAG)
     return replaced
 
 
@@ -289,12 +291,6 @@ def _refusal(
             f"materialise evaluation_report again to compare with that one"
         )
     return None
-
-
-def _complete_promotion(client: MlflowClient, name: str, champion: ModelVersion) -> None:
-    _move_encoder_alias(client, name, str(champion.version))
-    if REJECTED_TAG in champion.tags:
-        client.delete_model_version_tag(name, str(champion.version), REJECTED_TAG)
 
 
 def _move_encoder_alias(client: MlflowClient, name: str, version: str) -> None:
