@@ -17,6 +17,7 @@ Shapes:  B series   N tokens, padded   P channels   D axes   K outputs
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION = 1
 MANIFEST = "MANIFEST.json"
-REQUIRED_FILES = {"model.pt2", "weights.safetensors", "model_config.json", "schema.json"}
-REQUIRED_FILES |= {"series.schema.json", "golden.jsonl", "package.json"}
+REQUIRED_FILES = (
+    "model.pt2",
+    "weights.safetensors",
+    "model_config.json",
+    "schema.json",
+    "series.schema.json",
+    "golden.jsonl",
+    "package.json",
+)
 
 
 class Series(BaseModel):
@@ -118,15 +126,8 @@ class Package:
             raise InvalidSeries("expected a list of at least one series, got an empty list")
         tokens = [self._tokens(one, f"series {i}") for i, one in enumerate(series)]
         outputs = np.empty((len(series), self.n_outputs))
-        batch: list[
-            int
-        ] = []  # of similar length; at most max_batch_tokens with padding, or one row
-        for row in sorted(range(len(tokens)), key=lambda i: len(tokens[i][0])):
-            if batch and (len(batch) + 1) * len(tokens[row][0]) > self.max_batch_tokens:
-                outputs[batch] = self._run([tokens[i] for i in batch])
-                batch = []
-            batch.append(row)
-        outputs[batch] = self._run([tokens[i] for i in batch])
+        for rows in self._batches([len(values) for values, _ in tokens]):
+            outputs[rows] = self._run([tokens[i] for i in rows])
         return outputs
 
     def named(self, outputs: NDArray[np.float64]) -> dict[str, float] | list[float]:
@@ -203,19 +204,18 @@ class Package:
                     f"{where}: units: {name!r} is no axis or channel of this model; "
                     f"it has {', '.join(map(repr, self.units))}"
                 )
-            expected = self.units[name]
-            if unit != expected and expected in ("1", name):
+            if unit != self.units[name]:
+                if self.units[name] in ("1", name):
+                    raise InvalidSeries(
+                        f"{where}: units: {name!r} is a plain number to this model (unit "
+                        f"{self.units[name]!r}), got {unit!r}; was it trained on such series?"
+                    )
                 raise InvalidSeries(
-                    f"{where}: units: {name!r} is a plain number to this model (unit {expected!r}), "
-                    f"got {unit!r}; was it trained on such series?"
-                )
-            if unit != expected:
-                raise InvalidSeries(
-                    f"{where}: units: {name!r} must be in {expected!r}, got {unit!r}; "
+                    f"{where}: units: {name!r} must be in {self.units[name]!r}, got {unit!r}; "
                     f"convert the numbers"
                 )
-        for name, unit in self.units.items():
-            if self.units_required and unit not in ("1", name) and name not in given:
+        for name, unit in self.units.items() if self.units_required else ():
+            if unit not in ("1", name) and name not in given:
                 raise InvalidSeries(
                     f"{where}: units: {name!r} is missing; this model takes it in {unit!r}"
                 )
@@ -242,6 +242,16 @@ class Package:
                     f"index {index}; leave out missing observations"
                 )
         return columns
+
+    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
+        """Rows of similar length, at most ``max_batch_tokens`` with padding unless it is one row."""
+        batch: list[int] = []
+        for row in np.argsort(lengths, kind="stable").tolist():
+            if batch and (len(batch) + 1) * lengths[row] > self.max_batch_tokens:
+                yield batch
+                batch = []
+            batch.append(row)
+        yield batch
 
     def _run(self, tokens: list[tuple[NDArray[Any], NDArray[Any]]]) -> NDArray[np.float64]:
         """Outputs ``(B, K)`` float64 of one batch."""
@@ -283,7 +293,12 @@ _TRANSFORMS = {"identity": lambda x, scale: x, "arcsinh": lambda x, scale: np.ar
 def normalise_values(
     columns: list[NDArray[np.float64]], constants: list[dict[str, Any]]
 ) -> NDArray[np.float32]:
-    """``(n, P)`` from ``(n,)`` of each channel, equal to ``roma_core.schema.Normaliser.normalise``."""
+    """``(n, P)``, equal to ``roma_core.schema.Normaliser.normalise``.
+
+    Args:
+        columns: ``(n,)`` of each channel, as delivered.
+        constants: ``normalisation`` of ``schema.json``.
+    """
     normalised = []
     for column, c in zip(columns, constants, strict=True):
         x = column.astype(np.float32).astype(np.float64)  # a data set on disk stores float32
@@ -295,7 +310,12 @@ def normalise_values(
 def normalise_positions(
     columns: list[NDArray[np.float64]], axes: list[dict[str, Any]]
 ) -> NDArray[np.float32]:
-    """``(n, D)`` from ``(n,)`` of each axis, equal to ``Normaliser.normalise_positions``."""
+    """``(n, D)``, equal to ``roma_core.schema.Normaliser.normalise_positions``.
+
+    Args:
+        columns: ``(n,)`` of each axis, as delivered.
+        axes: ``axes`` of ``schema.json``.
+    """
     normalised = []
     for x, axis in zip(columns, axes, strict=True):
         anchor = {"none": 0.0, "first": x.min()}[axis["anchor"]]
@@ -318,7 +338,7 @@ def verify_files(folder: Path) -> None:
             f"reads {SCHEMA_VERSION}; load the package with the version that wrote it"
         )
     listed, found = manifest["files"], {p.name for p in folder.iterdir()} - {MANIFEST}
-    if not set(listed) >= REQUIRED_FILES or found != set(listed):
+    if not set(REQUIRED_FILES) <= set(listed) or found != set(listed):
         raise PackageError(
             f"{folder}: expected {sorted(REQUIRED_FILES)} and the files of {MANIFEST}, "
             f"{sorted(listed)}; found {sorted(found)}; download it again"
