@@ -7,7 +7,7 @@ spread of an encoder's features. Imports no torch.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -129,8 +129,8 @@ def reference_profile(
     if dataset.labels is not None:
         numbers = np.bincount(dataset.labels[indices], minlength=len(dataset.schema.classes))
         counts = dict(zip(dataset.schema.classes, numbers.tolist(), strict=True))
-    axes, channels = _names(dataset.schema)
-    sample = _sample(axes, channels, [p for p, _ in pairs], [v for _, v in pairs], counts)
+    names = _names(dataset.schema)
+    sample = _sample(*names, [p for p, _ in pairs], [v for _, v in pairs], counts)
     profile = profile_of_sample(sample, dataset.manifest.digest)
     return profile.model_copy(update={"embedding": embedding})
 
@@ -140,7 +140,7 @@ def profile_of_sample(sample: InputSample, dataset_digest: str) -> ReferenceProf
     return ReferenceProfile(
         dataset_digest=dataset_digest,
         n_series=sample.n,
-        quantities={name: _quantity(numbers) for name, numbers in _numbers(sample)},
+        quantities={name: _quantity(numbers) for name, numbers in _numbers(sample).items()},
         missing=_missing(sample),
         classes=_fractions(sample.classes),
     )
@@ -202,24 +202,21 @@ def drift_effects(profile: ReferenceProfile, sample: InputSample) -> list[Effect
     """Every measure of every quantity, the largest first within each measure."""
     if sample.n == 0:
         return []
-    found = []
-    fractions = bin_fractions(profile, sample)
-    for name, numbers in _numbers(sample):
-        if name not in fractions:
-            continue
+    found, numbers = [], _numbers(sample)
+    for name, recent in bin_fractions(profile, sample).items():
         reference = profile.quantities[name]
-        size = _psi(np.array(reference.fractions), profile.n_series, fractions[name], sample.n)
-        found.append(Effect(quantity=name, measure="psi", size=size))
-        distance = np.abs(np.quantile(numbers, _LEVELS) - reference.quantiles).mean()
+        size = _psi(np.array(reference.fractions), profile.n_series, recent, sample.n)
+        distance = np.abs(np.quantile(numbers[name], _LEVELS) - reference.quantiles).mean()
         scale = reference.std or max(abs(reference.quantiles[50]), 1.0) * 1e-6
+        found.append(Effect(quantity=name, measure="psi", size=size))
         found.append(Effect(quantity=name, measure="wasserstein", size=float(distance / scale)))
     for name, fraction in _missing(sample).items():
         size = abs(fraction - profile.missing.get(name, 0.0))
         found.append(Effect(quantity=f"value.{name}", measure="missing", size=size))
     if sample.classes and profile.classes:
         names = sorted({*profile.classes, *sample.classes})
-        recent = _fractions(sample.classes)
-        p, q = (np.array([f.get(name, 0.0) for name in names]) for f in (profile.classes, recent))
+        both = (profile.classes, _fractions(sample.classes))
+        p, q = (np.array([fractions.get(name, 0.0) for name in names]) for fractions in both)
         size = _psi(p, profile.n_series, q, sample.n)
         found.append(Effect(quantity="class", measure="psi", size=size))
     return sorted(found, key=lambda effect: (effect.measure, -effect.size))
@@ -227,13 +224,17 @@ def drift_effects(profile: ReferenceProfile, sample: InputSample) -> list[Effect
 
 def bin_fractions(profile: ReferenceProfile, sample: InputSample) -> dict[str, Floats]:
     """Fractions ``(B,)`` of the sample in the profile's bins, of every quantity that both have."""
-    found = {}
-    for name, numbers in _numbers(sample):
-        reference = profile.quantities.get(name)
-        if reference is not None and len(numbers):
-            bins = np.searchsorted(reference.edges, numbers, side="left")
-            found[name] = np.bincount(bins, minlength=len(reference.fractions)) / len(numbers)
-    return found
+    return {
+        name: _binned(numbers, np.array(profile.quantities[name].edges))
+        for name, numbers in _numbers(sample).items()
+        if name in profile.quantities and len(numbers)
+    }
+
+
+def _binned(numbers: Floats, edges: Floats) -> Floats:
+    """Fractions of the numbers between the inner edges of bins."""
+    counts = np.bincount(np.searchsorted(edges, numbers, side="left"), minlength=len(edges) + 1)
+    return counts / max(1, len(numbers))
 
 
 def _names(schema: DataSchema) -> tuple[list[str], list[str]]:
@@ -260,20 +261,20 @@ def _sample(
     return InputSample(len(values), quantities, by_channel, classes)
 
 
-def _numbers(sample: InputSample) -> Iterator[tuple[str, Floats]]:
-    yield from sample.quantities.items()
-    for name, values in sample.values.items():
-        yield f"value.{name}", values[np.isfinite(values)]
+def _numbers(sample: InputSample) -> dict[str, Floats]:
+    finite = {
+        f"value.{name}": values[np.isfinite(values)] for name, values in sample.values.items()
+    }
+    return {**sample.quantities, **finite}
 
 
 def _quantity(numbers: Floats) -> Quantity:
     edges = bin_edges(numbers)
-    counts = np.bincount(np.searchsorted(edges, numbers, side="left"), minlength=len(edges) + 1)
     return Quantity(
         quantiles=tuple(np.quantile(numbers, _LEVELS).tolist()) if len(numbers) else (0.0,) * 101,
         std=float(numbers.std()) if len(numbers) else 0.0,
         edges=tuple(edges.tolist()),
-        fractions=tuple((counts / max(1, len(numbers))).tolist()),
+        fractions=tuple(_binned(numbers, edges).tolist()),
     )
 
 

@@ -1,29 +1,27 @@
 """The evaluation job: predictions, metrics, figures, a report and, for a classifier, packages.
 
 outputs/predictions.parquet   test series or observations: true and predicted values
-outputs/metrics.json
-outputs/plots/*.png
-outputs/report.html
+outputs/metrics.json, plots/*.png, report.html
 outputs/champion_predictions.parquet, serving_checks.json, package/, encoder_package/
                               of a classifier only
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.special import softmax
 
-from roma_core.data.store import StoredDataset, Subset
+from roma_core.data.store import Subset, raw_series
 from roma_core.evaluation import plots
 from roma_core.evaluation.compare import Change, compare_predictions
 from roma_core.evaluation.config import EvaluationJobConfig, Fact, FactSheet, ServingChecks
-from roma_core.evaluation.drift import embedding_profile, reference_profile
+from roma_core.evaluation.drift import ReferenceProfile, embedding_profile, reference_profile
 from roma_core.evaluation.leakage import check_leakage, split_digest
 from roma_core.evaluation.metrics import (
     ClassificationMetrics,
@@ -33,85 +31,59 @@ from roma_core.evaluation.metrics import (
     evaluate_regression,
     reconstruction_errors,
 )
-from roma_core.evaluation.packaging import (
-    NotComparable,
-    check_serving,
-    package_classifier,
-    package_encoder,
-    predict_packaged,
-    prediction_table,
-)
 from roma_core.evaluation.predictions import Float32, PredictionTable, RegressionTable
 from roma_core.evaluation.reconstruction import (
     evaluate_reconstruction,
     examples_of,
+    examples_plot,
     mask_all_but,
     mask_as_trained,
     reconstruct,
     reconstruct_examples,
 )
-from roma_core.evaluation.report import Plot, ReportContent, render_report
+from roma_core.evaluation.report import CardContent, Plot, ReportContent, render_card, render_report
 from roma_core.files import read_json, write_bytes, write_json
 from roma_core.job import Attempt, JobFolder
-from roma_core.model.config import is_pretraining
+from roma_core.model.config import EncoderConfig, is_pretraining
+from roma_core.model.export import export_classifier, export_encoder
 from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.run_job import Work
+from roma_core.serving.client import Series as RequestSeries
+from roma_core.serving.package import MAX_LENGTH, build_package, size_mb
+from roma_core.serving.pyfunc_model import Series, open_package
+from roma_core.serving.smoke_test import SmokeTest, SmokeTestFailed, smoke_test_package
 from roma_core.trainer.dataloader import Collate
-from roma_core.trainer.evaluator import classify
+from roma_core.trainer.evaluator import Outputs, classify
 from roma_core.trainer.job import open_dataset
 from roma_core.trainer.metrics import read_records
 from roma_core.trainer.run_logger import Progress
 
-_OUTPUTS = {
-    "predictions": "predictions.parquet",
-    "champion_predictions": "champion_predictions.parquet",
-    "metrics": "metrics.json",
-    "serving_checks": "serving_checks.json",
-    "plots": "plots",
-    "report": "report.html",
-    "package": "package",
-    "encoder_package": "encoder_package",
-}
+_OUTPUTS = (
+    "predictions.parquet", "champion_predictions.parquet", "metrics.json", "serving_checks.json",
+    "plots", "report.html", "package", "encoder_package",
+)  # fmt: skip
 _MAX_EMBEDDED = 2000  # series of train and validation behind an embedding profile
+_N_PARITY = 1000  # series compared between training and serving code, at most
+_N_GOLDEN = 10
 _DRAWN_QUANTILES = (0.1, 0.5, 1.0)  # of the series drawn of a regression, by error
 _CLASSES_DRAWN = range(2, 61)  # classes that a figure of errors has room for
+_LIMIT = (
+    "Intervals are percentile bootstraps over test series; they do not cover another training seed or "
+    "another choice of test series."
+)
+_SELECTION = "Weights and settings were selected on the validation split."
+NOT_PACKAGED = (
+    "No package was written: only classifiers of whole series are served; this model predicts values "
+    "of every observation."
+)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What the evaluation of one task found; the fields of :class:`ReportContent` but for the data's.
-
-    Attributes:
-        model: what the model does, for the summary of the report.
-        tracked: measurements for a tracker beside the metrics.
-        digests: sha256 of the manifests of packages.
-    """
-
-    metrics: ClassificationMetrics | RegressionMetrics | ReconstructionMetrics
-    model: str
-    figures: dict[str, Plot]
-    limits: tuple[str, ...]
-    title: str = "Evaluation"
-    facts: tuple[FactSheet, ...] = ()
-    changes: tuple[Change, ...] = ()
-    serving_checks: ServingChecks | None = None
-    not_packaged: str = ""
-    tracked: dict[str, float] = field(default_factory=dict)
-    digests: dict[str, str] = field(default_factory=dict)
+AnyMetrics = ClassificationMetrics | RegressionMetrics | ReconstructionMetrics
 
 
-class _Steps:
-    """Reports the steps of a job: a heartbeat and a progress line each."""
-
-    def __init__(self, attempt: Attempt, progress: Progress) -> None:
-        self.attempt, self.progress, self.n = attempt, progress, 0
-        attempt.beat(0)
-
-    def __call__(self, **metrics: float) -> None:
-        self.n += 1
-        self.attempt.beat(self.n)
-        self.progress.update(self.n, metrics, force=True)
+class NotComparable(ValueError):
+    """A package cannot predict these series; the text says why."""
 
 
 def run_evaluation(folder: JobFolder, attempt: Attempt) -> Work:
@@ -122,356 +94,432 @@ def run_evaluation(folder: JobFolder, attempt: Attempt) -> Work:
     """
     config = EvaluationJobConfig.model_validate(read_json(folder.config, schema_version=1))
     torch.set_num_threads(1)
-    dataset = open_dataset(config.dataset, config.dataset_digest, verify=True)
-    if len(dataset.split("test")) == 0:
-        raise ValueError(f"{config.dataset} has no test series to evaluate on")
-    model = None if config.classifier is None else _classifier(config.classifier)
-    autoencoder = None
-    if config.autoencoder is not None:
-        autoencoder = RoMAForPreTraining.from_pretrained(config.autoencoder).eval()
-    out = folder.outputs
-    (out / "plots").mkdir(parents=True, exist_ok=True)
     with Progress("evaluate", total_steps=4, first_step=0) as progress:
-        step = _Steps(attempt, progress)
-        leaks = check_leakage(dataset, [Path(path) for path in config.trained_on])
-        for line in leaks:
-            print(f"WARNING: possible leakage: {line}", flush=True)
-        step()
-        if model is None:
-            assert autoencoder is not None  # the configuration has one of the two
-            found = _evaluate_reconstruction(config, dataset, autoencoder, out, step)
-        elif model.config.problem_type == "regression":
-            found = _evaluate_regression(config, dataset, model, out, step)
+        evaluator = _Evaluator(config, folder.outputs, attempt, progress)
+        if evaluator.model is None:
+            metrics: AnyMetrics = evaluator.reconstruction()
+        elif evaluator.model.config.problem_type == "regression":
+            metrics = evaluator.regression(evaluator.model)
+            print(NOT_PACKAGED, flush=True)
         else:
-            found = _evaluate_classification(config, dataset, model, autoencoder, leaks, out, step)
-        write_json(out / "metrics.json", found.metrics.document())
+            metrics = evaluator.classification(evaluator.model)
+        evaluator.step()
+    return Work(
+        "completed",
+        metrics=metrics.flat() | evaluator.tracked,
+        outputs={
+            name.split(".")[0]: f"outputs/{name}"
+            for name in _OUTPUTS
+            if (folder.outputs / name).exists()
+        },
+        facts=evaluator.digests | {"n_series": metrics.n_series},
+    )
 
-        figures = found.figures | learning_curves(config.curves)
-        if model is not None and autoencoder is not None:
-            figures |= _examples(reconstruct_examples(autoencoder, dataset.split("test")))
+
+class _Evaluator:
+    """Evaluates a model on the test split; a method for each task writes its outputs.
+
+    Attributes:
+        tracked: measurements for a tracker beside the metrics.
+        digests: sha256 of the manifests of packages.
+    """
+
+    def __init__(
+        self, config: EvaluationJobConfig, out: Path, attempt: Attempt, progress: Progress
+    ) -> None:
+        self.config, self.out, self.attempt, self.progress = config, out, attempt, progress
+        self.n_steps = 0
+        attempt.beat(0)
+        self.tracked: dict[str, float] = {}
+        self.digests: dict[str, str] = {}
+        self.dataset = open_dataset(config.dataset, config.dataset_digest, verify=True)
+        self.test = self.dataset.split("test")
+        if len(self.test) == 0:
+            raise ValueError(f"{config.dataset} has no test series to evaluate on")
+        self.model: RoMAForClassification | None = None
+        self.autoencoder: RoMAForPreTraining | None = None
+        if (weights := config.classifier) is not None:
+            if is_pretraining(read_json(Path(weights) / "model_config.json")):
+                raise ValueError(
+                    f"{weights} is a pretraining checkpoint without a classification head; pass it "
+                    f"as --autoencoder to evaluate its reconstructions, or finetune it first"
+                )
+            self.model = RoMAForClassification.from_pretrained(weights).eval()
+        if config.autoencoder is not None:
+            self.autoencoder = RoMAForPreTraining.from_pretrained(config.autoencoder).eval()
+        (out / "plots").mkdir(parents=True, exist_ok=True)
+        self.leaks = check_leakage(self.dataset, [Path(path) for path in config.trained_on])
+        for line in self.leaks:
+            print(f"WARNING: possible leakage: {line}", flush=True)
+        self.step()
+
+    def step(self, **metrics: float) -> None:
+        """Report a finished step: a heartbeat and a progress line."""
+        self.n_steps += 1
+        self.attempt.beat(self.n_steps)
+        self.progress.update(self.n_steps, metrics, force=True)
+
+    def _predict(self, model: RoMAForClassification) -> Outputs:
+        return classify(model, self.test, Collate(model.config, seed=0), self.config.batch_size)
+
+    def _report(
+        self,
+        metrics: AnyMetrics,
+        does: str,
+        figures: dict[str, Plot],
+        limits: Sequence[str],
+        title: str = "Evaluation",
+        **fields: Any,
+    ) -> None:
+        """Write metrics, figures and the report; ``does``: what the model does, for its summary."""
+        config = self.config
+        write_json(self.out / "metrics.json", metrics.document())
+        for name, path in config.curves.items():
+            if records := [record for _, record in read_records(Path(path))]:
+                figures[f"curve_{name}"] = Plot(
+                    title=f"Learning curve: {name}",
+                    caption="Metrics by optimiser step; eval is the validation split.",
+                    alt=f"Learning curve of the {name}.",
+                    png=plots.learning_curve(records),
+                    wide=True,
+                )
+        if self.model is not None and self.autoencoder is not None:
+            figures |= examples_plot(reconstruct_examples(self.autoencoder, self.test))
         for name, plot in figures.items():
-            write_bytes(out / "plots" / f"{name}.png", plot.png)
-        checks = found.serving_checks
+            write_bytes(self.out / "plots" / f"{name}.png", plot.png)
         content = ReportContent(
-            title=f"{found.title} of {config.name}",
-            summary=f"RoMA, the Rotary Masked Autoencoder, {found.model}, evaluated on "
-            f"{found.metrics.n_series} test series{'' if leaks else ' not used in training'}.",
+            title=f"{title} of {config.name}",
+            summary=f"RoMA, the Rotary Masked Autoencoder, {does}, evaluated on {metrics.n_series} "
+            f"test series{'' if self.leaks else ' not used in training'}.",
             created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            metrics=found.metrics,
-            leaks=leaks,
+            metrics=metrics,
+            leaks=self.leaks,
             plots=tuple(figures.values()),
-            facts=(*found.facts, *config.facts),
-            limits=found.limits,
+            limits=tuple(limits),
             champion_version=config.champion_version,
-            champion_problem=None if checks is None else checks.champion_problem,
-            changes=found.changes,
-            serving_checks=checks,
-            not_packaged=found.not_packaged,
             decided_before=config.decided_before,
             baselines=config.baselines,
             n_observed=config.n_observed,
+            **{"facts": config.facts} | fields,
         )
-        write_bytes(out / "report.html", render_report(content).encode())
-        step()
-    if found.not_packaged:
-        print(found.not_packaged, flush=True)
-    return Work(
-        "completed",
-        metrics=found.metrics.flat() | found.tracked,
-        outputs={
-            name: f"outputs/{path}" for name, path in _OUTPUTS.items() if (out / path).exists()
-        },
-        facts=found.digests | {"n_series": found.metrics.n_series},
-    )
+        write_bytes(self.out / "report.html", render_report(content).encode())
 
+    def classification(self, model: RoMAForClassification) -> ClassificationMetrics:
+        """Evaluate a classifier of series, compare it with the champion and package it."""
+        config, test, dataset, out = self.config, self.test, self.dataset, self.out
+        if dataset.labels is None:
+            raise ValueError(f"{config.dataset} has no labelled test series to evaluate on")
+        probabilities = softmax(self._predict(model).logits.astype(np.float64), axis=1)
+        lineage = {"dataset_digest": dataset.manifest.digest}
+        table = PredictionTable.of_split(test, probabilities, lineage)
+        table.save(out / "predictions.parquet")
+        metrics = evaluate(table)
+        self.step(accuracy=metrics.accuracy.value)
 
-def _classifier(weights: str) -> RoMAForClassification:
-    if is_pretraining(read_json(Path(weights) / "model_config.json")):
-        raise ValueError(
-            f"{weights} is a pretraining checkpoint without a classification head; pass it as "
-            f"--autoencoder to evaluate its reconstructions, or finetune it first"
+        changes: tuple[Change, ...] = ()
+        problem = config.champion_problem
+        if config.champion is not None:
+            try:
+                champion = predict_packaged(Path(config.champion), test)
+                champion.save(out / "champion_predictions.parquet")
+                changes, problem = compare_predictions(table, champion), None
+            except NotComparable as error:
+                problem = f"champion version {config.champion_version}: {error}"
+
+        figures = {
+            "confusion": Plot(
+                title="Confusion matrix",
+                caption="Rows are true classes, columns predicted ones; numbers count test series.",
+                alt="Confusion matrix of the test series.",
+                png=plots.confusion_matrix(metrics),
+            ),
+            "reliability": Plot(
+                title="Reliability",
+                caption="Accuracy of predictions by confidence. A calibrated model is on the diagonal.",
+                alt="Accuracy against confidence.",
+                png=plots.reliability_curve(metrics),
+            ),
+        }
+        profile = None
+        if (encoder := self.autoencoder) is not None:
+            features = embed(encoder, test, config.batch_size)
+            figures["embedding_map"] = Plot(
+                title="Embedding map",
+                caption="The first two principal components of the pretrained encoder's features of "
+                "test series. The encoder was trained without labels.",
+                alt="Test series on two principal components of their features, coloured by class.",
+                png=plots.embedding_map(features, table.labels, table.classes),
+            )
+            rows = np.concatenate([dataset.split(name).indices for name in ("train", "validation")])
+            few = Subset(dataset, rows[:: -(-len(rows) // _MAX_EMBEDDED)])
+            profile = embedding_profile(embed(encoder, few, config.batch_size))
+
+        reference = reference_profile(dataset, profile)
+        package = out / "package"
+        self.digests["manifest_sha256"] = write_package(
+            config, model, test, reference, package, metrics=metrics, changes=changes,
+            champion_problem=problem,
+        )  # fmt: skip
+        if encoder is not None:
+            self.digests["encoder_manifest_sha256"] = write_package(
+                config, encoder, test, reference, out / "encoder_package"
+            )
+        checks = self._check_serving(package, table, problem)
+        checks.save(out / "serving_checks.json")
+        self.tracked = {
+            "serving_difference": checks.serving_difference,
+            "package_mb": checks.size_mb,
+        }
+        if (smoke_test := checks.smoke_test) is not None:
+            self.tracked |= {"latency_ms": smoke_test.latency_ms, "load_s": smoke_test.load_s}
+        self.step(serving_difference=checks.serving_difference)
+        self._report(
+            metrics,
+            f"as a classifier of {len(table.classes)} classes",
+            figures,
+            [
+                f"{_SELECTION} The test split is used only to decide about promotion; each such "
+                f"decision reduces its independence.",
+                _LIMIT,
+                *["Baselines were measured elsewhere on the same protocol."]
+                * bool(config.baselines),
+                "Probabilities are those of the model as trained; no calibration was fitted.",
+            ],
+            changes=changes,
+            champion_problem=checks.champion_problem,
+            serving_checks=checks,
         )
-    return RoMAForClassification.from_pretrained(weights).eval()
+        return metrics
 
-
-_LIMITS = (
-    "Intervals are percentile bootstraps over test series; they do not cover another training seed or "
-    "another choice of test series.",
-)
-_SELECTION = "Weights and settings were selected on the validation split."
-
-
-def _evaluate_classification(
-    config: EvaluationJobConfig,
-    dataset: StoredDataset,
-    model: RoMAForClassification,
-    autoencoder: RoMAForPreTraining | None,
-    leaks: tuple[str, ...],
-    out: Path,
-    step: _Steps,
-) -> Evaluation:
-    if dataset.labels is None:
-        raise ValueError(f"{config.dataset} has no labelled test series to evaluate on")
-    test = dataset.split("test")
-    logits = classify(model, test, Collate(model.config, seed=0), config.batch_size).logits
-    lineage = {"dataset_digest": dataset.manifest.digest}
-    table = prediction_table(test, softmax(logits.astype(np.float64), axis=1), lineage)
-    table.save(out / "predictions.parquet")
-    metrics = evaluate(table)
-    step(accuracy=metrics.accuracy.value)
-
-    changes, problem = _compare_with_champion(config, table, test, out)
-    profile, features = None, None
-    if autoencoder is not None:
-        features = embed(autoencoder, test, config.batch_size)
-        rows = np.concatenate([dataset.split(name).indices for name in ("train", "validation")])
-        few = Subset(dataset, rows[:: -(-len(rows) // _MAX_EMBEDDED)])
-        profile = embedding_profile(embed(autoencoder, few, config.batch_size))
-    reference = reference_profile(dataset, profile)
-    card = {
-        "metrics": metrics,
-        "changes": changes,
-        "champion_version": config.champion_version,
-        "champion_problem": problem,
-        "baselines": config.baselines,
-        "decided_before": config.decided_before,
-    }
-    package = out / "package"
-    digests = {
-        "manifest_sha256": package_classifier(config, model, test, reference, package, **card)
-    }
-    if autoencoder is not None:
-        digests["encoder_manifest_sha256"] = package_encoder(
-            config, autoencoder, test, reference, out / "encoder_package"
+    def _check_serving(
+        self, package: Path, table: PredictionTable, champion_problem: str | None
+    ) -> ServingChecks:
+        """Test the package, and right after it the champion's, so that latencies are comparable."""
+        rows = range(0, len(self.test), -(-len(self.test) // _N_PARITY))
+        served = open_package(package).outputs([Series(**s) for s in raw_series(self.test, rows)])
+        smoke_test, problem = _smoke_test(package)
+        champion = None
+        if self.config.champion is not None and champion_problem is None:
+            champion, champion_problem = _smoke_test(Path(self.config.champion))
+        return ServingChecks(
+            serving_difference=float(np.abs(served - table.probabilities[list(rows)]).max()),
+            size_mb=size_mb(package),
+            smoke_test=smoke_test,
+            smoke_test_problem=problem,
+            champion_smoke_test=champion,
+            champion_problem=champion_problem,
+            leaks=self.leaks,
+            test_split=split_digest(self.test),
         )
-    checks = check_serving(config, package, table, test, problem).model_copy(
-        update={"leaks": leaks, "test_split": split_digest(test)}
-    )
-    checks.save(out / "serving_checks.json")
-    tracked = {"serving_difference": checks.serving_difference, "package_mb": checks.size_mb}
-    if (smoke_test := checks.smoke_test) is not None:
-        tracked |= {"latency_ms": smoke_test.latency_ms, "load_s": smoke_test.load_s}
-    step(serving_difference=checks.serving_difference)
 
-    figures = {
-        "confusion": Plot(
-            title="Confusion matrix",
-            caption="Rows are true classes, columns predicted ones; numbers count test series.",
-            alt="Confusion matrix of the test series.",
-            png=plots.confusion_matrix(metrics),
-        ),
-        "reliability": Plot(
-            title="Reliability",
-            caption="Accuracy of predictions by confidence. A calibrated model is on the diagonal.",
-            alt="Accuracy against confidence.",
-            png=plots.reliability_curve(metrics),
-        ),
-    }
-    if features is not None:
-        figures["embedding_map"] = Plot(
-            title="Embedding map",
-            caption="The first two principal components of the pretrained encoder's features of test "
-            "series. The encoder was trained without labels.",
-            alt="Test series on two principal components of their features, coloured by class.",
-            png=plots.embedding_map(features, table.labels, table.classes),
+    def regression(self, model: RoMAForClassification) -> RegressionMetrics:
+        """Evaluate a regressor of the targets of every observation."""
+        config, schema, test = self.config, self.dataset.schema, self.test
+        if model.config.pools != "token":
+            raise ValueError(
+                f"{config.classifier} predicts one output per series (pooling={model.config.pools}), "
+                f"but the targets of a data set belong to its observations; train with pooling=token"
+            )
+        if model.config.dim_output != len(schema.targets):
+            raise ValueError(
+                f"{config.classifier} predicts {model.config.dim_output} values per observation, but "
+                f"{config.dataset} has {len(schema.targets)} targets; evaluate it on data like those "
+                f"it was trained on"
+            )
+        outputs = self._predict(model)
+        assert outputs.labels is not None
+        table = RegressionTable(
+            ids=[self.dataset.ids[i] for i in test.indices],
+            series=np.repeat(np.arange(len(test)), test.lengths),
+            channels=schema.targets,
+            true=outputs.labels.astype(np.float64),
+            predicted=outputs.logits.astype(np.float64),
+            axes=schema.axes,
+            positions=np.concatenate([self.dataset.raw(int(i))[0] for i in test.indices]),
+            lineage={"dataset_digest": self.dataset.manifest.digest},
         )
-    return Evaluation(
-        metrics=metrics,
-        model=f"as a classifier of {len(table.classes)} classes",
-        figures=figures,
-        limits=(
-            f"{_SELECTION} The test split is used only to decide about promotion; each such decision "
-            f"reduces its independence.",
-            *_LIMITS,
-            *["Baselines were measured elsewhere on the same protocol."] * bool(config.baselines),
-            "Probabilities are those of the model as trained; no calibration was fitted.",
-        ),
-        changes=changes,
-        serving_checks=checks,
-        tracked=tracked,
-        digests=digests,
-    )
+        table.save(self.out / "predictions.parquet")
+        metrics = evaluate_regression(table)
+        self.step(mse=metrics.mse.value)
 
+        scaled = (table.errors**2 / table.true.var(axis=0).clip(1e-300)).mean(axis=1)  # (T,)
+        order = (np.bincount(table.series, scaled) / test.lengths).argsort()  # the best first
+        drawn = [int(order[round(q * (len(order) - 1))]) for q in _DRAWN_QUANTILES]
+        figures = {
+            "series": Plot(
+                title="Three series",
+                caption="Test series at the 10th, 50th and 100th percentile of the error.",
+                alt="True and predicted targets over position, of three test series.",
+                png=plots.along_series(table, drawn),
+                wide=True,
+            ),
+            "against_true": Plot(
+                title="Predicted against true",
+                caption="Observations of the test split; exact predictions are on the line.",
+                alt="Predicted against true targets.",
+                png=plots.against_true(table),
+            ),
+            "by_position": Plot(
+                title="Error against position",
+                caption="Each point is over observations at neighbouring positions, about equally "
+                "many.",
+                alt="Root mean squared error against position.",
+                png=plots.error_by_position(metrics, schema.axes[0]),
+            ),
+        }
+        names = ", ".join(target.name for target in schema.targets)
+        does, limits = f"as a regressor of {names} at every observation", [_SELECTION, _LIMIT]
+        self._report(metrics, does, figures, limits, not_packaged=NOT_PACKAGED)
+        return metrics
 
-def _compare_with_champion(
-    config: EvaluationJobConfig, table: PredictionTable, test: Subset, out: Path
-) -> tuple[tuple[Change, ...], str | None]:
-    """Changes against the champion, and why it could not be evaluated; none without a champion."""
-    if config.champion is None:
-        return (), config.champion_problem
-    try:
-        champion = predict_packaged(Path(config.champion), test)
-    except NotComparable as error:
-        return (), f"champion version {config.champion_version}: {error}"
-    champion.save(out / "champion_predictions.parquet")
-    return compare_predictions(table, champion), None
+    def reconstruction(self) -> ReconstructionMetrics:
+        """Evaluate the reconstructions of a pretraining model."""
+        config, test, model = self.config, self.test, self.autoencoder
+        assert model is not None  # the configuration has one of the two
+        settings = model.config
+        table = reconstruct(model, test, mask_as_trained(settings, config.seed), config.batch_size)
+        table.save(self.out / "predictions.parquet")
+        self.step()
+        metrics = evaluate_reconstruction(table, test)
+        for n in config.n_observed:
+            fewer = reconstruct(model, test, mask_all_but(n, config.seed), config.batch_size)
+            errors = reconstruction_errors(fewer) | reconstruction_errors(fewer, "clean")
+            metrics.overall.update({f"{key}_observed_{n}": e for key, e in errors.items()})
+        self.step(mse=metrics.overall["mse"].value)
+
+        figures = examples_plot(examples_of(table, test))
+        if len(metrics.groups) in _CLASSES_DRAWN:
+            figures["groups"] = Plot(
+                title="Error by class",
+                caption="Mean squared error of the hidden observations of each class, with 95 % "
+                "intervals.",
+                alt="Mean squared error by class of the series.",
+                png=plots.errors_by_group(metrics.groups, metrics.overall.get("noise_mse")),
+                wide=True,
+            )
+
+        def size(stack: EncoderConfig) -> str:
+            return f"width {stack.d_model}, {stack.depth} layers, {stack.nhead} heads"
+
+        low, high = settings.mask_ratio, settings.mask_ratio_max
+        facts = {
+            "data": f"{self.dataset.manifest.name}, version {self.dataset.manifest.digest[:12]}",
+            "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+            "encoder": size(settings.encoder_config),
+            "decoder": size(settings.decoder_config),
+            "hidden": f"{low:g} of each series" if high is None else f"{low:g} to {high:g}",
+            "masks": f"{settings.mask_strategy}, seed {config.seed}",
+            "position scales": ", ".join(f"{a.name} {a.scale:g}" for a in self.dataset.schema.axes),
+        }
+        sheet = FactSheet(
+            title="Model and masks", facts=tuple(Fact(label=k, value=v) for k, v in facts.items())
+        )
+        self._report(
+            metrics,
+            "reconstructing hidden observations",
+            figures,
+            ["Hidden values were overwritten before the model was run.", _LIMIT],
+            title="Reconstructions",
+            facts=(sheet, *config.facts),
+        )
+        return metrics
 
 
 @torch.no_grad()
 def embed(encoder: RoMAForPreTraining, series: Subset, batch_size: int) -> Float32:
     """``(len(series), d_model)`` features: the mean of every series' tokens, all of them visible."""
-    parts = np.array_split(np.arange(len(series)), -(-len(series) // batch_size))
     collate = Collate(encoder.config, seed=0)
     features = np.empty((len(series), encoder.config.encoder_config.d_model), np.float32)
-    for part in parts:
+    for part in np.array_split(np.arange(len(series)), -(-len(series) // batch_size)):
         batch = collate.batch(series, part)
         assert batch.indices is not None  # set by Collate
         features[batch.indices.numpy()] = encoder.embed(batch, pooling="mean").float().numpy()
     return features
 
 
-def _evaluate_regression(
+def predict_packaged(package: Path, test: Subset) -> PredictionTable:
+    """Probabilities of every series of a split, by a served package, from raw rows.
+
+    Raises:
+        NotComparable: it is damaged, or was made for another schema.
+    """
+    try:
+        classifier = open_package(package)
+    except Exception as error:  # a damaged file may raise anything
+        raise NotComparable(
+            f"the package does not load: {type(error).__name__}: {error}"
+        ) from error
+    classes = list(test.dataset.schema.classes)
+    if classifier.classes != classes:
+        raise NotComparable(
+            f"its classes are {classifier.classes}, those of the data are {classes}"
+        )
+    try:
+        outputs = classifier.outputs([Series(**s) for s in raw_series(test, range(len(test)))])
+    except Exception as error:
+        raise NotComparable(f"it rejects these series: {error}") from error
+    return PredictionTable.of_split(test, outputs, {"package": str(package)})
+
+
+def write_package(
     config: EvaluationJobConfig,
-    dataset: StoredDataset,
-    model: RoMAForClassification,
-    out: Path,
-    step: _Steps,
-) -> Evaluation:
-    if model.config.pools != "token":
-        raise ValueError(
-            f"{config.classifier} predicts one output per series (pooling={model.config.pools}), but "
-            f"the targets of a data set belong to its observations; train with pooling=token"
-        )
-    schema = dataset.schema
-    if model.config.dim_output != len(schema.targets):
-        raise ValueError(
-            f"{config.classifier} predicts {model.config.dim_output} values per observation, but "
-            f"{config.dataset} has {len(schema.targets)} targets; evaluate it on data like those it "
-            f"was trained on"
-        )
-    test = dataset.split("test")
-    outputs = classify(model, test, Collate(model.config, seed=0), config.batch_size)
-    assert outputs.labels is not None
-    table = RegressionTable(
-        ids=[dataset.ids[i] for i in test.indices],
-        lengths=test.lengths,
-        axes=schema.axes,
-        positions=np.concatenate([dataset.raw(int(i))[0] for i in test.indices]),
-        targets=schema.targets,
-        true=outputs.labels.astype(np.float64),
-        predicted=outputs.logits.astype(np.float64),
-        lineage={"dataset_digest": dataset.manifest.digest},
-    )
-    table.save(out / "predictions.parquet")
-    metrics = evaluate_regression(table)
-    step(mse=metrics.mse.value)
+    model: RoMAForClassification | RoMAForPreTraining,
+    test: Subset,
+    profile: ReferenceProfile,
+    folder: Path,
+    **card: Any,
+) -> str:
+    """Build the package of the classifier, or of the encoder, whose features are a mean of tokens.
 
-    scaled = (table.errors**2 / table.true.var(axis=0).clip(1e-300)).mean(axis=1)  # (T,)
-    order = (np.add.reduceat(scaled, table.starts) / table.lengths).argsort()  # the best first
-    drawn = [int(order[round(q * (len(order) - 1))]) for q in _DRAWN_QUANTILES]
-    figures = {
-        "series": Plot(
-            title="Three series",
-            caption="Test series at the 10th, 50th and 100th percentile of the error.",
-            alt="True and predicted targets over position, of three test series.",
-            png=plots.along_series(table, drawn),
-            wide=True,
-        ),
-        "against_true": Plot(
-            title="Predicted against true",
-            caption="Observations of the test split; exact predictions are on the line.",
-            alt="Predicted against true targets.",
-            png=plots.against_true(table),
-        ),
-        "by_position": Plot(
-            title="Error against position",
-            caption="Each point is over observations at neighbouring positions, about equally many.",
-            alt="Root mean squared error against position.",
-            png=plots.error_by_position(metrics, table.axes[0]),
-        ),
-    }
-    names = ", ".join(target.name for target in table.targets)
-    return Evaluation(
-        metrics=metrics,
-        model=f"as a regressor of {names} at every observation",
-        figures=figures,
-        limits=(_SELECTION, *_LIMITS),
-        not_packaged=NOT_PACKAGED,
+    Args:
+        card: further fields of the model card.
+
+    Returns:
+        sha256 of its manifest.
+    """
+    if isinstance(model, RoMAForPreTraining):
+        program, weights = export_encoder(model), config.autoencoder
+        card |= {
+            "name": f"{config.name}_encoder",
+            "kind": "encoder",
+            "n_features": model.config.encoder_config.d_model,
+        }
+    else:
+        program, weights = export_classifier(model), config.classifier
+        card |= {"name": config.name, "kind": "classifier"}
+    assert weights is not None
+    content = CardContent(
+        data_schema=test.dataset.schema,
+        # no series of its own data set is too long for the package
+        max_length=max(MAX_LENGTH, int(test.dataset.lengths.max())),
+        facts=config.facts,
+        champion_version=config.champion_version,
+        baselines=config.baselines,
+        decided_before=config.decided_before,
+        lineage={"dataset_digest": config.dataset_digest, **config.lineage},
+        **card,
+    )
+    by_length = np.argsort(test.lengths, kind="stable")
+    golden = by_length[np.linspace(0, len(test) - 1, min(_N_GOLDEN, len(test))).astype(int)]
+    return build_package(
+        folder,
+        program,
+        Path(weights, "model.safetensors"),
+        read_json(Path(weights, "model_config.json")),
+        test.dataset.schema,
+        [RequestSeries(**s) for s in raw_series(test, golden.tolist())],
+        content.lineage,
+        name=content.name,
+        kind=content.kind,
+        n_features=content.n_features,
+        card=render_card(content),
+        profile=profile.model_dump(mode="json"),
+        max_length=content.max_length,
     )
 
 
-NOT_PACKAGED = (
-    "No package was written: only classifiers of whole series are served; this model predicts values "
-    "of every observation."
-)
-
-
-def _evaluate_reconstruction(
-    config: EvaluationJobConfig,
-    dataset: StoredDataset,
-    model: RoMAForPreTraining,
-    out: Path,
-    step: _Steps,
-) -> Evaluation:
-    test, settings = dataset.split("test"), model.config
-    mask = mask_as_trained(settings, config.seed)
-    table = reconstruct(model, test, mask, config.batch_size)
-    table.save(out / "predictions.parquet", test)
-    step()
-    metrics = evaluate_reconstruction(table, test)
-    for n in config.n_observed:
-        fewer = reconstruct(model, test, mask_all_but(n, config.seed), config.batch_size)
-        for errors in (reconstruction_errors(fewer), reconstruction_errors(fewer, "clean")):
-            metrics.overall.update({f"{key}_observed_{n}": e for key, e in errors.items()})
-    step(mse=metrics.overall["mse"].value)
-
-    figures = _examples(examples_of(table, test))
-    if len(metrics.groups) in _CLASSES_DRAWN:
-        figures["groups"] = Plot(
-            title="Error by class",
-            caption="Mean squared error of the hidden observations of each class, with 95 % intervals.",
-            alt="Mean squared error by class of the series.",
-            png=plots.errors_by_group(metrics.groups, metrics.overall.get("noise_mse")),
-            wide=True,
-        )
-    stacks = {"encoder": settings.encoder_config, "decoder": settings.decoder_config}
-    low, high = settings.mask_ratio, settings.mask_ratio_max
-    facts = {
-        "data": f"{dataset.manifest.name}, version {dataset.manifest.digest[:12]}",
-        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
-        **{k: f"width {s.d_model}, {s.depth} layers, {s.nhead} heads" for k, s in stacks.items()},
-        "hidden": f"{low:g} of each series" if high is None else f"{low:g} to {high:g}",
-        "masks": f"{settings.mask_strategy}, seed {config.seed}",
-        "position scales": ", ".join(f"{a.name} {a.scale:g}" for a in dataset.schema.axes),
-    }
-    sheet = FactSheet(
-        title="Model and masks", facts=tuple(Fact(label=k, value=v) for k, v in facts.items())
-    )
-    return Evaluation(
-        metrics=metrics,
-        model="reconstructing hidden observations",
-        figures=figures,
-        limits=("Hidden values were overwritten before the model was run.", *_LIMITS),
-        title="Reconstructions",
-        facts=(sheet,),
-    )
-
-
-def _examples(examples: Sequence[plots.ReconstructionExample]) -> dict[str, Plot]:
-    if not examples:
-        return {}
-    return {
-        "reconstructions": Plot(
-            title="Reconstructions",
-            caption="Test series with the observations that were visible to the pretrained model, the "
-            "hidden ones and its reconstructions of these.",
-            alt="Visible, hidden and reconstructed observations of some test series.",
-            png=plots.reconstruction_examples(examples),
-            wide=True,
-        )
-    }
-
-
-def learning_curves(curves: Mapping[str, str]) -> dict[str, Plot]:
-    """A figure for each metrics.jsonl, by title, that has any records."""
-    figures = {}
-    for title, path in curves.items():
-        if records := [record for _, record in read_records(Path(path))]:
-            figures[f"curve_{title}"] = Plot(
-                title=f"Learning curve: {title}",
-                caption="Metrics by optimiser step; eval is the validation split.",
-                alt=f"Learning curve of the {title}.",
-                png=plots.learning_curve(records),
-                wide=True,
-            )
-    return figures
+def _smoke_test(package: Path) -> tuple[SmokeTest | None, str | None]:
+    try:
+        return smoke_test_package(package), None
+    except SmokeTestFailed as error:
+        return None, str(error)

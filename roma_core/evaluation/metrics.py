@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from roma_core.evaluation.predictions import (
+    Bools,
     Floats,
     Ints,
     PredictionTable,
@@ -81,10 +82,12 @@ class Metrics(Frozen):
 
     def flat(self) -> dict[str, float]:
         """Numbers for a tracker: ``accuracy``, ``accuracy_low``, ``accuracy_high``, …"""
-        named = self.estimates()
-        ends = {f"{n}_{end}": getattr(e, end) for n, e in named.items() for end in ("low", "high")}
-        values = {n: e.value for n, e in named.items()} | ends
-        return {n: x for n, x in values.items() if x is not None}
+        return {
+            name if end == "value" else f"{name}_{end}": number
+            for name, estimate in self.estimates().items()
+            for end in ("value", "low", "high")
+            if (number := getattr(estimate, end)) is not None
+        }
 
     def document(self) -> dict[str, Any]:
         """The content of ``metrics.json``."""
@@ -188,7 +191,9 @@ class GroupErrors(Frozen):
     """Reconstruction errors of the series of one class."""
 
     name: str
-    slug: str = Field(description="The name as it is in names of metrics.")
+    slug: str = Field(
+        description="The distinct name in metrics: lower-case letters, digits and underscores."
+    )
     n_series: int
     mse: PartEstimate = Field(description="Without an interval if there is one series only.")
     clean_mse: PartEstimate | None
@@ -244,21 +249,20 @@ def resample_sums(contributions: Floats, n_bootstrap: int, seed: int) -> Floats:
     return np.concatenate(sums)
 
 
-def sums_with_resamples(contributions: Floats, n_bootstrap: int, seed: int) -> Floats:
+def sums_with_resamples(contributions: Floats, n_bootstrap: int = N_BOOTSTRAP) -> Floats:
     """``(1 + R, M)``: sums of ``contributions (N, M)`` over all series, then over each resample."""
-    resampled = resample_sums(contributions, n_bootstrap, seed)
+    resampled = resample_sums(contributions, n_bootstrap, seed=0)
     return np.concatenate([contributions.sum(axis=0)[None], resampled])
 
 
-def means_with_resamples(series: Ints, values: Floats, n_bootstrap: int, seed: int) -> Floats:
+def means_with_resamples(series: Ints, values: Floats) -> Floats:
     """``(1 + R, M)``: means of ``values (T, M)`` over all rows, then over those of each resample.
 
-    Args:
-        series: ``(T,)`` the series of each row; whole series are resampled.
+    Whole series are resampled; ``series`` is the ``(T,)`` series of each row.
     """
     _, index = np.unique(series, return_inverse=True)
     sums = [np.bincount(index, column) for column in values.T]
-    totals = sums_with_resamples(np.stack([*sums, np.bincount(index)], axis=1), n_bootstrap, seed)
+    totals = sums_with_resamples(np.stack([*sums, np.bincount(index)], axis=1))
     return totals[:, :-1] / totals[:, -1:]
 
 
@@ -271,6 +275,11 @@ def equal_mass_bins(x: Floats, n_bins: int) -> Ints:
     return np.searchsorted(edges, x, side="left")
 
 
+def _masks(bins: Ints) -> list[Bools]:
+    """The ``(N,)`` elements of each bin that has any."""
+    return [bins == b for b in np.unique(bins)]
+
+
 def wilson(hits: int, n: int) -> tuple[float, float]:
     """95 % Wilson score interval of a fraction; valid for small ``n`` too, of at least 1."""
     from scipy.stats import binomtest
@@ -279,14 +288,11 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def evaluate(
-    table: PredictionTable, n_bootstrap: int = N_BOOTSTRAP, seed: int = 0
-) -> ClassificationMetrics:
-    """Metrics of a table of predicted classes.
+def evaluate(table: PredictionTable, n_bootstrap: int = N_BOOTSTRAP) -> ClassificationMetrics:
+    """Metrics of a table of predicted classes; equal input gives equal output.
 
     Args:
         n_bootstrap: resamples behind the intervals, at least 100.
-        seed: of the resamples; equal input gives equal output.
 
     Raises:
         ValueError: too few resamples.
@@ -294,37 +300,43 @@ def evaluate(
     if n_bootstrap < 100:
         raise ValueError(f"n_bootstrap={n_bootstrap}: a 95 % interval needs at least 100 resamples")
     n, k = table.probabilities.shape
-    confidence = table.probabilities.max(axis=1)
+    confidence, correct = table.probabilities.max(axis=1), table.correct
     bins = equal_mass_bins(confidence, N_BINS)
     is_label = np.eye(k)[table.labels]  # (N, K)
     is_predicted = np.eye(k)[table.predicted]  # (N, K)
-    gap = np.eye(N_BINS)[bins] * (table.correct - confidence)[:, None]  # (N, N_BINS)
+    gap = np.eye(N_BINS)[bins] * (correct - confidence)[:, None]  # (N, N_BINS)
     contributions = [is_label * is_predicted, is_label, is_predicted, nll(table)[:, None], gap]
-    sums = sums_with_resamples(np.hstack(contributions), n_bootstrap, seed)  # (1 + R, M)
+    sums = sums_with_resamples(np.hstack(contributions), n_bootstrap)  # (1 + R, M)
     confusion = np.zeros((k, k), np.int64)
     np.add.at(confusion, (table.labels, table.predicted), 1)
+    counts = [x.tolist() for x in (confusion.diagonal(), confusion.sum(1), confusion.sum(0))]
     return ClassificationMetrics(
         n_series=n,
         n_bootstrap=n_bootstrap,
-        seed=seed,
         **{name: Estimate.of(samples) for name, samples in _headline(sums, k).items()},
         per_class=tuple(
-            _class_metrics(
-                name, int(confusion[c, c]), int(confusion[c].sum()), int(confusion[:, c].sum())
+            ClassMetrics(
+                name=name,
+                precision=hits / predicted if predicted else None,
+                recall=hits / support if support else None,
+                f1=2 * hits / (support + predicted) if support + predicted else None,
+                recall_interval=wilson(hits, support) if support > 1 else None,
+                support=support,
+                predicted=predicted,
             )
-            for c, name in enumerate(table.classes)
+            for name, hits, support, predicted in zip(table.classes, *counts, strict=True)
         ),
         confusion=tuple(tuple(row) for row in confusion.tolist()),
         reliability=tuple(
             ReliabilityBin(
                 confidence=float(confidence[inside].mean()),
-                accuracy=float(table.correct[inside].mean()),
+                accuracy=float(correct[inside].mean()),
                 count=int(inside.sum()),
             )
-            for inside in (bins == b for b in np.unique(bins))
+            for inside in _masks(bins)
         ),
-        by_length=_accuracy_bins(table, table.lengths.astype(np.float64)),
-        by_missing=() if table.missing is None else _accuracy_bins(table, table.missing),
+        by_length=_accuracy_bins(correct, table.lengths.astype(np.float64)),
+        by_missing=() if table.missing is None else _accuracy_bins(correct, table.missing),
     )
 
 
@@ -351,29 +363,16 @@ def _headline(sums: Floats, k: int) -> dict[str, Floats]:
     }
 
 
-def _class_metrics(name: str, hits: int, support: int, predicted: int) -> ClassMetrics:
-    return ClassMetrics(
-        name=name,
-        precision=hits / predicted if predicted else None,
-        recall=hits / support if support else None,
-        f1=2 * hits / (support + predicted) if support + predicted else None,
-        recall_interval=wilson(hits, support) if support > 1 else None,
-        support=support,
-        predicted=predicted,
-    )
-
-
-def _accuracy_bins(table: PredictionTable, x: Floats) -> tuple[AccuracyBin, ...]:
-    bins = equal_mass_bins(x, N_ACCURACY_BINS)
+def _accuracy_bins(correct: Bools, x: Floats) -> tuple[AccuracyBin, ...]:
     return tuple(
         AccuracyBin(
             least=float(x[inside].min()),
             most=float(x[inside].max()),
             count=int(inside.sum()),
-            accuracy=float(table.correct[inside].mean()),
-            interval=wilson(int(table.correct[inside].sum()), int(inside.sum())),
+            accuracy=float(correct[inside].mean()),
+            interval=wilson(int(correct[inside].sum()), int(inside.sum())),
         )
-        for inside in (bins == b for b in np.unique(bins))
+        for inside in _masks(equal_mass_bins(x, N_ACCURACY_BINS))
     )
 
 
@@ -382,23 +381,16 @@ def _error_estimates(mse: Floats, mae: Floats) -> dict[str, Estimate]:
     return {"mse": Estimate.of(mse), "rmse": Estimate.of(np.sqrt(mse)), "mae": Estimate.of(mae)}
 
 
-def evaluate_regression(
-    table: RegressionTable, n_bootstrap: int = N_BOOTSTRAP, seed: int = 0
-) -> RegressionMetrics:
-    """Metrics of a table of predicted values.
-
-    Args:
-        n_bootstrap: resamples behind the 95 % intervals.
-        seed: of the resamples; equal input gives equal output.
-    """
-    errors, k = table.errors, len(table.targets)
+def evaluate_regression(table: RegressionTable) -> RegressionMetrics:
+    """Metrics of a table of predicted values; equal input gives equal output."""
+    errors, k = table.errors, len(table.channels)
     true = table.true - table.true.mean(axis=0)  # so that squares do not cancel
     values = np.hstack([errors**2, np.abs(errors), true, true**2])  # (T, 4K)
-    means = means_with_resamples(table.series, values, n_bootstrap, seed)
+    means = means_with_resamples(table.series, values)
     mse, mae, mean, square = np.split(means, [k, 2 * k, 3 * k], axis=1)  # each (1 + R, K)
     variance = square - mean**2
     per_target = []
-    for i, target in enumerate(table.targets):
+    for i, target in enumerate(table.channels):
         varied = variance[:, i] > 0  # not so where a resample repeats a single value
         r2 = 1 - mse[varied, i] / variance[varied, i]
         per_target.append(
@@ -410,12 +402,9 @@ def evaluate_regression(
             )
         )
     position = table.positions[:, 0]
-    bins = equal_mass_bins(position, N_POSITION_BINS)
     return RegressionMetrics(
         n_series=len(table.ids),
         n_observations=len(table.true),
-        n_bootstrap=n_bootstrap,
-        seed=seed,
         **_error_estimates(mse.mean(axis=1), mae.mean(axis=1)),
         per_target=tuple(per_target),
         by_position=tuple(
@@ -425,7 +414,7 @@ def evaluate_regression(
                 count=int(inside.sum()),
                 rmse=tuple(np.sqrt((errors[inside] ** 2).mean(axis=0)).tolist()),
             )
-            for inside in (bins == b for b in np.unique(bins))
+            for inside in _masks(equal_mass_bins(position, N_POSITION_BINS))
         ),
     )
 
@@ -447,7 +436,7 @@ def reconstruction_errors(
     error = table.predicted.astype(np.float64) - truth  # (H, C)
     scaled = error if ranges is None else error / ranges
     values = np.hstack([error**2, np.abs(error), scaled**2])
-    means = means_with_resamples(table.series, values, N_BOOTSTRAP, seed=0)
+    means = means_with_resamples(table.series, values)
     mse, mae, relative = means.reshape(len(means), 3, -1).mean(axis=2).T  # each (1 + R,)
     found = _error_estimates(mse, mae)
     if ranges is not None:
@@ -468,7 +457,7 @@ def coverage(table: ReconstructionTable) -> dict[str, Estimate]:
     if table.std is None:
         return {}
     inside = np.abs(table.predicted.astype(np.float64) - table.true) <= 1.96 * table.std
-    means = means_with_resamples(table.series, inside.astype(float), N_BOOTSTRAP, seed=0)
+    means = means_with_resamples(table.series, inside.astype(float))
     return {"coverage_95": Estimate.of(means.mean(axis=1))}
 
 
@@ -480,9 +469,10 @@ def errors_by_class(
     Args:
         labels: ``(N,)`` index into ``classes`` of every series.
     """
+    slugs = [re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") for name in classes]
     found = []
-    for k, (name, slug) in enumerate(zip(classes, _slugs(classes), strict=True)):
-        part = table.select(labels == k)
+    for k, (name, slug) in enumerate(zip(classes, slugs, strict=True)):
+        part = table.select(labels[table.series] == k)
         if len(part.series) == 0:
             continue
         n_series = len(np.unique(part.series))
@@ -490,17 +480,10 @@ def errors_by_class(
         found.append(
             GroupErrors(
                 name=name,
-                slug=slug,
+                slug=slug if slug and slugs.count(slug) == 1 else f"{slug}_class{k}",
                 n_series=n_series,
                 mse=reconstruction_errors(part)["mse"].of_part(n_series),
                 clean_mse=None if clean is None else clean.of_part(n_series),
             )
         )
     return tuple(found)
-
-
-def _slugs(names: tuple[str, ...]) -> list[str]:
-    """Distinct names of lower-case letters, digits and underscores, as trackers accept them."""
-    slugs = [re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") for name in names]
-    twice = {slug for slug in slugs if slugs.count(slug) > 1 or not slug}
-    return [f"{slug}_class{k}" if slug in twice else slug for k, slug in enumerate(slugs)]

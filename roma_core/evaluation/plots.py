@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import wraps
+from typing import Any, Literal, ParamSpec
 
 import matplotlib as mpl
 import numpy as np
@@ -19,7 +20,6 @@ from PIL import Image
 from roma_core.evaluation.drift import (
     LARGE_PSI,
     MODERATE_PSI,
-    Effect,
     InputSample,
     Quantity,
     ReferenceProfile,
@@ -37,6 +37,14 @@ from roma_core.schema import Channel, PositionAxis
 
 MAX_BYTES = 64 * 1024
 BLUE, ORANGE, GREEN, GREY, INK = "#2f6db3", "#d9652b", "#3f8f5b", "#8a929c", "#22272e"
+_COLOURS = (BLUE, ORANGE, GREEN, INK)
+_DASHED: Any = (0, (4, 3))
+_SPLIT_COLOURS = {"train": BLUE, "eval": ORANGE}
+_N_TARGETS = len(_COLOURS)  # drawn; more would be too small to read
+_N_POINTS = 3000  # against true values
+_MAX_POINTS = 2000  # of an embedding map; more would hide each other
+_MAX_LEGEND = 20  # classes; more have no distinct colours
+_N_BARS, _N_HISTOGRAMS = 14, 4  # of drift
 STYLE: Any = {
     "figure.constrained_layout.w_pad": 0.1,
     "figure.constrained_layout.h_pad": 0.1,
@@ -44,68 +52,37 @@ STYLE: Any = {
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
     "axes.edgecolor": GREY,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
+    **dict.fromkeys(("text.color", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.labelcolor", "axes.titlecolor"), INK),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "#e6e8eb",
-    "legend.frameon": False,
 }
 
 
-def short(name: str, length: int = 14) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
+P = ParamSpec("P")
 
 
-def _tick_classes(axes: Axes, names: Sequence[str]) -> None:
-    turned = max(map(len, names)) > 3
-    rotation, alignment = (45, "right") if turned else (0, "center")
-    axes.set_xticks(range(len(names)), names, rotation=rotation, ha=alignment)
+def _as_png(draw: Callable[P, Figure]) -> Callable[P, bytes]:
+    """Draw in the style of all figures, and return the figure as PNG."""
 
+    @wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> bytes:
+        with mpl.rc_context(STYLE):
+            return png_of(draw(*args, **kwargs))
 
-def label_of(part: Channel | PositionAxis) -> str:
-    """``depth (m)``; without the unit of a pure number."""
-    return part.name if part.unit in ("1", part.name) else f"{part.name} ({part.unit})"
-
-
-def new_figure(
-    width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained"
-) -> Figure:
-    """A figure of the given size in inches, on the Agg canvas."""
-    figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def legend_above(figure: Figure, columns: int = 4) -> None:
-    """One legend of all panels, above them."""
-    handles: dict[str, Any] = {}
-    for axes in figure.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside upper center",
-        ncols=min(columns, len(handles)),
-    )
+    return drawn
 
 
 def png_of(figure: Figure) -> bytes:
     """The figure as PNG with a palette, at the highest resolution that stays below MAX_BYTES."""
     for dots_per_inch in (160, 120, 90, 60):
-        raw = io.BytesIO()
+        raw, small = io.BytesIO(), io.BytesIO()
         figure.savefig(raw, format="png", dpi=dots_per_inch)
-        small = io.BytesIO()
-        Image.open(raw).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(
-            small, format="png", optimize=True
-        )
+        with_palette = Image.open(raw).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+        with_palette.save(small, format="png", optimize=True)
         if small.tell() <= MAX_BYTES:
             return small.getvalue()
     raise ValueError(
@@ -114,7 +91,115 @@ def png_of(figure: Figure) -> bytes:
     )
 
 
-_SPLIT_COLOURS = {"train": BLUE, "eval": ORANGE}
+def _new_figure(
+    width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained"
+) -> Figure:
+    """A figure of the given size in inches, on the Agg canvas."""
+    figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _legend_above(figure: Figure, columns: int = 4) -> None:
+    """One legend of all panels, above them."""
+    handles: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    columns = min(columns, len(handles))
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns)
+
+
+def _series_grid(
+    figure: Figure, series: Sequence[str], columns: Sequence[str], axis: str
+) -> NDArray[Any]:
+    """``(series, columns)`` panels of values over position, with their titles."""
+    grid = figure.subplots(len(series), len(columns), squeeze=False, sharex="row")
+    for axes in grid.flat:
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+    for axes, title in zip(grid[0], columns, strict=True):
+        axes.set_title(title)
+    for axes, title in zip(grid[:, 0], series, strict=True):
+        axes.set_ylabel(_short(title, 22))
+    for axes in grid[-1]:
+        axes.set_xlabel(axis)
+    return grid
+
+
+def _short(name: str, length: int = 14) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def _tick_classes(axes: Axes, names: Sequence[str]) -> None:
+    rotation, alignment = (45, "right") if max(map(len, names)) > 3 else (0, "center")
+    axes.set_xticks(range(len(names)), names, rotation=rotation, ha=alignment)
+
+
+def label_of(part: Channel | PositionAxis) -> str:
+    """``depth (m)``; without the unit of a pure number."""
+    return part.name if part.unit in ("1", part.name) else f"{part.name} ({part.unit})"
+
+
+@_as_png
+def confusion_matrix(metrics: ClassificationMetrics) -> Figure:
+    """Counts per true and predicted class; colour is the fraction of the true class."""
+    counts = np.array(metrics.confusion)
+    k = len(counts)
+    fraction = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = float(np.clip(1.6 + 0.42 * k, 3.6, 9))
+    figure = _new_figure(side + 1.0, side, layout="compressed")
+    axes = figure.subplots()
+    image = axes.imshow(fraction, cmap="Blues", vmin=0, vmax=1)
+    names = [_short(c.name) for c in metrics.per_class]
+    _tick_classes(axes, names)
+    axes.set_yticks(range(k), names)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.set_xticks(np.arange(k - 1) + 0.5, minor=True)
+    axes.set_yticks(np.arange(k - 1) + 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.tick_params(which="both", length=0)
+    if k <= 25:
+        size = 9 if counts.max() < 1000 else 7
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            colour = "white" if fraction[row, column] > 0.55 else INK
+            axes.text(
+                column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=size,
+                color=colour,
+            )  # fmt: skip
+    bar = figure.colorbar(image, ax=axes, fraction=0.045, pad=0.03)
+    bar.set_label("fraction of the true class")
+    bar.outline.set_visible(False)
+    return figure
+
+
+@_as_png
+def reliability_curve(metrics: ClassificationMetrics) -> Figure:
+    """Accuracy against confidence, bins of equal mass, and how many series each bin holds."""
+    confidence = np.array([b.confidence for b in metrics.reliability])
+    accuracy = np.array([b.accuracy for b in metrics.reliability])
+    count = np.array([b.count for b in metrics.reliability])
+    error = np.sqrt((accuracy * (1 - accuracy)).clip(1e-9) / count)
+    low = min(0.95, float(min(confidence.min(), accuracy.min())))
+    low = max(0.0, np.floor(low * 10 - 0.5) / 10)
+    figure = _new_figure(4.8, 4.8)
+    curve, counts = figure.subplots(2, 1, sharex=True, height_ratios=[3.4, 1])
+    curve.plot([0, 1], [0, 1], color=GREY, linestyle=_DASHED, label="perfectly calibrated")
+    curve.errorbar(
+        confidence, accuracy, yerr=error, color=BLUE, marker="o", markersize=5,
+        elinewidth=1, label="bins, ± standard error",
+    )  # fmt: skip
+    margin = 0.02 * (1 - low)
+    curve.set(xlim=(low - margin, 1 + margin), ylim=(low - margin, 1 + margin))
+    curve.set_ylabel("accuracy")
+    found = metrics.calibration_error
+    curve.set_title(f"calibration error {found.value:.3f} ({found.low:.3f}–{found.high:.3f})")
+    curve.legend(loc="lower right")
+    counts.bar(confidence, count, width=0.012 * (1 - low), color=BLUE)
+    counts.set(xlabel="confidence", ylabel="series", ylim=(0, count.max() * 1.15))
+    counts.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    return figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,68 +239,8 @@ class ReconstructionExample:
                 )
 
 
-def confusion_matrix(metrics: ClassificationMetrics) -> bytes:
-    """Counts per true and predicted class; colour is the fraction of the true class."""
-    counts = np.array(metrics.confusion)
-    k = len(counts)
-    fraction = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    side = float(np.clip(1.6 + 0.42 * k, 3.6, 9))
-    with mpl.rc_context(STYLE):
-        figure = new_figure(side + 1.0, side, layout="compressed")
-        axes = figure.subplots()
-        image = axes.imshow(fraction, cmap="Blues", vmin=0, vmax=1)
-        names = [short(c.name) for c in metrics.per_class]
-        _tick_classes(axes, names)
-        axes.set_yticks(range(k), names)
-        axes.set(xlabel="predicted class", ylabel="true class")
-        axes.grid(False)
-        axes.spines[:].set_visible(False)
-        axes.set_xticks(np.arange(k - 1) + 0.5, minor=True)
-        axes.set_yticks(np.arange(k - 1) + 0.5, minor=True)
-        axes.grid(which="minor", color="white", linewidth=1.5)
-        axes.tick_params(which="both", length=0)
-        if k <= 25:
-            for row, column in zip(*np.nonzero(counts), strict=True):
-                dark = fraction[row, column] > 0.55
-                axes.text(
-                    column, row, f"{counts[row, column]}", ha="center", va="center",
-                    fontsize=9 if counts.max() < 1000 else 7, color="white" if dark else INK,
-                )  # fmt: skip
-        bar = figure.colorbar(image, ax=axes, fraction=0.045, pad=0.03)
-        bar.set_label("fraction of the true class")
-        bar.outline.set_visible(False)
-        return png_of(figure)
-
-
-def reliability_curve(metrics: ClassificationMetrics) -> bytes:
-    """Accuracy against confidence, bins of equal mass, and how many series each bin holds."""
-    confidence = np.array([b.confidence for b in metrics.reliability])
-    accuracy = np.array([b.accuracy for b in metrics.reliability])
-    count = np.array([b.count for b in metrics.reliability])
-    error = np.sqrt((accuracy * (1 - accuracy)).clip(1e-9) / count)
-    low = min(0.95, float(min(confidence.min(), accuracy.min())))
-    low = max(0.0, np.floor(low * 10 - 0.5) / 10)
-    with mpl.rc_context(STYLE):
-        figure = new_figure(4.8, 4.8)
-        curve, counts = figure.subplots(2, 1, sharex=True, height_ratios=[3.4, 1])
-        curve.plot([0, 1], [0, 1], color=GREY, linestyle=(0, (4, 3)), label="perfectly calibrated")
-        curve.errorbar(
-            confidence, accuracy, yerr=error, color=BLUE, marker="o", markersize=5,
-            elinewidth=1, label="bins, ± standard error",
-        )  # fmt: skip
-        margin = 0.02 * (1 - low)
-        curve.set(xlim=(low - margin, 1 + margin), ylim=(low - margin, 1 + margin))
-        curve.set_ylabel("accuracy")
-        found = metrics.calibration_error
-        curve.set_title(f"calibration error {found.value:.3f} ({found.low:.3f}–{found.high:.3f})")
-        curve.legend(loc="lower right")
-        counts.bar(confidence, count, width=0.012 * (1 - low), color=BLUE)
-        counts.set(xlabel="confidence", ylabel="series", ylim=(0, count.max() * 1.15))
-        counts.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-        return png_of(figure)
-
-
-def reconstruction_examples(examples: Sequence[ReconstructionExample]) -> bytes:
+@_as_png
+def reconstruction_examples(examples: Sequence[ReconstructionExample]) -> Figure:
     """A row per series, a column per channel: visible, hidden and reconstructed values.
 
     Raises:
@@ -230,59 +255,52 @@ def reconstruction_examples(examples: Sequence[ReconstructionExample]) -> bytes:
                 f"{example.title} has channels {list(example.channels)}, the first has {channels}; "
                 f"one figure shows series of the same channels"
             )
-    rows, columns = len(examples), len(channels)
-    with mpl.rc_context(STYLE):
-        width = max(6.5, min(11.0, 3.1 * columns))  # the legend takes 6.5
-        figure = new_figure(width, 0.9 + 1.75 * rows)
-        grid = figure.subplots(rows, columns, squeeze=False, sharex="row")
-        for row, example in enumerate(examples):
-            for column, channel in enumerate(channels):
-                axes = grid[row, column]
-                _draw_reconstruction(axes, example, column)
-                if row == 0:
-                    axes.set_title(channel)
-                if column == 0:
-                    axes.set_ylabel(short(example.title, 22))
-                if row == rows - 1:
-                    axes.set_xlabel(example.axis)
-        legend_above(figure, columns=3)
-        return png_of(figure)
+    width = max(6.5, min(11.0, 3.1 * len(channels)))  # the legend takes 6.5
+    figure = _new_figure(width, 0.9 + 1.75 * len(examples))
+    titles = [example.title for example in examples]
+    grid = _series_grid(figure, titles, channels, examples[-1].axis)
+    for row, example in zip(grid, examples, strict=True):
+        for channel, axes in enumerate(row):
+            _draw_reconstruction(axes, example, channel)
+    _legend_above(figure, columns=3)
+    return figure
 
 
 def _draw_reconstruction(axes: Axes, example: ReconstructionExample, channel: int) -> None:
     order = np.argsort(example.positions, kind="stable")
-    x, visible = example.positions[order], example.visible[order]
-    true, predicted = example.values[order, channel], example.predicted[order, channel]
-    line = true if example.clean is None else example.clean[order, channel]
-    axes.plot(x, line, color="#c9ced4", linewidth=1, zorder=1,
+    hidden = order[~example.visible[order]]
+    visible = order[example.visible[order]]
+    x, true, predicted = (
+        example.positions,
+        example.values[:, channel],
+        example.predicted[:, channel],
+    )
+    line = true if example.clean is None else example.clean[:, channel]
+    axes.plot(x[order], line[order], color="#c9ced4", linewidth=1, zorder=1,
               label=None if example.clean is None else "without noise")  # fmt: skip
     if example.std is not None:
         axes.errorbar(
-            x[~visible], predicted[~visible], example.std[order, channel][~visible], fmt="none",
+            x[hidden], predicted[hidden], example.std[hidden, channel], fmt="none",
             ecolor=ORANGE, elinewidth=2.5, alpha=0.3, label="± predicted deviation", zorder=2,
         )  # fmt: skip
     axes.vlines(
-        x[~visible],
-        true[~visible],
-        predicted[~visible],
-        color=ORANGE,
-        linewidth=0.9,
-        alpha=0.6,
-        zorder=2,
+        x[hidden], true[hidden], predicted[hidden], color=ORANGE, linewidth=0.9, alpha=0.6, zorder=2
     )
     axes.plot(x[visible], true[visible], "o", color=INK, markersize=4, label="visible", zorder=3)
     axes.plot(
-        x[~visible], true[~visible], "o", color=GREY, markerfacecolor="white", markersize=4.5,
+        x[hidden], true[hidden], "o", color=GREY, markerfacecolor="white", markersize=4.5,
         label="hidden, true value", zorder=3,
     )  # fmt: skip
-    axes.plot(x[~visible], predicted[~visible], "X", color=ORANGE, markeredgecolor="white", markeredgewidth=0.5,
-              markersize=6.5, label="hidden, reconstructed", zorder=4)  # fmt: skip
-    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.plot(
+        x[hidden], predicted[hidden], "X", color=ORANGE, markeredgecolor="white",
+        markeredgewidth=0.5, markersize=6.5, label="hidden, reconstructed", zorder=4,
+    )  # fmt: skip
 
 
+@_as_png
 def learning_curve(
     records: Iterable[Mapping[str, Any]], quantities: Sequence[str] = ("loss", "accuracy")
-) -> bytes:
+) -> Figure:
     """Metrics against the step: one panel per quantity, one line per ``<split>/<quantity>``.
 
     Args:
@@ -292,160 +310,125 @@ def learning_curve(
     Raises:
         ValueError: none of the quantities occurs.
     """
-    lines: dict[str, dict[str, tuple[list[int], list[float]]]] = {q: {} for q in quantities}
-    seen = set()
+    lines: dict[str, list[tuple[int, float]]] = {}  # name of the metric -> steps and values
     for record in records:
         for name, value in record["metrics"].items():
-            seen.add(name)
-            quantity = name.rsplit("/", 1)[-1]
-            if quantity in lines:
-                steps, values = lines[quantity].setdefault(name, ([], []))
-                steps.append(record["step"])
-                values.append(value)
-    drawn = [q for q in quantities if lines[q]]
-    if not drawn:
+            lines.setdefault(name, []).append((record["step"], value))
+    panels = {q: [name for name in sorted(lines) if name.split("/")[-1] == q] for q in quantities}
+    panels = {quantity: names for quantity, names in panels.items() if names}
+    if not panels:
         raise ValueError(
-            f"no metric ends with one of {list(quantities)}; the records hold {sorted(seen)}"
+            f"no metric ends with one of {list(quantities)}; the records hold {sorted(lines)}"
         )
-    with mpl.rc_context(STYLE):
-        figure = new_figure(4.4 * len(drawn) + 0.4, 3.3)
-        for axes, quantity in zip(
-            figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True
-        ):
-            for name, (steps, values) in sorted(lines[quantity].items()):
-                split = name.rsplit("/", 1)[0]
-                axes.plot(
-                    steps, values, color=_SPLIT_COLOURS.get(split), label=split,
-                    linewidth=1.6, marker="o" if len(steps) < 40 else None, markersize=3,
-                )  # fmt: skip
-            axes.set(xlabel="step", title=quantity)
-            positive = all(v > 0 for _, values in lines[quantity].values() for v in values)
-            if "loss" in quantity and positive:
-                axes.set_yscale("log")
-        legend_above(figure)
-        return png_of(figure)
+    figure = _new_figure(4.4 * len(panels) + 0.4, 3.3)
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (quantity, names) in zip(row, panels.items(), strict=True):
+        for name in names:
+            split, marker = name.rsplit("/", 1)[0], "o" if len(lines[name]) < 40 else None
+            axes.plot(
+                *zip(*lines[name], strict=True), color=_SPLIT_COLOURS.get(split), label=split,
+                linewidth=1.6, marker=marker, markersize=3,
+            )  # fmt: skip
+        axes.set(xlabel="step", title=quantity)
+        if "loss" in quantity and all(value > 0 for name in names for _, value in lines[name]):
+            axes.set_yscale("log")
+    _legend_above(figure)
+    return figure
 
 
-_COLOURS = (BLUE, ORANGE, GREEN, INK)
-_N_TARGETS = len(_COLOURS)  # drawn; more would be too small to read
-_N_POINTS = 3000
-
-
-def along_series(table: RegressionTable, chosen: Sequence[int]) -> bytes:
+@_as_png
+def along_series(table: RegressionTable, chosen: Sequence[int]) -> Figure:
     """True and predicted over position: a row per chosen series, a column per target."""
-    targets = table.targets[:_N_TARGETS]
-    rows, columns = len(chosen), len(targets)
-    with mpl.rc_context(STYLE):
-        figure = new_figure(max(5.5, min(11.0, 4.2 * columns)), 0.7 + 1.75 * rows)
-        grid = figure.subplots(rows, columns, squeeze=False, sharex="row")
-        for row, k in enumerate(chosen):
-            at = table.rows_of(k)
-            order = np.argsort(table.positions[at, 0], kind="stable")
-            position = table.positions[at, 0][order]
-            for column, target in enumerate(targets):
-                axes = grid[row, column]
-                axes.plot(
-                    position, table.true[at, column][order], color=GREY, linewidth=1.2, label="true"
-                )
-                axes.plot(
-                    position, table.predicted[at, column][order], "o", color=ORANGE, markersize=3,
-                    label="predicted",
-                )  # fmt: skip
-                axes.yaxis.set_major_locator(MaxNLocator(4))
-                if row == 0:
-                    axes.set_title(label_of(target))
-                if column == 0:
-                    axes.set_ylabel(short(table.ids[k], 22))
-                if row == rows - 1:
-                    axes.set_xlabel(label_of(table.axes[0]))
-        legend_above(figure)
-        return png_of(figure)
+    targets = [label_of(target) for target in table.channels[:_N_TARGETS]]
+    figure = _new_figure(max(5.5, min(11.0, 4.2 * len(targets))), 0.7 + 1.75 * len(chosen))
+    grid = _series_grid(figure, [table.ids[k] for k in chosen], targets, label_of(table.axes[0]))
+    for row, k in zip(grid, chosen, strict=True):
+        at = np.flatnonzero(table.series == k)
+        at = at[np.argsort(table.positions[at, 0], kind="stable")]
+        x = table.positions[at, 0]
+        for axes, true, predicted in zip(
+            row, table.true[at].T, table.predicted[at].T, strict=False
+        ):
+            axes.plot(x, true, color=GREY, linewidth=1.2, label="true")
+            axes.plot(x, predicted, "o", color=ORANGE, markersize=3, label="predicted")
+    _legend_above(figure)
+    return figure
 
 
-def against_true(table: RegressionTable) -> bytes:
+@_as_png
+def against_true(table: RegressionTable) -> Figure:
     """Predicted against true, a panel per target; at most 3000 observations, evenly taken."""
-    targets = table.targets[:_N_TARGETS]
+    targets = table.channels[:_N_TARGETS]
     rows = np.linspace(0, len(table.true) - 1, min(_N_POINTS, len(table.true))).astype(int)
-    with mpl.rc_context(STYLE):
-        figure = new_figure(max(4.2, min(11.0, 3.6 * len(targets))), 3.8)
-        panels = figure.subplots(1, len(targets), squeeze=False)[0]
-        for k, (axes, target) in enumerate(zip(panels, targets, strict=True)):
-            true, predicted = table.true[rows, k], table.predicted[rows, k]
-            ends = [true.min(), true.max()]
-            axes.plot(ends, ends, color=GREY, linewidth=1, zorder=3)
-            axes.plot(true, predicted, ".", color=ORANGE, markersize=2, alpha=0.5)
-            axes.set(xlabel="true", title=label_of(target))
-        panels[0].set_ylabel("predicted")
-        return png_of(figure)
+    figure = _new_figure(max(4.2, min(11.0, 3.6 * len(targets))), 3.8)
+    panels = figure.subplots(1, len(targets), squeeze=False)[0]
+    for k, (axes, target) in enumerate(zip(panels, targets, strict=True)):
+        true, predicted = table.true[rows, k], table.predicted[rows, k]
+        ends = [true.min(), true.max()]
+        axes.plot(ends, ends, color=GREY, linewidth=1, zorder=3)
+        axes.plot(true, predicted, ".", color=ORANGE, markersize=2, alpha=0.5)
+        axes.set(xlabel="true", title=label_of(target))
+    panels[0].set_ylabel("predicted")
+    return figure
 
 
-def error_by_position(metrics: RegressionMetrics, axis: PositionAxis) -> bytes:
+@_as_png
+def error_by_position(metrics: RegressionMetrics, axis: PositionAxis) -> Figure:
     """Root mean squared error of every target against position."""
     middle = [(one.first + one.last) / 2 for one in metrics.by_position]
-    with mpl.rc_context(STYLE):
-        figure = new_figure(5.2, 3.8)
-        axes = figure.subplots()
-        targets = metrics.per_target[:_N_TARGETS]
-        for k, (target, colour) in enumerate(zip(targets, _COLOURS, strict=False)):
-            rmse = [one.rmse[k] for one in metrics.by_position]
-            axes.plot(
-                middle, rmse, "o-", color=colour, markersize=3.5, linewidth=1.3,
-                label=short(target.name),
-            )  # fmt: skip
-        axes.set(xlabel=label_of(axis), ylabel="root mean squared error")
-        axes.set_ylim(bottom=0)
-        if len(targets) > 1:
-            legend_above(figure, columns=3)
-        return png_of(figure)
+    figure = _new_figure(5.2, 3.8)
+    axes = figure.subplots()
+    targets = metrics.per_target[:_N_TARGETS]
+    for k, (target, colour) in enumerate(zip(targets, _COLOURS, strict=False)):
+        rmse, label = [one.rmse[k] for one in metrics.by_position], _short(target.name)
+        axes.plot(middle, rmse, "o-", color=colour, markersize=3.5, linewidth=1.3, label=label)
+    axes.set(xlabel=label_of(axis), ylabel="root mean squared error")
+    axes.set_ylim(bottom=0)
+    if len(targets) > 1:
+        _legend_above(figure, columns=3)
+    return figure
 
 
-def errors_by_group(groups: Sequence[GroupErrors], noise: Estimate | None) -> bytes:
+@_as_png
+def errors_by_group(groups: Sequence[GroupErrors], noise: Estimate | None) -> Figure:
     """Mean squared error of each class with its interval; ``noise``: of the values without noise."""
-    names = [short(group.name) for group in groups]
     values = np.array([group.mse.value for group in groups])
     ends = np.array([(group.mse.low, group.mse.high) for group in groups], dtype=np.float64)
     low, high = ends.T  # NaN, which is not drawn, of a single series
-    with mpl.rc_context(STYLE):
-        figure = new_figure(max(5.0, min(11.0, 1.5 + 0.32 * len(groups))), 3.3)
-        axes = figure.subplots()
-        bars = [(values - low).clip(0), (high - values).clip(0)]
-        axes.errorbar(
-            range(len(groups)), values, bars, fmt="o", color=BLUE, elinewidth=1.2, markersize=5
-        )
-        if noise is not None:
-            axes.axhline(noise.value, color=ORANGE, linestyle=(0, (4, 3)), label="noise alone")
-            legend_above(figure)
-        _tick_classes(axes, names)
-        axes.set(ylabel="mean squared error", ylim=(0, None))
-        axes.axhline(0, color=GREY, linewidth=0.8)
-        return png_of(figure)
+    figure = _new_figure(max(5.0, min(11.0, 1.5 + 0.32 * len(groups))), 3.3)
+    axes = figure.subplots()
+    bars = [(values - low).clip(0), (high - values).clip(0)]
+    axes.errorbar(
+        range(len(groups)), values, bars, fmt="o", color=BLUE, elinewidth=1.2, markersize=5
+    )
+    if noise is not None:
+        axes.axhline(noise.value, color=ORANGE, linestyle=_DASHED, label="noise alone")
+        _legend_above(figure)
+    _tick_classes(axes, [_short(group.name) for group in groups])
+    axes.set(ylabel="mean squared error", ylim=(0, None))
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    return figure
 
 
-_MAX_POINTS = 2000  # more would hide each other
-_MAX_LEGEND = 20  # classes; more have no distinct colours
-
-
-def embedding_map(features: NDArray[np.floating], labels: Ints, classes: Sequence[str]) -> bytes:
+@_as_png
+def embedding_map(features: NDArray[np.floating], labels: Ints, classes: Sequence[str]) -> Figure:
     """Two principal components of features ``(n, D)`` of series with labels ``(n,)``."""
     step = -(-len(features) // _MAX_POINTS)
     features, labels = features[::step], labels[::step]
     points, fractions = principal_components(features)
     colours = mpl.colormaps["tab10" if len(classes) <= 10 else "tab20"]
-    with mpl.rc_context(STYLE):
-        figure = new_figure(6.4, 4.6)
-        axes = figure.subplots()
-        for k, name in enumerate(classes):
-            mine = points[labels == k]
-            if len(mine):
-                axes.scatter(
-                    mine[:, 0], mine[:, 1], s=14, color=colours(k % colours.N), alpha=0.75,
-                    linewidths=0, label=short(name),
-                )  # fmt: skip
-        axes.set_xlabel(f"first principal component, {fractions[0]:.0%} of the variance")
-        axes.set_ylabel(f"second, {fractions[1]:.0%}")
-        if len(classes) <= _MAX_LEGEND:
-            figure.legend(loc="outside right upper", markerscale=1.6)
-        return png_of(figure)
+    figure = _new_figure(6.4, 4.6)
+    axes = figure.subplots()
+    for k in np.unique(labels):
+        axes.scatter(
+            points[labels == k, 0], points[labels == k, 1], s=14, color=colours(k % colours.N), alpha=0.75,
+            linewidths=0, label=_short(classes[k]),
+        )  # fmt: skip
+    axes.set_xlabel(f"first principal component, {fractions[0]:.0%} of the variance")
+    axes.set_ylabel(f"second, {fractions[1]:.0%}")
+    if len(classes) <= _MAX_LEGEND:
+        figure.legend(loc="outside right upper", markerscale=1.6)
+    return figure
 
 
 def principal_components(features: NDArray[np.floating]) -> tuple[Floats, Floats]:
@@ -463,10 +446,8 @@ def principal_components(features: NDArray[np.floating]) -> tuple[Floats, Floats
     return scores, fractions
 
 
-_N_BARS, _N_HISTOGRAMS = 14, 4
-
-
-def drift_figure(profile: ReferenceProfile, sample: InputSample) -> bytes:
+@_as_png
+def drift_figure(profile: ReferenceProfile, sample: InputSample) -> Figure:
     """The stability index of each quantity as a bar, and histograms of the most drifted ones.
 
     Raises:
@@ -479,33 +460,29 @@ def drift_figure(profile: ReferenceProfile, sample: InputSample) -> bytes:
         )
     fractions = bin_fractions(profile, sample)
     drawn = [e.quantity for e in found if e.quantity in fractions][:_N_HISTOGRAMS]
-    with mpl.rc_context(STYLE):
-        figure = new_figure(10.5, max(3.6, 0.9 + 0.28 * min(len(found), _N_BARS)))
-        bars, panels = figure.subfigures(1, 2, squeeze=False, width_ratios=[1, 1.5])[0]
-        _draw_bars(bars.subplots(), found[:_N_BARS])
-        columns = 2 if len(drawn) > 1 else 1
-        grid = panels.subplots(-(-len(drawn) // columns), columns, squeeze=False).ravel()
-        for axes, name in zip(grid, drawn, strict=False):
-            _draw_histograms(axes, name, profile.quantities[name], fractions[name])
-        for axes in grid[len(drawn) :]:
-            axes.set_axis_off()
-        handles, labels = grid[0].get_legend_handles_labels()
-        panels.legend(handles, labels, loc="outside upper right", ncols=2)
-        return png_of(figure)
-
-
-def _draw_bars(axes: Axes, found: list[Effect]) -> None:
-    sizes = [e.size for e in found][::-1]
+    figure = _new_figure(10.5, max(3.6, 0.9 + 0.28 * min(len(found), _N_BARS)))
+    bars, panels = figure.subfigures(1, 2, squeeze=False, width_ratios=[1, 1.5])[0]
+    axes, shown = bars.subplots(), found[:_N_BARS][::-1]
+    sizes = [e.size for e in shown]
     colours = [ORANGE if size > LARGE_PSI else BLUE for size in sizes]
     axes.barh(range(len(sizes)), sizes, color=colours, height=0.7)
-    axes.set_yticks(range(len(sizes)), [short(e.quantity, 22) for e in found][::-1])
+    axes.set_yticks(range(len(sizes)), [_short(e.quantity, 22) for e in shown])
     for limit in (MODERATE_PSI, LARGE_PSI):
-        axes.axvline(limit, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+        axes.axvline(limit, color=GREY, linewidth=1, linestyle=_DASHED)
     axes.set_xlim(0, max(1.15 * max(sizes), 1.4 * LARGE_PSI))
     axes.set_xlabel(
         f"population stability index\n(dashed: {MODERATE_PSI} moderate, {LARGE_PSI} large drift)"
     )
     axes.grid(axis="y", visible=False)
+    columns = 2 if len(drawn) > 1 else 1
+    grid = panels.subplots(-(-len(drawn) // columns), columns, squeeze=False).ravel()
+    for axes, name in zip(grid, drawn, strict=False):
+        _draw_histograms(axes, name, profile.quantities[name], fractions[name])
+    for axes in grid[len(drawn) :]:
+        axes.set_axis_off()
+    handles, labels = grid[0].get_legend_handles_labels()
+    panels.legend(handles, labels, loc="outside upper right", ncols=2)
+    return figure
 
 
 def _draw_histograms(axes: Axes, name: str, quantity: Quantity, recent: Floats) -> None:
@@ -516,6 +493,6 @@ def _draw_histograms(axes: Axes, name: str, quantity: Quantity, recent: Floats) 
     every = max(1, round(len(quantity.edges) / 3))
     shown = [n for n in range(len(quantity.edges)) if n % every == 0]
     axes.set_xticks([n + 0.5 for n in shown], [f"{quantity.edges[n]:.3g}" for n in shown])
-    axes.set_title(short(name, 26))
+    axes.set_title(_short(name, 26))
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.grid(axis="x", visible=False)

@@ -11,7 +11,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +24,49 @@ from roma_core.schema import Channel, PositionAxis
 Floats = NDArray[np.float64]
 Float32 = NDArray[np.float32]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 SCHEMA_VERSION = 1
 _HEADER = b"roma_predictions"
 _SUM_TOLERANCE = 1e-4  # the sum of probabilities computed in float32
 
 
-def _write_parquet(path: Path, columns: Mapping[str, Any], **header: Any) -> None:
-    """Write the file in one step; ``header`` goes into the metadata of its schema."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+class _Table:
+    """What every table has: checks of its arrays that name the series, and the Parquet file."""
 
-    text = json.dumps({"schema_version": SCHEMA_VERSION, **header})
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(dict(columns)).replace_schema_metadata({_HEADER: text}), buffer)
-    write_bytes(path, buffer.getvalue())
+    ids: list[str]
+
+    def _check_arrays(self, **expected: tuple[type[np.generic], tuple[int, ...]]) -> None:
+        for name, (dtype, shape) in expected.items():
+            array = getattr(self, name)
+            if array.shape != shape or array.dtype != dtype:
+                raise ValueError(
+                    f"{name}: expected {np.dtype(dtype)} of shape {shape} for {len(self.ids)} "
+                    f"series, got {array.dtype} of shape {array.shape}"
+                )
+
+    def _check_rows(self, name: str, good: Any, expected: str, series: Ints) -> None:
+        """Check the ``(T,)`` bool of the rows of an array; ``series``: their indices in ``ids``."""
+        if not good.all():
+            row = int(good.argmin())
+            raise ValueError(
+                f"{name}: expected {expected}, but {int((~good).sum())} of {len(good)} rows differ; "
+                f"the first is of series {self.ids[series[row]]!r}: {getattr(self, name)[row].tolist()}"
+            )
+
+    def _write(self, path: Path, columns: Mapping[str, Any], **header: Any) -> None:
+        """Write the file in one step; ``header`` goes into the metadata of its schema."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        text = json.dumps({"schema_version": SCHEMA_VERSION, **header})
+        buffer = io.BytesIO()
+        pq.write_table(pa.table(dict(columns)).replace_schema_metadata({_HEADER: text}), buffer)
+        write_bytes(path, buffer.getvalue())
 
 
 @dataclass(frozen=True, eq=False)
-class PredictionTable:
+class PredictionTable(_Table):
     """Labels and predicted probabilities of N series over K classes.
 
     Attributes:
@@ -76,36 +99,38 @@ class PredictionTable:
             if len(set(names)) != len(names):
                 twice = [name for name, count in Counter(names).most_common(3) if count > 1]
                 raise ValueError(f"{name} must be distinct; these occur more than once: {twice}")
-        for name, dtype, shape in (
-            ("labels", np.int64, (n,)),
-            ("probabilities", np.float64, (n, k)),
-            ("lengths", np.int64, (n,)),
-            ("missing", np.float64, (n,)),
-        ):
-            array = getattr(self, name)
-            if array is None and name == "missing":
-                continue
-            if array.shape != shape or array.dtype != dtype:
-                raise ValueError(
-                    f"{name}: expected {np.dtype(dtype)} of shape {shape} for {n} ids and "
-                    f"{k} classes, got {array.dtype} of shape {array.shape}"
-                )
-        p = self.probabilities
-        labelled = (self.labels >= 0) & (self.labels < k)
-        self._check_rows("labels", labelled, f"0 to {k - 1}")
-        self._check_rows("lengths", self.lengths >= 1, "at least 1")
-        self._check_rows("probabilities", np.isfinite(p).all(axis=1), "finite numbers")
-        self._check_rows("probabilities", ((p >= 0) & (p <= 1)).all(axis=1), "numbers in [0, 1]")
+        self._check_arrays(
+            labels=(np.int64, (n,)), probabilities=(np.float64, (n, k)), lengths=(np.int64, (n,))
+        )
+        if self.missing is not None:
+            self._check_arrays(missing=(np.float64, (n,)))
+        p, labels = self.probabilities, self.labels
         normalised = np.abs(p.sum(axis=1) - 1) <= _SUM_TOLERANCE
-        self._check_rows("probabilities", normalised, f"rows that sum to 1 within {_SUM_TOLERANCE}")
+        for name, good, expected in (
+            ("labels", (labels >= 0) & (labels < k), f"0 to {k - 1}"),
+            ("lengths", self.lengths >= 1, "at least 1"),
+            ("probabilities", np.isfinite(p).all(axis=1), "finite numbers"),
+            ("probabilities", ((p >= 0) & (p <= 1)).all(axis=1), "numbers in [0, 1]"),
+            ("probabilities", normalised, f"rows that sum to 1 within {_SUM_TOLERANCE}"),
+        ):
+            self._check_rows(name, good, expected, np.arange(n))
 
-    def _check_rows(self, name: str, good: NDArray[np.bool_] | np.bool_, expected: str) -> None:
-        if not good.all():
-            row = int(good.argmin())
-            raise ValueError(
-                f"{name}: expected {expected}, but {int((~good).sum())} of {len(self.ids)} series "
-                f"differ; the first is {self.ids[row]!r} with {getattr(self, name)[row].tolist()}"
-            )
+    @classmethod
+    def of_split(
+        cls, test: Subset, probabilities: Floats, lineage: Mapping[str, str]
+    ) -> PredictionTable:
+        """The table of the ``(N, K)`` probabilities of a labelled split."""
+        dataset = test.dataset
+        assert dataset.labels is not None
+        return cls(
+            ids=[dataset.ids[i] for i in test.indices],
+            classes=dataset.schema.classes,
+            labels=dataset.labels[test.indices],
+            probabilities=probabilities,
+            lengths=test.lengths,
+            lineage=lineage,
+            missing=missing_fractions(test),
+        )
 
     @property
     def predicted(self) -> Ints:
@@ -113,7 +138,7 @@ class PredictionTable:
         return self.probabilities.argmax(axis=1)
 
     @property
-    def correct(self) -> NDArray[np.bool_]:
+    def correct(self) -> Bools:
         """``(N,)`` bool."""
         return self.predicted == self.labels
 
@@ -132,7 +157,7 @@ class PredictionTable:
         }
         if self.missing is not None:
             columns["missing"] = self.missing
-        _write_parquet(path, columns, classes=self.classes, lineage=dict(self.lineage))
+        self._write(path, columns, classes=self.classes, lineage=dict(self.lineage))
 
     @classmethod
     def load(cls, path: Path) -> PredictionTable:
@@ -155,11 +180,10 @@ class PredictionTable:
                 f"{path} is no table of predictions of schema_version {SCHEMA_VERSION} (found "
                 f"{header.get('schema_version')!r}); evaluate the model again to write one"
             )
-        classes = tuple(header["classes"])
-        index = {name: i for i, name in enumerate(classes)}
+        index = {name: i for i, name in enumerate(header["classes"])}
         return cls(
             ids=table["id"].to_pylist(),
-            classes=classes,
+            classes=tuple(index),
             labels=np.array([index[name] for name in table["label"].to_pylist()], np.int64),
             probabilities=np.array(table["probabilities"].to_pylist(), np.float64),
             lengths=table["length"].to_numpy(),
@@ -183,125 +207,102 @@ def missing_fractions(test: Subset) -> Floats:
     return np.clip(1 - np.array([len(one) for one in positions]) / expected, 0, 1)
 
 
-@dataclass(frozen=True, eq=False)
-class RegressionTable:
-    """K targets of T observations of N series, one series after the other.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _ObservationTable(_Table):
+    """K true and predicted values of T observations of N series, in the units of the data.
 
     Attributes:
         ids: N ids of series.
-        lengths: ``(N,)`` int64 observations of each, at least 1.
+        series: ``(T,)`` int64, ascending: the index in ``ids`` of each observation's series.
+        channels: K names with their units.
+        true, predicted: ``(T, K)``.
+    """
+
+    ids: list[str]
+    series: Ints
+    channels: tuple[Channel, ...]
+    true: NDArray[np.floating]
+    predicted: NDArray[np.floating]
+
+    def _columns(self, own: Mapping[str, NDArray[Any]], *fields: str) -> dict[str, Any]:
+        """``id``, ``own``, and a column for each channel of the fields that are not None."""
+        import pyarrow as pa
+
+        by_channel = {
+            f"{name}_{channel.name}": values[:, k]
+            for name in fields
+            if (values := getattr(self, name)) is not None
+            for k, channel in enumerate(self.channels)
+        }
+        return {
+            "id": pa.array(self.ids, pa.string()).take(pa.array(self.series)),
+            **own,
+            **by_channel,
+        }
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RegressionTable(_ObservationTable):
+    """K targets of all T observations of N series; ``true`` and ``predicted`` are finite float64.
+
+    Attributes:
         axes: D axes of ``positions``.
         positions: ``(T, D)`` float64, as delivered.
-        targets: K names with their units.
-        true, predicted: ``(T, K)`` float64 in these units, finite.
         lineage: identifiers such as the digest of the data.
 
     Raises:
         ValueError: shapes do not fit together, or a number is not finite.
     """
 
-    ids: list[str]
-    lengths: Ints
     axes: tuple[PositionAxis, ...]
     positions: Floats
-    targets: tuple[Channel, ...]
-    true: Floats
-    predicted: Floats
     lineage: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.ids or not self.targets:
-            raise ValueError(
-                f"expected at least 1 series and 1 target, got {len(self.ids)} and {len(self.targets)}"
-            )
-        total = int(self.lengths.sum())
-        for name, shape in (
-            ("lengths", (len(self.ids),)),
-            ("positions", (total, len(self.axes))),
-            ("true", (total, len(self.targets))),
-            ("predicted", (total, len(self.targets))),
-        ):
-            array = getattr(self, name)
-            if array.shape != shape:
-                raise ValueError(
-                    f"{name}: expected shape {shape} for {len(self.ids)} series of {total} "
-                    f"observations, got {array.shape}"
-                )
-            bad = ~np.isfinite(array).reshape(len(array), -1).all(axis=1)
-            if bad.any():
-                row = int(bad.argmax())
-                series = row if name == "lengths" else int(self.series[row])
-                raise ValueError(
-                    f"{name}: expected finite numbers, but {int(bad.sum())} rows of {len(array)} "
-                    f"have others; the first is of series {self.ids[series]!r}: {array[row].tolist()}"
-                )
-
-    @cached_property
-    def starts(self) -> Ints:
-        """``(N,)`` first row of each series."""
-        return np.cumsum(self.lengths) - self.lengths
-
-    @cached_property
-    def series(self) -> Ints:
-        """``(T,)`` index into ``ids`` of each row."""
-        return np.repeat(np.arange(len(self.ids)), self.lengths)
+        n, k, total = len(self.ids), len(self.channels), len(self.series)
+        if not n or not k:
+            raise ValueError(f"expected at least 1 series and 1 target, got {n} and {k}")
+        widths = {"positions": len(self.axes), "true": k, "predicted": k}
+        for name, width in widths.items():
+            self._check_arrays(**{name: (np.float64, (total, width))})
+            finite = np.isfinite(getattr(self, name)).all(axis=1)
+            self._check_rows(name, finite, "finite numbers", self.series)
 
     @property
     def errors(self) -> Floats:
         """``(T, K)`` predicted minus true."""
         return self.predicted - self.true
 
-    def rows_of(self, k: int) -> slice:
-        """Rows of series k."""
-        return slice(int(self.starts[k]), int(self.starts[k] + self.lengths[k]))
-
     def save(self, path: Path) -> None:
         """Write a row per observation, in one step."""
-        import pyarrow as pa
-
-        columns = {"id": pa.array(self.ids, pa.string()).take(pa.array(self.series))}
-        for k, axis in enumerate(self.axes):
-            columns[f"position_{axis.name}"] = self.positions[:, k]
-        for what in ("true", "predicted"):
-            for k, target in enumerate(self.targets):
-                columns[f"{what}_{target.name}"] = getattr(self, what)[:, k]
-        _write_parquet(
+        places = {f"position_{axis.name}": self.positions[:, k] for k, axis in enumerate(self.axes)}
+        self._write(
             path,
-            columns,
+            self._columns(places, "true", "predicted"),
             axes={axis.name: axis.unit for axis in self.axes},
-            targets={target.name: target.unit for target in self.targets},
+            targets={target.name: target.unit for target in self.channels},
             lineage=dict(self.lineage),
         )
 
 
-@dataclass(frozen=True, eq=False)
-class ReconstructionTable:
-    """H hidden observations of N series, one series after the other, in the units of the data.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ReconstructionTable(_ObservationTable):
+    """T hidden observations, of all or some of N series; values are float32, as observed, with noise.
 
     Attributes:
-        n_series: N, including series without a hidden observation.
-        series: ``(H,)`` int64 index of the series in the split, ascending.
-        index: ``(H,)`` int64 index of the observation in its series.
-        true: ``(H, C)`` float32, as observed, with noise.
-        predicted: ``(H, C)`` float32; NaN before prediction.
-        std: ``(H, C)`` predicted standard deviation; None if the model predicts none.
-        clean: ``(H, C)`` values without noise; None if unknown.
+        index: ``(T,)`` int64 index of the observation in its series.
+        std: ``(T, K)`` predicted standard deviation; None if the model predicts none.
+        clean: ``(T, K)`` values without noise; None if unknown.
     """
 
-    n_series: int
-    series: Ints
     index: Ints
-    true: Float32
-    predicted: Float32
     std: Float32 | None = None
     clean: Float32 | None = None
 
-    def select(self, series: NDArray[np.bool_]) -> ReconstructionTable:
-        """The rows of the series where ``(N,)`` is True; ``n_series`` becomes their number."""
-        rows = series[self.series]
+    def select(self, rows: Bools) -> ReconstructionTable:
+        """The observations where ``(T,)`` is True."""
         return replace(
             self,
-            n_series=int(series.sum()),
             series=self.series[rows],
             index=self.index[rows],
             true=self.true[rows],
@@ -310,16 +311,7 @@ class ReconstructionTable:
             clean=None if self.clean is None else self.clean[rows],
         )
 
-    def save(self, path: Path, split: Subset) -> None:
+    def save(self, path: Path) -> None:
         """Write a row per hidden observation, in one step."""
-        import pyarrow as pa
-
-        ids = pa.array([split.dataset.ids[i] for i in split.indices])
-        columns = {"id": ids.take(pa.array(self.series)), "observation": self.index}
-        for what in ("true", "predicted", "std", "clean"):
-            if (values := getattr(self, what)) is not None:
-                for c, channel in enumerate(split.dataset.schema.channels):
-                    columns[f"{what}_{channel.name}"] = values[:, c]
-        _write_parquet(
-            path, columns, channels={c.name: c.unit for c in split.dataset.schema.channels}
-        )
+        columns = self._columns({"observation": self.index}, "true", "predicted", "std", "clean")
+        self._write(path, columns, channels={c.name: c.unit for c in self.channels})

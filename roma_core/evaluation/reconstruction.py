@@ -5,7 +5,7 @@ Shapes here:  N series   H hidden observations   C channels
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,8 +19,9 @@ from roma_core.evaluation.metrics import (
     noise_error,
     reconstruction_errors,
 )
-from roma_core.evaluation.plots import ReconstructionExample, label_of
+from roma_core.evaluation.plots import ReconstructionExample, label_of, reconstruction_examples
 from roma_core.evaluation.predictions import Float32, Floats, Ints, ReconstructionTable
+from roma_core.evaluation.report import Plot
 from roma_core.model import masking
 from roma_core.model.config import RoMAForPreTrainingConfig
 from roma_core.model.packing import PackedBatch
@@ -36,13 +37,9 @@ Mask = Callable[[PackedBatch], PackedBatch]
 
 def mask_all_but(n_observed: int, seed: int) -> Mask:
     """Hides all observations of each series but ``n_observed``, where it has more."""
-
-    def mask(batch: PackedBatch) -> PackedBatch:
-        return batch.with_mask(
-            masking.mask_all_but(batch.segments, batch.sample_ids, n_observed, seed)
-        )
-
-    return mask
+    return lambda batch: batch.with_mask(
+        masking.mask_all_but(batch.segments, batch.sample_ids, n_observed, seed)
+    )
 
 
 def mask_as_trained(config: RoMAForPreTrainingConfig, seed: int) -> Mask:
@@ -61,44 +58,31 @@ def reconstruct(
             was trained on other data.
         RuntimeError: the model read a hidden value, or its weights are not finite.
     """
-    _check_schema(model, split.dataset.schema)
+    schema = split.dataset.schema
+    _check_model(model, schema)
     model.eval()
-    batches = list(_masked_batches(model.config, split, mask, batch_size))
-    table, order = _hidden_table(batches, split)
-    outputs = np.concatenate([_outputs(model, batch) for batch in batches])[order]
-    width = table.true.shape[1]
-    units = Normaliser(split.dataset.schema)
+    collate, rows = Collate(model.config, seed=0), np.arange(len(split))
+    parts = [rows[start : start + batch_size] for start in range(0, len(split), batch_size)]
+    batches = [mask(collate.batch(split, part)) for part in parts]
+    outputs = np.concatenate([_outputs(model, batch) for batch in batches])
+    units, width = Normaliser(schema), len(schema.channels)
     mean, log_variance = outputs[:, :width], outputs[:, width:]
     deviation = np.exp(0.5 * log_variance.clip(-14, 14))  # as in the loss
     std = deviation * units.slope(mean) if model.config.predict_variance else None
-    return replace(table, predicted=units.denormalise(mean), std=std)
+    return _table(split, batches, units.denormalise(mean), std)
 
 
-def hidden_observations(
-    config: RoMAForPreTrainingConfig, split: Subset, mask: Mask
-) -> ReconstructionTable:
-    """What a model of this configuration would have to predict; ``predicted`` is NaN.
-
-    Raises:
-        ValueError: nothing is hidden, or such a model predicts no values in the units of the data.
-    """
-    return _hidden_table(list(_masked_batches(config, split, mask, 256)), split)[0]
-
-
-def _check_schema(model: RoMAForPreTraining, schema: DataSchema) -> None:
-    if model.data_schema is None:
-        return
-    own = DataSchema.model_validate(model.data_schema)
-    for what in ("channels", "axes", "normalisation"):
-        if getattr(own, what) != getattr(schema, what):
-            raise ValueError(
-                f"{what} of this data set and of the data the model was trained on differ, so its "
-                f"outputs have another meaning here; evaluate it on the version of the data it was "
-                f"trained on"
-            )
-
-
-def _check_config(config: RoMAForPreTrainingConfig, schema: DataSchema) -> None:
+def _check_model(model: RoMAForPreTraining, schema: DataSchema) -> None:
+    config = model.config
+    if model.data_schema is not None:
+        own = DataSchema.model_validate(model.data_schema)
+        for what in ("channels", "axes", "normalisation"):
+            if getattr(own, what) != getattr(schema, what):
+                raise ValueError(
+                    f"{what} of this data set and of the data the model was trained on differ, so "
+                    f"its outputs have another meaning here; evaluate it on the version of the data "
+                    f"it was trained on"
+                )
     if config.normalize_targets:
         raise ValueError(
             "a model trained with normalize_targets predicts the shape of a token less its own mean, "
@@ -111,38 +95,6 @@ def _check_config(config: RoMAForPreTrainingConfig, schema: DataSchema) -> None:
             f"{len(config.position_axes)} position axes of its own; only one with a token for each "
             f"observation of this data set, {len(schema.channels)} channels, can be evaluated on it"
         )
-
-
-def _masked_batches(
-    config: RoMAForPreTrainingConfig, split: Subset, mask: Mask, batch_size: int
-) -> Iterator[PackedBatch]:
-    _check_config(config, split.dataset.schema)
-    collate, rows = Collate(config, seed=0), np.arange(len(split))
-    for start in range(0, len(split), batch_size):
-        part = rows[start : start + batch_size]
-        yield mask(collate.batch(split, part))
-
-
-def _hidden_table(batches: list[PackedBatch], split: Subset) -> tuple[ReconstructionTable, Ints]:
-    """The table without predictions, and the ``(H,)`` row of the batches for each of its rows."""
-    found = []
-    for batch in batches:
-        assert batch.masked is not None and batch.indices is not None
-        rows, segments = batch.masked.hidden_rows, batch.segments
-        series = batch.indices[segments.ids[rows]].numpy()
-        found.append((series, segments.index_in_series[rows].numpy()))
-    series, index = (np.concatenate(column) for column in zip(*found, strict=True))
-    if len(series) == 0:
-        raise ValueError(
-            f"nothing is hidden in {len(split)} series of {split.lengths.min()} to "
-            f"{split.lengths.max()} observations: leave fewer visible (--n-observed), or hide a "
-            f"larger fraction (mask_ratio)"
-        )
-    order = np.lexsort((index, series))
-    series, index = series[order], index[order]
-    true, clean = _true_values(split, series, index)
-    unknown = np.full_like(true, np.nan)
-    return ReconstructionTable(len(split), series, index, true, unknown, clean=clean), order
 
 
 def _outputs(model: RoMAForPreTraining, batch: PackedBatch) -> Float32:
@@ -161,19 +113,45 @@ def _outputs(model: RoMAForPreTraining, batch: PackedBatch) -> Float32:
     return outputs.numpy()
 
 
-def _true_values(split: Subset, series: Ints, index: Ints) -> tuple[Float32, Float32 | None]:
-    """``(H, C)`` observed values of hidden observations, and the clean ones if they are known."""
+def _table(
+    split: Subset, batches: list[PackedBatch], predicted: Float32, std: Float32 | None
+) -> ReconstructionTable:
+    """Predictions ``(H, C)`` of the hidden observations, in the order of the batches, as a table."""
+    found = []
+    for batch in batches:
+        assert batch.masked is not None and batch.indices is not None
+        hidden, segments = batch.masked.hidden_rows, batch.segments
+        found.append((batch.indices[segments.ids[hidden]], segments.index_in_series[hidden]))
+    series, index = (torch.cat(column).numpy() for column in zip(*found, strict=True))
+    if len(series) == 0:
+        raise ValueError(
+            f"nothing is hidden in {len(split)} series of {split.lengths.min()} to "
+            f"{split.lengths.max()} observations: leave fewer visible (--n-observed), or hide a "
+            f"larger fraction (mask_ratio)"
+        )
+    order = np.lexsort((index, series))
+    series, index = series[order], index[order]
     dataset = split.dataset
     columns = clean_columns(dataset.schema)
     true = np.empty((len(series), len(dataset.schema.channels)), np.float32)
     clean = None if columns is None else np.empty_like(true)
     for k, rows in rows_by_series(series):
-        true[rows] = dataset.raw(int(split.indices[k]))[1][index[rows]]
+        row = int(split.indices[k])
+        true[rows] = dataset.raw(row)[1][index[rows]]
         if clean is not None:
-            targets = dataset.targets(int(split.indices[k]))
+            targets = dataset.targets(row)
             assert targets is not None and columns is not None
             clean[rows] = targets[index[rows]][:, columns]
-    return true, clean
+    return ReconstructionTable(
+        ids=[dataset.ids[i] for i in split.indices],
+        series=series,
+        channels=dataset.schema.channels,
+        index=index,
+        true=true,
+        predicted=predicted[order],
+        std=None if std is None else std[order],
+        clean=clean,
+    )
 
 
 def rows_by_series(series: Ints) -> Iterator[tuple[int, slice]]:
@@ -269,10 +247,9 @@ def reconstruct_examples(model: RoMAForPreTraining, split: Subset) -> list[Recon
     batch = Collate(model.config, seed=0).batch(few, np.arange(len(few)))
     if batch.masked is None or batch.masked.hidden.total == 0:
         return []
-    table, order = _hidden_table([batch], few)
-    outputs = model.eval().reconstruct_hidden(batch, batch.masked).float().numpy()[order]
+    outputs = model.eval().reconstruct_hidden(batch, batch.masked).float().numpy()
     predicted = Normaliser(split.dataset.schema).denormalise(outputs)
-    return examples_of(replace(table, predicted=predicted), few)
+    return examples_of(_table(few, [batch], predicted, None), few)
 
 
 def examples_of(table: ReconstructionTable, split: Subset) -> list[ReconstructionExample]:
@@ -283,30 +260,42 @@ def examples_of(table: ReconstructionTable, split: Subset) -> list[Reconstructio
     chosen = has_hidden[np.linspace(0, len(has_hidden) - 1, _N_EXAMPLES).astype(int)]
     examples = []
     for k in dict.fromkeys(chosen.tolist()):
-        row = int(split.indices[k])
+        row, rows = int(split.indices[k]), table.series == k
         positions, values = dataset.raw(row)
-        rows = table.series == k
-        hidden = table.index[rows]
-        targets = dataset.targets(row)
-        clean = None if targets is None or columns is None else targets[:, columns]
-
-        def scatter(numbers: Float32, n: int = len(values), at: Ints = hidden) -> Float32:
-            """``(hidden, C)`` to their rows of ``(N, drawn)``, the others NaN."""
-            full = np.full((n, numbers.shape[1]), np.nan, np.float32)
-            full[at] = numbers
-            return full[:, :_N_CHANNELS]
-
+        hidden, targets = table.index[rows], dataset.targets(row)
+        full = [np.full_like(values, np.nan), np.full_like(values, np.nan)]
+        for whole, part in zip(full, (table.predicted, table.std), strict=True):
+            if part is not None:
+                whole[hidden] = part[rows]
         examples.append(
             ReconstructionExample(
                 title=dataset.ids[row],
                 channels=[label_of(channel) for channel in schema.channels[:_N_CHANNELS]],
                 positions=positions[:, 0],
                 values=values[:, :_N_CHANNELS],
-                predicted=scatter(table.predicted[rows]),
+                predicted=full[0][:, :_N_CHANNELS],
                 visible=~np.isin(np.arange(len(values)), hidden),
                 axis=label_of(schema.axes[0]),
-                std=None if table.std is None else scatter(table.std[rows]),
-                clean=None if clean is None else clean[:, :_N_CHANNELS],
+                std=None if table.std is None else full[1][:, :_N_CHANNELS],
+                clean=None
+                if targets is None or columns is None
+                else targets[:, columns][:, :_N_CHANNELS],
             )
         )
     return examples
+
+
+def examples_plot(examples: Sequence[ReconstructionExample]) -> dict[str, Plot]:
+    """The figure of some series, by name; none of no series."""
+    if not examples:
+        return {}
+    return {
+        "reconstructions": Plot(
+            title="Reconstructions",
+            caption="Test series with the observations that were visible to the pretrained model, the "
+            "hidden ones and its reconstructions of these.",
+            alt="Visible, hidden and reconstructed observations of some test series.",
+            png=reconstruction_examples(examples),
+            wide=True,
+        )
+    }

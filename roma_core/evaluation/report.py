@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
+import re
+from functools import partial
 from typing import Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -40,7 +41,20 @@ class Plot(Frozen):
         return png
 
 
-class ReportContent(Frozen):
+class _Content(Frozen):
+    """What the report and the model card share."""
+
+    facts: tuple[FactSheet, ...] = ()
+    champion_version: str | None = Field(None, description="None if there was no champion.")
+    champion_problem: str | None = Field(None, description="Why it could not be evaluated.")
+    changes: tuple[Change, ...] = Field((), description="Against the champion.")
+    decided_before: int | None = Field(
+        None, description="Number of earlier models that this test split has decided about."
+    )
+    baselines: tuple[Baseline, ...] = ()
+
+
+class ReportContent(_Content):
     """Everything the report of any task shows."""
 
     schema_version: Literal[1] = 1
@@ -51,18 +65,22 @@ class ReportContent(Frozen):
     metrics: ClassificationMetrics | RegressionMetrics | ReconstructionMetrics
     leaks: tuple[str, ...] = Field((), description="Test series that were in the training data.")
     plots: tuple[Plot, ...] = ()
-    facts: tuple[FactSheet, ...] = ()
     limits: tuple[str, ...] = Field((), description="Limits of the numbers; one per line.")
-    champion_version: str | None = Field(None, description="None if there was no champion.")
-    champion_problem: str | None = Field(None, description="Why it could not be evaluated.")
-    changes: tuple[Change, ...] = Field((), description="Against the champion.")
     serving_checks: ServingChecks | None = None
     not_packaged: str = Field("", description="Why there is no package.")
-    decided_before: int | None = Field(
-        None, description="Number of earlier models that this test split has decided about."
-    )
-    baselines: tuple[Baseline, ...] = ()
     n_observed: tuple[int, ...] = Field((), description="Visible observations, of reconstructions.")
+
+
+class CardContent(_Content):
+    """Everything a card shows; without ``metrics`` the model was not evaluated by itself."""
+
+    name: str
+    kind: Literal["classifier", "encoder"]
+    data_schema: DataSchema
+    max_length: int
+    n_features: int | None = None
+    metrics: ClassificationMetrics | None = None
+    lineage: dict[str, str] = Field({}, description="Identifiers of what the model was made from.")
 
 
 METRICS = {
@@ -137,24 +155,6 @@ def render_report(content: ReportContent) -> str:
     return template.render(content=content, task=task, headline=headline, rows=rows, **values)
 
 
-class CardContent(Frozen):
-    """Everything a card shows; without ``metrics`` the model was not evaluated by itself."""
-
-    name: str
-    kind: Literal["classifier", "encoder"]
-    data_schema: DataSchema
-    max_length: int
-    n_features: int | None = None
-    facts: tuple[FactSheet, ...] = ()
-    metrics: ClassificationMetrics | None = None
-    changes: tuple[Change, ...] = ()
-    champion_version: str | None = None
-    champion_problem: str | None = None
-    baselines: tuple[Baseline, ...] = ()
-    decided_before: int | None = None
-    lineage: dict[str, str] = Field({}, description="Identifiers of what the model was made from.")
-
-
 def render_card(content: CardContent) -> str:
     """The card as Markdown; text from outside is escaped in its cells."""
     estimates = {} if content.metrics is None else content.metrics.estimates()
@@ -171,53 +171,31 @@ def _environment(autoescape: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "base64": lambda data: base64.b64encode(data).decode(),
-        "cell": _cell,
-        "fixed": _or_dash(_fixed),
-        "number": _or_dash(_number),
-        "signed": _signed,
-        "fixed_interval": _interval(_fixed, "–"),
-        "number_interval": _interval(_number, "–"),
-        "signed_interval": _interval(_signed, " to "),
-    }
+    for name, spec in _FORMATS.items():
+        environment.filters[name] = partial(_number, spec=spec)
+        environment.filters[f"{name}_interval"] = partial(_interval, spec=spec)
+    environment.filters |= {"base64": lambda data: base64.b64encode(data).decode(), "cell": _cell}
     environment.tests["significant"] = lambda e: e.low is not None and (e.low > 0 or e.high < 0)
     return environment
 
 
-def _fixed(x: float) -> str:
-    return f"{x:.3f}"
+_FORMATS = {"fixed": ".3f", "number": ".4g", "signed": "+z.3f"}
 
 
-def _number(x: float) -> str:
-    """Four digits of a number of any size: ``0.003412``, ``200.3``."""
-    return f"{x:.4g}".replace("-", "−")
+def _number(x: float | None, spec: str) -> str:
+    """``0.012``, ``+0.012``, ``0.003412``; a dash for None."""
+    return "–" if x is None else format(x, spec).replace("-", "−")
 
 
-def _signed(x: float) -> str:
-    """``+0.012``, ``−0.012``; never a negative zero."""
-    return f"{round(x, 3) + 0.0:+.3f}".replace("-", "−")
-
-
-def _or_dash(text: Callable[[float], str]) -> Callable[[float | None], str]:
-    return lambda x: "–" if x is None else text(x)
-
-
-def _interval(
-    text: Callable[[float], str], between: str
-) -> Callable[[PartEstimate | tuple[float, float] | None], str]:
-    """``0.976–0.997``; a dash if there is none."""
-
-    def render(x: PartEstimate | tuple[float, float] | None) -> str:
-        low, high = (x.low, x.high) if isinstance(x, PartEstimate) else x or (None, None)
-        return "–" if low is None or high is None else f"{text(low)}{between}{text(high)}"
-
-    return render
+def _interval(x: PartEstimate | tuple[float, float] | None, spec: str) -> str:
+    """``0.976–0.997``, ``−0.012 to +0.003``; a dash if there is none."""
+    low, high = (x.low, x.high) if isinstance(x, PartEstimate) else x or (None, None)
+    if low is None or high is None:
+        return "–"
+    return f"{_number(low, spec)}{' to ' if '+' in spec else '–'}{_number(high, spec)}"
 
 
 def _cell(text: object) -> str:
     """Text of a table's cell: on one line, with Markdown and HTML markup escaped."""
     line = " ".join(str(text).split()) or "–"
-    for character in "\\`*_[]<|":
-        line = line.replace(character, f"\\{character}")
-    return line
+    return re.sub(r"[\\`*_\[\]<|]", r"\\\g<0>", line)

@@ -32,14 +32,15 @@ from roma_core.evaluation.metrics import errors_by_class, noise_error, reconstru
 from roma_core.evaluation.predictions import ReconstructionTable
 from roma_core.evaluation.reconstruction import (
     channel_ranges,
-    hidden_observations,
     linear_interpolation,
     mask_all_but,
     mask_as_trained,
+    reconstruct,
     rows_by_series,
     train_mean,
 )
 from roma_core.model.config import RoMAForPreTrainingConfig
+from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.sources.synthetic import rbf_weights
 from roma_core.trainer.job import data_fields
 from roma_pipelines.experiment import Experiment, load_experiment
@@ -180,6 +181,7 @@ def show(name: str, experiment: Experiment, split_name: Any, folder: Path) -> No
     config = RoMAForPreTrainingConfig.from_values(
         experiment.pretraining.model | data_fields(data.schema)
     )
+    untrained = RoMAForPreTraining(config)  # its predictions are replaced
     methods, seen = ROW_METHODS[name]
     deviation = experiment.dataset.source.noise or 0.1
     counts = ", ".join(f"{k} {v.n_series}" for k, v in data.manifest.counts.items())
@@ -189,7 +191,7 @@ def show(name: str, experiment: Experiment, split_name: Any, folder: Path) -> No
         ("as trained", mask_as_trained(config, 0)),
         *((f"{n} visible", mask_all_but(n, 0)) for n in seen),
     ]:
-        table = hidden_observations(config, split, hide)
+        table = reconstruct(untrained, split, hide, batch_size=256)
         print(f"  {hidden}: {len(table.series)} hidden; noise alone {value(noise_error(table))}")
         known = {
             "mean of train": train_mean(table, split),

@@ -5,7 +5,7 @@ import pytest
 from roma_core.data.store import StoredDataset
 from roma_core.evaluation.config import EvaluationJobConfig
 from roma_core.evaluation.drift import reference_profile
-from roma_core.evaluation.packaging import package_encoder
+from roma_core.evaluation.job import write_package
 from roma_core.files import read_json
 from roma_core.model import RoMAForPreTraining, RoMAForPreTrainingConfig
 from roma_core.serving.package import MAX_LENGTH
@@ -30,7 +30,7 @@ def test_no_series_of_the_data_set_is_too_long_for_its_package(tmp_path, longest
     )
 
     profile = reference_profile(dataset)
-    package_encoder(config, model, dataset.split("train"), profile, tmp_path / "package")
+    write_package(config, model, dataset.split("train"), profile, tmp_path / "package")
 
     taken = read_json(tmp_path / "package" / "package.json")["max_length"]
     assert taken == max(MAX_LENGTH, longest)

@@ -63,8 +63,9 @@ def noisy(name, n, seed, split="test", label="x"):
 def table_of(**changes):
     """Three hidden observations of two of three series; errors 1, 3 and 2 in the only channel."""
     fields = {
-        "n_series": 3,
+        "ids": ["a", "b", "c"],
         "series": np.array([0, 0, 2]),
+        "channels": (Channel(name="v", unit="V"),),
         "index": np.array([1, 4, 0]),
         "true": np.array([[0.0], [1], [2]], np.float32),
         "predicted": np.array([[1.0], [4], [0]], np.float32),
@@ -171,7 +172,7 @@ def test_straight_lines_join_what_was_seen(tmp_path):
     one = series("s", 5, "x", "test", values=values, targets=values)
     test = made(tmp_path, one, noisy("t", 20, 2, "train"))
     table = table_of(
-        n_series=1, series=np.zeros(2, int), index=np.array([1, 3]), true=values[[1, 3]]
+        ids=["s"], series=np.zeros(2, int), index=np.array([1, 3]), true=values[[1, 3]]
     )
 
     assert linear_interpolation(table, test).predicted.tolist() == [[10, 6.5], [30, 6]]

@@ -32,10 +32,10 @@ def table_of(errors, lengths, true=None):
     places = np.concatenate([np.arange(n, dtype=float) for n in lengths])
     return RegressionTable(
         ids=[f"s{k}" for k in range(len(lengths))],
-        lengths=np.array(lengths),
+        series=np.repeat(np.arange(len(lengths)), lengths),
         axes=TIME,
         positions=places[:, None],
-        targets=TARGETS,
+        channels=TARGETS,
         true=true,
         predicted=true + errors,
     )
@@ -76,9 +76,10 @@ def test_a_target_that_never_changes_has_no_r2():
 
 
 def test_a_table_that_does_not_fit_together_is_refused_by_what_is_wrong():
-    with pytest.raises(ValueError, match=r"positions: expected shape \(3, 1\)"):
+    with pytest.raises(ValueError, match=r"positions: expected float64 of shape \(3, 1\)"):
         RegressionTable(
-            ["a"], np.array([3]), TIME, np.zeros((2, 1)), TARGETS, np.zeros((3, 2)), np.zeros((3, 2))
+            ids=["a"], series=np.zeros(3, np.int64), axes=TIME, positions=np.zeros((2, 1)),
+            channels=TARGETS, true=np.zeros((3, 2)), predicted=np.zeros((3, 2)),
         )  # fmt: skip
     with pytest.raises(ValueError, match=r"first is of series 's1': \[nan"):
         table_of([[0, 0], [0, 0], [np.nan, 0]], [2, 1])
