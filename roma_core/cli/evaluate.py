@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from roma_core.evaluation.config import EvaluationJobConfig
     from roma_core.job import Attempt, JobFolder
     from roma_core.run_job import Work
 
@@ -50,8 +49,9 @@ def evaluate(
     Without --weights the reconstructions of --autoencoder are evaluated: hidden observations of test
     series, in metrics with intervals and a report.html.
     """
-    from pydantic import ValidationError
-
+    from roma_core.data.manifest import read_manifest
+    from roma_core.evaluation.config import EvaluationJobConfig
+    from roma_core.evaluation.leakage import training_datasets
     from roma_core.files import write_json
     from roma_core.job import JobFolder
     from roma_core.run_job import run_in_folder
@@ -68,8 +68,27 @@ def evaluate(
             "--n-observed is for reconstructions; leave out --weights or --n-observed"
         )
     try:
-        config = _config(data, weights, autoencoder, n_observed, name)
-    except (ValueError, ValidationError, OSError) as error:
+        manifest = read_manifest(data)
+        trained_on: dict[str, None] = {}
+        for weights_of_run in (one for one in (weights, autoencoder) if one is not None):
+            found = training_datasets(weights_of_run)
+            if not found:
+                click.echo(
+                    f"{weights_of_run} is not the outputs/model of a run: its training data are "
+                    f"unknown, and leakage of test series is not checked",
+                    err=True,
+                )
+            trained_on |= dict.fromkeys(map(str, found))
+        config = EvaluationJobConfig(
+            name=name or manifest.name,
+            dataset=str(data.absolute()),
+            dataset_digest=manifest.digest,
+            classifier=None if weights is None else str(weights.absolute()),
+            autoencoder=None if autoencoder is None else str(autoencoder.absolute()),
+            n_observed=n_observed,
+            trained_on=tuple(trained_on),
+        )
+    except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     folder = JobFolder(run_dir.absolute())
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -78,42 +97,6 @@ def evaluate(
     if code == 0:
         click.echo(f"report: {folder.outputs / 'report.html'}")
     sys.exit(code)
-
-
-def _config(
-    data: Path,
-    weights: Path | None,
-    autoencoder: Path | None,
-    n_observed: tuple[int, ...],
-    name: str | None,
-) -> EvaluationJobConfig:
-    """The configuration of a local run."""
-    from roma_core.data.manifest import read_manifest
-    from roma_core.evaluation.config import EvaluationJobConfig
-    from roma_core.evaluation.leakage import training_datasets
-
-    manifest = read_manifest(data)
-    trained_on: dict[str, None] = {}
-    for folder in (weights, autoencoder):
-        if folder is None:
-            continue
-        found = training_datasets(folder)
-        if not found:
-            click.echo(
-                f"{folder} is not the outputs/model of a run: its training data are unknown, and "
-                f"leakage of test series is not checked",
-                err=True,
-            )
-        trained_on |= dict.fromkeys(str(path) for path in found)
-    return EvaluationJobConfig(
-        name=name or manifest.name,
-        dataset=str(data.absolute()),
-        dataset_digest=manifest.digest,
-        classifier=None if weights is None else str(weights.absolute()),
-        autoencoder=None if autoencoder is None else str(autoencoder.absolute()),
-        n_observed=n_observed,
-        trained_on=tuple(trained_on),
-    )
 
 
 def _run(folder: JobFolder, attempt: Attempt) -> Work:

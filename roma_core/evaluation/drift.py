@@ -18,14 +18,13 @@ from pydantic import Field
 
 from roma_core.data.quality import bin_edges, psi
 from roma_core.data.store import StoredDataset
+from roma_core.evaluation.predictions import Floats
 from roma_core.schema import DataError, DataSchema
 from roma_core.settings import Frozen
 
 MODERATE_PSI, LARGE_PSI = 0.1, 0.25  # conventional thresholds of the population stability index
 _NORMAL_IQR = 1.349  # interquartile range of a normal distribution, in standard deviations
 _MEDIAN_VARIANCE = np.pi / 2  # of n normal numbers, times n
-
-Floats = NDArray[np.float64]
 _LEVELS = np.linspace(0, 1, 101)
 _MAX_SERIES = 20_000
 
@@ -79,6 +78,16 @@ class Quantity(Frozen):
     edges: tuple[float, ...] = Field(description="Inner edges of the bins.")
     fractions: tuple[float, ...] = Field(description="Of the bins, one more than edges.")
 
+    @classmethod
+    def of(cls, numbers: Floats) -> Quantity:
+        edges = bin_edges(numbers)
+        return cls(
+            quantiles=np.quantile(numbers, _LEVELS).tolist() if len(numbers) else (0.0,) * 101,
+            std=float(numbers.std()) if len(numbers) else 0.0,
+            edges=edges.tolist(),
+            fractions=_binned(numbers, edges).tolist(),
+        )
+
 
 class ReferenceProfile(Frozen):
     """Profile of the training data of a model, ``profile.json`` of its package."""
@@ -126,11 +135,12 @@ def reference_profile(
     indices = indices[:: max(1, -(-len(indices) // _MAX_SERIES))]
     pairs = [dataset.raw(int(i)) for i in indices]
     counts: dict[str, int] = {}
+    schema = dataset.schema
     if dataset.labels is not None:
-        numbers = np.bincount(dataset.labels[indices], minlength=len(dataset.schema.classes))
-        counts = dict(zip(dataset.schema.classes, numbers.tolist(), strict=True))
-    names = _names(dataset.schema)
-    sample = _sample(*names, [p for p, _ in pairs], [v for _, v in pairs], counts)
+        numbers = np.bincount(dataset.labels[indices], minlength=len(schema.classes))
+        counts = dict(zip(schema.classes, numbers.tolist(), strict=True))
+    axes, channels = ([one.name for one in part] for part in (schema.axes, schema.channels))
+    sample = _sample(axes, channels, [p for p, _ in pairs], [v for _, v in pairs], counts)
     profile = profile_of_sample(sample, dataset.manifest.digest)
     return profile.model_copy(update={"embedding": embedding})
 
@@ -140,7 +150,7 @@ def profile_of_sample(sample: InputSample, dataset_digest: str) -> ReferenceProf
     return ReferenceProfile(
         dataset_digest=dataset_digest,
         n_series=sample.n,
-        quantities={name: _quantity(numbers) for name, numbers in _numbers(sample).items()},
+        quantities={name: Quantity.of(numbers) for name, numbers in _numbers(sample).items()},
         missing=_missing(sample),
         classes=_fractions(sample.classes),
     )
@@ -171,7 +181,7 @@ def sample_from_parquet(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    axes, channels = _names(schema)
+    axes, channels = ([one.name for one in part] for part in (schema.axes, schema.channels))
     positions: list[Floats] = []
     values: list[Floats] = []
     classes: Counter[str] = Counter()
@@ -237,10 +247,6 @@ def _binned(numbers: Floats, edges: Floats) -> Floats:
     return counts / max(1, len(numbers))
 
 
-def _names(schema: DataSchema) -> tuple[list[str], list[str]]:
-    return [axis.name for axis in schema.axes], [channel.name for channel in schema.channels]
-
-
 def _sample(
     axes: Sequence[str],
     channels: Sequence[str],
@@ -266,16 +272,6 @@ def _numbers(sample: InputSample) -> dict[str, Floats]:
         f"value.{name}": values[np.isfinite(values)] for name, values in sample.values.items()
     }
     return {**sample.quantities, **finite}
-
-
-def _quantity(numbers: Floats) -> Quantity:
-    edges = bin_edges(numbers)
-    return Quantity(
-        quantiles=tuple(np.quantile(numbers, _LEVELS).tolist()) if len(numbers) else (0.0,) * 101,
-        std=float(numbers.std()) if len(numbers) else 0.0,
-        edges=tuple(edges.tolist()),
-        fractions=tuple(_binned(numbers, edges).tolist()),
-    )
 
 
 def _psi(p: Floats, n_p: int, q: Floats, n_q: int) -> float:

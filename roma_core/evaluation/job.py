@@ -35,13 +35,18 @@ from roma_core.evaluation.predictions import Float32, PredictionTable, Regressio
 from roma_core.evaluation.reconstruction import (
     evaluate_reconstruction,
     examples_of,
-    examples_plot,
     mask_all_but,
     mask_as_trained,
     reconstruct,
     reconstruct_examples,
 )
-from roma_core.evaluation.report import CardContent, Plot, ReportContent, render_card, render_report
+from roma_core.evaluation.report import (
+    CardContent,
+    ReportContent,
+    plot_of,
+    render_card,
+    render_report,
+)
 from roma_core.files import read_json, write_bytes, write_json
 from roma_core.job import Attempt, JobFolder
 from roma_core.model.config import EncoderConfig, is_pretraining
@@ -166,7 +171,7 @@ class _Evaluator:
         self,
         metrics: AnyMetrics,
         does: str,
-        figures: dict[str, Plot],
+        figures: dict[str, bytes],
         limits: Sequence[str],
         title: str = "Evaluation",
         **fields: Any,
@@ -176,17 +181,12 @@ class _Evaluator:
         write_json(self.out / "metrics.json", metrics.document())
         for name, path in config.curves.items():
             if records := [record for _, record in read_records(Path(path))]:
-                figures[f"curve_{name}"] = Plot(
-                    title=f"Learning curve: {name}",
-                    caption="Metrics by optimiser step; eval is the validation split.",
-                    alt=f"Learning curve of the {name}.",
-                    png=plots.learning_curve(records),
-                    wide=True,
-                )
-        if self.model is not None and self.autoencoder is not None:
-            figures |= examples_plot(reconstruct_examples(self.autoencoder, self.test))
-        for name, plot in figures.items():
-            write_bytes(self.out / "plots" / f"{name}.png", plot.png)
+                figures[f"curve_{name}"] = plots.learning_curve(records)
+        encoder = None if self.model is None else self.autoencoder
+        if encoder is not None and (examples := reconstruct_examples(encoder, self.test)):
+            figures["reconstructions"] = plots.reconstruction_examples(examples)
+        for name, png in figures.items():
+            write_bytes(self.out / "plots" / f"{name}.png", png)
         content = ReportContent(
             title=f"{title} of {config.name}",
             summary=f"RoMA, the Rotary Masked Autoencoder, {does}, evaluated on {metrics.n_series} "
@@ -194,7 +194,7 @@ class _Evaluator:
             created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             metrics=metrics,
             leaks=self.leaks,
-            plots=tuple(figures.values()),
+            plots=tuple(plot_of(name, png) for name, png in figures.items()),
             limits=tuple(limits),
             champion_version=config.champion_version,
             decided_before=config.decided_before,
@@ -227,29 +227,13 @@ class _Evaluator:
                 problem = f"champion version {config.champion_version}: {error}"
 
         figures = {
-            "confusion": Plot(
-                title="Confusion matrix",
-                caption="Rows are true classes, columns predicted ones; numbers count test series.",
-                alt="Confusion matrix of the test series.",
-                png=plots.confusion_matrix(metrics),
-            ),
-            "reliability": Plot(
-                title="Reliability",
-                caption="Accuracy of predictions by confidence. A calibrated model is on the diagonal.",
-                alt="Accuracy against confidence.",
-                png=plots.reliability_curve(metrics),
-            ),
+            "confusion": plots.confusion_matrix(metrics),
+            "reliability": plots.reliability_curve(metrics),
         }
         profile = None
         if (encoder := self.autoencoder) is not None:
             features = embed(encoder, test, config.batch_size)
-            figures["embedding_map"] = Plot(
-                title="Embedding map",
-                caption="The first two principal components of the pretrained encoder's features of "
-                "test series. The encoder was trained without labels.",
-                alt="Test series on two principal components of their features, coloured by class.",
-                png=plots.embedding_map(features, table.labels, table.classes),
-            )
+            figures["embedding_map"] = plots.embedding_map(features, table.labels, table.classes)
             rows = np.concatenate([dataset.split(name).indices for name in ("train", "validation")])
             few = Subset(dataset, rows[:: -(-len(rows) // _MAX_EMBEDDED)])
             profile = embedding_profile(embed(encoder, few, config.batch_size))
@@ -346,26 +330,9 @@ class _Evaluator:
         order = (np.bincount(table.series, scaled) / test.lengths).argsort()  # the best first
         drawn = [int(order[round(q * (len(order) - 1))]) for q in _DRAWN_QUANTILES]
         figures = {
-            "series": Plot(
-                title="Three series",
-                caption="Test series at the 10th, 50th and 100th percentile of the error.",
-                alt="True and predicted targets over position, of three test series.",
-                png=plots.along_series(table, drawn),
-                wide=True,
-            ),
-            "against_true": Plot(
-                title="Predicted against true",
-                caption="Observations of the test split; exact predictions are on the line.",
-                alt="Predicted against true targets.",
-                png=plots.against_true(table),
-            ),
-            "by_position": Plot(
-                title="Error against position",
-                caption="Each point is over observations at neighbouring positions, about equally "
-                "many.",
-                alt="Root mean squared error against position.",
-                png=plots.error_by_position(metrics, schema.axes[0]),
-            ),
+            "series": plots.along_series(table, drawn),
+            "against_true": plots.against_true(table),
+            "by_position": plots.error_by_position(metrics, schema.axes[0]),
         }
         names = ", ".join(target.name for target in schema.targets)
         does, limits = f"as a regressor of {names} at every observation", [_SELECTION, _LIMIT]
@@ -387,16 +354,10 @@ class _Evaluator:
             metrics.overall.update({f"{key}_observed_{n}": e for key, e in errors.items()})
         self.step(mse=metrics.overall["mse"].value)
 
-        figures = examples_plot(examples_of(table, test))
+        figures = {"reconstructions": plots.reconstruction_examples(examples_of(table, test))}
         if len(metrics.groups) in _CLASSES_DRAWN:
-            figures["groups"] = Plot(
-                title="Error by class",
-                caption="Mean squared error of the hidden observations of each class, with 95 % "
-                "intervals.",
-                alt="Mean squared error by class of the series.",
-                png=plots.errors_by_group(metrics.groups, metrics.overall.get("noise_mse")),
-                wide=True,
-            )
+            noise = metrics.overall.get("noise_mse")
+            figures["groups"] = plots.errors_by_group(metrics.groups, noise)
 
         def size(stack: EncoderConfig) -> str:
             return f"width {stack.d_model}, {stack.depth} layers, {stack.nhead} heads"

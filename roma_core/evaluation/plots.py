@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Literal, ParamSpec
+from typing import Any, ParamSpec
 
 import matplotlib as mpl
 import numpy as np
@@ -46,6 +46,8 @@ _MAX_POINTS = 2000  # of an embedding map; more would hide each other
 _MAX_LEGEND = 20  # classes; more have no distinct colours
 _N_BARS, _N_HISTOGRAMS = 14, 4  # of drift
 STYLE: Any = {
+    "figure.facecolor": "white",
+    "figure.constrained_layout.use": True,
     "figure.constrained_layout.w_pad": 0.1,
     "figure.constrained_layout.h_pad": 0.1,
     "font.size": 10,
@@ -71,7 +73,9 @@ def _as_png(draw: Callable[P, Figure]) -> Callable[P, bytes]:
     @wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> bytes:
         with mpl.rc_context(STYLE):
-            return png_of(draw(*args, **kwargs))
+            figure = draw(*args, **kwargs)
+            FigureCanvasAgg(figure)
+            return png_of(figure)
 
     return drawn
 
@@ -89,15 +93,6 @@ def png_of(figure: Figure) -> bytes:
         f"the plot takes {small.tell()} bytes even at {dots_per_inch} dpi, more than {MAX_BYTES}; "
         f"show fewer series or channels"
     )
-
-
-def _new_figure(
-    width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained"
-) -> Figure:
-    """A figure of the given size in inches, on the Agg canvas."""
-    figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _legend_above(figure: Figure, columns: int = 4) -> None:
@@ -147,7 +142,7 @@ def confusion_matrix(metrics: ClassificationMetrics) -> Figure:
     k = len(counts)
     fraction = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = float(np.clip(1.6 + 0.42 * k, 3.6, 9))
-    figure = _new_figure(side + 1.0, side, layout="compressed")
+    figure = Figure((side + 1.0, side), layout="compressed")
     axes = figure.subplots()
     image = axes.imshow(fraction, cmap="Blues", vmin=0, vmax=1)
     names = [_short(c.name) for c in metrics.per_class]
@@ -183,7 +178,7 @@ def reliability_curve(metrics: ClassificationMetrics) -> Figure:
     error = np.sqrt((accuracy * (1 - accuracy)).clip(1e-9) / count)
     low = min(0.95, float(min(confidence.min(), accuracy.min())))
     low = max(0.0, np.floor(low * 10 - 0.5) / 10)
-    figure = _new_figure(4.8, 4.8)
+    figure = Figure((4.8, 4.8))
     curve, counts = figure.subplots(2, 1, sharex=True, height_ratios=[3.4, 1])
     curve.plot([0, 1], [0, 1], color=GREY, linestyle=_DASHED, label="perfectly calibrated")
     curve.errorbar(
@@ -256,7 +251,7 @@ def reconstruction_examples(examples: Sequence[ReconstructionExample]) -> Figure
                 f"one figure shows series of the same channels"
             )
     width = max(6.5, min(11.0, 3.1 * len(channels)))  # the legend takes 6.5
-    figure = _new_figure(width, 0.9 + 1.75 * len(examples))
+    figure = Figure((width, 0.9 + 1.75 * len(examples)))
     titles = [example.title for example in examples]
     grid = _series_grid(figure, titles, channels, examples[-1].axis)
     for row, example in zip(grid, examples, strict=True):
@@ -320,7 +315,7 @@ def learning_curve(
         raise ValueError(
             f"no metric ends with one of {list(quantities)}; the records hold {sorted(lines)}"
         )
-    figure = _new_figure(4.4 * len(panels) + 0.4, 3.3)
+    figure = Figure((4.4 * len(panels) + 0.4, 3.3))
     row = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (quantity, names) in zip(row, panels.items(), strict=True):
         for name in names:
@@ -340,7 +335,7 @@ def learning_curve(
 def along_series(table: RegressionTable, chosen: Sequence[int]) -> Figure:
     """True and predicted over position: a row per chosen series, a column per target."""
     targets = [label_of(target) for target in table.channels[:_N_TARGETS]]
-    figure = _new_figure(max(5.5, min(11.0, 4.2 * len(targets))), 0.7 + 1.75 * len(chosen))
+    figure = Figure((max(5.5, min(11.0, 4.2 * len(targets))), 0.7 + 1.75 * len(chosen)))
     grid = _series_grid(figure, [table.ids[k] for k in chosen], targets, label_of(table.axes[0]))
     for row, k in zip(grid, chosen, strict=True):
         at = np.flatnonzero(table.series == k)
@@ -360,7 +355,7 @@ def against_true(table: RegressionTable) -> Figure:
     """Predicted against true, a panel per target; at most 3000 observations, evenly taken."""
     targets = table.channels[:_N_TARGETS]
     rows = np.linspace(0, len(table.true) - 1, min(_N_POINTS, len(table.true))).astype(int)
-    figure = _new_figure(max(4.2, min(11.0, 3.6 * len(targets))), 3.8)
+    figure = Figure((max(4.2, min(11.0, 3.6 * len(targets))), 3.8))
     panels = figure.subplots(1, len(targets), squeeze=False)[0]
     for k, (axes, target) in enumerate(zip(panels, targets, strict=True)):
         true, predicted = table.true[rows, k], table.predicted[rows, k]
@@ -376,7 +371,7 @@ def against_true(table: RegressionTable) -> Figure:
 def error_by_position(metrics: RegressionMetrics, axis: PositionAxis) -> Figure:
     """Root mean squared error of every target against position."""
     middle = [(one.first + one.last) / 2 for one in metrics.by_position]
-    figure = _new_figure(5.2, 3.8)
+    figure = Figure((5.2, 3.8))
     axes = figure.subplots()
     targets = metrics.per_target[:_N_TARGETS]
     for k, (target, colour) in enumerate(zip(targets, _COLOURS, strict=False)):
@@ -395,7 +390,7 @@ def errors_by_group(groups: Sequence[GroupErrors], noise: Estimate | None) -> Fi
     values = np.array([group.mse.value for group in groups])
     ends = np.array([(group.mse.low, group.mse.high) for group in groups], dtype=np.float64)
     low, high = ends.T  # NaN, which is not drawn, of a single series
-    figure = _new_figure(max(5.0, min(11.0, 1.5 + 0.32 * len(groups))), 3.3)
+    figure = Figure((max(5.0, min(11.0, 1.5 + 0.32 * len(groups))), 3.3))
     axes = figure.subplots()
     bars = [(values - low).clip(0), (high - values).clip(0)]
     axes.errorbar(
@@ -417,7 +412,7 @@ def embedding_map(features: NDArray[np.floating], labels: Ints, classes: Sequenc
     features, labels = features[::step], labels[::step]
     points, fractions = principal_components(features)
     colours = mpl.colormaps["tab10" if len(classes) <= 10 else "tab20"]
-    figure = _new_figure(6.4, 4.6)
+    figure = Figure((6.4, 4.6))
     axes = figure.subplots()
     for k in np.unique(labels):
         axes.scatter(
@@ -460,7 +455,7 @@ def drift_figure(profile: ReferenceProfile, sample: InputSample) -> Figure:
         )
     fractions = bin_fractions(profile, sample)
     drawn = [e.quantity for e in found if e.quantity in fractions][:_N_HISTOGRAMS]
-    figure = _new_figure(10.5, max(3.6, 0.9 + 0.28 * min(len(found), _N_BARS)))
+    figure = Figure((10.5, max(3.6, 0.9 + 0.28 * min(len(found), _N_BARS))))
     bars, panels = figure.subfigures(1, 2, squeeze=False, width_ratios=[1, 1.5])[0]
     axes, shown = bars.subplots(), found[:_N_BARS][::-1]
     sizes = [e.size for e in shown]

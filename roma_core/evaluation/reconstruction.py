@@ -5,7 +5,7 @@ Shapes here:  N series   H hidden observations   C channels
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -19,9 +19,8 @@ from roma_core.evaluation.metrics import (
     noise_error,
     reconstruction_errors,
 )
-from roma_core.evaluation.plots import ReconstructionExample, label_of, reconstruction_examples
+from roma_core.evaluation.plots import ReconstructionExample, label_of
 from roma_core.evaluation.predictions import Float32, Floats, Ints, ReconstructionTable
-from roma_core.evaluation.report import Plot
 from roma_core.model import masking
 from roma_core.model.config import RoMAForPreTrainingConfig
 from roma_core.model.packing import PackedBatch
@@ -283,19 +282,3 @@ def examples_of(table: ReconstructionTable, split: Subset) -> list[Reconstructio
             )
         )
     return examples
-
-
-def examples_plot(examples: Sequence[ReconstructionExample]) -> dict[str, Plot]:
-    """The figure of some series, by name; none of no series."""
-    if not examples:
-        return {}
-    return {
-        "reconstructions": Plot(
-            title="Reconstructions",
-            caption="Test series with the observations that were visible to the pretrained model, the "
-            "hidden ones and its reconstructions of these.",
-            alt="Visible, hidden and reconstructed observations of some test series.",
-            png=reconstruction_examples(examples),
-            wide=True,
-        )
-    }

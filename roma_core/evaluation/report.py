@@ -41,6 +41,63 @@ class Plot(Frozen):
         return png
 
 
+FIGURES = {
+    "confusion": (
+        "Confusion matrix",
+        "Rows are true classes, columns predicted ones; numbers count test series.",
+        "Confusion matrix of the test series.",
+    ),
+    "reliability": (
+        "Reliability",
+        "Accuracy of predictions by confidence. A calibrated model is on the diagonal.",
+        "Accuracy against confidence.",
+    ),
+    "embedding_map": (
+        "Embedding map",
+        "The first two principal components of the pretrained encoder's features of test series. The "
+        "encoder was trained without labels.",
+        "Test series on two principal components of their features, coloured by class.",
+    ),
+    "series": (
+        "Three series",
+        "Test series at the 10th, 50th and 100th percentile of the error.",
+        "True and predicted targets over position, of three test series.",
+    ),
+    "against_true": (
+        "Predicted against true",
+        "Observations of the test split; exact predictions are on the line.",
+        "Predicted against true targets.",
+    ),
+    "by_position": (
+        "Error against position",
+        "Each point is over observations at neighbouring positions, about equally many.",
+        "Root mean squared error against position.",
+    ),
+    "reconstructions": (
+        "Reconstructions",
+        "Test series with the observations that were visible to the pretrained model, the hidden ones "
+        "and its reconstructions of these.",
+        "Visible, hidden and reconstructed observations of some test series.",
+    ),
+    "groups": (
+        "Error by class",
+        "Mean squared error of the hidden observations of each class, with 95 % intervals.",
+        "Mean squared error by class of the series.",
+    ),
+}
+"""Name of a figure → its title, caption and text alternative."""
+_HALF_WIDTH = ("confusion", "reliability", "embedding_map", "against_true", "by_position")
+
+
+def plot_of(name: str, png: bytes) -> Plot:
+    """A figure of FIGURES, or the learning curve of ``curve_TRAINING``."""
+    training = name.removeprefix("curve_")
+    caption = "Metrics by optimiser step; eval is the validation split."
+    curve = (f"Learning curve: {training}", caption, f"Learning curve of the {training}.")
+    title, caption, alt = FIGURES.get(name, curve)
+    return Plot(title=title, caption=caption, alt=alt, png=png, wide=name not in _HALF_WIDTH)
+
+
 class _Content(Frozen):
     """What the report and the model card share."""
 
@@ -57,11 +114,9 @@ class _Content(Frozen):
 class ReportContent(_Content):
     """Everything the report of any task shows."""
 
-    schema_version: Literal[1] = 1
     title: str
     summary: str = Field(description="One or two sentences: the model and the data.")
     created: str = Field(description="Date and time, as it should be printed.")
-    split: str = Field("test", description="Which series were evaluated.")
     metrics: ClassificationMetrics | RegressionMetrics | ReconstructionMetrics
     leaks: tuple[str, ...] = Field((), description="Test series that were in the training data.")
     plots: tuple[Plot, ...] = ()

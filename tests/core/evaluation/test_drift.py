@@ -1,10 +1,9 @@
-"""Features of an encoder: their distances and what these leave to chance, and their map."""
+"""Features of an encoder: their distances and what these leave to chance."""
 
 import numpy as np
 import pytest
 
 from roma_core.evaluation.drift import embedding_distance, embedding_profile
-from roma_core.evaluation.plots import MAX_BYTES, embedding_map, principal_components
 
 
 def features(n, shift=0.0, seed=0):
@@ -55,21 +54,3 @@ def test_a_feature_that_never_varies_does_not_divide_by_nothing():
 def test_features_of_another_encoder_are_refused():
     with pytest.raises(ValueError, match="of 3 features, these series have 2"):
         embedding_distance(embedding_profile(features(10)), [0, 0], 10)
-
-
-def test_the_map_shows_the_two_directions_of_most_variance():
-    rng = np.random.default_rng(0)
-    labels = np.arange(90) % 3
-    found = rng.normal(size=(90, 6)) * (0.1, 0.1, 0.1, 0.1, 0.1, 0.1)
-    found[:, 4] += 5 * (labels == 1)
-    found[:, 2] -= 2 * (labels == 2)
-
-    points, shares = principal_components(found.astype(np.float32))
-
-    assert shares[0] > shares[1] > 0.05 and shares.sum() == pytest.approx(1, abs=0.02)
-    np.testing.assert_allclose(np.abs(points[labels == 1, 0] - points[labels == 0, 0]), 5, atol=0.9)
-    again, _ = principal_components(found.astype(np.float32)[::-1])
-    np.testing.assert_allclose(again[::-1], points, atol=1e-6)
-    png = embedding_map(found.astype(np.float32), labels, ["a", "b<c", "d"])
-    assert len(png) <= MAX_BYTES
-    assert embedding_map(found[:1].astype(np.float32), labels[:1], ["a"] * 30)

@@ -13,7 +13,6 @@ from roma_core.evaluation.leakage import (
     split_digest,
     training_datasets,
 )
-from roma_core.evaluation.predictions import missing_fractions
 
 
 def built(folder, test_fraction):
@@ -68,18 +67,3 @@ def test_weights_of_another_program_say_nothing_of_their_data(tmp_path):
 def test_a_split_is_known_by_its_objects(dataset):
     assert split_digest(dataset.split("test")) == split_digest(dataset.split("test"))
     assert split_digest(dataset.split("test")) != split_digest(dataset.split("train"))
-
-
-def test_missing_observations_are_a_share_of_what_the_usual_pace_would_give():
-    class Rows:
-        dataset = None
-        indices = (0, 1, 2)
-
-        def raw(self, i):
-            whole = np.arange(10.0)
-            times = (whole, whole[[0, 1, 2, 3, 4, 9]], whole[:1])[i]
-            return times[:, None], None
-
-    rows = Rows()
-    rows.dataset = rows
-    assert missing_fractions(rows).tolist() == pytest.approx([0.0, 0.4, 0.0])

@@ -14,12 +14,18 @@ from roma_core.evaluation.metrics import (
     evaluate,
     evaluate_regression,
 )
-from roma_core.evaluation.plots import MAX_BYTES, ORANGE, drift_figure
+from roma_core.evaluation.plots import (
+    MAX_BYTES,
+    ORANGE,
+    drift_figure,
+    embedding_map,
+    principal_components,
+)
 from roma_core.evaluation.reconstruction import reconstruct_examples
 from roma_core.model.config import EncoderConfig, RoMAForPreTrainingConfig
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.schema import Channel, PositionAxis
-from tests.core.evaluation.test_regression import TIME, table_of
+from tests.core.evaluation.tables import TIME, regression_table
 from tests.core.hand_made import HandMade, config_of, series
 
 
@@ -73,7 +79,7 @@ def test_a_legend_stands_above_the_panels_and_covers_no_point(monkeypatch):
     one = PartEstimate(value=1.0, low=0.5, high=2.0)
     group = GroupErrors(name="g", slug="g", n_series=3, mse=one, clean_mse=None)
     floor = Estimate(value=1.9, low=1.8, high=2.0)
-    regression = evaluate_regression(table_of(np.eye(2).repeat(9, axis=0), [9, 9]))
+    regression = evaluate_regression(regression_table(np.eye(2).repeat(9, axis=0), [9, 9]))
 
     for figure in (
         plots.learning_curve(RECORDS),
@@ -154,3 +160,21 @@ def test_drift_is_drawn_in_another_colour_and_nothing_in_common_is_refused():
     assert pixels(drift_figure(profile, some_series(3, 3, channels=tuple("ab")))).size
     with pytest.raises(ValueError, match="no quantity"):
         drift_figure(profile, InputSample(2, {}, {}, {}))
+
+
+def test_the_map_shows_the_two_directions_of_most_variance():
+    rng = np.random.default_rng(0)
+    labels = np.arange(90) % 3
+    found = rng.normal(size=(90, 6)) * (0.1, 0.1, 0.1, 0.1, 0.1, 0.1)
+    found[:, 4] += 5 * (labels == 1)
+    found[:, 2] -= 2 * (labels == 2)
+
+    points, shares = principal_components(found.astype(np.float32))
+
+    assert shares[0] > shares[1] > 0.05 and shares.sum() == pytest.approx(1, abs=0.02)
+    np.testing.assert_allclose(np.abs(points[labels == 1, 0] - points[labels == 0, 0]), 5, atol=0.9)
+    again, _ = principal_components(found.astype(np.float32)[::-1])
+    np.testing.assert_allclose(again[::-1], points, atol=1e-6)
+    png = embedding_map(found.astype(np.float32), labels, ["a", "b<c", "d"])
+    assert len(png) <= MAX_BYTES
+    assert embedding_map(found[:1].astype(np.float32), labels[:1], ["a"] * 30)

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from roma_core.evaluation.predictions import PredictionTable
+from roma_core.evaluation.predictions import PredictionTable, RegressionTable, missing_fractions
+from tests.core.evaluation.tables import TARGETS, TIME, regression_table
 
 
 def table(**changes):
@@ -64,3 +65,28 @@ def test_another_file_is_refused(tmp_path):
     pq.write_table(pa.table({"id": ["a"]}), path)
     with pytest.raises(ValueError, match="no table of predictions of schema_version 1"):
         PredictionTable.load(path)
+
+
+def test_a_table_that_does_not_fit_together_is_refused_by_what_is_wrong():
+    with pytest.raises(ValueError, match=r"positions: expected float64 of shape \(3, 1\)"):
+        RegressionTable(
+            ids=["a"], series=np.zeros(3, np.int64), axes=TIME, positions=np.zeros((2, 1)),
+            channels=TARGETS, true=np.zeros((3, 2)), predicted=np.zeros((3, 2)),
+        )  # fmt: skip
+    with pytest.raises(ValueError, match=r"first is of series 's1': \[nan"):
+        regression_table([[0, 0], [0, 0], [np.nan, 0]], [2, 1])
+
+
+def test_missing_observations_are_a_share_of_what_the_usual_pace_would_give():
+    class Rows:
+        dataset = None
+        indices = (0, 1, 2)
+
+        def raw(self, i):
+            whole = np.arange(10.0)
+            times = (whole, whole[[0, 1, 2, 3, 4, 9]], whole[:1])[i]
+            return times[:, None], None
+
+    rows = Rows()
+    rows.dataset = rows
+    assert missing_fractions(rows).tolist() == pytest.approx([0.0, 0.4, 0.0])

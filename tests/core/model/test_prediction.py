@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from roma_core.model import EncoderConfig, RoMAForClassification, RoMAForClassificationConfig
 from tests.core.model.small_models import new_classifier, small_batch
 
 
@@ -36,3 +37,27 @@ def test_a_label_that_is_no_class_is_named(pooling, label):
     values, positions, _ = small_batch([8, 8])
     with pytest.raises(ValueError, match=r"classes from 0 to 2 \(dim_output=3\); row \d+ has"):
         new_classifier(pooling=pooling)(values, positions, label=torch.tensor(label))
+
+
+@pytest.mark.parametrize("use_cls", [True, False])
+def test_equal_values_tell_their_places_only_beside_a_cls_token(use_cls):
+    torch.manual_seed(0)
+    model = RoMAForClassification(
+        RoMAForClassificationConfig(
+            encoder_config=EncoderConfig(d_model=16, nhead=2, depth=2),
+            tubelet_size=(1, 1, 1),
+            n_channels=1,
+            n_pos_dims=1,
+            use_cls=use_cls,
+            pooling="token",
+            dim_output=1,
+        )
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)  # so that no part is neutral
+    places = torch.rand(1, 1, 10) * 49 + 1
+
+    told = model(torch.ones(1, 10, 1, 1, 1), places)[0].squeeze().detach()
+
+    spread = float((told - told.mean()).abs().max())
+    assert (spread > 1e-2) is use_cls, "attention mixes equal values, whatever its weights"

@@ -1,0 +1,245 @@
+"""Evaluation jobs by the command: reconstructions, regressions, and the packages they leave."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from roma_core.cli import main
+from roma_core.data import DatasetConfig, StoredDataset, build_dataset
+from roma_core.evaluation.config import EvaluationJobConfig
+from roma_core.evaluation.drift import reference_profile
+from roma_core.evaluation.job import NOT_PACKAGED, write_package
+from roma_core.files import read_json, write_json
+from roma_core.model import (
+    EncoderConfig,
+    RoMAForClassification,
+    RoMAForClassificationConfig,
+    RoMAForPreTraining,
+    RoMAForPreTrainingConfig,
+)
+from roma_core.serving.package import MAX_LENGTH
+from roma_core.trainer.job import data_fields
+from tests.core.cli.test_cli import roma
+from tests.core.hand_made import built, series
+
+
+@pytest.mark.parametrize("longest", [9, MAX_LENGTH + 1])
+def test_no_series_of_the_data_set_is_too_long_for_its_package(tmp_path, longest):
+    folder = built(tmp_path, *[series(f"s{k}", seed=k) for k in range(9)], series("long", longest))
+    dataset = StoredDataset(folder)
+    stack = {"d_model": 8, "nhead": 2, "depth": 1}
+    shape = data_fields(dataset.schema) | {"encoder_config": stack, "decoder_config": stack}
+    model = RoMAForPreTraining(RoMAForPreTrainingConfig(**shape)).eval()
+    model.save_pretrained(tmp_path / "weights")
+    config = EvaluationJobConfig(
+        name="waves",
+        dataset=str(folder),
+        dataset_digest=dataset.manifest.digest,
+        classifier="",
+        autoencoder=str(tmp_path / "weights"),
+    )
+
+    profile = reference_profile(dataset)
+    write_package(config, model, dataset.split("train"), profile, tmp_path / "package")
+
+    taken = read_json(tmp_path / "package" / "package.json")["max_length"]
+    assert taken == max(MAX_LENGTH, longest)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Curves with a clean course, and an autoencoder pretrained on them by the command."""
+    root = tmp_path_factory.mktemp("rbf")
+    source = {"kind": "synthetic", "process": "rbf", "n_series": 160}
+    config = DatasetConfig(name="g", source=source, axes={"time": {"scale": "auto"}})
+    data = build_dataset(config, root, root, progress=False)
+    settings = {
+        "model.encoder_config": "{d_model: 32, nhead: 2, depth: 2}",
+        "model.decoder_config": "{d_model: 32, nhead: 2, depth: 1}",
+        "model.mask_ratio": 0.6,
+        "model.mask_ratio_max": 0.8,
+        "model.predict_variance": "true",
+        "trainer.epochs": 12,
+        "trainer.batch_size": 8,
+        "trainer.base_lr": 0.003,
+        "trainer.log_wandb": "false",
+    }
+    sets = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    done = CliRunner().invoke(
+        main, ["pretrain", "--data", str(data), "--run-dir", str(root / "run"), *sets]
+    )
+    assert done.exit_code == 0, done.output
+    return data, root / "run" / "outputs" / "model", root
+
+
+def test_a_pretraining_is_judged_by_one_command(trained):
+    data, weights, root = trained
+    out = root / "judged"
+    command = [
+        "evaluate",
+        "--data",
+        str(data),
+        "--autoencoder",
+        str(weights),
+        "--run-dir",
+        str(out),
+    ]
+
+    done = CliRunner().invoke(main, [*command, "--n-observed", "3", "--n-observed", "20"])
+
+    assert done.exit_code == 0, done.output
+    metrics = read_json(out / "outputs" / "metrics.json")
+    value = {name: e["value"] for name, e in metrics.items() if isinstance(e, dict)}
+    assert value["noise_mse"] == pytest.approx(0.01, rel=0.2)
+    assert value["noise_mse"] < value["mse"] < 0.7 * value["mean_mse"]  # it has learnt something
+    assert value["mse"] == pytest.approx(value["clean_mse"] + value["noise_mse"], rel=0.2)
+    assert value["mse_observed_20"] < value["mse_observed_3"]
+    assert 0.6 <= metrics["mean_hidden_fraction"] <= 0.8
+    assert 0.5 < value["coverage_95"] <= 1
+    result = read_json(out / "result.json")
+    assert result["metrics"]["mse"] == value["mse"]
+    assert all((out / place).exists() for place in result["outputs"].values())
+    page = (out / "outputs" / "report.html").read_text()
+    assert (
+        "Errors by number of visible observations" in page
+        and "data:image/png" in page
+        and "0.6 to 0.8" in page
+    )
+
+
+def test_a_hand_made_judgement_names_test_series_that_training_saw(trained):
+    data, weights, root = trained
+    source = {"kind": "synthetic", "process": "rbf", "n_series": 160}
+    more = DatasetConfig(name="g", source=source, test_fraction=0.02)
+    seen = build_dataset(more, root / "more", root, progress=False)
+    again = root / "again" / "outputs" / "model"  # of a run that was given more to train on
+    shutil.copytree(weights, again)
+    write_json(root / "again" / "config.json", {"dataset": str(seen), "weights": None})
+    out = root / "apart"
+    command = ["evaluate", "--data", str(data), "--autoencoder", str(again), "--run-dir", str(out)]
+
+    done = CliRunner().invoke(main, command)
+
+    assert done.exit_code == 0, done.output
+    assert read_json(out / "config.json")["trained_on"] == [str(seen)]
+    assert "were in train or validation of" in done.output
+    page = (out / "outputs" / "report.html").read_text()
+    assert "Possible leakage: test series were in the training data" in page
+    assert "not used in training" not in page
+    assert "<h1>Reconstructions of g</h1>" in page
+
+
+def test_a_planned_job_judges_the_same_series_the_same_way(trained):
+    data, weights, root = trained
+    config = {
+        "schema_version": 1,
+        "name": "planned",
+        "dataset": str(data),
+        "dataset_digest": read_json(data / "manifest.json")["digest"],
+        "autoencoder": str(weights),
+    }
+    for name in ("first", "second"):
+        (root / name).mkdir()
+        write_json(root / name / "config.json", config)
+        done = CliRunner().invoke(main, ["evaluate", "--job", str(root / name)])
+        assert done.exit_code == 0, done.output
+
+    first, second = (root / name / "outputs" / "metrics.json" for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+    assert "mse_observed_3" not in json.loads(first.read_text())
+
+
+def test_wrong_calls_are_explained(trained):
+    data, weights, root = trained
+    call = ["evaluate", "--data", str(data), "--run-dir", str(root / "no")]
+
+    neither = CliRunner().invoke(main, call)
+    both = CliRunner().invoke(main, [*call, "--weights", str(weights), "--n-observed", "3"])
+    blind = CliRunner().invoke(main, [*call, "--autoencoder", str(weights), "--n-observed", "0"])
+
+    assert "one of --weights and --autoencoder" in neither.output
+    assert "--n-observed is for reconstructions" in both.output
+    assert "0 is not in the range" in blind.output
+    assert {neither.exit_code, both.exit_code, blind.exit_code} == {2}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A data set of places that are to be told, and a run folder."""
+    root = tmp_path_factory.mktemp("regression")
+    config = DatasetConfig(
+        name="places", source={"kind": "synthetic", "process": "positions", "n_series": 300}
+    )
+    return build_dataset(config, root, root, progress=False), root
+
+
+def test_the_commands_end_with_errors_in_the_units_of_the_targets(places):
+    data, root = places
+    changes = {
+        "model.problem_type": "regression",
+        "model.pooling": "token",
+        "model.encoder_config": "{d_model: 24, nhead: 2, depth: 1}",
+        "trainer.epochs": 12,
+        "trainer.batch_size": 16,
+        "trainer.base_lr": 0.02,
+    }
+    settings = [word for pair in changes.items() for word in ("--set", "{}={}".format(*pair))]
+    roma("finetune", "--data", data, "--run-dir", root / "fine", *settings)
+    weights = root / "fine/outputs/model"
+
+    said = roma(
+        "evaluate",
+        "--data",
+        data,
+        "--weights",
+        weights,
+        "--run-dir",
+        root / "eval",
+        "--name",
+        "places",
+    )
+
+    assert NOT_PACKAGED in said and not (root / "eval/outputs/package").exists()
+    metrics = read_json(root / "eval/outputs/metrics.json")
+    rows = pq.read_table(root / "eval/outputs/predictions.parquet")
+    dataset = StoredDataset(data)
+    test = dataset.split("test")
+    true = np.concatenate([dataset.targets(int(i))[:, 0] for i in test.indices])
+    assert rows["true_true_place"].to_numpy() == pytest.approx(true)
+    assert rows["position_place"].to_numpy() == pytest.approx(true), "the target is the place"
+    assert rows["id"].to_pylist()[:10] == [dataset.ids[test.indices[0]]] * 10
+    error = rows["predicted_true_place"].to_numpy() - true
+    assert metrics["mse"]["value"] == pytest.approx(float((error**2).mean()))
+    assert (
+        metrics["mse"]["low"] < metrics["mse"]["value"] < metrics["mse"]["high"] < 0.5 * true.var()
+    )
+    assert read_json(root / "eval/result.json")["metrics"]["mse"] == metrics["mse"]["value"]
+    report = (root / "eval/outputs/report.html").read_text()
+    for shown in ("Evaluation of places", "true_place", "Error against position", NOT_PACKAGED):
+        assert shown in report
+    assert report.count("data:image/png;base64") == 3
+
+
+def test_what_cannot_be_evaluated_is_explained(places, tmp_path):
+    data, _ = places
+    shape = {
+        "encoder_config": EncoderConfig(d_model=8, nhead=1, depth=1),
+        "tubelet_size": (1, 1, 1),
+        "n_channels": 1,
+        "n_pos_dims": 1,
+        "problem_type": "regression",
+    }
+    for wrong, message in (
+        ({"dim_output": 1}, "set pooling=token|train with pooling=token"),
+        ({"dim_output": 2, "pooling": "token"}, "has 1 targets"),
+    ):
+        model = RoMAForClassification(RoMAForClassificationConfig(**shape, **wrong))
+        weights = tmp_path / f"w{wrong['dim_output']}"
+        model.save_pretrained(weights)
+        out = tmp_path / f"e{wrong['dim_output']}"
+        said = roma("evaluate", "--data", data, "--weights", weights, "--run-dir", out, ok=False)
+        assert any(part in said for part in message.split("|")) and "Traceback" not in said
