@@ -24,6 +24,7 @@ from roma_core.evaluation.config import EvaluationJobConfig, Fact, FactSheet, Se
 from roma_core.evaluation.drift import ReferenceProfile, embedding_profile, reference_profile
 from roma_core.evaluation.leakage import check_leakage, split_digest
 from roma_core.evaluation.metrics import (
+    AnyMetrics,
     ClassificationMetrics,
     ReconstructionMetrics,
     RegressionMetrics,
@@ -84,9 +85,6 @@ NOT_PACKAGED = (
 )
 
 
-AnyMetrics = ClassificationMetrics | RegressionMetrics | ReconstructionMetrics
-
-
 class NotComparable(ValueError):
     """A package cannot predict these series; the text says why."""
 
@@ -122,12 +120,7 @@ def run_evaluation(folder: JobFolder, attempt: Attempt) -> Work:
 
 
 class _Evaluator:
-    """Evaluates a model on the test split; a method for each task writes its outputs.
-
-    Attributes:
-        tracked: measurements for a tracker beside the metrics.
-        digests: sha256 of the manifests of packages.
-    """
+    """Evaluates a model on the test split; a method for each task writes its outputs."""
 
     def __init__(
         self, config: EvaluationJobConfig, out: Path, attempt: Attempt, progress: Progress
@@ -135,8 +128,8 @@ class _Evaluator:
         self.config, self.out, self.attempt, self.progress = config, out, attempt, progress
         self.n_steps = 0
         attempt.beat(0)
-        self.tracked: dict[str, float] = {}
-        self.digests: dict[str, str] = {}
+        self.tracked: dict[str, float] = {}  # measurements for a tracker beside the metrics
+        self.digests: dict[str, str] = {}  # sha256 of the manifests of packages
         self.dataset = open_dataset(config.dataset, config.dataset_digest, verify=True)
         self.test = self.dataset.split("test")
         if len(self.test) == 0:

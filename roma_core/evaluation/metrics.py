@@ -235,6 +235,9 @@ class ReconstructionMetrics(Metrics):
         return head | {n: e.model_dump(mode="json") for n, e in self.estimates().items()}
 
 
+AnyMetrics = ClassificationMetrics | RegressionMetrics | ReconstructionMetrics
+
+
 def resample_sums(contributions: Floats, n_bootstrap: int, seed: int) -> Floats:
     """Sums over series of ``contributions (N, M)`` in every bootstrap resample, ``(R, M)``."""
     n = len(contributions)

@@ -13,9 +13,9 @@ from pydantic import Field, field_validator
 from roma_core.evaluation.compare import Change
 from roma_core.evaluation.config import Baseline, FactSheet, ServingChecks
 from roma_core.evaluation.metrics import (
+    AnyMetrics,
     ClassificationMetrics,
     PartEstimate,
-    ReconstructionMetrics,
     RegressionMetrics,
 )
 from roma_core.schema import DataSchema
@@ -117,7 +117,7 @@ class ReportContent(_Content):
     title: str
     summary: str = Field(description="One or two sentences: the model and the data.")
     created: str = Field(description="Date and time, as it should be printed.")
-    metrics: ClassificationMetrics | RegressionMetrics | ReconstructionMetrics
+    metrics: AnyMetrics
     leaks: tuple[str, ...] = Field((), description="Test series that were in the training data.")
     plots: tuple[Plot, ...] = ()
     limits: tuple[str, ...] = Field((), description="Limits of the numbers; one per line.")
