@@ -110,13 +110,13 @@ def test_services_and_policies_meet_at_the_same_pods_and_ports():
 
 
 def test_profiles_use_what_the_base_makes():
-    site = KubernetesProfile.load("generic", KubernetesSettings())
+    profile = KubernetesProfile.load("generic", KubernetesSettings())
 
-    assert site.service_account in named("ServiceAccount")
-    assert named("ServiceAccount")[site.service_account]["automountServiceAccountToken"] is False
-    assert {v.claim for v in site.volumes} <= named("PersistentVolumeClaim").keys()
+    assert profile.service_account in named("ServiceAccount")
+    assert named("ServiceAccount")[profile.service_account]["automountServiceAccountToken"] is False
+    assert {v.claim for v in profile.volumes} <= named("PersistentVolumeClaim").keys()
     assert named("PersistentVolumeClaim")["roma-data"]["spec"]["accessModes"] == ["ReadWriteMany"]
-    assert site.namespace in named("Namespace")
+    assert profile.namespace in named("Namespace")
     bound = {s["name"] for b in named("RoleBinding").values() for s in b["subjects"]}
     assert bound == {"roma-launcher"}  # the training account has no rights
 
@@ -184,10 +184,10 @@ def test_values_refer_to_what_base_and_services_make():
     assert environment["ROMA_KUBERNETES_PROFILE"] == "generic"
     claim = deployment["volumes"][0]["persistentVolumeClaim"]["claimName"]
     assert claim in named("PersistentVolumeClaim")
-    site = KubernetesProfile.load("generic", KubernetesSettings())
+    profile = KubernetesProfile.load("generic", KubernetesSettings())
     mounts = [mount["mountPath"] for mount in deployment["volumeMounts"]]
-    assert site.holds(Path(environment["ROMA_STORAGE_ROOT"]) / "jobs")
-    assert mounts == [volume.mount for volume in site.volumes]
+    assert profile.holds(Path(environment["ROMA_STORAGE_ROOT"]) / "jobs")
+    assert mounts == [volume.mount for volume in profile.volumes]
     for name in ("dagsterWebserver", "dagsterDaemon"):
         assert VALUES[name]["labels"] == {"roma-pipeline/part": "dagster"}
     assert deployment["labels"] == {"roma-pipeline/part": "dagster"}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import site as python_site
+import site
 import sys
 import tempfile
 import time
@@ -54,7 +54,7 @@ ROOT = Path(roma_core.__file__).parents[1]
 def ours() -> dict[str, object]:
     """What this interpreter needs of the nodes, as parts of a profile."""
     needed = {Path(sys.base_prefix).resolve(), Path(sys.prefix).resolve(), ROOT.resolve()}
-    needed |= {Path(p).resolve() for p in python_site.getsitepackages()}
+    needed |= {Path(p).resolve() for p in site.getsitepackages()}
     needed = {p for p in needed if not any(p != o and p.is_relative_to(o) for o in needed)}
     mounts = [{"mount": str(p), "host_path": str(p), "read_only": True} for p in sorted(needed)]
     return {
