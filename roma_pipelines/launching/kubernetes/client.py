@@ -51,15 +51,13 @@ class Client:
         def controller(pod: Object) -> str:
             return str(pod["metadata"].get("labels", {}).get(CONTROLLER_LABEL, ""))
 
+        def subject(event: Object) -> str:
+            return str(event["involvedObject"].get("uid", ""))
+
         ours = {"labelSelector": selector(MANAGED_BY)}
         self.jobs = Informer(self, "jobs", ours, lambda job: str(job["metadata"]["uid"]))
         self.pods = Informer(self, "pods", ours, controller)
-        self.warnings = Informer(
-            self,
-            "events",
-            {"fieldSelector": "type=Warning"},
-            lambda event: str(event["involvedObject"].get("uid", "")),
-        )
+        self.warnings = Informer(self, "events", {"fieldSelector": "type=Warning"}, subject)
 
     def path(self, resource: str, name: str = "") -> str:
         """Path of a kind of object, such as ``pods``, or of one of them."""
@@ -122,9 +120,8 @@ class Client:
     def warnings_about(self, objects: list[Object]) -> list[Object]:
         """Warning events of these objects, the oldest first."""
 
-        def time_of(
-            event: Object,
-        ) -> str:  # schedulers fill one field, controllers and kubelets others
+        def time_of(event: Object) -> str:
+            # schedulers fill one field, controllers and kubelets others
             times = [(event.get("series") or {}).get("lastObservedTime")]
             times += [event.get("lastTimestamp"), event.get("eventTime")]
             return next(filter(None, times), event["metadata"].get("creationTimestamp", ""))
@@ -330,13 +327,8 @@ class Informer:
         self._version = answer["metadata"]["resourceVersion"]
 
     def _watch(self) -> None:
-        query = {
-            **self.query,
-            "watch": "true",
-            "resourceVersion": self._version,
-            "allowWatchBookmarks": "true",
-            "timeoutSeconds": _WATCH_S,
-        }
+        query = {**self.query, "watch": "true", "allowWatchBookmarks": "true"}
+        query |= {"resourceVersion": self._version, "timeoutSeconds": str(_WATCH_S)}
         try:
             for line in self.client.lines(self.path, query, _SILENT_S):
                 event = json.loads(line)
