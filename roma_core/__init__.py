@@ -6,11 +6,7 @@ from typing import Any
 
 
 def lazy_attributes(package: str, where: Mapping[str, str]) -> Callable[[str], Any]:
-    """A package's ``__getattr__`` (PEP 562) that imports on first use, so that importing is cheap.
-
-    Args:
-        where: the module that defines each public name.
-    """
+    """A package's ``__getattr__`` (PEP 562) that imports names ``where`` they are, on first use."""
 
     def getter(name: str) -> Any:
         if name not in where:

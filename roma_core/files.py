@@ -33,15 +33,11 @@ def digest_of(document: Any) -> str:
 
 
 class Fingerprint(NamedTuple):
-    """Whether files may have changed, without reading them: a digest of their names, sizes and times.
-
-    Attributes:
-        newest: modification time of the newest file, seconds since the epoch; 0 without files.
-    """
+    """Whether files may have changed, without reading them: a digest of their names, sizes and times."""
 
     digest: str
     n_files: int
-    newest: float
+    newest: float  # modification time of the newest file, seconds since the epoch; 0 without files
 
 
 def fingerprint_of(patterns: Iterable[Path]) -> Fingerprint:
@@ -104,9 +100,7 @@ def write_json(path: Path, document: Any) -> None:
     write_bytes(path, _as_json(document))
 
 
-_NO_HARD_LINKS = frozenset(
-    {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
-)
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _EMPTY_FOR_S = 1.0  # at most, until its creator has replaced an empty file by the content
 
 
@@ -116,27 +110,20 @@ def create_json(path: Path, document: Any) -> bool:
     Where the file system has no hard links, the file is empty for a moment; ``read_json`` waits.
     """
     with _written_aside(path, _as_json(document)) as aside:
-        if not _take_name(path, aside):
-            return False
-    sync_folder(path.parent)
-    return True
-
-
-def _take_name(path: Path, aside: Path) -> bool:
-    """Give the content in ``aside`` the name ``path``, unless it is taken."""
-    try:
-        os.link(aside, path)
-    except FileExistsError:
-        # over NFS a repeated request fails on the result of the first
-        return aside.stat().st_nlink == 2
-    except OSError as error:
-        if error.errno not in _NO_HARD_LINKS:
-            raise
         try:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+            os.link(aside, path)
         except FileExistsError:
-            return False
-        aside.replace(path)
+            if aside.stat().st_nlink != 2:  # over NFS a repeated request fails on its own link
+                return False
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            try:
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+            except FileExistsError:
+                return False
+            aside.replace(path)
+    sync_folder(path.parent)
     return True
 
 
@@ -146,12 +133,10 @@ def read_json(path: Path, *, schema_version: int | None = None) -> Any:
     Raises:
         ValueError: the content is not JSON or has another ``schema_version``.
     """
+    deadline = time.monotonic() + _EMPTY_FOR_S
     try:
-        text = path.read_text(encoding="utf-8")
-        deadline = time.monotonic() + _EMPTY_FOR_S
-        while not text and time.monotonic() < deadline:
+        while not (text := path.read_text(encoding="utf-8")) and time.monotonic() < deadline:
             time.sleep(0.02)
-            text = path.read_text(encoding="utf-8")
         document = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(

@@ -1,10 +1,8 @@
 """Integer hashing: the only source of randomness in data order, masks, drops and splits.
 
-A hash is a pure function of its arguments, so the same object gets the same mask on every rank,
-in every batch, on CPU and GPU, and no generator state has to be saved. The mixing step is the
-32-bit finaliser "lowbias32" (C. Wellons, public domain); it is written with operators only, so one
-body serves Python ints and torch tensors, whose products wrap at 64 bits and keep their lower 32
-exact. Arrays have a faster one with the same results.
+A hash is a pure function of its arguments: equal on every rank, in every batch, on CPU and GPU, and
+no generator state has to be saved. The mixing step is the 32-bit finaliser "lowbias32" (C. Wellons,
+public domain), for Python ints and torch tensors; arrays have a faster one with the same results.
 """
 
 from __future__ import annotations
@@ -30,10 +28,9 @@ def mix(x: Ints) -> Ints:
 
 
 def hash_ints(*parts: Ints) -> Ints:
-    """Hash integers (or integer arrays of broadcastable shapes) to 32 bits, order mattering.
+    """Hash the lower 64 bits of integers, or of broadcastable integer arrays, in this order.
 
-    Every part counts with its lower 64 bits. Returns integers in ``[0, 2**32)`` of the broadcast
-    shape; int64 arrays stay int64.
+    Returns integers in ``[0, 2**32)`` of the broadcast shape; int64 arrays stay int64.
     """
     h: Ints = 0x9E3779B9
     for part in parts:

@@ -95,7 +95,6 @@ class JobFolder:
         return sorted(int(record.stem) for record in records if record.stem.isdigit())
 
     def read_result(self) -> Result | None:
-        """The result, or None while there is none."""
         if not self.result.exists():
             return None
         return Result.model_validate(read_json(self.result, schema_version=1))
@@ -124,7 +123,6 @@ class Attempt:
         aside.replace(self.heartbeat)
 
     def read_exit(self) -> Exit | None:
-        """How the attempt ended, or None if it has not written that."""
         if not self.exit.exists():
             return None
         return Exit.model_validate(read_json(self.exit, schema_version=1))

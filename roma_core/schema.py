@@ -3,13 +3,11 @@
     values     (transform(value) - mean) / std        per channel, fitted on the train split
     positions  (position - anchor - offset) / scale   per axis
 
-All arithmetic is in float64 and the result is rounded to float32 once. The served model repeats
-``Normaliser`` in its own file, so it uses numpy and nothing else.
+All arithmetic is in float64; the result is rounded once. The served model repeats ``Normaliser``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from typing import Literal
 
 import numpy as np
@@ -28,10 +26,6 @@ class DataError(ValueError):
     what was expected, what came, and what to do."""
 
 
-def _is_empty(value: Sized) -> bool:
-    return len(value) == 0
-
-
 class Channel(Frozen):
     """One measured quantity of an observation."""
 
@@ -40,10 +34,7 @@ class Channel(Frozen):
 
 
 class PositionAxis(Frozen):
-    """One coordinate of an observation: time, a band's index, a position in space.
-
-    The model sees ``(position - anchor - offset) / scale`` in float32, computed in float64.
-    """
+    """One coordinate of an observation: time, a band's index, a position in space."""
 
     name: str
     unit: str = Field(description="Unit of the positions as delivered.")
@@ -75,9 +66,8 @@ class DataSchema(Frozen):
     classes: tuple[str, ...] = ()
     targets: tuple[Channel, ...] = Field(
         (),
-        exclude_if=_is_empty,
-        description="Numbers of every observation that a model may be trained to predict; they are never "
-        "its input.",
+        exclude_if=lambda targets: not targets,
+        description="Numbers of every observation that a model may predict; never its input.",
     )
     normalisation: tuple[ChannelNormalisation, ...] = Field(
         description="One entry per channel, in the order of `channels`."
@@ -141,9 +131,7 @@ class Normaliser:
     ) -> Float32:
         """``(T, D)`` positions as delivered to ``(T, D)`` float32 for the model.
 
-        Args:
-            positions: of one series, or of several, one after the other.
-            lengths: ``(B,)`` observations of each, at least 1; None for one series.
+        Of one series, or of several of ``(B,)`` lengths, at least 1 each, one after the other.
         """
         x = positions.astype(np.float64, order="C")
         for k in self._first:

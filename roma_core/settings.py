@@ -1,13 +1,11 @@
 """Settings: from code, the environment, one ``.env`` file, or the defaults, in this order.
 
-``RomaSettings`` is the one base class that reads the environment. Each subclass owns a prefix;
-sections nested in it are plain ``BaseModel``s, reached with two underscores
-(``ROMA_PRETRAIN_ENCODER_CONFIG__DEPTH=3``), and setting one leaf keeps the others. A leaf is one
-value, whatever its type: a dictionary from a stronger source replaces that of a weaker one. An
-object given in code for a section sets all its leaves, a dictionary only those it names.
-Lists and dictionaries are written as JSON, None as ``null``; an empty variable counts as not set.
-A variable under a class's prefix that is no field, or under a misspelt prefix, is an error naming
-the closest field. Spellings of the published package (``ROMAE_…``) are accepted with a warning.
+Each subclass of ``RomaSettings`` owns a prefix; leaves of nested sections are reached with two
+underscores (``ROMA_PRETRAIN_ENCODER_CONFIG__DEPTH=3``) and set one by one. A leaf is one value,
+whatever its type. An object given in code for a section sets all its leaves, a dictionary only
+those it names. Lists and dictionaries are written as JSON, None as ``null``; an empty variable
+counts as not set. A variable under a prefix that is no field, or under a misspelt prefix, is an
+error naming the closest field. Spellings of the published package (``ROMAE_…``) give a warning.
 """
 
 from __future__ import annotations
@@ -47,11 +45,7 @@ class Frozen(BaseModel):
 
 
 class SettingsError(ValueError):
-    """A setting is misspelt, contradictory or out of range.
-
-    Attributes:
-        problems: one for every wrong value, where values were validated.
-    """
+    """A setting is misspelt, contradictory or out of range; ``problems`` lists wrong values."""
 
     def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
         super().__init__(message)
@@ -59,13 +53,7 @@ class SettingsError(ValueError):
 
 
 def find_env_file(start: Path | None = None) -> Path | None:
-    """The ``.env`` in force: ``$ROMA_ENV_FILE`` if set, else the nearest one at or above ``start``.
-
-    ``ROMA_ENV_FILE=/dev/null`` switches it off.
-
-    Raises:
-        SettingsError: ``$ROMA_ENV_FILE`` names a file that does not exist.
-    """
+    """``$ROMA_ENV_FILE`` (/dev/null for none) or the nearest ``.env`` at or above ``start``."""
     named = os.environ.get(ENV_FILE_VARIABLE)
     if named:
         path = Path(named).expanduser().absolute()
@@ -105,19 +93,14 @@ def _closest(name: str, known: Iterable[str]) -> str:
     return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 
-class _Variables:
-    """Base of both sources of variables: published spellings, unknown names, JSON."""
+class _Environment(EnvSettingsSource):
+    """Variables with checked names (lower-case); ``ROMAE_X`` is read as ``ROMA_X``, which wins."""
 
-    where: str
-    settings_cls: Any
+    where = "the environment"
 
-    def _checked(self, variables: Mapping[str, str | None]) -> dict[str, str | None]:
-        """``ROMAE_X`` respelt as ``ROMA_X``, which wins if both are set; the names are lower-case.
-
-        Raises:
-            SettingsError: a name under either prefix, or under a misspelt one, is not a setting.
-        """
-        cls = self.settings_cls
+    def _load_env_vars(self) -> Mapping[str, str | None]:
+        variables = super()._load_env_vars()
+        cls: Any = self.settings_cls
         prefix = cls.model_config["env_prefix"].lower()
         published = prefix.replace("roma_", "romae_", 1)
         paths = [leaf.split(".") for leaf in leaves_of(cls)]
@@ -157,7 +140,7 @@ class _Variables:
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
         try:
-            return super().decode_complex_value(field_name, field, value)  # type: ignore[misc]
+            return super().decode_complex_value(field_name, field, value)
         except ValueError as error:
             raise ValueError(
                 f"{field_name} of {self.settings_cls.__name__} in {self.where}: expected JSON, such "
@@ -165,17 +148,10 @@ class _Variables:
             ) from error
 
 
-class _Environment(_Variables, EnvSettingsSource):
-    where = "the environment"
-
-    def _load_env_vars(self) -> Mapping[str, str | None]:
-        return self._checked(super()._load_env_vars())
-
-
-class _EnvFile(_Variables, DotEnvSettingsSource):
-    def _read_env_files(self) -> Mapping[str, str | None]:
-        self.where = str(self.env_file)
-        return self._checked(super()._read_env_files())
+class _EnvFile(_Environment, DotEnvSettingsSource):
+    @property
+    def where(self) -> str:  # type: ignore[override]
+        return str(self.env_file)
 
 
 def _flat(
@@ -193,21 +169,8 @@ def _flat(
             yield prefix + name, value
 
 
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for name, value in flat.items():
-        *path, last = name.split(".")
-        here = nested
-        for part in path:
-            here = here.setdefault(part, {})
-        here[last] = value
-    return nested
-
-
 class RomaSettings(BaseSettings):
-    """Base of every settings class; subclasses set ``env_prefix``, none a prefix of another.
-
-    Two settings are equal if their values are, wherever these came from.
+    """Base of every settings class that reads the environment; equality ignores the sources.
 
     Raises:
         SettingsError: naming every value that is wrong, where it came from, and what was expected.
@@ -250,14 +213,22 @@ class RomaSettings(BaseSettings):
                         del given[other]
                         labels.pop(other, None)
                 given[name], labels[name] = value, label
+        nested: dict[str, Any] = {}
+        for name, value in given.items():
+            *path, last = name.split(".")
+            here = nested
+            for part in path:
+                here = here.setdefault(part, {})
+            here[last] = value
         try:
-            super().__init__(_build_sources=((InitSettingsSource(cls, _nested(given)),), {}))
+            super().__init__(_build_sources=((InitSettingsSource(cls, nested),), {}))
         except ValidationError as error:
             problems = validation_errors(error, cls)
-            raise SettingsError(
-                f"{cls.__name__}: " + "\n".join(_with_source(one, labels) for one in problems),
-                problems,
-            ) from None
+            lines = [str(problem) for problem in problems]
+            for k, (name, message) in enumerate(problems):
+                if name and (source := _source_of(name, labels)) != "default":
+                    lines[k] = f"{name} ({source}): {message}"
+            raise SettingsError(f"{cls.__name__}: " + "\n".join(lines), problems) from None
         self._sources = labels
 
     def __eq__(self, other: object) -> bool:
@@ -265,10 +236,7 @@ class RomaSettings(BaseSettings):
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> typing.Self:
-        """Build from the given values and defaults alone: no environment, no ``.env``.
-
-        For frozen configurations, which the computer they are read on must not change.
-        """
+        """Build from the given values and defaults alone: no environment, no ``.env``."""
         instance = cls.__new__(cls)
         instance._fill(("file", values))
         return instance
@@ -295,7 +263,7 @@ class RomaSettings(BaseSettings):
         return [(n, value_of(n), _source_of(n, self._sources)) for n in leaves_of(type(self))]
 
     def as_table(self) -> str:
-        """Every leaf with its value and source, a line each, for people."""
+        """Every leaf with its value and source, a line each."""
         rows = [(name, repr(value), source) for name, value, source in self.resolved()]
         width = max(len(name) for name, _, _ in rows)
         return "\n".join(f"{n:<{width}}  {v}  [{s}]" for n, v, s in rows)
@@ -305,13 +273,6 @@ def _source_of(name: str, labels: Mapping[str, str]) -> str:
     parts = name.split(".")
     names = (".".join(parts[:i]) for i in range(len(parts), 0, -1))
     return next((labels[n] for n in names if n in labels), "default")
-
-
-def _with_source(problem: Problem, labels: Mapping[str, str]) -> str:
-    source = _source_of(problem.name, labels)
-    if not problem.name or source == "default":
-        return str(problem)
-    return f"{problem.name} ({source}): {problem.message}"
 
 
 class Problem(NamedTuple):
@@ -339,10 +300,18 @@ def validation_errors(error: ValidationError, model: type[BaseModel]) -> list[Pr
             for other in details
         ):
             continue  # entries of the list were wrong, and so do not count
-        names = [str(part) for part in location if not _is_union_member(part)]
+        names = [  # without pydantic's names of the types of a field
+            str(part)
+            for part in location
+            if not re.search(r"\[|^(float|int|str)$|^constrained-", str(part))
+        ]
         name = ".".join(names)
         if kind == "extra_forbidden":
-            message = _unknown(names, _fields_beside(model, location))
+            message = "not a setting"
+            if known := _fields_beside(model, location):
+                closest = ".".join((*names[:-1], _closest(names[-1], known)))
+                message += f"; the closest one is {closest}"
+                message += f". There are {', '.join(known)}" if len(known) <= _MAX_LISTED else ""
         elif kind == "missing":
             message = "required, but not given"
         elif kind == "value_error":
@@ -355,7 +324,11 @@ def validation_errors(error: ValidationError, model: type[BaseModel]) -> list[Pr
         else:
             allowed = _PYDANTIC_SUBJECT.sub("must", detail["msg"], count=1)
             allowed = re.sub(" or instance of \\w+$", "", allowed)  # no class of ours is in a file
-            alternatives.setdefault((name, _shown(detail["input"])), {})[allowed] = None
+            value = detail["input"]
+            fields = isinstance(value, Mapping)
+            given = f"a mapping of {', '.join(map(str, value))}" if fields else repr(value)
+            given = given if len(given) <= _MAX_SHOWN else f"{given[:_MAX_SHOWN]}…"
+            alternatives.setdefault((name, given), {})[allowed] = None
             continue
         found[Problem(name, message)] = None
     return [*found] + [
@@ -369,13 +342,6 @@ _MAX_LISTED = 20  # names of settings
 _PYDANTIC_SUBJECT = re.compile(r"^(Input|String|List|Tuple|Dictionary|Value) should")
 
 
-def _is_union_member(part: int | str) -> bool:
-    """Whether this part of a location is pydantic's name of one of several types, not a field's."""
-    return isinstance(part, str) and (
-        "[" in part or part in ("float", "int", "str") or part.startswith("constrained-")
-    )
-
-
 def _fields_beside(model: Any, location: tuple[int | str, ...]) -> list[str]:
     """The fields of the section that contains the last part of ``location``."""
     for part in location[:-1]:
@@ -386,21 +352,6 @@ def _fields_beside(model: Any, location: tuple[int | str, ...]) -> list[str]:
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 model = inner
     return list(getattr(model, "model_fields", {}))
-
-
-def _unknown(names: list[str], known: list[str]) -> str:
-    if not known:
-        return "not a setting"
-    closest = ".".join((*names[:-1], _closest(names[-1], known)))
-    listed = f". There are {', '.join(known)}" if len(known) <= _MAX_LISTED else ""
-    return f"not a setting; the closest one is {closest}{listed}"
-
-
-def _shown(value: Any) -> str:
-    text = (
-        f"a mapping of {', '.join(map(str, value))}" if isinstance(value, Mapping) else repr(value)
-    )
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 
 _USERINFO = re.compile(r"(?<=://)[^/?#\s]*@")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
@@ -40,6 +40,17 @@ def errors_as_messages(
         yield
     except kinds as error:
         raise click.ClickException(str(error)) from error
+
+
+def with_options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """One decorator of several, in the order of the help text."""
+
+    def decorate(command: Any) -> Any:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
 
 
 _COMMANDS = {

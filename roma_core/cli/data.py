@@ -8,9 +8,10 @@ from pathlib import Path
 
 import click
 
-_dataset_argument = click.argument(
-    "path", type=click.Path(exists=True, file_okay=False, path_type=Path)
-)
+from roma_core.cli import errors_as_messages
+
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+_DATASET = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 @click.group()
@@ -23,60 +24,55 @@ def data() -> None:
 @click.option(
     "--out",
     required=True,
-    type=click.Path(file_okay=False, path_type=Path),
+    type=_FOLDER,
     help="Folder of data sets; the set goes to OUT/<name>/<version>/.",
 )
 @click.option(
     "--cache",
     default=Path(".roma/cache"),
     show_default=True,
-    type=click.Path(file_okay=False, path_type=Path),
+    type=_FOLDER,
     help="Folder for what the source fetches.",
 )
 def build(config: Path, out: Path, cache: Path) -> None:
     """Build the data set that CONFIG (YAML) describes and print its folder.
 
     Equal input gives an equal version; one that is there already is verified and used. What went to
-    which split, and what was repaired, is printed to stderr.
+    which split, and what was repaired, is said on stderr.
     """
     from roma_core.data.build import build_dataset, build_summary
     from roma_core.data.config import DatasetConfig
     from roma_core.data.manifest import read_manifest
     from roma_core.schema import DataError
 
-    try:
-        with warnings.catch_warnings():  # show the sentences without their place in the code
-            warnings.simplefilter("always", UserWarning)
-            warnings.showwarning = lambda m, *_, **__: click.echo(f"warning: {m}", err=True)
-            path = build_dataset(DatasetConfig.from_yaml(config), out, cache)
+    with errors_as_messages((DataError, OSError)), warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
+        path = build_dataset(DatasetConfig.from_yaml(config), out, cache)
         lines = build_summary(read_manifest(path))
-    except (DataError, OSError) as error:
-        raise click.ClickException(str(error)) from error
     for line in lines:
         click.echo(line, err=True)
     click.echo(path)
 
 
 @data.command()
-@_dataset_argument
+@click.argument("path", type=_DATASET)
 def inspect(path: Path) -> None:
     """Print what the data set in PATH looks like: counts, lengths, classes, gaps, values."""
     from roma_core.data.profile import profile_dataset
     from roma_core.data.store import StoredDataset
     from roma_core.schema import DataError
 
-    try:
+    with errors_as_messages((DataError,)):
         profile = profile_dataset(StoredDataset(path))
-    except DataError as error:
-        raise click.ClickException(str(error)) from error
     click.echo(profile.to_markdown(), nl=False)
 
 
 @data.command()
-@_dataset_argument
+@click.argument("path", type=_DATASET)
 @click.option(
     "--against",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=_DATASET,
     help="An earlier version: objects that moved to another split, went, changed or drifted.",
 )
 @click.option("--strict", is_flag=True, help="Let warnings fail too.")
@@ -84,8 +80,8 @@ def inspect(path: Path) -> None:
 def validate(path: Path, against: Path | None, strict: bool, as_json: bool) -> None:
     """Check the data set in PATH; exit with 1 if there is an error in it.
 
-    Every finding has a severity, a count and examples. Errors: damaged files, columns that do not
-    fit, numbers that are not finite, an object, group or equal content in two splits.
+    Errors: damaged files, columns that do not fit, numbers that are not finite, an object, group or
+    equal content in two splits.
     """
     import json
 
@@ -96,10 +92,8 @@ def validate(path: Path, against: Path | None, strict: bool, as_json: bool) -> N
     found = check_dataset(path)
     errors = sum(f.severity == "error" for f in found)
     if against is not None and not errors:
-        try:
+        with errors_as_messages((DataError,)):
             found += compare_versions(StoredDataset(path, verify=False), StoredDataset(against))
-        except DataError as error:
-            raise click.ClickException(str(error)) from error
         errors = sum(f.severity == "error" for f in found)
     if as_json:
         click.echo(json.dumps([f.model_dump() for f in found], indent=2, ensure_ascii=False))
@@ -116,7 +110,7 @@ def validate(path: Path, against: Path | None, strict: bool, as_json: bool) -> N
 
 
 @data.command()
-@_dataset_argument
+@click.argument("path", type=_DATASET)
 @click.argument("target", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--split", type=click.Choice(["train", "validation", "test"]), help="Only this one.")
 def export(path: Path, target: Path, split: str | None) -> None:
@@ -125,8 +119,6 @@ def export(path: Path, target: Path, split: str | None) -> None:
     from roma_core.data.store import StoredDataset
     from roma_core.schema import DataError
 
-    try:
+    with errors_as_messages((DataError, OSError)):
         n = export_parquet(StoredDataset(path), target, split)  # type: ignore[arg-type]
-    except (DataError, OSError) as error:
-        raise click.ClickException(str(error)) from error
     click.echo(f"{target}: {n} series")

@@ -7,6 +7,7 @@ checks the services of an installation instead, with the same kind of results.
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -24,14 +25,11 @@ from urllib.parse import urlsplit
 
 import click
 
-TIMEOUT_S = 2.0
+_TIMEOUT_S = 2.0
 _PACKAGES = ("torch", "accelerate", "safetensors", "numpy", "pydantic-settings", "mlflow", "wandb")
 _WORLD = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID")
 _STORAGE_MB = 64
 _SLOW_MB_PER_S = 20
-
-
-Status = Literal["ok", "warning", "error"]
 
 
 @dataclass(frozen=True)
@@ -39,39 +37,23 @@ class CheckResult:
     """One line of a report: what was checked, its status, and why or what to do."""
 
     name: str
-    status: Status
+    status: Literal["ok", "warning", "error"]
     detail: str
 
 
-_COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
-
-
 def report(results: Iterable[CheckResult], *, as_json: bool = False, strict: bool = False) -> int:
-    """Print results, each as soon as it is there; exit code 1 on any error, 0 otherwise.
-
-    Args:
-        as_json: print them as one JSON list.
-        strict: a warning counts as an error.
-    """
+    """Print results as they come, or one JSON list; exit code 1 on any error (or warning)."""
+    colours = {"ok": "green", "warning": "yellow", "error": "red"}
     seen = []
     for result in results:
         seen.append(result)
         if not as_json:
-            status = click.style(f"{result.status:<8}", fg=_COLOURS[result.status])
+            status = click.style(f"{result.status:<8}", fg=colours[result.status])
             click.echo(f"{status} {result.name:<18} {result.detail}")
     if as_json:
         click.echo(json.dumps([asdict(result) for result in seen], indent=2))
     bad = {"error", "warning"} if strict else {"error"}
     return int(any(result.status in bad for result in seen))
-
-
-def checks(folder: Path) -> Iterator[CheckResult]:
-    """All checks in turn; ``folder`` is where runs are written."""
-    yield from versions()
-    yield from devices()
-    yield from world()
-    yield from storage(folder)
-    yield from trackers()
 
 
 def versions() -> Iterator[CheckResult]:
@@ -88,10 +70,9 @@ def devices() -> Iterator[CheckResult]:
     """CPUs and GPUs of this process."""
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield CheckResult(
-        "cpu", "ok", f"{cores} core(s) for this process, {os.cpu_count()} in the computer"
-    )
+    n_cpus = os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else n_cpus
+    yield CheckResult("cpu", "ok", f"{cores} core(s) for this process, {n_cpus} in the computer")
     if not torch.cuda.is_available():
         yield CheckResult("gpu", "warning", "none that torch can use; training runs on the CPU")
         return
@@ -106,11 +87,12 @@ def devices() -> Iterator[CheckResult]:
 def world() -> Iterator[CheckResult]:
     """Variables of a launcher of several processes; under torchrun every process prints its own."""
     found = {name: os.environ[name] for name in _WORLD if name in os.environ}
+    values = [f"{k}={v}" for k, v in found.items()]
     if "WORLD_SIZE" not in found:
         text = "one process (start with torchrun or accelerate launch for more)"
-        yield CheckResult("world", "ok", "; ".join([text, *(f"{k}={v}" for k, v in found.items())]))
+        yield CheckResult("world", "ok", "; ".join([text, *values]))
         return
-    text = ", ".join(f"{k}={v}" for k, v in found.items())
+    text = ", ".join(values)
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in found]
     if missing:
         yield CheckResult("world", "error", f"{text}, but {missing} not set; use torchrun")
@@ -125,9 +107,7 @@ def world() -> Iterator[CheckResult]:
 
 def storage(folder: Path) -> Iterator[CheckResult]:
     """Whether the folder, or the nearest existing one above it, can hold checkpoints, and how fast."""
-    here = folder.absolute()
-    while not here.is_dir():
-        here = here.parent
+    here = next(f for f in (folder.absolute(), *folder.absolute().parents) if f.is_dir())
     try:
         with tempfile.TemporaryDirectory(dir=here, prefix=".roma-doctor-") as name:
             yield from _measured(Path(name), here)
@@ -153,13 +133,11 @@ def _measured(scratch: Path, here: Path) -> Iterator[CheckResult]:
             os.fsync(handle.fileno())
         small.replace(scratch / "renamed")
     commit_ms = (time.perf_counter() - started) * 100
-    slow = speed < _SLOW_MB_PER_S
-    yield CheckResult(
-        "storage",
-        "warning" if slow else "ok",
-        f"{here}: {speed:.0f} MB/s written and synced, {commit_ms:.1f} ms for a small file"
-        + (", slow: raise save_every" if slow else ""),
-    )
+    text = f"{here}: {speed:.0f} MB/s written and synced, {commit_ms:.1f} ms for a small file"
+    if speed < _SLOW_MB_PER_S:
+        yield CheckResult("storage", "warning", f"{text}, slow: raise save_every")
+    else:
+        yield CheckResult("storage", "ok", text)
     try:
         os.link(file, scratch / "link")
     except OSError as error:
@@ -174,19 +152,19 @@ def trackers() -> Iterator[CheckResult]:
     from roma_core.trainer.trackers import WandbConfig
 
     uri = os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("ROMA_MLFLOW_TRACKING_URI")
+    scheme = urlsplit(uri or "").scheme
     if not uri:
-        yield CheckResult(
-            "mlflow", "warning", "no MLFLOW_TRACKING_URI; metrics stay in metrics.jsonl"
-        )
-    elif urlsplit(uri).scheme in ("http", "https"):
+        text = "no MLFLOW_TRACKING_URI; metrics stay in metrics.jsonl"
+        yield CheckResult("mlflow", "warning", text)
+    elif scheme in ("http", "https"):
         yield _answer("mlflow", uri.rstrip("/") + "/health")
-    elif urlsplit(uri).scheme == "sqlite":
+    elif scheme == "sqlite":
         path = Path(uri.removeprefix("sqlite:///"))
         found = path.is_file()
         text = f"{path}" if found else f"{path} does not exist; `roma-pipeline up` or demo makes it"
         yield CheckResult("mlflow", "ok" if found else "error", text)
     else:
-        yield CheckResult("mlflow", "warning", f"{urlsplit(uri).scheme}: not checked")
+        yield CheckResult("mlflow", "warning", f"{scheme}: not checked")
     mode = WandbConfig().effective_mode
     if mode != "online":
         yield CheckResult("wandb", "ok" if mode == "offline" else "warning", mode)
@@ -196,22 +174,18 @@ def trackers() -> Iterator[CheckResult]:
 
 def _answer(topic: str, url: str) -> CheckResult:
     """Whether a server answers at ``url``, with any status; credentials are not shown."""
-    shown = (
-        urlsplit(url)._replace(netloc=urlsplit(url).netloc.rpartition("@")[2], query="").geturl()
-    )
+    host = urlsplit(url).netloc.rpartition("@")[2]
+    shown = urlsplit(url)._replace(netloc=host, query="").geturl()
     started = time.perf_counter()
     try:
-        urllib.request.urlopen(url, timeout=TIMEOUT_S).close()
+        urllib.request.urlopen(url, timeout=_TIMEOUT_S).close()
     except urllib.error.HTTPError as error:
         return CheckResult(topic, "warning", f"{shown} answers with {error.code}")
     except (OSError, ValueError) as error:
-        text = (
-            f"{shown} does not answer ({error}); training continues without it and logs to it later"
-        )
+        text = f"{shown} does not answer ({error}); training continues and logs to it later"
         return CheckResult(topic, "error", text)
-    return CheckResult(
-        topic, "ok", f"{shown} answers in {(time.perf_counter() - started) * 1000:.0f} ms"
-    )
+    elapsed_ms = (time.perf_counter() - started) * 1000
+    return CheckResult(topic, "ok", f"{shown} answers in {elapsed_ms:.0f} ms")
 
 
 @click.command()
@@ -228,4 +202,5 @@ def doctor(run_dir: Path, as_json: bool) -> None:
 
     Each tracker gets two seconds to answer.
     """
-    sys.exit(report(checks(run_dir), as_json=as_json))
+    checks = itertools.chain(versions(), devices(), world(), storage(run_dir), trackers())
+    sys.exit(report(checks, as_json=as_json))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-_OPTIONS = (
+from roma_core.cli import errors_as_messages, with_options
+
+_options = with_options(
     click.option(
         "--model",
         required=True,
@@ -40,14 +42,8 @@ _OPTIONS = (
 )
 
 
-def _with_options(command: Callable[..., None]) -> Callable[..., None]:
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
-
-
 @click.command()
-@_with_options
+@_options
 def predict(**options: Any) -> None:
     """Classify the series of INPUT and write one row each to OUTPUT (Parquet).
 
@@ -60,7 +56,7 @@ def predict(**options: Any) -> None:
 
 
 @click.command()
-@_with_options
+@_options
 def embed(**options: Any) -> None:
     """Write the encoder features of the series of INPUT to OUTPUT (Parquet).
 
@@ -84,24 +80,21 @@ def _apply(
     from roma_core.serving.batch import assumed_units, count_series, score_file
     from roma_core.serving.registry_client import FetchError
 
-    try:
-        with _load(model, tracking_uri, cache) as (package, lineage):
-            found = "encoder" if package.golden_field == "features" else "classifier"
-            if found != kind:
-                other = "embed" if found == "encoder" else "predict"
-                raise ValueError(f"{model} is of kind {found}; use `roma {other}`")
-            if assumed := assumed_units(input, package):
-                units = ", ".join(f"{name} in {unit}" for name, unit in assumed.items())
-                click.echo(f"{input} does not state its units; assuming {units}", err=True)
-            total = count_series(input, split)
-            with tqdm(total=total, desc=kind, unit=" series", disable=None) as bar:
-
-                def progress(done: int) -> None:
-                    bar.update(done - bar.n)
-
-                n = score_file(package, lineage, input, split, output, progress=progress)
-    except (FetchError, RuntimeError, ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+    with (
+        errors_as_messages((FetchError, RuntimeError, ValueError, OSError)),
+        _load(model, tracking_uri, cache) as (package, lineage),
+    ):
+        found = "encoder" if package.golden_field == "features" else "classifier"
+        if found != kind:
+            other = "embed" if found == "encoder" else "predict"
+            raise ValueError(f"{model} is of kind {found}; use `roma {other}`")
+        if assumed := assumed_units(input, package):
+            units = ", ".join(f"{name} in {unit}" for name, unit in assumed.items())
+            click.echo(f"{input} does not state its units; assuming {units}", err=True)
+        total = count_series(input, split)
+        with tqdm(total=total, desc=kind, unit=" series", disable=None) as bar:
+            inputs = input, split, output
+            n = score_file(package, lineage, *inputs, progress=lambda n: bar.update(n - bar.n))
     done = "classified" if kind == "classifier" else "embedded"
     click.echo(f"{n} series {done} by {model} (version {lineage['model_version']}): {output}")
 
@@ -124,8 +117,8 @@ def _load(
         return
     client = registry_client.connect(tracking_uri)
     version = registry_client.resolve(client, model)
+    lineage = {"model": version.name, "model_version": version.version}
+    lineage["model_sha256"] = version.manifest_sha256 or ""
     with tempfile.TemporaryDirectory() as scratch:
         folder = registry_client.fetch(client, version, cache or Path(scratch))
-        lineage = {"model": version.name, "model_version": version.version}
-        digest = version.manifest_sha256 or ""
-        yield registry_client.load(folder), lineage | {"model_sha256": digest}
+        yield registry_client.load(folder), lineage

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 import yaml
+
+from roma_core.cli import errors_as_messages, with_options
 
 if TYPE_CHECKING:
     from roma_core.job import JobFolder
@@ -18,38 +19,31 @@ Task = Literal["pretrain", "finetune"]
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
-def _shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in (
-        click.option("--data", type=_FOLDER, help="Data set, as made by `roma data build`."),
-        click.option(
-            "--run-dir", type=_FOLDER, help="Folder of the run; an unfinished run is resumed."
-        ),
-        click.option(
-            "--set",
-            "settings",
-            multiple=True,
-            metavar="NAME=VALUE",
-            help="Set a field of model or trainer, e.g. trainer.epochs=5 or model.mask_ratio=0.6; "
-            "values are YAML. Repeatable.",
-        ),
-        click.option(
-            "--train-fraction",
-            type=click.FloatRange(0, 1, min_open=True),
-            default=1.0,
-            show_default=True,
-            help="Fraction of the training series of every class to use.",
-        ),
-        click.option(
-            "--show-config", is_flag=True, help="Print every setting with its source and exit."
-        ),
-        click.option(
-            "--job",
-            type=_FOLDER,
-            help="Run the job planned in this folder; excludes all other options.",
-        ),
-    ):
-        command = option(command)
-    return command
+_shared_options = with_options(
+    click.option("--data", type=_FOLDER, help="Data set, as made by `roma data build`."),
+    click.option(
+        "--run-dir", type=_FOLDER, help="Folder of the run; an unfinished run is resumed."
+    ),
+    click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Set a field of model or trainer, e.g. trainer.epochs=5 or model.mask_ratio=0.6; "
+        "values are YAML. Repeatable.",
+    ),
+    click.option(
+        "--train-fraction",
+        type=click.FloatRange(0, 1, min_open=True),
+        default=1.0,
+        show_default=True,
+        help="Fraction of the training series of every class to use.",
+    ),
+    click.option("--show-config", is_flag=True, help="Print settings with their source and exit."),
+    click.option(
+        "--job", type=_FOLDER, help="Run the job planned in this folder; no other option."
+    ),
+)
 
 
 @click.command()
@@ -87,10 +81,8 @@ def _run(task: Task, options: dict[str, Any], weights: Path | None = None) -> No
             raise click.UsageError(
                 "--data and --run-dir are required (or --job, for a planned job)"
             )
-        try:
+        with errors_as_messages((ValueError, OSError)):
             folder = _prepare(task, options, weights)
-        except (ValueError, OSError) as error:
-            raise click.ClickException(str(error)) from error
 
     from roma_core.trainer.distributed import StopRequests
 
@@ -110,14 +102,9 @@ def _prepare(task: Task, options: dict[str, Any], weights: Path | None) -> JobFo
 
     settings = _parse_settings(options["settings"])
     data = options["data"].absolute()
-    trainer = TrainerConfig(**settings["trainer"])
+    trainer, fraction = TrainerConfig(**settings["trainer"]), options["train_fraction"]
     config = TrainingJobConfig.resolve(
-        task,
-        data,
-        settings["model"],
-        trainer,
-        weights=weights,
-        train_fraction=options["train_fraction"],
+        task, data, settings["model"], trainer, weights=weights, train_fraction=fraction
     )
     if options["show_config"]:
         click.echo(f"# trainer (ROMA_TRAINER_…)\n{trainer.as_table()}\n")

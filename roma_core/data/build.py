@@ -1,8 +1,7 @@
 """Building a data set: source → cleaning → split → subsampling → columns → normalisation → manifest.
 
 The files are written into a hidden folder, which is renamed to the digest of its content when it is
-complete. Equal input finds the folder that is already there. One process at a time builds under a
-name; memory holds a chunk of observations and a few numbers per series.
+complete. Memory holds a chunk of observations and a few numbers per series.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import os
 import shutil
 import warnings
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from operator import length_hint
 from pathlib import Path
@@ -54,17 +53,10 @@ _SHARD = 1 << 26  # observations in one file of values or positions
 
 
 def build_dataset(config: DatasetConfig, root: Path, cache: Path, progress: bool = True) -> Path:
-    """Build the data set that ``config`` describes, or find it built.
+    """Build the data set that ``config`` describes, or find it built; returns its folder.
 
-    Args:
-        config: what to build from and how.
-        root: folder of data sets; the set goes to ``<root>/<name>/<digest[:12]>/``.
-        cache: folder for what the source downloads.
-        progress: show a progress bar on stderr.
-
-    Returns:
-        The folder. Equal input gives an equal folder; an existing one is verified and used, or
-        replaced if it is damaged. Only one process at a time builds under a name.
+    The folder is ``<root>/<name>/<digest[:12]>/``. Equal input gives an equal folder; an existing one
+    is verified and used, or replaced if it is damaged. ``cache`` is for what the source downloads.
 
     Raises:
         DataError: the source or a series cannot be used, or the disk is full. Nothing is left behind.
@@ -76,7 +68,22 @@ def build_dataset(config: DatasetConfig, root: Path, cache: Path, progress: bool
         shutil.rmtree(aside, ignore_errors=True)  # of a builder that was killed
         try:
             aside.mkdir()
-            manifest = _write_dataset(config, source, aside, progress, versions=home)
+            writer, cleaner = (
+                DatasetWriter(config, source, aside),
+                SeriesCleaner(source, config.repair),
+            )
+            if config.split.stratified:
+                writer.splitter.restore(versions=home)
+            total, title = length_hint(source) or None, f"building {config.name}"
+            with writer:
+                for series in tqdm(cleaner, title, total, unit=" series", disable=not progress):
+                    writer.add(series)
+            if not len(writer):
+                raise DataError(
+                    f"the source of {config.name} ({config.source.kind}) has no series; look into its "
+                    f"files: {', '.join(source.files) or 'it has none'}"
+                )
+            manifest = writer.finish(cleaner.repairs())
             return _commit(aside, home / manifest.digest[:12], manifest)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -91,11 +98,10 @@ def build_dataset(config: DatasetConfig, root: Path, cache: Path, progress: bool
 
 def build_summary(manifest: Manifest) -> list[str]:
     """Lines about a data set that was built: sizes of the splits (fractions of series), repairs."""
-    total = sum(count.n_series for count in manifest.counts.values())
+    total = sum(n.n_series for n in manifest.counts.values())
     sizes = ", ".join(
-        f"{split} {count.n_series:,} series ({count.n_series / total:.1%}) with "
-        f"{count.n_observations:,} observations"
-        for split, count in manifest.counts.items()
+        f"{split} {n.n_series:,} series ({n.n_series / total:.1%}) with {n.n_observations:,} observations"
+        for split, n in manifest.counts.items()
     )
     counts = manifest.repairs.model_dump() if manifest.repairs else {}
     repairs = ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items() if n)
@@ -132,10 +138,8 @@ def _commit(aside: Path, target: Path, manifest: Manifest) -> Path:
         try:
             existing = read_manifest(target)
             problems = find_damage(target, existing)
-            if existing.digest != manifest.digest:
-                problems = [
-                    f"{MANIFEST} has the digest {existing.digest}, expected {manifest.digest}"
-                ]
+            if (found := existing.digest) != manifest.digest:
+                problems = [f"{MANIFEST} has the digest {found}, expected {manifest.digest}"]
         except DataError as error:
             problems = [str(error)]
         if not problems:
@@ -153,39 +157,10 @@ def _commit(aside: Path, target: Path, manifest: Manifest) -> Path:
     return target
 
 
-def _write_dataset(
-    config: DatasetConfig, source: Source, folder: Path, progress: bool, versions: Path
-) -> Manifest:
-    """Write all files into an empty folder; ``versions`` has the other versions of the data set."""
-    writer = DatasetWriter(config, source, folder)
-    if config.split.stratified:
-        writer.splitter.restore(versions)
-    cleaner = SeriesCleaner(source, config.repair)
-    bar = tqdm(
-        cleaner,
-        desc=f"building {config.name}",
-        unit=" series",
-        total=length_hint(source) or None,
-        disable=not progress,
-    )
-    with writer:
-        for series in bar:
-            writer.add(series)
-    if not len(writer):
-        raise DataError(
-            f"the source of {config.name} ({config.source.kind}) has no series; look into its files: "
-            f"{', '.join(source.files) or 'it has none'}"
-        )
-    return writer.finish(cleaner.repairs())
-
-
 class DatasetWriter:
     """Appends series to the columns of a data set, then writes its manifest.
 
     Use as a context manager: the columns are complete when the ``with`` block ends without an error.
-
-    Attributes:
-        splitter: assigns series to splits.
 
     Raises:
         DataError: the configuration has options for axes or channels that the source lacks.
@@ -198,8 +173,11 @@ class DatasetWriter:
         )
         axes = [axis.name for axis in source.axes]
         channels = [channel.name for channel in source.channels]
-        _refuse_unknown(config.axes, axes, "axes")
-        _refuse_unknown(config.channels, channels, "channels")
+        for what, names in (("axes", axes), ("channels", channels)):
+            if unknown := sorted(getattr(config, what).keys() - set(names)):
+                raise DataError(
+                    f"{what} {unknown} in the configuration are not in the source; it has {names}"
+                )
         self._axis_options = [config.axes.get(name, AxisOptions()) for name in axes]
         self._scales = {
             k: AxisScaleFit() for k, o in enumerate(self._axis_options) if o.scale == "auto"
@@ -259,7 +237,15 @@ class DatasetWriter:
             assert targets is not None, "cleaned series have targets if their source has"
             self._targets.append(targets)
         self._ids.append(series.id)
-        self._add_group(series)
+        if self._has_groups is None:
+            self._has_groups = series.group is not None
+        if self._has_groups != (series.group is not None):
+            raise DataError(
+                f"series {series.id!r} has the group {series.group!r}, others are different: all "
+                f"series have a group, or none"
+            )
+        if series.group is not None:
+            self._groups.append(series.group)
         self._id_hashes.append(hash_text(series.id))
         self._splits.append(SPLITS.index(split))
         self._lengths.append(len(values))
@@ -273,17 +259,6 @@ class DatasetWriter:
             if self._n_unfitted >= _CHUNK:
                 self._update_fit()
 
-    def _add_group(self, series: RawSeries) -> None:
-        if self._has_groups is None:
-            self._has_groups = series.group is not None
-        if self._has_groups != (series.group is not None):
-            raise DataError(
-                f"series {series.id!r} has the group {series.group!r}, others are different: all "
-                f"series have a group, or none"
-            )
-        if series.group is not None:
-            self._groups.append(series.group)
-
     def _update_fit(self) -> None:
         if self._unfitted:
             self._fit.add(np.concatenate(self._unfitted))
@@ -296,7 +271,14 @@ class DatasetWriter:
             DataError: an id came twice, train is empty, or subsampling dropped a wrong number.
         """
         config, source, folder = self.config, self.source, self.folder
-        self._refuse_equal_ids()
+        hashes = np.array(self._id_hashes, dtype=np.uint64)
+        distinct, first = np.unique(hashes, return_index=True)
+        if n_repeated := len(hashes) - len(distinct):
+            row = int(np.setdiff1d(np.arange(len(hashes)), first)[0])
+            raise DataError(
+                f"two series have the id {read_json(folder / 'ids.json')[row]!r}; ids must be unique "
+                f"({n_repeated} series have one that came before)"
+            )
         if not self._has_groups:
             (folder / "groups.json").unlink()
         lengths = np.array(self._lengths, dtype=np.int64)
@@ -313,6 +295,8 @@ class DatasetWriter:
                 )
             write_column(folder / "labels.npy", labels)
         schema = self._schema()
+        before = np.array(self._lengths_before, dtype=np.int64)
+        n_dropped = check_dropped(config.drop_rate, before, int(offsets[-1]))
         manifest = Manifest(
             schema_version=2 if schema.targets else 1,
             name=config.name,
@@ -320,7 +304,14 @@ class DatasetWriter:
             counts=split_counts(offsets, splits),
             shards=tuple(self._shards),
             split_rule=self.splitter.rule_text(),
-            irregularity=self._irregularity(int(offsets[-1])),
+            irregularity=Irregularity(
+                drop_rate=config.drop_rate,
+                seed=config.drop_seed,
+                n_observations_before=int(before.sum()),
+                n_dropped=n_dropped,
+            )
+            if config.drop_rate
+            else None,
             repairs=repairs,
             provenance=Provenance(
                 source=config.source.model_dump_json(),
@@ -334,16 +325,6 @@ class DatasetWriter:
         manifest = manifest.model_copy(update={"digest": manifest.computed_digest()})
         write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
         return manifest
-
-    def _refuse_equal_ids(self) -> None:
-        hashes = np.array(self._id_hashes, dtype=np.uint64)
-        distinct, first = np.unique(hashes, return_index=True)
-        if len(distinct) < len(hashes):
-            row = int(np.setdiff1d(np.arange(len(hashes)), first)[0])
-            raise DataError(
-                f"two series have the id {read_json(self.folder / 'ids.json')[row]!r}; ids must be "
-                f"unique ({len(hashes) - len(distinct)} series have one that came before)"
-            )
 
     def _schema(self) -> DataSchema:
         self._update_fit()
@@ -361,34 +342,11 @@ class DatasetWriter:
             normalisation=self._fit.result(),
         )
 
-    def _irregularity(self, n_after: int) -> Irregularity | None:
-        """What was dropped on purpose, checked; None if the configuration drops nothing."""
-        rate = self.config.drop_rate
-        before = np.array(self._lengths_before, dtype=np.int64)
-        n_dropped = check_dropped(rate, before, n_after)
-        if rate == 0:
-            return None
-        return Irregularity(
-            drop_rate=rate,
-            seed=self.config.drop_seed,
-            n_observations_before=int(before.sum()),
-            n_dropped=n_dropped,
-        )
-
-
-def _refuse_unknown(options: Iterable[str], names: Sequence[str], what: str) -> None:
-    if unknown := sorted(set(options) - set(names)):
-        raise DataError(
-            f"{what} {unknown} in the configuration are not in the source; it has {names}"
-        )
-
 
 class ColumnWriter:
     """The ``.npy`` files of a column to which rows are appended, for data larger than memory.
 
-    numpy leaves room in the header for the first axis to grow, so the header is written with no rows
-    first and with their number when a file is complete. After an error in the ``with`` block the
-    last file stays incomplete.
+    The header, in which numpy leaves room for the first axis to grow, is written again at the end.
     """
 
     def __init__(self, folder: Path, column: str, dtype: type[np.generic], n_columns: int) -> None:
@@ -414,11 +372,8 @@ class ColumnWriter:
         self._write_header()
 
     def _write_header(self) -> None:
-        header = {
-            "descr": np.lib.format.dtype_to_descr(self._dtype),
-            "fortran_order": False,
-            "shape": (self._n_rows, self._n_columns),
-        }
+        descr, shape = np.lib.format.dtype_to_descr(self._dtype), (self._n_rows, self._n_columns)
+        header = {"descr": descr, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self._file, header)
 
     def __enter__(self) -> Self:

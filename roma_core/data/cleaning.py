@@ -1,15 +1,11 @@
-"""Cleaning of incoming series, and random subsampling of their observations.
-
-Every series of a source is checked, repaired where the configuration allows it, or refused with an
-error that names it. Repairs are counted; the counts go into the manifest.
-"""
+"""Cleaning of incoming series, and random subsampling of their observations."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +19,7 @@ from roma_core.sources.base import RawSeries, Source, targets_of
 
 
 class RepairOptions(Frozen):
-    """What is done about series that are not well formed."""
+    """Repairs of series that are not well formed."""
 
     unsorted: Literal["sort", "keep", "refuse"] = Field(
         "sort", description="Observations not in order of the first axis: sort them, stably."
@@ -43,8 +39,7 @@ class SeriesCleaner:
     """Iterates over the valid series of a source, repaired where the options allow it.
 
     Raises:
-        DataError: (while iterating) a series has no id, a wrong shape, an unknown label, or a defect
-            that is to be refused; the text names it.
+        DataError: (while iterating) a series is malformed, or has a defect that is to be refused.
     """
 
     def __init__(self, source: Source, options: RepairOptions) -> None:
@@ -57,8 +52,7 @@ class SeriesCleaner:
     def __iter__(self) -> Iterator[RawSeries]:
         for series in self.source.read():
             self._check(series)
-            usable = self._repaired(series)
-            if usable is not None:
+            if (usable := self._repaired(series)) is not None:
                 yield usable
 
     def repairs(self) -> Repairs | None:
@@ -79,15 +73,9 @@ class SeriesCleaner:
                 f"{self._n_targets or 'none'}"
             )
         n = len(series.values)
-        for what, array, width in (
-            ("positions", series.positions, len(self.source.axes)),
-            ("values", series.values, len(self.source.channels)),
-            ("targets", series.targets, self._n_targets),
-        ):
-            if array is not None and array.shape != (n, width):
-                raise DataError(
-                    f"{name}: {what} have the shape {array.shape}, expected {(n, width)}"
-                )
+        for what, array, columns in self._arrays(series):
+            if array.shape != (expected := (n, len(columns))):
+                raise DataError(f"{name}: {what} have the shape {array.shape}, expected {expected}")
         classes = self.source.classes
         if classes and series.label not in self._classes:
             raise DataError(
@@ -110,7 +98,7 @@ class SeriesCleaner:
         if not (np.isfinite(positions).all() and np.isfinite(values).all()):
             bad = ~(np.isfinite(positions).all(1) & np.isfinite(values).all(1))  # (N,)
             if options.not_finite == "refuse":
-                self._refuse_not_finite(series, int(np.flatnonzero(bad)[0]))
+                raise self._not_finite(series, int(np.flatnonzero(bad)[0]))
             counts["observations_not_finite"] += int(bad.sum())
             positions, values = positions[~bad], values[~bad]
         if len(values) == 0:
@@ -142,20 +130,24 @@ class SeriesCleaner:
             series, positions=positions, values=values[:, :n_channels], targets=targets
         )
 
-    def _refuse_not_finite(self, series: RawSeries, row: int) -> None:
-        for what, array, columns in (
-            ("positions", series.positions, self.source.axes),
-            ("values", series.values, self.source.channels),
-            ("targets", series.targets, targets_of(self.source)),
-        ):
-            if array is None:
-                continue
-            for column in np.flatnonzero(~np.isfinite(array[row])):
-                raise DataError(
-                    f"{self._name(series)}: {what} hold {array[row, column]} at observation {row}, "
-                    f"column {column} ({columns[column].name}), but all must be finite and fit in "
-                    f"{array.dtype}: leave such observations out, or set repair.not_finite to 'drop'"
-                )
+    def _arrays(self, series: RawSeries) -> Iterator[tuple[str, NDArray[Any], Sequence[Any]]]:
+        """Name, array and described columns of positions, values and targets."""
+        yield "positions", series.positions, self.source.axes
+        yield "values", series.values, self.source.channels
+        if series.targets is not None:
+            yield "targets", series.targets, targets_of(self.source)
+
+    def _not_finite(self, series: RawSeries, row: int) -> DataError:
+        what, array, column, name = next(
+            (what, array, k, columns[k].name)
+            for what, array, columns in self._arrays(series)
+            for k in np.flatnonzero(~np.isfinite(array[row])).tolist()
+        )
+        return DataError(
+            f"{self._name(series)}: {what} hold {array[row, column]} at observation {row}, column "
+            f"{column} ({name}), but all must be finite and fit in {array.dtype}: leave such "
+            f"observations out, or set repair.not_finite to 'drop'"
+        )
 
     def _without_duplicates(
         self, series: RawSeries, positions: NDArray[np.float64], values: NDArray[np.float32]
@@ -187,11 +179,7 @@ class SeriesCleaner:
 
 
 def n_to_drop(n_observations: int, rate: float) -> int:
-    """Number of observations that subsampling drops: ⌊rate · n⌋, always leaving at least one.
-
-    Raises:
-        ValueError: ``rate`` is not in ``[0, 1)``.
-    """
+    """Number of observations that subsampling drops: ⌊rate · n⌋, always leaving at least one."""
     if not 0 <= rate < 1:
         raise ValueError(f"drop rate must be in [0, 1), got {rate}")
     n = math.floor(rate * n_observations + 1e-9)  # 0.29 * 100 is 28.999999999999996
@@ -199,10 +187,7 @@ def n_to_drop(n_observations: int, rate: float) -> int:
 
 
 def keep_mask(n_observations: int, rate: float, seed: int, object_id: str) -> NDArray[np.bool_]:
-    """``(N,)`` bool, False for the ``n_to_drop(N, rate)`` observations that are dropped.
-
-    Every subset of that size is equally likely; which one is a pure function of seed and id.
-    """
+    """``(N,)`` bool, False for ``n_to_drop(N, rate)`` observations: a pure function of seed and id."""
     noise = hash_ints(seed, hash_text(object_id), np.arange(n_observations))  # (N,)
     keep = np.ones(n_observations, dtype=bool)
     keep[np.argsort(noise, kind="stable")[: n_to_drop(n_observations, rate)]] = False
@@ -212,14 +197,9 @@ def keep_mask(n_observations: int, rate: float, seed: int, object_id: str) -> ND
 def check_dropped(rate: float, lengths_before: NDArray[np.int64], n_after: int) -> int:
     """The number of observations that were dropped from a whole data set, checked.
 
-    Args:
-        rate: the drop rate of the configuration.
-        lengths_before: ``(n_series,)`` lengths as delivered.
-        n_after: observations that are left.
-
     Raises:
-        DataError: another number was dropped than the rate requires, or the rate is positive and the
-            series are too short to drop anything.
+        DataError: another number than the rate requires for ``(n_series,)`` lengths, or, at a positive
+            rate, none.
     """
     dropped = int(lengths_before.sum()) - n_after
     expected = sum(n_to_drop(int(n), rate) for n in lengths_before) if rate > 0 else 0

@@ -23,6 +23,8 @@ from roma_core.schema import DataError
 from roma_core.settings import Frozen, validation_errors
 from roma_core.sources.base import SourceConfig, source_config
 
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
 
 class AxisOptions(Frozen):
     """Normalisation of positions on one axis; see ``roma_core.schema.PositionAxis``."""
@@ -55,25 +57,17 @@ class DatasetConfig(Frozen):
         BeforeValidator(source_config),
         WithJsonSchema({"type": "object", "required": ["kind"]}),  # each kind has fields of its own
     ]
-    drop_rate: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Fraction of each series' observations to drop, in every split.",
+    drop_rate: Rate = Field(
+        0.0, description="Fraction of each series' observations to drop, in every split."
     )
     drop_seed: int = Field(0, ge=0, description="Seed of the choice of dropped observations.")
-    validation_fraction: float = Field(
+    validation_fraction: Rate = Field(
         0.1,
-        ge=0,
-        lt=1,
         description="Fraction of the objects *outside test* that goes to validation, not of all "
         "objects: 0.1 beside a test_fraction of 0.2 is 8 % of all.",
     )
-    test_fraction: float = Field(
-        0.2,
-        ge=0,
-        lt=1,
-        description="Fraction of objects that go to test if the source records no split.",
+    test_fraction: Rate = Field(
+        0.2, description="Fraction of objects that go to test if the source records no split."
     )
     split: SplitOptions = SplitOptions()
     repair: RepairOptions = RepairOptions()
@@ -85,8 +79,7 @@ class DatasetConfig(Frozen):
         """Read a configuration file.
 
         Raises:
-            DataError: the file is not a YAML mapping, or a value is missing, unknown or out of range;
-                a sentence for each names the field, what is allowed and what came.
+            DataError: the file is not a YAML mapping, or values are missing, unknown or out of range.
         """
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -102,10 +95,7 @@ class DatasetConfig(Frozen):
 
 
 def source_fingerprint(config: DatasetConfig) -> Fingerprint:
-    """Fingerprint of the configuration and of every local file it names, without reading the files.
-
-    A source without local files (a pinned package, generated data) changes with its settings alone.
-    """
+    """Fingerprint of the configuration and of every local file it names, without reading the files."""
     files = fingerprint_of(_paths(config.source))
     document = [config.model_dump(mode="json"), files.digest]
     return files._replace(digest=digest_of(document)[:32])

@@ -6,7 +6,7 @@ fields of targets have the metadata ``role: target``, so that batch prediction i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +24,10 @@ _ROW_GROUP = 1 << 18  # observations in a row group, unless one series has more
 
 
 def export_parquet(dataset: StoredDataset, target: Path, split: Split | None = None) -> int:
-    """Write a data set, or one split of it; the file gets its name when it is complete.
+    """Write a data set, or one split of it; returns the number of series.
 
     Columns: ``id``, ``split``, ``label`` and ``group`` where there are any, then the axes (lists of
-    double), the channels and the targets (lists of float).
-
-    Returns:
-        The number of series written.
+    double), the channels and the targets (lists of float). The file is renamed when complete.
 
     Raises:
         DataError: an axis, channel or target has the name of another column.
@@ -38,24 +35,18 @@ def export_parquet(dataset: StoredDataset, target: Path, split: Split | None = N
     import pyarrow.parquet as pq
 
     schema = _schema(dataset)
+    chosen = np.arange(len(dataset)) if split is None else dataset.split(split).indices
+    groups = np.cumsum(dataset.lengths[chosen]) // _ROW_GROUP
     aside = target.with_name(f".{target.name}.part")
-    n = 0
     try:
         with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
-            for rows in _row_groups(dataset, split):
-                writer.write_table(_table(dataset, rows, schema))
-                n += len(rows)
+            for rows in np.split(chosen, np.flatnonzero(np.diff(groups)) + 1):
+                if len(rows):
+                    writer.write_table(_table(dataset, rows, schema))
         aside.replace(target)
     finally:
         aside.unlink(missing_ok=True)
-    return n
-
-
-def _row_groups(dataset: StoredDataset, split: Split | None) -> Iterator[NDArray[np.int64]]:
-    """Consecutive rows of the split, cut so that each group has about as many observations."""
-    chosen = np.arange(len(dataset)) if split is None else dataset.split(split).indices
-    groups = np.cumsum(dataset.lengths[chosen]) // _ROW_GROUP
-    yield from np.split(chosen, np.flatnonzero(np.diff(groups)) + 1) if len(chosen) else []
+    return len(chosen)
 
 
 def _schema(dataset: StoredDataset) -> pa.Schema:
@@ -65,9 +56,8 @@ def _schema(dataset: StoredDataset) -> pa.Schema:
         return [pa.field(p.name, pa.list_(kind), metadata={"unit": p.unit, **role}) for p in parts]
 
     schema = dataset.schema
-    texts = ["id", "split"]
-    texts += ["label"] if dataset.labels is not None else []
-    texts += ["group"] if dataset.groups is not None else []
+    optional = {"label": dataset.labels, "group": dataset.groups}
+    texts = ["id", "split", *(name for name, column in optional.items() if column is not None)]
     fields = [
         *(pa.field(name, pa.string()) for name in texts),
         *lists(schema.axes, pa.float64()),
@@ -94,16 +84,11 @@ def _table(dataset: StoredDataset, rows: NDArray[np.int64], arrow: pa.Schema) ->
         columns["label"] = [schema.classes[k] for k in dataset.labels[rows]]
     if dataset.groups is not None:
         columns["group"] = [dataset.groups[i] for i in rows]
-    raw = [dataset.raw(int(i)) for i in rows]
-    targets = [found for i in rows if (found := dataset.targets(int(i))) is not None]
-    numbers: list[tuple[Sequence[PositionAxis | Channel], list[NDArray[Any]]]] = [
-        (schema.axes, [positions for positions, _ in raw]),
-        (schema.channels, [values for _, values in raw]),
-        (schema.targets, targets),
-    ]
+    series: list[tuple[Any, ...]] = [(*dataset.raw(int(i)), dataset.targets(int(i))) for i in rows]
+    groups: list[Sequence[PositionAxis | Channel]] = [schema.axes, schema.channels, schema.targets]
     offsets = np.concatenate([[0], np.cumsum(dataset.lengths[rows])]).astype(np.int32)
-    for parts, series in numbers:
+    for which, parts in enumerate(groups):
         for k, part in enumerate(parts):
-            column = pa.array(np.concatenate([one[:, k] for one in series]))
+            column = pa.array(np.concatenate([arrays[which][:, k] for arrays in series]))
             columns[part.name] = pa.ListArray.from_arrays(offsets, column)
     return pa.table(columns, schema=arrow)

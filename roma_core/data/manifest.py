@@ -2,8 +2,7 @@
 
 A data set is a folder of flat columns. Row i of ``values.npy`` and ``positions.npy`` is one
 observation; series k owns rows ``offsets[k]:offsets[k + 1]``. Beyond 67 million observations, these
-columns continue in ``values-1.npy``, ``values-2.npy`` and so on, each with whole series, so that
-files keep a size that is copied, verified and cached in parallel.
+columns continue in ``values-1.npy``, ``values-2.npy`` and so on, each with whole series.
 
     manifest.json      ``Manifest``
     values.npy         (n_observations, n_channels) float32, as delivered: not normalised
@@ -14,8 +13,6 @@ files keep a size that is copied, verified and cached in parallel.
     splits.npy         (n_series,) int8 index into ``SPLITS``
     ids.json           list of n_series strings
     groups.json        list of n_series strings; absent without groups
-
-Values and positions are normalised when a sample is read, by the same code as at serving time.
 
 Version 2 of the format added targets. A set without them is written, and has the digest, as in
 version 1; both versions are read.
@@ -172,35 +169,28 @@ def split_counts(
 
 
 def find_damage(folder: Path, manifest: Manifest) -> list[str]:
-    """Compare every file of a data-set folder with the manifest.
-
-    Returns:
-        A line per file that is missing or differs; empty if the data set is intact.
-    """
+    """A line per file of a data-set folder that is missing or differs from its manifest."""
     found = []
     if (expected := manifest.computed_digest()) != manifest.digest:
         found.append(
             f"{MANIFEST}: its content has the digest {expected}, it says {manifest.digest}"
         )
+    columns, shards = large_columns(manifest.data_schema), range(len(manifest.shards) + 1)
     needed = {"offsets.npy", "splits.npy", "ids.json"}
-    needed |= {
-        shard_name(column, k)
-        for column in large_columns(manifest.data_schema)
-        for k in range(len(manifest.shards) + 1)
-    }
+    needed |= {shard_name(column, k) for column in columns for k in shards}
     needed |= {"labels.npy"} if manifest.data_schema.classes else set()
     if set(manifest.files) - {"groups.json"} != needed:
         return [*found, f"{MANIFEST}: lists {sorted(manifest.files)}, expected {sorted(needed)}"]
+
+    def damage(name: str) -> str | None:
+        path, record = folder / name, manifest.files[name]
+        if not path.is_file():
+            return f"{name}: missing"
+        if (size := path.stat().st_size) != record.n_bytes:
+            return f"{name}: {size} bytes, expected {record.n_bytes}"
+        if (sha256 := sha256_of(path)) != record.sha256:
+            return f"{name}: sha256 {sha256}, expected {record.sha256}"
+        return None
+
     with ThreadPoolExecutor(_HASH_THREADS) as threads:
-        paths = [folder / name for name in manifest.files]
-        return [*found, *filter(None, threads.map(_file_damage, paths, manifest.files.values()))]
-
-
-def _file_damage(path: Path, record: FileRecord) -> str | None:
-    if not path.is_file():
-        return f"{path.name}: missing"
-    if (size := path.stat().st_size) != record.n_bytes:
-        return f"{path.name}: {size} bytes, expected {record.n_bytes}"
-    if (sha256 := sha256_of(path)) != record.sha256:
-        return f"{path.name}: sha256 {sha256}, expected {record.sha256}"
-    return None
+        return [*found, *filter(None, threads.map(damage, manifest.files))]

@@ -9,25 +9,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from roma_core.schema import (
-    Channel,
-    ChannelNormalisation,
-    DataError,
-    DataSchema,
-    Float32,
-    Normaliser,
-)
+from roma_core.schema import Channel, ChannelNormalisation, DataError, DataSchema, Normaliser
 
 _TURN = 6000.0  # scales that the slowest rotation needs for most of a turn
 
 
 class ChannelFit:
-    """Running mean and standard deviation per channel (Chan et al. 1979, pairwise update).
-
-    Args:
-        channels: for the names in warnings.
-        transforms: one per channel; their mean and std are ignored.
-    """
+    """Running mean and standard deviation per channel (Chan et al. 1979, pairwise update)."""
 
     def __init__(
         self, channels: Sequence[Channel], transforms: Sequence[ChannelNormalisation]
@@ -41,7 +29,7 @@ class ChannelFit:
         self._low = np.full(len(channels), np.inf)
         self._high = np.full(len(channels), -np.inf)
 
-    def add(self, chunk: Float32) -> None:
+    def add(self, chunk: NDArray[np.float32]) -> None:
         """Add ``(n, C)`` observations of train; how they are cut into chunks does not matter."""
         if len(chunk) == 0:
             return
@@ -56,13 +44,9 @@ class ChannelFit:
         self._high = np.maximum(self._high, x.max(axis=0))
 
     def result(self) -> tuple[ChannelNormalisation, ...]:
-        """The transforms with mean and std set.
+        """The transforms with mean and std, rounded to 10 digits so that the digest is reproducible.
 
-        They are rounded to 10 digits, so that computers whose arithmetic differs in the last bit
-        agree on the data set's digest. A constant channel gets a std of 1, with a warning.
-
-        Raises:
-            DataError: no observation was added.
+        A constant channel gets a std of 1, with a warning. DataError: no observation was added.
         """
         if self._n == 0:
             raise DataError("the train split has no observations; normalisation cannot be fitted")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from pydantic import Field
 
 from roma_core.data.manifest import SPLITS, Split
 from roma_core.data.store import StoredDataset
-from roma_core.schema import PositionAxis
+from roma_core.schema import Channel, PositionAxis
 from roma_core.settings import Frozen
 
 _MAX_OBSERVATIONS = 2_000_000  # read for quantiles of gaps and values
@@ -102,43 +102,36 @@ def _numbers(quantiles: Quantiles | None) -> list[str]:
 def _table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table, padded: first column left-aligned, others right-aligned."""
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in [head, *rows]]
-    widths = [max(map(len, column)) for column in zip(*escaped, strict=True)]
-
-    def line(cells: Iterable[str]) -> str:
-        return f"| {' | '.join(cells)} |"
-
-    lines = [
-        line(
-            cell.rjust(w) if k else cell.ljust(w)
-            for k, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
+    first, *others = [max(map(len, column)) for column in zip(*escaped, strict=True)]
+    padded = [
+        [row[0].ljust(first), *(c.rjust(w) for c, w in zip(row[1:], others, strict=True))]
         for row in escaped
     ]
-    rule = line([":" + "-" * (widths[0] - 1), *("-" * (w - 1) + ":" for w in widths[1:])])
-    return "\n".join([lines[0], rule, *lines[1:]])
+    padded.insert(1, [":" + "-" * (first - 1), *("-" * (w - 1) + ":" for w in others)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
 
 
 def profile_dataset(dataset: StoredDataset) -> DataProfile:
     """Profile a data set; of a large one, gaps and values are taken from some of the series."""
-    chosen = _profiled(dataset)
-    schema, irregularity = dataset.schema, dataset.manifest.irregularity
+    chosen, schema = _profiled(dataset), dataset.schema
     values = np.concatenate([dataset.raw(i)[1] for i in chosen])  # (n, C)
     gaps = _gaps(dataset, chosen)  # (m, D)
     found = [numbers for i in chosen if (numbers := dataset.targets(i)) is not None]
     targets = np.concatenate(found) if found else np.empty((0, 0))  # (n, K)
+
+    def quantiles(parts: Sequence[PositionAxis | Channel], numbers: NDArray[Any]) -> dict[str, Any]:
+        columns = {part.name: numbers[:, k] for k, part in enumerate(parts)}
+        return {name: Quantiles.of(x) if len(x) else None for name, x in columns.items()}
+
+    dropped = dataset.manifest.irregularity
     return DataProfile(
         name=dataset.manifest.name,
         digest=dataset.manifest.digest,
         splits={name: _split_profile(dataset, name) for name in SPLITS},
-        gaps={
-            a.name: Quantiles.of(gaps[:, k]) if len(gaps) else None
-            for k, a in enumerate(schema.axes)
-        },
-        values={c.name: Quantiles.of(values[:, k]) for k, c in enumerate(schema.channels)},
-        targets={t.name: Quantiles.of(targets[:, k]) for k, t in enumerate(schema.targets)},
-        fraction_dropped=irregularity.n_dropped / irregularity.n_observations_before
-        if irregularity
-        else 0.0,
+        gaps=quantiles(schema.axes, gaps),
+        values=quantiles(schema.channels, values),
+        targets=quantiles(schema.targets, targets),
+        fraction_dropped=dropped.n_dropped / dropped.n_observations_before if dropped else 0.0,
         n_observations_profiled=len(values),
     )
 
@@ -153,12 +146,10 @@ def _gaps(dataset: StoredDataset, rows: Sequence[int]) -> NDArray[np.float64]:
 
 
 def _split_profile(dataset: StoredDataset, name: Split) -> SplitProfile:
-    subset = dataset.split(name)
-    classes: dict[str, int] = {}
+    subset, classes = dataset.split(name), dict.fromkeys(dataset.schema.classes, 0)
     if dataset.labels is not None:
-        n_classes = len(dataset.schema.classes)
-        counts = np.bincount(dataset.labels[subset.indices], minlength=n_classes)
-        classes = dict(zip(dataset.schema.classes, counts.tolist(), strict=True))
+        counts = np.bincount(dataset.labels[subset.indices], minlength=len(classes))
+        classes = dict(zip(classes, counts.tolist(), strict=True))
     return SplitProfile(
         n_series=len(subset),
         n_observations=int(subset.lengths.sum()),
@@ -179,12 +170,12 @@ def plot_profile(profile: DataProfile, dataset: StoredDataset) -> bytes:
         f"   ·   {profile.fraction_dropped:.0%} dropped",
         fontsize=12,
     )
-    (lengths, classes), (gaps, examples) = figure.subplots(2, 2)
-    _plot_lengths(lengths, dataset)
-    _plot_classes(classes, profile)
-    _plot_gaps(gaps, dataset)
-    _plot_examples(examples, dataset)
-    for panel in (lengths, classes, gaps, examples):
+    panels = figure.subplots(2, 2).flatten()
+    _plot_lengths(panels[0], dataset)
+    _plot_classes(panels[1], profile)
+    _plot_gaps(panels[2], dataset)
+    _plot_examples(panels[3], dataset)
+    for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=8)
     for dpi in (110, 95, 80, 60, 40):
@@ -218,8 +209,7 @@ def _plot_classes(panel: Any, profile: DataProfile) -> None:
         panel.text(0.5, 0.5, "no labels", ha="center", transform=panel.transAxes, color="0.5")
         panel.set_axis_off()
         return
-    x = np.arange(len(labels))
-    bottom = np.zeros(len(labels))
+    x, bottom = np.arange(len(labels)), np.zeros(len(labels))
     for name in SPLITS:
         heights = np.array(list(profile.splits[name].classes.values()), dtype=float)
         panel.bar(x, heights, bottom=bottom, color=_COLOURS[name])
@@ -236,8 +226,7 @@ def _plot_gaps(panel: Any, dataset: StoredDataset) -> None:
     if len(gaps) == 0:
         return
     if (gaps == np.round(gaps)).all() and np.ptp(gaps) <= 40:
-        bins = np.arange(gaps.min(), gaps.max() + 2) - 0.5
-        panel.hist(gaps, bins=bins, color="0.45", rwidth=0.85)
+        panel.hist(gaps, np.arange(gaps.min(), gaps.max() + 2) - 0.5, color="0.45", rwidth=0.85)
     else:
         panel.hist(gaps, bins=60, color="0.45")
         panel.set_yscale("log")
@@ -247,11 +236,9 @@ def _plot_examples(panel: Any, dataset: StoredDataset) -> None:
     """A row per series: a dot per observation, the first channel as a line broken at holes."""
     rows = np.linspace(0, len(dataset) - 1, min(_N_EXAMPLES, len(dataset))).astype(int)
     gaps = _gaps(dataset, rows.tolist())[:, 0]
-    step = float(np.median(np.abs(gaps))) if len(gaps) else 0.0
-    step = step or 1.0
+    step = float(np.median(np.abs(gaps)) if len(gaps) else 0.0) or 1.0
     on_a_grid = np.allclose(gaps / step, np.round(gaps / step))
     wide = (1.5 if on_a_grid else 5) * step
-    ticks = []
     for level, i in enumerate(rows[::-1]):  # the first on top
         positions, values = dataset.raw(i)
         order = np.argsort(positions[:, 0], kind="stable")
@@ -264,10 +251,8 @@ def _plot_examples(panel: Any, dataset: StoredDataset) -> None:
         colour = _COLOURS[SPLITS[dataset.splits[i]]]
         for part in np.split(np.arange(len(x)), holes + 1):
             panel.plot(x[part], y[part], ".-", color=colour, lw=1, ms=4)
-        ticks.append(dataset.ids[i])
-    panel.set_yticks(range(len(ticks)), ticks)
-    name = dataset.schema.channels[0].name
-    title = f"Examples: {name}, grey where a gap is wide"
+    panel.set_yticks(range(len(rows)), [dataset.ids[i] for i in rows[::-1]])
+    title = f"Examples: {dataset.schema.channels[0].name}, grey where a gap is wide"
     _label(panel, title, x=_axis_label(dataset.schema.axes[0]))
 
 

@@ -1,9 +1,7 @@
 """Validation of a built data set: layout, content, leakage between splits, changes of a version.
 
-``check_dataset`` reads a whole folder and lists errors and warnings, each with a count and examples.
 A data set without errors is usable: its files are those that were written, its columns fit each
 other, its numbers are finite, and no object, group or equal content is in two splits.
-``compare_versions`` reports what changed since an earlier version.
 """
 
 from __future__ import annotations
@@ -70,8 +68,15 @@ def check_dataset(path: Path) -> list[Finding]:
     dataset = StoredDataset(path, verify=False)
     if broken := _broken_layout(dataset):
         return _finding("layout", "error", broken)
-    if bad := _not_finite(dataset):
-        return bad
+    bad: list[int] = []
+    for part in dataset.parts(_READ_AT_ONCE):
+        finite = np.isfinite(part.positions).all(1) & np.isfinite(part.values).all(1)  # (T,)
+        if part.targets is not None:
+            finite &= np.isfinite(part.targets).all(1)
+        bad += part.ids[~np.logical_and.reduceat(finite, part.starts)].tolist()
+    if bad:
+        problem = "holds numbers that are not finite"
+        return _series_finding(dataset, "finite", "error", bad, problem)
     return [
         *find_leakage(dataset),
         *_near_duplicates(dataset),
@@ -96,7 +101,6 @@ def _finding(
 def _series_finding(
     dataset: StoredDataset, check: str, severity: Severity, rows: Sequence[int], problem: str
 ) -> list[Finding]:
-    """A finding about series that all have the same problem."""
     examples = [f"series {dataset.ids[i]!r} {problem}" for i in rows[:_MAX_EXAMPLES]]
     return _finding(check, severity, examples, len(rows))
 
@@ -124,12 +128,11 @@ def _broken_layout(dataset: StoredDataset) -> list[str]:
                     columns[shard_name(column, k)] = (array, (n_rows, width), dtype)
     if dataset.labels is not None:
         columns["labels.npy"] = (dataset.labels, (n,), np.int64)
-    found = [
+    if found := [
         f"{name}: {array.dtype} of shape {array.shape}, expected {np.dtype(dtype)} of {shape}"
         for name, (array, shape, dtype) in columns.items()
         if array.shape != shape or array.dtype != dtype
-    ]
-    if found:
+    ]:
         return found
     if dataset.offsets[0] != 0 or (dataset.lengths < 1).any():
         found.append("offsets.npy: must start at 0 and give every series at least one observation")
@@ -146,16 +149,6 @@ def _broken_layout(dataset: StoredDataset) -> list[str]:
     if len(schema.normalisation) != len(schema.channels):
         found.append(f"{MANIFEST}: needs one normalisation per channel")
     return found
-
-
-def _not_finite(dataset: StoredDataset) -> list[Finding]:
-    bad: list[int] = []
-    for part in dataset.parts(_READ_AT_ONCE):
-        finite = np.isfinite(part.positions).all(1) & np.isfinite(part.values).all(1)  # (T,)
-        if part.targets is not None:
-            finite &= np.isfinite(part.targets).all(1)
-        bad += part.ids[~np.logical_and.reduceat(finite, part.starts)].tolist()
-    return _series_finding(dataset, "finite", "error", bad, "holds numbers that are not finite")
 
 
 def _positions(dataset: StoredDataset) -> list[Finding]:
@@ -183,11 +176,9 @@ def _positions(dataset: StoredDataset) -> list[Finding]:
     ]
     leak = "has observations at equal positions: a duplicate leaks a masked value"
     order = "is not in order of the first axis"
-    return [
-        *_series_finding(dataset, "order", "warning", unsorted, order),
-        *_series_finding(dataset, "duplicates", "warning", duplicates, leak),
-        *_finding("reach", "warning", far),
-    ]
+    found = _series_finding(dataset, "order", "warning", unsorted, order)
+    found += _series_finding(dataset, "duplicates", "warning", duplicates, leak)
+    return [*found, *_finding("reach", "warning", far)]
 
 
 def _lengths(dataset: StoredDataset) -> list[Finding]:
@@ -199,10 +190,8 @@ def _lengths(dataset: StoredDataset) -> list[Finding]:
         for i in long[:_MAX_EXAMPLES]
     ]
     too_short = "has one observation: nothing can be masked"
-    return [
-        *_series_finding(dataset, "single", "warning", single, too_short),
-        *_finding("long", "warning", sentences, len(long)),
-    ]
+    found = _series_finding(dataset, "single", "warning", single, too_short)
+    return [*found, *_finding("long", "warning", sentences, len(long))]
 
 
 def _outliers(dataset: StoredDataset) -> list[Finding]:
@@ -229,25 +218,24 @@ def _outliers(dataset: StoredDataset) -> list[Finding]:
 def _units_and_classes(dataset: StoredDataset) -> list[Finding]:
     """Missing units, and classes with few or no train series."""
     schema = dataset.schema
-    parts = [
-        *(("channel", c.name, c.unit) for c in schema.channels),
-        *(("axis", a.name, a.unit) for a in schema.axes),
-        *(("target", t.name, t.unit) for t in schema.targets),
-    ]
+    groups: dict[str, Sequence[Any]] = {
+        "channel": schema.channels,
+        "axis": schema.axes,
+        "target": schema.targets,
+    }
     no_unit = [
-        f"{what} {name!r} has no unit; write '1' for a pure number"
-        for what, name, unit in parts
-        if not unit.strip()
+        f"{what} {part.name!r} has no unit; write '1' for a pure number"
+        for what, parts in groups.items()
+        for part in parts
+        if not part.unit.strip()
     ]
     rare = []
     if dataset.labels is not None:
-        n_classes = len(schema.classes)
-        in_train = np.bincount(dataset.labels[dataset.split("train").indices], minlength=n_classes)
-        overall = np.bincount(dataset.labels, minlength=n_classes)
+        in_train = dataset.labels[dataset.split("train").indices]
         rare = [
-            f"class {name!r} has {in_train[k]} series in train and {overall[k]} in all"
+            f"class {name!r} has {n} series in train and {(dataset.labels == k).sum()} in all"
             for k, name in enumerate(schema.classes)
-            if in_train[k] < 5
+            if (n := (in_train == k).sum()) < 5
         ]
     return [*_finding("units", "warning", no_unit), *_finding("classes", "warning", rare)]
 
@@ -261,33 +249,20 @@ _NEAR = 0.1  # of the usual distance to the nearest series of train
 
 
 def find_leakage(dataset: StoredDataset) -> list[Finding]:
-    """Errors for groups and equal content in two splits, warnings for duplicates in one."""
-    return [*_split_groups(dataset), *_equal_content(dataset)]
+    """Errors for groups and equal content in two splits, warnings for duplicates in one.
 
-
-def _described(dataset: StoredDataset, i: int) -> str:
-    return f"{dataset.ids[i]!r} ({SPLITS[dataset.splits[i]]})"
-
-
-def _split_groups(dataset: StoredDataset) -> list[Finding]:
+    Content is equal if it is after normalisation, rounded to 3 decimals. Two copies of an object with
+    different observations dropped are not equal, but near.
+    """
     first_of: dict[str, int] = {}
-    sentences = []
+    divided = []
     for i, group in enumerate(dataset.groups or []):
         other = first_of.setdefault(group, i)
         if dataset.splits[other] != dataset.splits[i]:
-            sentences.append(
+            divided.append(
                 f"group {group!r} is in two splits: series {_described(dataset, other)} and "
                 f"{_described(dataset, i)}; set split.by to 'group'"
             )
-    return _finding("group in two splits", "error", sentences)
-
-
-def _equal_content(dataset: StoredDataset) -> list[Finding]:
-    """Series that are equal after normalisation, rounded to 3 decimals.
-
-    Content is compared as stored: two copies of an object with different observations dropped are
-    not equal, but near.
-    """
     apart: list[str] = []
     together: list[str] = []
     first_with: dict[bytes, int] = {}
@@ -304,9 +279,14 @@ def _equal_content(dataset: StoredDataset) -> list[Finding]:
                 f"content: remove one of them"
             )
     return [
+        *_finding("group in two splits", "error", divided),
         *_finding("equal content in two splits", "error", apart),
         *_finding("equal content in one split", "warning", together),
     ]
+
+
+def _described(dataset: StoredDataset, i: int) -> str:
+    return f"{dataset.ids[i]!r} ({SPLITS[dataset.splits[i]]})"
 
 
 def _near_duplicates(dataset: StoredDataset) -> list[Finding]:
@@ -345,10 +325,7 @@ def _thinned(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
 
 
 def _sketches(dataset: StoredDataset) -> NDArray[np.float32]:
-    """Means of the normalised values in 16 equal bins of each series' time: ``(n_series, 16 * C)``.
-
-    A bin without observations has the mean of the series.
-    """
+    """``(n_series, 16 * C)`` means of values in equal bins of time; of the series in empty bins."""
     n_channels = len(dataset.schema.channels)
     sketches = np.empty((len(dataset), _N_BINS, n_channels), dtype=np.float32)
     for i in range(len(dataset)):
@@ -388,10 +365,6 @@ def compare_versions(new: StoredDataset, old: StoredDataset) -> list[Finding]:
     Drift of every channel, of gaps, lengths and classes is measured on the train splits by the
     population stability index. Versions with different schemas are not compared further.
     """
-    return _schema_changes(new, old) or [*_object_changes(new, old), *_drift(new, old)]
-
-
-def _schema_changes(new: StoredDataset, old: StoredDataset) -> list[Finding]:
     sentences = []
     for what in ("channels", "axes", "classes", "targets"):
         now, then = (
@@ -400,7 +373,9 @@ def _schema_changes(new: StoredDataset, old: StoredDataset) -> list[Finding]:
         )
         if now != then:
             sentences.append(f"{what} were {then}, now they are {now}: earlier models do not fit")
-    return _finding("schema changed", "warning", sentences)
+    if sentences:
+        return _finding("schema changed", "warning", sentences)
+    return [*_object_changes(new, old), *_drift(new, old)]
 
 
 def _object_changes(new: StoredDataset, old: StoredDataset) -> list[Finding]:
@@ -433,14 +408,12 @@ def _object_changes(new: StoredDataset, old: StoredDataset) -> list[Finding]:
 
 def _drift(new: StoredDataset, old: StoredDataset) -> list[Finding]:
     now, then = (_train_numbers(version, Normaliser(old.schema)) for version in (new, old))
-    sentences = []
-    for name, numbers in then.items():
-        index = stability_index(numbers, now[name])
-        if index > _DRIFT:
-            sentences.append(
-                f"{name} drifted: stability index {index:.2f} (above {_DRIFT} is much); median "
-                f"{np.median(numbers):.3g} → {np.median(now[name]):.3g}"
-            )
+    sentences = [
+        f"{name} drifted: stability index {index:.2f} (above {_DRIFT} is much); median "
+        f"{np.median(numbers):.3g} → {np.median(now[name]):.3g}"
+        for name, numbers in then.items()
+        if (index := stability_index(numbers, now[name])) > _DRIFT
+    ]
     return _finding("drift", "warning", sentences)
 
 

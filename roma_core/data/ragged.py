@@ -1,8 +1,7 @@
 """Series of different lengths in one numpy batch, from the store through augmentation to the model.
 
 Shapes:
-    B series   T observations of all series, one series after the other   C numbers of an observation
-    D axes   K targets
+    B series   T observations of all series   C numbers of an observation   D axes   K targets
 """
 
 from __future__ import annotations
@@ -20,23 +19,14 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class RaggedBatch:
-    """Some series, one after the other, without padding.
+    """Some series, one after the other, without padding."""
 
-    Attributes:
-        values: ``(T, C)`` float32; for a model of tubelets, ``(T, P)`` tokens.
-        positions: ``(T, D)`` float64 as delivered, or float32 as the model takes them.
-        lengths: ``(B,)`` int64 observations of each series, at least 1.
-        ids: ``(B,)`` int64, stable names of the series.
-        labels: ``(B,)`` int64 or ``(B, K)`` float, one per series, or None.
-        targets: ``(T,)`` or ``(T, K)``, one per observation, or None.
-    """
-
-    values: NDArray[np.float32]
-    positions: NDArray[Any]
-    lengths: Ints
-    ids: Ints
-    labels: NDArray[Any] | None = None
-    targets: NDArray[Any] | None = None
+    values: NDArray[np.float32]  # (T, C); for a model of tubelets, (T, P) tokens
+    positions: NDArray[Any]  # (T, D) float64 as delivered, or float32 as the model takes them
+    lengths: Ints  # (B,) observations of each series, at least 1
+    ids: Ints  # (B,) stable names of the series
+    labels: NDArray[Any] | None = None  # (B,) int64 or (B, K) float, one per series
+    targets: NDArray[Any] | None = None  # (T,) or (T, K), one per observation
 
     @classmethod
     def of(

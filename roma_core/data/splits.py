@@ -1,13 +1,9 @@
 """Assignment of objects to train, validation and test.
 
 By default the split of an object is a pure function of the data set's name, the object's id (or its
-group's), the publisher's assignment if there is one, and the fractions. It depends on no other
-object: a new delivery adds objects and moves none, so a model is never tested on objects that an
-earlier one was trained on.
-
-A stratified split also depends on the class and on how many objects of it came before; it meets the
-fractions to about one object per class. Objects of an earlier version keep the split they have
-there, whatever the order of delivery. A split by time depends on an object's last observation.
+group's), the publisher's assignment if there is one, and the fractions: a new delivery moves no
+object, so a model is never tested on objects that an earlier one was trained on. A stratified split
+also depends on how many objects of a class came before; objects of an earlier version keep theirs.
 """
 
 from __future__ import annotations
@@ -70,11 +66,8 @@ class SplitOptions(Frozen):
 class Splitter:
     """Assigns every series of a data set to a split, in the order of delivery.
 
-    Args:
-        dataset: name of the data set; another name gives another assignment.
-        options: the rule.
-        validation_fraction: expected fraction of the objects outside test that go to validation.
-        test_fraction: expected fraction of the objects without a recorded split that go to test.
+    ``validation_fraction`` is of the objects outside test, ``test_fraction`` of those without a
+    recorded split; another name of the ``dataset`` gives another assignment.
     """
 
     def __init__(
@@ -107,12 +100,9 @@ class Splitter:
                         f"{folder} if no model was trained on it"
                     )
             splits, labels = (np.load(folder / f"{c}.npy").tolist() for c in ("splits", "labels"))
-            for object_id, split, label in zip(
-                read_json(folder / "ids.json"), splits, labels, strict=True
-            ):
-                self._n_of_class[manifest.data_schema.classes[label]] += (
-                    object_id not in self._known
-                )
+            ids, classes = read_json(folder / "ids.json"), manifest.data_schema.classes
+            for object_id, split, label in zip(ids, splits, labels, strict=True):
+                self._n_of_class[classes[label]] += object_id not in self._known
                 self._known[object_id] = SPLITS[split]
 
     def assign(self, series: RawSeries) -> Split:
@@ -143,9 +133,8 @@ class Splitter:
             self._n_of_class[series.label] += 1
             u = (unit_interval(f"{self.dataset}:{series.label}") + k * _GOLDEN) % 1
         else:
-            u = unit_interval(
-                f"{self.dataset}:{series.group if options.by == 'group' else series.id}"
-            )
+            key = series.group if options.by == "group" else series.id
+            u = unit_interval(f"{self.dataset}:{key}")
         if options.folds is not None:
             fold, u = divmod(u * options.folds, 1)
             if fold == options.fold:
@@ -163,9 +152,8 @@ class Splitter:
         options, v, t = self.options, self.validation_fraction, self.test_fraction
         if options.by == "time":
             assert options.test_from is not None
-            start = (
-                options.test_from if options.validation_from is None else options.validation_from
-            )
+            start = options.validation_from
+            start = options.test_from if start is None else start
             return (
                 f"by the last observation: test from {options.test_from:.10g}, validation from "
                 f"{start:.10g}, train before"

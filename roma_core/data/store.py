@@ -37,14 +37,8 @@ Sample = dict[str, Any]
 class StoredDataset:
     """All series of a data-set folder, whatever their split.
 
-    Attributes:
-        manifest, schema: description of the data set.
-        ids: the objects' ids, by row; read on first use.
-        groups: their groups, by row, or None without groups; read on first use.
-        offsets: ``(n_series + 1,)`` int64; series i is observations ``offsets[i]:offsets[i + 1]``.
-        lengths: ``(n_series,)`` int64 observations of each series, at least 1.
-        labels: ``(n_series,)`` int64 index into ``schema.classes``, or None without labels.
-        splits: ``(n_series,)`` int8 index into ``SPLITS``.
+    ``offsets``, ``labels`` (None without labels) and ``splits`` are columns of the folder; ``lengths``
+    are the ``(n_series,)`` int64 observations of each series, at least 1.
     """
 
     def __init__(self, path: Path | str, verify: bool = True) -> None:
@@ -62,10 +56,9 @@ class StoredDataset:
             )
         self.schema: DataSchema = self.manifest.data_schema
         self._firsts = [0, *self.manifest.shards]  # series of each shard
+        shards = range(len(self._firsts))
         files = {
-            column: [
-                self._column(shard_name(column, k), mapped=True) for k in range(len(self._firsts))
-            ]
+            column: [self._column(shard_name(column, k), mapped=True) for k in shards]
             for column in large_columns(self.schema)
         }
         self._values, self._positions = files["values"], files["positions"]
@@ -80,10 +73,12 @@ class StoredDataset:
 
     @cached_property
     def ids(self) -> list[str]:
+        """Id of every object, by row."""
         return read_json(self.path / "ids.json")
 
     @cached_property
     def groups(self) -> list[str] | None:
+        """Group of every object, by row; None without groups."""
         has_groups = "groups.json" in self.manifest.files
         return read_json(self.path / "groups.json") if has_groups else None
 
@@ -148,21 +143,15 @@ class StoredDataset:
                 )
 
     def sample(self, i: int) -> Sample:
-        """Series i as the model sees it.
+        """Series i as the model sees it: values ``(N, C, 1, 1)`` and positions ``(D, N)``, normalised.
 
-        Returns:
-            values: ``(N, C, 1, 1)`` float32, normalised.
-            positions: ``(D, N)`` float32, normalised.
-            label: int index into ``schema.classes``; absent without labels.
-            targets: ``(N, K)`` float32 as delivered; absent without targets.
-            id: i, which identifies the sample in masks and in the order of an epoch.
+        Also ``id``, i, by which masks are drawn; ``label``, an index into ``schema.classes``, and
+        ``targets``, ``(N, K)`` float32 as delivered, if there are any.
         """
         positions, values = self.raw(i)
-        sample: Sample = {
-            "values": self._normaliser.normalise(values)[:, :, None, None],
-            "positions": np.ascontiguousarray(self._normaliser.normalise_positions(positions).T),
-            "id": int(i),
-        }
+        at = np.ascontiguousarray(self._normaliser.normalise_positions(positions).T)
+        values = self._normaliser.normalise(values)[:, :, None, None]
+        sample: Sample = {"values": values, "positions": at, "id": int(i)}
         if self.labels is not None:
             sample["label"] = int(self.labels[i])
         if self._targets is not None:
@@ -201,16 +190,12 @@ class StoredDataset:
 class Subset:
     """Some series of a data set, as a map-style data set: ``len(subset)``, ``subset[k]``.
 
-    Attributes:
-        dataset: the whole data set.
-        indices: ``(n,)`` int64 rows of ``dataset``; ``subset[k]["id"] == indices[k]``.
-        lengths: ``(n,)`` int64 observations of each series.
+    ``indices`` are the ``(n,)`` rows of ``dataset``: ``subset[k]["id"] == indices[k]``.
     """
 
     def __init__(self, dataset: StoredDataset, indices: NDArray[np.int64]) -> None:
-        self.dataset = dataset
-        self.indices = indices
-        self.lengths = dataset.lengths[indices]
+        self.dataset, self.indices = dataset, indices
+        self.lengths = dataset.lengths[indices]  # (n,) observations of each series
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -224,10 +209,9 @@ class Subset:
         return self.dataset.gather(self.indices[indices])
 
     def subsample(self, fraction: float, seed: int) -> Subset:
-        """A fraction of the samples of every class, rounded up.
+        """A fraction of the samples of every class, rounded up: a pure function of seed and ids.
 
-        Which ones is a pure function of the seed and the objects' ids; a larger fraction contains a
-        smaller one of the same seed.
+        A larger fraction contains a smaller one of the same seed.
         """
         if fraction == 1 or not len(self):
             return self
@@ -236,20 +220,15 @@ class Subset:
         classes = np.zeros(len(self), np.int64) if labels is None else labels[self.indices]
         hashes = [hash_text(self.dataset.ids[i]) for i in self.indices]
         noise = hash_ints(seed, np.array(hashes, dtype=np.uint64).view(np.int64))  # (n,)
-        kept = [
-            rows[np.argsort(noise[rows], kind="stable")[: math.ceil(exact * len(rows))]]
-            for rows in (np.flatnonzero(classes == label) for label in np.unique(classes))
-        ]
+        kept = []
+        for rows in (np.flatnonzero(classes == label) for label in np.unique(classes)):
+            order = np.argsort(noise[rows], kind="stable")
+            kept.append(rows[order[: math.ceil(exact * len(rows))]])
         return Subset(self.dataset, self.indices[np.sort(np.concatenate(kept))])
 
 
 def raw_series(subset: Subset, rows: Iterable[int]) -> Iterator[dict[str, Any]]:
-    """Chosen rows of a split as delivered, as requests to the served model.
-
-    Yields:
-        ``id``, ``positions`` (axis name → numbers), ``values`` (channel name → numbers) and
-        ``units``: the fields of :class:`roma_core.serving.client.Series`.
-    """
+    """Chosen rows of a split as delivered: fields of :class:`roma_core.serving.client.Series`."""
     dataset, schema = subset.dataset, subset.dataset.schema
     axes, channels = [a.name for a in schema.axes], [c.name for c in schema.channels]
     units = schema.units

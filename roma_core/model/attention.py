@@ -26,39 +26,27 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
 
 
 def packed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_segments: Segments,
-    k_segments: Segments,
-    dropout: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor, q_seg: Segments, k_seg: Segments, dropout: float = 0.0
 ) -> Tensor:
-    """Every query attends to the keys of its own series.
+    """Every query attends to the keys of its own series, of which each has at least one.
 
-    Args:
-        q: ``(Tq, h, w)``; k, v: ``(Tk, h, w)``, of one dtype.
-        q_segments, k_segments: the same series, with at least one key each.
-        dropout: on attention probabilities.
-
-    Returns:
-        ``(Tq, h, w)``.
+    ``(Tq, h, w)`` queries, ``(Tk, h, w)`` keys and values → ``(Tq, h, w)``, all of one dtype.
     """
-    if dropout > 0:
-        return _padded_call(q, k, v, q_segments, k_segments, dropout)
+    fused = not q.is_cuda or (q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0)
+    if dropout > 0 or not fused:
+        return _padded_call(q, k, v, q_seg, k_seg, dropout)
     if q.is_cuda:
-        if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] % 8:
-            return _padded_call(q, k, v, q_segments, k_segments, 0.0)
         from torch.nn.attention.varlen import varlen_attn
 
-        seqlens = q_segments.cu_seqlens, k_segments.cu_seqlens
-        longest = q_segments.max_seqlen, k_segments.max_seqlen
+        seqlens = q_seg.cu_seqlens, k_seg.cu_seqlens
+        longest = q_seg.max_seqlen, k_seg.max_seqlen
         heads = varlen_attn(q, k, v, *seqlens, *longest)
         assert isinstance(heads, Tensor)  # a tuple only if auxiliary outputs were asked for
         return heads
     exact = torch.float32 if q.requires_grad and q.dtype == torch.bfloat16 else q.dtype
     # in 16 bits the fused gradient is slower than in 32, the casts included
     out, _ = _cpu_attention(
-        q.to(exact), k.to(exact), v.to(exact), q_segments.cu_seqlens, k_segments.cu_seqlens
+        q.to(exact), k.to(exact), v.to(exact), q_seg.cu_seqlens, k_seg.cu_seqlens
     )
     return out.to(q.dtype)
 
@@ -146,14 +134,11 @@ def _(grad, q, k, v, out, lse, q_seqlens, k_seqlens):
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, q_seqlens, k_seqlens = inputs
-    ctx.save_for_backward(q, k, v, *output, q_seqlens, k_seqlens)
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:])  # q, k, v, out, lse, both seqlens
 
 
 def _backward(ctx, grad_out: Tensor, grad_lse: Tensor | None):
-    q, k, v, out, lse, q_seqlens, k_seqlens = ctx.saved_tensors
-    grads = _cpu_attention_backward(grad_out, q, k, v, out, lse, q_seqlens, k_seqlens)
-    return *grads, None, None
+    return *_cpu_attention_backward(grad_out, *ctx.saved_tensors), None, None
 
 
 _cpu_attention.register_autograd(_backward, setup_context=_save)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,26 +59,16 @@ def _initialise_features(features: nn.Linear) -> None:
 class Neighbourhood(nn.Module):
     """Differences of a token from those around it, as features to be added to its projection.
 
-    Attention can find a token's neighbours by their rotations, but from few labelled series it learns
-    that late or never. Here every token has, from the first step, its differences in value and in
-    position from the tokens 1, 2, 4, 8, … before and after it, as in dilated convolutions; gaps may be
-    irregular. Only tokens that the encoder sees take part: in pretraining hidden tokens are skipped, so
-    neighbours are farther apart than in finetuning. ``python -m tests.benchmarks.results neighbours
-    neighbours_plasticc`` measures the gain.
-
-    Tokens are ordered by position, the first axis first, so their order in a series does not matter,
-    except among tokens at equal positions.
+    From few labelled series attention learns late or never to find a token's neighbours. Here every
+    token has from the start its differences in value and position from the tokens 1, 2, 4, 8, … before
+    and after it, as in dilated convolutions. Only tokens that the encoder sees take part, ordered by
+    position, the first axis first. ``python -m tests.benchmarks.results neighbours`` measures the gain.
     """
 
     offsets: Tensor  # (K,) int64, relative to the token
 
     def __init__(self, n_numbers: int, n_axes: int, reach: int, width: int) -> None:
-        """
-        Args:
-            n_numbers, n_axes: P and D.
-            reach: offsets on either side, 2^0, …, 2^(reach - 1); K is twice as many.
-            width: of the token vectors, d.
-        """
+        """P, D, the number of offsets on either side (2^0, …, 2^(reach - 1); K is twice as many), d."""
         super().__init__()
         ahead = [2**k for k in range(reach)]
         offsets = torch.tensor([*(-offset for offset in ahead), *ahead])
@@ -93,7 +84,7 @@ class Neighbourhood(nn.Module):
             order = order[key[order].argsort(stable=True)]
         inputs = self._inputs(tokens[order], positions[order], series[order])
         found = self.mix(F.silu(self.features(inputs)))
-        return torch.zeros_like(found).index_copy(0, order, found)
+        return torch.zeros_like(found).index_copy(0, order, found)  # back in the caller's order
 
     def forward_padded(self, tokens: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
         """``(B, N, P)``, ``(B, N, D)``, ``(B, N)`` bool → ``(B, N, d)``, arbitrary at padding."""
@@ -127,26 +118,23 @@ class Neighbourhood(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Projection, CLS, positions and encoder: what both models share and finetuning carries over.
+    """Projection, CLS, positions and encoder: what both models share and finetuning carries over."""
 
-    Attributes:
-        data_schema: the :class:`roma_core.schema.DataSchema` of the training data, as JSON; saved with
-            the weights. None if unknown.
-    """
+    loss_fn: Callable[[Tensor, Tensor], Tensor]
 
     def __init__(self, config: RoMAConfig) -> None:
         super().__init__()
         if isinstance(config, type):
             config = config()  # the class instead of an instance: take it with its defaults
         self.config = config
-        stack = config.encoder_config
-        self.data_schema: dict[str, Any] | None = None
-        self.projection = Projection(config.tubelet_width, stack.d_model, config.value_features)
-        self.neighbourhood = (
-            Neighbourhood(config.tubelet_width, config.n_pos_dims, config.neighbours, stack.d_model)
-            if config.neighbours
-            else None
-        )
+        stack, n_numbers = config.encoder_config, config.tubelet_width
+        self.data_schema: dict[str, Any] | None = None  # DataSchema of the training data, if known
+        self.projection = Projection(n_numbers, stack.d_model, config.value_features)
+        self.neighbourhood: Neighbourhood | None = None
+        if config.neighbours:
+            self.neighbourhood = Neighbourhood(
+                n_numbers, config.n_pos_dims, config.neighbours, stack.d_model
+            )
         self.cls = nn.Parameter(torch.empty(stack.d_model)) if config.use_cls else None
         self.encoder = Encoder(stack)
         self.rotary, self.sinusoidal = self._position_embeddings(stack)
@@ -165,6 +153,12 @@ class Backbone(nn.Module):
         self.projection.initialise()
         if self.neighbourhood is not None:
             _initialise_features(self.neighbourhood.features)
+
+    def set_loss_fn(self, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Use ``loss_fn(logits, label)``, of one value per row, or in pretraining, of ``(H, P)``
+        outputs and targets, ``(H, P)``; with ``predict_variance`` outputs are ``(H, 2P)``, means
+        and then logarithms of variances."""
+        self.loss_fn = loss_fn
 
     def config_document(self) -> dict[str, Any]:
         """The content of ``model_config.json``."""
@@ -190,9 +184,7 @@ class Backbone(nn.Module):
     ) -> tuple[PackedBatch, Tensor, Tensor]:
         """Padded tensors → packed batch; see :func:`roma_core.model.packing.pack`."""
         if positions is None:
-            raise TypeError(
-                "positions are required: one row per axis, shape (batch, n_pos_dims, tokens)"
-            )
+            raise TypeError("positions are required, of shape (batch, n_pos_dims, tokens)")
         return pack(values, positions, pad_mask, self.config)
 
     def embed(
@@ -202,18 +194,14 @@ class Backbone(nn.Module):
         pad_mask: Tensor | None = None,
         pooling: Pooling = "mean",
     ) -> Tensor:
-        """Features of the encoder, with every real token visible and before any head.
-
-        They are the last block's output as it is: no norm follows it. In training mode dropout is
-        active.
+        """Output of the last block, unnormalised, with every real token visible.
 
         Args:
             values, positions, pad_mask: as for calling the model.
             pooling: ``mean`` of the real tokens, the ``cls`` token, or every ``token``.
 
         Returns:
-            ``(B, d)``; for ``token`` ``(B, N, d)``, zero at padding. From a packed batch, in its
-            order; for ``token`` ``(T, d)``.
+            ``(B, d)``; for ``token`` ``(B, N, d)``, zero at padding, or ``(T, d)`` of a packed batch.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
@@ -237,10 +225,8 @@ class Backbone(nn.Module):
             batch.tokens, batch.positions, segments.index_in_series, segments
         )
         if pooling == "cls":
-            one_each = Segments([1] * segments.count, segments.device)
-            return self.encoder(
-                x, rotations, layout.segments, OutputRows(layout.cls_rows, one_each)
-            )
+            first = OutputRows(layout.cls_rows, Segments([1] * segments.count, segments.device))
+            return self.encoder(x, rotations, layout.segments, first)
         rows = None if self.cls is None else OutputRows(layout.token_rows, segments)
         x = self.encoder(x, rotations, layout.segments, rows)  # (T, d)
         if pooling == "token":
@@ -273,12 +259,8 @@ class Backbone(nn.Module):
     ) -> tuple[Tensor, Rotations, Layout]:
         """Project some tokens and put CLS in front of each series.
 
-        Args:
-            tokens: ``(V, P)``; positions: ``(V, D)``; index: ``(V,)`` of each in its full series.
-            segments: the series of the V rows.
-
-        Returns:
-            ``(V + B, d)`` of the weights' type (``(V, d)`` without CLS), rotations, and the layout.
+        From ``(V, P)``, ``(V, D)`` and ``(V,)``, the index of each token in its full series, to
+        ``(V + B, d)`` of the weights' type (``(V, d)`` without CLS), rotations, and the layout.
         """
         # the residual stream keeps its precision; under autocast only products are in 16 bits
         dtype = self.projection.weight.dtype

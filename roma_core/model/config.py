@@ -1,5 +1,4 @@
-"""Configurations of the models, as saved beside the weights, and of a classifier that starts from
-a checkpoint. Field names are those of the published package, so that its folders load here."""
+"""Configurations of the models, as saved beside the weights; field names are the published ones."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from roma_core.schema import PositionAxis
@@ -29,11 +28,7 @@ PRESETS: dict[str, dict[str, int]] = {
 
 
 def get_encoder_size(name: str) -> dict[str, int]:
-    """Keyword arguments of :class:`EncoderConfig` for a published size such as ``RoMA-tiny``.
-
-    Raises:
-        ValueError: there is no such size.
-    """
+    """Keyword arguments of :class:`EncoderConfig` for a published size such as ``RoMA-tiny``."""
     key = name.removeprefix("RoMAE-").removeprefix("RoMA-")
     if key not in PRESETS:
         raise ValueError(f"no encoder size {name!r}; there are {', '.join(PRESETS)}")
@@ -85,9 +80,6 @@ class EncoderConfig(Frozen):
         return self
 
 
-DEFAULT_DECODER = EncoderConfig(d_model=192, nhead=3, depth=2)
-
-
 class RoMAConfig(RomaSettings):
     """Fields that both models share."""
 
@@ -102,9 +94,8 @@ class RoMAConfig(RomaSettings):
         description="Name, unit, anchor, offset and scale of every axis, applied to positions in "
         "float64; empty takes them as they are. Stored data sets describe and apply their own.",
     )
-    value_features: int = Field(
+    value_features: NonNegativeInt = Field(
         0,
-        ge=0,
         description="Nonlinear features of a token's numbers, added to their linear projection; 0: the "
         "projection alone, as published. 64 helps where a token holds few numbers.",
     )
@@ -145,12 +136,13 @@ class RoMAConfig(RomaSettings):
             stack: EncoderConfig | None = getattr(self, name, None)
             if stack is None:
                 continue
-            if self.pos_encoding == "ropend" and stack.head_width // 2 < self.n_pos_dims:
+            rotary = self.pos_encoding == "ropend"
+            if rotary and stack.head_width // 2 < self.n_pos_dims:
                 raise ValueError(
                     f"{name}: heads of width {stack.head_width} have {stack.head_width // 2} pairs of "
                     f"channels, fewer than n_pos_dims={self.n_pos_dims}; use fewer heads or a larger d_model"
                 )
-            if self.pos_encoding == "absolute" and stack.d_model % 2:
+            if not rotary and stack.d_model % 2:
                 raise ValueError(
                     f"{name}: d_model={stack.d_model} is odd; the absolute table needs an even width"
                 )
@@ -162,7 +154,9 @@ class RoMAForPreTrainingConfig(RoMAConfig):
 
     model_config = SettingsConfigDict(env_prefix="ROMA_PRETRAIN_")
 
-    decoder_config: EncoderConfig = Field(DEFAULT_DECODER, description="The decoder's stack.")
+    decoder_config: EncoderConfig = Field(
+        EncoderConfig(depth=2), description="The decoder's stack."
+    )
     mask_ratio: Rate = Field(0.75, description="Fraction of each series' tokens to hide.")
     mask_ratio_max: Rate | None = Field(
         None,
@@ -174,9 +168,8 @@ class RoMAForPreTrainingConfig(RoMAConfig):
         description="'random': anywhere; 'block': one contiguous run; 'future': the last tokens; "
         "'channel': whole channels, of series whose tokens are one channel's each (channel_axis).",
     )
-    channel_axis: int | None = Field(
+    channel_axis: NonNegativeInt | None = Field(
         None,
-        ge=0,
         description="Position axis that holds the channel's index, for mask_strategy='channel'.",
     )
     predict_variance: bool = Field(
@@ -253,7 +246,6 @@ class RoMAForClassificationConfig(RoMAConfig):
         return self
 
 
-_OWN_KEYS = ("schema_version", "class", "data_schema")
 DROPOUTS = tuple(name for name in EncoderConfig.model_fields if "drop" in name)
 """Fields of a stack that finetuning may change; its other fields are the checkpoint's."""
 HEAD = ("head_drop_rate", "dim_output", "problem_type", "pooling")
@@ -264,9 +256,9 @@ SHAPE = tuple(n for n in RoMAConfig.model_fields if n not in (*HEAD, "encoder_co
 
 def stored_fields(document: dict[str, Any]) -> dict[str, Any]:
     """The configuration's fields in a ``model_config.json``; published ones lack some."""
-    return {"position_axes": [], "value_features": 0, "neighbours": 0} | {
-        k: v for k, v in document.items() if k not in _OWN_KEYS
-    }
+    own = ("schema_version", "class", "data_schema")
+    defaults = {"position_axes": [], "value_features": 0, "neighbours": 0}
+    return defaults | {k: v for k, v in document.items() if k not in own}
 
 
 def is_pretraining(document: dict[str, Any]) -> bool:
@@ -277,12 +269,9 @@ def is_pretraining(document: dict[str, Any]) -> bool:
 def classifier_config(
     document: dict[str, Any], overrides: dict[str, Any], folder: Path
 ) -> RoMAForClassificationConfig:
-    """Configuration of the classifier that starts from ``folder``.
+    """Configuration of the classifier that starts from ``folder`` with this ``model_config.json``.
 
-    Args:
-        document: the folder's ``model_config.json``, of a pretraining model or of a classifier.
-        overrides: fields given by the caller. For a start from pretraining, fields that are not
-            given come from the environment.
+    For a start from pretraining, fields that ``overrides`` lack come from the environment.
 
     Raises:
         SettingsError: an override contradicts the checkpoint, or ``dim_output`` is missing.

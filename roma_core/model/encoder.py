@@ -1,8 +1,7 @@
 """The Transformer stack of encoder and decoder: pre-norm, bidirectional, no bias, no last norm.
 
-Works on packed rows. The last block computes only the rows that are read (hidden tokens in
-pretraining, CLS in classification), and the blocks before it all of them. On CPU, large matrix
-products without bias go through oneDNN, and RMSNorm has a faster gradient.
+The last block computes only the rows that are read (hidden tokens in pretraining, CLS in
+classification). On CPU, large products go through oneDNN, and RMSNorm has a faster gradient.
 """
 
 from __future__ import annotations
@@ -21,9 +20,7 @@ from roma_core.model.config import EncoderConfig
 from roma_core.model.packing import Segments
 from roma_core.model.positions import Rotations, rotate
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
-    torch.ops.mkldnn, "_linear_pointwise"
-)
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 MIN_ONEDNN_ROWS = 2048  # with fewer, the cost of the call outweighs the gain
 
 
@@ -33,7 +30,7 @@ def _onednn(x: Tensor, weight: Tensor, activation: str = "none") -> Tensor:
 
 def _suits_onednn(x: Tensor) -> bool:
     return (
-        _HAS_ONEDNN
+        _ONEDNN
         and x.device.type == "cpu"
         and x.ndim == 2
         and x.shape[0] >= MIN_ONEDNN_ROWS
@@ -55,10 +52,7 @@ def _onednn_computes(dtype: torch.dtype) -> bool:
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``(…, i)`` times ``(o, i)`` → ``(…, o)``; autocast is honoured."""
     if _suits_onednn(x) and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
-        if torch.is_grad_enabled():
-            product: Tensor = _Linear.apply(x, weight)
-            return product
-        return _onednn(x, weight)
+        return _Linear.apply(x, weight) if torch.is_grad_enabled() else _onednn(x, weight)
     return F.linear(x, weight)
 
 
@@ -85,10 +79,9 @@ class _Linear(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """``x / √(mean(x²) + eps) · gain`` over the last axis, without bias.
+    """``x / √(mean(x²) + eps) · gain`` over the last axis, in float32 or float64.
 
-    Reductions are in float32, or float64 for float64 input. The result has the type of the weights
-    for any input; under autocast the matrix product that follows casts it.
+    The result has the type of the weights; under autocast the matrix product that follows casts it.
     """
 
     def __init__(self, width: int, eps: float) -> None:
@@ -97,7 +90,6 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(…, width)`` → ``(…, width)``."""
         exact = x if x.dtype == torch.float64 else x.float()
         gain = self.weight.to(exact.dtype)
         if x.is_cuda or torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -110,8 +102,7 @@ class RMSNorm(nn.Module):
 class _CpuRMSNorm(torch.autograd.Function):
     """The gradient through LayerNorm's fused kernel.
 
-    With a mean of 0, LayerNorm's gradient for x is RMSNorm's less ``rstd · mean(gain · grad)``, and
-    those for the gain are equal.
+    With mean 0, LayerNorm's gradient for x is RMSNorm's less ``rstd · mean(gain · grad)``.
     """
 
     @staticmethod
@@ -192,8 +183,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each on a normalised input and added to the residual stream.
 
-    ``before`` and ``after`` compute each token on its own, before and after attention. They are the
-    regions that :meth:`Encoder.compile_regions` compiles.
+    ``before`` and ``after`` attention are token-wise, and compiled by :meth:`Encoder.compile_regions`.
     """
 
     def __init__(self, config: EncoderConfig, drop_path_rate: float) -> None:
@@ -265,16 +255,9 @@ class Encoder(nn.Module):
     def forward(
         self, x: Tensor, rotations: Rotations, segments: Segments, rows: OutputRows | None = None
     ) -> Tensor:
-        """Encode packed rows.
+        """Encode packed rows: ``(T, d)`` → ``(T, d)``, or the ``(R, d)`` of ``rows``.
 
-        Args:
-            x: ``(T, d)``.
-            rotations: ``(T, 1, w // 2, 2)`` float32, cosine and sine; None rotates nothing.
-            segments: the series of the T rows.
-            rows: the rows to return; None returns all.
-
-        Returns:
-            ``(T, d)``, or ``(R, d)`` with ``rows``.
+        ``rotations`` are ``(T, 1, w // 2, 2)`` float32, cosine and sine; None rotates nothing.
         """
         if not len(self.layers):
             return x if rows is None else x[rows.index]
@@ -284,11 +267,10 @@ class Encoder(nn.Module):
         return last(x, rotations, segments, rows)
 
     def compile_regions(self) -> None:
-        """Compile the token-wise parts, once for all layers and lengths.
+        """Compile the token-wise parts, once for all layers, lengths and copies of the model.
 
         Attention stays one operator between the regions, so lengths never cause a recompilation.
-        The first step after this takes from seconds to a minute; ``tests/benchmarks/model.py``
-        measures the gain. Calling it again has no effect. Copies of the model compile, too.
+        The first step after this takes up to a minute; ``tests/benchmarks/model.py`` measures the gain.
         """
         for block in self.layers:
             assert isinstance(block, Block)
@@ -316,11 +298,9 @@ class Head(nn.Module):
 
 
 def initialise(module: nn.Module) -> None:
-    """Initial weights of every model: biases 0, gains 1, and matrices by their number of inputs.
+    """Biases 0, matrices of n inputs from N(0, 1/(3n)) cut at two σ, as PyTorch's default.
 
-    A matrix of n inputs is drawn from N(0, 1/(3n)) cut at two σ, about the spread of PyTorch's
-    default. The published σ of 0.02 is meant for widths of many hundreds: a narrow model needs
-    hundreds of steps to grow out of it.
+    With the published σ of 0.02 a narrow model needs hundreds of steps to grow.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear):

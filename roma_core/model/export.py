@@ -56,10 +56,7 @@ class PaddedModel(nn.Module):
 
 
 def export_classifier(model: RoMAForClassification) -> ExportedProgram:
-    """Export with dynamic batch and length; ``model`` is put into evaluation mode.
-
-    The program takes and returns what :class:`PaddedModel` does: logits, in evaluation.
-    """
+    """Export :class:`PaddedModel` with the head; ``model`` is put into evaluation mode."""
     return _export(PaddedModel(model.eval(), model.config.pools, model.require_head()), model)
 
 
@@ -69,13 +66,8 @@ def export_encoder(model: Backbone) -> ExportedProgram:
 
 
 def _export(padded: nn.Module, model: Backbone) -> ExportedProgram:
-    width, axes = model.config.tubelet_width, model.config.n_pos_dims
-    example = (
-        torch.zeros(2, 5, width),
-        torch.zeros(2, 5, axes),
-        torch.ones(2, 5, dtype=torch.bool),
-    )
-    batch, length = Dim("batch", min=1), Dim("length", min=1)
-    dynamic = {0: batch, 1: length}
+    widths = model.config.tubelet_width, model.config.n_pos_dims
+    example = (*(torch.zeros(2, 5, n) for n in widths), torch.ones(2, 5, dtype=torch.bool))
+    dynamic = {0: Dim("batch", min=1), 1: Dim("length", min=1)}
     with torch.no_grad():
         return torch.export.export(padded, example, dynamic_shapes=(dynamic, dynamic, dynamic))

@@ -1,8 +1,7 @@
 """Masks: which tokens are hidden is a pure function of (seed, epoch, sample id, token index).
 
 Each token's noise is an integer hash of those four; in every series the tokens of smallest noise
-are hidden. So a series has the same mask on every rank, in every batch and on every device, and
-nothing has to be saved to resume.
+are hidden, on every rank, in every batch and on every device alike.
 """
 
 from __future__ import annotations
@@ -28,16 +27,10 @@ def draw_mask(
     channel = None
     if config.mask_strategy == "channel":
         channel = batch.positions[:, config.channel_axis].round().long()
-    hidden = sample_hidden(
-        batch.segments,
-        batch.sample_ids,
-        config.mask_fractions,
-        config.mask_strategy,
-        seed,
-        epoch,
-        channel,
+    rule = config.mask_fractions, config.mask_strategy
+    return batch.with_mask(
+        sample_hidden(batch.segments, batch.sample_ids, *rule, seed, epoch, channel)
     )
-    return batch.with_mask(hidden)
 
 
 def sample_hidden(
@@ -52,14 +45,11 @@ def sample_hidden(
     """Choose the tokens to reconstruct.
 
     Args:
-        segments: the series of the batch.
         sample_ids: ``(B,)`` int64, stable identifiers of the series.
         fractions: smallest and largest fraction of each series' tokens to hide, in ``[0, 1)``; every
             count between is equally likely.
         strategy: ``random`` tokens; one contiguous ``block``; the ``future``: the last ones; or
-            whole channels, for tokens that are one observation of one ``channel`` each. The last
-            channel to be hidden may be hidden in part, from its first token on, so that every
-            strategy hides equally many.
+            whole ``channel``s, the last of them in part, so that every strategy hides equally many.
         channel: ``(T,)`` int64, the channel each token belongs to; for ``channel`` only.
 
     Returns:
@@ -73,16 +63,11 @@ def sample_hidden(
     if strategy == "channel" and channel is None:
         raise ValueError("mask_strategy 'channel' needs each token's channel")
     on_host = segments.device.type == "cpu"  # numpy has the same numbers in a fifth of the time
-    sizes, ids, index = (
-        _as_arrays(segments)
+    sizes, ids, index, names = (
+        (*_as_arrays(segments), np.asarray(sample_ids))
         if on_host
-        else (
-            segments.sizes,
-            segments.ids,
-            segments.index_in_series,
-        )
+        else (segments.sizes, segments.ids, segments.index_in_series, sample_ids)
     )
-    names: Ints = np.asarray(sample_ids) if on_host else sample_ids
     unit: Ints = index
     if strategy == "channel":
         unit = np.asarray(channel) if on_host else channel
@@ -93,8 +78,7 @@ def sample_hidden(
 def mask_all_but(segments: Segments, sample_ids: Tensor, n_visible: int, seed: int) -> Tensor:
     """Hide all tokens of each series but ``n_visible`` random ones: ``(T,)`` bool, on CPU.
 
-    A series of fewer tokens keeps them all. With the same seed, the visible tokens of a smaller
-    number are among those of a larger one.
+    A series of fewer tokens keeps them all. A larger number keeps those of a smaller one.
 
     Raises:
         ValueError: ``n_visible`` is below 1.
@@ -149,13 +133,7 @@ def _sample(
 def _smallest_of_each(noise: Ints, count: Ints, ids: Ints, index: Ints) -> Ints:
     """``(T,)`` bool: whether a token's noise is among the ``count`` smallest of its series.
 
-    Ties go by index.
-
-    Args:
-        noise: ``(T,)`` int64 in ``[0, 2**32)``.
-        count: ``(T,)`` int64, the same for all tokens of a series.
-        ids: ``(T,)`` int64, ascending: the series of each token.
-        index: ``(T,)`` int64, the token's index in it.
+    All are ``(T,)`` int64: noise in ``[0, 2**32)``, series ``ids`` ascending. Ties go by index.
     """
     key = ids * 2**32 + noise
     # the r-th smallest of every series gets the row of its r-th token

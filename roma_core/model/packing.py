@@ -1,8 +1,5 @@
 """Packed batches: all tokens of a batch in one tensor, series after series, without padding.
 
-``PackedBatch`` is what the models work on. Users may pass padded tensors and get them back;
-``pack``, ``unpack`` and ``scatter`` convert.
-
 Shapes, here and in the rest of ``roma_core.model``:
     B series    N tokens of a series, padded    T tokens of all series    P numbers of a token
     D position axes    C channels    V visible tokens    H hidden tokens    d width    h heads
@@ -107,33 +104,21 @@ class MaskedTokens:
     @classmethod
     def of(cls, hidden: Tensor, segments: Segments) -> MaskedTokens:
         """Split by a ``(T,)`` bool mask, True where hidden. Costs one wait for the device on GPU."""
-        n_hidden = _counts(hidden, segments)
+        if hidden.device.type != "cpu":
+            counts = torch.zeros(segments.count, dtype=torch.int64, device=hidden.device)
+            n_hidden = counts.index_add_(0, segments.ids, hidden.long()).tolist()
+        else:
+            so_far = np.zeros(len(hidden) + 1, dtype=np.int64)
+            np.cumsum(hidden.numpy(), out=so_far[1:])
+            ends = so_far[np.cumsum(np.array(segments.lengths, dtype=np.int64))]
+            n_hidden = np.diff(ends, prepend=0).tolist()
         n_visible = [n - m for n, m in zip(segments.lengths, n_hidden, strict=True)]
-        return cls(
-            visible_rows=_rows_where(~hidden),
-            visible=Segments(n_visible, segments.device),
-            hidden_rows=_rows_where(hidden),
-            hidden=Segments(n_hidden, segments.device),
-        )
+        both = Segments(n_visible, segments.device), Segments(n_hidden, segments.device)
+        return cls(_rows_where(~hidden), both[0], _rows_where(hidden), both[1])
 
     def map(self, move: Callable[[Tensor], Tensor], device: torch.device | str) -> MaskedTokens:
-        return MaskedTokens(
-            visible_rows=move(self.visible_rows),
-            visible=self.visible.to(device),
-            hidden_rows=move(self.hidden_rows),
-            hidden=self.hidden.to(device),
-        )
-
-
-def _counts(mask: Tensor, segments: Segments) -> list[int]:
-    """How often ``(T,)`` bool is True in every series."""
-    if mask.device.type != "cpu":
-        counts = torch.zeros(segments.count, dtype=torch.int64, device=mask.device)
-        return counts.index_add_(0, segments.ids, mask.long()).tolist()
-    so_far = np.zeros(len(mask) + 1, dtype=np.int64)
-    np.cumsum(mask.numpy(), out=so_far[1:])
-    ends = so_far[np.cumsum(np.array(segments.lengths, dtype=np.int64))]
-    return np.diff(ends, prepend=0).tolist()
+        rows = move(self.visible_rows), move(self.hidden_rows)
+        return MaskedTokens(rows[0], self.visible.to(device), rows[1], self.hidden.to(device))
 
 
 def _rows_where(mask: Tensor) -> Tensor:
@@ -145,26 +130,16 @@ def _rows_where(mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A batch of series of different lengths, without padding.
+    """A batch of series of different lengths, without padding, one after the other."""
 
-    Attributes:
-        tokens: ``(T, P)`` float, the tubelets of all series one after the other.
-        positions: ``(T, D)`` float32.
-        segments: where each series lies.
-        sample_ids: ``(B,)`` int64, stable over epochs and processes; masks depend on them.
-        indices: ``(B,)`` int64, rows of the data set the batch was drawn from, or None.
-        labels: ``(B,)`` int64 classes or ``(B, K)`` float targets, or None; for a head on every
-            token ``(T,)`` or ``(T, K)``.
-        masked: which tokens to hide, in pretraining; None lets the model draw.
-    """
-
-    tokens: Tensor
-    positions: Tensor
+    tokens: Tensor  # (T, P) float
+    positions: Tensor  # (T, D) float32
     segments: Segments
-    sample_ids: Tensor
-    indices: Tensor | None = None
+    sample_ids: Tensor  # (B,) int64, stable over epochs and processes; masks depend on them
+    indices: Tensor | None = None  # (B,) int64, rows of the data set the batch was drawn from
+    # (B,) int64 classes or (B, K) float targets; for a head on every token (T,) or (T, K)
     labels: Tensor | None = None
-    masked: MaskedTokens | None = None
+    masked: MaskedTokens | None = None  # in pretraining; None lets the model draw
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Move everything; copies from pinned memory overlap with computation."""
@@ -191,29 +166,23 @@ class PackedBatch:
 
 
 def patchify(values: Tensor, tubelet_size: tuple[int, int, int]) -> Tensor:
-    """Cut ``(B, time, C, height, width)`` into tokens ``(B, N, P)``.
+    """Cut ``(B, time, C, height, width)`` into tokens ``(B, N, P)`` (RoMAE paper, section 3.2).
 
-    Tokens run time slowest, width fastest; inside a token the channel runs fastest
-    (RoMAE paper, section 3.2).
-
-    Raises:
-        ValueError: ``values`` has not five axes, or a tubelet's side does not divide its axis.
+    Tokens run time slowest, width fastest; inside a token the channel runs fastest.
     """
     if values.ndim != 5:
         raise ValueError(
             f"values must have five axes (batch, time, channels, height, width), absent ones of size 1; "
             f"got shape {tuple(values.shape)}"
         )
-    sizes = values.shape[1], values.shape[3], values.shape[4]
-    for name, size, side in zip(("time", "height", "width"), sizes, tubelet_size, strict=True):
-        if size % side:
+    for axis, name, side in zip((1, 3, 4), ("time", "height", "width"), tubelet_size, strict=True):
+        if values.shape[axis] % side:
             raise ValueError(
-                f"values: {name} has {size} steps, which tubelet_size={tubelet_size} does not divide; "
-                f"{name} must be a multiple of {side}"
+                f"values: {name} has {values.shape[axis]} steps, which tubelet_size={tubelet_size} does "
+                f"not divide; {name} must be a multiple of {side}"
             )
-    p1, p2, p3 = tubelet_size
-    pattern = "b (t p1) c (y p2) (x p3) -> b (t y x) (p1 p2 p3 c)"
-    return rearrange(values, pattern, p1=p1, p2=p2, p3=p3)
+    sides = dict(zip(("p1", "p2", "p3"), tubelet_size, strict=True))
+    return rearrange(values, "b (t p1) c (y p2) (x p3) -> b (t y x) (p1 p2 p3 c)", **sides)
 
 
 def pack(
@@ -223,9 +192,8 @@ def pack(
 
     Args:
         values: ``(B, time, C, height, width)`` float; padding may hold anything.
-        positions: ``(B, D, N)`` of any real type; float64 is kept until here, float32 after.
+        positions: ``(B, D, N)`` of any real type.
         pad_mask: ``(B, N)`` bool, True where a token is padding; None: no padding.
-        config: of the model the batch is for.
 
     Returns:
         batch: without labels and mask; ``sample_ids`` count the rows of ``values``.

@@ -21,14 +21,9 @@ _MAX_ROUNDING = 1e-3  # radians of the fastest rotation
 
 
 def origin(positions: Tensor, valid: Tensor, axes: Sequence[PositionAxis]) -> Tensor:
-    """What is subtracted from the positions of each series: anchor and offset.
+    """Anchor and offset of each series' ``(B, D, N)`` positions, ``(B, D, 1)`` float64.
 
-    Args:
-        positions: ``(B, D, N)`` of any real type, in the axes' units.
-        valid: ``(B, N)`` bool, True at real tokens; each series has one.
-
-    Returns:
-        ``(B, D, 1)`` float64.
+    ``valid`` is ``(B, N)`` bool, True at real tokens, of which each series has one.
     """
     subtracted = positions.new_zeros(*positions.shape[:2], 1, dtype=torch.float64)
     for d, axis in enumerate(axes):
@@ -51,11 +46,7 @@ def to_model_positions(positions: Tensor, origin: Tensor, axes: Sequence[Positio
 
 
 def to_float32(packed: Tensor) -> Tensor:
-    """Round ``(T, D)`` float64 positions once.
-
-    Raises:
-        ValueError: float32 cannot hold them; absolute dates, for example.
-    """
+    """Round ``(T, D)`` float64 positions; ValueError if float32 cannot hold them, as of dates."""
     rounded = packed.float()
     lost = (packed - rounded.double()).abs().amax(0) if len(packed) else packed.new_zeros(0)
     for d in (lost > _MAX_ROUNDING).nonzero().flatten().tolist():
@@ -74,13 +65,7 @@ def pairs_per_axis(head_width: int, n_axes: int) -> list[int]:
 
 
 class RotaryEmbedding(nn.Module):
-    """Positions → rotations, in float32 whatever the precision of the network.
-
-    Args:
-        head_width: channels of a head.
-        n_axes: position axes, D.
-        p: fraction of each axis's pairs that rotate, the fastest ones.
-    """
+    """Positions → rotations in float32; of each axis's pairs the fastest, a fraction ``p``, rotate."""
 
     def __init__(self, head_width: int, n_axes: int, p: float) -> None:
         super().__init__()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from roma_core.model.backbone import Backbone
-from roma_core.model.config import (
-    RoMAForClassificationConfig,
-    classifier_config,
-    is_pretraining,
-)
+from roma_core.model.config import RoMAForClassificationConfig, classifier_config, is_pretraining
 from roma_core.model.encoder import Head, initialise, initialise_vectors
 from roma_core.model.packing import PackedBatch, scatter
 from roma_core.model.weights import load_weights, read_weights
@@ -36,16 +31,12 @@ class RoMAForClassification(Backbone):
         self.head: Head | None = None
         if self.config.dim_output is not None:
             self.set_outputs(self.config.dim_output)
-        self.loss_fn: Callable[[Tensor, Tensor], Tensor] = (
-            _cross_entropy if self.config.problem_type == "classification" else _squared_error
-        )
+        regression = self.config.problem_type == "regression"
+        self.loss_fn = _squared_error if regression else _cross_entropy
 
     @classmethod
     def from_pretrained(
-        cls,
-        folder: Path | str,
-        config: RoMAForClassificationConfig | None = None,
-        **overrides: Any,
+        cls, folder: Path | str, config: RoMAForClassificationConfig | None = None, **overrides: Any
     ) -> RoMAForClassification:
         """Restore a classifier whole, or start one from a pretraining model's folder.
 
@@ -73,10 +64,6 @@ class RoMAForClassification(Backbone):
         head = Head(stack.d_model, dim_output, self.config.head_drop_rate, stack.layer_norm_eps)
         initialise(head)
         self.head = head.to(self.projection.weight.device)
-
-    def set_loss_fn(self, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Use ``loss_fn(logits, label)``; it must return one value per row of logits."""
-        self.loss_fn = loss_fn
 
     def loss_count(self, batch: PackedBatch) -> float:
         """Number of terms in the mean that is the loss of a packed batch: its series, or its tokens."""
@@ -127,12 +114,6 @@ class RoMAForClassification(Backbone):
             label = label.flatten(0, 1)[rows]
         return scatter(packed, rows, shape), self._loss(packed, label)
 
-    def _loss(self, logits: Tensor, label: Tensor | None) -> Tensor | None:
-        if label is None:
-            return None
-        self._check_label(label, logits)
-        return self.loss_fn(logits, label).mean()
-
     def require_head(self) -> Head:
         """The head; raises ValueError if ``dim_output`` is not known yet."""
         if self.head is None:
@@ -142,7 +123,9 @@ class RoMAForClassification(Backbone):
             )
         return self.head
 
-    def _check_label(self, label: Tensor, logits: Tensor) -> None:
+    def _loss(self, logits: Tensor, label: Tensor | None) -> Tensor | None:
+        if label is None:
+            return None
         if self.config.problem_type == "regression":
             if label.shape != logits.shape:
                 raise ValueError(
@@ -160,6 +143,7 @@ class RoMAForClassification(Backbone):
                     f"label must be classes from 0 to {logits.shape[1] - 1} (dim_output={logits.shape[1]}); "
                     f"row {wrong[0]} has {int(label[wrong[0]])}"
                 )
+        return self.loss_fn(logits, label).mean()
 
 
 def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,16 +29,10 @@ from roma_core.schema import DataSchema, Normaliser
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Predicted tubelets.
+    """Predicted tubelets, whose numbers run time, height, width, channel, the last one fastest."""
 
-    Attributes:
-        mean: ``(B, Q, P)`` float; the numbers of a tubelet run time, height, width, channel, the last
-            one fastest: for tubelets of one step, ``(B, Q, C)``.
-        std: likewise, the predicted standard deviation; None if the model predicts no variance.
-    """
-
-    mean: Tensor
-    std: Tensor | None
+    mean: Tensor  # (B, Q, P) float; for tubelets of one step, (B, Q, C)
+    std: Tensor | None  # likewise, the predicted deviation; None if the model predicts no variance
 
     def denormalised(self, schema: DataSchema) -> Reconstruction:
         """The same in the units of the data; deviations to first order for nonlinear transforms."""
@@ -82,9 +75,7 @@ class RoMAForPreTraining(Backbone):
             self.config.head_drop_rate,
             decoder.layer_norm_eps,
         )
-        self.loss_fn: Callable[[Tensor, Tensor], Tensor] = (
-            _gaussian_nll if self.config.predict_variance else _squared_error
-        )
+        self.loss_fn = _gaussian_nll if self.config.predict_variance else _squared_error
         self.initialise()
         # not zeros, as published: the norm that follows has a slope of 1/√eps = 1e6 there
         initialise_vectors(self.mask_token, self.cls)
@@ -109,13 +100,6 @@ class RoMAForPreTraining(Backbone):
         model.data_schema = document.get("data_schema")
         load_weights(model, weights, folder)
         return model
-
-    def set_loss_fn(self, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Use ``loss_fn(outputs, targets)``, both ``(H, P)``; it must return them unreduced.
-
-        With ``predict_variance`` outputs are ``(H, 2P)``: means, then logarithms of variances.
-        """
-        self.loss_fn = loss_fn
 
     def loss_count(self, batch: PackedBatch) -> float:
         """Number of terms in the mean that is the loss of a packed batch: its hidden tokens."""
@@ -168,9 +152,8 @@ class RoMAForPreTraining(Backbone):
         masked = batch.masked
         assert masked is not None
         if order is not None and 0 in masked.visible.lengths:
-            hidden = [
-                b for b, n in zip(order.tolist(), masked.visible.lengths, strict=True) if not n
-            ]
+            n_visible = zip(order.tolist(), masked.visible.lengths, strict=True)
+            hidden = [b for b, n in n_visible if not n]
             raise ValueError(
                 f"mask hides every real token of series {sorted(hidden)}; "
                 f"at least one token of each must stay visible"
@@ -197,9 +180,6 @@ class RoMAForPreTraining(Backbone):
     ) -> Reconstruction:
         """Predict the values at any positions from all observed tokens: interpolation, forecasting.
 
-        Every real token is visible; the query positions need no observation. In training mode dropout
-        is active.
-
         Args:
             values, positions, pad_mask: as for calling the model.
             query_positions: ``(B, D, Q)`` or ``(D, Q)``, of any real type, in the units of ``positions``.
@@ -207,9 +187,8 @@ class RoMAForPreTraining(Backbone):
                 weights; without a schema they are in the model's units either way.
 
         Raises:
-            TypeError, ValueError: an argument does not fit, or the model cannot do it: the absolute
-                variant ignores positions, and with ``normalize_targets`` the model predicts only the
-                shape of a tubelet, not its level.
+            TypeError, ValueError: an argument does not fit, or the model has ``absolute`` positions or
+                ``normalize_targets``.
         """
         if self.sinusoidal is not None:
             raise ValueError(
@@ -244,10 +223,9 @@ class RoMAForPreTraining(Backbone):
         return result
 
     def reconstruct_hidden(self, batch: PackedBatch, masked: MaskedTokens) -> Tensor:
-        """``(H, P)`` predictions of the hidden tokens, in ascending order of rows.
+        """``(H, P)`` predictions of the hidden tokens, by row, in the units of ``batch.tokens``.
 
-        They are in the units of ``batch.tokens``; with ``normalize_targets`` by the statistics of the
-        true tubelets, as is usual in pictures of masked autoencoders.
+        With ``normalize_targets`` they are restored by the statistics of the true tubelets.
         """
         predicted = self.predict_hidden(batch, masked)[:, : self.config.tubelet_width]
         if self.config.normalize_targets:

@@ -1,7 +1,6 @@
 """Weights on disk: ``model.safetensors`` + ``model_config.json``, ours and the published package's.
 
-Works on folders and state dicts; the models build themselves. Nothing is loaded silently: every tensor
-of the file is carried, reset or ignored, and standard error shows which. A missing key is an error.
+Every tensor is carried, reset or ignored, and standard error shows which. A missing key is an error.
 """
 
 from __future__ import annotations
@@ -105,19 +104,14 @@ def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def convert_published(weights: dict[str, Tensor], document: dict[str, Any]) -> dict[str, Tensor]:
     """Rename published tensors, fuse q, k and v, and reorder the channels of rotated heads."""
     ours: dict[str, Tensor] = {}
-    rotary = document["pos_encoding"] == "ropend"
     for key, tensor in weights.items():
-        if (
-            key == "zeros"
-            or "pos_embedding." in key
-            or ".attention.wk." in key
-            or ".attention.wv." in key
-        ):
-            continue  # constants, recomputed; wk and wv are fused below
+        fused = ".attention.wk." in key or ".attention.wv." in key
+        if fused or key == "zeros" or "pos_embedding." in key:
+            continue  # constants are recomputed; wk and wv are fused below
         if ".attention.wq." in key:
             stack = EncoderConfig(**document[key.split(".")[0] + "_config"])
             parts = [weights[key.replace(".wq.", f".{name}.")] for name in ("wq", "wk", "wv")]
-            if rotary:
+            if document["pos_encoding"] == "ropend":
                 channels = _published_channels(stack.head_width, document["n_pos_dims"])
                 for i in (0, 1):
                     heads = parts[i].unflatten(0, (stack.nhead, stack.head_width))
@@ -131,11 +125,7 @@ def convert_published(weights: dict[str, Tensor], document: dict[str, Any]) -> d
 
 
 def _published_channels(head_width: int, n_axes: int) -> list[int]:
-    """For each channel of our head layout, its place in the published one.
-
-    Raises:
-        ValueError: the published layout does not exist for this width.
-    """
+    """For each channel of our head layout, its index in the published one."""
     chunk = head_width // n_axes
     if head_width % n_axes or chunk % 2:
         raise ValueError(
