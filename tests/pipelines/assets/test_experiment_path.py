@@ -364,7 +364,7 @@ def test_a_report_says_how_often_its_test_split_has_decided(waiting):
     assert config["decided_before"] == 3
     page = Path(metadata_of(waiting, "evaluation_report")["report"]).read_text()
     assert "Decisions by this test split" in page
-    assert "Beside the champion" in page
+    assert "Comparison with the champion" in page
 
 
 def test_batch_predictions_are_the_champions_and_show_drift(waiting):
