@@ -238,8 +238,8 @@ class Checkpointer:
     def save(self, state: TrainState, tensors: Tensors, model_config: dict[str, Any]) -> None:
         """Begin to write a checkpoint on rank 0, after the one before it ended.
 
-        The run's metrics up to now belong to it; trackers get them once it is committed. The tensors
-        must be copies: they are read while training continues.
+        Trackers get the metrics up to now once it is committed. The tensors must be copies: they are
+        read while training continues.
 
         Raises:
             OSError: the checkpoint before could not be written.

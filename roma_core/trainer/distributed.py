@@ -57,12 +57,7 @@ def init_accelerator(config: TrainerConfig) -> Accelerator:
 
 
 class HostGroup:
-    """Collectives among the processes of one training, on the host: none waits for a device.
-
-    Attributes:
-        rank: of this process, from 0.
-        size: number of processes.
-    """
+    """Collectives among the processes of one training, on the host: none waits for a device."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         """Every process of a group creates its own, at the same point of the program."""
@@ -176,7 +171,7 @@ def cpu_copies(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Ten
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_POLL_S = 0.5
+_STOP_FILE_POLL_S = 0.5
 
 
 class Interrupted(Exception):
@@ -224,10 +219,8 @@ class StopRequests:
 
     def requested(self) -> bool:
         """True after a request; checks for the stop file at most twice a second."""
-        if not self.reason and self.stop_file is not None:
-            now = time.monotonic()
-            if now - self._last_poll >= _POLL_S:
-                self._last_poll = now
-                if self.stop_file.exists():
-                    self.reason = "stop file"
+        now = time.monotonic()
+        if not self.reason and self.stop_file and now - self._last_poll >= _STOP_FILE_POLL_S:
+            self._last_poll = now
+            self.reason = "stop file" if self.stop_file.exists() else ""
         return bool(self.reason)

@@ -80,9 +80,8 @@ class TrainStep:
         self.accelerator, self.model, self.config = accelerator, model, config
         self.rank, self.world_size = group.rank, group.size
         self.total_steps = total_steps
-        self.warmup_steps = (
-            math.ceil(total_steps / 10) if config.warmup_steps is None else config.warmup_steps
-        )
+        warmup = config.warmup_steps
+        self.warmup_steps = math.ceil(total_steps / 10) if warmup is None else warmup
         self.peak_lr = config.base_lr * (first_world_size if config.lr_scaling else 1)
         self.lr = 0.0
         self.own_loss = model.loss_fn

@@ -170,9 +170,8 @@ class WandbRun:
         self.run.define_metric("*", step_metric="trainer/global_step")
         self.folder = Path(self.run.dir).parent
         if mode == "offline":
-            log.warning(
-                "Weights & Biases: offline; `wandb sync %s` uploads the metrics", self.folder
-            )
+            message = "Weights & Biases: offline; `wandb sync %s` uploads the metrics"
+            log.warning(message, self.folder)
 
     def send(self, records: list[Record]) -> None:
         for record in records:
@@ -185,10 +184,10 @@ class WandbRun:
         try:
             self.run.finish()
         except TimeoutError:
-            log.warning(
-                "Weights & Biases has not received everything; `wandb sync %s` uploads the rest",
-                self.folder,
+            message = (
+                "Weights & Biases has not received everything; `wandb sync %s` uploads the rest"
             )
+            log.warning(message, self.folder)
 
 
 MLFLOW_RUN_VARIABLE = "ROMA_JOB_MLFLOW_RUN"
@@ -338,12 +337,10 @@ class Trackers:
         run_id: str | None = None,
         fallback: Callable[[str], Tracker] | None = None,
     ) -> None:
-        """Add a tracker.
+        """Add a tracker; ``run_id`` None starts a new run there.
 
-        Args:
-            make: connects to a run by its id; retried while the tracker is down.
-            run_id: at the tracker; None starts a new run there.
-            fallback: replaces ``make`` at the end if the tracker was down all the time.
+        ``make`` connects to a run by its id and is retried while the tracker is down. If it was down all
+        the time, ``fallback`` replaces it at the end.
         """
         self._threads.append(_TrackerThread(self.metrics, name, make, run_id, fallback))
 
@@ -369,11 +366,8 @@ class Trackers:
         for thread in started:
             thread.join(timeout=max(0.0, deadline - time.monotonic()))
             if not thread.up_to_date:
-                log.warning(
-                    "%s has not received all metrics; they are in %s, and resuming the run sends the rest",
-                    thread.name,
-                    self.metrics,
-                )
+                rest = "they are in %s, and resuming the run sends the rest"
+                log.warning(f"%s has not received all metrics; {rest}", thread.name, self.metrics)
 
 
 class _TrackerThread(threading.Thread):
@@ -425,12 +419,8 @@ class _TrackerThread(threading.Thread):
             act()
         except Exception as error:  # a tracker that is down must never end a run
             if not self._is_down:
-                log.warning(
-                    "%s: %s; training continues, its metrics are kept in %s",
-                    self.name,
-                    error,
-                    self.metrics,
-                )
+                message = "%s: %s; training continues, its metrics are kept in %s"
+                log.warning(message, self.name, error, self.metrics)
             self._is_down = True
             return
         if self._is_down:

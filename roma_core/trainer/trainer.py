@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,23 +39,15 @@ __all__ = ["NonFiniteLoss", "Trainer", "TrainingEnd"]
 
 @dataclass(frozen=True)
 class TrainingEnd:
-    """How a call of :meth:`Trainer.train` ended.
+    """How a call of :meth:`Trainer.train` ended."""
 
-    Attributes:
-        status: ``completed``, or ``continue`` if a stop request ended it early, after a checkpoint.
-        step: finished optimiser steps.
-        metrics: of the last evaluation.
-        reason: of the stop, or of early stopping.
-        elapsed_s: training time over all attempts.
-    """
-
-    status: str
-    step: int
-    metrics: dict[str, float]
-    reason: str = ""
-    elapsed_s: float = 0.0
-    world_size: int = 1
-    is_main_process: bool = True
+    status: Literal["completed", "continue"]  # "continue" after a stop request and a checkpoint
+    step: int  # finished optimiser steps
+    metrics: dict[str, float]  # of the last evaluation
+    reason: str  # of the stop, or of early stopping
+    elapsed_s: float  # training time over all attempts
+    world_size: int
+    is_main_process: bool
 
 
 class Trainer:
@@ -96,7 +88,6 @@ class Trainer:
         """Train to the end, or until a stop request.
 
         Args:
-            train_dataset, test_dataset: see :class:`~roma_core.trainer.dataloader.MapStyle`.
             model: moved to this process's device and trained in place.
             folder: of the run; ``metrics.jsonl`` goes there. ``checkpoint_dir`` by default.
             attempt: where to write heartbeats and check for a stop file, if a launcher watches.
@@ -114,24 +105,18 @@ class Trainer:
         with StopRequests(attempt.stop if attempt else None) as self.stops:
             self._set_up(train_dataset, test_dataset, model, what)
             with self.logger, self.checkpointer, self.loader, closing(self.train_step):
+                status: Literal["completed", "continue"] = "completed"
                 try:
                     self._train_to_end()
-                    status, reason = "completed", self._complete(model)
+                    reason = self._complete(model)
                 except Interrupted:
                     self._save()
                     self.checkpointer.wait()
-                    reason = self.stops.reason or "another process was asked to stop"
                     status = "continue"
+                    reason = self.stops.reason or "another process was asked to stop"
                     self.logger.say(f"asked to stop ({reason}); saved at step {self.step}")
-                end = TrainingEnd(
-                    status,
-                    self.step,
-                    self.evaluation,
-                    reason,
-                    self._elapsed_s(),
-                    self.group.size,
-                    self.group.is_main,
-                )
+                progress = (self.step, self.evaluation, reason, self._elapsed_s())
+                end = TrainingEnd(status, *progress, self.group.size, self.group.is_main)
         if status == "completed" and self._post_train_hook and self.group.is_main:
             self._post_train_hook(model, self.folder, self.accelerator.device)
         del self.train_step, self.evaluator, self.loader, self.accelerator  # free the optimiser
@@ -177,9 +162,8 @@ class Trainer:
         )
         self.checkpointer = Checkpointer(config, self.logger, group)
 
-        self.unread: list[
-            tuple[int, Tensor, Tensor]
-        ] = []  # step, loss and gradient norm, on the device
+        # step, loss and gradient norm of steps, still on the device: reading each would wait for it
+        self.unread: list[tuple[int, Tensor, Tensor]] = []
         self.grad_norm = float("nan")
         self.started, self.last_heartbeat = time.monotonic(), float("-inf")
         self.meter, self.elapsed_before_s = ThroughputMeter(), 0.0
