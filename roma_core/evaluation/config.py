@@ -85,9 +85,11 @@ class EvaluationJobConfig(Frozen):
         "hidden; these metrics end with `_observed_N`.",
     )
     seed: int = Field(
-        0, ge=0, description="Of the masks of reconstructions; equal seeds hide the same "
+        0,
+        ge=0,
+        description="Of the masks of reconstructions; equal seeds hide the same "
         "observations from every model.",
-    )  # fmt: skip
+    )
     champion: str | None = Field(
         None, description="Package folder of the present champion, predicted on the same series."
     )

@@ -234,9 +234,15 @@ class _Evaluator:
         reference = reference_profile(dataset, profile)
         package = out / "package"
         self.digests["manifest_sha256"] = write_package(
-            config, model, test, reference, package, metrics=metrics, changes=changes,
+            config,
+            model,
+            test,
+            reference,
+            package,
+            metrics=metrics,
+            changes=changes,
             champion_problem=problem,
-        )  # fmt: skip
+        )
         if encoder is not None:
             self.digests["encoder_manifest_sha256"] = write_package(
                 config, encoder, test, reference, out / "encoder_package"

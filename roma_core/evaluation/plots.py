@@ -160,9 +160,14 @@ def confusion_matrix(metrics: ClassificationMetrics) -> Figure:
         for row, column in zip(*np.nonzero(counts), strict=True):
             colour = "white" if fraction[row, column] > 0.55 else INK
             axes.text(
-                column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=size,
+                column,
+                row,
+                f"{counts[row, column]}",
+                ha="center",
+                va="center",
+                fontsize=size,
                 color=colour,
-            )  # fmt: skip
+            )
     bar = figure.colorbar(image, ax=axes, fraction=0.045, pad=0.03)
     bar.set_label("fraction of the true class")
     bar.outline.set_visible(False)
@@ -182,9 +187,15 @@ def reliability_curve(metrics: ClassificationMetrics) -> Figure:
     curve, counts = figure.subplots(2, 1, sharex=True, height_ratios=[3.4, 1])
     curve.plot([0, 1], [0, 1], color=GREY, linestyle=_DASHED, label="perfectly calibrated")
     curve.errorbar(
-        confidence, accuracy, yerr=error, color=BLUE, marker="o", markersize=5,
-        elinewidth=1, label="bins, ± standard error",
-    )  # fmt: skip
+        confidence,
+        accuracy,
+        yerr=error,
+        color=BLUE,
+        marker="o",
+        markersize=5,
+        elinewidth=1,
+        label="bins, ± standard error",
+    )
     margin = 0.02 * (1 - low)
     curve.set(xlim=(low - margin, 1 + margin), ylim=(low - margin, 1 + margin))
     curve.set_ylabel("accuracy")
@@ -271,25 +282,51 @@ def _draw_reconstruction(axes: Axes, example: ReconstructionExample, channel: in
         example.predicted[:, channel],
     )
     line = true if example.clean is None else example.clean[:, channel]
-    axes.plot(x[order], line[order], color="#c9ced4", linewidth=1, zorder=1,
-              label=None if example.clean is None else "without noise")  # fmt: skip
+    axes.plot(
+        x[order],
+        line[order],
+        color="#c9ced4",
+        linewidth=1,
+        zorder=1,
+        label=None if example.clean is None else "without noise",
+    )
     if example.std is not None:
         axes.errorbar(
-            x[hidden], predicted[hidden], example.std[hidden, channel], fmt="none",
-            ecolor=ORANGE, elinewidth=2.5, alpha=0.3, label="± predicted deviation", zorder=2,
-        )  # fmt: skip
+            x[hidden],
+            predicted[hidden],
+            example.std[hidden, channel],
+            fmt="none",
+            ecolor=ORANGE,
+            elinewidth=2.5,
+            alpha=0.3,
+            label="± predicted deviation",
+            zorder=2,
+        )
     axes.vlines(
         x[hidden], true[hidden], predicted[hidden], color=ORANGE, linewidth=0.9, alpha=0.6, zorder=2
     )
     axes.plot(x[visible], true[visible], "o", color=INK, markersize=4, label="visible", zorder=3)
     axes.plot(
-        x[hidden], true[hidden], "o", color=GREY, markerfacecolor="white", markersize=4.5,
-        label="hidden, true value", zorder=3,
-    )  # fmt: skip
+        x[hidden],
+        true[hidden],
+        "o",
+        color=GREY,
+        markerfacecolor="white",
+        markersize=4.5,
+        label="hidden, true value",
+        zorder=3,
+    )
     axes.plot(
-        x[hidden], predicted[hidden], "X", color=ORANGE, markeredgecolor="white",
-        markeredgewidth=0.5, markersize=6.5, label="hidden, reconstructed", zorder=4,
-    )  # fmt: skip
+        x[hidden],
+        predicted[hidden],
+        "X",
+        color=ORANGE,
+        markeredgecolor="white",
+        markeredgewidth=0.5,
+        markersize=6.5,
+        label="hidden, reconstructed",
+        zorder=4,
+    )
 
 
 @_as_png
@@ -321,9 +358,13 @@ def learning_curve(
         for name in names:
             split, marker = name.rsplit("/", 1)[0], "o" if len(lines[name]) < 40 else None
             axes.plot(
-                *zip(*lines[name], strict=True), color=_SPLIT_COLOURS.get(split), label=split,
-                linewidth=1.6, marker=marker, markersize=3,
-            )  # fmt: skip
+                *zip(*lines[name], strict=True),
+                color=_SPLIT_COLOURS.get(split),
+                label=split,
+                linewidth=1.6,
+                marker=marker,
+                markersize=3,
+            )
         axes.set(xlabel="step", title=quantity)
         if "loss" in quantity and all(value > 0 for name in names for _, value in lines[name]):
             axes.set_yscale("log")
@@ -416,9 +457,14 @@ def embedding_map(features: NDArray[np.floating], labels: Ints, classes: Sequenc
     axes = figure.subplots()
     for k in np.unique(labels):
         axes.scatter(
-            points[labels == k, 0], points[labels == k, 1], s=14, color=colours(k % colours.N), alpha=0.75,
-            linewidths=0, label=_short(classes[k]),
-        )  # fmt: skip
+            points[labels == k, 0],
+            points[labels == k, 1],
+            s=14,
+            color=colours(k % colours.N),
+            alpha=0.75,
+            linewidths=0,
+            label=_short(classes[k]),
+        )
     axes.set_xlabel(f"first principal component, {fractions[0]:.0%} of the variance")
     axes.set_ylabel(f"second, {fractions[1]:.0%}")
     if len(classes) <= _MAX_LEGEND:

