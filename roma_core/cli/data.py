@@ -38,7 +38,7 @@ def build(config: Path, out: Path, cache: Path) -> None:
     """Build the data set that CONFIG (YAML) describes and print its folder.
 
     Equal input gives an equal version; one that is there already is verified and used. What went to
-    which split, and what was repaired, is said on stderr.
+    which split, and what was repaired, is printed on stderr.
     """
     from roma_core.data.build import build_dataset, build_summary
     from roma_core.data.config import DatasetConfig
@@ -73,7 +73,7 @@ def inspect(path: Path) -> None:
 @click.option(
     "--against",
     type=_DATASET,
-    help="An earlier version: objects that moved to another split, went, changed or drifted.",
+    help="An earlier version: report objects that changed split or content or were removed, and drift.",
 )
 @click.option("--strict", is_flag=True, help="Let warnings fail too.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
@@ -112,7 +112,9 @@ def validate(path: Path, against: Path | None, strict: bool, as_json: bool) -> N
 @data.command()
 @click.argument("path", type=_DATASET)
 @click.argument("target", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--split", type=click.Choice(["train", "validation", "test"]), help="Only this one.")
+@click.option(
+    "--split", type=click.Choice(["train", "validation", "test"]), help="Export only this split."
+)
 def export(path: Path, target: Path, split: str | None) -> None:
     """Write the data set in PATH to TARGET, a Parquet file with one row per series."""
     from roma_core.data.export import export_parquet

@@ -34,7 +34,9 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 )
 @click.option("--run-dir", type=_FOLDER, help="Folder to write into.")
 @click.option("--name", help="Name of the model in report and package (default: the data set's).")
-@click.option("--job", type=_FOLDER, help="Run the job planned in this folder; no other option.")
+@click.option(
+    "--job", type=_FOLDER, help="Run the job planned in this folder; takes no other option."
+)
 def evaluate(
     data: Path | None,
     weights: Path | None,

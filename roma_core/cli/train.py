@@ -41,7 +41,7 @@ _shared_options = with_options(
     ),
     click.option("--show-config", is_flag=True, help="Print settings with their source and exit."),
     click.option(
-        "--job", type=_FOLDER, help="Run the job planned in this folder; no other option."
+        "--job", type=_FOLDER, help="Run the job planned in this folder; takes no other option."
     ),
 )
 

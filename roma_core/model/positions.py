@@ -65,7 +65,7 @@ def pairs_per_axis(head_width: int, n_axes: int) -> list[int]:
 
 
 class RotaryEmbedding(nn.Module):
-    """Positions → rotations in float32; of each axis's pairs the fastest, a fraction ``p``, rotate."""
+    """Positions → rotations in float32; the fastest fraction ``p`` of each axis's pairs rotates."""
 
     def __init__(self, head_width: int, n_axes: int, p: float) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from roma_core.serving.registry_client import ModelVersion, connect, fetch, package_of, resolve
 
@@ -105,8 +105,18 @@ class ServedModel:
             RequestRejected: a series does not fit the model.
             ServerError: anything else went wrong.
         """
-        rows = [one.model_dump(exclude_none=True) for one in series]
-        return [Prediction.model_validate(row) for row in self._post(rows)]
+        answers = self._post([one.model_dump(exclude_none=True) for one in series])
+        try:
+            predictions = [Prediction.model_validate(answer) for answer in answers]
+        except ValidationError as error:
+            raise ServerError(
+                f"{self.url} returns no predictions of a classifier: {error}"
+            ) from error
+        if len(predictions) != len(series):
+            raise ServerError(
+                f"{self.url} returns {len(predictions)} predictions for {len(series)} series"
+            )
+        return predictions
 
     def check_golden(self, package: Path) -> None:
         """Compare the server's predictions of a package's golden rows with the recorded ones.

@@ -198,9 +198,11 @@ class TrainStep:
             return
         training_loss = self.model.loss_fn
         self.model.set_loss_fn(self.own_loss)
-        with self._ema.applied() if self._ema else nullcontext():
-            yield self.model
-        self.model.set_loss_fn(training_loss)
+        try:
+            with self._ema.applied() if self._ema else nullcontext():
+                yield self.model
+        finally:
+            self.model.set_loss_fn(training_loss)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """CPU copies of what a checkpoint holds; empty dictionaries on other than the main process.

@@ -57,7 +57,7 @@ class Drift(Frozen):
 
 
 class Automation(Frozen):
-    """Sensors of an experiment; each starts stopped."""
+    """Sensors of an experiment; all but ``NAME_train_on_new_data`` start stopped."""
 
     new_data: NewData | None = None
     drift: Drift | None = None

@@ -31,5 +31,5 @@ _COMMANDS = {
 def main() -> None:
     """Operate RoMA experiments: Dagster assets, training jobs and the model registry.
 
-    State is kept under .roma/ (ROMA_STORAGE_ROOT); `up` shows it in two pages.
+    State is kept under .roma/ (ROMA_STORAGE_ROOT); `up` serves it as web pages.
     """

@@ -47,7 +47,7 @@ _FOLLOW_EVERY_S = 0.5
 )
 @click.option("--max-attempts", type=int, default=20, show_default=True)
 @click.option("--job", "key", help="Supervise this job again, which was launched before.")
-@click.option("-m", "as_module", is_flag=True, help="Before MODULE, as with python.")
+@click.option("-m", "as_module", is_flag=True, help="Optional, as in python -m MODULE.")
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="MODULE [ARGUMENT]…")
 def launch(as_module: bool, key: str | None, words: tuple[str, ...], **options: Any) -> None:
     """Run MODULE as a job, on this computer or on a cluster, and follow its log.

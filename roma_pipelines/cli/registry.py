@@ -105,7 +105,8 @@ def rollback(name: str, reason: str, actor: str | None) -> None:
 
     with registry() as client:
         start = time.perf_counter()
-        version = promotion.rollback(client, name, actor or promotion.current_user(), reason)
+        actor = actor or promotion.current_user()
+        version = promotion.rollback(client, name, reason=reason, actor=actor)
         seconds = time.perf_counter() - start
         click.echo(f"{name}: version {version} is champion again ({seconds:.2f} s)")
 

@@ -86,7 +86,7 @@ def is_held(lease: Mapping[str, Any]) -> bool:
         return False
     if lease.get("host", socket.gethostname()) == socket.gethostname():
         return is_running(lease["pid"], lease["start"])
-    from roma_pipelines.executor import DagsterSettings  # it imports dagster: a second
+    from roma_pipelines.executor import DagsterSettings  # imports dagster, which takes a second
 
     in_pods = DagsterSettings().executor == "k8s_job"
     expires_s = _POD_LEASE_EXPIRES_S if in_pods else LEASE_EXPIRES_S

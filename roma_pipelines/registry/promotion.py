@@ -169,7 +169,7 @@ def reject(client: MlflowClient, name: str, version: str, reason: str, actor: st
         client.set_model_version_tag(name, version, REJECTED_TAG, f"{event.at} {actor}: {reason}")
 
 
-def rollback(client: MlflowClient, name: str, actor: str, reason: str) -> str:
+def rollback(client: MlflowClient, name: str, *, reason: str, actor: str) -> str:
     """Make ``previous`` the champion again; return its version.
 
     ``previous`` then becomes the champion before that one, by the audit, so a second rollback goes

@@ -167,7 +167,7 @@ def rollback_time(folder: Path) -> None:
         created = client.create_model_version("curves", "s3://nowhere", None, tags)
         promote(client, "curves", str(created.version), "measured", "benchmark", {})
     start = time.perf_counter()
-    rollback(client, "curves", "benchmark", "measured")
+    rollback(client, "curves", reason="measured", actor="benchmark")
     print(f"rollback: {time.perf_counter() - start:.2f} s wall")
 
 

@@ -4,7 +4,7 @@ from decimal import Decimal
 
 import pytest
 
-from roma_core.serving.client import RequestRejected, ServedModel
+from roma_core.serving.client import RequestRejected, Series, ServedModel, ServerError
 from tests.core.serving import toy
 
 
@@ -15,3 +15,14 @@ def test_what_is_no_number_is_refused_by_the_name_of_its_field():
         RequestRejected, match=r"series 1: values: 'flux': .*Decimal.*plain numbers"
     ):
         ServedModel("http://127.0.0.1:9", timeout_s=2).predict(rows)
+
+
+@pytest.mark.parametrize(
+    "answers", [[{"features": [0.1, 0.2]}], []], ids=["an encoder", "too few predictions"]
+)
+def test_a_server_of_another_kind_is_a_server_error(monkeypatch, answers):
+    served = ServedModel("http://127.0.0.1:1")
+    monkeypatch.setattr(served, "_post", lambda rows: answers)
+
+    with pytest.raises(ServerError, match="returns"):
+        served.predict([Series(positions={"time": [0.0]}, values={"flux": [1.0]})])
