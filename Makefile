@@ -35,7 +35,7 @@ demo: $(READY) ## Real data to a registered model: the whole path once
 	@$(BIN)/roma-pipeline demo
 
 .PHONY: up
-up: $(READY) ## Serve the Dagster and MLflow pages on 127.0.0.1
+up: $(READY) ## Serve the overview, Dagster and MLflow on 127.0.0.1
 	@$(BIN)/roma-pipeline up
 
 .PHONY: test

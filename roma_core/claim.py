@@ -1,4 +1,4 @@
-"""First act of every process group of a job: claim the attempt, then become the program.
+"""First program of every process group of a job: claims the attempt, then runs the given program.
 
     python -m roma_core.claim JOB_FOLDER N -- PROGRAM [ARGUMENT…]
 

@@ -1,9 +1,9 @@
-"""Run a body of work, or any module that uses the Trainer, inside a job folder.
+"""Run the work of a job, or any module that uses the Trainer, inside a job folder.
 
     python -m roma_core.run_job WORKING_FOLDER MODULE [ARGUMENT…]
 
-The module sees its arguments unchanged, and the folder it was launched from. The launcher's stop file
-reaches it as SIGTERM, upon which the Trainer saves and returns; the attempt then ends with "continue".
+The module gets its arguments unchanged and runs in WORKING_FOLDER. The launcher's stop file reaches
+it as SIGTERM, upon which the Trainer saves and returns; the attempt then ends with "continue".
 Otherwise a module that returns, or exits with code 0, is completed.
 """
 
@@ -30,7 +30,7 @@ from roma_core.job import Attempt, Exit, JobFolder, Result
 
 @dataclass(frozen=True)
 class Work:
-    """What a body returns; see :class:`roma_core.job.Result` for the fields."""
+    """Result of the function that does a job's work; see :class:`roma_core.job.Result` for the fields."""
 
     status: Literal["completed", "continue"]
     world_size: int = 1

@@ -141,7 +141,7 @@ class Experiment(Frozen):
     schedule: str | None = Field(
         None, description="Cron expression (UTC) of retraining; the schedule starts stopped."
     )
-    automation: Automation = Field(Automation(), description="Sensors; they start stopped.")
+    automation: Automation = Field(Automation(), description="Sensors and budget.")
     owners: tuple[str, ...] = Field((), description="E-mail addresses or team:NAME.")
     tags: dict[str, str] = Field({}, description="Further tags of the assets.")
 

@@ -18,7 +18,8 @@ def split_digest(test: Subset) -> str:
 
 
 def check_leakage(dataset: StoredDataset, trained_on: Sequence[Path]) -> tuple[str, ...]:
-    """A sentence for each way in which test series were in the training data; empty if none.
+    """A sentence for each way in which test series were in the training data, and for each
+    training data set that no longer exists; empty if none.
 
     Groups and equal content are compared within ``dataset``, object ids with every other version of
     the data in ``trained_on``.

@@ -146,7 +146,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """This process's shard of a full tensor, placed as ``parameter`` is; all of one of another shape."""
+    """This process's shard of a full tensor, placed like ``parameter``; whole if shapes differ."""
     tensor = tensor.to(parameter.device)
     if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
         # every process has read the same file: no communication is needed

@@ -1,4 +1,4 @@
-"""The section ``automation`` of an experiment; its schedule and sensors start stopped."""
+"""The section ``automation`` of an experiment; all but one sensor start stopped."""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ def _conclude(
     is_default = uri == f"sqlite:///{here}/.roma/mlflow/mlflow.db"
     options = f"--model {model['uri']}{'' if is_default else f' --tracking-uri {uri}'}"
     data = shorten(Path(facts["dataset"]["path"]))
-    click.echo("next        make up    # the Dagster and MLflow pages, or:")
+    click.echo("next        make up    # the overview, Dagster and MLflow pages, or:")
     click.echo(f"            roma predict {options} {data} predictions.parquet")
     accuracy = metrics.accuracy
     click.echo(f"test accuracy {accuracy.value:.3f} (95 % {accuracy.low:.3f}–{accuracy.high:.3f})")

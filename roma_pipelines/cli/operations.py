@@ -43,7 +43,7 @@ def gc(days: float, keep_versions: int, yes: bool) -> None:
     Removed are ended jobs, checkpoints of completed jobs, old versions of data sets, MLflow runs
     that were deleted on the MLflow page, and cached models without an alias. Kept at any age is what
     a registered version or the newest materialisation of an asset was made of, what is running, and
-    what an experiment predicts.
+    the inputs of predictions.
     """
     from roma_core.settings import without_credentials
     from roma_pipelines.operations.retention import operations_lock, removals

@@ -43,8 +43,8 @@ from roma_pipelines.launching.spec import (
     id_of,
 )
 
-# The lease of a process on another computer expires after so long without renewal; later where
-# steps are pods: a dead one is noticed and started again meanwhile.
+# Without renewal the lease of a process on another computer expires after this time. It is longer
+# where steps run in pods: Kubernetes notices a dead pod and starts another meanwhile.
 LEASE_EXPIRES_S, _POD_LEASE_EXPIRES_S = 60.0, 300.0
 _RENEW_EVERY_S = 5.0
 _RETRY_S = 5.0  # between two requests to a target that does not answer

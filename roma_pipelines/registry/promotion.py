@@ -319,8 +319,8 @@ def _move_encoder_alias(client: MlflowClient, name: str, version: str) -> None:
 
 
 def _set_previous(client: MlflowClient, name: str, version: str, champion: str | None) -> None:
-    """Set ``previous`` to the version that this one replaced when it was last promoted; of one that
-    is deleted, rejected or the champion, to its predecessor in turn."""
+    """Set ``previous`` to the champion before ``version``, skipping versions that are deleted,
+    rejected or the present champion."""
     before: str | None = version
     for event in reversed(audit(client, name)):
         if event.action == "promote" and event.version == before:
