@@ -51,7 +51,6 @@ from roma_core.evaluation.report import (
 from roma_core.files import read_json, write_bytes, write_json
 from roma_core.job import Attempt, JobFolder
 from roma_core.model.config import EncoderConfig, is_pretraining
-from roma_core.model.export import export_classifier, export_encoder
 from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.run_job import Work
@@ -438,14 +437,14 @@ def write_package(
         sha256 of its manifest.
     """
     if isinstance(model, RoMAForPreTraining):
-        program, weights = export_encoder(model), config.autoencoder
+        program, weights = model.export(), config.autoencoder
         card |= {
             "name": f"{config.name}_encoder",
             "kind": "encoder",
             "n_features": model.config.encoder_config.d_model,
         }
     else:
-        program, weights = export_classifier(model), config.classifier
+        program, weights = model.export(), config.classifier
         card |= {"name": config.name, "kind": "classifier"}
     assert weights is not None
     content = CardContent(

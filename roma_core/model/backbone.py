@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 
 from roma_core.model.config import NEIGHBOUR_FEATURES, EncoderConfig, RoMAConfig
-from roma_core.model.encoder import Encoder, OutputRows, initialise
+from roma_core.model.encoder import Encoder, Head, OutputRows, initialise
 from roma_core.model.packing import Layout, PackedBatch, Segments, pack, scatter
 from roma_core.model.positions import RotaryEmbedding, Rotations, SinusoidalEmbedding
 from roma_core.model.weights import SCHEMA_VERSION, write_weights
@@ -173,6 +174,21 @@ class Backbone(nn.Module):
         """Write ``model.safetensors`` and ``model_config.json`` into ``folder``."""
         write_weights(folder, self, self.config_document())
 
+    def export(self) -> ExportedProgram:
+        """A program of standard operators from padded tokens to :meth:`embed`'s mean, or to a
+        classifier's outputs; it loads wherever torch does. Puts the model into evaluation mode."""
+        widths = self.config.tubelet_width, self.config.n_pos_dims
+        example = (*(torch.zeros(2, 5, n) for n in widths), torch.ones(2, 5, dtype=torch.bool))
+        dynamic = {0: Dim("batch", min=1), 1: Dim("length", min=1)}
+        with torch.no_grad():
+            return torch.export.export(
+                self.eval().padded(), example, dynamic_shapes=(dynamic, dynamic, dynamic)
+            )
+
+    def padded(self) -> PaddedModel:
+        """What :meth:`export` exports."""
+        return PaddedModel(self)
+
     def compile_regions(self) -> None:
         """Compile the token-wise parts of every stack; see :meth:`Encoder.compile_regions`."""
         for part in self.modules():
@@ -284,3 +300,47 @@ class Backbone(nn.Module):
 
     def _rotations(self, positions: Tensor) -> Rotations:
         return None if self.rotary is None else self.rotary(positions)
+
+
+class PaddedModel(nn.Module):
+    """Features as :meth:`Backbone.embed` gives them, or a head's outputs, from padded tokens.
+
+    Served programs are exported from it: a key mask takes the place of packed rows.
+    """
+
+    def __init__(
+        self, model: Backbone, pooling: Pooling = "mean", head: Head | None = None
+    ) -> None:
+        super().__init__()
+        # its parts, not the model: a program saves every parameter that it can reach
+        self.projection, self.encoder = model.projection, model.encoder
+        self.neighbourhood, self.cls = model.neighbourhood, model.cls
+        self.sinusoidal, self.rotary = model.sinusoidal, model.rotary
+        self.pooling, self.head = pooling, head or nn.Identity()
+
+    def forward(self, values: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+        """``(B, N, P)`` float32 tokens, ``(B, N, D)`` float32, ``(B, N)`` bool → ``(B, d)``.
+
+        Padding may hold any finite number. With ``pooling="token"`` ``(B, N, d)``, arbitrary at
+        padding. With a head its outputs take the place of d.
+        """
+        x = self.projection(values)  # (B, N, d)
+        if self.neighbourhood is not None:
+            x = x + self.neighbourhood.forward_padded(values, positions, valid)
+        if self.sinusoidal is not None:
+            shift = 0 if self.cls is None else 1
+            x = x + self.sinusoidal.table[shift : shift + x.shape[1]]
+        if self.cls is not None:
+            cls = self.cls if self.sinusoidal is None else self.cls + self.sinusoidal.table[0]
+            x = torch.cat((cls.expand(x.shape[0], 1, -1), x), dim=1)
+            positions = torch.cat((torch.zeros_like(positions[:, :1]), positions), dim=1)
+            valid = torch.cat((torch.ones_like(valid[:, :1]), valid), dim=1)
+        rotations = None if self.rotary is None else self.rotary(positions)
+        x = self.encoder.forward_padded(x, rotations, valid)
+        first = 0 if self.cls is None else 1
+        if self.pooling == "cls":
+            return self.head(x[:, 0])
+        if self.pooling == "token":
+            return self.head(x[:, first:])
+        weight = valid[:, first:, None].to(x.dtype)
+        return self.head((x[:, first:] * weight).sum(1) / weight.sum(1))

@@ -83,39 +83,33 @@ class EncoderConfig(Frozen):
 class RoMAConfig(RomaSettings):
     """Fields that both models share."""
 
-    encoder_config: EncoderConfig = Field(EncoderConfig(), description="The encoder's stack.")
-    tubelet_size: tuple[int, int, int] = Field(
-        (1, 1, 16), description="Steps of time, height and width that one token covers."
-    )
-    n_channels: PositiveInt = Field(1, description="Channels of `values`.")
-    n_pos_dims: PositiveInt = Field(3, description="Position axes: rows of `positions`.")
-    position_axes: tuple[PositionAxis, ...] = Field(
-        (),
-        description="Name, unit, anchor, offset and scale of every axis, applied to positions in "
-        "float64; empty takes them as they are. Stored data sets describe and apply their own.",
-    )
-    value_features: NonNegativeInt = Field(
-        0,
-        description="Nonlinear features of a token's numbers, added to their linear projection; 0: the "
-        "projection alone, as published. 64 helps where a token holds few numbers.",
-    )
-    neighbours: int = Field(
-        0,
-        ge=0,
-        le=12,
-        description="Add to every token its differences from the tokens 1, 2, 4, … before and after it: 5 "
-        "reaches 16 tokens away. 0: none, as published. Meant for tokens of few numbers.",
-    )
-    use_cls: bool = Field(True, description="Prepend a learned token at position 0.")
-    pos_encoding: Literal["ropend", "absolute"] = Field(
-        "ropend",
-        description="'ropend': continuous axial rotary; 'absolute': sine table by token order.",
-    )
-    p_rope_val: float = Field(
-        0.75, ge=0, le=1, description="Fraction of channel pairs that rotate, the fastest ones."
-    )
-    max_len: PositiveInt = Field(1500, description="Rows of the absolute table; rotary ignores it.")
-    head_drop_rate: Rate = Field(0.0, description="Dropout before the head.")
+    encoder_config: EncoderConfig = EncoderConfig()
+    """The encoder's stack."""
+    tubelet_size: tuple[int, int, int] = (1, 1, 16)
+    """Steps of time, height and width that one token covers."""
+    n_channels: PositiveInt = 1
+    """Channels of `values`."""
+    n_pos_dims: PositiveInt = 3
+    """Position axes: rows of `positions`."""
+    position_axes: tuple[PositionAxis, ...] = ()
+    """Name, unit, anchor, offset and scale of every axis, applied to positions in float64;
+    empty takes them as they are. Stored data sets describe and apply their own."""
+    value_features: NonNegativeInt = 0
+    """Nonlinear features of a token's numbers, added to their linear projection; 0: the
+    projection alone, as published. 64 helps where a token holds few numbers."""
+    neighbours: int = Field(0, ge=0, le=12)
+    """Add to every token its differences from the tokens 1, 2, 4, … before and after it: 5
+    reaches 16 tokens away. 0: none, as published. Meant for tokens of few numbers."""
+    use_cls: bool = True
+    """Prepend a learned token at position 0."""
+    pos_encoding: Literal["ropend", "absolute"] = "ropend"
+    """'ropend': continuous axial rotary; 'absolute': sine table by token order."""
+    p_rope_val: float = Field(0.75, ge=0, le=1)
+    """Fraction of channel pairs that rotate, the fastest ones."""
+    max_len: PositiveInt = 1500
+    """Rows of the absolute table; rotary ignores it."""
+    head_drop_rate: Rate = 0.0
+    """Dropout before the head."""
 
     @property
     def tubelet_width(self) -> int:
@@ -154,32 +148,23 @@ class RoMAForPreTrainingConfig(RoMAConfig):
 
     model_config = SettingsConfigDict(env_prefix="ROMA_PRETRAIN_")
 
-    decoder_config: EncoderConfig = Field(
-        EncoderConfig(depth=2), description="The decoder's stack."
-    )
-    mask_ratio: Rate = Field(0.75, description="Fraction of each series' tokens to hide.")
-    mask_ratio_max: Rate | None = Field(
-        None,
-        description="Hide between mask_ratio and this fraction of each series' tokens, every count equally "
-        "often; null: always mask_ratio.",
-    )
-    mask_strategy: Literal["random", "block", "future", "channel"] = Field(
-        "random",
-        description="'random': anywhere; 'block': one contiguous run; 'future': the last tokens; "
-        "'channel': whole channels, of series whose tokens are one channel's each (channel_axis).",
-    )
-    channel_axis: NonNegativeInt | None = Field(
-        None,
-        description="Position axis that holds the channel's index, for mask_strategy='channel'.",
-    )
-    predict_variance: bool = Field(
-        False,
-        description="Predict a Gaussian for every hidden number, mean and variance, and train on its "
-        "likelihood instead of the squared error.",
-    )
-    normalize_targets: bool = Field(
-        False, description="Standardise every target tubelet by its own mean and deviation."
-    )
+    decoder_config: EncoderConfig = EncoderConfig(depth=2)
+    """The decoder's stack."""
+    mask_ratio: Rate = 0.75
+    """Fraction of each series' tokens to hide."""
+    mask_ratio_max: Rate | None = None
+    """Hide between mask_ratio and this fraction of each series' tokens, every count equally
+    often; null: always mask_ratio."""
+    mask_strategy: Literal["random", "block", "future", "channel"] = "random"
+    """'random': anywhere; 'block': one contiguous run; 'future': the last tokens; 'channel':
+    whole channels, of series whose tokens are one channel's each (channel_axis)."""
+    channel_axis: NonNegativeInt | None = None
+    """Position axis that holds the channel's index, for mask_strategy='channel'."""
+    predict_variance: bool = False
+    """Predict a Gaussian for every hidden number, mean and variance, and train on its
+    likelihood instead of the squared error."""
+    normalize_targets: bool = False
+    """Standardise every target tubelet by its own mean and deviation."""
 
     @model_validator(mode="after")
     def _masks_and_targets_are_possible(self) -> Self:
@@ -218,19 +203,14 @@ class RoMAForClassificationConfig(RoMAConfig):
 
     model_config = SettingsConfigDict(env_prefix="ROMA_CLASSIFIER_")
 
-    dim_output: PositiveInt | None = Field(
-        None,
-        description="Classes, or regressed numbers; None lets the trainer count the classes of the "
-        "training labels.",
-    )
-    problem_type: Literal["classification", "regression"] = Field(
-        "classification", description="Cross-entropy over classes, or mean squared error."
-    )
-    pooling: Literal["auto", "cls", "mean", "token"] = Field(
-        "auto",
-        description="What the head reads: the CLS token, the mean of the real tokens, or every token "
-        "for an output each; 'auto' takes CLS if use_cls, else the mean, as published.",
-    )
+    dim_output: PositiveInt | None = None
+    """Classes, or regressed numbers; None lets the trainer count the classes of the training
+    labels."""
+    problem_type: Literal["classification", "regression"] = "classification"
+    """Cross-entropy over classes, or mean squared error."""
+    pooling: Literal["auto", "cls", "mean", "token"] = "auto"
+    """What the head reads: the CLS token, the mean of the real tokens, or every token for an
+    output each; 'auto' takes CLS if use_cls, else the mean, as published."""
 
     @property
     def pools(self) -> Literal["cls", "mean", "token"]:

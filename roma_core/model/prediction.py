@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from roma_core.model.backbone import Backbone
+from roma_core.model.backbone import Backbone, PaddedModel
 from roma_core.model.config import RoMAForClassificationConfig, classifier_config, is_pretraining
 from roma_core.model.encoder import Head, initialise, initialise_vectors
 from roma_core.model.packing import PackedBatch, scatter
@@ -32,7 +32,7 @@ class RoMAForClassification(Backbone):
         if self.config.dim_output is not None:
             self.set_outputs(self.config.dim_output)
         regression = self.config.problem_type == "regression"
-        self.loss_fn = _squared_error if regression else _cross_entropy
+        self.loss_fn = _mean_squared_error if regression else _cross_entropy
 
     @classmethod
     def from_pretrained(
@@ -64,6 +64,9 @@ class RoMAForClassification(Backbone):
         head = Head(stack.d_model, dim_output, self.config.head_drop_rate, stack.layer_norm_eps)
         initialise(head)
         self.head = head.to(self.projection.weight.device)
+
+    def padded(self) -> PaddedModel:
+        return PaddedModel(self, self.config.pools, self.require_head())
 
     def loss_count(self, batch: PackedBatch) -> float:
         """Number of terms in the mean that is the loss of a packed batch: its series, or its tokens."""
@@ -151,5 +154,5 @@ def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     return F.cross_entropy(exact, label, reduction="none")
 
 
-def _squared_error(logits: Tensor, label: Tensor) -> Tensor:
+def _mean_squared_error(logits: Tensor, label: Tensor) -> Tensor:
     return ((logits - label) ** 2).mean(-1)

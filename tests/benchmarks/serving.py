@@ -30,7 +30,6 @@ CHANNELS, AXES, CLASSES = ("flux", "flux_err"), ("time", "band"), tuple(f"c{k}" 
 def packaged(folder: Path) -> Any:
     """A bare model, whose package then is in ``folder``."""
     from roma_core.model import EncoderConfig, RoMAForClassification, RoMAForClassificationConfig
-    from roma_core.model.export import export_classifier
     from roma_core.schema import Channel, ChannelNormalisation, DataSchema, PositionAxis
     from roma_core.serving.client import Series
     from roma_core.serving.package import build_package
@@ -55,7 +54,7 @@ def packaged(folder: Path) -> Any:
     rows = [light_curve(rng) for _ in range(10)]
     build_package(
         folder / "package",
-        export_classifier(model),
+        model.export(),
         folder / "weights" / "model.safetensors",
         {},
         schema,

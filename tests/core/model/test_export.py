@@ -8,14 +8,13 @@ import sys
 import pytest
 import torch
 
-from roma_core.model.export import export_classifier
 from tests.core.model.small_models import classifier, new_classifier, padded_batch, small_batch
 
 
 @pytest.mark.parametrize(("use_cls", "neighbours"), [(True, 0), (False, 0), (True, 2)])
 def test_exported_program_agrees_at_other_shapes(use_cls, neighbours):
     model = classifier(use_cls=use_cls, neighbours=neighbours)
-    program = export_classifier(model).module()
+    program = model.export().module()
     for lengths in ([3], [6, 2, 1], [1], [1, 1]):
         values, positions, pad_mask = padded_batch(lengths, max(lengths))
         with torch.no_grad():
@@ -39,7 +38,7 @@ torch.save(program.module()(*inputs), sys.argv[3])
 
 def test_exported_program_needs_nothing_of_this_project(tmp_path):
     model = classifier(neighbours=2)
-    torch.export.save(export_classifier(model), tmp_path / "model.pt2")
+    torch.export.save(model.export(), tmp_path / "model.pt2")
     values, positions, pad_mask = padded_batch([6, 2, 1], 6)
     inputs = (values.flatten(2), positions.transpose(1, 2).contiguous(), ~pad_mask)
     torch.save(inputs, tmp_path / "inputs.pt")
@@ -56,7 +55,7 @@ def test_exported_program_needs_nothing_of_this_project(tmp_path):
 def test_an_exported_head_on_every_token_agrees():
     model = new_classifier(pooling="token").eval()
     values, positions, pad_mask = small_batch([6, 2], 6)
-    program = export_classifier(model).module()
+    program = model.export().module()
     with torch.no_grad():
         logits = program(values.flatten(2), positions.transpose(1, 2).contiguous(), ~pad_mask)
         expected, _ = model(values, positions, pad_mask)

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from roma_core import RoMAForClassification, RoMAForPreTraining
-from roma_core.model.export import PaddedModel
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -65,8 +64,6 @@ def test_padded_classifier_agrees_with_the_packed_one():
     tokens = inputs["values"].flatten(2)  # tubelets of one step, (B, N, P)
 
     with torch.no_grad():
-        logits = PaddedModel(model, model.config.pools, model.require_head())(
-            tokens, inputs["positions"].transpose(1, 2), ~inputs["pad_mask"]
-        )
+        logits = model.padded()(tokens, inputs["positions"].transpose(1, 2), ~inputs["pad_mask"])
 
     torch.testing.assert_close(logits, outputs["logits"], **CLOSE)
