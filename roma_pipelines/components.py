@@ -16,7 +16,7 @@ from roma_pipelines.assets.evaluation_report import evaluation_report_asset
 from roma_pipelines.assets.registered_model import registered_classifier_asset
 from roma_pipelines.assets.training import finetuned_classifier_asset, pretrained_encoder_asset
 from roma_pipelines.automation.drift import drift_sensor
-from roma_pipelines.automation.retraining import (
+from roma_pipelines.automation.sensors import (
     new_data_sensor,
     promotion_sensor,
     retraining_schedule,

@@ -7,7 +7,7 @@ from pathlib import Path
 import dagster as dg
 
 from roma_pipelines.automation.alerts import alert_on_failure
-from roma_pipelines.automation.housekeeping import reconcile_jobs
+from roma_pipelines.automation.sensors import reconcile_jobs
 from roma_pipelines.executor import executor
 from roma_pipelines.experiment import ENCODER, all_experiments
 

@@ -21,7 +21,7 @@ from roma_core.data.build import build_dataset
 from roma_core.data.config import source_fingerprint
 from roma_core.data.manifest import read_manifest
 from roma_pipelines.automation.alerts import alert_on_failure
-from roma_pipelines.automation.housekeeping import reconcile_jobs
+from roma_pipelines.automation.sensors import reconcile_jobs
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.storage import Storage, prepare_instance
 from tests.pipelines.automation.played_month import write_series

@@ -16,7 +16,7 @@ from roma_pipelines.automation.alerts import (
     send_alert,
 )
 from roma_pipelines.automation.drift import check_inputs, compare
-from roma_pipelines.automation.retraining import check_champion, check_dataset, check_source
+from roma_pipelines.automation.sensors import check_champion, check_dataset, check_source
 from roma_pipelines.automation.settings import Drift, NewData
 from roma_pipelines.automation.state import (
     Data,

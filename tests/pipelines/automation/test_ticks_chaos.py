@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from roma_pipelines.automation.alerts import alert_on_failure
-from roma_pipelines.automation.retraining import check_dataset, check_source
+from roma_pipelines.automation.sensors import check_dataset, check_source
 
 TICKS, WARM_UP = 10_000, 1_000
 MOST_MB = 10.0

@@ -6,7 +6,7 @@ import dagster as dg
 
 from roma_core.files import digest_of
 from roma_core.job import JobFolder
-from roma_pipelines.automation.housekeeping import reconcile_jobs
+from roma_pipelines.automation.sensors import reconcile_jobs
 from roma_pipelines.launching.pipes import key_for, run_job
 from roma_pipelines.launching.spec import JobSpec
 from roma_pipelines.launching.targets import launcher_for

@@ -6,7 +6,7 @@ import uuid
 import dagster as dg
 import pytest
 
-from roma_pipelines.automation.housekeeping import action_for, reconcile
+from roma_pipelines.automation.sensors import action_for, reconcile
 from roma_pipelines.launching.jobs import read_job
 from roma_pipelines.launching.supervisor import supervise
 
@@ -141,7 +141,7 @@ def test_a_job_that_cannot_be_cancelled_is_tried_again(instance, add_run, abando
 def test_the_sensor_looks_at_the_configured_storage(
     instance, add_run, abandon, folder, processes, monkeypatch, tmp_path, store_root
 ):
-    from roma_pipelines.automation.housekeeping import reconcile_jobs
+    from roma_pipelines.automation.sensors import reconcile_jobs
     from roma_pipelines.registry.runs import find_or_create_run
     from roma_pipelines.registry.store import MlflowSettings, connect
 
