@@ -73,7 +73,7 @@ class Resources(Frozen):
         description="Time limit of one attempt (minutes); the job resumes in a new one. "
         "null: the profile's default.",
     )
-    max_attempts: int = Field(20, gt=0, description="Maximum number of attempts of one job.")
+    max_attempts: int = Field(20, gt=0, description="Attempts in a row that may add no checkpoint.")
 
     def at(self, target: str | None, profile: str | None) -> Self:
         """These resources on another target or profile; None keeps the present value.

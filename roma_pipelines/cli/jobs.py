@@ -45,7 +45,13 @@ _FOLLOW_EVERY_S = 0.5
     type=int,
     help="Time limit of one attempt; the job resumes in a new one.",
 )
-@click.option("--max-attempts", type=int, default=20, show_default=True)
+@click.option(
+    "--max-attempts",
+    type=int,
+    default=20,
+    show_default=True,
+    help="Attempts in a row that may add no checkpoint.",
+)
 @click.option("--job", "key", help="Supervise this job again, which was launched before.")
 @click.option("-m", "as_module", is_flag=True, help="Optional, as in python -m MODULE.")
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="MODULE [ARGUMENT]…")

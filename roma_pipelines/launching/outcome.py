@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -50,8 +51,9 @@ _ROWS: dict[Phase, tuple[Verdict, ...]] = {
     # torchrun returns 1 for "continue" too; with a proof, another process than rank 0 failed; no
     # report is a crash: memory, hardware, or a bug
     Phase.ENDED_BAD:     (_FAIL, _FAIL, _NEXT,         _FAIL, _IF_ADVANCED),
-    # with a proof, the next attempt confirms it within a step
-    Phase.INTERRUPTED:   (_NEXT, _NEXT, _NEXT,         _FAIL, _NEXT),
+    # with a proof, the next attempt confirms it within a step; processes that an interruption
+    # leaves alive may report a failure of any kind, often before the target reports the interruption
+    Phase.INTERRUPTED:   (_NEXT, _NEXT, _NEXT,         _IF_ADVANCED, _NEXT),
     # the exit code was lost with the parent process; no report: power cut, reboot, kill
     Phase.GONE:          (_DONE, _FAIL, _NEXT,         _FAIL, _NEXT),
     # the next attempt would run out of memory again
@@ -79,7 +81,7 @@ def decide(
         phase: one of the phases that are ends.
         checkpoint: step of the newest checkpoint now, None without any.
         before: records of the attempts before this one, ascending.
-        max_attempts: how many attempts in a row may end with "continue", this one included.
+        max_attempts: how many attempts in a row may end without a new checkpoint.
         began: whether its program ever started; one that only waited could add no checkpoint.
     """
     verdict = POLICY[phase][report]
@@ -87,16 +89,15 @@ def decide(
     if verdict not in (Verdict.CONTINUE, Verdict.CONTINUE_IF_ADVANCED):
         return verdict.value, seen  # type: ignore[return-value]
 
-    streak = 0
-    for record in reversed(before):
-        if record.end is None or record.end.status != "continue":
-            break
-        streak += 1
     last = before[-1].end.checkpoint if before and before[-1].end else None
-    advanced = checkpoint is not None and (last is None or checkpoint > last)
-    if streak + 1 >= max_attempts:
-        return "failed", f"{seen}; {streak + 1} attempts in a row are the limit"
-    if advanced or (verdict is Verdict.CONTINUE and (streak == 0 or not began)):
+    if checkpoint is not None and (last is None or checkpoint > last):
+        return "continue", f"{seen}; newest checkpoint: step {checkpoint}"
+    ends = [record.end for record in reversed(before)]
+    row = list(takewhile(lambda end: end is not None and end.status == "continue", ends))
+    stalled = 1 + sum(end is not None and end.checkpoint == checkpoint for end in row)
+    if stalled >= max_attempts:
+        return "failed", f"{seen}; {stalled} attempts in a row without a new checkpoint, the limit"
+    if verdict is Verdict.CONTINUE and (not row or not began):
         return "continue", f"{seen}; newest checkpoint: step {checkpoint}"
     return "failed", f"{seen}; no checkpoint was added since the attempt before (step {checkpoint})"
 
@@ -107,6 +108,15 @@ def decide(
 def read_records(folder: JobFolder) -> list[AttemptRecord]:
     paths = map(folder.attempt_record, folder.attempt_numbers())
     return [AttemptRecord.model_validate(read_json(path, schema_version=1)) for path in paths]
+
+
+_LOST_PEER = re.compile(
+    r"(RuntimeError|Dist\w*Error): .*("
+    r"connection (was )?(closed|reset) by|broken pipe|pair closure|socket closed|timed out waiting|"
+    r"got 0 bytes|wait timeout|remote process exit|watchdog caught collective)",
+    re.IGNORECASE | re.DOTALL,
+)
+"""What gloo, NCCL and torch's store raise in the processes that outlive another one."""
 
 
 def read_exit_report(
@@ -135,6 +145,8 @@ def read_exit_report(
         return ExitReport.NOTHING, f"exit.json cannot be read: {error}"
     if end is None:
         return ExitReport.NOTHING, why
+    if end.status == "failed" and _LOST_PEER.match(end.reason):  # the cause is not this process's
+        return ExitReport.NOTHING, f"a process lost another one: {end.reason}"
     return ExitReport(f"exit.json: {end.status}"), end.reason or why
 
 

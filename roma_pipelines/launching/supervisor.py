@@ -121,7 +121,7 @@ class Supervisor:
     poll_every_s: float = 0.5
     # an attempt whose heartbeat does not change for so long, counted from its first, is hung
     heartbeat_timeout_s: float | None = 600.0  # None: never
-    max_attempts: int = 20  # that may end with "continue" in a row
+    max_attempts: int = 20  # that may end without a new checkpoint, in a row
     fault_point: Callable[[str], None] = lambda name: None  # at all FAULT_POINTS; tests raise there
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from roma_pipelines.launching.local import LocalLauncher
 from roma_pipelines.launching.spec import JobHandle, Phase
+from roma_pipelines.launching.supervisor import supervise
 
 
 @pytest.fixture
@@ -186,3 +187,32 @@ def test_a_second_start_of_an_attempt_does_not_run(
     assert starts() == [1]
     launcher.cancel(first)
     assert not psutil.pid_exists(first.external["pid"])
+
+
+RANKS = """
+import os, signal, time, torch, torch.distributed as dist
+from roma_core.job import JobFolder
+from roma_core.run_job import Work, run_in_folder
+
+def work(folder, attempt):
+    dist.init_process_group("gloo")
+    (folder.checkpoints / f"step-{attempt.n}").mkdir(parents=True, exist_ok=True)
+    while attempt.n == 1:  # until rank 1 is killed
+        dist.all_reduce(torch.ones(10))
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return Work("completed", dist.get_world_size())
+
+raise SystemExit(run_in_folder(JobFolder(os.environ["ROMA_JOB_FOLDER"]), work))
+"""
+
+
+def test_a_job_continues_whose_rank_was_killed(launcher, folder, make_spec, tmp_path):
+    spec = make_spec(runner="torchrun", processes_per_node=2)
+    (tmp_path / "job.py").write_text(RANKS)
+
+    outcome = supervise(launcher, folder, spec, {"base_lr": 0.001}, poll_every_s=0.05)
+
+    assert [record.end.status for record in outcome.attempts] == ["continue", "completed"]
+    assert folder.attempt(1).read_exit().status == "failed"
+    assert "peer" in outcome.attempts[0].end.reason

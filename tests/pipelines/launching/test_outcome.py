@@ -1,6 +1,6 @@
 import pytest
 
-from roma_core.job import JobFolder
+from roma_core.job import Exit, JobFolder
 from roma_pipelines.launching.outcome import (
     POLICY,
     Event,
@@ -10,8 +10,9 @@ from roma_pipelines.launching.outcome import (
     decide,
     events_table,
     read_events,
+    read_exit_report,
 )
-from roma_pipelines.launching.spec import AttemptRecord, End, JobState, Phase
+from roma_pipelines.launching.spec import AttemptRecord, End, JobSpec, JobState, Phase
 
 ENDS = [phase for phase in Phase if JobState(phase).ended]
 
@@ -36,7 +37,7 @@ EXPECTED = {
     #                    proof     completed  continue   failed    nothing
     Phase.ENDED_OK: ("cc", "ff", "nn", "ff", "ff"),
     Phase.ENDED_BAD: ("ff", "ff", "nn", "ff", "fn"),
-    Phase.INTERRUPTED: ("nn", "nn", "nn", "ff", "nn"),
+    Phase.INTERRUPTED: ("nn", "nn", "nn", "fn", "nn"),
     Phase.GONE: ("cc", "ff", "nn", "ff", "nn"),
     Phase.OUT_OF_MEMORY: ("ff", "ff", "nn", "ff", "ff"),
     Phase.HUNG: ("nn", "nn", "fn", "ff", "fn"),
@@ -65,14 +66,53 @@ def test_attempts_continue_only_while_checkpoints_advance():
     )
 
 
-def test_attempts_in_a_row_have_a_bound_and_a_deliberate_retry_starts_anew():
-    row = [attempt(n, "continue", n) for n in (1, 2, 3)]
+def test_attempts_that_advance_are_not_counted_and_a_deliberate_retry_starts_anew():
+    row = [attempt(n, "continue", n) for n in range(1, 100)]
 
-    assert how(Phase.INTERRUPTED, ExitReport.NOTHING, 4, row, max_attempts=5) == "continue"
-    assert how(Phase.INTERRUPTED, ExitReport.NOTHING, 4, row, max_attempts=4) == "failed"
-    retried = [*row, attempt(4, "failed", 4)]
-    assert how(Phase.INTERRUPTED, ExitReport.NOTHING, 4, retried, max_attempts=4) == "continue"
-    assert how(Phase.ENDED_BAD, ExitReport.NOTHING, 4, retried, max_attempts=4) == "failed"
+    assert how(Phase.INTERRUPTED, ExitReport.NOTHING, 100, row, max_attempts=4) == "continue"
+    assert how(Phase.ENDED_OK, ExitReport.CONTINUE, 100, row, max_attempts=4) == "continue"
+    assert how(Phase.INTERRUPTED, ExitReport.NOTHING, 99, row, max_attempts=4) == "failed"
+    retried = [*row, attempt(100, "failed", 99)]
+    assert how(Phase.INTERRUPTED, ExitReport.NOTHING, 99, retried, max_attempts=4) == "continue"
+    assert how(Phase.ENDED_BAD, ExitReport.NOTHING, 99, retried, max_attempts=4) == "failed"
+
+
+GLOO = (
+    "RuntimeError: [/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by "
+    "peer [127.0.0.1]:35539. This is typically caused by a remote worker crashing."
+)
+NCCL = (
+    "DistBackendError: NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.cpp:77\n"
+    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting "
+    "prematurely."
+)
+
+
+@pytest.mark.parametrize(
+    ("reason", "report"),
+    [
+        (GLOO, ExitReport.NOTHING),
+        (GLOO.replace("closed", "reset"), ExitReport.NOTHING),
+        ("RuntimeError: Timed out waiting 1800000ms for recv operation", ExitReport.NOTHING),
+        ("DistNetworkError: failed to recv, got 0 bytes", ExitReport.NOTHING),
+        ("DistStoreError: wait timeout after 300000ms, keys: /x", ExitReport.NOTHING),
+        (NCCL, ExitReport.NOTHING),
+        ("DistBackendError: NCCL error: ncclInvalidUsage: Duplicate GPU", ExitReport.FAILED),
+        ("ValueError: step 3: the loss is not finite", ExitReport.FAILED),
+        ("ConnectionError: Connection reset by peer", ExitReport.FAILED),  # a server's, say
+        ("RuntimeError: mat1 and mat2 shapes cannot be multiplied", ExitReport.FAILED),
+    ],
+)
+def test_the_failure_of_a_process_that_lost_another_one_is_no_cause(tmp_path, reason, report):
+    folder = JobFolder(tmp_path)
+    folder.attempt(1).path.mkdir(parents=True)
+    folder.attempt(1).write_exit(Exit(status="failed", reason=reason))
+    spec = JobSpec(key="a" * 20, command=("x",), config_digest="", processes_per_node=2)
+
+    found, why = read_exit_report(folder, spec, 1)
+
+    assert found is report
+    assert reason in why
 
 
 def test_attempts_that_only_waited_owe_no_checkpoint_but_are_counted():
