@@ -72,7 +72,7 @@ def finetune(weights: Path | None, **options: Any) -> None:
 
 
 def _run(task: Task, options: dict[str, Any], weights: Path | None = None) -> None:
-    from roma_core.job import JobFolder
+    from roma_core.job import JobFolder, StopRequests
 
     if options["job"] is not None:
         folder = JobFolder(options["job"].absolute())
@@ -83,8 +83,6 @@ def _run(task: Task, options: dict[str, Any], weights: Path | None = None) -> No
             )
         with errors_as_messages((ValueError, OSError)):
             folder = _prepare(task, options, weights)
-
-    from roma_core.trainer.distributed import StopRequests
 
     with StopRequests():  # a stop request is handled from here on, during slow imports too
         from roma_core.run_job import run_in_folder

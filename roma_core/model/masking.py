@@ -1,7 +1,7 @@
 """Masks: which tokens are hidden is a pure function of (seed, epoch, sample id, token index).
 
 Each token's noise is an integer hash of those four; in every series the tokens of smallest noise
-are hidden, on every rank, in every batch and on every device alike.
+are hidden, on every rank and in every batch alike. Masks are computed on the host.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from fractions import Fraction
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from roma_core.hashing import Ints, hash_ints
+from roma_core.hashing import hash_ints
 from roma_core.model.config import RoMAForPreTrainingConfig
 from roma_core.model.packing import PackedBatch, Segments
 
+Int64 = NDArray[np.int64]
 _STRATEGIES = ("random", "block", "future", "channel")
 _COUNT = -1  # no token has this index, so the number of hidden tokens has a hash of its own
 
@@ -62,17 +64,23 @@ def sample_hidden(
         raise ValueError(f"unknown mask_strategy {strategy!r}; there are {', '.join(_STRATEGIES)}")
     if strategy == "channel" and channel is None:
         raise ValueError("mask_strategy 'channel' needs each token's channel")
-    on_host = segments.device.type == "cpu"  # numpy has the same numbers in a fifth of the time
-    sizes, ids, index, names = (
-        (*_as_arrays(segments), np.asarray(sample_ids))
-        if on_host
-        else (segments.sizes, segments.ids, segments.index_in_series, sample_ids)
-    )
-    unit: Ints = index
-    if strategy == "channel":
-        unit = np.asarray(channel) if on_host else channel
-    hidden = _sample(fractions, strategy, seed, epoch, sizes, ids, index, names, unit)
-    return torch.from_numpy(hidden) if on_host else hidden
+    sizes, ids, index = _as_arrays(segments)
+    least, most = fractions
+    n_hidden = hidden_count(sizes, least)  # (B,)
+    series_hash = hash_ints(seed, epoch, sample_ids.cpu().numpy())  # (B,)
+    if most != least:
+        choices = hidden_count(sizes, most) - n_hidden + 1
+        n_hidden = n_hidden + hash_ints(series_hash, _COUNT) % choices
+    if strategy in ("random", "channel"):  # tokens of equal unit are hidden together
+        unit = index if channel is None or strategy == "random" else channel.cpu().numpy()
+        noise = hash_ints(series_hash[ids], unit)
+        hidden = _smallest_of_each(noise, n_hidden[ids], ids, index)
+    else:
+        start = sizes - n_hidden
+        if strategy == "block":
+            start = series_hash % (start + 1)
+        hidden = (index >= start[ids]) & (index < (start + n_hidden)[ids])
+    return torch.from_numpy(hidden).to(segments.device)
 
 
 def mask_all_but(segments: Segments, sample_ids: Tensor, n_visible: int, seed: int) -> Tensor:
@@ -87,57 +95,30 @@ def mask_all_but(segments: Segments, sample_ids: Tensor, n_visible: int, seed: i
         raise ValueError(f"at least one token of each series must stay visible, not {n_visible}")
     sizes, ids, index = _as_arrays(segments)
     n_hidden = np.maximum(sizes - n_visible, 0)
-    noise = hash_ints(hash_ints(seed, 0, np.asarray(sample_ids))[ids], index)
+    noise = hash_ints(hash_ints(seed, 0, sample_ids.numpy())[ids], index)
     return torch.from_numpy(_smallest_of_each(noise, n_hidden[ids], ids, index))
 
 
-def hidden_count(lengths: Ints, fraction: Fraction) -> Ints:
+def hidden_count(lengths: Int64, fraction: Fraction) -> Int64:
     """⌈n · fraction⌉ in exact arithmetic, leaving at least one token visible; int64 like ``lengths``."""
     wanted = (lengths * fraction.numerator + fraction.denominator - 1) // fraction.denominator
     return wanted - ((wanted == lengths) & (lengths > 0)) * 1  # the fraction is below 1
 
 
-def _as_arrays(segments: Segments) -> tuple[Ints, Ints, Ints]:
+def _as_arrays(segments: Segments) -> tuple[Int64, Int64, Int64]:
     """Sizes (B,) of the series; series and index in it (T,) of every token."""
     sizes = np.array(segments.lengths, dtype=np.int64)
     ids = np.repeat(np.arange(len(sizes)), sizes)
     return sizes, ids, np.arange(len(ids)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
-def _sample(
-    fractions: tuple[Fraction, Fraction],
-    strategy: str,
-    seed: int,
-    epoch: int,
-    sizes: Ints,
-    ids: Ints,
-    index: Ints,
-    sample_ids: Ints,
-    unit: Ints,
-) -> Ints:
-    """``sample_hidden`` of tensors or of arrays; tokens of equal ``unit`` (T,) are hidden together."""
-    least, most = fractions
-    n_hidden = hidden_count(sizes, least)  # (B,)
-    series_hash = hash_ints(seed, epoch, sample_ids)  # (B,)
-    if most != least:
-        choices = hidden_count(sizes, most) - n_hidden + 1
-        n_hidden = n_hidden + hash_ints(series_hash, _COUNT) % choices
-    if strategy in ("random", "channel"):
-        return _smallest_of_each(hash_ints(series_hash[ids], unit), n_hidden[ids], ids, index)
-    start = sizes - n_hidden
-    if strategy == "block":
-        start = series_hash % (start + 1)
-    return (index >= start[ids]) & (index < (start + n_hidden)[ids])
-
-
-def _smallest_of_each(noise: Ints, count: Ints, ids: Ints, index: Ints) -> Ints:
+def _smallest_of_each(noise: Int64, count: Int64, ids: Int64, index: Int64) -> NDArray[np.bool_]:
     """``(T,)`` bool: whether a token's noise is among the ``count`` smallest of its series.
 
     All are ``(T,)`` int64: noise in ``[0, 2**32)``, series ``ids`` ascending. Ties go by index.
     """
-    key = ids * 2**32 + noise
     # the r-th smallest of every series gets the row of its r-th token
-    order = key.argsort(stable=True)  # (T,)
+    order = (ids * 2**32 + noise).argsort(stable=True)  # (T,)
     first = index < count
     first[order] = index < count  # the right side is complete before the left changes
     return first

@@ -22,12 +22,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from roma_core.data.ragged import RaggedBatch
 from roma_core.hashing import hash_ints
+from roma_core.job import STOP_SIGNALS, Interrupted, StopRequests
 from roma_core.model.config import RoMAConfig, RoMAForPreTrainingConfig
 from roma_core.model.masking import draw_mask
 from roma_core.model.packing import PackedBatch, Segments, patchify
 from roma_core.model.positions import origin, to_float32, to_model_positions
 from roma_core.trainer.config import TrainerConfig
-from roma_core.trainer.distributed import STOP_SIGNALS, HostGroup, Interrupted, StopRequests
+from roma_core.trainer.distributed import HostGroup
 from roma_core.trainer.sampler import BatchSampler, Indices
 
 # keep the hashes of one purpose apart from those of another; 1 and 3 are those of the sampler

@@ -1,16 +1,11 @@
-"""The processes of a training: Accelerate, host-side collectives, FSDP sharding and stop requests."""
+"""The processes of a training: Accelerate, host-side collectives and FSDP sharding."""
 
 from __future__ import annotations
 
 import copy
 import os
-import signal
-import threading
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -168,59 +163,3 @@ def cpu_copies(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Ten
             if keep:
                 kept[name] = complete.cpu().contiguous().clone()
     return kept
-
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_STOP_FILE_POLL_S = 0.5
-
-
-class Interrupted(Exception):
-    """A stop request arrived during work that can be repeated later."""
-
-
-class StopRequests:
-    """Requests to save and end with "continue": a signal to this process, or a stop file.
-
-    The processes of a training agree on them where they sum the loss count. As a context manager it
-    handles SIGTERM, SIGINT and SIGUSR1, in the main thread only; a second SIGINT interrupts at once.
-    A nested one starts with the request that the outer one received, so a program can handle signals
-    before it imports what training needs.
-    """
-
-    _innermost: StopRequests | None = None
-
-    def __init__(self, stop_file: Path | None = None) -> None:
-        self.stop_file = stop_file
-        self.reason = ""
-        self._previous: dict[int, object] = {}
-        self._outer: StopRequests | None = None
-        self._last_poll = float("-inf")
-
-    def __enter__(self) -> StopRequests:
-        if threading.current_thread() is threading.main_thread():
-            for number in STOP_SIGNALS:
-                self._previous[number] = signal.signal(number, self._on_signal)
-            self._outer, StopRequests._innermost = StopRequests._innermost, self
-            if self._outer is not None:
-                self.reason = self._outer.reason
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._previous:
-            StopRequests._innermost = self._outer
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if number == signal.SIGINT and self.reason == name:
-            raise KeyboardInterrupt
-        self.reason = name
-
-    def requested(self) -> bool:
-        """True after a request; checks for the stop file at most twice a second."""
-        now = time.monotonic()
-        if not self.reason and self.stop_file and now - self._last_poll >= _STOP_FILE_POLL_S:
-            self._last_poll = now
-            self.reason = "stop file" if self.stop_file.exists() else ""
-        return bool(self.reason)

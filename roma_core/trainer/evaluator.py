@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from roma_core.job import Interrupted
 from roma_core.model.packing import PackedBatch
 from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.dataloader import Collate, MapStyle
-from roma_core.trainer.distributed import SINGLE_PROCESS, HostGroup, Interrupted
+from roma_core.trainer.distributed import SINGLE_PROCESS, HostGroup
 from roma_core.trainer.step import TrainStep
 
 ShouldStop = Callable[[], bool]

@@ -13,26 +13,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from roma_core.job import Attempt
+from roma_core.job import Attempt, Interrupted, StopRequests
 from roma_core.model.packing import PackedBatch
 from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.trainer.checkpoint import Checkpointer, TrainState, load_best, load_newest
 from roma_core.trainer.config import TrainerConfig, describe_changes, describe_resumable
 from roma_core.trainer.dataloader import MapStyle, TrainLoader
-from roma_core.trainer.distributed import HostGroup, Interrupted, StopRequests, init_accelerator
+from roma_core.trainer.distributed import HostGroup, init_accelerator
 from roma_core.trainer.evaluator import EarlyStopping, Evaluator, unknown_metric
 from roma_core.trainer.metrics import ThroughputMeter
+from roma_core.trainer.optim import Model, labels_of, training_loss
 from roma_core.trainer.run_logger import Progress, RunLogger
 from roma_core.trainer.sampler import make_sampler
-from roma_core.trainer.step import (
-    Model,
-    NonFiniteLoss,
-    TrainStep,
-    labels_of,
-    raise_non_finite,
-    training_loss,
-)
+from roma_core.trainer.step import NonFiniteLoss, TrainStep, raise_non_finite
 
 __all__ = ["NonFiniteLoss", "Trainer", "TrainingEnd"]
 

@@ -78,3 +78,12 @@ def test_a_pinned_batch_is_the_same_batch():
     pinned = batch.pin_memory()
     assert pinned.tokens.is_pinned() and pinned.masked.hidden_rows.is_pinned()
     assert torch.equal(pinned.to("cuda").tokens.cpu(), batch.tokens)
+
+
+@pytest.mark.parametrize("changes", [{}, {"mask_strategy": "block", "mask_ratio_max": 0.9}])
+def test_masks_are_drawn_alike_on_every_device(changes):
+    model, batch = model_and_batch()
+    config = model.config.model_copy(update=changes)
+    expected, drawn = (draw_mask(b, config, 1, 2).masked for b in (batch, batch.to("cuda")))
+    assert drawn.hidden_rows.is_cuda
+    assert torch.equal(drawn.hidden_rows.cpu(), expected.hidden_rows)

@@ -15,9 +15,8 @@ import torch
 from safetensors import safe_open
 
 from roma_core import Trainer
-from roma_core.job import Attempt
+from roma_core.job import Attempt, StopRequests
 from roma_core.trainer.checkpoint import committed
-from roma_core.trainer.distributed import StopRequests
 from roma_core.trainer.step import TrainStep
 from tests.core.trainer.training_runs import (
     Plan,

@@ -20,7 +20,8 @@ from roma_core import (
     TrainerConfig,
 )
 from roma_core.trainer.checkpoint import committed
-from roma_core.trainer.step import TrainStep, learning_rate_factor
+from roma_core.trainer.optim import learning_rate_factor
+from roma_core.trainer.step import TrainStep
 from tests.core.trainer.training_runs import (
     SHAPE,
     Plan,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from roma_core import RoMAForClassification, RoMAForClassificationConfig, Trainer, TrainerConfig
-from roma_core.trainer.step import (
+from roma_core.trainer.optim import (
     class_weights,
     layer_scales,
     learning_rate_factor,
