@@ -171,10 +171,8 @@ def augmentations_of(
         chosen.append(ChannelDrop(config.augment_channel_drop_rate, n_channels))
     if config.augment_jitter_std > 0 or config.augment_jitter_position > 0:
         chosen.append(Jitter(config.augment_jitter_std, config.augment_jitter_position))
-    return (
-        *chosen,
-        *(CustomAugmentation(function) for function in getattr(dataset, "augmentations", ())),
-    )
+    own = getattr(dataset, "augmentations", ())
+    return (*chosen, *(CustomAugmentation(function) for function in own))
 
 
 @dataclass(frozen=True)

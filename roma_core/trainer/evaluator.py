@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,29 +78,11 @@ def classify(
 
 
 @torch.no_grad()
-def reconstruction_loss(
-    model: RoMAForPreTraining,
-    dataset: MapStyle,
-    collate: Collate,
-    batch_size: int,
-    group: HostGroup = SINGLE_PROCESS,
-    should_stop: ShouldStop = lambda: False,
-) -> float:
-    """Mean loss over all hidden tokens of a data set, with the masks of epoch 0.
-
-    Raises:
-        Interrupted: on every process, if ``should_stop`` returned True on one.
-    """
-    model.eval()
-    device = model.projection.weight.device
-
-    def sum_of(batch: PackedBatch) -> tuple[float, float]:
-        _, loss = model(batch.to(device))
-        count = model.loss_count(batch)
-        return (0.0, 0.0) if loss is None else (float(loss) * count, count)
-
-    sums = _on_every_process(sum_of, dataset, collate, batch_size, group, should_stop)
-    return sum(loss for loss, _ in sums) / max(1.0, sum(n for _, n in sums))
+def _loss_sum(model: RoMAForPreTraining, batch: PackedBatch) -> tuple[float, float]:
+    """Sum of the loss over the hidden tokens of a batch, with its mask, and their number."""
+    _, loss = model(batch.to(model.projection.weight.device))
+    count = model.loss_count(batch)
+    return (0.0, 0.0) if loss is None else (float(loss) * count, count)
 
 
 def _on_every_process(
@@ -153,7 +136,10 @@ class Evaluator:
             collate = Collate(model.config, self.config.random_seed)
             how = (self.dataset, collate, self.config.batch_size, self.group, self.should_stop)
             if isinstance(model, RoMAForPreTraining):
-                metrics = {"eval/loss": reconstruction_loss(model, *how)}
+                model.eval()
+                sums = _on_every_process(functools.partial(_loss_sum, model), *how)
+                loss, count = (sum(part) for part in zip(*sums, strict=True))
+                metrics = {"eval/loss": loss / max(1.0, count)}
             else:
                 outputs = classify(model, *how)
                 metrics = {"eval/loss": outputs.loss}
