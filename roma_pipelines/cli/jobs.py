@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from roma_core.cli import errors_as_messages
+
 if TYPE_CHECKING:
     from roma_core.job import JobFolder
-    from roma_pipelines.launching.jobs import Job
     from roma_pipelines.launching.launcher import Launcher
     from roma_pipelines.launching.spec import JobSpec, JobState
     from roma_pipelines.storage import Storage
 
 _PASSTHROUGH_ENV = ("ROMA", "WANDB", "MLFLOW")
 _FOLLOW_EVERY_S = 0.5
+_messages = errors_as_messages((RuntimeError, ValueError))  # a closed pipe is click's
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -55,6 +57,7 @@ _FOLLOW_EVERY_S = 0.5
 @click.option("--job", "key", help="Supervise this job again, which was launched before.")
 @click.option("-m", "as_module", is_flag=True, help="Optional, as in python -m MODULE.")
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="MODULE [ARGUMENT]…")
+@_messages
 def launch(as_module: bool, key: str | None, words: tuple[str, ...], **options: Any) -> None:
     """Run MODULE as a job, on this computer or on a cluster, and follow its log.
 
@@ -63,7 +66,9 @@ def launch(as_module: bool, key: str | None, words: tuple[str, ...], **options: 
     attempts that an interrupted job needs.
     """
     from roma_core.files import read_json
+    from roma_pipelines.launching.jobs import find_job
     from roma_pipelines.launching.targets import launcher_of_attempt
+    from roma_pipelines.storage import Storage
 
     if bool(words) == (key is not None):
         raise click.UsageError("expected -m MODULE, or --job KEY of a job that was launched before")
@@ -72,24 +77,21 @@ def launch(as_module: bool, key: str | None, words: tuple[str, ...], **options: 
             f"--profile {options['profile']} names a cluster, but the target is local; add --target of "
             f"that cluster's kind, or leave --profile out"
         )
-    storage = _storage()
-    try:
-        if key is None:
-            folder, spec, config, launcher = _new_job(storage, words[0], words[1:], options)
-        else:
-            job = _job(storage, key)
-            if not job.records:
-                raise ValueError(f"job {job.key} was never submitted; launch it again")
-            if job.supervised and job.open_attempt:
-                raise ValueError(
-                    f"job {job.key} is supervised by process {job.lease['pid']}; "
-                    f"`roma-pipeline jobs logs -f {job.key}` shows its log"
-                )
-            launcher = launcher_of_attempt(storage)(job.records[-1])
-            folder, spec, config = job.folder, job.spec, read_json(job.folder.config)
-        _supervise(folder, spec, config, launcher, options["max_attempts"])
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
+    storage = Storage.open()
+    if key is None:
+        folder, spec, config, launcher = _new_job(storage, words[0], words[1:], options)
+    else:
+        job = find_job(storage.jobs, key)
+        if not job.records:
+            raise ValueError(f"job {job.key} was never submitted; launch it again")
+        if job.supervised and job.open_attempt:
+            raise ValueError(
+                f"job {job.key} is supervised by process {job.lease['pid']}; "
+                f"`roma-pipeline jobs logs -f {job.key}` shows its log"
+            )
+        launcher = launcher_of_attempt(storage)(job.records[-1])
+        folder, spec, config = job.folder, job.spec, read_json(job.folder.config)
+    _supervise(folder, spec, config, launcher, options["max_attempts"])
 
 
 def _new_job(
@@ -132,22 +134,17 @@ def _new_job(
     if isinstance(launcher, SlurmLauncher):
         at = launcher.profile
         elsewhere = at.ssh or at.python or at.container or at.modules or at.setup
-    if not elsewhere:  # it runs with this interpreter and these files
-        _check_module(module)
+    if not elsewhere:  # with this interpreter and these files: an error now, not of every process
+        look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+        done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True)
+        if done.returncode:
+            why = done.stderr.strip().splitlines()[-1:]  # a parent package may fail to import
+            raise ValueError(
+                f"there is no module {module!r} in {here} or among what is installed"
+                + (f" ({why[0]})" if why else "")
+                + "; name it as for `python -m`: dots, no .py"
+            )
     return JobFolder(storage.jobs / key), spec, config, launcher
-
-
-def _check_module(name: str) -> None:
-    """Raises ValueError now, in place of a traceback of every process after seconds."""
-    look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is None)"
-    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True)
-    if done.returncode:
-        why = done.stderr.strip().splitlines()[-1:]  # a parent package may fail to import
-        raise ValueError(
-            f"there is no module {name!r} in {Path.cwd()} or among what is installed"
-            + (f" ({why[0]})" if why else "")
-            + "; name it as for `python -m`: dots, no .py"
-        )
 
 
 def _supervise(
@@ -224,11 +221,13 @@ def jobs() -> None:
 
 @jobs.command("list")
 @click.option("--all", "everything", is_flag=True, help="Include jobs that have ended.")
+@_messages
 def list_(everything: bool) -> None:
     """List waiting and running jobs, the newest first."""
     from roma_pipelines.launching.jobs import all_jobs
+    from roma_pipelines.storage import Storage
 
-    found = all_jobs(_storage().jobs)
+    found = all_jobs(Storage.open().jobs)
     shown = [job for job in found if everything or job.open_attempt is not None]
     if not shown:
         click.echo(f"no waiting or running jobs; {len(found)} have ended (show them with --all)")
@@ -249,13 +248,16 @@ def list_(everything: bool) -> None:
 
 @jobs.command()
 @click.argument("key")
+@_messages
 def show(key: str) -> None:
     """Show one job: its resources, attempts and events."""
+    from roma_pipelines.launching.jobs import find_job
     from roma_pipelines.launching.launcher import size_of
     from roma_pipelines.launching.outcome import local_time, read_events
     from roma_pipelines.launching.spec import id_of
+    from roma_pipelines.storage import Storage
 
-    job = _job(_storage(), key)
+    job = find_job(Storage.open().jobs, key)
     click.echo(f"job         {job.key}: {job.asset}, {job.status}")
     click.echo(f"folder      {job.folder.path}")
     click.echo(f"resources   {size_of(job.spec)}")
@@ -282,15 +284,17 @@ def show(key: str) -> None:
 @click.argument("key")
 @click.option("-f", "--follow", is_flag=True, help="Follow the log until the job has ended.")
 @click.option("--attempt", type=int, help="Attempt number (default: latest).")
+@_messages
 def logs(key: str, follow: bool, attempt: int | None) -> None:
     """Print the output of a job's processes."""
-    from roma_pipelines.launching.jobs import read_job
+    from roma_pipelines.launching.jobs import Job, find_job, read_job
+    from roma_pipelines.storage import Storage
 
-    job: Job | None = _job(_storage(), key)
+    job: Job | None = find_job(Storage.open().jobs, key)
     assert job is not None
     known = [record.attempt for record in job.records]
     if attempt is not None and attempt not in known:
-        raise click.ClickException(f"there is no attempt {attempt}; there are {known}")
+        raise ValueError(f"there is no attempt {attempt}; there are {known}")
     log = _Log(job.folder, attempt)
     while job is not None:
         running = job.is_unfinished and (job.open_attempt or job.supervised)
@@ -309,41 +313,20 @@ def logs(key: str, follow: bool, attempt: int | None) -> None:
 @click.option(
     "--wait", "wait_s", default=120.0, show_default=True, help="Seconds to wait for the end."
 )
+@_messages
 def cancel(key: str, wait_s: float) -> None:
     """Cancel a job on any target, supervised or not."""
-    from roma_pipelines.launching.jobs import cancel
-    from roma_pipelines.launching.launcher import Unreachable
+    from roma_pipelines.launching.jobs import cancel, find_job
     from roma_pipelines.launching.targets import launcher_of_attempt
+    from roma_pipelines.storage import Storage
 
-    storage = _storage()
-    job = _job(storage, key)
+    storage = Storage.open()
+    job = find_job(storage.jobs, key)
     if not job.is_unfinished:
         click.echo(f"job {job.key} has already ended: {job.status}")
         return
     by = f"roma-pipeline jobs cancel, by {getpass.getuser()}"
-    try:
-        ended = cancel(job, by, launcher_of_attempt(storage), wait_s)
-    except (Unreachable, RuntimeError, ValueError) as error:
-        raise click.ClickException(str(error)) from error
-    click.echo(f"job {job.key}: {ended}")
-
-
-def _storage() -> Storage:
-    from roma_pipelines.storage import Storage, StorageError
-
-    try:
-        return Storage.open()
-    except StorageError as error:
-        raise click.ClickException(str(error)) from error
-
-
-def _job(storage: Storage, key: str) -> Job:
-    from roma_pipelines.launching.jobs import find_job
-
-    try:
-        return find_job(storage.jobs, key)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
+    click.echo(f"job {job.key}: {cancel(job, by, launcher_of_attempt(storage), wait_s)}")
 
 
 def _age(seconds: float) -> str:
