@@ -49,18 +49,17 @@ class ExperimentScaffolder(dg.Scaffolder[ExperimentParams]):
         """Raises ValueError if the data cannot be used, or another format than YAML is requested."""
         from roma_core.data.infer_schema import ColumnRoles
         from roma_core.files import write_bytes
-        from roma_pipelines.scaffold import new_experiment, source_of
+        from roma_pipelines.scaffold import new_experiment
         from roma_pipelines.storage import Storage
 
         if request.scaffold_format != "yaml" or request.append:
             raise ValueError("an experiment is one YAML file of its own; omit --format")
         params = request.params
         roles = ColumnRoles(object=params.object, time=params.time, label=params.label)
-        inferred, dataset = source_of([params.source], roles)
-        if params.drop_rate:
-            dataset["drop_rate"] = params.drop_rate
-        folder = Path(request.target_path)
-        experiment = new_experiment(folder.name, inferred, Storage.open().cache, dataset)
+        folder, cache = Path(request.target_path), Storage.open().cache
+        experiment = new_experiment(
+            folder.name, [params.source], roles, cache=cache, drop_rate=params.drop_rate or None
+        )
         write_bytes(folder / "defs.yaml", experiment.text.encode())
 
 

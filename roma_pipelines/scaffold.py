@@ -52,20 +52,10 @@ class NewExperiment:
         write_bytes(self.path, self.text.encode())
 
 
-def source_of(
-    words: Sequence[str], roles: ColumnRoles, objects: Path | None = None
+def _source_of(
+    words: Sequence[str], roles: ColumnRoles, objects: Path | None
 ) -> tuple[InferredSource, dict[str, Any]]:
-    """The source that ``--source`` names, and the data set's settings from a YAML file.
-
-    Args:
-        words: files, patterns or a folder; or one YAML file as for ``roma data build``; or the kind
-            of a source that needs no file.
-        roles: columns of tables given by option.
-        objects: a second table with one row per object.
-
-    Raises:
-        ValueError: a file is missing, or its format is unknown.
-    """
+    """The source that ``--source`` names, and the data set's settings from a YAML file."""
     if len(words) == 1 and words[0] in kinds() and not Path(words[0]).exists():
         return InferredSource({"kind": words[0]}, [f"source: {words[0]}"]), {}
     if len(words) == 1 and words[0].endswith((".yaml", ".yml")):
@@ -86,20 +76,29 @@ def source_of(
 
 def new_experiment(
     name: str,
-    inferred: InferredSource,
+    words: Sequence[str],
+    roles: ColumnRoles,
+    *,
     cache: Path,
-    dataset: Mapping[str, Any] = {},
+    objects: Path | None = None,
+    drop_rate: float | None = None,
     target: str = "local",
 ) -> NewExperiment:
     """Read the data and choose settings of an experiment.
 
     Args:
+        words: files, patterns or a folder; or one YAML file as for ``roma data build``; or the kind
+            of a source that needs no file.
+        roles: columns of tables given by option.
         cache: folder for downloads of the source.
-        dataset: given settings of the data set, which override chosen ones.
+        objects: a second table with one row per object.
 
     Raises:
         ValueError: the data cannot be used, or the name or a setting is invalid.
     """
+    inferred, dataset = _source_of(words, roles, objects)
+    if drop_rate is not None:
+        dataset["drop_rate"] = drop_rate
     source = source_config(inferred.config).open(cache)
     found = source_statistics(source)
     categorical = frozenset(a.name for a in source.axes if a.unit.startswith("index of "))

@@ -257,14 +257,10 @@ def picture(png: bytes, alt: str) -> dg.MetadataValue:
     return dg.MetadataValue.md(f"![{alt}](data:image/png;base64,{base64.b64encode(png).decode()})")
 
 
-class MissingUpstream(RuntimeError):
-    """An upstream asset was never materialised."""
-
-
 def upstream_metadata(
     context: dg.AssetExecutionContext, experiment: Experiment, *names: str
 ) -> list[dict[str, Any]]:
-    """Metadata of each asset's newest materialisation, or that of this run; or MissingUpstream."""
+    """Metadata of each asset's newest materialisation, or that of this run; Failure if there is none."""
     in_run = context.instance.get_records_for_run(
         context.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION
     ).records
@@ -274,7 +270,7 @@ def upstream_metadata(
     for key in map(experiment.key, names):
         newest = of_run.get(key) or newest_materialization(context.instance, key)
         if newest is None:
-            raise MissingUpstream(
+            raise dg.Failure(
                 f"{key.to_user_string()} was never materialised; materialise it first, or select it too"
             )
         upstream.append({name: value.value for name, value in newest.metadata.items()})

@@ -225,6 +225,7 @@ def jobs() -> None:
 def list_(everything: bool) -> None:
     """List waiting and running jobs, the newest first."""
     from roma_pipelines.launching.jobs import all_jobs
+    from roma_pipelines.launching.outcome import duration
     from roma_pipelines.storage import Storage
 
     found = all_jobs(Storage.open().jobs)
@@ -238,7 +239,7 @@ def list_(everything: bool) -> None:
         if job.records:
             target, attempt = job.records[-1].backend, str(job.records[-1].attempt)
         step = "-" if job.checkpoint is None else str(job.checkpoint)
-        age, supervised = _age(time.time() - job.made_at), "yes" if job.supervised else "no"
+        age, supervised = duration(time.time() - job.made_at), "yes" if job.supervised else "no"
         rows.append((job.key, job.status, target, attempt, step, age, supervised, job.asset))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -253,7 +254,7 @@ def show(key: str) -> None:
     """Show one job: its resources, attempts and events."""
     from roma_pipelines.launching.jobs import find_job
     from roma_pipelines.launching.launcher import size_of
-    from roma_pipelines.launching.outcome import local_time, read_events
+    from roma_pipelines.launching.outcome import duration, local_time, read_events
     from roma_pipelines.launching.spec import id_of
     from roma_pipelines.storage import Storage
 
@@ -268,7 +269,7 @@ def show(key: str) -> None:
         click.echo(f"supervisor  process {job.lease['pid']}{of_run}, {alive}")
         if job.is_unfinished and (state := job.lease.get("state")):
             seen_s = time.time() - float(job.lease["beat"])
-            click.echo(f"state       {state}; seen {_age(max(0.0, seen_s))} ago")
+            click.echo(f"state       {state}; seen {duration(seen_s)} ago")
     for record in job.records:
         known = id_of(record.external)
         end = f"{record.end.status}: {record.end.reason}" if record.end else "not ended"
@@ -327,10 +328,3 @@ def cancel(key: str, wait_s: float) -> None:
         return
     by = f"roma-pipeline jobs cancel, by {getpass.getuser()}"
     click.echo(f"job {job.key}: {cancel(job, by, launcher_of_attempt(storage), wait_s)}")
-
-
-def _age(seconds: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"

@@ -60,13 +60,12 @@ def new_experiment(name: str, sources: tuple[str, ...], **options: Any) -> None:
     roles = {key: options[key] for key in ("time", "axes", "channels", "label", "group", "split")}
     try:
         checked_name(name)
-        inferred, dataset = scaffold.source_of(
-            sources, ColumnRoles(object=options["object_"], **roles), options["objects"]
-        )
-        if options["drop_rate"] is not None:
-            dataset["drop_rate"] = options["drop_rate"]
         experiment = scaffold.new_experiment(
-            name, inferred, Storage.open().cache, dataset, options["target"]
+            name,
+            sources,
+            ColumnRoles(object=options["object_"], **roles),
+            cache=Storage.open().cache,
+            **{key: options[key] for key in ("objects", "drop_rate", "target")},
         )
         if options["only_print"]:
             click.echo(experiment.text, nl=False)

@@ -239,6 +239,14 @@ def local_time(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
+def duration(seconds: float) -> str:
+    """In the largest unit that it fills, such as ``3 h``."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
 def attempts_table(records: Sequence[AttemptRecord]) -> str:
     """Markdown: one row per attempt."""
     rows = []

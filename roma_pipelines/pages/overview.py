@@ -31,8 +31,10 @@ from roma_core.files import read_json
 from roma_core.job import JobFolder
 from roma_pipelines.experiment import ASSET_NAMES, Experiment, all_experiments
 from roma_pipelines.launching.jobs import Job, all_jobs
-from roma_pipelines.launching.outcome import log_tail
+from roma_pipelines.launching.outcome import duration, log_tail
+from roma_pipelines.registry.promotion import CHAMPION, PREVIOUS
 from roma_pipelines.registry.store import MlflowSettings, connect
+from roma_pipelines.registry.versions import CANDIDATE, aliased_version
 from roma_pipelines.storage import Storage
 
 if TYPE_CHECKING:
@@ -93,7 +95,11 @@ def overview(
             name=name,
             description=experiment.description,
             assets={key: made_at.get(key) for key in keys[name]},
-            versions=_versions(client, name),
+            versions={
+                alias: version
+                for alias in (CHAMPION, PREVIOUS, CANDIDATE)
+                if (version := aliased_version(client, name, alias)) is not None
+            },
             evaluations=_evaluations(experiment, instance),
             runs=runs[:5],
             jobs=[job for job in active if job.asset.startswith(f"{name}/")],
@@ -102,19 +108,6 @@ def overview(
     return sorted(
         views, key=lambda view: (-max(filter(None, view.assets.values()), default=0), view.name)
     )
-
-
-def _versions(client: MlflowClient, name: str) -> dict[str, ModelVersion]:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        aliases = client.get_registered_model(name).aliases
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return {}
-        raise
-    shown = [a for a in ("champion", "previous", "candidate") if a in aliases]
-    return {alias: client.get_model_version(name, aliases[alias]) for alias in shown}
 
 
 def _evaluations(experiment: Experiment, instance: dg.DagsterInstance) -> list[Evaluation]:
@@ -192,8 +185,8 @@ def create_app(storage: Storage, dagster: str, mlflow: str) -> Starlette:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        ago=lambda then: _duration(time.time() - then) + " ago",
-        duration=_duration,
+        ago=lambda then: duration(time.time() - then) + " ago",
+        duration=duration,
         moment=lambda then: f"{datetime.fromtimestamp(then).astimezone():%Y-%m-%d %H:%M:%S %Z}",
         trend=trend,
     )
@@ -237,13 +230,6 @@ def create_app(storage: Storage, dagster: str, mlflow: str) -> Starlette:
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])],
         exception_handlers={Exception: error},
     )
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(0.0, seconds):.0f} s"
 
 
 @click.command()

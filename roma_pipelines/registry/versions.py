@@ -86,8 +86,13 @@ def encoder_name(name: str) -> str:
 
 def version_at(client: MlflowClient, name: str, alias: str) -> str | None:
     """The version that an alias points to; None if the model or the alias does not exist."""
-    found = _unless_missing(client.get_model_version_by_alias, name, alias)
+    found = aliased_version(client, name, alias)
     return None if found is None else str(found.version)
+
+
+def aliased_version(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
+    """As ``version_at``, with all that the registry knows of the version."""
+    return _unless_missing(client.get_model_version_by_alias, name, alias)
 
 
 def find_version(client: MlflowClient, name: str, version: str) -> ModelVersion | None:
