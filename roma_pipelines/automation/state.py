@@ -64,19 +64,19 @@ class Step(NamedTuple):
 def newest_data(instance: dg.DagsterInstance, experiment: Experiment) -> Data:
     """One query, enough for most ticks."""
     event = instance.get_latest_materialization_event(experiment.key("dataset"))
-    if event is None or event.asset_materialization is None:
+    if event is None or (made := event.asset_materialization) is None:
         return Data()
-    version = (event.asset_materialization.tags or {}).get("dagster/data_version")
-    found = event.asset_materialization.metadata.get(FINGERPRINT)
-    return Data(version, event.run_id, str(found.value) if found is not None else None)
+    found = made.metadata.get(FINGERPRINT)
+    fingerprint = None if found is None else str(found.value)
+    return Data((made.tags or {}).get("dagster/data_version"), event.run_id, fingerprint)
 
 
 def newest_trained(instance: dg.DagsterInstance, experiment: Experiment) -> Trained:
     """One query: the report has the data version, and its code version covers all settings."""
     event = instance.get_latest_materialization_event(experiment.key("evaluation_report"))
-    if event is None or event.asset_materialization is None:
+    if event is None or (made := event.asset_materialization) is None:
         return Trained()
-    tags = event.asset_materialization.tags or {}
+    tags = made.tags or {}
     version = tags.get(f"dagster/input_data_version/{experiment.name}/dataset", "")
     return Trained((version, tags.get("dagster/code_version", "")), event.run_id)
 

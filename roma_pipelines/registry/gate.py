@@ -133,15 +133,10 @@ def gate(
     problem, gain = measured.champion_problem, None
     if champion is not None and problem is None:
         problem, gain = _paired_gain(candidate, champion)
-    if (smoke_test := measured.smoke_test) is None:
-        text = f"the package failed in a new process: {measured.smoke_test_problem}"
-        golden_rows = GateCheck(name="golden_rows", passed=False, explanation=text)
-    else:
-        value = smoke_test.golden_difference
-        text = f"golden rows differ by at most {value:.1e} in a new process"
-        golden_rows = GateCheck(name="golden_rows", passed=True, value=value, explanation=text)
+    golden_rows, latency = _smoke_test(measured, thresholds)
     more = [f"and {len(measured.leaks) - 3} more"] if len(measured.leaks) > 3 else []
-    leaks = "; ".join([*measured.leaks[:3], *more])
+    no_leak = "no group, object or equal content is in both the test and the training data"
+    leaks = "; ".join([*measured.leaks[:3], *more]) or no_leak
     checks = (
         *_compare(problem, gain, thresholds),
         _class_floor(metrics, candidate, gain, thresholds),
@@ -150,18 +145,15 @@ def gate(
         _limited("calibration", ece, ece_text, at_most=thresholds.max_calibration_error),
         golden_rows,
         _limited("serving_parity", difference, parity_text, at_most=MAX_SERVING_DIFFERENCE),
-        _latency(measured, thresholds),
+        latency,
         _limited("size", size_mb, size_text, at_most=thresholds.max_size_mb),
-        GateCheck(
-            name="no_leak",
-            passed=not measured.leaks,
-            value=float(len(measured.leaks)),
-            threshold=0.0,
-            explanation=leaks
-            or "no group, object or equal content is in both the test and the training data",
-        ),
+        _check("no_leak", not measured.leaks, leaks, value=len(measured.leaks), threshold=0),
     )
     return GateDecision(checks=checks)
+
+
+def _check(name: str, passed: bool, explanation: str, **numbers: float) -> GateCheck:
+    return GateCheck(name=name, passed=passed, explanation=explanation, **numbers)
 
 
 def _limited(
@@ -178,8 +170,8 @@ def _limited(
     elif at_most is not None:
         passed, threshold, text = value <= at_most, at_most, f"{text}; at most {at_most:g}"
     else:
-        return GateCheck(name=name, passed=True, explanation=f"{text}; no threshold is set")
-    return GateCheck(name=name, passed=passed, value=value, threshold=threshold, explanation=text)
+        return _check(name, True, f"{text}; no threshold is set")
+    return _check(name, passed, text, value=value, threshold=threshold)
 
 
 def _paired_gain(
@@ -216,25 +208,20 @@ def _compare(
             f"damaged, run `roma-pipeline rollback`; if the data have another schema now, give the "
             f"experiment another name: consumers of this one rely on the old schema"
         )
-        comparable = GateCheck(name=first, passed=False, explanation=text)
-        text = "not compared with the champion"
-        return comparable, GateCheck(name=second, passed=False, explanation=text)
+        return _check(first, False, text), _check(second, False, "not compared with the champion")
     if gain is None:
         text = "there is no champion yet"
-        comparable = GateCheck(name=first, passed=True, explanation=text)
-        return comparable, comparable.model_copy(update={"name": second})
+        return _check(first, True, text), _check(second, True, text)
     text = f"both were evaluated on the same {len(gain)} series with the same labels"
     threshold = -thresholds.max_accuracy_drop
     low = _bootstrap_bound(gain, 1 - thresholds.confidence, thresholds)
-    return GateCheck(name=first, passed=True, explanation=text), GateCheck(
-        name=second,
-        passed=low >= threshold,
-        value=low,
-        threshold=threshold,
-        explanation=f"accuracy minus the champion's is {gain.mean():+.4f}; with "
-        f"{thresholds.confidence:.0%} confidence it is at least {low:+.4f}, and must be at least "
-        f"{threshold:+.4f} (paired bootstrap over {len(gain)} series)",
+    gained = (
+        f"accuracy minus the champion's is {gain.mean():+.4f}; with {thresholds.confidence:.0%} "
+        f"confidence it is at least {low:+.4f}, and must be at least {threshold:+.4f} (paired "
+        f"bootstrap over {len(gain)} series)"
     )
+    compared = _check(second, low >= threshold, gained, value=low, threshold=threshold)
+    return _check(first, True, text), compared
 
 
 def _class_floor(
@@ -247,7 +234,7 @@ def _class_floor(
     text = f"the worst class is {of_class!r}, recall {worst:.4f}"
     allowed = thresholds.max_recall_drop
     if thresholds.min_class_recall is None and allowed is not None:
-        check = GateCheck(name="class_floor", passed=True, value=worst, explanation=text)
+        check = _check("class_floor", True, text, value=worst)
     else:
         check = _limited("class_floor", worst, text, at_least=thresholds.min_class_recall)
     if allowed is None or gain is None:
@@ -274,32 +261,34 @@ def _better_than_guessing(candidate: PredictionTable, thresholds: GateThresholds
     correct = candidate.correct.astype(np.float64)
     low = _bootstrap_bound(correct, 1 - confidence, thresholds)
     majority = float(np.bincount(candidate.labels).max() / len(correct))
-    return GateCheck(
-        name="better_than_guessing",
-        passed=low > majority,
-        value=low,
-        threshold=majority,
-        explanation=f"accuracy is at least {low:.4f} with {confidence:.1%} confidence; always "
-        f"predicting the most frequent class gives {majority:.4f}",
+    text = (
+        f"accuracy is at least {low:.4f} with {confidence:.1%} confidence; always predicting the "
+        f"most frequent class gives {majority:.4f}"
     )
+    return _check("better_than_guessing", low > majority, text, value=low, threshold=majority)
 
 
-def _latency(measured: ServingChecks, thresholds: GateThresholds) -> GateCheck:
-    if measured.smoke_test is None:
-        text = "not measured: the package does not run"
-        return GateCheck(name="latency", passed=False, explanation=text)
-    value = measured.smoke_test.latency_ms
+def _smoke_test(measured: ServingChecks, thresholds: GateThresholds) -> tuple[GateCheck, GateCheck]:
+    """The checks ``golden_rows`` and ``latency``."""
+    first, second, test = "golden_rows", "latency", measured.smoke_test
+    if test is None:
+        text = f"the package failed in a new process: {measured.smoke_test_problem}"
+        return _check(first, False, text), _check(second, False, "not measured: it does not run")
+    value, difference = test.latency_ms, test.golden_difference
+    text = f"golden rows differ by at most {difference:.1e} in a new process"
+    golden_rows = _check(first, True, text, value=difference)
     text = f"{value:.2f} ms per series"
-    check = _limited("latency", value, text, at_most=thresholds.max_latency_ms)
+    latency = _limited(second, value, text, at_most=thresholds.max_latency_ms)
     champion, allowed = measured.champion_smoke_test, thresholds.max_latency_ratio
     if champion is None or allowed is None:
-        return check
+        return golden_rows, latency
     ratio = value / champion.latency_ms
-    if check.threshold is not None:
-        text = check.explanation
+    if latency.threshold is not None:
+        text = latency.explanation
     text += f"; {ratio:.2f} times the champion's {champion.latency_ms:.2f} ms, at most {allowed:g}"
-    passed = check.passed and ratio <= allowed
-    return check.model_copy(update={"passed": passed, "value": value, "explanation": text})
+    passed = latency.passed and ratio <= allowed
+    changed = {"passed": passed, "value": value, "explanation": text}
+    return golden_rows, latency.model_copy(update=changed)
 
 
 def decide(folder: JobFolder, thresholds: GateThresholds) -> GateDecision:

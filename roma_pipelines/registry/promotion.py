@@ -42,7 +42,6 @@ AUDIT_TAG = "roma.audit."
 REJECTED_TAG = "roma.rejected"
 NO_CHAMPION = "none"
 """Value of ``COMPARED_TAG`` where there was no champion to compare with."""
-Action = Literal["promote", "rollback", "reject"]
 _log = logging.getLogger(__name__)
 
 
@@ -58,17 +57,14 @@ class AuditEvent(Frozen):
     """One decision about a version."""
 
     schema_version: Literal[1] = 1
-    at: str = Field(
-        default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"),
-        description="UTC, ISO 8601.",
-    )
-    action: Action
-    version: str = Field(description="The new champion, or the rejected version.")
-    replaced: str | None = Field(None, description="The champion until then; None if rejected.")
+    at: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
+    action: Literal["promote", "rollback", "reject"]
+    version: str  # the new champion, or the rejected version
+    replaced: str | None = None  # the champion until then; None if rejected
     # registries that exist hold these two as `who` and `why`
     actor: str = Field(validation_alias=AliasChoices("actor", "who"))
     reason: str = Field(validation_alias=AliasChoices("reason", "why"))
-    evidence: dict[str, Any] = Field({}, description="Plain JSON.")
+    evidence: dict[str, Any] = Field({})
 
 
 def audit(client: MlflowClient, name: str) -> list[AuditEvent]:
@@ -114,7 +110,7 @@ def promote(
             with another champion.
         RegistryBusy: another process holds the lock of the model.
     """
-    _check_request(client, name, actor, reason)
+    signed = _signed(client, name, actor, reason)
     with model_lock(client, name):
         found = get_version(client, name, version)
         replaced = version_at(client, name, CHAMPION)
@@ -126,16 +122,8 @@ def promote(
                 if not force:
                     raise PromotionRefused(refusal)
                 evidence = {**evidence, "forced_despite": refusal}
-            _record(
-                client,
-                name,
-                action="promote",
-                version=version,
-                replaced=replaced,
-                actor=actor,
-                reason=reason,
-                evidence=evidence,
-            )
+            moved = {"version": version, "replaced": replaced}
+            _record(client, name, action="promote", evidence=evidence, **moved, **signed)
             if replaced is not None:
                 client.set_registered_model_alias(name, PREVIOUS, replaced)
             client.set_registered_model_alias(name, CHAMPION, version)
@@ -154,7 +142,7 @@ def reject(client: MlflowClient, name: str, version: str, reason: str, actor: st
         ValueError: no such model or version, or actor or reason is empty.
         PromotionRefused: it is the champion.
     """
-    _check_request(client, name, actor, reason)
+    signed = _signed(client, name, actor, reason)
     with model_lock(client, name):
         get_version(client, name, version)
         champion = version_at(client, name, CHAMPION)
@@ -163,7 +151,7 @@ def reject(client: MlflowClient, name: str, version: str, reason: str, actor: st
                 f"version {version} of {name!r} is the champion; `roma-pipeline rollback {name}` "
                 f"restores the one before it"
             )
-        event = _record(client, name, action="reject", version=version, actor=actor, reason=reason)
+        event = _record(client, name, action="reject", version=version, **signed)
         if version_at(client, name, PREVIOUS) == version:
             _set_previous(client, name, version, champion)
         client.set_model_version_tag(name, version, REJECTED_TAG, f"{event.at} {actor}: {reason}")
@@ -179,7 +167,7 @@ def rollback(client: MlflowClient, name: str, *, reason: str, actor: str) -> str
         ValueError: no such model, no previous champion, or actor or reason is empty.
         PromotionRefused: ``previous`` was rejected.
     """
-    _check_request(client, name, actor, reason)
+    signed = _signed(client, name, actor, reason)
     with model_lock(client, name):
         champion = version_at(client, name, CHAMPION)
         version = version_at(client, name, PREVIOUS)
@@ -193,15 +181,8 @@ def rollback(client: MlflowClient, name: str, *, reason: str, actor: str) -> str
                 f"to the one before it"
             )
         if version != champion:  # equal after a crash before the last step
-            _record(
-                client,
-                name,
-                action="rollback",
-                version=version,
-                replaced=champion,
-                actor=actor,
-                reason=reason,
-            )
+            moved = {"version": version, "replaced": champion}
+            _record(client, name, action="rollback", **moved, **signed)
             client.set_registered_model_alias(name, CHAMPION, version)
         _move_encoder_alias(client, name, version)
         _set_previous(client, name, version, version)
@@ -247,11 +228,14 @@ def delete_version(client: MlflowClient, name: str, version: str) -> None:
             client.delete_logged_model(found.source.removeprefix("models:/"))
 
 
-def _check_request(client: MlflowClient, name: str, actor: str, reason: str) -> None:
-    for field, text in (("actor", actor), ("reason", reason)):
+def _signed(client: MlflowClient, name: str, actor: str, reason: str) -> dict[str, str]:
+    """Actor and reason for the audit; ValueError if one is empty or there is no such model."""
+    signed = {"actor": actor, "reason": reason}
+    for field, text in signed.items():
         if not text.strip():
             raise ValueError(f"{field} is empty; the audit must record it")
     require_model(client, name)
+    return signed
 
 
 def require_model(client: MlflowClient, name: str) -> None:
@@ -278,11 +262,8 @@ def require_model(client: MlflowClient, name: str) -> None:
 def _refusal(
     client: MlflowClient, name: str, version: ModelVersion, champion: str | None
 ) -> str | None:
-    number, tags, this = (
-        str(version.version),
-        version.tags,
-        f"version {version.version} of {name!r}",
-    )
+    number, tags = str(version.version), version.tags
+    this = f"version {number} of {name!r}"
     for event in reversed(audit(client, name)):
         if event.action == "promote" and event.version == number:
             break
