@@ -3,11 +3,15 @@
     values     (transform(value) - mean) / std        per channel, fitted on the train split
     positions  (position - anchor - offset) / scale   per axis
 
-All arithmetic is in float64; the result is rounded once. The served model repeats ``Normaliser``.
+All arithmetic is in float64; the result is rounded once. The served model repeats ``Normaliser``;
+``ChannelFit`` and ``AxisScaleFit`` take means, standard deviations and scales from the train split.
 """
 
 from __future__ import annotations
 
+import warnings
+from array import array
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -19,6 +23,7 @@ from roma_core.settings import Frozen
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 _TILE = 2048  # numbers
+_TURN = 6000.0  # scales that the slowest rotation needs for most of a turn
 
 
 class DataError(ValueError):
@@ -49,11 +54,18 @@ class PositionAxis(Frozen):
     )
 
 
-class ChannelNormalisation(Frozen):
-    """``(transform(value) - mean) / std``; mean and std are those of the train split."""
+class ChannelTransform(Frozen):
+    """Transform of the values of one channel, applied before mean and std are computed."""
 
     transform: Literal["identity", "arcsinh"] = "identity"
-    transform_scale: float = Field(1.0, gt=0, description="arcsinh(value / transform_scale).")
+    transform_scale: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="arcsinh(value / transform_scale)."
+    )
+
+
+class ChannelNormalisation(ChannelTransform):
+    """``(transform(value) - mean) / std``; mean and std are those of the train split."""
+
     mean: float
     std: float = Field(gt=0)
 
@@ -142,6 +154,86 @@ class Normaliser:
                 x[:, k] -= np.repeat(self._offset[k] + least, lengths)
         _shift_and_scale(x, self._offsets, self._scales)
         return x.astype(np.float32)
+
+
+class ChannelFit:
+    """Running mean and standard deviation per channel (Chan et al. 1979, pairwise update)."""
+
+    def __init__(
+        self, channels: Sequence[Channel], transforms: Sequence[ChannelNormalisation]
+    ) -> None:
+        self.channels, self.transforms = channels, transforms
+        schema = DataSchema(channels=(), axes=(), normalisation=tuple(transforms))
+        self._transform = Normaliser(schema).transform
+        self._n = 0
+        self._mean = np.zeros(len(channels))
+        self._squares = np.zeros(len(channels))  # sum of squared deviations from the mean
+        self._low = np.full(len(channels), np.inf)
+        self._high = np.full(len(channels), -np.inf)
+
+    def add(self, chunk: Float32) -> None:
+        """Add ``(n, C)`` observations of train; how they are cut into chunks does not matter."""
+        if len(chunk) == 0:
+            return
+        x = self._transform(chunk)  # (n, C)
+        chunk_mean = x.mean(axis=0)
+        shift = chunk_mean - self._mean
+        total = self._n + len(x)
+        self._squares += ((x - chunk_mean) ** 2).sum(axis=0) + shift**2 * self._n * len(x) / total
+        self._mean += shift * len(x) / total
+        self._n = total
+        self._low = np.minimum(self._low, x.min(axis=0))
+        self._high = np.maximum(self._high, x.max(axis=0))
+
+    def result(self) -> tuple[ChannelNormalisation, ...]:
+        """The transforms with mean and std, rounded to 10 digits so that the digest is reproducible.
+
+        A constant channel gets a std of 1, with a warning. DataError: no observation was added.
+        """
+        if self._n == 0:
+            raise DataError("the train split has no observations; normalisation cannot be fitted")
+        std = np.where(self._low == self._high, 0.0, np.sqrt(self._squares / self._n))
+        for k in np.flatnonzero(std == 0).tolist():
+            warnings.warn(
+                f"channel {self.channels[k].name!r} never changes in the train split; its std is set to 1",
+                stacklevel=2,
+            )
+        std[std == 0] = 1.0
+        return tuple(
+            t.model_copy(update={"mean": float(f"{m:.10g}"), "std": float(f"{s:.10g}")})
+            for t, m, s in zip(self.transforms, self._mean, std, strict=True)
+        )
+
+
+class AxisScaleFit:
+    """Gaps and spans of series on one axis, and the scale (``scale: auto``) that suits them."""
+
+    def __init__(self) -> None:
+        self._gaps = array("d")  # the median gap of each series
+        self._spans = array("d")
+
+    def add(self, positions: Float64) -> None:
+        """``(N,)`` positions of one series on the axis, in any order."""
+        gaps = np.diff(np.sort(positions))
+        gaps = gaps[gaps > 0]
+        if len(gaps):
+            self._gaps.append(float(np.median(gaps)))
+            self._spans.append(float(gaps.sum()))
+
+    def gap(self) -> float:
+        """Median over the series of their median gap; 0 if none has two different positions."""
+        return float(np.median(np.frombuffer(self._gaps))) if self._gaps else 0.0
+
+    def span(self, quantile: float) -> float:
+        """Quantile of the distances from a series' first position to its last; 0 without any."""
+        return float(np.quantile(np.frombuffer(self._spans), quantile)) if self._spans else 0.0
+
+    def scale(self) -> float:
+        """The typical gap, or more for series that span long; 1 without gaps.
+
+        It has two digits, so that a few more series do not change it.
+        """
+        return float(f"{max(self.gap(), self.span(0.95) / _TURN):.2g}") or 1.0
 
 
 def _tiled(row: Float64) -> Float64:

@@ -40,18 +40,25 @@ def build(config: Path, out: Path, cache: Path) -> None:
     Equal input gives an equal version; one that is there already is verified and used. What went to
     which split, and what was repaired, is printed on stderr.
     """
-    from roma_core.data.build import build_dataset, build_summary
+    from roma_core.data.build import build_dataset
     from roma_core.data.config import DatasetConfig
     from roma_core.data.manifest import read_manifest
-    from roma_core.schema import DataError
 
-    with errors_as_messages((DataError, OSError)), warnings.catch_warnings():
+    with errors_as_messages(), warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
         path = build_dataset(DatasetConfig.from_yaml(config), out, cache)
-        lines = build_summary(read_manifest(path))
-    for line in lines:
-        click.echo(line, err=True)
+        manifest = read_manifest(path)
+    total = sum(n.n_series for n in manifest.counts.values())
+    sizes = (
+        f"{split} {n.n_series:,} series ({n.n_series / total:.1%}) with {n.n_observations:,} observations"
+        for split, n in manifest.counts.items()
+    )
+    click.echo(", ".join(sizes), err=True)
+    counts = manifest.repairs.model_dump() if manifest.repairs else {}
+    repairs = ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items() if n)
+    if repairs:
+        click.echo(f"repaired: {repairs}", err=True)
     click.echo(path)
 
 
@@ -61,9 +68,8 @@ def inspect(path: Path) -> None:
     """Print what the data set in PATH looks like: counts, lengths, classes, gaps, values."""
     from roma_core.data.profile import profile_dataset
     from roma_core.data.store import StoredDataset
-    from roma_core.schema import DataError
 
-    with errors_as_messages((DataError,)):
+    with errors_as_messages():
         profile = profile_dataset(StoredDataset(path))
     click.echo(profile.to_markdown(), nl=False)
 
@@ -87,12 +93,11 @@ def validate(path: Path, against: Path | None, strict: bool, as_json: bool) -> N
 
     from roma_core.data.quality import check_dataset, compare_versions
     from roma_core.data.store import StoredDataset
-    from roma_core.schema import DataError
 
     found = check_dataset(path)
     errors = sum(f.severity == "error" for f in found)
     if against is not None and not errors:
-        with errors_as_messages((DataError,)):
+        with errors_as_messages():
             found += compare_versions(StoredDataset(path, verify=False), StoredDataset(against))
         errors = sum(f.severity == "error" for f in found)
     if as_json:
@@ -117,10 +122,8 @@ def validate(path: Path, against: Path | None, strict: bool, as_json: bool) -> N
 )
 def export(path: Path, target: Path, split: str | None) -> None:
     """Write the data set in PATH to TARGET, a Parquet file with one row per series."""
-    from roma_core.data.export import export_parquet
     from roma_core.data.store import StoredDataset
-    from roma_core.schema import DataError
 
-    with errors_as_messages((DataError, OSError)):
-        n = export_parquet(StoredDataset(path), target, split)  # type: ignore[arg-type]
+    with errors_as_messages():
+        n = StoredDataset(path).to_parquet(target, split)  # type: ignore[arg-type]
     click.echo(f"{target}: {n} series")

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from roma_core.data.cleaning import SeriesCleaner, check_dropped, keep_mask
-from roma_core.data.config import AxisOptions, ChannelOptions, DatasetConfig
+from roma_core.data.config import AxisOptions, DatasetConfig
 from roma_core.data.manifest import (
     MANIFEST,
     SPLITS,
@@ -39,12 +39,19 @@ from roma_core.data.manifest import (
     shard_name,
     split_counts,
 )
-from roma_core.data.normalisation import AxisScaleFit, ChannelFit
 from roma_core.data.splits import Splitter
 from roma_core.files import read_json, sync_folder, write_json
 from roma_core.hashing import hash_text
-from roma_core.schema import ChannelNormalisation, DataError, DataSchema, Float32
-from roma_core.sources.base import RawSeries, Source, targets_of
+from roma_core.schema import (
+    AxisScaleFit,
+    ChannelFit,
+    ChannelNormalisation,
+    ChannelTransform,
+    DataError,
+    DataSchema,
+    Float32,
+)
+from roma_core.sources.base import RawSeries, Source
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +75,8 @@ def build_dataset(config: DatasetConfig, root: Path, cache: Path, progress: bool
         shutil.rmtree(aside, ignore_errors=True)  # of a builder that was killed
         try:
             aside.mkdir()
-            writer, cleaner = (
-                DatasetWriter(config, source, aside),
-                SeriesCleaner(source, config.repair),
-            )
+            writer = DatasetWriter(config, source, aside)
+            cleaner = SeriesCleaner(source, config.repair)
             if config.split.stratified:
                 writer.splitter.restore(versions=home)
             total, title = length_hint(source) or None, f"building {config.name}"
@@ -96,38 +101,23 @@ def build_dataset(config: DatasetConfig, root: Path, cache: Path, progress: bool
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def build_summary(manifest: Manifest) -> list[str]:
-    """Lines about a data set that was built: sizes of the splits (fractions of series), repairs."""
-    total = sum(n.n_series for n in manifest.counts.values())
-    sizes = ", ".join(
-        f"{split} {n.n_series:,} series ({n.n_series / total:.1%}) with {n.n_observations:,} observations"
-        for split, n in manifest.counts.items()
-    )
-    counts = manifest.repairs.model_dump() if manifest.repairs else {}
-    repairs = ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items() if n)
-    return [sizes, *([f"repaired: {repairs}"] if repairs else [])]
-
-
 @contextmanager
 def _build_lock(home: Path) -> Iterator[None]:
-    lock = FileLock(home / ".lock")
-    timeout_s = 0.0
+    lock, timeout_s = FileLock(home / ".lock"), 0.0
     while not lock.is_locked:
         home.mkdir(parents=True, exist_ok=True)  # again: a builder that fails removes it
         try:
-            lock.acquire(timeout=timeout_s)
-        except FileNotFoundError:
-            continue
+            with suppress(FileNotFoundError):
+                lock.acquire(timeout=timeout_s)
         except Timeout:
-            if timeout_s == 0:
-                log.warning("another process is building in %s; waiting for it", home)
-            timeout_s = 1.0
+            log.warning("another process is building in %s; waiting for it", home)
+            timeout_s = -1.0
     try:
         yield
     finally:
         if not any(home.glob(f"*/{MANIFEST}")):  # the build failed and there are no other versions
-            (home / ".lock").unlink(missing_ok=True)  # a waiting builder makes it anew
             with suppress(OSError):
+                (home / ".lock").unlink()  # a waiting builder makes it anew
                 home.rmdir()
         lock.release()
 
@@ -168,6 +158,7 @@ class DatasetWriter:
 
     def __init__(self, config: DatasetConfig, source: Source, folder: Path) -> None:
         self.config, self.source, self.folder = config, source, folder
+        self._target_channels = getattr(source, "targets", ())  # which a plug-in may not have
         self.splitter = Splitter(
             config.name, config.split, config.validation_fraction, config.test_fraction
         )
@@ -182,7 +173,7 @@ class DatasetWriter:
         self._scales = {
             k: AxisScaleFit() for k, o in enumerate(self._axis_options) if o.scale == "auto"
         }
-        options = (config.channels.get(name, ChannelOptions()) for name in channels)
+        options = (config.channels.get(name, ChannelTransform()) for name in channels)
         transforms = [ChannelNormalisation(**o.model_dump(), mean=0.0, std=1.0) for o in options]
         self._fit = ChannelFit(source.channels, transforms)
         self._unfitted: list[Float32] = []  # train observations that are not in `_fit` yet
@@ -197,17 +188,23 @@ class DatasetWriter:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        def column(name: str, dtype: type[np.generic], width: int) -> ColumnWriter:
-            return self._stack.enter_context(ColumnWriter(self.folder, name, dtype, width))
-
-        source = self.source
-        self._values = column("values", np.float32, len(source.channels))
-        self._positions = column("positions", np.float64, len(source.axes))
-        n_targets = len(targets_of(source))
-        self._targets = column("targets", np.float32, n_targets) if n_targets else None
         self._ids = self._stack.enter_context(TextListWriter(self.folder / "ids.json"))
         self._groups = self._stack.enter_context(TextListWriter(self.folder / "groups.json"))
+        self._open_shard()
         return self
+
+    def _open_shard(self) -> None:
+        source = self.source
+
+        def column(name: str, dtype: type[np.generic], width: int) -> ColumnWriter:
+            path = self.folder / shard_name(name, len(self._shards))
+            return self._stack.enter_context(ColumnWriter(path, dtype, width))
+
+        self._values = column("values", np.float32, len(source.channels))
+        self._positions = column("positions", np.float64, len(source.axes))
+        n = len(self._target_channels)
+        self._targets = column("targets", np.float32, n) if n else None
+        self._n_in_shard = 0
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
@@ -227,9 +224,7 @@ class DatasetWriter:
             targets = None if targets is None else targets[keep]
         if self._n_in_shard + len(values) > _SHARD and self._n_in_shard:
             self._shards.append(len(self))
-            self._n_in_shard = 0
-            for column in filter(None, (self._values, self._positions, self._targets)):
-                column.next_file()
+            self._open_shard()
         self._n_in_shard += len(values)
         self._values.append(values)
         self._positions.append(positions)
@@ -289,14 +284,34 @@ class DatasetWriter:
         if source.classes:
             labels = np.array(self._labels, dtype=np.int64)
             in_train = set(labels[splits == SPLITS.index("train")].tolist())
-            if unseen := [name for k, name in enumerate(source.classes) if k not in in_train]:
-                warnings.warn(
-                    f"no series of the classes {unseen} is in the train split", stacklevel=2
-                )
+            unseen = [name for k, name in enumerate(source.classes) if k not in in_train]
+            if unseen:
+                text = f"no series of the classes {unseen} is in the train split"
+                warnings.warn(text, stacklevel=2)
             write_column(folder / "labels.npy", labels)
-        schema = self._schema()
+        self._update_fit()
+        axes = []
+        for k, axis in enumerate(source.axes):
+            options = self._axis_options[k].model_dump()
+            if k in self._scales:
+                options["scale"] = self._scales[k].scale()
+            axes.append(axis.model_copy(update=options))
+        schema = DataSchema(
+            channels=source.channels,
+            axes=tuple(axes),
+            classes=source.classes,
+            targets=self._target_channels,
+            normalisation=self._fit.result(),
+        )
         before = np.array(self._lengths_before, dtype=np.int64)
-        n_dropped = check_dropped(config.drop_rate, before, int(offsets[-1]))
+        irregularity = None
+        if config.drop_rate:
+            irregularity = Irregularity(
+                drop_rate=config.drop_rate,
+                seed=config.drop_seed,
+                n_observations_before=int(before.sum()),
+                n_dropped=check_dropped(config.drop_rate, before, int(offsets[-1])),
+            )
         manifest = Manifest(
             schema_version=2 if schema.targets else 1,
             name=config.name,
@@ -304,14 +319,7 @@ class DatasetWriter:
             counts=split_counts(offsets, splits),
             shards=tuple(self._shards),
             split_rule=self.splitter.rule_text(),
-            irregularity=Irregularity(
-                drop_rate=config.drop_rate,
-                seed=config.drop_seed,
-                n_observations_before=int(before.sum()),
-                n_dropped=n_dropped,
-            )
-            if config.drop_rate
-            else None,
+            irregularity=irregularity,
             repairs=repairs,
             provenance=Provenance(
                 source=config.source.model_dump_json(),
@@ -326,50 +334,21 @@ class DatasetWriter:
         write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
         return manifest
 
-    def _schema(self) -> DataSchema:
-        self._update_fit()
-        axes = []
-        for k, axis in enumerate(self.source.axes):
-            options = self._axis_options[k].model_dump()
-            if k in self._scales:
-                options["scale"] = self._scales[k].scale()
-            axes.append(axis.model_copy(update=options))
-        return DataSchema(
-            channels=self.source.channels,
-            axes=tuple(axes),
-            classes=self.source.classes,
-            targets=targets_of(self.source),
-            normalisation=self._fit.result(),
-        )
-
 
 class ColumnWriter:
-    """The ``.npy`` files of a column to which rows are appended, for data larger than memory.
+    """An ``.npy`` file to which ``(n, n_columns)`` rows are appended, for data larger than memory.
 
     The header, in which numpy leaves room for the first axis to grow, is written again at the end.
     """
 
-    def __init__(self, folder: Path, column: str, dtype: type[np.generic], n_columns: int) -> None:
-        self._folder, self._column = folder, column
-        self._dtype, self._n_columns = np.dtype(dtype), n_columns
-        self._n_files = 0
-        self._open_next()
-
-    def append(self, rows: NDArray[Any]) -> None:
-        """Add ``(n, n_columns)`` rows."""
-        self._file.write(np.ascontiguousarray(rows, dtype=self._dtype).data)
-        self._n_rows += len(rows)
-
-    def next_file(self) -> None:
-        """Complete this file; rows appended from now on go to the next."""
-        self.__exit__(None)
-        self._open_next()
-
-    def _open_next(self) -> None:
-        self._file = (self._folder / shard_name(self._column, self._n_files)).open("wb")
-        self._n_files += 1
+    def __init__(self, path: Path, dtype: type[np.generic], n_columns: int) -> None:
+        self._file, self._dtype, self._n_columns = path.open("wb"), np.dtype(dtype), n_columns
         self._n_rows = 0
         self._write_header()
+
+    def append(self, rows: NDArray[Any]) -> None:
+        self._file.write(np.ascontiguousarray(rows, dtype=self._dtype).data)
+        self._n_rows += len(rows)
 
     def _write_header(self) -> None:
         descr, shape = np.lib.format.dtype_to_descr(self._dtype), (self._n_rows, self._n_columns)
@@ -410,7 +389,6 @@ class TextListWriter:
 
 
 def write_column(path: Path, column: NDArray[Any]) -> None:
-    """Write a whole ``.npy`` file and sync it to disk."""
     with path.open("wb") as file:
         np.lib.format.write_array(file, column, version=(1, 0), allow_pickle=False)
         _sync(file)

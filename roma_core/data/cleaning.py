@@ -15,7 +15,7 @@ from roma_core.data.manifest import Repairs
 from roma_core.hashing import hash_ints, hash_text
 from roma_core.schema import DataError
 from roma_core.settings import Frozen
-from roma_core.sources.base import RawSeries, Source, targets_of
+from roma_core.sources.base import RawSeries, Source
 
 
 class RepairOptions(Frozen):
@@ -45,7 +45,7 @@ class SeriesCleaner:
     def __init__(self, source: Source, options: RepairOptions) -> None:
         self.source, self.options = source, options
         self._classes = frozenset(source.classes)
-        self._n_targets = len(targets_of(source))
+        self._targets = getattr(source, "targets", ())  # which a plug-in may not have
         self._origin = f" of {next(iter(source.files))}" if len(source.files) == 1 else ""
         self._counts = dict.fromkeys(Repairs.model_fields, 0)
 
@@ -67,10 +67,10 @@ class SeriesCleaner:
         if not series.id:
             raise DataError("a series has no id, or it is empty; every object needs one of its own")
         name = self._name(series)
-        if (series.targets is None) != (self._n_targets == 0):
+        if (series.targets is None) != (not self._targets):
             raise DataError(
                 f"{name} has {'no' if series.targets is None else 'some'} targets, its source declares "
-                f"{self._n_targets or 'none'}"
+                f"{len(self._targets) or 'none'}"
             )
         n = len(series.values)
         for what, array, columns in self._arrays(series):
@@ -135,7 +135,7 @@ class SeriesCleaner:
         yield "positions", series.positions, self.source.axes
         yield "values", series.values, self.source.channels
         if series.targets is not None:
-            yield "targets", series.targets, targets_of(self.source)
+            yield "targets", series.targets, self._targets
 
     def _not_finite(self, series: RawSeries, row: int) -> DataError:
         what, array, column, name = next(
@@ -195,19 +195,18 @@ def keep_mask(n_observations: int, rate: float, seed: int, object_id: str) -> ND
 
 
 def check_dropped(rate: float, lengths_before: NDArray[np.int64], n_after: int) -> int:
-    """The number of observations that were dropped from a whole data set, checked.
+    """The number of observations that a positive rate dropped from a whole data set.
 
     Raises:
-        DataError: another number than the rate requires for ``(n_series,)`` lengths, or, at a positive
-            rate, none.
+        DataError: it is another number than the rate requires for ``(n_series,)`` lengths, or 0.
     """
     dropped = int(lengths_before.sum()) - n_after
-    expected = sum(n_to_drop(int(n), rate) for n in lengths_before) if rate > 0 else 0
+    expected = sum(n_to_drop(int(n), rate) for n in lengths_before)
     if dropped != expected:
         raise DataError(
             f"a drop rate of {rate:.0%} should drop {expected} observations, it dropped {dropped}"
         )
-    if rate > 0 and dropped == 0:
+    if dropped == 0:
         raise DataError(
             f"a drop rate of {rate:.0%} drops nothing: the longest series has "
             f"{lengths_before.max()} observations; set drop_rate to 0 or use longer series"

@@ -19,7 +19,7 @@ from pydantic import (
 from roma_core.data.cleaning import RepairOptions
 from roma_core.data.splits import SplitOptions
 from roma_core.files import Fingerprint, digest_of, fingerprint_of
-from roma_core.schema import DataError
+from roma_core.schema import ChannelTransform, DataError
 from roma_core.settings import Frozen, validation_errors
 from roma_core.sources.base import SourceConfig, source_config
 
@@ -34,15 +34,8 @@ class AxisOptions(Frozen):
     scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = Field(
         1.0,
         description="Axis units per radian; 'auto' derives it from the gaps and spans of the train "
-        "split (see normalisation.AxisScaleFit).",
+        "split (see schema.AxisScaleFit).",
     )
-
-
-class ChannelOptions(Frozen):
-    """Transform of the values of one channel, applied before mean and std are computed."""
-
-    transform: Literal["identity", "arcsinh"] = "identity"
-    transform_scale: float = Field(1.0, gt=0, allow_inf_nan=False)
 
 
 class DatasetConfig(Frozen):
@@ -72,7 +65,7 @@ class DatasetConfig(Frozen):
     split: SplitOptions = SplitOptions()
     repair: RepairOptions = RepairOptions()
     axes: dict[str, AxisOptions] = Field({}, description="Options by axis name.")
-    channels: dict[str, ChannelOptions] = Field({}, description="Options by channel name.")
+    channels: dict[str, ChannelTransform] = Field({}, description="Options by channel name.")
 
     @classmethod
     def from_yaml(cls, path: Path | str) -> Self:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import tempfile
-import zipfile
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -17,9 +16,10 @@ from numpy.typing import NDArray
 
 from roma_core.data.cleaning import RepairOptions, SeriesCleaner
 from roma_core.data.manifest import Repairs
-from roma_core.schema import DataError
+from roma_core.schema import AxisScaleFit, DataError
 from roma_core.sources.base import Source
 from roma_core.sources.folders import IMAGE_ENDINGS
+from roma_core.sources.npz import read_arrays
 from roma_core.sources.table_files import TableFile, connect
 
 _USUAL_NAMES = {
@@ -137,17 +137,7 @@ def _ts(paths: Sequence[Path]) -> InferredSource:
 
 
 def _npz(path: Path) -> InferredSource:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            shapes = {name: file[name].shape for name in file.files}
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    for name in ("values", "positions"):
-        if name not in shapes:
-            raise DataError(
-                f"{path} has the arrays {sorted(shapes)}; expected 'values' and 'positions', and "
-                f"'labels' for classification"
-            )
+    shapes = {name: array.shape for name, array in read_arrays(path).items()}
     n_leading = 1 if "offsets" in shapes else 2  # dimensions before that of channels or axes
 
     def width(name: str) -> int:
@@ -306,7 +296,7 @@ def source_statistics(source: Source) -> SourceStatistics:
     sample = _Sample()
     classes: Counter[str] = Counter(dict.fromkeys(source.classes, 0))
     splits: Counter[str] = Counter()
-    gaps, spans = ([array("d") for _ in source.axes] for _ in range(2))
+    steps = [AxisScaleFit() for _ in source.axes]
     max_abs = np.zeros(len(source.axes))
     varies = np.zeros(len(source.channels), dtype=bool)
     lengths, has_groups = array("q"), False
@@ -318,12 +308,13 @@ def source_statistics(source: Source) -> SourceStatistics:
         varies |= (series.values != series.values[:1]).any(axis=0)
         sample.add(series.values)
         max_abs = np.maximum(max_abs, np.abs(series.positions).max(axis=0))
-        for k in range(len(source.axes)):
-            steps = np.diff(np.unique(series.positions[:, k]))
-            gaps[k].append(float(np.median(steps)) if len(steps) else 0.0)
-            spans[k].append(float(steps.sum()))
+        for k, fit in enumerate(steps):
+            fit.add(series.positions[:, k])
     if not lengths:
         raise DataError("the source has no series")
+    values = sample.values()
+    low, median, high = np.quantile(values.astype(np.float64), (0.25, 0.5, 0.75), axis=0)  # (C,)
+    far = np.abs(values - median).max(axis=0)
     return SourceStatistics(
         n_series=len(lengths),
         n_observations=sum(lengths),
@@ -332,12 +323,14 @@ def source_statistics(source: Source) -> SourceStatistics:
         recorded_splits=dict(splits),
         has_groups=has_groups,
         channels=tuple(
-            _channel(channel.name, sample.values()[:, k], bool(varies[k]))
-            for k, channel in enumerate(source.channels)
+            ChannelStatistics(channel.name, float(high - low), float(far), bool(changes))
+            for channel, low, high, far, changes in zip(
+                source.channels, low, high, far, varies, strict=True
+            )
         ),
         axes=tuple(
-            AxisStatistics(axis.name, _median(gaps[k]), _median(spans[k]), float(max_abs[k]))
-            for k, axis in enumerate(source.axes)
+            AxisStatistics(axis.name, fit.gap(), fit.span(0.5), float(most))
+            for axis, fit, most in zip(source.axes, steps, max_abs, strict=True)
         ),
         repairs=cleaner.repairs(),
     )
@@ -362,14 +355,3 @@ class _Sample:
     def values(self) -> NDArray[np.float32]:
         self._kept = [np.concatenate(self._kept)]
         return self._kept[0]
-
-
-def _channel(name: str, values: NDArray[np.float32], varies: bool) -> ChannelStatistics:
-    low, median, high = np.quantile(values.astype(np.float64), (0.25, 0.5, 0.75))
-    return ChannelStatistics(name, float(high - low), float(np.abs(values - median).max()), varies)
-
-
-def _median(numbers: array[float]) -> float:
-    found = np.frombuffer(numbers)
-    found = found[found > 0]
-    return float(np.median(found)) if len(found) else 0.0

@@ -20,6 +20,11 @@ _MAX_OBSERVATIONS = 2_000_000  # read for quantiles of gaps and values
 _MAX_BYTES = 64 * 1024  # of the picture, which is stored inside asset metadata
 _COLOURS = {"train": "#2f6db3", "validation": "#e0a030", "test": "#b8433f"}
 _N_EXAMPLES = 6
+_STYLE: Any = {
+    "axes.titlelocation": "left", "axes.titlesize": 10, "axes.labelsize": 8,
+    "axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 8,
+    "legend.frameon": False, "xtick.labelsize": 8, "ytick.labelsize": 8,
+}  # fmt: skip
 
 
 class Quantiles(Frozen):
@@ -115,7 +120,6 @@ def profile_dataset(dataset: StoredDataset) -> DataProfile:
     """Profile a data set; of a large one, gaps and values are taken from some of the series."""
     chosen, schema = _profiled(dataset), dataset.schema
     values = np.concatenate([dataset.raw(i)[1] for i in chosen])  # (n, C)
-    gaps = _gaps(dataset, chosen)  # (m, D)
     found = [numbers for i in chosen if (numbers := dataset.targets(i)) is not None]
     targets = np.concatenate(found) if found else np.empty((0, 0))  # (n, K)
 
@@ -128,7 +132,7 @@ def profile_dataset(dataset: StoredDataset) -> DataProfile:
         name=dataset.manifest.name,
         digest=dataset.manifest.digest,
         splits={name: _split_profile(dataset, name) for name in SPLITS},
-        gaps=quantiles(schema.axes, gaps),
+        gaps=quantiles(schema.axes, _gaps(dataset, chosen)),
         values=quantiles(schema.channels, values),
         targets=quantiles(schema.targets, targets),
         fraction_dropped=dropped.n_dropped / dropped.n_observations_before if dropped else 0.0,
@@ -160,29 +164,26 @@ def _split_profile(dataset: StoredDataset, name: Split) -> SplitProfile:
 
 def plot_profile(profile: DataProfile, dataset: StoredDataset) -> bytes:
     """One PNG of at most 64 KiB: lengths, classes, gaps, and a few series with their holes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6.4), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(
         f"{profile.name}   ·   {len(dataset):,} series   ·   {int(dataset.offsets[-1]):,} observations"
         f"   ·   {profile.fraction_dropped:.0%} dropped",
         fontsize=12,
     )
-    panels = figure.subplots(2, 2).flatten()
-    _plot_lengths(panels[0], dataset)
-    _plot_classes(panels[1], profile)
-    _plot_gaps(panels[2], dataset)
-    _plot_examples(panels[3], dataset)
-    for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.tick_params(labelsize=8)
-    for dpi in (110, 95, 80, 60, 40):
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=dpi)
-        if picture.tell() <= _MAX_BYTES:
-            break
+    with rc_context(_STYLE):
+        panels = figure.subplots(2, 2).flatten()
+        _plot_lengths(panels[0], dataset)
+        _plot_classes(panels[1], profile)
+        _plot_gaps(panels[2], dataset)
+        _plot_examples(panels[3], dataset)
+        for dpi in (110, 95, 80, 60, 40):
+            picture = io.BytesIO()
+            figure.savefig(picture, format="png", dpi=dpi)
+            if picture.tell() <= _MAX_BYTES:
+                break
     return picture.getvalue()
 
 
@@ -197,13 +198,13 @@ def _plot_lengths(panel: Any, dataset: StoredDataset) -> None:
         color=[_COLOURS[name] for name in names],
         label=names,
     )
-    _label(panel, "Lengths", x="observations a series", y="series")
+    panel.set(title="Lengths", xlabel="observations a series", ylabel="series")
     panel.xaxis.get_major_locator().set_params(integer=True)
-    panel.legend(fontsize=8, frameon=False)
+    panel.legend()
 
 
 def _plot_classes(panel: Any, profile: DataProfile) -> None:
-    _label(panel, "Classes", y="series")
+    panel.set(title="Classes", ylabel="series")
     labels = list(profile.splits["train"].classes)
     if not labels:
         panel.text(0.5, 0.5, "no labels", ha="center", transform=panel.transAxes, color="0.5")
@@ -221,7 +222,7 @@ def _plot_classes(panel: Any, profile: DataProfile) -> None:
 
 def _plot_gaps(panel: Any, dataset: StoredDataset) -> None:
     axis = dataset.schema.axes[0]
-    _label(panel, "Gaps between consecutive positions", x=_axis_label(axis), y="count")
+    panel.set(title="Gaps between consecutive positions", xlabel=_axis_label(axis), ylabel="count")
     gaps = _gaps(dataset, _profiled(dataset))[:, 0]  # of the first axis
     if len(gaps) == 0:
         return
@@ -253,13 +254,7 @@ def _plot_examples(panel: Any, dataset: StoredDataset) -> None:
             panel.plot(x[part], y[part], ".-", color=colour, lw=1, ms=4)
     panel.set_yticks(range(len(rows)), [dataset.ids[i] for i in rows[::-1]])
     title = f"Examples: {dataset.schema.channels[0].name}, grey where a gap is wide"
-    _label(panel, title, x=_axis_label(dataset.schema.axes[0]))
-
-
-def _label(panel: Any, title: str, x: str = "", y: str = "") -> None:
-    panel.set_title(title, fontsize=10, loc="left")
-    panel.set_xlabel(x, fontsize=8)
-    panel.set_ylabel(y, fontsize=8)
+    panel.set(title=title, xlabel=_axis_label(dataset.schema.axes[0]))
 
 
 def _axis_label(axis: PositionAxis) -> str:

@@ -52,9 +52,8 @@ def findings_table(findings: Iterable[Finding]) -> str:
         f"| {f.severity} | {f.check} | {f.count:,} | {f.examples[0].replace('|', '/')} |"
         for f in findings
     ]
-    if not rows:
-        return "nothing found"
-    return "\n".join(["| severity | check | count | example |", "| --- | --- | --: | --- |", *rows])
+    head = ["| severity | check | count | example |", "| --- | --- | --: | --- |"]
+    return "\n".join([*head, *rows]) if rows else "nothing found"
 
 
 def check_dataset(path: Path) -> list[Finding]:
@@ -80,9 +79,8 @@ def check_dataset(path: Path) -> list[Finding]:
     return [
         *find_leakage(dataset),
         *_near_duplicates(dataset),
-        *_positions(dataset),
+        *_numbers(dataset),
         *_lengths(dataset),
-        *_outliers(dataset),
         *_units_and_classes(dataset),
     ]
 
@@ -151,12 +149,14 @@ def _broken_layout(dataset: StoredDataset) -> list[str]:
     return found
 
 
-def _positions(dataset: StoredDataset) -> list[Finding]:
-    """Order, duplicates, and how far positions reach after normalisation."""
+def _numbers(dataset: StoredDataset) -> list[Finding]:
+    """Order, duplicates, the reach of normalised positions, and values that dominate the loss."""
+    schema, normaliser, limit = dataset.schema, Normaliser(dataset.schema), 50.0  # std
     unsorted: list[int] = []
     duplicates: list[int] = []
-    reach = np.zeros(len(dataset.schema.axes))
-    normaliser = Normaliser(dataset.schema)
+    reach = np.zeros(len(schema.axes))
+    n_far = 0
+    furthest: dict[int, tuple[float, int]] = {}  # channel -> (size, series)
     for part in dataset.parts(_READ_AT_ONCE):
         step = np.diff(part.positions[:, 0], prepend=part.positions[:1, 0])
         step[part.starts] = 1.0  # the first observation of a series follows none
@@ -168,51 +168,43 @@ def _positions(dataset: StoredDataset) -> list[Finding]:
                 duplicates.append(i)
         seen = normaliser.normalise_positions(part.positions, part.lengths)  # (T, D)
         reach = np.maximum(reach, np.abs(seen).max(axis=0))
-    far = [
-        f"axis {axis.name!r} reaches {number:.3g} radians of the fastest rotation; set its anchor "
-        f"to 'first', an offset, or a larger scale (or 'auto')"
-        for axis, number in zip(dataset.schema.axes, reach, strict=True)
-        if number > 1e5
-    ]
-    leak = "has observations at equal positions: a duplicate leaks a masked value"
-    order = "is not in order of the first axis"
-    found = _series_finding(dataset, "order", "warning", unsorted, order)
-    found += _series_finding(dataset, "duplicates", "warning", duplicates, leak)
-    return [*found, *_finding("reach", "warning", far)]
-
-
-def _lengths(dataset: StoredDataset) -> list[Finding]:
-    single = np.flatnonzero(dataset.lengths == 1).tolist()
-    long = np.flatnonzero(dataset.lengths > 10_000).tolist()
-    sentences = [
-        f"series {dataset.ids[i]!r} has {dataset.lengths[i]:,} observations; the cost of attention "
-        f"is quadratic: consider trainer.augment_crop_tokens or a shorter window"
-        for i in long[:_MAX_EXAMPLES]
-    ]
-    too_short = "has one observation: nothing can be masked"
-    found = _series_finding(dataset, "single", "warning", single, too_short)
-    return [*found, *_finding("long", "warning", sentences, len(long))]
-
-
-def _outliers(dataset: StoredDataset) -> list[Finding]:
-    """Values so far from the mean that a few of them dominate the loss."""
-    limit = 50.0  # standard deviations
-    normaliser = Normaliser(dataset.schema)
-    n_far = 0
-    furthest: dict[int, tuple[float, int]] = {}  # channel -> (size, series)
-    for part in dataset.parts(_READ_AT_ONCE):
         size = np.abs(normaliser.normalise(part.values))  # (T, C)
         n_far += int((size > limit).sum())
         for k in np.flatnonzero((size > limit).any(axis=0)).tolist():
             row = int(size[:, k].argmax())
             here = (float(size[row, k]), int(part.ids[part.series[row]]))
             furthest[k] = max(furthest.get(k, (0.0, 0)), here)
-    sentences = [
-        f"channel {dataset.schema.channels[k].name!r} is {most:,.0f} standard deviations from its "
-        f"mean in series {dataset.ids[i]!r}; a transform such as arcsinh may help"
+    too_far = [
+        f"axis {axis.name!r} reaches {number:.3g} radians of the fastest rotation; set its anchor "
+        f"to 'first', an offset, or a larger scale (or 'auto')"
+        for axis, number in zip(schema.axes, reach, strict=True)
+        if number > 1e5
+    ]
+    outliers = [
+        f"channel {schema.channels[k].name!r} is {most:,.0f} standard deviations from its mean in "
+        f"series {dataset.ids[i]!r}; a transform such as arcsinh may help"
         for k, (most, i) in furthest.items()
     ]
-    return _finding("far", "warning", sentences, n_far)
+    leak = "has observations at equal positions: a duplicate leaks a masked value"
+    order = "is not in order of the first axis"
+    return [
+        *_series_finding(dataset, "order", "warning", unsorted, order),
+        *_series_finding(dataset, "duplicates", "warning", duplicates, leak),
+        *_finding("reach", "warning", too_far),
+        *_finding("far", "warning", outliers, n_far),
+    ]
+
+
+def _lengths(dataset: StoredDataset) -> list[Finding]:
+    single = np.flatnonzero(dataset.lengths == 1).tolist()
+    long = np.flatnonzero(dataset.lengths > 10_000).tolist()
+    too_short = "has one observation: nothing can be masked"
+    too_long = (
+        "has more than 10,000 observations; the cost of attention is quadratic: consider "
+        "trainer.augment_crop_tokens or a shorter window"
+    )
+    found = _series_finding(dataset, "single", "warning", single, too_short)
+    return [*found, *_series_finding(dataset, "long", "warning", long, too_long)]
 
 
 def _units_and_classes(dataset: StoredDataset) -> list[Finding]:
@@ -440,8 +432,9 @@ def _train_numbers(
 def stability_index(old: NDArray[np.float64], new: NDArray[np.float64]) -> float:
     """Population stability index of new numbers over the bins of the old ones."""
     edges = bin_edges(old)
-    counts = (np.bincount(np.searchsorted(edges, x), minlength=len(edges) + 1) for x in (old, new))
-    return psi(*counts)
+    return psi(
+        *(np.bincount(np.searchsorted(edges, x), minlength=len(edges) + 1) for x in (old, new))
+    )
 
 
 def bin_edges(numbers: NDArray[np.float64], n_bins: int = 10) -> NDArray[np.float64]:

@@ -64,10 +64,10 @@ class RaggedBatch:
         return replace(self._take(np.flatnonzero(kept)), lengths=lengths)
 
     def reorder(self, order: Ints) -> RaggedBatch:
-        """The series in another order: ``(B,)`` indices into the present one."""
+        """Series in another order, or fewer: ``(B,)`` indices into the present ones."""
         lengths = self.lengths[order]
         shift = self.starts[order] - (np.cumsum(lengths) - lengths)  # of each series' rows
-        rows = np.arange(len(self.values)) + np.repeat(shift, lengths)
+        rows = np.arange(lengths.sum()) + np.repeat(shift, lengths)
         labels = None if self.labels is None else self.labels[order]
         return replace(self._take(rows), lengths=lengths, ids=self.ids[order], labels=labels)
 

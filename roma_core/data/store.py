@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -29,9 +29,10 @@ from roma_core.data.manifest import (
 from roma_core.data.ragged import RaggedBatch
 from roma_core.files import read_json
 from roma_core.hashing import hash_ints, hash_text
-from roma_core.schema import DataError, DataSchema, Normaliser
+from roma_core.schema import Channel, DataError, DataSchema, Normaliser, PositionAxis
 
 Sample = dict[str, Any]
+_ROW_GROUP = 1 << 18  # observations in a row group of Parquet, unless one series has more
 
 
 class StoredDataset:
@@ -185,6 +186,66 @@ class StoredDataset:
         if name not in SPLITS:
             raise ValueError(f"there is no split {name!r}; splits are {SPLITS}")
         return Subset(self, np.flatnonzero(self.splits == SPLITS.index(name)))
+
+    def to_parquet(self, target: Path, split: Split | None = None) -> int:
+        """Write all series, or those of one split, to a Parquet file; returns their number.
+
+        A row per series, as delivered: ``id``, ``split``, ``label`` and ``group`` where there are any,
+        then a list of doubles per axis and of floats per channel and target. A source of kind
+        ``parquet`` reads it back; the metadata ``role: target`` makes batch prediction ignore targets.
+
+        Raises:
+            DataError: an axis, channel or target has the name of another column.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        def lists(parts: Sequence[PositionAxis | Channel], kind: Any, **role: str) -> list[Any]:
+            return [
+                pa.field(p.name, pa.list_(kind), metadata={"unit": p.unit, **role}) for p in parts
+            ]
+
+        schema = self.schema
+        optional = {"label": self.labels, "group": self.groups}
+        texts = ["id", "split", *(name for name, column in optional.items() if column is not None)]
+        fields = [
+            *(pa.field(name, pa.string()) for name in texts),
+            *lists(schema.axes, pa.float64()),
+            *lists(schema.channels, pa.float32()),
+            *lists(schema.targets, pa.float32(), role="target"),
+        ]
+        names = [field.name for field in fields]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise DataError(
+                f"two columns would be called {twice[0]!r}; rename the channel, axis or target"
+            )
+
+        def columns(part: RaggedBatch) -> Iterator[Any]:
+            yield [self.ids[i] for i in part.ids]
+            yield [SPLITS[k] for k in self.splits[part.ids]]
+            if part.labels is not None:
+                yield [schema.classes[k] for k in part.labels]
+            if self.groups is not None:
+                yield [self.groups[i] for i in part.ids]
+            offsets = pa.array(np.append(part.starts, len(part.values)).astype(np.int32))
+            for array in (part.positions, part.values, part.targets):
+                for column in () if array is None else array.T:
+                    yield pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(column)))
+
+        aside, n = target.with_name(f".{target.name}.part"), 0
+        try:
+            with pq.ParquetWriter(aside, pa.schema(fields), compression="zstd") as writer:
+                for part in self.parts(_ROW_GROUP):
+                    if split is not None:
+                        chosen = self.splits[part.ids] == SPLITS.index(split)
+                        part = part.reorder(np.flatnonzero(chosen))
+                    if len(part.ids):
+                        writer.write_table(pa.table([*columns(part)], schema=pa.schema(fields)))
+                    n += len(part.ids)
+            aside.replace(target)
+        finally:
+            aside.unlink(missing_ok=True)
+        return n
 
 
 class Subset:

@@ -43,12 +43,14 @@ class Source:
     Attributes:
         axes: names and units; anchor, offset and scale are set by the data set's configuration.
         classes: all labels that may come, in the order of their indices; empty without labels.
+        targets: numbers of every observation that a model may predict.
         files: sha256 of every input file, by a name that does not depend on this computer.
     """
 
     channels: tuple[Channel, ...]
     axes: tuple[PositionAxis, ...]
     classes: tuple[str, ...]
+    targets: tuple[Channel, ...] = ()
     files: Mapping[str, str]
     citation: str
     licence: str
@@ -63,11 +65,6 @@ class Source:
             DataError: the data are malformed; the message names file and place.
         """
         raise NotImplementedError
-
-
-def targets_of(source: Source) -> tuple[Channel, ...]:
-    """The targets of a source; empty if it knows of none."""
-    return tuple(getattr(source, "targets", ()))
 
 
 class SourceConfig(Frozen):

@@ -47,21 +47,12 @@ class NpzSource(Source):
         self.axes, self.channels, self.targets = config.axes, config.channels, config.targets
         self.files = hash_files([config.file])
         self._where = str(config.file)
-        try:
-            with np.load(config.file, allow_pickle=False) as file:
-                arrays: dict[str, NDArray[Any]] = {name: file[name] for name in file.files}
-        except (ValueError, OSError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        arrays = read_arrays(config.file)
+        if ("targets" in arrays) != bool(config.targets):
             raise DataError(
-                f"{config.file} cannot be read: {error}; expected an .npz file of plain arrays "
-                f"(text as fixed-width strings, not as objects)"
-            ) from error
-        for name in ("values", "positions", *(["targets"] if config.targets else [])):
-            if name not in arrays:
-                raise DataError(f"{config.file} has no array {name!r}; it has {sorted(arrays)}")
-        if "targets" in arrays and not config.targets:
-            raise DataError(
-                f"{config.file} has an array 'targets', but the configuration names none; name them "
-                f"under targets, or take the array away"
+                f"{config.file} has {'an' if 'targets' in arrays else 'no'} array 'targets', the "
+                f"configuration names {len(config.targets) or 'none'}; name them under targets, or "
+                f"take the array away"
             )
         self._offsets, self._lengths = arrays.get("offsets"), arrays.get("lengths")
         self._values, self._positions = arrays["values"], arrays["positions"]
@@ -162,6 +153,25 @@ class NpzSource(Source):
         if self._lengths is not None:
             rows = rows[: int(self._lengths[i])]
         return rows[:, None] if rows.ndim == 1 and width == 1 else rows
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an ``.npz`` file by name; ``values`` and ``positions`` are among them.
+
+    Raises:
+        DataError: the file cannot be read, or lacks one of the two.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays: dict[str, NDArray[Any]] = {name: file[name] for name in file.files}
+    except (ValueError, OSError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        raise DataError(
+            f"{path} cannot be read: {error}; expected an .npz file of plain arrays (text as "
+            f"fixed-width strings, not as objects)"
+        ) from error
+    if missing := [name for name in ("values", "positions") if name not in arrays]:
+        raise DataError(f"{path} has no array {missing[0]!r}; it has {sorted(arrays)}")
+    return arrays
 
 
 def _texts(array: NDArray[Any]) -> list[str]:

@@ -123,15 +123,14 @@ class TsSource(Source):
         expected = header.n_channels or len(self.channels)
         if len(parts) != expected or expected != len(self.channels):
             raise DataError(f"{where}: expected {len(self.channels)} channels, got {len(parts)}")
-        columns: list[list[float]] = [[] for _ in parts]
-        for part, column in zip(parts, columns, strict=True):
-            for word in part.split(","):
-                try:
-                    column.append(float(word))
-                except ValueError:
-                    if word.strip() != "?":
-                        raise DataError(f"{where}: {word.strip()!r} is not a number") from None
-                    column.append(np.nan)
+
+        def number(word: str) -> float:
+            try:
+                return np.nan if word.strip() == "?" else float(word)
+            except ValueError:
+                raise DataError(f"{where}: {word.strip()!r} is not a number") from None
+
+        columns = [[number(word) for word in part.split(",")] for part in parts]
         lengths = {len(column) for column in columns}
         if len(lengths) != 1:
             raise DataError(f"{where}: channels differ in length: {sorted(lengths)}")

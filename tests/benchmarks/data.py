@@ -29,7 +29,6 @@ from pydantic import Field
 
 from roma_core.data.build import build_dataset
 from roma_core.data.config import DatasetConfig
-from roma_core.data.export import export_parquet
 from roma_core.data.store import StoredDataset
 from roma_core.schema import Channel, PositionAxis
 from roma_core.sources.base import RawSeries, SourceConfig
@@ -211,7 +210,7 @@ def _random_access(dataset: StoredDataset, folder: Path) -> None:
         for part in dataset.raw(i):
             part.copy()
 
-    export_parquet(dataset, folder / "rows.parquet")
+    dataset.to_parquet(folder / "rows.parquet")
     pq.write_table(
         pq.read_table(folder / "rows.parquet"), folder / "hundreds.parquet", row_group_size=100
     )

@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from roma_core.data import StoredDataset
-from roma_core.data.normalisation import AxisScaleFit, ChannelFit
 from roma_core.schema import (
+    AxisScaleFit,
     Channel,
+    ChannelFit,
     ChannelNormalisation,
     DataError,
     DataSchema,

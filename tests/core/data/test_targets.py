@@ -12,7 +12,6 @@ import torch
 
 from roma_core import EncoderConfig, RoMAForClassification, RoMAForClassificationConfig, Trainer
 from roma_core.data import DataError, DatasetConfig, StoredDataset, build_dataset
-from roma_core.data.export import export_parquet
 from roma_core.data.quality import check_dataset
 from roma_core.model import RoMAForPreTrainingConfig
 from roma_core.schema import Channel
@@ -105,7 +104,7 @@ def test_targets_come_from_every_kind_of_file_and_go_out_again(stored, tmp_path,
     columns = [{"column": "a", "unit": "V"}, {"column": "b", "unit": "V"}]
     axes = [{"column": "t", "unit": "s"}]
     if kind == "parquet":
-        export_parquet(stored, tmp_path / "x.parquet")
+        stored.to_parquet(tmp_path / "x.parquet")
         marked = pq.read_schema(tmp_path / "x.parquet").field("depth").metadata
         assert marked == {b"unit": b"m", b"role": b"target"}
         source = {"axes": axes, "channels": columns, "targets": [{"column": "depth", "unit": "m"}]}

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roma_core.data import DataError, DatasetConfig, StoredDataset, build_dataset
-from roma_core.data.export import export_parquet
 from roma_core.sources import tables
 from roma_core.sources.base import source_config
 from tests.core.sources.hand_made_tables import COLUMNS, SHORT, as_lists, long_table, opened
@@ -203,7 +202,7 @@ def test_an_exported_set_comes_back_bit_by_bit(tmp_path):
     source = {"kind": "table", "files": [str(tmp_path / "stars.parquet")], "columns": COLUMNS}
     first = set_of(tmp_path, source)
 
-    n = export_parquet(first, tmp_path / "out.parquet")
+    n = first.to_parquet(tmp_path / "out.parquet")
 
     back = {
         "kind": "parquet",
@@ -217,7 +216,7 @@ def test_an_exported_set_comes_back_bit_by_bit(tmp_path):
     assert second.ids == first.ids and second.groups == first.groups
     for name in ("values.npy", "positions.npy", "offsets.npy", "labels.npy", "splits.npy"):
         assert second.manifest.files[name] == first.manifest.files[name]
-    assert export_parquet(first, tmp_path / "test.parquet", "test") == len(first.split("test"))
+    assert first.to_parquet(tmp_path / "test.parquet", "test") == len(first.split("test"))
     assert {p.name for p in tmp_path.glob("*.parquet")} == {
         "stars.parquet",
         "out.parquet",

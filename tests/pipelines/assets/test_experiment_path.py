@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from roma_core.data.export import export_parquet
 from roma_core.data.store import StoredDataset
 from roma_core.evaluation.predictions import PredictionTable
 from roma_core.files import read_json, write_json
@@ -172,7 +171,7 @@ def test_recent_series_are_compared_among_the_champions_features(
     """The encoder is asked in a process of its own; where it cannot be, that is said."""
     facts = metadata_of(first, "dataset")
     same, other = tmp_path / "same.parquet", tmp_path / "other.parquet"
-    export_parquet(StoredDataset(Path(facts["path"])), same, "test")
+    StoredDataset(Path(facts["path"])).to_parquet(same, "test")
     table = pq.read_table(same)
     flat = [[5.0] * len(row) for row in table["c01"].to_pylist()]
     nan = [[float("nan"), *row[1:]] for row in table["c02"].to_pylist()]
