@@ -223,11 +223,13 @@ class RomaSettings(BaseSettings):
         try:
             super().__init__(_build_sources=((InitSettingsSource(cls, nested),), {}))
         except ValidationError as error:
-            problems = validation_errors(error, cls)
-            lines = [str(problem) for problem in problems]
-            for k, (name, message) in enumerate(problems):
-                if name and (source := _source_of(name, labels)) != "default":
-                    lines[k] = f"{name} ({source}): {message}"
+            problems, lines = validation_errors(error, cls), []
+            for problem in problems:
+                source = _source_of(problem.name, labels)
+                is_default = source == "default"
+                lines.append(
+                    str(problem if is_default else f"{problem.name} ({source}): {problem.message}")
+                )
             raise SettingsError(f"{cls.__name__}: " + "\n".join(lines), problems) from None
         self._sources = labels
 
@@ -270,9 +272,9 @@ class RomaSettings(BaseSettings):
 
 
 def _source_of(name: str, labels: Mapping[str, str]) -> str:
-    parts = name.split(".")
-    names = (".".join(parts[:i]) for i in range(len(parts), 0, -1))
-    return next((labels[n] for n in names if n in labels), "default")
+    while name and name not in labels:
+        name = name.rpartition(".")[0]
+    return labels.get(name, "default")
 
 
 class Problem(NamedTuple):

@@ -93,17 +93,13 @@ class Storage:
                 f"away (its models stay loadable from its mlflow folder), or set ROMA_STORAGE_ROOT to "
                 f"another folder"
             ) from error
-        if storage.free_mb < MIN_FREE_MB:
+        free_mb = shutil.disk_usage(storage.root).free / 1e6
+        if free_mb < MIN_FREE_MB:
             raise StorageError(
-                f"{storage.root} has {storage.free_mb:.0f} MB of free space, at least {MIN_FREE_MB} MB "
+                f"{storage.root} has {free_mb:.0f} MB of free space, at least {MIN_FREE_MB} MB "
                 f"are needed; free some, or set ROMA_STORAGE_ROOT to a folder on another disk"
             )
         return storage
-
-    @property
-    def free_mb(self) -> float:
-        """Free space on the disk of the root, in MB."""
-        return shutil.disk_usage(self.root).free / 1e6
 
     def is_full(self, error: BaseException) -> bool:
         """Whether an error was caused by a full disk, which SQLite does not always report."""
@@ -112,7 +108,7 @@ class Storage:
             if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
                 return True
             cause = cause.__cause__ or cause.__context__
-        return self.free_mb < 1
+        return shutil.disk_usage(self.root).free < 1e6
 
 
 SCHEMAS = ("dagster", "mlflow")

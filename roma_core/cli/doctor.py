@@ -119,10 +119,9 @@ def _measured(scratch: Path, here: Path) -> Iterator[CheckResult]:
     content = os.urandom(2**20)
     file = scratch / "file"
     started = time.perf_counter()
-    with file.open("wb") as handle:
+    with file.open("wb", buffering=0) as handle:
         for _ in range(_STORAGE_MB):
             handle.write(content)
-        handle.flush()
         os.fsync(handle.fileno())
     speed = _STORAGE_MB / (time.perf_counter() - started)
     started = time.perf_counter()
@@ -134,17 +133,15 @@ def _measured(scratch: Path, here: Path) -> Iterator[CheckResult]:
         small.replace(scratch / "renamed")
     commit_ms = (time.perf_counter() - started) * 100
     text = f"{here}: {speed:.0f} MB/s written and synced, {commit_ms:.1f} ms for a small file"
-    if speed < _SLOW_MB_PER_S:
-        yield CheckResult("storage", "warning", f"{text}, slow: raise save_every")
-    else:
-        yield CheckResult("storage", "ok", text)
+    slow = speed < _SLOW_MB_PER_S
+    advice = ", slow: raise save_every" if slow else ""
+    yield CheckResult("storage", "warning" if slow else "ok", text + advice)
     try:
         os.link(file, scratch / "link")
+        yield CheckResult("links", "ok", "hard links work")
     except OSError as error:
         text = f"no hard links ({error}); jobs need them to start only once: use a POSIX folder"
         yield CheckResult("links", "error", text)
-    else:
-        yield CheckResult("links", "ok", "hard links work")
 
 
 def trackers() -> Iterator[CheckResult]:

@@ -152,17 +152,17 @@ def _missing(
     graph = definitions.resolve_asset_graph()
     for i, key in enumerate(keys):
         made = newest_materialization(instance, key)
-        if made is None:
-            return keys[i:]
-        if (made.tags or {}).get("dagster/code_version") != graph.get(key).code_version:
+        if made is None or (
+            (made.tags or {}).get("dagster/code_version") != graph.get(key).code_version
+        ):
             return keys[i:]
         facts = {name: str(value.value) for name, value in made.metadata.items()}
         paths = [Path(facts[name]) for name in ("path", "weights", "job_folder") if name in facts]
         if "job_folder" in facts:
             folder = JobFolder(facts["job_folder"])
-            if (result := folder.read_result()) is None:
-                return keys[i:]
-            paths += [folder.path / output for output in result.outputs.values()]
+            result = folder.read_result()
+            outputs = result.outputs.values() if result else ["result.json"]  # missing, too
+            paths += [folder.path / output for output in outputs]
         if not all(path.exists() for path in paths):
             return keys[i:]
         if key.path[-1] == "evaluation_report" and not has_passed(Path(facts["job_folder"])):
@@ -177,8 +177,6 @@ def _materialise(
     tags: dict[str, str],
     killed: list[dg.DagsterRun],
 ) -> None:
-    import dagster as dg
-
     from roma_pipelines.automation.alerts import message_of, root_cause
 
     job = definitions.resolve_implicit_global_asset_job_def()
@@ -201,7 +199,7 @@ def _materialise(
     for event in result.all_events:
         if event.is_step_failure and event.step_failure_data.error is not None:
             error = root_cause(event.step_failure_data.error)
-            if error.cls_name == dg.DagsterExecutionInterruptedError.__name__:
+            if error.cls_name == "DagsterExecutionInterruptedError":
                 raise click.ClickException(interrupted)
             lines.append(f"{event.step_key}: {message_of(error)}")
     for evaluation in result.get_asset_check_evaluations():
@@ -235,11 +233,9 @@ def _conclude(
     model = facts["registered_classifier"]
     trained = [facts[name]["training_s"] for name in ("pretrained_encoder", "finetuned_classifier")]
     here = Path.cwd()
-
-    def shorten(path: Path) -> Path:
-        return path.relative_to(here) if path.is_relative_to(here) else path
-
-    click.echo(f"\nreport      {shorten(job / 'outputs' / 'report.html')}")
+    report, data = job / "outputs" / "report.html", Path(facts["dataset"]["path"])
+    report, data = (p.relative_to(here) if p.is_relative_to(here) else p for p in (report, data))
+    click.echo(f"\nreport      {report}")
     click.echo(f"model       {model['model']} version {model['version']} ({model['aliases']})")
     for one in baselines:
         click.echo(f"baseline    {one['accuracy']:.3f} {one['name']} ({one['source']})")
@@ -249,7 +245,6 @@ def _conclude(
     uri = MlflowSettings().tracking_uri or own_store(storage.mlflow)
     is_default = uri == f"sqlite:///{here}/.roma/mlflow/mlflow.db"
     options = f"--model {model['uri']}{'' if is_default else f' --tracking-uri {uri}'}"
-    data = shorten(Path(facts["dataset"]["path"]))
     click.echo("next        make up    # the overview, Dagster and MLflow pages, or:")
     click.echo(f"            roma predict {options} {data} predictions.parquet")
     accuracy = metrics.accuracy
@@ -269,15 +264,11 @@ def _progress_logger() -> dg.LoggerDefinition:
             if text:
                 click.echo(f"  {text}", file=sys.stdout)
 
-    @dg.logger
-    def progress(_: dg.InitLoggerContext) -> logging.Logger:
-        logger = logging.getLogger("roma_pipelines.demo")
-        logger.setLevel(logging.DEBUG)
-        logger.propagate = False
-        logger.handlers = [Lines()]
-        return logger
-
-    return progress
+    logger = logging.getLogger("roma_pipelines.demo")
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    logger.handlers = [Lines()]
+    return dg.logger(lambda _: logger)
 
 
 def _event_text(event: dg.DagsterEvent) -> str | None:

@@ -34,8 +34,6 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # its job queue serves features that are not used here, with four more processes
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-    for name, port in (("dagster", dagster_port), ("mlflow", mlflow_port), ("page", page_port)):
-        _check_free(port, f"--{name}-port")
     from roma_pipelines.registry.store import MlflowSettings, check_access, is_server, own_store
     from roma_pipelines.storage import Storage, prepare_instance
 
@@ -45,6 +43,19 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
         settings = MlflowSettings()
         check_access(settings)
         uri = settings.tracking_uri or own_store(storage.mlflow)
+    ports = {"dagster": dagster_port, "page": page_port}
+    if not is_server(uri):
+        ports["mlflow"] = mlflow_port
+    for name, port in ports.items():
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError as error:
+                raise click.ClickException(
+                    f"port {port} is in use ({error.strerror}); stop what uses it, or give another "
+                    f"one with --{name}-port"
+                ) from error
 
     # the location's name is that of workspace.yaml: schedules and runs belong to a location by name
     module = {"module_name": "roma_pipelines.definitions", "location_name": "roma_pipelines"}
@@ -69,18 +80,6 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
     if ended := _serve(modules, home / "logs"):
         raise click.ClickException(f"{ended[0]} exited; see its log in {home / 'logs'}")
     click.echo("stopped")
-
-
-def _check_free(port: int, option: str) -> None:
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise click.ClickException(
-                f"port {port} is in use ({error.strerror}); stop what uses it, or give another one "
-                f"with {option}"
-            ) from error
 
 
 def _serve(modules: dict[str, tuple[str, Sequence[str]]], logs: Path) -> list[str]:

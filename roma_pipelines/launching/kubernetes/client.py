@@ -10,7 +10,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,16 +48,10 @@ class Client:
         self._made_at = 0.0
         self._lock = threading.Lock()
 
-        def controller(pod: Object) -> str:
-            return str(pod["metadata"].get("labels", {}).get(CONTROLLER_LABEL, ""))
-
-        def subject(event: Object) -> str:
-            return str(event["involvedObject"].get("uid", ""))
-
-        ours = {"labelSelector": selector(MANAGED_BY)}
-        self.jobs = Informer(self, "jobs", ours, lambda job: str(job["metadata"]["uid"]))
-        self.pods = Informer(self, "pods", ours, controller)
-        self.warnings = Informer(self, "events", {"fieldSelector": "type=Warning"}, subject)
+        ours, warning = {"labelSelector": selector(MANAGED_BY)}, {"fieldSelector": "type=Warning"}
+        self.jobs = Informer(self, "jobs", ours, ("metadata", "uid"))
+        self.pods = Informer(self, "pods", ours, ("metadata", "labels", CONTROLLER_LABEL))
+        self.warnings = Informer(self, "events", warning, ("involvedObject", "uid"))
 
     def path(self, resource: str, name: str = "") -> str:
         """Path of a kind of object, such as ``pods``, or of one of them."""
@@ -122,9 +116,9 @@ class Client:
 
         def time_of(event: Object) -> str:
             # schedulers fill one field, controllers and kubelets others
-            times = [(event.get("series") or {}).get("lastObservedTime")]
-            times += [event.get("lastTimestamp"), event.get("eventTime")]
-            return next(filter(None, times), event["metadata"].get("creationTimestamp", ""))
+            repeated = (event.get("series") or {}).get("lastObservedTime")
+            once = event.get("lastTimestamp") or event.get("eventTime")
+            return repeated or once or event["metadata"].get("creationTimestamp", "")
 
         found = [w for there in objects for w in self.warnings.present(there["metadata"]["uid"])]
         return sorted(found, key=time_of)
@@ -158,9 +152,8 @@ class Client:
             except (HTTPError, OSError) as error:
                 replaced = "SSL" in type(error).__name__ + str(error)  # a new certificate
                 if not (first and method == "GET" and replaced):
-                    raise Unreachable(
-                        f"the Kubernetes API server does not answer: {error}"
-                    ) from error
+                    reason = f"the Kubernetes API server does not answer: {error}"
+                    raise Unreachable(reason) from error
             with self._lock:
                 self._api_client = None
         raise AssertionError("the second try returns or raises")
@@ -178,13 +171,12 @@ class Client:
                 path = str(self.kubeconfig) if self.kubeconfig else None
                 config.load_kube_config(path, self.context, client_configuration=made)
         except (ConfigException, OSError, ValueError) as error:
-            raise Rejected(
-                [
-                    f"no Kubernetes cluster is configured here ({str(error).strip()}); set "
-                    f"ROMA_KUBERNETES_KUBECONFIG or KUBECONFIG, and ROMA_KUBERNETES_CONTEXT if the "
-                    f"file has several"
-                ]
-            ) from error
+            reason = (
+                f"no Kubernetes cluster is configured here ({str(error).strip()}); set "
+                f"ROMA_KUBERNETES_KUBECONFIG or KUBECONFIG, and ROMA_KUBERNETES_CONTEXT if the file has "
+                f"several"
+            )
+            raise Rejected([reason]) from error
         made.retries = False  # requests are retried here, not below
         return client.ApiClient(made)
 
@@ -240,18 +232,14 @@ class Informer:
     """
 
     def __init__(
-        self,
-        client: Client,
-        resource: str,
-        query: dict[str, str],
-        group_of: Callable[[Object], str],
+        self, client: Client, resource: str, query: dict[str, str], group: tuple[str, ...]
     ) -> None:
         """
         Args:
-            group_of: key by which an object is looked up.
+            group: path in an object to the key by which it is looked up.
         """
         self.client, self.path, self.query = client, client.path(resource), query
-        self.group_of = group_of
+        self.group = group
         self.error = ""  # why the state is not current; empty while it is
         self.synced = threading.Event()  # set once there was an answer
         self._present: dict[str, dict[str, Object]] = {}  # group -> uid -> object
@@ -318,10 +306,9 @@ class Informer:
             query["continue"] = token
         uids = {there["metadata"]["uid"] for there in found}
         with self._lock:
-            known = [there for members in self._present.values() for there in members.values()]
-        for there in known:
-            if there["metadata"]["uid"] not in uids:
-                self._apply("DELETED", there)
+            known = {uid: o for members in self._present.values() for uid, o in members.items()}
+        for uid in known.keys() - uids:
+            self._apply("DELETED", known[uid])
         for there in found:
             self._apply("MODIFIED", there)
         self._version = answer["metadata"]["resourceVersion"]
@@ -345,15 +332,16 @@ class Informer:
 
     def _apply(self, change: str, there: Object) -> None:
         there["metadata"].pop("managedFields", None)  # half of every object, not used here
-        uid, group = there["metadata"]["uid"], self.group_of(there)
-        now = time.monotonic()
+        uid, key, now = there["metadata"]["uid"], there, time.monotonic()
+        for name in self.group:
+            key = key.get(name) or {}
+        group = str(key or "")
         with self._lock:
             if change != "DELETED":
                 self._present.setdefault(group, {})[uid] = there
                 return
-            members = self._present.get(group, {})
-            members.pop(uid, None)
-            if not members:
+            self._present.get(group, {}).pop(uid, None)
+            if not self._present.get(group):
                 self._present.pop(group, None)
             self._deleted.setdefault(group, {})[uid] = (now, there)
             for name, gone in list(self._deleted.items()):

@@ -55,7 +55,6 @@ from roma_pipelines.launching.spec import JobHandle, JobSpec, JobState, Phase, P
 
 _SECRET = re.compile(r"KEY|TOKEN|PASSWORD|SECRET|USERNAME|CREDENTIAL")  # in names of variables
 _URL_WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
-_LOOKUP_INTERVAL_S = 10.0
 _CANCEL_INTERVAL_S = 0.5
 _ORPHANED_AFTER_S = 5.0
 
@@ -67,7 +66,6 @@ class _Watched:
     exists: bool = False
     has_service: bool = False
     ending_since: float | None = None
-    looked_up_at: float = -float("inf")
     waiting: tuple[bool, float] | None = None  # holds_or_cannot_start, since
 
 
@@ -149,9 +147,8 @@ class KubernetesLauncher:
         if job is None:
             return None
         if not labels(plan.spec, plan.attempt).items() <= job["metadata"].get("labels", {}).items():
-            where = f"the Job {plan.name} in {self.profile.namespace}"
-            why = f"{where} belongs to something else (its labels are not this job's); delete it"
-            raise Rejected([why])
+            why = "belongs to something else (its labels are not this job's); delete it"
+            raise Rejected([f"the Job {plan.name} in {self.profile.namespace} {why}"])
         if job["metadata"].get("deletionTimestamp"):
             raise Unreachable(f"Job {plan.name} is still being deleted")
         return self._handle(plan, job["metadata"]["uid"])
@@ -255,19 +252,14 @@ class KubernetesLauncher:
         left = [pod for pod in self.client.pods.present(uid) if not is_finished(pod)]
         if left:  # they are terminating, or the Job was deleted without its pods
             return JobState(Phase.RUNNING, f"Job {name} was deleted, {len(left)} pods are left")
-        watched = self._watched[uid]
-        if watched.exists and not handle.plan.files.exit.exists():
+        if self._watched[uid].exists and not handle.plan.files.exit.exists():
             return JobState(Phase.CANCELLED, f"Job {name} was deleted in the cluster")
-        unknown = JobState(Phase.UNKNOWN, f"Job {name} is not reported yet")
-        if time.monotonic() - watched.looked_up_at < _LOOKUP_INTERVAL_S:
-            return unknown
-        watched.looked_up_at = time.monotonic()
         try:
             job = self._read_job(name)
         except Unreachable as error:
             return JobState(Phase.UNKNOWN, str(error))
         if job is not None and job["metadata"]["uid"] == uid:
-            return unknown
+            return JobState(Phase.UNKNOWN, f"Job {name} is not reported yet")
         return JobState(Phase.GONE, f"Job {name} no longer exists")
 
     def _limited(self, handle: JobHandle, snapshot: Snapshot, state: JobState) -> JobState:

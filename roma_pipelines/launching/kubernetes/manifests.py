@@ -157,17 +157,10 @@ def _pod(spec: JobSpec, profile: KubernetesProfile, folder: str, attempt: int) -
 
 def _container(spec: JobSpec, profile: KubernetesProfile, folder: str, attempt: int) -> Manifest:
     rdma = profile.rdma_resource is not None and spec.nodes > 1
-    mounts = [
-        _filled(
-            {
-                "name": f"volume-{n}",
-                "mountPath": volume.mount,
-                "subPath": volume.sub_path,
-                "readOnly": volume.read_only or None,
-            }
-        )
-        for n, volume in enumerate(profile.volumes)
-    ]
+    mounts = []
+    for n, volume in enumerate(profile.volumes):
+        mount = {"name": f"volume-{n}", "mountPath": volume.mount, "subPath": volume.sub_path}
+        mounts.append(_filled({**mount, "readOnly": volume.read_only or None}))
     return _filled(
         {
             "name": CONTAINER,
@@ -221,10 +214,8 @@ def _environment(spec: JobSpec, profile: KubernetesProfile) -> list[Manifest]:
         }
     values |= profile.environment
     uid = {"fieldRef": {"fieldPath": f"metadata.labels['{CONTROLLER_LABEL}']"}}
-    return [
-        *({"name": name, "value": _literal(value)} for name, value in values.items()),
-        {"name": "ROMA_JOB_UID", "valueFrom": uid},
-    ]
+    plain = [{"name": name, "value": _literal(value)} for name, value in values.items()]
+    return [*plain, {"name": "ROMA_JOB_UID", "valueFrom": uid}]
 
 
 def _resources(spec: JobSpec, profile: KubernetesProfile, rdma: bool) -> Manifest:

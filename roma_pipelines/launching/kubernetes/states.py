@@ -7,7 +7,6 @@ another one failed. The Job's conditions show that it ended, once all its pods d
 from __future__ import annotations
 
 import datetime
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,11 +42,14 @@ class Snapshot:
     deleted: frozenset[str] = frozenset()  # uids of the latter
     warnings: Sequence[Object] = ()  # about the Job and its pods, the oldest first
 
-    def present(self) -> list[Object]:
-        """Existing pods; of an index that has several, the newest."""
+    def existing(self) -> list[Object]:
+        """Existing pods, the oldest first."""
         there = [pod for pod in self.pods if pod["metadata"]["uid"] not in self.deleted]
-        there.sort(key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))
-        return list({index_of(pod): pod for pod in there}.values())
+        return sorted(there, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))
+
+    def newest(self) -> list[Object]:
+        """Existing pods; of an index that has several, the newest."""
+        return list({index_of(pod): pod for pod in self.existing()}.values())
 
 
 def state_of(snapshot: Snapshot, ending_s: float = 0.0) -> JobState:
@@ -63,8 +65,7 @@ def state_of(snapshot: Snapshot, ending_s: float = 0.0) -> JobState:
     if failed := conditions.get("Failed"):
         return _failure(snapshot, failed)
     if target := conditions.get("FailureTarget"):
-        there = [pod for pod in snapshot.pods if pod["metadata"]["uid"] not in snapshot.deleted]
-        left = [pod for pod in there if _terminated(pod) is None]
+        left = [pod for pod in snapshot.existing() if _terminated(pod) is None]
         graces = [pod["metadata"].get("deletionGracePeriodSeconds") for pod in left]
         if left and all(g is not None and ending_s >= g + _LOST_AFTER_S for g in graces):
             lost = f"{', '.join(_nodes(left))} lost: {left[0]['metadata']['name']} does not end"
@@ -87,7 +88,7 @@ def holds_or_cannot_start(snapshot: Snapshot) -> bool:
 
     Otherwise all its pods wait for a free node: they are in a queue, which may be long.
     """
-    there = snapshot.present()
+    there = snapshot.newest()
     return not there or any(pod["spec"].get("nodeName") for pod in there)
 
 
@@ -122,12 +123,11 @@ def _progress(snapshot: Snapshot, wanted: int) -> JobState:
         state = _container(pod).get("state") or {}
         return is_finished(pod) or "running" in state or _seconds(_terminated(pod)) is not None
 
-    there = snapshot.present()
+    there = snapshot.newest()
     begun = list(filter(has_started, there))
     if len(begun) >= wanted:
         plural = "" if len(begun) == 1 else "s"
-        nodes = ", ".join(_nodes(begun))
-        return JobState(Phase.RUNNING, f"{len(begun)} pod{plural} on {nodes}")
+        return JobState(Phase.RUNNING, f"{len(begun)} pod{plural} on {', '.join(_nodes(begun))}")
     waiting = [_waits_for(pod, snapshot.warnings) for pod in there if pod not in begun]
     if len(there) < wanted:
         about_job = _about(snapshot.job, snapshot.warnings)
@@ -231,7 +231,4 @@ def _seconds(state: Object | None) -> float | None:
 
 
 def _epoch(text: str | None) -> float | None:
-    if not text:
-        return None
-    whole = re.sub(r"\.\d+", "", text).replace("Z", "+00:00")
-    return datetime.datetime.fromisoformat(whole).timestamp()
+    return datetime.datetime.fromisoformat(text).timestamp() if text else None

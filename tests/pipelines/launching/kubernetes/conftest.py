@@ -40,7 +40,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Shorter intervals than for a real cluster, and no watch outlives its test."""
     monkeypatch.setattr(kubernetes_client, "_clients", {})
     monkeypatch.setattr("roma_pipelines.launching.kubernetes.launcher._ORPHANED_AFTER_S", 0.3)
-    monkeypatch.setattr("roma_pipelines.launching.kubernetes.launcher._LOOKUP_INTERVAL_S", 0.2)
     monkeypatch.setattr("roma_pipelines.launching.kubernetes.launcher._CANCEL_INTERVAL_S", 0.05)
     yield
     for client in kubernetes_client._clients.values():
