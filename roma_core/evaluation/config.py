@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from roma_core.files import read_json, write_json
-from roma_core.serving.smoke_test import SmokeTest
+from roma_core.serving.package import SmokeTest
 from roma_core.settings import Frozen
 
 

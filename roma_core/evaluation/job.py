@@ -54,10 +54,15 @@ from roma_core.model.config import EncoderConfig, is_pretraining
 from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.run_job import Work
-from roma_core.serving.client import Series as RequestSeries
-from roma_core.serving.package import MAX_LENGTH, build_package, size_mb
+from roma_core.serving.package import (
+    MAX_LENGTH,
+    SmokeTest,
+    SmokeTestFailed,
+    build_package,
+    size_mb,
+    smoke_test_package,
+)
 from roma_core.serving.pyfunc_model import Series, open_package
-from roma_core.serving.smoke_test import SmokeTest, SmokeTestFailed, smoke_test_package
 from roma_core.trainer.dataloader import Collate
 from roma_core.trainer.evaluator import Outputs, classify
 from roma_core.trainer.job import open_dataset
@@ -466,7 +471,7 @@ def write_package(
         Path(weights, "model.safetensors"),
         read_json(Path(weights, "model_config.json")),
         test.dataset.schema,
-        [RequestSeries(**s) for s in raw_series(test, golden.tolist())],
+        [Series(**s) for s in raw_series(test, golden.tolist())],
         content.lineage,
         name=content.name,
         kind=content.kind,

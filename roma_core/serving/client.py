@@ -1,9 +1,7 @@
-"""Request and response types of a served model, and a thin client of its server. No torch.
+"""A thin client of the server of a registered model. No torch.
 
-    model = ServedModel("http://127.0.0.1:5001")
-    model.predict([Series(positions={"time": [0.0, 1.5]}, values={"flux": [3.0, 2.5]}, units=…)])
-
-``pyfunc_model.py`` runs without this package and repeats the three types; a test compares them.
+model = ServedModel("http://127.0.0.1:5001")
+model.predict([Series(positions={"time": [0.0, 1.5]}, values={"flux": [3.0, 2.5]}, units=…)])
 """
 
 from __future__ import annotations
@@ -15,51 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
+from roma_core.serving.pyfunc_model import Prediction, Series
 from roma_core.serving.registry_client import ModelVersion, connect, fetch, package_of, resolve
-
-
-class Series(BaseModel):
-    """One irregular series: positions and values of its observations, by name.
-
-    Every list of one series has the same length, its number of observations (at least 1). Names
-    and units are those of the model's schema. Series of one request may differ in length.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    id: str | None = Field(None, description="Returned with the prediction; free text.")
-    positions: dict[str, list[float]] = Field(
-        description="Axis name -> one number per observation."
-    )
-    values: dict[str, list[float]] = Field(
-        description="Channel name -> one number per observation."
-    )
-    units: dict[str, str] | None = Field(
-        None,
-        description="Axis or channel name -> unit, checked against the model's. Pure numbers (unit "
-        "'1') and axes counted in themselves (frame, in frames) may be left out, no other.",
-    )
-
-
-class Prediction(BaseModel):
-    """The class of one series, with the probability of every class."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    id: str | None = None
-    label: str = Field(description="The most probable class.")
-    probabilities: dict[str, float] = Field(description="Class name -> probability; they sum to 1.")
-
-
-class Features(BaseModel):
-    """Encoder features of one series: the mean of its encoded tokens."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    id: str | None = None
-    features: list[float] = Field(description="Same length for every series.")
 
 
 class RequestRejected(ValueError):

@@ -1,4 +1,4 @@
-"""Write and verify the package folder of a model; ``pyfunc_model.py`` describes its files.
+"""Write, verify and smoke-test the package folder of a model; ``pyfunc_model.py`` has its files.
 
 Importing this module imports neither torch nor MLflow.
 """
@@ -8,17 +8,25 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import Field
+
 from roma_core.files import sha256_of, write_bytes, write_json
 from roma_core.schema import DataSchema
-from roma_core.serving.client import Features, Prediction, Series
+from roma_core.serving import pyfunc_model
+from roma_core.serving.pyfunc_model import Features, Prediction, Series
+from roma_core.serving.registry_client import code_of
+from roma_core.settings import Frozen
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +36,37 @@ MODEL_CODE = Path(__file__).with_name("pyfunc_model.py")
 
 MAX_LENGTH = 4096
 _REQUIREMENTS = ("mlflow", "numpy", "pydantic", "torch")
+_SMOKE_TEST_TIMEOUT_S = 300
+_SMOKE_TEST = """
+import importlib.util, json, pathlib, statistics, sys, time
+import torch
+code, folder, repeats = sys.argv[1:]
+for blocked in ("roma_core", "roma_pipelines"):
+    sys.modules[blocked] = None  # importing it raises
+spec = importlib.util.spec_from_file_location("model_code", code)
+model = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(model)
+torch.set_num_threads(1)
+folder = pathlib.Path(folder)
+try:
+    model.open_package(folder)  # warm-up: the first load imports a thousand modules of torch
+    start = time.perf_counter()
+    package = model.open_package(folder)
+    load_s = time.perf_counter() - start
+    golden = folder / "golden.jsonl"
+    difference = package.check_golden(golden)
+except model.PackageError as error:
+    sys.exit(f"PackageError: {error}")
+rows = [model.Series(**json.loads(line)["series"]) for line in golden.read_text().splitlines()]
+times = []
+for _ in range(int(repeats)):
+    for row in rows:
+        start = time.perf_counter()
+        package.predict([row])
+        times.append(time.perf_counter() - start)
+latency = statistics.median(times) * 1e3
+print(json.dumps({"load_s": load_s, "latency_ms": latency, "golden_difference": difference}))
+"""
 
 
 def build_package(
@@ -71,8 +110,6 @@ def build_package(
     """
     import torch
 
-    from roma_core.serving import pyfunc_model
-
     if not golden or (kind == "classifier" and len(schema.classes) < 2):
         raise ValueError(
             f"a package needs golden series and at least 2 classes, got {len(golden)} and "
@@ -104,7 +141,7 @@ def build_package(
             },
         )
         package = pyfunc_model.Package(aside)
-        outputs = package.outputs([pyfunc_model.Series(**one.model_dump()) for one in golden])
+        outputs = package.outputs(list(golden))
         rows = [
             {
                 "series": one.model_dump(),
@@ -135,10 +172,51 @@ def verify_package(folder: Path) -> str:
     Raises:
         PackageError: the package is damaged, or computes other outputs on this computer.
     """
-    from roma_core.serving.pyfunc_model import MANIFEST, open_package
+    pyfunc_model.open_package(folder)
+    return sha256_of(folder / pyfunc_model.MANIFEST)
 
-    open_package(folder)
-    return sha256_of(folder / MANIFEST)
+
+class SmokeTest(Frozen):
+    """Measurements of a package that its own code alone loaded in a new process."""
+
+    load_s: float = Field(
+        description="Time to verify, load and compute the golden rows, without imports."
+    )
+    latency_ms: float = Field(description="Median time of one series among the golden rows.")
+    golden_difference: float = Field(description="Largest difference of an output; at most 1e-4.")
+
+
+class SmokeTestFailed(RuntimeError):
+    """A consumer cannot use the package; the message says why."""
+
+
+def smoke_test_package(folder: Path) -> SmokeTest:
+    """Load a package as a consumer does, in a new process, check its golden rows and time it.
+
+    The process loads the model's own file of code by path, this project's for a package outside of a
+    downloaded model, and cannot import this project.
+
+    Raises:
+        SmokeTestFailed: the package was rejected, or the process failed.
+    """
+    model = folder.parent.parent
+    code = code_of(model) if (model / "MLmodel").is_file() else MODEL_CODE
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", _SMOKE_TEST, str(code), str(folder), "5"],
+            env=environment | {"MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1"},
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=_SMOKE_TEST_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise SmokeTestFailed(f"{folder} did not load within {_SMOKE_TEST_TIMEOUT_S} s") from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise SmokeTestFailed(lines[-1].removeprefix("PackageError: "))
+    return SmokeTest.model_validate(json.loads(done.stdout.splitlines()[-1]))
 
 
 def size_mb(folder: Path) -> float:

@@ -1,6 +1,7 @@
 """The served model: this one file, logged beside a package folder, runs without this project.
 
-It needs mlflow, numpy, pydantic and torch. ``package.py`` writes the folder:
+It needs mlflow, numpy, pydantic and torch; as a part of this project it imports torch on first use,
+and MLflow never. ``package.py`` writes the folder:
 
     model.pt2             exported program: values (B, N, P) float32, positions (B, N, D) float32,
                           valid (B, N) bool, True at a real token -> (B, K): logits of K classes, or
@@ -18,14 +19,11 @@ Shapes:  B series   N tokens, padded   P channels   D axes   K outputs
 import hashlib
 import json
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from mlflow.exceptions import MlflowException
-from mlflow.models import ModelConfig, set_model
-from mlflow.pyfunc import PythonModel
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -99,6 +97,8 @@ class Package:
     """
 
     def __init__(self, folder: Path) -> None:
+        import torch
+
         package, schema = _read(folder / "package.json"), _read(folder / "schema.json")
         self.is_classifier: bool = package["kind"] == "classifier"
         self.golden_field = "probabilities" if self.is_classifier else "features"
@@ -165,7 +165,7 @@ class Package:
                 raise PackageError(
                     f"golden row {number} of {path}: {self.golden_field} differ by "
                     f"{difference:.2g}, more than {row['tolerance']}; with torch "
-                    f"{torch.__version__} on this computer the program computes other numbers: do "
+                    f"{version('torch')} on this computer the program computes other numbers: do "
                     f"not use it here"
                 )
             largest = max(largest, difference)
@@ -255,6 +255,8 @@ class Package:
 
     def _run(self, tokens: list[tuple[NDArray[Any], NDArray[Any]]]) -> NDArray[np.float64]:
         """Outputs ``(B, K)`` float64 of one batch."""
+        import torch
+
         longest = max(len(values) for values, _ in tokens)
         values = torch.zeros(len(tokens), longest, len(self.channels))
         positions = torch.zeros(len(tokens), longest, len(self.axes))
@@ -357,37 +359,28 @@ def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-class _Pyfunc(PythonModel):
-    """What ``mlflow.pyfunc.load_model`` and ``mlflow models serve`` run."""
+if not __package__:  # loaded as a model, not imported as a part of this project
+    from mlflow.exceptions import MlflowException
+    from mlflow.models import ModelConfig, set_model
+    from mlflow.pyfunc import PythonModel
 
-    def load_context(self, context: Any) -> None:
-        """Verify and load the package folder, the artifact ``package``."""
-        self.package = open_package(Path(context.artifacts["package"]))
+    _kind = ModelConfig(development_config={"kind": "classifier"}).get("kind")
+    Output = Features if _kind == "encoder" else Prediction
 
-    def _predict(self, series: list[Series]) -> Any:
-        """An invalid series is raised as the MlflowException that the server returns as HTTP 400."""
-        try:
-            return self.package.predict(series)
-        except InvalidSeries as error:
-            raise MlflowException.invalid_parameter_value(str(error)) from error
+    class Pyfunc(PythonModel):
+        """What ``mlflow.pyfunc.load_model`` and ``mlflow models serve`` run."""
 
+        def load_context(self, context: Any) -> None:
+            """Verify and load the package folder, the artifact ``package``."""
+            self.package = open_package(Path(context.artifacts["package"]))
 
-class PyfuncClassifier(_Pyfunc):
-    def predict(  # type: ignore[override]
-        self, model_input: list[Series], params=None
-    ) -> list[Prediction]:
-        """MLflow infers the signature from these types."""
-        return self._predict(model_input)
+        def predict(  # type: ignore[override]
+            self, model_input: list[Series], params=None
+        ) -> list[Output]:  # type: ignore[valid-type]
+            """MLflow infers the signature from these types, and returns errors as HTTP 400."""
+            try:
+                return self.package.predict(model_input)
+            except InvalidSeries as error:
+                raise MlflowException.invalid_parameter_value(str(error)) from error
 
-
-class PyfuncEncoder(_Pyfunc):
-    def predict(  # type: ignore[override]
-        self, model_input: list[Series], params=None
-    ) -> list[Features]:
-        """MLflow infers the signature from these types."""
-        return self._predict(model_input)
-
-
-# `kind` is logged with the model; an import without MLflow's loader takes the default
-_kind = ModelConfig(development_config={"kind": "classifier"}).get("kind")
-set_model(PyfuncEncoder() if _kind == "encoder" else PyfuncClassifier())
+    set_model(Pyfunc())

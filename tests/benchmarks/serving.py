@@ -84,7 +84,7 @@ def tensors(row: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def load(folder: Path) -> None:
-    from roma_core.serving.smoke_test import smoke_test_package
+    from roma_core.serving.package import smoke_test_package
 
     trials = [smoke_test_package(folder / "package") for _ in range(3)]
     seconds = [trial.load_s for trial in trials]

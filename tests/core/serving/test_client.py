@@ -1,5 +1,7 @@
 """What the thin client refuses before it asks a server."""
 
+import subprocess
+import sys
 from decimal import Decimal
 
 import pytest
@@ -15,6 +17,12 @@ def test_what_is_no_number_is_refused_by_the_name_of_its_field():
         RequestRejected, match=r"series 1: values: 'flux': .*Decimal.*plain numbers"
     ):
         ServedModel("http://127.0.0.1:9", timeout_s=2).predict(rows)
+
+
+def test_the_client_and_the_types_of_requests_need_neither_torch_nor_mlflow():
+    code = "import sys, roma_core.serving.client; print({'torch', 'mlflow'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 @pytest.mark.parametrize(

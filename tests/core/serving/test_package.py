@@ -13,8 +13,8 @@ import torch
 from jsonschema import Draft202012Validator, ValidationError
 
 from roma_core.schema import ChannelNormalisation, DataSchema, Normaliser, PositionAxis
-from roma_core.serving import client, pyfunc_model
-from roma_core.serving.package import verify_package
+from roma_core.serving import pyfunc_model
+from roma_core.serving.package import SmokeTestFailed, smoke_test_package, verify_package
 from roma_core.serving.pyfunc_model import (
     InvalidSeries,
     Package,
@@ -23,6 +23,7 @@ from roma_core.serving.pyfunc_model import (
     open_package,
 )
 from tests.core.serving import toy
+from tests.time_limits import within
 
 FILES = (
     *sorted(pyfunc_model.REQUIRED_FILES), "profile.json", "requirements.lock", "MODEL_CARD.md",
@@ -132,12 +133,6 @@ def test_right_units_pass_and_an_empty_list_does_not(classifier):
     assert classifier.predict([given(units={"flux": "mJy", "time": "d"})])[0].id == "s0"
     with pytest.raises(InvalidSeries, match="at least one series"):
         classifier.predict([])
-
-
-@pytest.mark.parametrize("name", ["Series", "Prediction", "Features"])
-def test_client_and_served_model_have_equal_types(name):
-    ours, served = getattr(client, name), getattr(pyfunc_model, name)
-    assert ours.model_json_schema() == served.model_json_schema()
 
 
 def test_the_json_schema_of_a_package_takes_what_the_model_takes(package):
@@ -269,3 +264,19 @@ def test_the_served_file_normalises_as_the_data_side_does(seed):
     np.testing.assert_array_equal(served[0], normaliser.normalise(values.astype(np.float32)))
     np.testing.assert_array_equal(served[1], normaliser.normalise_positions(positions))
     assert served[0].dtype == served[1].dtype == np.float32
+
+
+def test_a_sound_package_is_timed_and_a_damaged_one_is_refused(tmp_path):
+    folder = tmp_path / "toy"
+    toy.build_toy(folder)
+
+    result = smoke_test_package(folder)
+
+    print(f"load and verify {result.load_s:.3f} s, one series {result.latency_ms:.2f} ms")
+    assert result.golden_difference < 1e-5
+    assert 0 < result.load_s < within(3)
+    assert 0 < result.latency_ms < within(1000)
+
+    (folder / "model.pt2").write_bytes(b"not a program")
+    with pytest.raises(SmokeTestFailed, match=r"model\.pt2 was changed: its sha256 is"):
+        smoke_test_package(folder)

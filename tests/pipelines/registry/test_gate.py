@@ -3,7 +3,7 @@ import pytest
 
 from roma_core.evaluation.config import ServingChecks
 from roma_core.evaluation.predictions import PredictionTable
-from roma_core.serving.smoke_test import SmokeTest
+from roma_core.serving.package import SmokeTest
 from roma_pipelines.registry import gate as gates
 from roma_pipelines.registry.gate import CHECKS, GateDecision, GateThresholds
 
