@@ -113,18 +113,12 @@ class Effect(Frozen):
 
 @dataclass(frozen=True)
 class InputSample:
-    """Quantities of n series, all numbers of all series in one array each.
-
-    Attributes:
-        quantities: ``length``, ``span.AXIS`` and ``gap.AXIS`` -> numbers.
-        values: channel -> values; NaN is missing.
-        classes: class -> number of series; empty if unknown.
-    """
+    """Quantities of n series, all numbers of all series in one array each."""
 
     n: int
-    quantities: Mapping[str, Floats]
-    values: Mapping[str, Floats]
-    classes: Mapping[str, int]
+    quantities: Mapping[str, Floats]  # length, span.AXIS and gap.AXIS -> numbers
+    values: Mapping[str, Floats]  # channel -> values; NaN is missing
+    classes: Mapping[str, int]  # class -> number of series; empty if unknown
 
 
 def reference_profile(

@@ -193,11 +193,8 @@ class _Evaluator:
             leaks=self.leaks,
             plots=tuple(plot_of(name, png) for name, png in figures.items()),
             limits=tuple(limits),
-            champion_version=config.champion_version,
-            decided_before=config.decided_before,
-            baselines=config.baselines,
             n_observed=config.n_observed,
-            **{"facts": config.facts} | fields,
+            **_shared(config) | fields,
         )
         write_bytes(self.out / "report.html", render_report(content).encode())
 
@@ -389,6 +386,12 @@ class _Evaluator:
         return metrics
 
 
+def _shared(config: EvaluationJobConfig) -> dict[str, Any]:
+    """The fields that report and model card take from the configuration as they are."""
+    names = ("facts", "champion_version", "baselines", "decided_before")
+    return {name: getattr(config, name) for name in names}
+
+
 @torch.no_grad()
 def embed(encoder: RoMAForPreTraining, series: Subset, batch_size: int) -> Float32:
     """``(len(series), d_model)`` features: the mean of every series' tokens, all of them visible."""
@@ -456,12 +459,8 @@ def write_package(
         data_schema=test.dataset.schema,
         # no series of its own data set is too long for the package
         max_length=max(MAX_LENGTH, int(test.dataset.lengths.max())),
-        facts=config.facts,
-        champion_version=config.champion_version,
-        baselines=config.baselines,
-        decided_before=config.decided_before,
         lineage={"dataset_digest": config.dataset_digest, **config.lineage},
-        **card,
+        **_shared(config) | card,
     )
     by_length = np.argsort(test.lengths, kind="stable")
     golden = by_length[np.linspace(0, len(test) - 1, min(_N_GOLDEN, len(test))).astype(int)]

@@ -156,18 +156,10 @@ def confusion_matrix(metrics: ClassificationMetrics) -> Figure:
     axes.grid(which="minor", color="white", linewidth=1.5)
     axes.tick_params(which="both", length=0)
     if k <= 25:
-        size = 9 if counts.max() < 1000 else 7
+        style: Any = {"ha": "center", "va": "center", "fontsize": 9 if counts.max() < 1000 else 7}
         for row, column in zip(*np.nonzero(counts), strict=True):
             colour = "white" if fraction[row, column] > 0.55 else INK
-            axes.text(
-                column,
-                row,
-                f"{counts[row, column]}",
-                ha="center",
-                va="center",
-                fontsize=size,
-                color=colour,
-            )
+            axes.text(column, row, f"{counts[row, column]}", color=colour, **style)
     bar = figure.colorbar(image, ax=axes, fraction=0.045, pad=0.03)
     bar.set_label("fraction of the true class")
     bar.outline.set_visible(False)
@@ -177,25 +169,17 @@ def confusion_matrix(metrics: ClassificationMetrics) -> Figure:
 @_as_png
 def reliability_curve(metrics: ClassificationMetrics) -> Figure:
     """Accuracy against confidence, bins of equal mass, and how many series each bin holds."""
-    confidence = np.array([b.confidence for b in metrics.reliability])
-    accuracy = np.array([b.accuracy for b in metrics.reliability])
-    count = np.array([b.count for b in metrics.reliability])
+    bins = [(b.confidence, b.accuracy, b.count) for b in metrics.reliability]
+    confidence, accuracy, count = np.array(bins).T
     error = np.sqrt((accuracy * (1 - accuracy)).clip(1e-9) / count)
     low = min(0.95, float(min(confidence.min(), accuracy.min())))
     low = max(0.0, np.floor(low * 10 - 0.5) / 10)
     figure = Figure((4.8, 4.8))
     curve, counts = figure.subplots(2, 1, sharex=True, height_ratios=[3.4, 1])
     curve.plot([0, 1], [0, 1], color=GREY, linestyle=_DASHED, label="perfectly calibrated")
-    curve.errorbar(
-        confidence,
-        accuracy,
-        yerr=error,
-        color=BLUE,
-        marker="o",
-        markersize=5,
-        elinewidth=1,
-        label="bins, ± standard error",
-    )
+    style: Any = {"color": BLUE, "markersize": 5, "elinewidth": 1}
+    label = "bins, ± standard error"
+    curve.errorbar(confidence, accuracy, error, fmt="o-", label=label, **style)
     margin = 0.02 * (1 - low)
     curve.set(xlim=(low - margin, 1 + margin), ylim=(low - margin, 1 + margin))
     curve.set_ylabel("accuracy")
@@ -210,29 +194,17 @@ def reliability_curve(metrics: ClassificationMetrics) -> Figure:
 
 @dataclass(frozen=True, eq=False)
 class ReconstructionExample:
-    """A reconstructed series of N observations and C channels.
+    """A reconstructed series of N observations and C channels."""
 
-    Attributes:
-        title: id of the series.
-        channels: C names, with their units.
-        positions: ``(N,)`` on the axis that is drawn.
-        values: ``(N, C)`` true values.
-        predicted: ``(N, C)`` reconstructed values; only those of hidden observations are drawn.
-        visible: ``(N,)`` bool, True where the encoder saw the observation, False where it was hidden.
-        axis: name of the axis, with the unit.
-        std: ``(N, C)`` predicted standard deviations; None: not drawn.
-        clean: ``(N, C)`` values without noise, drawn as the line; None: the observed ones are drawn.
-    """
-
-    title: str
-    channels: Sequence[str]
-    positions: NDArray[np.floating]
-    values: NDArray[np.floating]
-    predicted: NDArray[np.floating]
-    visible: NDArray[np.bool_]
-    axis: str = "position"
-    std: NDArray[np.floating] | None = None
-    clean: NDArray[np.floating] | None = None
+    title: str  # id of the series
+    channels: Sequence[str]  # C names, with their units
+    positions: NDArray[np.floating]  # (N,) on the axis that is drawn
+    values: NDArray[np.floating]  # (N, C) true values
+    predicted: NDArray[np.floating]  # (N, C); only those of hidden observations are drawn
+    visible: NDArray[np.bool_]  # (N,) True where the encoder saw the observation
+    axis: str = "position"  # its name, with the unit
+    std: NDArray[np.floating] | None = None  # (N, C) predicted standard deviations
+    clean: NDArray[np.floating] | None = None  # (N, C) without noise: the line, if not None
 
     def __post_init__(self) -> None:
         n, c = len(self.positions), len(self.channels)
@@ -275,58 +247,24 @@ def reconstruction_examples(examples: Sequence[ReconstructionExample]) -> Figure
 def _draw_reconstruction(axes: Axes, example: ReconstructionExample, channel: int) -> None:
     order = np.argsort(example.positions, kind="stable")
     hidden = order[~example.visible[order]]
-    visible = order[example.visible[order]]
-    x, true, predicted = (
-        example.positions,
-        example.values[:, channel],
-        example.predicted[:, channel],
-    )
-    line = true if example.clean is None else example.clean[:, channel]
-    axes.plot(
-        x[order],
-        line[order],
-        color="#c9ced4",
-        linewidth=1,
-        zorder=1,
-        label=None if example.clean is None else "without noise",
-    )
+    seen = order[example.visible[order]]
+    x, true = example.positions, example.values[:, channel]
+    predicted = example.predicted[:, channel]
+    line, label = true, None
+    if example.clean is not None:
+        line, label = example.clean[:, channel], "without noise"
+    axes.plot(x[order], line[order], color="#c9ced4", linewidth=1, zorder=1, label=label)
     if example.std is not None:
-        axes.errorbar(
-            x[hidden],
-            predicted[hidden],
-            example.std[hidden, channel],
-            fmt="none",
-            ecolor=ORANGE,
-            elinewidth=2.5,
-            alpha=0.3,
-            label="± predicted deviation",
-            zorder=2,
-        )
-    axes.vlines(
-        x[hidden], true[hidden], predicted[hidden], color=ORANGE, linewidth=0.9, alpha=0.6, zorder=2
-    )
-    axes.plot(x[visible], true[visible], "o", color=INK, markersize=4, label="visible", zorder=3)
-    axes.plot(
-        x[hidden],
-        true[hidden],
-        "o",
-        color=GREY,
-        markerfacecolor="white",
-        markersize=4.5,
-        label="hidden, true value",
-        zorder=3,
-    )
-    axes.plot(
-        x[hidden],
-        predicted[hidden],
-        "X",
-        color=ORANGE,
-        markeredgecolor="white",
-        markeredgewidth=0.5,
-        markersize=6.5,
-        label="hidden, reconstructed",
-        zorder=4,
-    )
+        bars: Any = {"ecolor": ORANGE, "elinewidth": 2.5, "alpha": 0.3, "zorder": 2}
+        std, label = example.std[hidden, channel], "± predicted deviation"
+        axes.errorbar(x[hidden], predicted[hidden], std, fmt="none", label=label, **bars)
+    lines: Any = {"color": ORANGE, "linewidth": 0.9, "alpha": 0.6, "zorder": 2}
+    axes.vlines(x[hidden], true[hidden], predicted[hidden], **lines)
+    hollow: Any = {"color": GREY, "mfc": "white", "ms": 4.5, "zorder": 3}
+    cross: Any = {"color": ORANGE, "mec": "white", "mew": 0.5, "ms": 6.5, "zorder": 4}
+    axes.plot(x[seen], true[seen], "o", color=INK, ms=4, zorder=3, label="visible")
+    axes.plot(x[hidden], true[hidden], "o", label="hidden, true value", **hollow)
+    axes.plot(x[hidden], predicted[hidden], "X", label="hidden, reconstructed", **cross)
 
 
 @_as_png
@@ -356,15 +294,10 @@ def learning_curve(
     row = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (quantity, names) in zip(row, panels.items(), strict=True):
         for name in names:
-            split, marker = name.rsplit("/", 1)[0], "o" if len(lines[name]) < 40 else None
-            axes.plot(
-                *zip(*lines[name], strict=True),
-                color=_SPLIT_COLOURS.get(split),
-                label=split,
-                linewidth=1.6,
-                marker=marker,
-                markersize=3,
-            )
+            split, style = name.rsplit("/", 1)[0], "o-" if len(lines[name]) < 40 else "-"
+            steps, values = zip(*lines[name], strict=True)
+            colour = _SPLIT_COLOURS.get(split)
+            axes.plot(steps, values, style, color=colour, label=split, linewidth=1.6, markersize=3)
         axes.set(xlabel="step", title=quantity)
         if "loss" in quantity and all(value > 0 for name in names for _, value in lines[name]):
             axes.set_yscale("log")
@@ -456,15 +389,8 @@ def embedding_map(features: NDArray[np.floating], labels: Ints, classes: Sequenc
     figure = Figure((6.4, 4.6))
     axes = figure.subplots()
     for k in np.unique(labels):
-        axes.scatter(
-            points[labels == k, 0],
-            points[labels == k, 1],
-            s=14,
-            color=colours(k % colours.N),
-            alpha=0.75,
-            linewidths=0,
-            label=_short(classes[k]),
-        )
+        (x, y), colour, name = points[labels == k].T, colours(k % colours.N), _short(classes[k])
+        axes.scatter(x, y, 14, color=colour, alpha=0.75, linewidths=0, label=name)
     axes.set_xlabel(f"first principal component, {fractions[0]:.0%} of the variance")
     axes.set_ylabel(f"second, {fractions[1]:.0%}")
     if len(classes) <= _MAX_LEGEND:

@@ -69,27 +69,17 @@ class _Table:
 class PredictionTable(_Table):
     """Labels and predicted probabilities of N series over K classes.
 
-    Attributes:
-        ids: N distinct ids.
-        classes: K distinct class names; labels and columns of ``probabilities`` index them.
-        labels: ``(N,)`` int64, the true classes.
-        probabilities: ``(N, K)`` float64, finite, in [0, 1], rows sum to 1 within 1e-4.
-        lengths: ``(N,)`` int64, observations per series, at least 1.
-        lineage: identifiers such as the digest of the data.
-        missing: ``(N,)`` float64, missing fraction of each series as :func:`missing_fractions` has
-            it, in [0, 1); None if unknown.
-
     Raises:
-        ValueError: shapes, ids, labels or probabilities are not as above.
+        ValueError: shapes, ids, labels or probabilities are not as below.
     """
 
-    ids: list[str]
-    classes: tuple[str, ...]
-    labels: Ints
-    probabilities: Floats
-    lengths: Ints
-    lineage: Mapping[str, str] = field(default_factory=dict)
-    missing: Floats | None = None
+    ids: list[str]  # N distinct ones
+    classes: tuple[str, ...]  # K distinct ones, which labels and columns of probabilities index
+    labels: Ints  # (N,) the true classes
+    probabilities: Floats  # (N, K) finite, in [0, 1], rows sum to 1 within 1e-4
+    lengths: Ints  # (N,) observations per series, at least 1
+    lineage: Mapping[str, str] = field(default_factory=dict)  # such as the digest of the data
+    missing: Floats | None = None  # (N,) of missing_fractions(); None if unknown
 
     def __post_init__(self) -> None:
         n, k = len(self.ids), len(self.classes)
@@ -209,20 +199,13 @@ def missing_fractions(test: Subset) -> Floats:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _ObservationTable(_Table):
-    """K true and predicted values of T observations of N series, in the units of the data.
+    """K true and predicted values of T observations of N series, in the units of the data."""
 
-    Attributes:
-        ids: N ids of series.
-        series: ``(T,)`` int64, ascending: the index in ``ids`` of each observation's series.
-        channels: K names with their units.
-        true, predicted: ``(T, K)``.
-    """
-
-    ids: list[str]
-    series: Ints
-    channels: tuple[Channel, ...]
-    true: NDArray[np.floating]
-    predicted: NDArray[np.floating]
+    ids: list[str]  # of the N series
+    series: Ints  # (T,) ascending: the index in ids of each observation's series
+    channels: tuple[Channel, ...]  # K names with their units
+    true: NDArray[np.floating]  # (T, K)
+    predicted: NDArray[np.floating]  # (T, K)
 
     def _columns(self, own: Mapping[str, NDArray[Any]], *fields: str) -> dict[str, Any]:
         """``id``, ``own``, and a column for each channel of the fields that are not None."""
@@ -234,29 +217,21 @@ class _ObservationTable(_Table):
             if (values := getattr(self, name)) is not None
             for k, channel in enumerate(self.channels)
         }
-        return {
-            "id": pa.array(self.ids, pa.string()).take(pa.array(self.series)),
-            **own,
-            **by_channel,
-        }
+        ids = pa.array(self.ids, pa.string()).take(pa.array(self.series))
+        return {"id": ids, **own, **by_channel}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RegressionTable(_ObservationTable):
     """K targets of all T observations of N series; ``true`` and ``predicted`` are finite float64.
 
-    Attributes:
-        axes: D axes of ``positions``.
-        positions: ``(T, D)`` float64, as delivered.
-        lineage: identifiers such as the digest of the data.
-
     Raises:
         ValueError: shapes do not fit together, or a number is not finite.
     """
 
-    axes: tuple[PositionAxis, ...]
-    positions: Floats
-    lineage: Mapping[str, str] = field(default_factory=dict)
+    axes: tuple[PositionAxis, ...]  # D of them
+    positions: Floats  # (T, D) as delivered
+    lineage: Mapping[str, str] = field(default_factory=dict)  # such as the digest of the data
 
     def __post_init__(self) -> None:
         n, k, total = len(self.ids), len(self.channels), len(self.series)
@@ -287,17 +262,11 @@ class RegressionTable(_ObservationTable):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ReconstructionTable(_ObservationTable):
-    """T hidden observations, of all or some of N series; values are float32, as observed, with noise.
+    """T hidden observations, of all or some of N series; values are float32, as observed, with noise."""
 
-    Attributes:
-        index: ``(T,)`` int64 index of the observation in its series.
-        std: ``(T, K)`` predicted standard deviation; None if the model predicts none.
-        clean: ``(T, K)`` values without noise; None if unknown.
-    """
-
-    index: Ints
-    std: Float32 | None = None
-    clean: Float32 | None = None
+    index: Ints  # (T,) of the observation in its series
+    std: Float32 | None = None  # (T, K) predicted standard deviation, if the model predicts it
+    clean: Float32 | None = None  # (T, K) values without noise, if known
 
     def select(self, rows: Bools) -> ReconstructionTable:
         """The observations where ``(T,)`` is True."""

@@ -262,23 +262,23 @@ def examples_of(table: ReconstructionTable, split: Subset) -> list[Reconstructio
         row, rows = int(split.indices[k]), table.series == k
         positions, values = dataset.raw(row)
         hidden, targets = table.index[rows], dataset.targets(row)
-        full = [np.full_like(values, np.nan), np.full_like(values, np.nan)]
-        for whole, part in zip(full, (table.predicted, table.std), strict=True):
-            if part is not None:
-                whole[hidden] = part[rows]
+        predicted, std = np.full_like(values, np.nan), np.full_like(values, np.nan)
+        predicted[hidden] = table.predicted[rows]
+        if table.std is not None:
+            std[hidden] = table.std[rows]
+        clean = None if targets is None or columns is None else targets[:, columns]
+        drawn = slice(_N_CHANNELS)
         examples.append(
             ReconstructionExample(
                 title=dataset.ids[row],
-                channels=[label_of(channel) for channel in schema.channels[:_N_CHANNELS]],
+                channels=[label_of(channel) for channel in schema.channels[drawn]],
                 positions=positions[:, 0],
-                values=values[:, :_N_CHANNELS],
-                predicted=full[0][:, :_N_CHANNELS],
+                values=values[:, drawn],
+                predicted=predicted[:, drawn],
                 visible=~np.isin(np.arange(len(values)), hidden),
                 axis=label_of(schema.axes[0]),
-                std=None if table.std is None else full[1][:, :_N_CHANNELS],
-                clean=None
-                if targets is None or columns is None
-                else targets[:, columns][:, :_N_CHANNELS],
+                std=None if table.std is None else std[:, drawn],
+                clean=None if clean is None else clean[:, drawn],
             )
         )
     return examples

@@ -56,7 +56,7 @@ try:
     golden = folder / "golden.jsonl"
     difference = package.check_golden(golden)
 except model.PackageError as error:
-    sys.exit(f"PackageError: {error}")
+    sys.exit(str(error))
 rows = [model.Series(**json.loads(line)["series"]) for line in golden.read_text().splitlines()]
 times = []
 for _ in range(int(repeats)):
@@ -215,7 +215,7 @@ def smoke_test_package(folder: Path) -> SmokeTest:
         raise SmokeTestFailed(f"{folder} did not load within {_SMOKE_TEST_TIMEOUT_S} s") from error
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise SmokeTestFailed(lines[-1].removeprefix("PackageError: "))
+        raise SmokeTestFailed(lines[-1])
     return SmokeTest.model_validate(json.loads(done.stdout.splitlines()[-1]))
 
 

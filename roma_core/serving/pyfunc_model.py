@@ -295,11 +295,8 @@ _TRANSFORMS = {"identity": lambda x, scale: x, "arcsinh": lambda x, scale: np.ar
 def normalise_values(
     columns: list[NDArray[np.float64]], constants: list[dict[str, Any]]
 ) -> NDArray[np.float32]:
-    """``(n, P)``, equal to ``roma_core.schema.Normaliser.normalise``.
-
-    Args:
-        columns: ``(n,)`` of each channel, as delivered.
-        constants: ``normalisation`` of ``schema.json``.
+    """``(n, P)`` of P columns ``(n,)`` as delivered, equal to ``roma_core.schema.Normaliser.normalise``;
+    ``constants``: ``normalisation`` of ``schema.json``.
     """
     normalised = []
     for column, c in zip(columns, constants, strict=True):
@@ -312,11 +309,8 @@ def normalise_values(
 def normalise_positions(
     columns: list[NDArray[np.float64]], axes: list[dict[str, Any]]
 ) -> NDArray[np.float32]:
-    """``(n, D)``, equal to ``roma_core.schema.Normaliser.normalise_positions``.
-
-    Args:
-        columns: ``(n,)`` of each axis, as delivered.
-        axes: ``axes`` of ``schema.json``.
+    """``(n, D)`` of D columns ``(n,)`` as delivered, equal to ``Normaliser.normalise_positions``;
+    ``axes``: those of ``schema.json``.
     """
     normalised = []
     for x, axis in zip(columns, axes, strict=True):
