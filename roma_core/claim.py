@@ -28,12 +28,6 @@ ATTEMPT_VARIABLE = "ROMA_JOB_ATTEMPT"
 CONTINUE_EXIT_CODE = 75
 """Exit code of a process that saved and needs another attempt; torchrun does not pass it on."""
 
-_EXTERNAL_IDS = {  # environment variables that name the cluster job, and their names in owner.json
-    "SLURM_JOB_ID": "SLURM_JOB_ID",
-    "SLURM_RESTART_COUNT": "SLURM_RESTART_COUNT",
-    "ROMA_JOB_UID": "job_uid",
-}
-
 FS_LAG_S = 30.0
 """Network file systems may report a new file as missing for so long, in seconds."""
 
@@ -46,7 +40,10 @@ def claim(attempt: Path) -> dict[str, Any] | None:
     Raises:
         OSError: the job folder is not writable.
     """
-    ours = {key: os.environ[name] for name, key in _EXTERNAL_IDS.items() if name in os.environ}
+    names = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")
+    ours = {name: os.environ[name] for name in names if name in os.environ}
+    if "ROMA_JOB_UID" in os.environ:  # Kubernetes
+        ours["job_uid"] = os.environ["ROMA_JOB_UID"]
     owner = {
         "schema_version": 1,
         "pid": os.getpid(),

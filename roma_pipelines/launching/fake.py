@@ -71,7 +71,6 @@ def ended(phase: Phase, reason: str = "", report: Exit | None = None) -> Step:
 
 @dataclass
 class _Simulated:
-    id: str
     steps: list[Step]
     state: JobState
 
@@ -106,12 +105,11 @@ class FakeLauncher:
         self.submitted.append(_id(plan))
         script = self._scripts[min(plan.attempt, len(self._scripts)) - 1]
         # a second submission changes nothing: the job's own claim would let only the first run
-        job = _Simulated(str(len(self.submitted)), list(script), JobState(Phase.WAITING))
-        return JobHandle(plan, {"id": self._jobs.setdefault(_id(plan), job).id})
+        self._jobs.setdefault(_id(plan), _Simulated(list(script), JobState(Phase.WAITING)))
+        return JobHandle(plan, {"id": plan.name})
 
     def find(self, plan: Plan) -> JobHandle | None:
-        job = self._jobs.get(_id(plan))
-        return JobHandle(plan, {"id": job.id}) if job else None
+        return JobHandle(plan, {"id": plan.name}) if _id(plan) in self._jobs else None
 
     def watch(self, handle: JobHandle) -> JobState:
         plan, job = handle.plan, self._jobs.get(_id(handle.plan))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from roma_pipelines.launching.spec import AttemptRecord, JobSpec, Outcome
 from roma_pipelines.launching.supervisor import Supervisor, is_held, request_cancel
 
 log = logging.getLogger(__name__)
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -86,23 +88,18 @@ def read_job(path: Path) -> Job | None:
 def all_jobs(root: Path) -> list[Job]:
     """All jobs under ``root``, the newest first; a warning names each that cannot be read."""
     jobs = []
-    for path in _folders(root):
+    for path in root.iterdir() if root.is_dir() else []:
         try:
-            job = read_job(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            jobs.append(read_job(path))
+        except _UNREADABLE as error:
             if path.exists():  # else it was removed a moment ago
+                why = " ".join(str(error).split())
                 log.warning(
                     "job folder %s cannot be read and is left out (%s); repair or remove it",
                     path,
-                    " ".join(str(error).split()),
+                    why,
                 )
-        else:
-            jobs += [job] if job else []
-    return sorted(jobs, key=lambda job: job.made_at, reverse=True)
-
-
-def _folders(root: Path) -> list[Path]:
-    return [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    return sorted(filter(None, jobs), key=lambda job: job.made_at, reverse=True)
 
 
 def find_job(root: Path, key: str) -> Job:
@@ -111,20 +108,18 @@ def find_job(root: Path, key: str) -> Job:
     Raises:
         ValueError: there is none, or several, or it cannot be read.
     """
-    found = [path for path in _folders(root) if path.name.startswith(key)]
-    found = [path for path in found if JobFolder(path).spec.exists()]
+    found = [spec.parent for spec in root.glob(f"{glob.escape(key)}*/spec.json")]
     if len(found) != 1:
         there = ", ".join(path.name for path in found) or "none"
         raise ValueError(f"exactly one job of {root} should begin with {key!r}; there is {there}")
     try:
-        job = read_job(found[0])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if job := read_job(found[0]):
+            return job
+    except _UNREADABLE as error:
         raise ValueError(
             f"the job in {found[0]} cannot be read ({error}); repair or remove that folder"
         ) from error
-    if job is None:
-        raise ValueError(f"the job in {found[0]} was removed a moment ago")
-    return job
+    raise ValueError(f"the job in {found[0]} was removed a moment ago")
 
 
 def cancel(
@@ -136,17 +131,18 @@ def cancel(
     """Cancel a job, supervised or not; returns its final status.
 
     A living supervisor is asked to, and makes no further attempt; without one, this process takes
-    the lease and does it itself.
+    the lease and does it itself. Several jobs may be cancelled at the same time, by threads.
 
     Raises:
         RuntimeError: it has not ended after ``wait_s``.
-        Unreachable: it is not supervised, and its target does not answer.
+        Unreachable: it is not supervised, and its target does not answer for ``wait_s``. The request
+            stays in the folder, for the next call and for any supervisor.
     """
     if not job.is_unfinished:
         return job.status
     request_cancel(job.folder, by)
     deadline = time.monotonic() + wait_s
-    while time.monotonic() < deadline:
+    while True:
         now = read_job(job.folder.path)
         assert now is not None, "its spec is never removed"
         if not now.is_unfinished:
@@ -156,9 +152,15 @@ def cancel(
             config = read_json(job.folder.config)
             holder = {k: v for k, v in job.lease.items() if k in ("asset_key", "dagster_run_id")}
             launcher = launcher_of_attempt(now.records[-1])
-            return Supervisor(launcher, job.folder, job.spec, config, holder=holder).run().status
+            supervisor = Supervisor(
+                launcher, job.folder, job.spec, config, holder=holder, deadline=deadline
+            )
+            return supervisor.run().status
+        if time.monotonic() > deadline:
+            raise RuntimeError(
+                f"job {job.key} has not ended {wait_s:g} s after its supervisor was asked"
+            )
         time.sleep(0.2)
-    raise RuntimeError(f"job {job.key} has not ended {wait_s:g} s after its supervisor was asked")
 
 
 def usage(outcome: Outcome, spec: JobSpec, profile: ClusterProfile | None) -> dict[str, Any]:

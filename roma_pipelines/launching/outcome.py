@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from roma_core.files import read_json
 from roma_core.job import JobFolder
-from roma_pipelines.launching.spec import AttemptRecord, JobSpec, Phase, id_of
+from roma_pipelines.launching.spec import AttemptRecord, JobSpec, Phase, Status, id_of
 
 
 class ExitReport(StrEnum):
@@ -32,17 +32,11 @@ class ExitReport(StrEnum):
     NOTHING = "no exit.json"
 
 
-class Verdict(StrEnum):
-    COMPLETED = "completed"
-    CONTINUE = "continue"
-    CONTINUE_IF_ADVANCED = "continue if a checkpoint was added"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
-_DONE, _NEXT, _IF_ADVANCED, _FAIL = (
-    Verdict.COMPLETED, Verdict.CONTINUE, Verdict.CONTINUE_IF_ADVANCED, Verdict.FAILED
-)  # fmt: skip
+Verdict = Literal[Status, "continue if a checkpoint was added"]
+_DONE: Final = "completed"
+_NEXT: Final = "continue"
+_FAIL: Final = "failed"
+_IF_ADVANCED: Final = "continue if a checkpoint was added"
 # fmt: off
 _ROWS: dict[Phase, tuple[Verdict, ...]] = {
     # report:            proof  completed continue     failed nothing
@@ -60,7 +54,7 @@ _ROWS: dict[Phase, tuple[Verdict, ...]] = {
     Phase.OUT_OF_MEMORY: (_FAIL, _FAIL, _NEXT,         _FAIL, _FAIL),
     # a hung attempt that could save when asked to end may hang again
     Phase.HUNG:          (_NEXT, _NEXT, _IF_ADVANCED,  _FAIL, _IF_ADVANCED),
-    Phase.CANCELLED:     (Verdict.CANCELLED,) * 5,
+    Phase.CANCELLED:     ("cancelled",) * 5,
 }
 # fmt: on
 POLICY = {phase: dict(zip(ExitReport, row, strict=True)) for phase, row in _ROWS.items()}
@@ -74,7 +68,7 @@ def decide(
     before: list[AttemptRecord],
     max_attempts: int,
     began: bool = True,
-) -> tuple[Literal["completed", "continue", "failed", "cancelled"], str]:
+) -> tuple[Status, str]:
     """Status of an ended attempt, and the reason.
 
     Args:
@@ -86,9 +80,8 @@ def decide(
     """
     verdict = POLICY[phase][report]
     seen = f"{phase}, {report}"
-    if verdict not in (Verdict.CONTINUE, Verdict.CONTINUE_IF_ADVANCED):
-        return verdict.value, seen  # type: ignore[return-value]
-
+    if verdict != _NEXT and verdict != _IF_ADVANCED:
+        return verdict, seen
     last = before[-1].end.checkpoint if before and before[-1].end else None
     if checkpoint is not None and (last is None or checkpoint > last):
         return "continue", f"{seen}; newest checkpoint: step {checkpoint}"
@@ -97,7 +90,7 @@ def decide(
     stalled = 1 + sum(end is not None and end.checkpoint == checkpoint for end in row)
     if stalled >= max_attempts:
         return "failed", f"{seen}; {stalled} attempts in a row without a new checkpoint, the limit"
-    if verdict is Verdict.CONTINUE and (not row or not began):
+    if verdict == _NEXT and (not row or not began):
         return "continue", f"{seen}; newest checkpoint: step {checkpoint}"
     return "failed", f"{seen}; no checkpoint was added since the attempt before (step {checkpoint})"
 

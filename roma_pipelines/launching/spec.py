@@ -123,10 +123,13 @@ class JobState:
         return f"{self.phase} ({self.reason})" if self.reason else str(self.phase)
 
 
+Status = Literal["completed", "continue", "failed", "cancelled"]
+
+
 class End(Frozen):
     """How an attempt ended, after the outcome policy was applied."""
 
-    status: Literal["completed", "continue", "failed", "cancelled"]
+    status: Status
     reason: str
     checkpoint: int | None  # step of the newest checkpoint at that time
     ended_at: float  # seconds since the epoch

@@ -9,8 +9,10 @@ after all, the job's own claim lets one of them run.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
@@ -44,9 +46,10 @@ from roma_pipelines.launching.spec import (
 )
 
 # Without renewal the lease of a process on another computer expires after this time. It is longer
-# where steps run in pods: Kubernetes notices a dead pod and starts another meanwhile.
-LEASE_EXPIRES_S, _POD_LEASE_EXPIRES_S = 60.0, 300.0
+# in pods: Kubernetes notices a dead pod and starts another meanwhile.
+LEASE_EXPIRES_S = 300.0 if "KUBERNETES_SERVICE_HOST" in os.environ else 60.0
 _RENEW_EVERY_S = 5.0
+_STUCK_AFTER_S = 900.0  # no call of a target or a tracker takes so long
 _RETRY_S = 5.0  # between two requests to a target that does not answer
 
 # fmt: off
@@ -62,34 +65,61 @@ T = TypeVar("T")
 
 
 class Lease:
-    """``lease.json``: which process supervises a job, renewed while it lives."""
+    """``lease.json``: which process supervises a job.
+
+    A thread renews it, since a call may block for longer than a lease lasts, as long as the
+    supervisor itself advances from one call to the next.
+    """
 
     def __init__(self, folder: JobFolder, holder: Mapping[str, Any]) -> None:
-        self.folder, self.holder = folder, dict(holder)
-        self._state, self._renewed_at = "", -float("inf")
+        self.folder, self.holder = folder, holder
+        self._state, self._advanced_at = "", 0.0
+        self._writing, self._ended = threading.Lock(), threading.Event()
+        self._thread: threading.Thread | None = None
 
-    def renew(self, state: str | None = None) -> None:
-        """Renew the lease every few seconds; at once if the job's state changed."""
+    def __enter__(self) -> None:
+        self.advance()
+        self._write()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread.start()
+
+    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
+        self._ended.set()
+        if error is None or issubclass(
+            error, Exception
+        ):  # else this process ends, and with it the lease
+            with contextlib.suppress(OSError):  # a full disk, say
+                self._write()
+
+    def advance(self, state: str | None = None) -> None:
+        """The supervisor is not stuck; a new state of the job is written at once."""
+        self._advanced_at = time.monotonic()
         if state is not None and state != self._state:
-            self._state, self._renewed_at = state, -float("inf")
-        if time.monotonic() - self._renewed_at < _RENEW_EVERY_S:
-            return
-        self._renewed_at = time.monotonic()
-        me = {"pid": os.getpid(), "start": process_start(os.getpid()), "beat": time.time()}
-        me |= {"host": socket.gethostname(), "state": self._state}
-        write_json(self.folder.lease, {"schema_version": 1, **self.holder, **me})
+            self._state = state
+            if self._thread is not None:
+                self._write()
+
+    def _renew(self) -> None:
+        while not self._ended.wait(_RENEW_EVERY_S):
+            if time.monotonic() - self._advanced_at < _STUCK_AFTER_S:
+                with contextlib.suppress(OSError):  # not renewed, it expires
+                    self._write()
+
+    def _write(self) -> None:
+        with self._writing:
+            me = {"pid": os.getpid(), "start": process_start(os.getpid()), "beat": time.time()}
+            me |= {"host": socket.gethostname(), "state": self._state}
+            me |= {"expires_s": 0.0 if self._ended.is_set() else LEASE_EXPIRES_S}
+            write_json(self.folder.lease, {"schema_version": 1, **self.holder, **me})
 
 
 def is_held(lease: Mapping[str, Any]) -> bool:
-    """Whether the process that wrote this ``lease.json`` still lives."""
-    if not lease:
+    """Whether the process that wrote this ``lease.json`` still supervises the job."""
+    expires_s = lease.get("expires_s", LEASE_EXPIRES_S)
+    if not lease or not expires_s:
         return False
     if lease.get("host", socket.gethostname()) == socket.gethostname():
         return is_running(lease["pid"], lease["start"])
-    from roma_pipelines.executor import DagsterSettings  # imports dagster, which takes a second
-
-    in_pods = DagsterSettings().executor == "k8s_job"
-    expires_s = _POD_LEASE_EXPIRES_S if in_pods else LEASE_EXPIRES_S
     return time.time() - float(lease["beat"]) < expires_s
 
 
@@ -122,6 +152,7 @@ class Supervisor:
     # an attempt whose heartbeat does not change for so long, counted from its first, is hung
     heartbeat_timeout_s: float | None = 600.0  # None: never
     max_attempts: int = 20  # that may end without a new checkpoint, in a row
+    deadline: float | None = None  # time.monotonic(); Unreachable is raised then; None: never
     fault_point: Callable[[str], None] = lambda name: None  # at all FAULT_POINTS; tests raise there
 
     def __post_init__(self) -> None:
@@ -134,6 +165,7 @@ class Supervisor:
         Raises:
             Rejected: the target will not run the spec; nothing was written and nothing queued.
             ValueError: it never could, or the folder belongs to another job.
+            Unreachable: the target does not answer, and the deadline has passed.
         """
         self._check()
         plan = self._plan_next()
@@ -144,21 +176,21 @@ class Supervisor:
             if not self.folder.spec.exists():
                 write_json(self.folder.config, self.config)
                 create_json(self.folder.spec, self.spec.model_dump(mode="json"))
-        self.lease.renew()
-        try:
-            outcome = self._completed_before()
-            while outcome is None:
-                handle = self._open_attempt(plan)
-                handle, state = self._watch(handle)
-                outcome = self._close_attempt(handle.plan, state)
-                if outcome is None:
-                    plan = self._plan_next()
-            return outcome
-        except _Cancelled as end:
-            return self._outcome("cancelled", str(end))
-        except BaseException as error:  # an interrupt is no Exception
-            self._leave(error)
-            raise
+        with self.lease:
+            try:
+                outcome = self._completed_before()
+                while outcome is None:
+                    handle = self._open_attempt(plan)
+                    handle, state = self._watch(handle)
+                    outcome = self._close_attempt(handle.plan, state)
+                    if outcome is None:
+                        plan = self._plan_next()
+                return outcome
+            except _Cancelled as end:
+                return self._outcome("cancelled", str(end))
+            except BaseException as error:  # an interrupt is no Exception
+                self._leave(error)
+                raise
 
     def records(self) -> list[AttemptRecord]:
         return read_records(self.folder)
@@ -298,7 +330,7 @@ class Supervisor:
             if state.phase != phase:
                 phase = state.phase
                 self._log(n, str(state), "decide the outcome" if state.ended else "watch")
-            self.lease.renew(str(state))
+            self.lease.advance(str(state))
             self.on_poll(state)
             if self.folder.cancel.exists():
                 return handle, self._cancel(handle, Phase.CANCELLED, self._cancel_reason())
@@ -336,11 +368,12 @@ class Supervisor:
             try:
                 return request()
             except Unreachable as error:
+                if self.deadline is not None and time.monotonic() > self.deadline:
+                    raise
                 self._wait(JobState(Phase.UNKNOWN, str(error)))
 
     def _wait(self, state: JobState) -> None:
-        if self.folder.path.exists():
-            self.lease.renew(str(state))
+        self.lease.advance(str(state))
         self.on_poll(state)
         time.sleep(max(self.poll_every_s, min(_RETRY_S, 20 * self.poll_every_s)))
 
@@ -352,9 +385,9 @@ class Supervisor:
         while True:
             report, why = read_exit_report(self.folder, self.spec, plan.attempt)
             unproven = report in (ExitReport.NOTHING, ExitReport.COMPLETED)
-            if not unproven or time.monotonic() >= deadline:
+            if not unproven or state.phase is Phase.CANCELLED or time.monotonic() >= deadline:
                 break
-            self.lease.renew()
+            self.lease.advance()
             time.sleep(self.poll_every_s)
         before = [record for record in self.records() if record.attempt < plan.attempt]
         checkpoint = newest_checkpoint(self.folder)

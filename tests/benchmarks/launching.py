@@ -27,8 +27,7 @@ from pathlib import Path
 from roma_core.files import digest_of
 from roma_core.job import JobFolder
 from roma_pipelines.launching.slurm.launcher import SlurmLauncher
-from roma_pipelines.launching.slurm.profile import SlurmProfile, SlurmSettings
-from roma_pipelines.launching.slurm.script import batch_script
+from roma_pipelines.launching.slurm.profile import SlurmProfile, SlurmSettings, batch_script
 from roma_pipelines.launching.spec import JobSpec
 from roma_pipelines.launching.supervisor import supervise
 from tests.pipelines.launching.slurm.real_slurm import Cluster, real_slurm

@@ -107,7 +107,6 @@ class Shell:
 # -- one poll for all jobs of all supervising processes ----------------------------------------
 
 _SLOWDOWN = 1.5
-_CACHED_S = 0.1  # one look at the file serves all jobs of a process that are polled in turn
 
 Jobs = dict[str, dict[str, str]]  # job id -> its fields
 Positions = dict[str, tuple[int, int]]  # id of a waiting job -> its position, queue length
@@ -146,9 +145,6 @@ class SharedPoll:
         """
         self.folder, self.path, self.ask = folder, folder / "poll.json", ask
         self.fastest_s, self.slowest_s = fastest_s, max(fastest_s, slowest_s)
-        self._read_from: tuple[int, int] | None = None
-        self._last = _NEVER
-        self._looked_at = float("-inf")
 
     def look(self, newer_than: float = 0.0) -> PollResult:
         """An answer that is new enough; one asked after ``newer_than`` if there may be one already."""
@@ -158,7 +154,6 @@ class SharedPoll:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.folder / "poll.lock", timeout=0):
-                self._looked_at = float("-inf")
                 result = self._read()  # another process may have asked meanwhile
                 return self._ask(result) if self._due(result, newer_than) else result
         except Timeout:
@@ -185,26 +180,17 @@ class SharedPoll:
         aside = self.path.with_name(".poll.json")  # not synced: may be lost
         aside.write_text(json.dumps({"schema_version": 1, **vars(result)}))
         aside.replace(self.path)
-        self._looked_at = float("-inf")
         return result
 
     def _read(self) -> PollResult:
-        now = time.monotonic()
-        if now - self._looked_at < _CACHED_S:
-            return self._last
-        self._looked_at = now
         try:
-            status = self.path.stat()
-            mark = (status.st_ino, status.st_mtime_ns)
-            if mark != self._read_from:
-                document: dict[str, Any] = json.loads(self.path.read_text())
-                if document.pop("schema_version") != 1:
-                    raise ValueError("another version")
-                document["positions"] = {k: tuple(v) for k, v in document["positions"].items()}
-                self._last, self._read_from = PollResult(**document), mark
+            document: dict[str, Any] = json.loads(self.path.read_text())
+            if document.pop("schema_version") != 1:
+                raise ValueError("another version")
+            document["positions"] = {k: tuple(v) for k, v in document["positions"].items()}
+            return PollResult(**document)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
-            self._last, self._read_from = _NEVER, None  # lost or of another version: ask again
-        return self._last
+            return _NEVER  # lost or of another version: ask again
 
 
 # -- squeue's answer -------------------------------------------------------------------------

@@ -42,8 +42,7 @@ from roma_pipelines.launching.slurm.cluster import (
     queue_positions,
     waiting,
 )
-from roma_pipelines.launching.slurm.profile import SlurmProfile
-from roma_pipelines.launching.slurm.script import batch_script, cpus_per_node
+from roma_pipelines.launching.slurm.profile import SlurmProfile, batch_script, cpus_per_node
 from roma_pipelines.launching.spec import JobHandle, JobSpec, JobState, Phase, Plan
 
 # fmt: off
@@ -95,7 +94,6 @@ class SlurmLauncher:
         shared = clusters / profile.name
         self.poll = SharedPoll(shared, self._query, profile.poll_s, profile.slowest_poll_s)
         self._missing_since: dict[str, float] = {}  # job id -> when it was first not in an answer
-        self._exit_files: dict[str, Path] = {}  # job id -> its exit.json; polled very often
         self._exited_at: dict[str, float] = {}  # job id -> when its exit.json was first seen
 
     def plan(self, spec: JobSpec, folder: JobFolder = PLANNED_FOLDER, attempt: int = 1) -> Plan:
@@ -183,7 +181,10 @@ class SlurmLauncher:
 
     def watch(self, handle: JobHandle) -> JobState:
         job = handle.external["job_id"]
-        poll = self.poll.look(newer_than=self._newer_than(handle))
+        if job not in self._exited_at and handle.plan.files.exit.exists():
+            self._exited_at[job] = time.time()
+        since = max(self._missing_since.get(job, 0.0), self._exited_at.get(job, 0.0))
+        poll = self.poll.look(newer_than=since)
         if poll.error:
             return JobState(Phase.UNKNOWN, poll.error)
         row = poll.jobs.get(job)
@@ -255,16 +256,6 @@ class SlurmLauncher:
         ).output.splitlines()
         rows = (line.split("|", 2) for line in lines)
         return [(job, state) for job, state, where in rows if where == str(plan.folder.path)]
-
-    def _newer_than(self, handle: JobHandle) -> float:
-        """Since when an answer is needed: since the job was missing, or wrote its exit.json."""
-        job = handle.external["job_id"]
-        if job not in self._exited_at:
-            if job not in self._exit_files:
-                self._exit_files[job] = handle.plan.files.exit
-            if self._exit_files[job].exists():
-                self._exited_at[job] = time.time()
-        return max(self._missing_since.get(job, 0.0), self._exited_at.get(job, 0.0))
 
     def _scontrol(self, job: str) -> dict[str, str]:
         """Fields of ``scontrol show job``; empty once it no longer knows the job, or is away."""

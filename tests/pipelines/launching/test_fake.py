@@ -1,9 +1,11 @@
 import json
+import time
 
 import pytest
 
 from roma_core.files import digest_of
 from roma_core.job import Exit
+from roma_pipelines.launching import supervisor
 from roma_pipelines.launching.fake import (
     FakeLauncher,
     completed,
@@ -13,9 +15,10 @@ from roma_pipelines.launching.fake import (
     waiting,
 )
 from roma_pipelines.launching.jobs import cancel, read_job
-from roma_pipelines.launching.launcher import Rejected
-from roma_pipelines.launching.spec import JobFailed, JobSpec, Phase
+from roma_pipelines.launching.launcher import Rejected, Unreachable
+from roma_pipelines.launching.spec import JobFailed, JobSpec, JobState, Phase
 from roma_pipelines.launching.supervisor import request_cancel, supervise
+from tests.time_limits import within
 
 CONFIG = {"base_lr": 0.001}
 FAST = {"poll_every_s": 0.0}
@@ -130,3 +133,73 @@ def test_the_lease_holds_the_state(folder):
     supervise(launcher, folder, SPEC, CONFIG, on_poll=on_poll, **FAST)
 
     assert seen == ["waiting (Priority)", "running", "ended ok"]
+
+
+class Away(FakeLauncher):
+    """A target that stopped to answer."""
+
+    def find(self, plan):
+        raise Unreachable("the controller is away")
+
+    cancel = find
+
+
+def test_cancelling_is_bounded_while_the_target_is_away_and_done_once_it_is_back(folder):
+    class Gone(BaseException):
+        pass
+
+    def die(state):
+        raise Gone
+
+    launcher = FakeLauncher([running(5, save=True), running(6)])
+    with pytest.raises(Gone):
+        supervise(launcher, folder, SPEC, CONFIG, on_poll=die, **FAST)
+    document = json.loads(folder.lease.read_text())
+    folder.lease.write_text(json.dumps(document | {"start": "another process"}))
+    jobs = [read_job(folder.path)] * 2
+    began = time.monotonic()
+
+    for job in jobs:
+        with pytest.raises(Unreachable, match="the controller is away"):
+            cancel(job, "me", lambda record: Away(), wait_s=0.2)
+        assert not read_job(folder.path).supervised  # this process lives on, and holds no lease
+
+    assert time.monotonic() - began < within(20)
+    assert cancel(jobs[0], "me", lambda record: launcher) == "cancelled"
+    assert read_job(folder.path).records[-1].end.reason.startswith("cancelled by me")
+
+
+def test_a_supervisor_that_was_asked_and_does_not_end_is_reported_in_time(folder):
+    def ask(state):
+        with pytest.raises(RuntimeError, match=r"not ended 0\.1 s after its supervisor was asked"):
+            cancel(read_job(folder.path), "me", lambda record: launcher, wait_s=0.1)
+
+    launcher = FakeLauncher([running(1)])
+    with pytest.raises(JobFailed, match="cancelled by me"):
+        supervise(launcher, folder, SPEC, CONFIG, on_poll=ask, **FAST)
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+def test_a_lease_is_renewed_during_a_call_that_blocks_but_not_by_a_stuck_one(
+    folder, monkeypatch, stuck
+):
+    """As another computer sees it, which knows nothing of the process."""
+    monkeypatch.setattr(supervisor, "LEASE_EXPIRES_S", within(0.5))
+    monkeypatch.setattr(supervisor, "_RENEW_EVERY_S", within(0.05))
+    if stuck:
+        monkeypatch.setattr(supervisor, "_STUCK_AFTER_S", within(0.2))
+    held = []
+
+    def is_held():
+        return supervisor.is_held(json.loads(folder.lease.read_text()) | {"host": "elsewhere"})
+
+    def block(folder_, attempt, spec):
+        held.append(is_held())
+        time.sleep(within(1.5))
+        held.append(is_held())
+        return JobState(Phase.RUNNING)
+
+    supervise(FakeLauncher([block, completed()]), folder, SPEC, CONFIG, **FAST)
+
+    assert held == [True, not stuck]
+    assert not is_held()  # it has ended

@@ -45,6 +45,21 @@ INTERRUPTIONS = {
         "deploy/test_run_experiment.py: before_the_limit_it_saves_requeues_and_goes_on",
     ],
     "node failure": ["slurm/interruptions: a_job_whose_node_fails_continues"],
+    "a process outlives a lost one and reports a failure": [
+        "outcome: the_failure_of_a_process_that_lost_another_one_is_no_cause",
+        "local: a_job_continues_whose_rank_was_killed",
+    ],
+    "cancelled while the cluster is away": [
+        "fake: cancelling_is_bounded_while_the_target_is_away_and_done_once_it_is_back",
+        "slurm/interruptions: cancelling_while_slurmctld_is_away_is_bounded_and_kept_for_later",
+    ],
+    "a call of the target that blocks for longer than a lease lasts": [
+        "fake: a_lease_is_renewed_during_a_call_that_blocks_but_not_by_a_stuck_one"
+    ],
+    "many interruptions in a row": [
+        "outcome: attempts_that_advance_are_not_counted_and_a_deliberate_retry_starts_anew",
+        "supervisor: attempts_that_advance_have_no_bound",
+    ],
     "node lost mid-step": ["slurm/interruptions: a_node_that_is_lost_mid_step_is_found_out"],
     "out of memory": ["slurm/interruptions: out_of_memory_fails_and_says_so"],
     "slurmctld away for a minute": [

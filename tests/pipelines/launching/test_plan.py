@@ -9,8 +9,7 @@ import pytest
 from roma_core.job import JobFolder
 from roma_pipelines.launching.local import LocalLauncher
 from roma_pipelines.launching.slurm.launcher import SlurmLauncher
-from roma_pipelines.launching.slurm.profile import SlurmProfile, SlurmSettings
-from roma_pipelines.launching.slurm.script import batch_script
+from roma_pipelines.launching.slurm.profile import SlurmProfile, SlurmSettings, batch_script
 from roma_pipelines.launching.spec import JobSpec
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "launching"

@@ -10,12 +10,19 @@ import time
 
 import pytest
 
+from roma_pipelines.launching.jobs import cancel, read_job
+from roma_pipelines.launching.launcher import Unreachable
 from roma_pipelines.launching.spec import JobFailed, Phase
 from roma_pipelines.launching.supervisor import FAULT_POINTS, Supervisor, request_cancel, supervise
+from tests.time_limits import within
 
 CONFIG = {"base_lr": 0.001}
 FAST = {"poll_every_s": 0.1}
 TWICE = "save(n)\nif n < 2: beat(n); wait_for('never', 100)\nsucceed()"
+
+
+class Killed(BaseException):
+    """Stands for the end of the supervisor's process at some line."""
 
 
 def records(folder):
@@ -233,6 +240,30 @@ def test_slurmctld_may_be_away_for_a_minute_while_the_job_ends(controller_goes_a
     assert (outcome.status, starts()) == ("completed", [1])
 
 
+def test_cancelling_while_slurmctld_is_away_is_bounded_and_kept_for_later(
+    slurm, cluster, folder, make_spec, once, processes
+):
+    def die():
+        raise Killed
+
+    with pytest.raises(Killed):
+        supervise(slurm, folder, make_spec(TWICE), CONFIG, on_poll=once(die), **FAST)
+    lease = json.loads(folder.lease.read_text())
+    folder.lease.write_text(json.dumps(lease | {"start": "another process"}))
+    time.sleep(2)  # slurmctld writes its state down within seconds
+    cluster.tell("end", "slurmctld")
+    began = time.monotonic()
+    try:
+        with pytest.raises(Unreachable):
+            cancel(read_job(folder.path), "me", lambda record: slurm, wait_s=1)
+        assert time.monotonic() - began < within(30)
+    finally:
+        cluster.tell("start", "slurmctld")
+
+    assert cancel(read_job(folder.path), "me", lambda record: slurm) == "cancelled"
+    assert processes() == []
+
+
 TIMED_OUT = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
 
 
@@ -431,10 +462,6 @@ def test_files_may_be_seen_late(slurm, folder, make_spec):
 
 
 # -- the orchestrator ends -----------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """Stands for the end of the supervisor's process at some line."""
 
 
 @pytest.mark.parametrize("point", FAULT_POINTS)
