@@ -35,7 +35,6 @@ from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.distributed import HostGroup
 from roma_core.trainer.run_logger import RunLogger
 
-Mode = Literal["min", "max"]
 Tensors = dict[str, dict[str, Tensor]]
 """``model``, ``optimizer`` and, if weights are averaged, ``ema``: full CPU tensors by name."""
 
@@ -75,34 +74,6 @@ class Checkpoint:
     tensors: Tensors
 
 
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints are kept: the ``newest`` (None: all), and the ``best`` by a metric."""
-
-    newest: int | None
-    best: int = 0
-    metric: str = "eval/loss"
-    mode: Mode = "min"
-
-    def kept(self, steps: dict[int, float | None]) -> set[int]:
-        """The steps to keep, given the metric at every checkpoint or None; of equal ones the older."""
-        if self.newest is None:
-            return set(steps)
-        sign = 1 if self.mode == "min" else -1
-        finite = {s: sign * v for s, v in steps.items() if v is not None and math.isfinite(v)}
-        best = sorted(finite, key=lambda step: (finite[step], step))[: self.best]
-        return {*sorted(steps)[-self.newest :], *best}
-
-    def prune(self, folder: Path) -> None:
-        paths = {int(path.name[5:]): path for path in committed(folder)}
-        scores: dict[int, float | None] = dict.fromkeys(paths)
-        for step, path in paths.items():
-            with suppress(OSError, ValueError):  # a damaged one is removed when it is old
-                scores[step] = read_state(path).evaluation.get(self.metric)
-        for step in set(paths) - self.kept(scores):
-            shutil.rmtree(paths[step])
-
-
 def committed(folder: Path) -> list[Path]:
     """Committed checkpoints, oldest first; other files of the folder are ignored."""
     if not folder.is_dir():
@@ -116,54 +87,14 @@ def read_state(path: Path) -> TrainState:
     return TrainState.model_validate(read_json(path / "state.json", schema_version=1))
 
 
-def save_checkpoint(
-    folder: Path,
-    state: TrainState,
-    tensors: Tensors,
-    model_config: dict[str, Any],
-    retention: Retention,
-) -> Path:
-    """Commit a checkpoint and prune; called on rank 0 only.
-
-    Raises:
-        OSError: no space or no permission to write; earlier checkpoints are untouched.
-    """
-    final = folder / f"step-{state.step:08d}"
-    if final.exists() and not damage_of(final):
-        found = read_state(final)
-        if found.evaluation == state.evaluation and not found.evaluation_due:
-            return final  # the same step again, after a resume
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover)
-    temporary = folder / f".{final.name}"
-    temporary.mkdir()
-    try:
-        for kind, named in tensors.items():
-            save_file(named, temporary / f"{kind}.safetensors")
-        write_json(temporary / "model_config.json", model_config)
-        write_json(temporary / "state.json", state.model_dump(mode="json"))
-        hashes = {}
-        for path in sorted(temporary.iterdir()):
-            path.chmod(0o644)  # as the JSON files: others on shared storage read checkpoints too
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            hashes[path.name] = sha256_of(path)
-        write_json(temporary / MANIFEST, {"schema_version": 1, "sha256": hashes})
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not isinstance(error, OSError | SafetensorError):
-            raise
-        raise OSError(
-            f"checkpoint {final} could not be written ({error}); earlier ones are untouched. Free space "
-            f"there and start the same run again: it resumes from the newest"
-        ) from error
-    if final.exists():  # damaged, or saved before its evaluation ended: the one before is as good
-        shutil.rmtree(final)
-    temporary.replace(final)
-    sync_folder(folder)
-    retention.prune(folder)
-    return final
+def kept(steps: dict[int, float | None], config: TrainerConfig) -> set[int]:
+    """The steps to keep, given ``best_metric`` at every checkpoint or None; of equal ones the older."""
+    if config.max_checkpoints is None:
+        return set(steps)
+    sign = 1 if config.best_metric_mode == "min" else -1
+    finite = {s: sign * v for s, v in steps.items() if v is not None and math.isfinite(v)}
+    best = sorted(finite, key=lambda step: (finite[step], step))[: config.keep_best]
+    return {*sorted(steps)[-config.max_checkpoints :], *best}
 
 
 def damage_of(path: Path) -> str:
@@ -196,16 +127,14 @@ def load_newest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def load_best(folder: Path, metric: str, mode: Mode) -> Checkpoint | None:
-    """The undamaged checkpoint with the best ``metric``, or None if none was evaluated."""
-    scored = {
-        path: value
-        for path in committed(folder)
-        if not damage_of(path) and (value := read_state(path).evaluation.get(metric)) is not None
-    }
+def load_best(config: TrainerConfig) -> Checkpoint | None:
+    """The undamaged checkpoint with the best ``best_metric``, or None if none was evaluated."""
+    sound = [path for path in committed(config.checkpoint_dir) if not damage_of(path)]
+    scores = {path: read_state(path).evaluation.get(config.best_metric) for path in sound}
+    scored = {path: score for path, score in scores.items() if score is not None}
     if not scored:
         return None
-    choose = min if mode == "min" else max
+    choose = min if config.best_metric_mode == "min" else max
     return _load(choose(scored, key=scored.__getitem__))  # of equal ones the oldest
 
 
@@ -221,11 +150,7 @@ class Checkpointer:
     """
 
     def __init__(self, config: TrainerConfig, logger: RunLogger, group: HostGroup) -> None:
-        self.folder, self.logger, self.group = config.checkpoint_dir, logger, group
-        self.retention = Retention(
-            config.max_checkpoints, config.keep_best, config.best_metric, config.best_metric_mode
-        )
-        self.in_background = config.background_checkpoints
+        self.config, self.logger, self.group = config, logger, group
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -242,7 +167,7 @@ class Checkpointer:
         read while training continues.
 
         Raises:
-            OSError: the checkpoint before could not be written.
+            OSError: the checkpoint before could not be written: no space, or no permission.
         """
         if not self.group.is_main:
             return
@@ -252,11 +177,11 @@ class Checkpointer:
 
         def write() -> None:
             self.logger.metrics_log.sync()
-            save_checkpoint(self.folder, state, tensors, model_config, self.retention)
+            self._commit(state, tensors, model_config)
             self.logger.trackers.committed(offset)
 
         self._pending = self._thread.submit(write)
-        if not self.in_background:
+        if not self.config.background_checkpoints:
             self._finish()
 
     def check(self) -> None:
@@ -273,3 +198,48 @@ class Checkpointer:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+    def _commit(self, state: TrainState, tensors: Tensors, model_config: dict[str, Any]) -> None:
+        """Write a checkpoint completely or not at all, then remove those that are not kept."""
+        folder = self.config.checkpoint_dir
+        final = folder / f"step-{state.step:08d}"
+        if final.exists() and not damage_of(final):
+            found = read_state(final)
+            if found.evaluation == state.evaluation and not found.evaluation_due:
+                return  # the same step again, after a resume
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".step-*"):
+            shutil.rmtree(leftover)
+        temporary = folder / f".{final.name}"
+        temporary.mkdir()
+        try:
+            for kind, named in tensors.items():
+                save_file(named, temporary / f"{kind}.safetensors")
+            write_json(temporary / "model_config.json", model_config)
+            write_json(temporary / "state.json", state.model_dump(mode="json"))
+            hashes = {}
+            for path in sorted(temporary.iterdir()):
+                path.chmod(0o644)  # others on shared storage read checkpoints too
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                hashes[path.name] = sha256_of(path)
+            write_json(temporary / MANIFEST, {"schema_version": 1, "sha256": hashes})
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if not isinstance(error, OSError | SafetensorError):
+                raise
+            raise OSError(
+                f"checkpoint {final} could not be written ({error}); earlier ones are untouched. Free space "
+                f"there and start the same run again: it resumes from the newest"
+            ) from error
+        if final.exists():  # damaged, or saved before its evaluation: the one before is as good
+            shutil.rmtree(final)
+        temporary.replace(final)
+        sync_folder(folder)
+        paths = {int(path.name[5:]): path for path in committed(folder)}
+        scores: dict[int, float | None] = dict.fromkeys(paths)
+        for step, path in paths.items():
+            with suppress(OSError, ValueError):  # a damaged one is removed when it is old
+                scores[step] = read_state(path).evaluation.get(self.config.best_metric)
+        for step in set(paths) - kept(scores, self.config):
+            shutil.rmtree(paths[step])

@@ -12,6 +12,8 @@ import logging
 import os
 import re
 import secrets
+import shlex
+import ssl
 import threading
 import time
 import urllib.error
@@ -24,12 +26,13 @@ from pydantic import Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
 from roma_core.files import read_json, write_json
-from roma_core.settings import RomaSettings
+from roma_core.settings import RomaSettings, without_credentials
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.metrics import Record, read_records
 
 log = logging.getLogger(__name__)
 _MLFLOW_BATCH = 1000  # metrics that MLflow takes in one call
+_NOT_UPLOADED = "not_uploaded"  # marks the folder of an online run that ended before its uploads
 _ANSWER_S = 2.0  # how long a server may take to answer at all
 
 
@@ -52,6 +55,22 @@ def import_tracker(name: Literal["mlflow", "wandb"]) -> None:
     importlib.import_module(name)
 
 
+def require_answer(url: str) -> None:
+    """Raises ConnectionError if no server answers at ``url`` within seconds; any status is an answer.
+
+    The trackers' own clients repeat a request for minutes first.
+    """
+    try:
+        urllib.request.urlopen(without_credentials(url), timeout=_ANSWER_S).close()
+    except urllib.error.HTTPError:
+        pass
+    except OSError as error:
+        if not isinstance(getattr(error, "reason", error), ssl.SSLError):  # clients may trust it
+            raise ConnectionError(
+                f"{without_credentials(url)} does not answer ({error})"
+            ) from error
+
+
 class MlflowRun:
     """An existing MLflow run, by its id. MLflow stores a point sent twice with equal time once."""
 
@@ -59,12 +78,14 @@ class MlflowRun:
         import_tracker("mlflow")
         from mlflow import MlflowClient
 
-        self.run_id = run_id
+        self.tracking_uri, self.run_id = tracking_uri, run_id
         self.client = MlflowClient(tracking_uri=tracking_uri)
 
     def send(self, records: list[Record]) -> None:
         from mlflow.entities import Metric
 
+        if self.tracking_uri.startswith(("http:", "https:")):
+            require_answer(self.tracking_uri)
         metrics = [
             # MLflow rejects a whole batch for one other character, e.g. eval/f1 (macro, %)
             Metric(re.sub(r"[^\w/\-. :]", "_", name), value, round(r["time"] * 1000), r["step"])
@@ -143,15 +164,8 @@ class WandbRun:
         import_tracker("wandb")
         import wandb
 
-        if mode == "online":
-            # wandb itself would retry; setup has read the server's address from all settings files
-            url = wandb.setup().settings.base_url
-            try:
-                urllib.request.urlopen(url, timeout=_ANSWER_S).close()
-            except urllib.error.HTTPError:
-                pass  # any status is an answer
-            except OSError as error:
-                raise ConnectionError(f"{url} does not answer ({error})") from error
+        if mode == "online":  # setup has read the server's address from all settings files
+            require_answer(wandb.setup().settings.base_url)
         try:
             self.run = wandb.init(
                 mode=mode,
@@ -169,9 +183,6 @@ class WandbRun:
             raise
         self.run.define_metric("*", step_metric="trainer/global_step")
         self.folder = Path(self.run.dir).parent
-        if mode == "offline":
-            message = "Weights & Biases: offline; `wandb sync %s` uploads the metrics"
-            log.warning(message, self.folder)
 
     def send(self, records: list[Record]) -> None:
         for record in records:
@@ -180,20 +191,31 @@ class WandbRun:
             self.run.log({**record["metrics"], **place, "_timestamp": record["time"]})
 
     def close(self) -> None:
-        """Wait for the uploads, at most ``finish_timeout_s``."""
+        """Wait for the uploads, at most ``finish_timeout_s``; name the folders that are left to upload.
+
+        Every attempt of a training has a folder of its own. They are uploaded in one command, in the
+        order of the attempts: one alone would replace the others.
+        """
         try:
             self.run.finish()
         except TimeoutError:
-            message = (
-                "Weights & Biases has not received everything; `wandb sync %s` uploads the rest"
-            )
-            log.warning(message, self.folder)
+            (self.folder / _NOT_UPLOADED).touch()
+        of_run = self.folder.parent.glob(f"*run-*-{self.run.id}")
+        waiting = [
+            folder
+            for folder in sorted(of_run, key=lambda folder: folder.name.removeprefix("offline-"))
+            if not list(folder.glob("*.wandb.synced"))
+            and (folder.name.startswith("offline-") or (folder / _NOT_UPLOADED).exists())
+        ]
+        if waiting:
+            command = ["wandb", "sync", "--include-online", "--id", self.run.id, *map(str, waiting)]
+            message = "Weights & Biases has not received all metrics; `%s` uploads them"
+            log.warning(message, shlex.join(command))
 
 
 MLFLOW_RUN_VARIABLE = "ROMA_JOB_MLFLOW_RUN"
 _BATCH = 500  # records sent before the bookmark moves
 _RETRY_S = 15.0
-_RUN_FILE_TIMEOUT_S = 30.0
 _CLOSE_TIMEOUT_S = 10.0  # how long a finished run waits for its trackers
 
 
@@ -296,30 +318,18 @@ class Trackers:
     def from_environment(cls, folder: Path, trainer: TrainerConfig) -> Trackers:
         """MLflow if ``MLFLOW_TRACKING_URI`` and a run are named; wandb as configured.
 
-        The run's id is in ``MLFLOW_RUN_ID``, or in the file named by ``ROMA_JOB_MLFLOW_RUN``: a job may
-        start before its run is created.
+        The run's id is in ``MLFLOW_RUN_ID``, or in the file named by ``ROMA_JOB_MLFLOW_RUN``, which is
+        written after the job began, or much later if the server is away.
 
         Raises:
             ModuleNotFoundError: a tracker is configured and not installed.
         """
         trackers = cls(folder / "metrics.jsonl")
-        uri, mlflow_run = os.environ.get("MLFLOW_TRACKING_URI"), os.environ.get("MLFLOW_RUN_ID")
-        run_file = os.environ.get(MLFLOW_RUN_VARIABLE)
-        if uri and (mlflow_run or run_file):
+        uri, run_file = os.environ.get("MLFLOW_TRACKING_URI"), os.environ.get(MLFLOW_RUN_VARIABLE)
+        run_id = os.environ.get("MLFLOW_RUN_ID") or (Path(run_file) if run_file else None)
+        if uri and run_id:
             import_tracker("mlflow")
-            if run_file and not mlflow_run:
-                # written two seconds after the job was submitted; importing torch takes longer
-                path, deadline = Path(run_file), time.monotonic() + _RUN_FILE_TIMEOUT_S
-                while not path.exists() and time.monotonic() < deadline:
-                    time.sleep(0.1)
-                if path.exists():
-                    mlflow_run = str(read_json(path, schema_version=1)["run_id"])
-                else:
-                    log.warning(
-                        "%s was not written; MLflow gets the metrics when the job has ended", path
-                    )
-        if uri and mlflow_run:
-            trackers.add("mlflow", lambda run_id: MlflowRun(uri, run_id), mlflow_run)
+            trackers.add("mlflow", functools.partial(MlflowRun, uri), run_id)
         wandb = WandbConfig()
         if trainer.log_wandb and wandb.effective_mode != "disabled":
             import_tracker("wandb")
@@ -334,10 +344,10 @@ class Trackers:
         self,
         name: str,
         make: Callable[[str], Tracker],
-        run_id: str | None = None,
+        run_id: str | Path | None = None,
         fallback: Callable[[str], Tracker] | None = None,
     ) -> None:
-        """Add a tracker; ``run_id`` None starts a new run there.
+        """Add a tracker; ``run_id`` is also the file that will have it, and None starts a new run.
 
         ``make`` connects to a run by its id and is retried while the tracker is down. If it was down all
         the time, ``fallback`` replaces it at the end.
@@ -378,7 +388,7 @@ class _TrackerThread(threading.Thread):
         metrics: Path,
         name: str,
         make: Callable[[str], Tracker],
-        run_id: str | None,
+        run_id: str | Path | None,
         fallback: Callable[[str], Tracker] | None,
     ) -> None:
         super().__init__(name=name, daemon=True)
@@ -406,9 +416,19 @@ class _TrackerThread(threading.Thread):
 
     def _catch_up(self) -> None:
         self.up_to_date = False
+        run_id = self.run_id
+        if isinstance(run_id, Path):
+            self.up_to_date = not self.committed
+            if self.up_to_date:
+                return
+            if not run_id.exists():
+                raise FileNotFoundError(
+                    f"{run_id} was not written yet; MLflow gets the metrics when the job has ended"
+                )
+            run_id = self.run_id = str(read_json(run_id, schema_version=1)["run_id"])
         if self._bookmark is None:
             path = self.metrics.with_name(f"{self.name}.offset.json")
-            self._bookmark = Bookmark(path, self.run_id, self.resumed_at)
+            self._bookmark = Bookmark(path, run_id, self.resumed_at)
         if self._tracker is None:
             self._tracker = self.make(self._bookmark.run_id)
         forward(self.metrics, self._bookmark, self.committed, self._tracker.send)

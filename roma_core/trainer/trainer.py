@@ -213,7 +213,7 @@ class Trainer:
         if config.final_weights == "last":
             self.train_step.finish()
             return reason
-        best = load_best(config.checkpoint_dir, config.best_metric, config.best_metric_mode)
+        best = load_best(config)
         if best is None:
             raise ValueError(
                 f"final_weights=best: no checkpoint in {config.checkpoint_dir} was evaluated with "

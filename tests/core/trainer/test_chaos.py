@@ -5,16 +5,12 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
-from pathlib import Path
 
 import pytest
 
 from tests.core.trainer.training_runs import (
+    MlflowServer,
     Plan,
     Started,
     Store,
@@ -26,7 +22,6 @@ from tests.core.trainer.training_runs import (
     points,
     run,
 )
-from tests.time_limits import wait_until
 
 pytestmark = pytest.mark.chaos
 N = 20
@@ -77,43 +72,9 @@ def test_twenty_interruptions_leave_no_trace(tmp_path, store_root, number):
     assert number != signal.SIGKILL or hit_saves > 0
 
 
-class Server:
-    """A real MLflow server over a store, which can be killed and started again on its port."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.process: subprocess.Popen[bytes] | None = None
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            self.port = listener.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{self.root / 'mlflow.db'}"]
-        command += ["--host", "127.0.0.1", "--port", str(self.port)]
-        with (self.root / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, start_new_session=True, cwd=self.root
-            )
-        wait_until(self.answers, 60, f"a server (log: {self.root / 'server.log'})")
-
-    def answers(self) -> bool:
-        try:
-            urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
-        except OSError:
-            return False
-        return True
-
-    def kill(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-
 def test_an_mlflow_server_that_dies_and_comes_back_misses_nothing(tmp_path, store_root):
     """It is away while a third of the run happens; the training takes no notice."""
-    server = Server(store_root)
+    server = MlflowServer(store_root)
     try:
         server.start()
         store = Store(server.uri)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from roma_core import RoMAForClassification, Trainer
+from roma_core import RoMAForClassification, Trainer, TrainerConfig
 from roma_core.trainer.checkpoint import load_best, load_newest
 from tests.core.trainer.training_runs import (
     Plan,
@@ -95,7 +95,7 @@ def test_a_sharded_probe_ends_early_and_gives_its_best_weights_whole(tmp_path):
     output = run(Plan(tmp_path, changes, classifier, prepare=_keep_what_comes_out), 2)
     assert "early stopping" in output and "the best, are kept" in output
     checkpoints = tmp_path / "checkpoints"
-    best = load_best(checkpoints, "eval/accuracy", "max")
+    best = load_best(TrainerConfig(checkpoint_dir=checkpoints, **changes))
     assert best is not None and best.state.step < weights(tmp_path)[0].step
     out, start = load_file(checkpoints / "out.safetensors"), classifier().state_dict()
     for name, tensor in best.tensors["model"].items():

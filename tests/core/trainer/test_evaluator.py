@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from roma_core import RoMAForClassification, Trainer
-from roma_core.trainer.checkpoint import Retention, committed, load_newest, read_state
+from roma_core import RoMAForClassification, Trainer, TrainerConfig
+from roma_core.trainer.checkpoint import committed, kept, load_newest, read_state
 from roma_core.trainer.evaluator import EarlyStopping
 from tests.core.trainer.training_runs import Sines, classifier, config
 
@@ -24,12 +24,16 @@ def test_early_stopping_keeps_the_best_and_counts_what_was_not_better():
     assert largest.update(0.6) and largest.best == 0.6
 
 
+def retention(newest: int | None, best: int, mode: str) -> TrainerConfig:
+    return TrainerConfig(max_checkpoints=newest, keep_best=best, best_metric_mode=mode)
+
+
 def test_the_newest_and_the_best_checkpoints_stay():
     steps = {10: 0.9, 20: 0.2, 30: 0.5, 40: None, 50: 0.2, 60: math.nan}
-    assert Retention(newest=2, best=1, mode="min").kept(steps) == {20, 50, 60}
-    assert Retention(newest=2, best=2, mode="max").kept(steps) == {10, 30, 50, 60}
-    assert Retention(newest=3, best=0, mode="min").kept(steps) == {40, 50, 60}
-    assert Retention(newest=None, best=0, mode="min").kept(steps) == set(steps)
+    assert kept(steps, retention(2, 1, "min")) == {20, 50, 60}
+    assert kept(steps, retention(2, 2, "max")) == {10, 30, 50, 60}
+    assert kept(steps, retention(3, 0, "min")) == {40, 50, 60}
+    assert kept(steps, retention(None, 0, "min")) == set(steps)
 
 
 SCORES = {2: 0.5, 4: 0.4, 6: 0.7, 8: 0.6, 10: 0.8}
@@ -61,8 +65,10 @@ def test_training_ends_early_and_keeps_the_best(tmp_path):
         -len(saved) :
     ]
     best = next(p for p in saved if read_state(p).evaluation["eval/score"] == 0.4)
-    kept = load_newest(tmp_path / "checkpoints")
-    assert kept is not None and kept.path.name == "step-00000008" and best.name == "step-00000004"
+    newest = load_newest(tmp_path / "checkpoints")
+    assert (
+        newest is not None and newest.path.name == "step-00000008" and best.name == "step-00000004"
+    )
     for model in models:
         again = RoMAForClassification.from_pretrained(best)
         for name, tensor in again.state_dict().items():

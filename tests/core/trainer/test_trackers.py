@@ -26,6 +26,7 @@ from roma_core.files import read_json, write_json
 from roma_core.trainer import trackers as module
 from roma_core.trainer.metrics import MetricsLog, read_records
 from roma_core.trainer.trackers import Bookmark, Trackers, WandbConfig, forward, forward_to_mlflow
+from tests.core.trainer.training_runs import MlflowServer
 from tests.core.trainer.wandb_server import WandbServer
 from tests.time_limits import wait_until, within
 
@@ -334,13 +335,11 @@ def test_followers_that_never_started_can_be_closed(run):
 class MlflowStore:
     """A real store with one run."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, uri: str) -> None:
         from mlflow import MlflowClient
 
-        self.uri = f"sqlite:///{root / 'mlflow.db'}"
-        self.client = MlflowClient(self.uri)
-        experiment = self.client.create_experiment("e", artifact_location=(root / "a").as_uri())
-        self.run_id = self.client.create_run(experiment).info.run_id
+        self.uri, self.client = uri, MlflowClient(uri)
+        self.run_id = self.client.create_run("0").info.run_id
 
     def points(self) -> list[Point]:
         names = self.client.get_run(self.run_id).data.metrics
@@ -353,7 +352,7 @@ class MlflowStore:
 
 @pytest.fixture
 def store(store_root):
-    return MlflowStore(store_root)
+    return MlflowStore(f"sqlite:///{store_root / 'mlflow.db'}")
 
 
 @pytest.fixture
@@ -381,30 +380,29 @@ def made_later(run, store, monkeypatch):
     return path
 
 
-def test_a_run_that_is_made_after_the_job_began_is_waited_for(run, store, made_later):
-    document = {"schema_version": 1, "run_id": store.run_id}
-    writer = threading.Timer(0.3, write_json, (made_later, document))
-    writer.start()
-    trackers = Trackers.from_environment(run.folder, TrainerConfig())
-    writer.join()
-    trackers.start(0)
-    trackers.committed(run.train(3))
-    trackers.close()
-    assert store.points() == run.points()
-
-
-def test_a_run_that_does_not_come_is_no_reason_to_wait_for_ever(
-    run, made_later, monkeypatch, caplog
+def test_a_run_that_is_made_after_the_job_began_gets_everything(
+    run, store, made_later, impatient, caplog
 ):
-    monkeypatch.setattr(module, "_RUN_FILE_TIMEOUT_S", 0.1)
+    """The job does not wait for it."""
+    started = time.monotonic()
+    trackers = Trackers.from_environment(run.folder, TrainerConfig())
+    trackers.start(0)
+    trackers.committed(run.train(3))
+    assert time.monotonic() - started < within(5)  # mlflow may be imported in it
+    wait_until(lambda: f"{made_later} was not written yet" in caplog.text, 5)
+    write_json(made_later, {"schema_version": 1, "run_id": store.run_id})
+    wait_until(lambda: store.points() == run.points(), 5)
+    trackers.close()
+    assert "has not received" not in caplog.text
+
+
+def test_a_run_that_does_not_come_is_no_reason_to_wait(run, made_later, impatient, caplog):
     trackers = Trackers.from_environment(run.folder, TrainerConfig())
     trackers.start(0)
     trackers.committed(run.train(3))
     trackers.close()
-    assert (
-        f"{made_later} was not written; MLflow gets the metrics when the job has ended"
-        in caplog.text
-    )
+    expected = f"{made_later} was not written yet; MLflow gets the metrics when the job has ended"
+    assert expected in caplog.text and "mlflow has not received all metrics" in caplog.text
 
 
 def test_mlflow_stores_a_replay_once(run, store):
@@ -476,6 +474,61 @@ def test_a_training_that_crashes_and_resumes_is_one_curve_at_mlflow(in_environme
     assert end.status == "completed" and end.step == 16
     lines = (tmp_path / "checkpoints/metrics.jsonl").read_text().splitlines()
     assert in_environment.points() == points_of(map(json.loads, lines))
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["refuses", "never answers"])
+def test_a_training_ends_in_time_though_mlflow_is_away(monkeypatch, tmp_path, caplog, silent):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if silent:
+            server.listen()  # takes connections
+        uri = f"http://user:secret@127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        monkeypatch.setenv("MLFLOW_RUN_ID", "a")
+        config = TrainerConfig(checkpoint_dir=tmp_path / "c", epochs=2, log_every=1, save_every=1)
+        started = time.monotonic()
+        assert Trainer(config).train(Series(), None, small_classifier()).status == "completed"
+        assert time.monotonic() - started < within(6)
+    shown = uri.replace("user:secret@", "")
+    assert f"{shown} does not answer" in caplog.text and "training continues" in caplog.text
+    assert "mlflow has not received all" in caplog.text and "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("end", ["kill", "stop_answering"])
+def test_a_server_that_goes_away_for_good_costs_a_training_nothing(
+    monkeypatch, tmp_path, store_root, caplog, end
+):
+    """What it missed is in metrics.jsonl, and sent when the server is back."""
+    server = MlflowServer(store_root)
+    try:
+        server.start()
+        store = MlflowStore(server.uri)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        monkeypatch.setenv("MLFLOW_RUN_ID", store.run_id)
+        changes = {"epochs": 4, "batch_size": 6, "save_every": 3, "eval_every": 1, "log_every": 1}
+        trainer = Trainer(TrainerConfig(checkpoint_dir=tmp_path / "checkpoints", **changes))
+        calls = []
+
+        def go_away_in_step_8(model, loss, dataset):
+            calls.append(loss)
+            if len(calls) == 8:
+                wait_until(store.points, 20)
+                getattr(server, end)()
+                calls.append(time.monotonic())
+
+        trainer.set_evaluate_callback(go_away_in_step_8)
+        end_of_run = trainer.train(Series(), Series(), small_classifier())
+        assert time.monotonic() - calls[8] < within(6)
+        assert (end_of_run.status, end_of_run.step) == ("completed", 16)
+        assert f"{server.uri} does not answer" in caplog.text
+        assert "mlflow has not received all metrics" in caplog.text
+        server.kill()
+        server.start()
+        metrics = tmp_path / "checkpoints/metrics.jsonl"
+        forward_to_mlflow(metrics, server.uri, store.run_id)
+        assert store.points() == points_of(map(json.loads, metrics.read_text().splitlines()))
+    finally:
+        server.kill()
 
 
 def test_a_training_ends_though_its_tracker_is_no_tracker(monkeypatch, tmp_path, caplog):

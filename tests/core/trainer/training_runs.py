@@ -11,8 +11,10 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +35,7 @@ from roma_core import (
 )
 from roma_core.trainer.checkpoint import load_newest
 from roma_core.trainer.metrics import WALL_CLOCK
-from tests.time_limits import within
+from tests.time_limits import wait_until, within
 
 SHAPE = {
     "encoder_config": EncoderConfig(d_model=16, nhead=2, depth=2, hidden_drop_rate=0.1),
@@ -332,3 +334,42 @@ def assert_told_once(store: Store, folder: Path) -> None:
     expected = sorted(points(folder))
     assert len({p[:2] for p in expected}) == len(expected) > 0
     assert [p for p in store.points() if p[0] not in WALL_CLOCK] == expected
+
+
+class MlflowServer:
+    """A real MLflow server over a store, which can be killed and started again on its port."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.process: subprocess.Popen[bytes] | None = None
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            self.port = listener.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
+        command += ["--backend-store-uri", f"sqlite:///{self.root / 'mlflow.db'}"]
+        command += ["--host", "127.0.0.1", "--port", str(self.port)]
+        with (self.root / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, start_new_session=True, cwd=self.root
+            )
+        wait_until(self.answers, 60, f"a server (log: {self.root / 'server.log'})")
+
+    def answers(self) -> bool:
+        try:
+            urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
+        except OSError:
+            return False
+        return True
+
+    def stop_answering(self) -> None:
+        """Connections are still accepted."""
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def kill(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
