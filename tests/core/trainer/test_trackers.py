@@ -27,7 +27,7 @@ from roma_core.trainer import trackers as module
 from roma_core.trainer.metrics import MetricsLog, read_records
 from roma_core.trainer.trackers import Bookmark, Trackers, WandbConfig, forward, forward_to_mlflow
 from tests.core.trainer.training_runs import MlflowServer
-from tests.core.trainer.wandb_server import WandbServer
+from tests.core.trainer.wandb_server import WandbServer, upload
 from tests.time_limits import wait_until, within
 
 ROOT = Path(__file__).parents[3]
@@ -707,14 +707,16 @@ def steps(tmp_path, wandb_port):
         "ROMA_WANDB_API_KEY": "k" * 40,
         "WANDB_BASE_URL": f"http://127.0.0.1:{wandb_port}",
     }
-    process = subprocess.Popen(
-        [sys.executable, "-c", STEPS, str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    with (tmp_path / "errors").open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", STEPS, str(tmp_path)],
+            cwd=ROOT,
+            env=os.environ | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
     yield process
     process.kill()
     process.wait()
@@ -773,3 +775,9 @@ def test_a_wandb_server_that_dies_for_good_holds_up_the_end_little(tmp_path, wan
     print("ended after", time.monotonic() - asked)
     assert time.monotonic() - asked < within(3)
     assert [row["trainer/global_step"] for row in history(tmp_path)] == list(range(1, 8))
+    server.start()
+    try:
+        upload((tmp_path / "errors").read_text(), server, tmp_path)
+        assert_server_has_all(server, tmp_path)
+    finally:
+        server.stop()

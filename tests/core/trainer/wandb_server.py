@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import re
+import shlex
+import subprocess
+import sys
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+from tests.time_limits import within
 
 
 class WandbServer:
@@ -65,7 +74,7 @@ class WandbServer:
                         taken[run, history["offset"] + k] = json.loads(line)
                     self._say({})
                 else:
-                    self._say({"data": _answer(document, url)})
+                    self._say({"data": _answer(document, url, me.n_lines)})
                     me.knows_runs |= "UpsertBucket" in document.get("query", "")
 
         self._server = _Server(("127.0.0.1", self.port), Handler)
@@ -77,9 +86,27 @@ class WandbServer:
             self._server.server_close()
             self._server = None
 
+    def n_lines(self, run: str) -> int:
+        """Lines of a run's history up to now."""
+        return max((n + 1 for name, n in self._lines if name == run), default=0)
+
     def rows(self) -> list[dict[str, Any]]:
         """The history of all runs, in the order of their lines."""
         return [self._lines[place] for place in sorted(self._lines)]
+
+
+def upload(output: str, server: WandbServer, home: Path) -> None:
+    """Run the ``wandb sync`` command that a training's output names."""
+    *_, command = re.findall("`(wandb sync .*)`", output)
+    environment = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "k" * 40, "HOME": str(home)}
+    done = subprocess.run(
+        [sys.executable, "-m", *shlex.split(command)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=within(30),
+    )
+    assert done.returncode == 0, done.stderr
 
 
 class _Server(ThreadingHTTPServer):
@@ -87,12 +114,16 @@ class _Server(ThreadingHTTPServer):
         pass  # a client that is gone
 
 
-def _answer(document: dict[str, Any], url: str) -> dict[str, Any]:
+def _answer(document: dict[str, Any], url: str, n_lines: Callable[[str], int]) -> dict[str, Any]:
     query, variables = document.get("query", ""), document.get("variables") or {}
     if "RunResumeStatus" in query:
-        return {
-            "model": {"id": "m", "name": "p", "entity": {"id": "e", "name": "e"}, "bucket": None}
-        }
+        bucket = None
+        if n := n_lines(variables["name"]):
+            bucket = {"name": variables["name"], "historyLineCount": n, "historyTail": "[]"}
+            bucket |= {"eventsLineCount": 0, "eventsTail": "[]", "logLineCount": 0}
+            bucket |= {"summaryMetrics": "{}", "config": "{}", "tags": [], "wandbConfig": "{}"}
+        project = {"id": "m", "name": "p", "entity": {"id": "e", "name": "e"}}
+        return {"model": project | {"bucket": bucket}}
     if "UpsertBucket" in query:
         project = {"id": "p", "name": variables["project"], "entity": {"id": "e", "name": "e"}}
         bucket = {
@@ -102,7 +133,7 @@ def _answer(document: dict[str, Any], url: str) -> dict[str, Any]:
             "description": None,
             "config": "{}",
             "sweepName": None,
-            "historyLineCount": 0,
+            "historyLineCount": n_lines(variables["name"]),
             "project": project,
         }
         return {"upsertBucket": {"bucket": bucket, "inserted": True}}

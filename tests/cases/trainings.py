@@ -1,0 +1,82 @@
+"""Trainings by the command line, for the cases: a small data set, and attempts that are interrupted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from tests.time_limits import wait_until, within
+
+ROOT = Path(__file__).parents[2]
+STACK = "{d_model: 16, nhead: 2, depth: 1}"
+SMALL = ["--set", f"model.encoder_config={STACK}"]
+DECODER = ["--set", f"model.decoder_config={STACK}"]
+
+
+def process(*arguments: Any, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    """``roma ARGUMENTS``, its output in one stream."""
+    env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HOME": str(cwd)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "roma_core.cli", *map(str, arguments)],
+        env=os.environ | env | environment,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def roma(*arguments: Any, cwd: Path, code: int = 0, **environment: str) -> str:
+    """Output of a command that must end with this exit code."""
+    started = process(*arguments, cwd=cwd, **environment)
+    output, _ = started.communicate(timeout=within(60))
+    assert started.returncode == code, output
+    return output
+
+
+def interrupted(*arguments: Any, run: Path, cwd: Path, **environment: str) -> str:
+    """Output of a training that was asked to stop after its next checkpoint."""
+    before = {path.name for path in run.glob("checkpoints/step-*")}
+    started = process(*arguments, cwd=cwd, **environment)
+    saved = lambda: {path.name for path in run.glob("checkpoints/step-*")} - before  # noqa: E731
+    try:
+        wait_until(lambda: saved() or started.poll() is not None, 40, "a checkpoint")
+        started.send_signal(signal.SIGTERM)
+        output, _ = started.communicate(timeout=within(30))
+    finally:
+        started.kill()
+    assert started.returncode == 75, output
+    return output
+
+
+def build(folder: Path, lengths: list[int], name: str = "s") -> Path:
+    """A data set below ``folder/data`` of two classes, with series of these lengths."""
+    rng = np.random.default_rng(0)
+    ids = np.repeat(np.arange(len(lengths)), lengths)
+    time = np.concatenate([np.sort(rng.uniform(0, 30, n)) for n in lengths])
+    columns = {"object_id": ids, "time": time, "flux": rng.normal(size=len(ids))}
+    pq.write_table(
+        pa.table(columns | {"label": np.where(ids % 2, "a", "b")}), folder / "in.parquet"
+    )
+    source = {
+        "kind": "table",
+        "files": ["in.parquet"],
+        "columns": {
+            "object": "object_id",
+            "axes": [{"column": "time", "unit": "d"}],
+            "channels": [{"column": "flux", "unit": "mJy"}],
+            "metadata": {"label": "label"},
+        },
+    }
+    (folder / "s.yaml").write_text(yaml.safe_dump({"name": name, "source": source}))
+    roma("data", "build", "s.yaml", "--out", "data", cwd=folder)
+    return next((folder / "data" / name).glob("[0-9a-f]*")).relative_to(folder)
