@@ -2,42 +2,72 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import dagster as dg
 
 from roma_pipelines.automation.alerts import alert_on_failure
 from roma_pipelines.automation.sensors import reconcile_jobs
+from roma_pipelines.components import RomaExperiment
 from roma_pipelines.executor import executor
-from roma_pipelines.experiment import ENCODER, all_experiments
+from roma_pipelines.experiment import ENCODER, Experiment, all_experiments
+
+INVALID = "invalid_experiment"
+"""Asset in the place of an experiment that is left out; its description is the error."""
+_log = logging.getLogger(__name__)
 
 
 @dg.definitions
 def defs() -> dg.Definitions:
     """All experiments, and the sensors that maintain jobs. Loads without torch, mlflow or wandb.
 
-    Raises:
-        ValueError: an experiment's file is invalid; one line per error, with file and setting.
+    An invalid experiment does not stop the others; ``INVALID`` is in its place. Definitions of other
+    kinds under ``defs/`` are then left out, too.
     """
     operations = dg.Definitions(executor=executor(), sensors=[reconcile_jobs, alert_on_failure])
     try:
-        experiments = dg.load_from_defs_folder(path_within_project=Path(__file__).parent)
+        return dg.Definitions.merge(_from_folder(), operations)
     except Exception:  # Dagster raises several types, with our error as a distant cause
-        if errors := [error for error in all_experiments().values() if isinstance(error, str)]:
-            raise ValueError("\n".join(errors)) from None
-        raise
-    merged = dg.Definitions.merge(experiments, operations)
-    _check_shared_encoders(merged)
-    return merged
+        found, errors = load_experiments()
+        if not errors:
+            raise
+    for name, error in errors.items():
+        _log.error("the experiment %s is left out: %s", name, error)
+    marks = [dg.AssetSpec([name, INVALID], description=error) for name, error in errors.items()]
+    return dg.Definitions.merge(*found.values(), dg.Definitions(assets=marks), operations)
 
 
-def _check_shared_encoders(definitions: dg.Definitions) -> None:
-    """Dagster takes an unknown key for an external asset, which would never be materialised."""
-    graph = definitions.resolve_asset_graph()
-    for key in graph.external_asset_keys:
-        if key.path[-1] == ENCODER:
-            users = ", ".join(sorted(child.path[0] for child in graph.get(key).child_keys))
-            raise ValueError(
-                f"{users}: pretrained_from: {key.path[0]}: no experiment of that name pretrains an "
-                f"encoder"
-            )
+def _from_folder() -> dg.Definitions:
+    definitions = dg.load_from_defs_folder(path_within_project=Path(__file__).parent)
+    unknown = definitions.resolve_asset_graph().external_asset_keys
+    # Dagster takes an unknown key for an external asset, which would never be materialised
+    if any(key.path[-1] == ENCODER for key in unknown):
+        raise ValueError("an experiment names one in pretrained_from that pretrains no encoder")
+    return definitions
+
+
+def load_experiments() -> tuple[dict[str, dg.Definitions], dict[str, str]]:
+    """Definitions of the valid experiments, by their names, and errors of the others, by folder."""
+    found: dict[str, dg.Definitions] = {}
+    encoders: set[str] = set()
+    given = all_experiments()
+    errors = {folder: error for folder, error in given.items() if isinstance(error, str)}
+    valid = {folder: one for folder, one in given.items() if isinstance(one, Experiment)}
+    # those that pretrain an encoder first: others may share it
+    for folder, one in sorted(valid.items(), key=lambda item: item[1].pretrained_from or ""):
+        try:
+            if one.name in found:
+                raise ValueError("another experiment has this name; every experiment needs its own")
+            if one.pretrained_from is not None and one.pretrained_from not in encoders:
+                raise ValueError(
+                    f"pretrained_from: {one.pretrained_from}: no valid experiment of that name "
+                    f"pretrains an encoder"
+                )
+            component = RomaExperiment.model_construct(**dict(one))
+            found[one.name] = dg.build_defs_for_component(component)
+            if one.pretrained_from is None:
+                encoders.add(one.name)
+        except Exception as error:
+            errors[folder] = f"experiment {one.name}: {error}"
+    return found, errors

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 import dagster as dg
 import yaml
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from roma_core.data.config import DatasetConfig
 from roma_core.evaluation.config import Baseline
@@ -153,6 +153,19 @@ class Experiment(Frozen):
         except ValidationError as error:
             lines = "\n".join(map(str, validation_errors(error, cls)))
             raise ValueError(f"experiment {attributes.get('name')}: {lines}") from None
+
+    @field_validator("schedule")
+    @classmethod
+    def _is_cron(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                dg.ScheduleDefinition(job_name="any", cron_schedule=value)
+            except dg.DagsterInvalidDefinitionError:
+                raise ValueError(
+                    f"{value!r} is no cron expression; expected five fields (minute, hour, day of "
+                    f"month, month, day of week), such as '0 3 * * *', or a word such as '@daily'"
+                ) from None
+        return value
 
     @model_validator(mode="before")
     @classmethod

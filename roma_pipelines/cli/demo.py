@@ -102,11 +102,14 @@ def _keys(definitions: dg.Definitions, experiment: str) -> list[dg.AssetKey]:
     """Assets of the experiment in order, after those of a shared encoder."""
     import dagster as dg
 
+    from roma_pipelines.definitions import INVALID
     from roma_pipelines.experiment import ASSET_NAMES, ENCODER
 
     graph = definitions.resolve_asset_graph()
     known = {key.path[0] for key in graph.materializable_asset_keys}
     if experiment not in known:
+        if graph.has(left_out := dg.AssetKey([experiment, INVALID])):
+            raise click.ClickException(graph.get(left_out).description or "")
         raise click.ClickException(
             f"no experiment {experiment!r}; available: {', '.join(sorted(known))}"
         )

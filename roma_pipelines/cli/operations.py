@@ -33,6 +33,7 @@ def _checks() -> Iterator[CheckResult]:
     """All checks in turn. A store that cannot be reached is an error and hides no other result."""
     import dagster as dg
 
+    from roma_pipelines.definitions import load_experiments
     from roma_pipelines.registry.store import MlflowSettings, connect, is_server
     from roma_pipelines.storage import Storage, StorageError, prepare_instance
 
@@ -43,6 +44,9 @@ def _checks() -> Iterator[CheckResult]:
         return
     yield _disk(storage)
     yield from _jobs(storage)
+    valid, errors = load_experiments()
+    detail = "; ".join(errors.values()) or f"{len(valid)} valid"
+    yield CheckResult("experiments", "error" if errors else "ok", detail)
     try:
         client = connect(MlflowSettings(), storage.mlflow)
         kind = "server" if is_server(client.tracking_uri) else "store, its schema is current"

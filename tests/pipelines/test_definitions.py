@@ -187,5 +187,5 @@ def test_an_unknown_section_is_refused_by_its_name():
 
 
 def test_a_schedule_that_is_no_cron_expression_is_refused():
-    with pytest.raises(dg.DagsterInvalidDefinitionError, match="japanese_vowels_retraining"):
-        RomaExperiment(**changed(("schedule",), "whenever")).build_defs(None)
+    with pytest.raises(ValueError, match="'whenever' is no cron expression"):
+        RomaExperiment.parse(changed(("schedule",), "whenever"))

@@ -6,7 +6,7 @@ import pytest
 from roma_pipelines.assets.training import finetuned_classifier_asset
 from roma_pipelines.automation.state import TRAINING, Automated
 from roma_pipelines.components import RomaExperiment
-from roma_pipelines.definitions import _check_shared_encoders
+from roma_pipelines.definitions import load_experiments
 from roma_pipelines.experiment import ASSET_NAMES
 from tests.pipelines import tiny
 
@@ -97,12 +97,17 @@ def test_an_encoder_of_other_axes_is_refused_before_a_job_starts(instance, tmp_p
     assert "was pretrained on the axes" in str(failure.step_failure_data.error)
 
 
-def test_a_name_that_pretrains_nothing_is_refused_when_definitions_load(tmp_path):
-    alone = tiny.definitions(sharing(tmp_path))
+def test_a_name_that_pretrains_nothing_is_refused_when_definitions_load(tmp_path, monkeypatch):
+    given = {"ripples": RomaExperiment(**sharing(tmp_path))}
+    monkeypatch.setattr("roma_pipelines.definitions.all_experiments", lambda: given)
 
-    with pytest.raises(ValueError, match="ripples: pretrained_from: waves: no experiment"):
-        _check_shared_encoders(alone)
-    _check_shared_encoders(both(tmp_path))
+    found, errors = load_experiments()
+    assert not found
+    assert "ripples: pretrained_from: waves: no valid experiment" in errors["ripples"]
+
+    given["waves"] = RomaExperiment(**tiny.attributes(tmp_path))
+    found, errors = load_experiments()
+    assert set(found) == {"waves", "ripples"} and not errors
 
 
 @pytest.mark.parametrize(

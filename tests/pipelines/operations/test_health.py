@@ -18,6 +18,7 @@ def test_a_new_installation_is_well_but_for_its_daemon(storage):
     assert {name: one["status"] for name, one in found.items()} == {
         "disk": "ok",
         "jobs": "ok",
+        "experiments": "ok",
         "MLflow store": "ok",
         "Dagster store": "ok",
         "daemon": "warning",
