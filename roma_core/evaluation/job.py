@@ -280,7 +280,7 @@ class _Evaluator:
     ) -> ServingChecks:
         """Test the package, and right after it the champion's, so that latencies are comparable."""
         rows = range(0, len(self.test), -(-len(self.test) // _N_PARITY))
-        served = open_package(package).outputs([Series(**s) for s in raw_series(self.test, rows)])
+        served = open_package(package).outputs(raw_series(self.test, rows))
         smoke_test, problem = _smoke_test(package)
         champion = None
         if self.config.champion is not None and champion_problem is None:
@@ -422,7 +422,7 @@ def predict_packaged(package: Path, test: Subset) -> PredictionTable:
             f"its classes are {classifier.classes}, those of the data are {classes}"
         )
     try:
-        outputs = classifier.outputs([Series(**s) for s in raw_series(test, range(len(test)))])
+        outputs = classifier.outputs(raw_series(test, range(len(test))))
     except Exception as error:
         raise NotComparable(f"it rejects these series: {error}") from error
     return PredictionTable.of_split(test, outputs, {"package": str(package)})

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from pydantic import ValidationError
 
 from roma_core.files import digest_of, read_json, write_json
-from roma_core.settings import validation_errors
+from roma_core.serving.pyfunc_model import parse_series
+from roma_core.serving.registry_client import series_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -57,20 +57,13 @@ def read_series(path: Path, split: Any, package: Any, start: int = 0) -> Iterato
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(islice(lines, start, None), start=start + 1):
                 try:
-                    row = json.loads(line)
-                    package.module.Series(**row)
-                except (ValueError, TypeError) as error:
-                    reason = _reason(error, package)
+                    (series,) = parse_series([json.loads(line)])
+                except ValueError as error:
+                    reason = str(error).removeprefix("series 0: ")
                     raise ValueError(f"{path}, line {number}: {reason}") from error
-                yield row
+                yield series.model_dump()
     else:
         raise ValueError(f"{path}: expected a data-set folder, .parquet or .jsonl")
-
-
-def _reason(error: Exception, package: Any) -> str:
-    if isinstance(error, ValidationError):
-        return "; ".join(map(str, validation_errors(error, package.module.Series)))
-    return str(error)
 
 
 def count_series(path: Path, split: Any) -> int:
@@ -118,7 +111,7 @@ def _read_parquet(path: Path, package: Any, start: int) -> Iterator[Row]:
                     for column in ignored:
                         row.pop(column, None)
                     yield {
-                        "id": None if name is None else str(name),
+                        "id": name,
                         "positions": {axis: row.pop(axis) for axis in axes if axis in row},
                         "values": row,
                         "units": units,
@@ -215,7 +208,7 @@ def score_file(
             table = _score(package, part, lineage)
         except ValueError as error:
             rows_of_part = f"rows {n} to {n + len(part) - 1} of {source}"
-            raise ValueError(f"{rows_of_part}: {_reason(error, package)}") from error
+            raise ValueError(f"{rows_of_part}: {error}") from error
         if n == 0:  # not earlier, so that a rejected file leaves nothing behind
             parts.mkdir(parents=True, exist_ok=True)
             write_json(state, {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint})
@@ -250,7 +243,7 @@ def _remove(parts: Path) -> None:
 def _score(package: Any, rows: list[Row], lineage: dict[str, str]) -> pa.Table:
     import pyarrow as pa
 
-    predictions = package.predict([package.module.Series(**row) for row in rows])
+    predictions = package.predict(series_of(package, rows))
     columns: dict[str, Any] = {"id": pa.array([a.id for a in predictions], pa.string())}
     if hasattr(predictions[0], "features"):
         features = [a.features for a in predictions]

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import ValidationError
 
-from roma_core.serving.pyfunc_model import Prediction, Series
+from roma_core.serving.pyfunc_model import InvalidSeries, Prediction, Series, parse_series
 from roma_core.serving.registry_client import ModelVersion, connect, fetch, package_of, resolve
 
 
@@ -55,23 +55,27 @@ class ServedModel:
         served.version = version
         return served
 
-    def predict(self, series: Sequence[Series]) -> list[Prediction]:
+    def predict(self, series: Iterable[Series | Mapping[str, Any]]) -> list[Prediction]:
         """Class and probabilities of every series, in order; lengths may differ.
 
         Raises:
             RequestRejected: a series does not fit the model.
             ServerError: anything else went wrong.
         """
-        answers = self._post([one.model_dump(exclude_none=True) for one in series])
+        try:
+            rows = [one.model_dump(exclude_none=True) for one in parse_series(series)]
+        except InvalidSeries as error:
+            raise RequestRejected(str(error)) from error
+        answers = self._post(rows)
         try:
             predictions = [Prediction.model_validate(answer) for answer in answers]
         except ValidationError as error:
             raise ServerError(
                 f"{self.url} returns no predictions of a classifier: {error}"
             ) from error
-        if len(predictions) != len(series):
+        if len(predictions) != len(rows):
             raise ServerError(
-                f"{self.url} returns {len(predictions)} predictions for {len(series)} series"
+                f"{self.url} returns {len(predictions)} predictions for {len(rows)} series"
             )
         return predictions
 
@@ -83,7 +87,7 @@ class ServedModel:
         """
         lines = (package / "golden.jsonl").read_text(encoding="utf-8").splitlines()
         golden = [json.loads(line) for line in lines]
-        predictions = self.predict([Series(**row["series"]) for row in golden])
+        predictions = self.predict(row["series"] for row in golden)
         for number, (row, prediction) in enumerate(zip(golden, predictions, strict=True)):
             expected = row["probabilities"]
             if expected.keys() != prediction.probabilities.keys() or any(
@@ -96,13 +100,7 @@ class ServedModel:
                 )
 
     def _post(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        try:
-            body = json.dumps({"inputs": rows}, allow_nan=False).encode()
-        except ValueError as error:
-            raise RequestRejected(f"a number is not finite ({error})") from error
-        except TypeError as error:
-            field = _first_unserialisable(rows)
-            raise RequestRejected(f"{field}: {error}; expected plain numbers") from error
+        body = json.dumps({"inputs": rows}).encode()
         request = urllib.request.Request(
             f"{self.url}/invocations", body, {"Content-Type": "application/json"}
         )
@@ -121,14 +119,3 @@ class ServedModel:
             raise ServerError(f"{self.url} answered {error.code}: {message}") from error
         except (OSError, KeyError, ValueError) as error:
             raise ServerError(f"{self.url} did not answer as a model server: {error}") from error
-
-
-def _first_unserialisable(rows: list[dict[str, Any]]) -> str:
-    for number, row in enumerate(rows):
-        for field, content in row.items():
-            for name, one in content.items() if isinstance(content, dict) else [(None, content)]:
-                try:
-                    json.dumps(one)
-                except TypeError:
-                    return f"series {number}: {field}" + ("" if name is None else f": {name!r}")
-    return "a series"

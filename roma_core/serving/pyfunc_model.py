@@ -17,15 +17,19 @@ Shapes:  B series   N tokens, padded   P channels   D axes   K outputs
 """
 
 import hashlib
+import inspect
 import json
-from collections.abc import Iterator
+import math
+import reprlib
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 SCHEMA_VERSION = 1
 MANIFEST = "MANIFEST.json"
@@ -40,11 +44,20 @@ REQUIRED_FILES = (
 )
 
 
+class InvalidSeries(ValueError):
+    """A series does not fit the model; the message names the series and the field."""
+
+
+class PackageError(RuntimeError):
+    """The package folder is damaged or incomplete, or its golden rows are not reproduced."""
+
+
 class Series(BaseModel):
     """One irregular series: positions and values of its observations, by name.
 
     Every list of one series has the same length, its number of observations (at least 1). Names
-    and units are those of the model's schema. Series of one request may differ in length.
+    and units are those of the model's schema. Series of one request may differ in length. Tuples
+    and arrays of numbers are taken as lists, and a whole number as the text of an id.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -61,6 +74,35 @@ class Series(BaseModel):
         description="Axis or channel name -> unit, checked against the model's. Pure numbers (unit "
         "'1') and axes counted in themselves (frame, in frames) may be left out, no other.",
     )
+
+    def __init__(self, **fields: Any) -> None:
+        """Raises :class:`InvalidSeries` where a field is missing, unknown or of another type."""
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            field, reason = ".".join(map(str, first["loc"])), first["msg"]
+            if first["type"] == "extra_forbidden":
+                reason = f"no field of a series; it has {', '.join(type(self).model_fields)}"
+            field = _short(field).strip("'\"")
+            raise InvalidSeries(f"{field}: {reason.removeprefix('Value error, ')}") from None
+
+    @field_validator("id", mode="before")
+    @classmethod
+    def _id_is_text(cls, given: Any) -> Any:
+        is_number = isinstance(given, int | float | np.integer) and not isinstance(given, bool)
+        if is_number and given % 1 == 0:  # pandas has whole numbers as floats if one is missing
+            return str(int(given))
+        if not isinstance(given, str | bytes | None):
+            raise ValueError(f"expected text or a whole number, got {_short(given)}")
+        return given
+
+    @field_validator("positions", "values", mode="before")
+    @classmethod
+    def _lists_of_numbers(cls, given: Any) -> dict[Any, list[float]]:
+        if not isinstance(given, Mapping):
+            raise ValueError(f"expected a list of numbers for each name, got {_short(given)}")
+        return {name: _finite_numbers(name, column) for name, column in given.items()}
 
 
 class Prediction(BaseModel):
@@ -82,12 +124,50 @@ class Features(BaseModel):
     features: list[float] = Field(description="Same length for every series.")
 
 
-class InvalidSeries(ValueError):
-    """A series does not fit the model; the message names the series and the field."""
+_limited = reprlib.Repr()
+_limited.maxstring = _limited.maxother = 80
+_short = _limited.repr  # of what came, in an error: a request may be of any size
 
 
-class PackageError(RuntimeError):
-    """The package folder is damaged or incomplete, or its golden rows are not reproduced."""
+def _finite_numbers(name: str, column: Any) -> list[float]:
+    column = column.tolist() if hasattr(column, "tolist") else column  # NumPy, pandas, torch
+    if not isinstance(column, Sequence) or isinstance(column, str | bytes):
+        raise ValueError(f"{_short(name)} must be a list of numbers, got {_short(column)}")
+    if not (set(map(type, column)) <= {float} and all(map(math.isfinite, column))):
+        for index, given in enumerate(column):
+            one = given.item() if isinstance(given, np.generic) else given
+            if type(one) not in (float, int) or not abs(one) <= sys.float_info.max:
+                raise ValueError(
+                    f"{_short(name)} must hold finite numbers, got {_short(given)} at index {index}; "
+                    f"leave out missing observations"
+                )
+    return list(map(float, column))
+
+
+def parse_series(rows: Iterable[Any]) -> list[Series]:
+    """The series of a request: mappings, or objects, with the fields of ``Series``.
+
+    Raises:
+        InvalidSeries: there is none, or one is no series; the message names it.
+    """
+    if isinstance(rows, Mapping | BaseModel) or not isinstance(rows, Iterable):
+        raise InvalidSeries(f"expected a list of series, got {_short(rows)}")
+    series = []
+    for number, row in enumerate(rows):
+        try:
+            series.append(Series(**dict(row)))
+        except InvalidSeries as error:
+            raise InvalidSeries(f"{_name(number, dict(row).get('id'))}: {error}") from None
+        except (TypeError, ValueError):
+            reason = f"expected an object with positions and values, got {_short(row)}"
+            raise InvalidSeries(f"series {number}: {reason}") from None
+    if not series:
+        raise InvalidSeries("expected a list of at least one series, got an empty list")
+    return series
+
+
+def _name(number: int, given: Any) -> str:
+    return f"series {number}" if given is None else f"series {number} (id {_short(given)})"
 
 
 class Package:
@@ -113,18 +193,19 @@ class Package:
         self.n_outputs: int = package["n_outputs"]
         self._program = torch.export.load(folder / "model.pt2").module()
 
-    def outputs(self, series: list[Series]) -> NDArray[np.float64]:
-        """Outputs ``(len(series), K)`` float64, in the order given.
+    def outputs(self, rows: Iterable[Any]) -> NDArray[np.float64]:
+        """Outputs ``(n, K)`` float64 of n rows as ``parse_series`` takes them, in the order given.
 
         The order of observations inside a series does not matter.
 
         Raises:
-            InvalidSeries: the list is empty, or a series does not fit the schema.
+            InvalidSeries: there is none, or one does not fit the schema.
             PackageError: the program returns another shape, or outputs that are not finite.
         """
-        if not series:
-            raise InvalidSeries("expected a list of at least one series, got an empty list")
-        tokens = [self._tokens(one, f"series {i}") for i, one in enumerate(series)]
+        return self._outputs(parse_series(rows))
+
+    def _outputs(self, series: list[Series]) -> NDArray[np.float64]:
+        tokens = [self._tokens(one, _name(i, one.id)) for i, one in enumerate(series)]
         outputs = np.empty((len(series), self.n_outputs))
         for rows in self._batches([len(values) for values, _ in tokens]):
             outputs[rows] = self._run([tokens[i] for i in rows])
@@ -135,9 +216,10 @@ class Package:
         numbers = outputs.tolist()
         return dict(zip(self.classes, numbers, strict=True)) if self.is_classifier else numbers
 
-    def predict(self, series: list[Series]) -> list[Any]:
-        """A ``Prediction`` per series, or ``Features`` of an encoder; raises as ``outputs``."""
-        outputs = self.outputs(series)
+    def predict(self, rows: Iterable[Any]) -> list[Any]:
+        """A ``Prediction`` per row, or ``Features`` of an encoder; takes and raises as ``outputs``."""
+        series = parse_series(rows)
+        outputs = self._outputs(series)
         if not self.is_classifier:
             rows = zip(series, outputs, strict=True)
             return [Features(id=one.id, features=row.tolist()) for one, row in rows]
@@ -154,7 +236,7 @@ class Package:
             PackageError: a row differs by more than its tolerance.
         """
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        outputs = self.outputs([Series(**row["series"]) for row in rows])
+        outputs = self.outputs(row["series"] for row in rows)
         largest = 0.0
         for number, (row, output) in enumerate(zip(rows, outputs, strict=True)):
             expected = row[self.golden_field]
@@ -173,7 +255,6 @@ class Package:
 
     def _tokens(self, series: Series, where: str) -> tuple[NDArray[Any], NDArray[Any]]:
         """Validated and normalised values ``(n, P)`` and positions ``(n, D)``, both float32."""
-        where = where if series.id is None else f"{where} (id {series.id!r})"
         self._check_units(series.units or {}, where)
         positions = self._columns(series.positions, self.axes, f"{where}: positions")
         values = self._columns(series.values, self.channels, f"{where}: values")
@@ -201,17 +282,17 @@ class Package:
         for name, unit in given.items():
             if name not in self.units:
                 raise InvalidSeries(
-                    f"{where}: units: {name!r} is no axis or channel of this model; "
+                    f"{where}: units: {_short(name)} is no axis or channel of this model; "
                     f"it has {', '.join(map(repr, self.units))}"
                 )
             if unit != self.units[name]:
                 if self.units[name] in ("1", name):
                     raise InvalidSeries(
                         f"{where}: units: {name!r} is a plain number to this model (unit "
-                        f"{self.units[name]!r}), got {unit!r}; was it trained on such series?"
+                        f"{self.units[name]!r}), got {_short(unit)}; was it trained on such series?"
                     )
                 raise InvalidSeries(
-                    f"{where}: units: {name!r} must be in {self.units[name]!r}, got {unit!r}; "
+                    f"{where}: units: {name!r} must be in {self.units[name]!r}, got {_short(unit)}; "
                     f"convert the numbers"
                 )
         for name, unit in self.units.items() if self.units_required else ():
@@ -227,20 +308,13 @@ class Package:
         names = [one["name"] for one in expected]
         if unknown := [name for name in given if name not in names]:
             raise InvalidSeries(
-                f"{where}: unknown {unknown[0]!r}; this model takes {', '.join(map(repr, names))}"
+                f"{where}: unknown {_short(unknown[0])}; this model takes {', '.join(map(repr, names))}"
             )
         columns = {}
         for name in names:
             if name not in given:
-                raise InvalidSeries(f"{where}: {name!r} is missing; got {sorted(given)}")
+                raise InvalidSeries(f"{where}: {name!r} is missing; got {_short(sorted(given))}")
             columns[name] = np.array(given[name], np.float64)
-            bad = ~np.isfinite(columns[name])
-            if bad.any():
-                index = int(bad.argmax())
-                raise InvalidSeries(
-                    f"{where}: {name!r} must hold finite numbers, got {given[name][index]} at "
-                    f"index {index}; leave out missing observations"
-                )
         return columns
 
     def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
@@ -354,12 +428,17 @@ def _read(path: Path) -> Any:
 
 
 if not __package__:  # loaded as a model, not imported as a part of this project
-    from mlflow.exceptions import MlflowException
+    from mlflow.exceptions import INTERNAL_ERROR, INVALID_PARAMETER_VALUE, MlflowException
     from mlflow.models import ModelConfig, set_model
     from mlflow.pyfunc import PythonModel
 
     _kind = ModelConfig(development_config={"kind": "classifier"}).get("kind")
     Output = Features if _kind == "encoder" else Prediction
+
+    class RequestError(MlflowException):
+        """One sentence; MLflow's server would put the whole input before it."""
+
+        message = property(str, lambda self, text: None)
 
     class Pyfunc(PythonModel):
         """What ``mlflow.pyfunc.load_model`` and ``mlflow models serve`` run."""
@@ -371,10 +450,20 @@ if not __package__:  # loaded as a model, not imported as a part of this project
         def predict(  # type: ignore[override]
             self, model_input: list[Series], params=None
         ) -> list[Output]:  # type: ignore[valid-type]
-            """MLflow infers the signature from these types, and returns errors as HTTP 400."""
+            """MLflow infers the signature from these types; also takes what ``Package`` does."""
+            rows: Any = model_input
+            if hasattr(rows, "to_dict"):  # a DataFrame, which mlflow.evaluate and Spark pass
+                table = rows.astype(object).where(rows.notna(), None)
+                rows = table[0].tolist() if list(table) == [0] else table.to_dict("records")
             try:
-                return self.package.predict(model_input)
+                return self.package.predict(rows)
             except InvalidSeries as error:
-                raise MlflowException.invalid_parameter_value(str(error)) from error
+                raise RequestError(str(error), INVALID_PARAMETER_VALUE) from error
+            except PackageError as error:
+                raise RequestError(str(error), INTERNAL_ERROR) from error
 
+        predict._is_pyfunc = True  # type: ignore[attr-defined]
+
+    # without MLflow's own check of the types, which repeats the whole input in its errors
+    Pyfunc.predict = inspect.unwrap(Pyfunc.predict)  # type: ignore[method-assign]
     set_model(Pyfunc())

@@ -18,12 +18,13 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from roma_core.files import sha256_of
+from roma_core.serving.pyfunc_model import parse_series
 from roma_core.settings import without_credentials
 
 if TYPE_CHECKING:
@@ -206,6 +207,11 @@ def load(folder: Path) -> Any:
     return package
 
 
+def series_of(package: Any, rows: Iterable[Any]) -> list[Any]:
+    """Rows as ``parse_series`` takes them, as series of the model's own code, which may be older."""
+    return [package.module.Series(**one.model_dump()) for one in parse_series(rows)]
+
+
 class PredictionResult(NamedTuple):
     version: str
     predictions: list[Any]
@@ -240,11 +246,10 @@ class AliasWatcher:
     def version(self) -> str:
         return self._current[0]
 
-    def predict(self, series: Sequence[Mapping[str, Any]]) -> PredictionResult:
-        """Predict series given as JSON objects; one version predicts all, even during a change."""
+    def predict(self, series: Iterable[Any]) -> PredictionResult:
+        """Predict rows as ``parse_series`` takes them; one version predicts all, even during a change."""
         version, package = self._current
-        predictions = package.predict([package.module.Series(**one) for one in series])
-        return PredictionResult(version, predictions)
+        return PredictionResult(version, package.predict(series_of(package, series)))
 
     def poll(self) -> bool:
         """Load the version that the alias points to now; True if it is another one."""

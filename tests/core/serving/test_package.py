@@ -124,7 +124,7 @@ VALUES = {"flux": [1.0, 2.0], "ratio": [1.0, 2.0]}
     ],
 )  # fmt: skip
 def test_a_series_that_does_not_fit_is_named(classifier, changes, message):
-    bad = Series(**{"id": "x7", "positions": TIMES, "values": VALUES, "units": UNITS, **changes})
+    bad = {"id": "x7", "positions": TIMES, "values": VALUES, "units": UNITS, **changes}
     with pytest.raises(InvalidSeries, match=r"series 1 \(id 'x7'\): .*" + message):
         classifier.predict([given(), bad])
 
