@@ -13,7 +13,7 @@ import yaml
 from roma_core.cli import errors_as_messages, with_options
 
 if TYPE_CHECKING:
-    from roma_core.job import JobFolder
+    pass
 
 Task = Literal["pretrain", "finetune"]
 _FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -81,8 +81,12 @@ def _run(task: Task, options: dict[str, Any], weights: Path | None = None) -> No
             raise click.UsageError(
                 "--data and --run-dir are required (or --job, for a planned job)"
             )
-        with errors_as_messages((ValueError, OSError)):
-            folder = _prepare(task, options, weights)
+        if os.environ.get("RANK", "0") == "0":  # the others wait for it before they read the folder
+            with errors_as_messages((ValueError, OSError)):
+                _prepare(task, options, weights)
+        if options["show_config"]:
+            return
+        folder = JobFolder(options["run_dir"].absolute())
 
     with StopRequests():  # a stop request is handled from here on, during slow imports too
         from roma_core.run_job import run_in_folder
@@ -91,8 +95,8 @@ def _run(task: Task, options: dict[str, Any], weights: Path | None = None) -> No
         sys.exit(run_in_folder(folder, train))
 
 
-def _prepare(task: Task, options: dict[str, Any], weights: Path | None) -> JobFolder:
-    """The folder of a local run, with its frozen configuration."""
+def _prepare(task: Task, options: dict[str, Any], weights: Path | None) -> None:
+    """Freeze the configuration in the folder of a local run, or print it."""
     from roma_core.files import read_json, write_json
     from roma_core.job import JobFolder
     from roma_core.trainer.config import TrainerConfig, describe_changes, describe_resumable
@@ -109,27 +113,27 @@ def _prepare(task: Task, options: dict[str, Any], weights: Path | None) -> JobFo
         prefix = "ROMA_PRETRAIN_" if task == "pretrain" else "ROMA_CLASSIFIER_"
         click.echo(f"# model ({prefix}…), including fields that the data determine\n")
         click.echo(yaml.safe_dump(config.model, sort_keys=False))
-        sys.exit(0)
+        return
     folder = JobFolder(options["run_dir"].absolute())
     document = config.model_dump(mode="json")
-    is_main = os.environ.get("RANK", "0") == "0"
     if folder.config.exists():
         frozen = TrainingJobConfig.model_validate(read_json(folder.config)).completed()
         changed = _differences(frozen.model_dump(mode="json"), document)
         allowed = {f"trainer.{name}" for name in TrainerConfig.resumable()}
+        # a moved folder is the same if its content is
+        allowed |= {name for name in ("dataset", "weights") if f"{name}_digest" not in changed}
         refused = {name: pair for name, pair in changed.items() if name not in allowed}
         if refused:
             raise ValueError(
                 f"{folder.path} belongs to a run with other settings: {describe_changes(refused)}; set "
                 f"them back to resume it, or give another --run-dir. {describe_resumable()}"
             )
-        if changed and is_main:
+        if changed:
             click.echo(f"{folder.path} resumes with {describe_changes(changed)}")
             write_json(folder.config, document)
-    elif is_main:
+    else:
         folder.path.mkdir(parents=True, exist_ok=True)
         write_json(folder.config, document)
-    return folder
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,10 +27,8 @@ def init_accelerator(config: TrainerConfig) -> Accelerator:
     """The Accelerator of this process, however it was launched: ``python``, ``accelerate``, ``torchrun``.
 
     Raises:
-        RuntimeError: the processes do not form one group.
         ValueError: the launcher is configured to shard the model.
     """
-    # without cpu=True, several processes on a computer without GPU would each train on its own
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision
     )
@@ -40,22 +38,18 @@ def init_accelerator(config: TrainerConfig) -> Accelerator:
             f"another number of processes. Launch without it and set ROMA_TRAINER_SHARDING=fsdp; a RoMA "
             f"of 100 M parameters fits any GPU without sharding"
         )
-    n = accelerator.num_processes
-    if n != (launched := int(os.environ.get("WORLD_SIZE", "1"))):
-        raise RuntimeError(
-            f"the launcher started {launched} processes, but they formed groups of {n}; "
-            f"each would train on its own. Check the rendezvous address and the launcher's flags"
-        )
     if threads := config.threads or (None if accelerator.device.type == "cuda" else 1):
         torch.set_num_threads(threads)
     return accelerator
 
 
 class HostGroup:
-    """Collectives among the processes of one training, on the host: none waits for a device."""
+    """Collectives among the processes of one training, on the host: none waits for a device.
+
+    Every process creates its own, at the same point of the program; see :func:`init_group`.
+    """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
-        """Every process of a group creates its own, at the same point of the program."""
         self.rank, self.size = rank, size
         self._group: Any = None
         if size > 1 and dist.get_backend() != "gloo":
@@ -89,12 +83,42 @@ class HostGroup:
             dist.broadcast(on_host, src=0, group=self._group)
             tensor.copy_(on_host)
 
+    def once_per_node(self, act: Callable[[], object]) -> None:
+        """Call ``act`` in one process of every node; all wait for it, and fail if it raised ValueError."""
+        error: ValueError | None = None
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            try:
+                act()
+            except ValueError as raised:
+                error = raised
+        messages = self.gather(str(error) if error else "")
+        if any(messages):
+            raise error or ValueError(next(filter(None, messages)))
+
     def barrier(self) -> None:
         """Wait until every process has called this."""
         self.gather(None)
 
 
 SINGLE_PROCESS = HostGroup()
+
+
+def init_group() -> HostGroup:
+    """The processes that were launched together; the first call waits until all have made it.
+
+    Raises:
+        RuntimeError: the processes do not form one group.
+    """
+    # without cpu=True, several processes on a computer without GPU would each train on its own
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    n = state.num_processes
+    if n != (launched := int(os.environ.get("WORLD_SIZE", "1"))):
+        raise RuntimeError(
+            f"the launcher started {launched} processes, but they formed groups of {n}; "
+            f"each would train on its own. Check the rendezvous address and the launcher's flags"
+        )
+    return HostGroup(state.process_index, n)
+
 
 M = TypeVar("M", bound=nn.Module)
 

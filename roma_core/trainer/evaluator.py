@@ -139,7 +139,7 @@ class Evaluator:
                 model.eval()
                 sums = _on_every_process(functools.partial(_loss_sum, model), *how)
                 loss, count = (sum(part) for part in zip(*sums, strict=True))
-                metrics = {"eval/loss": loss / max(1.0, count)}
+                metrics = {"eval/loss": loss / count if count else float("nan")}
             else:
                 outputs = classify(model, *how)
                 metrics = {"eval/loss": outputs.loss}

@@ -5,6 +5,7 @@ Imports torch only to train.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -13,8 +14,8 @@ import numpy as np
 from pydantic import Field
 
 from roma_core.data.manifest import Manifest, read_manifest
-from roma_core.data.store import StoredDataset
-from roma_core.files import read_json
+from roma_core.data.store import StoredDataset, Subset
+from roma_core.files import read_json, sha256_of
 from roma_core.job import Attempt, JobFolder
 from roma_core.model.config import (
     RoMAForClassificationConfig,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 MODEL_OUTPUT = "outputs/model"
 """Folder of the trained weights, relative to the job folder."""
+log = logging.getLogger(__name__)
 _MAX_SCALE = 30.0  # of targets, times larger or smaller than 1
 _MAX_SERIES = 2_000  # read for the check of the scale, evenly spaced among more
 
@@ -55,6 +57,7 @@ class TrainingJobConfig(Frozen):
     dataset: str  # folder of the data set
     dataset_digest: str  # its version; the job fails if another one is at this path
     weights: str | None = None  # folder of the weights to start from; None: new weights
+    weights_digest: str | None = None  # sha256 of their file
     model: dict[str, Any]  # every field of the model's configuration
     trainer: dict[str, Any]  # every field of the trainer's, but for the checkpoint folder
     train_fraction: float = Field(1.0, gt=0, le=1)  # of the training series of every class
@@ -83,6 +86,12 @@ class TrainingJobConfig(Frozen):
         config: RoMAForPreTrainingConfig | RoMAForClassificationConfig
         if task == "pretrain":
             config = RoMAForPreTrainingConfig(**model | data_fields(manifest.data_schema))
+            series = StoredDataset(dataset, verify=False).split("train")
+            if len(series) and not len(_maskable(series)):
+                raise ValueError(
+                    f"every training series of {manifest.name} has one observation, so nothing can be "
+                    f"hidden and pretraining has nothing to learn; finetune new weights instead"
+                )
         else:
             config = _finetuning_model(manifest, model, weights)
             if config.problem_type == "regression":
@@ -93,6 +102,7 @@ class TrainingJobConfig(Frozen):
             dataset=str(dataset),
             dataset_digest=manifest.digest,
             weights=None if weights is None else str(weights),
+            weights_digest=_digest_of_weights(weights),
             model=config.model_dump(mode="json"),
             trainer=trainer.model_dump(mode="json", exclude={"checkpoint_dir"}),
             train_fraction=train_fraction,
@@ -104,7 +114,13 @@ class TrainingJobConfig(Frozen):
         model = kind.from_values(self.model).model_dump(mode="json")
         trainer = TrainerConfig.from_values(self.trainer)
         fields = trainer.model_dump(mode="json", exclude={"checkpoint_dir"})
-        return self.model_copy(update={"model": model, "trainer": fields})
+        digest = self.weights_digest or _digest_of_weights(self.weights)
+        return self.model_copy(update={"model": model, "trainer": fields, "weights_digest": digest})
+
+
+def _digest_of_weights(folder: Path | str | None) -> str | None:
+    file = None if folder is None else Path(folder, "model.safetensors")
+    return sha256_of(file) if file and file.exists() else None
 
 
 def _finetuning_model(
@@ -169,6 +185,11 @@ def unscaled_targets(dataset: Path) -> list[str]:
     ]
 
 
+def _maskable(series: Subset) -> Subset:
+    """Those of two or more observations: of a single one nothing can be hidden."""
+    return Subset(series.dataset, series.indices[series.lengths > 1])
+
+
 def open_dataset(path: str, digest: str, *, verify: bool) -> StoredDataset:
     """The data set a job was planned for.
 
@@ -201,16 +222,35 @@ def _model_of(config: TrainingJobConfig, seed: int) -> RoMAForPreTraining | RoMA
 
 def train(folder: JobFolder, attempt: Attempt) -> Work:
     """Run or resume the training that ``config.json`` describes."""
+    from roma_core.trainer.distributed import init_group
     from roma_core.trainer.trainer import Trainer
 
-    config = TrainingJobConfig.model_validate(read_json(folder.config, schema_version=1))
+    group = init_group()
+    # rank 0 may have just written it, and another process may see it late
+    document = read_json(folder.config, schema_version=1) if group.is_main else None
+    config = TrainingJobConfig.model_validate(group.gather(document)[0])
     trainer = TrainerConfig.from_values(config.trainer | {"checkpoint_dir": folder.checkpoints})
-    dataset = open_dataset(config.dataset, config.dataset_digest, verify=True)
+    version = config.dataset, config.dataset_digest
+    group.once_per_node(lambda: open_dataset(*version, verify=True))
+    dataset = open_dataset(*version, verify=False)
     model = _model_of(config, trainer.random_seed)
     model.data_schema = dataset.schema.model_dump(mode="json")
+    series = dataset.split("train").subsample(config.train_fraction, trainer.random_seed)
+    validation = dataset.split("validation")
+    facts: dict[str, Any] = {}
+    if config.task == "pretrain":
+        n_series = len(series)
+        series, validation = _maskable(series), _maskable(validation)
+        if left_out := n_series - len(series):
+            facts["series_left_out"] = left_out
+            if group.is_main:
+                log.warning(
+                    f"{left_out:,} of {n_series:,} training series have one observation, of which nothing "
+                    f"can be hidden; pretraining leaves them out"
+                )
     end = Trainer(trainer).train(
-        dataset.split("train").subsample(config.train_fraction, trainer.random_seed),
-        dataset.split("validation"),
+        series,
+        validation,
         model,
         folder=folder.path,
         attempt=attempt,
@@ -226,7 +266,8 @@ def train(folder: JobFolder, attempt: Attempt) -> Work:
         end.step,
         metrics=end.metrics,
         outputs={"model": MODEL_OUTPUT},
-        facts={
+        facts=facts
+        | {
             "parameters": sum(p.numel() for p in model.parameters()),
             "training_s": round(end.elapsed_s, 3),
             "device": str(next(model.parameters()).device),

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from roma_core.files import write_bytes
 from roma_core.hashing import hash_ints
-from roma_core.model.packing import PackedBatch
+from roma_core.model.packing import PackedBatch, Segments
 from roma_core.model.prediction import RoMAForClassification
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.distributed import (
@@ -120,7 +121,8 @@ class TrainStep:
 
         Args:
             step: fixes the seed and the learning rate.
-            count: number of terms the loss is a mean over, in all micro-batches of all processes.
+            count: number of terms the loss is a mean over, in all micro-batches of all processes; above
+                0. A micro-batch without terms, of which pretraining can hide nothing, is left out.
 
         Returns:
             This process's part of the mean loss, and the gradient's norm before clipping, on the
@@ -129,13 +131,8 @@ class TrainStep:
         Raises:
             NonFiniteLoss: on a CPU, before the weights change; on other devices the caller checks
                 the returned numbers with :meth:`is_finite`.
-            ValueError: no token is hidden, or there are no labels.
+            ValueError: there are no labels.
         """
-        if count == 0:
-            raise ValueError(
-                f"step {step} has nothing to learn from: no token of its series is hidden; "
-                f"series need at least two tokens and mask_ratio must be above 0"
-            )
         torch.manual_seed(hash_ints(self.config.random_seed, step, self.rank))
         self.lr = self.peak_lr * learning_rate_factor(
             self.config.lr_schedule, step, self.total_steps, self.warmup_steps
@@ -145,15 +142,14 @@ class TrainStep:
         if isinstance(self._trained, RoMAForClassification):
             self._trained.require_head().train()
         total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
-        for i, batch in enumerate(micro_batches):
-            fraction = self._trained.loss_count(batch) / count
-            with nullcontext() if i + 1 == len(micro_batches) else self._no_sync():
+        fractions = [(b, n / count) for b in micro_batches if (n := self.model.loss_count(b))]
+        if not fractions:  # every process must take part in the exchange of gradients
+            fractions = [(_with_hidden_copy(micro_batches[0]), 0.0)]
+        for i, (batch, fraction) in enumerate(fractions, start=1):
+            with nullcontext() if i == len(fractions) else self._no_sync():
                 _, loss = self._wrapped(batch)
                 if loss is None:
-                    raise ValueError(
-                        f"samples {batch.sample_ids.tolist()} give no loss: they have no label, or "
-                        f"nothing to hide"
-                    )
+                    raise ValueError(f"samples {batch.sample_ids.tolist()} have no label")
                 # gradients are means over the processes, the loss is a sum
                 self.accelerator.backward(loss * fraction * self.world_size)
             total += loss.detach().double() * fraction
@@ -238,6 +234,19 @@ class TrainStep:
         named = self._ema.tensors if self._ema else dict(self._named)
         for name, parameter in self.model.named_parameters():
             parameter.copy_(full_tensor(named[name].detach()))
+
+
+def _with_hidden_copy(batch: PackedBatch) -> PackedBatch:
+    """A batch of which nothing can be hidden, with a hidden copy of its first token."""
+    first, *others = batch.segments.lengths
+    longer = replace(
+        batch,
+        tokens=torch.cat((batch.tokens[:1], batch.tokens)),
+        positions=torch.cat((batch.positions[:1], batch.positions)),
+        segments=Segments((first + 1, *others), batch.segments.device),
+    )
+    index = torch.arange(longer.segments.total, device=batch.segments.device)
+    return longer.with_mask(index == 0)
 
 
 def raise_non_finite(

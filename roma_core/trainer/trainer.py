@@ -20,7 +20,7 @@ from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.trainer.checkpoint import Checkpointer, TrainState, load_best, load_newest
 from roma_core.trainer.config import TrainerConfig, describe_changes, describe_resumable
 from roma_core.trainer.dataloader import MapStyle, TrainLoader
-from roma_core.trainer.distributed import HostGroup, init_accelerator
+from roma_core.trainer.distributed import init_accelerator, init_group
 from roma_core.trainer.evaluator import EarlyStopping, Evaluator, unknown_metric
 from roma_core.trainer.metrics import ThroughputMeter
 from roma_core.trainer.optim import Model, labels_of, training_loss
@@ -121,9 +121,9 @@ class Trainer:
     ) -> None:
         """Load the newest checkpoint, and create everything a run needs."""
         config, callback = self.config, self._evaluate_callback
+        self.group = group = init_group()
         self.accelerator = accelerator = init_accelerator(config)
-        self.group = group = HostGroup(accelerator.process_index, accelerator.num_processes)
-        _check_settings(config, model, test_dataset, callback is not None)
+        _check_settings(config, model, train_dataset, test_dataset, callback is not None)
         loss = training_loss(model, config, train_dataset)
 
         checkpoint = load_newest(config.checkpoint_dir)
@@ -159,6 +159,7 @@ class Trainer:
         # step, loss and gradient norm of steps, still on the device: reading each would wait for it
         self.unread: list[tuple[int, Tensor, Tensor]] = []
         self.grad_norm = float("nan")
+        self.n_empty_steps = 0  # since the run was resumed
         self.started, self.last_heartbeat = time.monotonic(), float("-inf")
         self.meter, self.elapsed_before_s = ThroughputMeter(), 0.0
         self.evaluation: dict[str, float] = {}
@@ -193,11 +194,14 @@ class Trainer:
             self._do_step(batches)
             if self.step % self.config.log_every == 0 or self.step == self.total_steps:
                 self._read_losses()
-                meter, self.meter = self.meter, ThroughputMeter()
-                optimiser = {"train/lr": self.train_step.lr, "train/grad_norm": self.grad_norm}
-                self.logger.log_training(self.step, meter.metrics() | optimiser)
+                if self.meter.steps:  # else all were passed over
+                    meter, self.meter = self.meter, ThroughputMeter()
+                    optimiser = {"train/lr": self.train_step.lr, "train/grad_norm": self.grad_norm}
+                    self.logger.log_training(self.step, meter.metrics() | optimiser)
             self._evaluate_and_save()
         self.checkpointer.wait()
+        if self.n_empty_steps:
+            self.logger.say(f"{self.n_empty_steps} steps had nothing to hide and were passed over")
 
     def _complete(self, model: Model) -> str:
         """Leave the final weights in the model; returns the reason of an early end."""
@@ -241,6 +245,15 @@ class Trainer:
         if stop:
             raise Interrupted
         self.meter.tokens += tokens
+        if not count:  # all processes agree, and again after a resume
+            if not self.n_empty_steps:
+                self.logger.say(
+                    f"step {self.step + 1} has nothing to hide, its series have one token each; such "
+                    f"steps are passed over"
+                )
+            self.n_empty_steps += 1
+            self.step += 1
+            return
         try:
             loss, norm = self.train_step(self.step, micro_batches, count)
         except NonFiniteLoss:
@@ -328,14 +341,25 @@ class Trainer:
 
 
 def _check_settings(
-    config: TrainerConfig, model: Model, test_dataset: MapStyle | None, has_callback: bool
+    config: TrainerConfig,
+    model: Model,
+    train_dataset: MapStyle,
+    test_dataset: MapStyle | None,
+    has_callback: bool,
 ) -> None:
     """Raises ValueError, naming the setting, if this model or these data do not support it."""
-    if config.freeze_encoder and isinstance(model, RoMAForPreTraining):
-        raise ValueError(
-            "freeze_encoder trains only a classifier's head; pretraining would learn nothing: "
-            "unset ROMA_TRAINER_FREEZE_ENCODER"
-        )
+    if isinstance(model, RoMAForPreTraining):
+        if config.freeze_encoder:
+            raise ValueError(
+                "freeze_encoder trains only a classifier's head; pretraining would learn nothing: "
+                "unset ROMA_TRAINER_FREEZE_ENCODER"
+            )
+        lengths = torch.as_tensor(getattr(train_dataset, "lengths", [2]))
+        if not model.config.mask_fractions[1] or lengths.max() < 2:
+            raise ValueError(
+                f"pretraining has no token to hide: it needs series of two or more tokens and a "
+                f"mask_ratio above 0, which is {model.config.mask_ratio}"
+            )
     if test_dataset is None or len(test_dataset) == 0:
         needs_evaluation = {
             "early_stopping_patience": config.early_stopping_patience is not None,

@@ -1,0 +1,93 @@
+"""What several processes of one training read and check before its first step."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from roma_core.files import read_json
+from tests.core.hand_made import built, flip_a_byte, series
+from tests.time_limits import within
+
+ROOT = Path(__file__).parents[3]
+WATCHED = """
+import os, time
+import roma_core.files as files
+rank, folder, sha256_of = os.environ.get("RANK", "0"), os.environ["WATCH"], files.sha256_of
+def watched(path):
+    with open(os.path.join(folder, f"hashed-{rank}"), "a") as file:
+        print(path, file=file)
+    return sha256_of(path)
+files.sha256_of = watched
+if rank == "0":
+    time.sleep(4)  # the other process gets everywhere first
+"""
+
+
+@pytest.fixture
+def data(tmp_path):
+    some = [series(f"s{k}", 6, "xy"[k % 2], "train", seed=k) for k in range(24)]
+    return built(tmp_path / "data", *some, *[series("t", 6, "x", "test")])
+
+
+def torchrun(tmp_path, data, *settings, code=0) -> str:
+    """``roma finetune`` on two processes, the first of which starts late."""
+    (tmp_path / "site").mkdir(exist_ok=True)
+    (tmp_path / "site/sitecustomize.py").write_text(WATCHED)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    command += ["-m", "roma_core.cli", "finetune", "--data", data, "--run-dir", tmp_path / "run"]
+    command += ["--set", "model.encoder_config={d_model: 8, nhead: 1, depth: 1}"]
+    for setting in settings:
+        command += ["--set", f"trainer.{setting}"]
+    environment = {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}", "WATCH": str(tmp_path)}
+    environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=within(60),
+    )
+    assert (done.returncode == 0) == (code == 0), done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def hashed(tmp_path, data) -> list[int]:
+    """How many files of the data set each process hashed since the last call."""
+    counts = []
+    for rank in (0, 1):
+        log = tmp_path / f"hashed-{rank}"
+        counts.append(log.read_text().count(str(data)) if log.exists() else 0)
+        log.unlink(missing_ok=True)
+    return counts
+
+
+def test_all_processes_have_the_settings_that_the_first_one_writes(tmp_path, data):
+    """At the start, and when a run resumes with changed ones; one of them reads the data set whole."""
+    torchrun(tmp_path, data, "epochs=4", "batch_size=4", "save_every=3", "eval_every=4")
+    n_files = len(read_json(data / "manifest.json")["files"])
+    assert hashed(tmp_path, data) == [n_files, 0]
+    for path in (tmp_path / "run/checkpoints").glob("step-*"):
+        if path.name > "step-00000006":
+            shutil.rmtree(path)
+    output = torchrun(tmp_path, data, "epochs=4", "batch_size=4", "save_every=3", "eval_every=2")
+    assert "resumes with trainer.eval_every 4 → 2" in output
+    assert hashed(tmp_path, data) == [n_files, 0]
+
+
+def test_a_damaged_data_set_fails_on_every_process_with_one_sentence(tmp_path, data):
+    torchrun(tmp_path, data, "epochs=1")
+    flip_a_byte(data / "values.npy")
+    (tmp_path / "run/result.json").unlink()
+    output = torchrun(tmp_path, data, "epochs=1", code=1)
+    assert output.count("is damaged: values.npy") >= 2
+    assert "is damaged" in read_json(tmp_path / "run/attempts/1/exit.json")["reason"]
