@@ -18,6 +18,7 @@ from roma_core.data.infer_schema import (
     infer_source,
     source_statistics,
 )
+from roma_core.data.manifest import SPLITS
 from roma_core.files import write_bytes
 from roma_core.model.config import RoMAForPreTrainingConfig
 from roma_core.sources.base import kinds, source_config
@@ -156,8 +157,11 @@ def _dataset_settings(
     dataset: dict[str, Any] = {}
     fractions = {"validation_fraction": _VALIDATION_FRACTION}
     counts = statistics.recorded_splits
-    if set(counts) == {"train", "test"}:
-        reasons = [f"published split: {counts['train']:,} train, {counts['test']:,} test"]
+    if {"train", "test"} <= counts.keys():
+        sizes = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS if split in counts)
+        reasons = [f"published split: {sizes}"]
+        if "validation" in counts:
+            fractions["validation_fraction"] = 0.0
     else:
         fractions["test_fraction"] = _TEST_FRACTION
         if statistics.has_groups:

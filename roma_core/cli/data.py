@@ -87,7 +87,7 @@ def validate(path: Path, against: Path | None, strict: bool, as_json: bool) -> N
     """Check the data set in PATH; exit with 1 if there is an error in it.
 
     Errors: damaged files, columns that do not fit, numbers that are not finite, an object, group or
-    equal content in two splits.
+    equal content in two splits (the latter two: unless the set was built with leakage: warn or ignore).
     """
     import json
 

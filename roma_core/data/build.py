@@ -321,6 +321,7 @@ class DatasetWriter:
             split_rule=self.splitter.rule_text(),
             irregularity=irregularity,
             repairs=repairs,
+            leakage=config.leakage,
             provenance=Provenance(
                 source=config.source.model_dump_json(),
                 files=dict(source.files),

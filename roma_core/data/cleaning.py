@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -67,6 +68,11 @@ class SeriesCleaner:
         if not series.id:
             raise DataError("a series has no id, or it is empty; every object needs one of its own")
         name = self._name(series)
+        if re.fullmatch(r"\d[.,]\d+[eE]\+\d+", series.id):
+            raise DataError(
+                f"{name}: its id is a number that has lost its last digits, so other objects may have "
+                f"the same; write ids as whole numbers or text"
+            )
         if (series.targets is None) != (not self._targets):
             raise DataError(
                 f"{name} has {'no' if series.targets is None else 'some'} targets, its source declares "

@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from roma_core.data.cleaning import RepairOptions
+from roma_core.data.manifest import Leakage
 from roma_core.data.splits import SplitOptions
 from roma_core.files import Fingerprint, digest_of, fingerprint_of
 from roma_core.schema import ChannelTransform, DataError
@@ -63,6 +64,11 @@ class DatasetConfig(Frozen):
         0.2, description="Fraction of objects that go to test if the source records no split."
     )
     split: SplitOptions = SplitOptions()
+    leakage: Leakage = Field(
+        "error",
+        exclude_if=lambda leakage: leakage == "error",
+        description="What the checks make of a group or equal content in two splits.",
+    )
     repair: RepairOptions = RepairOptions()
     axes: dict[str, AxisOptions] = Field({}, description="Options by axis name.")
     channels: dict[str, ChannelTransform] = Field({}, description="Options by channel name.")

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from roma_core.data.cleaning import RepairOptions, SeriesCleaner
 from roma_core.data.manifest import Repairs
 from roma_core.schema import AxisScaleFit, DataError
-from roma_core.sources.base import Source
-from roma_core.sources.folders import IMAGE_ENDINGS
+from roma_core.sources.base import SPLIT_WORDS, Source
+from roma_core.sources.folders import IMAGE_ENDINGS, files_below, is_deep
 from roma_core.sources.npz import read_arrays
 from roma_core.sources.table_files import TableFile, connect
 
@@ -35,6 +35,7 @@ _USUAL_NAMES = {
 _ROW_NUMBERS = re.compile(r"(Unnamed: \d+|__index_level_\d+__|)$")  # as pandas names its index
 _CSV = re.compile(r"\.(txt|tsv|csv|csv\.gz|csv\.zst)$", re.IGNORECASE)
 _MAX_CATEGORIES = 64
+_MAX_IMAGES = 200  # of a folder, whose colours are looked at
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,14 @@ def infer_source(
 
 
 def _folder(folder: Path) -> InferredSource:
-    found = sorted({path.suffix.lower() for path in folder.rglob("*") if path.is_file()})
+    files = files_below(folder)
+    found = sorted({path.suffix.lower() for path in files})
+    tops = {path.relative_to(folder).parts[0] for path in files}
+    note = "a sub-folder per class"
+    if tops and {top.lower() for top in tops} <= SPLIT_WORDS.keys():
+        note += f" below those of the published splits {', '.join(sorted(tops))}"
     if ".wav" in found:
-        note = "sounds, a sub-folder per class; patches of their log-mel spectrograms"
+        note = f"sounds, {note}; patches of their log-mel spectrograms"
         return InferredSource({"kind": "wav_folder", "folder": str(folder)}, [note])
     if not set(found) & set(IMAGE_ENDINGS):
         raise DataError(
@@ -103,20 +109,23 @@ def _folder(folder: Path) -> InferredSource:
         )
     from PIL import Image
 
-    first = next(p for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGE_ENDINGS)
-    try:
-        with Image.open(first) as image:
-            width, height = image.size
-            colours = "grey" if image.mode in ("1", "L", "I;16", "I", "F") else "rgb"
-    except OSError as error:
-        raise DataError(f"{first} is no image: {error}") from error
+    paths = [path for path in files if path.suffix.lower() in IMAGE_ENDINGS]
+    modes: set[str] = set()
+    for path in paths[:: -(-len(paths) // _MAX_IMAGES)]:
+        try:
+            with Image.open(path) as image:
+                modes.add(image.mode)
+                if path == paths[0]:
+                    width, height = image.size
+        except OSError as error:
+            raise DataError(f"{path} is no image: {error}") from error
+    is_grey = any(map(is_deep, modes)) or modes <= {"1", "L", "LA", "La"}
+    colours = "grey" if is_grey else "rgb"
     side = min(width, height)
     patch = next((size for size in (16, 8, 4) if side >= 8 * size), 2 if side >= 8 else 1)
-    note = (
-        f"images, a sub-folder per class; the first is {width} × {height}, so patches are {patch}"
-    )
+    note = f"images, {note}; the first is {width} × {height}, so patches are {patch} pixels wide"
     config = {"kind": "image_folder", "folder": str(folder), "patch": patch, "colours": colours}
-    return InferredSource(config, [f"{note} pixels wide"])
+    return InferredSource(config, [note])
 
 
 def _ts(paths: Sequence[Path]) -> InferredSource:
@@ -177,9 +186,14 @@ def _table(paths: Sequence[Path], roles: ColumnRoles, objects: Path | None) -> I
             f"{_USUAL_NAMES[name][0]!r}: pass --{name} COLUMN"
         )
 
+    marks = tables[0].marks  # of our own exports
+    marked_axes, targets = (
+        [name for name in columns if marks.get(name, {}).get("role") == what]
+        for what in ("axis", "target")
+    )
     object_ = role("object", roles.object, single if lists else columns)
     rest = [name for name in columns if name != object_]
-    time = role("time", roles.time, lists or rest)
+    time = role("time", roles.time or next(iter(marked_axes), None), lists or rest)
     known = [name for name in (single if lists else rest) if name not in (object_, time)]
     if objects is not None:
         known = [name for name in TableFile(objects, database).names if name != object_]
@@ -190,24 +204,32 @@ def _table(paths: Sequence[Path], roles: ColumnRoles, objects: Path | None) -> I
             raise DataError(f"--{key} {named}: there is no such column among {known}")
         if found := named or _named_like(key, known):
             metadata[key] = found
-    taken = {time, *([] if objects else metadata.values())}
+    taken = {time, *targets, *([] if objects else metadata.values())}
     rest = [name for name in lists or rest if name not in taken]
-    axes: list[dict[str, Any]] = [{"column": time}]
-    for name in roles.axes or [n for n in rest if not lists and n not in roles.channels]:
+
+    def column(name: str) -> dict[str, Any]:
+        unit = marks.get(name, {}).get("unit")
+        return {"column": name} | ({"unit": unit} if unit else {})
+
+    axes = [column(time)]
+    named_axes = roles.axes or tuple(name for name in marked_axes if name != time)
+    for name in named_axes or [n for n in rest if not lists and n not in roles.channels]:
         if kinds[name] == "text":
             axes.append({"column": name, "categories": _categories(tables, name)})
-        elif name in roles.axes or name.lower() in _USUAL_NAMES["quantity"]:
-            axes.append({"column": name})
+        elif name in named_axes or name.lower() in _USUAL_NAMES["quantity"]:
+            axes.append(column(name))
     taken |= {axis["column"] for axis in axes}
     numeric = ("list",) if lists else ("number", "date")
-    channels = list(roles.channels) or [n for n in rest if n not in taken and kinds[n] in numeric]
+    found = [n for n in rest if n not in taken and kinds[n] in numeric]
+    channels = list(roles.channels) or [n for n in found if not tables[0].counts_rows(n)]
+    row_numbers += [] if roles.channels else [n for n in found if n not in channels]
     if not channels:
         raise DataError(
             f"{path}: no column is left for the values; name them with --channel COLUMN"
         )
 
-    values = [{"column": name} for name in channels]
-    shared = {"axes": axes, "channels": values, "metadata": metadata}
+    shared = {"axes": axes, "channels": [column(n) for n in channels], "metadata": metadata}
+    shared |= {"targets": [column(n) for n in targets]} if targets else {}
     config: dict[str, Any] = {
         "kind": "parquet" if lists else "table",
         "files": list(map(str, paths)),
@@ -220,9 +242,10 @@ def _table(paths: Sequence[Path], roles: ColumnRoles, objects: Path | None) -> I
         f"a row per {'series' if lists else 'observation'}; objects: {object_}; positions: "
         f"{', '.join(axis['column'] for axis in axes)}; values: {', '.join(shown)}",
         ", ".join(f"{key}: {name}" for key, name in metadata.items()) or "no metadata of objects",
+        *([f"targets: {', '.join(targets)}"] if targets else []),
     ]
     used = {object_, *taken, *channels, *metadata.values()}
-    if unused := [name for name in columns if name not in used]:
+    if unused := [name for name in columns if name not in {*used, *row_numbers}]:
         notes.append(f"not used: {', '.join(unused)}")
     if row_numbers:
         notes.append(f"not used: row numbers in {', '.join(map(repr, row_numbers))}")

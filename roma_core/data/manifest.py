@@ -36,6 +36,7 @@ MANIFEST = "manifest.json"
 VERSIONS = (1, 2)  # of the format, that can be read
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+Leakage = Literal["error", "warn", "ignore"]
 _HASH_THREADS = 4  # hashing a file releases the interpreter lock
 
 
@@ -91,6 +92,11 @@ class Manifest(Frozen):
     split_rule: str
     irregularity: Irregularity | None = None
     repairs: Repairs | None = None
+    leakage: Leakage = Field(
+        "error",
+        exclude_if=lambda leakage: leakage == "error",  # manifests without it keep their digest
+        description="What a group or equal content in two splits is.",
+    )
     provenance: Provenance
     files: dict[str, FileRecord]
     digest: str = Field(

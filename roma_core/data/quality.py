@@ -78,7 +78,7 @@ def check_dataset(path: Path) -> list[Finding]:
         return _series_finding(dataset, "finite", "error", bad, problem)
     return [
         *find_leakage(dataset),
-        *_near_duplicates(dataset),
+        *(_near_duplicates(dataset) if manifest.leakage != "ignore" else []),
         *_numbers(dataset),
         *_lengths(dataset),
         *_units_and_classes(dataset),
@@ -236,16 +236,19 @@ def _units_and_classes(dataset: StoredDataset) -> list[Finding]:
 
 _N_BINS = 16  # of a sketch
 _MAX_QUERIES, _MAX_TRAIN = 5_000, 50_000  # series compared, evenly spaced among more
+_MIN_CHANGES = 7  # of values from one observation to the next, fewer may be equal by chance
 _MAX_SKETCH = 64  # numbers; longer sketches are projected
 _NEAR = 0.1  # of the usual distance to the nearest series of train
 
 
 def find_leakage(dataset: StoredDataset) -> list[Finding]:
-    """Errors for groups and equal content in two splits, warnings for duplicates in one.
+    """Groups and equal content in two splits, errors or what ``leakage`` says; duplicates in one.
 
-    Content is equal if it is after normalisation, rounded to 3 decimals. Two copies of an object with
-    different observations dropped are not equal, but near.
+    Content is equal if every position and value is. That of series whose values hardly change, short
+    and flat ones, may be so by chance and is a warning. Two copies of an object with different
+    observations dropped are not equal, but near.
     """
+    severity: Severity = "error" if dataset.manifest.leakage == "error" else "warning"
     first_of: dict[str, int] = {}
     divided = []
     for i, group in enumerate(dataset.groups or []):
@@ -256,23 +259,31 @@ def find_leakage(dataset: StoredDataset) -> list[Finding]:
                 f"{_described(dataset, i)}; set split.by to 'group'"
             )
     apart: list[str] = []
+    by_chance: list[str] = []
     together: list[str] = []
     first_with: dict[bytes, int] = {}
     for i in range(len(dataset)):
-        sample = dataset.sample(i)
-        content = hashlib.sha256()
-        for array in (sample["positions"], sample["values"]):
-            content.update((np.round(array, 3) + 0.0).tobytes())  # -0.0 becomes 0.0
+        positions, values = (array + 0.0 for array in dataset.raw(i))  # -0.0 becomes 0.0
+        content = hashlib.sha256(positions.tobytes())
+        content.update(values.tobytes())
         other = first_with.setdefault(content.digest(), i)
         if other != i:
-            same_split = dataset.splits[other] == dataset.splits[i]
-            (together if same_split else apart).append(
+            changes = np.count_nonzero((values[1:] != values[:-1]).any(axis=1))
+            found = by_chance if changes < _MIN_CHANGES else apart
+            if dataset.splits[other] == dataset.splits[i]:
+                found = together
+            found.append(
                 f"series {_described(dataset, other)} and {_described(dataset, i)} have equal "
                 f"content: remove one of them"
+                + ", or set leakage to 'warn' in the data set's configuration"
+                * (found is apart)
             )
+    if dataset.manifest.leakage == "ignore":
+        divided, apart, by_chance = [], [], []
     return [
-        *_finding("group in two splits", "error", divided),
-        *_finding("equal content in two splits", "error", apart),
+        *_finding("group in two splits", severity, divided),
+        *_finding("equal content in two splits", severity, apart),
+        *_finding("equal short or flat series", "warning", by_chance),
         *_finding("equal content in one split", "warning", together),
     ]
 

@@ -76,6 +76,7 @@ class Splitter:
         self.dataset, self.options = dataset, options
         self.validation_fraction, self.test_fraction = validation_fraction, test_fraction
         self._known: dict[str, Split] = {}  # split by object id, of earlier versions
+        self._recorded_validation = False  # whether any series had one
         self._n_of_class: Counter[str] = Counter()  # objects so far, the known ones included
 
     def restore(self, versions: Path) -> None:
@@ -89,7 +90,8 @@ class Splitter:
         manifests = [m for m in versions.glob(f"*/{MANIFEST}") if m.parent.name[0] != "."]
         for path in sorted(manifests, key=lambda m: m.stat().st_mtime_ns):
             folder, manifest = path.parent, read_manifest(path.parent)
-            if manifest.split_rule != self.rule_text() or "labels.npy" not in manifest.files:
+            same_rule = manifest.split_rule.startswith(self.rule_text())
+            if not same_rule or "labels.npy" not in manifest.files:
                 continue
             for name in ("ids.json", "splits.npy", "labels.npy"):
                 file = folder / name
@@ -139,8 +141,9 @@ class Splitter:
             fold, u = divmod(u * options.folds, 1)
             if fold == options.fold:
                 return "test"
-        elif series.recorded_split == "test":
-            return "test"
+        elif series.recorded_split in ("validation", "test"):
+            self._recorded_validation |= series.recorded_split == "validation"
+            return series.recorded_split
         elif series.recorded_split is None:
             if u < self.test_fraction:
                 return "test"
@@ -169,4 +172,6 @@ class Splitter:
         return (
             f"recorded test stays test; of recorded train, {v:g} goes to validation; without a "
             f"record, {t:g} goes to test and {v:g} of the rest to validation; by {by}"
+            + "; recorded validation stays validation"
+            * self._recorded_validation
         )

@@ -192,7 +192,8 @@ class StoredDataset:
 
         A row per series, as delivered: ``id``, ``split``, ``label`` and ``group`` where there are any,
         then a list of doubles per axis and of floats per channel and target. A source of kind
-        ``parquet`` reads it back; the metadata ``role: target`` makes batch prediction ignore targets.
+        ``parquet`` reads it back. The columns' metadata hold ``unit`` and ``role``, by which
+        ``infer_source`` finds axes and targets, and batch prediction ignores targets.
 
         Raises:
             DataError: an axis, channel or target has the name of another column.
@@ -210,7 +211,7 @@ class StoredDataset:
         texts = ["id", "split", *(name for name, column in optional.items() if column is not None)]
         fields = [
             *(pa.field(name, pa.string()) for name in texts),
-            *lists(schema.axes, pa.float64()),
+            *lists(schema.axes, pa.float64(), role="axis"),
             *lists(schema.channels, pa.float32()),
             *lists(schema.targets, pa.float32(), role="target"),
         ]

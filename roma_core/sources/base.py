@@ -6,7 +6,9 @@ a kind and a subclass of ``SourceConfig``: ``our_archive = "our_package.sources:
 
 from __future__ import annotations
 
+import codecs
 import difflib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -21,7 +23,11 @@ from roma_core.files import sha256_of
 from roma_core.schema import Channel, DataError, PositionAxis
 from roma_core.settings import Frozen, validation_errors
 
-RecordedSplit = Literal["train", "test"]
+RecordedSplit = Literal["train", "validation", "test"]
+SPLIT_WORDS: dict[str, RecordedSplit] = {
+    "train": "train", "training": "train", "validation": "validation", "valid": "validation",
+    "val": "validation", "dev": "validation", "test": "test", "testing": "test",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +105,21 @@ def hash_files(paths: Iterable[Path]) -> dict[str, str]:
     return hashes
 
 
+def text_encoding(path: Path, start: bytes) -> str:
+    """Encoding of a text file by its first bytes: UTF-16 by its mark, UTF-8, or else Latin-1.
+
+    The last comes with a warning, as any bytes are text in it.
+    """
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        warnings.warn(f"{path} is not UTF-8 text; it is read as Latin-1", stacklevel=2)
+        return "latin-1"
+    return "utf-8-sig"
+
+
 class MetadataColumns(Frozen):
     """Columns, or arrays, with one value per object; each may be absent."""
 
@@ -106,7 +127,9 @@ class MetadataColumns(Frozen):
     group: str | None = Field(
         None, description="Column of what must stay in one split: patient, host."
     )
-    split: str | None = Field(None, description="Column of the publisher's split: train or test.")
+    split: str | None = Field(
+        None, description="Column of the publisher's split: train, validation or test."
+    )
     classes: tuple[str, ...] | None = Field(
         None,
         description="All classes in the order of their indices; None takes those found, sorted. "
@@ -121,7 +144,7 @@ class MetadataColumns(Frozen):
         """``label``, ``group`` and ``recorded_split`` of an object from texts, as ``columns()``.
 
         Raises:
-            DataError: a cell is empty, or a split is neither train nor test.
+            DataError: a cell is empty, or a split has another name than ``SPLIT_WORDS``.
         """
         found: dict[str | None, str | None] = dict(zip(self.columns(), cells, strict=True))
         for column, cell in found.items():
@@ -130,10 +153,10 @@ class MetadataColumns(Frozen):
                     f"{name} has nothing in column {column!r}; fill it, or leave the object out"
                 )
         label, group, split = (found.get(column) for column in (self.label, self.group, self.split))
-        recorded = split and split.lower().removesuffix("ing")  # training, testing
-        if recorded not in (None, "train", "test"):
-            raise DataError(f"{name} has the split {split!r}; expected train or test")
+        if split and split.lower() not in SPLIT_WORDS:
+            raise DataError(f"{name} has the split {split!r}; expected train, validation or test")
         label = label and self.class_names.get(label, label)
+        recorded = SPLIT_WORDS[split.lower()] if split else None
         return {"label": label, "group": group, "recorded_split": recorded}
 
     def all_classes(self, labels: Iterable[str | None]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Images or sounds in a folder, a sub-folder per class.
+"""Images or sounds in a folder, a sub-folder per class, perhaps below a folder per split.
 
 One observation is a square patch of an image at (row, column), or a patch of a sound's log-mel
 spectrogram at (time, band). Reading WAV files and the Fourier transform are SciPy's.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,13 @@ from pydantic import Field
 
 from roma_core.files import sha256_of
 from roma_core.schema import Channel, DataError, PositionAxis
-from roma_core.sources.base import RawSeries, Source, SourceConfig
+from roma_core.sources.base import (
+    SPLIT_WORDS,
+    RawSeries,
+    RecordedSplit,
+    Source,
+    SourceConfig,
+)
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
@@ -58,8 +65,20 @@ class WavFolderConfig(SourceConfig):
         return WavFolderSource(self)
 
 
+def files_below(folder: Path) -> list[Path]:
+    """The files of a folder and its sub-folders in order, without those that systems hide in them."""
+    hidden = (".", "__MACOSX")
+    paths = (p for p in folder.rglob("*") if p.is_file())
+    return sorted(
+        p for p in paths if not any(q.startswith(hidden) for q in p.relative_to(folder).parts)
+    )
+
+
 class _FolderSource(Source):
-    """The files of a folder in the order of their names; their sub-folders, if any, are the classes."""
+    """The files of a folder in the order of their names; their sub-folders, if any, are the classes.
+
+    Folders above those of the classes may be splits: train, test, validation and the like.
+    """
 
     _patch: tuple[int, int]  # height and width
 
@@ -68,13 +87,18 @@ class _FolderSource(Source):
         folder = config.folder
         if not folder.is_dir():
             raise DataError(f"there is no folder {folder} (from {Path.cwd()})")
-        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and p.is_file())
+        paths = [path for path in files_below(folder) if path.suffix.lower() in endings]
         if not paths:
             raise DataError(f"{folder} holds no file that ends in {', '.join(endings)}")
         self._paths = {path.relative_to(folder).as_posix(): path for path in paths}
-        self._labels = {
-            name: name.partition("/")[0] if "/" in name else None for name in self._paths
-        }
+        folders = {name: name.split("/")[:-1] for name in self._paths}
+        self._splits: dict[str, RecordedSplit] = {}
+        if all(parts and parts[0].lower() in SPLIT_WORDS for parts in folders.values()):
+            splits = {name: SPLIT_WORDS[parts.pop(0).lower()] for name, parts in folders.items()}
+            if "test" not in splits.values():  # evaluation is on what the publisher held out
+                splits = {n: "train" if split == "train" else "test" for n, split in splits.items()}
+            self._splits = splits
+        self._labels = {name: parts[0] if parts else None for name, parts in folders.items()}
         self.classes = tuple(
             sorted({label for label in self._labels.values() if label is not None})
         )
@@ -98,11 +122,23 @@ class _FolderSource(Source):
             positions, values = patches(image, *self._patch)
             if len(values) == 0:
                 raise DataError(f"{path} {too_small}")
-            yield RawSeries(name, positions, values, label=self._labels[name])
+            yield RawSeries(
+                name, positions, values, self._labels[name], recorded_split=self._splits.get(name)
+            )
+
+
+def is_deep(mode: str) -> bool:
+    """Whether images of a mode of Pillow have grey levels of more than 8 bits."""
+    return mode[0] in "IF"
 
 
 class ImageFolderSource(_FolderSource):
-    """Images; their values are in 0 … 255, or as they stand where they have more bits."""
+    """Images; their values are in 0 … 255, or as they stand where all have more bits.
+
+    They are turned as their EXIF data say; transparent pixels are drawn over white, with a warning.
+    """
+
+    _is_deep: bool | None = None
 
     def __init__(self, config: ImageFolderConfig) -> None:
         super().__init__(config, *IMAGE_ENDINGS)
@@ -114,22 +150,41 @@ class ImageFolderSource(_FolderSource):
             Channel(name=f"{name}_{y}_{x}", unit="1") for y in side for x in side for name in names
         )
 
+    def read(self) -> Iterator[RawSeries]:
+        self._notes: Counter[str] = Counter()
+        yield from super().read()
+        for note, n in self._notes.items():
+            warnings.warn(f"{n:,} images of {self.config.folder} {note}", stacklevel=2)
+
     def _image(self, path: Path) -> tuple[NDArray[np.float32], str]:
-        from PIL import Image
+        from PIL import Image, ImageOps
 
         config = self.config
         try:
             with Image.open(path) as file:
-                image: Image.Image = file
-                is_deep = file.mode == "F" or file.mode.startswith("I")
-                if is_deep and config.colours == "rgb":
-                    raise DataError(
-                        f"{path} has grey levels of more than 8 bits; set colours to 'grey'"
-                    )
-                if file.mode.startswith("I"):  # Pillow converts I;16 to F by way of I alone
-                    image = file.convert("I")
-                image = image.convert("F" if is_deep else "RGB" if config.colours == "rgb" else "L")
-        except OSError as error:
+                if getattr(file, "n_frames", 1) > 1 and file.format != "MPO":
+                    self._notes["have several frames, of which the first is read"] += 1
+                image = ImageOps.exif_transpose(file)
+            deep = is_deep(image.mode)
+            if deep and config.colours == "rgb":
+                raise DataError(
+                    f"{path} has grey levels of more than 8 bits; set colours to 'grey'"
+                )
+            if self._is_deep not in (None, deep):
+                raise DataError(
+                    f"{path} has grey levels of {'more than ' * deep}8 bits, others have not; "
+                    f"convert them to one depth"
+                )
+            self._is_deep = deep
+            if not deep and image.has_transparency_data:
+                image = image.convert("RGBA")
+                if np.asarray(image)[:, :, 3].min() < 255:
+                    self._notes["have transparent pixels, which are drawn over white"] += 1
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            if image.mode.startswith("I"):  # Pillow converts I;16 to F by way of I alone
+                image = image.convert("I")
+            image = image.convert("F" if deep else "RGB" if config.colours == "rgb" else "L")
+        except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise DataError(f"{path} cannot be read as an image: {error}") from error
         if config.resize is not None:
             height, width = config.resize
@@ -197,12 +252,16 @@ def _read_wav(path: Path) -> tuple[int, NDArray[np.float64]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", wavfile.WavFileWarning)  # a file that ends too early
-            warnings.filterwarnings("ignore", r"Chunk \(non-data\) not understood")  # id3, bext
+            # id3, bext and the like, and what is left of one behind the samples
+            warnings.filterwarnings("ignore", r"Chunk \(non-data\) not under|Incomplete chunk ID")
             rate, samples = wavfile.read(path)
     except (ValueError, OSError, EOFError, struct.error, wavfile.WavFileWarning) as error:
         raise DataError(f"{path} cannot be read as a WAV file: {error}") from error
-    largest = np.iinfo(samples.dtype).max if samples.dtype.kind in "iu" else 1.0
-    sound = samples.astype(np.float64) / largest
+    sound = samples.astype(np.float64)
+    if samples.dtype.kind == "u":  # 8 bits, about 128
+        sound = (sound - 128) / 127
+    elif samples.dtype.kind == "i":
+        sound /= np.iinfo(samples.dtype).max
     return rate, sound.mean(axis=1) if sound.ndim == 2 else sound
 
 

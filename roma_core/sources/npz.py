@@ -21,7 +21,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from roma_core.schema import Channel, DataError, PositionAxis
-from roma_core.sources.base import MetadataColumns, RawSeries, Source, SourceConfig, hash_files
+from roma_core.sources.base import (
+    MetadataColumns,
+    RawSeries,
+    Source,
+    SourceConfig,
+    hash_files,
+    text_encoding,
+)
 
 _METADATA = {"labels": "label", "groups": "group", "splits": "split"}
 
@@ -69,8 +76,8 @@ class NpzSource(Source):
                 raise DataError(f"{self._where}: {name} must be one row, got shape {array.shape}")
             if array is not None and len(array) != self._n:
                 raise DataError(f"{self._where}: {len(array)} {name} of {self._n} series")
-        self._ids = _texts(arrays.get("ids", np.arange(self._n)))
-        cells = {name: _texts(arrays[name]) for name in _METADATA if name in arrays}
+        self._ids = _texts(config.file, "ids", arrays.get("ids", np.arange(self._n)))
+        cells = {n: _texts(config.file, n, arrays[n]) for n in _METADATA if n in arrays}
         self._cells = list(cells.values())
         self._metadata = MetadataColumns(**{_METADATA[name]: name for name in cells})
         self.classes = self._metadata.all_classes(cells.get("labels", ()))
@@ -174,10 +181,17 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _texts(array: NDArray[Any]) -> list[str]:
-    """Bytes decoded, whole numbers without '.0'."""
+def _texts(path: Path, name: str, array: NDArray[Any]) -> list[str]:
+    """Bytes decoded, padding removed, whole numbers without '.0', and nothing for NaN."""
+    cells = array.tolist()
+    if array.dtype.kind == "f":
+        if (np.abs(array) > (exact := 2 ** (np.finfo(array.dtype).nmant + 1))).any():
+            raise DataError(
+                f"{path}: {name} hold whole numbers as {array.dtype}, which is exact up to {exact:,} "
+                f"only; write them as integers or text"
+            )
+        return ["" if x != x else str(int(x) if x.is_integer() else x) for x in cells]
     if array.dtype.kind == "S":
-        return [cell.decode() for cell in array.tolist()]
-    if array.dtype.kind == "f" and (array == np.floor(array)).all():
-        array = array.astype(np.int64)
-    return [str(cell) for cell in array.tolist()]
+        encoding = text_encoding(path, b" ".join(cells))
+        cells = [cell.decode(encoding) for cell in cells]
+    return [str(cell).strip() for cell in cells]

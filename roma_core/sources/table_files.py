@@ -13,19 +13,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from roma_core.schema import DataError
+from roma_core.sources.base import text_encoding
 
 if TYPE_CHECKING:
     import duckdb
 
-# units that a column of dates can be converted to
-_SECONDS_PER_UNIT = {"s": 1.0, "ms": 1e-3, "min": 60.0, "h": 3600.0, "d": 86400.0}
-_MISSING = (  # cells of a CSV file's number columns that mean a missing number
-    "", "?", "#N/A", "#NA", "-NaN", "-nan", "N/A", "NA", "NULL", "NaN", "n/a", "nan", "null",
+_UNITS = (  # that a column of dates or durations can be converted to
+    (1e-9, "ns"), (1e-6, "us µs"), (1e-3, "ms"), (1.0, "s sec second seconds"),
+    (60.0, "min minute minutes"), (3600.0, "h hour hours"), (86400.0, "d day days"),
 )  # fmt: skip
+_SECONDS_PER_UNIT = {name: seconds for seconds, names in _UNITS for name in names.split()}
+_MISSING = (  # cells of a CSV file's number columns that mean a missing number, as in pandas, and ?
+    "", "?", "#N/A", "#NA", "-NaN", "-nan", "<NA>", "N/A", "NA", "NULL", "NaN", "NaT", "None", "n/a",
+    "nan", "null",
+)  # fmt: skip
+_DATES = ("%d.%m.%Y", "%d.%m.%Y %H:%M", "%d.%m.%Y %H:%M:%S", "%d.%m.%Y %H:%M:%S.%f")  # besides ISO
 _SEPARATORS = ",;\t|"
 _HEADER_BYTES = 1 << 20
 _INTEGERS = {f"{sign}{size}INT" for sign in ("", "U") for size in ("TINY", "SMALL", "BIG", "HUGE")}
 _INTEGERS |= {"INTEGER", "UINTEGER"}
+_EXACT = {"FLOAT": 1 << 24, "DOUBLE": 1 << 53}  # largest of the whole numbers without gaps
 
 
 def connect(temp: Path, memory_limit_mb: int = 96, threads: int = 1) -> duckdb.DuckDBPyConnection:
@@ -92,10 +99,12 @@ def expand(patterns: Sequence[Path]) -> list[Path]:
 class TableFile:
     """One Parquet or CSV file.
 
-    A CSV file is UTF-8, plain or compressed (``.gz``, ``.zst``), and separated by commas, semicolons,
-    tabs or bars; comment lines above the header are skipped. Numbers may have decimal commas if the
-    separator is another. ``types`` are DuckDB's by column name; for CSV ``DOUBLE``, ``TIMESTAMP`` or
-    ``VARCHAR``, as the first 10,000 rows suggest. Of equal names the last.
+    A CSV file is UTF-8, UTF-16 or Latin-1, plain or compressed (``.gz``, ``.zst``), and separated by
+    commas, semicolons, tabs or bars; comment lines above the header are skipped. Numbers may have
+    decimal commas if the separator is another; dates are like 2024-03-31T00:30:00Z or 31.03.2024
+    00:30. ``types`` are DuckDB's by column name, and ``DURATION_ns`` and the like; for CSV ``DOUBLE``,
+    ``TIMESTAMP`` or ``VARCHAR``, as the first 10,000 rows suggest. Of equal names the last.
+    ``marks`` are the metadata of a Parquet file's columns, such as ``unit`` and ``role``.
 
     Raises:
         DataError: the file cannot be read, or is neither CSV nor Parquet.
@@ -104,6 +113,7 @@ class TableFile:
     def __init__(self, path: Path, connection: duckdb.DuckDBPyConnection) -> None:
         self.path, self._connection = path, connection
         self.names: list[str] = []
+        self.marks: dict[str, dict[str, str]] = {}
         self._is_list = False  # whether this is ``unnested``
         endings = {ending.lower() for ending in path.suffixes}
         self._is_csv = path.suffix.lower() != ".parquet"
@@ -116,20 +126,30 @@ class TableFile:
         self.types = dict(zip(self.names, types, strict=True))
 
     def _parquet_types(self) -> list[str]:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self.names = pq.read_schema(self.path).names  # DuckDB renames "T" beside "t"
-        described = self._connection.execute(f"DESCRIBE FROM {self._scan()}")
-        return [row[1] for row in described.fetchall()]
+        schema = pq.read_schema(self.path)
+        self.names = schema.names  # DuckDB renames "T" beside "t"
+        for field in schema:
+            marks = (field.metadata or {}).items()
+            self.marks[field.name] = {key.decode(): value.decode() for key, value in marks}
+        described = self._connection.execute(f"DESCRIBE FROM {self._scan()}").fetchall()
+        return [  # Arrow's durations are whole numbers to DuckDB
+            f"DURATION_{field.type.unit}" if pa.types.is_duration(field.type) else row[1]
+            for field, row in zip(schema, described, strict=True)
+        ]
 
     def _csv_types(self) -> list[str]:
         """Types by the first rows; also finds the header, separator and kind of decimal mark."""
         import pyarrow as pa
 
         with pa.input_stream(str(self.path)) as stream:
-            text = stream.read(_HEADER_BYTES).decode("utf-8-sig", errors="replace")
-        lines = enumerate(text.splitlines())
-        header = next(((k, s) for k, s in lines if s.strip() and not s.startswith("#")), None)
+            start = stream.read(_HEADER_BYTES)
+        self._encoding = text_encoding(self.path, start)
+        lines = enumerate(start.decode(self._encoding, errors="replace").splitlines())
+        above = ("#", "sep=")  # comments, and what Excel writes
+        header = next(((k, s) for k, s in lines if s.strip() and not s.startswith(above)), None)
         if header is None:
             raise DataError(f"{self.path} cannot be read: it has no header line")
         self._n_above, line = header
@@ -138,15 +158,15 @@ class TableFile:
         self.names = [name.strip() for name in splits[self._separator]]
         missing = literal(_MISSING)
         counts = [
-            f"count(*) FILTER (c{k} NOT IN {missing}), count(TRY_CAST(c{k} AS DOUBLE)), "
-            f"count(TRY_CAST(replace(c{k}, ',', '.') AS DOUBLE)), count(TRY_CAST(c{k} AS TIMESTAMPTZ))"
+            f"count(*) FILTER (trim(c{k}) NOT IN {missing}), count(TRY_CAST(c{k} AS DOUBLE)), "
+            f"count(TRY_CAST(replace(c{k}, ',', '.') AS DOUBLE)), count({_date(f'c{k}')})"
             for k in range(len(self.names))
         ]
         sample = f"SELECT * FROM {self._scan()} LIMIT 10000"
         (row,) = self._connection.execute(f"SELECT {', '.join(counts)} FROM ({sample})").fetchall()
         found = [row[k : k + 4] for k in range(0, len(row), 4)]
         self._has_decimal_commas = self._separator != "," and any(
-            n_commas >= n > n_points for n, n_points, n_commas, _ in found
+            n_commas > max(n_points, n // 2) for n, n_points, n_commas, _ in found
         )
         return [
             "DOUBLE"
@@ -166,6 +186,7 @@ class TableFile:
                 "auto_detect": False, "header": True, "skip": self._n_above, "strict_mode": True,
                 "delim": self._separator, "quote": '"', "escape": '"',
                 "columns": dict.fromkeys(columns, "VARCHAR"), "buffer_size": 1 << 22,
+                "encoding": self._encoding.removesuffix("-sig"),
             }  # fmt: skip
         else:
             reader = "read_parquet"
@@ -179,11 +200,13 @@ class TableFile:
         type_ = self.types[name]
         if type_.endswith("]"):
             return "list"
-        if type_ in _INTEGERS or type_.startswith(("FLOAT", "DOUBLE", "DECIMAL", '"NULL"')):
+        if type_ in _INTEGERS or type_.startswith(
+            ("FLOAT", "DOUBLE", "DECIMAL", "BOOLEAN", '"NULL"')
+        ):
             return "number"
         if type_.startswith(("VARCHAR", "UUID", "ENUM")):
             return "text"
-        return "date" if type_.startswith(("DATE", "TIMESTAMP")) else type_.lower()
+        return "date" if type_.startswith(("DATE", "TIMESTAMP", "DURATION")) else type_.lower()
 
     def check_columns(self, names: Sequence[str]) -> None:
         """Raise DataError if a column is missing, or there is more than one of its name."""
@@ -204,7 +227,8 @@ class TableFile:
         """SQL of the rows as ``t0, t1, …, n0, n1, …, l0, l1, …``; DataError if a column is unsuitable.
 
         Args:
-            text: columns for ``t*``: whole numbers as they are, everything else as stripped VARCHAR.
+            text: columns for ``t*``: whole numbers as they are, everything else as stripped VARCHAR,
+                where 7.0 is 7.
             numbers: (column, unit, categories) for ``n*``, FLOAT or DOUBLE: numbers; dates in the
                 unit, ``s`` for ``1``; or indices of words in the categories, if there are any.
             lists: columns for ``l*``, the lengths of their lists.
@@ -230,11 +254,18 @@ class TableFile:
         if type_ in _INTEGERS:
             return column
         if type_ in ("FLOAT", "DOUBLE"):  # pandas writes whole numbers so, if a cell was empty
-            return (
-                f"CASE WHEN {column} = floor({column}) AND abs({column}) < 9e18 THEN CAST(CAST({column} "
-                f"AS BIGINT) AS VARCHAR) ELSE nullif(CAST({column} AS VARCHAR), 'nan') END"
+            problem = (
+                f"{self.path}: column {name!r} holds whole numbers as {type_}, which is exact up to "
+                f"{_EXACT[type_]:,} only; write them as integers or text"
             )
-        return f"trim(CAST({column} AS VARCHAR), ' \t\r\n')"
+            return (
+                f"CASE WHEN isfinite({column}) AND abs({column}) > {_EXACT[type_]} THEN "
+                f"error({literal(problem)}) WHEN {column} = floor({column}) THEN CAST(CAST({column} AS "
+                f"BIGINT) AS VARCHAR) ELSE nullif(CAST({column} AS VARCHAR), 'nan') END"
+            )
+        text = f"trim(CAST({column} AS VARCHAR), ' \t\r\n')"
+        whole = f"ends_with({text}, '.0') AND TRY_CAST({text} AS DOUBLE) IS NOT NULL"
+        return f"CASE WHEN {whole} THEN left({text}, -2) ELSE {text} END"
 
     def _number(self, name: str, unit: str, categories: Sequence[str]) -> str:
         column, kind = self._column(name), self.kind(name)
@@ -252,7 +283,7 @@ class TableFile:
         if kind == "date" and unit not in ("1", *_SECONDS_PER_UNIT):
             raise DataError(
                 f"{where} dates, which cannot be given in {unit!r}; set its unit to one of "
-                f"{', '.join(_SECONDS_PER_UNIT)}"
+                f"{', '.join(names.split()[0] for _, names in _UNITS)}"
             )
         if kind not in ("date", "number") and not self._is_csv:
             first = next(iter(self.words(name, 1)), None)
@@ -261,7 +292,10 @@ class TableFile:
                 f"as 'categories' if it is a position axis"
             )
         if kind == "date":
-            seconds = f"epoch_us(TRY_CAST({column} AS TIMESTAMPTZ)) / 1e6"
+            type_ = "VARCHAR" if self._is_csv else self.types[name]
+            seconds = f"epoch_us({_date(column, type_)}) / 1e6"
+            if type_.startswith("DURATION"):
+                seconds = f"{column} * {_SECONDS_PER_UNIT[type_.partition('_')[2]]!r}"
             number = f"{seconds} / {_SECONDS_PER_UNIT.get(unit, 1.0)!r}"
         elif self._is_csv and self._has_decimal_commas:
             number = f"TRY_CAST(replace({column}, ',', '.') AS DOUBLE)"
@@ -271,7 +305,9 @@ class TableFile:
             return column if self.types[name] == "FLOAT" else f"CAST({column} AS DOUBLE)"
         if not self._is_csv:
             return number
-        expected = f", expected {'dates' if kind == 'date' else 'numbers'}"
+        expected = (
+            f", expected {'dates' if kind == 'date' else 'numbers, or dates like 2024-03-31'}"
+        )
         problem = (
             f"{literal(where)} || ' ''' || {column} || ''' in row ' || row || {literal(expected)}"
         )
@@ -286,6 +322,16 @@ class TableFile:
         with read_errors([self]):
             return [row[0] for row in self._connection.execute(f"{query} LIMIT {most}").fetchall()]
 
+    def counts_rows(self, name: str) -> bool:
+        """Whether a column of numbers is 0, 1, 2, … or 1, 2, 3, … over the first ten rows and more."""
+        if self.kind(name) != "number":
+            return False
+        rows = f"SELECT n0, row_number() OVER () AS row FROM ({self.select([], [(name, '1', ())])})"
+        query = f"SELECT count(*), min(n0 - row), max(n0 - row) FROM ({rows} LIMIT 10000)"
+        with read_errors([self]):
+            ((n, least, most),) = self._connection.execute(query).fetchall()
+        return n >= 10 and least == most and least in (-1, 0)
+
     def unnested(self, names: Sequence[str]) -> TableFile:
         """The rows of the named list columns below each other, as a long table; else DataError."""
         self.check_columns(names)
@@ -299,6 +345,14 @@ class TableFile:
         long._is_list = True
         long.types = {name: self.types[name].rpartition("[")[0] for name in names}
         return long
+
+
+def _date(column: str, type_: str = "VARCHAR") -> str:
+    """SQL of a column as TIMESTAMPTZ, NULL where it is no date."""
+    date = f"TRY_CAST({column} AS TIMESTAMPTZ)"
+    if type_ != "VARCHAR":
+        return date
+    return f"coalesce({date}, CAST(try_strptime({column}, {literal([*_DATES])}) AS TIMESTAMPTZ))"
 
 
 def literal(value: Any) -> str:

@@ -19,7 +19,16 @@ from pydantic import Field
 
 from roma_core.schema import Channel, DataError, PositionAxis
 from roma_core.settings import Frozen
-from roma_core.sources.base import RawSeries, RecordedSplit, Source, SourceConfig, hash_files
+from roma_core.sources.base import (
+    RawSeries,
+    RecordedSplit,
+    Source,
+    SourceConfig,
+    hash_files,
+    text_encoding,
+)
+
+_START = 1 << 20  # bytes by which the encoding is recognised
 
 
 class TsFormat(Frozen):
@@ -58,6 +67,7 @@ class _Header:
     n_channels: int | None  # None where the header has none
     length: int | None  # of every series; None where lengths may differ
     classes: tuple[str, ...]  # empty without labels
+    encoding: str
     n_lines: int
 
 
@@ -85,7 +95,8 @@ class TsSource(Source):
                     f"{file.path} has the classes {header.classes}, {files[0].path} has "
                     f"{self.classes}; files of one data set must agree"
                 )
-        _, first = next(_lines(files[0].path, self._headers[0].n_lines), (0, None))
+        header = self._headers[0]
+        _, first = next(_lines(files[0].path, header.encoding, header.n_lines), (0, None))
         if first is None:
             raise DataError(f"{files[0].path} has no series after @data")
         n_channels = first.count(":") + (0 if self.classes else 1)
@@ -102,7 +113,7 @@ class TsSource(Source):
         counter: Counter[str] = Counter()
         for file, header in zip(self.file_list, self._headers, strict=True):
             prefix = file.split or file.path.stem
-            for n_line, line in _lines(file.path, header.n_lines):
+            for n_line, line in _lines(file.path, header.encoding, header.n_lines):
                 values, label = self._parse(line, header, f"{file.path}, line {n_line}")
                 counter[prefix] += 1
                 yield RawSeries(
@@ -142,20 +153,22 @@ class TsSource(Source):
             return np.array(columns, dtype=np.float64).T.astype(np.float32, order="C"), label
 
 
-def _lines(path: Path, after: int = 0) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, encoding: str, after: int = 0) -> Iterator[tuple[int, str]]:
     """Numbered lines after such a number, without comments and empty lines."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with path.open(encoding=encoding) as file:
             for n_line, line in enumerate(file, start=1):
                 if n_line > after and (text := line.strip()) and text[0] not in "#%":
                     yield n_line, text
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}") from error
+        raise DataError(f"{path} is not text in {encoding}: {error}") from error
 
 
 def _read_header(path: Path) -> _Header:
     words: dict[str, list[str]] = {}
-    for n_line, text in _lines(path):
+    with path.open("rb") as file:
+        encoding = text_encoding(path, file.read(_START))
+    for n_line, text in _lines(path, encoding):
         if not text.startswith("@"):
             raise DataError(
                 f"{path}, line {n_line}: expected an @ line of the header, or @data before the series"
@@ -166,7 +179,7 @@ def _read_header(path: Path) -> _Header:
         words[key.lower()] = rest
     else:
         raise DataError(f"{path} has no @data line; it is not a .ts file, or it was cut short")
-    true = {key for key, rest in words.items() if rest[:1] in (["true"], ["True"])}
+    true = {key for key, rest in words.items() if rest and rest[0].lower() == "true"}
     if "timestamps" in true:
         raise DataError(f"{path} has time stamps (@timeStamps true), which this reader cannot take")
     if "targetlabel" in true:
@@ -180,4 +193,6 @@ def _read_header(path: Path) -> _Header:
             if len(found) != 1 or not found[0].isdigit():
                 raise DataError(f"{path}: @{key} must be one whole number, got {found}")
             numbers[key] = int(found[0])
-    return _Header(numbers.get("dimensions"), numbers.get("serieslength"), classes, n_line)
+    return _Header(
+        numbers.get("dimensions"), numbers.get("serieslength"), classes, encoding, n_line
+    )

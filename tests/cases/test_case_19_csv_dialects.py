@@ -1,0 +1,101 @@
+"""CSV as Europe, instruments, Excel and UCI write it, through ``new-experiment`` and ``data build``."""
+
+import random
+
+import numpy as np
+import pytest
+
+from tests.cases.commands import build, error_of, new_experiment
+
+random.seed(0)
+ROWS = [(i, k, round(random.gauss(10, 1), 3), "ab"[i % 2]) for i in range(30) for k in range(8)]
+
+
+def text(separator=",", decimal=".", blank="", missing=None, end="\n", quote="", names=None):
+    """The rows in one dialect."""
+    lines = [list(names or ("object_id", "time", "flux", "label"))]
+    for a, b, c, d in ROWS:
+        value = missing if missing is not None and b == 3 else f"{c:.3f}".replace(".", decimal)
+        lines.append([str(a), str(b), value, f"{quote}{d}{quote}"])
+    return "".join((separator + blank).join(line) + end for line in lines)
+
+
+PLAIN = text()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        text(";", ","),
+        text(";", "."),
+        text("\t", ","),
+        text("|"),
+        text(",", blank=" "),
+        text(";", ",", end="\r\n"),
+        text(";", ",", quote='"'),
+        "# from pipeline v3\n# flux in mJy\n" + PLAIN,
+        "sep=;\n" + text(";", ","),
+        "\n\n" + PLAIN + "\n\n",
+        PLAIN.rstrip("\n"),
+        "\ufeff" + text(";", ","),
+        text(names=["object_id ", " time", "flux", '"label"']),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_every_dialect_gives_the_same_numbers(tmp_path, content, encoding):
+    (tmp_path / "a.csv").write_bytes(
+        content.removeprefix("\ufeff" * (encoding == "utf-16")).encode(encoding)
+    )
+
+    config, output = new_experiment(tmp_path / "a.csv")
+
+    assert "objects: object_id; positions: time; values: flux" in output
+    dataset = build(tmp_path, config | {"name": "case"})
+    assert dataset.ids == [str(i) for i in range(30)] and dataset.schema.classes == ("a", "b")
+    values = np.concatenate([dataset.raw(i)[1][:, 0] for i in range(30)])
+    assert values.tolist() == np.array([row[2] for row in ROWS], "f4").tolist()
+
+
+@pytest.mark.parametrize("missing", ["?", "", "NA", "NaN", "N/A", "null", "None", "<NA>", " ? "])
+@pytest.mark.parametrize("separator", [",", ";"])
+def test_missing_words_are_missing_numbers(tmp_path, missing, separator):
+    decimal = "," if separator == ";" else "."
+    (tmp_path / "a.csv").write_text(text(separator, decimal, missing=missing))
+
+    config, output = new_experiment(tmp_path / "a.csv")
+
+    assert config["repair"] == {"not_finite": "drop"} and "30 found" in output
+    dataset = build(tmp_path, config | {"name": "case"})
+    assert dataset.manifest.repairs.observations_not_finite == 30
+    assert set(dataset.lengths.tolist()) == {7}
+
+
+def test_latin_1_is_read_with_a_word(tmp_path):
+    content = text(";", ",", names=["object_id", "time", "größe", "label"])
+    (tmp_path / "a.csv").write_bytes(content.encode("latin-1"))
+
+    with pytest.warns(UserWarning, match=r"a\.csv is not UTF-8 text; it is read as Latin-1"):
+        config, _ = new_experiment(tmp_path / "a.csv")
+
+    dataset = build(tmp_path, config | {"name": "case"})
+    assert [channel.name for channel in dataset.schema.channels] == ["größe"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            PLAIN + "1,2\n",
+            "cannot be read: line 242, '1,2': Expected Number of Columns: 4 Found: 2",
+        ),
+        (PLAIN + "1,9,high,b\n", "column 'flux' holds 'high' in row 241, expected numbers"),
+        (text(";", ",") + "1;9;1.234,5;b\n", "column 'flux' holds '1.234,5' in row 241"),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_its_place(tmp_path, content, message):
+    (tmp_path / "a.csv").write_text(content)
+    columns = {"object": "object_id", "axes": [{"column": "time"}]}
+    columns |= {"channels": [{"column": "flux"}], "metadata": {"label": "label"}}
+    source = {"kind": "table", "files": [str(tmp_path / "a.csv")], "columns": columns}
+
+    assert message in error_of(tmp_path, {"name": "x", "source": source})
