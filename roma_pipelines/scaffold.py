@@ -215,6 +215,11 @@ def _warnings(statistics: SourceStatistics) -> list[str]:
         for channel in statistics.channels
         if not channel.varies
     ]
+    if statistics.n_single:
+        found.append(
+            f"{statistics.n_single:,} of {statistics.n_series:,} series have one observation: nothing "
+            f"can be hidden in them, so they add nothing to pretraining"
+        )
     rare = [name for name, count in statistics.classes.items() if count < _FEW]
     if rare:
         found.append(

@@ -299,6 +299,7 @@ class SourceStatistics:
     """Amounts, classes and spreads of a source."""
 
     n_series: int
+    n_single: int  # of one observation
     n_observations: int
     max_length: int
     classes: dict[str, int]
@@ -340,6 +341,7 @@ def source_statistics(source: Source) -> SourceStatistics:
     far = np.abs(values - median).max(axis=0)
     return SourceStatistics(
         n_series=len(lengths),
+        n_single=lengths.count(1),
         n_observations=sum(lengths),
         max_length=max(lengths),
         classes=dict(classes),
