@@ -13,11 +13,11 @@ import os
 import shutil
 import warnings
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from operator import length_hint
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -75,12 +75,12 @@ def build_dataset(config: DatasetConfig, root: Path, cache: Path, progress: bool
         shutil.rmtree(aside, ignore_errors=True)  # of a builder that was killed
         try:
             aside.mkdir()
-            writer = DatasetWriter(config, source, aside)
             cleaner = SeriesCleaner(source, config.repair)
-            if config.split.stratified:
-                writer.splitter.restore(versions=home)
             total, title = length_hint(source) or None, f"building {config.name}"
-            with writer:
+            with ExitStack() as files:
+                writer = DatasetWriter(config, source, aside, files)
+                if config.split.stratified:
+                    writer.splitter.restore(versions=home)
                 for series in tqdm(cleaner, title, total, unit=" series", disable=not progress):
                     writer.add(series)
             if not len(writer):
@@ -150,14 +150,16 @@ def _commit(aside: Path, target: Path, manifest: Manifest) -> Path:
 class DatasetWriter:
     """Appends series to the columns of a data set, then writes its manifest.
 
-    Use as a context manager: the columns are complete when the ``with`` block ends without an error.
+    The columns are complete when ``files`` closes them, without an error.
 
     Raises:
         DataError: the configuration has options for axes or channels that the source lacks.
     """
 
-    def __init__(self, config: DatasetConfig, source: Source, folder: Path) -> None:
-        self.config, self.source, self.folder = config, source, folder
+    def __init__(
+        self, config: DatasetConfig, source: Source, folder: Path, files: ExitStack
+    ) -> None:
+        self.config, self.source, self.folder, self._files = config, source, folder, files
         self._target_channels = getattr(source, "targets", ())  # which a plug-in may not have
         self.splitter = Splitter(
             config.name, config.split, config.validation_fraction, config.test_fraction
@@ -184,30 +186,21 @@ class DatasetWriter:
         self._id_hashes = array("Q")
         self._has_groups: bool | None = None
         self._shards: list[int] = []  # first series of every further file
-        self._n_in_shard = 0  # observations in the current files
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Self:
-        self._ids = self._stack.enter_context(TextListWriter(self.folder / "ids.json"))
-        self._groups = self._stack.enter_context(TextListWriter(self.folder / "groups.json"))
+        self._append_id = files.enter_context(text_list(folder / "ids.json"))
+        self._append_group = files.enter_context(text_list(folder / "groups.json"))
         self._open_shard()
-        return self
 
     def _open_shard(self) -> None:
-        source = self.source
+        self._n_in_shard = 0  # observations in the current files
+        n_targets = len(self._target_channels)
 
-        def column(name: str, dtype: type[np.generic], width: int) -> ColumnWriter:
+        def column(name: str, dtype: type[np.generic], width: int) -> Appender:
             path = self.folder / shard_name(name, len(self._shards))
-            return self._stack.enter_context(ColumnWriter(path, dtype, width))
+            return self._files.enter_context(column_file(path, dtype, width))
 
-        self._values = column("values", np.float32, len(source.channels))
-        self._positions = column("positions", np.float64, len(source.axes))
-        n = len(self._target_channels)
-        self._targets = column("targets", np.float32, n) if n else None
-        self._n_in_shard = 0
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
+        self._append_values = column("values", np.float32, len(self.source.channels))
+        self._append_positions = column("positions", np.float64, len(self.source.axes))
+        self._append_targets = column("targets", np.float32, n_targets) if n_targets else None
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -226,12 +219,12 @@ class DatasetWriter:
             self._shards.append(len(self))
             self._open_shard()
         self._n_in_shard += len(values)
-        self._values.append(values)
-        self._positions.append(positions)
-        if self._targets is not None:
+        self._append_values(values)
+        self._append_positions(positions)
+        if self._append_targets is not None:
             assert targets is not None, "cleaned series have targets if their source has"
-            self._targets.append(targets)
-        self._ids.append(series.id)
+            self._append_targets(targets)
+        self._append_id(series.id)
         if self._has_groups is None:
             self._has_groups = series.group is not None
         if self._has_groups != (series.group is not None):
@@ -240,7 +233,7 @@ class DatasetWriter:
                 f"series have a group, or none"
             )
         if series.group is not None:
-            self._groups.append(series.group)
+            self._append_group(series.group)
         self._id_hashes.append(hash_text(series.id))
         self._splits.append(SPLITS.index(split))
         self._lengths.append(len(values))
@@ -336,65 +329,58 @@ class DatasetWriter:
         return manifest
 
 
-class ColumnWriter:
-    """An ``.npy`` file to which ``(n, n_columns)`` rows are appended, for data larger than memory.
+Appender = Callable[[NDArray[Any]], None]
+
+
+@contextmanager
+def column_file(path: Path, dtype: type[np.generic], n_columns: int) -> Iterator[Appender]:
+    """Appends ``(n, n_columns)`` rows to an ``.npy`` file, for data larger than memory.
 
     The header, in which numpy leaves room for the first axis to grow, is written again at the end.
     """
+    n_rows = 0
 
-    def __init__(self, path: Path, dtype: type[np.generic], n_columns: int) -> None:
-        self._file, self._dtype, self._n_columns = path.open("wb"), np.dtype(dtype), n_columns
-        self._n_rows = 0
-        self._write_header()
+    def write_header() -> None:
+        descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+        header = {"descr": descr, "fortran_order": False, "shape": (n_rows, n_columns)}
+        np.lib.format.write_array_header_1_0(file, header)
 
-    def append(self, rows: NDArray[Any]) -> None:
-        self._file.write(np.ascontiguousarray(rows, dtype=self._dtype).data)
-        self._n_rows += len(rows)
+    def append(rows: NDArray[Any]) -> None:
+        nonlocal n_rows
+        file.write(np.ascontiguousarray(rows, dtype=dtype).data)
+        n_rows += len(rows)
 
-    def _write_header(self) -> None:
-        descr, shape = np.lib.format.dtype_to_descr(self._dtype), (self._n_rows, self._n_columns)
-        header = {"descr": descr, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(self._file, header)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        with self._file:
-            if error is None:
-                self._file.seek(0)
-                self._write_header()
-                _sync(self._file)
+    with _synced(path) as file:
+        write_header()
+        yield append
+        file.seek(0)
+        write_header()
 
 
-class TextListWriter:
-    """A JSON file of a list of texts, written one by one."""
+@contextmanager
+def text_list(path: Path) -> Iterator[Callable[[str], None]]:
+    """Appends texts to a JSON file of a list, one by one."""
+    separator = ""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8")
-        self._file.write("[")
-        self._separator = ""
+    def append(text: str) -> None:
+        nonlocal separator
+        file.write((separator + json.dumps(text, ensure_ascii=False)).encode())
+        separator = ", "
 
-    def append(self, text: str) -> None:
-        self._file.write(self._separator + json.dumps(text, ensure_ascii=False))
-        self._separator = ", "
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        with self._file:
-            if error is None:
-                self._file.write("]")
-                _sync(self._file)
+    with _synced(path) as file:
+        file.write(b"[")
+        yield append
+        file.write(b"]")
 
 
 def write_column(path: Path, column: NDArray[Any]) -> None:
-    with path.open("wb") as file:
+    with _synced(path) as file:
         np.lib.format.write_array(file, column, version=(1, 0), allow_pickle=False)
-        _sync(file)
 
 
-def _sync(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+@contextmanager
+def _synced(path: Path) -> Iterator[IO[bytes]]:
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())

@@ -197,12 +197,12 @@ def test_a_corrupted_byte_is_found_before_training_starts(tmp_path):
 
 
 def test_duplicates_in_one_split_are_no_leak(tmp_path):
-    same = [f"{name},{i},{i * i}" for name in ("one", "two") for i in range(6)]
+    same = [f"{name},{i},{i * i}" for name in ("one", "two") for i in range(9)]
     columns = COLUMNS | {"metadata": {"split": "part"}}
 
     def found(parts):
         lines = [f"{line},train" for line in SOUND]
-        lines += [f"{line},{parts[k // 6]}" for k, line in enumerate(same)]
+        lines += [f"{line},{parts[k // 9]}" for k, line in enumerate(same)]
         result = table(
             tmp_path, lines, header="star,t,v,part", columns=columns, validation_fraction=0
         )
