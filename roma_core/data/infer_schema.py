@@ -164,7 +164,7 @@ def _npz(path: Path) -> InferredSource:
 def _table(paths: Sequence[Path], roles: ColumnRoles, objects: Path | None) -> InferredSource:
     database = connect(Path(tempfile.gettempdir()))
     tables = [TableFile(path, database) for path in paths]
-    path, kinds = paths[0], {name: tables[0].kind(name) for name in tables[0].names}
+    path, kinds = paths[0], tables[0].kinds
     if len(kinds) == 1:
         raise DataError(
             f"{path}: its only column is {next(iter(kinds))!r}; expected at least an object, a time and "

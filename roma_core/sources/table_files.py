@@ -102,9 +102,12 @@ class TableFile:
     A CSV file is UTF-8, UTF-16 or Latin-1, plain or compressed (``.gz``, ``.zst``), and separated by
     commas, semicolons, tabs or bars; comment lines above the header are skipped. Numbers may have
     decimal commas if the separator is another; dates are like 2024-03-31T00:30:00Z or 31.03.2024
-    00:30. ``types`` are DuckDB's by column name, and ``DURATION_ns`` and the like; for CSV ``DOUBLE``,
-    ``TIMESTAMP`` or ``VARCHAR``, as the first 10,000 rows suggest. Of equal names the last.
-    ``marks`` are the metadata of a Parquet file's columns, such as ``unit`` and ``role``.
+    00:30.
+
+    Attributes:
+        kinds: by column, ``number``, ``text``, ``date`` (or a duration), ``list``, or the DuckDB type
+            of anything else; of CSV as the first 10,000 rows suggest. Of equal names the last.
+        marks: by column, the metadata in a Parquet file, such as ``unit`` and ``role``.
 
     Raises:
         DataError: the file cannot be read, or is neither CSV nor Parquet.
@@ -112,20 +115,16 @@ class TableFile:
 
     def __init__(self, path: Path, connection: duckdb.DuckDBPyConnection) -> None:
         self.path, self._connection = path, connection
-        self.names: list[str] = []
         self.marks: dict[str, dict[str, str]] = {}
         self._is_list = False  # whether this is ``unnested``
         endings = {ending.lower() for ending in path.suffixes}
         self._is_csv = path.suffix.lower() != ".parquet"
         if self._is_csv and not endings & {".csv", ".tsv", ".txt"}:
             raise DataError(f"{path}: expected a .parquet or .csv file")
-        if not path.is_file():
-            raise DataError(f"there is no file {path} (from {Path.cwd()})")
         with read_errors([self]):
-            types = self._csv_types() if self._is_csv else self._parquet_types()
-        self.types = dict(zip(self.names, types, strict=True))
+            self._open_csv() if self._is_csv else self._open_parquet()
 
-    def _parquet_types(self) -> list[str]:
+    def _open_parquet(self) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -135,13 +134,15 @@ class TableFile:
             marks = (field.metadata or {}).items()
             self.marks[field.name] = {key.decode(): value.decode() for key, value in marks}
         described = self._connection.execute(f"DESCRIBE FROM {self._scan()}").fetchall()
-        return [  # Arrow's durations are whole numbers to DuckDB
-            f"DURATION_{field.type.unit}" if pa.types.is_duration(field.type) else row[1]
+        self._types = {  # Arrow's durations are whole numbers to DuckDB
+            field.name: f"DURATION_{field.type.unit}"
+            if pa.types.is_duration(field.type)
+            else row[1]
             for field, row in zip(schema, described, strict=True)
-        ]
+        }
+        self.kinds = {name: _kind(type_) for name, type_ in self._types.items()}
 
-    def _csv_types(self) -> list[str]:
-        """Types by the first rows; also finds the header, separator and kind of decimal mark."""
+    def _open_csv(self) -> None:
         import pyarrow as pa
 
         with pa.input_stream(str(self.path)) as stream:
@@ -156,6 +157,7 @@ class TableFile:
         splits = {mark: next(csv.reader([line], delimiter=mark)) for mark in _SEPARATORS}
         self._separator = max(_SEPARATORS, key=lambda mark: len(splits[mark]))
         self.names = [name.strip() for name in splits[self._separator]]
+        self._types = dict.fromkeys(self.names, "VARCHAR")
         missing = literal(_MISSING)
         counts = [
             f"count(*) FILTER (trim(c{k}) NOT IN {missing}), count(TRY_CAST(c{k} AS DOUBLE)), "
@@ -168,14 +170,10 @@ class TableFile:
         self._has_decimal_commas = self._separator != "," and any(
             n_commas > max(n_points, n // 2) for n, n_points, n_commas, _ in found
         )
-        return [
-            "DOUBLE"
-            if (n_commas if self._has_decimal_commas else n_points) >= n
-            else "TIMESTAMP"
-            if n_dates >= n
-            else "VARCHAR"
-            for n, n_points, n_commas, n_dates in found
-        ]
+        self.kinds = {}
+        for name, (n, n_points, n_commas, n_dates) in zip(self.names, found, strict=True):
+            is_number = (n_commas if self._has_decimal_commas else n_points) >= n
+            self.kinds[name] = "number" if is_number else "date" if n_dates >= n else "text"
 
     def _scan(self) -> str:
         """The file as ``t(c0, c1, …)``; the columns of a CSV file are text."""
@@ -194,19 +192,6 @@ class TableFile:
         chosen = ", ".join(f"{name} = {literal(value)}" for name, value in options.items())
         path = literal(glob.escape(str(self.path)))
         return f"{reader}({path}, {chosen}) AS t({', '.join(columns)})"
-
-    def kind(self, name: str) -> str:
-        """``number``, ``text``, ``date``, ``list``, or the DuckDB type of anything else."""
-        type_ = self.types[name]
-        if type_.endswith("]"):
-            return "list"
-        if type_ in _INTEGERS or type_.startswith(
-            ("FLOAT", "DOUBLE", "DECIMAL", "BOOLEAN", '"NULL"')
-        ):
-            return "number"
-        if type_.startswith(("VARCHAR", "UUID", "ENUM")):
-            return "text"
-        return "date" if type_.startswith(("DATE", "TIMESTAMP", "DURATION")) else type_.lower()
 
     def check_columns(self, names: Sequence[str]) -> None:
         """Raise DataError if a column is missing, or there is more than one of its name."""
@@ -250,7 +235,7 @@ class TableFile:
         return f"c{self.names.index(name)}"
 
     def _text(self, name: str) -> str:
-        column, type_ = self._column(name), "VARCHAR" if self._is_csv else self.types[name]
+        column, type_ = self._column(name), self._types[name]
         if type_ in _INTEGERS:
             return column
         if type_ in ("FLOAT", "DOUBLE"):  # pandas writes whole numbers so, if a cell was empty
@@ -268,7 +253,7 @@ class TableFile:
         return f"CASE WHEN {whole} THEN left({text}, -2) ELSE {text} END"
 
     def _number(self, name: str, unit: str, categories: Sequence[str]) -> str:
-        column, kind = self._column(name), self.kind(name)
+        column, kind, type_ = self._column(name), self.kinds[name], self._types[name]
         where = f"{self.path}: column {name!r} holds"
         if categories:
             word = f"CAST({self._text(name)} AS VARCHAR)"
@@ -292,7 +277,6 @@ class TableFile:
                 f"as 'categories' if it is a position axis"
             )
         if kind == "date":
-            type_ = "VARCHAR" if self._is_csv else self.types[name]
             seconds = f"epoch_us({_date(column, type_)}) / 1e6"
             if type_.startswith("DURATION"):
                 seconds = f"{column} * {_SECONDS_PER_UNIT[type_.partition('_')[2]]!r}"
@@ -302,29 +286,24 @@ class TableFile:
         elif self._is_csv:
             number = f"TRY_CAST({column} AS DOUBLE)"
         else:
-            return column if self.types[name] == "FLOAT" else f"CAST({column} AS DOUBLE)"
+            return column if type_ == "FLOAT" else f"CAST({column} AS DOUBLE)"
         if not self._is_csv:
             return number
-        expected = (
-            f", expected {'dates' if kind == 'date' else 'numbers, or dates like 2024-03-31'}"
-        )
-        problem = (
-            f"{literal(where)} || ' ''' || {column} || ''' in row ' || row || {literal(expected)}"
-        )
+        expected = literal(f", expected {'numbers, or ' * (kind != 'date')}dates like 2024-03-31")
+        problem = f"{literal(where)} || ' ''' || {column} || ''' in row ' || row || {expected}"
         is_missing = f"coalesce(trim({column}), '') IN {literal(_MISSING)}"
         return f"coalesce({number}, CASE WHEN {is_missing} THEN NULL ELSE error({problem}) END)"
 
     def words(self, name: str, most: int = 1 << 30) -> list[str]:
         """Different texts of a column, at most so many."""
-        query = (
-            f"SELECT DISTINCT CAST(t0 AS VARCHAR) FROM ({self.select([name])}) WHERE t0 IS NOT NULL"
-        )
+        query = f"SELECT DISTINCT CAST(t0 AS VARCHAR) FROM ({self.select([name])})"
+        query += f" WHERE t0 IS NOT NULL LIMIT {most}"
         with read_errors([self]):
-            return [row[0] for row in self._connection.execute(f"{query} LIMIT {most}").fetchall()]
+            return [word for (word,) in self._connection.execute(query).fetchall()]
 
     def counts_rows(self, name: str) -> bool:
         """Whether a column of numbers is 0, 1, 2, … or 1, 2, 3, … over the first ten rows and more."""
-        if self.kind(name) != "number":
+        if self.kinds[name] != "number":
             return False
         rows = f"SELECT n0, row_number() OVER () AS row FROM ({self.select([], [(name, '1', ())])})"
         query = f"SELECT count(*), min(n0 - row), max(n0 - row) FROM ({rows} LIMIT 10000)"
@@ -336,15 +315,27 @@ class TableFile:
         """The rows of the named list columns below each other, as a long table; else DataError."""
         self.check_columns(names)
         for name in names:
-            if self.kind(name) != "list":
+            if self.kinds[name] != "list":
                 raise DataError(
-                    f"{self.path}: column {name!r} holds {self.types[name]}, expected a list of "
+                    f"{self.path}: column {name!r} holds {self._types[name]}, expected a list of "
                     f"numbers per series; for one row per observation use a source of kind 'table'"
                 )
         long = copy.copy(self)
         long._is_list = True
-        long.types = {name: self.types[name].rpartition("[")[0] for name in names}
+        long._types = {name: self._types[name].rpartition("[")[0] for name in names}
+        long.kinds = {name: _kind(type_) for name, type_ in long._types.items()}
         return long
+
+
+def _kind(type_: str) -> str:
+    if type_.endswith("]"):
+        return "list"
+    numbers = ("FLOAT", "DOUBLE", "DECIMAL", "BOOLEAN", '"NULL"')
+    if type_ in _INTEGERS or type_.startswith(numbers):
+        return "number"
+    if type_.startswith(("VARCHAR", "UUID", "ENUM")):
+        return "text"
+    return "date" if type_.startswith(("DATE", "TIMESTAMP", "DURATION")) else type_.lower()
 
 
 def _date(column: str, type_: str = "VARCHAR") -> str:

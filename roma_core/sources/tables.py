@@ -34,20 +34,18 @@ _ROWS = 1 << 16  # of observations at a time
 _OBJECTS = 1 << 12  # at a time
 
 
-class _Column(Frozen):
+class ChannelColumn(Frozen):
+    """A column whose numbers, or dates in the unit, are the values of one channel."""
+
     column: str
     name: str | None = Field(None, description="Name in the data set; the column's by default.")
     unit: str = Field("1", description="Unit of the numbers; '1' for a pure number.")
-
-
-class ChannelColumn(_Column):
-    """A column whose numbers are the values of one channel."""
 
     def channel(self) -> Channel:
         return Channel(name=self.name or self.column, unit=self.unit)
 
 
-class AxisColumn(_Column):
+class AxisColumn(ChannelColumn):
     """A column whose numbers, dates or categories are positions on one axis."""
 
     categories: tuple[str, ...] = Field(
@@ -183,7 +181,7 @@ class _Source(Source):
         long = self._tables if ids else [table.unnested(self._lists) for table in self._tables]
         self._observations = _union(long, ids, self._numbers)
         self.axes = tuple(
-            axis.axis(any(table.kind(axis.column) == "date" for table in long))
+            axis.axis(any(table.kinds[axis.column] == "date" for table in long))
             for axis in columns.axes
         )
 
