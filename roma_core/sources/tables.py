@@ -41,8 +41,9 @@ class ChannelColumn(Frozen):
     name: str | None = Field(None, description="Name in the data set; the column's by default.")
     unit: str = Field("1", description="Unit of the numbers; '1' for a pure number.")
 
-    def channel(self) -> Channel:
-        return Channel(name=self.name or self.column, unit=self.unit)
+    def channel(self, kind: str) -> Channel:
+        unit = "s" if kind == "date" and self.unit == "1" else self.unit
+        return Channel(name=self.name or self.column, unit=unit)
 
 
 class AxisColumn(ChannelColumn):
@@ -54,11 +55,10 @@ class AxisColumn(ChannelColumn):
         "the word's index here, so append new words at the end.",
     )
 
-    def axis(self, is_date: bool) -> PositionAxis:
-        unit = "s" if is_date and self.unit == "1" else self.unit
-        if self.categories:
-            unit = f"index of {', '.join(self.categories)}"
-        return PositionAxis(name=self.name or self.column, unit=unit)
+    def axis(self, kind: str) -> PositionAxis:
+        channel = self.channel(kind)
+        unit = f"index of {', '.join(self.categories)}" if self.categories else channel.unit
+        return PositionAxis(name=channel.name, unit=unit)
 
 
 class ObjectTable(Frozen):
@@ -165,8 +165,6 @@ class _Source(Source):
         super().__init__(config)
         columns = config.columns if isinstance(config, TableConfig) else config
         self.files = hashes
-        self.channels = tuple(column.channel() for column in columns.channels)
-        self.targets = tuple(column.channel() for column in columns.targets)
         self._metadata = columns.metadata
         self._numbers = [
             (column.column, column.unit, getattr(column, "categories", ()))
@@ -180,10 +178,16 @@ class _Source(Source):
         ids = [config.columns.object] if isinstance(config, TableConfig) else []
         long = self._tables if ids else [table.unnested(self._lists) for table in self._tables]
         self._observations = _union(long, ids, self._numbers)
-        self.axes = tuple(
-            axis.axis(any(table.kinds[axis.column] == "date" for table in long))
-            for axis in columns.axes
-        )
+        kinds = long[0].kinds
+        for table, name in itertools.product(long, self._lists):
+            if {kinds[name], table.kinds[name]} == {"date", "number"}:
+                raise DataError(
+                    f"column {name!r} holds {kinds[name]}s in {long[0].path}, and {table.kinds[name]}s "
+                    f"in {table.path}; convert one of them"
+                )
+        self.axes = tuple(column.axis(kinds[column.column]) for column in columns.axes)
+        self.channels = tuple(column.channel(kinds[column.column]) for column in columns.channels)
+        self.targets = tuple(column.channel(kinds[column.column]) for column in columns.targets)
 
     def __length_hint__(self) -> int:
         return self._n

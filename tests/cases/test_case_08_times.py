@@ -1,6 +1,7 @@
 """Times as text, dates and durations, in CSV and in Parquet, become numbers of the declared unit."""
 
 import datetime as dt
+import re
 
 import numpy as np
 import pandas as pd
@@ -131,3 +132,22 @@ def test_durations_are_not_taken_for_numbers_of_nanoseconds(tmp_path, resolution
     assert seconds.schema.axes[0].unit == "s"
     assert np.diff(seconds.raw(0)[0][:, 0]).tolist() == [3600.0] * 4
     assert np.diff(minutes.raw(0)[0][:, 0]).tolist() == [60.0] * 4
+
+
+def test_dates_in_one_file_and_numbers_in_the_next_are_refused(tmp_path):
+    days = pa.array([dt.date(2024, 1, k + 1) for _ in range(10) for k in range(5)])
+    config = daily(tmp_path / "b.parquet", days, {})
+    daily(tmp_path / "a.parquet", pa.array(np.tile(np.arange(5.0), 10)), {})
+    config["source"]["files"] = [str(tmp_path / "*.parquet")]
+
+    message = error_of(tmp_path, config)
+
+    assert re.search(r"'t' holds numbers in \S*a\.parquet, and dates in \S*b\.parquet", message)
+
+
+def test_a_channel_of_dates_has_a_unit(tmp_path):
+    days = pa.array([dt.date(2024, 1, k + 1) for _ in range(10) for k in range(5)])
+    config = daily(tmp_path / "a.parquet", days, {})
+    config["source"]["columns"]["channels"] = [{"column": "t", "name": "when"}]
+
+    assert build(tmp_path, config).schema.channels[0].unit == "s"
