@@ -70,8 +70,7 @@ class SeriesCleaner:
         name = self._name(series)
         if re.fullmatch(r"\d[.,]\d+[eE]\+\d+", series.id):
             raise DataError(
-                f"{name}: its id is a number that has lost its last digits, so other objects may have "
-                f"the same; write ids as whole numbers or text"
+                f"{name}: its id has lost digits, and others may have the same; write ids as text"
             )
         if (series.targets is None) != (not self._targets):
             raise DataError(
@@ -110,8 +109,7 @@ class SeriesCleaner:
         if len(values) == 0:
             if options.empty == "refuse":
                 raise DataError(
-                    f"{self._name(series)} has no observations; leave it out of the source, or set "
-                    f"repair.empty to 'drop'"
+                    f"{self._name(series)} has no observations; leave it out, or set repair.empty to 'drop'"
                 )
             counts["empty_series_dropped"] += 1
             return None

@@ -264,8 +264,7 @@ def _categories(tables: Sequence[TableFile], column: str) -> list[str]:
         if len(found) > _MAX_CATEGORIES:
             raise DataError(
                 f"{table.path}: the text column {column!r} holds more than {_MAX_CATEGORIES} words, too "
-                f"many for a position. Name the column of the class with --label, and those of values "
-                f"with --channel"
+                f"many for a position; name the class with --label and the values with --channel"
             )
     return sorted(found)
 

@@ -128,8 +128,7 @@ def read_manifest(folder: Path) -> Manifest:
         if version not in VERSIONS:
             raise ValueError(
                 f"{path} has schema_version {version!r}, this version of the software reads "
-                f"{' and '.join(map(str, VERSIONS))}; use the version that wrote it, or build the "
-                f"data set again"
+                f"{' and '.join(map(str, VERSIONS))}; use another one, or build the data set again"
             )
         return Manifest.model_validate(document)
     except ValidationError as error:

@@ -51,10 +51,8 @@ class StoredDataset:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         if verify and (found := find_damage(self.path, self.manifest)):
-            raise DataError(
-                f"the data set {self.path} is damaged: {'; '.join(found)}; remove the folder and "
-                f"build it again"
-            )
+            problems = "; ".join(found)
+            raise DataError(f"{self.path} is damaged: {problems}; remove it and build it again")
         self.schema: DataSchema = self.manifest.data_schema
         self._firsts = [0, *self.manifest.shards]  # series of each shard
         shards = range(len(self._firsts))

@@ -171,10 +171,8 @@ class ImageFolderSource(_FolderSource):
                     f"{path} has grey levels of more than 8 bits; set colours to 'grey'"
                 )
             if self._is_deep not in (None, deep):
-                raise DataError(
-                    f"{path} has grey levels of {'more than ' * deep}8 bits, others have not; "
-                    f"convert them to one depth"
-                )
+                depth = f"{'more than ' * deep}8 bits"
+                raise DataError(f"{path} has grey levels of {depth}, others have not: convert them")
             self._is_deep = deep
             if not deep and image.has_transparency_data:
                 image = image.convert("RGBA")
@@ -191,8 +189,7 @@ class ImageFolderSource(_FolderSource):
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         return (
             np.atleast_3d(np.asarray(image, dtype=np.float32)),
-            f"has {image.width} × {image.height} pixels, less than one patch of {config.patch}; use "
-            f"a smaller patch, or resize",
+            f"has {image.width} × {image.height} pixels, less than one patch: use a smaller patch",
         )
 
 
@@ -225,8 +222,7 @@ class WavFolderSource(_FolderSource):
         spectrogram = log_mel(sound, rate, config.window_ms, config.hop_ms, config.n_bands)
         return (
             spectrogram[:, :, None],
-            f"lasts {len(sound) / rate:.3f} s, less than one patch of {config.patch_hops} spectra; "
-            f"use fewer patch_hops, or leave it out",
+            f"lasts {len(sound) / rate:.3f} s, less than one patch: use fewer patch_hops",
         )
 
 

@@ -66,10 +66,8 @@ class NpzSource(Source):
         self._targets = arrays.get("targets")
         self._n = self._count_series()
         if self._targets is not None and len(self._targets) != len(self._values):
-            raise DataError(
-                f"{self._where}: targets {self._targets.shape} and values {self._values.shape} must "
-                f"have as many series and observations"
-            )
+            shapes = f"targets {self._targets.shape} and values {self._values.shape}"
+            raise DataError(f"{self._where}: {shapes} must have as many series and observations")
         for name in ("lengths", "ids", *_METADATA):
             array = arrays.get(name)
             if array is not None and array.ndim != 1:
@@ -91,15 +89,12 @@ class NpzSource(Source):
             raise DataError(f"{where}: values and positions must be arrays, not single numbers")
         for name, cut in (("offsets", self._offsets), ("lengths", self._lengths)):
             if cut is not None and (cut.ndim != 1 or cut.dtype.kind not in "iu"):
-                raise DataError(
-                    f"{where}: {name} must be one row of whole numbers, got {cut.dtype} of shape "
-                    f"{cut.shape}"
-                )
+                got = f"{cut.dtype} of shape {cut.shape}"
+                raise DataError(f"{where}: {name} must be one row of whole numbers, got {got}")
         if (offsets := self._offsets) is not None:
             if self._lengths is not None:
                 raise DataError(
-                    f"{where} has offsets and lengths; offsets are for flat arrays, lengths for "
-                    f"padded ones: leave one out"
+                    f"{where} has offsets and lengths: flat arrays need the one, padded ones the other"
                 )
             ends = (offsets[0], offsets[-1]) if len(offsets) else (None, None)
             if (
@@ -120,10 +115,8 @@ class NpzSource(Source):
                 f"expected (series, observations, channels); transpose them"
             )
         if positions.ndim > 1 and positions.shape[:2] != values.shape[:2]:
-            raise DataError(
-                f"{where}: values {values.shape} and positions {positions.shape} must have "
-                f"as many series and observations"
-            )
+            shapes = f"values {values.shape} and positions {positions.shape}"
+            raise DataError(f"{where}: {shapes} must have as many series and observations")
         lengths = self._lengths
         if lengths is not None and len(lengths):
             least, most = lengths.min(), lengths.max()

@@ -199,8 +199,7 @@ class TableFile:
             raise DataError(f"{self.path} has no column {missing[0]!r}; it has {self.names}")
         if twice := [name for name in names if self.names.count(name) > 1]:
             raise DataError(
-                f"{self.path} has more than one column {twice[0]!r}; rename all but the one that is "
-                f"meant"
+                f"{self.path} has more than one column {twice[0]!r}; rename all but the one meant"
             )
 
     def select(
@@ -257,10 +256,7 @@ class TableFile:
         where = f"{self.path}: column {name!r} holds"
         if categories:
             word = f"CAST({self._text(name)} AS VARCHAR)"
-            known = (
-                f", which is not among its categories {list(categories)}; append it there, or leave "
-                f"those rows out"
-            )
+            known = f", which is not among its categories {list(categories)}; append it there"
             quoted = f"coalesce('''' || {word} || '''', 'nothing')"
             problem = f"{literal(where + ' ')} || {quoted} || {literal(known)}"
             index = f"CAST(list_position({literal(list(categories))}, {word}) - 1 AS DOUBLE)"

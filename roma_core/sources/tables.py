@@ -284,8 +284,7 @@ class TableSource(_Source):
             differing = f"SELECT t0, m{k}, other{k} FROM objects WHERE m{k} <> other{k}"
             for object_, one, other in self._query(f"{differing} ORDER BY first_row LIMIT 1"):
                 raise DataError(
-                    f"object '{object_}' has {one!r} and {other!r} in column {name!r}; one of them "
-                    f"per object"
+                    f"object '{object_}' has {one!r} and {other!r} in column {name!r}; expected one"
                 )
 
     def _join_metadata(self, objects: ObjectTable, names: Sequence[str]) -> None:
@@ -311,8 +310,7 @@ class TableSource(_Source):
             "SELECT t0 FROM metadata WHERE id IS NULL ORDER BY first_row LIMIT 1"
         ):
             raise DataError(
-                f"object '{id_}' has observations but no row in the table of objects; add it, or "
-                f"leave its observations out"
+                f"object '{id_}' has observations but no row in the table of objects; add one"
             )
 
     def read(self) -> Iterator[RawSeries]:

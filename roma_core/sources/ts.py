@@ -102,10 +102,8 @@ class TsSource(Source):
         n_channels = first.count(":") + (0 if self.classes else 1)
         names = format.channels or tuple(f"c{k + 1:02d}" for k in range(n_channels))
         if len(names) != n_channels:
-            raise DataError(
-                f"{files[0].path} has {n_channels} channels, the configuration names "
-                f"{len(names)}: {names}"
-            )
+            given = f"the configuration names {len(names)}: {names}"
+            raise DataError(f"{files[0].path} has {n_channels} channels, {given}")
         self.channels = tuple(Channel(name=name, unit=format.channel_unit) for name in names)
         self.axes = (PositionAxis(name=format.axis, unit=format.axis_unit),)
 
