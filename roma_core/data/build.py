@@ -34,6 +34,7 @@ from roma_core.data.manifest import (
     Provenance,
     Repairs,
     find_damage,
+    large_columns,
     read_manifest,
     records_of,
     shard_name,
@@ -160,7 +161,13 @@ class DatasetWriter:
         self, config: DatasetConfig, source: Source, folder: Path, files: ExitStack
     ) -> None:
         self.config, self.source, self.folder, self._files = config, source, folder, files
-        self._target_channels = getattr(source, "targets", ())  # which a plug-in may not have
+        self._schema = DataSchema(
+            channels=source.channels,
+            axes=source.axes,
+            classes=source.classes,
+            targets=getattr(source, "targets", ()),  # which a plug-in may not have
+            normalisation=(),
+        )
         self.splitter = Splitter(
             config.name, config.split, config.validation_fraction, config.test_fraction
         )
@@ -192,15 +199,12 @@ class DatasetWriter:
 
     def _open_shard(self) -> None:
         self._n_in_shard = 0  # observations in the current files
-        n_targets = len(self._target_channels)
-
-        def column(name: str, dtype: type[np.generic], width: int) -> Appender:
-            path = self.folder / shard_name(name, len(self._shards))
-            return self._files.enter_context(column_file(path, dtype, width))
-
-        self._append_values = column("values", np.float32, len(self.source.channels))
-        self._append_positions = column("positions", np.float64, len(self.source.axes))
-        self._append_targets = column("targets", np.float32, n_targets) if n_targets else None
+        self._append = {
+            name: self._files.enter_context(
+                column_file(self.folder / shard_name(name, len(self._shards)), dtype, width)
+            )
+            for name, (dtype, width) in large_columns(self._schema).items()
+        }
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -209,21 +213,18 @@ class DatasetWriter:
         """Append one cleaned series."""
         config = self.config
         split = self.splitter.assign(series)
-        positions, values, targets = series.positions, series.values, series.targets
-        self._lengths_before.append(len(values))
+        self._lengths_before.append(n := len(series.values))
+        columns = {name: getattr(series, name) for name in self._append}
         if config.drop_rate > 0:
-            keep = keep_mask(len(values), config.drop_rate, config.drop_seed, series.id)  # (N,)
-            positions, values = positions[keep], values[keep]
-            targets = None if targets is None else targets[keep]
+            keep = keep_mask(n, config.drop_rate, config.drop_seed, series.id)  # (N,)
+            columns = {name: column[keep] for name, column in columns.items()}
+        positions, values = columns["positions"], columns["values"]
         if self._n_in_shard + len(values) > _SHARD and self._n_in_shard:
             self._shards.append(len(self))
             self._open_shard()
         self._n_in_shard += len(values)
-        self._append_values(values)
-        self._append_positions(positions)
-        if self._append_targets is not None:
-            assert targets is not None, "cleaned series have targets if their source has"
-            self._append_targets(targets)
+        for name, column in columns.items():
+            self._append[name](column)
         self._append_id(series.id)
         if self._has_groups is None:
             self._has_groups = series.group is not None
@@ -289,13 +290,8 @@ class DatasetWriter:
             if k in self._scales:
                 options["scale"] = self._scales[k].scale()
             axes.append(axis.model_copy(update=options))
-        schema = DataSchema(
-            channels=source.channels,
-            axes=tuple(axes),
-            classes=source.classes,
-            targets=self._target_channels,
-            normalisation=self._fit.result(),
-        )
+        fitted = {"axes": tuple(axes), "normalisation": self._fit.result()}
+        schema = self._schema.model_copy(update=fitted)
         before = np.array(self._lengths_before, dtype=np.int64)
         irregularity = None
         if config.drop_rate:
@@ -329,11 +325,10 @@ class DatasetWriter:
         return manifest
 
 
-Appender = Callable[[NDArray[Any]], None]
-
-
 @contextmanager
-def column_file(path: Path, dtype: type[np.generic], n_columns: int) -> Iterator[Appender]:
+def column_file(
+    path: Path, dtype: type[np.generic], n_columns: int
+) -> Iterator[Callable[[NDArray[Any]], None]]:
     """Appends ``(n, n_columns)`` rows to an ``.npy`` file, for data larger than memory.
 
     The header, in which numpy leaves room for the first axis to grow, is written again at the end.

@@ -138,9 +138,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"{folder} cannot be read: {error}") from error
 
 
-def large_columns(schema: DataSchema) -> tuple[str, ...]:
-    """Names of the columns with a row per observation."""
-    return ("values", "positions", *(("targets",) if schema.targets else ()))
+def large_columns(schema: DataSchema) -> dict[str, tuple[type[np.generic], int]]:
+    """Names of the columns with a row per observation, with their dtypes and widths."""
+    targets = {"targets": (np.float32, len(schema.targets))} if schema.targets else {}
+    shapes = {"values": (np.float32, len(schema.channels)), **targets}
+    return {"positions": (np.float64, len(schema.axes)), **shapes}
 
 
 def shard_name(column: str, k: int) -> str:

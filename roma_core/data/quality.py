@@ -19,6 +19,7 @@ from roma_core.data.manifest import (
     MANIFEST,
     SPLITS,
     find_damage,
+    large_columns,
     read_manifest,
     shard_name,
     split_counts,
@@ -114,16 +115,10 @@ def _broken_layout(dataset: StoredDataset) -> list[str]:
         "splits.npy": (dataset.splits, (n,), np.int8),
     }
     if dataset.offsets.shape == (n + 1,):
-        large: tuple[tuple[str, int, type], ...] = (
-            ("values", len(schema.channels), np.float32),
-            ("positions", len(schema.axes), np.float64),
-            ("targets", len(schema.targets), np.float32),
-        )
         for k, part in enumerate(dataset.parts()):
-            n_rows = int(part.lengths.sum())
-            for column, width, dtype in large:
-                if (array := getattr(part, column)) is not None:
-                    columns[shard_name(column, k)] = (array, (n_rows, width), dtype)
+            for name, (dtype, width) in large_columns(schema).items():
+                shape = (int(part.lengths.sum()), width)
+                columns[shard_name(name, k)] = (getattr(part, name), shape, dtype)
     if dataset.labels is not None:
         columns["labels.npy"] = (dataset.labels, (n,), np.int64)
     if found := [
