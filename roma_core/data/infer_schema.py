@@ -238,18 +238,18 @@ def _table(paths: Sequence[Path], roles: ColumnRoles, objects: Path | None) -> I
     if objects is not None:
         config["objects"] = {"file": str(objects), "object": object_}
     shown = channels[:8] + ["…"] * (len(channels) > 8)
+    used = {object_, *taken, *channels, *metadata.values(), *row_numbers}
+    unused = [name for name in columns if name not in used]
+    found_metadata = ", ".join(f"{key}: {name}" for key, name in metadata.items())
     notes = [
         f"a row per {'series' if lists else 'observation'}; objects: {object_}; positions: "
         f"{', '.join(axis['column'] for axis in axes)}; values: {', '.join(shown)}",
-        ", ".join(f"{key}: {name}" for key, name in metadata.items()) or "no metadata of objects",
-        *([f"targets: {', '.join(targets)}"] if targets else []),
+        found_metadata or "no metadata of objects",
+        f"targets: {', '.join(targets)}" * bool(targets),
+        f"not used: {', '.join(unused)}" * bool(unused),
+        f"not used: row numbers in {', '.join(map(repr, row_numbers))}" * bool(row_numbers),
     ]
-    used = {object_, *taken, *channels, *metadata.values()}
-    if unused := [name for name in columns if name not in {*used, *row_numbers}]:
-        notes.append(f"not used: {', '.join(unused)}")
-    if row_numbers:
-        notes.append(f"not used: row numbers in {', '.join(map(repr, row_numbers))}")
-    return InferredSource(config, notes)
+    return InferredSource(config, [note for note in notes if note])
 
 
 def _named_like(role: str, columns: Sequence[str]) -> str | None:

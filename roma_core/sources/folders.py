@@ -99,9 +99,7 @@ class _FolderSource(Source):
                 splits = {n: "train" if split == "train" else "test" for n, split in splits.items()}
             self._splits = splits
         self._labels = {name: parts[0] if parts else None for name, parts in folders.items()}
-        self.classes = tuple(
-            sorted({label for label in self._labels.values() if label is not None})
-        )
+        self.classes = tuple(sorted({label for label in self._labels.values() if label}))
         stray = next((name for name, label in self._labels.items() if label is None), None)
         if stray is not None and self.classes:
             raise DataError(

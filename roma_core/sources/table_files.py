@@ -86,14 +86,13 @@ def expand(patterns: Sequence[Path]) -> list[Path]:
     Raises:
         DataError: a pattern matches nothing.
     """
-    paths: list[Path] = []
+    paths: dict[Path, None] = {}
     for pattern in patterns:
-        matching = sorted(Path(p) for p in glob.glob(str(pattern)))  # noqa: PTH207 - may be absolute
-        files = [path for path in matching if path.is_file()]
-        if not files:
+        matching = sorted(map(Path, glob.glob(str(pattern))))  # noqa: PTH207 - may be absolute
+        if not (files := [path for path in matching if path.is_file()]):
             raise DataError(f"there is no file {pattern} (from {Path.cwd()})")
-        paths += [path for path in files if path not in paths]
-    return paths
+        paths |= dict.fromkeys(files)
+    return [*paths]
 
 
 class TableFile:
