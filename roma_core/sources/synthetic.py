@@ -208,7 +208,7 @@ class SyntheticConfig(SourceConfig):
     def _noise_can_be_chosen(self) -> Self:
         if self.noise is not None and self.process not in _NOISY:
             raise ValueError(
-                f"the noise of {self.process} cannot be chosen; leave it out, or take {_NOISY}"
+                f"the noise of {self.process} cannot be chosen; leave noise out, or take {_NOISY}"
             )
         return self
 

@@ -99,7 +99,11 @@ def test_labels_of_floats_are_whole_numbers(tmp_path):
             [2.0**60, 2.0**60 + 256],  # neighbours in float64, and so other ids in between
             "column 'object_id' holds whole numbers as DOUBLE, which is exact up to 9,007,199,2",
         ),
-        ("a.csv", ["1.23457E+17", "1.23458E+17"], "is a number that has lost its last digits"),
+        (
+            "a.csv",
+            ["1.23457E+17", "1.23458E+17"],
+            "its id has lost digits, and others may have the same; write ids as text",
+        ),
     ],
 )
 def test_ids_that_lost_their_last_digits_are_refused(tmp_path, file, ids, message):
