@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+import warnings
 
 import dagster as dg
 
+import roma_pipelines.defs
 from roma_pipelines.automation.alerts import alert_on_failure
 from roma_pipelines.automation.sensors import reconcile_jobs
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.executor import executor
-from roma_pipelines.experiment import ENCODER, Experiment, all_experiments
+from roma_pipelines.experiment import DEFS, ENCODER, Experiment, all_experiments
 
 INVALID = "invalid_experiment"
 """Asset in the place of an experiment that is left out; its description is the error."""
@@ -39,7 +40,11 @@ def defs() -> dg.Definitions:
 
 
 def _from_folder() -> dg.Definitions:
-    definitions = dg.load_from_defs_folder(path_within_project=Path(__file__).parent)
+    # load_from_defs_folder would look for a pyproject.toml, which an installed package has not
+    tree = dg.ComponentTree.from_module(roma_pipelines.defs, project_root=DEFS.parent)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.BetaWarning)  # of Dagster's own calls
+        definitions = tree.build_defs()
     unknown = definitions.resolve_asset_graph().external_asset_keys
     # Dagster takes an unknown key for an external asset, which would never be materialised
     if any(key.path[-1] == ENCODER for key in unknown):

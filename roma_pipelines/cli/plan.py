@@ -85,7 +85,13 @@ def plan(experiment: str, target: str | None, profile: str | None, asset: str, c
             planned = launcher.plan(_spec(found, asset, _NO_KEY, folder), folder)
             if reasons := launcher.preflight(planned):
                 raise Rejected(reasons)
-            click.echo(f"# the target {launcher.backend} would run it", err=True)
+            message = f"# the target {launcher.backend} would run it"
+            if launcher.backend == "kubernetes":
+                message = (
+                    "# Kubernetes accepts it in a dry run, which makes no pods: a wrong image, account "
+                    "or volume, PodSecurity, quotas of pods and missing nodes show only when it runs"
+                )
+            click.echo(message, err=True)
     except (ValueError, StorageError, Unreachable) as error:
         raise click.ClickException(str(error)) from error
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import re
+import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,12 +46,19 @@ def checked_name(kind: str, name: str) -> str:
 
 
 def code_version() -> str:
-    """The git commit, with ``-dirty`` if files differ from it; outside a checkout the release."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    here = Path(__file__).parent
-    described = subprocess.run(command, cwd=here, capture_output=True, text=True)
-    if described.returncode == 0 and described.stdout.strip():
-        return described.stdout.strip()
+    """The git commit, with ``-dirty`` if files differ from it.
+
+    An installed package names the one it was built from; without it and without git: the release.
+    """
+    package = Path(__file__).parents[1]
+    if (baked := package / "COMMIT").exists():
+        return baked.read_text(encoding="utf-8").strip()
+    # beside an installed package, git would describe the repository that its environment is in
+    if (package.parent / "pyproject.toml").exists() and shutil.which("git"):
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        described = subprocess.run(command, cwd=package, capture_output=True, text=True)
+        if described.returncode == 0 and described.stdout.strip():
+            return described.stdout.strip()
     return f"release {importlib.metadata.version('roma-pipeline')}"
 
 

@@ -9,6 +9,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from roma_pipelines.env_example import SETTINGS
 from roma_pipelines.launching.kubernetes.profile import KubernetesProfile, KubernetesSettings
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "kubernetes"
@@ -62,6 +63,8 @@ def test_pods_are_locked_up_limited_and_probed():
             assert container["securityContext"]["allowPrivilegeEscalation"] is False, name
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}, name
             assert "memory" in container["resources"]["limits"], name
+            if container["image"].startswith("roma-pipeline"):  # else Always, with the tag latest
+                assert container["imagePullPolicy"] == "IfNotPresent", name
         for container in spec["containers"]:
             assert {"readinessProbe", "livenessProbe"} <= container.keys(), name
 
@@ -179,8 +182,8 @@ def test_values_refer_to_what_base_and_services_make():
 
     assert postgres["postgresqlHost"] in named("Service")
     assert VALUES["global"]["serviceAccountName"] in named("ServiceAccount")
-    assert environment["ROMA_MLFLOW_TRACKING_URI"] == "http://roma-mlflow:5000"
-    assert "roma-mlflow" in named("Service")
+    assert environment["ROMA_MLFLOW_TRACKING_URI"] == "http://tracking:5000"
+    assert "tracking" in named("Service")
     assert environment["ROMA_KUBERNETES_PROFILE"] == "generic"
     claim = deployment["volumes"][0]["persistentVolumeClaim"]["claimName"]
     assert claim in named("PersistentVolumeClaim")
@@ -203,40 +206,150 @@ contexts: [{ name: nowhere, context: { cluster: nowhere, user: me } }]
 """
 
 
+def snake(values):
+    """Keys of the chart as Dagster has them; what is raw Kubernetes stays as it is."""
+    return {re.sub(r"(?=[A-Z])", "_", key).lower(): value for key, value in values.items()}
+
+
+def chart_instance(kubeconfig=None):
+    """dagster.yaml as the chart's templates write it from the values, without the storages."""
+    daemon = VALUES["dagsterDaemon"]
+    config = VALUES["runLauncher"]["config"]["k8sRunLauncher"]
+    launcher = {
+        "load_incluster_config": config["loadInclusterConfig"],
+        "job_namespace": "roma",
+        "image_pull_policy": config["imagePullPolicy"],
+        "service_account_name": VALUES["global"]["serviceAccountName"],
+        "dagster_home": VALUES["global"]["dagsterHome"],
+        "instance_config_map": "dagster-instance",
+        "postgres_password_secret": VALUES["global"]["postgresqlSecretName"],
+        "labels": config["labels"],
+        **({"resources": config["resources"]} if "resources" in config else {}),
+        "run_k8s_config": snake(config["runK8sConfig"]),
+    }
+    if kubeconfig is not None:
+        launcher |= {"load_incluster_config": False, "kubeconfig_file": str(kubeconfig)}
+    coordinator = {"module": "dagster._core.run_coordinator", "class": "QueuedRunCoordinator"}
+    if queue := daemon["runCoordinator"]["config"]["queuedRunCoordinator"]:
+        coordinator["config"] = snake(queue)
+    concurrency = VALUES["concurrency"]
+    document = {
+        "run_launcher": {"module": "dagster_k8s", "class": "K8sRunLauncher", "config": launcher},
+        "run_coordinator": coordinator,
+        "run_monitoring": snake(daemon["runMonitoring"]),
+        "telemetry": VALUES["telemetry"],
+    }
+    if concurrency["enabled"]:
+        document["concurrency"] = {k: snake(concurrency[k]) for k in ("pools", "runs")}
+    if daemon["runRetries"]["enabled"]:
+        document["run_retries"] = snake(daemon["runRetries"])
+    more = VALUES["additionalInstanceConfig"]
+    assert not document.keys() & more.keys()  # a key twice is no YAML
+    return document | more
+
+
 def test_dagster_takes_the_instance_that_the_chart_writes(tmp_path):
-    """As its template does: runMonitoring by our names, additionalInstanceConfig as it is."""
-    monitoring = VALUES["dagsterDaemon"]["runMonitoring"]
-    snake = {re.sub(r"(?=[A-Z])", "_", key).lower(): value for key, value in monitoring.items()}
     kubeconfig = tmp_path / "kubeconfig"
     kubeconfig.write_text(KUBECONFIG)
-    launcher = {
-        "module": "dagster_k8s.launcher",
-        "class": "K8sRunLauncher",
-        "config": {
-            "load_incluster_config": False,
-            "kubeconfig_file": str(kubeconfig),
-            "service_account_name": VALUES["global"]["serviceAccountName"],
-            "dagster_home": VALUES["global"]["dagsterHome"],
-            "instance_config_map": "dagster-instance",
-            "postgres_password_secret": VALUES["global"]["postgresqlSecretName"],
-            "run_k8s_config": {
-                re.sub(r"(?=[A-Z])", "_", key).lower(): value
-                for key, value in VALUES["runLauncher"]["config"]["k8sRunLauncher"][
-                    "runK8sConfig"
-                ].items()
-            },
-        },
-    }
-    document = {"run_launcher": launcher, "run_monitoring": snake}
-    document |= VALUES["additionalInstanceConfig"]
-    (tmp_path / "dagster.yaml").write_text(yaml.safe_dump(document))
+    (tmp_path / "dagster.yaml").write_text(yaml.safe_dump(chart_instance(kubeconfig)))
 
     with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
         assert instance.run_retries_enabled
         assert instance.run_retries_max_retries == 3
         assert not instance.get_settings("run_retries")["retry_on_asset_or_op_failure"]
         assert instance.run_monitoring_enabled
-        assert instance.get_concurrency_config().pool_config.default_pool_limit == 1
+        concurrency = instance.get_concurrency_config()
+        assert concurrency.pool_config.default_pool_limit == 1
+        assert concurrency.run_queue_config.max_concurrent_runs == 10
+        instance.run_coordinator  # noqa: B018  # raises if it is configured twice
+
+
+def test_pods_of_runs_and_steps_are_limited_as_the_values_say(tmp_path):
+    """By Dagster's own code: what the code server hands on comes after the run launcher's."""
+    from dagster_k8s.container_context import K8sContainerContext
+    from dagster_k8s.job import construct_dagster_k8s_job
+
+    kubeconfig = tmp_path / "kubeconfig"
+    kubeconfig.write_text(KUBECONFIG)
+    (tmp_path / "dagster.yaml").write_text(yaml.safe_dump(chart_instance(kubeconfig)))
+    (deployment,) = VALUES["dagster-user-deployments"]["deployments"]
+    names = ("env", "labels", "resources", "volumes")
+    handed_on = {name: deployment[name] for name in names} | {
+        "image_pull_policy": deployment["image"]["pullPolicy"],
+        "env_secrets": [secret["name"] for secret in deployment["envSecrets"]],
+        "volume_mounts": deployment["volumeMounts"],
+        "service_account_name": VALUES["global"]["serviceAccountName"],
+        "namespace": "roma",
+    }
+
+    with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
+        launcher = instance.run_launcher
+        run = instance.create_run_for_job(empty)
+        context = K8sContainerContext.create_for_run(run, launcher, include_run_tags=False)
+        context = context.merge(K8sContainerContext.create_from_config({"k8s": handed_on}))
+        config = context.get_k8s_job_config("roma-pipeline:1", launcher)
+        job = construct_dagster_k8s_job(config, [], "run", context.run_k8s_config).to_dict()
+
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert pod["enable_service_links"] is False
+    assert pod["service_account_name"] == "roma-launcher"
+    assert pod["security_context"]["run_as_non_root"] is True
+    assert container["resources"]["limits"] == {"memory": "4Gi"}
+    assert container["security_context"]["allow_privilege_escalation"] is False
+    assert container["security_context"]["capabilities"]["drop"] == ["ALL"]
+    assert {e["name"] for e in deployment["env"]} <= {e["name"] for e in container["env"]}
+
+
+@dg.job
+def empty():
+    pass
+
+
+def test_the_chart_grants_nothing_beside_the_base():
+    """Chart and subchart each have a Role of their own, with every verb on jobs and pods."""
+    assert VALUES["rbacEnabled"] is False
+    assert VALUES["dagster-user-deployments"]["rbacEnabled"] is False
+    assert VALUES["serviceAccount"]["create"] is False
+
+
+def test_the_migration_reaches_the_database_and_can_be_repeated():
+    """Its pod has no label of ours, and its Job cannot be changed by an upgrade."""
+    job = f"dagster-{VALUES['dagsterWebserver']['nameOverride']}-instance-migrate"
+    (rule,) = named("NetworkPolicy")["postgres"]["spec"]["ingress"]
+    admitted = [source["podSelector"]["matchLabels"] for source in rule["from"]]
+    readme = (DEPLOY.parent / "README.md").read_text()
+
+    assert VALUES["migrate"]["enabled"] is True
+    assert {"batch.kubernetes.io/job-name": job} in admitted
+    assert f"delete job {job}" in readme
+
+
+PREFIXES = [cls.model_config["env_prefix"] for cls in SETTINGS]
+
+
+def test_no_service_is_named_like_a_setting():
+    """Kubernetes adds variables named after every Service to pods that keep service links."""
+    prefixes = (*PREFIXES, "MLFLOW_", "DAGSTER_WEBSERVER_", "DAGSTER_CLI_")
+    webserver = f"dagster-{VALUES['dagsterWebserver']['nameOverride']}"
+    for name in (*named("Service"), webserver):
+        variable = f"{name.replace('-', '_').upper()}_"
+        assert not variable.startswith(prefixes), name
+    for name, spec in pods():
+        assert spec["enableServiceLinks"] is False, name
+
+
+def test_the_driver_is_the_installed_one_wherever_a_database_is_named():
+    """Of `postgresql://` SQLAlchemy decides, and 2.1 takes psycopg 3."""
+    found = [
+        line
+        for path in sorted(DEPLOY.parent.glob("**/*.yaml"))
+        for line in path.read_text().splitlines()
+        if re.search(r"postgresql(\+\w+)?:?//|[sS]cheme: postgresql", line)
+    ]
+
+    assert len(found) >= 4
+    assert all("postgresql+psycopg2" in line for line in found), found
 
 
 def test_steps_get_a_pod_of_their_own_where_the_values_say_so(monkeypatch):

@@ -220,7 +220,7 @@ def _environment(spec: JobSpec, profile: KubernetesProfile) -> list[Manifest]:
 
 def _resources(spec: JobSpec, profile: KubernetesProfile, rdma: bool) -> Manifest:
     """CPUs are requested without a limit, which would only slow the job; GPUs need request = limit."""
-    cpus = max(spec.threads_per_process, profile.cpus_per_process or 0) * spec.processes_per_node
+    cpus = (profile.cpus_per_process or spec.threads_per_process) * spec.processes_per_node
     limits: dict[str, str] = {}
     if memory_gb := spec.memory_gb or profile.memory_gb:
         limits["memory"] = f"{math.ceil(memory_gb * 1000)}M"

@@ -29,7 +29,9 @@ class Volume(Frozen):
 
     mount: Mount = Field(description="Path in the pod; for job folders, the orchestrator's own.")
     claim: Label | None = Field(None, description="Name of a PersistentVolumeClaim.")
-    host_path: Mount | None = Field(None, description="Path on the nodes.")
+    host_path: Mount | None = Field(
+        None, description="Path on the nodes; needs a namespace with PodSecurity `privileged`."
+    )
     nfs: str | None = Field(None, pattern=r"^[A-Za-z0-9.-]+:/[^\n]*$", description="SERVER:/PATH.")
     sub_path: str | None = Field(None, pattern=r"^[^/\n][^\n]*$", description="Folder inside it.")
     read_only: bool = False
@@ -107,7 +109,7 @@ class KubernetesProfile(ClusterProfile):
     run_as_group: int | None = Field(None, ge=0)
     fs_group: int | None = Field(None, ge=0, description="Group of the volumes' files.")
     cpus_per_process: float | None = Field(
-        None, gt=0, description="CPUs to request; null: as many as a process has threads."
+        None, gt=0, description="CPUs to request, also 0.5; null: as many as a process has threads."
     )
     shared_memory_gb: float = Field(1.0, gt=0, description="Size of /dev/shm; part of the memory.")
     time_limit_min: int = Field(1440, gt=0, description="Of an attempt; the default of jobs.")
