@@ -120,8 +120,9 @@ def _serve(modules: dict[str, tuple[str, Sequence[str]]], logs: Path) -> list[st
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child.pid, number)
             deadline = time.monotonic() + 20.0
-            for child in children.values():
-                with contextlib.suppress(subprocess.TimeoutExpired):
+            # a second Ctrl-C kills them at once
+            with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+                for child in children.values():
                     child.wait(max(0.1, deadline - time.monotonic()))
 
 

@@ -261,6 +261,29 @@ def test_a_misspelt_name_is_refused_with_the_closest_one(
         TrainerConfig()
 
 
+def test_variables_of_kubernetes_services_are_no_settings(monkeypatch):
+    """Kubernetes adds them to every pod of a namespace that has a Service named roma-trainer."""
+    for name, value in {
+        "SERVICE_HOST": "10.96.0.7",
+        "SERVICE_PORT": "5000",
+        "SERVICE_PORT_HTTP": "5000",
+        "PORT": "tcp://10.96.0.7:5000",
+        "PORT_5000_TCP": "tcp://10.96.0.7:5000",
+        "PORT_5000_TCP_PROTO": "tcp",
+        "PORT_5000_TCP_PORT": "5000",
+        "PORT_5000_TCP_ADDR": "10.96.0.7",
+    }.items():
+        for service in ("TRAINER", "TRAINER_OLD"):
+            monkeypatch.setenv(f"ROMA_{service}_{name}", value)
+    assert TrainerConfig() == TrainerConfig.from_values({})
+
+    monkeypatch.setenv("ROMA_TRAINER_PORT", "5000")  # no link, but somebody's mistake
+    with pytest.raises(
+        SettingsError, match="ROMA_TRAINER_PORT in the environment is not a setting"
+    ):
+        TrainerConfig()
+
+
 @pytest.mark.parametrize("where", ["environment", "file", "code", "json"])
 def test_a_misspelt_nested_name_is_refused_with_the_closest_one(env_file, monkeypatch, where):
     variable, values = "ROMA_CLASSIFIER_ENCODER_CONFIG__DEPHT", {}

@@ -27,6 +27,7 @@ from roma_pipelines.launching.kubernetes.client import (
     shared_client,
 )
 from roma_pipelines.launching.kubernetes.manifests import (
+    CONTROLLER_LABEL,
     Manifest,
     as_text,
     labels,
@@ -63,7 +64,6 @@ _ORPHANED_AFTER_S = 5.0
 class _Watched:
     """What one launcher remembers of a Job between two polls; times are monotonic."""
 
-    exists: bool = False
     has_service: bool = False
     ending_since: float | None = None
     waiting: tuple[bool, float] | None = None  # holds_or_cannot_start, since
@@ -160,12 +160,8 @@ class KubernetesLauncher:
         job = next(iter(self.client.jobs.present(uid)), None)
         if job is None:
             return self._missing(handle)
-        deleted = self.client.pods.deleted(uid)
-        pods = [*self.client.pods.present(uid), *deleted]
-        uids = frozenset(pod["metadata"]["uid"] for pod in deleted)
-        snapshot = Snapshot(job, pods, uids, self.client.warnings_about([job, *pods]))
+        snapshot = self._snapshot(job, self.client.pods.present(uid))
         watched = self._watched[uid]
-        watched.exists = True
         if not watched.has_service:  # the submitter may have died before it created the Service
             with contextlib.suppress(ApiError):  # its pods report that a host name is missing
                 self._create_service(handle)
@@ -176,7 +172,14 @@ class KubernetesLauncher:
         if state.phase is Phase.WAITING:
             return self._limited(handle, snapshot, state)
         watched.waiting = None
-        if state.ended:
+        if state.ended:  # the informer of the Jobs may be ahead of that of the pods
+            query = {"labelSelector": selector({CONTROLLER_LABEL: uid})}
+            try:
+                pods = self.client.request("GET", self.client.path("pods"), query=query)["items"]
+            except (ApiError, Unreachable) as error:
+                return JobState(Phase.UNKNOWN, f"{state.reason}; its pods are not known: {error}")
+            snapshot = self._snapshot(job, pods)
+            state = state_of(snapshot, now - (watched.ending_since or now))
             self._append_failed_log(handle, snapshot)
         return state
 
@@ -246,21 +249,38 @@ class KubernetesLauncher:
 
     # -- states ------------------------------------------------------------------------------
 
+    def _snapshot(self, job: Object, pods: list[Object]) -> Snapshot:
+        """What is known of a Job with these existing pods."""
+        there, informer = {pod["metadata"]["uid"] for pod in pods}, self.client.pods
+        known = [f(job["metadata"]["uid"]) for f in (informer.present, informer.deleted)]
+        gone = [pod for found in known for pod in found if pod["metadata"]["uid"] not in there]
+        uids = frozenset(pod["metadata"]["uid"] for pod in gone)
+        warnings = self.client.warnings_about([job, *pods, *gone])
+        return Snapshot(job, [*pods, *gone], uids, warnings)
+
     def _missing(self, handle: JobHandle) -> JobState:
         """State of a Job that is not among the existing ones: not reported yet, or deleted."""
         uid, name = handle.external["uid"], handle.external["name"]
         left = [pod for pod in self.client.pods.present(uid) if not is_finished(pod)]
         if left:  # they are terminating, or the Job was deleted without its pods
             return JobState(Phase.RUNNING, f"Job {name} was deleted, {len(left)} pods are left")
-        if self._watched[uid].exists and not handle.plan.files.exit.exists():
-            return JobState(Phase.CANCELLED, f"Job {name} was deleted in the cluster")
         try:
             job = self._read_job(name)
         except Unreachable as error:
             return JobState(Phase.UNKNOWN, str(error))
         if job is not None and job["metadata"]["uid"] == uid:
             return JobState(Phase.UNKNOWN, f"Job {name} is not reported yet")
-        return JobState(Phase.GONE, f"Job {name} no longer exists")
+        # a Job is removed keep_days after its end; whoever deletes one before cancels it
+        files = handle.plan.files
+        alive = max(
+            p.stat().st_mtime for p in (files.script, files.heartbeat, files.log) if p.exists()
+        )
+        if (
+            handle.plan.folder.result.exists()
+            or time.time() - alive > self.profile.keep_days * 86400
+        ):
+            return JobState(Phase.GONE, f"Job {name} no longer exists")
+        return JobState(Phase.CANCELLED, f"Job {name} was deleted in the cluster")
 
     def _limited(self, handle: JobHandle, snapshot: Snapshot, state: JobState) -> JobState:
         """A waiting state, or its end after the profile's time limit; Kubernetes has none."""

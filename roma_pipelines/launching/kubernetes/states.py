@@ -7,6 +7,7 @@ another one failed. The Job's conditions show that it ended, once all its pods d
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ POD_REASONS: dict[str, Phase] = {
     "UnexpectedAdmissionError": Phase.INTERRUPTED, "OutOfcpu": Phase.INTERRUPTED,
     "OutOfmemory": Phase.INTERRUPTED, "OutOfpods": Phase.INTERRUPTED,
     "DeadlineExceeded": Phase.INTERRUPTED,
+    "ContainerStatusUnknown": Phase.INTERRUPTED,  # its node was away, and came back
     "OOMKilled": Phase.OUT_OF_MEMORY,
 }
 """Reasons of a failed pod, or of its container, that are more specific than its exit code."""
@@ -30,7 +32,7 @@ POD_REASONS: dict[str, Phase] = {
 
 _DISRUPTED = "condition DisruptionTarget"  # in the message of a matched podFailurePolicy
 _LOST_AFTER_S = 60.0  # a pod still terminating so long after its grace period has lost its node
-_MESSAGE_LENGTH = 2000
+_MESSAGE_LENGTH = 500
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,7 @@ class Snapshot:
     warnings: Sequence[Object] = ()  # about the Job and its pods, the oldest first
 
     def existing(self) -> list[Object]:
-        """Existing pods, the oldest first."""
-        there = [pod for pod in self.pods if pod["metadata"]["uid"] not in self.deleted]
-        return sorted(there, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))
-
-    def newest(self) -> list[Object]:
-        """Existing pods; of an index that has several, the newest."""
-        return list({index_of(pod): pod for pod in self.existing()}.values())
+        return [pod for pod in self.pods if pod["metadata"]["uid"] not in self.deleted]
 
 
 def state_of(snapshot: Snapshot, ending_s: float = 0.0) -> JobState:
@@ -63,7 +59,8 @@ def state_of(snapshot: Snapshot, ending_s: float = 0.0) -> JobState:
     if "Complete" in conditions:
         return JobState(Phase.ENDED_OK, usage=_usage(snapshot, conditions["Complete"]))
     if failed := conditions.get("Failed"):
-        return _failure(snapshot, failed)
+        target = conditions.get("FailureTarget", failed)
+        return _failure(snapshot, failed, _epoch(target.get("lastTransitionTime")) or 0.0)
     if target := conditions.get("FailureTarget"):
         left = [pod for pod in snapshot.existing() if _terminated(pod) is None]
         graces = [pod["metadata"].get("deletionGracePeriodSeconds") for pod in left]
@@ -88,16 +85,20 @@ def holds_or_cannot_start(snapshot: Snapshot) -> bool:
 
     Otherwise all its pods wait for a free node: they are in a queue, which may be long.
     """
-    there = snapshot.newest()
+    there = _newest(snapshot.existing())
     return not there or any(pod["spec"].get("nodeName") for pod in there)
 
 
 def failed_first(snapshot: Snapshot) -> Object | None:
-    """The pod whose failure failed the Job; pods that were killed for it come after."""
+    """The pod whose failure failed the Job; pods that were killed for it come after.
 
-    def order(pod: Object) -> tuple[bool, str]:
+    A pod that its node lost or evicted comes before those that failed: they may have failed for it.
+    """
+
+    def order(pod: Object) -> tuple[bool, bool, str]:
+        interrupted = _pod_failure(pod)[0] is Phase.INTERRUPTED
         end = _terminated(pod) or {}
-        return "deletionTimestamp" in pod["metadata"], str(end.get("finishedAt", ""))
+        return _is_deleted(pod), not interrupted, str(end.get("finishedAt", ""))
 
     failed = [pod for pod in snapshot.pods if (pod.get("status") or {}).get("phase") == "Failed"]
     return min(failed, key=order, default=None)
@@ -123,7 +124,7 @@ def _progress(snapshot: Snapshot, wanted: int) -> JobState:
         state = _container(pod).get("state") or {}
         return is_finished(pod) or "running" in state or _seconds(_terminated(pod)) is not None
 
-    there = snapshot.newest()
+    there = _newest(snapshot.existing())
     begun = list(filter(has_started, there))
     if len(begun) >= wanted:
         plural = "" if len(begun) == 1 else "s"
@@ -131,8 +132,10 @@ def _progress(snapshot: Snapshot, wanted: int) -> JobState:
     waiting = [_waits_for(pod, snapshot.warnings) for pod in there if pod not in begun]
     if len(there) < wanted:
         about_job = _about(snapshot.job, snapshot.warnings)
-        created = f"{len(there)} of {wanted} pods are created so far"
-        waiting.insert(0, f"no pod: {about_job[-1]['message']}" if about_job else created)
+        why = f"{len(there)} of {wanted} pods are created so far"
+        if about_job:  # every try names another pod, which never was
+            why = "no pod: " + re.sub(r'(pods? "[^"]+)-\w{5}"', r'\1"', about_job[-1]["message"])
+        waiting.insert(0, why)
     reason = "; ".join(dict.fromkeys(why for why in waiting if why))
     if begun:
         reason += f" (meanwhile {len(begun)} of {wanted} pods hold their nodes)"
@@ -158,19 +161,36 @@ def _about(subject: Object, warnings: Sequence[Object]) -> list[Object]:
 # -- why it failed -------------------------------------------------------------------------------
 
 
-def _failure(snapshot: Snapshot, failed: Object) -> JobState:
+def _failure(snapshot: Snapshot, failed: Object, began: float) -> JobState:
+    """State of a failed Job, whose failure ``began`` at that time of the cluster."""
     phase, reasons = Phase.INTERRUPTED, [_report(failed)]
     if failed.get("reason") != "DeadlineExceeded":  # for any other one the pods show the cause
         phase = Phase.ENDED_BAD
-        disrupted = [c for pod in snapshot.pods for c in _conditions(pod, "DisruptionTarget")]
+        pods = _newest(snapshot.pods)
+        disrupted = [c for pod in pods for c in _conditions(pod, "DisruptionTarget")]
         pod = failed_first(snapshot)
         if disrupted or _DISRUPTED in failed.get("message", ""):
             phase = Phase.INTERRUPTED
             reasons += [f"{c.get('reason', '')}: {c.get('message', '')}" for c in disrupted[:1]]
+        elif (taken := _taken_away(pods, began)) is not None:
+            phase = Phase.INTERRUPTED
+            reasons.append(f"pod {taken['metadata']['name']} was deleted")
         elif pod is not None:
             phase, why = _pod_failure(pod)
             reasons.append(why)
     return JobState(phase, "; ".join(reasons), _usage(snapshot, failed))
+
+
+def _taken_away(pods: Sequence[Object], began: float) -> Object | None:
+    """A pod that was deleted while it ran, and not by the Job's controller for another's failure."""
+    alone = any(is_finished(pod) and not _is_deleted(pod) for pod in pods)
+    for pod in filter(_is_deleted, pods):
+        grace_s = pod["metadata"].get("deletionGracePeriodSeconds") or 0
+        deleted = (_epoch(pod["metadata"]["deletionTimestamp"]) or 0.0) - grace_s
+        end = _epoch((_terminated(pod) or {}).get("finishedAt"))
+        if (deleted < began or not alone) and (end is None or deleted <= end):
+            return pod
+    return None
 
 
 def _pod_failure(pod: Object) -> tuple[Phase, str]:
@@ -183,8 +203,16 @@ def _pod_failure(pod: Object) -> tuple[Phase, str]:
         why += f", exit code {end['exitCode']}"
     if phase is Phase.OUT_OF_MEMORY:
         why += "; out of memory: ask for more memory_gb"
-    message = (end.get("message") or status.get("message") or "").strip()
-    return phase, f"{why}: {message[-_MESSAGE_LENGTH:]}" if message else why
+    message = _last_words(end.get("message") or status.get("message") or "")
+    return phase, f"{why}: {message}" if message else why
+
+
+def _last_words(message: str) -> str:
+    """The last line of a traceback, or of another text; the whole is in the attempt's log."""
+    raised = re.findall(r"^[\w.]*(?:Error|Exception|Interrupt|Exit)\b.*", message, re.MULTILINE)
+    own = [line for line in raised if "ChildFailedError" not in line]  # torchrun reports after it
+    words = own or [line for line in message.splitlines() if re.search(r"\w", line)]
+    return words[-1].strip()[:_MESSAGE_LENGTH] if words else ""
 
 
 def _report(condition: Object) -> str:
@@ -205,6 +233,16 @@ def _usage(snapshot: Snapshot, ended: Object) -> dict[str, Any]:
 
 
 # -- parts of objects ----------------------------------------------------------------------------
+
+
+def _newest(pods: Sequence[Object]) -> list[Object]:
+    """Of every index the pod that was made last; earlier ones were replaced."""
+    made = sorted(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))
+    return list({index_of(pod): pod for pod in made}.values())
+
+
+def _is_deleted(pod: Object) -> bool:
+    return "deletionTimestamp" in pod["metadata"]
 
 
 def _container(pod: Object) -> Object:

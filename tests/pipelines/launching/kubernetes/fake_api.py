@@ -141,9 +141,13 @@ class FakeApi:
                 raise _exists(resource, there)
             return there
         try:
-            return self.store.add(resource, there)
+            made = self.store.add(resource, there)
         except KeyError:
             raise _exists(resource, there) from None
+        if resource == "namespaces":  # made by a controller
+            own = {"name": "default", "namespace": there["metadata"]["name"]}
+            self.store.add("serviceaccounts", {"metadata": own})
+        return made
 
     def delete(
         self, resource: str, namespace: str, name: str, body: Object, query: dict[str, str]

@@ -69,14 +69,14 @@ def ours() -> dict[str, object]:
 def cluster(tmp_path_factory):
     """(kubeconfig, what a profile needs to say beside ``ours``)."""
     if KUBECONFIG:
-        return Path(KUBECONFIG), yaml.safe_load(Path(PROFILE).read_text()) if PROFILE else {}
+        yield Path(KUBECONFIG), yaml.safe_load(Path(PROFILE).read_text()) if PROFILE else {}
+        return
     api = FakeApi()
     fake = FakeCluster(api, namespace="default")
     kubeconfig = api.write_kubeconfig(tmp_path_factory.mktemp("cluster") / "kubeconfig")
     yield kubeconfig, {"environment": {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}}
     fake.close()
     api.close()
-    return None
 
 
 @pytest.fixture(scope="module")

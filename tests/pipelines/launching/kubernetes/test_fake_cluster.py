@@ -5,7 +5,11 @@ states of its pods, and what is left of them; not times, counters, or who wrote 
 """
 
 import itertools
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +18,8 @@ from roma_pipelines.launching.kubernetes.manifests import manifests
 from tests.pipelines.launching.kubernetes.recordings import recorded
 from tests.time_limits import within
 
+SUITE = Path(__file__).with_name("test_cluster.py")
+ROOT = Path(__file__).parents[4]
 PROGRAMS = {
     "ok": ("sleep 0.2", {}),
     # a container's first process ignores TERM unless it handles it; these are no such processes
@@ -48,6 +54,26 @@ def _state(change, pod):
     statuses = pod["status"].get("containerStatuses") or [{"state": {}}]
     ((state, more),) = (statuses[0]["state"] or {"": {}}).items() or [("", {})]
     return change.replace("ADDED", "MODIFIED"), phase, state, more.get("exitCode")
+
+
+def test_the_cluster_suite_runs_against_the_cluster_of_a_kubeconfig(profile, cluster, tmp_path):
+    """As against a real one: ROMA_TEST_KUBECONFIG names it, ROMA_TEST_PROFILE what is different."""
+    more = tmp_path / "profile.yaml"
+    more.write_text(f"environment: {{ PYTHONPATH: {ROOT} }}\n")
+    names = "second_submission or server_checks or program_that_is_not_there"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-m", "cluster", "-k", names, str(SUITE)),
+            *("-p", "no:cacheprovider", "--basetemp", str(tmp_path / "inner")),
+        ],
+        env=os.environ
+        | {"ROMA_TEST_KUBECONFIG": str(profile.kubeconfig), "ROMA_TEST_PROFILE": str(more)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+    assert "\n3 passed" in done.stdout, done.stdout[-3000:]
 
 
 @pytest.fixture

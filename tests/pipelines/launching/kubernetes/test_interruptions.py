@@ -9,6 +9,7 @@ import pytest
 
 from roma_pipelines.launching.spec import JobFailed, Phase
 from roma_pipelines.launching.supervisor import FAULT_POINTS, request_cancel, supervise
+from tests.pipelines.launching.kubernetes.fake_cluster import Node
 
 CONFIG = {"base_lr": 0.001}
 FAST = {"poll_every_s": 0.05}
@@ -116,6 +117,108 @@ def test_a_job_whose_node_is_lost_mid_step_continues(
     assert (outcome.status, starts()) == ("completed", [1, 2])
     assert "n1 lost" in outcome.attempts[0].end.reason
     assert outcome.attempts[1].end.nodes == "n2"
+
+
+PEER = "RuntimeError: [pair.cc:553] Connection closed by peer [10.1.0.7]:35539"
+
+
+@pytest.mark.parametrize("reason", [PEER, "OSError: [Errno 5] Input/output error"])
+def test_a_lost_node_continues_though_the_survivor_failed_first(
+    launcher, cluster, folder, make_spec, once, starts, monkeypatch, reason
+):
+    """The survivor writes "failed" at once; that the node is gone is known minutes later.
+
+    So did a real cluster: the survivor's exit code fails the Job, the pod of the lost node is to end
+    and never does, and only then the node controller says why.
+    """
+    monkeypatch.setattr("roma_pipelines.launching.kubernetes.states._LOST_AFTER_S", 0.5)
+    cluster.nodes.append(Node("n3"))
+    cluster.evicts_after_s = 5.0
+    body = (
+        "first = os.environ['RANK'] == '0'\n"
+        "if n < 2:\n"
+        "    if first: save(5); wait_for('lost', 60)\n"
+        f"    if first: leave('failed', {reason!r}); sys.exit(1)\n"
+        "    wait_for('never', 100)\n"
+        "if first: succeed(world_size=2)"
+    )
+
+    def lose():
+        cluster.lose(cluster.pod(1)["spec"]["nodeName"])
+        (folder.path / "lost").touch()
+
+    spec = make_spec(body, runner="torchrun", nodes=2)
+    outcome = supervise(launcher, folder, spec, CONFIG, on_poll=once(lose), **FAST)
+
+    assert outcome.status == "completed"
+    first, second = outcome.attempts
+    assert (first.end.status, first.end.checkpoint) == ("continue", 5)
+    assert " lost" in first.end.reason
+    assert "n2" not in second.end.nodes
+
+
+@pytest.mark.parametrize("had_saved", [True, False])
+def test_a_deleted_job_is_cancelled_whether_it_had_saved_or_not(
+    launcher, cluster, api, folder, make_spec, once, starts, had_saved
+):
+    """A drain deletes pods, not Jobs."""
+    save = "save(7); leave('continue', 'stop file'); sys.exit(75)" if had_saved else "time.sleep(9)"
+    body = (
+        "signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        f"save(3); wait_for('attempts/1/stop', 60)\n{save}"
+    )
+    delete = once(lambda: api.delete("jobs", "roma", JOB, {"propagationPolicy": "Background"}, {}))
+
+    with pytest.raises(JobFailed, match="was deleted in the cluster") as caught:
+        supervise(launcher, folder, make_spec(body), CONFIG, on_poll=delete, **FAST)
+
+    assert (caught.value.outcome.status, starts()) == ("cancelled", [1])
+
+
+def test_a_job_that_is_deleted_while_no_supervisor_lives_is_cancelled(
+    launcher, cluster, api, folder, make_spec, once, starts
+):
+    def die():
+        api.delete("jobs", "roma", JOB, {"propagationPolicy": "Background"}, {})
+        raise Killed
+
+    with pytest.raises(Killed):
+        supervise(launcher, folder, make_spec(TWICE), CONFIG, on_poll=once(die), **FAST)
+    with pytest.raises(JobFailed, match="was deleted in the cluster"):
+        supervise(launcher, folder, make_spec(TWICE), CONFIG, **FAST)
+
+    assert starts() == [1]
+
+
+def test_a_finished_job_that_is_deleted_counts_as_finished(
+    launcher, cluster, api, folder, make_spec, once
+):
+    """Its result is complete; whoever clears finished Jobs away cancels nothing."""
+    delete = once(
+        lambda: api.delete("jobs", "roma", JOB, {"propagationPolicy": "Background"}, {}),
+        when=folder.result.exists,
+    )
+    body = "succeed(); wait_for('never', 3)"
+
+    outcome = supervise(launcher, folder, make_spec(body), CONFIG, on_poll=delete, **FAST)
+
+    assert outcome.status == "completed"
+
+
+def test_a_deleted_pod_continues_the_job_though_it_could_not_save(
+    launcher, cluster, api, folder, make_spec, once, starts
+):
+    """``kubectl delete pod`` and a node's shutdown set no condition as an eviction does."""
+    delete = once(
+        lambda: api.delete("pods", "roma", cluster.pod()["metadata"]["name"], {}, {}),
+        when=(folder.path / "starts").exists,
+    )
+    body = "if n < 2: wait_for('never', 100)\nsucceed()"
+
+    outcome = supervise(launcher, folder, make_spec(body), CONFIG, on_poll=delete, **FAST)
+
+    assert (outcome.status, starts()) == ("completed", [1, 2])
+    assert "was deleted" in outcome.attempts[0].end.reason
 
 
 def test_one_dead_pod_ends_the_gang_and_its_log_is_kept(launcher, cluster, folder, make_spec):

@@ -99,6 +99,14 @@ def test_host_names_have_room():
     assert all(len(v) <= 63 for v in job["metadata"]["labels"].values())
 
 
+def test_a_profile_may_ask_for_less_than_a_cpu_for_each_thread():
+    profile = GENERIC.model_copy(update={"cpus_per_process": 0.25})
+    (job,) = manifests(PRETRAINING, profile, "/x", 1)
+
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["requests"]["cpu"] == "500m"
+
+
 def test_two_attempts_differ_in_nothing_but_their_number():
     first, second = (
         KubernetesLauncher(H100).plan(GANG, attempt=n).text.splitlines() for n in (1, 2)

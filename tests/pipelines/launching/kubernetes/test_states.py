@@ -1,6 +1,7 @@
 """The launcher's state after every line that a real API server sent."""
 
 import copy
+import datetime
 import itertools
 
 import pytest
@@ -70,6 +71,81 @@ def test_the_last_state_has_the_reason(scenario, words):
     reason = states(scenario)[-1].reason
 
     assert [word for word in words if word not in reason] == [], reason
+
+
+TRACEBACK = """Traceback (most recent call last):
+  File "train.py", line 3, in <module>
+    step()
+RuntimeError: [pair.cc:553] Connection closed by peer
+E1129 09:17:02.1 88 torch/distributed/elastic/multiprocessing/api.py:882] failed (exitcode: 1)
+Traceback (most recent call last):
+  File "run.py", line 995, in <module>
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+train.py FAILED
+============================================================
+"""
+
+
+def test_of_a_traceback_the_reason_has_the_last_line():
+    seen = copy.deepcopy(list(snapshots("fail"))[-1])
+    for pod in seen.pods:
+        for status in pod["status"]["containerStatuses"]:
+            status["state"]["terminated"]["message"] = TRACEBACK
+
+    reason = state_of(seen).reason
+
+    assert reason.endswith("exit code 3: RuntimeError: [pair.cc:553] Connection closed by peer")
+    assert "\n" not in reason
+
+
+def test_the_name_of_a_pod_that_could_not_be_made_is_no_reason():
+    seen = copy.deepcopy(list(snapshots("nosa"))[-1])
+    reasons = set()
+    for name in ("nosa-0-x7k2p", "nosa-0-b9q4z"):
+        for warning in seen.warnings:
+            warning["message"] = f'Error creating: pods "{name}" is forbidden: violates PodSecurity'
+        reasons.add(state_of(seen).reason)
+
+    assert reasons == {'no pod: Error creating: pods "nosa-0" is forbidden: violates PodSecurity'}
+
+
+def deleted_before(seen, seconds):
+    """As if index 0 of ``fail`` had been deleted so long before its Job began to fail."""
+    seen = copy.deepcopy(seen)
+    (began,) = [
+        datetime.datetime.fromisoformat(c["lastTransitionTime"])
+        for c in seen.job["status"]["conditions"]
+        if c["type"] == "FailureTarget"
+    ]
+    for pod in seen.pods:
+        if (grace_s := pod["metadata"].get("deletionGracePeriodSeconds")) is not None:
+            at = began + datetime.timedelta(seconds=grace_s - seconds)
+            pod["metadata"]["deletionTimestamp"] = at.isoformat()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("seconds", "phase"),
+    [(5, Phase.INTERRUPTED), (0, Phase.ENDED_BAD), (-2, Phase.ENDED_BAD)],
+)
+def test_a_pod_that_was_deleted_before_another_failed_is_an_interruption(seconds, phase):
+    """The Job's controller deletes pods only after one has failed."""
+    state = state_of(deleted_before(list(snapshots("fail"))[-1], seconds))
+
+    assert state.phase is phase
+    assert ("was deleted" in state.reason) == (phase is Phase.INTERRUPTED)
+
+
+@pytest.mark.parametrize("word", ["ContainerStatusUnknown", "NodeShutdown", "Evicted"])
+def test_a_node_that_was_away_explains_the_failure_of_another_pod(word):
+    """Its kubelet reports the pod when it is back, long after the survivor failed."""
+    seen = copy.deepcopy(list(snapshots("fail"))[-1])
+    for pod in seen.pods:
+        if pod["metadata"].pop("deletionTimestamp", None):
+            pod["status"]["containerStatuses"][0]["state"]["terminated"]["reason"] = word
+
+    assert state_of(seen).phase is Phase.INTERRUPTED
 
 
 def test_an_end_reports_run_time_and_nodes():
