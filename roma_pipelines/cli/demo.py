@@ -95,7 +95,7 @@ def _run(
         _materialise(instance, definitions, missing, tags, killed)
     else:
         click.echo(f"{experiment} is up to date; --fresh runs it again")
-    _conclude(instance, storage, experiment, keys, time.monotonic() - started)
+    _conclude(instance, storage, keys, time.monotonic() - started)
 
 
 def _keys(definitions: dg.Definitions, experiment: str) -> list[dg.AssetKey]:
@@ -213,11 +213,7 @@ def _materialise(
 
 
 def _conclude(
-    instance: dg.DagsterInstance,
-    storage: Storage,
-    experiment: str,
-    keys: list[dg.AssetKey],
-    seconds: float,
+    instance: dg.DagsterInstance, storage: Storage, keys: list[dg.AssetKey], seconds: float
 ) -> None:
     """Print paths, results and next steps."""
     from roma_core.evaluation.metrics import ClassificationMetrics
@@ -230,17 +226,15 @@ def _conclude(
         made = newest_materialization(instance, key)
         assert made is not None
         facts[key.path[-1]] = {name: value.value for name, value in made.metadata.items()}
-    job = Path(facts["evaluation_report"]["job_folder"])
+    job, model = Path(facts["evaluation_report"]["job_folder"]), facts["registered_classifier"]
     metrics = ClassificationMetrics.model_validate(read_json(job / "outputs" / "metrics.json"))
-    baselines = read_json(job / "config.json")["baselines"]
-    model = facts["registered_classifier"]
     trained = [facts[name]["training_s"] for name in ("pretrained_encoder", "finetuned_classifier")]
     here = Path.cwd()
     report, data = job / "outputs" / "report.html", Path(facts["dataset"]["path"])
     report, data = (p.relative_to(here) if p.is_relative_to(here) else p for p in (report, data))
     click.echo(f"\nreport      {report}")
     click.echo(f"model       {model['model']} version {model['version']} ({model['aliases']})")
-    for one in baselines:
+    for one in read_json(job / "config.json")["baselines"]:
         click.echo(f"baseline    {one['accuracy']:.3f} {one['name']} ({one['source']})")
     click.echo(
         f"time        {seconds:.0f} s (pretraining took {trained[0]:.0f} s, finetuning {trained[1]:.0f} s, when they ran)"
@@ -280,15 +274,14 @@ def _event_text(event: dg.DagsterEvent) -> str | None:
     if event.event_type_value != "ASSET_OBSERVATION":
         return None
     facts = event.asset_observation_data.asset_observation.metadata
-    step, total = facts.get("step"), facts.get("total_steps")
-    if step is None or total is None:
+    if not {"step", "total_steps"} <= facts.keys():
         return None
     shown = "  ".join(
         f"{name} {value.value:.4g}"
         for name, value in facts.items()
         if isinstance(value.value, int | float) and ("loss" in name or "accuracy" in name)
     )
-    return f"step {step.value}/{total.value}  {shown}".rstrip()
+    return f"step {facts['step'].value}/{facts['total_steps'].value}  {shown}".rstrip()
 
 
 _NAME_TAG, _HOST_TAG = "roma/foreground", "roma/foreground_host"

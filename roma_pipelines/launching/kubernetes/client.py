@@ -5,6 +5,7 @@ An ``Informer`` keeps all objects of a kind up to date; all launchers of a proce
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -97,8 +98,7 @@ class Client:
                     yield from whole
             except (HTTPError, OSError) as error:
                 raise Unreachable(f"{path}: {error}") from error
-        if rest:
-            yield rest
+        yield from filter(None, [rest])
 
     def sync(self) -> str:
         """Keep the informers running; the reason if they have no current state, else empty."""
@@ -198,14 +198,11 @@ def selector(labels: Mapping[str, str]) -> str:
 
 def _raise(error: Any) -> NoReturn:
     reasons = [f"HTTP {error.status} {error.reason}"]
-    try:
+    with contextlib.suppress(TypeError, ValueError, AttributeError, KeyError):
         status = json.loads(error.body)
-        if message := status.get("message"):
-            reasons = [str(message)]
+        reasons = [str(status["message"])] if status.get("message") else reasons
         causes = (status.get("details") or {}).get("causes") or []
         reasons = [f"{c.get('field', '?')}: {c['message']}" for c in causes] or reasons
-    except (TypeError, ValueError, AttributeError, KeyError):
-        pass
     if error.status in _BUSY or not error.status:
         raise Unreachable(f"the Kubernetes API server: {'; '.join(reasons)}") from error
     raise ApiError(error.status, reasons) from error

@@ -28,7 +28,6 @@ from roma_pipelines.launching.kubernetes.client import (
 )
 from roma_pipelines.launching.kubernetes.manifests import (
     CONTROLLER_LABEL,
-    Manifest,
     as_text,
     labels,
     manifests,
@@ -38,7 +37,6 @@ from roma_pipelines.launching.kubernetes.profile import KubernetesProfile
 from roma_pipelines.launching.kubernetes.states import (
     Snapshot,
     failed_first,
-    holds_or_cannot_start,
     index_of,
     is_ending,
     is_finished,
@@ -66,7 +64,7 @@ class _Watched:
 
     has_service: bool = False
     ending_since: float | None = None
-    waiting: tuple[bool, float] | None = None  # holds_or_cannot_start, since
+    waiting: tuple[bool, float] | None = None  # whether urgently, since
 
 
 class KubernetesLauncher:
@@ -107,11 +105,19 @@ class KubernetesLauncher:
                 f"namespace {profile.namespace} and name that under `secrets` of the profile "
                 f"{profile.name}, or unset it"
             )
-        try:
-            for manifest in plan.content:
-                found += _check_manifest(manifest, self.client)
-        except Rejected as error:  # no cluster is configured
-            found += error.reasons
+        # The server checks names, quantities, quotas, rights and what its admission adds, but not
+        # what pods need (images, accounts, nodes): that is found within the start timeout.
+        namespace = f"Kubernetes: there is no namespace {profile.namespace} "
+        account = "Kubernetes does not accept this account; check the kubeconfig "
+        for manifest in plan.content:
+            try:
+                self.client.create(manifest, dry_run=True)
+            except Rejected as error:  # no cluster is configured
+                found += error.reasons
+            except ApiError as error:
+                if error.code != 409:  # an object of this name exists: the submission adopts it
+                    why = {404: namespace, 401: account}.get(error.code, "Kubernetes: ")
+                    found += [f"{why}{reason}" for reason in error.reasons]
         return list(dict.fromkeys(found))
 
     def submit(self, plan: Plan, environment: Mapping[str, str]) -> JobHandle:
@@ -271,14 +277,11 @@ class KubernetesLauncher:
         if job is not None and job["metadata"]["uid"] == uid:
             return JobState(Phase.UNKNOWN, f"Job {name} is not reported yet")
         # a Job is removed keep_days after its end; whoever deletes one before cancels it
-        files = handle.plan.files
-        alive = max(
+        files, kept_s = handle.plan.files, self.profile.keep_days * 86400
+        alive = [
             p.stat().st_mtime for p in (files.script, files.heartbeat, files.log) if p.exists()
-        )
-        if (
-            handle.plan.folder.result.exists()
-            or time.time() - alive > self.profile.keep_days * 86400
-        ):
+        ]
+        if handle.plan.folder.result.exists() or time.time() - max(alive, default=0.0) > kept_s:
             return JobState(Phase.GONE, f"Job {name} no longer exists")
         return JobState(Phase.CANCELLED, f"Job {name} was deleted in the cluster")
 
@@ -288,7 +291,9 @@ class KubernetesLauncher:
         if snapshot.job["spec"].get("suspend"):
             watched.waiting = None  # its queue decides
             return state
-        urgent = holds_or_cannot_start(snapshot)
+        there = snapshot.newest()
+        # holds nodes or cannot start without help; else all its pods wait in a queue for a node
+        urgent = not there or any(pod["spec"].get("nodeName") for pod in there)
         if watched.waiting is None or watched.waiting[0] != urgent:
             watched.waiting = urgent, time.monotonic()
         limit_s = self.profile.start_timeout_s if urgent else self.profile.queue_timeout_s
@@ -313,26 +318,7 @@ class KubernetesLauncher:
                 file.write(f"{title}\n{tail}\n")
 
 
-# -- preflight, and secrets ----------------------------------------------------------------------
-
-
-def _check_manifest(manifest: Manifest, client: Client) -> list[str]:
-    """What the API server finds in a dry run with strict fields, which creates nothing.
-
-    It checks names, quantities, quotas, rights and whatever its admission adds, but not what pods
-    need (images, accounts, nodes): that is found within the profile's start timeout.
-    """
-    try:
-        client.create(manifest, dry_run=True)
-    except ApiError as error:
-        if error.code == 409:
-            return []  # an object of this name exists: the submission adopts it
-        if error.code == 404:
-            return [f"Kubernetes: there is no namespace {client.namespace} ({error})"]
-        if error.code == 401:
-            return [f"Kubernetes does not accept this account ({error}); check the kubeconfig"]
-        return [f"Kubernetes: {reason}" for reason in error.reasons]
-    return []
+# -- secrets -------------------------------------------------------------------------------------
 
 
 def _without_secrets(variables: Mapping[str, str]) -> dict[str, str]:

@@ -148,7 +148,17 @@ def _pod(spec: JobSpec, profile: KubernetesProfile, folder: str, attempt: int) -
             "tolerations": [one.model_dump(exclude_none=True) for one in tolerations],
             "affinity": affinity if profile.one_pod_per_node and several else None,
             "imagePullSecrets": [{"name": name} for name in profile.image_pull_secrets],
-            "securityContext": _pod_security(profile),
+            "securityContext": _filled(
+                {
+                    "seccompProfile": {"type": "RuntimeDefault"},
+                    "runAsNonRoot": profile.run_as_user is not None or None,
+                    "runAsUser": profile.run_as_user,
+                    "runAsGroup": profile.run_as_group,
+                    "fsGroup": profile.fs_group,
+                    # the owner of each file of a large volume is not changed at every start
+                    "fsGroupChangePolicy": None if profile.fs_group is None else "OnRootMismatch",
+                }
+            ),
             "volumes": [*volumes, {"name": "shared-memory", "emptyDir": shared}],
             "containers": [_container(spec, profile, folder, attempt)],
         }
@@ -229,18 +239,6 @@ def _resources(spec: JobSpec, profile: KubernetesProfile, rdma: bool) -> Manifes
     if rdma:
         limits[str(profile.rdma_resource)] = str(profile.rdma_count)
     return _filled({"requests": {"cpu": f"{math.ceil(cpus * 1000)}m", **limits}, "limits": limits})
-
-
-def _pod_security(profile: KubernetesProfile) -> Manifest:
-    context: Manifest = {"seccompProfile": {"type": "RuntimeDefault"}}
-    if profile.run_as_user is not None:
-        context |= {"runAsNonRoot": True, "runAsUser": profile.run_as_user}
-    if profile.run_as_group is not None:
-        context["runAsGroup"] = profile.run_as_group
-    if profile.fs_group is not None:
-        # the owner of each file of a large volume is not changed at every start
-        context |= {"fsGroup": profile.fs_group, "fsGroupChangePolicy": "OnRootMismatch"}
-    return context
 
 
 def _filled(fields: Manifest) -> Manifest:

@@ -47,6 +47,10 @@ class Snapshot:
     def existing(self) -> list[Object]:
         return [pod for pod in self.pods if pod["metadata"]["uid"] not in self.deleted]
 
+    def newest(self) -> list[Object]:
+        """Of every index the existing pod that was made last; earlier ones were replaced."""
+        return _newest(self.existing())
+
 
 def state_of(snapshot: Snapshot, ending_s: float = 0.0) -> JobState:
     """The attempt's state.
@@ -78,15 +82,6 @@ def is_ending(job: Object) -> bool:
     """Whether a Job will fail as soon as its last pod has ended."""
     types = {c["type"] for c in (job.get("status") or {}).get("conditions") or []}
     return "FailureTarget" in types and "Failed" not in types
-
-
-def holds_or_cannot_start(snapshot: Snapshot) -> bool:
-    """Whether a waiting attempt holds nodes, or cannot start without help.
-
-    Otherwise all its pods wait for a free node: they are in a queue, which may be long.
-    """
-    there = _newest(snapshot.existing())
-    return not there or any(pod["spec"].get("nodeName") for pod in there)
 
 
 def failed_first(snapshot: Snapshot) -> Object | None:
@@ -124,7 +119,7 @@ def _progress(snapshot: Snapshot, wanted: int) -> JobState:
         state = _container(pod).get("state") or {}
         return is_finished(pod) or "running" in state or _seconds(_terminated(pod)) is not None
 
-    there = _newest(snapshot.existing())
+    there = snapshot.newest()
     begun = list(filter(has_started, there))
     if len(begun) >= wanted:
         plural = "" if len(begun) == 1 else "s"
@@ -236,7 +231,6 @@ def _usage(snapshot: Snapshot, ended: Object) -> dict[str, Any]:
 
 
 def _newest(pods: Sequence[Object]) -> list[Object]:
-    """Of every index the pod that was made last; earlier ones were replaced."""
     made = sorted(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))
     return list({index_of(pod): pod for pod in made}.values())
 
