@@ -53,7 +53,7 @@ def env_example(classes: Iterable[type[RomaSettings]]) -> str:
         text += "\n\n" + _comment(f"--- {cls.__name__} ---\n{summary}")
         fields = leaves_of(cls)
         for name, value, _ in cls.from_values({}).resolved():
-            about = fields[name].description or ""
+            about = " ".join((fields[name].description or "").split())  # a docstring has lines
             choices = [str(choice) for choice in _choices(fields[name].annotation)]
             if not all(choice in about for choice in choices):
                 about += f" One of: {', '.join(choices)}."
