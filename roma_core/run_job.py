@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from roma_core.claim import ATTEMPT_VARIABLE, CONTINUE_EXIT_CODE, FOLDER_VARIABLE
 from roma_core.files import create_json
-from roma_core.job import Attempt, Exit, JobFolder, Result
+from roma_core.job import Attempt, Exit, JobFolder, Result, StopRequests
 
 
 @dataclass(frozen=True)
@@ -54,41 +54,40 @@ def run_in_folder(folder: JobFolder, body: Body) -> int:
     launched = os.environ.get(ATTEMPT_VARIABLE)
     attempt = folder.attempt(int(launched or 1))
     attempt.path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.path / ".running.lock", timeout=0)
-    if launched is None and rank == 0:
-        try:
-            lock.acquire()
-        except Timeout:
-            raise SystemExit(
-                f"another process runs in {folder.path}; wait for it, or choose another folder"
-            ) from None
-        attempt.exit.unlink(missing_ok=True)
-        attempt.stop.unlink(missing_ok=True)
     started = time.monotonic()
-    try:
-        work = body(folder, attempt)
-    except BaseException as error:
-        reason = f"{type(error).__name__}: {error}"
-        create_json(attempt.exit, Exit(status="failed", reason=reason).model_dump(mode="json"))
-        if launched is None and isinstance(error, ValueError | OSError):
-            stack = attempt.path / "traceback.txt"  # the message is for users
-            with contextlib.suppress(OSError):  # a full disk may be what failed
-                stack.write_text(traceback.format_exc())
-            reason = f"{error}\n(the stack is in {stack})"
-        else:
-            traceback.print_exc()
-        print(f"failed: {reason}", file=sys.stderr, flush=True)
-        return 1
-    finally:
-        if lock.is_locked:
-            lock.release()
-    if rank == 0:
-        attempt.write_exit(Exit(status=work.status, step=work.step, reason=work.reason))
-        if work.status == "completed":
-            facts = {k: v for k, v in vars(work).items() if k not in ("status", "reason")}
-            wall_s = time.monotonic() - started
-            key = folder.path.name
-            folder.write_result(Result(job_key=key, attempt=attempt.n, wall_s=wall_s, **facts))
+    with contextlib.ExitStack() as stack:
+        if launched is None and rank == 0:
+            try:
+                stack.enter_context(FileLock(folder.path / ".running.lock", timeout=0))
+            except Timeout:
+                raise SystemExit(
+                    f"another process runs in {folder.path}; wait for it, or choose another folder"
+                ) from None
+            attempt.exit.unlink(missing_ok=True)
+            attempt.stop.unlink(missing_ok=True)
+        try:
+            work = body(folder, attempt)
+        except BaseException as error:
+            stack.enter_context(StopRequests())
+            reason = f"{type(error).__name__}: {error}"
+            create_json(attempt.exit, Exit(status="failed", reason=reason).model_dump(mode="json"))
+            if launched is None and isinstance(error, ValueError | OSError):
+                path = attempt.path / "traceback.txt"  # the message is for users
+                with contextlib.suppress(OSError):  # a full disk may be what failed
+                    path.write_text(traceback.format_exc())
+                reason = f"{error}\n(the stack is in {path})"
+            else:
+                traceback.print_exc()
+            print(f"failed: {reason}", file=sys.stderr, flush=True)
+            return 1
+        stack.enter_context(StopRequests())  # one comes too late, and must not prevent the reports
+        if rank == 0:
+            attempt.write_exit(Exit(status=work.status, step=work.step, reason=work.reason))
+            if work.status == "completed":
+                facts = {k: v for k, v in vars(work).items() if k not in ("status", "reason")}
+                wall_s = time.monotonic() - started
+                key = folder.path.name
+                folder.write_result(Result(job_key=key, attempt=attempt.n, wall_s=wall_s, **facts))
     return 0 if work.status == "completed" else CONTINUE_EXIT_CODE
 
 
@@ -118,7 +117,7 @@ def main(working_folder: str, module: str, *arguments: str) -> int:
 
         def watch_stop_file() -> None:
             while not ended.wait(_POLL_S):
-                if attempt.stop.exists():
+                if attempt.stop.exists() and not ended.is_set():
                     stopped.set()
                     os.kill(os.getpid(), signal.SIGTERM)
                     return

@@ -12,7 +12,7 @@ from typing import Any
 
 from roma_core.files import read_json
 from roma_core.job import JobFolder
-from roma_pipelines.launching.launcher import ClusterProfile, Launcher
+from roma_pipelines.launching.launcher import ClusterProfile, Launcher, Unreachable
 from roma_pipelines.launching.outcome import newest_checkpoint, read_records
 from roma_pipelines.launching.spec import AttemptRecord, JobSpec, Outcome
 from roma_pipelines.launching.supervisor import Supervisor, is_held, request_cancel
@@ -155,7 +155,10 @@ def cancel(
             supervisor = Supervisor(
                 launcher, job.folder, job.spec, config, holder=holder, deadline=deadline
             )
-            return supervisor.run().status
+            try:
+                return supervisor.run().status
+            except Unreachable as away:
+                raise Unreachable(f"{away}; the request is kept, cancel again later") from away
         if time.monotonic() > deadline:
             raise RuntimeError(
                 f"job {job.key} has not ended {wait_s:g} s after its supervisor was asked"

@@ -195,15 +195,12 @@ def exceeds_this_computer(spec: JobSpec) -> list[str]:
 
     Not part of the preflight: an experiment sized for a cluster also runs here, with what there is.
     """
-    found = []
-    if (there := gpus_here()) is not None and spec.gpus_per_node > there:
-        found.append(
-            f"{spec.gpus_per_node} GPUs are asked for, this computer has {there}; ask for at most "
-            f"that, or choose another target"
-        )
-    if spec.memory_gb and spec.memory_gb > (most := psutil.virtual_memory().total / 1e9):
-        found.append(
-            f"{spec.memory_gb:g} GB of memory are asked for, this computer has {most:.0f}; ask for at "
-            f"most that, or choose another target"
-        )
-    return found
+    memory_gb = round(psutil.virtual_memory().total / 1e9)
+    gpus = (float(spec.gpus_per_node), gpus_here(), "GPUs")
+    sizes = [gpus, (spec.memory_gb or 0.0, memory_gb, "GB of memory")]
+    return [
+        f"{asked:g} {unit} are asked for, this computer has {there}; ask for at most that, or choose "
+        f"another target"
+        for asked, there, unit in sizes
+        if there is not None and asked > there
+    ]

@@ -190,12 +190,6 @@ def job_key(asset_key: str, root: str) -> str:
     return hashlib.sha256(f"{asset_key}\n{root}".encode()).hexdigest()[:20]
 
 
-def _resumes_another(tags: Mapping[str, str]) -> bool:
-    from_failure = ("dagster/is_resume_retry", "dagster/is_asset_resume_retry")
-    by_daemon = tags.get("dagster/retry_number", "").isdigit()  # whatever its strategy
-    return by_daemon or any(tags.get(name) == "true" for name in from_failure)
-
-
 def root_of(
     run_id: str,
     tags: Mapping[str, str],
@@ -211,7 +205,11 @@ def root_of(
         tags_of: tags of another run by its id, None if it was deleted; the tag
             ``dagster/root_run_id`` is used then.
     """
-    while _resumes_another(tags):
+    from_failure = ("dagster/is_resume_retry", "dagster/is_asset_resume_retry")
+    while (
+        tags.get("dagster/retry_number", "").isdigit()  # by the daemon, whatever its strategy
+        or any(tags.get(name) == "true" for name in from_failure)
+    ):
         parent = tags.get("dagster/parent_run_id")
         parent_tags = tags_of(parent) if parent else None
         if parent is None or parent_tags is None:

@@ -50,7 +50,7 @@ from roma_pipelines.launching.spec import (
 LEASE_EXPIRES_S = 300.0 if "KUBERNETES_SERVICE_HOST" in os.environ else 60.0
 _RENEW_EVERY_S = 5.0
 _STUCK_AFTER_S = 900.0  # no call of a target or a tracker takes so long
-_RETRY_S = 5.0  # between two requests to a target that does not answer
+_RETRY_S = 5.0  # between the first two requests to a target that does not answer
 
 # fmt: off
 FAULT_POINTS = (
@@ -259,33 +259,44 @@ class Supervisor:
 
     def _open_attempt(self, plan: Plan) -> JobHandle:
         """Adopt the attempt that has no end, or begin the next one."""
-        if plan.attempt in self.folder.attempt_numbers():
-            return self._adopt(plan, self._record(plan.attempt))
-        intent = AttemptRecord(
-            attempt=plan.attempt, backend=self.launcher.backend, intended_at=time.time()
-        )
-        self.fault_point("before intent")
-        path = self.folder.attempt_record(plan.attempt)
-        if not create_json(path, intent.model_dump(mode="json")):
-            return self._open_attempt(self._plan_next())  # adopt what another supervisor began
-        self.fault_point("after intent")
-        return self._submit(plan, intent)
-
-    def _adopt(self, plan: Plan, record: AttemptRecord) -> JobHandle:
-        handle = self._retry(lambda: self._find(plan, record))
-        if handle is None:
-            self._log(plan.attempt, "an intent that was never submitted", "submit it now")
-            return self._submit(plan, record)
-        seen = f"an attempt without an end: {id_of(handle.external)}"
-        self._log(plan.attempt, seen, "adopted it")
-        return self._record_id(record, handle)
+        path, n, refusal = self.folder.attempt_record(plan.attempt), 0, ""
+        look = path.exists()  # for one that was submitted before
+        if not look:
+            intent = AttemptRecord(
+                attempt=plan.attempt, backend=self.launcher.backend, intended_at=time.time()
+            )
+            self.fault_point("before intent")
+            if not create_json(path, intent.model_dump(mode="json")):
+                return self._open_attempt(self._plan_next())  # adopt what another supervisor began
+            self.fault_point("after intent")
+        record = self._record(plan.attempt)
+        while True:
+            if look and (found := self._retry(lambda: self._find(plan, record))):
+                seen = f"an attempt without an end: {id_of(found.external)}"
+                self._log(plan.attempt, seen, "adopted it")
+                return self._record_id(record, found)
+            if look and not refusal:
+                self._log(plan.attempt, "an intent that was never submitted", "submit it now")
+            try:
+                handle = self._submit(plan)
+            except Unreachable as error:
+                if refusal != (refusal := str(error)):
+                    self._log(plan.attempt, f"submitted without an answer: {error}", "look for it")
+                look, n = True, n + 1
+                self._wait(refusal, n)
+                continue
+            self.fault_point("after submit")
+            self._record_id(record, handle)
+            self.fault_point("after record")
+            self._log(plan.attempt, "nothing running", f"submitted as {id_of(handle.external)}")
+            return handle
 
     def _find(self, plan: Plan, record: AttemptRecord) -> JobHandle | None:
         """The attempt as its owner or the target knows it, else as it is recorded."""
         found = self.launcher.find(plan)
         return found or (JobHandle(plan, record.external) if record.external else None)
 
-    def _submit(self, plan: Plan, record: AttemptRecord) -> JobHandle:
+    def _submit(self, plan: Plan) -> JobHandle:
         if self.folder.cancel.exists():
             reason = f"{self._cancel_reason()} before it was submitted"
             state = JobState(Phase.CANCELLED)
@@ -293,19 +304,10 @@ class Supervisor:
             raise _Cancelled(reason)
         self.fault_point("before submit")
         try:
-            handle = self.launcher.submit(plan, self.environment)
-        except Unreachable as error:
-            self._log(plan.attempt, f"submitted without an answer: {error}", "look for it")
-            self._wait(JobState(Phase.UNKNOWN, str(error)))
-            return self._adopt(plan, record)
+            return self.launcher.submit(plan, self.environment)
         except Rejected as error:
             self._end(plan.attempt, "failed", JobState(Phase.ENDED_BAD), str(error), None)
             raise
-        self.fault_point("after submit")
-        self._record_id(record, handle)
-        self.fault_point("after record")
-        self._log(plan.attempt, "nothing running", f"submitted as {id_of(handle.external)}")
-        return handle
 
     def _record_id(self, record: AttemptRecord, handle: JobHandle) -> JobHandle:
         if record.external != handle.external:
@@ -364,18 +366,23 @@ class Supervisor:
 
     def _retry(self, request: Callable[[], T]) -> T:
         """The target's answer, however long it does not answer."""
+        n = 0
         while True:
             try:
                 return request()
             except Unreachable as error:
                 if self.deadline is not None and time.monotonic() > self.deadline:
                     raise
-                self._wait(JobState(Phase.UNKNOWN, str(error)))
+                n += 1
+                self._wait(str(error), n)
 
-    def _wait(self, state: JobState) -> None:
+    def _wait(self, reason: str, n: int) -> None:
+        """Wait after request n in a row to a target that did not answer, ever longer."""
+        state = JobState(Phase.UNKNOWN, reason)
         self.lease.advance(str(state))
         self.on_poll(state)
-        time.sleep(max(self.poll_every_s, min(_RETRY_S, 20 * self.poll_every_s)))
+        first_s = max(self.poll_every_s, min(_RETRY_S, 20 * self.poll_every_s))
+        time.sleep(first_s * 1.5 ** min(n - 1, 6))
 
     # -- the end -----------------------------------------------------------------------------
 

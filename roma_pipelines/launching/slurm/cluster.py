@@ -19,11 +19,18 @@ from roma_pipelines.launching.launcher import Unreachable, inherited
 from roma_pipelines.launching.spec import JobState, Phase
 
 _SSH_PERSIST = "10m"
+_ANSWER = "roma: answer"
 _NOT_PASSED_ON = ("CUDA_VISIBLE_DEVICES", "TMPDIR", "XDG_")  # a node has its own, or none
 
-_NO_ANSWER = re.compile(
-    r"timed? ?out|unable to contact|connection (refused|reset)|communication|zero bytes|"
-    r"temporarily unavailable|not responding",
+_PASSING = re.compile(
+    # slurmctld is away, restarts or gives way to its backup
+    r"timed? ?out|unable to (contact|connect)|connection (refused|reset)|communication|zero bytes|"
+    r"not responding|unexpected message|standby|message (send|receive) failure|shutting down|"
+    # a service that it needs does not answer: the data base, munge, its disk
+    r"database|without the db|munge|authentication|i/o error|"
+    # it takes no job now: its own limits, those of the user or the account, a closed partition
+    r"temporarily|try again|retry|rate limit|queue full|(max|grp)sub(mit)?jobs?|"
+    r"partition not available",
     re.IGNORECASE,
 )
 
@@ -39,9 +46,9 @@ class Answer:
         return " ".join(f"{self.error} {self.output}".split())
 
     @property
-    def slurm_is_away(self) -> bool:
-        """Whether the text says that slurmctld did not answer."""
-        return _NO_ANSWER.search(self.text) is not None
+    def passes(self) -> bool:
+        """Whether the same request may be answered otherwise a while later."""
+        return _PASSING.search(self.text) is not None
 
 
 class Shell:
@@ -80,7 +87,8 @@ class Shell:
                 *("-o", "ControlMaster=auto", "-o", f"ControlPersist={_SSH_PERSIST}"),
                 *("-o", f"ControlPath={sockets}/roma-%C", self.ssh, "bash", "-s"),
             ]
-            env, stdin = None, "\n".join([*exports, f"exec {shlex.join(argv)}", ""])
+            answer = f"echo {_ANSWER}; echo {_ANSWER} >&2; exec {shlex.join(argv)}"
+            env, stdin = None, "\n".join([*exports, answer, ""])
         try:
             done = subprocess.run(
                 command,
@@ -91,17 +99,19 @@ class Shell:
                 env=env,
                 input=stdin,
             )
-        except subprocess.TimeoutExpired as error:
-            raise Unreachable(f"{argv[0]} did not answer within {self.timeout_s:g} s") from error
-        except FileNotFoundError as error:
+        except subprocess.TimeoutExpired as late:
+            raise Unreachable(f"{argv[0]} did not answer within {self.timeout_s:g} s") from late
+        except FileNotFoundError as missing:
             raise ValueError(
                 f"there is no command {command[0]!r} on this computer; run on a login node of the "
                 f"cluster, or name one as `ssh` in its profile"
-            ) from error
+            ) from missing
         if self.ssh is not None and done.returncode in (127, 255):
             text = f"ssh {self.ssh}: {' '.join(done.stderr.split())}"
             raise Unreachable(text) if done.returncode == 255 else ValueError(text)
-        return Answer(done.returncode, done.stdout, done.stderr)
+        # what stands before is a banner, or the output of a login script
+        output, error = (text.rpartition(f"{_ANSWER}\n")[2] for text in (done.stdout, done.stderr))
+        return Answer(done.returncode, output, error)
 
 
 # -- one poll for all jobs of all supervising processes ----------------------------------------
@@ -196,7 +206,9 @@ class SharedPoll:
 # -- squeue's answer -------------------------------------------------------------------------
 
 _COLUMNS = ("state", "starts", "nodes", "reason", "partition", "user", "priority")
-SQUEUE = ("squeue", "-h", "-t", "all", "-o", "%i|%T|%S|%N|%r|%P|%u|%Q|%Z|%j")
+MARK = "roma|"
+"""Begins our lines in an answer: others are a site's, whose wrappers of the commands print notices."""
+SQUEUE = ("squeue", "-h", "-t", "all", "-o", f"{MARK}%i|%T|%S|%N|%r|%P|%u|%Q|%Z|%j")
 """The query; with ``--me`` for one's own jobs. Folder and name come last: they may hold a bar."""
 
 _NOT_IN_QUEUE = frozenset(  # reasons of pending jobs that no free node would start
@@ -204,12 +216,25 @@ _NOT_IN_QUEUE = frozenset(  # reasons of pending jobs that no free node would st
 )
 
 
+def marked(output: str, n: int) -> list[list[str]]:
+    """The fields of each of our lines, n or more.
+
+    Raises:
+        Unreachable: a line has fewer, as in an answer that was cut short.
+    """
+    rows = [line.partition(MARK)[2].split("|") for line in output.splitlines() if MARK in line]
+    if short := [row for row in rows if len(row) < n]:
+        raise Unreachable(f"expected {n} fields, got {'|'.join(short[0])!r}")
+    return rows
+
+
 def parse_squeue(output: str) -> Jobs:
+    """The jobs of an answer to SQUEUE; raises Unreachable if it is cut short."""
     found = {}
-    for line in output.splitlines():
-        job, *values, rest = line.split("|", 8)
-        folder, _, name = rest.rpartition("|")
-        found[job] = {**dict(zip(_COLUMNS, values, strict=True)), "folder": folder, "name": name}
+    n = len(_COLUMNS)
+    for job, *fields in marked(output, n + 3):
+        columns = dict(zip(_COLUMNS, fields, strict=False))
+        found[job] = {**columns, "folder": "|".join(fields[n:-1]), "name": fields[-1]}
     return found
 
 

@@ -29,6 +29,7 @@ from roma_pipelines.launching.launcher import (
 )
 from roma_pipelines.launching.outcome import tail_of
 from roma_pipelines.launching.slurm.cluster import (
+    MARK,
     SQUEUE,
     Answer,
     Jobs,
@@ -36,6 +37,7 @@ from roma_pipelines.launching.slurm.cluster import (
     Positions,
     SharedPoll,
     Shell,
+    marked,
     minutes,
     own_jobs,
     parse_squeue,
@@ -50,13 +52,15 @@ PHASES: dict[str, Phase] = {
     "PENDING": Phase.WAITING, "CONFIGURING": Phase.WAITING, "SUSPENDED": Phase.WAITING,
     "STOPPED": Phase.WAITING, "REQUEUED": Phase.WAITING, "REQUEUE_FED": Phase.WAITING,
     "REQUEUE_HOLD": Phase.WAITING, "SPECIAL_EXIT": Phase.WAITING, "RESV_DEL_HOLD": Phase.WAITING,
+    "POWER_UP_NODE": Phase.WAITING,
     "RUNNING": Phase.RUNNING, "COMPLETING": Phase.RUNNING, "SIGNALING": Phase.RUNNING,
-    "STAGE_OUT": Phase.RUNNING, "RESIZING": Phase.RUNNING,
+    "STAGE_OUT": Phase.RUNNING, "RESIZING": Phase.RUNNING, "UPDATE_DB": Phase.RUNNING,
     "COMPLETED": Phase.ENDED_OK,
     "FAILED": Phase.ENDED_BAD,
     "OUT_OF_MEMORY": Phase.OUT_OF_MEMORY,
     "PREEMPTED": Phase.INTERRUPTED, "NODE_FAIL": Phase.INTERRUPTED, "BOOT_FAIL": Phase.INTERRUPTED,
     "TIMEOUT": Phase.INTERRUPTED, "DEADLINE": Phase.INTERRUPTED,
+    "LAUNCH_FAILED": Phase.INTERRUPTED, "RECONFIG_FAIL": Phase.INTERRUPTED,
     "CANCELLED": Phase.CANCELLED, "REVOKED": Phase.CANCELLED,
 }
 """Every state SLURM reports; one that is not here is UNKNOWN, and never an end."""
@@ -117,7 +121,7 @@ class SlurmLauncher:
             found.append(
                 f"there is no interpreter {python}; set `python` in the profile {profile.name}"
             )
-        answer = self.shell.run("sinfo", "-h", "-o", "%P|%a|%l|%D|%c|%m|%G")
+        answer = self.shell.run("sinfo", "-h", "-o", f"{MARK}%P|%a|%l|%D|%c|%m|%G")
         if _UNCONFIGURED.lower() in answer.text.lower():
             whose = profile.ssh or "this computer"
             remedy = f"name a login node as `ssh` in the profile {profile.name}"
@@ -129,25 +133,26 @@ class SlurmLauncher:
             return [*found, f"the SLURM commands of {whose} know of no cluster; {remedy}"]
         if answer.code:
             raise Unreachable(f"sinfo: {answer.text}")
-        nodes = [_Nodes.parse(line) for line in answer.output.splitlines()]
-        wanted = profile.partition.split(",") if profile.partition else []
+        nodes = [
+            _Nodes(name, up == "up", minutes(limit), _n(count), _n(cpus), _n(memory), gpus_of(gres))
+            for name, up, limit, count, cpus, memory, gres in marked(answer.output, 7)
+        ]
         known = {kind.partition.rstrip("*") for kind in nodes}
+        default = [kind.partition[:-1] for kind in nodes if kind.partition.endswith("*")]
+        wanted = profile.partition.split(",") if profile.partition else default
         if unknown := [name for name in wanted if name not in known]:
             there = f"there are {', '.join(sorted(known))}"
             what = f"there is no partition {', '.join(unknown)} at {profile.name}"
             return [*found, f"{what}; {there}"]
-        found += _check_size(
-            plan.spec,
-            profile,
-            [n for n in nodes if (n.partition.rstrip("*") in wanted if wanted else n.default)],
-        )
+        kinds = [kind for kind in nodes if kind.partition.rstrip("*") in wanted]
+        found += _check_size(plan.spec, profile, kinds)
         if found:
             return found  # sbatch would only say the same again, in fewer words
         prefix = "#SBATCH "
         lines = [line for line in plan.text.splitlines() if line.startswith(prefix)]
         options = shlex.split(" ".join(line.removeprefix(prefix) for line in lines))
         answer = self.shell.run("sbatch", "--test-only", *options, "--wrap=true")
-        if answer.code and answer.slurm_is_away:
+        if answer.code and answer.passes:
             raise Unreachable(f"sbatch --test-only: {answer.text}")
         return [f"sbatch would refuse it: {answer.text}"] if answer.code else []
 
@@ -157,10 +162,12 @@ class SlurmLauncher:
         write_bytes(script, plan.text.encode())
         variables = passthrough_env(plan.spec, environment)
         answer = self.shell.run("sbatch", "--parsable", str(script), environment=variables)
-        found = re.search(r"^(\d+)(;\S+)?$", answer.output.strip(), re.MULTILINE)
+        found = re.findall(r"^(\d+)(?:;\S+)?$", answer.output, re.MULTILINE)
         if answer.code == 0 and found:
-            return self._handle(plan, found[1])
-        if answer.slurm_is_away or answer.code == 0:
+            return self._handle(plan, found[-1])
+        # a policy that took an attempt of the same size before stands for a limit in number
+        by_number = plan.attempt > 1 and "accounting/QOS policy" in answer.text
+        if answer.passes or by_number or answer.code == 0:
             raise Unreachable(f"sbatch: {answer.text}")  # it may have been accepted all the same
         raise Rejected([f"sbatch: {answer.text}"])
 
@@ -168,18 +175,27 @@ class SlurmLauncher:
         if owner := self._owner(plan):
             return owner
         jobs = self._jobs_named(plan)
-        if not jobs:  # the accounting goes further back, where there is one
-            columns = ("-X", "-n", "-P", "-S", "now-7days", "-o", "jobid,state,workdir")
-            lines = self.shell.run("sacct", *columns, f"--name={plan.name}").output.splitlines()
-            rows = (line.split("|", 2) for line in lines if line.count("|") > 1)
+        if not jobs:  # the accounting goes further back
+            columns = ("-S", "now-7days", "-o", "jobid,state,workdir", f"--name={plan.name}")
+            rows = (line.split("|", 2) for line in self._sacct(*columns) if line.count("|") > 1)
             path = str(plan.folder.path)
-            jobs = [(job, state.split()[0]) for job, state, at in rows if state and at == path]
+            jobs = [
+                (job, state.partition(" ")[0])
+                for job, state, at in rows
+                if job.isdigit() and at == path
+            ]
         if not jobs:
             return None
         alive = [job for job, state in jobs if not _ended(state)]
         return self._handle(plan, min(alive or [job for job, _ in jobs], key=int))
 
     def watch(self, handle: JobHandle) -> JobState:
+        try:
+            return self._watch(handle)
+        except Unreachable as error:
+            return JobState(Phase.UNKNOWN, str(error))
+
+    def _watch(self, handle: JobHandle) -> JobState:
         job = handle.external["job_id"]
         if job not in self._exited_at and handle.plan.files.exit.exists():
             self._exited_at[job] = time.time()
@@ -230,10 +246,7 @@ class SlurmLauncher:
         return self._handle(plan, document["external"]["SLURM_JOB_ID"])
 
     def _query(self, before: PollResult) -> tuple[Jobs, Positions | None]:
-        """Our jobs; now and then, while one of them waits, all users' jobs: one query in any case.
-
-        Where a cluster hides other users' jobs, the queue position is that among our own.
-        """
+        """Our jobs; now and then, while one of them waits, all users' jobs: one query in any case."""
         waits = any(PHASES.get(row["state"]) is Phase.WAITING for row in before.jobs.values())
         if not waits or time.time() - before.positions_at < self.profile.slowest_poll_s:
             return own_jobs(parse_squeue(self._checked(*SQUEUE, "--me").output)), None
@@ -251,18 +264,24 @@ class SlurmLauncher:
 
     def _jobs_named(self, plan: Plan) -> list[tuple[str, str]]:
         """(id, state) of all jobs of this attempt that slurmctld knows."""
-        lines = self._checked(
-            "squeue", "-h", "--me", "-t", "all", f"--name={plan.name}", "-o", "%i|%T|%Z"
-        ).output.splitlines()
-        rows = (line.split("|", 2) for line in lines)
-        return [(job, state) for job, state, where in rows if where == str(plan.folder.path)]
+        rows = parse_squeue(self._checked(*SQUEUE, "--me", f"--name={plan.name}").output)
+        path = str(plan.folder.path)
+        return [(job, row["state"]) for job, row in rows.items() if row["folder"] == path]
+
+    def _sacct(self, *options: str) -> list[str]:
+        """Lines of the accounting; none where the cluster has none."""
+        try:
+            return self.shell.run("sacct", "-X", "-n", "-P", *options).output.splitlines()
+        except ValueError:  # it is not installed
+            return []
 
     def _scontrol(self, job: str) -> dict[str, str]:
-        """Fields of ``scontrol show job``; empty once it no longer knows the job, or is away."""
+        """Fields of ``scontrol show job``; empty once slurmctld no longer knows the job."""
         answer = self.shell.run("scontrol", "-o", "show", "job", job)
-        if answer.code:
-            return {}
-        words = (word.partition("=") for word in answer.output.split())
+        if answer.code and answer.passes:
+            raise Unreachable(f"scontrol: {answer.text}")
+        lines = [line for line in answer.output.splitlines() if line.startswith("JobId=")]
+        words = (word.partition("=") for word in " ".join(lines).split())
         return {name: value for name, equals, value in words if equals}
 
     # -- states ------------------------------------------------------------------------------
@@ -301,9 +320,9 @@ class SlurmLauncher:
             if _ended(state):
                 return self._end_state(handle, state, record.get("Reason", ""), record)
             return JobState(Phase.UNKNOWN, f"squeue does not show job {job}, which is {state}")
-        answer = self.shell.run("sacct", "-X", "-D", "-n", "-P", "-j", job, "-o", "state")
-        states = [line.split()[0] for line in answer.output.splitlines() if line.strip()]
-        if not answer.code and states and _ended(states[-1]):  # it lags: RUNNING proves nothing
+        lines = self._sacct("-D", "-j", job, "-o", "state")
+        states = [word for line in lines for word in line.split()[:1] if word in PHASES]
+        if states and _ended(states[-1]):  # it lags: RUNNING proves nothing
             return self._end_state(handle, states[-1], "by sacct", {})
         files, gone = handle.plan.files, f"SLURM no longer knows job {job}"
         if files.exit.exists():
@@ -314,19 +333,14 @@ class SlurmLauncher:
         return JobState(Phase.GONE, f"{gone}, and its log and heartbeat stopped")
 
     def _cancel_duplicates(self, handle: JobHandle, poll: PollResult) -> None:
-        """A second job of an attempt would wait in the queue only to leave at once: cancel it.
-
-        Only once the one that claimed the attempt is over: this one may be the second itself.
-        """
-        job = handle.external["job_id"]
+        """A second job of an attempt would wait in the queue only to leave at once: cancel it."""
         owner = self._owner(handle.plan)
         if owner is None or owner.external != handle.external:
-            return
-        ours = [poll.jobs[job][key] for key in ("name", "folder")]
-        for other, row in poll.jobs.items():
-            same = [row["name"], row["folder"]] == ours
-            if other != job and same and not _ended(row["state"]):
-                self.shell.run("scancel", other)
+            return  # this one may be the second itself
+        ours = (handle.plan.name, str(handle.plan.folder.path))
+        for job, row in poll.jobs.items():
+            if (row["name"], row["folder"]) == ours and not _ended(row["state"]):
+                self.shell.run("scancel", job)
 
 
 def _ended(state: str) -> bool:
@@ -351,24 +365,18 @@ class _Nodes:
     memory_mb: int
     gpus: dict[str, int]  # by type; "" where the cluster names none
 
-    @classmethod
-    def parse(cls, line: str) -> _Nodes:
-        partition, up, limit, count, cpus, memory, gres = line.split("|")
-        sizes = (int(count), int(cpus.rstrip("+")), int(memory.rstrip("+")))
-        return cls(partition, up == "up", minutes(limit), *sizes, gpus_of(gres))
 
-    @property
-    def default(self) -> bool:
-        return self.partition.endswith("*")
+def _n(text: str) -> int:
+    return int(text.rstrip("+"))  # "at least", where the nodes differ
 
 
 def _check_folder(root: Path, shell: Shell) -> list[str]:
     if (found := check_writable(root)) or not shell.ssh:
         return found
     probe = root / f".preflight-{secrets.token_hex(4)}"
-    probe.write_text(probe.name)
+    probe.write_text(f"{probe.name}\n")
     try:
-        if shell.run("cat", str(probe)).output == probe.name:
+        if probe.name in shell.run("cat", str(probe)).output.splitlines():
             return []
     finally:
         probe.unlink()

@@ -13,9 +13,10 @@ receives USR1, which SLURM sends some time before the limit, and turns it into t
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 from pydantic_settings import SettingsConfigDict
@@ -39,12 +40,11 @@ Names = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,+/&|
 Option = Annotated[str, StringConstraints(pattern=r"^--[a-z][a-z-]*(=[^\n\"'`$\\]+)?$")]
 
 # fmt: off
-PLANNED_OPTIONS = frozenset([
-    "array", "chdir", "comment", "cpus-per-task", "error", "export", "gpus-per-node", "job-name",
-    "mem", "no-requeue", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "requeue",
-    "signal", "time",
+_PLANNED_OPTIONS = frozenset([  # the batch script sets them itself
+    "array", "chdir", "comment", "cpus-per-task", "error", "export", "gpus", "gpus-per-node",
+    "gpus-per-socket", "gpus-per-task", "job-name", "mem", "no-requeue", "nodes", "ntasks",
+    "ntasks-per-node", "open-mode", "output", "requeue", "signal", "time",
 ])
-"""Options of sbatch that the batch script sets itself."""
 # fmt: on
 
 
@@ -79,6 +79,10 @@ class SlurmProfile(ClusterProfile):
     qos: Name | None = Field(None, description="Quality of service.")
     constraint: Names | None = Field(None, description="Features nodes must have.")
     gpu_type: Name | None = Field(None, description="null: GPUs of any type.")
+    gpu_option: Literal["gpus-per-node", "gres"] = Field(
+        "gpus-per-node",
+        description="Option of sbatch that asks for GPUs; some sites know only gres.",
+    )
     exclusive: bool = Field(False, description="Take whole nodes.")
     cpus_per_process: int | None = Field(
         None, gt=0, description="CPUs to ask for per process; null: as many as it has threads."
@@ -111,11 +115,21 @@ class SlurmProfile(ClusterProfile):
 
     @model_validator(mode="after")
     def _options_do_not_contradict_the_plan(self) -> Self:
-        names = (option.removeprefix("--").partition("=")[0] for option in self.sbatch_options)
-        if own := [name for name in names if name in PLANNED_OPTIONS]:
-            raise ValueError(
-                f"sbatch_options must not set {', '.join(own)}; the job's specification does"
-            )
+        for option in self.sbatch_options:
+            name, _, value = option.removeprefix("--").partition("=")
+            planned = any(own.startswith(name) for own in _PLANNED_OPTIONS)  # it may be abbreviated
+            if planned or (name == "gres" and re.search(r"\bgpu\b", value)):
+                raise ValueError(
+                    f"sbatch_options must not set {option.removeprefix('--')}; the job's "
+                    f"specification does (GPUs: gpus_per_node, with gpu_option of the profile)"
+                )
+            if "clusters".startswith(name):  # jobs there would be neither found nor cancelled
+                raise ValueError(
+                    f"sbatch_options must not set {name}: jobs are looked for in the cluster that "
+                    f"squeue shows; write a profile of that one, with `ssh` of its login node"
+                )
+            if name in ("parsable", "test-only", "wait", "wrap"):
+                raise ValueError(f"sbatch_options must not set {name}: jobs are submitted without")
         return self
 
 
@@ -201,7 +215,15 @@ def _options(spec: JobSpec, profile: SlurmProfile, folder: str, attempt: int) ->
     # limits are checked every 30 s, and a signal may come a minute early: short jobs get a third
     stop_s = min(profile.stop_before_end_s, limit_min * 60 // 3)
     memory_gb = spec.memory_gb or profile.memory_gb
-    gpu_type = f"{profile.gpu_type}:" if profile.gpu_type else ""
+    options, gpus = list(profile.sbatch_options), {}
+    if spec.gpus_per_node:
+        count = ":".join(filter(None, (profile.gpu_type, str(spec.gpus_per_node))))
+        gpus = {"gpus-per-node": count}
+        if profile.gpu_option == "gres":  # a second --gres would replace the first
+            others = [option for option in options if option.startswith("--gres=")]
+            options = [option for option in options if option not in others]
+            wanted = [f"gpu:{count}", *(option.removeprefix("--gres=") for option in others)]
+            gpus = {"gres": ",".join(wanted)}
     escaped = folder.replace("%", "%%")  # %j and the like are SLURM's
     values = {
         "job-name": spec.attempt_name(attempt),
@@ -217,7 +239,7 @@ def _options(spec: JobSpec, profile: SlurmProfile, folder: str, attempt: int) ->
         "nodes": str(spec.nodes),
         "ntasks-per-node": "1",
         "cpus-per-task": str(cpus_per_node(spec, profile)),
-        "gpus-per-node": f"{gpu_type}{spec.gpus_per_node}" if spec.gpus_per_node else None,
+        **gpus,
         "mem": f"{math.ceil(memory_gb * 1000)}M" if memory_gb else None,
         "time": str(limit_min),
         "signal": f"B:USR1@{stop_s}",
@@ -226,7 +248,7 @@ def _options(spec: JobSpec, profile: SlurmProfile, folder: str, attempt: int) ->
     flags = ["--no-requeue", *(["--exclusive"] if profile.exclusive else [])]
     further = [
         f"{name}={shlex.quote(value)}" if equals else name
-        for name, equals, value in (option.partition("=") for option in profile.sbatch_options)
+        for name, equals, value in (option.partition("=") for option in options)
     ]
     return [*given, *flags, *further]
 

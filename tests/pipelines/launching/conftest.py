@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from roma_core.job import JobFolder
 from roma_pipelines.launching.local import LocalLauncher
 from roma_pipelines.launching.slurm.launcher import SlurmLauncher
 from roma_pipelines.launching.slurm.profile import SlurmProfile
-from roma_pipelines.launching.spec import JobSpec
+from roma_pipelines.launching.spec import JobSpec, Phase
 from tests.pipelines.launching.slurm.real_slurm import Cluster, real_slurm
 from tests.time_limits import SCALE, wait_until, within
 
@@ -146,6 +147,40 @@ def eventually() -> Callable[..., None]:
 def starts(folder: JobFolder) -> Callable[[], list[int]]:
     """Numbers of the attempts whose program began, in order."""
     return lambda: [int(line) for line in (folder.path / "starts").read_text().split()]
+
+
+@pytest.fixture
+def once(folder):
+    """An ``on_poll`` that acts once, when the attempt runs and its program has come so far."""
+
+    def make(act, when=lambda: folder.checkpoints.exists()):
+        done = []
+
+        def on_poll(state):
+            if not done and state.phase is Phase.RUNNING and when():
+                done.append(True)
+                act()
+
+        return on_poll
+
+    return make
+
+
+@pytest.fixture
+def stand_in(tmp_path, cluster, monkeypatch):
+    """Puts a script in the place of one of SLURM's commands; ``$REAL`` is the command itself."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def make(name, body):
+        real = shutil.which(name, path="/usr/bin:/bin:/usr/local/bin")
+        path = folder / name
+        path.write_text(f"#!/bin/bash\nREAL={real}\n{body}\n")
+        path.chmod(0o755)
+        return path
+
+    return make
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from roma_pipelines.launching.fake import (
 )
 from roma_pipelines.launching.jobs import cancel, read_job
 from roma_pipelines.launching.launcher import Rejected, Unreachable
+from roma_pipelines.launching.outcome import read_events
 from roma_pipelines.launching.spec import JobFailed, JobSpec, JobState, Phase
 from roma_pipelines.launching.supervisor import request_cancel, supervise
 from tests.time_limits import within
@@ -167,6 +168,28 @@ def test_cancelling_is_bounded_while_the_target_is_away_and_done_once_it_is_back
     assert time.monotonic() - began < within(20)
     assert cancel(jobs[0], "me", lambda record: launcher) == "cancelled"
     assert read_job(folder.path).records[-1].end.reason.startswith("cancelled by me")
+
+
+class Full(FakeLauncher):
+    """A target with a limit of submitted jobs, reached for a while."""
+
+    refused = 0
+
+    def submit(self, plan, environment):
+        self.refused += 1
+        if self.refused < 500:
+            raise Unreachable("QOSMaxSubmitJobPerUserLimit")
+        return super().submit(plan, environment)
+
+
+def test_a_submit_limit_may_last_and_its_reason_is_shown(folder):
+    launcher, seen = Full([running(1), completed()]), []
+
+    outcome = supervise(launcher, folder, SPEC, CONFIG, on_poll=seen.append, **FAST)
+
+    assert (outcome.status, len(outcome.attempts), len(launcher.submitted)) == ("completed", 1, 1)
+    assert "QOSMaxSubmitJobPerUserLimit" in seen[0].reason
+    assert len(read_events(folder)) < 10
 
 
 def test_a_supervisor_that_was_asked_and_does_not_end_is_reported_in_time(folder):

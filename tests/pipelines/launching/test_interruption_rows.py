@@ -48,6 +48,7 @@ INTERRUPTIONS = {
     "a process outlives a lost one and reports a failure": [
         "outcome: the_failure_of_a_process_that_lost_another_one_is_no_cause",
         "local: a_job_continues_whose_rank_was_killed",
+        "slurm/interruptions: a_node_is_lost_and_a_survivor_reports_a_failure_before_slurm_does",
     ],
     "cancelled while the cluster is away": [
         "fake: cancelling_is_bounded_while_the_target_is_away_and_done_once_it_is_back",

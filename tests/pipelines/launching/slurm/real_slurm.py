@@ -137,7 +137,8 @@ class Cluster:
             raise RuntimeError(f"SLURM did not start ({line!r}); its logs:\n{logs}")
 
     def tell(self, verb: str, name: str) -> None:
-        """``kill``, ``end``, ``freeze``, ``thaw`` or ``start`` the daemon of a node, or ``slurmctld``."""
+        """``kill``, ``end``, ``freeze``, ``thaw`` or ``start`` the daemon of a node, or ``slurmctld``;
+        ``lose`` a node with all its processes."""
         self._keeper.stdin.write(f"{verb} {name}\n")
         self._keeper.stdin.flush()
         assert self._keeper.stdout.readline() == "done\n"

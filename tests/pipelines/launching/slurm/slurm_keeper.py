@@ -6,8 +6,9 @@ The daemons run in the foreground as its children. It is their subreaper, so wha
 the background (slurmstepd, jobs) comes back to it when slurmd ends: it kills what is below itself
 and nothing else, even after a test run that was killed with -9, whose end closes its input.
 
-Lines on standard input: ``kill NAME``, ``end NAME`` (politely), ``freeze NAME``, ``thaw NAME`` and ``start NAME``, for
-``slurmctld`` or a node; each is answered by one line.
+Lines on standard input: ``kill NAME``, ``end NAME`` (politely), ``freeze NAME``, ``thaw NAME`` and
+``start NAME``, for ``slurmctld`` or a node, and ``lose NAME``, a node with everything that runs on
+it; each is answered by one line.
 """
 
 from __future__ import annotations
@@ -64,6 +65,10 @@ class Keeper:
         verb, name = line.split()
         if verb == "start":
             self.start_one(name)
+        elif verb == "lose":
+            self.children[name].kill()
+            _kill(_processes_on(name))
+            self.children[name].wait()
         else:
             self.children[name].send_signal(_SIGNALS[verb])
             if verb in ("kill", "end"):
@@ -132,6 +137,20 @@ def _below(top: int) -> list[int]:
         found += below
         todo += below
     return found
+
+
+def _processes_on(node: str) -> list[int]:
+    """Ids of the jobs' processes on a node, after those of the slurmstepd above them."""
+    found, steps = [], []
+    for pid in _below(os.getpid()):
+        with contextlib.suppress(OSError):
+            entry = Path(f"/proc/{pid}")
+            if f"SLURMD_NODENAME={node}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(pid)
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                if Path(f"/proc/{parent}/comm").read_text().startswith("slurmstepd"):
+                    steps.append(parent)
+    return steps + found
 
 
 def _kill(pids) -> None:

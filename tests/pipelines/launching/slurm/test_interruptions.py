@@ -1,8 +1,6 @@
 """The interruption table on a real SLURM: what ends a job, and what becomes of it."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -31,40 +29,6 @@ def records(folder):
 
 def job_of(folder, n=1):
     return records(folder)[n - 1]["external"]["job_id"]
-
-
-@pytest.fixture
-def once(folder):
-    """An ``on_poll`` that acts once, when the attempt runs and its program has come so far."""
-
-    def make(act, when=lambda: folder.checkpoints.exists()):
-        done = []
-
-        def on_poll(state):
-            if not done and state.phase is Phase.RUNNING and when():
-                done.append(True)
-                act()
-
-        return on_poll
-
-    return make
-
-
-@pytest.fixture
-def stand_in(tmp_path, cluster, monkeypatch):
-    """Puts a script in the place of one of SLURM's commands; ``$REAL`` is the command itself."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-
-    def make(name, body):
-        real = shutil.which(name, path="/usr/bin:/bin:/usr/local/bin")
-        path = folder / name
-        path.write_text(f"#!/bin/bash\nREAL={real}\n{body}\n")
-        path.chmod(0o755)
-        return path
-
-    return make
 
 
 # -- something outside ends the job --------------------------------------------------------------
@@ -129,6 +93,54 @@ def test_a_node_that_is_lost_mid_step_is_found_out(slurm, cluster, folder, make_
     outcome = supervise(slurm, folder, spec, CONFIG, on_poll=once(lose), **FAST)
 
     assert outcome.status == "completed"
+    assert "NODE_FAIL" in outcome.attempts[0].end.reason
+
+
+RANKS = """
+import os, time
+import torch
+import torch.distributed as dist
+from roma_core.job import JobFolder
+from roma_core.run_job import Work, run_in_folder
+
+def work(folder, attempt):
+    dist.init_process_group("gloo")
+    if dist.get_rank() == 0:
+        (folder.checkpoints / f"step-{attempt.n}").mkdir(parents=True, exist_ok=True)
+    while attempt.n == 1:  # until the other node is lost
+        try:
+            dist.all_reduce(torch.ones(10))
+        except RuntimeError as error:
+            raise ValueError("words that name no connection") from error
+        time.sleep(0.05)
+    return Work("completed", dist.get_world_size())
+
+raise SystemExit(run_in_folder(JobFolder(os.environ["ROMA_JOB_FOLDER"]), work))
+"""
+
+
+@pytest.mark.chaos
+def test_a_node_is_lost_and_a_survivor_reports_a_failure_before_slurm_does(
+    slurm, cluster, folder, make_spec, once, tmp_path
+):
+    """slurmctld notices after SlurmdTimeout; rank 0 of the other node has written "failed" by then."""
+    spec = make_spec(runner="torchrun", nodes=2)
+    (tmp_path / "job.py").write_text(RANKS)
+    lose = once(lambda: cluster.tell("lose", "n2"))
+    survivor = []
+
+    def on_poll(state):
+        lose(state)
+        if not survivor and folder.attempt(1).exit.exists():
+            survivor.append((folder.attempt(1).read_exit().status, state.phase))
+        if len(folder.attempt_numbers()) == 2 and len(survivor) == 1:
+            survivor.append("replaced")
+            cluster.tell("start", "n2")
+
+    outcome = supervise(slurm, folder, spec, CONFIG, on_poll=on_poll, **FAST)
+
+    assert survivor == [("failed", Phase.RUNNING), "replaced"]
+    assert [record.end.status for record in outcome.attempts] == ["continue", "completed"]
     assert "NODE_FAIL" in outcome.attempts[0].end.reason
 
 

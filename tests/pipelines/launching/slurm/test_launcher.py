@@ -2,13 +2,15 @@
 
 import json
 import os
+import re
 
 import pytest
 
 from roma_core.job import JobFolder
-from roma_pipelines.launching.slurm.cluster import own_jobs, parse_squeue, queue_positions
+from roma_pipelines.launching.launcher import Unreachable
+from roma_pipelines.launching.slurm.cluster import MARK, own_jobs, parse_squeue, queue_positions
 from roma_pipelines.launching.spec import JobFailed, Phase
-from roma_pipelines.launching.supervisor import supervise
+from roma_pipelines.launching.supervisor import request_cancel, supervise
 
 CONFIG = {"base_lr": 0.001}
 FAST = {"poll_every_s": 0.1}
@@ -118,6 +120,7 @@ def test_the_queue_is_told_in_words(slurm, cluster, folder, make_spec, eventuall
 
 def test_a_place_is_among_those_that_want_the_same_nodes():
     lines = """\
+Welcome | to | the | cluster
 1|PENDING|N/A||Resources|main|me|50|/jobs/a|roma-a-1
 2|PENDING|N/A||Priority|main|you|90|/home/you|a name | with bars
 3|PENDING|N/A||Priority|low,main|you|70|/home/you|x
@@ -127,7 +130,7 @@ def test_a_place_is_among_those_that_want_the_same_nodes():
 7|PENDING|N/A||Dependency|main|me|50|/jobs/c|roma-c-1
 8|PENDING|N/A||Priority|main|you|10|/home/you|x
 """
-    rows = parse_squeue(lines)
+    rows = parse_squeue(re.sub(r"(?m)^(\d)", rf"{MARK}\1", lines))
 
     assert (rows["2"]["name"], rows["1"]["folder"]) == (" with bars", "/jobs/a")
     assert set(own_jobs(rows)) == {"1", "6", "7"}
@@ -154,13 +157,54 @@ def test_what_is_submitted_is_what_was_planned(slurm, folder, make_spec):
     )
 
 
+@pytest.mark.parametrize("lost", range(1, 12))
+def test_an_answer_that_was_cut_short_is_no_answer(lost):
+    row = f"{MARK}6|RUNNING|N/A|n1|None|main|me|99|/jobs/b|roma-b-1"
+
+    with pytest.raises(Unreachable, match="expected 10 fields"):
+        parse_squeue(f"{row}\n{row.rsplit('|', min(lost, 9))[0]}")
+
+
+def test_an_answer_that_was_cut_short_ends_no_watch(slurm, cluster, folder, make_spec, stand_in):
+    stand_in("squeue", f'echo "{MARK}12|RUNN"; mkdir {folder.path}/asked || exec $REAL "$@"')
+    seen = []
+
+    def on_poll(state):
+        seen.append(state)
+        if len(seen) > 5:
+            stand_in("squeue", 'exec $REAL "$@"')
+
+    outcome = supervise(slurm, folder, make_spec(), CONFIG, on_poll=on_poll, **FAST)
+
+    assert outcome.status == "completed"
+    assert seen[0].phase is Phase.UNKNOWN and "expected 10 fields" in seen[0].reason
+
+
+@pytest.mark.parametrize("name", ["sbatch", "squeue", "scontrol", "scancel", "sinfo", "sacct"])
+def test_lines_of_a_sites_wrapper_are_ignored(slurm, cluster, folder, make_spec, stand_in, name):
+    """Before and behind the answer, on both streams, with the separators that answers have."""
+    noise = "echo '12|NOTICE|a=b: maintenance at 8|12:00|x|y'; echo 'connection refused' >&2"
+    stand_in(name, f'{noise}; $REAL "$@"; code=$?; {noise}; exit $code')
+    other = JobFolder(folder.path.with_name("other"))
+
+    def ask(state):
+        if other.checkpoints.exists():
+            request_cancel(other, "me")
+
+    supervise(slurm, folder, make_spec("succeed()"), CONFIG, **FAST)
+    with pytest.raises(JobFailed, match="cancelled by me"):
+        supervise(slurm, other, make_spec("save(1)\ntime.sleep(60)"), CONFIG, on_poll=ask, **FAST)
+
+
 def test_through_ssh_only_commands_travel(slurm, cluster, folder, make_spec, tmp_path, monkeypatch):
-    """``ssh`` stands for one that runs its standard input on this computer, in a bare environment."""
+    """``ssh`` stands for one that runs its standard input on this computer, in a bare environment,
+    after a banner and what a .bashrc prints."""
     stand_in = tmp_path / "bin" / "ssh"
     stand_in.parent.mkdir()
     stand_in.write_text(
         "#!/bin/bash\n"
         f'echo "$@" >>{tmp_path}/ssh.log\n'
+        "echo '#1 Timed out? Call us'; echo 'roma|7|all communication is logged' >&2\n"
         f"exec env -i PATH=$PATH HOME=$HOME SLURM_CONF={cluster.variables['SLURM_CONF']} bash -s\n"
     )
     stand_in.chmod(0o755)

@@ -1,0 +1,47 @@
+"""The first and the last acts of a job's process."""
+
+import subprocess
+import sys
+
+import pytest
+
+from roma_core.job import JobFolder
+
+RUN = """
+import os, signal, subprocess, sys
+from roma_core import job
+from roma_core.run_job import Work, run_in_folder
+
+write_exit = job.Attempt.write_exit
+
+def write_late(attempt, end):
+    (attempt.path / "writing").touch()
+    os.kill(os.getpid(), signal.SIGTERM)
+    if "again" not in sys.argv:
+        done = subprocess.run([sys.executable, *sys.argv, "again"], capture_output=True, text=True)
+        (attempt.path / "second").write_text(done.stderr)
+    write_exit(attempt, end)
+
+def body(folder, attempt):
+    if sys.argv[2] == "failed":
+        raise RuntimeError("the disk is gone")
+    return Work(sys.argv[2])
+
+job.Attempt.write_exit = write_late
+raise SystemExit(run_in_folder(job.JobFolder(sys.argv[1]), body))
+"""
+
+
+@pytest.mark.parametrize(("status", "code"), [("completed", 0), ("continue", 75), ("failed", 1)])
+def test_reports_are_written_under_the_lock_whatever_signal_comes(tmp_path, status, code):
+    script = tmp_path / "job.py"
+    script.write_text(RUN)
+    folder = JobFolder(tmp_path / "run")
+
+    done = subprocess.run([sys.executable, script, folder.path, status])
+
+    attempt = folder.attempt(1)
+    assert (done.returncode, attempt.read_exit().status) == (code, status)
+    assert (folder.read_result() is not None) == (status == "completed")
+    if status != "failed":
+        assert "another process runs in" in (attempt.path / "second").read_text()
