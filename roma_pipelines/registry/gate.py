@@ -33,7 +33,8 @@ CHECKS = {
     "comparable": "The champion loads, and both models were evaluated on the same series.",
     "not_worse_than_champion": "Paired bootstrap of accuracy on the same series.",
     "class_floor": "Recall of every class, absolute and compared with the champion's.",
-    "better_than_guessing": "Accuracy is above the share of the most frequent class.",
+    "better_than_guessing": "Log loss is below that of the class fractions, or accuracy above the most "
+    "frequent class's.",
     "accuracy": "Accuracy against its threshold.",
     "calibration": "Expected calibration error against its threshold.",
     "golden_rows": "The package reproduces its golden rows in a process without this project.",
@@ -256,16 +257,26 @@ def _class_floor(
 
 
 def _better_than_guessing(candidate: PredictionTable, thresholds: GateThresholds) -> GateCheck:
-    """Rejects a model of shuffled labels even without a champion and without thresholds."""
-    confidence = 0.999
+    """Rejects a model of shuffled labels even without a champion and without thresholds.
+
+    A useful model of a rare class may be right no more often than one that never predicts it; its
+    probabilities still have a lower log loss than the fractions of the classes.
+    """
+    confidence, n = 0.999, len(candidate.labels)
+    fractions = np.bincount(candidate.labels, minlength=len(candidate.classes)) / n
+    predicted = candidate.probabilities[np.arange(n), candidate.labels]
+    # the smallest probability that float32 tells from 0 bounds the loss of a single series
+    loss = np.log(fractions[candidate.labels]) - np.log(np.maximum(predicted, 1e-7))
+    high = _bootstrap_bound(loss, confidence, thresholds)
     correct = candidate.correct.astype(np.float64)
-    low = _bootstrap_bound(correct, 1 - confidence, thresholds)
-    majority = float(np.bincount(candidate.labels).max() / len(correct))
+    accuracy = _bootstrap_bound(correct, 1 - confidence, thresholds)
+    passed = high < 0 or accuracy > fractions.max()
     text = (
-        f"accuracy is at least {low:.4f} with {confidence:.1%} confidence; always predicting the "
-        f"most frequent class gives {majority:.4f}"
+        f"log loss minus that of always predicting the fractions of the classes is at most "
+        f"{high:+.4f} with {confidence:.1%} confidence, and must be below 0, unless accuracy (at least "
+        f"{accuracy:.4f}) is above that of the most frequent class ({fractions.max():.4f})"
     )
-    return _check("better_than_guessing", low > majority, text, value=low, threshold=majority)
+    return _check("better_than_guessing", passed, text, value=high, threshold=0.0)
 
 
 def _smoke_test(measured: ServingChecks, thresholds: GateThresholds) -> tuple[GateCheck, GateCheck]:

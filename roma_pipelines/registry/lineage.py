@@ -208,19 +208,22 @@ def transfer(source: MlflowClient, target: MlflowClient, uri: str, experiment: s
     name = version.name
     with tempfile.TemporaryDirectory() as scratch:
         folder = fetch(source, version, Path(scratch) / "from")
-        with model_lock(target, name):
-            copied = find_tagged(target, name, MANIFEST_TAG, version.manifest_sha256)
-            if copied is None:
-                copied = _copy(source, target, version, folder, experiment)
+        copied = find_tagged(target, name, MANIFEST_TAG, version.manifest_sha256)
+        if copied is None:
+            experiment_id = ensure_experiment(target, experiment).experiment_id
+            model_id = target.create_logged_model(experiment_id, name=name).model_id
+            target.log_model_artifacts(model_id, str(folder))  # longer than a lock may be held
+            target.finalize_logged_model(model_id, "READY")
+            with model_lock(target, name):
+                copied = find_tagged(target, name, MANIFEST_TAG, version.manifest_sha256)
+                copied = copied or _copy(source, target, version, model_id)
         fetch(target, resolve(target, f"models:/{name}/{copied}"), Path(scratch) / "to")
-        with model_lock(target, name):
-            set_candidate(target, name, copied)
+        with model_lock(target, name) as lock:
+            set_candidate(lock, name, copied)
     return copied
 
 
-def _copy(
-    source: MlflowClient, target: MlflowClient, version: ModelVersion, folder: Path, experiment: str
-) -> str:
+def _copy(source: MlflowClient, target: MlflowClient, version: ModelVersion, model_id: str) -> str:
     name = version.name
     # the encoder is not copied, and its version number means nothing in the target
     tags = {k: v for k, v in version.tags.items() if k != ENCODER_TAG}
@@ -230,9 +233,5 @@ def _copy(
         champion = resolve(source, f"models:/{name}/{compared}")
         number = find_tagged(target, name, MANIFEST_TAG, champion.manifest_sha256)
         tags[COMPARED_TAG] = number or f"a version that is not here ({champion.uri} of the origin)"
-    experiment_id = ensure_experiment(target, experiment).experiment_id
-    logged = target.create_logged_model(experiment_id, name=name)
-    target.log_model_artifacts(logged.model_id, str(folder))
-    target.finalize_logged_model(logged.model_id, "READY")
     description = source.get_model_version(name, version.version).description
-    return create_version(target, name, logged.model_id, None, tags, description)
+    return create_version(target, name, model_id, None, tags, description)

@@ -22,7 +22,7 @@ from pydantic import AliasChoices, Field
 from roma_core.settings import Frozen
 from roma_pipelines.registry.gate import GATE_TAG
 from roma_pipelines.registry.runs import checked_name
-from roma_pipelines.registry.store import LOCK_SUFFIX, model_lock
+from roma_pipelines.registry.store import LOCK_SUFFIX, ModelLock, model_lock
 from roma_pipelines.registry.versions import (
     CANDIDATE,
     COMPARED_TAG,
@@ -74,12 +74,12 @@ def audit(client: MlflowClient, name: str) -> list[AuditEvent]:
     return [AuditEvent.model_validate_json(tags[key]) for key in keys]
 
 
-def _record(client: MlflowClient, name: str, **fields: Any) -> AuditEvent:
-    """Append an event; the caller holds the lock of the model."""
+def _record(lock: ModelLock, name: str, **fields: Any) -> AuditEvent:
     event = AuditEvent(**fields)
     content = json.dumps(event.model_dump(), allow_nan=False)
-    number = len(audit(client, name)) + 1
-    client.set_registered_model_tag(name, f"{AUDIT_TAG}{number:06d}", content)
+    key = f"{AUDIT_TAG}{len(audit(lock.client, name)) + 1:06d}"
+    lock.check()
+    lock.client.set_registered_model_tag(name, key, content)
     return event
 
 
@@ -108,10 +108,10 @@ def promote(
         ValueError: no such model or version, or actor or reason is empty.
         PromotionRefused: it was rejected or rolled back, has not passed the gate, or was compared
             with another champion.
-        RegistryBusy: another process holds the lock of the model.
+        RegistryBusy: another process holds the lock of the model, or it was lost meanwhile.
     """
     signed = _signed(client, name, actor, reason)
-    with model_lock(client, name):
+    with model_lock(client, name) as lock:
         found = get_version(client, name, version)
         replaced = version_at(client, name, CHAMPION)
         if replaced == version:  # perhaps by a promotion that was interrupted, completed below
@@ -123,11 +123,11 @@ def promote(
                     raise PromotionRefused(refusal)
                 evidence = {**evidence, "forced_despite": refusal}
             moved = {"version": version, "replaced": replaced}
-            _record(client, name, action="promote", evidence=evidence, **moved, **signed)
+            _record(lock, name, action="promote", evidence=evidence, **moved, **signed)
             if replaced is not None:
-                client.set_registered_model_alias(name, PREVIOUS, replaced)
-            client.set_registered_model_alias(name, CHAMPION, version)
-        _move_encoder_alias(client, name, version)
+                lock.set_alias(name, PREVIOUS, replaced)
+            lock.set_alias(name, CHAMPION, version)
+        _move_encoder_alias(lock, name, version)
         if REJECTED_TAG in found.tags:
             client.delete_model_version_tag(name, version, REJECTED_TAG)
     return replaced
@@ -143,7 +143,7 @@ def reject(client: MlflowClient, name: str, version: str, reason: str, actor: st
         PromotionRefused: it is the champion.
     """
     signed = _signed(client, name, actor, reason)
-    with model_lock(client, name):
+    with model_lock(client, name) as lock:
         get_version(client, name, version)
         champion = version_at(client, name, CHAMPION)
         if champion == version:
@@ -151,9 +151,9 @@ def reject(client: MlflowClient, name: str, version: str, reason: str, actor: st
                 f"version {version} of {name!r} is the champion; `roma-pipeline rollback {name}` "
                 f"restores the one before it"
             )
-        event = _record(client, name, action="reject", version=version, **signed)
+        event = _record(lock, name, action="reject", version=version, **signed)
         if version_at(client, name, PREVIOUS) == version:
-            _set_previous(client, name, version, champion)
+            _set_previous(lock, name, version, champion)
         client.set_model_version_tag(name, version, REJECTED_TAG, f"{event.at} {actor}: {reason}")
 
 
@@ -168,7 +168,7 @@ def rollback(client: MlflowClient, name: str, *, reason: str, actor: str) -> str
         PromotionRefused: ``previous`` was rejected.
     """
     signed = _signed(client, name, actor, reason)
-    with model_lock(client, name):
+    with model_lock(client, name) as lock:
         champion = version_at(client, name, CHAMPION)
         version = version_at(client, name, PREVIOUS)
         if champion is None or version is None:
@@ -182,10 +182,10 @@ def rollback(client: MlflowClient, name: str, *, reason: str, actor: str) -> str
             )
         if version != champion:  # equal after a crash before the last step
             moved = {"version": version, "replaced": champion}
-            _record(client, name, action="rollback", **moved, **signed)
-            client.set_registered_model_alias(name, CHAMPION, version)
-        _move_encoder_alias(client, name, version)
-        _set_previous(client, name, version, version)
+            _record(lock, name, action="rollback", **moved, **signed)
+            lock.set_alias(name, CHAMPION, version)
+        _move_encoder_alias(lock, name, version)
+        _set_previous(lock, name, version, version)
     return version
 
 
@@ -199,7 +199,7 @@ def delete_version(client: MlflowClient, name: str, version: str) -> None:
         VersionInUse: another alias points to it, the audit names it as a former champion, or it is
             the encoder of an existing classifier.
     """
-    with model_lock(client, name):
+    with model_lock(client, name) as lock:
         found = get_version(client, name, version)
         if aliases := sorted(set(found.aliases) - {CANDIDATE}):
             raise VersionInUse(
@@ -222,7 +222,7 @@ def delete_version(client: MlflowClient, name: str, version: str) -> None:
                 f"classifier"
             )
         if found.aliases:
-            client.delete_registered_model_alias(name, CANDIDATE)
+            lock.delete_alias(name, CANDIDATE)
         client.delete_model_version(name, version)
         if found.source and found.source.startswith("models:/m-"):
             client.delete_logged_model(found.source.removeprefix("models:/"))
@@ -285,31 +285,33 @@ def _refusal(
     return None
 
 
-def _move_encoder_alias(client: MlflowClient, name: str, version: str) -> None:
-    encoder = client.get_model_version(name, version).tags.get(ENCODER_TAG)
+def _move_encoder_alias(lock: ModelLock, name: str, version: str) -> None:
+    encoder = lock.client.get_model_version(name, version).tags.get(ENCODER_TAG)
     if encoder is None:
         return
-    if find_version(client, encoder_name(name), encoder) is None:  # the classifier serves without
+    if (
+        find_version(lock.client, encoder_name(name), encoder) is None
+    ):  # the classifier serves without
         _log.warning(
             "version %s of %s, the encoder of version %s of %s, was deleted; the champion of the "
             "encoder is unchanged",
             *(encoder, encoder_name(name), version, name),
         )
         return
-    client.set_registered_model_alias(encoder_name(name), CHAMPION, encoder)
+    lock.set_alias(encoder_name(name), CHAMPION, encoder)
 
 
-def _set_previous(client: MlflowClient, name: str, version: str, champion: str | None) -> None:
+def _set_previous(lock: ModelLock, name: str, version: str, champion: str | None) -> None:
     """Set ``previous`` to the champion before ``version``, skipping versions that are deleted,
     rejected or the present champion."""
     before: str | None = version
-    for event in reversed(audit(client, name)):
+    for event in reversed(audit(lock.client, name)):
         if event.action == "promote" and event.version == before:
             before = event.replaced
             if before is None:
                 break
-            found = find_version(client, name, before)
+            found = find_version(lock.client, name, before)
             if before != champion and found is not None and REJECTED_TAG not in found.tags:
-                client.set_registered_model_alias(name, PREVIOUS, before)
+                lock.set_alias(name, PREVIOUS, before)
                 return
-    client.delete_registered_model_alias(name, PREVIOUS)
+    lock.delete_alias(name, PREVIOUS)

@@ -16,11 +16,13 @@ import os
 import shutil
 import socket
 import sqlite3
+import threading
 import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -50,7 +52,8 @@ _TOKEN = "MLFLOW_TRACKING_TOKEN"
 _PROBE = "/api/2.0/mlflow/experiments/search?max_results=1"
 LOCK_SUFFIX = ".lock"
 _HOLDER_TAG = "roma.holder"
-_DEAD_AFTER_S = 60.0
+_LEASE_S, _CALL_S = 120.0, 30.0  # of the lock of a model, and of a request while it is held
+_WAIT_S, _KEEP_BROKEN_S = 2 * _LEASE_S, 3600.0
 _log = logging.getLogger(__name__)
 
 
@@ -148,83 +151,118 @@ def write_lock(client: MlflowClient) -> Iterator[None]:
 
     With a server there is no lock; Dagster's pools run such steps one at a time.
     """
-    root = embedded_root(client.tracking_uri)
-    lock: contextlib.AbstractContextManager = contextlib.nullcontext()
-    if root is not None:
-        lock = FileLock(root / ".mlflow-write.lock")
-    elif not is_server(client.tracking_uri):
-        lock = advisory_lock(client.tracking_uri, "mlflow write")
-    with lock:
+    with _own_lock(client.tracking_uri, "mlflow write"):
         yield
 
 
+@contextlib.contextmanager
+def _own_lock(uri: str, name: str) -> Iterator[Callable[[], None]]:
+    """Yields a check that the lock is held, which a lost connection of PostgreSQL releases."""
+    if (root := embedded_root(uri)) is not None:
+        with FileLock(root / ".mlflow-write.lock"):
+            yield lambda: None
+    elif is_server(uri):
+        yield lambda: None
+    else:
+        with advisory_lock(uri, name) as session, session.cursor() as cursor:
+            yield lambda: cursor.execute("SELECT 1")
+
+
 class RegistryBusy(RuntimeError):
-    """Another process holds the lock of this model for too long."""
+    """Another process holds the lock of this model for too long, or ours has expired."""
+
+
+@dataclass(frozen=True)
+class ModelLock:
+    """A lock that is held; aliases are moved through it, because it may be lost meanwhile."""
+
+    client: MlflowClient
+    check: Callable[[], None]  # raises RegistryBusy or StorageError
+
+    def set_alias(self, name: str, alias: str, version: str) -> None:
+        self.check()
+        self.client.set_registered_model_alias(name, alias, version)
+
+    def delete_alias(self, name: str, alias: str) -> None:
+        self.check()
+        self.client.delete_registered_model_alias(name, alias)
 
 
 @contextlib.contextmanager
-def model_lock(
-    client: MlflowClient,
-    name: str,
-    *,
-    dead_after_s: float = _DEAD_AFTER_S,
-    timeout_s: float = 2 * _DEAD_AFTER_S,
-) -> Iterator[None]:
+def model_lock(client: MlflowClient, name: str) -> Iterator[ModelLock]:
     """Hold the lock of a registered model, also between computers: one promotion at a time.
 
-    The embedded store has a file lock. No file lock reaches all users of a server, and MLflow's only
-    atomic operation is the creation of a registered model: of two processes that create the same
-    name, one fails. The lock is therefore an empty registered model ``NAME.lock``, which exists
-    while aliases of NAME are moved, and holds a random token. A token that stays longer than
-    ``dead_after_s`` belongs to a dead process; the lock is then broken by renaming it to a name made
-    of that token. Of several processes that try, one succeeds, and a lock that was newly acquired
-    meanwhile is never renamed.
+    The own store has a lock of its file or database, which ends with the process that holds it. No
+    such lock reaches all users of a server, and MLflow's only atomic operation is the creation of a
+    registered model: of two processes that create the same name, one fails. The lock is therefore an
+    empty registered model ``NAME.lock``, which exists while aliases of NAME are moved, and holds a
+    random token.
+
+    It is a lease. A token that stays for ``_LEASE_S`` belongs to a dead process, and its lock is
+    broken by renaming it to a name made of that token, which stays for an hour: a process that is
+    late in breaking the same lock fails, and does not rename a newer one. The holder sends nothing,
+    not even the release, that could arrive when others may break the lock: requests end after
+    ``_CALL_S``, and are sent only as long before the end of the lease.
 
     Raises:
         RegistryBusy: the lock was not free in time.
     """
-    if embedded_root(client.tracking_uri) is not None:
-        with write_lock(client):
-            yield
+    import mlflow
+
+    uri = client.tracking_uri
+    if uri == mlflow.get_tracking_uri():
+        uri = mlflow.get_registry_uri()  # may be a server beside the own store
+    if not is_server(uri):
+        with _own_lock(uri, f"mlflow model {name}") as check:
+            yield ModelLock(client, check)
         return
     lock, token = name + LOCK_SUFFIX, f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    broken = _acquire(client, lock, token, dead_after_s, timeout_s)
-    try:
-        yield
-    finally:
-        if _holder(client, lock) == token:
-            client.delete_registered_model(lock)
-        for broken_lock in broken:
-            with contextlib.suppress(Exception):  # another process may have deleted it
-                client.delete_registered_model(broken_lock)
+    with one_request(_CALL_S):
+        expires_at = _acquire(client, lock, token)
+
+        def check() -> None:
+            if _holder(client, lock) != token or time.monotonic() + _CALL_S > expires_at:
+                raise RegistryBusy(
+                    f"{lock} was lost, or expires before an alias could be moved: the server is too "
+                    f"slow, or the lock was deleted. No further alias was moved; run this again"
+                )
+
+        try:
+            yield ModelLock(client, check)
+        finally:
+            try:
+                check()
+                client.delete_registered_model(lock)
+                for broken in client.search_registered_models(f"name LIKE '{lock}.of.%'"):
+                    if time.time() - broken.last_updated_timestamp / 1000 > _KEEP_BROKEN_S:
+                        client.delete_registered_model(broken.name)
+            except Exception as error:  # others break it; the error of the promotion matters more
+                _log.warning("%s was not released (%s); it expires", lock, error)
 
 
-def _acquire(
-    client: MlflowClient, lock: str, token: str, dead_after_s: float, timeout_s: float
-) -> list[str]:
-    """Wait for the lock; return the new names of locks that were broken on the way."""
+def _acquire(client: MlflowClient, lock: str, token: str) -> float:
+    """Wait for the lock; returns when it expires, in seconds of the monotonic clock."""
     from mlflow.exceptions import MlflowException
 
-    broken: list[str] = []
     seen, since, start = None, time.monotonic(), time.monotonic()
     while True:
+        sent = time.monotonic()
         try:
             client.create_registered_model(
                 lock, tags={_HOLDER_TAG: token}, description="Held while aliases are moved."
             )
-            return broken
+            return sent + _LEASE_S
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         holder, now = _holder(client, lock), time.monotonic()
         if holder != seen:
             seen, since = holder, now
-        elif holder is not None and now - since > dead_after_s:
+        elif holder is not None and now - since > _LEASE_S:
             _log.warning("breaking %s: its holder %s appears to be dead", lock, holder)
             with contextlib.suppress(MlflowException):  # another process was first
                 client.rename_registered_model(lock, f"{lock}.of.{holder}")
-                broken.append(f"{lock}.of.{holder}")
-        if now - start > timeout_s:
+        if now - start > _WAIT_S:
             raise RegistryBusy(
                 f"{lock} is held by {holder} for {now - since:.0f} s; if that process no longer "
                 f"exists, delete the registered model {lock!r} and try again"
@@ -241,6 +279,31 @@ def _holder(client: MlflowClient, lock: str) -> str | None:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return None
         raise
+
+
+_one_thread = threading.RLock()
+
+
+@contextlib.contextmanager
+def one_request(timeout_s: float) -> Iterator[None]:
+    """MLflow's HTTP client fails after one request of so many seconds, instead of minutes of them.
+
+    The limit is of the process, so one thread at a time has it.
+    """
+    ours = {
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": f"{timeout_s:.0f}",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    }
+    with _one_thread:
+        before = {name: os.environ.get(name) for name in ours}
+        os.environ.update(ours)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
 
 
 def check_access(settings: MlflowSettings) -> None:

@@ -12,7 +12,7 @@ from roma_core.files import read_json, sha256_of
 from roma_core.serving.package import MODEL_CODE, locked, requirements
 from roma_core.serving.registry_client import CODE_TAG, MANIFEST_TAG
 from roma_pipelines.registry.runs import JOB_KEY_TAG, checked_name
-from roma_pipelines.registry.store import model_lock, write_lock
+from roma_pipelines.registry.store import ModelLock, model_lock, write_lock
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -63,20 +63,20 @@ def register(
         model_id = next((m.model_id for m in found if m.status == "READY"), None)
         if model_id is None:
             model_id = _log_model(client, package_folder, name, job_key, run_id, metrics)
-    with model_lock(client, name):
+    with model_lock(client, name) as lock:
         version = find_tagged(client, name, JOB_KEY_TAG, job_key)
         if version is None:
             card = (package_folder / "MODEL_CARD.md").read_text(encoding="utf-8")
             version = create_version(client, name, model_id, run_id, all_tags, card)
-        set_candidate(client, name, version)
+        set_candidate(lock, name, version)
     return version
 
 
-def set_candidate(client: MlflowClient, name: str, version: str) -> None:
+def set_candidate(lock: ModelLock, name: str, version: str) -> None:
     """Move the alias ``candidate`` to a version, unless a newer one has it."""
-    newest = version_at(client, name, CANDIDATE)
+    newest = version_at(lock.client, name, CANDIDATE)
     if newest is None or int(newest) < int(version):
-        client.set_registered_model_alias(name, CANDIDATE, version)
+        lock.set_alias(name, CANDIDATE, version)
 
 
 def encoder_name(name: str) -> str:

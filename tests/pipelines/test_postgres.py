@@ -10,7 +10,8 @@ import pytest
 
 from roma_pipelines.definitions import defs
 from roma_pipelines.registry.runs import find_or_create_run
-from roma_pipelines.registry.store import MlflowSettings, connect
+from roma_pipelines.registry.store import MlflowSettings, connect, model_lock
+from roma_pipelines.registry.versions import version_at
 from roma_pipelines.storage import (
     DATABASE_VARIABLE,
     Storage,
@@ -21,6 +22,7 @@ from roma_pipelines.storage import (
     prepare_instance,
 )
 from tests.pipelines import tiny
+from tests.pipelines.registry.contender import add_rivals, contender, held, locks, said
 
 
 @pytest.fixture
@@ -159,3 +161,24 @@ def test_state_in_postgres_is_not_forgotten_unseen(state, monkeypatch):
     monkeypatch.delenv("ROMA_STORAGE_DATABASE_URL")
     with pytest.raises(StorageError, match="set ROMA_STORAGE_DATABASE_URL again"):
         prepare_instance(state)
+
+
+def test_a_lock_of_a_model_ends_with_the_connection_that_holds_it(state):
+    client = connect(MlflowSettings(), state.mlflow)
+    add_rivals(client)
+    uri = client.tracking_uri
+    with contender(uri, "wait:1") as dead:
+        held(dead)
+        with contender(uri, "promote:2") as other:
+            dead.kill()
+            assert "error" not in said(other)
+    assert version_at(client, "rivals", "champion") == "2"
+    assert locks(client) == []
+
+    with pytest.raises(StorageError), model_lock(client, "rivals") as lock:
+        with connection(database_url()) as session, session.cursor() as cursor:
+            cursor.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
+            )
+        lock.set_alias("rivals", "champion", "3")
+    assert version_at(client, "rivals", "champion") == "2"

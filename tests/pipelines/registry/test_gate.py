@@ -166,6 +166,44 @@ def test_a_model_of_shuffled_labels_is_refused_with_and_without_a_champion(champ
     assert refused == 100
 
 
+def rare_class(rng, n=300, positive=0.27, separation=1.5):
+    """A calibrated model of two classes whose score differs between them by ``separation``."""
+    labels = (rng.random(n) < positive).astype(int)
+    score = rng.normal(separation * labels, 1.0)
+    odds = positive / (1 - positive) * np.exp(separation * score - separation**2 / 2)
+    p = odds / (1 + odds)
+    ids = [f"s{i}" for i in range(n)]
+    return PredictionTable(
+        ids, ("no", "yes"), labels, np.stack([1 - p, p], axis=1), np.ones(n, np.int64)
+    )
+
+
+@pytest.mark.parametrize(("positive", "separation"), [(0.27, 1.5), (0.1, 3.0)])
+def test_a_useful_model_of_a_rare_class_is_better_than_guessing(positive, separation):
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        useful = rare_class(rng, positive=positive, separation=separation)
+        check = named(gate(useful, None, GateThresholds()))["better_than_guessing"]
+        assert check.passed, check.explanation
+        assert check.value < check.threshold == 0
+
+        shuffled = PredictionTable(
+            useful.ids,
+            useful.classes,
+            rng.permutation(useful.labels),
+            useful.probabilities,
+            useful.lengths,
+        )
+        decision = gate(shuffled, None, GateThresholds())
+        assert [c.name for c in decision.checks if not c.passed] == ["better_than_guessing"]
+
+
+def test_an_accurate_model_that_is_too_sure_of_itself_is_better_than_guessing():
+    correct = np.random.default_rng(6).random(N) < 0.85
+    sure = table(correct, confidence=1.0)
+    assert named(gate(sure, None, GateThresholds()))["better_than_guessing"].passed
+
+
 def test_a_clearly_better_model_passes_every_check():
     rng = np.random.default_rng(4)
     for _ in range(20):

@@ -1,88 +1,167 @@
-"""The lock of a registered model on a real MLflow server, as several computers would use it."""
+"""The lock of a registered model, as processes on several computers would use it."""
 
+import contextlib
+import http.client
+import itertools
+import os
+import signal
 import threading
 import time
+import urllib.parse
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from roma_core.serving.registry_client import connect
-from roma_pipelines.registry.gate import GATE_TAG
-from roma_pipelines.registry.promotion import (
-    CHAMPION,
-    PREVIOUS,
-    PromotionRefused,
-    audit,
-    promote,
-)
+from roma_pipelines.registry import store
+from roma_pipelines.registry.promotion import CHAMPION, PREVIOUS, audit, promote
 from roma_pipelines.registry.store import RegistryBusy, model_lock
-from roma_pipelines.registry.versions import COMPARED_TAG, version_at
-from tests.time_limits import within
+from roma_pipelines.registry.versions import version_at
+from tests.pipelines.registry.contender import add_rivals, contender, held, locks, said
+from tests.time_limits import wait_until, within
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def rivals(server):
-    """Three versions of a model, each compared with no champion."""
-    server.create_registered_model("rivals")
-    for _ in range(3):
-        tags = {GATE_TAG: "passed", COMPARED_TAG: "none"}
-        server.create_model_version("rivals", "s3://nowhere/model", None, tags)
+    add_rivals(server)
     yield server
-    server.delete_registered_model("rivals")
+    for name in ["rivals", *locks(server)]:
+        server.delete_registered_model(name)
 
 
-def locks(client):
-    return [m.name for m in client.search_registered_models() if ".lock" in m.name]
+@contextlib.contextmanager
+def slow(address, delay_s):
+    """A server that passes every request on to another one after a while."""
+    target = urllib.parse.urlsplit(address).netloc
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def answer(self):
+            time.sleep(delay_s)
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            connection = http.client.HTTPConnection(target)
+            connection.request(self.command, self.path, body, dict(self.headers))
+            response = connection.getresponse()
+            content = response.read()
+            self.send_response(response.status)
+            self.send_header("Content-Type", response.headers["Content-Type"])
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = do_PATCH = do_DELETE = answer
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{proxy.server_port}"
+        proxy.shutdown()
 
 
 def test_of_promotions_at_once_through_a_server_one_wins(rivals):
-    """Four of them, each with a client of its own; all were compared with no champion."""
-    refused = []
-
-    def promoted(version):
-        try:
-            mine = connect(rivals.tracking_uri)
-            promote(mine, "rivals", version, reason="better", actor="tester", evidence={})
-        except PromotionRefused as error:
-            refused.append(str(error))
-
-    threads = [threading.Thread(target=promoted, args=(v,)) for v in ("1", "2", "3")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    """Three processes; all versions were compared with no champion."""
+    with contextlib.ExitStack() as stack:
+        started = [
+            stack.enter_context(contender(rivals.tracking_uri, f"promote:{v}")) for v in "123"
+        ]
+        results = [said(process) for process in started]
 
     (event,) = audit(rivals, "rivals")
     assert version_at(rivals, "rivals", CHAMPION) == event.version
     assert version_at(rivals, "rivals", PREVIOUS) is None
+    refused = [one["error"] for one in results if "error" in one]
     assert len(refused) == 2 and all("the champion is now" in text for text in refused)
     assert locks(rivals) == []
 
 
-def test_a_lock_whose_holder_died_is_broken_and_a_living_one_is_not(rivals):
+def test_a_slow_server_delays_a_promotion_and_nothing_else(rivals):
+    """The lease covers a request that is slower than the whole promotion of the other."""
+    with (
+        slow(rivals.tracking_uri, 0.5) as address,
+        contender(address, "promote:1") as first,
+        contender(rivals.tracking_uri, "promote:2") as second,
+    ):
+        results = [said(first), said(second)]
+
+    (event,) = audit(rivals, "rivals")
+    assert version_at(rivals, "rivals", CHAMPION) == event.version
+    assert sum("the champion is now" in one.get("error", "") for one in results) == 1
+
+
+def test_a_holder_that_the_server_delays_beyond_its_lease_moves_nothing(rivals):
+    with (
+        slow(rivals.tracking_uri, 2.0) as address,
+        contender(address, "promote:1", lease_s=12, call_s=3) as late,
+    ):
+        wait_until(lambda: locks(rivals), 30)
+        with contender(rivals.tracking_uri, "promote:2", lease_s=12, call_s=3) as other:
+            results = {one["version"]: one for one in (said(late), said(other))}
+
+    events = audit(rivals, "rivals")
+    moved = [version for version, one in results.items() if "error" not in one]
+    assert [event.version for event in events] == moved, "exactly what was recorded was moved"
+    assert version_at(rivals, "rivals", CHAMPION) == moved[-1] == "2"
+    assert "RegistryBusy: rivals.lock was lost, or expires" in results["1"]["error"]
+
+
+def test_a_holder_that_wakes_up_late_moves_no_alias_and_keeps_the_lock_of_another(rivals):
+    uri = rivals.tracking_uri
+    with contender(uri, "wait:1", 8, 2) as first:
+        held(first)
+        with contender(uri, "wait:2", 8, 2) as second:
+            held(second)  # after the lease of the first
+            mine = rivals.get_registered_model("rivals.lock").tags
+
+            first.stdin.write("go on\n")
+            error = said(first)["error"]
+
+            assert "rivals.lock was lost, or expires before an alias could be moved" in error
+            assert rivals.get_registered_model("rivals.lock").tags == mine
+            assert version_at(rivals, "rivals", CHAMPION) is None
+
+
+def test_a_lock_whose_holder_died_is_broken_and_a_living_one_is_not(rivals, monkeypatch):
     rivals.create_registered_model("rivals.lock", tags={"roma.holder": "dead-1"})
-    order = []
+    with contextlib.ExitStack() as stack:
+        uri = rivals.tracking_uri
+        started = [
+            stack.enter_context(contender(uri, f"enter:{n}", within(2), 1)) for n in range(3)
+        ]
+        spans = sorted(said(process)["held"] for process in started)
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
+    assert locks(rivals) == ["rivals.lock.of.dead-1"], "so that no late process breaks another one"
 
-    def enter(number):
-        with model_lock(
-            connect(rivals.tracking_uri), "rivals", dead_after_s=within(1), timeout_s=within(30)
-        ):
-            order.append(number)
-            time.sleep(0.3)
-            order.append(number)
-
-    threads = [threading.Thread(target=enter, args=(n,)) for n in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert order[::2] == order[1::2] and sorted(order[::2]) == [0, 1, 2], "one after the other"
+    monkeypatch.setattr(store, "_KEEP_BROKEN_S", 0.0)
+    with model_lock(rivals, "rivals"):
+        pass
     assert locks(rivals) == []
 
+    monkeypatch.setattr(store, "_WAIT_S", 0.5)
     with (
         model_lock(rivals, "rivals"),
         pytest.raises(RegistryBusy, match=r"rivals\.lock is held by .*delete the registered model"),
-        model_lock(rivals, "rivals", dead_after_s=60, timeout_s=0.5),
+        model_lock(rivals, "rivals"),
     ):
         pytest.fail("two hold the lock")
+
+
+def test_requests_are_bounded_while_the_lock_is_held_and_as_before_afterwards(rivals, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    with model_lock(rivals, "rivals"):
+        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "30"
+        assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+
+
+def test_the_own_store_releases_the_lock_of_a_killed_process(client):
+    add_rivals(client)
+    with contender(client.tracking_uri, "wait:1") as dead:
+        held(dead)
+        dead.send_signal(signal.SIGKILL)
+        promote(client, "rivals", "2", reason="better", actor="tester", evidence={})
+    assert version_at(client, "rivals", CHAMPION) == "2"
+    assert locks(client) == []
