@@ -33,7 +33,10 @@ def check_leakage(dataset: StoredDataset, trained_on: Sequence[Path]) -> tuple[s
     tested = [dataset.ids[i] for i in dataset.split("test").indices]
     for path in sorted({path.resolve() for path in trained_on} - {dataset.path.resolve()}):
         if not path.exists():
-            found.append(f"{path}, a data set of the training, no longer exists: not compared")
+            found.append(
+                f"unknown, because {path} no longer exists, which this model was trained on; build "
+                f"it again (equal input gives an equal version), or train again"
+            )
             continue
         before = StoredDataset(path)
         rows = np.concatenate([before.split(name).indices for name in ("train", "validation")])

@@ -130,12 +130,13 @@ def _decide(
         return dg.SkipReason(f"{why}; {obstacle}"), obstacle, settled
     if step.do == "build":
         text = f"{step.why}: a data set is built, and trained on if it differs"
-        return automated.build("drift", Step("build", why), step.key), text, True
-    key = step.key or f"drift:{seen['inputs']}"
-    decision = automated.train("drift", Step("train", why, key), key, now)
-    if isinstance(decision, dg.SkipReason):  # the weekly budget is used up
+        todo = Step("build", why, step.key)
+    else:
+        text, todo = "training", Step("train", why, step.key or f"drift:{seen['inputs']}")
+    decision = automated.request(instance, "drift", todo, now)
+    if isinstance(decision, dg.SkipReason):  # the weekly budget is used up, or it failed before
         return decision, str(decision.skip_message), False
-    return decision, "training", True
+    return decision, text, True
 
 
 class Comparison(NamedTuple):

@@ -87,7 +87,7 @@ def check_source(
     step = next_step(automated.state(instance), found.digest)
     if step.do != "build":
         return dg.SkipReason(step.why)
-    return automated.build("new data", step, step.key)
+    return automated.request(instance, "new data", step, now)
 
 
 def check_dataset(
@@ -109,7 +109,7 @@ def check_dataset(
     step = next_step(state, state.data.fingerprint or "")
     if step.do != "train":
         return dg.SkipReason(step.why)
-    return automated.train(trigger, step, step.key, now)  # type: ignore[arg-type]
+    return automated.request(instance, trigger, step, now)  # type: ignore[arg-type]
 
 
 def promotion_sensor(automated: Automated) -> dg.SensorDefinition:
@@ -167,10 +167,8 @@ def scheduled_run(
 ) -> Decision:
     """The request of one tick. A failed training is requested again at the next tick."""
     step = automated.step(instance)
-    if step.do == "build":
-        return automated.build("schedule", step, None)
-    if step.do == "train":
-        return automated.train("schedule", step, None, now)
+    if step.do in ("build", "train"):
+        return automated.request(instance, "schedule", step, now, once=False)
     return dg.SkipReason(step.why)
 
 

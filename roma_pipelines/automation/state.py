@@ -18,6 +18,10 @@ from roma_pipelines.storage import Storage
 
 FINGERPRINT = "source_fingerprint"  # metadata of the data set: its source at build time
 EXPERIMENT_TAG, TRIGGER_TAG = "roma/experiment", "roma/trigger"  # of requested runs
+_REQUESTED_TAG = "roma/requested_at"  # seconds since the epoch, by the clock of the sensor
+_AGAIN_AFTER_H = (4.0, 12.0, 24.0)  # a failed run is requested again so long after its request
+_SETTINGS_ERRORS = {"DataError", "Rejected", "SettingsError", "StoreError", "ValidationError"}
+_SETTINGS_ERRORS |= {"ValueError"}  # classes of errors that are the same in every attempt
 TRAINING = ASSET_NAMES[1:]
 _UNFINISHED = [
     dg.DagsterRunStatus[name]
@@ -112,13 +116,16 @@ def next_step(state: TrainingState, fingerprint: str) -> Step:
 
 
 def hours_used(experiment: Experiment, jobs_root: Path, now: float | None = None) -> float:
-    """GPU-hours of attempts that ended in the last 7 days; CPU-hours where there is no GPU."""
-    since = (time.time() if now is None else now) - 7 * 86400
+    """GPU-hours of attempts that run, or ended in the last 7 days; CPU-hours without a GPU."""
+    now = time.time() if now is None else now
+    since = now - 7 * 86400
     hours = 0.0
     for path in jobs_root.iterdir():
         try:
-            # the end of an attempt replaces a file there: older folders need not be read
-            if (path / "attempts").stat().st_mtime < since:
+            # the end of an attempt replaces a file in attempts/, and a supervisor renews lease.json:
+            # older folders need not be read
+            files = [path / "attempts", path / "lease.json"]
+            if max(file.stat().st_mtime for file in files if file.exists()) < since:
                 continue
             job = read_job(path)
         except (OSError, ValueError):  # being created, removed, or damaged, which `health` reports
@@ -129,10 +136,16 @@ def hours_used(experiment: Experiment, jobs_root: Path, now: float | None = None
         width = spec.gpus_per_node or spec.processes_per_node * spec.threads_per_process
         for record in job.records:
             end = record.end
-            if end is not None and end.ended_at >= since:
-                began_at = record.submitted_at or record.intended_at
-                ran_s = end.ended_at - began_at if end.ran_s is None else end.ran_s
-                hours += ran_s / 3600 * spec.nodes * width
+            if end is None:  # it claims this file when it begins to run
+                owner = job.folder.attempt(record.attempt).owner
+                ran_s = max(0.0, now - owner.stat().st_mtime) if owner.exists() else 0.0
+            elif end.ended_at < since:
+                continue
+            elif end.ran_s is None:
+                ran_s = end.ended_at - (record.submitted_at or record.intended_at)
+            else:
+                ran_s = end.ran_s
+            hours += ran_s / 3600 * spec.nodes * width
     return hours
 
 
@@ -178,34 +191,93 @@ class Automated:
         """Next step for the current content of the source."""
         return next_step(self.state(instance), source_fingerprint(self.experiment.dataset).digest)
 
-    def build(self, trigger: Trigger, step: Step, run_key: str | None) -> dg.RunRequest:
-        """A run that builds the data set; ``train_on_new_data`` follows if its content changed."""
-        return self._request(("dataset",), trigger, step.why, run_key)
-
-    def train(
-        self, trigger: Trigger, step: Step, run_key: str | None, now: float | None = None
+    def request(
+        self,
+        instance: dg.DagsterInstance,
+        trigger: Trigger,
+        step: Step,
+        now: float | None = None,
+        *,
+        once: bool = True,
     ) -> Decision:
-        """A run from pretraining to the registry, unless the weekly budget is used up."""
-        storage = Storage.open()
-        limit = self.experiment.automation.budget_hours_per_week
-        if limit is not None and (used := hours_used(self.experiment, storage.jobs, now)) >= limit:
-            unit = "GPU-hours" if self.experiment.resources.gpus_per_node else "CPU-hours"
-            text = (
-                f"{used:.1f} of {limit:g} {unit} of the weekly budget are used, so no training "
-                f"starts. Reason to train: {step.why}"
-            )
-            subject = f"{self.name}: out of budget"
-            send_alert(storage, "budget", subject, text, key=[self.name, step.key])
-            return dg.SkipReason(text)
-        return self._request(TRAINING, trigger, step.why, run_key)
+        """The run of a step, unless an earlier one or the weekly budget forbids it now.
 
-    def _request(
-        self, names: tuple[str, ...], trigger: Trigger, why: str, run_key: str | None
-    ) -> dg.RunRequest:
+        A build makes the data set; ``train_on_new_data`` follows if its content changed. A training
+        is everything from pretraining to the registry.
+
+        Args:
+            once: give the run a key, so that Dagster serves it once; a failed run is requested again
+                under another key, some hours later and a few times. A schedule has its own rhythm.
+        """
+        now = time.time() if now is None else now
+        run_key = self._run_key(instance, step, now) if once else None
+        if isinstance(run_key, dg.SkipReason):
+            return run_key
+        if step.do == "train" and (text := self._over_budget(step, now)):
+            return dg.SkipReason(text)
+        names = TRAINING if step.do == "train" else ("dataset",)
         keys = [self.experiment.key(name) for name in names]
+        tags = {EXPERIMENT_TAG: self.name, TRIGGER_TAG: trigger, "roma/why": step.why[:200]}
         return dg.RunRequest(
             run_key=run_key,
             # a shared encoder is trained by its own experiment, on its data and budget
             asset_selection=[key for key in keys if key.path[0] == self.name],
-            tags={EXPERIMENT_TAG: self.name, TRIGGER_TAG: trigger, "roma/why": why[:200]},
+            tags={**tags, _REQUESTED_TAG: f"{now:.0f}"},
         )
+
+    def _run_key(self, instance: dg.DagsterInstance, step: Step, now: float) -> str | dg.SkipReason:
+        """The key of the next attempt at a step, or why there is none now."""
+
+        def newest(tags: dict[str, str]) -> dg.DagsterRun | None:
+            return next(iter(instance.get_runs(dg.RunsFilter(tags=tags), limit=1)), None)
+
+        run_key, advice = step.key, "materialise it manually, or change data or settings"
+        n_failed = 0
+        while True:
+            run = newest({"dagster/run_key": run_key, EXPERIMENT_TAG: self.name})
+            if run is None:
+                return run_key
+            requested_at = float(run.tags.get(_REQUESTED_TAG, 0.0))
+            run = newest({"dagster/root_run_id": run.run_id}) or run  # its newest retry
+            if run.status is dg.DagsterRunStatus.CANCELED:
+                return dg.SkipReason(f"{step.why}; run {run.run_id} was cancelled; {advice}")
+            if run.status is not dg.DagsterRunStatus.FAILURE:
+                return run_key  # which Dagster does not serve twice
+            failed = f"{step.why}; run {run.run_id} failed"
+            if run.tags.get("dagster/will_retry") == "true":
+                return dg.SkipReason(f"{failed} and will be retried")
+            if n_failed == len(_AGAIN_AFTER_H) or _has_settings_error(instance, run.run_id):
+                return dg.SkipReason(f"{failed}, attempt {n_failed + 1}; waiting: {advice}")
+            after_h = _AGAIN_AFTER_H[n_failed]
+            if now < requested_at + 3600 * after_h:
+                return dg.SkipReason(f"{failed}; it is tried again {after_h:g} h after its request")
+            n_failed += 1
+            run_key = f"{step.key}:{n_failed + 1}"
+
+    def _over_budget(self, step: Step, now: float) -> str:
+        """Why the weekly budget allows no training, after an alert; empty if it does."""
+        storage = Storage.open()
+        limit = self.experiment.automation.budget_hours_per_week
+        if limit is None or (used := hours_used(self.experiment, storage.jobs, now)) < limit:
+            return ""
+        unit = "GPU-hours" if self.experiment.resources.gpus_per_node else "CPU-hours"
+        text = (
+            f"{used:.1f} of {limit:g} {unit} of the weekly budget are used, so no training "
+            f"starts. Reason to train: {step.why}"
+        )
+        subject = f"{self.name}: out of budget"
+        send_alert(storage, "budget", subject, text, key=[self.name, step.key])
+        return text
+
+
+def _has_settings_error(instance: dg.DagsterInstance, run_id: str) -> bool:
+    """Whether a step of a failed run would fail in the same way again."""
+    failures = instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.STEP_FAILURE)
+    for record in failures.records:
+        event = record.event_log_entry.dagster_event
+        error = None if event is None else event.step_failure_data.error
+        while error is not None:
+            if error.cls_name in _SETTINGS_ERRORS:
+                return True
+            error = error.cause
+    return False

@@ -8,19 +8,20 @@ newest versions of every data set (the next version keeps the last one's splits)
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from roma_core.files import read_json
 from roma_core.job import JobFolder
 from roma_pipelines import experiment as experiments
 from roma_pipelines.launching.jobs import Job, all_jobs, read_job
@@ -33,9 +34,6 @@ from roma_pipelines.tracked_job import newest_materialization
 if TYPE_CHECKING:
     import dagster as dg
     from mlflow import MlflowClient
-
-_JOB = re.compile(r"jobs/([0-9a-f]{12,64})(?![0-9a-f])")
-_DATASET = re.compile(r"datasets/[A-Za-z0-9_-]+/([0-9a-f]{12})(?![0-9a-f])")
 
 
 @dataclass(frozen=True)
@@ -136,45 +134,70 @@ def _ended_before(job: Job, before: float) -> bool:
 def _needed(
     storage: Storage, instance: dg.DagsterInstance, client: MlflowClient, old: frozenset[str]
 ) -> tuple[set[str], set[str]]:
-    """Folders of needed jobs, and the first 12 digits of needed data sets' digests."""
-    texts = list(_version_references(client))
+    """Names of the folders of needed jobs and data sets, which are keys and digests.
+
+    Taken from records: tags of versions, metadata of assets, configurations of jobs, and experiments.
+
+    Raises:
+        RuntimeError: the configuration of a needed job, or an experiment, cannot be read.
+    """
+    folders = {path.name for path in storage.jobs.iterdir() if path.is_dir()}
+    records: list[Any] = list(_version_records(client))
     for key in instance.get_asset_keys():
         made = newest_materialization(instance, key)
-        values = [value.value for value in made.metadata.values()] if made is not None else []
-        texts += [value for value in values if isinstance(value, str)]
-    # inputs of predictions; also of definitions that cannot be used now
-    texts += [p.read_text(errors="replace") for p in experiments.DEFS.glob("**/defs.yaml")]
-    folders = {path.name for path in storage.jobs.iterdir() if path.is_dir()}
+        records += [value.value for value in made.metadata.values()] if made is not None else []
+    # inputs of predictions; also of experiments that cannot be used now
+    records += map(partial(_read, experiments.read_yaml), experiments.DEFS.glob("**/defs.yaml"))
     jobs, todo, datasets = folders - old, list(folders - old), set[str]()
-    while texts or todo:
-        if todo:
-            config = JobFolder(storage.jobs / todo.pop()).config
-            texts.append(config.read_text(errors="replace") if config.exists() else "")
-        text = texts.pop()
-        datasets |= set(_DATASET.findall(text))
-        new = (set(_JOB.findall(text)) & folders) - jobs
-        jobs |= new
-        todo += new
+    while records or todo:
+        if todo and (config := JobFolder(storage.jobs / todo.pop()).config).exists():
+            records.append(_read(read_json, config))
+        for text in _texts(records.pop()) if records else ():
+            parts = Path(text).parts  # under whatever root: a restored one may be elsewhere
+            named = {part for before, part in pairwise(parts) if before == "jobs"} | {text}
+            datasets |= {parts[i + 2] for i, p in enumerate(parts[:-2]) if p == "datasets"}
+            new = (named & folders) - jobs
+            jobs |= new
+            todo += new
     return jobs, datasets
 
 
-def _version_references(client: MlflowClient) -> Iterator[str]:
+def _read(read: Callable[[Path], Any], path: Path) -> Any:
+    try:
+        return read(path)
+    except ValueError as error:
+        raise RuntimeError(
+            f"{path} cannot be read ({error}), so what it needs is unknown; repair or remove it. "
+            f"Nothing was removed"
+        ) from error
+
+
+def _texts(record: Any) -> Iterator[str]:
+    """Every string in a JSON or YAML document."""
+    if isinstance(record, str):
+        yield record
+    elif isinstance(record, Mapping):
+        for value in record.values():
+            yield from _texts(value)
+    elif isinstance(record, Sequence):
+        for value in record:
+            yield from _texts(value)
+
+
+def _version_records(client: MlflowClient) -> Iterator[Any]:
     """Of every registered version, with or without an alias: a rollback may need any of them."""
     from mlflow.exceptions import MlflowException
 
     for version in _paged(client.search_model_versions):
-        if key := version.tags.get(JOB_KEY_TAG):
-            yield f"jobs/{key}"
+        yield dict(version.tags)  # keys of jobs
         if digest := version.tags.get("roma.dataset_digest"):
             yield f"datasets/{version.name}/{digest[:12]}"
         if version.run_id:
             try:
-                run = client.get_run(version.run_id)
+                yield client.get_run(version.run_id).data.tags.get(JOB_KEY_TAG, "")
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-            else:
-                yield f"jobs/{run.data.tags.get(JOB_KEY_TAG, '')}"
 
 
 def _datasets(

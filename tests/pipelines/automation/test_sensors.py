@@ -9,6 +9,8 @@ import dagster as dg
 import pytest
 
 from roma_core.evaluation.drift import profile_of_sample, sample_from_rows
+from roma_core.files import write_json
+from roma_core.job import JobFolder
 from roma_pipelines._compat import shared_instance
 from roma_pipelines.automation.alerts import (
     deliver_pending,
@@ -20,12 +22,14 @@ from roma_pipelines.automation.sensors import check_champion, check_dataset, che
 from roma_pipelines.automation.settings import Drift, NewData
 from roma_pipelines.automation.state import (
     Data,
+    Step,
     Trained,
     TrainingState,
     hours_used,
     next_step,
 )
 from roma_pipelines.components import RomaExperiment
+from roma_pipelines.launching.spec import AttemptRecord, JobSpec
 from roma_pipelines.registry.runs import find_or_create_run
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.registry.versions import EVIDENCE_TAGS, register
@@ -118,6 +122,32 @@ def test_files_that_are_touched_are_built_but_not_trained_on(month):
         )
         assert "CPU-hours of the weekly budget are used" in asked.skip_message
     assert hours_used(poor, month.storage.jobs, time.time() + 8 * 86400) == 0
+
+
+def test_the_budget_counts_attempts_that_run(month):
+    """Ten days long, on 2 x 4 GPUs; one more waits in a queue, and the budget of others is theirs."""
+    now, hours = time.time(), 240
+    for key, asset, runs in (("a", "waves", True), ("b", "waves", False), ("c", "tides", True)):
+        folder = JobFolder(month.storage.jobs / (key * 20))
+        attempt = folder.attempt(1)
+        attempt.path.mkdir(parents=True)
+        spec = JobSpec(key=key * 20, command=("x",), config_digest="", nodes=2, gpus_per_node=4)
+        write_json(folder.spec, spec.model_dump(mode="json"))
+        record = AttemptRecord(attempt=1, backend="slurm", intended_at=now - 3600 * hours)
+        write_json(folder.attempt_record(1), record.model_dump(mode="json"))
+        write_json(folder.lease, {"schema_version": 1, "host": "x", "beat": now, "asset_key": f"{asset}/encoder"})  # fmt: skip
+        then = now - 3600 * hours
+        if runs:
+            attempt.owner.write_text("{}")
+            os.utime(attempt.owner, (then, then))
+        os.utime(folder.path / "attempts", (then, then))
+
+    assert hours_used(month.experiment, month.storage.jobs, now) == pytest.approx(hours * 8)
+    tight = month.experiment.automation.model_copy(update={"budget_hours_per_week": 1000})
+    poor = month.experiment.model_copy(update={"automation": tight})
+    automated = type(month.automated)(poor, month.automated.code_versions)
+    asked = automated.request(month.instance, "drift", Step("train", "drifted", "k"), now)
+    assert "1920.0 of 1000 CPU-hours of the weekly budget are used" in asked.skip_message
 
 
 def test_an_unsound_data_set_is_not_trained_on(month):

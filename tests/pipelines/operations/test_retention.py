@@ -59,6 +59,39 @@ def test_what_a_registered_version_was_made_of_stays_whatever_its_age(
     assert left == []
 
 
+def test_references_are_read_from_records_under_any_name_and_root(
+    storage, instance, client, job, data
+):
+    """Names that no pattern expected, a root that was moved, and keys in tags and lineage."""
+    data("my.waves v2", A), data("my.waves v2", B, 1), data("my.waves v2", C, 2)
+    job("a", config={"dataset": f"/old root/datasets/my.waves v2/{A}"}, asset="waves/finetuned")
+    job("b", asset="waves/pretrained")
+    job("c", config={"lineage": {"finetuning_job": "b" * 20}})
+    client.create_registered_model("waves")
+    tags = {"roma.evaluation_job": "c" * 20, "roma.finetuning_job": "a" * 20}
+    client.create_model_version("waves", (storage.mlflow / "artifacts").as_uri(), tags=tags)
+
+    found = removals(storage, instance, client, days=30, keep_versions=2)
+
+    assert whats(found) == [f"checkpoints of job {letter * 20}" for letter in "abc"]
+
+
+@pytest.mark.parametrize("kind", ["job", "experiment"])
+def test_a_record_that_cannot_be_read_removes_nothing(
+    kind, storage, instance, client, job, tmp_path, monkeypatch
+):
+    young = job("a", days=1)
+    job("e", how="failed")
+    if kind == "job":
+        young.config.write_text('{"dataset": ')
+    else:
+        monkeypatch.setattr("roma_pipelines.experiment.DEFS", tmp_path)
+        (tmp_path / "defs.yaml").write_text("attributes: [")
+
+    with pytest.raises(RuntimeError, match=r"cannot be read .* Nothing was removed"):
+        removals(storage, instance, client, days=30, keep_versions=2)
+
+
 def test_what_runs_is_young_or_was_materialised_last_stays(storage, instance, client, job):
     job("a", how="open")
     job("b", days=5)
