@@ -161,10 +161,9 @@ class Checkpointer:
         self._thread.shutdown(wait=True)  # after an error, the write in progress still ends
 
     def save(self, state: TrainState, tensors: Tensors, model_config: dict[str, Any]) -> None:
-        """Begin to write a checkpoint on rank 0, after the one before it ended.
+        """Begin to write a checkpoint on rank 0; trackers get the metrics up to now once it is there.
 
-        Trackers get the metrics up to now once it is committed. The tensors must be copies: they are
-        read while training continues.
+        The tensors must be copies: they are read while training continues.
 
         Raises:
             OSError: the checkpoint before could not be written: no space, or no permission.

@@ -132,11 +132,8 @@ class Jitter:
 
 @dataclass(frozen=True)
 class CustomAugmentation:
-    """A user's own augmentation of one series at a time.
-
-    ``function(tokens, positions, generator)`` takes and returns tensors ``(N, P)`` and ``(N, D)`` of
-    at least one token; ``generator`` is a numpy generator of this sample in this epoch.
-    """
+    """``function(tokens, positions, generator)`` of a user, which takes and returns ``(N, P)`` and
+    ``(N, D)`` of one series; ``generator`` is a numpy generator of this sample in this epoch."""
 
     function: Callable[[Tensor, Tensor, np.random.Generator], tuple[Tensor, Tensor]]
 
@@ -177,17 +174,11 @@ def augmentations_of(
 
 @dataclass(frozen=True)
 class Collate:
-    """Samples of one micro-batch → :class:`PackedBatch`, shortest series first, with its mask.
+    """Samples of one micro-batch → :class:`PackedBatch`, shortest series first, with its mask."""
 
-    Attributes:
-        config: of the model the batch is for.
-        seed: of masks and drops.
-        augmentations: changes to every series, redrawn in every epoch; none in evaluation.
-    """
-
-    config: RoMAConfig
-    seed: int
-    augmentations: tuple[Augmentation, ...] = ()
+    config: RoMAConfig  # of the model the batch is for
+    seed: int  # of masks and drops
+    augmentations: tuple[Augmentation, ...] = ()  # redrawn in every epoch; none in evaluation
 
     def __post_init__(self) -> None:
         is_custom = [isinstance(a, CustomAugmentation) for a in self.augmentations]

@@ -27,10 +27,7 @@ ShouldStop = Callable[[], bool]
 
 @dataclass(frozen=True)
 class Outputs:
-    """Outputs of a classifier or regressor for a data set, in the order of its samples.
-
-    n counts samples; for a head on every token their real tokens, sample after sample.
-    """
+    """Outputs of a classifier or regressor for a data set, in its order: n samples, or real tokens."""
 
     logits: NDArray[np.float32]  # (n, dim_output)
     labels: NDArray[Any] | None  # (n,) int64 or (n, dim_output) float

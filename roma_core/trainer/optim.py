@@ -28,11 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class EMA:
-    """Exponential moving average of a model's weights.
-
-    Attributes:
-        tensors: by parameter name, on the model's device, sharded as its parameters are.
-    """
+    """Exponential moving average of a model's weights: ``tensors``, by name, sharded as they are."""
 
     def __init__(self, model: nn.Module, decay: float, start: dict[str, Tensor] | None) -> None:
         """``start`` is the average of a checkpoint; None starts from the current weights."""
@@ -122,11 +118,7 @@ def layer_scales(names: list[str], decay: float) -> dict[str, float]:
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, named: NamedParameters, tensors: dict[str, Tensor]
 ) -> None:
-    """Load full tensors named as in :meth:`TrainStep.state_dict`.
-
-    Raises:
-        ValueError: the tensors are those of other parameters.
-    """
+    """Load full tensors named as in a checkpoint; ValueError if they are of other parameters."""
     by_name: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, what = key.rsplit("/", 1)
@@ -181,10 +173,7 @@ def training_loss(model: Model, config: TrainerConfig, dataset: MapStyle) -> Los
 
 
 def class_weights(setting: str | list[float], counts: NDArray[np.int64]) -> Tensor:
-    """Weight of every class, ``(n_classes,)`` float32, scaled to a mean of 1 over the series.
-
-    A loss that is a mean over series then keeps its scale, and does not depend on which series share
-    a batch.
+    """Weight of every class, ``(n_classes,)`` float32, with a mean of 1 over the series.
 
     Args:
         setting: ``inverse_frequency``, or one number per class.
@@ -209,11 +198,7 @@ def class_weights(setting: str | list[float], counts: NDArray[np.int64]) -> Tens
 
 
 def labels_of(dataset: Any) -> NDArray[np.int64]:
-    """The class of every item, or of every token of every item, ``(n,)``.
-
-    Raises:
-        ValueError: an item has no label.
-    """
+    """The class of every item, or of every token of every item, ``(n,)``; ValueError without."""
     items = map(dataset.__getitem__, range(len(dataset)))
     labels = [np.atleast_1d(np.asarray(item["label"])) for item in items if "label" in item]
     if len(labels) < len(dataset):

@@ -88,11 +88,7 @@ def format_number(number: float) -> str:
 class RunLogger:
     """Logs the metrics of one run; a context manager.
 
-    Every process has one, so that the loop need not distinguish; only the main process's logs.
-
-    Attributes:
-        latest: the newest value of every metric.
-        metrics_log, trackers: of the main process, in the context.
+    Every process has one; only the main process's logs, and has ``metrics_log`` and ``trackers``.
     """
 
     def __init__(
@@ -108,7 +104,7 @@ class RunLogger:
         """``offset`` bytes of ``metrics.jsonl`` in ``folder`` belong to the steps finished so far."""
         self._progress, self.folder, self.config = progress, folder, config
         self.batches_per_epoch, self.first_offset, self.is_main = batches_per_epoch, offset, is_main
-        self.latest: dict[str, float] = {}
+        self.latest: dict[str, float] = {}  # the newest value of every metric
         self._stack = ExitStack()
 
     def __enter__(self) -> RunLogger:

@@ -37,13 +37,8 @@ class BatchSampler(ABC):
     def _micro_batches(self, samples: Indices) -> list[Indices]: ...
 
     def shard(self, batch: Indices, rank: int, world_size: int) -> list[Indices]:
-        """The micro-batches that one process computes of a global batch.
-
-        A process has every ``world_size``-th sample, so that all get similar lengths.
-
-        Raises:
-            ValueError: there are more processes than samples.
-        """
+        """The micro-batches that one process computes of a global batch: every ``world_size``-th sample,
+        so that all get similar lengths. Raises ValueError for more processes than samples."""
         if len(batch) < world_size:
             raise ValueError(
                 f"a step of {len(batch)} samples cannot be shared by {world_size} processes; "

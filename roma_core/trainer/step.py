@@ -45,12 +45,9 @@ class NonFiniteLoss(RuntimeError):
 class TrainStep:
     """Owns the model, its optimiser and the average of its weights; calling it does one step.
 
-    Nothing in a step waits for the device, except the loss scaling of fp16.
-
-    Attributes:
-        model: the caller's. With ``sharding=fsdp`` an FSDP copy of it is trained, and ``model`` has
-            the copy's weights inside :meth:`evaluation_model` and after :meth:`finish`.
-        lr: learning rate of the last step.
+    Nothing in a step waits for the device, except the loss scaling of fp16. With ``sharding=fsdp`` an
+    FSDP copy is trained; ``model``, the caller's, has its weights inside :meth:`evaluation_model` and
+    after :meth:`finish`. ``lr`` is the learning rate of the last step.
     """
 
     def __init__(
@@ -69,10 +66,7 @@ class TrainStep:
         Args:
             loss: to train with; evaluation uses the model's own.
             first_world_size: processes that began the run, for ``lr_scaling``.
-            resume: tensors of a checkpoint, as :meth:`state_dict` returned them; None starts new.
-
-        Raises:
-            ValueError: ``resume`` is of another model.
+            resume: tensors of a checkpoint of this model, as :meth:`state_dict` returned them.
         """
         self.accelerator, self.model, self.config = accelerator, model, config
         self.rank, self.world_size = group.rank, group.size
@@ -117,12 +111,11 @@ class TrainStep:
     def __call__(
         self, step: int, micro_batches: list[PackedBatch], count: float
     ) -> tuple[Tensor, Tensor]:
-        """Do step ``step`` (0 is the first) on this process's micro-batches.
+        """Do step ``step`` (0 is the first), which fixes seed and learning rate.
 
         Args:
-            step: fixes the seed and the learning rate.
-            count: number of terms the loss is a mean over, in all micro-batches of all processes; above
-                0. A micro-batch without terms, of which pretraining can hide nothing, is left out.
+            count: terms the loss is a mean over, in all micro-batches of all processes; at least 1. A
+                micro-batch without any, of which pretraining can hide nothing, is left out.
 
         Returns:
             This process's part of the mean loss, and the gradient's norm before clipping, on the
@@ -168,10 +161,6 @@ class TrainStep:
             self._ema.update(step)
         return total, norm
 
-    def loss_count(self, batches: list[PackedBatch]) -> float:
-        """Number of terms the loss of these batches is a mean over: hidden tokens, series or tokens."""
-        return sum(self.model.loss_count(batch) for batch in batches)
-
     def is_finite(self, loss: float, norm: float) -> bool:
         """Whether a step was valid. The norm is of all processes' gradients, so all agree on it."""
         if self.accelerator.scaler is not None:
@@ -197,10 +186,7 @@ class TrainStep:
             self.model.set_loss_fn(training_loss)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """CPU copies of what a checkpoint holds; empty dictionaries on other than the main process.
-
-        Every process calls it: sharded tensors are gathered from all.
-        """
+        """CPU copies for a checkpoint, on the main process; every process calls it."""
         keep = self.accelerator.is_main_process
         optimizer_state = (
             (f"{name}/{what}", value)  # e.g. projection.weight/exp_avg
@@ -257,15 +243,10 @@ def raise_non_finite(
     loss: float = float("nan"),
     norm: float = float("nan"),
 ) -> NoReturn:
-    """End a run whose loss is not finite, and write its batches to a file.
+    """Raise NonFiniteLoss with the samples of a step, and write its micro-batches to a file.
 
-    ``non_finite/step-…-rank-….safetensors`` holds, for micro-batch i, ``i/tokens`` (T, P),
-    ``i/positions`` (T, D), ``i/lengths`` (B,), ``i/sample_ids`` (B,), and where there are any
-    ``i/indices`` and ``i/labels``; in pretraining ``i/hidden_rows``. Its metadata holds step, loss
-    and gradient norm.
-
-    Raises:
-        NonFiniteLoss: always; it names the samples and the file.
+    ``non_finite/step-…-rank-….safetensors`` holds their arrays as ``i/tokens``, ``i/lengths``, …, and
+    step, loss and gradient norm as metadata.
     """
     tensors: dict[str, Tensor] = {}
     for i, batch in enumerate(micro_batches):

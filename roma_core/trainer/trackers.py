@@ -44,10 +44,9 @@ class Tracker(Protocol):
 
 
 def import_tracker(name: Literal["mlflow", "wandb"]) -> None:
-    """Import a tracker's package, without its telemetry.
+    """Import a tracker's package, without its telemetry; in the main thread, before the training loop.
 
-    Called in the main thread before the training loop: a loader process that is forked while
-    another thread imports would inherit an import lock that is never released.
+    A loader process forked during the import would inherit a lock that is never released.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # without a network, this delays the end of the process by 20 s
@@ -220,33 +219,25 @@ _CLOSE_TIMEOUT_S = 10.0  # how long a finished run waits for its trackers
 
 
 class Bookmark:
-    """How far the records were sent to one run at a tracker: ``<tracker>.offset.json``.
-
-    Attributes:
-        offset: bytes of ``metrics.jsonl`` that were sent.
-        step: the last step that was sent; -1 if none was.
-        names: the metrics of that step that were sent. A step's evaluation may be sent later than
-            its training loss, if a stop request came in between.
-    """
+    """How far the records were sent to one run at a tracker: ``<tracker>.offset.json``."""
 
     def __init__(
         self, path: Path, run_id: str | None = None, resumed_at: int | None = None
     ) -> None:
-        """Open ``path``, which need not exist.
+        """Open ``path``, which need not exist, and is ignored if it is of another run.
 
         Args:
-            run_id: at the tracker; None takes the one in the file, or a new one. A bookmark of
-                another run is ignored.
-            resumed_at: bytes covered by the checkpoint that the run resumes from. 0 is a new
-                training, whose steps were not sent yet, whatever the bookmark holds.
+            run_id: at the tracker; None takes the one in the file, or a new one.
+            resumed_at: bytes covered by the checkpoint that the run resumes from; 0: a new training.
         """
         found = read_json(path, schema_version=1) if path.exists() else {}
         if found and (run_id not in (None, found["run_id"]) or (resumed_at == 0 < found["offset"])):
             found = {}
         self.path = path
         self.run_id: str = run_id or found.get("run_id") or secrets.token_hex(8)
-        self.offset: int = found.get("offset", 0)
-        self.step: int = found.get("step", -1)
+        self.offset: int = found.get("offset", 0)  # bytes of metrics.jsonl that were sent
+        self.step: int = found.get("step", -1)  # the last that was sent
+        # its metrics that were sent: its evaluation may follow later, after a stop request
         self.names = set(found.get("names", []))
         if resumed_at is not None:
             self.offset = min(self.offset, resumed_at)
@@ -278,8 +269,7 @@ def forward(
 ) -> None:
     """Send the records between the bookmark and byte ``end``; None is the end of the file.
 
-    The bookmark moves after the tracker received a batch. A kill in between sends that batch again with
-    equal times, which MLflow stores once.
+    A kill after a batch was received sends it again with equal times, which MLflow stores once.
     """
     batch: list[Record] = []
     reached = bookmark.offset
@@ -300,8 +290,7 @@ def forward(
 def forward_to_mlflow(metrics: Path, tracking_uri: str, run_id: str) -> None:
     """After a training has ended, send MLflow the records that its thread could not.
 
-    Raises:
-        Exception: whatever MLflow raises; nothing is lost then, and another call continues there.
+    Whatever MLflow raises, nothing is lost, and another call continues there.
     """
     bookmark = Bookmark(metrics.with_name("mlflow.offset.json"), run_id)
     forward(metrics, bookmark, None, MlflowRun(tracking_uri, run_id).send)

@@ -239,7 +239,7 @@ class Trainer:
                 micro_batches = next(batches)
             except Interrupted:
                 micro_batches = []  # other processes have theirs: all agree to stop in the next sum
-        count = self.train_step.loss_count(micro_batches)
+        count = sum(map(self.train_step.model.loss_count, micro_batches))
         n_tokens = sum(batch.segments.total for batch in micro_batches)
         count, tokens, stop = self.group.sum([count, n_tokens, self.stops.requested()])
         if stop:
