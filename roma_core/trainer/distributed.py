@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -110,7 +110,8 @@ def init_group() -> HostGroup:
         RuntimeError: the processes do not form one group.
     """
     # without cpu=True, several processes on a computer without GPU would each train on its own
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    no_accelerator = not torch.accelerator.is_available()
+    state = PartialState(cpu=no_accelerator or parse_flag_from_env("ACCELERATE_USE_CPU"))
     n = state.num_processes
     if n != (launched := int(os.environ.get("WORLD_SIZE", "1"))):
         raise RuntimeError(

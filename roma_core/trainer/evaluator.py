@@ -19,7 +19,6 @@ from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.dataloader import Collate, MapStyle
 from roma_core.trainer.distributed import SINGLE_PROCESS, HostGroup
-from roma_core.trainer.step import TrainStep
 
 ShouldStop = Callable[[], bool]
 """Called before every batch; True aborts the evaluation."""
@@ -74,6 +73,32 @@ def classify(
     )
 
 
+def evaluate(
+    model: RoMAForPreTraining | RoMAForClassification,
+    dataset: MapStyle,
+    config: TrainerConfig,
+    group: HostGroup,
+    should_stop: ShouldStop,
+) -> dict[str, float]:
+    """``eval/loss``, and ``eval/accuracy`` of a classifier; pretraining has the masks of epoch 0.
+
+    Raises:
+        Interrupted: on every process, if ``should_stop`` returned True on one.
+    """
+    collate = Collate(model.config, config.random_seed)
+    how = (dataset, collate, config.batch_size, group, should_stop)
+    if isinstance(model, RoMAForPreTraining):
+        model.eval()
+        sums = _on_every_process(functools.partial(_loss_sum, model), *how)
+        loss, count = (sum(part) for part in zip(*sums, strict=True))
+        return {"eval/loss": loss / count if count else float("nan")}
+    outputs = classify(model, *how)
+    metrics = {"eval/loss": outputs.loss}
+    if outputs.labels is not None and outputs.labels.ndim == 1:
+        metrics["eval/accuracy"] = float((outputs.logits.argmax(1) == outputs.labels).mean())
+    return metrics
+
+
 @torch.no_grad()
 def _loss_sum(model: RoMAForPreTraining, batch: PackedBatch) -> tuple[float, float]:
     """Sum of the loss over the hidden tokens of a batch, with its mask, and their number."""
@@ -101,55 +126,6 @@ def _on_every_process(
     if any(stopped for _, stopped in gathered):
         raise Interrupted
     return [result for results, _ in gathered for result in results]
-
-
-class Evaluator:
-    """Measures the model of a training on the test set, on all processes together."""
-
-    def __init__(
-        self,
-        config: TrainerConfig,
-        train_step: TrainStep,
-        dataset: MapStyle | None,
-        group: HostGroup,
-        should_stop: ShouldStop,
-        callback: Callable[..., Any] | None,
-    ) -> None:
-        """``callback(model, train_loss, dataset)`` may return further metrics."""
-        self.config, self.train_step, self.group = config, train_step, group
-        self.dataset = dataset if dataset is not None and len(dataset) else None
-        self.should_stop, self.callback = should_stop, callback
-
-    def measure(self, train_loss: float) -> dict[str, float]:
-        """``eval/…`` metrics, the same on every process; none without a test set.
-
-        Raises:
-            Interrupted: a stop request ended it.
-            ValueError: ``best_metric`` is not among them.
-        """
-        if self.dataset is None:
-            return {}
-        with self.train_step.evaluation_model() as model:
-            collate = Collate(model.config, self.config.random_seed)
-            how = (self.dataset, collate, self.config.batch_size, self.group, self.should_stop)
-            if isinstance(model, RoMAForPreTraining):
-                model.eval()
-                sums = _on_every_process(functools.partial(_loss_sum, model), *how)
-                loss, count = (sum(part) for part in zip(*sums, strict=True))
-                metrics = {"eval/loss": loss / count if count else float("nan")}
-            else:
-                outputs = classify(model, *how)
-                metrics = {"eval/loss": outputs.loss}
-                if outputs.labels is not None and outputs.labels.ndim == 1:
-                    is_right = outputs.logits.argmax(1) == outputs.labels
-                    metrics["eval/accuracy"] = float(is_right.mean())
-            if self.callback is not None:
-                extra = self.callback(model, train_loss, self.dataset) or {}
-                metrics |= {f"eval/{name}": float(value) for name, value in extra.items()}
-        metrics = self.group.gather(metrics)[0]  # a callback's may differ between processes
-        if self.config.best_metric not in metrics:
-            raise ValueError(unknown_metric(self.config.best_metric, sorted(metrics)))
-        return metrics
 
 
 def unknown_metric(name: str, known: list[str]) -> str:

@@ -205,7 +205,9 @@ def open_dataset(path: str, digest: str, *, verify: bool) -> StoredDataset:
     return dataset
 
 
-def _model_of(config: TrainingJobConfig, seed: int) -> RoMAForPreTraining | RoMAForClassification:
+def _model_of(
+    config: TrainingJobConfig, seed: int, resumes: bool
+) -> RoMAForPreTraining | RoMAForClassification:
     import torch
 
     from roma_core.model.prediction import RoMAForClassification
@@ -215,13 +217,14 @@ def _model_of(config: TrainingJobConfig, seed: int) -> RoMAForPreTraining | RoMA
     if config.task == "pretrain":
         return RoMAForPreTraining(RoMAForPreTrainingConfig.from_values(config.model))
     classifier = RoMAForClassificationConfig.from_values(config.model)
-    if config.weights is None:
+    if config.weights is None or resumes:  # a checkpoint has all weights
         return RoMAForClassification(classifier)
     return RoMAForClassification.from_pretrained(config.weights, classifier)
 
 
 def train(folder: JobFolder, attempt: Attempt) -> Work:
     """Run or resume the training that ``config.json`` describes."""
+    from roma_core.trainer.checkpoint import committed
     from roma_core.trainer.distributed import init_group
     from roma_core.trainer.trainer import Trainer
 
@@ -233,7 +236,7 @@ def train(folder: JobFolder, attempt: Attempt) -> Work:
     version = config.dataset, config.dataset_digest
     group.once_per_node(lambda: open_dataset(*version, verify=True))
     dataset = open_dataset(*version, verify=False)
-    model = _model_of(config, trainer.random_seed)
+    model = _model_of(config, trainer.random_seed, bool(committed(folder.checkpoints)))
     model.data_schema = dataset.schema.model_dump(mode="json")
     series = dataset.split("train").subsample(config.train_fraction, trainer.random_seed)
     validation = dataset.split("validation")
@@ -249,12 +252,7 @@ def train(folder: JobFolder, attempt: Attempt) -> Work:
                     f"can be hidden; pretraining leaves them out"
                 )
     end = Trainer(trainer).train(
-        series,
-        validation,
-        model,
-        folder=folder.path,
-        attempt=attempt,
-        what=config.task,
+        series, validation, model, folder=folder.path, attempt=attempt, what=config.task
     )
     if end.status == "continue":
         return Work("continue", end.world_size, end.step, end.reason)

@@ -299,9 +299,8 @@ def forward_to_mlflow(metrics: Path, tracking_uri: str, run_id: str) -> None:
 class Trackers:
     """The trackers that follow one run, each in a thread."""
 
-    def __init__(self, metrics: Path) -> None:
-        self.metrics = metrics
-        self._threads: list[_TrackerThread] = []
+    def __init__(self, *threads: TrackerThread) -> None:
+        self.threads = threads
 
     @classmethod
     def from_environment(cls, folder: Path, trainer: TrainerConfig) -> Trackers:
@@ -313,12 +312,13 @@ class Trackers:
         Raises:
             ModuleNotFoundError: a tracker is configured and not installed.
         """
-        trackers = cls(folder / "metrics.jsonl")
+        metrics, threads = folder / "metrics.jsonl", []
         uri, run_file = os.environ.get("MLFLOW_TRACKING_URI"), os.environ.get(MLFLOW_RUN_VARIABLE)
         run_id = os.environ.get("MLFLOW_RUN_ID") or (Path(run_file) if run_file else None)
         if uri and run_id:
             import_tracker("mlflow")
-            trackers.add("mlflow", functools.partial(MlflowRun, uri), run_id)
+            make = functools.partial(MlflowRun, uri)
+            threads.append(TrackerThread(metrics, "mlflow", make, run_id))
         wandb = WandbConfig()
         if trainer.log_wandb and wandb.effective_mode != "disabled":
             import_tracker("wandb")
@@ -326,38 +326,24 @@ class Trackers:
                 functools.partial(WandbRun, wandb, trainer, folder, mode)
                 for mode in (wandb.effective_mode, "offline")
             )
-            trackers.add("wandb", connect, fallback=offline)
-        return trackers
-
-    def add(
-        self,
-        name: str,
-        make: Callable[[str], Tracker],
-        run_id: str | Path | None = None,
-        fallback: Callable[[str], Tracker] | None = None,
-    ) -> None:
-        """Add a tracker; ``run_id`` is also the file that will have it, and None starts a new run.
-
-        ``make`` connects to a run by its id and is retried while the tracker is down. If it was down all
-        the time, ``fallback`` replaces it at the end.
-        """
-        self._threads.append(_TrackerThread(self.metrics, name, make, run_id, fallback))
+            threads.append(TrackerThread(metrics, "wandb", connect, fallback=offline))
+        return cls(*threads)
 
     def start(self, offset: int) -> None:
         """Start the threads; ``offset`` bytes of metrics.jsonl are committed already."""
-        for thread in self._threads:
+        for thread in self.threads:
             thread.resumed_at = thread.committed = offset
             thread.start()
 
     def committed(self, offset: int) -> None:
         """A checkpoint now covers the first ``offset`` bytes of metrics.jsonl."""
-        for thread in self._threads:
+        for thread in self.threads:
             thread.committed = offset
             thread.wake_up.set()
 
     def close(self) -> None:
         """Let every tracker finish, for at most ten seconds in all."""
-        started = [thread for thread in self._threads if thread.ident is not None]
+        started = [thread for thread in self.threads if thread.ident is not None]
         for thread in started:
             thread.ending = True
             thread.wake_up.set()
@@ -366,20 +352,25 @@ class Trackers:
             thread.join(timeout=max(0.0, deadline - time.monotonic()))
             if not thread.up_to_date:
                 rest = "they are in %s, and resuming the run sends the rest"
-                log.warning(f"%s has not received all metrics; {rest}", thread.name, self.metrics)
+                log.warning(f"%s has not received all metrics; {rest}", thread.name, thread.metrics)
 
 
-class _TrackerThread(threading.Thread):
-    """Forwards to one tracker; its errors are warnings."""
+class TrackerThread(threading.Thread):
+    """Forwards to one tracker; its errors are warnings.
+
+    ``make`` connects to a run by its id and is retried while the tracker is down; if it was down all
+    the time, ``fallback`` replaces it at the end.
+    """
 
     def __init__(
         self,
         metrics: Path,
         name: str,
         make: Callable[[str], Tracker],
-        run_id: str | Path | None,
-        fallback: Callable[[str], Tracker] | None,
+        run_id: str | Path | None = None,
+        fallback: Callable[[str], Tracker] | None = None,
     ) -> None:
+        """``run_id`` is the id, or the file that will have it; None starts a new run."""
         super().__init__(name=name, daemon=True)
         self.metrics, self.make, self.run_id, self.fallback = metrics, make, run_id, fallback
         self.resumed_at = self.committed = 0

@@ -21,7 +21,7 @@ from roma_core.trainer.checkpoint import Checkpointer, TrainState, load_best, lo
 from roma_core.trainer.config import TrainerConfig, describe_changes, describe_resumable
 from roma_core.trainer.dataloader import MapStyle, TrainLoader
 from roma_core.trainer.distributed import init_accelerator, init_group
-from roma_core.trainer.evaluator import EarlyStopping, Evaluator, unknown_metric
+from roma_core.trainer.evaluator import EarlyStopping, evaluate, unknown_metric
 from roma_core.trainer.metrics import ThroughputMeter
 from roma_core.trainer.optim import Model, labels_of, training_loss
 from roma_core.trainer.run_logger import Progress, RunLogger
@@ -113,17 +113,19 @@ class Trainer:
                 end = TrainingEnd(status, *progress, self.group.size, self.group.is_main)
         if status == "completed" and self._post_train_hook and self.group.is_main:
             self._post_train_hook(model, self.folder, self.accelerator.device)
-        del self.train_step, self.evaluator, self.loader, self.accelerator  # free the optimiser
+        del self.train_step, self.loader, self.accelerator  # free the optimiser
         return end
 
     def _set_up(
         self, train_dataset: MapStyle, test_dataset: MapStyle | None, model: Model, what: str
     ) -> None:
         """Load the newest checkpoint, and create everything a run needs."""
-        config, callback = self.config, self._evaluate_callback
+        config = self.config
         self.group = group = init_group()
         self.accelerator = accelerator = init_accelerator(config)
-        _check_settings(config, model, train_dataset, test_dataset, callback is not None)
+        _check_settings(
+            config, model, train_dataset, test_dataset, self._evaluate_callback is not None
+        )
         loss = training_loss(model, config, train_dataset)
 
         checkpoint = load_newest(config.checkpoint_dir)
@@ -142,9 +144,7 @@ class Trainer:
         self.loader = TrainLoader(
             config, self.sampler, train_dataset, model.config, group, accelerator.device, self.stops
         )
-        self.evaluator = Evaluator(
-            config, self.train_step, test_dataset, group, self._should_stop, callback
-        )
+        self.test_dataset = test_dataset
         self.step = state.step if state else 0
         self.logger = RunLogger(
             Progress(what, self.total_steps, self.step),
@@ -207,7 +207,7 @@ class Trainer:
         """Leave the final weights in the model; returns the reason of an early end."""
         config, reason = self.config, ""
         if not self.evaluation:  # the last checkpoint was not evaluated
-            self.evaluation = self.evaluator.measure(float("nan"))
+            self.evaluation = self._measure(float("nan"))
         if self.step < self.total_steps:
             reason = (
                 f"early stopping: {self.early_stopping.evaluations_since_best} evaluations without a "
@@ -304,7 +304,7 @@ class Trainer:
             if self.evaluation_due or self.step % self.config.eval_every == 0 or is_last:
                 self.evaluation_due = True
                 train_loss = self.logger.latest.get("train/loss", float("nan"))
-                if metrics := self.evaluator.measure(train_loss):
+                if metrics := self._measure(train_loss):
                     self.evaluation, self.evaluated_at = metrics, self.step
                     is_best = self.early_stopping.update(metrics[self.config.best_metric])
                     self.logger.log(self.step, metrics)
@@ -313,6 +313,26 @@ class Trainer:
             is_kept = is_best and self.config.keep_best > 0
             if self.step % self.config.save_every == 0 or is_kept or is_end:
                 self._save()
+
+    def _measure(self, train_loss: float) -> dict[str, float]:
+        """``eval/…`` metrics, the same on every process; none without a test set.
+
+        Raises:
+            Interrupted: a stop request ended it.
+            ValueError: ``best_metric`` is not among them.
+        """
+        dataset, callback = self.test_dataset, self._evaluate_callback
+        if dataset is None or not len(dataset):
+            return {}
+        with self.train_step.evaluation_model() as model:
+            metrics = evaluate(model, dataset, self.config, self.group, self._should_stop)
+            if callback is not None:
+                extra = callback(model, train_loss, dataset) or {}
+                metrics |= {f"eval/{name}": float(value) for name, value in extra.items()}
+        metrics = self.group.gather(metrics)[0]  # a callback's may differ between processes
+        if self.config.best_metric not in metrics:
+            raise ValueError(unknown_metric(self.config.best_metric, sorted(metrics)))
+        return metrics
 
     def _save(self) -> None:
         self._read_losses()

@@ -63,6 +63,14 @@ def test_so_does_one_that_was_begun_before_the_weights_had_a_digest(moved):
     )
 
 
+def test_first_weights_that_are_gone_are_not_missed(stopped, tmp_path):
+    shutil.copytree(stopped / "run", tmp_path / "run")
+    document = read_json(tmp_path / "run/config.json")
+    write_json(tmp_path / "run/config.json", document | {"weights": str(tmp_path / "gone")})
+    output = interrupted("finetune", "--job", "run", run=tmp_path / "run", cwd=tmp_path)
+    assert "resumed from step-" in output
+
+
 def test_another_data_set_or_other_weights_are_another_run(moved):
     (moved / "b").mkdir()
     other = moved / "b" / build(moved / "b", [9] * 60)

@@ -25,7 +25,14 @@ from roma_core import (
 from roma_core.files import read_json, write_json
 from roma_core.trainer import trackers as module
 from roma_core.trainer.metrics import MetricsLog, read_records
-from roma_core.trainer.trackers import Bookmark, Trackers, WandbConfig, forward, forward_to_mlflow
+from roma_core.trainer.trackers import (
+    Bookmark,
+    Trackers,
+    TrackerThread,
+    WandbConfig,
+    forward,
+    forward_to_mlflow,
+)
 from tests.core.trainer.training_runs import MlflowServer
 from tests.core.trainer.wandb_server import WandbServer, upload
 from tests.time_limits import wait_until, within
@@ -107,8 +114,7 @@ class FakeTracker:
 
 
 def follow(run: Run, tracker, offset: int = 0, run_id: str | None = None) -> Trackers:
-    trackers = Trackers(run.folder / "metrics.jsonl")
-    trackers.add("fake", tracker, run_id)
+    trackers = Trackers(TrackerThread(run.folder / "metrics.jsonl", "fake", tracker, run_id))
     trackers.start(offset)
     return trackers
 
@@ -300,9 +306,8 @@ def test_trackers_that_hang_do_not_delay_the_run(run, impatient, caplog):
         let_go.wait(within(20))
         return FakeTracker()
 
-    trackers = Trackers(run.folder / "metrics.jsonl")
-    for name in ("a", "b", "c"):
-        trackers.add(name, hang)
+    metrics = run.folder / "metrics.jsonl"
+    trackers = Trackers(*(TrackerThread(metrics, name, hang) for name in ("a", "b", "c")))
     started = time.monotonic()
     trackers.start(0)
     for until in (1, 2, 3):
@@ -324,9 +329,7 @@ def test_a_bookmark_that_cannot_be_read_does_not_end_the_run(run, impatient, cap
 
 
 def test_followers_that_never_started_can_be_closed(run):
-    trackers = Trackers(run.folder / "metrics.jsonl")
-    trackers.add("fake", FakeTracker())
-    trackers.close()
+    Trackers(TrackerThread(run.folder / "metrics.jsonl", "fake", FakeTracker())).close()
 
 
 # --- MLflow ---------------------------------------------------------------------------------
