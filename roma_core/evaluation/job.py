@@ -8,6 +8,7 @@ outputs/champion_predictions.parquet, serving_checks.json, package/, encoder_pac
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -100,7 +101,8 @@ def run_evaluation(folder: JobFolder, attempt: Attempt) -> Work:
         ValueError: the data have no test series, or none that the model can predict.
     """
     config = EvaluationJobConfig.model_validate(read_json(folder.config, schema_version=1))
-    torch.set_num_threads(1)
+    if "OMP_NUM_THREADS" not in os.environ:  # which launchers set and torch reads
+        torch.set_num_threads(1)
     with Progress("evaluate", total_steps=4, first_step=0) as progress:
         evaluator = _Evaluator(config, folder.outputs, attempt, progress)
         if evaluator.model is None:
@@ -119,7 +121,12 @@ def run_evaluation(folder: JobFolder, attempt: Attempt) -> Work:
             for name in _OUTPUTS
             if (folder.outputs / name).exists()
         },
-        facts=evaluator.digests | {"n_series": metrics.n_series},
+        facts={
+            **evaluator.digests,
+            "n_series": metrics.n_series,
+            "device": str(evaluator.device),
+            "threads": str(torch.get_num_threads()),  # a number would be drawn as a plot
+        },
     )
 
 
@@ -131,6 +138,7 @@ class _Evaluator:
     ) -> None:
         self.config, self.out, self.attempt, self.progress = config, out, attempt, progress
         self.n_steps = 0
+        self.device = torch.accelerator.current_accelerator(True) or torch.device("cpu")
         attempt.beat(0)
         self.tracked: dict[str, float] = {}  # measurements for a tracker beside the metrics
         self.digests: dict[str, str] = {}  # sha256 of the manifests of packages
@@ -146,9 +154,10 @@ class _Evaluator:
                     f"{weights} is a pretraining checkpoint without a classification head; pass it "
                     f"as --autoencoder to evaluate its reconstructions, or finetune it first"
                 )
-            self.model = RoMAForClassification.from_pretrained(weights).eval()
+            self.model = RoMAForClassification.from_pretrained(weights).to(self.device).eval()
         if config.autoencoder is not None:
-            self.autoencoder = RoMAForPreTraining.from_pretrained(config.autoencoder).eval()
+            autoencoder = RoMAForPreTraining.from_pretrained(config.autoencoder)
+            self.autoencoder = autoencoder.to(self.device).eval()
         (out / "plots").mkdir(parents=True, exist_ok=True)
         self.leaks = check_leakage(self.dataset, [Path(path) for path in config.trained_on])
         for line in self.leaks:
@@ -395,12 +404,13 @@ def _shared(config: EvaluationJobConfig) -> dict[str, Any]:
 @torch.no_grad()
 def embed(encoder: RoMAForPreTraining, series: Subset, batch_size: int) -> Float32:
     """``(len(series), d_model)`` features: the mean of every series' tokens, all of them visible."""
-    collate = Collate(encoder.config, seed=0)
+    collate, device = Collate(encoder.config, seed=0), encoder.projection.weight.device
     features = np.empty((len(series), encoder.config.encoder_config.d_model), np.float32)
     for part in np.array_split(np.arange(len(series)), -(-len(series) // batch_size)):
         batch = collate.batch(series, part)
         assert batch.indices is not None  # set by Collate
-        features[batch.indices.numpy()] = encoder.embed(batch, pooling="mean").float().numpy()
+        means = encoder.embed(batch.to(device), pooling="mean")
+        features[batch.indices.numpy()] = means.float().cpu().numpy()
     return features
 
 
@@ -445,14 +455,14 @@ def write_package(
         sha256 of its manifest.
     """
     if isinstance(model, RoMAForPreTraining):
-        program, weights = model.export(), config.autoencoder
+        program, weights = model.cpu().export(), config.autoencoder
         card |= {
             "name": f"{config.name}_encoder",
             "kind": "encoder",
             "n_features": model.config.encoder_config.d_model,
         }
     else:
-        program, weights = model.export(), config.classifier
+        program, weights = model.cpu().export(), config.classifier
         card |= {"name": config.name, "kind": "classifier"}
     assert weights is not None
     content = CardContent(

@@ -98,6 +98,7 @@ def _check_model(model: RoMAForPreTraining, schema: DataSchema) -> None:
 
 def _outputs(model: RoMAForPreTraining, batch: PackedBatch) -> Float32:
     """The head's outputs for the hidden tokens of a batch, which the model sees as NaN."""
+    batch = batch.to(model.projection.weight.device)
     masked = batch.masked
     assert masked is not None
     if masked.hidden.total == 0:
@@ -109,7 +110,7 @@ def _outputs(model: RoMAForPreTraining, batch: PackedBatch) -> Float32:
         raise RuntimeError(
             "outputs of the model are not finite: its weights are not, or it reads hidden values"
         )
-    return outputs.numpy()
+    return outputs.cpu().numpy()
 
 
 def _table(
@@ -246,7 +247,9 @@ def reconstruct_examples(model: RoMAForPreTraining, split: Subset) -> list[Recon
     batch = Collate(model.config, seed=0).batch(few, np.arange(len(few)))
     if batch.masked is None or batch.masked.hidden.total == 0:
         return []
-    outputs = model.eval().reconstruct_hidden(batch, batch.masked).float().numpy()
+    moved = batch.to(model.projection.weight.device)
+    assert moved.masked is not None
+    outputs = model.eval().reconstruct_hidden(moved, moved.masked).float().cpu().numpy()
     predicted = Normaliser(split.dataset.schema).denormalise(outputs)
     return examples_of(_table(few, [batch], predicted, None), few)
 

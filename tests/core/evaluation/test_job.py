@@ -1,11 +1,15 @@
 """Evaluation jobs by the command: reconstructions, regressions, and the packages they leave."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from click.testing import CliRunner
 
 from roma_core.cli import main
@@ -151,6 +155,40 @@ def test_a_planned_job_judges_the_same_series_the_same_way(trained):
     first, second = (root / name / "outputs" / "metrics.json" for name in ("first", "second"))
     assert first.read_bytes() == second.read_bytes()
     assert "mse_observed_3" not in json.loads(first.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [None, "2"])
+def test_a_job_runs_on_what_is_reserved_for_it(trained, threads):
+    """A launcher sets OMP_NUM_THREADS; a command that is run by hand takes one thread."""
+    data, weights, root = trained
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = threads
+    out = root / f"threads_{threads}"
+    command = ["evaluate", "--data", data, "--autoencoder", weights, "--run-dir", out]
+    subprocess.run([sys.executable, "-m", "roma_core.cli", *command], env=environment, check=True)
+
+    facts = read_json(out / "result.json")["facts"]
+    assert facts["threads"] == (threads or "1")
+    assert facts["device"] == str(torch.accelerator.current_accelerator(True) or "cpu")
+    CliRunner().invoke(main, [*map(str, command[:-1]), str(root / "beside")])
+    metrics = [read_json(run / "outputs" / "metrics.json") for run in (out, root / "beside")]
+    assert metrics[0]["mse"]["value"] == pytest.approx(metrics[1]["mse"]["value"], rel=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_gpu_reconstructs_as_the_cpu_does(trained, monkeypatch):
+    data, weights, root = trained
+    found = {}
+    for device in ("gpu", "cpu"):
+        if device == "cpu":
+            monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda available: None)
+        command = ["evaluate", "--data", data, "--autoencoder", weights, "--run-dir", root / device]
+        done = CliRunner().invoke(main, list(map(str, command)))
+        assert done.exit_code == 0, done.output
+        found[device] = read_json(root / device / "outputs" / "metrics.json")
+    assert found["gpu"]["mse"]["value"] == pytest.approx(found["cpu"]["mse"]["value"], rel=1e-3)
 
 
 def test_wrong_calls_are_explained(trained):
