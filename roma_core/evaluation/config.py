@@ -39,18 +39,14 @@ class ServingChecks(Frozen):
     """Measurements of a candidate's package and of the champion it was compared with."""
 
     schema_version: Literal[1] = 1
-    serving_difference: float = Field(
-        description="Largest difference of a probability between trained model and package."
-    )
-    size_mb: float = Field(description="All files of the package.")
-    smoke_test: SmokeTest | None = Field(None, description="None if it failed.")
+    serving_difference: float  # of a probability, the largest: trained model against package
+    size_mb: float  # all files of the package
+    smoke_test: SmokeTest | None = None  # None if it failed
     smoke_test_problem: str | None = None
     champion_smoke_test: SmokeTest | None = None
-    champion_problem: str | None = Field(
-        None, description="Why the champion could not be evaluated on these series."
-    )
-    leaks: tuple[str, ...] = Field((), description="Test series that were in the training data.")
-    test_split: str = Field("", description="Digest of the test objects; equal for equal splits.")
+    champion_problem: str | None = None  # why the champion could not be evaluated on these series
+    leaks: tuple[str, ...] = ()  # test series that were in the training data
+    test_split: str = ""  # digest of the test objects; equal for equal splits
 
     def save(self, path: Path) -> None:
         write_json(path, self.model_dump(mode="json"))
@@ -68,46 +64,27 @@ class EvaluationJobConfig(Frozen):
     """
 
     schema_version: Literal[1] = 1
-    name: str = Field(description="Name of the model, as it will be registered.")
-    dataset: str = Field(description="Folder of the data set; its test split is evaluated.")
+    name: str  # of the model, as it will be registered
+    dataset: str  # folder of the data set; its test split is evaluated
     dataset_digest: str
-    classifier: str | None = Field(
-        None, description="Folder of the weights of a classifier or a regressor."
-    )
-    autoencoder: str | None = Field(
-        None,
-        description="Folder of pretrained weights. Beside a classifier the report shows its "
-        "reconstructions and its encoder is packaged, too.",
-    )
-    n_observed: tuple[Annotated[int, Field(gt=0)], ...] = Field(
-        (),
-        description="Evaluate reconstructions also with all but N observations of each series "
-        "hidden; these metrics end with `_observed_N`.",
-    )
-    seed: int = Field(
-        0,
-        ge=0,
-        description="Of the masks of reconstructions; equal seeds hide the same "
-        "observations from every model.",
-    )
-    champion: str | None = Field(
-        None, description="Package folder of the present champion, predicted on the same series."
-    )
+    classifier: str | None = None  # folder of the weights of a classifier or a regressor
+    # folder of pretrained weights; beside a classifier the report shows its reconstructions, and
+    # its encoder is packaged, too
+    autoencoder: str | None = None
+    # evaluate reconstructions also with all but N observations of each series hidden; these
+    # metrics end with _observed_N
+    n_observed: tuple[Annotated[int, Field(gt=0)], ...] = ()
+    seed: int = Field(0, ge=0)  # of masks: equal seeds hide the same observations from every model
+    champion: str | None = None  # package folder of the present champion, also predicted
     champion_version: str | None = None
-    champion_problem: str | None = Field(
-        None, description="Why there is a champion but no package folder of it."
-    )
-    trained_on: tuple[str, ...] = Field(
-        (), description="Folders of the data that the weights were trained on."
-    )
-    decided_before: int | None = Field(
-        None, description="Number of earlier models that this test split has decided about."
-    )
-    lineage: dict[str, str] = Field({}, description="Identifiers that go into the package.")
-    curves: dict[str, str] = Field({}, description="Title -> metrics.jsonl of a training.")
+    champion_problem: str | None = None  # why there is a champion but no package folder of it
+    trained_on: tuple[str, ...] = ()  # folders of the data that the weights were trained on
+    decided_before: int | None = None  # earlier models that this test split has decided about
+    lineage: dict[str, str] = Field({})  # identifiers that go into the package
+    curves: dict[str, str] = Field({})  # title -> metrics.jsonl of a training
     baselines: tuple[Baseline, ...] = ()
-    facts: tuple[FactSheet, ...] = Field((), description="Tables of facts for the report.")
-    batch_size: int = Field(64, gt=0, description="Series per batch.")
+    facts: tuple[FactSheet, ...] = ()  # tables of facts for the report
+    batch_size: int = Field(64, gt=0)  # series
 
     @model_validator(mode="after")
     def _has_a_model(self) -> Self:

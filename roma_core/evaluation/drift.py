@@ -33,10 +33,8 @@ class EmbeddingProfile(Frozen):
     """Embedding profile: median and spread of an encoder's D features over its training series."""
 
     n_series: int = Field(gt=0)
-    center: tuple[float, ...] = Field(description="Median of every feature.")
-    spread: tuple[float, ...] = Field(
-        description="Interquartile range of every feature, over that of a standard normal."
-    )
+    center: tuple[float, ...]  # median of every feature
+    spread: tuple[float, ...]  # its interquartile range, over that of a standard normal
 
 
 def embedding_profile(features: NDArray[Any]) -> EmbeddingProfile:
@@ -73,10 +71,10 @@ def embedding_distance(profile: EmbeddingProfile, center: Sequence[float], n: in
 class Quantity(Frozen):
     """Distribution of one quantity in the training data."""
 
-    quantiles: tuple[float, ...] = Field(description="At 0, 0.01, …, 1.")
+    quantiles: tuple[float, ...]  # at 0, 0.01, …, 1
     std: float
-    edges: tuple[float, ...] = Field(description="Inner edges of the bins.")
-    fractions: tuple[float, ...] = Field(description="Of the bins, one more than edges.")
+    edges: tuple[float, ...]  # inner edges of the bins
+    fractions: tuple[float, ...]  # of the bins, one more than edges
 
     @classmethod
     def of(cls, numbers: Floats) -> Quantity:
@@ -95,12 +93,10 @@ class ReferenceProfile(Frozen):
     schema_version: Literal[1] = 1
     dataset_digest: str
     n_series: int
-    quantities: dict[str, Quantity] = Field(description="length, span.AXIS, gap.AXIS, value.NAME")
-    missing: dict[str, float] = Field(description="Missing fraction of each channel.")
-    classes: dict[str, float] = Field({}, description="Fraction of each class.")
-    embedding: EmbeddingProfile | None = Field(
-        None, description="Features of the encoder, if there is one."
-    )
+    quantities: dict[str, Quantity]  # length, span.AXIS, gap.AXIS, value.NAME
+    missing: dict[str, float]  # missing fraction of each channel
+    classes: dict[str, float] = Field({})  # fraction of each class
+    embedding: EmbeddingProfile | None = None  # features of the encoder, if there is one
 
 
 class Effect(Frozen):

@@ -20,18 +20,18 @@ from scipy.special import softmax
 
 from roma_core.data.store import Subset, raw_series
 from roma_core.evaluation import plots
-from roma_core.evaluation.compare import Change, compare_predictions
 from roma_core.evaluation.config import EvaluationJobConfig, Fact, FactSheet, ServingChecks
 from roma_core.evaluation.drift import ReferenceProfile, embedding_profile, reference_profile
 from roma_core.evaluation.leakage import check_leakage, split_digest
 from roma_core.evaluation.metrics import (
     AnyMetrics,
+    Change,
     ClassificationMetrics,
     ReconstructionMetrics,
     RegressionMetrics,
+    compare_predictions,
     evaluate,
     evaluate_regression,
-    reconstruction_errors,
 )
 from roma_core.evaluation.predictions import Float32, PredictionTable, RegressionTable
 from roma_core.evaluation.reconstruction import (
@@ -41,6 +41,7 @@ from roma_core.evaluation.reconstruction import (
     mask_as_trained,
     reconstruct,
     reconstruct_examples,
+    reconstruction_errors,
 )
 from roma_core.evaluation.report import (
     CardContent,

@@ -10,20 +10,16 @@ Shapes here:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
 
 from roma_core.evaluation.predictions import (
     Bools,
     Floats,
     Ints,
     PredictionTable,
-    ReconstructionTable,
     RegressionTable,
 )
 from roma_core.settings import Frozen
@@ -98,20 +94,18 @@ class ClassMetrics(Frozen):
     """One class against the rest; None where a denominator is zero."""
 
     name: str
-    precision: float | None = Field(description="None if the class was never predicted.")
-    recall: float | None = Field(description="None if the class has no series.")
+    precision: float | None  # None if the class was never predicted
+    recall: float | None  # None if the class has no series
     f1: float | None
-    recall_interval: tuple[float, float] | None = Field(
-        None, description="95 % Wilson interval; None if the class has fewer than two series."
-    )
-    support: int = Field(description="Series of this class.")
-    predicted: int = Field(description="Series predicted as this class.")
+    recall_interval: tuple[float, float] | None = None  # 95 % Wilson, of two series or more
+    support: int  # series of this class
+    predicted: int  # series predicted as this class
 
 
 class ReliabilityBin(Frozen):
     """Series of similar confidence, the probability given to the predicted class."""
 
-    confidence: float = Field(description="Mean confidence.")
+    confidence: float  # the mean
     accuracy: float
     count: int
 
@@ -123,30 +117,25 @@ class AccuracyBin(Frozen):
     most: float
     count: int
     accuracy: float
-    interval: tuple[float, float] = Field(description="95 % Wilson interval.")
+    interval: tuple[float, float]  # 95 % Wilson
 
 
 class ClassificationMetrics(Metrics):
     """Metrics of a classifier; see :func:`evaluate`."""
 
     accuracy: Estimate
-    balanced_accuracy: Estimate = Field(description="Mean recall over classes that have series.")
-    macro_f1: Estimate = Field(
-        description="Mean F1 over classes that have series or were predicted."
-    )
-    log_loss: Estimate = Field(description="Mean of -ln p(true class), p not below 2.2e-16.")
-    calibration_error: Estimate = Field(
-        description="Expected calibration error of the predicted class (top label): the mean over "
-        "15 bins of equal mass, weighted by their series, of |accuracy - mean confidence|. Never "
-        "negative, therefore resamples lie a little above the value."
-    )
+    balanced_accuracy: Estimate  # mean recall over classes that have series
+    macro_f1: Estimate  # mean F1 over classes that have series or were predicted
+    log_loss: Estimate  # mean of -ln p(true class), p not below 2.2e-16
+    # expected calibration error of the predicted class (top label): the mean over 15 bins of equal
+    # mass, weighted by their series, of |accuracy - mean confidence|; never negative, therefore
+    # resamples lie a little above the value
+    calibration_error: Estimate
     per_class: tuple[ClassMetrics, ...]
-    confusion: tuple[tuple[int, ...], ...] = Field(
-        description="Row: true class. Column: predicted."
-    )
+    confusion: tuple[tuple[int, ...], ...]  # row: true class, column: predicted
     reliability: tuple[ReliabilityBin, ...]
     by_length: tuple[AccuracyBin, ...]
-    by_missing: tuple[AccuracyBin, ...] = Field((), description="Empty if it is unknown.")
+    by_missing: tuple[AccuracyBin, ...] = ()  # empty if it is unknown
 
 
 class TargetMetrics(Frozen):
@@ -154,13 +143,11 @@ class TargetMetrics(Frozen):
 
     name: str
     unit: str
-    mse: Estimate = Field(description="Mean squared error, in the square of the unit.")
-    rmse: Estimate = Field(description="Its root.")
-    mae: Estimate = Field(description="Mean absolute error.")
-    r2: Estimate | None = Field(
-        description="1 - mse / variance of the true values: 0 is no better than their mean. None if "
-        "they never differ."
-    )
+    mse: Estimate  # mean squared error, in the square of the unit
+    rmse: Estimate  # its root
+    mae: Estimate  # mean absolute error
+    # 1 - mse / variance of the true values: 0 is no better than their mean; None if they never differ
+    r2: Estimate | None
 
 
 class PositionBin(Frozen):
@@ -169,7 +156,7 @@ class PositionBin(Frozen):
     first: float
     last: float
     count: int
-    rmse: tuple[float, ...] = Field(description="One per target.")
+    rmse: tuple[float, ...]  # one per target
 
 
 class RegressionMetrics(Metrics):
@@ -180,9 +167,9 @@ class RegressionMetrics(Metrics):
     """
 
     n_observations: int
-    mse: Estimate = Field(description="Mean squared error per value.")
-    rmse: Estimate = Field(description="Its root.")
-    mae: Estimate = Field(description="Mean absolute error per value.")
+    mse: Estimate  # mean squared error per value
+    rmse: Estimate  # its root
+    mae: Estimate  # mean absolute error per value
     per_target: tuple[TargetMetrics, ...]
     by_position: tuple[PositionBin, ...]
 
@@ -191,11 +178,9 @@ class GroupErrors(Frozen):
     """Reconstruction errors of the series of one class."""
 
     name: str
-    slug: str = Field(
-        description="The distinct name in metrics: lower-case letters, digits and underscores."
-    )
+    slug: str  # the distinct name in metrics: lower-case letters, digits and underscores
     n_series: int
-    mse: PartEstimate = Field(description="Without an interval if there is one series only.")
+    mse: PartEstimate  # without an interval if there is one series only
     clean_mse: PartEstimate | None
 
 
@@ -214,8 +199,8 @@ class ReconstructionMetrics(Metrics):
     ``mse_GROUP``, ``clean_mse_GROUP``    of the series of one class
     """
 
-    n_series: int = Field(description="Series with a hidden observation.")
-    n_hidden: int = Field(description="Hidden observations.")
+    n_series: int  # with a hidden observation
+    n_hidden: int  # hidden observations
     mean_hidden_fraction: float
     overall: dict[str, Estimate]
     groups: tuple[GroupErrors, ...] = ()
@@ -233,6 +218,16 @@ class ReconstructionMetrics(Metrics):
         """As of every task, with each estimate by name at the top level."""
         head = self.model_dump(mode="json", exclude={"overall", "groups"})
         return head | {n: e.model_dump(mode="json") for n, e in self.estimates().items()}
+
+
+class Change(Frozen):
+    """One metric of both models; the difference has a paired 95 % bootstrap interval."""
+
+    name: str
+    candidate: float
+    champion: float
+    difference: PartEstimate  # candidate minus champion; no interval for a single series
+    n_series: int
 
 
 AnyMetrics = ClassificationMetrics | RegressionMetrics | ReconstructionMetrics
@@ -379,7 +374,7 @@ def _accuracy_bins(correct: Bools, x: Floats) -> tuple[AccuracyBin, ...]:
     )
 
 
-def _error_estimates(mse: Floats, mae: Floats) -> dict[str, Estimate]:
+def error_estimates(mse: Floats, mae: Floats) -> dict[str, Estimate]:
     """From samples ``(1 + R,)`` each."""
     return {"mse": Estimate.of(mse), "rmse": Estimate.of(np.sqrt(mse)), "mae": Estimate.of(mae)}
 
@@ -400,7 +395,7 @@ def evaluate_regression(table: RegressionTable) -> RegressionMetrics:
             TargetMetrics(
                 name=target.name,
                 unit=target.unit,
-                **_error_estimates(mse[:, i], mae[:, i]),
+                **error_estimates(mse[:, i], mae[:, i]),
                 r2=Estimate.of(r2) if varied[0] and varied[1:].any() else None,
             )
         )
@@ -408,7 +403,7 @@ def evaluate_regression(table: RegressionTable) -> RegressionMetrics:
     return RegressionMetrics(
         n_series=len(table.ids),
         n_observations=len(table.true),
-        **_error_estimates(mse.mean(axis=1), mae.mean(axis=1)),
+        **error_estimates(mse.mean(axis=1), mae.mean(axis=1)),
         per_target=tuple(per_target),
         by_position=tuple(
             PositionBin(
@@ -422,71 +417,34 @@ def evaluate_regression(table: RegressionTable) -> RegressionMetrics:
     )
 
 
-def reconstruction_errors(
-    table: ReconstructionTable,
-    against: Literal["true", "clean"] = "true",
-    ranges: Floats | None = None,
-) -> dict[str, Estimate]:
-    """``mse``, ``rmse`` and ``mae`` of a table, with 95 % intervals over series.
+def compare_predictions(
+    candidate: PredictionTable, champion: PredictionTable
+) -> tuple[Change, ...]:
+    """Changes of accuracy, log-loss and the recall of every class that has series.
 
-    Args:
-        against: ``clean`` prefixes the names with ``clean_``; nothing if the table has no such values.
-        ranges: ``(C,)`` of the channels, for ``nrmse``.
+    Raises:
+        ValueError: the tables are not about the same series with the same labels.
     """
-    truth = table.true if against == "true" else table.clean
-    if truth is None:
-        return {}
-    error = table.predicted.astype(np.float64) - truth  # (H, C)
-    scaled = error if ranges is None else error / ranges
-    values = np.hstack([error**2, np.abs(error), scaled**2])
-    means = means_with_resamples(table.series, values)
-    mse, mae, relative = means.reshape(len(means), 3, -1).mean(axis=2).T  # each (1 + R,)
-    found = _error_estimates(mse, mae)
-    if ranges is not None:
-        found["nrmse"] = Estimate.of(np.sqrt(relative))
-    prefix = "clean_" if against == "clean" else ""
-    return {f"{prefix}{name}": estimate for name, estimate in found.items()}
+    if candidate.classes != champion.classes or candidate.ids != champion.ids:
+        raise ValueError("the tables are about other series or classes and cannot be compared")
+    if (candidate.labels != champion.labels).any():
+        raise ValueError("the tables give the same series other labels")
 
-
-def noise_error(table: ReconstructionTable) -> dict[str, Estimate]:
-    """``noise_mse``: the error of the values without noise; nothing if they are unknown."""
-    if table.clean is None:
-        return {}
-    return {"noise_mse": reconstruction_errors(replace(table, predicted=table.clean))["mse"]}
-
-
-def coverage(table: ReconstructionTable) -> dict[str, Estimate]:
-    """``coverage_95``: fraction of values in the predicted 95 % interval; nothing without ``std``."""
-    if table.std is None:
-        return {}
-    inside = np.abs(table.predicted.astype(np.float64) - table.true) <= 1.96 * table.std
-    means = means_with_resamples(table.series, inside.astype(float))
-    return {"coverage_95": Estimate.of(means.mean(axis=1))}
-
-
-def errors_by_class(
-    table: ReconstructionTable, labels: Ints, classes: tuple[str, ...]
-) -> tuple[GroupErrors, ...]:
-    """Reconstruction errors of every class with a hidden observation.
-
-    Args:
-        labels: ``(N,)`` index into ``classes`` of every series.
-    """
-    slugs = [re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") for name in classes]
-    found = []
-    for k, (name, slug) in enumerate(zip(classes, slugs, strict=True)):
-        part = table.select(labels[table.series] == k)
-        if len(part.series) == 0:
-            continue
-        n_series = len(np.unique(part.series))
-        clean = reconstruction_errors(part, "clean").get("clean_mse")
-        found.append(
-            GroupErrors(
-                name=name,
-                slug=slug if slug and slugs.count(slug) == 1 else f"{slug}_class{k}",
-                n_series=n_series,
-                mse=reconstruction_errors(part)["mse"].of_part(n_series),
-                clean_mse=None if clean is None else clean.of_part(n_series),
-            )
+    def change(name: str, ours: Floats, theirs: Floats) -> Change:
+        n = len(ours)
+        means = sums_with_resamples((ours - theirs)[:, None])[:, 0] / n
+        return Change(
+            name=name,
+            candidate=float(ours.mean()),
+            champion=float(theirs.mean()),
+            difference=Estimate.of(means).of_part(n),
+            n_series=n,
         )
-    return tuple(found)
+
+    correct = [table.correct.astype(np.float64) for table in (candidate, champion)]
+    changes = [change("accuracy", *correct), change("log-loss", nll(candidate), nll(champion))]
+    for k, name in enumerate(candidate.classes):
+        inside = candidate.labels == k
+        if inside.any():
+            changes.append(change(f"recall of {name}", *(c[inside] for c in correct)))
+    return tuple(changes)

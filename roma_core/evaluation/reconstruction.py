@@ -5,19 +5,21 @@ Shapes here:  N series   H hidden observations   C channels
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
 
 from roma_core.data.store import Subset
 from roma_core.evaluation.metrics import (
+    Estimate,
+    GroupErrors,
     ReconstructionMetrics,
-    coverage,
-    errors_by_class,
-    noise_error,
-    reconstruction_errors,
+    error_estimates,
+    means_with_resamples,
 )
 from roma_core.evaluation.plots import ReconstructionExample, label_of
 from roma_core.evaluation.predictions import Float32, Floats, Ints, ReconstructionTable
@@ -209,6 +211,76 @@ def channel_ranges(train: Subset) -> Floats | None:
     lows, highs = (np.array(column) for column in zip(*ends, strict=True))
     ranges = highs.max(axis=0).astype(np.float64) - lows.min(axis=0)
     return ranges if (ranges > 0).all() else None
+
+
+def reconstruction_errors(
+    table: ReconstructionTable,
+    against: Literal["true", "clean"] = "true",
+    ranges: Floats | None = None,
+) -> dict[str, Estimate]:
+    """``mse``, ``rmse`` and ``mae`` of a table, with 95 % intervals over series.
+
+    Args:
+        against: ``clean`` prefixes the names with ``clean_``; nothing if the table has no such values.
+        ranges: ``(C,)`` of the channels, for ``nrmse``.
+    """
+    truth = table.true if against == "true" else table.clean
+    if truth is None:
+        return {}
+    error = table.predicted.astype(np.float64) - truth  # (H, C)
+    scaled = error if ranges is None else error / ranges
+    values = np.hstack([error**2, np.abs(error), scaled**2])
+    means = means_with_resamples(table.series, values)
+    mse, mae, relative = means.reshape(len(means), 3, -1).mean(axis=2).T  # each (1 + R,)
+    found = error_estimates(mse, mae)
+    if ranges is not None:
+        found["nrmse"] = Estimate.of(np.sqrt(relative))
+    prefix = "clean_" if against == "clean" else ""
+    return {f"{prefix}{name}": estimate for name, estimate in found.items()}
+
+
+def noise_error(table: ReconstructionTable) -> dict[str, Estimate]:
+    """``noise_mse``: the error of the values without noise; nothing if they are unknown."""
+    if table.clean is None:
+        return {}
+    return {"noise_mse": reconstruction_errors(replace(table, predicted=table.clean))["mse"]}
+
+
+def coverage(table: ReconstructionTable) -> dict[str, Estimate]:
+    """``coverage_95``: fraction of values in the predicted 95 % interval; nothing without ``std``."""
+    if table.std is None:
+        return {}
+    inside = np.abs(table.predicted.astype(np.float64) - table.true) <= 1.96 * table.std
+    means = means_with_resamples(table.series, inside.astype(float))
+    return {"coverage_95": Estimate.of(means.mean(axis=1))}
+
+
+def errors_by_class(
+    table: ReconstructionTable, labels: Ints, classes: tuple[str, ...]
+) -> tuple[GroupErrors, ...]:
+    """Reconstruction errors of every class with a hidden observation.
+
+    Args:
+        labels: ``(N,)`` index into ``classes`` of every series.
+    """
+    slugs = [re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") for name in classes]
+    found = []
+    for k, (name, slug) in enumerate(zip(classes, slugs, strict=True)):
+        part = table.select(labels[table.series] == k)
+        if len(part.series) == 0:
+            continue
+        n_series = len(np.unique(part.series))
+        clean = reconstruction_errors(part, "clean").get("clean_mse")
+        found.append(
+            GroupErrors(
+                name=name,
+                slug=slug if slug and slugs.count(slug) == 1 else f"{slug}_class{k}",
+                n_series=n_series,
+                mse=reconstruction_errors(part)["mse"].of_part(n_series),
+                clean_mse=None if clean is None else clean.of_part(n_series),
+            )
+        )
+    return tuple(found)
 
 
 def evaluate_reconstruction(table: ReconstructionTable, split: Subset) -> ReconstructionMetrics:

@@ -10,10 +10,10 @@ from typing import Any, Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import Field, field_validator
 
-from roma_core.evaluation.compare import Change
 from roma_core.evaluation.config import Baseline, FactSheet, ServingChecks
 from roma_core.evaluation.metrics import (
     AnyMetrics,
+    Change,
     ClassificationMetrics,
     PartEstimate,
     RegressionMetrics,
@@ -31,7 +31,7 @@ class Plot(Frozen):
     caption: str
     alt: str = Field(min_length=1)
     png: bytes = Field(repr=False)
-    wide: bool = Field(False, description="Takes the full width of the page.")
+    wide: bool = False  # takes the full width of the page
 
     @field_validator("png")
     @classmethod
@@ -102,12 +102,10 @@ class _Content(Frozen):
     """What the report and the model card share."""
 
     facts: tuple[FactSheet, ...] = ()
-    champion_version: str | None = Field(None, description="None if there was no champion.")
-    champion_problem: str | None = Field(None, description="Why it could not be evaluated.")
-    changes: tuple[Change, ...] = Field((), description="Against the champion.")
-    decided_before: int | None = Field(
-        None, description="Number of earlier models that this test split has decided about."
-    )
+    champion_version: str | None = None  # None if there was no champion
+    champion_problem: str | None = None  # why it could not be evaluated
+    changes: tuple[Change, ...] = ()  # against the champion
+    decided_before: int | None = None  # earlier models that this test split has decided about
     baselines: tuple[Baseline, ...] = ()
 
 
@@ -115,15 +113,15 @@ class ReportContent(_Content):
     """Everything the report of any task shows."""
 
     title: str
-    summary: str = Field(description="One or two sentences: the model and the data.")
-    created: str = Field(description="Date and time, as it should be printed.")
+    summary: str  # one or two sentences: the model and the data
+    created: str  # date and time, as it should be printed
     metrics: AnyMetrics
-    leaks: tuple[str, ...] = Field((), description="Test series that were in the training data.")
+    leaks: tuple[str, ...] = ()  # test series that were in the training data
     plots: tuple[Plot, ...] = ()
-    limits: tuple[str, ...] = Field((), description="Limits of the numbers; one per line.")
+    limits: tuple[str, ...] = ()  # of the numbers, one per line
     serving_checks: ServingChecks | None = None
-    not_packaged: str = Field("", description="Why there is no package.")
-    n_observed: tuple[int, ...] = Field((), description="Visible observations, of reconstructions.")
+    not_packaged: str = ""  # why there is no package
+    n_observed: tuple[int, ...] = ()  # visible observations, of reconstructions
 
 
 class CardContent(_Content):
@@ -135,7 +133,7 @@ class CardContent(_Content):
     max_length: int
     n_features: int | None = None
     metrics: ClassificationMetrics | None = None
-    lineage: dict[str, str] = Field({}, description="Identifiers of what the model was made from.")
+    lineage: dict[str, str] = Field({})  # identifiers of what the model was made from
 
 
 METRICS = {

@@ -19,8 +19,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
-
 from roma_core.files import sha256_of, write_bytes, write_json
 from roma_core.schema import DataSchema
 from roma_core.serving import pyfunc_model
@@ -179,11 +177,9 @@ def verify_package(folder: Path) -> str:
 class SmokeTest(Frozen):
     """Measurements of a package that its own code alone loaded in a new process."""
 
-    load_s: float = Field(
-        description="Time to verify, load and compute the golden rows, without imports."
-    )
-    latency_ms: float = Field(description="Median time of one series among the golden rows.")
-    golden_difference: float = Field(description="Largest difference of an output; at most 1e-4.")
+    load_s: float  # to verify, load and compute the golden rows, without imports
+    latency_ms: float  # median of one series among the golden rows
+    golden_difference: float  # largest of an output; at most 1e-4
 
 
 class SmokeTestFailed(RuntimeError):

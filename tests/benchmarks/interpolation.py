@@ -28,14 +28,16 @@ from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 
 from roma_core.data.build import build_dataset
 from roma_core.data.store import StoredDataset, Subset
-from roma_core.evaluation.metrics import errors_by_class, noise_error, reconstruction_errors
 from roma_core.evaluation.predictions import ReconstructionTable
 from roma_core.evaluation.reconstruction import (
     channel_ranges,
+    errors_by_class,
     linear_interpolation,
     mask_all_but,
     mask_as_trained,
+    noise_error,
     reconstruct,
+    reconstruction_errors,
     rows_by_series,
     train_mean,
 )

@@ -7,17 +7,20 @@ from sklearn import metrics as sk
 
 from roma_core.evaluation.metrics import (
     ReconstructionMetrics,
-    coverage,
+    compare_predictions,
     equal_mass_bins,
-    errors_by_class,
     evaluate,
     evaluate_regression,
-    noise_error,
-    reconstruction_errors,
     wilson,
 )
 from roma_core.evaluation.plots import errors_by_group
 from roma_core.evaluation.predictions import PredictionTable
+from roma_core.evaluation.reconstruction import (
+    coverage,
+    errors_by_class,
+    noise_error,
+    reconstruction_errors,
+)
 from roma_core.evaluation.report import ReportContent, render_report
 from tests.core.evaluation.tables import reconstruction_table, regression_table
 from tests.time_limits import within
@@ -264,3 +267,14 @@ def test_missing_shares_become_buckets_and_travel_with_the_table(simulated, tmp_
     buckets = evaluate(again, n_bootstrap=100).by_missing
     assert [b.count for b in buckets] == [20] * 4
     assert (buckets[0].least, buckets[-1].most) == (0, 0.9)
+
+
+def test_tables_of_other_series_are_not_compared(simulated):
+    ours = simulated(n=50, k=3)
+    other = PredictionTable(
+        ours.ids, ours.classes, (ours.labels + 1) % 3, ours.probabilities, ours.lengths
+    )
+    with pytest.raises(ValueError, match="other labels"):
+        compare_predictions(ours, other)
+    with pytest.raises(ValueError, match="other series or classes"):
+        compare_predictions(ours, simulated(n=51, k=3))
