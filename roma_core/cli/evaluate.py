@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-if TYPE_CHECKING:
-    from roma_core.job import Attempt, JobFolder
-    from roma_core.run_job import Work
+from roma_core.files import write_json
+from roma_core.job import Attempt, JobFolder
+from roma_core.run_job import Work, run_in_folder
 
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
@@ -54,9 +53,6 @@ def evaluate(
     from roma_core.data.manifest import read_manifest
     from roma_core.evaluation.config import EvaluationJobConfig
     from roma_core.evaluation.leakage import training_datasets
-    from roma_core.files import write_json
-    from roma_core.job import JobFolder
-    from roma_core.run_job import run_in_folder
 
     if job is not None:
         sys.exit(run_in_folder(JobFolder(job.absolute()), _run))

@@ -78,12 +78,8 @@ def _apply(
     from tqdm import tqdm
 
     from roma_core.serving.batch import assumed_units, count_series, score_file
-    from roma_core.serving.registry_client import FetchError
 
-    with (
-        errors_as_messages((FetchError, RuntimeError, ValueError, OSError)),
-        _load(model, tracking_uri, cache) as (package, lineage),
-    ):
+    with errors_as_messages(), _load(model, tracking_uri, cache) as (package, lineage):
         found = "encoder" if package.golden_field == "features" else "classifier"
         if found != kind:
             other = "embed" if found == "encoder" else "predict"

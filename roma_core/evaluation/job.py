@@ -19,7 +19,7 @@ import torch
 from scipy.special import softmax
 
 from roma_core.data.store import Subset, raw_series
-from roma_core.evaluation import plots
+from roma_core.evaluation import plots, report
 from roma_core.evaluation.config import EvaluationJobConfig, Fact, FactSheet, ServingChecks
 from roma_core.evaluation.drift import ReferenceProfile, embedding_profile, reference_profile
 from roma_core.evaluation.leakage import check_leakage, split_digest
@@ -42,13 +42,6 @@ from roma_core.evaluation.reconstruction import (
     reconstruct,
     reconstruct_examples,
     reconstruction_errors,
-)
-from roma_core.evaluation.report import (
-    CardContent,
-    ReportContent,
-    plot_of,
-    render_card,
-    render_report,
 )
 from roma_core.files import read_json, write_bytes, write_json
 from roma_core.job import Attempt, JobFolder
@@ -194,19 +187,19 @@ class _Evaluator:
             figures["reconstructions"] = plots.reconstruction_examples(examples)
         for name, png in figures.items():
             write_bytes(self.out / "plots" / f"{name}.png", png)
-        content = ReportContent(
+        content = report.ReportContent(
             title=f"{title} of {config.name}",
             summary=f"RoMA, the Rotary Masked Autoencoder, {does}, evaluated on {metrics.n_series} "
             f"test series{'' if self.leaks else ' not used in training'}.",
             created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             metrics=metrics,
             leaks=self.leaks,
-            plots=tuple(plot_of(name, png) for name, png in figures.items()),
+            plots=tuple(report.plot_of(name, png) for name, png in figures.items()),
             limits=tuple(limits),
             n_observed=config.n_observed,
             **_shared(config) | fields,
         )
-        write_bytes(self.out / "report.html", render_report(content).encode())
+        write_bytes(self.out / "report.html", report.render_report(content).encode())
 
     def classification(self, model: RoMAForClassification) -> ClassificationMetrics:
         """Evaluate a classifier of series, compare it with the champion and package it."""
@@ -449,24 +442,15 @@ def write_package(
 ) -> str:
     """Build the package of the classifier, or of the encoder, whose features are a mean of tokens.
 
-    Args:
-        card: further fields of the model card.
-
-    Returns:
-        sha256 of its manifest.
+    ``card``: further fields of the model card. Returns the sha256 of the package's manifest.
     """
-    if isinstance(model, RoMAForPreTraining):
-        program, weights = model.cpu().export(), config.autoencoder
-        card |= {
-            "name": f"{config.name}_encoder",
-            "kind": "encoder",
-            "n_features": model.config.encoder_config.d_model,
-        }
-    else:
-        program, weights = model.cpu().export(), config.classifier
-        card |= {"name": config.name, "kind": "classifier"}
+    is_encoder = isinstance(model, RoMAForPreTraining)
+    weights = config.autoencoder if is_encoder else config.classifier
     assert weights is not None
-    content = CardContent(
+    content = report.CardContent(
+        name=f"{config.name}_encoder" if is_encoder else config.name,
+        kind="encoder" if is_encoder else "classifier",
+        n_features=model.config.encoder_config.d_model if is_encoder else None,
         data_schema=test.dataset.schema,
         # no series of its own data set is too long for the package
         max_length=max(MAX_LENGTH, int(test.dataset.lengths.max())),
@@ -477,7 +461,7 @@ def write_package(
     golden = by_length[np.linspace(0, len(test) - 1, min(_N_GOLDEN, len(test))).astype(int)]
     return build_package(
         folder,
-        program,
+        model.cpu().export(),
         Path(weights, "model.safetensors"),
         read_json(Path(weights, "model_config.json")),
         test.dataset.schema,
@@ -486,7 +470,7 @@ def write_package(
         name=content.name,
         kind=content.kind,
         n_features=content.n_features,
-        card=render_card(content),
+        card=report.render_card(content),
         profile=profile.model_dump(mode="json"),
         max_length=content.max_length,
     )

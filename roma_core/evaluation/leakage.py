@@ -22,11 +22,7 @@ def check_leakage(dataset: StoredDataset, trained_on: Sequence[Path]) -> tuple[s
     training data set that no longer exists; empty if none.
 
     Groups and equal content are compared within ``dataset``, object ids with every other version of
-    the data in ``trained_on``.
-
-    Args:
-        dataset: its test split is evaluated.
-        trained_on: the versions of the data that the encoder and the classifier were trained on.
+    the data in ``trained_on``, which the encoder and the classifier were trained on.
     """
     known = [f for f in find_leakage(dataset) if f.check.endswith(" two splits")]
     found = [line for finding in known for line in finding.lines()]
@@ -52,11 +48,7 @@ def check_leakage(dataset: StoredDataset, trained_on: Sequence[Path]) -> tuple[s
 def training_datasets(weights: Path) -> tuple[Path, ...]:
     """The data sets that weights of a run, and those it started from, were trained on.
 
-    Args:
-        weights: ``outputs/model`` in the folder of a run.
-
-    Returns:
-        Empty for weights that are not the output of a run: their data are unknown.
+    Empty for weights that are not ``outputs/model`` in the folder of a run: their data are unknown.
     """
     found: dict[Path, None] = {}
     start: Path | None = weights.absolute()

@@ -15,13 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from roma_core.evaluation.predictions import (
-    Bools,
-    Floats,
-    Ints,
-    PredictionTable,
-    RegressionTable,
-)
+from roma_core.evaluation.predictions import Bools, Floats, Ints, PredictionTable, RegressionTable
 from roma_core.settings import Frozen
 
 N_BINS = 15
@@ -185,18 +179,11 @@ class GroupErrors(Frozen):
 
 
 class ReconstructionMetrics(Metrics):
-    """Metrics of a pretraining model's reconstructions, by name.
+    """Metrics of a pretraining model's reconstructions, by the names that ``report.METRICS`` explains.
 
-    ``mse``, ``rmse``, ``mae``       against the observed values, which have noise
-    ``clean_…``                      against the values without noise, where known
-    ``noise_mse``                    error of the values without noise
-    ``nrmse``, ``clean_nrmse``       root mean square of errors as fractions of the channel's range
-                                     in train
-    ``coverage_95``                  fraction of values within 1.96 predicted deviations
-    ``mean_mse``, ``linear_mse``     two baselines: the mean of train, straight lines; also
-                                     ``mean_clean_mse``, ``linear_clean_mse``
-    ``…_observed_N``                 with only N observations of each series visible
-    ``mse_GROUP``, ``clean_mse_GROUP``    of the series of one class
+    ``mean_…`` and ``linear_…`` are those of two baselines, the mean of train and straight lines;
+    ``…_observed_N`` those with only N observations of each series visible, and ``mse_GROUP`` and
+    ``clean_mse_GROUP`` those of the series of one class.
     """
 
     n_series: int  # with a hidden observation
@@ -289,11 +276,8 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
 def evaluate(table: PredictionTable, n_bootstrap: int = N_BOOTSTRAP) -> ClassificationMetrics:
     """Metrics of a table of predicted classes; equal input gives equal output.
 
-    Args:
-        n_bootstrap: resamples behind the intervals, at least 100.
-
     Raises:
-        ValueError: too few resamples.
+        ValueError: fewer than 100 resamples (``n_bootstrap``) are to be behind the intervals.
     """
     if n_bootstrap < 100:
         raise ValueError(f"n_bootstrap={n_bootstrap}: a 95 % interval needs at least 100 resamples")

@@ -39,6 +39,7 @@ MAX_BYTES = 64 * 1024
 BLUE, ORANGE, GREEN, GREY, INK = "#2f6db3", "#d9652b", "#3f8f5b", "#8a929c", "#22272e"
 _COLOURS = (BLUE, ORANGE, GREEN, INK)
 _DASHED: Any = (0, (4, 3))
+_CURVES = ("loss", "accuracy")  # last parts of metric names
 _SPLIT_COLOURS = {"train": BLUE, "eval": ORANGE}
 _N_TARGETS = len(_COLOURS)  # drawn; more would be too small to read
 _N_POINTS = 3000  # against true values
@@ -268,27 +269,24 @@ def _draw_reconstruction(axes: Axes, example: ReconstructionExample, channel: in
 
 
 @_as_png
-def learning_curve(
-    records: Iterable[Mapping[str, Any]], quantities: Sequence[str] = ("loss", "accuracy")
-) -> Figure:
-    """Metrics against the step: one panel per quantity, one line per ``<split>/<quantity>``.
+def learning_curve(records: Iterable[Mapping[str, Any]]) -> Figure:
+    """Metrics against the step: a panel each for loss and accuracy, a line per ``<split>/<quantity>``.
 
     Args:
         records: lines of ``metrics.jsonl``: ``{"step": 10, "time": …, "metrics": {"train/loss": …}}``.
-        quantities: last parts of metric names; those that never occur get no panel.
 
     Raises:
-        ValueError: none of the quantities occurs.
+        ValueError: they hold neither.
     """
     lines: dict[str, list[tuple[int, float]]] = {}  # name of the metric -> steps and values
     for record in records:
         for name, value in record["metrics"].items():
             lines.setdefault(name, []).append((record["step"], value))
-    panels = {q: [name for name in sorted(lines) if name.split("/")[-1] == q] for q in quantities}
+    panels = {q: [name for name in sorted(lines) if name.split("/")[-1] == q] for q in _CURVES}
     panels = {quantity: names for quantity, names in panels.items() if names}
     if not panels:
         raise ValueError(
-            f"no metric ends with one of {list(quantities)}; the records hold {sorted(lines)}"
+            f"no metric ends with one of {list(_CURVES)}; the records hold {sorted(lines)}"
         )
     figure = Figure((4.4 * len(panels) + 0.4, 3.3))
     row = figure.subplots(1, len(panels), squeeze=False)[0]

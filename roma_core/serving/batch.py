@@ -275,10 +275,8 @@ def embed_medians(
 ) -> FeatureMedians:
     """Embed the series of files in a new process; of many series, 1000 evenly spaced ones.
 
-    The caller, the daemon that watches for drift, must not import torch.
-
-    ``model`` is the verified folder of a registered encoder. Observations that are not finite are
-    left out.
+    The caller, the daemon that watches for drift, must not import torch. ``model`` is the verified
+    folder of a registered encoder. Observations that are not finite are left out.
 
     Raises:
         EmbeddingFailed: no result within ``timeout_s``, or the encoder does not accept the series.

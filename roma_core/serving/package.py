@@ -94,8 +94,6 @@ def build_package(
             the code that will serve them.
         facts: plain JSON on the model's origin: digests, run ids, commit.
         n_features: outputs of an encoder; a classifier has one per class.
-        card: model card, Markdown.
-        profile: of the training data, plain JSON.
         max_batch_tokens: padding included.
 
     Returns:

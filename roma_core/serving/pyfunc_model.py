@@ -285,15 +285,13 @@ class Package:
                     f"{where}: units: {_short(name)} is no axis or channel of this model; "
                     f"it has {', '.join(map(repr, self.units))}"
                 )
-            if unit != self.units[name]:
-                if self.units[name] in ("1", name):
-                    raise InvalidSeries(
-                        f"{where}: units: {name!r} is a plain number to this model (unit "
-                        f"{self.units[name]!r}), got {_short(unit)}; was it trained on such series?"
-                    )
+            if unit != (own := self.units[name]):
+                expected, advice = f"must be in {own!r}", "convert the numbers"
+                if own in ("1", name):
+                    expected = f"is a plain number to this model (unit {own!r})"
+                    advice = "was it trained on such series?"
                 raise InvalidSeries(
-                    f"{where}: units: {name!r} must be in {self.units[name]!r}, got {_short(unit)}; "
-                    f"convert the numbers"
+                    f"{where}: units: {name!r} {expected}, got {_short(unit)}; {advice}"
                 )
         for name, unit in self.units.items() if self.units_required else ():
             if unit not in ("1", name) and name not in given:

@@ -127,8 +127,8 @@ def test_only_hidden_tokens_are_drawn_as_reconstructed():
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match=r"no metric ends with one of.*'train/loss'"):
-        plots.learning_curve(RECORDS, quantities=("recall",))
+    with pytest.raises(ValueError, match=r"no metric ends with one of.*'train/lr'"):
+        plots.learning_curve([{"step": 1, "time": 0.0, "metrics": {"train/lr": 0.1}}])
     with pytest.raises(ValueError, match="no reconstructions"):
         plots.reconstruction_examples([])
     with pytest.raises(ValueError, match="other has channels"):
