@@ -1,5 +1,6 @@
 """The interruption table on Kubernetes: what ends a job, and what becomes of it."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ import pytest
 from roma_pipelines.launching.spec import JobFailed, Phase
 from roma_pipelines.launching.supervisor import FAULT_POINTS, request_cancel, supervise
 from tests.pipelines.launching.kubernetes.fake_cluster import Node
+from tests.time_limits import wait_until
 
 CONFIG = {"base_lr": 0.001}
 FAST = {"poll_every_s": 0.05}
@@ -190,6 +192,26 @@ def test_a_job_that_is_deleted_while_no_supervisor_lives_is_cancelled(
     assert starts() == [1]
 
 
+def test_a_job_that_its_time_to_live_removed_was_not_cancelled(
+    launcher, cluster, api, folder, make_spec
+):
+    """Nobody watched it for a week; what it left in its folder says how it ended."""
+    folder.path.mkdir(parents=True)
+    folder.spec.write_text("{}")
+    plan = launcher.plan(make_spec(), folder)
+    handle = launcher.submit(plan, {})
+    wait_until(lambda: launcher.watch(handle).phase is not Phase.UNKNOWN, 20)
+    api.delete("jobs", "roma", JOB, {"propagationPolicy": "Background"}, {})
+    wait_until(lambda: launcher.watch(handle).ended, 20)
+    folder.result.unlink(missing_ok=True)
+
+    assert launcher.watch(handle).phase is Phase.CANCELLED
+    for file in (plan.files.script, plan.files.heartbeat, plan.files.log):
+        if file.exists():
+            os.utime(file, (0, time.time() - 8 * 86400))
+    assert launcher.watch(handle).phase is Phase.GONE
+
+
 def test_a_finished_job_that_is_deleted_counts_as_finished(
     launcher, cluster, api, folder, make_spec, once
 ):
@@ -219,6 +241,21 @@ def test_a_deleted_pod_continues_the_job_though_it_could_not_save(
 
     assert (outcome.status, starts()) == ("completed", [1, 2])
     assert "was deleted" in outcome.attempts[0].end.reason
+
+
+def test_the_reason_is_known_though_the_watch_of_the_pods_is_behind(
+    launcher, cluster, folder, make_spec, once
+):
+    """The Job's end is seen first; its pods are then listed anew."""
+
+    def stand_still():
+        launcher.client.pods._apply = lambda *change: None
+        (folder.path / "go").touch()
+
+    act = once(stand_still, when=(folder.path / "starts").exists)
+    spec = make_spec("wait_for('go', 60); print('no luck'); sys.exit(3)")
+    with pytest.raises(JobFailed, match="exit code 3: no luck"):
+        supervise(launcher, folder, spec, CONFIG, on_poll=act, **FAST)
 
 
 def test_one_dead_pod_ends_the_gang_and_its_log_is_kept(launcher, cluster, folder, make_spec):
