@@ -8,7 +8,8 @@ The folder alone is enough to find, check and resume the job. Which side writes 
     cancel.json               any        asks the supervisor to cancel the job; removed once done
     events.jsonl              launcher   every event: when, what was observed, what was done
     messages.offset           launcher   how much of messages.jsonl was passed on
-    mlflow_run.json           launcher   the MLflow run of the job, once there is one
+    mlflow_record.json        launcher   what MLflow should hold of the job's run
+    mlflow_run.json           launcher   that run, once there is one, and the record that it received
     attempts/<n>.json         launcher   intent, created exclusively before submitting; then the external id and the end
     attempts/<n>/log          launcher   stdout and stderr of all processes
     attempts/<n>/script       launcher   the batch script or manifests that were submitted
@@ -75,6 +76,7 @@ class JobFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.messages = self.path / "messages.jsonl"
         self.messages_offset = self.path / "messages.offset"
+        self.mlflow_record = self.path / "mlflow_record.json"
         self.mlflow_run = self.path / "mlflow_run.json"
         self.checkpoints = self.path / "checkpoints"
         self.outputs = self.path / "outputs"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
-import functools
+import contextlib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,27 +14,43 @@ import dagster as dg
 from pydantic import BaseModel, Field
 from pydantic_settings import SettingsConfigDict
 
-from roma_core.files import digest_of, write_json
+from roma_core.files import digest_of
 from roma_core.job import JobFolder, Result
 from roma_core.settings import RomaSettings, without_credentials
-from roma_core.trainer.trackers import MLFLOW_RUN_VARIABLE, forward_to_mlflow
+from roma_core.trainer.trackers import MLFLOW_RUN_VARIABLE
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.jobs import usage
 from roma_pipelines.launching.launcher import Rejected
-from roma_pipelines.launching.outcome import attempts_table, events_table, read_records
+from roma_pipelines.launching.outcome import attempts_table, events_table
 from roma_pipelines.launching.pipes import key_for, run_job
 from roma_pipelines.launching.spec import JobFailed, Outcome
 from roma_pipelines.launching.targets import job_spec, launcher_for, roma_command
-from roma_pipelines.registry.runs import code_version, end_run, end_runs_of_job, find_or_create_run
+from roma_pipelines.registry.runs import (
+    SHORT_S,
+    RunRecord,
+    code_version,
+    ended,
+    is_pending,
+    known_run,
+    limit_requests,
+    log_run,
+    read_record,
+    reason_of,
+    send_record,
+    write_record,
+)
 from roma_pipelines.registry.store import (
     MlflowSettings,
     StoreError,
+    answers,
     check_access,
     connect,
     is_server,
     tracking_uri,
 )
 from roma_pipelines.storage import PASSWORD_VARIABLES, Storage
+
+_SERVER_RETRIES, _SERVER_RETRY_S = 10, 60.0  # of a step that needs a server which is away
 
 
 @dataclass(frozen=True)
@@ -45,8 +61,7 @@ class TrackedJob:
     usage: dict[str, Any]
     folder: JobFolder
     result: Result
-    run_id: str
-    client: Any  # mlflow.MlflowClient; importing it for the type would cost every definition load
+    run: _MlflowRun
 
     def output(self, name: str) -> Path:
         """Path of an output of the job."""
@@ -56,18 +71,15 @@ class TrackedJob:
         """Metadata of the materialisation, which downstream assets read."""
         facts = {k: v for k, v in self.result.facts.items() if isinstance(v, int | float | str)}
         shown = self.outcome.metadata() | self.usage | facts
+        known = known_run(self.folder)
+        uri = tracking_uri(self.run.settings, self.run.storage.mlflow)
         return {
             # rounded for display; result.json has all digits
             **{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in shown.items()},
             **_attempts_metadata(self.outcome),
             "log": dg.MetadataValue.path(str(self.folder.attempt(self.result.attempt).log)),
-            "mlflow_run_id": self.run_id,
-            **job_links(self.folder.path.name, "report" in self.result.outputs),
-            **mlflow_link(
-                self.client.get_run(self.run_id).info.experiment_id,
-                self.run_id,
-                self.client.tracking_uri,
-            ),
+            "mlflow_run_id": known.get("run_id", "pending: MLflow did not answer"),
+            **page_links(self.folder.path.name, "report" in self.result.outputs, known, uri),
         }
 
 
@@ -96,9 +108,16 @@ def run_tracked_job(
         "roma.git_sha": code_version(),
         "roma.config_digest": digest_of(document),
     }
-    run = _MlflowRun(context, storage, folder, experiment.name, tags, params)
+    settings = MlflowSettings()
+    record = RunRecord(
+        experiment=f"{settings.experiment_prefix}/{experiment.name}",
+        name=f"{context.asset_key.path[-1]} {context.run_id[:8]}",
+        tags=tags,
+        params={name: str(value) for name, value in params.items()},
+    )
+    run = _MlflowRun(context, storage, folder, record, settings)
     try:
-        check_access(run.settings)  # before anything is queued
+        check_access(settings)  # before anything is queued
     except StoreError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
     resources = experiment.resources
@@ -112,44 +131,35 @@ def run_tracked_job(
             spec,
             document,
             environment=run.environment(resources.target),
-            on_accepted=run.begin,
+            on_accepted=lambda: run.update(lambda _: record),  # importing MLflow takes longer
             max_attempts=resources.max_attempts,
         )
     except JobFailed as error:
-        run.forward_metrics()
-        run.end("KILLED" if error.outcome.status == "cancelled" else "FAILED")
+        run.end()
         facts = _attempts_metadata(error.outcome) | usage(error.outcome, spec, launcher.profile)
         raise dg.Failure(description=str(error), metadata=facts, allow_retries=False) from error
     except Rejected as error:
-        run.end("FAILED")
+        run.update(lambda _: record.model_copy(update={"status": "FAILED"}))
         raise dg.Failure(description=str(error), allow_retries=False) from error
     except BaseException:  # interrupted: a job that still runs keeps its MLflow run open
-        records = read_records(folder)
-        end = records[-1].end if records else None
-        if end is not None and end.status == "cancelled":
-            client = connect(run.settings, storage.mlflow)  # the interrupt may precede run.begin
-            end_runs_of_job(client, key, "KILLED")
+        if folder.mlflow_record.exists():
+            run.end()
         raise
     assert outcome.result is not None, "a completed job has a result"
-    run.forward_metrics()
-    for file in (folder.config, folder.result):
-        run.client.log_artifact(run.run_id, str(file))
-    run.end("FINISHED")
+    run.end()
     used = usage(outcome, spec, launcher.profile)
-    return TrackedJob(outcome, used, folder, outcome.result, run.run_id, run.client)
+    return TrackedJob(outcome, used, folder, outcome.result, run)
 
 
 @dataclass
 class _MlflowRun:
-    """The MLflow run of a job; created after submission, since importing MLflow takes longer."""
+    """The MLflow run of a job, for the process that supervises it; MLflow's errors are warnings."""
 
     context: dg.AssetExecutionContext
     storage: Storage
     folder: JobFolder
-    experiment: str
-    tags: Mapping[str, str]
-    params: Mapping[str, Any]
-    settings: MlflowSettings = field(default_factory=MlflowSettings)
+    record: RunRecord  # at the start of the job
+    settings: MlflowSettings
 
     def environment(self, target: str) -> dict[str, str]:
         """Variables with which the job itself forwards metrics to its MLflow run.
@@ -168,46 +178,61 @@ class _MlflowRun:
         run = str(self.folder.mlflow_run.absolute())
         return {**passwords, "MLFLOW_TRACKING_URI": uri, MLFLOW_RUN_VARIABLE: run}
 
-    def begin(self) -> None:
-        """Create or find the run and record it for the job; a recorded run needs no server now."""
+    def update(self, change: Callable[[RunRecord], RunRecord]) -> None:
+        """Change what MLflow should hold, and send it."""
         try:
-            _ = self._found
-        except Exception as error:
-            if not self.folder.mlflow_run.exists():
-                raise
+            record = change(read_record(self.folder) or self.record)
+            if self.folder.path.exists():
+                write_record(self.folder, record)
+                if not is_pending(self.folder):
+                    return
+            limit_requests(SHORT_S)
+            client = connect(self.settings, self.storage.mlflow)
+            if self.folder.path.exists():
+                send_record(client, self.folder)
+            else:  # the target rejected the job
+                log_run(client, self.folder, record)
+        except Exception as error:  # whatever MLflow raises: a finished training is finished
             self.context.log.warning(
-                f"MLflow: {error}; the job continues; its metrics are kept in {self.folder.metrics}"
+                f"MLflow: {reason_of(error)}; the job continues. What MLflow lacks is kept in "
+                f"{self.folder.path} and sent later: by the reconcile sensor, by the evaluation and "
+                f"registration, or by `roma-pipeline jobs sync`"
             )
 
-    @property
-    def client(self) -> Any:
-        return self._found[0]
+    def end(self) -> None:
+        """Forward the job's metrics and end the run, if the job has ended."""
+        self.update(lambda record: ended(self.folder, record))
 
-    @property
-    def run_id(self) -> str:
-        return self._found[1]
 
-    def forward_metrics(self) -> None:
-        """Forward the metrics that the job itself could not."""
-        forward_to_mlflow(self.folder.metrics, self.client.tracking_uri, self.run_id)
+@contextlib.contextmanager
+def registry(context: dg.AssetExecutionContext, *upstream: dict[str, Any]) -> Iterator[Any]:
+    """A client of the registry, in a step that cannot do without it.
 
-    def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        end_run(self.client, self.run_id, status)
-
-    @functools.cached_property
-    def _found(self) -> tuple[Any, str]:
-        client = connect(self.settings, self.storage.mlflow)
-        run_id = find_or_create_run(
-            client,
-            f"{self.settings.experiment_prefix}/{self.experiment}",
-            self.folder.path.name,
-            f"{self.context.asset_key.path[-1]} {self.context.run_id[:8]}",
-            self.tags,
-            self.params,
+    MLflow first receives what it lacks of the ``upstream`` jobs, and their metadata the id of their
+    runs. While the server is away, the step is tried again every minute, and fails after ten.
+    """
+    storage, settings = Storage.open(), MlflowSettings()
+    try:
+        if not answers(settings):
+            raise ConnectionError("no answer")
+        limit_requests(120)  # long enough for the upload of a package
+        client = connect(settings, storage.mlflow)
+        for job in upstream:
+            folder = JobFolder(str(job["job_folder"]))
+            send_record(client, folder)
+            job["mlflow_run_id"] = known_run(folder).get("run_id", job["mlflow_run_id"])
+        yield client
+    except Exception as error:
+        if answers(settings):
+            raise
+        uri = without_credentials(tracking_uri(settings, storage.mlflow))
+        sentence = (
+            f"the MLflow server {uri} does not answer ({reason_of(error)}), and "
+            f"{context.asset_key.to_user_string()} needs it; start it, and this step continues or can "
+            f"be run again: nothing is lost"
         )
-        if self.folder.path.exists():  # a rejected job has none
-            write_json(self.folder.mlflow_run, {"schema_version": 1, "run_id": run_id})
-        return client, run_id
+        context.log.warning(sentence)
+        raise dg.RetryRequested(_SERVER_RETRIES, _SERVER_RETRY_S) from dg.Failure(sentence)
 
 
 class PageSettings(RomaSettings):
@@ -222,25 +247,19 @@ class PageSettings(RomaSettings):
     )
 
 
-def job_links(key: str, has_report: bool) -> dict[str, dg.MetadataValue[Any]]:
-    """Links to a job's log and report on the overview; a browser opens no file from a page."""
-    overview = PageSettings().overview_url
-    if overview is None:
-        return {}
-    names = ["log", "report"] if has_report else ["log"]
-    return {f"open_{name}": dg.MetadataValue.url(f"{overview}/jobs/{key}/{name}") for name in names}
-
-
-def mlflow_link(
-    experiment_id: str, run_id: str, tracking_uri: str
+def page_links(
+    key: str, has_report: bool, run: Mapping[str, str], tracking_uri: str
 ) -> dict[str, dg.MetadataValue[Any]]:
-    """Link to a run on the MLflow page; none if no page is known."""
+    """Links to a job's log, report and MLflow run on the pages that are known."""
+    pages, links = PageSettings(), {}
+    if pages.overview_url is not None:  # a browser opens no file from a page
+        for name in ("log", "report") if has_report else ("log",):
+            links[f"open_{name}"] = f"{pages.overview_url}/jobs/{key}/{name}"
     server = without_credentials(tracking_uri) if is_server(tracking_uri) else None
-    mlflow = PageSettings().mlflow_url or server
-    if mlflow is None:
-        return {}
-    address = f"{mlflow.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
-    return {"open_mlflow_run": dg.MetadataValue.url(address)}
+    if (mlflow := pages.mlflow_url or server) is not None and "experiment_id" in run:
+        path = f"experiments/{run['experiment_id']}/runs/{run['run_id']}"
+        links["open_mlflow_run"] = f"{mlflow.rstrip('/')}/#/{path}"
+    return {name: dg.MetadataValue.url(link) for name, link in links.items()}
 
 
 def _attempts_metadata(outcome: Outcome) -> dict[str, Any]:

@@ -10,10 +10,9 @@ import dagster as dg
 from roma_core.files import digest_of, fingerprint_of, read_json
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.registry.promotion import CHAMPION
-from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.registry.versions import version_at
 from roma_pipelines.storage import Storage
-from roma_pipelines.tracked_job import picture
+from roma_pipelines.tracked_job import picture, registry
 
 
 def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
@@ -40,16 +39,16 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
         source = Path(section.input).absolute()
         if not source.exists():
             raise dg.Failure(f"predictions.input: {source} does not exist")
-        client = connect(MlflowSettings(), storage.mlflow)
-        champion = version_at(client, experiment.name, CHAMPION)
-        if champion is None:
-            context.log.warning(
-                f"{experiment.name} has no champion; promote a version, then materialise this asset "
-                f"again"
-            )
-            return
-        version = resolve(client, f"models:/{experiment.name}/{champion}")
-        folder = fetch(client, version, storage.cache / "models")
+        with registry(context) as client:
+            champion = version_at(client, experiment.name, CHAMPION)
+            if champion is None:
+                context.log.warning(
+                    f"{experiment.name} has no champion; promote a version, then materialise this "
+                    f"asset again"
+                )
+                return
+            version = resolve(client, f"models:/{experiment.name}/{champion}")
+            folder = fetch(client, version, storage.cache / "models")
         digest = version.manifest_sha256 or ""
         model = {"model_version": version.version, "model_sha256": digest}
         run_id = context.run.root_run_id or context.run_id

@@ -11,16 +11,30 @@ from roma_core.data.manifest import Manifest, read_manifest
 from roma_core.evaluation.config import EvaluationJobConfig, Fact, FactSheet, ServingChecks
 from roma_core.evaluation.metrics import ClassificationMetrics
 from roma_core.files import read_json
+from roma_core.job import JobFolder
 from roma_core.serving.registry_client import FetchError, fetch, package_of, resolve
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.pipes import key_for
-from roma_pipelines.registry.gate import CHECKS, GateDecision, decide, decided_before, tag_decision
+from roma_pipelines.registry.gate import (
+    CHECKS,
+    GATE_TAG,
+    SPLIT_TAG,
+    GateDecision,
+    decide,
+    decided_before,
+)
 from roma_pipelines.registry.promotion import CHAMPION
 from roma_pipelines.registry.runs import code_version
-from roma_pipelines.registry.store import MlflowSettings, connect
+from roma_pipelines.registry.store import MlflowSettings, answers
 from roma_pipelines.registry.versions import version_at
 from roma_pipelines.storage import Storage
-from roma_pipelines.tracked_job import TrackedJob, picture, run_tracked_job, upstream_metadata
+from roma_pipelines.tracked_job import (
+    TrackedJob,
+    picture,
+    registry,
+    run_tracked_job,
+    upstream_metadata,
+)
 
 
 def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
@@ -49,37 +63,50 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
         data, encoder, classifier = upstream_metadata(
             context, experiment, "dataset", "pretrained_encoder", "finetuned_classifier"
         )
-        path = Path(data["path"])
-        settings, storage = MlflowSettings(), Storage.open()
-        client = connect(settings, storage.mlflow)
-        test_split = split_digest(StoredDataset(path, verify=False).split("test"))
-        runs = f"{settings.experiment_prefix}/{experiment.name}"
-        config = EvaluationJobConfig(
-            name=experiment.name,
-            dataset=str(path),
-            dataset_digest=data["digest"],
-            classifier=classifier["weights"],
-            autoencoder=encoder["weights"],
-            curves={"pretraining": encoder["metrics"], "finetuning": classifier["metrics"]},
-            baselines=experiment.baselines,
-            facts=_report_facts(read_manifest(path), encoder, classifier, context.run_id),
-            trained_on=tuple(
-                read_json(Path(job["job_folder"]) / "config.json")["dataset"]
-                for job in (encoder, classifier)
-            ),
-            decided_before=decided_before(client, runs, test_split, key_for(context)),
-            lineage=_lineage(client, encoder, classifier, context.run_id),
-            **_champion(client, experiment.name, storage.cache / "models"),
-        )
+        key, storage = key_for(context), Storage.open()
+        begun = JobFolder(storage.jobs / key).config
+        if begun.exists():  # a retry adopts the job, and so the champion of that time
+            config = EvaluationJobConfig.model_validate(read_json(begun))
+        else:
+            path = Path(data["path"])
+            test_split = split_digest(StoredDataset(path, verify=False).split("test"))
+            runs = f"{MlflowSettings().experiment_prefix}/{experiment.name}"
+            with registry(context, encoder, classifier) as client:
+                config = EvaluationJobConfig(
+                    name=experiment.name,
+                    dataset=str(path),
+                    dataset_digest=data["digest"],
+                    classifier=classifier["weights"],
+                    autoencoder=encoder["weights"],
+                    curves={"pretraining": encoder["metrics"], "finetuning": classifier["metrics"]},
+                    baselines=experiment.baselines,
+                    facts=_report_facts(read_manifest(path), encoder, classifier, context.run_id),
+                    trained_on=tuple(
+                        read_json(Path(job["job_folder"]) / "config.json")["dataset"]
+                        for job in (encoder, classifier)
+                    ),
+                    decided_before=decided_before(client, runs, test_split, key),
+                    lineage=_lineage(client, encoder, classifier, context.run_id),
+                    **_champion(client, experiment.name, storage.cache / "models"),
+                )
         job = run_tracked_job(
             context, experiment, "evaluate", config, params={"dataset_digest": data["digest"][:36]}
         )
         decision = decide(job.folder, experiment.gate)
         evaluated_split = ServingChecks.load(job.output("serving_checks")).test_split
-        tag_decision(job.client, job.run_id, decision, evaluated_split)
-        _publish(job)
-        # a retry adopts the job with its first configuration, and so the champion of that time
-        return _materialised(job, decision, read_json(job.folder.config)["champion_version"])
+        outputs = ("report", "metrics", "serving_checks", "predictions")
+        results = {
+            "results": {f"test/{name}": value for name, value in job.result.metrics.items()},
+            "final_tags": {
+                SPLIT_TAG: evaluated_split,
+                GATE_TAG: "passed" if decision.passed else "failed",
+            },
+            "artifacts": {job.result.outputs[name]: "" for name in outputs}
+            | {"config.json": "", "result.json": "", "outputs/gate.json": ""}
+            | {job.result.outputs["plots"]: "plots"},
+        }
+        job.run.update(lambda record: record.model_copy(update=results))
+        return _materialised(job, decision, config.champion_version)
 
     return evaluation_report
 
@@ -93,6 +120,8 @@ def _champion(client: Any, name: str, cache: Path) -> dict[str, Any]:
         found = resolve(client, f"models:/{name}/{version}")
         folder = package_of(fetch(client, found, cache))
     except FetchError as error:
+        if not answers(MlflowSettings()):
+            raise
         return {"champion_version": version, "champion_problem": str(error)}
     return {"champion_version": version, "champion": str(folder)}
 
@@ -112,18 +141,6 @@ def _lineage(
         "git_sha": trained.get("roma.git_sha", code_version()),
         "lock_hash": lock_hash(),
     }
-
-
-def _publish(job: TrackedJob) -> None:
-    from mlflow.entities import Metric
-
-    time_ms = round(job.folder.result.stat().st_mtime * 1000)
-    metrics = [Metric(f"test/{k}", v, time_ms, 0) for k, v in job.result.metrics.items()]
-    job.client.log_batch(job.run_id, metrics=metrics)
-    for name in ("report", "metrics", "serving_checks", "predictions"):
-        job.client.log_artifact(job.run_id, str(job.output(name)))
-    job.client.log_artifact(job.run_id, str(job.folder.outputs / "gate.json"))
-    job.client.log_artifacts(job.run_id, str(job.output("plots")), "plots")
 
 
 _PLOTS = {

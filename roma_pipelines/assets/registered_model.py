@@ -9,7 +9,6 @@ from roma_pipelines.experiment import Experiment
 from roma_pipelines.registry.gate import GATE_TAG, read_decision
 from roma_pipelines.registry.promotion import CHAMPION, NO_CHAMPION, promote
 from roma_pipelines.registry.runs import link_wandb
-from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.registry.versions import (
     CANDIDATE,
     COMPARED_TAG,
@@ -18,8 +17,7 @@ from roma_pipelines.registry.versions import (
     register,
     version_at,
 )
-from roma_pipelines.storage import Storage
-from roma_pipelines.tracked_job import upstream_metadata
+from roma_pipelines.tracked_job import registry, upstream_metadata
 
 
 def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
@@ -46,7 +44,6 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
         result = folder.read_result()
         if result is None:
             raise dg.Failure(f"the evaluation in {folder.path} has no result; materialise it again")
-        client = connect(MlflowSettings(), Storage.open().mlflow)
         config = read_json(folder.config)
         decision = read_decision(folder.path)
         metrics = {f"test/{name}": value for name, value in result.metrics.items()}
@@ -62,52 +59,55 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
             GATE_TAG: "passed" if decision.passed else "failed",
             COMPARED_TAG: config["champion_version"] or NO_CHAMPION,
         }
-        encoder_version = register(
-            client,
-            folder.path / result.outputs["encoder_package"],
-            encoder_name(experiment.name),
-            result.job_key,
-            encoder["mlflow_run_id"],
-            tags | {"roma.config_digest": digest_of(pretrained)},
-            {},
-        )
-        version = register(
-            client,
-            folder.path / result.outputs["package"],
-            experiment.name,
-            result.job_key,
-            classifier["mlflow_run_id"],
-            tags | {ENCODER_TAG: encoder_version},
-            metrics,
-        )
-        waits = experiment.gate.mode == "needs_approval" and decision.passed
-        if decision.passed and not waits:
-            promote(
+        with registry(context, evaluation, classifier, encoder) as client:
+            encoder_version = register(
                 client,
+                folder.path / result.outputs["encoder_package"],
+                encoder_name(experiment.name),
+                result.job_key,
+                encoder["mlflow_run_id"],
+                tags | {"roma.config_digest": digest_of(pretrained)},
+                {},
+            )
+            version = register(
+                client,
+                folder.path / result.outputs["package"],
+                experiment.name,
+                result.job_key,
+                classifier["mlflow_run_id"],
+                tags | {ENCODER_TAG: encoder_version},
+                metrics,
+            )
+            waits = experiment.gate.mode == "needs_approval" and decision.passed
+            if decision.passed and not waits:
+                promote(
+                    client,
+                    experiment.name,
+                    version,
+                    reason=decision.reasons(),
+                    actor="automatic gate",
+                    evidence={"evaluation_job": result.job_key, "dagster_run_id": context.run_id},
+                )
+            aliases = [
+                alias
+                for alias in (CHAMPION, CANDIDATE)
+                if version_at(client, experiment.name, alias) == version
+            ]
+            context.log.info(
+                f"registered {experiment.name} version {version} as {', '.join(aliases)}"
+            )
+            command = f"roma-pipeline promote {experiment.name} {version} --reason …"
+            if waits and CHAMPION not in aliases:
+                context.log.info(f"the gate passed; waiting for approval: {command}")
+            linked = link_wandb(
+                client,
+                WandbConfig(),
+                trained["trainer"],
                 experiment.name,
                 version,
-                reason=decision.reasons(),
-                actor="automatic gate",
-                evidence={"evaluation_job": result.job_key, "dagster_run_id": context.run_id},
+                tags,
+                folder.path,
             )
-        aliases = [
-            alias
-            for alias in (CHAMPION, CANDIDATE)
-            if version_at(client, experiment.name, alias) == version
-        ]
-        context.log.info(f"registered {experiment.name} version {version} as {', '.join(aliases)}")
-        command = f"roma-pipeline promote {experiment.name} {version} --reason …"
-        if waits and CHAMPION not in aliases:
-            context.log.info(f"the gate passed; waiting for approval: {command}")
-        linked = link_wandb(
-            client,
-            WandbConfig(),
-            trained["trainer"],
-            experiment.name,
-            version,
-            tags,
-            folder.path,
-        )
         return dg.MaterializeResult(
             metadata={
                 "weights_and_biases": linked,

@@ -32,7 +32,7 @@ from roma_pipelines.launching.launcher import Launcher, Unreachable
 from roma_pipelines.launching.spec import AttemptRecord
 from roma_pipelines.launching.targets import launcher_of_attempt
 from roma_pipelines.registry.promotion import CHAMPION
-from roma_pipelines.registry.runs import end_runs_of_job
+from roma_pipelines.registry.runs import send_pending
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.registry.versions import version_at
 from roma_pipelines.storage import Storage
@@ -177,17 +177,15 @@ def scheduled_run(
     minimum_interval_seconds=30,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description="Fails runs whose worker died, so that their retry adopts the job, cancels jobs "
-    "whose run ended, and delivers pending alerts.",
+    "whose run ended, and delivers pending alerts and what MLflow has not received.",
 )
 def reconcile_jobs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
     storage = Storage.open()
-
-    def end_mlflow_run(job: Job) -> None:
-        end_runs_of_job(connect(MlflowSettings(), storage.mlflow), job.key, "KILLED")
-
-    done = reconcile(
-        storage.jobs, shared_instance(context), launcher_of_attempt(storage), end_mlflow_run
-    )
+    done = reconcile(storage.jobs, shared_instance(context), launcher_of_attempt(storage))
+    sent, failed = send_pending(storage)
+    if sent:
+        done.append(f"sent MLflow what it lacked of {len(sent)} jobs")
+    done += failed
     if n := deliver_pending(storage):
         done.append(f"delivered {n} pending alerts")
     for line in done:
@@ -236,7 +234,6 @@ def reconcile(
     jobs_root: Path,
     instance: dg.DagsterInstance,
     launcher_of_attempt: Callable[[AttemptRecord], Launcher],
-    on_cancelled: Callable[[Job], None] = lambda job: None,
 ) -> list[str]:
     """Fail runs and cancel jobs as :func:`action_for` says; returns one line per action."""
     done = []
@@ -256,6 +253,5 @@ def reconcile(
             except (Unreachable, RuntimeError, ValueError) as error:  # the next tick tries again
                 done.append(f"job {job.key}: {reason}; cancelling failed: {error}")
                 continue
-            on_cancelled(job)
         done.append(f"job {job.key}: {reason}: {action}")
     return done

@@ -25,6 +25,9 @@ _COMMANDS = {
 }
 
 
+TARGETS = click.Choice(["local", "slurm", "kubernetes"])
+
+
 @click.group(
     cls=LazyGroup, commands_at=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
 )

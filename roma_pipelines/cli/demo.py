@@ -125,15 +125,15 @@ def _end_jobs(instance: dg.DagsterInstance, storage: Storage, killed: list[dg.Da
     """Cancel jobs of killed runs that this run cannot adopt."""
     from roma_pipelines.launching.jobs import all_jobs, cancel
     from roma_pipelines.launching.targets import launcher_of_attempt
-    from roma_pipelines.registry.runs import end_runs_of_job
-    from roma_pipelines.registry.store import MlflowSettings, connect
+    from roma_pipelines.registry.runs import send_pending
 
     runs = {run.run_id for run in killed}
     for job in all_jobs(storage.jobs):
         if job.is_unfinished and job.lease.get("dagster_run_id") in runs:
             click.echo(f"cancelling job {job.key} of an interrupted run")
             cancel(job, "roma-pipeline demo: started again", launcher_of_attempt(storage))
-            end_runs_of_job(connect(MlflowSettings(), storage.mlflow), job.key, "KILLED")
+    for line in send_pending(storage)[1]:
+        click.echo(line, err=True)
     _report_killed(instance, killed)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from roma_core.cli import errors_as_messages
+from roma_pipelines.cli import TARGETS
 
 if TYPE_CHECKING:
     from roma_core.job import JobFolder
@@ -27,12 +28,7 @@ _messages = errors_as_messages((RuntimeError, ValueError))  # a closed pipe is c
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
-@click.option(
-    "--target",
-    type=click.Choice(["local", "slurm", "kubernetes"]),
-    default="local",
-    show_default=True,
-)
+@click.option("--target", type=TARGETS, default="local", show_default=True)
 @click.option(
     "--profile",
     help="Profile of the cluster (default: ROMA_SLURM_PROFILE or ROMA_KUBERNETES_PROFILE).",
@@ -42,11 +38,7 @@ _messages = errors_as_messages((RuntimeError, ValueError))  # a closed pipe is c
 @click.option("--threads", type=int, default=1, show_default=True, help="CPU threads per process.")
 @click.option("--gpus", type=int, default=0, show_default=True, help="Per node.")
 @click.option("--memory-gb", type=float, help="Per node (default: that of the profile).")
-@click.option(
-    "--time-limit-min",
-    type=int,
-    help="Time limit of one attempt; the job resumes in a new one.",
-)
+@click.option("--time-limit-min", type=int, help="Of one attempt; the job resumes in a new one.")
 @click.option(
     "--max-attempts",
     type=int,
@@ -213,7 +205,7 @@ class _Log:
 
 @click.group()
 def jobs() -> None:
-    """List, show, follow and cancel training jobs.
+    """List, show, follow, cancel and sync training jobs.
 
     KEY is a job's key or a unique prefix of it.
     """
@@ -256,6 +248,7 @@ def show(key: str) -> None:
     from roma_pipelines.launching.launcher import size_of
     from roma_pipelines.launching.outcome import duration, local_time, read_events
     from roma_pipelines.launching.spec import id_of
+    from roma_pipelines.registry.runs import is_pending, known_run, read_record
     from roma_pipelines.storage import Storage
 
     job = find_job(Storage.open().jobs, key)
@@ -270,6 +263,10 @@ def show(key: str) -> None:
         if job.is_unfinished and (state := job.lease.get("state")):
             seen_s = time.time() - float(job.lease["beat"])
             click.echo(f"state       {state}; seen {duration(seen_s)} ago")
+    if (mlflow := read_record(job.folder)) is not None:
+        run_id = known_run(job.folder).get("run_id", "no run yet")
+        pending = ", pending: `roma-pipeline jobs sync` sends it" * is_pending(job.folder)
+        click.echo(f"mlflow      {run_id}: {mlflow.status}{pending}")
     for record in job.records:
         known = id_of(record.external)
         end = f"{record.end.status}: {record.end.reason}" if record.end else "not ended"
@@ -328,3 +325,16 @@ def cancel(key: str, wait_s: float) -> None:
         return
     by = f"roma-pipeline jobs cancel, by {getpass.getuser()}"
     click.echo(f"job {job.key}: {cancel(job, by, launcher_of_attempt(storage), wait_s)}")
+
+
+@jobs.command()
+@_messages
+def sync() -> None:
+    """Send MLflow what it has not received of jobs, because it was away."""
+    from roma_pipelines.registry.runs import send_pending
+    from roma_pipelines.storage import Storage
+
+    sent, failed = send_pending(Storage.open(), timeout_s=120)
+    click.echo(f"MLflow received what it lacked of {len(sent)} jobs")
+    if failed:
+        raise ValueError("\n".join(failed))

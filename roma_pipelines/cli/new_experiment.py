@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from roma_pipelines.cli import TARGETS
+
 
 @click.command("new-experiment")
 @click.argument("name")
@@ -31,13 +33,7 @@ import click
     help="A second table, one row per object, with label, group and split.",
 )
 @click.option("--drop-rate", type=float, help="Fraction of each series' observations to drop.")
-@click.option(
-    "--target",
-    type=click.Choice(["local", "slurm", "kubernetes"]),
-    default="local",
-    show_default=True,
-    help="Where the trainings run.",
-)
+@click.option("--target", type=TARGETS, default="local", show_default=True, help="Of trainings.")
 @click.option("--print", "only_print", is_flag=True, help="Print the file instead of writing it.")
 @click.option("--force", is_flag=True, help="Replace an existing experiment of this name.")
 def new_experiment(name: str, sources: tuple[str, ...], **options: Any) -> None:

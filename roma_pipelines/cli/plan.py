@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from roma_pipelines.cli import TARGETS
+
 if TYPE_CHECKING:
     from roma_core.job import JobFolder
     from roma_pipelines.experiment import Experiment
@@ -29,11 +31,7 @@ _PLACEHOLDERS = {
 
 @click.command()
 @click.argument("experiment")
-@click.option(
-    "--target",
-    type=click.Choice(["local", "slurm", "kubernetes"]),
-    help="Overrides the target of the experiment.",
-)
+@click.option("--target", type=TARGETS, help="Overrides the target of the experiment.")
 @click.option("--profile", help="Overrides the cluster profile of the experiment.")
 @click.option(
     "--asset",

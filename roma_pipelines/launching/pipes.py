@@ -215,7 +215,7 @@ def run_job(
 
     Args:
         observe_every_s: progress is observed at most this often; the first and the last always.
-        on_accepted: called once, when the target has accepted the job; its error cancels the job.
+        on_accepted: called once, when the target has accepted the job.
         options: of ``Supervisor``: poll_every_s, heartbeat_timeout_s, max_attempts.
 
     Raises:
@@ -223,22 +223,14 @@ def run_job(
     """
     holder = {"dagster_run_id": context.run_id, "asset_key": context.asset_key.to_user_string()}
     reader = JobMessageReader(context, folder, observe_every_s)
-    accepted, error_of_on_accepted = False, None
+    accepted = False
 
     def on_poll(state: JobState) -> None:
-        nonlocal accepted, error_of_on_accepted
+        nonlocal accepted
         if not accepted:
             accepted = True
-            try:
-                on_accepted()
-            except Exception as error:
-                error_of_on_accepted = error
-                raise
+            on_accepted()
         reader.show(state)
-
-    def leave(error: BaseException) -> Leave:
-        cancels = error is error_of_on_accepted
-        return "cancel" if cancels else on_interrupt(context.instance, context.run)
 
     with dg.open_pipes_session(context, dg.PipesEnvContextInjector(), reader) as session:
         return supervise(
@@ -250,6 +242,6 @@ def run_job(
             holder=holder,
             on_poll=on_poll,
             on_note=context.log.info,
-            on_interrupt=leave,
+            on_interrupt=lambda error: on_interrupt(context.instance, context.run),
             **options,
         )

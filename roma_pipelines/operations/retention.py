@@ -26,7 +26,7 @@ from roma_core.job import JobFolder
 from roma_pipelines import experiment as experiments
 from roma_pipelines.launching.jobs import Job, all_jobs, read_job
 from roma_pipelines.launching.supervisor import LEASE_EXPIRES_S
-from roma_pipelines.registry.runs import JOB_KEY_TAG
+from roma_pipelines.registry.runs import JOB_KEY_TAG, is_pending
 from roma_pipelines.registry.store import is_server
 from roma_pipelines.storage import Storage
 from roma_pipelines.tracked_job import newest_materialization
@@ -127,6 +127,8 @@ def _size(path: Path) -> int:
 def _ended_before(job: Job, before: float) -> bool:
     end = job.records[-1].end if job.records else None
     if end is None or end.status == "continue" or end.ended_at > before:
+        return False
+    if is_pending(job.folder):  # MLflow has not received its metrics and artifacts
         return False
     return not (job.supervised and time.time() - float(job.lease["beat"]) < LEASE_EXPIRES_S)
 

@@ -342,9 +342,3 @@ def decided_before(client: MlflowClient, experiment: str, split: str, job_key: s
         [found.experiment_id], f"tags.`{SPLIT_TAG}` = '{split}'", max_results=50_000
     )
     return sum(run.data.tags.get(JOB_KEY_TAG) != job_key for run in runs)
-
-
-def tag_decision(client: MlflowClient, run_id: str, decision: GateDecision, split: str) -> None:
-    """Record the test split and the decision on the run of an evaluation."""
-    client.set_tag(run_id, SPLIT_TAG, split)
-    client.set_tag(run_id, GATE_TAG, "passed" if decision.passed else "failed")

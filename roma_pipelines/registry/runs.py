@@ -1,22 +1,45 @@
 """MLflow runs of jobs: one per job, found by the tag ``roma.job_key``, ended explicitly.
 
 MLflow's own hooks mark crashed and preempted runs as finished and cannot find a run again.
+
+What MLflow should hold of a job is first written to the job folder (``mlflow_record.json``), then sent.
+A server that is away therefore fails no job: the record is pending until a later call sends it.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import logging
+import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from roma_core.settings import without_credentials
-from roma_core.trainer.trackers import WandbConfig, import_tracker, wandb_settings
-from roma_pipelines.registry.store import artifacts_root, write_lock
+from filelock import FileLock
+from pydantic import Field
+
+from roma_core.files import digest_of, read_json, write_json
+from roma_core.job import JobFolder
+from roma_core.settings import Frozen, without_credentials
+from roma_core.trainer.trackers import (
+    WandbConfig,
+    forward_to_mlflow,
+    import_tracker,
+    wandb_settings,
+)
+from roma_pipelines.launching.outcome import read_records
+from roma_pipelines.registry.store import (
+    MlflowSettings,
+    answers,
+    artifacts_root,
+    connect,
+    write_lock,
+)
+from roma_pipelines.storage import Storage
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,7 +50,10 @@ WANDB_TAG = "roma.weights_and_biases"
 """Tag of a version that was linked at W&B; its value is what ``link_wandb`` returned."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
-FinalStatus = Literal["FINISHED", "FAILED", "KILLED"]
+_ENDS: Mapping[str, Literal["FINISHED", "FAILED", "KILLED"]]
+_ENDS = {"completed": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
+SHORT_S = 10
+"""Seconds that a job waits for an answer of MLflow, each time that it has something to send."""
 _PARAMS_PER_BATCH = 100  # MLflow's limit
 _log = logging.getLogger(__name__)
 
@@ -69,6 +95,7 @@ def find_or_create_run(
     name: str,
     tags: Mapping[str, str],
     params: Mapping[str, Any],
+    start_time: int | None = None,
 ) -> str:
     """Id of the job's run, set to RUNNING: the one with its key, or else a new one.
 
@@ -91,7 +118,7 @@ def find_or_create_run(
             runs[0]
             if runs
             else client.create_run(
-                experiment_id, run_name=name, tags={**tags, JOB_KEY_TAG: job_key}
+                experiment_id, start_time, {**tags, JOB_KEY_TAG: job_key}, run_name=name
             )
         )
         run_id = run.info.run_id
@@ -107,18 +134,143 @@ def find_or_create_run(
     return run_id
 
 
-def end_run(client: MlflowClient, run_id: str, status: FinalStatus) -> None:
-    """Set the final status of a run."""
-    client.set_terminated(run_id, status)
+class RunRecord(Frozen):
+    """What MLflow should hold of the run of a job, beside ``metrics.jsonl``."""
+
+    schema_version: Literal[1] = 1
+    experiment: str
+    name: str
+    tags: dict[str, str]  # of a new run
+    params: dict[str, str]
+    status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"] = "RUNNING"
+    ended_at: float | None = None  # seconds since the epoch
+    results: dict[str, float] = Field({})  # metrics of the whole job
+    final_tags: dict[str, str] = Field({})
+    artifacts: dict[str, str] = Field({})  # file or folder of the job folder -> folder of the run
 
 
-def end_runs_of_job(client: MlflowClient, job_key: str, status: FinalStatus) -> None:
-    """Set the final status of a job's runs that are still RUNNING."""
-    checked_name("job key", job_key)
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    running = f"tags.`{JOB_KEY_TAG}` = '{job_key}' and attributes.status = 'RUNNING'"
-    for run in client.search_runs(experiments, running):
-        end_run(client, run.info.run_id, status)
+def read_record(folder: JobFolder) -> RunRecord | None:
+    if not folder.mlflow_record.exists():
+        return None
+    return RunRecord.model_validate(read_json(folder.mlflow_record, schema_version=1))
+
+
+def write_record(folder: JobFolder, record: RunRecord) -> None:
+    write_json(folder.mlflow_record, record.model_dump(mode="json"))
+
+
+def known_run(folder: JobFolder) -> dict[str, str]:
+    """``run_id`` and ``experiment_id`` of a job's run; empty until MLflow has it."""
+    return read_json(folder.mlflow_run, schema_version=1) if folder.mlflow_run.exists() else {}
+
+
+def is_pending(folder: JobFolder) -> bool:
+    """Whether MLflow has not received the record of this job as it is now."""
+    record = read_record(folder)
+    return record is not None and known_run(folder).get("sent") != _digest(record)
+
+
+def _digest(record: RunRecord) -> str:
+    return digest_of(record.model_dump(mode="json"))
+
+
+def ended(folder: JobFolder, record: RunRecord) -> RunRecord:
+    """The record with the end of its job; the same if that runs, may resume, or was recorded before."""
+    attempts = read_records(folder) if record.status == "RUNNING" else []
+    end = attempts[-1].end if attempts else None
+    if end is None or end.status not in _ENDS:
+        return record
+    files = (folder.config, folder.result) if end.status == "completed" else ()
+    known = {"status": _ENDS[end.status], "ended_at": end.ended_at}
+    return record.model_copy(update={**known, "artifacts": {file.name: "" for file in files}})
+
+
+def send_record(client: MlflowClient, folder: JobFolder) -> None:
+    """Send MLflow the record of a job unless it has it; one process at a time.
+
+    Raises:
+        TimeoutError: another process sends it at the moment.
+        Exception: whatever MLflow raises; the record stays pending.
+    """
+    with FileLock(folder.path / ".mlflow.lock", timeout=SHORT_S):
+        record = read_record(folder)
+        if record is not None and is_pending(folder):
+            run = log_run(client, folder, record)
+            write_json(folder.mlflow_run, run | {"sent": _digest(record)})
+
+
+def log_run(client: MlflowClient, folder: JobFolder, record: RunRecord) -> dict[str, Any]:
+    """Make the job's run hold what the record says, however often it is repeated; its ids.
+
+    A job that was rejected has no folder.
+    """
+    from mlflow.entities import Metric, RunTag
+
+    start_ms = round(folder.spec.stat().st_mtime * 1000) if folder.spec.exists() else None
+    key, about = folder.path.name, (record.name, record.tags, record.params)
+    run_id = find_or_create_run(client, record.experiment, key, *about, start_ms)
+    experiment_id = client.get_run(run_id).info.experiment_id
+    run = {"schema_version": 1, "run_id": run_id, "experiment_id": experiment_id}
+    if folder.path.exists():
+        write_json(folder.mlflow_run, run)  # the job itself sends its metrics from now on
+    if record.status == "RUNNING":
+        return run
+    forward_to_mlflow(folder.metrics, client.tracking_uri, run_id)
+    end_ms = round((record.ended_at or time.time()) * 1000)
+    metrics = [Metric(name, value, end_ms, 0) for name, value in record.results.items()]
+    tags = [RunTag(name, value) for name, value in record.final_tags.items()]
+    client.log_batch(run_id, metrics=metrics, tags=tags)
+    for name, place in record.artifacts.items():
+        path = folder.path / name
+        log = client.log_artifacts if path.is_dir() else client.log_artifact
+        log(run_id, str(path), place or None)
+    client.set_terminated(run_id, record.status, end_ms)
+    return run
+
+
+def send_pending(storage: Storage, timeout_s: int = SHORT_S) -> tuple[list[str], list[str]]:
+    """Send MLflow every pending record; keys of the sent jobs, and one line per job that failed.
+
+    The runs of jobs that ended without a supervisor are ended, too. The rest waits if the server is away.
+    """
+    limit_requests(timeout_s)
+    sent, failed = [], []
+    for folder in map(JobFolder, sorted(storage.jobs.iterdir())):
+        key = folder.path.name
+        try:
+            if (record := read_record(folder)) and (end := ended(folder, record)) != record:
+                write_record(folder, end)
+            if is_pending(folder):
+                send_record(connect(MlflowSettings(), storage.mlflow), folder)
+                sent.append(key)
+        except Exception as error:  # whatever MLflow raises; the next call tries again
+            failed.append(f"job {key}: MLflow has not received its run: {reason_of(error)}")
+            if not answers(MlflowSettings()):
+                break
+    return sent, failed
+
+
+def reason_of(error: BaseException) -> str:
+    """One line: that of the socket's or file's error, which MLflow and requests wrap several times."""
+    told, inner = error, error.__cause__ or error.__context__
+    while inner is not None:
+        if isinstance(inner, OSError) or type(inner).__module__.startswith("urllib3"):
+            told = inner
+        inner = inner.__cause__ or inner.__context__
+    return (str(told) or type(told).__name__).partition("\n")[0][:300]
+
+
+_GIVEN_TIMEOUT_S = os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT")
+
+
+def limit_requests(timeout_s: int) -> None:
+    """From now on, MLflow's HTTP client fails after one request of so many seconds.
+
+    By default it repeats one for minutes, and may do twice what is to be done once, such as creating a
+    run. ``MLFLOW_HTTP_REQUEST_TIMEOUT``, if the process was started with it, is kept.
+    """
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = _GIVEN_TIMEOUT_S or str(timeout_s)
 
 
 def ensure_experiment(client: MlflowClient, name: str) -> Experiment:

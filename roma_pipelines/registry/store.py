@@ -333,6 +333,15 @@ def check_access(settings: MlflowSettings) -> None:
             _accepted.add((uri, _authorization()))
 
 
+def answers(settings: MlflowSettings) -> bool:
+    """Whether the configured servers answer now; a store without a server always does."""
+    uris = {settings.tracking_uri, settings.registry_uri}
+    try:
+        return all(_accepts_credentials(uri.rstrip("/")) for uri in uris if uri and is_server(uri))
+    except StoreError:  # an answer
+        return True
+
+
 _accepted: set[tuple[str, str]] = set()  # (server, authorization header)
 
 

@@ -13,7 +13,7 @@ import dagster as dg
 import pytest
 
 from roma_pipelines.registry.promotion import promote
-from roma_pipelines.registry.runs import end_run, find_or_create_run
+from roma_pipelines.registry.runs import find_or_create_run
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.registry.versions import EVIDENCE_TAGS, register
 from roma_pipelines.storage import Storage, prepare_instance
@@ -79,7 +79,7 @@ def register_toy(root: Path, package: Path) -> None:
     toy.build_toy(package)
     client = connect(MlflowSettings.from_values({}), root)
     run_id = find_or_create_run(client, "roma/toy", "0" * 20, "finetuned_classifier", {}, {})
-    end_run(client, run_id, "FINISHED")
+    client.set_terminated(run_id, "FINISHED")
     tags = dict.fromkeys(EVIDENCE_TAGS, "0")
     version = register(client, package, "toy", "0" * 20, run_id, tags, {"test/accuracy": 0.9})
     promote(

@@ -1,16 +1,16 @@
 """The MLflow run of a job is made beside it: what an MLflow that is away means for the job."""
 
-import logging
 from types import SimpleNamespace
 
 import dagster as dg
 import pytest
 
-from roma_core.files import write_json
 from roma_core.job import JobFolder
 from roma_pipelines import tracked_job
+from roma_pipelines.registry.runs import RunRecord, is_pending, read_record
+from roma_pipelines.registry.store import MlflowSettings
 from roma_pipelines.storage import Storage
-from roma_pipelines.tracked_job import _MlflowRun, job_links, mlflow_link
+from roma_pipelines.tracked_job import _MlflowRun, page_links
 
 
 @pytest.fixture
@@ -26,36 +26,44 @@ def folder(storage):
 
 
 @pytest.fixture
-def shown(storage, folder):
-    key = dg.AssetKey(["waves", "pretrained_encoder"])
-    context = SimpleNamespace(asset_key=key, run_id="0" * 36, log=logging.getLogger("asset"))
-    return _MlflowRun(context, storage, folder, "waves", {}, {})
+def warnings():
+    return []
 
 
 @pytest.fixture
-def away(monkeypatch):
+def run(storage, folder, warnings):
+    key = dg.AssetKey(["waves", "pretrained_encoder"])
+    log = SimpleNamespace(warning=warnings.append)
+    context = SimpleNamespace(asset_key=key, run_id="0" * 36, log=log)
+    record = RunRecord(experiment="roma/waves", name="a run", tags={}, params={})
+    return _MlflowRun(context, storage, folder, record, MlflowSettings())
+
+
+def test_what_cannot_be_sent_is_recorded_and_said(run, folder, warnings, monkeypatch):
     def connect(settings, root):
-        raise ConnectionError("nobody answers")
+        raise ConnectionError("no server answers")
 
     monkeypatch.setattr(tracked_job, "connect", connect)
+    run.update(lambda record: record)
+
+    assert read_record(folder) == run.record
+    assert is_pending(folder)
+    (warning,) = warnings
+    assert warning.startswith("MLflow: no server answers; the job continues.")
+    assert "`roma-pipeline jobs sync`" in warning
 
 
-def test_without_mlflow_no_training_begins(shown, away):
-    with pytest.raises(ConnectionError, match="nobody answers"):
-        shown.begin()
+def test_a_record_that_cannot_be_written_ends_no_job(run, warnings, monkeypatch):
+    def write_record(folder, record):
+        raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr(tracked_job, "write_record", write_record)
+    run.update(lambda record: record)
+    run.end()
 
-def test_a_training_that_is_taken_up_again_does_not_need_it_yet(shown, away, folder, caplog):
-    write_json(folder.mlflow_run, {"schema_version": 1, "run_id": "a"})
-
-    shown.begin()
-
-    assert (
-        f"nobody answers; the job continues; its metrics are kept in {folder.metrics}"
-        in caplog.text
-    )
-    with pytest.raises(ConnectionError):  # at the outcome it does
-        shown.end("FINISHED")
+    assert [warning.partition(";")[0] for warning in warnings] == [
+        "MLflow: [Errno 28] No space left on device"
+    ] * 2
 
 
 @pytest.mark.parametrize(
@@ -66,10 +74,10 @@ def test_a_training_that_is_taken_up_again_does_not_need_it_yet(shown, away, fol
         ("https://mlflow.example.org", "slurm", True),
     ],
 )
-def test_who_is_told_of_the_run(shown, folder, monkeypatch, uri, target, told):
-    shown.settings = shown.settings.model_copy(update={"tracking_uri": uri})
+def test_who_is_told_of_the_run(run, folder, uri, target, told):
+    run.settings = run.settings.model_copy(update={"tracking_uri": uri})
 
-    variables = shown.environment(target)
+    variables = run.environment(target)
 
     assert bool(variables) == told
     if told:
@@ -77,20 +85,23 @@ def test_who_is_told_of_the_run(shown, folder, monkeypatch, uri, target, told):
         assert variables["MLFLOW_TRACKING_URI"].startswith(uri or "sqlite:////")
 
 
+RUN = {"experiment_id": "1", "run_id": "r"}
+EMBEDDED = "sqlite:////x/mlflow.db"
+
+
+def links(has_report=True, run=RUN, uri=EMBEDDED):
+    return {name: link.value for name, link in page_links("k", has_report, run, uri).items()}
+
+
 def test_an_asset_links_to_the_pages_that_exist(monkeypatch):
-    assert job_links("k", has_report=True) == {}
-    assert mlflow_link("1", "r", "sqlite:////x/mlflow.db") == {}
-    server = mlflow_link("1", "r", "http://me:secret@mlflow.example:5000/")["open_mlflow_run"].value
-    assert server == "http://mlflow.example:5000/#/experiments/1/runs/r"
+    assert links() == {}
+    assert links(uri="http://me:secret@mlflow.example:5000/") == {
+        "open_mlflow_run": "http://mlflow.example:5000/#/experiments/1/runs/r"
+    }
 
     monkeypatch.setenv("ROMA_PAGE_OVERVIEW_URL", "http://127.0.0.1:8000")
     monkeypatch.setenv("ROMA_PAGE_MLFLOW_URL", "http://127.0.0.1:5000")
 
-    assert (
-        job_links("k", has_report=True)["open_report"].value
-        == "http://127.0.0.1:8000/jobs/k/report"
-    )
-    assert set(job_links("k", has_report=False)) == {"open_log"}
-    assert "127.0.0.1:5000/#/experiments/1/runs/r" in str(
-        mlflow_link("1", "r", "sqlite:////x/mlflow.db")["open_mlflow_run"].value
-    )
+    assert links()["open_report"] == "http://127.0.0.1:8000/jobs/k/report"
+    assert "127.0.0.1:5000/#/experiments/1/runs/r" in links()["open_mlflow_run"]
+    assert set(links(has_report=False, run={})) == {"open_log"}  # MLflow has not received it

@@ -20,10 +20,12 @@ import dagster as dg
 
 from roma_pipelines import tracked_job
 from roma_pipelines.assets import registered_model as registered_classifier
+from roma_pipelines.registry import runs
 from tests.pipelines import tiny
 
 MLFLOW = {
-    tracked_job: ("find_or_create_run", "end_run"),
+    runs: ("find_or_create_run", "log_run"),
+    tracked_job: ("ended",),
     registered_classifier: ("register", "promote"),
 }
 

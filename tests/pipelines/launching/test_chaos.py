@@ -18,7 +18,7 @@ from tests.pipelines import tiny
 
 pytestmark = pytest.mark.chaos
 ROOT = Path(__file__).parents[3]
-MLFLOW = ("find_or_create_run", "end_run", "register", "promote")
+MLFLOW = ("find_or_create_run", "ended", "log_run", "register", "promote")
 POINTS = (*FAULT_POINTS, *(f"{when} {name}" for name in MLFLOW for when in ("before", "after")))
 
 
@@ -38,8 +38,8 @@ def materialise(folder, *words):
 # in the order in which one experiment can come to them: a job that is adopted is not submitted
 IN_TURN = (
     *("before intent", "after intent", "before submit", "after submit"),
-    *("before find_or_create_run", "after find_or_create_run", "before end", "after end"),
-    *("before end_run", "after end_run"),
+    *("before log_run", "before find_or_create_run", "after find_or_create_run", "after log_run"),
+    *("before end", "after end", "before ended", "after ended"),
     "after record",  # of the next job
     *("before register", "after register", "before promote", "after promote"),
 )

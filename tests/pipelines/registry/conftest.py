@@ -42,9 +42,9 @@ def registered_as(client, package, name, job_key, **tags):
 
 
 @contextlib.contextmanager
-def served(command, folder, ready, **environment):
-    """A server process on a free port of 127.0.0.1; yields its address and ends it afterwards."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+def served(command, folder, ready, port=0, **environment):
+    """A server process on a port of 127.0.0.1; yields its address and ends it afterwards."""
+    with socket.create_server(("127.0.0.1", port)) as listener:
         port = listener.getsockname()[1]
     log = (folder / "server.log").open("wb")
     # mlflow starts uvicorn by its name
@@ -80,16 +80,22 @@ def served(command, folder, ready, **environment):
         log.close()
 
 
-@pytest.fixture(scope="session")
-def mlflow_server(store_template, tmp_path_factory):
-    """Address of a real tracking server and registry with proxied artifacts."""
-    folder = tmp_path_factory.mktemp("server")
-    (folder / "mlflow.db").write_bytes(store_template.read_bytes())
+def tracking_server(folder, port=0):
+    """A real tracking server and registry with proxied artifacts, on the database in the folder."""
     command = [
         *("server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--workers", "1"),
         *("--artifacts-destination", (folder / "artifacts").as_uri()),
     ]
-    with served(command, folder, "/health", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false") as address:
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    return served(command, folder, "/health", port, **quiet)
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(store_template, tmp_path_factory):
+    """Address of a real tracking server and registry."""
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "mlflow.db").write_bytes(store_template.read_bytes())
+    with tracking_server(folder) as address:
         yield address
 
 

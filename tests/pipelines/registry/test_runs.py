@@ -8,7 +8,6 @@ import pytest
 
 from roma_core.trainer.trackers import WandbConfig
 from roma_pipelines.registry.runs import (
-    end_run,
     ensure_experiment,
     find_or_create_run,
     link_wandb,
@@ -18,7 +17,7 @@ from roma_pipelines.registry.runs import (
 def test_a_job_has_one_run_however_often_it_is_asked_for(client, caplog):
     params = {f"p{i}": i for i in range(150)}
     first = find_or_create_run(client, "roma/vowels", "k1", "finetune", {"a": "b"}, params)
-    end_run(client, first, "FAILED")
+    client.set_terminated(first, "FAILED")
     assert client.get_run(first).info.status == "FAILED"
 
     changed = {"p0": "other", "new": 1}
