@@ -135,8 +135,8 @@ def cancel(
 
     Raises:
         RuntimeError: it has not ended after ``wait_s``.
-        Unreachable: it is not supervised, and its target does not answer for ``wait_s``. The request
-            stays in the folder, for the next call and for any supervisor.
+        Unreachable: it is not supervised, and its target does not answer for ``wait_s``. The
+            request stays in the folder, for the next call and for any supervisor.
     """
     if not job.is_unfinished:
         return job.status

@@ -101,13 +101,10 @@ class Launcher(Protocol):
 def program(
     spec: JobSpec, python: str, node_rank: str, master_addr: str, master_port: str, scratch: str
 ) -> list[str]:
-    """The command line of one node.
+    """The command line of one node; ``scratch`` is for torchrun's own files.
 
     Rendezvous is static, which keeps global rank 0 on the first node, and torchrun restarts
     nothing itself: only the supervisor makes attempts.
-
-    Args:
-        scratch: folder for torchrun's own files.
 
     Raises:
         ValueError: ``runner="plain"`` with more than one process.
@@ -169,13 +166,10 @@ def size_of(spec: JobSpec) -> str:
     def count(n: int, what: str, plural: str = "s") -> str:
         return f"{n} {what}{plural if n != 1 else ''}"
 
-    parts = [
-        count(spec.nodes, "node"),
-        f"{count(spec.processes_per_node, 'process', 'es')} on each",
-        f"{count(spec.threads_per_process, 'CPU thread')} for each process",
-        f"{count(spec.gpus_per_node, 'GPU')} per node" if spec.gpus_per_node else "no GPU",
-    ]
-    return ", ".join(parts)
+    processes = count(spec.processes_per_node, "process", "es")
+    threads = count(spec.threads_per_process, "CPU thread")
+    gpus = f"{count(spec.gpus_per_node, 'GPU')} per node" if spec.gpus_per_node else "no GPU"
+    return f"{count(spec.nodes, 'node')}, {processes} on each, {threads} for each process, {gpus}"
 
 
 # -- preflight -------------------------------------------------------------------------------
@@ -249,9 +243,7 @@ class ClusterProfile(Frozen):
     schema_version: Literal[1] = 1
     description: str = Field("", description="Which cluster this is.")
     environment: dict[Variable, str] = Field({}, description="Variables of the job; no secrets.")
-    memory_gb: float | None = Field(
-        None, gt=0, description="Per node, for jobs that name none; null: the cluster's default."
-    )
+    memory_gb: float | None = Field(None, gt=0, description="Per node, for jobs that name none.")
     price_per_gpu_hour: float | None = Field(None, ge=0, description="For the cost on the asset.")
     currency: str = Field("EUR", description="Currency of the price.")
 

@@ -46,7 +46,7 @@ _ROWS: dict[Phase, tuple[Verdict, ...]] = {
     # report is a crash: memory, hardware, or a bug
     Phase.ENDED_BAD:     (_FAIL, _FAIL, _NEXT,         _FAIL, _IF_ADVANCED),
     # with a proof, the next attempt confirms it within a step; processes that an interruption
-    # leaves alive may report a failure of any kind, often before the target reports the interruption
+    # leaves alive may report any failure, often before the target reports the interruption
     Phase.INTERRUPTED:   (_NEXT, _NEXT, _NEXT,         _IF_ADVANCED, _NEXT),
     # the exit code was lost with the parent process; no report: power cut, reboot, kill
     Phase.GONE:          (_DONE, _FAIL, _NEXT,         _FAIL, _NEXT),
@@ -122,15 +122,12 @@ def read_exit_report(
         return ExitReport.NOTHING, f"result.json cannot be read: {error}"
     why = ""
     if result is not None:
-        if result.job_key != spec.key:
-            why = f"it names job {result.job_key}, expected {spec.key}"
-        elif result.world_size != spec.world_size:
-            why = (
-                f"{result.world_size} processes made it, expected {spec.world_size}; "
-                f"they did not find one another"
-            )
-        else:
+        if (result.job_key, result.world_size) == (spec.key, spec.world_size):
             return ExitReport.PROOF, ""
+        why = f"it names job {result.job_key}, expected {spec.key}"
+        if result.job_key == spec.key:
+            made = f"{result.world_size} processes made it, expected {spec.world_size}"
+            why = f"{made}; they did not find one another"
         why = f"result.json is not this job's: {why}"
     try:
         end = folder.attempt(attempt).read_exit() if attempt is not None else None
@@ -155,24 +152,16 @@ def newest_checkpoint(folder: JobFolder) -> int | None:
 
 _LOG_LINES = 50
 _LOG_BYTES = 64 * 1024
-_TORCHRUN_REPORT = re.compile(r"^E\d{4} .*torch/distributed/elastic/.*failed \(exitcode")
-_RULE = re.compile(r"^={20,}\s*$")
+_TORCHRUN_REPORT = re.compile(  # forty lines, the last of them a second rule
+    r"^E\d{4} [^\n]*torch/distributed/elastic/[^\n]*failed \(exitcode(.*?^={20,}\s*?$){2}\n?",
+    re.MULTILINE | re.DOTALL,
+)
 
 
 def log_tail(path: Path) -> str:
     """The last lines of a log, without torchrun's report about itself; empty without a log."""
-    lines = tail_of(path, _LOG_BYTES).splitlines()
-    kept: list[str] = []
-    i = 0
-    while i < len(lines):
-        if _TORCHRUN_REPORT.match(lines[i]):
-            rules = [k for k in range(i, len(lines)) if _RULE.match(lines[k])]
-            if len(rules) > 1:  # forty lines, which end between two rules
-                i = rules[1] + 1
-                continue
-        kept.append(lines[i])
-        i += 1
-    return "\n".join(kept[-_LOG_LINES:])
+    text = _TORCHRUN_REPORT.sub("", tail_of(path, _LOG_BYTES))
+    return "\n".join(text.splitlines()[-_LOG_LINES:])
 
 
 def tail_of(path: Path, n_bytes: int) -> str:

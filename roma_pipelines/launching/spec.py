@@ -27,8 +27,7 @@ class JobSpec(Frozen):
     schema_version: Literal[1] = 1
     key: str = Field(pattern=r"^[0-9a-f]{12,64}$", description="From job_key().")
     command: tuple[str, ...] = Field(
-        min_length=1,
-        description="What every process runs, after `python`: a script or `-m module`, arguments.",
+        min_length=1, description="After `python`: a script or `-m module`, and arguments."
     )
     config_digest: str = Field(description="files.digest_of() of the resolved configuration.")
     runner: Literal["torchrun", "plain"] = Field(
@@ -40,11 +39,9 @@ class JobSpec(Frozen):
     gpus_per_node: int = Field(0, ge=0, description="GPUs on each computer; 0 hides those there.")
     memory_gb: float | None = Field(None, gt=0, description="Memory per node, GB; None: no limit.")
     time_limit_min: int | None = Field(
-        None, gt=0, description="Time of one attempt, minutes; None: the target's own limit."
+        None, gt=0, description="Of one attempt; None: the target's."
     )
-    env_names: tuple[str, ...] = Field(
-        (), description="Names of environment variables passed to the job, secrets included."
-    )
+    env_names: tuple[str, ...] = Field((), description="Variables passed to it, secrets included.")
 
     def attempt_name(self, attempt: int) -> str:
         """Name of an attempt at a scheduler, whatever process submits it."""
@@ -176,13 +173,10 @@ class JobFailed(RuntimeError):
 
     def __init__(self, outcome: Outcome) -> None:
         self.outcome = outcome
-        lines = [
-            f"job {outcome.key} {outcome.status} in attempt {len(outcome.attempts)}: {outcome.reason}",
-            f"its folder: {outcome.folder}",
-        ]
-        if outcome.log_tail:
-            lines += ["end of its log:", outcome.log_tail]
-        super().__init__("\n".join(lines))
+        text = f"job {outcome.key} {outcome.status} in attempt {len(outcome.attempts)}"
+        text += f": {outcome.reason}\nits folder: {outcome.folder}"
+        end = f"\nend of its log:\n{outcome.log_tail}" if outcome.log_tail else ""
+        super().__init__(text + end)
 
 
 def job_key(asset_key: str, root: str) -> str:

@@ -85,9 +85,7 @@ class Lease:
 
     def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
         self._ended.set()
-        if error is None or issubclass(
-            error, Exception
-        ):  # else this process ends, and with it the lease
+        if error is None or issubclass(error, Exception):  # else this process ends
             with contextlib.suppress(OSError):  # a full disk, say
                 self._write()
 
@@ -419,17 +417,10 @@ class Supervisor:
 
     def _outcome(self, status: Literal["completed", "failed", "cancelled"], reason: str) -> Outcome:
         records = tuple(self.records())
-        completed = status == "completed"
-        failed = records and not completed
-        return Outcome(
-            status=status,
-            key=self.spec.key,
-            folder=str(self.folder.path),
-            attempts=records,
-            result=self.folder.read_result() if completed else None,
-            reason=reason,
-            log_tail=log_tail(self.folder.attempt(records[-1].attempt).log) if failed else "",
-        )
+        result = self.folder.read_result() if status == "completed" else None
+        ends_badly = records and status != "completed"
+        tail = log_tail(self.folder.attempt(records[-1].attempt).log) if ends_badly else ""
+        return Outcome(status, self.spec.key, str(self.folder.path), records, result, reason, tail)
 
     def _leave(self, error: BaseException) -> None:
         """An exception ended the watch: leave the job running, or cancel it."""

@@ -22,13 +22,10 @@ _ENV_NAMES = (  # environment variables that jobs get where they are set
 
 
 def launcher_for(target: str, profile: str | None, storage: Storage) -> Launcher:
-    """The launcher of a target.
+    """The launcher of a target; ValueError if there is no such target or profile.
 
     Args:
         profile: of the cluster; None takes ROMA_SLURM_PROFILE or ROMA_KUBERNETES_PROFILE.
-
-    Raises:
-        ValueError: there is no such target or profile.
     """
     if target == "local":
         return LocalLauncher()

@@ -1,4 +1,4 @@
-"""Jobs sent to another cluster would be lost, sent again and not cancelled: such options are refused."""
+"""Options that send jobs to another cluster, where they would be lost, are refused."""
 
 import pytest
 

@@ -71,7 +71,7 @@ def test_a_passing_state_is_asked_again(submit, words, attempt):
         FAILED + "Requested node configuration is not available",
         FAILED + "Invalid generic resource (gres) specification",
         FAILED + "Requested time limit is invalid (missing or exceeds some limit)",
-        "sbatch: error: invalid partition specified: nowhere\n" + FAILED + "Invalid partition name specified",
+        "sbatch: error: invalid partition: x\n" + FAILED + "Invalid partition name specified",
     ],
 )  # fmt: skip
 def test_what_would_be_refused_again_ends_the_job(submit, words, attempt):

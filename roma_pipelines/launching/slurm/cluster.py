@@ -18,7 +18,6 @@ from filelock import FileLock, Timeout
 from roma_pipelines.launching.launcher import Unreachable, inherited
 from roma_pipelines.launching.spec import JobState, Phase
 
-_SSH_PERSIST = "10m"
 _ANSWER = "roma: answer"
 _NOT_PASSED_ON = ("CUDA_VISIBLE_DEVICES", "TMPDIR", "XDG_")  # a node has its own, or none
 
@@ -55,11 +54,7 @@ class Shell:
     """Runs SLURM's commands, on this computer or through ssh on one connection that is kept."""
 
     def __init__(self, ssh: str | None = None, timeout_s: float = 60.0) -> None:
-        """
-        Args:
-            ssh: host, as ssh names it; None: this computer.
-            timeout_s: how long a command may take; SLURM's own give up after some ten seconds.
-        """
+        """``ssh``: host, as ssh names it; SLURM's own commands give up after some ten seconds."""
         self.ssh, self.timeout_s = ssh, timeout_s
 
     def run(self, *argv: str, environment: Mapping[str, str] | None = None) -> Answer:
@@ -84,7 +79,7 @@ class Shell:
             sockets = Path(os.environ.get("XDG_RUNTIME_DIR", Path.home() / ".ssh"))
             command = [
                 *("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15"),
-                *("-o", "ControlMaster=auto", "-o", f"ControlPersist={_SSH_PERSIST}"),
+                *("-o", "ControlMaster=auto", "-o", "ControlPersist=10m"),
                 *("-o", f"ControlPath={sockets}/roma-%C", self.ssh, "bash", "-s"),
             ]
             answer = f"echo {_ANSWER}; echo {_ANSWER} >&2; exec {shlex.join(argv)}"
@@ -116,8 +111,6 @@ class Shell:
 
 # -- one poll for all jobs of all supervising processes ----------------------------------------
 
-_SLOWDOWN = 1.5
-
 Jobs = dict[str, dict[str, str]]  # job id -> its fields
 Positions = dict[str, tuple[int, int]]  # id of a waiting job -> its position, queue length
 
@@ -132,9 +125,6 @@ class PollResult:
     error: str = ""  # why there is no answer; jobs is then the last one received
     positions: Positions = field(default_factory=dict)
     positions_at: float = 0.0
-
-
-_NEVER = PollResult(0.0, 0.0, {}, "not asked yet")
 
 
 class SharedPoll:
@@ -182,7 +172,7 @@ class SharedPoll:
             jobs, positions, error = before.jobs, None, str(away)
         interval_s = self.fastest_s
         if not error and jobs == before.jobs:
-            interval_s = min(max(before.interval_s, self.fastest_s) * _SLOWDOWN, self.slowest_s)
+            interval_s = min(max(before.interval_s, self.fastest_s) * 1.5, self.slowest_s)
         positions_at = asked_at
         if positions is None:
             positions, positions_at = before.positions, before.positions_at
@@ -200,14 +190,14 @@ class SharedPoll:
             document["positions"] = {k: tuple(v) for k, v in document["positions"].items()}
             return PollResult(**document)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return _NEVER  # lost or of another version: ask again
+            return PollResult(0.0, 0.0, {}, "not asked yet")  # lost or of another version
 
 
 # -- squeue's answer -------------------------------------------------------------------------
 
 _COLUMNS = ("state", "starts", "nodes", "reason", "partition", "user", "priority")
 MARK = "roma|"
-"""Begins our lines in an answer: others are a site's, whose wrappers of the commands print notices."""
+"""Begins our lines in an answer; others are notices of a site's wrappers."""
 SQUEUE = ("squeue", "-h", "-t", "all", "-o", f"{MARK}%i|%T|%S|%N|%r|%P|%u|%Q|%Z|%j")
 """The query; with ``--me`` for one's own jobs. Folder and name come last: they may hold a bar."""
 
@@ -230,8 +220,7 @@ def marked(output: str, n: int) -> list[list[str]]:
 
 def parse_squeue(output: str) -> Jobs:
     """The jobs of an answer to SQUEUE; raises Unreachable if it is cut short."""
-    found = {}
-    n = len(_COLUMNS)
+    found, n = {}, len(_COLUMNS)
     for job, *fields in marked(output, n + 3):
         columns = dict(zip(_COLUMNS, fields, strict=False))
         found[job] = {**columns, "folder": "|".join(fields[n:-1]), "name": fields[-1]}
@@ -253,20 +242,16 @@ def queue_positions(rows: Jobs, wanted: Iterable[str]) -> Positions:
     Jobs queue by priority; those that are held, or wait for a time or another job, do not count.
     """
     pending = [
-        (job, frozenset(row["partition"].split(",")))
+        (job, set(row["partition"].split(",")))
         for job, row in sorted(rows.items(), key=lambda item: -int(item[1]["priority"]))
         if row["state"] == "PENDING" and row["reason"] not in _NOT_IN_QUEUE
     ]
-    queues: dict[str, dict[str, int]] = {}  # by the partitions named: position of each job
     positions = {}
     for job in wanted:
-        named = rows[job]["partition"]
-        if named not in queues:
-            ours = frozenset(named.split(","))
-            queue = [other for other, theirs in pending if theirs & ours]
-            queues[named] = {other: i for i, other in enumerate(queue, start=1)}
-        if job in queues[named]:
-            positions[job] = (queues[named][job], len(queues[named]))
+        ours = set(rows[job]["partition"].split(","))
+        queue = [other for other, theirs in pending if theirs & ours]
+        if job in queue:
+            positions[job] = (queue.index(job) + 1, len(queue))
     return positions
 
 

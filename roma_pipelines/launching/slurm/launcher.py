@@ -109,27 +109,25 @@ class SlurmLauncher:
         and reservations; the checks with ``sinfo`` before it report what to change, which it does not.
         """
         profile, python = self.profile, self.profile.python or self.python
+        in_profile = f"in the profile {profile.name}"
         missing = [] if profile.ssh else [name for name in _COMMANDS if shutil.which(name) is None]
         if missing:
             return [
                 f"no {', '.join(missing)} on this computer; run on a login node of the cluster, or "
-                f"name one as `ssh` in the profile {profile.name}"
+                f"name one as `ssh` {in_profile}"
             ]
         found = _check_folder(plan.folder.path.parent, self.shell)
         inside = profile.container or profile.setup or profile.modules  # only the node knows these
         if not inside and "/" in python and self.shell.run("test", "-x", python).code:
-            found.append(
-                f"there is no interpreter {python}; set `python` in the profile {profile.name}"
-            )
+            found.append(f"there is no interpreter {python}; set `python` {in_profile}")
         answer = self.shell.run("sinfo", "-h", "-o", f"{MARK}%P|%a|%l|%D|%c|%m|%G")
         if _UNCONFIGURED.lower() in answer.text.lower():
-            whose = profile.ssh or "this computer"
-            remedy = f"name a login node as `ssh` in the profile {profile.name}"
+            whose, remedy = (
+                profile.ssh or "this computer",
+                f"name a login node as `ssh` {in_profile}",
+            )
             if not profile.ssh:
-                remedy = (
-                    f"run on a login node, name one as `ssh` in the profile {profile.name}, or set "
-                    f"SLURM_CONF to the cluster's slurm.conf"
-                )
+                remedy += ", run on one, or set SLURM_CONF to the cluster's slurm.conf"
             return [*found, f"the SLURM commands of {whose} know of no cluster; {remedy}"]
         if answer.code:
             raise Unreachable(f"sinfo: {answer.text}")
@@ -140,17 +138,14 @@ class SlurmLauncher:
         known = {kind.partition.rstrip("*") for kind in nodes}
         default = [kind.partition[:-1] for kind in nodes if kind.partition.endswith("*")]
         wanted = profile.partition.split(",") if profile.partition else default
-        if unknown := [name for name in wanted if name not in known]:
+        if unknown := ", ".join(name for name in wanted if name not in known):
             there = f"there are {', '.join(sorted(known))}"
-            what = f"there is no partition {', '.join(unknown)} at {profile.name}"
-            return [*found, f"{what}; {there}"]
+            return [*found, f"there is no partition {unknown} at {profile.name}; {there}"]
         kinds = [kind for kind in nodes if kind.partition.rstrip("*") in wanted]
         found += _check_size(plan.spec, profile, kinds)
         if found:
             return found  # sbatch would only say the same again, in fewer words
-        prefix = "#SBATCH "
-        lines = [line for line in plan.text.splitlines() if line.startswith(prefix)]
-        options = shlex.split(" ".join(line.removeprefix(prefix) for line in lines))
+        options = shlex.split(" ".join(re.findall(r"^#SBATCH (.+)$", plan.text, re.MULTILINE)))
         answer = self.shell.run("sbatch", "--test-only", *options, "--wrap=true")
         if answer.code and answer.passes:
             raise Unreachable(f"sbatch --test-only: {answer.text}")
@@ -177,13 +172,9 @@ class SlurmLauncher:
         jobs = self._jobs_named(plan)
         if not jobs:  # the accounting goes further back
             columns = ("-S", "now-7days", "-o", "jobid,state,workdir", f"--name={plan.name}")
-            rows = (line.split("|", 2) for line in self._sacct(*columns) if line.count("|") > 1)
-            path = str(plan.folder.path)
-            jobs = [
-                (job, state.partition(" ")[0])
-                for job, state, at in rows
-                if job.isdigit() and at == path
-            ]
+            rows = [line.split("|", 2) for line in self._sacct(*columns)]
+            here = [row for row in rows if row[0].isdigit() and row[2:] == [str(plan.folder.path)]]
+            jobs = [(row[0], row[1].partition(" ")[0]) for row in here]
         if not jobs:
             return None
         alive = [job for job, state in jobs if not _ended(state)]
@@ -246,14 +237,17 @@ class SlurmLauncher:
         return self._handle(plan, document["external"]["SLURM_JOB_ID"])
 
     def _query(self, before: PollResult) -> tuple[Jobs, Positions | None]:
-        """Our jobs; now and then, while one of them waits, all users' jobs: one query in any case."""
+        """Our jobs by one query; now and then, while one of them waits, one for all users' jobs."""
         waits = any(PHASES.get(row["state"]) is Phase.WAITING for row in before.jobs.values())
         if not waits or time.time() - before.positions_at < self.profile.slowest_poll_s:
-            return own_jobs(parse_squeue(self._checked(*SQUEUE, "--me").output)), None
+            return own_jobs(self._squeue("--me")), None
         me = next(iter(before.jobs.values()))["user"]
-        rows = parse_squeue(self._checked(*SQUEUE).output)
+        rows = self._squeue()
         ours = own_jobs({job: row for job, row in rows.items() if row["user"] == me})
         return ours, queue_positions(rows, ours)
+
+    def _squeue(self, *options: str) -> Jobs:
+        return parse_squeue(self._checked(*SQUEUE, *options).output)
 
     def _checked(self, *argv: str) -> Answer:
         """The answer of a client command that fails only if SLURM does not answer."""
@@ -264,8 +258,7 @@ class SlurmLauncher:
 
     def _jobs_named(self, plan: Plan) -> list[tuple[str, str]]:
         """(id, state) of all jobs of this attempt that slurmctld knows."""
-        rows = parse_squeue(self._checked(*SQUEUE, "--me", f"--name={plan.name}").output)
-        path = str(plan.folder.path)
+        rows, path = self._squeue("--me", f"--name={plan.name}"), str(plan.folder.path)
         return [(job, row["state"]) for job, row in rows.items() if row["folder"] == path]
 
     def _sacct(self, *options: str) -> list[str]:

@@ -1,9 +1,9 @@
 """The profile of one SLURM cluster, and the batch script of an attempt on it.
 
-A profile, ``deploy/slurm/profiles/<name>.yaml``, holds what is the cluster's; what is the job's is in
-its JobSpec, and what is the user's (account, partition) may be set by ``ROMA_SLURM_…``. Everything
-that reaches a shell or the scheduler from here is a name without shell characters, is quoted, or is
-a line of ``setup``, which is shell.
+A profile, ``deploy/slurm/profiles/<name>.yaml``, holds what is the cluster's; what is the job's is
+in its JobSpec, and what is the user's (account, partition) may be set by ``ROMA_SLURM_…``. All that
+reaches a shell or the scheduler from here is a name without shell characters, is quoted, or is a
+line of ``setup``, which is shell.
 
 The batch shell runs on the first node: it loads modules, finds the rendezvous address, and starts
 one task on every node, which claims the attempt and becomes torchrun. The batch shell alone
@@ -80,56 +80,38 @@ class SlurmProfile(ClusterProfile):
     constraint: Names | None = Field(None, description="Features nodes must have.")
     gpu_type: Name | None = Field(None, description="null: GPUs of any type.")
     gpu_option: Literal["gpus-per-node", "gres"] = Field(
-        "gpus-per-node",
-        description="Option of sbatch that asks for GPUs; some sites know only gres.",
+        "gpus-per-node", description="Option of sbatch that asks for GPUs."
     )
     exclusive: bool = Field(False, description="Take whole nodes.")
-    cpus_per_process: int | None = Field(
-        None, gt=0, description="CPUs to ask for per process; null: as many as it has threads."
-    )
+    cpus_per_process: int | None = Field(None, gt=0, description="null: as many as it has threads.")
     time_limit_min: int = Field(60, gt=1, description="Of one attempt, for jobs that name none.")
-    stop_before_end_s: int = Field(
-        120,
-        gt=0,
-        description="So long before the limit the training saves; the next attempt resumes it.",
-    )
+    stop_before_end_s: int = Field(120, gt=0, description="So long before the limit it saves.")
     modules: tuple[Name, ...] = Field((), description="Names for `module load`, in order.")
-    setup: tuple[str, ...] = Field(
-        (), description="Lines of bash to run before the job, on the first node."
-    )
+    setup: tuple[str, ...] = Field((), description="Bash to run before it, on the first node.")
     python: str | None = Field(
         None,
         pattern=r"^[^\n]+$",
-        description="Interpreter of the job on the nodes (in the container, if there is one); null: "
-        "the one that launches.",
+        description="Interpreter on the nodes, or in the container; null: the one that launches.",
     )
-    container: tuple[str, ...] = Field(
-        (), description="Command in front of the training, e.g. apptainer exec --nv image.sif."
-    )
+    container: tuple[str, ...] = Field((), description="Command before it: apptainer exec IMAGE.")
     sbatch_options: tuple[Option, ...] = Field((), description="Further options of sbatch.")
     srun_options: tuple[Option, ...] = Field((), description="Further options of srun.")
     poll_s: float = Field(5.0, gt=0, description="Seconds between polls while states change.")
-    slowest_poll_s: float = Field(
-        60.0, gt=0, description="Seconds between polls while they do not."
-    )
+    slowest_poll_s: float = Field(60.0, gt=0, description="Seconds while they do not, at most.")
 
     @model_validator(mode="after")
     def _options_do_not_contradict_the_plan(self) -> Self:
         for option in self.sbatch_options:
-            name, _, value = option.removeprefix("--").partition("=")
+            (name, _, value), why = option.removeprefix("--").partition("="), ""
             planned = any(own.startswith(name) for own in _PLANNED_OPTIONS)  # it may be abbreviated
             if planned or (name == "gres" and re.search(r"\bgpu\b", value)):
-                raise ValueError(
-                    f"sbatch_options must not set {option.removeprefix('--')}; the job's "
-                    f"specification does (GPUs: gpus_per_node, with gpu_option of the profile)"
-                )
-            if "clusters".startswith(name):  # jobs there would be neither found nor cancelled
-                raise ValueError(
-                    f"sbatch_options must not set {name}: jobs are looked for in the cluster that "
-                    f"squeue shows; write a profile of that one, with `ssh` of its login node"
-                )
-            if name in ("parsable", "test-only", "wait", "wrap"):
-                raise ValueError(f"sbatch_options must not set {name}: jobs are submitted without")
+                why = "the job does (GPUs: gpus_per_node, with gpu_option of the profile)"
+            elif "clusters".startswith(name):  # jobs there would be neither found nor cancelled
+                why = "jobs are watched on one cluster; write a profile of that one, with its `ssh`"
+            elif name in ("parsable", "test-only", "wait", "wrap"):
+                why = "it changes what sbatch answers"
+            if why:
+                raise ValueError(f"sbatch_options must not set {option.removeprefix('--')}: {why}")
         return self
 
 
@@ -257,13 +239,7 @@ def cpus_per_node(spec: JobSpec, profile: SlurmProfile) -> int:
     return max(spec.threads_per_process, profile.cpus_per_process or 1) * spec.processes_per_node
 
 
-# values that only the job knows, in double quotes for its shell; the rank is each task's own
-_FILLED_IN = {
-    "--node-rank=RANK": "",
-    "--master-addr=ADDRESS": '--master-addr="$address"',
-    "--master-port=PORT": '--master-port="$port"',
-    "--log-dir=SCRATCH": '--log-dir="$attempt/torchrun"',
-}
+_SHELL_VALUES = ("$address", "$port", "$attempt/torchrun")  # only the job's shell knows them
 _TASK = (
     f'exec "$0" -m roma_core.claim "${FOLDER_VARIABLE}" "${ATTEMPT_VARIABLE}" -- '
     '"$0" -m torch.distributed.run --node-rank="$SLURM_PROCID" "$@"'
@@ -277,12 +253,10 @@ def _step(
     argv = program(spec, python, "RANK", "ADDRESS", "PORT", "SCRATCH")
     if spec.runner == "torchrun":
         n = len(spec.command)
-        options = [_FILLED_IN.get(word, shlex.quote(word)) for word in argv[3:-n]]
-        lines = [
-            shlex.join(["bash", "-c", _TASK, python]),
-            " ".join(word for word in options if word),
-            shlex.join(argv[-n:]),
-        ]
+        options = shlex.join(argv[3:-n]).replace("--node-rank=RANK ", "")  # each task's own
+        for name, value in zip(("ADDRESS", "PORT", "SCRATCH"), _SHELL_VALUES, strict=True):
+            options = options.replace(f"={name}", f'="{value}"')
+        lines = [shlex.join(["bash", "-c", _TASK, python]), options, shlex.join(argv[-n:])]
     else:
         lines = [shlex.join(claimed(folder, attempt, python, [])), shlex.join(argv)]
     further = [shlex.join(words) for words in (profile.srun_options, profile.container) if words]

@@ -123,7 +123,7 @@ raise SystemExit(run_in_folder(JobFolder(os.environ["ROMA_JOB_FOLDER"]), work))
 def test_a_node_is_lost_and_a_survivor_reports_a_failure_before_slurm_does(
     slurm, cluster, folder, make_spec, once, tmp_path
 ):
-    """slurmctld notices after SlurmdTimeout; rank 0 of the other node has written "failed" by then."""
+    """slurmctld notices after SlurmdTimeout; rank 0 has written "failed" by then."""
     spec = make_spec(runner="torchrun", nodes=2)
     (tmp_path / "job.py").write_text(RANKS)
     lose = once(lambda: cluster.tell("lose", "n2"))
