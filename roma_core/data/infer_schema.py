@@ -173,13 +173,18 @@ def _table(paths: Sequence[Path], roles: ColumnRoles, objects: Path | None) -> I
     given = [roles.object, roles.time, *roles.axes, *roles.channels]
     if missing := [name for name in given if name is not None and name not in kinds]:
         raise DataError(f"{path} has no column {missing[0]!r}; it has {list(kinds)}")
-    row_numbers = [name for name in kinds if _ROW_NUMBERS.match(name) and name not in given]
-    columns = [name for name in kinds if name not in row_numbers]
+    odd = {
+        name: "row numbers"
+        for name in kinds
+        if _ROW_NUMBERS.match(name) and kinds[name] != "date" and name not in given
+    }
+    columns = [name for name in kinds if name not in odd]
     lists = [name for name in columns if kinds[name] == "list"]
     single = [name for name in columns if name not in lists]
 
     def role(name: str, given: str | None, candidates: Sequence[str]) -> str:
-        if found := given or _named_like(name, candidates):
+        found = given if given is not None else _named_like(name, candidates)
+        if found is not None:
             return found
         raise DataError(
             f"{path}: no {name} column found among {list(candidates)}; expected a name such as "
@@ -193,7 +198,13 @@ def _table(paths: Sequence[Path], roles: ColumnRoles, objects: Path | None) -> I
     )
     object_ = role("object", roles.object, single if lists else columns)
     rest = [name for name in columns if name != object_]
-    time = role("time", roles.time or next(iter(marked_axes), None), lists or rest)
+    dates = [name for name in lists or rest if kinds[name] == "date"]
+    one_date = dates[0] if len(dates) == 1 and not _named_like("time", rest) else None
+    time = role("time", roles.time or next(iter(marked_axes), one_date), lists or rest)
+    if tables[0].odd_numbers(time) == "dates as numbers":
+        raise DataError(
+            f"{path}: {time!r} holds dates as numbers; convert them to 2024-03-31 or days"
+        )
     known = [name for name in (single if lists else rest) if name not in (object_, time)]
     if objects is not None:
         known = [name for name in TableFile(objects, database).names if name != object_]
@@ -209,7 +220,8 @@ def _table(paths: Sequence[Path], roles: ColumnRoles, objects: Path | None) -> I
 
     def column(name: str) -> dict[str, Any]:
         unit = marks.get(name, {}).get("unit")
-        return {"column": name} | ({"unit": unit} if unit else {})
+        found = {"column": name} | ({"unit": unit} if unit else {})
+        return found | ({"name": "time"} if _ROW_NUMBERS.match(name) else {})
 
     axes = [column(time)]
     named_axes = roles.axes or tuple(name for name in marked_axes if name != time)
@@ -220,9 +232,11 @@ def _table(paths: Sequence[Path], roles: ColumnRoles, objects: Path | None) -> I
             axes.append(column(name))
     taken |= {axis["column"] for axis in axes}
     numeric = ("list",) if lists else ("number", "date")
-    found = [n for n in rest if n not in taken and kinds[n] in numeric]
-    channels = list(roles.channels) or [n for n in found if not tables[0].counts_rows(n)]
-    row_numbers += [] if roles.channels else [n for n in found if n not in channels]
+    channels = list(roles.channels)
+    if not channels:
+        channels = [n for n in rest if n not in taken and kinds[n] in numeric]
+        odd |= {name: what for name in channels if (what := tables[0].odd_numbers(name))}
+        channels = [name for name in channels if name not in odd]
     if not channels:
         raise DataError(
             f"{path}: no column is left for the values; name them with --channel COLUMN"
@@ -238,7 +252,7 @@ def _table(paths: Sequence[Path], roles: ColumnRoles, objects: Path | None) -> I
     if objects is not None:
         config["objects"] = {"file": str(objects), "object": object_}
     shown = channels[:8] + ["…"] * (len(channels) > 8)
-    used = {object_, *taken, *channels, *metadata.values(), *row_numbers}
+    used = {object_, *taken, *channels, *metadata.values(), *odd}
     unused = [name for name in columns if name not in used]
     found_metadata = ", ".join(f"{key}: {name}" for key, name in metadata.items())
     notes = [
@@ -247,7 +261,7 @@ def _table(paths: Sequence[Path], roles: ColumnRoles, objects: Path | None) -> I
         found_metadata or "no metadata of objects",
         f"targets: {', '.join(targets)}" * bool(targets),
         f"not used: {', '.join(unused)}" * bool(unused),
-        f"not used: row numbers in {', '.join(map(repr, row_numbers))}" * bool(row_numbers),
+        *(f"not used: {what} in {name!r}" for name, what in odd.items()),
     ]
     return InferredSource(config, [note for note in notes if note])
 

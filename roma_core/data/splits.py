@@ -155,23 +155,18 @@ class Splitter:
         options, v, t = self.options, self.validation_fraction, self.test_fraction
         if options.by == "time":
             assert options.test_from is not None
-            start = options.validation_from
-            start = options.test_from if start is None else start
-            return (
-                f"by the last observation: test from {options.test_from:.10g}, validation from "
-                f"{start:.10g}, train before"
-            )
+            test = options.test_from
+            validation = test if options.validation_from is None else options.validation_from
+            dates = f"test from {test:.10g}, validation from {validation:.10g}"
+            return f"by the last observation: {dates}, train before"
         by = f"sha256 of '<data set>:<{'group' if options.by == 'group' else 'id'}>'"
         if options.stratified:
             by = "class and order of delivery"
         if options.folds is not None:
-            return (
-                f"fold {options.fold} of {options.folds} is test, {v:g} of each other fold "
-                f"validation; by {by}"
-            )
+            fold = f"fold {options.fold} of {options.folds}"
+            return f"{fold} is test, {v:g} of each other fold validation; by {by}"
+        kept = "; recorded validation stays validation" if self._recorded_validation else ""
         return (
             f"recorded test stays test; of recorded train, {v:g} goes to validation; without a "
-            f"record, {t:g} goes to test and {v:g} of the rest to validation; by {by}"
-            + "; recorded validation stays validation"
-            * self._recorded_validation
+            f"record, {t:g} goes to test and {v:g} of the rest to validation; by {by}{kept}"
         )

@@ -108,9 +108,12 @@ def hash_files(paths: Iterable[Path]) -> dict[str, str]:
 def text_encoding(path: Path, start: bytes) -> str:
     """Encoding of a text file by its first bytes: UTF-16 by its mark, UTF-8, or else Latin-1.
 
-    The last comes with a warning, as any bytes are text in it.
+    The last comes with a warning, as any bytes are text in it; DataError if it is no text.
     """
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    is_utf_16 = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if "\0" in start.decode("utf-16" if is_utf_16 else "latin-1", errors="ignore"):
+        raise DataError(f"{path} holds NUL characters, so it is no text; save it as UTF-8")
+    if is_utf_16:
         return "utf-16"
     try:
         codecs.getincrementaldecoder("utf-8")().decode(start)

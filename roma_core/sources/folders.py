@@ -249,6 +249,8 @@ def _read_wav(path: Path) -> tuple[int, NDArray[np.float64]]:
             # id3, bext and the like, and what is left of one behind the samples
             warnings.filterwarnings("ignore", r"Chunk \(non-data\) not under|Incomplete chunk ID")
             rate, samples = wavfile.read(path)
+    except UnboundLocalError as error:  # in SciPy
+        raise DataError(f"{path} cannot be read as a WAV file: it has no samples") from error
     except (ValueError, OSError, EOFError, struct.error, wavfile.WavFileWarning) as error:
         raise DataError(f"{path} cannot be read as a WAV file: {error}") from error
     sound = samples.astype(np.float64)

@@ -133,12 +133,12 @@ class TableFile:
             marks = (field.metadata or {}).items()
             self.marks[field.name] = {key.decode(): value.decode() for key, value in marks}
         described = self._connection.execute(f"DESCRIBE FROM {self._scan()}").fetchall()
-        self._types = {  # Arrow's durations are whole numbers to DuckDB
-            field.name: f"DURATION_{field.type.unit}"
-            if pa.types.is_duration(field.type)
-            else row[1]
-            for field, row in zip(schema, described, strict=True)
-        }
+        self._types = {}
+        for field, (_, type_, *_) in zip(schema, described, strict=True):
+            inner = getattr(field.type, "value_type", field.type)  # of a list
+            if pa.types.is_duration(inner):  # a whole number to DuckDB
+                type_ = f"DURATION_{inner.unit}" + "[]" * (inner != field.type)
+            self._types[field.name] = type_
         self.kinds = {name: _kind(type_) for name, type_ in self._types.items()}
 
     def _open_csv(self) -> None:
@@ -296,15 +296,24 @@ class TableFile:
         with read_errors([self]):
             return [word for (word,) in self._connection.execute(query).fetchall()]
 
-    def counts_rows(self, name: str) -> bool:
-        """Whether a column of numbers is 0, 1, 2, … or 1, 2, 3, … over the first ten rows and more."""
+    def odd_numbers(self, name: str) -> str:
+        """``row numbers`` (from 0 or 1), ``dates as numbers`` (20240331), ``nothing``, or ''."""
         if self.kinds[name] != "number":
-            return False
-        rows = f"SELECT n0, row_number() OVER () AS row FROM ({self.select([], [(name, '1', ())])})"
-        query = f"SELECT count(*), min(n0 - row), max(n0 - row) FROM ({rows} LIMIT 10000)"
+            return ""
+        column = self.select([], [(name, "1", ())])
+        rows = f"SELECT n0, row_number() OVER () AS row FROM ({column})"
+        date = "try_strptime(CAST(CAST(n0 AS BIGINT) AS VARCHAR), '%Y%m%d')"
+        is_date = f"n0 BETWEEN 19000101 AND 21001231 AND n0 = floor(n0) AND {date} IS NOT NULL"
+        found = f"count(*), count(n0), min(n0 - row), max(n0 - row), count(*) FILTER ({is_date})"
         with read_errors([self]):
-            ((n, least, most),) = self._connection.execute(query).fetchall()
-        return n >= 10 and least == most and least in (-1, 0)
+            query = f"SELECT {found} FROM ({rows} LIMIT 10000)"
+            ((n, n_filled, least, most, n_dates),) = self._connection.execute(query).fetchall()
+            if n_filled == 0:
+                query = f"SELECT 1 FROM ({column}) WHERE n0 IS NOT NULL LIMIT 1"
+                return "" if self._connection.execute(query).fetchall() else "nothing"
+        if n >= 10 and least == most and least in (-1, 0):
+            return "row numbers"
+        return "dates as numbers" if n_dates == n_filled else ""
 
     def unnested(self, names: Sequence[str]) -> TableFile:
         """The rows of the named list columns below each other, as a long table; else DataError."""

@@ -132,14 +132,10 @@ class TsSource(Source):
         expected = header.n_channels or len(self.channels)
         if len(parts) != expected or expected != len(self.channels):
             raise DataError(f"{where}: expected {len(self.channels)} channels, got {len(parts)}")
-
-        def number(word: str) -> float:
-            try:
-                return np.nan if word.strip() == "?" else float(word)
-            except ValueError:
-                raise DataError(f"{where}: {word.strip()!r} is not a number") from None
-
-        columns = [[number(word) for word in part.split(",")] for part in parts]
+        try:
+            columns = [[*map(float, part.replace("?", "nan").split(","))] for part in parts]
+        except ValueError as error:  # could not convert string to float: 'x'
+            raise DataError(f"{where}: {str(error).partition(': ')[2]} is not a number") from None
         lengths = {len(column) for column in columns}
         if len(lengths) != 1:
             raise DataError(f"{where}: channels differ in length: {sorted(lengths)}")

@@ -67,3 +67,33 @@ def test_a_column_that_is_named_is_used(tmp_path):
 
     channels = [column["column"] for column in dataset["source"]["columns"]["channels"]]
     assert channels == ["index", "flux"]
+
+
+@pytest.mark.parametrize("file", ["a.csv", "a.parquet"])
+def test_an_index_of_dates_without_a_name_is_the_time(tmp_path, file):
+    hours = pd.date_range("2024-03-31", periods=600, freq="h")
+    frame = TABLE.drop(columns="time").set_index(hours)
+    frame.to_csv(tmp_path / file) if file == "a.csv" else frame.to_parquet(tmp_path / file)
+
+    dataset, _ = new_experiment(tmp_path / file)
+
+    stored = build(tmp_path, dataset | {"name": "case"})
+    assert [(axis.name, axis.unit) for axis in stored.schema.axes] == [("time", "s")]
+    assert [c.name for c in stored.schema.channels] == ["flux"]
+    assert np.diff(stored.raw(0)[0][:, 0]).tolist() == [3600.0] * 9
+
+
+@pytest.mark.parametrize("file", ["a.csv", "a.parquet"])
+def test_a_column_of_nothing_is_left_out_and_said(tmp_path, file):
+    late = np.where(np.arange(12_000) < 11_000, np.nan, 1.5)
+    frame = pd.concat([TABLE] * 20, ignore_index=True).assign(empty=np.nan, late=late)
+    frame["object_id"] += 60 * (np.arange(12_000) // 600)
+    if file == "a.csv":
+        frame.to_csv(tmp_path / file, index=False)
+    else:
+        frame.to_parquet(tmp_path / file)
+
+    dataset, output = new_experiment(tmp_path / file)
+
+    channels = [column["column"] for column in dataset["source"]["columns"]["channels"]]
+    assert channels == ["flux", "late"] and "not used: nothing in 'empty'" in output

@@ -10,6 +10,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
+from roma_core.data import DataError
+from roma_core.data.infer_schema import ColumnRoles, infer_source
 from tests.cases.commands import build, error_of, new_experiment
 
 START = dt.datetime(2024, 3, 31, 0, 30, tzinfo=dt.UTC)  # summer time begins
@@ -132,6 +134,50 @@ def test_durations_are_not_taken_for_numbers_of_nanoseconds(tmp_path, resolution
     assert seconds.schema.axes[0].unit == "s"
     assert np.diff(seconds.raw(0)[0][:, 0]).tolist() == [3600.0] * 4
     assert np.diff(minutes.raw(0)[0][:, 0]).tolist() == [60.0] * 4
+
+
+@pytest.mark.parametrize("resolution", RESOLUTIONS)
+def test_lists_of_dates_and_durations_are_seconds(tmp_path, resolution):
+    hours = pd.to_timedelta(range(5), "h")
+    times = {
+        "since": [pa.array(hours).cast(pa.duration(resolution)).to_pylist()] * 20,
+        "at": [[START + hour for hour in hours]] * 20,
+    }
+    types = {"since": pa.duration(resolution), "at": pa.timestamp(resolution, tz="UTC")}
+    columns = {name: pa.array(times[name], pa.list_(types[name])) for name in times}
+    values = [np.random.default_rng(k).normal(size=5) for k in range(20)]
+    table = pa.table({"id": [str(k) for k in range(20)], "v": values, **columns})
+    pq.write_table(table, tmp_path / "a.parquet")
+    for name in times:
+        source = {
+            "kind": "parquet",
+            "files": [str(tmp_path / "a.parquet")],
+            "axes": [{"column": name}],
+        }
+        config = {"name": "x", "source": source | {"channels": [{"column": "v"}]}}
+
+        dataset = build(tmp_path, config)
+
+        assert dataset.schema.axes[0].unit == "s"
+        assert np.diff(dataset.raw(0)[0][:, 0]).tolist() == [3600.0] * 4
+
+
+@pytest.mark.parametrize("file", ["a.csv", "a.parquet"])
+def test_dates_as_numbers_are_refused_as_a_time_and_left_out_as_a_value(tmp_path, file):
+    frame = rows(lambda t: int(f"{t:%Y%m%d}"), dt.timedelta(days=9))
+
+    def write(frame):
+        frame.to_csv(tmp_path / file) if file == "a.csv" else frame.to_parquet(tmp_path / file)
+
+    write(frame)
+    with pytest.raises(
+        DataError, match="'timestamp' holds dates as numbers; convert them to 2024-"
+    ):
+        infer_source([tmp_path / file], ColumnRoles(object="sensor_id"))
+    write(frame.rename(columns={"timestamp": "night"}).assign(time=np.tile(np.arange(8.0), 30)))
+    config, output = new_experiment(tmp_path / file, "--object", "sensor_id")
+    assert "not used: dates as numbers in 'night'" in output
+    assert [c["column"] for c in config["source"]["columns"]["channels"]] == ["temperature"]
 
 
 def test_dates_in_one_file_and_numbers_in_the_next_are_refused(tmp_path):

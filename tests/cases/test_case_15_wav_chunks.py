@@ -67,6 +67,17 @@ def test_a_file_that_ends_too_early_is_refused(tmp_path):
         read(tmp_path / "in")
 
 
+@pytest.mark.parametrize("n_bytes", [0, 3, 12, 20, 36])
+def test_a_file_without_samples_is_refused(tmp_path, n_bytes):
+    wav(tmp_path / "in/bird/1.wav")
+    path = tmp_path / "in/bird/1.wav"
+    content = path.read_bytes()[:n_bytes]
+    path.write_bytes(content[:4] + struct.pack("<I", max(0, n_bytes - 8)) + content[8:])
+
+    with pytest.raises(DataError, match=r"1\.wav cannot be read as a WAV file: "):
+        read(tmp_path / "in")
+
+
 def test_the_depth_of_the_samples_does_not_change_the_loudness(tmp_path):
     sound = np.clip(NOISE.astype(float) / 32768, -1, 1)
     depths = {

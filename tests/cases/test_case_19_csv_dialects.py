@@ -5,6 +5,8 @@ import random
 import numpy as np
 import pytest
 
+from roma_core.data import DataError
+from roma_core.data.infer_schema import ColumnRoles, infer_source
 from tests.cases.commands import build, error_of, new_experiment
 
 random.seed(0)
@@ -79,6 +81,16 @@ def test_latin_1_is_read_with_a_word(tmp_path):
 
     dataset = build(tmp_path, config | {"name": "case"})
     assert [channel.name for channel in dataset.schema.channels] == ["größe"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-32"])
+def test_text_in_another_encoding_is_refused(tmp_path, encoding):
+    (tmp_path / "a.csv").write_bytes(PLAIN.encode(encoding))
+
+    with pytest.raises(
+        DataError, match=r"a\.csv holds NUL characters, so it is no text; save it as"
+    ):
+        infer_source([tmp_path / "a.csv"], ColumnRoles())
 
 
 @pytest.mark.parametrize(
