@@ -137,13 +137,8 @@ def _commit(aside: Path, target: Path, manifest: Manifest) -> Path:
             log.info("%s exists already", target)
             return target
         warnings.warn(f"{target} is damaged and is replaced: {'; '.join(problems)}", stacklevel=3)
-        damaged = target.with_name(f".damaged-{target.name}")
-        shutil.rmtree(damaged, ignore_errors=True)
-        target.rename(damaged)
-        aside.rename(target)
-        shutil.rmtree(damaged)
-    else:
-        aside.rename(target)
+        shutil.rmtree(target)
+    aside.rename(target)
     sync_folder(target.parent)
     return target
 

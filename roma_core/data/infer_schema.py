@@ -330,7 +330,8 @@ def source_statistics(source: Source) -> SourceStatistics:
         DataError: there is no series, or one has a wrong shape or an unknown label.
     """
     cleaner = SeriesCleaner(source, _LENIENT)
-    sample = _Sample()
+    sample: list[NDArray[np.float32]] = []  # values of every step-th series
+    step, n_sampled = 1, 0
     classes: Counter[str] = Counter(dict.fromkeys(source.classes, 0))
     splits: Counter[str] = Counter()
     steps = [AxisScaleFit() for _ in source.axes]
@@ -343,13 +344,18 @@ def source_statistics(source: Source) -> SourceStatistics:
         splits.update(filter(None, [series.recorded_split]))
         has_groups |= series.group is not None
         varies |= (series.values != series.values[:1]).any(axis=0)
-        sample.add(series.values)
+        if (len(lengths) - 1) % step == 0:
+            sample.append(series.values.copy())
+            n_sampled += len(series.values)
+        if n_sampled > _SAMPLED and len(sample) > 1:
+            sample, step = sample[::2], 2 * step
+            n_sampled = sum(map(len, sample))
         max_abs = np.maximum(max_abs, np.abs(series.positions).max(axis=0))
         for k, fit in enumerate(steps):
             fit.add(series.positions[:, k])
     if not lengths:
         raise DataError("the source has no series")
-    values = sample.values()
+    values = np.concatenate(sample)
     low, median, high = np.quantile(values.astype(np.float64), (0.25, 0.5, 0.75), axis=0)  # (C,)
     far = np.abs(values - median).max(axis=0)
     return SourceStatistics(
@@ -372,24 +378,3 @@ def source_statistics(source: Source) -> SourceStatistics:
         ),
         repairs=cleaner.repairs(),
     )
-
-
-class _Sample:
-    """Every k-th observation; k doubles whenever there are too many."""
-
-    def __init__(self) -> None:
-        self._kept: list[NDArray[np.float32]] = []
-        self._step, self._n, self._phase = 1, 0, 0
-
-    def add(self, values: NDArray[np.float32]) -> None:
-        chosen = values[self._phase :: self._step]
-        self._phase = (self._phase - len(values)) % self._step
-        self._kept.append(chosen.copy())
-        self._n += len(chosen)
-        if self._n > _SAMPLED:
-            self._kept = [self.values()[::2]]
-            self._n, self._step = len(self._kept[0]), self._step * 2
-
-    def values(self) -> NDArray[np.float32]:
-        self._kept = [np.concatenate(self._kept)]
-        return self._kept[0]
