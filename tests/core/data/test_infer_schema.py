@@ -136,7 +136,7 @@ def test_free_text_is_no_position(tmp_path):
         (",id,time,v\n0,a,1,2\n1,a,2,3\n", "time", ["v"]),  # as pandas writes an index
         ("id;time;v\na;1;2,5\nb;2;3\n", "time", ["v"]),
         ("# pipeline 3\nid, timestamp, v, ok\na, 2024-03-31T00:30:00Z, 2, x\n", "timestamp", ["v"]),
-        ("id\ttime\tv\na\t1\t?\n", "time", ["v"]),
+        ("id\ttime\tv\na\t1\t?\na\t2\t3\n", "time", ["v"]),
     ],
 )
 def test_csv_dialects(tmp_path, text, axis, channels):
