@@ -43,7 +43,10 @@ MANIFEST, HASHES, DUMP = "MANIFEST.json", "SHA256.json", "database.dump"
 SCHEMA_VERSION = 1
 _SQLITE_MAGIC = b"SQLite format 3\0"
 _SIDE_FILES = ("-wal", "-shm", "-journal")  # of SQLite; the copy of the database includes them
-_LEFT_OUT = re.compile(r"cache|clusters|dagster/logs|jobs/[^/]+/checkpoints")  # paths in the root
+_SCRATCH = ".roma-backup-"
+_LEFT_OUT = re.compile(  # paths in the root
+    rf"cache|clusters|dagster/logs|jobs/[^/]+/checkpoints|(.*/)?{re.escape(_SCRATCH)}[^/]+"
+)
 
 
 class BackupError(RuntimeError):
@@ -61,8 +64,9 @@ def write_backup(storage: Storage, target: Path, *, with_datasets: bool = False)
         raise BackupError(f"{target} exists; give another name")
     aside = target.with_name(f".{target.name}.writing")
     try:
-        with aside.open("wb") as file, tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            _write(storage, file, Path(scratch), with_datasets)
+        scratch = tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=target.parent)
+        with aside.open("wb") as file, scratch as folder:
+            _write(storage, file, Path(folder), with_datasets)
         verify(aside)
         aside.rename(target)
         sync_folder(target.parent)
@@ -116,8 +120,11 @@ def _write(storage: Storage, file: IO[bytes], scratch: Path, with_datasets: bool
                 name = f"root/{path.relative_to(storage.root)}"
                 with contextlib.suppress(FileNotFoundError):  # removed since it was listed
                     with path.open("rb") as content:
-                        is_database = content.read(len(_SQLITE_MAGIC)) == _SQLITE_MAGIC
+                        head = content.read(512)
+                    is_database = head.startswith(_SQLITE_MAGIC)
                     if name in hashes or (databases_only and not is_database):
+                        continue
+                    if head[257:262] == b"ustar" and _is_backup(path):
                         continue
                     copy = scratch / "copy.db"
                     if is_database:
@@ -141,6 +148,14 @@ def _files(root: Path, with_datasets: bool) -> Iterator[Path]:
             hidden = name.startswith(".") or name.endswith(_SIDE_FILES)
             if not hidden and file.is_file() and not file.is_symlink():
                 yield file
+
+
+def _is_backup(path: Path) -> bool:
+    """Whether a file in the root is an earlier backup, which a new one would contain."""
+    with contextlib.suppress(tarfile.TarError), tarfile.open(path, "r:") as tar:
+        first, last = tar.next(), max(tar.getmembers(), key=lambda member: member.offset)
+        return first is not None and (first.name, last.name) == (MANIFEST, HASHES)
+    return False
 
 
 def _copy_sqlite(path: Path, copy: Path) -> None:

@@ -75,6 +75,28 @@ def test_a_backup_brings_back_history_and_models_at_another_place(
     assert (job / "result.json").exists() and not (job / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("place", [".", "jobs", "backups"])
+def test_a_backup_in_the_root_holds_neither_itself_nor_earlier_ones(installation, place):
+    folder = installation.root / place
+    folder.mkdir(exist_ok=True)
+    (folder / ".roma-backup-killed").mkdir()
+    (folder / ".roma-backup-killed" / "copy.db").write_bytes(b"half")
+    with tarfile.open(installation.root / "of a user.tar", "w") as tar:
+        tar.add(installation.root / "layout.json")
+
+    write_backup(installation, folder / "first.tar")
+    write_backup(installation, folder / "second.tar")
+
+    assert members(folder / "second.tar") == members(folder / "first.tar")
+    assert "of a user.tar" in members(folder / "first.tar")
+    assert not any(
+        "roma-backup" in name or "tmp" in name for name in members(folder / "second.tar")
+    )
+    assert not any(
+        name.endswith(("first.tar", "second.tar")) for name in members(folder / "second.tar")
+    )
+
+
 def members(file):
     with tarfile.open(file) as tar:
         return {name.removeprefix("root/") for name in tar.getnames()}
