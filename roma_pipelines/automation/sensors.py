@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +29,7 @@ from roma_pipelines.automation.state import (
     next_step,
 )
 from roma_pipelines.launching.jobs import Job, all_jobs, cancel
-from roma_pipelines.launching.launcher import Launcher, Unreachable
+from roma_pipelines.launching.launcher import Launcher
 from roma_pipelines.launching.spec import AttemptRecord
 from roma_pipelines.launching.targets import launcher_of_attempt
 from roma_pipelines.registry.promotion import CHAMPION
@@ -193,6 +194,9 @@ def reconcile_jobs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
     return dg.SkipReason("; ".join(done) or "every unfinished job is supervised or will be")
 
 
+_CANCEL_WITHIN_S, _REPORT_WITHIN_S = 30.0, 5.0  # Dagster gives a tick of a sensor a minute
+_pool = ThreadPoolExecutor(64, "cancel")
+_cancelling: dict[str, Future[str]] = {}  # by the job's key
 _STATUS = dg.DagsterRunStatus
 _ALIVE = (_STATUS.STARTED, _STATUS.STARTING, _STATUS.CANCELING)
 
@@ -235,23 +239,30 @@ def reconcile(
     instance: dg.DagsterInstance,
     launcher_of_attempt: Callable[[AttemptRecord], Launcher],
 ) -> list[str]:
-    """Fail runs and cancel jobs as :func:`action_for` says; returns one line per action."""
+    """Fail runs and cancel jobs as :func:`action_for` says; returns one line per action.
+
+    Jobs are cancelled at the same time, so that a cluster that does not answer delays no other one.
+    What takes long continues beside the next ticks, which report it.
+    """
+
+    def cancelled(job: Job, reason: str) -> str:
+        try:
+            cancel(job, f"the reconcile sensor: {reason}", launcher_of_attempt, _CANCEL_WITHIN_S)
+        except Exception as error:  # of a cluster or its client; the next tick tries again
+            return f"job {job.key}: {reason}; cancelling failed: {error}"
+        return f"job {job.key}: {reason}: cancel the job"
+
     done = []
     for job in all_jobs(jobs_root):
-        if job.open_attempt is None:
-            continue
-        action, reason = action_for(job, instance)
-        if action == "none":
-            continue
+        action, reason = ("none", "") if job.open_attempt is None else action_for(job, instance)
         if action == "fail the run":
             run = instance.get_run_by_id(job.lease["dagster_run_id"])
             if run is not None and run.status in _ALIVE:
                 instance.report_run_failed(run, f"{reason}; a retry adopts job {job.key}")
-        else:
-            try:
-                cancel(job, f"the reconcile sensor: {reason}", launcher_of_attempt)
-            except (Unreachable, RuntimeError, ValueError) as error:  # the next tick tries again
-                done.append(f"job {job.key}: {reason}; cancelling failed: {error}")
-                continue
-        done.append(f"job {job.key}: {reason}: {action}")
-    return done
+            done.append(f"job {job.key}: {reason}: {action}")
+        elif action == "cancel the job" and job.key not in _cancelling:
+            _cancelling[job.key] = _pool.submit(cancelled, job, reason)
+    wait(_cancelling.values(), _REPORT_WITHIN_S)
+    for key in [key for key, future in _cancelling.items() if future.done()]:
+        done.append(_cancelling.pop(key).result())
+    return done + [f"job {key}: still being cancelled" for key in _cancelling]

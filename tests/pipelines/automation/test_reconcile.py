@@ -1,14 +1,22 @@
 """What becomes of a job whose watcher died, by the state of the Dagster run that began it."""
 
 import json
+import shutil
+import threading
+import time
 import uuid
 
 import dagster as dg
 import pytest
 
+from roma_core.files import read_json, write_json
+from roma_core.job import JobFolder
+from roma_pipelines.automation import sensors
 from roma_pipelines.automation.sensors import action_for, reconcile
-from roma_pipelines.launching.jobs import read_job
+from roma_pipelines.launching.jobs import cancel, read_job
+from roma_pipelines.launching.launcher import Unreachable
 from roma_pipelines.launching.supervisor import supervise
+from tests.time_limits import within
 
 CONFIG = {"base_lr": 0.001}
 STATUS = dg.DagsterRunStatus
@@ -134,6 +142,44 @@ def test_a_job_that_cannot_be_cancelled_is_tried_again(instance, add_run, abando
 
     assert "cancelling failed: there is no SLURM profile 'gone'" in done
     assert read_job(folder.path).open_attempt is not None
+
+
+def test_a_cluster_that_does_not_answer_delays_neither_the_tick_nor_other_jobs(
+    instance, add_run, abandon, folder, launcher, processes, monkeypatch
+):
+    """Its job is cancelled by one thread, whatever the number of ticks, and reported at the end."""
+    abandon(add_run(STATUS.CANCELED))
+    answers, asked = threading.Event(), []
+    away = JobFolder(folder.path.with_name("f" * 20))
+    shutil.copytree(folder.path, away.path)
+    spec = read_json(away.spec) | {"key": "f" * 20}
+    write_json(away.spec, spec)
+
+    def launcher_of(record):
+        return launcher
+
+    def cancelling(job, by, launcher_of_attempt, wait_s):
+        if job.key == "f" * 20:
+            asked.append(job.key)
+            answers.wait(within(60))
+            raise Unreachable("ssh: no route to host")
+        return cancel(job, by, launcher_of_attempt, wait_s)
+
+    monkeypatch.setattr(sensors, "cancel", cancelling)
+    monkeypatch.setattr(sensors, "_REPORT_WITHIN_S", within(1))
+    try:
+        began = time.monotonic()
+        first = reconcile(folder.path.parent, instance, launcher_of)
+        second = reconcile(folder.path.parent, instance, launcher_of)
+        assert time.monotonic() - began < within(10)
+        assert sum("cancel the job" in line for line in first) == 1 and processes() == []
+        assert f"job {'f' * 20}: still being cancelled" in first
+        assert second == [f"job {'f' * 20}: still being cancelled"]
+        assert asked == ["f" * 20]
+    finally:
+        answers.set()
+    third = reconcile(folder.path.parent, instance, launcher_of)
+    assert any("cancelling failed: ssh: no route to host" in line for line in third)
 
 
 def test_the_sensor_looks_at_the_configured_storage(
