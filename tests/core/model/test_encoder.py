@@ -15,8 +15,15 @@ from roma_core import (
     RoMAForPreTraining,
     RoMAForPreTrainingConfig,
 )
-from roma_core.model.attention import packed_attention, padded_attention
-from roma_core.model.encoder import MIN_ONEDNN_ROWS, Encoder, RMSNorm, linear, linear_silu
+from roma_core.model.encoder import (
+    MIN_ONEDNN_ROWS,
+    Encoder,
+    RMSNorm,
+    linear,
+    linear_silu,
+    packed_attention,
+    padded_attention,
+)
 from roma_core.model.packing import Segments
 from roma_core.model.positions import RotaryEmbedding
 from tests.core.model.small_models import STACK, new_classifier
