@@ -39,6 +39,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567-dirty"
 PASSWORDS = {f"{name}_POSTGRES_PASSWORD": f"{name.lower()}only1" for name in ("DAGSTER", "MLFLOW")}
 COPIED = ("pyproject.toml", "README.md", "LICENSE", "setup.py", "roma_core", "roma_pipelines")
 SCRIPTS = ("mlflow", "dagster", "dagster-webserver", "dagster-daemon")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,7 @@ from roma_pipelines.launching.kubernetes.states import (
     index_of,
     is_ending,
     is_finished,
+    newest,
     state_of,
 )
 from roma_pipelines.launching.launcher import (
@@ -257,12 +258,10 @@ class KubernetesLauncher:
 
     def _snapshot(self, job: Object, pods: list[Object]) -> Snapshot:
         """What is known of a Job with these existing pods."""
-        there, informer = {pod["metadata"]["uid"] for pod in pods}, self.client.pods
-        known = [f(job["metadata"]["uid"]) for f in (informer.present, informer.deleted)]
-        gone = [pod for found in known for pod in found if pod["metadata"]["uid"] not in there]
-        uids = frozenset(pod["metadata"]["uid"] for pod in gone)
-        warnings = self.client.warnings_about([job, *pods, *gone])
-        return Snapshot(job, [*pods, *gone], uids, warnings)
+        uid, there = job["metadata"]["uid"], {pod["metadata"]["uid"] for pod in pods}
+        known = [*self.client.pods.present(uid), *self.client.pods.deleted(uid)]
+        gone = [pod for pod in known if pod["metadata"]["uid"] not in there]
+        return Snapshot(job, pods, gone, self.client.warnings_about([job, *pods, *gone]))
 
     def _missing(self, handle: JobHandle) -> JobState:
         """State of a Job that is not among the existing ones: not reported yet, or deleted."""
@@ -291,7 +290,7 @@ class KubernetesLauncher:
         if snapshot.job["spec"].get("suspend"):
             watched.waiting = None  # its queue decides
             return state
-        there = snapshot.newest()
+        there = newest(snapshot.pods)
         # holds nodes or cannot start without help; else all its pods wait in a queue for a node
         urgent = not there or any(pod["spec"].get("nodeName") for pod in there)
         if watched.waiting is None or watched.waiting[0] != urgent:

@@ -40,16 +40,9 @@ class Snapshot:
     """What is known of an attempt at one moment."""
 
     job: Object
-    pods: Sequence[Object] = ()  # existing ones, and deleted ones as they were last reported
-    deleted: frozenset[str] = frozenset()  # uids of the latter
+    pods: Sequence[Object] = ()
+    deleted: Sequence[Object] = ()  # pods as they were last reported
     warnings: Sequence[Object] = ()  # about the Job and its pods, the oldest first
-
-    def existing(self) -> list[Object]:
-        return [pod for pod in self.pods if pod["metadata"]["uid"] not in self.deleted]
-
-    def newest(self) -> list[Object]:
-        """Of every index the existing pod that was made last; earlier ones were replaced."""
-        return _newest(self.existing())
 
 
 def state_of(snapshot: Snapshot, ending_s: float = 0.0) -> JobState:
@@ -58,15 +51,14 @@ def state_of(snapshot: Snapshot, ending_s: float = 0.0) -> JobState:
     Args:
         ending_s: seconds, by this computer's clock, since ``is_ending`` was first true of its Job.
     """
-    status, spec = snapshot.job.get("status") or {}, snapshot.job["spec"]
-    conditions = {c["type"]: c for c in status.get("conditions") or [] if c["status"] == "True"}
+    spec, conditions = snapshot.job["spec"], _conditions(snapshot.job)
     if "Complete" in conditions:
         return JobState(Phase.ENDED_OK, usage=_usage(snapshot, conditions["Complete"]))
     if failed := conditions.get("Failed"):
-        target = conditions.get("FailureTarget", failed)
-        return _failure(snapshot, failed, _epoch(target.get("lastTransitionTime")) or 0.0)
+        first = conditions.get("FailureTarget", failed)
+        return _failure(snapshot, failed, _epoch(first.get("lastTransitionTime")) or 0.0)
     if target := conditions.get("FailureTarget"):
-        left = [pod for pod in snapshot.existing() if _terminated(pod) is None]
+        left = [pod for pod in snapshot.pods if _terminated(pod) is None]
         graces = [pod["metadata"].get("deletionGracePeriodSeconds") for pod in left]
         if left and all(g is not None and ending_s >= g + _LOST_AFTER_S for g in graces):
             lost = f"{', '.join(_nodes(left))} lost: {left[0]['metadata']['name']} does not end"
@@ -80,8 +72,8 @@ def state_of(snapshot: Snapshot, ending_s: float = 0.0) -> JobState:
 
 def is_ending(job: Object) -> bool:
     """Whether a Job will fail as soon as its last pod has ended."""
-    types = {c["type"] for c in (job.get("status") or {}).get("conditions") or []}
-    return "FailureTarget" in types and "Failed" not in types
+    conditions = _conditions(job)
+    return "FailureTarget" in conditions and "Failed" not in conditions
 
 
 def failed_first(snapshot: Snapshot) -> Object | None:
@@ -95,7 +87,8 @@ def failed_first(snapshot: Snapshot) -> Object | None:
         end = _terminated(pod) or {}
         return _is_deleted(pod), not interrupted, str(end.get("finishedAt", ""))
 
-    failed = [pod for pod in snapshot.pods if (pod.get("status") or {}).get("phase") == "Failed"]
+    pods = [*snapshot.pods, *snapshot.deleted]
+    failed = [pod for pod in pods if (pod.get("status") or {}).get("phase") == "Failed"]
     return min(failed, key=order, default=None)
 
 
@@ -119,7 +112,7 @@ def _progress(snapshot: Snapshot, wanted: int) -> JobState:
         state = _container(pod).get("state") or {}
         return is_finished(pod) or "running" in state or _seconds(_terminated(pod)) is not None
 
-    there = snapshot.newest()
+    there = newest(snapshot.pods)
     begun = list(filter(has_started, there))
     if len(begun) >= wanted:
         plural = "" if len(begun) == 1 else "s"
@@ -142,7 +135,7 @@ def _waits_for(pod: Object, warnings: Sequence[Object]) -> str:
     waiting = (_container(pod).get("state") or {}).get("waiting") or {}
     if (reason := waiting.get("reason")) and reason not in ("ContainerCreating", "PodInitializing"):
         return f"{name}: {reason}: {waiting.get('message', '')}".rstrip(": ")
-    for condition in _conditions(pod, "PodScheduled", "False"):
+    if condition := _conditions(pod, "False").get("PodScheduled"):
         return f"{name}: {condition.get('reason')}: {condition.get('message', '')}".rstrip(": ")
     about = _about(pod, warnings)
     return f"{name}: {about[-1]['reason']}: {about[-1]['message']}" if about else ""
@@ -161,8 +154,8 @@ def _failure(snapshot: Snapshot, failed: Object, began: float) -> JobState:
     phase, reasons = Phase.INTERRUPTED, [_report(failed)]
     if failed.get("reason") != "DeadlineExceeded":  # for any other one the pods show the cause
         phase = Phase.ENDED_BAD
-        pods = _newest(snapshot.pods)
-        disrupted = [c for pod in pods for c in _conditions(pod, "DisruptionTarget")]
+        pods = newest([*snapshot.pods, *snapshot.deleted])
+        disrupted = [c for pod in pods if (c := _conditions(pod).get("DisruptionTarget"))]
         pod = failed_first(snapshot)
         if disrupted or _DISRUPTED in failed.get("message", ""):
             phase = Phase.INTERRUPTED
@@ -217,20 +210,22 @@ def _report(condition: Object) -> str:
 
 def _usage(snapshot: Snapshot, ended: Object) -> dict[str, Any]:
     """Seconds from the first container's start to the end, and the nodes' names."""
-    states = [_container(pod).get("state") or {} for pod in snapshot.pods]
+    pods = [*snapshot.pods, *snapshot.deleted]
+    states = [_container(pod).get("state") or {} for pod in pods]
     starts = [_seconds(state.get("running") or state.get("terminated")) for state in states]
     start = min((s for s in starts if s is not None), default=None)
     end = _epoch(ended.get("lastTransitionTime"))
     if start is None or end is None:
         return {}
-    nodes = _nodes([pod for pod in snapshot.pods if pod["spec"].get("nodeName")])
+    nodes = _nodes([pod for pod in pods if pod["spec"].get("nodeName")])
     return {"ran_s": max(0.0, end - start), "nodes": ", ".join(nodes)}
 
 
 # -- parts of objects ----------------------------------------------------------------------------
 
 
-def _newest(pods: Sequence[Object]) -> list[Object]:
+def newest(pods: Sequence[Object]) -> list[Object]:
+    """Of every index the pod that was made last; earlier ones were replaced."""
     made = sorted(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))
     return list({index_of(pod): pod for pod in made}.values())
 
@@ -248,9 +243,9 @@ def _terminated(pod: Object) -> Object | None:
     return (_container(pod).get("state") or {}).get("terminated")
 
 
-def _conditions(there: Object, kind: str, status: str = "True") -> list[Object]:
+def _conditions(there: Object, status: str = "True") -> dict[str, Object]:
     found = (there.get("status") or {}).get("conditions") or []
-    return [c for c in found if c["type"] == kind and c["status"] == status]
+    return {c["type"]: c for c in found if c["status"] == status}
 
 
 def _nodes(pods: Sequence[Object]) -> list[str]:

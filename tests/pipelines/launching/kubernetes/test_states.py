@@ -24,7 +24,9 @@ def snapshots(scenario):
         elif line.object["type"] == "Warning":
             warnings[uid] = line.object
         if job is not None:
-            yield Snapshot(job, list(pods.values()), frozenset(deleted), list(warnings.values()))
+            there = [pod for uid, pod in pods.items() if uid not in deleted]
+            gone = [pod for uid, pod in pods.items() if uid in deleted]
+            yield Snapshot(job, there, gone, list(warnings.values()))
 
 
 def states(scenario):
@@ -89,7 +91,7 @@ train.py FAILED
 
 def test_of_a_traceback_the_reason_has_the_last_line():
     seen = copy.deepcopy(list(snapshots("fail"))[-1])
-    for pod in seen.pods:
+    for pod in [*seen.pods, *seen.deleted]:
         for status in pod["status"]["containerStatuses"]:
             status["state"]["terminated"]["message"] = TRACEBACK
 
@@ -118,7 +120,7 @@ def deleted_before(seen, seconds):
         for c in seen.job["status"]["conditions"]
         if c["type"] == "FailureTarget"
     ]
-    for pod in seen.pods:
+    for pod in [*seen.pods, *seen.deleted]:
         if (grace_s := pod["metadata"].get("deletionGracePeriodSeconds")) is not None:
             at = began + datetime.timedelta(seconds=grace_s - seconds)
             pod["metadata"]["deletionTimestamp"] = at.isoformat()
@@ -141,7 +143,7 @@ def test_a_pod_that_was_deleted_before_another_failed_is_an_interruption(seconds
 def test_a_node_that_was_away_explains_the_failure_of_another_pod(word):
     """Its kubelet reports the pod when it is back, long after the survivor failed."""
     seen = copy.deepcopy(list(snapshots("fail"))[-1])
-    for pod in seen.pods:
+    for pod in [*seen.pods, *seen.deleted]:
         if pod["metadata"].pop("deletionTimestamp", None):
             pod["status"]["containerStatuses"][0]["state"]["terminated"]["reason"] = word
 
@@ -165,9 +167,13 @@ def test_a_job_is_not_over_while_a_pod_of_it_runs():
 def end_of(scenario, change):
     """The last snapshot, changed."""
     seen = list(snapshots(scenario))[-1]
-    job, pods = copy.deepcopy(seen.job), copy.deepcopy(list(seen.pods))
+    job, pods = copy.deepcopy(seen.job), copy.deepcopy([*seen.pods, *seen.deleted])
+    gone = {pod["metadata"]["uid"] for pod in seen.deleted}
     change(job, pods)
-    return Snapshot(job, pods, seen.deleted, seen.warnings)
+    there, deleted = (
+        [p for p in pods if (p["metadata"]["uid"] in gone) is is_gone] for is_gone in (False, True)
+    )
+    return Snapshot(job, there, deleted, seen.warnings)
 
 
 def disrupted(job, pods):
@@ -185,8 +191,8 @@ def matched_by_policy(job, pods):
 
 
 def evicted(job, pods):
-    pods[1]["status"] |= {"reason": "Evicted", "message": "The node was low on memory."}
-    del pods[1]["status"]["containerStatuses"]
+    pods[0]["status"] |= {"reason": "Evicted", "message": "The node was low on memory."}
+    del pods[0]["status"]["containerStatuses"]
 
 
 @pytest.mark.parametrize(
