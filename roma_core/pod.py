@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -49,8 +50,10 @@ def main(arguments: list[str]) -> int:
         if other := _claim(folder, attempt):
             print(f"attempt {n} in {folder} is taken by {other}; leaving")
             return 0
-        if own[2:]:
-            _wait_for_host(own[3])
+        if own[2:]:  # the DNS name of the first pod is published late
+            why = f"{own[3]} has no address after {_DNS_TIMEOUT_S:g} s; check that its pod is running "
+            why += "and that the headless Service exists"
+            _retry(lambda: socket.getaddrinfo(own[3], None), _DNS_TIMEOUT_S, why)
     except StartError as reason:
         print(f"roma: {reason}", file=sys.stderr)
         return 2
@@ -65,14 +68,12 @@ def main(arguments: list[str]) -> int:
 
 
 def _claim(folder: Path, attempt: Path) -> object:
-    deadline = time.monotonic() + FS_LAG_S
-    while not (folder / "spec.json").exists():
-        if time.monotonic() > deadline:
-            raise StartError(
-                f"the job folder {folder} is not visible in this pod (no spec.json in it); the "
-                f"volume of the profile must show what the orchestrator writes, under the same path"
-            )
-        time.sleep(_POLL_S)
+    _retry(
+        (folder / "spec.json").stat,
+        FS_LAG_S,
+        f"the job folder {folder} is not visible in this pod (no spec.json in it); the volume of the "
+        f"profile must show what the orchestrator writes, under the same path",
+    )
     try:
         return claim(attempt)
     except OSError as error:
@@ -82,19 +83,16 @@ def _claim(folder: Path, attempt: Path) -> object:
         ) from error
 
 
-def _wait_for_host(host: str) -> None:
-    """Wait until the first pod has a DNS name, which is published late."""
-    deadline = time.monotonic() + _DNS_TIMEOUT_S
+def _retry(act: Callable[[], object], limit_s: float, problem: str) -> None:
+    """Repeat until ``act`` raises no OSError; StartError with the problem after so long."""
+    deadline = time.monotonic() + limit_s
     while True:
         try:
-            socket.getaddrinfo(host, None)
+            act()
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise StartError(
-                    f"{host} has no address after {_DNS_TIMEOUT_S:g} s ({error}); check that its "
-                    f"pod is running and that the headless Service exists"
-                ) from error
+                raise StartError(f"{problem} ({error})") from error
         time.sleep(_POLL_S)
 
 

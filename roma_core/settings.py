@@ -111,36 +111,31 @@ class _Environment(EnvSettingsSource):
         # a section may be given whole, as JSON
         known = {_DELIMITER.join(path[:i]) for path in paths for i in range(1, len(path) + 1)}
         variables = {k: v for k, v in variables.items() if not _SERVICE_LINK.search(f"{k}={v}")}
-        for variable in variables:
-            for spelling in (prefix, published):
-                name = variable.removeprefix(spelling)
-                if name != variable and name not in known:
-                    raise SettingsError(
-                        f"{variable.upper()} in {self.where} is not a setting of {cls.__name__}; "
-                        f"the closest one is {variable_of(cls, _closest(name, known))}"
-                    )
+        result: dict[str, str | None] = {}
+        for variable, value in variables.items():
+            given, own = f"{variable.upper()} in {self.where}", prefix.split("_")[1]
             project, word, name = (*variable.split("_", 2), "", "")[:3]
-            if (
+            if variable.startswith((prefix, published)):
+                name = variable.removeprefix(prefix).removeprefix(published)
+                if name not in known:
+                    closest = variable_of(cls, _closest(name, known))
+                    what = f"is not a setting of {cls.__name__}; the closest one is {closest}"
+                    raise SettingsError(f"{given} {what}")
+            elif (
                 project in ("roma", "romae")
-                and word != (own := prefix.split("_")[1])
                 and name in known
                 and difflib.SequenceMatcher(None, word, own).ratio() >= _ALIKE
             ):
-                raise SettingsError(
-                    f"{variable.upper()} in {self.where} is not a setting; "
-                    f"do you mean {variable_of(cls, name)}?"
-                )
-        result = {k: v for k, v in variables.items() if not k.startswith(published)}
-        for variable in (v for v in variables if v.startswith(published)):
-            ours, value = prefix + variable.removeprefix(published), variables[variable]
-            if ours in result and result[ours] != value:
-                note = f"is ignored: {ours.upper()} is set too and differs"
-            elif ours not in result:
+                what = f"is not a setting; do you mean {variable_of(cls, name)}?"
+                raise SettingsError(f"{given} {what}")
+            ours = prefix + name if variable.startswith(published) else variable
+            if ours == variable or ours not in variables:
                 result[ours] = value
-                note = f"is read as {ours.upper()}"
-            else:
-                continue
-            warnings.warn(f"{variable.upper()} in {self.where} {note}", stacklevel=2)
+            if ours not in variables:
+                warnings.warn(f"{given} is read as {ours.upper()}", stacklevel=2)
+            elif variables[ours] != value:
+                why = f"is ignored: {ours.upper()} is set too and differs"
+                warnings.warn(f"{given} {why}", stacklevel=2)
         return result
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:

@@ -87,12 +87,11 @@ def devices() -> Iterator[CheckResult]:
 def world() -> Iterator[CheckResult]:
     """Variables of a launcher of several processes; under torchrun every process prints its own."""
     found = {name: os.environ[name] for name in _WORLD if name in os.environ}
-    values = [f"{k}={v}" for k, v in found.items()]
+    text = ", ".join(f"{k}={v}" for k, v in found.items())
     if "WORLD_SIZE" not in found:
-        text = "one process (start with torchrun or accelerate launch for more)"
-        yield CheckResult("world", "ok", "; ".join([text, *values]))
+        one = "one process (start with torchrun or accelerate launch for more)"
+        yield CheckResult("world", "ok", "; ".join(filter(None, [one, text])))
         return
-    text = ", ".join(values)
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in found]
     if missing:
         yield CheckResult("world", "error", f"{text}, but {missing} not set; use torchrun")

@@ -83,13 +83,13 @@ def plan(experiment: str, target: str | None, profile: str | None, asset: str, c
             planned = launcher.plan(_spec(found, asset, _NO_KEY, folder), folder)
             if reasons := launcher.preflight(planned):
                 raise Rejected(reasons)
-            message = f"# the target {launcher.backend} would run it"
+            message = f"the target {launcher.backend} would run it"
             if launcher.backend == "kubernetes":
-                message = (
-                    "# Kubernetes accepts it in a dry run, which makes no pods: a wrong image, account "
-                    "or volume, PodSecurity, quotas of pods and missing nodes show only when it runs"
+                message = "Kubernetes accepts it in a dry run, which makes no pods: a wrong image, account "
+                message += (
+                    "or volume, PodSecurity, quotas of pods and missing nodes show when it runs"
                 )
-            click.echo(message, err=True)
+            click.echo(f"# {message}", err=True)
     except (ValueError, StorageError, Unreachable) as error:
         raise click.ClickException(str(error)) from error
 
