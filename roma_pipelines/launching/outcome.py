@@ -72,7 +72,6 @@ def decide(
     """Status of an ended attempt, and the reason.
 
     Args:
-        phase: one of the phases that are ends.
         checkpoint: step of the newest checkpoint now, None without any.
         before: records of the attempts before this one, ascending.
         max_attempts: how many attempts in a row may end without a new checkpoint.

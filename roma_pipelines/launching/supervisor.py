@@ -73,7 +73,7 @@ class Lease:
 
     def __init__(self, folder: JobFolder, holder: Mapping[str, Any]) -> None:
         self.folder, self.holder = folder, holder
-        self._state, self._advanced_at = "", 0.0
+        self._state, self._advanced_at, self._expires_s = "", 0.0, LEASE_EXPIRES_S
         self._writing, self._ended = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -85,7 +85,8 @@ class Lease:
 
     def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
         self._ended.set()
-        if error is None or issubclass(error, Exception):  # else this process ends
+        if error is not None and issubclass(error, Exception):  # this process may live on
+            self._expires_s = 0.0
             with contextlib.suppress(OSError):  # a full disk, say
                 self._write()
 
@@ -107,7 +108,7 @@ class Lease:
         with self._writing:
             me = {"pid": os.getpid(), "start": process_start(os.getpid()), "beat": time.time()}
             me |= {"host": socket.gethostname(), "state": self._state}
-            me |= {"expires_s": 0.0 if self._ended.is_set() else LEASE_EXPIRES_S}
+            me |= {"expires_s": self._expires_s}
             write_json(self.folder.lease, {"schema_version": 1, **self.holder, **me})
 
 

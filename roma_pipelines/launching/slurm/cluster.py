@@ -58,10 +58,7 @@ class Shell:
         self.ssh, self.timeout_s = ssh, timeout_s
 
     def run(self, *argv: str, environment: Mapping[str, str] | None = None) -> Answer:
-        """Run a command to its end.
-
-        Args:
-            environment: variables of the command besides those every job inherits.
+        """Run a command to its end, with these variables besides those every job inherits.
 
         Raises:
             Unreachable: it took too long, or ssh could not connect; it may have been carried out.
@@ -137,11 +134,8 @@ class SharedPoll:
         fastest_s: float,
         slowest_s: float,
     ) -> None:
-        """
-        Args:
-            folder: of this cluster, the same for all processes that share the query.
-            ask: gets the last answer; returns all jobs of this user and the queue positions of
-                those that wait, None if it did not ask for them; raises Unreachable.
+        """``ask`` gets the last answer; it returns all jobs of this user and the queue positions of
+        those that wait, None if it did not ask for them, and raises Unreachable.
         """
         self.folder, self.path, self.ask = folder, folder / "poll.json", ask
         self.fastest_s, self.slowest_s = fastest_s, max(fastest_s, slowest_s)

@@ -88,8 +88,6 @@ class SlurmLauncher:
             python: interpreter on the nodes, unless the profile names one.
             gone_after_s: a job that SLURM no longer knows and that left no ``exit.json`` counts as
                 gone once its log and heartbeat have not changed for so long.
-            cancel_timeout_s: how long a cancelled job may take to end.
-            fs_lag_s: seconds until files written on a node are certainly visible here.
         """
         self.profile, self.python = profile, python
         self.gone_after_s, self.cancel_timeout_s = gone_after_s, cancel_timeout_s

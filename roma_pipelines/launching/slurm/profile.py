@@ -153,11 +153,7 @@ exit "$code"
 def batch_script(
     spec: JobSpec, profile: SlurmProfile, folder: JobFolder, attempt: int, python: str
 ) -> str:
-    """The script that ``sbatch`` is given.
-
-    Args:
-        folder: the job folder, under the same path on every node.
-        python: interpreter on the nodes, unless the profile names one.
+    """The script that ``sbatch`` is given; ``python`` is that of the nodes, unless the profile names one.
 
     Raises:
         ValueError: no SLURM could ever run the spec, or the folder cannot be named in a script.
