@@ -35,6 +35,7 @@ _USUAL_NAMES = {
 _ROW_NUMBERS = re.compile(r"(Unnamed: \d+|__index_level_\d+__|)$")  # as pandas names its index
 _CSV = re.compile(r"\.(txt|tsv|csv|csv\.gz|csv\.zst)$", re.IGNORECASE)
 _MAX_CATEGORIES = 64
+_DATES = "dates as numbers"
 _MAX_IMAGES = 200  # of a folder, whose colours are looked at
 
 
@@ -201,10 +202,8 @@ def _table(paths: Sequence[Path], roles: ColumnRoles, objects: Path | None) -> I
     dates = [name for name in lists or rest if kinds[name] == "date"]
     one_date = dates[0] if len(dates) == 1 and not _named_like("time", rest) else None
     time = role("time", roles.time or next(iter(marked_axes), one_date), lists or rest)
-    if tables[0].odd_numbers(time) == "dates as numbers":
-        raise DataError(
-            f"{path}: {time!r} holds dates as numbers; convert them to 2024-03-31 or days"
-        )
+    if kinds[time] == "number" and _oddity(tables[0].first_numbers(time)) == _DATES:
+        raise DataError(f"{path}: {time!r} holds {_DATES}; convert them to 2024-03-31 or days")
     known = [name for name in (single if lists else rest) if name not in (object_, time)]
     if objects is not None:
         known = [name for name in TableFile(objects, database).names if name != object_]
@@ -235,7 +234,8 @@ def _table(paths: Sequence[Path], roles: ColumnRoles, objects: Path | None) -> I
     channels = list(roles.channels)
     if not channels:
         channels = [n for n in rest if n not in taken and kinds[n] in numeric]
-        odd |= {name: what for name in channels if (what := tables[0].odd_numbers(name))}
+        numbers = [name for name in channels if kinds[name] == "number"]
+        odd |= {n: what for n in numbers if (what := _oddity(tables[0].first_numbers(n)))}
         channels = [name for name in channels if name not in odd]
     if not channels:
         raise DataError(
@@ -264,6 +264,18 @@ def _table(paths: Sequence[Path], roles: ColumnRoles, objects: Path | None) -> I
         *(f"not used: {what} in {name!r}" for name, what in odd.items()),
     ]
     return InferredSource(config, [note for note in notes if note])
+
+
+def _oddity(numbers: NDArray[np.float64]) -> str:
+    """What numbers are if no measurements: row numbers from 0 or 1, dates like 20240331, nothing."""
+    if len(numbers) == 0:
+        return "nothing"
+    first = numbers - np.arange(len(numbers))
+    if len(numbers) >= 10 and first[0] in (0, 1) and (first == first[0]).all():
+        return "row numbers"
+    year, month, day = numbers // 10_000, numbers // 100 % 100, numbers % 100
+    is_month = (year >= 1900) & (year < 2100) & (month >= 1) & (month <= 12)
+    return _DATES if (is_month & np.isin(day, range(1, 32))).all() else ""
 
 
 def _named_like(role: str, columns: Sequence[str]) -> str | None:

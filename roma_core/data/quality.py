@@ -81,7 +81,6 @@ def check_dataset(path: Path) -> list[Finding]:
         *find_leakage(dataset),
         *(_near_duplicates(dataset) if manifest.leakage != "ignore" else []),
         *_numbers(dataset),
-        *_lengths(dataset),
         *_units_and_classes(dataset),
     ]
 
@@ -145,7 +144,7 @@ def _broken_layout(dataset: StoredDataset) -> list[str]:
 
 
 def _numbers(dataset: StoredDataset) -> list[Finding]:
-    """Order, duplicates, the reach of normalised positions, and values that dominate the loss."""
+    """Order, duplicates, reach of normalised positions, values that dominate the loss, lengths."""
     schema, normaliser, limit = dataset.schema, Normaliser(dataset.schema), 50.0  # std
     unsorted: list[int] = []
     duplicates: list[int] = []
@@ -182,15 +181,6 @@ def _numbers(dataset: StoredDataset) -> list[Finding]:
     ]
     leak = "has observations at equal positions: a duplicate leaks a masked value"
     order = "is not in order of the first axis"
-    return [
-        *_series_finding(dataset, "order", "warning", unsorted, order),
-        *_series_finding(dataset, "duplicates", "warning", duplicates, leak),
-        *_finding("reach", "warning", too_far),
-        *_finding("far", "warning", outliers, n_far),
-    ]
-
-
-def _lengths(dataset: StoredDataset) -> list[Finding]:
     single = np.flatnonzero(dataset.lengths == 1).tolist()
     long = np.flatnonzero(dataset.lengths > 10_000).tolist()
     too_short = "has one observation: nothing can be hidden, so it adds nothing to pretraining"
@@ -198,8 +188,14 @@ def _lengths(dataset: StoredDataset) -> list[Finding]:
         "has more than 10,000 observations; the cost of attention is quadratic: consider "
         "trainer.augment_crop_tokens or a shorter window"
     )
-    found = _series_finding(dataset, "single", "warning", single, too_short)
-    return [*found, *_series_finding(dataset, "long", "warning", long, too_long)]
+    return [
+        *_series_finding(dataset, "order", "warning", unsorted, order),
+        *_series_finding(dataset, "duplicates", "warning", duplicates, leak),
+        *_finding("reach", "warning", too_far),
+        *_finding("far", "warning", outliers, n_far),
+        *_series_finding(dataset, "single", "warning", single, too_short),
+        *_series_finding(dataset, "long", "warning", long, too_long),
+    ]
 
 
 def _units_and_classes(dataset: StoredDataset) -> list[Finding]:

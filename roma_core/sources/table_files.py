@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from roma_core.schema import DataError
 from roma_core.sources.base import text_encoding
 
@@ -296,24 +299,12 @@ class TableFile:
         with read_errors([self]):
             return [word for (word,) in self._connection.execute(query).fetchall()]
 
-    def odd_numbers(self, name: str) -> str:
-        """``row numbers`` (from 0 or 1), ``dates as numbers`` (20240331), ``nothing``, or ''."""
-        if self.kinds[name] != "number":
-            return ""
+    def first_numbers(self, name: str) -> NDArray[np.float64]:
+        """The first 10,000 numbers of a column that are not missing."""
         column = self.select([], [(name, "1", ())])
-        rows = f"SELECT n0, row_number() OVER () AS row FROM ({column})"
-        date = "try_strptime(CAST(CAST(n0 AS BIGINT) AS VARCHAR), '%Y%m%d')"
-        is_date = f"n0 BETWEEN 19000101 AND 21001231 AND n0 = floor(n0) AND {date} IS NOT NULL"
-        found = f"count(*), count(n0), min(n0 - row), max(n0 - row), count(*) FILTER ({is_date})"
+        query = f"SELECT n0 FROM ({column}) WHERE NOT isnan(n0) LIMIT 10000"
         with read_errors([self]):
-            query = f"SELECT {found} FROM ({rows} LIMIT 10000)"
-            ((n, n_filled, least, most, n_dates),) = self._connection.execute(query).fetchall()
-            if n_filled == 0:
-                query = f"SELECT 1 FROM ({column}) WHERE n0 IS NOT NULL LIMIT 1"
-                return "" if self._connection.execute(query).fetchall() else "nothing"
-        if n >= 10 and least == most and least in (-1, 0):
-            return "row numbers"
-        return "dates as numbers" if n_dates == n_filled else ""
+            return np.asarray(self._connection.execute(query).fetchnumpy()["n0"], np.float64)
 
     def unnested(self, names: Sequence[str]) -> TableFile:
         """The rows of the named list columns below each other, as a long table; else DataError."""
