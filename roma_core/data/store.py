@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,7 @@ from roma_core.data.manifest import (
 from roma_core.data.ragged import RaggedBatch
 from roma_core.files import read_json
 from roma_core.hashing import hash_ints, hash_text
-from roma_core.schema import Channel, DataError, DataSchema, Normaliser, PositionAxis
+from roma_core.schema import DataError, DataSchema, Normaliser
 
 Sample = dict[str, Any]
 _ROW_GROUP = 1 << 18  # observations in a row group of Parquet, unless one series has more
@@ -199,19 +199,18 @@ class StoredDataset:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        def lists(parts: Sequence[PositionAxis | Channel], kind: Any, **role: str) -> list[Any]:
-            return [
-                pa.field(p.name, pa.list_(kind), metadata={"unit": p.unit, **role}) for p in parts
-            ]
-
         schema = self.schema
-        optional = {"label": self.labels, "group": self.groups}
-        texts = ["id", "split", *(name for name, column in optional.items() if column is not None)]
-        fields = [
-            *(pa.field(name, pa.string()) for name in texts),
-            *lists(schema.axes, pa.float64(), role="axis"),
-            *lists(schema.channels, pa.float32()),
-            *lists(schema.targets, pa.float32(), role="target"),
+        texts = {"id": self.ids, "split": [SPLITS[k] for k in self.splits.tolist()]}
+        if self.labels is not None:
+            texts["label"] = [schema.classes[k] for k in self.labels.tolist()]
+        if self.groups is not None:
+            texts["group"] = self.groups
+        roles = (("axis", pa.float64(), schema.axes), ("channel", pa.float32(), schema.channels))
+        fields = [pa.field(name, pa.string()) for name in texts]
+        fields += [
+            pa.field(part.name, pa.list_(kind), metadata={"unit": part.unit, "role": role})
+            for role, kind, parts in (*roles, ("target", pa.float32(), schema.targets))
+            for part in parts
         ]
         names = [field.name for field in fields]
         if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -219,17 +218,14 @@ class StoredDataset:
                 f"two columns would be called {twice[0]!r}; rename the channel, axis or target"
             )
 
-        def columns(part: RaggedBatch) -> Iterator[Any]:
-            yield [self.ids[i] for i in part.ids]
-            yield [SPLITS[k] for k in self.splits[part.ids]]
-            if part.labels is not None:
-                yield [schema.classes[k] for k in part.labels]
-            if self.groups is not None:
-                yield [self.groups[i] for i in part.ids]
+        def table(part: RaggedBatch) -> Any:
+            columns = [[column[i] for i in part.ids] for column in texts.values()]
             offsets = pa.array(np.append(part.starts, len(part.values)).astype(np.int32))
             for array in (part.positions, part.values, part.targets):
                 for column in () if array is None else array.T:
-                    yield pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(column)))
+                    numbers = pa.array(np.ascontiguousarray(column))
+                    columns.append(pa.ListArray.from_arrays(offsets, numbers))
+            return pa.table(columns, schema=pa.schema(fields))
 
         aside, n = target.with_name(f".{target.name}.part"), 0
         try:
@@ -239,7 +235,7 @@ class StoredDataset:
                         chosen = self.splits[part.ids] == SPLITS.index(split)
                         part = part.reorder(np.flatnonzero(chosen))
                     if len(part.ids):
-                        writer.write_table(pa.table([*columns(part)], schema=pa.schema(fields)))
+                        writer.write_table(table(part))
                     n += len(part.ids)
             aside.replace(target)
         finally:
