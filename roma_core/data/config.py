@@ -58,7 +58,7 @@ class DatasetConfig(Frozen):
     validation_fraction: Rate = Field(
         0.1,
         description="Fraction of the objects *outside test* that goes to validation, not of all "
-        "objects: 0.1 beside a test_fraction of 0.2 is 8 % of all.",
+        "objects: 0.1 beside a test_fraction of 0.2 is 8 % of all. Recorded validation comes on top.",
     )
     test_fraction: Rate = Field(
         0.2, description="Fraction of objects that go to test if the source records no split."
