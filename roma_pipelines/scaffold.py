@@ -218,7 +218,7 @@ def _warnings(statistics: SourceStatistics) -> list[str]:
     if statistics.n_single:
         found.append(
             f"{statistics.n_single:,} of {statistics.n_series:,} series have one observation: nothing "
-            f"can be hidden in them, so they add nothing to pretraining"
+            f"can be hidden in them, so pretraining leaves them out"
         )
     rare = [name for name, count in statistics.classes.items() if count < _FEW]
     if rare:

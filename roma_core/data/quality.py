@@ -183,7 +183,7 @@ def _numbers(dataset: StoredDataset) -> list[Finding]:
     order = "is not in order of the first axis"
     single = np.flatnonzero(dataset.lengths == 1).tolist()
     long = np.flatnonzero(dataset.lengths > 10_000).tolist()
-    too_short = "has one observation: nothing can be hidden, so it adds nothing to pretraining"
+    too_short = "has one observation: nothing can be hidden, so pretraining leaves it out"
     too_long = (
         "has more than 10,000 observations; the cost of attention is quadratic: consider "
         "trainer.augment_crop_tokens or a shorter window"

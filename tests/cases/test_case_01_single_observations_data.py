@@ -28,11 +28,13 @@ def test_new_experiment_and_validate_say_what_happens_to_them(alerts, tmp_path):
 
     (line,) = [line for line in output.splitlines() if line.startswith("# WARNING: 2,000 of 2,200")]
     assert "WARNING: 2,000 of 2,200 series have one observation" in line
-    assert "so they add nothing to pretraining" in " ".join(output.replace("#", "").split())
+    assert "so pretraining leaves them out" in " ".join(output.replace("#", "").split())
     dataset = build(tmp_path, config | {"name": "alerts"})
     result = CliRunner().invoke(main, ["data", "validate", str(dataset.path)])
     assert result.exit_code == 0
-    assert "has one observation: nothing can be hidden, so it adds nothing" in result.output
+    assert (
+        "has one observation: nothing can be hidden, so pretraining leaves it out" in result.output
+    )
     assert "… and 1,995 more: single" in result.output
 
 
