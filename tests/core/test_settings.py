@@ -35,7 +35,7 @@ from roma_core.settings import (
     leaves_of,
     without_credentials,
 )
-from roma_pipelines.env_example import SETTINGS, env_example
+from tests.env_example import SETTINGS, env_example
 
 ROOT = Path(__file__).parents[2]
 
@@ -443,9 +443,7 @@ def test_every_field_has_a_description():
 
 def test_the_example_is_the_committed_one():
     text = (ROOT / ".env.example").read_text(encoding="utf-8")
-    assert text == env_example(SETTINGS), (
-        "run `python -m roma_pipelines.env_example > .env.example`"
-    )
+    assert text == env_example(SETTINGS), "run `python -m tests.env_example > .env.example`"
 
 
 def test_the_example_sets_nothing_and_all_its_values_are_the_defaults(env_file):

@@ -9,8 +9,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from roma_pipelines.env_example import SETTINGS
 from roma_pipelines.launching.kubernetes.profile import KubernetesProfile, KubernetesSettings
+from tests.env_example import SETTINGS
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "kubernetes"
 CAPTURED = Path(__file__).parents[1] / "captured" / "helm" / "dagster_values_keys.yaml"

@@ -20,13 +20,13 @@ from roma_pipelines.assets.dataset import dataset_asset
 from roma_pipelines.automation.alerts import alert_on_failure, read_alerts
 from roma_pipelines.automation.state import Automated
 from roma_pipelines.components import RomaExperiment
-from roma_pipelines.launching.fake import FakeLauncher, completed, ended, running
 from roma_pipelines.launching.pipes import key_for, run_job
 from roma_pipelines.launching.spec import JobFailed, JobSpec, JobState, Phase
 from roma_pipelines.registry.promotion import CHAMPION, promote
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.registry.versions import version_at
 from roma_pipelines.storage import Storage
+from tests.pipelines.launching.fake import FakeLauncher, completed, ended, running
 
 DAY_S = 86400.0
 START = 1_767_225_600.0  # 2026-01-01

@@ -6,10 +6,10 @@ from threading import Thread
 import dagster as dg
 import pytest
 
-from roma_pipelines.launching.fake import FakeLauncher, completed, running, waiting
 from roma_pipelines.launching.pipes import MessageReader, key_for, on_interrupt, run_job
 from roma_pipelines.launching.spec import JobFailed, job_key
 from roma_pipelines.launching.supervisor import Supervisor
+from tests.pipelines.launching.fake import FakeLauncher, completed, running, waiting
 
 CONFIG = {"base_lr": 0.001}
 

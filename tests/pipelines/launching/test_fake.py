@@ -6,7 +6,12 @@ import pytest
 from roma_core.files import digest_of
 from roma_core.job import Exit
 from roma_pipelines.launching import supervisor
-from roma_pipelines.launching.fake import (
+from roma_pipelines.launching.jobs import cancel, read_job
+from roma_pipelines.launching.launcher import Rejected, Unreachable
+from roma_pipelines.launching.outcome import read_events
+from roma_pipelines.launching.spec import JobFailed, JobSpec, JobState, Phase
+from roma_pipelines.launching.supervisor import request_cancel, supervise
+from tests.pipelines.launching.fake import (
     FakeLauncher,
     completed,
     ended,
@@ -14,11 +19,6 @@ from roma_pipelines.launching.fake import (
     unreachable,
     waiting,
 )
-from roma_pipelines.launching.jobs import cancel, read_job
-from roma_pipelines.launching.launcher import Rejected, Unreachable
-from roma_pipelines.launching.outcome import read_events
-from roma_pipelines.launching.spec import JobFailed, JobSpec, JobState, Phase
-from roma_pipelines.launching.supervisor import request_cancel, supervise
 from tests.time_limits import within
 
 CONFIG = {"base_lr": 0.001}

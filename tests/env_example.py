@@ -1,4 +1,4 @@
-"""``.env.example``, with every setting and its default: ``python -m roma_pipelines.env_example``."""
+"""``.env.example``, with every setting and its default: ``python -m tests.env_example``."""
 
 from __future__ import annotations
 
