@@ -33,7 +33,8 @@ from roma_pipelines.experiment import ASSET_NAMES, Experiment, all_experiments
 from roma_pipelines.launching.jobs import Job, all_jobs
 from roma_pipelines.launching.outcome import duration, log_tail
 from roma_pipelines.registry.promotion import CHAMPION, PREVIOUS
-from roma_pipelines.registry.store import MlflowSettings, connect
+from roma_pipelines.registry.runs import SHORT_S, limit_requests
+from roma_pipelines.registry.store import MlflowSettings, answers, connect
 from roma_pipelines.registry.versions import CANDIDATE, aliased_version
 from roma_pipelines.storage import Storage
 
@@ -72,9 +73,12 @@ def overview(
     experiments: Mapping[str, Experiment | str],
     storage: Storage,
     instance: dg.DagsterInstance,
-    client: MlflowClient,
+    client: MlflowClient | None,
 ) -> list[View]:
-    """A view of every experiment, or of the error of its file; the last materialised one first."""
+    """A view of every experiment, or of the error of its file; the last materialised one first.
+
+    Without a client, as MLflow is away, there are no versions.
+    """
     run_records = instance.get_run_records(limit=200)
     active = [job for job in all_jobs(storage.jobs) if job.open_attempt is not None]
     usable = {name: e for name, e in experiments.items() if isinstance(e, Experiment)}
@@ -98,7 +102,7 @@ def overview(
             versions={
                 alias: version
                 for alias in (CHAMPION, PREVIOUS, CANDIDATE)
-                if (version := aliased_version(client, name, alias)) is not None
+                if client and (version := aliased_version(client, name, alias)) is not None
             },
             evaluations=_evaluations(experiment, instance),
             runs=runs[:5],
@@ -176,6 +180,7 @@ _HEADERS = {"X-Content-Type-Options": "nosniff"}
 
 def create_app(storage: Storage, dagster: str, mlflow: str) -> Starlette:
     """The application; it answers requests to localhost only, and links to the two addresses."""
+    limit_requests(SHORT_S)
     client = connect(MlflowSettings(), storage.mlflow)
     environment = Environment(
         loader=PackageLoader("roma_pipelines.pages", "."),
@@ -194,8 +199,10 @@ def create_app(storage: Storage, dagster: str, mlflow: str) -> Starlette:
 
     def index(request: Request) -> Response:
         with dg.DagsterInstance.get() as instance:
-            views = overview(all_experiments(), storage, instance, client)
-        page = template.render(views=views, now=time.time(), dagster=dagster, mlflow=mlflow)
+            there = answers(MlflowSettings())
+            views = overview(all_experiments(), storage, instance, client if there else None)
+        known = {"views": views, "now": time.time(), "dagster": dagster, "mlflow": mlflow}
+        page = template.render(**known, mlflow_answers=there)
         return HTMLResponse(page, headers=_HEADERS)
 
     def folder_of(request: Request) -> JobFolder:

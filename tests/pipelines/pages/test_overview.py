@@ -99,6 +99,17 @@ def test_the_page_leads_to_the_report_and_escapes_what_it_shows(house, address):
     assert get(address, f"/jobs/{9:020x}/report") == "<h1>report 9</h1>"
 
 
+def test_the_page_is_there_while_mlflow_is_away(house, address, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("ROMA_MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+
+    page = get(address, "/")
+
+    assert "MLflow does not answer; registered versions are not shown" in page
+    assert "nothing registered yet" not in page
+
+
 def test_head_answers_as_get_does_without_the_content(address):
     connection = HTTPConnection(address)
     connection.request("HEAD", "/")
