@@ -34,6 +34,7 @@ from roma_pipelines.registry.runs import (
     known_run,
     limit_requests,
     log_run,
+    no_answer,
     read_record,
     reason_of,
     send_record,
@@ -223,13 +224,11 @@ def registry(context: dg.AssetExecutionContext, *upstream: dict[str, Any]) -> It
             job["mlflow_run_id"] = known_run(folder).get("run_id", job["mlflow_run_id"])
         yield client
     except Exception as error:
-        if answers(settings):
+        if not (away := no_answer(error)):
             raise
-        uri = without_credentials(tracking_uri(settings, storage.mlflow))
         sentence = (
-            f"the MLflow server {uri} does not answer ({reason_of(error)}), and "
-            f"{context.asset_key.to_user_string()} needs it; start it, and this step continues or can "
-            f"be run again: nothing is lost"
+            f"{away}, and {context.asset_key.to_user_string()} needs it; start it, and this step "
+            f"continues or can be run again: nothing is lost"
         )
         context.log.warning(sentence)
         raise dg.RetryRequested(_SERVER_RETRIES, _SERVER_RETRY_S) from dg.Failure(sentence)

@@ -33,7 +33,9 @@ def _checks() -> Iterator[CheckResult]:
     """All checks in turn. A store that cannot be reached is an error and hides no other result."""
     import dagster as dg
 
+    from roma_core.job import JobFolder
     from roma_pipelines.definitions import load_experiments
+    from roma_pipelines.registry.runs import SHORT_S, is_pending, limit_requests, no_answer
     from roma_pipelines.registry.store import MlflowSettings, connect, is_server
     from roma_pipelines.storage import Storage, StorageError, prepare_instance
 
@@ -47,13 +49,20 @@ def _checks() -> Iterator[CheckResult]:
     valid, errors = load_experiments()
     detail = "; ".join(errors.values()) or f"{len(valid)} valid"
     yield CheckResult("experiments", "error" if errors else "ok", detail)
+    limit_requests(SHORT_S)
     try:
         client = connect(MlflowSettings(), storage.mlflow)
         kind = "server" if is_server(client.tracking_uri) else "store, its schema is current"
         detail = f"{kind}; {len(client.search_registered_models())} registered models"
         yield CheckResult("MLflow store", "ok", detail)
     except Exception as error:
-        yield _unusable("MLflow store", error)
+        away = no_answer(error)
+        yield (
+            CheckResult("MLflow store", "error", away) if away else _unusable("MLflow store", error)
+        )
+    if pending := sum(is_pending(JobFolder(path)) for path in storage.jobs.iterdir()):
+        detail = f"MLflow lacks {pending} runs of jobs; `roma-pipeline jobs sync` sends them"
+        yield CheckResult("MLflow runs", "warning", detail)
     try:
         prepare_instance(storage)
         instance = dg.DagsterInstance.get()
@@ -172,9 +181,11 @@ def gc(days: float, keep_versions: int, yes: bool) -> None:
     """
     from roma_core.settings import without_credentials
     from roma_pipelines.operations.retention import operations_lock, removals
+    from roma_pipelines.registry.runs import limit_requests, no_answer
     from roma_pipelines.registry.store import MlflowSettings, connect
     from roma_pipelines.storage import Storage, prepare_instance
 
+    limit_requests(120)
     with errors_as_messages():
         storage = Storage.open()
         prepare_instance(storage)
@@ -193,7 +204,8 @@ def gc(days: float, keep_versions: int, yes: bool) -> None:
                 total += removal.n_bytes
                 click.echo(f"{verb:<13} {removal.n_bytes:>14,} bytes  {removal.what}")
     except MlflowException as error:
-        raise click.ClickException(without_credentials(str(error))) from error
+        away = no_answer(error)
+        raise click.ClickException(away or without_credentials(str(error))) from error
     click.echo(f"{verb} {total:,} bytes in total")
     if found and not yes:
         click.echo("--yes removes it")

@@ -117,13 +117,15 @@ def registry() -> Iterator[MlflowClient]:
     from mlflow.exceptions import MlflowException
 
     from roma_core.serving.registry_client import FetchError
+    from roma_pipelines.registry.runs import limit_requests, no_answer
     from roma_pipelines.registry.store import MlflowSettings, RegistryBusy, StoreError, connect
     from roma_pipelines.storage import Storage, StorageError
 
+    limit_requests(120)
     try:
         yield connect(MlflowSettings(), Storage.open().mlflow)
     except MlflowException as error:
-        raise click.ClickException(error.message) from error
+        raise click.ClickException(no_answer(error) or error.message) from error
     except (ValueError, FetchError, StorageError, StoreError, RegistryBusy, OSError) as error:
         raise click.ClickException(str(error)) from error
 

@@ -260,6 +260,15 @@ def reason_of(error: BaseException) -> str:
     return (str(told) or type(told).__name__).partition("\n")[0][:300]
 
 
+def no_answer(error: BaseException) -> str:
+    """A sentence, if the configured server does not answer, which then is why MLflow failed; or ''."""
+    settings = MlflowSettings()
+    if answers(settings):
+        return ""
+    uri = without_credentials(settings.tracking_uri or settings.registry_uri or "")
+    return f"the MLflow server {uri} does not answer ({reason_of(error)})"
+
+
 _GIVEN_TIMEOUT_S = os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT")
 
 

@@ -257,6 +257,13 @@ def test_the_command_and_the_sensor_send_what_is_pending(train, gate, storage, a
     assert "Traceback" not in done.output
     shown = CliRunner().invoke(main, ["jobs", "show", folder.path.name]).output
     assert "no run yet: FINISHED, pending" in shown
+    sentence = f"the MLflow server {gate.address} does not answer ([Errno 111] Connection refused)"
+    rolled_back = CliRunner().invoke(main, ["rollback", "waves", "--reason", "x"])
+    assert (rolled_back.exit_code, rolled_back.output) == (1, f"Error: {sentence}\n")
+    checks = json.loads(CliRunner().invoke(main, ["health", "--json"]).output)
+    found = {check["name"]: (check["status"], check["detail"]) for check in checks}
+    assert found["MLflow store"] == ("error", sentence)
+    assert found["MLflow runs"][0] == "warning" and "lacks 1 runs" in found["MLflow runs"][1]
 
     gate.become("open")
     with (
