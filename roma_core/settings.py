@@ -45,7 +45,7 @@ _ALIKE = 0.75  # of 0 to 1: trainr and trainer are alike, pretrain and trainer a
 class Frozen(BaseModel):
     """Base of every configuration section and stored document: no unknown fields, immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class SettingsError(ValueError):

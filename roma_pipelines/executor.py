@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import dagster as dg
-from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from roma_core.settings import RomaSettings
@@ -16,11 +15,8 @@ class DagsterSettings(RomaSettings):
 
     model_config = SettingsConfigDict(env_prefix="ROMA_DAGSTER_")
 
-    executor: Literal["in_process", "k8s_job"] = Field(
-        "in_process",
-        description="k8s_job, for Dagster on Kubernetes: each step in a pod that outlives the "
-        "run's pod.",
-    )
+    executor: Literal["in_process", "k8s_job"] = "in_process"
+    """k8s_job, for Dagster on Kubernetes: each step in a pod that outlives the run's pod."""
 
 
 def retry_policy() -> dg.RetryPolicy | None:

@@ -46,33 +46,24 @@ class Stage(Frozen):
 
     model: dict[str, Any] = Field({}, description="Fields that the data set does not determine.")
     trainer: dict[str, Any] = Field({}, description="Fields of TrainerConfig.")
-    train_fraction: float = Field(
-        1.0, gt=0, le=1, description="Fraction of the training series to use, stratified by class."
-    )
+    train_fraction: float = Field(1.0, gt=0, le=1)
+    """Fraction of the training series to use, stratified by class."""
 
 
 class Resources(Frozen):
     """Where trainings run, and their size."""
 
-    target: Literal["local", "slurm", "kubernetes"] = Field(
-        "local", description="Where jobs run: this computer or a cluster."
-    )
-    profile: str | None = Field(
-        None,
-        description="Profile of the cluster; null takes ROMA_SLURM_PROFILE or "
-        "ROMA_KUBERNETES_PROFILE.",
-    )
+    target: Literal["local", "slurm", "kubernetes"] = "local"
+    """Where jobs run: this computer or a cluster."""
+    profile: str | None = None
+    """Profile of the cluster; null takes ROMA_SLURM_PROFILE or ROMA_KUBERNETES_PROFILE."""
     nodes: int = Field(1, gt=0, description="Nodes; the local target runs all processes on one.")
     processes_per_node: int = Field(1, gt=0, description="Training processes per node.")
     threads_per_process: int = Field(1, gt=0, description="CPU threads per process.")
     gpus_per_node: int = Field(0, ge=0, description="GPUs per node; 0 trains on CPUs.")
     memory_gb: float | None = Field(None, gt=0, description="Per node; null: profile's default.")
-    time_limit_min: int | None = Field(
-        None,
-        gt=1,
-        description="Time limit of one attempt (minutes); the job resumes in a new one. "
-        "null: the profile's default.",
-    )
+    time_limit_min: int | None = Field(None, gt=1)
+    """Minutes of one attempt; the job resumes in a new one. null: the profile's default."""
     max_attempts: int = Field(20, gt=0, description="Attempts in a row that may add no checkpoint.")
 
     def at(self, target: str | None, profile: str | None) -> Self:
@@ -97,9 +88,8 @@ class Predictions(Frozen):
     """Input of the asset ``batch_predictions``, made by the champion."""
 
     input: str = Field(description="Parquet file, .jsonl file, or folder of a data set.")
-    split: Literal["train", "validation", "test"] = Field(
-        "test", description="Split to predict if the input is a data set."
-    )
+    split: Literal["train", "validation", "test"] = "test"
+    """Split to predict if the input is a data set."""
 
 
 def checked_name(name: str) -> str:
@@ -128,19 +118,16 @@ class Experiment(Frozen):
     description: str = Field("", description="Purpose, shown on the assets.")
     dataset: ExperimentDataset = Field(description="Source and preparation of the data.")
     pretraining: Stage = Field(Stage(), description="Pretraining of the encoder.")
-    pretrained_from: Name | None = Field(
-        None, description="Experiment whose encoder is finetuned here instead of pretraining one."
-    )
+    pretrained_from: Name | None = None
+    """Experiment whose encoder is finetuned here instead of pretraining one."""
     finetuning: Stage = Field(Stage(), description="Finetuning of the classifier.")
     resources: Resources = Field(Resources(), description="Target and size of jobs.")
     gate: GateThresholds = Field(GateThresholds(), description="Conditions of promotion.")
     baselines: tuple[Baseline, ...] = Field((), description="Published results of other methods.")
-    predictions: Predictions | None = Field(
-        None, description="Adds the asset batch_predictions; null: none."
-    )
-    schedule: str | None = Field(
-        None, description="Cron expression (UTC) of retraining; the schedule starts stopped."
-    )
+    predictions: Predictions | None = None
+    """Adds the asset batch_predictions; null: none."""
+    schedule: str | None = None
+    """Cron expression (UTC) of retraining; the schedule starts stopped."""
     automation: Automation = Field(Automation(), description="Sensors and budget.")
     owners: tuple[str, ...] = Field((), description="E-mail addresses or team:NAME.")
     tags: dict[str, str] = Field({}, description="Further tags of the assets.")

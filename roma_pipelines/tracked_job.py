@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import dagster as dg
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 from pydantic_settings import SettingsConfigDict
 
 from roma_core.files import digest_of
@@ -239,11 +239,10 @@ class PageSettings(RomaSettings):
 
     model_config = SettingsConfigDict(env_prefix="ROMA_PAGE_")
 
-    overview_url: str | None = Field(None, description="Address of the overview; null: no links.")
-    mlflow_url: str | None = Field(
-        None,
-        description="Address of the MLflow page; null takes the tracking server's, if there is one.",
-    )
+    overview_url: str | None = None
+    """Address of the overview; null: no links."""
+    mlflow_url: str | None = None
+    """Address of the MLflow page; null takes the tracking server's, if there is one."""
 
 
 def page_links(
