@@ -78,6 +78,13 @@ INTERRUPTIONS = {
     ],
     "an unknown state": ["slurm/interruptions: an_unknown_state_is_no_end"],
     "hung rank": ["slurm/interruptions: a_hung_rank_is_found_by_its_heartbeat"],
+    "MLflow dies or hangs": [
+        "mlflow_away: nothing_is_lost_doubled_or_failed",
+        "mlflow_away: the_same_of_a_server_that_is_killed",
+        "mlflow_away: the_command_and_the_sensor_send_what_is_pending",
+        "mlflow_away: a_run_whose_orchestrator_died_after_the_job_is_ended",
+        "pipelines/assets/test_server_away.py: an_experiment_whose_server_goes_and_comes",
+    ],
     "duplicate job script": [
         "slurm/interruptions: a_script_submitted_by_hand_does_no_harm",
         "slurm/interruptions: the_job_on_record_may_be_the_one_that_left",
