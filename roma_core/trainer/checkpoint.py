@@ -32,7 +32,7 @@ from torch import Tensor
 from roma_core.files import read_json, sha256_of, sync_folder, write_json
 from roma_core.settings import Frozen
 from roma_core.trainer.config import TrainerConfig
-from roma_core.trainer.distributed import HostGroup
+from roma_core.trainer.distributed import SINGLE_PROCESS, HostGroup
 from roma_core.trainer.run_logger import RunLogger
 
 Tensors = dict[str, dict[str, Tensor]]
@@ -109,33 +109,41 @@ def damage_of(path: Path) -> str:
     return ""
 
 
-def load_newest(folder: Path) -> Checkpoint | None:
-    """The newest undamaged checkpoint, or None if there is none at all.
+def load_newest(folder: Path, group: HostGroup = SINGLE_PROCESS) -> Checkpoint | None:
+    """The newest undamaged checkpoint, which rank 0 chooses, or None if there is none at all.
 
     Raises:
         ValueError: there are checkpoints and every one is damaged.
     """
-    paths = committed(folder)
-    for path in reversed(paths):
-        if not (damage := damage_of(path)):
-            return _load(path)
-        log.warning("checkpoint %s is damaged (%s); trying the one before", path, damage)
-    if paths:
-        raise ValueError(
-            f"all {len(paths)} checkpoints in {folder} are damaged; remove the folder to start again"
-        )
-    return None
 
-
-def load_best(config: TrainerConfig) -> Checkpoint | None:
-    """The undamaged checkpoint with the best ``best_metric``, or None if none was evaluated."""
-    sound = [path for path in committed(config.checkpoint_dir) if not damage_of(path)]
-    scores = {path: read_state(path).evaluation.get(config.best_metric) for path in sound}
-    scored = {path: score for path, score in scores.items() if score is not None}
-    if not scored:
+    def newest() -> Path | None:
+        paths = committed(folder)
+        for path in reversed(paths):
+            if not (damage := damage_of(path)):
+                return path
+            log.warning("checkpoint %s is damaged (%s); trying the one before", path, damage)
+        if paths:
+            raise ValueError(
+                f"all {len(paths)} checkpoints in {folder} are damaged; remove the folder to start again"
+            )
         return None
-    choose = min if config.best_metric_mode == "min" else max
-    return _load(choose(scored, key=scored.__getitem__))  # of equal ones the oldest
+
+    path = group.call(newest, group.is_main)[0]
+    return None if path is None else _load(path)
+
+
+def load_best(config: TrainerConfig, group: HostGroup = SINGLE_PROCESS) -> Checkpoint | None:
+    """The undamaged checkpoint with the best ``best_metric``, or None if none was evaluated."""
+
+    def best() -> Path | None:
+        sound = [path for path in committed(config.checkpoint_dir) if not damage_of(path)]
+        scores = {path: read_state(path).evaluation.get(config.best_metric) for path in sound}
+        scored = {path: score for path, score in scores.items() if score is not None}
+        choose = min if config.best_metric_mode == "min" else max
+        return choose(scored, key=scored.__getitem__, default=None)  # of equal ones the oldest
+
+    path = group.call(best, group.is_main)[0]
+    return None if path is None else _load(path)
 
 
 def _load(path: Path) -> Checkpoint:

@@ -59,6 +59,10 @@ class HostGroup:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def is_first_of_node(self) -> bool:
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+
     def sum(self, numbers: list[float]) -> list[float]:
         """Sums over the processes, in float64, equal on all."""
         if self.size == 1:
@@ -83,17 +87,18 @@ class HostGroup:
             dist.broadcast(on_host, src=0, group=self._group)
             tensor.copy_(on_host)
 
-    def once_per_node(self, act: Callable[[], object]) -> None:
-        """Call ``act`` in one process of every node; all wait for it, and fail if it raised ValueError."""
-        error: ValueError | None = None
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            try:
-                act()
-            except ValueError as raised:
-                error = raised
-        messages = self.gather(str(error) if error else "")
-        if any(messages):
-            raise error or ValueError(next(filter(None, messages)))
+    def call(self, act: Callable[[], T], here: bool) -> list[T | None]:
+        """Results of ``act`` in the order of ranks, called where ``here`` is True; an error fails all."""
+        result: T | None = None
+        error: ValueError | OSError | None = None
+        try:
+            result = act() if here else None
+        except (ValueError, OSError) as raised:
+            error = raised
+        gathered = self.gather((result, str(error) if error else ""))
+        if messages := [message for _, message in gathered if message]:
+            raise error or ValueError(messages[0])
+        return [result for result, _ in gathered]
 
     def barrier(self) -> None:
         """Wait until every process has called this."""

@@ -230,11 +230,11 @@ def train(folder: JobFolder, attempt: Attempt) -> Work:
 
     group = init_group()
     # rank 0 may have just written it, and another process may see it late
-    document = read_json(folder.config, schema_version=1) if group.is_main else None
-    config = TrainingJobConfig.model_validate(group.gather(document)[0])
+    document = group.call(lambda: read_json(folder.config, schema_version=1), group.is_main)[0]
+    config = TrainingJobConfig.model_validate(document)
     trainer = TrainerConfig.from_values(config.trainer | {"checkpoint_dir": folder.checkpoints})
     version = config.dataset, config.dataset_digest
-    group.once_per_node(lambda: open_dataset(*version, verify=True))
+    group.call(lambda: open_dataset(*version, verify=True).path, group.is_first_of_node)
     dataset = open_dataset(*version, verify=False)
     model = _model_of(config, trainer.random_seed, bool(committed(folder.checkpoints)))
     model.data_schema = dataset.schema.model_dump(mode="json")
@@ -256,7 +256,7 @@ def train(folder: JobFolder, attempt: Attempt) -> Work:
     )
     if end.status == "continue":
         return Work("continue", end.world_size, end.step, end.reason)
-    if end.is_main_process:
+    if group.is_main:
         model.save_pretrained(folder.path / MODEL_OUTPUT)
     return Work(
         "completed",

@@ -41,7 +41,6 @@ class TrainingEnd:
     reason: str  # of the stop, or of early stopping
     elapsed_s: float  # training time over all attempts
     world_size: int
-    is_main_process: bool
 
 
 class Trainer:
@@ -110,7 +109,7 @@ class Trainer:
                     reason = self.stops.reason or "another process was asked to stop"
                     self.logger.say(f"asked to stop ({reason}); saved at step {self.step}")
                 progress = (self.step, self.evaluation, reason, self._elapsed_s())
-                end = TrainingEnd(status, *progress, self.group.size, self.group.is_main)
+                end = TrainingEnd(status, *progress, self.group.size)
         if status == "completed" and self._post_train_hook and self.group.is_main:
             self._post_train_hook(model, self.folder, self.accelerator.device)
         del self.train_step, self.loader, self.accelerator  # free the optimiser
@@ -128,7 +127,7 @@ class Trainer:
         )
         loss = training_loss(model, config, train_dataset)
 
-        checkpoint = load_newest(config.checkpoint_dir)
+        checkpoint = load_newest(config.checkpoint_dir, group)
         self.resumed_from = checkpoint.path.name if checkpoint else ""
         state, tensors = (checkpoint.state, checkpoint.tensors) if checkpoint else (None, None)
         global_batch_size = state.global_batch_size if state else None
@@ -217,7 +216,7 @@ class Trainer:
         if config.final_weights == "last":
             self.train_step.finish()
             return reason
-        best = load_best(config)
+        best = load_best(config, self.group)
         if best is None:
             raise ValueError(
                 f"final_weights=best: no checkpoint in {config.checkpoint_dir} was evaluated with "

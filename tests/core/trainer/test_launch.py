@@ -17,7 +17,7 @@ from tests.time_limits import within
 
 ROOT = Path(__file__).parents[3]
 WATCHED = """
-import os, time
+import os, pathlib, time
 import roma_core.files as files
 rank, folder, sha256_of = os.environ.get("RANK", "0"), os.environ["WATCH"], files.sha256_of
 def watched(path):
@@ -27,6 +27,11 @@ def watched(path):
 files.sha256_of = watched
 if rank == "0":
     time.sleep(4)  # the other process gets everywhere first
+else:  # and does not see the newest checkpoint yet
+    glob = pathlib.Path.glob
+    def late(path, pattern):
+        return sorted(glob(path, pattern))[: -1 if pattern == "step-*" else None]
+    pathlib.Path.glob = late
 """
 
 
@@ -81,6 +86,7 @@ def test_all_processes_have_the_settings_that_the_first_one_writes(tmp_path, dat
             shutil.rmtree(path)
     output = torchrun(tmp_path, data, "epochs=4", "batch_size=4", "save_every=3", "eval_every=2")
     assert "resumes with trainer.eval_every 4 → 2" in output
+    assert "resumed from step-00000006" in output
     assert hashed(tmp_path, data) == [n_files, 0]
 
 
