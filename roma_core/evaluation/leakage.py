@@ -30,8 +30,8 @@ def check_leakage(dataset: StoredDataset, trained_on: Sequence[Path]) -> tuple[s
     for path in sorted({path.resolve() for path in trained_on} - {dataset.path.resolve()}):
         if not path.exists():
             found.append(
-                f"unknown, because {path} no longer exists, which this model was trained on; build "
-                f"it again (equal input gives an equal version), or train again"
+                f"unknown, because the training data {path} no longer exist; build them again (equal "
+                f"input gives an equal version), or train again"
             )
             continue
         before = StoredDataset(path)

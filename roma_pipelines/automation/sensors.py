@@ -194,7 +194,7 @@ def reconcile_jobs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
     return dg.SkipReason("; ".join(done) or "every unfinished job is supervised or will be")
 
 
-_CANCEL_WITHIN_S, _REPORT_WITHIN_S = 30.0, 5.0  # Dagster gives a tick of a sensor a minute
+_CANCEL_WITHIN_S, _REPORT_WITHIN_S = 30.0, 15.0  # Dagster gives a tick of a sensor a minute
 _pool = ThreadPoolExecutor(64, "cancel")
 _cancelling: dict[str, Future[str]] = {}  # by the job's key
 _STATUS = dg.DagsterRunStatus

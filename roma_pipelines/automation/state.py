@@ -37,7 +37,7 @@ class Data(NamedTuple):
 
     version: str | None = None
     run: str = ""
-    fingerprint: str | None = None
+    fingerprint: str | None = None  # of its source at build time
 
 
 class Trained(NamedTuple):

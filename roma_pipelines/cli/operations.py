@@ -66,7 +66,16 @@ def _checks() -> Iterator[CheckResult]:
     try:
         prepare_instance(storage)
         instance = dg.DagsterInstance.get()
-        yield _dagster(instance)
+        instance.get_runs(limit=1)
+        outdated = [
+            f"{type(store).__name__} has revision {present}, Dagster needs {wanted}"
+            for store in (instance.run_storage, instance.event_log_storage)
+            for present, wanted in [store.alembic_version() or (None, None)]
+            if present != wanted
+        ]
+        detail = "; ".join([*outdated, "run `dagster instance migrate`"] if outdated else [])
+        kind = type(instance.run_storage).__name__
+        yield CheckResult("Dagster store", "error" if outdated else "ok", detail or kind)
     except Exception as error:
         yield _unusable("Dagster store", error)
         return
@@ -109,17 +118,6 @@ def _jobs(storage: Storage) -> Iterator[CheckResult]:
     else:
         detail = f"{len(active)} active, all supervised; {len(jobs)} in total"
         yield CheckResult("jobs", "ok", detail)
-
-
-def _dagster(instance: dg.DagsterInstance) -> CheckResult:
-    instance.get_runs(limit=1)
-    for storage in (instance.run_storage, instance.event_log_storage):
-        present, wanted = storage.alembic_version() or (None, None)
-        if present != wanted:
-            detail = f"{type(storage).__name__} has revision {present}, Dagster needs {wanted}"
-            detail += "; run `dagster instance migrate`"
-            return CheckResult("Dagster store", "error", detail)
-    return CheckResult("Dagster store", "ok", type(instance.run_storage).__name__)
 
 
 def _daemons(instance: dg.DagsterInstance) -> CheckResult:

@@ -192,17 +192,14 @@ class ModelLock:
 def model_lock(client: MlflowClient, name: str) -> Iterator[ModelLock]:
     """Hold the lock of a registered model, also between computers: one promotion at a time.
 
-    The own store has a lock of its file or database, which ends with the process that holds it. No
-    such lock reaches all users of a server, and MLflow's only atomic operation is the creation of a
-    registered model: of two processes that create the same name, one fails. The lock is therefore an
-    empty registered model ``NAME.lock``, which exists while aliases of NAME are moved, and holds a
-    random token.
+    The own store has a lock of its file or database, which ends with its holder. A server has none,
+    and its only atomic operation is the creation of a registered model: of two processes that create
+    a name, one fails. The lock is therefore an empty model ``NAME.lock`` with a random token.
 
     It is a lease. A token that stays for ``_LEASE_S`` belongs to a dead process, and its lock is
     broken by renaming it to a name made of that token, which stays for an hour: a process that is
-    late in breaking the same lock fails, and does not rename a newer one. The holder sends nothing,
-    not even the release, that could arrive when others may break the lock: requests end after
-    ``_CALL_S``, and are sent only as long before the end of the lease.
+    late in breaking the same lock fails, and does not rename a newer one. The holder moves no alias,
+    and releases nothing, later than ``_CALL_S`` before the end, after which requests are given up.
 
     Raises:
         RegistryBusy: the lock was not free in time.
@@ -290,20 +287,17 @@ def one_request(timeout_s: float) -> Iterator[None]:
 
     The limit is of the process, so one thread at a time has it.
     """
-    ours = {
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": f"{timeout_s:.0f}",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    }
+    ours = {"TIMEOUT": f"{timeout_s:.0f}", "MAX_RETRIES": "0"}
+    ours = {f"MLFLOW_HTTP_REQUEST_{name}": value for name, value in ours.items()}
     with _one_thread:
-        before = {name: os.environ.get(name) for name in ours}
+        before = {name: os.environ[name] for name in ours if name in os.environ}
         os.environ.update(ours)
         try:
             yield
         finally:
-            for name, value in before.items():
-                os.environ.pop(name)
-                if value is not None:
-                    os.environ[name] = value
+            for name in ours:
+                del os.environ[name]
+            os.environ.update(before)
 
 
 def check_access(settings: MlflowSettings) -> None:

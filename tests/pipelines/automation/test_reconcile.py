@@ -22,6 +22,12 @@ CONFIG = {"base_lr": 0.001}
 STATUS = dg.DagsterRunStatus
 
 
+@pytest.fixture(autouse=True)
+def time_to_cancel(monkeypatch):
+    monkeypatch.setattr(sensors, "_CANCEL_WITHIN_S", within(30))
+    monkeypatch.setattr(sensors, "_REPORT_WITHIN_S", within(15))
+
+
 @pytest.fixture
 def instance():
     with dg.DagsterInstance.ephemeral() as instance:

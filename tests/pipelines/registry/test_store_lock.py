@@ -14,7 +14,7 @@ import pytest
 
 from roma_pipelines.registry import store
 from roma_pipelines.registry.promotion import CHAMPION, PREVIOUS, audit, promote
-from roma_pipelines.registry.store import RegistryBusy, model_lock
+from roma_pipelines.registry.store import MlflowSettings, RegistryBusy, model_lock
 from roma_pipelines.registry.versions import version_at
 from tests.pipelines.registry.contender import add_rivals, contender, held, locks, said
 from tests.time_limits import wait_until, within
@@ -145,6 +145,13 @@ def test_a_lock_whose_holder_died_is_broken_and_a_living_one_is_not(rivals, monk
         model_lock(rivals, "rivals"),
     ):
         pytest.fail("two hold the lock")
+
+
+def test_a_registry_beside_the_own_store_has_the_lock_of_its_server(rivals, store_root):
+    settings = MlflowSettings.from_values({"registry_uri": rivals.tracking_uri})
+    with model_lock(store.connect(settings, store_root), "rivals"):
+        assert locks(rivals) == ["rivals.lock"]
+    store.connect(MlflowSettings.from_values({}), store_root)  # the process's default again
 
 
 def test_requests_are_bounded_while_the_lock_is_held_and_as_before_afterwards(rivals, monkeypatch):
