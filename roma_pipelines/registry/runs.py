@@ -215,7 +215,8 @@ def log_run(client: MlflowClient, folder: JobFolder, record: RunRecord) -> dict[
         write_json(folder.mlflow_run, run)  # the job itself sends its metrics from now on
     if record.status == "RUNNING":
         return run
-    forward_to_mlflow(folder.metrics, client.tracking_uri, run_id)
+    if folder.metrics.exists():
+        forward_to_mlflow(folder.metrics, client.tracking_uri, run_id)
     end_ms = round((record.ended_at or time.time()) * 1000)
     metrics = [Metric(name, value, end_ms, 0) for name, value in record.results.items()]
     tags = [RunTag(name, value) for name, value in record.final_tags.items()]
