@@ -358,10 +358,10 @@ def test_a_second_submission_adopts(launcher, folder, make):
     plan = launcher.plan(spec, folder)
     first = launcher.submit(plan, {})
     again = KubernetesLauncher(launcher.profile).submit(plan, {})
-    (folder.path / "go").touch()
 
     assert first == again
-    outcome = supervise(launcher, folder, spec, CONFIG, **FAST)
+    go = (folder.path / "go").touch  # not before it is watched: a result alone makes no attempt
+    outcome = supervise(launcher, folder, spec, CONFIG, on_poll=lambda state: go(), **FAST)
     assert (outcome.status, len(outcome.attempts)) == ("completed", 1)
     assert (folder.path / "starts").read_text().split() == ["1"]
 
