@@ -38,15 +38,10 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
     from roma_pipelines.storage import Storage, prepare_instance
 
     with errors_as_messages():
-        storage = Storage.open()
-        home = prepare_instance(storage)
         settings = MlflowSettings()
-        check_access(settings)
-        uri = settings.tracking_uri or own_store(storage.mlflow)
+    elsewhere = is_server(settings.tracking_uri or "")
     ports = {"dagster": dagster_port, "page": page_port}
-    if not is_server(uri):
-        ports["mlflow"] = mlflow_port
-    for name, port in ports.items():
+    for name, port in (ports if elsewhere else {**ports, "mlflow": mlflow_port}).items():
         with socket.socket() as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -56,16 +51,21 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
                     f"port {port} is in use ({error.strerror}); stop what uses it, or give another "
                     f"one with --{name}-port"
                 ) from error
+    with errors_as_messages():
+        storage = Storage.open()
+        home = prepare_instance(storage)
+        check_access(settings)
+        uri = settings.tracking_uri or own_store(storage.mlflow)
 
     # the location's name is that of workspace.yaml: schedules and runs belong to a location by name
     module = {"module_name": "roma_pipelines.definitions", "location_name": "roma_pipelines"}
     write_json(home / "workspace.yaml", {"load_from": [{"python_module": module}]})
     dagster, overview = f"http://127.0.0.1:{dagster_port}", f"http://127.0.0.1:{page_port}"
-    mlflow = uri if is_server(uri) else f"http://127.0.0.1:{mlflow_port}"
+    mlflow = uri if elsewhere else f"http://127.0.0.1:{mlflow_port}"
     modules: dict[str, tuple[str, Sequence[str]]] = {}
     workspace = ("-w", str(home / "workspace.yaml"), "-h", "127.0.0.1", "-p", str(dagster_port))
     modules["Dagster"] = dagster, ("dagster", "dev", *workspace)
-    if is_server(uri):
+    if elsewhere:
         click.echo(f"MLflow    {uri} (configured; not started here)")
     else:
         artifacts = ("--artifacts-destination", (storage.mlflow / "artifacts").as_uri())
