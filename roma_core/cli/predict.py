@@ -101,11 +101,9 @@ def _load(
 ) -> Iterator[tuple[Any, dict[str, str]]]:
     """The verified package of a registered model or in a folder, and its lineage columns."""
     from roma_core.files import sha256_of
-    from roma_core.serving import registry_client
+    from roma_core.serving import pyfunc_model, registry_client
 
     if not model.startswith("models:/"):
-        from roma_core.serving import pyfunc_model
-
         package: Any = pyfunc_model.open_package(Path(model))
         package.module = pyfunc_model
         digest = sha256_of(Path(model) / "MANIFEST.json")

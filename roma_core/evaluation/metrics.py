@@ -18,9 +18,7 @@ import numpy as np
 from roma_core.evaluation.predictions import Bools, Floats, Ints, PredictionTable, RegressionTable
 from roma_core.settings import Frozen
 
-N_BINS = 15
-N_ACCURACY_BINS = 4
-N_POSITION_BINS = 20
+N_BINS, N_ACCURACY_BINS, N_POSITION_BINS = 15, 4, 20
 N_BOOTSTRAP = 1000
 _COUNTS_AT_ONCE = 4_000_000  # entries of the (R, N) matrix held in memory, 32 MB
 

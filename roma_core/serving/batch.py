@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 SERIES_PER_PART = 2000
 _STATE = "state.json"  # in the folder of parts
-_ROWS_PER_BATCH = 1000
-_N_EMBEDDED = 1000
+_ROWS_PER_BATCH, _N_EMBEDDED = 1000, 1000
 _FACTS = ("split", "label", "group")  # columns of `roma data export` that are no model inputs,
 _TARGET = (b"role", b"target")  # as are columns with this field metadata
 Row = dict[str, Any]
@@ -298,8 +297,8 @@ def embed_medians(
     return FeatureMedians(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def _observed(package: Any, row: Row) -> Any:
-    """The series of a row without observations that are not finite; None if none is left."""
+def _observed(package: Any, row: Row) -> Row | None:
+    """A row without observations that are not finite; None if none is left."""
     columns = {
         (part, one["name"]): np.array(row[part].get(one["name"]) or [], np.float64)
         for part, names in (("positions", package.axes), ("values", package.channels))
@@ -310,10 +309,10 @@ def _observed(package: Any, row: Row) -> Any:
     finite = np.isfinite(np.stack(list(columns.values()))).all(axis=0)
     if not finite.any():
         return None
-    kept: dict[str, dict[str, list[float]]] = {"positions": {}, "values": {}}
+    kept: Row = {"positions": {}, "values": {}}
     for (part, name), column in columns.items():
-        kept[part][name] = column[finite].tolist()
-    return package.module.Series(id=row["id"], units=row.get("units"), **kept)
+        kept[part][name] = column[finite]
+    return row | kept
 
 
 def _print_medians(model: str, n_max: str, *names: str) -> None:
@@ -328,7 +327,7 @@ def _print_medians(model: str, n_max: str, *names: str) -> None:
         step = -(-sum(count_series(file, "test") for file in files) // int(n_max)) or 1
         rows = chain.from_iterable(read_series(file, "test", package) for file in files)
         found = (_observed(package, row) for row in islice(rows, 0, None, step))
-        series = [one for one in found if one is not None]
+        series = series_of(package, (one for one in found if one is not None))
         features = package.outputs(series)
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(" ".join(str(error).split()))

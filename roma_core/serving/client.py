@@ -15,7 +15,13 @@ from typing import Any, Self
 
 from pydantic import ValidationError
 
-from roma_core.serving.pyfunc_model import InvalidSeries, Prediction, Series, parse_series
+from roma_core.serving.pyfunc_model import (
+    InvalidSeries,
+    Prediction,
+    Series,
+    parse_series,
+    shortened,
+)
 from roma_core.serving.registry_client import ModelVersion, connect, fetch, package_of, resolve
 
 
@@ -69,9 +75,9 @@ class ServedModel:
         answers = self._post(rows)
         try:
             predictions = [Prediction.model_validate(answer) for answer in answers]
-        except ValidationError as error:
+        except (ValidationError, TypeError) as error:
             raise ServerError(
-                f"{self.url} returns no predictions of a classifier: {error}"
+                f"{self.url} returns no predictions of a classifier, but {shortened(answers)}"
             ) from error
         if len(predictions) != len(rows):
             raise ServerError(
@@ -114,6 +120,7 @@ class ServedModel:
                 message = str(document.get("message") or document.get("detail") or document)
             except (ValueError, AttributeError):
                 message = body.decode(errors="replace")[:500]
+            message = message.rpartition("\nError: ")[2]  # MLflow may put the whole input before it
             if 400 <= error.code < 500:
                 raise RequestRejected(message) from error
             raise ServerError(f"{self.url} answered {error.code}: {message}") from error

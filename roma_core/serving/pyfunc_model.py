@@ -84,7 +84,7 @@ class Series(BaseModel):
             field, reason = ".".join(map(str, first["loc"])), first["msg"]
             if first["type"] == "extra_forbidden":
                 reason = f"no field of a series; it has {', '.join(type(self).model_fields)}"
-            field = _short(field).strip("'\"")
+            field = shortened(field).strip("'\"")
             raise InvalidSeries(f"{field}: {reason.removeprefix('Value error, ')}") from None
 
     @field_validator("id", mode="before")
@@ -94,14 +94,14 @@ class Series(BaseModel):
         if is_number and given % 1 == 0:  # pandas has whole numbers as floats if one is missing
             return str(int(given))
         if not isinstance(given, str | bytes | None):
-            raise ValueError(f"expected text or a whole number, got {_short(given)}")
+            raise ValueError(f"expected text or a whole number, got {shortened(given)}")
         return given
 
     @field_validator("positions", "values", mode="before")
     @classmethod
     def _lists_of_numbers(cls, given: Any) -> dict[Any, list[float]]:
         if not isinstance(given, Mapping):
-            raise ValueError(f"expected a list of numbers for each name, got {_short(given)}")
+            raise ValueError(f"expected a list of numbers for each name, got {shortened(given)}")
         return {name: _finite_numbers(name, column) for name, column in given.items()}
 
 
@@ -126,19 +126,19 @@ class Features(BaseModel):
 
 _limited = reprlib.Repr()
 _limited.maxstring = _limited.maxother = 80
-_short = _limited.repr  # of what came, in an error: a request may be of any size
+shortened = _limited.repr  # of what came, in an error: a request may be of any size
 
 
 def _finite_numbers(name: str, column: Any) -> list[float]:
     column = column.tolist() if hasattr(column, "tolist") else column  # NumPy, pandas, torch
     if not isinstance(column, Sequence) or isinstance(column, str | bytes):
-        raise ValueError(f"{_short(name)} must be a list of numbers, got {_short(column)}")
+        raise ValueError(f"{shortened(name)} must be a list of numbers, got {shortened(column)}")
     if not (set(map(type, column)) <= {float} and all(map(math.isfinite, column))):
         for index, given in enumerate(column):
             one = given.item() if isinstance(given, np.generic) else given
             if type(one) not in (float, int) or not abs(one) <= sys.float_info.max:
                 raise ValueError(
-                    f"{_short(name)} must hold finite numbers, got {_short(given)} at index {index}; "
+                    f"{shortened(name)} must hold finite numbers, got {shortened(given)} at index {index}; "
                     f"leave out missing observations"
                 )
     return list(map(float, column))
@@ -151,7 +151,7 @@ def parse_series(rows: Iterable[Any]) -> list[Series]:
         InvalidSeries: there is none, or one is no series; the message names it.
     """
     if isinstance(rows, Mapping | BaseModel) or not isinstance(rows, Iterable):
-        raise InvalidSeries(f"expected a list of series, got {_short(rows)}")
+        raise InvalidSeries(f"expected a list of series, got {shortened(rows)}")
     series = []
     for number, row in enumerate(rows):
         try:
@@ -159,7 +159,7 @@ def parse_series(rows: Iterable[Any]) -> list[Series]:
         except InvalidSeries as error:
             raise InvalidSeries(f"{_name(number, dict(row).get('id'))}: {error}") from None
         except (TypeError, ValueError):
-            reason = f"expected an object with positions and values, got {_short(row)}"
+            reason = f"expected an object with positions and values, got {shortened(row)}"
             raise InvalidSeries(f"series {number}: {reason}") from None
     if not series:
         raise InvalidSeries("expected a list of at least one series, got an empty list")
@@ -167,7 +167,7 @@ def parse_series(rows: Iterable[Any]) -> list[Series]:
 
 
 def _name(number: int, given: Any) -> str:
-    return f"series {number}" if given is None else f"series {number} (id {_short(given)})"
+    return f"series {number}" if given is None else f"series {number} (id {shortened(given)})"
 
 
 class Package:
@@ -220,13 +220,12 @@ class Package:
         """A ``Prediction`` per row, or ``Features`` of an encoder; takes and raises as ``outputs``."""
         series = parse_series(rows)
         outputs = self._outputs(series)
+        pairs = zip(series, outputs, strict=True)
         if not self.is_classifier:
-            rows = zip(series, outputs, strict=True)
-            return [Features(id=one.id, features=row.tolist()) for one, row in rows]
-        labels = [self.classes[k] for k in outputs.argmax(axis=1)]
+            return [Features(id=one.id, features=row.tolist()) for one, row in pairs]
         return [
-            Prediction(id=one.id, label=label, probabilities=self.named(row))
-            for one, label, row in zip(series, labels, outputs, strict=True)
+            Prediction(id=one.id, label=self.classes[row.argmax()], probabilities=self.named(row))
+            for one, row in pairs
         ]
 
     def check_golden(self, path: Path) -> float:
@@ -282,7 +281,7 @@ class Package:
         for name, unit in given.items():
             if name not in self.units:
                 raise InvalidSeries(
-                    f"{where}: units: {_short(name)} is no axis or channel of this model; "
+                    f"{where}: units: {shortened(name)} is no axis or channel of this model; "
                     f"it has {', '.join(map(repr, self.units))}"
                 )
             if unit != (own := self.units[name]):
@@ -291,7 +290,7 @@ class Package:
                     expected = f"is a plain number to this model (unit {own!r})"
                     advice = "was it trained on such series?"
                 raise InvalidSeries(
-                    f"{where}: units: {name!r} {expected}, got {_short(unit)}; {advice}"
+                    f"{where}: units: {name!r} {expected}, got {shortened(unit)}; {advice}"
                 )
         for name, unit in self.units.items() if self.units_required else ():
             if unit not in ("1", name) and name not in given:
@@ -306,12 +305,12 @@ class Package:
         names = [one["name"] for one in expected]
         if unknown := [name for name in given if name not in names]:
             raise InvalidSeries(
-                f"{where}: unknown {_short(unknown[0])}; this model takes {', '.join(map(repr, names))}"
+                f"{where}: unknown {shortened(unknown[0])}; this model takes {', '.join(map(repr, names))}"
             )
         columns = {}
         for name in names:
             if name not in given:
-                raise InvalidSeries(f"{where}: {name!r} is missing; got {_short(sorted(given))}")
+                raise InvalidSeries(f"{where}: {name!r} is missing; got {shortened(sorted(given))}")
             columns[name] = np.array(given[name], np.float64)
         return columns
 
