@@ -120,10 +120,8 @@ class SlurmLauncher:
             found.append(f"there is no interpreter {python}; set `python` {in_profile}")
         answer = self.shell.run("sinfo", "-h", "-o", f"{MARK}%P|%a|%l|%D|%c|%m|%G")
         if _UNCONFIGURED.lower() in answer.text.lower():
-            whose, remedy = (
-                profile.ssh or "this computer",
-                f"name a login node as `ssh` {in_profile}",
-            )
+            whose = profile.ssh or "this computer"
+            remedy = f"name a login node as `ssh` {in_profile}"
             if not profile.ssh:
                 remedy += ", run on one, or set SLURM_CONF to the cluster's slurm.conf"
             return [*found, f"the SLURM commands of {whose} know of no cluster; {remedy}"]

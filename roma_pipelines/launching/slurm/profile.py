@@ -83,21 +83,21 @@ class SlurmProfile(ClusterProfile):
         "gpus-per-node", description="Option of sbatch that asks for GPUs."
     )
     exclusive: bool = Field(False, description="Take whole nodes.")
-    cpus_per_process: int | None = Field(None, gt=0, description="null: as many as it has threads.")
+    cpus_per_process: int | None = Field(None, gt=0, description="null: its number of threads.")
     time_limit_min: int = Field(60, gt=1, description="Of one attempt, for jobs that name none.")
-    stop_before_end_s: int = Field(120, gt=0, description="So long before the limit it saves.")
+    stop_before_end_s: int = Field(120, gt=0, description="Save this long before the limit.")
     modules: tuple[Name, ...] = Field((), description="Names for `module load`, in order.")
-    setup: tuple[str, ...] = Field((), description="Bash to run before it, on the first node.")
+    setup: tuple[str, ...] = Field((), description="Bash lines before the job, on the first node.")
     python: str | None = Field(
         None,
         pattern=r"^[^\n]+$",
         description="Interpreter on the nodes, or in the container; null: the one that launches.",
     )
-    container: tuple[str, ...] = Field((), description="Command before it: apptainer exec IMAGE.")
+    container: tuple[str, ...] = Field((), description="Command in front: apptainer exec IMAGE.")
     sbatch_options: tuple[Option, ...] = Field((), description="Further options of sbatch.")
     srun_options: tuple[Option, ...] = Field((), description="Further options of srun.")
     poll_s: float = Field(5.0, gt=0, description="Seconds between polls while states change.")
-    slowest_poll_s: float = Field(60.0, gt=0, description="Seconds while they do not, at most.")
+    slowest_poll_s: float = Field(60.0, gt=0, description="Longest interval of polls, seconds.")
 
     @model_validator(mode="after")
     def _options_do_not_contradict_the_plan(self) -> Self:
@@ -153,7 +153,7 @@ exit "$code"
 def batch_script(
     spec: JobSpec, profile: SlurmProfile, folder: JobFolder, attempt: int, python: str
 ) -> str:
-    """The script that ``sbatch`` is given; ``python`` is that of the nodes, unless the profile names one.
+    """The script for ``sbatch``; ``python`` is that of the nodes, unless the profile names one.
 
     Raises:
         ValueError: no SLURM could ever run the spec, or the folder cannot be named in a script.
