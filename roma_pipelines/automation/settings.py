@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -70,7 +70,7 @@ class Automation(Frozen):
     predict_on_promotion: bool = Field(
         False, description="Materialise batch_predictions when the champion changes."
     )
-    freshness_h: dict[str, float] = Field(
+    freshness_h: dict[str, Annotated[float, Field(gt=0)]] = Field(
         {}, description="Asset name -> hours after which its freshness check fails."
     )
 
@@ -80,9 +80,3 @@ class Automation(Frozen):
         if isinstance(values, dict) and values.get("new_data", 0) is None:
             return {**values, "new_data": {}}
         return values
-
-    @model_validator(mode="after")
-    def _hours_are_positive(self) -> Self:
-        if bad := {k: v for k, v in self.freshness_h.items() if v <= 0}:
-            raise ValueError(f"freshness_h: expected hours greater than 0, got {bad}")
-        return self

@@ -96,9 +96,8 @@ def _disk(storage: Storage) -> CheckResult:
     detail = f"{free / 1e9:.1f} GB of {total / 1e9:.1f} GB free at {storage.root}"
     if free < MIN_FREE_MB * 1e6:
         return CheckResult("disk", "error", f"{detail}; new work is refused: run roma-pipeline gc")
-    if free / total < 0.05:
-        return CheckResult("disk", "warning", f"{detail}; run roma-pipeline gc")
-    return CheckResult("disk", "ok", detail)
+    low = free / total < 0.05
+    return CheckResult("disk", "warning" if low else "ok", detail + "; run roma-pipeline gc" * low)
 
 
 def _jobs(storage: Storage) -> Iterator[CheckResult]:
@@ -111,13 +110,11 @@ def _jobs(storage: Storage) -> Iterator[CheckResult]:
         yield CheckResult("job folders", "warning", detail)
     active = [job for job in jobs if job.open_attempt is not None]
     alone = [job.key for job in active if not job.supervised]
+    detail = f"{len(active)} active, all supervised; {len(jobs)} in total"
     if alone:
         detail = f"{len(alone)} of {len(active)} active jobs have no supervisor"
         detail += f": {', '.join(alone[:5])}; the reconcile sensor or `jobs cancel` ends them"
-        yield CheckResult("jobs", "warning", detail)
-    else:
-        detail = f"{len(active)} active, all supervised; {len(jobs)} in total"
-        yield CheckResult("jobs", "ok", detail)
+    yield CheckResult("jobs", "warning" if alone else "ok", detail)
 
 
 def _daemons(instance: dg.DagsterInstance) -> CheckResult:

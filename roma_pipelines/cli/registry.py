@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +13,17 @@ from typing import TYPE_CHECKING
 
 import click
 
+from roma_core.cli import errors_as_messages
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _reason = click.option("--reason", required=True, help="Reason, recorded in the audit.")
-_actor = click.option("--actor", help="User recorded in the audit (default: user@host).")
+_actor = click.option(
+    "--actor",
+    default=lambda: f"{getpass.getuser()}@{socket.gethostname()}",
+    help="User recorded in the audit (default: user@host).",
+)
 
 
 @click.command()
@@ -33,7 +41,7 @@ _actor = click.option("--actor", help="User recorded in the audit (default: user
     "--to", "target", metavar="URI", help="Copy VERSION to this MLflow server and promote it there."
 )
 def promote(
-    name: str, version: str, reason: str, actor: str | None, force: bool, target: str | None
+    name: str, version: str, reason: str, actor: str, force: bool, target: str | None
 ) -> None:
     """Make VERSION of model NAME the champion; the present one becomes `previous`.
 
@@ -65,7 +73,7 @@ def promote(
             name,
             version,
             reason=reason,
-            actor=actor or promotion.current_user(),
+            actor=actor,
             evidence={key: tags[f"roma.{key}"] for key in keys if f"roma.{key}" in tags},
             force=force,
         )
@@ -79,7 +87,7 @@ def promote(
 @_reason
 @_actor
 @click.option("--delete", is_flag=True, help="Also delete the version and its files.")
-def reject(name: str, version: str, reason: str, actor: str | None, delete: bool) -> None:
+def reject(name: str, version: str, reason: str, actor: str, delete: bool) -> None:
     """Exclude VERSION of model NAME from promotion and rollback.
 
     If it is `previous`, the champion before it becomes `previous`. A version that an alias points to,
@@ -88,7 +96,7 @@ def reject(name: str, version: str, reason: str, actor: str | None, delete: bool
     from roma_pipelines.registry import promotion
 
     with registry() as client:
-        promotion.reject(client, name, version, reason, actor or promotion.current_user())
+        promotion.reject(client, name, version, reason, actor)
         click.echo(f"{name}: version {version} is rejected")
         if delete:
             promotion.delete_version(client, name, version)
@@ -99,13 +107,12 @@ def reject(name: str, version: str, reason: str, actor: str | None, delete: bool
 @click.argument("name")
 @_reason
 @_actor
-def rollback(name: str, reason: str, actor: str | None) -> None:
+def rollback(name: str, reason: str, actor: str) -> None:
     """Make the previous champion of model NAME the champion; repeat to go one further back."""
     from roma_pipelines.registry import promotion
 
     with registry() as client:
         start = time.perf_counter()
-        actor = actor or promotion.current_user()
         version = promotion.rollback(client, name, reason=reason, actor=actor)
         seconds = time.perf_counter() - start
         click.echo(f"{name}: version {version} is champion again ({seconds:.2f} s)")
@@ -116,18 +123,16 @@ def registry() -> Iterator[MlflowClient]:
     """The configured registry; its errors become one-line messages."""
     from mlflow.exceptions import MlflowException
 
-    from roma_core.serving.registry_client import FetchError
     from roma_pipelines.registry.runs import limit_requests, no_answer
-    from roma_pipelines.registry.store import MlflowSettings, RegistryBusy, StoreError, connect
-    from roma_pipelines.storage import Storage, StorageError
+    from roma_pipelines.registry.store import MlflowSettings, connect
+    from roma_pipelines.storage import Storage
 
     limit_requests(120)
     try:
-        yield connect(MlflowSettings(), Storage.open().mlflow)
+        with errors_as_messages():
+            yield connect(MlflowSettings(), Storage.open().mlflow)
     except MlflowException as error:
         raise click.ClickException(no_answer(error) or error.message) from error
-    except (ValueError, FetchError, StorageError, StoreError, RegistryBusy, OSError) as error:
-        raise click.ClickException(str(error)) from error
 
 
 @click.command()

@@ -9,10 +9,8 @@ of its own: its champion alias follows the classifier's.
 
 from __future__ import annotations
 
-import getpass
 import json
 import logging
-import socket
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
@@ -81,11 +79,6 @@ def _record(lock: ModelLock, name: str, **fields: Any) -> AuditEvent:
     lock.check()
     lock.client.set_registered_model_tag(name, key, content)
     return event
-
-
-def current_user() -> str:
-    """``user@host`` of this process."""
-    return f"{getpass.getuser()}@{socket.gethostname()}"
 
 
 def promote(
