@@ -120,7 +120,7 @@ class TrainerConfig(RomaSettings):
     log_every: Resumable[int] = Field(10, gt=0)
     """Steps between records of the training metrics."""
     threads: Resumable[int | None] = Field(None, gt=0)
-    """Threads per process; None takes 1 on CPU, PyTorch's default on GPU."""
+    """Threads per process; None takes OMP_NUM_THREADS, which launchers set, else 1 on CPU."""
     heartbeat_interval_s: Resumable[float] = Field(5.0, gt=0)
     """Seconds between heartbeats."""
     background_checkpoints: Resumable[bool] = True

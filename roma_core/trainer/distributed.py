@@ -38,8 +38,10 @@ def init_accelerator(config: TrainerConfig) -> Accelerator:
             f"another number of processes. Launch without it and set ROMA_TRAINER_SHARDING=fsdp; a RoMA "
             f"of 100 M parameters fits any GPU without sharding"
         )
-    if threads := config.threads or (None if accelerator.device.type == "cuda" else 1):
-        torch.set_num_threads(threads)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    elif accelerator.device.type != "cuda" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     return accelerator
 
 

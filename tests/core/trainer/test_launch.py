@@ -97,3 +97,24 @@ def test_a_damaged_data_set_fails_on_every_process_with_one_sentence(tmp_path, d
     output = torchrun(tmp_path, data, "epochs=1", code=1)
     assert output.count("is damaged: values.npy") >= 2
     assert "is damaged" in read_json(tmp_path / "run/attempts/1/exit.json")["reason"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "settings", "threads"),
+    [({}, {}, 1), ({"OMP_NUM_THREADS": "2"}, {}, 2), ({"OMP_NUM_THREADS": "2"}, {"threads": 1}, 1)],
+)
+def test_a_training_uses_the_threads_that_its_job_reserves(environment, settings, threads):
+    code = (
+        "import torch; from roma_core import TrainerConfig\n"
+        "from roma_core.trainer.distributed import init_accelerator\n"
+        f"init_accelerator(TrainerConfig(**{settings})); print(torch.get_num_threads())"
+    )
+    inherited = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [str(threads)]
