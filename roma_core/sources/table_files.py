@@ -121,8 +121,11 @@ class TableFile:
         self._is_list = False  # whether this is ``unnested``
         endings = {ending.lower() for ending in path.suffixes}
         self._is_csv = path.suffix.lower() != ".parquet"
-        if self._is_csv and not endings & {".csv", ".tsv", ".txt"}:
-            raise DataError(f"{path}: expected a .parquet or .csv file")
+        is_packed = path.suffix.lower() in (".bz2", ".xz", ".zip")
+        if self._is_csv and (is_packed or not endings & {".csv", ".tsv", ".txt"}):
+            raise DataError(
+                f"{path}: expected a .parquet or .csv file, plain or compressed as .gz or .zst"
+            )
         with read_errors([self]):
             self._open_csv() if self._is_csv else self._open_parquet()
 

@@ -1,5 +1,6 @@
 """CSV as Europe, instruments, Excel and UCI write it, through ``new-experiment`` and ``data build``."""
 
+import bz2
 import random
 
 import numpy as np
@@ -111,3 +112,10 @@ def test_what_cannot_be_read_is_named_with_its_place(tmp_path, content, message)
     source = {"kind": "table", "files": [str(tmp_path / "a.csv")], "columns": columns}
 
     assert message in error_of(tmp_path, {"name": "x", "source": source})
+
+
+def test_a_compression_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "a.csv.bz2").write_bytes(bz2.compress(PLAIN.encode()))
+
+    with pytest.raises(DataError, match=r"a\.csv\.bz2: expected .* compressed as \.gz or \.zst"):
+        infer_source([tmp_path / "a.csv.bz2"], ColumnRoles())
