@@ -87,9 +87,9 @@ def infer_source(
     if endings in ({".parquet"}, {".csv"}):
         return _table(paths, roles, objects)
     raise DataError(
-        f"the kind of {', '.join(path.name for path in paths[:4])} is not known: expected .ts, .csv or "
-        f".parquet files, one .npz file, or a folder of images or WAV files with a sub-folder per "
-        f"class. Any other source is described in a YAML file"
+        f"the kind of {', '.join(path.name for path in paths[:4])} is not known: expected .ts, .csv (or "
+        f".csv.gz, .csv.zst) or .parquet files, one .npz file, or a folder of images or WAV files "
+        f"with a sub-folder per class. Any other source is described in a YAML file"
     )
 
 

@@ -116,6 +116,11 @@ def test_what_cannot_be_read_is_named_with_its_place(tmp_path, content, message)
 
 def test_a_compression_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "a.csv.bz2").write_bytes(bz2.compress(PLAIN.encode()))
+    columns = {"object": "object_id", "axes": [{"column": "time"}]}
+    columns |= {"channels": [{"column": "flux"}]}
+    source = {"kind": "table", "files": [str(tmp_path / "a.csv.bz2")], "columns": columns}
 
-    with pytest.raises(DataError, match=r"a\.csv\.bz2: expected .* compressed as \.gz or \.zst"):
+    expected = "a.csv.bz2: expected a .parquet or .csv file, plain or compressed as .gz or .zst"
+    assert expected in error_of(tmp_path, {"name": "x", "source": source})
+    with pytest.raises(DataError, match=r"expected .ts, .csv \(or .csv.gz, .csv.zst\) or .parquet"):
         infer_source([tmp_path / "a.csv.bz2"], ColumnRoles())
