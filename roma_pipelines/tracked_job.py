@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,6 @@ from pydantic_settings import SettingsConfigDict
 from roma_core.files import digest_of
 from roma_core.job import JobFolder, Result
 from roma_core.settings import RomaSettings, without_credentials
-from roma_core.trainer.trackers import MLFLOW_RUN_VARIABLE
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.jobs import usage
 from roma_pipelines.launching.launcher import Rejected
@@ -26,19 +24,13 @@ from roma_pipelines.launching.pipes import key_for, run_job
 from roma_pipelines.launching.spec import JobFailed, Outcome
 from roma_pipelines.launching.targets import job_spec, launcher_for, roma_command
 from roma_pipelines.registry.runs import (
-    SHORT_S,
+    JobRun,
     RunRecord,
     code_version,
-    ended,
-    is_pending,
     known_run,
     limit_requests,
-    log_run,
     no_answer,
-    read_record,
-    reason_of,
     send_record,
-    write_record,
 )
 from roma_pipelines.registry.store import (
     MlflowSettings,
@@ -49,7 +41,7 @@ from roma_pipelines.registry.store import (
     is_server,
     tracking_uri,
 )
-from roma_pipelines.storage import PASSWORD_VARIABLES, Storage
+from roma_pipelines.storage import Storage
 
 _SERVER_RETRIES, _SERVER_RETRY_S = 10, 60.0  # of a step that needs a server which is away
 
@@ -62,7 +54,7 @@ class TrackedJob:
     usage: dict[str, Any]
     folder: JobFolder
     result: Result
-    run: _MlflowRun
+    run: JobRun
 
     def output(self, name: str) -> Path:
         """Path of an output of the job."""
@@ -116,7 +108,7 @@ def run_tracked_job(
         tags=tags,
         params={name: str(value) for name, value in params.items()},
     )
-    run = _MlflowRun(context, storage, folder, record, settings)
+    run = JobRun(storage, folder, record, settings, context.log.warning)
     try:
         check_access(settings)  # before anything is queued
     except StoreError as error:
@@ -150,59 +142,6 @@ def run_tracked_job(
     run.end()
     used = usage(outcome, spec, launcher.profile)
     return TrackedJob(outcome, used, folder, outcome.result, run)
-
-
-@dataclass
-class _MlflowRun:
-    """The MLflow run of a job, for the process that supervises it; MLflow's errors are warnings."""
-
-    context: dg.AssetExecutionContext
-    storage: Storage
-    folder: JobFolder
-    record: RunRecord  # at the start of the job
-    settings: MlflowSettings
-
-    def environment(self, target: str) -> dict[str, str]:
-        """Variables with which the job itself forwards metrics to its MLflow run.
-
-        The embedded store is a SQLite file, which two computers must not share, or a database whose
-        password stays here: cluster jobs get neither, and their metrics are forwarded at the outcome.
-        """
-        uri = tracking_uri(self.settings, self.storage.mlflow)
-        passwords: dict[str, str] = {}
-        if not is_server(uri):
-            if target != "local":
-                return {}
-            passwords = {
-                name: os.environ[name] for name in PASSWORD_VARIABLES if name in os.environ
-            }
-        run = str(self.folder.mlflow_run.absolute())
-        return {**passwords, "MLFLOW_TRACKING_URI": uri, MLFLOW_RUN_VARIABLE: run}
-
-    def update(self, change: Callable[[RunRecord], RunRecord]) -> None:
-        """Change what MLflow should hold, and send it."""
-        try:
-            record = change(read_record(self.folder) or self.record)
-            if self.folder.path.exists():
-                write_record(self.folder, record)
-                if not is_pending(self.folder):
-                    return
-            limit_requests(SHORT_S)
-            client = connect(self.settings, self.storage.mlflow)
-            if self.folder.path.exists():
-                send_record(client, self.folder)
-            else:  # the target rejected the job
-                log_run(client, self.folder, record)
-        except Exception as error:  # whatever MLflow raises: a finished training is finished
-            self.context.log.warning(
-                f"MLflow: {reason_of(error)}; the job continues. What MLflow lacks is kept in "
-                f"{self.folder.path} and sent later: by the reconcile sensor, by the evaluation and "
-                f"registration, or by `roma-pipeline jobs sync`"
-            )
-
-    def end(self) -> None:
-        """Forward the job's metrics and end the run, if the job has ended."""
-        self.update(lambda record: ended(self.folder, record))
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +27,7 @@ from roma_core.files import digest_of, read_json, write_json
 from roma_core.job import JobFolder
 from roma_core.settings import Frozen, without_credentials
 from roma_core.trainer.trackers import (
+    MLFLOW_RUN_VARIABLE,
     WandbConfig,
     forward_to_mlflow,
     import_tracker,
@@ -37,9 +39,11 @@ from roma_pipelines.registry.store import (
     answers,
     artifacts_root,
     connect,
+    is_server,
+    tracking_uri,
     write_lock,
 )
-from roma_pipelines.storage import Storage
+from roma_pipelines.storage import PASSWORD_VARIABLES, Storage
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -251,20 +255,82 @@ def send_pending(storage: Storage, timeout_s: int = SHORT_S) -> tuple[list[str],
     return sent, failed
 
 
-def reason_of(error: BaseException) -> str:
-    """One line: that of the socket's or file's error, which MLflow and requests wrap several times."""
-    told, inner = error, error.__cause__ or error.__context__
+@dataclass
+class JobRun:
+    """The MLflow run of a job, for the process that supervises it; MLflow's errors are warnings."""
+
+    storage: Storage
+    folder: JobFolder
+    record: RunRecord  # at the start of the job
+    settings: MlflowSettings
+    warn: Callable[[str], None]
+
+    def environment(self, target: str) -> dict[str, str]:
+        """Variables with which the job itself forwards metrics to its MLflow run.
+
+        The embedded store is a SQLite file, which two computers must not share, or a database whose
+        password stays here: cluster jobs get neither, and their metrics are forwarded at the outcome.
+        """
+        uri = tracking_uri(self.settings, self.storage.mlflow)
+        passwords: dict[str, str] = {}
+        if not is_server(uri):
+            if target != "local":
+                return {}
+            passwords = {
+                name: os.environ[name] for name in PASSWORD_VARIABLES if name in os.environ
+            }
+        run = str(self.folder.mlflow_run.absolute())
+        return {**passwords, "MLFLOW_TRACKING_URI": uri, MLFLOW_RUN_VARIABLE: run}
+
+    def update(self, change: Callable[[RunRecord], RunRecord]) -> None:
+        """Change what MLflow should hold, and send it."""
+        try:
+            record = change(read_record(self.folder) or self.record)
+            if self.folder.path.exists():
+                write_record(self.folder, record)
+                if not is_pending(self.folder):
+                    return
+            limit_requests(SHORT_S)
+            client = connect(self.settings, self.storage.mlflow)
+            if self.folder.path.exists():
+                send_record(client, self.folder)
+            else:  # the target rejected the job
+                log_run(client, self.folder, record)
+        except Exception as error:  # whatever MLflow raises: a finished training is finished
+            self.warn(
+                f"MLflow: {reason_of(error)}; the job continues. What MLflow lacks is kept in "
+                f"{self.folder.path} and sent later: by the reconcile sensor, by the evaluation and "
+                f"registration, or by `roma-pipeline jobs sync`"
+            )
+
+    def end(self) -> None:
+        """Forward the job's metrics and end the run, if the job has ended."""
+        self.update(lambda record: ended(self.folder, record))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Of the errors behind this one, those of sockets, files and HTTP; the innermost last."""
+    inner = error.__cause__ or error.__context__
     while inner is not None:
-        if isinstance(inner, OSError) or type(inner).__module__.startswith("urllib3"):
-            told = inner
+        if isinstance(inner, OSError) or _of_http(inner):
+            yield inner
         inner = inner.__cause__ or inner.__context__
+
+
+def _of_http(error: BaseException) -> bool:
+    return type(error).__module__.startswith("urllib3")
+
+
+def reason_of(error: BaseException) -> str:
+    """One line: MLflow and requests wrap the error that says it several times."""
+    told = [error, *_causes(error)][-1]
     return (str(told) or type(told).__name__).partition("\n")[0][:300]
 
 
 def no_answer(error: BaseException) -> str:
-    """A sentence, if the configured server does not answer, which then is why MLflow failed; or ''."""
+    """A sentence, if MLflow failed because the configured server is away or overloaded; else ''."""
     settings = MlflowSettings()
-    if answers(settings):
+    if not any(map(_of_http, _causes(error))) and answers(settings):
         return ""
     uri = without_credentials(settings.tracking_uri or settings.registry_uri or "")
     return f"the MLflow server {uri} does not answer ({reason_of(error)})"

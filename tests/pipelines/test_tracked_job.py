@@ -1,16 +1,13 @@
 """The MLflow run of a job is made beside it: what an MLflow that is away means for the job."""
 
-from types import SimpleNamespace
-
-import dagster as dg
 import pytest
 
 from roma_core.job import JobFolder
-from roma_pipelines import tracked_job
-from roma_pipelines.registry.runs import RunRecord, is_pending, read_record
+from roma_pipelines.registry import runs
+from roma_pipelines.registry.runs import JobRun, RunRecord, is_pending, read_record
 from roma_pipelines.registry.store import MlflowSettings
 from roma_pipelines.storage import Storage
-from roma_pipelines.tracked_job import _MlflowRun, page_links
+from roma_pipelines.tracked_job import page_links
 
 
 @pytest.fixture
@@ -32,18 +29,15 @@ def warnings():
 
 @pytest.fixture
 def run(storage, folder, warnings):
-    key = dg.AssetKey(["waves", "pretrained_encoder"])
-    log = SimpleNamespace(warning=warnings.append)
-    context = SimpleNamespace(asset_key=key, run_id="0" * 36, log=log)
     record = RunRecord(experiment="roma/waves", name="a run", tags={}, params={})
-    return _MlflowRun(context, storage, folder, record, MlflowSettings())
+    return JobRun(storage, folder, record, MlflowSettings(), warnings.append)
 
 
 def test_what_cannot_be_sent_is_recorded_and_said(run, folder, warnings, monkeypatch):
     def connect(settings, root):
         raise ConnectionError("no server answers")
 
-    monkeypatch.setattr(tracked_job, "connect", connect)
+    monkeypatch.setattr(runs, "connect", connect)
     run.update(lambda record: record)
 
     assert read_record(folder) == run.record
@@ -57,7 +51,7 @@ def test_a_record_that_cannot_be_written_ends_no_job(run, warnings, monkeypatch)
     def write_record(folder, record):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tracked_job, "write_record", write_record)
+    monkeypatch.setattr(runs, "write_record", write_record)
     run.update(lambda record: record)
     run.end()
 

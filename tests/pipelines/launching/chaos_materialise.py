@@ -24,8 +24,7 @@ from roma_pipelines.registry import runs
 from tests.pipelines import tiny
 
 MLFLOW = {
-    runs: ("find_or_create_run", "log_run"),
-    tracked_job: ("ended",),
+    runs: ("find_or_create_run", "log_run", "ended"),
     registered_classifier: ("register", "promote"),
 }
 

@@ -106,7 +106,7 @@ def gate(request, store_template, tmp_path):
 def storage(tmp_path, monkeypatch, gate):
     monkeypatch.setenv("ROMA_STORAGE_ROOT", str(tmp_path / "roma"))
     monkeypatch.setenv("ROMA_MLFLOW_TRACKING_URI", gate.address)
-    monkeypatch.setattr(tracked_job, "SHORT_S", 2)
+    monkeypatch.setattr(runs, "SHORT_S", 2)
     return Storage.open()
 
 
@@ -277,7 +277,7 @@ def test_the_command_and_the_sensor_send_what_is_pending(train, gate, storage, a
 
 
 def test_a_run_whose_orchestrator_died_after_the_job_is_ended(train, storage, monkeypatch):
-    monkeypatch.setattr(tracked_job._MlflowRun, "end", lambda run: None)
+    monkeypatch.setattr(runs.JobRun, "end", lambda run: None)
     _, folder, _ = train(TRAINED)
     _, (run,) = runs_of(storage, folder)
     assert run.info.status == "RUNNING"

@@ -2,16 +2,22 @@
 stand-in."""
 
 import contextlib
+import http.server
+import threading
 import types
 
 import pytest
 
 from roma_core.trainer.trackers import WandbConfig
 from roma_pipelines.registry.runs import (
+    SHORT_S,
     ensure_experiment,
     find_or_create_run,
+    limit_requests,
     link_wandb,
+    no_answer,
 )
+from roma_pipelines.registry.store import MlflowSettings, connect
 
 
 def test_a_job_has_one_run_however_often_it_is_asked_for(client, caplog):
@@ -120,3 +126,36 @@ def test_a_version_is_linked_once_and_a_failure_is_tried_again(link, tmp_path, m
     assert link(online, tmp_path) == "linked"
     monkeypatch.setattr(wandb, "init", lambda **_: pytest.fail("linked twice"))
     assert link(online, tmp_path) == "linked"
+
+
+@pytest.fixture
+def overloaded(monkeypatch):
+    """Address of a server that answers 503 to everything."""
+
+    class Overloaded(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(503)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Overloaded) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("ROMA_MLFLOW_TRACKING_URI", address)
+        yield address
+        server.shutdown()
+
+
+def test_an_overloaded_server_counts_as_one_that_does_not_answer(overloaded, store_root):
+    from mlflow.exceptions import MlflowException
+
+    limit_requests(SHORT_S)
+    client = connect(MlflowSettings(), store_root)
+
+    with pytest.raises(MlflowException) as caught:
+        client.get_experiment_by_name("x")
+
+    reason = "too many 503 error responses"
+    assert no_answer(caught.value) == f"the MLflow server {overloaded} does not answer ({reason})"
+
+
+def test_an_error_of_a_server_that_answers_is_its_own(client):
+    assert no_answer(ValueError("no such version")) == ""
