@@ -9,6 +9,7 @@ from roma_core.job import JobFolder
 from roma_pipelines import tracked_job
 from roma_pipelines.assets import evaluation_report
 from roma_pipelines.automation.alerts import message_of, root_cause
+from roma_pipelines.registry import runs as runs_module
 from roma_pipelines.registry import versions
 from roma_pipelines.registry.gate import GATE_TAG
 from roma_pipelines.registry.runs import is_pending, send_pending
@@ -64,9 +65,9 @@ def test_an_experiment_whose_server_goes_and_comes(gate, storage, before, tmp_pa
     def comes_back():
         gate.become("open")
 
-    before(tracked_job, "send_record", [1], dies)  # both trainings are without it
-    # a step without the server asks twice, so the third question is that of its second try
-    before(tracked_job, "answers", [3, 6, 8], comes_back)
+    before(runs_module, "find_or_create_run", [1], dies)  # both trainings are without it
+    # asked by every try of a step: the second of the evaluation, second and third of the registration
+    before(tracked_job, "answers", [2, 4, 5], comes_back)
     before(evaluation_report, "decide", [1], dies)
     before(versions, "create_version", [1], dies)
     job = tiny.definitions(tiny.attributes(tmp_path)).resolve_implicit_global_asset_job_def()
