@@ -35,7 +35,10 @@ def defs() -> dg.Definitions:
             raise
     for name, error in errors.items():
         _log.error("the experiment %s is left out: %s", name, error)
-    marks = [dg.AssetSpec([name, INVALID], description=error) for name, error in errors.items()]
+    marks = [
+        dg.AssetSpec([*name.split("/"), INVALID], description=error)
+        for name, error in errors.items()
+    ]
     return dg.Definitions.merge(*found.values(), dg.Definitions(assets=marks), operations)
 
 

@@ -283,10 +283,10 @@ def _errors(settings: type[RomaSettings], values: Mapping[str, Any], where: str)
 
 
 def load_experiment(name: str) -> Experiment:
-    """The experiment of this name under ``defs/``, or in this YAML file; ValueError if it is invalid."""
+    """The experiment in this folder of ``defs/``, or YAML file; ValueError if it is invalid."""
     if name.endswith((".yaml", ".yml")):
         return _read(Path(name))
-    paths = {path.parent.name: path for path in sorted(DEFS.glob("**/defs.yaml"))}
+    paths = _files()
     if name not in paths:
         raise ValueError(
             f"no experiment {name!r}; available: {', '.join(paths)}, or the path of a defs.yaml"
@@ -295,18 +295,23 @@ def load_experiment(name: str) -> Experiment:
 
 
 def all_experiments() -> dict[str, Experiment | str]:
-    """Experiments under ``defs/`` by the name of their folder, or the error of their file."""
+    """Experiments by the path of their folder in ``defs/``, or the error of their file."""
     found: dict[str, Experiment | str] = {}
-    for path in sorted(DEFS.glob("**/defs.yaml")):
+    for name, path in _files().items():
         try:
             document = read_yaml(path)
             if isinstance(document, dict) and document.get("type", COMPONENT) != COMPONENT:
                 continue
-            experiment = found[path.parent.name] = _read(path)
+            experiment = found[name] = _read(path)
             experiment.check_servable()
         except ValueError as error:
-            found[path.parent.name] = str(error)
+            found[name] = str(error)
     return found
+
+
+def _files() -> dict[str, Path]:
+    paths = sorted(DEFS.glob("**/defs.yaml"))
+    return {path.parent.relative_to(DEFS).as_posix(): path for path in paths}
 
 
 def read_yaml(path: Path) -> Any:

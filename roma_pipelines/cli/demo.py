@@ -108,7 +108,7 @@ def _keys(definitions: dg.Definitions, experiment: str) -> list[dg.AssetKey]:
     graph = definitions.resolve_asset_graph()
     known = {key.path[0] for key in graph.materializable_asset_keys}
     if experiment not in known:
-        if graph.has(left_out := dg.AssetKey([experiment, INVALID])):
+        if graph.has(left_out := dg.AssetKey([*experiment.split("/"), INVALID])):
             raise click.ClickException(graph.get(left_out).description or "")
         raise click.ClickException(
             f"no experiment {experiment!r}; available: {', '.join(sorted(known))}"

@@ -81,7 +81,7 @@ def overview(
     """
     run_records = instance.get_run_records(limit=200)
     active = [job for job in all_jobs(storage.jobs) if job.open_attempt is not None]
-    usable = {name: e for name, e in experiments.items() if isinstance(e, Experiment)}
+    usable = {e.name: e for e in experiments.values() if isinstance(e, Experiment)}
     keys = {name: [e.key(asset) for asset in ASSET_NAMES] for name, e in usable.items()}
     asset_records = instance.get_asset_records([key for own in keys.values() for key in own])
     entries = [record.asset_entry for record in asset_records]

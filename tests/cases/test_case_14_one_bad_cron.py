@@ -99,6 +99,27 @@ def test_the_others_load_and_the_broken_one_says_what_is_wrong(checkout, kind):
     assert "is left out" in done.stderr
 
 
+def test_folders_of_one_name_keep_their_experiments_beside_a_broken_one(checkout):
+    attributes = yaml.safe_load(SHIPPED.read_text())["attributes"]
+    defs = checkout / "roma_pipelines" / "defs"
+    folders = [defs / "zz_a" / "x", defs / "zz_b" / "x", defs / "zz_c" / "x"]
+    changes = [{"name": "first"}, {"name": "second"}, {"schedule": "0 3 * *"}]
+    for folder, changed in zip(folders, changes, strict=True):
+        folder.mkdir(parents=True)
+        (folder / "defs.yaml").write_text(with_(attributes, **changed))
+
+    try:
+        done = run(checkout, "-c", LOAD)
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder.parent)
+
+    assert done.returncode == 0, done.stderr[-2000:]
+    names, errors, _ = json.loads(done.stdout)
+    assert set(names) == OTHERS | {"first", "second"}
+    assert list(errors) == ["zz_c"] and "zz_c/x/defs.yaml: schedule" in errors["zz_c"]
+
+
 def test_commands_name_file_and_setting(checkout):
     folder = checkout / "roma_pipelines" / "defs" / "a_broken"
     folder.mkdir()
