@@ -36,7 +36,7 @@ from pydantic_settings import (
 ENV_FILE_VARIABLE = "ROMA_ENV_FILE"
 _DELIMITER = "__"
 _SERVICE_LINK = re.compile(
-    r"_service_(host|port\w*)=|_port_\d+_(tcp|udp|sctp)\w*=|_port=(tcp|udp|sctp)://"
+    r"\w+(_service_(host|port\w*)=|_port_\d+_(tcp|udp|sctp)\w*=|_port=(tcp|udp|sctp)://)"
 )
 """Variables that Kubernetes adds to every pod for each Service, so also for one named roma-…."""
 _ALIKE = 0.75  # of 0 to 1: trainr and trainer are alike, pretrain and trainer are not
@@ -110,7 +110,7 @@ class _Environment(EnvSettingsSource):
         paths = [leaf.split(".") for leaf in leaves_of(cls)]
         # a section may be given whole, as JSON
         known = {_DELIMITER.join(path[:i]) for path in paths for i in range(1, len(path) + 1)}
-        variables = {k: v for k, v in variables.items() if not _SERVICE_LINK.search(f"{k}={v}")}
+        variables = {k: v for k, v in variables.items() if not _SERVICE_LINK.match(f"{k}={v}")}
         result: dict[str, str | None] = {}
         for variable, value in variables.items():
             given, own = f"{variable.upper()} in {self.where}", prefix.split("_")[1]

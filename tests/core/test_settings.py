@@ -277,6 +277,8 @@ def test_variables_of_kubernetes_services_are_no_settings(monkeypatch):
             monkeypatch.setenv(f"ROMA_{service}_{name}", value)
     assert TrainerConfig() == TrainerConfig.from_values({})
 
+    monkeypatch.setenv("ROMA_TRAINER_BEST_METRIC", "eval/x_service_host=b_port=tcp://c")
+    assert TrainerConfig().best_metric == "eval/x_service_host=b_port=tcp://c"
     monkeypatch.setenv("ROMA_TRAINER_PORT", "5000")  # no link, but somebody's mistake
     with pytest.raises(
         SettingsError, match="ROMA_TRAINER_PORT in the environment is not a setting"
