@@ -85,7 +85,7 @@ def test_leakage_is_what_the_configuration_says(tmp_path, leakage, exit_code, se
     assert result.exit_code == exit_code
     found = {f["check"]: f["severity"] for f in json.loads(result.stdout)}
     assert found.get(CONTENT) == found.get("group in two splits") == severity
-    assert bool(check_leakage(StoredDataset(path), [])) == (severity is not None)
+    assert bool(check_leakage(StoredDataset(path), [])) == (severity == "error")
 
 
 def test_the_setting_is_part_of_the_version_only_where_it_is_set(tmp_path):
