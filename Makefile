@@ -39,7 +39,7 @@ up: $(READY) ## Serve the overview, Dagster and MLflow on 127.0.0.1
 	@$(BIN)/roma-pipeline up
 
 .PHONY: test
-test: $(READY) lint ## Lint, type-check and run all tests, two at a time
+test: $(READY) lint ## Lint, type-check and run all tests but chaos, two at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: chaos

@@ -41,7 +41,7 @@ defaults. What is given in code wins over the environment, the environment over 
 nearest `.env` at or above the working directory counts, or the file that ROMA_ENV_FILE names.
 
 Two underscores lead into a section. Lists and dictionaries are JSON, `null` means none, and an
-empty variable counts as not set. A name that is no setting is an error.
+empty variable counts as not set. A name with one of these prefixes that is no setting is an error.
 """
 
 

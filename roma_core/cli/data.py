@@ -124,6 +124,8 @@ def export(path: Path, target: Path, split: str | None) -> None:
     """Write the data set in PATH to TARGET, a Parquet file with one row per series."""
     from roma_core.data.store import StoredDataset
 
+    if target.suffix.lower() != ".parquet":
+        raise click.BadParameter(f"expected a file that ends in .parquet, got {target}")
     with errors_as_messages():
         n = StoredDataset(path).to_parquet(target, split)  # type: ignore[arg-type]
     click.echo(f"{target}: {n} series")

@@ -35,6 +35,7 @@ from roma_core.evaluation.metrics import (
 )
 from roma_core.evaluation.predictions import Float32, PredictionTable, RegressionTable
 from roma_core.evaluation.reconstruction import (
+    check_schema,
     evaluate_reconstruction,
     examples_of,
     mask_all_but,
@@ -45,7 +46,7 @@ from roma_core.evaluation.reconstruction import (
 )
 from roma_core.files import read_json, write_bytes, write_json
 from roma_core.job import Attempt, JobFolder
-from roma_core.model.config import EncoderConfig, is_pretraining
+from roma_core.model.config import EncoderConfig, is_pretraining, read_config
 from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.run_job import Work
@@ -143,12 +144,13 @@ class _Evaluator:
         self.model: RoMAForClassification | None = None
         self.autoencoder: RoMAForPreTraining | None = None
         if (weights := config.classifier) is not None:
-            if is_pretraining(read_json(Path(weights) / "model_config.json")):
+            if is_pretraining(read_config(Path(weights))):
                 raise ValueError(
                     f"{weights} is a pretraining checkpoint without a classification head; pass it "
                     f"as --autoencoder to evaluate its reconstructions, or finetune it first"
                 )
             self.model = RoMAForClassification.from_pretrained(weights).to(self.device).eval()
+            check_schema(self.model, self.dataset.schema, "classes", "targets")
         if config.autoencoder is not None:
             autoencoder = RoMAForPreTraining.from_pretrained(config.autoencoder)
             self.autoencoder = autoencoder.to(self.device).eval()
@@ -463,7 +465,7 @@ def write_package(
         folder,
         model.cpu().export(),
         Path(weights, "model.safetensors"),
-        read_json(Path(weights, "model_config.json")),
+        read_config(Path(weights)),
         test.dataset.schema,
         [Series(**s) for s in raw_series(test, golden.tolist())],
         content.lineage,

@@ -24,6 +24,7 @@ from roma_core.evaluation.metrics import (
 from roma_core.evaluation.plots import ReconstructionExample, label_of
 from roma_core.evaluation.predictions import Float32, Floats, Ints, ReconstructionTable
 from roma_core.model import masking
+from roma_core.model.backbone import Backbone
 from roma_core.model.config import RoMAForPreTrainingConfig
 from roma_core.model.packing import PackedBatch
 from roma_core.model.pretraining import RoMAForPreTraining
@@ -73,17 +74,26 @@ def reconstruct(
     return _table(split, batches, units.denormalise(mean), std)
 
 
+def check_schema(model: Backbone, schema: DataSchema, *also: str) -> None:
+    """Raise ValueError if the model says that it was trained on data of another schema.
+
+    ``also``: fields to compare besides channels, axes and normalisation.
+    """
+    if model.data_schema is None:
+        return
+    own = DataSchema.model_validate(model.data_schema)
+    for what in ("channels", "axes", "normalisation", *also):
+        if getattr(own, what) != getattr(schema, what):
+            raise ValueError(
+                f"{what} of this data set and of the data the model was trained on differ, so its "
+                f"outputs have another meaning here; evaluate it on the version of the data it was "
+                f"trained on, or apply it with `roma predict`"
+            )
+
+
 def _check_model(model: RoMAForPreTraining, schema: DataSchema) -> None:
     config = model.config
-    if model.data_schema is not None:
-        own = DataSchema.model_validate(model.data_schema)
-        for what in ("channels", "axes", "normalisation"):
-            if getattr(own, what) != getattr(schema, what):
-                raise ValueError(
-                    f"{what} of this data set and of the data the model was trained on differ, so "
-                    f"its outputs have another meaning here; evaluate it on the version of the data "
-                    f"it was trained on"
-                )
+    check_schema(model, schema)
     if config.normalize_targets:
         raise ValueError(
             "a model trained with normalize_targets predicts the shape of a token less its own mean, "

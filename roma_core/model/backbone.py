@@ -12,11 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from roma_core.model.config import NEIGHBOUR_FEATURES, EncoderConfig, RoMAConfig
+from roma_core.model.config import (
+    NEIGHBOUR_FEATURES,
+    SCHEMA_VERSION,
+    EncoderConfig,
+    RoMAConfig,
+)
 from roma_core.model.encoder import Encoder, Head, OutputRows, initialise
 from roma_core.model.packing import Layout, PackedBatch, Segments, pack, scatter
 from roma_core.model.positions import RotaryEmbedding, Rotations, SinusoidalEmbedding
-from roma_core.model.weights import SCHEMA_VERSION, write_weights
+from roma_core.model.weights import write_weights
 
 Pooling = Literal["cls", "mean", "token"]
 _BIAS_STD = 0.02

@@ -10,9 +10,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from roma_core.files import read_json
 from roma_core.schema import PositionAxis
 from roma_core.settings import Frozen, RomaSettings, SettingsError
 
+WEIGHTS = "model.safetensors"
+CONFIG = "model_config.json"
+SCHEMA_VERSION = 1
 Rate = Annotated[float, Field(ge=0, lt=1)]
 NEIGHBOUR_FEATURES = 64
 """Width of the features of a token's neighbours, with ``neighbours``."""
@@ -42,7 +46,7 @@ class EncoderConfig(Frozen):
     nhead: PositiveInt = Field(3, description="Attention heads; each is d_model // nhead wide.")
     depth: int = Field(6, ge=0, description="Transformer blocks.")
     dim_feedforward: PositiveInt | None = Field(
-        None, description="Width inside the MLP; None takes round(mlp_ratio * d_model)."
+        None, description="Width inside the MLP; null takes round(mlp_ratio * d_model)."
     )
     mlp_ratio: PositiveFloat = Field(4.0, description="MLP width as a multiple of d_model.")
     layer_norm_eps: PositiveFloat = Field(1e-12, description="Added to RMSNorm's mean square.")
@@ -204,7 +208,7 @@ class RoMAForClassificationConfig(RoMAConfig):
     model_config = SettingsConfigDict(env_prefix="ROMA_CLASSIFIER_")
 
     dim_output: PositiveInt | None = None
-    """Classes, or regressed numbers; None lets the trainer count the classes of the training
+    """Classes, or regressed numbers; null lets the trainer count the classes of the training
     labels."""
     problem_type: Literal["classification", "regression"] = "classification"
     """Cross-entropy over classes, or mean squared error."""
@@ -232,6 +236,27 @@ HEAD = ("head_drop_rate", "dim_output", "problem_type", "pooling")
 """Fields of a classifier that are not of the checkpoint it starts from."""
 SHAPE = tuple(n for n in RoMAConfig.model_fields if n not in (*HEAD, "encoder_config"))
 """Fields that a classifier takes over from the checkpoint."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of the ``model_config.json`` in a folder of weights.
+
+    Raises:
+        FileNotFoundError, ValueError: a file of the weights is missing, or of another version.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} has no {name}; expected a folder with {WEIGHTS} and {CONFIG}: the "
+                f"outputs/model of a run, or one of its checkpoints/step-…"
+            )
+    document = read_json(folder / CONFIG)
+    version = document.get("schema_version", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"{folder / CONFIG} has schema_version {version}, this software reads {SCHEMA_VERSION}"
+        )
+    return document
 
 
 def stored_fields(document: dict[str, Any]) -> dict[str, Any]:

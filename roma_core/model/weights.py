@@ -14,12 +14,8 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from roma_core.files import read_json, write_bytes, write_json
-from roma_core.model.config import EncoderConfig
-
-WEIGHTS = "model.safetensors"
-CONFIG = "model_config.json"
-SCHEMA_VERSION = 1
+from roma_core.files import write_bytes, write_json
+from roma_core.model.config import CONFIG, WEIGHTS, EncoderConfig, read_config
 
 
 def write_weights(folder: Path | str, model: nn.Module, document: dict[str, Any]) -> None:
@@ -39,17 +35,7 @@ def read_weights(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]
         FileNotFoundError, ValueError: a file is missing, or of another version.
     """
     folder = Path(folder)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} has no {name}; expected a folder with {WEIGHTS} and {CONFIG}, such as checkpoints/step-…"
-            )
-    document = read_json(folder / CONFIG)
-    version = document.get("schema_version", SCHEMA_VERSION)
-    if version != SCHEMA_VERSION:
-        raise ValueError(
-            f"{folder / CONFIG} has schema_version {version}, this software reads {SCHEMA_VERSION}"
-        )
+    document = read_config(folder)
     weights = _without_wrappers(load_file(folder / WEIGHTS))
     if any(".attention.wq." in key for key in weights):
         weights = convert_published(weights, document)

@@ -47,11 +47,11 @@ class TrainerConfig(RomaSettings):
     checkpoint_dir: Resumable[Path] = Path("checkpoints")
     """Folder of the run's checkpoints."""
     max_checkpoints: Resumable[int | None] = Field(4, ge=2)
-    """Newest checkpoints to keep, at least 2; None keeps all."""
+    """Newest checkpoints to keep, at least 2; null keeps all."""
     num_dataset_workers: Resumable[int] = Field(0, ge=0)
     """Loader processes per training process."""
     run_name: Resumable[str | None] = None
-    """Name at the trackers; None takes the folder's."""
+    """Name at the trackers; null takes the folder's."""
     project_name: Resumable[str] = "RoMA"
     """Project at Weights & Biases."""
     entity_name: Resumable[str | None] = None
@@ -59,31 +59,31 @@ class TrainerConfig(RomaSettings):
     log_wandb: Resumable[bool] = True
     """Log to Weights & Biases if it is configured (ROMA_WANDB_MODE)."""
     warmup_steps: int | None = Field(None, ge=0)
-    """Steps of linear warm-up; None takes a tenth of all steps."""
+    """Steps of linear warm-up; null takes a tenth of all steps."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Learning-rate schedule after the warm-up, to the last step."""
     lr_scaling: bool = False
     """Multiply base_lr by the number of processes of the first start."""
     gradient_clip: float | None = Field(1.0, gt=0)
-    """Maximum gradient norm; None: no clipping."""
+    """Maximum gradient norm; null: no clipping."""
     random_seed: int = 42
     """Seed of order, masks, dropout and initial weights."""
 
     # settings of this project
     tokens_per_batch: int | None = Field(None, gt=0)
     """Approximate tokens per process and micro-batch, in place of batch_size; series of similar
-    length are batched together. None: batches of batch_size series."""
+    length are batched together. null: batches of batch_size series."""
     gradient_accumulation_steps: Resumable[int] = Field(1, gt=0)
     """Micro-batches per step."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """Precision of forward and backward; None takes the value of `accelerate launch`, else no."""
+    """Precision of forward and backward; null takes the value of `accelerate launch`, else no."""
     sharding: Resumable[Literal["none", "fsdp"]] = "none"
     """'fsdp' shards weights, gradients and optimiser state over all processes (FSDP2), for a model
     that does not fit into one device; 'none' keeps a full copy in each."""
     compile: Resumable[bool] = False
     """Compile the token-wise parts of every block, which takes up to a minute; only faster on GPUs."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
-    """Decay of the exponential moving average (EMA) of the weights, for evaluation; None: off."""
+    """Decay of the exponential moving average (EMA) of the weights, for evaluation; null: off."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Fraction of each target spread evenly over all classes; classification only."""
     class_weights: Literal["inverse_frequency"] | list[float] | None = None
@@ -92,7 +92,7 @@ class TrainerConfig(RomaSettings):
     freeze_encoder: bool = False
     """Train only the head (a linear probe); classification only."""
     layer_lr_decay: float | None = Field(None, gt=0, le=1)
-    """Factor of the learning rate from each encoder block to the one before it; None: one rate."""
+    """Factor of the learning rate from each encoder block to the one before it; null: one rate."""
     best_metric: str = "eval/loss"
     """Evaluation metric by which checkpoints are ranked."""
     best_metric_mode: Literal["min", "max"] = "min"
@@ -102,7 +102,7 @@ class TrainerConfig(RomaSettings):
     final_weights: Resumable[Literal["last", "best"]] = "last"
     """Weights of the trained model: those of the last or of the best step."""
     early_stopping_patience: Resumable[int | None] = Field(None, gt=0)
-    """Stop after this many evaluations in a row without a better best_metric; None: never."""
+    """Stop after this many evaluations in a row without a better best_metric; null: never."""
     early_stopping_min_delta: float = Field(0.0, ge=0)
     """Smallest change of best_metric that counts as an improvement."""
     augment_drop_rate: float = Field(0.0, ge=0, lt=1)
@@ -120,7 +120,7 @@ class TrainerConfig(RomaSettings):
     log_every: Resumable[int] = Field(10, gt=0)
     """Steps between records of the training metrics."""
     threads: Resumable[int | None] = Field(None, gt=0)
-    """Threads per process; None takes OMP_NUM_THREADS, which launchers set, else 1 on CPU."""
+    """Threads per process; null takes OMP_NUM_THREADS, which launchers set, else 1 on CPU."""
     heartbeat_interval_s: Resumable[float] = Field(5.0, gt=0)
     """Seconds between heartbeats."""
     background_checkpoints: Resumable[bool] = True

@@ -22,6 +22,7 @@ from roma_core.model.config import (
     RoMAForPreTrainingConfig,
     classifier_config,
     is_pretraining,
+    read_config,
 )
 from roma_core.run_job import Work
 from roma_core.schema import DataSchema
@@ -127,7 +128,7 @@ def _finetuning_model(
     manifest: Manifest, model: dict[str, Any], weights: Path | None
 ) -> RoMAForClassificationConfig:
     schema = manifest.data_schema
-    document = {} if weights is None else read_json(weights / "model_config.json")
+    document = {} if weights is None else read_config(weights)
     if "problem_type" in model:
         problem_type = model["problem_type"]
     elif not document or is_pretraining(document):  # a new head

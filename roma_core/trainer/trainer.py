@@ -385,7 +385,10 @@ def _check_settings(
             "final_weights=best": config.final_weights == "best",
         }
         for name in (n for n, is_set in needs_evaluation.items() if is_set):
-            raise ValueError(f"{name} needs a test_dataset with series to evaluate on")
+            raise ValueError(
+                f"{name} needs series to evaluate on, but the validation split (test_dataset) has none; "
+                f"raise validation_fraction of the data set, or leave the setting out"
+            )
     elif not has_callback:
         known = ["eval/loss"]
         if isinstance(model, RoMAForClassification):

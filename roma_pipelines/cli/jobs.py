@@ -34,11 +34,13 @@ _messages = errors_as_messages((RuntimeError, ValueError))  # a closed pipe is c
     help="Profile of the cluster (default: ROMA_SLURM_PROFILE or ROMA_KUBERNETES_PROFILE).",
 )
 @click.option("--nodes", type=int, default=1, show_default=True)
-@click.option("--processes", type=int, default=1, show_default=True, help="Per node.")
+@click.option("--processes", type=int, default=1, show_default=True, help="Processes per node.")
 @click.option("--threads", type=int, default=1, show_default=True, help="CPU threads per process.")
-@click.option("--gpus", type=int, default=0, show_default=True, help="Per node.")
-@click.option("--memory-gb", type=float, help="Per node (default: that of the profile).")
-@click.option("--time-limit-min", type=int, help="Of one attempt; the job resumes in a new one.")
+@click.option("--gpus", type=int, default=0, show_default=True, help="GPUs per node.")
+@click.option("--memory-gb", type=float, help="Memory per node (default: the profile's).")
+@click.option(
+    "--time-limit-min", type=int, help="Time limit of one attempt; the job resumes in a new one."
+)
 @click.option(
     "--max-attempts",
     type=int,
@@ -47,7 +49,9 @@ _messages = errors_as_messages((RuntimeError, ValueError))  # a closed pipe is c
     help="Attempts in a row that may add no checkpoint.",
 )
 @click.option("--job", "key", help="Supervise this job again, which was launched before.")
-@click.option("-m", "as_module", is_flag=True, help="Optional, as in python -m MODULE.")
+@click.option(
+    "-m", "as_module", is_flag=True, help="Accepted for likeness with python -m MODULE; no effect."
+)
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="MODULE [ARGUMENT]…")
 @_messages
 def launch(as_module: bool, key: str | None, words: tuple[str, ...], **options: Any) -> None:
@@ -330,7 +334,7 @@ def cancel(key: str, wait_s: float) -> None:
 @jobs.command()
 @_messages
 def sync() -> None:
-    """Send MLflow what it has not received of jobs, because it was away."""
+    """Send records to MLflow that could not be sent while it was unreachable."""
     from roma_pipelines.registry.runs import send_pending
     from roma_pipelines.storage import Storage
 

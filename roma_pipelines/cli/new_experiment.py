@@ -33,7 +33,9 @@ from roma_pipelines.cli import TARGETS
     help="A second table, one row per object, with label, group and split.",
 )
 @click.option("--drop-rate", type=float, help="Fraction of each series' observations to drop.")
-@click.option("--target", type=TARGETS, default="local", show_default=True, help="Of trainings.")
+@click.option(
+    "--target", type=TARGETS, default="local", show_default=True, help="Target of the trainings."
+)
 @click.option("--print", "only_print", is_flag=True, help="Print the file instead of writing it.")
 @click.option("--force", is_flag=True, help="Replace an existing experiment of this name.")
 def new_experiment(name: str, sources: tuple[str, ...], **options: Any) -> None:

@@ -33,7 +33,7 @@ class Rejected(ValueError):
 
     def __init__(self, reasons: Sequence[str]) -> None:
         self.reasons = tuple(reasons)
-        super().__init__("the job was refused before it was queued:\n- " + "\n- ".join(reasons))
+        super().__init__("the target would reject the job:\n- " + "\n- ".join(reasons))
 
 
 class Launcher(Protocol):

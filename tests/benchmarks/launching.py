@@ -190,7 +190,7 @@ def plan_s() -> float:
     times = []
     for _ in range(REPEATS * 20):
         started = time.perf_counter()
-        batch_script(spec, profile, "/a/folder", 1, "python")
+        batch_script(spec, profile, JobFolder(Path("/a/folder")), 1, "python")
         times.append(time.perf_counter() - started)
     return statistics.median(times)
 

@@ -132,7 +132,7 @@ def test_a_hand_made_judgement_names_test_series_that_training_saw(trained):
     assert read_json(out / "config.json")["trained_on"] == [str(seen)]
     assert "were in train or validation of" in done.output
     page = (out / "outputs" / "report.html").read_text()
-    assert "Possible leakage: test series were in the training data" in page
+    assert "Possible leakage between test and training data" in page
     assert "not used in training" not in page
     assert "<h1>Reconstructions of g</h1>" in page
 
@@ -281,3 +281,49 @@ def test_what_cannot_be_evaluated_is_explained(places, tmp_path):
         out = tmp_path / f"e{wrong['dim_output']}"
         said = roma("evaluate", "--data", data, "--weights", weights, "--run-dir", out, ok=False)
         assert any(part in said for part in message.split("|")) and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("what", "other"),
+    [("classes", {"classes": ["cat", "dog"]}), ("normalisation", {}), ("channels", {})],
+)
+def test_a_classifier_is_not_evaluated_on_data_of_another_schema(tmp_path, what, other):
+    data = built(
+        tmp_path,
+        *[series(f"s{k}", seed=k, label="xy"[k % 2]) for k in range(8)],
+        series("t", split="test", seed=9),
+    )
+    schema = StoredDataset(data).schema
+    fields = data_fields(schema) | {"encoder_config": {"d_model": 8, "nhead": 1, "depth": 1}}
+    model = RoMAForClassification(RoMAForClassificationConfig(**fields, dim_output=2))
+    document = schema.model_dump(mode="json")
+    if what == "normalisation":
+        document[what][0]["mean"] += 1.0
+    elif what == "channels":
+        document[what][0]["unit"] = "mV"
+    model.data_schema = document | other
+    model.save_pretrained(tmp_path / "weights")
+
+    call = [
+        "evaluate",
+        "--data",
+        data,
+        "--weights",
+        tmp_path / "weights",
+        "--run-dir",
+        tmp_path / "e",
+    ]
+    said = roma(*call, ok=False)
+
+    assert f"{what} of this data set and of the data the model was trained on differ" in said
+    assert "Traceback" not in said
+
+
+def test_a_folder_without_weights_is_named_with_the_right_one(trained, tmp_path):
+    data, weights, _ = trained
+    run = weights.parents[1]
+    for command in ("evaluate", "finetune"):
+        call = [command, "--data", data, "--weights", run, "--run-dir", tmp_path / command]
+        said = roma(*call, ok=False)
+        assert f"{run} has no model_config.json; expected a folder with" in said
+        assert "outputs/model" in said and "Traceback" not in said

@@ -72,7 +72,7 @@ def test_a_setting_that_the_model_does_not_support_is_refused_or_warned_of(tmp_p
     with pytest.raises(ValueError, match="final_weights=best needs"):
         TrainerConfig(final_weights="best", keep_best=0)
     for changes in ({"early_stopping_patience": 2}, {"final_weights": "best"}):
-        with pytest.raises(ValueError, match="needs a test_dataset"):
+        with pytest.raises(ValueError, match="needs series to evaluate on"):
             Trainer(config(tmp_path, **changes)).train(Sines(8), None, model)
     with pytest.raises(ValueError, match=r"best_metric is eval/f1, but .* gives eval/loss;"):
         Trainer(config(tmp_path, best_metric="eval/f1")).train(Sines(8), Sines(8), model)
