@@ -20,7 +20,7 @@ _options = with_options(
     ),
     click.option(
         "--tracking-uri",
-        envvar="MLFLOW_TRACKING_URI",
+        envvar=["MLFLOW_TRACKING_URI", "ROMA_MLFLOW_TRACKING_URI"],
         default="sqlite:///.roma/mlflow/mlflow.db",
         show_default=True,
         help="MLflow server or store of the model.",
