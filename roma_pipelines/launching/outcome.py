@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import takewhile
 from pathlib import Path
 from typing import Final, Literal
 
@@ -67,7 +66,6 @@ def decide(
     checkpoint: int | None,
     before: list[AttemptRecord],
     max_attempts: int,
-    began: bool = True,
 ) -> tuple[Status, str]:
     """Status of an ended attempt, and the reason.
 
@@ -75,21 +73,20 @@ def decide(
         checkpoint: step of the newest checkpoint now, None without any.
         before: records of the attempts before this one, ascending.
         max_attempts: how many attempts in a row may end without a new checkpoint.
-        began: whether its program ever started; one that only waited could add no checkpoint.
     """
     verdict = POLICY[phase][report]
     seen = f"{phase}, {report}"
     if verdict != _NEXT and verdict != _IF_ADVANCED:
         return verdict, seen
-    last = before[-1].end.checkpoint if before and before[-1].end else None
+    last, stalled = None, 1
+    for end in (record.end for record in before if record.end is not None):
+        idle = end.status == "continue" and end.checkpoint == last
+        last, stalled = end.checkpoint, stalled + 1 if idle else 1
     if checkpoint is not None and (last is None or checkpoint > last):
         return "continue", f"{seen}; newest checkpoint: step {checkpoint}"
-    ends = [record.end for record in reversed(before)]
-    row = list(takewhile(lambda end: end is not None and end.status == "continue", ends))
-    stalled = 1 + sum(end is not None and end.checkpoint == checkpoint for end in row)
     if stalled >= max_attempts:
         return "failed", f"{seen}; {stalled} attempts in a row without a new checkpoint, the limit"
-    if verdict == _NEXT and (not row or not began):
+    if verdict == _NEXT:
         return "continue", f"{seen}; newest checkpoint: step {checkpoint}"
     return "failed", f"{seen}; no checkpoint was added since the attempt before (step {checkpoint})"
 

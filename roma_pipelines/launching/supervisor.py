@@ -175,6 +175,7 @@ class Supervisor:
             if not self.folder.spec.exists():
                 write_json(self.folder.config, self.config)
                 create_json(self.folder.spec, self.spec.model_dump(mode="json"))
+        old = self._failed_before(plan)
         with self.lease:
             try:
                 outcome = self._completed_before()
@@ -182,8 +183,11 @@ class Supervisor:
                     handle = self._open_attempt(plan)
                     handle, state = self._watch(handle)
                     outcome = self._close_attempt(handle.plan, state)
+                    if outcome is not None and outcome.status == "failed" and old:
+                        self._log(None, "that attempt failed in an earlier run", "start another")
+                        outcome = None
                     if outcome is None:
-                        plan = self._plan_next()
+                        plan, old = self._plan_next(), False
                 return outcome
             except _Cancelled as end:
                 return self._outcome("cancelled", str(end))
@@ -253,6 +257,14 @@ class Supervisor:
                 f"restore result.json or start a new job"
             )
         return None
+
+    def _failed_before(self, plan: Plan) -> bool:
+        """Whether the attempt failed in an earlier run, which could not record it: a full disk, say."""
+        if not self.folder.lease.exists():
+            return False
+        run = read_json(self.folder.lease).get("dagster_run_id")
+        report, _ = read_exit_report(self.folder, self.spec, plan.attempt)
+        return report is ExitReport.FAILED and run != self.holder.get("dagster_run_id")
 
     # -- submitting --------------------------------------------------------------------------
 
@@ -397,9 +409,7 @@ class Supervisor:
             time.sleep(self.poll_every_s)
         before = [record for record in self.records() if record.attempt < plan.attempt]
         checkpoint = newest_checkpoint(self.folder)
-        status, seen = decide(
-            state.phase, report, checkpoint, before, self.max_attempts, plan.files.owner.exists()
-        )
+        status, seen = decide(state.phase, report, checkpoint, before, self.max_attempts)
         reason = "; ".join(part for part in (why, state.reason, seen) if part)
         self._end(plan.attempt, status, state, reason, checkpoint)
         return None if status == "continue" else self._outcome(status, reason)

@@ -22,8 +22,8 @@ def attempt(n, how, checkpoint):
     return AttemptRecord(attempt=n, backend="fake", intended_at=0.0, end=end)
 
 
-def how(phase, said, checkpoint=None, before=(), max_attempts=20, began=True):
-    return decide(phase, said, checkpoint, list(before), max_attempts, began)[0]
+def how(phase, said, checkpoint=None, before=(), max_attempts=20):
+    return decide(phase, said, checkpoint, list(before), max_attempts)[0]
 
 
 def test_the_table_has_a_word_for_every_end():
@@ -55,26 +55,34 @@ def test_every_row_for_a_first_attempt(phase, said):
     assert how(phase, said, checkpoint=5) == LETTERS[letters[1]]
 
 
-def test_attempts_continue_only_while_checkpoints_advance():
-    before = [attempt(1, "continue", 5)]
+@pytest.mark.parametrize(
+    ("phase", "report"),
+    [(Phase.INTERRUPTED, ExitReport.NOTHING), (Phase.ENDED_OK, ExitReport.CONTINUE)],
+)
+@pytest.mark.parametrize("step", [None, 5])
+def test_interruptions_without_a_new_checkpoint_are_counted_to_the_limit(phase, report, step):
+    row = [] if step is None else [attempt(1, "continue", step)]  # it made that checkpoint
+    ends = []
+    while not ends or ends[-1] == "continue":
+        ends.append(how(phase, report, step, row, max_attempts=4))
+        row.append(attempt(len(row) + 1, ends[-1], step))
 
-    assert how(Phase.INTERRUPTED, ExitReport.NOTHING, 6, before) == "continue"
-    assert how(Phase.INTERRUPTED, ExitReport.NOTHING, 5, before) == "failed"
-    assert how(Phase.ENDED_OK, ExitReport.CONTINUE, 5, before) == "failed"
-    assert (
-        how(Phase.INTERRUPTED, ExitReport.NOTHING, None, [attempt(1, "continue", None)]) == "failed"
-    )
+    assert ends == ["continue", "continue", "continue", "failed"]
+    assert how(phase, report, 6, row[:-1], max_attempts=4) == "continue"
+    assert how(Phase.ENDED_BAD, ExitReport.NOTHING, step, row[:2], max_attempts=4) == "failed"
 
 
 def test_attempts_that_advance_are_not_counted_and_a_deliberate_retry_starts_anew():
     row = [attempt(n, "continue", n) for n in range(1, 100)]
 
-    assert how(Phase.INTERRUPTED, ExitReport.NOTHING, 100, row, max_attempts=4) == "continue"
-    assert how(Phase.ENDED_OK, ExitReport.CONTINUE, 100, row, max_attempts=4) == "continue"
-    assert how(Phase.INTERRUPTED, ExitReport.NOTHING, 99, row, max_attempts=4) == "failed"
-    retried = [*row, attempt(100, "failed", 99)]
-    assert how(Phase.INTERRUPTED, ExitReport.NOTHING, 99, retried, max_attempts=4) == "continue"
-    assert how(Phase.ENDED_BAD, ExitReport.NOTHING, 99, retried, max_attempts=4) == "failed"
+    assert how(Phase.INTERRUPTED, ExitReport.NOTHING, 100, row, max_attempts=2) == "continue"
+    assert how(Phase.INTERRUPTED, ExitReport.NOTHING, 99, row, max_attempts=2) == "continue"
+    assert how(Phase.INTERRUPTED, ExitReport.NOTHING, 99, row, max_attempts=1) == "failed"
+    stalled = [*row, attempt(100, "continue", 99)]
+    assert how(Phase.INTERRUPTED, ExitReport.NOTHING, 99, stalled, max_attempts=2) == "failed"
+    retried = [*stalled, attempt(101, "failed", 99)]
+    assert how(Phase.INTERRUPTED, ExitReport.NOTHING, 99, retried, max_attempts=2) == "continue"
+    assert how(Phase.ENDED_BAD, ExitReport.NOTHING, 99, retried, max_attempts=2) == "failed"
 
 
 GLOO = (
@@ -113,16 +121,6 @@ def test_the_failure_of_a_process_that_lost_another_one_is_no_cause(tmp_path, re
 
     assert found is report
     assert reason in why
-
-
-def test_attempts_that_only_waited_owe_no_checkpoint_but_are_counted():
-    """Where the time limit counts waiting, a busy cluster ends them before they begin."""
-    before = [attempt(1, "continue", None), attempt(2, "continue", None)]
-
-    assert how(Phase.INTERRUPTED, ExitReport.NOTHING, None, before, began=False) == "continue"
-    assert how(Phase.INTERRUPTED, ExitReport.NOTHING, None, before, began=True) == "failed"
-    assert how(Phase.INTERRUPTED, ExitReport.NOTHING, None, before, 3, began=False) == "failed"
-    assert how(Phase.ENDED_BAD, ExitReport.NOTHING, None, before, began=False) == "failed"
 
 
 def test_what_is_appended_is_read_and_a_line_cut_short_is_not(tmp_path):

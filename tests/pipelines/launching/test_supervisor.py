@@ -94,10 +94,10 @@ def test_an_attempt_killed_from_outside_continues_until_checkpoints_stop(
 ):
     body = "save(min(n, 2)) if n < 3 else None\nos.kill(os.getpid(), signal.SIGKILL)"
 
-    with pytest.raises(JobFailed, match="no checkpoint was added"):
-        supervise(launcher, folder, make_spec(body), CONFIG, **FAST)
+    with pytest.raises(JobFailed, match="2 attempts in a row without a new checkpoint"):
+        supervise(launcher, folder, make_spec(body), CONFIG, max_attempts=2, **FAST)
 
-    assert starts() == [1, 2, 3]
+    assert starts() == [1, 2, 3, 4]
 
 
 def test_attempts_that_advance_have_no_bound(launcher, folder, make_spec, starts):
@@ -116,6 +116,23 @@ def test_a_retry_of_a_failed_job_makes_the_next_attempt(launcher, folder, make_s
 
     assert starts() == [1, 2]
     assert [a.end.status for a in outcome.attempts] == ["failed", "completed"]
+
+
+@pytest.mark.parametrize(("run", "attempts"), [("run-a", [1]), ("run-b", [1, 2])])
+def test_a_failure_that_an_earlier_run_could_not_record_is_not_a_retrys(
+    launcher, folder, make_spec, starts, run, attempts
+):
+    spec = make_spec("leave('failed', 'full disk') if n < 2 else succeed()")
+    options = {"holder": {"dagster_run_id": "run-a"}, "fault_point": die_at("before end"), **FAST}
+    with pytest.raises(Killed):
+        supervise(launcher, folder, spec, CONFIG, **options)
+
+    holder = {"dagster_run_id": run}
+    outcome = Supervisor(launcher, folder, spec, CONFIG, holder=holder, **FAST).run()
+
+    assert starts() == attempts
+    assert outcome.attempts[0].end.status == "failed"
+    assert outcome.status == ("failed" if attempts == [1] else "completed")
 
 
 @pytest.mark.parametrize(
