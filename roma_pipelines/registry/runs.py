@@ -47,7 +47,7 @@ from roma_pipelines.storage import PASSWORD_VARIABLES, Storage
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment
+    from mlflow.entities import Experiment, Run
 
 JOB_KEY_TAG = "roma.job_key"
 WANDB_TAG = "roma.weights_and_biases"
@@ -58,6 +58,9 @@ _ENDS: Mapping[str, Literal["FINISHED", "FAILED", "KILLED"]]
 _ENDS = {"completed": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
 SHORT_S = 10
 """Seconds that a job waits for an answer of MLflow, each time that it has something to send."""
+_LATE_S = 600
+"""Seconds in which a server may still create a run that it was asked for without an answer."""
+_ASKED = ".mlflow_asked"  # in a job folder, while that may happen
 _PARAMS_PER_BATCH = 100  # MLflow's limit
 _log = logging.getLogger(__name__)
 
@@ -100,8 +103,11 @@ def find_or_create_run(
     tags: Mapping[str, str],
     params: Mapping[str, Any],
     start_time: int | None = None,
+    known_id: str = "",
 ) -> str:
     """Id of the job's run, set to RUNNING: the one with its key, or else a new one.
+
+    Of several runs with the key, ``known_id`` or else the oldest remains, see :func:`_only_run`.
 
     Parameters cannot change in MLflow. An existing run keeps its own; missing ones are added, and
     those that differ are listed in a warning. ``experiment`` is created if missing.
@@ -115,16 +121,11 @@ def find_or_create_run(
     checked_name("job key", job_key)
     with write_lock(client):
         experiment_id = ensure_experiment(client, experiment).experiment_id
-        runs = client.search_runs(
-            [experiment_id], f"tags.`{JOB_KEY_TAG}` = '{job_key}'", order_by=["start_time ASC"]
-        )
-        run = (
-            runs[0]
-            if runs
-            else client.create_run(
-                experiment_id, start_time, {**tags, JOB_KEY_TAG: job_key}, run_name=name
-            )
-        )
+        run = _only_run(client, experiment_id, job_key, known_id)
+        if run is None:
+            tags = {**tags, JOB_KEY_TAG: job_key}
+            created = client.create_run(experiment_id, start_time, tags, run_name=name)
+            run = _only_run(client, experiment_id, job_key, known_id) or created
         run_id = run.info.run_id
         wanted = {k: str(v) for k, v in params.items()}
         present = run.data.params
@@ -136,6 +137,21 @@ def find_or_create_run(
         if run.info.status != "RUNNING":
             client.update_run(run_id, status="RUNNING")
     return run_id
+
+
+def _only_run(client: MlflowClient, experiment_id: str, job_key: str, known_id: str) -> Run | None:
+    """The run of a job; deletes further ones.
+
+    Those were created by requests whose answers were lost: a server has no lock against repeating them.
+    """
+    found = client.search_runs(
+        [experiment_id], f"tags.`{JOB_KEY_TAG}` = '{job_key}'", order_by=["start_time ASC"]
+    )
+    kept = next((run for run in found if run.info.run_id == known_id), next(iter(found), None))
+    for run in found:
+        if run is not kept:
+            client.delete_run(run.info.run_id)
+    return kept
 
 
 class RunRecord(Frozen):
@@ -197,10 +213,19 @@ def send_record(client: MlflowClient, folder: JobFolder) -> None:
         Exception: whatever MLflow raises; the record stays pending.
     """
     with FileLock(folder.path / ".mlflow.lock", timeout=SHORT_S):
-        record = read_record(folder)
+        record, asked = read_record(folder), folder.path / _ASKED
+        asked_before = asked.exists()
         if record is not None and is_pending(folder):
+            if not known_run(folder):
+                asked.touch()
             run = log_run(client, folder, record)
             write_json(folder.mlflow_run, run | {"sent": _digest(record)})
+            if not asked_before:
+                asked.unlink(missing_ok=True)
+        elif asked_before and time.time() - asked.stat().st_mtime > _LATE_S:
+            run = known_run(folder)
+            _only_run(client, run["experiment_id"], folder.path.name, run["run_id"])
+            asked.unlink()
 
 
 def log_run(client: MlflowClient, folder: JobFolder, record: RunRecord) -> dict[str, Any]:
@@ -212,7 +237,8 @@ def log_run(client: MlflowClient, folder: JobFolder, record: RunRecord) -> dict[
 
     start_ms = round(folder.spec.stat().st_mtime * 1000) if folder.spec.exists() else None
     key, about = folder.path.name, (record.name, record.tags, record.params)
-    run_id = find_or_create_run(client, record.experiment, key, *about, start_ms)
+    known_id = known_run(folder).get("run_id", "")
+    run_id = find_or_create_run(client, record.experiment, key, *about, start_ms, known_id)
     experiment_id = client.get_run(run_id).info.experiment_id
     run = {"schema_version": 1, "run_id": run_id, "experiment_id": experiment_id}
     if folder.path.exists():
@@ -245,8 +271,10 @@ def send_pending(storage: Storage, timeout_s: int = SHORT_S) -> tuple[list[str],
         try:
             if (record := read_record(folder)) and (end := ended(folder, record)) != record:
                 write_record(folder, end)
-            if is_pending(folder):
+            pending = is_pending(folder)
+            if pending or (folder.path / _ASKED).exists():
                 send_record(connect(MlflowSettings(), storage.mlflow), folder)
+            if pending:
                 sent.append(key)
         except Exception as error:  # whatever MLflow raises; the next call tries again
             failed.append(f"job {key}: MLflow has not received its run: {reason_of(error)}")

@@ -83,6 +83,7 @@ INTERRUPTIONS = {
         "mlflow_away: the_same_of_a_server_that_is_killed",
         "mlflow_away: the_command_and_the_sensor_send_what_is_pending",
         "mlflow_away: a_run_whose_orchestrator_died_after_the_job_is_ended",
+        "mlflow_away: a_request_that_is_served_late_doubles_no_run",
         "pipelines/assets/test_server_away.py: an_experiment_whose_server_goes_and_comes",
     ],
     "duplicate job script": [

@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 from pydantic import BaseModel
 
+from roma_core.files import digest_of
 from roma_core.job import JobFolder
 from roma_pipelines import tracked_job
 from roma_pipelines.automation.sensors import reconcile_jobs
@@ -25,7 +26,14 @@ from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.kubernetes.launcher import KubernetesLauncher
 from roma_pipelines.launching.local import LocalLauncher
 from roma_pipelines.registry import runs
-from roma_pipelines.registry.runs import JOB_KEY_TAG, is_pending, known_run, send_pending
+from roma_pipelines.registry.runs import (
+    JOB_KEY_TAG,
+    RunRecord,
+    is_pending,
+    known_run,
+    send_pending,
+    write_record,
+)
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.storage import Storage
 from tests.pipelines import tiny
@@ -42,7 +50,7 @@ from tests.pipelines.launching.kubernetes.conftest import (
 )
 from tests.pipelines.mlflow_gate import Gate
 from tests.pipelines.registry.conftest import mlflow_server, tracking_server
-from tests.time_limits import within
+from tests.time_limits import wait_until, within
 
 __all__ = ["api", "free_port", "kubernetes_profile", "mlflow_server", "pods", "quick"]
 
@@ -274,6 +282,33 @@ def test_the_command_and_the_sensor_send_what_is_pending(train, gate, storage, a
     check_received(storage, folder)
     done = CliRunner().invoke(main, ["jobs", "sync"])
     assert (done.exit_code, done.output) == (0, "MLflow received what it lacked of 0 jobs\n")
+
+
+@pytest.mark.parametrize("served", ["before the next request", "before the end", "after the end"])
+def test_a_request_that_is_served_late_doubles_no_run(gate, storage, at_call, monkeypatch, served):
+    folder = JobFolder(storage.jobs / digest_of(served)[:20])
+    folder.path.mkdir()
+    running = RunRecord(experiment="roma/waves", name="a run", tags={}, params={})
+    write_record(folder, running)
+    at_call("create_run", 1, lambda: gate.become("late"))
+    assert send_pending(storage)[0] == []
+    gate.become("open")
+    wait_until(lambda: any(b"runs/create" in asked for asked in gate.kept), 10)
+
+    for moment in ("before the next request", "before the end", "after the end"):
+        if moment == served:
+            gate.deliver()
+            assert len(runs_of(storage, folder)[1]) == 1 + (moment != "before the next request")
+        if moment == "before the end":
+            write_record(folder, running.model_copy(update={"status": "FINISHED"}))
+        if moment == "after the end":
+            monkeypatch.setattr(runs, "_LATE_S", 0)
+        sent = [] if moment == "after the end" else [folder.path.name]
+        assert send_pending(storage) == (sent, [])
+
+    (run,) = runs_of(storage, folder)[1]
+    assert (run.info.run_id, run.info.status) == (known_run(folder)["run_id"], "FINISHED")
+    assert not list(folder.path.glob(".mlflow_asked"))
 
 
 def test_a_run_whose_orchestrator_died_after_the_job_is_ended(train, storage, monkeypatch):
