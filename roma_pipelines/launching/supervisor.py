@@ -152,6 +152,7 @@ class Supervisor:
     heartbeat_timeout_s: float | None = 600.0  # None: never
     max_attempts: int = 20  # that may end without a new checkpoint, in a row
     deadline: float | None = None  # time.monotonic(); Unreachable is raised then; None: never
+    patience_s: float = 7 * 86400.0  # Unreachable is raised after so long without an answer
     fault_point: Callable[[str], None] = lambda name: None  # at all FAULT_POINTS; tests raise there
 
     def __post_init__(self) -> None:
@@ -164,7 +165,7 @@ class Supervisor:
         Raises:
             Rejected: the target will not run the spec; nothing was written and nothing queued.
             ValueError: it never could, or the folder belongs to another job.
-            Unreachable: the target does not answer, and the deadline has passed.
+            Unreachable: the target does not answer, and deadline or ``patience_s`` have passed.
         """
         self._check()
         plan = self._plan_next()
@@ -271,6 +272,7 @@ class Supervisor:
     def _open_attempt(self, plan: Plan) -> JobHandle:
         """Adopt the attempt that has no end, or begin the next one."""
         path, n, refusal = self.folder.attempt_record(plan.attempt), 0, ""
+        began = time.monotonic()
         look = path.exists()  # for one that was submitted before
         if not look:
             intent = AttemptRecord(
@@ -294,7 +296,7 @@ class Supervisor:
                 if refusal != (refusal := str(error)):
                     self._log(plan.attempt, f"submitted without an answer: {error}", "look for it")
                 look, n = True, n + 1
-                self._wait(refusal, n)
+                self._wait(error, n, began)
                 continue
             self.fault_point("after submit")
             self._record_id(record, handle)
@@ -376,20 +378,23 @@ class Supervisor:
         return state
 
     def _retry(self, request: Callable[[], T]) -> T:
-        """The target's answer, however long it does not answer."""
-        n = 0
+        """The target's answer; Unreachable is raised once waiting for it has to end."""
+        n, began = 0, time.monotonic()
         while True:
             try:
                 return request()
             except Unreachable as error:
-                if self.deadline is not None and time.monotonic() > self.deadline:
-                    raise
                 n += 1
-                self._wait(str(error), n)
+                self._wait(error, n, began)
 
-    def _wait(self, reason: str, n: int) -> None:
+    def _wait(self, error: Unreachable, n: int, began: float) -> None:
         """Wait after request n in a row to a target that did not answer, ever longer."""
-        state = JobState(Phase.UNKNOWN, reason)
+        now = time.monotonic()
+        if self.deadline is not None and now > self.deadline:
+            raise error
+        if now - began > self.patience_s:
+            raise Unreachable(f"gave up after {(now - began) / 3600:.1f} h of waiting: {error}")
+        state = JobState(Phase.UNKNOWN, str(error))
         self.lease.advance(str(state))
         self.on_poll(state)
         first_s = max(self.poll_every_s, min(_RETRY_S, 20 * self.poll_every_s))

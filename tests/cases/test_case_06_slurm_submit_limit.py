@@ -72,6 +72,10 @@ def test_a_passing_state_is_asked_again(submit, words, attempt):
         FAILED + "Invalid generic resource (gres) specification",
         FAILED + "Requested time limit is invalid (missing or exceeds some limit)",
         "sbatch: error: invalid partition: x\n" + FAILED + "Invalid partition name specified",
+        "NOTICE: scratch communication maintenance\n" + FAILED + "Invalid partition name specified",
+        "sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying.\n"
+        + FAILED + "Invalid qos specification\nretry later, or ask about your authentication",
+        "sbatch: error: Unable to open file /database/retry/job.sh",
     ],
 )  # fmt: skip
 def test_what_would_be_refused_again_ends_the_job(submit, words, attempt):

@@ -21,6 +21,11 @@ from roma_pipelines.launching.spec import JobState, Phase
 _ANSWER = "roma: answer"
 _NOT_PASSED_ON = ("CUDA_VISIBLE_DEVICES", "TMPDIR", "XDG_")  # a node has its own, or none
 
+_OWN = re.compile(  # SLURM's own error lines, without paths; others are notices of a site
+    r"^(?:(?:sbatch|scontrol)\S*: (?:error|fatal)|slurm_\w+(?: error)?|allocation failure): "
+    r"(?!.*accounting/QOS policy)(.*?)(?: /.*)?$",  # that of a policy follows one with its name
+    re.MULTILINE,
+)
 _PASSING = re.compile(
     # slurmctld is away, restarts or gives way to its backup
     r"timed? ?out|unable to (contact|connect)|connection (refused|reset)|communication|zero bytes|"
@@ -46,8 +51,8 @@ class Answer:
 
     @property
     def passes(self) -> bool:
-        """Whether the same request may be answered otherwise a while later."""
-        return _PASSING.search(self.text) is not None
+        """Whether the same request may be answered otherwise a while later; the last line decides."""
+        return any(_PASSING.search(line) for line in _OWN.findall(self.error)[-1:])
 
 
 class Shell:

@@ -60,6 +60,26 @@ def test_a_target_that_is_away_ends_nothing(folder):
     assert supervise(launcher, folder, SPEC, CONFIG, **FAST).status == "completed"
 
 
+@pytest.mark.parametrize("request_", ["preflight", "submit"])
+def test_waiting_for_a_target_has_a_bound_and_says_what_it_waited_for(
+    folder, monkeypatch, request_
+):
+    launcher, asked = FakeLauncher(), []
+
+    def refuse(*arguments):
+        asked.append(arguments)
+        raise Unreachable("sbatch: no partition is available")
+
+    monkeypatch.setattr(launcher, request_, refuse)
+    with pytest.raises(Unreachable, match=r"gave up after 0\.0 h of waiting: sbatch: no partition"):
+        supervise(launcher, folder, SPEC, CONFIG, patience_s=0.05, **FAST)
+    assert len(asked) > 1
+
+    monkeypatch.undo()  # it is available: the next one goes on
+    assert supervise(launcher, folder, SPEC, CONFIG, **FAST).status == "completed"
+    assert len(launcher.submitted) == 1
+
+
 def test_a_world_of_another_size_is_no_success(folder):
     with pytest.raises(JobFailed, match="1 processes made it, expected 256"):
         supervise(FakeLauncher([completed(world_size=1)]), folder, SPEC, CONFIG, **FAST)
