@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import click
 import yaml
 
 from roma_core.cli import errors_as_messages, with_options
-
-if TYPE_CHECKING:
-    pass
 
 Task = Literal["pretrain", "finetune"]
 _FOLDER = click.Path(file_okay=False, path_type=Path)

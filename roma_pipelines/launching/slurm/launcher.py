@@ -153,9 +153,19 @@ class SlurmLauncher:
         write_bytes(script, plan.text.encode())
         variables = passthrough_env(plan.spec, environment)
         answer = self.shell.run("sbatch", "--parsable", str(script), environment=variables)
-        found = re.findall(r"^(\d+)(?:;\S+)?$", answer.output, re.MULTILINE)
-        if answer.code == 0 and found:
-            return self._handle(plan, found[-1])
+        found = re.findall(r"^(\d+)(?:;(\S+))?$", answer.output, re.MULTILINE)
+        if answer.code == 0 and len(found) == 1:  # several are told apart by ``find``
+            ((job, cluster),) = found
+            if cluster and job not in dict(self._jobs_named(plan)):
+                there = ("scancel", f"--clusters={cluster}", job)
+                left = f"; call `{shlex.join(there)}`" if self.shell.run(*there).code else ""
+                raise Rejected(
+                    [
+                        f"sbatch sent it to another cluster, {cluster}, where it cannot be watched: "
+                        f"unset SBATCH_CLUSTERS, or use a profile of that cluster{left}"
+                    ]
+                )
+            return self._handle(plan, job)
         # a policy that took an attempt of the same size before stands for a limit in number
         by_number = plan.attempt > 1 and "accounting/QOS policy" in answer.text
         if answer.passes or by_number or answer.code == 0:
@@ -258,11 +268,14 @@ class SlurmLauncher:
         return [(job, row["state"]) for job, row in rows.items() if row["folder"] == path]
 
     def _sacct(self, *options: str) -> list[str]:
-        """Lines of the accounting; none where the cluster has none."""
+        """Lines of the accounting; none where the cluster has none. Raises Unreachable."""
         try:
-            return self.shell.run("sacct", "-X", "-n", "-P", *options).output.splitlines()
+            answer = self.shell.run("sacct", "-X", "-n", "-P", *options)
         except ValueError:  # it is not installed
             return []
+        if answer.code and "accounting storage is disabled" not in answer.text:
+            raise Unreachable(f"sacct: {answer.text}")
+        return answer.output.splitlines()
 
     def _scontrol(self, job: str) -> dict[str, str]:
         """Fields of ``scontrol show job``; empty once slurmctld no longer knows the job."""
@@ -309,11 +322,16 @@ class SlurmLauncher:
             if _ended(state):
                 return self._end_state(handle, state, record.get("Reason", ""), record)
             return JobState(Phase.UNKNOWN, f"squeue does not show job {job}, which is {state}")
-        lines = self._sacct("-D", "-j", job, "-o", "state")
+        files, gone = handle.plan.files, f"SLURM no longer knows job {job}"
+        try:
+            lines = self._sacct("-D", "-j", job, "-o", "state")
+        except Unreachable:
+            if not files.exit.exists():
+                raise
+            lines = []
         states = [word for line in lines for word in line.split()[:1] if word in PHASES]
         if states and _ended(states[-1]):  # it lags: RUNNING proves nothing
             return self._end_state(handle, states[-1], "by sacct", {})
-        files, gone = handle.plan.files, f"SLURM no longer knows job {job}"
         if files.exit.exists():
             return JobState(Phase.GONE, gone)
         changed = [path.stat().st_mtime for path in (files.log, files.heartbeat) if path.exists()]

@@ -1,5 +1,7 @@
 """Which test holds which promise about interruptions and bad input; none may lose its test unseen.
 
+Only names are compared: that a test is there, not what it asserts. The tests themselves do that.
+
 That no process, no temporary file and no file of the project is left behind is asserted after every
 test of this folder, by its ``conftest.py``; that no daemon is, after the last one.
 """
@@ -75,6 +77,7 @@ INTERRUPTIONS = {
     "sacct absent, late or wrong": [
         "slurm/interruptions: a_job_that_slurm_forgot_ends_as_its_files_report",
         "slurm/interruptions: a_running_job_that_slurmctld_lost_is_not_doubled",
+        "slurm/interruptions: accounting_that_is_away_is_not_an_answer",
     ],
     "an unknown state": ["slurm/interruptions: an_unknown_state_is_no_end"],
     "hung rank": ["slurm/interruptions: a_hung_rank_is_found_by_its_heartbeat"],
@@ -85,6 +88,13 @@ INTERRUPTIONS = {
         "mlflow_away: a_run_whose_orchestrator_died_after_the_job_is_ended",
         "mlflow_away: a_request_that_is_served_late_doubles_no_run",
         "pipelines/assets/test_server_away.py: an_experiment_whose_server_goes_and_comes",
+    ],
+    "sbatch is refused for ever": [
+        "fake: waiting_for_a_target_has_a_bound_and_says_what_it_waited_for",
+    ],
+    "sbatch answers for another cluster, or with other numbers": [
+        "slurm/launcher: a_job_sent_to_another_cluster_is_refused_and_cancelled",
+        "slurm/launcher: a_number_that_is_no_job_id_is_told_apart_by_the_name",
     ],
     "duplicate job script": [
         "slurm/interruptions: a_script_submitted_by_hand_does_no_harm",

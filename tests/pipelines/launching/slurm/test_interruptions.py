@@ -10,7 +10,7 @@ import pytest
 
 from roma_pipelines.launching.jobs import cancel, read_job
 from roma_pipelines.launching.launcher import Unreachable
-from roma_pipelines.launching.spec import JobFailed, Phase
+from roma_pipelines.launching.spec import JobFailed, JobHandle, Phase
 from roma_pipelines.launching.supervisor import FAULT_POINTS, Supervisor, request_cancel, supervise
 from tests.time_limits import within
 
@@ -403,7 +403,8 @@ FORGETFUL = {
 @pytest.mark.parametrize(
     ("sacct", "status"),
     [
-        ("echo 'accounting storage is disabled' >&2; exit 1", "completed"),  # no accounting
+        ("echo 'Slurm accounting storage is disabled' >&2; exit 1", "completed"),  # none there
+        ("echo 'Unable to connect to database' >&2; exit 1", "completed"),
         ("exit 0", "completed"),  # it has no row yet
         ("echo RUNNING", "completed"),  # it lags
         ("echo COMPLETED", "completed"),
@@ -425,6 +426,25 @@ def test_a_job_that_slurm_forgot_ends_as_its_files_report(
     run = Supervisor(slurm, folder, make_spec(body), CONFIG, on_poll=once(forget), **FAST).run
 
     assert run().status == status
+
+
+def test_accounting_that_is_away_is_not_an_answer(slurm, folder, make_spec, stand_in):
+    """Neither that the job never was, nor that it is gone."""
+    for name, body in {**FORGETFUL, "sacct": "echo 'sacct: error: refused' >&2; exit 1"}.items():
+        stand_in(name, body)
+    slurm.gone_after_s = 0.0
+    plan = slurm.plan(make_spec(), folder)
+
+    with pytest.raises(Unreachable, match=r"sacct: .*refused"):
+        slurm.find(plan)
+    handle = JobHandle(plan, {"job_id": "101", "profile": "mini"})
+    reasons = []
+    while len(reasons) < 50 and not any("refused" in reason for reason in reasons):
+        state = slurm.watch(handle)
+        assert state.phase is Phase.UNKNOWN
+        reasons.append(state.reason)
+        time.sleep(0.1)
+    assert "refused" in reasons[-1]
 
 
 def test_a_running_job_that_slurmctld_lost_is_not_doubled(

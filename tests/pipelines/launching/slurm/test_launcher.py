@@ -7,7 +7,7 @@ import re
 import pytest
 
 from roma_core.job import JobFolder
-from roma_pipelines.launching.launcher import Unreachable
+from roma_pipelines.launching.launcher import Rejected, Unreachable
 from roma_pipelines.launching.slurm.cluster import MARK, own_jobs, parse_squeue, queue_positions
 from roma_pipelines.launching.spec import JobFailed, Phase
 from roma_pipelines.launching.supervisor import request_cancel, supervise
@@ -194,6 +194,38 @@ def test_lines_of_a_sites_wrapper_are_ignored(slurm, cluster, folder, make_spec,
     supervise(slurm, folder, make_spec("succeed()"), CONFIG, **FAST)
     with pytest.raises(JobFailed, match="cancelled by me"):
         supervise(slurm, other, make_spec("save(1)\ntime.sleep(60)"), CONFIG, on_poll=ask, **FAST)
+
+
+def test_a_number_that_is_no_job_id_is_told_apart_by_the_name(
+    slurm, cluster, folder, make_spec, stand_in, starts
+):
+    before = len(cluster.jobs())
+    stand_in("sbatch", 'echo 420; $REAL "$@"; code=$?; echo 421; exit $code')
+
+    outcome = supervise(slurm, folder, make_spec(), CONFIG, **FAST)
+
+    assert (starts(), len(cluster.jobs())) == ([1], before + 1)
+    assert outcome.attempts[0].external["job_id"] in [job for job, _, _ in cluster.jobs()]
+    assert "watch that one" not in folder.events.read_text()  # no other one was ever watched
+
+
+def test_an_answer_that_names_this_cluster_is_taken(slurm, folder, make_spec, stand_in):
+    stand_in("sbatch", '$REAL "$@" | sed "s/$/;mini/"')
+
+    assert supervise(slurm, folder, make_spec(), CONFIG, **FAST).status == "completed"
+
+
+@pytest.mark.parametrize(("code", "left"), [(0, ""), (1, "call `scancel --clusters=other 101`")])
+def test_a_job_sent_to_another_cluster_is_refused_and_cancelled(
+    slurm, folder, make_spec, stand_in, tmp_path, code, left
+):
+    stand_in("sbatch", 'echo "101;other"')
+    stand_in("scancel", f'echo "$@" >>{tmp_path}/cancelled; exit {code}')
+
+    with pytest.raises(Rejected, match=f"another cluster, other, .*unset SBATCH_CLUSTERS.*{left}$"):
+        supervise(slurm, folder, make_spec(), CONFIG, **FAST)
+
+    assert (tmp_path / "cancelled").read_text() == "--clusters=other 101\n"
 
 
 def test_through_ssh_only_commands_travel(slurm, cluster, folder, make_spec, tmp_path, monkeypatch):
