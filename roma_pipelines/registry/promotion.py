@@ -106,7 +106,7 @@ def promote(
     signed = _signed(client, name, actor, reason)
     with model_lock(client, name) as lock:
         found = get_version(client, name, version)
-        replaced = version_at(client, name, CHAMPION)
+        replaced = _champion(client, name)
         if replaced == version:  # perhaps by a promotion that was interrupted, completed below
             replaced = version_at(client, name, PREVIOUS)
         else:
@@ -162,7 +162,7 @@ def rollback(client: MlflowClient, name: str, *, reason: str, actor: str) -> str
     """
     signed = _signed(client, name, actor, reason)
     with model_lock(client, name) as lock:
-        champion = version_at(client, name, CHAMPION)
+        champion = _champion(client, name)
         version = version_at(client, name, PREVIOUS)
         if champion is None or version is None:
             raise ValueError(f"model {name!r} has no previous champion to roll back to")
@@ -247,9 +247,22 @@ def require_model(client: MlflowClient, name: str) -> None:
             raise
         existing = {model.name for model in client.search_registered_models()}
         encoders = {encoder_name(one) for one in existing}
-        names = sorted(n for n in existing - encoders if not n.endswith(LOCK_SUFFIX))
+        locks = {n for n in existing if n.endswith(LOCK_SUFFIX) or f"{LOCK_SUFFIX}.of." in n}
+        names = sorted(existing - encoders - locks)
         listed = f"there are {', '.join(names)}" if names else "none is registered yet"
         raise ValueError(f"there is no model {name!r}; {listed}") from error
+
+
+def _champion(client: MlflowClient, name: str) -> str | None:
+    champion = version_at(client, name, CHAMPION)
+    recorded = [event.version for event in audit(client, name) if event.action != "reject"]
+    if recorded and recorded[-1] != champion:
+        _log.warning(
+            "the champion of %s is version %s, but the audit ends with version %s: that move was "
+            "interrupted, or the alias was moved later by hand or by a delayed request",
+            *(name, champion, recorded[-1]),
+        )
+    return champion
 
 
 def _refusal(

@@ -197,14 +197,17 @@ def model_lock(client: MlflowClient, name: str) -> Iterator[ModelLock]:
     a name, one fails. The lock is therefore an empty model ``NAME.lock`` with a random token.
 
     It is a lease. A token that stays for ``_LEASE_S`` belongs to a dead process, and its lock is
-    broken by renaming it to a name made of that token, which stays for an hour: a process that is
-    late in breaking the same lock fails, and does not rename a newer one. The holder moves no alias,
-    and releases nothing, later than ``_CALL_S`` before the end, after which requests are given up.
+    broken by renaming it to a name made of that token, which stays for an hour: a request to rename
+    it that arrives later fails, and does not rename a newer lock. The holder releases it by the same
+    name. It moves no alias, and releases nothing, later than ``_CALL_S`` before the end, and gives
+    requests up in that time, half of it to connect and half to wait. If one was not answered, it may
+    still be carried out, so the lock is not released: it expires.
 
     Raises:
         RegistryBusy: the lock was not free in time.
     """
     import mlflow
+    from mlflow.exceptions import MlflowException, RestException
 
     uri = client.tracking_uri
     if uri == mlflow.get_tracking_uri():
@@ -214,7 +217,7 @@ def model_lock(client: MlflowClient, name: str) -> Iterator[ModelLock]:
             yield ModelLock(client, check)
         return
     lock, token = name + LOCK_SUFFIX, f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    with one_request(_CALL_S):
+    with one_request(_CALL_S / 2):
         expires_at = _acquire(client, lock, token)
 
         def check() -> None:
@@ -224,12 +227,20 @@ def model_lock(client: MlflowClient, name: str) -> Iterator[ModelLock]:
                     f"slow, or the lock was deleted. No further alias was moved; run this again"
                 )
 
+        answered = False
         try:
             yield ModelLock(client, check)
+            answered = True
+        except Exception as error:
+            answered = isinstance(error, RestException) or not isinstance(error, MlflowException)
+            raise
         finally:
             try:
+                if not answered:
+                    raise RegistryBusy("the last request may still be carried out")
                 check()
-                client.delete_registered_model(lock)
+                client.rename_registered_model(lock, f"{lock}.of.{token}")
+                client.delete_registered_model(f"{lock}.of.{token}")
                 for broken in client.search_registered_models(f"name LIKE '{lock}.of.%'"):
                     if time.time() - broken.last_updated_timestamp / 1000 > _KEEP_BROKEN_S:
                         client.delete_registered_model(broken.name)
@@ -250,9 +261,11 @@ def _acquire(client: MlflowClient, lock: str, token: str) -> float:
             )
             return sent + _LEASE_S
         except MlflowException as error:
+            holder, now = _holder(client, lock), time.monotonic()
+            if holder == token:  # only the answer was lost
+                return sent + _LEASE_S
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        holder, now = _holder(client, lock), time.monotonic()
         if holder != seen:
             seen, since = holder, now
         elif holder is not None and now - since > _LEASE_S:
@@ -287,7 +300,7 @@ def one_request(timeout_s: float) -> Iterator[None]:
 
     The limit is of the process, so one thread at a time has it.
     """
-    ours = {"TIMEOUT": f"{timeout_s:.0f}", "MAX_RETRIES": "0"}
+    ours = {"TIMEOUT": str(max(1, int(timeout_s))), "MAX_RETRIES": "0"}
     ours = {f"MLFLOW_HTTP_REQUEST_{name}": value for name, value in ours.items()}
     with _one_thread:
         before = {name: os.environ[name] for name in ours if name in os.environ}

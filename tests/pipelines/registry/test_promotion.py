@@ -48,7 +48,8 @@ def move(client, version):
 
 
 def test_an_unknown_model_is_an_error_that_lists_the_known_ones(versions):
-    versions.create_registered_model(encoder_name(NAME))
+    for name in (encoder_name(NAME), f"{NAME}.lock", f"{NAME}.lock.of.host-1-ab"):
+        versions.create_registered_model(name)
     for act in (
         lambda: rollback(versions, "vowel", actor="tester", reason="x"),
         lambda: promote(versions, "vowel", "1", reason="x", actor="tester", evidence={}),

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import itertools
 import os
+import re
 import signal
 import threading
 import time
@@ -11,9 +12,10 @@ import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from roma_pipelines.registry import store
-from roma_pipelines.registry.promotion import CHAMPION, PREVIOUS, audit, promote
+from roma_pipelines.registry.promotion import CHAMPION, PREVIOUS, PromotionRefused, audit, promote
 from roma_pipelines.registry.store import MlflowSettings, RegistryBusy, model_lock
 from roma_pipelines.registry.versions import version_at
 from tests.pipelines.registry.contender import add_rivals, contender, held, locks, said
@@ -31,8 +33,8 @@ def rivals(server):
 
 
 @contextlib.contextmanager
-def slow(address, delay_s):
-    """A server that passes every request on to another one after a while."""
+def slow(address, delay_s, which=""):
+    """A server that passes requests on to another one, those that match ``which`` after a while."""
     target = urllib.parse.urlsplit(address).netloc
 
     class Handler(BaseHTTPRequestHandler):
@@ -40,17 +42,18 @@ def slow(address, delay_s):
             pass
 
         def answer(self):
-            time.sleep(delay_s)
+            time.sleep(delay_s if re.match(which, self.requestline) else 0)
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             connection = http.client.HTTPConnection(target)
             connection.request(self.command, self.path, body, dict(self.headers))
             response = connection.getresponse()
             content = response.read()
-            self.send_response(response.status)
-            self.send_header("Content-Type", response.headers["Content-Type"])
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+            with contextlib.suppress(OSError):  # the client no longer waits
+                self.send_response(response.status)
+                self.send_header("Content-Type", response.headers["Content-Type"])
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
 
         do_GET = do_POST = do_PATCH = do_DELETE = answer
 
@@ -93,10 +96,10 @@ def test_a_slow_server_delays_a_promotion_and_nothing_else(rivals):
 def test_a_holder_that_the_server_delays_beyond_its_lease_moves_nothing(rivals):
     with (
         slow(rivals.tracking_uri, 2.0) as address,
-        contender(address, "promote:1", lease_s=12, call_s=3) as late,
+        contender(address, "promote:1", lease_s=12, call_s=6) as late,
     ):
         wait_until(lambda: locks(rivals), 30)
-        with contender(rivals.tracking_uri, "promote:2", lease_s=12, call_s=3) as other:
+        with contender(rivals.tracking_uri, "promote:2", lease_s=12, call_s=6) as other:
             results = {one["version"]: one for one in (said(late), said(other))}
 
     events = audit(rivals, "rivals")
@@ -106,11 +109,61 @@ def test_a_holder_that_the_server_delays_beyond_its_lease_moves_nothing(rivals):
     assert "RegistryBusy: rivals.lock was lost, or expires" in results["1"]["error"]
 
 
+def test_a_move_that_arrives_after_it_was_given_up_comes_before_the_next(
+    rivals, monkeypatch, caplog
+):
+    monkeypatch.setattr(store, "_LEASE_S", 6.0)
+    monkeypatch.setattr(store, "_CALL_S", 2.0)
+    moves = "POST /api/2.0/mlflow/registered-models/alias "
+    with (
+        slow(rivals.tracking_uri, 5, moves) as address,
+        contender(address, "promote:1", lease_s=6, call_s=2) as late,
+    ):
+        assert late.wait(within(60)) != 0, "the request is given up"
+        with pytest.raises(PromotionRefused, match="the champion is now 1"):
+            promote(rivals, "rivals", "2", reason="better", actor="tester", evidence={})
+
+    assert [event.version for event in audit(rivals, "rivals")] == ["1"]
+    rivals.set_registered_model_alias("rivals", CHAMPION, "3")
+    with pytest.raises(PromotionRefused):
+        promote(rivals, "rivals", "2", reason="better", actor="tester", evidence={})
+    assert "champion of rivals is version 3, but the audit ends with version 1" in caplog.text
+
+
+def test_a_release_that_arrives_late_leaves_the_lock_of_another(rivals):
+    release = "(DELETE .*registered-models/delete|POST .*registered-models/rename) "
+    with (
+        slow(rivals.tracking_uri, 6, release) as address,
+        contender(address, "enter:1", lease_s=20, call_s=2) as late,
+    ):
+        said(late)
+        given_up = time.monotonic()
+        # as one that had waited for the lock breaks it
+        dead = rivals.get_registered_model("rivals.lock").tags["roma.holder"]
+        rivals.rename_registered_model("rivals.lock", f"rivals.lock.of.{dead}")
+        with model_lock(rivals, "rivals") as lock:
+            time.sleep(max(0.0, given_up + 6.5 - time.monotonic()))
+            lock.set_alias("rivals", CHAMPION, "2")
+
+
+def test_a_lock_whose_creation_was_not_answered_is_ours(rivals, monkeypatch):
+    create = rivals.create_registered_model
+
+    def unanswered(*args, **tags):
+        create(*args, **tags)
+        raise MlflowException("API request failed with timeout exception")
+
+    monkeypatch.setattr(rivals, "create_registered_model", unanswered)
+    with model_lock(rivals, "rivals"):
+        assert locks(rivals) == ["rivals.lock"]
+    assert locks(rivals) == []
+
+
 def test_a_holder_that_wakes_up_late_moves_no_alias_and_keeps_the_lock_of_another(rivals):
     uri = rivals.tracking_uri
-    with contender(uri, "wait:1", 8, 2) as first:
+    with contender(uri, "wait:1", 8, 4) as first:
         held(first)
-        with contender(uri, "wait:2", 8, 2) as second:
+        with contender(uri, "wait:2", 8, 4) as second:
             held(second)  # after the lease of the first
             mine = rivals.get_registered_model("rivals.lock").tags
 
@@ -158,7 +211,7 @@ def test_requests_are_bounded_while_the_lock_is_held_and_as_before_afterwards(ri
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
     with model_lock(rivals, "rivals"):
-        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "30"
+        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "15", "to connect, and to wait"
         assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
