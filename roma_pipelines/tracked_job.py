@@ -159,7 +159,7 @@ def registry(context: dg.AssetExecutionContext, *upstream: dict[str, Any]) -> It
         client = connect(settings, storage.mlflow)
         for job in upstream:
             folder = JobFolder(str(job["job_folder"]))
-            send_record(client, folder)
+            send_record(client, folder, wait_s=-1)  # another sender ends: its requests have limits
             job["mlflow_run_id"] = known_run(folder).get("run_id", job["mlflow_run_id"])
         yield client
     except Exception as error:

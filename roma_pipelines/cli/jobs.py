@@ -332,13 +332,23 @@ def cancel(key: str, wait_s: float) -> None:
 
 
 @jobs.command()
+@click.option("--drop", metavar="KEY", help="Never send the pending record of this job.")
 @_messages
-def sync() -> None:
+def sync(drop: str | None) -> None:
     """Send records to MLflow that could not be sent while it was unreachable."""
-    from roma_pipelines.registry.runs import send_pending
+    from roma_pipelines.launching.jobs import find_job
+    from roma_pipelines.registry.runs import drop_record, send_pending
     from roma_pipelines.storage import Storage
 
-    sent, failed = send_pending(Storage.open(), timeout_s=120)
+    storage = Storage.open()
+    if drop is not None:
+        job = find_job(storage.jobs, drop)
+        if job.is_unfinished:
+            raise ValueError(f"job {job.key} has not ended, and its end would be recorded again")
+        drop_record(job.folder)
+        click.echo(f"job {job.key}: its record will not be sent to MLflow")
+        return
+    sent, failed = send_pending(storage, patient=True)
     click.echo(f"MLflow received what it lacked of {len(sent)} jobs")
     if failed:
         raise ValueError("\n".join(failed))

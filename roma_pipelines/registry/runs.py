@@ -8,6 +8,7 @@ A server that is away therefore fails no job: the record is pending until a late
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import logging
 import os
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pydantic import Field
 
 from roma_core.files import digest_of, read_json, write_json
@@ -179,6 +180,20 @@ def write_record(folder: JobFolder, record: RunRecord) -> None:
     write_json(folder.mlflow_record, record.model_dump(mode="json"))
 
 
+def change_record(
+    folder: JobFolder, change: Callable[[RunRecord], RunRecord], first: RunRecord | None = None
+) -> None:
+    """Replace the record, or else ``first``, by what ``change`` makes of it.
+
+    One process at a time, also while another one sends the record.
+    """
+    with FileLock(folder.path / ".mlflow_record.lock"):
+        present = read_record(folder)
+        before = present or first
+        if before is not None and (after := change(before)) != present:
+            write_record(folder, after)
+
+
 def known_run(folder: JobFolder) -> dict[str, str]:
     """``run_id`` and ``experiment_id`` of a job's run; empty until MLflow has it."""
     return read_json(folder.mlflow_run, schema_version=1) if folder.mlflow_run.exists() else {}
@@ -205,14 +220,14 @@ def ended(folder: JobFolder, record: RunRecord) -> RunRecord:
     return record.model_copy(update={**known, "artifacts": {file.name: "" for file in files}})
 
 
-def send_record(client: MlflowClient, folder: JobFolder) -> None:
+def send_record(client: MlflowClient, folder: JobFolder, wait_s: float = SHORT_S) -> None:
     """Send MLflow the record of a job unless it has it; one process at a time.
 
     Raises:
-        TimeoutError: another process sends it at the moment.
+        filelock.Timeout: another process is sending it, and was not done within ``wait_s``; below 0 is no limit.
         Exception: whatever MLflow raises; the record stays pending.
     """
-    with FileLock(folder.path / ".mlflow.lock", timeout=SHORT_S):
+    with FileLock(folder.path / ".mlflow.lock", timeout=wait_s):
         record, asked = read_record(folder), folder.path / _ASKED
         asked_before = asked.exists()
         if record is not None and is_pending(folder):
@@ -259,28 +274,49 @@ def log_run(client: MlflowClient, folder: JobFolder, record: RunRecord) -> dict[
     return run
 
 
-def send_pending(storage: Storage, timeout_s: int = SHORT_S) -> tuple[list[str], list[str]]:
+_refused: dict[Path, tuple[float, float]] = {}
+"""Jobs whose records MLflow refused: when to try again (``time.monotonic``), and the wait before, in s."""
+
+
+def send_pending(storage: Storage, *, patient: bool = False) -> tuple[list[str], list[str]]:
     """Send MLflow every pending record; keys of the sent jobs, and one line per job that failed.
 
     The runs of jobs that ended without a supervisor are ended, too. The rest waits if the server is away.
+    Unless ``patient``, passes over jobs that another process is sending, and tries those that MLflow
+    refuses less and less often.
     """
-    limit_requests(timeout_s)
+    limit_requests(120 if patient else SHORT_S)
     sent, failed = [], []
     for folder in map(JobFolder, sorted(storage.jobs.iterdir())):
         key = folder.path.name
+        not_before, wait_s = _refused.get(folder.path, (0.0, 30.0))
+        if not patient and time.monotonic() < not_before:
+            continue
         try:
-            if (record := read_record(folder)) and (end := ended(folder, record)) != record:
-                write_record(folder, end)
+            if (record := read_record(folder)) and ended(folder, record) != record:
+                change_record(folder, functools.partial(ended, folder))
             pending = is_pending(folder)
             if pending or (folder.path / _ASKED).exists():
-                send_record(connect(MlflowSettings(), storage.mlflow), folder)
+                client = connect(MlflowSettings(), storage.mlflow)
+                send_record(client, folder, -1 if patient else 0)
             if pending:
                 sent.append(key)
+            _refused.pop(folder.path, None)
+        except Timeout:  # another process is sending it
+            continue
         except Exception as error:  # whatever MLflow raises; the next call tries again
             failed.append(f"job {key}: MLflow has not received its run: {reason_of(error)}")
             if not answers(MlflowSettings()):
                 break
+            failed[-1] += f"; `roma-pipeline jobs sync --drop {key}` gives it up"
+            _refused[folder.path] = time.monotonic() + 2 * wait_s, min(2 * wait_s, 3600.0)
     return sent, failed
+
+
+def drop_record(folder: JobFolder) -> None:
+    """Give up what MLflow has not received of a job."""
+    folder.mlflow_record.unlink(missing_ok=True)
+    (folder.path / _ASKED).unlink(missing_ok=True)
 
 
 @dataclass
@@ -313,9 +349,8 @@ class JobRun:
     def update(self, change: Callable[[RunRecord], RunRecord]) -> None:
         """Change what MLflow should hold, and send it."""
         try:
-            record = change(read_record(self.folder) or self.record)
             if self.folder.path.exists():
-                write_record(self.folder, record)
+                change_record(self.folder, change, self.record)
                 if not is_pending(self.folder):
                     return
             limit_requests(SHORT_S)
@@ -323,7 +358,7 @@ class JobRun:
             if self.folder.path.exists():
                 send_record(client, self.folder)
             else:  # the target rejected the job
-                log_run(client, self.folder, record)
+                log_run(client, self.folder, change(self.record))
         except Exception as error:  # whatever MLflow raises: a finished training is finished
             self.warn(
                 f"MLflow: {reason_of(error)}; the job continues. What MLflow lacks is kept in "
