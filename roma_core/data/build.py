@@ -67,7 +67,8 @@ def build_dataset(config: DatasetConfig, root: Path, cache: Path, progress: bool
     is verified and used, or replaced if it is damaged. ``cache`` is for what the source downloads.
 
     Raises:
-        DataError: the source or a series cannot be used, or the disk is full. Nothing is left behind.
+        DataError: the source or a series cannot be used.
+        OSError: the disk is full, for example. Nothing is left behind after either.
     """
     source = config.source.open(cache)
     home = root / config.name
@@ -94,7 +95,7 @@ def build_dataset(config: DatasetConfig, root: Path, cache: Path, progress: bool
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise DataError(
+            raise OSError(
                 f"no space left while building in {home}; nothing was left behind: free some space "
                 f"or choose another folder, then run the same command again"
             ) from error

@@ -71,8 +71,6 @@ def test_a_run_that_was_cancelled_or_is_retried_is_not_requested_again(
 
 
 def test_a_build_is_tried_again_unless_the_data_are_wrong(month, monkeypatch):  # noqa: F811
-    from roma_pipelines.assets import dataset
-
     def ask(hour):
         decision = check_source(month.automated, NEW_DATA, month.instance, month.now + 3600 * hour)
         return decision, month.launch(decision, "new")
@@ -81,11 +79,11 @@ def test_a_build_is_tried_again_unless_the_data_are_wrong(month, monkeypatch):  
         raise OSError(28, "No space left on device")
 
     month.deliver()
-    real = dataset.build_dataset
-    monkeypatch.setattr(dataset, "build_dataset", full)
-    assert ask(0)[1]
-    monkeypatch.setattr(dataset, "build_dataset", real)
-    assert not ask(1)[1]
+    with monkeypatch.context() as patch:
+        patch.setattr("roma_core.data.build.write_column", full)
+        assert ask(0)[1]
+    decision, began = ask(1)
+    assert not began and "it is tried again 4 h after" in decision.skip_message
     assert ask(4)[1]
 
     month.day = 1
