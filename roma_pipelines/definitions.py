@@ -33,12 +33,10 @@ def defs() -> dg.Definitions:
         found, errors = load_experiments()
         if not errors:
             raise
+    marks = []
     for name, error in errors.items():
         _log.error("the experiment %s is left out: %s", name, error)
-    marks = [
-        dg.AssetSpec([*name.split("/"), INVALID], description=error)
-        for name, error in errors.items()
-    ]
+        marks.append(dg.AssetSpec([*name.split("/"), INVALID], description=error))
     return dg.Definitions.merge(*found.values(), dg.Definitions(assets=marks), operations)
 
 

@@ -108,7 +108,7 @@ def hash_files(paths: Iterable[Path]) -> dict[str, str]:
 def text_encoding(path: Path, start: bytes) -> str:
     """Encoding of a text file by its first bytes: UTF-16 by its mark, UTF-8, or else Latin-1.
 
-    The last comes with a warning, as any bytes are text in it; DataError if it is no text.
+    The last comes with a warning; DataError if it is no text, or in a further encoding.
     """
     is_utf_16 = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     if "\0" in start.decode("utf-16" if is_utf_16 else "latin-1", errors="ignore"):
@@ -118,6 +118,8 @@ def text_encoding(path: Path, start: bytes) -> str:
     try:
         codecs.getincrementaldecoder("utf-8")().decode(start)
     except UnicodeDecodeError:
+        if any(0x80 <= byte < 0xA0 for byte in start):  # control characters in Latin-1
+            raise DataError(f"{path} is no UTF-8, perhaps Windows-1252; save it as UTF-8") from None
         warnings.warn(f"{path} is not UTF-8 text; it is read as Latin-1", stacklevel=2)
         return "latin-1"
     return "utf-8-sig"

@@ -31,6 +31,7 @@ _MISSING = (  # cells of a CSV file's number columns that mean a missing number,
     "nan", "null",
 )  # fmt: skip
 _DATES = ("%d.%m.%Y", "%d.%m.%Y %H:%M", "%d.%m.%Y %H:%M:%S", "%d.%m.%Y %H:%M:%S.%f")  # besides ISO
+_NUMBER_OR_DATE = re.compile(r"[-+.]?\d[-+.,:\d TZeE]*")
 _SEPARATORS = ",;\t|"
 _HEADER_BYTES = 1 << 20
 _INTEGERS = {f"{sign}{size}INT" for sign in ("", "U") for size in ("TINY", "SMALL", "BIG", "HUGE")}
@@ -78,6 +79,9 @@ def read_errors(files: Sequence[TableFile]) -> Iterator[None]:
                 f"{file.path}: reading it takes more memory or disk than it may use ({text}); raise "
                 f"memory_limit_mb of the source, or free some disk space"
             ) from error
+        text = text.replace(
+            "not latin-1 encoded", "no UTF-8, perhaps Windows-1252; save it as UTF-8"
+        )
         line = re.match(r"CSV Error on Line: (\d+)\nOriginal Line: (.*)\n(.*)", text)
         text = f"line {line[1]}, {line[2]!r}: {line[3]}" if line else text
         raise DataError(f"{file.path} cannot be read: {text}") from error
@@ -102,9 +106,9 @@ class TableFile:
     """One Parquet or CSV file.
 
     A CSV file is UTF-8, UTF-16 or Latin-1, plain or compressed (``.gz``, ``.zst``), and separated by
-    commas, semicolons, tabs or bars; comment lines above the header are skipped. Numbers may have
-    decimal commas if the separator is another; dates are like 2024-03-31T00:30:00Z or 31.03.2024
-    00:30.
+    commas, semicolons, tabs or bars; comment lines above the header are skipped, and the header may
+    be one. Numbers may have decimal commas if the separator is another, and then no points; dates
+    are like 2024-03-31T00:30:00Z or 31.03.2024 00:30.
 
     Attributes:
         kinds: by column, ``number``, ``text``, ``date`` (or a duration), ``list``, or the DuckDB type
@@ -135,12 +139,11 @@ class TableFile:
 
         schema = pq.read_schema(self.path)
         self.names = schema.names  # DuckDB renames "T" beside "t"
-        for field in schema:
-            marks = (field.metadata or {}).items()
-            self.marks[field.name] = {key.decode(): value.decode() for key, value in marks}
         described = self._connection.execute(f"DESCRIBE FROM {self._scan()}").fetchall()
         self._types = {}
         for field, (_, type_, *_) in zip(schema, described, strict=True):
+            marks = (field.metadata or {}).items()
+            self.marks[field.name] = {key.decode(): value.decode() for key, value in marks}
             inner = getattr(field.type, "value_type", field.type)  # of a list
             if pa.types.is_duration(inner):  # a whole number to DuckDB
                 type_ = f"DURATION_{inner.unit}" + "[]" * (inner != field.type)
@@ -153,15 +156,17 @@ class TableFile:
         with pa.input_stream(str(self.path)) as stream:
             start = stream.read(_HEADER_BYTES)
         self._encoding = text_encoding(self.path, start)
-        lines = enumerate(start.decode(self._encoding, errors="replace").splitlines())
+        lines = re.split(r"\r\n?|\n", start.decode(self._encoding, errors="replace"))
         above = ("#", "sep=")  # comments, and what Excel writes
-        header = next(((k, s) for k, s in lines if s.strip() and not s.startswith(above)), None)
-        if header is None:
+        content = (k for k, s in enumerate(lines) if s.strip() and not s.startswith(above))
+        if (top := next(content, None)) is None:
             raise DataError(f"{self.path} cannot be read: it has no header line")
-        self._n_above, line = header
-        splits = {mark: next(csv.reader([line], delimiter=mark)) for mark in _SEPARATORS}
-        self._separator = max(_SEPARATORS, key=lambda mark: len(splits[mark]))
-        self.names = [name.strip() for name in splits[self._separator]]
+        self._n_above, (self._separator, self.names) = top, _split(lines[top])
+        if top and lines[top - 1].startswith("#"):  # a comment, or the header of data without one
+            separator, names = _split(lines[top - 1].lstrip("# "))
+            _, cells = _split(lines[top], separator)
+            if len(names) == len(cells) > 1 and any(map(_NUMBER_OR_DATE.fullmatch, cells)):
+                self._n_above, self._separator, self.names = top - 1, separator, names
         self._types = dict.fromkeys(self.names, "VARCHAR")
         missing = literal(_MISSING)
         counts = [
@@ -282,15 +287,15 @@ class TableFile:
             if type_.startswith("DURATION"):
                 seconds = f"{column} * {_SECONDS_PER_UNIT[type_.partition('_')[2]]!r}"
             number = f"{seconds} / {_SECONDS_PER_UNIT.get(unit, 1.0)!r}"
-        elif self._is_csv and self._has_decimal_commas:
-            number = f"TRY_CAST(replace({column}, ',', '.') AS DOUBLE)"
-        elif self._is_csv:
-            number = f"TRY_CAST({column} AS DOUBLE)"
-        else:
+        elif not self._is_csv:
             return column if type_ == "FLOAT" else f"CAST({column} AS DOUBLE)"
+        else:
+            points = f"replace(replace({column}, '.', '?'), ',', '.')"
+            number = f"TRY_CAST({points if self._has_decimal_commas else column} AS DOUBLE)"
         if not self._is_csv:
             return number
-        expected = literal(f", expected {'numbers, or ' * (kind != 'date')}dates like 2024-03-31")
+        form = "numbers with decimal commas, no points" if self._has_decimal_commas else "numbers"
+        expected = literal(f", expected {f'{form}, or ' * (kind != 'date')}dates like 2024-03-31")
         problem = f"{literal(where)} || ' ''' || {column} || ''' in row ' || row || {expected}"
         is_missing = f"coalesce(trim({column}), '') IN {literal(_MISSING)}"
         return f"coalesce({number}, CASE WHEN {is_missing} THEN NULL ELSE error({problem}) END)"
@@ -323,6 +328,13 @@ class TableFile:
         long._types = {name: self._types[name].rpartition("[")[0] for name in names}
         long.kinds = {name: _kind(type_) for name, type_ in long._types.items()}
         return long
+
+
+def _split(line: str, separators: str = _SEPARATORS) -> tuple[str, list[str]]:
+    """The separator that gives the most cells, and the cells."""
+    splits = {mark: next(csv.reader([line], delimiter=mark), []) for mark in separators}
+    separator = max(separators, key=lambda mark: len(splits[mark]))
+    return separator, [cell.strip() for cell in splits[separator]]
 
 
 def _kind(type_: str) -> str:

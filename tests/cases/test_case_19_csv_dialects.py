@@ -2,6 +2,7 @@
 
 import bz2
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -37,6 +38,10 @@ PLAIN = text()
         text(";", ",", end="\r\n"),
         text(";", ",", quote='"'),
         "# from pipeline v3\n# flux in mJy\n" + PLAIN,
+        "# one, two, three, four\n" + PLAIN,
+        "#" + PLAIN,
+        "# a\u2028b\n" + PLAIN,
+        "# a night\n# " + text(";", ","),
         "sep=;\n" + text(";", ","),
         "\n\n" + PLAIN + "\n\n",
         PLAIN.rstrip("\n"),
@@ -82,6 +87,30 @@ def test_latin_1_is_read_with_a_word(tmp_path):
 
     dataset = build(tmp_path, config | {"name": "case"})
     assert [channel.name for channel in dataset.schema.channels] == ["größe"]
+
+
+@pytest.mark.parametrize("n_above", [1, 100_000])
+def test_windows_1252_is_refused_in_a_sentence(tmp_path, n_above):
+    content = "# größe\n" * n_above + "# in €…\n" * (n_above == 1) + PLAIN + "1,9,2,€\n"
+    (tmp_path / "a.csv").write_bytes(content.encode("cp1252"))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if n_above > 1 else "error")
+        with pytest.raises(DataError, match=r"a\.csv .*is no UTF-8, perhaps Windows-1252; save"):
+            infer_source([tmp_path / "a.csv"], ColumnRoles())
+
+
+@pytest.mark.parametrize("decimals", [",5", ""])
+def test_points_in_a_file_with_decimal_commas_are_refused(tmp_path, decimals):
+    lines = [f"{k};{i};{k},5;1.{i}00{decimals}" for k in range(10) for i in range(8)]
+    (tmp_path / "a.csv").write_text("\n".join(["object;time;temperature;flux", *lines]))
+    columns = {"object": "object", "axes": [{"column": "time"}], "channels": [{"column": "flux"}]}
+    source = {"kind": "table", "files": [str(tmp_path / "a.csv")], "columns": columns}
+
+    expected = (
+        f"column 'flux' holds '1.000{decimals}' in row 1, expected numbers with decimal commas"
+    )
+    assert expected in error_of(tmp_path, {"name": "x", "source": source})
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-32"])
