@@ -16,6 +16,7 @@ The folder alone is enough to find, check and resume the job. Which side writes 
     attempts/<n>/owner.json   job        first act, created exclusively: a duplicate start finds it and leaves
     attempts/<n>/heartbeat    job        rank 0, from inside the training loop, never from a thread
     attempts/<n>/stop         any        its existence asks the job to save and end with "continue"
+    attempts/<n>/ending.json  launcher   why the attempt is being ended, before it is
     attempts/<n>/exit.json    job        how the attempt ended, by rank 0
     metrics.jsonl             job        every metric, once
     messages.jsonl            job        progress and log for Dagster Pipes; losing it loses no result
@@ -119,6 +120,7 @@ class Attempt:
         self.owner = path / "owner.json"
         self.heartbeat = path / "heartbeat"
         self.stop = path / "stop"
+        self.ending = path / "ending.json"
         self.exit = path / "exit.json"
 
     def beat(self, step: int) -> None:

@@ -16,9 +16,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final, Literal
 
-from roma_core.files import read_json
-from roma_core.job import JobFolder
-from roma_pipelines.launching.spec import AttemptRecord, JobSpec, Phase, Status, id_of
+from roma_core.files import read_json, write_json
+from roma_core.job import Attempt, JobFolder
+from roma_pipelines.launching.spec import AttemptRecord, JobSpec, JobState, Phase, Status, id_of
 
 
 class ExitReport(StrEnum):
@@ -97,6 +97,18 @@ def decide(
 def read_records(folder: JobFolder) -> list[AttemptRecord]:
     paths = map(folder.attempt_record, folder.attempt_numbers())
     return [AttemptRecord.model_validate(read_json(path, schema_version=1)) for path in paths]
+
+
+def write_ending(files: Attempt, state: JobState) -> None:
+    """Record why an attempt is about to be ended: whoever ends it may die before it has."""
+    write_json(files.ending, {"schema_version": 1, "phase": state.phase, "reason": state.reason})
+
+
+def read_ending(files: Attempt) -> JobState | None:
+    if not files.ending.exists():
+        return None
+    document = read_json(files.ending, schema_version=1)
+    return JobState(Phase(document["phase"]), document["reason"])
 
 
 _LOST_PEER = re.compile(

@@ -14,6 +14,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal, TypeVar
@@ -29,8 +30,10 @@ from roma_pipelines.launching.outcome import (
     decide,
     log_tail,
     newest_checkpoint,
+    read_ending,
     read_exit_report,
     read_records,
+    write_ending,
 )
 from roma_pipelines.launching.spec import (
     AttemptRecord,
@@ -68,18 +71,20 @@ class Lease:
     """``lease.json``: which process supervises a job.
 
     A thread renews it, since a call may block for longer than a lease lasts, as long as the
-    supervisor itself advances from one call to the next.
+    supervisor itself advances from one call to the next; none of them takes longer than ``grace_s``
+    more than ``_STUCK_AFTER_S``. A lease that another process has taken is left to it.
     """
 
-    def __init__(self, folder: JobFolder, holder: Mapping[str, Any]) -> None:
-        self.folder, self.holder = folder, holder
+    def __init__(self, folder: JobFolder, holder: Mapping[str, Any], grace_s: float = 0.0) -> None:
+        self.folder, self.holder, self.grace_s = folder, holder, grace_s
+        self._token = uuid.uuid4().hex
         self._state, self._advanced_at, self._expires_s = "", 0.0, LEASE_EXPIRES_S
         self._writing, self._ended = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> None:
         self.advance()
-        self._write()
+        self._write(take=True)
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
 
@@ -100,15 +105,18 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._ended.wait(_RENEW_EVERY_S):
-            if time.monotonic() - self._advanced_at < _STUCK_AFTER_S:
+            if time.monotonic() - self._advanced_at < _STUCK_AFTER_S + self.grace_s:
                 with contextlib.suppress(OSError):  # not renewed, it expires
                     self._write()
 
-    def _write(self) -> None:
+    def _write(self, take: bool = False) -> None:
         with self._writing:
+            kept = {} if take or not self.folder.lease.exists() else read_json(self.folder.lease)
+            if kept.get("token", self._token) != self._token:
+                return
             me = {"pid": os.getpid(), "start": process_start(os.getpid()), "beat": time.time()}
             me |= {"host": socket.gethostname(), "state": self._state}
-            me |= {"expires_s": self._expires_s}
+            me |= {"expires_s": self._expires_s, "token": self._token}
             write_json(self.folder.lease, {"schema_version": 1, **self.holder, **me})
 
 
@@ -117,9 +125,10 @@ def is_held(lease: Mapping[str, Any]) -> bool:
     expires_s = lease.get("expires_s", LEASE_EXPIRES_S)
     if not lease or not expires_s:
         return False
+    silent_s = time.time() - float(lease["beat"])
     if lease.get("host", socket.gethostname()) == socket.gethostname():
-        return is_running(lease["pid"], lease["start"])
-    return time.time() - float(lease["beat"]) < expires_s
+        return is_running(lease["pid"], lease["start"]) and silent_s < _STUCK_AFTER_S
+    return silent_s < expires_s
 
 
 def request_cancel(folder: JobFolder, by: str) -> None:
@@ -157,7 +166,8 @@ class Supervisor:
 
     def __post_init__(self) -> None:
         self.folder = JobFolder(self.folder.path.resolve())
-        self.lease = Lease(self.folder, self.holder)
+        grace_s = getattr(self.launcher.profile, "grace_s", 0.0)  # cancelling waits for it
+        self.lease = Lease(self.folder, self.holder, grace_s)
 
     def run(self) -> Outcome:
         """The job's outcome, after waiting for it.
@@ -349,6 +359,8 @@ class Supervisor:
             self.on_poll(state)
             if self.folder.cancel.exists():
                 return handle, self._cancel(handle, Phase.CANCELLED, self._cancel_reason())
+            if ending := read_ending(handle.plan.files):  # the target may call it cancelled
+                return handle, self._cancel(handle, ending.phase, ending.reason)
             if state.ended:
                 plan = handle.plan
                 owner = self._retry(lambda plan=plan: self.launcher.find(plan))  # type: ignore[misc]
@@ -364,7 +376,9 @@ class Supervisor:
             limit_s = self.heartbeat_timeout_s
             silent_s = time.monotonic() - changed_at
             if beat is not None and limit_s is not None and silent_s > limit_s:
-                return handle, self._cancel(handle, Phase.HUNG, f"no heartbeat for {limit_s:g} s")
+                hung = JobState(Phase.HUNG, f"no heartbeat for {limit_s:g} s")
+                write_ending(handle.plan.files, hung)
+                return handle, self._cancel(handle, hung.phase, hung.reason)
             time.sleep(self.poll_every_s)
 
     def _cancel_reason(self) -> str:

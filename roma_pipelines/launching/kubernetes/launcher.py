@@ -50,7 +50,7 @@ from roma_pipelines.launching.launcher import (
     check_writable,
     passthrough_env,
 )
-from roma_pipelines.launching.outcome import log_tail
+from roma_pipelines.launching.outcome import log_tail, write_ending
 from roma_pipelines.launching.spec import JobHandle, JobSpec, JobState, Phase, Plan
 
 _SECRET = re.compile(r"KEY|TOKEN|PASSWORD|SECRET|USERNAME|CREDENTIAL")  # in names of variables
@@ -65,6 +65,7 @@ class _Watched:
 
     has_service: bool = False
     ending_since: float | None = None
+    missing_since: float | None = None
     waiting: tuple[bool, float] | None = None  # whether urgently, since
 
 
@@ -280,8 +281,12 @@ class KubernetesLauncher:
         alive = [
             p.stat().st_mtime for p in (files.script, files.heartbeat, files.log) if p.exists()
         ]
+        watched = self._watched[uid]
+        watched.missing_since = watched.missing_since or time.monotonic()
         if handle.plan.folder.result.exists() or time.time() - max(alive, default=0.0) > kept_s:
             return JobState(Phase.GONE, f"Job {name} no longer exists")
+        if time.monotonic() - watched.missing_since < self.fs_lag_s:  # it may have finished before
+            return JobState(Phase.UNKNOWN, f"Job {name} was deleted; its result may follow")
         return JobState(Phase.CANCELLED, f"Job {name} was deleted in the cluster")
 
     def _limited(self, handle: JobHandle, snapshot: Snapshot, state: JobState) -> JobState:
@@ -298,11 +303,13 @@ class KubernetesLauncher:
         limit_s = self.profile.start_timeout_s if urgent else self.profile.queue_timeout_s
         if time.monotonic() - watched.waiting[1] < limit_s:
             return state
+        end = JobState(Phase.ENDED_BAD, f"it did not start within {limit_s:g} s: {state.reason}")
+        write_ending(handle.plan.files, end)
         try:
             self.cancel(handle)
         except (Unreachable, RuntimeError) as error:
             return JobState(Phase.UNKNOWN, f"{state.reason}; it is being removed: {error}")
-        return JobState(Phase.ENDED_BAD, f"it did not start within {limit_s:g} s: {state.reason}")
+        return end
 
     def _append_failed_log(self, handle: JobHandle, snapshot: Snapshot) -> None:
         """Append the end of the failed pod's log to the attempt's log, which is that of pod 0."""

@@ -245,3 +245,44 @@ def test_a_lease_is_renewed_during_a_call_that_blocks_but_not_by_a_stuck_one(
     supervise(FakeLauncher([block, completed()]), folder, SPEC, CONFIG, **FAST)
 
     assert held == [True, not stuck]
+
+
+def test_a_lease_that_another_supervisor_took_is_left_to_it(folder):
+    folder.path.mkdir(parents=True)
+    first = supervisor.Lease(folder, {"dagster_run_id": "first"})
+    second = supervisor.Lease(folder, {"dagster_run_id": "second"})
+    first.__enter__()
+    second.__enter__()
+
+    first.advance("running")
+    first.__exit__(RuntimeError)
+
+    lease = json.loads(folder.lease.read_text())
+    assert lease["dagster_run_id"] == "second"
+    assert supervisor.is_held(lease)
+    assert not supervisor.is_held(lease | {"beat": time.time() - 3600})  # alive, but stuck
+    second.__exit__(RuntimeError)
+    assert not supervisor.is_held(json.loads(folder.lease.read_text()))
+
+
+def test_a_hung_attempt_whose_supervisor_dies_while_it_ends_it_was_not_cancelled(
+    folder, monkeypatch
+):
+    class Gone(BaseException):
+        pass
+
+    def die(handle):
+        FakeLauncher.cancel(launcher, handle)
+        monkeypatch.undo()
+        raise Gone
+
+    launcher = FakeLauncher([running(5, save=True), *[running()] * 99], [completed()])
+    monkeypatch.setattr(launcher, "cancel", die)
+    options = {"heartbeat_timeout_s": 0.01, "poll_every_s": 0.02}
+    with pytest.raises(Gone):
+        supervise(launcher, folder, SPEC, CONFIG, **options)
+
+    outcome = supervise(launcher, folder, SPEC, CONFIG, **options)
+
+    assert [record.end.status for record in outcome.attempts] == ["continue", "completed"]
+    assert outcome.attempts[0].end.reason.startswith("no heartbeat for 0.01 s")

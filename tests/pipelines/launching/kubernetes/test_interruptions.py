@@ -9,7 +9,7 @@ import time
 import pytest
 
 from roma_pipelines.launching.spec import JobFailed, Phase
-from roma_pipelines.launching.supervisor import FAULT_POINTS, request_cancel, supervise
+from roma_pipelines.launching.supervisor import FAULT_POINTS, Supervisor, request_cancel, supervise
 from tests.pipelines.launching.kubernetes.fake_cluster import Node
 from tests.time_limits import wait_until
 
@@ -212,17 +212,28 @@ def test_a_job_that_its_time_to_live_removed_was_not_cancelled(
     assert launcher.watch(handle).phase is Phase.GONE
 
 
+@pytest.mark.parametrize("late", [False, True])
 def test_a_finished_job_that_is_deleted_counts_as_finished(
-    launcher, cluster, api, folder, make_spec, once
+    launcher, cluster, api, folder, make_spec, once, late
 ):
     """Its result is complete; whoever clears finished Jobs away cancels nothing."""
-    delete = once(
-        lambda: api.delete("jobs", "roma", JOB, {"propagationPolicy": "Background"}, {}),
-        when=folder.result.exists,
-    )
+    late_result = folder.path / "late.json"
+
+    def delete():
+        if late:  # as a shared file system shows it
+            folder.result.rename(late_result)
+        api.delete("jobs", "roma", JOB, {"propagationPolicy": "Background"}, {})
+
+    def on_poll(state):
+        act(state)
+        if "its result may follow" in state.reason and late_result.exists():
+            late_result.rename(folder.result)
+
+    act = once(delete, when=folder.result.exists)
+    launcher.fs_lag_s = 20.0 if late else 0.0
     body = "succeed(); wait_for('never', 3)"
 
-    outcome = supervise(launcher, folder, make_spec(body), CONFIG, on_poll=delete, **FAST)
+    outcome = supervise(launcher, folder, make_spec(body), CONFIG, on_poll=on_poll, **FAST)
 
     assert outcome.status == "completed"
 
@@ -301,6 +312,35 @@ def test_a_hung_rank_is_found_by_its_heartbeat(launcher, cluster, folder, make_s
 
     assert (outcome.status, starts()) == ("completed", [1, 2])
     assert "no heartbeat for 1 s" in outcome.attempts[0].end.reason
+
+
+@pytest.mark.parametrize("kind", ["hung", "not started"])
+def test_a_supervisor_that_dies_while_it_deletes_a_job_cancels_nothing(
+    launcher, cluster, folder, make_spec, monkeypatch, kind
+):
+    real = launcher.cancel
+
+    def cancel(handle):
+        real(handle)
+        monkeypatch.undo()
+        raise Killed
+
+    monkeypatch.setattr(launcher, "cancel", cancel)
+    spec = make_spec(TWICE)
+    if kind == "not started":
+        spec = make_spec(gpus_per_node=99)
+        launcher.profile = launcher.profile.model_copy(update={"queue_timeout_s": 0.3})
+    options = {"heartbeat_timeout_s": 1.0, **FAST}
+    with pytest.raises(Killed):
+        supervise(launcher, folder, spec, CONFIG, **options)
+
+    outcome = Supervisor(launcher, folder, spec, CONFIG, **options).run()
+
+    reason, status = "did not start within 0.3 s", "failed"
+    if kind == "hung":
+        reason, status = "no heartbeat for 1 s", "completed"
+    assert reason in outcome.attempts[0].end.reason
+    assert outcome.status == status
 
 
 def test_a_job_that_its_queue_suspends_goes_on_later(
