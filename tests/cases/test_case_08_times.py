@@ -197,3 +197,16 @@ def test_a_channel_of_dates_has_a_unit(tmp_path):
     config["source"]["columns"]["channels"] = [{"column": "t", "name": "when"}]
 
     assert build(tmp_path, config).schema.channels[0].unit == "s"
+
+
+def test_case_09_dates_in_csv_are_given_in_days(tmp_path):
+    form, step, _ = FORMS["31.03.2024"]
+    rows(form, step).to_csv(tmp_path / "a.csv", index=False)
+    columns = {"object": "sensor_id", "axes": [{"column": "timestamp", "unit": "d"}]}
+    columns |= {"channels": [{"column": "temperature"}]}
+    source = {"kind": "table", "files": [str(tmp_path / "a.csv")], "columns": columns}
+
+    dataset = build(tmp_path, {"name": "x", "source": source})
+
+    assert dataset.schema.axes[0].unit == "d"
+    assert dataset.raw(0)[0][:, 0].tolist() == [19813.0 + 2 * k for k in range(8)]
