@@ -376,9 +376,9 @@ class Supervisor:
             limit_s = self.heartbeat_timeout_s
             silent_s = time.monotonic() - changed_at
             if beat is not None and limit_s is not None and silent_s > limit_s:
-                hung = JobState(Phase.HUNG, f"no heartbeat for {limit_s:g} s")
-                write_ending(handle.plan.files, hung)
-                return handle, self._cancel(handle, hung.phase, hung.reason)
+                reason = f"no heartbeat for {limit_s:g} s"
+                write_ending(handle.plan.files, JobState(Phase.HUNG, reason))
+                continue
             time.sleep(self.poll_every_s)
 
     def _cancel_reason(self) -> str:

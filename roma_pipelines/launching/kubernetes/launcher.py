@@ -290,7 +290,7 @@ class KubernetesLauncher:
         return JobState(Phase.CANCELLED, f"Job {name} was deleted in the cluster")
 
     def _limited(self, handle: JobHandle, snapshot: Snapshot, state: JobState) -> JobState:
-        """A waiting state, or its end after the profile's time limit; Kubernetes has none."""
+        """A waiting state; asks for its end after the profile's time limit: Kubernetes has none."""
         watched = self._watched[handle.external["uid"]]
         if snapshot.job["spec"].get("suspend"):
             watched.waiting = None  # its queue decides
@@ -303,13 +303,9 @@ class KubernetesLauncher:
         limit_s = self.profile.start_timeout_s if urgent else self.profile.queue_timeout_s
         if time.monotonic() - watched.waiting[1] < limit_s:
             return state
-        end = JobState(Phase.ENDED_BAD, f"it did not start within {limit_s:g} s: {state.reason}")
-        write_ending(handle.plan.files, end)
-        try:
-            self.cancel(handle)
-        except (Unreachable, RuntimeError) as error:
-            return JobState(Phase.UNKNOWN, f"{state.reason}; it is being removed: {error}")
-        return end
+        reason = f"it did not start within {limit_s:g} s: {state.reason}"
+        write_ending(handle.plan.files, JobState(Phase.ENDED_BAD, reason))
+        return state
 
     def _append_failed_log(self, handle: JobHandle, snapshot: Snapshot) -> None:
         """Append the end of the failed pod's log to the attempt's log, which is that of pod 0."""
