@@ -169,6 +169,10 @@ class RunRecord(Frozen):
     final_tags: dict[str, str] = Field({})
     artifacts: dict[str, str] = Field({})  # file or folder of the job folder -> folder of the run
 
+    @property
+    def digest(self) -> str:
+        return digest_of(self.model_dump(mode="json"))
+
 
 def read_record(folder: JobFolder) -> RunRecord | None:
     if not folder.mlflow_record.exists():
@@ -202,11 +206,7 @@ def known_run(folder: JobFolder) -> dict[str, str]:
 def is_pending(folder: JobFolder) -> bool:
     """Whether MLflow has not received the record of this job as it is now."""
     record = read_record(folder)
-    return record is not None and known_run(folder).get("sent") != _digest(record)
-
-
-def _digest(record: RunRecord) -> str:
-    return digest_of(record.model_dump(mode="json"))
+    return record is not None and known_run(folder).get("sent") != record.digest
 
 
 def ended(folder: JobFolder, record: RunRecord) -> RunRecord:
@@ -224,7 +224,7 @@ def send_record(client: MlflowClient, folder: JobFolder, wait_s: float = SHORT_S
     """Send MLflow the record of a job unless it has it; one process at a time.
 
     Raises:
-        filelock.Timeout: another process is sending it, and was not done within ``wait_s``; below 0 is no limit.
+        filelock.Timeout: another process sends it for longer than ``wait_s``; below 0 is no limit.
         Exception: whatever MLflow raises; the record stays pending.
     """
     with FileLock(folder.path / ".mlflow.lock", timeout=wait_s):
@@ -234,7 +234,7 @@ def send_record(client: MlflowClient, folder: JobFolder, wait_s: float = SHORT_S
             if not known_run(folder):
                 asked.touch()
             run = log_run(client, folder, record)
-            write_json(folder.mlflow_run, run | {"sent": _digest(record)})
+            write_json(folder.mlflow_run, run | {"sent": record.digest})
             if not asked_before:
                 asked.unlink(missing_ok=True)
         elif asked_before and time.time() - asked.stat().st_mtime > _LATE_S:
@@ -274,8 +274,7 @@ def log_run(client: MlflowClient, folder: JobFolder, record: RunRecord) -> dict[
     return run
 
 
-_refused: dict[Path, tuple[float, float]] = {}
-"""Jobs whose records MLflow refused: when to try again (``time.monotonic``), and the wait before, in s."""
+_refused: dict[Path, tuple[float, float]] = {}  # jobs: when to try again, and the wait before (s)
 
 
 def send_pending(storage: Storage, *, patient: bool = False) -> tuple[list[str], list[str]]:
