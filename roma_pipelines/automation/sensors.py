@@ -33,7 +33,7 @@ from roma_pipelines.launching.launcher import Launcher
 from roma_pipelines.launching.spec import AttemptRecord
 from roma_pipelines.launching.targets import launcher_of_attempt
 from roma_pipelines.registry.promotion import CHAMPION
-from roma_pipelines.registry.runs import send_pending
+from roma_pipelines.registry.runs import SHORT_S, limit_requests, no_answer, send_pending
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.registry.versions import version_at
 from roma_pipelines.storage import Storage
@@ -132,7 +132,14 @@ def promotion_sensor(automated: Automated) -> dg.SensorDefinition:
 
 def check_champion(automated: Automated, cursor: str | None) -> tuple[Decision, str]:
     """Request predictions if the champion changed since ``cursor``, ``MOVES:VERSION``."""
-    version = version_at(connect(MlflowSettings(), Storage.open().mlflow), automated.name, CHAMPION)
+    limit_requests(SHORT_S)
+    try:
+        client = connect(MlflowSettings(), Storage.open().mlflow)
+        version = version_at(client, automated.name, CHAMPION)
+    except Exception as error:
+        if not (away := no_answer(error)):
+            raise
+        return dg.SkipReason(f"{away}; asked again at the next tick"), cursor or "0:"
     moves, _, before = (cursor or "0:").partition(":")
     if version is None:
         return dg.SkipReason(f"{automated.name} has no champion yet"), f"{moves}:"

@@ -174,23 +174,17 @@ def gc(days: float, keep_versions: int, yes: bool) -> None:
     a registered version or the newest materialisation of an asset was made of, what is running, and
     the inputs of predictions.
     """
-    from roma_core.settings import without_credentials
+    from roma_pipelines.cli.registry import registry
     from roma_pipelines.operations.retention import operations_lock, removals
-    from roma_pipelines.registry.runs import limit_requests, no_answer
-    from roma_pipelines.registry.store import MlflowSettings, connect
     from roma_pipelines.storage import Storage, prepare_instance
 
-    limit_requests(120)
-    with errors_as_messages():
+    verb, total = "removed" if yes else "would remove", 0
+    with registry() as client:
         storage = Storage.open()
         prepare_instance(storage)
-        client = connect(MlflowSettings(), storage.mlflow)
-    import dagster as dg
-    from mlflow.exceptions import MlflowException  # after connect(), which sets telemetry
+        import dagster as dg
 
-    verb, total = "removed" if yes else "would remove", 0
-    try:
-        with errors_as_messages(), operations_lock(storage), dg.DagsterInstance.get() as instance:
+        with operations_lock(storage), dg.DagsterInstance.get() as instance:
             found = removals(storage, instance, client, days=days, keep_versions=keep_versions)
             for removal in found:
                 if yes and not removal.remove():
@@ -198,9 +192,6 @@ def gc(days: float, keep_versions: int, yes: bool) -> None:
                     continue
                 total += removal.n_bytes
                 click.echo(f"{verb:<13} {removal.n_bytes:>14,} bytes  {removal.what}")
-    except MlflowException as error:
-        away = no_answer(error)
-        raise click.ClickException(away or without_credentials(str(error))) from error
     click.echo(f"{verb} {total:,} bytes in total")
     if found and not yes:
         click.echo("--yes removes it")

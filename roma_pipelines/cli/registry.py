@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from roma_core.cli import errors_as_messages
+from roma_core.settings import without_credentials
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -132,7 +133,8 @@ def registry() -> Iterator[MlflowClient]:
         with errors_as_messages():
             yield connect(MlflowSettings(), Storage.open().mlflow)
     except MlflowException as error:
-        raise click.ClickException(no_answer(error) or error.message) from error
+        message = no_answer(error) or without_credentials(error.message)
+        raise click.ClickException(message) from error
 
 
 @click.command()

@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -374,13 +375,9 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     """Of the errors behind this one, those of sockets, files and HTTP; the innermost last."""
     inner = error.__cause__ or error.__context__
     while inner is not None:
-        if isinstance(inner, OSError) or _of_http(inner):
+        if isinstance(inner, OSError) or type(inner).__module__.startswith("urllib3"):
             yield inner
         inner = inner.__cause__ or inner.__context__
-
-
-def _of_http(error: BaseException) -> bool:
-    return type(error).__module__.startswith("urllib3")
 
 
 def reason_of(error: BaseException) -> str:
@@ -392,10 +389,16 @@ def reason_of(error: BaseException) -> str:
 def no_answer(error: BaseException) -> str:
     """A sentence, if MLflow failed because the configured server is away or overloaded; else ''."""
     settings = MlflowSettings()
-    if not any(map(_of_http, _causes(error))) and answers(settings):
+    servers = {_host(uri) for uri in (settings.tracking_uri, settings.registry_uri) if uri}
+    requests = (getattr(cause, "request", None) for cause in _causes(error))  # perhaps to a bucket
+    if not any(r and _host(r.url or "") in servers for r in requests) and answers(settings):
         return ""
     uri = without_credentials(settings.tracking_uri or settings.registry_uri or "")
     return f"the MLflow server {uri} does not answer ({reason_of(error)})"
+
+
+def _host(uri: str) -> str:
+    return urllib.parse.urlsplit(uri).netloc.rpartition("@")[2].lower()
 
 
 _GIVEN_TIMEOUT_S = os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT")

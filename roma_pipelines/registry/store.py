@@ -19,6 +19,7 @@ import sqlite3
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
@@ -145,14 +146,12 @@ def artifacts_root(uri: str) -> Path | None:
     return (embedded_root(uri) or Storage(StorageSettings().root).mlflow) / "artifacts"
 
 
-@contextlib.contextmanager
-def write_lock(client: MlflowClient) -> Iterator[None]:
+def write_lock(client: MlflowClient) -> contextlib.AbstractContextManager[object]:
     """Serialise read-then-write steps between all processes that use the own store.
 
     With a server there is no lock; Dagster's pools run such steps one at a time.
     """
-    with _own_lock(client.tracking_uri, "mlflow write"):
-        yield
+    return _own_lock(client.tracking_uri, "mlflow write")
 
 
 @contextlib.contextmanager
@@ -355,16 +354,18 @@ _accepted: set[tuple[str, str]] = set()  # (server, authorization header)
 def _accepts_credentials(uri: str) -> bool:
     """False if the server cannot be reached."""
     shown, header = without_credentials(uri), _authorization()
-    if shown != uri:  # credentials in the URL are used by MLflow itself
-        return True
+    user = os.environ.get(_USERNAME)
     try:
+        parts = urllib.parse.urlsplit(uri)
+        if parts.username:  # as MLflow, prefer those in the URL
+            user = urllib.parse.unquote(parts.username)
+            header = _basic(user, urllib.parse.unquote(parts.password or ""))
         headers = {"Authorization": header} if header else {}
-        request = urllib.request.Request(uri + _PROBE, headers=headers)
+        request = urllib.request.Request(shown + _PROBE, headers=headers)
         urllib.request.urlopen(request, timeout=10.0).close()
     except urllib.error.HTTPError as error:
         if error.code not in (401, 403):
             return False
-        user = os.environ.get(_USERNAME)
         name = f"the user {user!r}" if user else "a token" if header else "a request without a user"
         answer = " ".join(error.read(300).decode(errors="replace").split())
         raise StoreError(
@@ -384,10 +385,13 @@ def _accepts_credentials(uri: str) -> bool:
 def _authorization() -> str:
     """The header that MLflow's clients send."""
     if os.environ.get(_USERNAME) and os.environ.get(_PASSWORD):
-        pair = f"{os.environ[_USERNAME]}:{os.environ[_PASSWORD]}"
-        return "Basic " + base64.standard_b64encode(pair.encode()).decode()
+        return _basic(os.environ[_USERNAME], os.environ[_PASSWORD])
     token = os.environ.get(_TOKEN)
     return f"Bearer {token}" if token else ""
+
+
+def _basic(user: str, password: str) -> str:
+    return "Basic " + base64.standard_b64encode(f"{user}:{password}".encode()).decode()
 
 
 @functools.cache

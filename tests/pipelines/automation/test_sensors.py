@@ -193,6 +193,13 @@ def test_every_move_of_champion_asks_once_for_predictions(month):
     assert keys == ["champion:1:1", "champion:2:2", "champion:3:1"]
 
 
+def test_a_registry_that_is_away_is_one_sentence_and_keeps_the_cursor(month, monkeypatch):
+    monkeypatch.setenv("ROMA_MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    asked, cursor = check_champion(month.automated, "3:2")
+    assert asked.skip_message.startswith("the MLflow server http://127.0.0.1:9 does not answer (")
+    assert cursor == "3:2"
+
+
 def test_inputs_are_compared_with_what_the_champion_carries(month, tmp_path):
     """Not with the data that were trained on last, whose model the gate may have refused."""
     month.deliver()

@@ -7,6 +7,8 @@ import threading
 import types
 
 import pytest
+import requests
+from mlflow.exceptions import MlflowException
 
 from roma_core.trainer.trackers import WandbConfig
 from roma_pipelines.registry.runs import (
@@ -145,8 +147,6 @@ def overloaded(monkeypatch):
 
 
 def test_an_overloaded_server_counts_as_one_that_does_not_answer(overloaded, store_root):
-    from mlflow.exceptions import MlflowException
-
     limit_requests(SHORT_S)
     client = connect(MlflowSettings(), store_root)
 
@@ -158,4 +158,10 @@ def test_an_overloaded_server_counts_as_one_that_does_not_answer(overloaded, sto
 
 
 def test_an_error_of_a_server_that_answers_is_its_own(client):
+    with pytest.raises(MlflowException) as caught:
+        try:
+            requests.get("http://127.0.0.1:9/bucket", timeout=1)
+        except requests.ConnectionError as error:
+            raise MlflowException("the artifact store is away") from error
+    assert no_answer(caught.value) == ""
     assert no_answer(ValueError("no such version")) == ""

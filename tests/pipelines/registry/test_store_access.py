@@ -4,13 +4,14 @@ import importlib.util
 import os
 import subprocess
 import sys
+import urllib.parse
 
 import dagster as dg
 import pytest
 
 from roma_core.serving.registry_client import fetch, resolve
 from roma_pipelines.registry.promotion import promote
-from roma_pipelines.registry.store import MlflowSettings, StoreError, connect
+from roma_pipelines.registry.store import MlflowSettings, StoreError, answers, connect
 from roma_pipelines.registry.versions import version_at
 from roma_pipelines.storage import Storage, prepare_instance
 from tests.pipelines import tiny
@@ -145,6 +146,18 @@ def test_a_training_is_refused_before_there_is_a_job(guarded, storage, tmp_path,
     said = failure.step_failure_data.user_failure_data.description
     assert "refuses the user 'admin' (401" in said
     assert list(storage.jobs.iterdir()) == []
+
+
+def test_credentials_in_the_url_are_checked_as_others(guarded, storage):
+    def at(address, password):
+        uri = address.replace("://", f"://admin:{urllib.parse.quote(password, safe='')}@")
+        return MlflowSettings.from_values({"tracking_uri": uri})
+
+    connect(at(guarded, PASSWORD), storage.mlflow).search_experiments()
+    with pytest.raises(StoreError, match=f"{guarded} refuses the user 'admin'") as refusal:
+        connect(at(guarded, "wrong"), storage.mlflow)
+    assert "wrong" not in str(refusal.value)
+    assert answers(at(guarded, PASSWORD)) and not answers(at("http://127.0.0.1:9", PASSWORD))
 
 
 def test_a_user_name_without_a_password_is_refused(storage, monkeypatch):
