@@ -295,9 +295,7 @@ def _move_encoder_alias(lock: ModelLock, name: str, version: str) -> None:
     encoder = lock.client.get_model_version(name, version).tags.get(ENCODER_TAG)
     if encoder is None:
         return
-    if (
-        find_version(lock.client, encoder_name(name), encoder) is None
-    ):  # the classifier serves without
+    if find_version(lock.client, encoder_name(name), encoder) is None:  # serves without
         _log.warning(
             "version %s of %s, the encoder of version %s of %s, was deleted; the champion of the "
             "encoder is unchanged",

@@ -16,7 +16,6 @@ import re
 import shutil
 import subprocess
 import time
-import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -389,16 +388,14 @@ def reason_of(error: BaseException) -> str:
 def no_answer(error: BaseException) -> str:
     """A sentence, if MLflow failed because the configured server is away or overloaded; else ''."""
     settings = MlflowSettings()
-    servers = {_host(uri) for uri in (settings.tracking_uri, settings.registry_uri) if uri}
+    uris = (settings.tracking_uri, settings.registry_uri)
+    servers = tuple(without_credentials(uri).lower() for uri in uris if uri)
     requests = (getattr(cause, "request", None) for cause in _causes(error))  # perhaps to a bucket
-    if not any(r and _host(r.url or "") in servers for r in requests) and answers(settings):
+    urls = [without_credentials(request.url or "").lower() for request in requests if request]
+    if not any(url.startswith(servers) for url in urls) and answers(settings):
         return ""
     uri = without_credentials(settings.tracking_uri or settings.registry_uri or "")
     return f"the MLflow server {uri} does not answer ({reason_of(error)})"
-
-
-def _host(uri: str) -> str:
-    return urllib.parse.urlsplit(uri).netloc.rpartition("@")[2].lower()
 
 
 _GIVEN_TIMEOUT_S = os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT")

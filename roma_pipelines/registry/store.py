@@ -358,8 +358,8 @@ def _accepts_credentials(uri: str) -> bool:
     try:
         parts = urllib.parse.urlsplit(uri)
         if parts.username:  # as MLflow, prefer those in the URL
-            user = urllib.parse.unquote(parts.username)
-            header = _basic(user, urllib.parse.unquote(parts.password or ""))
+            user, password = map(urllib.parse.unquote, (parts.username, parts.password or ""))
+            header = _basic(user, password)
         headers = {"Authorization": header} if header else {}
         request = urllib.request.Request(shown + _PROBE, headers=headers)
         urllib.request.urlopen(request, timeout=10.0).close()
