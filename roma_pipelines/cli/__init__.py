@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
 import click
 
-from roma_core.cli import LazyGroup
+from roma_core.cli import LazyGroup, errors_as_messages
+from roma_core.settings import without_credentials
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 _COMMANDS = {
     "demo": "roma_pipelines.cli.demo:demo",
@@ -36,3 +44,21 @@ def main() -> None:
 
     State is kept under .roma/ (ROMA_STORAGE_ROOT); `up` serves it as web pages.
     """
+
+
+@contextmanager
+def open_registry() -> Iterator[MlflowClient]:
+    """The configured registry; its errors become one-line messages."""
+    from mlflow.exceptions import MlflowException
+
+    from roma_pipelines.registry.runs import limit_requests, no_answer
+    from roma_pipelines.registry.store import MlflowSettings, connect
+    from roma_pipelines.storage import Storage
+
+    limit_requests(120)
+    try:
+        with errors_as_messages():
+            yield connect(MlflowSettings(), Storage.open().mlflow)
+    except MlflowException as error:
+        message = no_answer(error) or without_credentials(error.message)
+        raise click.ClickException(message) from error

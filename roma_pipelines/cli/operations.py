@@ -174,12 +174,12 @@ def gc(days: float, keep_versions: int, yes: bool) -> None:
     a registered version or the newest materialisation of an asset was made of, what is running, and
     the inputs of predictions.
     """
-    from roma_pipelines.cli.registry import registry
+    from roma_pipelines.cli import open_registry
     from roma_pipelines.operations.retention import operations_lock, removals
     from roma_pipelines.storage import Storage, prepare_instance
 
     verb, total = "removed" if yes else "would remove", 0
-    with registry() as client:
+    with open_registry() as client:
         storage = Storage.open()
         prepare_instance(storage)
         import dagster as dg

@@ -6,18 +6,11 @@ import getpass
 import shutil
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from roma_core.cli import errors_as_messages
-from roma_core.settings import without_credentials
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
+from roma_pipelines.cli import open_registry
 
 _reason = click.option("--reason", required=True, help="Reason, recorded in the audit.")
 _actor = click.option(
@@ -56,7 +49,7 @@ def promote(
     from roma_pipelines.registry.store import MlflowSettings
     from roma_pipelines.registry.versions import get_version, version_at
 
-    with registry() as client:
+    with open_registry() as client:
         if target is not None:
             there = connect(target)
             experiment = f"{MlflowSettings().experiment_prefix}/{name}"
@@ -96,7 +89,7 @@ def reject(name: str, version: str, reason: str, actor: str, delete: bool) -> No
     """
     from roma_pipelines.registry import promotion
 
-    with registry() as client:
+    with open_registry() as client:
         promotion.reject(client, name, version, reason, actor)
         click.echo(f"{name}: version {version} is rejected")
         if delete:
@@ -112,29 +105,11 @@ def rollback(name: str, reason: str, actor: str) -> None:
     """Make the previous champion of model NAME the champion; repeat to go one further back."""
     from roma_pipelines.registry import promotion
 
-    with registry() as client:
+    with open_registry() as client:
         start = time.perf_counter()
         version = promotion.rollback(client, name, reason=reason, actor=actor)
         seconds = time.perf_counter() - start
         click.echo(f"{name}: version {version} is champion again ({seconds:.2f} s)")
-
-
-@contextmanager
-def registry() -> Iterator[MlflowClient]:
-    """The configured registry; its errors become one-line messages."""
-    from mlflow.exceptions import MlflowException
-
-    from roma_pipelines.registry.runs import limit_requests, no_answer
-    from roma_pipelines.registry.store import MlflowSettings, connect
-    from roma_pipelines.storage import Storage
-
-    limit_requests(120)
-    try:
-        with errors_as_messages():
-            yield connect(MlflowSettings(), Storage.open().mlflow)
-    except MlflowException as error:
-        message = no_answer(error) or without_credentials(error.message)
-        raise click.ClickException(message) from error
 
 
 @click.command()
@@ -147,7 +122,7 @@ def lineage(what: str) -> None:
     """
     from roma_pipelines.registry.lineage import lineage_of, versions_from
 
-    with registry() as client:
+    with open_registry() as client:
         if "@" in what or "/" in what:
             found = lineage_of(client, what)
             click.echo(f"{found.name} version {found.version}")
@@ -183,7 +158,7 @@ def replay(name: str, version: str, run_dir: Path | None) -> None:
     from roma_pipelines.registry.lineage import plan_replay
     from roma_pipelines.storage import Storage
 
-    with registry() as client:
+    with open_registry() as client:
         run_dir = run_dir or Path("replay") / f"{name}-{version}"
         plan = plan_replay(client, name, version, run_dir, Storage.open().datasets)
         for line in plan.differences:
