@@ -238,18 +238,23 @@ SHAPE = tuple(n for n in RoMAConfig.model_fields if n not in (*HEAD, "encoder_co
 """Fields that a classifier takes over from the checkpoint."""
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The content of the ``model_config.json`` in a folder of weights.
-
-    Raises:
-        FileNotFoundError, ValueError: a file of the weights is missing, or of another version.
-    """
-    for name in (CONFIG, WEIGHTS):
+def check_files(folder: Path, *names: str) -> None:
+    """Raise FileNotFoundError unless a folder of weights has these files."""
+    for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder} has no {name}; expected a folder with {WEIGHTS} and {CONFIG}: the "
                 f"outputs/model of a run, or one of its checkpoints/step-…"
             )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of the ``model_config.json`` in a folder of weights.
+
+    Raises:
+        FileNotFoundError, ValueError: it is missing, or of another version.
+    """
+    check_files(folder, CONFIG)
     document = read_json(folder / CONFIG)
     version = document.get("schema_version", SCHEMA_VERSION)
     if version != SCHEMA_VERSION:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from roma_core.files import write_bytes, write_json
-from roma_core.model.config import CONFIG, WEIGHTS, EncoderConfig, read_config
+from roma_core.model.config import CONFIG, WEIGHTS, EncoderConfig, check_files, read_config
 
 
 def write_weights(folder: Path | str, model: nn.Module, document: dict[str, Any]) -> None:
@@ -35,6 +35,7 @@ def read_weights(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]
         FileNotFoundError, ValueError: a file is missing, or of another version.
     """
     folder = Path(folder)
+    check_files(folder, CONFIG, WEIGHTS)
     document = read_config(folder)
     weights = _without_wrappers(load_file(folder / WEIGHTS))
     if any(".attention.wq." in key for key in weights):

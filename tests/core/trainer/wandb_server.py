@@ -101,6 +101,7 @@ def upload(output: str, server: WandbServer, home: Path) -> None:
     environment = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "k" * 40, "HOME": str(home)}
     done = subprocess.run(
         [sys.executable, "-m", *shlex.split(command)],
+        cwd=home,  # where it writes its log
         env=os.environ | environment,
         capture_output=True,
         text=True,

@@ -4,7 +4,7 @@ import dagster as dg
 import pytest
 
 from roma_pipelines.assets.training import finetuned_classifier_asset
-from roma_pipelines.automation.state import TRAINING, Automated
+from roma_pipelines.automation.state import Automated, Step
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.definitions import load_experiments
 from roma_pipelines.experiment import ASSET_NAMES
@@ -47,7 +47,7 @@ def test_it_has_four_assets_and_depends_on_the_other_encoder(tmp_path):
     assert dg.AssetKey(["waves", "pretrained_encoder"]) in classifier.parent_keys
 
 
-def test_what_it_shares_decides_its_classifier_but_is_not_trained_by_it(tmp_path):
+def test_what_it_shares_decides_its_classifier_but_is_not_trained_by_it(instance, tmp_path):
     sections = sharing(tmp_path)
     here, there = (
         RomaExperiment(**(sections | {"pretrained_from": name})) for name in ("waves", "tides")
@@ -58,7 +58,7 @@ def test_what_it_shares_decides_its_classifier_but_is_not_trained_by_it(tmp_path
     ]
     assert versions[0] != versions[1]
 
-    request = Automated(here, {})._request(TRAINING, "schedule", "a test", None)
+    request = Automated(here, {}).request(instance, "schedule", Step("train", "a test"), once=False)
 
     selected = {key.to_user_string() for key in request.asset_selection}
     assert selected == {f"ripples/{noun}" for noun in ASSET_NAMES[2:]}

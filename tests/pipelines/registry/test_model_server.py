@@ -9,7 +9,7 @@ import pytest
 
 from roma_core.serving.client import RequestRejected, ServedModel, ServerError
 from roma_core.serving.client import Series as ClientSeries
-from roma_core.serving.pyfunc_model import Series, open_package
+from roma_core.serving.pyfunc_model import InvalidSeries, Series, open_package
 from roma_pipelines.registry.promotion import promote
 from roma_pipelines.registry.store import MlflowSettings, connect
 from tests.core.serving import toy
@@ -106,7 +106,7 @@ def test_the_thin_client_knows_which_version_answers(house, toy_package, tmp_pat
         ServedModel.verified(url, "models:/stars/2", uri, tmp_path, timeout_s=within(30))
     with pytest.raises(RequestRejected, match="'ratio' is missing"):
         model.predict([ClientSeries(**GOOD | {"values": {"flux": [1, 2]}})])
-    with pytest.raises(RequestRejected, match="not finite"):
+    with pytest.raises(InvalidSeries, match="'flux' must hold finite numbers, got inf"):
         infinite = GOOD["values"] | {"flux": [1, float("inf")]}
         model.predict([ClientSeries(**GOOD | {"values": infinite})])
     with pytest.raises(ServerError, match="did not answer"):
