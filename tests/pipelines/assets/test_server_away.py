@@ -20,7 +20,7 @@ from tests.pipelines.mlflow_gate import Gate
 from tests.pipelines.registry.conftest import mlflow_server
 
 __all__ = ["mlflow_server"]
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.chaos
 
 
 @pytest.fixture

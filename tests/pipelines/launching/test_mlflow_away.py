@@ -208,15 +208,18 @@ def check_received(storage, folder, status="FINISHED"):
     assert not is_pending(folder)
 
 
-TARGETS = [
-    "local",
-    pytest.param("slurm", marks=pytest.mark.slow),
-    pytest.param("kubernetes", marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("state", ["dead", "hanging"])
+@pytest.mark.parametrize(
+    ("target", "state"),
+    [
+        ("local", "dead"),
+        ("local", "hanging"),
+        *(
+            pytest.param(target, state, marks=marks)
+            for target in ("slurm", "kubernetes")
+            for state, marks in (("dead", pytest.mark.slow), ("hanging", pytest.mark.chaos))
+        ),
+    ],
+)
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_nothing_is_lost_doubled_or_failed(train, at_call, gate, storage, target, state, moment):
     name, number, body = MOMENTS[moment]
