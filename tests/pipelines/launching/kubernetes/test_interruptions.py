@@ -19,23 +19,6 @@ TWICE = "save(n)\nif n < 2: beat(n); wait_for('never', 100)\nsucceed()"
 JOB = "roma-0123456789ab-1"
 
 
-@pytest.fixture
-def once(folder):
-    """An ``on_poll`` that acts once, when the attempt runs and its program has come so far."""
-
-    def make(act, when=lambda: folder.checkpoints.exists()):
-        done = []
-
-        def on_poll(state):
-            if not done and state.phase is Phase.RUNNING and when():
-                done.append(True)
-                act()
-
-        return on_poll
-
-    return make
-
-
 def jobs(api):
     return [job["metadata"]["name"] for job in api.store.all("jobs", "roma")]
 
