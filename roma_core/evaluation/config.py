@@ -45,7 +45,7 @@ class ServingChecks(Frozen):
     smoke_test_problem: str | None = None
     champion_smoke_test: SmokeTest | None = None
     champion_problem: str | None = None  # why the champion could not be evaluated on these series
-    leaks: tuple[str, ...] = ()  # test series that were in the training data
+    leaks: tuple[str, ...] = ()  # test series in the training data, which `leakage` refuses
     test_split: str = ""  # digest of the test objects; equal for equal splits
 
     def save(self, path: Path) -> None:

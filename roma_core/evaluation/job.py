@@ -155,7 +155,8 @@ class _Evaluator:
             autoencoder = RoMAForPreTraining.from_pretrained(config.autoencoder)
             self.autoencoder = autoencoder.to(self.device).eval()
         (out / "plots").mkdir(parents=True, exist_ok=True)
-        self.leaks = check_leakage(self.dataset, [Path(path) for path in config.trained_on])
+        self.leakage = check_leakage(self.dataset, [Path(path) for path in config.trained_on])
+        self.leaks = (*self.leakage.refused, *self.leakage.allowed)
         for line in self.leaks:
             print(f"WARNING: possible leakage: {line}", flush=True)
         self.step()
@@ -165,6 +166,10 @@ class _Evaluator:
         self.n_steps += 1
         self.attempt.beat(self.n_steps)
         self.progress.update(self.n_steps, metrics, force=True)
+
+    def _is_unseen(self) -> bool:
+        """Whether it was checked, and true, that no test series was in the training data."""
+        return not self.leaks and self.dataset.manifest.leakage != "ignore"
 
     def _predict(self, model: RoMAForClassification) -> Outputs:
         return classify(model, self.test, Collate(model.config, seed=0), self.config.batch_size)
@@ -192,7 +197,7 @@ class _Evaluator:
         content = report.ReportContent(
             title=f"{title} of {config.name}",
             summary=f"RoMA, the Rotary Masked Autoencoder, {does}, evaluated on {metrics.n_series} "
-            f"test series{'' if self.leaks else ' not used in training'}.",
+            f"test series{' not used in training' if self._is_unseen() else ''}.",
             created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             metrics=metrics,
             leaks=self.leaks,
@@ -297,7 +302,7 @@ class _Evaluator:
             smoke_test_problem=problem,
             champion_smoke_test=champion,
             champion_problem=champion_problem,
-            leaks=self.leaks,
+            leaks=self.leakage.refused,
             test_split=split_digest(self.test),
         )
 

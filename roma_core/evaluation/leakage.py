@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,15 +18,23 @@ def split_digest(test: Subset) -> str:
     return digest_of(sorted(test.dataset.ids[i] for i in test.indices))[:16]
 
 
-def check_leakage(dataset: StoredDataset, trained_on: Sequence[Path]) -> tuple[str, ...]:
-    """A sentence for each way in which test series were in the training data, and for each
-    training data set that no longer exists; empty if none.
+class Leakage(NamedTuple):
+    """Sentences on test series that were, or may have been, in the training data."""
 
-    Groups and equal content, if ``leakage`` makes them errors, are compared within ``dataset``, object ids with every other version of
+    refused: tuple[str, ...]  # they block a promotion
+    allowed: tuple[str, ...]  # ``leakage: warn`` of the data set allows them
+
+
+def check_leakage(dataset: StoredDataset, trained_on: Sequence[Path]) -> Leakage:
+    """A sentence for each way in which test series were in the training data, and for each training
+    data set that no longer exists.
+
+    Groups and equal content are compared within ``dataset``, object ids with every other version of
     the data in ``trained_on``, which the encoder and the classifier were trained on.
     """
-    errors = [f for f in find_leakage(dataset) if f.severity == "error"]
-    found = [line for finding in errors for line in finding.lines()]
+    within = [finding for finding in find_leakage(dataset) if finding.check.endswith(" two splits")]
+    found = [line for f in within if f.severity == "error" for line in f.lines()]
+    allowed = [line for f in within if f.severity == "warning" for line in f.lines()]
     tested = [dataset.ids[i] for i in dataset.split("test").indices]
     for path in sorted({path.resolve() for path in trained_on} - {dataset.path.resolve()}):
         if not path.exists():
@@ -42,7 +51,7 @@ def check_leakage(dataset: StoredDataset, trained_on: Sequence[Path]) -> tuple[s
                 f"{len(both)} test objects, such as {both[0]!r}, were in train or validation of "
                 f"{path} when this model was trained"
             )
-    return tuple(found)
+    return Leakage(tuple(found), tuple(allowed))
 
 
 def training_datasets(weights: Path) -> tuple[Path, ...]:

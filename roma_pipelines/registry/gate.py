@@ -136,7 +136,7 @@ def gate(
         problem, gain = _paired_gain(candidate, champion)
     golden_rows, latency = _smoke_test(measured, thresholds)
     more = [f"and {len(measured.leaks) - 3} more"] if len(measured.leaks) > 3 else []
-    no_leak = "no group, object or equal content is in both the test and the training data"
+    no_leak = "no leakage was found that the data set's `leakage` refuses"
     leaks = "; ".join([*measured.leaks[:3], *more]) or no_leak
     checks = (
         *_compare(problem, gain, thresholds),

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -327,3 +328,23 @@ def test_a_folder_without_weights_is_named_with_the_right_one(trained, tmp_path)
         said = roma(*call, ok=False)
         assert f"{run} has no model_config.json; expected a folder with" in said
         assert "outputs/model" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("leakage", ["warn", "ignore"])
+def test_a_report_claims_nothing_of_leakage_that_was_allowed(tmp_path, leakage):
+    twin = series("twin", 30, seed=1)
+    rows = [series(f"s{k}", seed=k, label="xy"[k % 2]) for k in range(8)]
+    test = replace(twin, id="test", recorded_split="test")
+    data = built(tmp_path, *rows, twin, test, leakage=leakage)
+    schema = StoredDataset(data).schema
+    stack = {"d_model": 8, "nhead": 1, "depth": 1}
+    fields = data_fields(schema) | {"encoder_config": stack, "decoder_config": stack}
+    model = RoMAForPreTraining(RoMAForPreTrainingConfig(**fields))
+    model.save_pretrained(tmp_path / "weights")
+
+    call = ["evaluate", "--data", data, "--autoencoder", tmp_path / "weights"]
+    said = roma(*call, "--run-dir", tmp_path / "e")
+
+    page = (tmp_path / "e" / "outputs" / "report.html").read_text()
+    assert "not used in training" not in page
+    assert ("Possible leakage" in page) == ("possible leakage" in said) == (leakage == "warn")

@@ -9,6 +9,7 @@ from roma_core.data.build import build_dataset
 from roma_core.data.config import DatasetConfig
 from roma_core.data.store import StoredDataset
 from roma_core.evaluation.leakage import (
+    Leakage,
     check_leakage,
     split_digest,
     training_datasets,
@@ -45,13 +46,13 @@ def dataset(tmp_path):
 
 
 def test_objects_that_were_learnt_from_another_version_are_named(dataset, tmp_path):
-    assert check_leakage(dataset, [dataset.path]) == ()
+    assert check_leakage(dataset, [dataset.path]) == Leakage((), ())
     before = built(tmp_path, test_fraction=0.1)
-    (text,) = check_leakage(dataset, [dataset.path, before.path])
+    (text,) = check_leakage(dataset, [dataset.path, before.path]).refused
     n = len(dataset.split("test")) - len(before.split("test"))
     assert n > 0
     assert f"{n} test objects, such as 's" in text and "were in train or validation" in text
-    (text,) = check_leakage(dataset, [tmp_path / "gone"])
+    (text,) = check_leakage(dataset, [tmp_path / "gone"]).refused
     assert text.startswith("unknown, because") and "no longer exist" in text
 
 
