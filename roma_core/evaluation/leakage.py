@@ -18,14 +18,14 @@ def split_digest(test: Subset) -> str:
     return digest_of(sorted(test.dataset.ids[i] for i in test.indices))[:16]
 
 
-class Leakage(NamedTuple):
+class LeakageReport(NamedTuple):
     """Sentences on test series that were, or may have been, in the training data."""
 
     refused: tuple[str, ...]  # they block a promotion
     allowed: tuple[str, ...]  # ``leakage: warn`` of the data set allows them
 
 
-def check_leakage(dataset: StoredDataset, trained_on: Sequence[Path]) -> Leakage:
+def check_leakage(dataset: StoredDataset, trained_on: Sequence[Path]) -> LeakageReport:
     """A sentence for each way in which test series were in the training data, and for each training
     data set that no longer exists.
 
@@ -51,7 +51,7 @@ def check_leakage(dataset: StoredDataset, trained_on: Sequence[Path]) -> Leakage
                 f"{len(both)} test objects, such as {both[0]!r}, were in train or validation of "
                 f"{path} when this model was trained"
             )
-    return Leakage(tuple(found), tuple(allowed))
+    return LeakageReport(tuple(found), tuple(allowed))
 
 
 def training_datasets(weights: Path) -> tuple[Path, ...]:

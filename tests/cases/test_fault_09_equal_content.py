@@ -11,7 +11,7 @@ from roma_core.cli import main
 from roma_core.data import StoredDataset
 from roma_core.data.manifest import read_manifest
 from roma_core.data.quality import check_dataset
-from roma_core.evaluation.leakage import Leakage, check_leakage
+from roma_core.evaluation.leakage import LeakageReport, check_leakage
 from tests.core.hand_made import built, series
 
 CONTENT = "equal content in two splits"
@@ -53,7 +53,7 @@ def test_short_and_flat_series_may_be_equal_by_chance(tmp_path, values):
 
     assert CONTENT not in found
     assert found["equal short or flat series"].severity == "warning"
-    assert check_leakage(StoredDataset(path), []) == Leakage((), ())
+    assert check_leakage(StoredDataset(path), []) == LeakageReport((), ())
 
 
 def test_hundreds_of_quantised_visits_are_no_error(tmp_path):

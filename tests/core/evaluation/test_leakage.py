@@ -9,7 +9,7 @@ from roma_core.data.build import build_dataset
 from roma_core.data.config import DatasetConfig
 from roma_core.data.store import StoredDataset
 from roma_core.evaluation.leakage import (
-    Leakage,
+    LeakageReport,
     check_leakage,
     split_digest,
     training_datasets,
@@ -46,7 +46,7 @@ def dataset(tmp_path):
 
 
 def test_objects_that_were_learnt_from_another_version_are_named(dataset, tmp_path):
-    assert check_leakage(dataset, [dataset.path]) == Leakage((), ())
+    assert check_leakage(dataset, [dataset.path]) == LeakageReport((), ())
     before = built(tmp_path, test_fraction=0.1)
     (text,) = check_leakage(dataset, [dataset.path, before.path]).refused
     n = len(dataset.split("test")) - len(before.split("test"))
