@@ -106,9 +106,10 @@ def _serve(modules: dict[str, tuple[str, Sequence[str]]], logs: Path) -> list[st
         for name, (address, _) in modules.items():
             _wait_until_answering(children[name], address, name, logs / f"{name.lower()}.log")
             click.echo(f"{name:<9} {address}")
-        click.echo(f"logs      {logs}\nCtrl-C stops them.")
         ended: list[str] = []
         with contextlib.suppress(KeyboardInterrupt):
+            # inside: who reads this line may interrupt before ``echo`` has returned
+            click.echo(f"logs      {logs}\nCtrl-C stops them.")
             while not ended:
                 time.sleep(0.5)
                 ended = [name for name, child in children.items() if child.poll() is not None]
