@@ -12,11 +12,11 @@ from __future__ import annotations
 import warnings
 from array import array
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from roma_core.settings import Frozen
 
@@ -39,10 +39,29 @@ class Channel(Frozen):
 
 
 class PositionAxis(Frozen):
-    """One coordinate of an observation: time, a band's index, a position in space."""
+    """One coordinate of an observation: time, a position in space, or a category such as the band.
+
+    On a categorical axis a position is the index of its category, an integer from 0.
+    """
 
     name: str
     unit: str = Field(description="Unit of the positions as delivered.")
+    categories: tuple[str, ...] = Field(
+        (),
+        exclude_if=lambda categories: not categories,
+        description="Names of a categorical axis, in the order of their indices.",
+    )
+    encoding: Literal["rotary", "embedding"] = Field(
+        "rotary",
+        exclude_if=lambda encoding: encoding == "rotary",
+        description="How the model takes the axis: 'embedding' adds a learned vector per category.",
+    )
+    unknown: bool = Field(
+        False,
+        exclude_if=lambda unknown: not unknown,
+        description="Whether other categories than these are accepted, as one learned 'unknown'; its "
+        "index is that after the last.",
+    )
     anchor: Literal["none", "first"] = Field(
         "none",
         description="'first' subtracts each series' smallest position, so that dates such as "
@@ -52,6 +71,33 @@ class PositionAxis(Frozen):
     scale: float = Field(
         1.0, gt=0, description="Units of the axis per radian of the fastest rotation."
     )
+
+    @model_validator(mode="after")
+    def _categories_fit_the_encoding(self) -> Self:
+        if self.encoding == "embedding" and not self.categories:
+            raise ValueError(
+                f"axis {self.name!r} has encoding='embedding' but no categories; list them, or use 'rotary'"
+            )
+        if self.encoding == "embedding" and (self.anchor, self.offset, self.scale) != (
+            "none",
+            0,
+            1,
+        ):
+            raise ValueError(
+                f"axis {self.name!r} has encoding='embedding', whose positions are indices of categories; "
+                f"leave anchor, offset and scale out"
+            )
+        if self.unknown and self.encoding != "embedding":
+            raise ValueError(
+                f"axis {self.name!r}: unknown categories need encoding='embedding', which learns a vector "
+                f"for them"
+            )
+        return self
+
+    @property
+    def n_embedded(self) -> int:
+        """Learned vectors of the axis; 0 with rotary encoding."""
+        return 0 if self.encoding == "rotary" else len(self.categories) + self.unknown
 
 
 class ChannelTransform(Frozen):

@@ -25,6 +25,7 @@ from roma_core.model.weights import write_weights
 
 Pooling = Literal["cls", "mean", "token"]
 _BIAS_STD = 0.02
+_EMBEDDING_STD = 0.5  # beside a projection of unit spread
 
 
 class Projection(nn.Linear):
@@ -62,29 +63,99 @@ def _initialise_features(features: nn.Linear) -> None:
     nn.init.normal_(features.bias)
 
 
+def with_observed_flags(tokens: Tensor) -> Tensor:
+    """``(…, P)`` with NaN where missing → ``(…, 2 P)``: numbers, 0 where missing, then 1 if observed."""
+    missing = tokens.isnan()
+    return torch.cat((tokens.masked_fill(missing, 0), (~missing).to(tokens.dtype)), dim=-1)
+
+
+class CategoryEmbedding(nn.Module):
+    """A learned vector for every category of every axis that has some, added to a token.
+
+    It says what a token is about: its channel, its band, its sensor.
+    """
+
+    def __init__(self, axis_categories: tuple[int, ...], width: int) -> None:
+        super().__init__()
+        self.axes = [axis for axis, size in enumerate(axis_categories) if size]
+        self.tables = nn.ModuleList(nn.Embedding(axis_categories[a], width) for a in self.axes)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """``(…, D)`` positions, on these axes indices of categories → ``(…, d)``."""
+        tables = zip(self.axes, self.tables, strict=True)
+        return sum(table(positions[..., axis].long()) for axis, table in tables)
+
+
+class CovariateEmbedding(nn.Module):
+    """Covariates of a series → a token each: a vector, for a number plus its multiple of another."""
+
+    offsets: Tensor  # (K,) int64, the row of each covariate's 'missing'
+    is_number: Tensor  # (K,) bool
+
+    def __init__(self, sizes: tuple[int, ...], width: int) -> None:
+        """``sizes``: categories of each covariate, 0 for a number."""
+        super().__init__()
+        n_rows = [
+            1 + max(1, size) for size in sizes
+        ]  # 'missing', then the number or the categories
+        offsets = torch.tensor([sum(n_rows[:k]) for k in range(len(sizes))])
+        self.register_buffer("offsets", offsets, persistent=False)
+        self.register_buffer("is_number", torch.tensor([size == 0 for size in sizes]), False)
+        self.table = nn.Embedding(sum(n_rows), width)
+        self.slope = nn.Parameter(torch.empty(len(sizes), width))
+
+    def forward(self, covariates: Tensor) -> Tensor:
+        """``(B, K)`` numbers and indices of categories, NaN where missing → ``(B, K, d)``."""
+        missing = covariates.isnan()
+        known = covariates.masked_fill(missing, 0)
+        codes = torch.where(self.is_number, 0, known.long()) + 1
+        rows = self.table(self.offsets + codes.masked_fill(missing, 0))
+        numbers = torch.where(self.is_number, known, 0).to(rows.dtype)
+        return rows + numbers[..., None] * self.slope
+
+
+def prefix_tokens(model: Any, n_series: int, covariates: Tensor | None) -> Tensor | None:
+    """``(B, R, d)``: CLS, then the tokens of ``(B, K)`` covariates; None if the model has neither."""
+    rows = []
+    if model.cls is not None:
+        cls = model.cls if model.sinusoidal is None else model.cls + model.sinusoidal.table[0]
+        rows.append(cls.expand(n_series, 1, -1))
+    if model.covariates is not None:
+        rows.append(model.covariates(covariates).to(model.projection.weight.dtype))
+    return torch.cat(rows, dim=1) if rows else None
+
+
 class Neighbourhood(nn.Module):
     """Differences of a token from those around it, as features to be added to its projection.
 
     From few labelled series attention learns late or never to find a token's neighbours. Here every
     token has from the start its differences in value and position from the tokens 1, 2, 4, 8, … before
     and after it, as in dilated convolutions. Only tokens that the encoder sees take part, ordered by
-    position, the first axis first. ``python -m tests.benchmarks.results neighbours`` measures the gain.
+    position, the first axis first; those of another category are of another series.
+    ``python -m tests.benchmarks.results neighbours`` measures the gain.
     """
 
     offsets: Tensor  # (K,) int64, relative to the token
 
-    def __init__(self, n_numbers: int, n_axes: int, reach: int, width: int) -> None:
-        """P, D, the number of offsets on either side (2^0, …, 2^(reach - 1); K is twice as many), d."""
+    def __init__(self, config: RoMAConfig) -> None:
+        """For 2^0, …, 2^(neighbours - 1) tokens on either side, K in all."""
         super().__init__()
-        ahead = [2**k for k in range(reach)]
+        ahead = [2**k for k in range(config.neighbours)]
         offsets = torch.tensor([*(-offset for offset in ahead), *ahead])
         self.register_buffer("offsets", offsets, persistent=False)
-        n_inputs = n_numbers + 2 * reach * (n_numbers + n_axes + 1)
+        self.axes, self.sizes = config.rotary_axes, config.axis_categories
+        self.has_flags = config.missing_values
+        n_numbers = config.n_inputs
+        n_inputs = n_numbers + 2 * config.neighbours * (n_numbers + len(self.axes) + 1)
         self.features = nn.Linear(n_inputs, NEIGHBOUR_FEATURES)
-        self.mix = nn.Linear(NEIGHBOUR_FEATURES, width, bias=False)
+        self.mix = nn.Linear(NEIGHBOUR_FEATURES, config.encoder_config.d_model, bias=False)
 
     def forward(self, tokens: Tensor, positions: Tensor, series: Tensor) -> Tensor:
         """``(T, P)``, ``(T, D)`` and ``(T,)`` int64, the series of each token → ``(T, d)``."""
+        for axis, size in enumerate(self.sizes):
+            if size:
+                series = series * size + positions[:, axis].long()
+        positions = positions[:, self.axes] if any(self.sizes) else positions
         order = torch.arange(positions.shape[0], device=positions.device)
         for key in (*reversed(positions.unbind(1)), series):  # by series, then by position
             order = order[key[order].argsort(stable=True)]
@@ -110,9 +181,14 @@ class Neighbourhood(nn.Module):
         wanted = torch.arange(n, device=tokens.device)[:, None] + self.offsets  # (T, K)
         there = wanted.clamp(0, n - 1)
         exists = (wanted == there) & (series[there] == series[:, None])
+        values = tokens[there] - tokens[:, None]
+        if self.has_flags:  # differences of numbers that were both observed, and whether they were
+            flags = tokens.chunk(2, dim=1)[1]
+            both = flags[there] * flags[:, None]
+            values = torch.cat((values.chunk(2, dim=2)[0] * both, both), dim=2)
         differences = torch.cat(
             (
-                tokens[there] - tokens[:, None],
+                values,
                 # asinh resolves gaps of days and of years alike
                 torch.asinh(positions[there] - positions[:, None]).to(tokens.dtype),
                 tokens.new_ones(n, len(self.offsets), 1),
@@ -133,14 +209,16 @@ class Backbone(nn.Module):
         if isinstance(config, type):
             config = config()  # the class instead of an instance: take it with its defaults
         self.config = config
-        stack, n_numbers = config.encoder_config, config.tubelet_width
+        stack = config.encoder_config
         self.data_schema: dict[str, Any] | None = None  # DataSchema of the training data, if known
-        self.projection = Projection(n_numbers, stack.d_model, config.value_features)
+        self.projection = Projection(config.n_inputs, stack.d_model, config.value_features)
         self.neighbourhood: Neighbourhood | None = None
         if config.neighbours:
-            self.neighbourhood = Neighbourhood(
-                n_numbers, config.n_pos_dims, config.neighbours, stack.d_model
-            )
+            self.neighbourhood = Neighbourhood(config)
+        self.categories = self.category_embedding(stack)
+        self.covariates = (
+            CovariateEmbedding(config.covariates, stack.d_model) if config.covariates else None
+        )
         self.cls = nn.Parameter(torch.empty(stack.d_model)) if config.use_cls else None
         self.encoder = Encoder(stack)
         self.rotary, self.sinusoidal = self._position_embeddings(stack)
@@ -151,7 +229,12 @@ class Backbone(nn.Module):
         c = self.config
         if c.pos_encoding == "absolute":
             return None, SinusoidalEmbedding(c.max_len, stack.d_model)
-        return RotaryEmbedding(stack.head_width, c.n_pos_dims, c.p_rope_val), None
+        return RotaryEmbedding(stack.head_width, c.rotary_axes, c.p_rope_val), None
+
+    def category_embedding(self, stack: EncoderConfig) -> CategoryEmbedding | None:
+        if not any(self.config.axis_categories):
+            return None
+        return CategoryEmbedding(self.config.axis_categories, stack.d_model)
 
     def initialise(self) -> None:
         """Draw the initial weights of all parts that exist by now."""
@@ -159,6 +242,11 @@ class Backbone(nn.Module):
         self.projection.initialise()
         if self.neighbourhood is not None:
             _initialise_features(self.neighbourhood.features)
+        for part in self.modules():
+            if isinstance(part, nn.Embedding):
+                nn.init.normal_(part.weight, std=_EMBEDDING_STD)
+            elif isinstance(part, CovariateEmbedding):
+                nn.init.normal_(part.slope, std=_EMBEDDING_STD)
 
     def set_loss_fn(self, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Use ``loss_fn(logits, label)``, of one value per row, or in pretraining, of ``(H, P)``
@@ -182,12 +270,16 @@ class Backbone(nn.Module):
     def export(self) -> ExportedProgram:
         """A program of standard operators from padded tokens to :meth:`embed`'s mean, or to a
         classifier's outputs; it loads wherever torch does. Puts the model into evaluation mode."""
-        widths = self.config.tubelet_width, self.config.n_pos_dims
-        example = (*(torch.zeros(2, 5, n) for n in widths), torch.ones(2, 5, dtype=torch.bool))
-        dynamic = {0: Dim("batch", min=1), 1: Dim("length", min=1)}
+        c, n_series = self.config, Dim("batch", min=1)
+        example = [torch.zeros(2, 5, n) for n in (c.tubelet_width, c.n_pos_dims)]
+        example.append(torch.ones(2, 5, dtype=torch.bool))
+        shapes = [{0: n_series, 1: Dim("length", min=1)}] * 3
+        if c.covariates:
+            example.append(torch.zeros(2, len(c.covariates)))
+            shapes.append({0: n_series})
         with torch.no_grad():
             return torch.export.export(
-                self.eval().padded(), example, dynamic_shapes=(dynamic, dynamic, dynamic)
+                self.eval().padded(), tuple(example), dynamic_shapes=tuple(shapes)
             )
 
     def padded(self) -> PaddedModel:
@@ -201,12 +293,16 @@ class Backbone(nn.Module):
                 part.compile_regions()
 
     def pack(
-        self, values: Tensor, positions: Tensor | None, pad_mask: Tensor | None
+        self,
+        values: Tensor,
+        positions: Tensor | None,
+        pad_mask: Tensor | None,
+        covariates: Tensor | None = None,
     ) -> tuple[PackedBatch, Tensor, Tensor]:
         """Padded tensors → packed batch; see :func:`roma_core.model.packing.pack`."""
         if positions is None:
             raise TypeError("positions are required, of shape (batch, n_pos_dims, tokens)")
-        return pack(values, positions, pad_mask, self.config)
+        return pack(values, positions, pad_mask, self.config, covariates)
 
     def embed(
         self,
@@ -214,11 +310,12 @@ class Backbone(nn.Module):
         positions: Tensor | None = None,
         pad_mask: Tensor | None = None,
         pooling: Pooling = "mean",
+        covariates: Tensor | None = None,
     ) -> Tensor:
         """Output of the last block, unnormalised, with every real token visible.
 
         Args:
-            values, positions, pad_mask: as for calling the model.
+            values, positions, pad_mask, covariates: as for calling the model.
             pooling: ``mean`` of the real tokens, the ``cls`` token, or every ``token``.
 
         Returns:
@@ -231,7 +328,7 @@ class Backbone(nn.Module):
             raise ValueError("pooling='cls' reads a token that this model lacks: use_cls=False")
         if isinstance(values, PackedBatch):
             return self.features(values, pooling)
-        batch, order, rows = self.pack(values, positions, pad_mask)
+        batch, order, rows = self.pack(values, positions, pad_mask, covariates)
         packed = self.features(batch, pooling)
         if pooling == "token":
             assert positions is not None
@@ -243,12 +340,13 @@ class Backbone(nn.Module):
         self.check_packed(batch)
         segments = batch.segments
         x, rotations, layout = self.embed_rows(
-            batch.tokens, batch.positions, segments.index_in_series, segments
+            batch.tokens, batch.positions, segments.index_in_series, segments, batch.covariates
         )
         if pooling == "cls":
-            first = OutputRows(layout.cls_rows, Segments([1] * segments.count, segments.device))
+            cls_rows = layout.prefix_rows[:, 0]
+            first = OutputRows(cls_rows, Segments([1] * segments.count, segments.device))
             return self.encoder(x, rotations, layout.segments, first)
-        rows = None if self.cls is None else OutputRows(layout.token_rows, segments)
+        rows = OutputRows(layout.token_rows, segments) if self.config.n_prefix else None
         x = self.encoder(x, rotations, layout.segments, rows)  # (T, d)
         if pooling == "token":
             return x
@@ -265,42 +363,54 @@ class Backbone(nn.Module):
                 f"for tokens of {c.tubelet_width} (tubelet_size={c.tubelet_size} × n_channels={c.n_channels}) "
                 f"and n_pos_dims={c.n_pos_dims}; compare the data set's schema with the model's configuration"
             )
-        n_rows = batch.segments.max_seqlen + int(self.cls is not None)
+        given = 0 if batch.covariates is None else batch.covariates.shape[1]
+        if given != len(c.covariates):
+            raise ValueError(
+                f"the batch has {given} covariates of each series, but the model was built for "
+                f"{len(c.covariates)}; give covariates of shape (batch, {len(c.covariates)}), NaN where missing"
+            )
+        n_rows = batch.segments.max_seqlen + c.n_prefix
         if self.sinusoidal is not None and n_rows > c.max_len:
             raise ValueError(
                 f"a series needs {n_rows} rows of the absolute table, which has max_len={c.max_len}; "
                 f"raise max_len or use pos_encoding='ropend'"
             )
 
-    def layout_of(self, segments: Segments) -> Layout:
-        return segments.without_cls if self.cls is None else segments.with_cls
-
     def embed_rows(
-        self, tokens: Tensor, positions: Tensor, index: Tensor, segments: Segments
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        index: Tensor,
+        segments: Segments,
+        covariates: Tensor | None,
     ) -> tuple[Tensor, Rotations, Layout]:
-        """Project some tokens and put CLS in front of each series.
+        """Embed some tokens and put CLS and covariates in front of each series.
 
-        From ``(V, P)``, ``(V, D)`` and ``(V,)``, the index of each token in its full series, to
-        ``(V + B, d)`` of the weights' type (``(V, d)`` without CLS), rotations, and the layout.
+        From ``(V, P)``, ``(V, D)``, ``(V,)``, the index of each token in its full series, and
+        ``(B, K)``, to ``(V + B R, d)`` of the weights' type, rotations, and the layout.
         """
         # the residual stream keeps its precision; under autocast only products are in 16 bits
         dtype = self.projection.weight.dtype
         tokens = tokens.to(dtype)
+        if self.config.missing_values:
+            tokens = with_observed_flags(tokens)
         x = self.projection(tokens).to(dtype)
         if self.neighbourhood is not None:
             x = x + self.neighbourhood(tokens, positions, segments.ids).to(dtype)
+        if self.categories is not None:
+            x = x + self.categories(positions)
         if self.sinusoidal is not None:
             shift = 0 if self.cls is None else 1
             x = x + self.sinusoidal(index + shift)
-        layout = self.layout_of(segments)
-        if self.cls is None:
+        layout = segments.with_prefix(self.config.n_prefix)
+        prefix = prefix_tokens(self, segments.count, covariates)
+        if prefix is None:
             return x, self._rotations(positions), layout
         n_rows, token_rows = layout.segments.total, layout.token_rows
-        cls = self.cls if self.sinusoidal is None else self.cls + self.sinusoidal.table[0]
         full = x.new_empty(n_rows, x.shape[1]).index_copy(0, token_rows, x)
-        full = full.index_copy(0, layout.cls_rows, cls.to(x.dtype).expand(segments.count, -1))
+        full = full.index_copy(0, layout.prefix_rows.flatten(), prefix.flatten(0, 1).to(x.dtype))
         at = positions.new_zeros(n_rows, positions.shape[1])
-        at = at.index_copy(0, token_rows, positions)  # CLS is at 0 on every axis
+        at = at.index_copy(0, token_rows, positions)  # the prefix is at 0 on every axis
         return full, self._rotations(at), layout
 
     def _rotations(self, positions: Tensor) -> Rotations:
@@ -319,30 +429,41 @@ class PaddedModel(nn.Module):
         super().__init__()
         # its parts, not the model: a program saves every parameter that it can reach
         self.projection, self.encoder = model.projection, model.encoder
-        self.neighbourhood, self.cls = model.neighbourhood, model.cls
+        self.neighbourhood, self.categories = model.neighbourhood, model.categories
+        self.cls, self.covariates = model.cls, model.covariates
         self.sinusoidal, self.rotary = model.sinusoidal, model.rotary
+        self.missing_values = model.config.missing_values
         self.pooling, self.head = pooling, head or nn.Identity()
 
-    def forward(self, values: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+    def forward(
+        self, values: Tensor, positions: Tensor, valid: Tensor, covariates: Tensor | None = None
+    ) -> Tensor:
         """``(B, N, P)`` float32 tokens, ``(B, N, D)`` float32, ``(B, N)`` bool → ``(B, d)``.
 
-        Padding may hold any finite number. With ``pooling="token"`` ``(B, N, d)``, arbitrary at
+        ``covariates`` are ``(B, K)`` float32, of a model that has some. Padding may hold any finite
+        number; on an axis with categories, the index of one. With ``pooling="token"`` ``(B, N, d)``, arbitrary at
         padding. With a head its outputs take the place of d.
         """
+        if self.missing_values:
+            values = with_observed_flags(values)
         x = self.projection(values)  # (B, N, d)
         if self.neighbourhood is not None:
             x = x + self.neighbourhood.forward_padded(values, positions, valid)
+        if self.categories is not None:
+            x = x + self.categories(positions)
         if self.sinusoidal is not None:
             shift = 0 if self.cls is None else 1
             x = x + self.sinusoidal.table[shift : shift + x.shape[1]]
-        if self.cls is not None:
-            cls = self.cls if self.sinusoidal is None else self.cls + self.sinusoidal.table[0]
-            x = torch.cat((cls.expand(x.shape[0], 1, -1), x), dim=1)
-            positions = torch.cat((torch.zeros_like(positions[:, :1]), positions), dim=1)
-            valid = torch.cat((torch.ones_like(valid[:, :1]), valid), dim=1)
+        first = 0
+        if (prefix := prefix_tokens(self, x.shape[0], covariates)) is not None:
+            first = prefix.shape[1]
+            x = torch.cat((prefix, x), dim=1)
+            zeros = torch.zeros_like(positions[:, :1]).expand(-1, first, -1)
+            positions = torch.cat((zeros, positions), dim=1)
+            real = torch.ones_like(valid[:, :1]).expand(-1, first)
+            valid = torch.cat((real, valid), dim=1)
         rotations = None if self.rotary is None else self.rotary(positions)
         x = self.encoder.forward_padded(x, rotations, valid)
-        first = 0 if self.cls is None else 1
         if self.pooling == "cls":
             return self.head(x[:, 0])
         if self.pooling == "token":

@@ -98,6 +98,15 @@ class RoMAConfig(RomaSettings):
     position_axes: tuple[PositionAxis, ...] = ()
     """Name, unit, anchor, offset and scale of every axis, applied to positions in float64;
     empty takes them as they are. Stored data sets describe and apply their own."""
+    axis_categories: tuple[NonNegativeInt, ...] = ()
+    """For every position axis the number of its categories, of which each has a learned vector, or 0
+    for a rotary axis; empty: all axes are rotary, as published."""
+    missing_values: bool = False
+    """Numbers of a token may be missing (NaN): each has a flag that says whether it was observed, and
+    pretraining counts observed numbers only."""
+    covariates: tuple[NonNegativeInt, ...] = ()
+    """For every covariate of a series the number of its categories, or 0 for a number. Each is a token
+    without position; it may be missing."""
     value_features: NonNegativeInt = 0
     """Nonlinear features of a token's numbers, added to their linear projection; 0: the
     projection alone, as published. 64 helps where a token holds few numbers."""
@@ -121,10 +130,38 @@ class RoMAConfig(RomaSettings):
         time, height, width = self.tubelet_size
         return time * height * width * self.n_channels
 
+    @property
+    def n_inputs(self) -> int:
+        """Numbers of a token as the projection takes them: with ``missing_values`` a flag each."""
+        return self.tubelet_width * (2 if self.missing_values else 1)
+
+    @property
+    def rotary_axes(self) -> tuple[int, ...]:
+        """Indices of the axes that rotate: all but those with categories."""
+        sizes = self.axis_categories or (0,) * self.n_pos_dims
+        return tuple(axis for axis, size in enumerate(sizes) if not size)
+
+    @property
+    def n_prefix(self) -> int:
+        """Rows in front of each series' tokens: CLS and the covariates."""
+        return int(self.use_cls) + len(self.covariates)
+
     @model_validator(mode="after")
     def _stack_fits_positions(self) -> Self:
         if min(self.tubelet_size) < 1:
             raise ValueError(f"tubelet_size={self.tubelet_size}: every side must be at least 1")
+        if len(self.axis_categories) not in (0, self.n_pos_dims):
+            raise ValueError(
+                f"axis_categories={self.axis_categories} describes {len(self.axis_categories)} axes, but "
+                f"n_pos_dims={self.n_pos_dims}"
+            )
+        if not self.rotary_axes:
+            raise ValueError("all axes have categories; at least one, such as time, must be rotary")
+        if self.pos_encoding == "absolute" and (any(self.axis_categories) or self.covariates):
+            raise ValueError(
+                "pos_encoding='absolute' reproduces published models, which have no categories or "
+                "covariates; use 'ropend'"
+            )
         if len(self.position_axes) not in (0, self.n_pos_dims):
             raise ValueError(
                 f"position_axes describes {len(self.position_axes)} axes "
@@ -135,10 +172,10 @@ class RoMAConfig(RomaSettings):
             if stack is None:
                 continue
             rotary = self.pos_encoding == "ropend"
-            if rotary and stack.head_width // 2 < self.n_pos_dims:
+            if rotary and stack.head_width // 2 < len(self.rotary_axes):
                 raise ValueError(
-                    f"{name}: heads of width {stack.head_width} have {stack.head_width // 2} pairs of "
-                    f"channels, fewer than n_pos_dims={self.n_pos_dims}; use fewer heads or a larger d_model"
+                    f"{name}: heads of width {stack.head_width} have {stack.head_width // 2} pairs of channels, "
+                    f"fewer than the {len(self.rotary_axes)} rotary axes; use fewer heads or a larger d_model"
                 )
             if not rotary and stack.d_model % 2:
                 raise ValueError(
@@ -177,6 +214,8 @@ class RoMAForPreTrainingConfig(RoMAConfig):
                 "normalize_targets needs tubelets of at least 2 numbers; "
                 f"tubelet_size={self.tubelet_size} with n_channels={self.n_channels} has 1"
             )
+        if self.normalize_targets and self.missing_values:
+            raise ValueError("normalize_targets needs whole tubelets; it excludes missing_values")
         if self.mask_ratio_max is not None and self.mask_ratio_max < self.mask_ratio:
             raise ValueError(
                 f"mask_ratio_max={self.mask_ratio_max} is below mask_ratio={self.mask_ratio}, "

@@ -30,9 +30,8 @@ def draw_mask(
     if config.mask_strategy == "channel":
         channel = batch.positions[:, config.channel_axis].round().long()
     rule = config.mask_fractions, config.mask_strategy
-    return batch.with_mask(
-        sample_hidden(batch.segments, batch.sample_ids, *rule, seed, epoch, channel)
-    )
+    hidden = sample_hidden(batch.segments, batch.sample_ids, *rule, seed, epoch, channel)
+    return batch.with_mask(hidden, config.missing_values)
 
 
 def sample_hidden(

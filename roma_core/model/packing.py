@@ -3,6 +3,7 @@
 Shapes, here and in the rest of ``roma_core.model``:
     B series    N tokens of a series, padded    T tokens of all series    P numbers of a token
     D position axes    C channels    V visible tokens    H hidden tokens    d width    h heads
+    K covariates of a series    R rows in front of its tokens: CLS and the covariates
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Segments:
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
         self.lengths = tuple(lengths)
         self.device = torch.device(device)
+        self._layouts: dict[int, Layout] = {}
 
     @property
     def count(self) -> int:
@@ -66,18 +68,18 @@ class Segments:
         """``(T,)`` int64: 0 for the first row of each series."""
         return torch.arange(self.total, device=self.device) - self.cu_seqlens[:-1].long()[self.ids]
 
-    @cached_property
-    def with_cls(self) -> Layout:
-        return Layout(
-            segments=Segments([n + 1 for n in self.lengths], self.device),
-            token_rows=torch.arange(self.total, device=self.device) + self.ids + 1,
-            cls_rows=self.cu_seqlens[:-1].long() + torch.arange(self.count, device=self.device),
-        )
-
-    @cached_property
-    def without_cls(self) -> Layout:
-        rows = torch.arange(self.total, device=self.device)
-        return Layout(segments=self, token_rows=rows, cls_rows=rows[:0])
+    def with_prefix(self, n: int) -> Layout:
+        """Where rows go with ``n`` rows in front of each series' tokens."""
+        if n not in self._layouts:
+            rows = torch.arange(self.total, device=self.device)
+            prefix = torch.arange(n, device=self.device)
+            first = self.cu_seqlens[:-1].long() + n * torch.arange(self.count, device=self.device)
+            self._layouts[n] = Layout(
+                segments=Segments([m + n for m in self.lengths], self.device) if n else self,
+                token_rows=rows + n * (self.ids + 1) if n else rows,
+                prefix_rows=first[:, None] + prefix,
+            )
+        return self._layouts[n]
 
     def to(self, device: torch.device | str) -> Segments:
         return self if torch.device(device) == self.device else Segments(self.lengths, device)
@@ -85,11 +87,11 @@ class Segments:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the rows of some series go in the encoder's input, CLS in front of each if there is one."""
+    """Where the rows of some series go in the encoder's input: CLS, covariates, tokens."""
 
     segments: Segments
     token_rows: Tensor  # (T,) int64
-    cls_rows: Tensor  # (B,) int64, or (0,) without CLS
+    prefix_rows: Tensor  # (B, R) int64, CLS first
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class MaskedTokens:
     visible: Segments
     hidden_rows: Tensor  # (H,) int64
     hidden: Segments
+    n_targets: float | None = None  # terms of the loss; None: one per hidden token
 
     @classmethod
     def of(cls, hidden: Tensor, segments: Segments) -> MaskedTokens:
@@ -118,7 +121,8 @@ class MaskedTokens:
 
     def map(self, move: Callable[[Tensor], Tensor], device: torch.device | str) -> MaskedTokens:
         rows = move(self.visible_rows), move(self.hidden_rows)
-        return MaskedTokens(rows[0], self.visible.to(device), rows[1], self.hidden.to(device))
+        both = self.visible.to(device), self.hidden.to(device)
+        return MaskedTokens(rows[0], both[0], rows[1], both[1], self.n_targets)
 
 
 def _rows_where(mask: Tensor) -> Tensor:
@@ -132,14 +136,15 @@ def _rows_where(mask: Tensor) -> Tensor:
 class PackedBatch:
     """A batch of series of different lengths, without padding, one after the other."""
 
-    tokens: Tensor  # (T, P) float
-    positions: Tensor  # (T, D) float32
+    tokens: Tensor  # (T, P) float; NaN: not observed, for a model with missing_values
+    positions: Tensor  # (T, D) float32; on an axis with categories their indices
     segments: Segments
     sample_ids: Tensor  # (B,) int64, stable over epochs and processes; masks depend on them
     indices: Tensor | None = None  # (B,) int64, rows of the data set the batch was drawn from
     # (B,) int64 classes or (B, K) float targets; for a head on every token (T,) or (T, K)
     labels: Tensor | None = None
     masked: MaskedTokens | None = None  # in pretraining; None lets the model draw
+    covariates: Tensor | None = None  # (B, K) float32: numbers, indices of categories, NaN: missing
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Move everything; copies from pinned memory overlap with computation."""
@@ -158,11 +163,21 @@ class PackedBatch:
             indices=self.indices,  # read on the host only
             labels=None if self.labels is None else move(self.labels),
             masked=None if self.masked is None else self.masked.map(move, device),
+            covariates=None if self.covariates is None else move(self.covariates),
         )
 
-    def with_mask(self, hidden: Tensor) -> PackedBatch:
-        """Hide the tokens where ``(T,)`` bool ``hidden`` is True."""
-        return replace(self, masked=MaskedTokens.of(hidden, self.segments))
+    def with_mask(self, hidden: Tensor, missing_values: bool = False) -> PackedBatch:
+        """Hide the tokens where ``(T,)`` bool ``hidden`` is True.
+
+        With ``missing_values`` the numbers of hidden tokens that were observed are counted, which costs
+        a wait for the device on GPU.
+        """
+        masked = MaskedTokens.of(hidden, self.segments)
+        if missing_values:
+            targets = self.tokens[masked.hidden_rows]
+            n_targets = float(targets.isfinite().sum()) / targets.shape[1]
+            masked = replace(masked, n_targets=n_targets)
+        return replace(self, masked=masked)
 
 
 def patchify(values: Tensor, tubelet_size: tuple[int, int, int]) -> Tensor:
@@ -186,14 +201,20 @@ def patchify(values: Tensor, tubelet_size: tuple[int, int, int]) -> Tensor:
 
 
 def pack(
-    values: Tensor, positions: Tensor, pad_mask: Tensor | None, config: RoMAConfig
+    values: Tensor,
+    positions: Tensor,
+    pad_mask: Tensor | None,
+    config: RoMAConfig,
+    covariates: Tensor | None = None,
 ) -> tuple[PackedBatch, Tensor, Tensor]:
     """Pack padded tensors, shortest series first so that equal lengths are adjacent.
 
     Args:
-        values: ``(B, time, C, height, width)`` float; padding may hold anything.
-        positions: ``(B, D, N)`` of any real type.
+        values: ``(B, time, C, height, width)`` float; padding may hold anything. With ``missing_values``
+            NaN marks numbers that were not observed, of which a real token has at least one observed.
+        positions: ``(B, D, N)`` of any real type; on an axis with categories their indices.
         pad_mask: ``(B, N)`` bool, True where a token is padding; None: no padding.
+        covariates: ``(B, K)``, numbers and indices of categories, NaN where missing.
 
     Returns:
         batch: without labels and mask; ``sample_ids`` count the rows of ``values``.
@@ -206,7 +227,7 @@ def pack(
     tokens, valid = check_inputs(values, positions, pad_mask, config)
     axes = config.position_axes
     at = to_model_positions(positions, origin(positions, valid, axes), axes)
-    return pack_tokens(tokens, at, valid)
+    return pack_tokens(tokens, at, valid, config, covariates)
 
 
 def check_inputs(
@@ -256,7 +277,11 @@ def check_positions(
 
 
 def pack_tokens(
-    tokens: Tensor, positions: Tensor, valid: Tensor
+    tokens: Tensor,
+    positions: Tensor,
+    valid: Tensor,
+    config: RoMAConfig,
+    covariates: Tensor | None = None,
 ) -> tuple[PackedBatch, Tensor, Tensor]:
     """``(B, N, P)``, ``(B, D, N)`` float64 and ``(B, N)`` bool → what :func:`pack` returns."""
     n_series, n_tokens, width = tokens.shape
@@ -266,19 +291,33 @@ def pack_tokens(
     rows = index[order][valid[order]]  # (T,)
     packed = tokens.reshape(-1, width)[rows]
     at = positions.transpose(1, 2).flatten(0, 1)[rows]  # (T, D)
-    for name, numbers in (("values", packed), ("positions", at)):
-        finite = numbers.isfinite().all(1)
-        if not bool(finite.all()):
-            series, token = divmod(int(rows[(~finite).nonzero()[0, 0]]), n_tokens)
+    observed = packed.isfinite()
+    usable = observed.any(1) & ~packed.isinf().any(1) if config.missing_values else observed.all(1)
+    for name, good in (("values", usable), ("positions", at.isfinite().all(1))):
+        if not bool(good.all()):
+            series, token = divmod(int(rows[(~good).nonzero()[0, 0]]), n_tokens)
+            if name == "values" and config.missing_values:
+                raise ValueError(
+                    f"values of a real token must have a finite number, and NaN where one was not observed; "
+                    f"series {series}, token {token} has infinity, or none"
+                )
             raise ValueError(
                 f"{name} must be finite at real tokens; series {series}, token {token} has NaN or infinity. "
                 f"Leave unobserved tokens out or mark them in pad_mask"
+            )
+    for axis, size in enumerate(config.axis_categories):
+        codes = at[:, axis]
+        if size and bool(((codes < 0) | (codes >= size) | (codes != codes.round())).any()):
+            raise ValueError(
+                f"positions of axis {axis} must be indices of its {size} categories, 0 to {size - 1}; they "
+                f"reach from {float(codes.min()):g} to {float(codes.max()):g}"
             )
     batch = PackedBatch(
         tokens=packed,
         positions=to_float32(at),
         segments=Segments(lengths[order].tolist(), tokens.device),
         sample_ids=order,
+        covariates=None if covariates is None else covariates[order].float(),
     )
     return batch, order, rows
 

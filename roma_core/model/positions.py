@@ -67,11 +67,12 @@ def pairs_per_axis(head_width: int, n_axes: int) -> list[int]:
 class RotaryEmbedding(nn.Module):
     """Positions → rotations in float32; the fastest fraction ``p`` of each axis's pairs rotates."""
 
-    def __init__(self, head_width: int, n_axes: int, p: float) -> None:
+    def __init__(self, head_width: int, axes: Sequence[int], p: float) -> None:
+        """``axes``: the columns of positions that rotate."""
         super().__init__()
         axis_of_pair: list[int] = []
         timescales: list[float] = []
-        for axis, n_pairs in enumerate(pairs_per_axis(head_width, n_axes)):
+        for axis, n_pairs in zip(axes, pairs_per_axis(head_width, len(axes)), strict=True):
             n_rotating = int(p * 2 * n_pairs) // 2
             axis_of_pair += [axis] * n_pairs
             timescales += [

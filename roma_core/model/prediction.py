@@ -79,6 +79,7 @@ class RoMAForClassification(Backbone):
         positions: Tensor | None = None,
         pad_mask: Tensor | None = None,
         label: Tensor | None = None,
+        covariates: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Classify series.
 
@@ -88,6 +89,7 @@ class RoMAForClassification(Backbone):
             pad_mask: ``(B, N)`` bool, True at padding.
             label: ``(B,)`` int64 classes, or float targets ``(B, dim_output)`` for regression. With a
                 head on every token ``(B, N)`` or ``(B, N, dim_output)``; padding is ignored.
+            covariates: ``(B, K)`` numbers and indices of categories, NaN where missing.
 
         Returns:
             logits: ``(B, dim_output)``; with a head on every token ``(B, N, dim_output)``, zero at
@@ -101,7 +103,7 @@ class RoMAForClassification(Backbone):
         if isinstance(values, PackedBatch):
             packed = head(self.features(values, pooling))
             return packed, self._loss(packed, values.labels)
-        batch, order, rows = self.pack(values, positions, pad_mask)
+        batch, order, rows = self.pack(values, positions, pad_mask, covariates)
         packed = head(self.features(batch, pooling))
         if pooling != "token":
             logits = packed.new_empty(packed.shape).index_copy(0, order, packed)

@@ -67,6 +67,7 @@ class RoMAForPreTraining(Backbone):
         stack, decoder = self.config.encoder_config, self.config.decoder_config
         self.encoder_decoder_proj = nn.Linear(stack.d_model, decoder.d_model)
         self.mask_token = nn.Parameter(torch.empty(decoder.d_model))
+        self.decoder_categories = self.category_embedding(decoder)
         self.decoder = Encoder(decoder)
         self.decoder_rotary, self.decoder_sinusoidal = self._position_embeddings(decoder)
         self.head = Head(
@@ -102,8 +103,14 @@ class RoMAForPreTraining(Backbone):
         return model
 
     def loss_count(self, batch: PackedBatch) -> float:
-        """Number of terms in the mean that is the loss of a packed batch: its hidden tokens."""
-        return 0.0 if batch.masked is None else float(batch.masked.hidden.total)
+        """Number of terms in the mean that is the loss of a packed batch: its hidden tokens.
+
+        With ``missing_values`` the hidden numbers that were observed, divided by P.
+        """
+        if batch.masked is None:
+            return 0.0
+        n_targets = batch.masked.n_targets
+        return float(batch.masked.hidden.total if n_targets is None else n_targets)
 
     def forward(
         self,
@@ -112,6 +119,7 @@ class RoMAForPreTraining(Backbone):
         pad_mask: Tensor | None = None,
         label: Tensor | None = None,
         mask: Tensor | None = None,
+        covariates: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Reconstruct hidden tokens.
 
@@ -122,12 +130,14 @@ class RoMAForPreTraining(Backbone):
             label: accepted and ignored, so that both models take the same items.
             mask: ``(B, N)`` bool, True where hidden; padding in it is ignored. None draws a mask
                 of ``mask_ratio`` from torch's generator.
+            covariates: ``(B, K)`` numbers and indices of categories, NaN where missing.
 
         Returns:
             logits: ``(B, M, P)``; row m belongs to the m-th hidden real token of its series in
                 ascending index, M is the largest count; rows past a series' own count are zero.
                 For a packed batch ``(H, P)``. None if nothing is hidden.
-            loss: mean over the numbers of hidden real tokens; None if nothing is hidden.
+            loss: mean over the numbers of hidden real tokens, of those that were observed; None if
+                nothing is hidden.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
@@ -136,7 +146,7 @@ class RoMAForPreTraining(Backbone):
         if isinstance(values, PackedBatch):
             batch = values
         else:
-            batch, order, rows = self.pack(values, positions, pad_mask)
+            batch, order, rows = self.pack(values, positions, pad_mask, covariates)
             if mask is not None:
                 assert positions is not None
                 shape = (len(order), positions.shape[2])
@@ -145,7 +155,7 @@ class RoMAForPreTraining(Backbone):
                         f"mask must be bool of shape (batch, tokens) = {shape}, True where hidden; "
                         f"got {mask.dtype} of shape {tuple(mask.shape)}"
                     )
-                batch = batch.with_mask(mask.reshape(-1)[rows])
+                batch = batch.with_mask(mask.reshape(-1)[rows], self.config.missing_values)
         self.check_packed(batch)
         if batch.masked is None:
             batch = draw_mask(batch, self.config, int(torch.randint(2**31, ())), epoch=0)
@@ -165,7 +175,13 @@ class RoMAForPreTraining(Backbone):
         if self.config.normalize_targets:
             mean, deviation = _tubelet_statistics(targets)
             targets = (targets - mean) / deviation
-        loss = self.loss_fn(outputs, targets.to(outputs.dtype)).mean()
+        targets = targets.to(outputs.dtype)
+        if self.config.missing_values:
+            missing = targets.isnan()
+            losses = self.loss_fn(outputs, targets.masked_fill(missing, 0)).masked_fill(missing, 0)
+            loss = losses.sum() / (~missing).sum()
+        else:
+            loss = self.loss_fn(outputs, targets).mean()
         logits = outputs[:, : self.config.tubelet_width]
         return (logits if order is None else unpack(logits, masked.hidden, order)), loss
 
@@ -176,12 +192,13 @@ class RoMAForPreTraining(Backbone):
         pad_mask: Tensor | None = None,
         *,
         query_positions: Tensor,
+        covariates: Tensor | None = None,
         denormalise: bool = True,
     ) -> Reconstruction:
         """Predict the values at any positions from all observed tokens: interpolation, forecasting.
 
         Args:
-            values, positions, pad_mask: as for calling the model.
+            values, positions, pad_mask, covariates: as for calling the model.
             query_positions: ``(B, D, Q)`` or ``(D, Q)``, of any real type, in the units of ``positions``.
             denormalise: return values in the units of the data, by the ``data_schema`` saved with the
                 weights; without a schema they are in the model's units either way.
@@ -212,6 +229,8 @@ class RoMAForPreTraining(Backbone):
             torch.cat((tokens, tokens.new_zeros(n_series, n_queries, width)), dim=1),
             torch.cat(both, dim=2),
             F.pad(valid, (0, n_queries), value=True),
+            self.config,
+            covariates,
         )
         is_query = rows % (n_tokens + n_queries) >= n_tokens
         masked = MaskedTokens.of(is_query, batch.segments)
@@ -240,16 +259,16 @@ class RoMAForPreTraining(Backbone):
         self.check_packed(batch)
         seen = masked.visible_rows
         x, rotations, inner = self.embed_rows(
-            batch.tokens[seen], batch.positions[seen], index[seen], masked.visible
+            batch.tokens[seen], batch.positions[seen], index[seen], masked.visible, batch.covariates
         )
         x = self.encoder(F.dropout(x, drop, self.training), rotations, inner.segments)
         x = self.encoder_decoder_proj(x)
 
         # encoder outputs return to their rows in the full series; the other rows are mask tokens
-        full = self.layout_of(segments)
+        full = segments.with_prefix(self.config.n_prefix)
         to_full = full.token_rows.new_empty(inner.segments.total)
         to_full[inner.token_rows] = full.token_rows[seen]
-        to_full[inner.cls_rows] = full.cls_rows
+        to_full[inner.prefix_rows] = full.prefix_rows
         at = batch.positions.new_zeros(full.segments.total, batch.positions.shape[1])
         at[full.token_rows] = batch.positions
         hidden_rows = full.token_rows[masked.hidden_rows]
@@ -257,6 +276,8 @@ class RoMAForPreTraining(Backbone):
         if self.decoder_sinusoidal is not None:
             sines = self.decoder_sinusoidal(index[masked.hidden_rows])
             mask_tokens = mask_tokens + sines.to(x.dtype)
+        if self.decoder_categories is not None:  # what the token is that is to be reconstructed
+            mask_tokens = mask_tokens + self.decoder_categories(batch.positions[masked.hidden_rows])
         mask_tokens = F.dropout(mask_tokens, drop, self.training)
         y = x.new_empty(full.segments.total, x.shape[1])
         y = y.index_copy(0, to_full, x).index_copy(0, hidden_rows, mask_tokens)

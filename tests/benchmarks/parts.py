@@ -55,7 +55,7 @@ def main() -> None:
     x, hidden = leaf(args.rows, 192), leaf(768, 192)
     norm = RMSNorm(192, 1e-12)
     heads = leaf(args.rows, 6, 64)
-    rotations = RotaryEmbedding(64, 1, 0.75)(torch.rand(args.rows, 1) * 100)
+    rotations = RotaryEmbedding(64, [0], 0.75)(torch.rand(args.rows, 1) * 100)
     lengths = sorted(_lengths(64).tolist())
     segments, longest = Segments(lengths), max(lengths)
     q, k, v = (leaf(segments.total, 3, 64) for _ in range(3))

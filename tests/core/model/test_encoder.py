@@ -34,7 +34,7 @@ def packed(lengths, seed=0):
     segments = Segments(lengths)
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(segments.total, 24, generator=g, requires_grad=True)
-    rotations = RotaryEmbedding(12, 1, 0.75)(torch.rand(segments.total, 1, generator=g) * 20)
+    rotations = RotaryEmbedding(12, [0], 0.75)(torch.rand(segments.total, 1, generator=g) * 20)
     assert segments.cu_seqlens is not None
     return x, rotations, segments
 

@@ -31,7 +31,7 @@ def scores(q, k, positions, rotation):
 def test_attention_scores_do_not_change_when_an_axis_shifts(n_axes, shift, p):
     q, k = torch.randn(2, 5, 2, WIDTH, generator=torch.Generator().manual_seed(0))
     positions = torch.rand(5, n_axes, generator=torch.Generator().manual_seed(1)) * 10
-    rotation = RotaryEmbedding(WIDTH, n_axes, p)
+    rotation = RotaryEmbedding(WIDTH, range(n_axes), p)
     moved = positions.clone()
     moved[:, n_axes - 1] += shift
     torch.testing.assert_close(
@@ -42,7 +42,7 @@ def test_attention_scores_do_not_change_when_an_axis_shifts(n_axes, shift, p):
 @pytest.mark.parametrize("n_axes", [1, 2, 3])
 @pytest.mark.parametrize("width", [WIDTH, 64, 42])
 def test_an_axis_turns_its_own_fastest_pairs_and_no_others(n_axes, width):
-    rotation = RotaryEmbedding(width, n_axes, 0.75)
+    rotation = RotaryEmbedding(width, range(n_axes), 0.75)
     x = torch.randn(1, 1, width, generator=torch.Generator().manual_seed(0))
     start = 0
     for axis, pairs in enumerate(pairs_per_axis(width, n_axes)):
@@ -88,7 +88,7 @@ def test_positions_of_any_number_type_agree():
 
 
 def test_tables_keep_their_precision_in_a_16_bit_network():
-    rotation = RotaryEmbedding(WIDTH, 1, 0.75)
+    rotation = RotaryEmbedding(WIDTH, [0], 0.75)
     at = torch.tensor([[1001.0]])
     exact = rotation(at)
     with torch.autocast("cpu", torch.bfloat16):
