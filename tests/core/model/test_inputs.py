@@ -1,0 +1,188 @@
+"""Missing values, categories and covariates as inputs of both models."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from roma_core import RoMAForClassificationConfig, RoMAForPreTrainingConfig
+from roma_core.model.export import export_classifier
+from roma_core.model.packing import pack
+from tests.core.model.small_models import autoencoder, classifier
+
+CATEGORIES = {"n_pos_dims": 2, "axis_categories": (0, 3)}
+COVARIATES = (0, 2)  # a number and a category of two
+NAN = float("nan")
+
+
+def batch(lengths=(6, 3), missing=False, seed=0):
+    """Padded series on a time axis and an axis of three categories, with covariates."""
+    g = torch.Generator().manual_seed(seed)
+    n, longest = len(lengths), max(lengths)
+    values = torch.randn(n, longest, 2, 1, 1, generator=g)
+    if missing:
+        hole = torch.rand(n, longest, generator=g) < 0.6
+        values[:, :, 1, 0, 0] = values[:, :, 1, 0, 0].masked_fill(hole, NAN)
+    time = torch.rand(n, 1, longest, generator=g) * 40
+    category = torch.randint(3, (n, 1, longest), generator=g).float()
+    pad_mask = torch.arange(longest) >= torch.tensor(lengths)[:, None]
+    covariates = torch.tensor([[0.7, 1.0], [NAN, NAN]])[:n]
+    return values, torch.cat((time, category), dim=1), pad_mask, covariates
+
+
+INPUTS = [
+    {"missing_values": missing, "covariates": covariates, **categories}
+    for missing, covariates, categories in itertools.product(
+        (False, True), ((), COVARIATES), ({}, CATEGORIES)
+    )
+]
+
+
+@pytest.mark.parametrize(("use_cls", "neighbours"), [(True, 0), (False, 2)])
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_the_exported_program_equals_the_model(inputs, use_cls, neighbours):
+    model = classifier(
+        **inputs, use_cls=use_cls, neighbours=neighbours, pooling="cls" if use_cls else "mean"
+    )
+    program = export_classifier(model).module()
+    for lengths in ([6, 3], [4]):
+        values, positions, pad_mask, covariates = batch(lengths, inputs["missing_values"])
+        given = covariates if inputs["covariates"] else None
+        with torch.no_grad():
+            expected, _ = model(values, positions, pad_mask, covariates=given)
+            arguments = (values.flatten(2), positions.transpose(1, 2).contiguous(), ~pad_mask)
+            logits = program(*arguments, *(() if given is None else (given,)))
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_missing_number_is_not_a_zero():
+    model = classifier(missing_values=True)
+    values, positions, pad_mask, _ = batch(missing=True)
+    logits, _ = model(values, positions, pad_mask)
+    zeros, _ = model(values.nan_to_num(0.0), positions, pad_mask)
+    assert not torch.allclose(logits, zeros)
+
+
+def test_neighbours_do_not_compare_a_number_with_a_missing_one():
+    model = classifier(missing_values=True, neighbours=1)
+    values, positions, pad_mask, _ = batch([3], missing=False)
+    values[0, 1, 1] = NAN
+    features = model.neighbourhood
+    seen = []
+    features.features.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    model(values, positions, pad_mask)
+    order = positions[0, 0].argsort()
+    first_to_second = seen[0][:, 4 + 1 * 7 :][:, :4]  # after the token, the offset of +1
+    for here in range(2):
+        a, b = values[0, order[here], :, 0, 0], values[0, order[here + 1], :, 0, 0]
+        both = ~(a.isnan() | b.isnan())
+        expected = torch.cat(((b - a).nan_to_num(0.0) * both, both.float()))
+        torch.testing.assert_close(first_to_second[here], expected)
+
+
+def test_the_reconstruction_loss_counts_observed_numbers_only():
+    model = autoencoder(missing_values=True)
+    values, positions, pad_mask, _ = batch(missing=True)
+    mask = torch.zeros_like(pad_mask)
+    mask[0, [1, 2, 4]] = mask[1, 0] = True
+    logits, loss = model(values, positions, pad_mask, mask=mask)
+    predicted = torch.cat((logits[0, :3], logits[1, :1]))
+    true = values[mask][:, :, 0, 0]
+    observed = true.isfinite()
+    assert 0 < int(observed.sum()) < observed.numel()
+    expected = ((predicted - true)[observed] ** 2).mean()
+    torch.testing.assert_close(loss, expected)
+
+    packed, _, rows = pack(values, positions, pad_mask, model.config)
+    packed = packed.with_mask(mask.reshape(-1)[rows], missing_values=True)
+    assert model.loss_count(packed) == pytest.approx(float(observed.sum()) / 2)
+
+
+def test_gradients_are_finite_where_numbers_are_missing():
+    for variance in (False, True):
+        model = autoencoder(missing_values=True, predict_variance=variance).train()
+        values, positions, pad_mask, _ = batch(missing=True)
+        _, loss = model(values, positions, pad_mask)
+        loss.backward()
+        assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+def test_the_decoder_knows_which_category_it_reconstructs():
+    model = autoencoder(**CATEGORIES)
+    values, positions, pad_mask, _ = batch([6])
+    times = positions[:, :1, :3] + 0.5
+    answers = [
+        model.reconstruct(
+            values,
+            positions,
+            pad_mask,
+            query_positions=torch.cat((times, torch.full_like(times, category)), dim=1),
+        ).mean
+        for category in (0, 1, 2)
+    ]
+    for a, b in itertools.combinations(answers, 2):
+        assert not torch.allclose(a, b)
+
+
+def test_a_category_is_no_distance():
+    """Renaming the categories in model and data alike changes nothing."""
+    model = classifier(**CATEGORIES)
+    values, positions, pad_mask, _ = batch()
+    before, _ = model(values, positions, pad_mask)
+    renamed = torch.tensor([2, 0, 1])
+    with torch.no_grad():
+        table = model.categories.tables[0].weight
+        table.copy_(table[renamed.argsort()])
+    positions[:, 1] = renamed[positions[:, 1].long()].float()
+    after, _ = model(values, positions, pad_mask)
+    torch.testing.assert_close(before, after)
+
+
+def test_covariates_and_their_absence_change_the_answer():
+    model = classifier(covariates=COVARIATES)
+    values, positions, pad_mask, _ = batch([6])
+    answers = [
+        model(values, positions, pad_mask, covariates=torch.tensor([row]))[0]
+        for row in ([0.7, 1.0], [0.7, 0.0], [1.4, 1.0], [NAN, 1.0], [0.7, NAN])
+    ]
+    for a, b in itertools.combinations(answers, 2):
+        assert not torch.allclose(a, b)
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    values, positions, pad_mask, covariates = batch(missing=True)
+    with pytest.raises(ValueError, match="values must be finite at real tokens"):
+        classifier()(values, positions, pad_mask)
+    with pytest.raises(ValueError, match="must have a finite number, and NaN where"):
+        classifier(missing_values=True)(torch.full_like(values, NAN), positions, pad_mask)
+    values = values.nan_to_num(0.0)
+    with pytest.raises(ValueError, match=r"indices of its 3 categories, 0 to 2; .* to 3"):
+        classifier(**CATEGORIES)(values, positions + torch.tensor([[0.0], [1.0]]), pad_mask)
+    with pytest.raises(
+        ValueError, match="0 covariates of each series, but the model was built for 2"
+    ):
+        classifier(covariates=COVARIATES)(values, positions, pad_mask)
+    with pytest.raises(
+        ValueError, match="2 covariates of each series, but the model was built for 0"
+    ):
+        classifier()(values, positions, pad_mask, covariates=covariates)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"axis_categories": (0, 3), "n_pos_dims": 1}, "describes 2 axes"),
+        ({"axis_categories": (3,), "n_pos_dims": 1}, "at least one, such as time, must be rotary"),
+        ({"covariates": (0,), "pos_encoding": "absolute"}, "reproduces published models"),
+    ],
+)
+def test_configurations_that_contradict_themselves_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        RoMAForClassificationConfig(**changes)
+
+
+def test_standardised_targets_need_whole_tubelets():
+    with pytest.raises(ValueError, match="excludes missing_values"):
+        RoMAForPreTrainingConfig(missing_values=True, normalize_targets=True, n_channels=4)
