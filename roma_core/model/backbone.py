@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from roma_core.model.config import (
-    NEIGHBOUR_FEATURES,
-    SCHEMA_VERSION,
-    EncoderConfig,
-    RoMAConfig,
+from roma_core.model.config import SCHEMA_VERSION, EncoderConfig, RoMAConfig
+from roma_core.model.embedding import (
+    EMBEDDINGS,
+    CategoryEmbedding,
+    CovariateEmbedding,
+    Neighbourhood,
+    Projection,
+    prefix_tokens,
+    with_observed_flags,
 )
 from roma_core.model.encoder import Encoder, Head, OutputRows, initialise
 from roma_core.model.packing import Layout, PackedBatch, Segments, pack, scatter
@@ -24,179 +26,6 @@ from roma_core.model.positions import RotaryEmbedding, Rotations, SinusoidalEmbe
 from roma_core.model.weights import write_weights
 
 Pooling = Literal["cls", "mean", "token"]
-_BIAS_STD = 0.02
-_EMBEDDING_STD = 0.5  # beside a projection of unit spread
-
-
-class Projection(nn.Linear):
-    """``(…, P)`` → ``(…, d)``: linear with bias, as published, plus ``n_features`` of SiLU."""
-
-    def __init__(self, n_numbers: int, width: int, n_features: int) -> None:
-        super().__init__(n_numbers, width)
-        self.features = self.mix = None
-        if n_features:
-            self.features = nn.Linear(n_numbers, n_features)
-            self.mix = nn.Linear(n_features, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        linear = super().forward(x)
-        if self.features is None or self.mix is None:
-            return linear
-        return linear + self.mix(F.silu(self.features(x)))
-
-    @torch.no_grad()
-    def initialise(self) -> None:
-        initialise(self)
-        if self.features is None:
-            # without a bias a series of zeros would stay zero, where the slope of a norm is 1/√eps:
-            # the product of a few such slopes overflows float32
-            nn.init.normal_(self.bias, std=_BIAS_STD)
-        else:
-            _initialise_features(self.features)
-
-
-@torch.no_grad()
-def _initialise_features(features: nn.Linear) -> None:
-    """Inputs have about unit spread, their products with these weights 1.4; biases of unit spread
-    put the bends of SiLU all over that range."""
-    nn.init.normal_(features.weight, std=math.sqrt(2 / features.in_features))
-    nn.init.normal_(features.bias)
-
-
-def with_observed_flags(tokens: Tensor) -> Tensor:
-    """``(…, P)`` with NaN where missing → ``(…, 2 P)``: numbers, 0 where missing, then 1 if observed."""
-    missing = tokens.isnan()
-    return torch.cat((tokens.masked_fill(missing, 0), (~missing).to(tokens.dtype)), dim=-1)
-
-
-class CategoryEmbedding(nn.Module):
-    """A learned vector for every category of every axis that has some, added to a token.
-
-    It says what a token is about: its channel, its band, its sensor.
-    """
-
-    def __init__(self, axis_categories: tuple[int, ...], width: int) -> None:
-        super().__init__()
-        self.axes = [axis for axis, size in enumerate(axis_categories) if size]
-        self.tables = nn.ModuleList(nn.Embedding(axis_categories[a], width) for a in self.axes)
-
-    def forward(self, positions: Tensor) -> Tensor:
-        """``(…, D)`` positions, on these axes indices of categories → ``(…, d)``."""
-        tables = zip(self.axes, self.tables, strict=True)
-        return sum(table(positions[..., axis].long()) for axis, table in tables)
-
-
-class CovariateEmbedding(nn.Module):
-    """Covariates of a series → a token each: a vector, for a number plus its multiple of another."""
-
-    offsets: Tensor  # (K,) int64, the row of each covariate's 'missing'
-    is_number: Tensor  # (K,) bool
-
-    def __init__(self, sizes: tuple[int, ...], width: int) -> None:
-        """``sizes``: categories of each covariate, 0 for a number."""
-        super().__init__()
-        n_rows = [
-            1 + max(1, size) for size in sizes
-        ]  # 'missing', then the number or the categories
-        offsets = torch.tensor([sum(n_rows[:k]) for k in range(len(sizes))])
-        self.register_buffer("offsets", offsets, persistent=False)
-        self.register_buffer("is_number", torch.tensor([size == 0 for size in sizes]), False)
-        self.table = nn.Embedding(sum(n_rows), width)
-        self.slope = nn.Parameter(torch.empty(len(sizes), width))
-
-    def forward(self, covariates: Tensor) -> Tensor:
-        """``(B, K)`` numbers and indices of categories, NaN where missing → ``(B, K, d)``."""
-        missing = covariates.isnan()
-        known = covariates.masked_fill(missing, 0)
-        codes = torch.where(self.is_number, 0, known.long()) + 1
-        rows = self.table(self.offsets + codes.masked_fill(missing, 0))
-        numbers = torch.where(self.is_number, known, 0).to(rows.dtype)
-        return rows + numbers[..., None] * self.slope
-
-
-def prefix_tokens(model: Any, n_series: int, covariates: Tensor | None) -> Tensor | None:
-    """``(B, R, d)``: CLS, then the tokens of ``(B, K)`` covariates; None if the model has neither."""
-    rows = []
-    if model.cls is not None:
-        cls = model.cls if model.sinusoidal is None else model.cls + model.sinusoidal.table[0]
-        rows.append(cls.expand(n_series, 1, -1))
-    if model.covariates is not None:
-        rows.append(model.covariates(covariates).to(model.projection.weight.dtype))
-    return torch.cat(rows, dim=1) if rows else None
-
-
-class Neighbourhood(nn.Module):
-    """Differences of a token from those around it, as features to be added to its projection.
-
-    From few labelled series attention learns late or never to find a token's neighbours. Here every
-    token has from the start its differences in value and position from the tokens 1, 2, 4, 8, … before
-    and after it, as in dilated convolutions. Only tokens that the encoder sees take part, ordered by
-    position, the first axis first; those of another category are of another series.
-    ``python -m tests.benchmarks.results neighbours`` measures the gain.
-    """
-
-    offsets: Tensor  # (K,) int64, relative to the token
-
-    def __init__(self, config: RoMAConfig) -> None:
-        """For 2^0, …, 2^(neighbours - 1) tokens on either side, K in all."""
-        super().__init__()
-        ahead = [2**k for k in range(config.neighbours)]
-        offsets = torch.tensor([*(-offset for offset in ahead), *ahead])
-        self.register_buffer("offsets", offsets, persistent=False)
-        self.axes, self.sizes = config.rotary_axes, config.axis_categories
-        self.has_flags = config.missing_values
-        n_numbers = config.n_inputs
-        n_inputs = n_numbers + 2 * config.neighbours * (n_numbers + len(self.axes) + 1)
-        self.features = nn.Linear(n_inputs, NEIGHBOUR_FEATURES)
-        self.mix = nn.Linear(NEIGHBOUR_FEATURES, config.encoder_config.d_model, bias=False)
-
-    def forward(self, tokens: Tensor, positions: Tensor, series: Tensor) -> Tensor:
-        """``(T, P)``, ``(T, D)`` and ``(T,)`` int64, the series of each token → ``(T, d)``."""
-        for axis, size in enumerate(self.sizes):
-            if size:
-                series = series * size + positions[:, axis].long()
-        positions = positions[:, self.axes] if any(self.sizes) else positions
-        order = torch.arange(positions.shape[0], device=positions.device)
-        for key in (*reversed(positions.unbind(1)), series):  # by series, then by position
-            order = order[key[order].argsort(stable=True)]
-        inputs = self._inputs(tokens[order], positions[order], series[order])
-        found = self.mix(F.silu(self.features(inputs)))
-        return torch.zeros_like(found).index_copy(0, order, found)  # back in the caller's order
-
-    def forward_padded(self, tokens: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
-        """``(B, N, P)``, ``(B, N, D)``, ``(B, N)`` bool → ``(B, N, d)``, arbitrary at padding."""
-        n_series = valid.shape[0]
-        series = torch.arange(n_series, device=valid.device)[:, None]
-        series = torch.where(valid, series, n_series)  # padding is a series of its own
-        found = self(tokens.flatten(0, 1), positions.flatten(0, 1), series.flatten())
-        # sizes from positions: an exported program treats those of other tensors as different numbers
-        return found.unflatten(0, (positions.shape[0], positions.shape[1]))
-
-    def _inputs(self, tokens: Tensor, positions: Tensor, series: Tensor) -> Tensor:
-        """``(T, P + K (P + D + 1))``: the token, and for each offset both differences and a 1.
-
-        All three are 0 where the series ends before that offset.
-        """
-        n = tokens.shape[0]
-        wanted = torch.arange(n, device=tokens.device)[:, None] + self.offsets  # (T, K)
-        there = wanted.clamp(0, n - 1)
-        exists = (wanted == there) & (series[there] == series[:, None])
-        values = tokens[there] - tokens[:, None]
-        if self.has_flags:  # differences of numbers that were both observed, and whether they were
-            flags = tokens.chunk(2, dim=1)[1]
-            both = flags[there] * flags[:, None]
-            values = torch.cat((values.chunk(2, dim=2)[0] * both, both), dim=2)
-        differences = torch.cat(
-            (
-                values,
-                # asinh resolves gaps of days and of years alike
-                torch.asinh(positions[there] - positions[:, None]).to(tokens.dtype),
-                tokens.new_ones(n, len(self.offsets), 1),
-            ),
-            dim=2,
-        )
-        differences = differences.masked_fill(~exists[..., None], 0)
-        return torch.cat((tokens, differences.flatten(1)), dim=1)
 
 
 class Backbone(nn.Module):
@@ -239,14 +68,9 @@ class Backbone(nn.Module):
     def initialise(self) -> None:
         """Draw the initial weights of all parts that exist by now."""
         initialise(self)
-        self.projection.initialise()
-        if self.neighbourhood is not None:
-            _initialise_features(self.neighbourhood.features)
         for part in self.modules():
-            if isinstance(part, nn.Embedding):
-                nn.init.normal_(part.weight, std=_EMBEDDING_STD)
-            elif isinstance(part, CovariateEmbedding):
-                nn.init.normal_(part.slope, std=_EMBEDDING_STD)
+            if isinstance(part, EMBEDDINGS):
+                part.initialise()
 
     def set_loss_fn(self, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Use ``loss_fn(logits, label)``, of one value per row, or in pretraining, of ``(H, P)``

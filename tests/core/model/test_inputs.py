@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from roma_core import RoMAForClassificationConfig, RoMAForPreTrainingConfig
-from roma_core.model.export import export_classifier
 from roma_core.model.packing import pack
 from tests.core.model.small_models import autoencoder, classifier
 
@@ -46,7 +45,7 @@ def test_the_exported_program_equals_the_model(inputs, use_cls, neighbours):
     model = classifier(
         **inputs, use_cls=use_cls, neighbours=neighbours, pooling="cls" if use_cls else "mean"
     )
-    program = export_classifier(model).module()
+    program = model.export().module()
     for lengths in ([6, 3], [4]):
         values, positions, pad_mask, covariates = batch(lengths, inputs["missing_values"])
         given = covariates if inputs["covariates"] else None
