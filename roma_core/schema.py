@@ -1,8 +1,11 @@
 """Schema shared by a model and its data: channels, axes, classes, and normalisation.
 
-    values     (transform(value) - mean) / std        per channel, fitted on the train split
-    positions  (position - anchor - offset) / scale   per axis
+    values      (transform(value) - mean) / std        per channel, fitted on the train split
+    positions   (position - anchor - offset) / scale   per axis
+    covariates  (value - mean) / std                   per number of an object
 
+A value that is missing is NaN. In the ``joint`` layout an observation has a value of every channel;
+in ``per_channel`` it has the value of one, whose index is its position on the last axis.
 All arithmetic is in float64; the result is rounded once. The served model repeats ``Normaliser``;
 ``ChannelFit`` and ``AxisScaleFit`` take means, standard deviations and scales from the train split.
 """
@@ -11,8 +14,8 @@ from __future__ import annotations
 
 import warnings
 from array import array
-from collections.abc import Sequence
-from typing import Literal, Self
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,11 +119,45 @@ class ChannelNormalisation(ChannelTransform):
     std: float = Field(gt=0)
 
 
+class Covariate(Frozen):
+    """A number or a category of a whole object, such as age, sex or redshift; it may be missing."""
+
+    name: str
+    unit: str = Field("1", description="Unit as delivered; '1' for a pure number.")
+    categories: tuple[str, ...] = Field((), description="All its words; empty for a number.")
+    mean: float = Field(0.0, description="Of a number, over the objects of the train split.")
+    std: float = Field(1.0, gt=0)
+
+
+Layout = Literal["joint", "per_channel"]
+CHANNEL_AXIS = "channel"
+"""Name of the axis that holds the channel's index in the ``per_channel`` layout."""
+
+
+def channel_axis(channels: Sequence[Channel]) -> PositionAxis:
+    """The last axis of the ``per_channel`` layout."""
+    names = tuple(channel.name for channel in channels)
+    unit = f"index of {', '.join(names)}"
+    return PositionAxis(name=CHANNEL_AXIS, unit=unit, categories=names, encoding="embedding")
+
+
 class DataSchema(Frozen):
     """Channels, axes, classes and normalisation of a data set; saved with a model's weights."""
 
     channels: tuple[Channel, ...]
     axes: tuple[PositionAxis, ...]
+    layout: Layout = Field("joint", exclude_if=lambda layout: layout == "joint")
+    missing_values: bool = Field(
+        False,
+        exclude_if=lambda missing: not missing,
+        description="Whether observations of the joint layout may lack the value of a channel.",
+    )
+    normalise_by: str | None = Field(
+        None,
+        exclude_if=lambda axis: axis is None,
+        description="Axis with categories that have a normalisation each.",
+    )
+    covariates: tuple[Covariate, ...] = Field((), exclude_if=lambda covariates: not covariates)
     classes: tuple[str, ...] = ()
     targets: tuple[Channel, ...] = Field(
         (),
@@ -128,8 +165,27 @@ class DataSchema(Frozen):
         description="Numbers of every observation that a model may predict; never its input.",
     )
     normalisation: tuple[ChannelNormalisation, ...] = Field(
-        description="One entry per channel, in the order of `channels`."
+        description="One entry per number of an observation, in the order of `channels`; with "
+        "`normalise_by` those of the first category, of the second, and so on."
     )
+
+    @property
+    def n_values(self) -> int:
+        """Numbers of an observation, C: one per channel, or one in the ``per_channel`` layout."""
+        return 1 if self.layout == "per_channel" else len(self.channels)
+
+    @property
+    def needs_version_3(self) -> bool:
+        """Whether older versions of the software cannot read a data set of this schema."""
+        has_categories = any(axis.categories for axis in self.axes)
+        return bool(self.covariates) or self.missing_values or has_categories
+
+    @property
+    def normalisation_axis(self) -> int | None:
+        """Index of the axis ``normalise_by``."""
+        if self.normalise_by is None:
+            return None
+        return [axis.name for axis in self.axes].index(self.normalise_by)
 
     @property
     def units(self) -> dict[str, str]:
@@ -142,47 +198,81 @@ class Normaliser:
     """Normalisation by a schema, prepared as arrays for use on many series."""
 
     def __init__(self, schema: DataSchema) -> None:
-        entries = schema.normalisation
-        self._mean = np.array([entry.mean for entry in entries])  # (C,)
-        self._std = np.array([entry.std for entry in entries])  # (C,)
-        self._means, self._stds = _tiled(self._mean), _tiled(self._std)
-        self._arcsinh = [
-            (k, e.transform_scale) for k, e in enumerate(entries) if e.transform == "arcsinh"
-        ]
+        entries, self._group_axis = schema.normalisation, schema.normalisation_axis
+        shape = (-1, len(entries) if self._group_axis is None else schema.n_values)  # (G, C)
+        self._mean = np.array([entry.mean for entry in entries]).reshape(shape)
+        self._std = np.array([entry.std for entry in entries]).reshape(shape)
+        # scale of arcsinh, NaN for identity
+        scales = [e.transform_scale if e.transform == "arcsinh" else np.nan for e in entries]
+        self._arcsinh = np.array(scales, dtype=np.float64).reshape(shape)
+        self._means, self._stds = _tiled(self._mean[0]), _tiled(self._std[0])
+        self._covariate_mean = np.array([c.mean for c in schema.covariates])  # (K,)
+        self._covariate_std = np.array([c.std for c in schema.covariates])  # (K,)
         self._first = [k for k, axis in enumerate(schema.axes) if axis.anchor == "first"]
         self._offset = np.array([axis.offset for axis in schema.axes])  # (D,)
         free = np.array([axis.anchor != "first" for axis in schema.axes], dtype=bool)
         self._offsets = _tiled(np.where(free, self._offset, 0.0))
         self._scales = _tiled(np.array([axis.scale for axis in schema.axes]))
 
-    def normalise(self, values: Float32) -> Float32:
-        """``(…, C)`` values as delivered to ``(…, C)`` float32 of about zero mean, unit spread."""
-        assert values.shape[-1] == len(self._mean), "another number of channels than the schema's"
-        x = self.transform(values)
-        _shift_and_scale(x, self._means, self._stds)
+    def normalise(self, values: Float32, positions: Float64 | None = None) -> Float32:
+        """``(T, C)`` values as delivered to ``(T, C)`` float32 of about zero mean, unit spread.
+
+        ``positions`` ``(T, D)`` as delivered are needed with ``normalise_by``. NaN stays NaN.
+        """
+        assert values.shape[-1] == self._mean.shape[1], "another number of values than the schema's"
+        x = self.transform(values, positions)
+        if (group := self._groups(positions)) is None:
+            _shift_and_scale(x, self._means, self._stds)
+        else:
+            x -= self._mean[group]
+            x /= self._std[group]
         return x.astype(np.float32)
 
-    def transform(self, values: Float32) -> Float64:
-        """``(…, C)`` values as delivered to ``(…, C)`` float64, before mean and std are applied."""
+    def transform(self, values: Float32, positions: Float64 | None = None) -> Float64:
+        """``(T, C)`` values as delivered to ``(T, C)`` float64, before mean and std are applied."""
         x = values.astype(np.float64, order="C")
-        for k, scale in self._arcsinh:
-            x[..., k] = np.arcsinh(x[..., k] / scale)
+        for k, scale in self._scales_of_arcsinh(positions):
+            chosen = np.arcsinh(x[..., k] / scale)
+            x[..., k] = np.where(np.isnan(scale), x[..., k], chosen)
         return x
 
-    def denormalise(self, values: Float32) -> Float32:
-        """The inverse of :meth:`normalise`: ``(…, C)`` of the model to float32 in delivered units."""
-        x = values.astype(np.float64) * self._std + self._mean
-        for k, scale in self._arcsinh:
-            x[..., k] = np.sinh(x[..., k]) * scale
+    def denormalise(self, values: Float32, positions: Float64 | None = None) -> Float32:
+        """The inverse of :meth:`normalise`: ``(T, C)`` of the model to float32 in delivered units."""
+        x = self._scaled_back(values, positions)
+        for k, scale in self._scales_of_arcsinh(positions):
+            x[..., k] = np.where(np.isnan(scale), x[..., k], np.sinh(x[..., k]) * scale)
         return x.astype(np.float32)
 
-    def slope(self, values: Float32) -> Float32:
-        """Derivative of :meth:`denormalise` at ``(…, C)``: the factor of standard deviations."""
-        slope = np.broadcast_to(self._std, values.shape).copy()
-        for k, scale in self._arcsinh:
-            inner = values[..., k].astype(np.float64) * self._std[k] + self._mean[k]
-            slope[..., k] *= np.cosh(inner) * scale
+    def slope(self, values: Float32, positions: Float64 | None = None) -> Float32:
+        """Derivative of :meth:`denormalise` at ``(T, C)``: the factor of standard deviations."""
+        group = self._groups(positions)
+        slope = np.broadcast_to(self._std[0 if group is None else group], values.shape).copy()
+        inner = self._scaled_back(values, positions)
+        for k, scale in self._scales_of_arcsinh(positions):
+            slope[..., k] *= np.where(np.isnan(scale), 1.0, np.cosh(inner[..., k]) * scale)
         return slope.astype(np.float32)
+
+    def _groups(self, positions: Float64 | None) -> NDArray[np.int64] | None:
+        """``(T,)`` row of ``mean`` and ``std`` for each observation; None if there is only one."""
+        if self._group_axis is None:
+            return None
+        assert positions is not None, "normalise_by needs positions"
+        return positions[..., self._group_axis].astype(np.int64)
+
+    def _scales_of_arcsinh(self, positions: Float64 | None) -> Iterator[tuple[int, Float64]]:
+        """Columns with arcsinh, and its scale: one, or ``(T,)`` with NaN where there is none."""
+        group = self._groups(positions)
+        for k in np.flatnonzero(~np.isnan(self._arcsinh).all(axis=0)).tolist():
+            yield k, self._arcsinh[0 if group is None else group, k]
+
+    def _scaled_back(self, values: Float32, positions: Float64 | None) -> Float64:
+        group = self._groups(positions)
+        row = 0 if group is None else group
+        return values.astype(np.float64) * self._std[row] + self._mean[row]
+
+    def normalise_covariates(self, covariates: Float32) -> Float32:
+        """``(B, K)`` covariates as delivered to float32: numbers normalised, categories as they are."""
+        return ((covariates - self._covariate_mean) / self._covariate_std).astype(np.float32)
 
     def normalise_positions(
         self, positions: Float64, lengths: NDArray[np.int64] | None = None
@@ -203,51 +293,97 @@ class Normaliser:
 
 
 class ChannelFit:
-    """Running mean and standard deviation per channel (Chan et al. 1979, pairwise update)."""
+    """Running mean and standard deviation of every number of an observation, missing ones left out.
+
+    With groups, each of them has its own. (Chan et al. 1979, pairwise update)
+    """
 
     def __init__(
-        self, channels: Sequence[Channel], transforms: Sequence[ChannelNormalisation]
+        self,
+        names: Sequence[str],
+        transforms: Sequence[ChannelTransform],
+        n_values: int,
+        group_axis: int | None = None,
+        pooled: bool = False,
     ) -> None:
-        self.channels, self.transforms = channels, transforms
-        schema = DataSchema(channels=(), axes=(), normalisation=tuple(transforms))
-        self._transform = Normaliser(schema).transform
-        self._n = 0
-        self._mean = np.zeros(len(channels))
-        self._squares = np.zeros(len(channels))  # sum of squared deviations from the mean
-        self._low = np.full(len(channels), np.inf)
-        self._high = np.full(len(channels), -np.inf)
+        """``names`` and ``transforms`` of every number of the first group, of the second, and so on.
 
-    def add(self, chunk: Float32) -> None:
-        """Add ``(n, C)`` observations of train; how they are cut into chunks does not matter."""
-        if len(chunk) == 0:
+        ``group_axis`` is the axis whose positions are indices of groups; None: one group. ``pooled``:
+        the last group is of all values, and stands for groups without any.
+        """
+        self.names, self.group_axis, self.pooled = names, group_axis, pooled
+        self.entries = [
+            ChannelNormalisation(**t.model_dump(), mean=0.0, std=1.0) for t in transforms
+        ]
+        shape = (len(names) // n_values, n_values)
+        self._n = np.zeros(shape)
+        self._mean = np.zeros(shape)
+        self._squares = np.zeros(shape)  # sum of squared deviations from the mean
+        self._low, self._high = np.full(shape, np.inf), np.full(shape, -np.inf)
+        # the transform of one group at a time
+        rows = [self.entries[k : k + n_values] for k in range(0, len(names), n_values)]
+        self._transforms = [
+            Normaliser(DataSchema(channels=(), axes=(), normalisation=tuple(row))).transform
+            for row in rows
+        ]
+
+    def add(self, values: Float32, positions: Float64) -> None:
+        """Add ``(n, C)`` observations of train at ``(n, D)``; their order and cut do not matter."""
+        if self.group_axis is None or self.pooled:
+            self._add(-1, values)
+        if self.group_axis is not None:
+            groups = positions[:, self.group_axis].astype(np.int64)
+            for group in np.unique(groups).tolist():
+                self._add(group, values[groups == group])
+
+    def _add(self, group: int, values: Float32) -> None:
+        if len(values) == 0:
             return
-        x = self._transform(chunk)  # (n, C)
-        chunk_mean = x.mean(axis=0)
-        shift = chunk_mean - self._mean
-        total = self._n + len(x)
-        self._squares += ((x - chunk_mean) ** 2).sum(axis=0) + shift**2 * self._n * len(x) / total
-        self._mean += shift * len(x) / total
-        self._n = total
-        self._low = np.minimum(self._low, x.min(axis=0))
-        self._high = np.maximum(self._high, x.max(axis=0))
+        x = self._transforms[group](values)  # (n, C)
+        observed = ~np.isnan(x)
+        if observed.all():
+            n: Any = float(len(x))
+            mean = x.mean(axis=0)
+            squares = ((x - mean) ** 2).sum(axis=0)
+        else:
+            n = observed.sum(axis=0)
+            mean = np.where(observed, x, 0.0).sum(axis=0) / np.maximum(n, 1)
+            squares = np.where(observed, (x - mean) ** 2, 0.0).sum(axis=0)
+        shift, before = mean - self._mean[group], self._n[group]
+        total = np.maximum(before + n, 1)
+        self._squares[group] += squares + shift**2 * before * n / total
+        self._mean[group] += shift * n / total
+        self._n[group] += n
+        self._low[group] = np.fmin(self._low[group], np.fmin.reduce(x))
+        self._high[group] = np.fmax(self._high[group], np.fmax.reduce(x))
 
     def result(self) -> tuple[ChannelNormalisation, ...]:
         """The transforms with mean and std, rounded to 10 digits so that the digest is reproducible.
 
-        A constant channel gets a std of 1, with a warning. DataError: no observation was added.
+        A constant channel gets a std of 1, with a warning. DataError: no observation was added, or
+        none of a channel.
         """
-        if self._n == 0:
+        if not self._n.any():
             raise DataError("the train split has no observations; normalisation cannot be fitted")
-        std = np.where(self._low == self._high, 0.0, np.sqrt(self._squares / self._n))
+        if self.pooled:
+            for each in (self._mean, self._squares, self._low, self._high, self._n):
+                np.copyto(each, each[-1], where=self._n == 0)
+        if never := [name for name, n in zip(self.names, self._n.flat, strict=True) if n == 0]:
+            raise DataError(
+                f"{', '.join(never)}: no value is observed in the train split, so that nothing can be "
+                f"learned about it; leave it out of the channels or categories, or change the split"
+            )
+        n = np.maximum(self._n, 1)
+        std = np.where(self._low == self._high, 0.0, np.sqrt(self._squares / n)).ravel()
         for k in np.flatnonzero(std == 0).tolist():
             warnings.warn(
-                f"channel {self.channels[k].name!r} never changes in the train split; its std is set to 1",
+                f"{self.names[k]} never changes in the train split; its std is set to 1",
                 stacklevel=2,
             )
         std[std == 0] = 1.0
         return tuple(
             t.model_copy(update={"mean": float(f"{m:.10g}"), "std": float(f"{s:.10g}")})
-            for t, m, s in zip(self.transforms, self._mean, std, strict=True)
+            for t, m, s in zip(self.entries, self._mean.flat, std, strict=True)
         )
 
 

@@ -6,6 +6,7 @@ complete. Memory holds a chunk of observations and a few numbers per series.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import logging
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from roma_core.data.cleaning import SeriesCleaner, check_dropped, keep_mask
 from roma_core.data.config import AxisOptions, DatasetConfig
+from roma_core.data.layout import choose_layout, melt, pivot
 from roma_core.data.manifest import (
     MANIFEST,
     SPLITS,
@@ -44,13 +46,17 @@ from roma_core.data.splits import Splitter
 from roma_core.files import read_json, sync_folder, write_json
 from roma_core.hashing import hash_text
 from roma_core.schema import (
+    CHANNEL_AXIS,
     AxisScaleFit,
     ChannelFit,
-    ChannelNormalisation,
     ChannelTransform,
+    Covariate,
     DataError,
     DataSchema,
     Float32,
+    Float64,
+    PositionAxis,
+    channel_axis,
 )
 from roma_core.sources.base import RawSeries, Source
 
@@ -157,13 +163,6 @@ class DatasetWriter:
         self, config: DatasetConfig, source: Source, folder: Path, files: ExitStack
     ) -> None:
         self.config, self.source, self.folder, self._files = config, source, folder, files
-        self._schema = DataSchema(
-            channels=source.channels,
-            axes=source.axes,
-            classes=source.classes,
-            targets=getattr(source, "targets", ()),  # which a plug-in may not have
-            normalisation=(),
-        )
         self.splitter = Splitter(
             config.name, config.split, config.validation_fraction, config.test_fraction
         )
@@ -174,15 +173,36 @@ class DatasetWriter:
                 raise DataError(
                     f"{what} {unknown} in the configuration are not in the source; it has {names}"
                 )
-        self._axis_options = [config.axes.get(name, AxisOptions()) for name in axes]
-        self._scales = {
-            k: AxisScaleFit() for k, o in enumerate(self._axis_options) if o.scale == "auto"
-        }
-        options = (config.channels.get(name, ChannelTransform()) for name in channels)
-        transforms = [ChannelNormalisation(**o.model_dump(), mean=0.0, std=1.0) for o in options]
-        self._fit = ChannelFit(source.channels, transforms)
-        self._unfitted: list[Float32] = []  # train observations that are not in `_fit` yet
+        layout, reason = choose_layout(config.layout, source, SeriesCleaner(source, config.repair))
+        log.info("%s: layout %s (%s)", config.name, layout, reason)
+        options = [config.axes.get(name, AxisOptions()) for name in axes]
+        self._scales = {k: AxisScaleFit() for k, o in enumerate(options) if o.scale == "auto"}
+        all_axes = [_with_options(*both) for both in zip(source.axes, options, strict=True)]
+        normalise_by = config.normalise_by
+        if layout == "per_channel":
+            if CHANNEL_AXIS in axes:
+                raise DataError(
+                    f"the axis {CHANNEL_AXIS!r} has the name of the axis of channels in the per_channel "
+                    f"layout; give it another name"
+                )
+            all_axes.append(channel_axis(source.channels))
+            normalise_by = CHANNEL_AXIS
+        self._schema = DataSchema(
+            channels=source.channels,
+            axes=tuple(all_axes),
+            layout=layout,
+            normalise_by=normalise_by,
+            covariates=source.covariates,
+            classes=source.classes,
+            targets=getattr(source, "targets", ()),  # which a plug-in may not have
+            normalisation=(),
+        )
+        self._fit = _channel_fit(self._schema, config)
+        self._unfitted: list[tuple[Float32, Float64]] = []  # train, not in `_fit` yet
         self._n_unfitted = 0
+        self._seen = [set[int]() for _ in all_axes]  # categories in train
+        self._missing_values = False
+        self._n_kept = 0  # of what `_lengths_before` counts
         self._class_index = {name: k for k, name in enumerate(source.classes)}
         self._labels, self._splits = array("q"), array("b")
         self._lengths, self._lengths_before = array("q"), array("q")
@@ -190,6 +210,9 @@ class DatasetWriter:
         self._has_groups: bool | None = None
         self._shards: list[int] = []  # first series of every further file
         self._append_id = files.enter_context(text_list(folder / "ids.json"))
+        self._append_covariates = files.enter_context(
+            column_file(folder / "covariates.npy", np.float32, len(source.covariates))
+        )
         self._append_group = files.enter_context(text_list(folder / "groups.json"))
         self._open_shard()
 
@@ -209,12 +232,17 @@ class DatasetWriter:
         """Append one cleaned series."""
         config = self.config
         split = self.splitter.assign(series)
-        self._lengths_before.append(n := len(series.values))
-        columns = {name: getattr(series, name) for name in self._append}
         if config.drop_rate > 0:
-            keep = keep_mask(n, config.drop_rate, config.drop_seed, series.id)  # (N,)
-            columns = {name: column[keep] for name, column in columns.items()}
-        positions, values = columns["positions"], columns["values"]
+            series = self._dropped(series)
+        columns = {name: getattr(series, name) for name in self._append}
+        positions, values = series.positions, series.values
+        if self._schema.layout != self.source.layout:
+            if self._schema.layout == "per_channel":
+                positions, values, rows = melt(positions, values)
+            else:
+                positions, values, rows = pivot(positions, values, len(self.source.channels))
+            columns = {name: column[rows] for name, column in columns.items()}
+            columns |= {"positions": positions, "values": values}
         if self._n_in_shard + len(values) > _SHARD and self._n_in_shard:
             self._shards.append(len(self))
             self._open_shard()
@@ -222,6 +250,9 @@ class DatasetWriter:
         for name, column in columns.items():
             self._append[name](column)
         self._append_id(series.id)
+        if series.covariates is not None:
+            self._append_covariates(series.covariates[None])
+        self._missing_values = self._missing_values or bool(np.isnan(values).any())
         if self._has_groups is None:
             self._has_groups = series.group is not None
         if self._has_groups != (series.group is not None):
@@ -239,14 +270,44 @@ class DatasetWriter:
         if split == "train":
             for k, scale in self._scales.items():
                 scale.add(positions[:, k])
-            self._unfitted.append(values if values.base is None else values.copy())  # frees a chunk
+            for k, axis in enumerate(self._schema.axes):
+                if axis.categories:
+                    self._seen[k].update(np.unique(positions[:, k]).astype(int).tolist())
+            if values.base is not None:
+                values = values.copy()  # frees a chunk of the source
+            needs_positions = self._schema.normalise_by is not None
+            self._unfitted.append((values, positions if needs_positions else positions[:0]))
             self._n_unfitted += len(values)
             if self._n_unfitted >= _CHUNK:
                 self._update_fit()
 
+    def _dropped(self, series: RawSeries) -> RawSeries:
+        """Without the observations, or the values, that ``drop_rate`` leaves out; each is counted."""
+        config = self.config
+
+        def keep(n: int, name: str) -> NDArray[np.bool_]:
+            kept = keep_mask(n, config.drop_rate, config.drop_seed, name)  # (N,)
+            self._lengths_before.append(n)
+            self._n_kept += int(kept.sum())
+            return kept
+
+        if config.drop_by == "observation":
+            return series.select(keep(len(series.values), series.id))
+        values = series.values.copy()
+        for k, channel in enumerate(self.source.channels):
+            if self.source.layout == "joint":
+                column, rows = k, np.flatnonzero(~np.isnan(values[:, k]))
+            else:
+                column, rows = 0, np.flatnonzero(series.positions[:, -1] == k)
+            if len(rows):  # the same draws in either layout
+                values[rows[~keep(len(rows), f"{series.id}/{channel.name}")], column] = np.nan
+        observed: Any = np.isfinite(values).any(axis=1)
+        return dataclasses.replace(series, values=values).select(observed)
+
     def _update_fit(self) -> None:
         if self._unfitted:
-            self._fit.add(np.concatenate(self._unfitted))
+            values, positions = zip(*self._unfitted, strict=True)
+            self._fit.add(np.concatenate(values), np.concatenate(positions))
         self._unfitted, self._n_unfitted = [], 0
 
     def finish(self, repairs: Repairs | None) -> Manifest:
@@ -266,6 +327,8 @@ class DatasetWriter:
             )
         if not self._has_groups:
             (folder / "groups.json").unlink()
+        if not source.covariates:
+            (folder / "covariates.npy").unlink()
         lengths = np.array(self._lengths, dtype=np.int64)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         splits = np.array(self._splits, dtype=np.int8)
@@ -280,13 +343,23 @@ class DatasetWriter:
                 warnings.warn(text, stacklevel=2)
             write_column(folder / "labels.npy", labels)
         self._update_fit()
-        axes = []
-        for k, axis in enumerate(source.axes):
-            options = self._axis_options[k].model_dump()
-            if k in self._scales:
-                options["scale"] = self._scales[k].scale()
-            axes.append(axis.model_copy(update=options))
-        fitted = {"axes": tuple(axes), "normalisation": self._fit.result()}
+        axes = list(self._schema.axes)
+        for k, scale in self._scales.items():
+            axes[k] = axes[k].model_copy(update={"scale": scale.scale()})
+        for axis, seen in zip(axes, self._seen, strict=True):
+            names = enumerate(axis.categories if axis.name != self._schema.normalise_by else ())
+            if never := [name for k, name in names if k not in seen]:
+                warnings.warn(
+                    f"no observation of {axis.name} {', '.join(never)} is in the train split; the model "
+                    f"cannot learn about it",
+                    stacklevel=2,
+                )
+        fitted = {
+            "axes": tuple(axes),
+            "missing_values": self._missing_values,
+            "covariates": _fitted_covariates(folder, source.covariates, splits),
+            "normalisation": self._fit.result(),
+        }
         schema = self._schema.model_copy(update=fitted)
         before = np.array(self._lengths_before, dtype=np.int64)
         irregularity = None
@@ -295,10 +368,10 @@ class DatasetWriter:
                 drop_rate=config.drop_rate,
                 seed=config.drop_seed,
                 n_observations_before=int(before.sum()),
-                n_dropped=check_dropped(config.drop_rate, before, int(offsets[-1])),
+                n_dropped=check_dropped(config.drop_rate, before, self._n_kept),
             )
         manifest = Manifest(
-            schema_version=2 if schema.targets else 1,
+            schema_version=3 if schema.needs_version_3 else 2 if schema.targets else 1,
             name=config.name,
             data_schema=schema,
             counts=split_counts(offsets, splits),
@@ -319,6 +392,68 @@ class DatasetWriter:
         manifest = manifest.model_copy(update={"digest": manifest.computed_digest()})
         write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
         return manifest
+
+
+def _with_options(axis: PositionAxis, options: AxisOptions) -> PositionAxis:
+    """The axis of a source with its options; ``scale: auto`` is fitted later."""
+    changes = options.model_dump(exclude={"scale"} if options.scale == "auto" else set())
+    if options.encoding == "auto":
+        changes["encoding"] = "embedding" if axis.categories else "rotary"
+    return PositionAxis.model_validate(axis.model_dump() | changes)
+
+
+def _channel_fit(schema: DataSchema, config: DatasetConfig) -> ChannelFit:
+    """For one number of an observation after the other, in every group of ``normalise_by``."""
+    channels = [channel.name for channel in schema.channels]
+    transforms = [config.channels.get(name, ChannelTransform()) for name in channels]
+    names = [f"channel {name!r}" for name in channels]
+    by = schema.normalise_by
+    if by is None:
+        return ChannelFit(names, transforms, schema.n_values)
+    known = {axis.name: k for k, axis in enumerate(schema.axes) if axis.encoding == "embedding"}
+    if by not in known:
+        raise DataError(
+            f"normalise_by: {by!r} is no axis with categories and encoding 'embedding'; there are "
+            f"{sorted(known) or 'none'}"
+        )
+    grouping = schema.axes[known[by]]
+    if by != CHANNEL_AXIS:
+        categories = grouping.categories + ("unknown",) * grouping.unknown
+        names = [f"{name} of {by} {one!r}" for one in categories for name in names]
+        transforms *= len(categories)
+    return ChannelFit(names, transforms, schema.n_values, known[by], grouping.unknown)
+
+
+def _fitted_covariates(
+    folder: Path, covariates: tuple[Covariate, ...], splits: NDArray[np.int8]
+) -> tuple[Covariate, ...]:
+    """The covariates with mean and std over the objects of train.
+
+    Raises:
+        DataError: one is missing for every object of train.
+    """
+    if not covariates:
+        return ()
+    column = np.load(folder / "covariates.npy")[splits == SPLITS.index("train")].astype(np.float64)
+    fitted = []
+    for k, covariate in enumerate(covariates):
+        known = column[:, k][~np.isnan(column[:, k])]
+        if not len(known):
+            raise DataError(
+                f"the covariate {covariate.name!r} is missing for every object of the train split, so that "
+                f"nothing can be learned from it; leave it out"
+            )
+        if not covariate.categories:
+            std = float(known.std())
+            if std == 0:
+                warnings.warn(
+                    f"the covariate {covariate.name!r} never changes in the train split; its std is set to 1",
+                    stacklevel=3,
+                )
+            changes = {"mean": float(f"{known.mean():.10g}"), "std": float(f"{std or 1.0:.10g}")}
+            covariate = covariate.model_copy(update=changes)
+        fitted.append(covariate)
+    return tuple(fitted)
 
 
 @contextmanager

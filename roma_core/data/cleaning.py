@@ -14,7 +14,7 @@ from pydantic import Field
 
 from roma_core.data.manifest import Repairs
 from roma_core.hashing import hash_ints, hash_text
-from roma_core.schema import DataError
+from roma_core.schema import Channel, DataError, channel_axis
 from roma_core.settings import Frozen
 from roma_core.sources.base import RawSeries, Source
 
@@ -31,7 +31,14 @@ class RepairOptions(Frozen):
         "the mean of their values. A duplicate of a masked observation leaks its value to the model.",
     )
     not_finite: Literal["refuse", "drop"] = Field(
-        "refuse", description="Observations with a number that is missing, infinite or too large."
+        "refuse",
+        description="Observations whose position or target is not finite, or with a value that is "
+        "infinite or too large.",
+    )
+    missing: Literal["keep", "drop", "refuse"] = Field(
+        "keep",
+        description="Observations that lack the values of some channels: keep the others, drop the "
+        "observation, or refuse. An observation without any value is dropped.",
     )
     empty: Literal["refuse", "drop"] = Field("refuse", description="Series without observations.")
 
@@ -101,11 +108,19 @@ class SeriesCleaner:
             values = np.concatenate([values, series.targets], axis=1)  # (N, C + K)
         original = values
         if not (np.isfinite(positions).all() and np.isfinite(values).all()):
-            bad = ~(np.isfinite(positions).all(1) & np.isfinite(values).all(1))  # (N,)
-            if options.not_finite == "refuse":
-                raise self._not_finite(series, int(np.flatnonzero(bad)[0]))
+            missing = np.isnan(values[:, :n_channels])  # (N, C)
+            usable = np.isfinite(values)
+            usable[:, :n_channels] |= missing
+            bad = ~(np.isfinite(positions).all(1) & usable.all(1))  # (N,)
+            refused = bad if options.not_finite == "refuse" else np.zeros_like(bad)
+            refused = refused | missing.any(1) if options.missing == "refuse" else refused
+            if refused.any():
+                raise self._not_finite(series, int(np.flatnonzero(refused)[0]))
             counts["observations_not_finite"] += int(bad.sum())
-            positions, values = positions[~bad], values[~bad]
+            lacking = missing.any(1) if options.missing == "drop" else missing.all(1)
+            counts["observations_without_values"] += int((lacking & ~bad).sum())
+            kept = ~(bad | lacking)
+            positions, values = positions[kept], values[kept]
         if len(values) == 0:
             if options.empty == "refuse":
                 raise DataError(
@@ -136,21 +151,29 @@ class SeriesCleaner:
 
     def _arrays(self, series: RawSeries) -> Iterator[tuple[str, NDArray[Any], Sequence[Any]]]:
         """Name, array and described columns of positions, values and targets."""
-        yield "positions", series.positions, self.source.axes
-        yield "values", series.values, self.source.channels
+        source = self.source
+        if source.layout == "joint":
+            yield "positions", series.positions, source.axes
+            yield "values", series.values, source.channels
+        else:
+            yield "positions", series.positions, (*source.axes, channel_axis(source.channels))
+            yield "values", series.values, (Channel(name="value", unit=""),)
         if series.targets is not None:
             yield "targets", series.targets, self._targets
 
     def _not_finite(self, series: RawSeries, row: int) -> DataError:
-        what, array, column, name = next(
-            (what, array, k, columns[k].name)
+        keeps = self.options.missing != "refuse"
+        what, array, column, name, is_missing = next(
+            (what, array, k, columns[k].name, is_missing)
             for what, array, columns in self._arrays(series)
             for k in np.flatnonzero(~np.isfinite(array[row])).tolist()
+            if not ((is_missing := what == "values" and bool(np.isnan(array[row, k]))) and keeps)
         )
+        setting = "missing to 'keep' or" if is_missing else "not_finite to"
         return DataError(
             f"{self._name(series)}: {what} hold {array[row, column]} at observation {row}, column "
             f"{column} ({name}), but all must be finite and fit in {array.dtype}: leave such "
-            f"observations out, or set repair.not_finite to 'drop'"
+            f"observations out, or set repair.{setting} 'drop'"
         )
 
     def _without_duplicates(
@@ -175,10 +198,12 @@ class SeriesCleaner:
         order = np.argsort(first)
         if self.options.duplicates == "first":
             return positions[first[order]], values[first[order]]
-        inverse = inverse.reshape(-1)
-        sums = np.zeros((len(distinct), values.shape[1]))
-        np.add.at(sums, inverse, values)
-        means = sums / np.bincount(inverse)[:, None]
+        sums = np.zeros((2, len(distinct), values.shape[1]))
+        observed = ~np.isnan(values)
+        np.add.at(sums[0], inverse.reshape(-1), np.where(observed, values, 0))
+        np.add.at(sums[1], inverse.reshape(-1), observed)
+        with np.errstate(invalid="ignore"):  # the mean of no value is NaN
+            means = sums[0] / sums[1]
         return distinct[order], means[order].astype(np.float32)
 
 

@@ -37,6 +37,10 @@ class AxisOptions(Frozen):
         description="Axis units per radian; 'auto' derives it from the gaps and spans of the train "
         "split (see schema.AxisScaleFit).",
     )
+    encoding: Literal["auto", "rotary", "embedding"] = Field(
+        "auto",
+        description="'embedding': a learned vector per category; 'auto' takes it for an axis of words.",
+    )
 
 
 class DatasetConfig(Frozen):
@@ -54,6 +58,11 @@ class DatasetConfig(Frozen):
     drop_rate: Rate = Field(
         0.0, description="Fraction of each series' observations to drop, in every split."
     )
+    drop_by: Literal["observation", "value"] = Field(
+        "observation",
+        description="What drop_rate drops: whole observations, or the values of every channel "
+        "independently of the other channels.",
+    )
     drop_seed: int = Field(0, ge=0, description="Seed of the choice of dropped observations.")
     validation_fraction: Rate = Field(
         0.1,
@@ -70,6 +79,16 @@ class DatasetConfig(Frozen):
         description="What the checks make of a group or equal content in two splits.",
     )
     repair: RepairOptions = RepairOptions()
+    layout: Literal["auto", "joint", "per_channel"] = Field(
+        "auto",
+        description="'joint': an observation has all channels, some of which may be missing; "
+        "'per_channel': it has the value of one; 'auto' decides by the source's first series.",
+    )
+    normalise_by: str | None = Field(
+        None,
+        description="Axis with categories that have a normalisation each, such as bands. The "
+        "per_channel layout always has one per channel.",
+    )
     axes: dict[str, AxisOptions] = Field({}, description="Options by axis name.")
     channels: dict[str, ChannelTransform] = Field({}, description="Options by channel name.")
 

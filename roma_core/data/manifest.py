@@ -33,7 +33,7 @@ from roma_core.schema import DataError, DataSchema
 from roma_core.settings import Frozen, validation_errors
 
 MANIFEST = "manifest.json"
-VERSIONS = (1, 2)  # of the format, that can be read
+VERSIONS = (1, 2, 3)  # of the format, that can be read
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Leakage = Literal["error", "warn", "ignore"]
@@ -68,6 +68,9 @@ class Repairs(Frozen):
     duplicate_observations: int = Field(0, description="Dropped, or merged into a mean.")
     observations_not_finite: int = Field(0, description="Observations dropped.")
     empty_series_dropped: int = 0
+    observations_without_values: int = Field(
+        0, exclude_if=lambda n: n == 0, description="Dropped, of series with missing values."
+    )
 
 
 class Provenance(Frozen):
@@ -82,7 +85,11 @@ class Provenance(Frozen):
 class Manifest(Frozen):
     """Everything about a data set except its numbers."""
 
-    schema_version: Literal[1, 2] = Field(1, description="2 for a set with targets, 1 without.")
+    schema_version: Literal[1, 2, 3] = Field(
+        1,
+        description="3 for a set with missing values, categories, covariates or the per_channel layout, "
+        "else 2 for one with targets, 1 without.",
+    )
     name: str
     data_schema: DataSchema
     counts: dict[Split, SplitCounts]
@@ -141,7 +148,7 @@ def read_manifest(folder: Path) -> Manifest:
 def large_columns(schema: DataSchema) -> dict[str, tuple[type[np.generic], int]]:
     """Names of the columns with a row per observation, with their dtypes and widths."""
     targets = {"targets": (np.float32, len(schema.targets))} if schema.targets else {}
-    shapes = {"values": (np.float32, len(schema.channels)), **targets}
+    shapes = {"values": (np.float32, schema.n_values), **targets}
     return {"positions": (np.float64, len(schema.axes)), **shapes}
 
 
@@ -186,6 +193,7 @@ def find_damage(folder: Path, manifest: Manifest) -> list[str]:
     needed = {"offsets.npy", "splits.npy", "ids.json"}
     needed |= {shard_name(column, k) for column in columns for k in shards}
     needed |= {"labels.npy"} if manifest.data_schema.classes else set()
+    needed |= {"covariates.npy"} if manifest.data_schema.covariates else set()
     if set(manifest.files) - {"groups.json"} != needed:
         return [*found, f"{MANIFEST}: lists {sorted(manifest.files)}, expected {sorted(needed)}"]
 

@@ -21,12 +21,13 @@ Ints = NDArray[np.int64]
 class RaggedBatch:
     """Some series, one after the other, without padding."""
 
-    values: NDArray[np.float32]  # (T, C); for a model of tubelets, (T, P) tokens
+    values: NDArray[np.float32]  # (T, C), NaN where missing; for a model of tubelets, (T, P) tokens
     positions: NDArray[Any]  # (T, D) float64 as delivered, or float32 as the model takes them
     lengths: Ints  # (B,) observations of each series, at least 1
     ids: Ints  # (B,) stable names of the series
     labels: NDArray[Any] | None = None  # (B,) int64 or (B, K) float, one per series
     targets: NDArray[Any] | None = None  # (T,) or (T, K), one per observation
+    covariates: NDArray[np.float32] | None = None  # (B, K) of each series, NaN where missing
 
     @classmethod
     def of(
@@ -69,7 +70,10 @@ class RaggedBatch:
         shift = self.starts[order] - (np.cumsum(lengths) - lengths)  # of each series' rows
         rows = np.arange(lengths.sum()) + np.repeat(shift, lengths)
         labels = None if self.labels is None else self.labels[order]
-        return replace(self._take(rows), lengths=lengths, ids=self.ids[order], labels=labels)
+        covariates = None if self.covariates is None else self.covariates[order]
+        ids = self.ids[order]
+        taken = self._take(rows)
+        return replace(taken, lengths=lengths, ids=ids, labels=labels, covariates=covariates)
 
     def split(self) -> tuple[list[NDArray[np.float32]], list[NDArray[Any]]]:
         """Values and positions of each series."""

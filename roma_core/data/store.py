@@ -68,6 +68,9 @@ class StoredDataset:
         self.labels: NDArray[np.int64] | None = (
             self._column("labels.npy") if self.schema.classes else None
         )
+        self.covariates: NDArray[np.float32] | None = (  # (n_series, K) as delivered
+            self._column("covariates.npy") if self.schema.covariates else None
+        )
         self._normaliser = Normaliser(self.schema)
 
     @cached_property
@@ -139,22 +142,26 @@ class StoredDataset:
                     ids=np.arange(a, b),
                     labels=None if self.labels is None else self.labels[a:b],
                     targets=None if self._targets is None else self._targets[k][rows],
+                    covariates=None if self.covariates is None else self.covariates[a:b],
                 )
 
     def sample(self, i: int) -> Sample:
         """Series i as the model sees it: values ``(N, C, 1, 1)`` and positions ``(D, N)``, normalised.
 
-        Also ``id``, i, by which masks are drawn; ``label``, an index into ``schema.classes``, and
-        ``targets``, ``(N, K)`` float32 as delivered, if there are any.
+        Also ``id``, i, by which masks are drawn; ``label``, an index into ``schema.classes``,
+        ``targets``, ``(N, K)`` float32 as delivered, and ``covariates``, ``(K,)`` float32 normalised, if
+        there are any.
         """
         positions, values = self.raw(i)
         at = np.ascontiguousarray(self._normaliser.normalise_positions(positions).T)
-        values = self._normaliser.normalise(values)[:, :, None, None]
+        values = self._normaliser.normalise(values, positions)[:, :, None, None]
         sample: Sample = {"values": values, "positions": at, "id": int(i)}
         if self.labels is not None:
             sample["label"] = int(self.labels[i])
         if self._targets is not None:
             sample["targets"] = np.array(self.targets(i))
+        if self.covariates is not None:
+            sample["covariates"] = self._normaliser.normalise_covariates(self.covariates[i])
         return sample
 
     def gather(self, rows: NDArray[np.int64]) -> RaggedBatch:
@@ -169,14 +176,17 @@ class StoredDataset:
         def of(column: list[NDArray[Any]]) -> NDArray[Any]:
             return np.concatenate([column[k][a:b] for k, a, b in slices])
 
-        lengths = self.lengths[rows]
+        lengths, positions, covariates = self.lengths[rows], of(self._positions), self.covariates
         return RaggedBatch(
-            values=self._normaliser.normalise(of(self._values)),
-            positions=self._normaliser.normalise_positions(of(self._positions), lengths),
+            values=self._normaliser.normalise(of(self._values), positions),
+            positions=self._normaliser.normalise_positions(positions, lengths),
             lengths=lengths,
             ids=rows,
             labels=None if self.labels is None else self.labels[rows],
             targets=None if self._targets is None else of(self._targets),
+            covariates=None
+            if covariates is None
+            else self._normaliser.normalise_covariates(covariates[rows]),
         )
 
     def split(self, name: Split) -> Subset:

@@ -221,13 +221,21 @@ class RoMAForPreTrainingConfig(RoMAConfig):
                 f"mask_ratio_max={self.mask_ratio_max} is below mask_ratio={self.mask_ratio}, "
                 f"where its range begins"
             )
-        axis = self.channel_axis
+        axis = self.mask_axis
         if self.mask_strategy == "channel" and (axis is None or axis >= self.n_pos_dims):
             raise ValueError(
                 f"mask_strategy='channel' needs channel_axis, the position axis (0…{self.n_pos_dims - 1}) that "
                 f"holds the channel's index; got {axis}"
             )
         return self
+
+    @property
+    def mask_axis(self) -> int | None:
+        """``channel_axis``, or the axis with categories if there is one."""
+        categories = [axis for axis, size in enumerate(self.axis_categories) if size]
+        if self.channel_axis is None and len(categories) == 1:
+            return categories[0]
+        return self.channel_axis
 
     @property
     def mask_fractions(self) -> tuple[Fraction, Fraction]:

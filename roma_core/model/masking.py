@@ -28,7 +28,7 @@ def draw_mask(
     """The batch with the tokens hidden that :func:`sample_hidden` chooses for this configuration."""
     channel = None
     if config.mask_strategy == "channel":
-        channel = batch.positions[:, config.channel_axis].round().long()
+        channel = batch.positions[:, config.mask_axis].round().long()
     rule = config.mask_fractions, config.mask_strategy
     hidden = sample_hidden(batch.segments, batch.sample_ids, *rule, seed, epoch, channel)
     return batch.with_mask(hidden, config.missing_values)

@@ -10,7 +10,7 @@ import codecs
 import difflib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from roma_core.files import sha256_of
-from roma_core.schema import Channel, DataError, PositionAxis
+from roma_core.schema import Channel, Covariate, DataError, Layout, PositionAxis
 from roma_core.settings import Frozen, validation_errors
 
 RecordedSplit = Literal["train", "validation", "test"]
@@ -32,22 +32,35 @@ SPLIT_WORDS: dict[str, RecordedSplit] = {
 
 @dataclass(frozen=True, slots=True)
 class RawSeries:
-    """One object as delivered: nothing dropped, nothing normalised."""
+    """One object as delivered: nothing dropped, nothing normalised.
+
+    In the ``per_channel`` layout the last of D position axes holds the channel's index, and C is 1.
+    """
 
     id: str
     positions: NDArray[np.float64]  # (N, D)
-    values: NDArray[np.float32]  # (N, C)
+    values: NDArray[np.float32]  # (N, C), NaN where missing
     label: str | None = None
     recorded_split: RecordedSplit | None = None  # the publisher's assignment, where there is one
     group: str | None = None  # shared by the objects of one patient or host; all or none have it
     targets: NDArray[np.float32] | None = None  # (N, K), if the source has targets
+    # (K,), if the source has covariates: numbers, indices of categories, NaN where missing
+    covariates: NDArray[np.float32] | None = None
+
+    def select(self, kept: NDArray[np.bool_]) -> RawSeries:
+        """The observations where ``(N,)`` kept is True."""
+        targets = None if self.targets is None else self.targets[kept]
+        positions, values = self.positions[kept], self.values[kept]
+        return replace(self, positions=positions, values=values, targets=targets)
 
 
 class Source:
     """An opened source.
 
     Attributes:
-        axes: names and units; anchor, offset and scale are set by the data set's configuration.
+        axes: names, units and categories, without that of channels; the rest is set by the data set's
+            configuration.
+        layout: of the observations that ``read`` yields.
         classes: all labels that may come, in the order of their indices; empty without labels.
         targets: numbers of every observation that a model may predict.
         files: sha256 of every input file, by a name that does not depend on this computer.
@@ -57,6 +70,8 @@ class Source:
     axes: tuple[PositionAxis, ...]
     classes: tuple[str, ...]
     targets: tuple[Channel, ...] = ()
+    covariates: tuple[Covariate, ...] = ()
+    layout: Layout = "joint"
     files: Mapping[str, str]
     citation: str
     licence: str

@@ -44,7 +44,8 @@ class MapStyle(Protocol):
 
     An item has ``values`` (time, C, height, width) float, ``positions`` (D, N) of any real type, and
     optionally ``pad_mask`` (N,) bool, ``label``, ``targets`` (N, K) float, which regression takes as
-    the label, and ``id`` int, a stable name; without it the index is taken. The model's
+    the label, ``covariates`` (K,) float, and ``id`` int, a stable name; without it the index is taken.
+    The model's
     ``position_axes``, if it has any, are applied to positions.
     The set may have ``lengths``, tokens by index; ``gather(indices)``, which returns a
     :class:`~roma_core.data.ragged.RaggedBatch`; and ``augmentations`` for training: functions of one
@@ -90,21 +91,34 @@ class Crop:
 
 @dataclass(frozen=True)
 class ChannelDrop:
-    """Sets each channel of a series to 0, the mean of normalised values, with probability ``rate``.
+    """Leaves each channel of a series out with probability ``rate``; one of them stays.
 
-    One channel stays.
+    Its numbers become 0, the mean of normalised values, or NaN where values may be missing. With
+    ``channel_axis``, the position axis of the channel's index, its tokens are left out.
     """
 
     rate: float
     n_channels: int
+    missing_values: bool = False
+    channel_axis: int | None = None
 
     def __call__(self, batch: RaggedBatch, seed: int, epoch: int) -> RaggedBatch:
         channels = np.arange(self.n_channels)
         chance = hash_ints(seed, epoch, _CHANNELS, batch.ids[:, None], channels) / 2**32  # (B, C)
+        if self.channel_axis is not None:
+            channel = batch.positions[:, self.channel_axis].astype(np.int64)  # (T,)
+            chance = chance[batch.series, channel]
+            best = np.zeros(len(batch.lengths))
+            np.maximum.at(best, batch.series, chance)
+            return batch.select((chance >= self.rate) | (chance == best[batch.series]))
         kept = chance >= self.rate
         kept[np.arange(len(kept)), chance.argmax(axis=1)] = True
-        per_number = np.tile(kept, batch.values.shape[1] // self.n_channels)  # (B, P)
-        return replace(batch, values=batch.values * per_number[batch.series])
+        per_number = np.tile(kept, batch.values.shape[1] // self.n_channels)[batch.series]  # (T, P)
+        if not self.missing_values:
+            return replace(batch, values=batch.values * per_number)
+        values = np.where(per_number, batch.values, np.float32(np.nan))
+        empty = np.isnan(values).all(axis=1, keepdims=True)  # a token has an observed number
+        return replace(batch, values=np.where(empty, batch.values, values))
 
 
 @dataclass(frozen=True)
@@ -156,7 +170,7 @@ class CustomAugmentation:
 
 
 def augmentations_of(
-    config: TrainerConfig, n_channels: int, dataset: Any = None
+    config: TrainerConfig, model: RoMAConfig, dataset: Any = None
 ) -> tuple[Augmentation, ...]:
     """The augmentations of the settings, then the data set's own ``augmentations``, if it has any."""
     chosen: list[Augmentation] = []
@@ -165,7 +179,16 @@ def augmentations_of(
     if config.augment_drop_rate > 0:
         chosen.append(Drop(config.augment_drop_rate))
     if config.augment_channel_drop_rate > 0:
-        chosen.append(ChannelDrop(config.augment_channel_drop_rate, n_channels))
+        categories = [axis for axis, size in enumerate(model.axis_categories) if size]
+        one_value = model.n_channels == 1 and len(categories) > 0
+        chosen.append(
+            ChannelDrop(
+                config.augment_channel_drop_rate,
+                model.axis_categories[categories[-1]] if one_value else model.n_channels,
+                model.missing_values,
+                categories[-1] if one_value else None,
+            )
+        )
     if config.augment_jitter_std > 0 or config.augment_jitter_position > 0:
         chosen.append(Jitter(config.augment_jitter_std, config.augment_jitter_position))
     own = getattr(dataset, "augmentations", ())
@@ -211,6 +234,9 @@ class Collate:
         series = [self._series(index, item) for _, index, item in items]
         tokens, positions, ids, labels = zip(*series, strict=True)
         ragged = RaggedBatch.of(tokens, positions, ids)
+        if self.config.covariates:
+            covariates = [np.asarray(item["covariates"], np.float32) for _, _, item in items]
+            ragged = replace(ragged, covariates=np.stack(covariates))
         if labels[0] is not None and self._is_per_token:
             ragged = replace(ragged, targets=np.concatenate(labels))
         elif all(type(label) is int for label in labels):
@@ -253,6 +279,7 @@ class Collate:
             sample_ids=torch.from_numpy(series.ids),
             indices=torch.from_numpy(indices),
             labels=None if labels is None else torch.from_numpy(labels),
+            covariates=None if series.covariates is None else torch.from_numpy(series.covariates),
         )
         if isinstance(self.config, RoMAForPreTrainingConfig):
             batch = draw_mask(batch, self.config, self.seed, epoch)
@@ -324,7 +351,7 @@ class TrainLoader:
         """``sampler`` chooses the samples of a step; ``model`` says how they become a batch."""
         self.config, self.sampler = config, sampler
         self.group, self.device, self.stops = group, device, stops
-        augmentations = augmentations_of(config, model.n_channels, dataset)
+        augmentations = augmentations_of(config, model, dataset)
         self.batches = _BatchDataset(dataset, Collate(model, config.random_seed, augmentations))
         self._child_handler: Any = None
 

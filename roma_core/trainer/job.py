@@ -42,11 +42,15 @@ _MAX_SERIES = 2_000  # read for the check of the scale, evenly spaced among more
 
 def data_fields(schema: DataSchema) -> dict[str, Any]:
     """Fields of a model that the data determine: channels, axes, and tokens of one observation."""
+    categories = [axis.n_embedded for axis in schema.axes]
     return {
         "tubelet_size": [1, 1, 1],
-        "n_channels": len(schema.channels),
+        "n_channels": schema.n_values,
         "n_pos_dims": len(schema.axes),
         "position_axes": [],  # the data set applies its axes itself
+        "axis_categories": categories if any(categories) else [],
+        "missing_values": schema.missing_values,
+        "covariates": [len(covariate.categories) for covariate in schema.covariates],
     }
 
 

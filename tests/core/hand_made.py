@@ -7,7 +7,7 @@ from pydantic import Field
 
 from roma_core.data import DatasetConfig, build_dataset
 from roma_core.data.quality import check_dataset
-from roma_core.schema import Channel, PositionAxis
+from roma_core.schema import Channel, Covariate, PositionAxis
 from roma_core.sources.base import RawSeries, SourceConfig
 
 
@@ -21,6 +21,8 @@ class HandMade(SourceConfig):
     axes: tuple[PositionAxis, ...] = (PositionAxis(name="t", unit="s"),)
     files: dict[str, str] = Field({})
     targets: tuple[Channel, ...] = Field((), exclude=True)
+    covariates: tuple[Covariate, ...] = Field((), exclude=True)
+    layout: str = Field("joint", exclude=True)
 
     def open(self, cache):
         return self

@@ -1,0 +1,67 @@
+"""Layouts of observations: all channels together, or one value each, and the choice between them.
+
+joint         time  hr   sbp          per_channel   time  channel  value
+              0.0   71   120                        0.0   hr       71
+              1.5   74   NaN                        0.0   sbp      120
+                                                    1.5   hr       74
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from roma_core.schema import Layout
+from roma_core.sources.base import RawSeries, Source
+
+_SAMPLE = 200  # series read to choose a layout
+_MAX_COST = 2.0  # tokens of per_channel for each of joint, up to which it is chosen
+
+Positions = NDArray[np.float64]
+Values = NDArray[np.float32]
+Rows = NDArray[np.int64]
+
+
+def melt(positions: Positions, values: Values) -> tuple[Positions, Values, Rows]:
+    """``(N, D)`` and ``(N, C)`` with NaN → ``(M, D + 1)``, ``(M, 1)`` and the ``(M,)`` row of each."""
+    rows, channels = np.nonzero(~np.isnan(values))
+    at = np.column_stack([positions[rows], channels.astype(np.float64)])
+    return at, values[rows, channels][:, None], rows
+
+
+def pivot(positions: Positions, values: Values, n_channels: int) -> tuple[Positions, Values, Rows]:
+    """The inverse of :func:`melt`, by position; the row returned is the first at each position."""
+    at, rows, inverse = np.unique(positions[:, :-1], axis=0, return_index=True, return_inverse=True)
+    joint = np.full((len(at), n_channels), np.nan, np.float32)
+    joint[inverse.reshape(-1), positions[:, -1].astype(np.int64)] = values[:, 0]
+    return at, joint, rows
+
+
+def choose_layout(
+    wanted: Layout | Literal["auto"], source: Source, series: Iterable[RawSeries]
+) -> tuple[Layout, str]:
+    """The layout to store, and the reason; ``auto`` decides by the first of the cleaned series."""
+    n_channels = len(source.channels)
+    if wanted != "auto":
+        return wanted, "as configured"
+    if n_channels == 1:
+        return source.layout, "one channel"
+    n_times = n_values = 0
+    for one in itertools.islice(series, _SAMPLE):
+        n_values += int((~np.isnan(one.values)).sum())
+        n_times += _n_times(one, source.layout)
+    if n_values == n_times * n_channels:
+        return "joint", f"every observation has all {n_channels} channels"
+    at_a_time = n_values / max(1, n_times)
+    reason = f"{at_a_time:.1f} of {n_channels} channels are observed at a time"
+    return ("per_channel" if at_a_time <= _MAX_COST else "joint"), reason
+
+
+def _n_times(series: RawSeries, layout: Layout) -> int:
+    if layout == "joint":
+        return len(series.values)
+    return len(np.unique(series.positions[:, :-1], axis=0))
