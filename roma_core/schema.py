@@ -199,7 +199,8 @@ class Normaliser:
 
     def __init__(self, schema: DataSchema) -> None:
         entries, self._group_axis = schema.normalisation, schema.normalisation_axis
-        shape = (-1, len(entries) if self._group_axis is None else schema.n_values)  # (G, C)
+        n_values = len(entries) if self._group_axis is None else schema.n_values
+        shape = (len(entries) // n_values if n_values else 1, n_values)  # (G, C)
         self._mean = np.array([entry.mean for entry in entries]).reshape(shape)
         self._std = np.array([entry.std for entry in entries]).reshape(shape)
         # scale of arcsinh, NaN for identity

@@ -39,8 +39,8 @@ def table(folder, lines, header="star,t,v", file="stars.csv", columns=COLUMNS, *
         (["x,1,low"], "stars.csv: column 'v' holds 'low' in row 201, expected numbers"),
         (["x,1"], r"stars.csv cannot be read: line 202, 'x,1': .*Columns: 3 Found: 2"),
         (["x,1,2", "x,1,3"], "series 'x' of stars.csv repeats a position, 1 times in all"),
-        (["x,1,nan"], "series 'x' of stars.csv: values hold nan at observation 0, column 0 (v)"),
-        (["x,1,"], "values hold nan at observation 0, column 0 (v)"),
+        (["x,1,nan"], "series 'x' of stars.csv has no observations"),
+        (["x,nan,1"], "series 'x' of stars.csv: positions hold nan at observation 0, column 0 (t)"),
         (["x,1,1e300"], "values hold inf at observation 0, column 0 (v), but all must be finite"),
         ([",1,2"], "stars.csv: column 'star' has an empty id"),
     ],
@@ -60,11 +60,12 @@ def test_a_bad_row_is_refused_with_its_file_and_place_and_nothing_is_left(tmp_pa
     [
         (["x,3,1", "x,1,2"], {}, {"series_sorted": 1}),
         (["x,1,2", "x,1,3"], {"duplicates": "mean"}, {"duplicate_observations": 1}),
-        (["x,1,nan", "x,2,3"], {"not_finite": "drop"}, {"observations_not_finite": 1}),
+        (["x,1,nan", "x,2,3"], {}, {"observations_without_values": 1}),
+        (["x,nan,1", "x,2,3"], {"not_finite": "drop"}, {"observations_not_finite": 1}),
         (
-            ["x,1,nan"],
-            {"not_finite": "drop", "empty": "drop"},
-            {"observations_not_finite": 1, "empty_series_dropped": 1},
+            ["x,1,"],
+            {"empty": "drop"},
+            {"observations_without_values": 1, "empty_series_dropped": 1},
         ),
     ],
 )

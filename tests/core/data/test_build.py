@@ -81,8 +81,8 @@ def test_a_drop_that_drops_nothing_fails_and_leaves_nothing(tmp_path):
         ),
         (series("bad", positions=np.ones((9, 1))), r"'bad': positions have the shape \(9, 1\)"),
         (
-            series("bad", values=np.full((2, 2), np.nan, np.float32), positions=np.ones((2, 1))),
-            "'bad': values hold nan at observation 0, column 0",
+            series("bad", values=np.full((2, 2), np.inf, np.float32), positions=np.ones((2, 1))),
+            "'bad': values hold inf at observation 0, column 0",
         ),
         (series("bad", n=1, positions=np.array([[np.inf]])), "'bad': positions hold inf"),
     ],

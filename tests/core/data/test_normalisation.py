@@ -10,7 +10,7 @@ from roma_core.schema import (
     AxisScaleFit,
     Channel,
     ChannelFit,
-    ChannelNormalisation,
+    ChannelTransform,
     DataError,
     DataSchema,
     Normaliser,
@@ -19,10 +19,7 @@ from roma_core.schema import (
 from tests.core.hand_made import HandMade, built, config_of, series
 
 CHANNELS = (Channel(name="flux", unit="mJy"), Channel(name="angle", unit="rad"))
-TRANSFORMS = (
-    ChannelNormalisation(transform="arcsinh", transform_scale=10, mean=0, std=1),
-    ChannelNormalisation(mean=0, std=1),
-)
+TRANSFORMS = (ChannelTransform(transform="arcsinh", transform_scale=10), ChannelTransform())
 
 
 def normalise_positions(positions, axes):
@@ -31,9 +28,9 @@ def normalise_positions(positions, axes):
 
 
 def fit(chunks):
-    fit = ChannelFit(CHANNELS, TRANSFORMS)
+    fit = ChannelFit([repr(channel.name) for channel in CHANNELS], TRANSFORMS, n_values=2)
     for chunk in chunks:
-        fit.add(chunk)
+        fit.add(chunk, np.empty((len(chunk), 0)))
     return fit.result()
 
 
