@@ -315,6 +315,7 @@ def stored_fields(document: dict[str, Any]) -> dict[str, Any]:
     """The configuration's fields in a ``model_config.json``; published ones lack some."""
     own = ("schema_version", "class", "data_schema")
     defaults = {"position_axes": [], "value_features": 0, "neighbours": 0}
+    defaults |= {"axis_categories": [], "missing_values": False, "covariates": []}
     return defaults | {k: v for k, v in document.items() if k not in own}
 
 

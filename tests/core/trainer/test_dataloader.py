@@ -214,20 +214,39 @@ def test_jitter_is_normal_and_leaves_other_axes_alone():
     assert (shifted[:, 1] == 0).all()
 
 
+def test_a_dropped_channel_is_missing_where_values_may_be():
+    values = np.float32([[1, 2], [3, np.nan], [np.nan, 4], [5, 6]])
+    batch = RaggedBatch.of([values], [np.arange(4.0)[:, None]], [3])
+    dropped = ChannelDrop(0.9, 2, missing_values=True)(batch, seed=0, epoch=0).values
+    (gone,) = np.flatnonzero(np.isnan(dropped[[0, 3]]).all(0))
+    assert np.isnan(dropped[:, gone]).sum() == 3  # but for the observation that had no other value
+    np.testing.assert_array_equal(dropped[:, 1 - gone], values[:, 1 - gone])
+
+
+def test_a_dropped_channel_of_single_values_loses_its_tokens():
+    positions = np.column_stack([np.arange(6.0), [0, 1, 2, 0, 1, 2]])
+    batch = RaggedBatch.of([np.ones((6, 1), np.float32)], [positions], [3])
+    for epoch in range(20):
+        left = ChannelDrop(0.6, 3, channel_axis=1)(batch, seed=0, epoch=epoch).positions
+        for channel in np.unique(left[:, 1]):
+            assert (left[:, 1] == channel).sum() == 2
+        assert len(left) >= 2
+
+
 def test_settings_and_the_data_set_choose_the_augmentations():
     class Own(Waves):
         augmentations = (lambda tokens, positions, random: (tokens[:0], positions[:0]),)
 
-    assert augmentations_of(TrainerConfig(), 2) == ()
-    chosen = augmentations_of(
-        TrainerConfig(augment_drop_rate=0.1, augment_crop_tokens=9, augment_jitter_position=1),
-        2,
-        Own(),
-    )
-    assert chosen == (Crop(0, 9), Drop(0.1), Jitter(0, 1), CustomAugmentation(Own.augmentations[0]))
     stack = EncoderConfig(d_model=16, nhead=2, depth=1)
     config = RoMAForClassificationConfig(
         encoder_config=stack, tubelet_size=(1, 1, 1), n_channels=2, n_pos_dims=1, dim_output=2
     )
+    assert augmentations_of(TrainerConfig(), config) == ()
+    chosen = augmentations_of(
+        TrainerConfig(augment_drop_rate=0.1, augment_crop_tokens=9, augment_jitter_position=1),
+        config,
+        Own(),
+    )
+    assert chosen == (Crop(0, 9), Drop(0.1), Jitter(0, 1), CustomAugmentation(Own.augmentations[0]))
     with pytest.raises(ValueError, match="left 0 tokens and 0 positions of sample 7"):
         Collate(config, 0, chosen)([(0, 7, Own()[7])])

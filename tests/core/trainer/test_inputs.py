@@ -1,0 +1,103 @@
+"""Training on missing values, both layouts, categories and covariates: pretrained, finetuned, reloaded."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from roma_core import RoMAForClassification, RoMAForPreTraining, Trainer, TrainerConfig
+from roma_core.data import StoredDataset
+from roma_core.model.config import RoMAForPreTrainingConfig
+from roma_core.schema import Channel, Covariate
+from roma_core.sources.base import RawSeries
+from roma_core.trainer.job import TrainingJobConfig, data_fields
+from tests.core.hand_made import HandMade, built
+
+SMALL = {"d_model": 16, "nhead": 2, "depth": 2}
+COVARIATES = (Covariate(name="age", unit="y"), Covariate(name="sex", categories=("f", "m")))
+
+
+def patient(k):
+    """Two quantities with gaps; the class is a rise of the second."""
+    g = np.random.default_rng(k)
+    n, y = int(g.integers(5, 12)), k % 2
+    hours = np.sort(g.uniform(0, 40, n))
+    values = np.stack([70 + g.normal(0, 5, n), 200 + y * 3 * hours + g.normal(0, 5, n)], 1)
+    values[g.random((n, 2)) < 0.4] = np.nan
+    values[np.isnan(values).all(1), 0] = 70
+    covariates = np.float32([40 + k % 30, g.choice([0, 1, np.nan])])
+    split = "test" if k % 5 == 0 else "train"
+    return RawSeries(
+        f"p{k}", hours[:, None], values.astype(np.float32), "xy"[y], split, covariates=covariates
+    )
+
+
+@pytest.fixture(scope="module", params=["joint", "per_channel"])
+def dataset(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    channels = (Channel(name="hr", unit="1/min"), Channel(name="lab", unit="g"))
+    source = HandMade(
+        series=tuple(map(patient, range(60))), channels=channels, covariates=COVARIATES
+    )
+    options = {
+        "layout": request.param,
+        "validation_fraction": 0.2,
+        "axes": {"t": {"scale": "auto"}},
+    }
+    return StoredDataset(built(folder, source=source, **options))
+
+
+def run(config, dataset, model, folder):
+    (folder / "config.json").parent.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
+    trainer = TrainerConfig.from_values(config.trainer | {"checkpoint_dir": folder / "checkpoints"})
+    model.data_schema = dataset.schema.model_dump(mode="json")
+    return Trainer(trainer).train(dataset.split("train"), dataset.split("validation"), model)
+
+
+def test_a_pretrained_encoder_is_finetuned_and_answers_alike_after_a_reload(dataset, tmp_path):
+    trainer = TrainerConfig(epochs=30, batch_size=16, base_lr=3e-3)
+    fields = {"encoder_config": SMALL, "decoder_config": SMALL | {"depth": 1}, "mask_ratio": 0.5}
+    plan = TrainingJobConfig.resolve("pretrain", dataset.path, fields, trainer)
+    assert plan.model["missing_values"] == (dataset.schema.layout == "joint")
+    assert plan.model["covariates"] == [0, 2]
+    torch.manual_seed(0)
+    autoencoder = RoMAForPreTraining(RoMAForPreTrainingConfig.from_values(plan.model))
+    run(plan, dataset, autoencoder, tmp_path / "pretrain")
+    autoencoder.save_pretrained(tmp_path / "encoder")
+
+    trainer = trainer.model_copy(update={"epochs": 60})
+    plan = TrainingJobConfig.resolve(
+        "finetune", dataset.path, {}, trainer, weights=tmp_path / "encoder"
+    )
+    classifier = RoMAForClassification.from_pretrained(
+        tmp_path / "encoder", dim_output=2, pooling="mean"
+    )
+    assert classifier.config.model_dump(mode="json")["axis_categories"] == list(
+        data_fields(dataset.schema)["axis_categories"]
+    )
+    run(plan, dataset, classifier, tmp_path / "finetune")
+    classifier.save_pretrained(tmp_path / "classifier")
+    again = RoMAForClassification.from_pretrained(tmp_path / "classifier").eval()
+
+    right = 0
+    program = classifier.eval().export().module()
+    for item in dataset.split("test"):
+        values = item["values"][None]
+        positions = torch.from_numpy(item["positions"])[None]
+        covariates = torch.from_numpy(item["covariates"])[None]
+        values = torch.from_numpy(values)
+        with torch.no_grad():
+            logits, _ = classifier(values, positions, covariates=covariates)
+            reloaded, _ = again(values, positions, covariates=covariates)
+            tokens = values.flatten(2), positions.transpose(1, 2).contiguous()
+            exported = program(
+                *tokens, torch.ones(1, len(tokens[0][0]), dtype=torch.bool), covariates
+            )
+        torch.testing.assert_close(logits, reloaded, rtol=0, atol=0)
+        torch.testing.assert_close(logits, exported, rtol=1e-5, atol=1e-5)
+        right += int(logits.argmax()) == item["label"]
+    assert right >= 10  # of 12
