@@ -241,12 +241,16 @@ def sums_with_resamples(contributions: Floats, n_bootstrap: int = N_BOOTSTRAP) -
 def means_with_resamples(series: Ints, values: Floats) -> Floats:
     """``(1 + R, M)``: means of ``values (T, M)`` over all rows, then over those of each resample.
 
-    Whole series are resampled; ``series`` is the ``(T,)`` series of each row.
+    Whole series are resampled; ``series`` is the ``(T,)`` series of each row. NaN is left out; a
+    column of nothing else has a mean of NaN.
     """
     _, index = np.unique(series, return_inverse=True)
-    sums = [np.bincount(index, column) for column in values.T]
-    totals = sums_with_resamples(np.stack([*sums, np.bincount(index)], axis=1))
-    return totals[:, :-1] / totals[:, -1:]
+    known = ~np.isnan(values)
+    sums = [np.bincount(index, column) for column in np.where(known, values, 0).T]
+    counts = [np.bincount(index, column) for column in known.T]
+    totals = sums_with_resamples(np.stack([*sums, *counts], axis=1))
+    with np.errstate(invalid="ignore"):
+        return totals[:, : len(sums)] / totals[:, len(sums) :]
 
 
 def equal_mass_bins(x: Floats, n_bins: int) -> Ints:

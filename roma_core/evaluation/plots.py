@@ -247,6 +247,7 @@ def reconstruction_examples(examples: Sequence[ReconstructionExample]) -> Figure
 
 def _draw_reconstruction(axes: Axes, example: ReconstructionExample, channel: int) -> None:
     order = np.argsort(example.positions, kind="stable")
+    order = order[np.isfinite(example.values[order, channel])]
     hidden = order[~example.visible[order]]
     seen = order[example.visible[order]]
     x, true = example.positions, example.values[:, channel]

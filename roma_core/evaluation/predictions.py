@@ -262,7 +262,10 @@ class RegressionTable(_ObservationTable):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ReconstructionTable(_ObservationTable):
-    """T hidden observations, of all or some of N series; values are float32, as observed, with noise."""
+    """T hidden observations, of all or some of N series; values are float32, as observed, with noise.
+
+    A value that was not observed is NaN in every field.
+    """
 
     index: Ints  # (T,) of the observation in its series
     std: Float32 | None = None  # (T, K) predicted standard deviation, if the model predicts it

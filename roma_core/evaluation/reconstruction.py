@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from roma_core.data.store import Subset
+from roma_core.data.store import StoredDataset, Subset
 from roma_core.evaluation.metrics import (
     Estimate,
     GroupErrors,
@@ -67,11 +67,18 @@ def reconstruct(
     parts = [rows[start : start + batch_size] for start in range(0, len(split), batch_size)]
     batches = [mask(collate.batch(split, part)) for part in parts]
     outputs = np.concatenate([_outputs(model, batch) for batch in batches])
-    units, width = Normaliser(schema), len(schema.channels)
+    units, width = Normaliser(schema), schema.n_values
+    at = _hidden_positions(batches)
     mean, log_variance = outputs[:, :width], outputs[:, width:]
     deviation = np.exp(0.5 * log_variance.clip(-14, 14))  # as in the loss
-    std = deviation * units.slope(mean) if model.config.predict_variance else None
-    return _table(split, batches, units.denormalise(mean), std)
+    std = deviation * units.slope(mean, at) if model.config.predict_variance else None
+    return _table(split, batches, units.denormalise(mean, at), std)
+
+
+def _hidden_positions(batches: list[PackedBatch]) -> Floats:
+    """``(H, D)`` positions of the hidden observations as the model sees them; categories as delivered."""
+    masked = [(batch, batch.masked.hidden_rows) for batch in batches if batch.masked is not None]
+    return torch.cat([batch.positions[rows] for batch, rows in masked]).double().numpy()
 
 
 def check_schema(model: Backbone, schema: DataSchema, *also: str) -> None:
@@ -82,7 +89,7 @@ def check_schema(model: Backbone, schema: DataSchema, *also: str) -> None:
     if model.data_schema is None:
         return
     own = DataSchema.model_validate(model.data_schema)
-    for what in ("channels", "axes", "normalisation", *also):
+    for what in ("layout", "channels", "axes", "covariates", "normalisation", *also):
         if getattr(own, what) != getattr(schema, what):
             raise ValueError(
                 f"{what} of this data set and of the data the model was trained on differ, so its "
@@ -100,11 +107,11 @@ def _check_model(model: RoMAForPreTraining, schema: DataSchema) -> None:
             "which is hidden too; only one trained with normalize_targets=False can be evaluated by "
             "values"
         )
-    if not Collate(config, seed=0).can_gather or config.n_channels != len(schema.channels):
+    if not Collate(config, seed=0).can_gather or config.n_channels != schema.n_values:
         raise ValueError(
             f"the model has tokens of {config.tubelet_size} steps with {config.n_channels} channels and "
             f"{len(config.position_axes)} position axes of its own; only one with a token for each "
-            f"observation of this data set, {len(schema.channels)} channels, can be evaluated on it"
+            f"observation of this data set, {schema.n_values} numbers, can be evaluated on it"
         )
 
 
@@ -128,7 +135,10 @@ def _outputs(model: RoMAForPreTraining, batch: PackedBatch) -> Float32:
 def _table(
     split: Subset, batches: list[PackedBatch], predicted: Float32, std: Float32 | None
 ) -> ReconstructionTable:
-    """Predictions ``(H, C)`` of the hidden observations, in the order of the batches, as a table."""
+    """Predictions ``(H, C)`` of the hidden observations, in the order of the batches, as a table.
+
+    The table has a column per channel in either layout.
+    """
     found = []
     for batch in batches:
         assert batch.masked is not None and batch.indices is not None
@@ -145,25 +155,48 @@ def _table(
     series, index = series[order], index[order]
     dataset = split.dataset
     columns = clean_columns(dataset.schema)
-    true = np.empty((len(series), len(dataset.schema.channels)), np.float32)
+    true = np.empty((len(series), dataset.schema.n_values), np.float32)
+    channel = np.zeros(len(series), np.int64)
     clean = None if columns is None else np.empty_like(true)
     for k, rows in rows_by_series(series):
         row = int(split.indices[k])
-        true[rows] = dataset.raw(row)[1][index[rows]]
+        positions, values = dataset.raw(row)
+        true[rows] = values[index[rows]]
+        channel[rows] = positions[index[rows], -1].astype(np.int64)  # in the per_channel layout
         if clean is not None:
             targets = dataset.targets(row)
             assert targets is not None and columns is not None
             clean[rows] = targets[index[rows]][:, columns]
+    schema = dataset.schema
+
+    def by_channel(numbers: Float32) -> Float32:
+        """``(H, C)`` with NaN for numbers that were not observed."""
+        if schema.layout == "joint":
+            return np.where(np.isnan(true), np.float32(np.nan), numbers)
+        columns = np.full((len(numbers), len(schema.channels)), np.nan, np.float32)
+        columns[np.arange(len(numbers)), channel] = numbers[:, 0]
+        return columns
+
     return ReconstructionTable(
         ids=[dataset.ids[i] for i in split.indices],
         series=series,
-        channels=dataset.schema.channels,
+        channels=schema.channels,
         index=index,
-        true=true,
-        predicted=predicted[order],
-        std=None if std is None else std[order],
-        clean=clean,
+        true=by_channel(true),
+        predicted=by_channel(predicted[order]),
+        std=None if std is None else by_channel(std[order]),
+        clean=None if clean is None else by_channel(clean),
     )
+
+
+def joint_values(dataset: StoredDataset, row: int) -> Float32:
+    """``(N, C)`` values of a series as delivered, a column per channel in either layout."""
+    positions, values = dataset.raw(row)
+    if dataset.schema.layout == "joint":
+        return values
+    joint = np.full((len(values), len(dataset.schema.channels)), np.nan, np.float32)
+    joint[np.arange(len(values)), positions[:, -1].astype(np.int64)] = values[:, 0]
+    return joint
 
 
 def rows_by_series(series: Ints) -> Iterator[tuple[int, slice]]:
@@ -188,25 +221,37 @@ def clean_columns(schema: DataSchema) -> list[int] | None:
 def train_mean(table: ReconstructionTable, split: Subset) -> ReconstructionTable:
     """The same observations, predicted by the mean of the train split."""
     schema = split.dataset.schema
-    mean = Normaliser(schema).denormalise(np.zeros((1, len(schema.channels)), np.float32))
-    return replace(table, predicted=np.broadcast_to(mean, table.true.shape), std=None)
+    if schema.normalise_by is None:
+        mean = Normaliser(schema).denormalise(np.zeros((1, schema.n_values), np.float32))
+        predicted = np.broadcast_to(mean, table.true.shape)
+    else:
+        predicted = np.empty_like(table.true)
+        for k, rows in rows_by_series(table.series):
+            positions = split.dataset.raw(int(split.indices[k]))[0][table.index[rows]]
+            zeros = np.zeros((len(positions), schema.n_values), np.float32)
+            predicted[rows] = Normaliser(schema).denormalise(zeros, positions)
+    predicted = np.where(np.isnan(table.true), np.float32(np.nan), predicted)
+    return replace(table, predicted=predicted, std=None)
 
 
 def linear_interpolation(table: ReconstructionTable, split: Subset) -> ReconstructionTable:
     """The same observations, on straight lines between visible ones; constant outside of them.
 
-    For data with a single position axis.
+    A channel without a visible value gets the mean of train. For data with a single position axis,
+    besides that of channels.
     """
-    predicted = np.empty_like(table.true)
+    predicted = train_mean(table, split).predicted.copy()
     for k, rows in rows_by_series(table.series):
-        positions, values = split.dataset.raw(int(split.indices[k]))
+        row = int(split.indices[k])
+        at, values = split.dataset.raw(row)[0][:, 0], joint_values(split.dataset, row)
         hidden = table.index[rows]
-        known = np.delete(np.arange(len(values)), hidden)
-        known = known[np.argsort(positions[known, 0], kind="stable")]
+        visible = np.delete(np.arange(len(values)), hidden)
+        visible = visible[np.argsort(at[visible], kind="stable")]
         for c in range(values.shape[1]):
-            predicted[rows, c] = np.interp(
-                positions[hidden, 0], positions[known, 0], values[known, c]
-            )
+            known = visible[~np.isnan(values[visible, c])]
+            if len(known):
+                predicted[rows, c] = np.interp(at[hidden], at[known], values[known, c])
+    predicted[np.isnan(table.true)] = np.nan
     return replace(table, predicted=predicted, std=None)
 
 
@@ -215,11 +260,11 @@ def channel_ranges(train: Subset) -> Floats | None:
     if len(train) == 0:
         return None
     ends = [
-        (values.min(axis=0), values.max(axis=0))
-        for values in (train.dataset.raw(int(i))[1] for i in train.indices)
+        (np.fmin.reduce(values), np.fmax.reduce(values))
+        for values in (joint_values(train.dataset, int(i)) for i in train.indices)
     ]
     lows, highs = (np.array(column) for column in zip(*ends, strict=True))
-    ranges = highs.max(axis=0).astype(np.float64) - lows.min(axis=0)
+    ranges = np.fmax.reduce(highs).astype(np.float64) - np.fmin.reduce(lows)
     return ranges if (ranges > 0).all() else None
 
 
@@ -241,7 +286,8 @@ def reconstruction_errors(
     scaled = error if ranges is None else error / ranges
     values = np.hstack([error**2, np.abs(error), scaled**2])
     means = means_with_resamples(table.series, values)
-    mse, mae, relative = means.reshape(len(means), 3, -1).mean(axis=2).T  # each (1 + R,)
+    by_channel = means.reshape(len(means), 3, -1)
+    mse, mae, relative = np.nanmean(by_channel, axis=2).T  # each (1 + R,)
     found = error_estimates(mse, mae)
     if ranges is not None:
         found["nrmse"] = Estimate.of(np.sqrt(relative))
@@ -261,8 +307,9 @@ def coverage(table: ReconstructionTable) -> dict[str, Estimate]:
     if table.std is None:
         return {}
     inside = np.abs(table.predicted.astype(np.float64) - table.true) <= 1.96 * table.std
-    means = means_with_resamples(table.series, inside.astype(float))
-    return {"coverage_95": Estimate.of(means.mean(axis=1))}
+    hits = np.where(np.isnan(table.true), np.nan, inside.astype(float))
+    means = means_with_resamples(table.series, hits)
+    return {"coverage_95": Estimate.of(np.nanmean(means, axis=1))}
 
 
 def errors_by_class(
@@ -301,7 +348,7 @@ def evaluate_reconstruction(table: ReconstructionTable, split: Subset) -> Recons
     found |= reconstruction_errors(table, "true", ranges)
     found |= reconstruction_errors(table, "clean", ranges)
     baselines = {"mean_": train_mean(table, split)}
-    if len(dataset.schema.axes) == 1:
+    if len(dataset.schema.axes) == 1 + (dataset.schema.layout == "per_channel"):
         baselines["linear_"] = linear_interpolation(table, split)
     for name, baseline in baselines.items():
         own = reconstruction_errors(baseline) | reconstruction_errors(baseline, "clean")
@@ -332,7 +379,8 @@ def reconstruct_examples(model: RoMAForPreTraining, split: Subset) -> list[Recon
     moved = batch.to(model.projection.weight.device)
     assert moved.masked is not None
     outputs = model.eval().reconstruct_hidden(moved, moved.masked).float().cpu().numpy()
-    predicted = Normaliser(split.dataset.schema).denormalise(outputs)
+    at = _hidden_positions([batch])
+    predicted = Normaliser(split.dataset.schema).denormalise(outputs, at)
     return examples_of(_table(few, [batch], predicted, None), few)
 
 
@@ -345,7 +393,7 @@ def examples_of(table: ReconstructionTable, split: Subset) -> list[Reconstructio
     examples = []
     for k in dict.fromkeys(chosen.tolist()):
         row, rows = int(split.indices[k]), table.series == k
-        positions, values = dataset.raw(row)
+        positions, values = dataset.raw(row)[0], joint_values(dataset, row)
         hidden, targets = table.index[rows], dataset.targets(row)
         predicted, std = np.full_like(values, np.nan), np.full_like(values, np.nan)
         predicted[hidden] = table.predicted[rows]

@@ -34,9 +34,12 @@ class Reconstruction:
     mean: Tensor  # (B, Q, P) float; for tubelets of one step, (B, Q, C)
     std: Tensor | None  # likewise, the predicted deviation; None if the model predicts no variance
 
-    def denormalised(self, schema: DataSchema) -> Reconstruction:
-        """The same in the units of the data; deviations to first order for nonlinear transforms."""
-        width, n_channels = self.mean.shape[-1], len(schema.channels)
+    def denormalised(self, schema: DataSchema, positions: Tensor) -> Reconstruction:
+        """The same in the units of the data; deviations to first order for nonlinear transforms.
+
+        ``positions`` are the ``(B, D, Q)`` that were asked for.
+        """
+        width, n_channels = self.mean.shape[-1], schema.n_values
         if width % n_channels:
             raise ValueError(
                 f"tubelets of {width} numbers do not hold whole observations of {n_channels} channels"
@@ -46,10 +49,11 @@ class Reconstruction:
         def by_channel(x: Tensor) -> Tensor:
             return x.detach().float().cpu().unflatten(-1, (-1, n_channels))
 
-        mean = torch.from_numpy(normaliser.denormalise(by_channel(self.mean).numpy()))
+        at = positions.detach().double().cpu().transpose(1, 2)[:, :, None].numpy()  # (B, Q, 1, D)
+        mean = torch.from_numpy(normaliser.denormalise(by_channel(self.mean).numpy(), at))
         std = None
         if self.std is not None:
-            slope = torch.from_numpy(normaliser.slope(by_channel(self.mean).numpy()))
+            slope = torch.from_numpy(normaliser.slope(by_channel(self.mean).numpy(), at))
             std = (by_channel(self.std) * slope).flatten(-2)
         return Reconstruction(mean.flatten(-2), std)
 
@@ -238,7 +242,7 @@ class RoMAForPreTraining(Backbone):
         std = (0.5 * raw[..., width:]).exp() if self.config.predict_variance else None
         result = Reconstruction(raw[..., :width], std)
         if denormalise and self.data_schema is not None:
-            return result.denormalised(DataSchema.model_validate(self.data_schema))
+            return result.denormalised(DataSchema.model_validate(self.data_schema), queries)
         return result
 
     def reconstruct_hidden(self, batch: PackedBatch, masked: MaskedTokens) -> Tensor:

@@ -7,15 +7,19 @@ import torch
 from roma_core.data import StoredDataset, build_dataset
 from roma_core.evaluation.reconstruction import (
     clean_columns,
+    evaluate_reconstruction,
+    joint_values,
     linear_interpolation,
     mask_all_but,
     mask_as_trained,
     reconstruct,
+    reconstruct_examples,
     train_mean,
 )
 from roma_core.model.config import EncoderConfig, RoMAForPreTrainingConfig
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.schema import Channel
+from roma_core.trainer.job import data_fields
 from tests.core.evaluation.tables import reconstruction_table
 from tests.core.hand_made import HandMade, config_of, series
 
@@ -157,3 +161,52 @@ def test_clean_values_are_known_by_the_names_of_the_targets(tmp_path):
 
     assert columns("clean_b", "angle", "clean_a") == [2, 0]
     assert columns("clean_a") is None and columns("clean") is None and columns() is None
+
+
+@pytest.mark.parametrize("layout", ["joint", "per_channel"])
+def test_what_was_never_observed_is_not_compared_and_has_no_baseline(tmp_path, layout):
+    def gappy(name, n, seed, split="test"):
+        one = series(name, n, "x", split, seed)
+        one.values[np.random.default_rng(seed).random((n, 2)) < 0.4] = np.nan
+        one.values[0] = one.values[-1] = [1 + seed, 100 * seed]
+        return one
+
+    source = HandMade(
+        series=[gappy(f"s{k}", 20, k, "train" if k > 3 else "test") for k in range(9)]
+    )
+    config = config_of(source=source, layout=layout)
+    dataset = StoredDataset(build_dataset(config, tmp_path, tmp_path, progress=False))
+    test = dataset.split("test")
+    model = model_of(**data_fields(dataset.schema) | {"predict_variance": True})
+    model.data_schema = dataset.schema.model_dump(mode="json")
+
+    table = reconstruct(model, test, mask_as_trained(model.config, 0), 3)
+
+    rows = np.arange(len(table.series))
+    for k in range(len(test)):
+        mine = rows[table.series == k]
+        true = joint_values(dataset, int(test.indices[k]))[table.index[mine]]
+        np.testing.assert_array_equal(table.true[mine], true)
+    for numbers in (table.predicted, table.std):
+        np.testing.assert_array_equal(np.isnan(numbers), np.isnan(table.true))
+    line = linear_interpolation(table, test).predicted
+    at, values = dataset.raw(int(test.indices[0]))
+    values = joint_values(dataset, int(test.indices[0]))
+    hidden = table.index[table.series == 0]
+    for c in (0, 1):
+        known = ~np.isnan(values[:, c])
+        known[hidden] = False
+        expected = np.interp(at[hidden, 0], at[known, 0], values[known, c])
+        asked = ~np.isnan(table.true[table.series == 0, c])
+        np.testing.assert_allclose(line[table.series == 0, c][asked], expected[asked], rtol=1e-6)
+    metrics = evaluate_reconstruction(table, test).overall
+    assert {"mse", "linear_mse", "mean_mse", "coverage_95"} <= metrics.keys()
+    assert all(np.isfinite(estimate.value) for estimate in metrics.values())
+    examples = reconstruct_examples(model, test)
+    assert examples[0].values.shape[1] == 2
+    answers = model.reconstruct(
+        torch.zeros(1, 2, model.config.n_channels, 1, 1),
+        torch.zeros(1, model.config.n_pos_dims, 2),
+        query_positions=torch.ones(model.config.n_pos_dims, 3),
+    )
+    assert answers.mean.shape == answers.std.shape == (1, 3, dataset.schema.n_values)
