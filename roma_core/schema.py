@@ -189,9 +189,15 @@ class DataSchema(Frozen):
 
     @property
     def units(self) -> dict[str, str]:
-        """Axis or channel name → unit."""
-        axes = {axis.name: axis.unit for axis in self.axes}
-        return axes | {channel.name: channel.unit for channel in self.channels}
+        """Name → unit of axes, channels and covariates that are numbers."""
+        units = {axis.name: axis.unit for axis in self.axes if not axis.categories}
+        units |= {channel.name: channel.unit for channel in self.channels}
+        return units | {one.name: one.unit for one in self.covariates if not one.categories}
+
+    @property
+    def given_axes(self) -> tuple[PositionAxis, ...]:
+        """The axes whose positions are delivered: all but that of channels."""
+        return self.axes[:-1] if self.layout == "per_channel" else self.axes
 
 
 class Normaliser:

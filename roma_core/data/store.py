@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from roma_core.data.layout import pivot
 from roma_core.data.manifest import (
     SPLITS,
     Split,
@@ -29,7 +30,7 @@ from roma_core.data.manifest import (
 from roma_core.data.ragged import RaggedBatch
 from roma_core.files import read_json
 from roma_core.hashing import hash_ints, hash_text
-from roma_core.schema import DataError, DataSchema, Normaliser
+from roma_core.schema import Covariate, DataError, DataSchema, Normaliser, PositionAxis
 
 Sample = dict[str, Any]
 _ROW_GROUP = 1 << 18  # observations in a row group of Parquet, unless one series has more
@@ -101,6 +102,14 @@ class StoredDataset:
         """
         k, rows = self._locate(i)
         return self._positions[k][rows], self._values[k][rows]
+
+    def joint(self, i: int) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        """Series i as delivered in the joint layout: a value of every channel, NaN where missing."""
+        positions, values = self.raw(i)
+        if self.schema.layout == "joint":
+            return positions, values
+        at, joint, _ = pivot(positions, values, len(self.schema.channels))
+        return at, joint
 
     def targets(self, i: int) -> NDArray[np.float32] | None:
         """The targets of series i, ``(N, K)`` float32 as delivered; None without targets."""
@@ -296,13 +305,32 @@ class Subset:
 def raw_series(subset: Subset, rows: Iterable[int]) -> Iterator[dict[str, Any]]:
     """Chosen rows of a split as delivered: fields of :class:`roma_core.serving.client.Series`."""
     dataset, schema = subset.dataset, subset.dataset.schema
-    axes, channels = [a.name for a in schema.axes], [c.name for c in schema.channels]
     units = schema.units
     for i in (int(subset.indices[row]) for row in rows):
-        positions, values = dataset.raw(i)
-        yield {
+        positions, values = dataset.joint(i)
+        columns = zip(schema.given_axes, positions.T, strict=True)
+        found: dict[str, Any] = {
             "id": dataset.ids[i],
-            "positions": dict(zip(axes, positions.T.tolist(), strict=True)),
-            "values": dict(zip(channels, values.T.tolist(), strict=True)),
+            "positions": {axis.name: _as_delivered(axis, column) for axis, column in columns},
+            "values": {
+                channel.name: _with_none(column)
+                for channel, column in zip(schema.channels, values.T, strict=True)
+            },
             "units": units,
         }
+        if dataset.covariates is not None:
+            given = zip(schema.covariates, dataset.covariates[i], strict=True)
+            found["covariates"] = {one.name: _as_delivered(one, x[None])[0] for one, x in given}
+        yield found
+
+
+def _as_delivered(one: PositionAxis | Covariate, column: NDArray[Any]) -> list[Any]:
+    """Numbers, or names of categories; None where one is missing."""
+    if not one.categories:
+        return _with_none(column)
+    names = (*one.categories, "unknown")  # of an axis that accepts others
+    return [None if k != k else names[int(k)] for k in column.tolist()]
+
+
+def _with_none(column: NDArray[Any]) -> list[float | None]:
+    return [None if number != number else number for number in column.tolist()]

@@ -100,17 +100,21 @@ def _read_parquet(path: Path, package: Any, start: int) -> Iterator[Row]:
         schema = file.schema_arrow
         targets = [field.name for field in schema if _TARGET in (field.metadata or {}).items()]
         ignored = [name for name in (*_FACTS, *targets) if name not in inputs]
-        _check_columns(path, schema, inputs, {"id", *ignored})
+        # the code of the model may be older than this
+        covariates = [one["name"] for one in getattr(package, "covariates", [])]
+        _check_columns(path, schema, inputs, {"id", *ignored, *covariates})
         units = dict(package.units) | _given_units(schema)
-        units = {name: unit for name, unit in units.items() if name in inputs}
+        units = {name: unit for name, unit in units.items() if name in package.units}
         try:
             for batch in file.iter_batches(_ROWS_PER_BATCH):
                 for row in batch.slice(min(start, len(batch))).to_pylist():
                     name = row.pop("id", None)
                     for column in ignored:
                         row.pop(column, None)
+                    given = {one: row.pop(one) for one in covariates if one in row}
                     yield {
                         "id": name,
+                        **({"covariates": given} if covariates else {}),
                         "positions": {axis: row.pop(axis) for axis in axes if axis in row},
                         "values": row,
                         "units": units,
@@ -298,21 +302,38 @@ def embed_medians(
 
 
 def _observed(package: Any, row: Row) -> Row | None:
-    """A row without observations that are not finite; None if none is left."""
+    """A row without observations that are not finite; None if none is left.
+
+    A value that is not finite is missing, if the model accepts missing values.
+    """
+    parts = (("positions", package.axes), ("values", package.channels))
     columns = {
-        (part, one["name"]): np.array(row[part].get(one["name"]) or [], np.float64)
-        for part, names in (("positions", package.axes), ("values", package.channels))
+        (part, one["name"]): row[part].get(one["name"]) or []
+        for part, names in parts
         for one in names
     }
     if len({len(column) for column in columns.values()}) != 1:
         raise ValueError(f"series {row['id']!r}: its lists differ in length, or one is missing")
-    finite = np.isfinite(np.stack(list(columns.values()))).all(axis=0)
-    if not finite.any():
+    entries = {key: [_usable(entry) for entry in column] for key, column in columns.items()}
+    rows = list(zip(*(entries[key] for key in entries if key[0] == "positions"), strict=True))
+    values = list(zip(*(entries[key] for key in entries if key[0] == "values"), strict=True))
+    enough = any if getattr(package, "may_miss", False) else all
+    kept = [
+        k
+        for k, (at, numbers) in enumerate(zip(rows, values, strict=True))
+        if None not in at and enough(number is not None for number in numbers)
+    ]
+    if not kept:
         return None
-    kept: Row = {"positions": {}, "values": {}}
-    for (part, name), column in columns.items():
-        kept[part][name] = column[finite]
-    return row | kept
+    found: dict[str, dict[str, list[Any]]] = {"positions": {}, "values": {}}
+    for (part, name), column in entries.items():
+        found[part][name] = [column[k] for k in kept]
+    return row | found
+
+
+def _usable(entry: Any) -> Any:
+    """The entry, or None if it is no finite number; text stays."""
+    return entry if isinstance(entry, str) or (entry is not None and np.isfinite(entry)) else None
 
 
 def _print_medians(model: str, n_max: str, *names: str) -> None:

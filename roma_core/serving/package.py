@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from roma_core.files import sha256_of, write_bytes, write_json
-from roma_core.schema import DataSchema
+from roma_core.schema import Covariate, DataSchema, PositionAxis
 from roma_core.serving import pyfunc_model
 from roma_core.serving.pyfunc_model import Features, Prediction, Series
 from roma_core.serving.registry_client import code_of
@@ -222,13 +222,26 @@ def json_schema(schema: DataSchema, max_length: int, n_features: int | None = No
     """JSON Schema (2020-12) of a model's input and output; ``n_features`` is None of a classifier."""
     required = [name for name, unit in schema.units.items() if unit not in ("1", name)]
     series = Series.model_json_schema()
+    may_miss = schema.missing_values or schema.layout == "per_channel"
+    numbers = {c.name: _numbers(c.unit, max_length, may_miss) for c in schema.channels}
+    axes = {axis.name: _positions(axis, max_length) for axis in schema.given_axes}
+    one = {name: entry["items"] for name, entry in (axes | numbers).items()}
+    one |= {"channel": {"enum": list(numbers)}, "value": {"type": ["number", "null"]}}
     series["properties"] |= {
-        "positions": _object({a.name: _numbers(a.unit, max_length) for a in schema.axes}),
-        "values": _object({c.name: _numbers(c.unit, max_length) for c in schema.channels}),
+        "positions": _object(axes),
+        "values": _object(numbers, [] if may_miss else None),
+        "observations": {
+            "type": "array",
+            "items": _object(one, list(axes)),
+            "minItems": 1,
+            "maxItems": max_length,
+        },
+        "covariates": _object({c.name: _covariate(c) for c in schema.covariates}, []),
         "units": _object({name: {"const": unit} for name, unit in schema.units.items()}, required)
         | {"description": "Checked; pure numbers may be left out."},
     }
-    series["required"] = ["positions", "values", *(["units"] if required else [])]
+    series["required"] = ["units"] if required else []
+    series["oneOf"] = [{"required": ["positions", "values"]}, {"required": ["observations"]}]
     answer = Prediction if n_features is None else Features
     output = answer.model_json_schema()
     if n_features is None:
@@ -255,9 +268,30 @@ def _object(properties: dict[str, Any], required: list[str] | None = None) -> di
     }
 
 
-def _numbers(unit: str, max_length: int) -> dict[str, Any]:
-    limits = {"type": "array", "items": {"type": "number"}, "minItems": 1, "maxItems": max_length}
-    return limits | {"description": "One finite number per observation.", "unit": unit}
+def _numbers(unit: str, max_length: int, may_miss: bool = False) -> dict[str, Any]:
+    kind = ["number", "null"] if may_miss else "number"
+    text = "One finite number per observation" + ", null where it is missing." * may_miss
+    limits = {"type": "array", "items": {"type": kind}, "minItems": 1, "maxItems": max_length}
+    return limits | {"description": text if may_miss else f"{text}.", "unit": unit}
+
+
+def _positions(axis: PositionAxis, max_length: int) -> dict[str, Any]:
+    if not axis.categories:
+        return _numbers(axis.unit, max_length)
+    entry = {"type": "string"} if axis.unknown else {"enum": list(axis.categories)}
+    return {
+        "type": "array",
+        "items": entry,
+        "minItems": 1,
+        "maxItems": max_length,
+        "description": f"One of {', '.join(axis.categories)} per observation.",
+    }
+
+
+def _covariate(covariate: Covariate) -> dict[str, Any]:
+    if covariate.categories:
+        return {"enum": [*covariate.categories, None]}
+    return {"type": ["number", "null"], "unit": covariate.unit}
 
 
 def requirements() -> list[str]:

@@ -3,8 +3,9 @@
 It needs mlflow, numpy, pydantic and torch; as a part of this project it imports torch on first use,
 and MLflow never. ``package.py`` writes the folder:
 
-    model.pt2             exported program: values (B, N, P) float32, positions (B, N, D) float32,
-                          valid (B, N) bool, True at a real token -> (B, K): logits of K classes, or
+    model.pt2             exported program: values (B, N, P) float32, NaN where missing, positions
+                          (B, N, D) float32, valid (B, N) bool, True at a real token, and covariates
+                          (B, M) float32, of a model that has some -> (B, K): logits of K classes, or
                           K features of an encoder
     schema.json           channels, axes, classes, and the constants of ``roma_core.schema.Normaliser``
     golden.jsonl          series with their expected outputs
@@ -13,7 +14,7 @@ and MLflow never. ``package.py`` writes the folder:
     profile.json, requirements.lock, MODEL_CARD.md                training data, packages, card
     MANIFEST.json         sha256 of every other file, verified before anything else is read
 
-Shapes:  B series   N tokens, padded   P channels   D axes   K outputs
+Shapes:  B series   N tokens, padded   P numbers of a token   D axes   M covariates   K outputs
 """
 
 import hashlib
@@ -22,14 +23,21 @@ import json
 import math
 import reprlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 SCHEMA_VERSION = 1
 MANIFEST = "MANIFEST.json"
@@ -53,21 +61,30 @@ class PackageError(RuntimeError):
 
 
 class Series(BaseModel):
-    """One irregular series: positions and values of its observations, by name.
+    """One irregular series, in one of two forms: lists by name, or a list of observations.
 
-    Every list of one series has the same length, its number of observations (at least 1). Names
-    and units are those of the model's schema. Series of one request may differ in length. Tuples
-    and arrays of numbers are taken as lists, and a whole number as the text of an id.
+    ``positions`` and ``values`` hold lists of equal length, one entry per observation (at least 1). An
+    entry of a categorical axis is the category's name; null or NaN marks a value that is missing.
+    ``observations`` holds an object for each: ``{"time": 0.5, "channel": "hr", "value": 71}``, or
+    ``{"time": 0.5, "hr": 71, "sbp": 120}``. Names and units are those of the model's schema. Series
+    of one request may differ in length. Tuples and arrays are taken as lists, and a whole number as
+    the text of an id.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     id: str | None = Field(None, description="Returned with the prediction; free text.")
-    positions: dict[str, list[float]] = Field(
-        description="Axis name -> one number per observation."
+    positions: dict[str, list[float | str]] = Field(
+        {}, description="Axis name -> one number, or name of a category, per observation."
     )
-    values: dict[str, list[float]] = Field(
-        description="Channel name -> one number per observation."
+    values: dict[str, list[float | None]] = Field(
+        {}, description="Channel name -> one number per observation; null where it is missing."
+    )
+    observations: list[dict[str, float | str | None]] | None = Field(
+        None, description="In place of positions and values: an object per observation."
+    )
+    covariates: dict[str, float | str | None] | None = Field(
+        None, description="Covariate -> number or category of the whole object; null if unknown."
     )
     units: dict[str, str] | None = Field(
         None,
@@ -99,10 +116,35 @@ class Series(BaseModel):
 
     @field_validator("positions", "values", mode="before")
     @classmethod
-    def _lists_of_numbers(cls, given: Any) -> dict[Any, list[float]]:
+    def _lists_of_entries(cls, given: Any, info: ValidationInfo) -> dict[Any, list[Any]]:
         if not isinstance(given, Mapping):
             raise ValueError(f"expected a list of numbers for each name, got {shortened(given)}")
-        return {name: _finite_numbers(name, column) for name, column in given.items()}
+        entry = _number_or_word if info.field_name == "positions" else _number_or_none
+        return {name: _entries(name, column, entry) for name, column in given.items()}
+
+    @field_validator("observations", mode="before")
+    @classmethod
+    def _objects(cls, given: Any) -> list[dict[str, Any]] | None:
+        if given is None:
+            return None
+        given = given.tolist() if hasattr(given, "tolist") else given
+        if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+            raise ValueError(f"expected a list of objects, got {shortened(given)}")
+        rows = []
+        for index, one in enumerate(given):
+            if not isinstance(one, Mapping):
+                raise ValueError(f"expected an object at index {index}, got {shortened(one)}")
+            rows.append({name: _entry(name, x, index, _any_entry) for name, x in one.items()})
+        return rows
+
+    @field_validator("covariates", mode="before")
+    @classmethod
+    def _entries_by_name(cls, given: Any) -> dict[str, Any] | None:
+        if given is None:
+            return None
+        if not isinstance(given, Mapping):
+            raise ValueError(f"expected a number or text for each name, got {shortened(given)}")
+        return {name: _entry(name, x, None, _any_entry) for name, x in given.items()}
 
 
 class Prediction(BaseModel):
@@ -129,19 +171,50 @@ _limited.maxstring = _limited.maxother = 80
 shortened = _limited.repr  # of what came, in an error: a request may be of any size
 
 
-def _finite_numbers(name: str, column: Any) -> list[float]:
+_WRONG = object()  # of an entry that is no number, and no word where one may be
+
+
+def _number_or_none(given: Any) -> Any:
+    """A finite number, None for None or NaN, else ``_WRONG``."""
+    one = given.item() if isinstance(given, np.generic) else given
+    if one is None or one != one:
+        return None
+    is_number = type(one) in (float, int) and abs(one) <= sys.float_info.max
+    return float(one) if is_number else _WRONG
+
+
+def _number_or_word(given: Any) -> Any:
+    if isinstance(given, str):
+        return given
+    number = _number_or_none(given)
+    return _WRONG if number is None else number
+
+
+def _any_entry(given: Any) -> Any:
+    return given if isinstance(given, str) else _number_or_none(given)
+
+
+def _entry(name: str, given: Any, index: int | None, kind: Callable[[Any], Any]) -> Any:
+    if (found := kind(given)) is _WRONG:
+        where = "" if index is None else f" at index {index}"
+        missing = (
+            "null where a value is missing"
+            if kind is not _number_or_word
+            else ("leave out observations without a position")
+        )
+        raise ValueError(
+            f"{shortened(name)} must hold finite numbers, got {shortened(given)}{where}; {missing}"
+        )
+    return found
+
+
+def _entries(name: str, column: Any, kind: Callable[[Any], Any]) -> list[Any]:
     column = column.tolist() if hasattr(column, "tolist") else column  # NumPy, pandas, torch
     if not isinstance(column, Sequence) or isinstance(column, str | bytes):
         raise ValueError(f"{shortened(name)} must be a list of numbers, got {shortened(column)}")
-    if not (set(map(type, column)) <= {float} and all(map(math.isfinite, column))):
-        for index, given in enumerate(column):
-            one = given.item() if isinstance(given, np.generic) else given
-            if type(one) not in (float, int) or not abs(one) <= sys.float_info.max:
-                raise ValueError(
-                    f"{shortened(name)} must hold finite numbers, got {shortened(given)} at index {index}; "
-                    f"leave out missing observations"
-                )
-    return list(map(float, column))
+    if set(map(type, column)) <= {float} and all(map(math.isfinite, column)):
+        return list(column)
+    return [_entry(name, given, index, kind) for index, given in enumerate(column)]
 
 
 def parse_series(rows: Iterable[Any]) -> list[Series]:
@@ -186,9 +259,21 @@ class Package:
         self.max_batch_tokens: int = package["max_batch_tokens"]
         self.channels: list[dict[str, str]] = schema["channels"]
         self.normalisation: list[dict[str, Any]] = schema["normalisation"]
-        self.axes: list[dict[str, Any]] = schema["axes"]
+        self.is_per_channel: bool = schema.get("layout") == "per_channel"
+        self.may_miss: bool = self.is_per_channel or schema.get("missing_values", False)
+        self._all_axes: list[dict[str, Any]] = schema["axes"]
+        # in the per_channel layout the last axis is that of channels, which requests do not give
+        self.axes = self._all_axes[: len(self._all_axes) - self.is_per_channel]
+        names = [axis["name"] for axis in self._all_axes]
+        by = schema.get("normalise_by")
+        self._group_axis = None if by is None else names.index(by)
+        self.covariates: list[dict[str, Any]] = schema.get("covariates", [])
         self.classes: list[str] = schema["classes"]
-        self.units = {c["name"]: c["unit"] for c in [*self.axes, *self.channels]}
+        self.units = {
+            one["name"]: one["unit"]
+            for one in [*self.axes, *self.channels, *self.covariates]
+            if not one.get("categories")
+        }
         self.units_required: bool = package["units_required"]
         self.n_outputs: int = package["n_outputs"]
         self._program = torch.export.load(folder / "model.pt2").module()
@@ -205,10 +290,16 @@ class Package:
         return self._outputs(parse_series(rows))
 
     def _outputs(self, series: list[Series]) -> NDArray[np.float64]:
-        tokens = [self._tokens(one, _name(i, one.id)) for i, one in enumerate(series)]
+        names = [_name(i, one.id) for i, one in enumerate(series)]
+        tokens = [self._tokens(one, where) for one, where in zip(series, names, strict=True)]
+        covariates = [
+            self._covariates(one, where) for one, where in zip(series, names, strict=True)
+        ]
         outputs = np.empty((len(series), self.n_outputs))
         for rows in self._batches([len(values) for values, _ in tokens]):
-            outputs[rows] = self._run([tokens[i] for i in rows])
+            outputs[rows] = self._run(
+                [tokens[i] for i in rows], np.array([covariates[i] for i in rows], np.float32)
+            )
         return outputs
 
     def named(self, outputs: NDArray[np.float64]) -> dict[str, float] | list[float]:
@@ -254,10 +345,15 @@ class Package:
 
     def _tokens(self, series: Series, where: str) -> tuple[NDArray[Any], NDArray[Any]]:
         """Validated and normalised values ``(n, P)`` and positions ``(n, D)``, both float32."""
+        given = self._columns_of(series, where)
+        known = [("positions", self.axes, given[0]), ("values", self.channels, given[1])]
+        columns = {
+            one["name"]: np.array(self._column(one, part, columns, where), np.float64)
+            for part, expected, columns in known
+            for one in self._expected(expected, part, columns, where)
+        }
         self._check_units(series.units or {}, where)
-        positions = self._columns(series.positions, self.axes, f"{where}: positions")
-        values = self._columns(series.values, self.channels, f"{where}: values")
-        lengths = {name: len(column) for name, column in [*positions.items(), *values.items()]}
+        lengths = {name: len(column) for name, column in columns.items()}
         first, n = next(iter(lengths.items()))
         for name, length in lengths.items():
             if length != n:
@@ -265,17 +361,145 @@ class Package:
                     f"{where}: {name!r} has {length} numbers, but {first!r} has {n}; every axis and "
                     f"channel needs one number per observation"
                 )
-        if not 1 <= n <= self.max_length:
-            raise InvalidSeries(f"{where}: expected 1 to {self.max_length} observations, got {n}")
+        nothing = np.full(n, np.nan)  # a channel that was not given
+        values = np.stack([columns.get(c["name"], nothing) for c in self.channels], axis=1)
+        positions = np.stack([columns[axis["name"]] for axis in self.axes], axis=1)
+        if self.is_per_channel:
+            rows, channels = np.nonzero(~np.isnan(values))
+            positions = np.column_stack([positions[rows], channels])
+            values = values[rows, channels][:, None]
+        elif self.may_miss:
+            seen = ~np.isnan(values).all(axis=1)
+            positions, values = positions[seen], values[seen]
+        if not 1 <= len(values) <= self.max_length:
+            what = "values" if self.is_per_channel else "observations"
+            raise InvalidSeries(
+                f"{where}: expected 1 to {self.max_length} {what}, got {len(values)}"
+            )
+        group = None if self._group_axis is None else positions[:, self._group_axis].astype(int)
         with np.errstate(over="ignore"):
             tokens = (
-                normalise_values([values[c["name"]] for c in self.channels], self.normalisation),
-                normalise_positions([positions[axis["name"]] for axis in self.axes], self.axes),
+                normalise_values(values, self.normalisation, group),
+                normalise_positions(positions, self._all_axes),
             )
         for field, array in zip(("values", "positions"), tokens, strict=True):
-            if not np.isfinite(array).all():
+            if np.isinf(array).any():
                 raise InvalidSeries(f"{where}: {field}: a number is too large for float32")
         return tokens
+
+    def _columns_of(self, series: Series, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Lists by axis and by channel, of either form of a series."""
+        if series.observations is None:
+            return series.positions, series.values
+        if series.positions or series.values:
+            raise InvalidSeries(
+                f"{where}: give positions and values, or observations in place of both"
+            )
+        axes, channels = ([one["name"] for one in part] for part in (self.axes, self.channels))
+        positions: dict[str, Any] = {name: [] for name in axes}
+        values: dict[str, Any] = {name: [] for name in channels}
+        last: dict[tuple[Any, ...], int] = {}  # values of channels at one place are one observation
+        for index, one in enumerate(series.observations):
+            row = dict(one)
+            here = f"{where}: observations: index {index}"
+            if "channel" in row and "channel" not in axes:
+                name, value = row.pop("channel"), row.pop("value", None)
+                if name not in values:
+                    raise InvalidSeries(
+                        f"{here}: channel {shortened(name)} is none of this model's; it has "
+                        f"{', '.join(map(repr, channels))}"
+                    )
+                row[str(name)] = value
+            if unknown := [name for name in row if name not in axes and name not in values]:
+                raise InvalidSeries(
+                    f"{here}: unknown {shortened(unknown[0])}; this model takes "
+                    f"{', '.join(map(repr, [*axes, *channels]))}, or 'channel' and 'value'"
+                )
+            if lacking := [name for name in axes if row.get(name) is None]:
+                raise InvalidSeries(f"{here}: {lacking[0]!r} is missing")
+            place = tuple(row[name] for name in axes)
+            given = [name for name in channels if row.get(name) is not None]
+            at = last.get(place)
+            if at is None or any(values[name][at] is not None for name in given):
+                at = last[place] = len(values[channels[0]])
+                for name in axes:
+                    positions[name].append(row[name])
+                for name in channels:
+                    values[name].append(None)
+            for name in given:
+                values[name][at] = row[name]
+        for name in channels:
+            for index, value in enumerate(values[name]):
+                if isinstance(value, str):
+                    raise InvalidSeries(
+                        f"{where}: observations: index {index}: {name!r} must be a number, got "
+                        f"{shortened(value)}"
+                    )
+        return positions, values
+
+    def _expected(
+        self, expected: list[dict[str, Any]], part: str, given: dict[str, Any], where: str
+    ) -> list[dict[str, Any]]:
+        """Those of the axes or channels that were given; InvalidSeries if one is unknown or lacking."""
+        names = [one["name"] for one in expected]
+        if unknown := [name for name in given if name not in names]:
+            raise InvalidSeries(
+                f"{where}: {part}: unknown {shortened(unknown[0])}; this model takes "
+                f"{', '.join(map(repr, names))}"
+            )
+        needed = part == "positions" or not self.may_miss
+        for name in names if needed else ():
+            if name not in given:
+                raise InvalidSeries(
+                    f"{where}: {part}: {name!r} is missing; got {shortened(sorted(given))}"
+                )
+        return [one for one in expected if one["name"] in given]
+
+    def _column(
+        self, one: dict[str, Any], part: str, given: dict[str, list[Any]], where: str
+    ) -> list[Any]:
+        """Numbers of one axis or channel; indices of categories, NaN where a value is missing."""
+        name, column = one["name"], given[one["name"]]
+        if part == "values":
+            if None in column and not self.may_miss:
+                raise InvalidSeries(
+                    f"{where}: values: {name!r} has no number at index {column.index(None)}, but no "
+                    f"value was missing in this model's training data; leave out missing observations"
+                )
+            return [np.nan if entry is None else entry for entry in column]
+        if one.get("categories"):
+            return [_category(one, entry, f"{where}: positions") for entry in column]
+        for index, entry in enumerate(column):
+            if isinstance(entry, str):
+                raise InvalidSeries(
+                    f"{where}: positions: {name!r} must hold finite numbers, got {shortened(entry)} at "
+                    f"index {index}"
+                )
+        return column
+
+    def _covariates(self, series: Series, where: str) -> list[float]:
+        """``(M,)`` normalised numbers and indices of categories, NaN where unknown."""
+        given = series.covariates or {}
+        names = [one["name"] for one in self.covariates]
+        if unknown := [name for name in given if name not in names]:
+            known = f"it has {', '.join(map(repr, names))}" if names else "it has none"
+            raise InvalidSeries(
+                f"{where}: covariates: {shortened(unknown[0])} is none of this model's; {known}"
+            )
+        row = []
+        for one in self.covariates:
+            entry = given.get(one["name"])
+            if entry is None:
+                row.append(np.nan)
+            elif one["categories"]:
+                row.append(_category(one, entry, f"{where}: covariates"))
+            elif isinstance(entry, str):
+                raise InvalidSeries(
+                    f"{where}: covariates: {one['name']!r} must be a number, got {shortened(entry)}"
+                )
+            else:
+                row.append((float(np.float32(entry)) - one["mean"]) / one["std"])
+        return row
 
     def _check_units(self, given: dict[str, str], where: str) -> None:
         for name, unit in given.items():
@@ -298,22 +522,6 @@ class Package:
                     f"{where}: units: {name!r} is missing; this model takes it in {unit!r}"
                 )
 
-    @staticmethod
-    def _columns(
-        given: dict[str, list[float]], expected: list[dict[str, Any]], where: str
-    ) -> dict[str, NDArray[np.float64]]:
-        names = [one["name"] for one in expected]
-        if unknown := [name for name in given if name not in names]:
-            raise InvalidSeries(
-                f"{where}: unknown {shortened(unknown[0])}; this model takes {', '.join(map(repr, names))}"
-            )
-        columns = {}
-        for name in names:
-            if name not in given:
-                raise InvalidSeries(f"{where}: {name!r} is missing; got {shortened(sorted(given))}")
-            columns[name] = np.array(given[name], np.float64)
-        return columns
-
     def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
         """Rows of similar length, at most ``max_batch_tokens`` with padding unless it is one row."""
         batch: list[int] = []
@@ -324,20 +532,23 @@ class Package:
             batch.append(row)
         yield batch
 
-    def _run(self, tokens: list[tuple[NDArray[Any], NDArray[Any]]]) -> NDArray[np.float64]:
+    def _run(
+        self, tokens: list[tuple[NDArray[Any], NDArray[Any]]], covariates: NDArray[np.float32]
+    ) -> NDArray[np.float64]:
         """Outputs ``(B, K)`` float64 of one batch."""
         import torch
 
         longest = max(len(values) for values, _ in tokens)
-        values = torch.zeros(len(tokens), longest, len(self.channels))
-        positions = torch.zeros(len(tokens), longest, len(self.axes))
+        values = torch.zeros(len(tokens), longest, tokens[0][0].shape[1])
+        positions = torch.zeros(len(tokens), longest, tokens[0][1].shape[1])
         valid = torch.zeros(len(tokens), longest, dtype=torch.bool)
         for row, (v, p) in enumerate(tokens):
             values[row, : len(v)] = torch.from_numpy(v)
             positions[row, : len(p)] = torch.from_numpy(p)
             valid[row, : len(v)] = True
+        inputs = (torch.from_numpy(covariates),) if self.covariates else ()
         with torch.inference_mode():
-            outputs = self._program(values, positions, valid)
+            outputs = self._program(values, positions, valid, *inputs)
         if outputs.shape != (len(tokens), self.n_outputs) or not outputs.isfinite().all():
             raise PackageError(
                 f"the program should give finite outputs of shape {(len(tokens), self.n_outputs)}, "
@@ -360,31 +571,50 @@ def open_package(folder: Path) -> Package:
     return package
 
 
-_TRANSFORMS = {"identity": lambda x, scale: x, "arcsinh": lambda x, scale: np.arcsinh(x / scale)}
+def _category(one: dict[str, Any], entry: float | str, where: str) -> float:
+    """Index of a category of an axis or a covariate, given by name or as the index."""
+    names = one["categories"]
+    if entry in names:
+        return float(names.index(entry))
+    if isinstance(entry, float) and (text := f"{entry:g}") in names:  # a category such as "3"
+        return float(names.index(text))
+    if isinstance(entry, float) and entry in range(len(names)):
+        return entry
+    if one.get("unknown"):
+        return float(len(names))
+    raise InvalidSeries(
+        f"{where}: {one['name']!r} has no category {shortened(entry)}; it has {', '.join(map(repr, names))}"
+    )
 
 
 def normalise_values(
-    columns: list[NDArray[np.float64]], constants: list[dict[str, Any]]
+    values: NDArray[np.float64],
+    constants: list[dict[str, Any]],
+    group: NDArray[np.int64] | None = None,
 ) -> NDArray[np.float32]:
-    """``(n, P)`` of P columns ``(n,)`` as delivered, equal to ``roma_core.schema.Normaliser.normalise``;
-    ``constants``: ``normalisation`` of ``schema.json``.
+    """``(n, P)`` as delivered to float32, equal to ``roma_core.schema.Normaliser.normalise``.
+
+    ``constants``: ``normalisation`` of ``schema.json``; with ``(n,)`` groups, P for each of them.
     """
-    normalised = []
-    for column, c in zip(columns, constants, strict=True):
-        x = column.astype(np.float32).astype(np.float64)  # a data set on disk stores float32
-        x = _TRANSFORMS[c["transform"]](x, c["transform_scale"])
-        normalised.append((x - c["mean"]) / c["std"])
-    return np.stack(normalised, axis=1).astype(np.float32)
+    n_values = values.shape[1]
+    fields = ("transform", "transform_scale", "mean", "std")
+    rows = 0 if group is None else group
+    transform, scale, mean, std = (
+        np.array([c[field] for c in constants]).reshape(-1, n_values)[rows] for field in fields
+    )
+    x = values.astype(np.float32).astype(np.float64)  # a data set on disk stores float32
+    x = np.where(transform == "arcsinh", np.arcsinh(x / scale), x)
+    return ((x - mean) / std).astype(np.float32)
 
 
 def normalise_positions(
-    columns: list[NDArray[np.float64]], axes: list[dict[str, Any]]
+    positions: NDArray[np.float64], axes: list[dict[str, Any]]
 ) -> NDArray[np.float32]:
-    """``(n, D)`` of D columns ``(n,)`` as delivered, equal to ``Normaliser.normalise_positions``;
-    ``axes``: those of ``schema.json``.
+    """``(n, D)`` as delivered to float32, equal to ``Normaliser.normalise_positions``; ``axes``: those
+    of ``schema.json``.
     """
     normalised = []
-    for x, axis in zip(columns, axes, strict=True):
+    for x, axis in zip(positions.T, axes, strict=True):
         anchor = {"none": 0.0, "first": x.min()}[axis["anchor"]]
         normalised.append((x - (anchor + axis["offset"])) / axis["scale"])
     return np.stack(normalised, axis=1).astype(np.float32)

@@ -139,9 +139,9 @@ def test_the_command_takes_ids_of_any_type(house, expected, tmp_path, ids):
 N = 2000
 MANY = [float(n) for n in range(N)]
 REFUSED = {
-    "None": (row(MANY, [1.0, None] * (N // 2)), "values: 'flux' must hold finite numbers, got None at index 1"),
-    "only None": (row(MANY, [None] * N), "values: 'flux' must hold finite numbers, got None at index 0"),
-    "NaN": (row(MANY, [float("nan")] * N), "values: 'flux' must hold finite numbers, got nan at index 0"),
+    "None": (row(MANY, [1.0, None] * (N // 2)), "values: 'flux' has no number at index 1, but no value was missing"),
+    "only None": (row(MANY, [None] * N), "values: 'flux' has no number at index 0, but no value was missing"),
+    "NaN": (row(MANY, [float("nan")] * N), "values: 'flux' has no number at index 0, but no value was missing"),
     "text": (row(["1.5"] * N, MANY), "positions: 'time' must hold finite numbers, got '1.5' at index 0"),
     "true": (row(MANY, [True] * N), "values: 'flux' must hold finite numbers, got True at index 0"),
     "ragged lists in a list": (row([[1.0], [1.0, 2.0]], MANY), "positions: 'time' must hold finite numbers, got [1.0] at index 0"),

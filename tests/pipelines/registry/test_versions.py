@@ -158,7 +158,7 @@ def test_a_consumer_without_this_project_loads_predicts_and_is_protected(
         )
     codes, messages = zip(*answer["errors"], strict=True)
     assert codes == ("INVALID_PARAMETER_VALUE",) * 3
-    assert "series 0 (id 's3'): values: 'flux' must hold finite numbers, got nan" in messages[0]
+    assert "series 0 (id 's3'): values: 'flux' has no number at index" in messages[0]
     assert "unknown 'colour'" in messages[1]
     assert "color" in messages[2]
     assert "model.pt2 was changed" in answer["tampered"]

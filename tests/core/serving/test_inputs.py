@@ -1,0 +1,178 @@
+"""Requests with missing values, categories and covariates, in both forms, to both layouts."""
+
+from __future__ import annotations
+
+import json
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from roma_core import RoMAForClassification, RoMAForClassificationConfig
+from roma_core.data import StoredDataset
+from roma_core.data.store import raw_series
+from roma_core.schema import Channel, Covariate, PositionAxis
+from roma_core.serving.package import build_package, json_schema, verify_package
+from roma_core.serving.pyfunc_model import InvalidSeries, Series, open_package
+from roma_core.sources.base import RawSeries
+from roma_core.trainer.dataloader import Collate
+from roma_core.trainer.job import data_fields
+from tests.core.hand_made import HandMade, built
+
+COVARIATES = (Covariate(name="age", unit="y"), Covariate(name="sex", categories=("f", "m")))
+WARD = PositionAxis(
+    name="ward", unit="index of a, b", categories=("a", "b"), encoding="embedding", unknown=True
+)
+
+
+def patient(k):
+    g = np.random.default_rng(k)
+    n = 3 + k
+    values = (g.normal(size=(n, 2)) * [5, 0.1] + [70, 4]).astype(np.float32)
+    values[g.random((n, 2)) < 0.3] = np.nan
+    values[0] = [70 + k, 4.1 + k / 10]
+    values[np.isnan(values).all(1), 0] = 71
+    at = np.column_stack([np.sort(g.uniform(0, 40, n)), g.integers(0, 2, n)])
+    covariates = np.float32([50 + k, g.choice([0, 1, np.nan])])
+    split = "train" if k < 6 else "test"
+    return RawSeries(f"p{k}", at, values, "xy"[k % 2], split, covariates=covariates)
+
+
+@pytest.fixture(scope="module", params=["joint", "per_channel"])
+def served(request, tmp_path_factory):
+    """A data set, an untrained classifier of it, and its loaded package."""
+    folder = tmp_path_factory.mktemp(request.param)
+    source = HandMade(
+        series=tuple(map(patient, range(10))),
+        channels=(Channel(name="hr", unit="1/min"), Channel(name="k", unit="mmol/l")),
+        axes=(PositionAxis(name="hours", unit="h"), WARD),
+        covariates=COVARIATES,
+    )
+    dataset = StoredDataset(
+        built(folder, source=source, layout=request.param, axes={"hours": {"anchor": "first"}})
+    )
+    torch.manual_seed(0)
+    stack = {"encoder_config": {"d_model": 16, "nhead": 2, "depth": 1}, "dim_output": 2}
+    fields = stack | data_fields(dataset.schema)
+    model = RoMAForClassification(RoMAForClassificationConfig.from_values(fields)).eval()
+    weights = folder / "weights.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, weights)
+    golden = [Series(**row) for row in raw_series(dataset.split("test"), [0, 1])]
+    document = model.config_document()
+    package = folder / "package"
+    build_package(package, model.export(), weights, document, dataset.schema, golden, {}, name="w")
+    verify_package(package)
+    return dataset, model, open_package(package)
+
+
+def probabilities(model, dataset):
+    """Of all series, by the model itself, from packed batches of the data set."""
+    batch = Collate(model.config, seed=0).batch(dataset.split("test"), np.arange(4))
+    with torch.no_grad():
+        logits, _ = model(batch)
+    order = np.argsort(batch.indices.numpy())
+    return torch.softmax(logits.double(), dim=1).numpy()[order]
+
+
+def test_series_as_delivered_get_the_answers_of_the_model(served):
+    dataset, model, package = served
+    rows = list(raw_series(dataset.split("test"), range(4)))
+    assert any(None in column for row in rows for column in row["values"].values())
+    expected = probabilities(model, dataset)
+    np.testing.assert_allclose(package.outputs(rows), expected, atol=1e-6)
+    schema = json_schema(dataset.schema, 100)
+    jsonschema.validate({"inputs": json.loads(json.dumps(rows))}, schema)
+
+    # the same as a list of observations, channels named or as columns
+    by_value, by_row = [], []
+    for row in rows:
+        others = {k: v for k, v in row.items() if k not in ("positions", "values")}
+        at = [
+            dict(zip(row["positions"], entries, strict=True))
+            for entries in zip(*row["positions"].values(), strict=True)
+        ]
+        single = [
+            {**place, "channel": name, "value": column[i]}
+            for i, place in enumerate(at)
+            for name, column in row["values"].items()
+            if column[i] is not None
+        ]
+        joint = [
+            place | {name: column[i] for name, column in row["values"].items()}
+            for i, place in enumerate(at)
+        ]
+        by_value.append({**others, "observations": single})
+        by_row.append({**others, "observations": joint})
+    np.testing.assert_allclose(package.outputs(by_row), expected, atol=1e-6)
+    np.testing.assert_allclose(package.outputs(by_value), expected, atol=1e-6)
+    jsonschema.validate({"inputs": json.loads(json.dumps(by_value + by_row))}, schema)
+
+
+def test_arrays_nan_indices_and_channels_left_out_are_understood(served):
+    dataset, _, package = served
+    (row,) = raw_series(dataset.split("test"), [2])
+    columns = {name: np.array(column, np.float64) for name, column in row["values"].items()}
+    wards = np.array(["ab".index(ward) for ward in row["positions"]["ward"]])
+    arrays = row | {"values": columns}
+    arrays["positions"] = {"hours": np.array(row["positions"]["hours"]), "ward": wards}
+    np.testing.assert_array_equal(package.outputs([arrays]), package.outputs([row]))
+    without = row | {"values": {"hr": row["values"]["hr"]}}
+    nothing = [None] * len(row["values"]["hr"])
+    empty = row | {"values": row["values"] | {"k": nothing}}
+    np.testing.assert_array_equal(package.outputs([without]), package.outputs([empty]))
+    unknown = row | {"covariates": {}}
+    none = row | {"covariates": {"age": None, "sex": None}}
+    np.testing.assert_array_equal(package.outputs([unknown]), package.outputs([none]))
+    elsewhere = row | {"positions": row["positions"] | {"ward": ["c"] * len(wards)}}
+    assert not np.allclose(package.outputs([elsewhere]), package.outputs([row]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"covariates": {"weight": 3.0}}, "'weight' is none of this model's; it has 'age', 'sex'"),
+        ({"covariates": {"sex": "x"}}, "'sex' has no category 'x'; it has 'f', 'm'"),
+        ({"covariates": {"age": "old"}}, "'age' must be a number, got 'old'"),
+        ({"values": {"hr": [None], "k": [None]}}, "got 0"),
+        ({"values": {"hr": ["high"]}}, "'hr' must hold finite numbers, got 'high' at index 0"),
+        ({"values": {"temp": [1.0]}}, "values: unknown 'temp'; this model takes 'hr', 'k'"),
+        ({"positions": {"hours": ["noon"], "ward": ["a"]}}, "'hours' must hold finite numbers"),
+        ({"positions": {"hours": [0.0]}}, "positions: 'ward' is missing"),
+        ({"observations": [{"hours": 1.0, "ward": "a"}]}, "or observations in place of both"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_sentence(served, changes, message):
+    _, _, package = served
+    row = {
+        "id": "p",
+        "positions": {"hours": [1.0], "ward": ["a"]},
+        "values": {"hr": [70.0]},
+        "units": {"hours": "h", "hr": "1/min", "k": "mmol/l", "age": "y"},
+    }
+    with pytest.raises(InvalidSeries, match=r"^series 0 \(id 'p'\): ") as raised:
+        package.outputs([row | changes])
+    assert message in str(raised.value)
+    assert len(str(raised.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("observation", "message"),
+    [
+        (
+            {"hours": 1.0, "ward": "a", "channel": "temp", "value": 3},
+            "channel 'temp' is none of this",
+        ),
+        ({"hours": 1.0, "hr": 3}, "'ward' is missing"),
+        ({"hours": 1.0, "ward": "a", "temp": 3}, "unknown 'temp'"),
+        ({"hours": 1.0, "ward": "a", "hr": "high"}, "'hr' must be a number, got 'high'"),
+        ("nothing", "expected an object at index 0, got 'nothing'"),
+    ],
+)
+def test_a_wrong_observation_is_named(served, observation, message):
+    _, _, package = served
+    units = {"hours": "h", "hr": "1/min", "k": "mmol/l", "age": "y"}
+    with pytest.raises(InvalidSeries) as raised:
+        package.outputs([{"observations": [observation], "units": units}])
+    assert message in str(raised.value)
