@@ -58,7 +58,7 @@ from roma_core.schema import (
     PositionAxis,
     channel_axis,
 )
-from roma_core.sources.base import RawSeries, Source
+from roma_core.sources.base import RawSeries, Source, trait
 
 log = logging.getLogger(__name__)
 
@@ -192,9 +192,9 @@ class DatasetWriter:
             axes=tuple(all_axes),
             layout=layout,
             normalise_by=normalise_by,
-            covariates=source.covariates,
+            covariates=trait(source, "covariates"),
             classes=source.classes,
-            targets=getattr(source, "targets", ()),  # which a plug-in may not have
+            targets=trait(source, "targets"),
             normalisation=(),
         )
         self._fit = _channel_fit(self._schema, config)
@@ -211,7 +211,7 @@ class DatasetWriter:
         self._shards: list[int] = []  # first series of every further file
         self._append_id = files.enter_context(text_list(folder / "ids.json"))
         self._append_covariates = files.enter_context(
-            column_file(folder / "covariates.npy", np.float32, len(source.covariates))
+            column_file(folder / "covariates.npy", np.float32, len(trait(source, "covariates")))
         )
         self._append_group = files.enter_context(text_list(folder / "groups.json"))
         self._open_shard()
@@ -236,7 +236,7 @@ class DatasetWriter:
             series = self._dropped(series)
         columns = {name: getattr(series, name) for name in self._append}
         positions, values = series.positions, series.values
-        if self._schema.layout != self.source.layout:
+        if self._schema.layout != trait(self.source, "layout"):
             if self._schema.layout == "per_channel":
                 positions, values, rows = melt(positions, values)
             else:
@@ -295,7 +295,7 @@ class DatasetWriter:
             return series.select(keep(len(series.values), series.id))
         values = series.values.copy()
         for k, channel in enumerate(self.source.channels):
-            if self.source.layout == "joint":
+            if trait(self.source, "layout") == "joint":
                 column, rows = k, np.flatnonzero(~np.isnan(values[:, k]))
             else:
                 column, rows = 0, np.flatnonzero(series.positions[:, -1] == k)
@@ -327,7 +327,7 @@ class DatasetWriter:
             )
         if not self._has_groups:
             (folder / "groups.json").unlink()
-        if not source.covariates:
+        if not trait(source, "covariates"):
             (folder / "covariates.npy").unlink()
         lengths = np.array(self._lengths, dtype=np.int64)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -357,7 +357,7 @@ class DatasetWriter:
         fitted = {
             "axes": tuple(axes),
             "missing_values": self._missing_values,
-            "covariates": _fitted_covariates(folder, source.covariates, splits),
+            "covariates": _fitted_covariates(folder, trait(source, "covariates"), splits),
             "normalisation": self._fit.result(),
         }
         schema = self._schema.model_copy(update=fitted)

@@ -16,7 +16,7 @@ from roma_core.data.manifest import Repairs
 from roma_core.hashing import hash_ints, hash_text
 from roma_core.schema import Channel, DataError, channel_axis
 from roma_core.settings import Frozen
-from roma_core.sources.base import RawSeries, Source
+from roma_core.sources.base import RawSeries, Source, trait
 
 
 class RepairOptions(Frozen):
@@ -53,7 +53,7 @@ class SeriesCleaner:
     def __init__(self, source: Source, options: RepairOptions) -> None:
         self.source, self.options = source, options
         self._classes = frozenset(source.classes)
-        self._targets = getattr(source, "targets", ())  # which a plug-in may not have
+        self._targets = trait(source, "targets")
         self._origin = f" of {next(iter(source.files))}" if len(source.files) == 1 else ""
         self._counts = dict.fromkeys(Repairs.model_fields, 0)
 
@@ -152,7 +152,7 @@ class SeriesCleaner:
     def _arrays(self, series: RawSeries) -> Iterator[tuple[str, NDArray[Any], Sequence[Any]]]:
         """Name, array and described columns of positions, values and targets."""
         source = self.source
-        if source.layout == "joint":
+        if trait(source, "layout") == "joint":
             yield "positions", series.positions, source.axes
             yield "values", series.values, source.channels
         else:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from roma_core.schema import Layout
-from roma_core.sources.base import RawSeries, Source
+from roma_core.sources.base import RawSeries, Source, trait
 
 _SAMPLE = 200  # series read to choose a layout
 _MAX_COST = 2.0  # tokens of per_channel for each of joint, up to which it is chosen
@@ -49,11 +49,11 @@ def choose_layout(
     if wanted != "auto":
         return wanted, "as configured"
     if n_channels == 1:
-        return source.layout, "one channel"
+        return trait(source, "layout"), "one channel"
     n_times = n_values = 0
     for one in itertools.islice(series, _SAMPLE):
         n_values += int((~np.isnan(one.values)).sum())
-        n_times += _n_times(one, source.layout)
+        n_times += _n_times(one, trait(source, "layout"))
     if n_values == n_times * n_channels:
         return "joint", f"every observation has all {n_channels} channels"
     at_a_time = n_values / max(1, n_times)

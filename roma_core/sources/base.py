@@ -88,6 +88,11 @@ class Source:
         raise NotImplementedError
 
 
+def trait(source: Any, name: Literal["targets", "covariates", "layout"]) -> Any:
+    """An attribute of a source, or its default: a plug-in without the base class may lack it."""
+    return getattr(source, name, getattr(Source, name))
+
+
 class SourceConfig(Frozen):
     """Base of all source configurations; ``kind`` is the registered name."""
 

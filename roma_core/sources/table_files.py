@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,6 +102,22 @@ def expand(patterns: Sequence[Path]) -> list[Path]:
     return [*paths]
 
 
+class Number(NamedTuple):
+    """A column of numbers, of dates in a unit, or of words that are indices of categories."""
+
+    column: str
+    unit: str
+    categories: Sequence[str] = ()
+    unknown: bool = False  # whether another word is the index after the last
+
+
+class OptionalText(NamedTuple):
+    """A column of texts, or of numbers as texts, that is NULL where a word for missing stands."""
+
+    column: str
+    is_number: bool
+
+
 class TableFile:
     """One Parquet or CSV file.
 
@@ -119,8 +135,15 @@ class TableFile:
         DataError: the file cannot be read, or is neither CSV nor Parquet.
     """
 
-    def __init__(self, path: Path, connection: duckdb.DuckDBPyConnection) -> None:
+    def __init__(
+        self,
+        path: Path,
+        connection: duckdb.DuckDBPyConnection,
+        missing_values: Sequence[float | str] = (),
+    ) -> None:
         self.path, self._connection = path, connection
+        self._missing_words = (*_MISSING, *(x for x in missing_values if isinstance(x, str)))
+        self._missing_numbers = [float(x) for x in missing_values if not isinstance(x, str)]
         self.marks: dict[str, dict[str, str]] = {}
         self._is_list = False  # whether this is ``unnested``
         endings = {ending.lower() for ending in path.suffixes}
@@ -168,7 +191,7 @@ class TableFile:
             if len(names) == len(cells) > 1 and any(map(_NUMBER_OR_DATE.fullmatch, cells)):
                 self._n_above, self._separator, self.names = top - 1, separator, names
         self._types = dict.fromkeys(self.names, "VARCHAR")
-        missing = literal(_MISSING)
+        missing = literal(self._missing_words)
         counts = [
             f"count(*) FILTER (trim(c{k}) NOT IN {missing}), count(TRY_CAST(c{k} AS DOUBLE)), "
             f"count(TRY_CAST(replace(c{k}, ',', '.') AS DOUBLE)), count({_date(f'c{k}')})"
@@ -214,8 +237,8 @@ class TableFile:
 
     def select(
         self,
-        text: Sequence[str],
-        numbers: Sequence[tuple[str, str, Sequence[str]]] = (),
+        text: Sequence[str | OptionalText],
+        numbers: Sequence[Number] = (),
         lists: Sequence[str] = (),
     ) -> str:
         """SQL of the rows as ``t0, t1, …, n0, n1, …, l0, l1, …``; DataError if a column is unsuitable.
@@ -223,19 +246,20 @@ class TableFile:
         Args:
             text: columns for ``t*``: whole numbers as they are, everything else as stripped VARCHAR,
                 where 7.0 is 7.
-            numbers: (column, unit, categories) for ``n*``, FLOAT or DOUBLE: numbers; dates in the
-                unit, ``s`` for ``1``; or indices of words in the categories, if there are any.
+            numbers: for ``n*``, FLOAT or DOUBLE: numbers; dates in the unit, ``s`` for ``1``; or
+                indices of words in the categories, if there are any.
             lists: columns for ``l*``, the lengths of their lists.
         """
-        names = [*text, *(name for name, _, _ in numbers), *lists]
+        columns = [one if isinstance(one, str) else one.column for one in text]
+        names = [*columns, *(number.column for number in numbers), *lists]
         self.check_columns(names)
-        parts = [f"{self._text(name)} AS t{k}" for k, name in enumerate(text)]
-        parts += [f"{self._number(*column)} AS n{k}" for k, column in enumerate(numbers)]
+        parts = [f"{self._cell(one)} AS t{k}" for k, one in enumerate(text)]
+        parts += [f"{self._known(number)} AS n{k}" for k, number in enumerate(numbers)]
         parts += [f"coalesce(len({self._column(c)}), 0) AS l{k}" for k, c in enumerate(lists)]
         source = self._scan()
         if self._is_list:
-            columns = dict.fromkeys(map(self._column, names))
-            source = f"(SELECT {', '.join(f'unnest({c}) AS {c}' for c in columns)} FROM {source})"
+            unnested = [f"unnest({c}) AS {c}" for c in dict.fromkeys(map(self._column, names))]
+            source = f"(SELECT {', '.join(unnested)} FROM {source})"
         elif self._is_csv and numbers:  # for errors
             source = f"(SELECT *, row_number() OVER () AS row FROM {source})"
         return f"SELECT {', '.join(parts)} FROM {source}"
@@ -261,7 +285,25 @@ class TableFile:
         whole = f"ends_with({text}, '.0') AND TRY_CAST({text} AS DOUBLE) IS NOT NULL"
         return f"CASE WHEN {whole} THEN left({text}, -2) ELSE {text} END"
 
-    def _number(self, name: str, unit: str, categories: Sequence[str]) -> str:
+    def _cell(self, one: str | OptionalText) -> str:
+        if isinstance(one, str):
+            return self._text(one)
+        text = f"CAST({self._text(one.column)} AS VARCHAR)"
+        number = f"replace({text}, ',', '.')" if self._is_csv and self._has_decimal_commas else text
+        words = f"coalesce({text}, '') IN {literal(self._missing_words)}"
+        numbers = ", ".join(map(repr, self._missing_numbers)) or "NULL"
+        missing = f"{words} OR TRY_CAST({number} AS DOUBLE) IN ({numbers})"
+        return f"CASE WHEN {missing} THEN NULL ELSE {number if one.is_number else text} END"
+
+    def _known(self, number: Number) -> str:
+        """The number, or NULL where it is one of ``missing_values``."""
+        found = self._number(*number)
+        if not self._missing_numbers or number.categories:
+            return found
+        known = ", ".join(map(repr, self._missing_numbers))
+        return f"CASE WHEN {found} NOT IN ({known}) THEN {found} END"
+
+    def _number(self, name: str, unit: str, categories: Sequence[str], unknown: bool) -> str:
         column, kind, type_ = self._column(name), self.kinds[name], self._types[name]
         where = f"{self.path}: column {name!r} holds"
         if categories:
@@ -270,6 +312,8 @@ class TableFile:
             quoted = f"coalesce('''' || {word} || '''', 'nothing')"
             problem = f"{literal(where + ' ')} || {quoted} || {literal(known)}"
             index = f"CAST(list_position({literal(list(categories))}, {word}) - 1 AS DOUBLE)"
+            if unknown:
+                return f"coalesce({index}, CAST({len(categories)} AS DOUBLE))"
             return f"coalesce({index}, error({problem}))"
         if kind == "date" and unit not in ("1", *_SECONDS_PER_UNIT):
             raise DataError(
@@ -297,7 +341,7 @@ class TableFile:
         form = "numbers with decimal commas, no points" if self._has_decimal_commas else "numbers"
         expected = literal(f", expected {f'{form}, or ' * (kind != 'date')}dates like 2024-03-31")
         problem = f"{literal(where)} || ' ''' || {column} || ''' in row ' || row || {expected}"
-        is_missing = f"coalesce(trim({column}), '') IN {literal(_MISSING)}"
+        is_missing = f"coalesce(trim({column}), '') IN {literal(self._missing_words)}"
         return f"coalesce({number}, CASE WHEN {is_missing} THEN NULL ELSE error({problem}) END)"
 
     def words(self, name: str, most: int = 1 << 30) -> list[str]:
@@ -309,7 +353,7 @@ class TableFile:
 
     def first_numbers(self, name: str) -> NDArray[np.float64]:
         """The first 10,000 numbers of a column that are not missing."""
-        column = self.select([], [(name, "1", ())])
+        column = self.select([], [Number(name, "1")])
         query = f"SELECT n0 FROM ({column}) WHERE NOT isnan(n0) LIMIT 10000"
         with read_errors([self]):
             return np.asarray(self._connection.execute(query).fetchnumpy()["n0"], np.float64)

@@ -14,7 +14,9 @@ in the order of first appearance.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +24,17 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from roma_core.schema import Channel, DataError, PositionAxis
+from roma_core.schema import Channel, Covariate, DataError, PositionAxis
 from roma_core.settings import Frozen
 from roma_core.sources.base import MetadataColumns, RawSeries, Source, SourceConfig, hash_files
-from roma_core.sources.table_files import TableFile, connect, expand, read_errors
+from roma_core.sources.table_files import (
+    Number,
+    OptionalText,
+    TableFile,
+    connect,
+    expand,
+    read_errors,
+)
 
 _MEMORY_MB = 96  # to begin with, and for each million rows that are to be sorted:
 _MEMORY_MB_PER_MILLION = 1.1
@@ -54,11 +63,56 @@ class AxisColumn(ChannelColumn):
         description="For a column of text, such as bands or sensors: all its words. A position is "
         "the word's index here, so append new words at the end.",
     )
+    unknown: bool = Field(
+        False, description="Take any other word as one more category, 'unknown', which is learned."
+    )
 
     def axis(self, kind: str) -> PositionAxis:
         channel = self.channel(kind)
-        unit = f"index of {', '.join(self.categories)}" if self.categories else channel.unit
-        return PositionAxis(name=channel.name, unit=unit)
+        if not self.categories:
+            return PositionAxis(name=channel.name, unit=channel.unit)
+        return PositionAxis(
+            name=channel.name,
+            unit=f"index of {', '.join(self.categories)}",
+            categories=self.categories,
+            encoding="embedding",
+            unknown=self.unknown,
+        )
+
+
+class CovariateColumn(ChannelColumn):
+    """A column with one number or category per object, such as age or sex; empty where unknown."""
+
+    categories: tuple[str, ...] = Field(
+        (), description="For a column of text: all its words; append new words at the end."
+    )
+
+    def covariate(self) -> Covariate:
+        name = self.name or self.column
+        return Covariate(name=name, unit=self.unit, categories=self.categories)
+
+    def number(self, text: str | None, object_: str) -> float:
+        """The number, or the index of the category, of an object; NaN for None."""
+        if text is None:
+            return math.nan
+        expected = "a number"
+        if self.categories:
+            if text in self.categories:
+                return float(self.categories.index(text))
+            expected = f"one of {', '.join(self.categories)}"
+        else:
+            with suppress(ValueError):
+                return float(text)
+        raise DataError(
+            f"object {object_!r} has {text!r} in the covariate {self.column!r}, expected {expected}"
+        )
+
+
+class QuantityColumn(Frozen):
+    """Columns of a table with a row per value: which quantity it is of, and its number."""
+
+    column: str = Field(description="Column of the quantity's word.")
+    value: str = Field(description="Column of the number.")
 
 
 class ObjectTable(Frozen):
@@ -74,6 +128,7 @@ class _Columns(Frozen):
     targets: tuple[ChannelColumn, ...] = Field(
         (), description="Numbers of every observation that a model may be trained to predict."
     )
+    covariates: tuple[CovariateColumn, ...] = Field((), description="Inputs that are an object's.")
     metadata: MetadataColumns = MetadataColumns()
 
 
@@ -81,11 +136,19 @@ class TableColumns(_Columns):
     """The role of each column."""
 
     object: str = Field(description="Column of the object's id.")
+    quantity: QuantityColumn | None = Field(
+        None,
+        description="For a table with a row per value; the `column` of a channel is then a word of "
+        "this one.",
+    )
 
 
 class _FilesConfig(SourceConfig):
     files: tuple[Path, ...] = Field(
         min_length=1, description="Parquet or CSV files, or patterns such as data/*.parquet."
+    )
+    missing_values: tuple[float | str, ...] = Field(
+        (), description="Numbers and words that stand for a missing number, such as -9999 or 'bad'."
     )
     memory_limit_mb: int | None = Field(
         None,
@@ -164,17 +227,29 @@ class _Source(Source):
     ) -> None:
         super().__init__(config)
         columns = config.columns if isinstance(config, TableConfig) else config
+        quantity = getattr(columns, "quantity", None)
         self.files = hashes
         self._metadata = columns.metadata
+        self._covariates = columns.covariates
+        self.covariates = tuple(column.covariate() for column in columns.covariates)
+        values = [Number(column.column, column.unit) for column in columns.channels]
+        if quantity is not None:
+            self.layout = "per_channel"
+            words = tuple(column.column for column in columns.channels)
+            values = [Number(quantity.column, "1", words), Number(quantity.value, "1")]
         self._numbers = [
-            (column.column, column.unit, getattr(column, "categories", ()))
-            for column in (*columns.axes, *columns.channels, *columns.targets)
+            *(Number(a.column, a.unit, a.categories, a.unknown) for a in columns.axes),
+            *values,
+            *(Number(column.column, column.unit) for column in columns.targets),
         ]
         self._may_grow = config.memory_limit_mb is None
         self._memory_mb = config.memory_limit_mb or _MEMORY_MB
         self._database = connect(cache, self._memory_mb, config.threads)
-        self._tables = [TableFile(path, self._database) for path in expand(config.files)]
-        self._lists = list(dict.fromkeys(name for name, _, _ in self._numbers))
+        self._missing = config.missing_values
+        self._tables = [
+            TableFile(path, self._database, self._missing) for path in expand(config.files)
+        ]
+        self._lists = list(dict.fromkeys(number.column for number in self._numbers))
         ids = [config.columns.object] if isinstance(config, TableConfig) else []
         long = self._tables if ids else [table.unnested(self._lists) for table in self._tables]
         self._observations = _union(long, ids, self._numbers)
@@ -186,8 +261,16 @@ class _Source(Source):
                     f"in {table.path}; convert one of them"
                 )
         self.axes = tuple(column.axis(kinds[column.column]) for column in columns.axes)
-        self.channels = tuple(column.channel(kinds[column.column]) for column in columns.channels)
+        self.channels = tuple(
+            column.channel("number" if quantity else kinds[column.column])
+            for column in columns.channels
+        )
         self.targets = tuple(column.channel(kinds[column.column]) for column in columns.targets)
+
+    def _object_columns(self) -> list[str | OptionalText]:
+        """Columns with one text per object: the metadata, then the covariates."""
+        covariates = [OptionalText(c.column, not c.categories) for c in self._covariates]
+        return [*self._metadata.columns(), *covariates]
 
     def __length_hint__(self) -> int:
         return self._n
@@ -225,16 +308,27 @@ class _Source(Source):
             return itertools.chain([*itertools.islice(batches, 1)], batches)  # now a sort is over
 
         with read_errors(self._tables):
-            rows = _Observations(self._in_memory(start), len(self.axes), len(self.channels))
+            is_long = self.layout == "per_channel"
+            n_values = 1 if is_long else len(self.channels)
+            rows = _Observations(self._in_memory(start), len(self.axes) + is_long, n_values)
             for batch in cursors[1].sql(objects).to_arrow_reader(_OBJECTS):
                 cells = [column.to_pylist() for column in batch.columns]
-                for id_, n, *metadata in zip(*cells, strict=True):
+                for id_, n, *others in zip(*cells, strict=True):
                     positions, values, targets = rows.take(n)
+                    metadata = others[: len(others) - len(self._covariates)]
+                    texts = others[len(metadata) :]
                     yield RawSeries(
                         id=id_ or "",
                         positions=positions,
                         values=values,
                         targets=targets if self.targets else None,
+                        covariates=np.array(
+                            [
+                                c.number(x, id_)
+                                for c, x in zip(self._covariates, texts, strict=True)
+                            ],
+                            np.float32,
+                        ),
                         **self._metadata.metadata(metadata, f"object {id_!r}"),
                     )
 
@@ -248,7 +342,7 @@ class TableSource(_Source):
 
     def __init__(self, config: TableConfig, hashes: Mapping[str, str], cache: Path) -> None:
         super().__init__(config, hashes, cache)
-        names = self._metadata.columns()
+        names = self._object_columns()
         self._create_objects(config.columns.object, [] if config.objects else names)
         if config.objects is not None:
             self._join_metadata(config.objects, names)
@@ -261,9 +355,12 @@ class TableSource(_Source):
         if self._may_grow and not self.is_sorted:
             self._allow(self._memory_mb + int(_MEMORY_MB_PER_MILLION * n_rows / 1e6))
 
-    def _create_objects(self, id_: str, names: Sequence[str]) -> None:
+    def _create_objects(self, id_: str, names: Sequence[str | OptionalText]) -> None:
         """Table ``objects``: t0 (id), first_row, last_row, n, and the metadata m0, m1, …"""
-        cells = [f"coalesce(CAST(t{k} AS VARCHAR), '')" for k in range(1, len(names) + 1)]
+        cells = [f"CAST(t{k} AS VARCHAR)" for k in range(1, len(names) + 1)]
+        # of a covariate, a cell may be empty where others of the object are not
+        n = len(names) and len(self._metadata.columns())
+        cells = [f"coalesce({cell}, '')" for cell in cells[:n]] + cells[n:]
         columns = ["t0", "min(row) AS first_row", "max(row) AS last_row", "count(*) AS n"]
         columns += [f"min({cell}) AS m{k}, max({cell}) AS other{k}" for k, cell in enumerate(cells)]
         rows = f"SELECT *, row_number() OVER () AS row FROM ({_union(self._tables, [id_, *names])})"
@@ -284,12 +381,13 @@ class TableSource(_Source):
             differing = f"SELECT t0, m{k}, other{k} FROM objects WHERE m{k} <> other{k}"
             for object_, one, other in self._query(f"{differing} ORDER BY first_row LIMIT 1"):
                 raise DataError(
-                    f"object '{object_}' has {one!r} and {other!r} in column {name!r}; expected one"
+                    f"object '{object_}' has {one!r} and {other!r} in column "
+                    f"{(name if isinstance(name, str) else name.column)!r}; expected one"
                 )
 
-    def _join_metadata(self, objects: ObjectTable, names: Sequence[str]) -> None:
+    def _join_metadata(self, objects: ObjectTable, names: Sequence[str | OptionalText]) -> None:
         """View ``metadata``: ``objects`` with the metadata of the table of objects."""
-        table = TableFile(objects.file, self._database)
+        table = TableFile(objects.file, self._database, self._missing)
         with read_errors([table]):
             columns = [f"CAST(t{k + 1} AS VARCHAR) AS m{k}" for k in range(len(names))]
             columns = ["CAST(t0 AS VARCHAR) AS id", *columns]
@@ -315,7 +413,7 @@ class TableSource(_Source):
 
     def read(self) -> Iterator[RawSeries]:
         """Every object in the order of its first row."""
-        metadata = [f"m{k}" for k in range(len(self._metadata.columns()))]
+        metadata = [f"m{k}" for k in range(len(self._object_columns()))]
         columns = ", ".join(["CAST(t0 AS VARCHAR)", "n", *metadata])
         rows = f"({self._observations})"
         if not self.is_sorted:
@@ -330,7 +428,7 @@ class ParquetSource(_Source):
     def __init__(self, config: ParquetConfig, hashes: Mapping[str, str], cache: Path) -> None:
         super().__init__(config, hashes, cache)
         lists = self._lists
-        self._objects = _union(self._tables, [config.id, *self._metadata.columns()], [], lists[:1])
+        self._objects = _union(self._tables, [config.id, *self._object_columns()], [], lists[:1])
         self._n = self._query(f"SELECT count(*) FROM ({self._objects})")[0][0]
         differ = " OR ".join(f"l{k} <> l0" for k in range(1, len(lists)))
         labels: set[str] = set()
@@ -347,7 +445,7 @@ class ParquetSource(_Source):
         self.classes = self._metadata.all_classes(labels)
 
     def read(self) -> Iterator[RawSeries]:
-        metadata = [f"CAST(t{k + 1} AS VARCHAR)" for k in range(len(self._metadata.columns()))]
+        metadata = [f"CAST(t{k + 1} AS VARCHAR)" for k in range(len(self._object_columns()))]
         columns = ", ".join(["CAST(t0 AS VARCHAR)", "l0", *metadata])
         yield from self._series(
             f"SELECT {columns} FROM ({self._objects})", f"({self._observations})"
