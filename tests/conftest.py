@@ -2,8 +2,19 @@
 
 import os
 import shutil
+from collections import Counter
 
 import pytest
+
+
+def pytest_collection_modifyitems(items):
+    """Files with the most slow tests first, then those with the most tests.
+
+    Workers of ``pytest -n`` take whole files in this order: none is left with a long one at the end.
+    """
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (-slow[item.path], -tests[item.path], item.path))
 
 
 @pytest.fixture(autouse=True)

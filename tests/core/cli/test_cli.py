@@ -22,6 +22,7 @@ from tests.time_limits import within
 
 SMALL = ["--set", "model.encoder_config={d_model: 16, nhead: 2, depth: 1}"]
 DECODER = ["--set", "model.decoder_config={d_model: 16, nhead: 2, depth: 1}"]
+pytestmark = pytest.mark.slow
 
 
 def roma(*arguments, ok=True, cwd=None):

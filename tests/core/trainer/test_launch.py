@@ -16,6 +16,7 @@ from tests.core.hand_made import built, flip_a_byte, series
 from tests.time_limits import within
 
 ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.slow
 WATCHED = """
 import os, pathlib, time
 import roma_core.files as files

@@ -180,6 +180,7 @@ def state_of(cluster, job):
     ]
 
 
+@pytest.mark.slow
 def test_terminate_ends_the_job(orchestrator, running, cluster, eventually):
     run_id, job = running
 
