@@ -234,6 +234,8 @@ class _Evaluator:
             "confusion": plots.confusion_matrix(metrics),
             "reliability": plots.reliability_curve(metrics),
         }
+        if "auroc" in metrics.estimates():
+            figures["curves"] = plots.ranking_curves(table)
         profile = None
         if (encoder := self.autoencoder) is not None:
             features = embed(encoder, test, config.batch_size)

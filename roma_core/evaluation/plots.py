@@ -31,8 +31,9 @@ from roma_core.evaluation.metrics import (
     Estimate,
     GroupErrors,
     RegressionMetrics,
+    ranked_classes,
 )
-from roma_core.evaluation.predictions import Floats, Ints, RegressionTable
+from roma_core.evaluation.predictions import Floats, Ints, PredictionTable, RegressionTable
 from roma_core.schema import Channel, PositionAxis
 
 MAX_BYTES = 64 * 1024
@@ -44,6 +45,7 @@ _SPLIT_COLOURS = {"train": BLUE, "eval": ORANGE}
 _N_TARGETS = len(_COLOURS)  # drawn; more would be too small to read
 _N_POINTS = 3000  # against true values
 _MAX_POINTS = 2000  # of an embedding map; more would hide each other
+_MAX_CURVES = 10  # classes; more would hide each other
 _MAX_LEGEND = 20  # classes; more have no distinct colours
 _N_BARS, _N_HISTOGRAMS = 14, 4  # of drift
 STYLE: Any = {
@@ -190,6 +192,37 @@ def reliability_curve(metrics: ClassificationMetrics) -> Figure:
     counts.bar(confidence, count, width=0.012 * (1 - low), color=BLUE)
     counts.set(xlabel="confidence", ylabel="series", ylim=(0, count.max() * 1.15))
     counts.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    return figure
+
+
+@_as_png
+def ranking_curves(table: PredictionTable) -> Figure:
+    """ROC and precision-recall curve of the second of two classes, or of each class against the rest.
+
+    Of many classes, the ten with the smallest AUROC are drawn.
+    """
+    from sklearn.metrics import auc, precision_recall_curve, roc_curve
+
+    found = []  # per class: AUROC, name, and both curves
+    for c in ranked_classes(table):
+        of_class = table.labels == c, table.probabilities[:, c]
+        fall_out, sensitivity, _ = roc_curve(*of_class)
+        curves = (fall_out, sensitivity, *precision_recall_curve(*of_class)[:2])
+        found.append((float(auc(fall_out, sensitivity)), table.classes[c], *curves))
+    is_binary = len(table.classes) == 2
+    drawn = found[-1:] if is_binary else sorted(found, key=lambda one: one[0])[:_MAX_CURVES]
+    figure = Figure((9.2, 4.4))
+    roc, recall = figure.subplots(1, 2)
+    roc.plot([0, 1], [0, 1], color=GREY, linestyle=_DASHED, linewidth=1)
+    for k, (auroc, name, fall_out, sensitivity, precision, recalled) in enumerate(drawn):
+        style: Any = {"color": BLUE if is_binary else mpl.colormaps["tab10"](k), "linewidth": 1.5}
+        roc.plot(fall_out, sensitivity, label=f"{_short(name)}, AUROC {auroc:.3f}", **style)
+        recall.step(recalled, precision, where="post", **style)
+    if is_binary:
+        recall.axhline(table.labels.mean(), color=GREY, linestyle=_DASHED, linewidth=1)
+    roc.set(xlabel="false-positive rate", ylabel="sensitivity", title="ROC")
+    recall.set(xlabel="sensitivity", ylabel="precision", title="precision-recall", ylim=(0, 1.03))
+    _legend_above(figure, columns=3)
     return figure
 
 

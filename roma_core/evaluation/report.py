@@ -52,6 +52,12 @@ FIGURES = {
         "Accuracy of predictions by confidence. A calibrated model is on the diagonal.",
         "Accuracy against confidence.",
     ),
+    "curves": (
+        "ROC and precision-recall curves",
+        "Sensitivity against the false-positive rate, and precision against sensitivity, over all "
+        "thresholds; dashed: chance. Of more than two classes, each against the rest.",
+        "ROC curve and precision-recall curve.",
+    ),
     "embedding_map": (
         "Embedding map",
         "The first two principal components of the pretrained encoder's features of test series. The "
@@ -141,7 +147,20 @@ METRICS = {
         "accuracy": ("Accuracy", "fraction of series whose most probable class is the true one"),
         "balanced_accuracy": ("Balanced accuracy", "mean recall of the classes"),
         "macro_f1": ("Macro F1", "mean F1 of the classes"),
-        "log_loss": ("Log-loss", "mean −ln p(true class); lower is better"),
+        "auroc": (
+            "AUROC",
+            "area under the ROC curve of the second of two classes, or the mean of every class against "
+            "the rest; 0.5 is chance",
+        ),
+        "average_precision": (
+            "Average precision",
+            "area under the precision-recall curve of the same; the class's fraction is chance",
+        ),
+        "log_loss": ("Log loss", "mean −ln p(true class); lower is better"),
+        "brier": (
+            "Brier score",
+            "mean squared error of the probabilities, summed over more than two classes; lower is better",
+        ),
         "calibration_error": (
             "Calibration error",
             "mean |accuracy − confidence| over 15 bins of equal mass, top label; lower is better",

@@ -9,7 +9,7 @@ import dagster as dg
 
 from roma_core.data.manifest import Manifest, read_manifest
 from roma_core.evaluation.config import EvaluationJobConfig, Fact, FactSheet, ServingChecks
-from roma_core.evaluation.metrics import ClassificationMetrics
+from roma_core.evaluation.metrics import LABELS, ClassificationMetrics
 from roma_core.files import read_json
 from roma_core.job import JobFolder
 from roma_core.serving.registry_client import FetchError, fetch, package_of, resolve
@@ -146,6 +146,7 @@ def _lineage(
 _PLOTS = {
     "confusion": "confusion matrix",
     "reliability": "reliability curve",
+    "curves": "ROC and precision-recall curves",
     "reconstructions": "reconstructions of hidden tokens",
     "embedding_map": "test series in feature space",
 }
@@ -158,7 +159,7 @@ def _materialised(
     estimates = ClassificationMetrics.model_validate(read_json(job.output("metrics"))).estimates()
     metrics = ["| test metric | value | 95 % interval |", "| --- | --- | --- |"]
     metrics += [
-        f"| {name.replace('_', ' ')} | {m.value:.4f} | {m.low:.4f}–{m.high:.4f} |"
+        f"| {LABELS[name]} | {m.value:.4f} | {m.low:.4f}–{m.high:.4f} |"
         for name, m in estimates.items()
     ]
     return dg.MaterializeResult(

@@ -49,9 +49,79 @@ def test_values_are_those_of_scikit_learn(simulated):
     assert found.macro_f1.value == pytest.approx(sk.f1_score(true, predicted, average="macro"))
     assert found.log_loss.value == pytest.approx(sk.log_loss(true, table.probabilities))
     assert np.array_equal(found.confusion, sk.confusion_matrix(true, predicted))
+    others = np.eye(9)[true], table.probabilities
+    assert found.auroc.value == pytest.approx(sk.roc_auc_score(*others, average="macro"))
+    assert found.average_precision.value == pytest.approx(sk.average_precision_score(*others))
+    assert found.brier.value == pytest.approx(sk.brier_score_loss(true, table.probabilities))
+    assert [c.auroc for c in found.per_class] == pytest.approx(
+        sk.roc_auc_score(*others, average=None)
+    )
     expected = sk.precision_recall_fscore_support(true, predicted)
     rows = [(c.precision, c.recall, c.f1, c.support) for c in found.per_class]
     np.testing.assert_allclose(np.array(rows).T, expected)
+
+
+def two_classes(n=200, positive=0.27, decimals=1):
+    """A rare second class and, by rounding, many equal probabilities."""
+    rng = np.random.default_rng(4)
+    labels = (rng.random(n) < positive).astype(int)
+    p = np.round(1 / (1 + np.exp(1 - rng.normal(1.0 * labels))), decimals)
+    ids = [str(i) for i in range(n)]
+    return PredictionTable(
+        ids, ("no", "yes"), labels, np.stack([1 - p, p], axis=1), np.ones(n, np.int64)
+    )
+
+
+def test_of_two_classes_the_second_is_ranked_and_tabled_by_threshold():
+    table = two_classes()
+    true, p = table.labels, table.probabilities[:, 1]
+
+    found = evaluate(table)
+
+    assert found.auroc.value == pytest.approx(sk.roc_auc_score(true, p))
+    assert found.average_precision.value == pytest.approx(sk.average_precision_score(true, p))
+    assert found.brier.value == pytest.approx(sk.brier_score_loss(true, p))
+    row = next(one for one in found.thresholds if one.threshold == 0.3)
+    assert row.sensitivity == pytest.approx(sk.recall_score(true, p >= 0.3))
+    assert row.specificity == pytest.approx(sk.recall_score(1 - true, p < 0.3))
+    assert row.precision == pytest.approx(sk.precision_score(true, p >= 0.3))
+    assert row.f1 == pytest.approx(sk.f1_score(true, p >= 0.3))
+    page = render_report(ReportContent(title="t", summary="s", created="c", metrics=found))
+    assert "yes predicted where its probability is at least the threshold" in page
+
+
+def test_intervals_of_ranks_agree_with_a_bootstrap_written_as_a_loop():
+    table = two_classes()
+    true, p = table.labels, table.probabilities[:, 1]
+    rng = np.random.default_rng(5)
+    drawn = [rng.integers(len(p), size=len(p)) for _ in range(300)]
+
+    found = evaluate(table, n_bootstrap=2000)
+
+    for name, score in (
+        ("auroc", sk.roc_auc_score),
+        ("average_precision", sk.average_precision_score),
+    ):
+        looped = np.percentile([score(true[rows], p[rows]) for rows in drawn], [2.5, 97.5])
+        estimate = found.estimates()[name]
+        assert [estimate.low, estimate.high] == pytest.approx(looped, abs=0.02)
+
+
+def test_classes_without_series_are_named_and_give_no_nan():
+    whole = by_hand()
+    only = PredictionTable(
+        ["a", "b"], ("x", "y"), np.zeros(2, int), np.full((2, 2), 0.5), np.ones(2, np.int64)
+    )
+    for table, values, note in (
+        (whole, (0.5, 0.5), "Without series in this split: 'never seen'"),
+        (only, None, "All series are of class 'x': AUROC, average precision"),
+    ):
+        found = evaluate(table)
+        assert (found.auroc and (found.auroc.value, found.per_class[1].auroc)) == values
+        assert note in found.notes[0] and found.thresholds == ()
+        json.dumps(found.document(), allow_nan=False)
+        page = render_report(ReportContent(title="t", summary="s", created="c", metrics=found))
+        assert found.notes[0].replace("'", "&#39;") in page and "nan" not in page
 
 
 def test_values_are_those_computed_by_hand():
@@ -146,7 +216,7 @@ def test_metrics_survive_json_and_have_flat_names(simulated):
 
     assert type(found).model_validate_json(found.model_dump_json()) == found
     assert {"accuracy", "accuracy_low", "log_loss_high"} < set(found.flat())
-    assert len(found.flat()) == 15
+    assert len(found.flat()) == 24
 
 
 def test_too_few_resamples_are_refused(simulated):

@@ -59,6 +59,8 @@ def test_every_plot_is_a_small_png(simulated):
     for png in (
         plots.confusion_matrix(metrics),
         plots.reliability_curve(metrics),
+        plots.ranking_curves(simulated()),
+        plots.ranking_curves(simulated(k=2)),
         plots.reconstruction_examples([reconstruction()] * 3),
         plots.learning_curve(RECORDS),
     ):
@@ -70,6 +72,7 @@ def test_every_plot_is_a_small_png(simulated):
 def test_a_crowded_plot_stays_below_the_limit(simulated):
     many = evaluate(simulated(n=2000, k=40, sharpness=0.5))
     assert pixels(plots.confusion_matrix(many)).size
+    assert pixels(plots.ranking_curves(simulated(n=2000, k=40, sharpness=0.5))).size
     crowd = [reconstruction(n=60, channels=tuple("abcd"))] * 3
     assert pixels(plots.reconstruction_examples(crowd)).size
 

@@ -147,7 +147,8 @@ def test_a_card_shows_changes_or_why_there_are_none(simulated):
     assert accuracy.difference.value == pytest.approx(ours.correct.mean() - champion.correct.mean())
     assert accuracy.difference.low > 0, "twice as sharp is better for sure"
     assert [c.name for c in changed] == [
-        *("accuracy", "log-loss"), *(f"recall of class {k}" for k in range(3)),
+        *("accuracy", "balanced accuracy", "macro F1", "AUROC", "average precision", "log loss"),
+        "Brier score", *(f"recall of class {k}" for k in range(3)),
     ]  # fmt: skip
     said = {"champion_version": "7", "champion_problem": "does not load"}
     assert "version 7 could not be evaluated on these series: does not load" in render_card(
