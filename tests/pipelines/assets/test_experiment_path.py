@@ -20,6 +20,7 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
 from roma_core.data.store import StoredDataset
 from roma_core.evaluation.predictions import PredictionTable
@@ -29,6 +30,7 @@ from roma_pipelines.assets import training
 from roma_pipelines.automation import drift as drift_sensor
 from roma_pipelines.automation.drift import compare
 from roma_pipelines.automation.settings import Drift, DriftThresholds
+from roma_pipelines.cli import main
 from roma_pipelines.registry.gate import CHECKS
 from roma_pipelines.registry.promotion import audit
 from roma_pipelines.registry.store import MlflowSettings, connect
@@ -306,18 +308,25 @@ def test_a_candidate_that_fails_the_gate_changes_nothing(house, refused):
     assert metadata_of(refused, "evaluation_report")["champion_version"] == "2"
 
 
-def operate(house, *arguments, ok=True):
-    """``roma-pipeline`` on the house's state; what it says."""
-    done = subprocess.run(
-        [sys.executable, "-m", "roma_pipelines.cli", *arguments],
-        cwd=house.folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "ROMA_STORAGE_ROOT": str(house.folder / "roma")},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode == 0) is ok, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout + done.stderr
+def operate(house, *arguments, ok=True, process=False):
+    """``roma-pipeline`` on the house's state, in this process or in its own; what it says."""
+    settings = {"ROMA_STORAGE_ROOT": str(house.folder / "roma")}
+    if process:
+        done = subprocess.run(
+            [sys.executable, "-m", "roma_pipelines.cli", *arguments],
+            cwd=house.folder,
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | settings,
+            capture_output=True,
+            text=True,
+        )
+        code, said = done.returncode, done.stdout + done.stderr
+    else:
+        result = CliRunner().invoke(main, arguments, env=settings)
+        code, said = result.exit_code, result.output
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert (code == 0) is ok, said
+    assert "Traceback" not in said
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +347,9 @@ def test_a_candidate_waits_until_a_person_decides_and_one_command_goes_back(hous
     assert "roma-pipeline promote waves 3 --reason" in facts["approval"]
     assert house.aliases() == {"champion": "2", "previous": "1"}
 
-    said = operate(house, "promote", "waves", "3", "--reason", "seen by me", "--actor", "ada")
+    said = operate(
+        house, "promote", "waves", "3", "--reason", "seen by me", "--actor", "ada", process=True
+    )
     assert "version 3 is champion; previous is 2" in said
     again = operate(house, "promote", "waves", "3", "--reason", "once more")
     assert "version 3 is already champion, nothing was changed; previous is 2" in again
@@ -347,7 +358,7 @@ def test_a_candidate_waits_until_a_person_decides_and_one_command_goes_back(hous
     assert event.evidence["evaluation_job"] == metadata_of(waiting, "evaluation_report")["job_key"]
     assert version_at(house.client, "waves_encoder", "champion") == "3"
 
-    said = operate(house, "rollback", "waves", "--reason", "drifts")
+    said = operate(house, "rollback", "waves", "--reason", "drifts", process=True)
     seconds = float(re.search(r"version 2 is champion again \((.*) s\)", said).group(1))
     print(f"rollback took {seconds} s")
     assert seconds < within(5)
@@ -378,7 +389,7 @@ def test_batch_predictions_are_the_champions_and_show_drift(waiting):
 
 
 def test_lineage_leads_there_and_back(house, first, second, waiting):
-    said = operate(house, "lineage", "waves@champion")
+    said = operate(house, "lineage", "waves@champion", process=True)
     assert "waves version 2" in said
     digest = metadata_of(first, "dataset")["digest"]
     finetuning = metadata_of(second, "finetuned_classifier")
@@ -396,14 +407,15 @@ def test_lineage_leads_there_and_back(house, first, second, waiting):
 
 
 def test_a_replay_plans_the_same_training_and_gives_the_same_weights(house, second, waiting):
-    said = operate(house, "replay", "waves", "2", "--run-dir", "again")
+    said = operate(house, "replay", "waves", "2", "--run-dir", "again", process=True)
     assert "roma finetune --job" in said and "roma evaluate --job" in said
     facts = metadata_of(second, "finetuned_classifier")
     recorded = read_json(Path(facts["job_folder"]) / "config.json")
     planned = read_json(house.folder / "again" / "finetune" / "config.json")
     same = {"weights": None}
     assert planned | same == recorded | same
-    assert "is not empty" in operate(house, "replay", "waves", "2", "--run-dir", "again", ok=False)
+    there = str(house.folder / "again")
+    assert "is not empty" in operate(house, "replay", "waves", "2", "--run-dir", there, ok=False)
 
     # from the same pretrained weights: pretraining used two processes
     planned["weights"] = recorded["weights"]

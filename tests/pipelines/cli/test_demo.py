@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from roma_core.files import write_json
 from roma_core.job import JobFolder
+from roma_pipelines.cli import main
 from roma_pipelines.launching.jobs import all_jobs
 from roma_pipelines.launching.outcome import read_events
 from roma_pipelines.registry.store import MlflowSettings, connect
@@ -40,6 +42,22 @@ def run(*command, folder, **variables):
     return subprocess.run(command, **surroundings(folder, **variables), capture_output=True)
 
 
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Runs a command in this process; what it ends with, as of a process of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+
+    def here(*arguments, **variables):
+        result = CliRunner().invoke(main, arguments, env=variables)
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+        return subprocess.CompletedProcess(
+            arguments, result.exit_code, result.stdout, result.stderr
+        )
+
+    return here
+
+
 def one_error(done):
     """The only line of a refusal."""
     assert done.returncode == 1
@@ -61,31 +79,31 @@ def test_state_of_another_version_is_left_alone(tmp_path):
     assert "move it away (its models stay loadable" in line and "or set ROMA_STORAGE_ROOT" in line
 
 
-def test_a_root_that_cannot_be_written_is_named(tmp_path):
+def test_a_root_that_cannot_be_written_is_named(tmp_path, here):
     (tmp_path / "file").touch()
     root = tmp_path / "file" / "roma"
 
-    line = one_error(run(*SHIPPED, "demo", folder=tmp_path, ROMA_STORAGE_ROOT=str(root)))
+    line = one_error(here("demo", ROMA_STORAGE_ROOT=str(root)))
 
     assert f"cannot write to {root}" in line
     assert "set ROMA_STORAGE_ROOT to a writable folder" in line
 
 
-def test_an_unknown_experiment_is_answered_with_those_there_are(tmp_path):
-    line = one_error(run(*SHIPPED, "demo", "vowels", folder=tmp_path))
+def test_an_unknown_experiment_is_answered_with_those_there_are(here):
+    line = one_error(here("demo", "vowels"))
 
     assert "no experiment 'vowels'; available: basic_motions, " in line
 
 
-def test_a_misspelt_variable_is_refused_by_its_name(tmp_path):
-    line = one_error(run(*SHIPPED, "demo", folder=tmp_path, ROMA_STORAGE_ROT="here"))
+def test_a_misspelt_variable_is_refused_by_its_name(here):
+    line = one_error(here("demo", ROMA_STORAGE_ROT="here"))
 
     assert "ROMA_STORAGE_ROT" in line
     assert "closest one is ROMA_STORAGE_ROOT" in line
 
 
 @pytest.mark.parametrize("server", ["dagster", "mlflow"])
-def test_a_port_in_use_is_named_before_anything_starts(server, tmp_path):
+def test_a_port_in_use_is_named_before_anything_starts(server, tmp_path, here):
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_server(("", 0)) as free:
         port, other = listener.getsockname()[1], free.getsockname()[1]
         free.close()
@@ -93,7 +111,7 @@ def test_a_port_in_use_is_named_before_anything_starts(server, tmp_path):
         if server == "mlflow":
             other_option = "--dagster-port"
 
-        done = run(*SHIPPED, "up", option, str(port), other_option, str(other), folder=tmp_path)
+        done = here("up", option, str(port), other_option, str(other))
 
     line = one_error(done)
     assert f"port {port}" in line
