@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import threading
-import time
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -33,21 +32,28 @@ def rivals(server):
 
 
 @contextlib.contextmanager
-def slow(address, delay_s, which=""):
-    """A server that passes requests on to another one, those that match ``which`` after a while."""
+def slow(address, delay_s, which="", let_go=None, arrived=None):
+    """A server that passes requests on to another one, those that match ``which`` after a while.
+
+    The event ``let_go`` ends the wait early; ``arrived`` is set when such a request was answered.
+    """
     target = urllib.parse.urlsplit(address).netloc
+    let_go, arrived = let_go or threading.Event(), arrived or threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_):
             pass
 
         def answer(self):
-            time.sleep(delay_s if re.match(which, self.requestline) else 0)
+            if delayed := re.match(which, self.requestline):
+                let_go.wait(delay_s)
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             connection = http.client.HTTPConnection(target)
             connection.request(self.command, self.path, body, dict(self.headers))
             response = connection.getresponse()
             content = response.read()
+            if delayed:
+                arrived.set()
             with contextlib.suppress(OSError):  # the client no longer waits
                 self.send_response(response.status)
                 self.send_header("Content-Type", response.headers["Content-Type"])
@@ -132,17 +138,18 @@ def test_a_move_that_arrives_after_it_was_given_up_comes_before_the_next(
 
 def test_a_release_that_arrives_late_leaves_the_lock_of_another(rivals):
     release = "(DELETE .*registered-models/delete|POST .*registered-models/rename) "
+    let_go, arrived = threading.Event(), threading.Event()
     with (
-        slow(rivals.tracking_uri, 6, release) as address,
+        slow(rivals.tracking_uri, within(60), release, let_go, arrived) as address,
         contender(address, "enter:1", lease_s=20, call_s=2) as late,
     ):
         said(late)
-        given_up = time.monotonic()
         # as one that had waited for the lock breaks it
         dead = rivals.get_registered_model("rivals.lock").tags["roma.holder"]
         rivals.rename_registered_model("rivals.lock", f"rivals.lock.of.{dead}")
         with model_lock(rivals, "rivals") as lock:
-            time.sleep(max(0.0, given_up + 6.5 - time.monotonic()))
+            let_go.set()
+            assert arrived.wait(within(10))
             lock.set_alias("rivals", CHAMPION, "2")
 
 
