@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import os
 import signal
 import subprocess
@@ -13,7 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from click.testing import CliRunner
 
+from roma_core.cli import main
 from tests.time_limits import wait_until, within
 
 ROOT = Path(__file__).parents[2]
@@ -35,12 +40,18 @@ def process(*arguments: Any, cwd: Path, **environment: str) -> subprocess.Popen[
     )
 
 
-def roma(*arguments: Any, cwd: Path, code: int = 0, **environment: str) -> str:
-    """Output of a command that must end with this exit code."""
-    started = process(*arguments, cwd=cwd, **environment)
-    output, _ = started.communicate(timeout=within(60))
-    assert started.returncode == code, output
-    return output
+def roma(*arguments: Any, cwd: Path, code: int = 0) -> str:
+    """Output and warnings of a command in this process, which must end with this exit code."""
+    warned = io.StringIO()
+    handler = logging.StreamHandler(warned)
+    logging.getLogger("roma_core").addHandler(handler)
+    with contextlib.chdir(cwd):
+        result = CliRunner().invoke(main, list(map(str, arguments)))
+    logging.getLogger("roma_core").removeHandler(handler)
+    if not isinstance(result.exception, SystemExit | None):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.output + warned.getvalue()
 
 
 def interrupted(*arguments: Any, run: Path, cwd: Path, **environment: str) -> str:
