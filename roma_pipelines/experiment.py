@@ -245,10 +245,11 @@ def training_errors(pretraining: Stage, finetuning: Stage) -> list[str]:
         for name in _FROM_DATA
         if name in pretraining.model
     ]
-    # the axes of the data are unknown here: assume as many as the settings refer to
+    # the data are unknown here: assume axes, channels and missing values that the settings refer to
     channel_axis = pretraining.model.get("channel_axis")
     n_axes = max(1, 1 + channel_axis) if isinstance(channel_axis, int) else 1
-    shape = {"tubelet_size": [1, 1, 1], "n_channels": 1, "n_pos_dims": n_axes}
+    shape = {"tubelet_size": [1, 1, 1], "n_channels": 2, "n_pos_dims": n_axes}
+    shape["missing_values"] = not pretraining.model.get("normalize_targets")
     encoder = {**pretraining.model, **shape}
     wrong = _errors(RoMAForPreTrainingConfig, encoder, "pretraining.model")
     stack = finetuning.model.get("encoder_config", {})

@@ -275,6 +275,10 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
+    @property
+    def schema(self) -> DataSchema:
+        return self.dataset.schema
+
     def __getitem__(self, k: int) -> Sample:
         """Sample k of the subset; see ``StoredDataset.sample``."""
         return self.dataset.sample(int(self.indices[k]))

@@ -381,7 +381,7 @@ class _Evaluator:
             "encoder": size(settings.encoder_config),
             "decoder": size(settings.decoder_config),
             "hidden": f"{low:g} of each series" if high is None else f"{low:g} to {high:g}",
-            "masks": f"{settings.mask_strategy}, seed {config.seed}",
+            "masks": f"{', '.join(settings.mask_strategies)}, seed {config.seed}",
             "position scales": ", ".join(f"{a.name} {a.scale:g}" for a in self.dataset.schema.axes),
         }
         sheet = FactSheet(
@@ -407,7 +407,8 @@ def _shared(config: EvaluationJobConfig) -> dict[str, Any]:
 @torch.no_grad()
 def embed(encoder: RoMAForPreTraining, series: Subset, batch_size: int) -> Float32:
     """``(len(series), d_model)`` features: the mean of every series' tokens, all of them visible."""
-    collate, device = Collate(encoder.config, seed=0), encoder.projection.weight.device
+    collate = Collate(encoder.config, seed=0, masks=False)
+    device = encoder.projection.weight.device
     features = np.empty((len(series), encoder.config.encoder_config.d_model), np.float32)
     for part in np.array_split(np.arange(len(series)), -(-len(series) // batch_size)):
         batch = collate.batch(series, part)

@@ -235,14 +235,14 @@ class ReconstructionExample:
     positions: NDArray[np.floating]  # (N,) on the axis that is drawn
     values: NDArray[np.floating]  # (N, C) true values
     predicted: NDArray[np.floating]  # (N, C); only those of hidden observations are drawn
-    visible: NDArray[np.bool_]  # (N,) True where the encoder saw the observation
+    visible: NDArray[np.bool_]  # (N, C) True where the encoder saw the value
     axis: str = "position"  # its name, with the unit
     std: NDArray[np.floating] | None = None  # (N, C) predicted standard deviations
     clean: NDArray[np.floating] | None = None  # (N, C) without noise: the line, if not None
 
     def __post_init__(self) -> None:
         n, c = len(self.positions), len(self.channels)
-        for name, shape in (("values", (n, c)), ("predicted", (n, c)), ("visible", (n,))):
+        for name, shape in (("values", (n, c)), ("predicted", (n, c)), ("visible", (n, c))):
             found = getattr(self, name).shape
             if found != shape:
                 raise ValueError(
@@ -281,8 +281,8 @@ def reconstruction_examples(examples: Sequence[ReconstructionExample]) -> Figure
 def _draw_reconstruction(axes: Axes, example: ReconstructionExample, channel: int) -> None:
     order = np.argsort(example.positions, kind="stable")
     order = order[np.isfinite(example.values[order, channel])]
-    hidden = order[~example.visible[order]]
-    seen = order[example.visible[order]]
+    is_visible = example.visible[order, channel]
+    hidden, seen = order[~is_visible], order[is_visible]
     x, true = example.positions, example.values[:, channel]
     predicted = example.predicted[:, channel]
     line, label = true, None

@@ -63,7 +63,7 @@ def reconstruct(
     schema = split.dataset.schema
     _check_model(model, schema)
     model.eval()
-    collate, rows = Collate(model.config, seed=0), np.arange(len(split))
+    collate, rows = Collate(model.config, seed=0, masks=False), np.arange(len(split))
     parts = [rows[start : start + batch_size] for start in range(0, len(split), batch_size)]
     batches = [mask(collate.batch(split, part)) for part in parts]
     outputs = np.concatenate([_outputs(model, batch) for batch in batches])
@@ -143,8 +143,9 @@ def _table(
     for batch in batches:
         assert batch.masked is not None and batch.indices is not None
         hidden, segments = batch.masked.hidden_rows, batch.segments
-        found.append((batch.indices[segments.ids[hidden]], segments.index_in_series[hidden]))
-    series, index = (torch.cat(column).numpy() for column in zip(*found, strict=True))
+        place = batch.indices[segments.ids[hidden]], batch.index_in_series[hidden]
+        found.append((*place, batch.tokens[hidden].isnan()))
+    series, index, visible = (torch.cat(column).numpy() for column in zip(*found, strict=True))
     if len(series) == 0:
         raise ValueError(
             f"nothing is hidden in {len(split)} series of {split.lengths.min()} to "
@@ -152,7 +153,7 @@ def _table(
             f"larger fraction (mask_ratio)"
         )
     order = np.lexsort((index, series))
-    series, index = series[order], index[order]
+    series, index, visible = series[order], index[order], visible[order]
     dataset = split.dataset
     columns = clean_columns(dataset.schema)
     true = np.empty((len(series), dataset.schema.n_values), np.float32)
@@ -168,9 +169,10 @@ def _table(
             assert targets is not None and columns is not None
             clean[rows] = targets[index[rows]][:, columns]
     schema = dataset.schema
+    true[visible] = np.nan
 
     def by_channel(numbers: Float32) -> Float32:
-        """``(H, C)`` with NaN for numbers that were not observed."""
+        """``(H, C)`` with NaN for numbers that were not observed, or not hidden."""
         if schema.layout == "joint":
             return np.where(np.isnan(true), np.float32(np.nan), numbers)
         columns = np.full((len(numbers), len(schema.channels)), np.nan, np.float32)
@@ -243,12 +245,12 @@ def linear_interpolation(table: ReconstructionTable, split: Subset) -> Reconstru
     predicted = train_mean(table, split).predicted.copy()
     for k, rows in rows_by_series(table.series):
         row = int(split.indices[k])
-        at, values = split.dataset.raw(row)[0][:, 0], joint_values(split.dataset, row)
+        at, values = split.dataset.raw(row)[0][:, 0], joint_values(split.dataset, row).copy()
         hidden = table.index[rows]
-        visible = np.delete(np.arange(len(values)), hidden)
-        visible = visible[np.argsort(at[visible], kind="stable")]
+        values[hidden] = np.where(np.isnan(table.true[rows]), values[hidden], np.nan)
+        order = np.argsort(at, kind="stable")
         for c in range(values.shape[1]):
-            known = visible[~np.isnan(values[visible, c])]
+            known = order[~np.isnan(values[order, c])]
             if len(known):
                 predicted[rows, c] = np.interp(at[hidden], at[known], values[known, c])
     predicted[np.isnan(table.true)] = np.nan
@@ -354,10 +356,11 @@ def evaluate_reconstruction(table: ReconstructionTable, split: Subset) -> Recons
         own = reconstruction_errors(baseline) | reconstruction_errors(baseline, "clean")
         found |= {f"{name}{key}": own[key] for key in ("mse", "clean_mse") if key in own}
     labels = dataset.labels
+    n_observed = sum(int((~np.isnan(dataset.raw(int(row))[1])).sum()) for row in split.indices)
     return ReconstructionMetrics(
         n_series=len(np.unique(table.series)),
         n_hidden=len(table.series),
-        mean_hidden_fraction=len(table.series) / int(split.lengths.sum()),
+        mean_hidden_fraction=int((~np.isnan(table.true)).sum()) / n_observed,
         overall=found,
         groups=()
         if labels is None
@@ -408,7 +411,7 @@ def examples_of(table: ReconstructionTable, split: Subset) -> list[Reconstructio
                 positions=positions[:, 0],
                 values=values[:, drawn],
                 predicted=predicted[:, drawn],
-                visible=~np.isin(np.arange(len(values)), hidden),
+                visible=np.isnan(predicted[:, drawn]),
                 axis=label_of(schema.axes[0]),
                 std=None if table.std is None else std[:, drawn],
                 clean=None if clean is None else clean[:, drawn],

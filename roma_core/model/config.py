@@ -18,6 +18,7 @@ WEIGHTS = "model.safetensors"
 CONFIG = "model_config.json"
 SCHEMA_VERSION = 1
 Rate = Annotated[float, Field(ge=0, lt=1)]
+MaskStrategy = Literal["random", "value", "channel", "window", "block", "future"]
 NEIGHBOUR_FEATURES = 64
 """Width of the features of a token's neighbours, with ``neighbours``."""
 
@@ -192,15 +193,21 @@ class RoMAForPreTrainingConfig(RoMAConfig):
     decoder_config: EncoderConfig = EncoderConfig(depth=2)
     """The decoder's stack."""
     mask_ratio: Rate = 0.75
-    """Fraction of each series' tokens to hide."""
+    """Fraction of each series' tokens to hide; of its observed numbers, where single ones are hidden."""
     mask_ratio_max: Rate | None = None
     """Hide between mask_ratio and this fraction of each series' tokens, every count equally
     often; null: always mask_ratio."""
-    mask_strategy: Literal["random", "block", "future", "channel"] = "random"
-    """'random': anywhere; 'block': one contiguous run; 'future': the last tokens; 'channel':
-    whole channels, of series whose tokens are one channel's each (channel_axis)."""
+    mask_strategy: (
+        MaskStrategy | Annotated[dict[MaskStrategy, PositiveFloat], Field(min_length=1)]
+    ) = "random"
+    """What is hidden together. 'random': single tokens; 'value': single numbers of tokens, with
+    missing_values; 'channel': whole channels: with missing_values a channel's numbers in all tokens, else
+    tokens of equal channel_axis; 'window': eighths of a series' time, all channels; 'block': one
+    contiguous run; 'future': the last tokens. Or a mixture, as JSON with weights, of which each series
+    draws one: {"random": 0.5, "channel": 0.25, "window": 0.25}."""
     channel_axis: NonNegativeInt | None = None
-    """Position axis that holds the channel's index, for mask_strategy='channel'."""
+    """Position axis that holds the channel's index, for mask_strategy 'channel'; null: the last with
+    categories, or none with missing_values."""
     predict_variance: bool = False
     """Predict a Gaussian for every hidden number, mean and variance, and train on its
     likelihood instead of the squared error."""
@@ -222,20 +229,37 @@ class RoMAForPreTrainingConfig(RoMAConfig):
                 f"where its range begins"
             )
         axis = self.mask_axis
-        if self.mask_strategy == "channel" and (axis is None or axis >= self.n_pos_dims):
+        if "channel" in self.mask_strategies and not (
+            self.missing_values if axis is None else axis < self.n_pos_dims
+        ):
             raise ValueError(
-                f"mask_strategy='channel' needs channel_axis, the position axis (0…{self.n_pos_dims - 1}) that "
-                f"holds the channel's index; got {axis}"
+                f"mask_strategy 'channel' needs channel_axis, the position axis (0…{self.n_pos_dims - 1}) that "
+                f"holds the channel's index, got {axis}; or else tokens with missing_values"
+            )
+        if "value" in self.mask_strategies and not self.missing_values and self.tubelet_width > 1:
+            raise ValueError(
+                f"mask_strategy 'value' hides single numbers, which needs missing_values or tokens of one "
+                f"number; these have {self.tubelet_width}, all observed: use 'random'"
             )
         return self
 
     @property
     def mask_axis(self) -> int | None:
-        """``channel_axis``, or the axis with categories if there is one."""
-        categories = [axis for axis, size in enumerate(self.axis_categories) if size]
-        if self.channel_axis is None and len(categories) == 1:
-            return categories[0]
-        return self.channel_axis
+        """``channel_axis``; without missing values, by default the last axis with categories."""
+        if self.channel_axis is not None or self.missing_values:
+            return self.channel_axis
+        return max((axis for axis, size in enumerate(self.axis_categories) if size), default=None)
+
+    @property
+    def mask_strategies(self) -> dict[MaskStrategy, float]:
+        """Weight of each strategy."""
+        one = self.mask_strategy
+        return one if isinstance(one, dict) else {one: 1.0}
+
+    def hides_numbers(self, strategy: MaskStrategy) -> bool:
+        """Whether a strategy hides numbers of a token and leaves others visible."""
+        by_number = strategy == "value" or (strategy == "channel" and self.mask_axis is None)
+        return self.missing_values and by_number
 
     @property
     def mask_fractions(self) -> tuple[Fraction, Fraction]:

@@ -145,6 +145,13 @@ class PackedBatch:
     labels: Tensor | None = None
     masked: MaskedTokens | None = None  # in pretraining; None lets the model draw
     covariates: Tensor | None = None  # (B, K) float32: numbers, indices of categories, NaN: missing
+    # (T,) int64, where tokens with some numbers hidden have two rows; None: a row per token
+    token_index: Tensor | None = None
+
+    @property
+    def index_in_series(self) -> Tensor:
+        """``(T,)`` int64: the index of each row's token in its series."""
+        return self.segments.index_in_series if self.token_index is None else self.token_index
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Move everything; copies from pinned memory overlap with computation."""
@@ -164,6 +171,7 @@ class PackedBatch:
             labels=None if self.labels is None else move(self.labels),
             masked=None if self.masked is None else self.masked.map(move, device),
             covariates=None if self.covariates is None else move(self.covariates),
+            token_index=None if self.token_index is None else move(self.token_index),
         )
 
     def with_mask(self, hidden: Tensor, missing_values: bool = False) -> PackedBatch:

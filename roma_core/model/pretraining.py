@@ -138,8 +138,8 @@ class RoMAForPreTraining(Backbone):
 
         Returns:
             logits: ``(B, M, P)``; row m belongs to the m-th hidden real token of its series in
-                ascending index, M is the largest count; rows past a series' own count are zero.
-                For a packed batch ``(H, P)``. None if nothing is hidden.
+                ascending index, those hidden in part included, M is the largest count; rows past a
+                series' own count are zero. For a packed batch ``(H, P)``. None if nothing is hidden.
             loss: mean over the numbers of hidden real tokens, of those that were observed; None if
                 nothing is hidden.
 
@@ -259,7 +259,7 @@ class RoMAForPreTraining(Backbone):
     def predict_hidden(self, batch: PackedBatch, masked: MaskedTokens) -> Tensor:
         """The head's ``(H, P)`` (``(H, 2P)`` with variances) for the hidden tokens, by row."""
         drop = self.config.encoder_config.pos_drop_rate
-        segments, index = batch.segments, batch.segments.index_in_series
+        segments, index = batch.segments, batch.index_in_series
         self.check_packed(batch)
         seen = masked.visible_rows
         x, rotations, inner = self.embed_rows(

@@ -113,6 +113,9 @@ class TrainerConfig(RomaSettings):
     """Crop longer training series to this many consecutive tokens."""
     augment_channel_drop_rate: float = Field(0.0, ge=0, lt=1)
     """Set each channel of a training series to its mean with this probability; one is kept."""
+    augment_unknown_rate: float = Field(0.05, ge=0, lt=1)
+    """Take each category of a training series for 'unknown', on axes that have one, and each
+    covariate for missing, with this probability, so that the model learns both."""
     augment_jitter_std: float = Field(0.0, ge=0)
     """Normal noise on training values, in standard deviations of the channel."""
     augment_jitter_position: float = Field(0.0, ge=0)

@@ -27,12 +27,13 @@ from roma_core.model.config import RoMAConfig, RoMAForPreTrainingConfig
 from roma_core.model.masking import draw_mask
 from roma_core.model.packing import PackedBatch, Segments, patchify
 from roma_core.model.positions import origin, to_float32, to_model_positions
+from roma_core.schema import DataSchema, Normaliser
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.distributed import HostGroup
 from roma_core.trainer.sampler import BatchSampler, Indices
 
 # keep the hashes of one purpose apart from those of another; 1 and 3 are those of the sampler
-_DROP, _CROP, _CHANNELS, _NOISE, _CUSTOM = 2, 4, 5, 6, 7
+_DROP, _CROP, _CHANNELS, _NOISE, _CUSTOM, _CATEGORIES, _COVARIATES = 2, 4, 5, 6, 7, 8, 9
 _WORKER_POLL_S = 1.0  # how often a wait for loader processes checks for stop requests
 
 Augmentation = Callable[[RaggedBatch, int, int], RaggedBatch]
@@ -48,7 +49,7 @@ class MapStyle(Protocol):
     The model's
     ``position_axes``, if it has any, are applied to positions.
     The set may have ``lengths``, tokens by index; ``gather(indices)``, which returns a
-    :class:`~roma_core.data.ragged.RaggedBatch`; and ``augmentations`` for training: functions of one
+    :class:`~roma_core.data.ragged.RaggedBatch`; a ``schema``; and ``augmentations`` for training: functions of one
     series, see :class:`CustomAugmentation`.
     """
 
@@ -145,6 +146,42 @@ class Jitter:
 
 
 @dataclass(frozen=True)
+class UnknownDrop:
+    """Takes each category of a series for 'unknown', and each covariate for missing, with probability ``rate``.
+
+    On axes that have an 'unknown', and with all observations of the category, as an unknown one comes
+    when the model is applied. Values normalised by category get the normalisation of 'unknown'.
+    """
+
+    rate: float
+    schema: DataSchema | None = None  # without one, no axis has an 'unknown'
+
+    def __call__(self, batch: RaggedBatch, seed: int, epoch: int) -> RaggedBatch:
+        values, positions, covariates = batch.values, batch.positions, batch.covariates
+        if covariates is not None:
+            columns = np.arange(covariates.shape[1])
+            chance = hash_ints(seed, epoch, _COVARIATES, batch.ids[:, None], columns) / 2**32
+            covariates = np.where(chance < self.rate, np.float32(np.nan), covariates)
+        for axis in unknown_axes(self.schema):
+            assert self.schema is not None
+            unknown = self.schema.axes[axis].n_embedded - 1
+            key = batch.ids[batch.series], axis, positions[:, axis].astype(np.int64)
+            gone = hash_ints(seed, epoch, _CATEGORIES, *key) / 2**32 < self.rate  # (T,)
+            before, positions = positions, positions.copy()
+            positions[gone, axis] = unknown
+            if axis == self.schema.normalisation_axis and gone.any():
+                units, values = Normaliser(self.schema), values.copy()
+                delivered = units.denormalise(values[gone], before[gone])
+                values[gone] = units.normalise(delivered, positions[gone])
+        return replace(batch, values=values, positions=positions, covariates=covariates)
+
+
+def unknown_axes(schema: DataSchema | None) -> list[int]:
+    """Indices of the axes that accept other categories than those they name."""
+    return [] if schema is None else [k for k, axis in enumerate(schema.axes) if axis.unknown]
+
+
+@dataclass(frozen=True)
 class CustomAugmentation:
     """``function(tokens, positions, generator)`` of a user, which takes and returns ``(N, P)`` and
     ``(N, D)`` of one series; ``generator`` is a numpy generator of this sample in this epoch."""
@@ -191,6 +228,9 @@ def augmentations_of(
         )
     if config.augment_jitter_std > 0 or config.augment_jitter_position > 0:
         chosen.append(Jitter(config.augment_jitter_std, config.augment_jitter_position))
+    schema = getattr(dataset, "schema", None)
+    if config.augment_unknown_rate > 0 and (model.covariates or unknown_axes(schema)):
+        chosen.append(UnknownDrop(config.augment_unknown_rate, schema))
     own = getattr(dataset, "augmentations", ())
     return (*chosen, *(CustomAugmentation(function) for function in own))
 
@@ -202,6 +242,9 @@ class Collate:
     config: RoMAConfig  # of the model the batch is for
     seed: int  # of masks and drops
     augmentations: tuple[Augmentation, ...] = ()  # redrawn in every epoch; none in evaluation
+    masks: bool = (
+        True  # drawn for a pretraining model; off where all is visible or the caller hides
+    )
 
     def __post_init__(self) -> None:
         is_custom = [isinstance(a, CustomAugmentation) for a in self.augmentations]
@@ -281,7 +324,7 @@ class Collate:
             labels=None if labels is None else torch.from_numpy(labels),
             covariates=None if series.covariates is None else torch.from_numpy(series.covariates),
         )
-        if isinstance(self.config, RoMAForPreTrainingConfig):
+        if self.masks and isinstance(self.config, RoMAForPreTrainingConfig):
             batch = draw_mask(batch, self.config, self.seed, epoch)
         return batch
 

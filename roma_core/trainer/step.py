@@ -230,6 +230,7 @@ def _with_hidden_copy(batch: PackedBatch) -> PackedBatch:
         tokens=torch.cat((batch.tokens[:1], batch.tokens)),
         positions=torch.cat((batch.positions[:1], batch.positions)),
         segments=Segments((first + 1, *others), batch.segments.device),
+        token_index=None,
     )
     index = torch.arange(longer.segments.total, device=batch.segments.device)
     return longer.with_mask(index == 0)

@@ -9,7 +9,9 @@ from roma_pipelines.experiment import Stage, training_errors
     "pretraining, wrong",
     [
         ({"mask_strategy": "channel", "channel_axis": 1}, []),
-        ({"mask_strategy": "channel"}, ["needs channel_axis"]),
+        ({"mask_strategy": {"channel": 1, "value": 1}}, []),  # if the data have missing values
+        ({"normalize_targets": True, "mask_strategy": "channel"}, ["needs channel_axis"]),
+        ({"normalize_targets": True}, []),
         (
             {"mask_strategy": "channel", "channel_axis": -1},
             ["channel_axis: must be greater"],

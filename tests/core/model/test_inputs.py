@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from roma_core import RoMAForClassificationConfig, RoMAForPreTrainingConfig
+from roma_core.model.masking import draw_mask
 from roma_core.model.packing import pack
 from tests.core.model.small_models import autoencoder, classifier
 
@@ -97,6 +99,47 @@ def test_the_reconstruction_loss_counts_observed_numbers_only():
     packed, _, rows = pack(values, positions, pad_mask, model.config)
     packed = packed.with_mask(mask.reshape(-1)[rows], missing_values=True)
     assert model.loss_count(packed) == pytest.approx(float(observed.sum()) / 2)
+
+
+STRATEGIES = [
+    ({"missing_values": True}, strategy) for strategy in ("random", "value", "channel", "window")
+] + [(CATEGORIES, strategy) for strategy in ("channel", "window")]
+
+
+@pytest.mark.parametrize(("inputs", "strategy"), STRATEGIES)
+def test_no_hidden_number_shows_and_padding_does_not_count(inputs, strategy):
+    model = autoencoder(**inputs, mask_strategy=strategy, mask_ratio=0.5, neighbours=2)
+    values, positions, pad_mask, _ = batch(missing="missing_values" in inputs)
+    packed, order, _ = model.pack(values, positions, pad_mask)
+    drawn = draw_mask(packed, model.config, 0, 0)
+    with torch.no_grad():
+        answers = model.predict_hidden(drawn, drawn.masked)
+        true = drawn.tokens[drawn.masked.hidden_rows]
+        asked = ~true.isnan()
+        _, loss = model(drawn)
+        torch.testing.assert_close(loss, ((answers - true)[asked] ** 2).mean())
+
+        # the same draw after the hidden numbers have changed
+        first = packed.segments.cu_seqlens[:-1].long()
+        rows = (first[drawn.segments.ids] + drawn.index_in_series)[drawn.masked.hidden_rows]
+        changed = packed.tokens.clone()
+        changed[rows] = torch.where(asked, true + 100, changed[rows])
+        other = draw_mask(replace(packed, tokens=changed), model.config, 0, 0)
+        assert (other.tokens[other.masked.hidden_rows] - true)[asked].min() > 99
+        torch.testing.assert_close(model.predict_hidden(other, other.masked), answers)
+
+        wide = [torch.nn.functional.pad(values, (0, 0) * 3 + (0, 3)), positions, pad_mask]
+        wide[1] = torch.nn.functional.pad(positions, (0, 3))
+        wide[2] = torch.nn.functional.pad(pad_mask, (0, 3), value=True)
+        results = []
+        for arguments in ((values, positions, pad_mask), wide, (packed,)):
+            torch.manual_seed(3)
+            results.append(model(*arguments))
+    for _, loss in results:
+        torch.testing.assert_close(loss, results[0][1])
+    torch.testing.assert_close(results[0][0], results[1][0])
+    by_row = results[0][0][order].flatten(0, 1)
+    torch.testing.assert_close(by_row[by_row.abs().sum(1) > 0], results[2][0])
 
 
 def test_gradients_are_finite_where_numbers_are_missing():

@@ -17,7 +17,13 @@ from roma_core import (
     TrainerConfig,
 )
 from roma_core.data.ragged import RaggedBatch
-from roma_core.schema import PositionAxis
+from roma_core.schema import (
+    Channel,
+    ChannelNormalisation,
+    DataSchema,
+    Normaliser,
+    PositionAxis,
+)
 from roma_core.trainer.dataloader import (
     ChannelDrop,
     Collate,
@@ -25,6 +31,7 @@ from roma_core.trainer.dataloader import (
     CustomAugmentation,
     Drop,
     Jitter,
+    UnknownDrop,
     augmentations_of,
 )
 from roma_core.trainer.evaluator import classify
@@ -233,6 +240,40 @@ def test_a_dropped_channel_of_single_values_loses_its_tokens():
         assert len(left) >= 2
 
 
+def test_categories_become_unknown_and_covariates_missing_whole():
+    ward = {"unit": "1", "categories": ("a", "b"), "encoding": "embedding", "unknown": True}
+    axes = (PositionAxis(name="t", unit="s"), PositionAxis(name="ward", **ward))
+    scales = [ChannelNormalisation(mean=m, std=s) for m, s in ((10, 2), (100, 5), (40, 50))]
+    schema = DataSchema(
+        channels=(Channel(name="x", unit="1"),),
+        axes=axes,
+        normalise_by="ward",
+        normalisation=tuple(scales),
+    )
+    n = 500
+    positions = np.tile([[0.0, 0], [1, 1], [2, 0]], (n, 1))
+    delivered = np.tile(np.float32([[11], [105], [9]]), (n, 1))
+    values = Normaliser(schema).normalise(delivered, positions)
+    batch = RaggedBatch(
+        values, positions, np.full(n, 3), np.arange(n), covariates=np.ones((n, 2), np.float32)
+    )
+    drop = UnknownDrop(0.2, schema)
+    dropped = drop(batch, 0, 1)
+    wards = dropped.positions[:, 1].reshape(n, 3)
+    assert np.array_equal(wards[:, 0], wards[:, 2])  # both observations of ward a
+    for found in ((wards[:, :2] == 2).mean(0), np.isnan(dropped.covariates).mean(0)):
+        assert np.abs(found - 0.2).max() < 5 * np.sqrt(0.16 / n)
+    back = Normaliser(schema).denormalise(dropped.values, dropped.positions)
+    np.testing.assert_allclose(back, delivered, rtol=1e-5)
+    kept = dropped.positions[:, 1] != 2
+    np.testing.assert_array_equal(dropped.values[kept], values[kept])
+    assert batch.positions[:, 1].max() == 1 and not np.isnan(batch.covariates).any()
+    alone = drop(batch.reorder(np.array([7])), 0, 1)
+    np.testing.assert_array_equal(alone.positions, dropped.positions[21:24])
+    np.testing.assert_array_equal(alone.covariates, dropped.covariates[7:8])
+    assert not np.array_equal(drop(batch, 0, 2).positions, dropped.positions)
+
+
 def test_settings_and_the_data_set_choose_the_augmentations():
     class Own(Waves):
         augmentations = (lambda tokens, positions, random: (tokens[:0], positions[:0]),)
@@ -242,6 +283,8 @@ def test_settings_and_the_data_set_choose_the_augmentations():
         encoder_config=stack, tubelet_size=(1, 1, 1), n_channels=2, n_pos_dims=1, dim_output=2
     )
     assert augmentations_of(TrainerConfig(), config) == ()
+    with_covariates = config.model_copy(update={"covariates": (0,)})
+    assert augmentations_of(TrainerConfig(), with_covariates) == (UnknownDrop(0.05),)
     chosen = augmentations_of(
         TrainerConfig(augment_drop_rate=0.1, augment_crop_tokens=9, augment_jitter_position=1),
         config,

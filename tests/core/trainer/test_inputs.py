@@ -10,12 +10,20 @@ import torch
 
 from roma_core import RoMAForClassification, RoMAForPreTraining, Trainer, TrainerConfig
 from roma_core.data import StoredDataset
-from roma_core.model.config import RoMAForPreTrainingConfig
-from roma_core.schema import Channel, Covariate
+from roma_core.model.config import RoMAForClassificationConfig, RoMAForPreTrainingConfig
+from roma_core.schema import Channel, Covariate, PositionAxis
 from roma_core.sources.base import RawSeries
+from roma_core.trainer.dataloader import Collate, augmentations_of
 from roma_core.trainer.job import TrainingJobConfig, data_fields
 from tests.core.hand_made import HandMade, built
 
+WARD = PositionAxis(
+    name="ward", unit="1", categories=("a", "b"), encoding="embedding", unknown=True
+)
+CONFIGS = {
+    RoMAForPreTraining: RoMAForPreTrainingConfig,
+    RoMAForClassification: RoMAForClassificationConfig,
+}
 SMALL = {"d_model": 16, "nhead": 2, "depth": 2}
 COVARIATES = (Covariate(name="age", unit="y"), Covariate(name="sex", categories=("f", "m")))
 
@@ -28,10 +36,11 @@ def patient(k):
     values = np.stack([70 + g.normal(0, 5, n), 200 + y * 3 * hours + g.normal(0, 5, n)], 1)
     values[g.random((n, 2)) < 0.4] = np.nan
     values[np.isnan(values).all(1), 0] = 70
-    covariates = np.float32([40 + k % 30, g.choice([0, 1, np.nan])])
+    covariates = np.float32([40 + k % 30, g.choice([0, 1])])
+    positions = np.column_stack([hours, g.integers(0, 2, n)])
     split = "test" if k % 5 == 0 else "train"
     return RawSeries(
-        f"p{k}", hours[:, None], values.astype(np.float32), "xy"[y], split, covariates=covariates
+        f"p{k}", positions, values.astype(np.float32), "xy"[y], split, covariates=covariates
     )
 
 
@@ -40,7 +49,10 @@ def dataset(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     channels = (Channel(name="hr", unit="1/min"), Channel(name="lab", unit="g"))
     source = HandMade(
-        series=tuple(map(patient, range(60))), channels=channels, covariates=COVARIATES
+        series=tuple(map(patient, range(60))),
+        channels=channels,
+        axes=(PositionAxis(name="t", unit="h"), WARD),
+        covariates=COVARIATES,
     )
     options = {
         "layout": request.param,
@@ -59,8 +71,9 @@ def run(config, dataset, model, folder):
 
 
 def test_a_pretrained_encoder_is_finetuned_and_answers_alike_after_a_reload(dataset, tmp_path):
-    trainer = TrainerConfig(epochs=30, batch_size=16, base_lr=3e-3)
+    trainer = TrainerConfig(epochs=30, batch_size=16, base_lr=3e-3, augment_unknown_rate=0.2)
     fields = {"encoder_config": SMALL, "decoder_config": SMALL | {"depth": 1}, "mask_ratio": 0.5}
+    fields["mask_strategy"] = {"random": 0.5, "channel": 0.25, "window": 0.25}
     plan = TrainingJobConfig.resolve("pretrain", dataset.path, fields, trainer)
     assert plan.model["missing_values"] == (dataset.schema.layout == "joint")
     assert plan.model["covariates"] == [0, 2]
@@ -83,7 +96,7 @@ def test_a_pretrained_encoder_is_finetuned_and_answers_alike_after_a_reload(data
     classifier.save_pretrained(tmp_path / "classifier")
     again = RoMAForClassification.from_pretrained(tmp_path / "classifier").eval()
 
-    right = 0
+    right = right_without = 0
     program = classifier.eval().export().module()
     for item in dataset.split("test"):
         values = item["values"][None]
@@ -100,4 +113,30 @@ def test_a_pretrained_encoder_is_finetuned_and_answers_alike_after_a_reload(data
         torch.testing.assert_close(logits, reloaded, rtol=0, atol=0)
         torch.testing.assert_close(logits, exported, rtol=1e-5, atol=1e-5)
         right += int(logits.argmax()) == item["label"]
-    assert right >= 10  # of 12
+        positions[:, 1] = 2  # a ward that training never had, of an object without covariates
+        with torch.no_grad():
+            logits = program(
+                values.flatten(2),
+                positions.transpose(1, 2).contiguous(),
+                torch.ones(1, positions.shape[2], dtype=torch.bool),
+                torch.full_like(covariates, torch.nan),
+            )
+        right_without += int(logits.argmax()) == item["label"]
+    assert right >= 10 and right_without >= 10  # of 12
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.0])
+@pytest.mark.parametrize("kind", [RoMAForPreTraining, RoMAForClassification])
+def test_unknown_and_missing_are_learned_where_training_has_neither(dataset, kind, rate):
+    fields = {"encoder_config": SMALL} | data_fields(dataset.schema)
+    fields |= {"decoder_config": SMALL} if kind is RoMAForPreTraining else {"dim_output": 2}
+    model = kind(CONFIGS[kind].from_values(fields))
+    config, train = TrainerConfig(augment_unknown_rate=rate), dataset.split("train")
+    collate = Collate(model.config, 0, augmentations_of(config, model.config, train))
+    _, loss = model(collate.batch(train, np.arange(len(train))))
+    loss.backward()
+    gradients = [model.categories.tables[0].weight.grad[2]]
+    gradients += [model.covariates.table.weight.grad[k] for k in (0, 2)]  # 'missing' of each
+    if kind is RoMAForPreTraining:
+        gradients.append(model.decoder_categories.tables[0].weight.grad[2])
+    assert [bool(g.abs().max() > 0) for g in gradients] == [rate > 0] * len(gradients)
