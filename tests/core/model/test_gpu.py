@@ -80,7 +80,14 @@ def test_a_pinned_batch_is_the_same_batch():
     assert torch.equal(pinned.to("cuda").tokens.cpu(), batch.tokens)
 
 
-@pytest.mark.parametrize("changes", [{}, {"mask_strategy": "block", "mask_ratio_max": 0.9}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mask_strategy": "block", "mask_ratio_max": 0.9},
+        {"mask_strategy": {"channel": 1, "window": 1}, "missing_values": True},
+    ],
+)
 def test_masks_are_drawn_alike_on_every_device(changes):
     model, batch = model_and_batch()
     config = model.config.model_copy(update=changes)
