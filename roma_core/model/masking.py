@@ -36,13 +36,16 @@ def draw_mask(
     the same position a hidden one of them alone. ``token_index`` then tells the rows' tokens.
     """
     strategies, rule = config.mask_strategies, config.mask_fractions
+    if list(strategies) == ["random"]:  # without the detours below
+        hidden = sample_hidden(batch.segments, batch.sample_ids, rule, "random", seed, epoch)
+        return batch.with_mask(hidden, config.missing_values)
     by_number = any(map(config.hides_numbers, strategies))
     sizes, ids, index = _as_arrays(batch.segments)
     names = batch.sample_ids.cpu()
     keys = hash_ints(seed, epoch, names.numpy())  # (B,)
     ends = np.cumsum(list(strategies.values()))
     chosen = np.searchsorted(ends / ends[-1], hash_ints(keys, _CHOICE) / 2**32, side="right")
-    hidden = np.zeros((len(ids), batch.tokens.shape[1] if by_number else 1), dtype=bool)
+    found = np.zeros((len(ids), batch.tokens.shape[1] if by_number else 1), dtype=bool)
     for k, strategy in enumerate(strategies):
         mine = chosen == k  # (B,)
         row, number, unit = np.flatnonzero(mine[ids]), None, None
@@ -59,13 +62,13 @@ def draw_mask(
         segments = Segments(lengths.tolist())
         drawn = sample_hidden(segments, names[mine], rule, strategy, seed, epoch, unit).numpy()
         if number is None:
-            hidden[row] = drawn[:, None]
+            found[row] = drawn[:, None]
         else:
-            hidden[row, number] = drawn
+            found[row, number] = drawn
     if by_number:
-        return _with_hidden_numbers(batch, torch.from_numpy(hidden))
-    mask = torch.from_numpy(hidden[:, 0]).to(batch.segments.device)
-    return batch.with_mask(mask, config.missing_values)
+        return _with_hidden_numbers(batch, torch.from_numpy(found))
+    hidden = torch.from_numpy(found[:, 0]).to(batch.segments.device)
+    return batch.with_mask(hidden, config.missing_values)
 
 
 def _windows(
