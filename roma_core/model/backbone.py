@@ -18,7 +18,7 @@ from roma_core.model.embedding import (
     Neighbourhood,
     Projection,
     prefix_tokens,
-    with_observed_flags,
+    token_vectors,
 )
 from roma_core.model.encoder import Encoder, Head, OutputRows, initialise
 from roma_core.model.packing import Layout, PackedBatch, Segments, pack, scatter
@@ -215,14 +215,7 @@ class Backbone(nn.Module):
         """
         # the residual stream keeps its precision; under autocast only products are in 16 bits
         dtype = self.projection.weight.dtype
-        tokens = tokens.to(dtype)
-        if self.config.missing_values:
-            tokens = with_observed_flags(tokens)
-        x = self.projection(tokens).to(dtype)
-        if self.neighbourhood is not None:
-            x = x + self.neighbourhood(tokens, positions, segments.ids).to(dtype)
-        if self.categories is not None:
-            x = x + self.categories(positions)
+        x = token_vectors(self, tokens.to(dtype), positions, segments.ids)
         if self.sinusoidal is not None:
             shift = 0 if self.cls is None else 1
             x = x + self.sinusoidal(index + shift)
@@ -256,7 +249,7 @@ class PaddedModel(nn.Module):
         self.neighbourhood, self.categories = model.neighbourhood, model.categories
         self.cls, self.covariates = model.cls, model.covariates
         self.sinusoidal, self.rotary = model.sinusoidal, model.rotary
-        self.missing_values = model.config.missing_values
+        self.config = model.config
         self.pooling, self.head = pooling, head or nn.Identity()
 
     def forward(
@@ -268,13 +261,12 @@ class PaddedModel(nn.Module):
         number; on an axis with categories, the index of one. With ``pooling="token"`` ``(B, N, d)``, arbitrary at
         padding. With a head its outputs take the place of d.
         """
-        if self.missing_values:
-            values = with_observed_flags(values)
-        x = self.projection(values)  # (B, N, d)
-        if self.neighbourhood is not None:
-            x = x + self.neighbourhood.forward_padded(values, positions, valid)
-        if self.categories is not None:
-            x = x + self.categories(positions)
+        n_series = valid.shape[0]
+        series = torch.arange(n_series, device=valid.device)[:, None]
+        series = torch.where(valid, series, n_series)  # padding is a series of its own
+        x = token_vectors(self, values.flatten(0, 1), positions.flatten(0, 1), series.flatten())
+        # sizes from positions: an exported program treats those of other tensors as different numbers
+        x = x.unflatten(0, (positions.shape[0], positions.shape[1]))  # (B, N, d)
         if self.sinusoidal is not None:
             shift = 0 if self.cls is None else 1
             x = x + self.sinusoidal.table[shift : shift + x.shape[1]]

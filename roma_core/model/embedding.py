@@ -58,6 +58,41 @@ def with_observed_flags(tokens: Tensor) -> Tensor:
     return torch.cat((tokens.masked_fill(missing, 0), (~missing).to(tokens.dtype)), dim=-1)
 
 
+def in_order(positions: Tensor, series: Tensor) -> Tensor:
+    """``(T,)`` rows by series, then by position, the first axis first."""
+    order = torch.arange(positions.shape[0], device=positions.device)
+    for key in (*reversed(positions.unbind(1)), series):
+        order = order[key[order].argsort(stable=True)]
+    return order
+
+
+def interpolated(tokens: Tensor, positions: Tensor, series: Tensor) -> Tensor:
+    """``(T, 2 P)`` numbers and flags, ``(T, D)``, ``(T,)`` → the same, with missing numbers filled in.
+
+    On a straight line over the first axis between the nearest observed numbers of the same channel and
+    series; with the nearest one outside of them, and with 0 where a series has none. A token thereby holds
+    what is known of every channel at its time, and its flags say what was observed.
+    """
+    order = in_order(positions, series)
+    numbers, flags = tokens[order].chunk(2, dim=1)
+    time, series = positions[order, :1], series[order][:, None]
+    rows = torch.arange(order.shape[0], device=tokens.device)[:, None]
+    last = rows.max()
+    before = torch.where(flags > 0, rows, -1).cummax(0).values
+    after = torch.where(flags > 0, rows, last + 1).flip(0).cummin(0).values.flip(0)
+    at, to = before.clamp(min=0), after.clamp(max=last)
+    has_before = (at == before) & (series[at, 0] == series)
+    has_after = (to == after) & (series[to, 0] == series)
+    past, coming = time - time[at, 0], time[to, 0] - time
+    share = past / (past + coming).clamp(min=torch.finfo(past.dtype).tiny)
+    share = torch.where(has_before, share, 1.0).where(has_after, torch.zeros_like(share))
+    share = share.to(numbers.dtype)
+    filled = numbers.gather(0, at) * (1 - share) + numbers.gather(0, to) * share
+    filled = filled.masked_fill(~(has_before | has_after), 0)
+    result = torch.cat((filled, flags), dim=1)
+    return torch.zeros_like(result).index_copy(0, order, result)
+
+
 class CategoryEmbedding(nn.Module):
     """A learned vector for every category of every axis that has some, added to a token.
 
@@ -113,6 +148,30 @@ class CovariateEmbedding(nn.Module):
         return rows + numbers[..., None] * self.slope
 
 
+def token_vectors(model: Any, tokens: Tensor, positions: Tensor, series: Tensor) -> Tensor:
+    """``(T, P)`` with NaN where missing, ``(T, D)``, ``(T,)`` int64, each token's series → ``(T, d)``.
+
+    The series have to be told apart only where the model looks at neighbours. Tokens of another category
+    count as of another series there.
+    """
+    config, dtype = model.config, model.projection.weight.dtype
+    at = positions
+    if any(sizes := config.axis_categories):
+        at = positions[:, config.rotary_axes]
+        for axis, size in enumerate(sizes):
+            series = series * size + positions[:, axis].long() if size else series
+    if config.missing_values:
+        tokens = with_observed_flags(tokens)
+        if model.neighbourhood is not None:
+            tokens = interpolated(tokens, at, series)
+    x = model.projection(tokens).to(dtype)
+    if model.neighbourhood is not None:
+        x = x + model.neighbourhood(tokens, at, series).to(dtype)
+    if model.categories is not None:
+        x = x + model.categories(positions)
+    return x
+
+
 def prefix_tokens(model: Any, n_series: int, covariates: Tensor | None) -> Tensor | None:
     """``(B, R, d)``: CLS, then the tokens of ``(B, K)`` covariates; None if the model has neither."""
     rows = []
@@ -130,7 +189,7 @@ class Neighbourhood(nn.Module):
     From few labelled series attention learns late or never to find a token's neighbours. Here every
     token has from the start its differences in value and position from the tokens 1, 2, 4, 8, … before
     and after it, as in dilated convolutions. Only tokens that the encoder sees take part, ordered by
-    position, the first axis first; those of another category are of another series.
+    position, the first axis first.
     ``python -m tests.benchmarks.results neighbours`` measures the gain.
     """
 
@@ -142,10 +201,8 @@ class Neighbourhood(nn.Module):
         ahead = [2**k for k in range(config.neighbours)]
         offsets = torch.tensor([*(-offset for offset in ahead), *ahead])
         self.register_buffer("offsets", offsets, persistent=False)
-        self.axes, self.sizes = config.rotary_axes, config.axis_categories
-        self.has_flags = config.missing_values
         n_numbers = config.n_inputs
-        n_inputs = n_numbers + 2 * config.neighbours * (n_numbers + len(self.axes) + 1)
+        n_inputs = n_numbers + 2 * config.neighbours * (n_numbers + len(config.rotary_axes) + 1)
         self.features = nn.Linear(n_inputs, NEIGHBOUR_FEATURES)
         self.mix = nn.Linear(NEIGHBOUR_FEATURES, config.encoder_config.d_model, bias=False)
 
@@ -155,25 +212,10 @@ class Neighbourhood(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, series: Tensor) -> Tensor:
         """``(T, P)``, ``(T, D)`` and ``(T,)`` int64, the series of each token → ``(T, d)``."""
-        for axis, size in enumerate(self.sizes):
-            if size:
-                series = series * size + positions[:, axis].long()
-        positions = positions[:, self.axes] if any(self.sizes) else positions
-        order = torch.arange(positions.shape[0], device=positions.device)
-        for key in (*reversed(positions.unbind(1)), series):  # by series, then by position
-            order = order[key[order].argsort(stable=True)]
+        order = in_order(positions, series)
         inputs = self._inputs(tokens[order], positions[order], series[order])
         found = self.mix(F.silu(self.features(inputs)))
         return torch.zeros_like(found).index_copy(0, order, found)  # back in the caller's order
-
-    def forward_padded(self, tokens: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
-        """``(B, N, P)``, ``(B, N, D)``, ``(B, N)`` bool → ``(B, N, d)``, arbitrary at padding."""
-        n_series = valid.shape[0]
-        series = torch.arange(n_series, device=valid.device)[:, None]
-        series = torch.where(valid, series, n_series)  # padding is a series of its own
-        found = self(tokens.flatten(0, 1), positions.flatten(0, 1), series.flatten())
-        # sizes from positions: an exported program treats those of other tensors as different numbers
-        return found.unflatten(0, (positions.shape[0], positions.shape[1]))
 
     def _inputs(self, tokens: Tensor, positions: Tensor, series: Tensor) -> Tensor:
         """``(T, P + K (P + D + 1))``: the token, and for each offset both differences and a 1.
@@ -185,10 +227,6 @@ class Neighbourhood(nn.Module):
         there = wanted.clamp(0, n - 1)
         exists = (wanted == there) & (series[there] == series[:, None])
         values = tokens[there] - tokens[:, None]
-        if self.has_flags:  # differences of numbers that were both observed, and whether they were
-            flags = tokens.chunk(2, dim=1)[1]
-            both = flags[there] * flags[:, None]
-            values = torch.cat((values.chunk(2, dim=2)[0] * both, both), dim=2)
         differences = torch.cat(
             (
                 values,

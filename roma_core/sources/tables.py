@@ -58,10 +58,10 @@ class ChannelColumn(Frozen):
 class AxisColumn(ChannelColumn):
     """A column whose numbers, dates or categories are positions on one axis."""
 
-    categories: tuple[str, ...] = Field(
+    categories: tuple[str, ...] | dict[str, str] = Field(
         (),
-        description="For a column of text, such as bands or sensors: all its words. A position is "
-        "the word's index here, so append new words at the end.",
+        description="For a column such as bands or sensors: all its words, or each with its name. A "
+        "position is the word's index here, so append new words at the end.",
     )
     unknown: bool = Field(
         False, description="Take any other word as one more category, 'unknown', which is learned."
@@ -71,10 +71,12 @@ class AxisColumn(ChannelColumn):
         channel = self.channel(kind)
         if not self.categories:
             return PositionAxis(name=channel.name, unit=channel.unit)
+        words = self.categories
+        names = tuple(words.values() if isinstance(words, dict) else words)
         return PositionAxis(
             name=channel.name,
-            unit=f"index of {', '.join(self.categories)}",
-            categories=self.categories,
+            unit=f"index of {', '.join(names)}",
+            categories=names,
             encoding="embedding",
             unknown=self.unknown,
         )
@@ -238,7 +240,7 @@ class _Source(Source):
             words = tuple(column.column for column in columns.channels)
             values = [Number(quantity.column, "1", words), Number(quantity.value, "1")]
         self._numbers = [
-            *(Number(a.column, a.unit, a.categories, a.unknown) for a in columns.axes),
+            *(Number(a.column, a.unit, tuple(a.categories), a.unknown) for a in columns.axes),
             *values,
             *(Number(column.column, column.unit) for column in columns.targets),
         ]

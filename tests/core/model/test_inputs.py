@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from roma_core import RoMAForClassificationConfig, RoMAForPreTrainingConfig
+from roma_core.model.embedding import interpolated, with_observed_flags
 from roma_core.model.masking import draw_mask
 from roma_core.model.packing import pack
 from tests.core.model.small_models import autoencoder, classifier
@@ -66,21 +68,42 @@ def test_a_missing_number_is_not_a_zero():
     assert not torch.allclose(logits, zeros)
 
 
-def test_neighbours_do_not_compare_a_number_with_a_missing_one():
-    model = classifier(missing_values=True, neighbours=1)
-    values, positions, pad_mask, _ = batch([3], missing=False)
-    values[0, 1, 1] = NAN
-    features = model.neighbourhood
-    seen = []
-    features.features.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    model(values, positions, pad_mask)
-    order = positions[0, 0].argsort()
-    first_to_second = seen[0][:, 4 + 1 * 7 :][:, :4]  # after the token, the offset of +1
-    for here in range(2):
-        a, b = values[0, order[here], :, 0, 0], values[0, order[here + 1], :, 0, 0]
-        both = ~(a.isnan() | b.isnan())
-        expected = torch.cat(((b - a).nan_to_num(0.0) * both, both.float()))
-        torch.testing.assert_close(first_to_second[here], expected)
+def test_missing_numbers_are_interpolated_between_observed_ones_of_the_same_series():
+    values, positions, pad_mask, _ = batch([9, 7, 5], missing=True, seed=3)
+    values[2, :, 1] = NAN  # a channel without any value
+    valid = ~pad_mask
+    series = torch.arange(3)[:, None].expand_as(valid)[valid]
+    tokens, time = values.flatten(2)[valid], positions[:, 0][valid]
+    shuffled = torch.randperm(len(time), generator=torch.Generator().manual_seed(0))
+    filled = interpolated(
+        with_observed_flags(tokens)[shuffled], time[shuffled, None], series[shuffled]
+    )
+    filled = torch.zeros_like(filled).index_copy(0, shuffled, filled)
+    torch.testing.assert_close(filled[:, 2:], (~tokens.isnan()).float())
+    for one in range(3):
+        at = time[series == one].numpy()
+        for channel in range(2):
+            column = tokens[series == one, channel].numpy()
+            seen = ~np.isnan(column)
+            order = at[seen].argsort()
+            expected = np.zeros(len(at))
+            if seen.any():
+                expected = np.interp(at, at[seen][order], column[seen][order])
+            found = filled[series == one, channel].double().numpy()
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert (filled[series == 2, 1] == 0).all()
+
+
+@pytest.mark.parametrize("neighbours", [0, 2])
+def test_what_is_hidden_does_not_show_through_what_is_missing(neighbours):
+    model = autoencoder(missing_values=True, neighbours=neighbours).eval()
+    values, positions, pad_mask, _ = batch(missing=True)
+    mask = torch.zeros_like(pad_mask)
+    mask[0, [1, 2, 4]] = mask[1, 0] = True
+    expected, _ = model(values, positions, pad_mask, mask=mask)
+    changed = torch.where(mask[..., None, None, None], values.nan_to_num(3.0) + 5, values)
+    found, _ = model(changed, positions, pad_mask, mask=mask)
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_reconstruction_loss_counts_observed_numbers_only():
