@@ -19,7 +19,7 @@ from roma_core.schema import Layout
 from roma_core.sources.base import RawSeries, Source, trait
 
 _SAMPLE = 200  # series read to choose a layout
-_MAX_COST = 2.0  # tokens of per_channel for each of joint, up to which it is chosen
+_MIN_OBSERVED = 0.05  # of the channels at a time, down to which tokens hold all of them
 
 Positions = NDArray[np.float64]
 Values = NDArray[np.float32]
@@ -44,7 +44,12 @@ def pivot(positions: Positions, values: Values, n_channels: int) -> tuple[Positi
 def choose_layout(
     wanted: Layout | Literal["auto"], source: Source, series: Iterable[RawSeries]
 ) -> tuple[Layout, str]:
-    """The layout to store, and the reason; ``auto`` decides by the first of the cleaned series."""
+    """The layout to store, and the reason; ``auto`` decides by the first of the cleaned series.
+
+    Joint tokens, whose gaps the model fills by interpolation, did as well as tokens of one value down to
+    a tenth of twelve channels, with fewer tokens; ``python -m tests.benchmarks.results
+    japanese_vowels_by_channel`` measures them. With very many channels they would be nearly empty.
+    """
     n_channels = len(source.channels)
     if wanted != "auto":
         return wanted, "as configured"
@@ -58,7 +63,7 @@ def choose_layout(
         return "joint", f"every observation has all {n_channels} channels"
     at_a_time = n_values / max(1, n_times)
     reason = f"{at_a_time:.1f} of {n_channels} channels are observed at a time"
-    return ("per_channel" if at_a_time <= _MAX_COST else "joint"), reason
+    return ("joint" if at_a_time >= _MIN_OBSERVED * n_channels else "per_channel"), reason
 
 
 def _n_times(series: RawSeries, layout: Layout) -> int:

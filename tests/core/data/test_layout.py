@@ -126,16 +126,22 @@ def test_gathering_equals_single_samples(tmp_path, layout):
 
 
 @pytest.mark.parametrize(
-    ("missing", "layout", "reason"),
+    ("n_channels", "missing", "layout", "reason"),
     [
-        (0.0, "joint", "every observation has all 3 channels"),
-        (0.3, "joint", "of 3 channels are observed at a time"),
-        (0.8, "per_channel", "of 3 channels are observed at a time"),
+        (3, 0.0, "joint", "every observation has all 3 channels"),
+        (3, 0.8, "joint", "of 3 channels are observed at a time"),
+        (60, 0.98, "per_channel", "of 60 channels are observed at a time"),
     ],
 )
-def test_auto_chooses_the_layout_by_what_is_observed_at_a_time(missing, layout, reason):
-    rows = tuple(gappy(f"s{k}", 40, missing, seed=k) for k in range(5))
-    chosen, why = choose_layout("auto", HandMade(series=rows, channels=CHANNELS), rows)
+def test_auto_chooses_the_layout_by_what_is_observed_at_a_time(n_channels, missing, layout, reason):
+    g, rows = np.random.default_rng(0), []
+    for k in range(5):
+        values = g.normal(size=(40, n_channels))
+        values[g.random(values.shape) < missing] = np.nan
+        values = values[~np.isnan(values).all(1)]
+        rows.append(series(f"s{k}", len(values), values=values))
+    channels = [Channel(name=f"c{k}", unit="1") for k in range(n_channels)]
+    chosen, why = choose_layout("auto", HandMade(series=tuple(rows), channels=channels), rows)
     assert chosen == layout
     assert reason in why
 
