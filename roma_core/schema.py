@@ -175,6 +175,14 @@ class DataSchema(Frozen):
         return 1 if self.layout == "per_channel" else len(self.channels)
 
     @property
+    def joint(self) -> DataSchema:
+        """That of the same data in the joint layout."""
+        if self.layout == "joint":
+            return self
+        changes = {"layout": "joint", "axes": self.given_axes, "normalise_by": None}
+        return self.model_copy(update=changes | {"missing_values": True})
+
+    @property
     def needs_version_3(self) -> bool:
         """Whether older versions of the software cannot read a data set of this schema."""
         has_categories = any(axis.categories for axis in self.axes)

@@ -240,7 +240,8 @@ class DatasetWriter:
             if self._schema.layout == "per_channel":
                 positions, values, rows = melt(positions, values)
             else:
-                positions, values, rows = pivot(positions, values, len(self.source.channels))
+                n_channels = len(self.source.channels)
+                positions, values, rows = pivot(positions, values, n_channels, series.targets)
             columns = {name: column[rows] for name, column in columns.items()}
             columns |= {"positions": positions, "values": values}
         if self._n_in_shard + len(values) > _SHARD and self._n_in_shard:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from array import array
@@ -193,9 +194,9 @@ def _table(paths: Sequence[Path], roles: ColumnRoles, objects: Path | None) -> I
         )
 
     marks = tables[0].marks  # of our own exports
-    marked_axes, targets = (
+    marked_axes, targets, covariates = (
         [name for name in columns if marks.get(name, {}).get("role") == what]
-        for what in ("axis", "target")
+        for what in ("axis", "target", "covariate")
     )
     object_ = role("object", roles.object, single if lists else columns)
     rest = [name for name in columns if name != object_]
@@ -214,12 +215,17 @@ def _table(paths: Sequence[Path], roles: ColumnRoles, objects: Path | None) -> I
             raise DataError(f"--{key} {named}: there is no such column among {known}")
         if found := named or _named_like(key, known):
             metadata[key] = found
-    taken = {time, *targets, *([] if objects else metadata.values())}
+    taken = {time, *targets, *covariates, *([] if objects else metadata.values())}
     rest = [name for name in lists or rest if name not in taken]
 
     def column(name: str) -> dict[str, Any]:
-        unit = marks.get(name, {}).get("unit")
-        found = {"column": name} | ({"unit": unit} if unit else {})
+        mark = marks.get(name, {})
+        found: dict[str, Any] = {"column": name}
+        if "categories" in mark:
+            found |= {"categories": json.loads(mark["categories"])}
+            found |= {"unknown": True} if "unknown" in mark else {}
+        elif unit := mark.get("unit"):
+            found |= {"unit": unit}
         return found | ({"name": "time"} if _ROW_NUMBERS.match(name) else {})
 
     axes = [column(time)]
@@ -244,6 +250,7 @@ def _table(paths: Sequence[Path], roles: ColumnRoles, objects: Path | None) -> I
 
     shared = {"axes": axes, "channels": [column(n) for n in channels], "metadata": metadata}
     shared |= {"targets": [column(n) for n in targets]} if targets else {}
+    shared |= {"covariates": [column(n) for n in covariates]} if covariates else {}
     config: dict[str, Any] = {
         "kind": "parquet" if lists else "table",
         "files": list(map(str, paths)),
@@ -260,6 +267,7 @@ def _table(paths: Sequence[Path], roles: ColumnRoles, objects: Path | None) -> I
         f"{', '.join(axis['column'] for axis in axes)}; values: {', '.join(shown)}",
         found_metadata or "no metadata of objects",
         f"targets: {', '.join(targets)}" * bool(targets),
+        f"covariates: {', '.join(covariates)}" * bool(covariates),
         f"not used: {', '.join(unused)}" * bool(unused),
         *(f"not used: {what} in {name!r}" for name, what in odd.items()),
     ]

@@ -33,12 +33,32 @@ def melt(positions: Positions, values: Values) -> tuple[Positions, Values, Rows]
     return at, values[rows, channels][:, None], rows
 
 
-def pivot(positions: Positions, values: Values, n_channels: int) -> tuple[Positions, Values, Rows]:
-    """The inverse of :func:`melt`, by position; the row returned is the first at each position."""
-    at, rows, inverse = np.unique(positions[:, :-1], axis=0, return_index=True, return_inverse=True)
-    joint = np.full((len(at), n_channels), np.nan, np.float32)
-    joint[inverse.reshape(-1), positions[:, -1].astype(np.int64)] = values[:, 0]
-    return at, joint, rows
+def pivot(
+    positions: Positions, values: Values, n_channels: int, targets: Values | None = None
+) -> tuple[Positions, Values, Rows]:
+    """The inverse of :func:`melt`, sorted by position; the row returned is one of each position.
+
+    Nothing is lost: values of one channel at equal positions, and observations of different ``(N, K)``
+    targets, stay apart.
+    """
+    places = positions[:, :-1] if targets is None else np.hstack([positions[:, :-1], targets])
+    channels = positions[:, -1].astype(np.int64)
+    order = np.lexsort([channels, *places.T[::-1]])
+    places, channels = places[order], channels[order]
+    is_new = np.ones(len(order), dtype=bool)
+    is_new[1:] = (places[1:] != places[:-1]).any(axis=1)
+    inverse = np.cumsum(is_new) - 1
+    again = ~is_new
+    again[1:] &= channels[1:] == channels[:-1]
+    if again.any():
+        at = np.arange(len(order))
+        rank = at - np.maximum.accumulate(np.where(again, 0, at))
+        inverse = np.unique(inverse * len(order) + rank, return_inverse=True)[1].reshape(-1)
+    rows = np.empty(inverse.max(initial=-1) + 1, np.int64)
+    rows[inverse[::-1]] = order[::-1]
+    joint = np.full((len(rows), n_channels), np.nan, np.float32)
+    joint[inverse, channels] = values[order, 0]
+    return positions[rows, :-1], joint, rows
 
 
 def choose_layout(

@@ -13,13 +13,14 @@ from pydantic import Field
 
 from roma_core.data.manifest import SPLITS, Split
 from roma_core.data.store import StoredDataset
-from roma_core.schema import Channel, PositionAxis
+from roma_core.schema import PositionAxis
 from roma_core.settings import Frozen
 
 _MAX_OBSERVATIONS = 2_000_000  # read for quantiles of gaps and values
 _MAX_BYTES = 64 * 1024  # of the picture, which is stored inside asset metadata
 _COLOURS = {"train": "#2f6db3", "validation": "#e0a030", "test": "#b8433f"}
 _N_EXAMPLES = 6
+_MAX_CLASSES = 8  # in the table of fractions
 _STYLE: Any = {
     "axes.titlelocation": "left", "axes.titlesize": 10, "axes.labelsize": 8,
     "axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 8,
@@ -63,7 +64,18 @@ class DataProfile(Frozen):
         description="Axis name -> differences of consecutive positions, in stored order and in the "
         "axis's unit; None if no series has two observations."
     )
-    values: dict[str, Quantiles] = Field(description="Channel name -> values as delivered.")
+    values: dict[str, Quantiles | None] = Field(
+        description="Channel name -> values as delivered; None if none was profiled."
+    )
+    covariates: dict[str, Quantiles | None] = Field({}, description="Numbers as delivered.")
+    observed: dict[str, dict[str, float]] = Field(
+        {},
+        description="Channel or covariate -> fraction of the observations, or objects, that have a value "
+        "of it: of 'all', and of each class unless it is all of them.",
+    )
+    categories: dict[str, dict[str, int]] = Field(
+        {}, description="Axis or covariate -> category -> observations, or objects, of it."
+    )
     targets: dict[str, Quantiles] = Field({}, description="Target name -> numbers as delivered.")
     fraction_dropped: float = Field(description="Fraction of the delivered observations dropped.")
     n_observations_profiled: int = Field(
@@ -90,11 +102,23 @@ class DataProfile(Frozen):
             ("Gaps between consecutive positions", "axis", self.gaps),
             ("Values as delivered", "channel", self.values),
             ("Targets as delivered", "target", self.targets),
+            ("Covariates as delivered", "covariate", self.covariates),
         ]
         for title, what, quantiles in groups:
             if quantiles:
                 rows = [[name, *_numbers(q)] for name, q in quantiles.items()]
                 blocks += [title, _table([what, *levels], rows)]
+        for name, counts in self.categories.items():
+            rows = [[category, f"{n:,}"] for category, n in counts.items()]
+            blocks += [f"Observations, or objects, of each {name}", _table([name, "number"], rows)]
+        if any(of["all"] < 1 for of in self.observed.values()):
+            head = ["of", "all", *list(classes)[:_MAX_CLASSES]]
+            rows = [
+                [name, *(f"{of.get(group, of['all']):.1%}" for group in head[1:])]
+                for name, of in self.observed.items()
+            ]
+            title = "Fraction of the observations, or objects, that have a value"
+            blocks += [f"{title}; by class", _table(head, rows)]
         return "\n\n".join(blocks) + "\n"
 
 
@@ -118,35 +142,76 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def profile_dataset(dataset: StoredDataset) -> DataProfile:
     """Profile a data set; of a large one, gaps and values are taken from some of the series."""
-    chosen, schema = _profiled(dataset), dataset.schema
-    values = np.concatenate([dataset.raw(i)[1] for i in chosen])  # (n, C)
+    chosen, schema = _profiled(dataset), dataset.schema.joint
+    raw = [dataset.joint(i) for i in chosen]
+    positions, values = (np.concatenate(arrays) for arrays in zip(*raw, strict=True))
     found = [numbers for i in chosen if (numbers := dataset.targets(i)) is not None]
     targets = np.concatenate(found) if found else np.empty((0, 0))  # (n, K)
-
-    def quantiles(parts: Sequence[PositionAxis | Channel], numbers: NDArray[Any]) -> dict[str, Any]:
-        columns = {part.name: numbers[:, k] for k, part in enumerate(parts)}
-        return {name: Quantiles.of(x) if len(x) else None for name, x in columns.items()}
-
+    covariates = np.empty((0, 0)) if dataset.covariates is None else dataset.covariates
+    series = np.repeat(chosen, [len(at) for at, _ in raw])  # (n,)
     dropped = dataset.manifest.irregularity
     return DataProfile(
         name=dataset.manifest.name,
         digest=dataset.manifest.digest,
         splits={name: _split_profile(dataset, name) for name in SPLITS},
-        gaps=quantiles(schema.axes, _gaps(dataset, chosen)),
-        values=quantiles(schema.channels, values),
-        targets=quantiles(schema.targets, targets),
+        gaps=_quantiles(schema.axes, _gaps(dataset, chosen)),
+        values=_quantiles(schema.channels, values),
+        targets=_quantiles(schema.targets, targets),
+        covariates=_quantiles(schema.covariates, covariates),
+        observed=_observed(dataset, schema.channels, values, series)
+        | _observed(dataset, schema.covariates, covariates, np.arange(len(dataset))),
+        categories=_categories(schema.axes, positions) | _categories(schema.covariates, covariates),
         fraction_dropped=dropped.n_dropped / dropped.n_observations_before if dropped else 0.0,
-        n_observations_profiled=len(values),
+        n_observations_profiled=int(dataset.lengths[chosen].sum()),
     )
+
+
+def _quantiles(parts: Sequence[Any], numbers: NDArray[Any]) -> dict[str, Any]:
+    """Of the columns of ``(n, C)`` that are no categories; None of one without a number."""
+    known = {
+        part.name: column[~np.isnan(column)]
+        for part, column in zip(parts, numbers.T, strict=False)
+        if not getattr(part, "categories", ())
+    }
+    return {name: Quantiles.of(x) if len(x) else None for name, x in known.items()}
+
+
+def _categories(parts: Sequence[Any], numbers: NDArray[Any]) -> dict[str, dict[str, int]]:
+    """How often each category is in the columns of ``(n, C)``."""
+    found = {}
+    for part, column in zip(parts, numbers.T, strict=True):
+        if part.categories:
+            names = (*part.categories, *("unknown",) * getattr(part, "unknown", False))
+            known = column[~np.isnan(column)].astype(np.int64)
+            counts = np.bincount(known, minlength=len(names)).tolist()
+            found[part.name] = dict(zip(names, counts, strict=True))
+    return found
+
+
+def _observed(
+    dataset: StoredDataset, parts: Sequence[Any], numbers: NDArray[Any], rows: NDArray[np.int64]
+) -> dict[str, dict[str, float]]:
+    """Known fractions of the columns of ``(n, C)``, which are of the ``(n,)`` series."""
+    found = {}
+    for part, known in zip(parts, ~np.isnan(numbers.T), strict=True):
+        found[part.name] = {"all": float(known.mean())}
+        if dataset.labels is not None and not known.all():
+            labels, classes = dataset.labels[rows], dataset.schema.classes
+            total = np.bincount(labels, minlength=len(classes))
+            fractions = np.bincount(labels, known, len(classes)) / np.maximum(total, 1)
+            by_class = dict(zip(classes, fractions.tolist(), strict=True))
+            found[part.name] |= {c: x for c, x in by_class.items() if total[classes.index(c)]}
+    return found
 
 
 def _profiled(dataset: StoredDataset) -> range:
     """Rows of the series that gaps and values are taken from."""
-    return range(0, len(dataset), math.ceil(int(dataset.offsets[-1]) / _MAX_OBSERVATIONS))
+    n = int(dataset.offsets[-1]) * len(dataset.schema.channels) // dataset.schema.n_values
+    return range(0, len(dataset), math.ceil(n / _MAX_OBSERVATIONS))
 
 
 def _gaps(dataset: StoredDataset, rows: Sequence[int]) -> NDArray[np.float64]:
-    return np.concatenate([np.diff(dataset.raw(i)[0], axis=0) for i in rows])
+    return np.concatenate([np.diff(dataset.joint(i)[0], axis=0) for i in rows])
 
 
 def _split_profile(dataset: StoredDataset, name: Split) -> SplitProfile:
@@ -178,7 +243,7 @@ def plot_profile(profile: DataProfile, dataset: StoredDataset) -> bytes:
         _plot_lengths(panels[0], dataset)
         _plot_classes(panels[1], profile)
         _plot_gaps(panels[2], dataset)
-        _plot_examples(panels[3], dataset)
+        _plot_examples(panels[3], profile, dataset)
         for dpi in (110, 95, 80, 60, 40):
             picture = io.BytesIO()
             figure.savefig(picture, format="png", dpi=dpi)
@@ -233,17 +298,24 @@ def _plot_gaps(panel: Any, dataset: StoredDataset) -> None:
         panel.set_yscale("log")
 
 
-def _plot_examples(panel: Any, dataset: StoredDataset) -> None:
-    """A row per series: a dot per observation, the first channel as a line broken at holes."""
+def _plot_examples(panel: Any, profile: DataProfile, dataset: StoredDataset) -> None:
+    """A row per series: its values of the most observed channel, as a line broken at holes."""
+    names = [channel.name for channel in dataset.schema.channels]
+    channel = max(range(len(names)), key=lambda k: profile.observed[names[k]]["all"])
     rows = np.linspace(0, len(dataset) - 1, min(_N_EXAMPLES, len(dataset))).astype(int)
-    gaps = _gaps(dataset, rows.tolist())[:, 0]
-    step = float(np.median(np.abs(gaps)) if len(gaps) else 0.0) or 1.0
+    lines = []
+    for i in rows[::-1].tolist():  # the first on top
+        positions, values = dataset.joint(i)
+        known = np.flatnonzero(~np.isnan(values[:, channel]))
+        order = known[np.argsort(positions[known, 0], kind="stable")]
+        lines.append((positions[order, 0], values[order, channel].astype(float)))
+    gaps = np.concatenate([np.diff(x) for x, _ in lines])
+    step = float(np.median(gaps) if len(gaps) else 0.0) or 1.0
     on_a_grid = np.allclose(gaps / step, np.round(gaps / step))
     wide = (1.5 if on_a_grid else 5) * step
-    for level, i in enumerate(rows[::-1]):  # the first on top
-        positions, values = dataset.raw(i)
-        order = np.argsort(positions[:, 0], kind="stable")
-        x, y = positions[order, 0], values[order, 0].astype(float)
+    for level, (i, (x, y)) in enumerate(zip(rows[::-1], lines, strict=True)):
+        if not len(y):
+            continue
         y = level + 0.7 * ((y - y.min()) / (np.ptp(y) or 1.0) - 0.5)
         holes = np.flatnonzero(np.diff(x) > wide)
         for k in holes:
@@ -253,7 +325,7 @@ def _plot_examples(panel: Any, dataset: StoredDataset) -> None:
         for part in np.split(np.arange(len(x)), holes + 1):
             panel.plot(x[part], y[part], ".-", color=colour, lw=1, ms=4)
     panel.set_yticks(range(len(rows)), [dataset.ids[i] for i in rows[::-1]])
-    title = f"Examples: {dataset.schema.channels[0].name}, grey where a gap is wide"
+    title = f"Examples: {names[channel]}, grey where a gap is wide"
     panel.set(title=title, xlabel=_axis_label(dataset.schema.axes[0]))
 
 

@@ -18,6 +18,7 @@ from pydantic import Field
 from roma_core.data.manifest import (
     MANIFEST,
     SPLITS,
+    Split,
     find_damage,
     large_columns,
     read_manifest,
@@ -70,18 +71,26 @@ def check_dataset(path: Path) -> list[Finding]:
         return _finding("layout", "error", broken)
     bad: list[int] = []
     for part in dataset.parts(_READ_AT_ONCE):
-        finite = np.isfinite(part.positions).all(1) & np.isfinite(part.values).all(1)  # (T,)
+        known = np.isfinite(part.values)
+        if dataset.schema.missing_values:  # of an observation at least one value is known
+            known = (known | np.isnan(part.values)) & known.any(axis=1, keepdims=True)
+        finite = np.isfinite(part.positions).all(1) & known.all(1)  # (T,)
         if part.targets is not None:
             finite &= np.isfinite(part.targets).all(1)
+        for k, axis in enumerate(dataset.schema.axes):
+            if axis.categories:
+                n_categories = len(axis.categories) + axis.unknown
+                finite &= np.isin(part.positions[:, k], range(n_categories))
         bad += part.ids[~np.logical_and.reduceat(finite, part.starts)].tolist()
     if bad:
-        problem = "holds numbers that are not finite"
+        problem = "holds numbers that are not finite, or no index of a category"
         return _series_finding(dataset, "finite", "error", bad, problem)
     return [
         *find_leakage(dataset),
         *(_near_duplicates(dataset) if manifest.leakage != "ignore" else []),
         *_numbers(dataset),
         *_units_and_classes(dataset),
+        *_splits_and_covariates(dataset),
     ]
 
 
@@ -120,6 +129,8 @@ def _broken_layout(dataset: StoredDataset) -> list[str]:
                 columns[shard_name(name, k)] = (getattr(part, name), shape, dtype)
     if dataset.labels is not None:
         columns["labels.npy"] = (dataset.labels, (n,), np.int64)
+    if dataset.covariates is not None:
+        columns["covariates.npy"] = (dataset.covariates, (n, len(schema.covariates)), np.float32)
     if found := [
         f"{name}: {array.dtype} of shape {array.shape}, expected {np.dtype(dtype)} of {shape}"
         for name, (array, shape, dtype) in columns.items()
@@ -138,35 +149,56 @@ def _broken_layout(dataset: StoredDataset) -> list[str]:
         found.append(f"{MANIFEST}: counts {dataset.manifest.counts}, the columns hold {counts}")
     if dataset.labels is not None and not np.isin(dataset.labels, range(len(schema.classes))).all():
         found.append(f"labels.npy: holds other numbers than the indices of {schema.classes}")
-    if len(schema.normalisation) != len(schema.channels):
-        found.append(f"{MANIFEST}: needs one normalisation per channel")
+    for k, covariate in enumerate(schema.covariates):
+        numbers = _known(dataset, k)
+        words = range(len(covariate.categories))
+        if not (np.isin(numbers, words) if words else np.isfinite(numbers)).all():
+            found.append(
+                f"covariates.npy: {covariate.name!r} holds no finite numbers, or no indices"
+            )
+    by = schema.normalisation_axis
+    n_groups = 1 if by is None else len(schema.axes[by].categories) + schema.axes[by].unknown
+    if len(schema.normalisation) != schema.n_values * n_groups:
+        found.append(
+            f"{MANIFEST}: needs one normalisation per channel, in each of {n_groups} groups"
+        )
     return found
 
 
 def _numbers(dataset: StoredDataset) -> list[Finding]:
     """Order, duplicates, reach of normalised positions, values that dominate the loss, lengths."""
-    schema, normaliser, limit = dataset.schema, Normaliser(dataset.schema), 50.0  # std
+    schema, limit = dataset.schema, 50.0  # std
+    normaliser, by_channel = Normaliser(schema), Normaliser(schema.joint)
     unsorted: list[int] = []
     duplicates: list[int] = []
     reach = np.zeros(len(schema.axes))
     n_far = 0
     furthest: dict[int, tuple[float, int]] = {}  # channel -> (size, series)
-    for part in dataset.parts(_READ_AT_ONCE):
+    sentinels = _sentinels(dataset)
+    n_sentinels = [dict.fromkeys(numbers, 0) for numbers in sentinels]
+    parts = zip(dataset.parts(_READ_AT_ONCE), dataset.joint_parts(_READ_AT_ONCE), strict=True)
+    for part, joint in parts:
         step = np.diff(part.positions[:, 0], prepend=part.positions[:1, 0])
         step[part.starts] = 1.0  # the first observation of a series follows none
         least = np.minimum.reduceat(step, part.starts)  # (B,)
         unsorted += part.ids[least < 0].tolist()
-        for i in part.ids[least <= 0].tolist():
-            own = dataset.raw(i)[0]
-            if len(np.unique(own, axis=0)) < len(own):
-                duplicates.append(i)
+        if (least <= 0).any():
+            rows = np.column_stack([part.series, part.positions])
+            rows = rows[np.lexsort(rows.T)]
+            again = rows[1:][(rows[1:] == rows[:-1]).all(axis=1), 0]
+            duplicates += part.ids[np.unique(again).astype(np.int64)].tolist()
         seen = normaliser.normalise_positions(part.positions, part.lengths)  # (T, D)
         reach = np.maximum(reach, np.abs(seen).max(axis=0))
-        size = np.abs(normaliser.normalise(part.values))  # (T, C)
+        values = joint.values.copy()  # (T, C)
+        for k, counts in enumerate(n_sentinels):
+            for number in counts:
+                counts[number] += int((values[:, k] == number).sum())
+            values[np.isin(values[:, k], list(counts)), k] = np.nan
+        size = np.nan_to_num(np.abs(by_channel.normalise(values, joint.positions)))
         n_far += int((size > limit).sum())
         for k in np.flatnonzero((size > limit).any(axis=0)).tolist():
             row = int(size[:, k].argmax())
-            here = (float(size[row, k]), int(part.ids[part.series[row]]))
+            here = (float(size[row, k]), int(joint.ids[joint.series[row]]))
             furthest[k] = max(furthest.get(k, (0.0, 0)), here)
     too_far = [
         f"axis {axis.name!r} reaches {number:.3g} radians of the fastest rotation; set its anchor "
@@ -178,6 +210,11 @@ def _numbers(dataset: StoredDataset) -> list[Finding]:
         f"channel {schema.channels[k].name!r} is {most:,.0f} standard deviations from its mean in "
         f"series {dataset.ids[i]!r}; a transform such as arcsinh may help"
         for k, (most, i) in furthest.items()
+    ]
+    recurring = [
+        _sentinel(f"channel {channel.name!r}", number, n, "observations")
+        for channel, counts in zip(schema.channels, n_sentinels, strict=True)
+        for number, n in counts.items()
     ]
     leak = "has observations at equal positions: a duplicate leaks a masked value"
     order = "is not in order of the first axis"
@@ -193,8 +230,90 @@ def _numbers(dataset: StoredDataset) -> list[Finding]:
         *_series_finding(dataset, "duplicates", "warning", duplicates, leak),
         *_finding("reach", "warning", too_far),
         *_finding("far", "warning", outliers, n_far),
+        *_finding("sentinels", "warning", recurring),
         *_series_finding(dataset, "single", "warning", single, too_short),
         *_series_finding(dataset, "long", "warning", long, too_long),
+    ]
+
+
+_MAX_OBSERVATIONS = 1_000_000  # that statistics are taken from, per version
+_N_RECURRING = 3  # times
+_MIN_KNOWN = 0.05  # of the objects, for which a covariate is of use
+
+
+def _sentinels(dataset: StoredDataset) -> list[list[float]]:
+    """For every channel the exact values far outside that recur, such as -999."""
+    step = max(1, -(-int(dataset.offsets[-1]) // _MAX_OBSERVATIONS))
+    chosen = [dataset.joint(i)[1] for i in range(0, len(dataset), step)]
+    return [_recurring(column[~np.isnan(column)]) for column in np.concatenate(chosen).T]
+
+
+def _recurring(numbers: NDArray[Any]) -> list[float]:
+    """Values at the ends of ``(n,)`` that recur, further from the others than twice their spread."""
+    numbers, found = np.sort(numbers), list[float]()
+    while len(numbers):
+        low, high = numbers[0], numbers[-1]
+        a, b = np.searchsorted(numbers, low, "right"), np.searchsorted(numbers, high, "left")
+        inner = numbers[a:b]
+        if len(np.unique(inner)) < 5:  # an indicator, or a few doses
+            break
+        reach = 2 * (inner[int(0.95 * len(inner))] - inner[int(0.05 * len(inner))])
+        is_low = bool(a >= _N_RECURRING and inner[0] - low > reach)
+        is_high = bool(len(numbers) - b >= _N_RECURRING and high - inner[-1] > reach)
+        found += [float(low)] * is_low + [float(high)] * is_high
+        if not (is_low or is_high):
+            break
+        numbers = numbers[a if is_low else 0 : b if is_high else len(numbers)]
+    return found
+
+
+def _sentinel(what: str, number: float, n: int, unit: str) -> str:
+    text = np.format_float_positional(np.float32(number), trim="-")
+    return (
+        f"{what} is exactly {text} in {n:,} {unit}, far from its other values: if that stands for a "
+        f"missing value, set missing_values: [{text}] in the source (or write NaN there)"
+    )
+
+
+def _known(dataset: StoredDataset, k: int, split: Split | None = None) -> NDArray[np.float32]:
+    """Covariate k of the objects for which it is not missing."""
+    assert dataset.covariates is not None
+    rows = slice(None) if split is None else dataset.split(split).indices
+    column = dataset.covariates[rows, k]
+    return column[~np.isnan(column)]
+
+
+def _splits_and_covariates(dataset: StoredDataset) -> list[Finding]:
+    """Empty splits, classes that validation or test lack, and covariates that say nothing."""
+    schema, lacking, useless, recurring = dataset.schema, [], [], []
+    for split in SPLITS[1:]:
+        rows = dataset.split(split).indices
+        if not len(rows):
+            lacking.append(f"{split} has no series, so nothing can be measured on it")
+        elif dataset.labels is not None:
+            counts = np.bincount(dataset.labels[rows], minlength=len(schema.classes))
+            lacking += [
+                f"class {name!r} has no series in {split}, so that its recall there is unknown"
+                for name, n in zip(schema.classes, counts, strict=True)
+                if not n
+            ]
+    n_train = len(dataset.split("train"))
+    for k, covariate in enumerate(schema.covariates):
+        known, what = _known(dataset, k, "train"), f"covariate {covariate.name!r}"
+        if len(known) < _MIN_KNOWN * n_train:
+            useless.append(f"{what} is known for {len(known):,} of {n_train:,} objects of train")
+        elif (known == known[0]).all():
+            useless.append(f"{what} is the same for all objects of train that have it")
+        if not covariate.categories:
+            everywhere = _known(dataset, k)
+            recurring += [
+                _sentinel(what, number, int((everywhere == number).sum()), "objects")
+                for number in _recurring(everywhere)
+            ]
+    return [
+        *_finding("splits", "warning", lacking),
+        *_finding("covariates", "warning", useless),
+        *_finding("sentinels of covariates", "warning", recurring),
     ]
 
 
@@ -205,6 +324,7 @@ def _units_and_classes(dataset: StoredDataset) -> list[Finding]:
         "channel": schema.channels,
         "axis": schema.axes,
         "target": schema.targets,
+        "covariate": [one for one in schema.covariates if not one.categories],
     }
     no_unit = [
         f"{what} {part.name!r} has no unit; write '1' for a pure number"
@@ -259,7 +379,7 @@ def find_leakage(dataset: StoredDataset) -> list[Finding]:
         content.update(values.tobytes())
         other = first_with.setdefault(content.digest(), i)
         if other != i:
-            changes = np.count_nonzero((values[1:] != values[:-1]).any(axis=1))
+            changes = _n_changes(dataset.joint(i)[1])
             found = by_chance if changes < _MIN_CHANGES else apart
             if dataset.splits[other] == dataset.splits[i]:
                 found = together
@@ -277,6 +397,14 @@ def find_leakage(dataset: StoredDataset) -> list[Finding]:
         *_finding("equal short or flat series", "warning", by_chance),
         *_finding("equal content in one split", "warning", together),
     ]
+
+
+def _n_changes(values: NDArray[np.float32]) -> int:
+    """Rows of ``(N, C)`` in which a channel differs from its last known value."""
+    rows = np.where(np.isnan(values), 0, np.arange(len(values))[:, None])
+    last = np.take_along_axis(values, np.maximum.accumulate(rows, axis=0), axis=0)
+    changed = (last[1:] != last[:-1]) & ~np.isnan(last[:-1])
+    return int(changed.any(axis=1).sum())
 
 
 def _described(dataset: StoredDataset, i: int) -> str:
@@ -319,26 +447,33 @@ def _thinned(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
 
 
 def _sketches(dataset: StoredDataset) -> NDArray[np.float32]:
-    """``(n_series, 16 * C)`` means of values in equal bins of time; of the series in empty bins."""
-    n_channels = len(dataset.schema.channels)
+    """``(n_series, 16 * C)`` means of values in equal bins of time; of the series in empty bins.
+
+    A channel that a series lacks is 0, the mean of train.
+    """
+    normaliser, n_channels = Normaliser(dataset.schema.joint), len(dataset.schema.channels)
     sketches = np.empty((len(dataset), _N_BINS, n_channels), dtype=np.float32)
-    for i in range(len(dataset)):
-        sample = dataset.sample(i)
-        time, values = sample["positions"][0], sample["values"][:, :, 0, 0]  # (N,), (N, C)
-        span = np.ptp(time) or 1.0
-        bins = np.minimum(((time - time.min()) / span * _N_BINS).astype(np.int64), _N_BINS - 1)
-        counts = np.bincount(bins, minlength=_N_BINS)
-        filled = counts > 0
-        sketches[i] = values.mean(axis=0)
+    for part in dataset.joint_parts(_READ_AT_ONCE):
+        values, time = normaliser.normalise(part.values, part.positions), part.positions[:, 0]
+        first = np.minimum.reduceat(time, part.starts)[part.series]  # (T,)
+        span = np.maximum.reduceat(time, part.starts)[part.series] - first
+        span[span == 0] = 1.0
+        bins = np.minimum(((time - first) / span * _N_BINS).astype(np.int64), _N_BINS - 1)
+        bins += part.series * _N_BINS
         for c in range(n_channels):
-            sums = np.bincount(bins, weights=values[:, c], minlength=_N_BINS)
-            sketches[i, filled, c] = sums[filled] / counts[filled]
+            observed = ~np.isnan(values[:, c])
+            size = len(part.ids) * _N_BINS
+            counts = np.bincount(bins[observed], minlength=size).reshape(-1, _N_BINS)
+            weights = values[observed, c]
+            sums = np.bincount(bins[observed], weights, size).reshape(-1, _N_BINS)
+            whole = sums.sum(axis=1) / np.maximum(counts.sum(axis=1), 1)
+            means = np.where(counts > 0, sums / np.maximum(counts, 1), whole[:, None])
+            sketches[part.ids, :, c] = means
     return sketches.reshape(len(dataset), -1)
 
 
 # -- version diff
 
-_MAX_OBSERVATIONS = 1_000_000  # of train, per version
 _DRIFT = 0.2  # of the stability index; below 0.1 is called stable
 
 
@@ -356,13 +491,15 @@ def previous_version(path: Path) -> Path | None:
 def compare_versions(new: StoredDataset, old: StoredDataset) -> list[Finding]:
     """Differences of a new version to an old one; an object in another split is an error.
 
-    Drift of every channel, of gaps, lengths and classes is measured on the train splits by the
-    population stability index. Versions with different schemas are not compared further.
+    Drift of every channel and what is observed of it, of categories, covariates, gaps, lengths and
+    classes is measured on the train splits by the population stability index. Versions with different schemas are not compared further.
     """
     sentences = []
-    for what in ("channels", "axes", "classes", "targets"):
+    for what in ("layout", "channels", "axes", "covariates", "classes", "targets"):
         now, then = (
-            [p if what == "classes" else (p.name, p.unit) for p in getattr(version.schema, what)]
+            found
+            if isinstance(found := getattr(version.schema, what), str)
+            else [p if isinstance(p, str) else (p.name, p.unit) for p in found]
             for version in (new, old)
         )
         if now != then:
@@ -401,11 +538,12 @@ def _object_changes(new: StoredDataset, old: StoredDataset) -> list[Finding]:
 
 
 def _drift(new: StoredDataset, old: StoredDataset) -> list[Finding]:
-    now, then = (_train_numbers(version, Normaliser(old.schema)) for version in (new, old))
+    now, then = (_train_numbers(version, Normaliser(old.schema.joint)) for version in (new, old))
     sentences = [
         f"{name} drifted: stability index {index:.2f} (above {_DRIFT} is much); median "
         f"{np.median(numbers):.3g} → {np.median(now[name]):.3g}"
         for name, numbers in then.items()
+        if len(numbers) and len(now.get(name, ()))
         if (index := stability_index(numbers, now[name])) > _DRIFT
     ]
     return _finding("drift", "warning", sentences)
@@ -414,18 +552,29 @@ def _drift(new: StoredDataset, old: StoredDataset) -> list[Finding]:
 def _train_numbers(
     dataset: StoredDataset, normaliser: Normaliser
 ) -> dict[str, NDArray[np.float64]]:
-    """Transformed values, gaps, lengths and classes of train, by what they are."""
+    """Transformed values, gaps, lengths, categories and classes of train, by what they are."""
     train = dataset.split("train")
     total = int(train.lengths.sum())
-    raw = [dataset.raw(int(i)) for i in train.indices[:: max(1, -(-total // _MAX_OBSERVATIONS))]]
+    schema = dataset.schema
+    raw = [dataset.joint(int(i)) for i in train.indices[:: max(1, -(-total // _MAX_OBSERVATIONS))]]
     if not raw:
         return {}
-    values = normaliser.transform(np.concatenate([v for _, v in raw]))
-    gaps = np.concatenate([np.diff(p[:, 0]) for p, _ in raw])
-    found = {f"channel {c.name!r}": values[:, k] for k, c in enumerate(dataset.schema.channels)}
-    found["length of series"] = train.lengths.astype(np.float64)
-    if len(gaps):
-        found[f"gap in {dataset.schema.axes[0].name!r}"] = gaps
+    positions = np.concatenate([p for p, _ in raw])
+    values = normaliser.transform(np.concatenate([v for _, v in raw]), positions)
+    found = {"length of series": train.lengths.astype(np.float64)}
+    found[f"gap in {schema.axes[0].name!r}"] = np.concatenate([np.diff(p[:, 0]) for p, _ in raw])
+    for k, channel in enumerate(schema.channels):
+        known = ~np.isnan(values[:, k])
+        found[f"channel {channel.name!r}"] = values[known, k]
+        found[f"presence of channel {channel.name!r}"] = known.astype(np.float64)
+    for k, axis in enumerate(schema.given_axes):
+        if axis.categories:
+            found[f"category of {axis.name!r}"] = positions[:, k]
+    for k, covariate in enumerate(schema.covariates):
+        known = _known(dataset, k, "train")
+        found[f"covariate {covariate.name!r}"] = known.astype(np.float64)
+        there = np.arange(len(train)) < len(known)
+        found[f"presence of covariate {covariate.name!r}"] = there.astype(np.float64)
     if dataset.labels is not None:
         found["class"] = dataset.labels[train.indices].astype(np.float64)
     return found

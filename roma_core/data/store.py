@@ -7,9 +7,11 @@ processes share one copy in the page cache, and a data-loading worker costs no m
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -108,7 +110,7 @@ class StoredDataset:
         positions, values = self.raw(i)
         if self.schema.layout == "joint":
             return positions, values
-        at, joint, _ = pivot(positions, values, len(self.schema.channels))
+        at, joint, _ = pivot(positions, values, len(self.schema.channels), self.targets(i))
         return at, joint
 
     def targets(self, i: int) -> NDArray[np.float32] | None:
@@ -153,6 +155,23 @@ class StoredDataset:
                     targets=None if self._targets is None else self._targets[k][rows],
                     covariates=None if self.covariates is None else self.covariates[a:b],
                 )
+
+    def joint_parts(self, n_observations: int) -> Iterator[RaggedBatch]:
+        """The series of the same ``parts``, in the joint layout."""
+        for part in self.parts(n_observations):
+            if self.schema.layout == "joint":
+                yield part
+                continue
+            positions = np.column_stack([part.series, part.positions])
+            n_channels = len(self.schema.channels)
+            at, values, rows = pivot(positions, part.values, n_channels, part.targets)
+            yield replace(
+                part,
+                positions=at[:, 1:],
+                values=values,
+                lengths=np.bincount(at[:, 0].astype(np.int64), minlength=len(part.ids)),
+                targets=None if part.targets is None else part.targets[rows],
+            )
 
     def sample(self, i: int) -> Sample:
         """Series i as the model sees it: values ``(N, C, 1, 1)`` and positions ``(D, N)``, normalised.
@@ -207,13 +226,14 @@ class StoredDataset:
     def to_parquet(self, target: Path, split: Split | None = None) -> int:
         """Write all series, or those of one split, to a Parquet file; returns their number.
 
-        A row per series, as delivered: ``id``, ``split``, ``label`` and ``group`` where there are any,
-        then a list of doubles per axis and of floats per channel and target. A source of kind
-        ``parquet`` reads it back. The columns' metadata hold ``unit`` and ``role``, by which
-        ``infer_source`` finds axes and targets, and batch prediction ignores targets.
+        A row per series, as delivered and in the joint layout: ``id``, ``split``, ``label`` and
+        ``group`` where there are any, covariates, then a list per axis, channel and target: of doubles,
+        of floats, null where one is missing, or of names of categories. A source of kind ``parquet``
+        reads it back. The columns' metadata hold ``unit``, ``role`` and ``categories``, by which
+        ``infer_source`` finds axes, targets and covariates; batch prediction ignores targets.
 
         Raises:
-            DataError: an axis, channel or target has the name of another column.
+            DataError: an axis, channel, covariate or target has the name of another column.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -224,32 +244,51 @@ class StoredDataset:
             texts["label"] = [schema.classes[k] for k in self.labels.tolist()]
         if self.groups is not None:
             texts["group"] = self.groups
-        roles = (("axis", pa.float64(), schema.axes), ("channel", pa.float32(), schema.channels))
+        lists: dict[str, Sequence[Any]] = {
+            "axis": schema.given_axes, "channel": schema.channels, "target": schema.targets,
+        }  # fmt: skip
         fields = [pa.field(name, pa.string()) for name in texts]
-        fields += [
-            pa.field(part.name, pa.list_(kind), metadata={"unit": part.unit, "role": role})
-            for role, kind, parts in (*roles, ("target", pa.float32(), schema.targets))
-            for part in parts
-        ]
+        for role, parts in {"covariate": schema.covariates, **lists}.items():
+            for one in parts:
+                marks = {"unit": one.unit, "role": role}
+                kind = pa.float64() if role == "axis" else pa.float32()
+                if words := getattr(one, "categories", ()):
+                    marks |= {"categories": json.dumps(words)}
+                    marks |= {"unknown": "true"} if getattr(one, "unknown", False) else {}
+                    kind = pa.string()
+                kind = pa.list_(kind) if role in lists else kind
+                fields.append(pa.field(one.name, kind, metadata=marks))
+        of_objects = np.empty((len(self), 0)) if self.covariates is None else self.covariates
         names = [field.name for field in fields]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise DataError(
-                f"two columns would be called {twice[0]!r}; rename the channel, axis or target"
+                f"two columns would be called {twice[0]!r}; rename the channel, axis, target or covariate"
             )
 
         def table(part: RaggedBatch) -> Any:
             columns = [[column[i] for i in part.ids] for column in texts.values()]
+            columns += [
+                _as_delivered(one, column)
+                for one, column in zip(schema.covariates, of_objects[part.ids].T, strict=True)
+            ]
             offsets = pa.array(np.append(part.starts, len(part.values)).astype(np.int32))
-            for array in (part.positions, part.values, part.targets):
-                for column in () if array is None else array.T:
-                    numbers = pa.array(np.ascontiguousarray(column))
+            for parts, array in zip(
+                lists.values(), (part.positions, part.values, part.targets), strict=True
+            ):
+                for one, column in () if array is None else zip(parts, array.T, strict=True):
+                    words = getattr(one, "categories", ())
+                    numbers = (
+                        pa.array(_as_delivered(one, column), pa.string())
+                        if words
+                        else pa.array(np.ascontiguousarray(column), from_pandas=True)  # NaN is null
+                    )
                     columns.append(pa.ListArray.from_arrays(offsets, numbers))
             return pa.table(columns, schema=pa.schema(fields))
 
         aside, n = target.with_name(f".{target.name}.part"), 0
         try:
             with pq.ParquetWriter(aside, pa.schema(fields), compression="zstd") as writer:
-                for part in self.parts(_ROW_GROUP):
+                for part in self.joint_parts(_ROW_GROUP):
                     if split is not None:
                         chosen = self.splits[part.ids] == SPLITS.index(split)
                         part = part.reorder(np.flatnonzero(chosen))

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from roma_core.data.layout import pivot
 from roma_core.data.quality import bin_edges, psi
 from roma_core.data.store import StoredDataset
 from roma_core.evaluation.predictions import Floats
@@ -93,9 +94,10 @@ class ReferenceProfile(Frozen):
     schema_version: Literal[1] = 1
     dataset_digest: str
     n_series: int
-    quantities: dict[str, Quantity]  # length, span.AXIS, gap.AXIS, value.NAME
-    missing: dict[str, float]  # missing fraction of each channel
+    quantities: dict[str, Quantity]  # length, span.AXIS, gap.AXIS, value.NAME, covariate.NAME
+    missing: dict[str, float]  # missing fraction of each channel, and of covariate.NAME
     classes: dict[str, float] = Field({})  # fraction of each class
+    categories: dict[str, dict[str, float]] = Field({})  # of axes and covariates, their fractions
     embedding: EmbeddingProfile | None = None  # features of the encoder, if there is one
 
 
@@ -113,8 +115,9 @@ class InputSample:
 
     n: int
     quantities: Mapping[str, Floats]  # length, span.AXIS and gap.AXIS -> numbers
-    values: Mapping[str, Floats]  # channel -> values; NaN is missing
+    values: Mapping[str, Floats]  # value.CHANNEL and covariate.NAME -> numbers; NaN is missing
     classes: Mapping[str, int]  # class -> number of series; empty if unknown
+    categories: Mapping[str, Mapping[str, int]]  # axis or covariate -> category -> how often
 
 
 def reference_profile(
@@ -123,15 +126,17 @@ def reference_profile(
     """Profile the train split; of a large one, evenly spaced series."""
     indices = dataset.split("train").indices
     indices = indices[:: max(1, -(-len(indices) // _MAX_SERIES))]
-    pairs = [dataset.raw(int(i)) for i in indices]
     counts: dict[str, int] = {}
     schema = dataset.schema
     if dataset.labels is not None:
         numbers = np.bincount(dataset.labels[indices], minlength=len(schema.classes))
         counts = dict(zip(schema.classes, numbers.tolist(), strict=True))
-    axes, channels = ([one.name for one in part] for part in (schema.axes, schema.channels))
-    sample = _sample(axes, channels, [p for p, _ in pairs], [v for _, v in pairs], counts)
-    profile = profile_of_sample(sample, dataset.manifest.digest)
+    pairs = [dataset.joint(int(i)) for i in indices]
+    covariates = np.empty((len(pairs), 0))
+    if dataset.covariates is not None:
+        covariates = dataset.covariates[indices].astype(np.float64)
+    arrays = [p for p, _ in pairs], [v for _, v in pairs], covariates
+    profile = profile_of_sample(_sample(_parts(schema), *arrays, counts), dataset.manifest.digest)
     return profile.model_copy(update={"embedding": embedding})
 
 
@@ -141,20 +146,77 @@ def profile_of_sample(sample: InputSample, dataset_digest: str) -> ReferenceProf
         dataset_digest=dataset_digest,
         n_series=sample.n,
         quantities={name: Quantity.of(numbers) for name, numbers in _numbers(sample).items()},
-        missing=_missing(sample),
+        missing={name.removeprefix("value."): x for name, x in _missing(sample).items()},
         classes=_fractions(sample.classes),
+        categories={name: _fractions(counts) for name, counts in sample.categories.items()},
     )
 
 
+Part = Mapping[str, Any]
+"""An axis, channel or covariate: its ``name``, and ``categories`` if it has some."""
+
+
+def _parts(schema: DataSchema) -> tuple[list[Part], list[Part], list[Part]]:
+    """Axes, channels and covariates as in the joint layout."""
+    axes, channels, covariates = schema.given_axes, schema.channels, schema.covariates
+    return [*map(dict, axes)], [*map(dict, channels)], [*map(dict, covariates)]
+
+
 def sample_from_rows(
-    rows: Iterable[Mapping[str, Any]], axes: Sequence[str], channels: Sequence[str]
+    rows: Iterable[Mapping[str, Any]],
+    axes: Sequence[Part],
+    channels: Sequence[Part],
+    covariates: Sequence[Part] = (),
+    classes: Mapping[str, int] | None = None,
 ) -> InputSample:
-    """From series in the form of requests: ``positions`` and ``values``, each name → numbers."""
-    positions, values = [], []
+    """From series in either form of requests, and the number of series of each class."""
+    positions, values, of_objects = [], [], []
     for row in rows:
-        positions.append(np.stack([np.asarray(row["positions"][a], np.float64) for a in axes], 1))
-        values.append(np.stack([np.asarray(row["values"][c], np.float64) for c in channels], 1))
-    return _sample(axes, channels, positions, values, {})
+        if observations := row.get("observations"):
+            found = [
+                [*(_number(axis, one[axis["name"]]) for axis in axes), k, value]
+                for one in observations
+                for k, channel in enumerate(channels)
+                if (value := _value(one, channel["name"])) is not None
+            ]
+            numbers = np.array(found, np.float64).reshape(len(found), len(axes) + 2)
+            numbers, of_channels = numbers[:, :-1], numbers[:, -1:].astype(np.float32)
+            at, joint, _ = pivot(numbers, of_channels, len(channels))
+        else:
+            at = _columns(axes, row["positions"], 0)
+            joint = _columns(channels, row["values"], len(at)).astype(np.float32)
+        positions.append(at)
+        values.append(joint)
+        given = row.get("covariates") or {}
+        of_objects.append([_number(one, given.get(one["name"])) for one in covariates])
+    numbers = np.array(of_objects, np.float64).reshape(len(positions), len(covariates))
+    return _sample([axes, channels, covariates], positions, values, numbers, classes or {})
+
+
+def _columns(parts: Sequence[Part], given: Mapping[str, Any], n: int) -> Floats:
+    """``(N, K)`` numbers of lists by name; NaN where an entry, or one of n long, is missing."""
+    lists = [given.get(part["name"]) for part in parts]
+    columns = [
+        [_number(part, entry) for entry in ([None] * n if entries is None else entries)]
+        for part, entries in zip(parts, lists, strict=True)
+    ]
+    return np.array(columns, np.float64).reshape(len(parts), -1).T
+
+
+def _number(part: Part, entry: Any) -> float:
+    """A number, or the index of a category, that after the last for an unknown one; NaN for None."""
+    if entry is None:
+        return np.nan
+    if names := part.get("categories"):
+        word = entry if isinstance(entry, str) else f"{entry:g}"
+        is_index = word not in names and entry in range(len(names))
+        return float(entry if is_index else [*names, word].index(word))
+    return float(entry)
+
+
+def _value(observation: Mapping[str, Any], channel: str) -> Any:
+    """The value of a channel, in an observation of one or of all channels."""
+    return observation.get("value" if observation.get("channel") == channel else channel)
 
 
 def sample_from_parquet(
@@ -171,31 +233,28 @@ def sample_from_parquet(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    axes, channels = ([one.name for one in part] for part in (schema.axes, schema.channels))
-    positions: list[Floats] = []
-    values: list[Floats] = []
-    classes: Counter[str] = Counter()
+    axes, channels, covariates = parts = _parts(schema)
+    rows, classes = [], Counter[str]()
     for path in paths:
-        wanted = [*axes, *channels, *([class_column] if class_column else [])]
+        lists = [one["name"] for one in (*axes, *channels)]
+        wanted = [*lists, *([class_column] if class_column else [])]
         try:
             present = pq.read_schema(path).names
             if absent := [name for name in wanted if name not in present]:
                 raise DataError(f"{path} has no column {absent[0]!r}; it has {', '.join(present)}")
-            table = pq.read_table(path, columns=wanted).combine_chunks()
+            wanted += [one["name"] for one in covariates if one["name"] in present]
+            found = pq.read_table(path, columns=wanted).to_pylist()
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path} cannot be read as Parquet: {error}") from error
-        lists = {name: table.column(name).to_pylist() for name in (*axes, *channels)}
-        for row in range(table.num_rows):
-            columns = [np.array(lists[name][row] or [], np.float64) for name in (*axes, *channels)]
-            if len({len(column) for column in columns}) > 1:
-                lengths = dict(zip((*axes, *channels), map(len, columns), strict=True))
-                raise DataError(f"{path}, row {row}: lists differ in length: {lengths}")
-            positions.append(np.stack(columns[: len(axes)], axis=1))
-            values.append(np.stack(columns[len(axes) :], axis=1))
-        if class_column:
-            names = table.column(class_column).to_pylist()
-            classes.update(str(name) for name in names if name is not None)
-    return _sample(axes, channels, positions, values, classes)
+        for k, row in enumerate(found):
+            row |= {name: row[name] or [] for name in lists}
+            lengths = {name: len(row[name]) for name in lists}
+            if len(set(lengths.values())) > 1:
+                raise DataError(f"{path}, row {k}: lists differ in length: {lengths}")
+            if class_column and row[class_column] is not None:
+                classes[str(row[class_column])] += 1
+            rows.append({"positions": row, "values": row, "covariates": row})
+    return sample_from_rows(rows, *parts, classes)
 
 
 def drift_effects(profile: ReferenceProfile, sample: InputSample) -> list[Effect]:
@@ -211,14 +270,21 @@ def drift_effects(profile: ReferenceProfile, sample: InputSample) -> list[Effect
         found.append(Effect(quantity=name, measure="psi", size=size))
         found.append(Effect(quantity=name, measure="wasserstein", size=float(distance / scale)))
     for name, fraction in _missing(sample).items():
-        size = abs(fraction - profile.missing.get(name, 0.0))
-        found.append(Effect(quantity=f"value.{name}", measure="missing", size=size))
-    if sample.classes and profile.classes:
-        names = sorted({*profile.classes, *sample.classes})
-        both = (profile.classes, _fractions(sample.classes))
-        p, q = (np.array([fractions.get(name, 0.0) for name in names]) for fractions in both)
-        size = _psi(p, profile.n_series, q, sample.n)
-        found.append(Effect(quantity="class", measure="psi", size=size))
+        size = abs(fraction - profile.missing.get(name.removeprefix("value."), 0.0))
+        found.append(Effect(quantity=name, measure="missing", size=size))
+    compared = {"class": (profile.classes, sample.classes)}
+    compared |= {
+        f"category.{name}": (profile.categories[name], counts)
+        for name, counts in sample.categories.items()
+        if name in profile.categories
+    }
+    for quantity, (reference_fractions, counts) in compared.items():
+        if counts and reference_fractions:
+            names = sorted({*reference_fractions, *counts})
+            both = (reference_fractions, _fractions(counts))
+            p, q = (np.array([fractions.get(name, 0.0) for name in names]) for fractions in both)
+            size = _psi(p, profile.n_series, q, sample.n)
+            found.append(Effect(quantity=quantity, measure="psi", size=size))
     return sorted(found, key=lambda effect: (effect.measure, -effect.size))
 
 
@@ -238,28 +304,48 @@ def _binned(numbers: Floats, edges: Floats) -> Floats:
 
 
 def _sample(
-    axes: Sequence[str],
-    channels: Sequence[str],
+    parts: Sequence[Sequence[Part]],
     positions: Sequence[Floats],
     values: Sequence[NDArray[Any]],
+    covariates: Floats,
     classes: Mapping[str, int],
 ) -> InputSample:
-    """``positions``: of every series ``(N, D)``; ``values``: ``(N, C)``."""
+    """``positions``: of every series ``(N, D)``; ``values``: ``(N, C)``; ``covariates``: ``(n, K)``."""
+    axes, channels, of_objects = parts
     quantities: dict[str, Floats] = {"length": np.array([len(v) for v in values], np.float64)}
+    categories: dict[str, Mapping[str, int]] = {}
     full = [p for p in positions if len(p)]
     for k, axis in enumerate(axes):
+        if axis.get("categories"):
+            of_axis = np.concatenate([*(p[:, k] for p in full), np.empty(0)])
+            categories[axis["name"]] = _counts(axis, of_axis)
+            continue
         spans = [np.ptp(p[:, k]) for p in full]
         gaps = [np.diff(np.sort(p[:, k])) for p in full]
-        quantities[f"span.{axis}"] = np.array(spans, np.float64)
-        quantities[f"gap.{axis}"] = np.concatenate([*gaps, np.empty(0)])
+        quantities[f"span.{axis['name']}"] = np.array(spans, np.float64)
+        quantities[f"gap.{axis['name']}"] = np.concatenate([*gaps, np.empty(0)])
     whole = np.concatenate([*values, np.empty((0, len(channels)))])
-    by_channel = {name: whole[:, k].astype(np.float64) for k, name in enumerate(channels)}
-    return InputSample(len(values), quantities, by_channel, classes)
+    whole = whole.astype(np.float64)
+    numbers = {f"value.{one['name']}": whole[:, k] for k, one in enumerate(channels)}
+    for k, one in enumerate(of_objects):
+        numbers[f"covariate.{one['name']}"] = covariates[:, k]
+        if one.get("categories"):
+            categories[f"covariate.{one['name']}"] = _counts(one, covariates[:, k])
+    return InputSample(len(values), quantities, numbers, classes, categories)
+
+
+def _counts(part: Part, indices: Floats) -> dict[str, int]:
+    """How often each category is among indices; NaN is left out."""
+    names = (*part["categories"], "unknown")
+    found = np.bincount(indices[~np.isnan(indices)].astype(np.int64), minlength=len(names))
+    return {name: int(n) for name, n in zip(names, found, strict=True) if n}
 
 
 def _numbers(sample: InputSample) -> dict[str, Floats]:
     finite = {
-        f"value.{name}": values[np.isfinite(values)] for name, values in sample.values.items()
+        name: values[np.isfinite(values)]
+        for name, values in sample.values.items()
+        if name not in sample.categories
     }
     return {**sample.quantities, **finite}
 

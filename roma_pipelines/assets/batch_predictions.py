@@ -90,10 +90,10 @@ def _drift(profile: Any, source: Path, split: str, package: Any) -> dict[str, An
 
     if not profile:
         return {"drift": "the model carries no profile of its training data"}
-    axes, channels = ([one["name"] for one in part] for part in (package.axes, package.channels))
     reference = ReferenceProfile.model_validate(profile)
     rows = islice(read_series(source, split, package), 2000)
-    series = sample_from_rows(rows, axes, channels)
+    covariates = getattr(package, "covariates", [])  # the code of the model may be older
+    series = sample_from_rows(rows, package.axes, package.channels, covariates)
     found = drift_effects(reference, series)
     most = max((e for e in found if e.measure == "psi"), key=lambda e: e.size, default=None)
     if most is None:

@@ -218,8 +218,8 @@ def test_inputs_are_compared_with_what_the_champion_carries(month, tmp_path):
     assert psi() < 0.1
     far = sample_from_rows(
         ({"positions": {"time": [0, 1, 3]}, "values": {"value": [9, 9.5, 8]}} for _ in range(99)),
-        ["time"],
-        ["value"],
+        [{"name": "time"}],
+        [{"name": "value"}],
     )
     client = connect(MlflowSettings(), month.storage.mlflow)
     toy.build_toy(tmp_path / "package", profile=profile_of_sample(far, "d").model_dump(mode="json"))
