@@ -228,7 +228,10 @@ class Experiment(Frozen):
 # Settings of the two trainings, validated without the environment: an error in a file shows when
 # definitions load, not after an hour of pretraining.
 
-_FROM_DATA = ("tubelet_size", "n_channels", "n_pos_dims", "position_axes")
+_FROM_DATA = (
+    "tubelet_size", "n_channels", "n_pos_dims", "position_axes", "axis_categories", "missing_values",
+    "covariates",
+)  # fmt: skip
 
 
 def training_errors(pretraining: Stage, finetuning: Stage) -> list[str]:

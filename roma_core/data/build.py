@@ -23,6 +23,7 @@ from typing import IO, Any
 import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from roma_core.data.cleaning import SeriesCleaner, check_dropped, keep_mask
@@ -58,6 +59,7 @@ from roma_core.schema import (
     PositionAxis,
     channel_axis,
 )
+from roma_core.settings import validation_errors
 from roma_core.sources.base import RawSeries, Source, trait
 
 log = logging.getLogger(__name__)
@@ -176,10 +178,19 @@ class DatasetWriter:
         layout, reason = choose_layout(config.layout, source, SeriesCleaner(source, config.repair))
         log.info("%s: layout %s (%s)", config.name, layout, reason)
         options = [config.axes.get(name, AxisOptions()) for name in axes]
-        self._scales = {k: AxisScaleFit() for k, o in enumerate(options) if o.scale == "auto"}
         all_axes = [_with_options(*both) for both in zip(source.axes, options, strict=True)]
+        self._scales = {
+            k: AxisScaleFit()
+            for k, o in enumerate(options)
+            if o.scale == "auto" and not all_axes[k].n_embedded
+        }
         normalise_by = config.normalise_by
         if layout == "per_channel":
+            if normalise_by is not None:
+                raise DataError(
+                    f"normalise_by: the per_channel layout ({reason}) has a normalisation of every channel, "
+                    f"not of {normalise_by!r}; leave it out, or set layout to 'joint'"
+                )
             if CHANNEL_AXIS in axes:
                 raise DataError(
                     f"the axis {CHANNEL_AXIS!r} has the name of the axis of channels in the per_channel "
@@ -200,7 +211,7 @@ class DatasetWriter:
         self._fit = _channel_fit(self._schema, config)
         self._unfitted: list[tuple[Float32, Float64]] = []  # train, not in `_fit` yet
         self._n_unfitted = 0
-        self._seen = [set[int]() for _ in all_axes]  # categories in train
+        self._seen = {split: [set[int]() for _ in all_axes] for split in SPLITS}  # categories
         self._missing_values = False
         self._n_kept = 0  # of what `_lengths_before` counts
         self._class_index = {name: k for k, name in enumerate(source.classes)}
@@ -268,12 +279,12 @@ class DatasetWriter:
         self._lengths.append(len(values))
         if series.label is not None:
             self._labels.append(self._class_index[series.label])
+        for k, axis in enumerate(self._schema.axes):
+            if axis.categories:
+                self._seen[split][k].update(np.unique(positions[:, k]).astype(int).tolist())
         if split == "train":
             for k, scale in self._scales.items():
                 scale.add(positions[:, k])
-            for k, axis in enumerate(self._schema.axes):
-                if axis.categories:
-                    self._seen[k].update(np.unique(positions[:, k]).astype(int).tolist())
             if values.base is not None:
                 values = values.copy()  # frees a chunk of the source
             needs_positions = self._schema.normalise_by is not None
@@ -347,19 +358,20 @@ class DatasetWriter:
         axes = list(self._schema.axes)
         for k, scale in self._scales.items():
             axes[k] = axes[k].model_copy(update={"scale": scale.scale()})
-        for axis, seen in zip(axes, self._seen, strict=True):
-            names = enumerate(axis.categories if axis.name != self._schema.normalise_by else ())
-            if never := [name for k, name in names if k not in seen]:
-                warnings.warn(
-                    f"no observation of {axis.name} {', '.join(never)} is in the train split; the model "
-                    f"cannot learn about it",
-                    stacklevel=2,
-                )
+        normalisation = self._fit.result()
+        for k, axis in enumerate(axes):
+            lacking = self._unseen(k)
+            if lacking and axis.unknown:
+                axes[k] = self._without(k, lacking)
+                if axis.name == self._schema.normalise_by:
+                    rows = np.arange(len(normalisation)).reshape(len(axis.categories) + 1, -1)
+                    kept = np.delete(rows, lacking, axis=0).ravel()
+                    normalisation = tuple(normalisation[row] for row in kept)
         fitted = {
             "axes": tuple(axes),
             "missing_values": self._missing_values,
             "covariates": _fitted_covariates(folder, trait(source, "covariates"), splits),
-            "normalisation": self._fit.result(),
+            "normalisation": normalisation,
         }
         schema = self._schema.model_copy(update=fitted)
         before = np.array(self._lengths_before, dtype=np.int64)
@@ -394,13 +406,54 @@ class DatasetWriter:
         write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
         return manifest
 
+    def _unseen(self, k: int) -> list[int]:
+        """Categories of axis k that train lacks.
+
+        Raises:
+            DataError: validation or test has one, which the model could not know.
+        """
+        axis, (train, *others) = self._schema.axes[k], (seen[k] for seen in self._seen.values())
+        lacking = [j for j in range(len(axis.categories)) if j not in train]
+        if not lacking or axis.name == CHANNEL_AXIS:
+            return []
+        names = ", ".join(axis.categories[j] for j in lacking)
+        known = ", ".join(axis.categories[j] for j in sorted(train) if j < len(axis.categories))
+        if axis.n_embedded and not axis.unknown and set().union(*others) & set(lacking):
+            raise DataError(
+                f"axis {axis.name!r}: validation or test has categories that the train split lacks, "
+                f"{names}; it has {known}: leave such observations out, change the split, or set "
+                f"unknown: true for the axis in the source"
+            )
+        then = "they count as unknown" if axis.unknown else "the model cannot learn about it"
+        text = f"no observation of {axis.name} {names} is in the train split; {then}"
+        warnings.warn(text, stacklevel=3)
+        return lacking
+
+    def _without(self, k: int, lacking: list[int]) -> PositionAxis:
+        """Axis k without some categories, which become ``unknown`` in the columns."""
+        axis = self._schema.axes[k]
+        kept = [name for j, name in enumerate(axis.categories) if j not in lacking]
+        names = (*axis.categories, "")  # the last is unknown already
+        index = np.array([kept.index(n) if n in kept else len(kept) for n in names], np.float64)
+        for shard in range(len(self._shards) + 1):
+            path = self.folder / shard_name("positions", shard)
+            positions = np.load(path, mmap_mode="r+")
+            positions[:, k] = index[positions[:, k].astype(np.int64)]
+            positions.flush()
+        changes = {"categories": tuple(kept), "unit": f"index of {', '.join(kept)}"}
+        return axis.model_copy(update=changes)
+
 
 def _with_options(axis: PositionAxis, options: AxisOptions) -> PositionAxis:
     """The axis of a source with its options; ``scale: auto`` is fitted later."""
     changes = options.model_dump(exclude={"scale"} if options.scale == "auto" else set())
     if options.encoding == "auto":
         changes["encoding"] = "embedding" if axis.categories else "rotary"
-    return PositionAxis.model_validate(axis.model_dump() | changes)
+    try:
+        return PositionAxis.model_validate(axis.model_dump() | changes)
+    except ValidationError as error:
+        problems = "; ".join(map(str, validation_errors(error, PositionAxis)))
+        raise DataError(f"axes.{axis.name}: {problems}") from None
 
 
 def _channel_fit(schema: DataSchema, config: DatasetConfig) -> ChannelFit:
@@ -431,18 +484,32 @@ def _fitted_covariates(
     """The covariates with mean and std over the objects of train.
 
     Raises:
-        DataError: one is missing for every object of train.
+        DataError: one is missing for every object of train, or of a category that train lacks.
     """
     if not covariates:
         return ()
-    column = np.load(folder / "covariates.npy")[splits == SPLITS.index("train")].astype(np.float64)
+    is_train = splits == SPLITS.index("train")
+    everywhere = np.load(folder / "covariates.npy").astype(np.float64)
     fitted = []
     for k, covariate in enumerate(covariates):
-        known = column[:, k][~np.isnan(column[:, k])]
+        known, of_others = (
+            column[~np.isnan(column)]
+            for column in (everywhere[is_train, k], everywhere[~is_train, k])
+        )
         if not len(known):
             raise DataError(
                 f"the covariate {covariate.name!r} is missing for every object of the train split, so that "
                 f"nothing can be learned from it; leave it out"
+            )
+        if covariate.categories and len(unseen := np.setdiff1d(of_others, known)):
+            words, train = (
+                ", ".join(covariate.categories[int(j)] for j in np.unique(indices))
+                for indices in (unseen, known)
+            )
+            raise DataError(
+                f"covariate {covariate.name!r}: validation or test has categories that the train split "
+                f"lacks, {words}; it has {train}: leave those objects out, change the split, or count "
+                f"the category as missing"
             )
         if not covariate.categories:
             std = float(known.std())

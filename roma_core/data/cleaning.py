@@ -124,7 +124,8 @@ class SeriesCleaner:
         if len(values) == 0:
             if options.empty == "refuse":
                 raise DataError(
-                    f"{self._name(series)} has no observations; omit it, or set repair.empty to 'drop'"
+                    f"{self._name(series)} has no observations{' with a value' * bool(len(original))}; "
+                    f"omit it, or set repair.empty to 'drop'"
                 )
             counts["empty_series_dropped"] += 1
             return None

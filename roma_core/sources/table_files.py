@@ -109,6 +109,7 @@ class Number(NamedTuple):
     unit: str
     categories: Sequence[str] = ()
     unknown: bool = False  # whether another word is the index after the last
+    what: str = "categories"  # that the words are, for errors
 
 
 class OptionalText(NamedTuple):
@@ -303,12 +304,14 @@ class TableFile:
         known = ", ".join(map(repr, self._missing_numbers))
         return f"CASE WHEN {found} NOT IN ({known}) THEN {found} END"
 
-    def _number(self, name: str, unit: str, categories: Sequence[str], unknown: bool) -> str:
+    def _number(
+        self, name: str, unit: str, categories: Sequence[str], unknown: bool, what: str
+    ) -> str:
         column, kind, type_ = self._column(name), self.kinds[name], self._types[name]
         where = f"{self.path}: column {name!r} holds"
         if categories:
             word = f"CAST({self._text(name)} AS VARCHAR)"
-            known = f", which is not among its categories {list(categories)}; append it there"
+            known = f", which is not among its {what} {list(categories)}; append it there"
             quoted = f"coalesce('''' || {word} || '''', 'nothing')"
             problem = f"{literal(where + ' ')} || {quoted} || {literal(known)}"
             index = f"CAST(list_position({literal(list(categories))}, {word}) - 1 AS DOUBLE)"

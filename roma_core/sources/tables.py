@@ -238,7 +238,8 @@ class _Source(Source):
         if quantity is not None:
             self.layout = "per_channel"
             words = tuple(column.column for column in columns.channels)
-            values = [Number(quantity.column, "1", words), Number(quantity.value, "1")]
+            index = Number(quantity.column, "1", words, what="channels")
+            values = [index, Number(quantity.value, "1")]
         self._numbers = [
             *(Number(a.column, a.unit, tuple(a.categories), a.unknown) for a in columns.axes),
             *values,

@@ -23,6 +23,7 @@ from roma_core.model.config import (
     classifier_config,
     is_pretraining,
     read_config,
+    stored_fields,
 )
 from roma_core.run_job import Work
 from roma_core.schema import DataSchema
@@ -144,6 +145,9 @@ def _finetuning_model(
     if weights is None:
         config = RoMAForClassificationConfig(**fields)
     else:
+        # weights that may miss values take data without
+        fields["missing_values"] |= stored_fields(document)["missing_values"]
+        _check_inputs(manifest, fields, document, weights)
         config = classifier_config(document, fields, weights)
     is_regression, per_token = config.problem_type == "regression", config.pools == "token"
     if is_regression and not schema.targets:
@@ -168,6 +172,28 @@ def _finetuning_model(
             f"the class in its source and build it again{instead if schema.targets else ''}"
         )
     return config
+
+
+def _check_inputs(
+    manifest: Manifest, fields: dict[str, Any], document: dict[str, Any], weights: Path
+) -> None:
+    """Raise ValueError unless weights take the channels, axes and covariates of a data set."""
+    schemas, stored = [manifest.data_schema], stored_fields(document)
+    names = ("n_channels", "n_pos_dims", "missing_values", "axis_categories", "covariates")
+    compared = [(name, fields[name], stored[name]) for name in names]
+    if (own := document.get("data_schema")) is not None:
+        schemas.append(DataSchema.model_validate(own))
+        words = [[list(axis.categories) for axis in s.axes if axis.n_embedded] for s in schemas]
+        compared.append(("categories", words[0], words[-1]))
+        covariates = [{c.name: list(c.categories) for c in s.covariates} for s in schemas]
+        compared.append(("covariates", covariates[0], covariates[-1]))
+    for name, now, then in compared:
+        if now != then:
+            raise ValueError(
+                f"{name}: the data set {manifest.name} has {now}, but the weights in {weights} were trained "
+                f"with {then}; finetune on data with the same channels, axes, categories and covariates "
+                f"in the same order, or pretrain on this data set"
+            )
 
 
 def unscaled_targets(dataset: Path) -> list[str]:
