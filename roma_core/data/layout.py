@@ -36,7 +36,7 @@ def melt(positions: Positions, values: Values) -> tuple[Positions, Values, Rows]
 def pivot(
     positions: Positions, values: Values, n_channels: int, targets: Values | None = None
 ) -> tuple[Positions, Values, Rows]:
-    """The inverse of :func:`melt`, sorted by position; the row returned is one of each position.
+    """The inverse of :func:`melt`: a row per position in order of appearance, and its first row.
 
     Nothing is lost: values of one channel at equal positions, and observations of different ``(N, K)``
     targets, stay apart.
@@ -54,11 +54,12 @@ def pivot(
         at = np.arange(len(order))
         rank = at - np.maximum.accumulate(np.where(again, 0, at))
         inverse = np.unique(inverse * len(order) + rank, return_inverse=True)[1].reshape(-1)
-    rows = np.empty(inverse.max(initial=-1) + 1, np.int64)
-    rows[inverse[::-1]] = order[::-1]
+    rows = np.full(inverse.max(initial=-1) + 1, len(order))
+    np.minimum.at(rows, inverse, order)
+    appearance = np.argsort(rows)
     joint = np.full((len(rows), n_channels), np.nan, np.float32)
     joint[inverse, channels] = values[order, 0]
-    return positions[rows, :-1], joint, rows
+    return positions[rows[appearance], :-1], joint[appearance], rows[appearance]
 
 
 def choose_layout(
