@@ -272,17 +272,16 @@ class StoredDataset:
                 for one, column in zip(schema.covariates, of_objects[part.ids].T, strict=True)
             ]
             offsets = pa.array(np.append(part.starts, len(part.values)).astype(np.int32))
-            for parts, array in zip(
-                lists.values(), (part.positions, part.values, part.targets), strict=True
-            ):
-                for one, column in () if array is None else zip(parts, array.T, strict=True):
-                    words = getattr(one, "categories", ())
-                    numbers = (
-                        pa.array(_as_delivered(one, column), pa.string())
-                        if words
-                        else pa.array(np.ascontiguousarray(column), from_pandas=True)  # NaN is null
+            arrays = (part.positions, part.values, part.targets)
+            for parts, array in zip(lists.values(), arrays, strict=True):
+                for one, column in zip(parts, () if array is None else array.T, strict=True):
+                    has_words = bool(getattr(one, "categories", ()))
+                    # NaN is null
+                    entries = (
+                        _as_delivered(one, column) if has_words else np.ascontiguousarray(column)
                     )
-                    columns.append(pa.ListArray.from_arrays(offsets, numbers))
+                    entries = pa.array(entries, from_pandas=True)
+                    columns.append(pa.ListArray.from_arrays(offsets, entries))
             return pa.table(columns, schema=pa.schema(fields))
 
         aside, n = target.with_name(f".{target.name}.part"), 0

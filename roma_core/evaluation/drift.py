@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from roma_core.data.layout import pivot
 from roma_core.data.quality import bin_edges, psi
 from roma_core.data.store import StoredDataset
 from roma_core.evaluation.predictions import Floats
@@ -169,37 +168,21 @@ def sample_from_rows(
     covariates: Sequence[Part] = (),
     classes: Mapping[str, int] | None = None,
 ) -> InputSample:
-    """From series in either form of requests, and the number of series of each class."""
+    """From series in the form of requests, and the number of series of each class."""
     positions, values, of_objects = [], [], []
     for row in rows:
-        if observations := row.get("observations"):
-            found = [
-                [*(_number(axis, one[axis["name"]]) for axis in axes), k, value]
-                for one in observations
-                for k, channel in enumerate(channels)
-                if (value := _value(one, channel["name"])) is not None
-            ]
-            numbers = np.array(found, np.float64).reshape(len(found), len(axes) + 2)
-            numbers, of_channels = numbers[:, :-1], numbers[:, -1:].astype(np.float32)
-            at, joint, _ = pivot(numbers, of_channels, len(channels))
-        else:
-            at = _columns(axes, row["positions"], 0)
-            joint = _columns(channels, row["values"], len(at)).astype(np.float32)
-        positions.append(at)
-        values.append(joint)
+        positions.append(_columns(axes, row["positions"], 0))
+        values.append(_columns(channels, row["values"], len(positions[-1])))
         given = row.get("covariates") or {}
         of_objects.append([_number(one, given.get(one["name"])) for one in covariates])
     numbers = np.array(of_objects, np.float64).reshape(len(positions), len(covariates))
-    return _sample([axes, channels, covariates], positions, values, numbers, classes or {})
+    return _sample((axes, channels, covariates), positions, values, numbers, classes or {})
 
 
 def _columns(parts: Sequence[Part], given: Mapping[str, Any], n: int) -> Floats:
     """``(N, K)`` numbers of lists by name; NaN where an entry, or one of n long, is missing."""
-    lists = [given.get(part["name"]) for part in parts]
-    columns = [
-        [_number(part, entry) for entry in ([None] * n if entries is None else entries)]
-        for part, entries in zip(parts, lists, strict=True)
-    ]
+    lists = [given.get(part["name"], [None] * n) for part in parts]
+    columns = [[_number(part, x) for x in one] for part, one in zip(parts, lists, strict=True)]
     return np.array(columns, np.float64).reshape(len(parts), -1).T
 
 
@@ -212,11 +195,6 @@ def _number(part: Part, entry: Any) -> float:
         is_index = word not in names and entry in range(len(names))
         return float(entry if is_index else [*names, word].index(word))
     return float(entry)
-
-
-def _value(observation: Mapping[str, Any], channel: str) -> Any:
-    """The value of a channel, in an observation of one or of all channels."""
-    return observation.get("value" if observation.get("channel") == channel else channel)
 
 
 def sample_from_parquet(

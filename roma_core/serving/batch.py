@@ -60,7 +60,11 @@ def read_series(path: Path, split: Any, package: Any, start: int = 0) -> Iterato
                 except ValueError as error:
                     reason = str(error).removeprefix("series 0: ")
                     raise ValueError(f"{path}, line {number}: {reason}") from error
-                yield series.model_dump()
+                row = series.model_dump()
+                if series.observations is not None and hasattr(package, "columns_of"):
+                    positions, values = package.columns_of(series, f"{path}, line {number}")
+                    row |= {"positions": positions, "values": values, "observations": None}
+                yield row
     else:
         raise ValueError(f"{path}: expected a data-set folder, .parquet or .jsonl")
 

@@ -345,7 +345,7 @@ class Package:
 
     def _tokens(self, series: Series, where: str) -> tuple[NDArray[Any], NDArray[Any]]:
         """Validated and normalised values ``(n, P)`` and positions ``(n, D)``, both float32."""
-        given = self._columns_of(series, where)
+        given = self.columns_of(series, where)
         known = [("positions", self.axes, given[0]), ("values", self.channels, given[1])]
         columns = {
             one["name"]: np.array(self._column(one, part, columns, where), np.float64)
@@ -387,7 +387,7 @@ class Package:
                 raise InvalidSeries(f"{where}: {field}: a number is too large for float32")
         return tokens
 
-    def _columns_of(self, series: Series, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    def columns_of(self, series: Series, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Lists by axis and by channel, of either form of a series."""
         if series.observations is None:
             return series.positions, series.values
