@@ -561,7 +561,7 @@ def _train_numbers(
         return {}
     positions = np.concatenate([p for p, _ in raw])
     values = normaliser.transform(np.concatenate([v for _, v in raw]), positions)
-    found = {"length of series": train.lengths.astype(np.float64)}
+    found = {"length of series": np.array([len(p) for p, _ in raw], np.float64)}
     found[f"gap in {schema.axes[0].name!r}"] = np.concatenate([np.diff(p[:, 0]) for p, _ in raw])
     for k, channel in enumerate(schema.channels):
         known = ~np.isnan(values[:, k])

@@ -12,6 +12,7 @@ from roma_core.data.infer_schema import ColumnRoles, infer_source
 from roma_core.schema import Channel, PositionAxis
 from roma_core.sources.base import source_config
 from tests.cases.commands import build
+from tests.core.data.test_quality import LAYOUTS, gappy_set
 from tests.core.hand_made import HandMade, built, series
 
 AXES = (PositionAxis(name="phase", unit="d"), PositionAxis(name="wave", unit="index of g, r"))
@@ -51,6 +52,18 @@ def test_an_export_is_read_back_with_its_axes_targets_units_and_splits(tmp_path,
             assert np.array_equal(one, other)
         assert has_targets == (again.targets(i) is not None)
         assert not has_targets or np.array_equal(first.targets(i), again.targets(i))
+
+
+@LAYOUTS
+def test_gaps_categories_and_covariates_are_read_back_in_either_layout(tmp_path, layout):
+    first = StoredDataset(gappy_set(tmp_path, layout=layout))
+    first.to_parquet(tmp_path / "all.parquet")
+
+    inferred = infer_source([tmp_path / "all.parquet"], ColumnRoles())
+    config = {"name": "small", "source": inferred.config, "layout": layout}
+    again = build(tmp_path, config | {"validation_fraction": 0.0})
+
+    assert again.schema == first.schema and again.manifest.files == first.manifest.files
 
 
 def test_one_split_is_the_rows_of_that_split(tmp_path):

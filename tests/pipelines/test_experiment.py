@@ -12,6 +12,9 @@ from roma_pipelines.experiment import Stage, training_errors
         ({"mask_strategy": {"channel": 1, "value": 1}}, []),  # if the data have missing values
         ({"normalize_targets": True, "mask_strategy": "channel"}, ["needs channel_axis"]),
         ({"normalize_targets": True}, []),
+        ({"mask_strategy": "channel"}, []),  # of the axis with categories, if the data have one
+        ({"covariates": [0]}, ["covariates: determined by the data set"]),
+        ({"missing_values": True}, ["missing_values: determined by the data set"]),
         (
             {"mask_strategy": "channel", "channel_axis": -1},
             ["channel_axis: must be greater"],

@@ -28,8 +28,8 @@ def gappy(name, n=12, missing=0.5, seed=0, split="train", **changes):
     values[0] = [0.5, 900, 5.01]
     empty = np.isnan(values).all(1)
     values[empty, 0] = g.normal(size=empty.sum())  # an observation has a value
-    fields = {"label": "x", "recorded_split": split, **changes}
-    return RawSeries(name, np.arange(n, dtype=float)[:, None], values.astype(np.float32), **fields)
+    fields = {"positions": np.arange(n, dtype=float)[:, None], "values": values.astype(np.float32)}
+    return RawSeries(name, **{**fields, "label": "x", "recorded_split": split, **changes})
 
 
 def some(n=8, **changes):
@@ -223,3 +223,105 @@ def test_missing_values_can_be_dropped_or_refused(tmp_path):
     rows[1].values[3, 1] = np.inf
     with pytest.raises(DataError, match=r"values hold inf .*set repair.not_finite to 'drop'"):
         stored(tmp_path / "inf", rows)
+
+
+def test_pivoting_loses_no_repeated_value_and_no_target():
+    at = np.array([[1.0, 0], [1, 0], [1, 1], [0, 1], [0, 0]])
+    values = np.arange(5, dtype=np.float32)[:, None]
+
+    positions, joint, rows = pivot(at, values, 2)
+    apart = pivot(at, values, 2, np.float32([[0], [0], [9], [0], [0]]))
+
+    assert positions[:, 0].tolist() == [1, 1, 0] and rows.tolist() == [0, 1, 3]
+    np.testing.assert_array_equal(joint, [[0, 2], [1, NAN], [4, 3]])
+    np.testing.assert_array_equal(apart[1], [[0, NAN], [1, NAN], [NAN, 2], [4, 3]])
+
+
+def banded(*bands, sex=0, split="train", **changes):
+    n = len(bands)
+    at = np.column_stack([np.arange(n), bands]).astype(float)
+    values = np.random.default_rng(n).normal(size=(n, 2)).astype(np.float32)
+    covariates = np.float32([sex])
+    return series(f"s{n}{split}", n, "x", split, positions=at, values=values, covariates=covariates)
+
+
+def bands_of(folder, *rows, axis=None, **options):
+    axis = axis or PositionAxis(name="band", unit="-", categories=("g", "r", "i"))
+    axes = (PositionAxis(name="t", unit="s"), axis)
+    sex = (Covariate(name="sex", categories=("f", "m")),)
+    return stored(folder, rows, axes=axes, covariates=sex, channels=HandMade().channels, **options)
+
+
+def test_a_category_that_train_lacks_is_an_error_or_unknown(tmp_path):
+    rows = banded(0, 2, 0, 2), banded(0, 1, 2, 1, 2, split="test")
+    with pytest.raises(
+        DataError, match=r"axis 'band': .* train split lacks, r; it has g, i: leave"
+    ):
+        bands_of(tmp_path, *rows)
+    learned = PositionAxis(
+        name="band", unit="-", categories=("g", "r", "i"), encoding="embedding", unknown=True
+    )
+    with pytest.warns(UserWarning, match="no observation of band r .*; they count as unknown"):
+        dataset = bands_of(tmp_path, *rows, axis=learned, normalise_by="band")
+    assert dataset.schema.axes[1].categories == ("g", "i")
+    assert dataset.raw(1)[0][:, 1].tolist() == [0, 2, 1, 2, 1]
+    assert len(dataset.schema.normalisation) == 2 * 3  # of g, i and unknown
+    assert np.isfinite(dataset.sample(1)["values"]).all()
+    with pytest.warns(UserWarning, match="the model cannot learn about it"):  # and need not
+        assert bands_of(tmp_path, rows[0]).schema.axes[1].categories == ("g", "r", "i")
+    with pytest.raises(
+        DataError, match=r"covariate 'sex': .* train split lacks, m; it has f: leave"
+    ):
+        bands_of(tmp_path, banded(0, 1, 2), banded(0, 1, 2, sex=1, split="test"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "joint", "normalise_by": "t"}, "normalise_by: 't' is no axis with categories"),
+        (
+            {"layout": "per_channel", "normalise_by": "band"},
+            "leave it out, or set layout to 'joint'",
+        ),
+        ({"axes": {"t": {"encoding": "embedding"}}}, "axes.t: .*'embedding' but no categories"),
+        ({"axes": {"band": {"scale": 2}}}, "axes.band: .* leave anchor, offset and scale out"),
+    ],
+)
+def test_settings_of_axes_that_cannot_be_are_one_sentence(tmp_path, options, message):
+    rows = [gappy("s", positions=np.column_stack([np.arange(12.0), np.arange(12) % 2]))]
+    axes = (PositionAxis(name="t", unit="s"), BAND)
+    with pytest.raises(DataError, match=message):
+        built(
+            tmp_path, source=HandMade(series=tuple(rows), channels=CHANNELS, axes=axes), **options
+        )
+    fine = HandMade(series=tuple(rows), channels=CHANNELS, axes=axes)
+    StoredDataset(built(tmp_path, source=fine, axes={"band": {"scale": "auto"}}))
+
+
+def test_an_axis_of_the_user_cannot_be_that_of_channels(tmp_path):
+    axes = (PositionAxis(name="channel", unit="s"),)
+    with pytest.raises(DataError, match=r"the axis 'channel' has the name of .*another name"):
+        stored(tmp_path, axes=axes, layout="per_channel")
+    assert stored(tmp_path, axes=axes, layout="joint").schema.axes[0].name == "channel"
+
+
+@pytest.mark.parametrize("layout", ["joint", "per_channel"])
+def test_series_and_rows_without_any_value(tmp_path, layout):
+    nothing, one = gappy("nothing"), gappy("one")
+    nothing.values[:] = NAN
+    one.values[:] = NAN
+    one.values[4, 1] = 7
+    gaps = gappy("gaps")
+    gaps.values[5:9] = NAN
+    with pytest.raises(DataError, match="'nothing' has no observations with a value; omit it"):
+        stored(tmp_path, [*some(), nothing], layout=layout)
+
+    dataset = stored(
+        tmp_path, [*some(), nothing, one, gaps], layout=layout, repair={"empty": "drop"}
+    )
+
+    assert dataset.ids[-2:] == ["one", "gaps"] and dataset.lengths[-2] == 1
+    assert dataset.manifest.repairs.empty_series_dropped == 1
+    assert dataset.manifest.repairs.observations_without_values == 12 + 11 + 4
+    np.testing.assert_array_equal(dataset.joint(len(dataset) - 2)[1], [[NAN, 7, NAN]])
+    assert len(dataset.joint(len(dataset) - 1)[0]) == 8

@@ -8,6 +8,7 @@ from roma_core.data import (
     plot_profile,
     profile_dataset,
 )
+from tests.core.data.test_quality import LAYOUTS, gappy_set
 from tests.core.hand_made import (
     built,
     series,
@@ -49,4 +50,29 @@ def test_a_profile_of_single_observations_has_no_gaps(tmp_path):
     profile = profile_dataset(dataset)
 
     assert profile.gaps == {"t": None}
+    assert plot_profile(profile, dataset).startswith(b"\x89PNG")
+
+
+@LAYOUTS
+def test_channels_are_profiled_by_their_observed_values_in_either_layout(tmp_path, layout):
+    dataset = StoredDataset(gappy_set(tmp_path, layout=layout))
+    joint = [dataset.joint(i) for i in range(len(dataset))]
+    values = np.concatenate([v for _, v in joint])
+
+    profile = profile_dataset(dataset)
+
+    assert list(profile.values) == list(profile.observed)[:3] == ["hr", "lab", "flag"]
+    assert profile.values["lab"].median == pytest.approx(np.nanmedian(values[:, 1]))
+    known = ~np.isnan(values[:, 1])
+    of_x = np.repeat(dataset.labels == 0, [len(v) for _, v in joint])
+    assert profile.observed["lab"]["all"] == pytest.approx(known.mean())
+    assert profile.observed["lab"]["x"] == pytest.approx(known[of_x].mean())
+    assert profile.observed["age"]["all"] == pytest.approx(53 / 60)
+    assert list(profile.gaps) == ["t"] and profile.gaps["t"].maximum == 1
+    counts = {name: sum(of.values()) for name, of in profile.categories.items()}
+    assert counts == {"band": len(values), "sex": 60}
+    assert profile.covariates["age"].minimum >= 30
+    text = profile.to_markdown()
+    assert "channel |" in text and "Observations, or objects, of each band" in text
+    assert "nan" not in text and f"{known.mean():.1%}" in text
     assert plot_profile(profile, dataset).startswith(b"\x89PNG")

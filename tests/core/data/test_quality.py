@@ -13,13 +13,23 @@ from roma_core.cli.data import data
 from roma_core.data import DatasetConfig, StoredDataset, build_dataset
 from roma_core.data.manifest import read_manifest, record_of
 from roma_core.data.quality import (
+    _recurring,
     check_dataset,
     compare_versions,
     previous_version,
     stability_index,
 )
 from roma_core.files import write_json
-from tests.core.hand_made import SOME, HandMade, built, errors_in, series
+from roma_core.schema import Covariate, PositionAxis
+from tests.core import hand_made
+from tests.core.data.test_layout import BAND, CHANNELS, NAN, gappy
+from tests.core.hand_made import SOME, HandMade, errors_in, series
+
+LAYOUTS = pytest.mark.parametrize("layout", ["joint", "per_channel"])
+
+
+def built(folder, *all_series, **options):
+    return hand_made.built(folder, *all_series, **{"validation_fraction": 0.25, **options})
 
 
 def some(n=60, **changes):
@@ -41,7 +51,7 @@ def test_a_group_in_two_splits_is_an_error(tmp_path):
     (finding,) = check_dataset(path)
 
     assert (finding.check, finding.severity) == ("group in two splits", "error")
-    assert "set split.by to 'group'" in finding.examples[0] and "(test)" in finding.examples[0]
+    assert "set split.by to 'group'" in finding.examples[0] and "(train)" in finding.examples[0]
     assert check_dataset(built(tmp_path, *grouped, split={"by": "group"})) == []
 
 
@@ -72,7 +82,9 @@ def test_a_near_copy_in_another_split_is_shown_with_its_distance(tmp_path):
 @pytest.mark.filterwarnings("ignore:no series of the classes")
 def test_oddities_are_warnings_with_a_count_and_an_example(tmp_path):
     unsorted = series("unsorted", 3, "x", positions=np.array([[2.0], [1], [1]]))
-    far = series("far", 3, "x", values=np.full((3, 2), 1e6, np.float32), split="test")
+    far = series(
+        "far", 3, "x", values=np.float32([[1e6, 2e6], [3e6, 4e6], [5e6, 6e6]]), split="test"
+    )
     odd = [unsorted, far, series("single", 1, seed=7), series("long", 20_000, seed=8)]
     source = HandMade(
         series=(*some(), *odd),
@@ -94,6 +106,7 @@ def test_oddities_are_warnings_with_a_count_and_an_example(tmp_path):
         "far": 6,
         "units": 1,
         "classes": 1,
+        "splits": 2,
     }
     assert found["classes"].examples[0] == "class 'never' has 0 series in train and 0 in all"
     assert "'b' has no unit" in found["units"].examples[0]
@@ -227,6 +240,7 @@ def rewritten(path, name, array):
         ("splits.npy", lambda a: a[::-1], "manifest.json: counts"),
         ("values.npy", lambda a: a.astype(np.float64), "values.npy: float64"),
         ("values.npy", lambda a: np.where(a == a[0, 0], np.inf, a), "'train-1' holds numbers that"),
+        ("values.npy", lambda a: np.where(a == a[0, 0], np.nan, a), "'train-1' holds numbers that"),
     ],
 )
 def test_columns_that_contradict_each_other_are_found(sound, tmp_path, name, change, message):
@@ -246,3 +260,155 @@ def test_equal_content_in_two_splits_is_found(tmp_path):
     (problem,) = errors_in(path)
 
     assert "'train-1' (train) and 'copy' (test) have equal content" in problem
+
+
+def gappy_set(folder, *more, n=60, values=lambda x: x, **options):
+    """Series with gaps, a categorical axis and covariates, in a layout."""
+    all_series = []
+    for k in range(n):
+        one = gappy(f"s{k}", 12, seed=k, split=None, label="xy"[k % 2], missing=0.3)
+        at = np.column_stack([one.positions, np.arange(12) % 2])
+        covariates = np.float32([NAN if k % 9 == 0 else 30 + 7 * k % 40, k // 2 % 2])
+        changes = {"values": values(one.values), "positions": at, "covariates": covariates}
+        all_series.append(dataclasses.replace(one, **changes))
+    source = HandMade(
+        series=(*all_series, *more),
+        channels=CHANNELS,
+        axes=(PositionAxis(name="t", unit="s"), BAND),
+        covariates=(Covariate(name="age", unit="y"), Covariate(name="sex", categories=("f", "m"))),
+    )
+    return built(folder, source=source, **options)
+
+
+@LAYOUTS
+def test_gaps_categories_and_covariates_are_no_finding(tmp_path, layout):
+    path = gappy_set(tmp_path, layout=layout)
+
+    assert check_dataset(path) == []
+    assert compare_versions(StoredDataset(path), StoredDataset(path)) == []
+    assert "near duplicates" not in str(found_in(gappy_set(tmp_path, n=200, layout=layout)))
+
+
+@LAYOUTS
+def test_a_sentinel_is_named_with_its_number_and_the_setting_that_removes_it(tmp_path, layout):
+    def with_sentinels(values):
+        values[3:5, 1] = -999
+        return values
+
+    (finding,) = check_dataset(gappy_set(tmp_path, values=with_sentinels, layout=layout))
+
+    assert finding.examples == (
+        "channel 'lab' is exactly -999 in 120 observations, far from its other values: if that stands "
+        "for a missing value, set missing_values: [-999] in the source (or write NaN there)",
+    )
+
+
+NORMAL = np.random.default_rng(0).normal(20, 2, 500).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "sentinels"),
+    [
+        ([*NORMAL, *[-999] * 3], [-999]),
+        ([*NORMAL, *[-999] * 2], []),  # does not recur
+        (
+            [*NORMAL, *[-999] * 300, *[-9999] * 300, *[np.float32(99.999)] * 9],
+            [-9999, -999, 99.999],
+        ),
+        ([*np.round(NORMAL + 30), *[0] * 40], [0]),
+        (NORMAL.clip(18, 22), []),  # a sensor's limits
+        ([*[0] * 400, *[1] * 50, *[100] * 9], []),  # an indicator, doses
+        (np.exp(NORMAL), []),
+        ([], []),
+    ],
+)
+def test_a_value_that_recurs_far_outside_may_stand_for_a_missing_one(numbers, sentinels):
+    assert sorted(_recurring(np.array(numbers, np.float32))) == pytest.approx(sentinels)
+
+
+@LAYOUTS
+def test_equal_sparse_series_may_be_equal_by_chance(tmp_path, layout):
+    values = np.full((12, 3), NAN, np.float32)
+    values[:, 0], values[0] = 1, [1, 900, 5]
+    values[3:, 1], values[3:, 2] = 900, 5
+    at = np.column_stack([np.arange(12.0), np.zeros(12)])
+    shared = {"values": values, "positions": at, "covariates": np.float32([50, 1])}
+    one, other = (
+        dataclasses.replace(gappy(name, split=split), **shared)
+        for name, split in (("one", "train"), ("other", "test"))
+    )
+
+    found = found_in(gappy_set(tmp_path, one, other, layout=layout))
+
+    assert "equal short or flat series" in found and "equal content in two splits" not in found
+
+
+def test_splits_without_a_class_and_useless_covariates_are_warnings(tmp_path):
+    covariates = tuple(Covariate(name=name, unit="y") for name in ("age", "rare", "fixed"))
+    ages = np.float32([*np.random.default_rng(0).uniform(20, 60, 57), 999, 999, 999])
+    all_series = [
+        series(
+            f"s{k}", 20, "xy"[k % 2 if k < 50 else 0], "train" if k < 50 else "test", k,
+            covariates=np.float32([ages[k], k if k in (1, 2) else NAN, 4]),
+        )
+        for k in range(60)
+    ]  # fmt: skip
+    source = HandMade(series=tuple(all_series), covariates=covariates)
+
+    with pytest.warns(UserWarning, match="'fixed' never changes"):
+        found = found_in(built(tmp_path, source=source, validation_fraction=0))
+
+    assert found["splits"].examples == (
+        "validation has no series, so nothing can be measured on it",
+        "class 'y' has no series in test, so that its recall there is unknown",
+    )
+    assert found["covariates"].examples == (
+        "covariate 'rare' is known for 2 of 50 objects of train",
+        "covariate 'fixed' is the same for all objects of train that have it",
+    )
+    assert "'age' is exactly 999 in 3 objects" in found["sentinels of covariates"].examples[0]
+
+
+@LAYOUTS
+def test_drift_of_a_version_is_that_of_channels_and_of_what_is_observed(tmp_path, layout):
+    def changed(values):
+        values[:, 0] *= 3
+        values[2::2, 1] = NAN
+        return values
+
+    before, after = (
+        StoredDataset(gappy_set(tmp_path, values=change, layout=layout, n=200))
+        for change in (lambda x: x, changed)
+    )
+    (drift,) = [f for f in compare_versions(after, before) if f.check == "drift"]
+
+    assert [text.split(" drifted")[0] for text in drift.examples] == [
+        "channel 'hr'",
+        "presence of channel 'lab'",
+    ]
+    other = StoredDataset(gappy_set(tmp_path / "o", layout="joint"))
+    if layout == "per_channel":
+        (finding,) = compare_versions(before, other)
+        assert finding.examples[0].startswith("layout were joint, now they are per_channel")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("positions.npy", lambda a: a + np.array([0, 2]), "no index of a category"),
+        ("positions.npy", lambda a: a + np.array([0, 0.5]), "no index of a category"),
+        ("values.npy", lambda a: a * [[NAN, NAN, NAN]], "holds numbers that are not finite"),
+        (
+            "covariates.npy",
+            lambda a: a + np.float32([0, 1]),
+            "'sex' holds no finite numbers, or no",
+        ),
+        ("covariates.npy", lambda a: a[:, :1], "covariates.npy: float32 of shape"),
+    ],
+)
+def test_categories_and_covariates_that_cannot_be_are_found(tmp_path, name, change, message):
+    path = gappy_set(tmp_path, layout="joint")
+
+    rewritten(path, name, change(np.load(path / name)).astype(np.load(path / name).dtype))
+
+    assert any(message in problem for problem in errors_in(path))

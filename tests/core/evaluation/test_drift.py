@@ -3,7 +3,18 @@
 import numpy as np
 import pytest
 
-from roma_core.evaluation.drift import embedding_distance, embedding_profile
+from roma_core.data import StoredDataset
+from roma_core.data.store import raw_series
+from roma_core.evaluation.drift import (
+    ReferenceProfile,
+    drift_effects,
+    embedding_distance,
+    embedding_profile,
+    reference_profile,
+    sample_from_parquet,
+    sample_from_rows,
+)
+from tests.core.data.test_quality import LAYOUTS, gappy_set
 
 
 def features(n, shift=0.0, seed=0):
@@ -54,3 +65,43 @@ def test_a_feature_that_never_varies_does_not_divide_by_nothing():
 def test_features_of_another_encoder_are_refused():
     with pytest.raises(ValueError, match="of 3 features, these series have 2"):
         embedding_distance(embedding_profile(features(10)), [0, 0], 10)
+
+
+@LAYOUTS
+def test_exports_and_requests_are_compared_by_channel_category_and_covariate(tmp_path, layout):
+    dataset = StoredDataset(gappy_set(tmp_path / "a", n=200, layout=layout))
+    profile = reference_profile(dataset)
+    assert ReferenceProfile.model_validate_json(profile.model_dump_json()) == profile
+    dataset.to_parquet(tmp_path / "train.parquet", "train")
+
+    exported = sample_from_parquet([tmp_path / "train.parquet"], dataset.schema)
+    schema, train = dataset.schema, dataset.split("train")
+    requests = list(raw_series(train, range(len(train))))
+    parts = [[*map(dict, p)] for p in (schema.given_axes, schema.channels, schema.covariates)]
+
+    for sample in (exported, sample_from_rows(requests, *parts)):
+        effects = drift_effects(profile, sample)
+        assert max(effect.size for effect in effects) < 1e-6
+        assert {"value.lab", "category.band", "covariate.age", "category.covariate.sex"} <= {
+            effect.quantity for effect in effects if effect.measure == "psi"
+        }
+    for request in requests:
+        request["values"].pop("lab")
+        request["positions"]["band"] = ["r" for _ in request["positions"]["band"]]
+        request["covariates"] = {"age": None, "sex": "m"}
+    drifted = drift_effects(profile, sample_from_rows(requests, *parts))
+    sizes = {(e.quantity, e.measure): e.size for e in drifted}
+    assert sizes["value.lab", "missing"] == pytest.approx(1 - profile.missing["lab"])
+    assert sizes["covariate.age", "missing"] > 0.8
+    assert min(sizes["category.band", "psi"], sizes["category.covariate.sex", "psi"]) > 0.5
+    assert sizes["value.hr", "psi"] < 1e-6
+
+
+def test_both_layouts_have_one_profile(tmp_path):
+    joint, per_channel = (
+        reference_profile(StoredDataset(gappy_set(tmp_path / name, layout=name)))
+        for name in ("joint", "per_channel")
+    )
+    assert joint.model_copy(update={"dataset_digest": ""}) == per_channel.model_copy(
+        update={"dataset_digest": ""}
+    )

@@ -148,8 +148,8 @@ def some_series(n, seed, level=0.0, channels=("flux", "error")):
         "length": rng.integers(20, 200, n).astype(float),
         "gap.time": rng.exponential(1.0, 50 * n),
     }
-    values = {name: rng.normal(level, 1.0, 50 * n) for name in channels}
-    return InputSample(n, quantities, values, {})
+    values = {f"value.{name}": rng.normal(level, 1.0, 50 * n) for name in channels}
+    return InputSample(n, quantities, values, {}, {})
 
 
 def test_drift_is_drawn_in_another_colour_and_nothing_in_common_is_refused():
@@ -162,7 +162,7 @@ def test_drift_is_drawn_in_another_colour_and_nothing_in_common_is_refused():
     assert share_of(same[:, left], ORANGE) == 0 < 0.02 < share_of(far[:, left], ORANGE)
     assert pixels(drift_figure(profile, some_series(3, 3, channels=tuple("ab")))).size
     with pytest.raises(ValueError, match="no quantity"):
-        drift_figure(profile, InputSample(2, {}, {}, {}))
+        drift_figure(profile, InputSample(2, {}, {}, {}, {}))
 
 
 def test_the_map_shows_the_two_directions_of_most_variance():

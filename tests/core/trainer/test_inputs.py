@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,6 +28,8 @@ CONFIGS = {
 SMALL = {"d_model": 16, "nhead": 2, "depth": 2}
 COVARIATES = (Covariate(name="age", unit="y"), Covariate(name="sex", categories=("f", "m")))
 
+CHANNELS = (Channel(name="hr", unit="1/min"), Channel(name="lab", unit="g"))
+
 
 def patient(k):
     """Two quantities with gaps; the class is a rise of the second."""
@@ -47,10 +50,9 @@ def patient(k):
 @pytest.fixture(scope="module", params=["joint", "per_channel"])
 def dataset(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    channels = (Channel(name="hr", unit="1/min"), Channel(name="lab", unit="g"))
     source = HandMade(
         series=tuple(map(patient, range(60))),
-        channels=channels,
+        channels=CHANNELS,
         axes=(PositionAxis(name="t", unit="h"), WARD),
         covariates=COVARIATES,
     )
@@ -140,3 +142,35 @@ def test_unknown_and_missing_are_learned_where_training_has_neither(dataset, kin
     if kind is RoMAForPreTraining:
         gradients.append(model.decoder_categories.tables[0].weight.grad[2])
     assert [bool(g.abs().max() > 0) for g in gradients] == [rate > 0] * len(gradients)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"covariates": COVARIATES[::-1]}, r"covariates: .* has \[2, 0\], but .* with \[0, 2\]"),
+        ({"covariates": (COVARIATES[0], Covariate(name="sex", categories=("m", "f")))}, "'sex'"),
+        ({"channels": CHANNELS[::-1]}, "categories: .*'lab', 'hr'.*'hr', 'lab'"),
+        ({"layout": "other"}, "n_channels: "),
+    ],
+)
+def test_an_encoder_of_other_inputs_is_refused_when_it_is_planned(
+    dataset, tmp_path, other, message
+):
+    layout = dataset.schema.layout
+    if "channels" in other and layout == "joint":
+        return  # its channels have no embedding: another name may be the same quantity
+    fields = {"encoder_config": SMALL, "decoder_config": SMALL | {"depth": 1}}
+    plan = TrainingJobConfig.resolve("pretrain", dataset.path, fields, TrainerConfig())
+    autoencoder = RoMAForPreTraining(RoMAForPreTrainingConfig.from_values(plan.model))
+    autoencoder.data_schema = dataset.schema.model_dump(mode="json")
+    autoencoder.save_pretrained(tmp_path / "encoder")
+    if "layout" in other:
+        layout = "joint" if layout == "per_channel" else "per_channel"
+    source = {"axes": dataset.schema.given_axes, "channels": CHANNELS, "covariates": COVARIATES}
+    source |= {name: changed for name, changed in other.items() if name != "layout"}
+    rows = [replace(patient(k), covariates=np.float32([k % 2, k % 2])) for k in range(20)]
+    data = built(tmp_path, source=HandMade(series=tuple(rows), **source), layout=layout)
+    with pytest.raises(ValueError, match=message):
+        TrainingJobConfig.resolve(
+            "finetune", data, {}, TrainerConfig(), weights=tmp_path / "encoder"
+        )
