@@ -96,7 +96,7 @@ class ReferenceProfile(Frozen):
     quantities: dict[str, Quantity]  # length, span.AXIS, gap.AXIS, value.NAME, covariate.NAME
     missing: dict[str, float]  # missing fraction of each channel, and of covariate.NAME
     classes: dict[str, float] = Field({})  # fraction of each class
-    categories: dict[str, dict[str, float]] = Field({})  # of axes and covariates, their fractions
+    categories: dict[str, dict[str, float]] = Field({})  # category.AXIS, covariate.NAME: fractions
     embedding: EmbeddingProfile | None = None  # features of the encoder, if there is one
 
 
@@ -116,7 +116,7 @@ class InputSample:
     quantities: Mapping[str, Floats]  # length, span.AXIS and gap.AXIS -> numbers
     values: Mapping[str, Floats]  # value.CHANNEL and covariate.NAME -> numbers; NaN is missing
     classes: Mapping[str, int]  # class -> number of series; empty if unknown
-    categories: Mapping[str, Mapping[str, int]]  # axis or covariate -> category -> how often
+    categories: Mapping[str, Mapping[str, int]]  # of category.AXIS and covariate.NAME: how often
 
 
 def reference_profile(
@@ -252,7 +252,7 @@ def drift_effects(profile: ReferenceProfile, sample: InputSample) -> list[Effect
         found.append(Effect(quantity=name, measure="missing", size=size))
     compared = {"class": (profile.classes, sample.classes)}
     compared |= {
-        f"category.{name}": (profile.categories[name], counts)
+        name: (profile.categories[name], counts)
         for name, counts in sample.categories.items()
         if name in profile.categories
     }
@@ -296,7 +296,7 @@ def _sample(
     for k, axis in enumerate(axes):
         if axis.get("categories"):
             of_axis = np.concatenate([*(p[:, k] for p in full), np.empty(0)])
-            categories[axis["name"]] = _counts(axis, of_axis)
+            categories[f"category.{axis['name']}"] = _counts(axis, of_axis)
             continue
         spans = [np.ptp(p[:, k]) for p in full]
         gaps = [np.diff(np.sort(p[:, k])) for p in full]

@@ -82,7 +82,7 @@ def test_exports_and_requests_are_compared_by_channel_category_and_covariate(tmp
     for sample in (exported, sample_from_rows(requests, *parts)):
         effects = drift_effects(profile, sample)
         assert max(effect.size for effect in effects) < 1e-6
-        assert {"value.lab", "category.band", "covariate.age", "category.covariate.sex"} <= {
+        assert {"value.lab", "category.band", "covariate.age", "covariate.sex"} <= {
             effect.quantity for effect in effects if effect.measure == "psi"
         }
     for request in requests:
@@ -93,7 +93,7 @@ def test_exports_and_requests_are_compared_by_channel_category_and_covariate(tmp
     sizes = {(e.quantity, e.measure): e.size for e in drifted}
     assert sizes["value.lab", "missing"] == pytest.approx(1 - profile.missing["lab"])
     assert sizes["covariate.age", "missing"] > 0.8
-    assert min(sizes["category.band", "psi"], sizes["category.covariate.sex", "psi"]) > 0.5
+    assert min(sizes["category.band", "psi"], sizes["covariate.sex", "psi"]) > 0.5
     assert sizes["value.hr", "psi"] < 1e-6
 
 
