@@ -101,7 +101,7 @@ class CovariateColumn(ChannelColumn):
         if self.categories:
             if text in self.categories:
                 return float(self.categories.index(text))
-            expected = f"one of {', '.join(self.categories)}"
+            expected = f"one of {', '.join(self.categories)}; append it there, or empty the cell"
         else:
             with suppress(ValueError):
                 return float(text)
