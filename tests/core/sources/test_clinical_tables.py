@@ -121,7 +121,7 @@ def test_a_covariate_that_is_none_is_refused(tmp_path, changes, message):
 
 def test_a_quantity_that_is_no_channel_is_named(tmp_path):
     quantity = {"column": "variable", "value": "value"}
-    with pytest.raises(DataError, match="'lab', which is not among its categories"):
+    with pytest.raises(DataError, match="'lab', which is not among its channels"):
         built(tmp_path, LONG, {"channels": CHANNELS[:1], "quantity": quantity})
 
 
@@ -143,5 +143,5 @@ def test_a_word_of_an_axis_may_be_unknown(tmp_path):
     assert [axis.n_embedded for axis in dataset.schema.axes] == [0, 3]
     assert dataset.raw(dataset.ids.index("b"))[0][:, 1].tolist() == [0, 2]
     axes[1]["unknown"] = False
-    with pytest.raises(DataError, match="'z', which is not among its categories"):
+    with pytest.raises(DataError, match="'z', which is not among its channels"):
         built(tmp_path / "refused", table, {"channels": CHANNELS, "axes": axes})
