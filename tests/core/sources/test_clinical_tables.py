@@ -143,5 +143,5 @@ def test_a_word_of_an_axis_may_be_unknown(tmp_path):
     assert [axis.n_embedded for axis in dataset.schema.axes] == [0, 3]
     assert dataset.raw(dataset.ids.index("b"))[0][:, 1].tolist() == [0, 2]
     axes[1]["unknown"] = False
-    with pytest.raises(DataError, match="'z', which is not among its channels"):
+    with pytest.raises(DataError, match="'z', which is not among its categories"):
         built(tmp_path / "refused", table, {"channels": CHANNELS, "axes": axes})
