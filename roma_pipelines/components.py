@@ -15,14 +15,7 @@ from roma_pipelines.assets.dataset import dataset_asset
 from roma_pipelines.assets.evaluation_report import evaluation_report_asset
 from roma_pipelines.assets.registered_model import registered_classifier_asset
 from roma_pipelines.assets.training import finetuned_classifier_asset, pretrained_encoder_asset
-from roma_pipelines.automation.drift import drift_sensor
-from roma_pipelines.automation.sensors import (
-    new_data_sensor,
-    promotion_sensor,
-    retraining_schedule,
-    training_sensor,
-)
-from roma_pipelines.automation.state import Automated
+from roma_pipelines.automation.sensors import retraining_schedule, sensors_of
 from roma_pipelines.experiment import Experiment
 
 
@@ -92,7 +85,7 @@ class RomaExperiment(Experiment, dg.Component):
     def with_automation(self, assets: Sequence[dg.AssetsDefinition]) -> dg.Definitions:
         """Adds freshness policies, schedule and sensors; ValueError if a setting names no asset."""
         names = {key.path[-1] for asset in assets for key in asset.keys}
-        section, schedule, sensors = self.automation, self.schedule, []
+        section, schedule = self.automation, self.schedule
         if unknown := sorted(set(section.freshness_h) - names):
             raise ValueError(
                 f"experiment {self.name}: automation.freshness_h.{unknown[0]}: no such asset; "
@@ -103,19 +96,10 @@ class RomaExperiment(Experiment, dg.Component):
                 f"experiment {self.name}: automation.predict_on_promotion: the experiment has no "
                 f"batch_predictions; add `predictions`"
             )
-        automated = Automated.of(self, assets)
-        if section.new_data is not None:
-            sensors.append(new_data_sensor(automated, section.new_data))
-        if section.drift is not None:
-            sensors.append(drift_sensor(automated, section.drift))
-        if sensors or schedule is not None:
-            sensors.append(training_sensor(automated))
-        if section.predict_on_promotion:
-            sensors.append(promotion_sensor(automated))
         return dg.Definitions(
             assets=[asset.map_asset_specs(self._with_freshness) for asset in assets],
-            sensors=sensors,
-            schedules=[] if schedule is None else [retraining_schedule(automated, schedule)],
+            sensors=sensors_of(self),
+            schedules=[] if schedule is None else [retraining_schedule(self, schedule)],
         )
 
     def _with_freshness(self, spec: dg.AssetSpec) -> dg.AssetSpec:

@@ -38,7 +38,14 @@ ASSET_NAMES = (
     "evaluation_report",
     "registered_classifier",
 )
-"""Assets of an experiment, in the order in which they are materialised."""
+"""Assets of an experiment, in the order in which they are materialised; all before it are upstream."""
+_SECTIONS = {  # that determine the content of an asset; of the others, all of these
+    "dataset": {"dataset"},
+    ENCODER: {"dataset", "pretraining"},
+    "finetuned_classifier": {"dataset", "pretraining", "finetuning"},
+    "batch_predictions": {"predictions"},
+}
+_ALL_SECTIONS = {"dataset", "pretraining", "finetuning", "gate", "baselines"}
 
 
 class Stage(Frozen):
@@ -201,21 +208,21 @@ class Experiment(Frozen):
         owner = self.pretrained_from if asset_name == ENCODER else None
         return dg.AssetKey([owner or self.name, asset_name])
 
-    def asset_arguments(
-        self, asset_name: str, *upstream: str, settings: set[str]
-    ) -> dict[str, Any]:
-        """Arguments of ``dg.asset`` that all assets of the experiment share.
-
-        Args:
-            settings: sections that determine the asset's content. With the release they are its
-                code version, so that only a change of them makes the asset stale.
-        """
-        content = self.model_dump(mode="json", include=settings)
-        if "pretraining" in settings and self.pretrained_from is not None:
+    def code_version(self, asset_name: str) -> str:
+        """Digest of the release and the sections that determine an asset: a change makes it stale."""
+        sections = _SECTIONS.get(asset_name, _ALL_SECTIONS)
+        content = self.model_dump(mode="json", include=sections)
+        if "pretraining" in sections and self.pretrained_from is not None:
             content["pretrained_from"] = self.pretrained_from
-        release = importlib.metadata.version("roma-pipeline")
+        return digest_of([importlib.metadata.version("roma-pipeline"), content])[:12]
+
+    def asset_arguments(self, asset_name: str) -> dict[str, Any]:
+        """Arguments of ``dg.asset`` that all assets of the experiment share."""
+        upstream: tuple[str, ...] = ASSET_NAMES[-1:]  # of batch_predictions
+        if asset_name in ASSET_NAMES:
+            upstream = ASSET_NAMES[: ASSET_NAMES.index(asset_name)]
         return {
-            "code_version": digest_of([release, content])[:12],
+            "code_version": self.code_version(asset_name),
             "key": self.key(asset_name),
             "group_name": self.name,
             "owners": list(self.owners) or None,

@@ -21,9 +21,7 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
     assert section is not None
 
     @dg.asset(
-        **experiment.asset_arguments(
-            "batch_predictions", "registered_classifier", settings={"predictions"}
-        ),
+        **experiment.asset_arguments("batch_predictions"),
         kinds={"parquet"},
         output_required=False,
         pool=f"predictions_{experiment.name}",  # concurrent runs would delete each other's parts

@@ -27,7 +27,7 @@ def dataset_asset(experiment: Experiment) -> dg.AssetsDefinition:
     key = experiment.key("dataset")
 
     @dg.asset(
-        **experiment.asset_arguments("dataset", settings={"dataset"}),
+        **experiment.asset_arguments("dataset"),
         kinds={"numpy"},
         description=f"Data set on disk, with splits and a profile. {experiment.description}",
         check_specs=[

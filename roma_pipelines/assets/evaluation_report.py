@@ -42,13 +42,7 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
     key = experiment.key("evaluation_report")
 
     @dg.asset(
-        **experiment.asset_arguments(
-            "evaluation_report",
-            "dataset",
-            "pretrained_encoder",
-            "finetuned_classifier",
-            settings={"dataset", "pretraining", "finetuning", "gate", "baselines"},
-        ),
+        **experiment.asset_arguments("evaluation_report"),
         kinds={"python"},
         description=f"Metrics on the test split, report and gate. {experiment.description}",
         check_specs=[

@@ -24,14 +24,7 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
     """The asset ``registered_classifier``; consumers load ``models:/NAME@champion``."""
 
     @dg.asset(
-        **experiment.asset_arguments(
-            "registered_classifier",
-            "dataset",
-            "pretrained_encoder",
-            "finetuned_classifier",
-            "evaluation_report",
-            settings={"dataset", "pretraining", "finetuning", "gate", "baselines"},
-        ),
+        **experiment.asset_arguments("registered_classifier"),
         kinds={"mlflow"},
         pool=f"registry_{experiment.name}",  # one promotion per model at a time
         description=f"The evaluated package in the MLflow registry. {experiment.description}",

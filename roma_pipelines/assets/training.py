@@ -19,9 +19,7 @@ def pretrained_encoder_asset(experiment: Experiment) -> dg.AssetsDefinition:
     """The asset ``pretrained_encoder``: weights of the masked autoencoder."""
 
     @dg.asset(
-        **experiment.asset_arguments(
-            "pretrained_encoder", "dataset", settings={"dataset", "pretraining"}
-        ),
+        **experiment.asset_arguments("pretrained_encoder"),
         kinds={"pytorch"},
         description=f"Masked autoencoder, pretrained without labels. {experiment.description}",
     )
@@ -37,12 +35,7 @@ def finetuned_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
     """The asset ``finetuned_classifier``, initialised from the pretrained encoder."""
 
     @dg.asset(
-        **experiment.asset_arguments(
-            "finetuned_classifier",
-            "dataset",
-            "pretrained_encoder",
-            settings={"dataset", "pretraining", "finetuning"},
-        ),
+        **experiment.asset_arguments("finetuned_classifier"),
         kinds={"pytorch"},
         description=f"Classifier, finetuned from the pretrained encoder. {experiment.description}",
     )

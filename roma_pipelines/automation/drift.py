@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,10 +15,10 @@ from roma_core.files import fingerprint_of, read_json, write_json
 from roma_core.schema import DataError
 from roma_core.serving.batch import EmbeddingFailed, embed_medians
 from roma_core.serving.registry_client import FetchError, fetch, package_of, resolve
-from roma_pipelines._compat import shared_instance
 from roma_pipelines.automation.alerts import send_alert
 from roma_pipelines.automation.settings import Drift, DriftThresholds
-from roma_pipelines.automation.state import Automated, Decision, Step
+from roma_pipelines.automation.state import Decision, Step, request, state_of, step_of
+from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.launcher import inherited
 from roma_pipelines.registry.promotion import CHAMPION
 from roma_pipelines.registry.store import MlflowSettings, connect
@@ -32,28 +31,8 @@ if TYPE_CHECKING:
 _EMBED_WITHIN_S = 40.0  # Dagster gives a tick of a sensor a minute
 
 
-def drift_sensor(automated: Automated, settings: Drift) -> dg.SensorDefinition:
-    """``NAME_drift``; starts stopped."""
-
-    @dg.sensor(
-        name=f"{automated.name}_drift",
-        target=dg.AssetSelection.groups(automated.name),
-        minimum_interval_seconds=round(settings.every_min * 60),
-        description=f"Compares recent inputs with the training data of {automated.name}; sends an "
-        "alert on drift and retrains within the budget.",
-    )
-    def drift(context: dg.SensorEvaluationContext) -> Decision:
-        decision, cursor = check_inputs(
-            automated, settings, shared_instance(context), context.cursor, time.time()
-        )
-        context.update_cursor(cursor)
-        return decision
-
-    return drift
-
-
 def check_inputs(
-    automated: Automated,
+    experiment: Experiment,
     settings: Drift,
     instance: dg.DagsterInstance,
     cursor: str | None,
@@ -75,12 +54,12 @@ def check_inputs(
     inputs = fingerprint_of(paths).digest
     if inputs == before["inputs"]:
         return skip("no new inputs")
-    version = automated.state(instance).trained.on
+    version = state_of(experiment, instance).trained.on
     if version is None:
         return skip("no model was trained yet, so there is no reference")
     seen = {**before, "inputs": inputs}
-    storage, name = Storage.open(), automated.name
-    dataset = automated.experiment.dataset.name
+    storage, name = Storage.open(), experiment.name
+    dataset = experiment.dataset.name
     try:
         n, found, remark = compare(name, dataset, version[0], settings, paths, storage)
     except (DataError, FetchError) as error:
@@ -95,7 +74,7 @@ def check_inputs(
         return skip(f"no drift in {n} series; largest: {_describe(largest)}{remark}", seen)
     why = f"{n} recent series differ from the training data: "
     why += ", ".join(map(_describe, far[:6])) + remark
-    decision, action, settled = _decide(automated, settings, instance, seen, why, now)
+    decision, action, settled = _decide(experiment, settings, instance, seen, why, now)
     if isinstance(decision, dg.RunRequest):
         seen["trained_at"] = now
     subject = f"{name}: inputs have drifted"
@@ -104,7 +83,7 @@ def check_inputs(
 
 
 def _decide(
-    automated: Automated,
+    experiment: Experiment,
     settings: Drift,
     instance: dg.DagsterInstance,
     seen: dict[str, Any],
@@ -115,7 +94,7 @@ def _decide(
 
     Unsettled inputs are compared again at the next tick: the obstacle to training is temporary.
     """
-    step = automated.step(instance)
+    step = step_of(experiment, instance)
     cool_h = (now - seen["trained_at"]) / 3600
     obstacle, settled = "", True
     if cool_h < settings.cooldown_h:
@@ -133,7 +112,7 @@ def _decide(
         todo = Step("build", why, step.key)
     else:
         text, todo = "training", Step("train", why, step.key or f"drift:{seen['inputs']}")
-    decision = automated.request(instance, "drift", todo, now)
+    decision = request(experiment, instance, "drift", todo, now)
     if isinstance(decision, dg.SkipReason):  # the weekly budget is used up, or it failed before
         return decision, str(decision.skip_message), False
     return decision, text, True

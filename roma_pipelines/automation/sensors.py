@@ -18,16 +18,20 @@ import dagster as dg
 from roma_core.data.config import source_fingerprint
 from roma_pipelines._compat import shared_instance
 from roma_pipelines.automation.alerts import deliver_pending
+from roma_pipelines.automation.drift import check_inputs
 from roma_pipelines.automation.settings import NewData
 from roma_pipelines.automation.state import (
     EXPERIMENT_TAG,
     TRIGGER_TAG,
-    Automated,
     Decision,
     newest_data,
     newest_trained,
     next_step,
+    request,
+    state_of,
+    step_of,
 )
+from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.jobs import Job, all_jobs, cancel
 from roma_pipelines.launching.launcher import Launcher
 from roma_pipelines.launching.spec import AttemptRecord
@@ -38,45 +42,95 @@ from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.registry.versions import version_at
 from roma_pipelines.storage import Storage
 
+Check = Callable[[dg.DagsterInstance, str | None, float], tuple[Decision, str | None]]
 
-def new_data_sensor(automated: Automated, settings: NewData) -> dg.SensorDefinition:
-    """``NAME_new_data``; starts stopped."""
 
-    @dg.sensor(
-        name=f"{automated.name}_new_data",
-        asset_selection=[automated.experiment.key("dataset")],
-        minimum_interval_seconds=round(settings.every_min * 60),
-        description=f"Builds the data set of {automated.name} when files of its source changed.",
+def sensors_of(experiment: Experiment) -> list[dg.SensorDefinition]:
+    """The sensors of an experiment; all but ``NAME_train_on_new_data`` start stopped."""
+    section, name = experiment.automation, experiment.name
+    status, found = dg.DefaultSensorStatus, []
+
+    def add(kind: str, asset: str | None, every_s: float, description: str, check: Check) -> None:
+        """``check`` gets instance, cursor and time, and returns its decision and the next cursor."""
+
+        def tick(context: dg.SensorEvaluationContext) -> Decision:
+            decision, cursor = check(shared_instance(context), context.cursor, time.time())
+            context.update_cursor(cursor)
+            return decision
+
+        selection = dg.AssetSelection
+        sensor = dg.sensor(
+            name=f"{name}_{kind}",
+            target=selection.assets(experiment.key(asset)) if asset else selection.groups(name),
+            minimum_interval_seconds=round(every_s),
+            default_status=status.RUNNING if kind == "train_on_new_data" else status.STOPPED,
+            description=description,
+        )
+        found.append(sensor(tick))
+
+    if (new := section.new_data) is not None:
+        text = f"Builds the data set of {name} when files of its source changed."
+        add(
+            "new_data",
+            "dataset",
+            new.every_min * 60,
+            text,
+            lambda instance, cursor, now: (check_source(experiment, new, instance, now), cursor),
+        )
+    if (drift := section.drift) is not None:
+        text = f"Compares recent inputs with the training data of {name}; sends an alert on drift "
+        text += "and retrains within the budget."
+        add(
+            "drift",
+            None,
+            drift.every_min * 60,
+            text,
+            lambda *tick: check_inputs(experiment, drift, *tick),
+        )
+    if found or experiment.schedule is not None:  # acts only on data sets that automation built
+        text = f"Trains {name} when its schedule or a sensor built a data set that differs from "
+        text += "the one of the current model."
+        add(
+            "train_on_new_data",
+            None,
+            30,
+            text,
+            lambda instance, cursor, now: (check_dataset(experiment, instance, now), cursor),
+        )
+    if section.predict_on_promotion:  # reacts to the alias, not to our commands
+        text = f"Materialises batch_predictions with the new champion of {name}."
+        add(
+            "predict_on_promotion",
+            "batch_predictions",
+            60,
+            text,
+            lambda _, cursor, __: check_champion(experiment, cursor),
+        )
+    return found
+
+
+def retraining_schedule(experiment: Experiment, cron: str) -> dg.ScheduleDefinition:
+    """``NAME_retraining``; starts stopped."""
+
+    @dg.schedule(
+        name=f"{experiment.name}_retraining",
+        cron_schedule=cron,
+        target=dg.AssetSelection.groups(experiment.name),
+        description=f"Retrains {experiment.name} if its data or settings changed; the gate decides "
+        "on promotion. Otherwise the tick is skipped with the reason.",
     )
-    def new_data(context: dg.SensorEvaluationContext) -> Decision:
-        return check_source(automated, settings, shared_instance(context), time.time())
+    def retraining(context: dg.ScheduleEvaluationContext) -> Decision:
+        return scheduled_run(experiment, shared_instance(context))
 
-    return new_data
-
-
-def training_sensor(automated: Automated) -> dg.SensorDefinition:
-    """``NAME_train_on_new_data``; runs, but acts only on data sets that automation built."""
-
-    @dg.sensor(
-        name=f"{automated.name}_train_on_new_data",
-        target=dg.AssetSelection.groups(automated.name),
-        minimum_interval_seconds=30,
-        default_status=dg.DefaultSensorStatus.RUNNING,
-        description=f"Trains {automated.name} when its schedule or a sensor built a data set that "
-        "differs from the one of the current model.",
-    )
-    def train_on_new_data(context: dg.SensorEvaluationContext) -> Decision:
-        return check_dataset(automated, shared_instance(context))
-
-    return train_on_new_data
+    return retraining
 
 
 def check_source(
-    automated: Automated, settings: NewData, instance: dg.DagsterInstance, now: float
+    experiment: Experiment, settings: NewData, instance: dg.DagsterInstance, now: float
 ) -> Decision:
     """Request the data set if files changed and delivery is complete."""
-    found = source_fingerprint(automated.experiment.dataset)
-    data = newest_data(instance, automated.experiment)
+    found = source_fingerprint(experiment.dataset)
+    data = newest_data(instance, experiment)
     if found.digest == data.fingerprint:
         return dg.SkipReason(f"none of {found.n_files} files changed since run {data.run}")
     age_s = now - found.newest
@@ -85,23 +139,23 @@ def check_source(
             f"the newest of {found.n_files} files is {age_s:.0f} s old; waiting until "
             f"{settings.settle_s:g} s because it may be incomplete"
         )
-    step = next_step(automated.state(instance), found.digest)
+    step = next_step(state_of(experiment, instance), found.digest)
     if step.do != "build":
         return dg.SkipReason(step.why)
-    return automated.request(instance, "new data", step, now)
+    return request(experiment, instance, "new data", step, now)
 
 
 def check_dataset(
-    automated: Automated, instance: dg.DagsterInstance, now: float | None = None
+    experiment: Experiment, instance: dg.DagsterInstance, now: float | None = None
 ) -> Decision:
     """Request a training if automation built a data set that the model was not trained on."""
-    data = newest_data(instance, automated.experiment)
+    data = newest_data(instance, experiment)
     if data.version is None:
         return dg.SkipReason("no data set was built yet")
-    trained = newest_trained(instance, automated.experiment)
+    trained = newest_trained(instance, experiment)
     if trained.on is not None and trained.on[0] == data.version:
         return dg.SkipReason(f"the newest data set, {data.version[:12]}, was trained on already")
-    state = automated.state(instance)
+    state = state_of(experiment, instance)
     run = instance.get_run_by_id(data.run)
     trigger = run.tags.get(TRIGGER_TAG) if run is not None else None
     if trigger not in ("schedule", "new data", "drift"):
@@ -110,73 +164,40 @@ def check_dataset(
     step = next_step(state, state.data.fingerprint or "")
     if step.do != "train":
         return dg.SkipReason(step.why)
-    return automated.request(instance, trigger, step, now)  # type: ignore[arg-type]
+    return request(experiment, instance, trigger, step, now)  # type: ignore[arg-type]
 
 
-def promotion_sensor(automated: Automated) -> dg.SensorDefinition:
-    """``NAME_predict_on_promotion``; starts stopped. Reacts to the alias, not to our commands."""
-
-    @dg.sensor(
-        name=f"{automated.name}_predict_on_promotion",
-        asset_selection=[automated.experiment.key("batch_predictions")],
-        minimum_interval_seconds=60,
-        description=f"Materialises batch_predictions with the new champion of {automated.name}.",
-    )
-    def predict_on_promotion(context: dg.SensorEvaluationContext) -> Decision:
-        decision, cursor = check_champion(automated, context.cursor)
-        context.update_cursor(cursor)
-        return decision
-
-    return predict_on_promotion
-
-
-def check_champion(automated: Automated, cursor: str | None) -> tuple[Decision, str]:
+def check_champion(experiment: Experiment, cursor: str | None) -> tuple[Decision, str]:
     """Request predictions if the champion changed since ``cursor``, ``MOVES:VERSION``."""
     limit_requests(SHORT_S)
     try:
         client = connect(MlflowSettings(), Storage.open().mlflow)
-        version = version_at(client, automated.name, CHAMPION)
+        version = version_at(client, experiment.name, CHAMPION)
     except Exception as error:
         if not (away := no_answer(error)):
             raise
         return dg.SkipReason(f"{away}; asked again at the next tick"), cursor or "0:"
     moves, _, before = (cursor or "0:").partition(":")
     if version is None:
-        return dg.SkipReason(f"{automated.name} has no champion yet"), f"{moves}:"
+        return dg.SkipReason(f"{experiment.name} has no champion yet"), f"{moves}:"
     if version == before:
         return dg.SkipReason(f"version {version} is still the champion"), f"{moves}:{version}"
     number = int(moves) + 1  # a rollback to an old version is a new move
     request = dg.RunRequest(
         run_key=f"champion:{number}:{version}",
-        asset_selection=[automated.experiment.key("batch_predictions")],
-        tags={EXPERIMENT_TAG: automated.name, TRIGGER_TAG: "promotion"},
+        asset_selection=[experiment.key("batch_predictions")],
+        tags={EXPERIMENT_TAG: experiment.name, TRIGGER_TAG: "promotion"},
     )
     return request, f"{number}:{version}"
 
 
-def retraining_schedule(automated: Automated, cron: str) -> dg.ScheduleDefinition:
-    """``NAME_retraining``; starts stopped."""
-
-    @dg.schedule(
-        name=f"{automated.name}_retraining",
-        cron_schedule=cron,
-        target=dg.AssetSelection.groups(automated.name),
-        description=f"Retrains {automated.name} if its data or settings changed; the gate decides "
-        "on promotion. Otherwise the tick is skipped with the reason.",
-    )
-    def retraining(context: dg.ScheduleEvaluationContext) -> Decision:
-        return scheduled_run(automated, shared_instance(context))
-
-    return retraining
-
-
 def scheduled_run(
-    automated: Automated, instance: dg.DagsterInstance, now: float | None = None
+    experiment: Experiment, instance: dg.DagsterInstance, now: float | None = None
 ) -> Decision:
     """The request of one tick. A failed training is requested again at the next tick."""
-    step = automated.step(instance)
+    step = step_of(experiment, instance)
     if step.do in ("build", "train"):
-        return automated.request(instance, "schedule", step, now, once=False)
+        return request(experiment, instance, "schedule", step, now, once=False)
     return dg.SkipReason(step.why)
 
 

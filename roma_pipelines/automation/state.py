@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple
 
 import dagster as dg
 
@@ -149,125 +147,115 @@ def hours_used(experiment: Experiment, jobs_root: Path, now: float | None = None
     return hours
 
 
-@dataclass(frozen=True)
-class Automated:
-    """An experiment with the code versions of its assets, by asset name."""
+def state_of(experiment: Experiment, instance: dg.DagsterInstance) -> TrainingState:
+    """Current state from Dagster's event log."""
+    data = newest_data(instance, experiment)
+    check = dg.AssetCheckKey(experiment.key("dataset"), "sound")
+    storage = instance.event_log_storage
+    record = storage.get_latest_asset_check_execution_by_key([check]).get(check)
+    unfinished = (
+        run.run_id
+        for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED), limit=200)
+        if run.tags.get(EXPERIMENT_TAG) == experiment.name
+        or any(key.path[0] == experiment.name for key in run.asset_selection or ())
+    )
+    return TrainingState(
+        data=data,
+        trained=newest_trained(instance, experiment),
+        sound=record is not None
+        and record.run_id == data.run
+        and record.status.value == "SUCCEEDED",
+        code_version=experiment.code_version("evaluation_report"),
+        unfinished=next(unfinished, None),
+    )
 
-    experiment: Experiment
-    code_versions: Mapping[str, str]
 
-    @classmethod
-    def of(cls, experiment: Experiment, assets: Iterable[dg.AssetsDefinition]) -> Self:
-        specs = [spec for asset in assets for spec in asset.specs]
-        return cls(experiment, {spec.key.path[-1]: str(spec.code_version) for spec in specs})
+def step_of(experiment: Experiment, instance: dg.DagsterInstance) -> Step:
+    """Next step for the current content of the source."""
+    return next_step(state_of(experiment, instance), source_fingerprint(experiment.dataset).digest)
 
-    @property
-    def name(self) -> str:
-        return self.experiment.name
 
-    def state(self, instance: dg.DagsterInstance) -> TrainingState:
-        """Current state from Dagster's event log."""
-        data = newest_data(instance, self.experiment)
-        check = dg.AssetCheckKey(self.experiment.key("dataset"), "sound")
-        storage = instance.event_log_storage
-        record = storage.get_latest_asset_check_execution_by_key([check]).get(check)
-        unfinished = (
-            run.run_id
-            for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED), limit=200)
-            if run.tags.get(EXPERIMENT_TAG) == self.name
-            or any(key.path[0] == self.name for key in run.asset_selection or ())
-        )
-        return TrainingState(
-            data=data,
-            trained=newest_trained(instance, self.experiment),
-            sound=record is not None
-            and record.run_id == data.run
-            and record.status.value == "SUCCEEDED",
-            code_version=self.code_versions["evaluation_report"],
-            unfinished=next(unfinished, None),
-        )
+def request(
+    experiment: Experiment,
+    instance: dg.DagsterInstance,
+    trigger: Trigger,
+    step: Step,
+    now: float | None = None,
+    *,
+    once: bool = True,
+) -> Decision:
+    """The run of a step, unless an earlier one or the weekly budget forbids it now.
 
-    def step(self, instance: dg.DagsterInstance) -> Step:
-        """Next step for the current content of the source."""
-        return next_step(self.state(instance), source_fingerprint(self.experiment.dataset).digest)
+    A build makes the data set; ``train_on_new_data`` follows if its content changed. A training
+    is everything from pretraining to the registry.
 
-    def request(
-        self,
-        instance: dg.DagsterInstance,
-        trigger: Trigger,
-        step: Step,
-        now: float | None = None,
-        *,
-        once: bool = True,
-    ) -> Decision:
-        """The run of a step, unless an earlier one or the weekly budget forbids it now.
+    Args:
+        once: give the run a key, so that Dagster serves it once; a failed run is requested again
+            under another key, some hours later and a few times. A schedule has its own rhythm.
+    """
+    now = time.time() if now is None else now
+    run_key = _run_key(experiment, instance, step, now) if once else None
+    if isinstance(run_key, dg.SkipReason):
+        return run_key
+    if step.do == "train" and (text := _over_budget(experiment, step, now)):
+        return dg.SkipReason(text)
+    names = TRAINING if step.do == "train" else ("dataset",)
+    keys = [experiment.key(name) for name in names]
+    tags = {EXPERIMENT_TAG: experiment.name, TRIGGER_TAG: trigger, "roma/why": step.why[:200]}
+    return dg.RunRequest(
+        run_key=run_key,
+        # a shared encoder is trained by its own experiment, on its data and budget
+        asset_selection=[key for key in keys if key.path[0] == experiment.name],
+        tags={**tags, _REQUESTED_TAG: f"{now:.0f}"},
+    )
 
-        A build makes the data set; ``train_on_new_data`` follows if its content changed. A training
-        is everything from pretraining to the registry.
 
-        Args:
-            once: give the run a key, so that Dagster serves it once; a failed run is requested again
-                under another key, some hours later and a few times. A schedule has its own rhythm.
-        """
-        now = time.time() if now is None else now
-        run_key = self._run_key(instance, step, now) if once else None
-        if isinstance(run_key, dg.SkipReason):
+def _run_key(
+    experiment: Experiment, instance: dg.DagsterInstance, step: Step, now: float
+) -> str | dg.SkipReason:
+    """The key of the next attempt at a step, or why there is none now."""
+
+    def newest(tags: dict[str, str]) -> dg.DagsterRun | None:
+        return next(iter(instance.get_runs(dg.RunsFilter(tags=tags), limit=1)), None)
+
+    run_key, advice = step.key, "materialise it manually, or change data or settings"
+    n_failed = 0
+    while True:
+        run = newest({"dagster/run_key": run_key, EXPERIMENT_TAG: experiment.name})
+        if run is None:
             return run_key
-        if step.do == "train" and (text := self._over_budget(step, now)):
-            return dg.SkipReason(text)
-        names = TRAINING if step.do == "train" else ("dataset",)
-        keys = [self.experiment.key(name) for name in names]
-        tags = {EXPERIMENT_TAG: self.name, TRIGGER_TAG: trigger, "roma/why": step.why[:200]}
-        return dg.RunRequest(
-            run_key=run_key,
-            # a shared encoder is trained by its own experiment, on its data and budget
-            asset_selection=[key for key in keys if key.path[0] == self.name],
-            tags={**tags, _REQUESTED_TAG: f"{now:.0f}"},
-        )
+        requested_at = float(run.tags.get(_REQUESTED_TAG, 0.0))
+        run = newest({"dagster/root_run_id": run.run_id}) or run  # its newest retry
+        if run.status is dg.DagsterRunStatus.CANCELED:
+            return dg.SkipReason(f"{step.why}; run {run.run_id} was cancelled; {advice}")
+        if run.status is not dg.DagsterRunStatus.FAILURE:
+            return run_key  # which Dagster does not serve twice
+        failed = f"{step.why}; run {run.run_id} failed"
+        if run.tags.get("dagster/will_retry") == "true":
+            return dg.SkipReason(f"{failed} and will be retried")
+        if n_failed == len(_AGAIN_AFTER_H) or _has_settings_error(instance, run.run_id):
+            return dg.SkipReason(f"{failed}, attempt {n_failed + 1}; waiting: {advice}")
+        after_h = _AGAIN_AFTER_H[n_failed]
+        if now < requested_at + 3600 * after_h:
+            return dg.SkipReason(f"{failed}; it is tried again {after_h:g} h after its request")
+        n_failed += 1
+        run_key = f"{step.key}:{n_failed + 1}"
 
-    def _run_key(self, instance: dg.DagsterInstance, step: Step, now: float) -> str | dg.SkipReason:
-        """The key of the next attempt at a step, or why there is none now."""
 
-        def newest(tags: dict[str, str]) -> dg.DagsterRun | None:
-            return next(iter(instance.get_runs(dg.RunsFilter(tags=tags), limit=1)), None)
-
-        run_key, advice = step.key, "materialise it manually, or change data or settings"
-        n_failed = 0
-        while True:
-            run = newest({"dagster/run_key": run_key, EXPERIMENT_TAG: self.name})
-            if run is None:
-                return run_key
-            requested_at = float(run.tags.get(_REQUESTED_TAG, 0.0))
-            run = newest({"dagster/root_run_id": run.run_id}) or run  # its newest retry
-            if run.status is dg.DagsterRunStatus.CANCELED:
-                return dg.SkipReason(f"{step.why}; run {run.run_id} was cancelled; {advice}")
-            if run.status is not dg.DagsterRunStatus.FAILURE:
-                return run_key  # which Dagster does not serve twice
-            failed = f"{step.why}; run {run.run_id} failed"
-            if run.tags.get("dagster/will_retry") == "true":
-                return dg.SkipReason(f"{failed} and will be retried")
-            if n_failed == len(_AGAIN_AFTER_H) or _has_settings_error(instance, run.run_id):
-                return dg.SkipReason(f"{failed}, attempt {n_failed + 1}; waiting: {advice}")
-            after_h = _AGAIN_AFTER_H[n_failed]
-            if now < requested_at + 3600 * after_h:
-                return dg.SkipReason(f"{failed}; it is tried again {after_h:g} h after its request")
-            n_failed += 1
-            run_key = f"{step.key}:{n_failed + 1}"
-
-    def _over_budget(self, step: Step, now: float) -> str:
-        """Why the weekly budget allows no training, after an alert; empty if it does."""
-        storage = Storage.open()
-        limit = self.experiment.automation.budget_hours_per_week
-        if limit is None or (used := hours_used(self.experiment, storage.jobs, now)) < limit:
-            return ""
-        unit = "GPU-hours" if self.experiment.resources.gpus_per_node else "CPU-hours"
-        text = (
-            f"{used:.1f} of {limit:g} {unit} of the weekly budget are used, so no training "
-            f"starts. Reason to train: {step.why}"
-        )
-        subject = f"{self.name}: out of budget"
-        send_alert(storage, "budget", subject, text, key=[self.name, step.key])
-        return text
+def _over_budget(experiment: Experiment, step: Step, now: float) -> str:
+    """Why the weekly budget allows no training, after an alert; empty if it does."""
+    storage = Storage.open()
+    limit = experiment.automation.budget_hours_per_week
+    if limit is None or (used := hours_used(experiment, storage.jobs, now)) < limit:
+        return ""
+    unit = "GPU-hours" if experiment.resources.gpus_per_node else "CPU-hours"
+    text = (
+        f"{used:.1f} of {limit:g} {unit} of the weekly budget are used, so no training "
+        f"starts. Reason to train: {step.why}"
+    )
+    subject = f"{experiment.name}: out of budget"
+    send_alert(storage, "budget", subject, text, key=[experiment.name, step.key])
+    return text
 
 
 def _has_settings_error(instance: dg.DagsterInstance, run_id: str) -> bool:

@@ -15,13 +15,13 @@ NEW_DATA = NewData(settle_s=60)
 @pytest.fixture
 def built(month: Month):  # noqa: F811
     month.deliver()
-    assert month.launch(check_source(month.automated, NEW_DATA, month.instance, month.now), "new")
+    assert month.launch(check_source(month.experiment, NEW_DATA, month.instance, month.now), "new")
     return month
 
 
 def train(built, hour):
     """A tick of the sensor at an hour after noon of the first day: its decision, and if a run began."""
-    decision = check_dataset(built.automated, built.instance, built.now + 3600 * hour)
+    decision = check_dataset(built.experiment, built.instance, built.now + 3600 * hour)
     return decision, built.launch(decision, "train")
 
 
@@ -59,7 +59,7 @@ def test_it_waits_for_a_person_after_some_attempts(built):
 def test_a_run_that_was_cancelled_or_is_retried_is_not_requested_again(
     built, status, tags, expected
 ):
-    request = check_dataset(built.automated, built.instance, built.now)
+    request = check_dataset(built.experiment, built.instance, built.now)
     key = {"dagster/run_key": request.run_key}
     run = dg.DagsterRun("job", status=status, tags={**request.tags, **key, **tags})
     built.instance.add_run(run)
@@ -72,7 +72,7 @@ def test_a_run_that_was_cancelled_or_is_retried_is_not_requested_again(
 
 def test_a_build_is_tried_again_unless_the_data_are_wrong(month, monkeypatch):  # noqa: F811
     def ask(hour):
-        decision = check_source(month.automated, NEW_DATA, month.instance, month.now + 3600 * hour)
+        decision = check_source(month.experiment, NEW_DATA, month.instance, month.now + 3600 * hour)
         return decision, month.launch(decision, "new")
 
     def full(*_, **__):

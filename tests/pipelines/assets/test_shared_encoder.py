@@ -4,7 +4,7 @@ import dagster as dg
 import pytest
 
 from roma_pipelines.assets.training import finetuned_classifier_asset
-from roma_pipelines.automation.state import Automated, Step
+from roma_pipelines.automation.state import Step, request
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.definitions import load_experiments
 from roma_pipelines.experiment import ASSET_NAMES
@@ -53,14 +53,13 @@ def test_what_it_shares_decides_its_classifier_but_is_not_trained_by_it(instance
         RomaExperiment(**(sections | {"pretrained_from": name})) for name in ("waves", "tides")
     )
     versions = [
-        Automated.of(e, [finetuned_classifier_asset(e)]).code_versions["finetuned_classifier"]
-        for e in (here, there)
+        spec.code_version for e in (here, there) for spec in finetuned_classifier_asset(e).specs
     ]
     assert versions[0] != versions[1]
 
-    request = Automated(here, {}).request(instance, "schedule", Step("train", "a test"), once=False)
+    asked = request(here, instance, "schedule", Step("train", "a test"), once=False)
 
-    selected = {key.to_user_string() for key in request.asset_selection}
+    selected = {key.to_user_string() for key in asked.asset_selection}
     assert selected == {f"ripples/{noun}" for noun in ASSET_NAMES[2:]}
 
 

@@ -18,7 +18,6 @@ from roma_core.files import digest_of, read_json, write_json
 from roma_core.job import Attempt, JobFolder
 from roma_pipelines.assets.dataset import dataset_asset
 from roma_pipelines.automation.alerts import alert_on_failure, read_alerts
-from roma_pipelines.automation.state import Automated
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.launching.pipes import key_for, run_job
 from roma_pipelines.launching.spec import JobFailed, JobSpec, JobState, Phase
@@ -93,7 +92,6 @@ class Month:
             },
         )
         self.assets = [dataset_asset(self.experiment), *self._played_assets()]
-        self.automated = Automated.of(self.experiment, self.assets)
         self.failure_cursor: str | None = None
         self.alerts: list[tuple[int, str]] = []
         self.send_failure_alerts()  # the first tick only sets the cursor
@@ -200,11 +198,8 @@ class Month:
         return outcome.metadata()
 
     def _played_assets(self) -> list[dg.AssetsDefinition]:
-        def asset(noun: str, body: Callable, *upstream: str, **more: Any) -> dg.AssetsDefinition:
-            arguments = self.experiment.asset_arguments(
-                noun, *upstream, settings={"dataset", "pretraining", "finetuning", "gate"}
-            )
-            return dg.asset(**arguments, **more)(body)
+        def asset(body: Callable, **more: Any) -> dg.AssetsDefinition:
+            return dg.asset(**self.experiment.asset_arguments(body.__name__), **more)(body)
 
         def pretrained_encoder(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
             return dg.MaterializeResult(metadata=self._run_job(context))
@@ -238,13 +233,8 @@ class Month:
             "gate", asset=self.experiment.key("evaluation_report"), blocking=True
         )
         return [
-            asset("pretrained_encoder", pretrained_encoder, "dataset"),
-            asset("finetuned_classifier", finetuned_classifier, "dataset", "pretrained_encoder"),
-            asset(
-                "evaluation_report",
-                evaluation_report,
-                *("dataset", "finetuned_classifier"),
-                check_specs=[check],
-            ),
-            asset("registered_classifier", registered_classifier, "dataset", "evaluation_report"),
+            asset(pretrained_encoder),
+            asset(finetuned_classifier),
+            asset(evaluation_report, check_specs=[check]),
+            asset(registered_classifier),
         ]

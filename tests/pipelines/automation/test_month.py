@@ -20,19 +20,19 @@ def test_thirty_days_give_exactly_the_expected_trainings_promotions_and_alerts(m
 
     def sensors():
         nonlocal cursor
-        month.launch(check_source(month.automated, new_data, month.instance, month.now), "new")
-        month.launch(check_dataset(month.automated, month.instance), "train")
-        decision, after = check_inputs(month.automated, drift, month.instance, cursor, month.now)
+        month.launch(check_source(month.experiment, new_data, month.instance, month.now), "new")
+        month.launch(check_dataset(month.experiment, month.instance), "train")
+        decision, after = check_inputs(month.experiment, drift, month.instance, cursor, month.now)
         month.launch(decision, "drift")
         cursor = after
 
     for day in range(30):
         month.day, month.accuracy = day, 0.5 if day == WORSE_MODEL else 0.9
         # 03:00, the schedule
-        decision = scheduled_run(month.automated, month.instance, month.now)
+        decision = scheduled_run(month.experiment, month.instance, month.now)
         said[day] = decision.skip_message if isinstance(decision, dg.SkipReason) else "run"
         month.launch(decision, "schedule")
-        month.launch(check_dataset(month.automated, month.instance), "train")
+        month.launch(check_dataset(month.experiment, month.instance), "train")
         # 11:00, what comes in
         if day == WORSE_MODEL:
             bad.unlink()
@@ -83,8 +83,8 @@ def test_thirty_days_give_exactly_the_expected_trainings_promotions_and_alerts(m
 def test_an_alert_of_a_failed_job_has_the_last_fifty_lines_of_its_log(month):
     month.deliver()
     month.mood = "fail"
-    month.launch(scheduled_run(month.automated, month.instance), "schedule")
-    month.launch(check_dataset(month.automated, month.instance), "train")
+    month.launch(scheduled_run(month.experiment, month.instance), "schedule")
+    month.launch(check_dataset(month.experiment, month.instance), "train")
     month.send_failure_alerts()
     month.send_failure_alerts()
     (alert,) = read_alerts(month.storage)

@@ -27,6 +27,8 @@ from roma_pipelines.automation.state import (
     TrainingState,
     hours_used,
     next_step,
+    request,
+    state_of,
 )
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.launching.spec import AttemptRecord, JobSpec
@@ -72,14 +74,14 @@ def test_what_comes_next_follows_from_the_facts(state, fingerprint, do, why):
 def test_files_that_are_touched_are_built_but_not_trained_on(month):
     settings = NewData(settle_s=60)
     path = month.deliver()
-    asked = check_source(month.automated, settings, month.instance, path.stat().st_mtime + 5)
+    asked = check_source(month.experiment, settings, month.instance, path.stat().st_mtime + 5)
     assert "it may be incomplete" in asked.skip_message
     for _ in range(2):  # the same request, served once
-        month.launch(check_source(month.automated, settings, month.instance, month.now), "new")
-    month.launch(check_dataset(month.automated, month.instance), "train")
+        month.launch(check_source(month.experiment, settings, month.instance, month.now), "new")
+    month.launch(check_dataset(month.experiment, month.instance), "train")
     os.utime(path, (month.now - 100, month.now - 100))
-    month.launch(check_source(month.automated, settings, month.instance, month.now), "new")
-    asked = check_dataset(month.automated, month.instance)
+    month.launch(check_source(month.experiment, settings, month.instance, month.now), "new")
+    asked = check_dataset(month.experiment, month.instance)
     assert "was trained on already" in asked.skip_message
     training = "+".join(tiny.ASSET_NAMES[1:])
     assert [nouns for _, nouns, _ in month.runs] == ["dataset", training, "dataset"]
@@ -89,7 +91,7 @@ def test_files_that_are_touched_are_built_but_not_trained_on(month):
 
     def look(cursor=None, now=month.now, **settings):
         return check_inputs(
-            month.automated, Drift(**(drift | settings)), month.instance, cursor, now
+            month.experiment, Drift(**(drift | settings)), month.instance, cursor, now
         )
 
     asked, cursor = look()
@@ -114,11 +116,10 @@ def test_files_that_are_touched_are_built_but_not_trained_on(month):
     tight = month.experiment.automation.model_copy(update={"budget_hours_per_week": 1e-9})
     poor = month.experiment.model_copy(update={"automation": tight})
     assert hours_used(poor, month.storage.jobs) > 0
-    automated = type(month.automated)(poor, month.automated.code_versions)
     cursor = None
     for _ in range(2):
         asked, cursor = check_inputs(
-            automated, Drift(**drift | {"only_if_new": False}), month.instance, cursor, time.time()
+            poor, Drift(**drift | {"only_if_new": False}), month.instance, cursor, time.time()
         )
         assert "CPU-hours of the weekly budget are used" in asked.skip_message
     assert hours_used(poor, month.storage.jobs, time.time() + 8 * 86400) == 0
@@ -145,20 +146,19 @@ def test_the_budget_counts_attempts_that_run(month):
     assert hours_used(month.experiment, month.storage.jobs, now) == pytest.approx(hours * 8)
     tight = month.experiment.automation.model_copy(update={"budget_hours_per_week": 1000})
     poor = month.experiment.model_copy(update={"automation": tight})
-    automated = type(month.automated)(poor, month.automated.code_versions)
-    asked = automated.request(month.instance, "drift", Step("train", "drifted", "k"), now)
+    asked = request(poor, month.instance, "drift", Step("train", "drifted", "k"), now)
     assert "1920.0 of 1000 CPU-hours of the weekly budget are used" in asked.skip_message
 
 
 def test_an_unsound_data_set_is_not_trained_on(month):
     first = month.deliver()
-    month.launch(check_source(month.automated, NewData(), month.instance, month.now), "new")
-    month.launch(check_dataset(month.automated, month.instance), "train")
+    month.launch(check_source(month.experiment, NewData(), month.instance, month.now), "new")
+    month.launch(check_dataset(month.experiment, month.instance), "train")
     # objects of equal content in two splits: an error of the check, not of the builder
     copy = first.with_name("copy.parquet")
     write_copy(first, copy)
-    month.launch(check_source(month.automated, NewData(), month.instance, month.now), "new")
-    asked = check_dataset(month.automated, month.instance)
+    month.launch(check_source(month.experiment, NewData(), month.instance, month.now), "new")
+    asked = check_dataset(month.experiment, month.instance)
     assert isinstance(asked, dg.SkipReason) and "failed its check" in asked.skip_message
     month.send_failure_alerts()
     (told,) = read_alerts(month.storage)
@@ -178,7 +178,7 @@ def write_copy(first, copy):
 
 def test_every_move_of_champion_asks_once_for_predictions(month):
     client = connect(MlflowSettings(), month.storage.mlflow)
-    asked, cursor = check_champion(month.automated, None)
+    asked, cursor = check_champion(month.experiment, None)
     assert "no champion yet" in asked.skip_message
     client.create_registered_model("waves")
     keys = []
@@ -186,7 +186,7 @@ def test_every_move_of_champion_asks_once_for_predictions(month):
         client.create_model_version("waves", (month.storage.mlflow / "artifacts").as_uri())
     for version in ("1", "1", "2", "1"):  # the last one is a rollback
         client.set_registered_model_alias("waves", "champion", version)
-        asked, cursor = check_champion(month.automated, cursor)
+        asked, cursor = check_champion(month.experiment, cursor)
         if isinstance(asked, dg.RunRequest):
             keys.append(asked.run_key)
             assert asked.asset_selection == [dg.AssetKey(["waves", "batch_predictions"])]
@@ -195,7 +195,7 @@ def test_every_move_of_champion_asks_once_for_predictions(month):
 
 def test_a_registry_that_is_away_is_one_sentence_and_keeps_the_cursor(month, monkeypatch):
     monkeypatch.setenv("ROMA_MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    asked, cursor = check_champion(month.automated, "3:2")
+    asked, cursor = check_champion(month.experiment, "3:2")
     assert asked.skip_message.startswith("the MLflow server http://127.0.0.1:9 does not answer (")
     assert cursor == "3:2"
 
@@ -203,9 +203,9 @@ def test_a_registry_that_is_away_is_one_sentence_and_keeps_the_cursor(month, mon
 def test_inputs_are_compared_with_what_the_champion_carries(month, tmp_path):
     """Not with the data that were trained on last, whose model the gate may have refused."""
     month.deliver()
-    month.launch(check_source(month.automated, NewData(), month.instance, month.now), "new")
-    month.launch(check_dataset(month.automated, month.instance), "train")
-    version = month.automated.state(month.instance).trained.on[0]
+    month.launch(check_source(month.experiment, NewData(), month.instance, month.now), "new")
+    month.launch(check_dataset(month.experiment, month.instance), "train")
+    version = state_of(month.experiment, month.instance).trained.on[0]
     write_series(tmp_path / "inbox" / "a.parquet", 200, 5, month.now)
     settings = Drift(files=(tmp_path / "inbox" / "a.parquet",))
 

@@ -19,8 +19,8 @@ def test_memory_is_flat_over_ten_thousand_ticks(month):
     month.deliver()
     month.receive_inputs()
     settings = month.experiment.automation.new_data
-    month.launch(check_source(month.automated, settings, month.instance, month.now), "new")
-    month.launch(check_dataset(month.automated, month.instance), "train")
+    month.launch(check_source(month.experiment, settings, month.instance, month.now), "new")
+    month.launch(check_dataset(month.experiment, month.instance), "train")
     definitions = month.experiment.with_automation(month.assets)
     merged = dg.Definitions.merge(definitions, dg.Definitions(sensors=[alert_on_failure]))
     repository = merged.get_repository_def()
