@@ -15,11 +15,18 @@ import click
 
 from roma_core.claim import is_running, process_start
 from roma_core.cli import errors_as_messages
+from roma_core.evaluation.metrics import ClassificationMetrics
+from roma_core.files import digest_of, read_json
+from roma_core.job import JobFolder
+from roma_pipelines.launching.jobs import all_jobs, cancel
+from roma_pipelines.launching.targets import launcher_of_attempt
+from roma_pipelines.registry.gate import has_passed
+from roma_pipelines.registry.runs import send_pending
+from roma_pipelines.registry.store import MlflowSettings, StoreError, own_store
+from roma_pipelines.storage import Storage, prepare_instance
 
 if TYPE_CHECKING:
     import dagster as dg
-
-    from roma_pipelines.storage import Storage
 
 _LOGGER = "progress"
 
@@ -40,9 +47,6 @@ def demo(experiment: str, fresh: bool) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
     for number in (signal.SIGTERM, signal.SIGHUP):  # end the training, too
         signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
-    from roma_pipelines.registry.store import StoreError
-    from roma_pipelines.storage import Storage, prepare_instance
-
     with errors_as_messages():
         storage = Storage.open()
         prepare_instance(storage)
@@ -64,8 +68,6 @@ def _run(
     instance: dg.DagsterInstance, storage: Storage, experiment: str, fresh: bool, started: float
 ) -> None:
     import dagster as dg
-
-    from roma_core.files import digest_of
 
     with errors_as_messages((ValueError,)):
         from roma_pipelines.definitions import defs
@@ -123,10 +125,6 @@ def _keys(definitions: dg.Definitions, experiment: str) -> list[dg.AssetKey]:
 
 def _end_jobs(instance: dg.DagsterInstance, storage: Storage, killed: list[dg.DagsterRun]) -> None:
     """Cancel jobs of killed runs that this run cannot adopt."""
-    from roma_pipelines.launching.jobs import all_jobs, cancel
-    from roma_pipelines.launching.targets import launcher_of_attempt
-    from roma_pipelines.registry.runs import send_pending
-
     runs = {run.run_id for run in killed}
     for job in all_jobs(storage.jobs):
         if job.is_unfinished and job.lease.get("dagster_run_id") in runs:
@@ -148,8 +146,6 @@ def _missing(
     instance: dg.DagsterInstance, definitions: dg.Definitions, keys: list[dg.AssetKey]
 ) -> list[dg.AssetKey]:
     """Assets to materialise: the first that is missing or outdated, and all after it."""
-    from roma_core.job import JobFolder
-    from roma_pipelines.registry.gate import has_passed
     from roma_pipelines.tracked_job import newest_materialization
 
     graph = definitions.resolve_asset_graph()
@@ -216,9 +212,6 @@ def _conclude(
     instance: dg.DagsterInstance, storage: Storage, keys: list[dg.AssetKey], seconds: float
 ) -> None:
     """Print paths, results and next steps."""
-    from roma_core.evaluation.metrics import ClassificationMetrics
-    from roma_core.files import read_json
-    from roma_pipelines.registry.store import MlflowSettings, own_store
     from roma_pipelines.tracked_job import newest_materialization
 
     facts: dict[str, dict[str, Any]] = {}

@@ -9,18 +9,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from roma_core.cli import errors_as_messages
+from roma_core.files import digest_of, read_json
+from roma_core.job import JobFolder
 from roma_pipelines.cli import TARGETS
-
-if TYPE_CHECKING:
-    from roma_core.job import JobFolder
-    from roma_pipelines.launching.launcher import Launcher
-    from roma_pipelines.launching.spec import JobSpec, JobState
-    from roma_pipelines.storage import Storage
+from roma_pipelines.launching.jobs import Job, all_jobs, find_job, read_job
+from roma_pipelines.launching.jobs import cancel as cancel_job
+from roma_pipelines.launching.launcher import Launcher, Rejected, size_of
+from roma_pipelines.launching.local import exceeds_this_computer
+from roma_pipelines.launching.outcome import duration, local_time, read_events
+from roma_pipelines.launching.spec import JobFailed, JobSpec, JobState, id_of, job_key
+from roma_pipelines.launching.supervisor import supervise
+from roma_pipelines.launching.targets import launcher_for, launcher_of_attempt
+from roma_pipelines.registry import runs
+from roma_pipelines.storage import Storage
 
 _PASSTHROUGH_ENV = ("ROMA", "WANDB", "MLFLOW")
 _FOLLOW_EVERY_S = 0.5
@@ -61,11 +67,6 @@ def launch(as_module: bool, key: str | None, words: tuple[str, ...], **options: 
     the .env there. Ctrl-C ends the supervision, not the job: --job KEY resumes it, and makes the
     attempts that an interrupted job needs.
     """
-    from roma_core.files import read_json
-    from roma_pipelines.launching.jobs import find_job
-    from roma_pipelines.launching.targets import launcher_of_attempt
-    from roma_pipelines.storage import Storage
-
     if bool(words) == (key is not None):
         raise click.UsageError("expected -m MODULE, or --job KEY of a job that was launched before")
     if options["profile"] and options["target"] == "local":
@@ -93,14 +94,6 @@ def launch(as_module: bool, key: str | None, words: tuple[str, ...], **options: 
 def _new_job(
     storage: Storage, module: str, arguments: tuple[str, ...], options: dict[str, Any]
 ) -> tuple[JobFolder, JobSpec, Any, Launcher]:
-    from roma_core.files import digest_of
-    from roma_core.job import JobFolder
-    from roma_pipelines.launching.launcher import Rejected
-    from roma_pipelines.launching.local import exceeds_this_computer
-    from roma_pipelines.launching.slurm.launcher import SlurmLauncher
-    from roma_pipelines.launching.spec import JobSpec, job_key
-    from roma_pipelines.launching.targets import launcher_for
-
     here = str(Path.cwd())
     config = {"module": module, "arguments": list(arguments), "working_folder": here}
     key = job_key(module, secrets.token_hex(8))
@@ -126,10 +119,8 @@ def _new_job(
                 err=True,
             )
     launcher = launcher_for(options["target"], options["profile"], storage)
-    elsewhere: Any = launcher.backend != "local"
-    if isinstance(launcher, SlurmLauncher):
-        at = launcher.profile
-        elsewhere = at.ssh or at.python or at.container or at.modules or at.setup
+    of_nodes = ("ssh", "python", "container", "modules", "setup")  # of a cluster's profile
+    elsewhere = any(getattr(launcher.profile, name, None) for name in of_nodes)
     if not elsewhere:  # with this interpreter and these files: an error now, not of every process
         look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
         done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True)
@@ -146,9 +137,6 @@ def _new_job(
 def _supervise(
     folder: JobFolder, spec: JobSpec, config: Any, launcher: Launcher, max_attempts: int
 ) -> None:
-    from roma_pipelines.launching.spec import JobFailed
-    from roma_pipelines.launching.supervisor import supervise
-
     log, announced, reason = _Log(folder), False, ""
 
     def announce(note: str = "") -> None:  # once; a rejected job has no folder
@@ -220,10 +208,6 @@ def jobs() -> None:
 @_messages
 def list_(everything: bool) -> None:
     """List waiting and running jobs, the newest first."""
-    from roma_pipelines.launching.jobs import all_jobs
-    from roma_pipelines.launching.outcome import duration
-    from roma_pipelines.storage import Storage
-
     found = all_jobs(Storage.open().jobs)
     shown = [job for job in found if everything or job.open_attempt is not None]
     if not shown:
@@ -248,13 +232,6 @@ def list_(everything: bool) -> None:
 @_messages
 def show(key: str) -> None:
     """Show one job: its resources, attempts and events."""
-    from roma_pipelines.launching.jobs import find_job
-    from roma_pipelines.launching.launcher import size_of
-    from roma_pipelines.launching.outcome import duration, local_time, read_events
-    from roma_pipelines.launching.spec import id_of
-    from roma_pipelines.registry.runs import is_pending, known_run, read_record
-    from roma_pipelines.storage import Storage
-
     job = find_job(Storage.open().jobs, key)
     click.echo(f"job         {job.key}: {job.asset}, {job.status}")
     click.echo(f"folder      {job.folder.path}")
@@ -267,9 +244,9 @@ def show(key: str) -> None:
         if job.is_unfinished and (state := job.lease.get("state")):
             seen_s = time.time() - float(job.lease["beat"])
             click.echo(f"state       {state}; seen {duration(seen_s)} ago")
-    if (mlflow := read_record(job.folder)) is not None:
-        run_id = known_run(job.folder).get("run_id", "no run yet")
-        pending = ", pending: `roma-pipeline jobs sync` sends it" * is_pending(job.folder)
+    if (mlflow := runs.read_record(job.folder)) is not None:
+        run_id = runs.known_run(job.folder).get("run_id", "no run yet")
+        pending = ", pending: `roma-pipeline jobs sync` sends it" * runs.is_pending(job.folder)
         click.echo(f"mlflow      {run_id}: {mlflow.status}{pending}")
     for record in job.records:
         known = id_of(record.external)
@@ -289,9 +266,6 @@ def show(key: str) -> None:
 @_messages
 def logs(key: str, follow: bool, attempt: int | None) -> None:
     """Print the output of a job's processes."""
-    from roma_pipelines.launching.jobs import Job, find_job, read_job
-    from roma_pipelines.storage import Storage
-
     job: Job | None = find_job(Storage.open().jobs, key)
     assert job is not None
     known = [record.attempt for record in job.records]
@@ -318,17 +292,13 @@ def logs(key: str, follow: bool, attempt: int | None) -> None:
 @_messages
 def cancel(key: str, wait_s: float) -> None:
     """Cancel a job on any target, supervised or not."""
-    from roma_pipelines.launching.jobs import cancel, find_job
-    from roma_pipelines.launching.targets import launcher_of_attempt
-    from roma_pipelines.storage import Storage
-
     storage = Storage.open()
     job = find_job(storage.jobs, key)
     if not job.is_unfinished:
         click.echo(f"job {job.key} has already ended: {job.status}")
         return
     by = f"roma-pipeline jobs cancel, by {getpass.getuser()}"
-    click.echo(f"job {job.key}: {cancel(job, by, launcher_of_attempt(storage), wait_s)}")
+    click.echo(f"job {job.key}: {cancel_job(job, by, launcher_of_attempt(storage), wait_s)}")
 
 
 @jobs.command()
@@ -336,19 +306,15 @@ def cancel(key: str, wait_s: float) -> None:
 @_messages
 def sync(drop: str | None) -> None:
     """Send records to MLflow that could not be sent while it was unreachable."""
-    from roma_pipelines.launching.jobs import find_job
-    from roma_pipelines.registry.runs import drop_record, send_pending
-    from roma_pipelines.storage import Storage
-
     storage = Storage.open()
     if drop is not None:
         job = find_job(storage.jobs, drop)
         if job.is_unfinished:
             raise ValueError(f"job {job.key} has not ended, and its end would be recorded again")
-        drop_record(job.folder)
+        runs.drop_record(job.folder)
         click.echo(f"job {job.key}: its record will not be sent to MLflow")
         return
-    sent, failed = send_pending(storage, patient=True)
+    sent, failed = runs.send_pending(storage, patient=True)
     click.echo(f"MLflow received what it lacked of {len(sent)} jobs")
     if failed:
         raise ValueError("\n".join(failed))

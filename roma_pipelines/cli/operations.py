@@ -14,11 +14,21 @@ import click
 
 from roma_core.cli import errors_as_messages
 from roma_core.cli.doctor import CheckResult, report
+from roma_core.job import JobFolder
+from roma_pipelines.cli import open_registry
+from roma_pipelines.launching.jobs import all_jobs
+from roma_pipelines.registry.runs import SHORT_S, is_pending, limit_requests, no_answer
+from roma_pipelines.registry.store import MlflowSettings, connect, is_server
+from roma_pipelines.storage import (
+    MIN_FREE_MB,
+    Storage,
+    StorageError,
+    StorageSettings,
+    prepare_instance,
+)
 
 if TYPE_CHECKING:
     import dagster as dg
-
-    from roma_pipelines.storage import Storage
 
 
 @click.command()
@@ -33,11 +43,7 @@ def _checks() -> Iterator[CheckResult]:
     """All checks in turn. A store that cannot be reached is an error and hides no other result."""
     import dagster as dg
 
-    from roma_core.job import JobFolder
     from roma_pipelines.definitions import load_experiments
-    from roma_pipelines.registry.runs import SHORT_S, is_pending, limit_requests, no_answer
-    from roma_pipelines.registry.store import MlflowSettings, connect, is_server
-    from roma_pipelines.storage import Storage, StorageError, prepare_instance
 
     try:
         storage = Storage.open()
@@ -90,8 +96,6 @@ def _unusable(store: str, error: Exception) -> CheckResult:
 
 
 def _disk(storage: Storage) -> CheckResult:
-    from roma_pipelines.storage import MIN_FREE_MB
-
     total, _, free = shutil.disk_usage(storage.root)
     detail = f"{free / 1e9:.1f} GB of {total / 1e9:.1f} GB free at {storage.root}"
     if free < MIN_FREE_MB * 1e6:
@@ -101,8 +105,6 @@ def _disk(storage: Storage) -> CheckResult:
 
 
 def _jobs(storage: Storage) -> Iterator[CheckResult]:
-    from roma_pipelines.launching.jobs import all_jobs
-
     jobs = all_jobs(storage.jobs)
     n_unreadable = sum((path / "spec.json").exists() for path in storage.jobs.iterdir()) - len(jobs)
     if n_unreadable > 0:
@@ -174,9 +176,7 @@ def gc(days: float, keep_versions: int, yes: bool) -> None:
     a registered version or the newest materialisation of an asset was made of, what is running, and
     the inputs of predictions.
     """
-    from roma_pipelines.cli import open_registry
     from roma_pipelines.operations.retention import operations_lock, removals
-    from roma_pipelines.storage import Storage, prepare_instance
 
     verb, total = "removed" if yes else "would remove", 0
     with open_registry() as client:
@@ -212,7 +212,6 @@ def backup(file: Path, with_datasets: bool) -> None:
     """
     from roma_pipelines.operations.backup import kept_elsewhere, write_backup
     from roma_pipelines.operations.retention import operations_lock
-    from roma_pipelines.storage import Storage
 
     with errors_as_messages():
         storage = Storage.open()
@@ -231,7 +230,6 @@ def backup(file: Path, with_datasets: bool) -> None:
 def restore(file: Path) -> None:
     """Restore FILE into ROMA_STORAGE_ROOT, which must be empty, as must the database."""
     from roma_pipelines.operations.backup import restore_backup
-    from roma_pipelines.storage import StorageSettings
 
     root = StorageSettings().root
     with errors_as_messages():

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from roma_core.job import JobFolder
+from roma_core.trainer.config import TrainerConfig
 from roma_pipelines.cli import TARGETS
+from roma_pipelines.launching.jobs import all_jobs
+from roma_pipelines.launching.launcher import PLANNED_FOLDER, Launcher, Rejected, Unreachable
+from roma_pipelines.launching.spec import JobSpec
+from roma_pipelines.launching.targets import job_spec, launcher_for, roma_command
+from roma_pipelines.storage import Storage, StorageError
 
-if TYPE_CHECKING:
-    from roma_core.job import JobFolder
+if TYPE_CHECKING:  # it imports Dagster, which takes seconds
     from roma_pipelines.experiment import Experiment
-    from roma_pipelines.launching.launcher import Launcher
-    from roma_pipelines.launching.spec import JobSpec
-    from roma_pipelines.storage import Storage
 
 _COMMANDS: dict[str, tuple[str, Literal["torchrun", "plain"]]] = {
     "pretrained_encoder": ("pretrain", "torchrun"),
@@ -47,12 +50,7 @@ def plan(experiment: str, target: str | None, profile: str | None, asset: str, c
     EXPERIMENT is a name or the path of a defs.yaml. Nothing is submitted. --check prints every
     reason for which the target would reject the job; the exit code is 1 if there is one.
     """
-    from roma_core.job import JobFolder
-    from roma_core.trainer.config import TrainerConfig
     from roma_pipelines.experiment import ENCODER, load_experiment
-    from roma_pipelines.launching.launcher import PLANNED_FOLDER, Rejected, Unreachable
-    from roma_pipelines.launching.targets import launcher_for
-    from roma_pipelines.storage import Storage, StorageError
 
     try:
         found = load_experiment(experiment)
@@ -95,8 +93,6 @@ def plan(experiment: str, target: str | None, profile: str | None, asset: str, c
 
 
 def _spec(experiment: Experiment, asset: str, key: str, folder: JobFolder) -> JobSpec:
-    from roma_pipelines.launching.targets import job_spec, roma_command
-
     command, runner = _COMMANDS[asset]
     return job_spec(experiment.resources, key, roma_command(command, folder.path), "", runner)
 
@@ -105,9 +101,6 @@ def _show_difference(
     experiment: Experiment, asset: str, launcher: Launcher, storage: Storage
 ) -> None:
     """On standard error, so that the script alone can be redirected into a file."""
-    from roma_core.job import JobFolder
-    from roma_pipelines.launching.jobs import all_jobs
-
     name = f"{experiment.name}/{asset}"
     last = next((job for job in all_jobs(storage.jobs) if job.asset == name and job.records), None)
     if last is None:

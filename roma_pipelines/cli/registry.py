@@ -10,7 +10,13 @@ from pathlib import Path
 
 import click
 
+from roma_core.serving.registry_client import connect
 from roma_pipelines.cli import open_registry
+from roma_pipelines.registry import promotion
+from roma_pipelines.registry.lineage import lineage_of, plan_replay, transfer, versions_from
+from roma_pipelines.registry.store import MlflowSettings
+from roma_pipelines.registry.versions import get_version, version_at
+from roma_pipelines.storage import Storage
 
 _reason = click.option("--reason", required=True, help="Reason, recorded in the audit.")
 _actor = click.option(
@@ -43,12 +49,6 @@ def promote(
     recorded before any alias moves. With --to, checksums are verified on both sides, and the champion
     of that server must be the one that VERSION was compared with.
     """
-    from roma_core.serving.registry_client import connect
-    from roma_pipelines.registry import promotion
-    from roma_pipelines.registry.lineage import transfer
-    from roma_pipelines.registry.store import MlflowSettings
-    from roma_pipelines.registry.versions import get_version, version_at
-
     with open_registry() as client:
         if target is not None:
             there = connect(target)
@@ -87,8 +87,6 @@ def reject(name: str, version: str, reason: str, actor: str, delete: bool) -> No
     If it is `previous`, the champion before it becomes `previous`. A version that an alias points to,
     that was champion before, or that is the encoder of a classifier, is never deleted.
     """
-    from roma_pipelines.registry import promotion
-
     with open_registry() as client:
         promotion.reject(client, name, version, reason, actor)
         click.echo(f"{name}: version {version} is rejected")
@@ -103,8 +101,6 @@ def reject(name: str, version: str, reason: str, actor: str, delete: bool) -> No
 @_actor
 def rollback(name: str, reason: str, actor: str) -> None:
     """Make the previous champion of model NAME the champion; repeat to go one further back."""
-    from roma_pipelines.registry import promotion
-
     with open_registry() as client:
         start = time.perf_counter()
         version = promotion.rollback(client, name, reason=reason, actor=actor)
@@ -120,8 +116,6 @@ def lineage(what: str) -> None:
     WHAT is NAME@ALIAS or NAME/VERSION; or a job key, run id, data-set version, commit or package
     (at least its first six characters).
     """
-    from roma_pipelines.registry.lineage import lineage_of, versions_from
-
     with open_registry() as client:
         if "@" in what or "/" in what:
             found = lineage_of(client, what)
@@ -155,9 +149,6 @@ def replay(name: str, version: str, run_dir: Path | None) -> None:
     The recorded configurations are used, and differences of code and packages are listed. Nothing is
     run.
     """
-    from roma_pipelines.registry.lineage import plan_replay
-    from roma_pipelines.storage import Storage
-
     with open_registry() as client:
         run_dir = run_dir or Path("replay") / f"{name}-{version}"
         plan = plan_replay(client, name, version, run_dir, Storage.open().datasets)

@@ -18,6 +18,8 @@ import click
 
 from roma_core.cli import errors_as_messages
 from roma_core.files import write_json
+from roma_pipelines.registry.store import MlflowSettings, check_access, is_server, own_store
+from roma_pipelines.storage import Storage, prepare_instance
 
 
 @click.command()
@@ -34,9 +36,6 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # its job queue serves features that are not used here, with four more processes
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-    from roma_pipelines.registry.store import MlflowSettings, check_access, is_server, own_store
-    from roma_pipelines.storage import Storage, prepare_instance
-
     with errors_as_messages():
         settings = MlflowSettings()
     elsewhere = is_server(settings.tracking_uri or "")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from roma_pipelines.experiment import Resources
 from roma_pipelines.launching.launcher import Launcher
 from roma_pipelines.launching.local import LocalLauncher
 from roma_pipelines.launching.spec import AttemptRecord, JobSpec
 from roma_pipelines.storage import Storage
+
+if TYPE_CHECKING:  # it imports Dagster, which takes seconds
+    from roma_pipelines.experiment import Resources
 
 # fmt: off
 _ENV_NAMES = (  # environment variables that jobs get where they are set
