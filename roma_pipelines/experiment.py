@@ -26,6 +26,7 @@ from roma_core.settings import Frozen, RomaSettings, SettingsError, validation_e
 from roma_core.trainer.config import TrainerConfig
 from roma_pipelines.automation.settings import Automation
 from roma_pipelines.executor import retry_policy
+from roma_pipelines.launching.spec import JobSize
 from roma_pipelines.registry.gate import GateThresholds
 
 DEFS = Path(__file__).parent / "defs"
@@ -57,18 +58,13 @@ class Stage(Frozen):
     """Fraction of the training series to use, stratified by class."""
 
 
-class Resources(Frozen):
+class Resources(JobSize):
     """Where trainings run, and their size."""
 
     target: Literal["local", "slurm", "kubernetes"] = "local"
     """Where jobs run: this computer or a cluster."""
     profile: str | None = None
     """Profile of the cluster; null takes ROMA_SLURM_PROFILE or ROMA_KUBERNETES_PROFILE."""
-    nodes: int = Field(1, gt=0, description="Nodes; the local target runs all processes on one.")
-    processes_per_node: int = Field(1, gt=0, description="Training processes per node.")
-    threads_per_process: int = Field(1, gt=0, description="CPU threads per process.")
-    gpus_per_node: int = Field(0, ge=0, description="GPUs per node; 0 trains on CPUs.")
-    memory_gb: float | None = Field(None, gt=0, description="Per node; null: profile's default.")
     time_limit_min: int | None = Field(None, gt=1)
     """Minutes of one attempt; the job resumes in a new one. null: the profile's default."""
     max_attempts: int = Field(20, gt=0, description="Attempts in a row that may add no checkpoint.")

@@ -22,7 +22,7 @@ from roma_pipelines.launching.jobs import cancel as cancel_job
 from roma_pipelines.launching.launcher import Launcher, Rejected, size_of
 from roma_pipelines.launching.local import exceeds_this_computer
 from roma_pipelines.launching.outcome import duration, local_time, read_events
-from roma_pipelines.launching.spec import JobFailed, JobSpec, JobState, id_of, job_key
+from roma_pipelines.launching.spec import JobFailed, JobSize, JobSpec, JobState, id_of, job_key
 from roma_pipelines.launching.supervisor import supervise
 from roma_pipelines.launching.targets import launcher_for, launcher_of_attempt
 from roma_pipelines.registry import runs
@@ -40,9 +40,9 @@ _messages = errors_as_messages((RuntimeError, ValueError))  # a closed pipe is c
     help="Profile of the cluster (default: ROMA_SLURM_PROFILE or ROMA_KUBERNETES_PROFILE).",
 )
 @click.option("--nodes", type=int, default=1, show_default=True)
-@click.option("--processes", type=int, default=1, show_default=True, help="Processes per node.")
-@click.option("--threads", type=int, default=1, show_default=True, help="CPU threads per process.")
-@click.option("--gpus", type=int, default=0, show_default=True, help="GPUs per node.")
+@click.option("--processes", "processes_per_node", default=1, show_default=True, help="Per node.")
+@click.option("--threads", "threads_per_process", default=1, show_default=True, help="Per process.")
+@click.option("--gpus", "gpus_per_node", default=0, show_default=True, help="Per node.")
 @click.option("--memory-gb", type=float, help="Memory per node (default: the profile's).")
 @click.option(
     "--time-limit-min", type=int, help="Time limit of one attempt; the job resumes in a new one."
@@ -101,12 +101,7 @@ def _new_job(
         key=key,
         command=("-m", "roma_core.run_job", here, module, *arguments),
         config_digest=digest_of(config),
-        nodes=options["nodes"],
-        processes_per_node=options["processes"],
-        threads_per_process=options["threads"],
-        gpus_per_node=options["gpus"],
-        memory_gb=options["memory_gb"],
-        time_limit_min=options["time_limit_min"],
+        **{name: options[name] for name in JobSize.model_fields},
         env_names=tuple(sorted(name for name in os.environ if name.startswith(_PASSTHROUGH_ENV))),
     )
     if options["target"] == "local":

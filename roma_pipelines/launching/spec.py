@@ -18,7 +18,19 @@ from roma_core.job import Attempt, JobFolder, Result
 from roma_core.settings import Frozen
 
 
-class JobSpec(Frozen):
+class JobSize(Frozen):
+    """Processes of a job, and the resources of each attempt."""
+
+    nodes: int = Field(1, gt=0, description="Nodes; the local target runs all processes on one.")
+    processes_per_node: int = Field(1, gt=0, description="Training processes per node.")
+    threads_per_process: int = Field(1, gt=0, description="CPU threads per process.")
+    gpus_per_node: int = Field(0, ge=0, description="GPUs per node; 0 trains on CPUs.")
+    memory_gb: float | None = Field(None, gt=0, description="Per node; null: profile's default.")
+    time_limit_min: int | None = Field(None, gt=0)
+    """Minutes of one attempt; the job resumes in a new one. null: the profile's default."""
+
+
+class JobSpec(JobSize):
     """What to run and the resources it needs; ``spec.json``.
 
     Holds no secrets and no values of environment variables.
@@ -32,14 +44,6 @@ class JobSpec(Frozen):
     config_digest: str = Field(description="files.digest_of() of the resolved configuration.")
     runner: Literal["torchrun", "plain"] = Field(
         "torchrun", description="What starts the processes; plain: one process, no rendezvous."
-    )
-    nodes: int = Field(1, gt=0, description="Computers.")
-    processes_per_node: int = Field(1, gt=0, description="Training processes on each.")
-    threads_per_process: int = Field(1, gt=0, description="CPU threads of each process.")
-    gpus_per_node: int = Field(0, ge=0, description="GPUs on each computer; 0 hides those there.")
-    memory_gb: float | None = Field(None, gt=0, description="Memory per node, GB; None: no limit.")
-    time_limit_min: int | None = Field(
-        None, gt=0, description="Of one attempt; None: the target's."
     )
     env_names: tuple[str, ...] = Field((), description="Variables passed to it, secrets included.")
 

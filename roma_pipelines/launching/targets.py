@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from roma_pipelines.launching.launcher import Launcher
 from roma_pipelines.launching.local import LocalLauncher
-from roma_pipelines.launching.spec import AttemptRecord, JobSpec
+from roma_pipelines.launching.spec import AttemptRecord, JobSize, JobSpec
 from roma_pipelines.storage import Storage
 
 if TYPE_CHECKING:  # it imports Dagster, which takes seconds
@@ -64,24 +64,17 @@ def job_spec(
     same, and with it the global batch, so that one file trains the same model on either target. Other
     work than training (``plain``) is one process, on one GPU if the trainings have any.
     """
-    nodes, processes, gpus = resources.nodes, resources.processes_per_node, resources.gpus_per_node
+    size = {name: getattr(resources, name) for name in JobSize.model_fields}
     if runner == "plain":
-        nodes, processes, gpus = 1, 1, min(gpus, 1)
+        size |= {
+            "nodes": 1,
+            "processes_per_node": 1,
+            "gpus_per_node": min(size["gpus_per_node"], 1),
+        }
     elif resources.target == "local":
-        nodes, processes = 1, nodes * processes
-    return JobSpec(
-        key=key,
-        command=command,
-        config_digest=config_digest,
-        runner=runner,
-        nodes=nodes,
-        processes_per_node=processes,
-        gpus_per_node=gpus,
-        threads_per_process=resources.threads_per_process,
-        memory_gb=resources.memory_gb,
-        time_limit_min=resources.time_limit_min,
-        env_names=_ENV_NAMES,
-    )
+        size |= {"nodes": 1, "processes_per_node": resources.nodes * resources.processes_per_node}
+    job = {"key": key, "command": command, "config_digest": config_digest, "runner": runner}
+    return JobSpec(**job, **size, env_names=_ENV_NAMES)
 
 
 def launcher_of_attempt(storage: Storage) -> Callable[[AttemptRecord], Launcher]:
