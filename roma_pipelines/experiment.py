@@ -72,10 +72,7 @@ class Resources(JobSize):
     def at(self, target: str | None, profile: str | None) -> Self:
         """These resources on another target or profile; None keeps the present value.
 
-        A new target drops the profile, which belongs to the old one.
-
-        Raises:
-            ValueError: a profile is given with the local target.
+        A new target drops the profile. ValueError if one is given with the local target.
         """
         target = target or self.target
         if target == "local" and profile is not None:
@@ -182,10 +179,8 @@ class Experiment(Frozen):
         return self
 
     def check_servable(self, environment: bool = False) -> None:
-        """Raise ValueError for a regressor, which cannot be packaged and registered.
-
-        Args:
-            environment: read ``ROMA_CLASSIFIER_PROBLEM_TYPE`` where the file sets no type.
+        """Raise ValueError for a regressor, which cannot be packaged or registered; ``environment``:
+        also read ``ROMA_CLASSIFIER_PROBLEM_TYPE`` where the file sets no type.
         """
         problem_type = self.finetuning.model.get("problem_type")
         origin = "finetuning.model.problem_type"

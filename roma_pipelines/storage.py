@@ -71,8 +71,7 @@ class Storage:
     def open(cls, root: Path | None = None) -> Self:
         """The configured storage, created if it does not exist.
 
-        Raises:
-            StorageError: another version wrote it, it cannot be written, or it has no free space.
+        Raises StorageError: of another version, not writable, or without free space.
         """
         storage = cls(root or StorageSettings().root)
         layout = storage.root / "layout.json"
@@ -119,8 +118,7 @@ _SQLALCHEMY = "postgresql+psycopg2"  # without a driver name SQLAlchemy would lo
 def database_url() -> str | None:
     """The configured database without its password, None for SQLite; exports ``PGPASSWORD``.
 
-    Raises:
-        StorageError: it is not a PostgreSQL URL, or its driver is not installed.
+    Raises StorageError if it is not a PostgreSQL URL, or its driver is not installed.
     """
     secret = StorageSettings().database_url
     if secret is None:
@@ -177,8 +175,7 @@ def ensure_schemas(url: str) -> None:
 def connection(url: str) -> Iterator[Any]:
     """A psycopg2 connection with autocommit; takes a ``schema_url``, too.
 
-    Raises:
-        StorageError: the database does not answer or rejects a statement; without the password.
+    Raises StorageError, without the password, if it fails or a statement is rejected.
     """
     import psycopg2
 

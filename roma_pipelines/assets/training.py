@@ -59,11 +59,7 @@ def _check_servable(experiment: Experiment) -> None:
 
 
 def _differences(weights: Path, ours: DataSchema) -> list[str]:
-    """Warnings where the data set of a shared encoder is described differently.
-
-    Raises:
-        dagster.Failure: channels or axes differ, so the encoder cannot be used.
-    """
+    """How the data set of a shared encoder is described otherwise; Failure if it cannot be used."""
     document = read_json(weights / "model_config.json").get("data_schema")
     if document is None:
         return ["its weights do not record the schema of their data"]

@@ -90,9 +90,8 @@ def _decide(
     why: str,
     now: float,
 ) -> tuple[Decision, str, bool]:
-    """The request, its description, and whether these inputs are settled.
-
-    Unsettled inputs are compared again at the next tick: the obstacle to training is temporary.
+    """The request, its description, and whether these inputs are settled: else they are compared
+    again at the next tick, as the obstacle to training is temporary.
     """
     step = step_of(experiment, instance)
     cool_h = (now - seen["trained_at"]) / 3600

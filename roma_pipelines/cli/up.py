@@ -84,8 +84,7 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
 def _serve(modules: dict[str, tuple[str, Sequence[str]]], logs: Path) -> list[str]:
     """Run modules until Ctrl-C, or until one exits, then stop all; returns those that exited.
 
-    Args:
-        modules: name -> address that answers when it is ready; module and arguments.
+    ``modules``: name -> address that answers when it is ready; module and arguments.
     """
 
     def stop(number: int, frame: object) -> None:

@@ -69,12 +69,7 @@ class Job:
 
 
 def read_job(path: Path) -> Job | None:
-    """The job in this folder; None if there is none, or not yet.
-
-    Raises:
-        ValueError: one of its files is not valid.
-        OSError: a file of it cannot be read, or the folder is being removed.
-    """
+    """The job in this folder, None if there is none; ValueError or OSError if it cannot be read."""
     folder = JobFolder(path)
     if not folder.spec.exists():
         return None
@@ -103,11 +98,7 @@ def all_jobs(root: Path) -> list[Job]:
 
 
 def find_job(root: Path, key: str) -> Job:
-    """The job whose key begins with ``key``; other jobs' files are not read.
-
-    Raises:
-        ValueError: there is none, or several, or it cannot be read.
-    """
+    """The one job whose key begins so, or ValueError; other jobs' files are not read."""
     found = [spec.parent for spec in root.glob(f"{glob.escape(key)}*/spec.json")]
     if len(found) != 1:
         there = ", ".join(path.name for path in found) or "none"

@@ -52,18 +52,10 @@ class Launcher(Protocol):
     def profile(self) -> ClusterProfile | None: ...
 
     def plan(self, spec: JobSpec, folder: JobFolder = PLANNED_FOLDER, attempt: int = 1) -> Plan:
-        """One attempt as it would be submitted; pure.
-
-        Raises:
-            ValueError: this target can never run the spec.
-        """
+        """One attempt as it would be submitted; pure. ValueError if the target can never run it."""
 
     def preflight(self, plan: Plan) -> list[str]:
-        """Every reason known now why the target would not run the plan; empty if there is none.
-
-        Raises:
-            Unreachable: the target does not answer.
-        """
+        """Every reason known now why the target would not run the plan; may raise Unreachable."""
 
     def submit(self, plan: Plan, environment: Mapping[str, str]) -> JobHandle:
         """Start the attempt; ``environment`` holds further variables with their values.
@@ -76,22 +68,16 @@ class Launcher(Protocol):
     def find(self, plan: Plan) -> JobHandle | None:
         """The attempt as its owner or the target knows it; None if it was never started.
 
-        Raises:
-            Unreachable: the target does not answer.
+        Raises Unreachable if the target does not answer.
         """
 
     def watch(self, handle: JobHandle) -> JobState:
-        """The attempt's state; an end is reported only once all its processes are gone.
-
-        A target that does not answer is the phase UNKNOWN, not an exception.
-        """
+        """The attempt's state; an end once all processes are gone, UNKNOWN without an answer."""
 
     def cancel(self, handle: JobHandle) -> None:
         """End the attempt with everything it started; returns when it is gone.
 
-        Raises:
-            Unreachable: the target does not answer.
-            RuntimeError: part of it is still running.
+        Raises Unreachable without an answer, RuntimeError if a part of it is still running.
         """
 
 
@@ -104,10 +90,7 @@ def program(
     """The command line of one node; ``scratch`` is for torchrun's own files.
 
     Rendezvous is static, which keeps global rank 0 on the first node, and torchrun restarts
-    nothing itself: only the supervisor makes attempts.
-
-    Raises:
-        ValueError: ``runner="plain"`` with more than one process.
+    nothing itself: only the supervisor makes attempts. ValueError for a contradictory spec.
     """
     if spec.runner == "plain":
         if spec.world_size != 1:
@@ -205,10 +188,7 @@ _INHERITED_PREFIXES = ("LC_", "XDG_", "NCCL_")
 
 
 def inherited() -> dict[str, str]:
-    """Variables that every job gets from this process, and an absolute PYTHONPATH.
-
-    The job starts in its own folder, so relative entries would no longer be found.
-    """
+    """Variables that every job gets from this process, and an absolute PYTHONPATH."""
     variables = {
         name: value
         for name, value in os.environ.items()
@@ -251,8 +231,7 @@ class ClusterProfile(Frozen):
     def load(cls, name: str | None = None, settings: RomaSettings | None = None) -> Self:
         """The profile of this name (None: that of the settings), with the user's settings over it.
 
-        Raises:
-            ValueError: there is no such profile, or it is wrong; the text names file and field.
+        Raises ValueError if there is none, or if it is wrong, with file and field.
         """
         overrides = (settings or cls.settings()).model_dump(exclude_none=True)
         default, folder = overrides.pop("profile"), overrides.pop("profiles", None)

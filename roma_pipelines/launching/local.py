@@ -51,10 +51,7 @@ class LocalLauncher:
     fs_lag_s = 0.0
 
     def __init__(self, python: str = sys.executable, grace_s: float = 30.0) -> None:
-        """
-        Args:
-            grace_s: seconds between SIGTERM and SIGKILL; a checkpoint should fit in.
-        """
+        """``grace_s``: seconds between SIGTERM and SIGKILL; a checkpoint should fit in."""
         self.python, self.grace_s = python, grace_s
 
     def plan(self, spec: JobSpec, folder: JobFolder = PLANNED_FOLDER, attempt: int = 1) -> Plan:

@@ -485,11 +485,7 @@ class Supervisor:
 def supervise(
     launcher: Launcher, folder: JobFolder, spec: JobSpec, config: Any, **options: Any
 ) -> Outcome:
-    """Run a job and return its outcome once it is completed; options as of Supervisor.
-
-    Raises:
-        JobFailed: it failed or was cancelled; the message has the reason and the end of the log.
-    """
+    """The outcome of a job once it is completed, else JobFailed; options as of Supervisor."""
     outcome = Supervisor(launcher, folder, spec, config, **options).run()
     if outcome.status != "completed":
         raise JobFailed(outcome)

@@ -56,9 +56,7 @@ class BackupError(RuntimeError):
 def write_backup(storage: Storage, target: Path, *, with_datasets: bool = False) -> int:
     """Write and verify a backup, then rename it to ``target``; returns its size in bytes.
 
-    Raises:
-        BackupError: the file exists, or pg_dump fails.
-        OSError: the disk is full, or the folder cannot be written.
+    Raises BackupError if the file exists or pg_dump fails; OSError if it cannot be written.
     """
     if target.exists():
         raise BackupError(f"{target} exists; give another name")

@@ -66,11 +66,7 @@ class Lineage:
 
 
 def lineage_of(client: MlflowClient, uri: str) -> Lineage:
-    """The origin of ``models:/NAME@ALIAS``, ``NAME@ALIAS`` or ``NAME/VERSION``.
-
-    Raises:
-        FetchError: there is no such model, alias or version.
-    """
+    """The origin of ``models:/NAME@ALIAS``, ``NAME@ALIAS`` or ``NAME/VERSION``, or FetchError."""
     found = resolve(client, uri if uri.startswith("models:/") else f"models:/{uri}")
     aliases = client.get_model_version(found.name, found.version).aliases
     tags = found.tags
@@ -90,12 +86,8 @@ def lineage_of(client: MlflowClient, uri: str) -> Lineage:
 
 
 def versions_from(client: MlflowClient, identifier: str) -> list[tuple[str, str, str]]:
-    """Name, version and matching identifier of all versions that have one with this prefix.
-
-    The most recently updated is first.
-
-    Raises:
-        ValueError: the prefix is too short.
+    """Name, version and matching identifier of all versions that have one with this prefix, the
+    most recently updated first; ValueError if the prefix is too short.
     """
     if len(identifier) < _MIN_PREFIX:
         raise ValueError(

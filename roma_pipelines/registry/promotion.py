@@ -129,11 +129,8 @@ def promote(
 def reject(client: MlflowClient, name: str, version: str, reason: str, actor: str) -> None:
     """Exclude a version from promotion and rollback; it stays in the registry.
 
-    If it is ``previous``, the champion before it becomes ``previous``.
-
-    Raises:
-        ValueError: no such model or version, or actor or reason is empty.
-        PromotionRefused: it is the champion.
+    If it is ``previous``, the champion before it becomes ``previous``. ValueError as for
+    :func:`promote`; PromotionRefused for the champion.
     """
     signed = _signed(client, name, actor, reason)
     with model_lock(client, name) as lock:
@@ -154,11 +151,8 @@ def rollback(client: MlflowClient, name: str, *, reason: str, actor: str) -> str
     """Make ``previous`` the champion again; return its version.
 
     ``previous`` then becomes the champion before that one, by the audit, so a second rollback goes
-    one further back. Rejected and deleted versions are skipped.
-
-    Raises:
-        ValueError: no such model, no previous champion, or actor or reason is empty.
-        PromotionRefused: ``previous`` was rejected.
+    one further back. Rejected and deleted versions are skipped. ValueError without a previous
+    champion, and as for :func:`promote`; PromotionRefused if ``previous`` was rejected.
     """
     signed = _signed(client, name, actor, reason)
     with model_lock(client, name) as lock:
@@ -232,11 +226,7 @@ def _signed(client: MlflowClient, name: str, actor: str, reason: str) -> dict[st
 
 
 def require_model(client: MlflowClient, name: str) -> None:
-    """Check that a registered model exists.
-
-    Raises:
-        ValueError: the name is invalid, or there is no such model; the message lists those there are.
-    """
+    """Raise ValueError for an invalid name, or one of no model, with the names that there are."""
     from mlflow.exceptions import MlflowException
 
     checked_name("model", name)

@@ -67,11 +67,7 @@ _log = logging.getLogger(__name__)
 
 
 def checked_name(kind: str, name: str) -> str:
-    """The name, if it is safe in paths and in MLflow's filter strings.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """The name, if it is safe in paths and in MLflow's filter strings, else ValueError."""
     if not _NAME.fullmatch(name):
         raise ValueError(
             f"{kind} {name!r}: expected letters, digits, '_', '-' and '.', in parts divided by '/'"
@@ -141,10 +137,7 @@ def find_or_create_run(
 
 
 def _only_run(client: MlflowClient, experiment_id: str, job_key: str, known_id: str) -> Run | None:
-    """The run of a job; deletes further ones.
-
-    Those were created by requests whose answers were lost: a server has no lock against repeating them.
-    """
+    """The run of a job; deletes those that requests without an answer created besides."""
     found = client.search_runs(
         [experiment_id], f"tags.`{JOB_KEY_TAG}` = '{job_key}'", order_by=["start_time ASC"]
     )
@@ -412,12 +405,7 @@ def limit_requests(timeout_s: int) -> None:
 
 
 def ensure_experiment(client: MlflowClient, name: str) -> Experiment:
-    """The experiment of that name, created if missing.
-
-    Raises:
-        ValueError: the name cannot be used.
-        RuntimeError: it was deleted.
-    """
+    """The experiment, made if missing; ValueError for its name, RuntimeError if it was deleted."""
     checked_name("experiment", name)
     found = client.get_experiment_by_name(name)
     if found is None:

@@ -89,8 +89,7 @@ class MlflowSettings(RomaSettings):
 def tracking_uri(settings: MlflowSettings, root: Path) -> str:
     """URI of the configured server or store, which need not exist yet; does not import MLflow.
 
-    Raises:
-        StorageError: the configured database URL is invalid.
+    Raises StorageError if the configured database URL is invalid.
     """
     if settings.tracking_uri:
         return settings.tracking_uri
@@ -122,8 +121,7 @@ def connect(settings: MlflowSettings, root: Path) -> MlflowClient:
 def own_store(root: Path) -> str:
     """URI of the installation's own store, created or upgraded: PostgreSQL if configured.
 
-    Raises:
-        StoreError, StorageError: it cannot be used; the message says what to do.
+    Raises StoreError or StorageError, which say what to do.
     """
     url = database_url()
     return ensure_store(root) if url is None else _ensure_postgres(url, root.absolute())

@@ -112,11 +112,7 @@ def _unless_missing(get: Callable[[str, str], ModelVersion], *key: str) -> Model
 
 
 def get_version(client: MlflowClient, name: str, version: str) -> ModelVersion:
-    """The registered version.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The registered version; ValueError if there is none."""
     found = find_version(client, name, version)
     if found is None:
         raise ValueError(f"model {name!r} has no version {version!r}")

@@ -80,13 +80,9 @@ class Client:
         return self.request("POST", path, query=query, body=manifest)
 
     def lines(self, path: str, query: Mapping[str, Any], timeout_s: float) -> Iterator[bytes]:
-        """Lines of an answer as they arrive, until the server ends it.
+        """Lines of an answer as they arrive; a stream without data for ``timeout_s`` counts as cut.
 
-        Args:
-            timeout_s: a stream without data for so long counts as cut.
-
-        Raises:
-            ApiError, Unreachable, Rejected: as ``request``; also after the first lines.
+        Raises as ``request``, also after the first lines.
         """
         from urllib3.exceptions import HTTPError
 
@@ -231,10 +227,7 @@ class Informer:
     def __init__(
         self, client: Client, resource: str, query: dict[str, str], group: tuple[str, ...]
     ) -> None:
-        """
-        Args:
-            group: path in an object to the key by which it is looked up.
-        """
+        """``group``: path in an object to the key by which it is looked up."""
         self.client, self.path, self.query = client, client.path(resource), query
         self.group = group
         self.error = ""  # why the state is not current; empty while it is

@@ -73,10 +73,7 @@ class KubernetesLauncher:
     backend = "kubernetes"
 
     def __init__(self, profile: KubernetesProfile, fs_lag_s: float = 30.0) -> None:
-        """
-        Args:
-            fs_lag_s: seconds until this computer sees what a node wrote.
-        """
+        """``fs_lag_s``: seconds until this computer sees what a node wrote."""
         self.profile, self.fs_lag_s = profile, fs_lag_s
         self._watched: defaultdict[str, _Watched] = defaultdict(_Watched)  # by the Job's uid
 
@@ -324,11 +321,7 @@ class KubernetesLauncher:
 
 
 def _without_secrets(variables: Mapping[str, str]) -> dict[str, str]:
-    """Variables that a manifest may hold; pods take secrets from the profile's Secrets.
-
-    Raises:
-        Rejected: a value contains a password.
-    """
+    """Variables that a manifest may hold; Rejected if a value contains a password."""
     plain = {name: value for name, value in variables.items() if not _SECRET.search(name)}
     wrong = [
         f"{name} holds a password, and manifests hold no secrets; put user and password into a Secret "

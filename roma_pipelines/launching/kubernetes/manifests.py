@@ -39,13 +39,10 @@ def labels(spec: JobSpec, attempt: int) -> dict[str, str]:
 def manifests(
     spec: JobSpec, profile: KubernetesProfile, folder: Path | str, attempt: int
 ) -> list[Manifest]:
-    """The objects of an attempt in the order in which they are created: the Job, then its Service.
+    """The Job of an attempt, then its Service, in the order in which they are created.
 
-    Args:
-        folder: path of the job folder, the same here and in the pods.
-
-    Raises:
-        ValueError: no cluster could ever run the spec.
+    ``folder`` is the path of the job folder, here and in the pods. ValueError if no cluster could
+    ever run the spec.
     """
     annotations = {"roma-pipeline/folder": str(folder)}
     metadata: Manifest = {

@@ -46,11 +46,7 @@ class Snapshot:
 
 
 def state_of(snapshot: Snapshot, ending_s: float = 0.0) -> JobState:
-    """The attempt's state.
-
-    Args:
-        ending_s: seconds, by this computer's clock, since ``is_ending`` was first true of its Job.
-    """
+    """The attempt's state, ``ending_s`` seconds after ``is_ending`` was first true of its Job."""
     spec, conditions = snapshot.job["spec"], _conditions(snapshot.job)
     if "Complete" in conditions:
         return JobState(Phase.ENDED_OK, usage=_usage(snapshot, conditions["Complete"]))

@@ -206,11 +206,7 @@ _NOT_IN_QUEUE = frozenset(  # reasons of pending jobs that no free node would st
 
 
 def marked(output: str, n: int) -> list[list[str]]:
-    """The fields of each of our lines, n or more.
-
-    Raises:
-        Unreachable: a line has fewer, as in an answer that was cut short.
-    """
+    """The fields of each of our lines; Unreachable if one has fewer than n: it was cut short."""
     rows = [line.partition(MARK)[2].split("|") for line in output.splitlines() if MARK in line]
     if short := [row for row in rows if len(row) < n]:
         raise Unreachable(f"expected {n} fields, got {'|'.join(short[0])!r}")

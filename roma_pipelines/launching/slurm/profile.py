@@ -155,8 +155,7 @@ def batch_script(
 ) -> str:
     """The script for ``sbatch``; ``python`` is that of the nodes, unless the profile names one.
 
-    Raises:
-        ValueError: no SLURM could ever run the spec, or the folder cannot be named in a script.
+    Raises ValueError if no SLURM could run the spec, or the folder cannot be named in a script.
     """
     path = str(folder.path)
     if set("\n\r\\\"'") & set(path):
