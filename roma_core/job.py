@@ -129,6 +129,11 @@ class Attempt:
         aside.write_text(json.dumps({"time": time.time(), "step": step}))
         aside.replace(self.heartbeat)
 
+    def read_owner(self) -> dict[str, Any] | None:
+        if not self.owner.exists():
+            return None
+        return dict(read_json(self.owner, schema_version=1))
+
     def read_exit(self) -> Exit | None:
         if not self.exit.exists():
             return None

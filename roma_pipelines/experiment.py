@@ -179,7 +179,7 @@ class Experiment(Frozen):
         return self
 
     def check_servable(self, environment: bool = False) -> None:
-        """Raise ValueError for a regressor, which cannot be packaged or registered; ``environment``:
+        """Raise ValueError for a regressor, which cannot be served or registered; ``environment``:
         also read ``ROMA_CLASSIFIER_PROBLEM_TYPE`` where the file sets no type.
         """
         problem_type = self.finetuning.model.get("problem_type")

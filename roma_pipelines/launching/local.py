@@ -21,7 +21,6 @@ from pathlib import Path
 import psutil
 
 from roma_core.claim import ATTEMPT_VARIABLE, FOLDER_VARIABLE, is_running, process_start
-from roma_core.files import read_json
 from roma_core.job import JobFolder
 from roma_pipelines.launching.launcher import (
     PLANNED_FOLDER,
@@ -98,17 +97,15 @@ class LocalLauncher:
         return JobHandle(plan, {"pid": child.pid, "start": start})
 
     def find(self, plan: Plan) -> JobHandle | None:
-        owner = plan.files.owner
-        if not owner.exists():  # a process may have been started that has not claimed it yet
+        owner = plan.files.read_owner()
+        if owner is None:  # a process may have been started that has not claimed it yet
             mark = claimed(plan.folder, plan.attempt, "", [])[1:5]
             for process in psutil.process_iter(["cmdline"]):
                 start = process_start(process.pid)
                 if (process.info["cmdline"] or [])[1:5] == mark and start is not None:
                     return JobHandle(plan, {"pid": process.pid, "start": start})
-            if not owner.exists():  # else it has claimed meanwhile
-                return None
-        document = read_json(owner, schema_version=1)
-        return JobHandle(plan, {"pid": document["pid"], "start": document["start"]})
+            owner = plan.files.read_owner()  # it may have claimed meanwhile
+        return JobHandle(plan, {name: owner[name] for name in ("pid", "start")}) if owner else None
 
     def watch(self, handle: JobHandle) -> JobState:
         pid, start = handle.external["pid"], handle.external["start"]

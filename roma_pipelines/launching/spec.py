@@ -10,10 +10,12 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
+from roma_core.files import write_bytes
 from roma_core.job import Attempt, JobFolder, Result
 from roma_core.settings import Frozen
 
@@ -74,6 +76,13 @@ class Plan:
     @property
     def files(self) -> Attempt:
         return self.folder.attempt(self.attempt)
+
+    def write_script(self) -> Path:
+        """Write the text to the attempt's folder."""
+        script = self.files.script
+        script.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(script, self.text.encode())
+        return script
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,8 @@ in a copy that is renamed at the end; in PostgreSQL by ``mlflow db upgrade``.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import functools
-import http.client
 import logging
 import os
 import shutil
@@ -18,9 +16,6 @@ import socket
 import sqlite3
 import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -333,8 +328,8 @@ def check_access(settings: MlflowSettings) -> None:
             f"ROMA_MLFLOW_USERNAME and ROMA_MLFLOW_PASSWORD set both"
         )
     for uri in servers:
-        if (uri, _authorization()) not in _accepted and _accepts_credentials(uri):
-            _accepted.add((uri, _authorization()))
+        if (uri, *_credentials()) not in _accepted and _accepts_credentials(uri):
+            _accepted.add((uri, *_credentials()))
 
 
 def answers(settings: MlflowSettings) -> bool:
@@ -346,50 +341,42 @@ def answers(settings: MlflowSettings) -> bool:
         return True
 
 
-_accepted: set[tuple[str, str]] = set()  # (server, authorization header)
+_accepted: set[tuple[str | None, ...]] = set()  # server, user, password, token
 
 
 def _accepts_credentials(uri: str) -> bool:
     """False if the server cannot be reached."""
-    shown, header = without_credentials(uri), _authorization()
-    user = os.environ.get(_USERNAME)
+    import requests
+    from requests.auth import HTTPBasicAuth
+
+    shown, (user, password, token) = without_credentials(uri), _credentials()
+    basic = HTTPBasicAuth(user.encode(), password.encode()) if user and password else None
+    headers = {"Authorization": f"Bearer {token}"} if token and not basic else {}
     try:
-        parts = urllib.parse.urlsplit(uri)
-        if parts.username:  # as MLflow, prefer those in the URL
-            user, password = map(urllib.parse.unquote, (parts.username, parts.password or ""))
-            header = _basic(user, password)
-        headers = {"Authorization": header} if header else {}
-        request = urllib.request.Request(shown + _PROBE, headers=headers)
-        urllib.request.urlopen(request, timeout=10.0).close()
-    except urllib.error.HTTPError as error:
-        if error.code not in (401, 403):
-            return False
-        name = f"the user {user!r}" if user else "a token" if header else "a request without a user"
-        answer = " ".join(error.read(300).decode(errors="replace").split())
-        raise StoreError(
-            f"the MLflow server {shown} refuses {name} ({error.code}: {answer}); set "
-            f"ROMA_MLFLOW_USERNAME and ROMA_MLFLOW_PASSWORD, or {_USERNAME} and {_PASSWORD}"
-        ) from None
-    except (http.client.InvalidURL, ValueError):  # their messages may contain the credentials
+        in_uri, _ = requests.utils.get_auth_from_url(uri)  # preferred, as by MLflow
+        auth = None if in_uri else basic
+        answer = requests.get(uri + _PROBE, auth=auth, headers=headers, timeout=10.0)
+    except ValueError:  # its message may contain the credentials
         raise StoreError(
             f"no request can be sent to the MLflow server {shown}: expected http(s)://host:port, and "
             f"user name, password and token without a line break"
         ) from None
-    except (OSError, http.client.HTTPException):
+    except requests.RequestException:
         return False
-    return True
+    if answer.status_code in (401, 403):
+        user = in_uri or user
+        name = f"the user {user!r}" if user else "a token" if token else "a request without a user"
+        text = " ".join(answer.text[:300].split())
+        raise StoreError(
+            f"the MLflow server {shown} refuses {name} ({answer.status_code}: {text}); set "
+            f"ROMA_MLFLOW_USERNAME and ROMA_MLFLOW_PASSWORD, or {_USERNAME} and {_PASSWORD}"
+        )
+    return answer.ok
 
 
-def _authorization() -> str:
-    """The header that MLflow's clients send."""
-    if os.environ.get(_USERNAME) and os.environ.get(_PASSWORD):
-        return _basic(os.environ[_USERNAME], os.environ[_PASSWORD])
-    token = os.environ.get(_TOKEN)
-    return f"Bearer {token}" if token else ""
-
-
-def _basic(user: str, password: str) -> str:
-    return "Basic " + base64.standard_b64encode(f"{user}:{password}".encode()).decode()
+def _credentials() -> tuple[str | None, ...]:
+    """User, password and token that MLflow's clients send."""
+    return tuple(os.environ.get(name) for name in (_USERNAME, _PASSWORD, _TOKEN))
 
 
 @functools.cache

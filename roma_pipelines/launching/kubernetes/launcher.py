@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from roma_core.files import read_json, write_bytes
 from roma_core.job import JobFolder
 from roma_pipelines.launching.kubernetes.client import (
     ApiError,
@@ -120,9 +119,7 @@ class KubernetesLauncher:
         return list(dict.fromkeys(found))
 
     def submit(self, plan: Plan, environment: Mapping[str, str]) -> JobHandle:
-        script = plan.files.script
-        script.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(script, plan.text.encode())
+        plan.write_script()
         variables = _without_secrets(passthrough_env(plan.spec, environment))
         try:
             created = self.client.create(with_variables(plan.content[0], variables))
@@ -144,10 +141,8 @@ class KubernetesLauncher:
         return handle
 
     def find(self, plan: Plan) -> JobHandle | None:
-        owner = plan.files.owner
-        if owner.exists():
-            document = read_json(owner, schema_version=1)
-            return self._handle(plan, document["external"]["job_uid"])
+        if owner := plan.files.read_owner():
+            return self._handle(plan, owner["external"]["job_uid"])
         job = self._read_job(plan.name)
         if job is None:
             return None

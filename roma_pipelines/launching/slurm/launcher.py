@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from roma_core.files import read_json, write_bytes
 from roma_core.job import JobFolder
 from roma_pipelines.launching.launcher import (
     PLANNED_FOLDER,
@@ -148,11 +147,9 @@ class SlurmLauncher:
         return [f"sbatch would refuse it: {answer.text}"] if answer.code else []
 
     def submit(self, plan: Plan, environment: Mapping[str, str]) -> JobHandle:
-        script = plan.files.script
-        script.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(script, plan.text.encode())
         variables = passthrough_env(plan.spec, environment)
-        answer = self.shell.run("sbatch", "--parsable", str(script), environment=variables)
+        script = str(plan.write_script())
+        answer = self.shell.run("sbatch", "--parsable", script, environment=variables)
         found = re.findall(r"^(\d+)(?:;(\S+))?$", answer.output, re.MULTILINE)
         if answer.code == 0 and len(found) == 1:  # several are told apart by ``find``
             ((job, cluster),) = found
@@ -237,10 +234,8 @@ class SlurmLauncher:
         return JobHandle(plan, {"job_id": job, "profile": self.profile.name})
 
     def _owner(self, plan: Plan) -> JobHandle | None:
-        if not plan.files.owner.exists():
-            return None
-        document = read_json(plan.files.owner, schema_version=1)
-        return self._handle(plan, document["external"]["SLURM_JOB_ID"])
+        owner = plan.files.read_owner()
+        return self._handle(plan, owner["external"]["SLURM_JOB_ID"]) if owner else None
 
     def _query(self, before: PollResult) -> tuple[Jobs, Positions | None]:
         """Our jobs by one query; now and then, while one of them waits, one for all users' jobs."""
