@@ -23,7 +23,7 @@ import json
 import math
 import reprlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -119,8 +119,8 @@ class Series(BaseModel):
     def _lists_of_entries(cls, given: Any, info: ValidationInfo) -> dict[Any, list[Any]]:
         if not isinstance(given, Mapping):
             raise ValueError(f"expected a list of numbers for each name, got {shortened(given)}")
-        entry = _number_or_word if info.field_name == "positions" else _number_or_none
-        return {name: _entries(name, column, entry) for name, column in given.items()}
+        at = info.field_name == "positions"
+        return {n: _entries(n, column, text=at, missing=not at) for n, column in given.items()}
 
     @field_validator("observations", mode="before")
     @classmethod
@@ -134,7 +134,7 @@ class Series(BaseModel):
         for index, one in enumerate(given):
             if not isinstance(one, Mapping):
                 raise ValueError(f"expected an object at index {index}, got {shortened(one)}")
-            rows.append({name: _entry(name, x, index, _any_entry) for name, x in one.items()})
+            rows.append({name: _entry(name, x, index, text=True) for name, x in one.items()})
         return rows
 
     @field_validator("covariates", mode="before")
@@ -144,7 +144,7 @@ class Series(BaseModel):
             return None
         if not isinstance(given, Mapping):
             raise ValueError(f"expected a number or text for each name, got {shortened(given)}")
-        return {name: _entry(name, x, None, _any_entry) for name, x in given.items()}
+        return {name: _entry(name, x, text=True) for name, x in given.items()}
 
 
 class Prediction(BaseModel):
@@ -171,50 +171,33 @@ _limited.maxstring = _limited.maxother = 80
 shortened = _limited.repr  # of what came, in an error: a request may be of any size
 
 
-_WRONG = object()  # of an entry that is no number, and no word where one may be
-
-
-def _number_or_none(given: Any) -> Any:
-    """A finite number, None for None or NaN, else ``_WRONG``."""
+def _entry(
+    name: str, given: Any, index: int | None = None, *, text: bool = False, missing: bool = True
+) -> Any:
+    """A finite number, None for null or NaN, or where it may be there a text; else ValueError."""
     one = given.item() if isinstance(given, np.generic) else given
-    if one is None or one != one:
+    if text and isinstance(one, str):
+        return one
+    if missing and (one is None or one != one):
         return None
-    is_number = type(one) in (float, int) and abs(one) <= sys.float_info.max
-    return float(one) if is_number else _WRONG
+    if type(one) in (float, int) and abs(one) <= sys.float_info.max:
+        return float(one)
+    where = "" if index is None else f" at index {index}"
+    advice = "null where a value is missing"
+    if not missing:
+        advice = "leave out observations without a position"
+    raise ValueError(
+        f"{shortened(name)} must hold finite numbers, got {shortened(given)}{where}; {advice}"
+    )
 
 
-def _number_or_word(given: Any) -> Any:
-    if isinstance(given, str):
-        return given
-    number = _number_or_none(given)
-    return _WRONG if number is None else number
-
-
-def _any_entry(given: Any) -> Any:
-    return given if isinstance(given, str) else _number_or_none(given)
-
-
-def _entry(name: str, given: Any, index: int | None, kind: Callable[[Any], Any]) -> Any:
-    if (found := kind(given)) is _WRONG:
-        where = "" if index is None else f" at index {index}"
-        missing = (
-            "null where a value is missing"
-            if kind is not _number_or_word
-            else ("leave out observations without a position")
-        )
-        raise ValueError(
-            f"{shortened(name)} must hold finite numbers, got {shortened(given)}{where}; {missing}"
-        )
-    return found
-
-
-def _entries(name: str, column: Any, kind: Callable[[Any], Any]) -> list[Any]:
+def _entries(name: str, column: Any, **allowed: bool) -> list[Any]:
     column = column.tolist() if hasattr(column, "tolist") else column  # NumPy, pandas, torch
     if not isinstance(column, Sequence) or isinstance(column, str | bytes):
         raise ValueError(f"{shortened(name)} must be a list of numbers, got {shortened(column)}")
     if set(map(type, column)) <= {float} and all(map(math.isfinite, column)):
         return list(column)
-    return [_entry(name, given, index, kind) for index, given in enumerate(column)]
+    return [_entry(name, given, index, **allowed) for index, given in enumerate(column)]
 
 
 def parse_series(rows: Iterable[Any]) -> list[Series]:
@@ -403,18 +386,10 @@ class Package:
             row = dict(one)
             here = f"{where}: observations: index {index}"
             if "channel" in row and "channel" not in axes:
-                name, value = row.pop("channel"), row.pop("value", None)
-                if name not in values:
-                    raise InvalidSeries(
-                        f"{here}: channel {shortened(name)} is none of this model's; it has "
-                        f"{', '.join(map(repr, channels))}"
-                    )
-                row[str(name)] = value
-            if unknown := [name for name in row if name not in axes and name not in values]:
-                raise InvalidSeries(
-                    f"{here}: unknown {shortened(unknown[0])}; this model takes "
-                    f"{', '.join(map(repr, [*axes, *channels]))}, or 'channel' and 'value'"
-                )
+                name = str(row.pop("channel"))
+                _check_names([name], channels, f"{here}: channel")
+                row[name] = row.pop("value", None)
+            _check_names(row, [*axes, *channels], here, ", or 'channel' and 'value'")
             if lacking := [name for name in axes if row.get(name) is None]:
                 raise InvalidSeries(f"{here}: {lacking[0]!r} is missing")
             place = tuple(row[name] for name in axes)
@@ -428,13 +403,6 @@ class Package:
                     values[name].append(None)
             for name in given:
                 values[name][at] = row[name]
-        for name in channels:
-            for index, value in enumerate(values[name]):
-                if isinstance(value, str):
-                    raise InvalidSeries(
-                        f"{where}: observations: index {index}: {name!r} must be a number, got "
-                        f"{shortened(value)}"
-                    )
         return positions, values
 
     def _expected(
@@ -442,11 +410,7 @@ class Package:
     ) -> list[dict[str, Any]]:
         """Those of the axes or channels that were given; InvalidSeries if one is unknown or lacking."""
         names = [one["name"] for one in expected]
-        if unknown := [name for name in given if name not in names]:
-            raise InvalidSeries(
-                f"{where}: {part}: unknown {shortened(unknown[0])}; this model takes "
-                f"{', '.join(map(repr, names))}"
-            )
+        _check_names(given, names, f"{where}: {part}")
         needed = part == "positions" or not self.may_miss
         for name in names if needed else ():
             if name not in given:
@@ -460,32 +424,23 @@ class Package:
     ) -> list[Any]:
         """Numbers of one axis or channel; indices of categories, NaN where a value is missing."""
         name, column = one["name"], given[one["name"]]
-        if part == "values":
-            if None in column and not self.may_miss:
-                raise InvalidSeries(
-                    f"{where}: values: {name!r} has no number at index {column.index(None)}, but no "
-                    f"value was missing in this model's training data; leave out missing observations"
-                )
-            return [np.nan if entry is None else entry for entry in column]
         if one.get("categories"):
             return [_category(one, entry, f"{where}: positions") for entry in column]
-        for index, entry in enumerate(column):
-            if isinstance(entry, str):
-                raise InvalidSeries(
-                    f"{where}: positions: {name!r} must hold finite numbers, got {shortened(entry)} at "
-                    f"index {index}"
-                )
-        return column
+        try:
+            column = _entries(name, column, missing=part == "values")
+        except ValueError as error:
+            raise InvalidSeries(f"{where}: {part}: {error}") from None
+        if None in column and not self.may_miss:
+            raise InvalidSeries(
+                f"{where}: values: {name!r} has no number at index {column.index(None)}, but no "
+                f"value was missing in this model's training data; leave out missing observations"
+            )
+        return [np.nan if entry is None else entry for entry in column]
 
     def _covariates(self, series: Series, where: str) -> list[float]:
         """``(M,)`` normalised numbers and indices of categories, NaN where unknown."""
         given = series.covariates or {}
-        names = [one["name"] for one in self.covariates]
-        if unknown := [name for name in given if name not in names]:
-            known = f"it has {', '.join(map(repr, names))}" if names else "it has none"
-            raise InvalidSeries(
-                f"{where}: covariates: {shortened(unknown[0])} is none of this model's; {known}"
-            )
+        _check_names(given, [one["name"] for one in self.covariates], f"{where}: covariates")
         row = []
         for one in self.covariates:
             entry = given.get(one["name"])
@@ -502,12 +457,8 @@ class Package:
         return row
 
     def _check_units(self, given: dict[str, str], where: str) -> None:
+        _check_names(given, self.units, f"{where}: units")
         for name, unit in given.items():
-            if name not in self.units:
-                raise InvalidSeries(
-                    f"{where}: units: {shortened(name)} is no axis or channel of this model; "
-                    f"it has {', '.join(map(repr, self.units))}"
-                )
             if unit != (own := self.units[name]):
                 expected, advice = f"must be in {own!r}", "convert the numbers"
                 if own in ("1", name):
@@ -569,6 +520,13 @@ def open_package(folder: Path) -> Package:
     package = Package(folder)
     package.check_golden(folder / "golden.jsonl")
     return package
+
+
+def _check_names(given: Iterable[Any], known: Iterable[str], where: str, more: str = "") -> None:
+    names = list(known)
+    if unknown := [name for name in given if name not in names]:
+        takes = (", ".join(map(repr, names)) or "none") + more
+        raise InvalidSeries(f"{where}: unknown {shortened(unknown[0])}; this model takes {takes}")
 
 
 def _category(one: dict[str, Any], entry: float | str, where: str) -> float:

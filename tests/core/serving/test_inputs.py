@@ -132,7 +132,10 @@ def test_arrays_nan_indices_and_channels_left_out_are_understood(served):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"covariates": {"weight": 3.0}}, "'weight' is none of this model's; it has 'age', 'sex'"),
+        (
+            {"covariates": {"weight": 3.0}},
+            "covariates: unknown 'weight'; this model takes 'age', 'sex'",
+        ),
         ({"covariates": {"sex": "x"}}, "'sex' has no category 'x'; it has 'f', 'm'"),
         ({"covariates": {"age": "old"}}, "'age' must be a number, got 'old'"),
         ({"values": {"hr": [None], "k": [None]}}, "got 0"),
@@ -162,11 +165,12 @@ def test_what_does_not_fit_is_refused_in_one_sentence(served, changes, message):
     [
         (
             {"hours": 1.0, "ward": "a", "channel": "temp", "value": 3},
-            "channel 'temp' is none of this",
+            "channel: unknown 'temp'; this model takes 'hr', 'k'",
         ),
+        ({"hours": 1.0, "ward": "a", "value": 3}, "unknown 'value'; this model takes 'hours'"),
         ({"hours": 1.0, "hr": 3}, "'ward' is missing"),
         ({"hours": 1.0, "ward": "a", "temp": 3}, "unknown 'temp'"),
-        ({"hours": 1.0, "ward": "a", "hr": "high"}, "'hr' must be a number, got 'high'"),
+        ({"hours": 1.0, "ward": "a", "hr": "high"}, "'hr' must hold finite numbers, got 'high'"),
         ("nothing", "expected an object at index 0, got 'nothing'"),
     ],
 )

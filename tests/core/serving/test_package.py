@@ -120,7 +120,7 @@ VALUES = {"flux": [1.0, 2.0], "ratio": [1.0, 2.0]}
         ({"units": {"time": "d"}}, "units: 'flux' is missing; this model takes it in 'mJy'"),
         ({"units": {"flux": "Jy"}}, "units: 'flux' must be in 'mJy', got 'Jy'"),
         ({"units": {"ratio": "d"}}, "units: 'ratio' is a plain number to this model .* got 'd'"),
-        ({"units": {"colour": "1"}}, "units: 'colour' is no axis or channel"),
+        ({"units": {"colour": "1"}}, "units: unknown 'colour'; this model takes 'time'"),
     ],
 )  # fmt: skip
 def test_a_series_that_does_not_fit_is_named(classifier, changes, message):
