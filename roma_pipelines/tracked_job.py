@@ -23,24 +23,7 @@ from roma_pipelines.launching.outcome import attempts_table, events_table
 from roma_pipelines.launching.pipes import key_for, run_job
 from roma_pipelines.launching.spec import JobFailed, Outcome
 from roma_pipelines.launching.targets import job_spec, launcher_for, roma_command
-from roma_pipelines.registry.runs import (
-    JobRun,
-    RunRecord,
-    code_version,
-    known_run,
-    limit_requests,
-    no_answer,
-    send_record,
-)
-from roma_pipelines.registry.store import (
-    MlflowSettings,
-    StoreError,
-    answers,
-    check_access,
-    connect,
-    is_server,
-    tracking_uri,
-)
+from roma_pipelines.registry import runs, store
 from roma_pipelines.storage import Storage
 
 _SERVER_RETRIES, _SERVER_RETRY_S = 10, 60.0  # of a step that needs a server which is away
@@ -54,7 +37,7 @@ class TrackedJob:
     usage: dict[str, Any]
     folder: JobFolder
     result: Result
-    run: JobRun
+    run: runs.JobRun
 
     def output(self, name: str) -> Path:
         """Path of an output of the job."""
@@ -64,8 +47,8 @@ class TrackedJob:
         """Metadata of the materialisation, which downstream assets read."""
         facts = {k: v for k, v in self.result.facts.items() if isinstance(v, int | float | str)}
         shown = self.outcome.metadata() | self.usage | facts
-        known = known_run(self.folder)
-        uri = tracking_uri(self.run.settings, self.run.storage.mlflow)
+        known = runs.known_run(self.folder)
+        uri = store.tracking_uri(self.run.settings, self.run.storage.mlflow)
         return {
             # rounded for display; result.json has all digits
             **{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in shown.items()},
@@ -98,20 +81,20 @@ def run_tracked_job(
     tags = {
         "roma.dagster_run_id": context.run_id,
         "roma.asset": context.asset_key.to_user_string(),
-        "roma.git_sha": code_version(),
+        "roma.git_sha": runs.code_version(),
         "roma.config_digest": digest_of(document),
     }
-    settings = MlflowSettings()
-    record = RunRecord(
+    settings = store.MlflowSettings()
+    record = runs.RunRecord(
         experiment=f"{settings.experiment_prefix}/{experiment.name}",
         name=f"{context.asset_key.path[-1]} {context.run_id[:8]}",
         tags=tags,
         params={name: str(value) for name, value in params.items()},
     )
-    run = JobRun(storage, folder, record, settings, context.log.warning)
+    run = runs.JobRun(storage, folder, record, settings, context.log.warning)
     try:
-        check_access(settings)  # before anything is queued
-    except StoreError as error:
+        store.check_access(settings)  # before anything is queued
+    except store.StoreError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
     resources = experiment.resources
     spec = job_spec(resources, key, roma_command(command, folder.path), digest_of(document), runner)
@@ -151,19 +134,20 @@ def registry(context: dg.AssetExecutionContext, *upstream: dict[str, Any]) -> It
     MLflow first receives what it lacks of the ``upstream`` jobs, and their metadata the id of their
     runs. While the server is away, the step is tried again every minute, and fails after ten.
     """
-    storage, settings = Storage.open(), MlflowSettings()
+    storage, settings = Storage.open(), store.MlflowSettings()
     try:
-        if not answers(settings):
+        if not store.answers(settings):
             raise ConnectionError("no answer")
-        limit_requests(120)  # long enough for the upload of a package
-        client = connect(settings, storage.mlflow)
+        runs.limit_requests(120)  # long enough for the upload of a package
+        client = store.connect(settings, storage.mlflow)
         for job in upstream:
             folder = JobFolder(str(job["job_folder"]))
-            send_record(client, folder, wait_s=-1)  # another sender ends: its requests have limits
-            job["mlflow_run_id"] = known_run(folder).get("run_id", job["mlflow_run_id"])
+            # another sender ends: its requests have limits
+            runs.send_record(client, folder, wait_s=-1)
+            job["mlflow_run_id"] = runs.known_run(folder).get("run_id", job["mlflow_run_id"])
         yield client
     except Exception as error:
-        if not (away := no_answer(error)):
+        if not (away := runs.no_answer(error)):
             raise
         sentence = (
             f"{away}, and {context.asset_key.to_user_string()} needs it; start it, and this step "
@@ -192,7 +176,7 @@ def page_links(
     if pages.overview_url is not None:  # a browser opens no file from a page
         for name in ("log", "report") if has_report else ("log",):
             links[f"open_{name}"] = f"{pages.overview_url}/jobs/{key}/{name}"
-    server = without_credentials(tracking_uri) if is_server(tracking_uri) else None
+    server = without_credentials(tracking_uri) if store.is_server(tracking_uri) else None
     if (mlflow := pages.mlflow_url or server) is not None and "experiment_id" in run:
         path = f"experiments/{run['experiment_id']}/runs/{run['run_id']}"
         links["open_mlflow_run"] = f"{mlflow.rstrip('/')}/#/{path}"

@@ -6,17 +6,10 @@ from roma_core.files import digest_of, read_json
 from roma_core.job import JobFolder
 from roma_core.trainer.trackers import WandbConfig
 from roma_pipelines.experiment import Experiment
+from roma_pipelines.registry import versions
 from roma_pipelines.registry.gate import GATE_TAG, read_decision
 from roma_pipelines.registry.promotion import CHAMPION, NO_CHAMPION, promote
 from roma_pipelines.registry.runs import link_wandb
-from roma_pipelines.registry.versions import (
-    CANDIDATE,
-    COMPARED_TAG,
-    ENCODER_TAG,
-    encoder_name,
-    register,
-    version_at,
-)
 from roma_pipelines.tracked_job import registry, upstream_metadata
 
 
@@ -50,25 +43,25 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
             "roma.dagster_run_id": context.run_id,
             "roma.evaluation_job": result.job_key,
             GATE_TAG: "passed" if decision.passed else "failed",
-            COMPARED_TAG: config["champion_version"] or NO_CHAMPION,
+            versions.COMPARED_TAG: config["champion_version"] or NO_CHAMPION,
         }
         with registry(context, evaluation, classifier, encoder) as client:
-            encoder_version = register(
+            encoder_version = versions.register(
                 client,
                 folder.path / result.outputs["encoder_package"],
-                encoder_name(experiment.name),
+                versions.encoder_name(experiment.name),
                 result.job_key,
                 encoder["mlflow_run_id"],
                 tags | {"roma.config_digest": digest_of(pretrained)},
                 {},
             )
-            version = register(
+            version = versions.register(
                 client,
                 folder.path / result.outputs["package"],
                 experiment.name,
                 result.job_key,
                 classifier["mlflow_run_id"],
-                tags | {ENCODER_TAG: encoder_version},
+                tags | {versions.ENCODER_TAG: encoder_version},
                 metrics,
             )
             waits = experiment.gate.mode == "needs_approval" and decision.passed
@@ -83,8 +76,8 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
                 )
             aliases = [
                 alias
-                for alias in (CHAMPION, CANDIDATE)
-                if version_at(client, experiment.name, alias) == version
+                for alias in (CHAMPION, versions.CANDIDATE)
+                if versions.version_at(client, experiment.name, alias) == version
             ]
             context.log.info(
                 f"registered {experiment.name} version {version} as {', '.join(aliases)}"
@@ -108,7 +101,7 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
                 "version": version,
                 "aliases": ", ".join(aliases) or "none",
                 "uri": f"models:/{experiment.name}@{CHAMPION}",
-                "encoder": f"models:/{encoder_name(experiment.name)}/{encoder_version}",
+                "encoder": f"models:/{versions.encoder_name(experiment.name)}/{encoder_version}",
                 "gate": "passed" if decision.passed else "not passed",
                 "approval": f"needed: {command}" if waits else "not needed",
                 "accuracy": result.metrics["accuracy"],

@@ -17,20 +17,11 @@ import dagster as dg
 
 from roma_core.data.config import source_fingerprint
 from roma_pipelines._compat import shared_instance
+from roma_pipelines.automation import state
 from roma_pipelines.automation.alerts import deliver_pending
 from roma_pipelines.automation.drift import check_inputs
 from roma_pipelines.automation.settings import NewData
-from roma_pipelines.automation.state import (
-    EXPERIMENT_TAG,
-    TRIGGER_TAG,
-    Decision,
-    newest_data,
-    newest_trained,
-    next_step,
-    request,
-    state_of,
-    step_of,
-)
+from roma_pipelines.automation.state import Decision
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.jobs import Job, all_jobs, cancel
 from roma_pipelines.launching.launcher import Launcher
@@ -130,7 +121,7 @@ def check_source(
 ) -> Decision:
     """Request the data set if files changed and delivery is complete."""
     found = source_fingerprint(experiment.dataset)
-    data = newest_data(instance, experiment)
+    data = state.newest_data(instance, experiment)
     if found.digest == data.fingerprint:
         return dg.SkipReason(f"none of {found.n_files} files changed since run {data.run}")
     age_s = now - found.newest
@@ -139,32 +130,32 @@ def check_source(
             f"the newest of {found.n_files} files is {age_s:.0f} s old; waiting until "
             f"{settings.settle_s:g} s because it may be incomplete"
         )
-    step = next_step(state_of(experiment, instance), found.digest)
+    step = state.next_step(state.state_of(experiment, instance), found.digest)
     if step.do != "build":
         return dg.SkipReason(step.why)
-    return request(experiment, instance, "new data", step, now)
+    return state.request(experiment, instance, "new data", step, now)
 
 
 def check_dataset(
     experiment: Experiment, instance: dg.DagsterInstance, now: float | None = None
 ) -> Decision:
     """Request a training if automation built a data set that the model was not trained on."""
-    data = newest_data(instance, experiment)
+    data = state.newest_data(instance, experiment)
     if data.version is None:
         return dg.SkipReason("no data set was built yet")
-    trained = newest_trained(instance, experiment)
+    trained = state.newest_trained(instance, experiment)
     if trained.on is not None and trained.on[0] == data.version:
         return dg.SkipReason(f"the newest data set, {data.version[:12]}, was trained on already")
-    state = state_of(experiment, instance)
+    facts = state.state_of(experiment, instance)
     run = instance.get_run_by_id(data.run)
-    trigger = run.tags.get(TRIGGER_TAG) if run is not None else None
+    trigger = run.tags.get(state.TRIGGER_TAG) if run is not None else None
     if trigger not in ("schedule", "new data", "drift"):
         return dg.SkipReason(f"run {data.run} built the data set manually, so train manually")
     # the source may have changed again: train on what is built, the next tick handles the rest
-    step = next_step(state, state.data.fingerprint or "")
+    step = state.next_step(facts, facts.data.fingerprint or "")
     if step.do != "train":
         return dg.SkipReason(step.why)
-    return request(experiment, instance, trigger, step, now)  # type: ignore[arg-type]
+    return state.request(experiment, instance, trigger, step, now)  # type: ignore[arg-type]
 
 
 def check_champion(experiment: Experiment, cursor: str | None) -> tuple[Decision, str]:
@@ -186,7 +177,7 @@ def check_champion(experiment: Experiment, cursor: str | None) -> tuple[Decision
     request = dg.RunRequest(
         run_key=f"champion:{number}:{version}",
         asset_selection=[experiment.key("batch_predictions")],
-        tags={EXPERIMENT_TAG: experiment.name, TRIGGER_TAG: "promotion"},
+        tags={state.EXPERIMENT_TAG: experiment.name, state.TRIGGER_TAG: "promotion"},
     )
     return request, f"{number}:{version}"
 
@@ -195,9 +186,9 @@ def scheduled_run(
     experiment: Experiment, instance: dg.DagsterInstance, now: float | None = None
 ) -> Decision:
     """The request of one tick. A failed training is requested again at the next tick."""
-    step = step_of(experiment, instance)
+    step = state.step_of(experiment, instance)
     if step.do in ("build", "train"):
-        return request(experiment, instance, "schedule", step, now, once=False)
+        return state.request(experiment, instance, "schedule", step, now, once=False)
     return dg.SkipReason(step.why)
 
 

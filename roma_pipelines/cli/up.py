@@ -18,7 +18,7 @@ import click
 
 from roma_core.cli import errors_as_messages
 from roma_core.files import write_json
-from roma_pipelines.registry.store import MlflowSettings, check_access, is_server, own_store
+from roma_pipelines.registry import store
 from roma_pipelines.storage import Storage, prepare_instance
 
 
@@ -37,8 +37,8 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
     # its job queue serves features that are not used here, with four more processes
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     with errors_as_messages():
-        settings = MlflowSettings()
-    elsewhere = is_server(settings.tracking_uri or "")
+        settings = store.MlflowSettings()
+    elsewhere = store.is_server(settings.tracking_uri or "")
     ports = {"dagster": dagster_port, "page": page_port}
     for name, port in (ports if elsewhere else {**ports, "mlflow": mlflow_port}).items():
         with socket.socket() as listener:
@@ -53,8 +53,8 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
     with errors_as_messages():
         storage = Storage.open()
         home = prepare_instance(storage)
-        check_access(settings)
-        uri = settings.tracking_uri or own_store(storage.mlflow)
+        store.check_access(settings)
+        uri = settings.tracking_uri or store.own_store(storage.mlflow)
 
     # the location's name is that of workspace.yaml: schedules and runs belong to a location by name
     module = {"module_name": "roma_pipelines.definitions", "location_name": "roma_pipelines"}
@@ -69,8 +69,10 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
     else:
         artifacts = ("--artifacts-destination", (storage.mlflow / "artifacts").as_uri())
         server = ("--host", "127.0.0.1", "--port", str(mlflow_port), "--workers", "1")
-        store = ("--backend-store-uri", uri)
-        modules["MLflow"] = mlflow, ("mlflow", "server", *store, *artifacts, *server)
+        modules["MLflow"] = (
+            mlflow,
+            ("mlflow", "server", "--backend-store-uri", uri, *artifacts, *server),
+        )
     pages = ("--port", str(page_port), "--dagster", dagster, "--mlflow", mlflow)
     modules["Overview"] = overview, ("roma_pipelines.pages.overview", *pages)
     # links on assets lead there, unless other addresses are configured

@@ -18,18 +18,11 @@ from roma_core.files import read_json, write_json
 from roma_core.serving.package import lock_hash
 from roma_core.serving.registry_client import MANIFEST_TAG, ModelVersion, fetch, resolve
 from roma_core.settings import without_credentials
+from roma_pipelines.registry import versions
 from roma_pipelines.registry.gate import GATE_TAG
 from roma_pipelines.registry.promotion import NO_CHAMPION, audit
 from roma_pipelines.registry.runs import JOB_KEY_TAG, checked_name, code_version, ensure_experiment
 from roma_pipelines.registry.store import model_lock
-from roma_pipelines.registry.versions import (
-    COMPARED_TAG,
-    ENCODER_TAG,
-    RUN_ID_TAG,
-    create_version,
-    find_tagged,
-    set_candidate,
-)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -41,7 +34,7 @@ _STAGES = {
     "evaluate": "roma.evaluation_job",
 }
 _IDENTIFIERS = {
-    "MLflow run": RUN_ID_TAG,
+    "MLflow run": versions.RUN_ID_TAG,
     "Dagster run": "roma.dagster_run_id",
     "evaluation job": _STAGES["evaluate"],
     "finetuning job": _STAGES["finetune"],
@@ -73,10 +66,10 @@ def lineage_of(client: MlflowClient, uri: str) -> Lineage:
     facts = {
         "aliases": ", ".join(sorted(aliases)) or "none",
         **{what: tags[tag] for what, tag in _IDENTIFIERS.items() if tag in tags},
-        "gate": f"{tags.get(GATE_TAG, 'not run')}, against champion {tags.get(COMPARED_TAG, '?')}",
+        "gate": f"{tags.get(GATE_TAG, 'not run')}, against champion {tags.get(versions.COMPARED_TAG, '?')}",
     }
-    if ENCODER_TAG in tags:
-        facts["encoder"] = f"version {tags[ENCODER_TAG]}"
+    if versions.ENCODER_TAG in tags:
+        facts["encoder"] = f"version {tags[versions.ENCODER_TAG]}"
     decisions = [
         f"{e.at} {e.action} by {e.actor}: {e.reason}"
         for e in audit(client, found.name)
@@ -94,10 +87,10 @@ def versions_from(client: MlflowClient, identifier: str) -> list[tuple[str, str,
             f"{identifier!r}: at least {_MIN_PREFIX} characters of a job key, run id, data-set "
             f"version, commit or package are needed"
         )
-    versions = client.search_model_versions(order_by=["last_updated_timestamp DESC"])
+    found = client.search_model_versions(order_by=["last_updated_timestamp DESC"])
     return [
         (v.name, str(v.version), what)
-        for v in versions
+        for v in found
         for what, tag in _IDENTIFIERS.items()
         if v.tags.get(tag, "").startswith(identifier)
     ]
@@ -200,30 +193,32 @@ def transfer(source: MlflowClient, target: MlflowClient, uri: str, experiment: s
     name = version.name
     with tempfile.TemporaryDirectory() as scratch:
         folder = fetch(source, version, Path(scratch) / "from")
-        copied = find_tagged(target, name, MANIFEST_TAG, version.manifest_sha256)
+        copied = versions.find_tagged(target, name, MANIFEST_TAG, version.manifest_sha256)
         if copied is None:
             experiment_id = ensure_experiment(target, experiment).experiment_id
             model_id = target.create_logged_model(experiment_id, name=name).model_id
             target.log_model_artifacts(model_id, str(folder))  # longer than a lock may be held
             target.finalize_logged_model(model_id, "READY")
             with model_lock(target, name):
-                copied = find_tagged(target, name, MANIFEST_TAG, version.manifest_sha256)
+                copied = versions.find_tagged(target, name, MANIFEST_TAG, version.manifest_sha256)
                 copied = copied or _copy(source, target, version, model_id)
         fetch(target, resolve(target, f"models:/{name}/{copied}"), Path(scratch) / "to")
         with model_lock(target, name) as lock:
-            set_candidate(lock, name, copied)
+            versions.set_candidate(lock, name, copied)
     return copied
 
 
 def _copy(source: MlflowClient, target: MlflowClient, version: ModelVersion, model_id: str) -> str:
     name = version.name
     # the encoder is not copied, and its version number means nothing in the target
-    tags = {k: v for k, v in version.tags.items() if k != ENCODER_TAG}
+    tags = {k: v for k, v in version.tags.items() if k != versions.ENCODER_TAG}
     tags[ORIGIN_TAG] = f"{without_credentials(source.tracking_uri)} {version.uri}"
-    compared = tags.get(COMPARED_TAG, NO_CHAMPION)
+    compared = tags.get(versions.COMPARED_TAG, NO_CHAMPION)
     if compared != NO_CHAMPION:  # as the target numbers that version
         champion = resolve(source, f"models:/{name}/{compared}")
-        number = find_tagged(target, name, MANIFEST_TAG, champion.manifest_sha256)
-        tags[COMPARED_TAG] = number or f"a version that is not here ({champion.uri} of the origin)"
+        number = versions.find_tagged(target, name, MANIFEST_TAG, champion.manifest_sha256)
+        tags[versions.COMPARED_TAG] = (
+            number or f"a version that is not here ({champion.uri} of the origin)"
+        )
     description = source.get_model_version(name, version.version).description
-    return create_version(target, name, model_id, None, tags, description)
+    return versions.create_version(target, name, model_id, None, tags, description)

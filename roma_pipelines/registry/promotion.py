@@ -18,18 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import AliasChoices, Field
 
 from roma_core.settings import Frozen
+from roma_pipelines.registry import versions
 from roma_pipelines.registry.gate import GATE_TAG
 from roma_pipelines.registry.runs import checked_name
 from roma_pipelines.registry.store import LOCK_SUFFIX, ModelLock, model_lock
-from roma_pipelines.registry.versions import (
-    CANDIDATE,
-    COMPARED_TAG,
-    ENCODER_TAG,
-    encoder_name,
-    find_version,
-    get_version,
-    version_at,
-)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -105,10 +97,10 @@ def promote(
     """
     signed = _signed(client, name, actor, reason)
     with model_lock(client, name) as lock:
-        found = get_version(client, name, version)
+        found = versions.get_version(client, name, version)
         replaced = _champion(client, name)
         if replaced == version:  # perhaps by a promotion that was interrupted, completed below
-            replaced = version_at(client, name, PREVIOUS)
+            replaced = versions.version_at(client, name, PREVIOUS)
         else:
             refusal = _refusal(client, name, found, replaced)
             if refusal is not None:
@@ -134,15 +126,15 @@ def reject(client: MlflowClient, name: str, version: str, reason: str, actor: st
     """
     signed = _signed(client, name, actor, reason)
     with model_lock(client, name) as lock:
-        get_version(client, name, version)
-        champion = version_at(client, name, CHAMPION)
+        versions.get_version(client, name, version)
+        champion = versions.version_at(client, name, CHAMPION)
         if champion == version:
             raise PromotionRefused(
                 f"version {version} of {name!r} is the champion; `roma-pipeline rollback {name}` "
                 f"restores the one before it"
             )
         event = _record(lock, name, action="reject", version=version, **signed)
-        if version_at(client, name, PREVIOUS) == version:
+        if versions.version_at(client, name, PREVIOUS) == version:
             _set_previous(lock, name, version, champion)
         client.set_model_version_tag(name, version, REJECTED_TAG, f"{event.at} {actor}: {reason}")
 
@@ -157,10 +149,10 @@ def rollback(client: MlflowClient, name: str, *, reason: str, actor: str) -> str
     signed = _signed(client, name, actor, reason)
     with model_lock(client, name) as lock:
         champion = _champion(client, name)
-        version = version_at(client, name, PREVIOUS)
+        version = versions.version_at(client, name, PREVIOUS)
         if champion is None or version is None:
             raise ValueError(f"model {name!r} has no previous champion to roll back to")
-        tags = get_version(client, name, version).tags
+        tags = versions.get_version(client, name, version).tags
         if REJECTED_TAG in tags:  # the alias was set by hand: reject moves it
             raise PromotionRefused(
                 f"version {version} of {name!r}, the previous champion, was rejected: "
@@ -187,8 +179,8 @@ def delete_version(client: MlflowClient, name: str, version: str) -> None:
             the encoder of an existing classifier.
     """
     with model_lock(client, name) as lock:
-        found = get_version(client, name, version)
-        if aliases := sorted(set(found.aliases) - {CANDIDATE}):
+        found = versions.get_version(client, name, version)
+        if aliases := sorted(set(found.aliases) - {versions.CANDIDATE}):
             raise VersionInUse(
                 f"version {version} of {name!r} is {', '.join(aliases)}; move the alias first"
             )
@@ -199,8 +191,8 @@ def delete_version(client: MlflowClient, name: str, version: str) -> None:
                 f"version {version} of {name!r} was champion before; the audit refers to it, so it "
                 f"is kept"
             )
-        classifier = name.removesuffix(encoder_name(""))
-        wanted = f"name = '{classifier}' AND tags.`{ENCODER_TAG}` = '{version}'"
+        classifier = name.removesuffix(versions.encoder_name(""))
+        wanted = f"name = '{classifier}' AND tags.`{versions.ENCODER_TAG}` = '{version}'"
         users = client.search_model_versions(wanted) if classifier != name else []
         if users:
             used = ", ".join(f"version {v.version} of {classifier!r}" for v in users)
@@ -209,7 +201,7 @@ def delete_version(client: MlflowClient, name: str, version: str) -> None:
                 f"classifier"
             )
         if found.aliases:
-            lock.delete_alias(name, CANDIDATE)
+            lock.delete_alias(name, versions.CANDIDATE)
         client.delete_model_version(name, version)
         if found.source and found.source.startswith("models:/m-"):
             client.delete_logged_model(found.source.removeprefix("models:/"))
@@ -236,7 +228,7 @@ def require_model(client: MlflowClient, name: str) -> None:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         existing = {model.name for model in client.search_registered_models()}
-        encoders = {encoder_name(one) for one in existing}
+        encoders = {versions.encoder_name(one) for one in existing}
         locks = {n for n in existing if n.endswith(LOCK_SUFFIX) or f"{LOCK_SUFFIX}.of." in n}
         names = sorted(existing - encoders - locks)
         listed = f"there are {', '.join(names)}" if names else "none is registered yet"
@@ -244,7 +236,7 @@ def require_model(client: MlflowClient, name: str) -> None:
 
 
 def _champion(client: MlflowClient, name: str) -> str | None:
-    champion = version_at(client, name, CHAMPION)
+    champion = versions.version_at(client, name, CHAMPION)
     recorded = [event.version for event in audit(client, name) if event.action != "reject"]
     if recorded and recorded[-1] != champion:
         _log.warning(
@@ -272,7 +264,7 @@ def _refusal(
             f"{this} has passed no gate (its tag {GATE_TAG} is {tags.get(GATE_TAG)!r}); "
             f"materialise evaluation_report"
         )
-    compared, now = tags.get(COMPARED_TAG, NO_CHAMPION), champion or NO_CHAMPION
+    compared, now = tags.get(versions.COMPARED_TAG, NO_CHAMPION), champion or NO_CHAMPION
     if compared != now:
         return (
             f"{this} was compared with champion {compared}, but the champion is now {now}; "
@@ -282,17 +274,18 @@ def _refusal(
 
 
 def _move_encoder_alias(lock: ModelLock, name: str, version: str) -> None:
-    encoder = lock.client.get_model_version(name, version).tags.get(ENCODER_TAG)
+    encoder = lock.client.get_model_version(name, version).tags.get(versions.ENCODER_TAG)
     if encoder is None:
         return
-    if find_version(lock.client, encoder_name(name), encoder) is None:  # serves without
+    of_encoder = versions.encoder_name(name)
+    if versions.find_version(lock.client, of_encoder, encoder) is None:  # serves without
         _log.warning(
             "version %s of %s, the encoder of version %s of %s, was deleted; the champion of the "
             "encoder is unchanged",
-            *(encoder, encoder_name(name), version, name),
+            *(encoder, of_encoder, version, name),
         )
         return
-    lock.set_alias(encoder_name(name), CHAMPION, encoder)
+    lock.set_alias(of_encoder, CHAMPION, encoder)
 
 
 def _set_previous(lock: ModelLock, name: str, version: str, champion: str | None) -> None:
@@ -304,7 +297,7 @@ def _set_previous(lock: ModelLock, name: str, version: str, champion: str | None
             before = event.replaced
             if before is None:
                 break
-            found = find_version(lock.client, name, before)
+            found = versions.find_version(lock.client, name, before)
             if before != champion and found is not None and REJECTED_TAG not in found.tags:
                 lock.set_alias(name, PREVIOUS, before)
                 return

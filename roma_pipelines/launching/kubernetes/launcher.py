@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from roma_core.job import JobFolder
+from roma_pipelines.launching.kubernetes import states
 from roma_pipelines.launching.kubernetes.client import (
     ApiError,
     Client,
@@ -33,15 +34,6 @@ from roma_pipelines.launching.kubernetes.manifests import (
     with_variables,
 )
 from roma_pipelines.launching.kubernetes.profile import KubernetesProfile
-from roma_pipelines.launching.kubernetes.states import (
-    Snapshot,
-    failed_first,
-    index_of,
-    is_ending,
-    is_finished,
-    newest,
-    state_of,
-)
 from roma_pipelines.launching.launcher import (
     PLANNED_FOLDER,
     Rejected,
@@ -166,9 +158,9 @@ class KubernetesLauncher:
             with contextlib.suppress(ApiError):  # its pods report that a host name is missing
                 self._create_service(handle)
         now = time.monotonic()
-        if is_ending(job) and watched.ending_since is None:
+        if states.is_ending(job) and watched.ending_since is None:
             watched.ending_since = now
-        state = state_of(snapshot, now - (watched.ending_since or now))
+        state = states.state_of(snapshot, now - (watched.ending_since or now))
         if state.phase is Phase.WAITING:
             return self._limited(handle, snapshot, state)
         watched.waiting = None
@@ -179,7 +171,7 @@ class KubernetesLauncher:
             except (ApiError, Unreachable) as error:
                 return JobState(Phase.UNKNOWN, f"{state.reason}; its pods are not known: {error}")
             snapshot = self._snapshot(job, pods)
-            state = state_of(snapshot, now - (watched.ending_since or now))
+            state = states.state_of(snapshot, now - (watched.ending_since or now))
             self._append_failed_log(handle, snapshot)
         return state
 
@@ -193,7 +185,7 @@ class KubernetesLauncher:
                 pods = self.client.request("GET", self.client.path("pods"), query=query)["items"]
             except ApiError as error:  # rights or tokens may be missing for a while
                 raise Unreachable(f"Kubernetes: {error}") from error
-            names = [pod["metadata"]["name"] for pod in pods if not is_finished(pod)]
+            names = [pod["metadata"]["name"] for pod in pods if not states.is_finished(pod)]
             if not names:
                 return
             waited_s = time.monotonic() - start
@@ -249,17 +241,17 @@ class KubernetesLauncher:
 
     # -- states ------------------------------------------------------------------------------
 
-    def _snapshot(self, job: Object, pods: list[Object]) -> Snapshot:
+    def _snapshot(self, job: Object, pods: list[Object]) -> states.Snapshot:
         """What is known of a Job with these existing pods."""
         uid, there = job["metadata"]["uid"], {pod["metadata"]["uid"] for pod in pods}
         known = [*self.client.pods.present(uid), *self.client.pods.deleted(uid)]
         gone = [pod for pod in known if pod["metadata"]["uid"] not in there]
-        return Snapshot(job, pods, gone, self.client.warnings_about([job, *pods, *gone]))
+        return states.Snapshot(job, pods, gone, self.client.warnings_about([job, *pods, *gone]))
 
     def _missing(self, handle: JobHandle) -> JobState:
         """State of a Job that is not among the existing ones: not reported yet, or deleted."""
         uid, name = handle.external["uid"], handle.external["name"]
-        left = [pod for pod in self.client.pods.present(uid) if not is_finished(pod)]
+        left = [pod for pod in self.client.pods.present(uid) if not states.is_finished(pod)]
         if left:  # they are terminating, or the Job was deleted without its pods
             return JobState(Phase.RUNNING, f"Job {name} was deleted, {len(left)} pods are left")
         try:
@@ -281,13 +273,13 @@ class KubernetesLauncher:
             return JobState(Phase.UNKNOWN, f"Job {name} was deleted; its result may follow")
         return JobState(Phase.CANCELLED, f"Job {name} was deleted in the cluster")
 
-    def _limited(self, handle: JobHandle, snapshot: Snapshot, state: JobState) -> JobState:
+    def _limited(self, handle: JobHandle, snapshot: states.Snapshot, state: JobState) -> JobState:
         """A waiting state; asks for its end after the profile's time limit: Kubernetes has none."""
         watched = self._watched[handle.external["uid"]]
         if snapshot.job["spec"].get("suspend"):
             watched.waiting = None  # its queue decides
             return state
-        there = newest(snapshot.pods)
+        there = states.newest(snapshot.pods)
         # holds nodes or cannot start without help; else all its pods wait in a queue for a node
         urgent = not there or any(pod["spec"].get("nodeName") for pod in there)
         if watched.waiting is None or watched.waiting[0] != urgent:
@@ -299,13 +291,13 @@ class KubernetesLauncher:
         write_ending(handle.plan.files, JobState(Phase.ENDED_BAD, reason))
         return state
 
-    def _append_failed_log(self, handle: JobHandle, snapshot: Snapshot) -> None:
+    def _append_failed_log(self, handle: JobHandle, snapshot: states.Snapshot) -> None:
         """Append the end of the failed pod's log to the attempt's log, which is that of pod 0."""
-        pod = failed_first(snapshot)
-        if pod is None or index_of(pod) == 0:
+        pod = states.failed_first(snapshot)
+        if pod is None or states.index_of(pod) == 0:
             return
         log = handle.plan.files.log
-        tail = log_tail(log.with_name(f"log.{index_of(pod)}"))
+        tail = log_tail(log.with_name(f"log.{states.index_of(pod)}"))
         title = f"--- end of the log of pod {pod['metadata']['name']}, which failed:"
         if tail and not (log.exists() and title in log.read_text(errors="replace")):
             with log.open("a", encoding="utf-8") as file:

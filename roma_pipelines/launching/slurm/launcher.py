@@ -27,22 +27,8 @@ from roma_pipelines.launching.launcher import (
     passthrough_env,
 )
 from roma_pipelines.launching.outcome import tail_of
-from roma_pipelines.launching.slurm.cluster import (
-    MARK,
-    SQUEUE,
-    Answer,
-    Jobs,
-    PollResult,
-    Positions,
-    SharedPoll,
-    Shell,
-    marked,
-    minutes,
-    own_jobs,
-    parse_squeue,
-    queue_positions,
-    waiting,
-)
+from roma_pipelines.launching.slurm import cluster
+from roma_pipelines.launching.slurm.cluster import minutes
 from roma_pipelines.launching.slurm.profile import SlurmProfile, batch_script, cpus_per_node
 from roma_pipelines.launching.spec import JobHandle, JobSpec, JobState, Phase, Plan
 
@@ -91,9 +77,9 @@ class SlurmLauncher:
         self.profile, self.python = profile, python
         self.gone_after_s, self.cancel_timeout_s = gone_after_s, cancel_timeout_s
         self.fs_lag_s = fs_lag_s
-        self.shell = Shell(profile.ssh)
+        self.shell = cluster.Shell(profile.ssh)
         shared = clusters / profile.name
-        self.poll = SharedPoll(shared, self._query, profile.poll_s, profile.slowest_poll_s)
+        self.poll = cluster.SharedPoll(shared, self._query, profile.poll_s, profile.slowest_poll_s)
         self._missing_since: dict[str, float] = {}  # job id -> when it was first not in an answer
         self._exited_at: dict[str, float] = {}  # job id -> when its exit.json was first seen
 
@@ -117,7 +103,7 @@ class SlurmLauncher:
         inside = profile.container or profile.setup or profile.modules  # only the node knows these
         if not inside and "/" in python and self.shell.run("test", "-x", python).code:
             found.append(f"there is no interpreter {python}; set `python` {in_profile}")
-        answer = self.shell.run("sinfo", "-h", "-o", f"{MARK}%P|%a|%l|%D|%c|%m|%G")
+        answer = self.shell.run("sinfo", "-h", "-o", f"{cluster.MARK}%P|%a|%l|%D|%c|%m|%G")
         if _UNCONFIGURED.lower() in answer.text.lower():
             whose = profile.ssh or "this computer"
             remedy = f"name a login node as `ssh` {in_profile}"
@@ -128,7 +114,7 @@ class SlurmLauncher:
             raise Unreachable(f"sinfo: {answer.text}")
         nodes = [
             _Nodes(name, up == "up", minutes(limit), _n(count), _n(cpus), _n(memory), gpus_of(gres))
-            for name, up, limit, count, cpus, memory, gres in marked(answer.output, 7)
+            for name, up, limit, count, cpus, memory, gres in cluster.marked(answer.output, 7)
         ]
         known = {kind.partition.rstrip("*") for kind in nodes}
         default = [kind.partition[:-1] for kind in nodes if kind.partition.endswith("*")]
@@ -152,13 +138,13 @@ class SlurmLauncher:
         answer = self.shell.run("sbatch", "--parsable", script, environment=variables)
         found = re.findall(r"^(\d+)(?:;(\S+))?$", answer.output, re.MULTILINE)
         if answer.code == 0 and len(found) == 1:  # several are told apart by ``find``
-            ((job, cluster),) = found
-            if cluster and job not in dict(self._jobs_named(plan)):
-                there = ("scancel", f"--clusters={cluster}", job)
+            ((job, other),) = found
+            if other and job not in dict(self._jobs_named(plan)):
+                there = ("scancel", f"--clusters={other}", job)
                 left = f"; call `{shlex.join(there)}`" if self.shell.run(*there).code else ""
                 raise Rejected(
                     [
-                        f"sbatch sent it to another cluster, {cluster}, where it cannot be watched: "
+                        f"sbatch sent it to another cluster, {other}, where it cannot be watched: "
                         f"unset SBATCH_CLUSTERS, or use a profile of that cluster{left}"
                     ]
                 )
@@ -203,7 +189,7 @@ class SlurmLauncher:
         self._missing_since.pop(job, None)
         phase = PHASES.get(row["state"], Phase.UNKNOWN)
         if phase is Phase.WAITING:
-            return waiting(job, row, poll.positions.get(job))
+            return cluster.waiting(job, row, poll.positions.get(job))
         if phase in (Phase.RUNNING, Phase.UNKNOWN):
             return JobState(phase, f"job {job} {row['state']} on {row['nodes'] or '?'}")
         self._cancel_duplicates(handle, poll)
@@ -237,20 +223,20 @@ class SlurmLauncher:
         owner = plan.files.read_owner()
         return self._handle(plan, owner["external"]["SLURM_JOB_ID"]) if owner else None
 
-    def _query(self, before: PollResult) -> tuple[Jobs, Positions | None]:
+    def _query(self, before: cluster.PollResult) -> tuple[cluster.Jobs, cluster.Positions | None]:
         """Our jobs by one query; now and then, while one of them waits, one for all users' jobs."""
         waits = any(PHASES.get(row["state"]) is Phase.WAITING for row in before.jobs.values())
         if not waits or time.time() - before.positions_at < self.profile.slowest_poll_s:
-            return own_jobs(self._squeue("--me")), None
+            return cluster.own_jobs(self._squeue("--me")), None
         me = next(iter(before.jobs.values()))["user"]
         rows = self._squeue()
-        ours = own_jobs({job: row for job, row in rows.items() if row["user"] == me})
-        return ours, queue_positions(rows, ours)
+        ours = cluster.own_jobs({job: row for job, row in rows.items() if row["user"] == me})
+        return ours, cluster.queue_positions(rows, ours)
 
-    def _squeue(self, *options: str) -> Jobs:
-        return parse_squeue(self._checked(*SQUEUE, *options).output)
+    def _squeue(self, *options: str) -> cluster.Jobs:
+        return cluster.parse_squeue(self._checked(*cluster.SQUEUE, *options).output)
 
-    def _checked(self, *argv: str) -> Answer:
+    def _checked(self, *argv: str) -> cluster.Answer:
         """The answer of a client command that fails only if SLURM does not answer."""
         answer = self.shell.run(*argv)
         if answer.code:
@@ -306,7 +292,7 @@ class SlurmLauncher:
             usage = {"ran_s": round(ran_min * 60.0, 3), "nodes": record.get("NodeList", "")}
         return JobState(phase, text, usage)
 
-    def _missing(self, handle: JobHandle, poll: PollResult) -> JobState:
+    def _missing(self, handle: JobHandle, poll: cluster.PollResult) -> JobState:
         """The job is in no answer: too early, too late, or slurmctld lost it."""
         job = handle.external["job_id"]
         since = self._missing_since.setdefault(job, time.time())
@@ -334,7 +320,7 @@ class SlurmLauncher:
             return JobState(Phase.UNKNOWN, f"SLURM does not know job {job}; it may still run")
         return JobState(Phase.GONE, f"{gone}, and its log and heartbeat stopped")
 
-    def _cancel_duplicates(self, handle: JobHandle, poll: PollResult) -> None:
+    def _cancel_duplicates(self, handle: JobHandle, poll: cluster.PollResult) -> None:
         """A second job of an attempt would wait in the queue only to leave at once: cancel it."""
         owner = self._owner(handle.plan)
         if owner is None or owner.external != handle.external:
@@ -372,7 +358,7 @@ def _n(text: str) -> int:
     return int(text.rstrip("+"))  # "at least", where the nodes differ
 
 
-def _check_folder(root: Path, shell: Shell) -> list[str]:
+def _check_folder(root: Path, shell: cluster.Shell) -> list[str]:
     if (found := check_writable(root)) or not shell.ssh:
         return found
     probe = root / f".preflight-{secrets.token_hex(4)}"
