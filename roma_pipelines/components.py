@@ -10,10 +10,12 @@ from typing import Self
 import dagster as dg
 from pydantic import BaseModel, Field
 
-from roma_pipelines.assets.batch_predictions import batch_predictions_asset
 from roma_pipelines.assets.dataset import dataset_asset
 from roma_pipelines.assets.evaluation_report import evaluation_report_asset
-from roma_pipelines.assets.registered_model import registered_classifier_asset
+from roma_pipelines.assets.registered_model import (
+    batch_predictions_asset,
+    registered_classifier_asset,
+)
 from roma_pipelines.assets.training import finetuned_classifier_asset, pretrained_encoder_asset
 from roma_pipelines.automation.sensors import retraining_schedule, sensors_of
 from roma_pipelines.experiment import Experiment

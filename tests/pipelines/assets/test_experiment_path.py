@@ -28,7 +28,7 @@ from roma_core.files import read_json, write_json
 from roma_core.job import JobFolder
 from roma_pipelines.assets import training
 from roma_pipelines.automation import drift as drift_sensor
-from roma_pipelines.automation.drift import compare
+from roma_pipelines.automation.sensors import compare
 from roma_pipelines.automation.settings import Drift, DriftThresholds
 from roma_pipelines.cli import main
 from roma_pipelines.registry.gate import CHECKS

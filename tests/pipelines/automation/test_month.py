@@ -3,8 +3,12 @@
 import dagster as dg
 
 from roma_pipelines.automation.alerts import read_alerts
-from roma_pipelines.automation.drift import check_inputs
-from roma_pipelines.automation.sensors import check_dataset, check_source, scheduled_run
+from roma_pipelines.automation.sensors import (
+    check_dataset,
+    check_inputs,
+    check_source,
+    scheduled_run,
+)
 
 ARRIVALS = (2, 6, 10, 14, 18, 24)
 BAD_DELIVERY, JOB_CRASH, WORKER_CRASH, DAEMON_CRASH = 10, 6, 18, 24

@@ -17,8 +17,13 @@ from roma_pipelines.automation.alerts import (
     read_alerts,
     send_alert,
 )
-from roma_pipelines.automation.drift import check_inputs, compare
-from roma_pipelines.automation.sensors import check_champion, check_dataset, check_source
+from roma_pipelines.automation.sensors import (
+    check_champion,
+    check_dataset,
+    check_inputs,
+    check_source,
+    compare,
+)
 from roma_pipelines.automation.settings import Drift, NewData
 from roma_pipelines.automation.state import (
     Data,
@@ -366,7 +371,7 @@ def test_series_like_the_training_data_are_seldom_far_from_it(tmp_path):
     from roma_core.data.build import build_dataset
     from roma_core.data.store import StoredDataset
     from roma_core.evaluation.drift import drift_effects, reference_profile, sample_from_parquet
-    from roma_pipelines.automation.drift import drifted
+    from roma_pipelines.automation.sensors import drifted
     from roma_pipelines.automation.settings import DriftThresholds
 
     write_series(tmp_path / "data" / "all.parquet", 600, 0, 0.0)
