@@ -143,6 +143,14 @@ class Attempt:
         write_json(self.exit, end.model_dump(mode="json"))
 
 
+def committed(folder: Path) -> list[Path]:
+    """Committed checkpoints, oldest first; other files of the folder are ignored."""
+    if not folder.is_dir():
+        return []
+    found = [p for p in folder.glob("step-*") if p.name[5:].isdigit() and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _STOP_FILE_POLL_S = 0.5
 

@@ -38,12 +38,9 @@ def read_series(path: Path, split: Any, package: Any, start: int = 0) -> Iterato
     """Series in the form of a server's request, in the file's order, from row ``start``.
 
     The unit of a Parquet column is the metadata ``unit`` of its field, or else the model's unit.
-    Targets of an exported data set are left out, unless they are inputs of the model.
-
-    ``split`` is that of a data-set folder; ``package`` is the loaded model.
-
-    Raises:
-        ValueError: the file has another format, or a line is not a valid series.
+    Targets of an exported data set are left out, unless they are inputs of the model. ``split`` is
+    that of a data-set folder; ``package`` is the loaded model. Raises ValueError if the file has
+    another format, or a line is not a valid series.
     """
     if path.is_dir():
         from roma_core.data.store import StoredDataset, raw_series

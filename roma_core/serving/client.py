@@ -64,9 +64,7 @@ class ServedModel:
     def predict(self, series: Iterable[Series | Mapping[str, Any]]) -> list[Prediction]:
         """Class and probabilities of every series, in order; lengths may differ.
 
-        Raises:
-            RequestRejected: a series does not fit the model.
-            ServerError: anything else went wrong.
+        Raises RequestRejected for a series that does not fit, ServerError for anything else.
         """
         try:
             rows = [one.model_dump(exclude_none=True) for one in parse_series(series)]
@@ -88,8 +86,7 @@ class ServedModel:
     def check_golden(self, package: Path) -> None:
         """Compare the server's predictions of a package's golden rows with the recorded ones.
 
-        Raises:
-            ServerError: they differ.
+        Raises ServerError if they differ.
         """
         lines = (package / "golden.jsonl").read_text(encoding="utf-8").splitlines()
         golden = [json.loads(line) for line in lines]

@@ -165,8 +165,7 @@ def build_package(
 def verify_package(folder: Path) -> str:
     """Check every file and the golden rows; return the sha256 of ``MANIFEST.json``.
 
-    Raises:
-        PackageError: the package is damaged, or computes other outputs on this computer.
+    Raises PackageError if it is damaged, or computes other outputs on this computer.
     """
     pyfunc_model.open_package(folder)
     return sha256_of(folder / pyfunc_model.MANIFEST)

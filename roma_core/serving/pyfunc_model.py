@@ -203,8 +203,7 @@ def _entries(name: str, column: Any, **allowed: bool) -> list[Any]:
 def parse_series(rows: Iterable[Any]) -> list[Series]:
     """The series of a request: mappings, or objects, with the fields of ``Series``.
 
-    Raises:
-        InvalidSeries: there is none, or one is no series; the message names it.
+    Raises InvalidSeries if there is none, or with the name of one that is no series.
     """
     if isinstance(rows, Mapping | BaseModel) or not isinstance(rows, Iterable):
         raise InvalidSeries(f"expected a list of series, got {shortened(rows)}")
@@ -305,8 +304,7 @@ class Package:
     def check_golden(self, path: Path) -> float:
         """Predict the golden series again; return the largest absolute difference of an output.
 
-        Raises:
-            PackageError: a row differs by more than its tolerance.
+        Raises PackageError if a row differs by more than its tolerance.
         """
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         outputs = self.outputs(row["series"] for row in rows)
@@ -579,11 +577,7 @@ def normalise_positions(
 
 
 def verify_files(folder: Path) -> None:
-    """Check that the folder holds exactly the files of its manifest, unchanged.
-
-    Raises:
-        PackageError: a file is missing, added or changed, or the manifest is of another version.
-    """
+    """Raise PackageError unless the folder holds exactly the files of its manifest, unchanged."""
     if not (folder / MANIFEST).is_file():
         raise PackageError(f"{folder} has no {MANIFEST}: not a model package, or incomplete")
     manifest = _read(folder / MANIFEST)

@@ -75,8 +75,7 @@ def set_mlflow_defaults() -> None:
 def resolve(client: MlflowClient, uri: str) -> ModelVersion:
     """The version that ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION`` refers to now.
 
-    Raises:
-        FetchError: the URI has another form, or there is no such model, alias or version.
+    Raises FetchError for another form, and if there is no such model, alias or version.
     """
     from mlflow.exceptions import MlflowException
 
@@ -99,8 +98,7 @@ def resolve(client: MlflowClient, uri: str) -> ModelVersion:
 def fetch(client: MlflowClient, version: ModelVersion, cache: Path) -> Path:
     """The verified model folder of a version; downloaded once, verified on every call.
 
-    Raises:
-        FetchError: it cannot be downloaded, or differs from the checksums of its tags.
+    Raises FetchError if it cannot be downloaded, or differs from the checksums of its tags.
     """
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
@@ -136,11 +134,7 @@ def package_of(folder: Path) -> Path:
 
 
 def code_of(folder: Path) -> Path:
-    """The one file of code in a model folder; it loads the package.
-
-    Raises:
-        FetchError: there is none, or more than one.
-    """
+    """The one file of code in a model folder, which loads the package; FetchError if not one."""
     found = sorted(folder.glob("*.py"))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
@@ -151,8 +145,7 @@ def code_of(folder: Path) -> Path:
 def verify(folder: Path, version: ModelVersion) -> None:
     """Compare a model folder with its version's tags. Parses nothing but the manifest.
 
-    Raises:
-        FetchError: a file is missing, changed, or not listed; or the version has no checksum.
+    Raises FetchError: a file is missing, changed or not listed, or there is no checksum.
     """
     if version.manifest_sha256 is None:
         raise FetchError(f"{version.uri} has no tag {MANIFEST_TAG}; it cannot be verified")
@@ -230,11 +223,7 @@ class AliasWatcher:
     def __init__(
         self, client: MlflowClient, uri: str, cache: Path, *, poll_interval_s: float = 30.0
     ) -> None:
-        """Load the version that the alias points to.
-
-        Raises:
-            FetchError: there is none, or it differs from its recorded checksums.
-        """
+        """Load the version that the alias points to; FetchError if it is missing or changed."""
         self.client, self.uri, self.cache = client, uri, cache
         self.poll_interval_s = poll_interval_s
         self.problem: str | None = None
@@ -271,8 +260,7 @@ class AliasWatcher:
     def rollback(self) -> str:
         """Serve the previous version again, wherever the alias points; return its version.
 
-        Raises:
-            ValueError: there is no previous version.
+        Raises ValueError without one.
         """
         if self._previous is None:
             raise ValueError(f"no earlier version of {self.uri} is loaded")

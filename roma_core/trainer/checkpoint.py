@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from roma_core.files import read_json, sha256_of, sync_folder, write_json
+from roma_core.job import committed
 from roma_core.settings import Frozen
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.distributed import SINGLE_PROCESS, HostGroup
@@ -74,14 +75,6 @@ class Checkpoint:
     tensors: Tensors
 
 
-def committed(folder: Path) -> list[Path]:
-    """Committed checkpoints, oldest first; other files of the folder are ignored."""
-    if not folder.is_dir():
-        return []
-    found = [p for p in folder.glob("step-*") if p.name[5:].isdigit() and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
-
-
 def read_state(path: Path) -> TrainState:
     """The state of a checkpoint, without its tensors."""
     return TrainState.model_validate(read_json(path / "state.json", schema_version=1))
@@ -110,10 +103,9 @@ def damage_of(path: Path) -> str:
 
 
 def load_newest(folder: Path, group: HostGroup = SINGLE_PROCESS) -> Checkpoint | None:
-    """The newest undamaged checkpoint, which rank 0 chooses, or None if there is none at all.
+    """The newest undamaged checkpoint, which rank 0 chooses, or None without any.
 
-    Raises:
-        ValueError: there are checkpoints and every one is damaged.
+    Raises ValueError if there are checkpoints and every one is damaged.
     """
 
     def newest() -> Path | None:
@@ -169,12 +161,10 @@ class Checkpointer:
         self._thread.shutdown(wait=True)  # after an error, the write in progress still ends
 
     def save(self, state: TrainState, tensors: Tensors, model_config: dict[str, Any]) -> None:
-        """Begin to write a checkpoint on rank 0; trackers get the metrics up to now once it is there.
+        """Begin to write a checkpoint on rank 0; trackers then get the metrics up to now.
 
-        The tensors must be copies: they are read while training continues.
-
-        Raises:
-            OSError: the checkpoint before could not be written: no space, or no permission.
+        The tensors must be copies: they are read while training continues. Raises OSError if the
+        checkpoint before could not be written: no space, or no permission.
         """
         if not self.group.is_main:
             return

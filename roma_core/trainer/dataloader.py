@@ -409,8 +409,7 @@ class TrainLoader:
     def steps(self, first_step: int) -> Iterator[list[PackedBatch]]:
         """The micro-batches of each step, on the device, from ``first_step`` to the last.
 
-        Raises:
-            Interrupted: a stop request came while waiting for data.
+        Raises Interrupted if a stop request comes while waiting for data.
         """
         first_epoch, first = divmod(first_step, self.sampler.batches_per_epoch)
         shards = (

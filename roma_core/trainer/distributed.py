@@ -24,10 +24,9 @@ T = TypeVar("T")
 
 
 def init_accelerator(config: TrainerConfig) -> Accelerator:
-    """The Accelerator of this process, however it was launched: ``python``, ``accelerate``, ``torchrun``.
+    """The Accelerator of this process, started by ``python``, ``accelerate`` or ``torchrun``.
 
-    Raises:
-        ValueError: the launcher is configured to shard the model.
+    Raises ValueError if the launcher is configured to shard the model.
     """
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision
@@ -111,11 +110,7 @@ SINGLE_PROCESS = HostGroup()
 
 
 def init_group() -> HostGroup:
-    """The processes that were launched together; the first call waits until all have made it.
-
-    Raises:
-        RuntimeError: the processes do not form one group.
-    """
+    """The processes launched together; the first call waits for all, or raises RuntimeError."""
     # without cpu=True, several processes on a computer without GPU would each train on its own
     no_accelerator = not torch.accelerator.is_available()
     state = PartialState(cpu=no_accelerator or parse_flag_from_env("ACCELERATE_USE_CPU"))

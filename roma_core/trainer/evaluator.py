@@ -45,10 +45,7 @@ def classify(
     """Run a classifier over a data set. Every process gets the outputs of all samples.
 
     The model is the bare one, not its distributed wrapper: processes may have different numbers of
-    batches.
-
-    Raises:
-        Interrupted: on every process, if ``should_stop`` returned True on one.
+    batches. Raises Interrupted on every process, if ``should_stop`` returned True on one.
     """
     model.eval()
     device = model.projection.weight.device
@@ -82,8 +79,7 @@ def evaluate(
 ) -> dict[str, float]:
     """``eval/loss``, and ``eval/accuracy`` of a classifier; pretraining has the masks of epoch 0.
 
-    Raises:
-        Interrupted: on every process, if ``should_stop`` returned True on one.
+    Raises Interrupted on every process, if ``should_stop`` returned True on one.
     """
     collate = Collate(model.config, config.random_seed)
     how = (dataset, collate, config.batch_size, group, should_stop)

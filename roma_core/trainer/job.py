@@ -16,7 +16,7 @@ from pydantic import Field
 from roma_core.data.manifest import Manifest, read_manifest
 from roma_core.data.store import StoredDataset, Subset
 from roma_core.files import read_json, sha256_of
-from roma_core.job import Attempt, JobFolder
+from roma_core.job import Attempt, JobFolder, committed
 from roma_core.model.config import (
     RoMAForClassificationConfig,
     RoMAForPreTrainingConfig,
@@ -222,11 +222,7 @@ def _maskable(series: Subset) -> Subset:
 
 
 def open_dataset(path: str, digest: str, *, verify: bool) -> StoredDataset:
-    """The data set a job was planned for.
-
-    Raises:
-        ValueError: there is another version at ``path`` now.
-    """
+    """The data set a job was planned for; ValueError if ``path`` is another version now."""
     dataset = StoredDataset(path, verify=verify)
     if dataset.manifest.digest != digest:
         raise ValueError(
@@ -255,7 +251,6 @@ def _model_of(
 
 def train(folder: JobFolder, attempt: Attempt) -> Work:
     """Run or resume the training that ``config.json`` describes."""
-    from roma_core.trainer.checkpoint import committed
     from roma_core.trainer.distributed import init_group
     from roma_core.trainer.trainer import Trainer
 

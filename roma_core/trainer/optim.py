@@ -141,8 +141,7 @@ def load_optimizer_state(
 def training_loss(model: Model, config: TrainerConfig, dataset: MapStyle) -> Loss:
     """The model's own loss, or cross entropy with label smoothing and class weights.
 
-    Raises:
-        ValueError: the model is no classifier, or the weights do not match its classes.
+    Raises ValueError if the model is no classifier, or the weights do not match its classes.
     """
     settings = ("label_smoothing", "class_weights")
     names = " and ".join(name for name in settings if getattr(config, name) not in (0, None))

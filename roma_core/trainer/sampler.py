@@ -81,10 +81,8 @@ class TokenBatchSampler(BatchSampler):
     def __init__(
         self, lengths: Indices, global_batch_size: int, seed: int, micro_batch_size: int
     ) -> None:
-        """Sizes are in tokens, ``lengths`` ``(n,)`` are those of the samples.
-
-        Raises:
-            ValueError: the longest sample alone is more than a batch.
+        """Sizes are in tokens, ``lengths`` ``(n,)`` are those of the samples; ValueError if one
+        is more than a batch.
         """
         self.lengths, self.seed, self.n_samples = lengths, seed, len(lengths)
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size

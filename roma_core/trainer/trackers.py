@@ -156,9 +156,7 @@ class WandbRun:
     ) -> None:
         """Begin or resume the run.
 
-        Raises:
-            ConnectionError: online, and the server did not answer within two seconds.
-            Exception: anything else that wandb raises.
+        Raises ConnectionError without an answer within two seconds; else what wandb raises.
         """
         import_tracker("wandb")
         import wandb
@@ -306,11 +304,9 @@ class Trackers:
     def from_environment(cls, folder: Path, trainer: TrainerConfig) -> Trackers:
         """MLflow if ``MLFLOW_TRACKING_URI`` and a run are named; wandb as configured.
 
-        The run's id is in ``MLFLOW_RUN_ID``, or in the file named by ``ROMA_JOB_MLFLOW_RUN``, which is
-        written after the job began, or much later if the server is away.
-
-        Raises:
-            ModuleNotFoundError: a tracker is configured and not installed.
+        The run's id is in ``MLFLOW_RUN_ID``, or in the file named by ``ROMA_JOB_MLFLOW_RUN``, which
+        is written after the job began, or much later if the server is away. ModuleNotFoundError
+        if a tracker is configured and not installed.
         """
         metrics, threads = folder / "metrics.jsonl", []
         uri, run_file = os.environ.get("MLFLOW_TRACKING_URI"), os.environ.get(MLFLOW_RUN_VARIABLE)

@@ -228,11 +228,7 @@ class Trainer:
         return reason
 
     def _do_step(self, batches: Iterator[list[PackedBatch]]) -> None:
-        """Do one optimiser step.
-
-        Raises:
-            Interrupted: a process is asked to stop; raised on all of them.
-        """
+        """Do one optimiser step; Interrupted, on all processes, if one is asked to stop."""
         with self.meter.timed("waiting"):
             try:
                 micro_batches = next(batches)
@@ -316,9 +312,7 @@ class Trainer:
     def _measure(self, train_loss: float) -> dict[str, float]:
         """``eval/…`` metrics, the same on every process; none without a test set.
 
-        Raises:
-            Interrupted: a stop request ended it.
-            ValueError: ``best_metric`` is not among them.
+        Raises Interrupted after a stop request, ValueError if ``best_metric`` is not among them.
         """
         dataset, callback = self.test_dataset, self._evaluate_callback
         if dataset is None or not len(dataset):

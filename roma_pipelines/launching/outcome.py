@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from roma_core.files import read_json, write_json
-from roma_core.job import Attempt, JobFolder
+from roma_core.job import Attempt, JobFolder, committed
 from roma_pipelines.launching.spec import AttemptRecord, JobSpec, JobState, Phase, Status, id_of
 
 
@@ -150,12 +150,8 @@ def read_exit_report(
 
 def newest_checkpoint(folder: JobFolder) -> int | None:
     """Step of the newest committed checkpoint, by folder name; None without any."""
-    try:
-        paths = list(folder.checkpoints.iterdir())
-    except FileNotFoundError:
-        return None
-    names = (re.fullmatch(r"step-(\d+)", path.name) for path in paths)
-    return max((int(name[1]) for name in names if name), default=None)
+    names = [path.name for path in committed(folder.checkpoints)]
+    return int(names[-1].removeprefix("step-")) if names else None
 
 
 _LOG_LINES = 50
