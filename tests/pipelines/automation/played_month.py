@@ -80,6 +80,7 @@ class Month:
                     "channels": [{"column": "value"}],
                     "metadata": {"label": "kind"},
                 },
+                "repair": {"missing": "refuse"},
             },
             schedule="0 3 * * *",
             automation={
