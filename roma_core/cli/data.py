@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import click
 
 from roma_core.cli import errors_as_messages
+from roma_core.data.store import StoredDataset
 
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _DATASET = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -67,7 +69,6 @@ def build(config: Path, out: Path, cache: Path) -> None:
 def inspect(path: Path) -> None:
     """Print what the data set in PATH looks like: counts, lengths, classes, gaps, values."""
     from roma_core.data.profile import profile_dataset
-    from roma_core.data.store import StoredDataset
 
     with errors_as_messages():
         profile = profile_dataset(StoredDataset(path))
@@ -89,10 +90,7 @@ def validate(path: Path, against: Path | None, strict: bool, as_json: bool) -> N
     Errors: damaged files, columns that do not fit, numbers that are not finite, an object, group or
     equal content in two splits (the latter two: unless the set was built with leakage: warn or ignore).
     """
-    import json
-
     from roma_core.data.quality import check_dataset, compare_versions
-    from roma_core.data.store import StoredDataset
 
     found = check_dataset(path)
     errors = sum(f.severity == "error" for f in found)
@@ -122,8 +120,6 @@ def validate(path: Path, against: Path | None, strict: bool, as_json: bool) -> N
 )
 def export(path: Path, target: Path, split: str | None) -> None:
     """Write the data set in PATH to TARGET, a Parquet file with one row per series."""
-    from roma_core.data.store import StoredDataset
-
     if target.suffix.lower() != ".parquet":
         raise click.BadParameter(f"expected a file that ends in .parquet, got {target}")
     with errors_as_messages():

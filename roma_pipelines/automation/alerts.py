@@ -24,7 +24,7 @@ from pydantic_settings import SettingsConfigDict
 from roma_core.job import JobFolder
 from roma_core.settings import RomaSettings
 from roma_pipelines._compat import SerializableErrorInfo
-from roma_pipelines.launching.outcome import tail_of
+from roma_pipelines.launching.outcome import log_tail
 from roma_pipelines.storage import Storage
 
 FILE = "alerts.jsonl"
@@ -210,7 +210,7 @@ def _last_lines(
         job = JobFolder(folder)
         for n in reversed(job.attempt_numbers()):
             if job.attempt(n).log.exists():
-                return tail_of(job.attempt(n).log, 64 * 1024).splitlines()[-_LAST_LINES:]
+                return log_tail(job.attempt(n).log).splitlines()
     records = instance.get_records_for_run(run.run_id, limit=_LAST_LINES, ascending=False).records
     return [
         re.sub(r"\s+", " ", record.event_log_entry.user_message or record.event_log_entry.message)

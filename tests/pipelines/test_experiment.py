@@ -20,6 +20,7 @@ from roma_pipelines.experiment import Stage, training_errors
             ["channel_axis: must be greater"],
         ),
         ({"position_axes": []}, ["position_axes: determined by the data set"]),
+        ({"missing_values": True}, ["missing_values: determined by the data set"]),
     ],
 )
 def test_masks_of_channels_name_an_axis_of_the_data(pretraining, wrong):

@@ -73,6 +73,11 @@ class Client:
             document: Object = json.loads(response.data)
             return document
 
+    def pods_of(self, labels: Mapping[str, str]) -> list[Object]:
+        """The pods with these labels that exist now. Raises as ``request``."""
+        query = {"labelSelector": selector(labels)}
+        return list(self.request("GET", self.path("pods"), query=query)["items"])
+
     def create(self, manifest: Manifest, dry_run: bool = False) -> Object:
         """Create an object; unknown fields are errors. Raises as ``request``."""
         query = {"fieldValidation": "Strict", **({"dryRun": "All"} if dry_run else {})}

@@ -19,13 +19,7 @@ from typing import Any
 
 from roma_core.job import JobFolder
 from roma_pipelines.launching.kubernetes import states
-from roma_pipelines.launching.kubernetes.client import (
-    ApiError,
-    Client,
-    Object,
-    selector,
-    shared_client,
-)
+from roma_pipelines.launching.kubernetes.client import ApiError, Client, Object, shared_client
 from roma_pipelines.launching.kubernetes.manifests import (
     CONTROLLER_LABEL,
     as_text,
@@ -165,9 +159,8 @@ class KubernetesLauncher:
             return self._limited(handle, snapshot, state)
         watched.waiting = None
         if state.ended:  # the informer of the Jobs may be ahead of that of the pods
-            query = {"labelSelector": selector({CONTROLLER_LABEL: uid})}
             try:
-                pods = self.client.request("GET", self.client.path("pods"), query=query)["items"]
+                pods = self.client.pods_of({CONTROLLER_LABEL: uid})
             except (ApiError, Unreachable) as error:
                 return JobState(Phase.UNKNOWN, f"{state.reason}; its pods are not known: {error}")
             snapshot = self._snapshot(job, pods)
@@ -179,10 +172,10 @@ class KubernetesLauncher:
         start = time.monotonic()
         path = self.client.path("jobs", handle.external["name"])
         self._delete(path, preconditions={"uid": handle.external["uid"]})
-        query = {"labelSelector": selector(labels(handle.plan.spec, handle.plan.attempt))}
+        of_attempt = labels(handle.plan.spec, handle.plan.attempt)
         while True:
             try:
-                pods = self.client.request("GET", self.client.path("pods"), query=query)["items"]
+                pods = self.client.pods_of(of_attempt)
             except ApiError as error:  # rights or tokens may be missing for a while
                 raise Unreachable(f"Kubernetes: {error}") from error
             names = [pod["metadata"]["name"] for pod in pods if not states.is_finished(pod)]
