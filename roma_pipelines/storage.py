@@ -220,10 +220,8 @@ def prepare_instance(storage: Storage) -> Path:
     """Create the embedded Dagster instance, set DAGSTER_HOME for child processes, too; return it.
 
     A given DAGSTER_HOME is used as it is. A ``dagster.yaml`` that differs from ours belongs to the
-    operator, but must name the configured database: state must not be split between two.
-
-    Raises:
-        StorageError: the database cannot be used, or dagster.yaml contradicts the settings.
+    operator, but must name the configured database, or StorageError is raised: state must not be
+    split between two.
     """
     url = database_url()
     if url is not None:

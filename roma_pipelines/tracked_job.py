@@ -70,9 +70,7 @@ def run_tracked_job(
 ) -> TrackedJob:
     """Run ``roma COMMAND`` as a job of the experiment; a retry of the Dagster run adopts both.
 
-    Raises:
-        dagster.Failure: the job failed or was cancelled, with the end of its log; or its target
-            rejected it, with every reason.
+    Raises dagster.Failure if the job failed (with the end of its log) or was rejected (why).
     """
     storage = Storage.open()
     key = key_for(context)

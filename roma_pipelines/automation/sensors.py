@@ -303,14 +303,11 @@ class Comparison(NamedTuple):
 def compare(
     name: str, dataset: str, version: str, settings: Drift, paths: Sequence[Path], storage: Storage
 ) -> Comparison:
-    """Compare with the reference profile in the champion's package.
+    """Compare with the reference profile in the champion's package; FetchError if that is damaged.
 
     Without a champion, or for a foreign package, the profile of the data set that was trained on
     last is used, which has no embedding profile. A separate process computes the features of the
     champion's encoder: the daemon does not import torch.
-
-    Raises:
-        FetchError: the champion's package is missing or differs from what was registered.
     """
     from roma_core.data.manifest import read_manifest
     from roma_core.evaluation.drift import (

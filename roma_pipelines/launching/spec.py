@@ -205,12 +205,8 @@ def root_of(
     """The Dagster run whose job this run adopts: itself, or the run that it retries, recursively.
 
     So *Re-execute all* makes a new job, and a later retry of *that* run finds the new job and not
-    the oldest one of the family.
-
-    Args:
-        tags: the run's tags.
-        tags_of: tags of another run by its id, None if it was deleted; the tag
-            ``dagster/root_run_id`` is used then.
+    the oldest one of the family. ``tags_of`` returns the tags of another run, None if it was
+    deleted; the tag ``dagster/root_run_id`` is used then.
     """
     from_failure = ("dagster/is_resume_retry", "dagster/is_asset_resume_retry")
     while (

@@ -24,10 +24,9 @@ _ENV_NAMES = (  # environment variables that jobs get where they are set
 
 
 def launcher_for(target: str, profile: str | None, storage: Storage) -> Launcher:
-    """The launcher of a target; ValueError if there is no such target or profile.
+    """The launcher of a target; ValueError if there is no such target or profile of its cluster.
 
-    Args:
-        profile: of the cluster; None takes ROMA_SLURM_PROFILE or ROMA_KUBERNETES_PROFILE.
+    Without a profile, ROMA_SLURM_PROFILE or ROMA_KUBERNETES_PROFILE names it.
     """
     if target == "local":
         return LocalLauncher()

@@ -229,11 +229,8 @@ def restore_backup(path: Path, root: Path) -> str | None:
     """Verify a backup, then restore it; returns the root it was made of if that is another one.
 
     Then the registry's artifacts are found in the new root, but Dagster's history refers to the old
-    one until assets are materialised again.
-
-    Raises:
-        BackupError: it is damaged, the root or the database is not empty, or only one of backup
-            and installation uses PostgreSQL.
+    one until assets are materialised again. Raises BackupError if it is damaged, the root or the
+    database is not empty, or only one of backup and installation uses PostgreSQL.
     """
     root = root.absolute()
     manifest = verify(path)

@@ -67,9 +67,8 @@ def removals(
 ) -> list[Removal]:
     """Everything that is not needed and older than ``days``.
 
-    Raises:
-        RuntimeError: Dagster's instance knows none of the runs that made the jobs here, so what it
-            refers to is no evidence.
+    Raises RuntimeError if Dagster's instance knows none of the runs that made the jobs here: then
+    what it refers to is no evidence.
     """
     if keep_versions < 1:
         raise ValueError(f"keep_versions: {keep_versions}: the newest version is needed to split")
@@ -138,10 +137,8 @@ def _needed(
 ) -> tuple[set[str], set[str]]:
     """Names of the folders of needed jobs and data sets, which are keys and digests.
 
-    Taken from records: tags of versions, metadata of assets, configurations of jobs, and experiments.
-
-    Raises:
-        RuntimeError: the configuration of a needed job, or an experiment, cannot be read.
+    Taken from records: tags of versions, metadata of assets, configurations of jobs, experiments;
+    RuntimeError if one of the last two cannot be read.
     """
     folders = {path.name for path in storage.jobs.iterdir() if path.is_dir()}
     records: list[Any] = list(_version_records(client))

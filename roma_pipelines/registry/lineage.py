@@ -110,12 +110,9 @@ def plan_replay(
 ) -> Replay:
     """Write the job folders of a version's trainings and evaluation to ``run_dir``; run nothing.
 
-    ``datasets`` is the folder of data sets, ``NAME/VERSION/`` each.
-
-    Raises:
-        FetchError: there is no such version.
-        ValueError: the version does not record its jobs, ``run_dir`` is not empty, or a run or data
-            set no longer exists.
+    ``datasets`` is the folder of data sets, ``NAME/VERSION/`` each. Raises FetchError without such
+    a version; ValueError if it does not record its jobs, ``run_dir`` is not empty, or a run or
+    data set no longer exists.
     """
     tags = resolve(client, f"models:/{name}/{version}").tags
     if missing := [tag for tag in _STAGES.values() if tag not in tags]:
@@ -183,11 +180,8 @@ def transfer(source: MlflowClient, target: MlflowClient, uri: str, experiment: s
     """Copy a version to another registry as its candidate; return the version there.
 
     A version with the same manifest that is there already is not copied again. ``uri`` is of the
-    source; ``experiment`` of the target holds the logged model.
-
-    Raises:
-        FetchError: the source has no such version, or files differ from their checksums on either
-            side.
+    source; ``experiment`` of the target holds the logged model. Raises FetchError if the source has
+    no such version, or files differ from their checksums on either side.
     """
     version = resolve(source, uri)
     name = version.name

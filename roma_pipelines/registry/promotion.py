@@ -171,12 +171,9 @@ def rollback(client: MlflowClient, name: str, *, reason: str, actor: str) -> str
 def delete_version(client: MlflowClient, name: str, version: str) -> None:
     """Delete a version and its logged model; of its aliases it may have ``candidate`` only.
 
-    MLflow itself would delete other aliases with it, and consumers would find no champion.
-
-    Raises:
-        ValueError: there is no such version.
-        VersionInUse: another alias points to it, the audit names it as a former champion, or it is
-            the encoder of an existing classifier.
+    MLflow itself would delete other aliases with it, and consumers would find no champion. Raises
+    ValueError without such a version; VersionInUse if another alias points to it, the audit names
+    it as a former champion, or it is the encoder of an existing classifier.
     """
     with model_lock(client, name) as lock:
         found = versions.get_version(client, name, version)

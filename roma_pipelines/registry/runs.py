@@ -105,13 +105,8 @@ def find_or_create_run(
     """Id of the job's run, set to RUNNING: the one with its key, or else a new one.
 
     Of several runs with the key, ``known_id`` or else the oldest remains, see :func:`_only_run`.
-
     Parameters cannot change in MLflow. An existing run keeps its own; missing ones are added, and
-    those that differ are listed in a warning. ``experiment`` is created if missing.
-
-    Raises:
-        ValueError: an experiment or key that MLflow's filters cannot express.
-        RuntimeError: the experiment was deleted.
+    those that differ are listed in a warning. The experiment is ensured, with its errors.
     """
     from mlflow.entities import Param
 

@@ -94,13 +94,10 @@ def tracking_uri(settings: MlflowSettings, root: Path) -> str:
 
 
 def connect(settings: MlflowSettings, root: Path) -> MlflowClient:
-    """A client of the configured server, or of the installation's own store.
+    """A client of the configured server, or of the own store, which is in the folder ``root``.
 
-    Both URIs also become this process's defaults, which parts of MLflow use. ``root`` is the folder
-    of the embedded store.
-
-    Raises:
-        StoreError: a server refuses the credentials, or the own store cannot be used.
+    Both URIs also become this process's defaults, which parts of MLflow use. Raises StoreError if a
+    server refuses the credentials, or the own store cannot be used.
     """
     check_access(settings)
     set_mlflow_defaults()
@@ -308,11 +305,8 @@ def one_request(timeout_s: float) -> Iterator[None]:
 def check_access(settings: MlflowSettings) -> None:
     """Check that the configured servers accept the credentials, once per process.
 
-    An unreachable server is no error: jobs spool what they log until it is back.
-
-    Raises:
-        StoreError: a server refuses them, or there is a user name without a password or the
-            reverse; the message names the user, never the password.
+    An unreachable server is no error: jobs spool what they log until it is back. Raises StoreError,
+    with the user's name and never the password, if one is refused or has no counterpart.
     """
     if settings.username is not None:
         os.environ[_USERNAME] = settings.username
@@ -411,11 +405,9 @@ def ensure_store(root: Path) -> str:
     """Create or upgrade the embedded store if necessary; return its URI.
 
     An older database is copied, the copy upgraded and renamed over it; the old one is kept as
-    ``mlflow.db.<revision>.backup``. Safe to call from any number of processes at once.
-
-    Raises:
-        StoreError: the database is newer than the installed MLflow, half-migrated with runs in it,
-            not an MLflow database, or in use while it must be upgraded.
+    ``mlflow.db.<revision>.backup``. Safe to call from any number of processes at once. Raises
+    StoreError if the database is newer than the installed MLflow, half-migrated with runs in it,
+    not an MLflow database, or in use while it must be upgraded.
     """
     root = root.absolute()
     if set("?#%") & set(str(root)):

@@ -40,10 +40,8 @@ def register(
 
     Repeated for the same job, it returns the existing version; after a crash it continues with the
     logged model that is there. The model card becomes the version's description; ``metrics`` are
-    logged to the run and to the logged model; ``tags`` hold all of ``EVIDENCE_TAGS`` and any others.
-
-    Raises:
-        ValueError: a tag is missing, or a name cannot be used.
+    logged to the run and to the logged model; ``tags`` hold all of ``EVIDENCE_TAGS``, or ValueError
+    is raised, and any others.
     """
     checked_name("job key", job_key)
     checked_name("model", name)
