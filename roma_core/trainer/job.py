@@ -16,7 +16,7 @@ from pydantic import Field
 from roma_core.data.manifest import Manifest, read_manifest
 from roma_core.data.store import StoredDataset, Subset
 from roma_core.files import read_json, sha256_of
-from roma_core.job import Attempt, JobFolder, committed
+from roma_core.job import Attempt, JobFolder
 from roma_core.model.config import (
     RoMAForClassificationConfig,
     RoMAForPreTrainingConfig,
@@ -251,6 +251,7 @@ def _model_of(
 
 def train(folder: JobFolder, attempt: Attempt) -> Work:
     """Run or resume the training that ``config.json`` describes."""
+    from roma_core.trainer.checkpoint import committed
     from roma_core.trainer.distributed import init_group
     from roma_core.trainer.trainer import Trainer
 
