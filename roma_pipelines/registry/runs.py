@@ -27,23 +27,9 @@ from pydantic import Field
 from roma_core.files import digest_of, read_json, write_json
 from roma_core.job import JobFolder
 from roma_core.settings import Frozen, without_credentials
-from roma_core.trainer.trackers import (
-    MLFLOW_RUN_VARIABLE,
-    WandbConfig,
-    forward_to_mlflow,
-    import_tracker,
-    wandb_settings,
-)
+from roma_core.trainer import trackers
 from roma_pipelines.launching.outcome import read_records
-from roma_pipelines.registry.store import (
-    MlflowSettings,
-    answers,
-    artifacts_root,
-    connect,
-    is_server,
-    tracking_uri,
-    write_lock,
-)
+from roma_pipelines.registry import store
 from roma_pipelines.storage import PASSWORD_VARIABLES, Storage
 
 if TYPE_CHECKING:
@@ -111,7 +97,7 @@ def find_or_create_run(
     from mlflow.entities import Param
 
     checked_name("job key", job_key)
-    with write_lock(client):
+    with store.write_lock(client):
         experiment_id = ensure_experiment(client, experiment).experiment_id
         run = _only_run(client, experiment_id, job_key, known_id)
         if run is None:
@@ -249,7 +235,7 @@ def log_run(client: MlflowClient, folder: JobFolder, record: RunRecord) -> dict[
     if record.status == "RUNNING":
         return run
     if folder.metrics.exists():
-        forward_to_mlflow(folder.metrics, client.tracking_uri, run_id)
+        trackers.forward_to_mlflow(folder.metrics, client.tracking_uri, run_id)
     end_ms = round((record.ended_at or time.time()) * 1000)
     metrics = [Metric(name, value, end_ms, 0) for name, value in record.results.items()]
     tags = [RunTag(name, value) for name, value in record.final_tags.items()]
@@ -284,7 +270,7 @@ def send_pending(storage: Storage, *, patient: bool = False) -> tuple[list[str],
                 change_record(folder, functools.partial(ended, folder))
             pending = is_pending(folder)
             if pending or (folder.path / _ASKED).exists():
-                client = connect(MlflowSettings(), storage.mlflow)
+                client = store.connect(store.MlflowSettings(), storage.mlflow)
                 send_record(client, folder, -1 if patient else 0)
             if pending:
                 sent.append(key)
@@ -293,7 +279,7 @@ def send_pending(storage: Storage, *, patient: bool = False) -> tuple[list[str],
             continue
         except Exception as error:  # whatever MLflow raises; the next call tries again
             failed.append(f"job {key}: MLflow has not received its run: {reason_of(error)}")
-            if not answers(MlflowSettings()):
+            if not store.answers(store.MlflowSettings()):
                 break
             failed[-1] += f"; `roma-pipeline jobs sync --drop {key}` gives it up"
             _refused[folder.path] = time.monotonic() + 2 * wait_s, min(2 * wait_s, 3600.0)
@@ -313,7 +299,7 @@ class JobRun:
     storage: Storage
     folder: JobFolder
     record: RunRecord  # at the start of the job
-    settings: MlflowSettings
+    settings: store.MlflowSettings
     warn: Callable[[str], None]
 
     def environment(self, target: str) -> dict[str, str]:
@@ -322,16 +308,16 @@ class JobRun:
         The embedded store is a SQLite file, which two computers must not share, or a database whose
         password stays here: cluster jobs get neither, and their metrics are forwarded at the outcome.
         """
-        uri = tracking_uri(self.settings, self.storage.mlflow)
+        uri = store.tracking_uri(self.settings, self.storage.mlflow)
         passwords: dict[str, str] = {}
-        if not is_server(uri):
+        if not store.is_server(uri):
             if target != "local":
                 return {}
             passwords = {
                 name: os.environ[name] for name in PASSWORD_VARIABLES if name in os.environ
             }
         run = str(self.folder.mlflow_run.absolute())
-        return {**passwords, "MLFLOW_TRACKING_URI": uri, MLFLOW_RUN_VARIABLE: run}
+        return {**passwords, "MLFLOW_TRACKING_URI": uri, trackers.MLFLOW_RUN_VARIABLE: run}
 
     def update(self, change: Callable[[RunRecord], RunRecord]) -> None:
         """Change what MLflow should hold, and send it."""
@@ -341,7 +327,7 @@ class JobRun:
                 if not is_pending(self.folder):
                     return
             limit_requests(SHORT_S)
-            client = connect(self.settings, self.storage.mlflow)
+            client = store.connect(self.settings, self.storage.mlflow)
             if self.folder.path.exists():
                 send_record(client, self.folder)
             else:  # the target rejected the job
@@ -375,12 +361,12 @@ def reason_of(error: BaseException) -> str:
 
 def no_answer(error: BaseException) -> str:
     """A sentence, if MLflow failed because the configured server is away or overloaded; else ''."""
-    settings = MlflowSettings()
+    settings = store.MlflowSettings()
     uris = (settings.tracking_uri, settings.registry_uri)
     servers = tuple(without_credentials(uri).lower() for uri in uris if uri)
     requests = (getattr(cause, "request", None) for cause in _causes(error))  # perhaps to a bucket
     urls = [without_credentials(request.url or "").lower() for request in requests if request]
-    if not any(url.startswith(servers) for url in urls) and answers(settings):
+    if not any(url.startswith(servers) for url in urls) and store.answers(settings):
         return ""
     uri = without_credentials(settings.tracking_uri or settings.registry_uri or "")
     return f"the MLflow server {uri} does not answer ({reason_of(error)})"
@@ -404,7 +390,7 @@ def ensure_experiment(client: MlflowClient, name: str) -> Experiment:
     checked_name("experiment", name)
     found = client.get_experiment_by_name(name)
     if found is None:
-        root = artifacts_root(client.tracking_uri)
+        root = store.artifacts_root(client.tracking_uri)
         # without a location, MLflow would store artifacts under the present working directory
         location = None if root is None else (root / name.replace("/", "__")).as_uri()
         return client.get_experiment(client.create_experiment(name, location))
@@ -418,7 +404,7 @@ def ensure_experiment(client: MlflowClient, name: str) -> Experiment:
 
 def link_wandb(
     client: MlflowClient,
-    config: WandbConfig,
+    config: trackers.WandbConfig,
     trainer: Mapping[str, Any],
     name: str,
     version: str,
@@ -438,7 +424,7 @@ def link_wandb(
         return "off"
     facts = {"mlflow_tracking_uri": without_credentials(client.tracking_uri), **facts}
     try:
-        import_tracker("wandb")
+        trackers.import_tracker("wandb")
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -449,7 +435,7 @@ def link_wandb(
             job_type="register",
             name=f"{name} version {version}",
             dir=str(folder),
-            settings=wandb_settings(config),
+            settings=trackers.wandb_settings(config),
         ) as run:
             artifact = wandb.Artifact(name, type="model", metadata=dict(facts))
             # W&B shows the reference and does not follow it

@@ -12,7 +12,7 @@ from filelock import FileLock
 from roma_core.job import JobFolder
 from roma_pipelines.cli import main
 from roma_pipelines.launching.spec import JobSpec
-from roma_pipelines.registry import runs
+from roma_pipelines.registry import runs, store
 from roma_pipelines.registry.runs import (
     JobRun,
     RunRecord,
@@ -54,7 +54,7 @@ def test_what_cannot_be_sent_is_recorded_and_said(run, folder, warnings, monkeyp
     def connect(settings, root):
         raise ConnectionError("no server answers")
 
-    monkeypatch.setattr(runs, "connect", connect)
+    monkeypatch.setattr(store, "connect", connect)
     run.update(lambda record: record)
 
     assert read_record(folder) == run.record
