@@ -29,14 +29,7 @@ from pydantic_settings import SettingsConfigDict
 from roma_core.files import sync_folder
 from roma_core.serving.registry_client import set_mlflow_defaults
 from roma_core.settings import RomaSettings, without_credentials
-from roma_pipelines.storage import (
-    Storage,
-    StorageSettings,
-    advisory_lock,
-    database_url,
-    ensure_schemas,
-    schema_url,
-)
+from roma_pipelines import storage
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -88,8 +81,8 @@ def tracking_uri(settings: MlflowSettings, root: Path) -> str:
     """
     if settings.tracking_uri:
         return settings.tracking_uri
-    if (url := database_url()) is not None:
-        return schema_url(url, "mlflow")
+    if (url := storage.database_url()) is not None:
+        return storage.schema_url(url, "mlflow")
     return f"{_SQLITE}{root.absolute() / DATABASE}"
 
 
@@ -115,7 +108,7 @@ def own_store(root: Path) -> str:
 
     Raises StoreError or StorageError, which say what to do.
     """
-    url = database_url()
+    url = storage.database_url()
     return ensure_store(root) if url is None else _ensure_postgres(url, root.absolute())
 
 
@@ -133,7 +126,8 @@ def artifacts_root(uri: str) -> Path | None:
     """Artifact folder of the installation's own store; None for a server."""
     if is_server(uri):
         return None
-    return (embedded_root(uri) or Storage(StorageSettings().root).mlflow) / "artifacts"
+    root = embedded_root(uri) or storage.Storage(storage.StorageSettings().root).mlflow
+    return root / "artifacts"
 
 
 def write_lock(client: MlflowClient) -> contextlib.AbstractContextManager[object]:
@@ -153,7 +147,7 @@ def _own_lock(uri: str, name: str) -> Iterator[Callable[[], None]]:
     elif is_server(uri):
         yield lambda: None
     else:
-        with advisory_lock(uri, name) as session, session.cursor() as cursor:
+        with storage.advisory_lock(uri, name) as session, session.cursor() as cursor:
             yield lambda: cursor.execute("SELECT 1")
 
 
@@ -379,9 +373,9 @@ def _ensure_postgres(url: str, root: Path) -> str:
     set_mlflow_defaults()
     from alembic.util import CommandError
 
-    uri = schema_url(url, "mlflow")
-    ensure_schemas(url)
-    with advisory_lock(url, "mlflow schema"):
+    uri = storage.schema_url(url, "mlflow")
+    storage.ensure_schemas(url)
+    with storage.advisory_lock(url, "mlflow schema"):
         try:
             _upgrade_tables(uri, root)
         except CommandError as error:
