@@ -11,12 +11,30 @@ import roma_pipelines.defs
 from roma_pipelines.automation.alerts import alert_on_failure
 from roma_pipelines.automation.sensors import reconcile_jobs
 from roma_pipelines.components import RomaExperiment
-from roma_pipelines.executor import executor
-from roma_pipelines.experiment import DEFS, ENCODER, Experiment, all_experiments
+from roma_pipelines.experiment import (
+    DEFS,
+    ENCODER,
+    DagsterSettings,
+    Experiment,
+    all_experiments,
+)
 
 INVALID = "invalid_experiment"
 """Asset in the place of an experiment that is left out; its description is the error."""
 _log = logging.getLogger(__name__)
+
+
+def executor() -> dg.ExecutorDefinition:
+    """The executor chosen by ``ROMA_DAGSTER_EXECUTOR``.
+
+    In process, a step only waits for a job: the reconcile sensor fails the run of a killed worker,
+    and its retry adopts the job. On Kubernetes a new run worker finds its steps running.
+    """
+    if DagsterSettings().executor == "k8s_job":
+        from dagster_k8s import k8s_job_executor  # imports the cluster client: one second
+
+        return k8s_job_executor
+    return dg.in_process_executor
 
 
 @dg.definitions

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 import dagster as dg
 import yaml
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import SettingsConfigDict
 
 from roma_core.data.config import DatasetConfig
 from roma_core.evaluation.config import Baseline
@@ -25,7 +26,6 @@ from roma_core.model.config import (
 from roma_core.settings import Frozen, RomaSettings, SettingsError, validation_errors, variable_of
 from roma_core.trainer.config import TrainerConfig
 from roma_pipelines.automation.settings import Automation
-from roma_pipelines.executor import retry_policy
 from roma_pipelines.launching.spec import JobSize
 from roma_pipelines.registry.gate import GateThresholds
 
@@ -103,6 +103,25 @@ def checked_name(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(checked_name)]
+
+
+class DagsterSettings(RomaSettings):
+    """How Dagster runs the assets."""
+
+    model_config = SettingsConfigDict(env_prefix="ROMA_DAGSTER_")
+
+    executor: Literal["in_process", "k8s_job"] = "in_process"
+    """k8s_job, for Dagster on Kubernetes: each step in a pod that outlives the run's pod."""
+
+
+def retry_policy() -> dg.RetryPolicy | None:
+    """Retries of a step whose pod died; the retry adopts the job.
+
+    A failed training raises ``dagster.Failure`` with ``allow_retries=False`` and is not repeated.
+    """
+    if DagsterSettings().executor == "in_process":
+        return None
+    return dg.RetryPolicy(max_retries=3, delay=10)
 
 
 class ExperimentDataset(DatasetConfig):

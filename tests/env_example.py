@@ -15,7 +15,7 @@ from roma_core.settings import RomaSettings, leaves_of, variable_of
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.trackers import WandbConfig
 from roma_pipelines.automation.alerts import AlertSettings
-from roma_pipelines.executor import DagsterSettings
+from roma_pipelines.experiment import DagsterSettings
 from roma_pipelines.launching.kubernetes.profile import KubernetesSettings
 from roma_pipelines.launching.slurm.profile import SlurmSettings
 from roma_pipelines.registry.store import MlflowSettings

@@ -355,7 +355,8 @@ def test_the_driver_is_the_installed_one_wherever_a_database_is_named():
 def test_steps_get_a_pod_of_their_own_where_the_values_say_so(monkeypatch):
     from dagster_k8s import k8s_job_executor
 
-    from roma_pipelines.executor import executor, retry_policy
+    from roma_pipelines.definitions import executor
+    from roma_pipelines.experiment import retry_policy
 
     assert (executor(), retry_policy()) == (dg.in_process_executor, None)
     monkeypatch.setenv("ROMA_DAGSTER_EXECUTOR", "k8s_job")
