@@ -27,7 +27,7 @@ from roma_core.evaluation.predictions import PredictionTable
 from roma_core.files import read_json, write_json
 from roma_core.job import JobFolder
 from roma_pipelines.assets import training
-from roma_pipelines.automation import drift as drift_sensor
+from roma_pipelines.automation import sensors
 from roma_pipelines.automation.sensors import compare
 from roma_pipelines.automation.settings import Drift, DriftThresholds
 from roma_pipelines.cli import main
@@ -201,7 +201,7 @@ def test_recent_series_are_compared_among_the_champions_features(
     _, (far,), _ = compared(other)
     print(f"24 test series: {near:.2f} spreads from training; with a flat channel: {far:.2f}")
     assert near < DriftThresholds().embedding < far
-    monkeypatch.setattr(drift_sensor, "_EMBED_WITHIN_S", 0.01)
+    monkeypatch.setattr(sensors, "_EMBED_WITHIN_S", 0.01)
     assert compared(same)[1:] == (
         [],
         "; features were not compared: the encoder did not finish within 0.01 s",
