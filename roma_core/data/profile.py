@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from roma_core.data.manifest import SPLITS, Split
+from roma_core.data.ragged import RaggedBatch
 from roma_core.data.store import StoredDataset
 from roma_core.schema import PositionAxis
 from roma_core.settings import Frozen
 
 _MAX_OBSERVATIONS = 2_000_000  # read for quantiles of gaps and values
+_READ_AT_ONCE = 1 << 18
 _MAX_BYTES = 64 * 1024  # of the picture, which is stored inside asset metadata
 _COLOURS = {"train": "#2f6db3", "validation": "#e0a030", "test": "#b8433f"}
 _N_EXAMPLES = 6
@@ -142,19 +144,20 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def profile_dataset(dataset: StoredDataset) -> DataProfile:
     """Profile a data set; of a large one, gaps and values are taken from some of the series."""
-    chosen, schema = _profiled(dataset), dataset.schema.joint
-    raw = [dataset.joint(i) for i in chosen]
-    positions, values = (np.concatenate(arrays) for arrays in zip(*raw, strict=True))
-    found = [numbers for i in chosen if (numbers := dataset.targets(i)) is not None]
+    schema, parts = dataset.schema.joint, _profiled(dataset)
+    positions, values = (
+        np.concatenate(c) for c in zip(*((p.positions, p.values) for p in parts), strict=True)
+    )
+    series = np.concatenate([part.ids[part.series] for part in parts])  # (n,)
+    found = [part.targets for part in parts if part.targets is not None]
     targets = np.concatenate(found) if found else np.empty((0, 0))  # (n, K)
     covariates = np.empty((0, 0)) if dataset.covariates is None else dataset.covariates
-    series = np.repeat(chosen, [len(at) for at, _ in raw])  # (n,)
     dropped = dataset.manifest.irregularity
     return DataProfile(
         name=dataset.manifest.name,
         digest=dataset.manifest.digest,
         splits={name: _split_profile(dataset, name) for name in SPLITS},
-        gaps=_quantiles(schema.axes, _gaps(dataset, chosen)),
+        gaps=_quantiles(schema.axes, _gaps(parts)),
         values=_quantiles(schema.channels, values),
         targets=_quantiles(schema.targets, targets),
         covariates=_quantiles(schema.covariates, covariates),
@@ -162,7 +165,7 @@ def profile_dataset(dataset: StoredDataset) -> DataProfile:
         | _observed(dataset, schema.covariates, covariates, np.arange(len(dataset))),
         categories=_categories(schema.axes, positions) | _categories(schema.covariates, covariates),
         fraction_dropped=dropped.n_dropped / dropped.n_observations_before if dropped else 0.0,
-        n_observations_profiled=int(dataset.lengths[chosen].sum()),
+        n_observations_profiled=len(values),
     )
 
 
@@ -204,14 +207,15 @@ def _observed(
     return found
 
 
-def _profiled(dataset: StoredDataset) -> range:
-    """Rows of the series that gaps and values are taken from."""
+def _profiled(dataset: StoredDataset) -> list[RaggedBatch]:
+    """Series that gaps and values are taken from, evenly spaced, in the joint layout."""
     n = int(dataset.offsets[-1]) * len(dataset.schema.channels) // dataset.schema.n_values
-    return range(0, len(dataset), math.ceil(n / _MAX_OBSERVATIONS))
+    return list(dataset.joint_parts(_READ_AT_ONCE, math.ceil(n / _MAX_OBSERVATIONS)))
 
 
-def _gaps(dataset: StoredDataset, rows: Sequence[int]) -> NDArray[np.float64]:
-    return np.concatenate([np.diff(dataset.joint(i)[0], axis=0) for i in rows])
+def _gaps(parts: Sequence[RaggedBatch]) -> NDArray[np.float64]:
+    """``(n, D)`` differences of consecutive positions of a series."""
+    return np.concatenate([np.diff(p.positions, axis=0)[p.index[1:] > 0] for p in parts])
 
 
 def _split_profile(dataset: StoredDataset, name: Split) -> SplitProfile:
@@ -288,7 +292,7 @@ def _plot_classes(panel: Any, profile: DataProfile) -> None:
 def _plot_gaps(panel: Any, dataset: StoredDataset) -> None:
     axis = dataset.schema.axes[0]
     panel.set(title="Gaps between consecutive positions", xlabel=_axis_label(axis), ylabel="count")
-    gaps = _gaps(dataset, _profiled(dataset))[:, 0]  # of the first axis
+    gaps = _gaps(_profiled(dataset))[:, 0]  # of the first axis
     if len(gaps) == 0:
         return
     if (gaps == np.round(gaps)).all() and np.ptp(gaps) <= 40:

@@ -243,9 +243,9 @@ _MIN_KNOWN = 0.05  # of the objects, for which a covariate is of use
 
 def _sentinels(dataset: StoredDataset) -> list[list[float]]:
     """For every channel the exact values far outside that recur, such as -999."""
-    step = max(1, -(-int(dataset.offsets[-1]) // _MAX_OBSERVATIONS))
-    chosen = [dataset.joint(i)[1] for i in range(0, len(dataset), step)]
-    return [_recurring(column[~np.isnan(column)]) for column in np.concatenate(chosen).T]
+    every = -(-int(dataset.offsets[-1]) // _MAX_OBSERVATIONS)
+    values = np.concatenate([part.values for part in dataset.joint_parts(_READ_AT_ONCE, every)])
+    return [_recurring(column[~np.isnan(column)]) for column in values.T]
 
 
 def _recurring(numbers: NDArray[Any]) -> list[float]:

@@ -156,9 +156,13 @@ class StoredDataset:
                     covariates=None if self.covariates is None else self.covariates[a:b],
                 )
 
-    def joint_parts(self, n_observations: int) -> Iterator[RaggedBatch]:
-        """The series of the same ``parts``, in the joint layout."""
+    def joint_parts(self, n_observations: int, every: int = 1) -> Iterator[RaggedBatch]:
+        """The series of the same ``parts``, or one in ``every`` of them, in the joint layout."""
         for part in self.parts(n_observations):
+            if every > 1:
+                part = part.reorder(np.flatnonzero(part.ids % every == 0))
+            if not len(part.ids):
+                continue
             if self.schema.layout == "joint":
                 yield part
                 continue

@@ -325,3 +325,17 @@ def test_series_and_rows_without_any_value(tmp_path, layout):
     assert dataset.manifest.repairs.observations_without_values == 12 + 11 + 4
     np.testing.assert_array_equal(dataset.joint(len(dataset) - 2)[1], [[NAN, 7, NAN]])
     assert len(dataset.joint(len(dataset) - 1)[0]) == 8
+
+
+@pytest.mark.parametrize("layout", ["joint", "per_channel"])
+def test_parts_in_the_joint_layout_are_the_series_one_by_one(tmp_path, layout):
+    dataset = stored(tmp_path, layout=layout)
+
+    parts = list(dataset.joint_parts(20, every=3))
+
+    assert np.concatenate([part.ids for part in parts]).tolist() == [0, 3, 6]
+    found = [one for part in parts for one in zip(part.ids, *part.split(), strict=True)]
+    for i, values, positions in found:
+        at, expected = dataset.joint(int(i))
+        np.testing.assert_array_equal(positions, at)
+        np.testing.assert_array_equal(values, expected)

@@ -185,3 +185,14 @@ def test_reading_begins_at_any_row(package, source):
     for start in (0, 3, 10):
         ids = [row["id"] for row in read_series(source, "test", package, start)]
         assert ids == [f"s{n}" for n in LENGTHS[start:]]
+
+
+def test_lines_of_observations_are_read_as_lists(package, tmp_path):
+    rows = [{"time": 0.5, "flux": 1, "ratio": 2}, {"time": 2, "flux": 3, "ratio": 4}]
+    line = {"observations": [{"band": 1, **row} for row in rows]}
+    (tmp_path / "in.jsonl").write_text(json.dumps(line))
+
+    (row,) = read_series(tmp_path / "in.jsonl", "test", package)
+
+    assert row["positions"] == {"time": [0.5, 2], "band": [1, 1]} and row["observations"] is None
+    assert row["values"] == {"flux": [1, 3], "ratio": [2, 4]}
