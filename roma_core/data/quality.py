@@ -492,7 +492,8 @@ def compare_versions(new: StoredDataset, old: StoredDataset) -> list[Finding]:
     """Differences of a new version to an old one; an object in another split is an error.
 
     Drift of every channel and what is observed of it, of categories, covariates, gaps, lengths and
-    classes is measured on the train splits by the population stability index. Versions with different schemas are not compared further.
+    classes is measured on the train splits by the population stability index. Versions with
+    different schemas are not compared further.
     """
     sentences = []
     for what in ("layout", "channels", "axes", "covariates", "classes", "targets"):

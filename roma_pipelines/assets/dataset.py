@@ -41,8 +41,8 @@ def dataset_asset(experiment: Experiment) -> dg.AssetsDefinition:
             dg.AssetCheckSpec(
                 "unsuspicious",
                 asset=key,
-                description="No warnings: order, duplicates, lengths, outliers, rare classes, near "
-                "duplicates across splits, drift against the previous version.",
+                description="No warnings: order, duplicates, lengths, outliers, sentinels, rare classes, "
+                "empty splits, near duplicates across splits, drift against the previous version.",
             ),
         ],
     )
