@@ -9,19 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from roma_core.data.infer_schema import (
     ColumnRoles,
-    InferredSource,
     SourceStatistics,
     infer_source,
     source_statistics,
 )
+from roma_core.data.infer_tables import InferredSource
 from roma_core.data.manifest import SPLITS
+from roma_core.data.splits import SplitOptions, Splitter
 from roma_core.files import write_bytes
 from roma_core.model.config import RoMAForPreTrainingConfig
-from roma_core.sources.base import kinds, source_config
+from roma_core.sources.base import RawSeries, kinds, source_config
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.defaults import DatasetSize, DefaultSettings, cost_s, default_settings
 from roma_pipelines.experiment import COMPONENT, DEFS, Experiment, read_yaml
@@ -30,6 +32,8 @@ _FAR = 100.0  # quartile distances; channels with values beyond are transformed
 _MANY_GAPS = 1e4  # positions farther from zero, in gaps, count from each series' first
 _FEW = 5  # objects of a class that a stratified split needs
 _VALIDATION_FRACTION, _TEST_FRACTION = 0.1, 0.2
+_LACKS = "with these groups a split lacks a class; another name of the experiment splits otherwise"
+_GROUP_FRACTIONS = ((_TEST_FRACTION, _VALIDATION_FRACTION), (0.2, 0.15), (0.25, 0.2), (0.3, 0.25))
 
 
 @dataclass
@@ -68,6 +72,8 @@ def _source_of(
         return InferredSource(source, [f"source and settings of {words[0]}"]), document
     paths = []
     for word in words:
+        if len(words) == 1 and Path(word).is_dir():
+            return infer_source([Path(word).absolute()], roles, objects and objects.absolute()), {}
         found = sorted(glob.glob(word))  # noqa: PTH207 - may be absolute
         if not found:
             raise ValueError(f"no file matches {word} (in {Path.cwd()})")
@@ -102,9 +108,12 @@ def new_experiment(
         dataset["drop_rate"] = drop_rate
     source = source_config(inferred.config).open(cache)
     found = source_statistics(source)
-    categorical = frozenset(a.name for a in source.axes if a.unit.startswith("index of "))
-    proposal = propose(found, categorical)
-    section = {"source": inferred.config, **proposal.dataset, **dataset}
+    categorical = frozenset(
+        a.name for a in source.axes if a.categories or a.unit.startswith("index of ")
+    )
+    proposal = propose(found, categorical, name)
+    section = {"source": inferred.config, **inferred.dataset, **proposal.dataset, **dataset}
+    proposal.warnings[:0] = inferred.warnings
     text = _text(name, inferred, found, proposal, section, target)
     Experiment.model_validate(yaml.safe_load(text)["attributes"])  # the written file must load
     notes = [*inferred.notes, _amount(found), *proposal.reasons, *proposal.sizes.reasons.values()]
@@ -121,11 +130,14 @@ class Proposal:
     warnings: list[str]  # findings to check before results are used
 
 
-def propose(statistics: SourceStatistics, categorical: frozenset[str] = frozenset()) -> Proposal:
+def propose(
+    statistics: SourceStatistics, categorical: frozenset[str] = frozenset(), name: str = "data"
+) -> Proposal:
     """Splits, repairs, axes, channels and sizes that suit the data.
 
     Args:
         categorical: axes whose positions are indices of categories.
+        name: of the data set, which the split depends on.
 
     Raises:
         ValueError: there are no labels, or only one class.
@@ -136,22 +148,23 @@ def propose(statistics: SourceStatistics, categorical: frozenset[str] = frozense
         raise ValueError(
             f"a classifier needs series of at least two classes, and these have {these}"
         )
-    dataset, reasons = _dataset_settings(statistics, categorical)
-    fraction = 1 - _TEST_FRACTION
+    dataset, reasons = _dataset_settings(statistics, categorical, name)
+    fraction = 1 - dataset.get("test_fraction", 0.0)
     if statistics.recorded_splits:
         fraction = statistics.recorded_splits.get("train", 0) / statistics.n_series
-    fraction *= 1 - _VALIDATION_FRACTION
+    fraction *= 1 - dataset["validation_fraction"]
     size = DatasetSize(
         n_series=max(1, round(statistics.n_series * fraction)),
         n_observations=max(1, round(statistics.n_observations * fraction)),
-        n_channels=len(statistics.channels),
-        n_axes=len(statistics.axes),
+        n_channels=1 if statistics.layout == "per_channel" else len(statistics.channels),
+        n_axes=max(1, len(statistics.axes) - len(categorical)),
     )
-    return Proposal(dataset, default_settings(size), reasons, _warnings(statistics))
+    warnings = [*_warnings(statistics), *(_LACKS for reason in reasons if _LACKS in reason)]
+    return Proposal(dataset, default_settings(size), reasons, warnings)
 
 
 def _dataset_settings(
-    statistics: SourceStatistics, categorical: frozenset[str]
+    statistics: SourceStatistics, categorical: frozenset[str], name: str
 ) -> tuple[dict[str, Any], list[str]]:
     """Split, repairs, axes and channels, with a sentence for each choice."""
     dataset: dict[str, Any] = {}
@@ -164,28 +177,34 @@ def _dataset_settings(
             fractions["validation_fraction"] = 0.0
     else:
         fractions["test_fraction"] = _TEST_FRACTION
-        if statistics.has_groups:
-            dataset["split"] = {"by": "group"}
-            reasons = ["split by group: no group is in two splits"]
+        if statistics.classes_of_group:
+            test, validation, reason = _group_fractions(name, statistics.classes_of_group)
+            fractions = {"validation_fraction": validation, "test_fraction": test}
+            reasons = [f"split by group: {reason}"]
         elif min(statistics.classes.values()) >= _FEW:
             dataset["split"] = {"stratified": True}
             reasons = ["split stratified by class"]
         else:
             reasons = [f"split by a hash of the id: some classes have fewer than {_FEW} objects"]
+    if statistics.classes_of_group:
+        dataset["split"] = {"by": "group"}
     dataset |= fractions
     if (found := statistics.repairs) is not None:
         for name, setting, count in (
             ("not_finite", "drop", found.observations_not_finite),
-            ("duplicates", "first", found.duplicate_observations),
+            ("duplicates", "mean", found.duplicate_observations),
             ("empty", "drop", found.empty_series_dropped),
         ):
             if count:
                 dataset.setdefault("repair", {})[name] = setting
-                reasons.append(f"repair.{name}: {count:,} found; remove the line to raise an error")
+                reasons.append(
+                    f"repair.{name} {setting}: {count:,} found; remove the line to raise an error"
+                )
+    reasons.append(f"layout auto: {statistics.layout}, {statistics.layout_reason}")
     axes = dataset["axes"] = {}
     for axis in statistics.axes:
         if axis.name in categorical:
-            reasons.append(f"{axis.name}: categorical; the position is the index of the category")
+            reasons.append(f"{axis.name}: categorical; every category has a learned vector")
             continue
         axes[axis.name] = {"scale": "auto"}
         far = max(_MANY_GAPS * axis.median_gap, 3 * axis.median_span)
@@ -206,6 +225,27 @@ def _dataset_settings(
                 f"distances from the median, so transform: arcsinh"
             )
     return dataset, reasons
+
+
+def _group_fractions(
+    name: str, classes_of_group: Mapping[str, set[str | None]]
+) -> tuple[float, float, str]:
+    """Fractions of test and validation with which every split has every class, and a sentence."""
+    none = np.empty((0, 1))
+    n_classes = len(set().union(*classes_of_group.values()))
+    for test, validation in _GROUP_FRACTIONS:
+        splitter = Splitter(name, SplitOptions(by="group"), validation, test)
+        found = set()
+        for group, classes in classes_of_group.items():
+            series = RawSeries(group, none, none.astype(np.float32), group=group)
+            found |= {(splitter.assign(series), label) for label in classes}
+        if len(found) == 3 * n_classes:
+            return test, validation, "no group is in two splits"
+    return (
+        _TEST_FRACTION,
+        _VALIDATION_FRACTION,
+        _LACKS,
+    )
 
 
 def _warnings(statistics: SourceStatistics) -> list[str]:
@@ -229,8 +269,7 @@ def _warnings(statistics: SourceStatistics) -> list[str]:
     repairs = statistics.repairs
     if repairs and repairs.observations_not_finite > 0.2 * statistics.n_observations:
         found.append(
-            "more than a fifth of the observations have a missing number and are dropped; a long "
-            "table with a column that names the quantity keeps all values"
+            "more than a fifth of the observations have no time, or an infinite number, and are dropped"
         )
     return found
 

@@ -79,7 +79,7 @@ def choose_layout(
     n_times = n_values = 0
     for one in itertools.islice(series, _SAMPLE):
         n_values += int((~np.isnan(one.values)).sum())
-        n_times += _n_times(one, trait(source, "layout"))
+        n_times += n_times_of(one, trait(source, "layout"))
     if n_values == n_times * n_channels:
         return "joint", f"every observation has all {n_channels} channels"
     at_a_time = n_values / max(1, n_times)
@@ -87,7 +87,8 @@ def choose_layout(
     return ("joint" if at_a_time >= _MIN_OBSERVED * n_channels else "per_channel"), reason
 
 
-def _n_times(series: RawSeries, layout: Layout) -> int:
+def n_times_of(series: RawSeries, layout: Layout) -> int:
+    """Observations of a series in the ``joint`` layout; ``layout`` is that of the series."""
     if layout == "joint":
         return len(series.values)
     return len(np.unique(series.positions[:, :-1], axis=0))

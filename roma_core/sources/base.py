@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -110,19 +111,22 @@ class SourceConfig(Frozen):
 
 
 def hash_files(paths: Iterable[Path]) -> dict[str, str]:
-    """sha256 of every file by its name.
+    """sha256 of every file by its name; by its path below their common folder if two share a name.
 
     Raises:
-        DataError: a file is missing, or two have one name.
+        DataError: a file is missing, or is listed twice.
     """
-    hashes: dict[str, str] = {}
+    paths = [*paths]
     for path in paths:
         if not path.is_file():
             raise DataError(f"there is no file {path} (from {Path.cwd()})")
-        if path.name in hashes:
-            raise DataError(f"two files are called {path.name}; rename one of them")
-        hashes[path.name] = sha256_of(path)
-    return hashes
+    if len({path.absolute() for path in paths}) < len(paths):
+        raise DataError(f"a file is listed twice among {', '.join(map(str, paths[:8]))}")
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        top = os.path.commonpath([path.absolute() for path in paths])
+        names = [path.absolute().relative_to(top).as_posix() for path in paths]
+    return dict(zip(names, map(sha256_of, paths), strict=True))
 
 
 def text_encoding(path: Path, start: bytes) -> str:

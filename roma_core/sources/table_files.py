@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 import csv
 import glob
+import itertools
+import os
 import re
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 
 from roma_core.schema import DataError
 from roma_core.sources.base import text_encoding
@@ -36,6 +35,10 @@ _SEPARATORS = ",;\t|"
 _HEADER_BYTES = 1 << 20
 _INTEGERS = {f"{sign}{size}INT" for sign in ("", "U") for size in ("TINY", "SMALL", "BIG", "HUGE")}
 _INTEGERS |= {"INTEGER", "UINTEGER"}
+FILE_NAME = "filename"
+"""Column that every table has besides its own: the name of a row's file without its endings."""
+_STEM = r"([^/]*?)(\.(csv|tsv|txt|parquet|gz|zst))+$"
+_HIVE = re.compile(r"([^/=]+)=[^/]*")  # a folder that names a column and its value
 _EXACT = {"FLOAT": 1 << 24, "DOUBLE": 1 << 53}  # largest of the whole numbers without gaps
 
 
@@ -71,12 +74,13 @@ def read_errors(files: Sequence[TableFile]) -> Iterator[None]:
     except (duckdb.Error, OSError, pa.ArrowException) as error:  # Arrow's from within a stream
         kind, _, text = str(error).partition(": ")
         text, *_ = (text if kind.endswith("Error") else str(error)).split("\n\n")
-        file = next((file for file in files if str(file.path) in text), files[0])
-        if text.startswith(f"{file.path}: "):  # by error() in our own SQL
+        paths = [path for file in files for path in file.paths]
+        path = next((path for path in paths if str(path) in text), paths[0])
+        if text.startswith(f"{path}: "):  # by error() in our own SQL
             raise DataError(text) from error
         if kind == "Out of Memory Error":
             raise DataError(
-                f"{file.path}: reading it takes more memory or disk than it may use ({text}); raise "
+                f"{path}: reading it takes more memory or disk than it may use ({text}); raise "
                 f"memory_limit_mb of the source, or free some disk space"
             ) from error
         text = text.replace(
@@ -84,7 +88,7 @@ def read_errors(files: Sequence[TableFile]) -> Iterator[None]:
         )
         line = re.match(r"CSV Error on Line: (\d+)\nOriginal Line: (.*)\n(.*)", text)
         text = f"line {line[1]}, {line[2]!r}: {line[3]}" if line else text
-        raise DataError(f"{file.path} cannot be read: {text}") from error
+        raise DataError(f"{path} cannot be read: {text}") from error
 
 
 def expand(patterns: Sequence[Path]) -> list[Path]:
@@ -100,6 +104,19 @@ def expand(patterns: Sequence[Path]) -> list[Path]:
             raise DataError(f"there is no file {pattern} (from {Path.cwd()})")
         paths |= dict.fromkeys(files)
     return [*paths]
+
+
+def file_patterns(paths: Sequence[Path], most: int = 8) -> list[str]:
+    """The files, or, of more than so many, the pattern that matches them all and no other."""
+    top = Path(os.path.commonpath([path.parent for path in paths]))
+    forms = {
+        ("*",) * len(path.parent.relative_to(top).parts) + (f"*{path.suffix}",) for path in paths
+    }
+    if len(paths) > most and len(forms) == 1:
+        pattern = "/".join(forms.pop())
+        if sorted(top.glob(pattern)) == sorted(paths):
+            return [str(top / pattern)]
+    return [*map(str, paths)]
 
 
 class Number(NamedTuple):
@@ -120,16 +137,18 @@ class OptionalText(NamedTuple):
 
 
 class TableFile:
-    """One Parquet or CSV file.
+    """Parquet or CSV files of one form: the same columns in the same order, read one after the other.
 
     A CSV file is UTF-8, UTF-16 or Latin-1, plain or compressed (``.gz``, ``.zst``), and separated by
     commas, semicolons, tabs or bars; comment lines above the header are skipped, and the header may
     be one. Numbers may have decimal commas if the separator is another, and then no points; dates
-    are like 2024-03-31T00:30:00Z or 31.03.2024 00:30.
+    are like 2024-03-31T00:30:00Z or 31.03.2024 00:30, durations like 36:15 or 1 days 02:00:00. A
+    column of text in Parquet may hold the same. Folders such as ``class=a`` are columns of text, and
+    so is ``FILE_NAME``.
 
     Attributes:
         kinds: by column, ``number``, ``text``, ``date`` (or a duration), ``list``, or the DuckDB type
-            of anything else; of CSV as the first 10,000 rows suggest. Of equal names the last.
+            of anything else; of text as the first 10,000 rows suggest. Of equal names the last.
         marks: by column, the metadata in a Parquet file, such as ``unit`` and ``role``.
 
     Raises:
@@ -138,98 +157,105 @@ class TableFile:
 
     def __init__(
         self,
-        path: Path,
+        paths: Sequence[Path],
         connection: duckdb.DuckDBPyConnection,
         missing_values: Sequence[float | str] = (),
     ) -> None:
-        self.path, self._connection = path, connection
-        self._missing_words = (*_MISSING, *(x for x in missing_values if isinstance(x, str)))
+        self.paths, self.path, self._connection = paths, paths[0], connection
+        self.missing_words = (*_MISSING, *(x for x in missing_values if isinstance(x, str)))
         self._missing_numbers = [float(x) for x in missing_values if not isinstance(x, str)]
         self.marks: dict[str, dict[str, str]] = {}
         self._is_list = False  # whether this is ``unnested``
-        endings = {ending.lower() for ending in path.suffixes}
-        self._is_csv = path.suffix.lower() != ".parquet"
-        is_packed = path.suffix.lower() in (".bz2", ".xz", ".zip")
-        if self._is_csv and (is_packed or not endings & {".csv", ".tsv", ".txt"}):
-            raise DataError(
-                f"{path}: expected a .parquet or .csv file, plain or compressed as .gz or .zst"
-            )
+        self._kept: tuple[str, Sequence[str]] | None = None
+        self.names: list[str] = []
+        self._types: dict[str, str] = {}
+        self._is_csv = self.path.suffix.lower() != ".parquet"
         with read_errors([self]):
             self._open_csv() if self._is_csv else self._open_parquet()
+            self._hive = [name for name in _hive_columns(self.path) if name not in self.names]
+            self.names = [*self.names, *self._hive]
+            self._types = dict.fromkeys((*self._hive, FILE_NAME), "VARCHAR") | self._types
+            self._find_kinds()
 
     def _open_parquet(self) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         schema = pq.read_schema(self.path)
+        self._n_own = len(schema.names)
         self.names = schema.names  # DuckDB renames "T" beside "t"
-        described = self._connection.execute(f"DESCRIBE FROM {self._scan()}").fetchall()
+        described = self._connection.execute(f"DESCRIBE FROM {self._files()}").fetchall()
         self._types = {}
-        for field, (_, type_, *_) in zip(schema, described, strict=True):
+        for field, (_, type_, *_) in zip(schema, described, strict=False):
             marks = (field.metadata or {}).items()
             self.marks[field.name] = {key.decode(): value.decode() for key, value in marks}
             inner = getattr(field.type, "value_type", field.type)  # of a list
             if pa.types.is_duration(inner):  # a whole number to DuckDB
                 type_ = f"DURATION_{inner.unit}" + "[]" * (inner != field.type)
             self._types[field.name] = type_
-        self.kinds = {name: _kind(type_) for name, type_ in self._types.items()}
 
     def _open_csv(self) -> None:
-        import pyarrow as pa
+        self._encoding, self._n_above, self._separator, names = _csv_form(self.path)
+        self.names = [*names]
+        self._n_own = len(names)
+        self._types = dict.fromkeys(names, "VARCHAR")
 
-        with pa.input_stream(str(self.path)) as stream:
-            start = stream.read(_HEADER_BYTES)
-        self._encoding = text_encoding(self.path, start)
-        lines = re.split(r"\r\n?|\n", start.decode(self._encoding, errors="replace"))
-        above = ("#", "sep=")  # comments, and what Excel writes
-        content = (k for k, s in enumerate(lines) if s.strip() and not s.startswith(above))
-        if (top := next(content, None)) is None:
-            raise DataError(f"{self.path} cannot be read: it has no header line")
-        self._n_above, (self._separator, self.names) = top, _split(lines[top])
-        if top and lines[top - 1].startswith("#"):  # a comment, or the header of data without one
-            separator, names = _split(lines[top - 1].lstrip("# "))
-            _, cells = _split(lines[top], separator)
-            if len(names) == len(cells) > 1 and any(map(_NUMBER_OR_DATE.fullmatch, cells)):
-                self._n_above, self._separator, self.names = top - 1, separator, names
-        self._types = dict.fromkeys(self.names, "VARCHAR")
-        missing = literal(self._missing_words)
+    def _find_kinds(self) -> None:
+        """Set ``kinds``, those of text by its first cells."""
+        self.kinds = {name: _kind(type_) for name, type_ in self._types.items()}
+        self._has_decimal_commas = False
+        texts = [name for name in self.names if self._types[name] == "VARCHAR"]
+        if not texts:
+            return
+        missing = literal(self.missing_words)
         counts = [
-            f"count(*) FILTER (trim(c{k}) NOT IN {missing}), count(TRY_CAST(c{k} AS DOUBLE)), "
-            f"count(TRY_CAST(replace(c{k}, ',', '.') AS DOUBLE)), count({_date(f'c{k}')})"
-            for k in range(len(self.names))
+            f"count(*) FILTER (trim({c}) NOT IN {missing}), count(TRY_CAST({c} AS DOUBLE)), "
+            f"count(TRY_CAST(replace({c}, ',', '.') AS DOUBLE)), count({_seconds(c)})"
+            for c in map(self._column, texts)
         ]
         sample = f"SELECT * FROM {self._scan()} LIMIT 10000"
         (row,) = self._connection.execute(f"SELECT {', '.join(counts)} FROM ({sample})").fetchall()
         found = [row[k : k + 4] for k in range(0, len(row), 4)]
-        self._has_decimal_commas = self._separator != "," and any(
-            n_commas > max(n_points, n // 2) for n, n_points, n_commas, _ in found
+        self._has_decimal_commas = (
+            self._is_csv
+            and self._separator != ","
+            and any(n_commas > max(n_points, n // 2) for n, n_points, n_commas, _ in found)
         )
-        self.kinds = {}
-        for name, (n, n_points, n_commas, n_dates) in zip(self.names, found, strict=True):
+        for name, (n, n_points, n_commas, n_dates) in zip(texts, found, strict=True):
+            if name in self._hive:
+                continue
             is_number = (n_commas if self._has_decimal_commas else n_points) >= n
             self.kinds[name] = "number" if is_number else "date" if n_dates >= n else "text"
 
     def _scan(self) -> str:
-        """The file as ``t(c0, c1, …)``; the columns of a CSV file are text."""
-        columns = [f"c{k}" for k in range(len(self.names))]
+        """The files with columns ``c0, c1, …``, those of folders last, and ``path``; CSV is text."""
+        columns = [f"c{k}" for k in range(self._n_own)]
+        hive = [
+            f"regexp_extract(path, {literal(f'(?:^|/){re.escape(name)}=([^/]*)/')}, 1) AS {self._column(name)}"
+            for name in self._hive
+        ]
+        rows = f"{self._files()} AS t({', '.join([*columns, 'path'])})"
+        return f"(SELECT {', '.join(['*', *hive])} FROM {rows})" if hive else rows
+
+    def _files(self) -> str:
+        options: dict[str, Any] = {"filename": "path of the file"}
         if self._is_csv:
             reader = "read_csv"
-            options: dict[str, Any] = {
+            options |= {
                 "auto_detect": False, "header": True, "skip": self._n_above, "strict_mode": True,
                 "delim": self._separator, "quote": '"', "escape": '"',
-                "columns": dict.fromkeys(columns, "VARCHAR"), "buffer_size": 1 << 22,
+                "columns": {f"c{k}": "VARCHAR" for k in range(self._n_own)}, "buffer_size": 1 << 22,
                 "encoding": self._encoding.removesuffix("-sig"),
             }  # fmt: skip
         else:
             reader = "read_parquet"
-            options = {"binary_as_string": True, "hive_partitioning": False}
+            options |= {"binary_as_string": True, "hive_partitioning": False}
         chosen = ", ".join(f"{name} = {literal(value)}" for name, value in options.items())
-        path = literal(glob.escape(str(self.path)))
-        return f"{reader}({path}, {chosen}) AS t({', '.join(columns)})"
+        return f"{reader}({literal([glob.escape(str(path)) for path in self.paths])}, {chosen})"
 
     def check_columns(self, names: Sequence[str]) -> None:
         """Raise DataError if a column is missing, or there is more than one of its name."""
-        if missing := [name for name in names if name not in self.names]:
+        if missing := [name for name in names if name not in self._types]:
             raise DataError(f"{self.path} has no column {missing[0]!r}; it has {self.names}")
         if twice := [name for name in names if self.names.count(name) > 1]:
             raise DataError(
@@ -241,6 +267,7 @@ class TableFile:
         text: Sequence[str | OptionalText],
         numbers: Sequence[Number] = (),
         lists: Sequence[str] = (),
+        strict: bool = True,
     ) -> str:
         """SQL of the rows as ``t0, t1, …, n0, n1, …, l0, l1, …``; DataError if a column is unsuitable.
 
@@ -250,23 +277,35 @@ class TableFile:
             numbers: for ``n*``, FLOAT or DOUBLE: numbers; dates in the unit, ``s`` for ``1``; or
                 indices of words in the categories, if there are any.
             lists: columns for ``l*``, the lengths of their lists.
+            strict: whether a text that is no number is an error of the query; else it is NULL.
         """
         columns = [one if isinstance(one, str) else one.column for one in text]
         names = [*columns, *(number.column for number in numbers), *lists]
         self.check_columns(names)
         parts = [f"{self._cell(one)} AS t{k}" for k, one in enumerate(text)]
-        parts += [f"{self._known(number)} AS n{k}" for k, number in enumerate(numbers)]
+        parts += [f"{self._known(number, strict)} AS n{k}" for k, number in enumerate(numbers)]
         parts += [f"coalesce(len({self._column(c)}), 0) AS l{k}" for k, c in enumerate(lists)]
         source = self._scan()
         if self._is_list:
             unnested = [f"unnest({c}) AS {c}" for c in dict.fromkeys(map(self._column, names))]
             source = f"(SELECT {', '.join(unnested)} FROM {source})"
-        elif self._is_csv and numbers:  # for errors
+        elif self._is_csv and numbers and len(self.paths) == 1:  # for errors
             source = f"(SELECT *, row_number() OVER () AS row FROM {source})"
-        return f"SELECT {', '.join(parts)} FROM {source}"
+        kept = ""
+        if self._kept is not None:
+            column, words = self._kept
+            kept = f" WHERE CAST({self._text(column)} AS VARCHAR) IN {literal(tuple(words))}"
+        return f"SELECT {', '.join(parts)} FROM {source}{kept}"
+
+    def keep(self, column: str, words: Sequence[str]) -> None:
+        """Leave out the rows with another word than these in a column."""
+        self.check_columns([column])
+        self._kept = column, words
 
     def _column(self, name: str) -> str:
-        return f"c{self.names.index(name)}"
+        if name in self.names:
+            return f"c{self.names.index(name)}"
+        return f"regexp_extract(path, {literal(_STEM)}, 1)"  # FILE_NAME
 
     def _text(self, name: str) -> str:
         column, type_ = self._column(name), self._types[name]
@@ -291,21 +330,27 @@ class TableFile:
             return self._text(one)
         text = f"CAST({self._text(one.column)} AS VARCHAR)"
         number = f"replace({text}, ',', '.')" if self._is_csv and self._has_decimal_commas else text
-        words = f"coalesce({text}, '') IN {literal(self._missing_words)}"
+        words = f"coalesce({text}, '') IN {literal(self.missing_words)}"
         numbers = ", ".join(map(repr, self._missing_numbers)) or "NULL"
         missing = f"{words} OR TRY_CAST({number} AS DOUBLE) IN ({numbers})"
         return f"CASE WHEN {missing} THEN NULL ELSE {number if one.is_number else text} END"
 
-    def _known(self, number: Number) -> str:
+    def _known(self, number: Number, strict: bool) -> str:
         """The number, or NULL where it is one of ``missing_values``."""
-        found = self._number(*number)
+        found = self._number(*number, strict)
         if not self._missing_numbers or number.categories:
             return found
         known = ", ".join(map(repr, self._missing_numbers))
         return f"CASE WHEN {found} NOT IN ({known}) THEN {found} END"
 
     def _number(
-        self, name: str, unit: str, categories: Sequence[str], unknown: bool, what: str
+        self,
+        name: str,
+        unit: str,
+        categories: Sequence[str],
+        unknown: bool,
+        what: str,
+        strict: bool,
     ) -> str:
         column, kind, type_ = self._column(name), self.kinds[name], self._types[name]
         where = f"{self.path}: column {name!r} holds"
@@ -323,28 +368,35 @@ class TableFile:
                 f"{where} dates, which cannot be given in {unit!r}; set its unit to one of "
                 f"{', '.join(names.split()[0] for _, names in _UNITS)}"
             )
-        if kind not in ("date", "number") and not self._is_csv:
+        is_text = type_ == "VARCHAR"
+        if kind not in ("date", "number") and not (is_text if not strict else self._is_csv):
+            if not strict:
+                return "CAST(NULL AS DOUBLE)"
             first = next(iter(self.words(name, 1)), None)
             raise DataError(
                 f"{where} {kind} (first {first!r}), expected numbers; convert it, or list its words "
                 f"as 'categories' if it is a position axis"
             )
         if kind == "date":
-            seconds = f"epoch_us({_date(column, type_)}) / 1e6"
+            seconds = _seconds(column, type_)
             if type_.startswith("DURATION"):
                 seconds = f"{column} * {_SECONDS_PER_UNIT[type_.partition('_')[2]]!r}"
             number = f"{seconds} / {_SECONDS_PER_UNIT.get(unit, 1.0)!r}"
-        elif not self._is_csv:
+        elif not is_text:
             return column if type_ == "FLOAT" else f"CAST({column} AS DOUBLE)"
         else:
             points = f"replace(replace({column}, '.', '?'), ',', '.')"
-            number = f"TRY_CAST({points if self._has_decimal_commas else column} AS DOUBLE)"
-        if not self._is_csv:
+            # without trim() DuckDB has the CSV reader cast, which is strict
+            number = f"TRY_CAST(trim({points if self._has_decimal_commas else column}) AS DOUBLE)"
+        if not (is_text and strict):
             return number
         form = "numbers with decimal commas, no points" if self._has_decimal_commas else "numbers"
         expected = literal(f", expected {f'{form}, or ' * (kind != 'date')}dates like 2024-03-31")
-        problem = f"{literal(where)} || ' ''' || {column} || ''' in row ' || row || {expected}"
-        is_missing = f"coalesce(trim({column}), '') IN {literal(self._missing_words)}"
+        place = f"{literal(where)} || ' ''' || {column} || ''' in row ' || row"
+        if len(self.paths) > 1 or not self._is_csv:
+            place = f"path || {literal(f': column {name!r} holds ')} || '''' || {column} || ''''"
+        problem = f"{place} || {expected}"
+        is_missing = f"coalesce(trim({column}), '') IN {literal(self.missing_words)}"
         return f"coalesce({number}, CASE WHEN {is_missing} THEN NULL ELSE error({problem}) END)"
 
     def words(self, name: str, most: int = 1 << 30) -> list[str]:
@@ -353,13 +405,6 @@ class TableFile:
         query += f" WHERE t0 IS NOT NULL LIMIT {most}"
         with read_errors([self]):
             return [word for (word,) in self._connection.execute(query).fetchall()]
-
-    def first_numbers(self, name: str) -> NDArray[np.float64]:
-        """The first 10,000 numbers of a column that are not missing."""
-        column = self.select([], [Number(name, "1")])
-        query = f"SELECT n0 FROM ({column}) WHERE NOT isnan(n0) LIMIT 10000"
-        with read_errors([self]):
-            return np.asarray(self._connection.execute(query).fetchnumpy()["n0"], np.float64)
 
     def unnested(self, names: Sequence[str]) -> TableFile:
         """The rows of the named list columns below each other, as a long table; else DataError."""
@@ -377,6 +422,64 @@ class TableFile:
         return long
 
 
+def open_tables(
+    paths: Sequence[Path],
+    connection: duckdb.DuckDBPyConnection,
+    missing_values: Sequence[float | str] = (),
+) -> list[TableFile]:
+    """The files in order, neighbours of one form as one table; DataError as ``TableFile``."""
+    groups = itertools.groupby(paths, _form)
+    return [TableFile([*group], connection, missing_values) for _, group in groups]
+
+
+def _form(path: Path) -> Hashable:
+    """Equal for files that can be read as one: columns, dialect of CSV, folders that are columns."""
+    import pyarrow.parquet as pq
+
+    form: Hashable = path  # of what cannot be read; opening it is the error
+    if path.suffix.lower() != ".parquet":
+        form = _csv_form(path)
+    else:
+        with suppress(OSError, ValueError):
+            form = tuple((field.name, str(field.type)) for field in pq.read_schema(path))
+    return form, tuple(_hive_columns(path))
+
+
+def _hive_columns(path: Path) -> list[str]:
+    found = (_HIVE.fullmatch(part) for part in path.parts[:-1])
+    return [*dict.fromkeys(match[1] for match in found if match)]
+
+
+def _csv_form(path: Path) -> tuple[str, int, str, tuple[str, ...]]:
+    """Encoding, lines above the header, separator and names of the columns of a CSV file."""
+    import pyarrow as pa
+
+    endings = {ending.lower() for ending in path.suffixes}
+    is_packed = path.suffix.lower() in (".bz2", ".xz", ".zip")
+    if is_packed or not endings & {".csv", ".tsv", ".txt"}:
+        raise DataError(
+            f"{path}: expected a .parquet or .csv file, plain or compressed as .gz or .zst"
+        )
+    try:
+        with pa.input_stream(str(path)) as stream:
+            start = stream.read(_HEADER_BYTES)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    encoding = text_encoding(path, start)
+    lines = re.split(r"\r\n?|\n", start.decode(encoding, errors="replace"))
+    above = ("#", "sep=")  # comments, and what Excel writes
+    content = (k for k, s in enumerate(lines) if s.strip() and not s.startswith(above))
+    if (top := next(content, None)) is None:
+        raise DataError(f"{path} cannot be read: it has no header line")
+    n_above, (separator, names) = top, _split(lines[top])
+    if top and lines[top - 1].startswith("#"):  # a comment, or the header of data without one
+        mark, above_names = _split(lines[top - 1].lstrip("# "))
+        _, cells = _split(lines[top], mark)
+        if len(above_names) == len(cells) > 1 and any(map(_NUMBER_OR_DATE.fullmatch, cells)):
+            n_above, separator, names = top - 1, mark, above_names
+    return encoding, n_above, separator, tuple(names)
+
+
 def _split(line: str, separators: str = _SEPARATORS) -> tuple[str, list[str]]:
     """The separator that gives the most cells, and the cells."""
     splits = {mark: next(csv.reader([line], delimiter=mark), []) for mark in separators}
@@ -392,15 +495,19 @@ def _kind(type_: str) -> str:
         return "number"
     if type_.startswith(("VARCHAR", "UUID", "ENUM")):
         return "text"
-    return "date" if type_.startswith(("DATE", "TIMESTAMP", "DURATION")) else type_.lower()
+    return "date" if type_.startswith(("DATE", "TIME", "DURATION")) else type_.lower()
 
 
-def _date(column: str, type_: str = "VARCHAR") -> str:
-    """SQL of a column as TIMESTAMPTZ, NULL where it is no date."""
-    date = f"TRY_CAST({column} AS TIMESTAMPTZ)"
-    if type_ != "VARCHAR":
-        return date
-    return f"coalesce({date}, CAST(try_strptime({column}, {literal([*_DATES])}) AS TIMESTAMPTZ))"
+def _seconds(column: str, type_: str = "VARCHAR") -> str:
+    """SQL of a column of dates or durations as seconds, NULL where it holds neither."""
+    if type_ == "TIME":  # of day
+        return f"epoch_us({column}) / 1e6"
+    dates = f"epoch_us(TRY_CAST({column} AS TIMESTAMPTZ))"
+    if type_ == "VARCHAR":
+        other = f"CAST(try_strptime({column}, {literal([*_DATES])}) AS TIMESTAMPTZ)"
+        interval = f"CASE WHEN contains({column}, ':') THEN TRY_CAST({column} AS INTERVAL) END"
+        dates = f"coalesce({dates}, epoch_us({other}), epoch_us({interval}))"
+    return f"{dates} / 1e6"
 
 
 def literal(value: Any) -> str:

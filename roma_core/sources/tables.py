@@ -28,11 +28,13 @@ from roma_core.schema import Channel, Covariate, DataError, PositionAxis
 from roma_core.settings import Frozen
 from roma_core.sources.base import MetadataColumns, RawSeries, Source, SourceConfig, hash_files
 from roma_core.sources.table_files import (
+    FILE_NAME,
     Number,
     OptionalText,
     TableFile,
     connect,
     expand,
+    open_tables,
     read_errors,
 )
 
@@ -115,6 +117,9 @@ class QuantityColumn(Frozen):
 
     column: str = Field(description="Column of the quantity's word.")
     value: str = Field(description="Column of the number.")
+    others: Literal["refuse", "drop"] = Field(
+        "refuse", description="Rows of a quantity that is no channel: raise an error, or drop them."
+    )
 
 
 class ObjectTable(Frozen):
@@ -137,7 +142,9 @@ class _Columns(Frozen):
 class TableColumns(_Columns):
     """The role of each column."""
 
-    object: str = Field(description="Column of the object's id.")
+    object: str = Field(
+        description="Column of the object's id; 'filename' if each file is an object."
+    )
     quantity: QuantityColumn | None = Field(
         None,
         description="For a table with a row per value; the `column` of a channel is then a word of "
@@ -171,10 +178,13 @@ class TableConfig(_FilesConfig):
     )
 
     def open(self, cache: Path) -> TableSource:
-        hashes = hash_files(expand(self.files))
-        if self.objects is not None:
-            hashes |= hash_files([self.objects.file])
-        return TableSource(self, hashes, cache)
+        files = expand(self.files)
+        if self.columns.object == FILE_NAME and len({p.name for p in files}) < len(files):
+            raise DataError(
+                f"each file is an object, but some of {self.files[0]} share a name; rename them"
+            )
+        all_files = files if self.objects is None else [*files, self.objects.file]
+        return TableSource(self, hash_files(all_files), cache)
 
 
 class ParquetConfig(_FilesConfig, _Columns):
@@ -249,9 +259,10 @@ class _Source(Source):
         self._memory_mb = config.memory_limit_mb or _MEMORY_MB
         self._database = connect(cache, self._memory_mb, config.threads)
         self._missing = config.missing_values
-        self._tables = [
-            TableFile(path, self._database, self._missing) for path in expand(config.files)
-        ]
+        self._tables = open_tables(expand(config.files), self._database, self._missing)
+        if quantity is not None and quantity.others == "drop":
+            for table in self._tables:
+                table.keep(quantity.column, words)
         self._lists = list(dict.fromkeys(number.column for number in self._numbers))
         ids = [config.columns.object] if isinstance(config, TableConfig) else []
         long = self._tables if ids else [table.unnested(self._lists) for table in self._tables]
@@ -390,7 +401,7 @@ class TableSource(_Source):
 
     def _join_metadata(self, objects: ObjectTable, names: Sequence[str | OptionalText]) -> None:
         """View ``metadata``: ``objects`` with the metadata of the table of objects."""
-        table = TableFile(objects.file, self._database, self._missing)
+        table = TableFile([objects.file], self._database, self._missing)
         with read_errors([table]):
             columns = [f"CAST(t{k + 1} AS VARCHAR) AS m{k}" for k in range(len(names))]
             columns = ["CAST(t0 AS VARCHAR) AS id", *columns]
@@ -455,6 +466,6 @@ class ParquetSource(_Source):
         )
 
 
-def _union(tables: Sequence[TableFile], *columns: Sequence[Any]) -> str:
+def _union(tables: Sequence[TableFile], *columns: Any) -> str:
     """SQL of the rows of all files, in order; for the columns see ``TableFile.select``."""
     return " UNION ALL ".join(table.select(*columns) for table in tables)

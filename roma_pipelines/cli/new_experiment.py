@@ -12,25 +12,39 @@ from roma_pipelines.cli import TARGETS
 
 @click.command("new-experiment")
 @click.argument("name")
+@click.argument("more", nargs=-1, metavar="[FILE]...")
 @click.option(
     "--source",
     "sources",
     multiple=True,
     required=True,
-    help="File, pattern such as 'data/*.parquet', folder of images or WAV files, YAML file of a "
+    help="File, pattern such as data/*.parquet, folder of tables, images or WAV files, YAML file of a "
     "data set, or name of a source that needs no file, such as plasticc. Repeatable.",
 )
 @click.option("--object", "object_", help="Column of the object id.")
 @click.option("--time", help="Column of the time, the first position axis.")
 @click.option("--axis", "axes", multiple=True, help="Column of another position axis. Repeatable.")
 @click.option("--channel", "channels", multiple=True, help="Column of values. Repeatable.")
+@click.option("--quantity", help="Column that names the quantity of each row's one value.")
+@click.option(
+    "--covariate",
+    "covariates",
+    multiple=True,
+    help="Column of a number or category of the object that is known at prediction time. Repeatable.",
+)
+@click.option(
+    "--missing-value",
+    "missing_values",
+    multiple=True,
+    help="Number or word that stands for a missing number, such as -9999. Repeatable.",
+)
 @click.option("--label", help="Column of the class.")
 @click.option("--group", help="Column of groups that must not be split, such as patient or host.")
-@click.option("--split", help="Column with train or test.")
+@click.option("--split", help="Column with train, validation and test.")
 @click.option(
     "--objects",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="A second table, one row per object, with label, group and split.",
+    help="A second table, one row per object, with label, group, split and covariates.",
 )
 @click.option("--drop-rate", type=float, help="Fraction of each series' observations to drop.")
 @click.option(
@@ -38,10 +52,13 @@ from roma_pipelines.cli import TARGETS
 )
 @click.option("--print", "only_print", is_flag=True, help="Print the file instead of writing it.")
 @click.option("--force", is_flag=True, help="Replace an existing experiment of this name.")
-def new_experiment(name: str, sources: tuple[str, ...], **options: Any) -> None:
+def new_experiment(
+    name: str, more: tuple[str, ...], sources: tuple[str, ...], **options: Any
+) -> None:
     """Read your data and write roma_pipelines/defs/NAME/defs.yaml.
 
-    Columns are recognised by name and type, unless options name them. Splits, position scales,
+    FILEs are more sources, as from --source data/*.csv without quotes. Columns are recognised by
+    name, type and content, unless options name them. Splits, position scales,
     channel transforms, model size and training length are chosen from the data; each choice is
     printed and stands in the file with its reason.
 
@@ -55,12 +72,14 @@ def new_experiment(name: str, sources: tuple[str, ...], **options: Any) -> None:
     from roma_pipelines.experiment import Experiment, checked_name
     from roma_pipelines.storage import Storage, StorageError
 
-    roles = {key: options[key] for key in ("time", "axes", "channels", "label", "group", "split")}
+    roles = {key: options[key] for key in ("time", "axes", "channels", "quantity", "covariates")}
+    roles |= {key: options[key] for key in ("label", "group", "split")}
+    roles["missing_values"] = tuple(map(_number_or_word, options["missing_values"]))
     try:
         checked_name(name)
         experiment = scaffold.new_experiment(
             name,
-            sources,
+            (*sources, *more),
             ColumnRoles(object=options["object_"], **roles),
             cache=Storage.open().cache,
             **{key: options[key] for key in ("objects", "drop_rate", "target")},
@@ -81,3 +100,10 @@ def new_experiment(name: str, sources: tuple[str, ...], **options: Any) -> None:
     click.echo(f"wrote       {experiment.path}")
     click.echo(f"next        roma-pipeline demo {name}    # trains, evaluates and registers, or")
     click.echo("            roma-pipeline up             # materialise it in the Dagster UI")
+
+
+def _number_or_word(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -70,11 +70,11 @@ def test_missing_words_are_missing_numbers(tmp_path, missing, separator):
     decimal = "," if separator == ";" else "."
     (tmp_path / "a.csv").write_text(text(separator, decimal, missing=missing))
 
-    config, output = new_experiment(tmp_path / "a.csv")
+    config, _ = new_experiment(tmp_path / "a.csv")
 
-    assert config["repair"] == {"not_finite": "drop"} and "30 found" in output
+    assert "repair" not in config
     dataset = build(tmp_path, config | {"name": "case"})
-    assert dataset.manifest.repairs.observations_not_finite == 30
+    assert dataset.manifest.repairs.observations_without_values == 30
     assert set(dataset.lengths.tolist()) == {7}
 
 

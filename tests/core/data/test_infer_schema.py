@@ -49,7 +49,10 @@ def test_columns_that_are_named_win(long_table):
 
     assert inferred.config["columns"]["channels"] == [{"column": "flux"}]
     assert inferred.config["columns"]["metadata"] == {"label": "band"}
-    assert any("not used: flux_err, class" in line for line in inferred.notes)
+    assert "not used: flux_err" in inferred.notes
+    assert (
+        "class never changes within an object, and may give the label away" in inferred.warnings[0]
+    )
 
 
 def test_facts_may_stand_in_a_second_table(tmp_path):
@@ -121,13 +124,17 @@ def test_an_unknown_column_or_kind_raises(tmp_path, name, content, roles, messag
         infer_source([path], roles)
 
 
-def test_free_text_is_no_position(tmp_path):
+def test_free_text_is_left_out_unless_it_is_named(tmp_path):
     path = tmp_path / "a.csv"
-    rows = "".join(f"{k % 3},{k},note {k},1.5\n" for k in range(200))
+    rows = "".join(f"{k % 3},{k},note {k},{k % 7}.5\n" for k in range(200))
     path.write_text("id,time,note,v\n" + rows)
 
+    inferred = infer_source([path], ColumnRoles())
+
+    assert inferred.config["columns"]["axes"] == [{"column": "time"}]
+    assert "note holds 65 different words or more, too many" in inferred.warnings[0]
     with pytest.raises(DataError, match="more than 64 words"):
-        infer_source([path], ColumnRoles())
+        infer_source([path], ColumnRoles(axes=("note",)))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """``new-experiment``: a file that loads, with choices that suit the data and say why."""
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import yaml
 from click.testing import CliRunner
 
 from roma_core.data.infer_schema import source_statistics
+from roma_core.data.splits import SplitOptions, Splitter
 from roma_core.schema import Channel
 from roma_core.sources.base import RawSeries
 from roma_core.trainer.defaults import DatasetSize, default_settings
@@ -33,6 +35,33 @@ def waves(tmp_path, monkeypatch):
 
 def invoke(*arguments):
     return CliRunner().invoke(main, ["new-experiment", *arguments])
+
+
+def test_files_that_the_shell_expanded_are_one_table_and_options_reach_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROMA_STORAGE_ROOT", str(tmp_path / "storage"))
+    for k in range(3):
+        rows = [
+            f"p{i},h{i % 10},{i},{j},{i * j % 7},bad,{i % 2}"
+            for i in range(k, 30, 3)
+            for j in range(4)
+        ]
+        rows = [row.replace("bad", "4") if i % 2 else row for i, row in enumerate(rows)]
+        text = "\n".join(["patient,hospital,age,day,hr,lab,died", *rows])
+        (tmp_path / f"{k}.csv").write_text(text)
+    files = [str(tmp_path / f"{k}.csv") for k in range(3)]
+
+    done = invoke(
+        "clinic", "--source", *files, "--covariate", "age", "--group", "hospital", "--print"
+    )
+
+    assert done.exit_code == 0, done.output
+    (tmp_path / "clinic.yaml").write_text(done.stdout)
+    dataset = load_experiment(str(tmp_path / "clinic.yaml")).dataset
+    assert [str(path) for path in dataset.source.files] == files
+    assert [column.column for column in dataset.source.columns.covariates] == ["age"]
+    assert dataset.source.missing_values == ("bad",)
+    assert dataset.split.by == "group"
+    assert "layout auto: joint, 1.5 of 2 channels are observed at a time" in done.stdout
 
 
 def test_what_is_printed_loads_as_an_experiment(waves, tmp_path):
@@ -154,6 +183,22 @@ def statistics_of(
 def test_nothing_is_learnt_from_one_class_also_if_two_are_declared(labels, classes, told):
     with pytest.raises(ValueError, match=told):
         propose(statistics_of(labels=labels, classes=classes))
+
+
+def test_groups_are_split_so_that_every_split_has_every_class():
+    statistics = statistics_of(n=60)
+    groups = {f"g{k}": {"ab"[k % 10 == 0]} for k in range(60)}
+    dataset = propose(dataclasses.replace(statistics, classes_of_group=groups), name="x").dataset
+
+    assert dataset["split"] == {"by": "group"}
+    fractions = dataset["validation_fraction"], dataset["test_fraction"]
+    splitter = Splitter("x", SplitOptions(by="group"), *fractions)
+    rare = [
+        RawSeries(id=g, positions=np.zeros((1, 1)), values=np.zeros((1, 1), "f4"), group=g)
+        for g, label in groups.items()
+        if label == {"b"}
+    ]
+    assert {splitter.assign(one) for one in rare} == {"train", "validation", "test"}
 
 
 def test_dates_are_anchored_and_small_positions_are_not():

@@ -1,0 +1,536 @@
+"""Infer what the columns of tables are: object, time, values, quantities, covariates, metadata.
+
+    a row per observation    id  time  hr  lab           every number is a channel, with gaps
+    a row per value          id  time  variable  value   every word of ``variable`` is a channel
+    a row per series         lists, as ``roma data export`` writes
+
+Names decide first, then types and contents; the notes name the option that decides otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from roma_core.data.table_columns import (
+    DATES,
+    MAX_QUANTITIES,
+    ColumnContents,
+    ColumnRoles,
+    TableContents,
+    oddity,
+    sentinels_of,
+)
+from roma_core.schema import DataError
+from roma_core.sources.base import SPLIT_WORDS
+from roma_core.sources.table_files import FILE_NAME, file_patterns
+
+_USUAL_NAMES = {  # by role, the most specific first; as ``_key`` leaves them
+    "object": "object objectid series seriesid stayid icustayid hadmid encounterid admissionid episodeid "
+    "recordid caseid starid sourceid id uid oid patient patientid subject subjectid participantid pid "
+    "unitid deviceid machineid engineid",
+    "time": "time t mjd jd bjd hjd timestamp datetime charttime obstime date seconds minutes hours hour days "
+    "day step frame cycle weeks week months month",
+    "label": "label class target y labelid classid outcome diagnosis died death mortality inhospitaldeath",
+    "group": "group groupid",
+    "split": "split subset partition",
+    "band": "band passband filter filt fid",
+    "quantity": "variable parameter quantity measurement test analyte itemid item feature channel sensor "
+    "signal metric indicator concept param attribute testname vital lab",
+    "code": "variable parameter param itemid channel sensor analyte attribute",  # also as numbers
+    "value": "value valuenum val result numericvalue resultvalue reading measurement amount y",
+    "unit": "unit units uom valueuom",
+    "person": "patient patientid subject subjectid person personid participant participantid",
+    "together": "host hostid hospital hospitalid site siteid center centre clinic ward family household "
+    "donor animal user userid",
+}  # fmt: skip
+_ROW_NUMBERS = re.compile(r"(Unnamed: \d+|__index_level_\d+__|)$")  # as pandas names its index
+_MISSING_WORDS = {  # besides those of ``TableFile``, in lower case
+    "-", "--", "---", ".", "..", "*", "bad", "missing", "unknown", "unk", "nil", "nd", "n.d.", "n/d",
+    "n.a.", "n.a", "na", "error", "err", "invalid",
+}  # fmt: skip
+_TIME_WORD = re.compile(
+    r"(^|[\W_])(time|date|datetime|timestamp|mjd|[jbh]jd|jd|hours?|days?|minutes?|seconds?)([\W_]|$)"
+)
+_MAX_CATEGORIES = 64
+_MIN_OBJECTS = 10  # or a tenth of all, below which a quantity may be missing in train
+
+
+@dataclass
+class InferredSource:
+    """Settings of a source, and sentences on how they were inferred."""
+
+    config: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    dataset: dict[str, Any] = field(default_factory=dict)  # settings besides the source
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[\W_]", "", name.lower())
+
+
+def _all_like(columns: Iterable[str], *roles: str) -> list[str]:
+    """The columns with usual names of the roles, the most specific name first."""
+    usual = [name for role in roles for name in _USUAL_NAMES[role].split()]
+    return sorted((c for c in columns if _key(c) in usual), key=lambda c: usual.index(_key(c)))
+
+
+def _listed(names: Iterable[str], most: int = 8) -> str:
+    names = [*names]
+    return ", ".join(names[:most] + ["…"] * (len(names) > most))
+
+
+def infer_table(
+    paths: Sequence[Path], roles: ColumnRoles, objects: Path | None = None
+) -> InferredSource:
+    """Infer every column's role, of long tables or of a row per series.
+
+    Raises:
+        DataError: a column that was named does not exist, or a role cannot be inferred.
+    """
+    return _Inference(paths, roles, objects).infer()
+
+
+class _Inference:
+    """The questions to the columns, in the order in which the answers are needed."""
+
+    def __init__(self, paths: Sequence[Path], roles: ColumnRoles, objects: Path | None) -> None:
+        self.paths, self.path, self.roles, self.objects = paths, paths[0], roles, objects
+        self.rows = TableContents(paths, roles.missing_values)
+        self.names = self.rows.names
+        self.missing = list(roles.missing_values)
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+        self.unused: dict[str, str] = {}  # what they hold, by column; empty if there is a warning
+        self.dataset: dict[str, Any] = {}
+        self.contents: dict[str, ColumnContents] = {}
+
+    def infer(self) -> InferredSource:
+        roles, names, kinds = self.roles, self.names, self.rows.kinds
+        if len(self.rows.tables[0].names) == 1:
+            raise DataError(
+                f"{self.path}: its only column is {self.rows.tables[0].names[0]!r}; expected at least an "
+                f"object, a time and a value, separated by commas, semicolons, tabs or bars"
+            )
+        given = [roles.object, roles.time, *roles.axes, *roles.channels, roles.quantity]
+        if unknown := [name for name in given if name is not None and name not in kinds]:
+            raise DataError(f"{self.path} has no column {unknown[0]!r}; it has {names}")
+        for name in names:
+            if _ROW_NUMBERS.match(name) and kinds[name] != "date" and name not in given:
+                self.unused[name] = "row numbers"
+        columns = [name for name in names if name not in self.unused]
+        lists = [name for name in columns if kinds[name] == "list"]
+        self.marked = {
+            role: [n for n in columns if self.rows.marks.get(n, {}).get("role") == role]
+            for role in ("axis", "target", "covariate")
+        }
+        self.object = self._object([n for n in columns if n not in lists], bool(lists))
+        rest = [name for name in columns if name != self.object]
+        self._objects_table([name for name in rest if name not in lists])
+        if not lists:
+            self._find_missing(rest)
+            self.contents = self.rows.contents(self.object, rest)
+        self.time = self._time(lists or rest)
+        self.metadata = self._metadata([name for name in self.known if name != self.time])
+        config = self._lists(lists) if lists else self._long(rest)
+        return InferredSource(config, self._all_notes(config), self.warnings, self.dataset)
+
+    def _not_found(self, role: str, candidates: Sequence[str]) -> DataError:
+        differ = {name for table in self.rows.tables for name in table.names} - set(self.names)
+        hint = f", or --objects FILE for a row per object: not all files have {sorted(differ)}"
+        return DataError(
+            f"{self.path}: no {role} column found among {list(candidates)}; expected a name such as "
+            f"{_USUAL_NAMES[role].split()[0]!r}: pass --{role} COLUMN{hint * bool(differ)}"
+        )
+
+    def _object(self, columns: Sequence[str], is_row_per_series: bool) -> str:
+        ids = [n for n in columns if _key(n).endswith("id") and not _all_like([n], "quantity")]
+        found = _all_like(columns, "object") or ids[: len(ids) == 1]
+        if self.roles.object is not None or (is_row_per_series and found):
+            return self.roles.object or found[0]
+        one_file = len(self.paths) == 1
+        for name in [*found]:  # what numbers the rows is no object
+            unique = "SELECT count(DISTINCT t0) = count(*) FROM ROWS"
+            if one_file and len(found) > 1 and self.rows.query(unique, [name]) == [(True,)]:
+                found.remove(name)
+            elif not one_file and self.rows.kinds[name] == "number":
+                ends = [
+                    TableContents([path]).first([name])[name]
+                    for path in (self.path, self.paths[-1])
+                ]
+                if all(oddity(numbers) == "row numbers" for numbers in ends):
+                    found.remove(name)
+        if not found and (one_file or is_row_per_series):
+            raise self._not_found("object", columns)
+        return found[0] if found else FILE_NAME
+
+    def _objects_table(self, columns: Sequence[str]) -> None:
+        """Set ``known``: the columns, of the table of objects if there is one, of metadata."""
+        self.known, self.objects_id, self.object_rows = columns, self.object, self.rows
+        if self.objects is not None:
+            self.object_rows = TableContents([self.objects], self.missing)
+            names = self.object_rows.names
+            if self.object not in names:
+                if not (found := _all_like(names, "object")):
+                    raise DataError(f"{self.objects} has no column {self.object!r}; it has {names}")
+                self.objects_id = found[0]
+            self.known = [n for n in names if n != self.objects_id and not _ROW_NUMBERS.match(n)]
+
+    def _find_missing(self, columns: Sequence[str]) -> None:
+        """Words and numbers that stand for missing ones; then the columns are read again without."""
+        roles = self.roles
+        others = {roles.label, roles.group, roles.split, roles.quantity, roles.time, *roles.axes}
+        others |= {*_all_like(columns, "time", "label", "group", "split")}
+        names = [name for name in columns if name not in others]
+        for name in names:
+            if self.rows.kinds[name] == "text":
+                self._odd_words(name)
+        self.rows = TableContents(self.paths, self.missing)
+        names = [name for name in names if self.rows.kinds[name] == "number"]
+        names = [name for name in names if not _all_like([name], "band", "quantity")]
+        sentinels: dict[float, list[str]] = {}
+        for name, numbers in self.rows.sample(names).items():
+            found, odd = sentinels_of(numbers)
+            for value in found:
+                sentinels.setdefault(value, []).append(name)
+            self.warnings += [
+                f"{name} is {value:.10g} again and again, far from all its other values; pass "
+                f"--missing-value {value:.10g} if it stands for a missing one"
+                for value in odd
+            ]
+        for value, where in sentinels.items():
+            self.missing.append(value)
+            self.notes.append(f"{value:.10g} in {_listed(where)} stands for a missing value")
+        if sentinels:
+            self.rows = TableContents(self.paths, self.missing)
+        if self.objects is None:
+            self.object_rows = self.rows
+
+    def _odd_words(self, name: str) -> None:
+        """Let the few words among the numbers of a column stand for missing ones."""
+        odd = f"n0 IS NULL AND t0 NOT IN {self.rows.missing}"
+        query = f"SELECT count(*) FILTER ({odd}), count(n0), approx_count_distinct(n0) FROM ROWS"
+        ((n_odd, n, n_different),) = self.rows.query(query, [name], [name])
+        query = f"SELECT DISTINCT t0 FROM ROWS WHERE {odd} ORDER BY t0 LIMIT 9"
+        words = [word for (word,) in self.rows.query(query, [name], [name])]
+        is_known = all(word.lower() in _MISSING_WORDS for word in words)
+        is_rare = n >= 9 * n_odd and len(words) < 9
+        if not n or not (is_known or (n > n_odd and n_different > 20)):
+            return  # a column of words
+        text = f"{name}: {_listed(map(repr, words))} among its numbers, {n_odd:,} times"
+        if is_known or is_rare:
+            self.missing += [word for word in words if word not in self.missing]
+            (self.notes if is_known else self.warnings).append(f"{text}, taken for a missing value")
+            return
+        self.unused[name] = ""
+        self.warnings.append(
+            f"{text}: it is not used; write numbers instead, or pass --missing-value {words[0]!r}"
+        )
+
+    def _time(self, columns: Sequence[str]) -> str:
+        roles, kinds = self.roles, self.rows.kinds
+        fixed = {n for n, found in self.contents.items() if not found.n_varying}
+        moving = [n for n in columns if n not in fixed and n not in self.unused] or columns
+        dates = [n for n in moving if kinds[n] == "date"]
+        likely = [n for n in moving if _TIME_WORD.search(n.lower())]
+        likely = [n for n in likely if kinds[n] in ("number", "list")]
+        time = roles.time or next(iter(self.marked["axis"]), None)
+        if time is None:
+            likely = [*_all_like(moving, "time"), *(dates or likely)]
+            if not likely or (len({*likely}) > 1 and not dates and not _all_like(moving, "time")):
+                raise self._not_found("time", columns)
+            time = likely[0]
+            if others := [n for n in dict.fromkeys([*likely, *dates]) if n != time]:
+                self.notes.append(f"time: {time}; pass --time COLUMN if it is {_listed(others)}")
+        first = {} if kinds[time] == "list" else self.rows.first([*{*dates, time}])
+        if kinds[time] == "number" and oddity(first[time]) == DATES:
+            raise DataError(
+                f"{self.path}: {time!r} holds {DATES}; convert them to 2024-03-31 or days"
+            )
+        if kinds[time] == "date" and roles.time is None:
+            most_s = {name: numbers.max(initial=0) for name, numbers in first.items()}
+            if most_s[time] < 86400 and (days := [n for n in dates if most_s[n] > 1e8]):
+                raise DataError(
+                    f"{self.path}: {time!r} holds times of day and {days[0]!r} dates; join them in one "
+                    f"column such as 2024-03-31 00:30, or pass --time COLUMN to use one alone"
+                )
+        return time
+
+    def _metadata(self, known: Sequence[str]) -> dict[str, str]:
+        metadata: dict[str, str] = {}
+        for key in ("label", "group", "split"):
+            named = getattr(self.roles, key)
+            if named is not None and named not in known:
+                raise DataError(f"--{key} {named}: there is no such column among {list(known)}")
+            usual = _all_like([n for n in known if n not in metadata.values()], key)
+            if named or usual:
+                metadata[key] = named or usual[0]
+        if self.roles.split is None and "split" in metadata:
+            words = self.object_rows.words(metadata["split"], 100)
+            kept = {SPLIT_WORDS.get(word.lower()) for word in words}
+            if None in kept or (not {"train", "test"} <= kept and len(kept) > 1):
+                self.unused[column := metadata.pop("split")] = ""
+                self.warnings.append(
+                    f"{column} holds {_listed(words)}, expected train, validation and test: it is not "
+                    f"used, and objects are split anew"
+                )
+        persons = [n for n in _all_like(known, "person") if n not in self.roles.covariates]
+        if persons and "group" not in metadata:
+            query = "SELECT count(DISTINCT t0), count(DISTINCT t1) FROM ROWS"
+            ids = [self.objects_id, persons[0]]
+            ((n_objects, n_persons),) = self.object_rows.query(query, ids)
+            if n_persons < n_objects:
+                metadata["group"] = persons[0]
+                self.notes.append(f"{n_objects:,} objects of {n_persons:,} {persons[0]} as groups")
+        return metadata
+
+    def _covariates(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Settings of the covariates that were named; a warning of all other columns."""
+        rows = self.object_rows
+        named = [*self.roles.covariates] or self.marked["covariate"]
+        if unknown := [name for name in named if name not in rows.names]:
+            raise DataError(f"--covariate {unknown[0]}: there is no such column among {rows.names}")
+        left = [n for n in names if n not in named and n not in self.metadata.values()]
+        self.unused |= dict.fromkeys(left, "")
+        groups = _all_like(left, "person", "together")
+        if groups and "group" not in self.metadata:
+            self.warnings.append(
+                f"{_listed(groups)} may name groups: pass --group {groups[0]} if objects that share it must "
+                f"not be split between train and test"
+            )
+        if left := [name for name in left if name not in groups]:
+            self.warnings.append(
+                f"{_listed(left)} never change{'s' * (len(left) == 1)} within an object, and may give the label "
+                f"away: not used, unless --covariate NAME names what is known at prediction time (or "
+                f"--group NAME what must not be split)"
+            )
+        columns = [*map(self._column, named)]
+        for name, column in zip(named, columns, strict=True):
+            if rows.kinds[name] == "text" and "categories" not in column:
+                column["categories"] = self._categories(name, rows)
+        return columns
+
+    def _categories(self, name: str, rows: TableContents) -> list[str]:
+        words = rows.words(name, _MAX_CATEGORIES + 1)
+        if len(words) > _MAX_CATEGORIES:
+            raise DataError(
+                f"{self.path}: the text column {name!r} holds more than {_MAX_CATEGORIES} words, too many "
+                f"for an axis or a covariate; leave it out, or use fewer words"
+            )
+        return words
+
+    def _column(self, name: str) -> dict[str, Any]:
+        mark = self.rows.marks.get(name, {})
+        found: dict[str, Any] = {"column": name}
+        if "categories" in mark:
+            found |= {"categories": json.loads(mark["categories"])}
+            found |= {"unknown": True} if "unknown" in mark else {}
+        elif unit := mark.get("unit"):
+            found |= {"unit": unit}
+        return found | ({"name": "time"} if _ROW_NUMBERS.match(name) else {})
+
+    def _lists(self, lists: Sequence[str]) -> dict[str, Any]:
+        """The source of a table with a row per series."""
+        axes = [self.time, *(self.roles.axes or self.marked["axis"])]
+        axes = [*dict.fromkeys(axes)]
+        taken = {*axes, *self.marked["target"]}
+        channels = self.roles.channels or [name for name in lists if name not in taken]
+        of_axes, of_channels = ([*map(self._column, names)] for names in (axes, channels))
+        return self._config(of_axes, of_channels, self._covariates(self.known), kind="parquet")
+
+    def _long(self, columns: Sequence[str]) -> dict[str, Any]:
+        """The source of a table with a row per observation, or per value."""
+        roles, kinds = self.roles, self.rows.kinds
+        taken = {self.time, *self.marked["target"], *roles.covariates, *roles.axes, *roles.channels}
+        taken |= {*_all_like(columns, "band", "quantity"), roles.quantity or self.time}
+        metadata = set() if self.objects else {*self.metadata.values()}
+        most = max((found.n_objects for found in self.contents.values()), default=0)
+        self.few = min(_MIN_OBJECTS, most / 10)
+        constant: list[str] = []
+        first = self.rows.first([name for name in columns if kinds[name] == "number"])
+        for name in columns:
+            found, is_number = self.contents[name], kinds[name] == "number"
+            if name in taken | metadata or name in self.unused:
+                continue
+            if name in first and (what := oddity(first[name])):
+                self.unused[name] = what
+            elif found.n_objects == 0 or (found.is_one_word and not is_number):
+                self.unused[name] = "one word" if found.n_objects else "nothing"
+            elif found.never_varies and not found.is_one_word:
+                constant.append(name)
+            elif is_number and found.n_objects < self.few:
+                self.unused[name] = f"numbers of {found.n_objects} objects only"
+            elif kinds[name] == "date":
+                self.unused[name] = "dates"
+        if self.objects is not None:
+            self.unused |= dict.fromkeys(constant, "what never changes within an object")
+        covariates = self._covariates(constant if self.objects is None else self.known)
+        away = {self.time, *self.marked["target"], *roles.covariates, *metadata, *self.unused}
+        rest = [name for name in columns if name not in away]
+        numbers = list(roles.channels) or [n for n in rest if kinds[n] == "number"]
+        words = [n for n in rest if n not in roles.channels]
+        names = [n for n in words if kinds[n] == "text"]
+        kind = "quantity" if _all_like(numbers, "value") else "code"
+        coded = _all_like([n for n in words if n not in names], kind, "band")
+        if len(numbers) > len(coded):
+            names += filter(self.rows.is_coded, coded)
+        names += [n for n in (roles.quantity, *roles.axes) if n is not None and n not in names]
+        numbers = [n for n in numbers if n not in names] or numbers
+        quantity = self._quantity(names, numbers)
+        channels = [self._column(name) for name in numbers]
+        if quantity is not None:
+            self.unused |= {n: f"what is beside {quantity[1]}" for n in numbers if n != quantity[1]}
+            channels = self._quantities(*quantity, rest)
+            names = list(roles.axes)  # other words are flags and comments on the values
+        axes = [self._column(self.time), *(self._axis(name, numbers) for name in names)]
+        return self._config([axis for axis in axes if axis], channels, covariates, quantity)
+
+    def _quantity(self, names: Sequence[str], numbers: Sequence[str]) -> tuple[str, str] | None:
+        """The column that names the quantity, and that of the value, if there are such."""
+        names = [name for name in names if name not in self.roles.axes]
+        value = numbers[0] if len(numbers) == 1 else next(iter(_all_like(numbers, "value")), None)
+        if column := self.roles.quantity or next(iter(_all_like(names, "quantity")), None):
+            if value is None and self.roles.quantity:
+                raise DataError(
+                    f"{self.path}: {column!r} names quantities, but which of {_listed(numbers)} is the value? "
+                    f"Pass --channel COLUMN"
+                )
+            return None if value is None else (column, value)
+        if value is None or len(numbers) > 1:
+            return None
+        for name in names:
+            if not _all_like([name], "band") and self.rows.differ(self.object, name, value):
+                self.notes.append(
+                    f"{name} names quantities, whose values differ by orders of magnitude; pass --axis "
+                    f"{name} if they are one quantity"
+                )
+                return name, value
+        return None
+
+    def _quantities(self, column: str, value: str, rest: Sequence[str]) -> list[dict[str, Any]]:
+        """Channels of the words of a column."""
+        words = self.rows.named(self.object, column, value)
+        if len(words) > MAX_QUANTITIES:
+            raise DataError(
+                f"{self.path}: {column!r} names more than {MAX_QUANTITIES} quantities; keep the rows of "
+                f"those that matter"
+            )
+        kept = [w.word for w in words if w.n_objects >= self.few and w.low != w.high]
+        self.left = [w.word for w in words if w.word not in kept]
+        if self.left:
+            self.notes.append(
+                f"rows left out, of quantities with one value or in few objects: {_listed(self.left, 20)}"
+            )
+        units: dict[str, set[str]] = {word: set() for word in kept}
+        for unit in _all_like(rest, "unit")[:1]:
+            self.unused[unit] = "units"
+            query = "SELECT DISTINCT t0, t1 FROM ROWS WHERE n0 IS NOT NULL AND t1 IS NOT NULL"
+            for word, text in self.rows.query(query, [column, unit], [value]):
+                units.get(word, set()).add(text)
+        self.warnings += [
+            f"{word} has the units {_listed(sorted(found))}; convert its values to one"
+            for word, found in units.items()
+            if len(found) > 1
+        ]
+        return [
+            {"column": word} | ({"unit": next(iter(units[word]))} if len(units[word]) == 1 else {})
+            for word in kept
+        ]
+
+    def _axis(self, name: str, numbers: Sequence[str]) -> dict[str, Any] | None:
+        """Settings of an axis; None, with a warning, for a column that holds too many words."""
+        by_name = bool(_all_like([name], "band", "quantity"))
+        if not (self.rows.kinds[name] == "text" or (by_name and self.rows.is_coded(name))):
+            return self._column(name)
+        query = (
+            f"SELECT count(*), count(*) FILTER (coalesce(t0, '') IN {self.rows.missing}) FROM ROWS"
+        )
+        ((n_rows, n_empty),) = self.rows.query(query, [name])
+        n_words = len(self.rows.words(name, _MAX_CATEGORIES + 1))
+        if name not in self.roles.axes and (n_words > _MAX_CATEGORIES or 2 * n_words > n_rows):
+            self.unused[name] = ""
+            self.warnings.append(
+                f"{name} holds {n_words} different words{' or more' * (n_words > _MAX_CATEGORIES)}, too many "
+                f"for an axis of categories: it is not used"
+            )
+            return None
+        axis = self._column(name) | {"categories": self._categories(name, self.rows)}
+        if n_empty:
+            axis["unknown"] = True
+            self.notes.append(f"{name}: {n_empty:,} empty cells are one more category, 'unknown'")
+        if not by_name:
+            self.notes.append(
+                f"{name}: an axis of categories; pass --quantity {name} if its words name quantities"
+            )
+        value = next((n for n in numbers if n != name), None)
+        if value is not None and "normalise_by" not in self.dataset:
+            found = self.rows.named(self.object, name, value)
+            if all(word.n_objects >= self.few for word in found) and (
+                by_name or self.rows.differ(self.object, name, value)
+            ):
+                self.dataset["normalise_by"] = name
+        return axis
+
+    def _config(
+        self,
+        axes: list[dict[str, Any]],
+        channels: list[dict[str, Any]],
+        covariates: list[dict[str, Any]],
+        quantity: tuple[str, str] | None = None,
+        kind: str = "table",
+    ) -> dict[str, Any]:
+        if not channels:
+            raise DataError(
+                f"{self.path}: no column is left for the values; name them with --channel COLUMN"
+            )
+        columns: dict[str, Any] = {"axes": axes}
+        if quantity is not None:
+            columns["quantity"] = {"column": quantity[0], "value": quantity[1]}
+            columns["quantity"] |= {"others": "drop"} if self.left else {}
+        columns["channels"] = channels
+        targets = [self._column(name) for name in self.marked["target"]]
+        optional = {"covariates": covariates, "targets": targets}
+        columns |= {key: value for key, value in optional.items() if value}
+        columns["metadata"] = self.metadata
+        config: dict[str, Any] = {"kind": kind, "files": file_patterns(self.paths)}
+        if kind == "parquet":
+            config |= {"id": self.object, **columns}
+        else:
+            config["columns"] = {"object": self.object, **columns}
+        if self.missing:
+            config["missing_values"] = self.missing
+        if self.objects is not None:
+            config["objects"] = {"file": str(self.objects), "object": self.objects_id}
+        return config
+
+    def _all_notes(self, config: dict[str, Any]) -> list[str]:
+        columns = config.get("columns", config)
+        names = {
+            part: [column["column"] for column in columns.get(part, [])]
+            for part in ("axes", "channels", "covariates", "targets")
+        }
+        quantity = columns.get("quantity", {})
+        row = "series" if config["kind"] == "parquet" else "value" if quantity else "observation"
+        used = {self.object, *self.metadata.values(), *self.unused, *quantity.values()}
+        unused = [n for n in self.names if n not in used.union(*names.values())]
+        metadata = ", ".join(f"{key}: {name}" for key, name in self.metadata.items())
+        lines = {
+            "covariates": _listed(names["covariates"]),
+            "targets": _listed(names["targets"]),
+            "missing values": _listed(map(repr, self.missing), 20),
+            "normalise_by": self.dataset.get("normalise_by"),
+            "not used": ", ".join(unused),
+        }
+        return [
+            f"a row per {row}; objects: {self.object}; positions: {', '.join(names['axes'])}; values: "
+            f"{_listed(names['channels'])}" + (f" of {quantity['column']}" if quantity else ""),
+            metadata or "no metadata of objects",
+            *self.notes,
+            *(f"{what}: {found}" for what, found in lines.items() if found),
+            *(f"not used: {what} in {name!r}" for name, what in self.unused.items() if what),
+        ]
