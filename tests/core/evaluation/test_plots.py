@@ -33,7 +33,7 @@ def reconstruction(n=24, channels=("a", "b"), title="series"):
     rng = np.random.default_rng(0)
     values = rng.normal(size=(n, len(channels)))
     return plots.ReconstructionExample(
-        title, channels, rng.random(n), values, values + 0.1, rng.random(n) > 0.5
+        title, channels, rng.random(n), values, values + 0.1, rng.random(values.shape) > 0.5
     )
 
 
@@ -120,7 +120,7 @@ def test_only_hidden_tokens_are_drawn_as_reconstructed():
     some = reconstruction()
     all_visible = plots.ReconstructionExample(
         some.title, some.channels, some.positions, some.values, some.predicted,
-        np.ones(len(some.positions), bool),
+        np.ones(some.values.shape, bool),
     )  # fmt: skip
 
     hidden = share_of(pixels(plots.reconstruction_examples([some])), plots.ORANGE)
@@ -136,7 +136,7 @@ def test_bad_input_is_named():
         plots.reconstruction_examples([])
     with pytest.raises(ValueError, match="other has channels"):
         plots.reconstruction_examples([reconstruction(), reconstruction(1, ("z",), "other")])
-    with pytest.raises(ValueError, match=r"visible should have shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"visible should have shape \(3, 1\)"):
         plots.ReconstructionExample(
             "s", ["a"], np.zeros(3), np.zeros((3, 1)), np.zeros((3, 1)), np.ones(2, bool)
         )
