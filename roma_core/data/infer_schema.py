@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from roma_core.data.cleaning import RepairOptions, SeriesCleaner
-from roma_core.data.infer_tables import InferredSource, infer_table
+from roma_core.data.infer_tables import InferredSource, TableInference
 from roma_core.data.layout import choose_layout, melt, n_times_of
 from roma_core.data.manifest import Repairs
 from roma_core.data.table_columns import ColumnRoles
@@ -49,7 +49,7 @@ def infer_source(
     if len(paths) == 1 and paths[0].is_dir():
         if not (tables := _tables_below(paths[0], objects)):
             return _folder(paths[0])
-        return infer_table(tables, roles, objects)
+        return TableInference(tables, roles, objects).infer()
     if objects is not None and endings - {".parquet", ".csv"}:
         raise DataError("a table of objects goes with long tables, in Parquet or CSV, only")
     if endings == {".ts"}:
@@ -57,7 +57,7 @@ def infer_source(
     if endings == {".npz"} and len(paths) == 1:
         return _npz(paths[0])
     if endings in ({".parquet"}, {".csv"}):
-        return infer_table(paths, roles, objects)
+        return TableInference(paths, roles, objects).infer()
     raise DataError(
         f"the kind of {', '.join(path.name for path in paths[:4])} is not known: expected .ts, .csv (or "
         f".csv.gz, .csv.zst) or .parquet files, one .npz file, or a folder of images or WAV files "

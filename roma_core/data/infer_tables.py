@@ -19,9 +19,12 @@ from typing import Any
 from roma_core.data.table_columns import (
     DATES,
     MAX_QUANTITIES,
+    USUAL_NAMES,
     ColumnContents,
     ColumnRoles,
     TableContents,
+    all_like,
+    key_of,
     oddity,
     sentinels_of,
 )
@@ -29,25 +32,6 @@ from roma_core.schema import DataError
 from roma_core.sources.base import SPLIT_WORDS
 from roma_core.sources.table_files import FILE_NAME, file_patterns
 
-_USUAL_NAMES = {  # by role, the most specific first; as ``_key`` leaves them
-    "object": "object objectid series seriesid stayid icustayid hadmid encounterid admissionid episodeid "
-    "recordid caseid starid sourceid id uid oid patient patientid subject subjectid participantid pid "
-    "unitid deviceid machineid engineid",
-    "time": "time t mjd jd bjd hjd timestamp datetime charttime obstime date seconds minutes hours hour days "
-    "day step frame cycle weeks week months month",
-    "label": "label class target y labelid classid outcome diagnosis died death mortality inhospitaldeath",
-    "group": "group groupid",
-    "split": "split subset partition",
-    "band": "band passband filter filt fid",
-    "quantity": "variable parameter quantity measurement test analyte itemid item feature channel sensor "
-    "signal metric indicator concept param attribute testname vital lab",
-    "code": "variable parameter param itemid channel sensor analyte attribute",  # also as numbers
-    "value": "value valuenum val result numericvalue resultvalue reading measurement amount y",
-    "unit": "unit units uom valueuom",
-    "person": "patient patientid subject subjectid person personid participant participantid",
-    "together": "host hostid hospital hospitalid site siteid center centre clinic ward family household "
-    "donor animal user userid",
-}  # fmt: skip
 _ROW_NUMBERS = re.compile(r"(Unnamed: \d+|__index_level_\d+__|)$")  # as pandas names its index
 _MISSING_WORDS = {  # besides those of ``TableFile``, in lower case
     "-", "--", "---", ".", "..", "*", "bad", "missing", "unknown", "unk", "nil", "nd", "n.d.", "n/d",
@@ -70,34 +54,17 @@ class InferredSource:
     dataset: dict[str, Any] = field(default_factory=dict)  # settings besides the source
 
 
-def _key(name: str) -> str:
-    return re.sub(r"[\W_]", "", name.lower())
-
-
-def _all_like(columns: Iterable[str], *roles: str) -> list[str]:
-    """The columns with usual names of the roles, the most specific name first."""
-    usual = [name for role in roles for name in _USUAL_NAMES[role].split()]
-    return sorted((c for c in columns if _key(c) in usual), key=lambda c: usual.index(_key(c)))
-
-
 def _listed(names: Iterable[str], most: int = 8) -> str:
     names = [*names]
     return ", ".join(names[:most] + ["…"] * (len(names) > most))
 
 
-def infer_table(
-    paths: Sequence[Path], roles: ColumnRoles, objects: Path | None = None
-) -> InferredSource:
-    """Infer every column's role, of long tables or of a row per series.
+class TableInference:
+    """Every column's role, of long tables or of a row per series, in the order of what depends on what.
 
     Raises:
         DataError: a column that was named does not exist, or a role cannot be inferred.
     """
-    return _Inference(paths, roles, objects).infer()
-
-
-class _Inference:
-    """The questions to the columns, in the order in which the answers are needed."""
 
     def __init__(self, paths: Sequence[Path], roles: ColumnRoles, objects: Path | None) -> None:
         self.paths, self.path, self.roles, self.objects = paths, paths[0], roles, objects
@@ -120,9 +87,8 @@ class _Inference:
         given = [roles.object, roles.time, *roles.axes, *roles.channels, roles.quantity]
         if unknown := [name for name in given if name is not None and name not in kinds]:
             raise DataError(f"{self.path} has no column {unknown[0]!r}; it has {names}")
-        for name in names:
-            if _ROW_NUMBERS.match(name) and kinds[name] != "date" and name not in given:
-                self.unused[name] = "row numbers"
+        ours = [n for n in names if _ROW_NUMBERS.match(n) and kinds[n] != "date" and n not in given]
+        self.unused |= dict.fromkeys(ours, "row numbers")
         columns = [name for name in names if name not in self.unused]
         lists = [name for name in columns if kinds[name] == "list"]
         self.marked = {
@@ -138,19 +104,19 @@ class _Inference:
         self.time = self._time(lists or rest)
         self.metadata = self._metadata([name for name in self.known if name != self.time])
         config = self._lists(lists) if lists else self._long(rest)
-        return InferredSource(config, self._all_notes(config), self.warnings, self.dataset)
+        return InferredSource(config, self.notes, self.warnings, self.dataset)
 
     def _not_found(self, role: str, candidates: Sequence[str]) -> DataError:
         differ = {name for table in self.rows.tables for name in table.names} - set(self.names)
         hint = f", or --objects FILE for a row per object: not all files have {sorted(differ)}"
         return DataError(
             f"{self.path}: no {role} column found among {list(candidates)}; expected a name such as "
-            f"{_USUAL_NAMES[role].split()[0]!r}: pass --{role} COLUMN{hint * bool(differ)}"
+            f"{USUAL_NAMES[role].split()[0]!r}: pass --{role} COLUMN{hint * bool(differ)}"
         )
 
     def _object(self, columns: Sequence[str], is_row_per_series: bool) -> str:
-        ids = [n for n in columns if _key(n).endswith("id") and not _all_like([n], "quantity")]
-        found = _all_like(columns, "object") or ids[: len(ids) == 1]
+        ids = [n for n in columns if key_of(n).endswith("id") and not all_like([n], "quantity")]
+        found = all_like(columns, "object") or ids[: len(ids) == 1]
         if self.roles.object is not None or (is_row_per_series and found):
             return self.roles.object or found[0]
         one_file = len(self.paths) == 1
@@ -176,7 +142,7 @@ class _Inference:
             self.object_rows = TableContents([self.objects], self.missing)
             names = self.object_rows.names
             if self.object not in names:
-                if not (found := _all_like(names, "object")):
+                if not (found := all_like(names, "object")):
                     raise DataError(f"{self.objects} has no column {self.object!r}; it has {names}")
                 self.objects_id = found[0]
             self.known = [n for n in names if n != self.objects_id and not _ROW_NUMBERS.match(n)]
@@ -185,28 +151,30 @@ class _Inference:
         """Words and numbers that stand for missing ones; then the columns are read again without."""
         roles = self.roles
         others = {roles.label, roles.group, roles.split, roles.quantity, roles.time, *roles.axes}
-        others |= {*_all_like(columns, "time", "label", "group", "split")}
+        others |= {*all_like(columns, "time", "label", "group", "split")}
         names = [name for name in columns if name not in others]
         for name in names:
             if self.rows.kinds[name] == "text":
                 self._odd_words(name)
         self.rows = TableContents(self.paths, self.missing)
         names = [name for name in names if self.rows.kinds[name] == "number"]
-        names = [name for name in names if not _all_like([name], "band", "quantity")]
-        sentinels: dict[float, list[str]] = {}
+        names = [name for name in names if not all_like([name], "band", "quantity")]
+        where: dict[float, list[str]] = {}
         for name, numbers in self.rows.sample(names).items():
             found, odd = sentinels_of(numbers)
             for value in found:
-                sentinels.setdefault(value, []).append(name)
+                where.setdefault(value, []).append(name)
             self.warnings += [
                 f"{name} is {value:.10g} again and again, far from all its other values; pass "
                 f"--missing-value {value:.10g} if it stands for a missing one"
                 for value in odd
             ]
-        for value, where in sentinels.items():
-            self.missing.append(value)
-            self.notes.append(f"{value:.10g} in {_listed(where)} stands for a missing value")
-        if sentinels:
+        self.notes += [
+            f"{value:.10g} in {_listed(names)} stands for a missing value"
+            for value, names in where.items()
+        ]
+        if where:
+            self.missing += where
             self.rows = TableContents(self.paths, self.missing)
         if self.objects is None:
             self.object_rows = self.rows
@@ -237,16 +205,19 @@ class _Inference:
         fixed = {n for n, found in self.contents.items() if not found.n_varying}
         moving = [n for n in columns if n not in fixed and n not in self.unused] or columns
         dates = [n for n in moving if kinds[n] == "date"]
-        likely = [n for n in moving if _TIME_WORD.search(n.lower())]
-        likely = [n for n in likely if kinds[n] in ("number", "list")]
+        usual = all_like(moving, "time")
+        likely = [
+            n for n in moving if kinds[n] in ("number", "list") and _TIME_WORD.search(n.lower())
+        ]
+        found = [*dict.fromkeys([*usual, *dates, *likely])]
         time = roles.time or next(iter(self.marked["axis"]), None)
         if time is None:
-            likely = [*_all_like(moving, "time"), *(dates or likely)]
-            if not likely or (len({*likely}) > 1 and not dates and not _all_like(moving, "time")):
+            if not found or (len(found) > 1 and not usual + dates):
                 raise self._not_found("time", columns)
-            time = likely[0]
-            if others := [n for n in dict.fromkeys([*likely, *dates]) if n != time]:
-                self.notes.append(f"time: {time}; pass --time COLUMN if it is {_listed(others)}")
+            time, *others = found
+            self.notes += [f"time: {time}; pass --time COLUMN if it is {_listed(others)}"] * bool(
+                others
+            )
         first = {} if kinds[time] == "list" else self.rows.first([*{*dates, time}])
         if kinds[time] == "number" and oddity(first[time]) == DATES:
             raise DataError(
@@ -267,7 +238,7 @@ class _Inference:
             named = getattr(self.roles, key)
             if named is not None and named not in known:
                 raise DataError(f"--{key} {named}: there is no such column among {list(known)}")
-            usual = _all_like([n for n in known if n not in metadata.values()], key)
+            usual = all_like([n for n in known if n not in metadata.values()], key)
             if named or usual:
                 metadata[key] = named or usual[0]
         if self.roles.split is None and "split" in metadata:
@@ -279,7 +250,7 @@ class _Inference:
                     f"{column} holds {_listed(words)}, expected train, validation and test: it is not "
                     f"used, and objects are split anew"
                 )
-        persons = [n for n in _all_like(known, "person") if n not in self.roles.covariates]
+        persons = [n for n in all_like(known, "person") if n not in self.roles.covariates]
         if persons and "group" not in metadata:
             query = "SELECT count(DISTINCT t0), count(DISTINCT t1) FROM ROWS"
             ids = [self.objects_id, persons[0]]
@@ -297,7 +268,7 @@ class _Inference:
             raise DataError(f"--covariate {unknown[0]}: there is no such column among {rows.names}")
         left = [n for n in names if n not in named and n not in self.metadata.values()]
         self.unused |= dict.fromkeys(left, "")
-        groups = _all_like(left, "person", "together")
+        groups = all_like(left, "person", "together")
         if groups and "group" not in self.metadata:
             self.warnings.append(
                 f"{_listed(groups)} may name groups: pass --group {groups[0]} if objects that share it must "
@@ -310,9 +281,9 @@ class _Inference:
                 f"--group NAME what must not be split)"
             )
         columns = [*map(self._column, named)]
-        for name, column in zip(named, columns, strict=True):
-            if rows.kinds[name] == "text" and "categories" not in column:
-                column["categories"] = self._categories(name, rows)
+        for column in columns:
+            if rows.kinds[column["column"]] == "text" and "categories" not in column:
+                column["categories"] = self._categories(column["column"], rows)
         return columns
 
     def _categories(self, name: str, rows: TableContents) -> list[str]:
@@ -347,7 +318,7 @@ class _Inference:
         """The source of a table with a row per observation, or per value."""
         roles, kinds = self.roles, self.rows.kinds
         taken = {self.time, *self.marked["target"], *roles.covariates, *roles.axes, *roles.channels}
-        taken |= {*_all_like(columns, "band", "quantity"), roles.quantity or self.time}
+        taken |= {*all_like(columns, "band", "quantity"), roles.quantity or self.time}
         metadata = set() if self.objects else {*self.metadata.values()}
         most = max((found.n_objects for found in self.contents.values()), default=0)
         self.few = min(_MIN_OBJECTS, most / 10)
@@ -375,45 +346,47 @@ class _Inference:
         numbers = list(roles.channels) or [n for n in rest if kinds[n] == "number"]
         words = [n for n in rest if n not in roles.channels]
         names = [n for n in words if kinds[n] == "text"]
-        kind = "quantity" if _all_like(numbers, "value") else "code"
-        coded = _all_like([n for n in words if n not in names], kind, "band")
+        kind = "quantity" if all_like(numbers, "value") else "code"
+        coded = all_like([n for n in words if n not in names], kind, "band")
         if len(numbers) > len(coded):
             names += filter(self.rows.is_coded, coded)
         names += [n for n in (roles.quantity, *roles.axes) if n is not None and n not in names]
         numbers = [n for n in numbers if n not in names] or numbers
         quantity = self._quantity(names, numbers)
         channels = [self._column(name) for name in numbers]
-        if quantity is not None:
-            self.unused |= {n: f"what is beside {quantity[1]}" for n in numbers if n != quantity[1]}
-            channels = self._quantities(*quantity, rest)
+        if quantity:
+            beside = dict.fromkeys(numbers, f"what is beside {quantity['value']}")
+            self.unused |= {n: what for n, what in beside.items() if n != quantity["value"]}
+            channels = self._quantities(quantity, rest)
             names = list(roles.axes)  # other words are flags and comments on the values
         axes = [self._column(self.time), *(self._axis(name, numbers) for name in names)]
         return self._config([axis for axis in axes if axis], channels, covariates, quantity)
 
-    def _quantity(self, names: Sequence[str], numbers: Sequence[str]) -> tuple[str, str] | None:
-        """The column that names the quantity, and that of the value, if there are such."""
+    def _quantity(self, names: Sequence[str], numbers: Sequence[str]) -> dict[str, str]:
+        """The column that names the quantity, and that of the value; empty if there are none."""
         names = [name for name in names if name not in self.roles.axes]
-        value = numbers[0] if len(numbers) == 1 else next(iter(_all_like(numbers, "value")), None)
-        if column := self.roles.quantity or next(iter(_all_like(names, "quantity")), None):
+        value = numbers[0] if len(numbers) == 1 else next(iter(all_like(numbers, "value")), None)
+        if column := self.roles.quantity or next(iter(all_like(names, "quantity")), None):
             if value is None and self.roles.quantity:
                 raise DataError(
                     f"{self.path}: {column!r} names quantities, but which of {_listed(numbers)} is the value? "
                     f"Pass --channel COLUMN"
                 )
-            return None if value is None else (column, value)
-        if value is None or len(numbers) > 1:
-            return None
+            return {} if value is None else {"column": column, "value": value}
         for name in names:
-            if not _all_like([name], "band") and self.rows.differ(self.object, name, value):
+            if value is None or len(numbers) > 1:
+                break
+            if not all_like([name], "band") and self.rows.differ(self.object, name, value):
                 self.notes.append(
                     f"{name} names quantities, whose values differ by orders of magnitude; pass --axis "
                     f"{name} if they are one quantity"
                 )
-                return name, value
-        return None
+                return {"column": name, "value": value}
+        return {}
 
-    def _quantities(self, column: str, value: str, rest: Sequence[str]) -> list[dict[str, Any]]:
+    def _quantities(self, quantity: dict[str, str], rest: Sequence[str]) -> list[dict[str, Any]]:
         """Channels of the words of a column."""
+        column, value = quantity.values()
         words = self.rows.named(self.object, column, value)
         if len(words) > MAX_QUANTITIES:
             raise DataError(
@@ -421,30 +394,30 @@ class _Inference:
                 f"those that matter"
             )
         kept = [w.word for w in words if w.n_objects >= self.few and w.low != w.high]
-        self.left = [w.word for w in words if w.word not in kept]
-        if self.left:
+        if left := [w.word for w in words if w.word not in kept]:
+            quantity["others"] = "drop"
             self.notes.append(
-                f"rows left out, of quantities with one value or in few objects: {_listed(self.left, 20)}"
+                f"rows left out, of quantities with one value or in few objects: {_listed(left, 20)}"
             )
-        units: dict[str, set[str]] = {word: set() for word in kept}
-        for unit in _all_like(rest, "unit")[:1]:
+        units: dict[str, list[str]] = {word: [] for word in kept}
+        for unit in all_like(rest, "unit")[:1]:
             self.unused[unit] = "units"
-            query = "SELECT DISTINCT t0, t1 FROM ROWS WHERE n0 IS NOT NULL AND t1 IS NOT NULL"
+            query = "SELECT DISTINCT t0, t1 FROM ROWS WHERE n0 IS NOT NULL AND t1 IS NOT NULL ORDER BY 2"
             for word, text in self.rows.query(query, [column, unit], [value]):
-                units.get(word, set()).add(text)
+                units.get(word, []).append(text)
         self.warnings += [
-            f"{word} has the units {_listed(sorted(found))}; convert its values to one"
+            f"{word} has the units {_listed(found)}; convert its values to one"
             for word, found in units.items()
             if len(found) > 1
         ]
         return [
-            {"column": word} | ({"unit": next(iter(units[word]))} if len(units[word]) == 1 else {})
+            {"column": word} | ({"unit": units[word][0]} if len(units[word]) == 1 else {})
             for word in kept
         ]
 
     def _axis(self, name: str, numbers: Sequence[str]) -> dict[str, Any] | None:
         """Settings of an axis; None, with a warning, for a column that holds too many words."""
-        by_name = bool(_all_like([name], "band", "quantity"))
+        by_name = bool(all_like([name], "band", "quantity"))
         if not (self.rows.kinds[name] == "text" or (by_name and self.rows.is_coded(name))):
             return self._column(name)
         query = (
@@ -481,56 +454,44 @@ class _Inference:
         axes: list[dict[str, Any]],
         channels: list[dict[str, Any]],
         covariates: list[dict[str, Any]],
-        quantity: tuple[str, str] | None = None,
+        quantity: dict[str, str] | None = None,
         kind: str = "table",
     ) -> dict[str, Any]:
+        """Settings of the source; the notes begin with them."""
         if not channels:
             raise DataError(
                 f"{self.path}: no column is left for the values; name them with --channel COLUMN"
             )
-        columns: dict[str, Any] = {"axes": axes}
-        if quantity is not None:
-            columns["quantity"] = {"column": quantity[0], "value": quantity[1]}
-            columns["quantity"] |= {"others": "drop"} if self.left else {}
-        columns["channels"] = channels
         targets = [self._column(name) for name in self.marked["target"]]
-        optional = {"covariates": covariates, "targets": targets}
+        optional = {"quantity": quantity, "covariates": covariates, "targets": targets}
+        columns = {"axes": axes, "channels": channels, "metadata": self.metadata}
         columns |= {key: value for key, value in optional.items() if value}
-        columns["metadata"] = self.metadata
         config: dict[str, Any] = {"kind": kind, "files": file_patterns(self.paths)}
-        if kind == "parquet":
-            config |= {"id": self.object, **columns}
-        else:
-            config["columns"] = {"object": self.object, **columns}
-        if self.missing:
-            config["missing_values"] = self.missing
+        is_list = kind == "parquet"
+        own = {"id": self.object} if is_list else {"object": self.object}
+        config |= own | columns if is_list else {"columns": own | columns}
+        config |= {"missing_values": self.missing} if self.missing else {}
         if self.objects is not None:
             config["objects"] = {"file": str(self.objects), "object": self.objects_id}
-        return config
 
-    def _all_notes(self, config: dict[str, Any]) -> list[str]:
-        columns = config.get("columns", config)
-        names = {
-            part: [column["column"] for column in columns.get(part, [])]
-            for part in ("axes", "channels", "covariates", "targets")
-        }
-        quantity = columns.get("quantity", {})
-        row = "series" if config["kind"] == "parquet" else "value" if quantity else "observation"
-        used = {self.object, *self.metadata.values(), *self.unused, *quantity.values()}
-        unused = [n for n in self.names if n not in used.union(*names.values())]
+        names = [[one["column"] for one in part] for part in (axes, channels, covariates, targets)]
+        row = "series" if is_list else "value" if quantity else "observation"
+        used = {self.object, *self.metadata.values(), *self.unused, *(quantity or {}).values()}
+        unused = [n for n in self.names if n not in used.union(*names)]
         metadata = ", ".join(f"{key}: {name}" for key, name in self.metadata.items())
         lines = {
-            "covariates": _listed(names["covariates"]),
-            "targets": _listed(names["targets"]),
+            "covariates": _listed(names[2]),
+            "targets": _listed(names[3]),
             "missing values": _listed(map(repr, self.missing), 20),
             "normalise_by": self.dataset.get("normalise_by"),
             "not used": ", ".join(unused),
         }
-        return [
-            f"a row per {row}; objects: {self.object}; positions: {', '.join(names['axes'])}; values: "
-            f"{_listed(names['channels'])}" + (f" of {quantity['column']}" if quantity else ""),
+        self.notes = [
+            f"a row per {row}; objects: {self.object}; positions: {', '.join(names[0])}; values: "
+            f"{_listed(names[1])}" + (f" of {quantity['column']}" if quantity else ""),
             metadata or "no metadata of objects",
             *self.notes,
             *(f"{what}: {found}" for what, found in lines.items() if found),
             *(f"not used: {what} in {name!r}" for name, what in self.unused.items() if what),
         ]
+        return config

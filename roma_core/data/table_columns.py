@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,25 @@ from roma_core.sources.table_files import (
     read_errors,
 )
 
+USUAL_NAMES = {  # by role, the most specific first; as ``key_of`` leaves them
+    "object": "object objectid series seriesid stayid icustayid hadmid encounterid admissionid episodeid "
+    "recordid caseid starid sourceid id uid oid patient patientid subject subjectid participantid pid "
+    "unitid deviceid machineid engineid",
+    "time": "time t mjd jd bjd hjd timestamp datetime charttime obstime date seconds minutes hours hour days "
+    "day step frame cycle weeks week months month",
+    "label": "label class target y labelid classid outcome diagnosis died death mortality inhospitaldeath",
+    "group": "group groupid",
+    "split": "split subset partition",
+    "band": "band passband filter filt fid",
+    "quantity": "variable parameter quantity measurement test analyte itemid item feature channel sensor "
+    "signal metric indicator concept param attribute testname vital lab",
+    "code": "variable parameter param itemid channel sensor analyte attribute",  # also as numbers
+    "value": "value valuenum val result numericvalue resultvalue reading measurement amount y",
+    "unit": "unit units uom valueuom",
+    "person": "patient patientid subject subjectid person personid participant participantid",
+    "together": "host hostid hospital hospitalid site siteid center centre clinic ward family household "
+    "donor animal user userid",
+}  # fmt: skip
 DATES = "dates as numbers"
 MAX_QUANTITIES = 256
 _NINES = re.compile(r"-?(99+|99+\.9+|99+\.25)(\.0)?$")
@@ -42,6 +61,17 @@ class ColumnRoles:
     quantity: str | None = None  # names the quantity of a row's value
     covariates: tuple[str, ...] = ()
     missing_values: tuple[float | str, ...] = ()
+
+
+def key_of(name: str) -> str:
+    """A name without case, blanks and signs."""
+    return re.sub(r"[\W_]", "", name.lower())
+
+
+def all_like(columns: Iterable[str], *roles: str) -> list[str]:
+    """The columns with usual names of the roles, the most specific name first."""
+    usual = [name for role in roles for name in USUAL_NAMES[role].split()]
+    return sorted((c for c in columns if key_of(c) in usual), key=lambda c: usual.index(key_of(c)))
 
 
 class ColumnContents(NamedTuple):

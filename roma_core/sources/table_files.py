@@ -386,8 +386,9 @@ class TableFile:
             return column if type_ == "FLOAT" else f"CAST({column} AS DOUBLE)"
         else:
             points = f"replace(replace({column}, '.', '?'), ',', '.')"
-            # without trim() DuckDB has the CSV reader cast, which is strict
-            number = f"TRY_CAST(trim({points if self._has_decimal_commas else column}) AS DOUBLE)"
+            cell = points if self._has_decimal_commas else column
+            # alone, TRY_CAST is left to the CSV reader, which is strict
+            number = f"TRY_CAST({cell if strict else f'trim({cell})'} AS DOUBLE)"
         if not (is_text and strict):
             return number
         form = "numbers with decimal commas, no points" if self._has_decimal_commas else "numbers"
