@@ -502,14 +502,14 @@ def _fitted_covariates(
                 f"nothing can be learned from it; leave it out"
             )
         if covariate.categories and len(unseen := np.setdiff1d(of_others, known)):
-            words, train = (
+            there, here = (
                 ", ".join(covariate.categories[int(j)] for j in np.unique(indices))
                 for indices in (unseen, known)
             )
             raise DataError(
                 f"covariate {covariate.name!r}: validation or test has categories that the train split "
-                f"lacks, {words}; it has {train}: leave those objects out, change the split, or count "
-                f"the category as missing"
+                f"lacks, {there}; it has {here}: leave those objects out, change the split, or list the "
+                f"words under missing_values of the source"
             )
         if not covariate.categories:
             std = float(known.std())
