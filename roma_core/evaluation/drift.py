@@ -248,7 +248,10 @@ def drift_effects(profile: ReferenceProfile, sample: InputSample) -> list[Effect
         found.append(Effect(quantity=name, measure="psi", size=size))
         found.append(Effect(quantity=name, measure="wasserstein", size=float(distance / scale)))
     for name, fraction in _missing(sample).items():
-        size = abs(fraction - profile.missing.get(name.removeprefix("value."), 0.0))
+        before = profile.missing.get(name.removeprefix("value."), 0.0)
+        # three standard errors, if a series has either all or no values of a channel
+        chance = 9 * before * (1 - before) * (1 / profile.n_series + 1 / sample.n)
+        size = max(0.0, (fraction - before) ** 2 - chance) ** 0.5
         found.append(Effect(quantity=name, measure="missing", size=size))
     compared = {"class": (profile.classes, sample.classes)}
     compared |= {
