@@ -207,7 +207,7 @@ def test_an_exported_set_comes_back_bit_by_bit(tmp_path):
     back = {
         "kind": "parquet",
         "files": [str(tmp_path / "out.parquet")],
-        "axes": [{"column": "t"}, {"column": "band"}],
+        "axes": COLUMNS["axes"],
         "channels": [{"column": "flux"}, {"column": "err"}],
         "metadata": {"label": "label", "group": "group"},
     }
