@@ -32,6 +32,7 @@ _FAR = 100.0  # quartile distances; channels with values beyond are transformed
 _MANY_GAPS = 1e4  # positions farther from zero, in gaps, count from each series' first
 _FEW = 5  # objects of a class that a stratified split needs
 _VALIDATION_FRACTION, _TEST_FRACTION = 0.1, 0.2
+_IN_VALIDATION = 3  # objects of the rarest class, where it has so many
 _LACKS = "with these groups a split lacks a class; another name of the experiment splits otherwise"
 _GROUP_FRACTIONS = ((_TEST_FRACTION, _VALIDATION_FRACTION), (0.2, 0.15), (0.25, 0.2), (0.3, 0.25))
 
@@ -184,6 +185,10 @@ def _dataset_settings(
         elif min(statistics.classes.values()) >= _FEW:
             dataset["split"] = {"stratified": True}
             reasons = ["split stratified by class"]
+            rare = min(statistics.classes.values()) * (1 - _TEST_FRACTION)  # objects outside test
+            if rare * _VALIDATION_FRACTION < _IN_VALIDATION:
+                fractions["validation_fraction"] = round(min(0.25, _IN_VALIDATION / rare), 2)
+                reasons = ["split stratified by class; the rarest needs a larger validation split"]
         else:
             reasons = [f"split by a hash of the id: some classes have fewer than {_FEW} objects"]
     if statistics.classes_of_group:

@@ -234,12 +234,15 @@ class TableInference:
 
     def _metadata(self, known: Sequence[str]) -> dict[str, str]:
         metadata: dict[str, str] = {}
+        varies = {n for n, c in self.contents.items() if c.n_varying and not self.objects}
         for key in ("label", "group", "split"):
             named = getattr(self.roles, key)
             if named is not None and named not in known:
                 raise DataError(f"--{key} {named}: there is no such column among {list(known)}")
             usual = all_like([n for n in known if n not in metadata.values()], key)
-            if named or usual:
+            usual.sort(key=varies.__contains__)
+            is_channel = usual[:1] and usual[0] in varies and key_of(usual[0]) in ("y", "target")
+            if named or (usual and not is_channel):
                 metadata[key] = named or usual[0]
         if self.roles.split is None and "split" in metadata:
             words = self.object_rows.words(metadata["split"], 100)

@@ -218,6 +218,15 @@ def test_a_number_that_recurs_far_away_is_pointed_at(tmp_path):
     assert "pass --missing-value 1e+20" in warning
 
 
+def test_a_channel_that_is_called_y_is_no_label(tmp_path):
+    BANDS.rename(columns={"passband": "x", "flux": "y"}).to_csv(tmp_path / "a.csv", index=False)
+    columns = infer_source([tmp_path / "a.csv"], ColumnRoles()).config["columns"]
+    assert columns["metadata"] == {"label": "target"}
+
+    BANDS.rename(columns={"target": "z", "flux": "y"}).to_csv(tmp_path / "a.csv", index=False)
+    assert infer_source([tmp_path / "a.csv"], ColumnRoles()).config["columns"]["metadata"] == {}
+
+
 def test_many_files_are_one_pattern_if_it_matches_no_other(tmp_path):
     paths = [tmp_path / f"{k}.csv" for k in range(9)]
     for path in paths:

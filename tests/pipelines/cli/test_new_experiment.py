@@ -201,6 +201,14 @@ def test_groups_are_split_so_that_every_split_has_every_class():
     assert {splitter.assign(one) for one in rare} == {"train", "validation", "test"}
 
 
+@pytest.mark.parametrize(("n", "fraction"), [(400, 0.1), (40, 0.19), (14, 0.25)])
+def test_the_rarest_class_is_in_validation_too(n, fraction):
+    dataset = propose(statistics_of(n=n)).dataset
+
+    assert dataset["split"] == {"stratified": True}
+    assert dataset["validation_fraction"] == fraction
+
+
 def test_dates_are_anchored_and_small_positions_are_not():
     assert propose(statistics_of()).dataset["axes"]["t"] == {"scale": "auto"}
     assert propose(statistics_of(start=60_000)).dataset["axes"]["t"]["anchor"] == "first"
