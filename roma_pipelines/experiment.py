@@ -25,6 +25,7 @@ from roma_core.model.config import (
 )
 from roma_core.settings import Frozen, RomaSettings, SettingsError, validation_errors, variable_of
 from roma_core.trainer.config import TrainerConfig
+from roma_core.trainer.defaults import PrimaryMetric
 from roma_pipelines.automation.settings import Automation
 from roma_pipelines.launching.spec import JobSize
 from roma_pipelines.registry.gate import GateThresholds
@@ -43,10 +44,10 @@ ASSET_NAMES = (
 _SECTIONS = {  # that determine the content of an asset; of the others, all of these
     "dataset": {"dataset"},
     ENCODER: {"dataset", "pretraining"},
-    "finetuned_classifier": {"dataset", "pretraining", "finetuning"},
+    "finetuned_classifier": {"dataset", "pretraining", "finetuning", "primary_metric"},
     "batch_predictions": {"predictions"},
 }
-_ALL_SECTIONS = {"dataset", "pretraining", "finetuning", "gate", "baselines"}
+_ALL_SECTIONS = {"dataset", "pretraining", "finetuning", "primary_metric", "gate", "baselines"}
 
 
 class Stage(Frozen):
@@ -141,6 +142,9 @@ class Experiment(Frozen):
     """Experiment whose encoder is finetuned here instead of pretraining one."""
     finetuning: Stage = Field(Stage(), description="Finetuning of the classifier.")
     resources: Resources = Field(Resources(), description="Target and size of jobs.")
+    primary_metric: PrimaryMetric | Literal["auto"] = "auto"
+    """Metric for the best checkpoint, the gate and the comparison with the champion. auto: auroc where the
+    rarer of two classes has less than 35 % of train, else accuracy or, if imbalanced, macro_f1."""
     gate: GateThresholds = Field(GateThresholds(), description="Conditions of promotion.")
     baselines: tuple[Baseline, ...] = Field((), description="Published results of other methods.")
     predictions: Predictions | None = None

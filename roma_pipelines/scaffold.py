@@ -25,7 +25,13 @@ from roma_core.files import write_bytes
 from roma_core.model.config import RoMAForPreTrainingConfig
 from roma_core.sources.base import RawSeries, kinds, source_config
 from roma_core.trainer.config import TrainerConfig
-from roma_core.trainer.defaults import DatasetSize, DefaultSettings, cost_s, default_settings
+from roma_core.trainer.defaults import (
+    DatasetSize,
+    DefaultSettings,
+    cost_s,
+    default_settings,
+    primary_metric,
+)
 from roma_pipelines.experiment import COMPONENT, DEFS, Experiment, read_yaml
 
 _FAR = 100.0  # quartile distances; channels with values beyond are transformed
@@ -118,7 +124,8 @@ def new_experiment(
     text = _text(name, inferred, found, proposal, section, target)
     Experiment.model_validate(yaml.safe_load(text)["attributes"])  # the written file must load
     notes = [*inferred.notes, _amount(found), *proposal.reasons, *proposal.sizes.reasons.values()]
-    return NewExperiment(name, text, [*notes, _cost(proposal)], proposal.warnings)
+    notes += [f"primary metric: {proposal.metric}", _cost(proposal)]
+    return NewExperiment(name, text, notes, proposal.warnings)
 
 
 @dataclass
@@ -127,6 +134,7 @@ class Proposal:
 
     dataset: dict[str, Any]  # besides its source
     sizes: DefaultSettings
+    metric: str  # the primary one that `auto` is for these classes, and the reason
     reasons: list[str]  # a sentence for each choice in `dataset`
     warnings: list[str]  # findings to check before results are used
 
@@ -161,7 +169,8 @@ def propose(
         n_axes=max(1, len(statistics.axes) - len(categorical)),
     )
     warnings = [*_warnings(statistics), *(_LACKS for reason in reasons if _LACKS in reason)]
-    return Proposal(dataset, default_settings(size), reasons, warnings)
+    metric = "; ".join(primary_metric("auto", {n: statistics.classes[n] for n in classes}))
+    return Proposal(dataset, default_settings(size), metric, reasons, warnings)
 
 
 def _dataset_settings(
@@ -301,8 +310,12 @@ def _text(
             ["where trainings run; slurm and kubernetes also take a profile"],
         ),
         _block(
-            {"gate": {"max_accuracy_drop": 0.02}},
-            ["largest accepted loss against the champion; min_accuracy: 0.9 adds a lower bound"],
+            {"primary_metric": "auto"},
+            [f"of the gate, the best checkpoint and reports: {proposal.metric}"],
+        ),
+        _block(
+            {"gate": {"max_primary_drop": 0.02}},
+            ["largest accepted loss against the champion; min_primary: 0.9 adds a lower bound"],
         ),
         '# schedule: "0 3 * * 1"   # retrain every Monday at 03:00 UTC, once it is switched on',
     ]

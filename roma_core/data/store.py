@@ -329,6 +329,15 @@ class Subset:
         """Samples of the subset at ``(B,)`` indices; see ``StoredDataset.gather``."""
         return self.dataset.gather(self.indices[indices])
 
+    @property
+    def class_counts(self) -> dict[str, int]:
+        """Number of series of each class; empty without labels."""
+        classes, labels = self.dataset.schema.classes, self.dataset.labels
+        if labels is None:
+            return {}
+        counts = np.bincount(labels[self.indices], minlength=len(classes))
+        return dict(zip(classes, counts.tolist(), strict=True))
+
     def subsample(self, fraction: float, seed: int) -> Subset:
         """A fraction of the samples of every class, rounded up: a pure function of seed and ids.
 

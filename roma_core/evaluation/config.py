@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from roma_core.files import read_json, write_json
 from roma_core.serving.package import SmokeTest
 from roma_core.settings import Frozen
+from roma_core.trainer.defaults import PrimaryMetric
 
 
 class Baseline(Frozen):
@@ -82,6 +83,7 @@ class EvaluationJobConfig(Frozen):
     decided_before: int | None = None  # earlier models that this test split has decided about
     lineage: dict[str, str] = Field({})  # identifiers that go into the package
     curves: dict[str, str] = Field({})  # title -> metrics.jsonl of a training
+    primary_metric: PrimaryMetric | Literal["auto"] = "auto"
     baselines: tuple[Baseline, ...] = ()
     facts: tuple[FactSheet, ...] = ()  # tables of facts for the report
     batch_size: int = Field(64, gt=0)  # series

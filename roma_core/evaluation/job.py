@@ -217,8 +217,9 @@ class _Evaluator:
         lineage = {"dataset_digest": dataset.manifest.digest}
         table = PredictionTable.of_split(test, probabilities, lineage)
         table.save(out / "predictions.parquet")
-        metrics = evaluate(table)
-        self.step(accuracy=metrics.accuracy.value)
+        train = dataset.split("train").class_counts
+        metrics = evaluate(table).compared_by(config.primary_metric, train)
+        self.step(**{metrics.primary_metric: metrics.primary.value})
 
         changes: tuple[Change, ...] = ()
         problem = config.champion_problem

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, get_args
 
 import matplotlib as mpl
 import numpy as np
@@ -35,12 +35,13 @@ from roma_core.evaluation.metrics import (
 )
 from roma_core.evaluation.predictions import Floats, Ints, PredictionTable, RegressionTable
 from roma_core.schema import Channel, PositionAxis
+from roma_core.trainer.defaults import PrimaryMetric
 
 MAX_BYTES = 64 * 1024
 BLUE, ORANGE, GREEN, GREY, INK = "#2f6db3", "#d9652b", "#3f8f5b", "#8a929c", "#22272e"
 _COLOURS = (BLUE, ORANGE, GREEN, INK)
 _DASHED: Any = (0, (4, 3))
-_CURVES = ("loss", "accuracy")  # last parts of metric names
+_CURVES = ("loss", *get_args(PrimaryMetric))  # last parts of metric names
 _SPLIT_COLOURS = {"train": BLUE, "eval": ORANGE}
 _N_TARGETS = len(_COLOURS)  # drawn; more would be too small to read
 _N_POINTS = 3000  # against true values
@@ -304,13 +305,13 @@ def _draw_reconstruction(axes: Axes, example: ReconstructionExample, channel: in
 
 @_as_png
 def learning_curve(records: Iterable[Mapping[str, Any]]) -> Figure:
-    """Metrics against the step: a panel each for loss and accuracy, a line per ``<split>/<quantity>``.
+    """Metrics against the step: a panel for each quantity, a line per ``<split>/<quantity>``.
 
     Args:
         records: lines of ``metrics.jsonl``: ``{"step": 10, "time": …, "metrics": {"train/loss": …}}``.
 
     Raises:
-        ValueError: they hold neither.
+        ValueError: they hold neither a loss nor a primary metric.
     """
     lines: dict[str, list[tuple[int, float]]] = {}  # name of the metric -> steps and values
     for record in records:

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 
 from roma_core.evaluation.config import Baseline, FactSheet, ServingChecks
 from roma_core.evaluation.metrics import (
+    LABELS,
     AnyMetrics,
     Change,
     ClassificationMetrics,
@@ -194,11 +195,14 @@ def render_report(content: ReportContent) -> str:
     """The report as the text of one HTML file."""
     metrics, values = content.metrics, dict[str, Any]()
     if isinstance(metrics, ClassificationMetrics):
-        task, headline = "classification", metrics.accuracy
+        task, headline = "classification", metrics.primary
         # the strip of accuracies: where it begins, and per cent of its width per unit
-        lowest = min([headline.low, *(b.accuracy for b in content.baselines)])
+        lowest = min([metrics.accuracy.low, *(b.accuracy for b in content.baselines)])
         start = max(0.0, round(lowest - 0.2 * (1 - lowest) - 0.005, 2))
-        values = {"scale": {"start": start, "width": 100 / (1 - start)}}
+        values = {
+            "scale": {"start": start, "width": 100 / (1 - start)},
+            "primary": LABELS[metrics.primary_metric],
+        }
     elif isinstance(metrics, RegressionMetrics):
         task, headline = "regression", metrics.mse
     else:
@@ -232,7 +236,7 @@ def render_card(content: CardContent) -> str:
     estimates = {} if content.metrics is None else content.metrics.estimates()
     rows = [(METRICS["classification"][name][0], e) for name, e in estimates.items()]
     template = _environment(autoescape=False).get_template("model_card.md.jinja")
-    return template.render(content=content, rows=rows)
+    return template.render(content=content, rows=rows, labels=LABELS)
 
 
 def _environment(autoescape: bool) -> Environment:

@@ -13,6 +13,7 @@ computer. Evaluations and checkpoints are not included. Imports no torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ from roma_core.model.config import NEIGHBOUR_FEATURES, EncoderConfig, RoMAForPre
 from roma_core.trainer.config import TrainerConfig
 
 Stage = Literal["pretraining", "finetuning"]
+PrimaryMetric = Literal["accuracy", "balanced_accuracy", "macro_f1", "auroc", "average_precision"]
+_RARE, _MAX_IMBALANCE = 0.35, 3
 _MIN_STEPS = {"pretraining": 600, "finetuning": 1200}
 _MIN_EPOCHS = {"pretraining": 8, "finetuning": 16}
 _SERIES_PER_BATCH = {"pretraining": 32, "finetuning": 16}
@@ -107,6 +110,32 @@ def default_settings(size: DatasetSize) -> DefaultSettings:
             "finetuning": finetuning_reason,
         },
     )
+
+
+def primary_metric(
+    wanted: PrimaryMetric | Literal["auto"], train: Mapping[str, int]
+) -> tuple[PrimaryMetric, str]:
+    """The metric by which a classifier is chosen and compared, and the reason.
+
+    ``auto`` is AUROC where the rarer of two classes has less than 35 % of the training series, else
+    accuracy where no class has more than three times as many as another, else macro F1.
+
+    Args:
+        train: training series of each class.
+    """
+    if wanted != "auto":
+        return wanted, "set by primary_metric"
+    least, most = min(train.values()), max(train.values())
+    if len(train) == 2 and least < _RARE * (least + most):
+        share = f"{100 * least / (least + most):.0f} % of the series, less than {100 * _RARE:g} %"
+        return "auroc", f"the rarer of two classes has {share}"
+    counts = f"{least:,} to {most:,} series per class"
+    if most <= _MAX_IMBALANCE * least:
+        return (
+            "accuracy",
+            f"the classes are balanced: {counts}, at most {_MAX_IMBALANCE} times as many",
+        )
+    return "macro_f1", f"the classes are imbalanced: {counts}, over {_MAX_IMBALANCE} times as many"
 
 
 def _trainer(stage: Stage, size: DatasetSize, rate: float) -> tuple[dict[str, Any], int, str]:

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.dataloader import Collate, MapStyle
+from roma_core.trainer.defaults import PrimaryMetric
 from roma_core.trainer.distributed import SINGLE_PROCESS, HostGroup
 
 ShouldStop = Callable[[], bool]
@@ -77,7 +78,9 @@ def evaluate(
     group: HostGroup,
     should_stop: ShouldStop,
 ) -> dict[str, float]:
-    """``eval/loss``, and ``eval/accuracy`` of a classifier; pretraining has the masks of epoch 0.
+    """``eval/loss`` and, of a classifier, ``eval/accuracy`` and ``best_metric``.
+
+    Pretraining has the masks of epoch 0.
 
     Raises Interrupted on every process, if ``should_stop`` returned True on one.
     """
@@ -91,8 +94,32 @@ def evaluate(
     outputs = classify(model, *how)
     metrics = {"eval/loss": outputs.loss}
     if outputs.labels is not None and outputs.labels.ndim == 1:
-        metrics["eval/accuracy"] = float((outputs.logits.argmax(1) == outputs.labels).mean())
+        for name in get_args(PrimaryMetric):
+            if name == "accuracy" or config.best_metric == f"eval/{name}":
+                metrics[f"eval/{name}"] = score(name, outputs.logits, outputs.labels)
     return metrics
+
+
+def score(name: PrimaryMetric, logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
+    """A metric of ``(n, K)`` logits and ``(n,)`` labels; NaN where it ranks series of one class.
+
+    Means over classes leave out those without series.
+    """
+    from scipy.special import softmax
+    from sklearn import metrics
+
+    predicted, present = logits.argmax(axis=1), np.unique(labels)
+    if name == "accuracy":
+        return float((predicted == labels).mean())
+    if name == "balanced_accuracy":
+        return float(metrics.recall_score(labels, predicted, labels=present, average="macro"))
+    if name == "macro_f1":
+        return float(metrics.f1_score(labels, predicted, average="macro"))
+    if len(present) < 2:
+        return float("nan")
+    area = metrics.roc_auc_score if name == "auroc" else metrics.average_precision_score
+    p, ranked = softmax(logits, axis=1), present[-1:] if logits.shape[1] == 2 else present
+    return float(np.mean([area(labels == c, p[:, c]) for c in ranked]))
 
 
 @torch.no_grad()

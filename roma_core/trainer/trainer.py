@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.trainer.checkpoint import Checkpointer, TrainState, load_best, load_newest
 from roma_core.trainer.config import TrainerConfig, describe_changes, describe_resumable
 from roma_core.trainer.dataloader import MapStyle, TrainLoader
+from roma_core.trainer.defaults import PrimaryMetric
 from roma_core.trainer.distributed import init_accelerator, init_group
 from roma_core.trainer.evaluator import EarlyStopping, evaluate, unknown_metric
 from roma_core.trainer.metrics import ThroughputMeter
@@ -385,8 +386,11 @@ def _check_settings(
             )
     elif not has_callback:
         known = ["eval/loss"]
-        if isinstance(model, RoMAForClassification):
-            known += ["eval/accuracy"] if model.config.problem_type == "classification" else []
+        if (
+            isinstance(model, RoMAForClassification)
+            and model.config.problem_type == "classification"
+        ):
+            known += [f"eval/{name}" for name in get_args(PrimaryMetric)]
         if config.best_metric not in known:
             raise ValueError(unknown_metric(config.best_metric, known))
 

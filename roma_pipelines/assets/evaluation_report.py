@@ -73,6 +73,7 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
                     classifier=classifier["weights"],
                     autoencoder=encoder["weights"],
                     curves={"pretraining": encoder["metrics"], "finetuning": classifier["metrics"]},
+                    primary_metric=experiment.primary_metric,
                     baselines=experiment.baselines,
                     facts=_report_facts(read_manifest(path), encoder, classifier, context.run_id),
                     trained_on=tuple(
@@ -150,17 +151,18 @@ def _materialised(
     job: TrackedJob, decision: GateDecision, champion_version: str | None
 ) -> dg.MaterializeResult:
     plots = job.output("plots")
-    estimates = ClassificationMetrics.model_validate(read_json(job.output("metrics"))).estimates()
+    found = ClassificationMetrics.model_validate(read_json(job.output("metrics")))
     metrics = ["| test metric | value | 95 % interval |", "| --- | --- | --- |"]
     metrics += [
         f"| {LABELS[name]} | {m.value:.4f} | {m.low:.4f}–{m.high:.4f} |"
-        for name, m in estimates.items()
+        for name, m in found.estimates().items()
     ]
     return dg.MaterializeResult(
         metadata={
             # no link: browsers do not follow links from a page to a file
             "report": dg.MetadataValue.path(str(job.output("report"))),
             "metrics": dg.MetadataValue.md("\n".join(metrics)),
+            "primary_metric": f"{found.headline()}; {found.primary_reason}",
             **{
                 name: picture((plots / f"{name}.png").read_bytes(), title)
                 for name, title in _PLOTS.items()

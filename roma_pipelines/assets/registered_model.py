@@ -40,6 +40,9 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
             raise dg.Failure(f"the evaluation in {folder.path} has no result; materialise it again")
         config = read_json(folder.config)
         decision = read_decision(folder.path)
+        primary = read_json(folder.path / result.outputs["metrics"]).get(
+            "primary_metric", "accuracy"
+        )
         metrics = {f"test/{name}": value for name, value in result.metrics.items()}
         trained, pretrained = (
             read_json(JobFolder(job["job_folder"]).config) for job in (classifier, encoder)
@@ -112,7 +115,7 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
                 "encoder": f"models:/{versions.encoder_name(experiment.name)}/{encoder_version}",
                 "gate": "passed" if decision.passed else "not passed",
                 "approval": f"needed: {command}" if waits else "not needed",
-                "accuracy": result.metrics["accuracy"],
+                **{name: result.metrics[name] for name in ("accuracy", primary)},
                 "manifest_sha256": result.facts["manifest_sha256"],
                 "mlflow_run_id": classifier["mlflow_run_id"],
             }

@@ -6,9 +6,11 @@ from typing import Any, Literal
 import dagster as dg
 
 from roma_core.data.manifest import read_manifest
+from roma_core.data.store import StoredDataset
 from roma_core.files import read_json
 from roma_core.schema import DataSchema
 from roma_core.trainer.config import TrainerConfig
+from roma_core.trainer.defaults import primary_metric
 from roma_core.trainer.job import TrainingJobConfig
 from roma_core.trainer.metrics import read_records
 from roma_pipelines.experiment import Experiment
@@ -88,11 +90,20 @@ def _trained(
     weights: Path | None = None,
 ) -> TrackedJob:
     stage = experiment.pretraining if command == "pretrain" else experiment.finetuning
+    trainer = TrainerConfig(**stage.trainer)
+    if command == "finetune" and "best_metric" not in trainer.model_fields_set:
+        stored = StoredDataset(dataset, verify=False)
+        train, validation = (stored.split(name).class_counts for name in ("train", "validation"))
+        metric, reason = primary_metric(experiment.primary_metric, train)
+        context.log.info(f"primary metric: {metric}; {reason}")
+        if sum(n > 0 for n in validation.values()) > 1:  # else it may be undefined
+            best = {"best_metric": f"eval/{metric}", "best_metric_mode": "max"}
+            trainer = trainer.model_copy(update=best)
     config = TrainingJobConfig.resolve(
         command,
         dataset,
         stage.model,
-        TrainerConfig(**stage.trainer),
+        trainer,
         weights=weights,
         train_fraction=stage.train_fraction,
     )

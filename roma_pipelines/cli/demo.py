@@ -9,15 +9,16 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from roma_core.claim import is_running, process_start
 from roma_core.cli import errors_as_messages
-from roma_core.evaluation.metrics import ClassificationMetrics
+from roma_core.evaluation.metrics import LABELS, ClassificationMetrics
 from roma_core.files import digest_of, read_json
 from roma_core.job import JobFolder
+from roma_core.trainer.defaults import PrimaryMetric
 from roma_pipelines.launching.jobs import all_jobs, cancel
 from roma_pipelines.launching.targets import launcher_of_attempt
 from roma_pipelines.registry.gate import has_passed
@@ -237,8 +238,9 @@ def _conclude(
     options = f"--model {model['uri']}{'' if is_default else f' --tracking-uri {uri}'}"
     click.echo("next        make up    # the overview, Dagster and MLflow pages, or:")
     click.echo(f"            roma predict {options} {data} predictions.parquet")
-    accuracy = metrics.accuracy
-    click.echo(f"test accuracy {accuracy.value:.3f} (95 % {accuracy.low:.3f}–{accuracy.high:.3f})")
+    if metrics.primary_reason:
+        click.echo(f"metric      {LABELS[metrics.primary_metric]}; {metrics.primary_reason}")
+    click.echo(f"test {metrics.headline()}")
 
 
 def _progress_logger() -> dg.LoggerDefinition:
@@ -272,7 +274,8 @@ def _event_text(event: dg.DagsterEvent) -> str | None:
     shown = "  ".join(
         f"{name} {value.value:.4g}"
         for name, value in facts.items()
-        if isinstance(value.value, int | float) and ("loss" in name or "accuracy" in name)
+        if isinstance(value.value, int | float)
+        and name.endswith(("loss", *get_args(PrimaryMetric)))
     )
     return f"step {facts['step'].value}/{facts['total_steps'].value}  {shown}".rstrip()
 

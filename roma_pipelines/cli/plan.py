@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
+from roma_core.data.store import StoredDataset
+from roma_core.files import read_json
 from roma_core.job import JobFolder
 from roma_core.trainer.config import TrainerConfig
+from roma_core.trainer.defaults import primary_metric
 from roma_pipelines.cli import TARGETS
 from roma_pipelines.launching.jobs import all_jobs
 from roma_pipelines.launching.launcher import PLANNED_FOLDER, Launcher, Rejected, Unreachable
@@ -101,11 +105,17 @@ def _show_difference(
     experiment: Experiment, asset: str, launcher: Launcher, storage: Storage
 ) -> None:
     """On standard error, so that the script alone can be redirected into a file."""
-    name = f"{experiment.name}/{asset}"
+    name, wanted = f"{experiment.name}/{asset}", experiment.primary_metric
     last = next((job for job in all_jobs(storage.jobs) if job.asset == name and job.records), None)
     if last is None:
+        when = "; chosen from the classes once the data set is built" * (wanted == "auto")
+        click.echo(f"# primary metric: {wanted}{when}", err=True)
         click.echo(f"# {name} was never submitted from {storage.root}", err=True)
         return
+    dataset = read_json(last.folder.config).get("dataset")
+    if dataset is not None and Path(dataset).exists():
+        classes = StoredDataset(dataset, verify=False).split("train").class_counts
+        click.echo(f"# primary metric: {'; '.join(primary_metric(wanted, classes))}", err=True)
     n = last.records[-1].attempt
     spec = _spec(experiment, asset, last.key, last.folder)
     script = last.folder.attempt(n).script

@@ -1,4 +1,4 @@
-"""The overview page: every experiment's champion, past accuracies, runs and jobs, on 127.0.0.1.
+"""The overview page: every experiment's champion, past metrics, runs and jobs, on 127.0.0.1.
 
 Serves the page, and reports and logs of jobs, which a browser cannot open from a file. It reads
 Dagster, MLflow and the job folders and changes nothing.
@@ -27,6 +27,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from roma_core.evaluation.metrics import LABELS
 from roma_core.files import read_json
 from roma_core.job import JobFolder
 from roma_pipelines.experiment import ASSET_NAMES, Experiment, all_experiments
@@ -47,7 +48,8 @@ if TYPE_CHECKING:
 class Evaluation:
     """One evaluation report."""
 
-    accuracy: float
+    metric: str  # the primary one, as in a sentence
+    value: float
     low: float  # 95 % interval
     high: float
     job: str  # key of the job that made it
@@ -115,7 +117,7 @@ def overview(
 
 
 def _evaluations(experiment: Experiment, instance: dg.DagsterInstance) -> list[Evaluation]:
-    """The newest ones whose job folders are not removed."""
+    """The newest ones with one primary metric, whose job folders are not removed."""
     key = experiment.key("evaluation_report")
     found = []
     for record in reversed(instance.fetch_materializations(key, limit=20).records):
@@ -126,25 +128,25 @@ def _evaluations(experiment: Experiment, instance: dg.DagsterInstance) -> list[E
         metrics, gate = folder.outputs / "metrics.json", folder.outputs / "gate.json"
         if not metrics.exists():
             continue
-        accuracy = read_json(metrics)["accuracy"]
+        document = read_json(metrics)
+        primary = document.get("primary_metric", "accuracy")
         checks: list[dict[str, Any]] = read_json(gate)["checks"] if gate.exists() else []
         evaluation = Evaluation(
-            accuracy=accuracy["value"],
-            low=accuracy["low"],
-            high=accuracy["high"],
+            metric=LABELS[primary],
+            **{name: document[primary][name] for name in ("value", "low", "high")},
             job=folder.path.name,
             passed=all(check["passed"] for check in checks) if gate.exists() else None,
             objections=tuple(check["explanation"] for check in checks if not check["passed"]),
         )
         found.append(evaluation)
-    return found
+    return [one for one in found if one.metric == found[-1].metric]
 
 
 _WIDTH, _HEIGHT, _MARGIN = 320.0, 84.0, 10.0
 
 
 def trend(evaluations: Sequence[Evaluation]) -> Markup:
-    """Accuracies as an SVG: a dot with its interval each, hollow if the gate rejected it."""
+    """Primary metrics as an SVG: a dot with its interval each, hollow if the gate rejected it."""
     low = min(e.low for e in evaluations)
     span = (max(e.high for e in evaluations) - low) or 1.0
 
@@ -155,20 +157,20 @@ def trend(evaluations: Sequence[Evaluation]) -> Markup:
     def y(value: float) -> float:
         return _HEIGHT - _MARGIN - (value - low) / span * (_HEIGHT - 2 * _MARGIN)
 
-    line = " ".join(f"{x(k):.1f},{y(e.accuracy):.1f}" for k, e in enumerate(evaluations))
+    line = " ".join(f"{x(k):.1f},{y(e.value):.1f}" for k, e in enumerate(evaluations))
     parts = [f'<polyline points="{line}" class="line"/>']
     for k, e in enumerate(evaluations):
-        title = f"{e.accuracy:.3f} ({e.low:.3f}–{e.high:.3f})"
+        title = f"{e.value:.3f} ({e.low:.3f}–{e.high:.3f})"
         title += {True: ", passed the gate", False: ", rejected by the gate", None: ""}[e.passed]
         parts.append(
             f'<g><title>{title}</title><line x1="{x(k):.1f}" x2="{x(k):.1f}" y1="{y(e.low):.1f}" '
-            f'y2="{y(e.high):.1f}" class="range"/><circle cx="{x(k):.1f}" cy="{y(e.accuracy):.1f}" '
+            f'y2="{y(e.high):.1f}" class="range"/><circle cx="{x(k):.1f}" cy="{y(e.value):.1f}" '
             f'r="3.5" class="{"rejected" if e.passed is False else "point"}"/></g>'
         )
-    n, last = len(evaluations), evaluations[-1].accuracy
+    n, last = len(evaluations), evaluations[-1]
     return Markup(
-        f'<svg viewBox="0 0 {_WIDTH:.0f} {_HEIGHT:.0f}" role="img" aria-label="test accuracy of {n} '
-        f'evaluations, the last {last:.3f}">{"".join(parts)}</svg>'
+        f'<svg viewBox="0 0 {_WIDTH:.0f} {_HEIGHT:.0f}" role="img" aria-label="test {last.metric} of '
+        f'{n} evaluations, the last {last.value:.3f}">{"".join(parts)}</svg>'
     )
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,11 +15,19 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from roma_core.evaluation.config import ServingChecks
-from roma_core.evaluation.metrics import ClassificationMetrics, evaluate, resample_sums
+from roma_core.evaluation.metrics import (
+    LABELS,
+    ClassificationMetrics,
+    chance,
+    evaluate,
+    metric_samples,
+    resample_sums,
+)
 from roma_core.evaluation.predictions import PredictionTable
 from roma_core.files import read_json, write_json
 from roma_core.job import JobFolder
 from roma_core.settings import Frozen
+from roma_core.trainer.defaults import PrimaryMetric
 from roma_pipelines.registry.runs import JOB_KEY_TAG, checked_name
 
 if TYPE_CHECKING:
@@ -31,11 +40,11 @@ MAX_SERVING_DIFFERENCE = 1e-5
 
 CHECKS = {
     "comparable": "The champion loads, and both models were evaluated on the same series.",
-    "not_worse_than_champion": "Paired bootstrap of accuracy on the same series.",
+    "not_worse_than_champion": "Paired bootstrap of the primary metric on the same series.",
     "class_floor": "Recall of every class, absolute and compared with the champion's.",
-    "better_than_guessing": "Log loss is below that of the class fractions, or accuracy above the most "
-    "frequent class's.",
-    "accuracy": "Accuracy against its threshold.",
+    "better_than_guessing": "Log loss is below that of the class fractions, or the primary metric above "
+    "that of predictions that do not depend on the series.",
+    "primary_metric": "Primary metric against its threshold.",
     "calibration": "Expected calibration error against its threshold.",
     "golden_rows": "The package reproduces its golden rows in a process without this project.",
     "serving_parity": "The package returns the probabilities of the report.",
@@ -54,13 +63,15 @@ class GateThresholds(Frozen):
         description="After a pass, the candidate becomes champion, or it waits for "
         "`roma-pipeline promote NAME VERSION --reason …`.",
     )
-    min_accuracy: float | None = Field(None, ge=0, le=1, description="Smallest accuracy.")
-    max_accuracy_drop: float = Field(
+    min_primary: float | None = Field(
+        None, ge=0, le=1, description="Smallest value of the primary metric."
+    )
+    max_primary_drop: float = Field(
         0.01,
         ge=0,
         lt=1,
-        description="Largest drop of accuracy below the champion's that the lower confidence bound "
-        "of the paired difference may show.",
+        description="Largest drop of the primary metric below the champion's that the lower "
+        "confidence bound of the paired difference may show.",
     )
     confidence: float = Field(0.95, gt=0.5, lt=1, description="Level of one-sided bounds.")
     min_class_recall: float | None = Field(
@@ -119,30 +130,35 @@ def gate(
     champion: PredictionTable | None,
     measured: ServingChecks,
     thresholds: GateThresholds,
+    primary: PrimaryMetric = "accuracy",
 ) -> GateDecision:
     """Check a candidate, and compare it with the champion on the same series if there is one.
 
-    ``champion`` is also None if ``measured.champion_problem`` says why it could not be evaluated.
+    ``champion`` is also None if ``measured.champion_problem`` says why it could not be evaluated;
+    ``primary`` is defined on these series.
     """
     metrics = evaluate(candidate, n_bootstrap=100)
-    accuracy, ece = metrics.accuracy.value, metrics.calibration_error.value
-    accuracy_text = f"accuracy {accuracy:.4f} on {metrics.n_series} series"
+    samples = _samples(candidate, primary, thresholds)
+    value_text = f"{LABELS[primary]} {samples[0]:.4f} on {metrics.n_series} series"
+    ece = metrics.calibration_error.value
     ece_text = f"expected calibration error {ece:.4f}"
     difference, size_mb = measured.serving_difference, measured.size_mb
     parity_text = f"trained model and package differ by {difference:.1e}"
     size_text = f"the package has {size_mb:.2f} MB"
-    problem, gain = measured.champion_problem, None
+    problem, gains = measured.champion_problem, None
     if champion is not None and problem is None:
-        problem, gain = _paired_gain(candidate, champion)
+        problem, champion = _in_order_of(candidate, champion)
+        if champion is not None:
+            gains = samples - _samples(champion, primary, thresholds)
     golden_rows, latency = _smoke_test(measured, thresholds)
     more = [f"and {len(measured.leaks) - 3} more"] if len(measured.leaks) > 3 else []
     no_leak = "no leakage was found that the data set's `leakage` refuses"
     leaks = "; ".join([*measured.leaks[:3], *more]) or no_leak
     checks = (
-        *_compare(problem, gain, thresholds),
-        _class_floor(metrics, candidate, gain, thresholds),
-        _better_than_guessing(candidate, thresholds),
-        _limited("accuracy", accuracy, accuracy_text, at_least=thresholds.min_accuracy),
+        *_compare(problem, gains, f"{len(candidate.ids)} series", primary, thresholds),
+        _class_floor(metrics, candidate, champion, thresholds),
+        _better_than_guessing(candidate, samples, primary, thresholds),
+        _limited("primary_metric", samples[0], value_text, at_least=thresholds.min_primary),
         _limited("calibration", ece, ece_text, at_most=thresholds.max_calibration_error),
         golden_rows,
         _limited("serving_parity", difference, parity_text, at_most=MAX_SERVING_DIFFERENCE),
@@ -175,10 +191,19 @@ def _limited(
     return _check(name, passed, text, value=value, threshold=threshold)
 
 
-def _paired_gain(
+def _samples(
+    table: PredictionTable, primary: PrimaryMetric, thresholds: GateThresholds
+) -> NDArray[np.float64]:
+    """The primary metric of all series, then of each resample; equal series for every table."""
+    ranks = primary in ("auroc", "average_precision")
+    how = (table, thresholds.n_bootstrap, thresholds.seed)
+    return metric_samples(*how, ranks=ranks)[primary]
+
+
+def _in_order_of(
     candidate: PredictionTable, champion: PredictionTable
-) -> tuple[str | None, NDArray[np.float64] | None]:
-    """Why the models cannot be compared, or the gain ``(N,)`` per series: -1, 0 or 1."""
+) -> tuple[str | None, PredictionTable | None]:
+    """Why the two cannot be compared, or the champion's table in the candidate's order."""
     if candidate.classes != champion.classes:
         return f"classes {candidate.classes} against the champion's {champion.classes}", None
     row_of = {one: row for row, one in enumerate(champion.ids)}
@@ -187,7 +212,7 @@ def _paired_gain(
     rows = np.array([row_of[one] for one in candidate.ids])
     if n_relabelled := int((candidate.labels != champion.labels[rows]).sum()):
         return f"{n_relabelled} series have another label in either table", None
-    return None, candidate.correct.astype(np.float64) - champion.correct[rows]
+    return None, replace(candidate, probabilities=champion.probabilities[rows])
 
 
 def _bootstrap_bound(
@@ -199,7 +224,11 @@ def _bootstrap_bound(
 
 
 def _compare(
-    problem: str | None, gain: NDArray[np.float64] | None, thresholds: GateThresholds
+    problem: str | None,
+    gains: NDArray[np.float64] | None,
+    series: str,
+    primary: PrimaryMetric,
+    thresholds: GateThresholds,
 ) -> tuple[GateCheck, GateCheck]:
     """The checks ``comparable`` and ``not_worse_than_champion``."""
     first, second = "comparable", "not_worse_than_champion"
@@ -210,16 +239,16 @@ def _compare(
             f"experiment another name: consumers of this one rely on the old schema"
         )
         return _check(first, False, text), _check(second, False, "not compared with the champion")
-    if gain is None:
+    if gains is None:
         text = "there is no champion yet"
         return _check(first, True, text), _check(second, True, text)
-    text = f"both were evaluated on the same {len(gain)} series with the same labels"
-    threshold = -thresholds.max_accuracy_drop
-    low = _bootstrap_bound(gain, 1 - thresholds.confidence, thresholds)
+    text = f"both were evaluated on the same {series} with the same labels"
+    threshold = -thresholds.max_primary_drop
+    low = float(np.nanquantile(gains[1:], 1 - thresholds.confidence))
     gained = (
-        f"accuracy minus the champion's is {gain.mean():+.4f}; with {thresholds.confidence:.0%} "
+        f"{LABELS[primary]} minus the champion's is {gains[0]:+.4f}; with {thresholds.confidence:.0%} "
         f"confidence it is at least {low:+.4f}, and must be at least {threshold:+.4f} (paired "
-        f"bootstrap over {len(gain)} series)"
+        f"bootstrap over {series})"
     )
     compared = _check(second, low >= threshold, gained, value=low, threshold=threshold)
     return _check(first, True, text), compared
@@ -228,7 +257,7 @@ def _compare(
 def _class_floor(
     metrics: ClassificationMetrics,
     candidate: PredictionTable,
-    gain: NDArray[np.float64] | None,
+    champion: PredictionTable | None,
     thresholds: GateThresholds,
 ) -> GateCheck:
     worst, of_class = min((c.recall, c.name) for c in metrics.per_class if c.recall is not None)
@@ -238,9 +267,9 @@ def _class_floor(
         check = _check("class_floor", True, text, value=worst)
     else:
         check = _limited("class_floor", worst, text, at_least=thresholds.min_class_recall)
-    if allowed is None or gain is None:
+    if allowed is None or champion is None:
         return check
-    drops = []
+    drops, gain = [], candidate.correct.astype(np.float64) - champion.correct
     for k, name in enumerate(candidate.classes):
         in_class = gain[candidate.labels == k]
         if len(in_class):
@@ -256,11 +285,17 @@ def _class_floor(
     return check.model_copy(update={"passed": passed, "explanation": text})
 
 
-def _better_than_guessing(candidate: PredictionTable, thresholds: GateThresholds) -> GateCheck:
+def _better_than_guessing(
+    candidate: PredictionTable,
+    samples: NDArray[np.float64],
+    primary: PrimaryMetric,
+    thresholds: GateThresholds,
+) -> GateCheck:
     """Rejects a model of shuffled labels even without a champion and without thresholds.
 
     A useful model of a rare class may be right no more often than one that never predicts it; its
-    probabilities still have a lower log loss than the fractions of the classes.
+    probabilities still have a lower log loss than the fractions of the classes, or at least rank the
+    series.
     """
     confidence, n = 0.999, len(candidate.labels)
     fractions = np.bincount(candidate.labels, minlength=len(candidate.classes)) / n
@@ -268,14 +303,13 @@ def _better_than_guessing(candidate: PredictionTable, thresholds: GateThresholds
     # the smallest probability that float32 tells from 0 bounds the loss of a single series
     loss = np.log(fractions[candidate.labels]) - np.log(np.maximum(predicted, 1e-7))
     high = _bootstrap_bound(loss, confidence, thresholds)
-    correct = candidate.correct.astype(np.float64)
-    accuracy = _bootstrap_bound(correct, 1 - confidence, thresholds)
-    passed = high < 0 or accuracy > fractions.max()
+    low, guessed = float(np.nanquantile(samples[1:], 1 - confidence)), chance(candidate, primary)
     text = (
         f"log loss minus that of always predicting the fractions of the classes is at most "
-        f"{high:+.4f} with {confidence:.1%} confidence, and must be below 0, unless accuracy (at least "
-        f"{accuracy:.4f}) is above that of the most frequent class ({fractions.max():.4f})"
+        f"{high:+.4f} with {confidence:.1%} confidence, and must be below 0, unless {LABELS[primary]} (at "
+        f"least {low:.4f}) is above that of predictions that do not depend on the series ({guessed:.4f})"
     )
+    passed = high < 0 or low > guessed
     return _check("better_than_guessing", passed, text, value=high, threshold=0.0)
 
 
@@ -317,7 +351,11 @@ def decide(folder: JobFolder, thresholds: GateThresholds) -> GateDecision:
         if name in result.outputs
     }
     measured = ServingChecks.load(folder.path / result.outputs["serving_checks"])
-    decision = gate(tables["predictions"], tables.get("champion_predictions"), measured, thresholds)
+    metrics = ClassificationMetrics.model_validate(
+        read_json(folder.path / result.outputs["metrics"])
+    )
+    pair = tables["predictions"], tables.get("champion_predictions")
+    decision = gate(*pair, measured, thresholds, metrics.primary_metric)
     write_json(folder.outputs / "gate.json", decision.model_dump(mode="json"))
     return decision
 

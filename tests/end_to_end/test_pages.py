@@ -60,7 +60,7 @@ def refused_run(folder: Path) -> str:
     """A run of all five assets with a gate that asks for more than an untrained model has."""
     short = {"trainer": {"epochs": 1, "batch_size": 16}}
     sections = tiny.attributes(folder, pretraining=short, finetuning=short)
-    sections |= {"name": GROUP, "gate": {"min_accuracy": 1.0}}
+    sections |= {"name": GROUP, "gate": {"min_primary": 1.0}}
     job = tiny.definitions(sections).resolve_implicit_global_asset_job_def()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ROMA_STORAGE_ROOT", str(folder / "roma"))
@@ -121,7 +121,9 @@ def test_the_graph_shows_the_five_assets(pages, page):
 
 def test_a_failed_check_is_seen_to_block_the_promotion(house, pages, page):
     run_id = house[1]
-    page.goto(f"{pages.dagster}/assets/{GROUP}/evaluation_report?view=checks&checkDetail=accuracy")
+    page.goto(
+        f"{pages.dagster}/assets/{GROUP}/evaluation_report?view=checks&checkDetail=primary_metric"
+    )
     page.get_by_text("Failed", exact=True).first.wait_for()
 
     page.goto(f"{pages.dagster}/runs/{run_id}")

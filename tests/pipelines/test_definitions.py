@@ -112,11 +112,11 @@ def changed(path, value):
 
 
 REFUSED = {
-    ("gate", "min_acuracy"): (
+    ("gate", "min_primry"): (
         0.9,
-        "gate.min_acuracy: not a setting; the closest one is gate.min_accuracy",
+        "gate.min_primry: not a setting; the closest one is gate.min_primary",
     ),
-    ("gate", "min_accuracy"): (9, "gate.min_accuracy: must be less than or equal to 1"),
+    ("gate", "min_primary"): (9, "gate.min_primary: must be less than or equal to 1"),
     ("dataset", "drop_rat"): (
         0.3,
         "dataset.drop_rat: not a setting; the closest one is dataset.drop_rate",
@@ -172,7 +172,7 @@ def test_a_wrong_setting_is_refused_by_its_name_when_definitions_load(path):
 
 
 def test_all_mistakes_are_told_at_once():
-    attributes = changed(("gate", "min_acuracy"), 0.9)
+    attributes = changed(("gate", "min_primry"), 0.9)
     attributes["dataset"]["drop_rat"] = 0.3
 
     with pytest.raises(ValueError) as caught:

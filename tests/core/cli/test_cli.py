@@ -113,6 +113,8 @@ def test_the_commands_end_with_a_classifier_that_classifies(runs):
     assert metrics["accuracy"] > 0.9
     assert metrics["serving_difference"] < 1e-5
     report = (root / "eval/outputs/report.html").read_text()
+    assert "accuracy is the primary metric: the classes are balanced: " in report
+    assert "ROC and precision-recall curves" in report
     assert "<h1>Evaluation of waves</h1>" in report and "data:image/png;base64" in report
     assert "Baseline" not in report, "none was given"
     assert read_json(root / "eval/config.json")["trained_on"] == [str(data)]

@@ -1,5 +1,7 @@
 import json
 import time
+from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -7,10 +9,12 @@ from sklearn import metrics as sk
 
 from roma_core.evaluation.metrics import (
     ReconstructionMetrics,
+    chance,
     compare_predictions,
     equal_mass_bins,
     evaluate,
     evaluate_regression,
+    metric_samples,
     wilson,
 )
 from roma_core.evaluation.plots import errors_by_group
@@ -22,6 +26,8 @@ from roma_core.evaluation.reconstruction import (
     reconstruction_errors,
 )
 from roma_core.evaluation.report import ReportContent, render_report
+from roma_core.trainer.defaults import PrimaryMetric
+from roma_core.trainer.evaluator import score
 from tests.core.evaluation.tables import reconstruction_table, regression_table
 from tests.time_limits import within
 
@@ -98,11 +104,11 @@ def test_intervals_of_ranks_agree_with_a_bootstrap_written_as_a_loop():
 
     found = evaluate(table, n_bootstrap=2000)
 
-    for name, score in (
+    for name, area in (
         ("auroc", sk.roc_auc_score),
         ("average_precision", sk.average_precision_score),
     ):
-        looped = np.percentile([score(true[rows], p[rows]) for rows in drawn], [2.5, 97.5])
+        looped = np.percentile([area(true[rows], p[rows]) for rows in drawn], [2.5, 97.5])
         estimate = found.estimates()[name]
         assert [estimate.low, estimate.high] == pytest.approx(looped, abs=0.02)
 
@@ -122,6 +128,49 @@ def test_classes_without_series_are_named_and_give_no_nan():
         json.dumps(found.document(), allow_nan=False)
         page = render_report(ReportContent(title="t", summary="s", created="c", metrics=found))
         assert found.notes[0].replace("'", "&#39;") in page and "nan" not in page
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_training_and_evaluation_agree_on_the_primary_metric(simulated, classes):
+    table = simulated(n=120, k=classes, sharpness=1.0)
+    logits = np.log(table.probabilities)
+    samples = metric_samples(table, n_bootstrap=100)
+    for name in get_args(PrimaryMetric):
+        assert score(name, logits, table.labels) == pytest.approx(samples[name][0])
+    # a class without series is left out, and series of one class are not ranked
+    rows = np.flatnonzero(table.labels != classes - 1)
+    assert np.isnan(score("auroc", logits[rows], table.labels[rows])) == (classes == 2)
+
+
+def test_the_primary_metric_is_chosen_by_the_training_series():
+    found = evaluate(two_classes()).compared_by("auto", {"no": 73, "yes": 27})
+    assert (
+        found.primary == found.auroc
+        and "27 % of the series, less than 35 %" in found.primary_reason
+    )
+    assert found.headline().startswith(f"AUROC {found.auroc.value:.3f} (95 % ")
+    page = render_report(ReportContent(title="t", summary="s", created="c", metrics=found))
+    assert "AUROC is the primary metric: the rarer of two classes has 27 %" in page
+
+    one = replace(two_classes(), labels=np.zeros(200, np.int64))
+    assert evaluate(one).compared_by("auto", {"no": 73, "yes": 27}).primary_metric == "accuracy"
+    with pytest.raises(
+        ValueError, match=r"auroc is undefined on the test split\. All series are of"
+    ):
+        evaluate(one).compared_by("auroc", {"no": 73, "yes": 27})
+
+
+def test_chance_is_the_mean_of_random_predictions_of_the_right_fractions():
+    rng, table = np.random.default_rng(6), two_classes(n=60, decimals=9)
+    found = {name: [] for name in get_args(PrimaryMetric)}
+    for _ in range(300):
+        p = rng.permutation(np.linspace(0, 1, 60) ** (0.27 / 0.73))[:, None]
+        guess = replace(table, probabilities=np.hstack([p, 1 - p]))
+        for name in found:
+            found[name].append(score(name, np.log(guess.probabilities + 1e-9), table.labels))
+    for name in ("balanced_accuracy", "macro_f1", "auroc", "average_precision"):
+        assert np.mean(found[name]) == pytest.approx(chance(table, name), abs=0.02)
+    assert np.mean(found["accuracy"]) < chance(table, "accuracy")
 
 
 def test_values_are_those_computed_by_hand():

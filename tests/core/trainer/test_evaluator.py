@@ -10,6 +10,7 @@ import torch
 from roma_core import RoMAForClassification, Trainer, TrainerConfig
 from roma_core.trainer.checkpoint import committed, kept, load_newest, read_state
 from roma_core.trainer.evaluator import EarlyStopping
+from roma_core.trainer.metrics import read_records
 from tests.core.trainer.training_runs import Sines, classifier, config
 
 
@@ -34,6 +35,18 @@ def test_the_newest_and_the_best_checkpoints_stay():
     assert kept(steps, retention(2, 2, "max")) == {10, 30, 50, 60}
     assert kept(steps, retention(3, 0, "min")) == {40, 50, 60}
     assert kept(steps, retention(None, 0, "min")) == set(steps)
+
+
+def test_the_metric_that_ranks_checkpoints_is_evaluated_and_largest_is_best(tmp_path):
+    changes = {"best_metric": "eval/auroc", "best_metric_mode": "max", "final_weights": "best"}
+    trainer = Trainer(config(tmp_path, **changes, eval_every=2, epochs=3))
+    end = trainer.train(Sines(16), Sines(8), classifier())
+    scores = [
+        record["metrics"]["eval/auroc"]
+        for _, record in read_records(tmp_path / "checkpoints" / "metrics.jsonl")
+        if "eval/auroc" in record["metrics"]
+    ]
+    assert len(scores) > 1 and end.metrics["eval/auroc"] == max(scores)
 
 
 SCORES = {2: 0.5, 4: 0.4, 6: 0.7, 8: 0.6, 10: 0.8}

@@ -149,7 +149,14 @@ def test_every_job_has_one_finished_run_with_its_configuration(house, first):
         facts = metadata_of(first, noun.removeprefix("waves/"))
         assert run.data.tags["roma.job_key"] == facts["job_key"]
         assert run.info.run_id == facts["mlflow_run_id"]
-    assert runs["waves/finetuned_classifier"].data.params["trainer.batch_size"] == "8"
+    params = runs["waves/finetuned_classifier"].data.params
+    assert params["trainer.batch_size"] == "8"
+    assert (params["trainer.best_metric"], params["trainer.best_metric_mode"]) == (
+        "eval/accuracy",
+        "max",
+    )
+    compared = metadata_of(first, "evaluation_report")["primary_metric"]
+    assert compared.startswith("accuracy ") and "the classes are balanced" in compared
 
 
 def test_the_first_version_is_champion(house, first):

@@ -73,6 +73,7 @@ def test_what_is_printed_loads_as_an_experiment(waves, tmp_path):
     assert experiment.dataset.drop_rate == 0.3
     assert experiment.finetuning.trainer["epochs"] > 100  # 60 short series: many passes
     assert "published split: 60 train, 24 test" in done.stdout
+    assert "of the gate, the best checkpoint and reports: accuracy; the classes" in done.stdout
     assert experiment.schedule is None
 
 
@@ -86,6 +87,7 @@ def test_it_is_written_once_and_replaced_only_by_force(waves, tmp_path, monkeypa
     path = tmp_path / "defs" / "waves" / "defs.yaml"
     assert first.exit_code == 0
     assert f"wrote       {path}" in first.output
+    assert "primary metric: accuracy; the classes are balanced: " in first.output
     assert again.exit_code == 1
     assert "exists; choose another name" in again.output
     assert forced.exit_code == 0

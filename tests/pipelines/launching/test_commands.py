@@ -85,6 +85,7 @@ def test_plan_prints_the_script_of_a_target(run, experiment):
     assert "#SBATCH --partition=boost_usr_prod" in slurm
     assert "#SBATCH --nodes=2" in slurm
     assert "was never submitted" in slurm
+    assert "# primary metric: auto; chosen from the classes once the data set is built" in slurm
 
 
 def test_plan_refuses_a_regression_as_its_assets_would(run, root, experiment, monkeypatch):

@@ -25,12 +25,12 @@ KEY = dg.AssetKey([NAME, "evaluation_report"])
 ACCURACIES = (0.91, 0.95, 0.93)
 
 
-def evaluated(storage, k, accuracy):
+def evaluated(storage, k, accuracy, **primary):
     """The folder of an evaluation job, and the materialisation that names it."""
     folder = JobFolder(storage.jobs / f"{k:020x}")
     folder.outputs.mkdir(parents=True)
     estimate = {"value": accuracy, "low": accuracy - 0.02, "high": accuracy + 0.02}
-    write_json(folder.outputs / "metrics.json", {"accuracy": estimate})
+    write_json(folder.outputs / "metrics.json", {"accuracy": estimate} | primary)
     check = {"passed": accuracy > 0.92, "explanation": "worse <than> the champion"}
     write_json(folder.outputs / "gate.json", {"checks": [check]})
     (folder.outputs / "report.html").write_text(f"<h1>report {k}</h1>")
@@ -81,7 +81,7 @@ def test_a_view_has_the_past_and_the_gates_word(house):
     first, broken = overview(experiments, storage, instance, client)
 
     assert (first.name, broken.problem) == (NAME, "broken: no such source")
-    assert [e.accuracy for e in first.evaluations] == list(ACCURACIES)
+    assert [e.value for e in first.evaluations] == list(ACCURACIES)
     assert [e.passed for e in first.evaluations] == [False, True, True]
     assert first.versions == {}
     assert [key.path[-1] for key, at in first.assets.items() if at] == ["evaluation_report"]
@@ -96,7 +96,20 @@ def test_the_page_leads_to_the_report_and_escapes_what_it_shows(house, address):
     assert "0.500" in page
     assert "rejected by the gate: worse &lt;than&gt; the champion" in page
     assert f'href="/jobs/{9:020x}/report"' in page
+    assert "Test accuracy" in page
     assert get(address, f"/jobs/{9:020x}/report") == "<h1>report 9</h1>"
+
+
+def test_the_page_shows_the_primary_metric_of_the_last_evaluation(house, address):
+    storage, instance = house
+    auroc = {"value": 0.744, "low": 0.7, "high": 0.79}
+    primary = {"primary_metric": "auroc", "auroc": auroc}
+    instance.report_runless_asset_event(evaluated(storage, 10, 0.73, **primary))
+
+    page = get(address, "/")
+
+    assert "Test AUROC" in page and "0.744" in page
+    assert "evaluations, the last" not in page  # those before have another metric
 
 
 def test_the_page_is_there_while_mlflow_is_away(house, address, monkeypatch):
@@ -169,8 +182,8 @@ def test_the_page_is_quick_with_thousands_of_materialisations(house, address):
 
 def test_the_trend_marks_what_was_rejected():
     drawn = trend(
-        [Evaluation(a, a - 0.1, a + 0.1, "k", a > 0.6, ()) for a in (0.5, 0.7)]
-        + [Evaluation(0.7, 0.7, 0.7, "k", None, ())]
+        [Evaluation("accuracy", a, a - 0.1, a + 0.1, "k", a > 0.6, ()) for a in (0.5, 0.7)]
+        + [Evaluation("accuracy", 0.7, 0.7, 0.7, "k", None, ())]
     )
 
     assert drawn.count("<circle") == 3

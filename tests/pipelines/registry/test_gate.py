@@ -1,5 +1,8 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from roma_core.evaluation.config import ServingChecks
 from roma_core.evaluation.predictions import PredictionTable
@@ -12,8 +15,8 @@ TRIAL = SmokeTest(load_s=0.5, latency_ms=2.0, golden_difference=1e-7)
 SOUND = ServingChecks(serving_difference=1e-7, size_mb=3.0, smoke_test=TRIAL)
 
 
-def gate(candidate, champion, thresholds, **measured):
-    return gates.gate(candidate, champion, SOUND.model_copy(update=measured), thresholds)
+def gate(candidate, champion, thresholds, primary="accuracy", **measured):
+    return gates.gate(candidate, champion, SOUND.model_copy(update=measured), thresholds, primary)
 
 
 def table(correct, labels=None, confidence=0.9, ids=None):
@@ -42,7 +45,7 @@ def named(decision):
 def test_promotion_rates_at_twice_epsilon(difference, low, high):
     """At most 5 % at a true difference of -2ε, at least 80 % at +2ε, in 200 draws."""
     rng = np.random.default_rng(0)
-    thresholds = GateThresholds(max_accuracy_drop=0.03, n_bootstrap=500)
+    thresholds = GateThresholds(max_primary_drop=0.03, n_bootstrap=500)
     passed = []
     for _ in range(200):
         champion, candidate = draw(rng, difference)
@@ -81,10 +84,10 @@ def test_the_bound_is_the_one_of_a_bootstrap_written_as_a_loop():
 
 def test_an_equal_model_passes_even_without_tolerance():
     right = table(np.arange(N) % 10 > 0)
-    decision = gate(right, right, GateThresholds(max_accuracy_drop=0))
+    decision = gate(right, right, GateThresholds(max_primary_drop=0))
     assert decision.passed
     worse = table(np.arange(N) % 10 > 1)
-    assert not gate(worse, right, GateThresholds(max_accuracy_drop=0)).passed
+    assert not gate(worse, right, GateThresholds(max_primary_drop=0)).passed
 
 
 def test_shuffled_labels_and_other_series_are_refused():
@@ -110,8 +113,8 @@ def test_each_floor_and_ceiling_decides_alone():
     def check(name, **thresholds):
         return named(gate(candidate, None, GateThresholds(**thresholds)))[name]
 
-    assert check("accuracy", min_accuracy=accuracy).passed
-    assert not check("accuracy", min_accuracy=accuracy + 0.001).passed
+    assert check("primary_metric", min_primary=accuracy).passed
+    assert not check("primary_metric", min_primary=accuracy + 0.001).passed
     assert check("class_floor", min_class_recall=0.5).passed
     assert not check("class_floor", min_class_recall=0.51).passed
     assert "'a'" in check("class_floor").explanation
@@ -124,7 +127,7 @@ def test_a_class_that_the_champion_knew_may_not_be_lost():
     champion = table(np.ones(N, bool))
     correct = np.ones(N, bool)
     correct[np.arange(0, N, 2 * K)] = False  # accuracy 0.9, but half of class "a"
-    thresholds = {"max_accuracy_drop": 0.2, "max_recall_drop": 0.2}
+    thresholds = {"max_primary_drop": 0.2, "max_recall_drop": 0.2}
 
     lost = gate(table(correct), champion, GateThresholds(**thresholds))
     kept = gate(champion, champion, GateThresholds(**thresholds))
@@ -196,6 +199,55 @@ def test_a_useful_model_of_a_rare_class_is_better_than_guessing(positive, separa
         )
         decision = gate(shuffled, None, GateThresholds())
         assert [c.name for c in decision.checks if not c.passed] == ["better_than_guessing"]
+
+
+def unsure(rng, n=300):
+    """27 % positives, AUROC about 0.744, and probabilities so wrong that only their order is useful."""
+    honest = rare_class(rng, n=n, separation=0.927)
+    p = 0.05 + 0.2 * honest.probabilities[:, 1]
+    return replace(honest, probabilities=np.stack([1 - p, p], axis=1))
+
+
+def test_an_imbalanced_model_that_ranks_well_is_promoted_by_auroc():
+    candidate = unsure(np.random.default_rng(8))
+    value = roc_auc_score(candidate.labels, candidate.probabilities[:, 1])
+    assert value == pytest.approx(0.744, abs=0.03)
+    thresholds = GateThresholds(min_primary=0.65)
+    decision = gate(candidate, None, thresholds, "auroc")
+    assert decision.passed, decision.reasons()
+    assert named(decision)["primary_metric"].value == pytest.approx(value)
+    failed = [
+        c.name for c in gate(candidate, None, GateThresholds(), "accuracy").checks if not c.passed
+    ]
+    assert failed == ["better_than_guessing"]  # it never predicts the rare class
+
+
+@pytest.mark.parametrize("primary", ["macro_f1", "auroc", "average_precision"])
+def test_shuffled_labels_are_refused_by_every_primary_metric(primary):
+    """100 of 100 small tables of two imbalanced or five classes."""
+    rng, thresholds, refused = np.random.default_rng(9), GateThresholds(n_bootstrap=1000), 0
+    for k in range(100):
+        sure = table(rng.random(80) < 0.9) if k % 2 else unsure(rng, n=80)
+        shuffled = replace(sure, labels=rng.permutation(sure.labels))
+        refused += not gate(shuffled, None, thresholds, primary).passed
+    assert refused == 100
+
+
+def test_the_bound_of_auroc_is_the_one_of_a_paired_bootstrap_written_as_a_loop():
+    rng = np.random.default_rng(10)
+    candidate = unsure(rng, n=150)
+    noise = rng.normal(0, 0.02, 150)
+    p = np.clip(candidate.probabilities[:, 1] + noise, 0, 1)
+    champion = replace(candidate, probabilities=np.stack([1 - p, p], axis=1))
+    rows = [rng.integers(150, size=150) for _ in range(400)]
+    ours, theirs = (t.probabilities[:, 1] for t in (candidate, champion))
+    labels = candidate.labels
+    gains = [roc_auc_score(labels[r], ours[r]) - roc_auc_score(labels[r], theirs[r]) for r in rows]
+
+    check = named(gate(candidate, champion, GateThresholds(), "auroc"))["not_worse_than_champion"]
+
+    assert check.value == pytest.approx(np.quantile(gains, 0.05), abs=0.006)
+    assert check.explanation.startswith("AUROC minus the champion's is")
 
 
 def test_an_accurate_model_that_is_too_sure_of_itself_is_better_than_guessing():
