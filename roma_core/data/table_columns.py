@@ -24,7 +24,7 @@ from roma_core.sources.table_files import (
 USUAL_NAMES = {  # by role, the most specific first; as ``key_of`` leaves them
     "object": "object objectid series seriesid stayid icustayid hadmid encounterid admissionid episodeid "
     "recordid caseid starid sourceid id uid oid patient patientid subject subjectid participantid pid "
-    "unitid deviceid machineid engineid",
+    "unitid unitnumber device deviceid machine machineid engine engineid",
     "time": "time t mjd jd bjd hjd timestamp datetime charttime obstime date seconds minutes hours hour days "
     "day step frame cycle weeks week months month",
     "label": "label class target y labelid classid outcome diagnosis died death mortality inhospitaldeath",

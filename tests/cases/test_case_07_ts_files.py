@@ -28,7 +28,6 @@ def config_of(path, **options):
     return {
         "name": "pedestrians",
         "source": {"kind": "ts", "files": [{"path": str(path)}]},
-        "repair": {"not_finite": "drop"},
         "validation_fraction": 0.0,
         "split": {"stratified": True},
         **options,
@@ -64,20 +63,21 @@ def test_what_is_written_otherwise_is_read_alike(tmp_path, expected, content):
 
     dataset = build(tmp_path, config_of(tmp_path / "pedestrians.ts"))
 
-    assert dataset.manifest.repairs.observations_not_finite == 4
+    assert dataset.manifest.repairs.observations_without_values == 4
     assert dataset.lengths.tolist() == [5, 6, 4, 6, 5, 6]
     assert contents(dataset) == expected
     assert dataset.schema.classes == ("1", "2")
 
 
-def test_a_missing_number_is_refused_with_the_setting_and_proposed_by_the_scaffold(tmp_path):
+def test_a_missing_number_is_kept_as_missing_and_refused_only_on_request(tmp_path):
     path = tmp_path / "pedestrians.ts"
     path.write_text(TEXT)
 
-    message = error_of(tmp_path, config_of(path, repair={}))
-    assert "hold nan at observation 2" in message and "repair.not_finite to 'drop'" in message
-    dataset, output = new_experiment(path)
-    assert dataset["repair"] == {"not_finite": "drop"} and "4 found" in output
+    message = error_of(tmp_path, config_of(path, repair={"missing": "refuse"}))
+    assert "hold nan at observation 2" in message and "repair.missing to 'keep'" in message
+    dataset, _ = new_experiment(path)
+    assert "repair" not in dataset
+    assert build(tmp_path, dataset | {"name": "again"}).manifest.repairs is not None
 
 
 def test_another_encoding_is_said(tmp_path):
