@@ -24,6 +24,7 @@ from roma_core.data.table_columns import (
     ColumnRoles,
     TableContents,
     all_like,
+    is_usual,
     key_of,
     oddity,
     sentinels_of,
@@ -157,11 +158,16 @@ class TableInference:
             if self.rows.kinds[name] == "text":
                 self._odd_words(name)
         self.rows = TableContents(self.paths, self.missing)
-        names = [name for name in names if self.rows.kinds[name] == "number"]
-        names = [name for name in names if not all_like([name], "band", "quantity")]
+        samples = self.rows.sample([n for n in columns if self.rows.kinds[n] == "number"])
+        names = [n for n in names if n in samples and not all_like([n], "band", "quantity")]
+        if self.objects is not None:
+            kinds = self.object_rows.kinds
+            covariates = [n for n in roles.covariates if kinds.get(n) == "number"]
+            samples |= self.object_rows.sample(covariates)
+            names += [n for n in covariates if n not in names]
         where: dict[float, list[str]] = {}
-        for name, numbers in self.rows.sample(names).items():
-            found, odd = sentinels_of(numbers)
+        for name in names:
+            found, odd = sentinels_of(samples[name])
             for value in found:
                 where.setdefault(value, []).append(name)
             self.warnings += [
@@ -169,6 +175,13 @@ class TableInference:
                 f"--missing-value {value:.10g} if it stands for a missing one"
                 for value in odd
             ]
+        for value, of in [*where.items()]:  # it would be taken from every column
+            if others := [n for n, x in samples.items() if n not in of and is_usual(value, x)]:
+                del where[value]
+                self.warnings.append(
+                    f"{value:.10g} in {_listed(of)} seems to stand for a missing value, but is a usual "
+                    f"value of {_listed(others)}, so it is kept: empty those cells of {_listed(of)}"
+                )
         self.notes += [
             f"{value:.10g} in {_listed(names)} stands for a missing value"
             for value, names in where.items()
@@ -269,6 +282,11 @@ class TableInference:
         named = [*self.roles.covariates] or self.marked["covariate"]
         if unknown := [name for name in named if name not in rows.names]:
             raise DataError(f"--covariate {unknown[0]}: there is no such column among {rows.names}")
+        if self.metadata.get("label") in named:
+            raise DataError(
+                f"--covariate {self.metadata['label']}: it is the label, which is not known at "
+                f"prediction time; leave the option out"
+            )
         left = [n for n in names if n not in named and n not in self.metadata.values()]
         self.unused |= dict.fromkeys(left, "")
         groups = all_like(left, "person", "together")
@@ -462,8 +480,9 @@ class TableInference:
     ) -> dict[str, Any]:
         """Settings of the source; the notes begin with them."""
         if not channels:
+            reasons = "".join(f"; {warning}" for warning in self.warnings)
             raise DataError(
-                f"{self.path}: no column is left for the values; name them with --channel COLUMN"
+                f"{self.path}: no column is left for the values, name them with --channel COLUMN{reasons}"
             )
         targets = [self._column(name) for name in self.marked["target"]]
         optional = {"quantity": quantity, "covariates": covariates, "targets": targets}

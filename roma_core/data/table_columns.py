@@ -219,6 +219,12 @@ def sentinels_of(numbers: NDArray[np.float64]) -> tuple[list[float], list[float]
     return found, odd
 
 
+def is_usual(value: float, numbers: NDArray[np.float64]) -> bool:
+    """Whether a number is among those of a column, and not farther from the rest than it is wide."""
+    rest = numbers[numbers != value]
+    return 0 < len(rest) < len(numbers) and bool(np.abs(rest - value).min() <= np.ptp(rest))
+
+
 def oddity(numbers: NDArray[np.float64]) -> str:
     """What numbers are if no measurements: row numbers from 0 or 1, dates like 20240331."""
     if len(numbers) == 0:

@@ -192,7 +192,8 @@ def _number(part: Part, entry: Any) -> float:
         return np.nan
     if names := part.get("categories"):
         word = entry if isinstance(entry, str) else f"{entry:g}"
-        is_index = word not in names and entry in range(len(names))
+        has_numbers = any(name.replace(".", "", 1).isdigit() for name in names)
+        is_index = not has_numbers and entry in range(len(names))  # as the served model takes it
         return float(entry if is_index else [*names, word].index(word))
     return float(entry)
 

@@ -144,7 +144,8 @@ class Series(BaseModel):
             return None
         if not isinstance(given, Mapping):
             raise ValueError(f"expected a number or text for each name, got {shortened(given)}")
-        return {name: _entry(name, x, text=True) for name, x in given.items()}
+        numbers = {n: float(x) if isinstance(x, bool | np.bool_) else x for n, x in given.items()}
+        return {name: _entry(name, x, text=True) for name, x in numbers.items()}
 
 
 class Prediction(BaseModel):
@@ -386,6 +387,8 @@ class Package:
             if "channel" in row and "channel" not in axes:
                 name = str(row.pop("channel"))
                 _check_names([name], channels, f"{here}: channel")
+                if name in row:
+                    raise InvalidSeries(f"{here}: {name!r} is given twice")
                 row[name] = row.pop("value", None)
             _check_names(row, [*axes, *channels], here, ", or 'channel' and 'value'")
             if lacking := [name for name in axes if row.get(name) is None]:
@@ -451,7 +454,12 @@ class Package:
                     f"{where}: covariates: {one['name']!r} must be a number, got {shortened(entry)}"
                 )
             else:
-                row.append((float(np.float32(entry)) - one["mean"]) / one["std"])
+                with np.errstate(over="ignore"):
+                    row.append((float(np.float32(entry)) - one["mean"]) / one["std"])
+                if not abs(row[-1]) <= np.finfo(np.float32).max:
+                    raise InvalidSeries(
+                        f"{where}: covariates: {one['name']!r} is too large for float32"
+                    )
         return row
 
     def _check_units(self, given: dict[str, str], where: str) -> None:
@@ -534,7 +542,9 @@ def _category(one: dict[str, Any], entry: float | str, where: str) -> float:
         return float(names.index(entry))
     if isinstance(entry, float) and (text := f"{entry:g}") in names:  # a category such as "3"
         return float(names.index(text))
-    if isinstance(entry, float) and entry in range(len(names)):
+    # 0 is no index where categories are called 1, 2, 3
+    is_index = isinstance(entry, float) and entry in range(len(names))
+    if is_index and not any(name.replace(".", "", 1).isdigit() for name in names):
         return entry
     if one.get("unknown"):
         return float(len(names))

@@ -329,6 +329,8 @@ class TableFile:
         if isinstance(one, str):
             return self._text(one)
         text = f"CAST({self._text(one.column)} AS VARCHAR)"
+        if one.is_number and self._types[one.column] == "BOOLEAN":
+            text = f"CAST(CAST({self._column(one.column)} AS TINYINT) AS VARCHAR)"
         number = f"replace({text}, ',', '.')" if self._is_csv and self._has_decimal_commas else text
         words = f"coalesce({text}, '') IN {literal(self.missing_words)}"
         numbers = ", ".join(map(repr, self._missing_numbers)) or "NULL"

@@ -203,7 +203,8 @@ class CustomAugmentation:
                 )
             changed.append([part.numpy() for part in result])
         values, at = zip(*changed, strict=True)
-        return replace(RaggedBatch.of(values, at, batch.ids), labels=batch.labels)
+        changes = {"labels": batch.labels, "covariates": batch.covariates}
+        return replace(RaggedBatch.of(values, at, batch.ids), **changes)
 
 
 def augmentations_of(

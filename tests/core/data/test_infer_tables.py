@@ -199,6 +199,15 @@ NIGHTS = {
         (NIGHTS, {}, "'time' holds times of day and 'date' dates; join them in one"),
         ({"parameter": [f"q{k}" for k in range(300)]}, {}, "names more than 256 quantities"),
         ({}, {"covariates": ("nothing",)}, "--covariate nothing: there is no such column"),
+        ({}, {"covariates": ("target",)}, "--covariate target: it is the label"),
+        (
+            {
+                "flux": np.where(np.arange(200) % 3, np.arange(200.0), "<5"),
+                "passband": np.tile(["g", "r"], 100),
+            },
+            {},
+            "no column is left for the values.*; flux: '<5' among its numbers, 67 times",
+        ),
         ({}, {"quantity": "passband", "channels": ("flux", "mjd")}, "which of flux, mjd is the"),
     ],
 )
@@ -216,6 +225,31 @@ def test_a_number_that_recurs_far_away_is_pointed_at(tmp_path):
     (warning,) = infer_source([tmp_path / "a.csv"], ColumnRoles()).warnings
 
     assert "pass --missing-value 1e+20" in warning
+
+
+def test_a_sentinel_that_is_a_usual_value_of_another_column_is_kept(tmp_path):
+    k = np.arange(200)
+    table = pd.DataFrame({"id": k // 10, "hours": k % 10, "spo2": 95 + k % 5, "label": k // 10 % 2})
+    table.assign(gcs=np.where(k % 7, 3 + k % 12, 99)).to_csv(tmp_path / "a.csv", index=False)
+
+    found = infer_source([tmp_path / "a.csv"], ColumnRoles())
+
+    assert "missing_values" not in found.config
+    assert "99 in gcs seems to stand for a missing value, but is a usual value of spo2" in str(
+        found.warnings
+    )
+
+
+def test_a_sentinel_of_a_covariate_in_the_table_of_objects_is_found(tmp_path):
+    table = VISITS[["patient", "hours", "hr"]]
+    table.to_csv(tmp_path / "a.csv", index=False)
+    ages = PATIENTS.age.where(PATIENTS.age % 4 > 0, -999)
+    PATIENTS.assign(age=ages).to_csv(tmp_path / "objects.csv", index=False)
+    roles = ColumnRoles(covariates=("age",))
+
+    found = infer_source([tmp_path / "a.csv"], roles, tmp_path / "objects.csv")
+
+    assert found.config["missing_values"] == [-999.0]
 
 
 def test_a_channel_that_is_called_y_is_no_label(tmp_path):

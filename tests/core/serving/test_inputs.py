@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from roma_core import RoMAForClassification, RoMAForClassificationConfig
 from roma_core.data import StoredDataset
 from roma_core.data.store import raw_series
+from roma_core.evaluation.drift import _number
 from roma_core.schema import Channel, Covariate, PositionAxis
 from roma_core.serving.package import build_package, json_schema, verify_package
-from roma_core.serving.pyfunc_model import InvalidSeries, Series, open_package
+from roma_core.serving.pyfunc_model import InvalidSeries, Series, _category, open_package
 from roma_core.sources.base import RawSeries
 from roma_core.trainer.dataloader import Collate
 from roma_core.trainer.job import data_fields
@@ -138,6 +139,7 @@ def test_arrays_nan_indices_and_channels_left_out_are_understood(served):
         ),
         ({"covariates": {"sex": "x"}}, "'sex' has no category 'x'; it has 'f', 'm'"),
         ({"covariates": {"age": "old"}}, "'age' must be a number, got 'old'"),
+        ({"covariates": {"age": 1e300}}, "covariates: 'age' is too large for float32"),
         ({"values": {"hr": [None], "k": [None]}}, "got 0"),
         ({"values": {"hr": ["high"]}}, "'hr' must hold finite numbers, got 'high' at index 0"),
         ({"values": {"temp": [1.0]}}, "values: unknown 'temp'; this model takes 'hr', 'k'"),
@@ -167,6 +169,10 @@ def test_what_does_not_fit_is_refused_in_one_sentence(served, changes, message):
             {"hours": 1.0, "ward": "a", "channel": "temp", "value": 3},
             "channel: unknown 'temp'; this model takes 'hr', 'k'",
         ),
+        (
+            {"hours": 1.0, "ward": "a", "channel": "hr", "value": 70, "hr": 90},
+            "'hr' is given twice",
+        ),
         ({"hours": 1.0, "ward": "a", "value": 3}, "unknown 'value'; this model takes 'hours'"),
         ({"hours": 1.0, "hr": 3}, "'ward' is missing"),
         ({"hours": 1.0, "ward": "a", "temp": 3}, "unknown 'temp'"),
@@ -180,3 +186,17 @@ def test_a_wrong_observation_is_named(served, observation, message):
     with pytest.raises(InvalidSeries) as raised:
         package.outputs([{"observations": [observation], "units": units}])
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "entry", "index"),
+    [("ab", 1.0, 1), ("123", 1.0, 0), ("123", "3", 2), ("123", 0.0, None), ("ab", 2.0, None)],
+)
+def test_a_number_is_no_index_of_categories_that_are_called_by_numbers(names, entry, index):
+    band = {"name": "band", "categories": list(names)}
+    if index is None:
+        with pytest.raises(InvalidSeries, match="'band' has no category"):
+            _category(band, entry, "series 0")
+        band |= {"unknown": True}
+    index = len(names) if index is None else index
+    assert _category(band, entry, "series 0") == _number(band, entry) == index

@@ -103,6 +103,15 @@ def test_covariates_may_stand_in_a_table_of_objects(tmp_path):
     )
 
 
+def test_a_covariate_may_be_true_or_false(tmp_path):
+    smokes = {"a": True, "b": None, "c": False}
+    table = WIDE.assign(smokes=WIDE.patient.map(smokes).astype("boolean"))
+    columns = {"channels": CHANNELS, "covariates": [{"column": "smokes"}]}
+    np.testing.assert_array_equal(
+        built(tmp_path, table, columns).covariates[:, 0], np.float32([1, np.nan, 0])
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -86,6 +86,12 @@ def test_labels_of_tokens_stay_with_their_tokens_when_some_are_dropped_or_croppe
         Collate(config(pooling="token"), 0, (own,))
 
 
+def test_own_augmentations_keep_the_covariates():
+    own = CustomAugmentation(lambda tokens, positions, random: (tokens, positions))
+    batch = Collate(config(covariates=(0,)), 0, (own,))([(0, 0, item(3, 1) | {"covariates": [2]})])
+    assert batch.covariates.tolist() == [[2.0]]
+
+
 def test_a_label_vector_of_a_series_is_left_whole_by_padding():
     batch = Collate(config(problem_type="regression"), seed=0)(
         [(0, 0, item(3, np.array([0.5, 1.5]), pad_mask=np.array([False, False, True])))]
