@@ -121,6 +121,12 @@ def new_experiment(
     proposal = propose(found, categorical, name)
     section = {"source": inferred.config, **inferred.dataset, **proposal.dataset, **dataset}
     proposal.warnings[:0] = inferred.warnings
+    n_sorted = found.repairs.series_sorted if found.repairs else 0
+    if n_sorted and source.axes[0].unit == "s" and found.axes[0].max_abs < 86400:
+        proposal.warnings.append(
+            f"{source.axes[0].name} is less than a day, and not ascending in {n_sorted:,} series, which are "
+            f"sorted by it: if it is a time of day that passes midnight, join it with the date"
+        )
     text = _text(name, inferred, found, proposal, section, target)
     Experiment.model_validate(yaml.safe_load(text)["attributes"])  # the written file must load
     notes = [*inferred.notes, _amount(found), *proposal.reasons, *proposal.sizes.reasons.values()]

@@ -176,11 +176,11 @@ class TableInference:
                 for value in odd
             ]
         for value, of in [*where.items()]:  # it would be taken from every column
-            if others := [n for n, x in samples.items() if n not in of and is_usual(value, x)]:
+            if usual := [n for n, x in samples.items() if n not in of and is_usual(value, x)]:
                 del where[value]
                 self.warnings.append(
                     f"{value:.10g} in {_listed(of)} seems to stand for a missing value, but is a usual "
-                    f"value of {_listed(others)}, so it is kept: empty those cells of {_listed(of)}"
+                    f"value of {_listed(usual)}, so it is kept: empty those cells of {_listed(of)}"
                 )
         self.notes += [
             f"{value:.10g} in {_listed(names)} stands for a missing value"
@@ -345,9 +345,10 @@ class TableInference:
         self.few = min(_MIN_OBJECTS, most / 10)
         constant: list[str] = []
         first = self.rows.first([name for name in columns if kinds[name] == "number"])
+        units = all_like(columns, "unit") if roles.quantity or all_like(columns, "quantity") else []
         for name in columns:
             found, is_number = self.contents[name], kinds[name] == "number"
-            if name in taken | metadata or name in self.unused:
+            if name in taken | metadata or name in self.unused or name in units:
                 continue
             if name in first and (what := oddity(first[name])):
                 self.unused[name] = what

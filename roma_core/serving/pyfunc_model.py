@@ -543,8 +543,8 @@ def _category(one: dict[str, Any], entry: float | str, where: str) -> float:
     if isinstance(entry, float) and (text := f"{entry:g}") in names:  # a category such as "3"
         return float(names.index(text))
     # 0 is no index where categories are called 1, 2, 3
-    is_index = isinstance(entry, float) and entry in range(len(names))
-    if is_index and not any(name.replace(".", "", 1).isdigit() for name in names):
+    has_numbers = any(name.replace(".", "", 1).isdigit() for name in names)
+    if isinstance(entry, float) and entry in range(len(names)) and not has_numbers:
         return entry
     if one.get("unknown"):
         return float(len(names))

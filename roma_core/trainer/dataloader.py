@@ -203,8 +203,8 @@ class CustomAugmentation:
                 )
             changed.append([part.numpy() for part in result])
         values, at = zip(*changed, strict=True)
-        changes = {"labels": batch.labels, "covariates": batch.covariates}
-        return replace(RaggedBatch.of(values, at, batch.ids), **changes)
+        changed_batch = RaggedBatch.of(values, at, batch.ids)
+        return replace(changed_batch, labels=batch.labels, covariates=batch.covariates)
 
 
 def augmentations_of(

@@ -252,6 +252,15 @@ def test_a_sentinel_of_a_covariate_in_the_table_of_objects_is_found(tmp_path):
     assert found.config["missing_values"] == [-999.0]
 
 
+def test_units_that_differ_between_objects_are_pointed_at(tmp_path):
+    unit = np.where(LABELLED.patient < "p20", "mmol/L", "mg/dL")
+    LABELLED.assign(unit=unit).to_csv(tmp_path / "a.csv", index=False)
+
+    warnings = infer_source([tmp_path / "a.csv"], ColumnRoles()).warnings
+
+    assert "lactate has the units mg/dL, mmol/L; convert its values to one" in warnings
+
+
 def test_a_channel_that_is_called_y_is_no_label(tmp_path):
     BANDS.rename(columns={"passband": "x", "flux": "y"}).to_csv(tmp_path / "a.csv", index=False)
     columns = infer_source([tmp_path / "a.csv"], ColumnRoles()).config["columns"]

@@ -64,6 +64,16 @@ def test_files_that_the_shell_expanded_are_one_table_and_options_reach_it(tmp_pa
     assert "layout auto: joint, 1.5 of 2 channels are observed at a time" in done.stdout
 
 
+def test_times_of_day_that_pass_midnight_are_pointed_at(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROMA_STORAGE_ROOT", str(tmp_path / "storage"))
+    nights = [f"{i},{(22 + j) % 24}:30,{i * j % 7},{i % 2}" for i in range(20) for j in range(4)]
+    (tmp_path / "nights.csv").write_text("\n".join(["id,time,hr,label", *nights]))
+
+    done = invoke("nights", "--source", str(tmp_path / "nights.csv"), "--print")
+
+    assert "# WARNING: time is less than a day, and not ascending in 20 series" in done.stdout
+
+
 def test_what_is_printed_loads_as_an_experiment(waves, tmp_path):
     done = invoke("waves", "--source", waves, "--drop-rate", "0.3", "--print")
 
