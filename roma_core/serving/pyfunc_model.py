@@ -643,7 +643,9 @@ if not __package__:  # loaded as a model, not imported as a part of this project
             rows: Any = model_input
             if hasattr(rows, "to_dict"):  # a DataFrame, which mlflow.evaluate and Spark pass
                 table = rows.astype(object).where(rows.notna(), None)
-                rows = table[0].tolist() if list(table) == [0] else table.to_dict("records")
+                records = table.to_dict("records")  # in which a series lacks fields of others
+                records = [{k: x for k, x in row.items() if x is not None} for row in records]
+                rows = table[0].tolist() if list(table) == [0] else records
             try:
                 return self.package.predict(rows)
             except InvalidSeries as error:

@@ -208,8 +208,12 @@ def test_a_data_frame_is_taken_and_the_signature_is_kept(house, expected):
     model = house[1]
     signature = model.metadata.signature
     assert "positions" in str(signature.inputs) and "probabilities" in str(signature.outputs)
+    columns = row()["positions"] | row()["values"]
+    entries = zip(*columns.values(), strict=True)
+    other = {k: x for k, x in row().items() if k not in ("positions", "values")}
+    other["observations"] = [dict(zip(columns, one, strict=True)) for one in entries]
     frames = pd.DataFrame([row(id="a"), row()]), pd.DataFrame({0: [row(id="a"), row()]})
-    for frame in frames:
+    for frame in (*frames, pd.DataFrame([row(id="a"), other])):
         found = model.predict(frame)
         assert [one.id for one in found] == ["a", None]
         assert all(one.probabilities == expected for one in found)
