@@ -264,9 +264,7 @@ class PaddedModel(nn.Module):
         n_series = valid.shape[0]
         series = torch.arange(n_series, device=valid.device)[:, None]
         series = torch.where(valid, series, n_series)  # padding is a series of its own
-        x = token_vectors(self, values.flatten(0, 1), positions.flatten(0, 1), series.flatten())
-        # sizes from positions: an exported program treats those of other tensors as different numbers
-        x = x.unflatten(0, (positions.shape[0], positions.shape[1]))  # (B, N, d)
+        x = token_vectors(self, values, positions, series)  # (B, N, d)
         if self.sinusoidal is not None:
             shift = 0 if self.cls is None else 1
             x = x + self.sinusoidal.table[shift : shift + x.shape[1]]

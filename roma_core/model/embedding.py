@@ -149,24 +149,28 @@ class CovariateEmbedding(nn.Module):
 
 
 def token_vectors(model: Any, tokens: Tensor, positions: Tensor, series: Tensor) -> Tensor:
-    """``(T, P)`` with NaN where missing, ``(T, D)``, ``(T,)`` int64, each token's series → ``(T, d)``.
+    """``(…, P)`` with NaN where missing, ``(…, D)``, ``(…,)`` int64, each token's series → ``(…, d)``.
 
     The series have to be told apart only where the model looks at neighbours. Tokens of another category
     count as of another series there.
     """
     config, dtype = model.config, model.projection.weight.dtype
-    at = positions
-    if any(sizes := config.axis_categories):
-        at = positions[:, config.rotary_axes]
-        for axis, size in enumerate(sizes):
-            series = series * size + positions[:, axis].long() if size else series
     if config.missing_values:
         tokens = with_observed_flags(tokens)
-        if model.neighbourhood is not None:
-            tokens = interpolated(tokens, at, series)
-    x = model.projection(tokens).to(dtype)
+    neighbours: Tensor | float = 0.0
     if model.neighbourhood is not None:
-        x = x + model.neighbourhood(tokens, at, series).to(dtype)
+        shape = positions.shape[:-1]  # those of other tensors are other numbers to an exported program
+        at = positions
+        if any(sizes := config.axis_categories):
+            at = positions[..., config.rotary_axes]
+            for axis, size in enumerate(sizes):
+                series = series * size + positions[..., axis].long() if size else series
+        at, series, flat = at.flatten(0, -2), series.flatten(), tokens.flatten(0, -2)
+        if config.missing_values:
+            flat = interpolated(flat, at, series)
+            tokens = flat.unflatten(0, shape)
+        neighbours = model.neighbourhood(flat, at, series).unflatten(0, shape).to(dtype)
+    x = model.projection(tokens).to(dtype) + neighbours
     if model.categories is not None:
         x = x + model.categories(positions)
     return x
