@@ -169,7 +169,7 @@ def at_call(monkeypatch):
     from mlflow import MlflowClient
 
     def at_call(name, number, act):
-        owner = runs if hasattr(runs, name) else MlflowClient
+        owner = next(o for o in (runs, runs.trackers, MlflowClient) if hasattr(o, name))
         real, calls = getattr(owner, name), []
 
         @functools.wraps(real)
