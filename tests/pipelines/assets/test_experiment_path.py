@@ -301,7 +301,8 @@ def test_the_second_version_replaces_the_first(house, second):
 
 @pytest.fixture(scope="module")
 def refused(house, second):
-    return house.materialise(*tiny.ASSET_NAMES[3:], gate={"max_calibration_error": 0.0})
+    gate = {"max_calibration_error": 0.0, "max_latency_ratio": 1000}
+    return house.materialise(*tiny.ASSET_NAMES[3:], gate=gate)
 
 
 def test_a_candidate_that_fails_the_gate_changes_nothing(house, refused):
@@ -342,7 +343,7 @@ def waiting(house, first, refused):
     data = metadata_of(first, "dataset")["path"]
     return house.materialise(
         *(*tiny.ASSET_NAMES[3:], "batch_predictions"),
-        gate={"mode": "needs_approval"},
+        gate={"mode": "needs_approval", "max_latency_ratio": 1000},
         predictions={"input": data},
     )
 
