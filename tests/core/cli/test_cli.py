@@ -12,7 +12,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from click.testing import CliRunner
 
+from roma_core.cli import main
 from roma_core.data.store import StoredDataset
 from roma_core.evaluation.predictions import PredictionTable
 from roma_core.files import read_json
@@ -25,17 +27,25 @@ DECODER = ["--set", "model.decoder_config={d_model: 16, nhead: 2, depth: 1}"]
 pytestmark = pytest.mark.slow
 
 
-def roma(*arguments, ok=True, cwd=None):
-    done = subprocess.run(
-        [sys.executable, "-m", "roma_core.cli", *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])},
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        timeout=within(60),
-    )
-    assert (done.returncode == 0) is ok, done.stdout + done.stderr
-    return done.stdout + done.stderr
+def roma(*arguments, ok=True, process=False):
+    """``roma``, in this process or in one of its own; what it says."""
+    arguments = list(map(str, arguments))
+    if process:
+        done = subprocess.run(
+            [sys.executable, "-m", "roma_core.cli", *arguments],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])},
+            capture_output=True,
+            text=True,
+            timeout=within(60),
+        )
+        code, said = done.returncode, done.stdout + done.stderr
+    else:
+        result = CliRunner().invoke(main, arguments)
+        code, said = result.exit_code, result.output
+        if not isinstance(result.exception, SystemExit | None):
+            raise result.exception
+    assert (code == 0) is ok, said
+    return said
 
 
 def write_waves(path: Path, n: int, seed: int) -> None:
@@ -77,7 +87,8 @@ def runs(tmp_path_factory):
             }
         )
     )
-    said = roma("data", "build", root / "waves.yaml", "--out", root / "data", "--cache", root / "c")
+    build = ["data", "build", root / "waves.yaml", "--out", root / "data", "--cache", root / "c"]
+    said = roma(*build, process=True)
     data = next((root / "data" / "waves").glob("[0-9a-f]*"))
     assert str(data) in said
     roma(
@@ -90,6 +101,7 @@ def runs(tmp_path_factory):
         "trainer.epochs=2",
         *SMALL,
         *DECODER,
+        process=True,
     )
     weights = root / "pre/outputs/model"
     finetune = [
@@ -100,10 +112,10 @@ def runs(tmp_path_factory):
         "--set",
         "trainer.base_lr=0.005",
     ]
-    roma("finetune", "--data", data, "--run-dir", root / "fine", *finetune)
+    roma("finetune", "--data", data, "--run-dir", root / "fine", *finetune, process=True)
     classifier = root / "fine/outputs/model"
     arguments = ["--weights", classifier, "--autoencoder", weights]
-    roma("evaluate", "--data", data, "--run-dir", root / "eval", *arguments)
+    roma("evaluate", "--data", data, "--run-dir", root / "eval", *arguments, process=True)
     return root, data
 
 
@@ -122,7 +134,8 @@ def test_the_commands_end_with_a_classifier_that_classifies(runs):
 
 def test_predict_gives_the_probabilities_of_the_report(runs):
     root, data = runs
-    roma("predict", "--model", root / "eval/outputs/package", data, root / "out.parquet")
+    command = ["predict", "--model", root / "eval/outputs/package", data, root / "out.parquet"]
+    roma(*command, process=True)
     rows = pq.read_table(root / "out.parquet").to_pylist()
     table = PredictionTable.load(root / "eval/outputs/predictions.parquet")
     served = np.array([[dict(row["probabilities"])[c] for c in table.classes] for row in rows])
@@ -138,7 +151,8 @@ def test_predict_gives_the_probabilities_of_the_report(runs):
 
 def test_embed_gives_the_features_of_the_pretrained_encoder(runs):
     root, data = runs
-    roma("embed", "--model", root / "eval/outputs/encoder_package", data, root / "f.parquet")
+    command = ["embed", "--model", root / "eval/outputs/encoder_package", data, root / "f.parquet"]
+    roma(*command, process=True)
     rows = pq.read_table(root / "f.parquet").to_pylist()
     model = RoMAForPreTraining.from_pretrained(root / "pre/outputs/model").eval()
     test = StoredDataset(data).split("test")

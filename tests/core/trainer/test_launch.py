@@ -36,26 +36,41 @@ else:  # and does not see the newest checkpoint yet
 """
 
 
-@pytest.fixture
-def data(tmp_path):
+SETTINGS = ("epochs=4", "batch_size=4", "save_every=3")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("launch")
+
+
+@pytest.fixture(scope="module")
+def data(folder):
     some = [series(f"s{k}", 6, "xy"[k % 2], "train", seed=k) for k in range(24)]
-    return built(tmp_path / "data", *some, *[series("t", 6, "x", "test")])
+    return built(folder / "data", *some, *[series("t", 6, "x", "test")])
 
 
-def torchrun(tmp_path, data, *settings, code=0) -> str:
+@pytest.fixture(scope="module")
+def trained(folder, data):
+    """How many files of the data set each process of a finished training hashed."""
+    torchrun(folder, data, *SETTINGS, "eval_every=4")
+    return hashed(folder, data)
+
+
+def torchrun(folder, data, *settings, code=0) -> str:
     """``roma finetune`` on two processes, the first of which starts late."""
-    (tmp_path / "site").mkdir(exist_ok=True)
-    (tmp_path / "site/sitecustomize.py").write_text(WATCHED)
+    (folder / "site").mkdir(exist_ok=True)
+    (folder / "site/sitecustomize.py").write_text(WATCHED)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     command = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    command += ["-m", "roma_core.cli", "finetune", "--data", data, "--run-dir", tmp_path / "run"]
+    command += ["-m", "roma_core.cli", "finetune", "--data", data, "--run-dir", folder / "run"]
     command += ["--set", "model.encoder_config={d_model: 8, nhead: 1, depth: 1}"]
     for setting in settings:
         command += ["--set", f"trainer.{setting}"]
-    environment = {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}", "WATCH": str(tmp_path)}
-    environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TMPDIR": str(tmp_path)}
+    environment = {"PYTHONPATH": f"{folder / 'site'}:{ROOT}", "WATCH": str(folder)}
+    environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TMPDIR": str(folder)}
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         env=os.environ | environment,
@@ -67,37 +82,36 @@ def torchrun(tmp_path, data, *settings, code=0) -> str:
     return done.stdout + done.stderr
 
 
-def hashed(tmp_path, data) -> list[int]:
+def hashed(folder, data) -> list[int]:
     """How many files of the data set each process hashed since the last call."""
     counts = []
     for rank in (0, 1):
-        log = tmp_path / f"hashed-{rank}"
+        log = folder / f"hashed-{rank}"
         counts.append(log.read_text().count(str(data)) if log.exists() else 0)
         log.unlink(missing_ok=True)
     return counts
 
 
-def test_all_processes_have_the_settings_that_the_first_one_writes(tmp_path, data):
+def test_all_processes_have_the_settings_that_the_first_one_writes(folder, data, trained):
     """At the start, and when a run resumes with changed ones; one of them reads the data set whole."""
-    torchrun(tmp_path, data, "epochs=4", "batch_size=4", "save_every=3", "eval_every=4")
     n_files = len(read_json(data / "manifest.json")["files"])
-    assert hashed(tmp_path, data) == [n_files, 0]
-    for path in (tmp_path / "run/checkpoints").glob("step-*"):
+    assert trained == [n_files, 0]
+    for path in (folder / "run/checkpoints").glob("step-*"):
         if path.name > "step-00000006":
             shutil.rmtree(path)
-    output = torchrun(tmp_path, data, "epochs=4", "batch_size=4", "save_every=3", "eval_every=2")
+    output = torchrun(folder, data, *SETTINGS, "eval_every=2")
     assert "resumes with trainer.eval_every 4 → 2" in output
     assert "resumed from step-00000006" in output
-    assert hashed(tmp_path, data) == [n_files, 0]
+    assert hashed(folder, data) == [n_files, 0]
 
 
-def test_a_damaged_data_set_fails_on_every_process_with_one_sentence(tmp_path, data):
-    torchrun(tmp_path, data, "epochs=1")
+def test_a_damaged_data_set_fails_on_every_process_with_one_sentence(folder, data, trained):
     flip_a_byte(data / "values.npy")
-    (tmp_path / "run/result.json").unlink()
-    output = torchrun(tmp_path, data, "epochs=1", code=1)
+    (folder / "run/result.json").unlink()
+    output = torchrun(folder, data, *SETTINGS, "eval_every=2", code=1)
+    flip_a_byte(data / "values.npy")
     assert output.count("is damaged: values.npy") >= 2
-    assert "is damaged" in read_json(tmp_path / "run/attempts/1/exit.json")["reason"]
+    assert "is damaged" in read_json(folder / "run/attempts/1/exit.json")["reason"]
 
 
 @pytest.mark.parametrize(

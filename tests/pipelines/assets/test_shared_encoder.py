@@ -10,6 +10,8 @@ from roma_pipelines.definitions import load_experiments
 from roma_pipelines.experiment import ASSET_NAMES
 from tests.pipelines import tiny
 
+pytestmark = pytest.mark.slow
+
 
 def sharing(folder, **changes):
     """The tiny experiment again, under another name and without a pretraining of its own."""
@@ -38,6 +40,31 @@ def materialise(definitions, instance, *keys):
     )
 
 
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A folder, its instance, and the metadata of the encoder that was trained there."""
+    folder = tmp_path_factory.mktemp("shared")
+    (folder / "dagster").mkdir()
+    keys = [dg.AssetKey(["waves", noun]) for noun in ASSET_NAMES[:2]]
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        dg.DagsterInstance.local_temp(str(folder / "dagster")) as instance,
+    ):
+        patch.setenv("ROMA_STORAGE_ROOT", str(folder / "roma"))
+        done = materialise(both(folder), instance, *keys)
+        (made,) = done.asset_materializations_for_node("waves__pretrained_encoder")
+        yield folder, instance, made.metadata
+
+
+@pytest.fixture
+def finetuned(pretrained, monkeypatch):
+    """Materialises the second experiment's data set and classifier, with some settings changed."""
+    folder, instance, _ = pretrained
+    monkeypatch.setenv("ROMA_STORAGE_ROOT", str(folder / "roma"))
+    keys = [dg.AssetKey(["ripples", noun]) for noun in ("dataset", "finetuned_classifier")]
+    return lambda **changes: materialise(both(folder, **changes), instance, *keys)
+
+
 def test_it_has_four_assets_and_depends_on_the_other_encoder(tmp_path):
     graph = both(tmp_path).resolve_asset_graph()
 
@@ -63,12 +90,8 @@ def test_what_it_shares_decides_its_classifier_but_is_not_trained_by_it(instance
     assert selected == {f"ripples/{noun}" for noun in ASSET_NAMES[2:]}
 
 
-def test_the_encoder_of_the_other_experiment_is_finetuned(instance, tmp_path):
-    definitions = both(tmp_path, dataset={"drop_rate": 0.4})
-    wanted = [dg.AssetKey(["waves", noun]) for noun in ASSET_NAMES[:2]]
-    wanted += [dg.AssetKey(["ripples", noun]) for noun in ("dataset", "finetuned_classifier")]
-
-    done = materialise(definitions, instance, *wanted)
+def test_the_encoder_of_the_other_experiment_is_finetuned(finetuned, pretrained):
+    done = finetuned(dataset={"drop_rate": 0.4})
 
     assert done.success
     made = {
@@ -76,20 +99,14 @@ def test_the_encoder_of_the_other_experiment_is_finetuned(instance, tmp_path):
         for event in done.get_asset_materialization_events()
     }
     assert "ripples/pretrained_encoder" not in made
-    assert (
-        made["ripples/finetuned_classifier"]["weights"]
-        != made["waves/pretrained_encoder"]["weights"]
-    )
+    assert made["ripples/finetuned_classifier"]["weights"] != pretrained[2]["weights"]
 
 
-def test_an_encoder_of_other_axes_is_refused_before_a_job_starts(instance, tmp_path):
-    source = tiny.attributes(tmp_path)["dataset"]["source"]
+def test_an_encoder_of_other_axes_is_refused_before_a_job_starts(finetuned, pretrained):
+    source = tiny.attributes(pretrained[0])["dataset"]["source"]
     in_seconds = {**source, "format": {"kind": "ts", "axis": "time", "axis_unit": "s"}}
-    definitions = both(tmp_path, dataset={"source": in_seconds})
-    wanted = [dg.AssetKey(["waves", noun]) for noun in ASSET_NAMES[:2]]
-    wanted += [dg.AssetKey(["ripples", noun]) for noun in ("dataset", "finetuned_classifier")]
 
-    done = materialise(definitions, instance, *wanted)
+    done = finetuned(dataset={"source": in_seconds})
 
     (failure,) = [event for event in done.all_events if event.is_step_failure]
     assert failure.step_key == "ripples__finetuned_classifier"
