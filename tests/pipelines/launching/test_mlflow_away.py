@@ -214,9 +214,9 @@ def check_received(storage, folder, status="FINISHED"):
         ("local", "dead"),
         ("local", "hanging"),
         *(
-            pytest.param(target, state, marks=marks)
+            pytest.param(target, state, marks=pytest.mark.slow)
             for target in ("slurm", "kubernetes")
-            for state, marks in (("dead", pytest.mark.slow), ("hanging", pytest.mark.chaos))
+            for state in ("dead", "hanging")
         ),
     ],
 )
