@@ -370,10 +370,10 @@ class TableInference:
         names = [n for n in words if kinds[n] == "text"]
         kind = "quantity" if all_like(numbers, "value") else "code"
         coded = all_like([n for n in words if n not in names], kind, "band")
-        if len(numbers) > len(coded):
+        if len(numbers) > len(coded) or not all_like(coded, kind):  # a band is never the value
             names += filter(self.rows.is_coded, coded)
         names += [n for n in (roles.quantity, *roles.axes) if n is not None and n not in names]
-        numbers = [n for n in numbers if n not in names] or numbers
+        numbers = [n for n in numbers if n not in names]
         quantity = self._quantity(names, numbers)
         channels = [self._column(name) for name in numbers]
         if quantity:

@@ -208,6 +208,7 @@ NIGHTS = {
             {},
             "no column is left for the values.*; flux: '<5' among its numbers, 67 times",
         ),
+        ({"flux": np.where(np.arange(200) % 3, np.arange(200.0), "<5")}, {}, "no column is left"),
         ({}, {"quantity": "passband", "channels": ("flux", "mjd")}, "which of flux, mjd is the"),
     ],
 )

@@ -254,10 +254,11 @@ def bands_of(folder, *rows, axis=None, **options):
 
 def test_a_category_that_train_lacks_is_an_error_or_unknown(tmp_path):
     rows = banded(0, 2, 0, 2), banded(0, 1, 2, 1, 2, split="test")
-    with pytest.raises(
-        DataError, match=r"axis 'band': .* train split lacks, r; it has g, i: leave"
-    ):
-        bands_of(tmp_path, *rows)
+    for normalise_by in (None, "band"):
+        with pytest.raises(
+            DataError, match=r"axis 'band': .* train split lacks, r; it has g, i: leave"
+        ):
+            bands_of(tmp_path, *rows, normalise_by=normalise_by)
     learned = PositionAxis(
         name="band", unit="-", categories=("g", "r", "i"), encoding="embedding", unknown=True
     )
