@@ -358,9 +358,9 @@ class DatasetWriter:
         axes = list(self._schema.axes)
         for k, scale in self._scales.items():
             axes[k] = axes[k].model_copy(update={"scale": scale.scale()})
-        unseen = [self._unseen(k) for k in range(len(axes))]
+        absent = [self._unseen(k) for k in range(len(axes))]
         normalisation = self._fit.result()
-        for k, (axis, lacking) in enumerate(zip(axes, unseen, strict=True)):
+        for k, (axis, lacking) in enumerate(zip(axes, absent, strict=True)):
             if lacking and axis.unknown:
                 axes[k] = self._without(k, lacking)
                 if axis.name == self._schema.normalise_by:

@@ -20,6 +20,7 @@ Shapes:  B series   N tokens, padded   P numbers of a token   D axes   M covaria
 import hashlib
 import inspect
 import json
+import logging
 import math
 import reprlib
 import sys
@@ -621,6 +622,10 @@ if not __package__:  # loaded as a model, not imported as a part of this project
     from mlflow.models import ModelConfig, set_model
     from mlflow.pyfunc import PythonModel
 
+    # MLflow says so for every field that takes several types; the fields check their entries themselves
+    logging.getLogger("mlflow.types.type_hints").addFilter(
+        lambda record: "Union type hint" not in record.getMessage()
+    )
     _kind = ModelConfig(development_config={"kind": "classifier"}).get("kind")
     Output = Features if _kind == "encoder" else Prediction
 

@@ -176,6 +176,7 @@ def test_ctrl_c_in_a_training_leaves_no_process(story, interrupted):
 @pytest.mark.slow
 def test_the_same_command_then_goes_on_to_the_end(finished):
     assert finished.returncode == 0, finished.stderr
+    assert "type hint" not in finished.stdout + finished.stderr
     lines = finished.stdout.splitlines()
     assert lines[0] == (
         "materialising waves: pretrained_encoder, finetuned_classifier, evaluation_report, "
