@@ -258,8 +258,8 @@ class PaddedModel(nn.Module):
         """``(B, N, P)`` float32 tokens, ``(B, N, D)`` float32, ``(B, N)`` bool → ``(B, d)``.
 
         ``covariates`` are ``(B, K)`` float32, of a model that has some. Padding may hold any finite
-        number; on an axis with categories, the index of one. With ``pooling="token"`` ``(B, N, d)``, arbitrary at
-        padding. With a head its outputs take the place of d.
+        number; on an axis with categories, the index of one. With ``pooling="token"``
+        ``(B, N, d)``, arbitrary at padding. With a head its outputs take the place of d.
         """
         n_series = valid.shape[0]
         series = torch.arange(n_series, device=valid.device)[:, None]

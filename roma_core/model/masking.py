@@ -124,9 +124,9 @@ def sample_hidden(
         sample_ids: ``(B,)`` int64, stable identifiers of the series.
         fractions: smallest and largest fraction of each series' tokens to hide, in ``[0, 1)``; every
             count between is equally likely.
-        strategy: ``random`` tokens, or ``value``s if they are numbers; one contiguous ``block``; the ``future``: the last ones; or
-            whole ``channel``s or time ``window``s, the last of them in part, so that every strategy
-            hides equally many.
+        strategy: ``random`` tokens, or ``value``s if they are numbers; one contiguous ``block``; the
+            ``future``: the last ones; or whole ``channel``s or time ``window``s, the last of them in
+            part, so that every strategy hides equally many.
         unit: ``(T,)`` int64, the channel or window each token belongs to; for these two only.
 
     Returns:

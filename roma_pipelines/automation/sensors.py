@@ -398,11 +398,8 @@ def reconcile_jobs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
     return dg.SkipReason("; ".join(done) or "every unfinished job is supervised or will be")
 
 
-_CANCEL_WITHIN_S, _REPORT_WITHIN_S, _EMBED_WITHIN_S = (
-    30.0,
-    15.0,
-    40.0,
-)  # Dagster gives a tick of a sensor a minute
+# Dagster gives a tick of a sensor a minute
+_CANCEL_WITHIN_S, _REPORT_WITHIN_S, _EMBED_WITHIN_S = 30.0, 15.0, 40.0
 _pool = ThreadPoolExecutor(64, "cancel")
 _cancelling: dict[str, Future[str]] = {}  # by the job's key
 _STATUS = dg.DagsterRunStatus

@@ -121,8 +121,8 @@ def accuracies(folder: Path, seeds: tuple[int, ...], evaluated_on: str = "test")
 
     data = StoredDataset(folder)
     splits: dict[str, Any] = {}
-    lengths = data.lengths if data.schema.layout == "joint" else [len(data.joint(0)[0])]
-    length = min(_MAX_LENGTH, max(_KERNEL, int(max(lengths))))
+    longest = max(len(data.joint(i)[0]) for i in range(len(data)))
+    length = min(_MAX_LENGTH, max(_KERNEL, longest))
     used = ("train",) if evaluated_on == "validation" else ("train", "validation")
     for name, parts in {"train": used, "test": (evaluated_on,)}.items():
         rows, labels = [], []
