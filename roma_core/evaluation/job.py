@@ -20,19 +20,15 @@ from scipy.special import softmax
 
 from roma_core.data.store import Subset, raw_series
 from roma_core.evaluation import plots, report
+from roma_core.evaluation.classification_metrics import (
+    ClassificationMetrics,
+    compare_predictions,
+    evaluate,
+)
 from roma_core.evaluation.config import EvaluationJobConfig, Fact, FactSheet, ServingChecks
 from roma_core.evaluation.drift import ReferenceProfile, embedding_profile, reference_profile
 from roma_core.evaluation.leakage import check_leakage, split_digest
-from roma_core.evaluation.metrics import (
-    AnyMetrics,
-    Change,
-    ClassificationMetrics,
-    ReconstructionMetrics,
-    RegressionMetrics,
-    compare_predictions,
-    evaluate,
-    evaluate_regression,
-)
+from roma_core.evaluation.metrics import Change
 from roma_core.evaluation.predictions import Float32, PredictionTable, RegressionTable
 from roma_core.evaluation.reconstruction import (
     check_schema,
@@ -43,6 +39,11 @@ from roma_core.evaluation.reconstruction import (
     reconstruct,
     reconstruct_examples,
     reconstruction_errors,
+)
+from roma_core.evaluation.regression_metrics import (
+    ReconstructionMetrics,
+    RegressionMetrics,
+    evaluate_regression,
 )
 from roma_core.files import read_json, write_bytes, write_json
 from roma_core.job import Attempt, JobFolder
@@ -101,7 +102,7 @@ def run_evaluation(folder: JobFolder, attempt: Attempt) -> Work:
     with Progress("evaluate", total_steps=4, first_step=0) as progress:
         evaluator = _Evaluator(config, folder.outputs, attempt, progress)
         if evaluator.model is None:
-            metrics: AnyMetrics = evaluator.reconstruction()
+            metrics: report.AnyMetrics = evaluator.reconstruction()
         elif evaluator.model.config.problem_type == "regression":
             metrics = evaluator.regression(evaluator.model)
             print(NOT_PACKAGED, flush=True)
@@ -176,7 +177,7 @@ class _Evaluator:
 
     def _report(
         self,
-        metrics: AnyMetrics,
+        metrics: report.AnyMetrics,
         does: str,
         figures: dict[str, bytes],
         limits: Sequence[str],

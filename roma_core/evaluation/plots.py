@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
+from roma_core.evaluation.classification_metrics import ClassificationMetrics, ranked_classes
 from roma_core.evaluation.drift import (
     LARGE_PSI,
     MODERATE_PSI,
@@ -26,14 +27,9 @@ from roma_core.evaluation.drift import (
     bin_fractions,
     drift_effects,
 )
-from roma_core.evaluation.metrics import (
-    ClassificationMetrics,
-    Estimate,
-    GroupErrors,
-    RegressionMetrics,
-    ranked_classes,
-)
+from roma_core.evaluation.metrics import Estimate
 from roma_core.evaluation.predictions import Floats, Ints, PredictionTable, RegressionTable
+from roma_core.evaluation.regression_metrics import GroupErrors, RegressionMetrics
 from roma_core.schema import Channel, PositionAxis
 from roma_core.trainer.defaults import PrimaryMetric
 

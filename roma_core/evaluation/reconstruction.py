@@ -14,15 +14,14 @@ import numpy as np
 import torch
 
 from roma_core.data.store import StoredDataset, Subset
-from roma_core.evaluation.metrics import (
-    Estimate,
+from roma_core.evaluation.metrics import Estimate, means_with_resamples
+from roma_core.evaluation.plots import ReconstructionExample, label_of
+from roma_core.evaluation.predictions import Float32, Floats, Ints, ReconstructionTable
+from roma_core.evaluation.regression_metrics import (
     GroupErrors,
     ReconstructionMetrics,
     error_estimates,
-    means_with_resamples,
 )
-from roma_core.evaluation.plots import ReconstructionExample, label_of
-from roma_core.evaluation.predictions import Float32, Floats, Ints, ReconstructionTable
 from roma_core.model import masking
 from roma_core.model.backbone import Backbone
 from roma_core.model.config import RoMAForPreTrainingConfig

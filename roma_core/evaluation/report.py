@@ -10,18 +10,14 @@ from typing import Any, Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import Field, field_validator
 
+from roma_core.evaluation.classification_metrics import LABELS, ClassificationMetrics
 from roma_core.evaluation.config import Baseline, FactSheet, ServingChecks
-from roma_core.evaluation.metrics import (
-    LABELS,
-    AnyMetrics,
-    Change,
-    ClassificationMetrics,
-    PartEstimate,
-    RegressionMetrics,
-)
+from roma_core.evaluation.metrics import Change, PartEstimate
+from roma_core.evaluation.regression_metrics import ReconstructionMetrics, RegressionMetrics
 from roma_core.schema import DataSchema
 from roma_core.settings import Frozen
 
+AnyMetrics = ClassificationMetrics | RegressionMetrics | ReconstructionMetrics
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 
 

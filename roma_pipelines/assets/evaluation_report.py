@@ -8,8 +8,8 @@ from typing import Any
 import dagster as dg
 
 from roma_core.data.manifest import Manifest, read_manifest
+from roma_core.evaluation.classification_metrics import LABELS, ClassificationMetrics
 from roma_core.evaluation.config import EvaluationJobConfig, Fact, FactSheet, ServingChecks
-from roma_core.evaluation.metrics import LABELS, ClassificationMetrics
 from roma_core.files import read_json
 from roma_core.job import JobFolder
 from roma_core.serving.registry_client import FetchError, fetch, package_of, resolve

@@ -15,7 +15,7 @@ import click
 
 from roma_core.claim import is_running, process_start
 from roma_core.cli import errors_as_messages
-from roma_core.evaluation.metrics import LABELS, ClassificationMetrics
+from roma_core.evaluation.classification_metrics import LABELS, ClassificationMetrics
 from roma_core.files import digest_of, read_json
 from roma_core.job import JobFolder
 from roma_core.trainer.defaults import PrimaryMetric

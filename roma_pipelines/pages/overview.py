@@ -27,7 +27,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from roma_core.evaluation.metrics import LABELS
+from roma_core.evaluation.classification_metrics import LABELS
 from roma_core.files import read_json
 from roma_core.job import JobFolder
 from roma_pipelines.experiment import ASSET_NAMES, Experiment, all_experiments

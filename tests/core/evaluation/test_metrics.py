@@ -7,16 +7,13 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from roma_core.evaluation.metrics import (
-    ReconstructionMetrics,
+from roma_core.evaluation.classification_metrics import (
     chance,
     compare_predictions,
-    equal_mass_bins,
     evaluate,
-    evaluate_regression,
     metric_samples,
-    wilson,
 )
+from roma_core.evaluation.metrics import equal_mass_bins, wilson
 from roma_core.evaluation.plots import errors_by_group
 from roma_core.evaluation.predictions import PredictionTable
 from roma_core.evaluation.reconstruction import (
@@ -25,6 +22,7 @@ from roma_core.evaluation.reconstruction import (
     noise_error,
     reconstruction_errors,
 )
+from roma_core.evaluation.regression_metrics import ReconstructionMetrics, evaluate_regression
 from roma_core.evaluation.report import ReportContent, render_report
 from roma_core.trainer.defaults import PrimaryMetric
 from roma_core.trainer.evaluator import score

@@ -6,14 +6,9 @@ from PIL import Image
 
 from roma_core.data import StoredDataset, build_dataset
 from roma_core.evaluation import plots
+from roma_core.evaluation.classification_metrics import evaluate
 from roma_core.evaluation.drift import InputSample, profile_of_sample
-from roma_core.evaluation.metrics import (
-    Estimate,
-    GroupErrors,
-    PartEstimate,
-    evaluate,
-    evaluate_regression,
-)
+from roma_core.evaluation.metrics import Estimate, PartEstimate
 from roma_core.evaluation.plots import (
     MAX_BYTES,
     ORANGE,
@@ -22,6 +17,7 @@ from roma_core.evaluation.plots import (
     principal_components,
 )
 from roma_core.evaluation.reconstruction import reconstruct_examples
+from roma_core.evaluation.regression_metrics import GroupErrors, evaluate_regression
 from roma_core.model.config import EncoderConfig, RoMAForPreTrainingConfig
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.schema import Channel, PositionAxis

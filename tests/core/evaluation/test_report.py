@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from roma_core.evaluation.classification_metrics import compare_predictions, evaluate
 from roma_core.evaluation.config import Baseline, Fact, FactSheet
-from roma_core.evaluation.metrics import compare_predictions, evaluate
 from roma_core.evaluation.plots import confusion_matrix
 from roma_core.evaluation.predictions import PredictionTable
 from roma_core.evaluation.report import (

@@ -1,0 +1,143 @@
+"""Metrics of predicted values with intervals: of regressions and of reconstructions. Imports no torch.
+
+Shapes here:
+    N series   T observations   K targets   R resamples
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from roma_core.evaluation.metrics import (
+    Estimate,
+    Metrics,
+    PartEstimate,
+    bin_masks,
+    equal_mass_bins,
+    means_with_resamples,
+)
+from roma_core.evaluation.predictions import Floats, RegressionTable
+from roma_core.settings import Frozen
+
+N_POSITION_BINS = 20
+
+
+class TargetMetrics(Frozen):
+    """One target, in its own unit."""
+
+    name: str
+    unit: str
+    mse: Estimate  # mean squared error, in the square of the unit
+    rmse: Estimate  # its root
+    mae: Estimate  # mean absolute error
+    # 1 - mse / variance of the true values: 0 is no better than their mean; None if they never differ
+    r2: Estimate | None
+
+
+class PositionBin(Frozen):
+    """Observations at neighbouring positions on the first axis."""
+
+    first: float
+    last: float
+    count: int
+    rmse: tuple[float, ...]  # one per target
+
+
+class RegressionMetrics(Metrics):
+    """Metrics of a regressor; see :func:`evaluate_regression`.
+
+    ``mse``, ``rmse`` and ``mae`` are per value: means over all observations and targets alike. They
+    are meaningful only where the targets share a unit.
+    """
+
+    n_observations: int
+    mse: Estimate  # mean squared error per value
+    rmse: Estimate  # its root
+    mae: Estimate  # mean absolute error per value
+    per_target: tuple[TargetMetrics, ...]
+    by_position: tuple[PositionBin, ...]
+
+
+class GroupErrors(Frozen):
+    """Reconstruction errors of the series of one class."""
+
+    name: str
+    slug: str  # the distinct name in metrics: lower-case letters, digits and underscores
+    n_series: int
+    mse: PartEstimate  # without an interval if there is one series only
+    clean_mse: PartEstimate | None
+
+
+class ReconstructionMetrics(Metrics):
+    """Metrics of a pretraining model's reconstructions, by the names that ``report.METRICS`` explains.
+
+    ``mean_…`` and ``linear_…`` are those of two baselines, the mean of train and straight lines;
+    ``…_observed_N`` those with only N observations of each series visible, and ``mse_GROUP`` and
+    ``clean_mse_GROUP`` those of the series of one class.
+    """
+
+    n_series: int  # with a hidden observation
+    n_hidden: int  # hidden observations
+    mean_hidden_fraction: float
+    overall: dict[str, Estimate]
+    groups: tuple[GroupErrors, ...] = ()
+
+    def estimates(self) -> Mapping[str, PartEstimate]:
+        """Estimates by name, those of groups included."""
+        found: dict[str, PartEstimate] = dict(self.overall)
+        for group in self.groups:
+            found[f"mse_{group.slug}"] = group.mse
+            if group.clean_mse is not None:
+                found[f"clean_mse_{group.slug}"] = group.clean_mse
+        return found
+
+    def document(self) -> dict[str, Any]:
+        """As of every task, with each estimate by name at the top level."""
+        head = self.model_dump(mode="json", exclude={"overall", "groups"})
+        return head | {n: e.model_dump(mode="json") for n, e in self.estimates().items()}
+
+
+def error_estimates(mse: Floats, mae: Floats) -> dict[str, Estimate]:
+    """From samples ``(1 + R,)`` each."""
+    return {"mse": Estimate.of(mse), "rmse": Estimate.of(np.sqrt(mse)), "mae": Estimate.of(mae)}
+
+
+def evaluate_regression(table: RegressionTable) -> RegressionMetrics:
+    """Metrics of a table of predicted values; equal input gives equal output."""
+    errors, k = table.errors, len(table.channels)
+    true = table.true - table.true.mean(axis=0)  # so that squares do not cancel
+    values = np.hstack([errors**2, np.abs(errors), true, true**2])  # (T, 4K)
+    means = means_with_resamples(table.series, values)
+    mse, mae, mean, square = np.split(means, [k, 2 * k, 3 * k], axis=1)  # each (1 + R, K)
+    variance = square - mean**2
+    per_target = []
+    for i, target in enumerate(table.channels):
+        varied = variance[:, i] > 0  # not so where a resample repeats a single value
+        r2 = 1 - mse[varied, i] / variance[varied, i]
+        per_target.append(
+            TargetMetrics(
+                name=target.name,
+                unit=target.unit,
+                **error_estimates(mse[:, i], mae[:, i]),
+                r2=Estimate.of(r2) if varied[0] and varied[1:].any() else None,
+            )
+        )
+    position = table.positions[:, 0]
+    return RegressionMetrics(
+        n_series=len(table.ids),
+        n_observations=len(table.true),
+        **error_estimates(mse.mean(axis=1), mae.mean(axis=1)),
+        per_target=tuple(per_target),
+        by_position=tuple(
+            PositionBin(
+                first=float(position[inside].min()),
+                last=float(position[inside].max()),
+                count=int(inside.sum()),
+                rmse=tuple(np.sqrt((errors[inside] ** 2).mean(axis=0)).tolist()),
+            )
+            for inside in bin_masks(equal_mass_bins(position, N_POSITION_BINS))
+        ),
+    )
