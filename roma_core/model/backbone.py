@@ -94,17 +94,22 @@ class Backbone(nn.Module):
     def export(self) -> ExportedProgram:
         """A program of standard operators from padded tokens to :meth:`embed`'s mean, or to a
         classifier's outputs; it loads wherever torch does. Puts the model into evaluation mode."""
+        return self._export(self.eval().padded())
+
+    def _export(self, program: PaddedModel, n_queries: int = 0) -> ExportedProgram:
         c, n_series = self.config, Dim("batch", min=1)
         example = [torch.zeros(2, 5, n) for n in (c.tubelet_width, c.n_pos_dims)]
         example.append(torch.ones(2, 5, dtype=torch.bool))
         shapes = [{0: n_series, 1: Dim("length", min=1)}] * 3
+        if n_queries:
+            example.append(torch.zeros(2, n_queries, c.n_pos_dims))
+            example.append(torch.ones(2, n_queries, dtype=torch.bool))
+            shapes += [{0: n_series, 1: Dim("queries", min=1)}] * 2
         if c.covariates:
             example.append(torch.zeros(2, len(c.covariates)))
             shapes.append({0: n_series})
         with torch.no_grad():
-            return torch.export.export(
-                self.eval().padded(), tuple(example), dynamic_shapes=tuple(shapes)
-            )
+            return torch.export.export(program, tuple(example), dynamic_shapes=tuple(shapes))
 
     def padded(self) -> PaddedModel:
         """What :meth:`export` exports."""
@@ -261,6 +266,19 @@ class PaddedModel(nn.Module):
         number; on an axis with categories, the index of one. With ``pooling="token"``
         ``(B, N, d)``, arbitrary at padding. With a head its outputs take the place of d.
         """
+        x, _, real = self.encode(values, positions, valid, covariates)
+        if self.pooling == "cls":
+            return self.head(x[:, 0])
+        first = x.shape[1] - values.shape[1]
+        if self.pooling == "token":
+            return self.head(x[:, first:])
+        weight = real[:, first:, None].to(x.dtype)
+        return self.head((x[:, first:] * weight).sum(1) / weight.sum(1))
+
+    def encode(
+        self, values: Tensor, positions: Tensor, valid: Tensor, covariates: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Encoder output ``(B, R + N, d)`` of CLS, covariates and tokens, with positions and valid."""
         n_series = valid.shape[0]
         series = torch.arange(n_series, device=valid.device)[:, None]
         series = torch.where(valid, series, n_series)  # padding is a series of its own
@@ -268,7 +286,6 @@ class PaddedModel(nn.Module):
         if self.sinusoidal is not None:
             shift = 0 if self.cls is None else 1
             x = x + self.sinusoidal.table[shift : shift + x.shape[1]]
-        first = 0
         if (prefix := prefix_tokens(self, x.shape[0], covariates)) is not None:
             first = prefix.shape[1]
             x = torch.cat((prefix, x), dim=1)
@@ -277,10 +294,4 @@ class PaddedModel(nn.Module):
             real = torch.ones_like(valid[:, :1]).expand(-1, first)
             valid = torch.cat((real, valid), dim=1)
         rotations = None if self.rotary is None else self.rotary(positions)
-        x = self.encoder.forward_padded(x, rotations, valid)
-        if self.pooling == "cls":
-            return self.head(x[:, 0])
-        if self.pooling == "token":
-            return self.head(x[:, first:])
-        weight = valid[:, first:, None].to(x.dtype)
-        return self.head((x[:, first:] * weight).sum(1) / weight.sum(1))
+        return self.encoder.forward_padded(x, rotations, valid), positions, valid

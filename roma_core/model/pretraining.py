@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
-from roma_core.model.backbone import Backbone
+from roma_core.model.backbone import Backbone, PaddedModel
 from roma_core.model.config import RoMAForPreTrainingConfig, is_pretraining, stored_fields
 from roma_core.model.encoder import Encoder, Head, OutputRows, initialise_vectors
 from roma_core.model.masking import draw_mask
@@ -25,6 +26,8 @@ from roma_core.model.packing import (
 from roma_core.model.positions import origin, to_model_positions
 from roma_core.model.weights import load_weights, read_weights
 from roma_core.schema import DataSchema, Normaliser
+
+_LOG_VARIANCES = (-14.0, 14.0)  # deviations of 1e-3 … 1e3 are wide enough
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,9 @@ class RoMAForPreTraining(Backbone):
     ) -> Reconstruction:
         """Predict the values at any positions from all observed tokens: interpolation, forecasting.
 
+        As in training, the queries of a series are predicted together, and where an axis subtracts the
+        first position, it is the first of tokens and queries.
+
         Args:
             values, positions, pad_mask, covariates: as for calling the model.
             query_positions: ``(B, D, Q)`` or ``(D, Q)``, of any real type, in the units of ``positions``.
@@ -211,6 +217,35 @@ class RoMAForPreTraining(Backbone):
             TypeError, ValueError: an argument does not fit, or the model has ``absolute`` positions or
                 ``normalize_targets``.
         """
+        self._check_answers_queries()
+        tokens, valid = check_inputs(values, positions, pad_mask, self.config)
+        n_series, n_tokens, width = tokens.shape
+        queries = query_positions
+        queries = queries.expand(n_series, -1, -1) if queries.ndim == 2 else queries
+        n_queries = queries.shape[-1]
+        check_positions(queries, (n_series, self.config.n_pos_dims, n_queries), "query_positions")
+        axes = self.config.position_axes
+        both = torch.cat((positions.double(), queries.double()), dim=2)
+        real = F.pad(valid, (0, n_queries), value=True)
+        batch, order, rows = pack_tokens(
+            torch.cat((tokens, tokens.new_zeros(n_series, n_queries, width)), dim=1),
+            to_model_positions(both, origin(both, real, axes), axes),
+            real,
+            self.config,
+            covariates,
+        )
+        is_query = rows % (n_tokens + n_queries) >= n_tokens
+        masked = MaskedTokens.of(is_query, batch.segments)
+        raw = unpack(self.predict_hidden(batch, masked), masked.hidden, order)  # (B, Q, P or 2P)
+        std = None
+        if self.config.predict_variance:
+            std = (0.5 * raw[..., width:].clamp(*_LOG_VARIANCES)).exp()
+        result = Reconstruction(raw[..., :width], std)
+        if denormalise and self.data_schema is not None:
+            return result.denormalised(DataSchema.model_validate(self.data_schema), queries)
+        return result
+
+    def _check_answers_queries(self) -> None:
         if self.sinusoidal is not None:
             raise ValueError(
                 "reconstruct needs pos_encoding='ropend'; this model encodes the order of tokens alone"
@@ -220,30 +255,15 @@ class RoMAForPreTraining(Backbone):
                 "a model trained with normalize_targets predicts tubelets standardised by their own mean and "
                 "deviation, which are unknown at new positions; train with normalize_targets=False"
             )
-        tokens, valid = check_inputs(values, positions, pad_mask, self.config)
-        n_series, n_tokens, width = tokens.shape
-        queries = query_positions
-        queries = queries.expand(n_series, -1, -1) if queries.ndim == 2 else queries
-        n_queries = queries.shape[-1]
-        check_positions(queries, (n_series, self.config.n_pos_dims, n_queries), "query_positions")
-        axes = self.config.position_axes
-        start = origin(positions, valid, axes)
-        both = [to_model_positions(x, start, axes) for x in (positions, queries)]
-        batch, order, rows = pack_tokens(
-            torch.cat((tokens, tokens.new_zeros(n_series, n_queries, width)), dim=1),
-            torch.cat(both, dim=2),
-            F.pad(valid, (0, n_queries), value=True),
-            self.config,
-            covariates,
-        )
-        is_query = rows % (n_tokens + n_queries) >= n_tokens
-        masked = MaskedTokens.of(is_query, batch.segments)
-        raw = unpack(self.predict_hidden(batch, masked), masked.hidden, order)  # (B, Q, P or 2P)
-        std = (0.5 * raw[..., width:]).exp() if self.config.predict_variance else None
-        result = Reconstruction(raw[..., :width], std)
-        if denormalise and self.data_schema is not None:
-            return result.denormalised(DataSchema.model_validate(self.data_schema), queries)
-        return result
+
+    def export_reconstruction(self) -> ExportedProgram:
+        """:class:`PaddedReconstruction` as a program like that of :meth:`export`.
+
+        Raises:
+            ValueError: as :meth:`reconstruct`.
+        """
+        self._check_answers_queries()
+        return self._export(PaddedReconstruction(self.eval()), n_queries=3)
 
     def reconstruct_hidden(self, batch: PackedBatch, masked: MaskedTokens) -> Tensor:
         """``(H, P)`` predictions of the hidden tokens, by row, in the units of ``batch.tokens``.
@@ -290,6 +310,48 @@ class RoMAForPreTraining(Backbone):
         return self.head(self.decoder(y, rotations, full.segments, rows))
 
 
+class PaddedReconstruction(PaddedModel):
+    """What :meth:`RoMAForPreTraining.reconstruct` predicts, from padded tokens and queries, for export."""
+
+    config: RoMAForPreTrainingConfig
+
+    def __init__(self, model: RoMAForPreTraining) -> None:
+        super().__init__(model, "token", model.head)
+        self.encoder_decoder_proj, self.mask_token = model.encoder_decoder_proj, model.mask_token
+        self.decoder, self.decoder_categories = model.decoder, model.decoder_categories
+        self.decoder_rotary = model.decoder_rotary
+
+    def forward(  # type: ignore[override]
+        self,
+        values: Tensor,
+        positions: Tensor,
+        valid: Tensor,
+        queries: Tensor,
+        query_valid: Tensor,
+        covariates: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Means ``(B, Q, P)``, and with ``predict_variance`` variances ``(B, Q, P)``.
+
+        ``queries`` are ``(B, Q, D)`` float32 like ``positions``, ``query_valid`` ``(B, Q)`` bool; the
+        others are as in :class:`PaddedModel`, ``values`` NaN where missing. Queries of a series are
+        predicted together, as the hidden tokens of training are; outputs at padding are arbitrary.
+        """
+        x, positions, valid = self.encode(values, positions, valid, covariates)
+        x = self.encoder_decoder_proj(x)
+        mask_tokens = self.mask_token.expand(*query_valid.shape, -1)
+        if self.decoder_categories is not None:
+            mask_tokens = mask_tokens + self.decoder_categories(queries)
+        assert self.decoder_rotary is not None
+        rotations = self.decoder_rotary(torch.cat((positions, queries), dim=1))
+        valid = torch.cat((valid, query_valid), dim=1)
+        y = self.decoder.forward_padded(torch.cat((x, mask_tokens), dim=1), rotations, valid)
+        outputs = self.head(y[:, x.shape[1] :])
+        if not self.config.predict_variance:
+            return outputs
+        mean, log_variance = outputs.chunk(2, dim=-1)
+        return mean, log_variance.clamp(*_LOG_VARIANCES).exp()
+
+
 def _squared_error(logits: Tensor, targets: Tensor) -> Tensor:
     return (logits - targets) ** 2
 
@@ -298,7 +360,7 @@ def _gaussian_nll(outputs: Tensor, targets: Tensor) -> Tensor:
     """``(H, 2P)`` means and log variances, ``(H, P)`` → ``(H, P)``, without the constant."""
     exact = outputs if outputs.dtype == torch.float64 else outputs.float()
     mean, log_variance = exact.chunk(2, dim=-1)
-    log_variance = log_variance.clamp(-14.0, 14.0)  # deviations of 1e-3 … 1e3 are wide enough
+    log_variance = log_variance.clamp(*_LOG_VARIANCES)
     return 0.5 * (log_variance + (targets - mean) ** 2 / log_variance.exp())
 
 

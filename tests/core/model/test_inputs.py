@@ -13,6 +13,7 @@ from roma_core import RoMAForClassificationConfig, RoMAForPreTrainingConfig
 from roma_core.model.embedding import interpolated, with_observed_flags
 from roma_core.model.masking import draw_mask
 from roma_core.model.packing import pack
+from roma_core.model.pretraining import PaddedReconstruction
 from tests.core.model.small_models import autoencoder, classifier
 
 CATEGORIES = {"n_pos_dims": 2, "axis_categories": (0, 3)}
@@ -58,6 +59,49 @@ def test_the_exported_program_equals_the_model(inputs, use_cls, neighbours):
             arguments = (values.flatten(2), positions.transpose(1, 2).contiguous(), ~pad_mask)
             logits = program(*arguments, *(() if given is None else (given,)))
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("neighbours", "predict_variance"), [(0, True), (2, False)])
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_the_served_reconstruction_equals_that_of_training(inputs, neighbours, predict_variance):
+    """Whole tokens are hidden, and with missing values single numbers too."""
+    strategy = "value" if inputs["missing_values"] else "random"
+    model = autoencoder(
+        **inputs,
+        neighbours=neighbours,
+        predict_variance=predict_variance,
+        use_cls=predict_variance,
+        mask_strategy=strategy,
+        mask_ratio=0.4,
+    )
+    program = PaddedReconstruction(model)
+    if inputs == INPUTS[-1]:  # an export takes seconds
+        program = model.export_reconstruction().module()
+    for lengths in ([6, 3], [5]):
+        values, positions, pad_mask, covariates = batch(lengths, inputs["missing_values"])
+        given = covariates if inputs["covariates"] else None
+        packed, order, _ = model.pack(values, positions, pad_mask, given)
+        drawn = draw_mask(packed, model.config, 3, 0)
+        masked = drawn.masked
+        seen, hidden = (
+            torch.nn.utils.rnn.pad_sequence(rows.split(segments.lengths), True, -1)
+            for rows, segments in (
+                (masked.visible_rows, masked.visible),
+                (masked.hidden_rows, masked.hidden),
+            )
+        )
+        arguments = [drawn.tokens[seen], drawn.positions[seen], seen >= 0]
+        arguments[0][seen < 0] = 7.0  # padding may hold any number
+        arguments += [drawn.positions[hidden], hidden >= 0]
+        with torch.no_grad():
+            expected = model.predict_hidden(drawn, masked)
+            plain = model.reconstruct_hidden(drawn, masked)
+            found = program(*arguments, *(() if given is None else (given[order],)))
+        mean, variance = found if predict_variance else (found, None)
+        torch.testing.assert_close(mean[hidden >= 0], plain, rtol=1e-5, atol=1e-5)
+        if variance is not None:
+            own = expected[:, 2:].clamp(-14, 14).exp()
+            torch.testing.assert_close(variance[hidden >= 0], own, rtol=1e-5, atol=1e-5)
 
 
 def test_a_missing_number_is_not_a_zero():
