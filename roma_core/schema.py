@@ -3,6 +3,7 @@
     values      (transform(value) - mean) / std        per channel, fitted on the train split
     positions   (position - anchor - offset) / scale   per axis
     covariates  (value - mean) / std                   per number of an object
+    targets     (value - mean) / std                   per target, in the loss of a regression
 
 A value that is missing is NaN. In the ``joint`` layout an observation has a value of every channel;
 in ``per_channel`` it has the value of one, whose index is its position on the last axis.
@@ -129,6 +130,14 @@ class Covariate(Frozen):
     std: float = Field(1.0, gt=0)
 
 
+class Target(Channel):
+    """A number that a model may predict; data sets of before there was a scale have 0 and 1."""
+
+    mean: float = Field(0.0, exclude_if=lambda mean: mean == 0, description="Over the train split.")
+    std: float = Field(1.0, gt=0, exclude_if=lambda std: std == 1)
+
+
+TargetLevel = Literal["observation", "series"]
 Layout = Literal["joint", "per_channel"]
 CHANNEL_AXIS = "channel"
 """Name of the axis that holds the channel's index in the ``per_channel`` layout."""
@@ -159,10 +168,15 @@ class DataSchema(Frozen):
     )
     covariates: tuple[Covariate, ...] = Field((), exclude_if=lambda covariates: not covariates)
     classes: tuple[str, ...] = ()
-    targets: tuple[Channel, ...] = Field(
+    targets: tuple[Target, ...] = Field(
         (),
         exclude_if=lambda targets: not targets,
-        description="Numbers of every observation that a model may predict; never its input.",
+        description="Numbers that a model may predict; never its input.",
+    )
+    target_level: TargetLevel = Field(
+        "observation",
+        exclude_if=lambda level: level == "observation",
+        description="Whether every observation has the targets, or every series.",
     )
     normalisation: tuple[ChannelNormalisation, ...] = Field(
         description="One entry per number of an observation, in the order of `channels`; with "

@@ -57,6 +57,7 @@ from roma_core.schema import (
     Float32,
     Float64,
     PositionAxis,
+    Target,
     channel_axis,
 )
 from roma_core.settings import validation_errors
@@ -89,7 +90,7 @@ def build_dataset(config: DatasetConfig, root: Path, cache: Path, progress: bool
             total, title = length_hint(source) or None, f"building {config.name}"
             with ExitStack() as files:
                 writer = DatasetWriter(config, source, aside, files)
-                if config.split.stratified:
+                if writer.splitter.options.stratified:
                     writer.splitter.restore(versions=home)
                 for series in tqdm(cleaner, title, total, unit=" series", disable=not progress):
                     writer.add(series)
@@ -165,8 +166,16 @@ class DatasetWriter:
         self, config: DatasetConfig, source: Source, folder: Path, files: ExitStack
     ) -> None:
         self.config, self.source, self.folder, self._files = config, source, folder, files
+        split = config.split
+        if split.stratified and not source.classes:
+            warnings.warn(
+                f"split.stratified: the source of {config.name} has no classes to stratify by; its objects "
+                f"are split by a hash of their ids instead",
+                stacklevel=3,
+            )
+            split = split.model_copy(update={"stratified": False})
         self.splitter = Splitter(
-            config.name, config.split, config.validation_fraction, config.test_fraction
+            config.name, split, config.validation_fraction, config.test_fraction
         )
         axes = [axis.name for axis in source.axes]
         channels = [channel.name for channel in source.channels]
@@ -205,11 +214,17 @@ class DatasetWriter:
             normalise_by=normalise_by,
             covariates=trait(source, "covariates"),
             classes=source.classes,
-            targets=trait(source, "targets"),
+            targets=tuple(Target(name=t.name, unit=t.unit) for t in trait(source, "targets")),
+            target_level=trait(source, "target_level"),
             normalisation=(),
         )
         self._fit = _channel_fit(self._schema, config)
-        self._unfitted: list[tuple[Float32, Float64]] = []  # train, not in `_fit` yet
+        targets = [f"target {target.name!r}" for target in self._schema.targets]
+        self._target_fit: ChannelFit | None = None
+        if targets:
+            transforms = [ChannelTransform()] * len(targets)
+            self._target_fit = ChannelFit(targets, transforms, len(targets))
+        self._unfitted: list[tuple[Float32, Float64, Float32]] = []  # train, not fitted yet
         self._n_unfitted = 0
         self._seen = {split: [set[int]() for _ in all_axes] for split in SPLITS}  # categories
         self._missing_values = False
@@ -224,6 +239,10 @@ class DatasetWriter:
         self._append_covariates = files.enter_context(
             column_file(folder / "covariates.npy", np.float32, len(trait(source, "covariates")))
         )
+        if targets and self._schema.target_level == "series":
+            self._append_targets = files.enter_context(
+                column_file(folder / "targets.npy", np.float32, len(targets))
+            )
         self._append_group = files.enter_context(text_list(folder / "groups.json"))
         self._open_shard()
 
@@ -246,13 +265,13 @@ class DatasetWriter:
         if config.drop_rate > 0:
             series = self._dropped(series)
         columns = {name: getattr(series, name) for name in self._append}
-        positions, values = series.positions, series.values
+        positions, values, targets = series.positions, series.values, columns.get("targets")
         if self._schema.layout != trait(self.source, "layout"):
             if self._schema.layout == "per_channel":
                 positions, values, rows = melt(positions, values)
             else:
                 n_channels = len(self.source.channels)
-                positions, values, rows = pivot(positions, values, n_channels, series.targets)
+                positions, values, rows = pivot(positions, values, n_channels, targets)
             columns = {name: column[rows] for name, column in columns.items()}
             columns |= {"positions": positions, "values": values}
         if self._n_in_shard + len(values) > _SHARD and self._n_in_shard:
@@ -264,6 +283,8 @@ class DatasetWriter:
         self._append_id(series.id)
         if series.covariates is not None:
             self._append_covariates(series.covariates[None])
+        if series.targets is not None and targets is None:
+            self._append_targets(series.targets[None])
         self._missing_values = self._missing_values or bool(np.isnan(values).any())
         if self._has_groups is None:
             self._has_groups = series.group is not None
@@ -288,7 +309,11 @@ class DatasetWriter:
             if values.base is not None:
                 values = values.copy()  # frees a chunk of the source
             needs_positions = self._schema.normalise_by is not None
-            self._unfitted.append((values, positions if needs_positions else positions[:0]))
+            fitted = positions if needs_positions else positions[:0]
+            targets = np.empty((0, 0), np.float32)
+            if series.targets is not None:
+                targets = series.targets.reshape(-1, len(self._schema.targets))
+            self._unfitted.append((values, fitted, targets))
             self._n_unfitted += len(values)
             if self._n_unfitted >= _CHUNK:
                 self._update_fit()
@@ -318,8 +343,10 @@ class DatasetWriter:
 
     def _update_fit(self) -> None:
         if self._unfitted:
-            values, positions = zip(*self._unfitted, strict=True)
-            self._fit.add(np.concatenate(values), np.concatenate(positions))
+            values, positions, targets = map(np.concatenate, zip(*self._unfitted, strict=True))
+            self._fit.add(values, positions)
+            if self._target_fit is not None:
+                self._target_fit.add(targets, positions)
         self._unfitted, self._n_unfitted = [], 0
 
     def finish(self, repairs: Repairs | None) -> Manifest:
@@ -373,6 +400,12 @@ class DatasetWriter:
             "covariates": _fitted_covariates(folder, trait(source, "covariates"), splits),
             "normalisation": normalisation,
         }
+        if self._target_fit is not None:
+            scales = zip(self._schema.targets, self._target_fit.result(), strict=True)
+            fitted["targets"] = tuple(
+                target.model_copy(update={"mean": scale.mean, "std": scale.std})
+                for target, scale in scales
+            )
         schema = self._schema.model_copy(update=fitted)
         before = np.array(self._lengths_before, dtype=np.int64)
         irregularity = None
@@ -384,7 +417,7 @@ class DatasetWriter:
                 n_dropped=check_dropped(config.drop_rate, before, self._n_kept),
             )
         manifest = Manifest(
-            schema_version=3 if schema.needs_version_3 else 2 if schema.targets else 1,
+            schema_version=4 if schema.targets else 3 if schema.needs_version_3 else 1,
             name=config.name,
             data_schema=schema,
             counts=split_counts(offsets, splits),

@@ -33,7 +33,7 @@ class RepairOptions(Frozen):
     not_finite: Literal["refuse", "drop"] = Field(
         "refuse",
         description="Observations whose position or target is not finite, or with a value that is "
-        "infinite or too large.",
+        "infinite or too large. Of a series whose own target is not finite, the series.",
     )
     missing: Literal["keep", "drop", "refuse"] = Field(
         "keep",
@@ -54,6 +54,7 @@ class SeriesCleaner:
         self.source, self.options = source, options
         self._classes = frozenset(source.classes)
         self._targets = trait(source, "targets")
+        self._of_series = trait(source, "target_level") == "series"
         self._origin = f" of {next(iter(source.files))}" if len(source.files) == 1 else ""
         self._counts = dict.fromkeys(Repairs.model_fields, 0)
 
@@ -86,7 +87,10 @@ class SeriesCleaner:
             )
         n = len(series.values)
         for what, array, columns in self._arrays(series):
-            if array.shape != (expected := (n, len(columns))):
+            expected: tuple[int, ...] = n, len(columns)
+            if what == "targets" and self._of_series:
+                expected = expected[1:]
+            if array.shape != expected:
                 raise DataError(f"{name}: {what} have the shape {array.shape}, expected {expected}")
         classes = self.source.classes
         if classes and series.label not in self._classes:
@@ -103,9 +107,19 @@ class SeriesCleaner:
         """The series without defects; None if it is empty and such series are dropped."""
         options, counts = self.options, self._counts
         n_channels = series.values.shape[1]
-        positions, values = series.positions, series.values
-        if series.targets is not None:  # repaired together with the observation they belong to
-            values = np.concatenate([values, series.targets], axis=1)  # (N, C + K)
+        positions, values, targets = series.positions, series.values, series.targets
+        if targets is not None and self._of_series:
+            if not (finite := np.isfinite(targets)).all():
+                if options.not_finite == "refuse":
+                    k = int(finite.argmin())
+                    raise DataError(
+                        f"{self._name(series)}: its target {self._targets[k].name!r} is {targets[k]}, expected "
+                        f"a finite number: leave the series out, or set repair.not_finite to 'drop'"
+                    )
+                counts["series_without_targets"] += 1
+                return None
+        elif targets is not None:  # repaired together with the observation they belong to
+            values = np.concatenate([values, targets], axis=1)  # (N, C + K)
         original = values
         if not (np.isfinite(positions).all() and np.isfinite(values).all()):
             missing = np.isnan(values[:, :n_channels])  # (N, C)
@@ -145,7 +159,8 @@ class SeriesCleaner:
             positions, values = self._without_duplicates(series, positions, values)
         if values is original:
             return series
-        targets = None if series.targets is None else values[:, n_channels:]
+        if targets is not None and not self._of_series:
+            targets = values[:, n_channels:]
         return dataclasses.replace(
             series, positions=positions, values=values[:, :n_channels], targets=targets
         )

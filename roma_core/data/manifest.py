@@ -8,14 +8,15 @@ columns continue in ``values-1.npy``, ``values-2.npy`` and so on, each with whol
     values.npy         (n_observations, n_channels) float32, as delivered: not normalised
     positions.npy      (n_observations, n_axes) float64, as delivered: not normalised
     offsets.npy        (n_series + 1,) int64
-    targets.npy        (n_observations, n_targets) float32, as delivered; absent without targets
+    targets.npy        (n_observations, n_targets) float32, as delivered, or (n_series, n_targets) if
+                       they are of whole series; absent without targets
     labels.npy         (n_series,) int64 index into ``classes``; absent without labels
     splits.npy         (n_series,) int8 index into ``SPLITS``
     ids.json           list of n_series strings
     groups.json        list of n_series strings; absent without groups
 
-Version 2 of the format added targets. A set without them is written, and has the digest, as in
-version 1; both versions are read.
+Version 2 of the format added targets, version 4 their mean, std and level. A set without them is
+written, and has the digest, as in version 1 or 3; all versions are read.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from roma_core.schema import DataError, DataSchema
 from roma_core.settings import Frozen, validation_errors
 
 MANIFEST = "manifest.json"
-VERSIONS = (1, 2, 3)  # of the format, that can be read
+VERSIONS = (1, 2, 3, 4)  # of the format, that can be read
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Leakage = Literal["error", "warn", "ignore"]
@@ -71,6 +72,9 @@ class Repairs(Frozen):
     observations_without_values: int = Field(
         0, exclude_if=lambda n: n == 0, description="Dropped, of series with missing values."
     )
+    series_without_targets: int = Field(
+        0, exclude_if=lambda n: n == 0, description="Dropped, as a target of theirs is not finite."
+    )
 
 
 class Provenance(Frozen):
@@ -85,10 +89,10 @@ class Provenance(Frozen):
 class Manifest(Frozen):
     """Everything about a data set except its numbers."""
 
-    schema_version: Literal[1, 2, 3] = Field(
+    schema_version: Literal[1, 2, 3, 4] = Field(
         1,
-        description="3 for a set with missing values, categories, covariates or the per_channel layout, "
-        "else 2 for one with targets, 1 without.",
+        description="4 for a set with targets (2 for an older one), else 3 for one with missing values, "
+        "categories, covariates or the per_channel layout, 1 for others.",
     )
     name: str
     data_schema: DataSchema
@@ -147,9 +151,13 @@ def read_manifest(folder: Path) -> Manifest:
 
 def large_columns(schema: DataSchema) -> dict[str, tuple[type[np.generic], int]]:
     """Names of the columns with a row per observation, with their dtypes and widths."""
-    targets = {"targets": (np.float32, len(schema.targets))} if schema.targets else {}
-    shapes = {"values": (np.float32, schema.n_values), **targets}
-    return {"positions": (np.float64, len(schema.axes)), **shapes}
+    columns: dict[str, tuple[type[np.generic], int]] = {
+        "positions": (np.float64, len(schema.axes)),
+        "values": (np.float32, schema.n_values),
+    }
+    if schema.targets and schema.target_level == "observation":
+        columns["targets"] = np.float32, len(schema.targets)
+    return columns
 
 
 def shard_name(column: str, k: int) -> str:
@@ -194,6 +202,7 @@ def find_damage(folder: Path, manifest: Manifest) -> list[str]:
     needed |= {shard_name(column, k) for column in columns for k in shards}
     needed |= {"labels.npy"} if manifest.data_schema.classes else set()
     needed |= {"covariates.npy"} if manifest.data_schema.covariates else set()
+    needed |= {"targets.npy"} if manifest.data_schema.targets else set()
     if set(manifest.files) - {"groups.json"} != needed:
         return [*found, f"{MANIFEST}: lists {sorted(manifest.files)}, expected {sorted(needed)}"]
 

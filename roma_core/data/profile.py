@@ -14,7 +14,7 @@ from pydantic import Field
 from roma_core.data.manifest import SPLITS, Split
 from roma_core.data.ragged import RaggedBatch
 from roma_core.data.store import StoredDataset
-from roma_core.schema import PositionAxis
+from roma_core.schema import Channel, PositionAxis
 from roma_core.settings import Frozen
 
 _MAX_OBSERVATIONS = 2_000_000  # read for quantiles of gaps and values
@@ -151,6 +151,7 @@ def profile_dataset(dataset: StoredDataset) -> DataProfile:
     series = np.concatenate([part.ids[part.series] for part in parts])  # (n,)
     found = [part.targets for part in parts if part.targets is not None]
     targets = np.concatenate(found) if found else np.empty((0, 0))  # (n, K)
+    targets = targets if dataset.series_targets is None else dataset.series_targets
     covariates = np.empty((0, 0)) if dataset.covariates is None else dataset.covariates
     dropped = dataset.manifest.irregularity
     return DataProfile(
@@ -245,7 +246,7 @@ def plot_profile(profile: DataProfile, dataset: StoredDataset) -> bytes:
     with rc_context(_STYLE):
         panels = figure.subplots(2, 2).flatten()
         _plot_lengths(panels[0], dataset)
-        _plot_classes(panels[1], profile)
+        _plot_classes(panels[1], profile, dataset)
         _plot_gaps(panels[2], dataset)
         _plot_examples(panels[3], profile, dataset)
         for dpi in (110, 95, 80, 60, 40):
@@ -272,9 +273,14 @@ def _plot_lengths(panel: Any, dataset: StoredDataset) -> None:
     panel.legend()
 
 
-def _plot_classes(panel: Any, profile: DataProfile) -> None:
+def _plot_classes(panel: Any, profile: DataProfile, dataset: StoredDataset) -> None:
     panel.set(title="Classes", ylabel="series")
-    labels = list(profile.splits["train"].classes)
+    labels, targets = list(profile.splits["train"].classes), dataset.series_targets
+    if not labels and targets is not None:
+        of_splits = [targets[dataset.split(name).indices, 0] for name in SPLITS]
+        panel.hist(of_splits, bins=40, stacked=True, color=[_COLOURS[name] for name in SPLITS])
+        panel.set(title="Targets", xlabel=_axis_label(dataset.schema.targets[0]))
+        return
     if not labels:
         panel.text(0.5, 0.5, "no labels", ha="center", transform=panel.transAxes, color="0.5")
         panel.set_axis_off()
@@ -333,5 +339,5 @@ def _plot_examples(panel: Any, profile: DataProfile, dataset: StoredDataset) -> 
     panel.set(title=title, xlabel=_axis_label(dataset.schema.axes[0]))
 
 
-def _axis_label(axis: PositionAxis) -> str:
+def _axis_label(axis: PositionAxis | Channel) -> str:
     return axis.name if axis.unit in ("1", axis.name) else f"{axis.name} [{axis.unit}]"

@@ -82,6 +82,9 @@ def check_dataset(path: Path) -> list[Finding]:
                 n_categories = len(axis.categories) + axis.unknown
                 finite &= np.isin(part.positions[:, k], range(n_categories))
         bad += part.ids[~np.logical_and.reduceat(finite, part.starts)].tolist()
+    if dataset.series_targets is not None:
+        finite = np.isfinite(dataset.series_targets).all(axis=1)
+        bad = sorted({*bad, *np.flatnonzero(~finite).tolist()})
     if bad:
         problem = "holds numbers that are not finite, or no index of a category"
         return _series_finding(dataset, "finite", "error", bad, problem)
@@ -131,6 +134,8 @@ def _broken_layout(dataset: StoredDataset) -> list[str]:
         columns["labels.npy"] = (dataset.labels, (n,), np.int64)
     if dataset.covariates is not None:
         columns["covariates.npy"] = (dataset.covariates, (n, len(schema.covariates)), np.float32)
+    if dataset.series_targets is not None:
+        columns["targets.npy"] = (dataset.series_targets, (n, len(schema.targets)), np.float32)
     if found := [
         f"{name}: {array.dtype} of shape {array.shape}, expected {np.dtype(dtype)} of {shape}"
         for name, (array, shape, dtype) in columns.items()
@@ -496,7 +501,7 @@ def compare_versions(new: StoredDataset, old: StoredDataset) -> list[Finding]:
     different schemas are not compared further.
     """
     sentences = []
-    for what in ("layout", "channels", "axes", "covariates", "classes", "targets"):
+    for what in ("layout", "channels", "axes", "covariates", "classes", "targets", "target_level"):
         now, then = (
             found
             if isinstance(found := getattr(version.schema, what), str)
@@ -578,6 +583,9 @@ def _train_numbers(
         found[f"presence of covariate {covariate.name!r}"] = there.astype(np.float64)
     if dataset.labels is not None:
         found["class"] = dataset.labels[train.indices].astype(np.float64)
+    if dataset.series_targets is not None:
+        columns = dataset.series_targets[train.indices].astype(np.float64).T
+        found |= {f"target {t.name!r}": x for t, x in zip(schema.targets, columns, strict=True)}
     return found
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+_OF_SERIES = ("labels", "series_targets", "covariates")  # optional fields
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class RaggedBatch:
     ids: Ints  # (B,) stable names of the series
     labels: NDArray[Any] | None = None  # (B,) int64 or (B, K) float, one per series
     targets: NDArray[Any] | None = None  # (T,) or (T, K), one per observation
+    series_targets: NDArray[np.float32] | None = None  # (B, K), one per series
     covariates: NDArray[np.float32] | None = None  # (B, K) of each series, NaN where missing
 
     @classmethod
@@ -69,11 +71,9 @@ class RaggedBatch:
         lengths = self.lengths[order]
         shift = self.starts[order] - (np.cumsum(lengths) - lengths)  # of each series' rows
         rows = np.arange(lengths.sum()) + np.repeat(shift, lengths)
-        labels = None if self.labels is None else self.labels[order]
-        covariates = None if self.covariates is None else self.covariates[order]
-        ids = self.ids[order]
-        taken = self._take(rows)
-        return replace(taken, lengths=lengths, ids=ids, labels=labels, covariates=covariates)
+        arrays = ((name, getattr(self, name)) for name in _OF_SERIES)
+        own: dict[str, Any] = {name: array[order] for name, array in arrays if array is not None}
+        return replace(self._take(rows), lengths=lengths, ids=self.ids[order], **own)
 
     def split(self) -> tuple[list[NDArray[np.float32]], list[NDArray[Any]]]:
         """Values and positions of each series."""

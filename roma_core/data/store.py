@@ -32,7 +32,7 @@ from roma_core.data.manifest import (
 from roma_core.data.ragged import RaggedBatch
 from roma_core.files import read_json
 from roma_core.hashing import hash_ints, hash_text
-from roma_core.schema import Covariate, DataError, DataSchema, Normaliser, PositionAxis
+from roma_core.schema import DataError, DataSchema, Normaliser
 
 Sample = dict[str, Any]
 _ROW_GROUP = 1 << 18  # observations in a row group of Parquet, unless one series has more
@@ -65,6 +65,10 @@ class StoredDataset:
         }
         self._values, self._positions = files["values"], files["positions"]
         self._targets = files.get("targets")
+        of_series = self.schema.targets and self.schema.target_level == "series"
+        self.series_targets: NDArray[np.float32] | None = (  # (n_series, K) as delivered
+            self._column("targets.npy") if of_series else None
+        )
         self.offsets: NDArray[np.int64] = self._column("offsets.npy")
         self.lengths: NDArray[np.int64] = np.diff(self.offsets)
         self.splits: NDArray[np.int8] = self._column("splits.npy")
@@ -114,7 +118,7 @@ class StoredDataset:
         return at, joint
 
     def targets(self, i: int) -> NDArray[np.float32] | None:
-        """The targets of series i, ``(N, K)`` float32 as delivered; None without targets."""
+        """The targets of series i's observations, ``(N, K)`` float32 as delivered, if there are any."""
         if self._targets is None:
             return None
         k, rows = self._locate(i)
@@ -153,6 +157,9 @@ class StoredDataset:
                     ids=np.arange(a, b),
                     labels=None if self.labels is None else self.labels[a:b],
                     targets=None if self._targets is None else self._targets[k][rows],
+                    series_targets=None
+                    if self.series_targets is None
+                    else self.series_targets[a:b],
                     covariates=None if self.covariates is None else self.covariates[a:b],
                 )
 
@@ -181,8 +188,8 @@ class StoredDataset:
         """Series i as the model sees it: values ``(N, C, 1, 1)`` and positions ``(D, N)``, normalised.
 
         Also ``id``, i, by which masks are drawn; ``label``, an index into ``schema.classes``,
-        ``targets``, ``(N, K)`` float32 as delivered, and ``covariates``, ``(K,)`` float32 normalised, if
-        there are any.
+        ``targets``, ``(N, K)`` float32 as delivered, or ``(K,)`` of the series, and ``covariates``,
+        ``(K,)`` float32 normalised, if there are any.
         """
         positions, values = self.raw(i)
         at = np.ascontiguousarray(self._normaliser.normalise_positions(positions).T)
@@ -192,6 +199,8 @@ class StoredDataset:
             sample["label"] = int(self.labels[i])
         if self._targets is not None:
             sample["targets"] = np.array(self.targets(i))
+        if self.series_targets is not None:
+            sample["targets"] = self.series_targets[i]
         if self.covariates is not None:
             sample["covariates"] = self._normaliser.normalise_covariates(self.covariates[i])
         return sample
@@ -216,6 +225,7 @@ class StoredDataset:
             ids=rows,
             labels=None if self.labels is None else self.labels[rows],
             targets=None if self._targets is None else of(self._targets),
+            series_targets=None if self.series_targets is None else self.series_targets[rows],
             covariates=None
             if covariates is None
             else self._normaliser.normalise_covariates(covariates[rows]),
@@ -231,9 +241,9 @@ class StoredDataset:
         """Write all series, or those of one split, to a Parquet file; returns their number.
 
         A row per series, as delivered and in the joint layout: ``id``, ``split``, ``label`` and
-        ``group`` where there are any, covariates, then a list per axis, channel and target: of doubles,
-        of floats, null where one is missing, or of names of categories. A source of kind ``parquet``
-        reads it back. The columns' metadata hold ``unit``, ``role`` and ``categories``, by which
+        ``group`` where there are any, covariates and targets of series, then a list per axis, channel
+        and target of observations: of doubles, of floats, null where one is missing, or of names of
+        categories. A source of kind ``parquet`` reads it back. The columns' metadata hold ``unit``, ``role`` and ``categories``, by which
         ``infer_source`` finds axes, targets and covariates; batch prediction ignores targets.
 
         Raises:
@@ -249,10 +259,12 @@ class StoredDataset:
         if self.groups is not None:
             texts["group"] = self.groups
         lists: dict[str, Sequence[Any]] = {
-            "axis": schema.given_axes, "channel": schema.channels, "target": schema.targets,
+            "axis": schema.given_axes, "channel": schema.channels,
         }  # fmt: skip
+        singles: dict[str, Sequence[Any]] = {"covariate": schema.covariates}
+        (singles if schema.target_level == "series" else lists)["target"] = schema.targets
         fields = [pa.field(name, pa.string()) for name in texts]
-        for role, parts in {"covariate": schema.covariates, **lists}.items():
+        for role, parts in (singles | lists).items():
             for one in parts:
                 marks = {"unit": one.unit, "role": role}
                 kind = pa.float64() if role == "axis" else pa.float32()
@@ -262,7 +274,9 @@ class StoredDataset:
                     kind = pa.string()
                 kind = pa.list_(kind) if role in lists else kind
                 fields.append(pa.field(one.name, kind, metadata=marks))
-        of_objects = np.empty((len(self), 0)) if self.covariates is None else self.covariates
+        of_series = [one for parts in singles.values() for one in parts]
+        arrays = [x for x in (self.covariates, self.series_targets) if x is not None]
+        of_objects = np.hstack([np.empty((len(self), 0)), *arrays])
         names = [field.name for field in fields]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise DataError(
@@ -273,11 +287,11 @@ class StoredDataset:
             columns = [[column[i] for i in part.ids] for column in texts.values()]
             columns += [
                 _as_delivered(one, column)
-                for one, column in zip(schema.covariates, of_objects[part.ids].T, strict=True)
+                for one, column in zip(of_series, of_objects[part.ids].T, strict=True)
             ]
             offsets = pa.array(np.append(part.starts, len(part.values)).astype(np.int32))
             arrays = (part.positions, part.values, part.targets)
-            for parts, array in zip(lists.values(), arrays, strict=True):
+            for parts, array in zip(lists.values(), arrays, strict=False):
                 for one, column in zip(parts, () if array is None else array.T, strict=True):
                     has_words = bool(getattr(one, "categories", ()))
                     # NaN is null
@@ -379,9 +393,9 @@ def raw_series(subset: Subset, rows: Iterable[int]) -> Iterator[dict[str, Any]]:
         yield found
 
 
-def _as_delivered(one: PositionAxis | Covariate, column: NDArray[Any]) -> list[Any]:
+def _as_delivered(one: Any, column: NDArray[Any]) -> list[Any]:
     """Numbers, or names of categories; None where one is missing."""
-    if not one.categories:
+    if not getattr(one, "categories", ()):
         return _with_none(column)
     names = (*one.categories, "unknown")  # of an axis that accepts others
     return [None if k != k else names[int(k)] for k in column.tolist()]

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from roma_core.files import sha256_of
-from roma_core.schema import Channel, Covariate, DataError, Layout, PositionAxis
+from roma_core.schema import Channel, Covariate, DataError, Layout, PositionAxis, TargetLevel
 from roma_core.settings import Frozen, validation_errors
 
 RecordedSplit = Literal["train", "validation", "test"]
@@ -44,13 +44,16 @@ class RawSeries:
     label: str | None = None
     recorded_split: RecordedSplit | None = None  # the publisher's assignment, where there is one
     group: str | None = None  # shared by the objects of one patient or host; all or none have it
-    targets: NDArray[np.float32] | None = None  # (N, K), if the source has targets
+    # (N, K), if the source has targets of observations; (K,) of the whole series
+    targets: NDArray[np.float32] | None = None
     # (K,), if the source has covariates: numbers, indices of categories, NaN where missing
     covariates: NDArray[np.float32] | None = None
 
     def select(self, kept: NDArray[np.bool_]) -> RawSeries:
         """The observations where ``(N,)`` kept is True."""
-        targets = None if self.targets is None else self.targets[kept]
+        targets = self.targets
+        if targets is not None and targets.ndim == 2:
+            targets = targets[kept]
         positions, values = self.positions[kept], self.values[kept]
         return replace(self, positions=positions, values=values, targets=targets)
 
@@ -63,7 +66,8 @@ class Source:
             configuration.
         layout: of the observations that ``read`` yields.
         classes: all labels that may come, in the order of their indices; empty without labels.
-        targets: numbers of every observation that a model may predict.
+        targets: numbers that a model may predict, of every observation or, by ``target_level``, of
+            every series.
         files: sha256 of every input file, by a name that does not depend on this computer.
     """
 
@@ -71,6 +75,7 @@ class Source:
     axes: tuple[PositionAxis, ...]
     classes: tuple[str, ...]
     targets: tuple[Channel, ...] = ()
+    target_level: TargetLevel = "observation"
     covariates: tuple[Covariate, ...] = ()
     layout: Layout = "joint"
     files: Mapping[str, str]
@@ -89,7 +94,7 @@ class Source:
         raise NotImplementedError
 
 
-def trait(source: Any, name: Literal["targets", "covariates", "layout"]) -> Any:
+def trait(source: Any, name: Literal["targets", "target_level", "covariates", "layout"]) -> Any:
     """An attribute of a source, or its default: a plug-in without the base class may lack it."""
     return getattr(source, name, getattr(Source, name))
 

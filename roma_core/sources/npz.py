@@ -2,7 +2,8 @@
 
     values      (n, N, C) or (n, N), or flat (observations, C) with offsets
     positions   (n, N, D) or (n, N), or (N,) for all, or flat (observations, D) with offsets
-    targets     as values, with K in the place of C; optional
+    targets     as values, with K in the place of C; or, by target_level: series, (n, K) or (n,);
+                optional
     offsets     (n + 1,) for flat arrays    or    lengths   (n,) for padded ones
     ids, labels, groups, splits             (n,) text or whole numbers; all optional
 
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from roma_core.schema import Channel, DataError, PositionAxis
+from roma_core.schema import Channel, DataError, PositionAxis, TargetLevel
 from roma_core.sources.base import (
     MetadataColumns,
     RawSeries,
@@ -41,6 +42,11 @@ class NpzConfig(SourceConfig):
     axes: tuple[PositionAxis, ...] = Field(min_length=1, description="Names and units.")
     channels: tuple[Channel, ...] = Field(min_length=1, description="Names and units.")
     targets: tuple[Channel, ...] = Field((), description="Names and units of the array 'targets'.")
+    target_level: TargetLevel = Field(
+        "observation",
+        exclude_if=lambda level: level == "observation",
+        description="Whether 'targets' are of every observation, or of every series.",
+    )
 
     def open(self, cache: Path) -> NpzSource:
         return NpzSource(self)
@@ -52,6 +58,7 @@ class NpzSource(Source):
     def __init__(self, config: NpzConfig) -> None:
         super().__init__(config)
         self.axes, self.channels, self.targets = config.axes, config.channels, config.targets
+        self.target_level = config.target_level
         self.files = hash_files([config.file])
         self._where = str(config.file)
         arrays = read_arrays(config.file)
@@ -65,9 +72,13 @@ class NpzSource(Source):
         self._values, self._positions = arrays["values"], arrays["positions"]
         self._targets = arrays.get("targets")
         self._n = self._count_series()
-        if self._targets is not None and len(self._targets) != len(self._values):
+        n_rows = self._n if self.target_level == "series" else len(self._values)
+        if self._targets is not None and len(self._targets) != n_rows:
             shapes = f"targets {self._targets.shape} and values {self._values.shape}"
             raise DataError(f"{self._where}: {shapes} must have as many series and observations")
+        if self.target_level == "series" and self._targets is not None:
+            self._check_numbers(self._targets)
+            self._targets = self._targets.reshape(self._n, -1)
         for name in ("lengths", "ids", *_METADATA):
             array = arrays.get(name)
             if array is not None and array.ndim != 1:
@@ -130,7 +141,9 @@ class NpzSource(Source):
     def read(self) -> Iterator[RawSeries]:
         for i, name in enumerate(self._ids):
             targets = None
-            if self._targets is not None:
+            if self._targets is not None and self.target_level == "series":
+                targets = self._targets[i].astype(np.float32)
+            elif self._targets is not None:
                 targets = self._rows(self._targets, i, len(self.targets)).astype(np.float32)
             yield RawSeries(
                 id=name,
@@ -142,10 +155,13 @@ class NpzSource(Source):
                 ),
             )
 
-    def _rows(self, array: NDArray[Any], i: int, width: int) -> NDArray[Any]:
-        """The observations of series i: ``(N, width)`` if the array is what it should be."""
+    def _check_numbers(self, array: NDArray[Any]) -> None:
         if array.dtype.kind not in "iufb":
             raise DataError(f"{self._where} holds {array.dtype} where numbers are needed")
+
+    def _rows(self, array: NDArray[Any], i: int, width: int) -> NDArray[Any]:
+        """The observations of series i: ``(N, width)`` if the array is what it should be."""
+        self._check_numbers(array)
         if self._offsets is not None:
             rows = array[int(self._offsets[i]) : int(self._offsets[i + 1])]
         else:

@@ -1,4 +1,5 @@
-"""Synthetic series of the published experiments (arXiv:2505.20535), drawn by process, number and seed.
+"""Synthetic series of the published experiments (arXiv:2505.20535), and damped waves, whose targets
+are of whole series; drawn by process, number and seed.
 
 A set of more series begins with the same series, so it grows like delivered data; no two series
 share their draws, whichever splits they go to.
@@ -16,7 +17,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from roma_core.schema import Channel, PositionAxis
+from roma_core.schema import Channel, PositionAxis, TargetLevel
 from roma_core.sources.base import RawSeries, Source, SourceConfig
 
 _SIDE, _CANVAS = 24, 128  # pixels along a side of a picture, and of what it is scaled down from
@@ -29,7 +30,7 @@ class Draw(NamedTuple):
 
     positions: NDArray[np.float64]  # (n, N, D)
     values: NDArray[np.float32]  # (n, N, C)
-    targets: NDArray[np.float32]  # (n, N, K)
+    targets: NDArray[np.float32]  # (n, N, K), or (n, K) of whole series
     labels: NDArray[np.int64] | None = None  # (n,) indices into the classes of the process
 
 
@@ -95,6 +96,18 @@ def positions(g: Generator, n: int) -> Draw:
     """Ten ones at random positions in (1, 50); the target is the position."""
     places = np.sort(g.uniform(1, 50, (n, 10)), axis=1)[:, :, None]
     return Draw(places, np.ones((n, 10, 1), dtype=np.float32), places.astype(np.float32))
+
+
+def damped(g: Generator, n: int, noise: float = 0.1) -> Draw:
+    """A damped wave, observed with noise at 60 random times in 10 s: exp(−t/d)·sin(2π·f·t + φ).
+
+    The targets are of the whole series: the frequency f, 0.2 to 1 Hz, and the decay d, 2 to 10 s.
+    """
+    t = np.sort(g.uniform(0, 10, (n, 60)), axis=1)
+    frequency, decay = g.uniform(0.2, 1, (n, 1)), g.uniform(2, 10, (n, 1))
+    wave = np.exp(-t / decay) * np.sin(2 * np.pi * (frequency * t + g.random((n, 1))))
+    values, targets = wave + g.normal(0, noise, wave.shape), np.hstack([frequency, decay])
+    return Draw(t[:, :, None], values[:, :, None].astype("f4"), targets.astype("f4"))
 
 
 def pendulum(g: Generator, n: int) -> Draw:
@@ -167,6 +180,7 @@ class Process:
     channels: tuple[Channel, ...]
     targets: tuple[Channel, ...]
     classes: tuple[str, ...] = ()
+    target_level: TargetLevel = "observation"
 
 
 def _columns(*names: str) -> tuple[Channel, ...]:
@@ -181,21 +195,28 @@ _PIXELS = _columns(*(f"y{k // _SIDE:02d}x{k % _SIDE:02d}" for k in range(_SIDE**
 _TONE_CLASSES = (*(f"{hz} Hz" for hz in range(1, _TONES + 1)), "two tones")
 _ONE, _XY, _CLEAN_XY = _columns("value"), _columns("x", "y"), _columns("clean_x", "clean_y")
 _TURNS = ("anticlockwise", "clockwise")
+_WAVE = (Channel(name="frequency", unit="Hz"), Channel(name="decay", unit="s"))
 PROCESSES = {
+    "damped": Process(damped, _axis("time", "s"), _ONE, _WAVE, target_level="series"),
     "pendulum": Process(pendulum, _axis("time", "frame"), _PIXELS, _columns("sin", "cos")),
     "positions": Process(positions, _axis("place", "1"), _columns("one"), _columns("true_place")),
     "rbf": Process(rbf, _axis("time", "s"), _ONE, _columns("clean")),
     "sines": Process(sines, _axis("time", "s"), _ONE, _columns("clean"), _TONE_CLASSES),
     "spirals": Process(spirals, _axis("time", "1"), _XY, _CLEAN_XY, _TURNS),
 }
-_NOISY = ("rbf", "sines", "spirals")  # processes with a standard deviation of noise, 0.1 by default
+_NOISY = (
+    "damped",
+    "rbf",
+    "sines",
+    "spirals",
+)  # processes with a standard deviation of noise, 0.1 by default
 
 
 class SyntheticConfig(SourceConfig):
     """Series of one process."""
 
     kind: Literal["synthetic"] = "synthetic"
-    process: Literal["pendulum", "positions", "rbf", "sines", "spirals"]
+    process: Literal["damped", "pendulum", "positions", "rbf", "sines", "spirals"]
     n_series: int = Field(gt=0)
     seed: int = Field(0, ge=0)
     noise: float | None = Field(
@@ -223,9 +244,12 @@ class SyntheticSource(Source):
 
     def __init__(self, config: SyntheticConfig) -> None:
         super().__init__(config)
+        if config.process == "damped":
+            self.citation = ""
         self.config, process = config, PROCESSES[config.process]
         self.axes, self.channels = process.axes, process.channels
         self.classes, self.targets = process.classes, process.targets
+        self.target_level = process.target_level
 
     def __length_hint__(self) -> int:
         return self.config.n_series

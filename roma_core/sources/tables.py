@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from roma_core.schema import Channel, Covariate, DataError, PositionAxis
+from roma_core.schema import Channel, Covariate, DataError, PositionAxis, TargetLevel
 from roma_core.settings import Frozen
 from roma_core.sources.base import MetadataColumns, RawSeries, Source, SourceConfig, hash_files
 from roma_core.sources.table_files import (
@@ -108,7 +108,7 @@ class CovariateColumn(ChannelColumn):
             with suppress(ValueError):
                 return float(text)
         raise DataError(
-            f"object {object_!r} has {text!r} in the covariate {self.column!r}, expected {expected}"
+            f"object {object_!r} has {text!r} in the column {self.column!r}, expected {expected}"
         )
 
 
@@ -133,7 +133,12 @@ class _Columns(Frozen):
     axes: tuple[AxisColumn, ...] = Field(min_length=1, description="Position axes; time first.")
     channels: tuple[ChannelColumn, ...] = Field(min_length=1, description="Values, errors.")
     targets: tuple[ChannelColumn, ...] = Field(
-        (), description="Numbers of every observation that a model may be trained to predict."
+        (), description="Numbers that a model may be trained to predict."
+    )
+    target_level: TargetLevel = Field(
+        "observation",
+        exclude_if=lambda level: level == "observation",
+        description="'series': every object has the targets, in a column as those of metadata.",
     )
     covariates: tuple[CovariateColumn, ...] = Field((), description="Inputs that are an object's.")
     metadata: MetadataColumns = MetadataColumns()
@@ -242,7 +247,11 @@ class _Source(Source):
         quantity = getattr(columns, "quantity", None)
         self.files = hashes
         self._metadata = columns.metadata
-        self._covariates = columns.covariates
+        self.target_level = columns.target_level
+        targets, self._numbers_of_object = columns.targets, columns.covariates
+        if self.target_level == "series":
+            own = (CovariateColumn(**column.model_dump()) for column in targets)
+            targets, self._numbers_of_object = (), (*columns.covariates, *own)
         self.covariates = tuple(column.covariate() for column in columns.covariates)
         values = [Number(column.column, column.unit) for column in columns.channels]
         if quantity is not None:
@@ -253,7 +262,7 @@ class _Source(Source):
         self._numbers = [
             *(Number(a.column, a.unit, tuple(a.categories), a.unknown) for a in columns.axes),
             *values,
-            *(Number(column.column, column.unit) for column in columns.targets),
+            *(Number(column.column, column.unit) for column in targets),
         ]
         self._may_grow = config.memory_limit_mb is None
         self._memory_mb = config.memory_limit_mb or _MEMORY_MB
@@ -279,12 +288,15 @@ class _Source(Source):
             column.channel("number" if quantity else kinds[column.column])
             for column in columns.channels
         )
-        self.targets = tuple(column.channel(kinds[column.column]) for column in columns.targets)
+        self.targets = tuple(
+            column.channel(kinds[column.column] if targets else "number")
+            for column in columns.targets
+        )
 
     def _object_columns(self) -> list[str | OptionalText]:
-        """Columns with one text per object: the metadata, then the covariates."""
-        covariates = [OptionalText(c.column, not c.categories) for c in self._covariates]
-        return [*self._metadata.columns(), *covariates]
+        """Columns with one text per object: the metadata, then covariates, then targets of series."""
+        numbers = [OptionalText(c.column, not c.categories) for c in self._numbers_of_object]
+        return [*self._metadata.columns(), *numbers]
 
     def __length_hint__(self) -> int:
         return self._n
@@ -329,20 +341,17 @@ class _Source(Source):
                 cells = [column.to_pylist() for column in batch.columns]
                 for id_, n, *others in zip(*cells, strict=True):
                     positions, values, targets = rows.take(n)
-                    metadata = others[: len(others) - len(self._covariates)]
-                    texts = others[len(metadata) :]
+                    metadata = others[: len(others) - len(self._numbers_of_object)]
+                    texts = zip(self._numbers_of_object, others[len(metadata) :], strict=True)
+                    numbers = np.array([c.number(x, id_) for c, x in texts], np.float32)
+                    if self.target_level == "series":
+                        targets = numbers[len(self.covariates) :]
                     yield RawSeries(
                         id=id_ or "",
                         positions=positions,
                         values=values,
                         targets=targets if self.targets else None,
-                        covariates=np.array(
-                            [
-                                c.number(x, id_)
-                                for c, x in zip(self._covariates, texts, strict=True)
-                            ],
-                            np.float32,
-                        ),
+                        covariates=numbers[: len(self.covariates)],
                         **self._metadata.metadata(metadata, f"object {id_!r}"),
                     )
 

@@ -1,8 +1,8 @@
 """Series from ``.ts`` files, the text format of the UEA and UCR archives.
 
 A header of ``@`` lines, then one series per line: channels separated by ``:``, numbers by ``,``, the
-class last; ``?`` is a missing number, NaN. Lengths may differ between series. Positions are the
-indices of the numbers: 0, 1, 2, …
+class or the regression target last; ``?`` is a missing number, NaN. Lengths may differ between series.
+Positions are the indices of the numbers: 0, 1, 2, …
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ class TsFormat(Frozen):
         None, description="Names of the channels, in file order; None gives c01, c02, …"
     )
     channel_unit: str = Field("1", description="Unit of all channels; '1' for a pure number.")
+    target: Channel = Field(
+        Channel(name="target", unit="1"),
+        exclude_if=lambda target: target == Channel(name="target", unit="1"),
+        description="Name and unit of the target of a regression file (@targetLabel true).",
+    )
 
 
 class TsFile(Frozen):
@@ -67,6 +72,7 @@ class _Header:
     n_channels: int | None  # None where the header has none
     length: int | None  # of every series; None where lengths may differ
     classes: tuple[str, ...]  # empty without labels
+    has_target: bool
     encoding: str
     n_lines: int
 
@@ -90,16 +96,19 @@ class TsSource(Source):
         self._headers = [_read_header(file.path) for file in files]
         self.classes = self._headers[0].classes
         for file, header in zip(files, self._headers, strict=True):
-            if set(header.classes) != set(self.classes):
+            has_target = self._headers[0].has_target
+            if set(header.classes) != set(self.classes) or header.has_target != has_target:
                 raise DataError(
                     f"{file.path} has the classes {header.classes}, {files[0].path} has "
-                    f"{self.classes}; files of one data set must agree"
+                    f"{self.classes}; files of one data set must agree, also in having a target"
                 )
         header = self._headers[0]
+        if header.has_target:
+            self.targets, self.target_level = (format.target,), "series"
         _, first = next(_lines(files[0].path, header.encoding, header.n_lines), (0, None))
         if first is None:
             raise DataError(f"{files[0].path} has no series after @data")
-        n_channels = first.count(":") + (0 if self.classes else 1)
+        n_channels = first.count(":") + (0 if self.classes or self.targets else 1)
         names = format.channels or tuple(f"c{k + 1:02d}" for k in range(n_channels))
         if len(names) != n_channels:
             given = f"the configuration names {len(names)}: {names}"
@@ -112,30 +121,27 @@ class TsSource(Source):
         for file, header in zip(self.file_list, self._headers, strict=True):
             prefix = file.split or file.path.stem
             for n_line, line in _lines(file.path, header.encoding, header.n_lines):
-                values, label = self._parse(line, header, f"{file.path}, line {n_line}")
+                values, last = self._parse(line, header, where := f"{file.path}, line {n_line}")
+                targets = np.array(_numbers(last, where), np.float32) if self.targets else None
                 counter[prefix] += 1
                 yield RawSeries(
                     id=f"{prefix}-{counter[prefix]:04d}",
                     positions=np.arange(len(values), dtype=np.float64)[:, None],  # (N, 1)
                     values=values,
-                    label=label,
+                    label=last if self.classes else None,
+                    targets=targets,
                     recorded_split=file.split,
                 )
 
-    def _parse(
-        self, line: str, header: _Header, where: str
-    ) -> tuple[NDArray[np.float32], str | None]:
+    def _parse(self, line: str, header: _Header, where: str) -> tuple[NDArray[np.float32], str]:
         parts = line.split(":")
-        label = parts.pop().strip() if self.classes else None
-        if label is not None and label not in self.classes:
-            raise DataError(f"{where}: class {label!r} is not in the header's {self.classes}")
+        last = parts.pop().strip() if self.classes or self.targets else ""
+        if self.classes and last not in self.classes:
+            raise DataError(f"{where}: class {last!r} is not in the header's {self.classes}")
         expected = header.n_channels or len(self.channels)
         if len(parts) != expected or expected != len(self.channels):
             raise DataError(f"{where}: expected {len(self.channels)} channels, got {len(parts)}")
-        try:
-            columns = [[*map(float, part.replace("?", "nan").split(","))] for part in parts]
-        except ValueError as error:  # could not convert string to float: 'x'
-            raise DataError(f"{where}: {str(error).partition(': ')[2]} is not a number") from None
+        columns = [_numbers(part, where) for part in parts]
         lengths = {len(column) for column in columns}
         if len(lengths) != 1:
             raise DataError(f"{where}: channels differ in length: {sorted(lengths)}")
@@ -144,7 +150,14 @@ class TsSource(Source):
                 f"{where}: {lengths.pop()} numbers a channel, the header says {header.length}"
             )
         with np.errstate(over="ignore"):  # too large for float32: inf, which is refused later
-            return np.array(columns, dtype=np.float64).T.astype(np.float32, order="C"), label
+            return np.array(columns, dtype=np.float64).T.astype(np.float32, order="C"), last
+
+
+def _numbers(text: str, where: str) -> list[float]:
+    try:
+        return [*map(float, text.replace("?", "nan").split(","))]
+    except ValueError as error:  # could not convert string to float: 'x'
+        raise DataError(f"{where}: {str(error).partition(': ')[2]} is not a number") from None
 
 
 def _lines(path: Path, encoding: str, after: int = 0) -> Iterator[tuple[int, str]]:
@@ -176,8 +189,6 @@ def _read_header(path: Path) -> _Header:
     true = {key for key, rest in words.items() if rest and rest[0].lower() == "true"}
     if "timestamps" in true:
         raise DataError(f"{path} has time stamps (@timeStamps true), which this reader cannot take")
-    if "targetlabel" in true:
-        raise DataError(f"{path} has regression targets (@targetLabel true); classes are expected")
     classes = tuple(words["classlabel"][1:]) if "classlabel" in true else ()
     if "classlabel" in true and (not classes or len(set(classes)) != len(classes)):
         raise DataError(f"{path}: @classLabel true must list every class once, got {classes}")
@@ -188,5 +199,10 @@ def _read_header(path: Path) -> _Header:
                 raise DataError(f"{path}: @{key} must be one whole number, got {found}")
             numbers[key] = int(found[0])
     return _Header(
-        numbers.get("dimensions"), numbers.get("serieslength"), classes, encoding, n_line
+        numbers.get("dimensions"),
+        numbers.get("serieslength"),
+        classes,
+        "targetlabel" in true,
+        encoding,
+        n_line,
     )

@@ -21,6 +21,7 @@ class HandMade(SourceConfig):
     axes: tuple[PositionAxis, ...] = (PositionAxis(name="t", unit="s"),)
     files: dict[str, str] = Field({})
     targets: tuple[Channel, ...] = Field((), exclude=True)
+    target_level: str = Field("observation", exclude=True)
     covariates: tuple[Covariate, ...] = Field((), exclude=True)
     layout: str = Field("joint", exclude=True)
 

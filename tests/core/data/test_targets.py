@@ -1,7 +1,8 @@
-"""Targets: what is known of every observation, from the source to the loss."""
+"""Targets: what is known of every observation, or series, from the source to the loss."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -12,9 +13,11 @@ import torch
 
 from roma_core import EncoderConfig, RoMAForClassification, RoMAForClassificationConfig, Trainer
 from roma_core.data import DataError, DatasetConfig, StoredDataset, build_dataset
+from roma_core.data.manifest import Manifest
+from roma_core.data.profile import plot_profile, profile_dataset
 from roma_core.data.quality import check_dataset
 from roma_core.model import RoMAForPreTrainingConfig
-from roma_core.schema import Channel
+from roma_core.schema import Channel, Target
 from roma_core.sources.synthetic import PROCESSES
 from roma_core.trainer import TrainerConfig
 from roma_core.trainer.dataloader import Collate, Crop, Drop, Jitter
@@ -41,11 +44,79 @@ def stored(tmp_path_factory):
     return StoredDataset(build_dataset(config, folder, folder, progress=False))
 
 
+def whole(k, target=None):
+    one = series(f"s{k}", 5 + k % 7, label=None, split=None, seed=k)
+    return replace(one, targets=np.array([100 + k if target is None else target], np.float32))
+
+
+def whole_source(*every, **changes):
+    fields = {"series": every, "classes": (), "targets": DEPTH, "target_level": "series"}
+    return HandMade(**fields | changes)
+
+
+@pytest.fixture(scope="module")
+def stored_whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sets")
+    source = whole_source(*map(whole, range(40)))
+    config = config_of(source=source, drop_rate=0.3, split={"stratified": True})
+    with pytest.warns(
+        UserWarning, match="no classes to stratify by; its objects are split by a hash"
+    ):
+        return StoredDataset(build_dataset(config, folder, folder, progress=False))
+
+
+def test_targets_of_whole_series_are_kept_with_the_scale_of_train(stored_whole):
+    dataset, train = stored_whole, stored_whole.split("train")
+    known = dataset.series_targets[train.indices, 0]
+
+    assert dataset.series_targets[:, 0].tolist() == [100 + int(name[1:]) for name in dataset.ids]
+    (depth,) = dataset.schema.targets
+    assert (depth.mean, depth.std) == pytest.approx((known.mean(), known.std()))
+    assert dataset.targets(3) is None and dataset.sample(3)["targets"].tolist() == [103]
+    rows = np.array([7, 2])
+    batch = dataset.gather(rows).reorder(np.array([1, 0]))
+    assert np.array_equal(batch.series_targets, dataset.series_targets[rows[::-1]])
+    assert (dataset.manifest.schema_version, dataset.schema.target_level) == (4, "series")
+    assert not [f for f in check_dataset(dataset.path) if f.severity == "error"]
+    profile = profile_dataset(dataset)
+    assert (profile.targets["depth"].minimum, profile.targets["depth"].maximum) == (100, 139)
+    assert plot_profile(profile, dataset).startswith(b"\x89PNG")
+
+
+def test_a_set_of_before_targets_had_a_scale_is_read_with_its_digest(stored):
+    document = stored.manifest.model_dump(mode="json") | {"schema_version": 2}
+    for target in document["data_schema"]["targets"]:
+        assert target.pop("std") > 1 and target.pop("mean")
+
+    manifest = Manifest.model_validate(document)
+
+    assert manifest.data_schema.targets == (Target(name="depth", unit="m", mean=0, std=1),)
+    again = manifest.model_dump(mode="json")["data_schema"]
+    assert again == document["data_schema"] and "target_level" not in again
+
+
+def test_a_series_without_its_target_is_refused_or_left_out_and_a_constant_one_warned_of(tmp_path):
+    every = [whole(k, np.nan if k == 3 else 7) for k in range(20)]
+    how = {"root": tmp_path, "cache": tmp_path, "progress": False}
+    with pytest.raises(
+        DataError, match=r"series 's3': its target 'depth' is nan, .* leave the series"
+    ):
+        build_dataset(config_of(source=whole_source(*every)), **how)
+
+    config = config_of(source=whole_source(*every), repair={"not_finite": "drop"})
+    with pytest.warns(
+        UserWarning, match="target 'depth' never changes in the train split; its std is"
+    ):
+        dataset = StoredDataset(build_dataset(config, **how))
+
+    assert "s3" not in dataset.ids and dataset.manifest.repairs.series_without_targets == 1
+
+
 def test_targets_stay_with_their_observations_through_sorting_and_dropping(stored):
     for i in range(len(stored)):
         assert np.array_equal(stored.targets(i), 10 * stored.raw(i)[1][:, :1])
         assert np.array_equal(stored.sample(i)["targets"], stored.targets(i))
-    assert stored.manifest.schema_version == 2
+    assert stored.manifest.schema_version == 4
     assert stored.manifest.repairs.series_sorted == 1
     assert not [f for f in check_dataset(stored.path) if f.severity == "error"]
 
@@ -96,10 +167,22 @@ def test_many_series_at_once_are_those_read_one_by_one(stored, chosen):
                 assert torch.equal(one.masked.visible_rows, other.masked.visible_rows)
 
 
-@pytest.mark.parametrize("kind", ["table", "parquet", "npz"])
-def test_targets_come_from_every_kind_of_file_and_go_out_again(stored, tmp_path, kind):
-    lengths = stored.lengths
-    raw = [(*stored.raw(i), stored.targets(i)) for i in range(len(stored))]
+@pytest.mark.parametrize(
+    ("kind", "level"),
+    [
+        *itertools.product(["table", "parquet", "npz"], ["observation", "series"]),
+        ("objects", "series"),
+    ],
+)
+def test_targets_come_from_every_kind_of_file_and_go_out_again(
+    stored, stored_whole, tmp_path, kind, level
+):
+    stored = stored if level == "observation" else stored_whole
+    lengths, whole = stored.lengths, stored.series_targets
+    raw = [
+        (*stored.raw(i), stored.targets(i) if whole is None else whole[i : i + 1].repeat(n, axis=0))
+        for i, n in enumerate(lengths)
+    ]
     positions, values, targets = (np.concatenate(column) for column in zip(*raw, strict=True))
     columns = [{"column": "a", "unit": "V"}, {"column": "b", "unit": "V"}]
     axes = [{"column": "t", "unit": "s"}]
@@ -108,18 +191,25 @@ def test_targets_come_from_every_kind_of_file_and_go_out_again(stored, tmp_path,
         marked = pq.read_schema(tmp_path / "x.parquet").field("depth").metadata
         assert marked == {b"unit": b"m", b"role": b"target"}
         source = {"axes": axes, "channels": columns, "targets": [{"column": "depth", "unit": "m"}]}
-    elif kind == "table":
+        source["target_level"] = level
+    elif kind in ("table", "objects"):
         rows = {"object": np.repeat(stored.ids, lengths), "t": positions[:, 0]}
         rows |= {"a": values[:, 0], "b": values[:, 1], "depth": targets[:, 0]}
+        rows |= {"depth": 0 * targets[:, 0]} if kind == "objects" else {}
         pq.write_table(pa.table(rows), tmp_path / "x.parquet")
         named = {"object": "object", "axes": axes, "channels": columns}
-        source = {"columns": named | {"targets": [{"column": "depth", "unit": "m"}]}}
+        named |= {"targets": [{"column": "depth", "unit": "m"}], "target_level": level}
+        source = {"columns": named}
+        if kind == "objects":
+            known = {"object": stored.ids, "depth": whole[:, 0]}
+            pq.write_table(pa.table(known), tmp_path / "o.parquet")
+            source["objects"] = {"file": str(tmp_path / "o.parquet"), "object": "object"}
     else:
         np.savez(
             tmp_path / "x.npz",
             values=values,
             positions=positions,
-            targets=targets,
+            targets=targets if whole is None else whole,
             offsets=stored.offsets,
             ids=np.array(stored.ids),
         )
@@ -129,14 +219,18 @@ def test_targets_come_from_every_kind_of_file_and_go_out_again(stored, tmp_path,
             for k in schema
             if k in ("channels", "axes", "targets")
         }
-        source = {"file": str(tmp_path / "x.npz"), **named}
+        source = {"file": str(tmp_path / "x.npz"), **named, "target_level": level}
     if kind != "npz":
         source["files"] = [str(tmp_path / "x.parquet")]
+    kind = {"objects": "table"}.get(kind, kind)
     config = DatasetConfig(name="again", source={"kind": kind, **source})
 
     again = StoredDataset(build_dataset(config, tmp_path, tmp_path, progress=False))
 
-    assert again.schema.targets == stored.schema.targets and again.ids == stored.ids
+    names = [[(t.name, t.unit) for t in x.schema.targets] for x in (again, stored)]
+    assert names[0] == names[1] and again.ids == stored.ids
+    assert again.schema.target_level == level
+    assert np.array_equal(again.series_targets, whole)
     for i in range(len(stored)):
         assert np.array_equal(again.targets(i), stored.targets(i))
 

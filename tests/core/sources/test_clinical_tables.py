@@ -118,9 +118,9 @@ def test_a_covariate_may_be_true_or_false(tmp_path):
         ({"age": [61, 62, 61, 44, 44, 50]}, "object 'a' has '61' and '62' in column 'age'"),
         (
             {"sex": ["f", "f", "f", "x", "x", "m"]},
-            "object 'b' has 'x' in the covariate 'sex', expected",
+            "object 'b' has 'x' in the column 'sex', expected",
         ),
-        ({"age": ["old"] * 6}, "object 'a' has 'old' in the covariate 'age', expected a number"),
+        ({"age": ["old"] * 6}, "object 'a' has 'old' in the column 'age', expected a number"),
     ],
 )
 def test_a_covariate_that_is_none_is_refused(tmp_path, changes, message):

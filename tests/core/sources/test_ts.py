@@ -67,7 +67,10 @@ def test_a_file_without_dimensions_or_labels_is_read_too(tmp_path):
         (HEADER.replace("@dimensions 2", "1,2,3"), "line 5: expected an @ line"),
         (HEADER.replace("@dimensions 2", "@dimensions two") + "1:2:a\n", "@dimensions must be one"),
         (HEADER.replace("@timeStamps false", "@timeStamps true"), "has time stamps"),
-        (HEADER.replace("@classLabel true a b", "@targetLabel true"), "has regression targets"),
+        (
+            HEADER.replace("@classLabel true a b", "@targetLabel true") + "1:2:a\n",
+            "'a' is not a num",
+        ),
         (HEADER.replace("@classLabel true a b", "@classLabel true"), "must list every class once"),
         (
             HEADER.replace("@equalLength false", "@equalLength true\n@seriesLength 3") + "1:2:a\n",
@@ -84,6 +87,17 @@ def test_a_question_mark_is_a_missing_number(tmp_path):
     (series,) = ts_source(tmp_path, HEADER + "1,2:3, ? :a\n").read()
 
     np.testing.assert_array_equal(series.values, [[1, 3], [2, np.nan]])
+
+
+def test_the_last_number_is_the_target_of_a_regression_file(tmp_path):
+    text = HEADER.replace("@classLabel true a b", "@targetLabel true") + "1,2:3,4:0.5\n7:8:?\n"
+    source = ts_source(tmp_path, text, target={"name": "load", "unit": "kW"})
+
+    first, second = source.read()
+
+    assert (source.classes, source.target_level, len(source.channels)) == ((), "series", 2)
+    assert (source.targets[0].name, first.label, first.targets.tolist()) == ("load", None, [0.5])
+    assert np.isnan(second.targets) and second.values.tolist() == [[7, 8]]
 
 
 def test_names_must_fit_the_channels(tmp_path):
