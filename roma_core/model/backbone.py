@@ -20,7 +20,7 @@ from roma_core.model.embedding import (
     prefix_tokens,
     token_vectors,
 )
-from roma_core.model.encoder import Encoder, Head, OutputRows, initialise
+from roma_core.model.encoder import Encoder, OutputRows, initialise
 from roma_core.model.packing import Layout, PackedBatch, Segments, pack, scatter
 from roma_core.model.positions import RotaryEmbedding, Rotations, SinusoidalEmbedding
 from roma_core.model.weights import write_weights
@@ -246,7 +246,7 @@ class PaddedModel(nn.Module):
     """
 
     def __init__(
-        self, model: Backbone, pooling: Pooling = "mean", head: Head | None = None
+        self, model: Backbone, pooling: Pooling = "mean", head: nn.Module | None = None
     ) -> None:
         super().__init__()
         # its parts, not the model: a program saves every parameter that it can reach

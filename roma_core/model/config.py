@@ -286,6 +286,12 @@ class RoMAForClassificationConfig(RoMAConfig):
     pooling: Literal["auto", "cls", "mean", "token"] = "auto"
     """What the head reads: the CLS token, the mean of the real tokens, or every token for an
     output each; 'auto' takes CLS if use_cls, else the mean, as published."""
+    predict_variance: bool = False
+    """Of a regression: predict a Gaussian for every number, mean and standard deviation, and train on
+    its likelihood instead of the squared error."""
+    target_scales: tuple[tuple[float, PositiveFloat], ...] = ()
+    """Mean and standard deviation of every regressed number: outputs are in its units, the loss is of
+    standardised numbers. A data set has those of its train split; empty: 0 and 1."""
 
     @property
     def pools(self) -> Literal["cls", "mean", "token"]:
@@ -295,15 +301,22 @@ class RoMAForClassificationConfig(RoMAConfig):
         return "cls" if self.use_cls else "mean"
 
     @model_validator(mode="after")
-    def _cls_exists_if_read(self) -> Self:
+    def _head_is_consistent(self) -> Self:
         if self.pooling == "cls" and not self.use_cls:
             raise ValueError("pooling='cls' reads a token that use_cls=False leaves out")
+        if self.predict_variance and self.problem_type != "regression":
+            raise ValueError("predict_variance is for problem_type=regression; leave it out")
+        if len(self.target_scales) not in (0, self.dim_output):
+            raise ValueError(
+                f"target_scales has {len(self.target_scales)} pairs, one for each of dim_output="
+                f"{self.dim_output} numbers is needed"
+            )
         return self
 
 
 DROPOUTS = tuple(name for name in EncoderConfig.model_fields if "drop" in name)
 """Fields of a stack that finetuning may change; its other fields are the checkpoint's."""
-HEAD = ("head_drop_rate", "dim_output", "problem_type", "pooling")
+HEAD = ("head_drop_rate", "dim_output", "problem_type", "pooling", "predict_variance")
 """Fields of a classifier that are not of the checkpoint it starts from."""
 SHAPE = tuple(n for n in RoMAConfig.model_fields if n not in (*HEAD, "encoder_config"))
 """Fields that a classifier takes over from the checkpoint."""
@@ -388,5 +401,5 @@ def classifier_config(
     return RoMAForClassificationConfig.from_values(
         {name: stored[name] for name in SHAPE}
         | {"encoder_config": stack | dropouts}
-        | {name: getattr(requested, name) for name in HEAD}
+        | {name: getattr(requested, name) for name in (*HEAD, "target_scales")}
     )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from roma_core.model.backbone import Backbone, PaddedModel
 from roma_core.model.config import RoMAForClassificationConfig, classifier_config, is_pretraining
 from roma_core.model.encoder import Head, initialise, initialise_vectors
 from roma_core.model.packing import PackedBatch, scatter
+from roma_core.model.pretraining import LOG_VARIANCES, gaussian_nll
 from roma_core.model.weights import load_weights, read_weights
 
 
@@ -31,8 +33,13 @@ class RoMAForClassification(Backbone):
         self.head: Head | None = None
         if self.config.dim_output is not None:
             self.set_outputs(self.config.dim_output)
-        regression = self.config.problem_type == "regression"
-        self.loss_fn = _mean_squared_error if regression else _cross_entropy
+        self.units: TargetUnits | None = None
+        self.loss_fn = _cross_entropy
+        if self.config.problem_type == "regression":
+            has_variance = self.config.predict_variance
+            self.loss_fn = _negative_log_likelihood if has_variance else _mean_squared_error
+            if has_variance or self.config.target_scales:
+                self.units = TargetUnits(self.config.target_scales, has_variance)
 
     @classmethod
     def from_pretrained(
@@ -61,12 +68,15 @@ class RoMAForClassification(Backbone):
         """Make a new head with ``dim_output`` outputs."""
         self.config = self.config.model_copy(update={"dim_output": dim_output})
         stack = self.config.encoder_config
+        dim_output *= 2 if self.config.predict_variance else 1
         head = Head(stack.d_model, dim_output, self.config.head_drop_rate, stack.layer_norm_eps)
         initialise(head)
         self.head = head.to(self.projection.weight.device)
 
     def padded(self) -> PaddedModel:
-        return PaddedModel(self, self.config.pools, self.require_head())
+        head = self.require_head()
+        in_units = head if self.units is None else nn.Sequential(head, self.units)
+        return PaddedModel(self, self.config.pools, in_units)
 
     def loss_count(self, batch: PackedBatch) -> float:
         """Number of terms in the mean that is the loss of a packed batch: its series, or its tokens."""
@@ -93,7 +103,9 @@ class RoMAForClassification(Backbone):
 
         Returns:
             logits: ``(B, dim_output)``; with a head on every token ``(B, N, dim_output)``, zero at
-                padding. For a packed batch ``(B, dim_output)`` or ``(T, dim_output)``.
+                padding. For a packed batch ``(B, dim_output)`` or ``(T, dim_output)``. Of a regression
+                in the units of its targets; with ``predict_variance`` ``dim_output`` means, then as
+                many standard deviations.
             loss: mean over series, or over real tokens; None without label.
 
         Raises:
@@ -102,12 +114,12 @@ class RoMAForClassification(Backbone):
         head, pooling = self.require_head(), self.config.pools
         if isinstance(values, PackedBatch):
             packed = head(self.features(values, pooling))
-            return packed, self._loss(packed, values.labels)
+            return self._in_units(packed), self._loss(packed, values.labels)
         batch, order, rows = self.pack(values, positions, pad_mask, covariates)
         packed = head(self.features(batch, pooling))
         if pooling != "token":
             logits = packed.new_empty(packed.shape).index_copy(0, order, packed)
-            return logits, self._loss(logits, label)
+            return self._in_units(logits), self._loss(logits, label)
         assert positions is not None
         shape = (len(order), positions.shape[2])
         if label is not None:
@@ -117,7 +129,7 @@ class RoMAForClassification(Backbone):
                     f"got {tuple(label.shape)}"
                 )
             label = label.flatten(0, 1)[rows]
-        return scatter(packed, rows, shape), self._loss(packed, label)
+        return scatter(self._in_units(packed), rows, shape), self._loss(packed, label)
 
     def require_head(self) -> Head:
         """The head; raises ValueError if ``dim_output`` is not known yet."""
@@ -128,14 +140,19 @@ class RoMAForClassification(Backbone):
             )
         return self.head
 
+    def _in_units(self, outputs: Tensor) -> Tensor:
+        return outputs if self.units is None else self.units(outputs)
+
     def _loss(self, logits: Tensor, label: Tensor | None) -> Tensor | None:
         if label is None:
             return None
         if self.config.problem_type == "regression":
-            if label.shape != logits.shape:
+            expected = (*logits.shape[:-1], self.config.dim_output)
+            if tuple(label.shape) != expected:
                 raise ValueError(
-                    f"label must have shape (rows, dim_output) = {tuple(logits.shape)}, got {tuple(label.shape)}"
+                    f"label must have shape (rows, dim_output) = {expected}, got {tuple(label.shape)}"
                 )
+            label = label if self.units is None else self.units.standardise(label)
         elif label.shape != logits.shape[:1] or label.dtype != torch.int64:
             raise ValueError(
                 f"label must be int64 classes of shape (rows,) = {tuple(logits.shape[:1])}, "
@@ -151,9 +168,42 @@ class RoMAForClassification(Backbone):
         return self.loss_fn(logits, label).mean()
 
 
+class TargetUnits(nn.Module):
+    """Standardised outputs of a regression head → the units of its targets.
+
+    ``(…, K)`` to the same, or means and logarithms of variances ``(…, 2K)`` to means and standard
+    deviations.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, scales: Sequence[tuple[float, float]], has_variance: bool) -> None:
+        super().__init__()
+        self.has_variance = has_variance
+        mean, std = torch.tensor(scales or [(0.0, 1.0)]).T  # (K,) each
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        if not self.has_variance:
+            return outputs * self.std + self.mean
+        mean, log_variance = outputs.chunk(2, dim=-1)
+        std = (0.5 * log_variance.clamp(*LOG_VARIANCES)).exp() * self.std
+        return torch.cat((mean * self.std + self.mean, std), dim=-1)
+
+    def standardise(self, targets: Tensor) -> Tensor:
+        """``(…, K)`` in their units → the numbers that the loss compares."""
+        return (targets - self.mean) / self.std
+
+
 def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     exact = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(exact, label, reduction="none")
+
+
+def _negative_log_likelihood(outputs: Tensor, label: Tensor) -> Tensor:
+    return gaussian_nll(outputs, label).mean(-1)
 
 
 def _mean_squared_error(logits: Tensor, label: Tensor) -> Tensor:

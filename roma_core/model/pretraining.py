@@ -27,7 +27,7 @@ from roma_core.model.positions import origin, to_model_positions
 from roma_core.model.weights import load_weights, read_weights
 from roma_core.schema import DataSchema, Normaliser
 
-_LOG_VARIANCES = (-14.0, 14.0)  # deviations of 1e-3 … 1e3 are wide enough
+LOG_VARIANCES = (-14.0, 14.0)  # deviations of 1e-3 … 1e3 are wide enough
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class RoMAForPreTraining(Backbone):
             self.config.head_drop_rate,
             decoder.layer_norm_eps,
         )
-        self.loss_fn = _gaussian_nll if self.config.predict_variance else _squared_error
+        self.loss_fn = gaussian_nll if self.config.predict_variance else _squared_error
         self.initialise()
         # not zeros, as published: the norm that follows has a slope of 1/√eps = 1e6 there
         initialise_vectors(self.mask_token, self.cls)
@@ -239,7 +239,7 @@ class RoMAForPreTraining(Backbone):
         raw = unpack(self.predict_hidden(batch, masked), masked.hidden, order)  # (B, Q, P or 2P)
         std = None
         if self.config.predict_variance:
-            std = (0.5 * raw[..., width:].clamp(*_LOG_VARIANCES)).exp()
+            std = (0.5 * raw[..., width:].clamp(*LOG_VARIANCES)).exp()
         result = Reconstruction(raw[..., :width], std)
         if denormalise and self.data_schema is not None:
             return result.denormalised(DataSchema.model_validate(self.data_schema), queries)
@@ -349,18 +349,18 @@ class PaddedReconstruction(PaddedModel):
         if not self.config.predict_variance:
             return outputs
         mean, log_variance = outputs.chunk(2, dim=-1)
-        return mean, log_variance.clamp(*_LOG_VARIANCES).exp()
+        return mean, log_variance.clamp(*LOG_VARIANCES).exp()
 
 
 def _squared_error(logits: Tensor, targets: Tensor) -> Tensor:
     return (logits - targets) ** 2
 
 
-def _gaussian_nll(outputs: Tensor, targets: Tensor) -> Tensor:
+def gaussian_nll(outputs: Tensor, targets: Tensor) -> Tensor:
     """``(H, 2P)`` means and log variances, ``(H, P)`` → ``(H, P)``, without the constant."""
     exact = outputs if outputs.dtype == torch.float64 else outputs.float()
     mean, log_variance = exact.chunk(2, dim=-1)
-    log_variance = log_variance.clamp(*_LOG_VARIANCES)
+    log_variance = log_variance.clamp(*LOG_VARIANCES)
     return 0.5 * (log_variance + (targets - mean) ** 2 / log_variance.exp())
 
 

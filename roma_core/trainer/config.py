@@ -95,8 +95,8 @@ class TrainerConfig(RomaSettings):
     """Factor of the learning rate from each encoder block to the one before it; null: one rate."""
     best_metric: str = "eval/loss"
     """Evaluation metric by which checkpoints are ranked: eval/loss or, of a classifier, eval/accuracy,
-    eval/balanced_accuracy, eval/macro_f1, eval/auroc or eval/average_precision. An experiment sets its
-    primary metric."""
+    eval/balanced_accuracy, eval/macro_f1, eval/auroc or eval/average_precision, of a regressor eval/r2.
+    An experiment sets its primary metric."""
     best_metric_mode: Literal["min", "max"] = "min"
     """Whether a small (min) or a large (max) best_metric is better."""
     keep_best: Resumable[int] = Field(1, ge=0)

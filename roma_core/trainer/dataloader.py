@@ -44,10 +44,10 @@ class MapStyle(Protocol):
     """Any data set with a length whose items are dictionaries.
 
     An item has ``values`` (time, C, height, width) float, ``positions`` (D, N) of any real type, and
-    optionally ``pad_mask`` (N,) bool, ``label``, ``targets`` (N, K) float, which regression takes as
-    the label, ``covariates`` (K,) float, and ``id`` int, a stable name; without it the index is taken.
-    The model's
-    ``position_axes``, if it has any, are applied to positions.
+    optionally ``pad_mask`` (N,) bool, ``label``, ``targets`` (N, K) float, or (K,) of the whole
+    series, which regression takes as the label, ``covariates`` (K,) float, and ``id`` int, a stable
+    name; without it the index is taken. The model's ``position_axes``, if it has any, are applied to
+    positions.
     The set may have ``lengths``, tokens by index; ``gather(indices)``, which returns a
     :class:`~roma_core.data.ragged.RaggedBatch`; a ``schema``; and ``augmentations`` for training: functions of one
     series, see :class:`CustomAugmentation`.
@@ -271,6 +271,8 @@ class Collate:
                 )
         if not self._is_per_token:
             series = replace(series, targets=None)
+            if self._is_regression and series.series_targets is not None:
+                series = replace(series, labels=series.series_targets)
         return self._pack(series, indices, epoch)
 
     def __call__(self, items: Sequence[tuple[int, int, dict[str, Any]]]) -> PackedBatch:
@@ -293,8 +295,8 @@ class Collate:
     @property
     def can_gather(self) -> bool:
         """Whether a stored data set's observations are this model's tokens, and its positions final."""
-        has_targets = self._is_per_token == self._is_regression
-        return self._one_observation and not self.config.position_axes and has_targets
+        has_labels = self._is_regression or not self._is_per_token
+        return self._one_observation and not self.config.position_axes and has_labels
 
     @property
     def _one_observation(self) -> bool:

@@ -29,7 +29,7 @@ ShouldStop = Callable[[], bool]
 class Outputs:
     """Outputs of a classifier or regressor for a data set, in its order: n samples, or real tokens."""
 
-    logits: NDArray[np.float32]  # (n, dim_output)
+    logits: NDArray[np.float32]  # (n, dim_output), or (n, 2 dim_output) with deviations
     labels: NDArray[Any] | None  # (n,) int64 or (n, dim_output) float
     loss: float  # mean over the n, or NaN without labels
 
@@ -78,7 +78,7 @@ def evaluate(
     group: HostGroup,
     should_stop: ShouldStop,
 ) -> dict[str, float]:
-    """``eval/loss`` and, of a classifier, ``eval/accuracy`` and ``best_metric``.
+    """``eval/loss`` and, of a classifier, ``eval/accuracy`` and ``best_metric``; of a regressor ``eval/r2``.
 
     Pretraining has the masks of epoch 0.
 
@@ -93,7 +93,9 @@ def evaluate(
         return {"eval/loss": loss / count if count else float("nan")}
     outputs = classify(model, *how)
     metrics = {"eval/loss": outputs.loss}
-    if outputs.labels is not None and outputs.labels.ndim == 1:
+    if model.config.problem_type == "regression" and outputs.labels is not None:
+        metrics["eval/r2"] = r2(outputs.labels, outputs.logits[:, : model.config.dim_output])
+    elif outputs.labels is not None and outputs.labels.ndim == 1:
         for name in get_args(PrimaryMetric):
             if name == "accuracy" or config.best_metric == f"eval/{name}":
                 metrics[f"eval/{name}"] = score(name, outputs.logits, outputs.labels)
@@ -120,6 +122,14 @@ def score(name: PrimaryMetric, logits: NDArray[np.float32], labels: NDArray[np.i
     area = metrics.roc_auc_score if name == "auroc" else metrics.average_precision_score
     p, ranked = softmax(logits, axis=1), present[-1:] if logits.shape[1] == 2 else present
     return float(np.mean([area(labels == c, p[:, c]) for c in ranked]))
+
+
+def r2(true: NDArray[Any], predicted: NDArray[Any]) -> float:
+    """Mean of R² over the columns of ``(n, K)`` whose true numbers differ; NaN without any."""
+    varied = np.ptp(true, axis=0) > 0
+    true, predicted = true[:, varied].astype(np.float64), predicted[:, varied]
+    errors = ((predicted - true) ** 2).mean(axis=0)
+    return float((1 - errors / true.var(axis=0)).mean()) if varied.any() else float("nan")
 
 
 @torch.no_grad()

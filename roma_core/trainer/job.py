@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 MODEL_OUTPUT = "outputs/model"
 """Folder of the trained weights, relative to the job folder."""
 log = logging.getLogger(__name__)
-_MAX_SCALE = 30.0  # of targets, times larger or smaller than 1
+_MAX_SCALE = 30.0  # of targets without a scale, times larger or smaller than 1
 _MAX_SERIES = 2_000  # read for the check of the scale, evenly spaced among more
 
 
@@ -79,7 +80,7 @@ class TrainingJobConfig(Frozen):
         weights: Path | None = None,
         train_fraction: float = 1.0,
     ) -> Self:
-        """Determine every field of the model. Warns if a regression's targets are far from unit scale.
+        """Determine every field of the model. Warns if an old data set's targets are far from unit scale.
 
         Args:
             model: the fields that the data do not determine.
@@ -100,7 +101,7 @@ class TrainingJobConfig(Frozen):
                 )
         else:
             config = _finetuning_model(manifest, model, weights)
-            if config.problem_type == "regression":
+            if config.problem_type == "regression" and not config.target_scales:
                 for sentence in unscaled_targets(dataset):
                     warnings.warn(sentence, stacklevel=2)
         return cls(
@@ -140,8 +141,14 @@ def _finetuning_model(
         problem_type = RoMAForClassificationConfig().problem_type  # of the environment
     else:  # published heads have no such field, and are classifiers
         problem_type = document.get("problem_type", "classification")
-    outputs = schema.targets if problem_type == "regression" else schema.classes
+    outputs: Sequence[Any] = schema.classes
+    scales: list[tuple[float, float]] = []
+    if problem_type == "regression":
+        outputs = schema.targets
+        scales = [(target.mean, target.std) for target in schema.targets]
+        scales = [] if all(scale == (0, 1) for scale in scales) else scales  # of an old data set
     fields = {"dim_output": len(outputs) or None, **model} | data_fields(schema)
+    fields["target_scales"] = scales
     if weights is None:
         config = RoMAForClassificationConfig(**fields)
     else:
@@ -155,10 +162,13 @@ def _finetuning_model(
             f"problem_type=regression needs targets, and the data set {manifest.name} has none; name "
             f"their columns in `targets` of its source and build it again"
         )
-    if is_regression and not per_token:
+    level, pooling = schema.target_level, "token"
+    if level == "series":
+        pooling = "mean or cls"
+    if is_regression and per_token != (level == "observation"):
         raise ValueError(
-            f"targets belong to observations, but pooling={config.pools} predicts one output per series; "
-            f"set pooling=token"
+            f"the targets of {manifest.name} are of every {level}, but pooling={config.pools} predicts "
+            f"{'every observation' if per_token else 'one output per series'}; set pooling={pooling}"
         )
     if not is_regression and per_token:
         raise ValueError(
@@ -166,7 +176,7 @@ def _finetuning_model(
             "problem_type=regression to learn the targets of a data set, or leave pooling out"
         )
     if not is_regression and not schema.classes:
-        instead = "; set pooling=token and problem_type=regression to learn its targets"
+        instead = f"; set pooling={pooling} and problem_type=regression to learn its targets"
         raise ValueError(
             f"a classifier needs classes, and the data set {manifest.name} has none: name the column of "
             f"the class in its source and build it again{instead if schema.targets else ''}"
@@ -208,8 +218,8 @@ def unscaled_targets(dataset: Path) -> list[str]:
     columns = zip(stored.schema.targets, targets.mean(axis=0), targets.std(axis=0), strict=True)
     return [
         f"target {target.name!r} has mean {mean:.4g} and standard deviation {std:.4g} in train. "
-        f"Targets are not normalised, and training works poorly this far from 0 and 1: let the "
-        f"source provide (x - {mean:.4g}) / {std or 1:.4g}, and build the data set again"
+        f"This data set is of before targets were standardised, and training works poorly this far "
+        f"from 0 and 1: build it again"
         for target, mean, std in columns
         # a constant target is not small
         if max(abs(mean), std) > _MAX_SCALE or 0 < std < 1 / _MAX_SCALE

@@ -386,11 +386,10 @@ def _check_settings(
             )
     elif not has_callback:
         known = ["eval/loss"]
-        if (
-            isinstance(model, RoMAForClassification)
-            and model.config.problem_type == "classification"
-        ):
-            known += [f"eval/{name}" for name in get_args(PrimaryMetric)]
+        if isinstance(model, RoMAForClassification):
+            is_regression = model.config.problem_type == "regression"
+            names = ("r2",) if is_regression else get_args(PrimaryMetric)
+            known += [f"eval/{name}" for name in names]
         if config.best_metric not in known:
             raise ValueError(unknown_metric(config.best_metric, known))
 

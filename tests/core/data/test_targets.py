@@ -132,7 +132,7 @@ def test_a_set_without_targets_is_as_it_was_before_there_were_any(tmp_path):
 
 
 @pytest.mark.parametrize("chosen", [(), (Crop(0.4), Drop(0.5), Jitter(0.1, 0.1))])
-def test_many_series_at_once_are_those_read_one_by_one(stored, chosen):
+def test_many_series_at_once_are_those_read_one_by_one(stored, stored_whole, chosen):
     class OneByOne:
         """The same set, without the way of giving many at once."""
 
@@ -146,20 +146,23 @@ def test_many_series_at_once_are_those_read_one_by_one(stored, chosen):
             return self.subset[i]
 
     shape = {"tubelet_size": (1, 1, 1), "n_channels": 2, "n_pos_dims": 1}
-    configs = (
-        RoMAForPreTrainingConfig(**shape),
-        RoMAForClassificationConfig(**shape, dim_output=2),
-        RoMAForClassificationConfig(
-            **shape, dim_output=1, pooling="token", problem_type="regression"
-        ),
+    regression = {"dim_output": 1, "problem_type": "regression"}
+    cases = (
+        (stored, RoMAForPreTrainingConfig(**shape)),
+        (stored, RoMAForClassificationConfig(**shape, dim_output=2)),
+        (stored, RoMAForClassificationConfig(**shape, **regression, pooling="token")),
+        (stored_whole, RoMAForClassificationConfig(**shape, **regression, pooling="mean")),
     )
-    train = stored.split("train")
-    parts = np.array_split(np.arange(len(train))[::-1], 4)
-    for config in configs:
+    for dataset, config in cases:
+        train = dataset.split("train")
+        parts = np.array_split(np.arange(len(train))[::-1], 4)
         collate = Collate(config, 7, chosen)
         for part in parts:
             one, other = (collate.batch(d, part, epoch=3) for d in (train, OneByOne(train)))
             assert one.segments.lengths == other.segments.lengths
+            if dataset is stored_whole:
+                expected = 100 + np.array([int(dataset.ids[i][1:]) for i in one.sample_ids])
+                assert one.labels[:, 0].tolist() == expected.tolist()
             for name in ("tokens", "positions", "sample_ids", "indices", "labels"):
                 assert torch.equal(getattr(one, name), getattr(other, name)), name
             if one.masked is not None:

@@ -32,6 +32,34 @@ def test_a_head_on_every_token_ignores_padding(problem_type):
         model(values, positions, pad_mask, torch.zeros(3, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("pooling", ["mean", "token"])
+@pytest.mark.parametrize("has_variance", [False, True])
+def test_a_regressor_answers_in_units_and_learns_standardised_numbers(pooling, has_variance):
+    fields = {"pooling": pooling, "problem_type": "regression", "predict_variance": has_variance}
+    plain = new_classifier(**fields)
+    scales = torch.tensor([[50.0, 20], [0, 1], [-3, 0.1]])
+    model = new_classifier(**fields, target_scales=scales.tolist())
+    model.load_state_dict(plain.state_dict())
+    values, positions, pad_mask = small_batch([8, 3, 5])
+    mean, std = scales.T
+    label = torch.randn((3, 8, 3) if pooling == "token" else (3, 3))
+
+    raw, expected = plain(values, positions, pad_mask, label)
+    outputs, loss = model(values, positions, pad_mask, label * std + mean)
+
+    torch.testing.assert_close(loss, expected)
+    real = ~pad_mask if pooling == "token" else slice(None)
+    told, raw = outputs[real], raw[real]
+    torch.testing.assert_close(told[..., :3], raw[..., :3] * std + mean)
+    if has_variance:
+        torch.testing.assert_close(told[..., 3:], raw[..., 3:] * std)
+        nll = torch.nn.functional.gaussian_nll_loss(raw[..., :3], label[real], raw[..., 3:] ** 2)
+        torch.testing.assert_close(loss, nll)
+    tokens = values.permute(0, 1, 3, 4, 2).reshape(3, 8, -1)
+    padded = model.eval().padded()(tokens, positions.transpose(1, 2), ~pad_mask)
+    torch.testing.assert_close(padded[real], told, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("pooling, label", [("cls", [0, 3]), ("token", [[0] * 7 + [-1]] * 2)])
 def test_a_label_that_is_no_class_is_named(pooling, label):
     values, positions, _ = small_batch([8, 8])

@@ -5,13 +5,26 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
+import pytest
 import torch
+from sklearn.metrics import r2_score
 
 from roma_core import RoMAForClassification, Trainer, TrainerConfig
 from roma_core.trainer.checkpoint import committed, kept, load_newest, read_state
-from roma_core.trainer.evaluator import EarlyStopping
+from roma_core.trainer.evaluator import EarlyStopping, r2
 from roma_core.trainer.metrics import read_records
 from tests.core.trainer.training_runs import Sines, classifier, config
+
+
+def test_r2_is_the_mean_over_the_targets_that_differ():
+    rng = np.random.default_rng(0)
+    true = rng.normal([5, 0, 3], [1, 100, 0], (50, 3)).astype(np.float32)
+    predicted = true + rng.normal(size=(50, 3)).astype(np.float32)
+
+    expected = r2_score(true[:, :2], predicted[:, :2])
+
+    assert r2(true, predicted) == pytest.approx(expected) and np.isnan(r2(true[:1], true[:1]))
 
 
 def test_early_stopping_keeps_the_best_and_counts_what_was_not_better():

@@ -7,7 +7,7 @@ import pytest
 
 from roma_core.data import DatasetConfig, StoredDataset, build_dataset
 from roma_core.model import RoMAForClassificationConfig
-from roma_core.schema import Channel
+from roma_core.schema import Channel, ChannelFit
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.job import TrainingJobConfig, data_fields
 from tests.core.hand_made import HandMade, built, config_of, series
@@ -26,7 +26,10 @@ def places(tmp_path_factory):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"problem_type": "regression"}, "set pooling=token"),
+        (
+            {"problem_type": "regression"},
+            "of every observation, but pooling=cls .* set pooling=token",
+        ),
         ({"pooling": "token", "dim_output": 2}, "classes belong to series"),
         ({"dim_output": 2}, "a classifier needs classes"),
     ],
@@ -36,6 +39,24 @@ def test_a_training_for_what_the_data_do_not_know_is_refused_when_it_is_planned(
 ):
     with pytest.raises(ValueError, match=message):
         TrainingJobConfig.resolve("finetune", places[0], fields, TrainerConfig())
+
+
+def test_the_data_determine_scale_and_pooling_of_a_regression(tmp_path):
+    source = {"kind": "synthetic", "process": "damped", "n_series": 30}
+    data = build_dataset(
+        DatasetConfig(name="waves", source=source), tmp_path, tmp_path, progress=False
+    )
+    frequency, decay = StoredDataset(data).schema.targets
+    fields = {"problem_type": "regression", "predict_variance": True}
+
+    config = TrainingJobConfig.resolve("finetune", data, fields, TrainerConfig())
+
+    assert (config.model["dim_output"], config.model["predict_variance"]) == (2, True)
+    assert config.model["target_scales"] == [[t.mean, t.std] for t in (frequency, decay)]
+    with pytest.raises(
+        ValueError, match=r"targets of waves are of every series, .* set pooling=mean"
+    ):
+        TrainingJobConfig.resolve("finetune", data, fields | {"pooling": "token"}, TrainerConfig())
 
 
 def test_a_regression_without_targets_is_refused_when_it_is_planned(tmp_path):
@@ -60,7 +81,7 @@ def test_the_environment_does_not_make_a_regressor_of_a_published_classifier(
         TrainingJobConfig.resolve("finetune", data, {}, TrainerConfig(), weights=tmp_path)
 
 
-def test_targets_far_from_unit_size_are_warned_of_when_a_regression_is_planned(tmp_path):
+def test_targets_far_from_unit_size_in_an_old_data_set_are_warned_of(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     columns = np.array([[5000, 200], [0, 1], [0, 0.001], [0.5, 0]])  # mean and deviation
     names = ("far", "usual", "tiny", "constant")
@@ -71,15 +92,18 @@ def test_targets_far_from_unit_size_are_warned_of_when_a_regression_is_planned(t
         return series(f"s{k}", 40, split="train", seed=k, targets=drawn.astype(np.float32))
 
     source = HandMade(series=[one(k) for k in range(6)], targets=targets)
+    monkeypatch.setattr(
+        ChannelFit, "result", lambda fit: fit.entries
+    )  # as before there was a scale
     data = build_dataset(config_of(source=source), tmp_path, tmp_path, progress=False)
     fields = {"problem_type": "regression", "pooling": "token"}
 
     with pytest.warns(UserWarning) as told:
         TrainingJobConfig.resolve("finetune", data, fields, TrainerConfig())
 
-    said = [str(w.message) for w in told if "are not normalised" in str(w.message)]
+    said = [str(w.message) for w in told if "before targets were standardised" in str(w.message)]
     assert [text.split("'")[1] for text in said] == ["far", "tiny"]
-    assert "let the source provide (x - " in said[0]
+    assert said[0].endswith("build it again")
 
 
 def test_the_environment_may_ask_for_a_regression(places, monkeypatch):
