@@ -17,11 +17,19 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (-slow[item.path], -tests[item.path], item.path))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def storage_root(tmp_path_factory):
+    """Code that runs outside a test, such as a thread that ends late, writes nothing into the project."""
+    os.environ["ROMA_STORAGE_ROOT"] = str(tmp_path_factory.mktemp("roma"))
+
+
 @pytest.fixture(autouse=True)
-def nobodys_settings(monkeypatch):
+def nobodys_settings(monkeypatch, storage_root):
     """No test reads the settings, keys or modes of the person who runs it, or leaves any behind."""
     before = dict(os.environ)
     for name in list(os.environ):
+        if name == "ROMA_STORAGE_ROOT":
+            continue
         if name.upper().startswith(("ROMA", "WANDB")) or name == "MLFLOW_RUN_ID":
             monkeypatch.delenv(name)
     monkeypatch.setenv("ROMA_ENV_FILE", os.devnull)

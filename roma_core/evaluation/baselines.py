@@ -1,0 +1,290 @@
+"""Baselines trained and evaluated in the same run: same split, same observations, same series.
+
+``summary_features`` describes each series by numbers such as the mean and slope of every channel, for
+gradient boosting. Series whose positions lie on one grid are also given to MiniRocket
+(``minirocket.py``) with a ridge classifier.
+
+Shapes:  S series   T observed numbers   Q quantities (channels, of every category)   F features
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from roma_core.data.store import StoredDataset, Subset
+from roma_core.evaluation.metrics import Estimate, MeasuredBaseline
+from roma_core.evaluation.minirocket import MIN_LENGTH, MiniRocket, interpolated
+from roma_core.evaluation.predictions import Floats, Ints
+
+Targets = Ints | NDArray[np.float32]  # (S,) classes, or (S, K) numbers
+FEATURES = (
+    "count", "mean", "std", "min", "10 %", "25 %", "median", "75 %", "90 %", "max", "first", "last",
+    "slope", "mean_change", "mean_gap", "max_gap", "time_of_min", "time_of_max",
+)  # fmt: skip
+"""Features of each quantity, in this order; all but the count are NaN without observations."""
+QUANTILES = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1)  # from "min" to "max"; the lower of two values
+MAX_QUANTITIES = 128  # beyond them, such as the pixels of images, a summary says little
+MAX_NUMBERS = 10_000_000  # of training; more series are left out at random
+MAX_SERIES_ON_GRID = 3000  # the ridge's time grows with their third power
+MAX_LENGTH = 512  # of the grid, to which longer series are shortened
+_NUMBERS_AT_ONCE = 2_000_000
+_GRID_TOLERANCE = 0.05  # of a step
+_MAX_STEPS = 10  # of the median gap: times rounded to a fine unit are no grid
+_N_GRID_SERIES = 500  # behind the decision whether there is a grid
+
+
+class _Quantities(NamedTuple):
+    """Observed numbers of some series in long form; ``(T,)`` each."""
+
+    series: Ints
+    quantity: Ints  # channel by channel, each with all categories
+    time: Floats  # on the first axis
+    value: Floats
+
+
+def n_quantities(dataset: StoredDataset) -> int:
+    """Q: channels and numeric axes but the first, each for every category of the first categorical axis."""
+    axes = dataset.schema.given_axes
+    n_numeric = sum(not axis.categories for axis in axes[1:])
+    return (len(dataset.schema.channels) + n_numeric) * _n_categories(dataset)
+
+
+def _n_categories(dataset: StoredDataset) -> int:
+    axes = dataset.schema.given_axes
+    return next((len(axis.categories) + axis.unknown for axis in axes if axis.categories), 1)
+
+
+def _in_long_form(split: Subset, rows: range) -> _Quantities:
+    """The numbers of those series of a split; series are numbered from 0."""
+    dataset, axes = split.dataset, split.dataset.schema.given_axes
+    parts = [dataset.joint(int(split.indices[row])) for row in rows]
+    positions = np.concatenate([at for at, _ in parts])
+    values = np.concatenate([of for _, of in parts]).astype(np.float64)
+    series = np.repeat(np.arange(len(parts)), [len(at) for at, _ in parts])
+    numeric = [k for k, axis in enumerate(axes) if k and not axis.categories]
+    values = np.hstack([values, positions[:, numeric]])
+    categorical = next((k for k, axis in enumerate(axes) if axis.categories), None)
+    row, channel = np.nonzero(~np.isnan(values))
+    quantity = channel * _n_categories(dataset)
+    if categorical is not None:
+        quantity = quantity + positions[row, categorical].astype(np.int64)
+    return _Quantities(series[row], quantity, positions[row, 0], values[row, channel])
+
+
+def summary_features(split: Subset) -> NDArray[np.float32]:
+    """``(S, F)``: FEATURES of every quantity in the units of the data, then the covariates.
+
+    A numeric axis beyond the first counts as a channel. Slopes are least squares per unit of the first
+    axis; times are relative to the series' first observation.
+    """
+    parts = [_features(split, rows) for rows in _row_ranges(split)]
+    features = np.concatenate(parts) if parts else np.empty((0, 0))
+    covariates = split.dataset.covariates
+    if covariates is not None:
+        features = np.hstack([features, covariates[split.indices]])
+    return features.astype(np.float32)
+
+
+def _row_ranges(split: Subset) -> Iterator[range]:
+    """Ranges of rows with a bounded number of values each."""
+    n_channels = len(split.dataset.schema.channels)
+    part = np.cumsum(split.lengths * n_channels) // _NUMBERS_AT_ONCE
+    edges = [0, *(np.flatnonzero(np.diff(part)) + 1).tolist(), len(split)]
+    yield from (range(a, b) for a, b in itertools.pairwise(edges) if b > a)
+
+
+def _features(split: Subset, rows: range) -> Floats:
+    numbers = _in_long_form(split, rows)
+    n_all = n_quantities(split.dataset)
+    found = np.full((len(rows), n_all, len(FEATURES)), np.nan)
+    found[:, :, 0] = 0
+    if not len(numbers.value):
+        return found.reshape(len(rows), -1)
+    group = numbers.series * n_all + numbers.quantity
+    order = np.lexsort((numbers.time, group))
+    group, x = group[order], numbers.value[order]
+    origin = np.full(len(rows), np.inf)
+    np.minimum.at(origin, numbers.series, numbers.time)
+    t = numbers.time[order] - origin[numbers.series[order]]
+    starts = np.flatnonzero(np.diff(group, prepend=-1))
+    n = np.diff(starts, append=len(group))
+    ends = starts + n - 1
+
+    def mean(y: Floats) -> Floats:
+        return np.add.reduceat(y, starts) / n
+
+    level, middle = mean(x), mean(t)
+    dx, dt = x - np.repeat(level, n), t - np.repeat(middle, n)
+    gaps, changes = np.diff(t, prepend=0.0), np.abs(np.diff(x, prepend=0.0))
+    gaps[starts] = changes[starts] = 0  # between two quantities
+    by_value = np.lexsort((x, group))
+    in_order = x[by_value]
+    quantiles = [in_order[starts + (q * (n - 1)).astype(int)] for q in QUANTILES]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        columns = [
+            n,
+            level,
+            np.sqrt(mean(dx**2)),
+            *quantiles,
+            x[starts],
+            x[ends],
+            mean(dx * dt) / mean(dt**2),
+            np.add.reduceat(changes, starts) / (n - 1),
+            (t[ends] - t[starts]) / (n - 1),
+            np.where(n > 1, np.maximum.reduceat(gaps, starts), np.nan),
+            t[by_value][starts],
+            t[by_value][ends],
+        ]
+    found.reshape(-1, len(FEATURES))[group[starts]] = np.stack(columns, axis=1)
+    found[~np.isfinite(found)] = np.nan  # slopes and gaps of a single observation
+    return found.reshape(len(rows), -1)
+
+
+def _boosted(train: Subset, targets: Targets, test: Subset, seed: int) -> Floats:
+    from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+
+    features = summary_features(train)
+    varied = (features != features[:1]).any(axis=0) & ~np.isnan(features).all(axis=0)
+    if not varied.any():
+        raise ValueError("all training series have equal summary features")
+    settings: dict[str, Any] = {
+        "l2_regularization": 1.0,  # without it rare classes make it diverge
+        "max_features": 0.5,
+        "min_samples_leaf": min(20, max(2, len(train) // 50)),  # its 20 splits no set of 40 series
+        "random_state": seed,
+    }
+    known, asked = features[:, varied], summary_features(test)[:, varied]
+    if targets.ndim == 1:
+        return HistGradientBoostingClassifier(**settings).fit(known, targets).predict_proba(asked)
+    models = [HistGradientBoostingRegressor(**settings).fit(known, y) for y in targets.T]
+    return np.stack([model.predict(asked) for model in models], axis=1)
+
+
+def _rocket(train: Subset, targets: Targets, test: Subset, seed: int) -> Floats:
+    """Probabilities are a softmax of the ridge's decision values: they rank, but are not calibrated."""
+    from scipy.special import softmax
+    from sklearn.linear_model import RidgeClassifierCV, RidgeCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    series = _on_grid(train)
+    mean, std = series.mean((0, 2), keepdims=True), series.std((0, 2), keepdims=True)
+    std[std == 0] = 1
+    rocket = MiniRocket().fit((series - mean) / std, seed)
+    known = rocket.transform((series - mean) / std)
+    asked = rocket.transform((_on_grid(test, series.shape[2]) - mean) / std)
+    alphas = np.logspace(-3, 3, 10)
+    ridge = RidgeClassifierCV(alphas) if targets.ndim == 1 else RidgeCV(alphas)
+    model = make_pipeline(StandardScaler(with_mean=False), ridge).fit(known, targets)
+    if targets.ndim == 2:
+        return model.predict(asked).reshape(len(asked), -1)
+    scores = model.decision_function(asked)
+    return softmax(np.stack([-scores, scores], axis=1) if scores.ndim == 1 else scores, axis=1)
+
+
+def _on_grid(split: Subset, length: int | None = None) -> NDArray[np.float32]:
+    """``(S, C, length)``; by default the length of the longest series, within limits."""
+    parts = [split.dataset.joint(int(row)) for row in split.indices]
+    if length is None:
+        length = min(MAX_LENGTH, max(MIN_LENGTH, *(len(at) for at, _ in parts)))
+    return np.stack([interpolated(at[:, 0], values, length) for at, values in parts])
+
+
+def why_not_on_grid(split: Subset) -> str | None:
+    """Why these series do not lie on one grid; None if all gaps are few multiples of the smallest."""
+    dataset = split.dataset
+    if len(dataset.schema.given_axes) > 1:
+        return "its series have several axes"
+    some = split.indices[:: -(-len(split) // _N_GRID_SERIES)]
+    gaps = [np.diff(np.unique(dataset.joint(int(row))[0][:, 0])) for row in some]
+    found = np.concatenate(gaps)
+    if not len(found):
+        return "its series have one observation"
+    steps = found / found.min()
+    if np.abs(steps - np.round(steps)).max() > _GRID_TOLERANCE or np.median(steps) > _MAX_STEPS:
+        return "the times of its observations do not lie on one grid"
+    return None
+
+
+METHODS: dict[str, Callable[[Subset, Targets, Subset, int], Floats]] = {
+    "summary features + gradient boosting": _boosted,
+    "MiniRocket + ridge": _rocket,
+}
+"""Name -> function of training series, their targets, test series and a seed; it returns predicted
+targets, or probabilities ``(S, K)`` of the classes among the targets, in ascending order."""
+
+
+def why_not(method: str, train: Subset) -> str | None:
+    """Why a baseline is not measured on these data; None if it is."""
+    if method.startswith("MiniRocket"):
+        return why_not_on_grid(train)
+    n = n_quantities(train.dataset)
+    return f"{n} quantities are more than {MAX_QUANTITIES}" if n > MAX_QUANTITIES else None
+
+
+def measure_baselines(
+    test: Subset,
+    targets: Targets,
+    metric: str,
+    samples_of: Callable[[Floats], Floats],
+    ours: Floats,
+    *,
+    train_fraction: float = 1.0,
+    seed: int = 0,
+) -> tuple[MeasuredBaseline, ...]:
+    """Train every baseline that suits the data, and compare the model with it on the test series.
+
+    Train and validation series are used, as no baseline selects anything; of train the fraction that
+    the model was trained on.
+
+    Args:
+        targets: of all series of the data set, ``(n_series,)`` int64 classes or ``(n_series, K)``.
+        metric: name of the primary metric.
+        samples_of: the metric of ``(S, K)`` predicted targets or probabilities of classes 0 to K - 1,
+            of all series and of each resample, ``(1 + R,)``.
+        ours: those samples of the model.
+    """
+    dataset, found = test.dataset, []
+    train = dataset.split("train").subsample(train_fraction, seed)
+    rows = np.concatenate([train.indices, dataset.split("validation").indices])
+    for method, predict in METHODS.items():
+        limit = MAX_SERIES_ON_GRID if predict is _rocket else len(rows)
+        used = Subset(dataset, _few(dataset, rows, limit, seed))
+        known = targets[used.indices]
+        reason = why_not(method, used)
+        if reason is None and len(np.unique(known, axis=0)) < 2:
+            reason = "its training series are all of one class or target"
+        if reason is not None:
+            print(f"no baseline {method!r}: {reason}", flush=True)
+            continue
+        start = time.perf_counter()
+        predicted = predict(used, known, test, seed)
+        if targets.ndim == 1:
+            scores, classes = predicted, np.unique(known)
+            predicted = np.zeros((len(test), len(dataset.schema.classes)))
+            predicted[:, classes] = scores / scores.sum(axis=1, keepdims=True)
+        theirs = samples_of(predicted)
+        found.append(
+            MeasuredBaseline(
+                name=method,
+                metric=metric,
+                value=Estimate.of(theirs),
+                difference=Estimate.of(ours - theirs),
+                n_train=len(used),
+                seconds=round(time.perf_counter() - start, 1),
+            )
+        )
+    return tuple(found)
+
+
+def _few(dataset: StoredDataset, rows: Ints, limit: int, seed: int) -> Ints:
+    """At most ``limit`` of these series, and MAX_NUMBERS values; random ones, in the given order."""
+    order = np.random.default_rng(seed).permutation(len(rows))[:limit]
+    numbers = np.cumsum(dataset.lengths[rows[order]]) * len(dataset.schema.channels)
+    return rows[np.sort(order[: max(1, int((numbers <= MAX_NUMBERS).sum()))])]
