@@ -12,13 +12,10 @@ from pydantic import BaseModel, Field
 
 from roma_pipelines.assets.dataset import dataset_asset
 from roma_pipelines.assets.evaluation_report import evaluation_report_asset
-from roma_pipelines.assets.registered_model import (
-    batch_predictions_asset,
-    registered_classifier_asset,
-)
-from roma_pipelines.assets.training import finetuned_classifier_asset, pretrained_encoder_asset
+from roma_pipelines.assets.registered_model import batch_predictions_asset, registered_model_asset
+from roma_pipelines.assets.training import finetuned_model_asset, pretrained_encoder_asset
 from roma_pipelines.automation.sensors import retraining_schedule, sensors_of
-from roma_pipelines.experiment import Experiment
+from roma_pipelines.experiment import FINETUNED, Experiment
 
 
 class ExperimentParams(BaseModel):
@@ -60,7 +57,7 @@ class ExperimentScaffolder(dg.Scaffolder[ExperimentParams]):
 
 @dg.scaffold_with(ExperimentScaffolder)
 class RomaExperiment(Experiment, dg.Component):
-    """Data set → pretrained encoder → classifier → report → registered model."""
+    """Data set → pretrained encoder → finetuned model → report → registered model."""
 
     @classmethod
     def get_model_cls(cls) -> type[BaseModel]:
@@ -72,13 +69,12 @@ class RomaExperiment(Experiment, dg.Component):
         return attributes
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
-        self.check_servable()
         assets = [
             dataset_asset(self),
             *([] if self.pretrained_from else [pretrained_encoder_asset(self)]),
-            finetuned_classifier_asset(self),
+            *([finetuned_model_asset(self, name)] if (name := FINETUNED.get(self.task)) else []),
             evaluation_report_asset(self),
-            registered_classifier_asset(self),
+            registered_model_asset(self),
         ]
         if self.predictions is not None:
             assets.append(batch_predictions_asset(self))

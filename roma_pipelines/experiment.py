@@ -23,7 +23,7 @@ from roma_core.model.config import (
     RoMAForClassificationConfig,
     RoMAForPreTrainingConfig,
 )
-from roma_core.settings import Frozen, RomaSettings, SettingsError, validation_errors, variable_of
+from roma_core.settings import Frozen, RomaSettings, SettingsError, validation_errors
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.defaults import PrimaryMetric
 from roma_pipelines.automation.settings import Automation
@@ -33,21 +33,21 @@ from roma_pipelines.registry.gate import GateThresholds
 DEFS = Path(__file__).parent / "defs"
 COMPONENT = "roma_pipelines.components.RomaExperiment"
 ENCODER = "pretrained_encoder"
-ASSET_NAMES = (
-    "dataset",
-    ENCODER,
-    "finetuned_classifier",
-    "evaluation_report",
-    "registered_classifier",
-)
-"""Assets of an experiment, in the order in which they are materialised; all before it are upstream."""
+FINETUNED = {"classification": "finetuned_classifier", "regression": "finetuned_regressor"}
+"""Task -> name of the asset with the finetuned model."""
+_REGISTERED = {
+    "classification": "registered_classifier",
+    "regression": "registered_regressor",
+    "interpolation": "registered_autoencoder",
+}
+_TRAINING_SECTIONS = {"dataset", "pretraining", "finetuning", "primary_metric", "task"}
 _SECTIONS = {  # that determine the content of an asset; of the others, all of these
     "dataset": {"dataset"},
     ENCODER: {"dataset", "pretraining"},
-    "finetuned_classifier": {"dataset", "pretraining", "finetuning", "primary_metric"},
+    **dict.fromkeys(FINETUNED.values(), _TRAINING_SECTIONS),
     "batch_predictions": {"predictions"},
 }
-_ALL_SECTIONS = {"dataset", "pretraining", "finetuning", "primary_metric", "gate", "baselines"}
+_ALL_SECTIONS = {*_TRAINING_SECTIONS, "gate", "baselines"}
 
 
 class Stage(Frozen):
@@ -132,19 +132,25 @@ class ExperimentDataset(DatasetConfig):
 
 
 class Experiment(Frozen):
-    """Data set → pretrained encoder → classifier → report → registered model."""
+    """Data set → pretrained encoder → finetuned model → report → registered model."""
 
     name: Name = Field(description="Asset key prefix, group and registered model name.")
     description: str = Field("", description="Purpose, shown on the assets.")
+    task: Literal["classification", "regression", "interpolation"] = Field(
+        "classification", exclude_if=lambda task: task == "classification"
+    )
+    """What the model predicts: a class, the targets of the data set, or hidden observations. An
+    interpolation registers the pretrained autoencoder and finetunes nothing."""
     dataset: ExperimentDataset = Field(description="Source and preparation of the data.")
     pretraining: Stage = Field(Stage(), description="Pretraining of the encoder.")
     pretrained_from: Name | None = None
     """Experiment whose encoder is finetuned here instead of pretraining one."""
-    finetuning: Stage = Field(Stage(), description="Finetuning of the classifier.")
+    finetuning: Stage = Field(Stage(), description="Finetuning of the classifier or regressor.")
     resources: Resources = Field(Resources(), description="Target and size of jobs.")
     primary_metric: PrimaryMetric | Literal["auto"] = "auto"
     """Metric for the best checkpoint, the gate and the comparison with the champion. auto: auroc where the
-    rarer of two classes has less than 35 % of train, else accuracy or, if imbalanced, macro_f1."""
+    rarer of two classes has less than 35 % of train, else accuracy or, if imbalanced, macro_f1; r2 of
+    a regression or an interpolation."""
     gate: GateThresholds = Field(GateThresholds(), description="Conditions of promotion.")
     baselines: tuple[Baseline, ...] = Field((), description="Published results of other methods.")
     predictions: Predictions | None = None
@@ -196,26 +202,46 @@ class Experiment(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _fits_the_task(self) -> Self:
+        problem_type = self.finetuning.model.get("problem_type", self.task)
+        if self.task == "interpolation" and self.finetuning != Stage():
+            raise ValueError(
+                "finetuning: an interpolation registers the pretrained autoencoder and finetunes nothing; "
+                "remove it, or set another task"
+            )
+        if problem_type != self.task:
+            raise ValueError(
+                f"finetuning.model.problem_type: {problem_type} contradicts task: {self.task}; remove it, "
+                f"the task determines it"
+            )
+        if self.task != "classification" and self.primary_metric != "auto":
+            raise ValueError(
+                f"primary_metric: {self.primary_metric} is a metric of classes, and models of "
+                f"{self.task} are compared by r2; remove it"
+            )
+        if self.task != "classification":
+            raise ValueError(
+                f"task: a model of {self.task} cannot be registered yet; train it with `roma pretrain` and "
+                f"`roma finetune`, and evaluate it with `roma evaluate`"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _trainings_are_valid(self) -> Self:
         if errors := training_errors(self.pretraining, self.finetuning):
             raise ValueError("\n".join(errors))
         return self
 
-    def check_servable(self, environment: bool = False) -> None:
-        """Raise ValueError for a regressor, which cannot be served or registered; ``environment``:
-        also read ``ROMA_CLASSIFIER_PROBLEM_TYPE`` where the file sets no type.
-        """
-        problem_type = self.finetuning.model.get("problem_type")
-        origin = "finetuning.model.problem_type"
-        if problem_type is None and environment:
-            problem_type = RoMAForClassificationConfig().problem_type
-            variable = variable_of(RoMAForClassificationConfig, "problem_type")
-            origin = f"{variable} is set to {problem_type}"
-        if problem_type not in (None, "classification"):
-            raise ValueError(
-                f"experiment {self.name}: {origin}: a regressor cannot be served or registered yet, so "
-                f"it has no assets; train it with `roma finetune` and evaluate it with `roma evaluate`"
-            )
+    @property
+    def asset_names(self) -> tuple[str, ...]:
+        """In the order in which they are materialised; all before an asset are upstream of it."""
+        finetuned = [name] if (name := FINETUNED.get(self.task)) else []
+        return ("dataset", ENCODER, *finetuned, "evaluation_report", self.registered)
+
+    @property
+    def registered(self) -> str:
+        """Name of the asset that registers the model."""
+        return _REGISTERED[self.task]
 
     def key(self, asset_name: str) -> dg.AssetKey:
         """Key of one of its assets, or of the encoder it shares."""
@@ -232,9 +258,9 @@ class Experiment(Frozen):
 
     def asset_arguments(self, asset_name: str) -> dict[str, Any]:
         """Arguments of ``dg.asset`` that all assets of the experiment share."""
-        upstream: tuple[str, ...] = ASSET_NAMES[-1:]  # of batch_predictions
-        if asset_name in ASSET_NAMES:
-            upstream = ASSET_NAMES[: ASSET_NAMES.index(asset_name)]
+        upstream: tuple[str, ...] = (self.registered,)  # of batch_predictions
+        if asset_name in (names := self.asset_names):
+            upstream = names[: names.index(asset_name)]
         return {
             "code_version": self.code_version(asset_name),
             "key": self.key(asset_name),
@@ -327,8 +353,7 @@ def all_experiments() -> dict[str, Experiment | str]:
             document = read_yaml(path)
             if isinstance(document, dict) and document.get("type", COMPONENT) != COMPONENT:
                 continue
-            experiment = found[name] = _read(path)
-            experiment.check_servable()
+            found[name] = _read(path)
         except ValueError as error:
             found[name] = str(error)
     return found

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from roma_core.evaluation.metrics import (
+    LABELS,
     N_BOOTSTRAP,
     Change,
     Estimate,
@@ -30,17 +31,6 @@ from roma_core.settings import Frozen
 from roma_core.trainer.defaults import PrimaryMetric, primary_metric
 
 N_BINS, N_ACCURACY_BINS = 15, 4
-LABELS = {
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "macro_f1": "macro F1",
-    "auroc": "AUROC",
-    "average_precision": "average precision",
-    "log_loss": "log loss",
-    "brier": "Brier score",
-    "calibration_error": "calibration error",
-}
-"""Metrics of a classifier as they are written in a sentence."""
 _COUNTS_AT_ONCE = 4_000_000  # entries of the (R, N) matrix held in memory, 32 MB
 
 
@@ -92,8 +82,7 @@ class AccuracyBin(Frozen):
 class ClassificationMetrics(Metrics):
     """Metrics of a classifier; see :func:`evaluate`."""
 
-    primary_metric: PrimaryMetric = "accuracy"  # that compares models and decides
-    primary_reason: str = ""
+    primary_metric: PrimaryMetric = "accuracy"
     accuracy: Estimate
     balanced_accuracy: Estimate  # mean recall over classes that have series
     macro_f1: Estimate  # mean F1 over classes that have series or were predicted
@@ -116,10 +105,6 @@ class ClassificationMetrics(Metrics):
     thresholds: tuple[ThresholdMetrics, ...] = ()  # of two classes
     notes: tuple[str, ...] = ()  # classes without series, and what follows for the metrics
 
-    @property
-    def primary(self) -> Estimate:
-        return getattr(self, self.primary_metric)
-
     def compared_by(
         self, wanted: PrimaryMetric | Literal["auto"], train: Mapping[str, int]
     ) -> ClassificationMetrics:
@@ -137,12 +122,6 @@ class ClassificationMetrics(Metrics):
                 )
             name, reason = "accuracy", "all test series are of one class"
         return self.model_copy(update={"primary_metric": name, "primary_reason": reason})
-
-    def headline(self) -> str:
-        """``AUROC 0.744 (95 % 0.701–0.786)``"""
-        value = self.primary
-        label = LABELS[self.primary_metric]
-        return f"{label} {value.value:.3f} (95 % {value.low:.3f}–{value.high:.3f})"
 
 
 def evaluate(table: PredictionTable, n_bootstrap: int = N_BOOTSTRAP) -> ClassificationMetrics:

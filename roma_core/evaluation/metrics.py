@@ -19,6 +19,22 @@ from roma_core.evaluation.predictions import Bools, Floats, Ints
 from roma_core.settings import Frozen
 
 N_BOOTSTRAP = 1000
+LABELS = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+    "auroc": "AUROC",
+    "average_precision": "average precision",
+    "log_loss": "log loss",
+    "brier": "Brier score",
+    "calibration_error": "calibration error",
+    "r2": "R²",
+    "nrmse": "normalised RMSE",
+    "rmse": "RMSE",
+    "mae": "mean absolute error",
+    "mse": "mean squared error",
+}
+"""Metrics as they are written in a sentence."""
 _COUNTS_AT_ONCE = 4_000_000  # entries of the (R, N) matrix held in memory, 32 MB
 
 
@@ -60,6 +76,12 @@ class Metrics(Frozen):
     n_series: int
     n_bootstrap: int = N_BOOTSTRAP
     seed: int = 0
+    primary_metric: str  # that compares models and decides
+    primary_reason: str = ""
+
+    @property
+    def primary(self) -> PartEstimate:
+        return self.estimates()[self.primary_metric]
 
     def estimates(self) -> Mapping[str, PartEstimate]:
         """The headline metrics by name, in the order of the fields."""
@@ -79,6 +101,13 @@ class Metrics(Frozen):
     def document(self) -> dict[str, Any]:
         """The content of ``metrics.json``."""
         return self.model_dump(mode="json")
+
+
+def headline(document: Mapping[str, Any]) -> str:
+    """The primary metric in the content of ``metrics.json``: ``AUROC 0.744 (95 % 0.701–0.786)``."""
+    name = document.get("primary_metric", "accuracy")
+    value = Estimate.model_validate(document[name])
+    return f"{LABELS[name]} {value.value:.3f} (95 % {value.low:.3f}–{value.high:.3f})"
 
 
 class Change(Frozen):

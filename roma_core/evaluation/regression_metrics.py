@@ -53,6 +53,7 @@ class RegressionMetrics(Metrics):
     are meaningful only where the targets share a unit.
     """
 
+    primary_metric: str = "mse"
     n_observations: int
     mse: Estimate  # mean squared error per value
     rmse: Estimate  # its root
@@ -79,6 +80,7 @@ class ReconstructionMetrics(Metrics):
     ``clean_mse_GROUP`` those of the series of one class.
     """
 
+    primary_metric: str = "mse"
     n_series: int  # with a hidden observation
     n_hidden: int  # hidden observations
     mean_hidden_fraction: float

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import Field, field_validator
 
-from roma_core.evaluation.classification_metrics import LABELS, ClassificationMetrics
+from roma_core.evaluation.classification_metrics import ClassificationMetrics
 from roma_core.evaluation.config import Baseline, FactSheet, ServingChecks
-from roma_core.evaluation.metrics import Change, PartEstimate
+from roma_core.evaluation.metrics import LABELS, Change, PartEstimate
 from roma_core.evaluation.regression_metrics import ReconstructionMetrics, RegressionMetrics
 from roma_core.schema import DataSchema
 from roma_core.settings import Frozen

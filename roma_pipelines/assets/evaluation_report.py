@@ -1,15 +1,15 @@
 """Asset: the evaluation report, with the gate as blocking checks."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
 from roma_core.data.manifest import Manifest, read_manifest
-from roma_core.evaluation.classification_metrics import LABELS, ClassificationMetrics
 from roma_core.evaluation.config import EvaluationJobConfig, Fact, FactSheet, ServingChecks
+from roma_core.evaluation.metrics import LABELS, headline
 from roma_core.files import read_json
 from roma_core.job import JobFolder
 from roma_core.serving.registry_client import FetchError, fetch, package_of, resolve
@@ -39,7 +39,7 @@ from roma_pipelines.tracked_job import (
 
 def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
     """The asset ``evaluation_report``; its checks block registration of a candidate that fails."""
-    key = experiment.key("evaluation_report")
+    key, names = experiment.key("evaluation_report"), experiment.asset_names
 
     @dg.asset(
         **experiment.asset_arguments("evaluation_report"),
@@ -54,9 +54,9 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
         from roma_core.data.store import StoredDataset
         from roma_core.evaluation.leakage import split_digest
 
-        data, encoder, classifier = upstream_metadata(
-            context, experiment, "dataset", "pretrained_encoder", "finetuned_classifier"
-        )
+        upstream = names[: names.index("evaluation_report")]
+        data, *trained = upstream_metadata(context, experiment, *upstream)
+        encoder, model = trained[0], trained[-1]  # the same without finetuning
         key, storage = key_for(context), Storage.open()
         begun = JobFolder(storage.jobs / key).config
         if begun.exists():  # a retry adopts the job, and so the champion of that time
@@ -65,23 +65,26 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
             path = Path(data["path"])
             test_split = split_digest(StoredDataset(path, verify=False).split("test"))
             runs = f"{MlflowSettings().experiment_prefix}/{experiment.name}"
-            with registry(context, encoder, classifier) as client:
+            with registry(context, *trained) as client:
                 config = EvaluationJobConfig(
                     name=experiment.name,
                     dataset=str(path),
                     dataset_digest=data["digest"],
-                    classifier=classifier["weights"],
+                    classifier=None if model is encoder else model["weights"],
                     autoencoder=encoder["weights"],
-                    curves={"pretraining": encoder["metrics"], "finetuning": classifier["metrics"]},
+                    curves={
+                        stage: job["metrics"]
+                        for stage, job in zip(("pretraining", "finetuning"), trained, strict=False)
+                    },
                     primary_metric=experiment.primary_metric,
                     baselines=experiment.baselines,
-                    facts=_report_facts(read_manifest(path), encoder, classifier, context.run_id),
+                    facts=_report_facts(read_manifest(path), trained, context.run_id),
                     trained_on=tuple(
                         read_json(Path(job["job_folder"]) / "config.json")["dataset"]
-                        for job in (encoder, classifier)
+                        for job in trained
                     ),
                     decided_before=decided_before(client, runs, test_split, key),
-                    lineage=_lineage(client, encoder, classifier, context.run_id),
+                    lineage=_lineage(client, trained, context.run_id),
                     **_champion(client, experiment.name, storage.cache / "models"),
                 )
         job = run_tracked_job(
@@ -121,51 +124,44 @@ def _champion(client: Any, name: str, cache: Path) -> dict[str, Any]:
     return {"champion_version": version, "champion": str(folder)}
 
 
-def _lineage(
-    client: Any, encoder: Mapping[str, Any], classifier: Mapping[str, Any], dagster_run: str
-) -> dict[str, str]:
-    """Lineage of the weights; the commit is that of the finetuning run."""
+def _lineage(client: Any, trained: Sequence[Mapping[str, Any]], dagster_run: str) -> dict[str, str]:
+    """Lineage of the weights; the commit is that of the last training's run."""
     from roma_core.serving.package import lock_hash
 
-    trained = client.get_run(classifier["mlflow_run_id"]).data.tags
+    run = trained[-1]["mlflow_run_id"]
+    jobs = ("pretraining_job", "finetuning_job")
     return {
-        "pretraining_job": encoder["job_key"],
-        "finetuning_job": classifier["job_key"],
-        "mlflow_run_id": classifier["mlflow_run_id"],
+        **{name: job["job_key"] for name, job in zip(jobs, trained, strict=False)},
+        "mlflow_run_id": run,
         "dagster_run_id": dagster_run,
-        "git_sha": trained.get("roma.git_sha", code_version()),
+        "git_sha": client.get_run(run).data.tags.get("roma.git_sha", code_version()),
         "lock_hash": lock_hash(),
     }
-
-
-_PLOTS = {
-    "confusion": "confusion matrix",
-    "reliability": "reliability curve",
-    "curves": "ROC and precision-recall curves",
-    "reconstructions": "reconstructions of hidden tokens",
-    "embedding_map": "test series in feature space",
-}
 
 
 def _materialised(
     job: TrackedJob, decision: GateDecision, champion_version: str | None
 ) -> dg.MaterializeResult:
-    plots = job.output("plots")
-    found = ClassificationMetrics.model_validate(read_json(job.output("metrics")))
+    from roma_core.evaluation.report import FIGURES
+
+    plots, found = job.output("plots"), read_json(job.output("metrics"))
     metrics = ["| test metric | value | 95 % interval |", "| --- | --- | --- |"]
     metrics += [
-        f"| {LABELS[name]} | {m.value:.4f} | {m.low:.4f}–{m.high:.4f} |"
-        for name, m in found.estimates().items()
+        f"| {label} | {m['value']:.4f} | {m['low']:.4f}–{m['high']:.4f} |"
+        for name, label in LABELS.items()
+        if (m := found.get(name)) is not None
     ]
     return dg.MaterializeResult(
         metadata={
             # no link: browsers do not follow links from a page to a file
             "report": dg.MetadataValue.path(str(job.output("report"))),
             "metrics": dg.MetadataValue.md("\n".join(metrics)),
-            "primary_metric": f"{found.headline()}; {found.primary_reason}",
+            "primary_metric": "; ".join(
+                filter(None, (headline(found), found.get("primary_reason")))
+            ),
             **{
-                name: picture((plots / f"{name}.png").read_bytes(), title)
-                for name, title in _PLOTS.items()
+                name: picture((plots / f"{name}.png").read_bytes(), alt)
+                for name, (_, _, alt) in FIGURES.items()
                 if (plots / f"{name}.png").exists()
             },
             "champion_version": champion_version or "none",
@@ -185,9 +181,10 @@ def _materialised(
 
 
 def _report_facts(
-    manifest: Manifest, encoder: Mapping[str, Any], classifier: Mapping[str, Any], dagster_run: str
+    manifest: Manifest, trained: Sequence[Mapping[str, Any]], dagster_run: str
 ) -> tuple[FactSheet, ...]:
-    model = read_json(Path(classifier["weights"]) / "model_config.json")
+    last = trained[-1]
+    model = read_json(Path(last["weights"]) / "model_config.json")
     stack, dropped = model["encoder_config"], manifest.irregularity
     splits = (f"{split} {count.n_series}" for split, count in manifest.counts.items())
     sheets: dict[str, dict[str, Any]] = {
@@ -203,19 +200,19 @@ def _report_facts(
             "licence": manifest.provenance.licence,
         },
         "Model": {
-            "parameters": f"{classifier['parameters']:,}",
+            "parameters": f"{last['parameters']:,}",
             "encoder": f"width {stack['d_model']}, {stack['depth']} layers, {stack['nhead']} heads",
             "positions": f"{model['n_pos_dims']} axis, p = {model['p_rope_val']}",
         },
         "Training": {
             stage: f"{job['training_s']:.1f} s, validation loss {job['eval/loss']:.4f}"
-            for stage, job in (("pretraining", encoder), ("finetuning", classifier))
+            for stage, job in zip(("pretraining", "finetuning"), trained, strict=False)
         }
-        | {"processes": classifier["processes"], "device": classifier["device"]},
+        | {"processes": last["processes"], "device": last["device"]},
         "Lineage": {
             "code": code_version(),
             "Dagster run": dagster_run,
-            "MLflow run": classifier["mlflow_run_id"],
+            "MLflow run": last["mlflow_run_id"],
         },
     }
 

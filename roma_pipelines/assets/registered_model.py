@@ -1,4 +1,4 @@
-"""Assets: classifier and encoder in the registry, as candidates or, if the gate passes, champions;
+"""Assets: model and encoder in the registry, as candidates or, if the gate passes, champions;
 predictions of the champion for a file of series, with drift against its training data.
 """
 
@@ -21,19 +21,19 @@ from roma_pipelines.storage import Storage
 from roma_pipelines.tracked_job import picture, registry, upstream_metadata
 
 
-def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
-    """The asset ``registered_classifier``; consumers load ``models:/NAME@champion``."""
+def registered_model_asset(experiment: Experiment) -> dg.AssetsDefinition:
+    """The asset ``registered_classifier`` or its like; consumers load ``models:/NAME@champion``."""
 
     @dg.asset(
-        **experiment.asset_arguments("registered_classifier"),
+        **experiment.asset_arguments(experiment.registered),
         kinds={"mlflow"},
         pool=f"registry_{experiment.name}",  # one promotion per model at a time
         description=f"The evaluated package in the MLflow registry. {experiment.description}",
     )
-    def registered_classifier(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        evaluation, classifier, encoder = upstream_metadata(
-            context, experiment, "evaluation_report", "finetuned_classifier", "pretrained_encoder"
-        )
+    def registered_model(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        upstream = upstream_metadata(context, experiment, *experiment.asset_names[1:-1])
+        *trained, evaluation = upstream
+        encoder, model = trained[0], trained[-1]  # the same without finetuning
         folder = JobFolder(evaluation["job_folder"])
         result = folder.read_result()
         if result is None:
@@ -44,35 +44,41 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
             "primary_metric", "accuracy"
         )
         metrics = {f"test/{name}": value for name, value in result.metrics.items()}
-        trained, pretrained = (
-            read_json(JobFolder(job["job_folder"]).config) for job in (classifier, encoder)
+        pretraining, training = (
+            read_json(JobFolder(job["job_folder"]).config) for job in (encoder, model)
         )
-        inherited = ("git_sha", "lock_hash", "finetuning_job", "pretraining_job")
-        tags = {f"roma.{name}": config["lineage"][name] for name in inherited} | {
+        inherited = {"git_sha", "lock_hash", "finetuning_job", "pretraining_job"}
+        known = {name: text for name, text in config["lineage"].items() if name in inherited}
+        tags = {f"roma.{name}": text for name, text in known.items()} | {
             "roma.dataset_digest": config["dataset_digest"],
-            "roma.config_digest": digest_of(trained),
+            "roma.config_digest": digest_of(training),
             "roma.dagster_run_id": context.run_id,
             "roma.evaluation_job": result.job_key,
             GATE_TAG: "passed" if decision.passed else "failed",
             versions.COMPARED_TAG: config["champion_version"] or NO_CHAMPION,
         }
-        with registry(context, evaluation, classifier, encoder) as client:
-            encoder_version = versions.register(
-                client,
-                folder.path / result.outputs["encoder_package"],
-                versions.encoder_name(experiment.name),
-                result.job_key,
-                encoder["mlflow_run_id"],
-                tags | {"roma.config_digest": digest_of(pretrained)},
-                {},
-            )
+        encoder_uri = {}  # of a model with a head, whose encoder is packaged beside it
+        with registry(context, *upstream) as client:
+            if "encoder_package" in result.outputs:
+                name = versions.encoder_name(experiment.name)
+                encoder_version = versions.register(
+                    client,
+                    folder.path / result.outputs["encoder_package"],
+                    name,
+                    result.job_key,
+                    encoder["mlflow_run_id"],
+                    tags | {"roma.config_digest": digest_of(pretraining)},
+                    {},
+                )
+                tags[versions.ENCODER_TAG] = encoder_version
+                encoder_uri["encoder"] = f"models:/{name}/{encoder_version}"
             version = versions.register(
                 client,
                 folder.path / result.outputs["package"],
                 experiment.name,
                 result.job_key,
-                classifier["mlflow_run_id"],
-                tags | {versions.ENCODER_TAG: encoder_version},
+                model["mlflow_run_id"],
+                tags,
                 metrics,
             )
             waits = experiment.gate.mode == "needs_approval" and decision.passed
@@ -99,7 +105,7 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
             linked = link_wandb(
                 client,
                 WandbConfig(),
-                trained["trainer"],
+                training["trainer"],
                 experiment.name,
                 version,
                 tags,
@@ -112,16 +118,16 @@ def registered_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
                 "version": version,
                 "aliases": ", ".join(aliases) or "none",
                 "uri": f"models:/{experiment.name}@{CHAMPION}",
-                "encoder": f"models:/{versions.encoder_name(experiment.name)}/{encoder_version}",
+                **encoder_uri,
                 "gate": "passed" if decision.passed else "not passed",
                 "approval": f"needed: {command}" if waits else "not needed",
-                **{name: result.metrics[name] for name in ("accuracy", primary)},
+                **{n: result.metrics[n] for n in ("accuracy", primary) if n in result.metrics},
                 "manifest_sha256": result.facts["manifest_sha256"],
-                "mlflow_run_id": classifier["mlflow_run_id"],
+                "mlflow_run_id": model["mlflow_run_id"],
             }
         )
 
-    return registered_classifier
+    return registered_model
 
 
 def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:

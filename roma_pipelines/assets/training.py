@@ -1,4 +1,4 @@
-"""Assets: the pretrained encoder and the finetuned classifier, each from a training job."""
+"""Assets: the pretrained encoder and the finetuned model, each from a training job."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -26,23 +26,22 @@ def pretrained_encoder_asset(experiment: Experiment) -> dg.AssetsDefinition:
         description=f"Masked autoencoder, pretrained without labels. {experiment.description}",
     )
     def pretrained_encoder(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        _check_servable(experiment)  # before hours of pretraining are spent on it
         (data,) = upstream_metadata(context, experiment, "dataset")
         return _materialised(_trained(context, experiment, "pretrain", Path(data["path"])))
 
     return pretrained_encoder
 
 
-def finetuned_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
-    """The asset ``finetuned_classifier``, initialised from the pretrained encoder."""
+def finetuned_model_asset(experiment: Experiment, name: str) -> dg.AssetsDefinition:
+    """The asset ``finetuned_classifier`` or its like, initialised from the pretrained encoder."""
 
     @dg.asset(
-        **experiment.asset_arguments("finetuned_classifier"),
+        **experiment.asset_arguments(name),
         kinds={"pytorch"},
-        description=f"Classifier, finetuned from the pretrained encoder. {experiment.description}",
+        description=f"Model of {experiment.task}, finetuned from the pretrained encoder. "
+        f"{experiment.description}",
     )
-    def finetuned_classifier(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        _check_servable(experiment)
+    def finetuned_model(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         data, encoder = upstream_metadata(context, experiment, "dataset", "pretrained_encoder")
         path, weights = Path(data["path"]), Path(encoder["weights"])
         if experiment.pretrained_from is not None:
@@ -50,14 +49,7 @@ def finetuned_classifier_asset(experiment: Experiment) -> dg.AssetsDefinition:
                 context.log.warning(f"encoder of {experiment.pretrained_from}: {line}")
         return _materialised(_trained(context, experiment, "finetune", path, weights))
 
-    return finetuned_classifier
-
-
-def _check_servable(experiment: Experiment) -> None:
-    try:
-        experiment.check_servable(environment=True)
-    except ValueError as error:
-        raise dg.Failure(str(error), allow_retries=False) from error
+    return finetuned_model
 
 
 def _differences(weights: Path, ours: DataSchema) -> list[str]:
@@ -91,7 +83,8 @@ def _trained(
 ) -> TrackedJob:
     stage = experiment.pretraining if command == "pretrain" else experiment.finetuning
     trainer = TrainerConfig(**stage.trainer)
-    if command == "finetune" and "best_metric" not in trainer.model_fields_set:
+    by_class = command == "finetune" and experiment.task == "classification"
+    if by_class and "best_metric" not in trainer.model_fields_set:
         stored = StoredDataset(dataset, verify=False)
         train, validation = (stored.split(name).class_counts for name in ("train", "validation"))
         metric, reason = primary_metric(experiment.primary_metric, train)
@@ -99,10 +92,11 @@ def _trained(
         if sum(n > 0 for n in validation.values()) > 1:  # else it may be undefined
             best = {"best_metric": f"eval/{metric}", "best_metric_mode": "max"}
             trainer = trainer.model_copy(update=best)
+    fixed = {"problem_type": experiment.task} if command == "finetune" else {}
     config = TrainingJobConfig.resolve(
         command,
         dataset,
-        stage.model,
+        stage.model | fixed,
         trainer,
         weights=weights,
         train_fraction=stage.train_fraction,

@@ -10,7 +10,7 @@ import dagster as dg
 
 from roma_core.data.config import source_fingerprint
 from roma_pipelines.automation.alerts import send_alert
-from roma_pipelines.experiment import ASSET_NAMES, Experiment
+from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.jobs import read_job
 from roma_pipelines.storage import Storage
 
@@ -20,7 +20,6 @@ _REQUESTED_TAG = "roma/requested_at"  # seconds since the epoch, by the clock of
 _AGAIN_AFTER_H = (4.0, 12.0, 24.0)  # a failed run is requested again so long after its request
 _SETTINGS_ERRORS = {"DataError", "Rejected", "SettingsError", "StoreError", "ValidationError"}
 _SETTINGS_ERRORS |= {"ValueError"}  # classes of errors that are the same in every attempt
-TRAINING = ASSET_NAMES[1:]
 _UNFINISHED = [
     dg.DagsterRunStatus[name]
     for name in ("QUEUED", "NOT_STARTED", "STARTING", "STARTED", "CANCELING")
@@ -199,7 +198,7 @@ def request(
         return run_key
     if step.do == "train" and (text := _over_budget(experiment, step, now)):
         return dg.SkipReason(text)
-    names = TRAINING if step.do == "train" else ("dataset",)
+    names = experiment.asset_names[1:] if step.do == "train" else ("dataset",)
     keys = [experiment.key(name) for name in names]
     tags = {EXPERIMENT_TAG: experiment.name, TRIGGER_TAG: trigger, "roma/why": step.why[:200]}
     return dg.RunRequest(

@@ -15,7 +15,7 @@ import click
 
 from roma_core.claim import is_running, process_start
 from roma_core.cli import errors_as_messages
-from roma_core.evaluation.classification_metrics import LABELS, ClassificationMetrics
+from roma_core.evaluation.metrics import LABELS, headline
 from roma_core.files import digest_of, read_json
 from roma_core.job import JobFolder
 from roma_core.trainer.defaults import PrimaryMetric
@@ -36,7 +36,7 @@ _LOGGER = "progress"
 @click.argument("experiment", default="japanese_vowels")
 @click.option("--fresh", is_flag=True, help="Run again even if everything is up to date.")
 def demo(experiment: str, fresh: bool) -> None:
-    """Materialise EXPERIMENT: data set, encoder, classifier, report, registered model.
+    """Materialise EXPERIMENT: data set, encoder, finetuned model, report, registered model.
 
     Assets that the same code made from the same settings are reused. The command resumes an
     interrupted run.
@@ -106,7 +106,7 @@ def _keys(definitions: dg.Definitions, experiment: str) -> list[dg.AssetKey]:
     import dagster as dg
 
     from roma_pipelines.definitions import INVALID
-    from roma_pipelines.experiment import ASSET_NAMES, ENCODER
+    from roma_pipelines.experiment import ENCODER
 
     graph = definitions.resolve_asset_graph()
     known = {key.path[0] for key in graph.materializable_asset_keys}
@@ -116,12 +116,15 @@ def _keys(definitions: dg.Definitions, experiment: str) -> list[dg.AssetKey]:
         raise click.ClickException(
             f"no experiment {experiment!r}; available: {', '.join(sorted(known))}"
         )
-    own = [dg.AssetKey([experiment, name]) for name in ASSET_NAMES]
-    parents = graph.get(dg.AssetKey([experiment, "finetuned_classifier"])).parent_keys
-    encoder = next(key for key in parents if key.path[-1] == ENCODER)
-    if encoder in own:
+    report = graph.get(dg.AssetKey([experiment, "evaluation_report"]))
+    (registered,) = (key for key in report.child_keys if key.path[-1].startswith("registered_"))
+    parents = graph.get(registered).parent_keys
+    own = [key for key in graph.toposorted_asset_keys if key in {*parents, registered}]
+    encoder = next(key for key in own if key.path[-1] == ENCODER)
+    if encoder.path[0] == experiment:
         return own
-    return [dg.AssetKey([encoder.path[0], "dataset"]), encoder, *(k for k in own if graph.has(k))]
+    own.remove(encoder)
+    return [dg.AssetKey([encoder.path[0], "dataset"]), encoder, *own]
 
 
 def _end_jobs(instance: dg.DagsterInstance, storage: Storage, killed: list[dg.DagsterRun]) -> None:
@@ -220,9 +223,13 @@ def _conclude(
         made = newest_materialization(instance, key)
         assert made is not None
         facts[key.path[-1]] = {name: value.value for name, value in made.metadata.items()}
-    job, model = Path(facts["evaluation_report"]["job_folder"]), facts["registered_classifier"]
-    metrics = ClassificationMetrics.model_validate(read_json(job / "outputs" / "metrics.json"))
-    trained = [facts[name]["training_s"] for name in ("pretrained_encoder", "finetuned_classifier")]
+    job, model = Path(facts["evaluation_report"]["job_folder"]), facts[keys[-1].path[-1]]
+    metrics = read_json(job / "outputs" / "metrics.json")
+    trained = ", ".join(
+        f"{name.replace('_', ' ')} {made['training_s']:.0f} s"
+        for name, made in facts.items()
+        if "training_s" in made
+    )
     here = Path.cwd()
     report, data = job / "outputs" / "report.html", Path(facts["dataset"]["path"])
     report, data = (p.relative_to(here) if p.is_relative_to(here) else p for p in (report, data))
@@ -230,17 +237,15 @@ def _conclude(
     click.echo(f"model       {model['model']} version {model['version']} ({model['aliases']})")
     for one in read_json(job / "config.json")["baselines"]:
         click.echo(f"baseline    {one['accuracy']:.3f} {one['name']} ({one['source']})")
-    click.echo(
-        f"time        {seconds:.0f} s (pretraining took {trained[0]:.0f} s, finetuning {trained[1]:.0f} s, when they ran)"
-    )
+    click.echo(f"time        {seconds:.0f} s (trainings, when they ran: {trained})")
     uri = MlflowSettings().tracking_uri or own_store(storage.mlflow)
     is_default = uri == f"sqlite:///{here}/.roma/mlflow/mlflow.db"
     options = f"--model {model['uri']}{'' if is_default else f' --tracking-uri {uri}'}"
     click.echo("next        make up    # the overview, Dagster and MLflow pages, or:")
     click.echo(f"            roma predict {options} {data} predictions.parquet")
-    if metrics.primary_reason:
-        click.echo(f"metric      {LABELS[metrics.primary_metric]}; {metrics.primary_reason}")
-    click.echo(f"test {metrics.headline()}")
+    if reason := metrics.get("primary_reason"):
+        click.echo(f"metric      {LABELS[metrics['primary_metric']]}; {reason}")
+    click.echo(f"test {headline(metrics)}")
 
 
 def _progress_logger() -> dg.LoggerDefinition:

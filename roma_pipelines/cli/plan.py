@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # it imports Dagster, which takes seconds
 _COMMANDS: dict[str, tuple[str, Literal["torchrun", "plain"]]] = {
     "pretrained_encoder": ("pretrain", "torchrun"),
     "finetuned_classifier": ("finetune", "torchrun"),
+    "finetuned_regressor": ("finetune", "torchrun"),
     "evaluation_report": ("evaluate", "plain"),
 }
 _NO_KEY = "0" * 20
@@ -58,14 +59,18 @@ def plan(experiment: str, target: str | None, profile: str | None, asset: str, c
 
     try:
         found = load_experiment(experiment)
-        found.check_servable(environment=True)
-        stages = {"pretrained_encoder": found.pretraining, "finetuned_classifier": found.finetuning}
-        if asset in stages:
-            TrainerConfig(**stages[asset].trainer)  # raises if a setting of it is wrong
+        if asset not in found.asset_names:
+            raise ValueError(
+                f"{found.name} has no {asset}, its task is {found.task}; give another --asset, one of "
+                f"{', '.join(name for name in found.asset_names if name in _COMMANDS)}"
+            )
+        if _COMMANDS[asset][0] != "evaluate":
+            stage = found.pretraining if asset == ENCODER else found.finetuning
+            TrainerConfig(**stage.trainer)  # raises if a setting of it is wrong
         if found.pretrained_from is not None and asset == ENCODER:
             raise ValueError(
                 f"{found.name} finetunes the encoder of {found.pretrained_from}; plan that experiment, "
-                f"or give --asset finetuned_classifier"
+                f"or give --asset {found.asset_names[2]}"
             )
         try:
             resources = found.resources.at(target, profile)
@@ -109,13 +114,17 @@ def _show_difference(
     last = next((job for job in all_jobs(storage.jobs) if job.asset == name and job.records), None)
     if last is None:
         when = "; chosen from the classes once the data set is built" * (wanted == "auto")
-        click.echo(f"# primary metric: {wanted}{when}", err=True)
+        shown = f"{wanted}{when}" if experiment.task == "classification" else "r2"
+        click.echo(f"# primary metric: {shown}", err=True)
         click.echo(f"# {name} was never submitted from {storage.root}", err=True)
         return
     dataset = read_json(last.folder.config).get("dataset")
     if dataset is not None and Path(dataset).exists():
-        classes = StoredDataset(dataset, verify=False).split("train").class_counts
-        click.echo(f"# primary metric: {'; '.join(primary_metric(wanted, classes))}", err=True)
+        metric = "r2"
+        if experiment.task == "classification":
+            classes = StoredDataset(dataset, verify=False).split("train").class_counts
+            metric = "; ".join(primary_metric(wanted, classes))
+        click.echo(f"# primary metric: {metric}", err=True)
     n = last.records[-1].attempt
     spec = _spec(experiment, asset, last.key, last.folder)
     script = last.folder.attempt(n).script

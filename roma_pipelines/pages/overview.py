@@ -27,10 +27,10 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from roma_core.evaluation.classification_metrics import LABELS
+from roma_core.evaluation.metrics import LABELS
 from roma_core.files import read_json
 from roma_core.job import JobFolder
-from roma_pipelines.experiment import ASSET_NAMES, Experiment, all_experiments
+from roma_pipelines.experiment import Experiment, all_experiments
 from roma_pipelines.launching.jobs import Job, all_jobs
 from roma_pipelines.launching.outcome import duration, log_tail
 from roma_pipelines.registry.promotion import CHAMPION, PREVIOUS
@@ -84,7 +84,7 @@ def overview(
     run_records = instance.get_run_records(limit=200)
     active = [job for job in all_jobs(storage.jobs) if job.open_attempt is not None]
     usable = {e.name: e for e in experiments.values() if isinstance(e, Experiment)}
-    keys = {name: [e.key(asset) for asset in ASSET_NAMES] for name, e in usable.items()}
+    keys = {name: [e.key(asset) for asset in e.asset_names] for name, e in usable.items()}
     asset_records = instance.get_asset_records([key for own in keys.values() for key in own])
     entries = [record.asset_entry for record in asset_records]
     made_at = {

@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from roma_core.evaluation.classification_metrics import (
-    LABELS,
     ClassificationMetrics,
     chance,
     evaluate,
     metric_samples,
 )
 from roma_core.evaluation.config import ServingChecks
-from roma_core.evaluation.metrics import resample_sums
+from roma_core.evaluation.metrics import LABELS, resample_sums
 from roma_core.evaluation.predictions import PredictionTable
 from roma_core.files import read_json, write_json
 from roma_core.job import JobFolder

@@ -157,7 +157,14 @@ REFUSED = {
         "finetuning.model.encoder_config.d_model: determined by the pretrained encoder",
     ),
     ("finetuning", "model", "pooling"): ("cls", "reads a token that use_cls=False leaves out"),
-    ("finetuning", "model", "problem_type"): ("regression", "a regressor cannot be served"),
+    ("finetuning", "model", "problem_type"): (
+        "regression",
+        "finetuning.model.problem_type: regression contradicts task: classification",
+    ),
+    ("task",): (
+        "interpolation",
+        "finetuning: an interpolation registers the pretrained autoencoder",
+    ),
 }
 
 

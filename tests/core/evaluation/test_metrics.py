@@ -13,7 +13,7 @@ from roma_core.evaluation.classification_metrics import (
     evaluate,
     metric_samples,
 )
-from roma_core.evaluation.metrics import equal_mass_bins, wilson
+from roma_core.evaluation.metrics import equal_mass_bins, headline, wilson
 from roma_core.evaluation.plots import errors_by_group
 from roma_core.evaluation.predictions import PredictionTable
 from roma_core.evaluation.reconstruction import (
@@ -146,7 +146,7 @@ def test_the_primary_metric_is_chosen_by_the_training_series():
         found.primary == found.auroc
         and "27 % of the series, less than 35 %" in found.primary_reason
     )
-    assert found.headline().startswith(f"AUROC {found.auroc.value:.3f} (95 % ")
+    assert headline(found.document()).startswith(f"AUROC {found.auroc.value:.3f} (95 % ")
     page = render_report(ReportContent(title="t", summary="s", created="c", metrics=found))
     assert "AUROC is the primary metric: the rarer of two classes has 27 %" in page
 

@@ -3,11 +3,10 @@
 import dagster as dg
 import pytest
 
-from roma_pipelines.assets.training import finetuned_classifier_asset
+from roma_pipelines.assets.training import finetuned_model_asset
 from roma_pipelines.automation.state import Step, request
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.definitions import load_experiments
-from roma_pipelines.experiment import ASSET_NAMES
 from tests.pipelines import tiny
 
 pytestmark = pytest.mark.slow
@@ -45,7 +44,7 @@ def pretrained(tmp_path_factory):
     """A folder, its instance, and the metadata of the encoder that was trained there."""
     folder = tmp_path_factory.mktemp("shared")
     (folder / "dagster").mkdir()
-    keys = [dg.AssetKey(["waves", noun]) for noun in ASSET_NAMES[:2]]
+    keys = [dg.AssetKey(["waves", noun]) for noun in tiny.ASSET_NAMES[:2]]
     with (
         pytest.MonkeyPatch.context() as patch,
         dg.DagsterInstance.local_temp(str(folder / "dagster")) as instance,
@@ -69,7 +68,7 @@ def test_it_has_four_assets_and_depends_on_the_other_encoder(tmp_path):
     graph = both(tmp_path).resolve_asset_graph()
 
     own = {key.path[1] for key in graph.materializable_asset_keys if key.path[0] == "ripples"}
-    assert own == set(ASSET_NAMES) - {"pretrained_encoder"}
+    assert own == set(tiny.ASSET_NAMES) - {"pretrained_encoder"}
     classifier = graph.get(dg.AssetKey(["ripples", "finetuned_classifier"]))
     assert dg.AssetKey(["waves", "pretrained_encoder"]) in classifier.parent_keys
 
@@ -80,14 +79,16 @@ def test_what_it_shares_decides_its_classifier_but_is_not_trained_by_it(instance
         RomaExperiment(**(sections | {"pretrained_from": name})) for name in ("waves", "tides")
     )
     versions = [
-        spec.code_version for e in (here, there) for spec in finetuned_classifier_asset(e).specs
+        spec.code_version
+        for e in (here, there)
+        for spec in finetuned_model_asset(e, "finetuned_classifier").specs
     ]
     assert versions[0] != versions[1]
 
     asked = request(here, instance, "schedule", Step("train", "a test"), once=False)
 
     selected = {key.to_user_string() for key in asked.asset_selection}
-    assert selected == {f"ripples/{noun}" for noun in ASSET_NAMES[2:]}
+    assert selected == {f"ripples/{noun}" for noun in tiny.ASSET_NAMES[2:]}
 
 
 def test_the_encoder_of_the_other_experiment_is_finetuned(finetuned, pretrained):

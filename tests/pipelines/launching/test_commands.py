@@ -88,22 +88,15 @@ def test_plan_prints_the_script_of_a_target(run, experiment):
     assert "# primary metric: auto; chosen from the classes once the data set is built" in slurm
 
 
-def test_plan_refuses_a_regression_as_its_assets_would(run, root, experiment, monkeypatch):
-    said = "a regressor cannot be served or registered yet"
-    monkeypatch.setenv("ROMA_CLASSIFIER_PROBLEM_TYPE", "regression")
-    code, text = run("plan", experiment)
-    assert (code, said in text, "ROMA_CLASSIFIER_PROBLEM_TYPE" in text) == (1, True, True)
-    monkeypatch.delenv("ROMA_CLASSIFIER_PROBLEM_TYPE")
+def test_plan_refuses_what_the_experiment_has_not(run, root, experiment, monkeypatch):
     monkeypatch.setenv("ROMA_TRAINER_BASE_LRR", "1")
     code, text = run("plan", "japanese_vowels")
     assert code == 1 and "the closest one is ROMA_TRAINER_BASE_LR" in text
     monkeypatch.delenv("ROMA_TRAINER_BASE_LRR")
 
-    sections = tiny.attributes(root)
-    sections["finetuning"]["model"] |= {"problem_type": "regression", "pooling": "token"}
-    Path(experiment).write_text(yaml.safe_dump({"attributes": sections}))
-    code, text = run("plan", experiment)
-    assert (code, said in text, "torchrun" in text) == (1, True, False)
+    code, text = run("plan", experiment, "--asset", "finetuned_regressor")
+    assert code == 1 and "waves has no finetuned_regressor, its task is classification" in text
+    assert "pretrained_encoder, finetuned_classifier, evaluation_report" in text
 
 
 def test_plan_shows_how_a_script_differs_from_the_last_one(
