@@ -373,24 +373,29 @@ class Subset:
 
 def raw_series(subset: Subset, rows: Iterable[int]) -> Iterator[dict[str, Any]]:
     """Chosen rows of a split as delivered: fields of :class:`roma_core.serving.client.Series`."""
-    dataset, schema = subset.dataset, subset.dataset.schema
-    units = schema.units
     for i in (int(subset.indices[row]) for row in rows):
-        positions, values = dataset.joint(i)
-        columns = zip(schema.given_axes, positions.T, strict=True)
-        found: dict[str, Any] = {
-            "id": dataset.ids[i],
-            "positions": {axis.name: _as_delivered(axis, column) for axis, column in columns},
-            "values": {
-                channel.name: _with_none(column)
-                for channel, column in zip(schema.channels, values.T, strict=True)
-            },
-            "units": units,
-        }
-        if dataset.covariates is not None:
-            given = zip(schema.covariates, dataset.covariates[i], strict=True)
-            found["covariates"] = {one.name: _as_delivered(one, x[None])[0] for one, x in given}
-        yield found
+        yield as_delivered(subset.dataset, i, *subset.dataset.joint(i))
+
+
+def as_delivered(
+    dataset: StoredDataset, i: int, positions: NDArray[Any], values: NDArray[Any]
+) -> dict[str, Any]:
+    """Observations ``(n, D)``, ``(n, C)`` of series i in the joint layout as fields of a request."""
+    schema = dataset.schema
+    columns = zip(schema.given_axes, positions.T, strict=True)
+    found: dict[str, Any] = {
+        "id": dataset.ids[i],
+        "positions": {axis.name: _as_delivered(axis, column) for axis, column in columns},
+        "values": {
+            channel.name: _with_none(column)
+            for channel, column in zip(schema.channels, values.T, strict=True)
+        },
+        "units": schema.units,
+    }
+    if dataset.covariates is not None:
+        given = zip(schema.covariates, dataset.covariates[i], strict=True)
+        found["covariates"] = {one.name: _as_delivered(one, x[None])[0] for one, x in given}
+    return found
 
 
 def _as_delivered(one: Any, column: NDArray[Any]) -> list[Any]:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,12 @@ from roma_core.evaluation.config import EvaluationJobConfig, Fact, FactSheet, Se
 from roma_core.evaluation.drift import ReferenceProfile, embedding_profile, reference_profile
 from roma_core.evaluation.leakage import check_leakage, split_digest
 from roma_core.evaluation.metrics import Change
-from roma_core.evaluation.predictions import Float32, PredictionTable, RegressionTable
+from roma_core.evaluation.predictions import (
+    Float32,
+    PredictionTable,
+    ReconstructionTable,
+    RegressionTable,
+)
 from roma_core.evaluation.reconstruction import (
     check_schema,
     evaluate_reconstruction,
@@ -39,6 +44,7 @@ from roma_core.evaluation.reconstruction import (
     reconstruct,
     reconstruct_examples,
     reconstruction_errors,
+    requests,
 )
 from roma_core.evaluation.regression_metrics import (
     ReconstructionMetrics,
@@ -83,6 +89,12 @@ _SELECTION = "Weights and settings were selected on the validation split."
 NOT_PACKAGED = (
     "No package was written: only classifiers of whole series are served; this model predicts values "
     "of every observation."
+)
+
+
+NO_QUERIES = (
+    "No package was written: a model with pos_encoding='absolute' encodes the order of observations, "
+    "so it cannot predict values at other positions."
 )
 
 
@@ -262,15 +274,11 @@ class _Evaluator:
             self.digests["encoder_manifest_sha256"] = write_package(
                 config, encoder, test, reference, out / "encoder_package"
             )
-        checks = self._check_serving(package, table, problem)
-        checks.save(out / "serving_checks.json")
-        self.tracked = {
-            "serving_difference": checks.serving_difference,
-            "package_mb": checks.size_mb,
-        }
-        if (smoke_test := checks.smoke_test) is not None:
-            self.tracked |= {"latency_ms": smoke_test.latency_ms, "load_s": smoke_test.load_s}
-        self.step(serving_difference=checks.serving_difference)
+        compared = np.arange(0, len(test), -(-len(test) // _N_PARITY))
+        served = open_package(package).outputs(raw_series(test, compared.tolist()))
+        difference = float(np.abs(served - table.probabilities[compared]).max())
+        checks = self._check_serving(package, difference, problem)
+        self.step(serving_difference=difference)
         self._report(
             metrics,
             f"as a classifier of {len(table.classes)} classes",
@@ -290,17 +298,15 @@ class _Evaluator:
         return metrics
 
     def _check_serving(
-        self, package: Path, table: PredictionTable, champion_problem: str | None
+        self, package: Path, difference: float, champion_problem: str | None
     ) -> ServingChecks:
         """Test the package, and right after it the champion's, so that latencies are comparable."""
-        rows = range(0, len(self.test), -(-len(self.test) // _N_PARITY))
-        served = open_package(package).outputs(raw_series(self.test, rows))
         smoke_test, problem = _smoke_test(package)
         champion = None
         if self.config.champion is not None and champion_problem is None:
             champion, champion_problem = _smoke_test(Path(self.config.champion))
-        return ServingChecks(
-            serving_difference=float(np.abs(served - table.probabilities[list(rows)]).max()),
+        checks = ServingChecks(
+            serving_difference=difference,
             size_mb=size_mb(package),
             smoke_test=smoke_test,
             smoke_test_problem=problem,
@@ -309,6 +315,11 @@ class _Evaluator:
             leaks=self.leakage.refused,
             test_split=split_digest(self.test),
         )
+        checks.save(self.out / "serving_checks.json")
+        self.tracked = {"serving_difference": difference, "package_mb": checks.size_mb}
+        if smoke_test is not None:
+            self.tracked |= {"latency_ms": smoke_test.latency_ms, "load_s": smoke_test.load_s}
+        return checks
 
     def regression(self, model: RoMAForClassification) -> RegressionMetrics:
         """Evaluate a regressor of the targets of every observation."""
@@ -362,6 +373,9 @@ class _Evaluator:
         table.save(self.out / "predictions.parquet")
         self.step()
         metrics = evaluate_reconstruction(table, test)
+        checks = None
+        if model.sinusoidal is None:
+            checks = self._package_autoencoder(model, table)
         for n in config.n_observed:
             fewer = reconstruct(model, test, mask_all_but(n, config.seed), config.batch_size)
             errors = reconstruction_errors(fewer) | reconstruction_errors(fewer, "clean")
@@ -396,8 +410,39 @@ class _Evaluator:
             ["Hidden values were overwritten before the model was run.", _LIMIT],
             title="Reconstructions",
             facts=(sheet, *config.facts),
+            serving_checks=checks,
+            not_packaged="" if checks else NO_QUERIES,
         )
         return metrics
+
+    def _package_autoencoder(
+        self, model: RoMAForPreTraining, table: ReconstructionTable
+    ) -> ServingChecks:
+        """Write the package that answers queries, and compare its answers with the model's."""
+        series = np.unique(table.series)
+        few = table.select(np.isin(table.series, series[:: -(-len(series) // _N_PARITY)]))
+        asked = list(requests(few, self.test))
+        by_length = sorted(
+            (request for _, request in asked),
+            key=lambda one: len(next(iter(one["positions"].values()))),
+        )
+        package = self.out / "package"
+        self.digests["manifest_sha256"] = write_package(
+            self.config,
+            model,
+            self.test,
+            reference_profile(self.dataset),
+            package,
+            golden=[Series(**one) for one in _spread(by_length)],
+        )
+        model.to(self.device)
+        answers = open_package(package).predict(request for _, request in asked)
+        served = np.concatenate(
+            [np.array(list(answer.mean.values()), np.float64).T for answer in answers]
+        )
+        spread = np.nanstd(table.true.astype(np.float64), axis=0)
+        differences = (served - few.predicted) / np.where(spread > 0, spread, 1)
+        return self._check_serving(package, float(np.nanmax(np.abs(differences))), None)
 
 
 def _shared(config: EvaluationJobConfig) -> dict[str, Any]:
@@ -450,34 +495,40 @@ def write_package(
     test: Subset,
     profile: ReferenceProfile,
     folder: Path,
+    golden: Sequence[Series] = (),
     **card: Any,
 ) -> str:
     """Build the package of the classifier, or of the encoder, whose features are a mean of tokens.
 
-    ``card``: further fields of the model card. Returns the sha256 of the package's manifest.
+    ``golden`` are series with queries, for the package of the whole autoencoder, which answers them;
+    ``card`` further fields of the model card. Returns the sha256 of the package's manifest.
     """
-    is_encoder = isinstance(model, RoMAForPreTraining)
-    weights = config.autoencoder if is_encoder else config.classifier
+    kind: Literal["classifier", "encoder", "autoencoder"] = "classifier"
+    weights, program = config.classifier, model.cpu().export
+    if isinstance(model, RoMAForPreTraining):
+        kind, weights = "autoencoder" if golden else "encoder", config.autoencoder
+        program = model.export_reconstruction if golden else program
     assert weights is not None
     content = report.CardContent(
-        name=f"{config.name}_encoder" if is_encoder else config.name,
-        kind="encoder" if is_encoder else "classifier",
-        n_features=model.config.encoder_config.d_model if is_encoder else None,
+        name=f"{config.name}_encoder" if kind == "encoder" else config.name,
+        kind=kind,
+        n_features=model.config.encoder_config.d_model if kind == "encoder" else None,
         data_schema=test.dataset.schema,
         # no series of its own data set is too long for the package
         max_length=max(MAX_LENGTH, int(test.dataset.lengths.max())),
         lineage={"dataset_digest": config.dataset_digest, **config.lineage},
         **_shared(config) | card,
     )
-    by_length = np.argsort(test.lengths, kind="stable")
-    golden = by_length[np.linspace(0, len(test) - 1, min(_N_GOLDEN, len(test))).astype(int)]
+    if not golden:
+        few = _spread(np.argsort(test.lengths, kind="stable").tolist())
+        golden = [Series(**one) for one in raw_series(test, few)]
     return build_package(
         folder,
-        model.cpu().export(),
+        program(),
         Path(weights, "model.safetensors"),
         read_config(Path(weights)),
         test.dataset.schema,
-        [Series(**s) for s in raw_series(test, golden.tolist())],
+        golden,
         content.lineage,
         name=content.name,
         kind=content.kind,
@@ -486,6 +537,11 @@ def write_package(
         profile=profile.model_dump(mode="json"),
         max_length=content.max_length,
     )
+
+
+def _spread(rows: list[Any]) -> list[Any]:
+    """A few of them, evenly spaced, from the first to the last."""
+    return [rows[k] for k in np.linspace(0, len(rows) - 1, min(_N_GOLDEN, len(rows))).astype(int)]
 
 
 def _smoke_test(package: Path) -> tuple[SmokeTest | None, str | None]:

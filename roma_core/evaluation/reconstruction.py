@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from roma_core.data.store import StoredDataset, Subset
+from roma_core.data.store import StoredDataset, Subset, as_delivered
 from roma_core.evaluation.metrics import Estimate, means_with_resamples
 from roma_core.evaluation.plots import ReconstructionExample, label_of
 from roma_core.evaluation.predictions import Float32, Floats, Ints, ReconstructionTable
@@ -205,6 +205,24 @@ def rows_by_series(series: Ints) -> Iterator[tuple[int, slice]]:
     found, starts = np.unique(series, return_index=True)
     for k, a, b in zip(found.tolist(), starts, [*starts[1:], len(series)], strict=True):
         yield k, slice(int(a), int(b))
+
+
+def requests(table: ReconstructionTable, split: Subset) -> Iterator[tuple[slice, dict[str, Any]]]:
+    """Rows of every series of a table, and its visible values with queries of the hidden ones.
+
+    The request of a server: fields of :class:`roma_core.serving.client.Series`.
+    """
+    dataset, schema = split.dataset, split.dataset.schema
+    for k, rows in rows_by_series(table.series):
+        row, hidden = int(split.indices[k]), table.index[rows]
+        positions, values = dataset.raw(row)[0], joint_values(dataset, row).copy()
+        values[hidden] = np.where(np.isnan(table.true[rows]), values[hidden], np.nan)
+        seen, at = ~np.isnan(values).all(axis=1), positions[:, : len(schema.given_axes)]
+        queries = as_delivered(dataset, row, at[hidden], values[hidden])["positions"]
+        if schema.layout == "per_channel":
+            channels = positions[hidden, -1].astype(int)
+            queries["channel"] = [schema.channels[c].name for c in channels]
+        yield rows, as_delivered(dataset, row, at[seen], values[seen]) | {"queries": queries}
 
 
 def clean_columns(schema: DataSchema) -> list[int] | None:

@@ -131,7 +131,7 @@ class CardContent(_Content):
     """Everything a card shows; without ``metrics`` the model was not evaluated by itself."""
 
     name: str
-    kind: Literal["classifier", "encoder"]
+    kind: Literal["classifier", "encoder", "autoencoder"]
     data_schema: DataSchema
     max_length: int
     n_features: int | None = None

@@ -13,12 +13,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from roma_core.serving.pyfunc_model import (
+    Interpolation,
     InvalidSeries,
     Prediction,
     Series,
+    difference_of,
     parse_series,
     shortened,
 )
@@ -66,22 +68,28 @@ class ServedModel:
 
         Raises RequestRejected for a series that does not fit, ServerError for anything else.
         """
+        return self._answers(Prediction, series)
+
+    def interpolate(self, series: Iterable[Series | Mapping[str, Any]]) -> list[Interpolation]:
+        """Values at the ``queries`` of every series, by an autoencoder; raises as ``predict``."""
+        return self._answers(Interpolation, series)
+
+    def _answers(self, kind: type[BaseModel], series: Iterable[Any]) -> list[Any]:
         try:
             rows = [one.model_dump(exclude_none=True) for one in parse_series(series)]
         except InvalidSeries as error:
             raise RequestRejected(str(error)) from error
         answers = self._post(rows)
         try:
-            predictions = [Prediction.model_validate(answer) for answer in answers]
+            found = [kind.model_validate(answer) for answer in answers]
         except (ValidationError, TypeError) as error:
+            made_by = "a classifier" if kind is Prediction else "an autoencoder"
             raise ServerError(
-                f"{self.url} returns no predictions of a classifier, but {shortened(answers)}"
+                f"{self.url} returns no predictions of {made_by}, but {shortened(answers)}"
             ) from error
-        if len(predictions) != len(rows):
-            raise ServerError(
-                f"{self.url} returns {len(predictions)} predictions for {len(rows)} series"
-            )
-        return predictions
+        if len(found) != len(rows):
+            raise ServerError(f"{self.url} returns {len(found)} predictions for {len(rows)} series")
+        return found
 
     def check_golden(self, package: Path) -> None:
         """Compare the server's predictions of a package's golden rows with the recorded ones.
@@ -90,15 +98,17 @@ class ServedModel:
         """
         lines = (package / "golden.jsonl").read_text(encoding="utf-8").splitlines()
         golden = [json.loads(line) for line in lines]
-        predictions = self.predict(row["series"] for row in golden)
-        for number, (row, prediction) in enumerate(zip(golden, predictions, strict=True)):
-            expected = row["probabilities"]
-            if expected.keys() != prediction.probabilities.keys() or any(
-                abs(expected[name] - p) > row["tolerance"]
-                for name, p in prediction.probabilities.items()
-            ):
+        is_classifier = "probabilities" in golden[0]
+        kind: type[BaseModel] = Prediction if is_classifier else Interpolation
+        answers = self._answers(kind, [row["series"] for row in golden])
+        for number, (row, answer) in enumerate(zip(golden, answers, strict=True)):
+            found: Any = answer.model_dump(exclude={"id"}, exclude_none=True)
+            expected = row["probabilities" if is_classifier else "interpolation"]
+            found = found["probabilities"] if is_classifier else found
+            if not difference_of(expected, found, row.get("scale", {})) <= row["tolerance"]:
+                what = "probabilities" if is_classifier else "values"
                 raise ServerError(
-                    f"{self.url} returns other probabilities for golden row {number} of {package}: "
+                    f"{self.url} returns other {what} for golden row {number} of {package}: "
                     f"it serves another version; restart it, aliases are resolved only at startup"
                 )
 

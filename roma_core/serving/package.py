@@ -19,10 +19,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import BaseModel
+
 from roma_core.files import sha256_of, write_bytes, write_json
 from roma_core.schema import Covariate, DataSchema, PositionAxis
 from roma_core.serving import pyfunc_model
-from roma_core.serving.pyfunc_model import Features, Prediction, Series
+from roma_core.serving.pyfunc_model import Features, Interpolation, Package, Prediction, Series
 from roma_core.serving.registry_client import code_of
 from roma_core.settings import Frozen
 
@@ -77,7 +79,7 @@ def build_package(
     facts: Mapping[str, Any],
     *,
     name: str,
-    kind: Literal["classifier", "encoder"] = "classifier",
+    kind: Literal["classifier", "encoder", "autoencoder"] = "classifier",
     n_features: int | None = None,
     card: str = "",
     profile: Mapping[str, Any] | None = None,
@@ -90,8 +92,8 @@ def build_package(
         program: maps values, positions and valid to logits or features (shapes in
             ``pyfunc_model.py``), exported in evaluation mode with dynamic batch and length.
         weights: safetensors file of the same weights.
-        golden: real series, preferably of different lengths; their expected outputs are computed by
-            the code that will serve them.
+        golden: real series, preferably of different lengths, with queries of an autoencoder; their
+            expected outputs are computed by the code that will serve them.
         facts: plain JSON on the model's origin: digests, run ids, commit.
         n_features: outputs of an encoder; a classifier has one per class.
         max_batch_tokens: padding included.
@@ -111,6 +113,9 @@ def build_package(
             f"a package needs golden series and at least 2 classes, got {len(golden)} and "
             f"{len(schema.classes)}"
         )
+    n_outputs = len(schema.classes) if n_features is None else n_features
+    if kind == "autoencoder":
+        n_outputs = schema.n_values
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
@@ -118,7 +123,7 @@ def build_package(
         shutil.copyfile(weights, aside / "weights.safetensors")
         write_json(aside / "model_config.json", dict(model_config))
         write_json(aside / "schema.json", schema.model_dump(mode="json"))
-        write_json(aside / "series.schema.json", json_schema(schema, max_length, n_features))
+        write_json(aside / "series.schema.json", json_schema(schema, max_length, n_features, kind))
         write_json(aside / "profile.json", dict(profile or {}))
         write_bytes(aside / "requirements.lock", ("\n".join(locked()) + "\n").encode())
         write_bytes(aside / "MODEL_CARD.md", card.encode())
@@ -128,7 +133,7 @@ def build_package(
                 "schema_version": pyfunc_model.SCHEMA_VERSION,
                 "name": name,
                 "kind": kind,
-                "n_outputs": len(schema.classes) if n_features is None else n_features,
+                "n_outputs": n_outputs,
                 "units_required": True,
                 "max_length": max_length,
                 "max_batch_tokens": max_batch_tokens,
@@ -137,14 +142,14 @@ def build_package(
             },
         )
         package = pyfunc_model.Package(aside)
-        outputs = package.outputs(list(golden))
         rows = [
             {
                 "series": one.model_dump(),
-                package.golden_field: package.named(row),
+                package.golden_field: answer,
                 "tolerance": 1e-4,
+                **({"scale": _scales(package, answer)} if kind == "autoencoder" else {}),
             }
-            for one, row in zip(golden, outputs, strict=True)
+            for one, answer in zip(golden, package.answers(golden), strict=True)
         ]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_bytes(aside / "golden.jsonl", text.encode())
@@ -160,6 +165,18 @@ def build_package(
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return digest
+
+
+def _scales(package: Package, answer: Mapping[str, Any]) -> dict[str, float]:
+    """Channel -> its units per unit of the model, at the largest predicted value."""
+    scales, constants = {}, package.normalisation
+    for k, (name, values) in enumerate(answer["mean"].items()):
+        largest = max((abs(x) for x in values if x is not None), default=0.0)
+        scales[name] = max(
+            c["std"] * (largest + c["transform_scale"] if c["transform"] == "arcsinh" else 1.0)
+            for c in constants[k :: len(package.channels)] or constants
+        )
+    return scales
 
 
 def verify_package(folder: Path) -> str:
@@ -217,8 +234,10 @@ def size_mb(folder: Path) -> float:
     return sum(path.stat().st_size for path in folder.iterdir()) / 1e6
 
 
-def json_schema(schema: DataSchema, max_length: int, n_features: int | None = None) -> Any:
-    """JSON Schema (2020-12) of a model's input and output; ``n_features`` is None of a classifier."""
+def json_schema(
+    schema: DataSchema, max_length: int, n_features: int | None = None, kind: str = "classifier"
+) -> Any:
+    """JSON Schema (2020-12) of a model's input and output; ``n_features`` are those of an encoder."""
     required = [name for name, unit in schema.units.items() if unit not in ("1", name)]
     series = Series.model_json_schema()
     may_miss = schema.missing_values or schema.layout == "per_channel"
@@ -241,9 +260,28 @@ def json_schema(schema: DataSchema, max_length: int, n_features: int | None = No
     }
     series["required"] = ["units"] if required else []
     series["oneOf"] = [{"required": ["positions", "values"]}, {"required": ["observations"]}]
-    answer = Prediction if n_features is None else Features
+    answer: type[BaseModel] = Prediction if n_features is None else Features
+    if kind == "autoencoder":
+        answer = Interpolation
+        series["required"].append("queries")
+        asked = {axis.name: _positions(axis, max_length) for axis in schema.axes}
+        each = {name: column["items"] for name, column in asked.items()}
+        objects = {"type": "array", "items": _object(each, list(axes)), "minItems": 1}
+        series["properties"]["queries"] = {
+            "description": series["properties"]["queries"]["description"],
+            "oneOf": [_object(asked, list(axes)), objects | {"maxItems": max_length}],
+        }
+    else:
+        del series["properties"]["queries"]
     output = answer.model_json_schema()
-    if n_features is None:
+    if kind == "autoencoder":
+        predicted = {"type": "array", "items": {"type": ["number", "null"]}}
+        by_channel = _object(dict.fromkeys(numbers, predicted))
+        output["properties"] |= {
+            "mean": by_channel,
+            "std": {"anyOf": [by_channel, {"type": "null"}]},
+        }
+    elif n_features is None:
         probability = {"type": "number", "minimum": 0, "maximum": 1}
         output["properties"]["label"]["enum"] = list(schema.classes)
         output["properties"]["probabilities"] = _object(dict.fromkeys(schema.classes, probability))

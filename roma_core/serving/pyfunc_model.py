@@ -6,7 +6,9 @@ and MLflow never. ``package.py`` writes the folder:
     model.pt2             exported program: values (B, N, P) float32, NaN where missing, positions
                           (B, N, D) float32, valid (B, N) bool, True at a real token, and covariates
                           (B, M) float32, of a model that has some -> (B, K): logits of K classes, or
-                          K features of an encoder
+                          K features of an encoder. Of an autoencoder also queries (B, Q, D) float32
+                          and query_valid (B, Q) bool, before covariates -> means (B, Q, P), or
+                          means and variances
     schema.json           channels, axes, classes, and the constants of ``roma_core.schema.Normaliser``
     golden.jsonl          series with their expected outputs
     package.json          name, kind, limits, lineage
@@ -15,6 +17,7 @@ and MLflow never. ``package.py`` writes the folder:
     MANIFEST.json         sha256 of every other file, verified before anything else is read
 
 Shapes:  B series   N tokens, padded   P numbers of a token   D axes   M covariates   K outputs
+         Q queries, padded
 """
 
 import hashlib
@@ -70,6 +73,11 @@ class Series(BaseModel):
     ``{"time": 0.5, "hr": 71, "sbp": 120}``. Names and units are those of the model's schema. Series
     of one request may differ in length. Tuples and arrays are taken as lists, and a whole number as
     the text of an id.
+
+    An autoencoder predicts the values at ``queries``: positions on every axis, before, between or
+    after the observed ones; lists by name, or a list of objects such as ``{"time": 0.5}``. In the
+    per_channel layout ``channel`` says which one to predict; without it all are. The queries of a
+    series are predicted together.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -86,6 +94,11 @@ class Series(BaseModel):
     )
     covariates: dict[str, float | str | None] | None = Field(
         None, description="Covariate -> number or category of the whole object; null if unknown."
+    )
+    queries: dict[str, list[float | str]] | None = Field(
+        None,
+        description="Of an autoencoder: axis name -> one number, or name of a category, per value to "
+        "predict; or an object per value.",
     )
     units: dict[str, str] | None = Field(
         None,
@@ -122,6 +135,20 @@ class Series(BaseModel):
             raise ValueError(f"expected a list of numbers for each name, got {shortened(given)}")
         at = info.field_name == "positions"
         return {n: _entries(n, column, text=at, missing=not at) for n, column in given.items()}
+
+    @field_validator("queries", mode="before")
+    @classmethod
+    def _lists_of_queries(cls, given: Any) -> dict[Any, list[Any]] | None:
+        if given is not None and not isinstance(given, Mapping):
+            rows = cls._objects(given) or []
+            names = dict.fromkeys(name for one in rows for name in one)
+            for index, one in enumerate(rows):
+                if lacking := [name for name in names if name not in one]:
+                    raise ValueError(f"{shortened(lacking[0])} is missing at index {index}")
+            given = {name: [one[name] for one in rows] for name in names}
+        if given is None:
+            return None
+        return {n: _entries(n, column, text=True, missing=False) for n, column in given.items()}
 
     @field_validator("observations", mode="before")
     @classmethod
@@ -168,6 +195,21 @@ class Features(BaseModel):
     features: list[float] = Field(description="Same length for every series.")
 
 
+class Interpolation(BaseModel):
+    """Predicted values at the queries of one series, in the units of the data.
+
+    Every channel has a number per query, null where the query names another channel.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str | None = None
+    mean: dict[str, list[float | None]] = Field(description="Channel name -> predicted values.")
+    std: dict[str, list[float | None]] | None = Field(
+        None, description="Predicted standard deviations, of a model that predicts them."
+    )
+
+
 _limited = reprlib.Repr()
 _limited.maxstring = _limited.maxother = 80
 shortened = _limited.repr  # of what came, in an error: a request may be of any size
@@ -187,7 +229,7 @@ def _entry(
     where = "" if index is None else f" at index {index}"
     advice = "null where a value is missing"
     if not missing:
-        advice = "leave out observations without a position"
+        advice = "leave out what has no position"
     raise ValueError(
         f"{shortened(name)} must hold finite numbers, got {shortened(given)}{where}; {advice}"
     )
@@ -237,8 +279,10 @@ class Package:
         import torch
 
         package, schema = _read(folder / "package.json"), _read(folder / "schema.json")
-        self.is_classifier: bool = package["kind"] == "classifier"
-        self.golden_field = "probabilities" if self.is_classifier else "features"
+        self.kind: str = package["kind"]
+        self.is_classifier = self.kind == "classifier"
+        fields = {"classifier": "probabilities", "autoencoder": "interpolation"}
+        self.golden_field = fields.get(self.kind, "features")
         self.max_length: int = package["max_length"]
         self.max_batch_tokens: int = package["max_batch_tokens"]
         self.channels: list[dict[str, str]] = schema["channels"]
@@ -274,17 +318,92 @@ class Package:
         return self._outputs(parse_series(rows))
 
     def _outputs(self, series: list[Series]) -> NDArray[np.float64]:
-        names = [_name(i, one.id) for i, one in enumerate(series)]
-        tokens = [self._tokens(one, where) for one, where in zip(series, names, strict=True)]
-        covariates = [
-            self._covariates(one, where) for one, where in zip(series, names, strict=True)
-        ]
-        outputs = np.empty((len(series), self.n_outputs))
-        for rows in self._batches([len(values) for values, _ in tokens]):
-            outputs[rows] = self._run(
-                [tokens[i] for i in rows], np.array([covariates[i] for i in rows], np.float32)
+        import torch
+
+        if given := [i for i, one in enumerate(series) if one.queries is not None]:
+            where = _name(given[0], series[given[0]].id)
+            raise InvalidSeries(
+                f"{where}: queries: this model is of kind {self.kind}, which takes none; leave them out"
             )
-        return outputs
+        outputs = torch.empty(len(series), self.n_outputs, dtype=torch.float64)
+        for rows, found in self._computed(series):
+            if (
+                found.shape != (expected := (len(rows), self.n_outputs))
+                or not found.isfinite().all()
+            ):
+                raise PackageError(
+                    f"the program should give finite outputs of shape {expected}, got shape "
+                    f"{tuple(found.shape)}, {int((~found.isfinite()).sum())} not finite"
+                )
+            outputs[rows] = found.double()
+        return (torch.softmax(outputs, dim=1) if self.is_classifier else outputs).numpy()
+
+    def _interpolate(self, series: list[Series]) -> list[Interpolation]:
+        queries = [self._queries(one, _name(i, one.id)) for i, one in enumerate(series)]
+        answers: dict[int, Interpolation] = {}
+        for rows, found in self._computed(series, queries):
+            parts = found if isinstance(found, tuple | list) else (found,)
+            for k, row in enumerate(rows):
+                at = queries[row]
+                numbers = [part[k, : len(at)].double().numpy() for part in parts]
+                answers[row] = self._interpolation(series[row], at, *numbers)
+        return [answers[row] for row in range(len(series))]
+
+    def _interpolation(
+        self,
+        series: Series,
+        queries: NDArray[np.float64],
+        mean: NDArray[np.float64],
+        variance: NDArray[np.float64] | None = None,
+    ) -> Interpolation:
+        """The program's ``(Q, P)`` numbers at ``(Q, D)`` queries, in the units of the data."""
+        names = [channel["name"] for channel in self.channels]
+        mean, slope = denormalise_values(mean, self.normalisation, self._group(queries))
+        found = {"mean": mean}
+        if variance is not None:
+            found["std"] = np.sqrt(variance) * slope  # to first order, of a nonlinear transform
+        if not all(np.isfinite(numbers).all() for numbers in found.values()):
+            raise PackageError("the program should give finite values at queries, and does not")
+        columns = {}
+        for field, numbers in found.items():
+            table = numbers
+            if self.is_per_channel:
+                asked = np.arange(len(numbers))
+                if "channel" not in (series.queries or {}):  # each query was one of every channel
+                    asked = asked // len(names)
+                table = np.full((asked[-1] + 1, len(names)), np.nan)
+                table[asked, queries[:, -1].astype(int)] = numbers[:, 0]
+            columns[field] = {
+                name: [None if x != x else x for x in column.tolist()]
+                for name, column in zip(names, table.T, strict=True)
+            }
+        return Interpolation(id=series.id, **columns)
+
+    def _computed(
+        self, series: list[Series], queries: Sequence[NDArray[np.float64]] | None = None
+    ) -> Iterator[tuple[list[int], Any]]:
+        """Rows of series of similar length, each once, with what the program returns for them."""
+        import torch
+
+        named = [(one, _name(i, one.id)) for i, one in enumerate(series)]
+        asked_at: Sequence[Any] = queries or [None] * len(named)
+        tokens = [self._tokens(*one, at) for one, at in zip(named, asked_at, strict=True)]
+        covariates = np.array([self._covariates(*one) for one in named], np.float32)
+        for rows in self._batches([sum(map(len, parts[1:])) for parts in tokens]):
+            columns = zip(*(tokens[row] for row in rows), strict=True)
+            (values, valid), (positions, _), *asked = map(_padded, columns)
+            inputs = [values, positions, valid, *(x for pair in asked for x in pair)]
+            if self.covariates:
+                inputs.append(torch.from_numpy(covariates[rows]))
+            with torch.inference_mode():
+                yield rows, self._program(*inputs)
+
+    def answers(self, rows: Iterable[Any]) -> list[Any]:
+        """Answers in the form of golden rows; takes and raises as ``outputs``."""
+        if self.kind != "autoencoder":
+            return [self.named(row) for row in self.outputs(rows)]
+        found = self._interpolate(parse_series(rows))
+        return [one.model_dump(exclude={"id"}, exclude_none=True) for one in found]
 
     def named(self, outputs: NDArray[np.float64]) -> dict[str, float] | list[float]:
         """One row of outputs as in a golden row: class name -> probability, or the features."""
@@ -292,8 +411,13 @@ class Package:
         return dict(zip(self.classes, numbers, strict=True)) if self.is_classifier else numbers
 
     def predict(self, rows: Iterable[Any]) -> list[Any]:
-        """A ``Prediction`` per row, or ``Features`` of an encoder; takes and raises as ``outputs``."""
+        """A ``Prediction`` per row, of an encoder ``Features``, of an autoencoder ``Interpolation``.
+
+        Takes and raises as ``outputs``.
+        """
         series = parse_series(rows)
+        if self.kind == "autoencoder":
+            return self._interpolate(series)
         outputs = self._outputs(series)
         pairs = zip(series, outputs, strict=True)
         if not self.is_classifier:
@@ -309,13 +433,10 @@ class Package:
         Raises PackageError if a row differs by more than its tolerance.
         """
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        outputs = self.outputs(row["series"] for row in rows)
+        answers = self.answers(row["series"] for row in rows)
         largest = 0.0
-        for number, (row, output) in enumerate(zip(rows, outputs, strict=True)):
-            expected = row[self.golden_field]
-            if isinstance(expected, dict):
-                expected = [expected[name] for name in self.classes]
-            difference = float(np.abs(np.array(expected) - output).max())
+        for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+            difference = difference_of(row[self.golden_field], answer, row.get("scale", {}))
             if not difference <= row["tolerance"]:
                 raise PackageError(
                     f"golden row {number} of {path}: {self.golden_field} differ by "
@@ -326,8 +447,38 @@ class Package:
             largest = max(largest, difference)
         return largest
 
-    def _tokens(self, series: Series, where: str) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Validated and normalised values ``(n, P)`` and positions ``(n, D)``, both float32."""
+    def _queries(self, series: Series, where: str) -> NDArray[np.float64]:
+        """Validated ``(Q, D)`` positions of queries, as delivered and indices of categories."""
+        given = series.queries or {}
+        if not given:
+            raise InvalidSeries(
+                f"{where}: queries: expected the positions to predict values at, got none"
+            )
+        _check_names(given, [axis["name"] for axis in self._all_axes], f"{where}: queries")
+        axes = self._all_axes if "channel" in given else self.axes
+        columns = {
+            one["name"]: np.array(self._column(one, "queries", given, where), np.float64)
+            for one in self._expected(axes, "queries", given, where)
+        }
+        _check_lengths(columns, where, "query")
+        queries = np.stack(list(columns.values()), axis=1)
+        if len(axes) < len(self._all_axes):
+            n, n_channels = len(queries), len(self.channels)
+            channels = np.tile(np.arange(n_channels), n)
+            queries = np.column_stack([queries.repeat(n_channels, axis=0), channels])
+        if not 1 <= len(queries) <= self.max_length:
+            raise InvalidSeries(
+                f"{where}: queries: expected 1 to {self.max_length} values to predict, got {len(queries)}"
+            )
+        return queries
+
+    def _tokens(
+        self, series: Series, where: str, queries: NDArray[np.float64] | None = None
+    ) -> tuple[NDArray[Any], ...]:
+        """Validated and normalised values ``(n, P)`` and positions ``(n, D)``, both float32.
+
+        With queries also their positions ``(Q, D)``, float32.
+        """
         given = self.columns_of(series, where)
         known = [("positions", self.axes, given[0]), ("values", self.channels, given[1])]
         columns = {
@@ -336,14 +487,7 @@ class Package:
             for one in self._expected(expected, part, columns, where)
         }
         self._check_units(series.units or {}, where)
-        lengths = {name: len(column) for name, column in columns.items()}
-        first, n = next(iter(lengths.items()))
-        for name, length in lengths.items():
-            if length != n:
-                raise InvalidSeries(
-                    f"{where}: {name!r} has {length} numbers, but {first!r} has {n}; every axis and "
-                    f"channel needs one number per observation"
-                )
+        n = _check_lengths(columns, where, "observation")
         nothing = np.full(n, np.nan)  # a channel that was not given
         values = np.stack([columns.get(c["name"], nothing) for c in self.channels], axis=1)
         positions = np.stack([columns[axis["name"]] for axis in self.axes], axis=1)
@@ -359,16 +503,20 @@ class Package:
             raise InvalidSeries(
                 f"{where}: expected 1 to {self.max_length} {what}, got {len(values)}"
             )
-        group = None if self._group_axis is None else positions[:, self._group_axis].astype(int)
         with np.errstate(over="ignore"):
-            tokens = (
-                normalise_values(values, self.normalisation, group),
-                normalise_positions(positions, self._all_axes),
-            )
-        for field, array in zip(("values", "positions"), tokens, strict=True):
+            tokens = normalise_values(values, self.normalisation, self._group(positions))
+            # as in training, where hidden tokens count for the first position of a series
+            at = positions if queries is None else np.concatenate([positions, queries])
+            at = normalise_positions(at, self._all_axes)
+        for field, array in (("values", tokens), ("positions", at)):
             if np.isinf(array).any():
                 raise InvalidSeries(f"{where}: {field}: a number is too large for float32")
-        return tokens
+        n = len(tokens)
+        return (tokens, at) if queries is None else (tokens, at[:n], at[n:])
+
+    def _group(self, positions: NDArray[np.float64]) -> NDArray[np.int64] | None:
+        """``(n,)`` group of normalisation of ``(n, D)`` positions; None if there is only one."""
+        return None if self._group_axis is None else positions[:, self._group_axis].astype(int)
 
     def columns_of(self, series: Series, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Lists by axis and by channel, of either form of a series."""
@@ -413,7 +561,7 @@ class Package:
         """Those of the axes or channels that were given; InvalidSeries if one is unknown or lacking."""
         names = [one["name"] for one in expected]
         _check_names(given, names, f"{where}: {part}")
-        needed = part == "positions" or not self.may_miss
+        needed = part != "values" or not self.may_miss
         for name in names if needed else ():
             if name not in given:
                 raise InvalidSeries(
@@ -427,7 +575,7 @@ class Package:
         """Numbers of one axis or channel; indices of categories, NaN where a value is missing."""
         name, column = one["name"], given[one["name"]]
         if one.get("categories"):
-            return [_category(one, entry, f"{where}: positions") for entry in column]
+            return [_category(one, entry, f"{where}: {part}") for entry in column]
         try:
             column = _entries(name, column, missing=part == "values")
         except ValueError as error:
@@ -490,31 +638,6 @@ class Package:
             batch.append(row)
         yield batch
 
-    def _run(
-        self, tokens: list[tuple[NDArray[Any], NDArray[Any]]], covariates: NDArray[np.float32]
-    ) -> NDArray[np.float64]:
-        """Outputs ``(B, K)`` float64 of one batch."""
-        import torch
-
-        longest = max(len(values) for values, _ in tokens)
-        values = torch.zeros(len(tokens), longest, tokens[0][0].shape[1])
-        positions = torch.zeros(len(tokens), longest, tokens[0][1].shape[1])
-        valid = torch.zeros(len(tokens), longest, dtype=torch.bool)
-        for row, (v, p) in enumerate(tokens):
-            values[row, : len(v)] = torch.from_numpy(v)
-            positions[row, : len(p)] = torch.from_numpy(p)
-            valid[row, : len(v)] = True
-        inputs = (torch.from_numpy(covariates),) if self.covariates else ()
-        with torch.inference_mode():
-            outputs = self._program(values, positions, valid, *inputs)
-        if outputs.shape != (len(tokens), self.n_outputs) or not outputs.isfinite().all():
-            raise PackageError(
-                f"the program should give finite outputs of shape {(len(tokens), self.n_outputs)}, "
-                f"got shape {tuple(outputs.shape)}, {int((~outputs.isfinite()).sum())} not finite"
-            )
-        outputs = outputs.double()
-        return (torch.softmax(outputs, dim=1) if self.is_classifier else outputs).numpy()
-
 
 def open_package(folder: Path) -> Package:
     """Verify every file of a package, load it, and check its golden rows.
@@ -527,6 +650,46 @@ def open_package(folder: Path) -> Package:
     package = Package(folder)
     package.check_golden(folder / "golden.jsonl")
     return package
+
+
+def difference_of(
+    expected: Any, found: Any, scale: Mapping[str, float], unit: float = 1.0
+) -> float:
+    """Largest difference of two answers, of a channel with a ``scale`` in units of it.
+
+    Infinite if their names or lengths differ.
+    """
+    if isinstance(expected, dict):
+        if not isinstance(found, dict) or expected.keys() != found.keys():
+            return math.inf
+        pairs = [(x, found[name], scale.get(name, unit)) for name, x in expected.items()]
+        return max(difference_of(x, other, scale, one) for x, other, one in pairs)
+    a, b = (np.array(x, np.float64) for x in (expected, found))  # null is NaN
+    if a.shape != b.shape or (np.isnan(a) != np.isnan(b)).any():
+        return math.inf
+    return float(np.nanmax(np.abs(a - b), initial=0.0)) / unit
+
+
+def _padded(rows: Sequence[NDArray[np.float32]]) -> tuple[Any, Any]:
+    """Arrays ``(n, k)`` as ``(B, N, k)``, 0 past their ends, and ``(B, N)`` bool, True before them."""
+    import torch
+
+    lengths = torch.tensor([len(row) for row in rows])
+    padded = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], True)
+    return padded, torch.arange(padded.shape[1]) < lengths[:, None]
+
+
+def _check_lengths(columns: Mapping[str, NDArray[Any]], where: str, each: str) -> int:
+    """The length of all columns; InvalidSeries if they differ."""
+    first, n = next((name, len(column)) for name, column in columns.items())
+    for name, column in columns.items():
+        if len(column) != n:
+            needed = "axis and channel" if each == "observation" else "axis"
+            raise InvalidSeries(
+                f"{where}: {name!r} has {len(column)} numbers, but {first!r} has {n}; every {needed} "
+                f"needs one number per {each}"
+            )
+    return n
 
 
 def _check_names(given: Iterable[Any], known: Iterable[str], where: str, more: str = "") -> None:
@@ -563,15 +726,35 @@ def normalise_values(
 
     ``constants``: ``normalisation`` of ``schema.json``; with ``(n,)`` groups, P for each of them.
     """
-    n_values = values.shape[1]
-    fields = ("transform", "transform_scale", "mean", "std")
-    rows = 0 if group is None else group
-    transform, scale, mean, std = (
-        np.array([c[field] for c in constants]).reshape(-1, n_values)[rows] for field in fields
-    )
+    transform, scale, mean, std = _constants(values, constants, group)
     x = values.astype(np.float32).astype(np.float64)  # a data set on disk stores float32
     x = np.where(transform == "arcsinh", np.arcsinh(x / scale), x)
     return ((x - mean) / std).astype(np.float32)
+
+
+def denormalise_values(
+    values: NDArray[np.float64],
+    constants: list[dict[str, Any]],
+    group: NDArray[np.int64] | None = None,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The inverse of :func:`normalise_values`, and its derivative, the factor of deviations."""
+    transform, scale, mean, std = _constants(values, constants, group)
+    x = values * std + mean
+    with np.errstate(over="ignore"):
+        sines = np.sinh(x) * scale, np.cosh(x) * scale * std
+    bent = transform == "arcsinh"
+    return np.where(bent, sines[0], x), np.where(bent, sines[1], std)
+
+
+def _constants(
+    values: NDArray[np.float64],
+    constants: list[dict[str, Any]],
+    group: NDArray[np.int64] | None,
+) -> Iterator[NDArray[Any]]:
+    """Transform, its scale, mean and std, each as ``(n, P)`` or ``(P,)``."""
+    rows = 0 if group is None else group
+    for field in ("transform", "transform_scale", "mean", "std"):
+        yield np.array([c[field] for c in constants]).reshape(-1, values.shape[1])[rows]
 
 
 def normalise_positions(
@@ -627,7 +810,7 @@ if not __package__:  # loaded as a model, not imported as a part of this project
         lambda record: "Union type hint" not in record.getMessage()
     )
     _kind = ModelConfig(development_config={"kind": "classifier"}).get("kind")
-    Output = Features if _kind == "encoder" else Prediction
+    Output = {"encoder": Features, "autoencoder": Interpolation}.get(_kind, Prediction)
 
     class RequestError(MlflowException):
         """One sentence; MLflow's server would put the whole input before it."""

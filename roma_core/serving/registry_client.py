@@ -202,9 +202,8 @@ def load(folder: Path) -> Any:
 
 def series_of(package: Any, rows: Iterable[Any]) -> list[Any]:
     """Rows as ``parse_series`` takes them, as series of the model's own code, which may be older."""
-    return [
-        package.module.Series(**one.model_dump(exclude_unset=True)) for one in parse_series(rows)
-    ]
+    fields = (one.model_dump(exclude_unset=True, exclude_none=True) for one in parse_series(rows))
+    return [package.module.Series(**given) for given in fields]
 
 
 class PredictionResult(NamedTuple):

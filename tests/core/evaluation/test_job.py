@@ -26,7 +26,7 @@ from roma_core.model import (
     RoMAForPreTraining,
     RoMAForPreTrainingConfig,
 )
-from roma_core.serving.package import MAX_LENGTH
+from roma_core.serving.package import MAX_LENGTH, verify_package
 from roma_core.trainer.job import data_fields
 from tests.core.cli.test_cli import roma
 from tests.core.hand_made import built, series
@@ -107,6 +107,10 @@ def test_a_pretraining_is_judged_by_one_command(trained):
     assert 0.5 < value["coverage_95"] <= 1
     result = read_json(out / "result.json")
     assert result["metrics"]["mse"] == value["mse"]
+    checks = read_json(out / "outputs" / "serving_checks.json")
+    assert checks["serving_difference"] < 1e-4 and checks["smoke_test"]["golden_difference"] < 1e-4
+    assert result["facts"]["manifest_sha256"] == verify_package(out / "outputs" / "package")
+    assert "answers `queries`" in (out / "outputs" / "package" / "MODEL_CARD.md").read_text()
     assert all((out / place).exists() for place in result["outputs"].values())
     page = (out / "outputs" / "report.html").read_text()
     assert (

@@ -10,11 +10,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from roma_core import RoMAForClassification, RoMAForClassificationConfig
+from roma_core import (
+    RoMAForClassification,
+    RoMAForClassificationConfig,
+    RoMAForPreTraining,
+    RoMAForPreTrainingConfig,
+)
 from roma_core.data import StoredDataset
 from roma_core.data.store import raw_series
 from roma_core.evaluation.drift import _number
+from roma_core.evaluation.reconstruction import mask_as_trained, reconstruct, requests
 from roma_core.schema import Channel, Covariate, PositionAxis
+from roma_core.serving.client import ServedModel, ServerError
 from roma_core.serving.package import build_package, json_schema, verify_package
 from roma_core.serving.pyfunc_model import InvalidSeries, Series, _category, open_package
 from roma_core.sources.base import RawSeries
@@ -41,31 +48,183 @@ def patient(k):
     return RawSeries(f"p{k}", at, values, "xy"[k % 2], split, covariates=covariates)
 
 
-@pytest.fixture(scope="module", params=["joint", "per_channel"])
-def served(request, tmp_path_factory):
-    """A data set, an untrained classifier of it, and its loaded package."""
-    folder = tmp_path_factory.mktemp(request.param)
+def patients(folder, layout, **options):
     source = HandMade(
         series=tuple(map(patient, range(10))),
         channels=(Channel(name="hr", unit="1/min"), Channel(name="k", unit="mmol/l")),
         axes=(PositionAxis(name="hours", unit="h"), WARD),
         covariates=COVARIATES,
     )
-    dataset = StoredDataset(
-        built(folder, source=source, layout=request.param, axes={"hours": {"anchor": "first"}})
-    )
-    torch.manual_seed(0)
-    stack = {"encoder_config": {"d_model": 16, "nhead": 2, "depth": 1}, "dim_output": 2}
-    fields = stack | data_fields(dataset.schema)
-    model = RoMAForClassification(RoMAForClassificationConfig.from_values(fields)).eval()
-    weights = folder / "weights.safetensors"
+    axes = {"hours": {"anchor": "first"}}
+    return StoredDataset(built(folder, source=source, layout=layout, axes=axes, **options))
+
+
+def packaged(folder, model, program, schema, golden, **options):
+    """The loaded package of a model."""
+    weights, package = folder / "weights.safetensors", folder / "package"
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, weights)
-    golden = [Series(**row) for row in raw_series(dataset.split("test"), [0, 1])]
+    golden = [Series(**row) for row in golden]
     document = model.config_document()
-    package = folder / "package"
-    build_package(package, model.export(), weights, document, dataset.schema, golden, {}, name="w")
+    build_package(package, program, weights, document, schema, golden, {}, name="w", **options)
     verify_package(package)
-    return dataset, model, open_package(package)
+    return open_package(package)
+
+
+STACK = {"d_model": 16, "nhead": 2, "depth": 1}
+
+
+@pytest.fixture(scope="module", params=["joint", "per_channel"])
+def served(request, tmp_path_factory):
+    """A data set, an untrained classifier of it, and its loaded package."""
+    folder = tmp_path_factory.mktemp(request.param)
+    dataset = patients(folder, request.param)
+    torch.manual_seed(0)
+    fields = {"encoder_config": STACK, "dim_output": 2} | data_fields(dataset.schema)
+    model = RoMAForClassification(RoMAForClassificationConfig.from_values(fields)).eval()
+    golden = raw_series(dataset.split("test"), [0, 1])
+    return dataset, model, packaged(folder, model, model.export(), dataset.schema, golden)
+
+
+@pytest.fixture(scope="module", params=["joint", "per_channel"])
+def interpolating(request, tmp_path_factory):
+    """Hidden values of a test split as requests and as a table of the model's own predictions, and the
+    loaded package of the untrained autoencoder."""
+    folder, is_joint = tmp_path_factory.mktemp(request.param), request.param == "joint"
+    transforms = {"hr": {"transform": "arcsinh", "transform_scale": 3.0}}
+    by = {"normalise_by": "ward"} if is_joint else {}
+    dataset = patients(folder, request.param, channels=transforms, **by)
+    torch.manual_seed(0)
+    fields = {
+        "encoder_config": STACK,
+        "decoder_config": STACK,
+        "predict_variance": is_joint,
+        "mask_strategy": "value" if is_joint else "random",
+        "mask_ratio": 0.4,
+        "neighbours": 1,
+    }
+    model = RoMAForPreTraining(
+        RoMAForPreTrainingConfig.from_values(fields | data_fields(dataset.schema))
+    )
+    test = dataset.split("test")
+    table = reconstruct(model, test, mask_as_trained(model.config, 0), batch_size=3)
+    asked = list(requests(table, test))
+    program = model.export_reconstruction()
+    golden = [one for _, one in asked]
+    package = packaged(folder, model, program, dataset.schema, golden, kind="autoencoder")
+    return dataset, table, asked, package
+
+
+def by_channel(answers):
+    return np.concatenate([np.array(list(one.values()), np.float64).T for one in answers])
+
+
+def test_queries_get_the_values_that_the_evaluation_predicts(interpolating):
+    dataset, table, asked, package = interpolating
+    rows = [one for _, one in asked]
+    answers = package.predict(rows)
+
+    assert [one.id for one in answers] == [one["id"] for one in rows]
+    hidden = ~np.isnan(table.true)
+    found = by_channel([one.mean for one in answers])
+    np.testing.assert_allclose(found[hidden], table.predicted[hidden], rtol=1e-4, atol=1e-4)
+    if table.std is None:
+        assert {one.std for one in answers} == {None}
+    else:
+        std = by_channel([one.std for one in answers])
+        np.testing.assert_allclose(std[hidden], table.std[hidden], rtol=1e-4, atol=1e-4)
+    per_channel = package.is_per_channel
+    assert np.isnan(found).any() == per_channel  # where a query names another channel
+
+    # the same as lists of objects
+    objects = []
+    for one in rows:
+        columns = zip(*one["queries"].values(), strict=True)
+        queries = [dict(zip(one["queries"], entries, strict=True)) for entries in columns]
+        objects.append(one | {"queries": queries})
+    assert package.predict(objects) == answers
+    schema = json_schema(dataset.schema, 100, kind="autoencoder")
+    jsonschema.validate({"inputs": json.loads(json.dumps(rows + objects))}, schema)
+    for one in answers:
+        answer = one.model_dump()
+        jsonschema.validate(answer, schema["$defs"]["Interpolation"])
+
+
+def test_queries_lie_anywhere_and_ask_for_all_channels_unless_one_is_named(interpolating):
+    _, _, asked, package = interpolating
+    one = asked[0][1]
+    times = [-1e3, 10.5, 1e4]
+    queries = {"hours": times, "ward": ["a", "b", "elsewhere"]}
+    (answer,) = package.predict([one | {"queries": queries}])
+    assert list(answer.mean) == ["hr", "k"]
+    assert all(len(numbers) == 3 and np.isfinite(numbers).all() for numbers in answer.mean.values())
+    if not package.is_per_channel:
+        return
+    columns = {name: np.repeat(column, 2).tolist() for name, column in queries.items()}
+    (named,) = package.predict([one | {"queries": columns | {"channel": ["hr", "k"] * 3}}])
+    assert named.mean["hr"][::2] == answer.mean["hr"] and named.mean["k"][1::2] == answer.mean["k"]
+    assert {*named.mean["hr"][1::2], *named.mean["k"][::2]} == {None}
+
+
+@pytest.mark.parametrize(
+    ("queries", "message"),
+    [
+        (None, "queries: expected the positions to predict values at, got none"),
+        ([], "queries: expected the positions to predict values at, got none"),
+        ({"hours": [], "ward": []}, "queries: expected 1 to 4096 values to predict, got 0"),
+        ({"hours": [1.0]}, "queries: 'ward' is missing; got ['hours']"),
+        ({"hours": [float("nan")], "ward": ["a"]}, "queries: 'hours' must hold finite numbers, got nan"),
+        ({"hours": [1.0, 2.0], "ward": ["a"]}, "'ward' has 1 numbers, but 'hours' has 2; every axis"),
+        ({"hours": [1.0], "ward": ["a"], "channel": ["temp"]}, "queries: "),
+        ({"hours": [1.0], "ward": ["a"], "hr": [70.0]}, "queries: unknown 'hr'; this model takes 'hours'"),
+        ({"hours": [1e39], "ward": ["a"]}, "positions: a number is too large for float32"),
+        ([{"hours": 1.0, "ward": "a"}, {"hours": 2.0}], "queries: 'ward' is missing at index 1"),
+        ([{"hours": None, "ward": "a"}], "queries: 'hours' must hold finite numbers, got None"),
+        ([3.0], "queries: expected an object at index 0, got 3.0"),
+        ("all", "queries: expected a list of objects, got 'all'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_query_is_one_sentence(interpolating, queries, message):
+    _, _, asked, package = interpolating
+    with pytest.raises(InvalidSeries, match=r"^series 0 ") as raised:
+        package.predict([asked[0][1] | {"queries": queries}])
+    text = str(raised.value)
+    assert message in text and len(text) < 300 and "\n" not in text
+
+
+def test_the_client_compares_the_answers_to_queries_with_those_of_the_package(
+    interpolating, monkeypatch, tmp_path
+):
+    _, _, asked, package = interpolating
+    shift = 0.0
+
+    def post(rows):
+        answers = [one.model_dump() for one in package.predict(rows)]
+        column = answers[-1]["mean"]["hr"]
+        answers[-1]["mean"]["hr"] = [None if x is None else x + shift for x in column]
+        return json.loads(json.dumps(answers))
+
+    served = ServedModel("http://127.0.0.1:9")
+    monkeypatch.setattr(served, "_post", post)
+    rows = [one for _, one in asked]
+    assert served.interpolate(rows) == package.predict(rows)
+    golden = [
+        {"series": row, "interpolation": answer, "tolerance": 1e-4, "scale": {"hr": 5.0, "k": 0.1}}
+        for row, answer in zip(rows, package.answers(rows), strict=True)
+    ]
+    (tmp_path / "golden.jsonl").write_text("\n".join(map(json.dumps, golden)))
+    served.check_golden(tmp_path)
+    shift = 1e-2
+    with pytest.raises(ServerError, match=r"returns other values for golden row \d+ of"):
+        served.check_golden(tmp_path)
+
+
+def test_a_classifier_takes_no_queries(served):
+    dataset, _, package = served
+    (row,) = raw_series(dataset.split("test"), [0])
+    with pytest.raises(
+        InvalidSeries, match=r"queries: this model is of kind classifier, which takes"
+    ):
+        package.predict([row | {"queries": {"hours": [1.0], "ward": ["a"]}}])
 
 
 def probabilities(model, dataset):
