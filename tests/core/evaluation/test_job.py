@@ -110,7 +110,7 @@ def test_a_pretraining_is_judged_by_one_command(trained):
     checks = read_json(out / "outputs" / "serving_checks.json")
     assert checks["serving_difference"] < 1e-4 and checks["smoke_test"]["golden_difference"] < 1e-4
     assert result["facts"]["manifest_sha256"] == verify_package(out / "outputs" / "package")
-    assert "answers `queries`" in (out / "outputs" / "package" / "MODEL_CARD.md").read_text()
+    assert "(`queries`)" in (out / "outputs" / "package" / "MODEL_CARD.md").read_text()
     assert all((out / place).exists() for place in result["outputs"].values())
     page = (out / "outputs" / "report.html").read_text()
     assert (
