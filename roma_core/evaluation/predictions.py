@@ -270,6 +270,9 @@ class ReconstructionTable(_ObservationTable):
     index: Ints  # (T,) of the observation in its series
     std: Float32 | None = None  # (T, K) predicted standard deviation, if the model predicts it
     clean: Float32 | None = None  # (T, K) values without noise, if known
+    # (T, 2) squared errors in normalised units, summed over the hidden values of an observation: those
+    # of the prediction, and those of the mean of train
+    squared: Floats | None = None
 
     def select(self, rows: Bools) -> ReconstructionTable:
         """The observations where ``(T,)`` is True."""
@@ -281,6 +284,7 @@ class ReconstructionTable(_ObservationTable):
             predicted=self.predicted[rows],
             std=None if self.std is None else self.std[rows],
             clean=None if self.clean is None else self.clean[rows],
+            squared=None if self.squared is None else self.squared[rows],
         )
 
     def save(self, path: Path) -> None:

@@ -21,6 +21,7 @@ from roma_core.evaluation.regression_metrics import (
     GroupErrors,
     ReconstructionMetrics,
     error_estimates,
+    r2_samples,
 )
 from roma_core.model import masking
 from roma_core.model.backbone import Backbone
@@ -71,7 +72,7 @@ def reconstruct(
     mean, log_variance = outputs[:, :width], outputs[:, width:]
     deviation = np.exp(0.5 * log_variance.clip(-14, 14))  # as in the loss
     std = deviation * units.slope(mean, at) if model.config.predict_variance else None
-    return _table(split, batches, units.denormalise(mean, at), std)
+    return with_squared(_table(split, batches, units.denormalise(mean, at), std), split)
 
 
 def _hidden_positions(batches: list[PackedBatch]) -> Floats:
@@ -240,17 +241,31 @@ def clean_columns(schema: DataSchema) -> list[int] | None:
 def train_mean(table: ReconstructionTable, split: Subset) -> ReconstructionTable:
     """The same observations, predicted by the mean of the train split."""
     schema = split.dataset.schema
-    if schema.normalise_by is None:
-        mean = Normaliser(schema).denormalise(np.zeros((1, schema.n_values), np.float32))
-        predicted = np.broadcast_to(mean, table.true.shape)
-    else:
-        predicted = np.empty_like(table.true)
-        for k, rows in rows_by_series(table.series):
-            positions = split.dataset.raw(int(split.indices[k]))[0][table.index[rows]]
-            zeros = np.zeros((len(positions), schema.n_values), np.float32)
-            predicted[rows] = Normaliser(schema).denormalise(zeros, positions)
-    predicted = np.where(np.isnan(table.true), np.float32(np.nan), predicted)
+    zeros = np.zeros((len(table.series), schema.n_values), np.float32)
+    mean = Normaliser(schema).denormalise(zeros, _positions(table, split))
+    predicted = np.where(np.isnan(table.true), np.float32(np.nan), mean)
     return replace(table, predicted=predicted, std=None)
+
+
+def _positions(table: ReconstructionTable, split: Subset) -> Floats:
+    """``(T, D)`` positions of the observations of a table, as delivered."""
+    parts = [
+        split.dataset.raw(int(split.indices[k]))[0][table.index[rows]]
+        for k, rows in rows_by_series(table.series)
+    ]
+    return np.concatenate(parts)
+
+
+def with_squared(table: ReconstructionTable, split: Subset) -> ReconstructionTable:
+    """The table with ``squared``."""
+    schema, at, z = split.dataset.schema, _positions(table, split), []
+    for x in (table.true, table.predicted):
+        if schema.layout == "per_channel":  # one column of each row has a number
+            x = np.nansum(x, axis=1, keepdims=True)
+        z.append(Normaliser(schema).normalise(x, at).astype(np.float64))
+    true, predicted = z  # the mean of train is 0
+    columns = [np.nansum((predicted - true) ** 2, axis=1), np.nansum(true**2, axis=1)]
+    return replace(table, squared=np.stack(columns, axis=1))
 
 
 def linear_interpolation(table: ReconstructionTable, split: Subset) -> ReconstructionTable:
@@ -271,7 +286,7 @@ def linear_interpolation(table: ReconstructionTable, split: Subset) -> Reconstru
             if len(known):
                 predicted[rows, c] = np.interp(at[hidden], at[known], values[known, c])
     predicted[np.isnan(table.true)] = np.nan
-    return replace(table, predicted=predicted, std=None)
+    return with_squared(replace(table, predicted=predicted, std=None), split)
 
 
 def channel_ranges(train: Subset) -> Floats | None:
@@ -322,13 +337,18 @@ def noise_error(table: ReconstructionTable) -> dict[str, Estimate]:
 
 
 def coverage(table: ReconstructionTable) -> dict[str, Estimate]:
-    """``coverage_95``: fraction of values in the predicted 95 % interval; nothing without ``std``."""
+    """``coverage_50``, ``_80`` and ``_95``: fractions of values in these predicted intervals.
+
+    In percent; nothing without ``std``.
+    """
     if table.std is None:
         return {}
-    inside = np.abs(table.predicted.astype(np.float64) - table.true) <= 1.96 * table.std
-    hits = np.where(np.isnan(table.true), np.nan, inside.astype(float))
-    means = means_with_resamples(table.series, hits)
-    return {"coverage_95": Estimate.of(np.nanmean(means, axis=1))}
+    deviations = np.abs(table.predicted.astype(np.float64) - table.true) / table.std
+    widths = {50: 0.6745, 80: 1.2816, 95: 1.96}
+    hits = [np.where(np.isnan(deviations), np.nan, deviations <= w) for w in widths.values()]
+    means = means_with_resamples(table.series, np.hstack(hits))
+    levels = np.nanmean(means.reshape(len(means), len(widths), -1), axis=2)
+    return {f"coverage_{k}": Estimate.of(x) for k, x in zip(widths, levels.T, strict=True)}
 
 
 def errors_by_class(
@@ -363,12 +383,15 @@ def evaluate_reconstruction(table: ReconstructionTable, split: Subset) -> Recons
     """Every error of a table, beside those of the baselines on the same observations."""
     dataset = split.dataset
     ranges = channel_ranges(dataset.split("train"))
-    found = noise_error(table) | coverage(table)
+    r2 = r2_samples(table)
+    found = {"r2": Estimate.of(r2)} | noise_error(table) | coverage(table)
     found |= reconstruction_errors(table, "true", ranges)
     found |= reconstruction_errors(table, "clean", ranges)
     baselines = {"mean_": train_mean(table, split)}
     if len(dataset.schema.axes) == 1 + (dataset.schema.layout == "per_channel"):
-        baselines["linear_"] = linear_interpolation(table, split)
+        lines = baselines["linear_"] = linear_interpolation(table, split)
+        found["linear_r2"] = Estimate.of(r2_samples(lines))
+        found["gain_r2"] = Estimate.of(r2 - r2_samples(lines))  # of the same resamples
     for name, baseline in baselines.items():
         own = reconstruction_errors(baseline) | reconstruction_errors(baseline, "clean")
         found |= {f"{name}{key}": own[key] for key in ("mse", "clean_mse") if key in own}

@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 
 from roma_core.evaluation.metrics import (
+    N_BOOTSTRAP,
     Estimate,
     Metrics,
     PartEstimate,
     bin_masks,
     equal_mass_bins,
     means_with_resamples,
+    resample_sums,
 )
-from roma_core.evaluation.predictions import Floats, RegressionTable
+from roma_core.evaluation.predictions import Floats, ReconstructionTable, RegressionTable
 from roma_core.settings import Frozen
 
 N_POSITION_BINS = 20
@@ -76,6 +78,7 @@ class ReconstructionMetrics(Metrics):
     """Metrics of a pretraining model's reconstructions, by the names that ``report.METRICS`` explains.
 
     ``mean_…`` and ``linear_…`` are those of two baselines, the mean of train and straight lines;
+    ``gain_r2`` is ``r2`` less ``linear_r2``;
     ``…_observed_N`` those with only N observations of each series visible, and ``mse_GROUP`` and
     ``clean_mse_GROUP`` those of the series of one class.
     """
@@ -100,6 +103,21 @@ class ReconstructionMetrics(Metrics):
         """As of every task, with each estimate by name at the top level."""
         head = self.model_dump(mode="json", exclude={"overall", "groups"})
         return head | {n: e.model_dump(mode="json") for n, e in self.estimates().items()}
+
+
+def r2_samples(table: ReconstructionTable, n_bootstrap: int = N_BOOTSTRAP, seed: int = 0) -> Floats:
+    """``(1 + R,)``: R² of reconstructions, of all series and then of each resample.
+
+    1 - squared error / that of the mean of train, over hidden values of all channels in normalised
+    units: 0 is no better than that mean.
+    """
+    assert table.squared is not None
+    _, index = np.unique(table.series, return_inverse=True)
+    sums = np.zeros((index[-1] + 1, 2))
+    np.add.at(sums, index, table.squared)
+    totals = np.concatenate([sums.sum(axis=0)[None], resample_sums(sums, n_bootstrap, seed)])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return 1 - totals[:, 0] / totals[:, 1]
 
 
 def error_estimates(mse: Floats, mae: Floats) -> dict[str, Estimate]:

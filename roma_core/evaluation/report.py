@@ -169,15 +169,24 @@ METRICS = {
         "mae": ("Mean absolute error", "per value"),
     },
     "reconstruction": {
+        "r2": (
+            "R²",
+            "1 − squared error / that of the mean of train, over hidden values in normalised units",
+        ),
+        "linear_r2": ("R² of straight lines", "between the visible values of each channel"),
+        "gain_r2": ("R² less that of straight lines", "paired: on the same hidden values"),
         "mse": ("Mean squared error", "per hidden value, against the observed values with noise"),
         "rmse": ("Root mean squared error", "in the unit of the data, if its channels share one"),
         "mae": ("Mean absolute error", "per hidden value"),
         "nrmse": ("Normalised RMSE", "errors as fractions of each channel's range in train"),
         "noise_mse": ("Noise", "mean squared error of the values without noise: a lower bound"),
-        "coverage_95": (
-            "Coverage",
-            "fraction of values within 1.96 predicted deviations; ideally 0.95",
-        ),
+        **{
+            f"coverage_{level}": (
+                f"Coverage of {level} % intervals",
+                f"fraction of values within {width} predicted deviations; ideally {level / 100:g}",
+            )
+            for level, width in ((50, "0.674"), (80, "1.28"), (95, "1.96"))
+        },
         "clean_mse": ("Mean squared error, clean", "against the values without noise"),
         "clean_rmse": ("Root mean squared error, clean", "against the values without noise"),
         "clean_mae": ("Mean absolute error, clean", "against the values without noise"),

@@ -331,6 +331,8 @@ def test_errors_against_the_clean_values_noise_and_coverage():
     assert found["clean_mse"].value == pytest.approx((0 + 9 + 4) / 3)
     assert noise_error(table)["noise_mse"].value == pytest.approx(1 / 3)
     assert coverage(table)["coverage_95"].value == pytest.approx(2 / 3)
+    found = [coverage(table)[f"coverage_{level}"].value for level in (50, 80)]
+    assert found == pytest.approx([0, 1 / 3])
 
 
 def test_errors_by_class_have_names_a_tracker_takes():

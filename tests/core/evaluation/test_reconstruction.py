@@ -217,6 +217,17 @@ def test_what_was_never_observed_is_not_compared_and_has_no_baseline(tmp_path, l
     assert 0.45 < found.mean_hidden_fraction < 0.6
     metrics = found.overall
     assert {"mse", "linear_mse", "mean_mse", "coverage_95"} <= metrics.keys()
+    constants = dataset.schema.normalisation
+    mean, std = (np.array([getattr(c, name) for c in constants]) for name in ("mean", "std"))
+    true = (table.true - mean) / std
+    by_hand = [
+        1 - np.nansum((true - (x - mean) / std) ** 2) / np.nansum(true**2)
+        for x in (table.predicted, line)
+    ]
+    values = [metrics[name].value for name in ("r2", "linear_r2", "gain_r2")]
+    np.testing.assert_allclose(values, [*by_hand, by_hand[0] - by_hand[1]], atol=1e-5)
+    width = metrics["gain_r2"].high - metrics["gain_r2"].low  # paired
+    assert width < sum(metrics[name].high - metrics[name].low for name in ("r2", "linear_r2"))
     assert all(np.isfinite(estimate.value) for estimate in metrics.values())
     others = model_of(**data_fields(dataset.schema), predict_variance=True)
     np.testing.assert_array_equal(embed(model, test, 3), embed(others, test, 3))
