@@ -278,7 +278,10 @@ class PaddedModel(nn.Module):
     def encode(
         self, values: Tensor, positions: Tensor, valid: Tensor, covariates: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Encoder output ``(B, R + N, d)`` of CLS, covariates and tokens, with positions and valid."""
+        """Encoder output ``(B, R + N, d)`` of CLS, covariates and tokens, with positions and valid.
+
+        With ``pooling="cls"`` that of CLS alone, ``(B, 1, d)``.
+        """
         n_series = valid.shape[0]
         series = torch.arange(n_series, device=valid.device)[:, None]
         series = torch.where(valid, series, n_series)  # padding is a series of its own
@@ -294,4 +297,5 @@ class PaddedModel(nn.Module):
             real = torch.ones_like(valid[:, :1]).expand(-1, first)
             valid = torch.cat((real, valid), dim=1)
         rotations = None if self.rotary is None else self.rotary(positions)
-        return self.encoder.forward_padded(x, rotations, valid), positions, valid
+        cls = (slice(None), slice(0, 1)) if self.pooling == "cls" else None
+        return self.encoder.forward_padded(x, rotations, valid, cls), positions, valid

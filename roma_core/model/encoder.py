@@ -266,6 +266,9 @@ def _padded_call(
     return out.transpose(1, 2)[q_seg.ids, q_seg.index_in_series]
 
 
+Rows = Tensor | tuple[slice, slice]  # (R,) int64 of packed rows; series and tokens of padded ones
+
+
 @dataclass(frozen=True)
 class OutputRows:
     """The rows that the last block computes, series after series."""
@@ -299,11 +302,11 @@ class Attention(nn.Module):
         return F.dropout(x, self.config.pos_drop_rate, self.training)
 
     def queries_keys_values(
-        self, x: Tensor, rotations: Rotations, rows: Tensor | None = None
+        self, x: Tensor, rotations: Rotations, rows: Rows | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``(…, d)`` → rotated q and k, and v, each ``(…, h, w)``.
 
-        With ``(R,)`` int64 ``rows`` of a packed x, q is made for these rows alone.
+        With ``rows``, an index of x and rotations, q is made for these rows alone.
         """
         nhead, heads = self.config.nhead, (-1, self.config.head_width)
         if rows is None:
@@ -342,7 +345,7 @@ class Block(nn.Module):
         self.compiles = False
 
     def before(
-        self, x: Tensor, rotations: Rotations, rows: Tensor | None = None
+        self, x: Tensor, rotations: Rotations, rows: Rows | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``(…, d)`` → q, k, v of ``(…, h, w)``; q for ``rows`` alone if they are given."""
         return self.attention.queries_keys_values(self.attention_norm(x), rotations, rows)
@@ -380,9 +383,12 @@ class Block(nn.Module):
         heads = packed_attention(q, k, v, queried, segments, dropout)
         return after(self, x if index is None else x[index], heads, self._drop_path(queried))
 
-    def forward_padded(self, x: Tensor, rotations: Rotations, valid: Tensor) -> Tensor:
+    def forward_padded(
+        self, x: Tensor, rotations: Rotations, valid: Tensor, rows: Rows | None = None
+    ) -> Tensor:
         """``(B, S, d)`` → ``(B, S, d)`` with ``(B, S)`` bool ``valid``; inference only."""
-        return self.after(x, padded_attention(*self.before(x, rotations), valid))
+        heads = padded_attention(*self.before(x, rotations, rows), valid)
+        return self.after(x if rows is None else x[rows], heads)
 
 
 class Encoder(nn.Module):
@@ -419,11 +425,13 @@ class Encoder(nn.Module):
             assert isinstance(block, Block)
             block.compiles = True
 
-    def forward_padded(self, x: Tensor, rotations: Rotations, valid: Tensor) -> Tensor:
-        """``(B, S, d)`` → ``(B, S, d)``; for export and for comparison, not for training."""
-        for layer in self.layers:
+    def forward_padded(
+        self, x: Tensor, rotations: Rotations, valid: Tensor, rows: Rows | None = None
+    ) -> Tensor:
+        """``(B, S, d)`` → ``(B, S, d)``, or ``rows`` of it; for export, not for training."""
+        for n, layer in enumerate(self.layers, start=1):
             assert isinstance(layer, Block)
-            x = layer.forward_padded(x, rotations, valid)
+            x = layer.forward_padded(x, rotations, valid, rows if n == len(self.layers) else None)
         return x
 
 

@@ -45,6 +45,7 @@ from pydantic import (
 
 SCHEMA_VERSION = 1
 MANIFEST = "MANIFEST.json"
+_FEW_TOKENS, _MAX_PADDING = 2048, 1.03  # of a batch: larger ones are not faster
 REQUIRED_FILES = (
     "model.pt2",
     "weights.safetensors",
@@ -275,7 +276,7 @@ class Package:
     The constructor trusts the folder; ``open_package`` verifies it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
         import torch
 
         package, schema = _read(folder / "package.json"), _read(folder / "schema.json")
@@ -304,7 +305,14 @@ class Package:
         }
         self.units_required: bool = package["units_required"]
         self.n_outputs: int = package["n_outputs"]
-        self._program = torch.export.load(folder / "model.pt2").module()
+        self.device = device
+        program = torch.export.load(folder / "model.pt2")
+        if device == "cpu":
+            self._program = _through_onednn(program.module())
+        else:
+            from torch.export.passes import move_to_device_pass
+
+            self._program = move_to_device_pass(program, device).module()
 
     def outputs(self, rows: Iterable[Any]) -> NDArray[np.float64]:
         """Outputs ``(n, K)`` float64 of n rows as ``parse_series`` takes them, in the order given.
@@ -318,15 +326,22 @@ class Package:
         return self._outputs(parse_series(rows))
 
     def _outputs(self, series: list[Series]) -> NDArray[np.float64]:
-        import torch
-
         if given := [i for i, one in enumerate(series) if one.queries is not None]:
             where = _name(given[0], series[given[0]].id)
             raise InvalidSeries(
                 f"{where}: queries: this model is of kind {self.kind}, which takes none; leave them out"
             )
-        outputs = torch.empty(len(series), self.n_outputs, dtype=torch.float64)
-        for rows, found in self._computed(series):
+        named = [(one, _name(i, one.id)) for i, one in enumerate(series)]
+        tokens = [self._tokens(*one) for one in named]
+        return self._outputs_of(tokens, [self._covariates(one.covariates, at) for one, at in named])
+
+    def _outputs_of(
+        self, tokens: Sequence[Sequence[NDArray[Any]]], covariates: Sequence[list[float]]
+    ) -> NDArray[np.float64]:
+        import torch
+
+        outputs = torch.empty(len(tokens), self.n_outputs, dtype=torch.float64)
+        for rows, (found, *_) in self._computed(tokens, covariates):
             if (
                 found.shape != (expected := (len(rows), self.n_outputs))
                 or not found.isfinite().all()
@@ -338,11 +353,60 @@ class Package:
             outputs[rows] = found.double()
         return (torch.softmax(outputs, dim=1) if self.is_classifier else outputs).numpy()
 
+    def outputs_of_columns(
+        self,
+        lengths: NDArray[np.int64],
+        columns: Mapping[str, Any],
+        covariates: Sequence[Mapping[str, Any]] = (),
+        units: Mapping[str, str] | None = None,
+    ) -> NDArray[np.float64]:
+        """Outputs ``(n, K)`` of n series that lie one after the other in arrays, without lists.
+
+        Args:
+            lengths: ``(n,)`` observations of each series.
+            columns: axis or channel -> ``(T,)`` numbers, NaN where one is missing; or of text
+                ``(T,)`` indices into the list beside them.
+            covariates: of each series, by name; empty: none.
+            units: as a series has them.
+
+        Raises InvalidSeries as ``outputs`` does, but may not name the series.
+        """
+        where = "a series"
+        axes, channels = ([one["name"] for one in part] for part in (self.axes, self.channels))
+        for name in [*axes, *(() if self.may_miss else channels)]:
+            if name not in columns:
+                raise InvalidSeries(f"{where}: {name!r} is missing")
+        _check_names(columns, [*axes, *channels], where)
+        self._check_units(dict(units or {}), where)
+        known = {one["name"]: one for one in [*self.axes, *self.channels]}
+        numbers: dict[str, NDArray[np.float64]] = {}
+        for name, column in columns.items():
+            if known[name].get("categories"):
+                if not isinstance(column, tuple):  # numbers: categories by index, or called so
+                    column = np.unique(column, return_inverse=True)[::-1]
+                codes, words = column
+                found = [_category(known[name], word, where) for word in np.asarray(words).tolist()]
+                column = np.array(found, np.float64)[codes]
+            missing = self.may_miss and name in channels
+            if (
+                isinstance(column, tuple)
+                or not (np.isfinite(column) | (np.isnan(column) & missing)).all()
+            ):
+                raise InvalidSeries(f"{where}: {name!r} must hold finite numbers")
+            numbers[name] = column
+        rows = [self._covariates(one, where) for one in covariates or [{}] * len(lengths)]
+        values, positions, lengths = self._normalised(numbers, lengths, [where] * len(lengths))
+        ends = np.cumsum(lengths)[:-1]
+        tokens = zip(np.split(values, ends), np.split(positions, ends), strict=True)
+        return self._outputs_of(list(tokens), rows)
+
     def _interpolate(self, series: list[Series]) -> list[Interpolation]:
-        queries = [self._queries(one, _name(i, one.id)) for i, one in enumerate(series)]
+        named = [(one, _name(i, one.id)) for i, one in enumerate(series)]
+        queries = [self._queries(*one) for one in named]
+        tokens = [self._tokens(*one, at) for one, at in zip(named, queries, strict=True)]
+        covariates = [self._covariates(one.covariates, where) for one, where in named]
         answers: dict[int, Interpolation] = {}
-        for rows, found in self._computed(series, queries):
-            parts = found if isinstance(found, tuple | list) else (found,)
+        for rows, parts in self._computed(tokens, covariates):
             for k, row in enumerate(rows):
                 at = queries[row]
                 numbers = [part[k, : len(at)].double().numpy() for part in parts]
@@ -380,23 +444,22 @@ class Package:
         return Interpolation(id=series.id, **columns)
 
     def _computed(
-        self, series: list[Series], queries: Sequence[NDArray[np.float64]] | None = None
-    ) -> Iterator[tuple[list[int], Any]]:
+        self, tokens: Sequence[Sequence[NDArray[Any]]], covariates: Sequence[list[float]]
+    ) -> Iterator[tuple[list[int], Sequence[Any]]]:
         """Rows of series of similar length, each once, with what the program returns for them."""
         import torch
 
-        named = [(one, _name(i, one.id)) for i, one in enumerate(series)]
-        asked_at: Sequence[Any] = queries or [None] * len(named)
-        tokens = [self._tokens(*one, at) for one, at in zip(named, asked_at, strict=True)]
-        covariates = np.array([self._covariates(*one) for one in named], np.float32)
-        for rows in self._batches([sum(map(len, parts[1:])) for parts in tokens]):
+        lengths = np.array([sum(map(len, parts[1:])) for parts in tokens])
+        for rows in self._batches(lengths):
             columns = zip(*(tokens[row] for row in rows), strict=True)
             (values, valid), (positions, _), *asked = map(_padded, columns)
             inputs = [values, positions, valid, *(x for pair in asked for x in pair)]
             if self.covariates:
-                inputs.append(torch.from_numpy(covariates[rows]))
+                inputs.append(torch.tensor([covariates[row] for row in rows], dtype=torch.float32))
             with torch.inference_mode():
-                yield rows, self._program(*inputs)
+                found = self._program(*(x.to(self.device) for x in inputs))
+            parts = found if isinstance(found, tuple | list) else (found,)
+            yield rows, [part.cpu() for part in parts]
 
     def answers(self, rows: Iterable[Any]) -> list[Any]:
         """Answers in the form of golden rows; takes and raises as ``outputs``."""
@@ -488,31 +551,50 @@ class Package:
         }
         self._check_units(series.units or {}, where)
         n = _check_lengths(columns, where, "observation")
-        nothing = np.full(n, np.nan)  # a channel that was not given
+        values, at, lengths = self._normalised(columns, np.array([n]), [where], queries)
+        n = lengths[0]
+        return (values, at) if queries is None else (values, at[:n], at[n:])
+
+    def _normalised(
+        self,
+        columns: Mapping[str, NDArray[np.float64]],
+        lengths: NDArray[np.int64],
+        names: Sequence[str],
+        queries: NDArray[np.float64] | None = None,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
+        """Values ``(T, P)`` and positions ``(T, D)`` of series one after the other, and their lengths.
+
+        Positions end with those of the queries of a single series.
+        """
+        nothing = np.full(lengths.sum(), np.nan)  # a channel that was not given
         values = np.stack([columns.get(c["name"], nothing) for c in self.channels], axis=1)
         positions = np.stack([columns[axis["name"]] for axis in self.axes], axis=1)
+        series = np.repeat(np.arange(len(lengths)), lengths)
         if self.is_per_channel:
             rows, channels = np.nonzero(~np.isnan(values))
             positions = np.column_stack([positions[rows], channels])
-            values = values[rows, channels][:, None]
+            values, series = values[rows, channels][:, None], series[rows]
         elif self.may_miss:
             seen = ~np.isnan(values).all(axis=1)
-            positions, values = positions[seen], values[seen]
-        if not 1 <= len(values) <= self.max_length:
+            positions, values, series = positions[seen], values[seen], series[seen]
+        lengths = np.bincount(series, minlength=len(lengths))
+        for i in np.flatnonzero((lengths < 1) | (lengths > self.max_length)).tolist():
             what = "values" if self.is_per_channel else "observations"
             raise InvalidSeries(
-                f"{where}: expected 1 to {self.max_length} {what}, got {len(values)}"
+                f"{names[i]}: expected 1 to {self.max_length} {what}, got {lengths[i]}"
             )
         with np.errstate(over="ignore"):
             tokens = normalise_values(values, self.normalisation, self._group(positions))
             # as in training, where hidden tokens count for the first position of a series
-            at = positions if queries is None else np.concatenate([positions, queries])
-            at = normalise_positions(at, self._all_axes)
+            given, n = positions, lengths
+            if queries is not None:
+                given, n = np.concatenate([positions, queries]), lengths + len(queries)
+            at = normalise_positions(given, self._all_axes, n)
         for field, array in (("values", tokens), ("positions", at)):
-            if np.isinf(array).any():
+            for row in np.flatnonzero(np.isinf(array).any(axis=1)).tolist():
+                where = names[series[min(row, len(series) - 1)]]
                 raise InvalidSeries(f"{where}: {field}: a number is too large for float32")
-        n = len(tokens)
-        return (tokens, at) if queries is None else (tokens, at[:n], at[n:])
+        return tokens, at, lengths
 
     def _group(self, positions: NDArray[np.float64]) -> NDArray[np.int64] | None:
         """``(n,)`` group of normalisation of ``(n, D)`` positions; None if there is only one."""
@@ -587,9 +669,9 @@ class Package:
             )
         return [np.nan if entry is None else entry for entry in column]
 
-    def _covariates(self, series: Series, where: str) -> list[float]:
+    def _covariates(self, given: Mapping[str, Any] | None, where: str) -> list[float]:
         """``(M,)`` normalised numbers and indices of categories, NaN where unknown."""
-        given = series.covariates or {}
+        given = given or {}
         _check_names(given, [one["name"] for one in self.covariates], f"{where}: covariates")
         row = []
         for one in self.covariates:
@@ -628,26 +710,62 @@ class Package:
                     f"{where}: units: {name!r} is missing; this model takes it in {unit!r}"
                 )
 
-    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
-        """Rows of similar length, at most ``max_batch_tokens`` with padding unless it is one row."""
+    def _batches(self, lengths: NDArray[np.int64]) -> Iterator[list[int]]:
+        """Rows of similar length: at most ``max_batch_tokens`` with padding unless it is one row, and
+        little padding unless they are few tokens."""
         batch: list[int] = []
+        n_tokens = 0
         for row in np.argsort(lengths, kind="stable").tolist():
-            if batch and (len(batch) + 1) * lengths[row] > self.max_batch_tokens:
+            length = int(lengths[row])
+            padded, n_tokens = (len(batch) + 1) * length, n_tokens + length
+            if batch and (
+                padded > self.max_batch_tokens
+                or (padded > _FEW_TOKENS and padded > _MAX_PADDING * n_tokens)
+            ):
                 yield batch
-                batch = []
+                batch, n_tokens = [], length
             batch.append(row)
         yield batch
 
 
-def open_package(folder: Path) -> Package:
-    """Verify every file of a package, load it, and check its golden rows.
+def _linear(x: Any, weight: Any, activation: str = "none") -> Any:
+    """``activation(x weight')`` of float32 on CPU, by oneDNN where there are enough rows."""
+    import torch
+
+    if x.dtype == torch.float32 and x.shape[:-1].numel() >= _FEW_TOKENS:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, activation, [], "")
+    product = torch.nn.functional.linear(x, weight)
+    return torch.nn.functional.silu(product) if activation == "swish" else product
+
+
+def _through_onednn(program: Any) -> Any:
+    """The program with its large products, and SiLU after them, in one call: a tenth faster on CPU."""
+    import torch
+
+    if not (
+        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    ):
+        return program
+    aten = torch.ops.aten
+    for node in program.graph.nodes:
+        if node.target is aten.linear.default and len(node.args) == 2:
+            node.target = _linear
+        elif node.target is aten.silu.default and node.args[0].target is _linear:
+            node.target, node.args = _linear, (*node.args[0].args, "swish")
+    program.graph.eliminate_dead_code()
+    program.recompile()
+    return program
+
+
+def open_package(folder: Path, device: str = "cpu") -> Package:
+    """Verify every file of a package, load it for a device, and check its golden rows there.
 
     Raises:
         PackageError: a file is missing, changed or of another version (found before anything is
             deserialised), or a golden row is not reproduced.
     """
     verify_files(folder)
-    package = Package(folder)
+    package = Package(folder, device)
     package.check_golden(folder / "golden.jsonl")
     return package
 
@@ -758,15 +876,17 @@ def _constants(
 
 
 def normalise_positions(
-    positions: NDArray[np.float64], axes: list[dict[str, Any]]
+    positions: NDArray[np.float64], axes: list[dict[str, Any]], lengths: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """``(n, D)`` as delivered to float32, equal to ``Normaliser.normalise_positions``; ``axes``: those
-    of ``schema.json``.
+    """``(T, D)`` of series of ``(n,)`` lengths to float32, equal to ``Normaliser.normalise_positions``;
+    ``axes``: those of ``schema.json``.
     """
-    normalised = []
+    starts, normalised = np.cumsum(lengths) - lengths, []
     for x, axis in zip(positions.T, axes, strict=True):
-        anchor = {"none": 0.0, "first": x.min()}[axis["anchor"]]
-        normalised.append((x - (anchor + axis["offset"])) / axis["scale"])
+        origin: Any = axis["offset"]
+        if axis["anchor"] == "first":
+            origin = np.repeat(np.minimum.reduceat(x, starts) + origin, lengths)
+        normalised.append((x - origin) / axis["scale"])
     return np.stack(normalised, axis=1).astype(np.float32)
 
 

@@ -270,6 +270,37 @@ def test_series_as_delivered_get_the_answers_of_the_model(served):
     jsonschema.validate({"inputs": json.loads(json.dumps(by_value + by_row))}, schema)
 
 
+def test_columns_of_many_series_get_the_same_answers_and_refusals(served):
+    dataset, _, package = served
+    rows = list(raw_series(dataset.split("test"), range(4)))
+    lengths = np.array([len(row["positions"]["hours"]) for row in rows])
+
+    def column(part, name):
+        return [entry for row in rows for entry in row[part][name]]
+
+    wards = np.array([("a", "b").index(name) for name in column("positions", "ward")])
+    columns = {"hours": np.array(column("positions", "hours")), "ward": (wards, ["a", "b"])}
+    columns |= {name: np.array(column("values", name), np.float64) for name in ("hr", "k")}
+    given = [row["covariates"] for row in rows], rows[0]["units"]
+
+    expected = package.outputs(rows)
+    np.testing.assert_array_equal(package.outputs_of_columns(lengths, columns, *given), expected)
+    coded = columns | {"ward": wards.astype(float)}
+    np.testing.assert_array_equal(package.outputs_of_columns(lengths, coded, *given), expected)
+    for wrong in (
+        {"hours": np.where(columns["hours"] == columns["hours"].max(), np.nan, columns["hours"])},
+        {"hr": np.full(len(wards), np.inf)},
+        {"hr": (wards, ["a", "b"])},
+        {"hr": np.full(len(wards), np.nan), "k": np.full(len(wards), np.nan)},
+        {"colour": columns["hr"]},
+    ):
+        with pytest.raises(InvalidSeries):
+            package.outputs_of_columns(lengths, columns | wrong, *given)
+    for units in ({}, rows[0]["units"] | {"hr": "1/s"}):
+        with pytest.raises(InvalidSeries, match="units"):
+            package.outputs_of_columns(lengths, columns, given[0], units)
+
+
 def test_arrays_nan_indices_and_channels_left_out_are_understood(served):
     dataset, _, package = served
     (row,) = raw_series(dataset.split("test"), [2])

@@ -88,7 +88,7 @@ def test_the_order_of_observations_and_a_shift_of_an_anchored_axis_do_not_matter
 
 
 def test_batches_hold_every_row_once_and_stay_below_the_limit(classifier):
-    lengths = [7, 1, 50, 3, 3, 20, 8, 41, 10, 10, 10, 10, 10]
+    lengths = np.array([7, 1, 50, 3, 3, 20, 8, 41, 10, 10, 10, 10, 10])
 
     batches = list(classifier._batches(lengths))
 
@@ -96,6 +96,17 @@ def test_batches_hold_every_row_once_and_stay_below_the_limit(classifier):
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 40
     assert len(batches) < len(lengths)
+
+
+def test_batches_of_many_tokens_hold_little_padding(classifier, monkeypatch):
+    monkeypatch.setattr(classifier, "max_batch_tokens", 16_384)
+    lengths = np.random.default_rng(0).integers(20, 300, 2000)
+
+    batches = list(classifier._batches(lengths))
+
+    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+    assert padded < 1.03 * lengths.sum()
+    assert padded / len(batches) > 4096
 
 
 UNITS = {"time": "d", "flux": "mJy"}
@@ -254,15 +265,16 @@ def test_the_served_file_normalises_as_the_data_side_does(seed):
         sigma=5, size=(n, 1)
     )
     constants = json.loads(schema.model_dump_json())
+    lengths = np.array([n // 3, n - n // 3])
 
     served = (
         pyfunc_model.normalise_values(values, constants["normalisation"]),
-        pyfunc_model.normalise_positions(positions, constants["axes"]),
+        pyfunc_model.normalise_positions(positions, constants["axes"], lengths),
     )
 
     normaliser = Normaliser(schema)
     np.testing.assert_array_equal(served[0], normaliser.normalise(values.astype(np.float32)))
-    np.testing.assert_array_equal(served[1], normaliser.normalise_positions(positions))
+    np.testing.assert_array_equal(served[1], normaliser.normalise_positions(positions, lengths))
     assert served[0].dtype == served[1].dtype == np.float32
 
 
