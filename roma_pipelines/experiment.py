@@ -88,9 +88,14 @@ class Resources(JobSize):
 class Predictions(Frozen):
     """Input of the asset ``batch_predictions``, made by the champion."""
 
-    input: str = Field(description="Parquet file, .jsonl file, or folder of a data set.")
+    input: str = Field(
+        description="Parquet file, folder or bucket of such files, .jsonl file, or data set."
+    )
     split: Literal["train", "validation", "test"] = "test"
     """Split to predict if the input is a data set."""
+    nodes: int = Field(1, gt=0, exclude=True, description="Nodes that predict.")
+    processes_per_node: int = Field(1, gt=0, exclude=True)
+    """Processes per node that predict. One in all writes one file, several a folder of files."""
 
 
 def checked_name(name: str) -> str:

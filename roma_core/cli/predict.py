@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,20 +39,38 @@ _options = with_options(
         type=click.Choice(["train", "validation", "test"]),
         help="Split to read if INPUT is a data set.",
     ),
-    click.argument("input", type=click.Path(exists=True, path_type=Path)),
-    click.argument("output", type=click.Path(dir_okay=False, path_type=Path)),
+    click.option(
+        "--processes",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="Processes on this computer, one for each GPU or for some cores.",
+    ),
+    click.argument("input"),
+    click.argument("output"),
 )
 
 
 @click.command()
+@click.option(
+    "--job",
+    type=click.Path(file_okay=False, path_type=Path),
+    is_eager=True,
+    expose_value=False,
+    callback=lambda context, option, folder: _run_job(folder),
+    help="Run the job planned in this folder; takes no other option.",
+)
 @_options
 def predict(**options: Any) -> None:
     """Classify the series of INPUT and write one row each to OUTPUT (Parquet).
 
     INPUT is a data-set folder, a Parquet file with one row per series (a list column per position
-    axis and per channel, optionally `id`), such as `roma data export` writes, or a .jsonl file of
-    {"positions": {…}, "values": {…}, "units": {…}}. To resume an interrupted call, repeat the
-    command.
+    axis and per channel, optionally `id`), such as `roma data export` writes, a folder or bucket
+    (s3://…) of such files, or a .jsonl file of {"positions": {…}, "values": {…}, "units": {…}}.
+    OUTPUT is one file, or with a / at its end a folder of files. To resume an interrupted call,
+    repeat the command. On a cluster:
+
+        roma-pipeline launch --target slurm --nodes 2 --processes 4 -m roma_core.cli predict …
     """
     _apply("classifier", **options)
 
@@ -66,48 +86,78 @@ def embed(**options: Any) -> None:
     _apply("encoder", **options)
 
 
+def _run_job(folder: Path | None) -> None:
+    if folder is None:
+        return
+    from roma_core.job import JobFolder
+    from roma_core.run_job import run_in_folder
+    from roma_core.serving.job import run_prediction_job
+
+    sys.exit(run_in_folder(JobFolder(folder.absolute()), run_prediction_job))
+
+
 def _apply(
     kind: str,
     model: str,
     tracking_uri: str,
     cache: Path | None,
     split: str,
-    input: Path,
-    output: Path,
+    processes: int,
+    input: str,
+    output: str,
 ) -> None:
     from tqdm import tqdm
 
-    from roma_core.serving.batch import assumed_units, count_series, score_file
+    from roma_core.claim import CONTINUE_EXIT_CODE
+    from roma_core.job import StopRequests
+    from roma_core.serving.batch import assumed_units
+    from roma_core.serving.job import RANK, Predictions, load_package
 
-    with errors_as_messages(), _load(model, tracking_uri, cache) as (package, lineage):
+    if "://" not in input and not Path(input).exists():
+        raise click.BadParameter(f"Path {input!r} does not exist.", param_hint="'INPUT'")
+    with errors_as_messages(), _fetched(model, tracking_uri, cache) as (folder, lineage):
+        package = load_package(folder)
         found = "encoder" if package.golden_field == "features" else "classifier"
         if found != kind:
             other = "embed" if found == "encoder" else "predict"
             raise ValueError(f"{model} is of kind {found}; use `roma {other}`")
-        if assumed := assumed_units(input, package):
+        if (assumed := assumed_units(input, package)) and RANK == 0:
             units = ", ".join(f"{name} in {unit}" for name, unit in assumed.items())
             click.echo(f"{input} does not state its units; assuming {units}", err=True)
-        total = count_series(input, split)
-        with tqdm(total=total, desc=kind, unit=" series", disable=None) as bar:
-            inputs = input, split, output
-            n = score_file(package, lineage, *inputs, progress=lambda n: bar.update(n - bar.n))
-    done = "classified" if kind == "classifier" else "embedded"
-    click.echo(f"{n} series {done} by {model} (version {lineage['model_version']}): {output}")
+        predictions = Predictions(input, split, lineage, Path(output), not output.endswith("/"))
+        n = sum(predictions.counts.values())
+        with tqdm(total=n, desc=kind, unit=" series", disable=RANK > 0 or None) as bar:
+
+            def progress(n: int) -> None:
+                bar.update(n - bar.n)
+
+            if processes > 1:
+                predictions.run_processes(package, folder, processes, progress)
+            elif "RANK" not in os.environ:
+                predictions.run(package, progress=progress)
+            else:
+                with StopRequests() as requests:
+                    stop = requests.requested
+                    if not predictions.run_launched(package, progress=progress, stop=stop):
+                        sys.exit(CONTINUE_EXIT_CODE)
+    if RANK == 0:
+        done = "classified" if kind == "classifier" else "embedded"
+        click.echo(f"{n} series {done} by {model} (version {lineage['model_version']}): {output}")
 
 
 @contextmanager
-def _load(
+def _fetched(
     model: str, tracking_uri: str, cache: Path | None
-) -> Iterator[tuple[Any, dict[str, str]]]:
-    """The verified package of a registered model or in a folder, and its lineage columns."""
+) -> Iterator[tuple[Path, dict[str, str]]]:
+    """The folder of a registered model, verified, or of a package, and its lineage columns."""
     from roma_core.files import sha256_of
-    from roma_core.serving import pyfunc_model, registry_client
+    from roma_core.serving import registry_client
+    from roma_core.serving.pyfunc_model import verify_files
 
     if not model.startswith("models:/"):
-        package: Any = pyfunc_model.open_package(Path(model))
-        package.module = pyfunc_model
+        verify_files(Path(model))
         digest = sha256_of(Path(model) / "MANIFEST.json")
-        yield package, {"model": model, "model_version": "-", "model_sha256": digest}
+        yield Path(model), {"model": model, "model_version": "-", "model_sha256": digest}
         return
     client = registry_client.connect(tracking_uri)
     version = registry_client.resolve(client, model)
@@ -115,4 +165,4 @@ def _load(
     lineage["model_sha256"] = version.manifest_sha256 or ""
     with tempfile.TemporaryDirectory() as scratch:
         folder = registry_client.fetch(client, version, cache or Path(scratch))
-        yield registry_client.load(folder), lineage
+        yield folder, lineage

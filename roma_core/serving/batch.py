@@ -1,4 +1,5 @@
-"""Apply a model to a file of series: Parquet, JSON lines, or a data-set folder.
+"""Apply a model to series: Parquet files, JSON lines, or a data-set folder.
+
 
 ``python -m roma_core.serving.batch MODEL_FOLDER N_MAX FILE...`` prints medians of encoder features,
 ``{"n": 640, "center": [...]}``, or exits with code 1 and one line of text.
@@ -9,82 +10,119 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from roma_core.files import digest_of, read_json, write_json
 from roma_core.serving.pyfunc_model import parse_series
 from roma_core.serving.registry_client import series_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SCHEMA_VERSION = 1
 SERIES_PER_PART = 2000
-_STATE = "state.json"  # in the folder of parts
-_ROWS_PER_BATCH, _N_EMBEDDED = 1000, 1000
+_N_EMBEDDED = 1000
 _FACTS = ("split", "label", "group")  # columns of `roma data export` that are no model inputs,
 _TARGET = (b"role", b"target")  # as are columns with this field metadata
 Row = dict[str, Any]
 
 
-def read_series(path: Path, split: Any, package: Any, start: int = 0) -> Iterator[Row]:
-    """Series in the form of a server's request, in the file's order, from row ``start``.
+def input_files(source: Path | str) -> list[str]:
+    """An input's file or data set, or all Parquet files below a folder or a bucket, sorted by name.
+
+    A bucket is a URL that fsspec reads, such as ``s3://bucket/folder``. Raises ValueError if there is
+    nothing to read.
+    """
+    import fsspec
+
+    where = str(source)
+    try:
+        fs, root = fsspec.core.url_to_fs(where)
+        if fs.isfile(root) or fs.exists(f"{root}/manifest.json"):
+            return [where]
+        found = sorted(path for path in fs.find(root) if path.endswith(".parquet"))
+    except (ImportError, OSError) as error:  # the package of a protocol, or an answer of its server
+        raise ValueError(f"{where} cannot be read: {error}") from error
+    if not found:
+        raise ValueError(f"{where} holds no Parquet files, and is no data set")
+    return [fs.unstrip_protocol(path) for path in found] if "://" in where else found
+
+
+def read_series(source: Path | str, split: Any, package: Any) -> Iterator[Row]:
+    """Series in the form of a server's request, in the order of files and their rows.
 
     The unit of a Parquet column is the metadata ``unit`` of its field, or else the model's unit.
     Targets of an exported data set are left out, unless they are inputs of the model. ``split`` is
-    that of a data-set folder; ``package`` is the loaded model. Raises ValueError if the file has
+    that of a data-set folder; ``package`` is the loaded model. Raises ValueError if a file has
     another format, or a line is not a valid series.
     """
-    if path.is_dir():
+    for file in input_files(source):
+        for _, chunk in read_chunks(file, split, package):
+            yield from _rows(package, chunk)
+
+
+def read_chunks(
+    file: str, split: Any, package: Any, wanted: Container[int] | None = None
+) -> Iterator[tuple[int, list[Row] | pa.RecordBatch]]:
+    """The series of a file, ``SERIES_PER_PART`` at a time, with their number: all, or those wanted."""
+    if Path(file).is_dir():
         from roma_core.data.store import StoredDataset, raw_series
 
-        subset = StoredDataset(path).split(split)
-        yield from raw_series(subset, range(start, len(subset)))
-    elif path.suffix == ".parquet":
-        yield from _read_parquet(path, package, start)
-    elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(islice(lines, start, None), start=start + 1):
-                try:
-                    (series,) = parse_series([json.loads(line)])
-                except ValueError as error:
-                    reason = str(error).removeprefix("series 0: ")
-                    raise ValueError(f"{path}, line {number}: {reason}") from error
-                row = series.model_dump()
-                if series.observations is not None and hasattr(package, "columns_of"):
-                    positions, values = package.columns_of(series, f"{path}, line {number}")
-                    row |= {"positions": positions, "values": values, "observations": None}
-                yield row
+        subset = StoredDataset(file, verify=wanted is None).split(split)
+        for k, start in enumerate(range(0, len(subset), SERIES_PER_PART)):
+            if wanted is None or k in wanted:
+                yield k, list(raw_series(subset, range(len(subset))[start:][:SERIES_PER_PART]))
+    elif file.endswith(".parquet"):
+        yield from _parquet_chunks(file, package, wanted)
+    elif file.endswith(".jsonl"):
+        with Path(file).open(encoding="utf-8") as lines:
+            for k in count():
+                if not (part := list(islice(lines, SERIES_PER_PART))):
+                    return
+                if wanted is None or k in wanted:
+                    first = k * SERIES_PER_PART + 1
+                    yield k, [_of_line(package, file, n, x) for n, x in enumerate(part, first)]
     else:
-        raise ValueError(f"{path}: expected a data-set folder, .parquet or .jsonl")
+        raise ValueError(f"{file}: expected a data-set folder, .parquet or .jsonl")
 
 
-def count_series(path: Path, split: Any) -> int:
-    """Number of series that ``read_series`` yields."""
-    if path.is_dir():
+def _of_line(package: Any, file: str, number: int, line: str) -> Row:
+    try:
+        (series,) = parse_series([json.loads(line)])
+    except ValueError as error:
+        reason = str(error).removeprefix("series 0: ")
+        raise ValueError(f"{file}, line {number}: {reason}") from error
+    row = series.model_dump()
+    if series.observations is not None and hasattr(package, "columns_of"):
+        positions, values = package.columns_of(series, f"{file}, line {number}")
+        row |= {"positions": positions, "values": values, "observations": None}
+    return row
+
+
+def count_series(file: Path | str, split: Any) -> int:
+    """Number of series of a file or data set."""
+    if Path(file).is_dir():
         from roma_core.data.store import StoredDataset
 
-        return len(StoredDataset(path, verify=False).split(split))
-    if path.suffix == ".parquet":
-        with _parquet_file(path) as file:
-            return int(file.metadata.num_rows)
-    with path.open("rb") as lines:
+        return len(StoredDataset(file, verify=False).split(split))
+    if str(file).endswith(".parquet"):
+        with _parquet_file(file) as parquet:
+            return int(parquet.metadata.num_rows)
+    with Path(file).open("rb") as lines:
         return sum(1 for _ in lines)
 
 
-def assumed_units(path: Path, package: Any) -> Mapping[str, str]:
-    """Columns of a Parquet file without a unit, with the model's unit, which is used for them."""
-    if path.suffix != ".parquet":
+def assumed_units(source: Path | str, package: Any) -> Mapping[str, str]:
+    """Columns of the first Parquet file without a unit, with the model's unit, which is used for them."""
+    if not (file := input_files(source)[0]).endswith(".parquet"):
         return {}
-    with _parquet_file(path) as file:
-        given = _given_units(file.schema_arrow)
+    with _parquet_file(file) as parquet:
+        given = _given_units(parquet.schema_arrow)
     return {
         name: unit
         for name, unit in package.units.items()
@@ -92,53 +130,102 @@ def assumed_units(path: Path, package: Any) -> Mapping[str, str]:
     }
 
 
-def _read_parquet(path: Path, package: Any, start: int) -> Iterator[Row]:
+def _parquet_chunks(
+    file: str, package: Any, wanted: Container[int] | None
+) -> Iterator[tuple[int, pa.RecordBatch]]:
     import pyarrow as pa
 
-    axes = [axis["name"] for axis in package.axes]
-    inputs = [*axes, *(channel["name"] for channel in package.channels)]
-    with _parquet_file(path) as file:
-        schema = file.schema_arrow
+    inputs = [one["name"] for one in (*package.axes, *package.channels)]
+    # the code of the model may be older than this
+    covariates = [one["name"] for one in getattr(package, "covariates", [])]
+    with _parquet_file(file) as parquet:
+        schema = parquet.schema_arrow
         targets = [field.name for field in schema if _TARGET in (field.metadata or {}).items()]
-        ignored = [name for name in (*_FACTS, *targets) if name not in inputs]
-        # the code of the model may be older than this
-        covariates = [one["name"] for one in getattr(package, "covariates", [])]
-        _check_columns(path, schema, inputs, {"id", *ignored, *covariates})
-        units = dict(package.units) | _given_units(schema)
-        units = {name: unit for name, unit in units.items() if name in package.units}
+        ignored = [name for name in (*_FACTS, *targets) if name not in (*inputs, *covariates)]
+        _check_columns(file, schema, inputs, {"id", *ignored, *covariates})
+        columns = [name for name in schema.names if name not in ignored]
         try:
-            for batch in file.iter_batches(_ROWS_PER_BATCH):
-                for row in batch.slice(min(start, len(batch))).to_pylist():
-                    name = row.pop("id", None)
-                    for column in ignored:
-                        row.pop(column, None)
-                    given = {one: row.pop(one) for one in covariates if one in row}
-                    yield {
-                        "id": name,
-                        **({"covariates": given} if covariates else {}),
-                        "positions": {axis: row.pop(axis) for axis in axes if axis in row},
-                        "values": row,
-                        "units": units,
-                    }
-                start = max(0, start - len(batch))
+            for k, batch in enumerate(parquet.iter_batches(SERIES_PER_PART, columns=columns)):
+                if wanted is None or k in wanted:
+                    yield k, batch
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+            raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def _rows(package: Any, chunk: list[Row] | pa.RecordBatch) -> list[Row]:
+    if isinstance(chunk, list):
+        return chunk
+    axes = [axis["name"] for axis in package.axes]
+    covariates = [one["name"] for one in getattr(package, "covariates", [])]
+    units, rows = _units(package, chunk), []
+    for row in chunk.to_pylist():
+        name = row.pop("id", None)
+        given = {one: row.pop(one) for one in covariates if one in row}
+        rows.append(
+            {
+                "id": name,
+                **({"covariates": given} if covariates else {}),
+                "positions": {axis: row.pop(axis) for axis in axes if axis in row},
+                "values": row,
+                "units": units,
+            }
+        )
+    return rows
+
+
+def _outputs(package: Any, chunk: pa.RecordBatch) -> tuple[pa.Array, Any]:
+    """Ids, and outputs ``(n, K)`` straight from Arrow's arrays; ValueError if rows must be looked at."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    of_series = [one["name"] for one in package.covariates if one["name"] in chunk.schema.names]
+    columns: dict[str, Any] = {}
+    lengths: Any = None
+    for name in chunk.schema.names:
+        if name == "id" or name in of_series:
+            continue
+        column = chunk[name]
+        counts = pc.list_value_length(column)
+        lengths = counts if lengths is None else lengths
+        entries, kind = column.flatten(), column.type.value_type
+        if column.null_count or not counts.equals(lengths):
+            raise ValueError("a list is missing, or of another length")
+        if pa.types.is_floating(kind) or pa.types.is_integer(kind):
+            columns[name] = entries.cast(pa.float64()).to_numpy(zero_copy_only=False)
+        elif pa.types.is_string(kind) and not entries.null_count:
+            words = entries.dictionary_encode()
+            columns[name] = (words.indices.to_numpy(), words.dictionary.to_pylist())
+        else:
+            raise ValueError(f"{name} holds {kind}")
+    given = chunk.select(of_series).to_pylist() if of_series else []
+    numbers = np.asarray(lengths, np.int64)
+    outputs = package.outputs_of_columns(numbers, columns, given, _units(package, chunk))
+    ids = chunk["id"] if "id" in chunk.schema.names else pa.nulls(len(chunk), pa.string())
+    if not (pa.types.is_string(ids.type) or pa.types.is_integer(ids.type)):
+        raise ValueError(f"id holds {ids.type}")
+    return ids.cast(pa.string()), outputs
+
+
+def _units(package: Any, chunk: pa.RecordBatch) -> dict[str, str]:
+    units = dict(package.units) | _given_units(chunk.schema)
+    return {name: unit for name, unit in units.items() if name in package.units}
 
 
 @contextmanager
-def _parquet_file(path: Path) -> Iterator[Any]:
+def _parquet_file(path: Path | str) -> Iterator[Any]:
+    import fsspec
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
-    with file:
+    with fsspec.open(str(path), "rb") as raw:
+        try:
+            file = pq.ParquetFile(raw)
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
         yield file
 
 
-def _check_columns(path: Path, schema: Any, inputs: list[str], ignored: set[str]) -> None:
+def _check_columns(path: str, schema: Any, inputs: list[str], ignored: set[str]) -> None:
     """Reject a table with one row per observation, and columns that are no inputs of the model."""
     import pyarrow as pa
 
@@ -168,98 +255,35 @@ def _given_units(schema: Any) -> dict[str, str]:
     }
 
 
-def score_file(
-    package: Any,
-    lineage: dict[str, str],
-    source: Path,
-    split: str,
-    output: Path,
-    *,
-    progress: Callable[[int], object] = lambda _: None,
-) -> int:
-    """Write one row per series of ``source`` to ``output`` (Parquet).
-
-    Predictions are first written in parts, ``OUTPUT.parts/00000.parquet`` and so on: an interrupted
-    call loses at most one. Parts of another input or another model are discarded.
-
-    Columns: ``id``; ``label`` and ``probabilities`` (map), or ``features`` (list) of an encoder; the
-    entries of ``lineage``, equal in every row; ``scored_at`` (UTC). ``package`` comes from
-    ``registry_client.load``. ``progress`` is called with the number of series done, including those
-    of an earlier call. Returns the number of series.
-
-    Raises:
-        ValueError: a series does not fit; the message names its row. Earlier parts are kept.
-    """
-    import pyarrow.parquet as pq
-
-    parts = output.with_name(f"{output.name}.parts")
-    files = [source] if source.is_file() else sorted(source.iterdir())
-    stamps = [[file.name, (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files]
-    fingerprint = digest_of([str(source.absolute()), stamps, split, lineage, SERIES_PER_PART])
-    state = parts / _STATE
-    if (
-        not state.is_file()
-        or read_json(state, schema_version=SCHEMA_VERSION)["fingerprint"] != fingerprint
-    ):
-        _remove(parts)
-    done = sorted(parts.glob("[0-9]*.parquet"))
-    n = sum(pq.read_metadata(part).num_rows for part in done)
-    progress(n)
-    rows = read_series(source, split, package, start=n)
-    while part := list(islice(rows, SERIES_PER_PART)):
-        path = parts / f"{n // SERIES_PER_PART:05d}.parquet"
-        try:
-            table = _score(package, part, lineage)
-        except ValueError as error:
-            rows_of_part = f"rows {n} to {n + len(part) - 1} of {source}"
-            raise ValueError(f"{rows_of_part}: {error}") from error
-        if n == 0:  # not earlier, so that a rejected file leaves nothing behind
-            parts.mkdir(parents=True, exist_ok=True)
-            write_json(state, {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint})
-        aside = path.with_suffix(".part")
-        pq.write_table(table, aside)
-        aside.replace(path)
-        n += len(part)
-        progress(n)
-    if n == 0:
-        raise ValueError(f"{source} holds no series")
-    aside = output.with_name(f".{output.name}.joining")
-    paths = sorted(parts.glob("[0-9]*.parquet"))
-    with pq.ParquetWriter(aside, pq.read_schema(paths[0]), compression="zstd") as writer:
-        for path in paths:
-            writer.write_table(pq.read_table(path))
-    aside.replace(output)
-    _remove(parts)
-    return n
-
-
-def _remove(parts: Path) -> None:
-    """Remove our files from a folder of parts, and the folder if it then is empty."""
-    if not parts.is_dir():
-        return
-    (parts / _STATE).unlink(missing_ok=True)  # first: parts without it are not resumed
-    for part in parts.glob("[0-9][0-9][0-9][0-9][0-9].par*"):  # .parquet, or .part while written
-        part.unlink()
-    if not any(parts.iterdir()):
-        parts.rmdir()
-
-
-def _score(package: Any, rows: list[Row], lineage: dict[str, str]) -> pa.Table:
+def score(package: Any, chunk: list[Row] | pa.RecordBatch, lineage: dict[str, str]) -> pa.Table:
     import pyarrow as pa
 
-    predictions = package.predict(series_of(package, rows))
-    columns: dict[str, Any] = {"id": pa.array([a.id for a in predictions], pa.string())}
-    if hasattr(predictions[0], "features"):
-        features = [a.features for a in predictions]
-        columns["features"] = pa.array(features, pa.list_(pa.float64()))
+    ids: Any = None
+    if not isinstance(chunk, list) and hasattr(package, "outputs_of_columns"):
+        try:
+            ids, outputs = _outputs(package, chunk)
+        except (ValueError, pa.ArrowException):  # row by row: it names the series
+            ids = None
+    if ids is None:
+        series = series_of(package, _rows(package, chunk))
+        ids = pa.array([one.id for one in series], pa.string())
+        outputs = package.outputs(series)
+    n, n_outputs = outputs.shape
+    columns: dict[str, Any] = {"id": ids}
+    flat, offsets = (
+        pa.array(outputs.ravel()),
+        pa.array(np.arange(n + 1, dtype=np.int32) * n_outputs),
+    )
+    if package.golden_field == "features":
+        columns["features"] = pa.ListArray.from_arrays(offsets, flat)
     else:
-        columns["label"] = pa.array([a.label for a in predictions], pa.string())
-        probabilities = [list(a.probabilities.items()) for a in predictions]
-        columns["probabilities"] = pa.array(probabilities, pa.map_(pa.string(), pa.float64()))
+        labels = pa.array(package.classes, pa.string())
+        columns["label"] = labels.take(pa.array(outputs.argmax(axis=1)))
+        names = labels.take(pa.array(np.tile(np.arange(n_outputs), n)))
+        columns["probabilities"] = pa.MapArray.from_arrays(offsets, names, flat)
     for name, value in lineage.items():
-        columns[name] = pa.array([value] * len(predictions), pa.string())
-    now = datetime.now(UTC)
-    columns["scored_at"] = pa.array([now] * len(predictions), pa.timestamp("ms", tz="UTC"))
+        columns[name] = pa.array([value] * n, pa.string())
+    columns["scored_at"] = pa.array([datetime.now(UTC)] * n, pa.timestamp("ms", tz="UTC"))
     return pa.table(columns)
 
 

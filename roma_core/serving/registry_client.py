@@ -177,13 +177,16 @@ def _check_sha256(path: Path, expected: str, source: str) -> None:
         )
 
 
-def load(folder: Path) -> Any:
+def load(folder: Path, device: str = "cpu") -> Any:
     """A model's package, opened by the model's own code, with its golden rows checked.
+
+    Code of an earlier version loads it on CPU, whatever ``device`` is.
 
     Packages of different versions can be loaded side by side: each has the classes of its own code,
     such as ``Series``, in its attribute ``module``. Needs torch. Verify the folder first.
     """
     import importlib.util
+    import inspect
     import sys
 
     code = code_of(folder)
@@ -195,7 +198,9 @@ def load(folder: Path) -> Any:
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module  # pydantic resolves annotations there
         spec.loader.exec_module(module)
-    package = module.open_package(package_of(folder))
+    takes = inspect.signature(module.open_package).parameters
+    options = {"device": device} if "device" in takes else {}
+    package = module.open_package(package_of(folder), **options)
     package.module = module
     return package
 

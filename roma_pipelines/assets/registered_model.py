@@ -9,16 +9,17 @@ from typing import Any
 
 import dagster as dg
 
-from roma_core.files import digest_of, fingerprint_of, read_json
+from roma_core.files import digest_of, read_json
 from roma_core.job import JobFolder
 from roma_core.trainer.trackers import WandbConfig
 from roma_pipelines.experiment import Experiment
+from roma_pipelines.launching.pipes import key_for
 from roma_pipelines.registry import versions
 from roma_pipelines.registry.gate import GATE_TAG, read_decision
 from roma_pipelines.registry.promotion import CHAMPION, NO_CHAMPION, promote
 from roma_pipelines.registry.runs import link_wandb
 from roma_pipelines.storage import Storage
-from roma_pipelines.tracked_job import picture, registry, upstream_metadata
+from roma_pipelines.tracked_job import picture, registry, run_tracked_job, upstream_metadata
 
 
 def registered_model_asset(experiment: Experiment) -> dg.AssetsDefinition:
@@ -135,6 +136,11 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
     section = experiment.predictions
     assert section is not None
 
+    size = {"nodes": section.nodes, "processes_per_node": section.processes_per_node}
+    resources = experiment.resources.model_copy(update=size)
+    sized = experiment.model_copy(update={"resources": resources})
+    is_one = section.nodes * section.processes_per_node == 1
+
     @dg.asset(
         **experiment.asset_arguments("batch_predictions"),
         kinds={"parquet"},
@@ -145,52 +151,71 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
     def batch_predictions(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
         import pyarrow.parquet as pq
 
-        from roma_core.serving.batch import score_file
+        from roma_core.serving.job import PredictionJobConfig
         from roma_core.serving.registry_client import fetch, load, package_of, resolve
 
-        storage = Storage.open()
-        source = Path(section.input).absolute()
-        if not source.exists():
+        storage, is_bucket = Storage.open(), "://" in section.input
+        source = section.input if is_bucket else str(Path(section.input).absolute())
+        if not (is_bucket or Path(source).exists()):
             raise dg.Failure(f"predictions.input: {source} does not exist")
-        with registry(context) as client:
-            champion = versions.version_at(client, experiment.name, CHAMPION)
-            if champion is None:
-                context.log.warning(
-                    f"{experiment.name} has no champion; promote a version, then materialise this "
-                    f"asset again"
-                )
-                return
-            version = resolve(client, f"models:/{experiment.name}/{champion}")
-            folder = fetch(client, version, storage.cache / "models")
-        digest = version.manifest_sha256 or ""
-        model = {"model_version": version.version, "model_sha256": digest}
-        run_id = context.run.root_run_id or context.run_id
-        lineage = {"model": version.name, **model, "dagster_run_id": run_id}
-        output = storage.root / "predictions" / experiment.name / f"{source.stem}.parquet"
-        output.parent.mkdir(parents=True, exist_ok=True)
-        package = load(folder)
-        # before reading, so that a later change is detected
-        delivered = fingerprint_of([source]).digest
-        n = score_file(package, lineage, source, section.split, output)
-        context.log.info(f"{version.uri} predicted {n} series")
+        begun = JobFolder(storage.jobs / key_for(context)).config
+        if begun.exists():  # a retry adopts the job, and so the champion of that time
+            config = PredictionJobConfig.model_validate(read_json(begun))
+        else:
+            with registry(context) as client:
+                champion = versions.version_at(client, experiment.name, CHAMPION)
+                if champion is None:
+                    context.log.warning(
+                        f"{experiment.name} has no champion; promote a version, then materialise this "
+                        f"asset again"
+                    )
+                    return
+                version = resolve(client, f"models:/{experiment.name}/{champion}")
+                folder = fetch(client, version, storage.cache / "models")
+            file = storage.root / "predictions" / experiment.name / f"{Path(source).stem}.parquet"
+            config = PredictionJobConfig(
+                model=str(folder),
+                lineage={
+                    "model": version.name,
+                    "model_version": version.version,
+                    "model_sha256": version.manifest_sha256 or "",
+                    "dagster_run_id": context.run.root_run_id or context.run_id,
+                },
+                source=source,
+                split=section.split,
+                output=str(file) if is_one else None,
+            )
+        model = {name: config.lineage[name] for name in ("model_version", "model_sha256")}
+        job = run_tracked_job(
+            context,
+            sized,
+            "predict",
+            config,
+            runner="plain" if is_one else "torchrun",
+            params=model,
+        )
+        output, folder = job.output("predictions"), Path(config.model)
         labels = pq.read_table(output, columns=["label"])["label"].value_counts()
         counts = {str(one["values"]): one["counts"].as_py() for one in labels}
         profile = read_json(package_of(folder) / "profile.json")
+        context.log.info(f"{experiment.name} version {model['model_version']}: {output}")
         yield dg.MaterializeResult(
-            data_version=dg.DataVersion(digest_of([digest, delivered, section.split])),
+            data_version=dg.DataVersion(
+                digest_of([model["model_sha256"], job.result.facts["source_digest"]])
+            ),
             metadata={
                 "path": dg.MetadataValue.path(str(output)),
-                "series": n,
                 **model,
                 "classes": dg.MetadataValue.json(dict(sorted(counts.items()))),
-                **_drift(profile, source, section.split, package),
+                **_drift(profile, source, config.split, load(folder)),
+                **job.metadata(),
             },
         )
 
     return batch_predictions
 
 
-def _drift(profile: Any, source: Path, split: str, package: Any) -> dict[str, Any]:
+def _drift(profile: Any, source: str, split: str, package: Any) -> dict[str, Any]:
     """How far the first 2,000 series are from the training data, by every measure."""
     from roma_core.evaluation.drift import (
         LARGE_PSI,

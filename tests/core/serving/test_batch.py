@@ -1,18 +1,31 @@
 """A file of series, scored in parts by a package in a folder."""
 
 import json
+import random
+import subprocess
+import sys
+import time
 
+import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from roma_core.serving import batch as scoring
 from roma_core.serving import pyfunc_model
-from roma_core.serving.batch import assumed_units, read_series, score_file
+from roma_core.serving.batch import assumed_units, read_series
+from roma_core.serving.job import Predictions
 from tests.core.serving import toy
 
 LINEAGE = {"model": "toy", "model_version": "3", "model_sha256": "abc"}
 LENGTHS = [3, 40, 1, 7, 20, 2, 9, 11, 5, 30]
+
+
+def score_file(package, lineage, source, split, output, **options):
+    predictions = Predictions(source, split, lineage, output)
+    assert predictions.run(package, **options)
+    return sum(predictions.counts.values())
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +69,7 @@ def test_an_interrupted_call_is_continued_unless_model_or_input_changed(
 ):
     monkeypatch.setattr(scoring, "SERIES_PER_PART", 4)
     scored = []
-    real = scoring._score
+    real = scoring.score
 
     def dies_in_the_third(package, rows, lineage):
         if len(scored) == 2:
@@ -65,7 +78,7 @@ def test_an_interrupted_call_is_continued_unless_model_or_input_changed(
         return real(package, rows, lineage)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "_score", dies_in_the_third)
+        patch.setattr(scoring, "score", dies_in_the_third)
         with pytest.raises(KeyboardInterrupt):
             score_file(package, LINEAGE, source, "test", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -79,7 +92,7 @@ def test_an_interrupted_call_is_continued_unless_model_or_input_changed(
 
     with monkeypatch.context() as patch:
         scored.clear()
-        patch.setattr(scoring, "_score", dies_in_the_third)
+        patch.setattr(scoring, "score", dies_in_the_third)
         with pytest.raises(KeyboardInterrupt):
             score_file(package, LINEAGE, source, "test", tmp_path / "out")
     seen = []
@@ -88,14 +101,110 @@ def test_an_interrupted_call_is_continued_unless_model_or_input_changed(
     assert seen == [0, 4, 8, 10]
 
 
-def test_parts_without_a_state_file_are_not_resumed(package, source, tmp_path):
+def test_parts_of_an_earlier_version_or_another_model_are_not_resumed(package, source, tmp_path):
     score_file(package, LINEAGE, source, "test", tmp_path / "before")
-    (tmp_path / "out.parts").mkdir()  # as a kill in the middle of removing them leaves it
+    (tmp_path / "out.parts").mkdir()
     (tmp_path / "before").rename(tmp_path / "out.parts" / "00000.parquet")
+    (tmp_path / "out.parts" / "state.json").write_text("{}")
+    other = Predictions(source, "test", LINEAGE, tmp_path / "out")
+    other.write(package, other.missing())
+    (tmp_path / "out.parts" / f".{other.path(0).name}.x1").write_text("killed while writing")
     (tmp_path / "out.parts" / "notes.txt").write_text("not ours")
     score_file(package, LINEAGE | {"model_version": "4"}, source, "test", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out.parts").iterdir()] == ["notes.txt"]
     assert pq.read_table(tmp_path / "out")["model_version"].to_pylist() == ["4"] * len(LENGTHS)
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from types import SimpleNamespace
+import numpy as np
+from roma_core.serving import batch, pyfunc_model
+from roma_core.serving.job import Predictions
+
+def outputs(series):
+    time.sleep(0.02)
+    return np.tile([0.25, 0.75], (len(series), 1))
+
+batch.SERIES_PER_PART = 5
+package = SimpleNamespace(
+    axes=[{"name": "time"}], channels=[{"name": "flux"}], units={}, classes=["a", "b"],
+    golden_field="probabilities", outputs=outputs, module=pyfunc_model,
+)
+source, output, rank = sys.argv[1:]
+predictions = Predictions(source, "test", {}, Path(output), one_file=False)
+print("begins", flush=True)
+predictions.run(package, predictions.missing(int(rank), 2), rank=int(rank))
+"""
+
+
+def test_after_kills_of_two_processes_every_series_is_there_once(tmp_path):
+    lists = {name: [[1.0, 2.0]] * 200 for name in ("time", "flux")}
+    source, output = tmp_path / "in.parquet", tmp_path / "out"
+    pq.write_table(pa.table({"id": np.arange(200), **lists}), source)
+
+    def start(rank):
+        command = [sys.executable, "-c", WRITER, str(source), str(output), str(rank)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stdout.readline() == b"begins\n", process.stderr.read()
+        return process
+
+    written = {}
+    for _ in range(3):
+        processes = [start(rank) for rank in range(2)]
+        time.sleep(random.uniform(0.05, 0.15))
+        for process in processes:
+            process.kill()
+            process.communicate()
+        parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.parts").glob("[!.]*")}
+        assert parts.items() >= written.items() and 0 < len(parts) < 40
+        written = parts
+    for process in [start(1), start(0)]:
+        assert process.communicate() == (b"", b"") and process.returncode == 0
+
+    found = sorted(output.iterdir())
+    assert len(found) == 40 and not (tmp_path / "out.parts").exists()
+    assert {output / path.name: stamp for path, stamp in written.items()}.items() <= {
+        path: path.stat().st_mtime_ns for path in found
+    }.items()
+    assert pq.read_table(output)["id"].to_pylist() == [str(k) for k in range(200)]
+
+
+@pytest.mark.parametrize("place", ["folder", "memory://predictions/in"])
+def test_all_parquet_files_of_a_folder_or_a_bucket_are_read_in_order(
+    package, tmp_path, monkeypatch, place
+):
+    monkeypatch.setattr(scoring, "SERIES_PER_PART", 2)
+    rows = [toy.series(n, seed=n) for n in LENGTHS]
+    place = str(tmp_path / place) if place == "folder" else place
+    fs, root = fsspec.core.url_to_fs(place)
+    for name, part in (("a/2.parquet", rows[:3]), ("b.parquet", rows[3:])):
+        fs.makedirs(f"{root}/a", exist_ok=True)
+        columns = [{"id": one.id, **one.positions, **one.values} for one in part]
+        with fs.open(f"{root}/{name}", "wb") as file:
+            pq.write_table(pa.Table.from_pylist(columns), file, row_group_size=3)
+    with fs.open(f"{root}/readme.txt", "wb") as file:
+        file.write(b"not ours")
+    predictions = Predictions(place, "test", LINEAGE, tmp_path / "out", one_file=False)
+    asked = []
+    monkeypatch.setattr(package, "outputs", asked.append, raising=False)  # rows are not needed
+    assert [len(predictions.missing(rank, 2)) for rank in range(2)] == [3, 3]
+
+    assert predictions.run(package) and predictions.run(package) and not asked
+
+    monkeypatch.undo()
+    table = pq.read_table(tmp_path / "out")
+    assert len(list((tmp_path / "out").iterdir())) == 6
+    assert table["id"].to_pylist() == [one.id for one in rows]
+    expected = [one.probabilities for one in package.predict(rows)]
+    for found, one in zip(table["probabilities"].to_pylist(), expected, strict=True):
+        assert dict(found) == pytest.approx(one, abs=1e-6)
+    (tmp_path / "out" / "other.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists and holds something else"):
+        predictions.run(package)
+    with pytest.raises(ValueError, match="holds no Parquet files"):
+        Predictions(str(tmp_path / "empty"), "test", LINEAGE, tmp_path / "o").run(package)
 
 
 def test_a_bad_row_is_named_by_its_place(package, source, tmp_path):
@@ -179,12 +288,6 @@ def test_targets_of_an_exported_data_set_are_no_input(package, tmp_path, role):
     else:
         with pytest.raises(ValueError, match="unknown 'clean'"):
             score_file(package, LINEAGE, path, "test", tmp_path / "out")
-
-
-def test_reading_begins_at_any_row(package, source):
-    for start in (0, 3, 10):
-        ids = [row["id"] for row in read_series(source, "test", package, start)]
-        assert ids == [f"s{n}" for n in LENGTHS[start:]]
 
 
 def test_lines_of_observations_are_read_as_lists(package, tmp_path):

@@ -1,0 +1,333 @@
+"""Predictions of many series by any number of processes: in parts, and as a job of a launcher.
+
+The input is cut into parts. Process r of n predicts every n-th part and writes it to a file of its own,
+whole or not at all; a part whose file exists is skipped. So processes need no lock, and after a kill the
+same call resumes. Process 0 makes the parts the output once all are there.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from roma_core.files import digest_of, read_json, write_bytes
+from roma_core.job import Attempt, JobFolder, StopRequests, committed
+from roma_core.run_job import Work
+from roma_core.serving import batch, pyfunc_model, registry_client
+from roma_core.settings import Frozen
+
+_POLL_S = 0.5
+RANK, WORLD_SIZE, LOCAL_RANK = (
+    int(os.environ.get(name, default))
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The predictions of an input by one model: their parts, and the file or folder they become.
+
+    Until then parts stand in ``OUTPUT.parts``, under names with a digest of input and model: those of
+    another input or model are never taken for these.
+    """
+
+    source: Path | str
+    split: str
+    lineage: Mapping[str, str]
+    """Columns that are equal in every row: the model's name, version and sha256."""
+    output: Path
+    one_file: bool = True
+    """Whether the parts are joined to one file, or become the files of a Parquet data set."""
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Series of each file of the input."""
+        return {
+            file: batch.count_series(file, self.split) for file in batch.input_files(self.source)
+        }
+
+    @cached_property
+    def parts(self) -> list[tuple[str, int, int]]:
+        """File, number of the part in the file, and series, of each part."""
+        return [
+            (file, k, min(batch.SERIES_PER_PART, n - k * batch.SERIES_PER_PART))
+            for file, n in self.counts.items()
+            for k in range(-(-n // batch.SERIES_PER_PART))
+        ]
+
+    @cached_property
+    def source_digest(self) -> str:
+        """Of the names, sizes and times of the input's files."""
+        import fsspec
+
+        stamps: list[Any] = []
+        for file in self.counts:
+            fs, root = fsspec.core.url_to_fs(file)
+            for path, info in sorted(fs.find(root, detail=True).items()):
+                stamps.append([path, info["size"], str(info.get("mtime", info.get("ETag")))])
+        return digest_of([stamps, self.split])
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the input, the model, and the cut."""
+        return digest_of([self.source_digest, dict(self.lineage), batch.SERIES_PER_PART])[:16]
+
+    @property
+    def folder(self) -> Path:
+        return self.output.with_name(f"{self.output.name}.parts")
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"{self.digest}-{number:06d}.parquet"
+
+    def missing(self, rank: int = 0, world: int = 1) -> list[int]:
+        """Numbers of the parts of process ``rank`` of ``world`` that are not written."""
+        found = {path.name for path in self.folder.glob(f"{self.digest}-*.parquet")}
+        numbers = range(rank, len(self.parts), world)
+        return [number for number in numbers if self.path(number).name not in found]
+
+    def n_done(self) -> int:
+        """Series of the parts that are written."""
+        missing = set(self.missing())
+        return sum(n for number, (_, _, n) in enumerate(self.parts) if number not in missing)
+
+    def write(
+        self, package: Any, numbers: Sequence[int], after_part: Callable[[], bool] = lambda: True
+    ) -> bool:
+        """Predict and write these parts, ascending, as long as ``after_part`` says so; True after all.
+
+        Columns: ``id``; ``label`` and ``probabilities`` (map), or ``features`` (list) of an encoder;
+        those of ``lineage``; ``scored_at`` (UTC). ``package`` comes from ``registry_client.load``.
+        Raises ValueError if a series does not fit; the message names its row.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        by_file: dict[str, dict[int, int]] = {}
+        for number in numbers:
+            file, k, _ = self.parts[number]
+            by_file.setdefault(file, {})[k] = number
+        for file, wanted in by_file.items():
+            for k, chunk in batch.read_chunks(file, self.split, package, wanted):
+                first, n = k * batch.SERIES_PER_PART, self.parts[wanted[k]][2]
+                try:
+                    table = batch.score(package, chunk, dict(self.lineage))
+                except ValueError as error:
+                    rows = f"rows {first} to {first + n - 1} of {file}"
+                    raise ValueError(f"{rows}: {error}") from error
+                if len(table) != n:
+                    raise ValueError(f"{file} changed while it was read; repeat the command")
+                content = pa.BufferOutputStream()
+                pq.write_table(table, content, compression="zstd")
+                # not earlier, so that a rejected file leaves nothing behind
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_bytes(self.path(wanted[k]), content.getvalue())
+                if not after_part():
+                    return False
+        return True
+
+    def publish(self) -> None:
+        """Make the parts the output, in one step. Parts of another input or model are removed."""
+        import pyarrow.parquet as pq
+
+        if not self.parts:
+            raise ValueError(f"{self.source} holds no series")
+        paths = [self.path(number) for number in range(len(self.parts))]
+        if self.one_file:
+            aside = self.output.with_name(f".{self.output.name}.joining")
+            with pq.ParquetWriter(aside, pq.read_schema(paths[0]), compression="zstd") as writer:
+                for path in paths:
+                    writer.write_table(pq.read_table(path))
+            aside.replace(self.output)
+            _remove(self.folder)
+        else:
+            _remove(self.folder, keep=frozenset(paths))
+            self.folder.rename(self.output)
+
+    def is_published(self) -> bool:
+        """Whether the output is a folder of exactly these predictions, or was made by this call.
+
+        Raises ValueError if the folder exists and holds anything else.
+        """
+        if self.one_file or not self.output.exists():
+            return False
+        found = {path.name for path in self.output.iterdir()}
+        if found != {self.path(number).name for number in range(len(self.parts))}:
+            raise ValueError(
+                f"{self.output} exists and holds something else; choose another output, or remove it"
+            )
+        return True
+
+    def run(
+        self,
+        package: Any,
+        numbers: Sequence[int] | None = None,
+        *,
+        rank: int = 0,
+        progress: Callable[[int], object] = lambda _: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Write these parts (default: all); process 0 waits for the others' and publishes.
+
+        ``progress`` is called by process 0 with the number of series done by all. False if stopped.
+        Raises ValueError as ``write`` does.
+        """
+
+        def may_continue() -> bool:
+            if rank == 0:
+                progress(self.n_done())
+            return not stop()
+
+        if self.is_published():
+            return True
+        numbers = self.missing() if numbers is None else numbers
+        if not (may_continue() and self.write(package, numbers, may_continue)):
+            return False
+        while rank == 0 and self.missing():
+            time.sleep(_POLL_S)
+            if not may_continue():
+                return False
+        if rank == 0:
+            self.publish()
+        return True
+
+    def run_launched(self, package: Any, **options: Any) -> bool:
+        """``run`` in one of the processes that torchrun started; each has its part."""
+        numbers = self.missing(RANK, WORLD_SIZE)
+        if WORLD_SIZE > 1:  # process 0 may publish once all know what is missing
+            import torch.distributed as dist
+
+            dist.init_process_group("gloo")
+            digests: list[Any] = [None] * WORLD_SIZE
+            dist.all_gather_object(digests, self.digest)
+            dist.destroy_process_group()
+            if len(set(digests)) > 1:
+                raise ValueError(f"{self.source} changes, or is not the same on all nodes")
+        return self.run(package, numbers, rank=RANK, **options)
+
+    def run_processes(
+        self, package: Any, model: Path, n: int, progress: Callable[[int], object]
+    ) -> None:
+        """``run`` with ``n`` processes on this computer: this one, and others that load ``model``.
+
+        Raises RuntimeError if another process failed or was killed.
+        """
+        import torch
+
+        threads = max(1, (os.cpu_count() or 1) // n)
+        torch.set_num_threads(threads)
+        spawn = multiprocessing.get_context("spawn")
+        errors, numbers = spawn.SimpleQueue(), [self.missing(rank, n) for rank in range(n)]
+        others = [
+            spawn.Process(target=_write, args=(self, model, numbers[k], k, threads, errors))
+            for k in range(1, n)
+            if numbers[k]
+        ]
+        try:
+            for process in others:
+                process.daemon = True
+                process.start()
+            if not self.run(
+                package, numbers[0], progress=progress, stop=lambda: any(p.exitcode for p in others)
+            ):
+                codes = [process.exitcode for process in others if process.exitcode]
+                reason = f"a process ended with code {codes[0]}; repeat the command to resume"
+                raise RuntimeError(reason if errors.empty() else errors.get())
+        finally:
+            for process in others:
+                process.kill()
+
+
+def _remove(folder: Path, keep: frozenset[Path] = frozenset()) -> None:
+    """Remove our files from a folder of parts, and the folder if it then is empty."""
+    if not folder.is_dir():
+        return
+    ours = r"\.?[0-9a-f]{16}-\d{6}\.parquet.*|\d{5}\.par.*|state\.json"  # or of an earlier version
+    for path in folder.iterdir():  # with the hidden ones of writers that were killed
+        if re.fullmatch(ours, path.name) and path not in keep:
+            path.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _write(
+    predictions: Predictions, model: Path, numbers: list[int], rank: int, threads: int, errors: Any
+) -> None:
+    """What another process of ``run_processes`` does; it ends with the one that started it."""
+    import torch
+
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    try:
+        predictions.write(load_package(model, rank), numbers, parent.is_alive)
+    except (ValueError, RuntimeError, OSError) as error:
+        errors.put(str(error))
+        raise SystemExit(1) from None
+
+
+def load_package(model: Path, rank: int = LOCAL_RANK) -> Any:
+    """The package of a downloaded model, or in a folder of its own, on the GPU of this process if any."""
+    import torch
+
+    options = {}
+    if torch.cuda.is_available():
+        options["device"] = f"cuda:{rank % torch.cuda.device_count()}"
+    if not (model / "package.json").exists():
+        return registry_client.load(model, **options)
+    package: Any = pyfunc_model.open_package(model, **options)
+    package.module = pyfunc_model
+    return package
+
+
+class PredictionJobConfig(Frozen):
+    """The frozen configuration of a job that predicts."""
+
+    schema_version: Literal[1] = 1
+    model: str  # folder of the downloaded model
+    lineage: dict[str, str]
+    source: str
+    split: str
+    output: str | None  # one file; None: a Parquet data set in the job's folder
+
+
+def run_prediction_job(folder: JobFolder, attempt: Attempt) -> Work:
+    """Predict as one of the processes of a job; a part that is written counts as a checkpoint."""
+    from roma_core.trainer.run_logger import Progress
+
+    config = PredictionJobConfig.model_validate(read_json(folder.config))
+    output = Path(config.output or folder.outputs / "predictions")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    predictions = Predictions(
+        config.source, config.split, config.lineage, output, one_file=config.output is not None
+    )
+    total, first, started = sum(predictions.counts.values()), predictions.n_done(), time.monotonic()
+    digest = predictions.source_digest  # before reading, so that a later change is detected
+    package = load_package(Path(config.model))
+    speed = 0.0
+    with StopRequests(attempt.stop) as requests, Progress("predict", total, first) as shown:
+
+        def progress(n: int) -> None:  # no heartbeat: a part may take longer than one may be late
+            nonlocal speed
+            speed = (n - first) / (time.monotonic() - started)
+            if n > first:
+                (folder.checkpoints / f"step-{n}").mkdir(parents=True, exist_ok=True)
+                for former in committed(folder.checkpoints)[:-1]:
+                    former.rmdir()
+            shown.update(n, {"series_per_s": speed})
+
+        if not predictions.run_launched(package, progress=progress, stop=requests.requested):
+            return Work("continue", WORLD_SIZE, reason=requests.reason)
+    return Work(
+        "completed",
+        WORLD_SIZE,
+        step=total,
+        outputs={"predictions": str(output)},
+        facts={"series": total, "series_per_s": round(speed, 1), "source_digest": digest},
+    )
