@@ -12,6 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -311,7 +312,8 @@ def run_prediction_job(folder: JobFolder, attempt: Attempt) -> Work:
     digest = predictions.source_digest  # before reading, so that a later change is detected
     package = load_package(Path(config.model))
     speed = 0.0
-    with StopRequests(attempt.stop) as requests, Progress("predict", total, first) as shown:
+    shown = Progress("predict", total, first)
+    with StopRequests(attempt.stop) as requests, shown if RANK == 0 else nullcontext():
 
         def progress(n: int) -> None:  # no heartbeat: a part may take longer than one may be late
             nonlocal speed

@@ -1,19 +1,24 @@
 """What serving costs: load and verify, one series, a batch, and rollback.
 
-    python -m tests.benchmarks.serving [--series 300] [--repeats 5]
+    python -m tests.benchmarks.serving [--series 300] [--repeats 5] [--predict 200000]
 
 The model has the shape of the PLAsTiCC experiment (width 64, 4 layers, 2 channels, 2 axes, 14
 classes), its weights are random, its series 47…352 observations long. Packages are measured against
 the bare model: `model.forward` on tensors that are made already, one series at a time, and packed
 batches of the same series for throughput; what the package adds is validation, normalisation,
 bucketing and padding, and attention over padding. CPU time of one thread, side by side in one
-process. The registry is an embedded store with two champions.
+process. The registry is an embedded store with two champions. With --predict `roma predict` reads so
+many series of 5 to 30 observations, by one process and by two, each with one thread.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -153,6 +158,32 @@ def measure_speed(folder: Path, model: Any, n: int, repeats: int) -> None:
     )
 
 
+def predict_speed(folder: Path, n: int) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng = np.random.default_rng(2)
+    ends = np.append(0, rng.integers(5, 31, n).cumsum()).astype(np.int32)
+    numbers = {"time": rng.uniform(0, 10, ends[-1]), "band": rng.integers(0, 6, ends[-1])}
+    numbers |= {name: rng.normal(size=ends[-1]) for name in CHANNELS}
+    lists = {k: pa.ListArray.from_arrays(pa.array(ends), pa.array(x)) for k, x in numbers.items()}
+    pq.write_table(pa.table({"id": np.arange(n), **lists}), folder / "in.parquet")
+    walls = []
+    for processes in (1, 2):
+        command = [sys.executable, "-m", "roma_core.cli", "predict", "--model", folder / "package"]
+        command += ["--processes", str(processes), folder / "in.parquet", folder / "out.parquet"]
+        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        walls.append(time.perf_counter() - start)
+        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        assert pq.read_table(folder / "out.parquet", columns=["id"])["id"].to_pylist() == [
+            str(k) for k in range(n)
+        ]
+        print(f"roma predict, {processes} processes: {walls[-1]:.1f} s wall, {cpu:.1f} s CPU")
+    print(f"{n} series of {ends[-1] / n:.0f} observations: 2 processes {walls[0] / walls[1]:.2f} ×")
+
+
 def rollback_time(folder: Path) -> None:
     from roma_pipelines.registry.gate import GATE_TAG
     from roma_pipelines.registry.promotion import promote, rollback
@@ -174,6 +205,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--series", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--predict", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
@@ -181,3 +213,5 @@ if __name__ == "__main__":
         load(place)
         measure_speed(place, bare_model, options.series, options.repeats)
         rollback_time(place)
+        if options.predict:
+            predict_speed(place, options.predict)

@@ -278,6 +278,22 @@ def test_the_served_file_normalises_as_the_data_side_does(seed):
     assert served[0].dtype == served[1].dtype == np.float32
 
 
+GPU = pytest.param(
+    "cuda:0",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ],
+)
+
+
+@pytest.mark.parametrize("device", ["cpu:0", GPU])
+def test_a_package_moved_to_a_device_gives_the_same_answers(package, classifier, device):
+    rows = [given(n, seed=n) for n in (3, 20, 7)]
+    moved = pyfunc_model.open_package(package, device)
+    np.testing.assert_allclose(moved.outputs(rows), classifier.outputs(rows), atol=1e-4)
+
+
 def test_a_sound_package_is_timed_and_a_damaged_one_is_refused(tmp_path):
     folder = tmp_path / "toy"
     toy.build_toy(folder)
