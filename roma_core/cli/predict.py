@@ -137,8 +137,7 @@ def _apply(
                 predictions.run(package, progress=progress)
             else:
                 with StopRequests() as requests:
-                    stop = requests.requested
-                    if not predictions.run_launched(package, progress=progress, stop=stop):
+                    if not predictions.run_launched(package, progress, requests.requested):
                         sys.exit(CONTINUE_EXIT_CODE)
     if RANK == 0:
         done = "classified" if kind == "classifier" else "embedded"

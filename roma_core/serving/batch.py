@@ -73,7 +73,7 @@ def read_chunks(
     if Path(file).is_dir():
         from roma_core.data.store import StoredDataset, raw_series
 
-        subset = StoredDataset(file, verify=wanted is None).split(split)
+        subset = StoredDataset(file).split(split)
         for k, start in enumerate(range(0, len(subset), SERIES_PER_PART)):
             if wanted is None or k in wanted:
                 yield k, list(raw_series(subset, range(len(subset))[start:][:SERIES_PER_PART]))

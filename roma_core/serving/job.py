@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from roma_core.claim import FOLDER_VARIABLE
 from roma_core.files import digest_of, read_json, write_bytes
 from roma_core.job import Attempt, JobFolder, StopRequests, committed
 from roma_core.run_job import Work
@@ -198,8 +199,13 @@ class Predictions:
             self.publish()
         return True
 
-    def run_launched(self, package: Any, **options: Any) -> bool:
-        """``run`` in one of the processes that torchrun started; each has its part."""
+    def run_launched(
+        self, package: Any, progress: Callable[[int], object], stop: Callable[[], bool]
+    ) -> bool:
+        """``run`` in one of the processes that torchrun started, of which each has its parts.
+
+        Parts that are written count as a checkpoint of the job: after a crash another attempt follows.
+        """
         numbers = self.missing(RANK, WORLD_SIZE)
         if WORLD_SIZE > 1:  # process 0 may publish once all know what is missing
             import torch.distributed as dist
@@ -210,7 +216,16 @@ class Predictions:
             dist.destroy_process_group()
             if len(set(digests)) > 1:
                 raise ValueError(f"{self.source} changes, or is not the same on all nodes")
-        return self.run(package, numbers, rank=RANK, **options)
+
+        def record(n: int) -> None:  # no heartbeat: a part may take longer than one may be late
+            if n and FOLDER_VARIABLE in os.environ:
+                checkpoints = JobFolder(os.environ[FOLDER_VARIABLE]).checkpoints
+                (checkpoints / f"step-{n}").mkdir(parents=True, exist_ok=True)
+                for former in committed(checkpoints)[:-1]:
+                    former.rmdir()
+            progress(n)
+
+        return self.run(package, numbers, rank=RANK, progress=record, stop=stop)
 
     def run_processes(
         self, package: Any, model: Path, n: int, progress: Callable[[int], object]
@@ -315,16 +330,12 @@ def run_prediction_job(folder: JobFolder, attempt: Attempt) -> Work:
     shown = Progress("predict", total, first)
     with StopRequests(attempt.stop) as requests, shown if RANK == 0 else nullcontext():
 
-        def progress(n: int) -> None:  # no heartbeat: a part may take longer than one may be late
+        def progress(n: int) -> None:
             nonlocal speed
             speed = (n - first) / (time.monotonic() - started)
-            if n > first:
-                (folder.checkpoints / f"step-{n}").mkdir(parents=True, exist_ok=True)
-                for former in committed(folder.checkpoints)[:-1]:
-                    former.rmdir()
             shown.update(n, {"series_per_s": speed})
 
-        if not predictions.run_launched(package, progress=progress, stop=requests.requested):
+        if not predictions.run_launched(package, progress, requests.requested):
             return Work("continue", WORLD_SIZE, reason=requests.reason)
     return Work(
         "completed",
