@@ -117,10 +117,14 @@ def _apply(
         raise click.BadParameter(f"Path {input!r} does not exist.", param_hint="'INPUT'")
     with errors_as_messages(), _fetched(model, tracking_uri, cache) as (folder, lineage):
         package = load_package(folder)
-        found = "encoder" if package.golden_field == "features" else "classifier"
+        of_features = package.golden_field == "features"
+        # the code of the model may be older than its kind
+        found = getattr(package, "kind", "encoder" if of_features else "classifier")
         if found != kind:
-            other = "embed" if found == "encoder" else "predict"
-            raise ValueError(f"{model} is of kind {found}; use `roma {other}`")
+            commands = {"encoder": "; use `roma embed`", "classifier": "; use `roma predict`"}
+            raise ValueError(
+                f"{model} is of kind {found}, expected {kind}{commands.get(found, '')}"
+            )
         if (assumed := assumed_units(input, package)) and RANK == 0:
             units = ", ".join(f"{name} in {unit}" for name, unit in assumed.items())
             click.echo(f"{input} does not state its units; assuming {units}", err=True)
