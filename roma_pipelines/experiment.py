@@ -233,7 +233,7 @@ class Experiment(Frozen):
 
     @model_validator(mode="after")
     def _trainings_are_valid(self) -> Self:
-        if errors := training_errors(self.pretraining, self.finetuning):
+        if errors := training_errors(self.pretraining, self.finetuning, self.task):
             raise ValueError("\n".join(errors))
         return self
 
@@ -286,7 +286,9 @@ _FROM_DATA = (
 )  # fmt: skip
 
 
-def training_errors(pretraining: Stage, finetuning: Stage) -> list[str]:
+def training_errors(
+    pretraining: Stage, finetuning: Stage, task: str = "classification"
+) -> list[str]:
     """One sentence for each wrong setting of the two trainings, named by its path in the file."""
     found = []
     for where, stage in (("pretraining", pretraining), ("finetuning", finetuning)):
@@ -323,6 +325,7 @@ def training_errors(pretraining: Stage, finetuning: Stage) -> list[str]:
         return found + wrong
     config = RoMAForPreTrainingConfig.from_values(encoder)
     classifier = {name: getattr(config, name) for name in SHAPE} | dict(finetuning.model)
+    classifier |= {"problem_type": task} if task == "regression" else {}
     classifier["encoder_config"] = config.encoder_config.model_dump() | dict(stack)
     return found + _errors(RoMAForClassificationConfig, classifier, "finetuning.model")
 

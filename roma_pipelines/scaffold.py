@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -118,7 +118,7 @@ def new_experiment(
     categorical = frozenset(
         a.name for a in source.axes if a.categories or a.unit.startswith("index of ")
     )
-    proposal = propose(found, categorical, name)
+    proposal = propose(found, categorical, name, predicts_targets=bool(roles.targets))
     section = {"source": inferred.config, **inferred.dataset, **proposal.dataset, **dataset}
     proposal.warnings[:0] = inferred.warnings
     n_sorted = found.repairs.series_sorted if found.repairs else 0
@@ -130,7 +130,7 @@ def new_experiment(
     text = _text(name, inferred, found, proposal, section, target)
     Experiment.model_validate(yaml.safe_load(text)["attributes"])  # the written file must load
     notes = [*inferred.notes, _amount(found), *proposal.reasons, *proposal.sizes.reasons.values()]
-    notes += [f"primary metric: {proposal.metric}", _cost(proposal)]
+    notes += [f"task: {proposal.task}; primary metric: {proposal.metric}", _cost(proposal)]
     return NewExperiment(name, text, notes, proposal.warnings)
 
 
@@ -138,28 +138,35 @@ def new_experiment(
 class Proposal:
     """Chosen settings."""
 
+    task: Literal["classification", "regression"]
     dataset: dict[str, Any]  # besides its source
     sizes: DefaultSettings
-    metric: str  # the primary one that `auto` is for these classes, and the reason
+    metric: str  # the primary one that `auto` is for these data, and the reason
     reasons: list[str]  # a sentence for each choice in `dataset`
     warnings: list[str]  # findings to check before results are used
 
 
 def propose(
-    statistics: SourceStatistics, categorical: frozenset[str] = frozenset(), name: str = "data"
+    statistics: SourceStatistics,
+    categorical: frozenset[str] = frozenset(),
+    name: str = "data",
+    *,
+    predicts_targets: bool = False,
 ) -> Proposal:
     """Splits, repairs, axes, channels and sizes that suit the data.
 
     Args:
         categorical: axes whose positions are indices of categories.
         name: of the data set, which the split depends on.
+        predicts_targets: whether targets were asked for, even if there are classes.
 
     Raises:
-        ValueError: there are no labels, or only one class.
+        ValueError: there are no targets, and no labels, or only one class.
     """
     classes = [name for name, count in statistics.classes.items() if count]
-    if len(classes) < 2:
-        these = f"only {classes[0]!r}" if classes else "no labels; pass --label COLUMN"
+    targets = statistics.targets if predicts_targets or len(classes) < 2 else ()
+    if not targets and len(classes) < 2:
+        these = f"only {classes[0]!r}" if classes else "no labels; pass --label or --target-column"
         raise ValueError(
             f"a classifier needs series of at least two classes, and these have {these}"
         )
@@ -175,8 +182,12 @@ def propose(
         n_axes=max(1, len(statistics.axes) - len(categorical)),
     )
     warnings = [*_warnings(statistics), *(_LACKS for reason in reasons if _LACKS in reason)]
+    if targets:
+        metric = f"r2; of {', '.join(targets)}, of every {statistics.target_level}"
+        settings = default_settings(size, statistics.target_level)
+        return Proposal("regression", dataset, settings, metric, reasons, warnings)
     metric = "; ".join(primary_metric("auto", {n: statistics.classes[n] for n in classes}))
-    return Proposal(dataset, default_settings(size), metric, reasons, warnings)
+    return Proposal("classification", dataset, default_settings(size), metric, reasons, warnings)
 
 
 def _dataset_settings(
@@ -197,6 +208,8 @@ def _dataset_settings(
             test, validation, reason = _group_fractions(name, statistics.classes_of_group)
             fractions = {"validation_fraction": validation, "test_fraction": test}
             reasons = [f"split by group: {reason}"]
+        elif not statistics.classes:
+            reasons = ["split by a hash of the id"]
         elif min(statistics.classes.values()) >= _FEW:
             dataset["split"] = {"stratified": True}
             reasons = ["split stratified by class"]
@@ -210,8 +223,9 @@ def _dataset_settings(
         dataset["split"] = {"by": "group"}
     dataset |= fractions
     if (found := statistics.repairs) is not None:
+        n_not_finite = found.observations_not_finite + found.series_without_targets
         for name, setting, count in (
-            ("not_finite", "drop", found.observations_not_finite),
+            ("not_finite", "drop", n_not_finite),
             ("duplicates", "mean", found.duplicate_observations),
             ("empty", "drop", found.empty_series_dropped),
         ):
@@ -305,8 +319,11 @@ def _text(
     sizes = proposal.sizes
     settings = ("model", "mask_ratio", "use_cls", "value_features", "neighbours", "pretraining")
     resources = {"target": target, "nodes": 1, "processes_per_node": 1}
+    of_task = [f"of the gate, the best checkpoint and reports: {proposal.metric}"]
+    is_regression = proposal.task == "regression"
     body = [
         _block({"name": name, "description": f"{_amount(found)}."}, []),
+        *([_block({"task": proposal.task}, of_task)] if is_regression else []),
         _block({"owners": []}, ["e-mail addresses or team:NAME"]),
         _block({"dataset": dict(dataset)}, [*inferred.notes, *proposal.reasons]),
         _block({"pretraining": sizes.pretraining}, [sizes.reasons[name] for name in settings]),
@@ -315,10 +332,7 @@ def _text(
             {"resources": resources},
             ["where trainings run; slurm and kubernetes also take a profile"],
         ),
-        _block(
-            {"primary_metric": "auto"},
-            [f"of the gate, the best checkpoint and reports: {proposal.metric}"],
-        ),
+        *([] if is_regression else [_block({"primary_metric": "auto"}, of_task)]),
         _block(
             {"gate": {"max_primary_drop": 0.02}},
             ["largest accepted loss against the champion; min_primary: 0.9 adds a lower bound"],
@@ -347,8 +361,11 @@ def _wrapped(comment: str) -> list[str]:
 
 
 def _amount(found: SourceStatistics) -> str:
+    of = f"{len(found.classes)} classes"
+    if not found.classes:
+        of = f"{len(found.targets)} target{'s' if len(found.targets) > 1 else ''}"
     return (
-        f"{found.n_series:,} series of {len(found.classes)} classes, {found.n_observations:,} "
+        f"{found.n_series:,} series of {of}, {found.n_observations:,} "
         f"observations of {len(found.channels)} channel{'s' if len(found.channels) > 1 else ''}, "
         f"{found.n_observations / found.n_series:.0f} a series, {found.max_length} at most"
     )

@@ -220,10 +220,8 @@ class DatasetWriter:
         )
         self._fit = _channel_fit(self._schema, config)
         targets = [f"target {target.name!r}" for target in self._schema.targets]
-        self._target_fit: ChannelFit | None = None
-        if targets:
-            transforms = [ChannelTransform()] * len(targets)
-            self._target_fit = ChannelFit(targets, transforms, len(targets))
+        n = len(targets)
+        self._target_fit = ChannelFit(targets, [ChannelTransform()] * n, n) if n else None
         self._unfitted: list[tuple[Float32, Float64, Float32]] = []  # train, not fitted yet
         self._n_unfitted = 0
         self._seen = {split: [set[int]() for _ in all_axes] for split in SPLITS}  # categories
@@ -241,7 +239,7 @@ class DatasetWriter:
         )
         if targets and self._schema.target_level == "series":
             self._append_targets = files.enter_context(
-                column_file(folder / "targets.npy", np.float32, len(targets))
+                column_file(folder / "targets.npy", np.float32, n)
             )
         self._append_group = files.enter_context(text_list(folder / "groups.json"))
         self._open_shard()

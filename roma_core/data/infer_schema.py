@@ -18,7 +18,7 @@ from roma_core.data.infer_tables import InferredSource, TableInference
 from roma_core.data.layout import choose_layout, melt, n_times_of
 from roma_core.data.manifest import Repairs
 from roma_core.data.table_columns import ColumnRoles
-from roma_core.schema import AxisScaleFit, DataError, Layout
+from roma_core.schema import AxisScaleFit, DataError, Layout, TargetLevel
 from roma_core.sources.base import SPLIT_WORDS, Source, trait
 from roma_core.sources.folders import IMAGE_ENDINGS, files_below, is_deep
 from roma_core.sources.npz import read_arrays
@@ -140,7 +140,14 @@ def _npz(path: Path) -> InferredSource:
         "axes": ["time", *(f"axis{k}" for k in range(1, width("positions")))],
         "channels": [f"c{k + 1:02d}" for k in range(width("values"))],
     }
-    columns = {key: [{"name": name, "unit": "1"} for name in names[key]] for key in names}
+    level = {}
+    if (of_targets := shapes.get("targets")) is not None:
+        n_leading = 1 if of_targets[1:2] != shapes["values"][1:2] or "offsets" in shapes else 2
+        n_series = shapes["offsets"][0] - 1 if "offsets" in shapes else shapes["values"][0]
+        if of_targets[0] == n_series and n_leading == 1:
+            level = {"target_level": "series"}
+        names["targets"] = [f"target{k + 1}" for k in range(width("targets"))]
+    columns = {key: [{"name": name, "unit": "1"} for name in names[key]] for key in names} | level
     found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
     return InferredSource({"kind": "npz", "file": str(path), **columns}, [f"arrays {found}"])
 
@@ -186,6 +193,8 @@ class SourceStatistics:
     layout: Layout  # that `auto` chooses; what is counted is its observations
     layout_reason: str
     has_gaps: bool  # whether observations of the source lack the values of some channels
+    targets: tuple[str, ...] = ()
+    target_level: TargetLevel = "observation"
 
 
 def source_statistics(source: Source) -> SourceStatistics:
@@ -266,4 +275,6 @@ def source_statistics(source: Source) -> SourceStatistics:
         layout=layout,
         layout_reason=reason,
         has_gaps=has_gaps,
+        targets=tuple(target.name for target in trait(source, "targets")),
+        target_level=trait(source, "target_level"),
     )

@@ -29,7 +29,7 @@ from roma_core.data.table_columns import (
     oddity,
     sentinels_of,
 )
-from roma_core.schema import DataError
+from roma_core.schema import DataError, TargetLevel
 from roma_core.sources.base import SPLIT_WORDS
 from roma_core.sources.table_files import FILE_NAME, file_patterns
 
@@ -96,6 +96,7 @@ class TableInference:
             role: [n for n in columns if self.rows.marks.get(n, {}).get("role") == role]
             for role in ("axis", "target", "covariate")
         }
+        self.targets = [*roles.targets] or self.marked["target"]
         self.object = self._object([n for n in columns if n not in lists], bool(lists))
         rest = [name for name in columns if name != self.object]
         self._objects_table([name for name in rest if name not in lists])
@@ -103,7 +104,9 @@ class TableInference:
             self._find_missing(rest)
             self.contents = self.rows.contents(self.object, rest)
         self.time = self._time(lists or rest)
-        self.metadata = self._metadata([name for name in self.known if name != self.time])
+        self.target_level = self._target_level()
+        not_known = {self.time, *self.targets}
+        self.metadata = self._metadata([name for name in self.known if name not in not_known])
         config = self._lists(lists) if lists else self._long(rest)
         return InferredSource(config, self.notes, self.warnings, self.dataset)
 
@@ -245,6 +248,18 @@ class TableInference:
                 )
         return time
 
+    def _target_level(self) -> TargetLevel:
+        """Whether the targets change within an object. Columns of a table of objects do not."""
+        here = [n for n in self.targets if self.objects is None or n not in self.object_rows.names]
+        moving = {n for n, found in self.contents.items() if found.n_varying}
+        varying = [n for n in here if n in moving or self.rows.kinds.get(n) == "list"]
+        if varying not in ([], self.targets) or (self.objects is not None and varying != here):
+            raise DataError(
+                f"{self.path}: of the targets {self.targets} all must change within an object, or none; these "
+                f"stand in the table of objects, if there is one"
+            )
+        return "observation" if varying else "series"
+
     def _metadata(self, known: Sequence[str]) -> dict[str, str]:
         metadata: dict[str, str] = {}
         varies = {n for n, c in self.contents.items() if c.n_varying and not self.objects}
@@ -254,6 +269,8 @@ class TableInference:
                 raise DataError(f"--{key} {named}: there is no such column among {list(known)}")
             usual = all_like([n for n in known if n not in metadata.values()], key)
             usual.sort(key=varies.__contains__)
+            if key == "label" and self.roles.targets:
+                usual = []
             is_channel = usual[:1] and usual[0] in varies and key_of(usual[0]) in ("y", "target")
             if named or (usual and not is_channel):
                 metadata[key] = named or usual[0]
@@ -282,12 +299,13 @@ class TableInference:
         named = [*self.roles.covariates] or self.marked["covariate"]
         if unknown := [name for name in named if name not in rows.names]:
             raise DataError(f"--covariate {unknown[0]}: there is no such column among {rows.names}")
-        if self.metadata.get("label") in named:
+        if wrong := [n for n in named if n in (self.metadata.get("label"), *self.targets)]:
             raise DataError(
-                f"--covariate {self.metadata['label']}: it is the label, which is not known at "
-                f"prediction time; leave the option out"
+                f"--covariate {wrong[0]}: it is the label or target, which is not known at prediction time; "
+                f"leave the option out"
             )
-        left = [n for n in names if n not in named and n not in self.metadata.values()]
+        other = {*named, *self.metadata.values(), *self.targets}
+        left = [name for name in names if name not in other]
         self.unused |= dict.fromkeys(left, "")
         groups = all_like(left, "person", "together")
         if groups and "group" not in self.metadata:
@@ -330,7 +348,7 @@ class TableInference:
         """The source of a table with a row per series."""
         axes = [self.time, *(self.roles.axes or self.marked["axis"])]
         axes = [*dict.fromkeys(axes)]
-        taken = {*axes, *self.marked["target"]}
+        taken = {*axes, *self.targets}
         channels = self.roles.channels or [name for name in lists if name not in taken]
         of_axes, of_channels = ([*map(self._column, names)] for names in (axes, channels))
         return self._config(of_axes, of_channels, self._covariates(self.known), kind="parquet")
@@ -338,7 +356,7 @@ class TableInference:
     def _long(self, columns: Sequence[str]) -> dict[str, Any]:
         """The source of a table with a row per observation, or per value."""
         roles, kinds = self.roles, self.rows.kinds
-        taken = {self.time, *self.marked["target"], *roles.covariates, *roles.axes, *roles.channels}
+        taken = {self.time, *self.targets, *roles.covariates, *roles.axes, *roles.channels}
         taken |= {*all_like(columns, "band", "quantity"), roles.quantity or self.time}
         metadata = set() if self.objects else {*self.metadata.values()}
         most = max((found.n_objects for found in self.contents.values()), default=0)
@@ -363,7 +381,7 @@ class TableInference:
         if self.objects is not None:
             self.unused |= dict.fromkeys(constant, "what never changes within an object")
         covariates = self._covariates(constant if self.objects is None else self.known)
-        away = {self.time, *self.marked["target"], *roles.covariates, *metadata, *self.unused}
+        away = {self.time, *self.targets, *roles.covariates, *metadata, *self.unused}
         rest = [name for name in columns if name not in away]
         numbers = list(roles.channels) or [n for n in rest if kinds[n] == "number"]
         words = [n for n in rest if n not in roles.channels]
@@ -485,10 +503,11 @@ class TableInference:
             raise DataError(
                 f"{self.path}: no column is left for the values, name them with --channel COLUMN{reasons}"
             )
-        targets = [self._column(name) for name in self.marked["target"]]
+        targets = [self._column(name) for name in self.targets]
         optional = {"quantity": quantity, "covariates": covariates, "targets": targets}
         columns = {"axes": axes, "channels": channels, "metadata": self.metadata}
         columns |= {key: value for key, value in optional.items() if value}
+        columns |= {"target_level": "series"} if targets and self.target_level == "series" else {}
         config: dict[str, Any] = {"kind": kind, "files": file_patterns(self.paths)}
         is_list = kind == "parquet"
         own = {"id": self.object} if is_list else {"object": self.object}
@@ -504,7 +523,7 @@ class TableInference:
         metadata = ", ".join(f"{key}: {name}" for key, name in self.metadata.items())
         lines = {
             "covariates": _listed(names[2]),
-            "targets": _listed(names[3]),
+            "targets": names[3] and f"{_listed(names[3])}, of every {self.target_level}",
             "missing values": _listed(map(repr, self.missing), 20),
             "normalise_by": self.dataset.get("normalise_by"),
             "not used": ", ".join(unused),

@@ -60,6 +60,7 @@ class ColumnRoles:
     split: str | None = None
     quantity: str | None = None  # names the quantity of a row's value
     covariates: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()  # numbers to predict
     missing_values: tuple[float | str, ...] = ()
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from roma_core.model.config import NEIGHBOUR_FEATURES, EncoderConfig, RoMAForPreTrainingConfig
+from roma_core.schema import TargetLevel
 from roma_core.trainer.config import TrainerConfig
 
 Stage = Literal["pretraining", "finetuning"]
@@ -58,8 +59,8 @@ class DefaultSettings:
     reasons: dict[str, str]  # a sentence for each choice, by section or setting
 
 
-def default_settings(size: DatasetSize) -> DefaultSettings:
-    """Model and training settings for this much data."""
+def default_settings(size: DatasetSize, targets: TargetLevel | None = None) -> DefaultSettings:
+    """Model and training settings for this much data; ``targets``: what has those of a regression."""
     is_wide = size.n_channels > 64
     width, depth = (128, 6) if size.n_series >= 20_000 or is_wide else (64, 4)
     stack = {"d_model": width, "nhead": width // 16}
@@ -69,6 +70,8 @@ def default_settings(size: DatasetSize) -> DefaultSettings:
     rate = 0.003 * 64 / width
     pretrainer, pretraining_steps, pretraining_reason = _trainer("pretraining", size, rate)
     finetrainer, finetuning_steps, finetuning_reason = _trainer("finetuning", size, rate)
+    if targets is None:
+        finetrainer["label_smoothing"] = 0.05
     amount = f"{size.n_channels} channels" if is_wide else f"{size.n_series:,} training series"
     cls = "a CLS token at position 0 would make positions absolute, rarely useful"
     if use_cls:
@@ -94,9 +97,10 @@ def default_settings(size: DatasetSize) -> DefaultSettings:
             "model": {
                 "encoder_config": {"drop_path_rate": 0.1, "hidden_drop_rate": 0.1},
                 "head_drop_rate": 0.1,
-                "pooling": "mean",  # also where there is a CLS token
+                # the mean also where there is a CLS token
+                "pooling": "token" if targets == "observation" else "mean",
             },
-            "trainer": {**finetrainer, "label_smoothing": 0.05, "augment_drop_rate": 0.3},
+            "trainer": {**finetrainer, "augment_drop_rate": 0.3},
         },
         steps={"pretraining": pretraining_steps, "finetuning": finetuning_steps},
         size=size,

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-import numpy as np
 from pydantic import Field
 
 from roma_core.data.manifest import Manifest, read_manifest
@@ -38,8 +36,6 @@ if TYPE_CHECKING:
 MODEL_OUTPUT = "outputs/model"
 """Folder of the trained weights, relative to the job folder."""
 log = logging.getLogger(__name__)
-_MAX_SCALE = 30.0  # of targets without a scale, times larger or smaller than 1
-_MAX_SERIES = 2_000  # read for the check of the scale, evenly spaced among more
 
 
 def data_fields(schema: DataSchema) -> dict[str, Any]:
@@ -80,7 +76,7 @@ class TrainingJobConfig(Frozen):
         weights: Path | None = None,
         train_fraction: float = 1.0,
     ) -> Self:
-        """Determine every field of the model. Warns if an old data set's targets are far from unit scale.
+        """Determine every field of the model. Warns of an old data set, whose targets have no scale.
 
         Args:
             model: the fields that the data do not determine.
@@ -102,8 +98,11 @@ class TrainingJobConfig(Frozen):
         else:
             config = _finetuning_model(manifest, model, weights)
             if config.problem_type == "regression" and not config.target_scales:
-                for sentence in unscaled_targets(dataset):
-                    warnings.warn(sentence, stacklevel=2)
+                warnings.warn(
+                    f"{dataset} is of before targets were standardised, and is trained on them as they are: "
+                    f"build it again, unless they are of about unit size",
+                    stacklevel=2,
+                )
         return cls(
             task=task,
             dataset=str(dataset),
@@ -141,14 +140,11 @@ def _finetuning_model(
         problem_type = RoMAForClassificationConfig().problem_type  # of the environment
     else:  # published heads have no such field, and are classifiers
         problem_type = document.get("problem_type", "classification")
-    outputs: Sequence[Any] = schema.classes
-    scales: list[tuple[float, float]] = []
-    if problem_type == "regression":
-        outputs = schema.targets
-        scales = [(target.mean, target.std) for target in schema.targets]
-        scales = [] if all(scale == (0, 1) for scale in scales) else scales  # of an old data set
-    fields = {"dim_output": len(outputs) or None, **model} | data_fields(schema)
-    fields["target_scales"] = scales
+    is_regression = problem_type == "regression"
+    scales = [(target.mean, target.std) for target in schema.targets if is_regression]
+    fields = {"dim_output": len(scales if is_regression else schema.classes) or None, **model}
+    fields |= data_fields(schema)
+    fields["target_scales"] = [] if set(scales) == {(0, 1)} else scales  # empty of an old data set
     if weights is None:
         config = RoMAForClassificationConfig(**fields)
     else:
@@ -156,15 +152,14 @@ def _finetuning_model(
         fields["missing_values"] |= stored_fields(document)["missing_values"]
         _check_inputs(manifest, fields, document, weights)
         config = classifier_config(document, fields, weights)
-    is_regression, per_token = config.problem_type == "regression", config.pools == "token"
+    per_token = config.pools == "token"
     if is_regression and not schema.targets:
         raise ValueError(
             f"problem_type=regression needs targets, and the data set {manifest.name} has none; name "
             f"their columns in `targets` of its source and build it again"
         )
-    level, pooling = schema.target_level, "token"
-    if level == "series":
-        pooling = "mean or cls"
+    level = schema.target_level
+    pooling = "token" if level == "observation" else "mean or cls"
     if is_regression and per_token != (level == "observation"):
         raise ValueError(
             f"the targets of {manifest.name} are of every {level}, but pooling={config.pools} predicts "
@@ -204,26 +199,6 @@ def _check_inputs(
                 f"with {then}; finetune on data with the same channels, axes, categories and covariates "
                 f"in the same order, or pretrain on this data set"
             )
-
-
-def unscaled_targets(dataset: Path) -> list[str]:
-    """A warning for each target of the train split whose mean or spread is far from unit scale."""
-    stored = StoredDataset(dataset, verify=False)
-    train = stored.split("train").indices
-    if not len(train):
-        return []
-    chosen = train[:: -(-len(train) // _MAX_SERIES)]
-    found = [targets for i in chosen if (targets := stored.targets(int(i))) is not None]
-    targets = np.concatenate(found).astype(np.float64)  # (T, K)
-    columns = zip(stored.schema.targets, targets.mean(axis=0), targets.std(axis=0), strict=True)
-    return [
-        f"target {target.name!r} has mean {mean:.4g} and standard deviation {std:.4g} in train. "
-        f"This data set is of before targets were standardised, and training works poorly this far "
-        f"from 0 and 1: build it again"
-        for target, mean, std in columns
-        # a constant target is not small
-        if max(abs(mean), std) > _MAX_SCALE or 0 < std < 1 / _MAX_SCALE
-    ]
 
 
 def _maskable(series: Subset) -> Subset:

@@ -83,13 +83,16 @@ def _trained(
 ) -> TrackedJob:
     stage = experiment.pretraining if command == "pretrain" else experiment.finetuning
     trainer = TrainerConfig(**stage.trainer)
-    by_class = command == "finetune" and experiment.task == "classification"
-    if by_class and "best_metric" not in trainer.model_fields_set:
+    if command == "finetune" and "best_metric" not in trainer.model_fields_set:
         stored = StoredDataset(dataset, verify=False)
-        train, validation = (stored.split(name).class_counts for name in ("train", "validation"))
-        metric, reason = primary_metric(experiment.primary_metric, train)
+        validation = stored.split("validation")
+        metric, reason, n_different = "r2", "the task is regression", len(validation)
+        if experiment.task == "classification":
+            train = stored.split("train").class_counts
+            metric, reason = primary_metric(experiment.primary_metric, train)
+            n_different = sum(n > 0 for n in validation.class_counts.values())
         context.log.info(f"primary metric: {metric}; {reason}")
-        if sum(n > 0 for n in validation.values()) > 1:  # else it may be undefined
+        if n_different > 1:  # else it may be undefined
             best = {"best_metric": f"eval/{metric}", "best_metric_mode": "max"}
             trainer = trainer.model_copy(update=best)
     fixed = {"problem_type": experiment.task} if command == "finetune" else {}

@@ -39,12 +39,18 @@ from roma_pipelines.cli import TARGETS
     help="Number or word that stands for a missing number, such as -9999. Repeatable.",
 )
 @click.option("--label", help="Column of the class.")
+@click.option(
+    "--target-column",
+    "targets",
+    multiple=True,
+    help="Column of numbers to predict, of every object or of every observation: a regression. Repeatable.",
+)
 @click.option("--group", help="Column of groups that must not be split, such as patient or host.")
 @click.option("--split", help="Column with train, validation and test.")
 @click.option(
     "--objects",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="A second table, one row per object, with label, group, split and covariates.",
+    help="A second table, one row per object, with label, targets, group, split and covariates.",
 )
 @click.option("--drop-rate", type=float, help="Fraction of each series' observations to drop.")
 @click.option(
@@ -73,7 +79,7 @@ def new_experiment(
     from roma_pipelines.storage import Storage, StorageError
 
     roles = {key: options[key] for key in ("time", "axes", "channels", "quantity", "covariates")}
-    roles |= {key: options[key] for key in ("label", "group", "split")}
+    roles |= {key: options[key] for key in ("label", "targets", "group", "split")}
     roles["missing_values"] = tuple(map(_number_or_word, options["missing_values"]))
     try:
         checked_name(name)

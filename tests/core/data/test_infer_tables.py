@@ -200,6 +200,13 @@ NIGHTS = {
         ({"parameter": [f"q{k}" for k in range(300)]}, {}, "names more than 256 quantities"),
         ({}, {"covariates": ("nothing",)}, "--covariate nothing: there is no such column"),
         ({}, {"covariates": ("target",)}, "--covariate target: it is the label"),
+        ({}, {"targets": ("nothing",)}, "has no column 'nothing'"),
+        (
+            {"w": ["a", "b"] * 100},
+            {"targets": ("w",)},
+            "column 'w' holds 'a' in row 1, expected num",
+        ),
+        ({}, {"targets": ("flux", "target")}, "all must change within an object, or"),
         (
             {
                 "flux": np.where(np.arange(200) % 3, np.arange(200.0), "<5"),
@@ -216,7 +223,35 @@ def test_what_cannot_be_known_is_an_error(tmp_path, change, options, message):
     table = pd.concat([BANDS, BANDS])[: len(next(iter(change.values()), BANDS))]
     table.assign(**change).to_csv(tmp_path / "a.csv", index=False)
     with pytest.raises(DataError, match=message):
-        infer_source([tmp_path / "a.csv"], ColumnRoles(**options))
+        inferred = infer_source([tmp_path / "a.csv"], ColumnRoles(**options))
+        list(source_config(inferred.config).open(tmp_path).read())
+
+
+@pytest.mark.parametrize(
+    ("has_objects", "target", "level"),
+    [(False, "age", "series"), (True, "age", "series"), (False, "lactate", "observation")],
+)
+def test_a_target_column_makes_a_regression(tmp_path, has_objects, target, level):
+    table, objects = (VISITS, tmp_path / "patients.csv") if has_objects else (FLAT, None)
+    table.to_csv(tmp_path / "visits.csv", index=False)
+    PATIENTS.to_csv(tmp_path / "patients.csv", index=False)
+
+    inferred = infer_source([tmp_path / "visits.csv"], ColumnRoles(targets=(target,)), objects)
+    columns = inferred.config["columns"]
+    statistics = source_statistics(source_config(inferred.config).open(tmp_path))
+    proposal = propose(statistics, predicts_targets=True)
+    config = {"name": "clinic", "source": inferred.config, **proposal.dataset}
+    path = build_dataset(DatasetConfig(**config), tmp_path, tmp_path, progress=False)
+
+    assert columns["targets"] == [{"column": target}] and "label" not in columns["metadata"]
+    assert target not in [one["column"] for one in columns["channels"]]
+    assert f"targets: {target}, of every {level}" in inferred.notes
+    assert not [line for line in inferred.warnings if target in line]
+    finetuning = proposal.sizes.finetuning
+    assert proposal.task == "regression" and "label_smoothing" not in finetuning["trainer"]
+    assert finetuning["model"]["pooling"] == ("mean" if level == "series" else "token")
+    schema = StoredDataset(path).schema
+    assert (schema.target_level, schema.targets[0].name) == (level, target)
 
 
 def test_a_number_that_recurs_far_away_is_pointed_at(tmp_path):
