@@ -28,7 +28,7 @@ from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.defaults import PrimaryMetric
 from roma_pipelines.automation.settings import Automation
 from roma_pipelines.launching.spec import JobSize
-from roma_pipelines.registry.gate import GateThresholds
+from roma_pipelines.registry.gate import CLASS_THRESHOLDS, GateThresholds
 
 DEFS = Path(__file__).parent / "defs"
 COMPONENT = "roma_pipelines.components.RomaExperiment"
@@ -224,10 +224,18 @@ class Experiment(Frozen):
                 f"primary_metric: {self.primary_metric} is a metric of classes, and models of "
                 f"{self.task} are compared by r2; remove it"
             )
-        if self.task != "classification":
+        of_classes = [
+            f"gate.{name}" for name in CLASS_THRESHOLDS if getattr(self.gate, name) is not None
+        ]
+        of_classes += ["baselines"] if self.baselines else []
+        if self.task != "classification" and of_classes:
             raise ValueError(
-                f"task: a model of {self.task} cannot be registered yet; train it with `roma pretrain` and "
-                f"`roma finetune`, and evaluate it with `roma evaluate`"
+                f"{of_classes[0]}: is for classes, and the task is {self.task}; remove it"
+            )
+        if self.task == "interpolation":
+            raise ValueError(
+                "task: an autoencoder cannot be registered yet; train it with `roma pretrain`, and evaluate "
+                "it with `roma evaluate --autoencoder`"
             )
         return self
 

@@ -62,7 +62,7 @@ _options = with_options(
 )
 @_options
 def predict(**options: Any) -> None:
-    """Classify the series of INPUT and write one row each to OUTPUT (Parquet).
+    """Predict classes or targets of the series of INPUT and write one row each to OUTPUT (Parquet).
 
     INPUT is a data-set folder, a Parquet file with one row per series (a list column per position
     axis and per channel, optionally `id`), such as `roma data export` writes, a folder or bucket
@@ -72,7 +72,7 @@ def predict(**options: Any) -> None:
 
         roma-pipeline launch --target slurm --nodes 2 --processes 4 -m roma_core.cli predict …
     """
-    _apply("classifier", **options)
+    _apply(("classifier", "regressor"), **options)
 
 
 @click.command()
@@ -83,7 +83,7 @@ def embed(**options: Any) -> None:
     MODEL is a registered encoder, e.g. models:/japanese_vowels_encoder@champion. INPUT and the other
     options are those of `roma predict`.
     """
-    _apply("encoder", **options)
+    _apply(("encoder",), **options)
 
 
 def _run_job(folder: Path | None) -> None:
@@ -97,7 +97,7 @@ def _run_job(folder: Path | None) -> None:
 
 
 def _apply(
-    kind: str,
+    kinds: tuple[str, ...],
     model: str,
     tracking_uri: str,
     cache: Path | None,
@@ -119,12 +119,12 @@ def _apply(
         package = load_package(folder)
         of_features = package.golden_field == "features"
         # the code of the model may be older than its kind
-        found = getattr(package, "kind", "encoder" if of_features else "classifier")
-        if found != kind:
-            commands = {"encoder": "; use `roma embed`", "classifier": "; use `roma predict`"}
-            raise ValueError(
-                f"{model} is of kind {found}, expected {kind}{commands.get(found, '')}"
+        kind = getattr(package, "kind", "encoder" if of_features else "classifier")
+        if kind not in kinds:
+            command = {"encoder": "; use `roma embed`", "autoencoder": ""}.get(
+                kind, "; use `roma predict`"
             )
+            raise ValueError(f"{model} is of kind {kind}, expected {' or '.join(kinds)}{command}")
         if (assumed := assumed_units(input, package)) and RANK == 0:
             units = ", ".join(f"{name} in {unit}" for name, unit in assumed.items())
             click.echo(f"{input} does not state its units; assuming {units}", err=True)
@@ -144,7 +144,7 @@ def _apply(
                     if not predictions.run_launched(package, progress, requests.requested):
                         sys.exit(CONTINUE_EXIT_CODE)
     if RANK == 0:
-        done = "classified" if kind == "classifier" else "embedded"
+        done = {"classifier": "classified", "regressor": "predicted"}.get(kind, "embedded")
         click.echo(f"{n} series {done} by {model} (version {lineage['model_version']}): {output}")
 
 

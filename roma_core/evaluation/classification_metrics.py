@@ -82,6 +82,7 @@ class AccuracyBin(Frozen):
 class ClassificationMetrics(Metrics):
     """Metrics of a classifier; see :func:`evaluate`."""
 
+    task: Literal["classification"] = "classification"
     primary_metric: PrimaryMetric = "accuracy"
     accuracy: Estimate
     balanced_accuracy: Estimate  # mean recall over classes that have series
@@ -207,7 +208,7 @@ def metric_samples(
     return found
 
 
-def chance(table: PredictionTable, name: PrimaryMetric) -> float:
+def chance(table: PredictionTable, name: str) -> float:
     """The largest expected metric of predictions that do not depend on the series."""
     n, counts = len(table.labels), np.bincount(table.labels, minlength=len(table.classes))
     present = counts[counts > 0]
@@ -364,19 +365,10 @@ def compare_predictions(
     if (candidate.labels != champion.labels).any():
         raise ValueError("the tables give the same series other labels")
 
-    def change(name: str, ours: Floats, theirs: Floats, n: int) -> Change:
-        return Change(
-            name=name,
-            candidate=float(ours[0]),
-            champion=float(theirs[0]),
-            difference=Estimate.of(ours - theirs).of_part(n),
-            n_series=n,
-        )
-
     n = len(candidate.ids)
     ours, theirs = metric_samples(candidate), metric_samples(champion)
     changes = [
-        change(label, ours[name], theirs[name], n)
+        Change.of(label, ours[name], theirs[name], n)
         for name, label in LABELS.items()
         if name in ours and name != "calibration_error"
     ]
@@ -384,5 +376,6 @@ def compare_predictions(
     for c in np.unique(candidate.labels):
         inside = correct[candidate.labels == c]
         recall, before = sums_with_resamples(inside).T / len(inside)
-        changes.append(change(f"recall of {candidate.classes[c]}", recall, before, len(inside)))
+        name = f"recall of {candidate.classes[c]}"
+        changes.append(Change.of(name, recall, before, len(inside)))
     return tuple(changes)

@@ -30,6 +30,7 @@ LABELS = {
     "calibration_error": "calibration error",
     "r2": "R²",
     "nrmse": "normalised RMSE",
+    "coverage_95": "coverage of the 95 % interval",
     "rmse": "RMSE",
     "mae": "mean absolute error",
     "mse": "mean squared error",
@@ -119,6 +120,17 @@ class Change(Frozen):
     difference: PartEstimate  # candidate minus champion; no interval for a single series
     n_series: int
 
+    @classmethod
+    def of(cls, name: str, ours: Floats, theirs: Floats, n_series: int) -> Change:
+        """From paired samples, ``(1 + R,)`` each, over ``n_series`` series."""
+        return cls(
+            name=name,
+            candidate=float(ours[0]),
+            champion=float(theirs[0]),
+            difference=Estimate.of(ours - theirs).of_part(n_series),
+            n_series=n_series,
+        )
+
 
 class MeasuredBaseline(Frozen):
     """Another method, trained and evaluated in the same run on the same series."""
@@ -147,13 +159,17 @@ def resample_sums(contributions: Floats, n_bootstrap: int, seed: int) -> Floats:
     return np.concatenate([some @ contributions for some in counts])
 
 
-def sums_with_resamples(contributions: Floats, n_bootstrap: int = N_BOOTSTRAP) -> Floats:
+def sums_with_resamples(
+    contributions: Floats, n_bootstrap: int = N_BOOTSTRAP, seed: int = 0
+) -> Floats:
     """``(1 + R, M)``: sums of ``contributions (N, M)`` over all series, then over each resample."""
-    resampled = resample_sums(contributions, n_bootstrap, seed=0)
+    resampled = resample_sums(contributions, n_bootstrap, seed)
     return np.concatenate([contributions.sum(axis=0)[None], resampled])
 
 
-def means_with_resamples(series: Ints, values: Floats) -> Floats:
+def means_with_resamples(
+    series: Ints, values: Floats, n_bootstrap: int = N_BOOTSTRAP, seed: int = 0
+) -> Floats:
     """``(1 + R, M)``: means of ``values (T, M)`` over all rows, then over those of each resample.
 
     Whole series are resampled; ``series`` is the ``(T,)`` series of each row. NaN is left out; a
@@ -163,7 +179,7 @@ def means_with_resamples(series: Ints, values: Floats) -> Floats:
     known = ~np.isnan(values)
     sums = [np.bincount(index, column) for column in np.where(known, values, 0).T]
     counts = [np.bincount(index, column) for column in known.T]
-    totals = sums_with_resamples(np.stack([*sums, *counts], axis=1))
+    totals = sums_with_resamples(np.stack([*sums, *counts], axis=1), n_bootstrap, seed)
     with np.errstate(invalid="ignore"):
         return totals[:, : len(sums)] / totals[:, len(sums) :]
 

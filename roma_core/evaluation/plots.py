@@ -37,10 +37,9 @@ MAX_BYTES = 64 * 1024
 BLUE, ORANGE, GREEN, GREY, INK = "#2f6db3", "#d9652b", "#3f8f5b", "#8a929c", "#22272e"
 _COLOURS = (BLUE, ORANGE, GREEN, INK)
 _DASHED: Any = (0, (4, 3))
-_CURVES = ("loss", *get_args(PrimaryMetric))  # last parts of metric names
+_CURVES = ("loss", "r2", *get_args(PrimaryMetric))  # last parts of metric names
 _SPLIT_COLOURS = {"train": BLUE, "eval": ORANGE}
 _N_TARGETS = len(_COLOURS)  # drawn; more would be too small to read
-_N_POINTS = 3000  # against true values
 _MAX_POINTS = 2000  # of an embedding map; more would hide each other
 _MAX_CURVES = 10  # classes; more would hide each other
 _MAX_LEGEND = 20  # classes; more have no distinct colours
@@ -337,6 +336,7 @@ def learning_curve(records: Iterable[Mapping[str, Any]]) -> Figure:
 @_as_png
 def along_series(table: RegressionTable, chosen: Sequence[int]) -> Figure:
     """True and predicted over position: a row per chosen series, a column per target."""
+    assert table.positions is not None
     targets = [label_of(target) for target in table.channels[:_N_TARGETS]]
     figure = Figure((max(5.5, min(11.0, 4.2 * len(targets))), 0.7 + 1.75 * len(chosen)))
     grid = _series_grid(figure, [table.ids[k] for k in chosen], targets, label_of(table.axes[0]))
@@ -355,18 +355,24 @@ def along_series(table: RegressionTable, chosen: Sequence[int]) -> Figure:
 
 @_as_png
 def against_true(table: RegressionTable) -> Figure:
-    """Predicted against true, a panel per target; at most 3000 observations, evenly taken."""
+    """A row per target: predicted against true, residuals against true and length; of 3000 rows."""
     targets = table.channels[:_N_TARGETS]
-    rows = np.linspace(0, len(table.true) - 1, min(_N_POINTS, len(table.true))).astype(int)
-    figure = Figure((max(4.2, min(11.0, 3.6 * len(targets))), 3.8))
-    panels = figure.subplots(1, len(targets), squeeze=False)[0]
-    for k, (axes, target) in enumerate(zip(panels, targets, strict=True)):
-        true, predicted = table.true[rows, k], table.predicted[rows, k]
-        ends = [true.min(), true.max()]
-        axes.plot(ends, ends, color=GREY, linewidth=1, zorder=3)
-        axes.plot(true, predicted, ".", color=ORANGE, markersize=2, alpha=0.5)
-        axes.set(xlabel="true", title=label_of(target))
-    panels[0].set_ylabel("predicted")
+    rows = np.linspace(0, len(table.true) - 1, min(3000, len(table.true))).astype(int)
+    lengths = table.lengths[table.series[rows]]
+    figure = Figure((10.5, 0.5 + 2.9 * len(targets)))
+    grid = figure.subplots(len(targets), 3, squeeze=False)
+    for k, (panels, target) in enumerate(zip(grid, targets, strict=True)):
+        true, residual = table.true[rows, k], table.errors[rows, k]
+        ends = np.array([true.min(), true.max()])
+        for axes, x, y, what, line in (
+            (panels[0], true, table.predicted[rows, k], "predicted", ends),
+            (panels[1], true, residual, "predicted − true", 0 * ends),
+            (panels[2], lengths, residual, "predicted − true", 0 * ends),
+        ):
+            axes.plot(x, y, ".", color=ORANGE, markersize=2.5 if len(x) > 500 else 5, alpha=0.5)
+            axes.plot([x.min(), x.max()], line, color=GREY, linewidth=1, zorder=3)
+            axes.set(xlabel="observations per series" if x is lengths else "true", ylabel=what)
+        panels[0].set_title(label_of(target))
     return figure
 
 

@@ -64,6 +64,24 @@ class _Table:
         pq.write_table(pa.table(dict(columns)).replace_schema_metadata({_HEADER: text}), buffer)
         write_bytes(path, buffer.getvalue())
 
+    @staticmethod
+    def _read(path: Path, mark: str) -> tuple[Any, dict[str, Any]]:
+        """The file's table, and its header, in which ``mark`` must be; raises as ``load``."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            table = pq.ParquetFile(path).read()
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path} is not a readable Parquet file: {error}") from error
+        header = json.loads((table.schema.metadata or {}).get(_HEADER, b"{}"))
+        if header.get("schema_version") != SCHEMA_VERSION or mark not in header:
+            raise ValueError(
+                f"{path} is no table of predictions with {mark}, of schema_version {SCHEMA_VERSION} "
+                f"(found {header.get('schema_version')!r}); evaluate the model again to write one"
+            )
+        return table, header
+
 
 @dataclass(frozen=True, eq=False)
 class PredictionTable(_Table):
@@ -157,19 +175,7 @@ class PredictionTable(_Table):
             FileNotFoundError: there is no such file.
             ValueError: the file is not such a table, is damaged, or has another schema version.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            table = pq.ParquetFile(path).read()
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{path} is not a readable Parquet file: {error}") from error
-        header = json.loads((table.schema.metadata or {}).get(_HEADER, b"{}"))
-        if header.get("schema_version") != SCHEMA_VERSION or "classes" not in header:
-            raise ValueError(
-                f"{path} is no table of predictions of schema_version {SCHEMA_VERSION} (found "
-                f"{header.get('schema_version')!r}); evaluate the model again to write one"
-            )
+        table, header = cls._read(path, "classes")
         index = {name: i for i, name in enumerate(header["classes"])}
         return cls(
             ids=table["id"].to_pylist(),
@@ -223,22 +229,30 @@ class _ObservationTable(_Table):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RegressionTable(_ObservationTable):
-    """K targets of all T observations of N series; ``true`` and ``predicted`` are finite float64.
+    """K targets of N series, or of all T observations of these; finite float64 numbers.
+
+    Targets of whole series are a row for each, without positions.
 
     Raises:
         ValueError: shapes do not fit together, or a number is not finite.
     """
 
-    axes: tuple[PositionAxis, ...]  # D of them
-    positions: Floats  # (T, D) as delivered
+    scale: Floats  # (K,) standard deviations of the targets in train
+    lengths: Ints  # (N,) observations of each series
+    axes: tuple[PositionAxis, ...] = ()  # D of them
+    positions: Floats | None = None  # (T, D) as delivered
+    std: Floats | None = None  # (T, K) predicted standard deviations, if the model predicts them
     lineage: Mapping[str, str] = field(default_factory=dict)  # such as the digest of the data
 
     def __post_init__(self) -> None:
         n, k, total = len(self.ids), len(self.channels), len(self.series)
         if not n or not k:
             raise ValueError(f"expected at least 1 series and 1 target, got {n} and {k}")
-        widths = {"positions": len(self.axes), "true": k, "predicted": k}
+        self._check_arrays(lengths=(np.int64, (n,)), scale=(np.float64, (k,)))
+        widths = {"positions": len(self.axes), "true": k, "predicted": k, "std": k}
         for name, width in widths.items():
+            if getattr(self, name) is None:
+                continue
             self._check_arrays(**{name: (np.float64, (total, width))})
             finite = np.isfinite(getattr(self, name)).all(axis=1)
             self._check_rows(name, finite, "finite numbers", self.series)
@@ -248,15 +262,90 @@ class RegressionTable(_ObservationTable):
         """``(T, K)`` predicted minus true."""
         return self.predicted - self.true
 
+    def differs_from(self, other: RegressionTable) -> str | None:
+        """Why metrics of the two cannot be compared; None if they can."""
+        targets = [[(one.name, one.unit) for one in table.channels] for table in (self, other)]
+        if targets[0] != targets[1]:
+            return f"targets {targets[0]} against the champion's {targets[1]}"
+        if self.ids != other.ids or not np.array_equal(self.series, other.series):
+            return "they are of other series or observations"
+        if n := int((self.true != other.true).any(axis=1).sum()):
+            return f"{n} rows have other true targets in either table"
+        return None
+
+    @classmethod
+    def of_split(cls, test: Subset, outputs: Floats, lineage: Mapping[str, str]) -> RegressionTable:
+        """The table of the ``(T, K)`` targets in units, and perhaps deviations beside them, of a split."""
+        dataset, schema = test.dataset, test.dataset.schema
+        k, of_series = len(schema.targets), schema.target_level == "series"
+        if of_series:
+            assert dataset.series_targets is not None
+            true, rows = dataset.series_targets[test.indices], np.arange(len(test))
+        else:
+            found = [dataset.targets(int(i)) for i in test.indices]
+            true = np.concatenate([one for one in found if one is not None])
+            rows = np.repeat(np.arange(len(test)), test.lengths)
+        return cls(
+            ids=[dataset.ids[i] for i in test.indices],
+            series=rows,
+            channels=schema.targets,
+            true=true.astype(np.float64),
+            predicted=outputs[:, :k],
+            std=outputs[:, k:] if outputs.shape[1] > k else None,
+            scale=np.array([target.std for target in schema.targets]),
+            lengths=test.lengths,
+            axes=() if of_series else schema.axes,
+            positions=None
+            if of_series
+            else np.concatenate([dataset.raw(int(i))[0] for i in test.indices]),
+            lineage=lineage,
+        )
+
     def save(self, path: Path) -> None:
-        """Write a row per observation, in one step."""
-        places = {f"position_{axis.name}": self.positions[:, k] for k, axis in enumerate(self.axes)}
+        """Write a row per series or observation, in one step."""
+        places = {
+            f"position_{axis.name}": column
+            for axis, column in zip(
+                self.axes, () if self.positions is None else self.positions.T, strict=True
+            )
+        }
         self._write(
             path,
-            self._columns(places, "true", "predicted"),
+            self._columns(
+                {"length": self.lengths[self.series], **places}, "true", "predicted", "std"
+            ),
             axes={axis.name: axis.unit for axis in self.axes},
             targets={target.name: target.unit for target in self.channels},
+            scale=self.scale.tolist(),
             lineage=dict(self.lineage),
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> RegressionTable:
+        """Read a table that ``save`` wrote; raises as that of :class:`PredictionTable`."""
+        table, header = cls._read(path, "targets")
+        names = table["id"].to_pylist()
+        row_of = {name: k for k, name in enumerate(dict.fromkeys(names))}
+        series = np.array([row_of[name] for name in names])
+        first = np.unique(series, return_index=True)[1]
+
+        def columns(field: str, names: Mapping[str, str]) -> Floats | None:
+            if not names or f"{field}_{next(iter(names))}" not in table.column_names:
+                return None
+            return np.column_stack([table[f"{field}_{name}"].to_numpy() for name in names])
+
+        targets = header["targets"]
+        found = {name: columns(name, targets) for name in ("true", "predicted", "std")}
+        return cls(
+            ids=list(row_of),
+            series=series,
+            channels=tuple(Channel(name=name, unit=unit) for name, unit in targets.items()),
+            scale=np.array(header["scale"]),
+            lengths=table["length"].to_numpy()[first],
+            axes=tuple(PositionAxis(name=n, unit=unit) for n, unit in header["axes"].items()),
+            positions=columns("position", header["axes"]),
+            lineage=header["lineage"],
+            **found,  # type: ignore[arg-type]
         )
 
 

@@ -1,4 +1,4 @@
-"""Predictions of a pretraining model for hidden observations, and two baselines for them.
+"""Predictions of a pretraining model for hidden observations, two baselines for them, and features.
 
 Shapes here:  N series   H hidden observations   C channels
 """
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from roma_core.data.store import StoredDataset, Subset, as_delivered
+from roma_core.evaluation.config import Fact, FactSheet
 from roma_core.evaluation.metrics import Estimate, means_with_resamples
 from roma_core.evaluation.plots import ReconstructionExample, label_of
 from roma_core.evaluation.predictions import Float32, Floats, Ints, ReconstructionTable
@@ -25,7 +26,7 @@ from roma_core.evaluation.regression_metrics import (
 )
 from roma_core.model import masking
 from roma_core.model.backbone import Backbone
-from roma_core.model.config import RoMAForPreTrainingConfig
+from roma_core.model.config import EncoderConfig, RoMAForPreTrainingConfig
 from roma_core.model.packing import PackedBatch
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.schema import DataSchema, Normaliser
@@ -75,6 +76,20 @@ def reconstruct(
     return with_squared(_table(split, batches, units.denormalise(mean, at), std), split)
 
 
+@torch.no_grad()
+def embed(encoder: RoMAForPreTraining, series: Subset, batch_size: int) -> Float32:
+    """``(len(series), d_model)`` features: the mean of every series' tokens, all of them visible."""
+    collate = Collate(encoder.config, seed=0, masks=False)
+    device = encoder.projection.weight.device
+    features = np.empty((len(series), encoder.config.encoder_config.d_model), np.float32)
+    for part in np.array_split(np.arange(len(series)), -(-len(series) // batch_size)):
+        batch = collate.batch(series, part)
+        assert batch.indices is not None  # set by Collate
+        means = encoder.embed(batch.to(device), pooling="mean")
+        features[batch.indices.numpy()] = means.float().cpu().numpy()
+    return features
+
+
 def _hidden_positions(batches: list[PackedBatch]) -> Floats:
     """``(H, D)`` positions of the hidden observations as the model sees them; categories as delivered."""
     masked = [(batch, batch.masked.hidden_rows) for batch in batches if batch.masked is not None]
@@ -96,6 +111,27 @@ def check_schema(model: Backbone, schema: DataSchema, *also: str) -> None:
                 f"outputs have another meaning here; evaluate it on the version of the data it was "
                 f"trained on, or apply it with `roma predict`"
             )
+
+
+def facts_of(model: RoMAForPreTraining, dataset: StoredDataset, seed: int) -> FactSheet:
+    """The model and its masks, as a table of the report."""
+
+    def size(stack: EncoderConfig) -> str:
+        return f"width {stack.d_model}, {stack.depth} layers, {stack.nhead} heads"
+
+    config, manifest = model.config, dataset.manifest
+    low, high = config.mask_ratio, config.mask_ratio_max
+    facts = {
+        "data": f"{manifest.name}, version {manifest.digest[:12]}",
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "encoder": size(config.encoder_config),
+        "decoder": size(config.decoder_config),
+        "hidden": f"{low:g} of each series" if high is None else f"{low:g} to {high:g}",
+        "masks": f"{', '.join(config.mask_strategies)}, seed {seed}",
+        "position scales": ", ".join(f"{a.name} {a.scale:g}" for a in dataset.schema.axes),
+    }
+    lines = tuple(Fact(label=label, value=value) for label, value in facts.items())
+    return FactSheet(title="Model and masks", facts=lines)
 
 
 def _check_model(model: RoMAForPreTraining, schema: DataSchema) -> None:

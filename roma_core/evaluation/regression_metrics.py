@@ -7,12 +7,14 @@ Shapes here:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from roma_core.evaluation.metrics import (
+    LABELS,
     N_BOOTSTRAP,
+    Change,
     Estimate,
     Metrics,
     PartEstimate,
@@ -25,6 +27,7 @@ from roma_core.evaluation.predictions import Floats, ReconstructionTable, Regres
 from roma_core.settings import Frozen
 
 N_POSITION_BINS = 20
+_CONSTANT = 1e-9  # of the mean square: a smaller variance is that of equal numbers, rounded
 
 
 class TargetMetrics(Frozen):
@@ -35,6 +38,7 @@ class TargetMetrics(Frozen):
     mse: Estimate  # mean squared error, in the square of the unit
     rmse: Estimate  # its root
     mae: Estimate  # mean absolute error
+    nrmse: Estimate  # rmse as a fraction of the standard deviation in train
     # 1 - mse / variance of the true values: 0 is no better than their mean; None if they never differ
     r2: Estimate | None
 
@@ -51,17 +55,22 @@ class PositionBin(Frozen):
 class RegressionMetrics(Metrics):
     """Metrics of a regressor; see :func:`evaluate_regression`.
 
-    ``mse``, ``rmse`` and ``mae`` are per value: means over all observations and targets alike. They
-    are meaningful only where the targets share a unit.
+    ``r2`` is the mean over the targets, of those that differ; ``nrmse`` the root of the mean of their
+    squares. ``mse``, ``rmse`` and ``mae`` are per value: means over all observations and targets
+    alike. They are meaningful only where the targets share a unit.
     """
 
-    primary_metric: str = "mse"
-    n_observations: int
+    task: Literal["regression"] = "regression"
+    primary_metric: str = "r2"
+    n_observations: int  # rows: of observations, or of series if they have the targets
+    r2: Estimate | None  # None if no target differs
+    nrmse: Estimate
+    coverage_95: Estimate | None = None  # fraction of values within 1.96 predicted deviations
     mse: Estimate  # mean squared error per value
     rmse: Estimate  # its root
     mae: Estimate  # mean absolute error per value
     per_target: tuple[TargetMetrics, ...]
-    by_position: tuple[PositionBin, ...]
+    by_position: tuple[PositionBin, ...] = ()  # of targets of observations
 
 
 class GroupErrors(Frozen):
@@ -83,6 +92,7 @@ class ReconstructionMetrics(Metrics):
     ``clean_mse_GROUP`` those of the series of one class.
     """
 
+    task: Literal["interpolation"] = "interpolation"
     primary_metric: str = "mse"
     n_series: int  # with a hidden observation
     n_hidden: int  # hidden observations
@@ -125,32 +135,63 @@ def error_estimates(mse: Floats, mae: Floats) -> dict[str, Estimate]:
     return {"mse": Estimate.of(mse), "rmse": Estimate.of(np.sqrt(mse)), "mae": Estimate.of(mae)}
 
 
-def evaluate_regression(table: RegressionTable) -> RegressionMetrics:
-    """Metrics of a table of predicted values; equal input gives equal output."""
+class RegressionSamples(NamedTuple):
+    """Metrics of all series, then of each resample; NaN where the targets do not differ."""
+
+    r2: Floats  # (1 + R,)
+    nrmse: Floats  # (1 + R,)
+    r2_of: Floats  # (1 + R, K), as all below
+    nrmse_of: Floats
+    mse_of: Floats
+    mae_of: Floats
+
+
+def regression_samples(
+    table: RegressionTable, n_bootstrap: int = N_BOOTSTRAP, seed: int = 0
+) -> RegressionSamples:
+    """Equal seeds resample equal series, so that differences between two tables are paired."""
     errors, k = table.errors, len(table.channels)
     true = table.true - table.true.mean(axis=0)  # so that squares do not cancel
     values = np.hstack([errors**2, np.abs(errors), true, true**2])  # (T, 4K)
-    means = means_with_resamples(table.series, values)
+    means = means_with_resamples(table.series, values, n_bootstrap, seed)
     mse, mae, mean, square = np.split(means, [k, 2 * k, 3 * k], axis=1)  # each (1 + R, K)
     variance = square - mean**2
-    per_target = []
-    for i, target in enumerate(table.channels):
-        varied = variance[:, i] > 0  # not so where a resample repeats a single value
-        r2 = 1 - mse[varied, i] / variance[varied, i]
-        per_target.append(
-            TargetMetrics(
-                name=target.name,
-                unit=target.unit,
-                **error_estimates(mse[:, i], mae[:, i]),
-                r2=Estimate.of(r2) if varied[0] and varied[1:].any() else None,
-            )
-        )
-    position = table.positions[:, 0]
+    differs = variance > _CONSTANT * square  # not so where a resample repeats a single value
+    r2 = 1 - mse / np.where(differs, variance, np.nan)
+    scaled = mse / table.scale**2
+    with np.errstate(invalid="ignore"):
+        mean_r2 = np.where(differs, r2, 0).sum(axis=1) / differs.sum(axis=1)
+    return RegressionSamples(mean_r2, np.sqrt(scaled.mean(axis=1)), r2, np.sqrt(scaled), mse, mae)
+
+
+def evaluate_regression(table: RegressionTable) -> RegressionMetrics:
+    """Metrics of a table of predicted values; equal input gives equal output."""
+    samples, errors = regression_samples(table), table.errors
+    bins = []
+    if table.positions is not None:
+        position = table.positions[:, 0]
+        bins = bin_masks(equal_mass_bins(position, N_POSITION_BINS))
+    inside_95 = None
+    if table.std is not None:
+        hits = (np.abs(errors) <= 1.96 * table.std).mean(axis=1, keepdims=True)
+        inside_95 = Estimate.of(means_with_resamples(table.series, hits)[:, 0])
     return RegressionMetrics(
         n_series=len(table.ids),
         n_observations=len(table.true),
-        **error_estimates(mse.mean(axis=1), mae.mean(axis=1)),
-        per_target=tuple(per_target),
+        r2=_if_known(samples.r2),
+        nrmse=Estimate.of(samples.nrmse),
+        coverage_95=inside_95,
+        **error_estimates(samples.mse_of.mean(axis=1), samples.mae_of.mean(axis=1)),
+        per_target=tuple(
+            TargetMetrics(
+                name=target.name,
+                unit=target.unit,
+                **error_estimates(samples.mse_of[:, i], samples.mae_of[:, i]),
+                nrmse=Estimate.of(samples.nrmse_of[:, i]),
+                r2=_if_known(samples.r2_of[:, i]),
+            )
+            for i, target in enumerate(table.channels)
+        ),
         by_position=tuple(
             PositionBin(
                 first=float(position[inside].min()),
@@ -158,6 +199,35 @@ def evaluate_regression(table: RegressionTable) -> RegressionMetrics:
                 count=int(inside.sum()),
                 rmse=tuple(np.sqrt((errors[inside] ** 2).mean(axis=0)).tolist()),
             )
-            for inside in bin_masks(equal_mass_bins(position, N_POSITION_BINS))
+            for inside in bins
         ),
     )
+
+
+def _if_known(samples: Floats) -> Estimate | None:
+    known = not np.isnan(samples[0]) and not np.isnan(samples[1:]).all()
+    return Estimate.of(samples) if known else None
+
+
+def compare_regressions(
+    candidate: RegressionTable, champion: RegressionTable
+) -> tuple[Change, ...]:
+    """Changes of the headline metrics, and of R² of every target.
+
+    Raises:
+        ValueError: the tables are not about the same series with the same targets.
+    """
+    if problem := candidate.differs_from(champion):
+        raise ValueError(f"the tables cannot be compared: {problem}")
+    ours, theirs, n = (
+        regression_samples(candidate),
+        regression_samples(champion),
+        len(candidate.ids),
+    )
+    found = [
+        Change.of(LABELS[name], getattr(ours, name), getattr(theirs, name), n)
+        for name in ("r2", "nrmse")
+    ]
+    for i, target in enumerate(candidate.channels):
+        found.append(Change.of(f"R² of {target.name}", ours.r2_of[:, i], theirs.r2_of[:, i], n))
+    return tuple(one for one in found if not np.isnan(one.candidate))

@@ -67,9 +67,10 @@ FIGURES = {
         "True and predicted targets over position, of three test series.",
     ),
     "against_true": (
-        "Predicted against true",
-        "Observations of the test split; exact predictions are on the line.",
-        "Predicted against true targets.",
+        "Predicted against true, and residuals",
+        "Targets of the test split: predicted against true, exact predictions are on the line; and "
+        "predicted minus true, against the true target and against the length of the series.",
+        "Predicted against true targets; residuals against targets and lengths.",
     ),
     "by_position": (
         "Error against position",
@@ -89,7 +90,7 @@ FIGURES = {
     ),
 }
 """Name of a figure → its title, caption and text alternative."""
-_HALF_WIDTH = ("confusion", "reliability", "embedding_map", "against_true", "by_position")
+_HALF_WIDTH = ("confusion", "reliability", "embedding_map", "by_position")
 
 
 def plot_of(name: str, png: bytes) -> Plot:
@@ -131,11 +132,11 @@ class CardContent(_Content):
     """Everything a card shows; without ``metrics`` the model was not evaluated by itself."""
 
     name: str
-    kind: Literal["classifier", "encoder", "autoencoder"]
+    kind: Literal["classifier", "regressor", "encoder", "autoencoder"]
     data_schema: DataSchema
     max_length: int
-    n_features: int | None = None
-    metrics: ClassificationMetrics | None = None
+    n_features: int = 0  # of an encoder
+    metrics: AnyMetrics | None = None
     lineage: dict[str, str] = Field({})  # identifiers of what the model was made from
 
 
@@ -164,7 +165,22 @@ METRICS = {
         ),
     },
     "regression": {
-        "mse": ("Mean squared error", "per value: over all observations and targets"),
+        "r2": (
+            "R²",
+            "1 − squared error / variance, mean over targets: 1 is exact, 0 no better than their mean",
+        ),
+        "nrmse": (
+            "Normalised RMSE",
+            "root mean squared error, each target in its standard deviation in train",
+        ),
+        "coverage_95": (
+            "Coverage",
+            "fraction of values within 1.96 predicted deviations; ideally 0.95",
+        ),
+        "mse": (
+            "Mean squared error",
+            "per value: over all targets and their observations or series",
+        ),
         "rmse": ("Root mean squared error", "in the unit of the targets, if they share one"),
         "mae": ("Mean absolute error", "per value"),
     },
@@ -204,12 +220,9 @@ def render_report(content: ReportContent) -> str:
         # the strip of accuracies: where it begins, and per cent of its width per unit
         lowest = min([metrics.accuracy.low, *(b.accuracy for b in content.baselines)])
         start = max(0.0, round(lowest - 0.2 * (1 - lowest) - 0.005, 2))
-        values = {
-            "scale": {"start": start, "width": 100 / (1 - start)},
-            "primary": LABELS[metrics.primary_metric],
-        }
+        values = {"scale": {"start": start, "width": 100 / (1 - start)}}
     elif isinstance(metrics, RegressionMetrics):
-        task, headline = "regression", metrics.mse
+        task, headline = "regression", metrics.primary
     else:
         task, found = "reconstruction", metrics.overall
         headline = found["mse"]
@@ -233,13 +246,16 @@ def render_report(content: ReportContent) -> str:
     estimates = metrics.estimates()
     rows = [(*text, estimates[name]) for name, text in METRICS[task].items() if name in estimates]
     template = _environment(autoescape=True).get_template("report.html.jinja")
-    return template.render(content=content, task=task, headline=headline, rows=rows, **values)
+    primary = LABELS[metrics.primary_metric]
+    values |= {"task": task, "headline": headline, "primary": primary, "rows": rows}
+    return template.render(content=content, **values)
 
 
 def render_card(content: CardContent) -> str:
     """The card as Markdown; text from outside is escaped in its cells."""
     estimates = {} if content.metrics is None else content.metrics.estimates()
-    rows = [(METRICS["classification"][name][0], e) for name, e in estimates.items()]
+    names = METRICS["regression" if content.kind == "regressor" else "classification"]
+    rows = [(names[name][0], e) for name, e in estimates.items()]
     template = _environment(autoescape=False).get_template("model_card.md.jinja")
     return template.render(content=content, rows=rows, labels=LABELS)
 

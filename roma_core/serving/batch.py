@@ -259,6 +259,8 @@ def score(package: Any, chunk: list[Row] | pa.RecordBatch, lineage: dict[str, st
     import pyarrow as pa
 
     ids: Any = None
+    if package.golden_field == "targets":
+        return _with_lineage(_targets(package, chunk), lineage)
     if not isinstance(chunk, list) and hasattr(package, "outputs_of_columns"):
         try:
             ids, outputs = _outputs(package, chunk)
@@ -281,6 +283,26 @@ def score(package: Any, chunk: list[Row] | pa.RecordBatch, lineage: dict[str, st
         columns["label"] = labels.take(pa.array(outputs.argmax(axis=1)))
         names = labels.take(pa.array(np.tile(np.arange(n_outputs), n)))
         columns["probabilities"] = pa.MapArray.from_arrays(offsets, names, flat)
+    return _with_lineage(columns, lineage)
+
+
+def _targets(package: Any, chunk: list[Row] | pa.RecordBatch) -> dict[str, Any]:
+    """Columns of a regressor: maps of targets to numbers, or to lists of those of observations."""
+    import pyarrow as pa
+
+    answers = package.predict(series_of(package, _rows(package, chunk)))
+    number = pa.list_(pa.float64()) if package.per_observation else pa.float64()
+    columns = {"id": pa.array([one.id for one in answers], pa.string())}
+    for field in ("values", "std") if answers[0].std else ("values",):
+        entries = [list(getattr(one, field).items()) for one in answers]
+        columns[field] = pa.array(entries, pa.map_(pa.string(), number))
+    return columns
+
+
+def _with_lineage(columns: dict[str, Any], lineage: dict[str, str]) -> pa.Table:
+    import pyarrow as pa
+
+    n = len(columns["id"])
     for name, value in lineage.items():
         columns[name] = pa.array([value] * n, pa.string())
     columns["scored_at"] = pa.array([datetime.now(UTC)] * n, pa.timestamp("ms", tz="UTC"))

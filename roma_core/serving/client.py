@@ -13,18 +13,22 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from roma_core.serving.pyfunc_model import (
     Interpolation,
     InvalidSeries,
+    ObservationValues,
     Prediction,
     Series,
+    TargetValues,
     difference_of,
     parse_series,
     shortened,
 )
 from roma_core.serving.registry_client import ModelVersion, connect, fetch, package_of, resolve
+
+_PREDICTIONS: Any = Prediction | TargetValues | ObservationValues
 
 
 class RequestRejected(ValueError):
@@ -63,27 +67,27 @@ class ServedModel:
         served.version = version
         return served
 
-    def predict(self, series: Iterable[Series | Mapping[str, Any]]) -> list[Prediction]:
-        """Class and probabilities of every series, in order; lengths may differ.
+    def predict(self, series: Iterable[Series | Mapping[str, Any]]) -> list[Any]:
+        """A ``Prediction`` of every series, in order, of a regressor its values; lengths may differ.
 
         Raises RequestRejected for a series that does not fit, ServerError for anything else.
         """
-        return self._answers(Prediction, series)
+        return self._answers(_PREDICTIONS, series)
 
     def interpolate(self, series: Iterable[Series | Mapping[str, Any]]) -> list[Interpolation]:
         """Values at the ``queries`` of every series, by an autoencoder; raises as ``predict``."""
         return self._answers(Interpolation, series)
 
-    def _answers(self, kind: type[BaseModel], series: Iterable[Any]) -> list[Any]:
+    def _answers(self, kind: Any, series: Iterable[Any]) -> list[Any]:
         try:
             rows = [one.model_dump(exclude_none=True) for one in parse_series(series)]
         except InvalidSeries as error:
             raise RequestRejected(str(error)) from error
         answers = self._post(rows)
         try:
-            found = [kind.model_validate(answer) for answer in answers]
+            found = [TypeAdapter(kind).validate_python(answer) for answer in answers]
         except (ValidationError, TypeError) as error:
-            made_by = "a classifier" if kind is Prediction else "an autoencoder"
+            made_by = "an autoencoder" if kind is Interpolation else "a classifier or regressor"
             raise ServerError(
                 f"{self.url} returns no predictions of {made_by}, but {shortened(answers)}"
             ) from error
@@ -98,18 +102,18 @@ class ServedModel:
         """
         lines = (package / "golden.jsonl").read_text(encoding="utf-8").splitlines()
         golden = [json.loads(line) for line in lines]
-        is_classifier = "probabilities" in golden[0]
-        kind: type[BaseModel] = Prediction if is_classifier else Interpolation
+        fields = ("probabilities", "targets", "interpolation")
+        field = next(name for name in fields if name in golden[0])
+        kind = Interpolation if field == "interpolation" else _PREDICTIONS
         answers = self._answers(kind, [row["series"] for row in golden])
         for number, (row, answer) in enumerate(zip(golden, answers, strict=True)):
             found: Any = answer.model_dump(exclude={"id"}, exclude_none=True)
-            expected = row["probabilities" if is_classifier else "interpolation"]
-            found = found["probabilities"] if is_classifier else found
-            if not difference_of(expected, found, row.get("scale", {})) <= row["tolerance"]:
-                what = "probabilities" if is_classifier else "values"
+            found = found.get("probabilities", found)
+            if not difference_of(row[field], found, row.get("scale", {})) <= row["tolerance"]:
+                what = "probabilities" if field == "probabilities" else "values"
                 raise ServerError(
-                    f"{self.url} returns other {what} for golden row {number} of {package}: "
-                    f"it serves another version; restart it, aliases are resolved only at startup"
+                    f"{self.url} returns other {what} for golden row {number} of {package}: it "
+                    f"serves another version; restart it, aliases are resolved only at startup"
                 )
 
     def _post(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -104,7 +104,8 @@ class Predictions:
     ) -> bool:
         """Predict and write these parts, ascending, as long as ``after_part`` says so; True after all.
 
-        Columns: ``id``; ``label`` and ``probabilities`` (map), or ``features`` (list) of an encoder;
+        Columns: ``id``; ``label`` and ``probabilities`` (map), ``values`` and perhaps ``std`` (maps of
+        targets) of a regressor, or ``features`` (list) of an encoder;
         those of ``lineage``; ``scored_at`` (UTC). ``package`` comes from ``registry_client.load``.
         Raises ValueError if a series does not fit; the message names its row.
         """

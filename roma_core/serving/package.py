@@ -19,12 +19,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel
-
 from roma_core.files import sha256_of, write_bytes, write_json
 from roma_core.schema import Covariate, DataSchema, PositionAxis
 from roma_core.serving import pyfunc_model
-from roma_core.serving.pyfunc_model import Features, Interpolation, Package, Prediction, Series
+from roma_core.serving.pyfunc_model import Package, Series, answer_type
 from roma_core.serving.registry_client import code_of
 from roma_core.settings import Frozen
 
@@ -79,8 +77,8 @@ def build_package(
     facts: Mapping[str, Any],
     *,
     name: str,
-    kind: Literal["classifier", "encoder", "autoencoder"] = "classifier",
-    n_features: int | None = None,
+    kind: Literal["classifier", "regressor", "encoder", "autoencoder"] = "classifier",
+    n_outputs: int | None = None,
     card: str = "",
     profile: Mapping[str, Any] | None = None,
     max_length: int = MAX_LENGTH,
@@ -95,15 +93,15 @@ def build_package(
         golden: real series, preferably of different lengths, with queries of an autoencoder; their
             expected outputs are computed by the code that will serve them.
         facts: plain JSON on the model's origin: digests, run ids, commit.
-        n_features: outputs of an encoder; a classifier has one per class.
+        n_outputs: of an encoder or a regressor; a classifier has one per class.
         max_batch_tokens: padding included.
 
     Returns:
         sha256 of ``MANIFEST.json``, which identifies the whole package.
 
     Raises:
-        ValueError: no golden series, fewer than two classes, or a golden series that does not fit
-            the schema.
+        ValueError: no golden series, fewer than two classes or no target, or a golden series that does
+            not fit the schema.
         PackageError: the program does not return finite outputs, one per class.
     """
     import torch
@@ -113,9 +111,15 @@ def build_package(
             f"a package needs golden series and at least 2 classes, got {len(golden)} and "
             f"{len(schema.classes)}"
         )
-    n_outputs = len(schema.classes) if n_features is None else n_features
+    n_outputs = len(schema.classes) if n_outputs is None else n_outputs
     if kind == "autoencoder":
         n_outputs = schema.n_values
+    k = len(schema.targets)
+    if kind == "regressor" and (not k or n_outputs not in (k, 2 * k)):
+        raise ValueError(
+            f"a regressor has an output per target, or two with a deviation: expected outputs for {k} "
+            f"targets, got {n_outputs}"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
@@ -123,7 +127,7 @@ def build_package(
         shutil.copyfile(weights, aside / "weights.safetensors")
         write_json(aside / "model_config.json", dict(model_config))
         write_json(aside / "schema.json", schema.model_dump(mode="json"))
-        write_json(aside / "series.schema.json", json_schema(schema, max_length, n_features, kind))
+        write_json(aside / "series.schema.json", json_schema(schema, max_length, n_outputs, kind))
         write_json(aside / "profile.json", dict(profile or {}))
         write_bytes(aside / "requirements.lock", ("\n".join(locked()) + "\n").encode())
         write_bytes(aside / "MODEL_CARD.md", card.encode())
@@ -134,6 +138,7 @@ def build_package(
                 "name": name,
                 "kind": kind,
                 "n_outputs": n_outputs,
+                "per_observation": kind == "regressor" and schema.target_level == "observation",
                 "units_required": True,
                 "max_length": max_length,
                 "max_batch_tokens": max_batch_tokens,
@@ -147,7 +152,7 @@ def build_package(
                 "series": one.model_dump(),
                 package.golden_field: answer,
                 "tolerance": 1e-4,
-                **({"scale": _scales(package, answer)} if kind == "autoencoder" else {}),
+                **({"scale": scales} if (scales := _scales(package, schema, answer)) else {}),
             }
             for one, answer in zip(golden, package.answers(golden), strict=True)
         ]
@@ -167,8 +172,10 @@ def build_package(
     return digest
 
 
-def _scales(package: Package, answer: Mapping[str, Any]) -> dict[str, float]:
-    """Channel -> its units per unit of the model, at the largest predicted value."""
+def _scales(package: Package, schema: DataSchema, answer: Mapping[str, Any]) -> dict[str, float]:
+    """Channel -> its units per unit of the model, at the largest predicted value; so of a target."""
+    if package.kind != "autoencoder":
+        return {one.name: one.std for one in schema.targets if package.targets}
     scales, constants = {}, package.normalisation
     for k, (name, values) in enumerate(answer["mean"].items()):
         largest = max((abs(x) for x in values if x is not None), default=0.0)
@@ -235,9 +242,9 @@ def size_mb(folder: Path) -> float:
 
 
 def json_schema(
-    schema: DataSchema, max_length: int, n_features: int | None = None, kind: str = "classifier"
+    schema: DataSchema, max_length: int, n_outputs: int = 0, kind: str = "classifier"
 ) -> Any:
-    """JSON Schema (2020-12) of a model's input and output; ``n_features`` are those of an encoder."""
+    """JSON Schema (2020-12) of the input and output of a model with so many outputs."""
     required = [name for name, unit in schema.units.items() if unit not in ("1", name)]
     series = Series.model_json_schema()
     may_miss = schema.missing_values or schema.layout == "per_channel"
@@ -260,9 +267,9 @@ def json_schema(
     }
     series["required"] = ["units"] if required else []
     series["oneOf"] = [{"required": ["positions", "values"]}, {"required": ["observations"]}]
-    answer: type[BaseModel] = Prediction if n_features is None else Features
+    per_observation = schema.target_level == "observation"
+    answer = answer_type(kind, per_observation)
     if kind == "autoencoder":
-        answer = Interpolation
         series["required"].append("queries")
         asked = {axis.name: _positions(axis, max_length) for axis in schema.axes}
         each = {name: column["items"] for name, column in asked.items()}
@@ -281,12 +288,25 @@ def json_schema(
             "mean": by_channel,
             "std": {"anyOf": [by_channel, {"type": "null"}]},
         }
-    elif n_features is None:
+    elif kind == "regressor":
+        lists = {"type": "array", "items": {"type": ["number", "null"]}}
+        one_each = _object(
+            {
+                t.name: (lists if per_observation else {"type": "number"}) | {"unit": t.unit}
+                for t in schema.targets
+            }
+        )
+        has_std = n_outputs > len(schema.targets)
+        output["properties"] |= {
+            "values": one_each,
+            "std": one_each if has_std else {"type": "null"},
+        }
+    elif kind == "classifier":
         probability = {"type": "number", "minimum": 0, "maximum": 1}
         output["properties"]["label"]["enum"] = list(schema.classes)
         output["properties"]["probabilities"] = _object(dict.fromkeys(schema.classes, probability))
     else:
-        output["properties"]["features"] |= {"minItems": n_features, "maxItems": n_features}
+        output["properties"]["features"] |= {"minItems": n_outputs, "maxItems": n_outputs}
     inputs = {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/Series"}}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

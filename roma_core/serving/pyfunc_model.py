@@ -5,11 +5,14 @@ and MLflow never. ``package.py`` writes the folder:
 
     model.pt2             exported program: values (B, N, P) float32, NaN where missing, positions
                           (B, N, D) float32, valid (B, N) bool, True at a real token, and covariates
-                          (B, M) float32, of a model that has some -> (B, K): logits of K classes, or
-                          K features of an encoder. Of an autoencoder also queries (B, Q, D) float32
+                          (B, M) float32, of a model that has some -> (B, K): logits of K classes, K
+                          features of an encoder, or of a regressor targets in their units and, if it
+                          predicts them, as many standard deviations; (B, N, K) if the targets are
+                          those of observations. Of an autoencoder also queries (B, Q, D) float32
                           and query_valid (B, Q) bool, before covariates -> means (B, Q, P), or
                           means and variances
-    schema.json           channels, axes, classes, and the constants of ``roma_core.schema.Normaliser``
+    schema.json           channels, axes, classes, targets, and the constants of
+                          ``roma_core.schema.Normaliser``
     golden.jsonl          series with their expected outputs
     package.json          name, kind, limits, lineage
     weights.safetensors, model_config.json, series.schema.json    for research and for clients
@@ -187,6 +190,33 @@ class Prediction(BaseModel):
     probabilities: dict[str, float] = Field(description="Class name -> probability; they sum to 1.")
 
 
+class TargetValues(BaseModel):
+    """The targets of one series, in their units."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str | None = None
+    values: dict[str, float] = Field(description="Target -> predicted number.")
+    std: dict[str, float] | None = Field(
+        None, description="Predicted standard deviations, of a model that predicts them."
+    )
+
+
+class ObservationValues(BaseModel):
+    """The targets of every observation of one series, in their units and in the order given.
+
+    An observation without a value has null; one with several tokens, the mean of theirs.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str | None = None
+    values: dict[str, list[float | None]] = Field(description="Target -> predicted numbers.")
+    std: dict[str, list[float | None]] | None = Field(
+        None, description="Predicted standard deviations, of a model that predicts them."
+    )
+
+
 class Features(BaseModel):
     """Encoder features of one series: the mean of its encoded tokens."""
 
@@ -209,6 +239,15 @@ class Interpolation(BaseModel):
     std: dict[str, list[float | None]] | None = Field(
         None, description="Predicted standard deviations, of a model that predicts them."
     )
+
+
+def answer_type(kind: str, per_observation: bool) -> type[BaseModel]:
+    """What a model of this kind answers per series."""
+    if kind == "regressor":
+        return ObservationValues if per_observation else TargetValues
+    if kind == "autoencoder":
+        return Interpolation
+    return Features if kind == "encoder" else Prediction
 
 
 _limited = reprlib.Repr()
@@ -282,8 +321,9 @@ class Package:
         package, schema = _read(folder / "package.json"), _read(folder / "schema.json")
         self.kind: str = package["kind"]
         self.is_classifier = self.kind == "classifier"
-        fields = {"classifier": "probabilities", "autoencoder": "interpolation"}
-        self.golden_field = fields.get(self.kind, "features")
+        fields = {"classifier": "probabilities", "encoder": "features"}
+        fields |= {"autoencoder": "interpolation", "regressor": "targets"}
+        self.golden_field = fields[self.kind]
         self.max_length: int = package["max_length"]
         self.max_batch_tokens: int = package["max_batch_tokens"]
         self.channels: list[dict[str, str]] = schema["channels"]
@@ -305,6 +345,11 @@ class Package:
         }
         self.units_required: bool = package["units_required"]
         self.n_outputs: int = package["n_outputs"]
+        targets = schema.get("targets", []) if self.kind == "regressor" else []
+        self.targets: dict[str, str] = {one["name"]: one["unit"] for one in targets}
+        self.per_observation: bool = package.get("per_observation", False)
+        std = [one.get("std", 1.0) for one in targets] or [1.0]
+        self.scale = np.resize(std, self.n_outputs)  # unit of differences
         self.device = device
         program = torch.export.load(folder / "model.pt2")
         if device == "cpu":
@@ -317,7 +362,9 @@ class Package:
     def outputs(self, rows: Iterable[Any]) -> NDArray[np.float64]:
         """Outputs ``(n, K)`` float64 of n rows as ``parse_series`` takes them, in the order given.
 
-        The order of observations inside a series does not matter.
+        Probabilities, features, or targets and then their standard deviations. Of targets of
+        observations ``(T, K)``, those of all series one after the other. The order of observations
+        inside a series does not matter.
 
         Raises:
             InvalidSeries: there is none, or one does not fit the schema.
@@ -340,17 +387,20 @@ class Package:
     ) -> NDArray[np.float64]:
         import torch
 
-        outputs = torch.empty(len(tokens), self.n_outputs, dtype=torch.float64)
+        lengths = [len(one[0]) if self.per_observation else 1 for one in tokens]
+        ends = np.cumsum(lengths)
+        outputs = torch.empty(int(ends[-1]), self.n_outputs, dtype=torch.float64)
         for rows, (found, *_) in self._computed(tokens, covariates):
-            if (
-                found.shape != (expected := (len(rows), self.n_outputs))
-                or not found.isfinite().all()
-            ):
+            if self.per_observation:
+                found = torch.cat([found[k, : lengths[row]] for k, row in enumerate(rows)])
+            at = [k for row in rows for k in range(ends[row] - lengths[row], ends[row])]
+            expected = (len(at), self.n_outputs)
+            if found.shape != expected or not found.isfinite().all():
                 raise PackageError(
                     f"the program should give finite outputs of shape {expected}, got shape "
                     f"{tuple(found.shape)}, {int((~found.isfinite()).sum())} not finite"
                 )
-            outputs[rows] = found.double()
+            outputs[at] = found.double()
         return (torch.softmax(outputs, dim=1) if self.is_classifier else outputs).numpy()
 
     def outputs_of_columns(
@@ -399,6 +449,40 @@ class Package:
         ends = np.cumsum(lengths)[:-1]
         tokens = zip(np.split(values, ends), np.split(positions, ends), strict=True)
         return self._outputs_of(list(tokens), rows)
+
+    def _observed(self, series: Series) -> tuple[NDArray[np.int64], int]:
+        """Index of the observation of every token, and how many observations were given."""
+        positions, values = self.columns_of(series, "")
+        n = len(next(iter(positions.values())))
+        if not self.may_miss:
+            return np.arange(n), n
+        columns = [values.get(channel["name"]) or [None] * n for channel in self.channels]
+        seen = np.array([[x is not None for x in column] for column in columns]).T  # (n, C)
+        return np.nonzero(seen if self.is_per_channel else seen.any(axis=1))[0], n
+
+    def _of_targets(self, series: list[Series], outputs: NDArray[np.float64]) -> list[Any]:
+        """Answers of a regressor from its outputs."""
+        answers: list[Any] = []
+        k, first = len(self.targets), 0
+        for row, one in enumerate(series):
+            columns: list[Any] = outputs[row].tolist()
+            if self.per_observation:
+                index, n = self._observed(one)
+                part, first = outputs[first : first + len(index)], first + len(index)
+                count = np.bincount(index, minlength=n)
+                sums = [np.bincount(index, column, n) for column in part.T]
+                columns = [
+                    [total / many if many else None for total, many in zip(x, count, strict=True)]
+                    for x in sums
+                ]
+            fields = [
+                dict(zip(self.targets, part, strict=True))
+                for part in (columns[:k], columns[k:])
+                if part
+            ]
+            answer = answer_type(self.kind, self.per_observation)
+            answers.append(answer(id=one.id, **dict(zip(("values", "std"), fields, strict=False))))
+        return answers
 
     def _interpolate(self, series: list[Series]) -> list[Interpolation]:
         named = [(one, _name(i, one.id)) for i, one in enumerate(series)]
@@ -463,10 +547,9 @@ class Package:
 
     def answers(self, rows: Iterable[Any]) -> list[Any]:
         """Answers in the form of golden rows; takes and raises as ``outputs``."""
-        if self.kind != "autoencoder":
+        if self.kind in ("classifier", "encoder"):
             return [self.named(row) for row in self.outputs(rows)]
-        found = self._interpolate(parse_series(rows))
-        return [one.model_dump(exclude={"id"}, exclude_none=True) for one in found]
+        return [one.model_dump(exclude={"id"}, exclude_none=True) for one in self.predict(rows)]
 
     def named(self, outputs: NDArray[np.float64]) -> dict[str, float] | list[float]:
         """One row of outputs as in a golden row: class name -> probability, or the features."""
@@ -474,14 +557,13 @@ class Package:
         return dict(zip(self.classes, numbers, strict=True)) if self.is_classifier else numbers
 
     def predict(self, rows: Iterable[Any]) -> list[Any]:
-        """A ``Prediction`` per row, of an encoder ``Features``, of an autoencoder ``Interpolation``.
-
-        Takes and raises as ``outputs``.
-        """
+        """An answer per row, of ``answer_type``; takes and raises as ``outputs``."""
         series = parse_series(rows)
         if self.kind == "autoencoder":
             return self._interpolate(series)
         outputs = self._outputs(series)
+        if self.targets:
+            return self._of_targets(series, outputs)
         pairs = zip(series, outputs, strict=True)
         if not self.is_classifier:
             return [Features(id=one.id, features=row.tolist()) for one, row in pairs]
@@ -929,8 +1011,8 @@ if not __package__:  # loaded as a model, not imported as a part of this project
     logging.getLogger("mlflow.types.type_hints").addFilter(
         lambda record: "Union type hint" not in record.getMessage()
     )
-    _kind = ModelConfig(development_config={"kind": "classifier"}).get("kind")
-    Output = {"encoder": Features, "autoencoder": Interpolation}.get(_kind, Prediction)
+    _config = ModelConfig(development_config={"kind": "classifier", "per_observation": False})
+    Output = answer_type(_config.get("kind"), _config.get("per_observation"))
 
     class RequestError(MlflowException):
         """One sentence; MLflow's server would put the whole input before it."""

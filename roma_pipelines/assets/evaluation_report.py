@@ -16,10 +16,10 @@ from roma_core.serving.registry_client import FetchError, fetch, package_of, res
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.pipes import key_for
 from roma_pipelines.registry.gate import (
-    CHECKS,
     GATE_TAG,
     SPLIT_TAG,
     GateDecision,
+    checks_of,
     decide,
     decided_before,
 )
@@ -47,7 +47,7 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
         description=f"Metrics on the test split, report and gate. {experiment.description}",
         check_specs=[
             dg.AssetCheckSpec(name, asset=key, blocking=True, description=text)
-            for name, text in CHECKS.items()
+            for name, text in checks_of(experiment.task).items()
         ],
     )
     def evaluation_report(context: dg.AssetExecutionContext) -> dg.MaterializeResult:

@@ -195,8 +195,10 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
             params=model,
         )
         output, folder = job.output("predictions"), Path(config.model)
-        labels = pq.read_table(output, columns=["label"])["label"].value_counts()
-        counts = {str(one["values"]): one["counts"].as_py() for one in labels}
+        counts: dict[str, int] = {}
+        if experiment.task == "classification":
+            labels = pq.read_table(output, columns=["label"])["label"].value_counts()
+            counts = {str(one["values"]): one["counts"].as_py() for one in labels}
         profile = read_json(package_of(folder) / "profile.json")
         context.log.info(f"{experiment.name} version {model['model_version']}: {output}")
         yield dg.MaterializeResult(
@@ -206,7 +208,11 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
             metadata={
                 "path": dg.MetadataValue.path(str(output)),
                 **model,
-                "classes": dg.MetadataValue.json(dict(sorted(counts.items()))),
+                **(
+                    {"classes": dg.MetadataValue.json(dict(sorted(counts.items())))}
+                    if counts
+                    else {}
+                ),
                 **_drift(profile, source, config.split, load(folder)),
                 **job.metadata(),
             },

@@ -280,7 +280,7 @@ def _event_text(event: dg.DagsterEvent) -> str | None:
         f"{name} {value.value:.4g}"
         for name, value in facts.items()
         if isinstance(value.value, int | float)
-        and name.endswith(("loss", *get_args(PrimaryMetric)))
+        and name.endswith(("loss", "r2", *get_args(PrimaryMetric)))
     )
     return f"step {facts['step'].value}/{facts['total_steps'].value}  {shown}".rstrip()
 

@@ -1,7 +1,7 @@
 """The gate before ``champion``: thresholds of an experiment, checks of a candidate, the decision.
 
-``gate`` is a pure function of prediction tables and measurements. It returns every check of
-``CHECKS``, because each is shown as an asset check; a check without a threshold passes.
+``gate`` is a pure function of prediction tables and measurements. It returns every check of the
+task, because each is shown as an asset check; a check without a threshold passes.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from roma_core.evaluation.classification_metrics import (
 )
 from roma_core.evaluation.config import ServingChecks
 from roma_core.evaluation.metrics import LABELS, resample_sums
-from roma_core.evaluation.predictions import PredictionTable
+from roma_core.evaluation.predictions import PredictionTable, RegressionTable
+from roma_core.evaluation.regression_metrics import regression_samples
 from roma_core.files import read_json, write_json
 from roma_core.job import JobFolder
 from roma_core.settings import Frozen
-from roma_core.trainer.defaults import PrimaryMetric
 from roma_pipelines.registry.runs import JOB_KEY_TAG, checked_name
 
 if TYPE_CHECKING:
@@ -35,23 +35,32 @@ if TYPE_CHECKING:
 GATE_TAG = "roma.gate"
 SPLIT_TAG = "roma.test_split"
 MAX_SERVING_DIFFERENCE = 1e-5
-"""Largest difference of a probability between the trained model and the served package."""
+"""Largest difference of a probability between the trained model and the served package, or of a target
+in its standard deviations."""
 
 CHECKS = {
     "comparable": "The champion loads, and both models were evaluated on the same series.",
     "not_worse_than_champion": "Paired bootstrap of the primary metric on the same series.",
     "class_floor": "Recall of every class, absolute and compared with the champion's.",
-    "better_than_guessing": "Log loss is below that of the class fractions, or the primary metric above "
-    "that of predictions that do not depend on the series.",
+    "better_than_guessing": "The primary metric is above that of predictions that do not depend on the "
+    "series, or the log loss below that of the class fractions.",
     "primary_metric": "Primary metric against its threshold.",
     "calibration": "Expected calibration error against its threshold.",
     "golden_rows": "The package reproduces its golden rows in a process without this project.",
-    "serving_parity": "The package returns the probabilities of the report.",
+    "serving_parity": "The package returns the predictions of the report.",
     "latency": "Time of a single series, absolute and compared with the champion's.",
     "size": "Size of the package.",
     "no_leak": "No test series is, or was at training time, in train or validation.",
 }
 """Name -> description, in the order of the report."""
+_OF_CLASSES = ("class_floor", "calibration")
+CLASS_THRESHOLDS = ("min_class_recall", "max_recall_drop", "max_calibration_error")
+"""Fields of :class:`GateThresholds` that other tasks than classification do not have."""
+
+
+def checks_of(task: str) -> dict[str, str]:
+    """Those of ``CHECKS`` that a task has."""
+    return {n: t for n, t in CHECKS.items() if task == "classification" or n not in _OF_CLASSES}
 
 
 class GateThresholds(Frozen):
@@ -124,23 +133,24 @@ class GateDecision(Frozen):
         return "; ".join(c.explanation for c in shown)
 
 
+Table = PredictionTable | RegressionTable
+"""Predictions of a task."""
+
+
 def gate(
-    candidate: PredictionTable,
-    champion: PredictionTable | None,
+    candidate: Table,
+    champion: Table | None,
     measured: ServingChecks,
     thresholds: GateThresholds,
-    primary: PrimaryMetric = "accuracy",
+    primary: str = "accuracy",
 ) -> GateDecision:
     """Check a candidate, and compare it with the champion on the same series if there is one.
 
     ``champion`` is also None if ``measured.champion_problem`` says why it could not be evaluated;
     ``primary`` is defined on these series.
     """
-    metrics = evaluate(candidate, n_bootstrap=100)
     samples = _samples(candidate, primary, thresholds)
-    value_text = f"{LABELS[primary]} {samples[0]:.4f} on {metrics.n_series} series"
-    ece = metrics.calibration_error.value
-    ece_text = f"expected calibration error {ece:.4f}"
+    value_text = f"{LABELS[primary]} {samples[0]:.4f} on {len(candidate.ids)} series"
     difference, size_mb = measured.serving_difference, measured.size_mb
     parity_text = f"trained model and package differ by {difference:.1e}"
     size_text = f"the package has {size_mb:.2f} MB"
@@ -153,19 +163,26 @@ def gate(
     more = [f"and {len(measured.leaks) - 3} more"] if len(measured.leaks) > 3 else []
     no_leak = "no leakage was found that the data set's `leakage` refuses"
     leaks = "; ".join([*measured.leaks[:3], *more]) or no_leak
-    checks = (
+    checks = [
         *_compare(problem, gains, f"{len(candidate.ids)} series", primary, thresholds),
-        _class_floor(metrics, candidate, champion, thresholds),
         _better_than_guessing(candidate, samples, primary, thresholds),
         _limited("primary_metric", samples[0], value_text, at_least=thresholds.min_primary),
-        _limited("calibration", ece, ece_text, at_most=thresholds.max_calibration_error),
         golden_rows,
         _limited("serving_parity", difference, parity_text, at_most=MAX_SERVING_DIFFERENCE),
         latency,
         _limited("size", size_mb, size_text, at_most=thresholds.max_size_mb),
         _check("no_leak", not measured.leaks, leaks, value=len(measured.leaks), threshold=0),
-    )
-    return GateDecision(checks=checks)
+    ]
+    if isinstance(candidate, PredictionTable):
+        metrics = evaluate(candidate, n_bootstrap=100)
+        ece = metrics.calibration_error.value
+        ece_text = f"expected calibration error {ece:.4f}"
+        checks += [
+            _class_floor(metrics, candidate, champion, thresholds),
+            _limited("calibration", ece, ece_text, at_most=thresholds.max_calibration_error),
+        ]
+    order = list(CHECKS)
+    return GateDecision(checks=tuple(sorted(checks, key=lambda check: order.index(check.name))))
 
 
 def _check(name: str, passed: bool, explanation: str, **numbers: float) -> GateCheck:
@@ -190,19 +207,21 @@ def _limited(
     return _check(name, passed, text, value=value, threshold=threshold)
 
 
-def _samples(
-    table: PredictionTable, primary: PrimaryMetric, thresholds: GateThresholds
-) -> NDArray[np.float64]:
+def _samples(table: Table, primary: str, thresholds: GateThresholds) -> NDArray[np.float64]:
     """The primary metric of all series, then of each resample; equal series for every table."""
-    ranks = primary in ("auroc", "average_precision")
-    how = (table, thresholds.n_bootstrap, thresholds.seed)
-    return metric_samples(*how, ranks=ranks)[primary]
+    how = (thresholds.n_bootstrap, thresholds.seed)
+    if isinstance(table, RegressionTable):
+        return regression_samples(table, *how).r2
+    return metric_samples(table, *how, ranks=primary in ("auroc", "average_precision"))[primary]
 
 
-def _in_order_of(
-    candidate: PredictionTable, champion: PredictionTable
-) -> tuple[str | None, PredictionTable | None]:
+def _in_order_of(candidate: Table, champion: Table) -> tuple[str | None, Table | None]:
     """Why the two cannot be compared, or the champion's table in the candidate's order."""
+    if isinstance(candidate, RegressionTable) or isinstance(champion, RegressionTable):
+        if not (isinstance(champion, RegressionTable) and isinstance(candidate, RegressionTable)):
+            return "one is a regressor, the other a classifier", None
+        problem = candidate.differs_from(champion)
+        return problem, None if problem else champion
     if candidate.classes != champion.classes:
         return f"classes {candidate.classes} against the champion's {champion.classes}", None
     row_of = {one: row for row, one in enumerate(champion.ids)}
@@ -226,7 +245,7 @@ def _compare(
     problem: str | None,
     gains: NDArray[np.float64] | None,
     series: str,
-    primary: PrimaryMetric,
+    primary: str,
     thresholds: GateThresholds,
 ) -> tuple[GateCheck, GateCheck]:
     """The checks ``comparable`` and ``not_worse_than_champion``."""
@@ -256,7 +275,7 @@ def _compare(
 def _class_floor(
     metrics: ClassificationMetrics,
     candidate: PredictionTable,
-    champion: PredictionTable | None,
+    champion: Table | None,
     thresholds: GateThresholds,
 ) -> GateCheck:
     worst, of_class = min((c.recall, c.name) for c in metrics.per_class if c.recall is not None)
@@ -266,7 +285,7 @@ def _class_floor(
         check = _check("class_floor", True, text, value=worst)
     else:
         check = _limited("class_floor", worst, text, at_least=thresholds.min_class_recall)
-    if allowed is None or champion is None:
+    if allowed is None or not isinstance(champion, PredictionTable):
         return check
     drops, gain = [], candidate.correct.astype(np.float64) - champion.correct
     for k, name in enumerate(candidate.classes):
@@ -285,31 +304,36 @@ def _class_floor(
 
 
 def _better_than_guessing(
-    candidate: PredictionTable,
-    samples: NDArray[np.float64],
-    primary: PrimaryMetric,
-    thresholds: GateThresholds,
+    candidate: Table, samples: NDArray[np.float64], primary: str, thresholds: GateThresholds
 ) -> GateCheck:
     """Rejects a model of shuffled labels even without a champion and without thresholds.
 
     A useful model of a rare class may be right no more often than one that never predicts it; its
     probabilities still have a lower log loss than the fractions of the classes, or at least rank the
-    series.
+    series. A constant prediction of targets, be it their mean, has an R² of at most 0.
     """
-    confidence, n = 0.999, len(candidate.labels)
+    name, confidence = "better_than_guessing", 0.999
+    low = float(np.nanquantile(samples[1:], 1 - confidence))
+    if isinstance(candidate, RegressionTable):
+        text = (
+            f"{LABELS[primary]} is at least {low:+.4f} with {confidence:.1%} confidence, and must be above "
+            f"0, that of always predicting the mean"
+        )
+        return _check(name, low > 0, text, value=low, threshold=0.0)
+    n = len(candidate.labels)
     fractions = np.bincount(candidate.labels, minlength=len(candidate.classes)) / n
     predicted = candidate.probabilities[np.arange(n), candidate.labels]
     # the smallest probability that float32 tells from 0 bounds the loss of a single series
     loss = np.log(fractions[candidate.labels]) - np.log(np.maximum(predicted, 1e-7))
     high = _bootstrap_bound(loss, confidence, thresholds)
-    low, guessed = float(np.nanquantile(samples[1:], 1 - confidence)), chance(candidate, primary)
+    guessed = chance(candidate, primary)
     text = (
         f"log loss minus that of always predicting the fractions of the classes is at most "
         f"{high:+.4f} with {confidence:.1%} confidence, and must be below 0, unless {LABELS[primary]} (at "
         f"least {low:.4f}) is above that of predictions that do not depend on the series ({guessed:.4f})"
     )
     passed = high < 0 or low > guessed
-    return _check("better_than_guessing", passed, text, value=high, threshold=0.0)
+    return _check(name, passed, text, value=high, threshold=0.0)
 
 
 def _smoke_test(measured: ServingChecks, thresholds: GateThresholds) -> tuple[GateCheck, GateCheck]:
@@ -344,17 +368,17 @@ def decide(folder: JobFolder, thresholds: GateThresholds) -> GateDecision:
     result = folder.read_result()
     if result is None:
         raise ValueError(f"the evaluation in {folder.path} has no result; materialise it again")
+    metrics = read_json(folder.path / result.outputs["metrics"])
+    is_regression = metrics.get("task") == "regression"
+    table_class = RegressionTable if is_regression else PredictionTable
     tables = {
-        name: PredictionTable.load(folder.path / result.outputs[name])
+        name: table_class.load(folder.path / result.outputs[name])
         for name in ("predictions", "champion_predictions")
         if name in result.outputs
     }
     measured = ServingChecks.load(folder.path / result.outputs["serving_checks"])
-    metrics = ClassificationMetrics.model_validate(
-        read_json(folder.path / result.outputs["metrics"])
-    )
     pair = tables["predictions"], tables.get("champion_predictions")
-    decision = gate(*pair, measured, thresholds, metrics.primary_metric)
+    decision = gate(*pair, measured, thresholds, metrics.get("primary_metric", "accuracy"))
     write_json(folder.outputs / "gate.json", decision.model_dump(mode="json"))
     return decision
 

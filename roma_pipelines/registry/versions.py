@@ -175,11 +175,15 @@ def _log_model(
         constraints.write_text("\n".join(locked()) + "\n")
         package = Path(folder) / "package"  # MLflow stores an artifact under its folder's name
         shutil.copytree(package_folder, package)
+        about = read_json(package / "package.json")
         mlflow.pyfunc.log_model(
             name=logged.name,
             model_id=logged.model_id,
             python_model=str(MODEL_CODE),
-            model_config={"kind": read_json(package / "package.json")["kind"]},
+            model_config={
+                "kind": about["kind"],
+                "per_observation": about.get("per_observation", False),
+            },
             artifacts={"package": str(package)},
             pip_requirements=[*requirements(), f"-c {constraints}"],
         )

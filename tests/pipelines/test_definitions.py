@@ -178,6 +178,25 @@ def test_a_wrong_setting_is_refused_by_its_name_when_definitions_load(path):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("section", "value", "message"),
+    [
+        ("gate", {"min_class_recall": 0.5}, "gate.min_class_recall: is for classes"),
+        (
+            "baselines",
+            [{"name": "a", "accuracy": 0.5, "source": "b"}],
+            "baselines: is for classes, and the task is regression",
+        ),
+        ("primary_metric", "auroc", "primary_metric: auroc is a metric of classes"),
+    ],
+)
+def test_settings_of_classes_are_refused_for_a_regression(section, value, message):
+    attributes = changed(("task",), "regression") | {"gate": {}, "baselines": [], section: value}
+
+    with pytest.raises(ValueError, match=message):
+        RomaExperiment.parse(attributes)
+
+
 def test_all_mistakes_are_told_at_once():
     attributes = changed(("gate", "min_primry"), 0.9)
     attributes["dataset"]["drop_rat"] = 0.3

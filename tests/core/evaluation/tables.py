@@ -9,7 +9,7 @@ TIME = (PositionAxis(name="time", unit="s"),)
 TARGETS = (Channel(name="depth", unit="m"), Channel(name="heat", unit="K"))
 
 
-def regression_table(errors, lengths, true=None):
+def regression_table(errors, lengths, true=None, **changes):
     """A table with these ``(T, 2)`` errors, of series of these lengths."""
     errors = np.array(errors, dtype=float)
     true = np.arange(errors.size, dtype=float).reshape(errors.shape) if true is None else true
@@ -22,6 +22,9 @@ def regression_table(errors, lengths, true=None):
         channels=TARGETS,
         true=true,
         predicted=true + errors,
+        scale=np.array([1.0, 2.0]),
+        lengths=np.array(lengths),
+        **changes,
     )
 
 

@@ -15,9 +15,11 @@ from click.testing import CliRunner
 
 from roma_core.cli import main
 from roma_core.data import DatasetConfig, StoredDataset, build_dataset
+from roma_core.data.store import raw_series
 from roma_core.evaluation.config import EvaluationJobConfig
 from roma_core.evaluation.drift import reference_profile
-from roma_core.evaluation.job import NOT_PACKAGED, write_package
+from roma_core.evaluation.packaging import write_package
+from roma_core.evaluation.predictions import RegressionTable
 from roma_core.files import read_json, write_json
 from roma_core.model import (
     EncoderConfig,
@@ -27,6 +29,7 @@ from roma_core.model import (
     RoMAForPreTrainingConfig,
 )
 from roma_core.serving.package import MAX_LENGTH, verify_package
+from roma_core.serving.pyfunc_model import open_package
 from roma_core.trainer.job import data_fields
 from tests.core.cli.test_cli import roma
 from tests.core.hand_made import built, series
@@ -234,19 +237,9 @@ def test_the_commands_end_with_errors_in_the_units_of_the_targets(places):
     roma("finetune", "--data", data, "--run-dir", root / "fine", *settings)
     weights = root / "fine/outputs/model"
 
-    said = roma(
-        "evaluate",
-        "--data",
-        data,
-        "--weights",
-        weights,
-        "--run-dir",
-        root / "eval",
-        "--name",
-        "places",
-    )
+    call = ["evaluate", "--data", data, "--weights", weights, "--run-dir", root / "eval"]
+    roma(*call, "--name", "places")
 
-    assert NOT_PACKAGED in said and not (root / "eval/outputs/package").exists()
     metrics = read_json(root / "eval/outputs/metrics.json")
     rows = pq.read_table(root / "eval/outputs/predictions.parquet")
     dataset = StoredDataset(data)
@@ -261,10 +254,48 @@ def test_the_commands_end_with_errors_in_the_units_of_the_targets(places):
         metrics["mse"]["low"] < metrics["mse"]["value"] < metrics["mse"]["high"] < 0.5 * true.var()
     )
     assert read_json(root / "eval/result.json")["metrics"]["mse"] == metrics["mse"]["value"]
+    assert metrics["primary_metric"] == "r2" and metrics["r2"]["low"] > 0.5
     report = (root / "eval/outputs/report.html").read_text()
-    for shown in ("Evaluation of places", "true_place", "Error against position", NOT_PACKAGED):
+    for shown in ("Evaluation of places", "true_place", "Error against position", "residuals"):
         assert shown in report
     assert report.count("data:image/png;base64") == 3
+    package = open_package(root / "eval/outputs/package")
+    (answer,) = package.predict(raw_series(test, [0]))
+    predicted = rows["predicted_true_place"].to_numpy()[:10]
+    assert answer.values["true_place"] == pytest.approx(predicted, abs=1e-4)
+
+
+def test_a_regressor_of_series_is_packaged_with_its_spread(tmp_path):
+    """Of new weights: the numbers are those of no model, but of all the code."""
+    source = {"kind": "synthetic", "process": "damped", "n_series": 60}
+    config = DatasetConfig(name="waves", source=source)
+    data = build_dataset(config, tmp_path, tmp_path, progress=False)
+    dataset = StoredDataset(data)
+    fields = data_fields(dataset.schema) | {
+        "encoder_config": {"d_model": 8, "nhead": 1, "depth": 1}
+    }
+    fields |= {"dim_output": 2, "problem_type": "regression", "predict_variance": True}
+    scales = [(target.mean, target.std) for target in dataset.schema.targets]
+    model = RoMAForClassification(RoMAForClassificationConfig(**fields, target_scales=scales))
+    model.save_pretrained(tmp_path / "weights")
+    out = tmp_path / "eval" / "outputs"
+
+    roma("evaluate", "--data", data, "--weights", tmp_path / "weights", "--run-dir", out.parent)
+
+    table, test = RegressionTable.load(out / "predictions.parquet"), dataset.split("test")
+    assert table.ids == [dataset.ids[i] for i in test.indices] and table.positions is None
+    assert table.true == pytest.approx(dataset.series_targets[test.indices])
+    checks = read_json(out / "serving_checks.json")
+    assert checks["serving_difference"] < 1e-5 and checks["smoke_test"]["latency_ms"] > 0
+    answers = open_package(out / "package").predict(raw_series(test, range(len(test))))
+    served = [[a.values["decay"], a.std["decay"]] for a in answers]
+    expected = np.stack([table.predicted[:, 1], table.std[:, 1]], axis=1)
+    assert np.array(served) == pytest.approx(expected, rel=1e-4)
+    metrics = read_json(out / "metrics.json")
+    assert 0 < metrics["coverage_95"]["value"] <= 1 and metrics["by_position"] == []
+    assert not (out / "plots" / "by_position.png").exists()
+    card = (out / "package" / "MODEL_CARD.md").read_text()
+    assert "finetuned on targets of whole series" in card and "| decay | s |" in card
 
 
 def test_what_cannot_be_evaluated_is_explained(places, tmp_path):
@@ -277,15 +308,15 @@ def test_what_cannot_be_evaluated_is_explained(places, tmp_path):
         "problem_type": "regression",
     }
     for wrong, message in (
-        ({"dim_output": 1}, "set pooling=token|train with pooling=token"),
-        ({"dim_output": 2, "pooling": "token"}, "has 1 targets"),
+        ({"dim_output": 1}, "predicts 1 values of every series (pooling=cls)"),
+        ({"dim_output": 2, "pooling": "token"}, "has 1 targets of every observation"),
     ):
         model = RoMAForClassification(RoMAForClassificationConfig(**shape, **wrong))
         weights = tmp_path / f"w{wrong['dim_output']}"
         model.save_pretrained(weights)
         out = tmp_path / f"e{wrong['dim_output']}"
         said = roma("evaluate", "--data", data, "--weights", weights, "--run-dir", out, ok=False)
-        assert any(part in said for part in message.split("|")) and "Traceback" not in said
+        assert message in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(

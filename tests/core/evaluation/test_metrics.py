@@ -22,7 +22,11 @@ from roma_core.evaluation.reconstruction import (
     noise_error,
     reconstruction_errors,
 )
-from roma_core.evaluation.regression_metrics import ReconstructionMetrics, evaluate_regression
+from roma_core.evaluation.regression_metrics import (
+    ReconstructionMetrics,
+    compare_regressions,
+    evaluate_regression,
+)
 from roma_core.evaluation.report import ReportContent, render_report
 from roma_core.trainer.defaults import PrimaryMetric
 from roma_core.trainer.evaluator import score
@@ -281,6 +285,10 @@ def test_metrics_are_means_over_values_whatever_the_series_they_are_in():
     assert (depth.name, depth.unit, heat.unit) == ("depth", "m", "K")
     assert depth.mse.value == pytest.approx(2) and heat.mse.value == pytest.approx(16 / 3)
     assert depth.r2.value == pytest.approx(1 - 2 / np.var([0, 2, 4]))
+    assert metrics.primary == metrics.r2
+    assert metrics.r2.value == pytest.approx((depth.r2.value + heat.r2.value) / 2)
+    assert heat.nrmse.value == pytest.approx(np.sqrt(16 / 3) / 2), "its deviation in train is 2"
+    assert metrics.nrmse.value == pytest.approx(np.sqrt((2 + 16 / 3 / 4) / 2))
     assert [(one.first, one.count) for one in metrics.by_position] == [(0, 2), (1, 1)]
     assert metrics.by_position[1].rmse == (2, 4)
     assert metrics.n_series == 2 and metrics.n_observations == 3
@@ -303,6 +311,27 @@ def test_a_target_that_never_changes_has_no_r2():
     metrics = evaluate_regression(regression_table([[1, 1]] * 4, [2, 2], true=np.ones((4, 2))))
 
     assert [one.r2 for one in metrics.per_target] == [None, None]
+    assert metrics.r2 is None
+
+    one = regression_table([[0.1, 0]] * 3, [1] * 3, true=np.array([[0.3, 7], [0.7, 7], [0.1, 7]]))
+    found = evaluate_regression(one)  # many resamples repeat a single series
+    assert found.per_target[1].r2 is None and found.r2 == found.per_target[0].r2
+    assert -3 < found.r2.low < found.r2.value < 1
+
+
+def test_a_predicted_spread_is_reported_with_its_coverage_and_models_are_compared_in_pairs():
+    random = np.random.default_rng(0)
+    own = random.normal(size=(200, 2))
+    better = regression_table(own, [1] * 200, std=np.ones((200, 2)))
+    worse = replace(better, predicted=better.predicted + random.normal(size=(200, 2)))
+
+    covered = evaluate_regression(better).coverage_95
+    assert covered.value == pytest.approx(0.95, abs=0.03) and covered.low < 0.95 < covered.high
+    changes = {change.name: change for change in compare_regressions(better, worse)}
+    assert list(changes) == ["R²", "normalised RMSE", "R² of depth", "R² of heat"]
+    assert changes["R²"].difference.low > 0 > changes["normalised RMSE"].difference.high
+    with pytest.raises(ValueError, match="other series"):
+        compare_regressions(better, replace(worse, ids=worse.ids[::-1]))
 
 
 def test_errors_are_means_over_values_and_by_hand():

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -63,7 +65,9 @@ def test_another_file_is_refused(tmp_path):
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"id": ["a"]}), path)
-    with pytest.raises(ValueError, match="no table of predictions of schema_version 1"):
+    with pytest.raises(
+        ValueError, match="no table of predictions with classes, of schema_version 1"
+    ):
         PredictionTable.load(path)
 
 
@@ -72,9 +76,27 @@ def test_a_table_that_does_not_fit_together_is_refused_by_what_is_wrong():
         RegressionTable(
             ids=["a"], series=np.zeros(3, np.int64), axes=TIME, positions=np.zeros((2, 1)),
             channels=TARGETS, true=np.zeros((3, 2)), predicted=np.zeros((3, 2)),
+            scale=np.ones(2), lengths=np.array([3]),
         )  # fmt: skip
     with pytest.raises(ValueError, match=r"first is of series 's1': \[nan"):
         regression_table([[0, 0], [0, 0], [np.nan, 0]], [2, 1])
+
+
+@pytest.mark.parametrize("of_series", [False, True])
+def test_a_table_of_targets_is_read_back(tmp_path, of_series):
+    table = regression_table(np.eye(3, 2), [2, 1], std=np.ones((3, 2)))
+    if of_series:
+        fields = {"axes": (), "positions": None, "lengths": np.array([4, 5, 6])}
+        table = replace(table, **fields, ids=["a", "b", "c"], series=np.arange(3))
+    table.save(tmp_path / "table.parquet")
+
+    found = RegressionTable.load(tmp_path / "table.parquet")
+
+    assert table.differs_from(found) is None and found.channels == table.channels
+    for name in ("lengths", "scale", "predicted", "std", "positions"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(table, name))
+    other = replace(found, true=found.true + np.array([[1], [0], [0]]))
+    assert table.differs_from(other) == "1 rows have other true targets in either table"
 
 
 def test_missing_observations_are_a_share_of_what_the_usual_pace_would_give():

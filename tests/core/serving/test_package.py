@@ -12,7 +12,7 @@ import pytest
 import torch
 from jsonschema import Draft202012Validator, ValidationError
 
-from roma_core.schema import ChannelNormalisation, DataSchema, Normaliser, PositionAxis
+from roma_core.schema import ChannelNormalisation, DataSchema, Normaliser, PositionAxis, Target
 from roma_core.serving import pyfunc_model
 from roma_core.serving.package import SmokeTestFailed, smoke_test_package, verify_package
 from roma_core.serving.pyfunc_model import (
@@ -71,6 +71,46 @@ def test_ragged_series_come_out_in_order_and_as_if_alone(classifier):
         assert list(prediction.probabilities.values()) == pytest.approx(expected, abs=1e-6)
         assert prediction.label == toy.CLASSES[expected.argmax()]
         assert sum(prediction.probabilities.values()) == pytest.approx(1, abs=1e-12)
+
+
+DEPTHS = (
+    Target(name="depth", unit="m", mean=100.0, std=10.0),
+    Target(name="heat", unit="K"),
+)
+
+
+@pytest.mark.parametrize("level", ["series", "observation"])
+def test_a_regressor_answers_in_the_units_of_its_targets(tmp_path, level):
+    fields = {"targets": DEPTHS, "target_level": level, "missing_values": True, "classes": ()}
+    schema = toy.SCHEMA.model_copy(update=fields)
+    module = toy.ToyOfTargets(level == "observation")
+    options = {"schema": schema, "kind": "regressor", "n_outputs": 4}
+    toy.build_toy(tmp_path / "toy", module, **options)
+    package = open_package(tmp_path / "toy")
+    rows = [given(n, seed=n) for n in (7, 1, 20)]
+    nothing = [None, *rows[0].values["flux"][1:]], [None, *rows[0].values["ratio"][1:]]
+    gap = given(7, seed=7, values=dict(zip(("flux", "ratio"), nothing, strict=True)))
+
+    answers = package.predict([*rows, gap])
+
+    tokens = [torch.from_numpy(array)[None] for array in package._tokens(rows[0], "")[:2]]
+    with torch.no_grad():
+        first = module(*tokens, torch.ones(1, 7, dtype=torch.bool))[0].double().numpy()
+    for k, target in enumerate(DEPTHS):
+        assert answers[0].values[target.name] == pytest.approx(first[..., k], abs=1e-5)
+        assert answers[0].std[target.name] == pytest.approx(first[..., 2 + k], abs=1e-5)
+    assert package.scale.tolist() == [10.0, 1.0, 10.0, 1.0]
+    document = json.loads((tmp_path / "toy/series.schema.json").read_text())
+    name = type(answers[0]).__name__
+    validator = Draft202012Validator({"$defs": document["$defs"], "$ref": f"#/$defs/{name}"})
+    for answer in answers:
+        validator.validate(answer.model_dump(exclude_none=level == "series"))
+    if level == "observation":
+        assert [len(answer.values["depth"]) for answer in answers] == [7, 1, 20, 7]
+        assert answers[3].values["depth"][0] is None
+        assert answers[3].values["heat"][1:] == pytest.approx(answers[0].values["heat"][1:])
+    with pytest.raises(ValueError, match="expected outputs for 2 targets, got 3"):
+        toy.build_toy(tmp_path / "three", module, **options | {"n_outputs": 3})
 
 
 def test_the_order_of_observations_and_a_shift_of_an_anchored_axis_do_not_matter(classifier):
@@ -185,6 +225,14 @@ def test_a_changed_or_missing_file_is_refused_before_anything_is_deserialised(
             (copy / name).write_bytes(content)
         with pytest.raises(PackageError, match=name):
             verify_package(copy)
+
+
+def test_a_classifier_of_before_there_were_regressors_still_predicts(package, tmp_path):
+    shutil.copytree(package, tmp_path / "older")
+    about = json.loads((package / "package.json").read_text())
+    assert about.pop("per_observation") is False
+    (tmp_path / "older" / "package.json").write_text(json.dumps(about))
+    assert Package(tmp_path / "older").check_golden(package / "golden.jsonl") < 1e-6
 
 
 def test_an_added_file_and_another_version_are_refused(package, tmp_path):

@@ -56,7 +56,22 @@ def series(n, seed=0, **changes):
     return Series(**{**content, **changes})
 
 
-def build_toy(folder, module=None, **options):
+class ToyOfTargets(Toy):
+    """Two targets and their deviations in units: of the series, or of every observation."""
+
+    def __init__(self, per_observation):
+        super().__init__()
+        self.per_observation = per_observation
+        self.head = torch.nn.Linear(8, 4)
+
+    def forward(self, values, positions, valid):
+        if not self.per_observation:
+            return super().forward(values, positions, valid)
+        tokens = torch.nan_to_num(torch.cat([values, positions], dim=-1))
+        return self.head(torch.tanh(self.token(tokens)))
+
+
+def build_toy(folder, module=None, schema=SCHEMA, **options):
     """Write a package of the toy; returns the sha256 of its manifest."""
     module = module or Toy()
     weights = folder.parent / f"{folder.name}.safetensors"
@@ -66,5 +81,5 @@ def build_toy(folder, module=None, **options):
     card = "# toy\n\nA *small* model."
     arguments = {"name": "toy", "card": card, "max_length": 50, "max_batch_tokens": 40, **options}
     return build_package(
-        folder, exported(module), weights, {"d_model": 8}, SCHEMA, golden, facts, **arguments
+        folder, exported(module), weights, {"d_model": 8}, schema, golden, facts, **arguments
     )

@@ -5,10 +5,11 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from roma_core.evaluation.config import ServingChecks
-from roma_core.evaluation.predictions import PredictionTable
+from roma_core.evaluation.predictions import PredictionTable, RegressionTable
+from roma_core.schema import Channel
 from roma_core.serving.package import SmokeTest
 from roma_pipelines.registry import gate as gates
-from roma_pipelines.registry.gate import CHECKS, GateDecision, GateThresholds
+from roma_pipelines.registry.gate import CHECKS, GateDecision, GateThresholds, checks_of
 
 N, K = 370, 5
 TRIAL = SmokeTest(load_s=0.5, latency_ms=2.0, golden_difference=1e-7)
@@ -231,6 +232,46 @@ def test_shuffled_labels_are_refused_by_every_primary_metric(primary):
         shuffled = replace(sure, labels=rng.permutation(sure.labels))
         refused += not gate(shuffled, None, thresholds, primary).passed
     assert refused == 100
+
+
+def of_targets(rng, noise, ids=None, n=80):
+    """Predictions of two targets, one of them constant, with errors of this size."""
+    true = np.stack([np.random.default_rng(0).normal(size=n), np.ones(n)], axis=1)
+    return RegressionTable(
+        ids=[f"s{k}" for k in range(n)] if ids is None else ids,
+        series=np.arange(n),
+        channels=(Channel(name="depth", unit="m"), Channel(name="heat", unit="K")),
+        true=true,
+        predicted=true + noise * rng.normal(size=(n, 2)),
+        scale=np.ones(2),
+        lengths=np.ones(n, np.int64),
+    )
+
+
+def test_a_regressor_is_promoted_when_it_should_be_and_refused_with_shuffled_targets():
+    rng, thresholds = np.random.default_rng(11), GateThresholds(n_bootstrap=1000)
+    good = of_targets(rng, 0.3)
+    decision = gate(good, None, GateThresholds(min_primary=0.7), "r2")
+    assert decision.passed, decision.reasons()
+    assert [check.name for check in decision.checks] == list(checks_of("regression"))
+    assert not {"class_floor", "calibration"} & set(checks_of("regression"))
+    refused = 0
+    for _ in range(100):
+        # of shuffled targets a model learns their mean, and some noise
+        shuffled = replace(good, predicted=0.2 * rng.permutation(good.predicted))
+        refused += not gate(shuffled, None, thresholds, "r2").passed
+    assert refused == 100
+
+    def compared(candidate, champion):
+        decision = gate(candidate, champion, GateThresholds(), "r2")
+        return {check.name for check in decision.checks if not check.passed}
+
+    assert compared(good, of_targets(rng, 0.4)) == set()
+    assert compared(of_targets(rng, 0.6), good) == {"not_worse_than_champion"}
+    other = replace(good, ids=[f"t{k}" for k in range(80)])
+    assert compared(good, other) == {"comparable", "not_worse_than_champion"}
+    by_class = table(np.ones(N, bool))
+    assert compared(good, by_class) == {"comparable", "not_worse_than_champion"}
 
 
 def test_the_bound_of_auroc_is_the_one_of_a_paired_bootstrap_written_as_a_loop():
