@@ -232,11 +232,22 @@ class Experiment(Frozen):
             raise ValueError(
                 f"{of_classes[0]}: is for classes, and the task is {self.task}; remove it"
             )
-        if self.task == "interpolation":
+        if self.task == "interpolation" and self.predictions is not None:
             raise ValueError(
-                "task: an autoencoder cannot be registered yet; train it with `roma pretrain`, and evaluate "
-                "it with `roma evaluate --autoencoder`"
+                "predictions: an autoencoder predicts at the queries of a request, which a file of series "
+                "does not have; remove it, and ask the served model"
             )
+        if self.task == "interpolation" and self.pretrained_from is not None:
+            raise ValueError(
+                "pretrained_from: an interpolation registers the model that it pretrains; remove it"
+            )
+        model = self.pretraining.model
+        for name, wrong in {"normalize_targets": True, "pos_encoding": "absolute"}.items():
+            if self.task == "interpolation" and model.get(name) == wrong:
+                raise ValueError(
+                    f"pretraining.model.{name}: {wrong}: such a model cannot predict values at other "
+                    f"positions in the units of the data, which an interpolation serves; remove it"
+                )
         return self
 
     @model_validator(mode="after")

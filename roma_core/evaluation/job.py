@@ -8,7 +8,7 @@ outputs/champion_predictions.parquet, encoder_package/    of a classifier or a r
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from roma_core.evaluation.packaging import (
     N_PARITY,
     NotComparable,
     evenly_spaced,
+    interpolate_packaged,
     predict_packaged,
     serving_difference,
     shared_fields,
@@ -62,6 +63,7 @@ from roma_core.evaluation.regression_metrics import (
     RegressionMetrics,
     compare_regressions,
     evaluate_regression,
+    r2_samples,
 )
 from roma_core.files import read_json, write_bytes, write_json
 from roma_core.job import Attempt, JobFolder
@@ -70,7 +72,7 @@ from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.run_job import Work
 from roma_core.serving.package import size_mb
-from roma_core.serving.pyfunc_model import Series, open_package
+from roma_core.serving.pyfunc_model import Series
 from roma_core.trainer.dataloader import Collate
 from roma_core.trainer.evaluator import classify
 from roma_core.trainer.job import open_dataset
@@ -230,16 +232,10 @@ class _Evaluator:
         metrics = self._metrics(table)
         self.step(**{metrics.primary_metric: metrics.primary.value})
 
-        changes: tuple[Change, ...] = ()
-        problem = config.champion_problem
-        if config.champion is not None:
-            try:
-                found = predict_packaged(Path(config.champion), test, table_class)
-                found.save(out / "champion_predictions.parquet")
-                changes, problem = compare(table, found), None
-            except NotComparable as error:
-                problem = f"champion version {config.champion_version}: {error}"
-
+        changes, problem = self._against_champion(
+            lambda folder: predict_packaged(folder, test, table_class),
+            lambda found: compare(table, found),
+        )
         figures, profile = self._figures(table, metrics), None
         if (encoder := self.autoencoder) is not None:
             if isinstance(table, PredictionTable):
@@ -292,6 +288,20 @@ class _Evaluator:
             serving_checks=checks,
         )
         return metrics
+
+    def _against_champion(
+        self, predict: Callable[[Path], Any], compare: Callable[[Any], tuple[Change, ...]]
+    ) -> tuple[tuple[Change, ...], str | None]:
+        """Save the champion's predictions; changes of the metrics, or why there are none."""
+        config = self.config
+        if config.champion is None:
+            return (), config.champion_problem
+        try:
+            found = predict(Path(config.champion))
+        except NotComparable as error:
+            return (), f"champion version {config.champion_version}: {error}"
+        found.save(self.out / "champion_predictions.parquet")
+        return compare(found), None
 
     def _metrics(self, table: PredictionTable | RegressionTable) -> report.AnyMetrics:
         """Metrics of the test split; ValueError if the primary one is undefined."""
@@ -361,14 +371,19 @@ class _Evaluator:
         table.save(self.out / "predictions.parquet")
         self.step()
         metrics = evaluate_reconstruction(table, test)
+        ours, n_series = r2_samples(table), metrics.n_series
+        changes, problem = self._against_champion(
+            lambda folder: interpolate_packaged(folder, table, test),
+            lambda found: (Change.of("R²", ours, r2_samples(found), n_series),),
+        )
         checks = None
         if model.sinusoidal is None:
-            checks = self._package_autoencoder(model, table)
+            checks = self._package_autoencoder(model, table, problem)
         for n in config.n_observed:
             fewer = reconstruct(model, test, mask_all_but(n, config.seed), config.batch_size)
             errors = reconstruction_errors(fewer) | reconstruction_errors(fewer, "clean")
             metrics.overall.update({f"{key}_observed_{n}": e for key, e in errors.items()})
-        self.step(mse=metrics.overall["mse"].value)
+        self.step(r2=metrics.primary.value)
 
         figures = {"reconstructions": plots.reconstruction_examples(examples_of(table, test))}
         if len(metrics.groups) in _CLASSES_DRAWN:
@@ -384,18 +399,19 @@ class _Evaluator:
             facts=(facts_of(model, self.dataset, config.seed), *config.facts),
             serving_checks=checks,
             not_packaged="" if checks else NO_QUERIES,
+            changes=changes,
+            champion_problem=problem if checks is None else checks.champion_problem,
         )
         return metrics
 
     def _package_autoencoder(
-        self, model: RoMAForPreTraining, table: ReconstructionTable
+        self, model: RoMAForPreTraining, table: ReconstructionTable, champion_problem: str | None
     ) -> ServingChecks:
         """Write the package that answers queries, and compare its answers with the model's."""
         series = np.unique(table.series)
         few = table.select(np.isin(table.series, series[:: -(-len(series) // N_PARITY)]))
-        asked = list(requests(few, self.test))
         by_length = sorted(
-            (request for _, request in asked),
+            (request for _, request in requests(few, self.test)),
             key=lambda one: len(next(iter(one["positions"].values()))),
         )
         package = self.out / "package"
@@ -408,13 +424,10 @@ class _Evaluator:
             golden=[Series(**one) for one in evenly_spaced(by_length)],
         )
         model.to(self.device)
-        answers = open_package(package).predict(request for _, request in asked)
-        served = np.concatenate(
-            [np.array(list(answer.mean.values()), np.float64).T for answer in answers]
-        )
+        served = interpolate_packaged(package, few, self.test).predicted
         spread = np.nanstd(table.true.astype(np.float64), axis=0)
-        differences = (served - few.predicted) / np.where(spread > 0, spread, 1)
-        return self._check_serving(package, float(np.nanmax(np.abs(differences))), None)
+        differences = np.abs(served - few.predicted) / np.where(spread > 0, spread, 1)
+        return self._check_serving(package, float(np.nanmax(differences)), champion_problem)
 
 
 def _check_outputs(model: RoMAForClassification, dataset: StoredDataset) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,13 @@ from roma_core.data.store import Subset, raw_series
 from roma_core.evaluation import report
 from roma_core.evaluation.config import EvaluationJobConfig
 from roma_core.evaluation.drift import ReferenceProfile
-from roma_core.evaluation.predictions import Floats, PredictionTable, RegressionTable
+from roma_core.evaluation.predictions import (
+    Floats,
+    PredictionTable,
+    ReconstructionTable,
+    RegressionTable,
+)
+from roma_core.evaluation.reconstruction import requests, with_squared
 from roma_core.model.config import read_config
 from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
@@ -23,7 +30,7 @@ from roma_core.serving.package import (
     build_package,
     smoke_test_package,
 )
-from roma_core.serving.pyfunc_model import Series, open_package
+from roma_core.serving.pyfunc_model import Package, Series, open_package
 
 N_PARITY = 1000
 """Series compared between training and serving code, at most."""
@@ -42,12 +49,7 @@ def predict_packaged(
     Raises:
         NotComparable: it is damaged, or was made for another schema.
     """
-    try:
-        package = open_package(folder)
-    except Exception as error:  # a damaged file may raise anything
-        raise NotComparable(
-            f"the package does not load: {type(error).__name__}: {error}"
-        ) from error
+    package = _opened(folder)
     schema = test.dataset.schema
     is_regression = table_class is RegressionTable
     what, own, wanted = "classes", str(package.classes), str(list(schema.classes))
@@ -63,6 +65,36 @@ def predict_packaged(
     except Exception as error:
         raise NotComparable(f"it rejects these series: {error}") from error
     return table_class.of_split(test, outputs, {"package": str(folder)})
+
+
+def _opened(folder: Path) -> Package:
+    try:
+        return open_package(folder)
+    except Exception as error:  # a damaged file may raise anything
+        raise NotComparable(
+            f"the package does not load: {type(error).__name__}: {error}"
+        ) from error
+
+
+def interpolate_packaged(
+    folder: Path, table: ReconstructionTable, test: Subset
+) -> ReconstructionTable:
+    """The hidden values of a table, predicted by a served package from the visible ones.
+
+    Raises:
+        NotComparable: it is damaged, no autoencoder, or was made for another schema.
+    """
+    package = _opened(folder)
+    if package.kind != "autoencoder":
+        raise NotComparable(f"it is a package of kind {package.kind}, expected an autoencoder")
+    try:
+        answers = package.predict(series for _, series in requests(table, test))
+        columns = [[answer.mean[channel.name] for channel in table.channels] for answer in answers]
+    except Exception as error:
+        raise NotComparable(f"it rejects these series: {error}") from error
+    predicted = np.concatenate([np.array(one, np.float32).T for one in columns])
+    predicted[np.isnan(table.true)] = np.nan  # visible numbers of an observation with hidden ones
+    return with_squared(replace(table, predicted=predicted, std=None), test)
 
 
 def serving_difference(folder: Path, test: Subset, outputs: Floats) -> float:

@@ -349,6 +349,9 @@ class RegressionTable(_ObservationTable):
         )
 
 
+_SQUARED = ("squared_error", "squared_error_of_mean")  # columns of ReconstructionTable.squared
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ReconstructionTable(_ObservationTable):
     """T hidden observations, of all or some of N series; values are float32, as observed, with noise.
@@ -378,5 +381,36 @@ class ReconstructionTable(_ObservationTable):
 
     def save(self, path: Path) -> None:
         """Write a row per hidden observation, in one step."""
-        columns = self._columns({"observation": self.index}, "true", "predicted", "std", "clean")
+        own = {"observation": self.index}
+        if self.squared is not None:
+            own |= dict(zip(_SQUARED, self.squared.T, strict=True))
+        columns = self._columns(own, "true", "predicted", "std", "clean")
         self._write(path, columns, channels={c.name: c.unit for c in self.channels})
+
+    @classmethod
+    def load(cls, path: Path) -> ReconstructionTable:
+        """Read a table that ``save`` wrote, without ``std`` and ``clean``; raises as the others."""
+        table, header = cls._read(path, "channels")
+        names, channels = table["id"].to_pylist(), header["channels"]
+        row_of = {name: k for k, name in enumerate(dict.fromkeys(names))}
+
+        def stacked(*columns: str) -> Any:
+            return np.column_stack([table[column].to_numpy() for column in columns])
+
+        return cls(
+            ids=list(row_of),
+            series=np.array([row_of[name] for name in names]),
+            channels=tuple(Channel(name=name, unit=unit) for name, unit in channels.items()),
+            index=table["observation"].to_numpy(),
+            true=stacked(*(f"true_{name}" for name in channels)),
+            predicted=stacked(*(f"predicted_{name}" for name in channels)),
+            squared=stacked(*_SQUARED),
+        )
+
+    def differs_from(self, other: ReconstructionTable) -> str | None:
+        """Why metrics of the two cannot be compared; None if they can."""
+        pairs = [(getattr(self, n), getattr(other, n)) for n in ("series", "index", "true")]
+        same = self.ids == other.ids and self.channels == other.channels
+        if not same or not all(np.array_equal(a, b, equal_nan=True) for a, b in pairs):
+            return "other values are hidden in either table"
+        return None

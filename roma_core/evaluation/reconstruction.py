@@ -420,6 +420,11 @@ def evaluate_reconstruction(table: ReconstructionTable, split: Subset) -> Recons
     dataset = split.dataset
     ranges = channel_ranges(dataset.split("train"))
     r2 = r2_samples(table)
+    if not np.isfinite(r2[0]):
+        raise ValueError(
+            f"R² is undefined: every hidden value of {len(table.ids)} test series is the mean of train; "
+            f"check the channels of {dataset.path}"
+        )
     found = {"r2": Estimate.of(r2)} | noise_error(table) | coverage(table)
     found |= reconstruction_errors(table, "true", ranges)
     found |= reconstruction_errors(table, "clean", ranges)

@@ -93,12 +93,17 @@ class ReconstructionMetrics(Metrics):
     """
 
     task: Literal["interpolation"] = "interpolation"
-    primary_metric: str = "mse"
+    primary_metric: str = "r2"
     n_series: int  # with a hidden observation
     n_hidden: int  # hidden observations
     mean_hidden_fraction: float
     overall: dict[str, Estimate]
     groups: tuple[GroupErrors, ...] = ()
+
+    @property
+    def primary(self) -> Estimate:
+        """The metric that compares models and decides."""
+        return self.overall[self.primary_metric]
 
     def estimates(self) -> Mapping[str, PartEstimate]:
         """Estimates by name, those of groups included."""

@@ -224,8 +224,7 @@ def render_report(content: ReportContent) -> str:
     elif isinstance(metrics, RegressionMetrics):
         task, headline = "regression", metrics.primary
     else:
-        task, found = "reconstruction", metrics.overall
-        headline = found["mse"]
+        task, found, headline = "reconstruction", metrics.overall, metrics.primary
         baselines = {
             "this model": "",
             "straight lines between visible observations": "linear_",

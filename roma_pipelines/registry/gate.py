@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,12 @@ from roma_core.evaluation.classification_metrics import (
 )
 from roma_core.evaluation.config import ServingChecks
 from roma_core.evaluation.metrics import LABELS, resample_sums
-from roma_core.evaluation.predictions import PredictionTable, RegressionTable
-from roma_core.evaluation.regression_metrics import regression_samples
+from roma_core.evaluation.predictions import (
+    PredictionTable,
+    ReconstructionTable,
+    RegressionTable,
+)
+from roma_core.evaluation.regression_metrics import r2_samples, regression_samples
 from roma_core.files import read_json, write_json
 from roma_core.job import JobFolder
 from roma_core.settings import Frozen
@@ -133,7 +137,7 @@ class GateDecision(Frozen):
         return "; ".join(c.explanation for c in shown)
 
 
-Table = PredictionTable | RegressionTable
+Table = PredictionTable | RegressionTable | ReconstructionTable
 """Predictions of a task."""
 
 
@@ -212,15 +216,17 @@ def _samples(table: Table, primary: str, thresholds: GateThresholds) -> NDArray[
     how = (thresholds.n_bootstrap, thresholds.seed)
     if isinstance(table, RegressionTable):
         return regression_samples(table, *how).r2
+    if isinstance(table, ReconstructionTable):
+        return r2_samples(table, *how)
     return metric_samples(table, *how, ranks=primary in ("auroc", "average_precision"))[primary]
 
 
 def _in_order_of(candidate: Table, champion: Table) -> tuple[str | None, Table | None]:
     """Why the two cannot be compared, or the champion's table in the candidate's order."""
-    if isinstance(candidate, RegressionTable) or isinstance(champion, RegressionTable):
-        if not (isinstance(champion, RegressionTable) and isinstance(candidate, RegressionTable)):
-            return "one is a regressor, the other a classifier", None
-        problem = candidate.differs_from(champion)
+    if type(candidate) is not type(champion):
+        return "they are of different tasks", None
+    if not isinstance(candidate, PredictionTable) or not isinstance(champion, PredictionTable):
+        problem = candidate.differs_from(champion)  # type: ignore[arg-type, union-attr]
         return problem, None if problem else champion
     if candidate.classes != champion.classes:
         return f"classes {candidate.classes} against the champion's {champion.classes}", None
@@ -314,7 +320,7 @@ def _better_than_guessing(
     """
     name, confidence = "better_than_guessing", 0.999
     low = float(np.nanquantile(samples[1:], 1 - confidence))
-    if isinstance(candidate, RegressionTable):
+    if not isinstance(candidate, PredictionTable):
         text = (
             f"{LABELS[primary]} is at least {low:+.4f} with {confidence:.1%} confidence, and must be above "
             f"0, that of always predicting the mean"
@@ -369,8 +375,8 @@ def decide(folder: JobFolder, thresholds: GateThresholds) -> GateDecision:
     if result is None:
         raise ValueError(f"the evaluation in {folder.path} has no result; materialise it again")
     metrics = read_json(folder.path / result.outputs["metrics"])
-    is_regression = metrics.get("task") == "regression"
-    table_class = RegressionTable if is_regression else PredictionTable
+    classes = {"regression": RegressionTable, "interpolation": ReconstructionTable}
+    table_class: Any = classes.get(metrics.get("task"), PredictionTable)
     tables = {
         name: table_class.load(folder.path / result.outputs[name])
         for name in ("predictions", "champion_predictions")

@@ -115,12 +115,15 @@ def plan_replay(
     data set no longer exists.
     """
     tags = resolve(client, f"models:/{name}/{version}").tags
-    if missing := [tag for tag in _STAGES.values() if tag not in tags]:
+    stages = dict(_STAGES)
+    if versions.ENCODER_TAG not in tags and stages["finetune"] not in tags:
+        del stages["finetune"]  # an autoencoder has no encoder of its own
+    if missing := [tag for tag in stages.values() if tag not in tags]:
         raise ValueError(f"version {version} of {name!r} has no {', '.join(missing)} to replay")
     if run_dir.exists() and any(run_dir.iterdir()):
         raise ValueError(f"{run_dir} is not empty; give another folder with --run-dir")
-    configs = {stage: _config_of(client, name, tags[tag]) for stage, tag in _STAGES.items()}
-    folders = {stage: (run_dir / stage).absolute() for stage in _STAGES}
+    configs = {stage: _config_of(client, name, tags[tag]) for stage, tag in stages.items()}
+    folders = {stage: (run_dir / stage).absolute() for stage in stages}
     for config in configs.values():  # encoder and classifier may be of different data
         recorded, digest = config["dataset"], config["dataset_digest"]
         for folder in (Path(recorded), *datasets.glob(f"*/{digest[:8]}*")):
@@ -133,18 +136,19 @@ def plan_replay(
                 f"the data set of version {digest[:16]} is neither in {recorded} nor under "
                 f"{datasets}; build it again: equal input gives an equal version"
             )
-    configs["finetune"]["weights"] = str(folders["pretrain"] / "outputs" / "model")
+    weights = {stage: str(folder / "outputs" / "model") for stage, folder in folders.items()}
+    if "finetune" in stages:
+        configs["finetune"]["weights"] = weights["pretrain"]
+    trainings = [stage for stage in stages if stage != "evaluate"]
+    names = {"pretrain": "pretraining", "finetune": "finetuning"}
     configs["evaluate"] |= {
-        "classifier": str(folders["finetune"] / "outputs" / "model"),
-        "autoencoder": str(folders["pretrain"] / "outputs" / "model"),
+        "classifier": weights.get("finetune"),
+        "autoencoder": weights["pretrain"],
         "champion": None,
         "champion_version": None,
         "champion_problem": None,
-        "trained_on": [configs[stage]["dataset"] for stage in ("pretrain", "finetune")],
-        "curves": {
-            "pretraining": str(folders["pretrain"] / "metrics.jsonl"),
-            "finetuning": str(folders["finetune"] / "metrics.jsonl"),
-        },
+        "trained_on": [configs[stage]["dataset"] for stage in trainings],
+        "curves": {names[stage]: str(folders[stage] / "metrics.jsonl") for stage in trainings},
     }
     for stage, folder in folders.items():
         folder.mkdir(parents=True)

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -195,6 +196,28 @@ def test_settings_of_classes_are_refused_for_a_regression(section, value, messag
 
     with pytest.raises(ValueError, match=message):
         RomaExperiment.parse(attributes)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"predictions": {"input": "in.parquet"}}, "predictions: an autoencoder predicts at the"),
+        ({"pretrained_from": "other", "pretraining": {}}, "pretrained_from: an interpolation reg"),
+        (
+            {"pretraining": {"model": {"pos_encoding": "absolute"}}},
+            "pretraining.model.pos_encoding: absolute: such a model cannot predict values at other",
+        ),
+    ],
+)
+def test_an_interpolation_refuses_what_it_cannot_serve(section, message):
+    dataset = changed(("name",), "any")["dataset"]
+    attributes = {"name": "any", "task": "interpolation", "dataset": dataset}
+
+    names = RomaExperiment.parse(attributes).asset_names
+    with pytest.raises(ValueError, match=re.escape(message)):
+        RomaExperiment.parse(attributes | section)
+
+    assert names[1:] == ("pretrained_encoder", "evaluation_report", "registered_autoencoder")
 
 
 def test_all_mistakes_are_told_at_once():

@@ -19,7 +19,8 @@ from roma_core.data.store import raw_series
 from roma_core.evaluation.config import EvaluationJobConfig
 from roma_core.evaluation.drift import reference_profile
 from roma_core.evaluation.packaging import write_package
-from roma_core.evaluation.predictions import RegressionTable
+from roma_core.evaluation.predictions import ReconstructionTable, RegressionTable
+from roma_core.evaluation.regression_metrics import r2_samples
 from roma_core.files import read_json, write_json
 from roma_core.model import (
     EncoderConfig,
@@ -156,6 +157,9 @@ def test_a_planned_job_judges_the_same_series_the_same_way(trained):
     }
     for name in ("first", "second"):
         (root / name).mkdir()
+        if name == "second":  # compared with itself
+            champion = str(root / "first" / "outputs" / "package")
+            config |= {"champion": champion, "champion_version": "1"}
         write_json(root / name / "config.json", config)
         done = CliRunner().invoke(main, ["evaluate", "--job", str(root / name)])
         assert done.exit_code == 0, done.output
@@ -163,6 +167,16 @@ def test_a_planned_job_judges_the_same_series_the_same_way(trained):
     first, second = (root / name / "outputs" / "metrics.json" for name in ("first", "second"))
     assert first.read_bytes() == second.read_bytes()
     assert "mse_observed_3" not in json.loads(first.read_text())
+    found = [
+        ReconstructionTable.load(root / "second" / "outputs" / f"{name}.parquet")
+        for name in ("predictions", "champion_predictions")
+    ]
+    assert found[0].differs_from(found[1]) is None
+    gains = r2_samples(found[0]) - r2_samples(found[1])
+    assert np.abs(gains).max() < 1e-4 and r2_samples(found[0])[0] > 0.3
+    page = (root / "second" / "outputs" / "report.html").read_text()
+    assert "Version 1 on the same series" in page and "+0.000" in page
+    assert read_json(root / "second/outputs/serving_checks.json")["champion_smoke_test"]
 
 
 @pytest.mark.slow

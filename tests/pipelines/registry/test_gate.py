@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from roma_core.evaluation.config import ServingChecks
-from roma_core.evaluation.predictions import PredictionTable, RegressionTable
+from roma_core.evaluation.predictions import PredictionTable, ReconstructionTable, RegressionTable
 from roma_core.schema import Channel
 from roma_core.serving.package import SmokeTest
 from roma_pipelines.registry import gate as gates
@@ -272,6 +272,35 @@ def test_a_regressor_is_promoted_when_it_should_be_and_refused_with_shuffled_tar
     assert compared(good, other) == {"comparable", "not_worse_than_champion"}
     by_class = table(np.ones(N, bool))
     assert compared(good, by_class) == {"comparable", "not_worse_than_champion"}
+
+
+def test_an_autoencoder_is_promoted_when_it_beats_the_mean_and_not_worse_than_the_champion():
+    def hidden(noise, seed, n=60):
+        true = np.random.default_rng(0).normal(size=(3 * n, 1)).astype(np.float32)
+        error = noise * np.random.default_rng(seed).normal(size=(3 * n, 1))
+        return ReconstructionTable(
+            ids=[f"s{k}" for k in range(n)],
+            series=np.repeat(np.arange(n), 3),
+            channels=(Channel(name="flux", unit="mJy"),),
+            true=10 * true + 3,
+            predicted=(10 * (true + error) + 3).astype(np.float32),
+            index=np.tile(np.arange(3), n),
+            squared=np.hstack([error**2, true**2]).astype(np.float64),
+        )
+
+    def failed(candidate, champion=None):
+        decision = gate(candidate, champion, GateThresholds(), "r2")
+        assert [check.name for check in decision.checks] == list(checks_of("interpolation"))
+        return {check.name for check in decision.checks if not check.passed}
+
+    good = hidden(0.3, 1)
+    assert failed(good) == failed(good, hidden(0.4, 2)) == set()
+    assert failed(hidden(1.0, 1)) == {"better_than_guessing"}  # as far off as the mean
+    assert failed(hidden(0.6, 1), good) == {"not_worse_than_champion"}
+    other = replace(good, index=good.index + 1)
+    assert failed(good, other) == {"comparable", "not_worse_than_champion"}
+    regressor = of_targets(np.random.default_rng(0), 0.3)
+    assert failed(good, regressor) == {"comparable", "not_worse_than_champion"}
 
 
 def test_the_bound_of_auroc_is_the_one_of_a_paired_bootstrap_written_as_a_loop():
