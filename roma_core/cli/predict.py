@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -108,8 +107,6 @@ def _apply(
 ) -> None:
     from tqdm import tqdm
 
-    from roma_core.claim import CONTINUE_EXIT_CODE
-    from roma_core.job import StopRequests
     from roma_core.serving.batch import assumed_units
     from roma_core.serving.job import RANK, Predictions, load_package
 
@@ -137,12 +134,8 @@ def _apply(
 
             if processes > 1:
                 predictions.run_processes(package, folder, processes, progress)
-            elif "RANK" not in os.environ:
-                predictions.run(package, progress=progress)
             else:
-                with StopRequests() as requests:
-                    if not predictions.run_launched(package, progress, requests.requested):
-                        sys.exit(CONTINUE_EXIT_CODE)
+                predictions.run(package, progress=progress)
     if RANK == 0:
         done = {"classifier": "classified", "regressor": "predicted"}.get(kind, "embedded")
         click.echo(f"{n} series {done} by {model} (version {lineage['model_version']}): {output}")

@@ -117,8 +117,10 @@ class Predictions:
             file, k, _ = self.parts[number]
             by_file.setdefault(file, {})[k] = number
         for file, wanted in by_file.items():
+            left = dict(wanted)
             for k, chunk in batch.read_chunks(file, self.split, package, wanted):
-                first, n = k * batch.SERIES_PER_PART, self.parts[wanted[k]][2]
+                number, first = left.pop(k), k * batch.SERIES_PER_PART
+                n = self.parts[number][2]
                 try:
                     table = batch.score(package, chunk, dict(self.lineage))
                 except ValueError as error:
@@ -130,9 +132,11 @@ class Predictions:
                 pq.write_table(table, content, compression="zstd")
                 # not earlier, so that a rejected file leaves nothing behind
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_bytes(self.path(wanted[k]), content.getvalue())
+                write_bytes(self.path(number), content.getvalue())
                 if not after_part():
                     return False
+            if left:
+                raise ValueError(f"{file} became shorter while it was read; repeat the command")
         return True
 
     def publish(self) -> None:
@@ -170,43 +174,39 @@ class Predictions:
     def run(
         self,
         package: Any,
-        numbers: Sequence[int] | None = None,
         *,
-        rank: int = 0,
+        numbers: Sequence[int] | None = None,
         progress: Callable[[int], object] = lambda _: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> bool:
-        """Write these parts (default: all); process 0 waits for the others' and publishes.
+        """Do the work of this process: all, or these parts, or its own among those of torchrun.
 
-        ``progress`` is called by process 0 with the number of series done by all. False if stopped.
-        Raises ValueError as ``write`` does.
+        Process 0 waits for the parts of all others and publishes, and calls ``progress`` with the number
+        of series done by all. False if stopped; raises ValueError as ``write`` does.
         """
-
-        def may_continue() -> bool:
-            if rank == 0:
-                progress(self.n_done())
-            return not stop()
-
         if self.is_published():
             return True
-        numbers = self.missing() if numbers is None else numbers
+        if numbers is None:
+            numbers = self._own_numbers()
+
+        def may_continue() -> bool:
+            if RANK == 0:
+                n = self.n_done()
+                _record_checkpoint(n)
+                progress(n)
+            return not stop()
+
         if not (may_continue() and self.write(package, numbers, may_continue)):
             return False
-        while rank == 0 and self.missing():
+        while RANK == 0 and self.missing():
             time.sleep(_POLL_S)
             if not may_continue():
                 return False
-        if rank == 0:
+        if RANK == 0:
             self.publish()
         return True
 
-    def run_launched(
-        self, package: Any, progress: Callable[[int], object], stop: Callable[[], bool]
-    ) -> bool:
-        """``run`` in one of the processes that torchrun started, of which each has its parts.
-
-        Parts that are written count as a checkpoint of the job: after a crash another attempt follows.
-        """
+    def _own_numbers(self) -> list[int]:
         numbers = self.missing(RANK, WORLD_SIZE)
         if WORLD_SIZE > 1:  # process 0 may publish once all know what is missing
             import torch.distributed as dist
@@ -217,16 +217,7 @@ class Predictions:
             dist.destroy_process_group()
             if len(set(digests)) > 1:
                 raise ValueError(f"{self.source} changes, or is not the same on all nodes")
-
-        def record(n: int) -> None:  # no heartbeat: a part may take longer than one may be late
-            if n and FOLDER_VARIABLE in os.environ:
-                checkpoints = JobFolder(os.environ[FOLDER_VARIABLE]).checkpoints
-                (checkpoints / f"step-{n}").mkdir(parents=True, exist_ok=True)
-                for former in committed(checkpoints)[:-1]:
-                    former.rmdir()
-            progress(n)
-
-        return self.run(package, numbers, rank=RANK, progress=record, stop=stop)
+        return numbers
 
     def run_processes(
         self, package: Any, model: Path, n: int, progress: Callable[[int], object]
@@ -246,19 +237,33 @@ class Predictions:
             for k in range(1, n)
             if numbers[k]
         ]
+
+        def failed() -> bool:
+            return any(process.exitcode for process in others)
+
         try:
             for process in others:
                 process.daemon = True
                 process.start()
-            if not self.run(
-                package, numbers[0], progress=progress, stop=lambda: any(p.exitcode for p in others)
-            ):
+            if not self.run(package, numbers=numbers[0], progress=progress, stop=failed):
                 codes = [process.exitcode for process in others if process.exitcode]
                 reason = f"a process ended with code {codes[0]}; repeat the command to resume"
                 raise RuntimeError(reason if errors.empty() else errors.get())
         finally:
             for process in others:
                 process.kill()
+
+
+def _record_checkpoint(n: int) -> None:
+    """Parts count as a checkpoint of a job: after a crash that added some, another attempt follows.
+
+    There is no heartbeat: a part may take longer than one may be late.
+    """
+    if n and FOLDER_VARIABLE in os.environ:
+        checkpoints = JobFolder(os.environ[FOLDER_VARIABLE]).checkpoints
+        (checkpoints / f"step-{n}").mkdir(parents=True, exist_ok=True)
+        for former in committed(checkpoints)[:-1]:
+            former.rmdir()
 
 
 def _remove(folder: Path, keep: frozenset[Path] = frozenset()) -> None:
@@ -336,7 +341,7 @@ def run_prediction_job(folder: JobFolder, attempt: Attempt) -> Work:
             speed = (n - first) / (time.monotonic() - started)
             shown.update(n, {"series_per_s": speed})
 
-        if not predictions.run_launched(package, progress, requests.requested):
+        if not predictions.run(package, progress=progress, stop=requests.requested):
             return Work("continue", WORLD_SIZE, reason=requests.reason)
     return Work(
         "completed",

@@ -1,6 +1,7 @@
 """A file of series, scored in parts by a package in a folder."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -121,7 +122,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 from roma_core.serving import batch, pyfunc_model
-from roma_core.serving.job import Predictions
+from roma_core.serving.job import RANK, Predictions
 
 def outputs(series):
     time.sleep(0.02)
@@ -132,10 +133,10 @@ package = SimpleNamespace(
     axes=[{"name": "time"}], channels=[{"name": "flux"}], units={}, classes=["a", "b"],
     golden_field="probabilities", outputs=outputs, module=pyfunc_model,
 )
-source, output, rank = sys.argv[1:]
+source, output = sys.argv[1:]
 predictions = Predictions(source, "test", {}, Path(output), one_file=False)
 print("begins", flush=True)
-predictions.run(package, predictions.missing(int(rank), 2), rank=int(rank))
+predictions.run(package, numbers=predictions.missing(RANK, 2))
 """
 
 
@@ -145,8 +146,9 @@ def test_after_kills_of_two_processes_every_series_is_there_once(tmp_path):
     pq.write_table(pa.table({"id": np.arange(200), **lists}), source)
 
     def start(rank):
-        command = [sys.executable, "-c", WRITER, str(source), str(output), str(rank)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        command = [sys.executable, "-c", WRITER, str(source), str(output)]
+        environment, pipe = os.environ | {"RANK": str(rank)}, subprocess.PIPE
+        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment)
         assert process.stdout.readline() == b"begins\n", process.stderr.read()
         return process
 
