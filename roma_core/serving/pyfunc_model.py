@@ -431,18 +431,18 @@ class Package:
         known = {one["name"]: one for one in [*self.axes, *self.channels]}
         numbers: dict[str, NDArray[np.float64]] = {}
         for name, column in columns.items():
+            if not isinstance(column, tuple):
+                missing = np.isnan(column) & (self.may_miss and name in channels)
+                if not (np.isfinite(column) | missing).all():
+                    raise InvalidSeries(f"{where}: {name!r} must hold finite numbers")
             if known[name].get("categories"):
-                if not isinstance(column, tuple):  # numbers: categories by index, or called so
+                if not isinstance(column, tuple):  # categories by index, or called by numbers
                     column = np.unique(column, return_inverse=True)[::-1]
                 codes, words = column
                 found = [_category(known[name], word, where) for word in np.asarray(words).tolist()]
                 column = np.array(found, np.float64)[codes]
-            missing = self.may_miss and name in channels
-            if (
-                isinstance(column, tuple)
-                or not (np.isfinite(column) | (np.isnan(column) & missing)).all()
-            ):
-                raise InvalidSeries(f"{where}: {name!r} must hold finite numbers")
+            elif isinstance(column, tuple):
+                raise InvalidSeries(f"{where}: {name!r} must hold numbers")
             numbers[name] = column
         rows = [self._covariates(one, where) for one in covariates or [{}] * len(lengths)]
         values, positions, lengths = self._normalised(numbers, lengths, [where] * len(lengths))

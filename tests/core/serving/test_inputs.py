@@ -290,6 +290,7 @@ def test_columns_of_many_series_get_the_same_answers_and_refusals(served):
     for wrong in (
         {"hours": np.where(columns["hours"] == columns["hours"].max(), np.nan, columns["hours"])},
         {"hr": np.full(len(wards), np.inf)},
+        {"ward": np.where(wards == 0, np.nan, wards)},  # not the category for unknown ones
         {"hr": (wards, ["a", "b"])},
         {"hr": np.full(len(wards), np.nan), "k": np.full(len(wards), np.nan)},
         {"colour": columns["hr"]},
