@@ -64,6 +64,27 @@ def test_files_that_the_shell_expanded_are_one_table_and_options_reach_it(tmp_pa
     assert "layout auto: joint, 1.5 of 2 channels are observed at a time" in done.stdout
 
 
+def test_a_target_column_makes_a_regression(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROMA_STORAGE_ROOT", str(tmp_path / "storage"))
+    rows = [f"p{i},{j},{i * j % 7},{70 + i},{i % 2}" for i in range(40) for j in range(4)]
+    (tmp_path / "a.csv").write_text("\n".join(["patient,day,hr,weight,died", *rows]))
+
+    done = invoke(
+        "weights", "--source", str(tmp_path / "a.csv"), "--target-column", "weight", "--print"
+    )
+
+    assert done.exit_code == 0, done.output
+    document = yaml.safe_load(done.stdout)
+    document["attributes"]["finetuning"]["model"]["predict_variance"] = True
+    (tmp_path / "weights.yaml").write_text(yaml.safe_dump(document))
+    experiment = load_experiment(str(tmp_path / "weights.yaml"))
+    assert experiment.task == "regression" and experiment.finetuning.model["predict_variance"]
+    columns = experiment.dataset.source.columns
+    assert (columns.target_level, columns.targets[0].column) == ("series", "weight")
+    assert columns.metadata.label is None
+    assert "reports: r2; of weight, of every series" in done.stdout
+
+
 def test_times_of_day_that_pass_midnight_are_pointed_at(tmp_path, monkeypatch):
     monkeypatch.setenv("ROMA_STORAGE_ROOT", str(tmp_path / "storage"))
     nights = [f"{i},{(22 + j) % 24}:30,{i * j % 7},{i % 2}" for i in range(20) for j in range(4)]
