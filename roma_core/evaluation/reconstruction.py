@@ -265,9 +265,9 @@ def requests(table: ReconstructionTable, split: Subset) -> Iterator[tuple[slice,
 def clean_columns(schema: DataSchema) -> list[int] | None:
     """The targets that are the channels without noise: ``clean_<channel>``, or ``clean`` of the only one.
 
-    None unless every channel has one.
+    None unless every channel has one, in every observation.
     """
-    names = [target.name for target in schema.targets]
+    names = [target.name for target in schema.targets if schema.target_level == "observation"]
     wanted = [f"clean_{channel.name}" for channel in schema.channels]
     if names == ["clean"] and len(wanted) == 1:
         return [0]

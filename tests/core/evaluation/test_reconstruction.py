@@ -159,7 +159,9 @@ def test_clean_values_are_known_by_the_names_of_the_targets(tmp_path):
         targets = tuple(Channel(name=name, unit="V") for name in names)
         values = np.zeros((4, len(names)), np.float32)
         one = series("s", 4, split="train", targets=values if names else None)
-        return clean_columns(made(tmp_path, one, targets=targets).dataset.schema)
+        schema = made(tmp_path, one, targets=targets).dataset.schema
+        assert clean_columns(schema.model_copy(update={"target_level": "series"})) is None
+        return clean_columns(schema)
 
     assert columns("clean_b", "angle", "clean_a") == [2, 0]
     assert columns("clean_a") is None and columns("clean") is None and columns() is None
