@@ -232,11 +232,6 @@ class Experiment(Frozen):
             raise ValueError(
                 f"{of_classes[0]}: is for classes, and the task is {self.task}; remove it"
             )
-        if self.task == "interpolation" and self.predictions is not None:
-            raise ValueError(
-                "predictions: an autoencoder predicts at the queries of a request, which a file of series "
-                "does not have; remove it, and ask the served model"
-            )
         if self.task == "interpolation" and self.pretrained_from is not None:
             raise ValueError(
                 "pretrained_from: an interpolation registers the model that it pretrains; remove it"

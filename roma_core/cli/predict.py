@@ -61,17 +61,18 @@ _options = with_options(
 )
 @_options
 def predict(**options: Any) -> None:
-    """Predict classes or targets of the series of INPUT and write one row each to OUTPUT (Parquet).
+    """Predict classes, targets or queried values of the series of INPUT; write a row each to OUTPUT.
 
     INPUT is a data-set folder, a Parquet file with one row per series (a list column per position
     axis and per channel, optionally `id`), such as `roma data export` writes, a folder or bucket
     (s3://…) of such files, or a .jsonl file of {"positions": {…}, "values": {…}, "units": {…}}.
-    OUTPUT is one file, or with a / at its end a folder of files. To resume an interrupted call,
+    For an autoencoder every series has `queries`: in Parquet a column of structs with a list per
+    axis. OUTPUT is one Parquet file, or with a / at its end a folder of files. To resume an interrupted call,
     repeat the command. On a cluster:
 
         roma-pipeline launch --target slurm --nodes 2 --processes 4 -m roma_core.cli predict …
     """
-    _apply(("classifier", "regressor"), **options)
+    _apply(("classifier", "regressor", "autoencoder"), **options)
 
 
 @click.command()
@@ -118,10 +119,11 @@ def _apply(
         # the code of the model may be older than its kind
         kind = getattr(package, "kind", "encoder" if of_features else "classifier")
         if kind not in kinds:
-            command = {"encoder": "; use `roma embed`", "autoencoder": ""}.get(
-                kind, "; use `roma predict`"
+            command = "embed" if kind == "encoder" else "predict"
+            expected = " or ".join(kinds)
+            raise ValueError(
+                f"{model} is of kind {kind}, expected {expected}; use `roma {command}`"
             )
-            raise ValueError(f"{model} is of kind {kind}, expected {' or '.join(kinds)}{command}")
         if (assumed := assumed_units(input, package)) and RANK == 0:
             units = ", ".join(f"{name} in {unit}" for name, unit in assumed.items())
             click.echo(f"{input} does not state its units; assuming {units}", err=True)
@@ -137,7 +139,7 @@ def _apply(
             else:
                 predictions.run(package, progress=progress)
     if RANK == 0:
-        done = {"classifier": "classified", "regressor": "predicted"}.get(kind, "embedded")
+        done = {"classifier": "classified", "encoder": "embedded"}.get(kind, "predicted")
         click.echo(f"{n} series {done} by {model} (version {lineage['model_version']}): {output}")
 
 

@@ -29,6 +29,7 @@ SERIES_PER_PART = 2000
 _N_EMBEDDED = 1000
 _FACTS = ("split", "label", "group")  # columns of `roma data export` that are no model inputs,
 _TARGET = (b"role", b"target")  # as are columns with this field metadata
+_QUERIES = "queries"  # column of an autoencoder's input: a struct of lists, or a list of structs
 Row = dict[str, Any]
 
 
@@ -158,12 +159,15 @@ def _rows(package: Any, chunk: list[Row] | pa.RecordBatch) -> list[Row]:
     axes = [axis["name"] for axis in package.axes]
     covariates = [one["name"] for one in getattr(package, "covariates", [])]
     units, rows = _units(package, chunk), []
+    has_queries = package.golden_field == "interpolation"
     for row in chunk.to_pylist():
         name = row.pop("id", None)
         given = {one: row.pop(one) for one in covariates if one in row}
+        asked = {_QUERIES: row.pop(_QUERIES)} if has_queries and _QUERIES in row else {}
         rows.append(
             {
                 "id": name,
+                **asked,
                 **({"covariates": given} if covariates else {}),
                 "positions": {axis: row.pop(axis) for axis in axes if axis in row},
                 "values": row,
@@ -259,8 +263,8 @@ def score(package: Any, chunk: list[Row] | pa.RecordBatch, lineage: dict[str, st
     import pyarrow as pa
 
     ids: Any = None
-    if package.golden_field == "targets":
-        return _with_lineage(_targets(package, chunk), lineage)
+    if package.golden_field in ("targets", "interpolation"):
+        return _with_lineage(_by_name(package, chunk), lineage)
     if not isinstance(chunk, list) and hasattr(package, "outputs_of_columns"):
         try:
             ids, outputs = _outputs(package, chunk)
@@ -286,14 +290,20 @@ def score(package: Any, chunk: list[Row] | pa.RecordBatch, lineage: dict[str, st
     return _with_lineage(columns, lineage)
 
 
-def _targets(package: Any, chunk: list[Row] | pa.RecordBatch) -> dict[str, Any]:
-    """Columns of a regressor: maps of targets to numbers, or to lists of those of observations."""
+def _by_name(package: Any, chunk: list[Row] | pa.RecordBatch) -> dict[str, Any]:
+    """Columns of a regressor: maps of targets to numbers, or to lists of those of observations.
+
+    Those of an autoencoder are maps of channels to a list with a number per query.
+    """
     import pyarrow as pa
 
     answers = package.predict(series_of(package, _rows(package, chunk)))
-    number = pa.list_(pa.float64()) if package.per_observation else pa.float64()
+    has_queries = package.golden_field == "interpolation"
+    of_lists = has_queries or package.per_observation
+    number = pa.list_(pa.float64()) if of_lists else pa.float64()
+    fields = ("mean" if has_queries else "values", "std")
     columns = {"id": pa.array([one.id for one in answers], pa.string())}
-    for field in ("values", "std") if answers[0].std else ("values",):
+    for field in fields if answers[0].std else fields[:1]:
         entries = [list(getattr(one, field).items()) for one in answers]
         columns[field] = pa.array(entries, pa.map_(pa.string(), number))
     return columns

@@ -201,7 +201,6 @@ def test_settings_of_classes_are_refused_for_a_regression(section, value, messag
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"predictions": {"input": "in.parquet"}}, "predictions: an autoencoder predicts at the"),
         ({"pretrained_from": "other", "pretraining": {}}, "pretrained_from: an interpolation reg"),
         (
             {"pretraining": {"model": {"pos_encoding": "absolute"}}},

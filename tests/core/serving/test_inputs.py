@@ -6,6 +6,8 @@ import json
 
 import jsonschema
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -21,6 +23,8 @@ from roma_core.data.store import raw_series
 from roma_core.evaluation.drift import _number
 from roma_core.evaluation.reconstruction import mask_as_trained, reconstruct, requests
 from roma_core.schema import Channel, Covariate, PositionAxis
+from roma_core.serving import pyfunc_model
+from roma_core.serving.batch import read_chunks, score
 from roma_core.serving.client import ServedModel, ServerError
 from roma_core.serving.package import build_package, json_schema, verify_package
 from roma_core.serving.pyfunc_model import InvalidSeries, Series, _category, open_package
@@ -216,6 +220,31 @@ def test_the_client_compares_the_answers_to_queries_with_those_of_the_package(
     shift = 1e-2
     with pytest.raises(ServerError, match=r"returns other values for golden row \d+ of"):
         served.check_golden(tmp_path)
+
+
+def test_files_of_series_with_queries_get_a_list_per_channel(interpolating, tmp_path):
+    _, _, asked, package = interpolating
+    package.module = pyfunc_model
+    rows = [one for _, one in asked]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = [
+        {"id": row["id"], "queries": row["queries"]}
+        | {
+            key: row[part][key]
+            for part in ("positions", "values", "covariates")
+            for key in row[part]
+        }
+        for row in rows
+    ]
+    pq.write_table(pa.Table.from_pylist(columns), tmp_path / "in.parquet")
+
+    for name in ("in.jsonl", "in.parquet"):
+        ((_, chunk),) = read_chunks(str(tmp_path / name), "test", package)
+        table = score(package, chunk, {"model": "m"})
+        assert {"id", "mean", "model"} <= set(table.column_names)
+        for row, answer in zip(table.to_pylist(), package.predict(rows), strict=True):
+            assert row["id"] == answer.id and dict(row["mean"]) == answer.mean
+            assert dict(row.get("std") or {}) == (answer.std or {})
 
 
 def test_a_classifier_takes_no_queries(served):
