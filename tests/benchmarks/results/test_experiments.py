@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 import tests.benchmarks.results
-from roma_pipelines.components import RomaExperiment
 from roma_pipelines.experiment import load_experiment
 
 FILES = sorted((Path(tests.benchmarks.results.__file__).parent / "experiments").glob("*.yaml"))
@@ -16,12 +15,3 @@ FILES = sorted((Path(tests.benchmarks.results.__file__).parent / "experiments").
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_an_experiment_is_as_its_file_is_called_and_can_be_read(path):
     assert load_experiment(str(path)).name == path.stem
-
-
-@pytest.mark.parametrize("name", ["pendulum", "positions"])
-def test_a_regression_has_no_assets_and_says_so_when_definitions_load(name):
-    path = next(path for path in FILES if path.stem == name)
-    component = RomaExperiment(**load_experiment(str(path)).model_dump(mode="json"))
-
-    with pytest.raises(ValueError, match="a regressor cannot be served or registered yet"):
-        component.build_defs(None)
