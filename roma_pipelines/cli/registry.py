@@ -85,7 +85,7 @@ def reject(name: str, version: str, reason: str, actor: str, delete: bool) -> No
     """Exclude VERSION of model NAME from promotion and rollback.
 
     If it is `previous`, the champion before it becomes `previous`. A version that an alias points to,
-    that was champion before, or that is the encoder of a classifier, is never deleted.
+    that was champion before, or that is the encoder of another version, is never deleted.
     """
     with open_registry() as client:
         promotion.reject(client, name, version, reason, actor)

@@ -3,8 +3,8 @@
     champion    the version that consumers load
     previous    the champion before it; ``rollback`` restores it
 
-All run under the lock of the model. The encoder that was registered with a classifier has no gate
-of its own: its champion alias follows the classifier's.
+All run under the lock of the model. The encoder that was registered with a finetuned model has no gate
+of its own: its champion alias follows that model's.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PromotionRefused(ValueError):
 
 
 class VersionInUse(ValueError):
-    """The version has an alias, was champion before, or is the encoder of a classifier."""
+    """The version has an alias, was champion before, or is the encoder of a finetuned model."""
 
 
 class AuditEvent(Frozen):
@@ -173,7 +173,7 @@ def delete_version(client: MlflowClient, name: str, version: str) -> None:
 
     MLflow itself would delete other aliases with it, and consumers would find no champion. Raises
     ValueError without such a version; VersionInUse if another alias points to it, the audit names
-    it as a former champion, or it is the encoder of an existing classifier.
+    it as a former champion, or it is the encoder of an existing version.
     """
     with model_lock(client, name) as lock:
         found = versions.get_version(client, name, version)
@@ -188,14 +188,14 @@ def delete_version(client: MlflowClient, name: str, version: str) -> None:
                 f"version {version} of {name!r} was champion before; the audit refers to it, so it "
                 f"is kept"
             )
-        classifier = name.removesuffix(versions.encoder_name(""))
-        wanted = f"name = '{classifier}' AND tags.`{versions.ENCODER_TAG}` = '{version}'"
-        users = client.search_model_versions(wanted) if classifier != name else []
+        model = name.removesuffix(versions.encoder_name(""))
+        wanted = f"name = '{model}' AND tags.`{versions.ENCODER_TAG}` = '{version}'"
+        users = client.search_model_versions(wanted) if model != name else []
         if users:
-            used = ", ".join(f"version {v.version} of {classifier!r}" for v in users)
+            used = ", ".join(f"version {v.version} of {model!r}" for v in users)
             raise VersionInUse(
-                f"version {version} of {name!r} is the encoder of {used}; it is kept as long as its "
-                f"classifier"
+                f"version {version} of {name!r} is the encoder of {used}; it is kept as long as "
+                f"that version"
             )
         if found.aliases:
             lock.delete_alias(name, versions.CANDIDATE)

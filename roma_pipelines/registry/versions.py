@@ -78,7 +78,7 @@ def set_candidate(lock: ModelLock, name: str, version: str) -> None:
 
 
 def encoder_name(name: str) -> str:
-    """Registered name of the encoder that belongs to a classifier."""
+    """Registered name of the encoder that belongs to a finetuned model."""
     return f"{name}_encoder"
 
 
