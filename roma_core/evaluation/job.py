@@ -108,11 +108,8 @@ def run_evaluation(folder: JobFolder, attempt: Attempt) -> Work:
         torch.set_num_threads(1)
     with Progress("evaluate", total_steps=4, first_step=0) as progress:
         evaluator = _Evaluator(config, folder.outputs, attempt, progress)
-        metrics = (
-            evaluator.reconstruction()
-            if evaluator.model is None
-            else evaluator.finetuned(evaluator.model)
-        )
+        model = evaluator.model
+        metrics = evaluator.reconstruction() if model is None else evaluator.finetuned(model)
         evaluator.step()
     return Work(
         "completed",

@@ -128,11 +128,8 @@ def write_package(
     ``card`` further fields of the model card. Returns the sha256 of the package's manifest.
     """
     kind: Literal["classifier", "regressor", "encoder", "autoencoder"]
-    n_outputs, weights, program = (
-        model.config.encoder_config.d_model,
-        config.classifier,
-        model.cpu().export,
-    )
+    n_outputs, program = model.config.encoder_config.d_model, model.cpu().export
+    weights = config.classifier
     if isinstance(model, RoMAForClassification):
         kind = "regressor" if model.config.problem_type == "regression" else "classifier"
         n_outputs = model.require_head().linear.out_features

@@ -303,17 +303,13 @@ class RegressionTable(_ObservationTable):
 
     def save(self, path: Path) -> None:
         """Write a row per series or observation, in one step."""
-        places = {
-            f"position_{axis.name}": column
-            for axis, column in zip(
-                self.axes, () if self.positions is None else self.positions.T, strict=True
-            )
-        }
+        own: dict[str, NDArray[Any]] = {"length": self.lengths[self.series]}
+        for k, axis in enumerate(self.axes):
+            assert self.positions is not None
+            own[f"position_{axis.name}"] = self.positions[:, k]
         self._write(
             path,
-            self._columns(
-                {"length": self.lengths[self.series], **places}, "true", "predicted", "std"
-            ),
+            self._columns(own, "true", "predicted", "std"),
             axes={axis.name: axis.unit for axis in self.axes},
             targets={target.name: target.unit for target in self.channels},
             scale=self.scale.tolist(),

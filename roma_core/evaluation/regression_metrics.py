@@ -224,15 +224,9 @@ def compare_regressions(
     """
     if problem := candidate.differs_from(champion):
         raise ValueError(f"the tables cannot be compared: {problem}")
-    ours, theirs, n = (
-        regression_samples(candidate),
-        regression_samples(champion),
-        len(candidate.ids),
-    )
-    found = [
-        Change.of(LABELS[name], getattr(ours, name), getattr(theirs, name), n)
-        for name in ("r2", "nrmse")
-    ]
+    ours, theirs = regression_samples(candidate), regression_samples(champion)
+    pairs = {LABELS[name]: (getattr(ours, name), getattr(theirs, name)) for name in ("r2", "nrmse")}
     for i, target in enumerate(candidate.channels):
-        found.append(Change.of(f"R² of {target.name}", ours.r2_of[:, i], theirs.r2_of[:, i], n))
-    return tuple(one for one in found if not np.isnan(one.candidate))
+        pairs[f"R² of {target.name}"] = ours.r2_of[:, i], theirs.r2_of[:, i]
+    known = {name: pair for name, pair in pairs.items() if not np.isnan(pair[0][0])}
+    return tuple(Change.of(name, *pair, len(candidate.ids)) for name, pair in known.items())
