@@ -241,8 +241,11 @@ def _conclude(
     uri = MlflowSettings().tracking_uri or own_store(storage.mlflow)
     is_default = uri == f"sqlite:///{here}/.roma/mlflow/mlflow.db"
     options = f"--model {model['uri']}{'' if is_default else f' --tracking-uri {uri}'}"
-    click.echo("next        make up    # the overview, Dagster and MLflow pages, or:")
-    click.echo(f"            roma predict {options} {data} predictions.parquet")
+    has_queries = metrics.get("task") == "interpolation"  # a data set has none
+    more = "" if has_queries else ", or:"
+    click.echo(f"next        make up    # the overview, Dagster and MLflow pages{more}")
+    if not has_queries:
+        click.echo(f"            roma predict {options} {data} predictions.parquet")
     if reason := metrics.get("primary_reason"):
         click.echo(f"metric      {LABELS[metrics['primary_metric']]}; {reason}")
     click.echo(f"test {headline(metrics)}")
