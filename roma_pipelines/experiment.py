@@ -145,7 +145,8 @@ class Experiment(Frozen):
         "classification", exclude_if=lambda task: task == "classification"
     )
     """What the model predicts: a class, the targets of the data set, or hidden observations. An
-    interpolation registers the pretrained autoencoder and finetunes nothing."""
+    interpolation registers the pretrained autoencoder and finetunes nothing; its pretraining has
+    predict_variance unless it is set to false."""
     dataset: ExperimentDataset = Field(description="Source and preparation of the data.")
     pretraining: Stage = Field(Stage(), description="Pretraining of the encoder.")
     pretrained_from: Name | None = None

@@ -124,7 +124,7 @@ def test_a_regression_becomes_champion_and_is_served_in_the_units_of_its_target(
 
 def test_an_autoencoder_becomes_champion_and_answers_queries(tmp_path, monkeypatch):
     stack = {"d_model": 32, "nhead": 2, "depth": 1}
-    model = {"encoder_config": stack, "decoder_config": stack, "predict_variance": True}
+    model = {"encoder_config": stack, "decoder_config": stack}
     source = {"kind": "synthetic", "process": "rbf", "n_series": 160}
     sections = tiny.attributes(
         tmp_path,
