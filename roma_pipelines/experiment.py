@@ -40,7 +40,14 @@ _REGISTERED = {
     "regression": "registered_regressor",
     "interpolation": "registered_autoencoder",
 }
-_TRAINING_SECTIONS = {"dataset", "pretraining", "finetuning", "primary_metric", "task"}
+_TRAINING_SECTIONS = {
+    "dataset",
+    "pretraining",
+    "finetuning",
+    "primary_metric",
+    "task",
+    "start_from",
+}
 _SECTIONS = {  # that determine the content of an asset; of the others, all of these
     "dataset": {"dataset"},
     ENCODER: {"dataset", "pretraining"},
@@ -152,6 +159,11 @@ class Experiment(Frozen):
     pretrained_from: Name | None = None
     """Experiment whose encoder is finetuned here instead of pretraining one."""
     finetuning: Stage = Field(Stage(), description="Finetuning of the classifier or regressor.")
+    start_from: Literal["encoder", "champion"] = Field(
+        "encoder", exclude_if=lambda start: start == "encoder"
+    )
+    """Weights that the finetuning starts from. champion: those of the registered champion, to train it
+    further on new data; of the encoder while there is none."""
     resources: Resources = Field(Resources(), description="Target and size of jobs.")
     primary_metric: PrimaryMetric | Literal["auto"] = "auto"
     """Metric for the best checkpoint, the gate and the comparison with the champion. auto: auroc where the
@@ -215,6 +227,8 @@ class Experiment(Frozen):
                 "finetuning: an interpolation registers the pretrained autoencoder and finetunes nothing; "
                 "remove it, or set another task"
             )
+        if self.task == "interpolation" and self.start_from == "champion":
+            raise ValueError("start_from: an interpolation finetunes nothing; remove it")
         if problem_type != self.task:
             raise ValueError(
                 f"finetuning.model.problem_type: {problem_type} contradicts task: {self.task}; remove it, "

@@ -45,13 +45,21 @@ _shared_options = with_options(
 
 @click.command()
 @_shared_options
-def pretrain(**options: Any) -> None:
+@click.option(
+    "--weights",
+    type=_FOLDER,
+    help="Pretrained weights to continue from, RUN/outputs/model (default: new weights).",
+)
+def pretrain(weights: Path | None, **options: Any) -> None:
     """Pretrain the masked autoencoder on the training split of a data set.
+
+    With --weights it continues from an autoencoder that was pretrained before, on other data of the
+    same channels and axes; these determine the shape of the model.
 
     Writes checkpoints, metrics.jsonl and, at the end, outputs/model into the folder of the run. For
     several processes start it with torchrun or accelerate launch (-m roma_core.cli pretrain …).
     """
-    _run("pretrain", options)
+    _run("pretrain", options, None if weights is None else weights.absolute())
 
 
 @click.command()

@@ -89,11 +89,14 @@ class RoMAForPreTraining(Backbone):
         initialise_vectors(self.mask_token, self.cls)
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str, **overrides: Any) -> RoMAForPreTraining:
+    def from_pretrained(
+        cls, folder: Path | str, config: RoMAForPreTrainingConfig | None = None, **overrides: Any
+    ) -> RoMAForPreTraining:
         """Restore a model from a folder of ours or of the published package.
 
         Args:
             folder: holds ``model.safetensors`` and ``model_config.json``.
+            config: the exact configuration, in place of ``overrides``.
             overrides: configuration fields to change; the shapes must stay.
 
         Raises:
@@ -104,7 +107,8 @@ class RoMAForPreTraining(Backbone):
             raise ValueError(
                 f"{folder} holds a classifier, which has no decoder; expected a pretraining model"
             )
-        model = cls(RoMAForPreTrainingConfig.from_values(stored_fields(document) | overrides))
+        fields = stored_fields(document) | overrides
+        model = cls(config or RoMAForPreTrainingConfig.from_values(fields))
         model.data_schema = document.get("data_schema")
         load_weights(model, weights, folder)
         return model

@@ -17,6 +17,9 @@ from roma_core.data.store import StoredDataset, Subset
 from roma_core.files import read_json, sha256_of
 from roma_core.job import Attempt, JobFolder
 from roma_core.model.config import (
+    DROPOUTS,
+    SHAPE,
+    EncoderConfig,
     RoMAForClassificationConfig,
     RoMAForPreTrainingConfig,
     classifier_config,
@@ -80,7 +83,7 @@ class TrainingJobConfig(Frozen):
 
         Args:
             model: the fields that the data do not determine.
-            weights: folder of the weights that a finetuning starts from; None: new weights.
+            weights: folder of the weights that the training starts from; None: new weights.
 
         Raises:
             ValueError: the data set does not have the classes or targets that the model predicts.
@@ -88,7 +91,7 @@ class TrainingJobConfig(Frozen):
         manifest = read_manifest(dataset)
         config: RoMAForPreTrainingConfig | RoMAForClassificationConfig
         if task == "pretrain":
-            config = RoMAForPreTrainingConfig(**model | data_fields(manifest.data_schema))
+            config = _pretraining_model(manifest, model, weights)
             series = StoredDataset(dataset, verify=False).split("train")
             if len(series) and not len(_maskable(series)):
                 raise ValueError(
@@ -127,6 +130,41 @@ class TrainingJobConfig(Frozen):
 def _digest_of_weights(folder: Path | str | None) -> str | None:
     file = None if folder is None else Path(folder, "model.safetensors")
     return sha256_of(file) if file and file.exists() else None
+
+
+def _pretraining_model(
+    manifest: Manifest, model: dict[str, Any], weights: Path | None
+) -> RoMAForPreTrainingConfig:
+    fields = data_fields(manifest.data_schema)
+    if weights is None:
+        return RoMAForPreTrainingConfig(**model | fields)
+    document = read_config(weights)
+    if not is_pretraining(document):
+        raise ValueError(
+            f"{weights} holds a classifier, which has no decoder; pretraining continues from the "
+            f"outputs/model of a pretraining"
+        )
+    stored = stored_fields(document)
+    fields["missing_values"] |= stored["missing_values"]
+    _check_inputs(manifest, fields, document, weights)
+    given = dict(model)
+    for stack in ("encoder_config", "decoder_config"):
+        if stack in given:
+            given[stack] = stored[stack] | given[stack]
+    config = RoMAForPreTrainingConfig.from_values(stored | given | fields)
+    kept = RoMAForPreTrainingConfig.from_values(stored | fields)
+    for name in model:
+        now, then = getattr(config, name), getattr(kept, name)
+        if isinstance(now, EncoderConfig):
+            now, then = (x.model_dump(exclude=set(DROPOUTS)) for x in (now, then))
+        elif name not in SHAPE:
+            continue
+        if now != then:
+            raise ValueError(
+                f"model.{name}: the weights in {weights} were trained with {then}, not {now}; leave it "
+                f"out to continue from them, or pretrain new weights"
+            )
+    return config
 
 
 def _finetuning_model(
@@ -192,6 +230,8 @@ def _check_inputs(
         compared.append(("categories", words[0], words[-1]))
         covariates = [{c.name: list(c.categories) for c in s.covariates} for s in schemas]
         compared.append(("covariates", covariates[0], covariates[-1]))
+        if not is_pretraining(document):  # its head is kept
+            compared.append(("classes", schemas[0].classes, schemas[-1].classes))
     for name, now, then in compared:
         if now != then:
             raise ValueError(
@@ -217,9 +257,10 @@ def open_dataset(path: str, digest: str, *, verify: bool) -> StoredDataset:
     return dataset
 
 
-def _model_of(
+def model_of(
     config: TrainingJobConfig, seed: int, resumes: bool
 ) -> RoMAForPreTraining | RoMAForClassification:
+    """The model of a job: with the weights it starts from, or new ones if a checkpoint follows."""
     import torch
 
     from roma_core.model.prediction import RoMAForClassification
@@ -227,9 +268,12 @@ def _model_of(
 
     torch.manual_seed(seed)  # the same initial weights in every process and every attempt
     if config.task == "pretrain":
-        return RoMAForPreTraining(RoMAForPreTrainingConfig.from_values(config.model))
+        autoencoder = RoMAForPreTrainingConfig.from_values(config.model)
+        if config.weights is None or resumes:  # a checkpoint has all weights
+            return RoMAForPreTraining(autoencoder)
+        return RoMAForPreTraining.from_pretrained(config.weights, autoencoder)
     classifier = RoMAForClassificationConfig.from_values(config.model)
-    if config.weights is None or resumes:  # a checkpoint has all weights
+    if config.weights is None or resumes:
         return RoMAForClassification(classifier)
     return RoMAForClassification.from_pretrained(config.weights, classifier)
 
@@ -248,7 +292,7 @@ def train(folder: JobFolder, attempt: Attempt) -> Work:
     version = config.dataset, config.dataset_digest
     group.call(lambda: open_dataset(*version, verify=True).path, group.is_first_of_node)
     dataset = open_dataset(*version, verify=False)
-    model = _model_of(config, trainer.random_seed, bool(committed(folder.checkpoints)))
+    model = model_of(config, trainer.random_seed, bool(committed(folder.checkpoints)))
     model.data_schema = dataset.schema.model_dump(mode="json")
     series = dataset.split("train").subsample(config.train_fraction, trainer.random_seed)
     validation = dataset.split("validation")

@@ -52,7 +52,7 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
     )
     def evaluation_report(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         from roma_core.data.store import StoredDataset
-        from roma_core.evaluation.leakage import split_digest
+        from roma_core.evaluation.leakage import split_digest, training_datasets
 
         upstream = names[: names.index("evaluation_report")]
         data, *trained = upstream_metadata(context, experiment, *upstream)
@@ -80,8 +80,11 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
                     baselines=experiment.baselines,
                     facts=_report_facts(read_manifest(path), trained, context.run_id),
                     trained_on=tuple(
-                        read_json(Path(job["job_folder"]) / "config.json")["dataset"]
-                        for job in trained
+                        dict.fromkeys(
+                            str(found)
+                            for job in trained
+                            for found in training_datasets(Path(job["weights"]))
+                        )
                     ),
                     decided_before=decided_before(client, runs, test_split, key),
                     lineage=_lineage(client, trained, context.run_id),
@@ -130,8 +133,10 @@ def _lineage(client: Any, trained: Sequence[Mapping[str, Any]], dagster_run: str
 
     run = trained[-1]["mlflow_run_id"]
     jobs = ("pretraining_job", "finetuning_job")
+    start = trained[-1].get("started_from")  # the job of the champion that was trained further
     return {
         **{name: job["job_key"] for name, job in zip(jobs, trained, strict=False)},
+        **({"started_from": start} if start else {}),
         "mlflow_run_id": run,
         "dagster_run_id": dagster_run,
         "git_sha": client.get_run(run).data.tags.get("roma.git_sha", code_version()),

@@ -48,7 +48,7 @@ def registered_model_asset(experiment: Experiment) -> dg.AssetsDefinition:
         pretraining, training = (
             read_json(JobFolder(job["job_folder"]).config) for job in (encoder, model)
         )
-        inherited = {"git_sha", "lock_hash", "finetuning_job", "pretraining_job"}
+        inherited = {"git_sha", "lock_hash", "finetuning_job", "pretraining_job", "started_from"}
         known = {name: text for name, text in config["lineage"].items() if name in inherited}
         tags = {f"roma.{name}": text for name, text in known.items()} | {
             "roma.dataset_digest": config["dataset_digest"],

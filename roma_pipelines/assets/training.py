@@ -1,5 +1,6 @@
 """Assets: the pretrained encoder and the finetuned model, each from a training job."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,13 +9,24 @@ import dagster as dg
 from roma_core.data.manifest import read_manifest
 from roma_core.data.store import StoredDataset
 from roma_core.files import read_json
+from roma_core.job import JobFolder
 from roma_core.schema import DataSchema
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.defaults import primary_metric
-from roma_core.trainer.job import TrainingJobConfig
+from roma_core.trainer.job import MODEL_OUTPUT, TrainingJobConfig
 from roma_core.trainer.metrics import read_records
 from roma_pipelines.experiment import Experiment
-from roma_pipelines.tracked_job import TrackedJob, picture, run_tracked_job, upstream_metadata
+from roma_pipelines.launching.pipes import key_for
+from roma_pipelines.registry.promotion import CHAMPION
+from roma_pipelines.registry.versions import version_at
+from roma_pipelines.storage import Storage
+from roma_pipelines.tracked_job import (
+    TrackedJob,
+    picture,
+    registry,
+    run_tracked_job,
+    upstream_metadata,
+)
 
 
 def pretrained_encoder_asset(experiment: Experiment) -> dg.AssetsDefinition:
@@ -47,9 +59,37 @@ def finetuned_model_asset(experiment: Experiment, name: str) -> dg.AssetsDefinit
         if experiment.pretrained_from is not None:
             for line in _differences(weights, read_manifest(path).data_schema):
                 context.log.warning(f"encoder of {experiment.pretrained_from}: {line}")
-        return _materialised(_trained(context, experiment, "finetune", path, weights))
+        job = JobFolder(Storage.open().jobs / key_for(context)).config
+        if job.exists():  # a retry adopts the job, and so the champion of that time
+            weights = Path(read_json(job)["weights"])
+        elif experiment.start_from == "champion":
+            weights = _champion_weights(context, experiment, encoder) or weights
+        start = {} if weights == Path(encoder["weights"]) else {"started_from": weights.parts[-3]}
+        return _materialised(_trained(context, experiment, "finetune", path, weights), start)
 
     return finetuned_model
+
+
+def _champion_weights(
+    context: dg.AssetExecutionContext, experiment: Experiment, encoder: dict[str, Any]
+) -> Path | None:
+    """Weights of the training behind the champion; None if there is no champion."""
+    name = experiment.name
+    with registry(context, encoder) as client:
+        version = version_at(client, name, CHAMPION)
+        if version is None:
+            context.log.info(f"{name} has no champion yet; starting from the pretrained encoder")
+            return None
+        job = client.get_model_version(name, version).tags.get("roma.finetuning_job", "")
+    weights = Storage.open().jobs / job / MODEL_OUTPUT
+    if not job or not weights.exists():
+        raise dg.Failure(
+            f"start_from: champion: the weights of version {version} of {name} are not in {weights}; "
+            f"remove start_from to train from the encoder, or promote a version that was trained here",
+            allow_retries=False,
+        )
+    context.log.info(f"starting from version {version} of {name}, the champion")
+    return weights
 
 
 def _differences(weights: Path, ours: DataSchema) -> list[str]:
@@ -112,7 +152,7 @@ def _trained(
     return run_tracked_job(context, experiment, command, config, runner="torchrun", params=params)
 
 
-def _materialised(job: TrackedJob) -> dg.MaterializeResult:
+def _materialised(job: TrackedJob, lineage: Mapping[str, str] = {}) -> dg.MaterializeResult:
     from roma_core.evaluation.plots import learning_curve
 
     weights = job.output("model")
@@ -121,6 +161,7 @@ def _materialised(job: TrackedJob) -> dg.MaterializeResult:
         metadata={
             "learning_curve": picture(learning_curve(records), "learning curve"),
             **job.metadata(),
+            **lineage,
             "weights": dg.MetadataValue.path(str(weights)),
             "metrics": dg.MetadataValue.path(str(job.folder.metrics)),
         }

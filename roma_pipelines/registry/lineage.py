@@ -33,12 +33,14 @@ _STAGES = {
     "finetune": "roma.finetuning_job",
     "evaluate": "roma.evaluation_job",
 }
+_STARTED_FROM = "roma.started_from"
 _IDENTIFIERS = {
     "MLflow run": versions.RUN_ID_TAG,
     "Dagster run": "roma.dagster_run_id",
     "evaluation job": _STAGES["evaluate"],
     "finetuning job": _STAGES["finetune"],
     "pretraining job": _STAGES["pretrain"],
+    "started from the finetuning job": _STARTED_FROM,
     "data set": "roma.dataset_digest",
     "configuration": "roma.config_digest",
     "commit": "roma.git_sha",
@@ -137,7 +139,8 @@ def plan_replay(
                 f"{datasets}; build it again: equal input gives an equal version"
             )
     weights = {stage: str(folder / "outputs" / "model") for stage, folder in folders.items()}
-    if "finetune" in stages:
+    if "finetune" in stages and _STARTED_FROM not in tags:
+        # else from the champion of that time, which is not trained again
         configs["finetune"]["weights"] = weights["pretrain"]
     trainings = [stage for stage in stages if stage != "evaluate"]
     names = {"pretrain": "pretraining", "finetune": "finetuning"}

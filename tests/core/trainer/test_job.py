@@ -4,12 +4,18 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from roma_core.data import DatasetConfig, StoredDataset, build_dataset
-from roma_core.model import RoMAForClassificationConfig
+from roma_core.model import (
+    RoMAForClassification,
+    RoMAForClassificationConfig,
+    RoMAForPreTraining,
+    RoMAForPreTrainingConfig,
+)
 from roma_core.schema import Channel, ChannelFit
 from roma_core.trainer.config import TrainerConfig
-from roma_core.trainer.job import TrainingJobConfig, data_fields
+from roma_core.trainer.job import TrainingJobConfig, data_fields, model_of
 from tests.core.hand_made import HandMade, built, config_of, series
 
 
@@ -101,3 +107,68 @@ def test_the_environment_may_ask_for_a_regression(places, monkeypatch):
     config = TrainingJobConfig.resolve("finetune", places[0], {}, TrainerConfig())
 
     assert config.model["dim_output"] == 1, json.dumps(config.model)
+
+
+@pytest.fixture
+def autoencoder(places, tmp_path):
+    """Weights of a small autoencoder of the places."""
+    stored = StoredDataset(places[0])
+    stack = {"d_model": 16, "nhead": 2, "depth": 2, "dim_feedforward": 32}
+    config = RoMAForPreTrainingConfig(
+        encoder_config=stack, decoder_config=stack | {"depth": 1}, **data_fields(stored.schema)
+    )
+    model = RoMAForPreTraining(config)
+    model.data_schema = stored.schema.model_dump(mode="json")
+    model.save_pretrained(tmp_path / "outputs" / "model")
+    return model, tmp_path / "outputs" / "model"
+
+
+def test_a_pretraining_continues_from_weights_with_their_shape(places, autoencoder):
+    model, weights = autoencoder
+    changes = {"mask_ratio": 0.6, "encoder_config": {"drop_path_rate": 0.2}}
+
+    config = TrainingJobConfig.resolve(
+        "pretrain", places[0], changes, TrainerConfig(), weights=weights
+    )
+
+    assert config.weights_digest is not None
+    assert config.model["mask_ratio"] == 0.6
+    stack = config.model["encoder_config"]
+    assert (stack["d_model"], stack["depth"], stack["drop_path_rate"]) == (16, 2, 0.2)
+    started = model_of(config, seed=5, resumes=False).state_dict()
+    assert all(torch.equal(tensor, started[name]) for name, tensor in model.state_dict().items())
+    resumed = model_of(config, seed=5, resumes=True).state_dict()  # a checkpoint fills these
+    assert not torch.equal(resumed["projection.weight"], started["projection.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decoder_config": {"depth": 3}}, "model.decoder_config: the weights in .* 'depth': 1"),
+        ({"neighbours": 2}, "model.neighbours: the weights in .* were trained with 0, not 2"),
+    ],
+)
+def test_another_shape_than_that_of_the_weights_is_refused(places, autoencoder, changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingJobConfig.resolve(
+            "pretrain", places[0], changes, TrainerConfig(), weights=autoencoder[1]
+        )
+
+
+def test_a_pretraining_does_not_continue_from_a_classifier_nor_one_of_other_classes(
+    places, tmp_path
+):
+    source = {"kind": "synthetic", "process": "sines", "n_series": 60}
+    data = build_dataset(DatasetConfig(name="s", source=source), tmp_path, tmp_path, progress=False)
+    schema = StoredDataset(data).schema
+    stack = {"d_model": 16, "nhead": 2, "depth": 1}
+    config = RoMAForClassificationConfig(encoder_config=stack, dim_output=2, **data_fields(schema))
+    model = RoMAForClassification(config)
+    model.data_schema = schema.model_dump(mode="json") | {"classes": ["a", "b"]}
+    model.save_pretrained(tmp_path / "model")
+    for task, message in (
+        ("pretrain", "holds a classifier"),
+        ("finetune", "classes: the data set"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TrainingJobConfig.resolve(task, data, {}, TrainerConfig(), weights=tmp_path / "model")

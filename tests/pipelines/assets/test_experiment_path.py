@@ -3,7 +3,7 @@
 The tests follow one story; each fixture is its next event: ``first`` (two processes a training),
 ``interrupted`` and ``second`` (a failure after finetuning, and its retry), ``refused`` (a gate that
 nothing passes), ``waiting`` (one that asks a person), ``damaged`` (a champion with a broken file),
-``failed`` (a loss that is not finite).
+``continued`` (the champion trained further), ``failed`` (a loss that is not finite).
 """
 
 import json
@@ -460,7 +460,26 @@ def test_a_damaged_champion_is_a_failed_check_that_says_so(house, damaged):
 
 
 @pytest.fixture(scope="module")
-def failed(house, damaged):
+def continued(house, damaged):
+    """The champion, finetuned further."""
+    return house.materialise(*tiny.ASSET_NAMES[2:4], start_from="champion")
+
+
+def test_the_champion_is_finetuned_further(house, second, continued):
+    champion = metadata_of(second, "finetuned_classifier")
+    facts = metadata_of(continued, "finetuned_classifier")
+    assert facts["started_from"] == champion["job_key"]
+    config = read_json(Path(facts["job_folder"]) / "config.json")
+    assert config["weights"] == champion["weights"]
+    assert "not used 0" in Path(facts["log"]).read_text()  # its head was kept
+    evaluation = Path(metadata_of(continued, "evaluation_report")["job_folder"])
+    planned = read_json(evaluation / "config.json")
+    assert planned["lineage"]["started_from"] == champion["job_key"]
+    assert planned["trained_on"] == [config["dataset"]]
+
+
+@pytest.fixture(scope="module")
+def failed(house, continued):
     settings = {"epochs": 4, "base_lr": 1e30, "warmup_steps": 0}
     return house.materialise("pretrained_encoder", pretraining={"trainer": settings})
 
