@@ -171,6 +171,9 @@ class Experiment(Frozen):
     a regression or an interpolation."""
     gate: GateThresholds = Field(GateThresholds(), description="Conditions of promotion.")
     baselines: tuple[Baseline, ...] = Field((), description="Published results of other methods.")
+    measure_baselines: bool = Field(
+        True, description="Train and evaluate other methods beside the model, in its evaluation."
+    )
     predictions: Predictions | None = None
     """Adds the asset batch_predictions; null: none."""
     schedule: str | None = None

@@ -31,6 +31,12 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
     help="Also evaluate reconstructions with all but N observations of each series hidden. "
     "Repeatable.",
 )
+@click.option(
+    "--baselines/--no-baselines",
+    default=True,
+    show_default=True,
+    help="Train and evaluate other methods on the same series, too.",
+)
 @click.option("--run-dir", type=_FOLDER, help="Folder to write into.")
 @click.option("--name", help="Name of the model in report and package (default: the data set's).")
 @click.option(
@@ -41,6 +47,7 @@ def evaluate(
     weights: Path | None,
     autoencoder: Path | None,
     n_observed: tuple[int, ...],
+    baselines: bool,
     run_dir: Path | None,
     name: str | None,
     job: Path | None,
@@ -84,6 +91,7 @@ def evaluate(
             classifier=None if weights is None else str(weights.absolute()),
             autoencoder=None if autoencoder is None else str(autoencoder.absolute()),
             n_observed=n_observed,
+            measure_baselines=baselines,
             trained_on=tuple(trained_on),
         )
     except (ValueError, OSError) as error:

@@ -19,15 +19,17 @@ from scipy.special import softmax
 
 from roma_core.data.store import StoredDataset, Subset
 from roma_core.evaluation import plots, report
+from roma_core.evaluation.baselines import measure_baselines
 from roma_core.evaluation.classification_metrics import (
     ClassificationMetrics,
     compare_predictions,
     evaluate,
+    metric_samples,
 )
 from roma_core.evaluation.config import EvaluationJobConfig, ServingChecks
 from roma_core.evaluation.drift import embedding_profile, reference_profile
 from roma_core.evaluation.leakage import check_leakage, split_digest
-from roma_core.evaluation.metrics import Change
+from roma_core.evaluation.metrics import Change, MeasuredBaseline
 from roma_core.evaluation.packaging import (
     N_PARITY,
     NotComparable,
@@ -64,6 +66,7 @@ from roma_core.evaluation.regression_metrics import (
     compare_regressions,
     evaluate_regression,
     r2_samples,
+    regression_samples,
 )
 from roma_core.files import read_json, write_bytes, write_json
 from roma_core.job import Attempt, JobFolder
@@ -80,7 +83,8 @@ from roma_core.trainer.metrics import read_records
 from roma_core.trainer.run_logger import Progress
 
 _OUTPUTS = (
-    "predictions.parquet", "champion_predictions.parquet", "metrics.json", "serving_checks.json",
+    "predictions.parquet", "champion_predictions.parquet", "metrics.json", "baselines.json",
+    "serving_checks.json",
     "plots", "report.html", "package", "encoder_package",
 )  # fmt: skip
 _MAX_EMBEDDED = 2000  # series of train and validation behind an embedding profile
@@ -106,7 +110,7 @@ def run_evaluation(folder: JobFolder, attempt: Attempt) -> Work:
     config = EvaluationJobConfig.model_validate(read_json(folder.config, schema_version=1))
     if "OMP_NUM_THREADS" not in os.environ:  # which launchers set and torch reads
         torch.set_num_threads(1)
-    with Progress("evaluate", total_steps=4, first_step=0) as progress:
+    with Progress("evaluate", total_steps=5, first_step=0) as progress:
         evaluator = _Evaluator(config, folder.outputs, attempt, progress)
         model = evaluator.model
         metrics = evaluator.reconstruction() if model is None else evaluator.finetuned(model)
@@ -228,6 +232,9 @@ class _Evaluator:
         table.save(out / "predictions.parquet")
         metrics = self._metrics(table)
         self.step(**{metrics.primary_metric: metrics.primary.value})
+        baselines = self._baselines(table, metrics.primary_metric)
+        write_json(out / "baselines.json", [one.model_dump(mode="json") for one in baselines])
+        self.step()
 
         changes, problem = self._against_champion(
             lambda folder: predict_packaged(folder, test, table_class),
@@ -262,6 +269,7 @@ class _Evaluator:
         difference = serving_difference(package, test, outputs)
         checks = self._check_serving(package, difference, problem)
         self.step(serving_difference=difference)
+        self.tracked |= {f"baseline_{one.slug}": one.value.value for one in baselines}
         names = ", ".join(target.name for target in dataset.schema.targets)
         places = " at every observation" if dataset.schema.target_level == "observation" else ""
         n_classes = len(dataset.schema.classes)
@@ -275,12 +283,13 @@ class _Evaluator:
                 f"{_SELECTION} The test split is used only to decide about promotion; each such "
                 f"decision reduces its independence.",
                 _LIMIT,
-                *["Baselines were measured elsewhere on the same protocol."]
+                *["Published baselines were measured elsewhere on the same protocol."]
                 * bool(config.baselines),
                 *["Probabilities are those of the model as trained; no calibration was fitted."]
                 * (not is_regression),
             ],
             changes=changes,
+            measured_baselines=baselines,
             champion_problem=checks.champion_problem,
             serving_checks=checks,
         )
@@ -299,6 +308,27 @@ class _Evaluator:
             return (), f"champion version {config.champion_version}: {error}"
         found.save(self.out / "champion_predictions.parquet")
         return compare(found), None
+
+    def _baselines(
+        self, table: PredictionTable | RegressionTable, primary: str
+    ) -> tuple[MeasuredBaseline, ...]:
+        """Other methods, trained on the same data; of classes and of targets of series."""
+        dataset, config = self.dataset, self.config
+        is_regression = isinstance(table, RegressionTable)
+        targets = dataset.series_targets if is_regression else dataset.labels
+        if targets is None or not config.measure_baselines:
+            return ()
+
+        def samples(table: PredictionTable | RegressionTable) -> Floats:
+            if isinstance(table, RegressionTable):
+                return regression_samples(table).r2
+            return metric_samples(table)[primary]
+
+        def samples_of(predicted: Floats) -> Floats:
+            return samples(type(table).of_split(self.test, predicted, {}))
+
+        theirs = targets, primary, samples_of, samples(table)
+        return measure_baselines(self.test, *theirs, train_fraction=config.train_fraction)
 
     def _metrics(self, table: PredictionTable | RegressionTable) -> report.AnyMetrics:
         """Metrics of the test split; ValueError if the primary one is undefined."""

@@ -10,6 +10,7 @@ Shapes here:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -141,6 +142,11 @@ class MeasuredBaseline(Frozen):
     difference: Estimate  # the model's minus this one's, with a paired interval
     n_train: int  # series
     seconds: float
+
+    @property
+    def slug(self) -> str:
+        """The name in a tracker."""
+        return re.sub(r"\W+", "_", self.name.lower())
 
 
 def resample_counts(n: int, n_bootstrap: int, seed: int) -> Iterator[Floats]:

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from roma_core.evaluation.classification_metrics import ClassificationMetrics
 from roma_core.evaluation.config import Baseline, FactSheet, ServingChecks
-from roma_core.evaluation.metrics import LABELS, Change, PartEstimate
+from roma_core.evaluation.metrics import LABELS, Change, MeasuredBaseline, PartEstimate
 from roma_core.evaluation.regression_metrics import ReconstructionMetrics, RegressionMetrics
 from roma_core.schema import DataSchema
 from roma_core.settings import Frozen
@@ -123,6 +123,7 @@ class ReportContent(_Content):
     leaks: tuple[str, ...] = ()  # test series that were in the training data
     plots: tuple[Plot, ...] = ()
     limits: tuple[str, ...] = ()  # of the numbers, one per line
+    measured_baselines: tuple[MeasuredBaseline, ...] = ()
     serving_checks: ServingChecks | None = None
     not_packaged: str = ""  # why there is no package
     n_observed: tuple[int, ...] = ()  # visible observations, of reconstructions
@@ -244,6 +245,7 @@ def render_report(content: ReportContent) -> str:
         }
     estimates = metrics.estimates()
     rows = [(*text, estimates[name]) for name, text in METRICS[task].items() if name in estimates]
+    values["labels"] = LABELS
     template = _environment(autoescape=True).get_template("report.html.jinja")
     primary = LABELS[metrics.primary_metric]
     values |= {"task": task, "headline": headline, "primary": primary, "rows": rows}

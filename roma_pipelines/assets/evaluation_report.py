@@ -78,6 +78,8 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
                     },
                     primary_metric=experiment.primary_metric,
                     baselines=experiment.baselines,
+                    measure_baselines=experiment.measure_baselines,
+                    train_fraction=experiment.finetuning.train_fraction,
                     facts=_report_facts(read_manifest(path), trained, context.run_id),
                     trained_on=tuple(
                         dict.fromkeys(
@@ -95,7 +97,7 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
         )
         decision = decide(job.folder, experiment.gate)
         evaluated_split = ServingChecks.load(job.output("serving_checks")).test_split
-        outputs = ("report", "metrics", "serving_checks", "predictions")
+        outputs = ("report", "metrics", "baselines", "serving_checks", "predictions")
         results = {
             "results": {f"test/{name}": value for name, value in job.result.metrics.items()},
             "final_tags": {

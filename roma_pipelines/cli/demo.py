@@ -235,8 +235,13 @@ def _conclude(
     report, data = (p.relative_to(here) if p.is_relative_to(here) else p for p in (report, data))
     click.echo(f"\nreport      {report}")
     click.echo(f"model       {model['model']} version {model['version']} ({model['aliases']})")
+    if (measured := job / "outputs" / "baselines.json").exists():
+        for one in read_json(measured):
+            least, most = one["difference"]["low"], one["difference"]["high"]
+            ours = f"this model minus it: 95 % {least:+.3f} to {most:+.3f}"
+            click.echo(f"baseline    {one['value']['value']:.3f} {one['name']} ({ours})")
     for one in read_json(job / "config.json")["baselines"]:
-        click.echo(f"baseline    {one['accuracy']:.3f} {one['name']} ({one['source']})")
+        click.echo(f"published   {one['accuracy']:.3f} {one['name']} ({one['source']})")
     click.echo(f"time        {seconds:.0f} s (trainings, when they ran: {trained})")
     uri = MlflowSettings().tracking_uri or own_store(storage.mlflow)
     is_default = uri == f"sqlite:///{here}/.roma/mlflow/mlflow.db"

@@ -6,6 +6,7 @@ task, because each is shown as an asset check; a check without a threshold passe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +22,7 @@ from roma_core.evaluation.classification_metrics import (
     metric_samples,
 )
 from roma_core.evaluation.config import ServingChecks
-from roma_core.evaluation.metrics import LABELS, resample_sums
+from roma_core.evaluation.metrics import LABELS, MeasuredBaseline, resample_sums
 from roma_core.evaluation.predictions import (
     PredictionTable,
     ReconstructionTable,
@@ -48,6 +49,7 @@ CHECKS = {
     "class_floor": "Recall of every class, absolute and compared with the champion's.",
     "better_than_guessing": "The primary metric is above that of predictions that do not depend on the "
     "series, or the log loss below that of the class fractions.",
+    "beats_baseline": "Paired difference of the primary metric to the best baseline of the same run.",
     "primary_metric": "Primary metric against its threshold.",
     "calibration": "Expected calibration error against its threshold.",
     "golden_rows": "The package reproduces its golden rows in a process without this project.",
@@ -84,6 +86,13 @@ class GateThresholds(Frozen):
         lt=1,
         description="Largest drop of the primary metric below the champion's that the lower "
         "confidence bound of the paired difference may show.",
+    )
+    min_baseline_gain: float | None = Field(
+        None,
+        gt=-1,
+        lt=1,
+        description="Smallest difference of the primary metric to the best baseline of the same run that "
+        "the lower end of its paired 95 % interval may show.",
     )
     confidence: float = Field(0.95, gt=0.5, lt=1, description="Level of one-sided bounds.")
     min_class_recall: float | None = Field(
@@ -147,6 +156,7 @@ def gate(
     measured: ServingChecks,
     thresholds: GateThresholds,
     primary: str = "accuracy",
+    baselines: Sequence[MeasuredBaseline] = (),
 ) -> GateDecision:
     """Check a candidate, and compare it with the champion on the same series if there is one.
 
@@ -170,6 +180,7 @@ def gate(
     checks = [
         *_compare(problem, gains, f"{len(candidate.ids)} series", primary, thresholds),
         _better_than_guessing(candidate, samples, primary, thresholds),
+        _beats_baseline(baselines, thresholds),
         _limited("primary_metric", samples[0], value_text, at_least=thresholds.min_primary),
         golden_rows,
         _limited("serving_parity", difference, parity_text, at_most=MAX_SERVING_DIFFERENCE),
@@ -342,6 +353,22 @@ def _better_than_guessing(
     return _check(name, passed, text, value=high, threshold=0.0)
 
 
+def _beats_baseline(baselines: Sequence[MeasuredBaseline], thresholds: GateThresholds) -> GateCheck:
+    name, least = "beats_baseline", thresholds.min_baseline_gain
+    if not baselines:
+        text = "no baseline was measured"
+        if least is not None:
+            text += f", and gate.min_baseline_gain {least:g} needs one; remove it for these data"
+        return _check(name, least is None, text)
+    best = max(baselines, key=lambda one: one.value.value)
+    found = best.difference
+    text = (
+        f"{LABELS[best.metric]} minus that of {best.name} ({best.value.value:.4f}) is {found.value:+.4f}, "
+        f"with 95 % confidence {found.low:+.4f} to {found.high:+.4f}"
+    )
+    return _limited(name, found.low, text, at_least=least)
+
+
 def _smoke_test(measured: ServingChecks, thresholds: GateThresholds) -> tuple[GateCheck, GateCheck]:
     """The checks ``golden_rows`` and ``latency``."""
     first, second, test = "golden_rows", "latency", measured.smoke_test
@@ -384,7 +411,11 @@ def decide(folder: JobFolder, thresholds: GateThresholds) -> GateDecision:
     }
     measured = ServingChecks.load(folder.path / result.outputs["serving_checks"])
     pair = tables["predictions"], tables.get("champion_predictions")
-    decision = gate(*pair, measured, thresholds, metrics.get("primary_metric", "accuracy"))
+    primary = metrics.get("primary_metric", "accuracy")
+    path = result.outputs.get("baselines")  # an older evaluation measured none
+    found = [] if path is None else read_json(folder.path / path)
+    baselines = [MeasuredBaseline.model_validate(one) for one in found]
+    decision = gate(*pair, measured, thresholds, primary, baselines)
     write_json(folder.outputs / "gate.json", decision.model_dump(mode="json"))
     return decision
 

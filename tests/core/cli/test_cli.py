@@ -128,7 +128,8 @@ def test_the_commands_end_with_a_classifier_that_classifies(runs):
     assert "accuracy is the primary metric: the classes are balanced: " in report
     assert "ROC and precision-recall curves" in report
     assert "<h1>Evaluation of waves</h1>" in report and "data:image/png;base64" in report
-    assert "Baseline" not in report, "none was given"
+    assert "Baselines of this run" in report and "summary features" in report
+    assert "Published results" not in report, "none was given"
     assert read_json(root / "eval/config.json")["trained_on"] == [str(data)]
 
 

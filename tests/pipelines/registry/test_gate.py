@@ -5,6 +5,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from roma_core.evaluation.config import ServingChecks
+from roma_core.evaluation.metrics import Estimate, MeasuredBaseline
 from roma_core.evaluation.predictions import PredictionTable, ReconstructionTable, RegressionTable
 from roma_core.schema import Channel
 from roma_core.serving.package import SmokeTest
@@ -359,3 +360,27 @@ def test_a_decision_survives_json_and_always_has_every_check():
         assert decision.passed
         assert [check.name for check in decision.checks] == list(CHECKS)
         assert GateDecision.model_validate_json(decision.model_dump_json()) == decision
+
+
+@pytest.mark.parametrize(
+    ("gain", "least", "passed"), [(0.06, 0.0, True), (0.06, 0.05, False), (-0.01, None, True)]
+)
+def test_the_best_baseline_of_the_run_may_decide(gain, least, passed):
+    baselines = [
+        MeasuredBaseline(
+            name=name,
+            metric="accuracy",
+            value=Estimate(value=value, low=value - 0.02, high=value + 0.02),
+            difference=Estimate(value=gain, low=gain - 0.03, high=gain + 0.03),
+            n_train=100,
+            seconds=1,
+        )
+        for name, value in (("weak", 0.5), ("strong", 0.8))
+    ]
+    candidate, thresholds = table(np.ones(N, bool)), GateThresholds(min_baseline_gain=least)
+    check = named(gates.gate(candidate, None, SOUND, thresholds, "accuracy", baselines))
+    check = check["beats_baseline"]
+    assert check.passed is passed
+    assert "accuracy minus that of strong (0.8000) is" in check.explanation
+    unmeasured = named(gates.gate(candidate, None, SOUND, thresholds))["beats_baseline"]
+    assert unmeasured.passed is (least is None) and "no baseline was" in unmeasured.explanation
