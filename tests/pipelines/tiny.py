@@ -40,8 +40,8 @@ def write_waves(folder: Path) -> list[dict[str, str]]:
     return files
 
 
-def attributes(folder: Path, **changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a ``defs.yaml``; ``changes`` replace settings inside sections."""
+def attributes(folder: Path, **changes: Any) -> dict[str, Any]:
+    """The content of a ``defs.yaml``; ``changes`` replace settings inside sections, and others whole."""
     stack = {"d_model": 16, "nhead": 2, "depth": 1}
     sections: dict[str, Any] = {
         "name": "waves",
@@ -59,13 +59,16 @@ def attributes(folder: Path, **changes: Mapping[str, Any]) -> dict[str, Any]:
             "trainer": {"epochs": 40, "batch_size": 8, "base_lr": 0.01, "log_every": 2},
         },
         "resources": {},
+        "measure_baselines": False,
         "gate": {
             "max_primary_drop": 0.5,
             "max_latency_ratio": 1000,
         },  # a busy computer decides no test
     }
-    changed = {name: sections.get(name, {}) | dict(value) for name, value in changes.items()}
-    return sections | changed
+    for name, value in changes.items():
+        section = isinstance(value, Mapping)
+        sections[name] = sections.get(name, {}) | dict(value) if section else value
+    return sections
 
 
 def definitions(sections: Mapping[str, Any]) -> dg.Definitions:

@@ -87,7 +87,7 @@ def house(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first(house):
-    return house.materialise(resources={"processes_per_node": 2})
+    return house.materialise(resources={"processes_per_node": 2}, measure_baselines=True)
 
 
 def metadata_of(result, noun) -> dict[str, Any]:
@@ -252,10 +252,10 @@ def interrupted(house, first):
     with pytest.MonkeyPatch.context() as patch:
         show = training._materialised
 
-        def fail_once(job):
+        def fail_once(job, *lineage):
             if "finetune" in (job.folder.spec).read_text():
                 raise OSError("the worker lost its disk")
-            return show(job)
+            return show(job, *lineage)
 
         patch.setattr(training, "_materialised", fail_once)
         return house.materialise(*tiny.ASSET_NAMES[2:])
