@@ -411,6 +411,16 @@ class _Evaluator:
             errors = reconstruction_errors(fewer) | reconstruction_errors(fewer, "clean")
             metrics.overall.update({f"{key}_observed_{n}": e for key, e in errors.items()})
         self.step(r2=metrics.primary.value)
+        if (gain := metrics.overall.get("gain_r2")) is not None:
+            lines = MeasuredBaseline(
+                name="straight lines",
+                metric="r2",
+                value=metrics.overall["linear_r2"],
+                difference=gain,
+                n_train=0,
+                seconds=0,
+            )
+            write_json(self.out / "baselines.json", [lines.model_dump(mode="json")])
 
         figures = {"reconstructions": plots.reconstruction_examples(examples_of(table, test))}
         if len(metrics.groups) in _CLASSES_DRAWN:
