@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -173,12 +174,19 @@ def _rocket(train: Subset, targets: Targets, test: Subset, seed: int) -> Floats:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    series = _on_grid(train)
-    mean, std = series.mean((0, 2), keepdims=True), series.std((0, 2), keepdims=True)
-    std[std == 0] = 1
-    rocket = MiniRocket().fit((series - mean) / std, seed)
-    known = rocket.transform((series - mean) / std)
-    asked = rocket.transform((_on_grid(test, series.shape[2]) - mean) / std)
+    grid = _grid_of(train)
+    series = _on_grid(train, grid)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a channel without values
+        mean, std = (
+            np.nanmean(series, (0, 2), keepdims=True),
+            np.nanstd(series, (0, 2), keepdims=True),
+        )
+    std = np.where(std > 0, std, 1)
+    series = np.nan_to_num((series - mean) / std)  # 0, the mean, after the end of a series
+    rocket = MiniRocket().fit(series, seed)
+    known = rocket.transform(series)
+    asked = rocket.transform(np.nan_to_num((_on_grid(test, grid) - mean) / std))
     alphas = np.logspace(-3, 3, 10)
     ridge = RidgeClassifierCV(alphas) if targets.ndim == 1 else RidgeCV(alphas)
     model = make_pipeline(StandardScaler(with_mean=False), ridge).fit(known, targets)
@@ -188,12 +196,19 @@ def _rocket(train: Subset, targets: Targets, test: Subset, seed: int) -> Floats:
     return softmax(np.stack([-scores, scores], axis=1) if scores.ndim == 1 else scores, axis=1)
 
 
-def _on_grid(split: Subset, length: int | None = None) -> NDArray[np.float32]:
-    """``(S, C, length)``; by default the length of the longest series, within limits."""
+def _grid_of(split: Subset) -> Floats:
+    """``(L,)`` times from 0 to the longest duration, in the smallest step, within limits."""
+    positions = [np.unique(split.dataset.joint(int(row))[0][:, 0]) for row in split.indices]
+    span = max(at[-1] - at[0] for at in positions)
+    step = min((np.diff(at).min() for at in positions if len(at) > 1), default=span)
+    length = round(span / step) + 1 if step else MIN_LENGTH
+    return np.linspace(0, span or 1, min(MAX_LENGTH, max(MIN_LENGTH, length)))
+
+
+def _on_grid(split: Subset, grid: Floats) -> NDArray[np.float32]:
+    """``(S, C, L)`` at times since the first observation, NaN after the last."""
     parts = [split.dataset.joint(int(row)) for row in split.indices]
-    if length is None:
-        length = min(MAX_LENGTH, max(MIN_LENGTH, *(len(at) for at, _ in parts)))
-    return np.stack([interpolated(at[:, 0], values, length) for at, values in parts])
+    return np.stack([interpolated(at[:, 0] - at[:, 0].min(), of, grid) for at, of in parts])
 
 
 def why_not_on_grid(split: Subset) -> str | None:

@@ -25,15 +25,19 @@ _NUMBERS_AT_ONCE = 20_000_000  # of convolved values: 80 MB
 
 
 def interpolated(
-    positions: NDArray[np.float64], values: NDArray[np.floating], length: int
+    times: NDArray[np.float64], values: NDArray[np.floating], grid: NDArray[np.float64]
 ) -> NDArray[np.float32]:
-    """``(N,)`` and ``(N, C)`` with NaN where missing → ``(C, length)``; 0 for a channel without values."""
-    grid = np.linspace(positions.min(), positions.max(), length)
-    rows = []
-    for column in values.T:
-        seen = ~np.isnan(column)
-        rows.append(np.interp(grid, positions[seen], column[seen]) if seen.any() else 0 * grid)
-    return np.array(rows, np.float32)
+    """``(N,)`` and ``(N, C)`` with NaN where missing → ``(C, L)`` at the times ``grid``.
+
+    NaN after the last time, and in a channel without values; a channel is constant before its first
+    value and after its last.
+    """
+    rows = np.full((values.shape[1], len(grid)), np.nan, np.float32)
+    inside = grid <= times.max() + (grid[1] - grid[0]) / 2
+    for row, column in zip(rows, values.T, strict=True):
+        if (seen := ~np.isnan(column)).any():
+            row[inside] = np.interp(grid[inside], times[seen], column[seen])
+    return rows
 
 
 @dataclass(frozen=True)
