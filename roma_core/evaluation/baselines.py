@@ -37,6 +37,7 @@ MAX_LENGTH = 512  # of the grid, to which longer series are shortened
 _NUMBERS_AT_ONCE = 2_000_000
 _GRID_TOLERANCE = 0.05  # of a step
 _MAX_STEPS = 10  # of the median gap: times rounded to a fine unit are no grid
+_EARLY_STOPPING = 10_000  # more series than these, in scikit-learn
 _N_GRID_SERIES = 500  # behind the decision whether there is a grid
 
 
@@ -151,6 +152,7 @@ def _boosted(train: Subset, targets: Targets, test: Subset, seed: int) -> Floats
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
     features = summary_features(train)
+    counts = np.unique(targets, return_counts=True)[1] if targets.ndim == 1 else np.array([2])
     varied = (features != features[:1]).any(axis=0) & ~np.isnan(features).all(axis=0)
     if not varied.any():
         raise ValueError("all training series have equal summary features")
@@ -158,6 +160,8 @@ def _boosted(train: Subset, targets: Targets, test: Subset, seed: int) -> Floats
         "l2_regularization": 1.0,  # without it rare classes make it diverge
         "max_features": 0.5,
         "min_samples_leaf": min(20, max(2, len(train) // 50)),  # its 20 splits no set of 40 series
+        # as by default, but its validation set needs two series of every class
+        "early_stopping": len(train) > _EARLY_STOPPING and bool(counts.min() > 1),
         "random_state": seed,
     }
     known, asked = features[:, varied], summary_features(test)[:, varied]
@@ -186,13 +190,17 @@ def _rocket(train: Subset, targets: Targets, test: Subset, seed: int) -> Floats:
     series = np.nan_to_num((series - mean) / std)  # 0, the mean, after the end of a series
     rocket = MiniRocket().fit(series, seed)
     known = rocket.transform(series)
-    asked = rocket.transform(np.nan_to_num((_on_grid(test, grid) - mean) / std))
     alphas = np.logspace(-3, 3, 10)
     ridge = RidgeClassifierCV(alphas) if targets.ndim == 1 else RidgeCV(alphas)
     model = make_pipeline(StandardScaler(with_mean=False), ridge).fit(known, targets)
+    predict, found = model.predict if targets.ndim == 2 else model.decision_function, []
+    # a part at a time: the features of a series have 40 kB
+    for rows in np.array_split(test.indices, -(-len(test) // MAX_SERIES_ON_GRID)):
+        part = (_on_grid(Subset(test.dataset, rows), grid) - mean) / std
+        found.append(predict(rocket.transform(np.nan_to_num(part))))
+    scores = np.concatenate(found)
     if targets.ndim == 2:
-        return model.predict(asked).reshape(len(asked), -1)
-    scores = model.decision_function(asked)
+        return scores.reshape(len(test), -1)
     return softmax(np.stack([-scores, scores], axis=1) if scores.ndim == 1 else scores, axis=1)
 
 

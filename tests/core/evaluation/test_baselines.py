@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from roma_core.data import StoredDataset
+from roma_core.evaluation import baselines
 from roma_core.evaluation.baselines import (
     FEATURES,
     METHODS,
@@ -116,6 +117,15 @@ def test_targets_of_series_are_predicted_as_well(dataset):
     assert ((predicted - true) ** 2).mean() < 0.3 * true.var(axis=0).mean()
 
 
+def test_a_class_of_a_single_series_is_no_error_among_many_series(dataset, monkeypatch):
+    train, test = dataset.split("train"), dataset.split("test")
+    labels = dataset.labels[train.indices].copy()
+    labels[0] = 2
+    monkeypatch.setattr(baselines, "_EARLY_STOPPING", 50)
+    scores = METHODS["summary features + gradient boosting"](train, labels, test, 0)
+    assert scores.shape == (len(test), 3)
+
+
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     """A short wave somewhere in noise: of 4 steps a period, or of 6."""
@@ -138,13 +148,16 @@ def shapes(tmp_path_factory):
     return StoredDataset(built(tmp_path_factory.mktemp("shapes"), source=source))
 
 
-def test_minirocket_tells_shapes_that_summaries_do_not(shapes):
+def test_minirocket_tells_shapes_that_summaries_do_not(shapes, monkeypatch):
     train, test = shapes.split("train"), shapes.split("test")
     assert why_not_on_grid(train) is None  # though some steps are missing
     labels, true = shapes.labels[train.indices], shapes.labels[test.indices]
     scores = METHODS["MiniRocket + ridge"](train, labels, test, 0)
     assert scores.shape == (40, 2)
     assert (scores.argmax(1) == true).mean() >= 0.9
+    monkeypatch.setattr(baselines, "MAX_SERIES_ON_GRID", 7)  # of test series at a time
+    parts = METHODS["MiniRocket + ridge"](train, labels, test, 0)
+    assert parts == pytest.approx(scores, abs=1e-4)
 
 
 @pytest.mark.parametrize("digits", [2, 12])
