@@ -98,13 +98,19 @@ def interpolate_packaged(
 
 
 def serving_difference(folder: Path, test: Subset, outputs: Floats) -> float:
-    """Largest difference between a package's outputs and ``(n, K)`` of the trained model."""
+    """Largest difference between a package's outputs and ``(n, K)`` of the trained model.
+
+    Targets are float32 numbers in their units: one unit in the last place is no difference.
+    """
     rows = np.arange(0, len(test), -(-len(test) // N_PARITY))
     package, at = open_package(folder), rows
     if package.per_observation:
         at = np.flatnonzero(np.isin(np.repeat(np.arange(len(test)), test.lengths), rows))
     served = package.outputs(raw_series(test, rows.tolist()))
-    return float((np.abs(served - outputs[at]) / package.scale).max())
+    difference = np.abs(served - outputs[at])
+    if package.targets:
+        difference = (difference - np.spacing(np.abs(outputs[at]).astype(np.float32))).clip(min=0)
+    return float((difference / package.scale).max())
 
 
 def shared_fields(config: EvaluationJobConfig) -> dict[str, Any]:

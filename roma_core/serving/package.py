@@ -33,6 +33,10 @@ MODEL_CODE = Path(__file__).with_name("pyfunc_model.py")
 """The file to log with ``mlflow.pyfunc.log_model(python_model=...)``, artifact ``package``."""
 
 MAX_LENGTH = 4096
+_TOLERANCE = 1e-4  # of golden rows
+_ROUNDING = (
+    2 * 2**-23 / _TOLERANCE
+)  # so many times a number, it is two units in the last place of it
 _REQUIREMENTS = ("mlflow", "numpy", "pydantic", "torch")
 _SMOKE_TEST_TIMEOUT_S = 300
 _SMOKE_TEST = """
@@ -151,7 +155,7 @@ def build_package(
             {
                 "series": one.model_dump(),
                 package.golden_field: answer,
-                "tolerance": 1e-4,
+                "tolerance": _TOLERANCE,
                 **({"scale": scales} if (scales := _scales(package, schema, answer)) else {}),
             }
             for one, answer in zip(golden, package.answers(golden), strict=True)
@@ -173,9 +177,13 @@ def build_package(
 
 
 def _scales(package: Package, schema: DataSchema, answer: Mapping[str, Any]) -> dict[str, float]:
-    """Channel -> its units per unit of the model, at the largest predicted value; so of a target."""
+    """Channel -> its units per unit of the model, at the largest predicted value; so of a target.
+
+    Of a target far from 0 it is so large that the tolerance is two units in the last place of float32.
+    """
     if package.kind != "autoencoder":
-        return {one.name: one.std for one in schema.targets if package.targets}
+        targets = schema.targets if package.targets else ()
+        return {one.name: max(one.std, _ROUNDING * abs(one.mean)) for one in targets}
     scales, constants = {}, package.normalisation
     for k, (name, values) in enumerate(answer["mean"].items()):
         largest = max((abs(x) for x in values if x is not None), default=0.0)

@@ -113,6 +113,18 @@ def test_a_regressor_answers_in_the_units_of_its_targets(tmp_path, level):
         toy.build_toy(tmp_path / "three", module, **options | {"n_outputs": 3})
 
 
+def test_golden_rows_of_a_target_far_from_0_allow_for_the_rounding_of_float32(tmp_path):
+    years = Target(name="depth", unit="year", mean=-2_000_000.0, std=1.0), DEPTHS[1]
+    fields = {"targets": years, "target_level": "series", "classes": ()}
+    schema = toy.SCHEMA.model_copy(update=fields)
+    options = {"schema": schema, "kind": "regressor", "n_outputs": 4}
+    toy.build_toy(tmp_path / "toy", toy.ToyOfTargets(False), **options)
+    row = json.loads((tmp_path / "toy/golden.jsonl").read_text().splitlines()[0])
+    allowed = {name: scale * row["tolerance"] for name, scale in row["scale"].items()}
+    assert allowed["depth"] >= np.spacing(np.float32(2_000_000))
+    assert allowed["heat"] == pytest.approx(1e-4)
+
+
 def test_the_order_of_observations_and_a_shift_of_an_anchored_axis_do_not_matter(classifier):
     one = given(9)
     order = np.random.default_rng(1).permutation(9)
