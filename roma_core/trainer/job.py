@@ -190,6 +190,7 @@ def _finetuning_model(
         fields["missing_values"] |= stored_fields(document)["missing_values"]
         _check_inputs(manifest, fields, document, weights)
         config = classifier_config(document, fields, weights)
+        _check_head(config, document, weights)
     per_token = config.pools == "token"
     if is_regression and not schema.targets:
         raise ValueError(
@@ -217,6 +218,21 @@ def _finetuning_model(
     return config
 
 
+def _check_head(
+    config: RoMAForClassificationConfig, document: dict[str, Any], weights: Path
+) -> None:
+    """Raise ValueError unless weights with a head have the head of this configuration."""
+    if is_pretraining(document):
+        return
+    for name, default in {"problem_type": "classification", "predict_variance": False}.items():
+        now, then = getattr(config, name), document.get(name, default)
+        if now != then:
+            raise ValueError(
+                f"model.{name}: the head of the weights in {weights} was trained with {then}, not {now}; leave "
+                f"it out to continue from them, or start from a pretraining"
+            )
+
+
 def _check_inputs(
     manifest: Manifest, fields: dict[str, Any], document: dict[str, Any], weights: Path
 ) -> None:
@@ -232,6 +248,9 @@ def _check_inputs(
         compared.append(("covariates", covariates[0], covariates[-1]))
         if not is_pretraining(document):  # its head is kept
             compared.append(("classes", schemas[0].classes, schemas[-1].classes))
+            if document.get("problem_type") == "regression":
+                targets = [[target.name for target in s.targets] for s in schemas]
+                compared.append(("targets", targets[0], targets[-1]))
     for name, now, then in compared:
         if now != then:
             raise ValueError(

@@ -172,3 +172,23 @@ def test_a_pretraining_does_not_continue_from_a_classifier_nor_one_of_other_clas
     ):
         with pytest.raises(ValueError, match=message):
             TrainingJobConfig.resolve(task, data, {}, TrainerConfig(), weights=tmp_path / "model")
+
+
+def test_a_head_is_not_continued_for_other_targets_nor_with_another_spread(tmp_path):
+    source = {"kind": "synthetic", "process": "damped", "n_series": 30}
+    data = build_dataset(DatasetConfig(name="w", source=source), tmp_path, tmp_path, progress=False)
+    schema, fields = StoredDataset(data).schema, {"problem_type": "regression", "dim_output": 2}
+    stack = {"d_model": 16, "nhead": 2, "depth": 1}
+    config = RoMAForClassificationConfig(encoder_config=stack, **fields, **data_fields(schema))
+    model = RoMAForClassification(config)
+
+    def refused(given, message, **other):
+        model.data_schema = schema.model_copy(update=other).model_dump(mode="json")
+        model.save_pretrained(tmp_path / "model")
+        with pytest.raises(ValueError, match=message):
+            TrainingJobConfig.resolve(
+                "finetune", data, given, TrainerConfig(), weights=tmp_path / "model"
+            )
+
+    refused({"predict_variance": True}, "model.predict_variance: the head of .* with False")
+    refused({}, r"targets: the data set w has \['frequency', 'decay'\]", targets=schema.targets[:1])
