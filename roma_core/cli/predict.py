@@ -113,6 +113,12 @@ def _apply(
 
     if "://" not in input and not Path(input).exists():
         raise click.BadParameter(f"Path {input!r} does not exist.", param_hint="'INPUT'")
+    if "://" in output:
+        reason = f"{output} is no local path; write a file or folder here, and copy it there"
+        raise click.BadParameter(reason, param_hint="'OUTPUT'")
+    if Path(output).is_dir() and not output.endswith("/"):
+        reason = f"{output} is a folder; name a file, or a new folder with / at its end"
+        raise click.BadParameter(reason, param_hint="'OUTPUT'")
     with errors_as_messages(), _fetched(model, tracking_uri, cache) as (folder, lineage):
         package = load_package(folder)
         of_features = package.golden_field == "features"

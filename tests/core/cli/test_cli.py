@@ -212,6 +212,14 @@ def test_mistakes_on_the_command_line_are_explained(runs):
     assert not (root / "x").exists()
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path):
+    source = tmp_path / "in.parquet"
+    source.touch()
+    for output, reason in (("s3://bucket/out/", "is no local path"), (tmp_path, "is a folder")):
+        said = roma("predict", "--model", tmp_path / "none", source, output, ok=False)
+        assert reason in " ".join(said.replace("\u2502", " ").split())
+
+
 def test_show_config_names_the_source_of_each_setting(runs):
     _, data = runs
     said = roma("pretrain", "--data", data, "--show-config", "--set", "trainer.epochs=7")
