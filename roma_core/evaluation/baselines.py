@@ -259,6 +259,7 @@ def measure_baselines(
     ours: Floats,
     *,
     train_fraction: float = 1.0,
+    fraction_seed: int = 0,
     seed: int = 0,
 ) -> tuple[MeasuredBaseline, ...]:
     """Train every baseline that suits the data, and compare the model with it on the test series.
@@ -272,9 +273,10 @@ def measure_baselines(
         samples_of: the metric of ``(S, K)`` predicted targets or probabilities of classes 0 to K - 1,
             of all series and of each resample, ``(1 + R,)``.
         ours: those samples of the model.
+        fraction_seed: the seed of the training that drew the fraction.
     """
     dataset, found = test.dataset, []
-    train = dataset.split("train").subsample(train_fraction, seed)
+    train = dataset.split("train").subsample(train_fraction, fraction_seed)
     rows = np.concatenate([train.indices, dataset.split("validation").indices])
     for method, predict in METHODS.items():
         limit = MAX_SERIES_ON_GRID if predict is _rocket else len(rows)

@@ -328,7 +328,18 @@ class _Evaluator:
             return samples(type(table).of_split(self.test, predicted, {}))
 
         theirs = targets, primary, samples_of, samples(table)
-        return measure_baselines(self.test, *theirs, train_fraction=config.train_fraction)
+        fraction, seed = self._training_series()
+        return measure_baselines(self.test, *theirs, train_fraction=fraction, fraction_seed=seed)
+
+    def _training_series(self) -> tuple[float, int]:
+        """The fraction of train that the model was trained on, and the seed that drew it."""
+        weights = Path(self.config.classifier or "")
+        run = weights.parent.parent / "config.json"
+        if weights.parent.name != "outputs" or not run.exists():  # weights of another program
+            return self.config.train_fraction, 0
+        training = read_json(run)
+        seed = training.get("trainer", {}).get("random_seed", 0)
+        return training.get("train_fraction", self.config.train_fraction), seed
 
     def _metrics(self, table: PredictionTable | RegressionTable) -> report.AnyMetrics:
         """Metrics of the test split; ValueError if the primary one is undefined."""
