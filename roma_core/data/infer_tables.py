@@ -250,6 +250,12 @@ class TableInference:
 
     def _target_level(self) -> TargetLevel:
         """Whether the targets change within an object. Columns of a table of objects do not."""
+        inputs = {self.object, self.time, *self.roles.axes, *self.roles.channels}
+        if wrong := [name for name in self.targets if name in inputs]:
+            raise DataError(
+                f"--target-column {wrong[0]}: it is the object, a position or a value as well, so the model would "
+                f"be given what it predicts; leave one of the options out"
+            )
         here = [n for n in self.targets if self.objects is None or n not in self.object_rows.names]
         moving = {n for n, found in self.contents.items() if found.n_varying}
         varying = [n for n in here if n in moving or self.rows.kinds.get(n) == "list"]

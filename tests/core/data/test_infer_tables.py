@@ -206,6 +206,7 @@ NIGHTS = {
             {"targets": ("w",)},
             "column 'w' holds 'a' in row 1, expected num",
         ),
+        ({}, {"targets": ("flux",), "channels": ("flux",)}, "given what it predicts"),
         ({}, {"targets": ("flux", "target")}, "all must change within an object, or"),
         (
             {
