@@ -268,7 +268,7 @@ def score(package: Any, chunk: list[Row] | pa.RecordBatch, lineage: dict[str, st
     if not isinstance(chunk, list) and hasattr(package, "outputs_of_columns"):
         try:
             ids, outputs = _outputs(package, chunk)
-        except (ValueError, pa.ArrowException):  # row by row: it names the series
+        except (ValueError, TypeError, pa.ArrowException):  # row by row: it names the series
             ids = None
     if ids is None:
         series = series_of(package, _rows(package, chunk))
