@@ -250,6 +250,13 @@ class Experiment(Frozen):
             raise ValueError(
                 f"{of_classes[0]}: is for classes, and the task is {self.task}; remove it"
             )
+        if self.gate.min_baseline_gain is not None and not (
+            self.measure_baselines or self.task == "interpolation"
+        ):
+            raise ValueError(
+                "gate.min_baseline_gain: no baseline is measured with measure_baselines: false; remove one of "
+                "the two"
+            )
         if self.task == "interpolation" and self.pretrained_from is not None:
             raise ValueError(
                 "pretrained_from: an interpolation registers the model that it pretrains; remove it"
