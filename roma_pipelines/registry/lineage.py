@@ -113,8 +113,8 @@ def plan_replay(
     """Write the job folders of a version's trainings and evaluation to ``run_dir``; run nothing.
 
     ``datasets`` is the folder of data sets, ``NAME/VERSION/`` each. Raises FetchError without such
-    a version; ValueError if it does not record its jobs, ``run_dir`` is not empty, or a run or
-    data set no longer exists.
+    a version; ValueError if it does not record its jobs, ``run_dir`` is not empty, or a run, data
+    set or champion that it started from no longer exists.
     """
     tags = resolve(client, f"models:/{name}/{version}").tags
     stages = dict(_STAGES)
@@ -142,6 +142,11 @@ def plan_replay(
     if "finetune" in stages and _STARTED_FROM not in tags:
         # else from the champion of that time, which is not trained again
         configs["finetune"]["weights"] = weights["pretrain"]
+    elif "finetune" in stages and not Path(start := configs["finetune"]["weights"]).exists():
+        raise ValueError(
+            f"the finetuning started from the champion of that time, whose weights are not in {start}; restore "
+            f"that job there"
+        )
     trainings = [stage for stage in stages if stage != "evaluate"]
     names = {"pretrain": "pretraining", "finetune": "finetuning"}
     configs["evaluate"] |= {
