@@ -103,7 +103,9 @@ class ServedModel:
         lines = (package / "golden.jsonl").read_text(encoding="utf-8").splitlines()
         golden = [json.loads(line) for line in lines]
         fields = ("probabilities", "targets", "interpolation")
-        field = next(name for name in fields if name in golden[0])
+        field = next((name for name in fields if name in golden[0]), None)
+        if field is None:
+            raise ServerError(f"{package} is an encoder's; a server of features is not compared")
         kind = Interpolation if field == "interpolation" else _PREDICTIONS
         answers = self._answers(kind, [row["series"] for row in golden])
         for number, (row, answer) in enumerate(zip(golden, answers, strict=True)):

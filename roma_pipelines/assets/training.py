@@ -83,9 +83,10 @@ def _champion_weights(
         job = client.get_model_version(name, version).tags.get("roma.finetuning_job", "")
     weights = Storage.open().jobs / job / MODEL_OUTPUT
     if not job or not weights.exists():
+        reason = f"are not in {weights}" if job else "come from no finetuning"
         raise dg.Failure(
-            f"start_from: champion: the weights of version {version} of {name} are not in {weights}; "
-            f"remove start_from to train from the encoder, or promote a version that was trained here",
+            f"start_from: champion: the weights of version {version} of {name} {reason}; remove "
+            f"start_from to train from the encoder, or promote a version that was trained here",
             allow_retries=False,
         )
     context.log.info(f"starting from version {version} of {name}, the champion")

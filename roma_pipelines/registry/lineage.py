@@ -148,6 +148,9 @@ def plan_replay(
             f"that job there"
         )
     trainings = [stage for stage in stages if stage != "evaluate"]
+    trained_on = [configs[stage]["dataset"] for stage in trainings]
+    if _STARTED_FROM in tags:  # and on what that champion, and the one before it, had learned from
+        trained_on += map(str, training_datasets(Path(configs["finetune"]["weights"])))
     names = {"pretrain": "pretraining", "finetune": "finetuning"}
     configs["evaluate"] |= {
         "classifier": weights.get("finetune"),
@@ -155,7 +158,7 @@ def plan_replay(
         "champion": None,
         "champion_version": None,
         "champion_problem": None,
-        "trained_on": [configs[stage]["dataset"] for stage in trainings],
+        "trained_on": list(dict.fromkeys(trained_on)),
         "curves": {names[stage]: str(folders[stage] / "metrics.jsonl") for stage in trainings},
     }
     for stage, folder in folders.items():

@@ -201,7 +201,7 @@ def test_settings_of_classes_are_refused_for_a_regression(section, value, messag
 def test_a_gain_over_baselines_needs_baselines():
     attributes = changed(("measure_baselines",), False) | {"gate": {"min_baseline_gain": 0.0}}
 
-    with pytest.raises(ValueError, match="gate.min_baseline_gain: no baseline is measured with"):
+    with pytest.raises(ValueError, match=r"gate\.min_baseline_gain: no baseline is measured with"):
         RomaExperiment.parse(attributes)
 
 
