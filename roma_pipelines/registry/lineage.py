@@ -116,6 +116,8 @@ def plan_replay(
     a version; ValueError if it does not record its jobs, ``run_dir`` is not empty, or a run, data
     set or champion that it started from no longer exists.
     """
+    from roma_core.evaluation.leakage import training_datasets
+
     tags = resolve(client, f"models:/{name}/{version}").tags
     stages = dict(_STAGES)
     if versions.ENCODER_TAG not in tags and stages["finetune"] not in tags:
