@@ -13,7 +13,7 @@ from roma_core.evaluation.classification_metrics import (
     evaluate,
     metric_samples,
 )
-from roma_core.evaluation.metrics import equal_mass_bins, headline, wilson
+from roma_core.evaluation.metrics import Estimate, equal_mass_bins, headline, wilson
 from roma_core.evaluation.plots import errors_by_group
 from roma_core.evaluation.predictions import PredictionTable
 from roma_core.evaluation.reconstruction import (
@@ -384,7 +384,7 @@ def test_a_class_of_one_series_has_no_interval():
         n_series=3,
         n_hidden=3,
         mean_hidden_fraction=0.5,
-        overall=reconstruction_errors(table),
+        overall=reconstruction_errors(table) | {"r2": Estimate(value=0.5, low=0.4, high=0.6)},
         groups=groups,
     )
 
