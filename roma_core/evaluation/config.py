@@ -86,7 +86,6 @@ class EvaluationJobConfig(Frozen):
     primary_metric: PrimaryMetric | Literal["auto"] = "auto"
     baselines: tuple[Baseline, ...] = ()
     measure_baselines: bool = True  # train and evaluate other methods on the same series
-    train_fraction: float = Field(1.0, gt=0, le=1)  # of the training series, for these methods, too
     facts: tuple[FactSheet, ...] = ()  # tables of facts for the report
     batch_size: int = Field(64, gt=0)  # series
 

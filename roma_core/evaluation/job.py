@@ -336,10 +336,10 @@ class _Evaluator:
         weights = Path(self.config.classifier or "")
         run = weights.parent.parent / "config.json"
         if weights.parent.name != "outputs" or not run.exists():  # weights of another program
-            return self.config.train_fraction, 0
+            return 1.0, 0
         training = read_json(run)
         seed = training.get("trainer", {}).get("random_seed", 0)
-        return training.get("train_fraction", self.config.train_fraction), seed
+        return training.get("train_fraction", 1.0), seed
 
     def _metrics(self, table: PredictionTable | RegressionTable) -> report.AnyMetrics:
         """Metrics of the test split; ValueError if the primary one is undefined."""

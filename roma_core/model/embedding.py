@@ -159,9 +159,8 @@ def token_vectors(model: Any, tokens: Tensor, positions: Tensor, series: Tensor)
         tokens = with_observed_flags(tokens)
     neighbours: Tensor | float = 0.0
     if model.neighbourhood is not None:
-        shape = positions.shape[
-            :-1
-        ]  # those of other tensors are other numbers to an exported program
+        # of positions: sizes of other tensors are other numbers to an exported program
+        shape = positions.shape[:-1]
         at = positions
         if any(sizes := config.axis_categories):
             at = positions[..., config.rotary_axes]

@@ -34,9 +34,8 @@ MODEL_CODE = Path(__file__).with_name("pyfunc_model.py")
 
 MAX_LENGTH = 4096
 _TOLERANCE = 1e-4  # of golden rows
-_ROUNDING = (
-    2 * 2**-23 / _TOLERANCE
-)  # so many times a number, it is two units in the last place of it
+# so many times a number, the tolerance is two units in its last place of float32
+_ROUNDING = 2 * 2**-23 / _TOLERANCE
 _REQUIREMENTS = ("mlflow", "numpy", "pydantic", "torch")
 _SMOKE_TEST_TIMEOUT_S = 300
 _SMOKE_TEST = """

@@ -79,7 +79,6 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
                     primary_metric=experiment.primary_metric,
                     baselines=experiment.baselines,
                     measure_baselines=experiment.measure_baselines,
-                    train_fraction=experiment.finetuning.train_fraction,
                     facts=_report_facts(read_manifest(path), trained, context.run_id),
                     trained_on=tuple(
                         dict.fromkeys(

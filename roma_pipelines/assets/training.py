@@ -64,7 +64,8 @@ def finetuned_model_asset(experiment: Experiment, name: str) -> dg.AssetsDefinit
             weights = Path(read_json(job)["weights"])
         elif experiment.start_from == "champion":
             weights = _champion_weights(context, experiment, encoder) or weights
-        start = {} if weights == Path(encoder["weights"]) else {"started_from": weights.parts[-3]}
+        is_encoder = experiment.start_from == "encoder" or weights == Path(encoder["weights"])
+        start = {} if is_encoder else {"started_from": weights.parts[-3]}
         return _materialised(_trained(context, experiment, "finetune", path, weights), start)
 
     return finetuned_model
