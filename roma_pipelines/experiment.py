@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -27,14 +27,11 @@ from roma_core.settings import Frozen, RomaSettings, SettingsError, validation_e
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.defaults import PrimaryMetric
 from roma_pipelines.automation.settings import Automation
-from roma_pipelines.launching.spec import JobSize
 from roma_pipelines.registry.gate import CLASS_THRESHOLDS, GateThresholds
+from roma_pipelines.run_config import ENCODER, FINETUNED, RUN_CONFIGS, STAGES, Resources
 
 DEFS = Path(__file__).parent / "defs"
 COMPONENT = "roma_pipelines.components.RomaExperiment"
-ENCODER = "pretrained_encoder"
-FINETUNED = {"classification": "finetuned_classifier", "regression": "finetuned_regressor"}
-"""Task -> name of the asset with the finetuned model."""
 _REGISTERED = {
     "classification": "registered_classifier",
     "regression": "registered_regressor",
@@ -66,32 +63,6 @@ class Stage(Frozen):
     """Fraction of the training series to use, stratified by class."""
 
 
-class Resources(JobSize):
-    """Where trainings run, and their size."""
-
-    target: Literal["local", "slurm", "kubernetes"] = "local"
-    """Where jobs run: this computer or a cluster."""
-    profile: str | None = None
-    """Profile of the cluster; null takes ROMA_SLURM_PROFILE or ROMA_KUBERNETES_PROFILE."""
-    time_limit_min: int | None = Field(None, gt=1)
-    """Minutes of one attempt; the job resumes in a new one. null: the profile's default."""
-    max_attempts: int = Field(20, gt=0, description="Attempts in a row that may add no checkpoint.")
-
-    def at(self, target: str | None, profile: str | None) -> Self:
-        """These resources on another target or profile; None keeps the present value.
-
-        A new target drops the profile. ValueError if one is given with the local target.
-        """
-        target = target or self.target
-        if target == "local" and profile is not None:
-            raise ValueError(
-                f"--profile {profile} names a cluster, but the target is local; choose another "
-                f"--target or omit --profile"
-            )
-        kept = self.profile if target == self.target else None
-        return self.model_copy(update={"target": target, "profile": profile or kept})
-
-
 class Predictions(Frozen):
     """Input of the asset ``batch_predictions``, made by the champion."""
 
@@ -100,9 +71,6 @@ class Predictions(Frozen):
     )
     split: Literal["train", "validation", "test"] = "test"
     """Split to predict if the input is a data set."""
-    nodes: int = Field(1, gt=0, exclude=True, description="Nodes that predict.")
-    processes_per_node: int = Field(1, gt=0, exclude=True)
-    """Processes per node that predict. One in all writes one file, several a folder of files."""
 
 
 def checked_name(name: str) -> str:
@@ -276,11 +244,91 @@ class Experiment(Frozen):
             raise ValueError("\n".join(errors))
         return self
 
+    @model_validator(mode="after")
+    def _run_config_is_valid(self) -> Self:
+        try:
+            if self.automation.run_config:
+                self.with_run_config(self.automation.run_config)
+        except ValueError as error:
+            lines = str(error).removeprefix(f"experiment {self.name}: ").splitlines()
+            raise ValueError("\n".join(f"automation.run_config: {ln}" for ln in lines)) from None
+        return self
+
+    def with_settings(
+        self,
+        *,
+        pretraining: Mapping[str, Any] = {},
+        finetuning: Mapping[str, Any] = {},
+        resources: Mapping[str, Any] = {},
+    ) -> Self:
+        """The experiment with these settings over those of its file, as if the file had them.
+
+        Args:
+            pretraining, finetuning: ``{"model": {...}, "trainer": {...}}``.
+            resources: fields and sections of stages. A new target drops the profile.
+
+        Raises:
+            ValueError: with the sentences of the file.
+        """
+        changed: dict[str, Any] = {}
+        for name, values in (("pretraining", pretraining), ("finetuning", finetuning)):
+            changed[name] = _merged(dict(getattr(self, name)), values, ("model", "trainer"))
+        given = self.resources.model_dump(exclude_unset=True)
+        if resources.get("target", self.resources.target) != self.resources.target:
+            given.pop("profile", None)
+        for stage in STAGES.values():
+            target = self.resources.of(stage).target
+            if stage in resources and resources[stage].get("target", target) != target:
+                (given.get(stage) or {}).pop("profile", None)
+        changed["resources"] = _merged(given, resources, STAGES.values())
+        # what automation passes to other runs is not over these settings
+        found = self.parse({**dict(self), **changed, "automation": Automation()})
+        return found.model_copy(update={"automation": self.automation})
+
+    def with_run_config(self, given: Mapping[str, Mapping[str, Any]]) -> Self:
+        """The experiment as run configs change it: asset name → fields of its JobConfig.
+
+        Raises ValueError with the sentences of the file.
+        """
+        known = [name for name in self.own_assets if name in STAGES]
+        stages: dict[str, dict[str, Any]] = {"pretraining": {}, "finetuning": {}, "resources": {}}
+        for name, values in given.items():
+            if name not in known:
+                raise ValueError(f"{name}: no such asset; expected one of {', '.join(known)}")
+            stage = STAGES[name]
+            fields = RUN_CONFIGS[name].model_fields
+            if unknown := sorted(values.keys() - fields):
+                raise ValueError(
+                    f"{name}.{unknown[0]}: not a setting of a run; there are {', '.join(fields)}"
+                )
+            size = dict(values)
+            for section in {"model", "trainer"} & values.keys():
+                stages[stage][section] = size.pop(section)
+            if size:
+                stages["resources"][stage] = size
+        return self.with_settings(**stages)
+
+    def run_config(self, names: Collection[str]) -> dict[str, Any]:
+        """The run config of a run of these assets that automation starts."""
+        return {
+            "ops": {
+                self.key(name).to_python_identifier(): {"config": values}
+                for name, values in self.automation.run_config.items()
+                if name in names
+            }
+        }
+
     @property
     def asset_names(self) -> tuple[str, ...]:
         """In the order in which they are materialised; all before an asset are upstream of it."""
         finetuned = [name] if (name := FINETUNED.get(self.task)) else []
         return ("dataset", ENCODER, *finetuned, "evaluation_report", self.registered)
+
+    @property
+    def own_assets(self) -> tuple[str, ...]:
+        """Without the encoder of another experiment, and with the predictions, if there are any."""
+        own = (name for name in self.asset_names if self.key(name).path[0] == self.name)
+        return (*own, *(("batch_predictions",) if self.predictions else ()))
 
     @property
     def registered(self) -> str:
@@ -302,11 +350,13 @@ class Experiment(Frozen):
 
     def asset_arguments(self, asset_name: str) -> dict[str, Any]:
         """Arguments of ``dg.asset`` that all assets of the experiment share."""
+        config = RUN_CONFIGS.get(asset_name)
         upstream: tuple[str, ...] = (self.registered,)  # of batch_predictions
         if asset_name in (names := self.asset_names):
             upstream = names[: names.index(asset_name)]
         return {
             "code_version": self.code_version(asset_name),
+            "config_schema": config.to_config_schema() if config else None,
             "key": self.key(asset_name),
             "group_name": self.name,
             "owners": list(self.owners) or None,
@@ -314,6 +364,17 @@ class Experiment(Frozen):
             "deps": [self.key(name) for name in upstream],
             "retry_policy": retry_policy(),
         }
+
+
+_SUBSECTIONS = ("encoder_config", "decoder_config")
+
+
+def _merged(before: Any, changes: Any, sections: Collection[str] = _SUBSECTIONS) -> Any:
+    """``changes`` over ``before``, of sections field by field."""
+    if not isinstance(before, Mapping) or not isinstance(changes, Mapping):
+        return changes
+    inner = {name: _merged(before.get(name), changes[name]) for name in changes if name in sections}
+    return {**before, **changes, **inner}
 
 
 # Settings of the two trainings, validated without the environment: an error in a file shows when

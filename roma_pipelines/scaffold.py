@@ -330,7 +330,9 @@ def _text(
         _block({"finetuning": sizes.finetuning}, [sizes.reasons["finetuning"]]),
         _block(
             {"resources": resources},
-            ["where trainings run; slurm and kubernetes also take a profile"],
+            [
+                "where jobs run; slurm and kubernetes take a profile, and stages sections of their own"
+            ],
         ),
         *([] if is_regression else [_block({"primary_metric": "auto"}, of_task)]),
         _block(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ from roma_pipelines.launching.outcome import attempts_table, events_table
 from roma_pipelines.launching.pipes import key_for, run_job
 from roma_pipelines.launching.spec import JobFailed, Outcome
 from roma_pipelines.launching.targets import job_spec, launcher_for, roma_command
-from roma_pipelines.registry import runs, store
+from roma_pipelines.registry import runs, store, versions
+from roma_pipelines.run_config import Resources
 from roma_pipelines.storage import Storage
 
 _SERVER_RETRIES, _SERVER_RETRY_S = 10, 60.0  # of a step that needs a server which is away
@@ -38,6 +40,7 @@ class TrackedJob:
     folder: JobFolder
     result: Result
     run: runs.JobRun
+    run_config: dict[str, Any]  # of the asset: what this run changed
 
     def output(self, name: str) -> Path:
         """Path of an output of the job."""
@@ -53,6 +56,7 @@ class TrackedJob:
             # rounded for display; result.json has all digits
             **{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in shown.items()},
             **_attempts_metadata(self.outcome),
+            **({"run_config": dg.MetadataValue.json(self.run_config)} if self.run_config else {}),
             "log": dg.MetadataValue.path(str(self.folder.attempt(self.result.attempt).log)),
             "mlflow_run_id": known.get("run_id", "pending: MLflow did not answer"),
             **page_links(self.folder.path.name, "report" in self.result.outputs, known, uri),
@@ -64,19 +68,23 @@ def run_tracked_job(
     experiment: Experiment,
     command: str,
     config: BaseModel,
+    resources: Resources,
     *,
     runner: Literal["torchrun", "plain"] = "plain",
     params: Mapping[str, Any],
 ) -> TrackedJob:
     """Run ``roma COMMAND`` as a job of the experiment; a retry of the Dagster run adopts both.
 
+    ``resources`` are those of its stage, as ``Resources.of`` returns them.
     Raises dagster.Failure if the job failed (with the end of its log) or was rejected (why).
     """
     storage = Storage.open()
     key = key_for(context)
     folder = JobFolder(storage.jobs / key)
     document = config.model_dump(mode="json")
-    tags = {
+    changes = _run_config(context, experiment).get(context.asset_key.path[-1], {})
+    tags = {versions.RUN_CONFIG_TAG: json.dumps(changes, sort_keys=True)} if changes else {}
+    tags |= {
         "roma.dagster_run_id": context.run_id,
         "roma.asset": context.asset_key.to_user_string(),
         "roma.git_sha": runs.code_version(),
@@ -94,7 +102,6 @@ def run_tracked_job(
         store.check_access(settings)  # before anything is queued
     except store.StoreError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
-    resources = experiment.resources
     spec = job_spec(resources, key, roma_command(command, folder.path), digest_of(document), runner)
     launcher = launcher_for(resources.target, resources.profile, storage)
     try:
@@ -122,7 +129,34 @@ def run_tracked_job(
     assert outcome.result is not None, "a completed job has a result"
     run.end()
     used = usage(outcome, spec, launcher.profile)
-    return TrackedJob(outcome, used, folder, outcome.result, run)
+    return TrackedJob(outcome, used, folder, outcome.result, run, changes)
+
+
+def _run_config(
+    context: dg.AssetExecutionContext, experiment: Experiment
+) -> dict[str, dict[str, Any]]:
+    """What this run changes, by the names of the experiment's assets."""
+    found: dict[str, dict[str, Any]] = {}
+    ops: Any = context.run.run_config.get("ops", {})
+    for name in experiment.own_assets:
+        config = ops.get(experiment.key(name).to_python_identifier(), {}).get("config", {})
+        # the page's scaffold has all fields
+        if given := {k: value for k, value in config.items() if value not in (None, {})}:
+            found[name] = given
+    return found
+
+
+def of_this_run(context: dg.AssetExecutionContext, experiment: Experiment) -> Experiment:
+    """The experiment as this run's config changes it.
+
+    The config of all its assets is validated, also of those that come later in the run. Raises
+    dagster.Failure with the sentences of the file.
+    """
+    try:
+        changes = _run_config(context, experiment)
+        return experiment.with_run_config(changes) if changes else experiment
+    except ValueError as error:
+        raise dg.Failure(f"run config: {error}", allow_retries=False) from error
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from roma_core.data.store import StoredDataset
 from roma_pipelines.automation.state import FINGERPRINT
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.storage import Storage
-from roma_pipelines.tracked_job import picture
+from roma_pipelines.tracked_job import of_this_run, picture
 
 
 def dataset_asset(experiment: Experiment) -> dg.AssetsDefinition:
@@ -47,6 +47,7 @@ def dataset_asset(experiment: Experiment) -> dg.AssetsDefinition:
         ],
     )
     def dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        of_this_run(context, experiment)  # a wrong run config fails before anything is built
         storage = Storage.open()
         # before the build, so that a change during it is detected later
         fingerprint = source_fingerprint(experiment.dataset).digest

@@ -1,6 +1,7 @@
 """Asset: the evaluation report, with the gate as blocking checks."""
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from roma_core.evaluation.metrics import LABELS, headline
 from roma_core.files import read_json
 from roma_core.job import JobFolder
 from roma_core.serving.registry_client import FetchError, fetch, package_of, resolve
+from roma_pipelines.automation.state import TRAINED_WITH
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.pipes import key_for
 from roma_pipelines.registry.gate import (
@@ -30,6 +32,7 @@ from roma_pipelines.registry.versions import version_at
 from roma_pipelines.storage import Storage
 from roma_pipelines.tracked_job import (
     TrackedJob,
+    of_this_run,
     picture,
     registry,
     run_tracked_job,
@@ -54,6 +57,7 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
         from roma_core.data.store import StoredDataset
         from roma_core.evaluation.leakage import split_digest, training_datasets
 
+        resources = of_this_run(context, experiment).resources.of("evaluation")
         upstream = names[: names.index("evaluation_report")]
         data, *trained = upstream_metadata(context, experiment, *upstream)
         encoder, model = trained[0], trained[-1]  # the same without finetuning
@@ -88,11 +92,16 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
                         )
                     ),
                     decided_before=decided_before(client, runs, test_split, key),
-                    lineage=_lineage(client, trained, context.run_id),
+                    lineage=_lineage(client, names[1:], trained, context.run_id),
                     **_champion(client, experiment.name, storage.cache / "models"),
                 )
         job = run_tracked_job(
-            context, experiment, "evaluate", config, params={"dataset_digest": data["digest"][:36]}
+            context,
+            experiment,
+            "evaluate",
+            config,
+            resources,
+            params={"dataset_digest": data["digest"][:36]},
         )
         decision = decide(job.folder, experiment.gate)
         evaluated_split = ServingChecks.load(job.output("serving_checks")).test_split
@@ -108,7 +117,7 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
             | {job.result.outputs["plots"]: "plots"},
         }
         job.run.update(lambda record: record.model_copy(update=results))
-        return _materialised(job, decision, config.champion_version)
+        return _materialised(job, decision, config)
 
     return evaluation_report
 
@@ -128,16 +137,24 @@ def _champion(client: Any, name: str, cache: Path) -> dict[str, Any]:
     return {"champion_version": version, "champion": str(folder)}
 
 
-def _lineage(client: Any, trained: Sequence[Mapping[str, Any]], dagster_run: str) -> dict[str, str]:
-    """Lineage of the weights; the commit is that of the last training's run."""
+def _lineage(
+    client: Any, names: Sequence[str], trained: Sequence[Mapping[str, Any]], dagster_run: str
+) -> dict[str, str]:
+    """Lineage of the weights; the commit is that of the last training's run.
+
+    ``run_config`` is what the runs of the trainings changed, as JSON, by the ``names`` of their assets.
+    """
     from roma_core.serving.package import lock_hash
 
     run = trained[-1]["mlflow_run_id"]
     jobs = ("pretraining_job", "finetuning_job")
     start = trained[-1].get("started_from")  # the job of the champion that was trained further
+    given = zip(names, (job.get("run_config") for job in trained), strict=False)
+    changes = {name: config for name, config in given if config}
     return {
         **{name: job["job_key"] for name, job in zip(jobs, trained, strict=False)},
         **({"started_from": start} if start else {}),
+        **({"run_config": json.dumps(changes, sort_keys=True)} if changes else {}),
         "mlflow_run_id": run,
         "dagster_run_id": dagster_run,
         "git_sha": client.get_run(run).data.tags.get("roma.git_sha", code_version()),
@@ -146,7 +163,7 @@ def _lineage(client: Any, trained: Sequence[Mapping[str, Any]], dagster_run: str
 
 
 def _materialised(
-    job: TrackedJob, decision: GateDecision, champion_version: str | None
+    job: TrackedJob, decision: GateDecision, config: EvaluationJobConfig
 ) -> dg.MaterializeResult:
     from roma_core.evaluation.report import FIGURES
 
@@ -170,7 +187,8 @@ def _materialised(
                 for name, (_, _, alt) in FIGURES.items()
                 if (plots / f"{name}.png").exists()
             },
-            "champion_version": champion_version or "none",
+            "champion_version": config.champion_version or "none",
+            **({TRAINED_WITH: text} if (text := config.lineage.get("run_config")) else {}),
             "gate": "passed" if decision.passed else f"FAILED: {decision.reasons()}",
             **job.metadata(),
         },

@@ -19,7 +19,13 @@ from roma_pipelines.registry.gate import GATE_TAG, read_decision
 from roma_pipelines.registry.promotion import CHAMPION, NO_CHAMPION, promote
 from roma_pipelines.registry.runs import link_wandb
 from roma_pipelines.storage import Storage
-from roma_pipelines.tracked_job import picture, registry, run_tracked_job, upstream_metadata
+from roma_pipelines.tracked_job import (
+    of_this_run,
+    picture,
+    registry,
+    run_tracked_job,
+    upstream_metadata,
+)
 
 
 def registered_model_asset(experiment: Experiment) -> dg.AssetsDefinition:
@@ -49,6 +55,7 @@ def registered_model_asset(experiment: Experiment) -> dg.AssetsDefinition:
             read_json(JobFolder(job["job_folder"]).config) for job in (encoder, model)
         )
         inherited = {"git_sha", "lock_hash", "finetuning_job", "pretraining_job", "started_from"}
+        inherited.add("run_config")
         known = {name: text for name, text in config["lineage"].items() if name in inherited}
         tags = {f"roma.{name}": text for name, text in known.items()} | {
             "roma.dataset_digest": config["dataset_digest"],
@@ -136,11 +143,6 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
     section = experiment.predictions
     assert section is not None
 
-    size = {"nodes": section.nodes, "processes_per_node": section.processes_per_node}
-    resources = experiment.resources.model_copy(update=size)
-    sized = experiment.model_copy(update={"resources": resources})
-    is_one = section.nodes * section.processes_per_node == 1
-
     @dg.asset(
         **experiment.asset_arguments("batch_predictions"),
         kinds={"parquet"},
@@ -155,6 +157,8 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
         from roma_core.serving.registry_client import fetch, load, package_of, resolve
 
         storage, is_bucket = Storage.open(), "://" in section.input
+        resources = of_this_run(context, experiment).resources.of("predictions")
+        is_one = resources.nodes * resources.processes_per_node == 1
         source = section.input if is_bucket else str(Path(section.input).absolute())
         if not (is_bucket or Path(source).exists()):
             raise dg.Failure(f"predictions.input: {source} does not exist")
@@ -188,9 +192,10 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
         model = {name: config.lineage[name] for name in ("model_version", "model_sha256")}
         job = run_tracked_job(
             context,
-            sized,
+            experiment,
             "predict",
             config,
+            resources,
             runner="plain" if is_one else "torchrun",
             params=model,
         )

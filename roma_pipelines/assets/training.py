@@ -19,9 +19,11 @@ from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.pipes import key_for
 from roma_pipelines.registry.promotion import CHAMPION
 from roma_pipelines.registry.versions import version_at
+from roma_pipelines.run_config import StageName
 from roma_pipelines.storage import Storage
 from roma_pipelines.tracked_job import (
     TrackedJob,
+    of_this_run,
     picture,
     registry,
     run_tracked_job,
@@ -123,7 +125,9 @@ def _trained(
     dataset: Path,
     weights: Path | None = None,
 ) -> TrackedJob:
-    stage = experiment.pretraining if command == "pretrain" else experiment.finetuning
+    experiment = of_this_run(context, experiment)
+    name: StageName = "pretraining" if command == "pretrain" else "finetuning"
+    stage, resources = getattr(experiment, name), experiment.resources.of(name)
     trainer = TrainerConfig(**stage.trainer)
     if command == "finetune" and "best_metric" not in trainer.model_fields_set:
         stored = StoredDataset(dataset, verify=False)
@@ -151,7 +155,9 @@ def _trained(
     params: dict[str, Any] = {"dataset_digest": config.dataset_digest[:36]}
     for section in ("model", "trainer"):
         params |= {f"{section}.{k}": v for k, v in getattr(config, section).items()}
-    return run_tracked_job(context, experiment, command, config, runner="torchrun", params=params)
+    return run_tracked_job(
+        context, experiment, command, config, resources, runner="torchrun", params=params
+    )
 
 
 def _materialised(job: TrackedJob, lineage: Mapping[str, str] = {}) -> dg.MaterializeResult:

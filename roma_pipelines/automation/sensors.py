@@ -188,6 +188,7 @@ def check_champion(experiment: Experiment, cursor: str | None) -> tuple[Decision
     request = dg.RunRequest(
         run_key=f"champion:{number}:{version}",
         asset_selection=[experiment.key("batch_predictions")],
+        run_config=experiment.run_config(("batch_predictions",)),
         tags={state.EXPERIMENT_TAG: experiment.name, state.TRIGGER_TAG: "promotion"},
     )
     return request, f"{number}:{version}"

@@ -74,6 +74,12 @@ class Automation(Frozen):
         {}, description="Asset name -> hours after which its freshness check fails."
     )
 
+    run_config: dict[str, dict[str, Any]] = Field(
+        {},
+        description="Asset name -> run config, as on the Launchpad, of runs that the schedule and "
+        "sensors start.",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _empty_section_means_defaults(cls, values: Any) -> Any:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import dagster as dg
 
 from roma_core.data.config import source_fingerprint
+from roma_core.files import digest_of
 from roma_pipelines.automation.alerts import send_alert
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.jobs import read_job
 from roma_pipelines.storage import Storage
 
 FINGERPRINT = "source_fingerprint"  # metadata of the data set: its source at build time
+TRAINED_WITH = "trained_with"  # metadata of the report: run config of the trainings, as JSON
+_SEARCHED = 100  # reports in which the newest one of these settings is looked for
 EXPERIMENT_TAG, TRIGGER_TAG = "roma/experiment", "roma/trigger"  # of requested runs
 _REQUESTED_TAG = "roma/requested_at"  # seconds since the epoch, by the clock of the sensor
 _AGAIN_AFTER_H = (4.0, 12.0, 24.0)  # a failed run is requested again so long after its request
@@ -38,7 +43,10 @@ class Data(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """Newest evaluated model: its data and code version, and the run that evaluated it."""
+    """Newest evaluated model: its data and settings, and the run that evaluated it.
+
+    Settings are the code version and, if the run config changed model or trainer, its digest.
+    """
 
     on: tuple[str, str] | None = None
     run: str = ""
@@ -50,7 +58,7 @@ class TrainingState(NamedTuple):
     data: Data
     trained: Trained
     sound: bool  # whether the newest data set passed its blocking check
-    code_version: str  # of a training started now
+    code_version: str  # settings of a training that automation starts now
     unfinished: str | None  # id of an unfinished run
 
 
@@ -73,13 +81,38 @@ def newest_data(instance: dg.DagsterInstance, experiment: Experiment) -> Data:
 
 
 def newest_trained(instance: dg.DagsterInstance, experiment: Experiment) -> Trained:
-    """One query: the report has the data version, and its code version covers all settings."""
-    event = instance.get_latest_materialization_event(experiment.key("evaluation_report"))
-    if event is None or (made := event.asset_materialization) is None:
-        return Trained()
-    tags = made.tags or {}
-    version = tags.get(f"dagster/input_data_version/{experiment.name}/dataset", "")
-    return Trained((version, tags.get("dagster/code_version", "")), event.run_id)
+    """Of the models trained with the run config of automation; if there is none, of all.
+
+    One query, unless somebody trained with another run config since: such a model is no step of
+    automation, and makes the model before it no older.
+    """
+    key = experiment.key("evaluation_report")
+    wanted = _changes(experiment, experiment.automation.run_config)
+    newest = Trained()
+    for limit in (1, _SEARCHED):
+        for record in instance.fetch_materializations(key, limit).records:
+            made = record.asset_materialization
+            assert made is not None
+            tags, text = made.tags or {}, made.metadata.get(TRAINED_WITH)
+            found = _changes(experiment, json.loads(str(text.value)) if text else {})
+            version = tags.get(f"dagster/input_data_version/{experiment.name}/dataset", "")
+            settings = tags.get("dagster/code_version", "") + found
+            one = Trained((version, settings), record.event_log_entry.run_id)
+            if found == wanted:
+                return one
+            newest = newest if newest.on else one
+    return newest
+
+
+def _changes(experiment: Experiment, run_config: Mapping[str, Mapping[str, Any]]) -> str:
+    """Digest of what a run config of these assets changes in its own trainings, as text; or ''."""
+    changes = {
+        (name, field): config[field]
+        for name, config in run_config.items()
+        for field in ("model", "trainer")
+        if config.get(field) and name in experiment.own_assets
+    }
+    return f" with run config {digest_of(sorted(changes.items()))[:12]}" if changes else ""
 
 
 def next_step(state: TrainingState, fingerprint: str) -> Step:
@@ -99,8 +132,8 @@ def next_step(state: TrainingState, fingerprint: str) -> Step:
         return Step("train", "no model was trained yet", key)
     now = (data.version, state.code_version)
     changes = [
-        f"{what} {old[:12]} → {new[:12]}"
-        for what, old, new in zip(("data", "settings"), trained.on, now, strict=True)
+        f"{what} {old[:n]} → {new[:n]}"
+        for what, n, old, new in zip(("data", "settings"), (12, None), trained.on, now, strict=True)
         if old != new
     ]
     if changes:
@@ -164,7 +197,8 @@ def state_of(experiment: Experiment, instance: dg.DagsterInstance) -> TrainingSt
         sound=record is not None
         and record.run_id == data.run
         and record.status.value == "SUCCEEDED",
-        code_version=experiment.code_version("evaluation_report"),
+        code_version=experiment.code_version("evaluation_report")
+        + _changes(experiment, experiment.automation.run_config),
         unfinished=next(unfinished, None),
     )
 
@@ -205,6 +239,7 @@ def request(
         run_key=run_key,
         # a shared encoder is trained by its own experiment, on its data and budget
         asset_selection=[key for key in keys if key.path[0] == experiment.name],
+        run_config=experiment.run_config(names),
         tags={**tags, _REQUESTED_TAG: f"{now:.0f}"},
     )
 

@@ -1,4 +1,4 @@
-"""``roma-pipeline plan``: prints the job of an experiment without submitting it."""
+"""``roma-pipeline plan``: prints the jobs of an experiment without submitting them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.defaults import primary_metric
 from roma_pipelines.cli import TARGETS
 from roma_pipelines.launching.jobs import all_jobs
-from roma_pipelines.launching.launcher import PLANNED_FOLDER, Launcher, Rejected, Unreachable
+from roma_pipelines.launching.launcher import (
+    PLANNED_FOLDER,
+    Launcher,
+    Rejected,
+    Unreachable,
+    size_of,
+)
 from roma_pipelines.launching.spec import JobSpec
 from roma_pipelines.launching.targets import job_spec, launcher_for, roma_command
 from roma_pipelines.storage import Storage, StorageError
@@ -23,11 +29,12 @@ from roma_pipelines.storage import Storage, StorageError
 if TYPE_CHECKING:  # it imports Dagster, which takes seconds
     from roma_pipelines.experiment import Experiment
 
-_COMMANDS: dict[str, tuple[str, Literal["torchrun", "plain"]]] = {
-    "pretrained_encoder": ("pretrain", "torchrun"),
-    "finetuned_classifier": ("finetune", "torchrun"),
-    "finetuned_regressor": ("finetune", "torchrun"),
-    "evaluation_report": ("evaluate", "plain"),
+_COMMANDS = {
+    "pretrained_encoder": "pretrain",
+    "finetuned_classifier": "finetune",
+    "finetuned_regressor": "finetune",
+    "evaluation_report": "evaluate",
+    "batch_predictions": "predict",
 }
 _NO_KEY = "0" * 20
 _PLACEHOLDERS = {
@@ -48,53 +55,66 @@ _PLACEHOLDERS = {
     show_default=True,
     help="Asset whose job to print.",
 )
-@click.option("--check", is_flag=True, help="Also run the target's preflight checks.")
+@click.option("--check", is_flag=True, help="Also run the preflight checks of all jobs.")
 def plan(experiment: str, target: str | None, profile: str | None, asset: str, check: bool) -> None:
-    """Print the exact script of an EXPERIMENT's job, and how it differs from the last one.
+    """Print the exact script of an EXPERIMENT's job, how it differs from the last one, and where all
+    jobs of the experiment run.
 
     EXPERIMENT is a name or the path of a defs.yaml. Nothing is submitted. --check prints every
-    reason for which the target would reject the job; the exit code is 1 if there is one.
+    reason for which a target would reject a job; the exit code is 1 if there is one.
     """
-    from roma_pipelines.experiment import ENCODER, load_experiment
+    from roma_pipelines.experiment import load_experiment
+    from roma_pipelines.run_config import ENCODER, STAGES
 
     try:
         found = load_experiment(experiment)
-        if asset not in found.asset_names:
-            raise ValueError(
-                f"{found.name} has no {asset}, its task is {found.task}; give another --asset, one of "
-                f"{', '.join(name for name in found.asset_names if name in _COMMANDS)}"
-            )
-        if _COMMANDS[asset][0] != "evaluate":
-            stage = found.pretraining if asset == ENCODER else found.finetuning
-            TrainerConfig(**stage.trainer)  # raises if a setting of it is wrong
         if found.pretrained_from is not None and asset == ENCODER:
             raise ValueError(
                 f"{found.name} finetunes the encoder of {found.pretrained_from}; plan that experiment, "
                 f"or give --asset {found.asset_names[2]}"
             )
+        names = [name for name in found.own_assets if name in _COMMANDS]
+        if asset not in names:
+            raise ValueError(
+                f"{found.name} has no {asset}, its task is {found.task}; give another --asset, one of "
+                f"{', '.join(names)}"
+            )
+        for stage in (found.pretraining, found.finetuning):
+            TrainerConfig(**stage.trainer)  # raises if a setting of it is wrong
         try:
             resources = found.resources.at(target, profile)
         except ValueError as error:
             raise click.UsageError(str(error)) from error
-        found = found.model_copy(update={"resources": resources})
-        storage = Storage.open()
-        launcher = launcher_for(resources.target, resources.profile, storage)
+        found, storage = found.model_copy(update={"resources": resources}), Storage.open()
+        launchers = {}
+        for name in names:
+            place = resources.of(STAGES[name])
+            launchers[name] = launcher_for(place.target, place.profile, storage)
+        launcher = launchers[asset]
         text = launcher.plan(_spec(found, asset, _NO_KEY, PLANNED_FOLDER)).text
         click.echo(text, nl=False)
         for word, meaning in _PLACEHOLDERS.items():
             if word in text:
                 click.echo(f"# {word} stands for: {meaning}", err=True)
         _show_difference(found, asset, launcher, storage)
+        if found.resources.dataset is None:
+            click.echo("# dataset: in Dagster's own process", err=True)
+        reasons: dict[str, list[str]] = {}
+        folder = JobFolder((storage.jobs / _NO_KEY).resolve())
+        for name, one in launchers.items():
+            profile = "" if one.profile is None else f" {one.profile.name}"
+            spec = _spec(found, name, _NO_KEY, folder)
+            click.echo(f"# {name}: {one.backend}{profile}, {size_of(spec)}", err=True)
+            for reason in one.preflight(one.plan(spec, folder)) if check else ():
+                reasons.setdefault(reason, []).append(name)
+        if reasons:
+            raise Rejected([f"{text} ({', '.join(names)})" for text, names in reasons.items()])
         if check:
-            folder = JobFolder((storage.jobs / _NO_KEY).resolve())
-            planned = launcher.plan(_spec(found, asset, _NO_KEY, folder), folder)
-            if reasons := launcher.preflight(planned):
-                raise Rejected(reasons)
-            message = f"the target {launcher.backend} would run it"
-            if launcher.backend == "kubernetes":
-                message = "Kubernetes accepts it in a dry run, which makes no pods: a wrong image, account "
+            message = f"the targets would run {', '.join(names)}"
+            if "kubernetes" in (one.backend for one in launchers.values()):
+                message = "Kubernetes accepts its jobs in a dry run, which makes no pods: a wrong "
                 message += (
-                    "or volume, PodSecurity, quotas of pods and missing nodes show when it runs"
+                    "image or volume, PodSecurity, quotas of pods and missing nodes show later"
                 )
             click.echo(f"# {message}", err=True)
     except (ValueError, StorageError, Unreachable) as error:
@@ -102,8 +122,13 @@ def plan(experiment: str, target: str | None, profile: str | None, asset: str, c
 
 
 def _spec(experiment: Experiment, asset: str, key: str, folder: JobFolder) -> JobSpec:
-    command, runner = _COMMANDS[asset]
-    return job_spec(experiment.resources, key, roma_command(command, folder.path), "", runner)
+    from roma_pipelines.run_config import STAGES
+
+    resources, command = experiment.resources.of(STAGES[asset]), _COMMANDS[asset]
+    is_one = resources.nodes * resources.processes_per_node == 1
+    runner: Literal["torchrun", "plain"]
+    runner = "plain" if is_one and command in ("evaluate", "predict") else "torchrun"
+    return job_spec(resources, key, roma_command(command, folder.path), "", runner)
 
 
 def _show_difference(

@@ -221,6 +221,7 @@ class ClusterProfile(Frozen):
     settings: ClassVar[type[RomaSettings]]
 
     schema_version: Literal[1] = 1
+    name: str
     description: str = Field("", description="Which cluster this is.")
     environment: dict[Variable, str] = Field({}, description="Variables of the job; no secrets.")
     memory_gb: float | None = Field(None, gt=0, description="Per node, for jobs that name none.")

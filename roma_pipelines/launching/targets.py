@@ -12,7 +12,7 @@ from roma_pipelines.launching.spec import AttemptRecord, JobSize, JobSpec
 from roma_pipelines.storage import Storage
 
 if TYPE_CHECKING:  # it imports Dagster, which takes seconds
-    from roma_pipelines.experiment import Resources
+    from roma_pipelines.run_config import Resources
 
 # fmt: off
 _ENV_NAMES = (  # environment variables that jobs get where they are set
@@ -57,20 +57,13 @@ def job_spec(
     config_digest: str,
     runner: Literal["torchrun", "plain"],
 ) -> JobSpec:
-    """The JobSpec of an experiment's job.
+    """The JobSpec of an experiment's job with the resources of its stage.
 
     The target ``local`` runs the processes of all nodes on this computer: the world size stays the
-    same, and with it the global batch, so that one file trains the same model on either target. Other
-    work than training (``plain``) is one process, on one GPU if the trainings have any.
+    same, and with it the global batch, so that one file trains the same model on either target.
     """
     size = {name: getattr(resources, name) for name in JobSize.model_fields}
-    if runner == "plain":
-        size |= {
-            "nodes": 1,
-            "processes_per_node": 1,
-            "gpus_per_node": min(size["gpus_per_node"], 1),
-        }
-    elif resources.target == "local":
+    if resources.target == "local":
         size |= {"nodes": 1, "processes_per_node": resources.nodes * resources.processes_per_node}
     job = {"key": key, "command": command, "config_digest": config_digest, "runner": runner}
     return JobSpec(**job, **size, env_names=_ENV_NAMES)

@@ -70,6 +70,8 @@ def lineage_of(client: MlflowClient, uri: str) -> Lineage:
         **{what: tags[tag] for what, tag in _IDENTIFIERS.items() if tag in tags},
         "gate": f"{tags.get(GATE_TAG, 'not run')}, against champion {tags.get(versions.COMPARED_TAG, '?')}",
     }
+    if versions.RUN_CONFIG_TAG in tags:
+        facts["run config"] = tags[versions.RUN_CONFIG_TAG]
     if versions.ENCODER_TAG in tags:
         facts["encoder"] = f"version {tags[versions.ENCODER_TAG]}"
     decisions = [

@@ -22,6 +22,8 @@ CANDIDATE = "candidate"
 RUN_ID_TAG = "roma.run_id"
 COMPARED_TAG = "roma.compared_with"
 ENCODER_TAG = "roma.encoder_version"
+RUN_CONFIG_TAG = "roma.run_config"
+"""Of a run and of a version, JSON: what the Dagster run changed in the experiment."""
 EVIDENCE_TAGS = ("roma.dataset_digest", "roma.config_digest", "roma.git_sha", "roma.dagster_run_id")
 """Tags that every version must have, beside its run, its job and its checksums."""
 _NOT_FOUND = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")

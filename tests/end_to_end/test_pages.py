@@ -1,9 +1,10 @@
-"""``roma-pipeline up`` in a real browser: the graph, a plot, a run that is watched and terminated.
+"""``roma-pipeline up`` in a real browser: the graph, a plot, the Launchpad, a run that is terminated.
 
 Before the pages start, the history gets what a gate refused: a tiny experiment, under the name of one
 that ships. ``ROMA_TEST_SCREENSHOTS`` names a folder that keeps a picture of every test's last page.
 """
 
+import json
 import os
 import re
 import signal
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from click.testing import CliRunner
 
+from roma_pipelines.cli import main
 from roma_pipelines.registry.promotion import promote
 from roma_pipelines.registry.runs import find_or_create_run
 from roma_pipelines.registry.store import MlflowSettings, connect
@@ -137,6 +140,67 @@ def test_a_failed_check_is_seen_to_block_the_promotion(house, pages, page):
     assert asset["assetMaterializations"] == []
 
 
+LAUNCH = """
+mutation ($selector: JobOrPipelineSelector!) {
+  launchRun(executionParams: {selector: $selector, runConfigData: "{}", mode: "default"}) {
+    __typename
+    ... on LaunchRunSuccess { run { runId } }
+    ... on PythonError { message }
+  }
+}"""
+
+
+def launch(pages, *nouns):
+    """Start a run of these assets as the page does; its id."""
+    selector = {
+        "repositoryLocationName": "roma_pipelines",
+        "repositoryName": "__repository__",
+        "pipelineName": "__ASSET_JOB",
+        "assetSelection": [{"path": [GROUP, noun]} for noun in nouns],
+    }
+    launched = pages.ask(LAUNCH, selector=selector)["launchRun"]
+    assert launched["__typename"] == "LaunchRunSuccess", launched
+    return launched["run"]["runId"]
+
+
+def mlflow_run(pages, dagster_run, asset):
+    client = connect(MlflowSettings.from_values({}), pages.storage / "mlflow")
+    experiment = client.get_experiment_by_name(f"roma/{GROUP}")
+    wanted = (
+        f"tags.`roma.dagster_run_id` = '{dagster_run}' AND tags.`roma.asset` = '{GROUP}/{asset}'"
+    )
+    (run,) = client.search_runs([experiment.experiment_id], wanted)
+    return run
+
+
+def test_two_fields_changed_on_the_launchpad_are_in_mlflow_and_in_lineage(pages, page):
+    """On the tiny encoder of the refused run, with the settings of the shipped experiment."""
+    changed = {"trainer": {"epochs": 40, "base_lr": 0.01}}
+    before = len(pages.runs())
+    page.goto(f"{pages.dagster}/assets/{GROUP}/finetuned_classifier")
+    page.get_by_text("Materialize", exact=True).click(modifiers=["Shift"])
+    page.locator(".CodeMirror").click()
+    page.keyboard.insert_text(f"ops: {{{GROUP}__finetuned_classifier: {{config: ")
+    page.get_by_text("Minutes of one attempt; the job resumes in a new one.").wait_for()
+    page.keyboard.insert_text(json.dumps(changed) + "}}")
+    page.get_by_role("dialog").get_by_role("button", name="Materialize").click()
+
+    eventually(lambda: len(pages.runs()) > before, 30, "a run")
+    run_id = pages.runs()[0]["runId"]
+    eventually(lambda: pages.status(run_id) in ("SUCCESS", "FAILURE"), 120, "its end")
+    assert pages.status(run_id) == "SUCCESS", pages.story(run_id)
+    run = mlflow_run(pages, run_id, "finetuned_classifier")
+    assert json.loads(run.data.tags["roma.run_config"]) == changed
+    assert (run.data.params["trainer.epochs"], run.data.params["trainer.base_lr"]) == ("40", "0.01")
+
+    run_id = launch(pages, "evaluation_report", "registered_classifier")
+    eventually(lambda: pages.status(run_id) in ("SUCCESS", "FAILURE"), 120, "its end")
+    assert pages.status(run_id) == "SUCCESS", pages.story(run_id)
+    env = {"ROMA_STORAGE_ROOT": str(pages.storage), "ROMA_ENV_FILE": os.devnull}
+    said = CliRunner().invoke(main, ["lineage", f"{GROUP}@champion"], env=env).output
+    assert json.dumps({"finetuned_classifier": changed}, sort_keys=True) in said
+
+
 def test_materialize_makes_the_data_set_and_shows_its_plot(pages, page):
     before = len(pages.runs())
     page.goto(f"{pages.dagster}/assets/{GROUP}/dataset")
@@ -153,14 +217,6 @@ def test_materialize_makes_the_data_set_and_shows_its_plot(pages, page):
     assert width > 400
 
 
-LAUNCH = """
-mutation ($selector: JobOrPipelineSelector!) {
-  launchRun(executionParams: {selector: $selector, runConfigData: "{}", mode: "default"}) {
-    __typename
-    ... on LaunchRunSuccess { run { runId } }
-    ... on PythonError { message }
-  }
-}"""
 OBSERVED = """
 query ($key: AssetKeyInput!) {
   assetOrError(assetKey: $key) { ... on Asset { assetObservations(limit: 5) {
@@ -171,16 +227,7 @@ query ($key: AssetKeyInput!) {
 
 def test_a_training_is_watched_live_and_terminated(pages, page):
     path = [GROUP, "pretrained_encoder"]
-    selector = {
-        "repositoryLocationName": "roma_pipelines",
-        "repositoryName": "__repository__",
-        "pipelineName": "__ASSET_JOB",
-        "assetSelection": [{"path": path}],
-        "assetCheckSelection": [],
-    }
-    launched = pages.ask(LAUNCH, selector=selector)["launchRun"]
-    assert launched["__typename"] == "LaunchRunSuccess", launched
-    run_id = launched["run"]["runId"]
+    run_id = launch(pages, "pretrained_encoder")
 
     def live_loss():
         assert pages.status(run_id) in ("QUEUED", "STARTING", "STARTED"), pages.story(run_id)
@@ -204,12 +251,7 @@ def test_a_training_is_watched_live_and_terminated(pages, page):
 
     eventually(lambda: not processes_with("ROMA_JOB_FOLDER", jobs), 60, "the end of the job")
     eventually(lambda: pages.status(run_id) == "CANCELED", 30, "the end of the run")
-    client = connect(MlflowSettings.from_values({}), pages.storage / "mlflow")
-    experiment = client.get_experiment_by_name(f"roma/{GROUP}")
-    (run,) = client.search_runs(
-        [experiment.experiment_id], f"tags.`roma.dagster_run_id` = '{run_id}'"
-    )
-    assert run.info.status == "KILLED"
+    assert mlflow_run(pages, run_id, "pretrained_encoder").info.status == "KILLED"
 
 
 SCHEDULES = """

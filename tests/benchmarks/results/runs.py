@@ -24,11 +24,12 @@ from roma_core.model.config import SHAPE, RoMAForPreTrainingConfig
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.defaults import DatasetSize, cost_s
 from roma_core.trainer.job import TrainingJobConfig, data_fields
-from roma_pipelines.experiment import Experiment, Resources, Stage
+from roma_pipelines.experiment import Experiment, Stage
 from roma_pipelines.launching.spec import JobState, job_key
 from roma_pipelines.launching.supervisor import supervise
 from roma_pipelines.launching.targets import job_spec, launcher_for, roma_command
 from roma_pipelines.registry.runs import code_version
+from roma_pipelines.run_config import Resources, StageName
 from roma_pipelines.storage import Storage
 from tests.benchmarks.results.benchmarks import Run, Training
 
@@ -59,6 +60,8 @@ class StillRunning(KeyboardInterrupt):
 
 
 Log = Callable[[str], None]
+_STAGES: dict[str, StageName]
+_STAGES = {"pretrain": "pretraining", "finetune": "finetuning", "evaluate": "evaluation"}
 _CODE = "code.json"
 
 
@@ -280,8 +283,9 @@ class _Jobs:
         document = config.model_dump(mode="json")
         key = job_key(f"results/{command}", digest_of(document))
         folder = JobFolder(self.storage.jobs / key)
+        resources = self.resources.of(_STAGES[command])
         spec = job_spec(
-            self.resources, key, roma_command(command, folder.path), digest_of(document), runner
+            resources, key, roma_command(command, folder.path), digest_of(document), runner
         )
         if not (folder.path / _CODE).exists():
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -290,13 +294,13 @@ class _Jobs:
         self.log(f"{what}: job {key}")
         try:
             outcome = supervise(
-                launcher_for(self.resources.target, self.resources.profile, self.storage),
+                launcher_for(resources.target, resources.profile, self.storage),
                 folder,
                 spec,
                 document,
                 holder={"asset_key": f"results/{what}"},
                 on_poll=_Progress(folder, what, self.log),
-                max_attempts=self.resources.max_attempts,
+                max_attempts=resources.max_attempts,
             )
         except KeyboardInterrupt:
             if folder.attempt_numbers():

@@ -1,7 +1,7 @@
 """The whole path on a tiny experiment: real jobs, a real Dagster instance, a real MLflow store.
 
 The tests follow one story; each fixture is its next event: ``first`` (two processes a training),
-``interrupted`` and ``second`` (a failure after finetuning, and its retry), ``refused`` (a gate that
+``interrupted`` and ``second`` (a failure after finetuning, and its retry, both with a run config), ``refused`` (a gate that
 nothing passes), ``waiting`` (one that asks a person), ``damaged`` (a champion with a broken file),
 ``continued`` (the champion trained further), ``failed`` (a loss that is not finite).
 """
@@ -54,13 +54,16 @@ class House:
     def client(self):
         return connect(MlflowSettings(), self.folder / "roma" / "mlflow")
 
-    def materialise(self, *nouns, tags=None, **changes):
+    def materialise(self, *nouns, tags=None, run_config=None, **changes):
         """Materialise the experiment, or some of its assets, with some settings changed."""
         definitions = tiny.definitions(tiny.attributes(self.folder, **changes))
         return definitions.resolve_implicit_global_asset_job_def().execute_in_process(
             instance=self.instance,
             asset_selection=[dg.AssetKey(["waves", noun]) for noun in nouns or tiny.ASSET_NAMES],
             tags=tags,
+            run_config={
+                "ops": {f"waves__{k}": {"config": v} for k, v in (run_config or {}).items()}
+            },
             raise_on_error=False,
         )
 
@@ -246,6 +249,10 @@ def test_the_command_predicts_what_the_report_says(house, first, tmp_path):
         assert [served[name] for name in table.classes] == pytest.approx(probabilities, abs=1e-5)
 
 
+CHANGED = {"target": "local", "model": {"encoder_config": {"drop_path_rate": 0.05}}, "trainer": {"epochs": 30}}  # fmt: skip
+RUN_CONFIG = {"finetuned_classifier": {**CHANGED, "nodes": None}}  # as the page scaffolds it
+
+
 @pytest.fixture(scope="module")
 def interrupted(house, first):
     """A new classifier, whose worker fails between the end of the job and its materialisation."""
@@ -258,7 +265,7 @@ def interrupted(house, first):
             return show(job, *lineage)
 
         patch.setattr(training, "_materialised", fail_once)
-        return house.materialise(*tiny.ASSET_NAMES[2:])
+        return house.materialise(*tiny.ASSET_NAMES[2:], run_config=RUN_CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +274,7 @@ def second(house, interrupted):
     run_id = interrupted.run_id
     return house.materialise(
         *tiny.ASSET_NAMES[2:],
+        run_config=RUN_CONFIG,
         tags={
             "dagster/is_resume_retry": "true",
             "dagster/parent_run_id": run_id,
@@ -286,6 +294,32 @@ def test_a_retry_finds_the_finished_job(house, interrupted, second):
     assert facts["attempts"] == 1
     log = Path(facts["log"]).read_text()
     assert len(re.findall("process\\(es\\) on cpu", log)) == 1
+
+
+def test_a_run_config_is_recorded_wherever_the_model_is_looked_at(house, second):
+    facts = metadata_of(second, "finetuned_classifier")
+    assert facts["run_config"] == CHANGED
+    run = house.client.get_run(facts["mlflow_run_id"])
+    assert json.loads(run.data.tags["roma.run_config"]) == CHANGED
+    assert run.data.params["trainer.epochs"] == "30"
+    assert "'drop_path_rate': 0.05" in run.data.params["model.encoder_config"]
+    recorded = json.dumps({"finetuned_classifier": CHANGED}, sort_keys=True)
+    assert metadata_of(second, "evaluation_report")["trained_with"] == recorded
+    version = house.client.get_model_version("waves", "2")
+    assert version.tags["roma.run_config"] == recorded
+    assert "| run config |" in version.description and "drop\\_path\\_rate" in version.description
+    assert recorded in operate(house, "lineage", "waves/2")
+    assert "run config" not in operate(house, "lineage", "waves/1")
+
+
+def test_a_wrong_run_config_of_a_later_asset_fails_before_anything_is_queued(house, second):
+    jobs = set((house.folder / "roma" / "jobs").iterdir())
+    wrong = {"finetuned_classifier": {"trainer": {"epoch": 1}}}
+    run = house.materialise("pretrained_encoder", "finetuned_classifier", run_config=wrong)
+
+    error = failure_of(run, "pretrained_encoder")
+    assert "finetuning.trainer.epoch: not a setting; the closest one is epochs" in error.message
+    assert set((house.folder / "roma" / "jobs").iterdir()) == jobs
 
 
 def test_the_second_version_replaces_the_first(house, second):
@@ -419,6 +453,7 @@ def test_a_replay_plans_the_same_training_and_gives_the_same_weights(house, seco
     assert "roma finetune --job" in said and "roma evaluate --job" in said
     facts = metadata_of(second, "finetuned_classifier")
     recorded = read_json(Path(facts["job_folder"]) / "config.json")
+    assert recorded["trainer"]["epochs"] == 30  # as the run config had it
     planned = read_json(house.folder / "again" / "finetune" / "config.json")
     same = {"weights": None}
     assert planned | same == recorded | same

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 
@@ -26,6 +27,7 @@ from roma_pipelines.automation.sensors import (
 )
 from roma_pipelines.automation.settings import Drift, NewData
 from roma_pipelines.automation.state import (
+    TRAINED_WITH,
     Data,
     Step,
     Trained,
@@ -34,6 +36,7 @@ from roma_pipelines.automation.state import (
     next_step,
     request,
     state_of,
+    step_of,
 )
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.launching.spec import AttemptRecord, JobSpec
@@ -74,6 +77,36 @@ def changed(**facts):
 def test_what_comes_next_follows_from_the_facts(state, fingerprint, do, why):
     step = next_step(state, fingerprint)
     assert step.do == do and why in step.why
+
+
+def test_only_models_trained_with_automations_own_run_config_count(month):
+    month.deliver()
+    month.launch(check_source(month.experiment, NewData(), month.instance, month.now), "new")
+    month.launch(check_dataset(month.experiment, month.instance), "train")
+    trained = state_of(month.experiment, month.instance).trained
+    given = {"finetuned_classifier": {"target": "local", "trainer": {"epochs": 5}}}
+    passed = {"run_config": {**given, "batch_predictions": {"nodes": 1}}}
+    predicted = {"predictions": {"input": "x"}, "automation": passed}
+    configured = RomaExperiment(**month.experiment.model_dump(mode="json") | predicted)
+
+    def by_hand():
+        version = month.experiment.code_version("evaluation_report")
+        tags = {
+            "dagster/code_version": version,
+            "dagster/input_data_version/waves/dataset": trained.on[0],
+        }
+        key, facts = month.experiment.key("evaluation_report"), {TRAINED_WITH: json.dumps(given)}
+        month.instance.report_runless_asset_event(dg.AssetMaterialization(key, metadata=facts, tags=tags))  # fmt: skip
+
+    step = step_of(configured, month.instance)
+    assert step.do == "train" and re.search(r"settings (\w+) → \1 with run config \w+$", step.why)
+    by_hand()
+    assert state_of(month.experiment, month.instance).trained == trained
+    assert step_of(month.experiment, month.instance).do == "nothing"
+    assert step_of(configured, month.instance).do == "nothing"
+    op = {"waves__finetuned_classifier": {"config": given["finetuned_classifier"]}}
+    asked = request(configured, month.instance, "schedule", step, month.now, once=False)
+    assert asked.run_config == {"ops": op}
 
 
 def test_files_that_are_touched_are_built_but_not_trained_on(month):
@@ -340,6 +373,15 @@ def test_nothing_that_costs_starts_switched_on(tmp_path):
         ({"predict_on_promotion": True}, "has no batch_predictions"),
         ({"drift": {}}, "files"),
         ({"new_dta": {}}, "new_dta"),
+        ({"run_config": {"datset": {}}}, "run_config: datset: no such asset; expected one of data"),
+        (
+            {"run_config": {"evaluation_report": {"trainer": {}}}},
+            "evaluation_report.trainer: not a setting of a run; there are target, profile",
+        ),
+        (
+            {"run_config": {"finetuned_classifier": {"trainer": {"epoch": 1}}}},
+            "run_config: finetuning.trainer.epoch: not a setting; the closest one is epochs",
+        ),
     ],
 )
 def test_a_mistake_in_the_section_is_said_when_definitions_load(tmp_path, automation, said):

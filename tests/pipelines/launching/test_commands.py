@@ -129,7 +129,7 @@ def test_plan_shows_how_a_script_differs_from_the_last_one(
 def test_plan_asks_the_cluster_too(run, experiment, profiles, cluster):
     target = ("--target", "slurm", "--profile", "mini", "--check")
     code, text = run("plan", experiment, *target)
-    assert (code, "the target slurm would run it" in text) == (0, True)
+    assert (code, "targets would run pretrained_encoder, finetuned" in text) == (0, True)
 
     (profiles / "mini.yaml").write_text("partition: nowhere\n")
     code, text = run("plan", experiment, *target)

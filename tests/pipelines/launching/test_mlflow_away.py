@@ -149,7 +149,12 @@ def train(storage, launcher_of, make_spec, monkeypatch, tmp_path):
         @dg.asset(key=["waves", "encoder"], retry_policy=dg.RetryPolicy(max_retries=1))
         def encoder(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
             job = tracked_job.run_tracked_job(
-                context, experiment, "pretrain", Config(), params={"base_lr": 0.001}
+                context,
+                experiment,
+                "pretrain",
+                Config(),
+                experiment.resources.of("pretraining"),
+                params={"base_lr": 0.001},
             )
             return dg.MaterializeResult(metadata=job.metadata())
 

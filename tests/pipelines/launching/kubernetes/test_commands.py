@@ -35,8 +35,8 @@ def test_plan_prints_the_manifests_and_asks_the_server(run, cluster):
     text = "\n".join(line for line in result.stdout.splitlines() if not line.startswith("#"))
     (job,) = yaml.safe_load_all(text)
     assert (job["kind"], job["spec"]["completionMode"]) == ("Job", "Indexed")
-    assert "accepts it in a dry run, which makes no pods" in result.output
-    assert "would run it" not in result.output
+    assert "accepts its jobs in a dry run, which makes no pods" in result.output
+    assert "would run" not in result.output
 
 
 def test_plan_gives_every_reason_for_which_it_would_not_run(run, cluster, monkeypatch):
