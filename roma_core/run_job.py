@@ -4,7 +4,8 @@
 
 The module gets its arguments unchanged and runs in WORKING_FOLDER. The launcher's stop file reaches
 it as SIGTERM, upon which the Trainer saves and returns; the attempt then ends with "continue".
-Otherwise a module that returns, or exits with code 0, is completed.
+Otherwise a module that returns, or exits with code 0, is completed; the numbers that it left in
+``outputs/metrics.json`` of the job folder are the job's metrics.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from roma_core.claim import ATTEMPT_VARIABLE, CONTINUE_EXIT_CODE, FOLDER_VARIABLE
-from roma_core.files import create_json
+from roma_core.files import create_json, read_json
 from roma_core.job import Attempt, Exit, JobFolder, Result, StopRequests
 
 
@@ -108,6 +109,15 @@ def _run_module(module: str, arguments: list[str]) -> int:
     return 0
 
 
+def _metrics(folder: JobFolder) -> dict[str, float]:
+    """The numbers that the module left; ValueError if the file has anything else."""
+    path = folder.outputs / "metrics.json"
+    found = read_json(path) if path.exists() else {}
+    if not isinstance(found, dict) or not all(type(v) in (int, float) for v in found.values()):
+        raise ValueError(f'{path}: expected numbers by name, such as {{"accuracy": 0.93}}')
+    return found
+
+
 def main(working_folder: str, module: str, *arguments: str) -> int:
     """Run the module in the job folder of this process; returns its exit code."""
     os.chdir(working_folder)
@@ -122,8 +132,10 @@ def main(working_folder: str, module: str, *arguments: str) -> int:
                     os.kill(os.getpid(), signal.SIGTERM)
                     return
 
-        if os.environ.get("RANK", "0") == "0":  # ranks agree among themselves
+        is_first = os.environ.get("RANK", "0") == "0"
+        if is_first:  # ranks agree among themselves
             threading.Thread(target=watch_stop_file, name="stop file", daemon=True).start()
+        folder.outputs.mkdir(exist_ok=True)
         code = _run_module(module, list(arguments))
         ended.set()
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -132,7 +144,7 @@ def main(working_folder: str, module: str, *arguments: str) -> int:
             return Work("continue", world_size, reason=reason)
         if code != 0:
             raise RuntimeError(f"{module} left with exit code {code}")
-        return Work("completed", world_size)
+        return Work("completed", world_size, metrics=_metrics(folder) if is_first else {})
 
     return run_in_folder(JobFolder(os.environ[FOLDER_VARIABLE]), body)
 

@@ -18,6 +18,7 @@ from roma_pipelines.experiment import (
     Experiment,
     all_experiments,
 )
+from roma_pipelines.resources import JOB_CLIENTS
 
 INVALID = "invalid_experiment"
 """Asset in the place of an experiment that is left out; its description is the error."""
@@ -44,9 +45,11 @@ def defs() -> dg.Definitions:
     An invalid experiment does not stop the others; ``INVALID`` is in its place. Definitions of other
     kinds under ``defs/`` are then left out, too.
     """
-    operations = dg.Definitions(executor=executor(), sensors=[reconcile_jobs, alert_on_failure])
+    operations = dg.Definitions(
+        executor=executor(), sensors=[reconcile_jobs, alert_on_failure], resources=JOB_CLIENTS
+    )
     try:
-        return dg.Definitions.merge(_from_folder(), operations)
+        return _from_folder(operations)
     except Exception:  # Dagster raises several types, with our error as a distant cause
         found, errors = load_experiments()
         if not errors:
@@ -58,12 +61,12 @@ def defs() -> dg.Definitions:
     return dg.Definitions.merge(*found.values(), dg.Definitions(assets=marks), operations)
 
 
-def _from_folder() -> dg.Definitions:
+def _from_folder(operations: dg.Definitions) -> dg.Definitions:
     # load_from_defs_folder would look for a pyproject.toml, which an installed package has not
     tree = dg.ComponentTree.from_module(roma_pipelines.defs, project_root=DEFS.parent)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dg.BetaWarning)  # of Dagster's own calls
-        definitions = tree.build_defs()
+        definitions = dg.Definitions.merge(tree.build_defs(), operations)
     unknown = definitions.resolve_asset_graph().external_asset_keys
     # Dagster takes an unknown key for an external asset, which would never be materialised
     if any(key.path[-1] == ENCODER for key in unknown):

@@ -28,6 +28,7 @@ from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.defaults import PrimaryMetric
 from roma_pipelines.automation.settings import Automation
 from roma_pipelines.registry.gate import CLASS_THRESHOLDS, GateThresholds
+from roma_pipelines.resources import JOB_CLIENTS
 from roma_pipelines.run_config import ENCODER, FINETUNED, RUN_CONFIGS, STAGES, Resources
 
 DEFS = Path(__file__).parent / "defs"
@@ -363,6 +364,7 @@ class Experiment(Frozen):
             "tags": {"experiment": self.name, **self.tags},
             "deps": [self.key(name) for name in upstream],
             "retry_policy": retry_policy(),
+            "required_resource_keys": set() if asset_name == self.registered else set(JOB_CLIENTS),
         }
 
 

@@ -7,7 +7,6 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import dagster as dg
@@ -15,16 +14,14 @@ from pydantic import BaseModel
 from pydantic_settings import SettingsConfigDict
 
 from roma_core.files import digest_of
-from roma_core.job import JobFolder, Result
+from roma_core.job import JobFolder
 from roma_core.settings import RomaSettings, without_credentials
 from roma_pipelines.experiment import Experiment
-from roma_pipelines.launching.jobs import usage
 from roma_pipelines.launching.launcher import Rejected
-from roma_pipelines.launching.outcome import attempts_table, events_table
-from roma_pipelines.launching.pipes import key_for, run_job
-from roma_pipelines.launching.spec import JobFailed, Outcome
-from roma_pipelines.launching.targets import job_spec, launcher_for, roma_command
+from roma_pipelines.launching.pipes import job_folder
+from roma_pipelines.launching.targets import roma_command
 from roma_pipelines.registry import runs, store, versions
+from roma_pipelines.resources import CompletedJob, JobClient
 from roma_pipelines.run_config import Resources
 from roma_pipelines.storage import Storage
 
@@ -32,32 +29,18 @@ _SERVER_RETRIES, _SERVER_RETRY_S = 10, 60.0  # of a step that needs a server whi
 
 
 @dataclass(frozen=True)
-class TrackedJob:
+class TrackedJob(CompletedJob):
     """A completed job and its MLflow run."""
 
-    outcome: Outcome
-    usage: dict[str, Any]
-    folder: JobFolder
-    result: Result
     run: runs.JobRun
     run_config: dict[str, Any]  # of the asset: what this run changed
 
-    def output(self, name: str) -> Path:
-        """Path of an output of the job."""
-        return self.folder.path / self.result.outputs[name]
-
     def metadata(self) -> dict[str, Any]:
-        """Metadata of the materialisation, which downstream assets read."""
-        facts = {k: v for k, v in self.result.facts.items() if isinstance(v, int | float | str)}
-        shown = self.outcome.metadata() | self.usage | facts
         known = runs.known_run(self.folder)
         uri = store.tracking_uri(self.run.settings, self.run.storage.mlflow)
         return {
-            # rounded for display; result.json has all digits
-            **{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in shown.items()},
-            **_attempts_metadata(self.outcome),
+            **super().metadata(),
             **({"run_config": dg.MetadataValue.json(self.run_config)} if self.run_config else {}),
-            "log": dg.MetadataValue.path(str(self.folder.attempt(self.result.attempt).log)),
             "mlflow_run_id": known.get("run_id", "pending: MLflow did not answer"),
             **page_links(self.folder.path.name, "report" in self.result.outputs, known, uri),
         }
@@ -78,9 +61,7 @@ def run_tracked_job(
     ``resources`` are those of its stage, as ``Resources.of`` returns them.
     Raises dagster.Failure if the job failed (with the end of its log) or was rejected (why).
     """
-    storage = Storage.open()
-    key = key_for(context)
-    folder = JobFolder(storage.jobs / key)
+    folder = job_folder(context)
     document = config.model_dump(mode="json")
     changes = _run_config(context, experiment).get(context.asset_key.path[-1], {})
     tags = {versions.RUN_CONFIG_TAG: json.dumps(changes, sort_keys=True)} if changes else {}
@@ -97,39 +78,33 @@ def run_tracked_job(
         tags=tags,
         params={name: str(value) for name, value in params.items()},
     )
-    run = runs.JobRun(storage, folder, record, settings, context.log.warning)
+    run = runs.JobRun(Storage.open(), folder, record, settings, context.log.warning)
     try:
         store.check_access(settings)  # before anything is queued
     except store.StoreError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
-    spec = job_spec(resources, key, roma_command(command, folder.path), digest_of(document), runner)
-    launcher = launcher_for(resources.target, resources.profile, storage)
+    client: JobClient = getattr(context.resources, resources.target)
     try:
-        outcome = run_job(
+        job = client.complete(
             context,
-            launcher,
             folder,
-            spec,
+            roma_command(command, folder.path),
             document,
+            resources,
+            runner,
+            profile=resources.profile,
             environment=run.environment(resources.target),
             on_accepted=lambda: run.update(lambda _: record),  # importing MLflow takes longer
             max_attempts=resources.max_attempts,
         )
-    except JobFailed as error:
-        run.end()
-        facts = _attempts_metadata(error.outcome) | usage(error.outcome, spec, launcher.profile)
-        raise dg.Failure(description=str(error), metadata=facts, allow_retries=False) from error
-    except Rejected as error:
-        run.update(lambda _: record.model_copy(update={"status": "FAILED"}))
-        raise dg.Failure(description=str(error), allow_retries=False) from error
-    except BaseException:  # interrupted: a job that still runs keeps its MLflow run open
-        if folder.mlflow_record.exists():
-            run.end()
+    except BaseException as error:
+        if isinstance(error.__cause__, Rejected):
+            run.update(lambda _: record.model_copy(update={"status": "FAILED"}))
+        elif isinstance(error, dg.Failure) or folder.mlflow_record.exists():
+            run.end()  # of one that still runs, after an interrupt, the MLflow run stays open
         raise
-    assert outcome.result is not None, "a completed job has a result"
     run.end()
-    used = usage(outcome, spec, launcher.profile)
-    return TrackedJob(outcome, used, folder, outcome.result, run, changes)
+    return TrackedJob(**vars(job), run=run, run_config=changes)
 
 
 def _run_config(
@@ -213,15 +188,6 @@ def page_links(
         path = f"experiments/{run['experiment_id']}/runs/{run['run_id']}"
         links["open_mlflow_run"] = f"{mlflow.rstrip('/')}/#/{path}"
     return {name: dg.MetadataValue.url(link) for name, link in links.items()}
-
-
-def _attempts_metadata(outcome: Outcome) -> dict[str, Any]:
-    folder = JobFolder(outcome.folder)
-    return {
-        "job_folder": dg.MetadataValue.path(str(folder.path)),
-        "attempts_made": dg.MetadataValue.md(attempts_table(outcome.attempts)),
-        "events": dg.MetadataValue.md(events_table(folder)),
-    }
 
 
 def picture(png: bytes, alt: str) -> dg.MetadataValue:

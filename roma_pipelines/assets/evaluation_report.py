@@ -12,11 +12,10 @@ from roma_core.data.manifest import Manifest, read_manifest
 from roma_core.evaluation.config import EvaluationJobConfig, Fact, FactSheet, ServingChecks
 from roma_core.evaluation.metrics import LABELS, headline
 from roma_core.files import read_json
-from roma_core.job import JobFolder
 from roma_core.serving.registry_client import FetchError, fetch, package_of, resolve
 from roma_pipelines.automation.state import TRAINED_WITH
 from roma_pipelines.experiment import Experiment
-from roma_pipelines.launching.pipes import key_for
+from roma_pipelines.launching.pipes import job_folder
 from roma_pipelines.registry.gate import (
     GATE_TAG,
     SPLIT_TAG,
@@ -61,10 +60,9 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
         upstream = names[: names.index("evaluation_report")]
         data, *trained = upstream_metadata(context, experiment, *upstream)
         encoder, model = trained[0], trained[-1]  # the same without finetuning
-        key, storage = key_for(context), Storage.open()
-        begun = JobFolder(storage.jobs / key).config
-        if begun.exists():  # a retry adopts the job, and so the champion of that time
-            config = EvaluationJobConfig.model_validate(read_json(begun))
+        folder = job_folder(context)
+        if folder.config.exists():  # a retry adopts the job, and so the champion of that time
+            config = EvaluationJobConfig.model_validate(read_json(folder.config))
         else:
             path = Path(data["path"])
             test_split = split_digest(StoredDataset(path, verify=False).split("test"))
@@ -91,9 +89,9 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
                             for found in training_datasets(Path(job["weights"]))
                         )
                     ),
-                    decided_before=decided_before(client, runs, test_split, key),
+                    decided_before=decided_before(client, runs, test_split, folder.path.name),
                     lineage=_lineage(client, names[1:], trained, context.run_id),
-                    **_champion(client, experiment.name, storage.cache / "models"),
+                    **_champion(client, experiment.name, Storage.open().cache / "models"),
                 )
         job = run_tracked_job(
             context,

@@ -13,7 +13,7 @@ from roma_core.files import digest_of, read_json
 from roma_core.job import JobFolder
 from roma_core.trainer.trackers import WandbConfig
 from roma_pipelines.experiment import Experiment
-from roma_pipelines.launching.pipes import key_for
+from roma_pipelines.launching.pipes import job_folder
 from roma_pipelines.registry import versions
 from roma_pipelines.registry.gate import GATE_TAG, read_decision
 from roma_pipelines.registry.promotion import CHAMPION, NO_CHAMPION, promote
@@ -162,7 +162,7 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
         source = section.input if is_bucket else str(Path(section.input).absolute())
         if not (is_bucket or Path(source).exists()):
             raise dg.Failure(f"predictions.input: {source} does not exist")
-        begun = JobFolder(storage.jobs / key_for(context)).config
+        begun = job_folder(context).config
         if begun.exists():  # a retry adopts the job, and so the champion of that time
             config = PredictionJobConfig.model_validate(read_json(begun))
         else:

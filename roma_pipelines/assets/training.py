@@ -9,14 +9,13 @@ import dagster as dg
 from roma_core.data.manifest import read_manifest
 from roma_core.data.store import StoredDataset
 from roma_core.files import read_json
-from roma_core.job import JobFolder
 from roma_core.schema import DataSchema
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.defaults import primary_metric
 from roma_core.trainer.job import MODEL_OUTPUT, TrainingJobConfig
 from roma_core.trainer.metrics import read_records
 from roma_pipelines.experiment import Experiment
-from roma_pipelines.launching.pipes import key_for
+from roma_pipelines.launching.pipes import job_folder
 from roma_pipelines.registry.promotion import CHAMPION
 from roma_pipelines.registry.versions import version_at
 from roma_pipelines.run_config import StageName
@@ -61,7 +60,7 @@ def finetuned_model_asset(experiment: Experiment, name: str) -> dg.AssetsDefinit
         if experiment.pretrained_from is not None:
             for line in _differences(weights, read_manifest(path).data_schema):
                 context.log.warning(f"encoder of {experiment.pretrained_from}: {line}")
-        job = JobFolder(Storage.open().jobs / key_for(context)).config
+        job = job_folder(context).config
         if job.exists():  # a retry adopts the job, and so the champion of that time
             weights = Path(read_json(job)["weights"])
         elif experiment.start_from == "champion":

@@ -5,8 +5,6 @@ from __future__ import annotations
 import getpass
 import os
 import secrets
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from roma_pipelines.launching.local import exceeds_this_computer
 from roma_pipelines.launching.outcome import duration, local_time, read_events
 from roma_pipelines.launching.spec import JobFailed, JobSize, JobSpec, JobState, id_of, job_key
 from roma_pipelines.launching.supervisor import supervise
-from roma_pipelines.launching.targets import launcher_for, launcher_of_attempt
+from roma_pipelines.launching.targets import launcher_for, launcher_of_attempt, module_command
 from roma_pipelines.registry import runs
 from roma_pipelines.storage import Storage
 
@@ -97,9 +95,10 @@ def _new_job(
     here = str(Path.cwd())
     config = {"module": module, "arguments": list(arguments), "working_folder": here}
     key = job_key(module, secrets.token_hex(8))
+    launcher = launcher_for(options["target"], options["profile"], storage)
     spec = JobSpec(
         key=key,
-        command=("-m", "roma_core.run_job", here, module, *arguments),
+        command=module_command(launcher, here, module, *arguments),
         config_digest=digest_of(config),
         **{name: options[name] for name in JobSize.model_fields},
         env_names=tuple(sorted(name for name in os.environ if name.startswith(_PASSTHROUGH_ENV))),
@@ -112,19 +111,6 @@ def _new_job(
             click.echo(
                 f"{threads} threads are asked for, this computer has {cpus} CPUs; it will be slow",
                 err=True,
-            )
-    launcher = launcher_for(options["target"], options["profile"], storage)
-    of_nodes = ("ssh", "python", "container", "modules", "setup")  # of a cluster's profile
-    elsewhere = any(getattr(launcher.profile, name, None) for name in of_nodes)
-    if not elsewhere:  # with this interpreter and these files: an error now, not of every process
-        look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
-        done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True)
-        if done.returncode:
-            why = done.stderr.strip().splitlines()[-1:]  # a parent package may fail to import
-            raise ValueError(
-                f"there is no module {module!r} in {here} or among what is installed"
-                + (f" ({why[0]})" if why else "")
-                + "; name it as for `python -m`: dots, no .py"
             )
     return JobFolder(storage.jobs / key), spec, config, launcher
 

@@ -128,7 +128,8 @@ def _spec(experiment: Experiment, asset: str, key: str, folder: JobFolder) -> Jo
     is_one = resources.nodes * resources.processes_per_node == 1
     runner: Literal["torchrun", "plain"]
     runner = "plain" if is_one and command in ("evaluate", "predict") else "torchrun"
-    return job_spec(resources, key, roma_command(command, folder.path), "", runner)
+    argv = roma_command(command, folder.path)
+    return job_spec(resources.target, resources, key, argv, "", runner)
 
 
 def _show_difference(

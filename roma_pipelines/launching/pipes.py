@@ -22,6 +22,7 @@ from roma_core.job import JobFolder
 from roma_pipelines.launching.launcher import Launcher
 from roma_pipelines.launching.spec import JobSpec, JobState, Outcome, Phase, job_key, root_of
 from roma_pipelines.launching.supervisor import Leave, supervise
+from roma_pipelines.storage import Storage
 
 
 class MessageReader:
@@ -90,8 +91,8 @@ class JobMessageReader(dg.PipesMessageReader):
     def read_messages(self, handler: dg.PipesMessageHandler) -> Iterator[PipesParams]:
         """Yields the parameters with which the job writes to the file.
 
-        The handler sees one opening and one closing whatever the number of attempts; without them
-        it warns of a job that was adopted, and of every message after the first attempt.
+        The handler sees one opening and one closing whatever the job writes; without them it warns of a
+        job that was adopted or sends nothing, and of every message after the first attempt.
         """
         self._handler = handler
         if self.messages.offset:  # an earlier reader saw it open
@@ -102,8 +103,8 @@ class JobMessageReader(dg.PipesMessageReader):
             self.pump()
             if self._progress:
                 self._observe(self._progress)
-            if self._opened:
-                handler.handle_message(self._closed)
+            self._open()
+            handler.handle_message(self._closed)
 
     @property
     def expected_writer_count(self) -> int:
@@ -174,8 +175,8 @@ class JobMessageReader(dg.PipesMessageReader):
         )
 
 
-def key_for(context: dg.AssetExecutionContext) -> str:
-    """Key of the job that this execution of the asset starts or adopts."""
+def job_folder(context: dg.AssetExecutionContext) -> JobFolder:
+    """Folder of the job that this execution of the asset starts or adopts; its name is the key."""
 
     def tags_of(run_id: str) -> Mapping[str, str] | None:
         run = context.instance.get_run_by_id(run_id)
@@ -183,7 +184,8 @@ def key_for(context: dg.AssetExecutionContext) -> str:
 
     root = root_of(context.run_id, context.run.tags, tags_of)
     partition = f"|{context.partition_key}" if context.has_partition_key else ""
-    return job_key(context.asset_key.to_user_string() + partition, root)
+    key = job_key(context.asset_key.to_user_string() + partition, root)
+    return JobFolder(Storage.open().jobs / key)
 
 
 def on_interrupt(instance: dg.DagsterInstance, run: dg.DagsterRun) -> Leave:

@@ -1,21 +1,20 @@
-"""The launcher of a target by its name, and the JobSpec of an experiment's job."""
+"""The launcher of a target by its name, commands of jobs, and the JobSpec of an asset's job."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from roma_pipelines.launching.launcher import Launcher
 from roma_pipelines.launching.local import LocalLauncher
 from roma_pipelines.launching.spec import AttemptRecord, JobSize, JobSpec
 from roma_pipelines.storage import Storage
 
-if TYPE_CHECKING:  # it imports Dagster, which takes seconds
-    from roma_pipelines.run_config import Resources
-
 # fmt: off
-_ENV_NAMES = (  # environment variables that jobs get where they are set
+ENV_NAMES = (  # environment variables that jobs get where they are set, by default
     "WANDB_API_KEY", "ROMA_WANDB_API_KEY", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN", "ROMA_WANDB_MODE", "WANDB_MODE", "ROMA_WANDB_INIT_TIMEOUT_S",
     "ROMA_WANDB_FINISH_TIMEOUT_S", "WANDB_BASE_URL",
@@ -50,23 +49,47 @@ def roma_command(command: str, folder: Path | str) -> tuple[str, ...]:
     return ("-m", "roma_core.cli", command, "--job", str(folder))
 
 
+def module_command(
+    launcher: Launcher, folder: str, module: str, *arguments: str
+) -> tuple[str, ...]:
+    """A module with its arguments that runs in this folder, as a JobSpec has it.
+
+    ValueError if there is no such module, where jobs have this interpreter and these files.
+    """
+    of_nodes = ("ssh", "python", "container", "modules", "setup")  # of a cluster's profile
+    if not any(getattr(launcher.profile, name, None) for name in of_nodes):
+        look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+        argv = [sys.executable, "-c", look]
+        done = subprocess.run(argv, capture_output=True, text=True, cwd=folder)
+        if done.returncode:  # an error now, not of every process
+            why = done.stderr.strip().splitlines()[-1:]  # a parent package may fail to import
+            raise ValueError(
+                f"there is no module {module!r} in {folder} or among what is installed"
+                + (f" ({why[0]})" if why else "")
+                + "; name it as for `python -m`: dots, no .py"
+            )
+    return ("-m", "roma_core.run_job", folder, module, *arguments)
+
+
 def job_spec(
-    resources: Resources,
+    target: str,
+    resources: JobSize,
     key: str,
     command: tuple[str, ...],
     config_digest: str,
     runner: Literal["torchrun", "plain"],
+    env_names: tuple[str, ...] = ENV_NAMES,
 ) -> JobSpec:
-    """The JobSpec of an experiment's job with the resources of its stage.
+    """The JobSpec of an asset's job on a target.
 
     The target ``local`` runs the processes of all nodes on this computer: the world size stays the
     same, and with it the global batch, so that one file trains the same model on either target.
     """
     size = {name: getattr(resources, name) for name in JobSize.model_fields}
-    if resources.target == "local":
+    if target == "local":
         size |= {"nodes": 1, "processes_per_node": resources.nodes * resources.processes_per_node}
     job = {"key": key, "command": command, "config_digest": config_digest, "runner": runner}
-    return JobSpec(**job, **size, env_names=_ENV_NAMES)
+    return JobSpec(**job, **size, env_names=env_names)
 
 
 def launcher_of_attempt(storage: Storage) -> Callable[[AttemptRecord], Launcher]:

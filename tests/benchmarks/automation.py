@@ -23,6 +23,7 @@ from roma_core.data.manifest import read_manifest
 from roma_pipelines.automation.alerts import alert_on_failure
 from roma_pipelines.automation.sensors import reconcile_jobs
 from roma_pipelines.components import RomaExperiment
+from roma_pipelines.resources import JOB_CLIENTS
 from roma_pipelines.storage import Storage, prepare_instance
 from tests.pipelines.automation.played_month import write_series
 
@@ -48,10 +49,10 @@ def experiment(folder: Path) -> tuple[dg.Definitions, str, str]:
         schedule="0 3 * * *",
         automation={"new_data": {}, "drift": drift, "budget_hours_per_week": 1000},
     )
-    config = component.experiment().dataset
+    config = component.dataset
     root = Storage.open()
     built = build_dataset(config, root.datasets, root.cache, progress=False)
-    looked_after = dg.Definitions(sensors=[alert_on_failure, reconcile_jobs])
+    looked_after = dg.Definitions(sensors=[alert_on_failure, reconcile_jobs], resources=JOB_CLIENTS)
     merged = dg.Definitions.merge(component.build_defs(None), looked_after)  # type: ignore[arg-type]
     return merged, read_manifest(built).digest, source_fingerprint(config).digest
 

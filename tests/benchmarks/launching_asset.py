@@ -16,7 +16,7 @@ from pathlib import Path
 import dagster as dg
 
 from roma_core.job import JobFolder
-from roma_pipelines import tracked_job
+from roma_pipelines import resources
 from roma_pipelines.launching.outcome import read_records
 from roma_pipelines.storage import Storage
 from tests.pipelines import tiny
@@ -29,7 +29,7 @@ def main(folder: Path, noun: str) -> None:
         if name == "after record":
             raise dg.Failure("seen enough")
 
-    tracked_job.run_job = functools.partial(tracked_job.run_job, fault_point=fault_point)  # type: ignore[attr-defined]
+    resources.run_job = functools.partial(resources.run_job, fault_point=fault_point)  # type: ignore[attr-defined]
     sections = tiny.attributes(folder, resources={"target": "slurm", **SIZE})
     job = tiny.definitions(sections).resolve_implicit_global_asset_job_def()
     (folder / "dagster").mkdir(exist_ok=True)

@@ -15,6 +15,7 @@ import yaml
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.definitions import defs
 from roma_pipelines.registry.gate import CHECKS
+from roma_pipelines.resources import KubernetesJobClient, LocalJobClient, SlurmJobClient
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "roma_pipelines" / "defs" / "japanese_vowels" / "defs.yaml"
@@ -86,6 +87,16 @@ def test_an_experiment_is_five_assets_of_one_group(graph):
 
     assert keys == {dg.AssetKey(["japanese_vowels", noun]) for noun in ASSET_NAMES}
     assert {graph.get(key).group_name for key in keys} == {"japanese_vowels"}
+
+
+def test_the_clients_of_jobs_are_resources_of_the_assets_that_may_run_one(graph):
+    definitions = defs()
+    clients = {"local": LocalJobClient, "slurm": SlurmJobClient, "kubernetes": KubernetesJobClient}
+    assert {name: type(client) for name, client in definitions.resources.items()} == clients
+    for noun in ASSET_NAMES:
+        asset = definitions.resolve_assets_def(dg.AssetKey(["japanese_vowels", noun]))
+        needed = set() if noun == "registered_classifier" else set(clients)
+        assert asset.required_resource_keys - {"io_manager"} == needed
 
 
 def test_checks_block_what_comes_after(graph):

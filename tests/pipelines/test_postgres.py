@@ -97,8 +97,8 @@ def test_a_training_reports_to_postgres_while_it_runs_and_no_file_has_the_passwo
     sections = tiny.attributes(tmp_path, pretraining={"trainer": {"epochs": 1, "log_every": 1}})
     keys = [dg.AssetKey(["waves", noun]) for noun in ("dataset", "pretrained_encoder")]
     with dg.DagsterInstance.get() as instance:
-        assets = tiny.definitions(sections).assets
-        assert dg.materialize(assets, instance=instance, selection=keys).success
+        job = tiny.definitions(sections).resolve_implicit_global_asset_job_def()
+        assert job.execute_in_process(instance=instance, asset_selection=keys).success
         assert instance.get_latest_materialization_event(keys[1])
     client = connect(MlflowSettings(), state.mlflow)
     (run,) = client.search_runs([client.get_experiment_by_name("roma/waves").experiment_id])

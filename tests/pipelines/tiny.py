@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 
 from roma_pipelines.components import RomaExperiment
+from roma_pipelines.resources import JOB_CLIENTS
 
 ASSET_NAMES = (
     "dataset",
@@ -72,8 +73,9 @@ def attributes(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def definitions(sections: Mapping[str, Any]) -> dg.Definitions:
-    """What the component makes of it."""
-    return RomaExperiment(**sections).build_defs(None)  # type: ignore[arg-type]
+    """What the component makes of it, with the clients of ``definitions.py``."""
+    made = RomaExperiment(**sections).build_defs(None)  # type: ignore[arg-type]
+    return dg.Definitions.merge(made, dg.Definitions(resources=JOB_CLIENTS))
 
 
 def living_jobs(folder: Path) -> list[psutil.Process]:

@@ -106,7 +106,7 @@ class KubernetesLauncher:
 
     def submit(self, plan: Plan, environment: Mapping[str, str]) -> JobHandle:
         plan.write_script()
-        variables = _without_secrets(passthrough_env(plan.spec, environment))
+        variables = _without_secrets(passthrough_env(plan.spec, environment), environment)
         try:
             created = self.client.create(with_variables(plan.content[0], variables))
         except ApiError as error:
@@ -300,14 +300,14 @@ class KubernetesLauncher:
 # -- secrets -------------------------------------------------------------------------------------
 
 
-def _without_secrets(variables: Mapping[str, str]) -> dict[str, str]:
-    """Variables that a manifest may hold; Rejected if a value contains a password."""
+def _without_secrets(variables: Mapping[str, str], given: Mapping[str, str]) -> dict[str, str]:
+    """Variables that a manifest may hold; Rejected for a password, or a secret name that was given."""
     plain = {name: value for name, value in variables.items() if not _SECRET.search(name)}
     wrong = [
-        f"{name} holds a password, and manifests hold no secrets; put user and password into a Secret "
-        f"that the profile names (MLFLOW_TRACKING_USERNAME, …_PASSWORD)"
-        for name, value in plain.items()
-        if _URL_WITH_PASSWORD.search(value)
+        f"{name} holds a password or is named so, and manifests hold no secrets; put them into a Secret "
+        f"that the profile names (such as MLFLOW_TRACKING_USERNAME, …_PASSWORD)"
+        for name, value in {**plain, **given}.items()
+        if _URL_WITH_PASSWORD.search(value) or (name in given and _SECRET.search(name))
     ]
     if wrong:
         raise Rejected(wrong)

@@ -284,9 +284,8 @@ class _Jobs:
         key = job_key(f"results/{command}", digest_of(document))
         folder = JobFolder(self.storage.jobs / key)
         resources = self.resources.of(_STAGES[command])
-        spec = job_spec(
-            resources, key, roma_command(command, folder.path), digest_of(document), runner
-        )
+        about = (key, roma_command(command, folder.path), digest_of(document), runner)
+        spec = job_spec(resources.target, resources, *about)
         if not (folder.path / _CODE).exists():
             folder.path.mkdir(parents=True, exist_ok=True)
             write_json(folder.path / _CODE, {"code": code_version()})

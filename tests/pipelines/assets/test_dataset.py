@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from roma_pipelines.components import RomaExperiment
+from roma_pipelines.resources import JOB_CLIENTS
 
 COLUMNS = {
     "object": "id",
@@ -44,7 +45,8 @@ def materialized(tmp_path, monkeypatch):
             for asset in experiment.build_defs(None).assets
             if asset.key == dg.AssetKey(["own", "dataset"])
         ]
-        result = dg.materialize(assets, raise_on_error=False)  # a blocking check fails its step
+        # a blocking check fails its step
+        result = dg.materialize(assets, raise_on_error=False, resources=JOB_CLIENTS)
         (event,) = result.asset_materializations_for_node("own__dataset")
         return {c.check_name: c for c in result.get_asset_check_evaluations()}, event.metadata
 

@@ -19,11 +19,12 @@ from roma_core.job import Attempt, JobFolder
 from roma_pipelines.assets.dataset import dataset_asset
 from roma_pipelines.automation.alerts import alert_on_failure, read_alerts
 from roma_pipelines.components import RomaExperiment
-from roma_pipelines.launching.pipes import key_for, run_job
+from roma_pipelines.launching.pipes import job_folder, run_job
 from roma_pipelines.launching.spec import JobFailed, JobSpec, JobState, Phase
 from roma_pipelines.registry.promotion import CHAMPION, promote
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.registry.versions import version_at
+from roma_pipelines.resources import JOB_CLIENTS
 from roma_pipelines.storage import Storage
 from tests.pipelines.launching.fake import FakeLauncher, completed, ended, running
 
@@ -133,6 +134,7 @@ class Month:
             instance=self.instance,
             selection=list(keys),
             tags=tags,
+            resources=JOB_CLIENTS,
             raise_on_error=False,
         )
         if (
@@ -180,12 +182,11 @@ class Month:
         return completed()(folder, attempt, spec)
 
     def _run_job(self, context: dg.AssetExecutionContext) -> dict[str, Any]:
-        key = key_for(context)
-        folder = JobFolder(self.storage.jobs / key)
+        folder = job_folder(context)
         if not folder.path.exists() and context.asset_key.path[-1] == "pretrained_encoder":
             self.trained.append(self.day)
         spec = JobSpec(
-            key=key,
+            key=folder.path.name,
             command=("-m", context.asset_key.path[-1]),
             config_digest=digest_of({}),
             runner="plain",

@@ -392,7 +392,7 @@ def test_a_mistake_in_the_section_is_said_when_definitions_load(tmp_path, automa
 def test_real_sensors_evaluate(month, tmp_path):
     """Through Dagster's own machinery, cursor and all."""
     month.deliver()
-    definitions = RomaExperiment(**json.loads(month.experiment.model_dump_json())).build_defs(None)
+    definitions = tiny.definitions(json.loads(month.experiment.model_dump_json()))
     repository = definitions.get_repository_def()
     for name, said in (
         ("waves_new_data", "no data set was built yet"),

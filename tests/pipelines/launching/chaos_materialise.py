@@ -18,7 +18,7 @@ from typing import Any
 
 import dagster as dg
 
-from roma_pipelines import tracked_job
+from roma_pipelines import resources
 from roma_pipelines.assets import registered_model as registered_classifier
 from roma_pipelines.registry import runs
 from tests.pipelines import tiny
@@ -35,7 +35,7 @@ def main(folder: Path, point: str | None) -> int:
             (folder / "hit").write_text(name)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    tracked_job.run_job = functools.partial(tracked_job.run_job, fault_point=fault_point)  # type: ignore[attr-defined]
+    resources.run_job = functools.partial(resources.run_job, fault_point=fault_point)  # type: ignore[attr-defined]
     for module, names in MLFLOW.items():
         for name in names:
             setattr(module, name, _around(name, getattr(module, name), fault_point))

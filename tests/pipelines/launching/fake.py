@@ -11,8 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from roma_core.job import Attempt, Exit, JobFolder, Result
-from roma_pipelines.launching.launcher import PLANNED_FOLDER, process_variables, program, render
+from roma_pipelines.launching.launcher import (
+    PLANNED_FOLDER,
+    Launcher,
+    process_variables,
+    program,
+    render,
+)
 from roma_pipelines.launching.spec import JobHandle, JobSpec, JobState, Phase, Plan
+from roma_pipelines.resources import JobClient
 
 Step = Callable[[JobFolder, Attempt, JobSpec], JobState]
 """One step of an attempt: it may write into the folder, and returns the state after it."""
@@ -123,6 +130,18 @@ class FakeLauncher:
         job = self._jobs.get(_id(handle.plan))
         if job is not None and not job.state.ended:
             job.state = JobState(Phase.CANCELLED)
+
+
+def client_of(fake: Launcher) -> JobClient:
+    """A client of jobs that run on this launcher."""
+
+    class Client(JobClient):
+        target = fake.backend
+
+        def launcher(self, profile: str | None = None) -> Launcher:
+            return fake
+
+    return Client()
 
 
 def _id(plan: Plan) -> tuple[str, int]:

@@ -110,9 +110,8 @@ def test_plan_shows_how_a_script_differs_from_the_last_one(
 
     resources = load_experiment(experiment).resources.model_copy(update={"target": "slurm"})
     folder = JobFolder(root / "jobs" / ("ab" * 10))
-    spec = job_spec(
-        resources, "ab" * 10, roma_command("pretrain", folder.path), digest_of({}), "torchrun"
-    )
+    command = roma_command("pretrain", folder.path)
+    spec = job_spec("slurm", resources, "ab" * 10, command, digest_of({}), "torchrun")
     launcher = launcher_for("slurm", "mini", Storage.open())
     options = {"holder": {"asset_key": "waves/pretrained_encoder"}, "poll_every_s": 0.1}
     launcher.fs_lag_s = 0.0
@@ -265,7 +264,7 @@ def test_ctrl_c_before_the_submission_says_that_nothing_runs(run, root, monkeypa
 def test_launch_asks_this_computer_for_no_more_than_it_has(run, root, monkeypatch, words, message):
     monkeypatch.setattr("roma_pipelines.launching.local.gpus_here", lambda: 2)
 
-    code, text = run("launch", *words, "-m", "mine")
+    code, text = run("launch", *words, "-m", "json")
 
     assert (code, message in text) == (1, True), text
     assert not list((root / "jobs").glob("*"))

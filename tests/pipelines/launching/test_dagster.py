@@ -6,9 +6,10 @@ from threading import Thread
 import dagster as dg
 import pytest
 
-from roma_pipelines.launching.pipes import MessageReader, key_for, on_interrupt, run_job
+from roma_pipelines.launching.pipes import MessageReader, job_folder, on_interrupt, run_job
 from roma_pipelines.launching.spec import JobFailed, job_key
 from roma_pipelines.launching.supervisor import Supervisor
+from roma_pipelines.resources import JobClient, JobSize, LocalJobClient
 from tests.pipelines.launching.fake import FakeLauncher, completed, running, waiting
 
 CONFIG = {"base_lr": 0.001}
@@ -226,7 +227,7 @@ def test_a_key_is_the_same_for_every_attempt_of_a_run(instance):
 
     @dg.asset(retry_policy=dg.RetryPolicy(max_retries=1))
     def encoder(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        keys.append(key_for(context))
+        keys.append(job_folder(context).path.name)
         if len(keys) == 1:
             raise RuntimeError("once")
         return dg.MaterializeResult()
@@ -304,3 +305,72 @@ def test_its_error_ends_the_job(materialize, folder, processes):
     assert processes() == []
     end = json.loads(folder.attempt_record(1).read_text())["end"]
     assert end["status"] == "cancelled"
+
+
+@pytest.fixture
+def run_module(tmp_path, monkeypatch, instance):
+    """Materialises an asset of another project, whose job is a module of the given lines."""
+    monkeypatch.setenv("ROMA_STORAGE_ROOT", str(tmp_path / "root"))
+    monkeypatch.setenv("PASSWORD", "secret")
+
+    def run_module(body, times=1, command="mine --lr 0.1", **options):
+        (tmp_path / "mine.py").write_text("import json, os, sys\n" + body)
+
+        @dg.asset(retry_policy=dg.RetryPolicy(max_retries=1))
+        def model(context: dg.AssetExecutionContext, jobs: JobClient) -> dg.MaterializeResult:
+            made = [jobs.run(context=context, command=command, **options) for _ in range(times)]
+            return made[-1]
+
+        client = LocalJobClient(cwd=str(tmp_path), env_names=["PASSWORD"])
+        return dg.materialize(
+            [model], instance=instance, resources={"jobs": client}, raise_on_error=False
+        )
+
+    return run_module
+
+
+MEASURED = """
+config = json.load(open(os.environ["ROMA_JOB_FOLDER"] + "/config.json"))
+assert sys.argv[1:] == ["--lr", "0.1"] and config == {"lr": 0.1}
+assert (os.environ["PASSWORD"], os.environ["GREETING"]) == ("secret", "hello")
+json.dump({"accuracy": 0.9}, open(os.environ["ROMA_JOB_FOLDER"] + "/outputs/metrics.json", "w"))
+"""
+SLURM_SIZE = {"nodes": 2, "processes_per_node": 1}
+
+
+def test_an_asset_of_any_project_runs_a_module(run_module, tmp_path, instance):
+    result = run_module(MEASURED, config={"lr": 0.1}, env={"GREETING": "hello"}, runner="plain")
+
+    (event,) = result.get_asset_materialization_events()
+    facts = {name: value.value for name, value in event.materialization.metadata.items()}
+    assert (facts["accuracy"], facts["attempts"], facts["processes"]) == (0.9, 1, "1")
+    assert facts["job_key"] == job_key("model", result.run_id)
+    assert facts["job_folder"] == str(tmp_path / "root" / "jobs" / facts["job_key"])
+    assert facts["log"].endswith("/attempts/1/log") and "completed" in facts["events"]
+    assert log_lines(instance, result, level=30) == []
+    for file in (tmp_path / "root").rglob("*.json"):
+        assert "secret" not in file.read_text() and "hello" not in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("body", "options", "sentence", "starts"),
+    [
+        ("raise MemoryError('too many whales')", {}, "MemoryError: too many whales", 1),
+        (MEASURED.replace("0.9", "'high'"), {}, "metrics.json: expected numbers by name", 1),
+        ("", {"times": 2}, "model has run its job already", 1),
+        ("", {"command": "python mine.py"}, "there is no module 'python' in", 0),
+        ("", {"resources": JobSize(**SLURM_SIZE)}, "the job asks for 2; use runner=", 0),
+    ],
+)
+def test_what_is_wrong_with_a_job_fails_the_asset(
+    run_module, tmp_path, body, options, sentence, starts
+):
+    given = {"config": {"lr": 0.1}, "env": {"GREETING": "hello"}, "runner": "plain"}
+    result = run_module(body, **{**given, **options})
+
+    (failure,) = [event.step_failure_data for event in result.all_events if event.is_step_failure]
+    assert sentence in str(failure)
+    assert len(list((tmp_path / "root").glob("jobs/*/attempts/*.json"))) == starts
+    if failure.user_failure_data is not None:  # the job's own failure is final
+        assert not [event for event in result.all_events if event.is_step_up_for_retry]
+        assert "failed" in failure.user_failure_data.metadata["attempts_made"].value

@@ -37,6 +37,7 @@ from roma_pipelines.registry.runs import (
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.storage import Storage
 from tests.pipelines import tiny
+from tests.pipelines.launching.fake import client_of
 from tests.pipelines.launching.kubernetes.conftest import (
     api,
     free_port,
@@ -142,11 +143,12 @@ def train(storage, launcher_of, make_spec, monkeypatch, tmp_path):
 
     def train(body, target="local"):
         launcher = launcher_of(target)
-        monkeypatch.setattr(tracked_job, "launcher_for", lambda *_: launcher)
         monkeypatch.setattr(tracked_job, "roma_command", lambda *_: make_spec(body).command)
         experiment = Experiment.parse(tiny.attributes(tmp_path, resources={"target": target}))
 
-        @dg.asset(key=["waves", "encoder"], retry_policy=dg.RetryPolicy(max_retries=1))
+        policy = dg.RetryPolicy(max_retries=1)
+
+        @dg.asset(key=["waves", "encoder"], retry_policy=policy, required_resource_keys={target})
         def encoder(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
             job = tracked_job.run_tracked_job(
                 context,
@@ -159,7 +161,10 @@ def train(storage, launcher_of, make_spec, monkeypatch, tmp_path):
             return dg.MaterializeResult(metadata=job.metadata())
 
         with dg.DagsterInstance.ephemeral() as instance:
-            result = dg.materialize([encoder], instance=instance, raise_on_error=False)
+            clients = {target: client_of(launcher)}
+            result = dg.materialize(
+                [encoder], instance=instance, resources=clients, raise_on_error=False
+            )
             logs = instance.all_logs(result.run_id)
         warnings = [e.user_message for e in logs if e.level == 30 and "MLflow" in e.user_message]
         (path,) = storage.jobs.iterdir()

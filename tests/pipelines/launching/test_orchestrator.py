@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.request
 from pathlib import Path
@@ -19,7 +20,7 @@ import psutil
 import pytest
 
 import roma_pipelines
-from roma_pipelines.launching.jobs import all_jobs
+from roma_pipelines.launching.jobs import all_jobs, read_job
 from tests.pipelines.launching.conftest import PRELUDE
 from tests.time_limits import within
 
@@ -189,6 +190,80 @@ def test_terminate_ends_the_job(orchestrator, running, cluster, eventually):
     eventually(lambda: state_of(cluster, now(job)) == "CANCELLED", 60)
     eventually(lambda: orchestrator.statuses()[run_id] == "CANCELED", 60)
     assert now(job).status == "cancelled"
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+WEATHER = """
+import json, os, sys, time
+folder = os.environ["ROMA_JOB_FOLDER"]
+assert sys.argv[1:] == ["--epochs", "20"]
+open(folder + "/started-" + os.environ["RANK"], "x").close()
+while not os.path.exists(folder + "/go"):
+    time.sleep(0.05)
+if os.environ["RANK"] == "0":
+    json.dump({"accuracy": 0.93}, open(folder + "/outputs/metrics.json", "w"))
+"""
+MATERIALIZE = """
+import dagster as dg, definitions
+with dg.DagsterInstance.local_temp("dagster") as instance:
+    killed = [run.run_id for run in instance.get_runs()]
+    marks = dict.fromkeys(["dagster/parent_run_id", "dagster/root_run_id"], *killed)
+    tags = {"dagster/is_resume_retry": "true", **marks} if killed else {}  # as the daemon's retry
+    job = definitions.defs.resolve_implicit_global_asset_job_def()
+    (event,) = job.execute_in_process(instance=instance, tags=tags).get_asset_materialization_events()
+    print(event.materialization.metadata["accuracy"].value)
+"""
+
+
+@pytest.fixture
+def project(cluster, tmp_path):
+    """The README's project; starts its materialisation in a process of its own."""
+    (tmp_path / "dagster").mkdir()
+    (tmp_path / "weather").mkdir()
+    (tmp_path / "weather" / "train.py").write_text(WEATHER)
+    _, _, block = README.partition("### In your own Dagster project\n")
+    (tmp_path / "definitions.py").write_text(textwrap.dedent(block.partition("\nruns ")[0]))
+    (tmp_path / "leonardo.yaml").write_text("poll_s: 0.2\nslowest_poll_s: 0.4\nmemory_gb: 2\n")
+    variables = {
+        "PYTHONPATH": str(ROOT),
+        "ROMA_ENV_FILE": os.devnull,
+        "ROMA_STORAGE_ROOT": str(tmp_path / "roma"),
+        "ROMA_SLURM_PROFILES": str(tmp_path),
+    }
+
+    def start():
+        return subprocess.Popen(
+            [sys.executable, "-c", MATERIALIZE],
+            cwd=tmp_path,
+            env={**os.environ, **variables},
+            stdout=subprocess.PIPE,
+            stderr=(tmp_path / "dagster.log").open("a"),
+            text=True,
+        )
+
+    return start
+
+
+@pytest.mark.slow
+def test_another_project_that_is_killed_and_started_again_has_one_job(
+    project, tmp_path, cluster, eventually
+):
+    first = project()
+    eventually(lambda: len(list(tmp_path.glob("roma/jobs/*/started-*"))) == 4, 60)
+    first.kill()
+    first.communicate()
+    (folder,) = tmp_path.glob("roma/jobs/*")
+    assert not read_job(folder).supervised
+
+    second = project()
+    eventually(lambda: read_job(folder).supervised, 60)
+    (folder / "go").touch()
+
+    output, _ = second.communicate(timeout=within(60))
+    assert output == "0.93\n", (tmp_path / "dagster.log").read_text()[-3000:]
+    assert read_job(folder).status == "completed"
+    names = [name for _, name, _ in cluster.jobs()]
+    assert [name for name in names if folder.name[:12] in name] == [f"roma-{folder.name[:12]}-1"]
 
 
 def worker_of(job):

@@ -193,10 +193,14 @@ def test_secrets_come_from_secrets_and_are_in_no_manifest(
     assert "from here" not in str(job) + folder.attempt(1).script.read_text()
 
 
-def test_a_password_in_an_address_is_refused(launcher, cluster, folder, make_spec):
-    given = {"MLFLOW_TRACKING_URI": "https://me:pass@mlflow.example.org"}
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("MLFLOW_TRACKING_URI", "https://me:pass@mlflow.example.org"), ("API_TOKEN", "me:pass")],
+)
+def test_a_secret_in_the_environment_is_refused(launcher, cluster, folder, make_spec, name, value):
+    given = {name: value}
 
-    with pytest.raises(Rejected, match="MLFLOW_TRACKING_URI holds a password") as caught:
+    with pytest.raises(Rejected, match=f"{name} holds a password or is named so") as caught:
         supervise(launcher, folder, make_spec(), CONFIG, environment=given, **FAST)
 
     assert "me:pass" not in str(caught.value)
