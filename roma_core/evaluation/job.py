@@ -416,7 +416,7 @@ class _Evaluator:
         )
         checks = None
         if model.sinusoidal is None:
-            checks = self._package_autoencoder(model, table, problem)
+            checks = self._package_autoencoder(model, table, metrics, changes, problem)
         for n in config.n_observed:
             fewer = reconstruct(model, test, mask_all_but(n, config.seed), config.batch_size)
             errors = reconstruction_errors(fewer) | reconstruction_errors(fewer, "clean")
@@ -453,7 +453,12 @@ class _Evaluator:
         return metrics
 
     def _package_autoencoder(
-        self, model: RoMAForPreTraining, table: ReconstructionTable, champion_problem: str | None
+        self,
+        model: RoMAForPreTraining,
+        table: ReconstructionTable,
+        metrics: ReconstructionMetrics,
+        changes: tuple[Change, ...],
+        champion_problem: str | None,
     ) -> ServingChecks:
         """Write the package that answers queries, and compare its answers with the model's."""
         series = np.unique(table.series)
@@ -470,6 +475,9 @@ class _Evaluator:
             reference_profile(self.dataset),
             package,
             golden=[Series(**one) for one in evenly_spaced(by_length)],
+            metrics=metrics,
+            changes=changes,
+            champion_problem=champion_problem,
         )
         model.to(self.device)
         served = interpolate_packaged(package, few, self.test).predicted

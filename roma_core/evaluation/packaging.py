@@ -52,13 +52,15 @@ def predict_packaged(
     package = _opened(folder)
     schema = test.dataset.schema
     is_regression = table_class is RegressionTable
+    if package.kind != (kind := "regressor" if is_regression else "classifier"):
+        raise NotComparable(f"it is a package of kind {package.kind}, expected a {kind}")
     what, own, wanted = "classes", str(package.classes), str(list(schema.classes))
     if is_regression:
         what, targets = "targets", {target.name: target.unit for target in schema.targets}
         level = "observation" if package.per_observation else "series"
         own = f"{package.targets} of every {level}"
         wanted = f"{targets} of every {schema.target_level}"
-    if own != wanted or package.kind != ("regressor" if is_regression else "classifier"):
+    if own != wanted:
         raise NotComparable(f"its {what} are {own}, those of the data are {wanted}")
     try:
         outputs = package.outputs(raw_series(test, range(len(test))))

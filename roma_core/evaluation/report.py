@@ -255,8 +255,9 @@ def render_report(content: ReportContent) -> str:
 def render_card(content: CardContent) -> str:
     """The card as Markdown; text from outside is escaped in its cells."""
     estimates = {} if content.metrics is None else content.metrics.estimates()
-    names = METRICS["regression" if content.kind == "regressor" else "classification"]
-    rows = [(names[name][0], e) for name, e in estimates.items()]
+    task = {"regressor": "regression", "autoencoder": "reconstruction"}.get(content.kind)
+    names = METRICS[task or "classification"]
+    rows = [(label, estimates[name]) for name, (label, _) in names.items() if name in estimates]
     template = _environment(autoescape=False).get_template("model_card.md.jinja")
     return template.render(content=content, rows=rows, labels=LABELS)
 
