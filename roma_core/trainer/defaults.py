@@ -32,6 +32,7 @@ _MIN_EPOCHS = {"pretraining": 8, "finetuning": 16}
 _SERIES_PER_BATCH = {"pretraining": 32, "finetuning": 16}
 _MAX_TOKENS_PER_BATCH = {"pretraining": 4096, "finetuning": 2048}
 _MIN_TOKENS_PER_BATCH = 256
+_MIN_SERIES_FOR_BEST = 1000
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ def default_settings(size: DatasetSize, targets: TargetLevel | None = None) -> D
     finetrainer, finetuning_steps, finetuning_reason = _trainer("finetuning", size, rate)
     if targets is None:
         finetrainer["label_smoothing"] = 0.05
+    if size.n_series >= _MIN_SERIES_FOR_BEST:
+        finetrainer["final_weights"] = "best"  # with fewer, validation says too little
+        finetuning_reason += "; the weights are those that were best on validation"
     amount = f"{size.n_channels} channels" if is_wide else f"{size.n_series:,} training series"
     cls = "a CLS token at position 0 would make positions absolute, rarely useful"
     if use_cls:

@@ -6,19 +6,19 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from roma_core.model.encoder import Block
 from roma_core.trainer.config import TrainerConfig
+
+if TYPE_CHECKING:  # half a second, which only a sharded training needs
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -131,6 +131,9 @@ def fsdp_copy(model: M, device: torch.device, group: HostGroup) -> M:
 
     All start from the weights of rank 0. The model itself moves to host memory.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     model.cpu()
     group.broadcast_from_main(model.state_dict().values())
     sharded = copy.deepcopy(model)
@@ -148,6 +151,8 @@ def no_gradient_sync(sharded: nn.Module) -> Iterator[None]:
     The weights stay gathered from one micro-batch to the next, so processes may have different
     numbers of them.
     """
+    from torch.distributed.fsdp import FSDPModule
+
     assert isinstance(sharded, FSDPModule)
 
     def set_sync(enabled: bool) -> None:
@@ -162,15 +167,21 @@ def no_gradient_sync(sharded: nn.Module) -> Iterator[None]:
         set_sync(True)
 
 
+def _is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    return hasattr(tensor, "full_tensor")
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor of one that may be sharded; then every process must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor
 
 
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """This process's shard of a full tensor, placed like ``parameter``; whole if shapes differ."""
     tensor = tensor.to(parameter.device)
-    if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
+    if _is_sharded(parameter) and tensor.shape == parameter.shape:
+        from torch.distributed.tensor import distribute_tensor
+
         # every process has read the same file: no communication is needed
         return distribute_tensor(
             tensor, parameter.device_mesh, parameter.placements, src_data_rank=None
@@ -185,7 +196,7 @@ def cpu_copies(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Ten
     """
     kept = {}
     for name, tensor in named:
-        if keep or isinstance(tensor, DTensor):
+        if keep or _is_sharded(tensor):
             complete = full_tensor(tensor.detach())
             if keep:
                 kept[name] = complete.cpu().contiguous().clone()

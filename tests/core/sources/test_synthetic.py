@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from roma_core.data import DatasetConfig, StoredDataset, build_dataset
+from roma_core.sources import synthetic
 from roma_core.sources.base import source_config
 
 
@@ -17,7 +18,9 @@ from roma_core.sources.base import source_config
         ("spirals", (75, 2)),
     ],
 )
-def test_a_larger_generated_set_begins_with_the_smaller(tmp_path, process, shape):
+def test_a_larger_generated_set_begins_with_the_smaller(tmp_path, monkeypatch, process, shape):
+    monkeypatch.setattr(synthetic, "_AT_ONCE", 3)  # pendulums take long
+
     def drawn(n):
         config = {"kind": "synthetic", "process": process, "n_series": n, "seed": 3}
         return list(source_config(config).open(tmp_path).read())

@@ -266,6 +266,9 @@ def test_small_data_get_many_passes_and_large_data_few():
     assert small.steps["finetuning"] >= 1000
     assert large.finetuning["trainer"]["epochs"] < small.finetuning["trainer"]["epochs"]
     assert large.pretraining["model"]["encoder_config"]["d_model"] > 64
+    # validation of a small set is too small to choose by
+    assert "final_weights" not in small.finetuning["trainer"]
+    assert large.finetuning["trainer"]["final_weights"] == "best"
     for sizes in (small, large):
         trainer = sizes.finetuning["trainer"]
         assert trainer["tokens_per_batch"] <= 2048
