@@ -14,7 +14,8 @@ The folder alone is enough to find, check and resume the job. Which side writes 
     attempts/<n>/log          launcher   stdout and stderr of all processes
     attempts/<n>/script       launcher   the batch script or manifests that were submitted
     attempts/<n>/owner.json   job        first act, created exclusively: a duplicate start finds it and leaves
-    attempts/<n>/heartbeat    job        rank 0, from inside the training loop, never from a thread
+    attempts/<n>/heartbeat    job        rank 0 of a training, from inside its loop; of other work any
+                                         process, as long as it uses its CPU
     attempts/<n>/stop         any        its existence asks the job to save and end with "continue"
     attempts/<n>/ending.json  launcher   why the attempt is being ended, before it is
     attempts/<n>/exit.json    job        how the attempt ended, by rank 0
@@ -28,9 +29,12 @@ The folder alone is enough to find, check and resume the job. Which side writes 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -105,8 +109,17 @@ class JobFolder:
             return None
         return Result.model_validate(read_json(self.result, schema_version=1))
 
+    def mark_checkpoint(self, n: int) -> None:
+        """Let work that keeps its own files count as a checkpoint: after a crash, another attempt follows."""
+        (self.checkpoints / f"step-{n}").mkdir(parents=True, exist_ok=True)
+        for former in committed(self.checkpoints)[:-1]:
+            former.rmdir()
+
     def write_result(self, result: Result) -> None:
         write_json(self.result, result.model_dump(mode="json"))
+
+
+_BUSY = 0.01  # of one core, above which a process is not merely waiting
 
 
 class Attempt:
@@ -123,11 +136,35 @@ class Attempt:
         self.ending = path / "ending.json"
         self.exit = path / "exit.json"
 
-    def beat(self, step: int) -> None:
-        """Record that the training loop is alive. Not synced: a beat may be lost, never torn."""
-        aside = self.heartbeat.with_name(".heartbeat")
+    def beat(self, step: int = 0) -> None:
+        """Record that the work advances. Not synced: a beat may be lost, never torn."""
+        aside = self.heartbeat.with_name(f".heartbeat-{os.environ.get('RANK', '0')}")
         aside.write_text(json.dumps({"time": time.time(), "step": step}))
         aside.replace(self.heartbeat)
+
+    @contextmanager
+    def beating(self, interval_s: float = 5.0) -> Iterator[None]:
+        """Beat while this process computes, in work whose steps may take longer than a beat may be late.
+
+        While it waits, for a lock, a disk or another process, it uses no CPU, and there are no beats.
+        """
+        ended = threading.Event()
+
+        def beat() -> None:
+            used_s = time.process_time()
+            while not ended.wait(interval_s):
+                if (now_s := time.process_time()) - used_s > _BUSY * interval_s:
+                    with suppress(OSError):  # a full disk, say
+                        self.beat()
+                used_s = now_s
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def read_owner(self) -> dict[str, Any] | None:
         if not self.owner.exists():

@@ -8,10 +8,15 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
+
+from roma_core.job import Attempt, JobFolder
+from roma_core.run_job import Work, run_in_folder
 
 
 class LazyGroup(click.Group):
@@ -51,6 +56,23 @@ def with_options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return command
 
     return decorate
+
+
+def job_option(work: Callable[[JobFolder, Attempt], Work]) -> Callable[[Any], Any]:
+    """``--job FOLDER``: do the work of a job in its folder, and exit."""
+
+    def run(context: click.Context, option: click.Parameter, folder: Path | None) -> None:
+        if folder is not None:
+            sys.exit(run_in_folder(JobFolder(folder.absolute()), work))
+
+    return click.option(
+        "--job",
+        type=click.Path(file_okay=False, path_type=Path),
+        is_eager=True,
+        expose_value=False,
+        callback=run,
+        help="Run the job planned in this folder; takes no other option.",
+    )
 
 
 _COMMANDS = {

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import click
 
-from roma_core.cli import errors_as_messages
+from roma_core.cli import errors_as_messages, job_option
 from roma_core.data.store import StoredDataset
+from roma_core.job import Attempt, Interrupted, JobFolder, StopRequests
+from roma_core.run_job import Work
 
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _DATASET = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -21,7 +23,14 @@ def data() -> None:
     """Build, inspect, validate and export data sets."""
 
 
+def _run(folder: JobFolder, attempt: Attempt) -> Work:
+    from roma_core.data.job import run_dataset_job
+
+    return run_dataset_job(folder, attempt)
+
+
 @data.command()
+@job_option(_run)
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "--out",
@@ -40,16 +49,18 @@ def build(config: Path, out: Path, cache: Path) -> None:
     """Build the data set that CONFIG (YAML) describes and print its folder.
 
     Equal input gives an equal version; one that is there already is verified and used. What went to
-    which split, and what was repaired, is printed on stderr.
+    which split, and what was repaired, is printed on stderr. To resume an interrupted call, repeat it.
     """
     from roma_core.data.build import build_dataset
     from roma_core.data.config import DatasetConfig
     from roma_core.data.manifest import read_manifest
 
-    with errors_as_messages(), warnings.catch_warnings():
+    kinds = (RuntimeError, ValueError, OSError, Interrupted)
+    with errors_as_messages(kinds), warnings.catch_warnings(), StopRequests() as requests:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
-        path = build_dataset(DatasetConfig.from_yaml(config), out, cache)
+        settings = DatasetConfig.from_yaml(config)
+        path = build_dataset(settings, out, cache, should_stop=requests.requested)
         manifest = read_manifest(path)
     total = sum(n.n_series for n in manifest.counts.values())
     sizes = (

@@ -7,11 +7,18 @@ from pathlib import Path
 
 import click
 
+from roma_core.cli import job_option
 from roma_core.files import write_json
 from roma_core.job import Attempt, JobFolder
 from roma_core.run_job import Work, run_in_folder
 
 _FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+def _run(folder: JobFolder, attempt: Attempt) -> Work:
+    from roma_core.evaluation.job import run_evaluation  # torch; inside the attempt
+
+    return run_evaluation(folder, attempt)
 
 
 @click.command()
@@ -39,9 +46,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 )
 @click.option("--run-dir", type=_FOLDER, help="Folder to write into.")
 @click.option("--name", help="Name of the model in report and package (default: the data set's).")
-@click.option(
-    "--job", type=_FOLDER, help="Run the job planned in this folder; takes no other option."
-)
+@job_option(_run)
 def evaluate(
     data: Path | None,
     weights: Path | None,
@@ -50,7 +55,6 @@ def evaluate(
     baselines: bool,
     run_dir: Path | None,
     name: str | None,
-    job: Path | None,
 ) -> None:
     """Evaluate a model: predictions, metrics with intervals, report.html, and the package to serve.
 
@@ -61,8 +65,6 @@ def evaluate(
     from roma_core.evaluation.config import EvaluationJobConfig
     from roma_core.evaluation.leakage import training_datasets
 
-    if job is not None:
-        sys.exit(run_in_folder(JobFolder(job.absolute()), _run))
     if data is None or run_dir is None or (weights is None and autoencoder is None):
         raise click.UsageError(
             "--data, --run-dir and one of --weights and --autoencoder are required (or --job, for a "
@@ -103,9 +105,3 @@ def evaluate(
     if code == 0:
         click.echo(f"report: {folder.outputs / 'report.html'}")
     sys.exit(code)
-
-
-def _run(folder: JobFolder, attempt: Attempt) -> Work:
-    from roma_core.evaluation.job import run_evaluation  # torch; inside the attempt
-
-    return run_evaluation(folder, attempt)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,9 @@ from typing import Any
 
 import click
 
-from roma_core.cli import errors_as_messages, with_options
+from roma_core.cli import errors_as_messages, job_option, with_options
+from roma_core.job import Attempt, JobFolder
+from roma_core.run_job import Work
 
 _options = with_options(
     click.option(
@@ -50,15 +51,14 @@ _options = with_options(
 )
 
 
+def _run(folder: JobFolder, attempt: Attempt) -> Work:
+    from roma_core.serving.job import run_prediction_job
+
+    return run_prediction_job(folder, attempt)
+
+
 @click.command()
-@click.option(
-    "--job",
-    type=click.Path(file_okay=False, path_type=Path),
-    is_eager=True,
-    expose_value=False,
-    callback=lambda context, option, folder: _run_job(folder),
-    help="Run the job planned in this folder; takes no other option.",
-)
+@job_option(_run)
 @_options
 def predict(**options: Any) -> None:
     """Predict classes, targets or queried values of the series of INPUT; write a row each to OUTPUT.
@@ -86,16 +86,6 @@ def embed(**options: Any) -> None:
     _apply(("encoder",), **options)
 
 
-def _run_job(folder: Path | None) -> None:
-    if folder is None:
-        return
-    from roma_core.job import JobFolder
-    from roma_core.run_job import run_in_folder
-    from roma_core.serving.job import run_prediction_job
-
-    sys.exit(run_in_folder(JobFolder(folder.absolute()), run_prediction_job))
-
-
 def _apply(
     kinds: tuple[str, ...],
     model: str,
@@ -120,30 +110,24 @@ def _apply(
         reason = f"{output} is a folder; name a file, or a new folder with / at its end"
         raise click.BadParameter(reason, param_hint="'OUTPUT'")
     with errors_as_messages(), _fetched(model, tracking_uri, cache) as (folder, lineage):
-        package = load_package(folder)
-        of_features = package.golden_field == "features"
-        # the code of the model may be older than its kind
-        kind = getattr(package, "kind", "encoder" if of_features else "classifier")
-        if kind not in kinds:
-            command = "embed" if kind == "encoder" else "predict"
-            expected = " or ".join(kinds)
-            raise ValueError(
-                f"{model} is of kind {kind}, expected {expected}; use `roma {command}`"
-            )
-        if (assumed := assumed_units(input, package)) and RANK == 0:
-            units = ", ".join(f"{name} in {unit}" for name, unit in assumed.items())
-            click.echo(f"{input} does not state its units; assuming {units}", err=True)
         predictions = Predictions(input, split, lineage, Path(output), not output.endswith("/"))
         n = sum(predictions.counts.values())
-        with tqdm(total=n, desc=kind, unit=" series", disable=RANK > 0 or None) as bar:
-
-            def progress(n: int) -> None:
-                bar.update(n - bar.n)
-
-            if processes > 1:
-                predictions.run_processes(package, folder, processes, progress)
-            else:
-                predictions.run(package, progress=progress)
+        with predictions.others(folder, processes) as run:  # they load the model meanwhile
+            package = load_package(folder)
+            of_features = package.golden_field == "features"
+            # the code of the model may be older than its kind
+            kind = getattr(package, "kind", "encoder" if of_features else "classifier")
+            if kind not in kinds:
+                command = "embed" if kind == "encoder" else "predict"
+                expected = " or ".join(kinds)
+                raise ValueError(
+                    f"{model} is of kind {kind}, expected {expected}; use `roma {command}`"
+                )
+            if (assumed := assumed_units(input, package)) and RANK == 0:
+                units = ", ".join(f"{name} in {unit}" for name, unit in assumed.items())
+                click.echo(f"{input} does not state its units; assuming {units}", err=True)
+            with tqdm(total=n, desc=kind, unit=" series", disable=RANK > 0 or None) as bar:
+                run(package, lambda n: bar.update(n - bar.n))
     if RANK == 0:
         done = {"classifier": "classified", "encoder": "embedded"}.get(kind, "predicted")
         click.echo(f"{n} series {done} by {model} (version {lineage['model_version']}): {output}")

@@ -1,30 +1,32 @@
 """Building a data set: source → cleaning → split → subsampling → columns → normalisation → manifest.
 
 The files are written into a hidden folder, which is renamed to the digest of its content when it is
-complete. Memory holds a chunk of observations and a few numbers per series.
+complete. Memory holds a chunk of observations and a few numbers per series. Every minute they are saved
+beside the folder, so that the next build of the same input resumes one that was killed. It opens the
+source again (hashes its files, scans and, if need be, sorts a table) and continues with the next series.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import logging
-import os
+import pickle
 import shutil
+import sys
+import time
 import warnings
 from array import array
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from operator import length_hint
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from pydantic import ValidationError
-from tqdm import tqdm
 
 from roma_core.data.cleaning import SeriesCleaner, check_dropped, keep_mask
 from roma_core.data.config import AxisOptions, DatasetConfig
@@ -32,6 +34,7 @@ from roma_core.data.layout import choose_layout, melt, pivot
 from roma_core.data.manifest import (
     MANIFEST,
     SPLITS,
+    ColumnFiles,
     Irregularity,
     Manifest,
     Provenance,
@@ -42,10 +45,13 @@ from roma_core.data.manifest import (
     records_of,
     shard_name,
     split_counts,
+    write_column,
 )
 from roma_core.data.splits import Splitter
-from roma_core.files import read_json, sync_folder, write_json
+from roma_core.files import digest_of, read_json, sha256_of, sync_folder, write_bytes, write_json
 from roma_core.hashing import hash_text
+from roma_core.job import Interrupted
+from roma_core.progress import Progress
 from roma_core.schema import (
     CHANNEL_AXIS,
     AxisScaleFit,
@@ -67,70 +73,139 @@ log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 16  # observations held in memory at a time when fitting
 _SHARD = 1 << 26  # observations in one file of values or positions
+_LOOK_EVERY_S, _SAVE_EVERY_S = 0.5, 60.0
 
 
-def build_dataset(config: DatasetConfig, root: Path, cache: Path, progress: bool = True) -> Path:
+def build_dataset(
+    config: DatasetConfig,
+    root: Path,
+    cache: Path,
+    progress: Progress | bool = True,
+    should_stop: Callable[[], bool] = lambda: False,
+    saved: Callable[[int], object] = lambda n_series: None,
+) -> Path:
     """Build the data set that ``config`` describes, or find it built; returns its folder.
 
     The folder is ``<root>/<name>/<digest[:12]>/``. Equal input gives an equal folder; an existing one
     is verified and used, or replaced if it is damaged. ``cache`` is for what the source downloads.
+    ``saved`` is called whenever so many series are done for good.
 
     Raises:
         DataError: the source or a series cannot be used.
         OSError: the disk is full, for example. Nothing is left behind after either.
+        Interrupted: ``should_stop`` returned True; the same call resumes.
     """
-    source = config.source.open(cache)
     home = root / config.name
     aside = home / ".building"
-    with _build_lock(home):
-        shutil.rmtree(aside, ignore_errors=True)  # of a builder that was killed
+    with ExitStack() as stack:
+        if progress is True:
+            progress = Progress(f"building {config.name}", unit="series", log=sys.stderr)
+            stack.enter_context(progress)
+        source = config.source.open(cache)
+        root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root / f".{config.name}.lock")
         try:
-            aside.mkdir()
-            cleaner = SeriesCleaner(source, config.repair)
-            total, title = length_hint(source) or None, f"building {config.name}"
-            with ExitStack() as files:
-                writer = DatasetWriter(config, source, aside, files)
-                if writer.splitter.options.stratified:
-                    writer.splitter.restore(versions=home)
-                for series in tqdm(cleaner, title, total, unit=" series", disable=not progress):
-                    writer.add(series)
-            if not len(writer):
-                raise DataError(
-                    f"the source of {config.name} ({config.source.kind}) has no series; look into its "
-                    f"files: {', '.join(source.files) or 'it has none'}"
-                )
-            manifest = writer.finish(cleaner.repairs())
-            return _commit(aside, home / manifest.digest[:12], manifest)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.warning("another process is building in %s; waiting for it", home)
+            lock.acquire()
+        stack.callback(lock.release)
+        try:
+            manifest = _build(config, source, aside, progress or None, should_stop, saved)
+            path = _commit(aside, home / manifest.digest[:12], manifest)
+        except Interrupted:
+            raise
+        except BaseException as error:
+            _remove(aside)
+            with suppress(OSError):  # there are other versions
+                home.rmdir()
+            if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise OSError(
                 f"no space left while building in {home}; nothing was left behind: free some space "
                 f"or choose another folder, then run the same command again"
             ) from error
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
+    return path
 
 
-@contextmanager
-def _build_lock(home: Path) -> Iterator[None]:
-    lock, timeout_s = FileLock(home / ".lock"), 0.0
-    while not lock.is_locked:
-        home.mkdir(parents=True, exist_ok=True)  # again: a builder that fails removes it
-        try:
-            with suppress(FileNotFoundError):
-                lock.acquire(timeout=timeout_s)
-        except Timeout:
-            log.warning("another process is building in %s; waiting for it", home)
-            timeout_s = -1.0
-    try:
-        yield
-    finally:
-        if not any(home.glob(f"*/{MANIFEST}")):  # the build failed and there are no other versions
-            with suppress(OSError):
-                (home / ".lock").unlink()  # a waiting builder makes it anew
-                home.rmdir()
-        lock.release()
+def _build(
+    config: DatasetConfig,
+    source: Source,
+    aside: Path,
+    progress: Progress | None,
+    should_stop: Callable[[], bool],
+    saved: Callable[[int], object],
+) -> Manifest:
+    """Write all files into a folder, beginning with those of a killed build of the same input."""
+    file, key, state = _state_file(aside), _state_key(config, source, aside.parent).encode(), {}
+    content = file.read_bytes() if file.exists() and aside.is_dir() else b""
+    if content.startswith(key):  # else it is of other input, or of code that may differ
+        state = pickle.loads(content[len(key) :])
+        log.info("resuming after %d series", state["n_read"])
+    else:
+        _remove(aside)
+        aside.mkdir(parents=True)
+    cleaner = SeriesCleaner(source, config.repair)
+    cleaner.n_read, cleaner.counts = state.get("n_read", 0), state.get("counts", cleaner.counts)
+    with ColumnFiles(aside, state.get("sizes", {})) as files:
+
+        def save() -> None:
+            done = {"n_read": cleaner.n_read, "counts": cleaner.counts, "sizes": files.sync()}
+            write_bytes(file, key + pickle.dumps({**done, "writer": writer.state()}))
+            saved(cleaner.n_read)
+
+        def show(force: bool = False) -> None:
+            if progress is not None:
+                numbers = {"observations": writer.n_observations, "mb_written": files.n_bytes / 1e6}
+                progress.update(cleaner.n_read, numbers, force=force)
+
+        writer = DatasetWriter(config, source, files, state.get("writer"))
+        if writer.splitter.options.stratified and not state:
+            writer.splitter.restore(versions=aside.parent)
+        if progress is not None:
+            progress.begin(length_hint(source), cleaner.n_read)
+        looked_at = saved_at = time.monotonic()
+        for series in cleaner:
+            writer.add(series)
+            if (now := time.monotonic()) - looked_at < _LOOK_EVERY_S:
+                continue
+            looked_at = now
+            show()
+            if (stop := should_stop()) or now - saved_at >= _SAVE_EVERY_S:
+                saved_at = now
+                save()
+                if stop:
+                    n = cleaner.n_read
+                    raise Interrupted(f"stopped after {n} series; to resume, repeat the command")
+        if not len(writer):
+            raise DataError(
+                f"the source of {config.name} ({config.source.kind}) has no series; look into its "
+                f"files: {', '.join(source.files) or 'it has none'}"
+            )
+        show(force=True)
+        if file.exists():
+            save()
+    return writer.finish(cleaner.repairs())
+
+
+def _state_file(aside: Path) -> Path:
+    """The state of an unfinished build, beside its folder; a pickle, which only a build writes."""
+    return aside.with_name(f"{aside.name}.state")
+
+
+def _state_key(config: DatasetConfig, source: Source, home: Path) -> str:
+    """Digest of all that determines the content: settings, input, code, versions with their splits."""
+    package = Path(__file__).parents[1]
+    code = [p for part in ("", "data/", "sources/") for p in sorted(package.glob(f"{part}*.py"))]
+    versions = sorted(path.parent.name for path in home.glob(f"[!.]*/{MANIFEST}"))
+    document = config.model_dump(mode="json"), dict(source.files), [*map(sha256_of, code)], versions
+    return digest_of(document)
+
+
+def _remove(aside: Path) -> None:
+    _state_file(aside).unlink(missing_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _commit(aside: Path, target: Path, manifest: Manifest) -> Path:
@@ -163,9 +238,31 @@ class DatasetWriter:
     """
 
     def __init__(
-        self, config: DatasetConfig, source: Source, folder: Path, files: ExitStack
+        self, config: DatasetConfig, source: Source, files: ColumnFiles, state: Any = None
     ) -> None:
-        self.config, self.source, self.folder, self._files = config, source, folder, files
+        """``state`` is that of an earlier writer, whose files ``files`` continue."""
+        self.config, self.source, self.files, self.folder = config, source, files, files.folder
+        if state is None:
+            self._begin()
+        else:
+            vars(self).update(state)
+        self._append_id = files.texts("ids.json")
+        if covariates := trait(source, "covariates"):
+            self._append_covariates = files.column("covariates.npy", np.float32, len(covariates))
+        if (targets := self._schema.targets) and self._schema.target_level == "series":
+            self._append_targets = files.column("targets.npy", np.float32, len(targets))
+        if self._has_groups:
+            self._append_group = files.texts("groups.json")
+        for shard in range(len(self._shards) + 1):
+            self._open_shard(shard)
+
+    def state(self) -> dict[str, Any]:
+        """All but the files, and what describes the input."""
+        kept = ("config", "source", "files", "folder")
+        return {k: v for k, v in vars(self).items() if k not in kept and k[:7] != "_append"}
+
+    def _begin(self) -> None:
+        config, source = self.config, self.source
         split = config.split
         if split.stratified and not source.classes:
             warnings.warn(
@@ -233,23 +330,11 @@ class DatasetWriter:
         self._id_hashes = array("Q")
         self._has_groups: bool | None = None
         self._shards: list[int] = []  # first series of every further file
-        self._append_id = files.enter_context(text_list(folder / "ids.json"))
-        self._append_covariates = files.enter_context(
-            column_file(folder / "covariates.npy", np.float32, len(trait(source, "covariates")))
-        )
-        if targets and self._schema.target_level == "series":
-            self._append_targets = files.enter_context(
-                column_file(folder / "targets.npy", np.float32, n)
-            )
-        self._append_group = files.enter_context(text_list(folder / "groups.json"))
-        self._open_shard()
+        self.n_observations = self._n_in_shard = 0  # in all files, and in the current ones
 
-    def _open_shard(self) -> None:
-        self._n_in_shard = 0  # observations in the current files
+    def _open_shard(self, shard: int) -> None:
         self._append = {
-            name: self._files.enter_context(
-                column_file(self.folder / shard_name(name, len(self._shards)), dtype, width)
-            )
+            name: self.files.column(shard_name(name, shard), dtype, width)
             for name, (dtype, width) in large_columns(self._schema).items()
         }
 
@@ -274,18 +359,22 @@ class DatasetWriter:
             columns |= {"positions": positions, "values": values}
         if self._n_in_shard + len(values) > _SHARD and self._n_in_shard:
             self._shards.append(len(self))
-            self._open_shard()
+            self._open_shard(len(self._shards))
+            self._n_in_shard = 0
         self._n_in_shard += len(values)
+        self.n_observations += len(values)
         for name, column in columns.items():
             self._append[name](column)
         self._append_id(series.id)
-        if series.covariates is not None:
+        if series.covariates is not None and self._schema.covariates:
             self._append_covariates(series.covariates[None])
         if series.targets is not None and targets is None:
             self._append_targets(series.targets[None])
         self._missing_values = self._missing_values or bool(np.isnan(values).any())
         if self._has_groups is None:
             self._has_groups = series.group is not None
+            if self._has_groups:
+                self._append_group = self.files.texts("groups.json")
         if self._has_groups != (series.group is not None):
             raise DataError(
                 f"series {series.id!r} has the group {series.group!r}, others are different: all "
@@ -362,10 +451,6 @@ class DatasetWriter:
                 f"two series have the id {read_json(folder / 'ids.json')[row]!r}; ids must be unique "
                 f"({n_repeated} series have one that came before)"
             )
-        if not self._has_groups:
-            (folder / "groups.json").unlink()
-        if not trait(source, "covariates"):
-            (folder / "covariates.npy").unlink()
         lengths = np.array(self._lengths, dtype=np.int64)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         splits = np.array(self._splits, dtype=np.int8)
@@ -466,6 +551,7 @@ class DatasetWriter:
         kept = [name for j, name in enumerate(axis.categories) if j not in lacking]
         names = (*axis.categories, "")  # the last is unknown already
         index = np.array([kept.index(n) if n in kept else len(kept) for n in names], np.float64)
+        _state_file(self.folder).unlink(missing_ok=True)  # it was of the columns as they are now
         for shard in range(len(self._shards) + 1):
             path = self.folder / shard_name("positions", shard)
             positions = np.load(path, mmap_mode="r+")
@@ -553,59 +639,3 @@ def _fitted_covariates(
             covariate = covariate.model_copy(update=changes)
         fitted.append(covariate)
     return tuple(fitted)
-
-
-@contextmanager
-def column_file(
-    path: Path, dtype: type[np.generic], n_columns: int
-) -> Iterator[Callable[[NDArray[Any]], None]]:
-    """Appends ``(n, n_columns)`` rows to an ``.npy`` file, for data larger than memory.
-
-    The header, in which numpy leaves room for the first axis to grow, is written again at the end.
-    """
-    n_rows = 0
-
-    def write_header() -> None:
-        descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
-        header = {"descr": descr, "fortran_order": False, "shape": (n_rows, n_columns)}
-        np.lib.format.write_array_header_1_0(file, header)
-
-    def append(rows: NDArray[Any]) -> None:
-        nonlocal n_rows
-        file.write(np.ascontiguousarray(rows, dtype=dtype).data)
-        n_rows += len(rows)
-
-    with _synced(path) as file:
-        write_header()
-        yield append
-        file.seek(0)
-        write_header()
-
-
-@contextmanager
-def text_list(path: Path) -> Iterator[Callable[[str], None]]:
-    """Appends texts to a JSON file of a list, one by one."""
-    separator = ""
-
-    def append(text: str) -> None:
-        nonlocal separator
-        file.write((separator + json.dumps(text, ensure_ascii=False)).encode())
-        separator = ", "
-
-    with _synced(path) as file:
-        file.write(b"[")
-        yield append
-        file.write(b"]")
-
-
-def write_column(path: Path, column: NDArray[Any]) -> None:
-    with _synced(path) as file:
-        np.lib.format.write_array(file, column, version=(1, 0), allow_pickle=False)
-
-
-@contextmanager
-def _synced(path: Path) -> Iterator[IO[bytes]]:
-    with path.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -56,17 +57,25 @@ class SeriesCleaner:
         self._targets = trait(source, "targets")
         self._of_series = trait(source, "target_level") == "series"
         self._origin = f" of {next(iter(source.files))}" if len(source.files) == 1 else ""
-        self._counts = dict.fromkeys(Repairs.model_fields, 0)
+        self.counts = dict.fromkeys(Repairs.model_fields, 0)
+        self.n_read = 0
 
     def __iter__(self) -> Iterator[RawSeries]:
-        for series in self.source.read():
+        """Every series after the ``n_read`` that were read before."""
+        read_from = getattr(self.source, "read_from", None)
+        if self.n_read and read_from:
+            unread = read_from(self.n_read)
+        else:
+            unread = itertools.islice(self.source.read(), self.n_read, None)
+        for series in unread:
+            self.n_read += 1
             self._check(series)
             if (usable := self._repaired(series)) is not None:
                 yield usable
 
     def repairs(self) -> Repairs | None:
         """Number of repairs of each kind so far; None without any."""
-        return Repairs(**self._counts) if any(self._counts.values()) else None
+        return Repairs(**self.counts) if any(self.counts.values()) else None
 
     def _name(self, series: RawSeries) -> str:
         return f"series {series.id!r}{self._origin}"
@@ -105,7 +114,7 @@ class SeriesCleaner:
 
     def _repaired(self, series: RawSeries) -> RawSeries | None:
         """The series without defects; None if it is empty and such series are dropped."""
-        options, counts = self.options, self._counts
+        options, counts = self.options, self.counts
         n_channels = series.values.shape[1]
         positions, values, targets = series.positions, series.values, series.targets
         if targets is not None and self._of_series:
@@ -210,7 +219,7 @@ class SeriesCleaner:
                 f"{positions[row].tolist()}; set repair.duplicates to 'first', 'mean' or 'keep', or "
                 f"add the axis that distinguishes them"
             )
-        self._counts["duplicate_observations"] += n_duplicates
+        self.counts["duplicate_observations"] += n_duplicates
         order = np.argsort(first)
         if self.options.duplicates == "first":
             return positions[first[order]], values[first[order]]

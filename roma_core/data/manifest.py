@@ -1,4 +1,4 @@
-"""On-disk format of a data set: its files, ``manifest.json``, and verification of both.
+"""On-disk format of a data set: its files, ``manifest.json``, writing and verification of both.
 
 A data set is a folder of flat columns. Row i of ``values.npy`` and ``positions.npy`` is one
 observation; series k owns rows ``offsets[k]:offsets[k + 1]``. Beyond 67 million observations, these
@@ -21,9 +21,13 @@ written, and has the digest, as in version 1 or 3; all versions are read.
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -218,3 +222,82 @@ def find_damage(folder: Path, manifest: Manifest) -> list[str]:
 
     with ThreadPoolExecutor(_HASH_THREADS) as threads:
         return [*found, *filter(None, threads.map(damage, manifest.files))]
+
+
+class ColumnFiles(ExitStack):
+    """Files of a folder to which data larger than memory are appended, from their ``sizes`` on.
+
+    All other files of the folder are removed.
+    """
+
+    def __init__(self, folder: Path, sizes: Mapping[str, int]) -> None:
+        super().__init__()
+        self.folder, self._sizes = folder, sizes
+        self._opened: dict[str, IO[bytes]] = {}
+        for path in folder.iterdir():
+            if path.name not in sizes:
+                path.unlink()
+
+    def _open(self, name: str) -> IO[bytes]:
+        file = self.enter_context(_synced(self.folder / name, self._sizes.get(name, 0)))
+        return self._opened.setdefault(name, file)
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(file.tell() for file in self._opened.values())
+
+    def sync(self) -> dict[str, int]:
+        """Sizes of all files, which are on disk now."""
+        for file in self._opened.values():
+            file.flush()
+            os.fsync(file.fileno())
+        return {name: file.tell() for name, file in self._opened.items()}
+
+    def column(
+        self, name: str, dtype: type[np.generic], n_columns: int
+    ) -> Callable[[NDArray[Any]], object]:
+        """Appends ``(n, n_columns)`` rows to an ``.npy`` file.
+
+        The header, in which numpy leaves room for the first axis to grow, is written again at the end.
+        """
+        file, row = self._open(name), np.dtype((dtype, n_columns))
+
+        def write_header(n_rows: int) -> None:
+            file.seek(0)
+            descr = np.lib.format.dtype_to_descr(row.base)
+            header = {"descr": descr, "fortran_order": False, "shape": (n_rows, n_columns)}
+            np.lib.format.write_array_header_1_0(file, header)
+
+        write_header(0)
+        start, _ = file.tell(), file.seek(0, os.SEEK_END)
+        self.callback(lambda: write_header((file.seek(0, os.SEEK_END) - start) // row.itemsize))
+        return lambda rows: file.write(np.ascontiguousarray(rows, dtype=dtype).data)
+
+    def texts(self, name: str) -> Callable[[str], None]:
+        """Appends texts to a JSON file of a list, one by one."""
+        file = self._open(name)
+        separator = ", " if file.tell() > 1 else "["
+
+        def append(text: str) -> None:
+            nonlocal separator
+            file.write((separator + json.dumps(text, ensure_ascii=False)).encode())
+            separator = ", "
+
+        self.callback(lambda: file.write(b"]" if separator == ", " else b"[]"))
+        return append
+
+
+def write_column(path: Path, column: NDArray[Any]) -> None:
+    with _synced(path) as file:
+        np.lib.format.write_array(file, column, version=(1, 0), allow_pickle=False)
+
+
+@contextmanager
+def _synced(path: Path, size: int = 0) -> Iterator[IO[bytes]]:
+    """The file, cut to its first bytes, at their end."""
+    with path.open("r+b" if size else "wb") as file:
+        file.truncate(size)
+        file.seek(size)
+        yield file
+        file.flush()
+        os.fsync(file.fileno())

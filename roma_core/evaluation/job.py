@@ -73,6 +73,7 @@ from roma_core.job import Attempt, JobFolder
 from roma_core.model.config import is_pretraining, read_config
 from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
+from roma_core.progress import Progress
 from roma_core.run_job import Work
 from roma_core.serving.package import size_mb
 from roma_core.serving.pyfunc_model import Series
@@ -80,7 +81,6 @@ from roma_core.trainer.dataloader import Collate
 from roma_core.trainer.evaluator import classify
 from roma_core.trainer.job import open_dataset
 from roma_core.trainer.metrics import read_records
-from roma_core.trainer.run_logger import Progress
 
 _OUTPUTS = (
     "predictions.parquet", "champion_predictions.parquet", "metrics.json", "baselines.json",
@@ -110,8 +110,8 @@ def run_evaluation(folder: JobFolder, attempt: Attempt) -> Work:
     config = EvaluationJobConfig.model_validate(read_json(folder.config, schema_version=1))
     if "OMP_NUM_THREADS" not in os.environ:  # which launchers set and torch reads
         torch.set_num_threads(1)
-    with Progress("evaluate", total_steps=5, first_step=0) as progress:
-        evaluator = _Evaluator(config, folder.outputs, attempt, progress)
+    with attempt.beating(), Progress("evaluate", total_steps=5) as progress:
+        evaluator = _Evaluator(config, folder.outputs, progress)
         model = evaluator.model
         metrics = evaluator.reconstruction() if model is None else evaluator.finetuned(model)
         evaluator.step()
@@ -135,13 +135,10 @@ def run_evaluation(folder: JobFolder, attempt: Attempt) -> Work:
 class _Evaluator:
     """Evaluates a model on the test split; a method for each task writes its outputs."""
 
-    def __init__(
-        self, config: EvaluationJobConfig, out: Path, attempt: Attempt, progress: Progress
-    ) -> None:
-        self.config, self.out, self.attempt, self.progress = config, out, attempt, progress
+    def __init__(self, config: EvaluationJobConfig, out: Path, progress: Progress) -> None:
+        self.config, self.out, self.progress = config, out, progress
         self.n_steps = 0
         self.device = torch.accelerator.current_accelerator(True) or torch.device("cpu")
-        attempt.beat(0)
         self.tracked: dict[str, float] = {}  # measurements for a tracker beside the metrics
         self.digests: dict[str, str] = {}  # sha256 of the manifests of packages
         self.dataset = open_dataset(config.dataset, config.dataset_digest, verify=True)
@@ -169,9 +166,8 @@ class _Evaluator:
         self.step()
 
     def step(self, **metrics: float) -> None:
-        """Report a finished step: a heartbeat and a progress line."""
+        """Report a finished step."""
         self.n_steps += 1
-        self.attempt.beat(self.n_steps)
         self.progress.update(self.n_steps, metrics, force=True)
 
     def _is_unseen(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import chain, count, islice
@@ -68,7 +68,7 @@ def read_series(source: Path | str, split: Any, package: Any) -> Iterator[Row]:
 
 
 def read_chunks(
-    file: str, split: Any, package: Any, wanted: Container[int] | None = None
+    file: str, split: Any, package: Any, wanted: Collection[int] | None = None
 ) -> Iterator[tuple[int, list[Row] | pa.RecordBatch]]:
     """The series of a file, ``SERIES_PER_PART`` at a time, with their number: all, or those wanted."""
     if Path(file).is_dir():
@@ -132,7 +132,7 @@ def assumed_units(source: Path | str, package: Any) -> Mapping[str, str]:
 
 
 def _parquet_chunks(
-    file: str, package: Any, wanted: Container[int] | None
+    file: str, package: Any, wanted: Collection[int] | None
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     import pyarrow as pa
 
@@ -146,11 +146,32 @@ def _parquet_chunks(
         _check_columns(file, schema, inputs, {"id", *ignored, *covariates})
         columns = [name for name in schema.names if name not in ignored]
         try:
-            for k, batch in enumerate(parquet.iter_batches(SERIES_PER_PART, columns=columns)):
+            groups = range(parquet.metadata.num_row_groups)
+            ends = np.cumsum([0, *(parquet.metadata.row_group(k).num_rows for k in groups)])
+            first = min(wanted) if wanted else 0
+            start = int(np.searchsorted(ends, first * SERIES_PER_PART, side="right")) - 1
+            batches = parquet.iter_batches(SERIES_PER_PART, [*groups[start:]], columns=columns)
+            for k, batch in enumerate(_cut(batches, first * SERIES_PER_PART - ends[start]), first):
                 if wanted is None or k in wanted:
                     yield k, batch
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def _cut(batches: Iterator[pa.RecordBatch], skip: int) -> Iterator[pa.RecordBatch]:
+    """Parts of ``SERIES_PER_PART`` rows without the first ``skip``; the last may be shorter."""
+    import pyarrow as pa
+
+    held: list[pa.RecordBatch] = []
+    for batch in batches:
+        held.append(batch.slice(min(skip, len(batch))))
+        skip -= min(skip, len(batch))
+        if sum(map(len, held)) >= SERIES_PER_PART:
+            rows = pa.Table.from_batches(held)
+            yield rows.slice(0, SERIES_PER_PART).combine_chunks().to_batches()[0]
+            held = rows.slice(SERIES_PER_PART).to_batches()
+    if sum(map(len, held)):
+        yield pa.Table.from_batches(held).combine_chunks().to_batches()[0]
 
 
 def _rows(package: Any, chunk: list[Row] | pa.RecordBatch) -> list[Row]:

@@ -1,7 +1,7 @@
 """Predictions of many series by any number of processes: in parts, and as a job of a launcher.
 
-The input is cut into parts. Process r of n predicts every n-th part and writes it to a file of its own,
-whole or not at all; a part whose file exists is skipped. So processes need no lock, and after a kill the
+The input is cut into parts. Process r of n predicts the r-th run of those that are missing and writes each
+to a file of its own, whole or not at all. So processes need no lock, and after a kill the
 same call resumes. Process 0 makes the parts the output once all are there.
 """
 
@@ -11,16 +11,18 @@ import multiprocessing
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from roma_core.claim import FOLDER_VARIABLE
 from roma_core.files import digest_of, read_json, write_bytes
-from roma_core.job import Attempt, JobFolder, StopRequests, committed
+from roma_core.job import Attempt, JobFolder, StopRequests
+from roma_core.progress import Progress
 from roma_core.run_job import Work
 from roma_core.serving import batch, pyfunc_model, registry_client
 from roma_core.settings import Frozen
@@ -88,11 +90,10 @@ class Predictions:
     def path(self, number: int) -> Path:
         return self.folder / f"{self.digest}-{number:06d}.parquet"
 
-    def missing(self, rank: int = 0, world: int = 1) -> list[int]:
-        """Numbers of the parts of process ``rank`` of ``world`` that are not written."""
+    def missing(self) -> list[int]:
+        """Numbers of the parts that are not written, ascending."""
         found = {path.name for path in self.folder.glob(f"{self.digest}-*.parquet")}
-        numbers = range(rank, len(self.parts), world)
-        return [number for number in numbers if self.path(number).name not in found]
+        return [number for number in range(len(self.parts)) if self.path(number).name not in found]
 
     def n_done(self) -> int:
         """Series of the parts that are written."""
@@ -135,6 +136,8 @@ class Predictions:
                 write_bytes(self.path(number), content.getvalue())
                 if not after_part():
                     return False
+                if not left:
+                    break
             if left:
                 raise ValueError(f"{file} became shorter while it was read; repeat the command")
         return True
@@ -178,11 +181,13 @@ class Predictions:
         numbers: Sequence[int] | None = None,
         progress: Callable[[int], object] = lambda _: None,
         stop: Callable[[], bool] = lambda: False,
+        working: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> bool:
         """Do the work of this process: all, or these parts, or its own among those of torchrun.
 
         Process 0 waits for the parts of all others and publishes, and calls ``progress`` with the number
-        of series done by all. False if stopped; raises ValueError as ``write`` does.
+        of series done by all. It waits outside of ``working``, the context of the work. False if stopped;
+        raises ValueError as ``write`` does.
         """
         if self.is_published():
             return True
@@ -192,12 +197,14 @@ class Predictions:
         def may_continue() -> bool:
             if RANK == 0:
                 n = self.n_done()
-                _record_checkpoint(n)
+                if n and FOLDER_VARIABLE in os.environ:
+                    JobFolder(os.environ[FOLDER_VARIABLE]).mark_checkpoint(n)
                 progress(n)
             return not stop()
 
-        if not (may_continue() and self.write(package, numbers, may_continue)):
-            return False
+        with working():
+            if not (may_continue() and self.write(package, numbers, may_continue)):
+                return False
         while RANK == 0 and self.missing():
             time.sleep(_POLL_S)
             if not may_continue():
@@ -207,36 +214,48 @@ class Predictions:
         return True
 
     def _own_numbers(self) -> list[int]:
-        numbers = self.missing(RANK, WORLD_SIZE)
+        numbers = self.missing()
         if WORLD_SIZE > 1:  # process 0 may publish once all know what is missing
             import torch.distributed as dist
 
             dist.init_process_group("gloo")
-            digests: list[Any] = [None] * WORLD_SIZE
-            dist.all_gather_object(digests, self.digest)
+            known: list[Any] = [None] * WORLD_SIZE
+            dist.all_gather_object(known, (self.digest, numbers))
             dist.destroy_process_group()
-            if len(set(digests)) > 1:
+            if len({digest for digest, _ in known}) > 1:
                 raise ValueError(f"{self.source} changes, or is not the same on all nodes")
-        return numbers
+            numbers = known[0][1]  # others may see fewer files
+        return _cut(numbers, WORLD_SIZE)[RANK]
 
-    def run_processes(
-        self, package: Any, model: Path, n: int, progress: Callable[[int], object]
-    ) -> None:
-        """``run`` with ``n`` processes on this computer: this one, and others that load ``model``.
+    @contextmanager
+    def others(
+        self, model: Path, n: int
+    ) -> Iterator[Callable[[Any, Callable[[int], object]], None]]:
+        """Start ``n - 1`` processes on this computer, which load ``model`` at the same time as this one.
 
-        Raises RuntimeError if another process failed or was killed.
+        Yields ``run(package, progress)``, with which all predict; nothing is written before. It raises
+        RuntimeError if another process failed or was killed.
         """
-        import torch
-
-        threads = max(1, (os.cpu_count() or 1) // n)
-        torch.set_num_threads(threads)
         spawn = multiprocessing.get_context("spawn")
-        errors, numbers = spawn.SimpleQueue(), [self.missing(rank, n) for rank in range(n)]
+        errors, may_write = spawn.SimpleQueue(), spawn.Event()
+        numbers: Sequence[Any] = [None] if n == 1 else _cut(self.missing(), n)
+        threads = max(1, (os.cpu_count() or 1) // n)
         others = [
-            spawn.Process(target=_write, args=(self, model, numbers[k], k, threads, errors))
-            for k in range(1, n)
-            if numbers[k]
+            spawn.Process(target=_write, args=(self, model, own, k, threads, may_write, errors))
+            for k, own in enumerate(numbers)
+            if k and own
         ]
+
+        def run(package: Any, progress: Callable[[int], object]) -> None:
+            if self.is_published():
+                return
+            if n > 1:
+                _limit_threads(threads)
+            may_write.set()
+            if not self.run(package, numbers=numbers[0], progress=progress, stop=failed):
+                codes = [process.exitcode for process in others if process.exitcode]
+                reason = f"a process ended with code {codes[0]}; repeat the command to resume"
+                raise RuntimeError(reason if errors.empty() else errors.get())
 
         def failed() -> bool:
             return any(process.exitcode for process in others)
@@ -245,25 +264,16 @@ class Predictions:
             for process in others:
                 process.daemon = True
                 process.start()
-            if not self.run(package, numbers=numbers[0], progress=progress, stop=failed):
-                codes = [process.exitcode for process in others if process.exitcode]
-                reason = f"a process ended with code {codes[0]}; repeat the command to resume"
-                raise RuntimeError(reason if errors.empty() else errors.get())
+            yield run
         finally:
             for process in others:
                 process.kill()
 
 
-def _record_checkpoint(n: int) -> None:
-    """Parts count as a checkpoint of a job: after a crash that added some, another attempt follows.
-
-    There is no heartbeat: a part may take longer than one may be late.
-    """
-    if n and FOLDER_VARIABLE in os.environ:
-        checkpoints = JobFolder(os.environ[FOLDER_VARIABLE]).checkpoints
-        (checkpoints / f"step-{n}").mkdir(parents=True, exist_ok=True)
-        for former in committed(checkpoints)[:-1]:
-            former.rmdir()
+def _cut(numbers: list[int], n: int) -> list[list[int]]:
+    """The numbers in ``n`` runs, so that each process reads its own row groups of a file."""
+    ends = [len(numbers) * k // n for k in range(n + 1)]
+    return [numbers[start:end] for start, end in pairwise(ends)]
 
 
 def _remove(folder: Path, keep: frozenset[Path] = frozenset()) -> None:
@@ -278,17 +288,30 @@ def _remove(folder: Path, keep: frozenset[Path] = frozenset()) -> None:
         folder.rmdir()
 
 
-def _write(
-    predictions: Predictions, model: Path, numbers: list[int], rank: int, threads: int, errors: Any
-) -> None:
-    """What another process of ``run_processes`` does; it ends with the one that started it."""
+def _limit_threads(n: int) -> None:
     import torch
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(n)
+
+
+def _write(
+    predictions: Predictions,
+    model: Path,
+    numbers: list[int],
+    rank: int,
+    threads: int,
+    may_write: Any,
+    errors: Any,
+) -> None:
+    """What another process of ``Predictions.others`` does; it ends with the one that started it."""
+    _limit_threads(threads)
     parent = multiprocessing.parent_process()
     assert parent is not None
     try:
-        predictions.write(load_package(model, rank), numbers, parent.is_alive)
+        package = load_package(model, rank)
+        while parent.is_alive() and not may_write.wait(_POLL_S):
+            pass
+        predictions.write(package, numbers, parent.is_alive)
     except (ValueError, RuntimeError, OSError) as error:
         errors.put(str(error))
         raise SystemExit(1) from None
@@ -321,8 +344,6 @@ class PredictionJobConfig(Frozen):
 
 def run_prediction_job(folder: JobFolder, attempt: Attempt) -> Work:
     """Predict as one of the processes of a job; a part that is written counts as a checkpoint."""
-    from roma_core.trainer.run_logger import Progress
-
     config = PredictionJobConfig.model_validate(read_json(folder.config))
     output = Path(config.output or folder.outputs / "predictions")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -341,7 +362,9 @@ def run_prediction_job(folder: JobFolder, attempt: Attempt) -> Work:
             speed = (n - first) / (time.monotonic() - started)
             shown.update(n, {"series_per_s": speed})
 
-        if not predictions.run(package, progress=progress, stop=requests.requested):
+        if not predictions.run(
+            package, progress=progress, stop=requests.requested, working=attempt.beating
+        ):
             return Work("continue", WORLD_SIZE, reason=requests.reason)
     return Work(
         "completed",

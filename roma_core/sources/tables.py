@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -170,7 +171,9 @@ class _FilesConfig(SourceConfig):
         description="Memory for reading and sorting; sorts beyond it spill to disk. None starts with "
         "about 100 and takes more for a table that cannot be sorted in it.",
     )
-    threads: int = Field(1, gt=0, description="Threads that read and sort.")
+    threads: int = Field(
+        1, gt=0, description="Threads that read and sort; a job uses at least its own threads."
+    )
 
 
 class TableConfig(_FilesConfig):
@@ -265,8 +268,9 @@ class _Source(Source):
             *(Number(column.column, column.unit) for column in targets),
         ]
         self._may_grow = config.memory_limit_mb is None
-        self._memory_mb = config.memory_limit_mb or _MEMORY_MB
-        self._database = connect(cache, self._memory_mb, config.threads)
+        threads = max(config.threads, int(os.environ.get("OMP_NUM_THREADS", "1").split(",")[0]))
+        self._memory_mb = config.memory_limit_mb or _MEMORY_MB * threads
+        self._database = connect(cache, self._memory_mb, threads)
         self._missing = config.missing_values
         self._tables = open_tables(expand(config.files), self._database, self._missing)
         if quantity is not None and quantity.others == "drop":
@@ -322,13 +326,23 @@ class _Source(Source):
         self._memory_mb = memory_mb
         self._database.execute(f"SET GLOBAL memory_limit = '{memory_mb}MB'")
 
-    def _series(self, objects: str, observations: str) -> Iterator[RawSeries]:
-        """Series of a query for id, length and metadata, and of a relation with their ``n*`` in order."""
+    def read(self) -> Iterator[RawSeries]:
+        return self.read_from(0)
+
+    def read_from(self, start: int) -> Iterator[RawSeries]:
+        """The series without the first ones, which DuckDB skips."""
+        raise NotImplementedError
+
+    def _series(self, objects: str, observations: str, start: int) -> Iterator[RawSeries]:
+        """Series of a query for id, length ``n`` and metadata, and of a relation with their ``n*`` in order."""
         columns = ", ".join(f"n{k}" for k in range(len(self._numbers)))
+        if start:
+            ((n_rows,),) = self._query(f"SELECT sum(n) FROM ({objects} LIMIT {start})")
+            objects, observations = f"{objects} OFFSET {start}", f"{observations} OFFSET {n_rows}"
         cursors = self._database.cursor(), self._database.cursor()
         cursors[0].execute("SET streaming_buffer_size = '2MB'")
 
-        def start() -> Iterator[Any]:
+        def sort() -> Iterator[Any]:
             query = cursors[0].sql(f"SELECT {columns} FROM {observations}")
             batches = query.to_arrow_reader(_ROWS)
             return itertools.chain([*itertools.islice(batches, 1)], batches)  # now a sort is over
@@ -336,7 +350,7 @@ class _Source(Source):
         with read_errors(self._tables):
             is_long = self.layout == "per_channel"
             n_values = 1 if is_long else len(self.channels)
-            rows = _Observations(self._in_memory(start), len(self.axes) + is_long, n_values)
+            rows = _Observations(self._in_memory(sort), len(self.axes) + is_long, n_values)
             for batch in cursors[1].sql(objects).to_arrow_reader(_OBJECTS):
                 cells = [column.to_pylist() for column in batch.columns]
                 for id_, n, *others in zip(*cells, strict=True):
@@ -434,15 +448,15 @@ class TableSource(_Source):
                 f"object '{id_}' has observations but no row in the table of objects; add one"
             )
 
-    def read(self) -> Iterator[RawSeries]:
-        """Every object in the order of its first row."""
+    def read_from(self, start: int) -> Iterator[RawSeries]:
+        """The objects in the order of their first rows, without the first ones."""
         metadata = [f"m{k}" for k in range(len(self._object_columns()))]
         columns = ", ".join(["CAST(t0 AS VARCHAR)", "n", *metadata])
         rows = f"({self._observations})"
         if not self.is_sorted:
             rows = f"(SELECT *, row_number() OVER () AS row FROM {rows}) JOIN objects USING (t0)"
             rows += " ORDER BY first_row, row"
-        yield from self._series(f"SELECT {columns} FROM metadata ORDER BY first_row", rows)
+        return self._series(f"SELECT {columns} FROM metadata ORDER BY first_row", rows, start)
 
 
 class ParquetSource(_Source):
@@ -467,12 +481,11 @@ class ParquetSource(_Source):
                 labels |= set(table.words(self._metadata.label))
         self.classes = self._metadata.all_classes(labels)
 
-    def read(self) -> Iterator[RawSeries]:
+    def read_from(self, start: int) -> Iterator[RawSeries]:
         metadata = [f"CAST(t{k + 1} AS VARCHAR)" for k in range(len(self._object_columns()))]
-        columns = ", ".join(["CAST(t0 AS VARCHAR)", "l0", *metadata])
-        yield from self._series(
-            f"SELECT {columns} FROM ({self._objects})", f"({self._observations})"
-        )
+        columns = ", ".join(["CAST(t0 AS VARCHAR)", "l0 AS n", *metadata])
+        objects = f"SELECT {columns} FROM ({self._objects})"
+        return self._series(objects, f"({self._observations})", start)
 
 
 def _union(tables: Sequence[TableFile], *columns: Any) -> str:

@@ -17,6 +17,7 @@ from roma_core.job import Attempt, Interrupted, StopRequests
 from roma_core.model.packing import PackedBatch
 from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
+from roma_core.progress import Progress
 from roma_core.trainer.checkpoint import Checkpointer, TrainState, load_best, load_newest
 from roma_core.trainer.config import TrainerConfig, describe_changes, describe_resumable
 from roma_core.trainer.dataloader import MapStyle, TrainLoader
@@ -25,7 +26,7 @@ from roma_core.trainer.distributed import init_accelerator, init_group
 from roma_core.trainer.evaluator import EarlyStopping, evaluate, unknown_metric
 from roma_core.trainer.metrics import ThroughputMeter
 from roma_core.trainer.optim import Model, labels_of, training_loss
-from roma_core.trainer.run_logger import Progress, RunLogger
+from roma_core.trainer.run_logger import RunLogger
 from roma_core.trainer.sampler import make_sampler
 from roma_core.trainer.step import NonFiniteLoss, TrainStep, raise_non_finite
 

@@ -2,22 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
 from roma_core.data.build import build_dataset
 from roma_core.data.config import source_fingerprint
-from roma_core.data.profile import plot_profile, profile_dataset
-from roma_core.data.quality import (
-    Finding,
-    check_dataset,
-    compare_versions,
-    findings_table,
-    previous_version,
-)
-from roma_core.data.store import StoredDataset
+from roma_core.data.job import DatasetJobConfig, InspectedDataset, inspect_dataset
+from roma_core.data.manifest import read_manifest
+from roma_core.data.quality import findings_table
+from roma_core.files import read_json
 from roma_pipelines.automation.state import FINGERPRINT
 from roma_pipelines.experiment import Experiment
+from roma_pipelines.launching.pipes import job_folder
+from roma_pipelines.launching.targets import roma_command
 from roma_pipelines.storage import Storage
 from roma_pipelines.tracked_job import of_this_run, picture
 
@@ -47,43 +45,65 @@ def dataset_asset(experiment: Experiment) -> dg.AssetsDefinition:
         ],
     )
     def dataset(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        of_this_run(context, experiment)  # a wrong run config fails before anything is built
-        storage = Storage.open()
-        # before the build, so that a change during it is detected later
-        fingerprint = source_fingerprint(experiment.dataset).digest
-        path = build_dataset(experiment.dataset, storage.datasets, storage.cache, progress=False)
-        found = check_dataset(path)
-        stored = StoredDataset(path, verify=False)
-        before = previous_version(path)
-        if before is not None and not any(f.severity == "error" for f in found):
-            found += compare_versions(stored, StoredDataset(before))
-        profile = profile_dataset(stored)
-        manifest = stored.manifest
+        resources = of_this_run(context, experiment).resources  # before anything is built
+        storage, folder = Storage.open(), job_folder(context)
+        if folder.config.exists():  # a retry adopts the job
+            config = DatasetJobConfig.model_validate(read_json(folder.config))
+        else:
+            config = DatasetJobConfig(
+                definition=experiment.dataset,
+                # before the build, so that a change during it is detected later
+                fingerprint=source_fingerprint(experiment.dataset).digest,
+                root=str(storage.datasets.absolute()),
+                cache=str(storage.cache.absolute()),
+                working_folder=str(Path.cwd()),
+            )
+        of_job: dict[str, Any] = {}
+        if resources.dataset is None:
+            made = inspect_dataset(
+                build_dataset(experiment.dataset, storage.datasets, storage.cache, progress=False)
+            )
+        else:
+            resources = resources.of("dataset")
+            job = getattr(context.resources, resources.target).complete(
+                context,
+                folder,
+                roma_command("data build", folder.path),
+                config.model_dump(mode="json"),
+                resources,
+                "plain",
+                profile=resources.profile,
+                max_attempts=resources.max_attempts,
+            )
+            made = InspectedDataset.model_validate(read_json(job.output("dataset")))
+            of_job = job.metadata()
+        manifest = read_manifest(made.path)
         counts = {f"{split}_series": count.n_series for split, count in manifest.counts.items()}
         repairs = manifest.repairs.model_dump() if manifest.repairs else {}
         context.log.info(
-            f"dataset: {len(stored)} series, version {manifest.digest[:12]}, "
-            f"{profile.fraction_dropped:.0%} of observations dropped"
+            f"dataset: {sum(counts.values())} series, version {manifest.digest[:12]}, "
+            f"{made.fraction_dropped:.0%} of observations dropped"
         )
         return dg.MaterializeResult(
             data_version=dg.DataVersion(manifest.digest),
             metadata={
-                "plot": picture(plot_profile(profile, stored), "profile of the data set"),
-                "profile": dg.MetadataValue.md(profile.to_markdown()),
-                "path": dg.MetadataValue.path(str(path)),
+                "plot": picture(made.plot, "profile of the data set"),
+                "profile": dg.MetadataValue.md(made.profile),
+                "path": dg.MetadataValue.path(str(made.path)),
                 "digest": manifest.digest,
                 **counts,
                 **{f"repaired_{name}": count for name, count in repairs.items() if count},
-                "fraction_dropped": profile.fraction_dropped,
-                FINGERPRINT: fingerprint,
-                "classes": len(stored.schema.classes),
+                "fraction_dropped": made.fraction_dropped,
+                FINGERPRINT: config.fingerprint,
+                "classes": len(manifest.data_schema.classes),
                 "source": dg.MetadataValue.json(json.loads(manifest.provenance.source)),
                 "citation": manifest.provenance.citation,
                 "licence": manifest.provenance.licence,
+                **of_job,
             },
             check_results=[
-                _check("sound", dg.AssetCheckSeverity.ERROR, found, before),
-                _check("unsuspicious", dg.AssetCheckSeverity.WARN, found, before),
+                _check("sound", dg.AssetCheckSeverity.ERROR, made),
+                _check("unsuspicious", dg.AssetCheckSeverity.WARN, made),
             ],
         )
 
@@ -91,10 +111,10 @@ def dataset_asset(experiment: Experiment) -> dg.AssetsDefinition:
 
 
 def _check(
-    name: str, severity: dg.AssetCheckSeverity, found: list[Finding], before: Path | None
+    name: str, severity: dg.AssetCheckSeverity, made: InspectedDataset
 ) -> dg.AssetCheckResult:
     kind = "error" if severity is dg.AssetCheckSeverity.ERROR else "warning"
-    these = [finding for finding in found if finding.severity == kind]
+    these = [finding for finding in made.findings if finding.severity == kind]
     lines = [line for finding in these for line in finding.lines()]
     return dg.AssetCheckResult(
         passed=not these,
@@ -104,6 +124,6 @@ def _check(
             "problems": sum(finding.count for finding in these),
             "first": "\n".join(lines[:20]) or "none",
             "findings": dg.MetadataValue.md(findings_table(these)),
-            "compared_with": before.name if before else "no previous version",
+            "compared_with": made.compared_with,
         },
     )

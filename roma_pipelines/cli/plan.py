@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # it imports Dagster, which takes seconds
     from roma_pipelines.experiment import Experiment
 
 _COMMANDS = {
+    "dataset": "data build",
     "pretrained_encoder": "pretrain",
     "finetuned_classifier": "finetune",
     "finetuned_regressor": "finetune",
@@ -74,6 +75,13 @@ def plan(experiment: str, target: str | None, profile: str | None, asset: str, c
                 f"or give --asset {found.asset_names[2]}"
             )
         names = [name for name in found.own_assets if name in _COMMANDS]
+        if found.resources.dataset is None:
+            if asset == "dataset":
+                raise ValueError(
+                    f"{found.name} builds its data set in Dagster's own process; add resources.dataset to make "
+                    f"it a job"
+                )
+            names.remove("dataset")
         if asset not in names:
             raise ValueError(
                 f"{found.name} has no {asset}, its task is {found.task}; give another --asset, one of "
@@ -126,8 +134,8 @@ def _spec(experiment: Experiment, asset: str, key: str, folder: JobFolder) -> Jo
 
     resources, command = experiment.resources.of(STAGES[asset]), _COMMANDS[asset]
     is_one = resources.nodes * resources.processes_per_node == 1
-    runner: Literal["torchrun", "plain"]
-    runner = "plain" if is_one and command in ("evaluate", "predict") else "torchrun"
+    is_plain = is_one and command in ("data build", "evaluate", "predict")
+    runner: Literal["torchrun", "plain"] = "plain" if is_plain else "torchrun"
     argv = roma_command(command, folder.path)
     return job_spec(resources.target, resources, key, argv, "", runner)
 

@@ -46,7 +46,7 @@ def launcher_for(target: str, profile: str | None, storage: Storage) -> Launcher
 
 def roma_command(command: str, folder: Path | str) -> tuple[str, ...]:
     """``roma COMMAND`` on a job folder, as a JobSpec has it."""
-    return ("-m", "roma_core.cli", command, "--job", str(folder))
+    return ("-m", "roma_core.cli", *command.split(), "--job", str(folder))
 
 
 def module_command(

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -45,3 +46,15 @@ def test_reports_are_written_under_the_lock_whatever_signal_comes(tmp_path, stat
     assert (folder.read_result() is not None) == (status == "completed")
     if status != "failed":
         assert "another process runs in" in (attempt.path / "second").read_text()
+
+
+def test_beats_go_on_while_the_process_computes_and_stop_while_it_waits(tmp_path):
+    attempt = JobFolder(tmp_path).attempt(1)
+    attempt.path.mkdir(parents=True)
+    with attempt.beating(0.05):
+        while not attempt.heartbeat.exists():
+            pass
+        time.sleep(0.2)
+        last = attempt.heartbeat.read_text()
+        time.sleep(0.3)
+        assert attempt.heartbeat.read_text() == last

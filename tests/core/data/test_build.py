@@ -1,6 +1,7 @@
 """Building: from a source to a folder, once, completely or not at all."""
 
 import errno
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,6 +24,14 @@ from roma_core.data import (
     profile_dataset,
 )
 from roma_core.data import build as building
+from roma_core.data.job import (
+    DatasetJobConfig,
+    InspectedDataset,
+    inspect_dataset,
+    run_dataset_job,
+)
+from roma_core.files import read_json, write_json
+from roma_core.job import Interrupted, JobFolder
 from tests.core.hand_made import (
     SOME,
     HandMade,
@@ -145,6 +154,72 @@ def test_what_a_killed_builder_left_is_removed(tmp_path):
     path = built(tmp_path)
 
     assert versions_in(tmp_path) == [path.name]
+
+
+def test_a_killed_build_resumes_with_the_next_series(tmp_path, monkeypatch):
+    """Whenever it was killed, while it wrote the manifest, too; not after the input or a setting changed."""
+    given_series = [series(f"s{k}", 3 + k, "xy"[k % 2], None, k, group=f"g{k}") for k in range(9)]
+    given_series[4] = series("empty", 0, group="g4")
+    options = {"repair": {"empty": "drop"}, "drop_rate": 0.2, "axes": {"t": {"scale": "auto"}}}
+    config = config_of(*given_series, split={"stratified": True}, **options)
+    monkeypatch.setattr(building, "_SHARD", 15)
+    whole = build_dataset(config, tmp_path / "whole", tmp_path, progress=False)
+    added = []
+    add = building.DatasetWriter.add
+    monkeypatch.setattr(
+        building.DatasetWriter, "add", lambda self, one: added.append(one.id) or add(self, one)
+    )
+    monkeypatch.setattr(building, "_LOOK_EVERY_S", 0)
+    monkeypatch.setattr(building, "_SAVE_EVERY_S", 0)
+
+    def as_killed(n):
+        shutil.copytree(tmp_path / "live", tmp_path / f"killed-{len(added)}", dirs_exist_ok=True)
+
+    build_dataset(config, tmp_path / "live", tmp_path, progress=False, saved=as_killed)
+
+    for n in range(1, 9):
+        aside = tmp_path / f"killed-{n}" / "small/.building"
+        for name in ("values.npy", "ids.json", "manifest.json"):  # written after the last save
+            with (aside / name).open("ab") as file:
+                file.write(b"half")
+        added.clear()
+        resumed = build_dataset(config, tmp_path / f"killed-{n}", tmp_path, progress=False)
+        assert resumed.name == whole.name and len(added) == 8 - n
+        assert [path.name for path in resumed.parent.iterdir()] == [resumed.name]
+
+    stopped = [True]
+    with pytest.raises(Interrupted):
+        build_dataset(config, tmp_path / "s", tmp_path, False, should_stop=lambda: stopped.pop())
+    added.clear()
+    other = config.model_copy(update={"drop_seed": 3})
+    assert build_dataset(other, tmp_path / "s", tmp_path, progress=False).name != whole.name
+    assert len(added) == 8
+
+
+def test_a_job_asked_to_stop_continues_in_its_next_attempt(
+    yaml_file, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(building, "_LOOK_EVERY_S", 0)
+    definition = DatasetConfig.from_yaml(yaml_file)
+    whole = build_dataset(definition, tmp_path / "whole", tmp_path, progress=False)
+    folder, places = JobFolder(tmp_path / "job"), {"root": str(tmp_path / "sets")}
+    places |= {"cache": str(tmp_path), "working_folder": str(tmp_path)}
+    config = DatasetJobConfig(definition=definition, fingerprint="f", **places)
+    first, second = (folder.attempt(n) for n in (1, 2))
+    first.path.mkdir(parents=True)
+    second.path.mkdir()
+    write_json(folder.config, config.model_dump(mode="json"))
+    first.stop.touch()
+
+    stopped = run_dataset_job(folder, first)
+    work = run_dataset_job(folder, second)
+
+    assert (stopped.status, stopped.reason) == ("continue", "stop file")
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["step-8"]
+    made = InspectedDataset.model_validate(read_json(folder.path / work.outputs["dataset"]))
+    assert made.path.name == whole.name and made == inspect_dataset(made.path)
+    lines = [line for line in capsys.readouterr().out.splitlines() if ": series " in line]
+    assert [line.split(": series ")[1].split()[0] for line in lines] == ["1/?", "2/?", "8/?"]
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])

@@ -135,8 +135,9 @@ package = SimpleNamespace(
 )
 source, output = sys.argv[1:]
 predictions = Predictions(source, "test", {}, Path(output), one_file=False)
+numbers = [k for k in predictions.missing() if k % 2 == RANK]
 print("begins", flush=True)
-predictions.run(package, numbers=predictions.missing(RANK, 2))
+predictions.run(package, numbers=numbers)
 """
 
 
@@ -173,6 +174,27 @@ def test_after_kills_of_two_processes_every_series_is_there_once(tmp_path):
     assert pq.read_table(output)["id"].to_pylist() == [str(k) for k in range(200)]
 
 
+def test_two_processes_write_what_one_does_and_nothing_before_the_model_is_accepted(
+    package, tmp_path
+):
+    toy.build_toy(tmp_path / "toy")
+    one, n = toy.series(3, seed=0), 2 * scoring.SERIES_PER_PART + 1
+    columns = {name: [numbers] * n for name, numbers in (one.positions | one.values).items()}
+    pq.write_table(pa.table({"id": np.arange(n), **columns}), tmp_path / "in.parquet")
+    predictions = Predictions(tmp_path / "in.parquet", "test", LINEAGE, tmp_path / "out")
+    with pytest.raises(ValueError, match="refused"), predictions.others(tmp_path / "toy", 2):
+        raise ValueError("refused")
+    assert not predictions.folder.exists()
+    seen = []
+
+    with predictions.others(tmp_path / "toy", 2) as run:
+        run(package, seen.append)
+
+    assert pq.read_table(tmp_path / "out")["id"].to_pylist() == [str(k) for k in range(n)]
+    assert seen[0] == 0 and seen[-1] == n
+    assert not predictions.folder.exists()
+
+
 @pytest.mark.parametrize("place", ["folder", "memory://predictions/in"])
 def test_all_parquet_files_of_a_folder_or_a_bucket_are_read_in_order(
     package, tmp_path, monkeypatch, place
@@ -191,7 +213,6 @@ def test_all_parquet_files_of_a_folder_or_a_bucket_are_read_in_order(
     predictions = Predictions(place, "test", LINEAGE, tmp_path / "out", one_file=False)
     asked = []
     monkeypatch.setattr(package, "outputs", asked.append, raising=False)  # rows are not needed
-    assert [len(predictions.missing(rank, 2)) for rank in range(2)] == [3, 3]
 
     assert predictions.run(package) and predictions.run(package) and not asked
 
@@ -207,6 +228,27 @@ def test_all_parquet_files_of_a_folder_or_a_bucket_are_read_in_order(
         predictions.run(package)
     with pytest.raises(ValueError, match="holds no Parquet files"):
         Predictions(str(tmp_path / "empty"), "test", LINEAGE, tmp_path / "o").run(package)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 100])
+def test_only_the_row_groups_from_the_first_wanted_part_on_are_read(
+    package, tmp_path, monkeypatch, rows
+):
+    monkeypatch.setattr(scoring, "SERIES_PER_PART", 3)
+    series, path = [toy.series(n, seed=n) for n in LENGTHS], tmp_path / "in.parquet"
+    columns = [{"id": one.id, **one.positions, **one.values} for one in series]
+    pq.write_table(pa.Table.from_pylist(columns), path, row_group_size=rows)
+    metadata = pq.read_metadata(path)
+    for wanted in ([0, 1, 2, 3], [1, 3], [2], [3]):
+        if wanted[0] * 3 >= rows:  # the first group is not touched
+            ends = [metadata.row_group(k).column(0) for k in range(2)]
+            start, end = (one.dictionary_page_offset or one.data_page_offset for one in ends)
+            content = path.read_bytes()
+            path.write_bytes(content[:start] + bytes(end - start) + content[end:])
+        found = scoring.read_chunks(str(path), "test", package, wanted)
+        assert {k: chunk["id"].to_pylist() for k, chunk in found} == {
+            k: [one.id for one in series[k * 3 :][:3]] for k in wanted
+        }
 
 
 def test_a_bad_row_is_named_by_its_place(package, source, tmp_path):

@@ -40,7 +40,13 @@ def test_any_order_of_rows_gives_the_same_series(tmp_path_factory, rows, at_once
     ids = [ord(r) for r in rows] if as_numbers else rows
     table = long_table(rows).set_column(0, "star", pa.array(ids))
 
-    found = as_lists(opened(folder, table))
+    source = opened(folder, table)
+    found = as_lists(source)
+    start = min(at_once, len(found))
+    assert [(s.id, s.positions[:, 0].tolist()) for s in source.read_from(start)] == [
+        (name, [p[0] for p in positions]) for name, *_, positions, _ in found[start:]
+    ]
+    del source
 
     places = {r: [k for k, other in enumerate(rows) if other == r] for r in dict.fromkeys(rows)}
     assert [name for name, *_ in found] == [
@@ -172,8 +178,11 @@ def test_rows_in_any_order_that_do_not_fit_in_memory_are_sorted_on_disk(
     assert not list((tmp_path / "cache").glob("roma-sort-*"))
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_files_follow_each_other_in_order_with_any_number_of_threads(tmp_path, threads):
+@pytest.mark.parametrize(("threads", "of_job"), [(1, 1), (3, 1), (1, 3)])
+def test_files_follow_each_other_in_order_with_any_number_of_threads(
+    tmp_path, monkeypatch, threads, of_job
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", str(of_job))
     expected, row = {}, 0
     for k in range(3):
         ids = np.repeat(np.arange(k * 200, (k + 1) * 200 + 1), 300)
@@ -187,7 +196,10 @@ def test_files_follow_each_other_in_order_with_any_number_of_threads(tmp_path, t
     source = source_config(config | {"threads": threads}).open(tmp_path)
 
     assert source.is_sorted
+    assert source._query("SELECT current_setting('threads')") == [(max(threads, of_job),)]
     assert {s.id: s.positions[:, 0].tolist() for s in source.read()} == expected
+    rest = {s.id: s.positions[:, 0].tolist() for s in source.read_from(150)}
+    assert rest == dict([*expected.items()][150:])
 
 
 def set_of(folder, source, **options):
@@ -213,6 +225,8 @@ def test_an_exported_set_comes_back_bit_by_bit(tmp_path):
     }
     second = set_of(tmp_path, back)
     assert n == len(first) == 30
+    rest = [s.id for s in source_config(back).open(tmp_path).read_from(28)]
+    assert rest == second.ids[28:]
     assert second.ids == first.ids and second.groups == first.groups
     for name in ("values.npy", "positions.npy", "offsets.npy", "labels.npy", "splits.npy"):
         assert second.manifest.files[name] == first.manifest.files[name]

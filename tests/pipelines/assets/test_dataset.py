@@ -1,11 +1,18 @@
 """The data-set asset: what its checks refuse, what they only mention, and what they compare with."""
 
+import os
+import shutil
+import signal
+import threading
+from types import MappingProxyType
+
 import dagster as dg
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from roma_core.files import read_json
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.resources import JOB_CLIENTS
 
@@ -36,10 +43,13 @@ def deliver(folder, n, loud=1.0, copies=()):
 def materialized(tmp_path, monkeypatch):
     """Makes the asset; gives its checks by name and its metadata."""
     monkeypatch.setenv("ROMA_STORAGE_ROOT", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
 
-    def make(**dataset):
-        source = {"kind": "table", "files": [str(tmp_path / "series.parquet")], "columns": COLUMNS}
-        experiment = RomaExperiment(name="own", dataset={"source": source, **dataset})
+    def make(resources=MappingProxyType({}), **dataset):
+        source = {"kind": "table", "files": ["series.parquet"], "columns": COLUMNS}
+        experiment = RomaExperiment(
+            name="own", dataset={"source": source, **dataset}, resources=resources
+        )
         assets = [
             asset
             for asset in experiment.build_defs(None).assets
@@ -74,6 +84,30 @@ def test_deliveries_are_compared_and_content_in_two_splits_is_refused(tmp_path, 
     assert checks["sound"].severity is dg.AssetCheckSeverity.ERROR
     assert "have equal content: remove one of them" in checks["sound"].metadata["first"].value
     assert second["digest"].value != first["digest"].value
+
+
+def test_a_job_whose_first_attempt_is_killed_makes_the_same_data_set(tmp_path, materialized):
+    deliver(tmp_path, 100)
+    _, here = materialized()
+    shutil.rmtree(tmp_path / "state/datasets")
+    killed = threading.Event()
+
+    def kill():
+        while not (owners := [*tmp_path.glob("state/jobs/*/attempts/1/owner.json")]):
+            killed.wait(0.01)
+        os.kill(read_json(owners[0])["pid"], signal.SIGKILL)
+        killed.set()
+
+    threading.Thread(target=kill, daemon=True).start()
+    checks, of_job = materialized(resources={"dataset": {"threads_per_process": 2}})
+
+    assert killed.is_set() and of_job["attempts"].value == 2
+    assert checks["sound"].passed and checks["sound"].metadata["compared_with"]
+    assert here.keys() < of_job.keys()
+    assert {name: of_job[name] for name in here} == dict(here)
+    assert (tmp_path / "state/datasets/own").is_dir()
+    (log,) = tmp_path.glob("state/jobs/*/attempts/2/log")
+    assert "the data set is built; checking it" in log.read_text()
 
 
 def test_another_rule_that_moves_objects_is_refused(tmp_path, materialized):

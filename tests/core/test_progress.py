@@ -1,6 +1,6 @@
 import pytest
 
-from roma_core.trainer.run_logger import format_number
+from roma_core.progress import format_number
 
 
 @pytest.mark.parametrize(
@@ -13,5 +13,5 @@ from roma_core.trainer.run_logger import format_number
         (-1e4, "-10,000"),
     ],
 )
-def test_numbers_are_shown_format_number_them(number, text):
+def test_numbers_have_four_digits_and_thousands_in_full(number, text):
     assert format_number(number) == text
