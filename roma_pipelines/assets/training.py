@@ -164,12 +164,15 @@ def _materialised(job: TrackedJob, lineage: Mapping[str, str] = {}) -> dg.Materi
 
     weights = job.output("model")
     records = [record for _, record in read_records(job.folder.metrics)]
+    changed = {"model", "trainer"} & job.run_config.keys()
     return dg.MaterializeResult(
+        # by default Dagster's is that of all models of the same code version
+        data_version=dg.DataVersion(job.folder.path.name) if changed else None,
         metadata={
             "learning_curve": picture(learning_curve(records), "learning curve"),
             **job.metadata(),
             **lineage,
             "weights": dg.MetadataValue.path(str(weights)),
             "metrics": dg.MetadataValue.path(str(job.folder.metrics)),
-        }
+        },
     )

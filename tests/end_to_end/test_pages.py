@@ -180,6 +180,7 @@ def test_two_fields_changed_on_the_launchpad_are_in_mlflow_and_in_lineage(pages,
     page.goto(f"{pages.dagster}/assets/{GROUP}/finetuned_classifier")
     page.get_by_text("Materialize", exact=True).click(modifiers=["Shift"])
     page.locator(".CodeMirror").click()
+    page.keyboard.press("Control+A")  # it shows the fields with a value by default
     page.keyboard.insert_text(f"ops: {{{GROUP}__finetuned_classifier: {{config: ")
     page.get_by_text("Minutes of one attempt; the job resumes in a new one.").wait_for()
     page.keyboard.insert_text(json.dumps(changed) + "}}")

@@ -299,6 +299,8 @@ def test_a_retry_finds_the_finished_job(house, interrupted, second):
 def test_a_run_config_is_recorded_wherever_the_model_is_looked_at(house, second):
     facts = metadata_of(second, "finetuned_classifier")
     assert facts["run_config"] == CHANGED
+    (made,) = second.asset_materializations_for_node("waves__finetuned_classifier")
+    assert made.tags["dagster/data_version"] == facts["job_key"]  # what depends on it is stale
     run = house.client.get_run(facts["mlflow_run_id"])
     assert json.loads(run.data.tags["roma.run_config"]) == CHANGED
     assert run.data.params["trainer.epochs"] == "30"
