@@ -19,7 +19,7 @@ from roma_pipelines.storage import Storage
 
 FINGERPRINT = "source_fingerprint"  # metadata of the data set: its source at build time
 TRAINED_WITH = "trained_with"  # metadata of the report: run config of the trainings, as JSON
-_SEARCHED = 100  # reports in which the newest one of these settings is looked for
+_SEARCHED = 50  # reports in which the newest one of these settings is looked for
 EXPERIMENT_TAG, TRIGGER_TAG = "roma/experiment", "roma/trigger"  # of requested runs
 _REQUESTED_TAG = "roma/requested_at"  # seconds since the epoch, by the clock of the sensor
 _AGAIN_AFTER_H = (4.0, 12.0, 24.0)  # a failed run is requested again so long after its request
@@ -88,9 +88,10 @@ def newest_trained(instance: dg.DagsterInstance, experiment: Experiment) -> Trai
     """
     key = experiment.key("evaluation_report")
     wanted = _changes(experiment, experiment.automation.run_config)
-    newest = Trained()
-    for limit in (1, _SEARCHED):
-        for record in instance.fetch_materializations(key, limit).records:
+    newest, cursor = Trained(), None
+    for _ in range(_SEARCHED):  # one by one: their metadata have pictures
+        page = instance.fetch_materializations(key, 1, cursor)
+        for record in page.records:
             made = record.asset_materialization
             assert made is not None
             tags, text = made.tags or {}, made.metadata.get(TRAINED_WITH)
@@ -101,6 +102,9 @@ def newest_trained(instance: dg.DagsterInstance, experiment: Experiment) -> Trai
             if found == wanted:
                 return one
             newest = newest if newest.on else one
+        if not page.has_more:
+            break
+        cursor = page.cursor
     return newest
 
 
