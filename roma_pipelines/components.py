@@ -12,7 +12,11 @@ from pydantic import BaseModel, Field
 
 from roma_pipelines.assets.dataset import dataset_asset
 from roma_pipelines.assets.evaluation_report import evaluation_report_asset
-from roma_pipelines.assets.registered_model import batch_predictions_asset, registered_model_asset
+from roma_pipelines.assets.registered_model import (
+    batch_predictions_asset,
+    recent_inputs_asset,
+    registered_model_asset,
+)
 from roma_pipelines.assets.training import finetuned_model_asset, pretrained_encoder_asset
 from roma_pipelines.automation.sensors import retraining_schedule, sensors_of
 from roma_pipelines.experiment import FINETUNED, Experiment
@@ -78,6 +82,8 @@ class RomaExperiment(Experiment, dg.Component):
         ]
         if self.predictions is not None:
             assets.append(batch_predictions_asset(self))
+        if self.automation.drift is not None:
+            assets.append(recent_inputs_asset(self))
         return self.with_automation(assets)
 
     def with_automation(self, assets: Sequence[dg.AssetsDefinition]) -> dg.Definitions:
@@ -86,13 +92,13 @@ class RomaExperiment(Experiment, dg.Component):
         section, schedule = self.automation, self.schedule
         if unknown := sorted(set(section.freshness_h) - names):
             raise ValueError(
-                f"experiment {self.name}: automation.freshness_h.{unknown[0]}: no such asset; "
+                f"automation.freshness_h.{unknown[0]}: no such asset; "
                 f"expected one of {', '.join(sorted(names))}"
             )
         if section.predict_on_promotion and "batch_predictions" not in names:
             raise ValueError(
-                f"experiment {self.name}: automation.predict_on_promotion: the experiment has no "
-                f"batch_predictions; add `predictions`"
+                "automation.predict_on_promotion: the experiment has no "
+                "batch_predictions; add `predictions`"
             )
         return dg.Definitions(
             assets=[asset.map_asset_specs(self._with_freshness) for asset in assets],

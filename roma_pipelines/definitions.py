@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping
 
 import dagster as dg
 
@@ -48,16 +49,19 @@ def defs() -> dg.Definitions:
     operations = dg.Definitions(
         executor=executor(), sensors=[reconcile_jobs, alert_on_failure], resources=JOB_CLIENTS
     )
-    try:
-        return _from_folder(operations)
-    except Exception:  # Dagster raises several types, with our error as a distant cause
-        found, errors = load_experiments()
-        if not errors:
-            raise
+    given, reason = all_experiments(), None
+    if not any(isinstance(one, str) for one in given.values()):
+        try:
+            return _from_folder(operations)
+        except Exception as error:  # of several types; ours is a distant cause
+            reason = error
+    found, errors = load_experiments(given)
+    if reason is not None and not errors:
+        raise reason
     marks = []
-    for name, error in errors.items():
-        _log.error("the experiment %s is left out: %s", name, error)
-        marks.append(dg.AssetSpec([*name.split("/"), INVALID], description=error))
+    for name, text in errors.items():
+        _log.error("the experiment %s is left out: %s", name, text)
+        marks.append(dg.AssetSpec([*name.split("/"), INVALID], description=text))
     return dg.Definitions.merge(*found.values(), dg.Definitions(assets=marks), operations)
 
 
@@ -74,18 +78,21 @@ def _from_folder(operations: dg.Definitions) -> dg.Definitions:
     return definitions
 
 
-def load_experiments() -> tuple[dict[str, dg.Definitions], dict[str, str]]:
+def load_experiments(
+    given: Mapping[str, Experiment | str],
+) -> tuple[dict[str, dg.Definitions], dict[str, str]]:
     """Definitions of the valid experiments, by their names, and errors of the others, by folder."""
     found: dict[str, dg.Definitions] = {}
     encoders: set[str] = set()
-    given = all_experiments()
     errors = {folder: error for folder, error in given.items() if isinstance(error, str)}
     valid = {folder: one for folder, one in given.items() if isinstance(one, Experiment)}
     # those that pretrain an encoder first: others may share it
     for folder, one in sorted(valid.items(), key=lambda item: item[1].pretrained_from or ""):
         try:
             if one.name in found:
-                raise ValueError("another experiment has this name; every experiment needs its own")
+                raise ValueError(
+                    f"name: another experiment is called {one.name}; every experiment needs its own"
+                )
             if one.pretrained_from is not None and one.pretrained_from not in encoders:
                 raise ValueError(
                     f"pretrained_from: {one.pretrained_from}: no valid experiment of that name "
@@ -96,5 +103,5 @@ def load_experiments() -> tuple[dict[str, dg.Definitions], dict[str, str]]:
             if one.pretrained_from is None:
                 encoders.add(one.name)
         except Exception as error:
-            errors[folder] = f"experiment {one.name}: {error}"
+            errors[folder] = f"{DEFS / folder / 'defs.yaml'}: {error}"
     return found, errors

@@ -51,6 +51,7 @@ _SECTIONS = {  # that determine the content of an asset; of the others, all of t
     ENCODER: {"dataset", "pretraining"},
     **dict.fromkeys(FINETUNED.values(), _TRAINING_SECTIONS),
     "batch_predictions": {"predictions"},
+    "recent_inputs": {"automation"},
 }
 _ALL_SECTIONS = {*_TRAINING_SECTIONS, "gate", "baselines"}
 
@@ -352,7 +353,7 @@ class Experiment(Frozen):
     def asset_arguments(self, asset_name: str) -> dict[str, Any]:
         """Arguments of ``dg.asset`` that all assets of the experiment share."""
         config = RUN_CONFIGS.get(asset_name)
-        upstream: tuple[str, ...] = (self.registered,)  # of batch_predictions
+        upstream: tuple[str, ...] = (self.registered,)  # of batch_predictions, recent_inputs
         if asset_name in (names := self.asset_names):
             upstream = names[: names.index(asset_name)]
         return {
@@ -470,7 +471,8 @@ def all_experiments() -> dict[str, Experiment | str]:
 
 
 def _files() -> dict[str, Path]:
-    paths = sorted(DEFS.glob("**/defs.yaml"))
+    # a link to a file that is gone, too, which `**/defs.yaml` leaves out
+    paths = sorted(path for path in DEFS.rglob("*.yaml") if path.name == "defs.yaml")
     return {path.parent.relative_to(DEFS).as_posix(): path for path in paths}
 
 

@@ -80,6 +80,7 @@ _COMMANDS = {
     "pretrain": "roma_core.cli.train:pretrain",
     "finetune": "roma_core.cli.train:finetune",
     "evaluate": "roma_core.cli.evaluate:evaluate",
+    "drift": "roma_core.cli.evaluate:drift",
     "predict": "roma_core.cli.predict:predict",
     "embed": "roma_core.cli.predict:embed",
     "doctor": "roma_core.cli.doctor:doctor",

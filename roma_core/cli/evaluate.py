@@ -1,4 +1,4 @@
-"""``roma evaluate``: evaluate a classifier, a regressor or reconstructions on the test split."""
+"""``roma evaluate``: a model on the test split; ``roma drift``: recent series and training data."""
 
 from __future__ import annotations
 
@@ -105,3 +105,16 @@ def evaluate(
     if code == 0:
         click.echo(f"report: {folder.outputs / 'report.html'}")
     sys.exit(code)
+
+
+def _compare(folder: JobFolder, attempt: Attempt) -> Work:
+    from roma_core.evaluation.drift_job import run_drift_job
+
+    return run_drift_job(folder, attempt)
+
+
+@click.command()
+@job_option(_compare)
+def drift() -> None:
+    """Compare recent series with the training data of a model: the job of the asset recent_inputs."""
+    raise click.UsageError("--job is required; Dagster's asset recent_inputs plans such jobs")

@@ -107,6 +107,11 @@ class Effect(Frozen):
     measure: Literal["psi", "wasserstein", "missing", "embedding"]
     size: float
 
+    @property
+    def name(self) -> str:
+        """Of the number that is shown over time, such as ``value.flux psi``."""
+        return f"{self.quantity} {self.measure}"
+
 
 @dataclass(frozen=True)
 class InputSample:

@@ -1,21 +1,14 @@
-"""Apply a model to series: Parquet files, JSON lines, or a data-set folder.
-
-
-``python -m roma_core.serving.batch MODEL_FOLDER N_MAX FILE...`` prints medians of encoder features,
-``{"n": 640, "center": [...]}``, or exits with code 1 and one line of text.
-"""
+"""Apply a model to series: Parquet files, JSON lines, or a data-set folder."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from itertools import chain, count, islice
+from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,7 +19,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SERIES_PER_PART = 2000
-_N_EMBEDDED = 1000
 _FACTS = ("split", "label", "group")  # columns of `roma data export` that are no model inputs,
 _TARGET = (b"role", b"target")  # as are columns with this field metadata
 _QUERIES = "queries"  # column of an autoencoder's input: a struct of lists, or a list of structs
@@ -338,100 +330,3 @@ def _with_lineage(columns: dict[str, Any], lineage: dict[str, str]) -> pa.Table:
         columns[name] = pa.array([value] * n, pa.string())
     columns["scored_at"] = pa.array([datetime.now(UTC)] * n, pa.timestamp("ms", tz="UTC"))
     return pa.table(columns)
-
-
-class EmbeddingFailed(RuntimeError):
-    """The features could not be computed; the message says why."""
-
-
-class FeatureMedians(NamedTuple):
-    """Median of every encoder feature over ``n`` series."""
-
-    n: int
-    center: list[float]
-
-
-def embed_medians(
-    model: Path, files: Sequence[Path], environment: Mapping[str, str], timeout_s: float
-) -> FeatureMedians:
-    """Embed the series of files in a new process; of many series, 1000 evenly spaced ones.
-
-    The caller, the daemon that watches for drift, must not import torch. ``model`` is the verified
-    folder of a registered encoder. Observations that are not finite are left out.
-
-    Raises:
-        EmbeddingFailed: no result within ``timeout_s``, or the encoder does not accept the series.
-    """
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", __name__, str(model), str(_N_EMBEDDED), *map(str, files)],
-            env={**environment, "OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise EmbeddingFailed(f"the encoder did not finish within {timeout_s:g} s") from error
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise EmbeddingFailed(lines[-1])
-    return FeatureMedians(**json.loads(done.stdout.splitlines()[-1]))
-
-
-def _observed(package: Any, row: Row) -> Row | None:
-    """A row without observations that are not finite; None if none is left.
-
-    A value that is not finite is missing, if the model accepts missing values.
-    """
-    parts = (("positions", package.axes), ("values", package.channels))
-    columns = {
-        (part, one["name"]): row[part].get(one["name"]) or []
-        for part, names in parts
-        for one in names
-    }
-    if len({len(column) for column in columns.values()}) != 1:
-        raise ValueError(f"series {row['id']!r}: its lists differ in length, or one is missing")
-    entries = {key: [_usable(entry) for entry in column] for key, column in columns.items()}
-    rows = list(zip(*(entries[key] for key in entries if key[0] == "positions"), strict=True))
-    values = list(zip(*(entries[key] for key in entries if key[0] == "values"), strict=True))
-    enough = any if getattr(package, "may_miss", False) else all
-    kept = [
-        k
-        for k, (at, numbers) in enumerate(zip(rows, values, strict=True))
-        if None not in at and enough(number is not None for number in numbers)
-    ]
-    if not kept:
-        return None
-    found: dict[str, dict[str, list[Any]]] = {"positions": {}, "values": {}}
-    for (part, name), column in entries.items():
-        found[part][name] = [column[k] for k in kept]
-    return row | found
-
-
-def _usable(entry: Any) -> Any:
-    """The entry, or None if it is no finite number; text stays."""
-    return entry if isinstance(entry, str) or (entry is not None and np.isfinite(entry)) else None
-
-
-def _print_medians(model: str, n_max: str, *names: str) -> None:
-    import torch
-
-    from roma_core.serving.registry_client import load
-
-    torch.set_num_threads(1)
-    files = [Path(name) for name in names]
-    try:
-        package = load(Path(model))
-        step = -(-sum(count_series(file, "test") for file in files) // int(n_max)) or 1
-        rows = chain.from_iterable(read_series(file, "test", package) for file in files)
-        found = (_observed(package, row) for row in islice(rows, 0, None, step))
-        series = series_of(package, (one for one in found if one is not None))
-        features = package.outputs(series)
-    except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(" ".join(str(error).split()))
-    print(json.dumps({"n": len(series), "center": np.median(features, axis=0).tolist()}))
-
-
-if __name__ == "__main__":
-    _print_medians(*sys.argv[1:])

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -366,10 +366,25 @@ def run_prediction_job(folder: JobFolder, attempt: Attempt) -> Work:
             package, progress=progress, stop=requests.requested, working=attempt.beating
         ):
             return Work("continue", WORLD_SIZE, reason=requests.reason)
-    return Work(
-        "completed",
-        WORLD_SIZE,
-        step=total,
-        outputs={"predictions": str(output)},
-        facts={"series": total, "series_per_s": round(speed, 1), "source_digest": digest},
-    )
+    facts, outputs = _drift(config, package, folder) if RANK == 0 else ({}, {})
+    facts |= {"series": total, "series_per_s": round(speed, 1), "source_digest": digest}
+    outputs |= {"predictions": str(output)}
+    return Work("completed", WORLD_SIZE, step=total, outputs=outputs, facts=facts)
+
+
+def _drift(
+    config: PredictionJobConfig, package: Any, folder: JobFolder
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """How far the first 2,000 series are from the training data, if the model carries its profile."""
+    from roma_core.evaluation.drift import ReferenceProfile, sample_from_rows
+    from roma_core.evaluation.drift_job import compare
+
+    model = Path(config.model)
+    found = model if (model / "package.json").exists() else registry_client.package_of(model)
+    document = read_json(found / "profile.json")
+    if not document:
+        return {}, {}
+    rows = islice(batch.read_series(config.source, config.split, package), 2000)
+    covariates = getattr(package, "covariates", [])  # the code of the model may be older
+    sample = sample_from_rows(rows, package.axes, package.channels, covariates)
+    return compare(ReferenceProfile.model_validate(document), sample, folder)

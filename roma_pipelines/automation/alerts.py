@@ -28,6 +28,11 @@ from roma_pipelines.launching.outcome import log_tail
 from roma_pipelines.storage import Storage
 
 FILE = "alerts.jsonl"
+ATTEMPT_TAG = "roma/attempt"  # of runs that automation requests: number of the attempt at a step
+AGAIN_AFTER_H = (4.0, 12.0, 24.0)  # a failed run is requested again so long after its request
+_MISTAKES = {"DataError", "Rejected", "SettingsError", "StoreError", "ValidationError"}
+_MISTAKES |= {"ValueError"}  # classes of errors that are the same in every attempt
+_JOB_ERROR = re.compile(r".*JobFailed: job \w+ failed in attempt \d+: (\w+): ")
 _LAST_LINES = 50
 _TIMEOUT_S = 20.0
 _log = logging.getLogger(__name__)
@@ -148,7 +153,39 @@ def alert_on_failure(context: dg.RunFailureSensorContext) -> None:
     run = context.dagster_run
     if run.tags.get("dagster/will_retry") != "true":
         kind, subject, text = _describe(context.instance, run)
+        if kind == "failed" and ATTEMPT_TAG in run.tags:
+            _, follows = again_after(context.instance, run)
+            context.instance.add_run_tags(run.run_id, {"roma/next": follows})
+            text = f"{follows}\n{text}"
         send_alert(Storage.open(), kind, subject, text, key=[run.run_id])
+
+
+def again_after(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[float | None, str]:
+    """Hours after its request when a failed run is requested again, None for never; a sentence."""
+    attempt, failed = int(run.tags.get(ATTEMPT_TAG, 1)), f"run {run.run_id} failed"
+    advice = "materialise it manually, or change data or settings"
+    if name := _mistake(instance, run.run_id):
+        return None, f"{failed}, attempt {attempt}; waiting: a {name} would come again; {advice}"
+    if attempt > len(AGAIN_AFTER_H):
+        return None, f"{failed}, attempt {attempt}; waiting: {advice}"
+    hours, n = AGAIN_AFTER_H[attempt - 1], len(AGAIN_AFTER_H) + 1
+    again = f"it is tried again {hours:g} h after its request, as attempt {attempt + 1} of {n}"
+    return hours, f"{failed}; {again}"
+
+
+def _mistake(instance: dg.DagsterInstance, run_id: str) -> str:
+    """Class of the error with which a step of a failed run, or its job, would fail again; or empty."""
+    failures = instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.STEP_FAILURE)
+    for record in failures.records:
+        event = record.event_log_entry.dagster_event
+        error = None if event is None else event.step_failure_data.error
+        while error is not None:
+            of_job = _JOB_ERROR.match(error.message)
+            name = of_job[1] if of_job else error.cls_name
+            if name in _MISTAKES:
+                return str(name)
+            error = error.cause
+    return ""
 
 
 def _describe(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[str, str, str]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from roma_core.files import digest_of
 from roma_core.settings import Frozen
 
 
@@ -35,6 +39,14 @@ class DriftThresholds(Frozen):
         0.5, gt=0, description="Shift of encoder features, in spreads of the training series."
     )
 
+    def ratios(self, effects: Mapping[str, float]) -> dict[str, float]:
+        """Effect sizes in units of their thresholds, the largest first; from 1 on they are drift.
+
+        ``effects`` are named as in ``value.flux psi``: the measure is the last word.
+        """
+        found = {name: x / getattr(self, name.rpartition(" ")[2]) for name, x in effects.items()}
+        return dict(sorted(found.items(), key=lambda one: -one[1]))
+
 
 class Drift(Frozen):
     """Compares recent inputs with the training data of the current model."""
@@ -47,13 +59,23 @@ class Drift(Frozen):
     newest: int = Field(10, gt=0, description="Number of newest files to compare.")
     class_column: str | None = Field(None, description="Column of the predicted class.")
     min_series: int = Field(100, gt=0, description="Minimum number of series to compare.")
-    every_min: float = Field(60, ge=0.5, description="Minutes between two checks.")
+    every_min: float = Field(60, ge=0.5, description="Minutes between two looks for new files.")
     thresholds: DriftThresholds = DriftThresholds()
     cooldown_h: float = Field(
         168, ge=0, description="Minimum hours between two trainings for drift."
     )
     only_if_new: bool = Field(True, description="Train only if the data or the settings changed.")
     dry_run: bool = Field(False, description="Report the action without taking it.")
+
+    def newest_files(self) -> tuple[list[Path], str]:
+        """The newest files, the newest last, and the digest of their names, sizes and times."""
+        found = []
+        for path in {Path(p) for pattern in self.files for p in glob.glob(str(pattern))}:  # noqa: PTH207
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                status = path.stat()
+                found.append((status.st_mtime_ns, str(path), status.st_size))
+        found = sorted(found)[-self.newest :]
+        return [Path(path) for _, path, _ in found], digest_of(found)[:32]
 
 
 class Automation(Frozen):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import dagster as dg
 
 from roma_core.data.config import source_fingerprint
 from roma_core.files import digest_of
-from roma_pipelines.automation.alerts import send_alert
+from roma_pipelines.automation.alerts import ATTEMPT_TAG, again_after, send_alert
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.jobs import read_job
 from roma_pipelines.storage import Storage
@@ -22,9 +23,6 @@ TRAINED_WITH = "trained_with"  # metadata of the report: run config of the train
 _SEARCHED = 50  # reports in which the newest one of these settings is looked for
 EXPERIMENT_TAG, TRIGGER_TAG = "roma/experiment", "roma/trigger"  # of requested runs
 _REQUESTED_TAG = "roma/requested_at"  # seconds since the epoch, by the clock of the sensor
-_AGAIN_AFTER_H = (4.0, 12.0, 24.0)  # a failed run is requested again so long after its request
-_SETTINGS_ERRORS = {"DataError", "Rejected", "SettingsError", "StoreError", "ValidationError"}
-_SETTINGS_ERRORS |= {"ValueError"}  # classes of errors that are the same in every attempt
 _UNFINISHED = [
     dg.DagsterRunStatus[name]
     for name in ("QUEUED", "NOT_STARTED", "STARTING", "STARTED", "CANCELING")
@@ -52,6 +50,16 @@ class Trained(NamedTuple):
     run: str = ""
 
 
+class Comparison(NamedTuple):
+    """Newest comparison of recent inputs, as the asset ``recent_inputs`` has it in its metadata."""
+
+    run: str
+    inputs: str  # digest of the files
+    n: int  # series
+    effects: Mapping[str, float]  # by name, as ``value.flux psi``
+    remark: str  # what was not compared; or empty
+
+
 class TrainingState(NamedTuple):
     """Facts about one experiment."""
 
@@ -65,7 +73,7 @@ class TrainingState(NamedTuple):
 class Step(NamedTuple):
     """Next action, reason, and a key that is equal exactly for the same action."""
 
-    do: Literal["build", "train", "wait", "nothing"]
+    do: Literal["build", "train", "compare", "wait", "nothing"]
     why: str
     key: str = ""
 
@@ -119,6 +127,16 @@ def _changes(experiment: Experiment, run_config: Mapping[str, Mapping[str, Any]]
     return f" with run config {digest_of(sorted(changes.items()))[:12]}" if changes else ""
 
 
+def newest_comparison(instance: dg.DagsterInstance, experiment: Experiment) -> Comparison | None:
+    """One query."""
+    event = instance.get_latest_materialization_event(experiment.key("recent_inputs"))
+    if event is None or (made := event.asset_materialization) is None:
+        return None
+    facts: dict[str, Any] = {name: value.value for name, value in made.metadata.items()}
+    remark = "" if facts["features"] == "compared" else f"; features were {facts['features']}"
+    return Comparison(event.run_id, facts["inputs"], facts["series"], facts["drift_sizes"], remark)
+
+
 def next_step(state: TrainingState, fingerprint: str) -> Step:
     """The step that brings the model up to date with the source's fingerprint; pure."""
     data, trained = state.data, state.trained
@@ -149,8 +167,13 @@ def next_step(state: TrainingState, fingerprint: str) -> Step:
     )
 
 
+def uses_gpus(experiment: Experiment) -> bool:
+    resources = experiment.resources
+    return any(resources.of(stage).gpus_per_node for stage in ("pretraining", "finetuning"))
+
+
 def hours_used(experiment: Experiment, jobs_root: Path, now: float | None = None) -> float:
-    """GPU-hours of attempts that run, or ended in the last 7 days; CPU-hours without a GPU."""
+    """GPU-hours of attempts that run, or ended in the last 7 days; CPU-hours if trainings use no GPU."""
     now = time.time() if now is None else now
     since = now - 7 * 86400
     hours = 0.0
@@ -165,6 +188,8 @@ def hours_used(experiment: Experiment, jobs_root: Path, now: float | None = None
         except (OSError, ValueError):  # being created, removed, or damaged, which `health` reports
             continue
         if job is None or job.asset.split("/")[0] != experiment.name:
+            continue
+        if uses_gpus(experiment) and not job.spec.gpus_per_node:
             continue
         spec = job.spec
         width = spec.gpus_per_node or spec.processes_per_node * spec.threads_per_process
@@ -192,8 +217,11 @@ def state_of(experiment: Experiment, instance: dg.DagsterInstance) -> TrainingSt
     unfinished = (
         run.run_id
         for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED), limit=200)
-        if run.tags.get(EXPERIMENT_TAG) == experiment.name
-        or any(key.path[0] == experiment.name for key in run.asset_selection or ())
+        if (
+            run.tags.get(EXPERIMENT_TAG) == experiment.name
+            or any(key.path[0] == experiment.name for key in run.asset_selection or ())
+        )
+        and set(run.asset_selection or ()) != {experiment.key("recent_inputs")}
     )
     return TrainingState(
         data=data,
@@ -224,60 +252,61 @@ def request(
     """The run of a step, unless an earlier one or the weekly budget forbids it now.
 
     A build makes the data set; ``train_on_new_data`` follows if its content changed. A training
-    is everything from pretraining to the registry.
+    is everything from pretraining to the registry. A step that failed is requested again under
+    another key, as :func:`again_after` says.
 
     Args:
-        once: give the run a key, so that Dagster serves it once; a failed run is requested again
-            under another key, some hours later and a few times. A schedule has its own rhythm.
+        once: a run that was cancelled is not requested again. A schedule does so at its next tick.
     """
     now = time.time() if now is None else now
-    run_key = _run_key(experiment, instance, step, now) if once else None
-    if isinstance(run_key, dg.SkipReason):
-        return run_key
+    found = _next_attempt(experiment, instance, step, now, once)
+    if isinstance(found, dg.SkipReason):
+        return found
     if step.do == "train" and (text := _over_budget(experiment, step, now)):
         return dg.SkipReason(text)
-    names = experiment.asset_names[1:] if step.do == "train" else ("dataset",)
+    of_step = {"build": ("dataset",), "compare": ("recent_inputs",)}
+    names = of_step.get(step.do, experiment.asset_names[1:])
     keys = [experiment.key(name) for name in names]
+    run_key, attempt = found
     tags = {EXPERIMENT_TAG: experiment.name, TRIGGER_TAG: trigger, "roma/why": step.why[:200]}
     return dg.RunRequest(
-        run_key=run_key,
+        run_key=run_key,  # a sensor's is served once, a schedule's once in each tick
         # a shared encoder is trained by its own experiment, on its data and budget
         asset_selection=[key for key in keys if key.path[0] == experiment.name],
         run_config=experiment.run_config(names),
-        tags={**tags, _REQUESTED_TAG: f"{now:.0f}"},
+        tags={**tags, ATTEMPT_TAG: str(attempt), _REQUESTED_TAG: f"{now:.0f}"},
     )
 
 
-def _run_key(
-    experiment: Experiment, instance: dg.DagsterInstance, step: Step, now: float
-) -> str | dg.SkipReason:
-    """The key of the next attempt at a step, or why there is none now."""
+def _next_attempt(
+    experiment: Experiment, instance: dg.DagsterInstance, step: Step, now: float, once: bool
+) -> tuple[str, int] | dg.SkipReason:
+    """Run key and number of the next attempt at a step, or why there is none now."""
 
     def newest(tags: dict[str, str]) -> dg.DagsterRun | None:
         return next(iter(instance.get_runs(dg.RunsFilter(tags=tags), limit=1)), None)
 
-    run_key, advice = step.key, "materialise it manually, or change data or settings"
-    n_failed = 0
-    while True:
+    for attempt in itertools.count(1):
+        run_key = step.key if attempt == 1 else f"{step.key}:{attempt}"
         run = newest({"dagster/run_key": run_key, EXPERIMENT_TAG: experiment.name})
         if run is None:
-            return run_key
+            break
         requested_at = float(run.tags.get(_REQUESTED_TAG, 0.0))
         run = newest({"dagster/root_run_id": run.run_id}) or run  # its newest retry
         if run.status is dg.DagsterRunStatus.CANCELED:
+            if not once:
+                continue
+            advice = "materialise it manually, or change data or settings"
             return dg.SkipReason(f"{step.why}; run {run.run_id} was cancelled; {advice}")
         if run.status is not dg.DagsterRunStatus.FAILURE:
-            return run_key  # which Dagster does not serve twice
-        failed = f"{step.why}; run {run.run_id} failed"
+            break
         if run.tags.get("dagster/will_retry") == "true":
-            return dg.SkipReason(f"{failed} and will be retried")
-        if n_failed == len(_AGAIN_AFTER_H) or _has_settings_error(instance, run.run_id):
-            return dg.SkipReason(f"{failed}, attempt {n_failed + 1}; waiting: {advice}")
-        after_h = _AGAIN_AFTER_H[n_failed]
-        if now < requested_at + 3600 * after_h:
-            return dg.SkipReason(f"{failed}; it is tried again {after_h:g} h after its request")
-        n_failed += 1
-        run_key = f"{step.key}:{n_failed + 1}"
+            return dg.SkipReason(f"{step.why}; run {run.run_id} failed and will be retried")
+        hours, follows = again_after(instance, run)
+        # a daily schedule may be some seconds early
+        if hours is None or now + 60 < requested_at + 3600 * hours:
+            return dg.SkipReason(f"{step.why}; {follows}")
+    return run_key, attempt
 
 
 def _over_budget(experiment: Experiment, step: Step, now: float) -> str:
@@ -286,7 +315,7 @@ def _over_budget(experiment: Experiment, step: Step, now: float) -> str:
     limit = experiment.automation.budget_hours_per_week
     if limit is None or (used := hours_used(experiment, storage.jobs, now)) < limit:
         return ""
-    unit = "GPU-hours" if experiment.resources.gpus_per_node else "CPU-hours"
+    unit = "GPU-hours" if uses_gpus(experiment) else "CPU-hours"
     text = (
         f"{used:.1f} of {limit:g} {unit} of the weekly budget are used, so no training "
         f"starts. Reason to train: {step.why}"
@@ -294,16 +323,3 @@ def _over_budget(experiment: Experiment, step: Step, now: float) -> str:
     subject = f"{experiment.name}: out of budget"
     send_alert(storage, "budget", subject, text, key=[experiment.name, step.key])
     return text
-
-
-def _has_settings_error(instance: dg.DagsterInstance, run_id: str) -> bool:
-    """Whether a step of a failed run would fail in the same way again."""
-    failures = instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.STEP_FAILURE)
-    for record in failures.records:
-        event = record.event_log_entry.dagster_event
-        error = None if event is None else event.step_failure_data.error
-        while error is not None:
-            if error.cls_name in _SETTINGS_ERRORS:
-                return True
-            error = error.cause
-    return False

@@ -113,9 +113,13 @@ def _keys(definitions: dg.Definitions, experiment: str) -> list[dg.AssetKey]:
     if experiment not in known:
         if graph.has(left_out := dg.AssetKey([*experiment.split("/"), INVALID])):
             raise click.ClickException(graph.get(left_out).description or "")
-        raise click.ClickException(
-            f"no experiment {experiment!r}; available: {', '.join(sorted(known))}"
-        )
+        invalid = [
+            "/".join(k.path[:-1]) for k in graph.external_asset_keys if k.path[-1] == INVALID
+        ]
+        text = f"no experiment {experiment!r}; available: {', '.join(sorted(known))}"
+        if invalid:
+            text += f"; left out, `roma-pipeline health` says why: {', '.join(sorted(invalid))}"
+        raise click.ClickException(text)
     report = graph.get(dg.AssetKey([experiment, "evaluation_report"]))
     (registered,) = (key for key in report.child_keys if key.path[-1].startswith("registered_"))
     parents = graph.get(registered).parent_keys

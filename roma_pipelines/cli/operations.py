@@ -44,6 +44,7 @@ def _checks() -> Iterator[CheckResult]:
     import dagster as dg
 
     from roma_pipelines.definitions import load_experiments
+    from roma_pipelines.experiment import all_experiments
 
     try:
         storage = Storage.open()
@@ -52,7 +53,7 @@ def _checks() -> Iterator[CheckResult]:
         return
     yield _disk(storage)
     yield from _jobs(storage)
-    valid, errors = load_experiments()
+    valid, errors = load_experiments(all_experiments())
     detail = "; ".join(errors.values()) or f"{len(valid)} valid"
     yield CheckResult("experiments", "error" if errors else "ok", detail)
     limit_requests(SHORT_S)

@@ -64,10 +64,13 @@ def plan(experiment: str, target: str | None, profile: str | None, asset: str, c
     EXPERIMENT is a name or the path of a defs.yaml. Nothing is submitted. --check prints every
     reason for which a target would reject a job; the exit code is 1 if there is one.
     """
-    from roma_pipelines.experiment import load_experiment
+    from roma_pipelines.definitions import load_experiments
+    from roma_pipelines.experiment import all_experiments, load_experiment
     from roma_pipelines.run_config import ENCODER, STAGES
 
     try:
+        if reason := load_experiments(all_experiments())[1].get(experiment):
+            raise ValueError(reason)
         found = load_experiment(experiment)
         if found.pretrained_from is not None and asset == ENCODER:
             raise ValueError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,12 +82,18 @@ def read_job(path: Path) -> Job | None:
     return Job(folder, spec, records, lease, is_held(lease), made_at)
 
 
-def all_jobs(root: Path) -> list[Job]:
-    """All jobs under ``root``, the newest first; a warning names each that cannot be read."""
+def all_jobs(root: Path, settled: SettledJobs | None = None) -> list[Job]:
+    """All jobs under ``root``, the newest first; a warning names each that cannot be read.
+
+    With ``settled`` only those that are not, and those without an open attempt are settled.
+    """
     jobs = []
-    for path in root.iterdir() if root.is_dir() else []:
+    for path in (settled or SettledJobs()).others(root):
         try:
-            jobs.append(read_job(path))
+            job = read_job(path)
+            if settled is not None and (job is None or job.open_attempt is None):
+                settled.add(path)
+            jobs.append(job)
         except _UNREADABLE as error:
             if path.exists():  # else it was removed a moment ago
                 why = " ".join(str(error).split())
@@ -95,6 +103,34 @@ def all_jobs(root: Path) -> list[Job]:
                     why,
                 )
     return sorted(filter(None, jobs), key=lambda job: job.made_at, reverse=True)
+
+
+class SettledJobs:
+    """Job folders that need not be read again before a file in them or their ``attempts`` is replaced.
+
+    So a sensor's tick costs two calls of the file system for each past job, and no reading.
+    """
+
+    def __init__(self) -> None:
+        self._stamps: dict[str, tuple[int, int]] = {}  # of the settled ones
+        self._now: dict[str, tuple[int, int]] = {}  # of all, at the last look
+
+    def others(self, root: Path) -> list[Path]:
+        """All folders under ``root`` but the settled ones."""
+        self._now = {}
+        for name in os.listdir(root) if root.is_dir() else ():  # noqa: PTH208 - these are fast
+            path, attempts = f"{root}/{name}", f"{root}/{name}/attempts"
+            with contextlib.suppress(OSError):  # removed meanwhile
+                inner = os.stat(attempts).st_mtime_ns if os.path.exists(attempts) else 0  # noqa: PTH110, PTH116
+                self._now[path] = (os.stat(path).st_mtime_ns, inner)  # noqa: PTH116
+        self._stamps = {k: stamp for k, stamp in self._stamps.items() if self._now.get(k) == stamp}
+        return [Path(path) for path in sorted(self._now.keys() - self._stamps.keys())]
+
+    def add(self, path: Path) -> None:
+        """Settle a folder of the last look, unless it is so new that times may not tell a change."""
+        stamp = self._now.get(str(path))
+        if stamp is not None and time.time() - max(stamp) / 1e9 > 60:
+            self._stamps[str(path)] = stamp
 
 
 def find_job(root: Path, key: str) -> Job:

@@ -30,6 +30,7 @@ from starlette.routing import Route
 from roma_core.evaluation.metrics import LABELS
 from roma_core.files import read_json
 from roma_core.job import JobFolder
+from roma_pipelines.definitions import load_experiments
 from roma_pipelines.experiment import Experiment, all_experiments
 from roma_pipelines.launching.jobs import Job, all_jobs
 from roma_pipelines.launching.outcome import duration, log_tail
@@ -202,7 +203,9 @@ def create_app(storage: Storage, dagster: str, mlflow: str) -> Starlette:
     def index(request: Request) -> Response:
         with dg.DagsterInstance.get() as instance:
             there = answers(MlflowSettings())
-            views = overview(all_experiments(), storage, instance, client if there else None)
+            given = all_experiments()
+            given |= load_experiments(given)[1]
+            views = overview(given, storage, instance, client if there else None)
         known = {"views": views, "now": time.time(), "dagster": dagster, "mlflow": mlflow}
         page = template.render(**known, mlflow_answers=there)
         return HTMLResponse(page, headers=_HEADERS)

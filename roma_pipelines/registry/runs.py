@@ -28,6 +28,7 @@ from roma_core.files import digest_of, read_json, write_json
 from roma_core.job import JobFolder
 from roma_core.settings import Frozen, without_credentials
 from roma_core.trainer import trackers
+from roma_pipelines.launching.jobs import SettledJobs
 from roma_pipelines.launching.outcome import read_records
 from roma_pipelines.registry import store
 from roma_pipelines.storage import PASSWORD_VARIABLES, Storage
@@ -248,6 +249,7 @@ def log_run(client: MlflowClient, folder: JobFolder, record: RunRecord) -> dict[
     return run
 
 
+_sent = SettledJobs()
 _refused: dict[Path, tuple[float, float]] = {}  # jobs: when to try again, and the wait before (s)
 
 
@@ -260,7 +262,7 @@ def send_pending(storage: Storage, *, patient: bool = False) -> tuple[list[str],
     """
     limit_requests(120 if patient else SHORT_S)
     sent, failed = [], []
-    for folder in map(JobFolder, sorted(storage.jobs.iterdir())):
+    for folder in map(JobFolder, _sent.others(storage.jobs)):
         key = folder.path.name
         not_before, wait_s = _refused.get(folder.path, (0.0, 30.0))
         if not patient and time.monotonic() < not_before:
@@ -272,6 +274,8 @@ def send_pending(storage: Storage, *, patient: bool = False) -> tuple[list[str],
             if pending or (folder.path / _ASKED).exists():
                 client = store.connect(store.MlflowSettings(), storage.mlflow)
                 send_record(client, folder, -1 if patient else 0)
+            else:
+                _sent.add(folder.path)
             if pending:
                 sent.append(key)
             _refused.pop(folder.path, None)

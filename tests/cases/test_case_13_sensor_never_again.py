@@ -3,7 +3,8 @@
 import dagster as dg
 import pytest
 
-from roma_pipelines.automation.sensors import check_dataset, check_source
+from roma_pipelines.automation.alerts import read_alerts
+from roma_pipelines.automation.sensors import check_dataset, check_source, scheduled_run
 from roma_pipelines.automation.settings import NewData
 from tests.pipelines.automation.conftest import month  # noqa: F401
 from tests.pipelines.automation.played_month import Month
@@ -68,6 +69,33 @@ def test_a_run_that_was_cancelled_or_is_retried_is_not_requested_again(
 
     assert not began
     assert f"run {run.run_id} {expected}" in decision.skip_message
+
+
+@pytest.mark.parametrize(
+    ("error", "follows"),
+    [
+        (
+            "OutOfMemoryError: CUDA out of memory",
+            "tried again 4 h after its request, as attempt 2 of 4",
+        ),
+        ("", "tried again 4 h after its request"),  # its node was lost, say
+        ("DataError: no series has a class", "attempt 1; waiting: a DataError would come again"),
+    ],
+)
+def test_the_error_of_the_job_decides_and_tick_alert_run_and_schedule_say_it(built, error, follows):
+    built.mood, built.error = "fail", error
+    assert train(built, 0)[1]
+    built.send_failure_alerts()
+
+    (run,) = built.instance.get_runs(limit=1)
+    (alert,) = read_alerts(built.storage)
+    scheduled = scheduled_run(built.experiment, built.instance, built.now + 3600)
+    said = [alert["text"], run.tags["roma/next"], scheduled.skip_message]
+    said.append(train(built, 1)[0].skip_message)
+    assert [text for text in said if f"run {run.run_id} failed" in text and follows in text] == said
+
+    later = scheduled_run(built.experiment, built.instance, built.now + 24 * 3600 - 10)
+    assert isinstance(later, dg.RunRequest) == follows.startswith("tried")
 
 
 def test_a_build_is_tried_again_unless_the_data_are_wrong(month, monkeypatch):  # noqa: F811

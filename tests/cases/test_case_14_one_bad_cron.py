@@ -1,5 +1,6 @@
 """One experiment that cannot be used is reported by file and setting, and the others still work."""
 
+import html
 import json
 import os
 import shutil
@@ -15,13 +16,29 @@ from roma_pipelines.experiment import Experiment
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "roma_pipelines" / "defs" / "japanese_vowels" / "defs.yaml"
 OTHERS = {path.parent.name for path in SHIPPED.parents[1].glob("*/defs.yaml")}
-LOAD = """
-import json
+LOOK = """
+import json, sys
+from click.testing import CliRunner
+from starlette.testclient import TestClient
+from roma_pipelines.cli import main
 from roma_pipelines.definitions import defs
-graph = defs().resolve_asset_graph()
-errors = {k.path[0]: graph.get(k).description for k in graph.external_asset_keys}
-keys = {k.path[0] for k in graph.materializable_asset_keys}
-print(json.dumps([sorted(keys), errors, sorted(s.name for s in defs().schedules)]))
+from roma_pipelines.pages.overview import create_app
+from roma_pipelines.storage import Storage, prepare_instance
+prepare_instance(Storage.open())
+loaded, folders = defs(), sys.argv[1:]
+graph = loaded.resolve_asset_graph()
+said = lambda command, name: CliRunner().invoke(main, [command, name]).output
+found = {
+    "names": sorted({k.path[0] for k in graph.materializable_asset_keys}),
+    "errors": {"/".join(k.path[:-1]): graph.get(k).description for k in graph.external_asset_keys},
+    "schedules": sorted(s.name for s in loaded.schedules),
+    "page": TestClient(create_app(Storage.open(), "http://d", "http://m"), "http://localhost").get("/").text,
+    "plan": {name: said("plan", name) for name in folders},
+    "demo": {name: said("demo", name) for name in folders[1:]},
+    "health": json.loads(CliRunner().invoke(main, ["health", "--json"]).output),
+    "unknown": said("demo", "never"),
+}
+json.dump(found, open("found.json", "w"))
 """
 
 
@@ -61,88 +78,67 @@ def with_(attributes, **changes):
 KINDS = {
     "cron": (lambda a: with_(a, schedule="0 3 * *"), "schedule: '0 3 * *' is no cron expression"),
     "misspelt": (lambda a: with_(a, schedul="@daily"), "schedul: not a setting; the closest one"),
-    "not YAML": (lambda a: "attributes: {name: broken, [", "is not valid YAML: line 1"),
+    "yaml": (lambda a: "attributes: {name: broken, [", "is not valid YAML: line 1"),
+    "latin": (
+        lambda a: with_(a).replace("broken", "é").encode("latin-1"),
+        "can't decode byte 0xe9",
+    ),
+    "empty": (lambda a: "", "expected `type` and `attributes`"),
+    "gone": (None, "No such file or directory"),
     "encoder": (
         lambda a: with_({k: v for k, v in a.items() if k != "pretraining"}, pretrained_from="gone"),
         "pretrained_from: gone: no valid experiment of that name",
     ),
-    "name": (lambda a: with_(a, name="plasticc"), "another experiment has this name"),
-    "automation": (
-        lambda a: with_(a, automation={"freshness_h": {"report": 3}}),
+    "name": (lambda a: with_(a, name="plasticc"), "name: another experiment is called plasticc"),
+    "asset": (
+        lambda a: with_(a, name="fresh", automation={"freshness_h": {"report": 3}}),
         "automation.freshness_h.report: no such asset",
     ),
-    "owners": (lambda a: with_(a, owners=["somebody"]), "somebody"),
+    "owners": (lambda a: with_(a, name="owned", owners=["somebody"]), "somebody"),
 }
+"""Folder, as z_NAME, of an experiment that cannot be used -> its file, and what is said of it."""
+
+
+@pytest.fixture(scope="module")
+def found(checkout):
+    """What every place says, with all broken experiments at once, and two good ones of one folder name."""
+    attributes = yaml.safe_load(SHIPPED.read_text())["attributes"]
+    defs = checkout / "roma_pipelines" / "defs"
+    for kind, (text, _) in KINDS.items():
+        path = defs / f"z_{kind}" / "defs.yaml"
+        path.parent.mkdir()
+        if text is None:
+            path.symlink_to(checkout / "gone.yaml")
+        elif isinstance(content := text(attributes), bytes):
+            path.write_bytes(content)
+        else:
+            path.write_text(content)
+    for name in ("first", "second"):
+        path = defs / name / "x" / "defs.yaml"
+        path.parent.mkdir(parents=True)
+        path.write_text(with_(attributes, name=name))
+    done = run(checkout, "-c", LOOK, "japanese_vowels", *(f"z_{kind}" for kind in KINDS))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads((checkout / "found.json").read_text())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_others_load_and_the_broken_one_says_what_is_wrong(checkout, kind):
-    text, expected = KINDS[kind]
-    folder = checkout / "roma_pipelines" / "defs" / "a_broken"
-    folder.mkdir()
-    (folder / "defs.yaml").write_text(text(yaml.safe_load(SHIPPED.read_text())["attributes"]))
-
-    try:
-        done = run(checkout, "-c", LOAD)
-    finally:
-        shutil.rmtree(folder)
-
-    assert done.returncode == 0, done.stderr[-2000:]
-    names, errors, schedules = json.loads(done.stdout)
-    assert set(names) == OTHERS
-    assert "japanese_vowels_retraining" in schedules
-    assert list(errors) == ["plasticc" if kind == "name" else "a_broken"]  # its second file
-    (error,) = errors.values()
-    assert expected in error
-    if kind in ("cron", "misspelt", "not YAML"):
-        assert "a_broken/defs.yaml" in error
-    assert "is left out" in done.stderr
+def test_a_broken_experiment_says_everywhere_what_is_wrong(found, kind):
+    folder, expected = f"z_{kind}", KINDS[kind][1]
+    (health,) = [one for one in found["health"] if one["name"] == "experiments"]
+    assert health["status"] == "error"
+    places = found["errors"][folder], found["plan"][folder], found["demo"][folder], health["detail"]
+    for said in (*places, html.unescape(found["page"])):
+        assert f"{folder}/defs.yaml" in said and expected in said
 
 
-def test_folders_of_one_name_keep_their_experiments_beside_a_broken_one(checkout):
-    attributes = yaml.safe_load(SHIPPED.read_text())["attributes"]
-    defs = checkout / "roma_pipelines" / "defs"
-    folders = [defs / "zz_a" / "x", defs / "zz_b" / "x", defs / "zz_c" / "x"]
-    changes = [{"name": "first"}, {"name": "second"}, {"schedule": "0 3 * *"}]
-    for folder, changed in zip(folders, changes, strict=True):
-        folder.mkdir(parents=True)
-        (folder / "defs.yaml").write_text(with_(attributes, **changed))
-
-    try:
-        done = run(checkout, "-c", LOAD)
-    finally:
-        for folder in folders:
-            shutil.rmtree(folder.parent)
-
-    assert done.returncode == 0, done.stderr[-2000:]
-    names, errors, _ = json.loads(done.stdout)
-    assert set(names) == OTHERS | {"first", "second"}
-    assert list(errors) == ["zz_c"] and "zz_c/x/defs.yaml: schedule" in errors["zz_c"]
-
-
-def test_commands_name_file_and_setting(checkout):
-    folder = checkout / "roma_pipelines" / "defs" / "a_broken"
-    folder.mkdir()
-    attributes = yaml.safe_load(SHIPPED.read_text())["attributes"]
-    (folder / "defs.yaml").write_text(with_(attributes, schedule="0 3 * *"))
-    try:
-        plans = {
-            name: run(checkout, "-m", "roma_pipelines.cli", "plan", name)
-            for name in ("a_broken", "japanese_vowels")
-        }
-        demo = run(checkout, "-m", "roma_pipelines.cli", "demo", "a_broken")
-        health = run(checkout, "-m", "roma_pipelines.cli", "health", "--json")
-    finally:
-        shutil.rmtree(folder)
-
-    assert plans["japanese_vowels"].returncode == 0, plans["japanese_vowels"].stderr
-    for done in (plans["a_broken"], demo):
-        (line,) = [x for x in done.stderr.splitlines() if x.startswith("Error: ")]
-        assert done.returncode == 1
-        assert "a_broken/defs.yaml: schedule: '0 3 * *' is no cron expression" in line
-    found = {one["name"]: one for one in json.loads(health.stdout)}
-    assert health.returncode == 1 and found["experiments"]["status"] == "error"
-    assert "a_broken/defs.yaml: schedule" in found["experiments"]["detail"]
+def test_the_others_load(found):
+    assert set(found["names"]) == OTHERS | {"first", "second"}
+    assert set(found["errors"]) == {f"z_{kind}" for kind in KINDS}
+    assert "japanese_vowels_retraining" in found["schedules"]
+    assert "Error" not in found["plan"]["japanese_vowels"]
+    assert "no experiment 'never'; available: " in found["unknown"]
+    assert "left out, `roma-pipeline health` says why: z_asset, z_cron" in found["unknown"]
 
 
 @pytest.mark.parametrize(

@@ -27,15 +27,12 @@ from roma_core.evaluation.predictions import PredictionTable
 from roma_core.files import read_json, write_json
 from roma_core.job import JobFolder
 from roma_pipelines.assets import training
-from roma_pipelines.automation import sensors
-from roma_pipelines.automation.sensors import compare
-from roma_pipelines.automation.settings import Drift, DriftThresholds
+from roma_pipelines.automation.settings import DriftThresholds
 from roma_pipelines.cli import main
 from roma_pipelines.registry.gate import CHECKS
 from roma_pipelines.registry.promotion import audit
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.registry.versions import version_at
-from roma_pipelines.storage import Storage
 from tests.pipelines import tiny
 from tests.time_limits import within
 
@@ -177,45 +174,39 @@ def test_progress_was_observed_on_the_asset(house, first):
     assert last["train/loss"].value > 0
 
 
-def test_recent_series_are_compared_among_the_champions_features(
-    house, first, tmp_path, monkeypatch
-):
-    """The encoder is asked in a process of its own; where it cannot be, that is said."""
-    facts = metadata_of(first, "dataset")
-    same, other = tmp_path / "same.parquet", tmp_path / "other.parquet"
-    StoredDataset(Path(facts["path"])).to_parquet(same, "test")
-    table = pq.read_table(same)
+def test_recent_inputs_are_compared_by_a_job_and_a_check_warns_of_drift(house, first, tmp_path):
+    """Test series, then with a flat channel and missing values: numbers over time under equal names."""
+    recent = tmp_path / "recent.parquet"
+    drift = {"files": [str(recent)], "min_series": 10}
+
+    def compared():
+        result = house.materialise("recent_inputs", automation={"drift": drift})
+        assert result.success
+        (check,) = result.get_asset_check_evaluations()
+        assert check.severity is dg.AssetCheckSeverity.WARN
+        return metadata_of(result, "recent_inputs"), check
+
+    nothing = house.materialise("recent_inputs", automation={"drift": drift})
+    assert nothing.success and not nothing.asset_materializations_for_node("waves__recent_inputs")
+    StoredDataset(Path(metadata_of(first, "dataset")["path"])).to_parquet(recent, "test")
+    near, _ = compared()
+    table = pq.read_table(recent)
     flat = [[5.0] * len(row) for row in table["c01"].to_pylist()]
     nan = [[float("nan"), *row[1:]] for row in table["c02"].to_pylist()]
     for name, column in (("c01", flat), ("c02", nan)):
         at = table.schema.get_field_index(name)
         table = table.set_column(at, name, pa.array(column, pa.list_(pa.float64())))
-    pq.write_table(table, other)
+    pq.write_table(table, recent)
+    far, check = compared()
 
-    def compared(path):
-        settings = Drift(files=(path,), min_series=10)
-        arguments = (
-            "waves",
-            "waves",
-            facts["digest"],
-            settings,
-            [path],
-            Storage(house.folder / "roma"),
-        )
-        found = compare(*arguments)
-        sizes = [e.size for e in found.effects if e.measure == "embedding"]
-        return found.n, sizes, found.remark
-
-    n, (near,), remark = compared(same)
-    assert (n, remark) == (24, "")
-    _, (far,), _ = compared(other)
-    print(f"24 test series: {near:.2f} spreads from training; with a flat channel: {far:.2f}")
-    assert near < DriftThresholds().embedding < far
-    monkeypatch.setattr(sensors, "_EMBED_WITHIN_S", 0.01)
-    assert compared(same)[1:] == (
-        [],
-        "; features were not compared: the encoder did not finish within 0.01 s",
-    )
+    assert (near["series"], near["features"]) == (24, "compared")
+    numbers = [name for name in near if name.endswith((" psi", " wasserstein", " embedding"))]
+    assert {"value.c01 psi", "features embedding", "largest wasserstein"} <= set(numbers)
+    assert set(numbers) <= set(far) and near["inputs"] != far["inputs"]
+    sizes = near["features embedding"], far["features embedding"]
+    assert sizes[0] < DriftThresholds().embedding < sizes[1]
+    assert not check.passed and "features embedding is " in check.description
+    assert far["drift"].startswith("![drift against the training data](data:image/png;base64,")
 
 
 def test_the_command_predicts_what_the_report_says(house, first, tmp_path):
@@ -427,7 +418,7 @@ def test_batch_predictions_are_the_champions_and_show_drift(waiting):
     assert (facts["series"], facts["model_version"]) == (24, "2") == (len(rows), "2")
     assert {row["dagster_run_id"] for row in rows} == {waiting.run_id}
     assert sum(facts["classes"].values()) == 24
-    compared = {name.partition(",")[0] for name in facts["drift_sizes"]}
+    compared = {name.partition(" ")[0] for name in facts["drift_sizes"]}
     assert compared == {"value.c01", "value.c02", "gap.step", "span.step", "length"}
     assert facts["drift"].startswith("![drift against the training data](data:image/png;base64,")
 

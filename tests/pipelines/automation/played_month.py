@@ -14,10 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from roma_core.data.manifest import read_manifest
+from roma_core.data.store import StoredDataset
+from roma_core.evaluation.drift import drift_effects, reference_profile, sample_from_parquet
 from roma_core.files import digest_of, read_json, write_json
-from roma_core.job import Attempt, JobFolder
+from roma_core.job import Attempt, Exit, JobFolder
 from roma_pipelines.assets.dataset import dataset_asset
 from roma_pipelines.automation.alerts import alert_on_failure, read_alerts
+from roma_pipelines.automation.state import newest_trained
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.launching.pipes import job_folder, run_job
 from roma_pipelines.launching.spec import JobFailed, JobSpec, JobState, Phase
@@ -58,6 +62,7 @@ class Month:
 
     Attributes:
         mood: what the next job of pretraining does: ``work``, ``fail`` or ``kill``.
+        error: what a job that fails says of its end, such as ``DataError: no series``.
         accuracy: of the next classifier.
         trained, promoted: days on which a pretraining job was submitted, a champion made.
         runs: (day, assets, trigger) of every run that was launched.
@@ -66,6 +71,7 @@ class Month:
     def __init__(self, folder: Path, storage: Storage, instance: dg.DagsterInstance) -> None:
         self.folder, self.storage, self.instance = folder, storage, instance
         self.day, self.mood, self.accuracy = 0, "work", 0.9
+        self.error = ""
         self.killed: JobFolder | None = None
         self.trained: list[int] = []
         self.promoted: list[int] = []
@@ -113,7 +119,8 @@ class Month:
         write_series(path, 120, 1000 + self.day, self.now - 3600, shift=shift)
 
     def launch(self, decision: Any, asker: str) -> bool:
-        """As the daemon does it: a run key is served once for each sensor. True if a run began."""
+        """As the daemon does it: a run key is served once for each sensor, and once in each tick of the
+        schedule. True if a run began."""
         if not isinstance(decision, dg.RunRequest):
             return False
         tags = dict(decision.tags)
@@ -121,7 +128,7 @@ class Month:
             tags |= {"dagster/run_key": decision.run_key, "dagster/sensor_name": asker}
             keys = ("dagster/run_key", "dagster/sensor_name")
             same = dg.RunsFilter(tags={key: tags[key] for key in keys})
-            if self.instance.get_runs(same, limit=1):
+            if asker != "schedule" and self.instance.get_runs(same, limit=1):
                 return False
         nouns = [key.path[-1] for key in decision.asset_selection]
         self.runs.append((self.day, "+".join(nouns), tags["roma/trigger"]))
@@ -178,7 +185,8 @@ class Month:
         attempt.log.write_text("".join(f"line {k}\n" for k in range(80)))
         mood, self.mood = self.mood, "work"
         if mood == "fail":
-            return ended(Phase.ENDED_BAD, "exit code 1")(folder, attempt, spec)
+            report = Exit(status="failed", reason=self.error) if self.error else None
+            return ended(Phase.ENDED_BAD, "exit code 1", report)(folder, attempt, spec)
         return completed()(folder, attempt, spec)
 
     def _run_job(self, context: dg.AssetExecutionContext) -> dict[str, Any]:
@@ -231,6 +239,16 @@ class Month:
             self.promoted.append(self.day)
             return dg.MaterializeResult(metadata={"version": str(version)})
 
+        def recent_inputs(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+            files, inputs = self.experiment.automation.drift.newest_files()
+            version = newest_trained(context.instance, self.experiment).on[0]
+            data = self.storage.datasets / "waves" / version[:12]
+            sample = sample_from_parquet(files, read_manifest(data).data_schema)
+            found = drift_effects(reference_profile(StoredDataset(data)), sample)
+            sizes = {effect.name: effect.size for effect in found}
+            facts = {"inputs": inputs, "series": sample.n, "drift_sizes": sizes}
+            return dg.MaterializeResult(metadata={**facts, "features": "not compared: played"})
+
         check = dg.AssetCheckSpec(
             "gate", asset=self.experiment.key("evaluation_report"), blocking=True
         )
@@ -239,4 +257,5 @@ class Month:
             asset(finetuned_classifier),
             asset(evaluation_report, check_specs=[check]),
             asset(registered_classifier),
+            asset(recent_inputs),
         ]

@@ -1,6 +1,7 @@
 """What becomes of a job whose watcher died, by the state of the Dagster run that began it."""
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -13,7 +14,7 @@ from roma_core.files import read_json, write_json
 from roma_core.job import JobFolder
 from roma_pipelines.automation import sensors
 from roma_pipelines.automation.sensors import action_for, reconcile
-from roma_pipelines.launching.jobs import cancel, read_job
+from roma_pipelines.launching.jobs import SettledJobs, cancel, read_job
 from roma_pipelines.launching.launcher import Unreachable
 from roma_pipelines.launching.supervisor import supervise
 from tests.time_limits import within
@@ -209,3 +210,17 @@ def test_the_sensor_looks_at_the_configured_storage(
     assert "cancel the job" in skipped.skip_message
     assert processes() == []
     assert client.get_run(known_run(folder)["run_id"]).info.status == "KILLED"
+
+
+def test_a_job_that_ended_is_read_again_once_its_files_change(tmp_path):
+    settled, job = SettledJobs(), tmp_path / "job"
+    (job / "attempts").mkdir(parents=True)
+    for path in (job / "attempts", job):
+        os.utime(path, (time.time() - 3600, time.time() - 3600))
+    assert settled.others(tmp_path) == [job]
+    settled.add(job)
+    assert settled.others(tmp_path) == []
+    (job / "attempts" / "2.json").touch()
+    for _ in range(2):
+        assert settled.others(tmp_path) == [job]
+        settled.add(job)  # so new that its time may not tell the next change
