@@ -14,10 +14,10 @@ from roma_pipelines.assets.dataset import dataset_asset
 from roma_pipelines.assets.evaluation_report import evaluation_report_asset
 from roma_pipelines.assets.registered_model import (
     batch_predictions_asset,
-    recent_inputs_asset,
     registered_model_asset,
 )
 from roma_pipelines.assets.training import finetuned_model_asset, pretrained_encoder_asset
+from roma_pipelines.automation.drift import recent_inputs_asset
 from roma_pipelines.automation.sensors import retraining_schedule, sensors_of
 from roma_pipelines.experiment import FINETUNED, Experiment
 

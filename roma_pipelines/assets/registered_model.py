@@ -1,5 +1,5 @@
-"""Assets: model and encoder in the registry, as candidates or, if the gate passes, champions;
-predictions of the champion for a file of series; and how far recent inputs are from its training data.
+"""Assets: model and encoder in the registry, as candidates or, if the gate passes, champions; and
+predictions of the champion for a file of series.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,6 @@ import dagster as dg
 from roma_core.files import digest_of, read_json
 from roma_core.job import JobFolder
 from roma_core.trainer.trackers import WandbConfig
-from roma_pipelines.automation.state import newest_trained
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.pipes import job_folder
 from roma_pipelines.registry import versions
@@ -218,7 +217,7 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
                     if counts
                     else {}
                 ),
-                **_drift(job),
+                **drift_metadata(job),
                 **job.metadata(),
             },
         )
@@ -226,97 +225,7 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
     return batch_predictions
 
 
-def recent_inputs_asset(experiment: Experiment) -> dg.AssetsDefinition:
-    """The asset ``recent_inputs``: effect sizes of drift, each a number that the UI plots over time."""
-    section = experiment.automation.drift
-    assert section is not None
-    text = "No effect size reaches its threshold."
-    spec = dg.AssetCheckSpec(
-        "inputs_as_trained", asset=experiment.key("recent_inputs"), description=text
-    )
-
-    @dg.asset(
-        **experiment.asset_arguments("recent_inputs"),
-        kinds={"parquet"},
-        output_required=False,
-        check_specs=[spec],
-        description=f"Recent inputs against the training data. {experiment.description}",
-    )
-    def recent_inputs(
-        context: dg.AssetExecutionContext,
-    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
-        from roma_core.evaluation.drift_job import DriftJobConfig
-
-        storage = Storage.open()
-        begun = job_folder(context).config
-        if begun.exists():  # a retry adopts the job, and so the champion and the files of that time
-            config = DriftJobConfig.model_validate(read_json(begun))
-        else:
-            files, inputs = section.newest_files()
-            trained = newest_trained(context.instance, experiment).on
-            if trained is None or not files:
-                patterns = ", ".join(map(str, section.files))
-                missing = f"no file matches {patterns}" if trained else "no model was trained yet"
-                yield _check(True, f"{missing}, so there is nothing to compare")
-                return
-            with registry(context) as client:
-                config = DriftJobConfig(
-                    files=tuple(str(file.absolute()) for file in files),
-                    inputs=inputs,
-                    dataset=str(storage.datasets / experiment.dataset.name / trained[0][:12]),
-                    class_column=section.class_column,
-                    **_reference(client, experiment.name, storage.cache / "models"),
-                )
-        resources, params = experiment.resources.of("evaluation"), {"files": len(config.files)}
-        job = run_tracked_job(context, experiment, "drift", config, resources, params=params)
-        n, effects = job.result.facts["series"], job.result.facts["effects"]
-        ratios = section.thresholds.ratios(effects)
-        n_far = sum(ratio >= 1 for ratio in ratios.values())
-        lines = [f"{name} is {x:.2g} times its threshold" for name, x in ratios.items()]
-        few = n < section.min_series
-        text = f"{n} series are too few; at least {section.min_series} are needed"
-        check = _check(few or not n_far, text if few else "; ".join(lines[: max(1, n_far)]))
-        numbers = effects if len(effects) <= _MAX_PLOTTED else {}
-        known = {"inputs": config.inputs, **_drift(job), **numbers, **job.metadata()}
-        yield dg.MaterializeResult(metadata=known, check_results=[check])
-
-    return recent_inputs
-
-
-def _check(passed: bool, text: str) -> dg.AssetCheckResult:
-    return dg.AssetCheckResult(
-        check_name="inputs_as_trained",
-        passed=passed,
-        severity=dg.AssetCheckSeverity.WARN,
-        description=text,
-    )
-
-
-_MAX_PLOTTED = 60  # effect sizes; of more, only the largest of each measure are plotted over time
-
-
-def _reference(client: Any, name: str, cache: Path) -> dict[str, str]:
-    """Folders of the champion's package and encoder; FetchError if the package is damaged."""
-    from roma_core.serving.registry_client import FetchError, fetch, package_of, resolve
-
-    if versions.version_at(client, name, CHAMPION) is None:
-        return {"encoder_problem": "there is no champion"}
-    champion = resolve(client, f"models:/{name}@{CHAMPION}")
-    found = {}
-    if champion.manifest_sha256 is not None:  # else a foreign package
-        found["package"] = str(package_of(fetch(client, champion, cache)))
-    try:
-        if versions.ENCODER_TAG not in champion.tags:
-            raise FetchError("the champion has no encoder tag")
-        version = champion.tags[versions.ENCODER_TAG]
-        encoder = resolve(client, f"models:/{versions.encoder_name(name)}/{version}")
-        found["encoder"] = str(fetch(client, encoder, cache))
-    except FetchError as error:
-        found["encoder_problem"] = str(error)
-    return found
-
-
-def _drift(job: TrackedJob) -> dict[str, Any]:
+def drift_metadata(job: TrackedJob) -> dict[str, Any]:
     """How far the inputs of a job are from the training data, by every measure."""
     effects: dict[str, float] = job.result.facts.get("effects", {})
     ascending = sorted(effects.items(), key=lambda effect: effect[1])

@@ -1,8 +1,5 @@
 """Sensors and the schedule of an experiment, and the sensor that reconciles jobs and Dagster runs.
 
-The drift sensor has recent inputs compared with the training data of the current model, by the asset
-``recent_inputs``, and decides about the result.
-
 The default run launcher does not notice that a run's worker died, and a dead worker cannot end its
 job. So, for each job: a run whose supervisor is dead is failed, and Dagster's retry adopts the job;
 a job whose run has ended is cancelled.
@@ -10,20 +7,20 @@ a job whose run has ended is cancelled.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import dagster as dg
 
 from roma_core.data.config import source_fingerprint
 from roma_pipelines._compat import shared_instance
 from roma_pipelines.automation import state
-from roma_pipelines.automation.alerts import deliver_pending, send_alert
-from roma_pipelines.automation.settings import Drift, NewData
+from roma_pipelines.automation.alerts import deliver_pending
+from roma_pipelines.automation.drift import check_inputs
+from roma_pipelines.automation.settings import NewData
 from roma_pipelines.automation.state import Decision
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.jobs import Job, SettledJobs, all_jobs, cancel
@@ -196,90 +193,6 @@ def scheduled_run(
     return dg.SkipReason(step.why)
 
 
-# -- drift --------------------------------------------------------------------------------------
-
-
-_UNSEEN: dict[str, Any] = {"looked_at": 0.0, "trained_at": 0.0, "decided": "", "files": ""}
-
-
-def check_inputs(
-    experiment: Experiment,
-    settings: Drift,
-    instance: dg.DagsterInstance,
-    cursor: str | None,
-    now: float,
-) -> tuple[Decision, str]:
-    """Decide about the newest comparison, once; request one of the newest files if they are others."""
-    seen = _UNSEEN | json.loads(cursor or "{}")
-    decision: Decision | None = None
-    found = state.newest_comparison(instance, experiment)
-    if found is not None and found.run != seen["decided"]:
-        decision, settled = _decide(experiment, settings, instance, seen, found, now)
-        if settled:
-            seen["decided"] = found.run
-        if isinstance(decision, dg.RunRequest):
-            seen["trained_at"] = now
-            return decision, json.dumps(seen)
-    if now >= seen["looked_at"] + settings.every_min * 60:
-        paths, inputs = settings.newest_files()
-        seen |= {"looked_at": now, "files": ""}
-        if not paths:
-            seen["files"] = f"no file matches {', '.join(map(str, settings.files))}"
-        elif found is None or inputs != found.inputs:
-            step = state.Step("compare", f"new inputs: {paths[-1].name}", f"compare:{inputs}")
-            asked: Decision = dg.SkipReason("no model was trained yet, so there is no reference")
-            if state.newest_trained(instance, experiment).on is not None:
-                asked = state.request(experiment, instance, "drift", step, now)
-            if isinstance(asked, dg.RunRequest):
-                return asked, json.dumps(seen)
-            seen["files"] = asked.skip_message
-    return decision or dg.SkipReason(seen["files"] or "no new inputs"), json.dumps(seen)
-
-
-def _decide(
-    experiment: Experiment,
-    settings: Drift,
-    instance: dg.DagsterInstance,
-    seen: dict[str, Any],
-    found: state.Comparison,
-    now: float,
-) -> tuple[Decision, bool]:
-    """The decision about a comparison, and whether it is settled: else it is taken again at the next
-    tick, as the obstacle to training is temporary.
-    """
-    ratios = settings.thresholds.ratios(found.effects)
-    shown = [f"{name} {found.effects[name]:.2f}" for name in ratios]
-    n_far = sum(ratio >= 1 for ratio in ratios.values())
-    if found.n < settings.min_series:
-        few = f"{found.n} series are too few; at least {settings.min_series} are needed"
-        return dg.SkipReason(few), True
-    if not n_far:
-        text = f"no drift in {found.n} series; largest: {', '.join(shown[:1])}{found.remark}"
-        return dg.SkipReason(text), True
-    why = f"{found.n} recent series differ from the training data: "
-    why += ", ".join(shown[: min(n_far, 6)]) + found.remark
-    step, decision, settled = state.step_of(experiment, instance), None, True
-    todo: Literal["build", "train"] = "build" if step.do == "build" else "train"
-    cool_h = (now - seen["trained_at"]) / 3600
-    if cool_h < settings.cooldown_h:
-        cooldown = f"the cooldown is {settings.cooldown_h:g} h"
-        action, settled = f"trained for drift {cool_h:.0f} h ago; {cooldown}", False
-    elif step.do == "wait" or (step.do == "nothing" and settings.only_if_new):
-        action, settled = f"nothing is trained: {step.why}", step.do == "nothing"
-    elif settings.dry_run:
-        action = f"would {todo}, but this is a dry run"
-    else:
-        wanted = state.Step(todo, why, step.key or f"drift:{found.inputs}")
-        decision = state.request(experiment, instance, "drift", wanted, now)
-        action = f"{step.why}: a data set is built, and trained on if it differs"
-        action = action if todo == "build" else "training"
-        if isinstance(decision, dg.SkipReason):  # the weekly budget is used up, or it failed before
-            action, settled = str(decision.skip_message), False
-    subject, key = f"{experiment.name}: inputs have drifted", [experiment.name, found.inputs]
-    send_alert(Storage.open(), "drift", subject, f"{why}\n{action}", key=key)
-    return decision or dg.SkipReason(f"{why}; {action}"), settled
-
-
 # -- reconciliation -----------------------------------------------------------------------------
 
 
@@ -305,7 +218,7 @@ def reconcile_jobs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
 
 
 # Dagster gives a tick of a sensor a minute
-_CANCEL_WITHIN_S, _REPORT_WITHIN_S, _EMBED_WITHIN_S = 30.0, 15.0, 40.0
+_CANCEL_WITHIN_S, _REPORT_WITHIN_S = 30.0, 15.0
 _pool = ThreadPoolExecutor(64, "cancel")
 _settled = SettledJobs()
 _cancelling: dict[str, Future[str]] = {}  # by the job's key

@@ -3,9 +3,9 @@
 import dagster as dg
 
 from roma_pipelines.automation.alerts import read_alerts
+from roma_pipelines.automation.drift import check_inputs
 from roma_pipelines.automation.sensors import (
     check_dataset,
-    check_inputs,
     check_source,
     scheduled_run,
 )

@@ -14,16 +14,15 @@ from roma_core.evaluation.drift_job import DriftJobConfig, run_drift_job
 from roma_core.files import write_json
 from roma_core.job import JobFolder
 from roma_pipelines._compat import shared_instance
-from roma_pipelines.assets.registered_model import _reference
 from roma_pipelines.automation.alerts import (
     deliver_pending,
     read_alerts,
     send_alert,
 )
+from roma_pipelines.automation.drift import _reference, check_inputs
 from roma_pipelines.automation.sensors import (
     check_champion,
     check_dataset,
-    check_inputs,
     check_source,
 )
 from roma_pipelines.automation.settings import Drift, NewData
