@@ -106,30 +106,29 @@ def all_jobs(root: Path, settled: SettledJobs | None = None) -> list[Job]:
 
 
 class SettledJobs:
-    """Job folders that need not be read again before a file in them or their ``attempts`` is replaced.
+    """Job folders that need not be read again before a file in them is replaced.
 
-    So a sensor's tick costs two calls of the file system for each past job, and no reading.
+    So a sensor's tick costs one call of the file system for each past job, and no reading. Whoever
+    changes something in ``attempts`` has just written ``lease.json``.
     """
 
     def __init__(self) -> None:
-        self._stamps: dict[str, tuple[int, int]] = {}  # of the settled ones
-        self._now: dict[str, tuple[int, int]] = {}  # of all, at the last look
+        self._stamps: dict[str, int] = {}  # times of the settled ones
+        self._now: dict[str, int] = {}  # of all, at the last look
 
     def others(self, root: Path) -> list[Path]:
         """All folders under ``root`` but the settled ones."""
         self._now = {}
-        for name in os.listdir(root) if root.is_dir() else ():  # noqa: PTH208 - these are fast
-            path, attempts = f"{root}/{name}", f"{root}/{name}/attempts"
+        for entry in os.scandir(root) if root.is_dir() else ():
             with contextlib.suppress(OSError):  # removed meanwhile
-                inner = os.stat(attempts).st_mtime_ns if os.path.exists(attempts) else 0  # noqa: PTH110, PTH116
-                self._now[path] = (os.stat(path).st_mtime_ns, inner)  # noqa: PTH116
+                self._now[entry.path] = entry.stat().st_mtime_ns
         self._stamps = {k: stamp for k, stamp in self._stamps.items() if self._now.get(k) == stamp}
         return [Path(path) for path in sorted(self._now.keys() - self._stamps.keys())]
 
     def add(self, path: Path) -> None:
-        """Settle a folder of the last look, unless it is so new that times may not tell a change."""
+        """Settle a folder of the last look, unless it changed in the last minute."""
         stamp = self._now.get(str(path))
-        if stamp is not None and time.time() - max(stamp) / 1e9 > 60:
+        if stamp is not None and time.time() - stamp / 1e9 > 60:
             self._stamps[str(path)] = stamp
 
 

@@ -214,13 +214,12 @@ def test_the_sensor_looks_at_the_configured_storage(
 
 def test_a_job_that_ended_is_read_again_once_its_files_change(tmp_path):
     settled, job = SettledJobs(), tmp_path / "job"
-    (job / "attempts").mkdir(parents=True)
-    for path in (job / "attempts", job):
-        os.utime(path, (time.time() - 3600, time.time() - 3600))
+    job.mkdir()
+    os.utime(job, (time.time() - 3600, time.time() - 3600))
     assert settled.others(tmp_path) == [job]
     settled.add(job)
     assert settled.others(tmp_path) == []
-    (job / "attempts" / "2.json").touch()
+    write_json(job / "lease.json", {})
     for _ in range(2):
         assert settled.others(tmp_path) == [job]
-        settled.add(job)  # so new that its time may not tell the next change
+        settled.add(job)  # so new that its attempts may still change
