@@ -1,14 +1,18 @@
-"""Private parts of Dagster without a public equivalent; tests in ``tests/pipelines/test_compat.py``."""
+"""Private parts of Dagster and Optuna without a public equivalent; tests in ``tests/pipelines/test_compat.py``."""
 
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING
 
 import dagster as dg
 from dagster._serdes import serialize_value
 from dagster._utils.error import SerializableErrorInfo
 
-__all__ = ["SerializableErrorInfo", "shared_instance"]
+if TYPE_CHECKING:
+    import optuna
+
+__all__ = ["SerializableErrorInfo", "adopted_trial", "shared_instance"]
 
 _lock = threading.Lock()
 _open: dict[str, dg.DagsterInstance] = {}  # at most one: a code server has one instance
@@ -28,3 +32,10 @@ def shared_instance(
                 _open[key] = dg.DagsterInstance.from_ref(ref)
             context._instance = _open[key]
     return context.instance
+
+
+def adopted_trial(study: optuna.Study, number: int) -> optuna.Trial:
+    """A running trial that another process asked for."""
+    import optuna
+
+    return optuna.Trial(study, study.get_trials(deepcopy=False)[number]._trial_id)

@@ -17,6 +17,7 @@ from roma_pipelines.assets.registered_model import (
     registered_model_asset,
 )
 from roma_pipelines.assets.training import finetuned_model_asset, pretrained_encoder_asset
+from roma_pipelines.assets.tuning_study import tuning_study_asset
 from roma_pipelines.automation.drift import recent_inputs_asset
 from roma_pipelines.automation.sensors import retraining_schedule, sensors_of
 from roma_pipelines.experiment import FINETUNED, Experiment
@@ -84,6 +85,8 @@ class RomaExperiment(Experiment, dg.Component):
             assets.append(batch_predictions_asset(self))
         if self.automation.drift is not None:
             assets.append(recent_inputs_asset(self))
+        if self.tuning is not None:
+            assets.append(tuning_study_asset(self))
         return self.with_automation(assets)
 
     def with_automation(self, assets: Sequence[dg.AssetsDefinition]) -> dg.Definitions:

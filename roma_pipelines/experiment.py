@@ -30,6 +30,7 @@ from roma_pipelines.automation.settings import Automation
 from roma_pipelines.registry.gate import CLASS_THRESHOLDS, GateThresholds
 from roma_pipelines.resources import JOB_CLIENTS
 from roma_pipelines.run_config import ENCODER, FINETUNED, RUN_CONFIGS, STAGES, Resources
+from roma_pipelines.search_space import Tuning
 
 DEFS = Path(__file__).parent / "defs"
 COMPONENT = "roma_pipelines.components.RomaExperiment"
@@ -52,6 +53,7 @@ _SECTIONS = {  # that determine the content of an asset; of the others, all of t
     **dict.fromkeys(FINETUNED.values(), _TRAINING_SECTIONS),
     "batch_predictions": {"predictions"},
     "recent_inputs": {"automation"},
+    "tuning_study": {*_TRAINING_SECTIONS, "tuning"},
 }
 _ALL_SECTIONS = {*_TRAINING_SECTIONS, "gate", "baselines"}
 
@@ -146,6 +148,8 @@ class Experiment(Frozen):
     )
     predictions: Predictions | None = None
     """Adds the asset batch_predictions; null: none."""
+    tuning: Tuning | None = Field(None, exclude_if=lambda tuning: tuning is None)
+    """Hyperparameter search; adds the asset tuning_study. null: `roma-pipeline tune` has defaults."""
     schedule: str | None = None
     """Cron expression (UTC) of retraining; the schedule starts stopped."""
     automation: Automation = Field(Automation(), description="Sensors and budget.")
@@ -256,6 +260,14 @@ class Experiment(Frozen):
             raise ValueError("\n".join(f"automation.run_config: {ln}" for ln in lines)) from None
         return self
 
+    @model_validator(mode="after")
+    def _can_be_tuned(self) -> Self:
+        if self.tuning is not None:
+            plain = self.model_copy(update={"tuning": None})
+            if errors := self.tuning.problems(plain, plain.with_settings):
+                raise ValueError("\n".join(errors))
+        return self
+
     def with_settings(
         self,
         *,
@@ -356,6 +368,8 @@ class Experiment(Frozen):
         upstream: tuple[str, ...] = (self.registered,)  # of batch_predictions, recent_inputs
         if asset_name in (names := self.asset_names):
             upstream = names[: names.index(asset_name)]
+        elif asset_name == "tuning_study":
+            upstream = ("dataset",)
         return {
             "code_version": self.code_version(asset_name),
             "config_schema": config.to_config_schema() if config else None,

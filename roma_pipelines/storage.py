@@ -1,4 +1,4 @@
-"""The storage root, ``.roma/`` by default, and the databases of Dagster and MLflow.
+"""The storage root, ``.roma/`` by default, and the databases of Dagster, MLflow and Optuna.
 
 .roma/
     layout.json     version of this layout
@@ -9,6 +9,7 @@
     clusters/       <profile>/poll.json, last answer of a scheduler
     mlflow/         embedded tracking store and registry
     dagster/        embedded Dagster instance (DAGSTER_HOME)
+    tuning/         embedded store of hyperparameter searches
     alerts.jsonl    alerts
 """
 
@@ -46,8 +47,8 @@ class StorageSettings(RomaSettings):
     )
     database_url: SecretStr | None = Field(
         None,
-        description="postgresql://USER:PASSWORD@HOST:PORT/DATABASE for the state of Dagster and of "
-        "MLflow, each in its own schema; null uses SQLite files under the root.",
+        description="postgresql://USER:PASSWORD@HOST:PORT/DATABASE for the state of Dagster, MLflow "
+        "and Optuna, each in its own schema; null uses SQLite files under the root.",
     )
 
 
@@ -110,7 +111,7 @@ class Storage:
         return shutil.disk_usage(self.root).free < 1e6
 
 
-SCHEMAS = ("dagster", "mlflow")
+SCHEMAS = ("dagster", "mlflow", "tuning")
 PASSWORD_VARIABLES = ("PGPASSWORD", "PGPASSFILE")  # of libpq; passed on to child processes
 _SQLALCHEMY = "postgresql+psycopg2"  # without a driver name SQLAlchemy would look for psycopg 3
 

@@ -117,6 +117,52 @@ def _differences(weights: Path, ours: DataSchema) -> list[str]:
     ]
 
 
+def validation_metric(experiment: Experiment, dataset: Path) -> tuple[str, str, bool]:
+    """The primary metric, the reason for it, and whether it is defined on the validation split."""
+    stored = StoredDataset(dataset, verify=False)
+    validation = stored.split("validation")
+    if experiment.task != "classification":
+        return "r2", f"the task is {experiment.task}", len(validation) > 1
+    train = stored.split("train").class_counts
+    metric, reason = primary_metric(experiment.primary_metric, train)
+    return metric, reason, sum(n > 0 for n in validation.class_counts.values()) > 1
+
+
+def training_config(
+    experiment: Experiment,
+    command: Literal["pretrain", "finetune"],
+    dataset: Path,
+    weights: Path | None = None,
+) -> TrainingJobConfig:
+    """The configuration of one of the two trainings; ValueError if the data set does not fit."""
+    stage = experiment.pretraining if command == "pretrain" else experiment.finetuning
+    trainer = TrainerConfig(**stage.trainer)
+    if command == "finetune" and "best_metric" not in trainer.model_fields_set:
+        metric, _, is_defined = validation_metric(experiment, dataset)
+        if is_defined:
+            best = {"best_metric": f"eval/{metric}", "best_metric_mode": "max"}
+            trainer = trainer.model_copy(update=best)
+    fixed = {"problem_type": experiment.task} if command == "finetune" else {}
+    # served with an honest spread, at no measurable loss of R²
+    defaults = {"predict_variance": True} if experiment.task == "interpolation" else {}
+    return TrainingJobConfig.resolve(
+        command,
+        dataset,
+        defaults | stage.model | fixed,
+        trainer,
+        weights=weights,
+        train_fraction=stage.train_fraction,
+    )
+
+
+def run_params(config: TrainingJobConfig) -> dict[str, Any]:
+    """Parameters of the MLflow run of a training."""
+    params: dict[str, Any] = {"dataset_digest": config.dataset_digest[:36]}
+    for section in ("model", "trainer"):
+        params |= {f"{section}.{k}": v for k, v in getattr(config, section).items()}
+    return params
+
+
 def _trained(
     context: dg.AssetExecutionContext,
     experiment: Experiment,
@@ -125,37 +171,18 @@ def _trained(
     weights: Path | None = None,
 ) -> TrackedJob:
     experiment = of_this_run(context, experiment)
-    name: StageName = "pretraining" if command == "pretrain" else "finetuning"
-    stage, resources = getattr(experiment, name), experiment.resources.of(name)
-    trainer = TrainerConfig(**stage.trainer)
-    if command == "finetune" and "best_metric" not in trainer.model_fields_set:
-        stored = StoredDataset(dataset, verify=False)
-        validation = stored.split("validation")
-        metric, reason, n_different = "r2", "the task is regression", len(validation)
-        if experiment.task == "classification":
-            train = stored.split("train").class_counts
-            metric, reason = primary_metric(experiment.primary_metric, train)
-            n_different = sum(n > 0 for n in validation.class_counts.values())
+    if command == "finetune":
+        metric, reason, _ = validation_metric(experiment, dataset)
         context.log.info(f"primary metric: {metric}; {reason}")
-        if n_different > 1:  # else it may be undefined
-            best = {"best_metric": f"eval/{metric}", "best_metric_mode": "max"}
-            trainer = trainer.model_copy(update=best)
-    fixed = {"problem_type": experiment.task} if command == "finetune" else {}
-    # served with an honest spread, at no measurable loss of R²
-    defaults = {"predict_variance": True} if experiment.task == "interpolation" else {}
-    config = TrainingJobConfig.resolve(
-        command,
-        dataset,
-        defaults | stage.model | fixed,
-        trainer,
-        weights=weights,
-        train_fraction=stage.train_fraction,
-    )
-    params: dict[str, Any] = {"dataset_digest": config.dataset_digest[:36]}
-    for section in ("model", "trainer"):
-        params |= {f"{section}.{k}": v for k, v in getattr(config, section).items()}
+    name: StageName = "pretraining" if command == "pretrain" else "finetuning"
     return run_tracked_job(
-        context, experiment, command, config, resources, runner="torchrun", params=params
+        context,
+        experiment,
+        command,
+        config := training_config(experiment, command, dataset, weights),
+        experiment.resources.of(name),
+        runner="torchrun",
+        params=run_params(config),
     )
 
 

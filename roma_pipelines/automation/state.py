@@ -15,7 +15,7 @@ from roma_core.data.config import source_fingerprint
 from roma_core.files import digest_of
 from roma_pipelines.automation.alerts import ATTEMPT_TAG, again_after, send_alert
 from roma_pipelines.experiment import Experiment
-from roma_pipelines.launching.jobs import read_job
+from roma_pipelines.launching.jobs import hours_of, read_job
 from roma_pipelines.storage import Storage
 
 FINGERPRINT = "source_fingerprint"  # metadata of the data set: its source at build time
@@ -191,20 +191,7 @@ def hours_used(experiment: Experiment, jobs_root: Path, now: float | None = None
             continue
         if uses_gpus(experiment) and not job.spec.gpus_per_node:
             continue
-        spec = job.spec
-        width = spec.gpus_per_node or spec.processes_per_node * spec.threads_per_process
-        for record in job.records:
-            end = record.end
-            if end is None:  # it claims this file when it begins to run
-                owner = job.folder.attempt(record.attempt).owner
-                ran_s = max(0.0, now - owner.stat().st_mtime) if owner.exists() else 0.0
-            elif end.ended_at < since:
-                continue
-            elif end.ran_s is None:
-                ran_s = end.ended_at - (record.submitted_at or record.intended_at)
-            else:
-                ran_s = end.ran_s
-            hours += ran_s / 3600 * spec.nodes * width
+        hours += hours_of(job, since, now)
     return hours
 
 

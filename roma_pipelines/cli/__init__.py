@@ -18,6 +18,7 @@ _COMMANDS = {
     "demo": "roma_pipelines.cli.demo:demo",
     "up": "roma_pipelines.cli.up:up",
     "plan": "roma_pipelines.cli.plan:plan",
+    "tune": "roma_pipelines.cli.tune:tune",
     "launch": "roma_pipelines.cli.jobs:launch",
     "jobs": "roma_pipelines.cli.jobs:jobs",
     "promote": "roma_pipelines.cli.registry:promote",

@@ -192,6 +192,25 @@ def cancel(
         time.sleep(0.2)
 
 
+def hours_of(job: Job, since: float = 0.0, now: float | None = None) -> float:
+    """GPU-hours of its attempts, or CPU-hours without a GPU; of those that ended before ``since``, none."""
+    now, hours, spec = time.time() if now is None else now, 0.0, job.spec
+    width = spec.gpus_per_node or spec.processes_per_node * spec.threads_per_process
+    for record in job.records:
+        end = record.end
+        if end is None:  # it claims this file when it begins to run
+            owner = job.folder.attempt(record.attempt).owner
+            ran_s = max(0.0, now - owner.stat().st_mtime) if owner.exists() else 0.0
+        elif end.ended_at < since:
+            continue
+        elif end.ran_s is None:
+            ran_s = end.ended_at - (record.submitted_at or record.intended_at)
+        else:
+            ran_s = end.ran_s
+        hours += ran_s / 3600 * spec.nodes * width
+    return hours
+
+
 def usage(outcome: Outcome, spec: JobSpec, profile: ClusterProfile | None) -> dict[str, Any]:
     """Plain values to show on the asset of a completed job.
 

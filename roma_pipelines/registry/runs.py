@@ -143,6 +143,8 @@ class RunRecord(Frozen):
     results: dict[str, float] = Field({})  # metrics of the whole job
     final_tags: dict[str, str] = Field({})
     artifacts: dict[str, str] = Field({})  # file or folder of the job folder -> folder of the run
+    # key of the job in whose run this one is nested; excluded when empty: digests of old records stay
+    parent: str = Field("", exclude_if=lambda key: not key)
 
     @property
     def digest(self) -> str:
@@ -226,9 +228,17 @@ def log_run(client: MlflowClient, folder: JobFolder, record: RunRecord) -> dict[
     from mlflow.entities import Metric, RunTag
 
     start_ms = round(folder.spec.stat().st_mtime * 1000) if folder.spec.exists() else None
-    key, about = folder.path.name, (record.name, record.tags, record.params)
+    about = record.tags
+    if record.parent:
+        parent = JobFolder(folder.path.with_name(record.parent))
+        send_record(client, parent)
+        if outer := known_run(parent).get("run_id"):
+            about = about | {"mlflow.parentRunId": outer}
+    key = folder.path.name
     known_id = known_run(folder).get("run_id", "")
-    run_id = find_or_create_run(client, record.experiment, key, *about, start_ms, known_id)
+    run_id = find_or_create_run(
+        client, record.experiment, key, record.name, about, record.params, start_ms, known_id
+    )
     experiment_id = client.get_run(run_id).info.experiment_id
     run = {"schema_version": 1, "run_id": run_id, "experiment_id": experiment_id}
     if folder.path.exists():

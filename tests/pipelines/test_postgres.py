@@ -21,6 +21,7 @@ from roma_pipelines.storage import (
     ensure_schemas,
     prepare_instance,
 )
+from roma_pipelines.tuning import open_study
 from tests.pipelines import tiny
 from tests.pipelines.registry.contender import add_rivals, contender, held, locks, said
 
@@ -63,7 +64,11 @@ def test_one_setting_keeps_the_state_of_both_and_no_file_has_the_password(state,
     client = connect(MlflowSettings(), state.mlflow)
     run_id = find_or_create_run(client, "roma/waves", "0" * 20, "a run", {}, {"lr": 0.1})
 
+    open_study(state, "waves-1").ask()
+
     assert {"runs", "event_logs", "alembic_version"} <= tables("dagster")
+    assert {"studies", "trials", "alembic_version"} <= tables("tuning")
+    assert open_study(state, "waves-1").trials[0].state.name == "RUNNING"
     assert {"runs", "registered_models", "alembic_version"} <= tables("mlflow")
     assert not {"runs", "alembic_version"} & tables("public")
     with dg.DagsterInstance.get() as instance:

@@ -1,0 +1,257 @@
+"""Hyperparameter search: its space, its trials, a killed search, and the change of the file."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import dagster as dg
+import pytest
+import yaml
+
+from roma_core.data.build import build_dataset
+from roma_core.data.store import StoredDataset
+from roma_core.job import Exit, Result
+from roma_core.trainer.job import train
+from roma_pipelines import tuning
+from roma_pipelines.cli.tune import changed_text
+from roma_pipelines.experiment import DEFS, Experiment
+from roma_pipelines.launching.jobs import all_jobs
+from roma_pipelines.launching.spec import JobState, Phase
+from roma_pipelines.registry.store import MlflowSettings, connect
+from roma_pipelines.resources import JOB_CLIENTS, LocalJobClient
+from roma_pipelines.search_space import sections
+from tests.pipelines import tiny
+from tests.pipelines.launching.fake import FakeLauncher, running
+from tests.time_limits import wait_until, within
+
+RATE = "finetuning.trainer.base_lr"
+RATES = {RATE: {"low": 1e-4, "high": 0.1, "log": True}}
+FAST = {"pretraining": {"trainer": {"epochs": 1, "batch_size": 16}}}
+FAST["finetuning"] = {"trainer": {"epochs": 2, "batch_size": 8, "base_lr": 0.01, "eval_every": 6}}
+
+
+def attributes(folder, **section):
+    return tiny.attributes(folder, **FAST, tuning={"space": RATES, "parallel": 1, **section})
+
+
+# -- the section ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "dimension", "sentence"),
+    [
+        (RATE, {"low": -0.1, "high": 1}, f"tuning.space: {RATE}: must be greater than 0, got -0.1"),
+        ("finetuning.trainer.rate", {"choices": [1, 2]}, "finetuning.trainer.rate: not a setting"),
+        ("finetuning.model.use_cls", {"choices": [True, False]}, "determined by the pretrained"),
+        ("trainer.base_lr", {"low": 0.1, "high": 1}, "expected a path such as"),
+        (
+            "finetuning.trainer.epochs",
+            {"low": 1.5, "high": 9},
+            "finetuning.trainer.epochs: must be",
+        ),
+        ("finetuning.trainer.random_seed", {"low": 1, "high": 9}, "best of several seeds"),
+        (RATE, {"low": 1, "high": 0.1}, "expected low and a larger high, or choices; got low=1.0"),
+        (RATE, {"low": 0, "high": 1, "log": True}, "log needs a low above 0"),
+        (RATE, {"choices": [0.1, 0.2], "low": 0.1}, "nothing beside them"),
+    ],
+)
+def test_a_wrong_space_is_refused_when_the_file_loads(tmp_path, path, dimension, sentence):
+    with pytest.raises(ValueError) as caught:
+        Experiment.parse(attributes(tmp_path, space={path: dimension}))
+    assert sentence in str(caught.value)
+
+
+def test_only_an_experiment_with_the_section_changes(tmp_path):
+    plain = tiny.attributes(tmp_path)
+    assert "tuning" not in Experiment.parse(plain).model_dump()
+    graph = tiny.definitions(plain | {"tuning": {}}).resolve_asset_graph()
+    study = graph.get(dg.AssetKey(["waves", "tuning_study"]))
+    assert [key.path[-1] for key in study.parent_keys] == ["dataset"] and not study.child_keys
+    keys = tiny.definitions(plain).resolve_asset_graph().materializable_asset_keys
+    assert study.key not in keys
+
+
+# -- the file ------------------------------------------------------------------------------------
+
+
+def test_better_settings_are_written_between_the_comments_of_the_file():
+    before = (DEFS / "japanese_vowels" / "defs.yaml").read_text()
+    settings = {
+        RATE: 1e-5,
+        "finetuning.trainer.optimizer_args.weight_decay": 0.1,
+        "finetuning.trainer.warmup_steps": None,
+        "finetuning.model.encoder_config.pos_drop_rate": 0.2,
+        "finetuning.model.pooling": "mean",
+        "pretraining.trainer.epochs": 7,
+    }
+    after = changed_text(before, settings, "study a, trial 1")
+    experiment = Experiment.parse(yaml.safe_load(before)["attributes"])
+
+    made = Experiment.parse(yaml.safe_load(after)["attributes"])
+    assert made == experiment.with_settings(**sections(experiment, settings))
+    gone = set(before.splitlines()) - set(after.splitlines())
+    assert len(gone) == 3 and not any("#" in line for line in gone)  # base_lr, two flow mappings
+    again = changed_text(after, {RATE: 0.5}, "study b, trial 2")
+    assert again.count("# tuned by study a, trial 1") == 1  # of the pretraining
+    assert again.count("  # tuned by study b, trial 2\n  finetuning:") == 1
+
+
+# -- trials --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    monkeypatch.setattr(tuning, "_POLL_S", 0.01)
+    monkeypatch.setattr(tuning, "supervise", functools.partial(tuning.supervise, poll_every_s=0.01))
+
+
+def finish(folder, attempt, spec, **result):
+    attempt.path.mkdir(parents=True, exist_ok=True)
+    attempt.write_exit(Exit(status="completed"))
+    facts = {"job_key": spec.key, "attempt": attempt.n, "world_size": 1, "wall_s": 0.0}
+    folder.write_result(Result(**facts, **result))
+    return JobState(Phase.ENDED_OK)
+
+
+def trained(folder, attempt, spec):
+    """The training itself, in this process."""
+    attempt.path.mkdir(parents=True, exist_ok=True)
+    return finish(folder, attempt, spec, outputs=train(folder, attempt).outputs)
+
+
+class InThisProcess(LocalJobClient):
+    def launcher(self, profile=None):
+        return FakeLauncher([trained])
+
+
+@pytest.fixture
+def searched(storage, tmp_path, fast, monkeypatch):
+    """A search whose trials log the given values: None fails, and low ones wait to be pruned."""
+
+    def make(curves, **section):
+        experiment = Experiment.parse(attributes(tmp_path, trials=len(curves), **section))
+        lines = []
+
+        def play(folder, attempt, spec):
+            n = next(n for n in range(99) if search._folder(f"trial {n}") == folder)
+            if curves[n] is None:
+                failed = Exit(status="failed", reason="ValueError: no such axis")
+                attempt.path.mkdir(parents=True, exist_ok=True)
+                attempt.write_exit(failed)
+                return JobState(Phase.ENDED_BAD, "exit code 1")
+            records = [{"step": k, "metrics": {search.metric: v}} for k, v in enumerate(curves[n])]
+            folder.metrics.write_text("".join(json.dumps(one) + "\n" for one in records))
+            return JobState(Phase.RUNNING) if curves[n][-1] == 0 else finish(folder, attempt, spec)
+
+        fake = FakeLauncher([play, *[running()] * 9999])
+        search = tuning.Search(experiment, dataset, storage, lines.append, lambda *_: fake)
+        monkeypatch.setattr(search, "_encoder", lambda *_: None)
+        monkeypatch.setattr(tuning.runs.JobRun, "update", lambda *_: None)
+        return search, lines
+
+    experiment = Experiment.parse(attributes(tmp_path))
+    dataset = build_dataset(experiment.dataset, storage.datasets, storage.cache, progress=False)
+    return make
+
+
+def test_every_trial_counts_once_and_the_best_is_compared_with_the_file(searched):
+    flat = [[value] * 5 for value in (0.5, 0.6, 0.7, 0.5, 0.4)]
+    search, lines = searched([*flat, None, [0.1, 0.1, 0.1, 0.1, 0]], parallel=1)
+    found = search.run()
+
+    assert Counter(row["state"] for row in found.rows) == {"complete": 5, "fail": 1, "pruned": 1}
+    assert found.rows[5]["reason"].startswith("ValueError: no such axis")
+    assert found.rows[0]["settings"] == "settings of the file"
+    assert (found.best.number, found.file) == (2, 0.5)
+    assert found.text.startswith("trial 2 beats the settings of the file by 0.2000: eval/accuracy")
+    assert found.settings.keys() == {RATE}
+    assert (
+        "trial 6: eval/accuracy 0.1000, pruned after 5 evaluations; best so far 0.7000" in lines[-1]
+    )
+    again, lines = searched([*flat, None, None], parallel=1)
+    assert again.run().rows == found.rows
+    assert "7 of 7 trials were started, 0 are unfinished" in lines[0]
+    other, _ = searched([[0.5]] * 3, hours=1e-9, space={RATE: {"choices": [0.1, 0.2]}})
+    assert len(other.run().rows) == 1 and other.name != search.name
+
+
+def test_a_failure_of_all_first_trials_ends_the_search(searched):
+    search, _ = searched([None] * 9, parallel=1)
+    with pytest.raises(tuning.TuningError, match=r"no trial of the study waves-.*no such axis"):
+        search.run()
+    assert len(search.study.trials) == 3
+
+
+def test_the_asset_searches_without_the_test_split(storage, tmp_path, fast, monkeypatch):
+    assets = tiny.definitions(attributes(tmp_path, trials=2)).assets
+    clients = {**JOB_CLIENTS, "local": InThisProcess()}
+
+    def materialize(name):
+        key, where = dg.AssetKey(["waves", name]), {"instance": instance, "resources": clients}
+        assert dg.materialize(assets, selection=[key], **where).success
+        return instance.get_latest_materialization_event(key).asset_materialization.metadata
+
+    with dg.DagsterInstance.get() as instance:
+        materialize("dataset")
+        splits, split = set(), StoredDataset.split
+        monkeypatch.setattr(
+            StoredDataset, "split", lambda self, name: splits.add(name) or split(self, name)
+        )
+        made = materialize("tuning_study")
+        jobs = {job.key: job for job in all_jobs(storage.jobs)}
+
+    assert splits == {"train", "validation"}
+    assert Counter(job.spec.command[2] for job in jobs.values()) == {"pretrain": 1, "finetune": 2}
+    logged = [
+        json.loads(line)["metrics"].get("eval/accuracy", 0)
+        for job in jobs.values()
+        for line in job.folder.metrics.read_text().splitlines()
+    ]
+    assert made["best_value"].value == max(logged) > 0
+    page = Path(made["report"].value).read_text()
+    assert made["study"].value in page and page.count("data:image/png") >= 2
+    client = connect(MlflowSettings(), storage.mlflow)
+    runs = client.search_runs([client.get_experiment_by_name("roma/waves").experiment_id])
+    (outer,) = (run for run in runs if run.info.run_name == made["study"].value)
+    inner = [run.data.tags.get("mlflow.parentRunId") for run in runs if run is not outer]
+    assert inner == [outer.info.run_id] * 3
+    assert outer.data.metrics["best_eval/accuracy"] == made["best_value"].value
+
+
+@pytest.mark.slow
+def test_a_killed_search_adopts_its_trials(storage, tmp_path):
+    path = tmp_path / "defs.yaml"
+    path.write_text(yaml.safe_dump({"type": "-", "attributes": attributes(tmp_path)}))
+    command = [sys.executable, "-m", "roma_pipelines.cli", "tune", str(path)]
+    command += ["--trials", "2", "--parallel", "2"]
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"}
+    log = tmp_path / "log"
+
+    def n_claimed():
+        return len(list(storage.jobs.glob("*/attempts/1/owner.json")))
+
+    with log.open("w") as output:
+        first = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+    try:
+        wait_until(lambda: n_claimed() == 3 or first.poll() is not None, 60, "both trials run")
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=within(60)
+    )
+
+    assert done.returncode == 0, log.read_text() + done.stdout + done.stderr
+    assert "2 of 2 trials were started, " in done.stdout
+    assert "; 2 of 2 trials, " in done.stdout
+    assert "of the file" in done.stdout.splitlines()[-2]
+    jobs = all_jobs(storage.jobs)
+    assert [len(job.records) for job in jobs] == [1, 1, 1]
+    assert {job.status for job in jobs} == {"completed"}
+    assert not tiny.living_jobs(storage.jobs)
