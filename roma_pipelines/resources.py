@@ -77,8 +77,7 @@ class JobClient(dg.ConfigurableResource):
 
     def launcher(self, profile: str | None = None) -> Launcher:
         """The launcher of this target; ``profile`` goes before the client's own."""
-        profile = profile or getattr(self, "profile", None)
-        return launcher_for(self.target, profile, Storage.open())
+        return launcher_for(self.target, profile or getattr(self, "profile", None), Storage.open())
 
     def run(
         self,
