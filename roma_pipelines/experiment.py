@@ -324,13 +324,9 @@ class Experiment(Frozen):
 
     def run_config(self, names: Collection[str]) -> dict[str, Any]:
         """The run config of a run of these assets that automation starts."""
-        return {
-            "ops": {
-                self.key(name).to_python_identifier(): {"config": values}
-                for name, values in self.automation.run_config.items()
-                if name in names
-            }
-        }
+        given = {n: config for n, config in self.automation.run_config.items() if n in names}
+        ops = {self.key(n).to_python_identifier(): {"config": given[n]} for n in given}
+        return {"ops": ops}
 
     @property
     def asset_names(self) -> tuple[str, ...]:

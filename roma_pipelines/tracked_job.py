@@ -107,11 +107,9 @@ def run_tracked_job(
     return TrackedJob(**vars(job), run=run, run_config=changes)
 
 
-def _run_config(
-    context: dg.AssetExecutionContext, experiment: Experiment
-) -> dict[str, dict[str, Any]]:
+def _run_config(context: dg.AssetExecutionContext, experiment: Experiment) -> dict[str, Any]:
     """What this run changes, by the names of the experiment's assets."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Any] = {}
     ops: Any = context.run.run_config.get("ops", {})
     for name in experiment.own_assets:
         config = ops.get(experiment.key(name).to_python_identifier(), {}).get("config", {})

@@ -93,14 +93,8 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
                     lineage=_lineage(client, names[1:], trained, context.run_id),
                     **_champion(client, experiment.name, Storage.open().cache / "models"),
                 )
-        job = run_tracked_job(
-            context,
-            experiment,
-            "evaluate",
-            config,
-            resources,
-            params={"dataset_digest": data["digest"][:36]},
-        )
+        params = {"dataset_digest": data["digest"][:36]}
+        job = run_tracked_job(context, experiment, "evaluate", config, resources, params=params)
         decision = decide(job.folder, experiment.gate)
         evaluated_split = ServingChecks.load(job.output("serving_checks")).test_split
         outputs = ("report", "metrics", "baselines", "serving_checks", "predictions")
