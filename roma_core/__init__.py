@@ -23,6 +23,9 @@ _WHERE = {
     "get_encoder_size": "roma_core.model.config",
     "RoMAForPreTraining": "roma_core.model.pretraining",
     "RoMAForClassification": "roma_core.model.prediction",
+    "RoMAClassifier": "roma_core.estimators",
+    "RoMARegressor": "roma_core.estimators",
+    "RoMAImputer": "roma_core.estimators",
     "Trainer": "roma_core.trainer.trainer",
     "TrainerConfig": "roma_core.trainer.config",
 }

@@ -15,7 +15,10 @@ _MESSAGE_INTERVAL_S = 1.0
 
 
 class Progress:
-    """A bar on a terminal, lines in a log, messages to Dagster. Use it as a context manager."""
+    """A bar on a terminal, lines in a log, messages to Dagster. Use it as a context manager.
+
+    ``shown``: a bar and nothing else, wherever it runs; or nothing at all.
+    """
 
     def __init__(
         self,
@@ -24,9 +27,10 @@ class Progress:
         first_step: int = 0,
         unit: str = "step",
         log: TextIO | None = None,
+        shown: bool | None = None,
     ) -> None:
         self.what, self.total_steps, self.first_step = what, total_steps, first_step
-        self.unit, self._log = unit, log or sys.stdout
+        self.unit, self._log, self._shown = unit, log or sys.stdout, shown
         self._stack = ExitStack()
         self._pipes: Any = None
         self._start = time.monotonic()
@@ -38,9 +42,10 @@ class Progress:
             import dagster_pipes
 
             self._pipes = self._stack.enter_context(dagster_pipes.open_dagster_pipes())
-        if sys.stderr.isatty():
+        if self._shown is not None or sys.stderr.isatty():
+            bar: Any = {"initial": self.first_step, "unit": f" {self.unit}"}
             self._bar = self._stack.enter_context(
-                tqdm(initial=self.first_step, desc=self.what, unit=f" {self.unit}")
+                tqdm(desc=self.what, disable=self._shown is False, **bar)
             )
         return self
 
@@ -54,8 +59,9 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print one line, and send it to Dagster's log."""
-        tqdm.write(f"{self.what}: {text}", file=self._log)
-        self._log.flush()
+        if self._shown is None:
+            tqdm.write(f"{self.what}: {text}", file=self._log)
+            self._log.flush()
         if self._pipes is not None:
             self._pipes.log.info(f"{self.what}: {text}")
 

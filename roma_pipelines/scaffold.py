@@ -17,6 +17,7 @@ from roma_core.data.infer_schema import (
     SourceStatistics,
     infer_source,
     source_statistics,
+    suggest_options,
 )
 from roma_core.data.infer_tables import InferredSource
 from roma_core.data.manifest import SPLITS
@@ -34,8 +35,6 @@ from roma_core.trainer.defaults import (
 )
 from roma_pipelines.experiment import COMPONENT, DEFS, Experiment, read_yaml
 
-_FAR = 100.0  # quartile distances; channels with values beyond are transformed
-_MANY_GAPS = 1e4  # positions farther from zero, in gaps, count from each series' first
 _FEW = 5  # objects of a class that a stratified split needs
 _VALIDATION_FRACTION, _TEST_FRACTION = 0.1, 0.2
 _IN_VALIDATION = 3  # objects of the rarest class, where it has so many
@@ -222,43 +221,8 @@ def _dataset_settings(
     if statistics.classes_of_group:
         dataset["split"] = {"by": "group"}
     dataset |= fractions
-    if (found := statistics.repairs) is not None:
-        n_not_finite = found.observations_not_finite + found.series_without_targets
-        for name, setting, count in (
-            ("not_finite", "drop", n_not_finite),
-            ("duplicates", "mean", found.duplicate_observations),
-            ("empty", "drop", found.empty_series_dropped),
-        ):
-            if count:
-                dataset.setdefault("repair", {})[name] = setting
-                reasons.append(
-                    f"repair.{name} {setting}: {count:,} found; remove the line to raise an error"
-                )
-    reasons.append(f"layout auto: {statistics.layout}, {statistics.layout_reason}")
-    axes = dataset["axes"] = {}
-    for axis in statistics.axes:
-        if axis.name in categorical:
-            reasons.append(f"{axis.name}: categorical; every category has a learned vector")
-            continue
-        axes[axis.name] = {"scale": "auto"}
-        far = max(_MANY_GAPS * axis.median_gap, 3 * axis.median_span)
-        if axis.median_gap > 0 and axis.max_abs > far:
-            axes[axis.name]["anchor"] = "first"
-            reasons.append(
-                f"{axis.name}: up to {axis.max_abs:,.10g} with gaps of {axis.median_gap:.3g}, so positions "
-                f"count from the first of each series"
-            )
-    outlying = [c for c in statistics.channels if c.iqr > 0 and c.max_deviation > _FAR * c.iqr]
-    for n, channel in enumerate(outlying):
-        scale = float(f"{channel.iqr:.2g}")
-        chosen = dataset.setdefault("channels", {})
-        chosen[channel.name] = {"transform": "arcsinh", "transform_scale": scale}
-        if n < 8:
-            reasons.append(
-                f"{channel.name}: values up to {channel.max_deviation / channel.iqr:,.0f} quartile "
-                f"distances from the median, so transform: arcsinh"
-            )
-    return dataset, reasons
+    options, more = suggest_options(statistics, categorical)
+    return dataset | options, reasons + more
 
 
 def _group_fractions(

@@ -30,11 +30,11 @@ from roma_core.data.store import StoredDataset
 from roma_core.files import digest_of, write_bytes
 from roma_core.job import JobFolder
 from roma_core.model.config import WEIGHTS
-from roma_core.trainer.job import MODEL_OUTPUT, TrainingJobConfig
+from roma_core.trainer.job import MODEL_OUTPUT, TrainingJobConfig, validation_metric
 from roma_core.trainer.metrics import read_records
 from roma_pipelines import storage as storages
 from roma_pipelines._compat import adopted_trial
-from roma_pipelines.assets.training import run_params, training_config, validation_metric
+from roma_pipelines.assets.training import run_params, training_config
 from roma_pipelines.experiment import ENCODER, Experiment
 from roma_pipelines.launching.jobs import Job, all_jobs, hours_of, read_job
 from roma_pipelines.launching.launcher import Launcher
@@ -125,7 +125,9 @@ class Search:
         )
         if problems := Tuning(space=self.space).problems(self.plain, self.plain.with_settings):
             raise ValueError("\n".join(problems))
-        metric, self.reason, is_defined = validation_metric(self.plain, self.dataset)
+        metric, self.reason, is_defined = validation_metric(
+            self.dataset, self.plain.task, self.plain.primary_metric
+        )
         stored = StoredDataset(self.dataset, verify=False)
         self.metric, self.n_validation = f"eval/{metric}", len(stored.split("validation"))
         if not is_defined:

@@ -152,6 +152,8 @@ def _npz(path: Path) -> InferredSource:
     return InferredSource({"kind": "npz", "file": str(path), **columns}, [f"arrays {found}"])
 
 
+_FAR = 100.0  # quartile distances; channels with values beyond are transformed
+_MANY_GAPS = 1e4  # positions farther from zero, in gaps, count from each series' first
 _SAMPLED = 200_000  # observations that quantiles are taken from
 _LENIENT = RepairOptions(unsorted="sort", duplicates="mean", not_finite="drop", empty="drop")
 
@@ -278,3 +280,51 @@ def source_statistics(source: Source) -> SourceStatistics:
         targets=tuple(target.name for target in trait(source, "targets")),
         target_level=trait(source, "target_level"),
     )
+
+
+def suggest_options(
+    statistics: SourceStatistics, categorical: frozenset[str] = frozenset()
+) -> tuple[dict[str, Any], list[str]]:
+    """Repairs, axes and channels of a ``DatasetConfig``, with a sentence for each choice.
+
+    ``categorical``: axes whose positions are indices of categories.
+    """
+    dataset: dict[str, Any] = {}
+    reasons: list[str] = []
+    if (found := statistics.repairs) is not None:
+        n_not_finite = found.observations_not_finite + found.series_without_targets
+        for name, setting, count in (
+            ("not_finite", "drop", n_not_finite),
+            ("duplicates", "mean", found.duplicate_observations),
+            ("empty", "drop", found.empty_series_dropped),
+        ):
+            if count:
+                dataset.setdefault("repair", {})[name] = setting
+                reasons.append(
+                    f"repair.{name} {setting}: {count:,} found; remove the line to raise an error"
+                )
+    reasons.append(f"layout auto: {statistics.layout}, {statistics.layout_reason}")
+    axes = dataset["axes"] = {}
+    for axis in statistics.axes:
+        if axis.name in categorical:
+            reasons.append(f"{axis.name}: categorical; every category has a learned vector")
+            continue
+        axes[axis.name] = {"scale": "auto"}
+        far = max(_MANY_GAPS * axis.median_gap, 3 * axis.median_span)
+        if axis.median_gap > 0 and axis.max_abs > far:
+            axes[axis.name]["anchor"] = "first"
+            reasons.append(
+                f"{axis.name}: up to {axis.max_abs:,.10g} with gaps of {axis.median_gap:.3g}, so positions "
+                f"count from the first of each series"
+            )
+    outlying = [c for c in statistics.channels if c.iqr > 0 and c.max_deviation > _FAR * c.iqr]
+    for n, channel in enumerate(outlying):
+        scale = float(f"{channel.iqr:.2g}")
+        chosen = dataset.setdefault("channels", {})
+        chosen[channel.name] = {"transform": "arcsinh", "transform_scale": scale}
+        if n < 8:
+            reasons.append(
+                f"{channel.name}: values up to {channel.max_deviation / channel.iqr:,.0f} quartile "
+                f"distances from the median, so transform: arcsinh"
+            )
+    return dataset, reasons

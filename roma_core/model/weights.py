@@ -1,11 +1,11 @@
 """Weights on disk: ``model.safetensors`` + ``model_config.json``, ours and the published package's.
 
-Every tensor is carried, reset or ignored, and standard error shows which. A missing key is an error.
+Every tensor is carried, reset or ignored, and the log says which. A missing key is an error.
 """
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from roma_core.files import write_bytes, write_json
 from roma_core.model.config import CONFIG, WEIGHTS, EncoderConfig, check_files, read_config
+
+log = logging.getLogger(__name__)
 
 
 def write_weights(folder: Path | str, model: nn.Module, document: dict[str, Any]) -> None:
@@ -73,10 +75,9 @@ def load_weights(
             f"{folder}: {WEIGHTS} has tensors that the model lacks: {', '.join(ignored)}"
         )
     model.load_state_dict({key: weights[key] for key in carried}, strict=False)
-    print(
+    log.info(
         f"{folder}: carried {len(carried)} tensors ({_parts(carried)}); new {len(kept)} ({_parts(kept)}); "
-        f"not used {len(ignored)} ({_parts(ignored)})",
-        file=sys.stderr,
+        f"not used {len(ignored)} ({_parts(ignored)})"
     )
 
 

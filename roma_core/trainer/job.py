@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -31,10 +32,12 @@ from roma_core.run_job import Work
 from roma_core.schema import DataSchema
 from roma_core.settings import Frozen
 from roma_core.trainer.config import TrainerConfig
+from roma_core.trainer.defaults import PrimaryMetric, primary_metric
 
 if TYPE_CHECKING:
     from roma_core.model.prediction import RoMAForClassification
     from roma_core.model.pretraining import RoMAForPreTraining
+    from roma_core.progress import Progress
 
 MODEL_OUTPUT = "outputs/model"
 """Folder of the trained weights, relative to the job folder."""
@@ -260,6 +263,18 @@ def _check_inputs(
             )
 
 
+def validation_metric(
+    folder: Path, task: str, wanted: PrimaryMetric | Literal["auto"] = "auto"
+) -> tuple[str, str, bool]:
+    """The primary metric, the reason for it, and whether it is defined on the validation split."""
+    dataset = StoredDataset(folder, verify=False)
+    validation = dataset.split("validation")
+    if task != "classification":
+        return "r2", f"the task is {task}", len(validation) > 1
+    metric, reason = primary_metric(wanted, dataset.split("train").class_counts)
+    return metric, reason, sum(n > 0 for n in validation.class_counts.values()) > 1
+
+
 def _maskable(series: Subset) -> Subset:
     """Those of two or more observations: of a single one nothing can be hidden."""
     return Subset(series.dataset, series.indices[series.lengths > 1])
@@ -297,8 +312,12 @@ def model_of(
     return RoMAForClassification.from_pretrained(config.weights, classifier)
 
 
-def train(folder: JobFolder, attempt: Attempt) -> Work:
-    """Run or resume the training that ``config.json`` describes."""
+def train(
+    folder: JobFolder,
+    attempt: Attempt,
+    progress: Callable[[str, int, int], Progress] | None = None,
+) -> Work:
+    """Run or resume the training that ``config.json`` describes; ``progress`` shows its steps."""
     from roma_core.trainer.checkpoint import committed
     from roma_core.trainer.distributed import init_group
     from roma_core.trainer.trainer import Trainer
@@ -326,7 +345,7 @@ def train(folder: JobFolder, attempt: Attempt) -> Work:
                     f"{left_out:,} of {n_series:,} training series have one observation, of which nothing "
                     f"can be hidden; pretraining leaves them out"
                 )
-    end = Trainer(trainer).train(
+    end = Trainer(trainer, progress).train(
         series, validation, model, folder=folder.path, attempt=attempt, what=config.task
     )
     if end.status == "continue":

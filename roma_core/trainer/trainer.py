@@ -48,11 +48,17 @@ class TrainingEnd:
 class Trainer:
     """Trains either model; resumes from the newest checkpoint of ``checkpoint_dir``, if there is one.
 
-    Start the same script with ``python``, ``accelerate launch`` or ``torchrun``.
+    Start the same script with ``python``, ``accelerate launch`` or ``torchrun``. ``progress`` takes the
+    place of :class:`~roma_core.progress.Progress`.
     """
 
-    def __init__(self, config: TrainerConfig | type[TrainerConfig] | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainerConfig | type[TrainerConfig] | None = None,
+        progress: Callable[[str, int, int], Progress] | None = None,
+    ) -> None:
         self.config = config() if isinstance(config, type) else config or TrainerConfig()
+        self._progress = progress or Progress
         self._evaluate_callback: Callable[..., Any] | None = None
         self._post_train_hook: Callable[..., Any] | None = None
 
@@ -148,7 +154,7 @@ class Trainer:
         self.test_dataset = test_dataset
         self.step = state.step if state else 0
         self.logger = RunLogger(
-            Progress(what, self.total_steps, self.step),
+            self._progress(what, self.total_steps, self.step),
             self.folder,
             config,
             batches_per_epoch=self.sampler.batches_per_epoch,

@@ -7,12 +7,10 @@ from typing import Any, Literal
 import dagster as dg
 
 from roma_core.data.manifest import read_manifest
-from roma_core.data.store import StoredDataset
 from roma_core.files import read_json
 from roma_core.schema import DataSchema
 from roma_core.trainer.config import TrainerConfig
-from roma_core.trainer.defaults import primary_metric
-from roma_core.trainer.job import MODEL_OUTPUT, TrainingJobConfig
+from roma_core.trainer.job import MODEL_OUTPUT, TrainingJobConfig, validation_metric
 from roma_core.trainer.metrics import read_records
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.pipes import job_folder
@@ -117,17 +115,6 @@ def _differences(weights: Path, ours: DataSchema) -> list[str]:
     ]
 
 
-def validation_metric(experiment: Experiment, dataset: Path) -> tuple[str, str, bool]:
-    """The primary metric, the reason for it, and whether it is defined on the validation split."""
-    stored = StoredDataset(dataset, verify=False)
-    validation = stored.split("validation")
-    if experiment.task != "classification":
-        return "r2", f"the task is {experiment.task}", len(validation) > 1
-    train = stored.split("train").class_counts
-    metric, reason = primary_metric(experiment.primary_metric, train)
-    return metric, reason, sum(n > 0 for n in validation.class_counts.values()) > 1
-
-
 def training_config(
     experiment: Experiment,
     command: Literal["pretrain", "finetune"],
@@ -138,7 +125,9 @@ def training_config(
     stage = experiment.pretraining if command == "pretrain" else experiment.finetuning
     trainer = TrainerConfig(**stage.trainer)
     if command == "finetune" and "best_metric" not in trainer.model_fields_set:
-        metric, _, is_defined = validation_metric(experiment, dataset)
+        metric, _, is_defined = validation_metric(
+            dataset, experiment.task, experiment.primary_metric
+        )
         if is_defined:
             best = {"best_metric": f"eval/{metric}", "best_metric_mode": "max"}
             trainer = trainer.model_copy(update=best)
@@ -172,7 +161,7 @@ def _trained(
 ) -> TrackedJob:
     experiment = of_this_run(context, experiment)
     if command == "finetune":
-        metric, reason, _ = validation_metric(experiment, dataset)
+        metric, reason, _ = validation_metric(dataset, experiment.task, experiment.primary_metric)
         context.log.info(f"primary metric: {metric}; {reason}")
     name: StageName = "pretraining" if command == "pretrain" else "finetuning"
     return run_tracked_job(

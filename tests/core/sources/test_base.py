@@ -78,7 +78,7 @@ def test_an_unknown_kind_names_the_closest():
 def test_reading_and_building_need_no_torch():
     code = (
         "import sys, roma_core.data.build, roma_core.data.quality, roma_core.data.profile, "
-        "roma_core.cli.data; sys.exit('torch' in sys.modules)"
+        "roma_core.cli.data, roma_core.estimators; sys.exit('torch' in sys.modules)"
     )
 
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
