@@ -21,15 +21,18 @@ _MODELS = {"pretraining": RoMAForPreTrainingConfig, "finetuning": RoMAForClassif
 _COMPARED = "trials are compared by the primary metric"
 _FIXED = dict.fromkeys(("trainer.best_metric", "trainer.best_metric_mode"), _COMPARED)
 _FIXED["trainer.random_seed"] = "the best of several seeds is chance"
+_FIXED["trainer.eval_every"] = "the value of a trial is the best of its evaluations"
 
 
 class Dimension(Frozen):
     """Values of one setting: the numbers from ``low`` to ``high``, or ``choices``."""
 
-    low: float | None = None
-    high: float | None = None
+    low: float | None = Field(None, allow_inf_nan=False)
+    high: float | None = Field(None, allow_inf_nan=False)
     log: bool = Field(False, description="Sample the logarithm.")
-    step: float | None = Field(None, gt=0, description="Distance between values; null: any.")
+    step: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Distance between values; null: any."
+    )
     choices: tuple[Value, ...] = ()
 
     @model_validator(mode="after")
@@ -40,6 +43,8 @@ class Dimension(Frozen):
         elif self.low is None or self.high is None or not self.low < self.high:
             given = f"low={self.low}, high={self.high}"
             raise ValueError(f"expected low and a larger high, or choices; got {given}")
+        elif self.step is not None and self.step > self.high - self.low:
+            raise ValueError(f"step {self.step:g} is larger than the range; reduce it")
         elif self.log and (self.low <= 0 or self.step is not None):
             raise ValueError(f"log needs a low above 0 and no step; got low={self.low}")
         return self
@@ -58,7 +63,8 @@ class Dimension(Frozen):
         low, high = self.bounds(path)
         if _is_integer(path):
             return trial.suggest_int(name, low, high, log=self.log, step=int(self.step or 1))
-        return float(f"{trial.suggest_float(name, low, high, log=self.log, step=self.step):.4g}")
+        value = trial.suggest_float(name, low, high, log=self.log, step=self.step)
+        return min(max(float(f"{value:.4g}"), low), high)
 
     def contains(self, value: Any) -> bool:
         if self.low is None or self.high is None:

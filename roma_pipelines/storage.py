@@ -111,7 +111,8 @@ class Storage:
         return shutil.disk_usage(self.root).free < 1e6
 
 
-SCHEMAS = ("dagster", "mlflow", "tuning")
+SCHEMAS = ("dagster", "mlflow")
+TUNING_SCHEMA = "roma_tuning"  # made by the first search
 PASSWORD_VARIABLES = ("PGPASSWORD", "PGPASSFILE")  # of libpq; passed on to child processes
 _SQLALCHEMY = "postgresql+psycopg2"  # without a driver name SQLAlchemy would look for psycopg 3
 
@@ -159,16 +160,15 @@ def schema_url(url: str, schema: str) -> str:
     return changed.render_as_string(hide_password=False)
 
 
-def ensure_schemas(url: str) -> None:
+def ensure_schemas(url: str, *names: str) -> None:
     """Create missing schemas, safely from any number of processes; StorageError as for connection."""
+    wanted = names or SCHEMAS
     with connection(url) as session, session.cursor() as cursor:
-        cursor.execute(
-            "SELECT count(*) FROM pg_namespace WHERE nspname = ANY(%s)", (list(SCHEMAS),)
-        )
-        if cursor.fetchone() == (len(SCHEMAS),):
+        cursor.execute("SELECT count(*) FROM pg_namespace WHERE nspname = ANY(%s)", ([*wanted],))
+        if cursor.fetchone() == (len(wanted),):
             return
     with advisory_lock(url, "schemas") as session, session.cursor() as cursor:
-        for schema in SCHEMAS:
+        for schema in wanted:
             cursor.execute(f"CREATE SCHEMA IF NOT EXISTS {schema}")
 
 

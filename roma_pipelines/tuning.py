@@ -37,7 +37,7 @@ from roma_pipelines._compat import adopted_trial
 from roma_pipelines.assets.training import run_params, training_config
 from roma_pipelines.experiment import ENCODER, Experiment
 from roma_pipelines.launching.jobs import Job, all_jobs, hours_of, read_job
-from roma_pipelines.launching.launcher import Launcher
+from roma_pipelines.launching.launcher import Launcher, Unreachable
 from roma_pipelines.launching.spec import JobFailed, job_key
 from roma_pipelines.launching.supervisor import Leave, request_cancel, supervise
 from roma_pipelines.launching.targets import job_spec, roma_command
@@ -51,13 +51,17 @@ if TYPE_CHECKING:
 REPORT = "outputs/report.html"
 _FILE = "settings of the file"  # mark of the trial that has them
 _POLL_S, _CANCEL_WITHIN_S = 1.0, 120.0
-_SAME_FAILURES = 3  # of the first trials, which end the search
+_SAME_FAILURES = 3  # one after the other, which end the search
 _N_STARTUP = 5  # random trials before TPE, and completed ones before any is pruned
 _N_UNPRUNED = 3  # first evaluations of a trial, which do not prune it
 
 
 class TuningError(RuntimeError):
     """The search cannot continue or has no result; the message says what to do."""
+
+
+class _NotRun(TuningError):
+    """The target does not take the job of a trial, which says nothing about its settings."""
 
 
 class Conclusion(NamedTuple):
@@ -83,8 +87,8 @@ def open_study(storage: storages.Storage, name: str) -> optuna.Study:
         folder.mkdir(exist_ok=True)
         uri, lock = f"sqlite:///{folder / 'studies.db'}", FileLock(folder / ".create.lock")
     else:
-        storages.ensure_schemas(url)
-        uri = storages.schema_url(url, "tuning")
+        storages.ensure_schemas(url, storages.TUNING_SCHEMA)
+        uri = storages.schema_url(url, storages.TUNING_SCHEMA)
         lock = storages.advisory_lock(url, "tuning schema")
     with lock:  # Optuna creates its tables without one
         kept = optuna.storages.RDBStorage(uri)
@@ -115,25 +119,30 @@ class Search:
         self._ended: queue.Queue[tuple[int, Exception | None]] = queue.Queue()
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # of encoders
         self._stopping, self.hours = False, 0.0
-        self._reasons: list[str] = []  # of trials that failed here
+        self._failures: list[
+            str
+        ] = []  # reasons of the newest trials here, back to one with a value
         self.plain = self.experiment.model_copy(update={"tuning": None})
         self.tuning = self.experiment.tuning or Tuning()
         self.space = self.tuning.space or default_space(self.plain)
         last = {path: path.rpartition(".")[2] for path in self.space}
-        self.names = (
-            last if len(set(last.values())) == len(last) else dict(zip(last, last, strict=True))
-        )
+        self.names = last if len({*last.values()}) == len(last) else {path: path for path in last}
         if problems := Tuning(space=self.space).problems(self.plain, self.plain.with_settings):
             raise ValueError("\n".join(problems))
+        stored = StoredDataset(self.dataset, verify=False)
+        if self.plain.task == "classification" and not any(
+            stored.split("train").class_counts.values()
+        ):
+            raise ValueError(f"{self.dataset} has no labelled training series; trials need classes")
         metric, self.reason, is_defined = validation_metric(
             self.dataset, self.plain.task, self.plain.primary_metric
         )
-        stored = StoredDataset(self.dataset, verify=False)
         self.metric, self.n_validation = f"eval/{metric}", len(stored.split("validation"))
         if not is_defined:
             raise ValueError(
-                f"{metric} cannot compare trials on the {self.n_validation} validation series of "
-                f"{self.dataset}, which have one class; increase dataset.validation_fraction"
+                f"{metric} cannot compare trials: the {self.n_validation} validation series of "
+                f"{self.dataset} have less than two different classes or targets; increase "
+                f"dataset.validation_fraction"
             )
         comparable: dict[str, Any] = {"data": stored.manifest.digest, "metric": self.metric}
         comparable["space"] = {
@@ -209,12 +218,12 @@ class Search:
         self.hours = sum(hours_of(j) for j in jobs if j.spec.gpus_per_node or not self.has_gpus)
 
     def _may_start(self) -> bool:
-        trials, limit = self._trials(), self.tuning.hours
-        has_value = any(trial.value is not None for trial in trials)
-        n = min(_SAME_FAILURES, self.tuning.trials)
-        if not has_value and len(self._reasons) >= n and len(set(self._reasons)) == 1:
+        limit = self.tuning.hours
+        if len(self._failures) >= _SAME_FAILURES and len({*self._failures}) == 1:
+            if not self._running:
+                self.say(f"{len(self._failures)} trials in a row failed alike; the search ends")
             return False
-        return len(trials) < self.tuning.trials and (limit is None or self.hours < limit)
+        return len(self._trials()) < self.tuning.trials and (limit is None or self.hours < limit)
 
     def _start(self, number: int | None = None) -> None:
         """Start the next trial, or continue the one of this number."""
@@ -222,16 +231,17 @@ class Search:
 
         study, given = self.study, given_values(self.plain, self.space)
         trials = study.get_trials(deepcopy=False)
-        if not any(_FILE in one.user_attrs and one.state.name != "FAIL" for one in trials):
+        if not any(_FILE in one.user_attrs for one in trials):
             known = {self.names[path]: value for path, value in given.items()}
             study.enqueue_trial(known, user_attrs={_FILE: True})
         # each trial has a seed: with one for all, a resumed search would repeat its first trials
         seed = zlib.crc32(f"{self.name} {len(trials) if number is None else number}".encode())
         study.sampler = TPESampler(n_startup_trials=_N_STARTUP, seed=seed)
         trial = study.ask() if number is None else adopted_trial(study, number)
-        paths = given if _FILE in trial.user_attrs else self.space  # the rest is at its defaults
-        values = {path: self.space[path].suggest(trial, self.names[path], path) for path in paths}
-        values = {} if _FILE in trial.user_attrs else values
+        is_file = _FILE in trial.user_attrs
+        paths = given if is_file else self.space  # of the file, the rest is at its defaults
+        drawn = {path: self.space[path].suggest(trial, self.names[path], path) for path in paths}
+        values = {} if is_file else drawn
         self.say(f"trial {trial.number}: {self.describe(values) or _FILE}")
         trial.set_user_attr("settings", values)
         self._running[trial.number] = trial
@@ -262,10 +272,8 @@ class Search:
     def _encoder(self, experiment: Experiment, name: str) -> Path:
         """Weights of the encoder: of a job with the same configuration, or newly trained."""
         config = training_config(experiment, "pretrain", self.dataset)
-        digest, size = (
-            digest_of(config.model_dump(mode="json")),
-            experiment.resources.of("pretraining"),
-        )
+        digest = digest_of(config.model_dump(mode="json"))
+        size = experiment.resources.of("pretraining")
         same = (digest, size.nodes * size.processes_per_node)
         with self._locks[digest]:  # the trials that need the same one wait for it
             if weights := self._weights(
@@ -273,9 +281,8 @@ class Search:
             ):
                 return weights
             self.say(f"{name}: pretrains an encoder")
-            return (
-                self._supervise("pretrain", experiment, config, f"encoder {digest}") / MODEL_OUTPUT
-            )
+            folder = self._supervise("pretrain", experiment, config, f"encoder {digest}")
+            return folder / MODEL_OUTPUT
 
     def _weights(self, fits: Callable[[Job], bool]) -> Path | None:
         """Weights of the newest completed training that fits."""
@@ -310,12 +317,14 @@ class Search:
         options = {"on_poll": on_poll, "max_attempts": resources.max_attempts}
         options["holder"] = {**self.holder, "asset_key": self.asset, "study": self.name}
         options["environment"] = run.environment(resources.target)
-        launcher = self.launcher(resources.target, resources.profile)
         if self._stopping:
-            raise TuningError("the search was interrupted")
+            raise _NotRun("the search was interrupted")
         self._active.add(folder)
         try:
+            launcher = self.launcher(resources.target, resources.profile)
             supervise(launcher, folder, spec, document, **options)
+        except (ValueError, Unreachable) as error:  # Rejected is one
+            raise _NotRun(str(error)) from error
         finally:
             self._active.discard(folder)
             if folder.mlflow_record.exists():
@@ -348,7 +357,13 @@ class Search:
         trial, folder = self._running.pop(number), self._folder(f"trial {number}")
         values, job = self._report(trial, prune=False), read_job(folder.path)
         text = f"{self.metric} {max(values, default=float('nan')):.4f}"
+        if isinstance(error, _NotRun):
+            raise TuningError(
+                f"trial {number} could not start: {error}\nwhen that is mended, the same command "
+                f"continues with it"
+            ) from error
         if error is None and values:
+            self._failures.clear()
             self.study.tell(number, max(values))
         elif job and job.status == "cancelled" and "pruned" in trial.user_attrs:
             self.study.tell(number, state=TrialState.PRUNED)
@@ -357,7 +372,8 @@ class Search:
             reason = error.outcome.reason if isinstance(error, JobFailed) else str(error)
             if error is None:
                 reason = f"it logged no {self.metric}; remove finetuning.trainer.best_metric"
-            self._reasons.append(reason)
+            # the files of a job are named by its folder
+            self._failures.append(reason.replace(str(folder.path), "…"))
             trial.set_user_attr("reason", reason)
             self.study.tell(number, state=TrialState.FAIL)
             text = f"failed: {reason}"
@@ -398,7 +414,8 @@ class Search:
         """Compare the best trial with that of the file, and write the page."""
         values = {t.number: t.value for t in self._trials() if t.state.name == "COMPLETE"}
         if not values:
-            reasons = "\n".join(dict.fromkeys(self._reasons)) or "none was started"
+            known = (t.user_attrs["reason"] for t in self._trials() if "reason" in t.user_attrs)
+            reasons = "\n".join(dict.fromkeys(known)) or "none was started"
             raise TuningError(f"no trial of the study {self.name} has a value: {reasons}")
         best, trials = self.study.best_trial, self._trials()
         value, settings = values[best.number] or 0.0, best.user_attrs["settings"]

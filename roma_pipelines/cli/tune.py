@@ -19,6 +19,9 @@ from roma_core.files import write_bytes
 from roma_pipelines.storage import Storage
 
 _MARK = "# tuned by "
+_EVIDENCE = re.compile(
+    rf"(?m)^ *{_MARK}\S+-[0-9a-f]{{12}}, trial \d+: .*\n\Z"
+)  # of an earlier search
 
 
 @click.command()
@@ -69,22 +72,24 @@ def tune(experiment: str, write: bool, **budget: Any) -> None:
             result = search.run()
         except KeyboardInterrupt:
             raise click.ClickException(
-                "interrupted; the jobs of running trials continue, and the same command adopts them; "
-                "`roma-pipeline jobs cancel` ends one"
+                "interrupted; the jobs of running trials, if there are any, continue, and the same "
+                "command adopts them; `roma-pipeline jobs cancel` ends one"
             ) from None
         click.echo(f"\n{result.text}\nreport  {result.page}")
         if not result.settings:
             return
-        before = "" if result.file is None else f", {result.file:.4f} before"
+        than = "" if result.file is None else f", {result.file:.4f} before"
         evidence = f"{search.name}, trial {result.best.number}: {search.metric} "
-        evidence += f"{result.best.value:.4f} on validation{before}; {time.strftime('%Y-%m-%d')}"
-        before = path.read_text(encoding="utf-8")
-        after = changed_text(before, result.settings, evidence)
-        made = found.parse({**yaml.safe_load(after)["attributes"], "tuning": None})
+        evidence += f"{result.best.value:.4f} on validation{than}; {time.strftime('%Y-%m-%d')}"
+        before = path.read_bytes().decode()
+        try:
+            after = changed_text(before, result.settings, evidence)
+            made = found.parse({**yaml.safe_load(after)["attributes"], "tuning": None})
+        except (ValueError, yaml.YAMLError):  # anchors, tags, block scalars, …
+            made = None
         if made != search.plain.with_settings(**sections(search.plain, result.settings)):
-            raise ValueError(
-                f"{path} cannot be edited in place, as for anchors; set {search.describe(result.settings)}"
-            )
+            better = "\n".join(f"  {name}: {value}" for name, value in result.settings.items())
+            raise ValueError(f"{path} is too intricate to be edited; set these by hand:\n{better}")
         lines = before.splitlines(), after.splitlines()
         click.echo("\n".join(difflib.unified_diff(*lines, str(path), "tuned", lineterm="", n=1)))
         if write:
@@ -96,7 +101,10 @@ def changed_text(text: str, settings: Mapping[str, Any], evidence: str) -> str:
     """The text of a ``defs.yaml`` with these settings, by path; all else, comments too, stays.
 
     A comment with the evidence is above each stage that changed, in the place of an earlier one.
+    ValueError or YAMLError if the file has forms that are not edited, such as anchors.
     """
+    if "\r\n" in text:
+        return changed_text(text.replace("\r\n", "\n"), settings, evidence).replace("\n", "\r\n")
     for path, value in settings.items():
         text = _with_value(text, ["attributes", *path.split(".")], value)
     for stage in {path.partition(".")[0] for path in settings}:
@@ -105,7 +113,7 @@ def changed_text(text: str, settings: Mapping[str, Any], evidence: str) -> str:
         )
         mark = next(key.start_mark for key, _ in attributes.value if key.value == stage)
         start = mark.index - mark.column
-        head = re.sub(rf"(?m)^ *{_MARK}.*\n\Z", "", text[:start])
+        head = _EVIDENCE.sub("", text[:start])
         text = f"{head}{' ' * mark.column}{_MARK}{evidence}\n{text[start:]}"
     return text
 
@@ -121,9 +129,20 @@ def _with_value(text: str, names: list[str], value: Any) -> str:
         value = {name: value}
     new = yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
     start, end = here.start_mark.index, here.end_mark.index
+    if text[start : start + 1] in ("&", "!", "|", ">"):
+        raise ValueError(f"line {here.start_mark.line + 1} cannot be edited")
     if not names:
-        return f"{text[:start]}{new}{text[end:]}"
-    new = new[1:-1]  # without its braces, as the first entry
+        return f"{text[:start]}{' ' * (start == end)}{new}{text[end:]}"
+    if not isinstance(here, yaml.MappingNode):
+        raise ValueError(f"line {here.start_mark.line + 1} is no mapping")
+    new = new[1:-1]  # without its braces, as the last entry
     if here.flow_style:
-        return f"{text[: start + 1]} {new}{', ' * bool(here.value)}{text[start + 1 :].lstrip(' ')}"
-    return f"{text[:start]}{new}\n{' ' * here.start_mark.column}{text[start:]}"
+        before = text[: end - 1].rstrip()
+        return f"{before}{', ' if here.value else ' '}{new} {text[end - 1 :]}"
+    last: yaml.Node = here
+    while isinstance(last, yaml.CollectionNode) and last.value and not last.flow_style:
+        last = last.value[-1][1] if isinstance(last, yaml.MappingNode) else last.value[-1]
+    end = last.end_mark.index
+    end = text.find("\n", end - 1 if text[end - 1 : end] == "\n" else end)
+    end = len(text) if end < 0 else end
+    return f"{text[:end]}\n{' ' * here.start_mark.column}{new}{text[end:]}"

@@ -33,6 +33,7 @@ from roma_pipelines.registry.store import DATABASE, MlflowSettings, embedded_roo
 from roma_pipelines.storage import (
     DATABASE_VARIABLE,
     SCHEMAS,
+    TUNING_SCHEMA,
     Storage,
     connection,
     database_url,
@@ -41,6 +42,7 @@ from roma_pipelines.storage import (
 
 MANIFEST, HASHES, DUMP = "MANIFEST.json", "SHA256.json", "database.dump"
 SCHEMA_VERSION = 1
+_SCHEMAS = (*SCHEMAS, TUNING_SCHEMA)
 _SQLITE_MAGIC = b"SQLite format 3\0"
 _SIDE_FILES = ("-wal", "-shm", "-journal")  # of SQLite; the copy of the database includes them
 _SCRATCH = ".roma-backup-"
@@ -110,7 +112,7 @@ def _write(storage: Storage, file: IO[bytes], scratch: Path, with_datasets: bool
         (scratch / MANIFEST).write_text(json.dumps(manifest, indent=2))
         _add(tar, scratch / MANIFEST, MANIFEST, hashes)
         if url is not None:
-            schemas = [f"--schema={schema}" for schema in SCHEMAS]
+            schemas = [f"--schema={schema}" for schema in _SCHEMAS]
             _run("pg_dump", "--format=custom", *schemas, f"--file={scratch / DUMP}", url)
             _add(tar, scratch / DUMP, DUMP, hashes)
         for databases_only in (True, False):
@@ -247,7 +249,7 @@ def restore_backup(path: Path, root: Path) -> str | None:
     if url is not None:
         query = "SELECT count(*) FROM information_schema.tables WHERE table_schema = ANY(%s)"
         with connection(url) as session, session.cursor() as cursor:
-            cursor.execute(query, (list(SCHEMAS),))
+            cursor.execute(query, ([*_SCHEMAS],))
             if cursor.fetchone() != (0,):
                 raise BackupError(
                     f"the database {url} has tables of an installation; configure an empty one"
@@ -262,7 +264,7 @@ def restore_backup(path: Path, root: Path) -> str | None:
         content = aside / "root"
         if url is not None:
             with connection(url) as session, session.cursor() as cursor:
-                for schema in SCHEMAS:  # they are empty; the dump creates its own
+                for schema in _SCHEMAS:  # they are empty; the dump creates its own
                     cursor.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
             options = ("--exit-on-error", "--single-transaction", f"--dbname={url}")
             _run("pg_restore", *options, str(aside / DUMP))

@@ -67,7 +67,7 @@ def test_one_setting_keeps_the_state_of_both_and_no_file_has_the_password(state,
     open_study(state, "waves-1").ask()
 
     assert {"runs", "event_logs", "alembic_version"} <= tables("dagster")
-    assert {"studies", "trials", "alembic_version"} <= tables("tuning")
+    assert {"studies", "trials", "alembic_version"} <= tables("roma_tuning")
     assert open_study(state, "waves-1").trials[0].state.name == "RUNNING"
     assert {"runs", "registered_models", "alembic_version"} <= tables("mlflow")
     assert not {"runs", "alembic_version"} & tables("public")

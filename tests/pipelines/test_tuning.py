@@ -22,6 +22,7 @@ from roma_pipelines.cli.tune import changed_text
 from roma_pipelines.experiment import DEFS, Experiment
 from roma_pipelines.launching.jobs import all_jobs
 from roma_pipelines.launching.spec import JobState, Phase
+from roma_pipelines.launching.targets import launcher_for
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.resources import JOB_CLIENTS, LocalJobClient
 from roma_pipelines.search_space import sections
@@ -55,6 +56,9 @@ def attributes(folder, **section):
             "finetuning.trainer.epochs: must be",
         ),
         ("finetuning.trainer.random_seed", {"low": 1, "high": 9}, "best of several seeds"),
+        ("finetuning.trainer.eval_every", {"low": 1, "high": 9}, "best of its evaluations"),
+        (RATE, {"low": 0.1, "high": float("inf")}, "finite"),
+        (RATE, {"low": 0.1, "high": 0.2, "step": 1}, "larger than the range"),
         (RATE, {"low": 1, "high": 0.1}, "expected low and a larger high, or choices; got low=1.0"),
         (RATE, {"low": 0, "high": 1, "log": True}, "log needs a low above 0"),
         (RATE, {"choices": [0.1, 0.2], "low": 0.1}, "nothing beside them"),
@@ -89,16 +93,43 @@ def test_better_settings_are_written_between_the_comments_of_the_file():
         "finetuning.model.pooling": "mean",
         "pretraining.trainer.epochs": 7,
     }
-    after = changed_text(before, settings, "study a, trial 1")
+    one, other = "a-0123456789ab, trial 1: x", "b-0123456789ab, trial 2: x"
+    after = changed_text(before, settings, one)
     experiment = Experiment.parse(yaml.safe_load(before)["attributes"])
 
     made = Experiment.parse(yaml.safe_load(after)["attributes"])
     assert made == experiment.with_settings(**sections(experiment, settings))
     gone = set(before.splitlines()) - set(after.splitlines())
     assert len(gone) == 3 and not any("#" in line for line in gone)  # base_lr, two flow mappings
-    again = changed_text(after, {RATE: 0.5}, "study b, trial 2")
-    assert again.count("# tuned by study a, trial 1") == 1  # of the pretraining
-    assert again.count("  # tuned by study b, trial 2\n  finetuning:") == 1
+    again = changed_text(after, {RATE: 0.5}, other)
+    assert again.count(f"# tuned by {one}") == 1  # of the pretraining
+    assert again.count(f"  # tuned by {other}\n  finetuning:") == 1
+
+
+@pytest.mark.parametrize(
+    ("trainer", "after"),
+    [
+        # a comment stays with the line below it, and what a person wrote stays
+        (
+            " # by hand\n      # table 3\n      epochs: 9 # few\n",
+            "epochs: 9 # few\n      base_lr: 0.5",
+        ),
+        ("\n      base_lr:\n      epochs: 9\n", "base_lr: 0.5\n      epochs: 9"),
+        (" {epochs: 9}\n", "{epochs: 9, base_lr: 0.5 }"),
+        (" {}\r\n", "{ base_lr: 0.5 }\r\n"),
+        (" &a\n      epochs: 9\n", None),
+        (" !!map {epochs: 9}\n", None),
+    ],
+)
+def test_forms_of_yaml_are_kept_or_refused(trainer, after):
+    text = f"attributes:\n  # tuned by hand\n  finetuning:\n    trainer:{trainer}"
+    if after is None:
+        with pytest.raises((ValueError, yaml.YAMLError)):
+            changed_text(text, {RATE: 0.5}, "evidence")
+        return
+    made = changed_text(text, {RATE: 0.5}, "evidence")
+    assert after in made and "  # tuned by hand" in made
+    assert yaml.safe_load(made)["attributes"]["finetuning"]["trainer"]["base_lr"] == 0.5
 
 
 # -- trials --------------------------------------------------------------------------------------
@@ -140,7 +171,7 @@ def searched(storage, tmp_path, fast, monkeypatch):
         def play(folder, attempt, spec):
             n = next(n for n in range(99) if search._folder(f"trial {n}") == folder)
             if curves[n] is None:
-                failed = Exit(status="failed", reason="ValueError: no such axis")
+                failed = Exit(status="failed", reason=f"ValueError: no such axis in {folder.path}")
                 attempt.path.mkdir(parents=True, exist_ok=True)
                 attempt.write_exit(failed)
                 return JobState(Phase.ENDED_BAD, "exit code 1")
@@ -185,6 +216,26 @@ def test_a_failure_of_all_first_trials_ends_the_search(searched):
     with pytest.raises(tuning.TuningError, match=r"no trial of the study waves-.*no such axis"):
         search.run()
     assert len(search.study.trials) == 3
+
+
+def test_settings_of_the_file_that_fail_are_tried_once(searched):
+    search, _ = searched([None, [0.5], [0.6]], parallel=1)
+    found = search.run()
+
+    assert [row["settings"] == "settings of the file" for row in found.rows] == [True, False, False]
+    assert found.file is None and found.settings.keys() == {RATE}
+
+
+def test_a_target_that_takes_no_jobs_ends_the_search_and_costs_no_trial(searched):
+    curves = [[0.5], [0.6], None, None, None, [0.9]]
+    search, _ = searched(curves, parallel=1)
+    search.launcher = lambda *_: launcher_for("slurm", "nope", search.storage)
+    with pytest.raises(tuning.TuningError, match=r"(?s)trial 0 could not start: .*same command"):
+        search.run()
+
+    found = searched(curves, parallel=1)[0].run()
+    states = [row["state"] for row in found.rows]
+    assert states == ["complete", "complete", "fail", "fail", "fail"], "alike failures end it"
 
 
 def test_the_asset_searches_without_the_test_split(storage, tmp_path, fast, monkeypatch):
