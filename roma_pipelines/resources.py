@@ -16,13 +16,13 @@ from typing import Any, ClassVar, Literal
 import dagster as dg
 from pydantic import Field
 
-from roma_core.files import digest_of
+from roma_core.files import digest_of, read_json
 from roma_core.job import JobFolder, Result
 from roma_pipelines.launching.jobs import usage
 from roma_pipelines.launching.launcher import Launcher, Rejected
 from roma_pipelines.launching.outcome import attempts_table, events_table
 from roma_pipelines.launching.pipes import job_folder, run_job
-from roma_pipelines.launching.spec import JobFailed, JobSize, Outcome
+from roma_pipelines.launching.spec import JobFailed, JobSize, JobSpec, Outcome
 from roma_pipelines.launching.targets import ENV_NAMES, job_spec, launcher_for, module_command
 from roma_pipelines.storage import Storage
 
@@ -65,6 +65,22 @@ def _attempts_metadata(outcome: Outcome) -> dict[str, Any]:
     }
 
 
+def _refuse_another_job(
+    context: dg.AssetExecutionContext, folder: JobFolder, command: tuple[str, ...], config: str
+) -> None:
+    if not folder.spec.exists():
+        return
+    kept = JobSpec.model_validate(read_json(folder.spec, schema_version=1))
+    # without the working folder, which another release of the project may have elsewhere
+    before, now = (shlex.join(one[3:]) for one in (kept.command, command))
+    if before != now or kept.config_digest != config:
+        raise dg.Failure(
+            f"the job of {context.asset_key.to_user_string()} in this run is `{before}`, not `{now}` or "
+            f"with another config; start a new run, or a second job from another asset",
+            allow_retries=False,
+        )
+
+
 class JobClient(dg.ConfigurableResource):
     """Runs jobs on one target; annotate an asset's parameter with it to leave the target open."""
 
@@ -98,7 +114,8 @@ class JobClient(dg.ConfigurableResource):
         starts it again. What it logs through ``dagster_pipes`` is shown.
 
         Args:
-            command: the module, as for ``python -m``, and its arguments.
+            command: the module, as for ``python -m``, and its arguments; like ``config``, the same
+                in every retry of the run.
             resources: of one attempt. The local target runs the processes of all nodes.
             config: settings for the module, plain JSON; written to ``config.json``.
             runner: torchrun starts the processes, or ``plain`` one process without a rendezvous.
@@ -106,7 +123,8 @@ class JobClient(dg.ConfigurableResource):
             max_attempts: attempts in a row that may add no checkpoint.
 
         Raises:
-            dagster.Failure: the job failed (with the end of its log) or was rejected (why).
+            dagster.Failure: the job failed (with the end of its log) or was rejected (why), or the
+                asset's job in this run has another command or config.
             ValueError: there is no such module or profile, or the arguments contradict each other.
         """
         folder = job_folder(context)
@@ -116,12 +134,17 @@ class JobClient(dg.ConfigurableResource):
             raise ValueError(
                 f"{name} has run its job already; start a second one from another asset"
             )
-        words = shlex.split(command) if isinstance(command, str) else command
+        words = shlex.split(command) if isinstance(command, str) else list(command)
+        if not words:
+            raise ValueError("the command is empty; name a module, as for `python -m`")
         module = module_command(self.launcher(), self.cwd or str(Path.cwd()), *words)
-        given = {"command": list(words)} if config is None else dict(config)
+        given = {"command": words} if config is None else dict(config)
         options: dict[str, Any] = {"environment": env, "max_attempts": max_attempts}
+        _refuse_another_job(context, folder, module, digest_of(given))
         _begun.add(step)
         job = self.complete(context, folder, module, given, resources, runner, **options)
+        # another op of this asset may have started its job since, in another process
+        _refuse_another_job(context, folder, module, digest_of(given))
         return dg.MaterializeResult(metadata=job.metadata())
 
     def complete(

@@ -49,6 +49,15 @@ def dataset_asset(experiment: Experiment) -> dg.AssetsDefinition:
         storage, folder = Storage.open(), job_folder(context)
         if folder.config.exists():  # a retry adopts the job
             config = DatasetJobConfig.model_validate(read_json(folder.config))
+            begun, now = (
+                d.model_dump(mode="json") for d in (config.definition, experiment.dataset)
+            )
+            if begun != now:
+                raise dg.Failure(
+                    f"the section dataset of {experiment.name} changed since this run began to build it; "
+                    f"start a new run",
+                    allow_retries=False,
+                )
         else:
             config = DatasetJobConfig(
                 definition=experiment.dataset,

@@ -14,6 +14,7 @@ import pytest
 
 from roma_core.files import read_json
 from roma_pipelines.components import RomaExperiment
+from roma_pipelines.launching.spec import job_key
 from roma_pipelines.resources import JOB_CLIENTS
 
 COLUMNS = {
@@ -45,7 +46,7 @@ def materialized(tmp_path, monkeypatch):
     monkeypatch.setenv("ROMA_STORAGE_ROOT", str(tmp_path / "state"))
     monkeypatch.chdir(tmp_path)
 
-    def make(resources=MappingProxyType({}), **dataset):
+    def make(resources=MappingProxyType({}), tags=None, **dataset):
         source = {"kind": "table", "files": ["series.parquet"], "columns": COLUMNS}
         experiment = RomaExperiment(
             name="own", dataset={"source": source, **dataset}, resources=resources
@@ -56,7 +57,9 @@ def materialized(tmp_path, monkeypatch):
             if asset.key == dg.AssetKey(["own", "dataset"])
         ]
         # a blocking check fails its step
-        result = dg.materialize(assets, raise_on_error=False, resources=JOB_CLIENTS)
+        result = dg.materialize(
+            assets, raise_on_error=tags is not None, resources=JOB_CLIENTS, tags=tags
+        )
         (event,) = result.asset_materializations_for_node("own__dataset")
         return {c.check_name: c for c in result.get_asset_check_evaluations()}, event.metadata
 
@@ -108,6 +111,15 @@ def test_a_job_whose_first_attempt_is_killed_makes_the_same_data_set(tmp_path, m
     assert (tmp_path / "state/datasets/own").is_dir()
     (log,) = tmp_path.glob("state/jobs/*/attempts/2/log")
     assert "the data set is built; checking it" in log.read_text()
+
+    job = log.parents[2]
+    retried = job.with_name(job_key("own/dataset", "first"))
+    retried.mkdir()
+    shutil.copy(job / "config.json", retried)
+    retry = {"dagster/retry_number": "1", "dagster/root_run_id": "first"}
+    materialized(tags=retry)
+    with pytest.raises(dg.Failure, match=r"dataset of own changed since .* start a new run"):
+        materialized(tags=retry, split={"stratified": True})
 
 
 def test_another_rule_that_moves_objects_is_refused(tmp_path, materialized):

@@ -313,7 +313,7 @@ def run_module(tmp_path, monkeypatch, instance):
     monkeypatch.setenv("ROMA_STORAGE_ROOT", str(tmp_path / "root"))
     monkeypatch.setenv("PASSWORD", "secret")
 
-    def run_module(body, times=1, command="mine --lr 0.1", **options):
+    def run_module(body, times=1, command="mine --lr 0.1", tags=None, **options):
         (tmp_path / "mine.py").write_text("import json, os, sys\n" + body)
 
         @dg.asset(retry_policy=dg.RetryPolicy(max_retries=1))
@@ -323,7 +323,7 @@ def run_module(tmp_path, monkeypatch, instance):
 
         client = LocalJobClient(cwd=str(tmp_path), env_names=["PASSWORD"])
         return dg.materialize(
-            [model], instance=instance, resources={"jobs": client}, raise_on_error=False
+            [model], instance=instance, resources={"jobs": client}, raise_on_error=False, tags=tags
         )
 
     return run_module
@@ -351,6 +351,14 @@ def test_an_asset_of_any_project_runs_a_module(run_module, tmp_path, instance):
     for file in (tmp_path / "root").rglob("*.json"):
         assert "secret" not in file.read_text() and "hello" not in file.read_text()
 
+    retry = {"dagster/is_resume_retry": "true", "dagster/parent_run_id": result.run_id}
+    for other in ({"command": "mine --lr 0.2"}, {"config": {"lr": 0.2}}, {}):
+        given = {"config": {"lr": 0.1}, "env": {"GREETING": "hello"}, "runner": "plain"} | other
+        again = run_module(MEASURED, tags=retry, **given)
+        errors = [str(e.step_failure_data.error) for e in again.all_events if e.is_step_failure]
+        assert again.success == (not other) and len(errors) == len(other)
+        assert all("start a new run, or a second job" in error for error in errors)
+
 
 @pytest.mark.parametrize(
     ("body", "options", "sentence", "starts"),
@@ -358,6 +366,7 @@ def test_an_asset_of_any_project_runs_a_module(run_module, tmp_path, instance):
         ("raise MemoryError('too many whales')", {}, "MemoryError: too many whales", 1),
         (MEASURED.replace("0.9", "'high'"), {}, "metrics.json: expected numbers by name", 1),
         ("", {"times": 2}, "model has run its job already", 1),
+        ("", {"command": ""}, "the command is empty; name a module", 0),
         ("", {"command": "python mine.py"}, "there is no module 'python' in", 0),
         ("", {"resources": JobSize(**SLURM_SIZE)}, "the job asks for 2; use runner=", 0),
     ],
