@@ -143,14 +143,16 @@ def _parquet_chunks(
             first = min(wanted) if wanted else 0
             start = int(np.searchsorted(ends, first * SERIES_PER_PART, side="right")) - 1
             batches = parquet.iter_batches(SERIES_PER_PART, [*groups[start:]], columns=columns)
-            for k, batch in enumerate(_cut(batches, first * SERIES_PER_PART - ends[start]), first):
+            for k, batch in enumerate(
+                _parts(batches, first * SERIES_PER_PART - ends[start]), first
+            ):
                 if wanted is None or k in wanted:
                     yield k, batch
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{file} is damaged: {error}") from error
 
 
-def _cut(batches: Iterator[pa.RecordBatch], skip: int) -> Iterator[pa.RecordBatch]:
+def _parts(batches: Iterator[pa.RecordBatch], skip: int) -> Iterator[pa.RecordBatch]:
     """Parts of ``SERIES_PER_PART`` rows without the first ``skip``; the last may be shorter."""
     import pyarrow as pa
 

@@ -181,7 +181,7 @@ class Predictions:
         numbers: Sequence[int] | None = None,
         progress: Callable[[int], object] = lambda _: None,
         stop: Callable[[], bool] = lambda: False,
-        working: Callable[[], AbstractContextManager[None]] = nullcontext,
+        working: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> bool:
         """Do the work of this process: all, or these parts, or its own among those of torchrun.
 
@@ -225,7 +225,7 @@ class Predictions:
             if len({digest for digest, _ in known}) > 1:
                 raise ValueError(f"{self.source} changes, or is not the same on all nodes")
             numbers = known[0][1]  # others may see fewer files
-        return _cut(numbers, WORLD_SIZE)[RANK]
+        return _runs(numbers, WORLD_SIZE)[RANK]
 
     @contextmanager
     def others(
@@ -238,7 +238,7 @@ class Predictions:
         """
         spawn = multiprocessing.get_context("spawn")
         errors, may_write = spawn.SimpleQueue(), spawn.Event()
-        numbers: Sequence[Any] = [None] if n == 1 else _cut(self.missing(), n)
+        numbers: Sequence[Any] = [None] if n == 1 else _runs(self.missing(), n)
         threads = max(1, (os.cpu_count() or 1) // n)
         others = [
             spawn.Process(target=_write, args=(self, model, own, k, threads, may_write, errors))
@@ -260,17 +260,19 @@ class Predictions:
         def failed() -> bool:
             return any(process.exitcode for process in others)
 
+        started = []
         try:
             for process in others:
                 process.daemon = True
                 process.start()
+                started.append(process)
             yield run
         finally:
-            for process in others:
+            for process in started:
                 process.kill()
 
 
-def _cut(numbers: list[int], n: int) -> list[list[int]]:
+def _runs(numbers: list[int], n: int) -> list[list[int]]:
     """The numbers in ``n`` runs, so that each process reads its own row groups of a file."""
     ends = [len(numbers) * k // n for k in range(n + 1)]
     return [numbers[start:end] for start, end in pairwise(ends)]

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+from multiprocessing.context import SpawnProcess
 
 import fsspec
 import numpy as np
@@ -175,7 +176,7 @@ def test_after_kills_of_two_processes_every_series_is_there_once(tmp_path):
 
 
 def test_two_processes_write_what_one_does_and_nothing_before_the_model_is_accepted(
-    package, tmp_path
+    package, tmp_path, monkeypatch
 ):
     toy.build_toy(tmp_path / "toy")
     one, n = toy.series(3, seed=0), 2 * scoring.SERIES_PER_PART + 1
@@ -185,6 +186,14 @@ def test_two_processes_write_what_one_does_and_nothing_before_the_model_is_accep
     with pytest.raises(ValueError, match="refused"), predictions.others(tmp_path / "toy", 2):
         raise ValueError("refused")
     assert not predictions.folder.exists()
+
+    def fails(process):
+        raise OSError("no memory for a process")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no memory"):
+        patch.setattr(SpawnProcess, "start", fails)
+        with predictions.others(tmp_path / "toy", 3):
+            pass
     seen = []
 
     with predictions.others(tmp_path / "toy", 2) as run:
