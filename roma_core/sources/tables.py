@@ -268,7 +268,8 @@ class _Source(Source):
             *(Number(column.column, column.unit) for column in targets),
         ]
         self._may_grow = config.memory_limit_mb is None
-        threads = max(config.threads, int(os.environ.get("OMP_NUM_THREADS", "1").split(",")[0]))
+        of_job = os.environ.get("OMP_NUM_THREADS") or "1"  # it may be set and empty
+        threads = max(config.threads, int(of_job.split(",")[0]))
         self._memory_mb = config.memory_limit_mb or _MEMORY_MB * threads
         self._database = connect(cache, self._memory_mb, threads)
         self._missing = config.missing_values

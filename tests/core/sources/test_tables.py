@@ -178,7 +178,7 @@ def test_rows_in_any_order_that_do_not_fit_in_memory_are_sorted_on_disk(
     assert not list((tmp_path / "cache").glob("roma-sort-*"))
 
 
-@pytest.mark.parametrize(("threads", "of_job"), [(1, 1), (3, 1), (1, 3)])
+@pytest.mark.parametrize(("threads", "of_job"), [(1, ""), (3, 1), (1, 3)])
 def test_files_follow_each_other_in_order_with_any_number_of_threads(
     tmp_path, monkeypatch, threads, of_job
 ):
@@ -196,7 +196,7 @@ def test_files_follow_each_other_in_order_with_any_number_of_threads(
     source = source_config(config | {"threads": threads}).open(tmp_path)
 
     assert source.is_sorted
-    assert source._query("SELECT current_setting('threads')") == [(max(threads, of_job),)]
+    assert source._query("SELECT current_setting('threads')") == [(max(threads, int(of_job or 1)),)]
     assert {s.id: s.positions[:, 0].tolist() for s in source.read()} == expected
     rest = {s.id: s.positions[:, 0].tolist() for s in source.read_from(150)}
     assert rest == dict([*expected.items()][150:])
