@@ -111,8 +111,9 @@ class JobFolder:
 
     def mark_checkpoint(self, n: int) -> None:
         """Let work that keeps its own files count as a checkpoint: after a crash, another attempt follows."""
-        (self.checkpoints / f"step-{n}").mkdir(parents=True, exist_ok=True)
-        for former in committed(self.checkpoints)[:-1]:
+        made = self.checkpoints / f"step-{n}"
+        made.mkdir(parents=True, exist_ok=True)
+        for former in {*committed(self.checkpoints)} - {made}:  # a larger one if work began anew
             former.rmdir()
 
     def write_result(self, result: Result) -> None:
@@ -143,17 +144,20 @@ class Attempt:
         aside.replace(self.heartbeat)
 
     @contextmanager
-    def beating(self, interval_s: float = 5.0) -> Iterator[None]:
+    def beating(self, interval_s: float = 5.0) -> Iterator[threading.Event]:
         """Beat while this process computes, in work whose steps may take longer than a beat may be late.
 
-        While it waits, for a lock, a disk or another process, it uses no CPU, and there are no beats.
+        While it waits, for a lock, a disk or another process, it uses no CPU, and there are no beats
+        unless it sets the event that this yields, before every beat.
         """
-        ended = threading.Event()
+        ended, advanced = threading.Event(), threading.Event()
 
         def beat() -> None:
             used_s = time.process_time()
             while not ended.wait(interval_s):
-                if (now_s := time.process_time()) - used_s > _BUSY * interval_s:
+                now_s = time.process_time()
+                if advanced.is_set() or now_s - used_s > _BUSY * interval_s:
+                    advanced.clear()
                     with suppress(OSError):  # a full disk, say
                         self.beat()
                 used_s = now_s
@@ -161,7 +165,7 @@ class Attempt:
         thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
         thread.start()
         try:
-            yield
+            yield advanced
         finally:
             ended.set()
             thread.join()

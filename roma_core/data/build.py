@@ -1,9 +1,10 @@
 """Building a data set: source → cleaning → split → subsampling → columns → normalisation → manifest.
 
 The files are written into a hidden folder, which is renamed to the digest of its content when it is
-complete. Memory holds a chunk of observations and a few numbers per series. Every minute they are saved
-beside the folder, so that the next build of the same input resumes one that was killed. It opens the
-source again (hashes its files, scans and, if need be, sorts a table) and continues with the next series.
+complete. Memory holds a chunk of observations and a few numbers per series. While series are read, these
+are saved beside the folder every minute and at a stop, so that the next build of the same input resumes one
+that was killed or stopped. It opens the source again (hashes its files, scans and, if need be, sorts a
+table) and continues with the series after the last that were saved.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import warnings
 from array import array
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from importlib.metadata import version
 from operator import length_hint
 from pathlib import Path
 from typing import Any
@@ -88,12 +90,15 @@ def build_dataset(
 
     The folder is ``<root>/<name>/<digest[:12]>/``. Equal input gives an equal folder; an existing one
     is verified and used, or replaced if it is damaged. ``cache`` is for what the source downloads.
-    ``saved`` is called whenever so many series are done for good.
+    ``saved`` is called whenever so many series are done for good. ``should_stop`` is asked twice a second
+    while series are read and while another process builds in ``<root>/<name>/``.
 
     Raises:
-        DataError: the source or a series cannot be used.
-        OSError: the disk is full, for example. Nothing is left behind after either.
-        Interrupted: ``should_stop`` returned True; the same call resumes.
+        DataError: the source or a series cannot be used; nothing of this build is left behind.
+        OSError: the disk is full, and nothing is left behind; or another operation on it failed.
+        Interrupted: ``should_stop`` returned True.
+
+    What is left behind, after a kill too, the same call resumes: with the series after the last saved.
     """
     home = root / config.name
     aside = home / ".building"
@@ -101,25 +106,30 @@ def build_dataset(
         if progress is True:
             progress = Progress(f"building {config.name}", unit="series", log=sys.stderr)
             stack.enter_context(progress)
-        source = config.source.open(cache)
         root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(root / f".{config.name}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.warning("another process is building in %s; waiting for it", home)
-            lock.acquire()
+        waits = False
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=waits * _LOOK_EVERY_S)
+            except Timeout:
+                if not waits:
+                    log.warning("another process is building in %s; waiting for it", home)
+                waits = True
+                if should_stop():
+                    raise Interrupted(f"stopped while another process builds in {home}") from None
         stack.callback(lock.release)
+        source = config.source.open(cache)  # under the lock: its hashes are of what is read
         try:
             manifest = _build(config, source, aside, progress or None, should_stop, saved)
             path = _commit(aside, home / manifest.digest[:12], manifest)
-        except Interrupted:
-            raise
         except BaseException as error:
-            _remove(aside)
-            with suppress(OSError):  # there are other versions
-                home.rmdir()
-            if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if full or isinstance(error, ValueError) or not _state_file(aside).exists():
+                _remove(aside)
+                with suppress(OSError):  # there are other versions
+                    home.rmdir()
+            if not full:
                 raise
             raise OSError(
                 f"no space left while building in {home}; nothing was left behind: free some space "
@@ -198,8 +208,12 @@ def _state_key(config: DatasetConfig, source: Source, home: Path) -> str:
     """Digest of all that determines the content: settings, input, code, versions with their splits."""
     package = Path(__file__).parents[1]
     code = [p for part in ("", "data/", "sources/") for p in sorted(package.glob(f"{part}*.py"))]
+    plugins = (sys.modules.get(type(one).__module__) for one in (config.source, source))
+    code += filter(Path.is_file, (Path(getattr(one, "__file__", None) or "") for one in plugins))
+    libraries = [*map(version, ("duckdb", "numpy", "pyarrow"))]
     versions = sorted(path.parent.name for path in home.glob(f"[!.]*/{MANIFEST}"))
-    document = config.model_dump(mode="json"), dict(source.files), [*map(sha256_of, code)], versions
+    hashes = [*map(sha256_of, code)]
+    document = config.model_dump(mode="json"), dict(source.files), hashes, libraries, versions
     return digest_of(document)
 
 

@@ -68,9 +68,14 @@ def run_dataset_job(folder: JobFolder, attempt: Attempt) -> Work:
     folder.outputs.mkdir(parents=True, exist_ok=True)
     record = folder.outputs / "built.json"
     shown = Progress(f"building {config.definition.name}", unit="series")
-    with StopRequests(attempt.stop) as requests, attempt.beating(), shown:
+    with StopRequests(attempt.stop) as requests, attempt.beating() as advanced, shown:
+
+        def stop() -> bool:
+            advanced.set()  # it reads, or waits for another build
+            return requests.requested()
+
         if not record.exists():
-            where, stop = (Path(config.root), Path(config.cache)), requests.requested
+            where = Path(config.root), Path(config.cache)
             try:
                 # in a pod it may be missing, and paths are absolute
                 here = Path(config.working_folder)

@@ -51,10 +51,13 @@ def test_reports_are_written_under_the_lock_whatever_signal_comes(tmp_path, stat
 def test_beats_go_on_while_the_process_computes_and_stop_while_it_waits(tmp_path):
     attempt = JobFolder(tmp_path).attempt(1)
     attempt.path.mkdir(parents=True)
-    with attempt.beating(0.05):
+    with attempt.beating(0.05) as advanced:
         while not attempt.heartbeat.exists():
             pass
         time.sleep(0.2)
         last = attempt.heartbeat.read_text()
         time.sleep(0.3)
         assert attempt.heartbeat.read_text() == last
+        advanced.set()
+        while attempt.heartbeat.read_text() == last:
+            time.sleep(0.01)

@@ -5,15 +5,19 @@ import shutil
 import subprocess
 import sys
 import threading
+from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from roma_core import job
 from roma_core.cli.data import data
 from roma_core.data import (
     DataError,
@@ -157,7 +161,7 @@ def test_what_a_killed_builder_left_is_removed(tmp_path):
 
 
 def test_a_killed_build_resumes_with_the_next_series(tmp_path, monkeypatch):
-    """Whenever it was killed, while it wrote the manifest, too; not after the input or a setting changed."""
+    """Whenever it was killed, while it wrote the manifest, too; not after the input, a setting or code changed."""
     given_series = [series(f"s{k}", 3 + k, "xy"[k % 2], None, k, group=f"g{k}") for k in range(9)]
     given_series[4] = series("empty", 0, group="g4")
     options = {"repair": {"empty": "drop"}, "drop_rate": 0.2, "axes": {"t": {"scale": "auto"}}}
@@ -187,13 +191,22 @@ def test_a_killed_build_resumes_with_the_next_series(tmp_path, monkeypatch):
         assert resumed.name == whole.name and len(added) == 8 - n
         assert [path.name for path in resumed.parent.iterdir()] == [resumed.name]
 
-    stopped = [True]
-    with pytest.raises(Interrupted):
-        build_dataset(config, tmp_path / "s", tmp_path, False, should_stop=lambda: stopped.pop())
-    added.clear()
-    other = config.model_copy(update={"drop_seed": 3})
-    assert build_dataset(other, tmp_path / "s", tmp_path, progress=False).name != whole.name
-    assert len(added) == 8
+    plugin = tmp_path / "plugin.py"
+    monkeypatch.setitem(sys.modules, "plugin", SimpleNamespace(__file__=str(plugin)))
+    monkeypatch.setattr(HandMade, "__module__", "plugin")
+    for k, changed in enumerate(["setting", "plug-in", "library"]):
+        plugin.write_text("before")
+        with pytest.raises(Interrupted):
+            build_dataset(config, tmp_path / f"s{k}", tmp_path, False, should_stop=[True].pop)
+        added.clear()
+        seed = 3 if changed == "setting" else 0
+        if changed == "plug-in":
+            plugin.write_text("after")
+        elif changed == "library":
+            monkeypatch.setattr(building, "version", lambda name: "another")
+        other = config.model_copy(update={"drop_seed": seed})
+        made = build_dataset(other, tmp_path / f"s{k}", tmp_path, progress=False)
+        assert (made.name == whole.name) == (seed == 0) and len(added) == 8
 
 
 def test_a_job_asked_to_stop_continues_in_its_next_attempt(
@@ -205,16 +218,24 @@ def test_a_job_asked_to_stop_continues_in_its_next_attempt(
     folder, places = JobFolder(tmp_path / "job"), {"root": str(tmp_path / "sets")}
     places |= {"cache": str(tmp_path), "working_folder": str(tmp_path)}
     config = DatasetJobConfig(definition=definition, fingerprint="f", **places)
-    first, second = (folder.attempt(n) for n in (1, 2))
-    first.path.mkdir(parents=True)
-    second.path.mkdir()
+    waiting, first, second = (folder.attempt(n) for n in (1, 2, 3))
+    for attempt in (waiting, first, second):
+        attempt.path.mkdir(parents=True)
     write_json(folder.config, config.model_dump(mode="json"))
+    folder.mark_checkpoint(500)  # of input that was longer
     first.stop.touch()
 
+    with monkeypatch.context() as patch, FileLock(tmp_path / "sets/.small.lock"):
+        patch.setattr(job, "_STOP_FILE_POLL_S", 0.01)
+        patch.setattr(job, "_BUSY", float("inf"))  # as if it used no CPU
+        patch.setattr(job.Attempt, "beating", partialmethod(job.Attempt.beating, 0.01))
+        threading.Timer(0.3, waiting.stop.touch).start()
+        waited = run_dataset_job(folder, waiting)
     stopped = run_dataset_job(folder, first)
     work = run_dataset_job(folder, second)
 
     assert (stopped.status, stopped.reason) == ("continue", "stop file")
+    assert waited == stopped and waiting.heartbeat.exists() and not first.heartbeat.exists()
     assert [path.name for path in folder.checkpoints.iterdir()] == ["step-8"]
     made = InspectedDataset.model_validate(read_json(folder.path / work.outputs["dataset"]))
     assert made.path.name == whole.name and made == inspect_dataset(made.path)
@@ -222,19 +243,34 @@ def test_a_job_asked_to_stop_continues_in_its_next_attempt(
     assert [line.split(": series ")[1].split()[0] for line in lines] == ["1/?", "2/?", "8/?"]
 
 
-@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
-def test_a_full_disk_or_an_interruption_leaves_no_half_folder(tmp_path, monkeypatch, failure):
+@pytest.mark.parametrize(
+    ("failure", "save_every_s", "resumes"),
+    [
+        (OSError(errno.ENOSPC, "full"), 0, False),
+        (DataError("two series have the id 'a'"), 0, False),
+        (OSError(errno.EIO, "a cable"), 0, True),
+        (KeyboardInterrupt(), 0, True),
+        (KeyboardInterrupt(), 60, False),
+    ],
+)
+def test_a_build_that_cannot_be_resumed_leaves_no_half_folder(
+    tmp_path, monkeypatch, caplog, failure, save_every_s, resumes
+):
     def fails(*_):
         raise failure
+
+    monkeypatch.setattr(building, "_LOOK_EVERY_S", 0)
+    monkeypatch.setattr(building, "_SAVE_EVERY_S", save_every_s)
+    caplog.set_level("INFO")
 
     with monkeypatch.context() as patch, pytest.raises(type(failure)) as raised:
         patch.setattr(building, "write_column", fails)
         built(tmp_path)
 
-    assert versions_in(tmp_path) == []
-    if isinstance(failure, OSError):
-        assert "no space left" in str(raised.value)
+    assert versions_in(tmp_path) == [".building"] * resumes
+    assert ("no space left" in str(raised.value)) == (getattr(failure, "errno", 0) == errno.ENOSPC)
     assert StoredDataset(built(tmp_path)).ids == [s.id for s in SOME]
+    assert ("resuming after 4 series" in caplog.text) == resumes
 
 
 def test_the_commands_build_inspect_and_validate(yaml_file, tmp_path):
@@ -291,7 +327,7 @@ def test_two_builders_at_once_both_end_well(yaml_file, tmp_path):
 
 
 def test_a_builder_that_waits_for_one_that_fails_builds(tmp_path):
-    """The one that fails takes lock and folder away; the one that waits makes them anew."""
+    """The one that fails takes lock and folder away; the one that waits opens its source only then."""
     started, may_fail = threading.Event(), threading.Event()
 
     class Failing(HandMade):
@@ -301,6 +337,11 @@ def test_a_builder_that_waits_for_one_that_fails_builds(tmp_path):
             assert may_fail.wait(within(30))
             raise DataError("it broke")
 
+    class Opened(HandMade):
+        def open(self, cache):
+            assert may_fail.is_set(), "it may change until the lock is held"
+            return self
+
     def first():
         with pytest.raises(DataError, match="it broke"):
             built(tmp_path, source=Failing())
@@ -309,7 +350,8 @@ def test_a_builder_that_waits_for_one_that_fails_builds(tmp_path):
     failing.start()
     assert started.wait(within(30))
     threading.Timer(0.3, may_fail.set).start()
-    path = built(tmp_path, *[series(f"s{k}", seed=k) for k in range(5)])
+    five = tuple(series(f"s{k}", seed=k) for k in range(5))
+    path = built(tmp_path, source=Opened(series=five))
     failing.join()
 
     assert len(StoredDataset(path)) == 5
