@@ -18,6 +18,7 @@ from roma_pipelines.experiment import (
     DagsterSettings,
     Experiment,
     all_experiments,
+    defs_files,
 )
 from roma_pipelines.resources import JOB_CLIENTS
 
@@ -43,26 +44,38 @@ def executor() -> dg.ExecutorDefinition:
 def defs() -> dg.Definitions:
     """All experiments, and the sensors that maintain jobs. Loads without torch, mlflow or wandb.
 
-    An invalid experiment does not stop the others; ``INVALID`` is in its place. Definitions of other
-    kinds under ``defs/`` are then left out, too.
+    An invalid file does not stop the others; ``INVALID`` is in its place. Components of other types
+    under ``defs/`` are then left out, too.
     """
+    loaded, errors = load()
+    for name, text in errors.items():
+        _log.error("the experiment %s is left out: %s", name, text)
+    return loaded
+
+
+def load() -> tuple[dg.Definitions, dict[str, str]]:
+    """The definitions, and errors of what is left out, by folder."""
     operations = dg.Definitions(
         executor=executor(), sensors=[reconcile_jobs, alert_on_failure], resources=JOB_CLIENTS
     )
-    given, reason = all_experiments(), None
+    reason: BaseException | None = None
+    given = all_experiments()
     if not any(isinstance(one, str) for one in given.values()):
         try:
-            return _from_folder(operations)
+            return _from_folder(operations), {}
         except Exception as error:  # of several types; ours is a distant cause
             reason = error
     found, errors = load_experiments(given)
+    others = {name: path for name, path in defs_files().items() if name not in given}
+    text = "left out, as Dagster loads its type only if all experiments are valid"
     if reason is not None and not errors:
-        raise reason
-    marks = []
-    for name, text in errors.items():
-        _log.error("the experiment %s is left out: %s", name, text)
-        marks.append(dg.AssetSpec([*name.split("/"), INVALID], description=text))
-    return dg.Definitions.merge(*found.values(), dg.Definitions(assets=marks), operations)
+        while reason.__cause__ is not None:  # the others show Dagster's tree of all files
+            reason = reason.__cause__
+        text = f"{type(reason).__name__}: {reason}"
+        errors = {} if others else {"defs": text}
+    errors |= {name: f"{path}: {text}" for name, path in others.items()}
+    marks = [dg.AssetSpec([*name.split("/"), INVALID], description=e) for name, e in errors.items()]
+    return dg.Definitions.merge(*found.values(), dg.Definitions(assets=marks), operations), errors
 
 
 def _from_folder(operations: dg.Definitions) -> dg.Definitions:
@@ -86,7 +99,9 @@ def load_experiments(
     encoders: set[str] = set()
     errors = {folder: error for folder, error in given.items() if isinstance(error, str)}
     valid = {folder: one for folder, one in given.items() if isinstance(one, Experiment)}
-    # those that pretrain an encoder first: others may share it
+    # those that pretrain an encoder first: others may share it;
+    # those in the folder of their name before copies of them
+    valid = dict(sorted(valid.items(), key=lambda item: item[0] != item[1].name))
     for folder, one in sorted(valid.items(), key=lambda item: item[1].pretrained_from or ""):
         try:
             if one.name in found:

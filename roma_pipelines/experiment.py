@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import pkgutil
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -34,6 +35,7 @@ from roma_pipelines.search_space import Tuning
 
 DEFS = Path(__file__).parent / "defs"
 COMPONENT = "roma_pipelines.components.RomaExperiment"
+_KEYS = ("type", "attributes", "template_vars_module", "requirements", "post_processing")
 _REGISTERED = {
     "classification": "registered_classifier",
     "regression": "registered_regressor",
@@ -458,7 +460,7 @@ def load_experiment(name: str) -> Experiment:
     """The experiment in this folder of ``defs/``, or YAML file; ValueError if it is invalid."""
     if name.endswith((".yaml", ".yml")):
         return _read(Path(name))
-    paths = _files()
+    paths = defs_files()
     if name not in paths:
         raise ValueError(
             f"no experiment {name!r}; available: {', '.join(paths)}, or the path of a defs.yaml"
@@ -467,20 +469,23 @@ def load_experiment(name: str) -> Experiment:
 
 
 def all_experiments() -> dict[str, Experiment | str]:
-    """Experiments by the path of their folder in ``defs/``, or the error of their file."""
+    """Experiments by the path of their folder in ``defs/``, or the error of their file.
+
+    Without the components of other types, which Dagster loads.
+    """
     found: dict[str, Experiment | str] = {}
-    for name, path in _files().items():
+    for name, path in defs_files().items():
         try:
             document = read_yaml(path)
-            if isinstance(document, dict) and document.get("type", COMPONENT) != COMPONENT:
-                continue
-            found[name] = _read(path)
+            if not isinstance(document, dict) or not _other_type(path, document.get("type")):
+                found[name] = _read(path)
         except ValueError as error:
             found[name] = str(error)
     return found
 
 
-def _files() -> dict[str, Path]:
+def defs_files() -> dict[str, Path]:
+    """Every ``defs.yaml`` by the path of its folder in ``defs/``."""
     # a link to a file that is gone, too, which `**/defs.yaml` leaves out
     paths = sorted(path for path in DEFS.rglob("*.yaml") if path.name == "defs.yaml")
     return {path.parent.relative_to(DEFS).as_posix(): path for path in paths}
@@ -500,11 +505,32 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
 
 
+def _other_type(path: Path, kind: Any) -> type | None:
+    """The component of another type that a file names; ValueError if there is none of that name."""
+    if kind in (None, COMPONENT):
+        return None
+    try:
+        # Dagster resolves what begins with a dot
+        found = dg.Component if str(kind).startswith(".") else pkgutil.resolve_name(kind)
+        if issubclass(found, dg.Component):
+            return found
+        reason = "it is no component"
+    except Exception as error:  # also of the module that is imported
+        reason = str(error)
+    raise ValueError(f"{path}: type: expected {COMPONENT}, got {kind!r}: {reason}")
+
+
 def _read(path: Path) -> Experiment:
     document = read_yaml(path)
     attributes = document.get("attributes") if isinstance(document, dict) else None
-    if not isinstance(attributes, dict):
-        raise ValueError(f"{path}: expected `type` and `attributes` of an experiment")
+    if not isinstance(attributes, dict) or "type" not in document:
+        raise ValueError(
+            f"{path}: expected `type` and `attributes` of an experiment; its type is {COMPONENT}"
+        )
+    if (found := _other_type(path, document["type"])) and not issubclass(found, Experiment):
+        raise ValueError(f"{path}: type: expected {COMPONENT}, got {document['type']}")
+    if unknown := [str(key) for key in document if key not in _KEYS]:
+        raise ValueError(f"{path}: {unknown[0]}: no such key; expected one of {', '.join(_KEYS)}")
     try:
         return Experiment.parse(attributes)
     except ValueError as error:

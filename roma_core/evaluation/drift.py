@@ -213,6 +213,7 @@ def sample_from_parquet(
 
     Raises:
         DataError: a column is missing, or the lists of a row differ in length.
+        OSError: a file is gone, or the file system fails.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -229,6 +230,8 @@ def sample_from_parquet(
             wanted += [one["name"] for one in covariates if one["name"] in present]
             found = pq.read_table(path, columns=wanted).to_pylist()
         except (pa.ArrowException, OSError) as error:
+            if isinstance(error, FileNotFoundError) or getattr(error, "errno", None):
+                raise  # of the file system, not of the content
             raise DataError(f"{path} cannot be read as Parquet: {error}") from error
         for k, row in enumerate(found):
             row |= {name: row[name] or [] for name in lists}

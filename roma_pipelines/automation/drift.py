@@ -22,6 +22,7 @@ from roma_pipelines.tracked_job import registry, run_tracked_job
 
 _MAX_PLOTTED = 60  # effect sizes; of more, only the largest of each measure are plotted over time
 _UNSEEN: dict[str, Any] = {"looked_at": 0.0, "trained_at": 0.0, "decided": "", "files": ""}
+_UNSEEN |= {"tried": "", "tried_at": 0.0, "waits": ""}  # a decision that is not settled
 
 
 def recent_inputs_asset(experiment: Experiment) -> dg.AssetsDefinition:
@@ -122,14 +123,17 @@ def check_inputs(
     seen = _UNSEEN | json.loads(cursor or "{}")
     decision: Decision | None = None
     found = state.newest_comparison(instance, experiment)
-    if found is not None and found.run != seen["decided"]:
+    every_s = settings.every_min * 60
+    if found and found.run == seen["tried"] and now < seen["tried_at"] + every_s:
+        decision = dg.SkipReason(seen["waits"])
+    elif found is not None and found.run != seen["decided"]:
         decision, settled = _decide(experiment, settings, instance, seen, found, now)
-        if settled:
-            seen["decided"] = found.run
+        seen |= {"decided": found.run} if settled else {"tried": found.run, "tried_at": now}
         if isinstance(decision, dg.RunRequest):
             seen["trained_at"] = now
             return decision, json.dumps(seen)
-    if now >= seen["looked_at"] + settings.every_min * 60:
+        seen["waits"] = decision.skip_message
+    if now >= seen["looked_at"] + every_s:
         paths, inputs = settings.newest_files()
         seen |= {"looked_at": now, "files": ""}
         if not paths:
@@ -153,8 +157,8 @@ def _decide(
     found: state.Comparison,
     now: float,
 ) -> tuple[Decision, bool]:
-    """The decision about a comparison, and whether it is settled: else it is taken again at the next
-    tick, as the obstacle to training is temporary.
+    """The decision about a comparison, and whether it is settled: else it is taken again after
+    ``every_min``, as the obstacle to training is temporary.
     """
     ratios = settings.thresholds.ratios(found.effects)
     shown = [f"{name} {found.effects[name]:.2f}" for name in ratios]
@@ -167,17 +171,19 @@ def _decide(
         return dg.SkipReason(text), True
     why = f"{found.n} recent series differ from the training data: "
     why += ", ".join(shown[: min(n_far, 6)]) + found.remark
-    step, decision, settled = state.step_of(experiment, instance), None, True
-    todo: Literal["build", "train"] = "build" if step.do == "build" else "train"
+    decision, settled = None, True
     cool_h = (now - seen["trained_at"]) / 3600
     if cool_h < settings.cooldown_h:
         cooldown = f"the cooldown is {settings.cooldown_h:g} h"
         action, settled = f"trained for drift {cool_h:.0f} h ago; {cooldown}", False
-    elif step.do == "wait" or (step.do == "nothing" and settings.only_if_new):
+    elif (step := state.step_of(experiment, instance)).do == "wait" or (
+        step.do == "nothing" and settings.only_if_new
+    ):
         action, settled = f"nothing is trained: {step.why}", step.do == "nothing"
     elif settings.dry_run:
-        action = f"would {todo}, but this is a dry run"
+        action = f"would {'build' if step.do == 'build' else 'train'}, but this is a dry run"
     else:
+        todo: Literal["build", "train"] = "build" if step.do == "build" else "train"
         wanted = state.Step(todo, why, step.key or f"drift:{found.inputs}")
         decision = state.request(experiment, instance, "drift", wanted, now)
         action = f"{step.why}: a data set is built, and trained on if it differs"

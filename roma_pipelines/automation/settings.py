@@ -87,7 +87,7 @@ class Automation(Frozen):
         None,
         gt=0,
         description="Automation starts no training once jobs of the last 7 days used this many "
-        "GPU-hours, or CPU-hours without GPUs.",
+        "GPU-hours, or CPU-hours without GPUs. Those of tuning_study do not count.",
     )
     predict_on_promotion: bool = Field(
         False, description="Materialise batch_predictions when the champion changes."

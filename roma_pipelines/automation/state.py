@@ -133,6 +133,8 @@ def newest_comparison(instance: dg.DagsterInstance, experiment: Experiment) -> C
     if event is None or (made := event.asset_materialization) is None:
         return None
     facts: dict[str, Any] = {name: value.value for name, value in made.metadata.items()}
+    if not {"features", "inputs", "series", "drift_sizes"} <= facts.keys():
+        return None  # reported in the UI
     remark = "" if facts["features"] == "compared" else f"; features were {facts['features']}"
     return Comparison(event.run_id, facts["inputs"], facts["series"], facts["drift_sizes"], remark)
 
@@ -173,10 +175,13 @@ def uses_gpus(experiment: Experiment) -> bool:
 
 
 def hours_used(experiment: Experiment, jobs_root: Path, now: float | None = None) -> float:
-    """GPU-hours of attempts that run, or ended in the last 7 days; CPU-hours if trainings use no GPU."""
+    """GPU-hours of attempts that run, or ended in the last 7 days; CPU-hours if trainings use no GPU.
+
+    Those of trials of the asset ``tuning_study`` do not count: it has a limit of its own.
+    """
     now = time.time() if now is None else now
     since = now - 7 * 86400
-    hours = 0.0
+    hours, search = 0.0, f"{experiment.name}/tuning_study"
     for path in jobs_root.iterdir():
         try:
             # the end of an attempt replaces a file in attempts/, and a supervisor renews lease.json:
@@ -187,7 +192,7 @@ def hours_used(experiment: Experiment, jobs_root: Path, now: float | None = None
             job = read_job(path)
         except (OSError, ValueError):  # being created, removed, or damaged, which `health` reports
             continue
-        if job is None or job.asset.split("/")[0] != experiment.name:
+        if job is None or job.asset == search or job.asset.split("/")[0] != experiment.name:
             continue
         if uses_gpus(experiment) and not job.spec.gpus_per_node:
             continue
@@ -201,6 +206,7 @@ def state_of(experiment: Experiment, instance: dg.DagsterInstance) -> TrainingSt
     check = dg.AssetCheckKey(experiment.key("dataset"), "sound")
     storage = instance.event_log_storage
     record = storage.get_latest_asset_check_execution_by_key([check]).get(check)
+    beside = {experiment.key("recent_inputs"), experiment.key("tuning_study")}
     unfinished = (
         run.run_id
         for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED), limit=200)
@@ -208,7 +214,7 @@ def state_of(experiment: Experiment, instance: dg.DagsterInstance) -> TrainingSt
             run.tags.get(EXPERIMENT_TAG) == experiment.name
             or any(key.path[0] == experiment.name for key in run.asset_selection or ())
         )
-        and set(run.asset_selection or ()) != {experiment.key("recent_inputs")}
+        and (not run.asset_selection or run.asset_selection - beside)
     )
     return TrainingState(
         data=data,

@@ -43,7 +43,7 @@ def _checks() -> Iterator[CheckResult]:
     """All checks in turn. A store that cannot be reached is an error and hides no other result."""
     import dagster as dg
 
-    from roma_pipelines.definitions import load_experiments
+    from roma_pipelines.definitions import load
     from roma_pipelines.experiment import all_experiments
 
     try:
@@ -53,8 +53,8 @@ def _checks() -> Iterator[CheckResult]:
         return
     yield _disk(storage)
     yield from _jobs(storage)
-    valid, errors = load_experiments(all_experiments())
-    detail = "; ".join(errors.values()) or f"{len(valid)} valid"
+    errors = load()[1]
+    detail = "; ".join(errors.values()) or f"{len(all_experiments())} valid"
     yield CheckResult("experiments", "error" if errors else "ok", detail)
     limit_requests(SHORT_S)
     try:

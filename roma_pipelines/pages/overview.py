@@ -30,8 +30,8 @@ from starlette.routing import Route
 from roma_core.evaluation.metrics import LABELS
 from roma_core.files import read_json
 from roma_core.job import JobFolder
-from roma_pipelines.definitions import load_experiments
-from roma_pipelines.experiment import Experiment, all_experiments
+from roma_pipelines.definitions import load, load_experiments
+from roma_pipelines.experiment import Experiment, all_experiments, defs_files
 from roma_pipelines.launching.jobs import Job, all_jobs
 from roma_pipelines.launching.outcome import duration, log_tail
 from roma_pipelines.registry.promotion import CHAMPION, PREVIOUS
@@ -204,7 +204,8 @@ def create_app(storage: Storage, dagster: str, mlflow: str) -> Starlette:
         with dg.DagsterInstance.get() as instance:
             there = answers(MlflowSettings())
             given = all_experiments()
-            given |= load_experiments(given)[1]
+            others = defs_files().keys() - given  # of other types
+            given |= load()[1] if others else load_experiments(given)[1]
             views = overview(given, storage, instance, client if there else None)
         known = {"views": views, "now": time.time(), "dagster": dagster, "mlflow": mlflow}
         page = template.render(**known, mlflow_answers=there)

@@ -79,7 +79,7 @@ def test_a_run_that_was_cancelled_or_is_retried_is_not_requested_again(
             "tried again 4 h after its request, as attempt 2 of 4",
         ),
         ("", "tried again 4 h after its request"),  # its node was lost, say
-        ("DataError: no series has a class", "attempt 1; waiting: a DataError would come again"),
+        ("NonFiniteLoss: loss nan", "attempt 1; waiting: a NonFiniteLoss would come again"),
     ],
 )
 def test_the_error_of_the_job_decides_and_tick_alert_run_and_schedule_say_it(built, error, follows):

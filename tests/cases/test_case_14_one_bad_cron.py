@@ -94,6 +94,15 @@ KINDS = {
         lambda a: with_(a, name="fresh", automation={"freshness_h": {"report": 3}}),
         "automation.freshness_h.report: no such asset",
     ),
+    "type": (
+        lambda a: with_(a).replace("RomaExperiment", "Nope"),
+        "type: expected roma_pipelines.components.RomaExperiment, got 'roma_pipelines.components.Nope'",
+    ),
+    "typeless": (
+        lambda a: with_(a).rpartition("type: ")[0],
+        "expected `type` and `attributes` of an experiment",
+    ),
+    "key": (lambda a: with_(a) + "foo: 1\n", "foo: no such key; expected one of type, attributes"),
     "owners": (lambda a: with_(a, name="owned", owners=["somebody"]), "somebody"),
 }
 """Folder, as z_NAME, of an experiment that cannot be used -> its file, and what is said of it."""

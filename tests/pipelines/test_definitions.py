@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from roma_pipelines.components import RomaExperiment
-from roma_pipelines.definitions import defs
+from roma_pipelines.definitions import defs, load
+from roma_pipelines.experiment import defs_files
 from roma_pipelines.registry.gate import CHECKS
 from roma_pipelines.resources import KubernetesJobClient, LocalJobClient, SlurmJobClient
 
@@ -87,6 +88,19 @@ def test_an_experiment_is_five_assets_of_one_group(graph):
 
     assert keys == {dg.AssetKey(["japanese_vowels", noun]) for noun in ASSET_NAMES}
     assert {graph.get(key).group_name for key in keys} == {"japanese_vowels"}
+
+
+def test_a_component_that_dagster_cannot_load_leaves_the_experiments(monkeypatch):
+    def fails(operations):
+        raise RuntimeError("the tree of all files") from ValueError("no such setting")
+
+    monkeypatch.setattr("roma_pipelines.definitions._from_folder", fails)
+    loaded, errors = load()
+    assert errors == {"defs": "ValueError: no such setting"}
+    assert {"japanese_vowels", "defs"} < {key.path[0] for key in loaded.resolve_all_asset_keys()}
+    files = defs_files() | {"other": Path("other/defs.yaml")}
+    monkeypatch.setattr("roma_pipelines.definitions.defs_files", lambda: files)
+    assert load()[1] == {"other": "other/defs.yaml: ValueError: no such setting"}
 
 
 def test_the_clients_of_jobs_are_resources_of_the_assets_that_may_run_one(graph):

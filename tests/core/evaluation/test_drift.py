@@ -15,6 +15,7 @@ from roma_core.evaluation.drift import (
     sample_from_parquet,
     sample_from_rows,
 )
+from roma_core.schema import DataError
 from tests.core.data.test_quality import LAYOUTS, gappy_set
 
 
@@ -73,6 +74,11 @@ def test_exports_and_requests_are_compared_by_channel_category_and_covariate(tmp
     dataset = StoredDataset(gappy_set(tmp_path / "a", n=200, layout=layout))
     profile = reference_profile(dataset)
     assert ReferenceProfile.model_validate_json(profile.model_dump_json()) == profile
+    with pytest.raises(FileNotFoundError):  # not of the content: it may be back in the next attempt
+        sample_from_parquet([tmp_path / "train.parquet"], dataset.schema)
+    (tmp_path / "train.parquet").write_text("no table")
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        sample_from_parquet([tmp_path / "train.parquet"], dataset.schema)
     dataset.to_parquet(tmp_path / "train.parquet", "train")
 
     exported = sample_from_parquet([tmp_path / "train.parquet"], dataset.schema)

@@ -119,6 +119,8 @@ def test_experiments_load_in_any_order(tmp_path):
     given["waves"] = RomaExperiment(**tiny.attributes(tmp_path))
     found, errors = load_experiments(given)
     assert set(found) == {"waves", "ripples"} and not errors
+    _, errors = load_experiments({"a_copy": given["waves"]} | given)
+    assert set(errors) == {"a_copy"} and "another experiment is called waves" in errors["a_copy"]
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from roma_pipelines.automation.state import (
     Trained,
     TrainingState,
     hours_used,
+    newest_comparison,
     next_step,
     request,
     state_of,
@@ -109,7 +110,7 @@ def test_only_models_trained_with_automations_own_run_config_count(month):
     assert asked.run_config == {"ops": op}
 
 
-def test_files_that_are_touched_are_built_but_not_trained_on(month):
+def test_files_that_are_touched_are_built_but_not_trained_on(month, monkeypatch):
     settings = NewData(settle_s=60)
     path = month.deliver()
     asked = check_source(month.experiment, settings, month.instance, path.stat().st_mtime + 5)
@@ -149,30 +150,42 @@ def test_files_that_are_touched_are_built_but_not_trained_on(month):
     month.day = 1
     month.receive_inputs(shift=3.0)
     month.runs.append((1, "", ""))
-    for _ in range(2):  # it is not forgotten
-        asked, cursor = look(cursor, month.now, only_if_new=False)
-        assert "trained for drift 24 h ago; the cooldown is 168 h" in asked.skip_message
+    with monkeypatch.context() as patch:  # the source is not scanned for nothing
+        patch.delattr("roma_pipelines.automation.state.step_of")
+        for _ in range(2):  # it is not forgotten
+            asked, cursor = look(cursor, month.now, only_if_new=False)
+            assert "trained for drift 24 h ago; the cooldown is 168 h" in asked.skip_message
     asked, _ = look(cursor, month.now + 168 * 3600, only_if_new=False)
     assert isinstance(asked, dg.RunRequest)
-    asked, _ = look(cursor, month.now, min_series=5000)
+    asked, _ = look(cursor, month.now + 7200, min_series=5000)
     assert "are too few" in asked.skip_message
     # the section has no budget, so that one is added here
     tight = month.experiment.automation.model_copy(update={"budget_hours_per_week": 1e-9})
     poor = month.experiment.model_copy(update={"automation": tight})
     assert hours_used(poor, month.storage.jobs) > 0
-    cursor = None
-    for _ in range(2):
-        asked, cursor = look(cursor, time.time(), poor, only_if_new=False)
+    cursor, now, asked_for = None, time.time(), []
+    monkeypatch.setattr(
+        "roma_pipelines.automation.state.step_of",
+        lambda *given: asked_for.append(given) or step_of(*given),
+    )
+    for later, n in ((0, 1), (30, 1), (3600, 2)):  # decided again as often as files are looked at
+        asked, cursor = look(cursor, now + later, poor, only_if_new=False)
         assert "CPU-hours of the weekly budget are used" in asked.skip_message
+        assert len(asked_for) == n
     told = [alert["kind"] for alert in read_alerts(month.storage)]
     assert told.count("drift") == 2  # one for each of the inputs
     assert hours_used(poor, month.storage.jobs, time.time() + 8 * 86400) == 0
+    reported = dg.AssetMaterialization(month.experiment.key("recent_inputs"))
+    month.instance.report_runless_asset_event(reported)  # in the UI: it compares nothing
+    assert newest_comparison(month.instance, month.experiment) is None
 
 
 def test_the_budget_counts_attempts_that_run(month):
-    """Ten days long, on 2 x 4 GPUs; one more waits in a queue, and the budget of others is theirs."""
+    """Ten days long, on 2 x 4 GPUs; one more waits in a queue, and others have budgets of their own."""
     now, hours = time.time(), 240
-    for key, asset, runs in (("a", "waves", True), ("b", "waves", False), ("c", "tides", True)):
+    jobs = (("a", "waves/encoder", True), ("b", "waves/encoder", False))
+    jobs += (("c", "tides/encoder", True), ("d", "waves/tuning_study", True))
+    for key, asset, runs in jobs:
         folder = JobFolder(month.storage.jobs / (key * 20))
         attempt = folder.attempt(1)
         attempt.path.mkdir(parents=True)
@@ -180,7 +193,7 @@ def test_the_budget_counts_attempts_that_run(month):
         write_json(folder.spec, spec.model_dump(mode="json"))
         record = AttemptRecord(attempt=1, backend="slurm", intended_at=now - 3600 * hours)
         write_json(folder.attempt_record(1), record.model_dump(mode="json"))
-        write_json(folder.lease, {"schema_version": 1, "host": "x", "beat": now, "asset_key": f"{asset}/encoder"})  # fmt: skip
+        write_json(folder.lease, {"schema_version": 1, "host": "x", "beat": now, "asset_key": asset})  # fmt: skip
         then = now - 3600 * hours
         if runs:
             attempt.owner.write_text("{}")
@@ -197,6 +210,15 @@ def test_the_budget_counts_attempts_that_run(month):
     spec = JobSpec(key="a" * 20, command=("x",), config_digest="", threads_per_process=64)
     write_json(month.storage.jobs / ("a" * 20) / "spec.json", spec.model_dump(mode="json"))
     assert hours_used(on_gpus, month.storage.jobs, now) == 0  # CPU-hours are no GPU-hours
+
+
+def test_a_comparison_or_a_search_holds_up_no_training(month):
+    for names in (["recent_inputs"], ["tuning_study"], ["tuning_study", "dataset"]):
+        selection = frozenset(map(month.experiment.key, names))
+        run = dg.DagsterRun("job", status=dg.DagsterRunStatus.STARTED, asset_selection=selection)
+        month.instance.add_run(run)
+        expected = run.run_id if "dataset" in names else None
+        assert state_of(month.experiment, month.instance).unfinished == expected
 
 
 def test_an_unsound_data_set_is_not_trained_on(month):
