@@ -30,7 +30,14 @@ from roma_core.trainer.defaults import PrimaryMetric
 from roma_pipelines.automation.settings import Automation
 from roma_pipelines.registry.gate import CLASS_THRESHOLDS, GateThresholds
 from roma_pipelines.resources import JOB_CLIENTS
-from roma_pipelines.run_config import ENCODER, FINETUNED, RUN_CONFIGS, STAGES, Resources
+from roma_pipelines.run_config import (
+    ENCODER,
+    FINETUNED,
+    RUN_CONFIGS,
+    STAGES,
+    Resources,
+    given_fields,
+)
 from roma_pipelines.search_space import Tuning
 
 DEFS = Path(__file__).parent / "defs"
@@ -317,17 +324,25 @@ class Experiment(Frozen):
                 raise ValueError(
                     f"{name}.{unknown[0]}: not a setting of a run; there are {', '.join(fields)}"
                 )
-            size = dict(values)
-            for section in {"model", "trainer"} & values.keys():
+            size = given_fields(values)
+            for section in {"model", "trainer"} & size.keys():
                 stages[stage][section] = size.pop(section)
             if size:
                 stages["resources"][stage] = size
-        return self.with_settings(**stages)
+        try:
+            return self.with_settings(**stages)
+        except ValueError as error:
+            text = str(error)
+            for name in given:
+                text = text.replace(f"resources.{STAGES[name]}.", f"{name}.")
+            raise ValueError(text) from None
 
     def run_config(self, names: Collection[str]) -> dict[str, Any]:
         """The run config of a run of these assets that automation starts."""
         given = {n: config for n, config in self.automation.run_config.items() if n in names}
-        ops = {self.key(n).to_python_identifier(): {"config": given[n]} for n in given}
+        ops = {
+            self.key(n).to_python_identifier(): {"config": given_fields(given[n])} for n in given
+        }
         return {"ops": ops}
 
     @property

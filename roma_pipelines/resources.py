@@ -47,13 +47,13 @@ class CompletedJob:
     def metadata(self) -> dict[str, Any]:
         """Metadata of the materialisation, which downstream assets read."""
         facts = {k: v for k, v in self.result.facts.items() if isinstance(v, int | float | str)}
-        shown = self.outcome.metadata() | self.usage | facts
-        return {
-            # rounded for display; result.json has all digits
-            **{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in shown.items()},
-            **_attempts_metadata(self.outcome),
-            "log": dg.MetadataValue.path(str(self.folder.attempt(self.result.attempt).log)),
-        }
+        known = self.outcome.metadata() | self.usage | facts | _attempts_metadata(self.outcome)
+        known["log"] = dg.MetadataValue.path(str(self.folder.attempt(self.result.attempt).log))
+        # a module may use any names
+        metrics = {f"metrics/{k}" if k in known else k: v for k, v in self.result.metrics.items()}
+        # rounded for display; result.json has all digits
+        shown = (metrics | known).items()
+        return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in shown}
 
 
 def _attempts_metadata(outcome: Outcome) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Where the jobs of an experiment's stages run: resources in its file, and run config of one run."""
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, Literal, Self
 
@@ -108,19 +109,24 @@ class Resources(StageResources):
 Target = StrEnum("Target", ["local", "slurm", "kubernetes"])
 
 
-class JobConfig(dg.Config):
-    """Where the job of the asset runs in this run, and its size."""
+class OneProcessConfig(dg.Config):
+    """Where the job of the asset runs in this run."""
 
     target: Target | None = Field(
         None, description="This computer or a cluster; null, here and below: as in the experiment."
     )
     profile: str | None = Field(None, description="Profile of the cluster.")
-    nodes: int | None = Field(None, description="Nodes.")
-    processes_per_node: int | None = Field(None, description="Processes per node.")
     gpus_per_node: int | None = Field(None, description="GPUs per node; 0 uses CPUs.")
     time_limit_min: int | None = Field(
         None, description="Minutes of one attempt; the job resumes in a new one."
     )
+
+
+class JobConfig(OneProcessConfig):
+    """Where the job of the asset runs in this run, and its size."""
+
+    nodes: int | None = Field(None, description="Nodes.")
+    processes_per_node: int | None = Field(None, description="Processes per node.")
 
 
 class TrainingConfig(JobConfig):
@@ -138,6 +144,12 @@ class TrainingConfig(JobConfig):
     )
 
 
-RUN_CONFIGS: dict[str, type[JobConfig]] = {
-    name: TrainingConfig if stage in _TRAININGS else JobConfig for name, stage in STAGES.items()
-}
+RUN_CONFIGS: dict[str, type[OneProcessConfig]] = {
+    name: TrainingConfig if stage in _TRAININGS else OneProcessConfig
+    for name, stage in STAGES.items()
+} | {"batch_predictions": JobConfig}
+
+
+def given_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without those that are as in the experiment: the Launchpad's scaffold has all fields."""
+    return {name: value for name, value in config.items() if value not in (None, {})}

@@ -22,7 +22,7 @@ from roma_pipelines.launching.pipes import job_folder
 from roma_pipelines.launching.targets import roma_command
 from roma_pipelines.registry import runs, store, versions
 from roma_pipelines.resources import CompletedJob, JobClient
-from roma_pipelines.run_config import Resources
+from roma_pipelines.run_config import STAGES, Resources, given_fields
 from roma_pipelines.storage import Storage
 
 _SERVER_RETRIES, _SERVER_RETRY_S = 10, 60.0  # of a step that needs a server which is away
@@ -64,6 +64,8 @@ def run_tracked_job(
     folder = job_folder(context)
     document = config.model_dump(mode="json")
     changes = _run_config(context, experiment).get(context.asset_key.path[-1], {})
+    if (adopted := runs.read_record(folder)) is not None:  # its job keeps its first config
+        changes = json.loads(adopted.tags.get(versions.RUN_CONFIG_TAG, "{}"))
     tags = {versions.RUN_CONFIG_TAG: json.dumps(changes, sort_keys=True)} if changes else {}
     tags |= {
         "roma.dagster_run_id": context.run_id,
@@ -113,8 +115,10 @@ def _run_config(context: dg.AssetExecutionContext, experiment: Experiment) -> di
     ops: Any = context.run.run_config.get("ops", {})
     for name in experiment.own_assets:
         config = ops.get(experiment.key(name).to_python_identifier(), {}).get("config", {})
-        # the page's scaffold has all fields
-        if given := {k: value for k, value in config.items() if value not in (None, {})}:
+        for field in config.keys() - {"model", "trainer"}:  # Dagster offers {env: NAME} for a value
+            if isinstance(value := config[field], dict) and "env" in value:
+                config = {**config, field: dg.EnvVar(value["env"]).get_value()}
+        if given := given_fields(config):
             found[name] = given
     return found
 
@@ -122,12 +126,18 @@ def _run_config(context: dg.AssetExecutionContext, experiment: Experiment) -> di
 def of_this_run(context: dg.AssetExecutionContext, experiment: Experiment) -> Experiment:
     """The experiment as this run's config changes it.
 
-    The config of all its assets is validated, also of those that come later in the run. Raises
-    dagster.Failure with the sentences of the file.
+    The config of all its assets is validated, also of those that come later in the run, and so are
+    the profiles of clusters. Raises dagster.Failure with the sentences of the file.
     """
     try:
         changes = _run_config(context, experiment)
-        return experiment.with_run_config(changes) if changes else experiment
+        if changes:
+            experiment = experiment.with_run_config(changes)
+            for name in STAGES.keys() & set(experiment.own_assets):
+                key, stage = experiment.key(name), experiment.resources.of(STAGES[name])
+                if key in context.job_def.asset_layer.executable_asset_keys:
+                    getattr(context.resources, stage.target).launcher(stage.profile)
+        return experiment
     except ValueError as error:
         raise dg.Failure(f"run config: {error}", allow_retries=False) from error
 

@@ -182,7 +182,8 @@ def _materialised(
             "champion_version": config.champion_version or "none",
             **({TRAINED_WITH: text} if (text := config.lineage.get("run_config")) else {}),
             "gate": "passed" if decision.passed else f"FAILED: {decision.reasons()}",
-            **job.metadata(),
+            # bounds of intervals are in the table above
+            **{k: v for k, v in job.metadata().items() if not k.endswith(("_low", "_high"))},
         },
         check_results=[
             dg.AssetCheckResult(

@@ -176,8 +176,6 @@ class Outcome:
         facts["attempts"] = len(self.attempts)
         if self.result is not None:
             facts["processes"] = str(self.result.world_size)  # a number would be drawn as a plot
-            bounds = ("_low", "_high")  # of intervals: too many rows for a page
-            facts |= {k: v for k, v in self.result.metrics.items() if not k.endswith(bounds)}
         return facts
 
 

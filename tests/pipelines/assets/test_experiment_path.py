@@ -77,6 +77,7 @@ def house(tmp_path_factory):
     folder = tmp_path_factory.mktemp("house")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ROMA_STORAGE_ROOT", str(folder / "roma"))
+        patch.setenv("ONE", "1")
         patch.setenv("ROMA_ENV_FILE", str(folder / "empty.env"))
         (folder / "empty.env").touch()
         (folder / "dagster").mkdir()
@@ -240,8 +241,9 @@ def test_the_command_predicts_what_the_report_says(house, first, tmp_path):
         assert [served[name] for name in table.classes] == pytest.approx(probabilities, abs=1e-5)
 
 
-CHANGED = {"target": "local", "model": {"encoder_config": {"drop_path_rate": 0.05}}, "trainer": {"epochs": 30}}  # fmt: skip
-RUN_CONFIG = {"finetuned_classifier": {**CHANGED, "nodes": None}}  # as the page scaffolds it
+CHANGED = {"target": "local", "model": {"encoder_config": {"drop_path_rate": 0.05}}, "trainer": {"epochs": 30}, "nodes": "1"}  # fmt: skip
+# as the page scaffolds it
+RUN_CONFIG = {"finetuned_classifier": {**CHANGED, "nodes": {"env": "ONE"}, "profile": None}}
 
 
 @pytest.fixture(scope="module")
@@ -261,11 +263,11 @@ def interrupted(house, first):
 
 @pytest.fixture(scope="module")
 def second(house, interrupted):
-    """Its retry from failure, as Dagster's page and daemon tag it."""
+    """Its retry from failure, as Dagster's page and daemon tag it, with another run config."""
     run_id = interrupted.run_id
     return house.materialise(
         *tiny.ASSET_NAMES[2:],
-        run_config=RUN_CONFIG,
+        run_config={"finetuned_classifier": {"trainer": {"epochs": 29}}},
         tags={
             "dagster/is_resume_retry": "true",
             "dagster/parent_run_id": run_id,
@@ -307,11 +309,16 @@ def test_a_run_config_is_recorded_wherever_the_model_is_looked_at(house, second)
 
 def test_a_wrong_run_config_of_a_later_asset_fails_before_anything_is_queued(house, second):
     jobs = set((house.folder / "roma" / "jobs").iterdir())
-    wrong = {"finetuned_classifier": {"trainer": {"epoch": 1}}}
-    run = house.materialise("pretrained_encoder", "finetuned_classifier", run_config=wrong)
-
-    error = failure_of(run, "pretrained_encoder")
-    assert "finetuning.trainer.epoch: not a setting; the closest one is epochs" in error.message
+    for wrong, sentence in (
+        (
+            {"trainer": {"epoch": 1}},
+            "finetuning.trainer.epoch: not a setting; the closest one is epochs",
+        ),
+        ({"target": "slurm", "profile": "nope"}, "there is no SLURM profile 'nope'"),
+    ):
+        given = {"finetuned_classifier": wrong}
+        run = house.materialise("pretrained_encoder", "finetuned_classifier", run_config=given)
+        assert sentence in failure_of(run, "pretrained_encoder").message
     assert set((house.folder / "roma" / "jobs").iterdir()) == jobs
 
 

@@ -86,7 +86,8 @@ def test_only_models_trained_with_automations_own_run_config_count(month):
     month.launch(check_dataset(month.experiment, month.instance), "train")
     trained = state_of(month.experiment, month.instance).trained
     given = {"finetuned_classifier": {"target": "local", "trainer": {"epochs": 5}}}
-    passed = {"run_config": {**given, "batch_predictions": {"nodes": 1}}}
+    passed = {"run_config": {n: {**given[n], "nodes": None} for n in given}}
+    passed["run_config"]["batch_predictions"] = {"nodes": 1}
     predicted = {"predictions": {"input": "x"}, "automation": passed}
     configured = RomaExperiment(**month.experiment.model_dump(mode="json") | predicted)
 
@@ -425,6 +426,14 @@ def test_nothing_that_costs_starts_switched_on(tmp_path):
         (
             {"run_config": {"finetuned_classifier": {"trainer": {"epoch": 1}}}},
             "run_config: finetuning.trainer.epoch: not a setting; the closest one is epochs",
+        ),
+        (
+            {"run_config": {"finetuned_classifier": {"nodes": 0}}},
+            "run_config: finetuned_classifier.nodes: ",
+        ),
+        (
+            {"run_config": {"evaluation_report": {"nodes": 1}}},
+            "evaluation_report.nodes: not a setting of",
         ),
     ],
 )

@@ -333,7 +333,8 @@ MEASURED = """
 config = json.load(open(os.environ["ROMA_JOB_FOLDER"] + "/config.json"))
 assert sys.argv[1:] == ["--lr", "0.1"] and config == {"lr": 0.1}
 assert (os.environ["PASSWORD"], os.environ["GREETING"]) == ("secret", "hello")
-json.dump({"accuracy": 0.9}, open(os.environ["ROMA_JOB_FOLDER"] + "/outputs/metrics.json", "w"))
+metrics = {"accuracy": 0.9, "water_low": 2, "attempts": 3, "log": 4}
+json.dump(metrics, open(os.environ["ROMA_JOB_FOLDER"] + "/outputs/metrics.json", "w"))
 """
 SLURM_SIZE = {"nodes": 2, "processes_per_node": 1}
 
@@ -344,6 +345,7 @@ def test_an_asset_of_any_project_runs_a_module(run_module, tmp_path, instance):
     (event,) = result.get_asset_materialization_events()
     facts = {name: value.value for name, value in event.materialization.metadata.items()}
     assert (facts["accuracy"], facts["attempts"], facts["processes"]) == (0.9, 1, "1")
+    assert (facts["water_low"], facts["metrics/attempts"], facts["metrics/log"]) == (2, 3, 4)
     assert facts["job_key"] == job_key("model", result.run_id)
     assert facts["job_folder"] == str(tmp_path / "root" / "jobs" / facts["job_key"])
     assert facts["log"].endswith("/attempts/1/log") and "completed" in facts["events"]
