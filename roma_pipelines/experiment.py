@@ -30,14 +30,7 @@ from roma_core.trainer.defaults import PrimaryMetric
 from roma_pipelines.automation.settings import Automation
 from roma_pipelines.registry.gate import CLASS_THRESHOLDS, GateThresholds
 from roma_pipelines.resources import JOB_CLIENTS
-from roma_pipelines.run_config import (
-    ENCODER,
-    FINETUNED,
-    RUN_CONFIGS,
-    STAGES,
-    Resources,
-    given_fields,
-)
+from roma_pipelines.run_config import ENCODER, FINETUNED, RUN_CONFIGS, STAGES, Resources, overrides
 from roma_pipelines.search_space import Tuning
 
 DEFS = Path(__file__).parent / "defs"
@@ -324,7 +317,7 @@ class Experiment(Frozen):
                 raise ValueError(
                     f"{name}.{unknown[0]}: not a setting of a run; there are {', '.join(fields)}"
                 )
-            size = given_fields(values)
+            size = overrides(values)
             for section in {"model", "trainer"} & size.keys():
                 stages[stage][section] = size.pop(section)
             if size:
@@ -340,9 +333,7 @@ class Experiment(Frozen):
     def run_config(self, names: Collection[str]) -> dict[str, Any]:
         """The run config of a run of these assets that automation starts."""
         given = {n: config for n, config in self.automation.run_config.items() if n in names}
-        ops = {
-            self.key(n).to_python_identifier(): {"config": given_fields(given[n])} for n in given
-        }
+        ops = {self.key(n).to_python_identifier(): {"config": overrides(given[n])} for n in given}
         return {"ops": ops}
 
     @property

@@ -150,6 +150,6 @@ RUN_CONFIGS: dict[str, type[OneProcessConfig]] = {
 } | {"batch_predictions": JobConfig}
 
 
-def given_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+def overrides(config: Mapping[str, Any]) -> dict[str, Any]:
     """Without those that are as in the experiment: the Launchpad's scaffold has all fields."""
     return {name: value for name, value in config.items() if value not in (None, {})}

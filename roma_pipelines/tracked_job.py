@@ -22,7 +22,7 @@ from roma_pipelines.launching.pipes import job_folder
 from roma_pipelines.launching.targets import roma_command
 from roma_pipelines.registry import runs, store, versions
 from roma_pipelines.resources import CompletedJob, JobClient
-from roma_pipelines.run_config import STAGES, Resources, given_fields
+from roma_pipelines.run_config import STAGES, Resources, overrides
 from roma_pipelines.storage import Storage
 
 _SERVER_RETRIES, _SERVER_RETRY_S = 10, 60.0  # of a step that needs a server which is away
@@ -118,7 +118,7 @@ def _run_config(context: dg.AssetExecutionContext, experiment: Experiment) -> di
         for field in config.keys() - {"model", "trainer"}:  # Dagster offers {env: NAME} for a value
             if isinstance(value := config[field], dict) and "env" in value:
                 config = {**config, field: dg.EnvVar(value["env"]).get_value()}
-        if given := given_fields(config):
+        if given := overrides(config):
             found[name] = given
     return found
 
@@ -133,7 +133,8 @@ def of_this_run(context: dg.AssetExecutionContext, experiment: Experiment) -> Ex
         changes = _run_config(context, experiment)
         if changes:
             experiment = experiment.with_run_config(changes)
-            for name in STAGES.keys() & set(experiment.own_assets):
+            of_jobs = STAGES.keys() - (set() if experiment.resources.dataset else {"dataset"})
+            for name in of_jobs & set(experiment.own_assets):
                 key, stage = experiment.key(name), experiment.resources.of(STAGES[name])
                 if key in context.job_def.asset_layer.executable_asset_keys:
                     getattr(context.resources, stage.target).launcher(stage.profile)

@@ -54,8 +54,7 @@ def dataset_asset(experiment: Experiment) -> dg.AssetsDefinition:
             )
             if begun != now:
                 raise dg.Failure(
-                    f"the section dataset of {experiment.name} changed since this run began to build it; "
-                    f"start a new run",
+                    f"dataset of {experiment.name} changed since this run began to build it; start a new run",
                     allow_retries=False,
                 )
         else:
