@@ -153,6 +153,7 @@ def tiny(tmp_path, monkeypatch):
     return load_experiment(str(path))
 
 
+@pytest.mark.chaos  # of developers' own commands, half a minute
 def test_a_cell_runs_once_and_the_table_is_written(tiny, tmp_path):
     out = tmp_path / "RESULTS.md"
     arguments = ["waves", "--case", "50%", "--seed", "0", "--out", str(out)]
@@ -290,6 +291,7 @@ def test_a_change_that_fits_nothing_is_refused(tiny):
             BENCHMARK.changed(tiny, Case(name="wrong", changes=changes))
 
 
+@pytest.mark.chaos  # of developers' own commands, half a minute
 def test_an_interrupted_cell_goes_on_with_the_jobs_that_are_done(tiny, tmp_path, monkeypatch):
     run, storage, log = Run(benchmark="waves", case="0%", seed=1), Storage.open(), []
 

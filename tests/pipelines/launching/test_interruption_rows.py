@@ -30,7 +30,7 @@ INTERRUPTIONS = {
         "chaos: one_of_each_after_a_kill_at_every_point_in_turn",
     ],
     "demo killed with -9": [
-        "pipelines/cli/test_demo.py: a_demo_killed_with_9_and_started_again_adopts_its_training"
+        "pipelines/cli/test_demo.py: the_training_of_a_killed_demo_is_adopted"
     ],
     "Ctrl-C": [
         "commands: ctrl_c_ends_the_watch_and_a_stop_request_continues_the_job",
