@@ -29,9 +29,7 @@ INTERRUPTIONS = {
         "chaos: one_job_one_run_one_version_wherever_it_was_killed",
         "chaos: one_of_each_after_a_kill_at_every_point_in_turn",
     ],
-    "demo killed with -9": [
-        "pipelines/cli/test_demo.py: the_training_of_a_killed_demo_is_adopted"
-    ],
+    "demo killed with -9": ["pipelines/cli/test_demo.py: the_training_of_a_killed_demo_is_adopted"],
     "Ctrl-C": [
         "commands: ctrl_c_ends_the_watch_and_a_stop_request_continues_the_job",
         "dagster: ctrl_c_in_a_foreground_run_ends_the_job",
