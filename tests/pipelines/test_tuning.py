@@ -19,7 +19,7 @@ from roma_core.job import Exit, Result
 from roma_core.trainer.job import train
 from roma_pipelines import tuning
 from roma_pipelines.cli.tune import changed_text
-from roma_pipelines.experiment import DEFS, Experiment
+from roma_pipelines.experiment import COMPONENT, DEFS, Experiment
 from roma_pipelines.launching.jobs import all_jobs
 from roma_pipelines.launching.spec import JobState, Phase
 from roma_pipelines.launching.targets import launcher_for
@@ -277,7 +277,7 @@ def test_the_asset_searches_without_the_test_split(storage, tmp_path, fast, monk
 @pytest.mark.slow
 def test_a_killed_search_adopts_its_trials(storage, tmp_path):
     path = tmp_path / "defs.yaml"
-    path.write_text(yaml.safe_dump({"type": "-", "attributes": attributes(tmp_path)}))
+    path.write_text(yaml.safe_dump({"type": COMPONENT, "attributes": attributes(tmp_path)}))
     command = [sys.executable, "-m", "roma_pipelines.cli", "tune", str(path)]
     command += ["--trials", "2", "--parallel", "2"]
     root = Path(__file__).parents[2]
