@@ -7,7 +7,7 @@ import yaml
 from click.testing import CliRunner
 
 from roma_core.files import read_json
-from roma_pipelines.experiment import load_experiment
+from roma_pipelines.experiment import COMPONENT, load_experiment
 from roma_pipelines.launching.spec import JobFailed
 from roma_pipelines.storage import Storage
 from tests.benchmarks.results.__main__ import results
@@ -140,7 +140,7 @@ def test_a_section_is_replaced_and_the_rest_left_alone(tmp_path):
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     monkeypatch.setenv("ROMA_STORAGE_ROOT", str(tmp_path / "storage"))
-    file = {"type": "roma_pipelines.components.RomaExperiment", "attributes": attributes(tmp_path)}
+    file = {"type": COMPONENT, "attributes": attributes(tmp_path)}
     path = tmp_path / "waves.yaml"
     path.write_text(yaml.safe_dump(file))
     benchmark = BENCHMARK.model_copy(update={"experiment": str(path)})
@@ -252,7 +252,8 @@ def test_mistakes_in_an_experiments_file_are_sentences(tiny, tmp_path):
         ),
         ({"finetuning": {"trainer": {"epoch": 2}}}, ["finetuning.trainer.epoch: "]),
     ):
-        path.write_text(yaml.safe_dump({"attributes": attributes(tmp_path) | changes}))
+        file = {"type": COMPONENT, "attributes": attributes(tmp_path) | changes}
+        path.write_text(yaml.safe_dump(file))
         with pytest.raises(ValueError) as error:
             load_experiment(str(path))
         lines = str(error.value).splitlines()

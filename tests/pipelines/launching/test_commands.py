@@ -15,6 +15,7 @@ import yaml
 from click.testing import CliRunner
 
 from roma_pipelines.cli import main
+from roma_pipelines.experiment import COMPONENT
 from roma_pipelines.launching.jobs import all_jobs
 from roma_pipelines.launching.supervisor import supervise
 from tests.pipelines import tiny
@@ -66,7 +67,7 @@ def profiles(root, monkeypatch):
 def experiment(root):
     path = root / "defs.yaml"
     sections = tiny.attributes(root, resources={"nodes": 2})
-    path.write_text(yaml.safe_dump({"type": "x", "attributes": sections}))
+    path.write_text(yaml.safe_dump({"type": COMPONENT, "attributes": sections}))
     return str(path)
 
 
