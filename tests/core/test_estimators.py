@@ -4,6 +4,7 @@ import pickle
 
 import numpy as np
 import pandas as pd
+import polars
 import pytest
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, cross_val_score
@@ -71,7 +72,7 @@ FORMS = {
     "array": padded,
     "wide frames": lambda X: [wide(pd.DataFrame, one) for one in X],
     "long frames": lambda X: [long(pd.DataFrame, one) for one in X],
-    "polars": lambda X: [wide(pytest.importorskip("polars").DataFrame, one) for one in X],
+    "polars": lambda X: [wide(polars.DataFrame, one) for one in X],
 }
 
 
