@@ -247,7 +247,8 @@ def _acquire(client: MlflowClient, lock: str, token: str) -> float:
             holder, now = _holder(client, lock), time.monotonic()
             if holder == token:  # only the answer was lost
                 return sent + _LEASE_S
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            # the server looks a name up that exists, and may find that it was released meanwhile
+            if error.error_code not in ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"):
                 raise
         if holder != seen:
             seen, since = holder, now

@@ -166,6 +166,21 @@ def test_a_lock_whose_creation_was_not_answered_is_ours(rivals, monkeypatch):
     assert locks(rivals) == []
 
 
+def test_a_lock_that_is_released_while_it_is_asked_for_is_asked_for_again(rivals, monkeypatch):
+    """MLflow's server looks a model up that it could not create, which may have been deleted."""
+    create, sent = rivals.create_registered_model, []
+
+    def released_meanwhile(*args, **tags):
+        sent.append(args)
+        if len(sent) == 1:
+            rivals.get_registered_model("rivals.lock")
+        create(*args, **tags)
+
+    monkeypatch.setattr(rivals, "create_registered_model", released_meanwhile)
+    with model_lock(rivals, "rivals"):
+        assert len(sent) == 2 and locks(rivals) == ["rivals.lock"]
+
+
 def test_a_holder_that_wakes_up_late_moves_no_alias_and_keeps_the_lock_of_another(rivals):
     uri = rivals.tracking_uri
     with contender(uri, "wait:1", 8, 4) as first:
