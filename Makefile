@@ -46,6 +46,11 @@ test: $(READY) lint ## Lint, type-check and run all tests but chaos, three at a 
 chaos: $(READY) ## The long fault tests: kills at random moments, servers that die
 	$(BIN)/python -m pytest -m chaos
 
+.PHONY: docs
+docs: $(READY) ## Build the pages of docs/ into build/docs/index.html
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open build/docs/index.html"
+
 .PHONY: lint
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Settings: where each value comes from, what is refused, and the README's blocks as they stand."""
+"""Settings: where each value comes from, what is refused, and the published blocks as they stand."""
 
 from __future__ import annotations
 
@@ -488,17 +488,17 @@ def test_only_what_is_before_the_host_goes(text, left):
     assert without_credentials(text) == left
 
 
-# --- the README's blocks --------------------------------------------------------------------
+# --- blocks of the README that this project started from ---------------------------------------
 
 
-def test_the_readmes_first_env_file(env_file):
+def test_the_published_first_env_file(env_file):
     env_file("ROMA_TRAINER_BASE_LR=0.5", "ROMA_PRETRAIN_MASK_RATIO=0.7")
     assert TrainerConfig().base_lr == 0.5
     assert RoMAForPreTrainingConfig().mask_ratio == 0.7
     assert RoMAForPreTraining(RoMAForPreTrainingConfig()).config.mask_ratio == 0.7
 
 
-def test_the_readmes_nested_env_file(env_file):
+def test_the_published_nested_env_file(env_file):
     env_file(
         "ROMA_CLASSIFIER_ENCODER_CONFIG__DEPTH=3",
         "ROMA_CLASSIFIER_ENCODER_CONFIG__NHEAD=8",
@@ -513,7 +513,7 @@ def test_the_readmes_nested_env_file(env_file):
     assert model(values, positions)[0].shape == (2, 2)
 
 
-def test_the_readmes_sizes():
+def test_the_published_sizes():
     args = get_encoder_size("RoMA-tiny")
     assert EncoderConfig(**args) == EncoderConfig(d_model=180, nhead=3, depth=12)
     with pytest.raises(
@@ -523,7 +523,7 @@ def test_the_readmes_sizes():
 
 
 class Items:
-    """Dictionaries as the README describes them: images of 4 × 16, one token per row, padded."""
+    """Dictionaries as docs/training.md describes them: images of 4 × 16, one token per row, padded."""
 
     n_tokens: ClassVar[int] = 4
 
@@ -561,7 +561,7 @@ def small(folder, monkeypatch):
     return folder
 
 
-def test_the_readmes_training_of_a_classifier(small):
+def test_the_published_training_of_a_classifier(small):
     train_ds, test_ds = get_datasets()
     trainer = Trainer(TrainerConfig())
     model = RoMAForClassification(RoMAForClassificationConfig())
@@ -575,7 +575,7 @@ def test_the_readmes_training_of_a_classifier(small):
     assert logits.shape == (1, 2) and loss is not None and bool(torch.isfinite(loss))
 
 
-def test_the_readmes_training_of_an_autoencoder(small):
+def test_the_published_training_of_an_autoencoder(small):
     train_ds, test_ds = get_datasets()
     trainer = Trainer(TrainerConfig())
     model = RoMAForPreTraining(RoMAForPreTrainingConfig())

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
 import urllib.request
 from pathlib import Path
@@ -192,7 +191,7 @@ def test_terminate_ends_the_job(orchestrator, running, cluster, eventually):
     assert now(job).status == "cancelled"
 
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+CLUSTERS = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
 WEATHER = """
 import json, os, sys, time
 folder = os.environ["ROMA_JOB_FOLDER"]
@@ -217,12 +216,13 @@ with dg.DagsterInstance.local_temp("dagster") as instance:
 
 @pytest.fixture
 def project(cluster, tmp_path):
-    """The README's project; starts its materialisation in a process of its own."""
+    """The project of docs/clusters.md; starts its materialisation in a process of its own."""
     (tmp_path / "dagster").mkdir()
     (tmp_path / "weather").mkdir()
     (tmp_path / "weather" / "train.py").write_text(WEATHER)
-    _, _, block = README.partition("### In your own Dagster project\n")
-    (tmp_path / "definitions.py").write_text(textwrap.dedent(block.partition("\nruns ")[0]))
+    _, _, section = CLUSTERS.partition("## In your own Dagster project\n")
+    block = section.partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "definitions.py").write_text(block)
     (tmp_path / "leonardo.yaml").write_text("poll_s: 0.2\nslowest_poll_s: 0.4\nmemory_gb: 2\n")
     variables = {
         "PYTHONPATH": str(ROOT),

@@ -18,7 +18,7 @@ from tests.time_limits import within
 
 pytestmark = pytest.mark.slow
 
-# the example of the README, with the names of this model; rows have 3 and 1 observations
+# the example of docs/registry.md, with the names of this model; rows have 3 and 1 observations
 CURL = """
 curl -s -w '\\n%{http_code}' URL/invocations -H 'Content-Type: application/json' -d '{"inputs": [
   {"positions": {"time": [0.0, 1.5, 4.0], "band": [1, 2, 1]}, "values": {"flux": [3.1, 2.9, 3.4], "ratio": [0.1, 0.2, 0.1]}, "units": {"time": "d", "flux": "mJy"}},
