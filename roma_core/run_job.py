@@ -48,8 +48,8 @@ Body = Callable[[JobFolder, Attempt], Work]
 def run_in_folder(folder: JobFolder, body: Body) -> int:
     """Run one attempt of a job; returns the process's exit code.
 
-    Started by hand, it is attempt 1, and a second process in the same folder is refused. An error of
-    the body is written to ``exit.json`` and printed.
+    Started by hand, it is attempt 1, a second process in the same folder is refused, and Ctrl-C raises
+    KeyboardInterrupt. Another error of the body is written to ``exit.json`` and printed.
     """
     rank = int(os.environ.get("RANK", "0"))
     launched = os.environ.get(ATTEMPT_VARIABLE)
@@ -72,6 +72,8 @@ def run_in_folder(folder: JobFolder, body: Body) -> int:
             stack.enter_context(StopRequests())
             reason = f"{type(error).__name__}: {error}"
             create_json(attempt.exit, Exit(status="failed", reason=reason).model_dump(mode="json"))
+            if launched is None and isinstance(error, KeyboardInterrupt):
+                raise
             if launched is None and isinstance(error, ValueError | OSError):
                 path = attempt.path / "traceback.txt"  # the message is for users
                 with contextlib.suppress(OSError):  # a full disk may be what failed
@@ -89,6 +91,8 @@ def run_in_folder(folder: JobFolder, body: Body) -> int:
                 wall_s = time.monotonic() - started
                 key = folder.path.name
                 folder.write_result(Result(job_key=key, attempt=attempt.n, wall_s=wall_s, **facts))
+    if launched is None and work.reason == "SIGINT":
+        raise KeyboardInterrupt("interrupted; the same command resumes")
     return 0 if work.status == "completed" else CONTINUE_EXIT_CODE
 
 

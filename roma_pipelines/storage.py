@@ -11,6 +11,7 @@
     dagster/        embedded Dagster instance (DAGSTER_HOME)
     tuning/         embedded store of hyperparameter searches
     alerts.jsonl    alerts
+    servers.json    addresses of the last `roma-pipeline up`
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -15,12 +16,17 @@ from typing import Any
 
 import click
 
-from roma_core.job import Attempt, JobFolder
+from roma_core.job import Attempt, Interrupted, JobFolder
 from roma_core.run_job import Work, run_in_folder
+
+INTERRUPTED = 130  # exit code, as of a shell after SIGINT
 
 
 class LazyGroup(click.Group):
-    """``commands_at`` maps a command's name to ``module:attribute``, in the order of the help text."""
+    """``commands_at`` maps a command's name to ``module:attribute``, in the order of the help text.
+
+    Ctrl-C ends a command with one line, the message of its KeyboardInterrupt, and exit code 130.
+    """
 
     def __init__(self, *arguments: Any, commands_at: dict[str, str], **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -35,16 +41,36 @@ class LazyGroup(click.Group):
         module, _, attribute = self.commands_at[name].partition(":")
         return getattr(importlib.import_module(module), attribute)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, Interrupted) as error:
+            after_echo = "\n" if sys.stderr.isatty() else ""  # a terminal shows ^C
+            click.echo(f"{after_echo}{str(error) or 'interrupted'}", err=True)
+            ctx.exit(INTERRUPTED)
+
 
 @contextlib.contextmanager
 def errors_as_messages(
     kinds: tuple[type[Exception], ...] = (RuntimeError, ValueError, OSError),
 ) -> Iterator[None]:
-    """Ends the command with the message of an error of these kinds."""
+    """Ends the command with the message of an error of these kinds, but for a closed pipe."""
     try:
         yield
+    except BrokenPipeError:  # click ends quietly
+        raise
     except kinds as error:
         raise click.ClickException(str(error)) from error
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else to stdout."
+)
+
+
+def print_json(result: Any) -> None:
+    """What ``--json`` prints: one document, whose keys stay."""
+    click.echo(json.dumps(result, indent=2, ensure_ascii=False))
 
 
 def with_options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -88,7 +114,10 @@ _COMMANDS = {
 
 
 @click.group(
-    cls=LazyGroup, commands_at=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
+    epilog="Example: roma data build waves.yaml --out data",
+    cls=LazyGroup,
+    commands_at=_COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 def main() -> None:
     """Train, evaluate and use RoMA, the Rotary Masked Autoencoder.

@@ -11,14 +11,14 @@ import click
 
 from roma_core.cli import errors_as_messages, job_option
 from roma_core.data.store import StoredDataset
-from roma_core.job import Attempt, Interrupted, JobFolder, StopRequests
+from roma_core.job import Attempt, JobFolder, StopRequests
 from roma_core.run_job import Work
 
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _DATASET = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
-@click.group()
+@click.group(epilog="Example: roma data inspect data/waves/3f2a9c")
 def data() -> None:
     """Build, inspect, validate and export data sets."""
 
@@ -29,7 +29,7 @@ def _run(folder: JobFolder, attempt: Attempt) -> Work:
     return run_dataset_job(folder, attempt)
 
 
-@data.command()
+@data.command(epilog="Example: roma data build waves.yaml --out data")
 @job_option(_run)
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
@@ -55,8 +55,7 @@ def build(config: Path, out: Path, cache: Path) -> None:
     from roma_core.data.config import DatasetConfig
     from roma_core.data.manifest import read_manifest
 
-    kinds = (RuntimeError, ValueError, OSError, Interrupted)
-    with errors_as_messages(kinds), warnings.catch_warnings(), StopRequests() as requests:
+    with errors_as_messages(), warnings.catch_warnings(), StopRequests() as requests:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
         settings = DatasetConfig.from_yaml(config)
@@ -75,7 +74,7 @@ def build(config: Path, out: Path, cache: Path) -> None:
     click.echo(path)
 
 
-@data.command()
+@data.command(epilog="Example: roma data inspect data/waves/3f2a9c")
 @click.argument("path", type=_DATASET)
 def inspect(path: Path) -> None:
     """Print what the data set in PATH looks like: counts, lengths, classes, gaps, values."""
@@ -86,7 +85,7 @@ def inspect(path: Path) -> None:
     click.echo(profile.to_markdown(), nl=False)
 
 
-@data.command()
+@data.command(epilog="Example: roma data validate data/waves/3f2a9c --strict")
 @click.argument("path", type=_DATASET)
 @click.option(
     "--against",
@@ -123,7 +122,7 @@ def validate(path: Path, against: Path | None, strict: bool, as_json: bool) -> N
         click.echo(f"{path}: sound")
 
 
-@data.command()
+@data.command(epilog="Example: roma data export data/waves/3f2a9c waves.parquet --split test")
 @click.argument("path", type=_DATASET)
 @click.argument("target", type=click.Path(dir_okay=False, path_type=Path))
 @click.option(

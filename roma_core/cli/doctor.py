@@ -184,7 +184,7 @@ def _answer(topic: str, url: str) -> CheckResult:
     return CheckResult(topic, "ok", f"{shown} answers in {elapsed_ms:.0f} ms")
 
 
-@click.command()
+@click.command(epilog="Example: roma doctor --run-dir runs")
 @click.option(
     "--run-dir",
     type=click.Path(file_okay=False, path_type=Path),
@@ -194,7 +194,7 @@ def _answer(topic: str, url: str) -> CheckResult:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of results.")
 def doctor(run_dir: Path, as_json: bool) -> None:
-    """Check what a training needs here; exit 1 on any error.
+    """Check what a training needs here and print a line for each; exit 1 on any error.
 
     Each tracker gets two seconds to answer.
     """

@@ -21,7 +21,9 @@ def _run(folder: JobFolder, attempt: Attempt) -> Work:
     return run_evaluation(folder, attempt)
 
 
-@click.command()
+@click.command(
+    epilog="Example: roma evaluate --data data/waves/3f2a9c --weights runs/a/outputs/model --run-dir runs/b"
+)
 @click.option("--data", type=_FOLDER, help="Data set; its test split is evaluated.")
 @click.option("--weights", type=_FOLDER, help="Classifier or regressor: RUN/outputs/model.")
 @click.option(
@@ -56,7 +58,7 @@ def evaluate(
     run_dir: Path | None,
     name: str | None,
 ) -> None:
-    """Evaluate a model: predictions, metrics with intervals, report.html, and the package to serve.
+    """Evaluate a model and write predictions, metrics, report.html and the package to serve.
 
     Without --weights the reconstructions of --autoencoder are evaluated: hidden observations of test
     series, in metrics with intervals and a report.html.
@@ -113,7 +115,7 @@ def _compare(folder: JobFolder, attempt: Attempt) -> Work:
     return run_drift_job(folder, attempt)
 
 
-@click.command()
+@click.command(epilog="Example: roma drift --job .roma/jobs/0123456789abcdef0123")
 @job_option(_compare)
 def drift() -> None:
     """Compare recent series with the training data of a model: the job of the asset recent_inputs."""

@@ -57,7 +57,9 @@ def _run(folder: JobFolder, attempt: Attempt) -> Work:
     return run_prediction_job(folder, attempt)
 
 
-@click.command()
+@click.command(
+    epilog="Example: roma predict --model models:/waves@champion waves.parquet predictions.parquet"
+)
 @job_option(_run)
 @_options
 def predict(**options: Any) -> None:
@@ -68,14 +70,14 @@ def predict(**options: Any) -> None:
     (s3://…) of such files, or a .jsonl file of {"positions": {…}, "values": {…}, "units": {…}}.
     For an autoencoder every series has `queries`: in Parquet a column of structs with a list per
     axis. OUTPUT is one Parquet file, or with a / at its end a folder of files. To resume an interrupted call,
-    repeat the command. On a cluster:
-
-        roma-pipeline launch --target slurm --nodes 2 --processes 4 -m roma_core.cli predict …
+    repeat the command. On a cluster: roma-pipeline launch --target slurm -m roma_core.cli predict …
     """
     _apply(("classifier", "regressor", "autoencoder"), **options)
 
 
-@click.command()
+@click.command(
+    epilog="Example: roma embed --model models:/waves_encoder@champion waves.parquet features.parquet"
+)
 @_options
 def embed(**options: Any) -> None:
     """Write the encoder features of the series of INPUT to OUTPUT (Parquet).

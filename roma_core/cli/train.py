@@ -43,7 +43,7 @@ _shared_options = with_options(
 )
 
 
-@click.command()
+@click.command(epilog="Example: roma pretrain --data data/waves/3f2a9c --run-dir runs/a")
 @_shared_options
 @click.option(
     "--weights",
@@ -62,7 +62,7 @@ def pretrain(weights: Path | None, **options: Any) -> None:
     _run("pretrain", options, None if weights is None else weights.absolute())
 
 
-@click.command()
+@click.command(epilog="Example: roma finetune --data data/waves/3f2a9c --run-dir runs/b")
 @_shared_options
 @click.option(
     "--weights", type=_FOLDER, help="Pretrained weights to start from (default: new weights)."
@@ -71,7 +71,7 @@ def finetune(weights: Path | None, **options: Any) -> None:
     """Finetune a classifier or regressor on the training split of a data set.
 
     With --weights RUN/outputs/model it starts from a pretrained encoder, which then determines the
-    shape of the model.
+    shape of the model. Writes the same files as `roma pretrain`.
     """
     _run("finetune", options, None if weights is None else weights.absolute())
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem, get_completion_class
 
 from roma_core.cli import LazyGroup, errors_as_messages
+from roma_core.cli import main as roma
 from roma_core.settings import without_credentials
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _COMMANDS = {
+    "status": "roma_pipelines.cli.status:status",
     "demo": "roma_pipelines.cli.demo:demo",
     "up": "roma_pipelines.cli.up:up",
     "plan": "roma_pipelines.cli.plan:plan",
@@ -31,6 +35,7 @@ _COMMANDS = {
     "gc": "roma_pipelines.cli.operations:gc",
     "backup": "roma_pipelines.cli.operations:backup",
     "restore": "roma_pipelines.cli.operations:restore",
+    "completion": "roma_pipelines.cli:completion",
 }
 
 
@@ -38,13 +43,73 @@ TARGETS = click.Choice(["local", "slurm", "kubernetes"])
 
 
 @click.group(
-    cls=LazyGroup, commands_at=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
+    epilog="Example: roma-pipeline demo japanese_vowels",
+    cls=LazyGroup,
+    commands_at=_COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    invoke_without_command=True,
 )
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Operate RoMA experiments: Dagster assets, training jobs and the model registry.
 
-    State is kept under .roma/ (ROMA_STORAGE_ROOT); `up` serves it as web pages.
+    Without a command it prints the state and the next step, as `status` does. State is kept under .roma/ (ROMA_STORAGE_ROOT); `up` serves it as web pages.
     """
+
+    if context.invoked_subcommand is None and (status := main.get_command(context, "status")):
+        context.invoke(status)
+
+
+@click.command(epilog="Example: roma-pipeline completion bash")
+@click.argument("shell", type=click.Choice(["bash", "zsh"]))
+def completion(shell: str) -> None:
+    """Print a script that completes `roma` and `roma-pipeline` in SHELL.
+
+    In ~/.bashrc: eval "$(roma-pipeline completion bash)"
+    """
+    for command, name in ((roma, "roma"), (main, "roma-pipeline")):
+        variable = f"_{name.replace('-', '_').upper()}_COMPLETE"
+        if found := get_completion_class(shell):
+            click.echo(found(command, {}, name, variable).source())
+
+
+def experiment_names() -> list[str]:
+    """Folders of experiments, valid or not, without Dagster, whose import takes a second."""
+    root = Path(__file__).parents[1] / "defs"
+    return sorted(p.parent.relative_to(root).as_posix() for p in root.rglob("defs.yaml"))
+
+
+def complete_experiment(context: Any, parameter: Any, incomplete: str) -> list[str]:
+    """Names of experiments, which are those of their registered models, too."""
+    return [name for name in experiment_names() if name.startswith(incomplete)]
+
+
+def complete_job(context: Any, parameter: Any, incomplete: str) -> list[str]:
+    from roma_pipelines.storage import Storage, StorageSettings
+
+    return [path.name for path in Storage(StorageSettings().root).jobs.glob(f"{incomplete}*")]
+
+
+def complete_version(context: click.Context, parameter: Any, incomplete: str) -> list[Any]:
+    """Versions with an alias, such as the candidate, of the model on the command line."""
+    from roma_pipelines.registry.store import MlflowSettings
+    from roma_pipelines.registry.versions import aliases_without_mlflow
+    from roma_pipelines.storage import Storage, StorageSettings
+
+    root = Storage(StorageSettings().root).mlflow
+    aliases = aliases_without_mlflow(MlflowSettings(), root).get(context.params.get("name", ""), {})
+    found = (
+        (version, alias) for alias, version in aliases.items() if version.startswith(incomplete)
+    )
+    return [CompletionItem(version, help=alias) for version, alias in found]
+
+
+def echo_table(rows: Sequence[Sequence[str]]) -> None:
+    """Rows of equally many words, in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        line = "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True))
+        click.echo(line.rstrip())
 
 
 @contextmanager

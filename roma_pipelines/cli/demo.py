@@ -19,6 +19,7 @@ from roma_core.evaluation.metrics import LABELS, headline
 from roma_core.files import digest_of, read_json
 from roma_core.job import JobFolder
 from roma_core.trainer.defaults import PrimaryMetric
+from roma_pipelines.cli import complete_experiment
 from roma_pipelines.launching.jobs import all_jobs, cancel
 from roma_pipelines.launching.targets import launcher_of_attempt
 from roma_pipelines.registry.gate import has_passed
@@ -32,16 +33,14 @@ if TYPE_CHECKING:
 _LOGGER = "progress"
 
 
-@click.command()
-@click.argument("experiment", default="japanese_vowels")
+@click.command(epilog="Example: roma-pipeline demo japanese_vowels")
+@click.argument("experiment", shell_complete=complete_experiment, default="japanese_vowels")
 @click.option("--fresh", is_flag=True, help="Run again even if everything is up to date.")
 def demo(experiment: str, fresh: bool) -> None:
     """Materialise EXPERIMENT: data set, encoder, finetuned model, report, registered model.
 
     Assets that the same code made from the same settings are reused. The command resumes an
     interrupted run.
-
-    Example: roma-pipeline demo japanese_vowels
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     started = time.monotonic()
@@ -197,7 +196,7 @@ def _materialise(
             raise_on_error=False,
         )
     except KeyboardInterrupt:  # between two steps
-        raise click.ClickException(interrupted) from None
+        raise KeyboardInterrupt(interrupted) from None
     finally:  # not earlier: until this run exists, only they lead to their jobs
         _report_killed(instance, killed)
     if result.success:
@@ -207,7 +206,7 @@ def _materialise(
         if event.is_step_failure and event.step_failure_data.error is not None:
             error = root_cause(event.step_failure_data.error)
             if error.cls_name == "DagsterExecutionInterruptedError":
-                raise click.ClickException(interrupted)
+                raise KeyboardInterrupt(interrupted)
             lines.append(f"{event.step_key}: {message_of(error)}")
     for evaluation in result.get_asset_check_evaluations():
         if not evaluation.passed:

@@ -14,7 +14,7 @@ import click
 from roma_core.cli import errors_as_messages
 from roma_core.files import digest_of, read_json
 from roma_core.job import JobFolder
-from roma_pipelines.cli import TARGETS
+from roma_pipelines.cli import TARGETS, complete_job, echo_table
 from roma_pipelines.launching.jobs import Job, all_jobs, find_job, read_job
 from roma_pipelines.launching.jobs import cancel as cancel_job
 from roma_pipelines.launching.launcher import Launcher, Rejected, size_of
@@ -31,13 +31,18 @@ _FOLLOW_EVERY_S = 0.5
 _messages = errors_as_messages((RuntimeError, ValueError))  # a closed pipe is click's
 
 
-@click.command(context_settings={"allow_interspersed_args": False})
-@click.option("--target", type=TARGETS, default="local", show_default=True)
+@click.command(
+    context_settings={"allow_interspersed_args": False},
+    epilog="Example: roma-pipeline launch --target slurm --gpus 1 -m my_package.train",
+)
+@click.option(
+    "--target", type=TARGETS, default="local", show_default=True, help="Where the job runs."
+)
 @click.option(
     "--profile",
     help="Profile of the cluster (default: ROMA_SLURM_PROFILE or ROMA_KUBERNETES_PROFILE).",
 )
-@click.option("--nodes", type=int, default=1, show_default=True)
+@click.option("--nodes", type=int, default=1, show_default=True, help="Nodes of the job.")
 @click.option("--processes", "processes_per_node", default=1, show_default=True, help="Per node.")
 @click.option("--threads", "threads_per_process", default=1, show_default=True, help="Per process.")
 @click.option("--gpus", "gpus_per_node", default=0, show_default=True, help="Per node.")
@@ -143,11 +148,11 @@ def _supervise(
         raise click.ClickException("\n".join(str(error).splitlines()[:2])) from error
     except KeyboardInterrupt:
         if not folder.attempt_numbers():  # not even an intent: the preflight was not over
-            raise click.ClickException(
+            raise KeyboardInterrupt(
                 f"interrupted before anything was submitted to the target {launcher.backend}; "
                 f"no job is running: launch it again"
             ) from None
-        raise click.ClickException(
+        raise KeyboardInterrupt(
             f"the job is still running; supervise it again with `roma-pipeline launch --job "
             f"{spec.key}`, or cancel it with `roma-pipeline jobs cancel {spec.key}`"
         ) from None
@@ -176,7 +181,7 @@ class _Log:
                 click.echo(content.decode(errors="replace"), nl=False)
 
 
-@click.group()
+@click.group(epilog="Example: roma-pipeline jobs list --all")
 def jobs() -> None:
     """List, show, follow, cancel and sync training jobs.
 
@@ -184,7 +189,7 @@ def jobs() -> None:
     """
 
 
-@jobs.command("list")
+@jobs.command("list", epilog="Example: roma-pipeline jobs list --all")
 @click.option("--all", "everything", is_flag=True, help="Include jobs that have ended.")
 @_messages
 def list_(everything: bool) -> None:
@@ -202,14 +207,11 @@ def list_(everything: bool) -> None:
         step = "-" if job.checkpoint is None else str(job.checkpoint)
         age, supervised = duration(time.time() - job.made_at), "yes" if job.supervised else "no"
         rows.append((job.key, job.status, target, attempt, step, age, supervised, job.asset))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        line = "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True))
-        click.echo(line.rstrip())
+    echo_table(rows)
 
 
-@jobs.command()
-@click.argument("key")
+@jobs.command(epilog="Example: roma-pipeline jobs show 3f2a9c")
+@click.argument("key", shell_complete=complete_job)
 @_messages
 def show(key: str) -> None:
     """Show one job: its resources, attempts and events."""
@@ -240,8 +242,8 @@ def show(key: str) -> None:
         click.echo(f"  {when}  {event.attempt or '-'}  {event.observed}: {event.action}")
 
 
-@jobs.command()
-@click.argument("key")
+@jobs.command(epilog="Example: roma-pipeline jobs logs --follow 3f2a9c")
+@click.argument("key", shell_complete=complete_job)
 @click.option("-f", "--follow", is_flag=True, help="Follow the log until the job has ended.")
 @click.option("--attempt", type=int, help="Attempt number (default: latest).")
 @_messages
@@ -258,21 +260,18 @@ def logs(key: str, follow: bool, attempt: int | None) -> None:
         log.print()
         if not follow or not running:
             return
-        try:
-            time.sleep(_FOLLOW_EVERY_S)
-        except KeyboardInterrupt:  # stop following; the job runs on
-            return
+        time.sleep(_FOLLOW_EVERY_S)
         job = read_job(job.folder.path)
 
 
-@jobs.command()
-@click.argument("key")
+@jobs.command(epilog="Example: roma-pipeline jobs cancel 3f2a9c")
+@click.argument("key", shell_complete=complete_job)
 @click.option(
     "--wait", "wait_s", default=120.0, show_default=True, help="Seconds to wait for the end."
 )
 @_messages
 def cancel(key: str, wait_s: float) -> None:
-    """Cancel a job on any target, supervised or not."""
+    """Cancel a job on any target, supervised or not, and print its final status."""
     storage = Storage.open()
     job = find_job(storage.jobs, key)
     if not job.is_unfinished:
@@ -282,11 +281,11 @@ def cancel(key: str, wait_s: float) -> None:
     click.echo(f"job {job.key}: {cancel_job(job, by, launcher_of_attempt(storage), wait_s)}")
 
 
-@jobs.command()
+@jobs.command(epilog="Example: roma-pipeline jobs sync")
 @click.option("--drop", metavar="KEY", help="Never send the pending record of this job.")
 @_messages
 def sync(drop: str | None) -> None:
-    """Send records to MLflow that could not be sent while it was unreachable."""
+    """Send records of jobs to MLflow that could not be sent while it was unreachable."""
     storage = Storage.open()
     if drop is not None:
         job = find_job(storage.jobs, drop)

@@ -10,7 +10,10 @@ import click
 from roma_pipelines.cli import TARGETS
 
 
-@click.command("new-experiment")
+@click.command(
+    "new-experiment",
+    epilog="Example: roma-pipeline new-experiment waves --source 'data/*.parquet' --label kind",
+)
 @click.argument("name")
 @click.argument("more", nargs=-1, metavar="[FILE]...")
 @click.option(
@@ -67,8 +70,6 @@ def new_experiment(
     name, type and content, unless options name them. Splits, position scales,
     channel transforms, model size and training length are chosen from the data; each choice is
     printed and stands in the file with its reason.
-
-    Example: roma-pipeline new-experiment waves --source 'data/*.parquet' --label kind
     """
     from pydantic import ValidationError
 

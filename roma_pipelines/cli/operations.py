@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     import dagster as dg
 
 
-@click.command()
+@click.command(epilog="Example: roma-pipeline health --strict")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of results.")
 @click.option("--strict", is_flag=True, help="A warning counts as an error.")
 def health(as_json: bool, strict: bool) -> None:
-    """Check all components; exit 1 on any error."""
+    """Check all components and print a line for each; exit 1 on any error."""
     sys.exit(report(_checks(), as_json=as_json, strict=strict))
 
 
@@ -153,7 +153,7 @@ def _failed_runs(instance: dg.DagsterInstance) -> CheckResult:
     return CheckResult("failures", "warning", detail)
 
 
-@click.command()
+@click.command(epilog="Example: roma-pipeline gc --days 7 --yes")
 @click.option(
     "--days",
     type=click.FloatRange(min=0),
@@ -198,7 +198,7 @@ def gc(days: float, keep_versions: int, yes: bool) -> None:
         click.echo("--yes removes it")
 
 
-@click.command()
+@click.command(epilog="Example: roma-pipeline backup roma-backup.tar")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--with-datasets", is_flag=True, help="Include data sets; they can be built again.")
 def backup(file: Path, with_datasets: bool) -> None:
@@ -226,7 +226,7 @@ def backup(file: Path, with_datasets: bool) -> None:
         click.echo(f"NOT INCLUDED: {what}; back it up there")
 
 
-@click.command()
+@click.command(epilog="Example: roma-pipeline restore roma-backup.tar")
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 def restore(file: Path) -> None:
     """Restore FILE into ROMA_STORAGE_ROOT, which must be empty, as must the database."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from roma_core.serving.registry_client import connect
-from roma_pipelines.cli import open_registry
+from roma_pipelines.cli import complete_experiment, complete_version, open_registry
 from roma_pipelines.registry import promotion
 from roma_pipelines.registry.lineage import lineage_of, plan_replay, transfer, versions_from
 from roma_pipelines.registry.store import MlflowSettings
@@ -26,9 +26,11 @@ _actor = click.option(
 )
 
 
-@click.command()
-@click.argument("name")
-@click.argument("version")
+@click.command(
+    epilog='Example: roma-pipeline promote japanese_vowels 3 --reason "better on rare classes"'
+)
+@click.argument("name", shell_complete=complete_experiment)
+@click.argument("version", shell_complete=complete_version)
 @_reason
 @_actor
 @click.option(
@@ -75,9 +77,11 @@ def promote(
         click.echo(f"{name}: version {version} {state}; previous is {replaced or 'none'}")
 
 
-@click.command()
-@click.argument("name")
-@click.argument("version")
+@click.command(
+    epilog='Example: roma-pipeline reject japanese_vowels 3 --reason "trained on wrong labels"'
+)
+@click.argument("name", shell_complete=complete_experiment)
+@click.argument("version", shell_complete=complete_version)
 @_reason
 @_actor
 @click.option("--delete", is_flag=True, help="Also delete the version and its files.")
@@ -95,8 +99,10 @@ def reject(name: str, version: str, reason: str, actor: str, delete: bool) -> No
             click.echo(f"{name}: version {version} is deleted")
 
 
-@click.command()
-@click.argument("name")
+@click.command(
+    epilog='Example: roma-pipeline rollback japanese_vowels --reason "alarms since Monday"'
+)
+@click.argument("name", shell_complete=complete_experiment)
 @_reason
 @_actor
 def rollback(name: str, reason: str, actor: str) -> None:
@@ -108,7 +114,7 @@ def rollback(name: str, reason: str, actor: str) -> None:
         click.echo(f"{name}: version {version} is champion again ({seconds:.2f} s)")
 
 
-@click.command()
+@click.command(epilog="Example: roma-pipeline lineage japanese_vowels@champion")
 @click.argument("what")
 def lineage(what: str) -> None:
     """Print the origin of a version, or the versions that come from an identifier.
@@ -135,9 +141,9 @@ def lineage(what: str) -> None:
             click.echo(f"{name} version {version} ({role})")
 
 
-@click.command()
-@click.argument("name")
-@click.argument("version")
+@click.command(epilog="Example: roma-pipeline replay japanese_vowels 3")
+@click.argument("name", shell_complete=complete_experiment)
+@click.argument("version", shell_complete=complete_version)
 @click.option(
     "--run-dir",
     type=click.Path(file_okay=False, path_type=Path),

@@ -16,6 +16,7 @@ import yaml
 
 from roma_core.cli import errors_as_messages
 from roma_core.files import write_bytes
+from roma_pipelines.cli import complete_experiment
 from roma_pipelines.storage import Storage
 
 _MARK = "# tuned by "
@@ -24,8 +25,8 @@ _EVIDENCE = re.compile(
 )  # of an earlier search
 
 
-@click.command()
-@click.argument("experiment")
+@click.command(epilog="Example: roma-pipeline tune japanese_vowels --trials 30 --parallel 4")
+@click.argument("experiment", shell_complete=complete_experiment)
 @click.option("--trials", type=int, help="Trials of the study (default: the file's, else 30).")
 @click.option("--parallel", type=int, help="Trials at the same time (default: the file's, else 2).")
 @click.option("--hours", type=float, help="GPU- or CPU-hours after which no trial starts.")
@@ -48,8 +49,6 @@ def tune(experiment: str, write: bool, **budget: Any) -> None:
     Trials worse than the median are pruned. The same command resumes an interrupted search, and a larger
     --trials extends it; other data, settings of the file or space begin a new study. Better settings are
     printed as a difference of the file, which --write applies. The test split is not read.
-
-    Example: roma-pipeline tune japanese_vowels --trials 30 --parallel 4
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from roma_core.data.build import build_dataset
@@ -71,7 +70,7 @@ def tune(experiment: str, write: bool, **budget: Any) -> None:
         try:
             result = search.run()
         except KeyboardInterrupt:
-            raise click.ClickException(
+            raise KeyboardInterrupt(
                 "interrupted; the jobs of running trials, if there are any, continue, and the same "
                 "command adopts them; `roma-pipeline jobs cancel` ends one"
             ) from None

@@ -22,7 +22,7 @@ from roma_pipelines.registry import store
 from roma_pipelines.storage import Storage, prepare_instance
 
 
-@click.command()
+@click.command(epilog="Example: roma-pipeline up --dagster-port 3001")
 @click.option("--dagster-port", default=3000, show_default=True, help="Port of the Dagster page.")
 @click.option("--mlflow-port", default=5000, show_default=True, help="Port of the MLflow page.")
 @click.option("--page-port", default=8000, show_default=True, help="Port of the overview.")
@@ -78,6 +78,8 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
     # links on assets lead there, unless other addresses are configured
     os.environ.setdefault("ROMA_PAGE_OVERVIEW_URL", overview)
     os.environ.setdefault("ROMA_PAGE_MLFLOW_URL", mlflow)
+    addresses = {name: address for name, (address, _) in modules.items()}
+    write_json(storage.root / "servers.json", addresses)  # for `roma-pipeline status`
     if ended := _serve(modules, home / "logs"):
         raise click.ClickException(f"{ended[0]} exited; see its log in {home / 'logs'}")
     click.echo("stopped")

@@ -32,6 +32,7 @@ from roma_core.settings import RomaSettings, without_credentials
 from roma_pipelines import storage
 
 if TYPE_CHECKING:
+    import requests
     from mlflow import MlflowClient
 
 DATABASE = "mlflow.db"
@@ -335,6 +336,15 @@ _accepted: set[tuple[str | None, ...]] = set()  # server, user, password, token
 
 def _accepts_credentials(uri: str) -> bool:
     """False if the server cannot be reached."""
+    answer = ask(uri, _PROBE)
+    return answer is not None and bool(answer.ok)
+
+
+def ask(uri: str, path: str, timeout_s: float = 10.0) -> requests.Response | None:
+    """The server's answer to a GET with the credentials of MLflow's clients, None if it gives none.
+
+    Raises StoreError if it refuses them, or they cannot be sent.
+    """
     import requests
     from requests.auth import HTTPBasicAuth
 
@@ -344,14 +354,14 @@ def _accepts_credentials(uri: str) -> bool:
     try:
         in_uri, _ = requests.utils.get_auth_from_url(uri)  # preferred, as by MLflow
         auth = None if in_uri else basic
-        answer = requests.get(uri + _PROBE, auth=auth, headers=headers, timeout=10.0)
+        answer = requests.get(uri + path, auth=auth, headers=headers, timeout=timeout_s)
     except ValueError:  # its message may contain the credentials
         raise StoreError(
             f"no request can be sent to the MLflow server {shown}: expected http(s)://host:port, and "
             f"user name, password and token without a line break"
         ) from None
     except requests.RequestException:
-        return False
+        return None
     if answer.status_code in (401, 403):
         user = in_uri or user
         name = f"the user {user!r}" if user else "a token" if token else "a request without a user"
@@ -360,7 +370,7 @@ def _accepts_credentials(uri: str) -> bool:
             f"the MLflow server {shown} refuses {name} ({answer.status_code}: {text}); set "
             f"ROMA_MLFLOW_USERNAME and ROMA_MLFLOW_PASSWORD, or {_USERNAME} and {_PASSWORD}"
         )
-    return answer.ok
+    return answer
 
 
 def _credentials() -> tuple[str | None, ...]:

@@ -6,7 +6,9 @@ import time
 
 import pytest
 
+from roma_core.claim import ATTEMPT_VARIABLE
 from roma_core.job import JobFolder
+from roma_core.run_job import Work, run_in_folder
 
 RUN = """
 import os, signal, subprocess, sys
@@ -46,6 +48,19 @@ def test_reports_are_written_under_the_lock_whatever_signal_comes(tmp_path, stat
     assert (folder.read_result() is not None) == (status == "completed")
     if status != "failed":
         assert "another process runs in" in (attempt.path / "second").read_text()
+
+
+@pytest.mark.parametrize("raised", [True, False])
+def test_ctrl_c_is_an_interrupt_of_a_run_by_hand_and_an_end_of_a_job(tmp_path, monkeypatch, raised):
+    def body(folder, attempt):
+        if raised:
+            raise KeyboardInterrupt
+        return Work("continue", reason="SIGINT")
+
+    with pytest.raises(KeyboardInterrupt, match="" if raised else "the same command resumes"):
+        run_in_folder(JobFolder(tmp_path / "by_hand"), body)
+    monkeypatch.setenv(ATTEMPT_VARIABLE, "1")
+    assert run_in_folder(JobFolder(tmp_path / "job"), body) == (1 if raised else 75)
 
 
 def test_beats_go_on_while_the_process_computes_and_stop_while_it_waits(tmp_path):

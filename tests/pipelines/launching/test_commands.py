@@ -251,7 +251,7 @@ def test_ctrl_c_before_the_submission_says_that_nothing_runs(run, root, monkeypa
 
     code, text = run("launch", "-m", "json.tool")
 
-    assert (code, "before anything was submitted to the target local" in text) == (1, True)
+    assert (code, "before anything was submitted to the target local" in text) == (130, True)
     assert "still running" not in text and str(root / "jobs") not in text
 
 
@@ -353,7 +353,7 @@ def test_jobs_are_listed_shown_and_their_logs_read(run, abandoned, processes, ev
     eventually(lambda: not processes())
 
 
-def test_ctrl_c_ends_a_look_at_the_log_quietly(root, abandoned, processes, eventually):
+def test_ctrl_c_ends_a_look_at_the_log_with_one_line(root, abandoned, processes, eventually):
     argv = [sys.executable, "-m", "roma_pipelines.cli", "jobs", "logs", "-f", abandoned.path.name]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     looking = subprocess.Popen(
@@ -367,8 +367,8 @@ def test_ctrl_c_ends_a_look_at_the_log_quietly(root, abandoned, processes, event
     time.sleep(0.2)  # it waits for more
     looking.send_signal(signal.SIGINT)
 
-    assert looking.communicate(timeout=within(5)) == (b"", b"")
-    assert looking.returncode == 0
+    assert looking.communicate(timeout=within(5)) == (b"", b"interrupted\n")
+    assert looking.returncode == 130
     (abandoned.path / "go").touch()
     eventually(lambda: not processes())
 
