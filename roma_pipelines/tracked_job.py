@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
@@ -197,11 +196,6 @@ def page_links(
         path = f"experiments/{run['experiment_id']}/runs/{run['run_id']}"
         links["open_mlflow_run"] = f"{mlflow.rstrip('/')}/#/{path}"
     return {name: dg.MetadataValue.url(link) for name, link in links.items()}
-
-
-def picture(png: bytes, alt: str) -> dg.MetadataValue:
-    """Metadata value that shows a PNG."""
-    return dg.MetadataValue.md(f"![{alt}](data:image/png;base64,{base64.b64encode(png).decode()})")
 
 
 def upstream_metadata(

@@ -19,7 +19,7 @@ from roma_core.settings import Frozen
 
 _MAX_OBSERVATIONS = 2_000_000  # read for quantiles of gaps and values
 _READ_AT_ONCE = 1 << 18
-_MAX_BYTES = 64 * 1024  # of the picture, which is stored inside asset metadata
+_MAX_BYTES = 40 * 1024  # of the picture, which is stored inside asset metadata
 _COLOURS = {"train": "#2f6db3", "validation": "#e0a030", "test": "#b8433f"}
 _N_EXAMPLES = 6
 _MAX_CLASSES = 8  # in the table of fractions
@@ -233,7 +233,7 @@ def _split_profile(dataset: StoredDataset, name: Split) -> SplitProfile:
 
 
 def plot_profile(profile: DataProfile, dataset: StoredDataset) -> bytes:
-    """One PNG of at most 64 KiB: lengths, classes, gaps, and a few series with their holes."""
+    """One PNG of at most 40 KiB: lengths, classes, gaps, and a few series with their holes."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

@@ -195,7 +195,9 @@ class _Evaluator:
         write_json(self.out / "metrics.json", metrics.document())
         for name, path in config.curves.items():
             if records := [record for _, record in read_records(Path(path))]:
-                figures[f"curve_{name}"] = plots.learning_curve(records)
+                training = JobFolder(Path(path).parent).read_result()
+                kept = training.facts.get("weights_step") if training else None
+                figures[f"curve_{name}"] = plots.learning_curve(records, kept)
         encoder = None if self.model is None else self.autoencoder
         if encoder is not None and (examples := reconstruct_examples(encoder, self.test)):
             figures["reconstructions"] = plots.reconstruction_examples(examples)

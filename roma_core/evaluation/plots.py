@@ -1,4 +1,4 @@
-"""The figures of reports and Dagster pages, as PNG bytes of at most 64 KiB."""
+"""The figures of reports and Dagster pages, as PNG bytes of at most 40 KiB."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from roma_core.evaluation.regression_metrics import GroupErrors, RegressionMetri
 from roma_core.schema import Channel, PositionAxis
 from roma_core.trainer.defaults import PrimaryMetric
 
-MAX_BYTES = 64 * 1024
+MAX_BYTES = 40 * 1024
 BLUE, ORANGE, GREEN, GREY, INK = "#2f6db3", "#d9652b", "#3f8f5b", "#8a929c", "#22272e"
 _COLOURS = (BLUE, ORANGE, GREEN, INK)
 _DASHED: Any = (0, (4, 3))
@@ -299,19 +299,22 @@ def _draw_reconstruction(axes: Axes, example: ReconstructionExample, channel: in
 
 
 @_as_png
-def learning_curve(records: Iterable[Mapping[str, Any]]) -> Figure:
-    """Metrics against the step: a panel for each quantity, a line per ``<split>/<quantity>``.
+def learning_curve(records: Iterable[Mapping[str, Any]], weights_step: int | None = None) -> Figure:
+    """Metrics by epoch: a panel for each quantity, a line per ``<split>/<quantity>``.
 
     Args:
-        records: lines of ``metrics.jsonl``: ``{"step": 10, "time": …, "metrics": {"train/loss": …}}``.
+        records: lines of ``metrics.jsonl``: ``{"step": 10, "epoch": …, "metrics": {"train/loss": …}}``.
+        weights_step: step of the weights that were kept, which is marked.
 
     Raises:
         ValueError: they hold neither a loss nor a primary metric.
     """
-    lines: dict[str, list[tuple[int, float]]] = {}  # name of the metric -> steps and values
+    lines: dict[str, list[tuple[float, float]]] = {}  # name of the metric -> epochs and values
+    kept = None  # epoch
     for record in records:
+        kept = record["epoch"] if record["step"] == weights_step else kept
         for name, value in record["metrics"].items():
-            lines.setdefault(name, []).append((record["step"], value))
+            lines.setdefault(name, []).append((record["epoch"], value))
     panels = {q: [name for name in sorted(lines) if name.split("/")[-1] == q] for q in _CURVES}
     panels = {quantity: names for quantity, names in panels.items() if names}
     if not panels:
@@ -323,10 +326,12 @@ def learning_curve(records: Iterable[Mapping[str, Any]]) -> Figure:
     for axes, (quantity, names) in zip(row, panels.items(), strict=True):
         for name in names:
             split, style = name.rsplit("/", 1)[0], "o-" if len(lines[name]) < 40 else "-"
-            steps, values = zip(*lines[name], strict=True)
+            epochs, values = zip(*lines[name], strict=True)
             colour = _SPLIT_COLOURS.get(split)
-            axes.plot(steps, values, style, color=colour, label=split, linewidth=1.6, markersize=3)
-        axes.set(xlabel="step", title=quantity)
+            axes.plot(epochs, values, style, color=colour, label=split, linewidth=1.6, markersize=3)
+        if kept is not None:
+            axes.axvline(kept, color=GREY, linestyle=_DASHED, label="weights kept")
+        axes.set(xlabel="epoch", title=quantity)
         if "loss" in quantity and all(value > 0 for name in names for _, value in lines[name]):
             axes.set_yscale("log")
     _legend_above(figure)

@@ -96,7 +96,7 @@ _HALF_WIDTH = ("confusion", "reliability", "embedding_map", "by_position")
 def plot_of(name: str, png: bytes) -> Plot:
     """A figure of FIGURES, or the learning curve of ``curve_TRAINING``."""
     training = name.removeprefix("curve_")
-    caption = "Metrics by optimiser step; eval is the validation split."
+    caption = "Metrics by epoch; eval is the validation split; dashed: the weights that were kept."
     curve = (f"Learning curve: {training}", caption, f"Learning curve of the {training}.")
     title, caption, alt = FIGURES.get(name, curve)
     return Plot(title=title, caption=caption, alt=alt, png=png, wide=name not in _HALF_WIDTH)

@@ -361,6 +361,7 @@ def train(
         facts=facts
         | {
             "parameters": sum(p.numel() for p in model.parameters()),
+            "weights_step": end.weights_step,
             "training_s": round(end.elapsed_s, 3),
             "device": str(next(model.parameters()).device),
         },

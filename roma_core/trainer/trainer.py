@@ -39,10 +39,11 @@ class TrainingEnd:
 
     status: Literal["completed", "continue"]  # "continue" after a stop request and a checkpoint
     step: int  # finished optimiser steps
-    metrics: dict[str, float]  # of the last evaluation
+    metrics: dict[str, float]  # of the weights that the model is left with
     reason: str  # of the stop, or of early stopping
     elapsed_s: float  # training time over all attempts
     world_size: int
+    weights_step: int = 0  # step of the weights that the model is left with
 
 
 class Trainer:
@@ -117,7 +118,7 @@ class Trainer:
                     reason = self.stops.reason or "another process was asked to stop"
                     self.logger.say(f"asked to stop ({reason}); saved at step {self.step}")
                 progress = (self.step, self.evaluation, reason, self._elapsed_s())
-                end = TrainingEnd(status, *progress, self.group.size)
+                end = TrainingEnd(status, *progress, self.group.size, self.weights_step)
         if status == "completed" and self._post_train_hook and self.group.is_main:
             self._post_train_hook(model, self.folder, self.accelerator.device)
         del self.train_step, self.loader, self.accelerator  # free the optimiser
@@ -152,7 +153,7 @@ class Trainer:
             config, self.sampler, train_dataset, model.config, group, accelerator.device, self.stops
         )
         self.test_dataset = test_dataset
-        self.step = state.step if state else 0
+        self.step = self.weights_step = state.step if state else 0
         self.logger = RunLogger(
             self._progress(what, self.total_steps, self.step),
             self.folder,
@@ -212,7 +213,7 @@ class Trainer:
 
     def _complete(self, model: Model) -> str:
         """Leave the final weights in the model; returns the reason of an early end."""
-        config, reason = self.config, ""
+        config, reason, self.weights_step = self.config, "", self.step
         if not self.evaluation:  # the last checkpoint was not evaluated
             self.evaluation = self._measure(float("nan"))
         if self.step < self.total_steps:
@@ -231,8 +232,8 @@ class Trainer:
                 f"{config.best_metric}"
             )
         model.load_state_dict(best.tensors.get("ema", best.tensors["model"]))
-        self.evaluation = best.state.evaluation
-        self.logger.say(f"weights of step {best.state.step}, the best, are kept")
+        self.evaluation, self.weights_step = best.state.evaluation, best.state.step
+        self.logger.say(f"weights of step {self.weights_step}, the best, are kept")
         return reason
 
     def _do_step(self, batches: Iterator[list[PackedBatch]]) -> None:

@@ -16,8 +16,9 @@ from roma_pipelines.automation.state import FINGERPRINT
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.pipes import job_folder
 from roma_pipelines.launching.targets import roma_command
+from roma_pipelines.pictures import picture
 from roma_pipelines.storage import Storage
-from roma_pipelines.tracked_job import of_this_run, picture
+from roma_pipelines.tracked_job import of_this_run
 
 
 def dataset_asset(experiment: Experiment) -> dg.AssetsDefinition:

@@ -16,6 +16,7 @@ from roma_core.serving.registry_client import FetchError, fetch, package_of, res
 from roma_pipelines.automation.state import TRAINED_WITH
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.pipes import job_folder
+from roma_pipelines.pictures import Metadata, against_true, confusion, picture
 from roma_pipelines.registry.gate import (
     GATE_TAG,
     SPLIT_TAG,
@@ -32,7 +33,6 @@ from roma_pipelines.storage import Storage
 from roma_pipelines.tracked_job import (
     TrackedJob,
     of_this_run,
-    picture,
     registry,
     run_tracked_job,
     upstream_metadata,
@@ -174,6 +174,7 @@ def _materialised(
             "primary_metric": "; ".join(
                 filter(None, (headline(found), found.get("primary_reason")))
             ),
+            **_summary_plot(job, found),
             **{
                 name: picture((plots / f"{name}.png").read_bytes(), alt)
                 for name, (_, _, alt) in FIGURES.items()
@@ -195,6 +196,21 @@ def _materialised(
             for check in decision.checks
         ],
     )
+
+
+def _summary_plot(job: TrackedJob, metrics: Mapping[str, Any]) -> Metadata:
+    """The confusion matrix, or predicted against true values of the first channel or target."""
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    if "confusion" in metrics:
+        return confusion(metrics["confusion"], [one["name"] for one in metrics["per_class"]])
+    file = pq.ParquetFile(job.output("predictions"))
+    name = next(n for n in file.schema.names if n.startswith("true_")).removeprefix("true_")
+    table = file.read([f"true_{name}", f"predicted_{name}"])
+    both = np.column_stack([column.to_numpy() for column in table.columns])
+    both = both[np.isfinite(both).all(axis=1)]
+    return against_true(name, both[:: -(-len(both) // 500) or 1].tolist())
 
 
 def _report_facts(

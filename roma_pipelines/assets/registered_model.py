@@ -13,6 +13,7 @@ from roma_core.job import JobFolder
 from roma_core.trainer.trackers import WandbConfig
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.pipes import job_folder
+from roma_pipelines.pictures import bars, picture
 from roma_pipelines.registry import versions
 from roma_pipelines.registry.gate import GATE_TAG, read_decision
 from roma_pipelines.registry.promotion import CHAMPION, NO_CHAMPION, promote
@@ -21,7 +22,6 @@ from roma_pipelines.storage import Storage
 from roma_pipelines.tracked_job import (
     TrackedJob,
     of_this_run,
-    picture,
     registry,
     run_tracked_job,
     upstream_metadata,
@@ -227,10 +227,16 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
 
 def drift_metadata(job: TrackedJob) -> dict[str, Any]:
     """How far the inputs of a job are from the training data, by every measure."""
+    from roma_core.evaluation.drift import LARGE_PSI, MODERATE_PSI
+
     effects: dict[str, float] = job.result.facts.get("effects", {})
     ascending = sorted(effects.items(), key=lambda effect: effect[1])
     shown: dict[str, Any] = {f"largest {name.rpartition(' ')[2]}": x for name, x in ascending}
     if "drift" in job.result.outputs:
         figure = job.output("drift").read_bytes()
-        shown["drift"] = picture(figure, "drift against the training data")
+        alt = "drift against the training data"
+        psi = {n.removesuffix(" psi"): x for n, x in effects.items() if n.endswith(" psi")}
+        limits = (MODERATE_PSI, LARGE_PSI)
+        unit = f"population stability index; dashed: {MODERATE_PSI}, {LARGE_PSI}"
+        shown |= bars(alt, psi, limits, unit) | {"drift": picture(figure, alt)}
     return {"drift_sizes": dg.MetadataValue.json(effects), **shown}

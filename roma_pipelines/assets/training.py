@@ -14,6 +14,7 @@ from roma_core.trainer.job import MODEL_OUTPUT, TrainingJobConfig, validation_me
 from roma_core.trainer.metrics import read_records
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.pipes import job_folder
+from roma_pipelines.pictures import curves, picture
 from roma_pipelines.registry.promotion import CHAMPION
 from roma_pipelines.registry.versions import version_at
 from roma_pipelines.run_config import StageName
@@ -21,7 +22,6 @@ from roma_pipelines.storage import Storage
 from roma_pipelines.tracked_job import (
     TrackedJob,
     of_this_run,
-    picture,
     registry,
     run_tracked_job,
     upstream_metadata,
@@ -180,12 +180,15 @@ def _materialised(job: TrackedJob, lineage: Mapping[str, str] = {}) -> dg.Materi
 
     weights = job.output("model")
     records = [record for _, record in read_records(job.folder.metrics)]
+    kept = job.result.facts.get("weights_step")
+    others = [name for name in job.result.metrics if name != "eval/loss"]
     changed = {"model", "trainer"} & job.run_config.keys()
     return dg.MaterializeResult(
         # by default Dagster's is that of all models of the same code version
         data_version=dg.DataVersion(job.folder.path.name) if changed else None,
         metadata={
-            "learning_curve": picture(learning_curve(records), "learning curve"),
+            **curves(records, others[0] if others else None, kept),
+            "learning_curve": picture(learning_curve(records, kept), "learning curve"),
             **job.metadata(),
             **lineage,
             "weights": dg.MetadataValue.path(str(weights)),

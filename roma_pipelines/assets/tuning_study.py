@@ -7,9 +7,10 @@ import dagster as dg
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.launcher import Launcher
 from roma_pipelines.launching.pipes import on_interrupt
+from roma_pipelines.pictures import picture
 from roma_pipelines.registry import runs, store
 from roma_pipelines.storage import Storage
-from roma_pipelines.tracked_job import page_links, picture, upstream_metadata
+from roma_pipelines.tracked_job import page_links, upstream_metadata
 from roma_pipelines.tuning import Search, TuningError
 
 

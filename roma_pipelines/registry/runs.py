@@ -192,9 +192,12 @@ def ended(folder: JobFolder, record: RunRecord) -> RunRecord:
     end = attempts[-1].end if attempts else None
     if end is None or end.status not in _ENDS:
         return record
-    files = (folder.config, folder.result) if end.status == "completed" else ()
+    artifacts = {}
+    if end.status == "completed" and (result := folder.read_result()):
+        artifacts = {file.name: "" for file in (folder.config, folder.result)}
+        artifacts |= {path: "plots" for path in result.outputs.values() if path.endswith(".png")}
     known = {"status": _ENDS[end.status], "ended_at": end.ended_at}
-    return record.model_copy(update={**known, "artifacts": {file.name: "" for file in files}})
+    return record.model_copy(update={**known, "artifacts": artifacts})
 
 
 def send_record(client: MlflowClient, folder: JobFolder, wait_s: float = SHORT_S) -> None:

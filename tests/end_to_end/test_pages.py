@@ -178,6 +178,8 @@ def test_two_fields_changed_on_the_launchpad_are_in_mlflow_and_in_lineage(pages,
     changed = {"trainer": {"epochs": 40, "base_lr": 0.01}}
     before = len(pages.runs())
     page.goto(f"{pages.dagster}/assets/{GROUP}/finetuned_classifier")
+    curve = page.get_by_alt_text("learning curve")  # shown without a click
+    assert curve.evaluate("image => image.decode().then(() => image.naturalWidth)") > 200
     page.get_by_text("Materialize", exact=True).click(modifiers=["Shift"])
     page.locator(".CodeMirror").click()
     page.keyboard.press("Control+A")  # it shows the fields with a value by default

@@ -34,8 +34,16 @@ def reconstruction(n=24, channels=("a", "b"), title="series"):
 
 
 RECORDS = [
-    {"step": s, "time": 0.0, "metrics": {"train/loss": 1 / s, "train/lr": 0.1}} for s in range(1, 9)
-] + [{"step": 8, "time": 0.0, "metrics": {"validation/loss": 0.2, "validation/accuracy": 0.9}}]
+    {"step": s, "epoch": s / 2, "time": 0.0, "metrics": {"train/loss": 1 / s, "train/lr": 0.1}}
+    for s in range(1, 9)
+] + [
+    {
+        "step": 8,
+        "epoch": 4.0,
+        "time": 0.0,
+        "metrics": {"validation/loss": 0.2, "validation/accuracy": 0.9},
+    }
+]
 
 
 def pixels(png):
@@ -48,6 +56,15 @@ def pixels(png):
 def share_of(image, colour):
     wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
     return (np.abs(image - wanted).max(axis=2) < 24).mean()
+
+
+def test_a_learning_curve_is_by_epoch_and_marks_the_weights_that_were_kept(monkeypatch):
+    monkeypatch.setattr(plots, "png_of", lambda figure: figure)
+
+    found = [[*axes.lines[-1].get_xdata()] for axes in plots.learning_curve(RECORDS, 6).axes]
+
+    assert found == [[3, 3], [3, 3]]  # step 6 is at the end of epoch 3
+    assert {axes.get_xlabel() for axes in plots.learning_curve(RECORDS).axes} == {"epoch"}
 
 
 def test_every_plot_is_a_small_png(simulated):
@@ -127,7 +144,7 @@ def test_only_hidden_tokens_are_drawn_as_reconstructed():
 
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"no metric ends with one of.*'train/lr'"):
-        plots.learning_curve([{"step": 1, "time": 0.0, "metrics": {"train/lr": 0.1}}])
+        plots.learning_curve([{"step": 1, "epoch": 1.0, "time": 0.0, "metrics": {"train/lr": 0.1}}])
     with pytest.raises(ValueError, match="no reconstructions"):
         plots.reconstruction_examples([])
     with pytest.raises(ValueError, match="other has channels"):

@@ -85,7 +85,7 @@ def test_training_ends_early_and_keeps_the_best(tmp_path):
         end = trainer.train(Sines(16), Sines(8), models[-1])
         assert (end.status, end.step) == ("completed", 8)
         assert "early stopping: 2 evaluations without a better eval/score than 0.4" in end.reason
-        assert end.metrics["eval/score"] == 0.4
+        assert (end.metrics["eval/score"], end.weights_step) == (0.4, 4)
     saved = committed(tmp_path / "checkpoints")
     assert [p.name for p in saved] == ["step-00000002", "step-00000004", "step-00000008"][
         -len(saved) :

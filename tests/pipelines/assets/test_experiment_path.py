@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import dagster as dg
 import pyarrow as pa
@@ -105,6 +106,7 @@ def failure_of(result, noun) -> dg.DagsterEvent:
 def test_all_five_assets_are_made(first):
     assert first.success
     assert all(metadata_of(first, noun) for noun in tiny.ASSET_NAMES)
+    assert "confusion matrix" in metadata_of(first, "evaluation_report")["summary_plot"]
     assert {e.check_name: e.passed for e in first.get_asset_check_evaluations()} == {
         "sound": True,
         "unsuspicious": True,
@@ -116,6 +118,7 @@ def test_two_processes_trained_together(first, noun):
     facts = metadata_of(first, noun)
 
     assert facts["processes"] == "2"
+    assert "weights kept" in unquote(facts["summary_plot"]) and facts["weights_step"] > 0
     log = Path(facts["log"])
     assert "2 process(es)" in log.read_text()
     assert (log.parent / "torchrun").is_dir()  # not in /tmp, where nobody would remove it
@@ -208,6 +211,10 @@ def test_recent_inputs_are_compared_by_a_job_and_a_check_warns_of_drift(house, f
     assert sizes[0] < DriftThresholds().embedding < sizes[1]
     assert not check.passed and "features embedding is " in check.description
     assert far["drift"].startswith("![drift against the training data](data:image/png;base64,")
+    assert "value.c01 " in unquote(far["summary_plot"])
+    run = house.client.get_run(far["mlflow_run_id"])
+    (plot,) = house.client.list_artifacts(run.info.run_id, "plots")
+    assert plot.path == "plots/drift.png"
 
 
 def test_the_command_predicts_what_the_report_says(house, first, tmp_path):
