@@ -4,6 +4,7 @@ A link that leaves ``docs/`` works in the repository; the site has a copy of wha
 path. README.md is the first page.
 """
 
+import inspect
 import posixpath
 import re
 from collections.abc import Iterator
@@ -71,7 +72,8 @@ def settings_reference() -> str:
             (variable_of(cls, name), value, fields[name].description)
             for name, value, _ in cls.from_values({}).resolved()
         ]
-        text += f"\n## {cls.__name__}\n\n{cls.__doc__ or ''}\n\n" + _table("variable", rows)
+        about = inspect.cleandoc(cls.__doc__ or "").replace("``", "`")
+        text += f"\n## {cls.__name__}\n\n{about}\n\n" + _table("variable", rows)
     return text
 
 
@@ -82,12 +84,16 @@ def experiment_reference() -> str:
 
 def _fields(model: type[BaseModel], where: str = "") -> Iterator[tuple[str, Any, str | None]]:
     for name, field in model.model_fields.items():
-        kinds = [field.annotation, *get_args(field.annotation)]
-        default = field.get_default(call_default_factory=True)
-        if isinstance(default, BaseModel) or field.is_required():
-            default = None if field.is_required() else ""
-        sections = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
-        yield where + name, "required" if field.is_required() else default, field.description
+        default = (
+            "required" if field.is_required() else field.get_default(call_default_factory=True)
+        )
+        sections = [
+            kind
+            for kind in (field.annotation, *get_args(field.annotation))
+            if isinstance(kind, type) and issubclass(kind, BaseModel)
+        ]
+        about = field.description or (sections and sections[0].__doc__) or ""
+        yield where + name, "" if isinstance(default, BaseModel) else default, about
         for section in sections:
             yield from _fields(section, f"{where}{name}.")
 

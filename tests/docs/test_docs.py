@@ -57,6 +57,8 @@ def name_of(page: Path) -> str:
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+    for picture in (ROOT / "docs" / "pictures").iterdir():
+        assert picture.stat().st_size <= 120_000, picture
 
 
 def anchors(page: Path) -> set[str]:
