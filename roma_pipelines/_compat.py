@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import subprocess
 import threading
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import dagster as dg
@@ -12,7 +15,7 @@ from dagster._utils.error import SerializableErrorInfo
 if TYPE_CHECKING:
     import optuna
 
-__all__ = ["SerializableErrorInfo", "adopted_trial", "shared_instance"]
+__all__ = ["SerializableErrorInfo", "adopted_trial", "detach_log_watchers", "shared_instance"]
 
 _lock = threading.Lock()
 _open: dict[str, dg.DagsterInstance] = {}  # at most one: a code server has one instance
@@ -32,6 +35,17 @@ def shared_instance(
                 _open[key] = dg.DagsterInstance.from_ref(ref)
             context._instance = _open[key]
     return context.instance
+
+
+def detach_log_watchers() -> None:
+    """Start the processes that copy the output of steps where Ctrl-C does not reach them.
+
+    They would each print a traceback; Dagster ends them with the step.
+    """
+    from dagster._core.execution import compute_logs
+
+    detached = functools.partial(subprocess.Popen, start_new_session=True)
+    compute_logs.subprocess = SimpleNamespace(Popen=detached)  # type: ignore[assignment]
 
 
 def adopted_trial(study: optuna.Study, number: int) -> optuna.Trial:

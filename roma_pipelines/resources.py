@@ -142,7 +142,7 @@ class JobClient(dg.ConfigurableResource):
         options: dict[str, Any] = {"environment": env, "max_attempts": max_attempts}
         _refuse_another_job(context, folder, module, digest_of(given))
         _begun.add(step)
-        job = self.complete(context, folder, module, given, resources, runner, **options)
+        job = self.complete(context, folder, module, given, resources, runner=runner, **options)
         # another op of this asset may have started its job since, in another process
         _refuse_another_job(context, folder, module, digest_of(given))
         return dg.MaterializeResult(metadata=job.metadata())
@@ -154,8 +154,8 @@ class JobClient(dg.ConfigurableResource):
         command: tuple[str, ...],
         config: Any,
         resources: JobSize,
-        runner: Literal["torchrun", "plain"],
         *,
+        runner: Literal["torchrun", "plain"] | None = None,
         profile: str | None = None,
         **options: Any,
     ) -> CompletedJob:
@@ -164,7 +164,7 @@ class JobClient(dg.ConfigurableResource):
         ``options`` are those of ``run_job``; the errors, those of :meth:`run`.
         """
         launcher = self.launcher(profile)
-        about = (folder.path.name, command, digest_of(config), runner, tuple(self.env_names))
+        about = (folder.path.name, command, digest_of(config), tuple(self.env_names), runner)
         spec = job_spec(self.target, resources, *about)
         try:
             outcome = run_job(context, launcher, folder, spec, config, **options)

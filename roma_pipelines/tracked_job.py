@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import dagster as dg
 from pydantic import BaseModel
@@ -52,7 +52,6 @@ def run_tracked_job(
     config: BaseModel,
     resources: Resources,
     *,
-    runner: Literal["torchrun", "plain"] = "plain",
     params: Mapping[str, Any],
 ) -> TrackedJob:
     """Run ``roma COMMAND`` as a job of the experiment; a retry of the Dagster run adopts both.
@@ -92,7 +91,6 @@ def run_tracked_job(
             roma_command(command, folder.path),
             document,
             resources,
-            runner,
             profile=resources.profile,
             environment=run.environment(resources.target),
             on_accepted=lambda: run.update(lambda _: record),  # importing MLflow takes longer

@@ -274,7 +274,7 @@ class Search:
         config = training_config(experiment, "pretrain", self.dataset)
         digest = digest_of(config.model_dump(mode="json"))
         size = experiment.resources.of("pretraining")
-        same = (digest, size.nodes * size.processes_per_node)
+        same = (digest, size.world_size)
         with self._locks[digest]:  # the trials that need the same one wait for it
             if weights := self._weights(
                 lambda job: (job.spec.config_digest, job.spec.world_size) == same
@@ -305,7 +305,7 @@ class Search:
             "pretraining" if command == "pretrain" else "finetuning"
         )
         about = (folder.path.name, roma_command(command, folder.path), digest_of(document))
-        spec = job_spec(resources.target, resources, *about, "torchrun")
+        spec = job_spec(resources.target, resources, *about)
         run = self._mlflow_run(folder, f"{name[:20]} of {self.name}", run_params(config))
         accepted = threading.Event()
 

@@ -158,7 +158,7 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
 
         storage, is_bucket = Storage.open(), "://" in section.input
         resources = of_this_run(context, experiment).resources.of("predictions")
-        is_one = resources.nodes * resources.processes_per_node == 1
+        is_one = resources.world_size == 1
         source = section.input if is_bucket else str(Path(section.input).absolute())
         if not (is_bucket or Path(source).exists()):
             raise dg.Failure(f"predictions.input: {source} does not exist")
@@ -196,7 +196,6 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
             "predict",
             config,
             resources,
-            runner="plain" if is_one else "torchrun",
             params=model,
         )
         output = job.output("predictions")

@@ -170,7 +170,6 @@ def _trained(
         command,
         config := training_config(experiment, command, dataset, weights),
         experiment.resources.of(name),
-        runner="torchrun",
         params=run_params(config),
     )
 

@@ -183,8 +183,10 @@ def _materialise(
     tags: dict[str, str],
     killed: list[dg.DagsterRun],
 ) -> None:
+    from roma_pipelines._compat import detach_log_watchers
     from roma_pipelines.automation.alerts import message_of, root_cause
 
+    detach_log_watchers()
     job = definitions.resolve_implicit_global_asset_job_def()
     interrupted = "interrupted; the same command resumes"
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
@@ -136,11 +136,7 @@ def _spec(experiment: Experiment, asset: str, key: str, folder: JobFolder) -> Jo
     from roma_pipelines.run_config import STAGES
 
     resources, command = experiment.resources.of(STAGES[asset]), _COMMANDS[asset]
-    is_one = resources.nodes * resources.processes_per_node == 1
-    is_plain = is_one and command in ("data build", "evaluate", "predict")
-    runner: Literal["torchrun", "plain"] = "plain" if is_plain else "torchrun"
-    argv = roma_command(command, folder.path)
-    return job_spec(resources.target, resources, key, argv, "", runner)
+    return job_spec(resources.target, resources, key, roma_command(command, folder.path), "")
 
 
 def _show_difference(

@@ -31,6 +31,11 @@ class JobSize(Frozen):
     time_limit_min: int | None = Field(None, gt=0)
     """Minutes of one attempt; the job resumes in a new one. null: the profile's default."""
 
+    @property
+    def world_size(self) -> int:
+        """Number of processes, as ``result.json`` must report it."""
+        return self.nodes * self.processes_per_node
+
 
 class JobSpec(JobSize):
     """What to run and the resources it needs; ``spec.json``.
@@ -52,11 +57,6 @@ class JobSpec(JobSize):
     def attempt_name(self, attempt: int) -> str:
         """Name of an attempt at a scheduler, whatever process submits it."""
         return f"roma-{self.key[:12]}-{attempt}"
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes, as ``result.json`` must report it."""
-        return self.nodes * self.processes_per_node
 
 
 @dataclass(frozen=True)

@@ -77,14 +77,17 @@ def job_spec(
     key: str,
     command: tuple[str, ...],
     config_digest: str,
-    runner: Literal["torchrun", "plain"],
     env_names: tuple[str, ...] = ENV_NAMES,
+    runner: Literal["torchrun", "plain"] | None = None,
 ) -> JobSpec:
     """The JobSpec of an asset's job on a target.
 
     The target ``local`` runs the processes of all nodes on this computer: the world size stays the
     same, and with it the global batch, so that one file trains the same model on either target.
+    Without a ``runner``, torchrun starts several processes, and one process starts without it, 2 s
+    earlier.
     """
+    runner = runner or ("plain" if resources.world_size == 1 else "torchrun")
     size = {name: getattr(resources, name) for name in JobSize.model_fields}
     if target == "local":
         size |= {"nodes": 1, "processes_per_node": resources.nodes * resources.processes_per_node}

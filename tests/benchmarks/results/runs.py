@@ -167,12 +167,12 @@ def execute(plan: Plan, resources: Resources, storage: Storage, log: Log) -> Rec
     trained: dict[Training, _Done] = {}
     if "pretraining" in plan.trainings:
         config = _pretraining(plan, data)
-        trained["pretraining"] = jobs.complete("pretrain", config, "torchrun")
+        trained["pretraining"] = jobs.complete("pretrain", config)
     if "finetuning" in plan.trainings:
         pretrained = trained.get("pretraining")
         weights = None if pretrained is None else pretrained.output("model")
         config = _finetuning(plan, data, weights)
-        trained["finetuning"] = jobs.complete("finetune", config, "torchrun")
+        trained["finetuning"] = jobs.complete("finetune", config)
     last = trained[plan.trainings[-1]]
     if plan.evaluated_on == "validation":
         metrics = _of_the_last_evaluation(last.result)
@@ -249,7 +249,7 @@ def _evaluated(
     else:
         about["n_observed"] = plan.n_observed
     config = EvaluationJobConfig.model_validate(about)
-    metrics = read_json(jobs.complete("evaluate", config, "plain").output("metrics"))
+    metrics = read_json(jobs.complete("evaluate", config).output("metrics"))
     return {k: v["value"] for k, v in metrics.items() if isinstance(v, dict) and "value" in v}
 
 
@@ -277,14 +277,12 @@ class _Jobs:
     storage: Storage
     log: Log
 
-    def complete(
-        self, command: str, config: BaseModel, runner: Literal["torchrun", "plain"]
-    ) -> _Done:
+    def complete(self, command: str, config: BaseModel) -> _Done:
         document = config.model_dump(mode="json")
         key = job_key(f"results/{command}", digest_of(document))
         folder = JobFolder(self.storage.jobs / key)
         resources = self.resources.of(_STAGES[command])
-        about = (key, roma_command(command, folder.path), digest_of(document), runner)
+        about = (key, roma_command(command, folder.path), digest_of(document))
         spec = job_spec(resources.target, resources, *about)
         if not (folder.path / _CODE).exists():
             folder.path.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,8 @@ parser.add_argument("--min-free-mb", type=int, default=roma_pipelines.storage.MI
 options, arguments = parser.parse_known_args()
 
 sections = tiny.attributes(options.folder)
+for training, epochs in (("pretraining", 100), ("finetuning", 120)):  # they are met while they run
+    sections[training]["trainer"]["epochs"] = epochs
 roma_pipelines.definitions.defs = lambda: tiny.definitions(sections)
 roma_pipelines.storage.MIN_FREE_MB = options.min_free_mb
 main(["demo", *arguments], prog_name="roma-pipeline")

@@ -112,7 +112,7 @@ def test_plan_shows_how_a_script_differs_from_the_last_one(
     resources = load_experiment(experiment).resources.model_copy(update={"target": "slurm"})
     folder = JobFolder(root / "jobs" / ("ab" * 10))
     command = roma_command("pretrain", folder.path)
-    spec = job_spec("slurm", resources, "ab" * 10, command, digest_of({}), "torchrun")
+    spec = job_spec("slurm", resources, "ab" * 10, command, digest_of({}))
     launcher = launcher_for("slurm", "mini", Storage.open())
     options = {"holder": {"asset_key": "waves/pretrained_encoder"}, "poll_every_s": 0.1}
     launcher.fs_lag_s = 0.0
