@@ -10,7 +10,7 @@ import importlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,14 @@ def print_json(result: Any) -> None:
     click.echo(json.dumps(result, indent=2, ensure_ascii=False))
 
 
+def echo_table(rows: Sequence[Sequence[str]]) -> None:
+    """Rows of equally many words, in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        line = "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True))
+        click.echo(line.rstrip())
+
+
 def with_options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """One decorator of several, in the order of the help text."""
 
@@ -109,6 +117,7 @@ _COMMANDS = {
     "drift": "roma_core.cli.evaluate:drift",
     "predict": "roma_core.cli.predict:predict",
     "embed": "roma_core.cli.predict:embed",
+    "explain": "roma_core.cli.predict:explain",
     "doctor": "roma_core.cli.doctor:doctor",
 }
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from pathlib import Path
 
 import click
 
-from roma_core.cli import errors_as_messages, job_option
+from roma_core.cli import errors_as_messages, job_option, json_option, print_json
 from roma_core.data.store import StoredDataset
 from roma_core.job import Attempt, JobFolder, StopRequests
 from roma_core.run_job import Work
@@ -76,12 +75,16 @@ def build(config: Path, out: Path, cache: Path) -> None:
 
 @data.command(epilog="Example: roma data inspect data/waves/3f2a9c")
 @click.argument("path", type=_DATASET)
-def inspect(path: Path) -> None:
+@json_option
+def inspect(path: Path, as_json: bool) -> None:
     """Print what the data set in PATH looks like: counts, lengths, classes, gaps, values."""
     from roma_core.data.profile import profile_dataset
 
     with errors_as_messages():
         profile = profile_dataset(StoredDataset(path))
+    if as_json:
+        print_json(profile.model_dump(mode="json"))
+        return
     click.echo(profile.to_markdown(), nl=False)
 
 
@@ -93,7 +96,7 @@ def inspect(path: Path) -> None:
     help="An earlier version: report objects that changed split or content or were removed, and drift.",
 )
 @click.option("--strict", is_flag=True, help="Let warnings fail too.")
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@json_option
 def validate(path: Path, against: Path | None, strict: bool, as_json: bool) -> None:
     """Check the data set in PATH; exit with 1 if there is an error in it.
 
@@ -109,7 +112,7 @@ def validate(path: Path, against: Path | None, strict: bool, as_json: bool) -> N
             found += compare_versions(StoredDataset(path, verify=False), StoredDataset(against))
         errors = sum(f.severity == "error" for f in found)
     if as_json:
-        click.echo(json.dumps([f.model_dump() for f in found], indent=2, ensure_ascii=False))
+        print_json([f.model_dump() for f in found])
     else:
         for f in found:
             for line in f.lines():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
-import json
 import os
 import platform
 import socket
@@ -24,6 +23,8 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 import click
+
+from roma_core.cli import json_option, print_json
 
 _TIMEOUT_S = 2.0
 _PACKAGES = ("torch", "accelerate", "safetensors", "numpy", "pydantic-settings", "mlflow", "wandb")
@@ -51,7 +52,7 @@ def report(results: Iterable[CheckResult], *, as_json: bool = False, strict: boo
             status = click.style(f"{result.status:<8}", fg=colours[result.status])
             click.echo(f"{status} {result.name:<18} {result.detail}")
     if as_json:
-        click.echo(json.dumps([asdict(result) for result in seen], indent=2))
+        print_json([asdict(result) for result in seen])
     bad = {"error", "warning"} if strict else {"error"}
     return int(any(result.status in bad for result in seen))
 
@@ -192,7 +193,7 @@ def _answer(topic: str, url: str) -> CheckResult:
     show_default="the working directory",
     help="Folder of runs; its speed is measured with 64 MB.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of results.")
+@json_option
 def doctor(run_dir: Path, as_json: bool) -> None:
     """Check what a training needs here and print a line for each; exit 1 on any error.
 

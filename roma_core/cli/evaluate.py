@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import click
 
-from roma_core.cli import job_option
-from roma_core.files import write_json
+from roma_core.cli import job_option, json_option, print_json
+from roma_core.files import read_json, write_json
 from roma_core.job import Attempt, JobFolder
 from roma_core.run_job import Work, run_in_folder
 
@@ -49,6 +50,7 @@ def _run(folder: JobFolder, attempt: Attempt) -> Work:
 @click.option("--run-dir", type=_FOLDER, help="Folder to write into.")
 @click.option("--name", help="Name of the model in report and package (default: the data set's).")
 @job_option(_run)
+@json_option
 def evaluate(
     data: Path | None,
     weights: Path | None,
@@ -57,6 +59,7 @@ def evaluate(
     baselines: bool,
     run_dir: Path | None,
     name: str | None,
+    as_json: bool,
 ) -> None:
     """Evaluate a model and write predictions, metrics, report.html and the package to serve.
 
@@ -103,8 +106,12 @@ def evaluate(
     folder = JobFolder(run_dir.absolute())
     folder.path.mkdir(parents=True, exist_ok=True)
     write_json(folder.config, config.model_dump(mode="json"))
-    code = run_in_folder(folder, _run)
-    if code == 0:
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        code = run_in_folder(folder, _run)
+    if code == 0 and as_json:
+        metrics = read_json(folder.outputs / "metrics.json")
+        print_json({"report": str(folder.outputs / "report.html"), "metrics": metrics})
+    elif code == 0:
         click.echo(f"report: {folder.outputs / 'report.html'}")
     sys.exit(code)
 

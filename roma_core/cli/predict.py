@@ -1,4 +1,4 @@
-"""``roma predict`` and ``roma embed``: apply a registered model to a file of series."""
+"""``roma predict``, ``embed`` and ``explain``: apply a registered model to a file of series."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ from typing import Any
 
 import click
 
-from roma_core.cli import errors_as_messages, job_option, with_options
+from roma_core.cli import (
+    echo_table,
+    errors_as_messages,
+    job_option,
+    json_option,
+    print_json,
+    with_options,
+)
 from roma_core.job import Attempt, JobFolder
 from roma_core.run_job import Work
 
-_options = with_options(
+_model_options = with_options(
     click.option(
         "--model",
         required=True,
@@ -39,6 +46,9 @@ _options = with_options(
         type=click.Choice(["train", "validation", "test"]),
         help="Split to read if INPUT is a data set.",
     ),
+)
+_options = with_options(
+    _model_options,
     click.option(
         "--processes",
         type=click.IntRange(min=1),
@@ -103,8 +113,7 @@ def _apply(
     from roma_core.serving.batch import assumed_units
     from roma_core.serving.job import RANK, Predictions, load_package
 
-    if "://" not in input and not Path(input).exists():
-        raise click.BadParameter(f"Path {input!r} does not exist.", param_hint="'INPUT'")
+    _check_input(input)
     if "://" in output:
         reason = f"{output} is no local path; write a file or folder here, and copy it there"
         raise click.BadParameter(reason, param_hint="'OUTPUT'")
@@ -133,6 +142,72 @@ def _apply(
     if RANK == 0:
         done = {"classifier": "classified", "encoder": "embedded"}.get(kind, "predicted")
         click.echo(f"{n} series {done} by {model} (version {lineage['model_version']}): {output}")
+
+
+def _check_input(input: str) -> None:
+    if "://" not in input and not Path(input).exists():
+        raise click.BadParameter(f"Path {input!r} does not exist.", param_hint="'INPUT'")
+
+
+@click.command(
+    epilog="Example: roma explain --model models:/waves@champion waves.parquet --html a.html"
+)
+@_model_options
+@click.argument("input")
+@click.option(
+    "--series", "name", help="Its id, or its number from 0 if it has none (default: the first)."
+)
+@click.option(
+    "--windows",
+    type=click.IntRange(min=2),
+    default=20,
+    show_default=True,
+    help="Windows of equal width on the first axis.",
+)
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write a page.")
+@json_option
+def explain(
+    input: str,
+    split: str,
+    name: str | None,
+    windows: int,
+    html: Path | None,
+    as_json: bool,
+    **where: Any,
+) -> None:
+    """Print how much each window, channel and category of one series contributes to its prediction.
+
+    The importance of a part is the output of the whole series minus that without the part: the logarithm
+    of the predicted class's probability, or the targets in their units. INPUT is that of `roma predict`.
+    """
+    from roma_core.evaluation import explain as occlusion
+    from roma_core.files import write_bytes
+    from roma_core.serving.batch import read_series
+    from roma_core.serving.job import load_package
+
+    _check_input(input)
+    with errors_as_messages(), _fetched(**where) as (folder, lineage):
+        package = load_package(folder)
+        for number, row in enumerate(read_series(input, split, package)):
+            if name in (None, str(number) if row.get("id") is None else row["id"]):
+                break
+        else:
+            raise ValueError(
+                f"{input} has no series {name!r}; give another --series, or --split of a data set"
+            )
+        found = occlusion.explain(package, row, windows)
+        version = f"{lineage['model']} (version {lineage['model_version']})"
+        if html is not None:
+            write_bytes(html, occlusion.render_explanation(found, row, version).encode())
+    if as_json:
+        print_json({**lineage, **found.model_dump(exclude_none=True)})
+        return
+    click.echo(f"series {found.id or number}: {found.prediction}, by {version}")
+    rows = [("PART", "OBSERVATIONS", *found.outputs)]
+    for part in found.parts:
+        numbers = (f"{part.importance[output]:+.4g}" for output in found.outputs)
+        rows.append((part.text, str(part.n_observations), *numbers))
+    echo_table(rows)
 
 
 @contextmanager

@@ -44,6 +44,7 @@ _MAX_POINTS = 2000  # of an embedding map; more would hide each other
 _MAX_CURVES = 10  # classes; more would hide each other
 _MAX_LEGEND = 20  # classes; more have no distinct colours
 _N_BARS, _N_HISTOGRAMS = 14, 4  # of drift
+_N_PANELS = 6  # channels of an explanation
 STYLE: Any = {
     "figure.facecolor": "white",
     "figure.constrained_layout.use": True,
@@ -395,6 +396,37 @@ def error_by_position(metrics: RegressionMetrics, axis: PositionAxis) -> Figure:
     axes.set_ylim(bottom=0)
     if len(targets) > 1:
         _legend_above(figure, columns=3)
+    return figure
+
+
+@_as_png
+def importance_figure(
+    series: Mapping[str, Any],
+    axis: str,
+    windows: Sequence[tuple[float, float, float]],
+    channels: Mapping[str, float],
+) -> Figure:
+    """A panel for each of the most important channels: values over position, shaded by importance.
+
+    Args:
+        series: positions and values by name.
+        axis: that of the windows: (start, end, importance) each.
+        channels: name -> importance.
+    """
+    shown = sorted(series["values"], key=lambda name: -abs(channels.get(name, 0.0)))[:_N_PANELS]
+    figure = Figure((9.2, 0.9 + 1.5 * len(shown)))
+    most = max(abs(importance) for *_, importance in windows) or 1.0
+    for axes, name in zip(
+        figure.subplots(len(shown), sharex=True, squeeze=False).flat, shown, strict=True
+    ):
+        for start, end, importance in windows:
+            style: Any = {"color": BLUE if importance > 0 else ORANGE, "linewidth": 0}
+            axes.axvspan(start, end, alpha=0.5 * abs(importance) / most, **style)
+        values = np.array(series["values"][name], dtype=float)  # NaN where there is none
+        axes.plot(series["positions"][axis], values, "o", color=INK, markersize=3)
+        axes.set_title(f"{name}: {channels[name]:+.3g}" if name in channels else name)
+        axes.grid(False)
+    axes.set_xlabel(axis)
     return figure
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -250,6 +251,11 @@ def render_report(content: ReportContent) -> str:
     primary = LABELS[metrics.primary_metric]
     values |= {"task": task, "headline": headline, "primary": primary, "rows": rows}
     return template.render(content=content, **values)
+
+
+def render_page(name: str, content: Mapping[str, Any]) -> str:
+    """A page of the report's style, with title, summary and created, as the text of one HTML file."""
+    return _environment(autoescape=True).get_template(f"{name}.html.jinja").render(content=content)
 
 
 def render_card(content: CardContent) -> str:

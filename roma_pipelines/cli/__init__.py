@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,14 +102,6 @@ def complete_version(context: click.Context, parameter: Any, incomplete: str) ->
         (version, alias) for alias, version in aliases.items() if version.startswith(incomplete)
     )
     return [CompletionItem(version, help=alias) for version, alias in found]
-
-
-def echo_table(rows: Sequence[Sequence[str]]) -> None:
-    """Rows of equally many words, in columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        line = "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True))
-        click.echo(line.rstrip())
 
 
 @contextmanager

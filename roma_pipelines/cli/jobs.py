@@ -6,15 +6,16 @@ import getpass
 import os
 import secrets
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from roma_core.cli import errors_as_messages
+from roma_core.cli import echo_table, errors_as_messages, json_option, print_json
 from roma_core.files import digest_of, read_json
 from roma_core.job import JobFolder
-from roma_pipelines.cli import TARGETS, complete_job, echo_table
+from roma_pipelines.cli import TARGETS, complete_job
 from roma_pipelines.launching.jobs import Job, all_jobs, find_job, read_job
 from roma_pipelines.launching.jobs import cancel as cancel_job
 from roma_pipelines.launching.launcher import Launcher, Rejected, size_of
@@ -191,31 +192,55 @@ def jobs() -> None:
 
 @jobs.command("list", epilog="Example: roma-pipeline jobs list --all")
 @click.option("--all", "everything", is_flag=True, help="Include jobs that have ended.")
+@json_option
 @_messages
-def list_(everything: bool) -> None:
+def list_(everything: bool, as_json: bool) -> None:
     """List waiting and running jobs, the newest first."""
     found = all_jobs(Storage.open().jobs)
-    shown = [job for job in found if everything or job.open_attempt is not None]
+    shown = [_facts(job) for job in found if everything or job.open_attempt is not None]
+    if as_json:
+        print_json(shown)
+        return
     if not shown:
         click.echo(f"no waiting or running jobs; {len(found)} have ended (show them with --all)")
         return
-    rows = [("KEY", "STATUS", "TARGET", "ATTEMPT", "STEP", "AGE", "SUPERVISED", "ASSET")]
-    for job in shown:
-        target, attempt = "-", "-"
-        if job.records:
-            target, attempt = job.records[-1].backend, str(job.records[-1].attempt)
-        step = "-" if job.checkpoint is None else str(job.checkpoint)
-        age, supervised = duration(time.time() - job.made_at), "yes" if job.supervised else "no"
-        rows.append((job.key, job.status, target, attempt, step, age, supervised, job.asset))
+    rows = [[name.removesuffix("_s").upper() for name in shown[0]]]
+    for facts in shown:
+        facts |= {"age_s": duration(facts["age_s"]), "supervised": _YES_NO[facts["supervised"]]}
+        rows.append(["-" if value is None else str(value) for value in facts.values()])
     echo_table(rows)
+
+
+_YES_NO = {True: "yes", False: "no"}
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    last = job.records[-1] if job.records else None
+    return {
+        "key": job.key,
+        "status": job.status,
+        "target": last and last.backend,
+        "attempt": last and last.attempt,
+        "step": job.checkpoint,
+        "age_s": time.time() - job.made_at,
+        "supervised": job.supervised,
+        "asset": job.asset,
+    }
 
 
 @jobs.command(epilog="Example: roma-pipeline jobs show 3f2a9c")
 @click.argument("key", shell_complete=complete_job)
+@json_option
 @_messages
-def show(key: str) -> None:
+def show(key: str, as_json: bool) -> None:
     """Show one job: its resources, attempts and events."""
     job = find_job(Storage.open().jobs, key)
+    if as_json:
+        size = job.spec.model_dump(mode="json", include=set(JobSize.model_fields))
+        attempts = [record.model_dump(mode="json") for record in job.records]
+        found = {**_facts(job), "folder": str(job.folder.path), "size": size, "attempts": attempts}
+        print_json({**found, "events": [asdict(event) for event in read_events(job.folder)]})
+        return
     click.echo(f"job         {job.key}: {job.asset}, {job.status}")
     click.echo(f"folder      {job.folder.path}")
     click.echo(f"resources   {size_of(job.spec)}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from roma_core.cli import errors_as_messages
+from roma_core.cli import errors_as_messages, json_option
 from roma_core.cli.doctor import CheckResult, report
 from roma_core.job import JobFolder
 from roma_pipelines.cli import open_registry
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog="Example: roma-pipeline health --strict")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of results.")
+@json_option
 @click.option("--strict", is_flag=True, help="A warning counts as an error.")
 def health(as_json: bool, strict: bool) -> None:
     """Check all components and print a line for each; exit 1 on any error."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from roma_core.cli import json_option, print_json
 from roma_core.data.store import StoredDataset
 from roma_core.files import read_json
 from roma_core.job import JobFolder
@@ -57,7 +58,15 @@ _PLACEHOLDERS = {
     help="Asset whose job to print.",
 )
 @click.option("--check", is_flag=True, help="Also run the preflight checks of all jobs.")
-def plan(experiment: str, target: str | None, profile: str | None, asset: str, check: bool) -> None:
+@json_option
+def plan(
+    experiment: str,
+    target: str | None,
+    profile: str | None,
+    asset: str,
+    check: bool,
+    as_json: bool,
+) -> None:
     """Print the exact script of an EXPERIMENT's job, how it differs from the last one, and where all
     jobs of the experiment run.
 
@@ -103,7 +112,8 @@ def plan(experiment: str, target: str | None, profile: str | None, asset: str, c
             launchers[name] = launcher_for(place.target, place.profile, storage)
         launcher = launchers[asset]
         text = launcher.plan(_spec(found, asset, _NO_KEY, PLANNED_FOLDER)).text
-        click.echo(text, nl=False)
+        if not as_json:
+            click.echo(text, nl=False)
         for word, meaning in _PLACEHOLDERS.items():
             if word in text:
                 click.echo(f"# {word} stands for: {meaning}", err=True)
@@ -111,13 +121,18 @@ def plan(experiment: str, target: str | None, profile: str | None, asset: str, c
         if found.resources.dataset is None:
             click.echo("# dataset: in Dagster's own process", err=True)
         reasons: dict[str, list[str]] = {}
+        planned: dict[str, dict[str, str | None]] = {}
         folder = JobFolder((storage.jobs / _NO_KEY).resolve())
         for name, one in launchers.items():
-            profile = "" if one.profile is None else f" {one.profile.name}"
+            profile = None if one.profile is None else one.profile.name
             spec = _spec(found, name, _NO_KEY, folder)
-            click.echo(f"# {name}: {one.backend}{profile}, {size_of(spec)}", err=True)
+            planned[name] = {"target": one.backend, "profile": profile, "size": size_of(spec)}
+            where = " ".join(filter(None, (one.backend, profile)))
+            click.echo(f"# {name}: {where}, {size_of(spec)}", err=True)
             for reason in one.preflight(one.plan(spec, folder)) if check else ():
                 reasons.setdefault(reason, []).append(name)
+        if as_json:
+            print_json({"asset": asset, "script": text, "jobs": planned, "rejected": reasons})
         if reasons:
             raise Rejected([f"{text} ({', '.join(names)})" for text, names in reasons.items()])
         if check:

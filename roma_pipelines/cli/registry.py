@@ -6,10 +6,12 @@ import getpass
 import shutil
 import socket
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
+from roma_core.cli import json_option, print_json
 from roma_core.serving.registry_client import connect
 from roma_pipelines.cli import complete_experiment, complete_version, open_registry
 from roma_pipelines.registry import promotion
@@ -116,7 +118,8 @@ def rollback(name: str, reason: str, actor: str) -> None:
 
 @click.command(epilog="Example: roma-pipeline lineage japanese_vowels@champion")
 @click.argument("what")
-def lineage(what: str) -> None:
+@json_option
+def lineage(what: str, as_json: bool) -> None:
     """Print the origin of a version, or the versions that come from an identifier.
 
     WHAT is NAME@ALIAS or NAME/VERSION; or a job key, run id, data-set version, commit or package
@@ -125,6 +128,9 @@ def lineage(what: str) -> None:
     with open_registry() as client:
         if "@" in what or "/" in what:
             found = lineage_of(client, what)
+            if as_json:
+                print_json(asdict(found))
+                return
             click.echo(f"{found.name} version {found.version}")
             for name, value in found.facts.items():
                 click.echo(f"  {name:<16} {value}")
@@ -137,6 +143,10 @@ def lineage(what: str) -> None:
         versions = versions_from(client, what)
         if not versions:
             raise click.ClickException(f"no registered version comes from {what!r}")
+        if as_json:
+            names = ("name", "version", "role")
+            print_json([dict(zip(names, found, strict=True)) for found in versions])
+            return
         for name, version, role in versions:
             click.echo(f"{name} version {version} ({role})")
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import click
 
-from roma_core.cli import errors_as_messages, json_option, print_json
+from roma_core.cli import echo_table, errors_as_messages, json_option, print_json
 from roma_core.files import read_json
-from roma_pipelines.cli import echo_table, experiment_names
+from roma_pipelines.cli import experiment_names
 from roma_pipelines.launching.jobs import Job, all_jobs
 from roma_pipelines.launching.outcome import duration
 from roma_pipelines.registry.store import MlflowSettings, StoreError

@@ -166,6 +166,43 @@ def test_embed_gives_the_features_of_the_pretrained_encoder(runs):
     assert "use `roma predict`" in roma("embed", *classifier, ok=False)
 
 
+def test_metrics_and_profile_as_json_are_all_of_stdout(runs, tmp_path, monkeypatch):
+    root, data = runs
+
+    def evaluated(folder, work):
+        print("3 of 24 series")
+        (folder.path / "outputs").symlink_to(root / "eval/outputs")
+        return 0
+
+    monkeypatch.setattr("roma_core.cli.evaluate.run_in_folder", evaluated)
+    weights = ["--weights", root / "fine/outputs/model", "--run-dir", tmp_path / "again"]
+    for command, key in (
+        (["evaluate", "--data", data, *weights], "metrics"),
+        (["data", "inspect", data], "splits"),
+    ):
+        done = CliRunner().invoke(main, [*map(str, command), "--json"])
+        assert key in json.loads(done.stdout), done.stderr
+
+
+def test_explain_prints_the_contribution_of_windows_and_channels_and_draws_them(runs):
+    root, data = runs
+    command = ["explain", "--model", root / "eval/outputs/package", data, "--windows", "5"]
+    table = PredictionTable.load(root / "eval/outputs/predictions.parquet")
+    command += ["--series", table.ids[3]]
+    found = json.loads(roma(*command, "--html", root / "why.html", "--json"))
+    label = f"log p({table.classes[table.predicted[3]]})"
+    assert (found["id"], list(found["outputs"])) == (table.ids[3], [label])
+    assert found["outputs"][label] == pytest.approx(np.log(table.probabilities[3].max()), abs=1e-4)
+    assert [part["kind"] for part in found["parts"]] == ["window"] * 5 + ["channel"] * 2
+    page = (root / "why.html").read_text()
+    assert "data:image/png;base64" in page and "(set to its mean)" in page
+    text = roma(*command)
+    assert text.startswith(f"series {table.ids[3]}: class {table.classes[table.predicted[3]]}, ")
+    assert "has no series 'none'" in roma(*command, "--series", "none", ok=False)
+    command[2] = root / "eval/outputs/encoder_package"
+    assert "expected a classifier or a regressor of whole series" in roma(*command, ok=False)
+
+
 def test_predict_reads_ragged_rows_and_names_what_is_wrong(runs):
     root, data = runs
     channels = [c["name"] for c in read_json(data / "manifest.json")["data_schema"]["channels"]]

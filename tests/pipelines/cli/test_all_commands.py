@@ -92,6 +92,37 @@ def test_the_program_alone_shows_the_state_and_the_next_step(storage, job, clien
     assert text.endswith(f"next        {found['next']}\n")
 
 
+JSON = (
+    "jobs list --all",
+    "jobs show aaa",
+    "lineage waves/1",
+    "lineage 0123456",
+    "health",
+    "status",
+)
+
+
+def test_json_is_all_of_stdout_and_documented(storage, job, client):  # noqa: F811
+    job("a")
+    client.create_registered_model("waves")
+    tags = {"roma.dataset_digest": "0123456789"}
+    client.create_model_version("waves", "file:///x", None, tags)
+    found = {}
+    for command in JSON:
+        done = CliRunner().invoke(roma_pipeline, [*command.split(), "--json"])
+        assert done.exit_code == 0, done.output
+        found[command] = json.loads(done.stdout)
+    (listed,) = found["jobs list --all"]
+    assert listed["status"] == found["jobs show aaa"]["attempts"][0]["end"]["status"] == "completed"
+    assert found["lineage waves/1"]["facts"]["data set"] == "0123456789"
+    assert found["lineage 0123456"] == [{"name": "waves", "version": "1", "role": "data set"}]
+    page = (Path(__file__).parents[3] / "docs/commands.md").read_text()
+    documented = set(re.findall(r"^\| `(roma[^`]*)` \|", page, re.MULTILINE))
+    assert documented == {
+        path for path, one in ALL.items() if any("--json" in option.opts for option in one.params)
+    }
+
+
 def test_the_state_needs_no_heavy_library():
     code = "import sys; import roma_pipelines.cli.status; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout

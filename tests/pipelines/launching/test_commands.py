@@ -88,6 +88,10 @@ def test_plan_prints_the_script_of_a_target(run, experiment):
     assert "was never submitted" in slurm
     assert "# primary metric: auto; chosen from the classes once the data set is built" in slurm
 
+    found = json.loads(CliRunner().invoke(main, ["plan", experiment, "--json"]).stdout)
+    assert found["script"] in local and found["rejected"] == {}
+    assert found["jobs"]["evaluation_report"]["target"] == "local"
+
 
 def test_plan_refuses_what_the_experiment_has_not(run, root, experiment, monkeypatch):
     monkeypatch.setenv("ROMA_TRAINER_BASE_LRR", "1")
