@@ -140,7 +140,8 @@ def read_json(path: Path, *, schema_version: int | None = None) -> Any:
         document = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{path} is not valid JSON ({error}); it was cut short or changed by hand"
+            f"{path} is not valid JSON ({error}), cut short or changed by hand; restore it, or "
+            f"remove it and repeat what wrote it"
         ) from error
     if schema_version is not None:
         found = document.get("schema_version") if isinstance(document, dict) else None

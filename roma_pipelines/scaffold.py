@@ -82,7 +82,7 @@ def _source_of(
             return infer_source([Path(word).absolute()], roles, objects and objects.absolute()), {}
         found = sorted(glob.glob(word))  # noqa: PTH207 - may be absolute
         if not found:
-            raise ValueError(f"no file matches {word} (in {Path.cwd()})")
+            raise ValueError(f"no file matches {word} in {Path.cwd()}; correct --source")
         paths += [Path(path).absolute() for path in found]
     return infer_source(paths, roles, None if objects is None else objects.absolute()), {}
 
@@ -165,9 +165,10 @@ def propose(
     classes = [name for name, count in statistics.classes.items() if count]
     targets = statistics.targets if predicts_targets or len(classes) < 2 else ()
     if not targets and len(classes) < 2:
-        these = f"only {classes[0]!r}" if classes else "no labels; pass --label or --target-column"
+        these = f"only {classes[0]!r}" if classes else "no labels"
         raise ValueError(
-            f"a classifier needs series of at least two classes, and these have {these}"
+            f"a classifier needs series of at least two classes, and these have {these}; pass --label or "
+            f"--target-column"
         )
     dataset, reasons = _dataset_settings(statistics, categorical, name)
     fraction = 1 - dataset.get("test_fraction", 0.0)

@@ -65,7 +65,9 @@ def explain(package: Any, row: Mapping[str, Any], n_windows: int = 20) -> Explan
     of_observations = getattr(package, "per_observation", False)  # its code may be older
     if package.golden_field not in ("probabilities", "targets") or of_observations:
         kind = "regressor of observations" if of_observations else package.kind
-        raise ValueError(f"expected a classifier or a regressor of whole series, got one of {kind}")
+        raise ValueError(
+            f"expected a classifier or a regressor of whole series, got {kind}; give another --model"
+        )
     has_value = np.array([[x is not None for x in xs] for xs in row["values"].values()])
     row = _select({"id": None, **row}, has_value.any(axis=0))
     parts, others = zip(*_occluded(package, row, n_windows), strict=True)

@@ -406,12 +406,9 @@ def importance_figure(
     windows: Sequence[tuple[float, float, float]],
     channels: Mapping[str, float],
 ) -> Figure:
-    """A panel for each of the most important channels: values over position, shaded by importance.
+    """Values of the most important channels over position, shaded by the importance of windows.
 
-    Args:
-        series: positions and values by name.
-        axis: that of the windows: (start, end, importance) each.
-        channels: name -> importance.
+    ``windows``: (start, end, importance) on the axis; ``channels``: name -> importance.
     """
     shown = sorted(series["values"], key=lambda name: -abs(channels.get(name, 0.0)))[:_N_PANELS]
     figure = Figure((9.2, 0.9 + 1.5 * len(shown)))

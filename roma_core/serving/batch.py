@@ -42,7 +42,7 @@ def input_files(source: Path | str) -> list[str]:
     except (ImportError, OSError) as error:  # the package of a protocol, or an answer of its server
         raise ValueError(f"{where} cannot be read: {error}") from error
     if not found:
-        raise ValueError(f"{where} holds no Parquet files, and is no data set")
+        raise ValueError(f"{where} holds no Parquet files, and is no data set; name one that is")
     return [fs.unstrip_protocol(path) for path in found] if "://" in where else found
 
 
@@ -149,7 +149,7 @@ def _parquet_chunks(
                 if wanted is None or k in wanted:
                     yield k, batch
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{file} is damaged: {error}") from error
+            raise ValueError(f"{file} is damaged: {error}; write it again") from error
 
 
 def _parts(batches: Iterator[pa.RecordBatch], skip: int) -> Iterator[pa.RecordBatch]:
@@ -240,7 +240,9 @@ def _parquet_file(path: Path | str) -> Iterator[Any]:
         try:
             file = pq.ParquetFile(raw)
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
+            raise ValueError(
+                f"{path} cannot be read as Parquet: {error}; write it again"
+            ) from error
         yield file
 
 

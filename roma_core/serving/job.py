@@ -147,7 +147,7 @@ class Predictions:
         import pyarrow.parquet as pq
 
         if not self.parts:
-            raise ValueError(f"{self.source} holds no series")
+            raise ValueError(f"{self.source} holds no series; give another input or --split")
         paths = [self.path(number) for number in range(len(self.parts))]
         if self.one_file:
             aside = self.output.with_name(f".{self.output.name}.joining")

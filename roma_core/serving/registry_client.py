@@ -91,7 +91,7 @@ def resolve(client: MlflowClient, uri: str) -> ModelVersion:
         )
     except MlflowException as error:
         reason = without_credentials(f"{client.tracking_uri}: {error.message}")
-        raise FetchError(f"{uri} is not in {reason}") from error
+        raise FetchError(f"{uri} is not in {reason}; check its name and --tracking-uri") from error
     return ModelVersion(name, str(found.version), dict(found.tags))
 
 
@@ -119,7 +119,7 @@ def fetch(client: MlflowClient, version: ModelVersion, cache: Path) -> Path:
             repository.download_artifacts("", dst_path=str(downloaded))
         except Exception as error:  # each artifact store has its own errors
             reason = without_credentials(str(error))
-            raise FetchError(f"{version.uri} cannot be downloaded: {reason}") from error
+            raise FetchError(f"{version.uri} cannot be downloaded, try again: {reason}") from error
         verify(downloaded, version)
         try:
             downloaded.rename(folder)
@@ -148,7 +148,7 @@ def verify(folder: Path, version: ModelVersion) -> None:
     Raises FetchError: a file is missing, changed or not listed, or there is no checksum.
     """
     if version.manifest_sha256 is None:
-        raise FetchError(f"{version.uri} has no tag {MANIFEST_TAG}; it cannot be verified")
+        raise FetchError(f"{version.uri} has no tag {MANIFEST_TAG}; register it again to verify it")
     package = package_of(folder)
     manifest = package / "MANIFEST.json"
     _check_sha256(manifest, version.manifest_sha256, f"the tag {MANIFEST_TAG} of {version.uri}")
@@ -162,7 +162,7 @@ def verify(folder: Path, version: ModelVersion) -> None:
     listed = json.loads(manifest.read_text(encoding="utf-8"))["files"]
     found = {path.name for path in package.iterdir()} - {manifest.name}
     if found != set(listed):
-        raise FetchError(f"{package}: expected {sorted(listed)}, found {sorted(found)}")
+        raise FetchError(f"{package}: expected {sorted(listed)}, found {sorted(found)}; remove it")
     for name, sha256 in listed.items():
         _check_sha256(package / name, sha256, "the manifest")
 
@@ -173,7 +173,8 @@ def _check_sha256(path: Path, expected: str, source: str) -> None:
     found = sha256_of(path)
     if found != expected:
         raise FetchError(
-            f"{path} was changed: its sha256 is {found}, {source} says {expected}; do not use it"
+            f"{path} was changed: its sha256 is {found}, {source} says {expected}; do not "
+            f"use it, download it again"
         )
 
 

@@ -214,7 +214,10 @@ def _materialise(
         if not evaluation.passed:
             facts = "; ".join(f"{k}: {v.value}" for k, v in evaluation.metadata.items())
             lines.append(f"check {evaluation.check_name} failed: {facts}")
-    raise click.ClickException("\n".join(lines) or "the run failed; see the messages above")
+    lines = lines or ["the run failed; see the messages above"]
+    raise click.ClickException(
+        "\n".join([*lines, "once that is mended, the same command continues"])
+    )
 
 
 def _conclude(

@@ -278,7 +278,7 @@ def logs(key: str, follow: bool, attempt: int | None) -> None:
     assert job is not None
     known = [record.attempt for record in job.records]
     if attempt is not None and attempt not in known:
-        raise ValueError(f"there is no attempt {attempt}; there are {known}")
+        raise ValueError(f"there is no attempt {attempt}; give --attempt one of {known}")
     log = _Log(job.folder, attempt)
     while job is not None:
         running = job.is_unfinished and (job.open_attempt or job.supervised)
@@ -315,7 +315,10 @@ def sync(drop: str | None) -> None:
     if drop is not None:
         job = find_job(storage.jobs, drop)
         if job.is_unfinished:
-            raise ValueError(f"job {job.key} has not ended, and its end would be recorded again")
+            raise ValueError(
+                f"job {job.key} has not ended, and its end would be recorded again; end it with "
+                f"`roma-pipeline jobs cancel {job.key}`"
+            )
         runs.drop_record(job.folder)
         click.echo(f"job {job.key}: its record will not be sent to MLflow")
         return

@@ -142,7 +142,10 @@ def lineage(what: str, as_json: bool) -> None:
             return
         versions = versions_from(client, what)
         if not versions:
-            raise click.ClickException(f"no registered version comes from {what!r}")
+            raise click.ClickException(
+                f"no registered version comes from {what!r}; `roma-pipeline lineage NAME@champion` prints "
+                f"what one comes from"
+            )
         if as_json:
             names = ("name", "version", "role")
             print_json([dict(zip(names, found, strict=True)) for found in versions])

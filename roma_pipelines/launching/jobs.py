@@ -137,7 +137,10 @@ def find_job(root: Path, key: str) -> Job:
     found = [spec.parent for spec in root.glob(f"{glob.escape(key)}*/spec.json")]
     if len(found) != 1:
         there = ", ".join(path.name for path in found) or "none"
-        raise ValueError(f"exactly one job of {root} should begin with {key!r}; there is {there}")
+        raise ValueError(
+            f"exactly one job of {root} should begin with {key!r}, there is {there}; "
+            f"`roma-pipeline jobs list --all` lists them"
+        )
     try:
         if job := read_job(found[0]):
             return job
@@ -187,7 +190,8 @@ def cancel(
                 raise Unreachable(f"{away}; the request is kept, cancel again later") from away
         if time.monotonic() > deadline:
             raise RuntimeError(
-                f"job {job.key} has not ended {wait_s:g} s after its supervisor was asked"
+                f"job {job.key} has not ended {wait_s:g} s after its supervisor was asked; look at it "
+                f"with `roma-pipeline jobs logs {job.key}`, or repeat this with a longer --wait"
             )
         time.sleep(0.2)
 

@@ -151,7 +151,10 @@ def rollback(client: MlflowClient, name: str, *, reason: str, actor: str) -> str
         champion = _champion(client, name)
         version = versions.version_at(client, name, PREVIOUS)
         if champion is None or version is None:
-            raise ValueError(f"model {name!r} has no previous champion to roll back to")
+            raise ValueError(
+                f"model {name!r} has no previous champion to roll back to; make another version the "
+                f"champion: roma-pipeline promote {name} VERSION --reason REASON"
+            )
         tags = versions.get_version(client, name, version).tags
         if REJECTED_TAG in tags:  # the alias was set by hand: reject moves it
             raise PromotionRefused(
@@ -228,7 +231,11 @@ def require_model(client: MlflowClient, name: str) -> None:
         encoders = {versions.encoder_name(one) for one in existing}
         locks = {n for n in existing if n.endswith(LOCK_SUFFIX) or f"{LOCK_SUFFIX}.of." in n}
         names = sorted(existing - encoders - locks)
-        listed = f"there are {', '.join(names)}" if names else "none is registered yet"
+        listed = (
+            f"there are {', '.join(names)}"
+            if names
+            else "none yet; `roma-pipeline demo` registers one"
+        )
         raise ValueError(f"there is no model {name!r}; {listed}") from error
 
 

@@ -416,7 +416,9 @@ def ensure_store(root: Path) -> str:
     """
     root = root.absolute()
     if set("?#%") & set(str(root)):
-        raise StoreError(f"{root}: a path with '?', '#' or '%' cannot be named in a database URI")
+        raise StoreError(
+            f"{root}: a path with '?', '#' or '%' cannot be named in a database URI; set ROMA_STORAGE_ROOT"
+        )
     set_mlflow_defaults()
     root.mkdir(parents=True, exist_ok=True)
     database = root / DATABASE

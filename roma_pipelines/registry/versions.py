@@ -14,19 +14,8 @@ from roma_core.files import read_json, sha256_of
 from roma_core.serving.package import MODEL_CODE, locked, requirements
 from roma_core.serving.registry_client import CODE_TAG, MANIFEST_TAG
 from roma_core.settings import without_credentials
+from roma_pipelines.registry import store
 from roma_pipelines.registry.runs import JOB_KEY_TAG, checked_name
-from roma_pipelines.registry.store import (
-    DATABASE,
-    MlflowSettings,
-    ModelLock,
-    StoreError,
-    ask,
-    embedded_root,
-    is_server,
-    model_lock,
-    tracking_uri,
-    write_lock,
-)
 from roma_pipelines.storage import connection
 
 if TYPE_CHECKING:
@@ -73,14 +62,15 @@ def register(
         MANIFEST_TAG: sha256_of(package_folder / "MANIFEST.json"),
         CODE_TAG: sha256_of(MODEL_CODE),
     }
-    with write_lock(client):  # not the model's lock: an upload takes longer than that may be held
+    # not the model's lock: an upload takes longer than that may be held
+    with store.write_lock(client):
         experiment_id = client.get_run(run_id).info.experiment_id
         wanted = f"tags.`{JOB_KEY_TAG}` = '{job_key}' AND name = '{name}'"
         found = client.search_logged_models([experiment_id], wanted)
         model_id = next((m.model_id for m in found if m.status == "READY"), None)
         if model_id is None:
             model_id = _log_model(client, package_folder, name, job_key, run_id, metrics)
-    with model_lock(client, name) as lock:
+    with store.model_lock(client, name) as lock:
         version = find_tagged(client, name, JOB_KEY_TAG, job_key)
         if version is None:
             card = (package_folder / "MODEL_CARD.md").read_text(encoding="utf-8")
@@ -89,7 +79,7 @@ def register(
     return version
 
 
-def set_candidate(lock: ModelLock, name: str, version: str) -> None:
+def set_candidate(lock: store.ModelLock, name: str, version: str) -> None:
     """Move the alias ``candidate`` to a version, unless a newer one has it."""
     newest = version_at(lock.client, name, CANDIDATE)
     if newest is None or int(newest) < int(version):
@@ -112,30 +102,32 @@ def aliased_version(client: MlflowClient, name: str, alias: str) -> ModelVersion
     return _unless_missing(client.get_model_version_by_alias, name, alias)
 
 
-def aliases_without_mlflow(settings: MlflowSettings, root: Path) -> dict[str, dict[str, str]]:
+def aliases_without_mlflow(settings: store.MlflowSettings, root: Path) -> dict[str, dict[str, str]]:
     """Model -> alias -> version, from the server's REST API or the own store's table.
 
     MLflow's client takes two seconds to import. Empty if the own store does not exist yet. Raises
     StoreError or StorageError if the registry cannot be read.
     """
-    uri = settings.registry_uri or tracking_uri(settings, root)
+    uri = settings.registry_uri or store.tracking_uri(settings, root)
     rows: list[tuple[str, str, Any]] = []
-    if is_server(uri):
-        answer = ask(uri.rstrip("/"), _SEARCH, timeout_s=2.0)
+    if store.is_server(uri):
+        answer = store.ask(uri.rstrip("/"), _SEARCH, timeout_s=2.0)
         if answer is None or not answer.ok:
-            raise StoreError(f"the MLflow server {without_credentials(uri)} does not answer")
+            shown = without_credentials(uri)
+            raise store.StoreError(f"MLflow does not answer at {shown}; check that it runs")
         for model in answer.json().get("registered_models", []):
             rows += [(model["name"], a["alias"], a["version"]) for a in model.get("aliases", [])]
-    elif (folder := embedded_root(uri)) is None:
+    elif (folder := store.embedded_root(uri)) is None:
         with connection(uri) as session, session.cursor() as cursor:
             cursor.execute(_ALIASES)
             rows = cursor.fetchall()
-    elif (database := folder / DATABASE).exists():
+    elif (database := folder / store.DATABASE).exists():
         try:
-            with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as store:
-                rows = store.execute(_ALIASES).fetchall()
+            with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as file:
+                rows = file.execute(_ALIASES).fetchall()
         except sqlite3.Error as error:
-            raise StoreError(f"{database}: {error}; `roma-pipeline health` says more") from error
+            text = f"{database}: {error}; `roma-pipeline health` says more"
+            raise store.StoreError(text) from error
     found: dict[str, dict[str, str]] = {}
     for name, alias, version in rows:
         found.setdefault(name, {})[alias] = str(version)
@@ -162,7 +154,9 @@ def get_version(client: MlflowClient, name: str, version: str) -> ModelVersion:
     """The registered version; ValueError if there is none."""
     found = find_version(client, name, version)
     if found is None:
-        raise ValueError(f"model {name!r} has no version {version!r}")
+        known = client.search_model_versions(f"name = '{name}'")
+        there = ", ".join(str(one.version) for one in known) or "none"
+        raise ValueError(f"model {name!r} has no version {version!r}; there are: {there}")
     return found
 
 

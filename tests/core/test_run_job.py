@@ -57,7 +57,7 @@ def test_ctrl_c_is_an_interrupt_of_a_run_by_hand_and_an_end_of_a_job(tmp_path, m
             raise KeyboardInterrupt
         return Work("continue", reason="SIGINT")
 
-    with pytest.raises(KeyboardInterrupt, match="" if raised else "the same command resumes"):
+    with pytest.raises(KeyboardInterrupt, match="^$" if raised else "the same command resumes"):
         run_in_folder(JobFolder(tmp_path / "by_hand"), body)
     monkeypatch.setenv(ATTEMPT_VARIABLE, "1")
     assert run_in_folder(JobFolder(tmp_path / "job"), body) == (1 if raised else 75)

@@ -118,8 +118,12 @@ def test_missing_channels_and_categories_are_left_out_of_a_regression():
 @pytest.mark.parametrize(
     ("changes", "row", "told"),
     [
-        ({"golden_field": "interpolation", "kind": "autoencoder"}, ROW, "got one of autoencoder"),
-        ({"per_observation": True}, ROW, "got one of regressor of observations"),
+        (
+            {"golden_field": "interpolation", "kind": "autoencoder"},
+            ROW,
+            "got autoencoder; give another",
+        ),
+        ({"per_observation": True}, ROW, "got regressor of observations"),
         ({}, {"positions": {"time": [3.0], "band": ["g"]}, "values": {"a": [1.0]}}, "at time 3"),
     ],
 )
