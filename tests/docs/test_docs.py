@@ -33,6 +33,7 @@ from tests.pipelines.registry.conftest import registered_as
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DEPLOY = ROOT / "deploy" / "README.md"
 LANGUAGES = {"bash", "python", "yaml", "text"}
 _FENCE = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
 _BLOCK = re.compile(
@@ -68,7 +69,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "deploy" / "README.md"], ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, DEPLOY], ids=name_of)
 def test_links_lead_to_files_and_headings(page):
     text = _FENCE.sub("", page.read_text(encoding="utf-8"))
     dead = []
@@ -78,6 +79,18 @@ def test_links_lead_to_files_and_headings(page):
         if not target.is_file() or (anchor and anchor not in anchors(target)):
             dead.append(link)
     assert not dead
+
+
+def test_messages_of_the_troubleshooting_table_are_in_the_code():
+    table = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    folders = [ROOT / "roma_core", ROOT / "roma_pipelines"]
+    code = "".join(path.read_text(encoding="utf-8") for f in folders for path in f.rglob("*.py"))
+    messages = re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE)
+
+    assert messages
+    for message in messages:
+        for part in message.split("…"):
+            assert part.strip() in code, message
 
 
 def test_the_site_builds_and_its_references_are_whole(tmp_path, monkeypatch):
@@ -131,7 +144,7 @@ def check_options(words: list[str]) -> None:
     command.make_parser(context).parse_args(args=list(words))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, DEPLOY], ids=name_of)
 def test_blocks_that_are_not_run_say_why_and_have_options_that_exist(page):
     for block in blocks_of(page):
         assert block.language in LANGUAGES, block.code
@@ -141,6 +154,9 @@ def test_blocks_that_are_not_run_say_why_and_have_options_that_exist(page):
             for line in lines_of(block.code):
                 if words := words_of(line):
                     check_options(words)
+    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    for span in re.findall(r"`(roma(?:-pipeline)? [^`]*)`", text):
+        check_options(words_of(span))
 
 
 def stars(folder: Path) -> None:
