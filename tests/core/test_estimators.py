@@ -1,7 +1,11 @@
 """Estimators of scikit-learn: what X may be, the package, folders, and scikit-learn's own checks."""
 
+import json
 import pickle
+from pathlib import Path
+from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import polars
@@ -244,3 +248,21 @@ def checks():
 @pytest.mark.parametrize(("estimator", "check"), checks())
 def test_scikit_learn_finds_an_estimator(estimator, check):
     check(estimator)
+
+
+def test_the_notebook_runs_and_its_models_work(tmp_path, monkeypatch, capsys):
+    """Its cells in order, as committed: without outputs."""
+    monkeypatch.chdir(tmp_path)
+    mpl.use("Agg")
+    file = Path(__file__).parents[2] / "docs/notebooks/irregular_series.ipynb"
+    cells = [c for c in json.loads(file.read_text())["cells"] if c["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+
+    names: dict[str, Any] = {}
+    for cell in cells:
+        exec("".join(cell["source"]), names)
+
+    r2, accuracy = (float(line.split(": ")[1]) for line in capsys.readouterr().out.splitlines())
+    assert r2 > 0.6 and accuracy > 0.9
+    assert len(names["plt"].get_fignums()) == 3
+    names["plt"].close("all")
