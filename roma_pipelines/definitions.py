@@ -1,26 +1,26 @@
-"""Dagster definitions that ``workspace.yaml`` names: all experiments under ``defs/``."""
+"""Dagster definitions that ``workspace.yaml`` names: the experiments shipped and of the project."""
 
 from __future__ import annotations
 
 import logging
+import sys
+import types
 import warnings
 from collections.abc import Mapping
 
 import dagster as dg
 
-import roma_pipelines.defs
 from roma_pipelines.automation.alerts import alert_on_failure
 from roma_pipelines.automation.sensors import reconcile_jobs
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.experiment import (
-    DEFS,
     ENCODER,
     DagsterSettings,
     Experiment,
     all_experiments,
-    defs_files,
 )
 from roma_pipelines.resources import JOB_CLIENTS
+from roma_pipelines.storage import defs_files, project_folder
 
 INVALID = "invalid_experiment"
 """Asset in the place of an experiment that is left out; its description is the error."""
@@ -62,7 +62,7 @@ def load() -> tuple[dg.Definitions, dict[str, str]]:
     given = all_experiments()
     if not any(isinstance(one, str) for one in given.values()):
         try:
-            return _from_folder(operations), {}
+            return _from_folder(given, operations), {}
         except Exception as error:  # of several types; ours is a distant cause
             reason = error
     found, errors = load_experiments(given)
@@ -78,12 +78,25 @@ def load() -> tuple[dg.Definitions, dict[str, str]]:
     return dg.Definitions.merge(*found.values(), dg.Definitions(assets=marks), operations), errors
 
 
-def _from_folder(operations: dg.Definitions) -> dg.Definitions:
-    # load_from_defs_folder would look for a pyproject.toml, which an installed package has not
-    tree = dg.ComponentTree.from_module(roma_pipelines.defs, project_root=DEFS.parent)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", dg.BetaWarning)  # of Dagster's own calls
-        definitions = dg.Definitions.merge(tree.build_defs(), operations)
+def _from_folder(
+    given: Mapping[str, Experiment | str], operations: dg.Definitions
+) -> dg.Definitions:
+    """The shipped experiments, and all that Dagster finds in the project's ``defs/``."""
+    folder, paths = project_folder() / "defs", defs_files()
+    shipped = {name: given[name] for name in given if not paths[name].is_relative_to(folder)}
+    made, errors = load_experiments(shipped)
+    if errors:
+        raise ValueError("; ".join(errors.values()))
+    found = [*made.values(), operations]
+    if folder.is_dir():
+        # load_from_defs_folder would need a pyproject.toml, and definitions of two trees cannot be merged
+        module = sys.modules["defs"] = types.ModuleType("defs")
+        module.__path__, module.__file__ = [str(folder)], None
+        tree = dg.ComponentTree.from_module(module, project_root=folder.parent)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", dg.BetaWarning)  # of Dagster's own calls
+            found.append(tree.build_defs())
+    definitions = dg.Definitions.merge(*found)
     unknown = definitions.resolve_asset_graph().external_asset_keys
     # Dagster takes an unknown key for an external asset, which would never be materialised
     if any(key.path[-1] == ENCODER for key in unknown):
@@ -118,5 +131,5 @@ def load_experiments(
             if one.pretrained_from is None:
                 encoders.add(one.name)
         except Exception as error:
-            errors[folder] = f"{DEFS / folder / 'defs.yaml'}: {error}"
+            errors[folder] = f"{defs_files()[folder]}: {error}"
     return found, errors

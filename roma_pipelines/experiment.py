@@ -32,8 +32,8 @@ from roma_pipelines.registry.gate import CLASS_THRESHOLDS, GateThresholds
 from roma_pipelines.resources import JOB_CLIENTS
 from roma_pipelines.run_config import ENCODER, FINETUNED, RUN_CONFIGS, STAGES, Resources, overrides
 from roma_pipelines.search_space import Tuning
+from roma_pipelines.storage import DEFS, defs_files, project_folder
 
-DEFS = Path(__file__).parent / "defs"
 COMPONENT = "roma_pipelines.components.RomaExperiment"
 _KEYS = ("type", "attributes", "template_vars_module", "requirements", "post_processing")
 _REGISTERED = {
@@ -469,32 +469,34 @@ def load_experiment(name: str) -> Experiment:
     paths = defs_files()
     if name not in paths:
         raise ValueError(
-            f"no experiment {name!r}; available: {', '.join(paths)}, or the path of a defs.yaml"
+            f"no experiment {name!r}; available: {', '.join(paths)}, or the path of a defs.yaml; yours "
+            f"are read from {project_folder()}/defs (ROMA_PROJECT)"
         )
-    return _read(paths[name])
+    return _read(not_shipped(name, paths[name]))
 
 
 def all_experiments() -> dict[str, Experiment | str]:
     """Experiments by the path of their folder in ``defs/``, or the error of their file.
 
-    Without the components of other types, which Dagster loads.
+    One beside a shipped one is an error. Without components of other types, which Dagster loads.
     """
     found: dict[str, Experiment | str] = {}
     for name, path in defs_files().items():
         try:
             document = read_yaml(path)
             if not isinstance(document, dict) or not _other_type(path, document.get("type")):
-                found[name] = _read(path)
+                found[name] = _read(not_shipped(name, path))
         except ValueError as error:
             found[name] = str(error)
     return found
 
 
-def defs_files() -> dict[str, Path]:
-    """Every ``defs.yaml`` by the path of its folder in ``defs/``."""
-    # a link to a file that is gone, too, which `**/defs.yaml` leaves out
-    paths = sorted(path for path in DEFS.rglob("*.yaml") if path.name == "defs.yaml")
-    return {path.parent.relative_to(DEFS).as_posix(): path for path in paths}
+def not_shipped(name: str, path: Path) -> Path:
+    """The file of this folder of ``defs/``; ValueError if there is a shipped one beside it."""
+    shipped = DEFS / name / "defs.yaml"
+    if shipped.exists() and path.resolve() != shipped.resolve():
+        raise ValueError(f"{path}: {name} is a shipped experiment; choose another folder and name")
+    return path
 
 
 def read_yaml(path: Path) -> Any:

@@ -33,7 +33,8 @@ from roma_core.trainer.defaults import (
     default_settings,
     primary_metric,
 )
-from roma_pipelines.experiment import COMPONENT, DEFS, Experiment, read_yaml
+from roma_pipelines.experiment import COMPONENT, Experiment, not_shipped, read_yaml
+from roma_pipelines.storage import project_folder
 
 _FEW = 5  # objects of a class that a stratified split needs
 _VALIDATION_FRACTION, _TEST_FRACTION = 0.1, 0.2
@@ -53,11 +54,11 @@ class NewExperiment:
 
     @property
     def path(self) -> Path:
-        return DEFS / self.name / "defs.yaml"
+        return project_folder() / "defs" / self.name / "defs.yaml"
 
     def write(self, force: bool = False) -> None:
-        """Write the file; ValueError if it exists and ``force`` is False."""
-        if self.path.exists() and not force:
+        """Write the file; ValueError if it exists and ``force`` is False, or a shipped one does."""
+        if not_shipped(self.name, self.path).exists() and not force:
             raise ValueError(f"{self.path} exists; choose another name, or replace it with --force")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(self.path, self.text.encode())

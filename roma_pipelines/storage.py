@@ -26,14 +26,43 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
 
+from dotenv import dotenv_values
 from pydantic import Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
 from roma_core.files import create_json, read_json, write_bytes
-from roma_core.settings import RomaSettings
+from roma_core.settings import RomaSettings, SettingsError, find_env_file
 
 LAYOUT_VERSION = 2
+DEFS = Path(__file__).parent / "defs"  # the shipped experiments
 MIN_FREE_MB = 200  # to start work: room for databases, logs and a small model
+
+
+def project_folder() -> Path:
+    """The user's folder, with experiments in ``defs/`` and clusters in ``profiles/slurm/NAME.yaml``.
+
+    ``ROMA_PROJECT`` of the environment or ``.env``, by default the working directory; SettingsError if
+    there is no such folder.
+    """
+    env_file = find_env_file()
+    of_file = {} if env_file is None else dotenv_values(env_file)
+    given = os.environ.get("ROMA_PROJECT") or of_file.get("ROMA_PROJECT")
+    folder = Path(given or ".").expanduser().absolute()
+    if not folder.is_dir():
+        raise SettingsError(
+            f"ROMA_PROJECT={given}: there is no such folder; create it, correct the path or unset it"
+        )
+    return folder
+
+
+def defs_files() -> dict[str, Path]:
+    """Every ``defs.yaml``, shipped or of the project, by the path of its folder in ``defs/``."""
+    found: dict[str, Path] = {}
+    for root in (DEFS, project_folder() / "defs"):
+        # a link to a file that is gone, too, which `**/defs.yaml` leaves out
+        paths = sorted(path for path in root.rglob("*.yaml") if path.name == "defs.yaml")
+        found |= {path.parent.relative_to(root).as_posix(): path for path in paths}
+    return found
 
 
 class StorageSettings(RomaSettings):

@@ -39,6 +39,8 @@ _HEAD = """\
 Settings of RoMA. Copy this file to `.env` and uncomment what you change; the values shown are the
 defaults. What is given in code wins over the environment, the environment over this file. The
 nearest `.env` at or above the working directory counts, or the file that ROMA_ENV_FILE names.
+The folder that ROMA_PROJECT names, here or in the environment (the working directory by default),
+has your experiments in defs/ and your clusters in profiles/.
 
 Two underscores lead into a section. Lists and dictionaries are JSON, `null` means none, and an
 empty variable counts as not set. A name with one of these prefixes that is no setting is an error.

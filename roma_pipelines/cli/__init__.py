@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -75,8 +74,9 @@ def completion(shell: str) -> None:
 
 def experiment_names() -> list[str]:
     """Folders of experiments, valid or not, without Dagster, whose import takes a second."""
-    root = Path(__file__).parents[1] / "defs"
-    return sorted(p.parent.relative_to(root).as_posix() for p in root.rglob("defs.yaml"))
+    from roma_pipelines.storage import defs_files
+
+    return sorted(defs_files())
 
 
 def complete_experiment(context: Any, parameter: Any, incomplete: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -25,7 +26,7 @@ from roma_pipelines.launching.targets import launcher_of_attempt
 from roma_pipelines.registry.gate import has_passed
 from roma_pipelines.registry.runs import send_pending
 from roma_pipelines.registry.store import MlflowSettings, StoreError, own_store
-from roma_pipelines.storage import Storage, prepare_instance
+from roma_pipelines.storage import Storage, prepare_instance, project_folder
 
 if TYPE_CHECKING:
     import dagster as dg
@@ -116,6 +117,7 @@ def _keys(definitions: dg.Definitions, experiment: str) -> list[dg.AssetKey]:
             "/".join(k.path[:-1]) for k in graph.external_asset_keys if k.path[-1] == INVALID
         ]
         text = f"no experiment {experiment!r}; available: {', '.join(sorted(known))}"
+        text += f"; yours are read from {project_folder()}/defs (ROMA_PROJECT)"
         if invalid:
             text += f"; left out, `roma-pipeline health` says why: {', '.join(sorted(invalid))}"
         raise click.ClickException(text)
@@ -256,7 +258,8 @@ def _conclude(
     options = f"--model {model['uri']}{'' if is_default else f' --tracking-uri {uri}'}"
     has_queries = metrics.get("task") == "interpolation"  # a data set has none
     more = "" if has_queries else ", or:"
-    click.echo(f"next        make up    # the overview, Dagster and MLflow pages{more}")
+    up = "roma-pipeline up" if shutil.which("roma-pipeline") else "make up"
+    click.echo(f"next        {up}    # the overview, Dagster and MLflow pages{more}")
     if not has_queries:
         click.echo(f"            roma predict {options} {data} predictions.parquet")
     if reason := metrics.get("primary_reason"):

@@ -64,7 +64,7 @@ from roma_pipelines.cli import TARGETS
 def new_experiment(
     name: str, more: tuple[str, ...], sources: tuple[str, ...], **options: Any
 ) -> None:
-    """Read your data and write roma_pipelines/defs/NAME/defs.yaml.
+    """Read your data and write defs/NAME/defs.yaml in the project (ROMA_PROJECT, the working directory).
 
     FILEs are more sources, as from --source data/*.csv without quotes. Columns are recognised by
     name, type and content, unless options name them. Splits, position scales,

@@ -25,6 +25,7 @@ from roma_pipelines.storage import (
     StorageError,
     StorageSettings,
     prepare_instance,
+    project_folder,
 )
 
 if TYPE_CHECKING:
@@ -195,7 +196,8 @@ def gc(days: float, keep_versions: int, yes: bool) -> None:
                 click.echo(f"{verb:<13} {removal.n_bytes:>14,} bytes  {removal.what}")
     click.echo(f"{verb} {total:,} bytes in total")
     if found and not yes:
-        click.echo("--yes removes it")
+        kept = f"inputs of predictions, of shipped experiments and those in {project_folder()}/defs"
+        click.echo(f"--yes removes it. Kept are {kept}")
 
 
 @click.command(epilog="Example: roma-pipeline backup roma-backup.tar")

@@ -17,7 +17,7 @@ import yaml
 from roma_core.cli import errors_as_messages
 from roma_core.files import write_bytes
 from roma_pipelines.cli import complete_experiment
-from roma_pipelines.storage import Storage
+from roma_pipelines.storage import Storage, defs_files, project_folder
 
 _MARK = "# tuned by "
 _EVIDENCE = re.compile(
@@ -52,15 +52,20 @@ def tune(experiment: str, write: bool, **budget: Any) -> None:
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from roma_core.data.build import build_dataset
-    from roma_pipelines.experiment import DEFS, load_experiment
+    from roma_pipelines.experiment import load_experiment
     from roma_pipelines.launching.targets import launcher_for
     from roma_pipelines.search_space import Tuning, sections
     from roma_pipelines.tuning import Search
 
     is_path = experiment.endswith((".yaml", ".yml"))
-    path = Path(experiment) if is_path else DEFS / experiment / "defs.yaml"
     with errors_as_messages():
         found, storage = load_experiment(experiment), Storage.open()
+        path = Path(experiment) if is_path else defs_files()[experiment]
+        if write and not is_path and not path.is_relative_to(project_folder() / "defs"):
+            raise ValueError(
+                f"{path} is shipped and not changed; copy it to defs/NAME in your project, with another "
+                f"name, or give its path"
+            )
         given = {name: value for name, value in budget.items() if value is not None}
         section = (found.tuning or Tuning()).model_dump(exclude_unset=True) | given
         found = found.parse({**dict(found), "tuning": section})

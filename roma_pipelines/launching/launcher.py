@@ -18,7 +18,7 @@ import roma_core
 from roma_core.job import JobFolder
 from roma_core.settings import Frozen, RomaSettings, validation_errors
 from roma_pipelines.launching.spec import JobHandle, JobSpec, JobState, Plan
-from roma_pipelines.storage import MIN_FREE_MB
+from roma_pipelines.storage import MIN_FREE_MB, project_folder
 
 PLANNED_FOLDER = JobFolder("JOB_FOLDER")
 """Stands for the job folder in a plan that is only printed."""
@@ -211,11 +211,10 @@ def passthrough_env(spec: JobSpec, environment: Mapping[str, str]) -> dict[str, 
 # -- profiles of clusters --------------------------------------------------------------------
 
 Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-_DEPLOY = Path(__file__).parents[2] / "deploy"  # in a checkout
 
 
 class ClusterProfile(Frozen):
-    """What the profiles of all kinds of clusters hold; ``<folder>/<name>.yaml``."""
+    """What profiles of clusters hold: ``profiles/<kind>/<name>.yaml`` of the project, or shipped."""
 
     kind: ClassVar[str]
     settings: ClassVar[type[RomaSettings]]
@@ -236,15 +235,17 @@ class ClusterProfile(Frozen):
         """
         overrides = (settings or cls.settings()).model_dump(exclude_none=True)
         default, folder = overrides.pop("profile"), overrides.pop("profiles", None)
-        name, folder = name or default, folder or _DEPLOY / cls.kind.lower() / "profiles"
-        known = sorted(path.stem for path in folder.glob("*.yaml"))
+        name, kind = name or default, cls.kind.lower()
+        shipped = Path(__file__).parent / kind / "profiles"
+        own = folder or project_folder() / "profiles" / kind
+        known = {p.stem: p for f in ([own] if folder else [shipped, own]) for p in f.glob("*.yaml")}
         if name not in known:
             raise ValueError(
-                f"there is no {cls.kind} profile {name!r} in {folder}; there are "
-                f"{', '.join(known) or 'none'}. Copy generic.yaml, or set "
+                f"there is no {cls.kind} profile {name!r} in {own}; there are "
+                f"{', '.join(sorted(known)) or 'none'}. Copy {shipped / 'generic.yaml'} there, or set "
                 f"ROMA_{cls.kind.upper()}_PROFILES to the folder of yours"
             )
-        path = folder / f"{name}.yaml"
+        path = known[name]
         try:
             document = yaml.safe_load(path.read_text())
             document = {} if document is None else document

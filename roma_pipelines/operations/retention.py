@@ -28,7 +28,7 @@ from roma_pipelines.launching.jobs import Job, all_jobs, read_job
 from roma_pipelines.launching.supervisor import LEASE_EXPIRES_S
 from roma_pipelines.registry.runs import JOB_KEY_TAG, is_pending
 from roma_pipelines.registry.store import is_server
-from roma_pipelines.storage import Storage
+from roma_pipelines.storage import Storage, defs_files
 from roma_pipelines.tracked_job import newest_materialization
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _needed(
         made = newest_materialization(instance, key)
         records += [value.value for value in made.metadata.values()] if made is not None else []
     # inputs of predictions; also of experiments that cannot be used now
-    records += map(partial(_read, experiments.read_yaml), experiments.DEFS.glob("**/defs.yaml"))
+    records += map(partial(_read, experiments.read_yaml), defs_files().values())
     jobs, todo, datasets = folders - old, list(folders - old), set[str]()
     while records or todo:
         if todo and (config := JobFolder(storage.jobs / todo.pop()).config).exists():

@@ -31,14 +31,14 @@ from roma_core.evaluation.metrics import LABELS
 from roma_core.files import read_json
 from roma_core.job import JobFolder
 from roma_pipelines.definitions import load, load_experiments
-from roma_pipelines.experiment import Experiment, all_experiments, defs_files
+from roma_pipelines.experiment import Experiment, all_experiments
 from roma_pipelines.launching.jobs import Job, all_jobs
 from roma_pipelines.launching.outcome import duration, log_tail
 from roma_pipelines.registry.promotion import CHAMPION, PREVIOUS
 from roma_pipelines.registry.runs import SHORT_S, limit_requests
 from roma_pipelines.registry.store import MlflowSettings, answers, connect
 from roma_pipelines.registry.versions import CANDIDATE, aliased_version
-from roma_pipelines.storage import Storage
+from roma_pipelines.storage import Storage, defs_files
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

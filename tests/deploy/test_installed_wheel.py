@@ -18,9 +18,11 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
+from roma_pipelines.experiment import COMPONENT
 from tests.deploy.test_kubernetes_deployment import (
     KUBECONFIG,
     VALUES,
@@ -38,6 +40,7 @@ COMPOSE = yaml.safe_load((LOCAL / "compose.yaml").read_text())
 COMMIT = "0123456789abcdef0123456789abcdef01234567-dirty"
 PASSWORDS = {f"{name}_POSTGRES_PASSWORD": f"{name.lower()}only1" for name in ("DAGSTER", "MLFLOW")}
 COPIED = ("pyproject.toml", "README.md", "LICENSE", "setup.py", "roma_core", "roma_pipelines")
+PROJECT = re.search(r"ROMA_PROJECT=(\S+)", (ROOT / "deploy/docker/Dockerfile").read_text())[1]
 SCRIPTS = ("mlflow", "dagster", "dagster-webserver", "dagster-daemon")
 pytestmark = pytest.mark.slow
 
@@ -54,11 +57,6 @@ def image(tmp_path_factory):
             shutil.copytree(ROOT / name, source / name, ignore=ignored)
         else:
             shutil.copy(ROOT / name, source / name)
-    experiment = source / "roma_pipelines" / "defs" / "waves" / "defs.yaml"
-    experiment.parent.mkdir()
-    content = attributes(folder, pretraining={"trainer": {"epochs": 1, "batch_size": 32}})
-    document = {"type": "roma_pipelines.components.RomaExperiment", "attributes": content}
-    experiment.write_text(yaml.safe_dump(document))
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
     environment = os.environ | {"SOURCE_COMMIT": COMMIT}
     build = ["wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source)]
@@ -130,7 +128,10 @@ class Servers:
             listener.close()
         self.home, self.data = folder / "home", folder / "data"
         self.home.mkdir()
-        self.data.mkdir()
+        experiment = self.data / "defs" / "waves" / "defs.yaml"
+        experiment.parent.mkdir(parents=True)
+        content = attributes(folder, pretraining={"trainer": {"epochs": 1, "batch_size": 32}})
+        experiment.write_text(yaml.safe_dump({"type": COMPONENT, "attributes": content}))
 
     def here(self, value):
         """A value with the names of this computer in place of the deployment's."""
@@ -147,7 +148,8 @@ class Servers:
     def environment(self, variables):
         variables = {name: self.here(value) for name, value in variables.items()}
         path = f"{self.image}/bin:{self.image}/tools"
-        return {"PATH": path, "HOME": str(self.folder), **variables}
+        project = self.here(PROJECT)
+        return {"PATH": path, "HOME": str(self.folder), "ROMA_PROJECT": project, **variables}
 
     def start(self, name, command, variables):
         log = (self.folder / f"{name}.log").open("wb")
@@ -248,7 +250,54 @@ def test_the_wheel_needs_no_git_and_names_its_commit(image, tmp_path):
     assert done.returncode == 0, done.stderr
     commit, place, *experiments = done.stdout.split()
     assert (commit, Path(place).is_relative_to(image)) == (COMMIT, True)
-    assert {"waves", "japanese_vowels"} <= set(experiments)
+    assert {"plasticc", "japanese_vowels"} <= set(experiments)
+
+
+OWN_EXPERIMENT = """
+import sys, yaml
+from pathlib import Path
+from roma_pipelines.cli import main
+from roma_pipelines.experiment import load_experiment
+run = lambda *words: main(words, standalone_mode=False)
+run("new-experiment", "mine", "--source", "mine.csv", "--label", "kind")
+path = Path("defs/mine/defs.yaml")
+tiny, document = yaml.safe_load(sys.argv[1]), yaml.safe_load(path.read_text())
+document["attributes"] |= {name: tiny[name] for name in ("pretraining", "finetuning", "gate")}
+path.write_text(yaml.safe_dump(document | {"attributes": document["attributes"] | {"measure_baselines": False}}))
+run("plan", "mine", "--target", "slurm", "--profile", "leonardo")
+run("demo", "mine")
+"""
+
+
+def test_an_experiment_of_a_users_own_is_trained_outside_a_checkout(image, tmp_path):
+    """In a folder with nothing but a table; nothing is written where the packages are."""
+    phases = np.random.default_rng(0).uniform(0, 6.3, 120)
+    speeds = {"slow": 0.3, "medium": 0.9, "fast": 1.8}
+    rows = [
+        f"{i},{t},{np.sin(speed * t + phase):.4f},{np.cos(speed * t + phase):.4f},{kind}"
+        for i, phase in enumerate(phases)
+        for kind, speed in [list(speeds.items())[i % 3]]
+        for t in range(12)
+    ]
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "mine.csv").write_text("\n".join(["id,time,x,y,kind", *rows, ""]))
+    (packages,) = (image / "lib").glob("python*/site-packages")
+    installed = {path: path.stat().st_mtime_ns for path in packages.rglob("*")}
+    tiny = yaml.safe_dump(attributes(tmp_path))
+
+    done = subprocess.run(
+        [image / "bin" / "python", "-c", OWN_EXPERIMENT, tiny],
+        env={"PATH": f"{image}/bin:{image}/tools", "HOME": str(tmp_path)},
+        cwd=folder, capture_output=True, text=True, timeout=within(120),
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "boost_usr_prod" in done.stdout  # of the shipped profile
+    assert "model       mine version 1 (champion, candidate)" in done.stdout
+    assert "next        roma-pipeline up" in done.stdout
+    assert {path.name for path in folder.iterdir()} == {"mine.csv", "defs", ".roma"}
+    assert {path: path.stat().st_mtime_ns for path in packages.rglob("*")} == installed
 
 
 def test_a_package_in_another_repository_does_not_take_its_commit(tmp_path):

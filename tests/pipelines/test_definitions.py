@@ -14,9 +14,9 @@ import yaml
 
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.definitions import defs, load
-from roma_pipelines.experiment import defs_files
 from roma_pipelines.registry.gate import CHECKS
 from roma_pipelines.resources import KubernetesJobClient, LocalJobClient, SlurmJobClient
+from roma_pipelines.storage import defs_files
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "roma_pipelines" / "defs" / "japanese_vowels" / "defs.yaml"
@@ -91,7 +91,7 @@ def test_an_experiment_is_five_assets_of_one_group(graph):
 
 
 def test_a_component_that_dagster_cannot_load_leaves_the_experiments(monkeypatch):
-    def fails(operations):
+    def fails(*_):
         raise RuntimeError("the tree of all files") from ValueError("no such setting")
 
     monkeypatch.setattr("roma_pipelines.definitions._from_folder", fails)

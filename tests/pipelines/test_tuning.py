@@ -12,20 +12,22 @@ from pathlib import Path
 import dagster as dg
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from roma_core.data.build import build_dataset
 from roma_core.data.store import StoredDataset
 from roma_core.job import Exit, Result
 from roma_core.trainer.job import train
 from roma_pipelines import tuning
-from roma_pipelines.cli.tune import changed_text
-from roma_pipelines.experiment import COMPONENT, DEFS, Experiment
+from roma_pipelines.cli.tune import changed_text, tune
+from roma_pipelines.experiment import COMPONENT, Experiment
 from roma_pipelines.launching.jobs import all_jobs
 from roma_pipelines.launching.spec import JobState, Phase
 from roma_pipelines.launching.targets import launcher_for
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.resources import JOB_CLIENTS, LocalJobClient
 from roma_pipelines.search_space import sections
+from roma_pipelines.storage import DEFS
 from tests.pipelines import tiny
 from tests.pipelines.launching.fake import FakeLauncher, running
 from tests.time_limits import wait_until, within
@@ -104,6 +106,15 @@ def test_better_settings_are_written_between_the_comments_of_the_file():
     again = changed_text(after, {RATE: 0.5}, other)
     assert again.count(f"# tuned by {one}") == 1  # of the pretraining
     assert again.count(f"  # tuned by {other}\n  finetuning:") == 1
+
+
+def test_a_shipped_file_is_not_changed():
+    done = CliRunner().invoke(tune, ["japanese_vowels", "--write"])
+
+    assert done.exit_code == 1
+    assert (
+        "defs.yaml is shipped and not changed; copy it to defs/NAME in your project" in done.output
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The profile of a Kubernetes cluster: ``deploy/kubernetes/profiles/<name>.yaml``.
+"""The profile of a Kubernetes cluster: ``profiles/kubernetes/<name>.yaml`` of the project or shipped.
 
 A profile describes the cluster; the JobSpec describes the job, and the user's own settings
 (context, namespace, image, queue) may override the profile by ``ROMA_KUBERNETES_…``. It holds no
@@ -64,7 +64,7 @@ class KubernetesSettings(RomaSettings):
     profile: str = Field("generic", description="Profile of jobs that select none.")
     profiles: Path | None = Field(
         None,
-        description="Folder of profiles; null takes deploy/kubernetes/profiles of this project.",
+        description="Folder of profiles; null takes profiles/kubernetes of the project, and those that are shipped.",
     )
     kubeconfig: Path | None = Field(None, description="null takes the profile's.")
     context: str | None = Field(None, description="Of the kubeconfig; null takes the profile's.")

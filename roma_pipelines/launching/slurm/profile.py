@@ -1,6 +1,6 @@
 """The profile of one SLURM cluster, and the batch script of an attempt on it.
 
-A profile, ``deploy/slurm/profiles/<name>.yaml``, holds what is the cluster's; what is the job's is
+A profile, ``profiles/slurm/<name>.yaml``, holds what is the cluster's; what is the job's is
 in its JobSpec, and what is the user's (account, partition) may be set by ``ROMA_SLURM_…``. All that
 reaches a shell or the scheduler from here is a name without shell characters, is quoted, or is a
 line of ``setup``, which is shell.
@@ -56,7 +56,8 @@ class SlurmSettings(RomaSettings):
 
     profile: str = Field("generic", description="Profile of jobs that name none.")
     profiles: Path | None = Field(
-        None, description="Folder of profiles; null takes deploy/slurm/profiles of this project."
+        None,
+        description="Folder of profiles; null takes profiles/slurm of the project, and those that are shipped.",
     )
     account: Name | None = Field(None, description="Account to charge; null takes the profile's.")
     partition: Names | None = Field(None, description="null takes the profile's.")

@@ -109,7 +109,7 @@ def test_what_is_printed_loads_as_an_experiment(waves, tmp_path):
 
 
 def test_it_is_written_once_and_replaced_only_by_force(waves, tmp_path, monkeypatch):
-    monkeypatch.setattr("roma_pipelines.scaffold.DEFS", tmp_path / "defs")
+    monkeypatch.setenv("ROMA_PROJECT", str(tmp_path))
 
     first = invoke("waves", "--source", waves)
     again = invoke("waves", "--source", waves)
@@ -134,10 +134,11 @@ def test_it_is_written_once_and_replaced_only_by_force(waves, tmp_path, monkeypa
         ),
         (("waves", "--source", "nothing-here.csv"), "no file matches nothing-here.csv"),
         (("waves", "--source", "WAVES", "--drop-rate", "1.5"), "dataset.drop_rate"),
+        (("spirals", "--source", "WAVES", "--force"), "spirals is a shipped experiment"),
     ],
 )
 def test_a_mistake_is_named_and_nothing_is_written(waves, tmp_path, monkeypatch, arguments, told):
-    monkeypatch.setattr("roma_pipelines.scaffold.DEFS", tmp_path / "defs")
+    monkeypatch.setenv("ROMA_PROJECT", str(tmp_path))
 
     done = invoke(*(waves if word == "WAVES" else word for word in arguments))
 
@@ -149,10 +150,10 @@ def test_a_mistake_is_named_and_nothing_is_written(waves, tmp_path, monkeypatch,
 
 def test_dg_scaffolds_the_same(waves, tmp_path):
     project = tmp_path / "project"
-    shutil.copytree(ROOT / "roma_pipelines", project / "roma_pipelines")
+    (project / "defs").mkdir(parents=True)
     shutil.copy(ROOT / "pyproject.toml", project)
     environment = os.environ | {
-        "PYTHONPATH": f"{project}{os.pathsep}{ROOT}",
+        "PYTHONPATH": str(ROOT),
         "HOME": str(tmp_path),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
@@ -170,7 +171,7 @@ def test_dg_scaffolds_the_same(waves, tmp_path):
     )
 
     assert done.returncode == 0, done.stdout + done.stderr
-    path = project / "roma_pipelines/defs/waves/defs.yaml"
+    path = project / "defs/waves/defs.yaml"
     assert load_experiment(str(path)).dataset.split.stratified
 
     path.write_text(path.read_text().replace("tokens_per_batch", "tokens_per_bach"))

@@ -109,8 +109,15 @@ def test_a_wrong_profile_names_file_and_field(tmp_path, text, message):
     assert "mine.yaml" in str(caught.value)
 
 
-def test_an_unknown_profile_names_those_there_are(tmp_path):
-    with pytest.raises(ValueError, match="there are generic, leonardo, marenostrum5, orfeo"):
+def test_the_projects_profiles_come_before_the_shipped_and_an_unknown_one_names_all(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "profiles" / "slurm").mkdir(parents=True)
+    for name in ("generic", "mine"):
+        (tmp_path / "profiles" / "slurm" / f"{name}.yaml").write_text("partition: ours")
+    monkeypatch.setenv("ROMA_PROJECT", str(tmp_path))
+    assert {SlurmProfile.load(name).partition for name in ("generic", "mine")} == {"ours"}
+    with pytest.raises(ValueError, match="are generic, leonardo, marenostrum5, mine, orfeo"):
         SlurmProfile.load("leonard", SlurmSettings())
     with pytest.raises(ValueError, match="there are none"):
         SlurmProfile.load("generic", SlurmSettings(profiles=tmp_path))

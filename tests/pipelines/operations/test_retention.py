@@ -85,8 +85,9 @@ def test_a_record_that_cannot_be_read_removes_nothing(
     if kind == "job":
         young.config.write_text('{"dataset": ')
     else:
-        monkeypatch.setattr("roma_pipelines.experiment.DEFS", tmp_path)
-        (tmp_path / "defs.yaml").write_text("attributes: [")
+        monkeypatch.setenv("ROMA_PROJECT", str(tmp_path))
+        (tmp_path / "defs").mkdir()
+        (tmp_path / "defs" / "defs.yaml").write_text("attributes: [")
 
     with pytest.raises(RuntimeError, match=r"cannot be read .* Nothing was removed"):
         removals(storage, instance, client, days=30, keep_versions=2)
@@ -162,7 +163,7 @@ def test_what_is_predicted_and_the_newest_version_stay(
     defs = tmp_path / "defs" / "waves" / "defs.yaml"
     defs.parent.mkdir(parents=True)
     defs.write_text(f"attributes: {{predictions: {{input: {paths[0]}, split: test}}}}\n")
-    monkeypatch.setattr("roma_pipelines.experiment.DEFS", tmp_path / "defs")
+    monkeypatch.setenv("ROMA_PROJECT", str(tmp_path))
     (found,) = removals(storage, instance, client, days=30, keep_versions=1)
     assert found.what == f"data set waves {B}"
     with pytest.raises(ValueError, match="keep_versions"):
