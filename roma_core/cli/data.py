@@ -103,7 +103,8 @@ def validate(path: Path, against: Path | None, strict: bool, as_json: bool) -> N
     Errors: damaged files, columns that do not fit, numbers that are not finite, an object, group or
     equal content in two splits (the latter two: unless the set was built with leakage: warn or ignore).
     """
-    from roma_core.data.quality import check_dataset, compare_versions
+    from roma_core.data.quality import check_dataset
+    from roma_core.data.versions import compare_versions
 
     found = check_dataset(path)
     errors = sum(f.severity == "error" for f in found)

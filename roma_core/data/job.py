@@ -11,8 +11,9 @@ from pydantic import ConfigDict
 from roma_core.data.build import build_dataset
 from roma_core.data.config import DatasetConfig
 from roma_core.data.profile import plot_profile, profile_dataset
-from roma_core.data.quality import Finding, check_dataset, compare_versions, previous_version
+from roma_core.data.quality import Finding, check_dataset
 from roma_core.data.store import StoredDataset
+from roma_core.data.versions import compare_versions, previous_version
 from roma_core.files import read_json, write_json
 from roma_core.job import Attempt, Interrupted, JobFolder, StopRequests
 from roma_core.progress import Progress

@@ -1,4 +1,4 @@
-"""Validation of a built data set: layout, content, leakage between splits, changes of a version.
+"""Validation of a built data set: layout, content, leakage between splits.
 
 A data set without errors is usable: its files are those that were written, its columns fit each
 other, its numbers are finite, and no object, group or equal content is in two splits.
@@ -63,12 +63,12 @@ def check_dataset(path: Path) -> list[Finding]:
     try:
         manifest = read_manifest(path)
     except DataError as error:
-        return _finding("manifest", "error", [str(error)])
+        return findings_of("manifest", "error", [str(error)])
     if damaged := find_damage(path, manifest):
-        return _finding("files", "error", damaged)
+        return findings_of("files", "error", damaged)
     dataset = StoredDataset(path, verify=False)
     if broken := _broken_layout(dataset):
-        return _finding("layout", "error", broken)
+        return findings_of("layout", "error", broken)
     bad: list[int] = []
     for part in dataset.parts(_READ_AT_ONCE):
         known = np.isfinite(part.values)
@@ -97,7 +97,7 @@ def check_dataset(path: Path) -> list[Finding]:
     ]
 
 
-def _finding(
+def findings_of(
     check: str, severity: Severity, examples: Sequence[str], count: int = 0
 ) -> list[Finding]:
     """A list with one finding, or an empty one without examples; ``count`` defaults to theirs."""
@@ -112,7 +112,7 @@ def _series_finding(
     dataset: StoredDataset, check: str, severity: Severity, rows: Sequence[int], problem: str
 ) -> list[Finding]:
     examples = [f"series {dataset.ids[i]!r} {problem}" for i in rows[:_MAX_EXAMPLES]]
-    return _finding(check, severity, examples, len(rows))
+    return findings_of(check, severity, examples, len(rows))
 
 
 # -- layout and numbers
@@ -155,7 +155,7 @@ def _broken_layout(dataset: StoredDataset) -> list[str]:
     if dataset.labels is not None and not np.isin(dataset.labels, range(len(schema.classes))).all():
         found.append(f"labels.npy: holds other numbers than the indices of {schema.classes}")
     for k, covariate in enumerate(schema.covariates):
-        numbers = _known(dataset, k)
+        numbers = known_covariate(dataset, k)
         words = range(len(covariate.categories))
         if not (np.isin(numbers, words) if words else np.isfinite(numbers)).all():
             found.append(
@@ -233,22 +233,22 @@ def _numbers(dataset: StoredDataset) -> list[Finding]:
     return [
         *_series_finding(dataset, "order", "warning", unsorted, order),
         *_series_finding(dataset, "duplicates", "warning", duplicates, leak),
-        *_finding("reach", "warning", too_far),
-        *_finding("far", "warning", outliers, n_far),
-        *_finding("sentinels", "warning", recurring),
+        *findings_of("reach", "warning", too_far),
+        *findings_of("far", "warning", outliers, n_far),
+        *findings_of("sentinels", "warning", recurring),
         *_series_finding(dataset, "single", "warning", single, too_short),
         *_series_finding(dataset, "long", "warning", long, too_long),
     ]
 
 
-_MAX_OBSERVATIONS = 1_000_000  # that statistics are taken from, per version
+MAX_OBSERVATIONS = 1_000_000  # that statistics are taken from, per version
 _N_RECURRING = 3  # times
 _MIN_KNOWN = 0.05  # of the objects, for which a covariate is of use
 
 
 def _sentinels(dataset: StoredDataset) -> list[list[float]]:
     """For every channel the exact values far outside that recur, such as -999."""
-    every = -(-int(dataset.offsets[-1]) // _MAX_OBSERVATIONS)
+    every = -(-int(dataset.offsets[-1]) // MAX_OBSERVATIONS)
     values = np.concatenate([part.values for part in dataset.joint_parts(_READ_AT_ONCE, every)])
     return [_recurring(column[~np.isnan(column)]) for column in values.T]
 
@@ -280,7 +280,9 @@ def _sentinel(what: str, number: float, n: int, unit: str) -> str:
     )
 
 
-def _known(dataset: StoredDataset, k: int, split: Split | None = None) -> NDArray[np.float32]:
+def known_covariate(
+    dataset: StoredDataset, k: int, split: Split | None = None
+) -> NDArray[np.float32]:
     """Covariate k of the objects for which it is not missing."""
     assert dataset.covariates is not None
     rows = slice(None) if split is None else dataset.split(split).indices
@@ -304,21 +306,21 @@ def _splits_and_covariates(dataset: StoredDataset) -> list[Finding]:
             ]
     n_train = len(dataset.split("train"))
     for k, covariate in enumerate(schema.covariates):
-        known, what = _known(dataset, k, "train"), f"covariate {covariate.name!r}"
+        known, what = known_covariate(dataset, k, "train"), f"covariate {covariate.name!r}"
         if len(known) < _MIN_KNOWN * n_train:
             useless.append(f"{what} is known for {len(known):,} of {n_train:,} objects of train")
         elif (known == known[0]).all():
             useless.append(f"{what} is the same for all objects of train that have it")
         if not covariate.categories:
-            everywhere = _known(dataset, k)
+            everywhere = known_covariate(dataset, k)
             recurring += [
                 _sentinel(what, number, int((everywhere == number).sum()), "objects")
                 for number in _recurring(everywhere)
             ]
     return [
-        *_finding("splits", "warning", lacking),
-        *_finding("covariates", "warning", useless),
-        *_finding("sentinels of covariates", "warning", recurring),
+        *findings_of("splits", "warning", lacking),
+        *findings_of("covariates", "warning", useless),
+        *findings_of("sentinels of covariates", "warning", recurring),
     ]
 
 
@@ -345,7 +347,7 @@ def _units_and_classes(dataset: StoredDataset) -> list[Finding]:
             for k, name in enumerate(schema.classes)
             if (n := (in_train == k).sum()) < 5
         ]
-    return [*_finding("units", "warning", no_unit), *_finding("classes", "warning", rare)]
+    return [*findings_of("units", "warning", no_unit), *findings_of("classes", "warning", rare)]
 
 
 # -- leakage between splits
@@ -397,10 +399,10 @@ def find_leakage(dataset: StoredDataset) -> list[Finding]:
     if dataset.manifest.leakage == "ignore":
         divided, apart, by_chance = [], [], []
     return [
-        *_finding("group in two splits", severity, divided),
-        *_finding("equal content in two splits", severity, apart),
-        *_finding("equal short or flat series", "warning", by_chance),
-        *_finding("equal content in one split", "warning", together),
+        *findings_of("group in two splits", severity, divided),
+        *findings_of("equal content in two splits", severity, apart),
+        *findings_of("equal short or flat series", "warning", by_chance),
+        *findings_of("equal content in one split", "warning", together),
     ]
 
 
@@ -444,7 +446,7 @@ def _near_duplicates(dataset: StoredDataset) -> list[Finding]:
         f"{_described(dataset, int(partner[k]))}, where {usual:.2g} is usual: a near duplicate?"
         for k in close[np.argsort(distance[close])]
     ]
-    return _finding("near duplicates in two splits", "warning", sentences)
+    return findings_of("near duplicates in two splits", "warning", sentences)
 
 
 def _thinned(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
@@ -475,140 +477,3 @@ def _sketches(dataset: StoredDataset) -> NDArray[np.float32]:
             means = np.where(counts > 0, sums / np.maximum(counts, 1), whole[:, None])
             sketches[part.ids, :, c] = means
     return sketches.reshape(len(dataset), -1)
-
-
-# -- version diff
-
-_DRIFT = 0.2  # of the stability index; below 0.1 is called stable
-
-
-def previous_version(path: Path) -> Path | None:
-    """The version of the same data set that was built last before the one in ``path``."""
-    built = (path / MANIFEST).stat().st_mtime_ns
-    others = [
-        (manifest.stat().st_mtime_ns, manifest.parent)
-        for manifest in path.parent.glob(f"*/{MANIFEST}")
-        if manifest.parent != path and not manifest.parent.name.startswith(".")
-    ]
-    return max(((t, folder) for t, folder in others if t <= built), default=(0, None))[1]
-
-
-def compare_versions(new: StoredDataset, old: StoredDataset) -> list[Finding]:
-    """Differences of a new version to an old one; an object in another split is an error.
-
-    Drift of every channel and what is observed of it, of categories, covariates, gaps, lengths and
-    classes is measured on the train splits by the population stability index. Versions with
-    different schemas are not compared further.
-    """
-    sentences = []
-    for what in ("layout", "channels", "axes", "covariates", "classes", "targets", "target_level"):
-        now, then = (
-            found
-            if isinstance(found := getattr(version.schema, what), str)
-            else [p if isinstance(p, str) else (p.name, p.unit) for p in found]
-            for version in (new, old)
-        )
-        if now != then:
-            sentences.append(f"{what} were {then}, now they are {now}: earlier models do not fit")
-    if sentences:
-        return _finding("schema changed", "warning", sentences)
-    return [*_object_changes(new, old), *_drift(new, old)]
-
-
-def _object_changes(new: StoredDataset, old: StoredDataset) -> list[Finding]:
-    row_of = {name: i for i, name in enumerate(new.ids)}
-    moved, gone, changed = [], [], []
-    for j, name in enumerate(old.ids):
-        was = SPLITS[old.splits[j]]
-        i = row_of.get(name)
-        if i is None:
-            gone.append(f"object {name!r} ({was}) is no longer there")
-            continue
-        if new.splits[i] != old.splits[j]:
-            moved.append(
-                f"object {name!r} was in {was}, now it is in {SPLITS[new.splits[i]]}: a model may have "
-                f"been trained on its test data; restore the earlier split settings and fractions, or "
-                f"give the data set a new name"
-            )
-        same_label = old.labels is None or new.labels is None or new.labels[i] == old.labels[j]
-        if new.lengths[i] != old.lengths[j] or not same_label:
-            changed.append(
-                f"object {name!r} had {old.lengths[j]} observations, now it has {new.lengths[i]}"
-                + ("" if same_label else ", and another label")
-            )
-    return [
-        *_finding("moved to another split", "error", moved),
-        *_finding("gone", "warning", gone),
-        *_finding("changed", "warning", changed),
-    ]
-
-
-def _drift(new: StoredDataset, old: StoredDataset) -> list[Finding]:
-    now, then = (_train_numbers(version, Normaliser(old.schema.joint)) for version in (new, old))
-    sentences = [
-        f"{name} drifted: stability index {index:.2f} (above {_DRIFT} is much); median "
-        f"{np.median(numbers):.3g} → {np.median(now[name]):.3g}"
-        for name, numbers in then.items()
-        if len(numbers) and len(now.get(name, ()))
-        if (index := stability_index(numbers, now[name])) > _DRIFT
-    ]
-    return _finding("drift", "warning", sentences)
-
-
-def _train_numbers(
-    dataset: StoredDataset, normaliser: Normaliser
-) -> dict[str, NDArray[np.float64]]:
-    """Transformed values, gaps, lengths, categories and classes of train, by what they are."""
-    train = dataset.split("train")
-    total = int(train.lengths.sum())
-    schema = dataset.schema
-    raw = [dataset.joint(int(i)) for i in train.indices[:: max(1, -(-total // _MAX_OBSERVATIONS))]]
-    if not raw:
-        return {}
-    positions = np.concatenate([p for p, _ in raw])
-    values = normaliser.transform(np.concatenate([v for _, v in raw]), positions)
-    found = {"length of series": np.array([len(p) for p, _ in raw], np.float64)}
-    found[f"gap in {schema.axes[0].name!r}"] = np.concatenate([np.diff(p[:, 0]) for p, _ in raw])
-    for k, channel in enumerate(schema.channels):
-        known = ~np.isnan(values[:, k])
-        found[f"channel {channel.name!r}"] = values[known, k]
-        found[f"presence of channel {channel.name!r}"] = known.astype(np.float64)
-    for k, axis in enumerate(schema.given_axes):
-        if axis.categories:
-            found[f"category of {axis.name!r}"] = positions[:, k]
-    for k, covariate in enumerate(schema.covariates):
-        known = _known(dataset, k, "train")
-        found[f"covariate {covariate.name!r}"] = known.astype(np.float64)
-        there = np.arange(len(train)) < len(known)
-        found[f"presence of covariate {covariate.name!r}"] = there.astype(np.float64)
-    if dataset.labels is not None:
-        found["class"] = dataset.labels[train.indices].astype(np.float64)
-    if dataset.series_targets is not None:
-        columns = dataset.series_targets[train.indices].astype(np.float64).T
-        found |= {f"target {t.name!r}": x for t, x in zip(schema.targets, columns, strict=True)}
-    return found
-
-
-def stability_index(old: NDArray[np.float64], new: NDArray[np.float64]) -> float:
-    """Population stability index of new numbers over the bins of the old ones."""
-    edges = bin_edges(old)
-    return psi(
-        *(np.bincount(np.searchsorted(edges, x), minlength=len(edges) + 1) for x in (old, new))
-    )
-
-
-def bin_edges(numbers: NDArray[np.float64], n_bins: int = 10) -> NDArray[np.float64]:
-    """Inner edges of quantile bins; of bins between the distinct numbers if these are few."""
-    distinct = np.unique(numbers)
-    if len(distinct) <= 2 * n_bins:
-        return (distinct[1:] + distinct[:-1]) / 2
-    return np.unique(np.quantile(numbers, np.linspace(0, 1, n_bins + 1)[1:-1]))
-
-
-def psi(old: NDArray[Any], new: NDArray[Any]) -> float:
-    """Population stability index Σ (q − p)·ln(q / p) of counts ``(B,)`` in the same bins.
-
-    Half an observation is added to every bin, so that an empty one gives no infinity.
-    """
-    p, q = ((counts + 0.5) / (counts + 0.5).sum() for counts in (old, new))
-    return float(((q - p) * np.log(q / p)).sum())

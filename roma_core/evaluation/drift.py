@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from roma_core.data.quality import bin_edges, psi
 from roma_core.data.store import StoredDataset
+from roma_core.data.versions import bin_edges, psi
 from roma_core.evaluation.predictions import Floats
 from roma_core.schema import DataError, DataSchema
 from roma_core.settings import Frozen

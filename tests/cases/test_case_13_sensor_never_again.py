@@ -108,7 +108,7 @@ def test_a_build_is_tried_again_unless_the_data_are_wrong(month, monkeypatch):  
 
     month.deliver()
     with monkeypatch.context() as patch:
-        patch.setattr("roma_core.data.build.write_column", full)
+        patch.setattr("roma_core.data.writer.write_column", full)
         assert ask(0)[1]
     decision, began = ask(1)
     assert not began and "it is tried again 4 h after" in decision.skip_message

@@ -26,6 +26,7 @@ from roma_core.data import (
     build_dataset,
     plot_profile,
     profile_dataset,
+    writer,
 )
 from roma_core.data import build as building
 from roma_core.data.job import (
@@ -52,7 +53,7 @@ from tests.time_limits import within
 
 def test_fitting_does_not_depend_on_the_chunk(tmp_path, monkeypatch):
     whole = built(tmp_path / "whole")
-    monkeypatch.setattr(building, "_CHUNK", 3)
+    monkeypatch.setattr(writer, "_CHUNK", 3)
 
     assert built(tmp_path / "chunks").name == whole.name
 
@@ -166,12 +167,12 @@ def test_a_killed_build_resumes_with_the_next_series(tmp_path, monkeypatch):
     given_series[4] = series("empty", 0, group="g4")
     options = {"repair": {"empty": "drop"}, "drop_rate": 0.2, "axes": {"t": {"scale": "auto"}}}
     config = config_of(*given_series, split={"stratified": True}, **options)
-    monkeypatch.setattr(building, "_SHARD", 15)
+    monkeypatch.setattr(writer, "_SHARD", 15)
     whole = build_dataset(config, tmp_path / "whole", tmp_path, progress=False)
     added = []
-    add = building.DatasetWriter.add
+    add = writer.DatasetWriter.add
     monkeypatch.setattr(
-        building.DatasetWriter, "add", lambda self, one: added.append(one.id) or add(self, one)
+        writer.DatasetWriter, "add", lambda self, one: added.append(one.id) or add(self, one)
     )
     monkeypatch.setattr(building, "_LOOK_EVERY_S", 0)
     monkeypatch.setattr(building, "_SAVE_EVERY_S", 0)
@@ -264,7 +265,7 @@ def test_a_build_that_cannot_be_resumed_leaves_no_half_folder(
     caplog.set_level("INFO")
 
     with monkeypatch.context() as patch, pytest.raises(type(failure)) as raised:
-        patch.setattr(building, "write_column", fails)
+        patch.setattr(writer, "write_column", fails)
         built(tmp_path)
 
     assert versions_in(tmp_path) == [".building"] * resumes
@@ -366,7 +367,7 @@ def test_a_large_set_lies_in_several_files_and_reads_the_same(tmp_path_factory, 
     given_series = [series(f"s{k}", n, "x", "train", seed=k) for k, n in enumerate(lengths)]
     whole = StoredDataset(built(folder / "whole", *given_series))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(building, "_SHARD", shard)
+        patch.setattr(writer, "_SHARD", shard)
         parted = StoredDataset(built(folder / "parted", *given_series))
 
     assert errors_but_leaks(parted.path) == []

@@ -12,13 +12,8 @@ from click.testing import CliRunner
 from roma_core.cli.data import data
 from roma_core.data import DatasetConfig, StoredDataset, build_dataset
 from roma_core.data.manifest import read_manifest, record_of
-from roma_core.data.quality import (
-    _recurring,
-    check_dataset,
-    compare_versions,
-    previous_version,
-    stability_index,
-)
+from roma_core.data.quality import _recurring, check_dataset
+from roma_core.data.versions import compare_versions, previous_version, stability_index
 from roma_core.files import write_json
 from roma_core.schema import Covariate, PositionAxis
 from tests.core import hand_made

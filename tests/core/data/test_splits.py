@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from roma_core.data.manifest import SPLITS
-from roma_core.data.quality import compare_versions
 from roma_core.data.splits import SplitOptions, Splitter
 from roma_core.data.store import StoredDataset
+from roma_core.data.versions import compare_versions
 from roma_core.schema import DataError
 from roma_core.sources.base import RawSeries
 from tests.core.hand_made import built, series
