@@ -140,6 +140,7 @@ class _Evaluator:
         self.n_steps = 0
         self.device = torch.accelerator.current_accelerator(True) or torch.device("cpu")
         self.tracked: dict[str, float] = {}  # measurements for a tracker beside the metrics
+        self.svgs: dict[str, str] = {}  # figures of the report with tooltips
         self.digests: dict[str, str] = {}  # sha256 of the manifests of packages
         self.dataset = open_dataset(config.dataset, config.dataset_digest, verify=True)
         self.test = self.dataset.split("test")
@@ -212,7 +213,7 @@ class _Evaluator:
             created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             metrics=metrics,
             leaks=self.leaks,
-            plots=tuple(report.plot_of(name, png) for name, png in figures.items()),
+            plots=tuple(report.plot_of(n, png, self.svgs.get(n, "")) for n, png in figures.items()),
             limits=tuple(limits),
             n_observed=config.n_observed,
             **shared_fields(config) | fields,
@@ -246,6 +247,7 @@ class _Evaluator:
                 features = embed(encoder, test, config.batch_size)
                 points = features, table.labels, table.classes
                 figures["embedding_map"] = plots.embedding_map(*points)
+                self.svgs["embedding_map"] = plots.embedding_svg(features, table)
             rows = np.concatenate([dataset.split(name).indices for name in ("train", "validation")])
             few = Subset(dataset, rows[:: -(-len(rows) // _MAX_EMBEDDED)])
             profile = embedding_profile(embed(encoder, few, config.batch_size))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import io
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -36,6 +38,10 @@ from roma_core.trainer.defaults import PrimaryMetric
 MAX_BYTES = 40 * 1024
 BLUE, ORANGE, GREEN, GREY, INK = "#2f6db3", "#d9652b", "#3f8f5b", "#8a929c", "#22272e"
 _COLOURS = (BLUE, ORANGE, GREEN, INK)
+_CLASS_COLOURS = (  # Petroff's ten, which differ for every kind of colour vision
+    *("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"),
+    *("#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"),
+)
 _DASHED: Any = (0, (4, 3))
 _CURVES = ("loss", "r2", *get_args(PrimaryMetric))  # last parts of metric names
 _SPLIT_COLOURS = {"train": BLUE, "eval": ORANGE}
@@ -212,7 +218,7 @@ def ranking_curves(table: PredictionTable) -> Figure:
     roc, recall = figure.subplots(1, 2)
     roc.plot([0, 1], [0, 1], color=GREY, linestyle=_DASHED, linewidth=1)
     for k, (auroc, name, fall_out, sensitivity, precision, recalled) in enumerate(drawn):
-        style: Any = {"color": BLUE if is_binary else mpl.colormaps["tab10"](k), "linewidth": 1.5}
+        style: Any = {"color": BLUE if is_binary else _CLASS_COLOURS[k], "linewidth": 1.5}
         roc.plot(fall_out, sensitivity, label=f"{_short(name)}, AUROC {auroc:.3f}", **style)
         recall.step(recalled, precision, where="post", **style)
     if is_binary:
@@ -448,18 +454,18 @@ def errors_by_group(groups: Sequence[GroupErrors], noise: Estimate | None) -> Fi
     return figure
 
 
-@_as_png
-def embedding_map(features: NDArray[np.floating], labels: Ints, classes: Sequence[str]) -> Figure:
-    """Two principal components of features ``(n, D)`` of series with labels ``(n,)``."""
-    step = -(-len(features) // _MAX_POINTS)
-    features, labels = features[::step], labels[::step]
-    points, fractions = principal_components(features)
-    colours = mpl.colormaps["tab10" if len(classes) <= 10 else "tab20"]
+def _embedding_map(features: NDArray[np.floating], labels: Ints, classes: Sequence[str]) -> Figure:
+    """Two principal components; the link of a point is the row of its series."""
+    rows = np.arange(0, len(features), -(-len(features) // _MAX_POINTS))
+    points, fractions = principal_components(features[rows])
     figure = Figure((6.4, 4.6))
     axes = figure.subplots()
+    colours = _CLASS_COLOURS if len(classes) <= 10 else mpl.color_sequences["tab20"]
     for k in np.unique(labels):
-        (x, y), colour, name = points[labels == k].T, colours(k % colours.N), _short(classes[k])
-        axes.scatter(x, y, 14, color=colour, alpha=0.75, linewidths=0, label=name)
+        here, style = labels[rows] == k, dict[str, Any](s=14, alpha=0.75, linewidths=0)
+        x, y = points[here].T
+        style |= {"label": _short(classes[k]), "urls": rows[here].astype(str)}
+        axes.scatter(x, y, color=colours[k % len(colours)], **style)
     axes.set_xlabel(f"first principal component, {fractions[0]:.0%} of the variance")
     axes.set_ylabel(f"second, {fractions[1]:.0%}")
     if len(classes) <= _MAX_LEGEND:
@@ -467,18 +473,41 @@ def embedding_map(features: NDArray[np.floating], labels: Ints, classes: Sequenc
     return figure
 
 
+embedding_map = _as_png(_embedding_map)
+"""Two principal components of features ``(n, D)`` of series with labels ``(n,)``."""
+
+
+def embedding_svg(features: NDArray[np.floating], table: PredictionTable) -> str:
+    """The map as SVG for a page, where pointing at a series shows its id, class and prediction."""
+    image = io.StringIO()
+    with mpl.rc_context({**STYLE, "svg.fonttype": "none", "svg.hashsalt": "roma"}):
+        figure = _embedding_map(features, table.labels, table.classes)
+        figure.savefig(image, format="svg", metadata=dict.fromkeys(("Date", "Creator"), None))
+
+    def titled(link: re.Match[str]) -> str:
+        k, predicted = int(link[1]), table.predicted[int(link[1])]
+        text = (
+            f"{table.ids[k]}\nclass {table.classes[table.labels[k]]}\npredicted "
+            f"{table.classes[predicted]} ({table.probabilities[k, predicted]:.0%})"
+        )
+        return f"<a><title>{html.escape(text)}</title>"
+
+    svg = image.getvalue()
+    return re.sub(r'<a xlink:href="(\d+)"[^>]*>', titled, svg[svg.index("<svg") :])
+
+
 def principal_components(features: NDArray[np.floating]) -> tuple[Floats, Floats]:
     """The first two of ``(n, D)``: scores ``(n, 2)``, and explained fractions of the variance ``(2,)``.
 
     The larger side of each component is positive, so that equal features give equal maps.
     """
-    centred = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
-    left, size, right = np.linalg.svd(centred, full_matrices=False)
-    scores, fractions = np.zeros((len(features), 2)), np.zeros(2)
-    for k in range(min(2, len(size))):
-        sign = np.sign(right[k, np.abs(right[k]).argmax()]) or 1.0
-        scores[:, k] = sign * left[:, k] * size[k]
-        fractions[k] = size[k] ** 2 / max((size**2).sum(), np.finfo(np.float64).tiny)
+    from sklearn.decomposition import PCA
+
+    pca, scores, fractions = PCA(min(2, *features.shape)), np.zeros((len(features), 2)), np.zeros(2)
+    with np.errstate(divide="ignore", invalid="ignore"):  # of equal features
+        found = pca.fit_transform(features.astype(np.float64))
+    scores[:, : found.shape[1]] = found
+    fractions[: found.shape[1]] = np.nan_to_num(pca.explained_variance_ratio_)
     return scores, fractions
 
 

@@ -29,6 +29,7 @@ class Plot(Frozen):
     caption: str
     alt: str = Field(min_length=1)
     png: bytes = Field(repr=False)
+    svg: str = Field("", repr=False)  # shown in its place, if not empty; trusted
     wide: bool = False  # takes the full width of the page
 
     @field_validator("png")
@@ -59,7 +60,7 @@ FIGURES = {
     "embedding_map": (
         "Embedding map",
         "The first two principal components of the pretrained encoder's features of test series. The "
-        "encoder was trained without labels.",
+        "encoder was trained without labels. Pointing at a series shows its id, class and prediction.",
         "Test series on two principal components of their features, coloured by class.",
     ),
     "series": (
@@ -94,13 +95,15 @@ FIGURES = {
 _HALF_WIDTH = ("confusion", "reliability", "embedding_map", "by_position")
 
 
-def plot_of(name: str, png: bytes) -> Plot:
+def plot_of(name: str, png: bytes, svg: str = "") -> Plot:
     """A figure of FIGURES, or the learning curve of ``curve_TRAINING``."""
     training = name.removeprefix("curve_")
     caption = "Metrics by epoch; eval is the validation split; dashed: the weights that were kept."
     curve = (f"Learning curve: {training}", caption, f"Learning curve of the {training}.")
     title, caption, alt = FIGURES.get(name, curve)
-    return Plot(title=title, caption=caption, alt=alt, png=png, wide=name not in _HALF_WIDTH)
+    return Plot(
+        title=title, caption=caption, alt=alt, png=png, svg=svg, wide=name not in _HALF_WIDTH
+    )
 
 
 class _Content(Frozen):

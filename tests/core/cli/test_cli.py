@@ -129,6 +129,7 @@ def test_the_commands_end_with_a_classifier_that_classifies(runs):
     assert "ROC and precision-recall curves" in report
     assert "<h1>Evaluation of waves</h1>" in report and "data:image/png;base64" in report
     assert "Baselines of this run" in report and "summary features" in report
+    assert report.count("<a><title>") == len(StoredDataset(data).split("test"))  # of the map
     assert "Published results" not in report, "none was given"
     assert read_json(root / "eval/config.json")["trained_on"] == [str(data)]
 

@@ -1,4 +1,6 @@
+import dataclasses
 import io
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -193,4 +195,19 @@ def test_the_map_shows_the_two_directions_of_most_variance():
     np.testing.assert_allclose(again[::-1], points, atol=1e-6)
     png = embedding_map(found.astype(np.float32), labels, ["a", "b<c", "d"])
     assert len(png) <= MAX_BYTES
+    assert not principal_components(np.ones((3, 1)))[0].any()
     assert embedding_map(found[:1].astype(np.float32), labels[:1], ["a"] * 30)
+
+
+def test_every_series_of_the_map_has_a_tooltip(simulated):
+    table = simulated(n=3000, k=12)  # more series than are drawn
+    table = dataclasses.replace(table, ids=[f"star <{k}>" for k in range(3000)])
+
+    svg = plots.embedding_svg(np.random.default_rng(0).normal(size=(3000, 4)), table)
+
+    titles = [e.text for e in ElementTree.fromstring(svg).findall(".//{*}a/{*}title")]
+    classes, p = table.classes, table.probabilities.max(axis=1)
+    assert sorted(titles) == sorted(
+        f"star <{k}>\nclass {classes[table.labels[k]]}\npredicted {classes[table.predicted[k]]} ({p[k]:.0%})"
+        for k in range(0, 3000, 2)
+    )
