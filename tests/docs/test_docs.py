@@ -4,6 +4,7 @@ A block that is not run has a comment before it, ``<!-- not run: reason -->``; i
 nevertheless.
 """
 
+import json
 import re
 import shlex
 import string
@@ -22,6 +23,7 @@ from roma_core.cli import main as roma
 from roma_core.data import DatasetConfig, build_dataset
 from roma_core.evaluation import packaging
 from roma_core.serving.package import SmokeTestFailed
+from roma_core.serving.pyfunc_model import Series
 from roma_core.settings import RomaSettings
 from roma_pipelines.cli import main as roma_pipeline
 from roma_pipelines.experiment import Experiment, load_experiment
@@ -34,7 +36,7 @@ from tests.pipelines.registry.conftest import registered_as
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DEPLOY = ROOT / "deploy" / "README.md"
-LANGUAGES = {"bash", "python", "yaml", "text"}
+LANGUAGES = {"bash", "python", "yaml", "json", "text"}
 _FENCE = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
 _BLOCK = re.compile(
     r"(?:^<!-- not run: ([^>]*) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL
@@ -296,6 +298,8 @@ def test_blocks_run(page, names, tmp_path):
             continue
         if block.language == "yaml":
             check_yaml(block.code, tmp_path)
+        elif block.language == "json":
+            Series(**json.loads(block.code))
         elif block.language == "bash":
             run_shell(block.code, variables)
         elif block.language == "python":
