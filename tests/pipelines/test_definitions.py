@@ -103,6 +103,19 @@ def test_a_component_that_dagster_cannot_load_leaves_the_experiments(monkeypatch
     assert load()[1] == {"other": "other/defs.yaml: ValueError: no such setting"}
 
 
+@pytest.mark.parametrize("content", [(), ("README.md",)])
+def test_a_project_may_have_no_experiment_yet(monkeypatch, tmp_path, content):
+    (tmp_path / "defs").mkdir()
+    for name in content:
+        (tmp_path / "defs" / name).touch()
+    monkeypatch.setenv("ROMA_PROJECT", str(tmp_path))
+
+    definitions, errors = load()
+
+    assert errors == {}
+    assert definitions.resolve_asset_graph().has(dg.AssetKey(["japanese_vowels", "dataset"]))
+
+
 def test_the_clients_of_jobs_are_resources_of_the_assets_that_may_run_one(graph):
     definitions = defs()
     clients = {"local": LocalJobClient, "slurm": SlurmJobClient, "kubernetes": KubernetesJobClient}
