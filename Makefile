@@ -3,7 +3,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check
 READY := $(VENV)/.ready
 
 # Python compiles a module once, not in each of the hundreds of processes of the tests
@@ -15,19 +14,8 @@ unexport PYTHONDONTWRITEBYTECODE
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
-# torch comes first: without a GPU its CPU build is asked for (some package mirrors carry it under
-# its own version), so that nothing after it pulls in gigabytes of CUDA
-$(READY): pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; set PYTHON=…") if sys.version_info < (3, 11) else 0'
-	@echo "installing into $(VENV) (versions from constraints.txt)"
-	@torch=$$(grep -E '^torch==' constraints.txt); \
-	if ! command -v nvidia-smi >/dev/null 2>&1; then \
-		$(PIP) install -q "$$torch+cpu" 2>/dev/null || $(PIP) install -q "$$torch"; \
-	else \
-		$(PIP) install -q "$$torch"; \
-	fi
-	@$(PIP) install -q -c constraints.txt -e '.[dev]'
+$(READY): pyproject.toml constraints.txt deploy/install.py
+	@$(PYTHON) deploy/install.py $(VENV)
 	@touch $(READY)
 
 .PHONY: setup

@@ -284,7 +284,11 @@ def test_an_experiment_of_a_users_own_is_trained_outside_a_checkout(image, tmp_p
     (folder / "mine.csv").write_text("\n".join(["id,time,x,y,kind", *rows, ""]))
     (packages,) = (image / "lib").glob("python*/site-packages")
     installed = {path: path.stat().st_mtime_ns for path in packages.rglob("*")}
-    tiny = yaml.safe_dump(attributes(tmp_path))
+    tiny = yaml.safe_dump(
+        attributes(
+            tmp_path, finetuning={"trainer": {"epochs": 12, "batch_size": 8, "base_lr": 0.01}}
+        )
+    )
 
     done = subprocess.run(
         [image / "bin" / "python", "-c", OWN_EXPERIMENT, tiny],
