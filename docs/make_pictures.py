@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from roma_core.files import read_json
 from tests.end_to_end.served import Pages, chromium
@@ -28,6 +28,7 @@ def save(shot: bytes, name: str, width: int) -> None:
     """With at most so many pixels in width, and few colours."""
     image = Image.open(io.BytesIO(shot)).convert("RGB")
     image.thumbnail((width, 4 * width), Image.Resampling.LANCZOS)
+    image = ImageOps.expand(image, 1, "#d0d0d0")
     path = PICTURES / f"{name}.png"
     image.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path.relative_to(ROOT)}: {image.size}, {path.stat().st_size:,} bytes")
@@ -39,10 +40,10 @@ def main(folder: Path) -> None:
     environment = {"ROMA_STORAGE_ROOT": str(folder / "roma"), "PYTHONPATH": str(ROOT)}
     demo = [sys.executable, "-m", "roma_pipelines.cli", "demo", EXPERIMENT]
     subprocess.run(demo, cwd=folder, env=os.environ | environment, check=True)
-    configs = [
+    jobs = [
         path for path in folder.glob("roma/jobs/*/config.json") if "classifier" in read_json(path)
     ]
-    (report,) = [path.parent / "outputs" / "report.html" for path in configs]
+    report = max(jobs, key=lambda path: path.stat().st_mtime).parent / "outputs" / "report.html"
     PICTURES.mkdir(exist_ok=True)
     pages = Pages(folder)
     try:
