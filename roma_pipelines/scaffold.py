@@ -352,4 +352,4 @@ def _cost(proposal: Proposal) -> str:
     seconds = cost_s("pretraining", shape, pretrainer, sizes.size)
     seconds += cost_s("finetuning", shape, finetrainer, sizes.size)
     steps, minutes = sum(sizes.steps.values()), max(1, round(seconds / 60))
-    return f"both trainings: {steps:,} steps, about {minutes:,} min on one CPU core"
+    return f"both trainings: about {steps:,} steps, {minutes:,} min on one CPU core"

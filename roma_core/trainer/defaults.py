@@ -162,7 +162,7 @@ def _trainer(stage: Stage, size: DatasetSize, rate: float) -> tuple[dict[str, An
     trainer |= {"eval_every": interval, "save_every": interval}
     reason = (
         f"{epochs} epochs of {per_epoch} step{'s' if per_epoch > 1 else ''} with about "
-        f"{tokens / size.mean_length:.0f} series each: {total:,} steps"
+        f"{tokens / size.mean_length:.0f} series each: about {total:,} steps"
     )
     return trainer, total, reason
 
