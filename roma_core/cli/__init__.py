@@ -134,4 +134,5 @@ def main() -> None:
     Settings are taken from options, the environment, one .env file and defaults, in this order.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for library in ("httpx", "torch"):
+        logging.getLogger(library).setLevel(logging.WARNING)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 import urllib.error
 import urllib.request
+from textwrap import shorten
 from typing import Any
 
 import click
@@ -49,7 +50,9 @@ def status(as_json: bool) -> None:
         click.echo(f"  their champions are unknown: {found['registry']}")
     for title in ("running", "failed"):
         for job in found[title]:
-            click.echo(f"{title:<10}  {job['key'][:12]}  {job['asset']}: {job['detail']}")
+            click.echo(
+                f"{title:<10}  {job['key'][:12]}  {job['asset']}: {shorten(job['detail'], 200)}"
+            )
     for name, server in found["servers"].items():
         answer = "answers" if server["answers"] else "does not answer"
         click.echo(f"{name:<10}  {server['url']} {answer}")
@@ -66,7 +69,8 @@ def _state(storage: Storage) -> dict[str, Any]:
         aliases = aliases_without_mlflow(MlflowSettings(), storage.mlflow)
     except (StoreError, StorageError) as error:
         found["registry"] = str(error)
-    for name in experiment_names():
+    with_jobs = (asset.partition("/")[0] for asset in newest if "/" in asset)
+    for name in sorted({*experiment_names(), *with_jobs}):
         one: dict[str, Any] = dict.fromkeys(("champion", "candidate", "stage", "status", "age_s"))
         one |= {alias: v for alias, v in aliases.get(name, {}).items() if alias in one}
         if last := next((job for job in newest.values() if job.asset.startswith(f"{name}/")), None):

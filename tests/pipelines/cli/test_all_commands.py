@@ -78,6 +78,7 @@ def test_the_program_alone_shows_the_state_and_the_next_step(storage, job, clien
     client.create_model_version("japanese_vowels", "file:///x", None)
     client.set_registered_model_alias("japanese_vowels", "champion", "1")
     job("a", "failed", asset="japanese_vowels/evaluation_report")
+    job("b", asset="of_another_project/dataset")
     (storage.root / "servers.json").write_text('{"MLflow": "http://127.0.0.1:1"}')
 
     found = said()
@@ -86,6 +87,7 @@ def test_the_program_alone_shows_the_state_and_the_next_step(storage, job, clien
     assert (vowels["champion"], vowels["stage"]) == ("1", "evaluation_report")
     assert found["servers"] == {"MLflow": {"url": "http://127.0.0.1:1", "answers": False}}
     assert found["next"].startswith("roma-pipeline jobs logs aaaaaaaaaaaa")
+    assert "of_another_project" in [one["name"] for one in found["experiments"]]
     text = CliRunner().invoke(roma_pipeline).output
     assert re.search("japanese_vowels +champion 1 +evaluation_report failed, 0 s ago", text)
     assert "failed      aaaaaaaaaaaa  japanese_vowels/evaluation_report: " in text
