@@ -5,12 +5,11 @@ Commands are imported on use, so that ``--help`` is fast.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ INTERRUPTED = 130  # exit code, as of a shell after SIGINT
 class LazyGroup(click.Group):
     """``commands_at`` maps a command's name to ``module:attribute``, in the order of the help text.
 
-    Ctrl-C ends a command with one line, the message of its KeyboardInterrupt, and exit code 130.
+    A command ends with one message for a ValueError, RuntimeError or OSError, and for Ctrl-C with that of
+    its KeyboardInterrupt and exit code 130. A closed pipe is none: click ends quietly.
     """
 
     def __init__(self, *arguments: Any, commands_at: dict[str, str], **options: Any) -> None:
@@ -44,23 +44,14 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except (click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
         except (KeyboardInterrupt, Interrupted) as error:
             after_echo = "\n" if sys.stderr.isatty() else ""  # a terminal shows ^C
             click.echo(f"{after_echo}{str(error) or 'interrupted'}", err=True)
             ctx.exit(INTERRUPTED)
-
-
-@contextlib.contextmanager
-def errors_as_messages(
-    kinds: tuple[type[Exception], ...] = (RuntimeError, ValueError, OSError),
-) -> Iterator[None]:
-    """Ends the command with the message of an error of these kinds, but for a closed pipe."""
-    try:
-        yield
-    except BrokenPipeError:  # click ends quietly
-        raise
-    except kinds as error:
-        raise click.ClickException(str(error)) from error
+        except (ValueError, RuntimeError, OSError) as error:
+            raise click.ClickException(str(error)) from error
 
 
 json_option = click.option(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from roma_core.cli import errors_as_messages, job_option, json_option, print_json
+from roma_core.cli import job_option, json_option, print_json
 from roma_core.data.store import StoredDataset
 from roma_core.job import Attempt, JobFolder, StopRequests
 from roma_core.run_job import Work
@@ -54,7 +54,7 @@ def build(config: Path, out: Path, cache: Path) -> None:
     from roma_core.data.config import DatasetConfig
     from roma_core.data.manifest import read_manifest
 
-    with errors_as_messages(), warnings.catch_warnings(), StopRequests() as requests:
+    with warnings.catch_warnings(), StopRequests() as requests:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
         settings = DatasetConfig.from_yaml(config)
@@ -80,8 +80,7 @@ def inspect(path: Path, as_json: bool) -> None:
     """Print what the data set in PATH looks like: counts, lengths, classes, gaps, values."""
     from roma_core.data.profile import profile_dataset
 
-    with errors_as_messages():
-        profile = profile_dataset(StoredDataset(path))
+    profile = profile_dataset(StoredDataset(path))
     if as_json:
         print_json(profile.model_dump(mode="json"))
         return
@@ -109,8 +108,7 @@ def validate(path: Path, against: Path | None, strict: bool, as_json: bool) -> N
     found = check_dataset(path)
     errors = sum(f.severity == "error" for f in found)
     if against is not None and not errors:
-        with errors_as_messages():
-            found += compare_versions(StoredDataset(path, verify=False), StoredDataset(against))
+        found += compare_versions(StoredDataset(path, verify=False), StoredDataset(against))
         errors = sum(f.severity == "error" for f in found)
     if as_json:
         print_json([f.model_dump() for f in found])
@@ -136,6 +134,5 @@ def export(path: Path, target: Path, split: str | None) -> None:
     """Write the data set in PATH to TARGET, a Parquet file with one row per series."""
     if target.suffix.lower() != ".parquet":
         raise click.BadParameter(f"expected a file that ends in .parquet, got {target}")
-    with errors_as_messages():
-        n = StoredDataset(path).to_parquet(target, split)  # type: ignore[arg-type]
+    n = StoredDataset(path).to_parquet(target, split)  # type: ignore[arg-type]
     click.echo(f"{target}: {n} series")

@@ -79,30 +79,27 @@ def evaluate(
         raise click.UsageError(
             "--n-observed is for reconstructions; leave out --weights or --n-observed"
         )
-    try:
-        manifest = read_manifest(data)
-        trained_on: dict[str, None] = {}
-        for weights_of_run in (one for one in (weights, autoencoder) if one is not None):
-            found = training_datasets(weights_of_run)
-            if not found:
-                click.echo(
-                    f"{weights_of_run} is not the outputs/model of a run: its training data are "
-                    f"unknown, and leakage of test series is not checked",
-                    err=True,
-                )
-            trained_on |= dict.fromkeys(map(str, found))
-        config = EvaluationJobConfig(
-            name=name or manifest.name,
-            dataset=str(data.absolute()),
-            dataset_digest=manifest.digest,
-            classifier=None if weights is None else str(weights.absolute()),
-            autoencoder=None if autoencoder is None else str(autoencoder.absolute()),
-            n_observed=n_observed,
-            measure_baselines=baselines,
-            trained_on=tuple(trained_on),
-        )
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+    manifest = read_manifest(data)
+    trained_on: dict[str, None] = {}
+    for weights_of_run in (one for one in (weights, autoencoder) if one is not None):
+        found = training_datasets(weights_of_run)
+        if not found:
+            click.echo(
+                f"{weights_of_run} is not the outputs/model of a run: its training data are "
+                f"unknown, and leakage of test series is not checked",
+                err=True,
+            )
+        trained_on |= dict.fromkeys(map(str, found))
+    config = EvaluationJobConfig(
+        name=name or manifest.name,
+        dataset=str(data.absolute()),
+        dataset_digest=manifest.digest,
+        classifier=None if weights is None else str(weights.absolute()),
+        autoencoder=None if autoencoder is None else str(autoencoder.absolute()),
+        n_observed=n_observed,
+        measure_baselines=baselines,
+        trained_on=tuple(trained_on),
+    )
     folder = JobFolder(run_dir.absolute())
     folder.path.mkdir(parents=True, exist_ok=True)
     write_json(folder.config, config.model_dump(mode="json"))

@@ -12,7 +12,6 @@ import click
 
 from roma_core.cli import (
     echo_table,
-    errors_as_messages,
     job_option,
     json_option,
     print_json,
@@ -120,7 +119,7 @@ def _apply(
     if Path(output).is_dir() and not output.endswith("/"):
         reason = f"{output} is a folder; name a file, or a new folder with / at its end"
         raise click.BadParameter(reason, param_hint="'OUTPUT'")
-    with errors_as_messages(), _fetched(model, tracking_uri, cache) as (folder, lineage):
+    with _fetched(model, tracking_uri, cache) as (folder, lineage):
         predictions = Predictions(input, split, lineage, Path(output), not output.endswith("/"))
         n = sum(predictions.counts.values())
         with predictions.others(folder, processes) as run:  # they load the model meanwhile
@@ -186,7 +185,7 @@ def explain(
     from roma_core.serving.job import load_package
 
     _check_input(input)
-    with errors_as_messages(), _fetched(**where) as (folder, lineage):
+    with _fetched(**where) as (folder, lineage):
         package = load_package(folder)
         for number, row in enumerate(read_series(input, split, package)):
             if name in (None, str(number) if row.get("id") is None else row["id"]):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import click
 import yaml
 
-from roma_core.cli import errors_as_messages, with_options
+from roma_core.cli import with_options
 
 Task = Literal["pretrain", "finetune"]
 _FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -87,8 +87,7 @@ def _run(task: Task, options: dict[str, Any], weights: Path | None = None) -> No
                 "--data and --run-dir are required (or --job, for a planned job)"
             )
         if os.environ.get("RANK", "0") == "0":  # the others wait for it before they read the folder
-            with errors_as_messages((ValueError, OSError)):
-                _prepare(task, options, weights)
+            _prepare(task, options, weights)
         if options["show_config"]:
             return
         folder = JobFolder(options["run_dir"].absolute())

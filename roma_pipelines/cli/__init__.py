@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
-from roma_core.cli import LazyGroup, errors_as_messages
+from roma_core.cli import LazyGroup
 from roma_core.cli import main as roma
 from roma_core.settings import without_credentials
 
@@ -115,8 +115,7 @@ def open_registry() -> Iterator[MlflowClient]:
 
     limit_requests(120)
     try:
-        with errors_as_messages():
-            yield connect(MlflowSettings(), Storage.open().mlflow)
+        yield connect(MlflowSettings(), Storage.open().mlflow)
     except MlflowException as error:
         message = no_answer(error) or without_credentials(error.message)
         raise click.ClickException(message) from error

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from roma_core.claim import is_running, process_start
-from roma_core.cli import errors_as_messages
 from roma_core.evaluation.metrics import LABELS, headline
 from roma_core.files import digest_of, read_json
 from roma_core.job import JobFolder
@@ -25,7 +24,7 @@ from roma_pipelines.launching.jobs import all_jobs, cancel
 from roma_pipelines.launching.targets import launcher_of_attempt
 from roma_pipelines.registry.gate import has_passed
 from roma_pipelines.registry.runs import send_pending
-from roma_pipelines.registry.store import MlflowSettings, StoreError, own_store
+from roma_pipelines.registry.store import MlflowSettings, own_store
 from roma_pipelines.storage import Storage, prepare_instance, project_folder
 
 if TYPE_CHECKING:
@@ -48,14 +47,13 @@ def demo(experiment: str, fresh: bool) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
     for number in (signal.SIGTERM, signal.SIGHUP):  # end the training, too
         signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
-    with errors_as_messages():
-        storage = Storage.open()
-        prepare_instance(storage)
+    storage = Storage.open()
+    prepare_instance(storage)
 
     import dagster as dg
 
     try:
-        with errors_as_messages((StoreError,)), dg.DagsterInstance.get() as instance:
+        with dg.DagsterInstance.get() as instance:
             _run(instance, storage, experiment, fresh, started)
     except Exception as error:
         if not storage.is_full(error):
@@ -70,11 +68,10 @@ def _run(
 ) -> None:
     import dagster as dg
 
-    with errors_as_messages((ValueError,)):
-        from roma_pipelines.definitions import defs
+    from roma_pipelines.definitions import defs
 
-        loggers = dg.Definitions(loggers={_LOGGER: _progress_logger()})
-        definitions = dg.Definitions.merge(defs(), loggers)
+    loggers = dg.Definitions(loggers={_LOGGER: _progress_logger()})
+    definitions = dg.Definitions.merge(defs(), loggers)
     keys = _keys(definitions, experiment)
     held, killed = unfinished(instance, experiment)
     if held:

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from roma_core.cli import echo_table, errors_as_messages, json_option, print_json
+from roma_core.cli import echo_table, json_option, print_json
 from roma_core.files import digest_of, read_json
 from roma_core.job import JobFolder
 from roma_pipelines.cli import TARGETS, complete_job
@@ -29,7 +29,6 @@ from roma_pipelines.storage import Storage
 
 _PASSTHROUGH_ENV = ("ROMA", "WANDB", "MLFLOW")
 _FOLLOW_EVERY_S = 0.5
-_messages = errors_as_messages((RuntimeError, ValueError))  # a closed pipe is click's
 
 
 @click.command(
@@ -63,7 +62,6 @@ _messages = errors_as_messages((RuntimeError, ValueError))  # a closed pipe is c
     "-m", "as_module", is_flag=True, help="Accepted for likeness with python -m MODULE; no effect."
 )
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="MODULE [ARGUMENT]…")
-@_messages
 def launch(as_module: bool, key: str | None, words: tuple[str, ...], **options: Any) -> None:
     """Run MODULE as a job, on this computer or on a cluster, and follow its log.
 
@@ -193,7 +191,6 @@ def jobs() -> None:
 @jobs.command("list", epilog="Example: roma-pipeline jobs list --all")
 @click.option("--all", "everything", is_flag=True, help="Include jobs that have ended.")
 @json_option
-@_messages
 def list_(everything: bool, as_json: bool) -> None:
     """List waiting and running jobs, the newest first."""
     found = all_jobs(Storage.open().jobs)
@@ -231,7 +228,6 @@ def _facts(job: Job) -> dict[str, Any]:
 @jobs.command(epilog="Example: roma-pipeline jobs show 3f2a9c")
 @click.argument("key", shell_complete=complete_job)
 @json_option
-@_messages
 def show(key: str, as_json: bool) -> None:
     """Show one job: its resources, attempts and events."""
     job = find_job(Storage.open().jobs, key)
@@ -271,7 +267,6 @@ def show(key: str, as_json: bool) -> None:
 @click.argument("key", shell_complete=complete_job)
 @click.option("-f", "--follow", is_flag=True, help="Follow the log until the job has ended.")
 @click.option("--attempt", type=int, help="Attempt number (default: latest).")
-@_messages
 def logs(key: str, follow: bool, attempt: int | None) -> None:
     """Print the output of a job's processes."""
     job: Job | None = find_job(Storage.open().jobs, key)
@@ -294,7 +289,6 @@ def logs(key: str, follow: bool, attempt: int | None) -> None:
 @click.option(
     "--wait", "wait_s", default=120.0, show_default=True, help="Seconds to wait for the end."
 )
-@_messages
 def cancel(key: str, wait_s: float) -> None:
     """Cancel a job on any target, supervised or not, and print its final status."""
     storage = Storage.open()
@@ -308,7 +302,6 @@ def cancel(key: str, wait_s: float) -> None:
 
 @jobs.command(epilog="Example: roma-pipeline jobs sync")
 @click.option("--drop", metavar="KEY", help="Never send the pending record of this job.")
-@_messages
 def sync(drop: str | None) -> None:
     """Send records of jobs to MLflow that could not be sent while it was unreachable."""
     storage = Storage.open()

@@ -77,7 +77,7 @@ def new_experiment(
     from roma_core.settings import validation_errors
     from roma_pipelines import scaffold
     from roma_pipelines.experiment import Experiment, checked_name
-    from roma_pipelines.storage import Storage, StorageError
+    from roma_pipelines.storage import Storage
 
     roles = {key: options[key] for key in ("time", "axes", "channels", "quantity", "covariates")}
     roles |= {key: options[key] for key in ("label", "targets", "group", "split")}
@@ -98,8 +98,6 @@ def new_experiment(
     except ValidationError as error:
         problems = validation_errors(error, Experiment)
         raise click.ClickException("\n".join(map(str, problems))) from error
-    except (ValueError, StorageError, OSError) as error:
-        raise click.ClickException(str(error)) from error
     for line in experiment.notes:
         click.echo(f"  {line}")
     for line in experiment.warnings:

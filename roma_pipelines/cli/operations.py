@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from roma_core.cli import errors_as_messages, json_option
+from roma_core.cli import json_option
 from roma_core.cli.doctor import CheckResult, report
 from roma_core.job import JobFolder
 from roma_pipelines.cli import open_registry
@@ -216,11 +216,10 @@ def backup(file: Path, with_datasets: bool) -> None:
     from roma_pipelines.operations.backup import kept_elsewhere, write_backup
     from roma_pipelines.operations.retention import operations_lock
 
-    with errors_as_messages():
-        storage = Storage.open()
-        with operations_lock(storage):
-            n_bytes = write_backup(storage, file.absolute(), with_datasets=with_datasets)
-        elsewhere = kept_elsewhere(storage)
+    storage = Storage.open()
+    with operations_lock(storage):
+        n_bytes = write_backup(storage, file.absolute(), with_datasets=with_datasets)
+    elsewhere = kept_elsewhere(storage)
     click.echo(f"{file}: {n_bytes:,} bytes, verified; `roma-pipeline restore {file}` restores it")
     datasets = "" if with_datasets else ", data sets (--with-datasets)"
     click.echo(f"not included: caches, checkpoints of jobs, logs of servers{datasets}")
@@ -235,8 +234,7 @@ def restore(file: Path) -> None:
     from roma_pipelines.operations.backup import restore_backup
 
     root = StorageSettings().root
-    with errors_as_messages():
-        original = restore_backup(file, root)
+    original = restore_backup(file, root)
     click.echo(f"restored into {root}")
     if original:
         click.echo(

@@ -20,12 +20,11 @@ from roma_pipelines.launching.launcher import (
     PLANNED_FOLDER,
     Launcher,
     Rejected,
-    Unreachable,
     size_of,
 )
 from roma_pipelines.launching.spec import JobSpec
 from roma_pipelines.launching.targets import job_spec, launcher_for, roma_command
-from roma_pipelines.storage import Storage, StorageError
+from roma_pipelines.storage import Storage
 
 if TYPE_CHECKING:  # it imports Dagster, which takes seconds
     from roma_pipelines.experiment import Experiment
@@ -77,74 +76,69 @@ def plan(
     from roma_pipelines.experiment import all_experiments, load_experiment
     from roma_pipelines.run_config import ENCODER, STAGES
 
+    if reason := load_experiments(all_experiments())[1].get(experiment):
+        raise ValueError(reason)
+    found = load_experiment(experiment)
+    if found.pretrained_from is not None and asset == ENCODER:
+        raise ValueError(
+            f"{found.name} finetunes the encoder of {found.pretrained_from}; plan that experiment, "
+            f"or give --asset {found.asset_names[2]}"
+        )
+    names = [name for name in found.own_assets if name in _COMMANDS]
+    if found.resources.dataset is None:
+        if asset == "dataset":
+            raise ValueError(
+                f"{found.name} builds its data set in Dagster's own process; add resources.dataset to make "
+                f"it a job"
+            )
+        names.remove("dataset")
+    if asset not in names:
+        raise ValueError(
+            f"{found.name} has no {asset}, its task is {found.task}; give another --asset, one of "
+            f"{', '.join(names)}"
+        )
+    for stage in (found.pretraining, found.finetuning):
+        TrainerConfig(**stage.trainer)  # raises if a setting of it is wrong
     try:
-        if reason := load_experiments(all_experiments())[1].get(experiment):
-            raise ValueError(reason)
-        found = load_experiment(experiment)
-        if found.pretrained_from is not None and asset == ENCODER:
-            raise ValueError(
-                f"{found.name} finetunes the encoder of {found.pretrained_from}; plan that experiment, "
-                f"or give --asset {found.asset_names[2]}"
-            )
-        names = [name for name in found.own_assets if name in _COMMANDS]
-        if found.resources.dataset is None:
-            if asset == "dataset":
-                raise ValueError(
-                    f"{found.name} builds its data set in Dagster's own process; add resources.dataset to make "
-                    f"it a job"
-                )
-            names.remove("dataset")
-        if asset not in names:
-            raise ValueError(
-                f"{found.name} has no {asset}, its task is {found.task}; give another --asset, one of "
-                f"{', '.join(names)}"
-            )
-        for stage in (found.pretraining, found.finetuning):
-            TrainerConfig(**stage.trainer)  # raises if a setting of it is wrong
-        try:
-            resources = found.resources.at(target, profile)
-        except ValueError as error:
-            raise click.UsageError(str(error)) from error
-        found, storage = found.model_copy(update={"resources": resources}), Storage.open()
-        launchers = {}
-        for name in names:
-            place = resources.of(STAGES[name])
-            launchers[name] = launcher_for(place.target, place.profile, storage)
-        launcher = launchers[asset]
-        text = launcher.plan(_spec(found, asset, _NO_KEY, PLANNED_FOLDER)).text
-        if not as_json:
-            click.echo(text, nl=False)
-        for word, meaning in _PLACEHOLDERS.items():
-            if word in text:
-                click.echo(f"# {word} stands for: {meaning}", err=True)
-        _show_difference(found, asset, launcher, storage)
-        if found.resources.dataset is None:
-            click.echo("# dataset: in Dagster's own process", err=True)
-        reasons: dict[str, list[str]] = {}
-        planned: dict[str, dict[str, str | None]] = {}
-        folder = JobFolder((storage.jobs / _NO_KEY).resolve())
-        for name, one in launchers.items():
-            profile = None if one.profile is None else one.profile.name
-            spec = _spec(found, name, _NO_KEY, folder)
-            planned[name] = {"target": one.backend, "profile": profile, "size": size_of(spec)}
-            where = " ".join(filter(None, (one.backend, profile)))
-            click.echo(f"# {name}: {where}, {size_of(spec)}", err=True)
-            for reason in one.preflight(one.plan(spec, folder)) if check else ():
-                reasons.setdefault(reason, []).append(name)
-        if as_json:
-            print_json({"asset": asset, "script": text, "jobs": planned, "rejected": reasons})
-        if reasons:
-            raise Rejected([f"{text} ({', '.join(names)})" for text, names in reasons.items()])
-        if check:
-            message = f"the targets would run {', '.join(names)}"
-            if "kubernetes" in (one.backend for one in launchers.values()):
-                message = "Kubernetes accepts its jobs in a dry run, which makes no pods: a wrong "
-                message += (
-                    "image or volume, PodSecurity, quotas of pods and missing nodes show later"
-                )
-            click.echo(f"# {message}", err=True)
-    except (ValueError, StorageError, Unreachable) as error:
-        raise click.ClickException(str(error)) from error
+        resources = found.resources.at(target, profile)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    found, storage = found.model_copy(update={"resources": resources}), Storage.open()
+    launchers = {}
+    for name in names:
+        place = resources.of(STAGES[name])
+        launchers[name] = launcher_for(place.target, place.profile, storage)
+    launcher = launchers[asset]
+    text = launcher.plan(_spec(found, asset, _NO_KEY, PLANNED_FOLDER)).text
+    if not as_json:
+        click.echo(text, nl=False)
+    for word, meaning in _PLACEHOLDERS.items():
+        if word in text:
+            click.echo(f"# {word} stands for: {meaning}", err=True)
+    _show_difference(found, asset, launcher, storage)
+    if found.resources.dataset is None:
+        click.echo("# dataset: in Dagster's own process", err=True)
+    reasons: dict[str, list[str]] = {}
+    planned: dict[str, dict[str, str | None]] = {}
+    folder = JobFolder((storage.jobs / _NO_KEY).resolve())
+    for name, one in launchers.items():
+        profile = None if one.profile is None else one.profile.name
+        spec = _spec(found, name, _NO_KEY, folder)
+        planned[name] = {"target": one.backend, "profile": profile, "size": size_of(spec)}
+        where = " ".join(filter(None, (one.backend, profile)))
+        click.echo(f"# {name}: {where}, {size_of(spec)}", err=True)
+        for reason in one.preflight(one.plan(spec, folder)) if check else ():
+            reasons.setdefault(reason, []).append(name)
+    if as_json:
+        print_json({"asset": asset, "script": text, "jobs": planned, "rejected": reasons})
+    if reasons:
+        raise Rejected([f"{text} ({', '.join(names)})" for text, names in reasons.items()])
+    if check:
+        message = f"the targets would run {', '.join(names)}"
+        if "kubernetes" in (one.backend for one in launchers.values()):
+            message = "Kubernetes accepts its jobs in a dry run, which makes no pods: a wrong "
+            message += "image or volume, PodSecurity, quotas of pods and missing nodes show later"
+        click.echo(f"# {message}", err=True)
 
 
 def _spec(experiment: Experiment, asset: str, key: str, folder: JobFolder) -> JobSpec:

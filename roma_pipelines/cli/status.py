@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from roma_core.cli import echo_table, errors_as_messages, json_option, print_json
+from roma_core.cli import echo_table, json_option, print_json
 from roma_core.files import read_json
 from roma_pipelines.cli import experiment_names
 from roma_pipelines.launching.jobs import Job, all_jobs
@@ -32,8 +32,7 @@ def status(as_json: bool) -> None:
 
     `roma-pipeline health` checks every component instead, which takes longer.
     """
-    with errors_as_messages():
-        found = _state(Storage.open())
+    found = _state(Storage.open())
     if as_json:
         print_json(found)
         return

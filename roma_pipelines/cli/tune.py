@@ -14,7 +14,6 @@ from typing import Any
 import click
 import yaml
 
-from roma_core.cli import errors_as_messages
 from roma_core.files import write_bytes
 from roma_pipelines.cli import complete_experiment
 from roma_pipelines.storage import Storage, defs_files, project_folder
@@ -58,47 +57,46 @@ def tune(experiment: str, write: bool, **budget: Any) -> None:
     from roma_pipelines.tuning import Search
 
     is_path = experiment.endswith((".yaml", ".yml"))
-    with errors_as_messages():
-        found, storage = load_experiment(experiment), Storage.open()
-        path = Path(experiment) if is_path else defs_files()[experiment]
-        if write and not is_path and not path.is_relative_to(project_folder() / "defs"):
-            raise ValueError(
-                f"{path} is shipped and not changed; copy it to defs/NAME in your project, with another "
-                f"name, or give its path"
-            )
-        given = {name: value for name, value in budget.items() if value is not None}
-        section = (found.tuning or Tuning()).model_dump(exclude_unset=True) | given
-        found = found.parse({**dict(found), "tuning": section})
-        dataset = build_dataset(found.dataset, storage.datasets, storage.cache, progress=False)
-        launcher = partial(launcher_for, storage=storage)
-        search = Search(found, dataset, storage, click.echo, launcher)
-        try:
-            result = search.run()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                "interrupted; the jobs of running trials, if there are any, continue, and the same "
-                "command adopts them; `roma-pipeline jobs cancel` ends one"
-            ) from None
-        click.echo(f"\n{result.text}\nreport  {result.page}")
-        if not result.settings:
-            return
-        than = "" if result.file is None else f", {result.file:.4f} before"
-        evidence = f"{search.name}, trial {result.best.number}: {search.metric} "
-        evidence += f"{result.best.value:.4f} on validation{than}; {time.strftime('%Y-%m-%d')}"
-        before = path.read_bytes().decode()
-        try:
-            after = changed_text(before, result.settings, evidence)
-            made = found.parse({**yaml.safe_load(after)["attributes"], "tuning": None})
-        except (ValueError, yaml.YAMLError):  # anchors, tags, block scalars, …
-            made = None
-        if made != search.plain.with_settings(**sections(search.plain, result.settings)):
-            better = "\n".join(f"  {name}: {value}" for name, value in result.settings.items())
-            raise ValueError(f"{path} is too intricate to be edited; set these by hand:\n{better}")
-        lines = before.splitlines(), after.splitlines()
-        click.echo("\n".join(difflib.unified_diff(*lines, str(path), "tuned", lineterm="", n=1)))
-        if write:
-            write_bytes(path, after.encode())
-        click.echo(f"wrote {path}" if write else "--write applies it")
+    found, storage = load_experiment(experiment), Storage.open()
+    path = Path(experiment) if is_path else defs_files()[experiment]
+    if write and not is_path and not path.is_relative_to(project_folder() / "defs"):
+        raise ValueError(
+            f"{path} is shipped and not changed; copy it to defs/NAME in your project, with another "
+            f"name, or give its path"
+        )
+    given = {name: value for name, value in budget.items() if value is not None}
+    section = (found.tuning or Tuning()).model_dump(exclude_unset=True) | given
+    found = found.parse({**dict(found), "tuning": section})
+    dataset = build_dataset(found.dataset, storage.datasets, storage.cache, progress=False)
+    launcher = partial(launcher_for, storage=storage)
+    search = Search(found, dataset, storage, click.echo, launcher)
+    try:
+        result = search.run()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "interrupted; the jobs of running trials, if there are any, continue, and the same "
+            "command adopts them; `roma-pipeline jobs cancel` ends one"
+        ) from None
+    click.echo(f"\n{result.text}\nreport  {result.page}")
+    if not result.settings:
+        return
+    than = "" if result.file is None else f", {result.file:.4f} before"
+    evidence = f"{search.name}, trial {result.best.number}: {search.metric} "
+    evidence += f"{result.best.value:.4f} on validation{than}; {time.strftime('%Y-%m-%d')}"
+    before = path.read_bytes().decode()
+    try:
+        after = changed_text(before, result.settings, evidence)
+        made = found.parse({**yaml.safe_load(after)["attributes"], "tuning": None})
+    except (ValueError, yaml.YAMLError):  # anchors, tags, block scalars, …
+        made = None
+    if made != search.plain.with_settings(**sections(search.plain, result.settings)):
+        better = "\n".join(f"  {name}: {value}" for name, value in result.settings.items())
+        raise ValueError(f"{path} is too intricate to be edited; set these by hand:\n{better}")
+    lines = before.splitlines(), after.splitlines()
+    click.echo("\n".join(difflib.unified_diff(*lines, str(path), "tuned", lineterm="", n=1)))
+    if write:
+        write_bytes(path, after.encode())
+    click.echo(f"wrote {path}" if write else "--write applies it")
 
 
 def changed_text(text: str, settings: Mapping[str, Any], evidence: str) -> str:

@@ -16,7 +16,6 @@ from typing import Any
 
 import click
 
-from roma_core.cli import errors_as_messages
 from roma_core.files import write_json
 from roma_pipelines.registry import store
 from roma_pipelines.storage import Storage, prepare_instance
@@ -36,8 +35,7 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # its job queue serves features that are not used here, with four more processes
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-    with errors_as_messages():
-        settings = store.MlflowSettings()
+    settings = store.MlflowSettings()
     elsewhere = store.is_server(settings.tracking_uri or "")
     ports = {"dagster": dagster_port, "page": page_port}
     for name, port in (ports if elsewhere else {**ports, "mlflow": mlflow_port}).items():
@@ -50,11 +48,10 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
                     f"port {port} is in use ({error.strerror}); stop what uses it, or give another "
                     f"one with --{name}-port"
                 ) from error
-    with errors_as_messages():
-        storage = Storage.open()
-        home = prepare_instance(storage)
-        store.check_access(settings)
-        uri = settings.tracking_uri or store.own_store(storage.mlflow)
+    storage = Storage.open()
+    home = prepare_instance(storage)
+    store.check_access(settings)
+    uri = settings.tracking_uri or store.own_store(storage.mlflow)
 
     # the location's name is that of workspace.yaml: schedules and runs belong to a location by name
     module = {"module_name": "roma_pipelines.definitions", "location_name": "roma_pipelines"}

@@ -19,7 +19,8 @@ from roma_core.data.store import StoredDataset
 from roma_core.job import Exit, Result
 from roma_core.trainer.job import train
 from roma_pipelines import tuning
-from roma_pipelines.cli.tune import changed_text, tune
+from roma_pipelines.cli import main
+from roma_pipelines.cli.tune import changed_text
 from roma_pipelines.experiment import COMPONENT, Experiment
 from roma_pipelines.launching.jobs import all_jobs
 from roma_pipelines.launching.spec import JobState, Phase
@@ -109,7 +110,7 @@ def test_better_settings_are_written_between_the_comments_of_the_file():
 
 
 def test_a_shipped_file_is_not_changed():
-    done = CliRunner().invoke(tune, ["japanese_vowels", "--write"])
+    done = CliRunner().invoke(main, ["tune", "japanese_vowels", "--write"])
 
     assert done.exit_code == 1
     assert (

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roma_core import job
+from roma_core.cli import main
 from roma_core.cli.data import data
 from roma_core.data import (
     DataError,
@@ -308,7 +309,9 @@ def test_a_misspelt_configuration_is_refused(yaml_file, tmp_path, change, messag
     values = yaml.safe_load(yaml_file.read_text())
     yaml_file.write_text(yaml.safe_dump({**values, **change}))
 
-    result = CliRunner().invoke(data, ["build", str(yaml_file), "--out", str(tmp_path / "out")])
+    result = CliRunner().invoke(
+        main, ["data", "build", str(yaml_file), "--out", str(tmp_path / "out")]
+    )
 
     assert result.exit_code == 1 and message in result.stderr
     assert not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roma_core.cli.data import data
+from roma_core.cli import main
 from roma_core.data import (
     DataError,
     StoredDataset,
@@ -78,4 +78,4 @@ def test_a_manifest_of_another_version_is_refused(sound, tmp_path, text, message
         StoredDataset(copy)
     (problem,) = errors_in(copy)
     assert message in problem
-    assert CliRunner().invoke(data, ["inspect", str(copy)]).stderr.startswith("Error: ")
+    assert CliRunner().invoke(main, ["data", "inspect", str(copy)]).stderr.startswith("Error: ")

@@ -54,17 +54,23 @@ def test_the_example_of_every_help_is_accepted_and_ctrl_c_is_one_line(path, monk
     assert (done.exit_code, done.output) == (130, "interrupted\n")
 
 
-@pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "Broken pipe"), None])
-def test_a_reader_that_left_is_no_error_to_report(error, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), ""),  # the reader left
+        (OSError(errno.ENOSPC, "No space left"), "Error: [Errno 28] No space left\n"),
+        (ValueError("two epochs are needed"), "Error: two epochs are needed\n"),
+    ],
+)
+def test_errors_are_messages_but_for_a_closed_pipe(error, said, monkeypatch):
     def fail(*_):
-        raise error or OSError(errno.ENOSPC, "No space left")
+        raise error
 
     monkeypatch.setattr("roma_pipelines.cli.status._state", fail)
 
     done = CliRunner().invoke(roma_pipeline, ["status"])
 
-    assert done.exit_code == 1
-    assert done.output == ("" if error else "Error: [Errno 28] No space left\n")
+    assert (done.exit_code, done.output) == (1, said)
 
 
 def test_the_program_alone_shows_the_state_and_the_next_step(storage, job, client):  # noqa: F811
