@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 from roma_core import job
 from roma_core.cli import main
-from roma_core.cli.data import data
 from roma_core.data import (
     DataError,
     DatasetConfig,
@@ -277,21 +276,21 @@ def test_a_build_that_cannot_be_resumed_leaves_no_half_folder(
 
 def test_the_commands_build_inspect_and_validate(yaml_file, tmp_path):
     run = CliRunner().invoke
-    result = run(data, ["build", str(yaml_file), "--out", str(tmp_path / "out")])
+    result = run(main, ["data", "build", str(yaml_file), "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     path = result.stdout.strip()
 
-    inspected = run(data, ["inspect", path])
+    inspected = run(main, ["data", "inspect", path])
     assert inspected.exit_code == 0
     assert "25.0% of the delivered observations dropped" in inspected.stdout
 
-    validated = run(data, ["validate", path])
+    validated = run(main, ["data", "validate", path])
     assert validated.exit_code == 0 and validated.stdout.endswith(f"{path}: sound\n")
     assert "warning: class 'x' has 4 series in train" in validated.stdout
     flip_a_byte(tmp_path / "out" / "small" / path.rsplit("/", 1)[1] / "values.npy")
-    damaged = run(data, ["validate", path])
+    damaged = run(main, ["data", "validate", path])
     assert damaged.exit_code == 1 and "values.npy: sha256" in damaged.stdout
-    refused = run(data, ["inspect", path])
+    refused = run(main, ["data", "inspect", path])
     assert refused.exit_code == 1 and "is damaged" in refused.stderr
 
 
@@ -318,8 +317,17 @@ def test_a_misspelt_configuration_is_refused(yaml_file, tmp_path, change, messag
 
 
 def test_two_builders_at_once_both_end_well(yaml_file, tmp_path):
-    code = "from roma_core.cli.data import data; data()"
-    command = [sys.executable, "-c", code, "build", str(yaml_file), "--out", str(tmp_path / "out")]
+    code = "from roma_core.cli import main; main()"
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "data",
+        "build",
+        str(yaml_file),
+        "--out",
+        str(tmp_path / "out"),
+    ]
 
     builders = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
 
@@ -419,7 +427,9 @@ def test_the_default_experiment_s_data_set(tmp_path):
 
 def test_a_changed_byte_is_found_before_training(yaml_file, tmp_path):
     path = Path(
-        CliRunner().invoke(data, ["build", str(yaml_file), "--out", str(tmp_path)]).stdout.strip()
+        CliRunner()
+        .invoke(main, ["data", "build", str(yaml_file), "--out", str(tmp_path)])
+        .stdout.strip()
     )
     flip_a_byte(path / "positions.npy")
     command = ["pretrain", "--data", str(path), "--run-dir", str(tmp_path / "run")]

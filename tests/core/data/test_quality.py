@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from roma_core.cli.data import data
+from roma_core.cli import main
 from roma_core.data import DatasetConfig, StoredDataset, build_dataset
 from roma_core.data.manifest import read_manifest, record_of
 from roma_core.data.quality import _recurring, check_dataset
@@ -188,21 +188,21 @@ def test_validate_as_a_step_of_ci(tmp_path):
     moved = [dataclasses.replace(s, recorded_split="test") for s in some()[:5]] + some()[5:]
     other = built(tmp_path, *moved)
 
-    assert run(data, ["validate", str(path), "--strict"]).stdout == f"{path}: sound\n"
-    warned = run(data, ["validate", str(odd)])
+    assert run(main, ["data", "validate", str(path), "--strict"]).stdout == f"{path}: sound\n"
+    warned = run(main, ["data", "validate", str(odd)])
     assert warned.exit_code == 0 and "warning: series 'single' has one" in warned.stdout
-    assert run(data, ["validate", str(odd), "--strict"]).exit_code == 1
-    (as_json,) = json.loads(run(data, ["validate", str(odd), "--json"]).stdout)
+    assert run(main, ["data", "validate", str(odd), "--strict"]).exit_code == 1
+    (as_json,) = json.loads(run(main, ["data", "validate", str(odd), "--json"]).stdout)
     assert (as_json["check"], as_json["count"]) == ("single", 1)
-    against = run(data, ["validate", str(other), "--against", str(path)])
+    against = run(main, ["data", "validate", str(other), "--against", str(path)])
     assert against.exit_code == 1 and "error: object 's0' was in" in against.stdout
     out = tmp_path / "out.parquet"
-    assert run(data, ["export", str(path), str(out)]).stdout == f"{out}: 60 series\n"
+    assert run(main, ["data", "export", str(path), str(out)]).stdout == f"{out}: 60 series\n"
     clash = HandMade(
         series=(series("a", 9, "x"), series("b", 9, "y", seed=1)),
         channels=(HandMade().channels[0], HandMade().channels[1].model_copy(update={"name": "id"})),
     )
-    refused = run(data, ["export", str(built(tmp_path, source=clash)), str(out)])
+    refused = run(main, ["data", "export", str(built(tmp_path, source=clash)), str(out)])
     assert refused.exit_code == 1 and "two columns would be called 'id'" in refused.stderr
 
 
