@@ -452,7 +452,8 @@ def _figures(study: optuna.Study, metric: str) -> dict[str, bytes]:
     """PNGs by title: history, parallel coordinates and, if values differ, importances."""
     import matplotlib as mpl
 
-    from roma_core.evaluation.plots import STYLE, png_of
+    from roma_core.data.profile import png_of
+    from roma_core.evaluation.plots import STYLE
 
     mpl.use("agg")  # Optuna draws with pyplot
     from matplotlib import pyplot

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import sys
 import warnings
+from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from roma_core.cli import job_option, json_option, print_json
 from roma_core.data.store import StoredDataset
+from roma_core.files import write_bytes
 from roma_core.job import Attempt, JobFolder, StopRequests
 from roma_core.run_job import Work
+
+if TYPE_CHECKING:
+    from roma_core.data.profile import DataProfile
 
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _DATASET = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -76,15 +82,43 @@ def build(config: Path, out: Path, cache: Path) -> None:
 @data.command(epilog="Example: roma data inspect data/waves/3f2a9c")
 @click.argument("path", type=_DATASET)
 @json_option
-def inspect(path: Path, as_json: bool) -> None:
+@click.option(
+    "--html",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write a page with these tables, plots and the findings of all checks to this file instead.",
+)
+def inspect(path: Path, as_json: bool, html: Path | None) -> None:
     """Print what the data set in PATH looks like: counts, lengths, classes, gaps, values."""
     from roma_core.data.profile import profile_dataset
 
-    profile = profile_dataset(StoredDataset(path))
+    dataset = StoredDataset(path)
+    profile = profile_dataset(dataset)
+    if html is not None:
+        write_bytes(html, _page(profile, dataset).encode())
+        click.echo(html)
+        return
     if as_json:
         print_json(profile.model_dump(mode="json"))
         return
     click.echo(profile.to_markdown(), nl=False)
+
+
+def _page(profile: DataProfile, dataset: StoredDataset) -> str:
+    from roma_core.data.profile import plot_profile, plot_values
+    from roma_core.data.quality import check_dataset
+    from roma_core.evaluation.report import Plot, render_page
+
+    plots = {"Series": plot_profile(profile, dataset), "Values as delivered": plot_values(dataset)}
+    content = {
+        "title": f"Data set {profile.name}",
+        "summary": f"{len(dataset):,} series, {profile.fraction_dropped:.1%} of the delivered observations "
+        f"dropped, version {profile.digest[:12]}",
+        "created": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
+        "findings": check_dataset(dataset.path),
+        "tables": profile.tables(),
+        "plots": [Plot(title=t, caption="", alt=t, png=png) for t, png in plots.items()],
+    }
+    return render_page("dataset", content)
 
 
 @data.command(epilog="Example: roma data validate data/waves/3f2a9c --strict")

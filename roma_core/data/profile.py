@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,15 @@ from roma_core.data.store import StoredDataset
 from roma_core.schema import Channel, PositionAxis
 from roma_core.settings import Frozen
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _MAX_OBSERVATIONS = 2_000_000  # read for quantiles of gaps and values
 _READ_AT_ONCE = 1 << 18
-_MAX_BYTES = 40 * 1024  # of the picture, which is stored inside asset metadata
+MAX_BYTES = 40 * 1024  # of a picture, which is stored inside asset metadata
 _COLOURS = {"train": "#2f6db3", "validation": "#e0a030", "test": "#b8433f"}
 _N_EXAMPLES = 6
+_N_CHANNELS = 16  # whose values are plotted
 _MAX_CLASSES = 8  # in the table of fractions
 _STYLE: Any = {
     "axes.titlelocation": "left", "axes.titlesize": 10, "axes.labelsize": 8,
@@ -84,22 +88,18 @@ class DataProfile(Frozen):
         description="Observations that gaps and values are taken from: whole series, evenly spaced."
     )
 
-    def to_markdown(self) -> str:
-        """Tables that are readable as plain text too."""
+    def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
+        """Title, head and rows of every table; the first column holds names, the others numbers."""
         levels = list(Quantiles.model_fields)
         sizes = [
             [name, f"{s.n_series:,}", f"{s.n_observations:,}", *_numbers(s.lengths)]
             for name, s in self.splits.items()
         ]
-        blocks = [
-            f"**{self.name}**, version {self.digest[:12]}, {self.fraction_dropped:.1%} of the delivered "
-            f"observations dropped",
-            "Series and observations; quantiles of observations a series",
-            _table(["split", "series", "observations", *levels], sizes),
-        ]
+        title = "Series and observations; quantiles of observations a series"
+        found = [(title, ["split", "series", "observations", *levels], sizes)]
         if classes := self.splits["train"].classes:
             rows = [[c, *(f"{self.splits[s].classes[c]:,}" for s in SPLITS)] for c in classes]
-            blocks += ["Series of each class", _table(["class", *SPLITS], rows)]
+            found.append(("Series of each class", ["class", *SPLITS], rows))
         groups: list[tuple[str, str, Mapping[str, Quantiles | None]]] = [
             ("Gaps between consecutive positions", "axis", self.gaps),
             ("Values as delivered", "channel", self.values),
@@ -107,21 +107,29 @@ class DataProfile(Frozen):
             ("Covariates as delivered", "covariate", self.covariates),
         ]
         for title, what, quantiles in groups:
-            if quantiles:
-                rows = [[name, *_numbers(q)] for name, q in quantiles.items()]
-                blocks += [title, _table([what, *levels], rows)]
+            rows = [[name, *_numbers(q)] for name, q in quantiles.items()]
+            found += [(title, [what, *levels], rows)] if rows else []
         for name, counts in self.categories.items():
             rows = [[category, f"{n:,}"] for category, n in counts.items()]
-            blocks += [f"Observations, or objects, of each {name}", _table([name, "number"], rows)]
+            found.append((f"Observations, or objects, of each {name}", [name, "number"], rows))
         if any(of["all"] < 1 for of in self.observed.values()):
             head = ["of", "all", *list(classes)[:_MAX_CLASSES]]
             rows = [
                 [name, *(f"{of.get(group, of['all']):.1%}" for group in head[1:])]
                 for name, of in self.observed.items()
             ]
-            title = "Fraction of the observations, or objects, that have a value"
-            blocks += [f"{title}; by class", _table(head, rows)]
-        return "\n\n".join(blocks) + "\n"
+            title = "Fraction of the observations, or objects, that have a value; by class"
+            found.append((title, head, rows))
+        return found
+
+    def to_markdown(self) -> str:
+        """Tables that are readable as plain text too."""
+        title = (
+            f"**{self.name}**, version {self.digest[:12]}, {self.fraction_dropped:.1%} of the delivered "
+            f"observations dropped"
+        )
+        tables = [f"{title}\n\n{_table(head, rows)}" for title, head, rows in self.tables()]
+        return "\n\n".join([title, *tables]) + "\n"
 
 
 def _numbers(quantiles: Quantiles | None) -> list[str]:
@@ -249,12 +257,44 @@ def plot_profile(profile: DataProfile, dataset: StoredDataset) -> bytes:
         _plot_classes(panels[1], profile, dataset)
         _plot_gaps(panels[2], dataset)
         _plot_examples(panels[3], profile, dataset)
-        for dpi in (110, 95, 80, 60, 40):
-            picture = io.BytesIO()
-            figure.savefig(picture, format="png", dpi=dpi)
-            if picture.tell() <= _MAX_BYTES:
-                break
-    return picture.getvalue()
+        return png_of(figure)
+
+
+def plot_values(dataset: StoredDataset) -> bytes:
+    """One PNG: a histogram of the values as delivered of each of the first channels."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    channels = dataset.schema.joint.channels[:_N_CHANNELS]
+    values = np.concatenate([part.values for part in _profiled(dataset)]).T.astype(float)
+    n_rows = math.ceil(len(channels) / 4)
+    figure = Figure(figsize=(10, 0.3 + 1.9 * n_rows), layout="constrained")
+    with rc_context(_STYLE):
+        panels = figure.subplots(n_rows, 4, squeeze=False).flatten()
+        for panel, channel, known in zip(panels, channels, values, strict=False):
+            panel.hist(known[~np.isnan(known)], bins=60, color=_COLOURS["train"])
+            panel.set(title=label_of(channel), yscale="log")
+        for panel in panels[len(channels) :]:
+            panel.set_axis_off()
+        figure.supylabel("observations", fontsize=8)
+        return png_of(figure)
+
+
+def png_of(figure: Figure) -> bytes:
+    """The figure as PNG with a palette, at the highest resolution that stays below MAX_BYTES."""
+    from PIL import Image
+
+    for dots_per_inch in (160, 120, 90, 60, 40):
+        raw, small = io.BytesIO(), io.BytesIO()
+        figure.savefig(raw, format="png", dpi=dots_per_inch)
+        with_palette = Image.open(raw).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+        with_palette.save(small, format="png", optimize=True)
+        if small.tell() <= MAX_BYTES:
+            return small.getvalue()
+    raise ValueError(
+        f"the plot takes {small.tell()} bytes even at {dots_per_inch} dpi, more than {MAX_BYTES}; "
+        f"show fewer series or channels"
+    )
 
 
 def _plot_lengths(panel: Any, dataset: StoredDataset) -> None:
@@ -279,7 +319,7 @@ def _plot_classes(panel: Any, profile: DataProfile, dataset: StoredDataset) -> N
     if not labels and targets is not None:
         of_splits = [targets[dataset.split(name).indices, 0] for name in SPLITS]
         panel.hist(of_splits, bins=40, stacked=True, color=[_COLOURS[name] for name in SPLITS])
-        panel.set(title="Targets", xlabel=_axis_label(dataset.schema.targets[0]))
+        panel.set(title="Targets", xlabel=label_of(dataset.schema.targets[0]))
         return
     if not labels:
         panel.text(0.5, 0.5, "no labels", ha="center", transform=panel.transAxes, color="0.5")
@@ -297,7 +337,7 @@ def _plot_classes(panel: Any, profile: DataProfile, dataset: StoredDataset) -> N
 
 def _plot_gaps(panel: Any, dataset: StoredDataset) -> None:
     axis = dataset.schema.axes[0]
-    panel.set(title="Gaps between consecutive positions", xlabel=_axis_label(axis), ylabel="count")
+    panel.set(title="Gaps between consecutive positions", xlabel=label_of(axis), ylabel="count")
     gaps = _gaps(_profiled(dataset))[:, 0]  # of the first axis
     if len(gaps) == 0:
         return
@@ -336,8 +376,9 @@ def _plot_examples(panel: Any, profile: DataProfile, dataset: StoredDataset) -> 
             panel.plot(x[part], y[part], ".-", color=colour, lw=1, ms=4)
     panel.set_yticks(range(len(rows)), [dataset.ids[i] for i in rows[::-1]])
     title = f"Examples: {names[channel]}, grey where a gap is wide"
-    panel.set(title=title, xlabel=_axis_label(dataset.schema.axes[0]))
+    panel.set(title=title, xlabel=label_of(dataset.schema.axes[0]))
 
 
-def _axis_label(axis: PositionAxis | Channel) -> str:
-    return axis.name if axis.unit in ("1", axis.name) else f"{axis.name} [{axis.unit}]"
+def label_of(part: PositionAxis | Channel) -> str:
+    """``depth (m)``; without the unit of a pure number."""
+    return part.name if part.unit in ("1", part.name) else f"{part.name} ({part.unit})"

@@ -17,8 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from PIL import Image
 
+from roma_core.data.profile import label_of, png_of
 from roma_core.evaluation.classification_metrics import ClassificationMetrics, ranked_classes
 from roma_core.evaluation.drift import (
     LARGE_PSI,
@@ -32,10 +32,9 @@ from roma_core.evaluation.drift import (
 from roma_core.evaluation.metrics import Estimate
 from roma_core.evaluation.predictions import Floats, Ints, PredictionTable, RegressionTable
 from roma_core.evaluation.regression_metrics import GroupErrors, RegressionMetrics
-from roma_core.schema import Channel, PositionAxis
+from roma_core.schema import PositionAxis
 from roma_core.trainer.defaults import PrimaryMetric
 
-MAX_BYTES = 40 * 1024
 BLUE, ORANGE, GREEN, GREY, INK = "#2f6db3", "#d9652b", "#3f8f5b", "#8a929c", "#22272e"
 _COLOURS = (BLUE, ORANGE, GREEN, INK)
 _CLASS_COLOURS = (  # Petroff's ten, which differ for every kind of colour vision
@@ -86,21 +85,6 @@ def _as_png(draw: Callable[P, Figure]) -> Callable[P, bytes]:
     return drawn
 
 
-def png_of(figure: Figure) -> bytes:
-    """The figure as PNG with a palette, at the highest resolution that stays below MAX_BYTES."""
-    for dots_per_inch in (160, 120, 90, 60):
-        raw, small = io.BytesIO(), io.BytesIO()
-        figure.savefig(raw, format="png", dpi=dots_per_inch)
-        with_palette = Image.open(raw).convert("RGB").quantize(128, dither=Image.Dither.NONE)
-        with_palette.save(small, format="png", optimize=True)
-        if small.tell() <= MAX_BYTES:
-            return small.getvalue()
-    raise ValueError(
-        f"the plot takes {small.tell()} bytes even at {dots_per_inch} dpi, more than {MAX_BYTES}; "
-        f"show fewer series or channels"
-    )
-
-
 def _legend_above(figure: Figure, columns: int = 4) -> None:
     """One legend of all panels, above them."""
     handles: dict[str, Any] = {}
@@ -134,11 +118,6 @@ def _short(name: str, length: int = 14) -> str:
 def _tick_classes(axes: Axes, names: Sequence[str]) -> None:
     rotation, alignment = (45, "right") if max(map(len, names)) > 3 else (0, "center")
     axes.set_xticks(range(len(names)), names, rotation=rotation, ha=alignment)
-
-
-def label_of(part: Channel | PositionAxis) -> str:
-    """``depth (m)``; without the unit of a pure number."""
-    return part.name if part.unit in ("1", part.name) else f"{part.name} ({part.unit})"
 
 
 @_as_png

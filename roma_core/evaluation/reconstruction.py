@@ -13,10 +13,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from roma_core.data.profile import label_of
 from roma_core.data.store import StoredDataset, Subset, as_delivered
 from roma_core.evaluation.config import Fact, FactSheet
 from roma_core.evaluation.metrics import Estimate, means_with_resamples
-from roma_core.evaluation.plots import ReconstructionExample, label_of
+from roma_core.evaluation.plots import ReconstructionExample
 from roma_core.evaluation.predictions import Float32, Floats, Ints, ReconstructionTable
 from roma_core.evaluation.regression_metrics import (
     GroupErrors,

@@ -283,6 +283,17 @@ def test_the_commands_build_inspect_and_validate(yaml_file, tmp_path):
     inspected = run(main, ["data", "inspect", path])
     assert inspected.exit_code == 0
     assert "25.0% of the delivered observations dropped" in inspected.stdout
+    page = tmp_path / "page.html"
+    inspected = run(main, ["data", "inspect", path, "--html", str(page)])
+    assert inspected.stdout == f"{page}\n", inspected.output
+    text = page.read_text()
+    for shown in (
+        "class &#39;x&#39; has 4 series in train",
+        "Gaps between",
+        '<th scope="row">train',
+    ):
+        assert shown in text
+    assert text.count('src="data:image/png;base64,') == 2
 
     validated = run(main, ["data", "validate", path])
     assert validated.exit_code == 0 and validated.stdout.endswith(f"{path}: sound\n")

@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 
 from roma_core.data import StoredDataset, build_dataset
+from roma_core.data.profile import MAX_BYTES
 from roma_core.evaluation import plots
 from roma_core.evaluation.classification_metrics import evaluate
 from roma_core.evaluation.drift import InputSample, profile_of_sample
 from roma_core.evaluation.metrics import Estimate, PartEstimate
 from roma_core.evaluation.plots import (
-    MAX_BYTES,
     ORANGE,
     drift_figure,
     embedding_map,
