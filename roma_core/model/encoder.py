@@ -10,6 +10,7 @@ but standard operators, so that an exported program runs anywhere.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +24,7 @@ from roma_core.model.config import EncoderConfig
 from roma_core.model.packing import Segments
 from roma_core.model.positions import Rotations, rotate
 
+log = logging.getLogger(__name__)
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 MIN_ONEDNN_ROWS = 2048  # with fewer, the cost of the call outweighs the gain
 
@@ -141,10 +143,9 @@ def packed_attention(
 
     ``(Tq, h, w)`` queries, ``(Tk, h, w)`` keys and values → ``(Tq, h, w)``, all of one dtype.
     """
-    fused = not q.is_cuda or (q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0)
-    if dropout > 0 or not fused:
-        return _padded_call(q, k, v, q_seg, k_seg, dropout)
     if q.is_cuda:
+        if not _runs_packed(q.device, q.dtype, q.shape[-1], dropout > 0):
+            return _padded_call(q, k, v, q_seg, k_seg, dropout)
         from torch.nn.attention.varlen import varlen_attn
 
         seqlens = q_seg.cu_seqlens, k_seg.cu_seqlens
@@ -152,12 +153,30 @@ def packed_attention(
         heads = varlen_attn(q, k, v, *seqlens, *longest)
         assert isinstance(heads, Tensor)  # a tuple only if auxiliary outputs were asked for
         return heads
+    if dropout > 0:
+        return _padded_call(q, k, v, q_seg, k_seg, dropout)
     exact = torch.float32 if q.requires_grad and q.dtype == torch.bfloat16 else q.dtype
     # in 16 bits the fused gradient is slower than in 32, the casts included
     out, _ = _cpu_attention(
         q.to(exact), k.to(exact), v.to(exact), q_seg.cu_seqlens, k_seg.cu_seqlens
     )
     return out.to(q.dtype)
+
+
+@cache
+def _runs_packed(device: torch.device, dtype: torch.dtype, width: int, drops: bool) -> bool:
+    """Whether a GPU's fused kernel computes heads of this width; logged once for each case."""
+    fits = torch.cuda.get_device_capability(device) >= (8, 0) and width <= 256 and width % 8 == 0
+    if fits and dtype in (torch.bfloat16, torch.float16) and not drops:
+        log.info("attention on %s in %s: packed, by varlen_attn", device, dtype)
+        return True
+    log.warning(
+        "attention on %s in %s with heads %d wide%s pads every series to the longest of its batch; without padding "
+        "it needs 16 bits (ROMA_TRAINER_MIXED_PRECISION=bf16), head widths of a multiple of 8 up to 256, "
+        "attn_drop_rate=0 and compute capability 8.0",
+        *(device, dtype, width, " and dropout" if drops else ""),
+    )
+    return False
 
 
 def _runs(q_seqlens: Tensor, k_seqlens: Tensor) -> Iterator[tuple[int, int, int, int, int]]:

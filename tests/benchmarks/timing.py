@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Work = Callable[[], object]
 
@@ -54,8 +58,64 @@ class Clock:
         return {n: Timing(statistics.median(s), min(s), max(s)) for n, s in seconds.items()}
 
     def matmul_rate(self, dtype: torch.dtype, width: int = 192) -> float:
-        """FLOP/s of a product of the size that a block of this width computes, the best of 30."""
-        rows = 4096 if self.device == "cpu" else 65536
+        """FLOP/s of products of the size that a block of this width computes, the best of 30."""
+        # on a GPU many at once: the host takes longer to start one than the device to compute it
+        rows, at_once = (4096, 1) if self.device == "cpu" else (65536, max(1, 4096 // width))
         a = torch.randn(rows, width, device=self.device).to(dtype)
         b = torch.randn(width, 4 * width, device=self.device).to(dtype)
-        return 2 * rows * width * 4 * width / min(self.seconds(lambda: a @ b) for _ in range(30))
+
+        def work() -> None:
+            for _ in range(at_once):
+                torch.mm(a, b, out=product)
+
+        product = a @ b
+        best = min(self.seconds(work) for _ in range(30))
+        return at_once * 2 * rows * width * 4 * width / best
+
+
+class HostReads(TorchDispatchMode):
+    """Counts, on any device, operators after which a GPU's host must wait for it.
+
+    They return a number to Python, or their result's shape depends on the values: ``item``,
+    ``nonzero``, an index of bools.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.operators = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operators += 1
+        name = func.overloadpacket.__name__
+        waits = name in {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"}
+        if name in ("index", "index_put", "index_put_"):
+            indices = [i for i in args[1] if i is not None]
+            waits = any(i.dtype in (torch.bool, torch.uint8) for i in indices)
+        elif func is torch.ops.aten.repeat_interleave.Tensor:
+            waits = (kwargs or {}).get("output_size") is None
+        if waits:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def host_waits(work: Work) -> int:
+    """How often the host waits for the device in ``work``."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(w.message) for w in caught)
+
+
+def launches(work: Work) -> dict[str, int]:
+    """Kernels and copies that the device ran."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    names = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    copies = sum(name.startswith(("Memcpy", "Memset")) for name in names)
+    return {"kernels": len(names) - copies, "copies": copies}

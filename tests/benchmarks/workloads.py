@@ -8,18 +8,22 @@
     W4s  inference on W2's series
     W4i  inference on W1's images
 
-Width 192, 3 heads, MLP 768 throughout, fused AdamW for everybody.
+Width 192, 3 heads, MLP 768, unless a setting says another width; fused AdamW for everybody.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from roma_core.data.ragged import RaggedBatch
 from roma_core.model.config import (
     EncoderConfig,
     RoMAForClassificationConfig,
@@ -54,6 +58,11 @@ class Setting:
     compiled: bool = True
     compare: bool = True
     """Whether the contenders' numbers are compared first."""
+    compile_published: bool = False
+    graphs: bool = False
+    """Whether ours is also captured as a CUDA graph, which replays this one batch's shapes."""
+    width: int = 192
+    """Of the encoder for series."""
 
     def amp(self) -> torch.autocast:
         return torch.autocast(self.device, self.dtype, enabled=self.dtype is not torch.float32)
@@ -126,6 +135,28 @@ def _padded(lengths: np.ndarray, device: str) -> _Padded:
     return _Padded(*on_device, packed.to(device), order.to(device))
 
 
+class Curves:
+    """Labelled series in memory, given many at once as a stored data set gives them."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        rng, total = np.random.default_rng(0), sum(lengths)
+        positions = rng.uniform(0, 1000, (total, 1)).astype(np.float32)
+        values = rng.normal(size=(total, 2)).astype(np.float32)
+        self.lengths = np.array(lengths)
+        ids = np.arange(len(lengths))
+        self.all = RaggedBatch(values, positions, self.lengths, ids, labels=ids % 5)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        one = self.gather(np.array([i]))
+        return {"values": one.values[:, :, None, None], "positions": one.positions.T, "id": i}
+
+    def gather(self, indices: np.ndarray) -> RaggedBatch:
+        return self.all.reorder(indices)
+
+
 def _images(setting: Setting) -> tuple[Tensor, Tensor]:
     """``(B, 1, 3, 224, 224)`` and a grid of positions ``(B, 2, 196)``."""
     generator = torch.Generator().manual_seed(0)
@@ -138,9 +169,13 @@ def _images(setting: Setting) -> tuple[Tensor, Tensor]:
 # --- contenders --------------------------------------------------------------------------------
 
 
-def _train(setting: Setting, model: nn.Module, losses: list[Callable[[], Tensor]]) -> Work:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+Calls = list[Callable[[], Tensor]]
+
+
+def _train(setting: Setting, model: nn.Module, losses: Calls) -> Work:
     model.to(setting.device).train()
+    capturable = setting.device == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True, capturable=capturable)
 
     def step() -> None:
         for loss_of in losses:
@@ -153,14 +188,68 @@ def _train(setting: Setting, model: nn.Module, losses: list[Callable[[], Tensor]
     return step
 
 
-def _infer(setting: Setting, model: nn.Module, logits_of: Callable[[], Tensor]) -> Work:
+def _infer(setting: Setting, model: nn.Module, outputs: Calls) -> Work:
     model.to(setting.device).eval()
 
     def run() -> None:
         with torch.inference_mode(), setting.amp():
-            logits_of()
+            for output_of in outputs:
+                output_of()
 
     return run
+
+
+def _captured(work: Work) -> Work:
+    """``work`` as one CUDA graph, captured when it is first called."""
+    graph = None
+
+    def run() -> None:
+        nonlocal graph
+        if graph is None:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):  # makes what is made once: indices, optimiser state
+                    work()
+            torch.cuda.current_stream().wait_stream(side)
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured):
+                work()
+            graph = captured
+        graph.replay()
+
+    return run
+
+
+def _contenders(
+    setting: Setting,
+    work: Callable[[Setting, nn.Module, Calls], Work],
+    models: tuple[nn.Module, nn.Module, nn.Module],
+    theirs_of: Callable[[nn.Module], Calls],
+    ours_of: Callable[[nn.Module], Calls],
+    peers: Mapping[str, tuple[nn.Module, Calls]],
+) -> dict[str, Work]:
+    """Each model's work by name; ``theirs_of`` and ``ours_of`` call a model on the batches."""
+    theirs, ours, compiled = models
+    contenders = {"published": work(setting, theirs, theirs_of(theirs))}
+    if setting.compile_published:
+        whole = torch.compile(copy.deepcopy(theirs))
+        contenders["published, compiled"] = work(setting, whole, theirs_of(whole))
+    for name, (model, calls) in peers.items():
+        contenders[name] = work(setting, model, calls)
+    contenders["ours"] = work(setting, ours, ours_of(ours))
+    if setting.compiled:
+        contenders["compiled"] = work(setting, compiled, ours_of(compiled))
+    if setting.graphs:
+        fastest = compiled if setting.compiled else ours
+        contenders["graph"] = _captured(work(setting, fastest, ours_of(fastest)))
+    return contenders
+
+
+def _stack(setting: Setting, depth: int) -> EncoderConfig:
+    """Heads 64 wide at 192, 72 at 432 and 720: multiples of 8, as fused kernels want them."""
+    nhead = {192: 3, 432: 6, 720: 10}[setting.width]
+    return EncoderConfig(d_model=setting.width, nhead=nhead, depth=depth)
 
 
 def _models(setting: Setting, config: RoMAForPreTrainingConfig | RoMAForClassificationConfig):
@@ -175,7 +264,7 @@ def _models(setting: Setting, config: RoMAForPreTrainingConfig | RoMAForClassifi
     copy_blocks(ours.encoder, theirs.encoder, config.n_pos_dims)
     if pretrains:
         copy_blocks(ours.decoder, theirs.decoder, config.n_pos_dims)
-    return (m.to(setting.device) for m in (theirs, ours, compiled))
+    return theirs.to(setting.device), ours.to(setting.device), compiled.to(setting.device)
 
 
 def _agree(setting: Setting, ours: Callable[[], Tensor], theirs: Callable[[], Tensor]) -> None:
@@ -187,7 +276,9 @@ def _agree(setting: Setting, ours: Callable[[], Tensor], theirs: Callable[[], Te
 def _pretrain_series(setting: Setting, n_batches: int) -> Workload:
     lengths = np.sort(_lengths(setting.batch * n_batches))
     batches = [_padded(part, setting.device) for part in np.array_split(lengths, n_batches)]
-    theirs, ours, compiled = _models(setting, SERIES_CONFIG)
+    stack, decoder = _stack(setting, STACK.depth), _stack(setting, DECODER.depth)
+    config = SERIES_CONFIG.model_copy(update={"encoder_config": stack, "decoder_config": decoder})
+    models = theirs, ours, _ = _models(setting, config)
     first = batches[0]
     diluted = int(first.packed.masked.hidden.total) / int(first.mask.sum())
     _agree(
@@ -195,47 +286,46 @@ def _pretrain_series(setting: Setting, n_batches: int) -> Workload:
         lambda: ours(first.packed)[1] * diluted,
         lambda: theirs(first.tokens, first.positions, first.pad_mask, first.mask),
     )
-    published = [
-        lambda b=b: theirs(b.tokens, b.positions, b.pad_mask, b.mask)  # type: ignore[misc]
-        for b in batches
-    ]
-    contenders = {
-        "published": _train(setting, theirs, published),
-        "ours": _train(setting, ours, [lambda b=b: ours(b.packed)[1] for b in batches]),
-    }
-    if setting.compiled:
-        losses = [lambda b=b: compiled(b.packed)[1] for b in batches]
-        contenders["compiled"] = _train(setting, compiled, losses)
+    contenders = _contenders(
+        setting,
+        _train,
+        models,
+        lambda m: [
+            functools.partial(m, b.tokens, b.positions, b.pad_mask, b.mask) for b in batches
+        ],
+        lambda m: [lambda b=b: m(b.packed)[1] for b in batches],  # type: ignore[misc]
+        {},
+    )
     real = sum(b.packed.segments.total for b in batches)
-    useful = 3 * sum(_pretraining_flops(STACK, 2, b.packed) for b in batches)
+    useful = 3 * sum(_pretraining_flops(stack, decoder, 2, b.packed) for b in batches)
     return Workload(contenders, real, sum(b.pad_mask.numel() for b in batches) / real, useful)
 
 
 def _classify_series(setting: Setting, train: bool) -> Workload:
     batch = _padded(np.sort(_lengths(setting.batch)), setting.device)
     label = (torch.arange(setting.batch) % 5).to(setting.device)
-    config = RoMAForClassificationConfig(encoder_config=STACK, dim_output=5, **SERIES)
-    theirs, ours, compiled = _models(setting, config)
-    torch_model = TorchClassifier(STACK, 2, 1, 5)
+    stack = _stack(setting, STACK.depth)
+    config = RoMAForClassificationConfig(encoder_config=stack, dim_output=5, **SERIES)
+    models = theirs, ours, _ = _models(setting, config)
+    torch_model = TorchClassifier(stack, 2, 1, 5)
     arguments = (batch.tokens, batch.positions, batch.pad_mask)
     _agree(setting, lambda: ours(batch.packed)[0], lambda: theirs(*arguments)[batch.order])
-    logits: dict[str, tuple[nn.Module, Callable[[], Tensor]]] = {
-        "published": (theirs, lambda: theirs(*arguments)),
-        "torch": (torch_model, lambda: torch_model(*arguments)),
-        "ours": (ours, lambda: ours(batch.packed)[0]),
-    }
-    if setting.compiled:
-        logits["compiled"] = (compiled, lambda: compiled(batch.packed)[0])
 
-    def loss_of(logits_of: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        return lambda: torch.nn.functional.cross_entropy(logits_of().float(), label)
+    def output(logits_of: Callable[[], Tensor]) -> Calls:
+        if not train:
+            return [logits_of]
+        return [lambda: torch.nn.functional.cross_entropy(logits_of().float(), label)]
 
-    contenders = {
-        name: _train(setting, model, [loss_of(of)]) if train else _infer(setting, model, of)
-        for name, (model, of) in logits.items()
-    }
+    contenders = _contenders(
+        setting,
+        _train if train else _infer,
+        models,
+        lambda m: output(lambda: m(*arguments)),
+        lambda m: output(lambda: m(batch.packed)[0]),
+        {"torch": (torch_model, output(lambda: torch_model(*arguments)))},
+    )
     real = batch.packed.segments.total
-    useful = _classification_flops(STACK, 2, batch.packed) * (3 if train else 1)
+    useful = _classification_flops(stack, 2, batch.packed) * (3 if train else 1)
     return Workload(contenders, real, batch.pad_mask.numel() / real, useful)
 
 
@@ -244,7 +334,7 @@ def _pretrain_images(setting: Setting) -> Workload:
     config = RoMAForPreTrainingConfig(
         encoder_config=IMAGE_STACK, decoder_config=DECODER, mask_ratio=0.75, **IMAGES
     )
-    theirs, ours, compiled = _models(setting, config)
+    models = theirs, ours, _ = _models(setting, config)
     packed, _, _ = ours.pack(values, positions, None)
     packed = draw_mask(packed, config, 0, 0)
     mask = torch.zeros(setting.batch * 196, dtype=torch.bool, device=setting.device)
@@ -252,37 +342,43 @@ def _pretrain_images(setting: Setting) -> Workload:
     mask = mask.view(setting.batch, 196)
     tokens = packed.tokens.view(setting.batch, 196, -1)
     _agree(setting, lambda: ours(packed)[1], lambda: theirs(tokens, positions, None, mask))
-    contenders = {
-        "published": _train(setting, theirs, [lambda: theirs(tokens, positions, None, mask)]),
-    }
+    peers = {}
     if (peer := hugging_face_mae(IMAGE_STACK, DECODER)) is not None:
         pixels = values[:, 0]
-        contenders["ViTMAE"] = _train(setting, peer, [lambda: peer(pixels).loss])
-    contenders["ours"] = _train(setting, ours, [lambda: ours(packed)[1]])
-    if setting.compiled:
-        contenders["compiled"] = _train(setting, compiled, [lambda: compiled(packed)[1]])
-    useful = 3 * _pretraining_flops(IMAGE_STACK, 768, packed)
+        peers["ViTMAE"] = (peer, [lambda: peer(pixels).loss])
+    contenders = _contenders(
+        setting,
+        _train,
+        models,
+        lambda m: [functools.partial(m, tokens, positions, None, mask)],
+        lambda m: [lambda: m(packed)[1]],
+        peers,
+    )
+    useful = 3 * _pretraining_flops(IMAGE_STACK, DECODER, 768, packed)
     return Workload(contenders, packed.segments.total, 1.0, useful)
 
 
 def _classify_images(setting: Setting) -> Workload:
     values, positions = _images(setting)
     config = RoMAForClassificationConfig(encoder_config=IMAGE_STACK, dim_output=5, **IMAGES)
-    theirs, ours, compiled = _models(setting, config)
+    models = theirs, ours, _ = _models(setting, config)
     packed, _, _ = ours.pack(values, positions, None)
     tokens = packed.tokens.view(setting.batch, 196, -1)
     _agree(setting, lambda: ours(packed)[0], lambda: theirs(tokens, positions, None))
-    contenders = {
-        "published": _infer(setting, theirs, lambda: theirs(tokens, positions, None)),
-    }
+    peers = {}
     if (peer := hugging_face_mae(IMAGE_STACK, DECODER)) is not None:
         peer.config.mask_ratio = 0.0
         pixels = values[:, 0]
         encoder = peer.vit
-        contenders["ViTMAE"] = _infer(setting, encoder, lambda: encoder(pixels).last_hidden_state)
-    contenders["ours"] = _infer(setting, ours, lambda: ours(packed)[0])
-    if setting.compiled:
-        contenders["compiled"] = _infer(setting, compiled, lambda: compiled(packed)[0])
+        peers["ViTMAE"] = (encoder, [lambda: encoder(pixels).last_hidden_state])
+    contenders = _contenders(
+        setting,
+        _infer,
+        models,
+        lambda m: [functools.partial(m, tokens, positions, None)],
+        lambda m: [lambda: m(packed)[0]],
+        peers,
+    )
     useful = _classification_flops(IMAGE_STACK, 768, packed)
     return Workload(contenders, packed.segments.total, 1.0, useful)
 
@@ -300,14 +396,16 @@ def _stack_flops(c: EncoderConfig, lengths: np.ndarray, read: np.ndarray) -> flo
     return (c.depth - 1) * full + last
 
 
-def _pretraining_flops(c: EncoderConfig, width: int, batch: PackedBatch) -> float:
+def _pretraining_flops(
+    c: EncoderConfig, decoder: EncoderConfig, width: int, batch: PackedBatch
+) -> float:
     assert batch.masked is not None
     lengths, hidden = np.array(batch.segments.lengths), np.array(batch.masked.hidden.lengths)
     visible = lengths - hidden + 1
-    edges = 2 * visible.sum() * (width * c.d_model + c.d_model * DECODER.d_model)
-    head = 2 * hidden.sum() * width * DECODER.d_model
+    edges = 2 * visible.sum() * (width * c.d_model + c.d_model * decoder.d_model)
+    head = 2 * hidden.sum() * width * decoder.d_model
     encoder = _stack_flops(c, visible, visible)
-    return encoder + _stack_flops(DECODER, lengths + 1, hidden) + float(edges + head)
+    return encoder + _stack_flops(decoder, lengths + 1, hidden) + float(edges + head)
 
 
 def _classification_flops(c: EncoderConfig, width: int, batch: PackedBatch) -> float:

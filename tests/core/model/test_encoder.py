@@ -19,6 +19,7 @@ from roma_core.model.encoder import (
     MIN_ONEDNN_ROWS,
     Encoder,
     RMSNorm,
+    _runs_packed,
     linear,
     linear_silu,
     packed_attention,
@@ -141,6 +142,33 @@ def test_products_and_their_gradients_are_those_of_the_framework(rows, autocast)
         with torch.no_grad():
             torch.testing.assert_close(linear_silu(x, weight), F.silu(expected), **close)
         torch.testing.assert_close(linear_silu(x, weight), F.silu(expected), **close)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "drops", "capability", "packed"),
+    [
+        (torch.bfloat16, 64, False, (9, 0), True),
+        (torch.float16, 256, False, (8, 0), True),
+        (torch.bfloat16, 60, False, (9, 0), False),
+        (torch.bfloat16, 264, False, (9, 0), False),
+        (torch.bfloat16, 64, True, (9, 0), False),
+        (torch.bfloat16, 64, False, (7, 5), False),
+        (torch.float32, 64, False, (9, 0), False),
+    ],
+)
+def test_a_gpu_attends_to_packed_rows_where_its_kernel_can_and_says_so_once(
+    monkeypatch, caplog, dtype, width, drops, capability, packed
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    _runs_packed.cache_clear()
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            case = torch.device("cuda"), dtype, width, drops
+            assert _runs_packed(*case) is packed
+    _runs_packed.cache_clear()
+    (record,) = caplog.records
+    assert record.levelname == ("INFO" if packed else "WARNING")
+    assert ("varlen_attn" if packed else "ROMA_TRAINER_MIXED_PRECISION") in record.message
 
 
 def test_packed_attention_and_its_gradient_agree_with_the_padded_body():

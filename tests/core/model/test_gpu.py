@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.export.passes import move_to_device_pass
 
 from roma_core import EncoderConfig, RoMAForPreTraining, RoMAForPreTrainingConfig
+from roma_core.model.encoder import packed_attention
 from roma_core.model.masking import draw_mask
+from roma_core.model.packing import Segments
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,6 +55,54 @@ def test_a_gpu_computes_what_the_cpu_does(dtype, compiled):
         model.compile_regions()
     close = {"rtol": 1e-3, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 0.1, "atol": 0.05}
     torch.testing.assert_close(outcome(model, batch.to("cuda"), dtype), expected, **close)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width"),
+    [(torch.bfloat16, 64), (torch.float16, 72), (torch.bfloat16, 60), (torch.float32, 64)],
+)
+@pytest.mark.parametrize("queries", [None, [3, 0, 11, 5]])
+def test_packed_attention_is_that_of_each_series_alone(dtype, width, queries):
+    """In the kernel for packed rows where its types and widths allow, else padded."""
+    keys = [40, 7, 21, 300]
+    g = torch.Generator().manual_seed(0)
+    segments = [Segments(queries or keys), Segments(keys)]
+    q, k, v = (
+        torch.randn(s.total, 3, width, generator=g).to(dtype).double().requires_grad_()
+        for s in (segments[0], segments[1], segments[1])
+    )
+    parts = zip(q.split(segments[0].lengths), k.split(keys), v.split(keys), strict=True)
+    expected = torch.cat(
+        [
+            torch.einsum(
+                "hqk,khw->qhw", (torch.einsum("qhw,khw->hqk", a, b) / width**0.5).softmax(-1), c
+            )
+            for a, b, c in parts
+        ]
+    )
+    weight = torch.randn(expected.shape, generator=g).to(dtype).double()
+    gradients = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+
+    on_gpu = [x.detach().to("cuda", dtype).requires_grad_() for x in (q, k, v)]
+    found = packed_attention(*on_gpu, *(s.to("cuda") for s in segments))
+    loss = (found * weight.to("cuda", dtype)).sum()
+    close = {"rtol": 1e-3, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 0.05, "atol": 0.02}
+    torch.testing.assert_close(found.cpu().double(), expected, **close)
+    for ours, theirs in zip(torch.autograd.grad(loss, on_gpu), gradients, strict=True):
+        torch.testing.assert_close(ours.cpu().double(), theirs, **close)
+
+
+def test_an_exported_program_moves_to_the_gpu():
+    model, _ = model_and_batch()
+    program = model.export()
+    g = torch.Generator().manual_seed(0)
+    valid = torch.arange(40) < torch.tensor([[40], [7], [21]])
+    arguments = torch.randn(3, 40, 2, generator=g), torch.rand(3, 40, 1, generator=g), valid
+    expected = program.module()(*arguments)
+    moved = move_to_device_pass(program, "cuda:0").module()
+    found = moved(*(x.cuda() for x in arguments))
+    assert found.is_cuda
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_step_never_waits_for_the_gpu():

@@ -22,6 +22,7 @@ from roma_core import (
 from roma_core.trainer.checkpoint import committed
 from roma_core.trainer.optim import learning_rate_factor
 from roma_core.trainer.step import TrainStep
+from tests.benchmarks.timing import HostReads
 from tests.core.trainer.training_runs import (
     SHAPE,
     Plan,
@@ -60,6 +61,28 @@ def test_training_learns_and_records_each_metric_once(tmp_path):
     assert [p.name for p in committed(tmp_path / "checkpoints")] == [
         f"step-{s:08d}" for s in (50, 55, 56, 60)
     ]
+
+
+@pytest.mark.parametrize(
+    ("model", "reads"),
+    [(autoencoder, set()), (classifier, {"nonzero"})],  # labels are checked on a CPU alone
+)
+def test_no_step_reads_a_number_of_the_device(tmp_path, monkeypatch, model, reads):
+    do_step, found, operators = TrainStep.__call__, [], []
+
+    def counted(step, *arguments):
+        step.checks_every_step = False  # as on a GPU
+        with HostReads() as mode:
+            result = do_step(step, *arguments)
+        found.extend(mode.found)
+        operators.append(mode.operators)
+        return result
+
+    monkeypatch.setattr(TrainStep, "__call__", counted)
+    settings = config(tmp_path, epochs=1, batch_size=20, ema_decay=0.9)
+    Trainer(settings).train(Sines(40), None, model())
+    assert len(operators) == 2 and min(operators) > 100
+    assert set(found) == reads
 
 
 def test_a_run_killed_after_its_last_checkpoint_still_reports_its_metrics(tmp_path):
