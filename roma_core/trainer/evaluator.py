@@ -107,12 +107,12 @@ def score(name: PrimaryMetric, logits: NDArray[np.float32], labels: NDArray[np.i
 
     Means over classes leave out those without series.
     """
-    from scipy.special import softmax
-    from sklearn import metrics
-
     predicted, present = logits.argmax(axis=1), np.unique(labels)
     if name == "accuracy":
         return float((predicted == labels).mean())
+    from scipy.special import softmax
+    from sklearn import metrics
+
     if name == "balanced_accuracy":
         return float(metrics.recall_score(labels, predicted, labels=present, average="macro"))
     if name == "macro_f1":
