@@ -143,9 +143,10 @@ def packed_attention(
 
     ``(Tq, h, w)`` queries, ``(Tk, h, w)`` keys and values → ``(Tq, h, w)``, all of one dtype.
     """
+    fused = not q.is_cuda or _runs_packed(q.device, q.dtype, q.shape[-1], dropout > 0)
+    if dropout > 0 or not fused:
+        return _padded_call(q, k, v, q_seg, k_seg, dropout)
     if q.is_cuda:
-        if not _runs_packed(q.device, q.dtype, q.shape[-1], dropout > 0):
-            return _padded_call(q, k, v, q_seg, k_seg, dropout)
         from torch.nn.attention.varlen import varlen_attn
 
         seqlens = q_seg.cu_seqlens, k_seg.cu_seqlens
@@ -153,8 +154,6 @@ def packed_attention(
         heads = varlen_attn(q, k, v, *seqlens, *longest)
         assert isinstance(heads, Tensor)  # a tuple only if auxiliary outputs were asked for
         return heads
-    if dropout > 0:
-        return _padded_call(q, k, v, q_seg, k_seg, dropout)
     exact = torch.float32 if q.requires_grad and q.dtype == torch.bfloat16 else q.dtype
     # in 16 bits the fused gradient is slower than in 32, the casts included
     out, _ = _cpu_attention(
@@ -166,15 +165,15 @@ def packed_attention(
 @cache
 def _runs_packed(device: torch.device, dtype: torch.dtype, width: int, drops: bool) -> bool:
     """Whether a GPU's fused kernel computes heads of this width; logged once for each case."""
-    fits = torch.cuda.get_device_capability(device) >= (8, 0) and width <= 256 and width % 8 == 0
+    fits = torch.cuda.get_device_capability(device) >= (8, 0) and width in range(8, 257, 8)
     if fits and dtype in (torch.bfloat16, torch.float16) and not drops:
         log.info("attention on %s in %s: packed, by varlen_attn", device, dtype)
         return True
+    what = f"attention on {device} in {dtype} with heads {width} wide{' and dropout' * drops}"
     log.warning(
-        "attention on %s in %s with heads %d wide%s pads every series to the longest of its batch; without padding "
-        "it needs 16 bits (ROMA_TRAINER_MIXED_PRECISION=bf16), head widths of a multiple of 8 up to 256, "
-        "attn_drop_rate=0 and compute capability 8.0",
-        *(device, dtype, width, " and dropout" if drops else ""),
+        f"{what} pads series to the longest of a batch; to be packed it needs 16 bits "
+        f"(ROMA_TRAINER_MIXED_PRECISION=bf16), head widths of a multiple of 8 up to 256, attn_drop_rate=0 "
+        f"and compute capability 8.0"
     )
     return False
 
