@@ -41,7 +41,7 @@ def test_the_picture_is_small_enough_for_metadata(sound):
 
     picture = plot_profile(profile_dataset(dataset), dataset)
 
-    assert picture.startswith(b"\x89PNG") and 5_000 < len(picture) <= 64 * 1024
+    assert picture.startswith(b"\x89PNG") and 5_000 < len(picture) <= 40 * 1024
 
 
 def test_a_profile_of_single_observations_has_no_gaps(tmp_path):

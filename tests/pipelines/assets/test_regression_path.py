@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from urllib.parse import unquote
 
 import dagster as dg
 import numpy as np
@@ -113,6 +114,7 @@ def test_a_regression_becomes_champion_and_is_served_in_the_units_of_its_target(
     assert trained["model"]["problem_type"] == "regression"
     assert trained["trainer"]["best_metric"] == "eval/r2"
     assert made["evaluation_report"]["primary_metric"].startswith("R² 0.9")
+    assert "depth: predicted against true" in unquote(made["evaluation_report"]["summary_plot"])
     assert view.evaluations[-1].metric == "R²" and view.evaluations[-1].passed
     assert set(view.versions) == {"champion", "candidate"}
     answers = served(tmp_path, uri, "levels", rows)
@@ -139,6 +141,7 @@ def test_an_autoencoder_becomes_champion_and_answers_queries(tmp_path, monkeypat
     made, view, uri = materialised(sections, tmp_path, monkeypatch)
 
     assert made["evaluation_report"]["primary_metric"].startswith("R² 0.")
+    assert "value: predicted against true" in unquote(made["evaluation_report"]["summary_plot"])
     assert view.evaluations[-1].metric == "R²" and view.evaluations[-1].passed
     assert set(view.versions) == {"champion", "candidate"}
     times = [0.02 * k for k in range(2, 40, 2)]
