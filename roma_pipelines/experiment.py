@@ -470,7 +470,7 @@ def load_experiment(name: str) -> Experiment:
     if name not in paths:
         raise ValueError(
             f"no experiment {name!r}; available: {', '.join(paths)}, or the path of a defs.yaml; yours "
-            f"are read from {project_folder()}/defs (ROMA_PROJECT)"
+            f"are read from {project_folder() / 'defs'} (ROMA_PROJECT)"
         )
     return _read(not_shipped(name, paths[name]))
 

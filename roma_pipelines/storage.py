@@ -10,6 +10,7 @@
     mlflow/         embedded tracking store and registry
     dagster/        embedded Dagster instance (DAGSTER_HOME)
     tuning/         embedded store of hyperparameter searches
+    logs/           of the servers that `roma-pipeline up` starts
     alerts.jsonl    alerts
     servers.json    addresses of the last `roma-pipeline up`
 """

@@ -114,7 +114,7 @@ def _keys(definitions: dg.Definitions, experiment: str) -> list[dg.AssetKey]:
             "/".join(k.path[:-1]) for k in graph.external_asset_keys if k.path[-1] == INVALID
         ]
         text = f"no experiment {experiment!r}; available: {', '.join(sorted(known))}"
-        text += f"; yours are read from {project_folder()}/defs (ROMA_PROJECT)"
+        text += f"; yours are read from {project_folder() / 'defs'} (ROMA_PROJECT)"
         if invalid:
             text += f"; left out, `roma-pipeline health` says why: {', '.join(sorted(invalid))}"
         raise click.ClickException(text)

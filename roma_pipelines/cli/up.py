@@ -77,8 +77,9 @@ def up(dagster_port: int, mlflow_port: int, page_port: int) -> None:
     os.environ.setdefault("ROMA_PAGE_MLFLOW_URL", mlflow)
     addresses = {name: address for name, (address, _) in modules.items()}
     write_json(storage.root / "servers.json", addresses)  # for `roma-pipeline status`
-    if ended := _serve(modules, home / "logs"):
-        raise click.ClickException(f"{ended[0]} exited; see its log in {home / 'logs'}")
+    logs = storage.root / "logs"  # not in DAGSTER_HOME: Dagster sends and removes all in its `logs`
+    if ended := _serve(modules, logs):
+        raise click.ClickException(f"{ended[0]} exited; see its log in {logs}")
     click.echo("stopped")
 
 

@@ -47,7 +47,7 @@ _SQLITE_MAGIC = b"SQLite format 3\0"
 _SIDE_FILES = ("-wal", "-shm", "-journal")  # of SQLite; the copy of the database includes them
 _SCRATCH = ".roma-backup-"
 _LEFT_OUT = re.compile(  # paths in the root
-    rf"cache|clusters|dagster/logs|jobs/[^/]+/checkpoints|(.*/)?{re.escape(_SCRATCH)}[^/]+"
+    rf"cache|clusters|(dagster/)?logs|jobs/[^/]+/checkpoints|(.*/)?{re.escape(_SCRATCH)}[^/]+"
 )
 
 

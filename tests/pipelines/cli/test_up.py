@@ -41,7 +41,8 @@ def test_the_port_of_a_configured_mlflow_server_is_not_needed(tmp_path, monkeypa
     monkeypatch.delenv("DAGSTER_HOME", raising=False)
     monkeypatch.setenv("ROMA_MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setattr(store, "check_access", lambda settings: None)
-    monkeypatch.setattr(command, "_serve", lambda modules, logs: [])
+    folders = []
+    monkeypatch.setattr(command, "_serve", lambda modules, logs: folders.append(logs) or [])
     ports = ["--dagster-port", str(free_port()), "--page-port", str(free_port())]
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -51,6 +52,9 @@ def test_the_port_of_a_configured_mlflow_server_is_not_needed(tmp_path, monkeypa
         refused = CliRunner().invoke(command.up, [*ports, "--mlflow-port", taken])
 
     assert done.exit_code == 0, done.output
+    assert folders == [
+        Path(os.environ["ROMA_STORAGE_ROOT"]) / "logs"
+    ]  # not where Dagster removes it
     assert f"port {taken} is in use" in refused.output and "--mlflow-port" in refused.output
 
 

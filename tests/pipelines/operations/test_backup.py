@@ -111,7 +111,13 @@ def test_only_folders_of_the_root_are_left_out_not_all_of_their_names(installati
         "datasets/cache/0/manifest.json",
         f"{job}/outputs/checkpoints/w",
     ]
-    left_out = ["cache/w", "clusters/s/poll.json", "dagster/logs/w", f"{job}/checkpoints/w"]
+    left_out = [
+        "cache/w",
+        "clusters/s/poll.json",
+        "logs/w",
+        "dagster/logs/w",
+        f"{job}/checkpoints/w",
+    ]
     for name in kept + left_out:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("content")
