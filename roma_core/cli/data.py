@@ -95,12 +95,10 @@ def inspect(path: Path, as_json: bool, html: Path | None) -> None:
     profile = profile_dataset(dataset)
     if html is not None:
         write_bytes(html, _page(profile, dataset).encode())
-        click.echo(html)
-        return
     if as_json:
         print_json(profile.model_dump(mode="json"))
-        return
-    click.echo(profile.to_markdown(), nl=False)
+    else:
+        click.echo(profile.to_markdown() if html is None else f"{html}\n", nl=False)
 
 
 def _page(profile: DataProfile, dataset: StoredDataset) -> str:

@@ -84,6 +84,13 @@ def complete_experiment(context: Any, parameter: Any, incomplete: str) -> list[s
     return [name for name in experiment_names() if name.startswith(incomplete)]
 
 
+def complete_profile(context: Any, parameter: Any, incomplete: str) -> list[str]:
+    from roma_pipelines.launching.launcher import profile_folders
+
+    folders = [folder for kind in ("slurm", "kubernetes") for folder in profile_folders(kind)]
+    return sorted({path.stem for one in folders for path in one.glob(f"{incomplete}*.yaml")})
+
+
 def complete_job(context: Any, parameter: Any, incomplete: str) -> list[str]:
     from roma_pipelines.storage import Storage, StorageSettings
 

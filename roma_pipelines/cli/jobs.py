@@ -15,7 +15,7 @@ import click
 from roma_core.cli import echo_table, json_option, print_json
 from roma_core.files import digest_of, read_json
 from roma_core.job import JobFolder
-from roma_pipelines.cli import TARGETS, complete_job
+from roma_pipelines.cli import TARGETS, complete_job, complete_profile
 from roma_pipelines.launching.jobs import Job, all_jobs, find_job, read_job
 from roma_pipelines.launching.jobs import cancel as cancel_job
 from roma_pipelines.launching.launcher import Launcher, Rejected, size_of
@@ -40,6 +40,7 @@ _FOLLOW_EVERY_S = 0.5
 )
 @click.option(
     "--profile",
+    shell_complete=complete_profile,
     help="Profile of the cluster (default: ROMA_SLURM_PROFILE or ROMA_KUBERNETES_PROFILE).",
 )
 @click.option("--nodes", type=int, default=1, show_default=True, help="Nodes of the job.")

@@ -14,7 +14,7 @@ from roma_core.files import read_json
 from roma_core.job import JobFolder
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.defaults import primary_metric
-from roma_pipelines.cli import TARGETS, complete_experiment
+from roma_pipelines.cli import TARGETS, complete_experiment, complete_profile
 from roma_pipelines.launching.jobs import all_jobs
 from roma_pipelines.launching.launcher import (
     PLANNED_FOLDER,
@@ -48,7 +48,7 @@ _PLACEHOLDERS = {
 @click.command(epilog="Example: roma-pipeline plan japanese_vowels --target slurm --check")
 @click.argument("experiment", shell_complete=complete_experiment)
 @click.option("--target", type=TARGETS, help="Overrides the target of the experiment.")
-@click.option("--profile", help="Overrides the cluster profile of the experiment.")
+@click.option("--profile", shell_complete=complete_profile, help="Overrides the cluster profile.")
 @click.option(
     "--asset",
     type=click.Choice(list(_COMMANDS)),

@@ -213,6 +213,11 @@ def passthrough_env(spec: JobSpec, environment: Mapping[str, str]) -> dict[str, 
 Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
+def profile_folders(kind: str) -> list[Path]:
+    """Folders of profiles, those that are shipped first; a later one of a name replaces an earlier."""
+    return [Path(__file__).parent / kind / "profiles", project_folder() / "profiles" / kind]
+
+
 class ClusterProfile(Frozen):
     """What profiles of clusters hold: ``profiles/<kind>/<name>.yaml`` of the project, or shipped."""
 
@@ -235,14 +240,13 @@ class ClusterProfile(Frozen):
         """
         overrides = (settings or cls.settings()).model_dump(exclude_none=True)
         default, folder = overrides.pop("profile"), overrides.pop("profiles", None)
-        name, kind = name or default, cls.kind.lower()
-        shipped = Path(__file__).parent / kind / "profiles"
-        own = folder or project_folder() / "profiles" / kind
-        known = {p.stem: p for f in ([own] if folder else [shipped, own]) for p in f.glob("*.yaml")}
+        name, folders = name or default, [folder] if folder else profile_folders(cls.kind.lower())
+        known = {path.stem: path for each in folders for path in each.glob("*.yaml")}
         if name not in known:
+            shipped = profile_folders(cls.kind.lower())[0] / "generic.yaml"
             raise ValueError(
-                f"there is no {cls.kind} profile {name!r} in {own}; there are "
-                f"{', '.join(sorted(known)) or 'none'}. Copy {shipped / 'generic.yaml'} there, or set "
+                f"there is no {cls.kind} profile {name!r} in {folders[-1]}; there are "
+                f"{', '.join(sorted(known)) or 'none'}. Copy {shipped} there, or set "
                 f"ROMA_{cls.kind.upper()}_PROFILES to the folder of yours"
             )
         path = known[name]

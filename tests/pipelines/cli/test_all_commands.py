@@ -145,10 +145,11 @@ def test_bash_completes_commands_experiments_and_versions(storage, client, tmp_p
     assert "complete -o nosort -F _roma_completion roma" in script
     program = f"{sys.executable}\n-m\nroma_pipelines.cli"  # the script splits at newlines
     lines = [script]
-    for words in (["comple"], ["demo", "japan"], ["promote", "waves", ""]):
+    cases = ["comple"], ["demo", "japan"], ["promote", "waves", ""], ["plan", "--profile", "leo"]
+    for words in cases:
         lines.append(
             f"COMP_WORDS=({shlex.join(['roma-pipeline', *words])}) COMP_CWORD={len(words)}"
         )
         lines.append(f"COMPREPLY=(); _roma_pipeline_completion '{program}'; echo ${{COMPREPLY[@]}}")
     done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True)
-    assert done.stdout.split() == ["completion", "japanese_vowels", "1"], done.stderr
+    assert done.stdout.split() == ["completion", "japanese_vowels", "1", "leonardo"], done.stderr
