@@ -68,6 +68,7 @@ def explain(package: Any, row: Mapping[str, Any], n_windows: int = 20) -> Explan
         raise ValueError(
             f"expected a classifier or a regressor of whole series, got {kind}; give another --model"
         )
+    package.outputs(series_of(package, [row]))  # raises what is wrong with it
     has_value = np.array([[x is not None for x in xs] for xs in row["values"].values()])
     row = _select({"id": None, **row}, has_value.any(axis=0))
     parts, others = zip(*_occluded(package, row, n_windows), strict=True)

@@ -75,6 +75,13 @@ def test_only_the_window_and_the_channel_that_decide_are_important(tmp_path):
     )
 
 
+def test_a_series_that_does_not_fit_is_refused_as_by_a_prediction(tmp_path):
+    toy.build_toy(tmp_path / "package", InWindow(), SCHEMA)
+    row = {"positions": {"time": [0.0, 1.0], "band": [0.0, 0.0]}, "values": {"flux": [1.0]}}
+    with pytest.raises(pyfunc_model.InvalidSeries, match="'ratio' is missing"):
+        explain(load_package(tmp_path / "package"), row)
+
+
 def stub(**changes):
     """Of a regressor whose target is the sum of all values, and of those in band r twice."""
 
