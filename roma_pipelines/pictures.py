@@ -42,10 +42,11 @@ def _text(x: float, y: float, text: str, colour: str = "") -> str:
 
 
 def _line(points: Sequence[tuple[float, float]], colour: str, more: str = "") -> str:
-    """A line through points; its steps are relative, as that is shorter."""
+    """A line through points, a dash at a single one; steps are relative, as that is shorter."""
     at = [(round(x), round(y)) for x, y in points]
     steps = " ".join(f"{b[0] - a[0]} {b[1] - a[1]}" for a, b in itertools.pairwise(at))
-    return f"<path stroke='{colour}'{more} d='M{at[0][0]} {at[0][1]}l{steps.replace(' -', '-')}'/>"
+    path = f"M{at[0][0]} {at[0][1]}l{steps.replace(' -', '-') or '3 0'}"
+    return f"<path stroke='{colour}'{more} d='{path}'/>"
 
 
 def _summary(drawings: Iterable[str]) -> Metadata:
@@ -123,9 +124,8 @@ def confusion(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> Metada
         f"<path stroke='{_BLUE}' opacity='{quarter / 4}' stroke-width='11' d='{path}'/>"
         for quarter, path in sorted(shades.items())
     ]
-    label = "row: true class; column: predicted"
     names = [_text(side + 4, 12 * i + 10, name[:24]) for i, name in enumerate(classes)]
-    given = [_text(0, side + 13, label)]
+    given = [_text(0, side + 13, "row: true class; column: predicted")]
     return _summary(
         _drawing("confusion matrix", max(side + 150, 200), side + 18, lines, texts)
         for texts in (names + given, given)

@@ -58,3 +58,5 @@ def test_curves_end_where_they_should_and_what_does_not_fit_is_left_out():
     assert kept == [115, 18, 0, 62]  # in the middle, from top to bottom
     assert confusion([[1] * 40] * 40, [str(k) for k in range(40)]) == {}
     assert math.isclose(train[0], 40, abs_tol=1)
+    dash = svg_of(curves(RECORDS[:1], None, None))[0].find("{*}path")
+    assert dash is not None and dash.get("d") == "M190 20l3 0"
