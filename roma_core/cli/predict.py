@@ -10,13 +10,7 @@ from typing import Any
 
 import click
 
-from roma_core.cli import (
-    echo_table,
-    job_option,
-    json_option,
-    print_json,
-    with_options,
-)
+from roma_core.cli import echo_table, job_option, json_option, print_json, with_options
 from roma_core.job import Attempt, JobFolder
 from roma_core.run_job import Work
 

@@ -16,12 +16,7 @@ from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.defaults import primary_metric
 from roma_pipelines.cli import TARGETS, complete_experiment, complete_profile
 from roma_pipelines.launching.jobs import all_jobs
-from roma_pipelines.launching.launcher import (
-    PLANNED_FOLDER,
-    Launcher,
-    Rejected,
-    size_of,
-)
+from roma_pipelines.launching.launcher import PLANNED_FOLDER, Launcher, Rejected, size_of
 from roma_pipelines.launching.spec import JobSpec
 from roma_pipelines.launching.targets import job_spec, launcher_for, roma_command
 from roma_pipelines.storage import Storage

@@ -304,10 +304,7 @@ def check_access(settings: MlflowSettings) -> None:
     An unreachable server is no error: jobs spool what they log until it is back. Raises StoreError,
     with the user's name and never the password, if one is refused or has no counterpart.
     """
-    if settings.username is not None:
-        os.environ[_USERNAME] = settings.username
-    if settings.password is not None:
-        os.environ[_PASSWORD] = settings.password.get_secret_value()
+    export_credentials(settings)
     uris = (settings.tracking_uri, settings.registry_uri)
     servers = [uri.rstrip("/") for uri in uris if uri is not None and is_server(uri)]
     given = [name for name in (_USERNAME, _PASSWORD) if os.environ.get(name)]
@@ -320,6 +317,14 @@ def check_access(settings: MlflowSettings) -> None:
     for uri in servers:
         if (uri, *_credentials()) not in _accepted and _accepts_credentials(uri):
             _accepted.add((uri, *_credentials()))
+
+
+def export_credentials(settings: MlflowSettings) -> None:
+    """Set the variables that MLflow's clients read."""
+    if settings.username is not None:
+        os.environ[_USERNAME] = settings.username
+    if settings.password is not None:
+        os.environ[_PASSWORD] = settings.password.get_secret_value()
 
 
 def answers(settings: MlflowSettings) -> bool:

@@ -111,6 +111,7 @@ def aliases_without_mlflow(settings: store.MlflowSettings, root: Path) -> dict[s
     uri = settings.registry_uri or store.tracking_uri(settings, root)
     rows: list[tuple[str, str, Any]] = []
     if store.is_server(uri):
+        store.export_credentials(settings)
         answer = store.ask(uri.rstrip("/"), _SEARCH, timeout_s=2.0)
         if answer is None or not answer.ok:
             shown = without_credentials(uri)

@@ -12,7 +12,7 @@ import pytest
 from roma_core.serving.registry_client import fetch, resolve
 from roma_pipelines.registry.promotion import promote
 from roma_pipelines.registry.store import MlflowSettings, StoreError, answers, connect
-from roma_pipelines.registry.versions import version_at
+from roma_pipelines.registry.versions import aliases_without_mlflow, version_at
 from roma_pipelines.storage import Storage, prepare_instance
 from tests.pipelines import tiny
 from tests.pipelines.registry.conftest import registered_as, served
@@ -74,12 +74,15 @@ def refused(storage, *command):
 
 
 def test_a_version_is_registered_promoted_and_fetched(known, storage, toy_package, tmp_path):
+    assert aliases_without_mlflow(MlflowSettings(), storage.mlflow) == {}
     client = connect(MlflowSettings(), storage.mlflow)
     version = registered_as(client, toy_package, "toy", "1" * 20)
 
     promote(client, "toy", version, reason="first", actor="tester", evidence={})
 
     assert version_at(client, "toy", "champion") == version
+    aliases = aliases_without_mlflow(MlflowSettings(), storage.mlflow)
+    assert aliases["toy"]["champion"] == version
     assert fetch(client, resolve(client, "models:/toy@champion"), tmp_path / "cache").is_dir()
     assert not (storage.mlflow / "artifacts").exists()
 
