@@ -95,8 +95,10 @@ def main(folder: str) -> None:
     python = str(Path(folder, "bin", "python"))
     is_there = Path(python).exists()
     subprocess.run([python if is_there else sys.executable, "-c", NEEDED], check=True)
-    if not is_there:
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    if not Path(folder, "bin", "pip").exists():  # uv makes environments without it
+        make = [python, "-m", "ensurepip", "--default-pip"]
+        make = make if is_there else [sys.executable, "-m", "venv", folder]
+        subprocess.run(make, check=True)
     pins = Path("constraints.txt").read_text(encoding="utf-8").split()
     (pin,) = (pin for pin in pins if pin.startswith("torch=="))
     # some indexes carry the CPU build under a version of its own; the default one may bring CUDA
