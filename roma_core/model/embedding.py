@@ -163,7 +163,7 @@ def token_vectors(model: Any, tokens: Tensor, positions: Tensor, series: Tensor)
         shape = positions.shape[:-1]
         at = positions
         if any(sizes := config.axis_categories):
-            at = positions[..., config.rotary_axes]
+            at = torch.stack([positions[..., axis] for axis in config.rotary_axes], dim=-1)
             for axis, size in enumerate(sizes):
                 series = series * size + positions[..., axis].long() if size else series
         at, series, flat = at.flatten(0, -2), series.flatten(), tokens.flatten(0, -2)

@@ -166,7 +166,7 @@ def training_loss(model: Model, config: TrainerConfig, dataset: MapStyle) -> Los
         each = F.cross_entropy(
             logits.float(), label, reduction="none", label_smoothing=config.label_smoothing
         )
-        return each if weights is None else each * weights.to(each.device)[label]
+        return each if weights is None else each * weights.to(each.device, non_blocking=True)[label]
 
     return loss
 

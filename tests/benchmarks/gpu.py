@@ -355,6 +355,8 @@ def trainer(run: Run, result: dict[str, Any]) -> None:
             log_wandb=False,
             checkpoint_dir=Path(name) / "checkpoints",
         )
+        if run.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         Trainer(settings).train(curves, None, RoMAForPreTraining(workloads.SERIES_CONFIG))
         records = read_records(settings.checkpoint_dir / "metrics.jsonl")
         metrics = [r["metrics"] for _, r in records if "train/tokens_per_s" in r["metrics"]]

@@ -77,13 +77,14 @@ class HostReads(TorchDispatchMode):
     """Counts, on any device, operators after which a GPU's host must wait for it.
 
     They return a number to Python, or their result's shape depends on the values: ``item``,
-    ``nonzero``, an index of bools.
+    ``nonzero``, an index of bools; or they copy an index that is a list of Python.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
         self.operators = 0
+        self._from_python: list[torch.Tensor] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.operators += 1
@@ -91,12 +92,18 @@ class HostReads(TorchDispatchMode):
         waits = name in {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"}
         if name in ("index", "index_put", "index_put_"):
             indices = [i for i in args[1] if i is not None]
-            waits = any(i.dtype in (torch.bool, torch.uint8) for i in indices)
+            waits = any(
+                i.dtype in (torch.bool, torch.uint8) or any(i is x for x in self._from_python)
+                for i in indices
+            )
         elif func is torch.ops.aten.repeat_interleave.Tensor:
             waits = (kwargs or {}).get("output_size") is None
         if waits:
             self.found.append(name)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if name == "lift_fresh":
+            self._from_python.append(result)
+        return result
 
 
 def host_waits(work: Work) -> int:
@@ -116,6 +123,7 @@ def launches(work: Work) -> dict[str, int]:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         work()
         torch.cuda.synchronize()
-    names = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    events = (e for e in profiler.events() if e.device_type == DeviceType.CUDA)
+    names = [event.name for event in events if not event.is_user_annotation]
     copies = sum(name.startswith(("Memcpy", "Memset")) for name in names)
     return {"kernels": len(names) - copies, "copies": copies}

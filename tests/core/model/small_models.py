@@ -11,6 +11,7 @@ from roma_core import (
     RoMAForPreTraining,
     RoMAForPreTrainingConfig,
 )
+from roma_core.model.masking import draw_mask
 
 STACK = EncoderConfig(d_model=24, nhead=2, depth=2)
 SHAPE = {"encoder_config": STACK, "tubelet_size": (1, 1, 1), "n_channels": 2}
@@ -47,6 +48,20 @@ def padded_batch(lengths, n_tokens, n_axes=2, seed=0, dtype=torch.float32):
     positions = torch.rand(n, n_axes, n_tokens, generator=g, dtype=dtype) * 40
     pad_mask = torch.arange(n_tokens) >= torch.tensor(lengths)[:, None]
     return values, positions, pad_mask
+
+
+def every_part(make):
+    """A model that ``make`` makes with every optional part, in training, and a packed batch for it."""
+    parts = {"axis_categories": (0, 3), "covariates": (0, 4), "neighbours": 2}
+    model = make(**parts, missing_values=True).train()
+    values, positions, pad_mask = padded_batch([9, 4, 7, 7], 9)
+    positions[:, 1] = positions[:, 1].floor() % 3
+    values[:, ::3, 0] = torch.nan
+    covariates = torch.tensor([[1, 2], [torch.nan, 1], [0, 0], [1, 3]])
+    batch, _, _ = model.pack(values, positions, pad_mask, covariates)
+    if isinstance(model, RoMAForPreTraining):
+        batch = draw_mask(batch, model.config, 0, 0)
+    return model, batch
 
 
 NEW_SHAPE = {

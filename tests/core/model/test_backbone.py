@@ -8,7 +8,15 @@ import torch
 from roma_core import (
     RoMAForClassification,
 )
-from tests.core.model.small_models import new_autoencoder, new_classifier, small_batch
+from tests.benchmarks.timing import HostReads
+from tests.core.model.small_models import (
+    autoencoder,
+    classifier,
+    every_part,
+    new_autoencoder,
+    new_classifier,
+    small_batch,
+)
 
 
 @pytest.mark.parametrize("use_cls", [True, False])
@@ -28,6 +36,15 @@ def test_features_pooled_and_per_token_belong_together(use_cls):
         else:
             with pytest.raises(ValueError, match="use_cls=False"):
                 model.embed(values, positions, pad_mask, pooling="cls")
+
+
+@pytest.mark.parametrize("make", [autoencoder, classifier])
+def test_no_part_of_a_step_would_wait_for_a_gpu(make):
+    model, batch = every_part(make)
+    with HostReads() as reads:
+        logits, loss = model(batch)
+        (logits.sum() if loss is None else loss).backward()
+    assert reads.operators > 300 and not reads.found
 
 
 def test_both_models_start_as_declared():

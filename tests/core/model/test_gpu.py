@@ -10,6 +10,7 @@ from roma_core import EncoderConfig, RoMAForPreTraining, RoMAForPreTrainingConfi
 from roma_core.model.encoder import packed_attention
 from roma_core.model.masking import draw_mask
 from roma_core.model.packing import Segments
+from tests.core.model.small_models import autoencoder, classifier, every_part
 
 pytestmark = [
     pytest.mark.gpu,
@@ -115,6 +116,23 @@ def test_a_step_never_waits_for_the_gpu():
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("make", [autoencoder, classifier])
+def test_no_optional_part_waits_for_the_gpu(make):
+    model, batch = every_part(make)
+    model.cuda()
+
+    def step():
+        logits, loss = model(batch.to("cuda"))
+        (logits.sum() if loss is None else loss).backward()
 
     step()
     torch.cuda.set_sync_debug_mode("error")

@@ -39,7 +39,7 @@ def test_no_step_waits_for_the_gpu(tmp_path, monkeypatch, model):
             steps.append(step)
 
     monkeypatch.setattr(TrainStep, "__call__", watched)
-    train(tmp_path, model, epochs=2, ema_decay=0.9)
+    train(tmp_path, model, epochs=2, ema_decay=0.9, class_weights="inverse_frequency")
     assert len(steps) == 12
 
 
