@@ -366,7 +366,7 @@ def trainer(run: Run, result: dict[str, Any]) -> None:
 
 
 PARTS: dict[str, tuple[float, Part]] = {
-    "tests": (110, run_tests),
+    "tests": (130, run_tests),
     "peak": (10, peak),
     "W2, batch 512": (60, workload("W2", 512)),
     "width 720": (25, workload("W2", 512, width=720)),
