@@ -45,7 +45,7 @@ def defs() -> dg.Definitions:
     """All experiments, and the sensors that maintain jobs. Loads without torch, mlflow or wandb.
 
     An invalid file does not stop the others; ``INVALID`` is in its place. Components of other types
-    under ``defs/`` are then left out, too.
+    and Python files under ``defs/`` are then left out, too.
     """
     loaded, errors = load()
     for name, text in errors.items():
@@ -66,8 +66,11 @@ def load() -> tuple[dg.Definitions, dict[str, str]]:
         except Exception as error:  # of several types; ours is a distant cause
             reason = error
     found, errors = load_experiments(given)
-    others = {name: path for name, path in defs_files().items() if name not in given}
-    text = "left out, as Dagster loads its type only if all experiments are valid"
+    root, others = project_folder(), {n: p for n, p in defs_files().items() if n not in given}
+    for path in (root / "defs").rglob("*.py"):
+        if not path.with_name("defs.yaml").exists():  # else a component's
+            others[path.parent.relative_to(root).as_posix()] = path
+    text = "left out, as Dagster loads it only if all experiments are valid"
     if reason is not None and not errors:
         while reason.__cause__ is not None:  # the others show Dagster's tree of all files
             reason = reason.__cause__
@@ -96,7 +99,8 @@ def _from_folder(
         module.__path__, module.__file__ = [str(folder)], None
         tree = dg.ComponentTree.from_module(module, project_root=folder.parent)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", dg.BetaWarning)  # of Dagster's own calls
+            for kind in (dg.BetaWarning, dg.PreviewWarning):  # of Dagster's own calls
+                warnings.simplefilter("ignore", kind)
             found.append(tree.build_defs())
     definitions = dg.Definitions.merge(*found)
     unknown = definitions.resolve_asset_graph().external_asset_keys

@@ -116,6 +116,25 @@ def test_a_project_may_have_no_experiment_yet(monkeypatch, tmp_path, content):
     assert definitions.resolve_asset_graph().has(dg.AssetKey(["japanese_vowels", "dataset"]))
 
 
+def test_python_files_are_loaded_and_are_named_where_a_broken_file_leaves_them_out(
+    monkeypatch, tmp_path, recwarn
+):
+    folder = tmp_path / "defs" / "own"
+    folder.mkdir(parents=True)
+    (folder / "assets.py").write_text("import dagster as dg\n\n@dg.asset\ndef own(): pass\n")
+    monkeypatch.setenv("ROMA_PROJECT", str(tmp_path))
+    assert load()[0].resolve_asset_graph().has(dg.AssetKey("own"))
+    assert [one for one in recwarn if one.category in (dg.BetaWarning, dg.PreviewWarning)] == []
+
+    (tmp_path / "defs" / "broken").mkdir()
+    (tmp_path / "defs" / "broken" / "defs.yaml").write_text("type: [")
+    loaded, errors = load()
+
+    assert errors.keys() == {"broken", "defs/own"}
+    assert "only if all experiments are valid" in errors["defs/own"]
+    assert dg.AssetKey("own") not in loaded.resolve_all_asset_keys()
+
+
 def test_the_clients_of_jobs_are_resources_of_the_assets_that_may_run_one(graph):
     definitions = defs()
     clients = {"local": LocalJobClient, "slurm": SlurmJobClient, "kubernetes": KubernetesJobClient}
