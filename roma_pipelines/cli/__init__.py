@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -79,11 +80,26 @@ def experiment_names() -> list[str]:
     return sorted(defs_files())
 
 
+def _quiet(complete: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """Nothing is offered where settings or a registry cannot be read: a traceback would fill the prompt."""
+
+    @wraps(complete)
+    def offered(*arguments: Any) -> list[Any]:
+        try:
+            return complete(*arguments)
+        except (ValueError, RuntimeError, OSError):
+            return []
+
+    return offered
+
+
+@_quiet
 def complete_experiment(context: Any, parameter: Any, incomplete: str) -> list[str]:
     """Names of experiments, which are those of their registered models, too."""
     return [name for name in experiment_names() if name.startswith(incomplete)]
 
 
+@_quiet
 def complete_profile(context: Any, parameter: Any, incomplete: str) -> list[str]:
     from roma_pipelines.launching.launcher import profile_folders
 
@@ -91,12 +107,14 @@ def complete_profile(context: Any, parameter: Any, incomplete: str) -> list[str]
     return sorted({path.stem for one in folders for path in one.glob(f"{incomplete}*.yaml")})
 
 
+@_quiet
 def complete_job(context: Any, parameter: Any, incomplete: str) -> list[str]:
     from roma_pipelines.storage import Storage, StorageSettings
 
     return [path.name for path in Storage(StorageSettings().root).jobs.glob(f"{incomplete}*")]
 
 
+@_quiet
 def complete_version(context: click.Context, parameter: Any, incomplete: str) -> list[Any]:
     """Versions with an alias, such as the candidate, of the model on the command line."""
     from roma_pipelines.registry.store import MlflowSettings

@@ -5,6 +5,7 @@ Reads job folders and the registry's aliases, and imports neither Dagster nor ML
 
 from __future__ import annotations
 
+import http.client
 import time
 import urllib.error
 import urllib.request
@@ -96,7 +97,7 @@ def _state(storage: Storage) -> dict[str, Any]:
 def _answers(url: str) -> bool:
     try:
         urllib.request.urlopen(url, timeout=1.0).close()
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:  # the latter of another protocol
         return isinstance(error, urllib.error.HTTPError)
     return True
 

@@ -113,7 +113,8 @@ def aliases_without_mlflow(settings: store.MlflowSettings, root: Path) -> dict[s
     if store.is_server(uri):
         store.export_credentials(settings)
         answer = store.ask(uri.rstrip("/"), _SEARCH, timeout_s=2.0)
-        if answer is None or not answer.ok:
+        found_type = "" if answer is None else answer.headers.get("Content-Type", "")
+        if answer is None or not answer.ok or "json" not in found_type:  # a page of a proxy
             shown = without_credentials(uri)
             raise store.StoreError(f"MLflow does not answer at {shown}; check that it runs")
         for model in answer.json().get("registered_models", []):

@@ -4,8 +4,10 @@ import errno
 import json
 import re
 import shlex
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import click
@@ -14,6 +16,12 @@ from click.testing import CliRunner
 
 import roma_core.cli
 from roma_core.cli import main as roma
+from roma_pipelines.cli import (
+    complete_experiment,
+    complete_job,
+    complete_profile,
+    complete_version,
+)
 from roma_pipelines.cli import main as roma_pipeline
 from tests.pipelines.operations.conftest import client, job  # noqa: F401
 
@@ -108,6 +116,43 @@ JSON = (
     "health",
     "status",
 )
+
+
+@pytest.fixture
+def no_registry():
+    """A server that answers with a page, as a proxy does, and then in another protocol."""
+    answers = [b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<p>log in</p>", b"SSH-2.0\r\n"]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            for text in answers:
+                with listener.accept()[0] as peer:
+                    peer.recv(4096)
+                    peer.sendall(text)
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join(5)
+
+
+def test_status_survives_servers_that_are_none(storage, no_registry, monkeypatch):
+    monkeypatch.setenv("ROMA_MLFLOW_TRACKING_URI", no_registry)
+    (storage.root / "servers.json").write_text(json.dumps({"Dagster": no_registry}))
+
+    done = CliRunner().invoke(roma_pipeline, ["status"])
+
+    assert done.exit_code == 0, done.exception
+    assert f"MLflow does not answer at {no_registry}" in done.output
+    assert f"{no_registry} does not answer\n" in done.output
+
+
+def test_nothing_is_completed_where_settings_cannot_be_read(monkeypatch):
+    monkeypatch.setenv("ROMA_PROJECT", "gone")
+    monkeypatch.setenv("ROMA_STORAGE_ROT", "unknown")
+    context = click.Context(roma_pipeline)
+    for complete in (complete_experiment, complete_profile, complete_job, complete_version):
+        assert complete(context, None, "") == []
 
 
 def test_json_is_all_of_stdout_and_documented(storage, job, client):  # noqa: F811
