@@ -30,7 +30,7 @@ _MAX_CLASSES = 8  # in the table of fractions
 _STYLE: Any = {
     "axes.titlelocation": "left", "axes.titlesize": 10, "axes.labelsize": 8,
     "axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 8,
-    "legend.frameon": False, "xtick.labelsize": 8, "ytick.labelsize": 8,
+    "text.parse_math": False, "legend.frameon": False, "xtick.labelsize": 8, "ytick.labelsize": 8,
 }  # fmt: skip
 
 
@@ -273,7 +273,8 @@ def plot_values(dataset: StoredDataset) -> bytes:
         panels = figure.subplots(n_rows, 4, squeeze=False).flatten()
         for panel, channel, known in zip(panels, channels, values, strict=False):
             panel.hist(known[~np.isnan(known)], bins=60, color=_COLOURS["train"])
-            panel.set(title=label_of(channel), yscale="log")
+            panel.set_title(label_of(channel))
+            log_scale(panel)
         for panel in panels[len(channels) :]:
             panel.set_axis_off()
         figure.supylabel("observations", fontsize=8)
@@ -345,7 +346,7 @@ def _plot_gaps(panel: Any, dataset: StoredDataset) -> None:
         panel.hist(gaps, np.arange(gaps.min(), gaps.max() + 2) - 0.5, color="0.45", rwidth=0.85)
     else:
         panel.hist(gaps, bins=60, color="0.45")
-        panel.set_yscale("log")
+        log_scale(panel)
 
 
 def _plot_examples(panel: Any, profile: DataProfile, dataset: StoredDataset) -> None:
@@ -377,6 +378,15 @@ def _plot_examples(panel: Any, profile: DataProfile, dataset: StoredDataset) -> 
     panel.set_yticks(range(len(rows)), [dataset.ids[i] for i in rows[::-1]])
     title = f"Examples: {names[channel]}, grey where a gap is wide"
     panel.set(title=title, xlabel=label_of(dataset.schema.axes[0]))
+
+
+def log_scale(panel: Any) -> None:
+    """Of y, with plain labels: no text is mathtext, as names may have dollar signs."""
+    from matplotlib.ticker import LogFormatter
+
+    panel.set_yscale("log")
+    panel.yaxis.set_major_formatter(LogFormatter())
+    panel.yaxis.set_minor_formatter(LogFormatter())
 
 
 def label_of(part: PositionAxis | Channel) -> str:

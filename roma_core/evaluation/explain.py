@@ -7,6 +7,7 @@ A channel that was never missing in training, and so cannot be left out, is set 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any, Literal
@@ -35,7 +36,10 @@ class Part(Frozen):
 
     @property
     def text(self) -> str:
-        what = self.category if self.start is None else f"{self.start:.5g} to {self.end:.5g}"
+        what = self.category
+        if self.start is not None and self.end is not None:
+            digits = 1 - math.floor(math.log10(self.end - self.start or 1))  # two of a window's width
+            what = f"{round(self.start, digits):.15g} to {round(self.end, digits):.15g}"
         how = "" if self.without == "left out" else f"({self.without})"
         return " ".join(filter(None, (self.name, what, how)))
 

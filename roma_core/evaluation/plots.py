@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from roma_core.data.profile import label_of, png_of
+from roma_core.data.profile import label_of, log_scale, png_of
 from roma_core.evaluation.classification_metrics import ClassificationMetrics, ranked_classes
 from roma_core.evaluation.drift import (
     LARGE_PSI,
@@ -56,6 +56,7 @@ STYLE: Any = {
     "figure.constrained_layout.w_pad": 0.1,
     "figure.constrained_layout.h_pad": 0.1,
     "font.size": 10,
+    "text.parse_math": False,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
@@ -319,7 +320,7 @@ def learning_curve(records: Iterable[Mapping[str, Any]], weights_step: int | Non
             axes.axvline(kept, color=GREY, linestyle=_DASHED, label="weights kept")
         axes.set(xlabel="epoch", title=quantity)
         if "loss" in quantity and all(value > 0 for name in names for _, value in lines[name]):
-            axes.set_yscale("log")
+            log_scale(axes)
     _legend_above(figure)
     return figure
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from roma_core.evaluation.explain import explain
+from roma_core.evaluation.explain import Part, explain
 from roma_core.schema import Channel, ChannelNormalisation, DataSchema, PositionAxis
 from roma_core.serving import pyfunc_model
 from roma_core.serving.job import load_package
@@ -120,6 +120,19 @@ def test_missing_channels_and_categories_are_left_out_of_a_regression():
         "b": (1, 16.0),
     }
     assert found.n_observations == 3, "one has no value"
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "text"),
+    [
+        (1_700_000_012.3, 1_700_004_332.3, "t 1700000000 to 1700004300"),
+        (-0.0123456, 0.0, "t -0.012 to 0"),
+        (1e16, 1e16, "t 1e+16 to 1e+16"),
+    ],
+)
+def test_the_ends_of_a_window_differ_also_far_from_zero(start, end, text):
+    fields = {"kind": "window", "name": "t", "n_observations": 1, "importance": {}}
+    assert Part(start=start, end=end, **fields).text == text
 
 
 @pytest.mark.parametrize(

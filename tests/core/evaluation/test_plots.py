@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from roma_core.data import StoredDataset, build_dataset
-from roma_core.data.profile import MAX_BYTES
+from roma_core.data.profile import MAX_BYTES, png_of
 from roma_core.evaluation import plots
 from roma_core.evaluation.classification_metrics import evaluate
 from roma_core.evaluation.drift import InputSample, profile_of_sample
@@ -67,6 +67,16 @@ def test_a_learning_curve_is_by_epoch_and_marks_the_weights_that_were_kept(monke
 
     assert found == [[3, 3], [3, 3]]  # step 6 is at the end of epoch 3
     assert {axes.get_xlabel() for axes in plots.learning_curve(RECORDS).axes} == {"epoch"}
+
+
+def test_names_are_no_mathtext(monkeypatch):
+    name = "$5_$"  # is none that could be drawn
+    assert plots.reconstruction_examples([reconstruction(channels=(name, "b"), title=name)])
+    figures = []
+    monkeypatch.setattr(plots, "png_of", lambda figure: figures.append(figure) or png_of(figure))
+    plots.learning_curve(RECORDS)
+    labels = [label.get_text() for label in figures[0].axes[0].get_yticklabels(which="both")]
+    assert any(labels) and not any("$" in label for label in labels)
 
 
 def test_every_plot_is_a_small_png(simulated):
