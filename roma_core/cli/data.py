@@ -94,6 +94,7 @@ def inspect(path: Path, as_json: bool, html: Path | None) -> None:
     dataset = StoredDataset(path)
     profile = profile_dataset(dataset)
     if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(html, _page(profile, dataset).encode())
     if as_json:
         print_json(profile.model_dump(mode="json"))
@@ -166,5 +167,6 @@ def export(path: Path, target: Path, split: str | None) -> None:
     """Write the data set in PATH to TARGET, a Parquet file with one row per series."""
     if target.suffix.lower() != ".parquet":
         raise click.BadParameter(f"expected a file that ends in .parquet, got {target}")
+    target.parent.mkdir(parents=True, exist_ok=True)
     n = StoredDataset(path).to_parquet(target, split)  # type: ignore[arg-type]
     click.echo(f"{target}: {n} series")

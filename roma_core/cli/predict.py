@@ -191,6 +191,7 @@ def explain(
         found = occlusion.explain(package, row, windows)
         version = f"{lineage['model']} (version {lineage['model_version']})"
         if html is not None:
+            html.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(html, occlusion.render_explanation(found, row, version).encode())
     if as_json:
         print_json({**lineage, **found.model_dump(exclude_none=True)})

@@ -144,7 +144,7 @@ def test_predict_gives_the_probabilities_of_the_report(runs):
     assert [row["id"] for row in rows] == table.ids
     assert [row["label"] for row in rows] == [table.classes[k] for k in table.predicted]
     np.testing.assert_allclose(served, table.probabilities, atol=1e-5)
-    exported, again = root / "test.parquet", root / "again.parquet"
+    exported, again = root / "new" / "test.parquet", root / "again.parquet"
     roma("data", "export", data, exported, "--split", "test")
     roma("predict", "--model", root / "eval/outputs/package", exported, again)
     said, before = pq.read_table(again), pq.read_table(root / "out.parquet")
@@ -190,12 +190,12 @@ def test_explain_prints_the_contribution_of_windows_and_channels_and_draws_them(
     command = ["explain", "--model", root / "eval/outputs/package", data, "--windows", "5"]
     table = PredictionTable.load(root / "eval/outputs/predictions.parquet")
     command += ["--series", table.ids[3]]
-    found = json.loads(roma(*command, "--html", root / "why.html", "--json"))
+    found = json.loads(roma(*command, "--html", root / "pages" / "why.html", "--json"))
     label = f"log p({table.classes[table.predicted[3]]})"
     assert (found["id"], list(found["outputs"])) == (table.ids[3], [label])
     assert found["outputs"][label] == pytest.approx(np.log(table.probabilities[3].max()), abs=1e-4)
     assert [part["kind"] for part in found["parts"]] == ["window"] * 5 + ["channel"] * 2
-    page = (root / "why.html").read_text()
+    page = (root / "pages" / "why.html").read_text()
     assert "data:image/png;base64" in page and "(set to its mean)" in page
     text = roma(*command)
     assert text.startswith(f"series {table.ids[3]}: class {table.classes[table.predicted[3]]}, ")

@@ -283,7 +283,7 @@ def test_the_commands_build_inspect_and_validate(yaml_file, tmp_path):
     inspected = run(main, ["data", "inspect", path])
     assert inspected.exit_code == 0
     assert "25.0% of the delivered observations dropped" in inspected.stdout
-    page = tmp_path / "page.html"
+    page = tmp_path / "pages" / "page.html"
     inspected = run(main, ["data", "inspect", path, "--html", str(page)])
     assert inspected.stdout == f"{page}\n", inspected.output
     text = page.read_text()
