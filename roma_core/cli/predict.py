@@ -186,7 +186,7 @@ def explain(
                 break
         else:
             raise ValueError(
-                f"{input} has no series {name!r}; give another --series, or --split of a data set"
+                f"{input} has no series {name or '0'!r}; give another --series, or --split of a data set"
             )
         found = occlusion.explain(package, row, windows)
         version = f"{lineage['model']} (version {lineage['model_version']})"

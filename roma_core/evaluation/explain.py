@@ -38,7 +38,8 @@ class Part(Frozen):
     def text(self) -> str:
         what = self.category
         if self.start is not None and self.end is not None:
-            digits = 1 - math.floor(math.log10(self.end - self.start or 1))  # two of a window's width
+            width = self.end - self.start or 1.0
+            digits = 1 - math.floor(math.log10(width))  # two of the width
             what = f"{round(self.start, digits):.15g} to {round(self.end, digits):.15g}"
         how = "" if self.without == "left out" else f"({self.without})"
         return " ".join(filter(None, (self.name, what, how)))
