@@ -333,7 +333,7 @@ def _plot_classes(panel: Any, profile: DataProfile, dataset: StoredDataset) -> N
         bottom += heights
     shown = x[:: math.ceil(len(labels) / 20)]
     long = max(map(len, labels)) > 4
-    panel.set_xticks(shown, [labels[k] for k in shown], rotation=60 if long else 0)
+    panel.set_xticks(shown, [short(labels[k], 22) for k in shown], rotation=60 if long else 0)
 
 
 def _plot_gaps(panel: Any, dataset: StoredDataset) -> None:
@@ -375,9 +375,13 @@ def _plot_examples(panel: Any, profile: DataProfile, dataset: StoredDataset) -> 
         colour = _COLOURS[SPLITS[dataset.splits[i]]]
         for part in np.split(np.arange(len(x)), holes + 1):
             panel.plot(x[part], y[part], ".-", color=colour, lw=1, ms=4)
-    panel.set_yticks(range(len(rows)), [dataset.ids[i] for i in rows[::-1]])
+    panel.set_yticks(range(len(rows)), [short(dataset.ids[i], 22) for i in rows[::-1]])
     title = f"Examples: {names[channel]}, grey where a gap is wide"
     panel.set(title=title, xlabel=label_of(dataset.schema.axes[0]))
+
+
+def short(name: str, length: int = 14) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def log_scale(panel: Any) -> None:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from roma_core.data.profile import label_of, log_scale, png_of
+from roma_core.data.profile import label_of, log_scale, png_of, short
 from roma_core.evaluation.classification_metrics import ClassificationMetrics, ranked_classes
 from roma_core.evaluation.drift import (
     LARGE_PSI,
@@ -106,14 +106,10 @@ def _series_grid(
     for axes, title in zip(grid[0], columns, strict=True):
         axes.set_title(title)
     for axes, title in zip(grid[:, 0], series, strict=True):
-        axes.set_ylabel(_short(title, 22))
+        axes.set_ylabel(short(title, 22))
     for axes in grid[-1]:
         axes.set_xlabel(axis)
     return grid
-
-
-def _short(name: str, length: int = 14) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def _tick_classes(axes: Axes, names: Sequence[str]) -> None:
@@ -131,7 +127,7 @@ def confusion_matrix(metrics: ClassificationMetrics) -> Figure:
     figure = Figure((side + 1.0, side), layout="compressed")
     axes = figure.subplots()
     image = axes.imshow(fraction, cmap="Blues", vmin=0, vmax=1)
-    names = [_short(c.name) for c in metrics.per_class]
+    names = [short(c.name) for c in metrics.per_class]
     _tick_classes(axes, names)
     axes.set_yticks(range(k), names)
     axes.set(xlabel="predicted class", ylabel="true class")
@@ -199,7 +195,7 @@ def ranking_curves(table: PredictionTable) -> Figure:
     roc.plot([0, 1], [0, 1], color=GREY, linestyle=_DASHED, linewidth=1)
     for k, (auroc, name, fall_out, sensitivity, precision, recalled) in enumerate(drawn):
         style: Any = {"color": BLUE if is_binary else _CLASS_COLOURS[k], "linewidth": 1.5}
-        roc.plot(fall_out, sensitivity, label=f"{_short(name)}, AUROC {auroc:.3f}", **style)
+        roc.plot(fall_out, sensitivity, label=f"{short(name)}, AUROC {auroc:.3f}", **style)
         recall.step(recalled, precision, where="post", **style)
     if is_binary:
         recall.axhline(table.labels.mean(), color=GREY, linestyle=_DASHED, linewidth=1)
@@ -376,7 +372,7 @@ def error_by_position(metrics: RegressionMetrics, axis: PositionAxis) -> Figure:
     axes = figure.subplots()
     targets = metrics.per_target[:_N_TARGETS]
     for k, (target, colour) in enumerate(zip(targets, _COLOURS, strict=False)):
-        rmse, label = [one.rmse[k] for one in metrics.by_position], _short(target.name)
+        rmse, label = [one.rmse[k] for one in metrics.by_position], short(target.name)
         axes.plot(middle, rmse, "o-", color=colour, markersize=3.5, linewidth=1.3, label=label)
     axes.set(xlabel=label_of(axis), ylabel="root mean squared error")
     axes.set_ylim(bottom=0)
@@ -428,7 +424,7 @@ def errors_by_group(groups: Sequence[GroupErrors], noise: Estimate | None) -> Fi
     if noise is not None:
         axes.axhline(noise.value, color=ORANGE, linestyle=_DASHED, label="noise alone")
         _legend_above(figure)
-    _tick_classes(axes, [_short(group.name) for group in groups])
+    _tick_classes(axes, [short(group.name) for group in groups])
     axes.set(ylabel="mean squared error", ylim=(0, None))
     axes.axhline(0, color=GREY, linewidth=0.8)
     return figure
@@ -444,7 +440,7 @@ def _embedding_map(features: NDArray[np.floating], labels: Ints, classes: Sequen
     for k in np.unique(labels):
         here, style = labels[rows] == k, dict[str, Any](s=14, alpha=0.75, linewidths=0)
         x, y = points[here].T
-        style |= {"label": _short(classes[k]), "urls": rows[here].astype(str)}
+        style |= {"label": short(classes[k]), "urls": rows[here].astype(str)}
         axes.scatter(x, y, color=colours[k % len(colours)], **style)
     axes.set_xlabel(f"first principal component, {fractions[0]:.0%} of the variance")
     axes.set_ylabel(f"second, {fractions[1]:.0%}")
@@ -511,7 +507,7 @@ def drift_figure(profile: ReferenceProfile, sample: InputSample) -> Figure:
     sizes = [e.size for e in shown]
     colours = [ORANGE if size > LARGE_PSI else BLUE for size in sizes]
     axes.barh(range(len(sizes)), sizes, color=colours, height=0.7)
-    axes.set_yticks(range(len(sizes)), [_short(e.quantity, 22) for e in shown])
+    axes.set_yticks(range(len(sizes)), [short(e.quantity, 22) for e in shown])
     for limit in (MODERATE_PSI, LARGE_PSI):
         axes.axvline(limit, color=GREY, linewidth=1, linestyle=_DASHED)
     axes.set_xlim(0, max(1.15 * max(sizes), 1.4 * LARGE_PSI))
@@ -538,6 +534,6 @@ def _draw_histograms(axes: Axes, name: str, quantity: Quantity, recent: Floats) 
     every = max(1, round(len(quantity.edges) / 3))
     shown = [n for n in range(len(quantity.edges)) if n % every == 0]
     axes.set_xticks([n + 0.5 for n in shown], [f"{quantity.edges[n]:.3g}" for n in shown])
-    axes.set_title(_short(name, 26))
+    axes.set_title(short(name, 26))
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.grid(axis="x", visible=False)

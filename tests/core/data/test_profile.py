@@ -53,6 +53,14 @@ def test_a_profile_of_single_observations_has_no_gaps(tmp_path):
     assert plot_profile(profile, dataset).startswith(b"\x89PNG")
 
 
+def test_long_names_leave_room_for_the_plots(tmp_path, recwarn):
+    dataset = StoredDataset(built(tmp_path, *(series("a/" * 60 + x, 3, "y" * 150) for x in "bc")))
+
+    plot_profile(profile_dataset(dataset), dataset)
+
+    assert not [one for one in recwarn if "layout not applied" in str(one.message)]
+
+
 @LAYOUTS
 def test_channels_are_profiled_by_their_observed_values_in_either_layout(tmp_path, layout):
     dataset = StoredDataset(gappy_set(tmp_path, layout=layout))
