@@ -54,7 +54,7 @@ def test_a_profile_of_single_observations_has_no_gaps(tmp_path):
 
 
 def test_long_names_leave_room_for_the_plots(tmp_path, recwarn):
-    dataset = StoredDataset(built(tmp_path, *(series("a/" * 60 + x, 3) for x in "bc")))
+    dataset = StoredDataset(built(tmp_path, *(series("path/" * 50 + x, 3) for x in "bc")))
 
     plot_profile(profile_dataset(dataset), dataset)
 
