@@ -198,7 +198,7 @@ def explain(
         return
     click.echo(f"series {found.id or number}: {found.prediction}, by {version}")
     rows = [("PART", "OBSERVATIONS", *found.outputs)]
-    for part in found.parts:
+    for part in filter(lambda part: part.n_observations, found.parts):
         numbers = (f"{part.importance[output]:+.4g}" for output in found.outputs)
         rows.append((part.text, str(part.n_observations), *numbers))
     echo_table(rows)

@@ -165,7 +165,8 @@ def render_explanation(explanation: Explanation, row: Mapping[str, Any], model: 
         spans: Any = [(part.start, part.end, part.importance[name]) for part in windows]
         sizes = {part.name: part.importance[name] for part in channels}
         caption = (
-            f"Importance for {name}: windows that raise it are blue, those that lower it orange."
+            f"Importance for {name}: windows that raise it are blue, those that lower it orange; all "
+            f"are pale where no window reaches a twentieth of the most important channel."
         )
         png = importance_figure(row, windows[0].name, spans, sizes)
         plots.append(Plot(title=name, caption=caption, alt=caption, png=png))

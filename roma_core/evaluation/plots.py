@@ -390,11 +390,13 @@ def importance_figure(
 ) -> Figure:
     """Values of the most important channels over position, shaded by the importance of windows.
 
-    ``windows``: (start, end, importance) on the axis; ``channels``: name -> importance.
+    ``windows``: (start, end, importance) on the axis; ``channels``: name -> importance. The darkest
+    window is the most important one, if it reaches a twentieth of the most important channel.
     """
     shown = sorted(series["values"], key=lambda name: -abs(channels.get(name, 0.0)))[:_N_PANELS]
     figure = Figure((9.2, 0.9 + 1.5 * len(shown)))
-    most = max(abs(importance) for *_, importance in windows) or 1.0
+    sizes = [*(x for *_, x in windows), *(x / 20 for x in channels.values())]
+    most = max(map(abs, sizes)) or 1.0
     for axes, name in zip(
         figure.subplots(len(shown), sharex=True, squeeze=False).flat, shown, strict=True
     ):

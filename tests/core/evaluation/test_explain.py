@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from roma_core.evaluation.explain import Part, explain
+from roma_core.evaluation.plots import importance_figure
 from roma_core.schema import Channel, ChannelNormalisation, DataSchema, PositionAxis
 from roma_core.serving import pyfunc_model
 from roma_core.serving.job import load_package
@@ -150,3 +151,12 @@ def test_the_ends_of_a_window_differ_also_far_from_zero(start, end, text):
 def test_what_cannot_be_explained_is_said(changes, row, told):
     with pytest.raises(ValueError, match=told):
         explain(stub(**changes), row)
+
+
+def test_windows_far_below_a_channel_are_not_shaded():
+    def drawn(window, channel):
+        row = {"positions": {"time": [0.0, 2.0]}, "values": {"a": [1.0, 2.0]}}
+        return importance_figure(row, "time", [(0, 1, window), (1, 2, 0)], {"a": channel})
+
+    assert drawn(1e-4, 4.0) == drawn(0, 4.0)
+    assert drawn(1.0, 4.0) != drawn(0, 4.0)
