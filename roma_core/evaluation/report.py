@@ -101,9 +101,10 @@ def plot_of(name: str, png: bytes, svg: str = "") -> Plot:
     caption = "Metrics by epoch; eval is the validation split; dashed: the weights that were kept."
     curve = (f"Learning curve: {training}", caption, f"Learning curve of the {training}.")
     title, caption, alt = FIGURES.get(name, curve)
-    return Plot(
-        title=title, caption=caption, alt=alt, png=png, svg=svg, wide=name not in _HALF_WIDTH
-    )
+    wide = name not in _HALF_WIDTH
+    if training != name:
+        wide = int.from_bytes(png[16:20]) > 800  # of the header: pixels across, of several panels
+    return Plot(title=title, caption=caption, alt=alt, png=png, svg=svg, wide=wide)
 
 
 class _Content(Frozen):
