@@ -225,8 +225,8 @@ def _describe(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[str, st
 
 
 def root_cause(error: SerializableErrorInfo) -> SerializableErrorInfo:
-    """The error that caused the others, which are Dagster's own."""
-    while error.cause is not None:
+    """The first error below Dagster's own; it says more than what it was raised from."""
+    while error.cause is not None and (error.cls_name or "").startswith("Dagster"):
         error = error.cause
     return error
 

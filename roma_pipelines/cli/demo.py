@@ -186,6 +186,7 @@ def _materialise(
     from roma_pipelines.automation.alerts import message_of, root_cause
 
     detach_log_watchers()
+    logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)  # a traceback at Ctrl-C
     job = definitions.resolve_implicit_global_asset_job_def()
     interrupted = "interrupted; the same command resumes"
     try:
@@ -207,6 +208,7 @@ def _materialise(
         if event.is_step_failure and event.step_failure_data.error is not None:
             error = root_cause(event.step_failure_data.error)
             if error.cls_name == "DagsterExecutionInterruptedError":
+                instance.report_run_canceled(result.dagster_run, interrupted)  # no failure
                 raise KeyboardInterrupt(interrupted)
             lines.append(f"{event.step_key}: {message_of(error)}")
     for evaluation in result.get_asset_check_evaluations():
@@ -264,6 +266,9 @@ def _conclude(
     click.echo(f"test {headline(metrics)}")
 
 
+_NOISE = ("Dependencies for step", "[pipes] external process successfully")  # Dagster's own
+
+
 def _progress_logger() -> dg.LoggerDefinition:
     """A console logger for messages and progress of jobs."""
     import dagster as dg
@@ -274,7 +279,7 @@ def _progress_logger() -> dg.LoggerDefinition:
             text = meta.get("orig_message") if record.levelno >= logging.INFO else None
             if (event := meta.get("dagster_event")) is not None:
                 text = _event_text(event)
-            if text:
+            if text and not text.startswith(_NOISE):
                 click.echo(f"  {text}", file=sys.stdout)
 
     logger = logging.getLogger("roma_pipelines.demo")

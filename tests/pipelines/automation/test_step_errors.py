@@ -2,6 +2,7 @@
 
 import sys
 
+import dagster as dg
 import pytest
 from dagster._utils.error import serializable_error_info_from_exc_info
 
@@ -15,9 +16,15 @@ def reported(error):
         try:
             raise error
         except Exception as cause:
-            raise RuntimeError("step failed") from cause
-    except RuntimeError:
+            raise dg.DagsterInvariantViolationError("step failed") from cause
+    except dg.DagsterError:
         return serializable_error_info_from_exc_info(sys.exc_info())
+
+
+def test_an_error_with_advice_is_told_in_place_of_the_one_it_was_raised_from():
+    error = StoreError("the disk is full; free some space")
+    error.__cause__ = OSError("no space left")
+    assert message_of(root_cause(reported(error))) == "the disk is full; free some space"
 
 
 @pytest.mark.parametrize(

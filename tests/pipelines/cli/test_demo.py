@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import dagster as dg
 import pytest
 from click.testing import CliRunner
 
@@ -194,6 +195,9 @@ def test_ctrl_c_in_a_training_leaves_no_process(story, interrupted):
     assert last == "interrupted; the same command resumes"
     assert "Traceback" not in interrupted.stderr
     assert tiny.living_jobs(story.folder) == []
+    with dg.DagsterInstance.from_config(str(story.folder / ".roma" / "dagster")) as instance:
+        newest, *_ = instance.get_runs(limit=1)
+    assert newest.status is dg.DagsterRunStatus.CANCELED, "health counts it as no failure"
 
 
 @pytest.mark.slow
