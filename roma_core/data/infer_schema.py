@@ -293,15 +293,15 @@ def suggest_options(
     reasons: list[str] = []
     if (found := statistics.repairs) is not None:
         n_not_finite = found.observations_not_finite + found.series_without_targets
-        for name, setting, count in (
-            ("not_finite", "drop", n_not_finite),
-            ("duplicates", "mean", found.duplicate_observations),
-            ("empty", "drop", found.empty_series_dropped),
+        for name, setting, count, what in (
+            ("not_finite", "drop", n_not_finite, "not finite"),
+            ("duplicates", "mean", found.duplicate_observations, "at the position of another"),
+            ("empty", "drop", found.empty_series_dropped, "series without values"),
         ):
             if count:
                 dataset.setdefault("repair", {})[name] = setting
                 reasons.append(
-                    f"repair.{name} {setting}: {count:,} found; remove the line to raise an error"
+                    f"repair.{name} {setting}: {count:,} {what}; remove the line to raise an error"
                 )
     reasons.append(f"layout auto: {statistics.layout}, {statistics.layout_reason}")
     axes = dataset["axes"] = {}

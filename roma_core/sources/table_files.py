@@ -394,7 +394,10 @@ class TableFile:
         if not (is_text and strict):
             return number
         form = "numbers with decimal commas, no points" if self._has_decimal_commas else "numbers"
-        expected = literal(f", expected {f'{form}, or ' * (kind != 'date')}dates like 2024-03-31")
+        expected = literal(
+            f", expected {f'{form}, or ' * (kind != 'date')}dates like 2024-03-31; correct "
+            f"it, or add it to missing_values of the source"
+        )
         place = f"{literal(where)} || ' ''' || {column} || ''' in row ' || row"
         if len(self.paths) > 1 or not self._is_csv:
             place = f"path || {literal(f': column {name!r} holds ')} || '''' || {column} || ''''"
