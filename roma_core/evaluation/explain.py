@@ -86,7 +86,8 @@ def explain(package: Any, row: Mapping[str, Any], n_windows: int = 20) -> Explan
     else:  # predicted deviations may follow the targets
         names = list(package.targets)
         pairs = zip(package.targets.items(), outputs[0], strict=False)
-        prediction = ", ".join(f"{name} {x:.5g} {unit}" for (name, unit), x in pairs)
+        texts = (f"{name} {x:.5g} {unit}".removesuffix(" 1") for (name, unit), x in pairs)
+        prediction = ", ".join(texts)
     whole, *found = (dict(zip(names, values.tolist(), strict=False)) for values in outputs)
     left = iter(found)
     explained = []

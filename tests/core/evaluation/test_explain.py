@@ -121,6 +121,9 @@ def test_missing_channels_and_categories_are_left_out_of_a_regression():
         "b": (1, 16.0),
     }
     assert found.n_observations == 3, "one has no value"
+    assert found.prediction == "total 22 kg"
+    pure = explain(stub(targets={"total": "1"}), ROW, n_windows=3)
+    assert pure.prediction == "total 22", "a pure number has no unit"
 
 
 @pytest.mark.parametrize(
