@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import wraps
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -83,12 +82,10 @@ def experiment_names() -> list[str]:
 def _quiet(complete: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     """Nothing is offered where settings or a registry cannot be read: a traceback would fill the prompt."""
 
-    @wraps(complete)
     def offered(*arguments: Any) -> list[Any]:
-        try:
+        with suppress(ValueError, RuntimeError, OSError):
             return complete(*arguments)
-        except (ValueError, RuntimeError, OSError):
-            return []
+        return []
 
     return offered
 
