@@ -30,8 +30,8 @@ up: $(READY) ## Serve the overview, Dagster and MLflow on 127.0.0.1
 	@$(BIN)/roma-pipeline up
 
 .PHONY: test
-test: $(READY) lint ## Lint, type-check and run all tests but chaos, three at a time
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+test: $(READY) lint ## Lint, type-check and run all tests but chaos, four at a time
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: chaos
 chaos: $(READY) ## The long fault tests: kills at random moments, servers that die
