@@ -137,5 +137,5 @@ def load_experiments(
             if one.pretrained_from is None:
                 encoders.add(one.name)
         except Exception as error:
-            errors[folder] = f"{defs_files()[folder]}: {error}"
+            errors[folder] = f"{defs_files().get(folder, folder)}: {error}"
     return found, errors

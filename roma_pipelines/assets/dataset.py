@@ -17,6 +17,7 @@ from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.pipes import job_folder
 from roma_pipelines.launching.targets import roma_command
 from roma_pipelines.pictures import picture
+from roma_pipelines.resources import JobClient
 from roma_pipelines.storage import Storage
 from roma_pipelines.tracked_job import of_this_run
 
@@ -74,13 +75,13 @@ def dataset_asset(experiment: Experiment) -> dg.AssetsDefinition:
             )
         else:
             resources = resources.of("dataset")
-            job = getattr(context.resources, resources.target).complete(
+            client: JobClient = getattr(context.resources, resources.target)
+            job = client.complete(
                 context,
                 folder,
                 roma_command("data build", folder.path),
                 config.model_dump(mode="json"),
                 resources,
-                "plain",
                 profile=resources.profile,
                 max_attempts=resources.max_attempts,
             )

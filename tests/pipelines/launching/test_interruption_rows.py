@@ -111,7 +111,7 @@ BAD_INPUT = {
     "unknown target or profile": [
         "commands: plan_says_what_is_wrong",
         "commands: a_profile_of_another_target_is_refused",
-        "plan: an_unknown_profile_names_those_there_are",
+        "plan: the_projects_profiles_come_before_the_shipped_and_an_unknown_one_names_all",
     ],
     "partition that does not exist": [
         "slurm/preflight: a_partition_that_does_not_exist_names_those_there_are"
