@@ -52,9 +52,9 @@ TARGETS = click.Choice(["local", "slurm", "kubernetes"])
 def main(context: click.Context) -> None:
     """Operate RoMA experiments: Dagster assets, training jobs and the model registry.
 
-    Without a command it prints the state and the next step, as `status` does. State is kept under .roma/ (ROMA_STORAGE_ROOT); `up` serves it as web pages.
+    Without a command it prints the state and the next step, as `status` does. State is kept under
+    .roma/ (ROMA_STORAGE_ROOT); `up` serves it as web pages.
     """
-
     if context.invoked_subcommand is None and (status := main.get_command(context, "status")):
         context.invoke(status)
 
