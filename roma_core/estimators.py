@@ -55,7 +55,13 @@ from roma_core.sources.in_memory import Floats, Table, is_path, series_of, table
 from roma_core.sources.npz import NpzConfig
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.defaults import DatasetSize, default_settings
-from roma_core.trainer.job import MODEL_OUTPUT, TrainingJobConfig, train, validation_metric
+from roma_core.trainer.job import (
+    MODEL_OUTPUT,
+    TrainingJobConfig,
+    grid_of_split,
+    train,
+    validation_metric,
+)
 
 Task = Literal["pretrain", "finetune"]
 _CONFIGS = RoMAForPreTrainingConfig, RoMAForClassificationConfig
@@ -166,7 +172,13 @@ class _Estimator(BaseEstimator):
         """The folder of the weights of a training that starts from these, or from new ones."""
         schema, split = dataset.schema, dataset.split("train")
         n_axes = sum(not axis.n_embedded for axis in schema.axes)
-        size = DatasetSize(len(split), int(split.lengths.sum()), schema.n_values, max(1, n_axes))
+        size = DatasetSize(
+            len(split),
+            int(split.lengths.sum()),
+            schema.n_values,
+            max(1, n_axes),
+            0.0 if len(schema.axes) > 1 or (grid := grid_of_split(split)) is None else grid.fill,
+        )
         is_regression = self._kind == "regressor"
         defaults = default_settings(size, "series" if is_regression else None)
         fields = [set(config.model_fields) for config in _CONFIGS]

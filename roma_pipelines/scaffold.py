@@ -181,6 +181,9 @@ def propose(
         n_observations=max(1, round(statistics.n_observations * fraction)),
         n_channels=1 if statistics.layout == "per_channel" else len(statistics.channels),
         n_axes=max(1, len(statistics.axes) - len(categorical)),
+        grid_fill=0.0
+        if categorical or statistics.layout == "per_channel"
+        else statistics.grid_fill,
     )
     warnings = [*_warnings(statistics), *(_LACKS for reason in reasons if _LACKS in reason)]
     if targets:
@@ -283,7 +286,15 @@ def _text(
     target: str,
 ) -> str:
     sizes = proposal.sizes
-    settings = ("model", "mask_ratio", "use_cls", "value_features", "neighbours", "pretraining")
+    settings = (
+        "model",
+        "mask_ratio",
+        "use_cls",
+        "value_features",
+        "neighbours",
+        "window",
+        "pretraining",
+    )
     resources = {"target": target, "nodes": 1, "processes_per_node": 1}
     of_task = [f"of the gate, the best checkpoint and reports: {proposal.metric}"]
     is_regression = proposal.task == "regression"

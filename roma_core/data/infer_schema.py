@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from roma_core.data.cleaning import RepairOptions, SeriesCleaner
 from roma_core.data.infer_tables import InferredSource, TableInference
-from roma_core.data.layout import choose_layout, melt, n_times_of
+from roma_core.data.layout import choose_layout, grid_of, melt, n_times_of
 from roma_core.data.manifest import Repairs
 from roma_core.data.table_columns import ColumnRoles
 from roma_core.schema import AxisScaleFit, DataError, Layout, TargetLevel
@@ -155,6 +155,7 @@ def _npz(path: Path) -> InferredSource:
 _FAR = 100.0  # quartile distances; channels with values beyond are transformed
 _MANY_GAPS = 1e4  # positions farther from zero, in gaps, count from each series' first
 _SAMPLED = 200_000  # observations that quantiles are taken from
+_TIMED = 200  # series whose times are kept to find a grid
 _LENIENT = RepairOptions(unsorted="sort", duplicates="mean", not_finite="drop", empty="drop")
 
 
@@ -195,6 +196,7 @@ class SourceStatistics:
     layout: Layout  # that `auto` chooses; what is counted is its observations
     layout_reason: str
     has_gaps: bool  # whether observations of the source lack the values of some channels
+    grid_fill: float = 0.0  # observed share of the steps of the first axis's grid; 0: no grid
     targets: tuple[str, ...] = ()
     target_level: TargetLevel = "observation"
 
@@ -221,6 +223,7 @@ def source_statistics(source: Source) -> SourceStatistics:
     varies = np.zeros(n_channels, dtype=bool)
     classes_of_group: dict[str, set[str | None]] = {}
     lengths, has_gaps = array("q"), False
+    times: list[NDArray[np.float64]] = []  # on the first axis, of the first series
     for series in cleaner:
         positions, values = series.positions, series.values
         if given == "joint":
@@ -245,6 +248,8 @@ def source_statistics(source: Source) -> SourceStatistics:
         max_abs = np.maximum(max_abs, np.abs(series.positions[:, : len(steps)]).max(axis=0))
         for k, fit in enumerate(steps):
             fit.add(series.positions[:, k])
+        if len(times) < _TIMED:
+            times.append(series.positions[:, 0].copy())
     if not lengths:
         raise DataError("the source has no series")
     channels, values = map(np.concatenate, zip(*sample, strict=True))
@@ -277,6 +282,7 @@ def source_statistics(source: Source) -> SourceStatistics:
         layout=layout,
         layout_reason=reason,
         has_gaps=has_gaps,
+        grid_fill=0.0 if (grid := grid_of(times)) is None else grid.fill,
         targets=tuple(target.name for target in trait(source, "targets")),
         target_level=trait(source, "target_level"),
     )

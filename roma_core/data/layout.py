@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from roma_core.schema import Layout
 from roma_core.sources.base import RawSeries, Source, trait
 
 _SAMPLE = 200  # series read to choose a layout
+_MAX_OFF_GRID = 0.2  # of a step, by which a time may miss the grid
 _MIN_OBSERVED = 0.05  # of the channels at a time, down to which tokens hold all of them
 
 Positions = NDArray[np.float64]
@@ -85,6 +87,28 @@ def choose_layout(
     at_a_time = n_values / max(1, n_times)
     reason = f"{at_a_time:.1f} of {n_channels} channels are observed at a time"
     return ("joint" if at_a_time >= _MIN_OBSERVED * n_channels else "per_channel"), reason
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Equal steps that the times of all series lie on."""
+
+    step: float  # in the unit of the axis
+    fill: float  # observed share of the steps between the first and the last of each series
+
+
+def grid_of(times: Iterable[NDArray[np.float64]]) -> Grid | None:
+    """The grid of some series' ``(N,)`` times, or None; it may begin anywhere in each of them."""
+    ordered = [np.unique(one) for one in times]
+    gaps = np.concatenate([np.diff(one) for one in ordered]) if ordered else np.zeros(0)
+    if not len(gaps):
+        return None
+    step = gaps.sum() / np.round(gaps / gaps.min()).sum()
+    places = [(one - one[0]) / step for one in ordered]
+    if max(np.abs(place - place.round()).max() for place in places) > _MAX_OFF_GRID:
+        return None
+    n_steps = sum(float(place[-1].round()) + 1 for place in places)
+    return Grid(float(step), sum(map(len, ordered)) / n_steps)
 
 
 def n_times_of(series: RawSeries, layout: Layout) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +25,21 @@ from roma_core.model.encoder import Encoder, OutputRows, initialise
 from roma_core.model.packing import Layout, PackedBatch, Segments, pack, scatter
 from roma_core.model.positions import RotaryEmbedding, Rotations, SinusoidalEmbedding
 from roma_core.model.weights import write_weights
+from roma_core.model.windows import Stem
 
 Pooling = Literal["cls", "mean", "token"]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The input of the encoder: R prefix rows of each series, then its U tokens: observations or windows."""
+
+    rows: Tensor  # (U + B R, d)
+    rotations: Rotations
+    layout: Layout  # of the rows
+    segments: Segments  # of the tokens alone
+    positions: Tensor  # (U + B R, D), 0 of the prefix
+    of_observation: Tensor | None  # (T,) int64, the window of each; None: a token each
 
 
 class Backbone(nn.Module):
@@ -40,7 +54,9 @@ class Backbone(nn.Module):
         self.config = config
         stack = config.encoder_config
         self.data_schema: dict[str, Any] | None = None  # DataSchema of the training data, if known
-        self.projection = Projection(config.n_inputs, stack.d_model, config.value_features)
+        self.stem = Stem(config) if config.window else None
+        n_inputs = config.stem_width if config.window else config.n_inputs
+        self.projection = Projection(n_inputs, stack.d_model, config.value_features)
         self.neighbourhood: Neighbourhood | None = None
         if config.neighbours:
             self.neighbourhood = Neighbourhood(config)
@@ -167,18 +183,20 @@ class Backbone(nn.Module):
     def features(self, batch: PackedBatch, pooling: Pooling) -> Tensor:
         """``(B, d)`` pooled, or ``(T, d)``: the input of a head, from a packed batch."""
         self.check_packed(batch)
-        segments = batch.segments
-        x, rotations, layout = self.embed_rows(
-            batch.tokens, batch.positions, segments.index_in_series, segments, batch.covariates
+        index = batch.segments.index_in_series
+        embedded = self.embed_rows(
+            batch.tokens, batch.positions, index, batch.segments, batch.covariates
         )
+        x, rotations, layout = embedded.rows, embedded.rotations, embedded.layout
+        segments = embedded.segments
         if pooling == "cls":
             cls_rows = layout.prefix_rows[:, 0]
             first = OutputRows(cls_rows, Segments([1] * segments.count, segments.device))
             return self.encoder(x, rotations, layout.segments, first)
         rows = OutputRows(layout.token_rows, segments) if self.config.n_prefix else None
-        x = self.encoder(x, rotations, layout.segments, rows)  # (T, d)
+        x = self.encoder(x, rotations, layout.segments, rows)
         if pooling == "token":
-            return x
+            return x if embedded.of_observation is None else x[embedded.of_observation]
         sums = x.new_zeros(segments.count, x.shape[1]).index_add(0, segments.ids, x)
         return sums / segments.sizes[:, None].to(x.dtype)
 
@@ -212,28 +230,37 @@ class Backbone(nn.Module):
         index: Tensor,
         segments: Segments,
         covariates: Tensor | None,
-    ) -> tuple[Tensor, Rotations, Layout]:
+    ) -> Embedded:
         """Embed some tokens and put CLS and covariates in front of each series.
 
-        From ``(V, P)``, ``(V, D)``, ``(V,)``, the index of each token in its full series, and
-        ``(B, K)``, to ``(V + B R, d)`` of the weights' type, rotations, and the layout.
+        From ``(V, P)``, ``(V, D)``, ``(V,)``, the index of each token in its full series, and ``(B, K)``.
         """
         # the residual stream keeps its precision; under autocast only products are in 16 bits
         dtype = self.projection.weight.dtype
-        x = token_vectors(self, tokens.to(dtype), positions, segments.ids)
+        of_observation = None
+        if self.stem is None:
+            x = token_vectors(self, tokens.to(dtype), positions, segments.ids)
+        else:
+            features, windows = self.stem(tokens.to(dtype), positions, segments.ids)
+            x = self.projection(features).to(dtype)
+            positions, of_observation = windows.positions, windows.of_row
+            # waits for a GPU: only positions tell how many windows there are
+            lengths = windows.series.bincount(minlength=segments.count).tolist()
+            segments = Segments(lengths, segments.device)
         if self.sinusoidal is not None:
             shift = 0 if self.cls is None else 1
             x = x + self.sinusoidal(index + shift)
         layout = segments.with_prefix(self.config.n_prefix)
         prefix = prefix_tokens(self, segments.count, covariates)
         if prefix is None:
-            return x, self._rotations(positions), layout
+            rotations = self._rotations(positions)
+            return Embedded(x, rotations, layout, segments, positions, of_observation)
         n_rows, token_rows = layout.segments.total, layout.token_rows
         full = x.new_empty(n_rows, x.shape[1]).index_copy(0, token_rows, x)
         full = full.index_copy(0, layout.prefix_rows.flatten(), prefix.flatten(0, 1).to(x.dtype))
         at = positions.new_zeros(n_rows, positions.shape[1])
         at = at.index_copy(0, token_rows, positions)  # the prefix is at 0 on every axis
-        return full, self._rotations(at), layout
+        return Embedded(full, self._rotations(at), layout, segments, at, of_observation)
 
     def _rotations(self, positions: Tensor) -> Rotations:
         return None if self.rotary is None else self.rotary(positions)
@@ -250,7 +277,7 @@ class PaddedModel(nn.Module):
     ) -> None:
         super().__init__()
         # its parts, not the model: a program saves every parameter that it can reach
-        self.projection, self.encoder = model.projection, model.encoder
+        self.projection, self.encoder, self.stem = model.projection, model.encoder, model.stem
         self.neighbourhood, self.categories = model.neighbourhood, model.categories
         self.cls, self.covariates = model.cls, model.covariates
         self.sinusoidal, self.rotary = model.sinusoidal, model.rotary
@@ -266,26 +293,33 @@ class PaddedModel(nn.Module):
         number; on an axis with categories, the index of one. With ``pooling="token"``
         ``(B, N, d)``, arbitrary at padding. With a head its outputs take the place of d.
         """
-        x, _, real = self.encode(values, positions, valid, covariates)
+        x, _, real, of_observation = self.encode(values, positions, valid, covariates)
         if self.pooling == "cls":
             return self.head(x[:, 0])
-        first = x.shape[1] - values.shape[1]
+        x, real = x[:, self.config.n_prefix :], real[:, self.config.n_prefix :]
         if self.pooling == "token":
-            return self.head(x[:, first:])
-        weight = real[:, first:, None].to(x.dtype)
-        return self.head((x[:, first:] * weight).sum(1) / weight.sum(1))
+            if of_observation is not None:
+                x = x.gather(1, of_observation[..., None].expand(-1, -1, x.shape[2]))
+            return self.head(x)
+        weight = real[:, :, None].to(x.dtype)
+        return self.head((x * weight).sum(1) / weight.sum(1))
 
     def encode(
         self, values: Tensor, positions: Tensor, valid: Tensor, covariates: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Encoder output ``(B, R + N, d)`` of CLS, covariates and tokens, with positions and valid.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Encoder output ``(B, R + U, d)`` of CLS, covariates and tokens, with positions and valid.
 
-        With ``pooling="cls"`` that of CLS alone, ``(B, 1, d)``.
+        With ``pooling="cls"`` that of CLS alone, ``(B, 1, d)``. Tokens are the N observations, or
+        windows; then the last result is the ``(B, N)`` window of each observation.
         """
         n_series = valid.shape[0]
         series = torch.arange(n_series, device=valid.device)[:, None]
         series = torch.where(valid, series, n_series)  # padding is a series of its own
-        x = token_vectors(self, values, positions, series)  # (B, N, d)
+        of_observation = None
+        if self.stem is None:
+            x = token_vectors(self, values, positions, series)  # (B, N, d)
+        else:
+            x, positions, valid, of_observation = self._windows(values, positions, series)
         if self.sinusoidal is not None:
             shift = 0 if self.cls is None else 1
             x = x + self.sinusoidal.table[shift : shift + x.shape[1]]
@@ -298,4 +332,32 @@ class PaddedModel(nn.Module):
             valid = torch.cat((real, valid), dim=1)
         rotations = None if self.rotary is None else self.rotary(positions)
         cls = (slice(None), slice(0, 1)) if self.pooling == "cls" else None
-        return self.encoder.forward_padded(x, rotations, valid, cls), positions, valid
+        x = self.encoder.forward_padded(x, rotations, valid, cls)
+        return x, positions, valid, of_observation
+
+    def _windows(
+        self, values: Tensor, positions: Tensor, series: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``(B, U, d)`` windows, positions ``(B, U, 1)``, ``(B, U)`` bool, and ``(B, N)`` int64."""
+        assert self.stem is not None
+        n_series = series.shape[0]
+        features, windows = self.stem(
+            values.flatten(0, 1), positions.flatten(0, 1), series.flatten()
+        )
+        counts = windows.series.new_zeros(n_series + 1)
+        counts = counts.index_add(0, windows.series, torch.ones_like(windows.series))
+        starts = counts.cumsum(0) - counts
+        index = torch.arange(windows.series.shape[0], device=counts.device) - starts[windows.series]
+        longest = counts[:-1].max().clamp(min=2).item()  # a program must know that it is not 1
+        torch._check(longest >= 2)
+        # what is padding goes into a series of its own, which is cut off
+        place = windows.series * longest + index.clamp(max=longest - 1)
+        x = self.projection(features)
+        rows = x.new_zeros((n_series + 1) * longest, x.shape[1]).index_put((place,), x)
+        at = windows.positions.new_zeros((n_series + 1) * longest, 1)
+        at = at.index_put((place,), windows.positions)
+        valid = torch.arange(longest, device=counts.device) < counts[:-1, None]
+        shape = (n_series + 1, longest)
+        of_observation = index[windows.of_row].unflatten(0, tuple(series.shape))
+        of_observation = of_observation.clamp(max=longest - 1)
+        return rows.unflatten(0, shape)[:-1], at.unflatten(0, shape)[:-1], valid, of_observation

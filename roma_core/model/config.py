@@ -21,6 +21,8 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 MaskStrategy = Literal["random", "value", "channel", "window", "block", "future"]
 NEIGHBOUR_FEATURES = 64
 """Width of the features of a token's neighbours, with ``neighbours``."""
+STEM_KERNEL = 7
+"""Steps that a convolution of the stem sees, with ``window``."""
 
 PRESETS: dict[str, dict[str, int]] = {
     "tiny-shallow": {"d_model": 180, "nhead": 3, "depth": 2},
@@ -114,6 +116,16 @@ class RoMAConfig(RomaSettings):
     neighbours: int = Field(0, ge=0, le=12)
     """Add to every token its differences from the tokens 1, 2, 4, … before and after it: 5
     reaches 16 tokens away. 0: none, as published. Meant for tokens of few numbers."""
+    window: NonNegativeInt = 0
+    """Steps of a regular grid that one token covers: convolutions describe the steps, and their mean is
+    the token. 0: a token is one observation, as published. For long series whose observations lie on a
+    grid of one axis; steps may be missing. It takes the place of neighbours and value_features."""
+    grid_step: PositiveFloat | None = None
+    """With window, the distance of two steps in the model's positions; data sets have their own."""
+    stem_width: PositiveInt = 64
+    """With window, features of a step."""
+    stem_layers: NonNegativeInt = 3
+    """With window, residual convolutions after the first; each reaches 3 steps further."""
     use_cls: bool = True
     """Prepend a learned token at position 0."""
     pos_encoding: Literal["ropend", "absolute"] = "ropend"
@@ -158,6 +170,7 @@ class RoMAConfig(RomaSettings):
             )
         if not self.rotary_axes:
             raise ValueError("all axes have categories; at least one, such as time, must be rotary")
+        self._check_window()
         if self.pos_encoding == "absolute" and (any(self.axis_categories) or self.covariates):
             raise ValueError(
                 "pos_encoding='absolute' reproduces published models, which have no categories or "
@@ -183,6 +196,24 @@ class RoMAConfig(RomaSettings):
                     f"{name}: d_model={stack.d_model} is odd; the absolute table needs an even width"
                 )
         return self
+
+    def _check_window(self) -> None:
+        if not self.window:
+            return
+        if self.n_pos_dims > 1 or self.axis_categories or tuple(self.tubelet_size) != (1, 1, 1):
+            raise ValueError(
+                f"window={self.window} needs observations on one axis, with tubelet_size=(1, 1, 1); these have "
+                f"{self.n_pos_dims} axes and tubelet_size={self.tubelet_size}: use window=0"
+            )
+        if self.grid_step is None:
+            raise ValueError(
+                f"window={self.window} needs grid_step, the distance of two steps in the model's positions"
+            )
+        if self.neighbours or self.value_features or self.pos_encoding == "absolute":
+            raise ValueError(
+                "window has convolutions in place of neighbours and value_features, which must be 0, and needs "
+                "pos_encoding='ropend'"
+            )
 
 
 class RoMAForPreTrainingConfig(RoMAConfig):
@@ -353,6 +384,7 @@ def stored_fields(document: dict[str, Any]) -> dict[str, Any]:
     own = ("schema_version", "class", "data_schema")
     defaults = {"position_axes": [], "value_features": 0, "neighbours": 0}
     defaults |= {"axis_categories": [], "missing_values": False, "covariates": []}
+    defaults |= {"window": 0, "grid_step": None, "stem_width": 64, "stem_layers": 3}
     return defaults | {k: v for k, v in document.items() if k not in own}
 
 

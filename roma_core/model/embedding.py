@@ -69,14 +69,22 @@ def in_order(positions: Tensor, series: Tensor) -> Tensor:
 def interpolated(tokens: Tensor, positions: Tensor, series: Tensor) -> Tensor:
     """``(T, 2 P)`` numbers and flags, ``(T, D)``, ``(T,)`` → the same, with missing numbers filled in.
 
-    On a straight line over the first axis between the nearest observed numbers of the same channel and
-    series; with the nearest one outside of them, and with 0 where a series has none. A token thereby holds
-    what is known of every channel at its time, and its flags say what was observed.
+    A token thereby holds what is known of every channel at its time, and its flags say what was observed.
     """
     order = in_order(positions, series)
     numbers, flags = tokens[order].chunk(2, dim=1)
-    time, series = positions[order, :1], series[order][:, None]
-    rows = torch.arange(order.shape[0], device=tokens.device)[:, None]
+    numbers = filled(numbers, flags, positions[order, :1], series[order][:, None])
+    result = torch.cat((numbers, flags), dim=1)
+    return torch.zeros_like(result).index_copy(0, order, result)
+
+
+def filled(numbers: Tensor, flags: Tensor, time: Tensor, series: Tensor) -> Tensor:
+    """``(T, P)`` numbers in order, with those of flag 0 filled in; times and series are ``(T, 1)``.
+
+    On a straight line between the nearest observed numbers of the same channel and series; with the
+    nearest one outside of them, and with 0 where a series has none.
+    """
+    rows = torch.arange(time.shape[0], device=time.device)[:, None]
     last = rows.max()
     before = torch.where(flags > 0, rows, -1).cummax(0).values
     after = torch.where(flags > 0, rows, last + 1).flip(0).cummin(0).values.flip(0)
@@ -87,10 +95,8 @@ def interpolated(tokens: Tensor, positions: Tensor, series: Tensor) -> Tensor:
     share = past / (past + coming).clamp(min=torch.finfo(past.dtype).tiny)
     share = torch.where(has_before, share, 1.0).where(has_after, torch.zeros_like(share))
     share = share.to(numbers.dtype)
-    filled = numbers.gather(0, at) * (1 - share) + numbers.gather(0, to) * share
-    filled = filled.masked_fill(~(has_before | has_after), 0)
-    result = torch.cat((filled, flags), dim=1)
-    return torch.zeros_like(result).index_copy(0, order, result)
+    result = numbers.gather(0, at) * (1 - share) + numbers.gather(0, to) * share
+    return result.masked_fill(~(has_before | has_after), 0)
 
 
 class CategoryEmbedding(nn.Module):

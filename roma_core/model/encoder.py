@@ -36,11 +36,11 @@ def _onednn(x: Tensor, weight: Tensor, activation: str = "none") -> Tensor:
 def _suits_onednn(x: Tensor) -> bool:
     return (
         _ONEDNN
+        and not torch.compiler.is_compiling()  # first: a program's sizes are not known yet
         and x.device.type == "cpu"
         and x.ndim == 2
         and x.shape[0] >= MIN_ONEDNN_ROWS
         and x.dtype != torch.float64
-        and not torch.compiler.is_compiling()
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from roma_core.hashing import hash_ints
 from roma_core.model.config import MaskStrategy, RoMAForPreTrainingConfig
 from roma_core.model.packing import PackedBatch, Segments
+from roma_core.model.windows import window_of
 
 Int64 = NDArray[np.int64]
 _STRATEGIES = get_args(MaskStrategy)
@@ -36,7 +37,7 @@ def draw_mask(
     the same position a hidden one of them alone. ``token_index`` then tells the rows' tokens.
     """
     strategies, rule = config.mask_strategies, config.mask_fractions
-    if list(strategies) == ["random"]:  # without the detours below
+    if list(strategies) == ["random"] and not config.window:  # without the detours below
         hidden = sample_hidden(batch.segments, batch.sample_ids, rule, "random", seed, epoch)
         return batch.with_mask(hidden, config.missing_values)
     by_number = any(map(config.hides_numbers, strategies))
@@ -55,6 +56,9 @@ def draw_mask(
             unit = torch.from_numpy(number % config.n_channels)
         elif strategy == "channel":
             unit = batch.positions[:, config.mask_axis].round().long().cpu()[row]
+        elif strategy == "random" and config.window:
+            at = batch.positions.cpu(), batch.segments.ids.cpu(), batch.segments.count
+            unit = window_of(*at, config)[row]
         elif strategy == "window":
             time = batch.positions[:, config.rotary_axes[0]].double().cpu().numpy()
             unit = torch.from_numpy(_windows(time, sizes, ids, index, keys)[row])
@@ -127,7 +131,8 @@ def sample_hidden(
         strategy: ``random`` tokens, or ``value``s if they are numbers; one contiguous ``block``; the
             ``future``: the last ones; or whole ``channel``s or time ``window``s, the last of them in
             part, so that every strategy hides equally many.
-        unit: ``(T,)`` int64, the channel or window each token belongs to; for these two only.
+        unit: ``(T,)`` int64, the channel or window each token belongs to; for these two, and for
+            ``random`` if whole windows of the model are hidden.
 
     Returns:
         ``(T,)`` bool, True where hidden. Every series keeps at least one visible token.
@@ -137,8 +142,7 @@ def sample_hidden(
     """
     if strategy not in _STRATEGIES:
         raise ValueError(f"unknown mask_strategy {strategy!r}; there are {', '.join(_STRATEGIES)}")
-    has_units = strategy in ("channel", "window")
-    if has_units and unit is None:
+    if strategy in ("channel", "window") and unit is None:
         raise ValueError(f"mask_strategy {strategy!r} needs each token's {strategy}")
     sizes, ids, index = _as_arrays(segments)
     least, most = fractions
@@ -147,8 +151,8 @@ def sample_hidden(
     if most != least:
         choices = hidden_count(sizes, most) - n_hidden + 1
         n_hidden = n_hidden + hash_ints(series_hash, _COUNT) % choices
-    if strategy in ("random", "value") or has_units:  # tokens of equal unit are hidden together
-        together = unit.cpu().numpy() if unit is not None and has_units else index
+    if strategy not in ("block", "future"):  # tokens of equal unit are hidden together
+        together = index if unit is None or strategy == "value" else unit.cpu().numpy()
         noise = hash_ints(series_hash[ids], together)
         hidden = _smallest_of_each(noise, n_hidden[ids], ids, index)
     else:

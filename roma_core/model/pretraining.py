@@ -18,6 +18,7 @@ from roma_core.model.masking import draw_mask
 from roma_core.model.packing import (
     MaskedTokens,
     PackedBatch,
+    Segments,
     check_inputs,
     check_positions,
     pack_tokens,
@@ -285,33 +286,33 @@ class RoMAForPreTraining(Backbone):
         drop = self.config.encoder_config.pos_drop_rate
         segments, index = batch.segments, batch.index_in_series
         self.check_packed(batch)
-        seen = masked.visible_rows
-        x, rotations, inner = self.embed_rows(
+        seen, hidden = masked.visible_rows, masked.hidden
+        visible = self.embed_rows(
             batch.tokens[seen], batch.positions[seen], index[seen], masked.visible, batch.covariates
         )
-        x = self.encoder(F.dropout(x, drop, self.training), rotations, inner.segments)
-        x = self.encoder_decoder_proj(x)
+        encoded = visible.layout.segments
+        x = F.dropout(visible.rows, drop, self.training)
+        x = self.encoder_decoder_proj(self.encoder(x, visible.rotations, encoded))
 
-        # encoder outputs return to their rows in the full series; the other rows are mask tokens
-        full = segments.with_prefix(self.config.n_prefix)
-        to_full = full.token_rows.new_empty(inner.segments.total)
-        to_full[inner.token_rows] = full.token_rows[seen]
-        to_full[inner.prefix_rows] = full.prefix_rows
-        at = batch.positions.new_zeros(full.segments.total, batch.positions.shape[1])
-        at[full.token_rows] = batch.positions
-        hidden_rows = full.token_rows[masked.hidden_rows]
-        mask_tokens = self.mask_token.to(x.dtype).expand(masked.hidden.total, -1)
+        # the decoder has the rows of the encoder and then the mask tokens, series after series
+        lengths = [a + b for a, b in zip(encoded.lengths, hidden.lengths, strict=True)]
+        full = Segments(lengths, segments.device)
+        rows = torch.arange(encoded.total, device=x.device) + hidden.cu_seqlens[encoded.ids]
+        hidden_rows = torch.arange(hidden.total, device=x.device)
+        hidden_rows = hidden_rows + encoded.cu_seqlens[hidden.ids + 1]
+        at = batch.positions.new_zeros(full.total, batch.positions.shape[1])
+        at[rows], at[hidden_rows] = visible.positions, batch.positions[masked.hidden_rows]
+        mask_tokens = self.mask_token.to(x.dtype).expand(hidden.total, -1)
         if self.decoder_sinusoidal is not None:
             sines = self.decoder_sinusoidal(index[masked.hidden_rows])
             mask_tokens = mask_tokens + sines.to(x.dtype)
         if self.decoder_categories is not None:  # what the token is that is to be reconstructed
             mask_tokens = mask_tokens + self.decoder_categories(batch.positions[masked.hidden_rows])
         mask_tokens = F.dropout(mask_tokens, drop, self.training)
-        y = x.new_empty(full.segments.total, x.shape[1])
-        y = y.index_copy(0, to_full, x).index_copy(0, hidden_rows, mask_tokens)
+        y = x.new_empty(full.total, x.shape[1])
+        y = y.index_copy(0, rows, x).index_copy(0, hidden_rows, mask_tokens)
         rotations = None if self.decoder_rotary is None else self.decoder_rotary(at)
-        rows = OutputRows(hidden_rows, masked.hidden)
-        return self.head(self.decoder(y, rotations, full.segments, rows))
+        return self.head(self.decoder(y, rotations, full, OutputRows(hidden_rows, hidden)))
 
 
 class PaddedReconstruction(PaddedModel):
@@ -340,7 +341,7 @@ class PaddedReconstruction(PaddedModel):
         others are as in :class:`PaddedModel`, ``values`` NaN where missing. Queries of a series are
         predicted together, as the hidden tokens of training are; outputs at padding are arbitrary.
         """
-        x, positions, valid = self.encode(values, positions, valid, covariates)
+        x, positions, valid, _ = self.encode(values, positions, valid, covariates)
         x = self.encoder_decoder_proj(x)
         mask_tokens = self.mask_token.expand(*query_valid.shape, -1)
         if self.decoder_categories is not None:

@@ -30,6 +30,13 @@ def write_weights(folder: Path | str, model: nn.Module, document: dict[str, Any]
     write_json(folder / CONFIG, document)
 
 
+def named_state(model: nn.Module) -> dict[str, Tensor]:
+    """Everything that is saved, by name: parameters, and buffers such as running statistics."""
+    saved = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    return {**dict(model.named_parameters()), **buffers}
+
+
 def read_weights(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The content of ``model_config.json``, and the tensors by our names.
 

@@ -20,7 +20,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from roma_core.model.config import NEIGHBOUR_FEATURES, EncoderConfig, RoMAForPreTrainingConfig
+from roma_core.model.config import (
+    NEIGHBOUR_FEATURES,
+    STEM_KERNEL,
+    EncoderConfig,
+    RoMAForPreTrainingConfig,
+)
 from roma_core.schema import TargetLevel
 from roma_core.trainer.config import TrainerConfig
 
@@ -33,6 +38,9 @@ _SERIES_PER_BATCH = {"pretraining": 32, "finetuning": 16}
 _MAX_TOKENS_PER_BATCH = {"pretraining": 4096, "finetuning": 2048}
 _MIN_TOKENS_PER_BATCH = 256
 _MIN_SERIES_FOR_BEST = 1000
+_WINDOW = 8
+_MIN_STEPS_OF_GRID = 64  # of a series, from which windows take the place of single observations
+_MIN_FILL = 0.2
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,13 @@ class DatasetSize:
     n_observations: int
     n_channels: int
     n_axes: int = 1
+    grid_fill: float = 0.0  # observed share of the steps of a regular grid; 0: there is none
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether windows of a grid suit the series."""
+        few = self.n_axes > 1 or self.n_channels > 64 or self.grid_fill < _MIN_FILL
+        return not few and self.mean_length >= _MIN_STEPS_OF_GRID * self.grid_fill
 
     @property
     def mean_length(self) -> float:
@@ -66,7 +81,8 @@ def default_settings(size: DatasetSize, targets: TargetLevel | None = None) -> D
     width, depth = (128, 6) if size.n_series >= 20_000 or is_wide else (64, 4)
     stack = {"d_model": width, "nhead": width // 16}
     mask_ratio = 0.5 if size.mean_length < 50 else 0.75
-    value_features, neighbours = (0, 0) if is_wide else (64, 5)
+    is_dense = size.is_dense and targets != "observation"
+    value_features, neighbours = (0, 0) if is_wide or is_dense else (64, 5)
     use_cls = size.n_axes > 1
     rate = 0.003 * 64 / width
     pretrainer, pretraining_steps, pretraining_reason = _trainer("pretraining", size, rate)
@@ -82,8 +98,16 @@ def default_settings(size: DatasetSize, targets: TargetLevel | None = None) -> D
         cls = "the CLS token at position 0 makes positions on every axis absolute"
     features = "a linear projection of few channels represents their levels poorly"
     differences = "a token includes its differences to observations up to 16 away"
+    window = f"{_WINDOW if is_dense else 0}"
     if is_wide:
         features = differences = "not needed with this many channels"
+    if is_dense:
+        depth = 2
+        features = differences = "windows have convolutions"
+        finetrainer["encoder_lr_scale"] = 0.1
+        window += f": {size.mean_length:.0f} observations on a regular grid, {size.grid_fill:.0%} of its steps"
+    else:
+        window += ": a token is an observation; windows are for long series on a regular grid"
     return DefaultSettings(
         pretraining={
             "model": {
@@ -93,6 +117,7 @@ def default_settings(size: DatasetSize, targets: TargetLevel | None = None) -> D
                 "use_cls": use_cls,
                 "value_features": value_features,
                 "neighbours": neighbours,
+                **({"window": _WINDOW} if is_dense else {}),
                 "mask_ratio": mask_ratio,
             },
             "trainer": pretrainer,
@@ -114,6 +139,7 @@ def default_settings(size: DatasetSize, targets: TargetLevel | None = None) -> D
             "use_cls": f"use_cls {str(use_cls).lower()}: {cls}",
             "value_features": f"value_features {value_features}: {features}",
             "neighbours": f"neighbours {neighbours}: {differences}",
+            "window": f"window {window}",
             "pretraining": pretraining_reason,
             "finetuning": finetuning_reason,
         },
@@ -193,14 +219,23 @@ def cost_s(
         hidden = (config.mask_ratio + largest) / 2
     visible = tokens * (1 - hidden)
     into, features = config.tubelet_width, config.value_features
-    numbers, products = 0, into * encoder.d_model + features * (into + encoder.d_model)
+    numbers: float = 0.0
+    products: float = into * encoder.d_model + features * (into + encoder.d_model)
     if config.neighbours:
         numbers = 2 * config.neighbours * (into + config.n_pos_dims + 1)
         products += NEIGHBOUR_FEATURES * (into + numbers + encoder.d_model)
+    encoded, seen = visible, length * (1 - hidden)  # tokens of the encoder, and those of a series
+    if config.window:
+        width, layers = config.stem_width, config.stem_layers
+        steps = 1 / (size.grid_fill or 1)  # per observation
+        encoded, seen = (x * min(1, steps / config.window) for x in (encoded, seen))
+        numbers = steps * STEM_KERNEL * (2 * into + layers * width)
+        products = numbers * width
     work = visible * np.array([0.0, numbers, products])  # of the embedding of the input
-    work += _stack(encoder, visible, length * (1 - hidden))
+    work += _stack(encoder, encoded, seen)
     if stage == "pretraining":
-        work += _stack(decoder, tokens, length)
+        full = seen + length * hidden
+        work += _stack(decoder, tokens * full / length, full)
         work[2] += tokens * hidden * decoder.d_model * into
     if trainer.tokens_per_batch is None:
         micro_batches = math.ceil(fraction * size.n_series / trainer.batch_size)

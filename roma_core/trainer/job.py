@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field
 
+from roma_core.data.layout import Grid, grid_of
 from roma_core.data.manifest import Manifest, read_manifest
 from roma_core.data.store import StoredDataset, Subset
 from roma_core.files import read_json, sha256_of
@@ -92,6 +93,8 @@ class TrainingJobConfig(Frozen):
             ValueError: the data set does not have the classes or targets that the model predicts.
         """
         manifest = read_manifest(dataset)
+        if model.get("window") and weights is None:
+            model = model | {"grid_step": _grid_step(StoredDataset(dataset, verify=False))}
         config: RoMAForPreTrainingConfig | RoMAForClassificationConfig
         if task == "pretrain":
             config = _pretraining_model(manifest, model, weights)
@@ -128,6 +131,25 @@ class TrainingJobConfig(Frozen):
         fields = trainer.model_dump(mode="json", exclude={"checkpoint_dir"})
         digest = self.weights_digest or _digest_of_weights(self.weights)
         return self.model_copy(update={"model": model, "trainer": fields, "weights_digest": digest})
+
+
+_SAMPLE = 200  # series whose times are read to find a grid
+
+
+def grid_of_split(series: Subset) -> Grid | None:
+    """The grid that the observations of a split lie on, on the first axis."""
+    chosen = series.indices[:: -(-len(series) // _SAMPLE) or 1]
+    return grid_of(series.dataset.raw(int(row))[0][:, 0] for row in chosen)
+
+
+def _grid_step(dataset: StoredDataset) -> float:
+    """Distance of two steps of the data's grid, in the model's positions; ValueError without one."""
+    if (grid := grid_of_split(dataset.split("train"))) is None:
+        raise ValueError(
+            f"model.window needs series on a regular grid, and those of {dataset.manifest.name} have "
+            f"observations between its steps; set window: 0"
+        )
+    return float(f"{grid.step / dataset.schema.axes[0].scale:.7g}")
 
 
 def _digest_of_weights(folder: Path | str | None) -> str | None:

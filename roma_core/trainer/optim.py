@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.pretraining import RoMAForPreTraining
+from roma_core.model.weights import named_state
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.dataloader import MapStyle
 from roma_core.trainer.distributed import shard_like
@@ -33,21 +34,23 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float, start: dict[str, Tensor] | None) -> None:
         """``start`` is the average of a checkpoint; None starts from the current weights."""
         self.model, self.decay = model, decay
+        current = named_state(model)
+        self._current = list(current.values())
         self.tensors = {
             name: (shard_like(start[name], p) if start else p.detach()).clone()
-            for name, p in model.named_parameters()
+            for name, p in current.items()
         }
 
     def update(self, step: int) -> None:
         """Include the weights after a step; early steps weigh more, so that the start is forgotten."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        current = [parameter.data for parameter in self.model.parameters()]
+        current = [tensor.data for tensor in self._current]
         torch._foreach_lerp_(list(self.tensors.values()), current, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside the ``with`` block the model has the averaged weights, after it its own."""
-        own = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        own = {name: p.detach().clone() for name, p in named_state(self.model).items()}
         self.model.load_state_dict(self.tensors)
         try:
             yield
@@ -81,6 +84,9 @@ def make_optimizer(parameters: NamedParameters, config: TrainerConfig) -> torch.
     """
     named = [(n, p) for n, p in parameters if p.requires_grad]
     scales = layer_scales([name for name, _ in named], config.layer_lr_decay or 1.0)
+    for name in scales:
+        if name.startswith("encoder."):
+            scales[name] *= config.encoder_lr_scale
     by_kind: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
         by_kind.setdefault((scales[name], parameter.ndim >= 2), []).append(parameter)

@@ -19,6 +19,7 @@ from roma_core.files import write_bytes
 from roma_core.hashing import hash_ints
 from roma_core.model.packing import PackedBatch, Segments
 from roma_core.model.prediction import RoMAForClassification
+from roma_core.model.weights import named_state
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.distributed import (
     HostGroup,
@@ -217,9 +218,9 @@ class TrainStep:
     @torch.no_grad()
     def _fill_model(self) -> None:
         """Copy the trained weights, or their average, to the unsharded model."""
-        named = self._ema.tensors if self._ema else dict(self._named)
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(full_tensor(named[name].detach()))
+        named = self._ema.tensors if self._ema else named_state(self._trained)
+        for name, tensor in named_state(self.model).items():
+            tensor.copy_(full_tensor(named[name].detach()))
 
 
 def _with_hidden_copy(batch: PackedBatch) -> PackedBatch:

@@ -1,0 +1,176 @@
+"""Windows of a regular grid: convolutions over single steps, then one token for every few of them.
+
+A dense series has its information in the shape of many small steps. Attention over single steps is slow
+and finds shapes late; a window of p steps, described by convolutions over its own and its neighbours'
+steps, is a token that has a shape. Steps that were not observed are interpolated and flagged, so that a
+series with gaps stays one. Windows follow from positions alone: data sets, masks, queries and requests
+keep single observations.
+
+Shapes:  T observations   W windows   S = W · p steps   C channels   f features
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from roma_core.model.config import STEM_KERNEL, RoMAConfig
+from roma_core.model.embedding import filled
+from roma_core.model.encoder import linear
+
+_MOMENTUM = 0.1  # of the running statistics
+_SERIES = 2**40  # more than the steps of any series
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows that hold an observation: series after series, by time in each."""
+
+    of_row: Tensor  # (T,) int64, the window of each observation, in the caller's order
+    series: Tensor  # (W,) int64
+    positions: Tensor  # (W, 1) float32, of their middle
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """All steps of some windows, observed or not."""
+
+    numbers: Tensor  # (S, C), 0 where not observed
+    flags: Tensor  # (S, C), 1 where observed
+    series: Tensor  # (S,) int64
+    index: Tensor  # (S,) int64, on the grid
+    inside: Tensor  # (S, 1), 1 between the first and the last observation of the series
+
+
+def steps_of(time: Tensor, first: Tensor, step: float) -> Tensor:
+    """``(T,)`` int64: the index of each time on the grid, which the ``(T,)`` first of its series lies on."""
+    # a quarter: most grids begin at a multiple of the step, or half a step from one
+    start = (first / step + 0.25).floor()
+    return (((time - first) / step).round() + start).long()
+
+
+def window_of(positions: Tensor, series: Tensor, n_series: int, config: RoMAConfig) -> Tensor:
+    """``(T,)`` int64: the number of the window of each ``(T, 1)`` position on the grid of its series."""
+    assert config.grid_step is not None
+    time = positions[:, 0]
+    least = time.new_full((n_series,), torch.inf).scatter_reduce(0, series, time, "amin")
+    index = steps_of(time, least[series], config.grid_step)
+    return index.div(config.window, rounding_mode="floor")
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation of ``(S, f)`` rows, of which only those ``inside`` count, in float32."""
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("variance", torch.ones(width))
+
+    def forward(self, x: Tensor, inside: Tensor) -> Tensor:
+        """``(S, f)`` and ``(S, 1)`` → ``(S, f)``; running statistics are those of training batches."""
+        exact = x if x.dtype == torch.float64 else x.float()
+        mean, variance = self.mean, self.variance
+        if self.training:
+            n = inside.sum()
+            mean = (exact * inside).sum(0) / n
+            variance = ((exact - mean).square() * inside).sum(0) / n
+            with torch.no_grad():
+                self.mean.lerp_(mean.to(self.mean.dtype), _MOMENTUM)
+                self.variance.lerp_(variance.to(self.mean.dtype), _MOMENTUM)
+        scale = self.weight * (variance + 1e-5).rsqrt()
+        return (exact * scale + (self.bias - mean * scale)).to(self.weight.dtype)
+
+
+class Stem(nn.Module):
+    """Observations on a grid → features of windows of ``config.window`` steps.
+
+    Residual convolutions over single steps with batch normalisation, as the networks of Wang, Yan and
+    Oates (2017, arXiv:1611.06455) have them, then the mean over a window. Steps of windows that are not
+    there, because they are hidden or nothing was observed, are zeros to a convolution.
+    """
+
+    def __init__(self, config: RoMAConfig) -> None:
+        super().__init__()
+        assert config.grid_step is not None
+        self.window, self.step = config.window, config.grid_step
+        sizes = [2 * config.n_channels] + [config.stem_width] * config.stem_layers
+        self.convolutions = nn.ModuleList(
+            nn.Linear(STEM_KERNEL * size, config.stem_width, bias=False) for size in sizes
+        )
+        self.norms = nn.ModuleList(BatchNorm(config.stem_width) for _ in sizes)
+
+    def forward(self, tokens: Tensor, positions: Tensor, series: Tensor) -> tuple[Tensor, Windows]:
+        """``(T, C)`` with NaN where missing, ``(T, 1)`` and ``(T,)`` int64, any order → ``(W, f)``."""
+        steps, windows = self._gather(tokens, positions, series)
+        time = steps.index[:, None].to(tokens.dtype)
+        numbers = filled(steps.numbers, steps.flags, time, steps.series[:, None])
+        x = torch.cat((numbers, steps.flags), dim=1) * steps.inside
+        side = STEM_KERNEL // 2
+        key = F.pad(steps.series * _SERIES + steps.index, (side, side), value=-_SERIES)
+        n = steps.index.shape[0]
+        offsets = range(STEM_KERNEL)
+        there = [key[k : k + n] == key[side : side + n] + (k - side) for k in offsets]
+        exists = torch.stack(there, dim=1)[..., None].to(x.dtype)  # (S, K, 1)
+        for n_layer, (convolution, norm) in enumerate(
+            zip(self.convolutions, self.norms, strict=True)
+        ):
+            assert isinstance(convolution, nn.Linear)
+            around = F.pad(x, (0, 0, side, side))
+            around = torch.stack([around[k : k + n] for k in offsets], dim=1) * exists
+            found = F.silu(norm(linear(around.flatten(1), convolution.weight), steps.inside))
+            found = found * steps.inside
+            x = x + found if n_layer else found
+        return x.unflatten(0, (-1, self.window)).mean(1), windows
+
+    def _gather(self, tokens: Tensor, positions: Tensor, series: Tensor) -> tuple[_Steps, Windows]:
+        order = positions[:, 0].argsort(stable=True)
+        order = order[series[order].argsort(stable=True)]
+        owner, time, values = series[order], positions[order, 0], tokens[order]
+        n_rows = order.shape[0]
+        rows = torch.arange(n_rows, device=order.device)
+        is_new = F.pad(owner[1:] != owner[:-1], (1, 0), value=True)
+        first = (
+            torch.where(is_new, rows, 0).cummax(0).values
+        )  # row of the series' first observation
+        ends = torch.where(is_new.roll(-1), rows, n_rows)
+        last = ends.flip(0).cummin(0).values.flip(0)
+        index = steps_of(time, time[first], self.step)
+        number = index.div(self.window, rounding_mode="floor")
+        opens = is_new | F.pad(number[1:] != number[:-1], (1, 0), value=True)
+        window = opens.cumsum(0) - 1
+        n_windows: Any = window[-1].item() + 1  # a symbol while a program is exported
+        torch._check(n_windows >= 1)
+        torch._check(n_windows <= n_rows)
+        head = rows.new_full((n_windows,), n_rows).scatter_reduce(0, window, rows, "amin")
+
+        missing = values.isnan()
+        at = window * self.window + index - number * self.window
+        shape = n_windows * self.window, values.shape[1]
+        counts = values.new_zeros(shape).index_add(0, at, (~missing).to(values.dtype))
+        numbers = values.new_zeros(shape).index_add(0, at, values.masked_fill(missing, 0))
+        begin = number[head] * self.window  # (W,) index of its first step
+        each = torch.arange(self.window, device=order.device)
+        steps = begin[:, None] + each
+        inside = (steps >= index[first[head], None]) & (steps <= index[last[head], None])
+        middle = begin - index[first[head]] + (self.window - 1) / 2
+        of_row = torch.zeros_like(window).index_copy(0, order, window)
+        return _Steps(
+            numbers=numbers / counts.clamp(min=1),
+            flags=(counts > 0).to(values.dtype),
+            series=owner[head].repeat_interleave(self.window),
+            index=steps.flatten(),
+            inside=inside.reshape(-1, 1).to(values.dtype),
+        ), Windows(
+            of_row=of_row,
+            series=owner[head],
+            positions=(time[first[head]] + middle * self.step)[:, None],
+        )
