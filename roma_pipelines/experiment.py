@@ -403,7 +403,7 @@ def _merged(before: Any, changes: Any, sections: Collection[str] = _SUBSECTIONS)
 
 _FROM_DATA = (
     "tubelet_size", "n_channels", "n_pos_dims", "position_axes", "axis_categories", "missing_values",
-    "covariates",
+    "covariates", "grid_step",
 )  # fmt: skip
 
 
@@ -426,7 +426,8 @@ def training_errors(
     # the data are unknown here: assume axes, channels and missing values that the settings refer to
     channel_axis = pretraining.model.get("channel_axis")
     n_axes = max(1, 1 + channel_axis) if isinstance(channel_axis, int) else 1
-    shape = {"tubelet_size": [1, 1, 1], "n_channels": 2, "n_pos_dims": n_axes}
+    shape: dict[str, Any] = {"tubelet_size": [1, 1, 1], "n_channels": 2, "n_pos_dims": n_axes}
+    shape |= {"grid_step": 1.0}
     shape["missing_values"] = not pretraining.model.get("normalize_targets")
     encoder = {**pretraining.model, **shape}
     wrong = _errors(RoMAForPreTrainingConfig, encoder, "pretraining.model")

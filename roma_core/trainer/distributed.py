@@ -106,6 +106,16 @@ class HostGroup:
         self.gather(None)
 
 
+@torch.no_grad()
+def overwrite_from_main(tensors: list[Tensor]) -> None:
+    """Overwrite tensors with those of rank 0, on the device; every process calls it."""
+    together = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.broadcast(together, src=0)
+    parts = together.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
 SINGLE_PROCESS = HostGroup()
 
 

@@ -44,8 +44,12 @@ class EMA:
     def update(self, step: int) -> None:
         """Include the weights after a step; early steps weigh more, so that the start is forgotten."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        current = [tensor.data for tensor in self._current]
-        torch._foreach_lerp_(list(self.tensors.values()), current, 1 - decay)
+        pairs = list(zip(self.tensors.values(), self._current, strict=True))
+        for of_weights in (True, False):  # running statistics are never sharded
+            chosen = [(a, x.data) for a, x in pairs if isinstance(x, nn.Parameter) == of_weights]
+            if chosen:
+                average, now = zip(*chosen, strict=True)
+                torch._foreach_lerp_(average, now, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -27,6 +27,7 @@ from roma_core.trainer.distributed import (
     fsdp_copy,
     full_tensor,
     no_gradient_sync,
+    overwrite_from_main,
 )
 from roma_core.trainer.optim import (
     EMA,
@@ -103,6 +104,8 @@ class TrainStep:
         else:
             self._wrapped, self._optimizer = accelerator.prepare(model, optimizer)
             self._no_sync = functools.partial(accelerator.no_sync, self._wrapped)
+        state = named_state(self._trained).values()
+        self._statistics = [x for x in state if not isinstance(x, nn.Parameter)]
         self._ema: EMA | None = None
         if config.ema_decay is not None:
             self._ema = EMA(self._trained, config.ema_decay, resume.get("ema") if resume else None)
@@ -158,6 +161,8 @@ class TrainStep:
             raise NonFiniteLoss
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        if self._statistics and self.world_size > 1:  # each process had its own batch
+            overwrite_from_main(self._statistics)
         if self._ema is not None:
             self._ema.update(step)
         return total, norm

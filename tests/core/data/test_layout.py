@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roma_core.data import DataError, StoredDataset
-from roma_core.data.layout import choose_layout, melt, pivot
+from roma_core.data.layout import choose_layout, grid_of, melt, pivot
 from roma_core.schema import Channel, Covariate, Normaliser, PositionAxis
 from roma_core.sources.base import RawSeries
 from tests.core.hand_made import HandMade, built, series
@@ -340,3 +340,22 @@ def test_parts_in_the_joint_layout_are_the_series_one_by_one(tmp_path, layout):
         at, expected = dataset.joint(int(i))
         np.testing.assert_array_equal(positions, at)
         np.testing.assert_array_equal(values, expected)
+
+
+@pytest.mark.parametrize("step", [1.0, 0.01, 1 / 3, 86_400.0])
+def test_a_grid_is_found_whatever_is_left_out_and_wherever_a_series_begins(step):
+    g = np.random.default_rng(0)
+    times = [
+        np.sort(g.permutation(400)[:120]) * step * (1 + 1e-7 * k) + k * 0.37 * step
+        for k in range(5)
+    ]
+    grid = grid_of(times)
+    assert grid.step == pytest.approx(step, rel=1e-5)
+    assert grid.fill == pytest.approx(0.3, abs=0.02)
+
+
+def test_irregular_times_are_on_no_grid():
+    g = np.random.default_rng(0)
+    assert grid_of([np.sort(g.uniform(0, 50, 60)) for _ in range(4)]) is None
+    assert grid_of([np.arange(50.0), np.append(np.arange(50.0), 20.5)[[*range(20), 50]]]) is None
+    assert grid_of([np.zeros(1), np.ones(1)]) is None and grid_of([]) is None

@@ -192,3 +192,29 @@ def test_a_head_is_not_continued_for_other_targets_nor_with_another_spread(tmp_p
 
     refused({"predict_variance": True}, "model.predict_variance: the head of .* with False")
     refused({}, r"targets: the data set w has \['frequency', 'decay'\]", targets=schema.targets[:1])
+
+
+def test_the_data_determine_the_step_of_the_grid_that_windows_are_on(tmp_path):
+    one = [
+        series(f"s{k}", 40, seed=k, positions=np.arange(40.0)[:, None] * 0.25 + k) for k in range(4)
+    ]
+    data = built(tmp_path, *one, axes={"t": {"scale": 0.5}})
+    fields = {"window": 8, "use_cls": False}
+
+    pretraining = TrainingJobConfig.resolve("pretrain", data, fields, TrainerConfig())
+    new = TrainingJobConfig.resolve("finetune", data, fields, TrainerConfig())
+
+    assert pretraining.model["grid_step"] == new.model["grid_step"] == 0.5
+    model_of(pretraining, 0, resumes=False).save_pretrained(tmp_path / "weights")
+    tuned = TrainingJobConfig.resolve(
+        "finetune", data, {}, TrainerConfig(), weights=tmp_path / "weights"
+    )
+    assert (tuned.model["window"], tuned.model["grid_step"]) == (8, 0.5)
+
+
+def test_windows_of_series_that_are_on_no_grid_are_refused_when_they_are_planned(tmp_path):
+    g = np.random.default_rng(0)
+    rows = [series("s", 40, positions=np.sort(g.uniform(0, 40, 40))[:, None])]
+    data = built(tmp_path, *rows)
+    with pytest.raises(ValueError, match=r"window needs series on a regular grid.* set window: 0"):
+        TrainingJobConfig.resolve("pretrain", data, {"window": 8}, TrainerConfig())

@@ -120,6 +120,15 @@ def test_layers_near_the_input_learn_slower():
         assert (decay[id(parameter)] > 0) == (parameter.ndim >= 2)
 
 
+def test_the_encoder_learns_slower_where_it_is_asked_to():
+    named = list(classifier().named_parameters())
+    optimizer = make_optimizer(named, TrainerConfig(encoder_lr_scale=0.1, layer_lr_decay=0.5))
+    scale = {id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
+    by_name = {name: scale[id(p)] for name, p in named}
+    assert by_name["encoder.layers.1.w1.weight"] == pytest.approx(0.05)
+    assert by_name["projection.weight"] == 0.125 and by_name["head.linear.weight"] == 1
+
+
 def test_a_linear_probe_moves_the_head_alone(tmp_path):
     model = classifier()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -128,6 +128,14 @@ def classifier() -> RoMAForClassification:
     return RoMAForClassification(RoMAForClassificationConfig(**SHAPE, dim_output=2))
 
 
+def autoencoder_of_windows() -> RoMAForPreTraining:
+    """No dropout; with convolutions and their running statistics, in float64."""
+    torch.manual_seed(0)
+    shape = SHAPE | {"encoder_config": EncoderConfig(d_model=16, nhead=2, depth=2)}
+    shape |= {"window": 4, "grid_step": 0.25, "stem_width": 8, "use_cls": False}
+    return RoMAForPreTraining(RoMAForPreTrainingConfig(**shape, decoder_config=DECODER)).double()
+
+
 def plain_classifier() -> RoMAForClassification:
     """No dropout."""
     torch.manual_seed(0)

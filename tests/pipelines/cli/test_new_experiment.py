@@ -297,12 +297,32 @@ def test_a_second_axis_needs_cls_and_wide_observations_no_features():
     assert [s.pretraining["model"]["neighbours"] for s in (one, two)] == [5, 0]
 
 
+def test_long_series_on_a_grid_get_windows():
+    size = DatasetSize(n_series=200, n_observations=20_000, n_channels=1, grid_fill=0.5)
+    windows = default_settings(size).pretraining["model"]
+
+    assert windows["window"] > 1 and windows["neighbours"] == windows["value_features"] == 0
+    for other in (
+        {"grid_fill": 0.0}, {"grid_fill": 0.01}, {"n_axes": 2}, {"n_channels": 900},
+        {"n_observations": 2_000},
+    ):  # fmt: skip
+        assert (
+            "window"
+            not in default_settings(dataclasses.replace(size, **other)).pretraining["model"]
+        )
+    per_observation = default_settings(size, "observation").pretraining["model"]
+    assert "window" not in per_observation
+
+
 def test_every_choice_is_valid_for_the_trainer():
     from roma_pipelines.experiment import Stage, training_errors
 
-    sizes = default_settings(DatasetSize(n_series=1, n_observations=1, n_channels=900, n_axes=2))
-
-    assert not training_errors(Stage(**sizes.pretraining), Stage(**sizes.finetuning))
+    for size in (
+        DatasetSize(n_series=1, n_observations=1, n_channels=900, n_axes=2),
+        DatasetSize(n_series=200, n_observations=40_000, n_channels=2, grid_fill=1.0),
+    ):
+        sizes = default_settings(size)
+        assert not training_errors(Stage(**sizes.pretraining), Stage(**sizes.finetuning))
 
 
 def test_the_file_holds_no_setting_twice(waves):
