@@ -124,8 +124,8 @@ class RoMAConfig(RomaSettings):
     """With window, the distance of two steps in the model's positions; data sets have their own."""
     stem_width: PositiveInt = 64
     """With window, features of a step."""
-    stem_layers: NonNegativeInt = 3
-    """With window, residual convolutions after the first; each reaches 3 steps further."""
+    stem_layers: NonNegativeInt = 5
+    """With window, residual convolutions after the first; they reach 3, 6, 12, … steps to either side."""
     use_cls: bool = True
     """Prepend a learned token at position 0."""
     pos_encoding: Literal["ropend", "absolute"] = "ropend"
@@ -384,7 +384,7 @@ def stored_fields(document: dict[str, Any]) -> dict[str, Any]:
     own = ("schema_version", "class", "data_schema")
     defaults = {"position_axes": [], "value_features": 0, "neighbours": 0}
     defaults |= {"axis_categories": [], "missing_values": False, "covariates": []}
-    defaults |= {"window": 0, "grid_step": None, "stem_width": 64, "stem_layers": 3}
+    defaults |= {"window": 0, "grid_step": None, "stem_width": 64, "stem_layers": 5}
     return defaults | {k: v for k, v in document.items() if k not in own}
 
 

@@ -23,6 +23,7 @@ from roma_core.model.embedding import filled
 from roma_core.model.encoder import linear
 
 _MOMENTUM = 0.1  # of the running statistics
+_MAX_GAP = 8  # windows; a longer gap ends a convolution
 _SERIES = 2**40  # more than the steps of any series
 
 
@@ -37,13 +38,14 @@ class Windows:
 
 @dataclass(frozen=True)
 class _Steps:
-    """All steps of some windows, observed or not."""
+    """All steps of some windows, and of those in short gaps between them, observed or not."""
 
     numbers: Tensor  # (S, C), 0 where not observed
     flags: Tensor  # (S, C), 1 where observed
     series: Tensor  # (S,) int64
     index: Tensor  # (S,) int64, on the grid
     inside: Tensor  # (S, 1), 1 between the first and the last observation of the series
+    observed: Tensor  # (W,) int64, the windows that hold an observation among those of the steps
 
 
 def steps_of(time: Tensor, first: Tensor, step: float) -> Tensor:
@@ -90,6 +92,17 @@ class BatchNorm(nn.Module):
         return (exact * scale + (self.bias - mean * scale)).to(self.weight.dtype)
 
 
+def _neighbours(x: Tensor, steps: _Steps, dilation: int) -> Tensor:
+    """``(S, f)`` → ``(S, STEM_KERNEL, f)``: the steps around each, zeros where there is none."""
+    n, side = x.shape[0], STEM_KERNEL // 2 * dilation
+    key = F.pad(steps.series * _SERIES + steps.index, (side, side), value=-_SERIES)
+    padded = F.pad(x, (0, 0, side, side))
+    starts = range(0, 2 * side + 1, dilation)
+    exists = [key[k : k + n] == key[side : side + n] + (k - side) for k in starts]
+    found = torch.stack([padded[k : k + n] for k in starts], dim=1)
+    return found * torch.stack(exists, dim=1)[..., None].to(x.dtype)
+
+
 class Stem(nn.Module):
     """Observations on a grid → features of windows of ``config.window`` steps.
 
@@ -107,6 +120,7 @@ class Stem(nn.Module):
             nn.Linear(STEM_KERNEL * size, config.stem_width, bias=False) for size in sizes
         )
         self.norms = nn.ModuleList(BatchNorm(config.stem_width) for _ in sizes)
+        self.dilations = [1, *(2**k for k in range(config.stem_layers))]
 
     def forward(self, tokens: Tensor, positions: Tensor, series: Tensor) -> tuple[Tensor, Windows]:
         """``(T, C)`` with NaN where missing, ``(T, 1)`` and ``(T,)`` int64, any order → ``(W, f)``."""
@@ -114,22 +128,13 @@ class Stem(nn.Module):
         time = steps.index[:, None].to(tokens.dtype)
         numbers = filled(steps.numbers, steps.flags, time, steps.series[:, None])
         x = torch.cat((numbers, steps.flags), dim=1) * steps.inside
-        side = STEM_KERNEL // 2
-        key = F.pad(steps.series * _SERIES + steps.index, (side, side), value=-_SERIES)
-        n = steps.index.shape[0]
-        offsets = range(STEM_KERNEL)
-        there = [key[k : k + n] == key[side : side + n] + (k - side) for k in offsets]
-        exists = torch.stack(there, dim=1)[..., None].to(x.dtype)  # (S, K, 1)
-        for n_layer, (convolution, norm) in enumerate(
-            zip(self.convolutions, self.norms, strict=True)
-        ):
+        layers = zip(self.dilations, self.convolutions, self.norms, strict=True)
+        for n_layer, (dilation, convolution, norm) in enumerate(layers):
             assert isinstance(convolution, nn.Linear)
-            around = F.pad(x, (0, 0, side, side))
-            around = torch.stack([around[k : k + n] for k in offsets], dim=1) * exists
-            found = F.silu(norm(linear(around.flatten(1), convolution.weight), steps.inside))
-            found = found * steps.inside
+            around = _neighbours(x, steps, dilation).flatten(1)
+            found = F.silu(norm(linear(around, convolution.weight), steps.inside)) * steps.inside
             x = x + found if n_layer else found
-        return x.unflatten(0, (-1, self.window)).mean(1), windows
+        return x.unflatten(0, (-1, self.window)).mean(1)[steps.observed], windows
 
     def _gather(self, tokens: Tensor, positions: Tensor, series: Tensor) -> tuple[_Steps, Windows]:
         order = positions[:, 0].argsort(stable=True)
@@ -152,23 +157,36 @@ class Stem(nn.Module):
         torch._check(n_windows <= n_rows)
         head = rows.new_full((n_windows,), n_rows).scatter_reduce(0, window, rows, "amin")
 
+        # short gaps between two windows get windows, too: convolutions go on across them
+        begin = number[head] * self.window  # (W,) index of its first step
+        same = F.pad(owner[head[1:]] == owner[head[:-1]], (0, 1), value=False)
+        gap = F.pad(number[head[1:]] - number[head[:-1]], (0, 1), value=1)
+        count = torch.where(same & (gap <= _MAX_GAP), gap, 1)
+        observed = count.cumsum(0) - count
+        n_all: Any = count.sum().item()
+        torch._check(n_all >= n_windows)
+        of_all = torch.arange(n_windows, device=order.device)
+        of_all = of_all.repeat_interleave(count, output_size=n_all)
+        nth = torch.arange(n_all, device=order.device) - observed[of_all]
+        each = torch.arange(self.window, device=order.device)
+        steps = (begin[of_all] + nth * self.window)[:, None] + each
+        row = head[of_all]
+        inside = (steps >= index[first[row], None]) & (steps <= index[last[row], None])
+
         missing = values.isnan()
-        at = window * self.window + index - number * self.window
-        shape = n_windows * self.window, values.shape[1]
+        at = (observed[window] - number) * self.window + index
+        shape = n_all * self.window, values.shape[1]
         counts = values.new_zeros(shape).index_add(0, at, (~missing).to(values.dtype))
         numbers = values.new_zeros(shape).index_add(0, at, values.masked_fill(missing, 0))
-        begin = number[head] * self.window  # (W,) index of its first step
-        each = torch.arange(self.window, device=order.device)
-        steps = begin[:, None] + each
-        inside = (steps >= index[first[head], None]) & (steps <= index[last[head], None])
         middle = begin - index[first[head]] + (self.window - 1) / 2
         of_row = torch.zeros_like(window).index_copy(0, order, window)
         return _Steps(
             numbers=numbers / counts.clamp(min=1),
             flags=(counts > 0).to(values.dtype),
-            series=owner[head].repeat_interleave(self.window),
+            series=owner[row].repeat_interleave(self.window),
             index=steps.flatten(),
             inside=inside.reshape(-1, 1).to(values.dtype),
+            observed=observed,
         ), Windows(
             of_row=of_row,
             series=owner[head],

@@ -78,15 +78,16 @@ class DefaultSettings:
 def default_settings(size: DatasetSize, targets: TargetLevel | None = None) -> DefaultSettings:
     """Model and training settings for this much data; ``targets``: what has those of a regression."""
     is_wide = size.n_channels > 64
+    is_dense = size.is_dense and targets != "observation"
+    at_once = _WINDOW if is_dense else 1
     width, depth = (128, 6) if size.n_series >= 20_000 or is_wide else (64, 4)
     stack = {"d_model": width, "nhead": width // 16}
     mask_ratio = 0.5 if size.mean_length < 50 else 0.75
-    is_dense = size.is_dense and targets != "observation"
     value_features, neighbours = (0, 0) if is_wide or is_dense else (64, 5)
     use_cls = size.n_axes > 1
     rate = 0.003 * 64 / width
-    pretrainer, pretraining_steps, pretraining_reason = _trainer("pretraining", size, rate)
-    finetrainer, finetuning_steps, finetuning_reason = _trainer("finetuning", size, rate)
+    pretrainer, pretraining_steps, pretraining_reason = _trainer("pretraining", size, rate, at_once)
+    finetrainer, finetuning_steps, finetuning_reason = _trainer("finetuning", size, rate, at_once)
     if targets is None:
         finetrainer["label_smoothing"] = 0.05
     if size.n_series >= _MIN_SERIES_FOR_BEST:
@@ -102,9 +103,9 @@ def default_settings(size: DatasetSize, targets: TargetLevel | None = None) -> D
     if is_wide:
         features = differences = "not needed with this many channels"
     if is_dense:
-        depth = 2
         features = differences = "windows have convolutions"
-        finetrainer["encoder_lr_scale"] = 0.1
+        if size.n_series < _MIN_SERIES_FOR_BEST:  # attention learns few series by heart
+            depth, finetrainer["encoder_lr_scale"] = 2, 0.1
         window += f": {size.mean_length:.0f} observations on a regular grid, {size.grid_fill:.0%} of its steps"
     else:
         window += ": a token is an observation; windows are for long series on a regular grid"
@@ -129,7 +130,7 @@ def default_settings(size: DatasetSize, targets: TargetLevel | None = None) -> D
                 # the mean also where there is a CLS token
                 "pooling": "token" if targets == "observation" else "mean",
             },
-            "trainer": {**finetrainer, "augment_drop_rate": 0.3},
+            "trainer": {**finetrainer, "augment_drop_rate": 0.75 if is_dense else 0.3},
         },
         steps={"pretraining": pretraining_steps, "finetuning": finetuning_steps},
         size=size,
@@ -172,10 +173,13 @@ def primary_metric(
     return "macro_f1", f"the classes are imbalanced: {counts}, over {_MAX_IMBALANCE} times as many"
 
 
-def _trainer(stage: Stage, size: DatasetSize, rate: float) -> tuple[dict[str, Any], int, str]:
-    """Trainer settings, their number of steps, and the reason."""
+def _trainer(
+    stage: Stage, size: DatasetSize, rate: float, at_once: int
+) -> tuple[dict[str, Any], int, str]:
+    """Trainer settings, their number of steps, and the reason; ``at_once``: observations of a token."""
     wanted = round(_SERIES_PER_BATCH[stage] * size.mean_length)
-    tokens = min(_MAX_TOKENS_PER_BATCH[stage], max(wanted, _MIN_TOKENS_PER_BATCH))
+    most = _MAX_TOKENS_PER_BATCH[stage] * at_once
+    tokens = min(most, max(wanted, _MIN_TOKENS_PER_BATCH))
     # long series make batches of fewer series, so there are more batches
     steps = _MIN_STEPS[stage] * max(1.0, wanted / tokens)
     per_epoch = max(1, round(size.n_observations / tokens))

@@ -115,18 +115,19 @@ def test_the_first_convolution_of_a_dense_series_is_an_ordinary_one():
     assert windows.positions[:, 0].tolist() == [2.75 + 2 * k for k in range(7)]
 
 
-def test_steps_between_observations_are_filled_in_and_those_of_absent_windows_are_not():
+def test_steps_between_observations_are_there_and_those_of_long_gaps_are_not():
     config = classifier(**WITH_GAPS | {"n_channels": 1}).config
-    index = torch.tensor([0, 1, 3, 16, 18])
-    tokens = torch.tensor([[1.0], [2.0], [4.0], [8.0], [torch.nan]])
+    index = torch.tensor([0, 1, 3, 10, 80, 82])
+    tokens = torch.tensor([[1.0], [2.0], [4.0], [5.0], [8.0], [torch.nan]])
     steps, windows = Stem(config)._gather(
-        tokens, (index * 0.5)[:, None], torch.zeros(5, dtype=torch.int64)
+        tokens, (index * 0.5)[:, None], torch.zeros(6, dtype=torch.int64)
     )
-    assert windows.positions[:, 0].tolist() == [0.75, 8.75]
-    assert steps.index.tolist() == [0, 1, 2, 3, 16, 17, 18, 19]
-    assert steps.flags[:, 0].tolist() == [1, 1, 0, 1, 1, 0, 0, 0]
-    assert steps.inside[:, 0].tolist() == [1, 1, 1, 1, 1, 1, 1, 0]
-    assert windows.of_row.tolist() == [0, 0, 0, 1, 1]
+    assert windows.positions[:, 0].tolist() == [0.75, 4.75, 40.75]
+    assert windows.of_row.tolist() == [0, 0, 0, 1, 2, 2]
+    assert steps.observed.tolist() == [0, 2, 3]  # the second fills a gap
+    assert steps.index.tolist() == [*range(12), *range(80, 84)]
+    assert steps.flags[:, 0].tolist() == [1, 1, 0, 1, *[0] * 6, 1, 0, 1, 0, 0, 0]
+    assert steps.inside[:, 0].tolist() == [1] * 15 + [0]
 
 
 def test_two_observations_in_one_step_count_by_their_mean():
