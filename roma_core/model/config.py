@@ -21,8 +21,6 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 MaskStrategy = Literal["random", "value", "channel", "window", "block", "future"]
 NEIGHBOUR_FEATURES = 64
 """Width of the features of a token's neighbours, with ``neighbours``."""
-STEM_KERNEL = 7
-"""Steps that a convolution of the stem sees, with ``window``."""
 
 PRESETS: dict[str, dict[str, int]] = {
     "tiny-shallow": {"d_model": 180, "nhead": 3, "depth": 2},

@@ -18,13 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from roma_core.model.config import STEM_KERNEL, RoMAConfig
+from roma_core.model.config import RoMAConfig
 from roma_core.model.embedding import filled
-from roma_core.model.encoder import linear
 
+_KERNEL = 7  # steps that a convolution sees
 _MOMENTUM = 0.1  # of the running statistics
 _MAX_GAP = 8  # windows; a longer gap ends a convolution
-_SERIES = 2**40  # more than the steps of any series
 
 
 @dataclass(frozen=True)
@@ -38,13 +37,13 @@ class Windows:
 
 @dataclass(frozen=True)
 class _Steps:
-    """All steps of some windows, and of those in short gaps between them, observed or not."""
+    """All steps of some windows, of those in short gaps between them, and blank ones between series."""
 
     numbers: Tensor  # (S, C), 0 where not observed
     flags: Tensor  # (S, C), 1 where observed
     series: Tensor  # (S,) int64
     index: Tensor  # (S,) int64, on the grid
-    inside: Tensor  # (S, 1), 1 between the first and the last observation of the series
+    inside: Tensor  # (S,), 1 between the first and the last observation of the series, else 0
     observed: Tensor  # (W,) int64, the windows that hold an observation among those of the steps
 
 
@@ -65,7 +64,7 @@ def window_of(positions: Tensor, series: Tensor, n_series: int, config: RoMAConf
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation of ``(S, f)`` rows, of which only those ``inside`` count, in float32."""
+    """Batch normalisation of ``(f, S)`` steps, of which only those ``inside`` count, in float32."""
 
     mean: Tensor
     variance: Tensor
@@ -78,63 +77,55 @@ class BatchNorm(nn.Module):
         self.register_buffer("variance", torch.ones(width))
 
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        """``(S, f)`` and ``(S, 1)`` → ``(S, f)``; running statistics are those of training batches."""
+        """``(f, S)`` and ``(S,)`` → ``(f, S)``; running statistics are those of training batches."""
         exact = x if x.dtype == torch.float64 else x.float()
         mean, variance = self.mean, self.variance
         if self.training:
-            n = inside.sum()
-            mean = (exact * inside).sum(0) / n
-            variance = ((exact - mean).square() * inside).sum(0) / n
+            share = inside / inside.sum()
+            mean = exact @ share
+            variance = (exact - mean[:, None]).square() @ share
             with torch.no_grad():
                 self.mean.lerp_(mean.to(self.mean.dtype), _MOMENTUM)
                 self.variance.lerp_(variance.to(self.mean.dtype), _MOMENTUM)
         scale = self.weight * (variance + 1e-5).rsqrt()
-        return (exact * scale + (self.bias - mean * scale)).to(self.weight.dtype)
-
-
-def _neighbours(x: Tensor, steps: _Steps, dilation: int) -> Tensor:
-    """``(S, f)`` → ``(S, STEM_KERNEL, f)``: the steps around each, zeros where there is none."""
-    n, side = x.shape[0], STEM_KERNEL // 2 * dilation
-    key = F.pad(steps.series * _SERIES + steps.index, (side, side), value=-_SERIES)
-    padded = F.pad(x, (0, 0, side, side))
-    starts = range(0, 2 * side + 1, dilation)
-    exists = [key[k : k + n] == key[side : side + n] + (k - side) for k in starts]
-    found = torch.stack([padded[k : k + n] for k in starts], dim=1)
-    return found * torch.stack(exists, dim=1)[..., None].to(x.dtype)
+        shift = self.bias - mean * scale
+        return (exact * scale[:, None] + shift[:, None]).to(self.weight.dtype)
 
 
 class Stem(nn.Module):
     """Observations on a grid → features of windows of ``config.window`` steps.
 
     Residual convolutions over single steps with batch normalisation, as the networks of Wang, Yan and
-    Oates (2017, arXiv:1611.06455) have them, then the mean over a window. Steps of windows that are not
-    there, because they are hidden or nothing was observed, are zeros to a convolution.
+    Oates (2017, arXiv:1611.06455) have them, each reaching twice as far as the one before, then the mean
+    over a window. Gaps of up to 8 windows are interpolated; beyond longer ones, and beyond the ends of a
+    series, a convolution finds zeros. All steps lie in one row, series after series.
     """
 
     def __init__(self, config: RoMAConfig) -> None:
         super().__init__()
         assert config.grid_step is not None
-        self.window, self.step = config.window, config.grid_step
-        sizes = [2 * config.n_channels] + [config.stem_width] * config.stem_layers
+        self.window, self.step, width = config.window, config.grid_step, config.stem_width
+        dilations = [1, *(2**k for k in range(config.stem_layers))]
+        sizes = [2 * config.n_channels] + [width] * config.stem_layers
         self.convolutions = nn.ModuleList(
-            nn.Linear(STEM_KERNEL * size, config.stem_width, bias=False) for size in sizes
+            nn.Conv1d(size, width, _KERNEL, padding="same", dilation=dilation, bias=False)
+            for size, dilation in zip(sizes, dilations, strict=True)
         )
-        self.norms = nn.ModuleList(BatchNorm(config.stem_width) for _ in sizes)
-        self.dilations = [1, *(2**k for k in range(config.stem_layers))]
+        self.norms = nn.ModuleList(BatchNorm(width) for _ in sizes)
+        # windows between two series, so that no convolution reaches from one into the other
+        self.n_blank = -(-(_KERNEL // 2 * dilations[-1]) // self.window)
 
     def forward(self, tokens: Tensor, positions: Tensor, series: Tensor) -> tuple[Tensor, Windows]:
         """``(T, C)`` with NaN where missing, ``(T, 1)`` and ``(T,)`` int64, any order → ``(W, f)``."""
         steps, windows = self._gather(tokens, positions, series)
-        time = steps.index[:, None].to(tokens.dtype)
+        time, inside = steps.index[:, None].to(tokens.dtype), steps.inside
         numbers = filled(steps.numbers, steps.flags, time, steps.series[:, None])
-        x = torch.cat((numbers, steps.flags), dim=1) * steps.inside
-        layers = zip(self.dilations, self.convolutions, self.norms, strict=True)
-        for n_layer, (dilation, convolution, norm) in enumerate(layers):
-            assert isinstance(convolution, nn.Linear)
-            around = _neighbours(x, steps, dilation).flatten(1)
-            found = F.silu(norm(linear(around, convolution.weight), steps.inside)) * steps.inside
-            x = x + found if n_layer else found
-        return x.unflatten(0, (-1, self.window)).mean(1)[steps.observed], windows
+        x = torch.cat((numbers, steps.flags), dim=1).T * inside
+        for n, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
+            found = F.silu(norm(convolution(x[None])[0], inside)) * inside
+            x = x + found if n else found
+        features = x.unflatten(1, (-1, self.window)).mean(2).T
+        return features[steps.observed], windows
 
     def _gather(self, tokens: Tensor, positions: Tensor, series: Tensor) -> tuple[_Steps, Windows]:
         order = positions[:, 0].argsort(stable=True)
@@ -161,7 +152,8 @@ class Stem(nn.Module):
         begin = number[head] * self.window  # (W,) index of its first step
         same = F.pad(owner[head[1:]] == owner[head[:-1]], (0, 1), value=False)
         gap = F.pad(number[head[1:]] - number[head[:-1]], (0, 1), value=1)
-        count = torch.where(same & (gap <= _MAX_GAP), gap, 1)
+        is_short = same & (gap <= _MAX_GAP)
+        count = torch.where(is_short, gap, 1 + self.n_blank)
         observed = count.cumsum(0) - count
         n_all: Any = count.sum().item()
         torch._check(n_all >= n_windows)
@@ -171,7 +163,9 @@ class Stem(nn.Module):
         each = torch.arange(self.window, device=order.device)
         steps = (begin[of_all] + nth * self.window)[:, None] + each
         row = head[of_all]
+        is_real = (nth == 0) | is_short[of_all]
         inside = (steps >= index[first[row], None]) & (steps <= index[last[row], None])
+        inside = inside & is_real[:, None]
 
         missing = values.isnan()
         at = (observed[window] - number) * self.window + index
@@ -185,7 +179,7 @@ class Stem(nn.Module):
             flags=(counts > 0).to(values.dtype),
             series=owner[row].repeat_interleave(self.window),
             index=steps.flatten(),
-            inside=inside.reshape(-1, 1).to(values.dtype),
+            inside=inside.flatten().to(values.dtype),
             observed=observed,
         ), Windows(
             of_row=of_row,

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from roma_core.model.config import (
     NEIGHBOUR_FEATURES,
-    STEM_KERNEL,
     EncoderConfig,
     RoMAForPreTrainingConfig,
 )
@@ -233,8 +232,8 @@ def cost_s(
         width, layers = config.stem_width, config.stem_layers
         steps = 1 / (size.grid_fill or 1)  # per observation
         encoded, seen = (x * min(1, steps / config.window) for x in (encoded, seen))
-        numbers = steps * STEM_KERNEL * (2 * into + layers * width)
-        products = numbers * width
+        numbers = steps * (layers + 1) * width
+        products = 7 * steps * width * (2 * into + layers * width)
     work = visible * np.array([0.0, numbers, products])  # of the embedding of the input
     work += _stack(encoder, encoded, seen)
     if stage == "pretraining":
