@@ -352,7 +352,7 @@ def _amount(found: SourceStatistics) -> str:
 
 def _cost(proposal: Proposal) -> str:
     sizes = proposal.sizes
-    data = {"n_channels": sizes.size.n_channels, "n_pos_dims": sizes.size.n_axes}
+    data = {"n_channels": sizes.size.n_channels, "n_pos_dims": sizes.size.n_axes, "grid_step": 1.0}
     shape = RoMAForPreTrainingConfig.from_values(
         {**sizes.pretraining["model"], "tubelet_size": (1, 1, 1), **data}
     )

@@ -138,7 +138,7 @@ def expected_s(plan: Plan, storage: Storage, log: Log) -> float:
         counts.n_series, counts.n_observations, len(schema.channels), n_axes=len(schema.axes)
     )
     shape = RoMAForPreTrainingConfig.from_values(
-        plan.experiment.pretraining.model | data_fields(schema)
+        plan.experiment.pretraining.model | data_fields(schema) | {"grid_step": 1.0}
     )
     return sum(
         cost_s(
