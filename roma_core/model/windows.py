@@ -134,9 +134,7 @@ class Stem(nn.Module):
         n_rows = order.shape[0]
         rows = torch.arange(n_rows, device=order.device)
         is_new = F.pad(owner[1:] != owner[:-1], (1, 0), value=True)
-        first = (
-            torch.where(is_new, rows, 0).cummax(0).values
-        )  # row of the series' first observation
+        first = torch.where(is_new, rows, 0).cummax(0).values  # (T,) row where the series begins
         ends = torch.where(is_new.roll(-1), rows, n_rows)
         last = ends.flip(0).cummin(0).values.flip(0)
         index = steps_of(time, time[first], self.step)
@@ -146,6 +144,7 @@ class Stem(nn.Module):
         n_windows: Any = window[-1].item() + 1  # a symbol while a program is exported
         torch._check(n_windows >= 1)
         torch._check(n_windows <= n_rows)
+        # (W,) the row where a window begins
         head = rows.new_full((n_windows,), n_rows).scatter_reduce(0, window, rows, "amin")
 
         # short gaps between two windows get windows, too: convolutions go on across them
