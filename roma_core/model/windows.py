@@ -81,9 +81,11 @@ class BatchNorm(nn.Module):
         exact = x if x.dtype == torch.float64 else x.float()
         mean, variance = self.mean, self.variance
         if self.training:
-            share = inside / inside.sum()
-            mean = exact @ share
-            variance = (exact - mean[:, None]).square() @ share
+            share = inside.to(exact.dtype)
+            share = share / share.sum()
+            with torch.autocast(x.device.type, enabled=False):  # sums would be in 16 bits
+                mean = exact @ share
+                variance = (exact - mean[:, None]).square() @ share
             with torch.no_grad():
                 self.mean.lerp_(mean.to(self.mean.dtype), _MOMENTUM)
                 self.variance.lerp_(variance.to(self.mean.dtype), _MOMENTUM)
@@ -118,7 +120,7 @@ class Stem(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, series: Tensor) -> tuple[Tensor, Windows]:
         """``(T, C)`` with NaN where missing, ``(T, 1)`` and ``(T,)`` int64, any order → ``(W, f)``."""
         steps, windows = self._gather(tokens, positions, series)
-        time, inside = steps.index[:, None].to(tokens.dtype), steps.inside
+        time, inside = steps.index[:, None].to(positions.dtype), steps.inside
         numbers = filled(steps.numbers, steps.flags, time, steps.series[:, None])
         x = torch.cat((numbers, steps.flags), dim=1).T * inside
         for n, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):

@@ -166,6 +166,25 @@ def test_batch_norm_is_that_of_the_rows_inside():
     assert torch.equal(ours.mean, before)
 
 
+def test_statistics_are_exact_under_autocast():
+    x, norm = torch.randn(3, 50_000) + 100, BatchNorm(3).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        norm(x, torch.ones(50_000))
+    torch.testing.assert_close(norm.mean, 0.1 * x.mean(1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_cast_as_a_whole_computes_and_learns_far_from_zero(dtype):
+    model = classifier(**WITH_GAPS)
+    values, positions, pad_mask = series_on_a_grid()
+    arguments = values, positions + 40_000, pad_mask
+    exact = model.embed(*arguments)
+    features = model.to(dtype).embed(*arguments)
+    torch.testing.assert_close(features.float(), exact, rtol=0.1, atol=0.1)
+    model.train()(*arguments, torch.tensor([0, 2, 1]))[1].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_running_statistics_are_saved_and_carried_into_a_classifier(tmp_path):
     model = autoencoder(**WITH_GAPS).train()
     model(*series_on_a_grid())
