@@ -120,7 +120,7 @@ def layer_scales(names: list[str], decay: float) -> dict[str, float]:
     """
     blocks = {n: int(m[1]) for n in names if (m := re.match(r"encoder\.layers\.(\d+)\.", n))}
     depth = max(blocks.values(), default=-1) + 1
-    powers = {n: depth + 1 if n.startswith(("projection.", "cls")) else 0 for n in names}
+    powers = {n: depth + 1 if n.startswith(("stem.", "projection.", "cls")) else 0 for n in names}
     powers |= {name: depth - block for name, block in blocks.items()}
     return {name: decay**power for name, power in powers.items()}
 

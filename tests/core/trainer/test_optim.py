@@ -18,7 +18,14 @@ from roma_core.trainer.optim import (
     set_learning_rate,
     training_loss,
 )
-from tests.core.trainer.training_runs import SHAPE, Sines, autoencoder, classifier, config
+from tests.core.trainer.training_runs import (
+    SHAPE,
+    Sines,
+    autoencoder,
+    autoencoder_of_windows,
+    classifier,
+    config,
+)
 
 
 def test_class_weights_average_to_one_over_the_series():
@@ -118,6 +125,12 @@ def test_layers_near_the_input_learn_slower():
     for name, parameter in named:
         assert rate[id(parameter)] == pytest.approx(0.1 * scales[name])
         assert (decay[id(parameter)] > 0) == (parameter.ndim >= 2)
+
+
+def test_convolutions_of_windows_are_part_of_the_embedding():
+    names = [name for name, _ in autoencoder_of_windows().named_parameters()]
+    scales = layer_scales(names, 0.5)
+    assert {s for name, s in scales.items() if name.startswith("stem.")} == {0.125}
 
 
 def test_the_encoder_learns_slower_where_it_is_asked_to():
