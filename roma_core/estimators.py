@@ -47,7 +47,12 @@ from roma_core.evaluation.config import EvaluationJobConfig
 from roma_core.evaluation.drift import reference_profile
 from roma_core.files import write_json
 from roma_core.job import JobFolder
-from roma_core.model.config import RoMAForClassificationConfig, RoMAForPreTrainingConfig
+from roma_core.model.config import (
+    RoMAForClassificationConfig,
+    RoMAForPreTrainingConfig,
+    read_config,
+    stored_fields,
+)
 from roma_core.progress import Progress
 from roma_core.schema import Channel, PositionAxis
 from roma_core.serving.pyfunc_model import Package, Series, open_package
@@ -172,12 +177,22 @@ class _Estimator(BaseEstimator):
         """The folder of the weights of a training that starts from these, or from new ones."""
         schema, split = dataset.schema, dataset.split("train")
         n_axes = sum(not axis.n_embedded for axis in schema.axes)
+        asked = self.model or {}
+        has_windows = asked.get("window", 1) and not (
+            len(schema.axes) > 1
+            or asked.get("neighbours")
+            or asked.get("value_features")
+            or asked.get("pos_encoding") == "absolute"
+        )
+        if weights is not None:
+            has_windows = stored_fields(read_config(weights))["window"]
+        grid = grid_of_split(split) if has_windows else None
         size = DatasetSize(
             len(split),
             int(split.lengths.sum()),
             schema.n_values,
             max(1, n_axes),
-            0.0 if len(schema.axes) > 1 or (grid := grid_of_split(split)) is None else grid.fill,
+            0.0 if grid is None else grid.fill,
         )
         is_regression = self._kind == "regressor"
         defaults = default_settings(size, "series" if is_regression else None)

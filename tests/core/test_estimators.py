@@ -71,6 +71,24 @@ def imputer():
     return RoMAImputer(**TINY).fit(irregular()[0])
 
 
+@pytest.mark.parametrize("fields", [{"neighbours": 2}, {"window": 0}])
+def test_dense_series_have_windows_unless_the_model_is_asked_for_what_excludes_them(
+    fields, monkeypatch
+):
+    found = []
+
+    def stop(_task, _dataset, model, trainer, **_):
+        found.append((model.get("window", 0), trainer.encoder_lr_scale))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("roma_core.estimators.TrainingJobConfig.resolve", stop)
+    dense = np.random.default_rng(0).normal(size=(N, C, 70))
+    for model in ({}, fields):
+        with pytest.raises(KeyboardInterrupt):
+            RoMAClassifier(pretrain=False, verbose=False, model=model).fit(dense, np.arange(N) % 2)
+    assert found == [(8, 0.1), (0, 1.0)]
+
+
 FORMS = {
     "times and values": lambda X: [(np.arange(len(one)), one) for one in X],
     "array": padded,
