@@ -93,8 +93,8 @@ class TrainingJobConfig(Frozen):
             ValueError: the data set does not have the classes or targets that the model predicts.
         """
         manifest = read_manifest(dataset)
-        if model.get("window") and weights is None:
-            model = model | {"grid_step": _grid_step(StoredDataset(dataset, verify=False))}
+        if weights is None:
+            model = model | {"grid_step": 1.0}  # that of the data follows, if there are windows
         config: RoMAForPreTrainingConfig | RoMAForClassificationConfig
         if task == "pretrain":
             config = _pretraining_model(manifest, model, weights)
@@ -112,6 +112,11 @@ class TrainingJobConfig(Frozen):
                     f"build it again, unless they are of about unit size",
                     stacklevel=2,
                 )
+        grid_step = None
+        if config.window:
+            given = None if weights is None else config.grid_step
+            grid_step = _grid_step(StoredDataset(dataset, verify=False), given)
+        config = config.model_copy(update={"grid_step": grid_step})
         return cls(
             task=task,
             dataset=str(dataset),
@@ -133,6 +138,7 @@ class TrainingJobConfig(Frozen):
         return self.model_copy(update={"model": model, "trainer": fields, "weights_digest": digest})
 
 
+_MAX_RATIO_ERROR = 0.01  # of the steps of data and weights
 _SAMPLE = 200  # series whose times are read to find a grid
 
 
@@ -142,14 +148,28 @@ def grid_of_split(series: Subset) -> Grid | None:
     return grid_of(series.dataset.raw(int(row))[0][:, 0] for row in chosen)
 
 
-def _grid_step(dataset: StoredDataset) -> float:
-    """Distance of two steps of the data's grid, in the model's positions; ValueError without one."""
-    if (grid := grid_of_split(dataset.split("train"))) is None:
+def _grid_step(dataset: StoredDataset, given: float | None) -> float:
+    """Distance of two steps of the data's grid, in the model's positions, or the ``given`` one of weights.
+
+    Raises ValueError without a grid, or if its steps are no steps of the weights' grid.
+    """
+    name, grid = dataset.manifest.name, grid_of_split(dataset.split("train"))
+    step = 0.0 if grid is None else float(f"{grid.step / dataset.schema.axes[0].scale:.7g}")
+    if given is None and not step:
         raise ValueError(
-            f"model.window needs series on a regular grid, and those of {dataset.manifest.name} have "
+            f"model.window needs series on a regular grid, and those of {name} have "
             f"observations between its steps; set window: 0"
         )
-    return float(f"{grid.step / dataset.schema.axes[0].scale:.7g}")
+    if given is None:
+        return step
+    ratio = step / given
+    if abs(ratio - max(1, round(ratio))) > _MAX_RATIO_ERROR * ratio:
+        found = f"on steps of {step:g}" if step else "on no regular grid"
+        raise ValueError(
+            f"grid_step: the windows of the weights are on steps of {given:g} in the model's positions, but "
+            f"the observations of {name} are {found}, between them; pretrain on this data set"
+        )
+    return given
 
 
 def _digest_of_weights(folder: Path | str | None) -> str | None:

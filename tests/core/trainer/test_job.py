@@ -212,6 +212,40 @@ def test_the_data_determine_the_step_of_the_grid_that_windows_are_on(tmp_path):
     assert (tuned.model["window"], tuned.model["grid_step"]) == (8, 0.5)
 
 
+@pytest.mark.parametrize("step", [0.5, 0.1, 0.4, None])
+def test_weights_of_windows_take_data_on_their_steps_alone(tmp_path, step):
+    def data(name, step):
+        gaps = np.random.default_rng(0).uniform(0.1, 1, 40) if step is None else np.full(40, step)
+        (tmp_path / name).mkdir()
+        return built(tmp_path / name, series("s", 40, positions=gaps.cumsum()[:, None]))
+
+    fields = {"window": 8, "use_cls": False}
+    first = TrainingJobConfig.resolve("pretrain", data("a", 0.25), fields, TrainerConfig())
+    model_of(first, 0, resumes=False).save_pretrained(tmp_path / "w")
+    other = data("b", step)
+    if step == 0.5:
+        again = TrainingJobConfig.resolve(
+            "pretrain", other, {}, TrainerConfig(), weights=tmp_path / "w"
+        )
+        assert again.model["grid_step"] == 0.25
+        return
+    for task in ("pretrain", "finetune"):
+        with pytest.raises(
+            ValueError, match=r"grid_step: the windows of the weights are on .* 0.25"
+        ):
+            TrainingJobConfig.resolve(task, other, {}, TrainerConfig(), weights=tmp_path / "w")
+
+
+def test_windows_that_the_environment_asks_for_are_on_the_grid_of_the_data(tmp_path, monkeypatch):
+    data = built(tmp_path, series("s", 40, positions=np.arange(40.0)[:, None] * 0.25))
+    monkeypatch.setenv("ROMA_PRETRAIN_WINDOW", "8")
+    model = TrainingJobConfig.resolve("pretrain", data, {}, TrainerConfig()).model
+    assert (model["window"], model["grid_step"]) == (8, 0.25)
+    monkeypatch.setenv("ROMA_PRETRAIN_WINDOW", "0")
+    model = TrainingJobConfig.resolve("pretrain", data, {}, TrainerConfig()).model
+    assert (model["window"], model["grid_step"]) == (0, None)
+
+
 def test_windows_of_series_that_are_on_no_grid_are_refused_when_they_are_planned(tmp_path):
     g = np.random.default_rng(0)
     rows = [series("s", 40, positions=np.sort(g.uniform(0, 40, 40))[:, None])]
