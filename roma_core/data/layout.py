@@ -21,6 +21,7 @@ from roma_core.sources.base import RawSeries, Source, trait
 
 _SAMPLE = 200  # series read to choose a layout
 _MAX_OFF_GRID = 0.2  # of a step, by which a time may miss the grid
+_MAX_STEPS = 2.0**24  # of a series, beyond which float32 counts no steps
 _MIN_OBSERVED = 0.05  # of the channels at a time, down to which tokens hold all of them
 
 Positions = NDArray[np.float64]
@@ -105,6 +106,8 @@ def grid_of(times: Iterable[NDArray[np.float64]]) -> Grid | None:
         return None
     step = gaps.sum() / np.round(gaps / gaps.min()).sum()
     places = [(one - one[0]) / step for one in ordered]
+    if max(place[-1] for place in places) > _MAX_STEPS:
+        return None
     if max(np.abs(place - place.round()).max() for place in places) > _MAX_OFF_GRID:
         return None
     n_steps = sum(float(place[-1].round()) + 1 for place in places)

@@ -358,4 +358,6 @@ def test_irregular_times_are_on_no_grid():
     g = np.random.default_rng(0)
     assert grid_of([np.sort(g.uniform(0, 50, 60)) for _ in range(4)]) is None
     assert grid_of([np.arange(50.0), np.append(np.arange(50.0), 20.5)[[*range(20), 50]]]) is None
+    # two times that rounding alone tells apart are no step
+    assert grid_of([np.append(np.arange(50.0), 20 + 1e-12)]) is None
     assert grid_of([np.zeros(1), np.ones(1)]) is None and grid_of([]) is None
