@@ -154,9 +154,11 @@ def given_values(experiment: Any, space: Mapping[str, Dimension]) -> dict[str, V
 def default_space(experiment: Any) -> dict[str, Dimension]:
     """Settings of the finetuning alone, so that all trials share one encoder."""
     default = TrainerConfig.model_fields["base_lr"].default
-    rate = float(experiment.finetuning.trainer.get("base_lr", default))
+    trainer = experiment.finetuning.trainer
+    rate = float(trainer.get("base_lr", default))
     stack = "model.encoder_config"
-    limits = {"trainer.augment_drop_rate": 0.5, "model.head_drop_rate": 0.5}
+    dropped = max(0.5, trainer.get("augment_drop_rate", 0.0))  # windows bear more
+    limits = {"trainer.augment_drop_rate": dropped, "model.head_drop_rate": 0.5}
     limits |= {f"{stack}.drop_path_rate": 0.3, f"{stack}.hidden_drop_rate": 0.3}
     if experiment.task == "classification":
         limits["trainer.label_smoothing"] = 0.2

@@ -27,7 +27,7 @@ from roma_pipelines.launching.spec import JobState, Phase
 from roma_pipelines.launching.targets import launcher_for
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.resources import JOB_CLIENTS, LocalJobClient
-from roma_pipelines.search_space import sections
+from roma_pipelines.search_space import default_space, sections
 from roma_pipelines.storage import DEFS
 from tests.pipelines import tiny
 from tests.pipelines.launching.fake import FakeLauncher, running
@@ -44,6 +44,12 @@ def attributes(folder, **section):
 
 
 # -- the section ---------------------------------------------------------------------------------
+
+
+def test_the_default_space_has_what_the_file_drops(tmp_path):
+    trainer = FAST["finetuning"]["trainer"] | {"augment_drop_rate": 0.75}
+    experiment = Experiment.parse(tiny.attributes(tmp_path, finetuning={"trainer": trainer}))
+    assert default_space(experiment)["finetuning.trainer.augment_drop_rate"].contains(0.75)
 
 
 @pytest.mark.parametrize(
