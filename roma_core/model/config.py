@@ -421,7 +421,8 @@ def classifier_config(
         return RoMAForClassificationConfig.from_values(
             stored | {"encoder_config": stack | dropouts} | others
         )
-    requested = RoMAForClassificationConfig(**others)
+    # the checkpoint determines the window, too, so that of the environment does not count
+    requested = RoMAForClassificationConfig(**others, window=0)
     if requested.dim_output is None:
         raise SettingsError(
             "dim_output (the number of classes) is needed to start a classifier from a pretraining checkpoint: "

@@ -196,6 +196,16 @@ def test_running_statistics_are_saved_and_carried_into_a_classifier(tmp_path):
         assert model.stem.norms[1].mean.any()
 
 
+@pytest.mark.parametrize("fields", [GRID, {"n_pos_dims": 1}])
+def test_a_classifier_has_the_window_of_its_checkpoint_whatever_the_environment(
+    fields, tmp_path, monkeypatch
+):
+    autoencoder(**fields).save_pretrained(tmp_path)
+    monkeypatch.setenv("ROMA_CLASSIFIER_WINDOW", "8")
+    tuned = RoMAForClassification.from_pretrained(tmp_path, dim_output=2)
+    assert tuned.config.window == fields.get("window", 0)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
