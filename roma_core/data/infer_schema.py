@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from roma_core.data.cleaning import RepairOptions, SeriesCleaner
 from roma_core.data.infer_tables import InferredSource, TableInference
-from roma_core.data.layout import choose_layout, grid_of, melt, n_times_of
+from roma_core.data.layout import MAX_TIMES, choose_layout, grid_of, melt, n_times_of
 from roma_core.data.manifest import Repairs
 from roma_core.data.table_columns import ColumnRoles
 from roma_core.schema import AxisScaleFit, DataError, Layout, TargetLevel
@@ -224,6 +224,7 @@ def source_statistics(source: Source) -> SourceStatistics:
     classes_of_group: dict[str, set[str | None]] = {}
     lengths, has_gaps = array("q"), False
     times: list[NDArray[np.float64]] = []  # on the first axis, of the first series
+    n_timed = 0
     for series in cleaner:
         positions, values = series.positions, series.values
         if given == "joint":
@@ -248,8 +249,9 @@ def source_statistics(source: Source) -> SourceStatistics:
         max_abs = np.maximum(max_abs, np.abs(series.positions[:, : len(steps)]).max(axis=0))
         for k, fit in enumerate(steps):
             fit.add(series.positions[:, k])
-        if len(times) < _TIMED:
+        if len(times) < _TIMED and n_timed < MAX_TIMES:
             times.append(series.positions[:, 0].copy())
+            n_timed += len(times[-1])
     if not lengths:
         raise DataError("the source has no series")
     channels, values = map(np.concatenate, zip(*sample, strict=True))

@@ -20,6 +20,7 @@ from roma_core.schema import Layout
 from roma_core.sources.base import RawSeries, Source, trait
 
 _SAMPLE = 200  # series read to choose a layout
+MAX_TIMES = 2_000_000  # that a grid is found from, and those of one series more
 _MAX_OFF_GRID = 0.2  # of a step, by which a time may miss the grid
 _MAX_STEPS = 2.0**24  # of a series, beyond which float32 counts no steps
 _MIN_OBSERVED = 0.05  # of the channels at a time, down to which tokens hold all of them
@@ -99,8 +100,15 @@ class Grid:
 
 
 def grid_of(times: Iterable[NDArray[np.float64]]) -> Grid | None:
-    """The grid of some series' ``(N,)`` times, or None; it may begin anywhere in each of them."""
-    ordered = [np.unique(one) for one in times]
+    """The grid of some series' ``(N,)`` times, or None; it may begin anywhere in each of them.
+
+    No more of them are read once there are ``MAX_TIMES``.
+    """
+    ordered, n_times = [], 0
+    for one in times:
+        ordered.append(np.unique(one))
+        if (n_times := n_times + len(one)) >= MAX_TIMES:
+            break
     gaps = np.concatenate([np.diff(one) for one in ordered]) if ordered else np.zeros(0)
     if not len(gaps):
         return None

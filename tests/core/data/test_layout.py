@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roma_core.data import DataError, StoredDataset
-from roma_core.data.layout import choose_layout, grid_of, melt, pivot
+from roma_core.data.layout import Grid, choose_layout, grid_of, melt, pivot
 from roma_core.schema import Channel, Covariate, Normaliser, PositionAxis
 from roma_core.sources.base import RawSeries
 from tests.core.hand_made import HandMade, built, series
@@ -352,6 +352,15 @@ def test_a_grid_is_found_whatever_is_left_out_and_wherever_a_series_begins(step)
     grid = grid_of(times)
     assert grid.step == pytest.approx(step, rel=1e-5)
     assert grid.fill == pytest.approx(0.3, abs=0.02)
+
+
+def test_a_grid_is_found_from_a_limited_number_of_times():
+    def times():
+        yield np.arange(1.5e6)
+        yield np.arange(1.5e6)
+        raise AssertionError("no more are read")
+
+    assert grid_of(times()) == Grid(1.0, 1.0)
 
 
 def test_irregular_times_are_on_no_grid():
