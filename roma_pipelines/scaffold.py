@@ -286,15 +286,7 @@ def _text(
     target: str,
 ) -> str:
     sizes = proposal.sizes
-    settings = (
-        "model",
-        "mask_ratio",
-        "use_cls",
-        "value_features",
-        "neighbours",
-        "window",
-        "pretraining",
-    )
+    of_pretraining = [text for name, text in sizes.reasons.items() if name != "finetuning"]
     resources = {"target": target, "nodes": 1, "processes_per_node": 1}
     of_task = [f"of the gate, the best checkpoint and reports: {proposal.metric}"]
     is_regression = proposal.task == "regression"
@@ -303,7 +295,7 @@ def _text(
         *([_block({"task": proposal.task}, of_task)] if is_regression else []),
         _block({"owners": []}, ["e-mail addresses or team:NAME"]),
         _block({"dataset": dict(dataset)}, [*inferred.notes, *proposal.reasons]),
-        _block({"pretraining": sizes.pretraining}, [sizes.reasons[name] for name in settings]),
+        _block({"pretraining": sizes.pretraining}, of_pretraining),
         _block({"finetuning": sizes.finetuning}, [sizes.reasons["finetuning"]]),
         _block(
             {"resources": resources},

@@ -82,7 +82,7 @@ def default_settings(size: DatasetSize, targets: TargetLevel | None = None) -> D
     width, depth = (128, 6) if size.n_series >= 20_000 or is_wide else (64, 4)
     stack = {"d_model": width, "nhead": width // 16}
     mask_ratio = 0.5 if size.mean_length < 50 else 0.75
-    value_features, neighbours = (0, 0) if is_wide or is_dense else (64, 5)
+    value_features, neighbours = (0, 0) if is_wide else (64, 5)
     use_cls = size.n_axes > 1
     rate = 0.003 * 64 / width
     pretrainer, pretraining_steps, pretraining_reason = _trainer("pretraining", size, rate, at_once)
@@ -98,16 +98,22 @@ def default_settings(size: DatasetSize, targets: TargetLevel | None = None) -> D
         cls = "the CLS token at position 0 makes positions on every axis absolute"
     features = "a linear projection of few channels represents their levels poorly"
     differences = "a token includes its differences to observations up to 16 away"
-    window = f"{_WINDOW if is_dense else 0}"
     if is_wide:
         features = differences = "not needed with this many channels"
+    embedding = {"value_features": value_features, "neighbours": neighbours}
+    of_embedding = {
+        "value_features": f"value_features {value_features}: {features}",
+        "neighbours": f"neighbours {neighbours}: {differences}",
+    }
     if is_dense:
-        features = differences = "windows have convolutions"
-        if size.n_series < _MIN_SERIES_FOR_BEST:  # attention learns few series by heart
+        embedding = {"window": _WINDOW}
+        on_grid = f"{size.mean_length:.0f} observations on a regular grid, {size.grid_fill:.0%} of its steps"
+        of_embedding = {"window": f"window {_WINDOW}: {on_grid}; a token is {_WINDOW} steps"}
+        if size.n_series < _MIN_SERIES_FOR_BEST:
             depth, finetrainer["encoder_lr_scale"] = 2, 0.1
-        window += f": {size.mean_length:.0f} observations on a regular grid, {size.grid_fill:.0%} of its steps"
-    else:
-        window += ": a token is an observation; windows are for long series on a regular grid"
+            finetuning_reason += (
+                "; the encoder's blocks learn slower: attention fits few series by heart"
+            )
     return DefaultSettings(
         pretraining={
             "model": {
@@ -115,9 +121,7 @@ def default_settings(size: DatasetSize, targets: TargetLevel | None = None) -> D
                 "decoder_config": {**stack, "depth": 1},
                 # without CLS at position 0, a second axis such as a band is known by differences only
                 "use_cls": use_cls,
-                "value_features": value_features,
-                "neighbours": neighbours,
-                **({"window": _WINDOW} if is_dense else {}),
+                **embedding,
                 "mask_ratio": mask_ratio,
             },
             "trainer": pretrainer,
@@ -137,9 +141,7 @@ def default_settings(size: DatasetSize, targets: TargetLevel | None = None) -> D
             "model": f"width {width}, {depth} layers: {amount}",
             "mask_ratio": f"mask_ratio {mask_ratio}: {size.mean_length:.0f} observations per series",
             "use_cls": f"use_cls {str(use_cls).lower()}: {cls}",
-            "value_features": f"value_features {value_features}: {features}",
-            "neighbours": f"neighbours {neighbours}: {differences}",
-            "window": f"window {window}",
+            **of_embedding,
             "pretraining": pretraining_reason,
             "finetuning": finetuning_reason,
         },
