@@ -157,8 +157,8 @@ def _grid_step(dataset: StoredDataset, given: float | None) -> float:
     step = 0.0 if grid is None else float(f"{grid.step / dataset.schema.axes[0].scale:.7g}")
     if given is None and not step:
         raise ValueError(
-            f"model.window needs series on a regular grid, and those of {name} have "
-            f"observations between its steps; set window: 0"
+            f"model.window needs series on a regular grid, and the observations of {name} are on none; "
+            f"set window: 0"
         )
     if given is None:
         return step
