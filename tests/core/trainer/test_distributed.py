@@ -77,13 +77,12 @@ def test_sharded_and_whole_go_on_from_each_others_checkpoints(tmp_path, whole):
     assert_equal(tmp_path, whole)
 
 
-def test_running_statistics_are_those_of_rank_0_whole_sharded_and_resumed(tmp_path):
-    changes = CHANGES | {"epochs": 4}
+def test_running_statistics_are_those_of_rank_0_whole_and_sharded(tmp_path):
+    changes = CHANGES | {"epochs": 3}
     whole = Plan(tmp_path / "whole", changes, autoencoder_of_windows)
     sharded = Plan(tmp_path / "sharded", changes | {"sharding": "fsdp"}, autoencoder_of_windows)
     run(whole, 2)
-    interrupt(sharded, records_reach(sharded.folder, 6), signal.SIGKILL, 2)
-    assert "resumed from" in run(sharded, 2)
+    run(sharded, 2)
     assert_equal(sharded.folder, whole.folder)
     newest = load_newest(whole.folder / "checkpoints")
     assert newest is not None and newest.tensors["ema"]["stem.norms.1.mean"].any()

@@ -197,6 +197,8 @@ from roma_core.run_job import Work, run_in_folder
 def work(folder, attempt):
     dist.init_process_group("gloo")
     (folder.checkpoints / f"step-{attempt.n}").mkdir(parents=True, exist_ok=True)
+    if attempt.n == 1 and dist.get_rank() == 0:  # torchrun must not end it before it finds its peer gone
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     while attempt.n == 1:  # until rank 1 is killed
         dist.all_reduce(torch.ones(10))
         if dist.get_rank() == 1:
