@@ -130,6 +130,10 @@ class Stem(nn.Module):
         return features[steps.observed], windows
 
     def _gather(self, tokens: Tensor, positions: Tensor, series: Tensor) -> tuple[_Steps, Windows]:
+        """Find the windows of all observations, and put the observations at their steps.
+
+        Sizes that depend on the data are read on the host, which waits for a GPU.
+        """
         order = positions[:, 0].argsort(stable=True)
         order = order[series[order].argsort(stable=True)]
         owner, time, values = series[order], positions[order, 0], tokens[order]

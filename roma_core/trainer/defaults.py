@@ -39,7 +39,7 @@ _MIN_TOKENS_PER_BATCH = 256
 _MIN_SERIES_FOR_BEST = 1000
 _WINDOW = 8
 _MIN_STEPS_OF_GRID = 64  # of a series, from which windows take the place of single observations
-_MIN_FILL = 0.2
+_MIN_FILL = 0.2  # observed share of these steps; convolutions compute the others, too
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,9 @@ class DatasetSize:
     @property
     def is_dense(self) -> bool:
         """Whether windows of a grid suit the series."""
-        few = self.n_axes > 1 or self.n_channels > 64 or self.grid_fill < _MIN_FILL
-        return not few and self.mean_length >= _MIN_STEPS_OF_GRID * self.grid_fill
+        if self.n_axes > 1 or self.n_channels > 64 or self.grid_fill < _MIN_FILL:
+            return False
+        return self.mean_length >= _MIN_STEPS_OF_GRID * self.grid_fill  # with those not observed
 
     @property
     def mean_length(self) -> float:
