@@ -8,10 +8,15 @@ import pytest
 
 
 def pytest_collection_modifyitems(items):
-    """Files with the most slow tests first, then those with the most tests.
+    """Put files with the most slow tests first, then those with the most tests; mark what may run twice.
 
     Workers of ``pytest -n`` take whole files in this order: none is left with a long one at the end.
+    Where daemons of SLURM or a browser take part, one failure may be theirs: such a test is run a second
+    time, and the summary names it. All other tests have one try.
     """
+    for item in items:
+        if "shared_cluster" in getattr(item, "fixturenames", ()) or item.get_closest_marker("browser"):
+            item.add_marker(pytest.mark.flaky(reruns=1))
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (-slow[item.path], -tests[item.path], item.path))
