@@ -15,7 +15,9 @@ def pytest_collection_modifyitems(items):
     time, and the summary names it. All other tests have one try.
     """
     for item in items:
-        if "shared_cluster" in getattr(item, "fixturenames", ()) or item.get_closest_marker("browser"):
+        if "shared_cluster" in getattr(item, "fixturenames", ()) or item.get_closest_marker(
+            "browser"
+        ):
             item.add_marker(pytest.mark.flaky(reruns=1))
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     tests = Counter(item.path for item in items)

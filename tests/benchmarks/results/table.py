@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from scipy.stats import t
 
 from roma_core.files import write_bytes
 from tests.benchmarks.results.benchmarks import Benchmark, Reference, Run
@@ -48,7 +51,7 @@ def _table(benchmark: Benchmark, have: Mapping[Run, Record]) -> list[str]:
         "metric",
         "here",
         *(reference.name for reference in benchmark.references),
-        "ahead of all",
+        "against the best of them",
     ]
     lines = [" | ".join(["", *head, ""]).strip(), "|" + " --- |" * len(head)]
     for case in benchmark.cases:
@@ -69,7 +72,7 @@ def _table(benchmark: Benchmark, have: Mapping[Run, Record]) -> list[str]:
                 for reference, other in zip(benchmark.references, others, strict=True)
                 if other is not None and not reference.is_bound
             ]
-            runs.append(_ahead(found, rivals, metric))
+            runs.append(_verdict(found, rivals, metric))
             lines.append("| " + " | ".join(runs) + " |")
     return lines
 
@@ -87,15 +90,21 @@ def _figure(value: float) -> str:
     return f"{value:.3f}" if abs(value) >= 0.05 or value == 0 else f"{value:.3g}"
 
 
-def _ahead(found: Sequence[float], others: Sequence[float], metric: str) -> str:
+def _verdict(found: Sequence[float], others: Sequence[float], metric: str) -> str:
+    """Ahead or behind of the best other figure only where the seeds' 95 % interval says so, else even."""
     if not found or not others:
         return "–"
-    ours = statistics.mean(found)
-    if _LOWER_IS_BETTER.search(metric):
-        margin = min(others) - ours
-    else:
-        margin = ours - max(others)
-    return f"{'yes' if margin > 0 else 'no'}, {'+' if margin >= 0 else '-'}{_figure(abs(margin))}"
+    sign = -1 if _LOWER_IS_BETTER.search(metric) else 1
+    margins = [min(sign * (ours - other) for other in others) for ours in found]
+    margin = statistics.mean(margins)
+    text = f"{'+' if margin >= 0 else '-'}{_figure(abs(margin))}"
+    if len(margins) < 2:
+        return f"{text}, one seed"
+    quantile = float(t.ppf(0.975, len(margins) - 1))
+    half = quantile * statistics.stdev(margins) / math.sqrt(len(margins))
+    if abs(margin) <= half:
+        return f"even, {text} ± {_figure(half)}"
+    return f"{'ahead' if margin > 0 else 'behind'}, {text} ± {_figure(half)}"
 
 
 def _reference(reference: Reference) -> str:

@@ -1,5 +1,6 @@
 """Benchmarks of the results: runs run once, go on after an interruption, and stand in a table."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -94,33 +95,57 @@ def test_the_table_says_what_was_run_what_is_ahead_and_what_was_not_run():
 
     text = section_text(BENCHMARK, records, frozenset({Run(benchmark="waves", case="0%", seed=1)}))
 
-    assert "| 0% | accuracy | 0.850 ± 0.071 | 0.8 | 0.99 | yes, +0.050 |" in text
-    assert "| 0% | log loss | 0.600 ± 0.000 | 0.5 | – | no, -0.100 |" in text
+    # t of one degree of freedom, 12.7, times 0.0707 / sqrt(2)
+    assert "| 0% | accuracy | 0.850 ± 0.071 | 0.8 | 0.99 | even, +0.05 ± 0.635 |" in text
+    assert "| 0% | log loss | 0.600 ± 0.000 | 0.5 | – | behind, -0.100 ± 0.000 |" in text
     assert "| 50% | accuracy | not run | 0.7 | – | – |" in text
     assert "not like for like" in text
     assert "earlier settings of the experiment: waves/0%/1" in text
 
 
-@pytest.mark.parametrize(
-    "metric, ahead",
-    [("mse_24_hz", "yes"), ("clean_rmse", "yes"), ("mse_observed_3", "yes"), ("macro_f1", "no")],
-)
-def test_a_smaller_error_and_a_larger_score_are_ahead(metric, ahead):
+def verdict(metric: str, *values: float) -> str:
+    """The last cell of a table with one row, beside a figure of 0.2."""
     benchmark = Benchmark(
         name="r",
         experiment="e",
         protocol="",
         cases=(Case(name="c"),),
-        seeds=(0,),
+        seeds=(0, 1, 2),
         metrics=(metric,),
         references=(
             Reference(name="a", source="", like_for_like=True, values={metric: {"c": 0.2}}),
         ),
     )
-    run = Run(benchmark="r", case="c", seed=0)
-    found = record("0%", 0, 0).model_copy(update={"run": run, "metrics": {metric: 0.1}})
+    records = {}
+    for seed, value in enumerate(values):
+        run = Run(benchmark="r", case="c", seed=seed)
+        found = record("0%", 0, 0).model_copy(update={"run": run, "metrics": {metric: value}})
+        records[run] = found
+    (row,) = re.findall(
+        r"^\| c \| .*\|$", section_text(benchmark, records, frozenset()), re.MULTILINE
+    )
+    return row.split("|")[-2].strip()
 
-    assert f"| 0.100 | 0.2 | {ahead}, " in section_text(benchmark, {run: found}, frozenset())
+
+@pytest.mark.parametrize(
+    "metric, word",
+    [
+        ("mse_24_hz", "ahead"),
+        ("clean_rmse", "ahead"),
+        ("mse_observed_3", "ahead"),
+        ("macro_f1", "behind"),
+    ],
+)
+def test_a_smaller_error_and_a_larger_score_are_ahead(metric, word):
+    assert verdict(metric, 0.1, 0.11, 0.12).startswith(f"{word}, ")
+
+
+def test_nothing_is_claimed_where_the_interval_of_the_seeds_holds_zero():
+    # t of two degrees of freedom, 4.303, times the deviation / sqrt(3)
+    assert verdict("accuracy", 0.22, 0.26, 0.30) == "even, +0.060 ± 0.099"
+    assert verdict("accuracy", 0.29, 0.30, 0.31) == "ahead, +0.100 ± 0.0248"
+    assert verdict("accuracy", 0.2, 0.2, 0.2) == "even, +0.000 ± 0.000"
+    assert verdict("accuracy", 0.9) == "+0.700, one seed"
 
 
 def test_a_section_is_replaced_and_the_rest_left_alone(tmp_path):
