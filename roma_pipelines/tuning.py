@@ -452,8 +452,7 @@ def _figures(study: optuna.Study, metric: str) -> dict[str, bytes]:
     """PNGs by title: history, parallel coordinates and, if values differ, importances."""
     import matplotlib as mpl
 
-    from roma_core.data.profile import png_of
-    from roma_core.evaluation.plots import STYLE
+    from roma_core.figures import STYLE, png_of
 
     mpl.use("agg")  # Optuna draws with pyplot
     from matplotlib import pyplot

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,15 +13,11 @@ from pydantic import Field
 from roma_core.data.manifest import SPLITS, Split
 from roma_core.data.ragged import RaggedBatch
 from roma_core.data.store import StoredDataset
-from roma_core.schema import Channel, PositionAxis
+from roma_core.figures import label_of, log_scale, png_of, short
 from roma_core.settings import Frozen
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _MAX_OBSERVATIONS = 2_000_000  # read for quantiles of gaps and values
 _READ_AT_ONCE = 1 << 18
-MAX_BYTES = 40 * 1024  # of a picture, which is stored inside asset metadata
 _COLOURS = {"train": "#2f6db3", "validation": "#e0a030", "test": "#b8433f"}
 _N_EXAMPLES = 6
 _N_CHANNELS = 16  # whose values are plotted
@@ -281,23 +276,6 @@ def plot_values(dataset: StoredDataset) -> bytes:
         return png_of(figure)
 
 
-def png_of(figure: Figure) -> bytes:
-    """The figure as PNG with a palette, at the highest resolution that stays below MAX_BYTES."""
-    from PIL import Image
-
-    for dots_per_inch in (160, 120, 90, 60, 40):
-        raw, small = io.BytesIO(), io.BytesIO()
-        figure.savefig(raw, format="png", dpi=dots_per_inch)
-        with_palette = Image.open(raw).convert("RGB").quantize(128, dither=Image.Dither.NONE)
-        with_palette.save(small, format="png", optimize=True)
-        if small.tell() <= MAX_BYTES:
-            return small.getvalue()
-    raise ValueError(
-        f"the plot takes {small.tell()} bytes even at {dots_per_inch} dpi, more than {MAX_BYTES}; "
-        f"show fewer series or channels"
-    )
-
-
 def _plot_lengths(panel: Any, dataset: StoredDataset) -> None:
     names = [name for name in SPLITS if len(dataset.split(name))]
     low, high = int(dataset.lengths.min()), int(dataset.lengths.max())
@@ -378,21 +356,3 @@ def _plot_examples(panel: Any, profile: DataProfile, dataset: StoredDataset) -> 
     panel.set_yticks(range(len(rows)), [short(dataset.ids[i], 22) for i in rows[::-1]])
     title = f"Examples: {names[channel]}, grey where a gap is wide"
     panel.set(title=title, xlabel=label_of(dataset.schema.axes[0]))
-
-
-def short(name: str, length: int = 14) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
-
-
-def log_scale(panel: Any) -> None:
-    """Of y, with plain labels: no text is mathtext, as names may have dollar signs."""
-    from matplotlib.ticker import LogFormatter
-
-    panel.set_yscale("log")
-    panel.yaxis.set_major_formatter(LogFormatter())
-    panel.yaxis.set_minor_formatter(LogFormatter())
-
-
-def label_of(part: PositionAxis | Channel) -> str:
-    """``depth (m)``; without the unit of a pure number."""
-    return part.name if part.unit in ("1", part.name) else f"{part.name} ({part.unit})"

@@ -5,20 +5,17 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any, ParamSpec, get_args
+from typing import Any, get_args
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from roma_core.data.profile import label_of, log_scale, png_of, short
 from roma_core.evaluation.classification_metrics import ClassificationMetrics, ranked_classes
 from roma_core.evaluation.drift import (
     LARGE_PSI,
@@ -32,10 +29,21 @@ from roma_core.evaluation.drift import (
 from roma_core.evaluation.metrics import Estimate
 from roma_core.evaluation.predictions import Floats, Ints, PredictionTable, RegressionTable
 from roma_core.evaluation.regression_metrics import GroupErrors, RegressionMetrics
+from roma_core.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    STYLE,
+    as_png,
+    label_of,
+    log_scale,
+    short,
+)
 from roma_core.schema import PositionAxis
 from roma_core.trainer.defaults import PrimaryMetric
 
-BLUE, ORANGE, GREEN, GREY, INK = "#2f6db3", "#d9652b", "#3f8f5b", "#8a929c", "#22272e"
 _COLOURS = (BLUE, ORANGE, GREEN, INK)
 _CLASS_COLOURS = (  # Petroff's ten, which differ for every kind of colour vision
     *("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"),
@@ -50,40 +58,6 @@ _MAX_CURVES = 10  # classes; more would hide each other
 _MAX_LEGEND = 20  # classes; more have no distinct colours
 _N_BARS, _N_HISTOGRAMS = 14, 4  # of drift
 _N_PANELS = 6  # channels of an explanation
-STYLE: Any = {
-    "figure.facecolor": "white",
-    "figure.constrained_layout.use": True,
-    "figure.constrained_layout.w_pad": 0.1,
-    "figure.constrained_layout.h_pad": 0.1,
-    "font.size": 10,
-    "text.parse_math": False,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.edgecolor": GREY,
-    **dict.fromkeys(("text.color", "xtick.color", "ytick.color"), INK),
-    **dict.fromkeys(("axes.labelcolor", "axes.titlecolor"), INK),
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e8eb",
-}
-
-
-P = ParamSpec("P")
-
-
-def _as_png(draw: Callable[P, Figure]) -> Callable[P, bytes]:
-    """Draw in the style of all figures, and return the figure as PNG."""
-
-    @wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> bytes:
-        with mpl.rc_context(STYLE):
-            figure = draw(*args, **kwargs)
-            FigureCanvasAgg(figure)
-            return png_of(figure)
-
-    return drawn
 
 
 def _legend_above(figure: Figure, columns: int = 4) -> None:
@@ -117,7 +91,7 @@ def _tick_classes(axes: Axes, names: Sequence[str]) -> None:
     axes.set_xticks(range(len(names)), names, rotation=rotation, ha=alignment)
 
 
-@_as_png
+@as_png
 def confusion_matrix(metrics: ClassificationMetrics) -> Figure:
     """Counts per true and predicted class; colour is the fraction of the true class."""
     counts = np.array(metrics.confusion)
@@ -148,7 +122,7 @@ def confusion_matrix(metrics: ClassificationMetrics) -> Figure:
     return figure
 
 
-@_as_png
+@as_png
 def reliability_curve(metrics: ClassificationMetrics) -> Figure:
     """Accuracy against confidence, bins of equal mass, and how many series each bin holds."""
     bins = [(b.confidence, b.accuracy, b.count) for b in metrics.reliability]
@@ -174,7 +148,7 @@ def reliability_curve(metrics: ClassificationMetrics) -> Figure:
     return figure
 
 
-@_as_png
+@as_png
 def ranking_curves(table: PredictionTable) -> Figure:
     """ROC and precision-recall curve of the second of two classes, or of each class against the rest.
 
@@ -230,7 +204,7 @@ class ReconstructionExample:
                 )
 
 
-@_as_png
+@as_png
 def reconstruction_examples(examples: Sequence[ReconstructionExample]) -> Figure:
     """A row per series, a column per channel: visible, hidden and reconstructed values.
 
@@ -281,7 +255,7 @@ def _draw_reconstruction(axes: Axes, example: ReconstructionExample, channel: in
     axes.plot(x[hidden], predicted[hidden], "X", label="hidden, reconstructed", **cross)
 
 
-@_as_png
+@as_png
 def learning_curve(records: Iterable[Mapping[str, Any]], weights_step: int | None = None) -> Figure:
     """Metrics by epoch: a panel for each quantity, a line per ``<split>/<quantity>``.
 
@@ -321,7 +295,7 @@ def learning_curve(records: Iterable[Mapping[str, Any]], weights_step: int | Non
     return figure
 
 
-@_as_png
+@as_png
 def along_series(table: RegressionTable, chosen: Sequence[int]) -> Figure:
     """True and predicted over position: a row per chosen series, a column per target."""
     assert table.positions is not None
@@ -341,7 +315,7 @@ def along_series(table: RegressionTable, chosen: Sequence[int]) -> Figure:
     return figure
 
 
-@_as_png
+@as_png
 def against_true(table: RegressionTable) -> Figure:
     """A row per target: predicted against true, residuals against true and length; of 3000 rows."""
     targets = table.channels[:_N_TARGETS]
@@ -364,7 +338,7 @@ def against_true(table: RegressionTable) -> Figure:
     return figure
 
 
-@_as_png
+@as_png
 def error_by_position(metrics: RegressionMetrics, axis: PositionAxis) -> Figure:
     """Root mean squared error of every target against position."""
     middle = [(one.first + one.last) / 2 for one in metrics.by_position]
@@ -381,7 +355,7 @@ def error_by_position(metrics: RegressionMetrics, axis: PositionAxis) -> Figure:
     return figure
 
 
-@_as_png
+@as_png
 def importance_figure(
     series: Mapping[str, Any],
     axis: str,
@@ -411,7 +385,7 @@ def importance_figure(
     return figure
 
 
-@_as_png
+@as_png
 def errors_by_group(groups: Sequence[GroupErrors], noise: Estimate | None) -> Figure:
     """Mean squared error of each class with its interval; ``noise``: of the values without noise."""
     values = np.array([group.mse.value for group in groups])
@@ -451,7 +425,7 @@ def _embedding_map(features: NDArray[np.floating], labels: Ints, classes: Sequen
     return figure
 
 
-embedding_map = _as_png(_embedding_map)
+embedding_map = as_png(_embedding_map)
 """Two principal components of features ``(n, D)`` of series with labels ``(n,)``."""
 
 
@@ -489,7 +463,7 @@ def principal_components(features: NDArray[np.floating]) -> tuple[Floats, Floats
     return scores, fractions
 
 
-@_as_png
+@as_png
 def drift_figure(profile: ReferenceProfile, sample: InputSample) -> Figure:
     """The stability index of each quantity as a bar, and histograms of the most drifted ones.
 

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from roma_core.data.profile import label_of
 from roma_core.data.store import StoredDataset, Subset, as_delivered
 from roma_core.evaluation.config import Fact, FactSheet
 from roma_core.evaluation.metrics import Estimate, means_with_resamples
@@ -25,6 +24,7 @@ from roma_core.evaluation.regression_metrics import (
     error_estimates,
     r2_samples,
 )
+from roma_core.figures import label_of
 from roma_core.model import masking
 from roma_core.model.backbone import Backbone
 from roma_core.model.config import EncoderConfig, RoMAForPreTrainingConfig

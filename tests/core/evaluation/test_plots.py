@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from roma_core import figures
 from roma_core.data import StoredDataset, build_dataset
-from roma_core.data.profile import MAX_BYTES, png_of
 from roma_core.evaluation import plots
 from roma_core.evaluation.classification_metrics import evaluate
 from roma_core.evaluation.drift import InputSample, profile_of_sample
 from roma_core.evaluation.metrics import Estimate, PartEstimate
 from roma_core.evaluation.plots import (
-    ORANGE,
     drift_figure,
     embedding_map,
     principal_components,
 )
 from roma_core.evaluation.reconstruction import reconstruct_examples
 from roma_core.evaluation.regression_metrics import GroupErrors, evaluate_regression
+from roma_core.figures import MAX_BYTES, ORANGE, png_of
 from roma_core.model.config import EncoderConfig, RoMAForPreTrainingConfig
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.schema import Channel, PositionAxis
@@ -61,7 +61,7 @@ def share_of(image, colour):
 
 
 def test_a_learning_curve_is_by_epoch_and_marks_the_weights_that_were_kept(monkeypatch):
-    monkeypatch.setattr(plots, "png_of", lambda figure: figure)
+    monkeypatch.setattr(figures, "png_of", lambda figure: figure)
 
     found = [[*axes.lines[-1].get_xdata()] for axes in plots.learning_curve(RECORDS, 6).axes]
 
@@ -72,10 +72,10 @@ def test_a_learning_curve_is_by_epoch_and_marks_the_weights_that_were_kept(monke
 def test_names_are_no_mathtext(monkeypatch):
     name = "$5_$"  # is none that could be drawn
     assert plots.reconstruction_examples([reconstruction(channels=(name, "b"), title=name)])
-    figures = []
-    monkeypatch.setattr(plots, "png_of", lambda figure: figures.append(figure) or png_of(figure))
+    drawn = []
+    monkeypatch.setattr(figures, "png_of", lambda figure: drawn.append(figure) or png_of(figure))
     plots.learning_curve(RECORDS)
-    labels = [label.get_text() for label in figures[0].axes[0].get_yticklabels(which="both")]
+    labels = [label.get_text() for label in drawn[0].axes[0].get_yticklabels(which="both")]
     assert any(labels) and not any("$" in label for label in labels)
 
 
@@ -103,7 +103,7 @@ def test_a_crowded_plot_stays_below_the_limit(simulated):
 
 
 def test_a_legend_stands_above_the_panels_and_covers_no_point(monkeypatch):
-    monkeypatch.setattr(plots, "png_of", lambda figure: figure)
+    monkeypatch.setattr(figures, "png_of", lambda figure: figure)
     one = PartEstimate(value=1.0, low=0.5, high=2.0)
     group = GroupErrors(name="g", slug="g", n_series=3, mse=one, clean_mse=None)
     floor = Estimate(value=1.9, low=1.8, high=2.0)
