@@ -30,6 +30,7 @@ up: $(READY) ## Serve the overview, Dagster and MLflow on 127.0.0.1
 	@$(BIN)/roma-pipeline up
 
 .PHONY: test
+test: export OMP_NUM_THREADS ?= 1
 test: $(READY) lint ## Lint, type-check and run all tests but chaos, four at a time
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 

@@ -40,7 +40,7 @@ from roma_pipelines.launching.jobs import Job, all_jobs, hours_of, read_job
 from roma_pipelines.launching.launcher import Launcher, Unreachable
 from roma_pipelines.launching.spec import JobFailed, job_key
 from roma_pipelines.launching.supervisor import Leave, request_cancel, supervise
-from roma_pipelines.launching.targets import job_spec, roma_command
+from roma_pipelines.launching.targets import default_threads, job_spec, roma_command
 from roma_pipelines.registry import runs, store
 from roma_pipelines.search_space import Tuning, Value, default_space, given_values, sections
 
@@ -304,6 +304,10 @@ class Search:
         resources = experiment.resources.of(
             "pretraining" if command == "pretrain" else "finetuning"
         )
+        if resources.threads_per_process is None:  # the trials share the cores
+            n_processes = resources.world_size * self.tuning.parallel
+            threads = default_threads(resources.target, n_processes)
+            resources = resources.model_copy(update={"threads_per_process": threads})
         about = (folder.path.name, roma_command(command, folder.path), digest_of(document))
         spec = job_spec(resources.target, resources, *about)
         run = self._mlflow_run(folder, f"{name[:20]} of {self.name}", run_params(config))

@@ -23,7 +23,12 @@ from roma_pipelines.launching.local import exceeds_this_computer
 from roma_pipelines.launching.outcome import duration, local_time, read_events
 from roma_pipelines.launching.spec import JobFailed, JobSize, JobSpec, JobState, id_of, job_key
 from roma_pipelines.launching.supervisor import supervise
-from roma_pipelines.launching.targets import launcher_for, launcher_of_attempt, module_command
+from roma_pipelines.launching.targets import (
+    default_threads,
+    launcher_for,
+    launcher_of_attempt,
+    module_command,
+)
 from roma_pipelines.registry import runs
 from roma_pipelines.storage import Storage
 
@@ -45,7 +50,12 @@ _FOLLOW_EVERY_S = 0.5
 )
 @click.option("--nodes", type=int, default=1, show_default=True, help="Nodes of the job.")
 @click.option("--processes", "processes_per_node", default=1, show_default=True, help="Per node.")
-@click.option("--threads", "threads_per_process", default=1, show_default=True, help="Per process.")
+@click.option(
+    "--threads",
+    "threads_per_process",
+    type=int,
+    help="Per process (default: this computer's cores, shared by its processes; 1 on a cluster).",
+)
 @click.option("--gpus", "gpus_per_node", default=0, show_default=True, help="Per node.")
 @click.option("--memory-gb", type=float, help="Memory per node (default: the profile's).")
 @click.option(
@@ -101,6 +111,10 @@ def _new_job(
     config = {"module": module, "arguments": list(arguments), "working_folder": here}
     key = job_key(module, secrets.token_hex(8))
     launcher = launcher_for(options["target"], options["profile"], storage)
+    n_processes = options["nodes"] * options["processes_per_node"]
+    options["threads_per_process"] = options["threads_per_process"] or default_threads(
+        options["target"], n_processes
+    )
     spec = JobSpec(
         key=key,
         command=module_command(launcher, here, module, *arguments),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from roma_pipelines.launching.launcher import Launcher
-from roma_pipelines.launching.local import LocalLauncher
+from roma_pipelines.launching.local import LocalLauncher, threads_here
 from roma_pipelines.launching.spec import AttemptRecord, JobSize, JobSpec
 from roma_pipelines.storage import Storage
 
@@ -71,6 +71,11 @@ def module_command(
     return ("-m", "roma_core.run_job", folder, module, *arguments)
 
 
+def default_threads(target: str, n_processes: int) -> int:
+    """CPU threads of each of a job's processes where nobody says how many."""
+    return threads_here(n_processes) if target == "local" else 1
+
+
 def job_spec(
     target: str,
     resources: JobSize,
@@ -90,7 +95,10 @@ def job_spec(
     runner = runner or ("plain" if resources.world_size == 1 else "torchrun")
     size = {name: getattr(resources, name) for name in JobSize.model_fields}
     if target == "local":
-        size |= {"nodes": 1, "processes_per_node": resources.nodes * resources.processes_per_node}
+        size |= {"nodes": 1, "processes_per_node": resources.world_size}
+    size["threads_per_process"] = resources.threads_per_process or default_threads(
+        target, resources.world_size
+    )
     job = {"key": key, "command": command, "config_digest": config_digest, "runner": runner}
     return JobSpec(**job, **size, env_names=env_names)
 

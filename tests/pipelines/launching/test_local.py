@@ -9,8 +9,9 @@ import psutil
 import pytest
 
 from roma_pipelines.launching.local import LocalLauncher
-from roma_pipelines.launching.spec import JobHandle, Phase
+from roma_pipelines.launching.spec import JobHandle, JobSize, Phase
 from roma_pipelines.launching.supervisor import supervise
+from roma_pipelines.launching.targets import job_spec
 
 
 @pytest.fixture
@@ -75,10 +76,31 @@ def test_a_job_sees_what_it_was_handed_on_and_no_other_setting(submit, end_of, f
     environment = json.loads(environment)
     assert environment["MY_TOKEN"] == "secret"
     assert environment["OMP_NUM_THREADS"] == "3"
+    assert environment["GOMP_SPINCOUNT"] == "1000"
     assert not {"ROMA_TRAINER_BASE_LR", "WORLD_SIZE", "NOT_SET"} & environment.keys()
     assert all(Path(entry).is_absolute() for entry in environment["PYTHONPATH"].split(os.pathsep))
     assert cwd == str(folder.path)
     assert "secret" not in folder.spec.read_text()
+
+
+def test_the_cores_of_this_computer_are_shared_by_the_processes_of_a_job(monkeypatch):
+    monkeypatch.setattr("joblib.cpu_count", lambda only_physical_cores: 6)
+    one, two, seven = (JobSize(nodes=n, processes_per_node=1) for n in (1, 2, 7))
+    about = ("0123456789abcdef0123", ("job.py",), "digest")
+
+    def threads(target, size):
+        return job_spec(target, size, *about).threads_per_process
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [threads("local", size) for size in (one, two, seven)] == [6, 3, 1]
+    assert threads("slurm", two) == 1
+    assert threads("local", JobSize(threads_per_process=12)) == 12
+    monkeypatch.setattr("joblib.cpu_count", lambda only_physical_cores: 64)
+    assert threads("local", one) == 8
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert threads("local", one) == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    assert threads("local", one) == 8
 
 
 def test_an_attempt_is_found_by_its_owner_and_before_it_claimed(
