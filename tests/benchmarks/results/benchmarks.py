@@ -64,6 +64,11 @@ class Benchmark(_Document):
         description="Finetuning alone starts from new weights; after pretraining alone its "
         "reconstructions are judged.",
     )
+    share_encoder: bool = Field(
+        False,
+        description="Seeds finetune the encoder of the first one, in cases without dropped observations, "
+        "which depend on the seed; deviations are then those of finetuning alone.",
+    )
     evaluated_on: Literal["test", "validation"] = Field(
         "test", description="Settings are compared on validation, which needs no evaluation job."
     )
@@ -98,6 +103,11 @@ class Benchmark(_Document):
             for seed in self.seeds
             for case in self.cases
         ]
+
+    def encoder_seed(self, experiment: Experiment) -> int | None:
+        """Seed of the pretraining whose encoder all runs finetune; None: each has its own."""
+        shared = self.share_encoder and not experiment.dataset.drop_rate
+        return self.seeds[0] if shared else None
 
     def case(self, name: str) -> Case:
         return next(case for case in self.cases if case.name == name)

@@ -73,6 +73,7 @@ class Plan:
         experiment: with the case's changes.
         trainings: which of the two are done.
         evaluated_on: ``test`` or ``validation``.
+        encoder_seed: of the pretraining, if seeds share it.
         n_observed: how many observations are left where reconstructions are judged, besides the model's own.
     """
 
@@ -81,6 +82,7 @@ class Plan:
     trainings: tuple[Training, ...]
     evaluated_on: Literal["test", "validation"]
     n_observed: tuple[int, ...] = ()
+    encoder_seed: int | None = None
 
     @property
     def digest(self) -> str:
@@ -91,11 +93,21 @@ class Plan:
         if "pretraining" not in self.trainings:  # its model is the shape all the same
             decide["pretraining"] = {"model": decide["pretraining"]["model"]}
         decides = [decide, self.trainings, self.evaluated_on, self.run.seed, *self.n_observed]
+        if self.encoder_seed is not None:
+            decides.append(f"encoder of seed {self.encoder_seed}")
         return digest_of(decides)[:16]
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether the run has an encoder of its own; others finetune that of the first seed."""
+        return "pretraining" in self.trainings and self.encoder_seed in (None, self.run.seed)
 
     def trainer(self, training: Training) -> TrainerConfig:
         stage: Stage = getattr(self.experiment, training)
-        return TrainerConfig.from_values({**stage.trainer, "random_seed": self.run.seed})
+        seed = self.run.seed
+        if training == "pretraining" and self.encoder_seed is not None:
+            seed = self.encoder_seed
+        return TrainerConfig.from_values({**stage.trainer, "random_seed": seed})
 
     def built(self, storage: Storage, log: Log) -> Path:
         """The data set, built or found; ``log`` that this begins, since it may take minutes.
@@ -128,10 +140,11 @@ def expected_s(plan: Plan, storage: Storage, log: Log) -> float:
     Raises:
         DataError: that fails.
     """
+    trainings = [name for name in plan.trainings if name != "pretraining" or plan.pretrains]
     for path in sorted(record_path(storage, plan.run).parent.glob("*.json")):
         record = Record.model_validate(read_json(path))
         if replace(plan, run=record.run).digest == record.settings_digest:
-            return sum(record.seconds.values())
+            return sum(record.seconds[training] for training in trainings)
     manifest = read_manifest(plan.built(storage, log))
     counts, schema = manifest.counts["train"], manifest.data_schema
     size = DatasetSize(
@@ -148,7 +161,7 @@ def expected_s(plan: Plan, storage: Storage, log: Log) -> float:
             size,
             getattr(plan.experiment, training).train_fraction,
         )
-        for training in plan.trainings
+        for training in trainings
     )
 
 

@@ -22,7 +22,7 @@ class ResultsStore:
     def __init__(self, storage: Storage, benchmarks: Mapping[str, Benchmark]) -> None:
         self.storage, self.benchmarks = storage, benchmarks
         self._plans: dict[Run, Plan] = {}
-        self._seconds: dict[tuple[str, str], float] = {}
+        self._seconds: dict[tuple[str, str, bool], float] = {}
         for name, benchmark in benchmarks.items():
             experiment = load_experiment(benchmark.experiment)
             if experiment.pretrained_from is not None:
@@ -34,7 +34,12 @@ class ResultsStore:
             for run in benchmark.runs():
                 trainings = benchmark.trainings_of(benchmark.case(run.case))
                 self._plans[run] = Plan(
-                    run, changed[run.case], trainings, benchmark.evaluated_on, benchmark.n_observed
+                    run,
+                    changed[run.case],
+                    trainings,
+                    benchmark.evaluated_on,
+                    benchmark.n_observed,
+                    benchmark.encoder_seed(changed[run.case]),
                 )
 
     def plan(self, run: Run) -> Plan:
@@ -55,9 +60,10 @@ class ResultsStore:
 
         Builds a data set if nothing else is known of the case.
         """
-        of_case = run.benchmark, run.case
+        plan = self._plans[run]
+        of_case = run.benchmark, run.case, plan.pretrains
         if of_case not in self._seconds:
-            self._seconds[of_case] = expected_s(self._plans[run], self.storage, log)
+            self._seconds[of_case] = expected_s(plan, self.storage, log)
         return self._seconds[of_case]
 
     def state(self, run: Run) -> str:

@@ -1,6 +1,7 @@
 """Benchmarks of the results: runs run once, go on after an interruption, and stand in a table."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -305,6 +306,22 @@ def test_a_cell_may_finetune_new_weights_on_few_labels_and_be_judged_on_validati
     assert document["trainer"]["epochs"] == 2
     assert found.metrics["log_loss"] == found.metrics["loss"] > 0
     assert set(found.seconds) == {"finetuning"}
+
+
+def test_seeds_share_an_encoder_only_where_they_have_the_same_observations(tiny):
+    benchmark = BENCHMARK.model_copy(update={"share_encoder": True, "seeds": (3, 4)})
+    kept, dropped = (
+        benchmark.encoder_seed(benchmark.changed(tiny, Case(name="c", changes=changes)))
+        for changes in ({"dataset.drop_rate": 0}, {"dataset.drop_rate": 0.5})
+    )
+    assert (kept, dropped, BENCHMARK.encoder_seed(tiny)) == (3, None, None)
+    own = plan(tiny, Run(benchmark="waves", case="c", seed=4))
+    shared = replace(own, encoder_seed=3)
+    seeds = [shared.trainer(training).random_seed for training in ("pretraining", "finetuning")]
+    assert seeds == [3, 4]
+    assert own.trainer("pretraining").random_seed == 4
+    assert shared.digest != own.digest
+    assert own.pretrains and not shared.pretrains
 
 
 def test_a_change_that_fits_nothing_is_refused(tiny):
