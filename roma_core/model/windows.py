@@ -47,6 +47,20 @@ class _Steps:
     observed: Tensor  # (W,) int64, the windows that hold an observation among those of the steps
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Observations, series after series and by time in each."""
+
+    order: Tensor  # (T,) int64, row of the caller
+    series: Tensor  # (T,) int64
+    time: Tensor  # (T,)
+    index: Tensor  # (T,) int64, on the grid
+    first: Tensor  # (T,) int64, row where the series begins
+    last: Tensor  # (T,) int64, row where it ends
+    window: Tensor  # (T,) int64
+    head: Tensor  # (W,) int64, row where a window begins
+
+
 def steps_of(time: Tensor, first: Tensor, step: float) -> Tensor:
     """``(T,)`` int64: the index of each time on the grid, which the ``(T,)`` first of its series lies on."""
     # a quarter: most grids begin at a multiple of the step, or half a step from one
@@ -130,17 +144,53 @@ class Stem(nn.Module):
         return features[steps.observed], windows
 
     def _gather(self, tokens: Tensor, positions: Tensor, series: Tensor) -> tuple[_Steps, Windows]:
-        """Find the windows of all observations, and put the observations at their steps.
+        """Find the windows of all observations, and put the observations at their steps."""
+        rows = self._sort(positions[:, 0], series)
+        head, window = rows.head, rows.window
+        begin = rows.index[head].div(self.window, rounding_mode="floor") * self.window  # (W,)
+        count, is_short = self._counts(rows, begin)
+        observed = count.cumsum(0) - count
+        n_all: Any = count.sum().item()
+        torch._check(n_all >= head.shape[0])
+        of_all = torch.arange(head.shape[0], device=head.device)
+        of_all = of_all.repeat_interleave(count, output_size=n_all)
+        nth = torch.arange(n_all, device=head.device) - observed[of_all]
+        each = torch.arange(self.window, device=head.device)
+        steps = (begin[of_all] + nth * self.window)[:, None] + each
+        row = head[of_all]
+        first, last = (rows.index[place[row], None] for place in (rows.first, rows.last))
+        is_real = (nth == 0) | is_short[of_all]
+        inside = (steps >= first) & (steps <= last) & is_real[:, None]
 
-        Sizes that depend on the data are read on the host, which waits for a GPU.
-        """
-        order = positions[:, 0].argsort(stable=True)
+        values = tokens[rows.order]
+        missing = values.isnan()
+        at = observed[window] * self.window + rows.index - begin[window]
+        shape = n_all * self.window, values.shape[1]
+        counts = values.new_zeros(shape).index_add(0, at, (~missing).to(values.dtype))
+        numbers = values.new_zeros(shape).index_add(0, at, values.masked_fill(missing, 0))
+        middle = begin - rows.index[rows.first[head]] + (self.window - 1) / 2
+        return _Steps(
+            numbers=numbers / counts.clamp(min=1),
+            flags=(counts > 0).to(values.dtype),
+            series=rows.series[row].repeat_interleave(self.window),
+            index=steps.flatten(),
+            inside=inside.flatten().to(values.dtype),
+            observed=observed,
+        ), Windows(
+            of_row=torch.zeros_like(window).index_copy(0, rows.order, window),
+            series=rows.series[head],
+            positions=(rows.time[rows.first[head]] + middle * self.step)[:, None],
+        )
+
+    def _sort(self, time: Tensor, series: Tensor) -> _Rows:
+        """Sort observations and number their windows, which are counted on the host: a GPU is waited for."""
+        order = time.argsort(stable=True)
         order = order[series[order].argsort(stable=True)]
-        owner, time, values = series[order], positions[order, 0], tokens[order]
+        series, time = series[order], time[order]
         n_rows = order.shape[0]
         rows = torch.arange(n_rows, device=order.device)
-        is_new = F.pad(owner[1:] != owner[:-1], (1, 0), value=True)
-        first = torch.where(is_new, rows, 0).cummax(0).values  # (T,) row where the series begins
+        is_new = F.pad(series[1:] != series[:-1], (1, 0), value=True)
+        first = torch.where(is_new, rows, 0).cummax(0).values
         ends = torch.where(is_new.roll(-1), rows, n_rows)
         last = ends.flip(0).cummin(0).values.flip(0)
         index = steps_of(time, time[first], self.step)
@@ -150,44 +200,17 @@ class Stem(nn.Module):
         n_windows: Any = window[-1].item() + 1  # a symbol while a program is exported
         torch._check(n_windows >= 1)
         torch._check(n_windows <= n_rows)
-        # (W,) the row where a window begins
         head = rows.new_full((n_windows,), n_rows).scatter_reduce(0, window, rows, "amin")
+        return _Rows(order, series, time, index, first, last, window, head)
 
-        # short gaps between two windows get windows, too: convolutions go on across them
-        begin = number[head] * self.window  # (W,) index of its first step
-        same = F.pad(owner[head[1:]] == owner[head[:-1]], (0, 1), value=False)
-        gap = F.pad(number[head[1:]] - number[head[:-1]], (0, 1), value=1)
+    def _counts(self, rows: _Rows, begin: Tensor) -> tuple[Tensor, Tensor]:
+        """``(W,)``: windows until the next observed one, and whether a short gap is between the two.
+
+        Convolutions go on across short gaps, and find blanks after a long one or the end of a series.
+        """
+        series = rows.series[rows.head]
+        same = F.pad(series[1:] == series[:-1], (0, 1), value=False)
+        gap = F.pad(begin[1:] - begin[:-1], (0, 1), value=self.window)
+        gap = gap.div(self.window, rounding_mode="floor")
         is_short = same & (gap <= _MAX_GAP)
-        count = torch.where(is_short, gap, 1 + self.n_blank)
-        observed = count.cumsum(0) - count
-        n_all: Any = count.sum().item()
-        torch._check(n_all >= n_windows)
-        of_all = torch.arange(n_windows, device=order.device)
-        of_all = of_all.repeat_interleave(count, output_size=n_all)
-        nth = torch.arange(n_all, device=order.device) - observed[of_all]
-        each = torch.arange(self.window, device=order.device)
-        steps = (begin[of_all] + nth * self.window)[:, None] + each
-        row = head[of_all]
-        is_real = (nth == 0) | is_short[of_all]
-        inside = (steps >= index[first[row], None]) & (steps <= index[last[row], None])
-        inside = inside & is_real[:, None]
-
-        missing = values.isnan()
-        at = (observed[window] - number) * self.window + index
-        shape = n_all * self.window, values.shape[1]
-        counts = values.new_zeros(shape).index_add(0, at, (~missing).to(values.dtype))
-        numbers = values.new_zeros(shape).index_add(0, at, values.masked_fill(missing, 0))
-        middle = begin - index[first[head]] + (self.window - 1) / 2
-        of_row = torch.zeros_like(window).index_copy(0, order, window)
-        return _Steps(
-            numbers=numbers / counts.clamp(min=1),
-            flags=(counts > 0).to(values.dtype),
-            series=owner[row].repeat_interleave(self.window),
-            index=steps.flatten(),
-            inside=inside.flatten().to(values.dtype),
-            observed=observed,
-        ), Windows(
-            of_row=of_row,
-            series=owner[head],
-            positions=(time[first[head]] + middle * self.step)[:, None],
-        )
+        return torch.where(is_short, gap, 1 + self.n_blank), is_short
