@@ -73,6 +73,7 @@ _CONFIGS = RoMAForPreTrainingConfig, RoMAForClassificationConfig
 _FEW = 5  # series of a class that a stratified split needs
 _N_GOLDEN = 10
 _HIDDEN = 0.2  # fraction of the observations that the score of an imputer is of
+_MAX_THREADS = 8  # small models gain little from more
 
 
 class _Estimator(BaseEstimator):
@@ -175,6 +176,8 @@ class _Estimator(BaseEstimator):
         self, root: Path, task: Task, dataset: StoredDataset, seed: int, weights: Path | None
     ) -> Path:
         """The folder of the weights of a training that starts from these, or from new ones."""
+        import torch
+
         schema, split = dataset.schema, dataset.split("train")
         n_axes = sum(not axis.n_embedded for axis in schema.axes)
         asked = self.model or {}
@@ -200,6 +203,7 @@ class _Estimator(BaseEstimator):
         own, other = fields if task == "pretrain" else fields[::-1]
         # the run is not resumed: no checkpoint is needed but that of the best weights
         fixed = {"random_seed": seed, "save_every": 10**9, "log_wandb": False}
+        fixed["threads"] = min(_MAX_THREADS, torch.get_num_threads())
         model, trainer = defaults.pretraining["model"], defaults.pretraining["trainer"] | fixed
         if self._kind == "autoencoder":
             model = {"predict_variance": True} | model

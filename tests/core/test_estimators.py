@@ -89,6 +89,22 @@ def test_dense_series_have_windows_unless_the_model_is_asked_for_what_excludes_t
     assert found == [(8, 0.1), (0, 1.0)]
 
 
+@pytest.mark.parametrize("here, used", [(1, 1), (3, 3), (64, 8)])
+def test_a_fit_uses_the_threads_of_torch(here, used, monkeypatch):
+    found = []
+
+    def stop(_task, _dataset, _model, trainer, **_):
+        found.append(trainer.threads)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("roma_core.estimators.TrainingJobConfig.resolve", stop)
+    monkeypatch.setattr("torch.get_num_threads", lambda: here)
+    monkeypatch.setattr("torch.set_num_threads", lambda n: None)
+    with pytest.raises(KeyboardInterrupt):
+        RoMAClassifier(pretrain=False, verbose=False).fit(*irregular())
+    assert found == [used]
+
+
 FORMS = {
     "times and values": lambda X: [(np.arange(len(one)), one) for one in X],
     "array": padded,
