@@ -198,7 +198,8 @@ def threads_here(n_processes: int) -> int:
         return int(asked)
     from joblib import cpu_count  # respects affinity and the quota of a container
 
-    return max(1, min(_MAX_THREADS, cpu_count(only_physical_cores=True) // n_processes))
+    n_cores = min(cpu_count(), psutil.cpu_count(logical=False) or cpu_count())
+    return max(1, min(_MAX_THREADS, n_cores // n_processes))
 
 
 def exceeds_this_computer(spec: JobSpec) -> list[str]:
