@@ -44,7 +44,7 @@ def results(
     yes: bool,
     out: Path,
 ) -> None:
-    """Run the runs of ROWs (all of them without) and write their tables.
+    """Run the runs of each BENCHMARK (of all without one) and write their tables.
 
     A run is one case of a benchmark (a share of observations left out, another setting) with one seed: data
     set, pretraining, finetuning, evaluation, as jobs outside the registry. What is there already is not repeated, an

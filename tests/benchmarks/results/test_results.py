@@ -71,7 +71,7 @@ def record(case, seed, accuracy, log_loss=0.4):
     )
 
 
-def test_the_shipped_rows_name_experiments_that_exist():
+def test_the_shipped_benchmarks_name_experiments_that_exist():
     benchmarks = read_benchmarks()
 
     for benchmark in benchmarks.values():
@@ -80,7 +80,7 @@ def test_the_shipped_rows_name_experiments_that_exist():
             assert benchmark.changed(experiment, case).name == experiment.name
 
 
-def test_cells_are_chosen_by_row_case_and_seed():
+def test_runs_are_chosen_by_benchmark_case_and_seed():
     benchmarks = {"waves": BENCHMARK}
 
     assert len(chosen(benchmarks, [], [], [])) == 4
@@ -180,7 +180,7 @@ def tiny(tmp_path, monkeypatch):
 
 
 @pytest.mark.chaos  # of developers' own commands, half a minute
-def test_a_cell_runs_once_and_the_table_is_written(tiny, tmp_path):
+def test_a_run_is_made_once_and_the_table_is_written(tiny, tmp_path):
     out = tmp_path / "RESULTS.md"
     arguments = ["waves", "--case", "50%", "--seed", "0", "--out", str(out)]
 
@@ -237,7 +237,7 @@ def test_ctrl_c_leaves_the_job_and_says_how_to_see_and_to_end_it(tiny, tmp_path,
     assert "the same command" in found.stderr
 
 
-ROW_TEXT = """
+BENCHMARK_TEXT = """
 - name: waves
   experiment: waves
   protocol: Waves.
@@ -246,10 +246,10 @@ ROW_TEXT = """
 """
 
 
-def test_mistakes_in_a_file_of_rows_are_sentences(tmp_path):
+def test_mistakes_in_a_file_of_benchmarks_are_sentences(tmp_path):
     path = tmp_path / "benchmarks.yaml"
     for text, said in (
-        (ROW_TEXT, ("benchmark waves: cases.0.chnages: not a setting; the closest one is cases.0.changes",
+        (BENCHMARK_TEXT, ("benchmark waves: cases.0.chnages: not a setting; the closest one is cases.0.changes",
                     "benchmark waves: seeds.0: must be a valid integer")),
         ("- 3", ("benchmark 1: expected a mapping of settings, got 3",)),
         ("benchmarks: 3", ("expected a list of benchmarks, got dict",)),
@@ -291,7 +291,7 @@ def plan(experiment, run):
     return Plan(run, experiment, ("pretraining", "finetuning"), "test")
 
 
-def test_a_cell_may_finetune_new_weights_on_few_labels_and_be_judged_on_validation(tiny):
+def test_a_run_may_finetune_new_weights_on_few_labels_and_be_judged_on_validation(tiny):
     benchmark = BENCHMARK.model_copy(update={"changes": {"finetuning.trainer.epochs": 2}})
     case = Case(name="few", changes={"finetuning.train_fraction": 0.5})
     run = Run(benchmark="waves", case="few", seed=0)
@@ -335,7 +335,7 @@ def test_a_change_that_fits_nothing_is_refused(tiny):
 
 
 @pytest.mark.chaos  # of developers' own commands, half a minute
-def test_an_interrupted_cell_goes_on_with_the_jobs_that_are_done(tiny, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_with_the_jobs_that_are_done(tiny, tmp_path, monkeypatch):
     run, storage, log = Run(benchmark="waves", case="0%", seed=1), Storage.open(), []
 
     def die(line):
@@ -353,7 +353,7 @@ def test_an_interrupted_cell_goes_on_with_the_jobs_that_are_done(tiny, tmp_path,
     assert read_record(storage, run) is not None
 
 
-def test_a_cell_that_fails_says_why(tiny, tmp_path):
+def test_a_run_that_fails_says_why(tiny, tmp_path):
     broken = tiny.model_copy(
         update={
             "finetuning": tiny.finetuning.model_copy(
