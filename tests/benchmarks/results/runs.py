@@ -10,12 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from roma_core.data.build import build_dataset
+from roma_core.data.config import DatasetConfig
 from roma_core.data.manifest import Manifest, read_manifest
 from roma_core.evaluation.config import EvaluationJobConfig
 from roma_core.files import digest_of, read_json, write_json
@@ -43,7 +45,9 @@ class Record(BaseModel):
     run: Run
     metrics: dict[str, float] = Field(description="On the split that the benchmark is judged on.")
     n_series: int = Field(description="Of that split.")
-    seconds: dict[str, float] = Field(description="Training time by job.")
+    seconds: dict[str, float] = Field(
+        description="Training time by job, without the pretraining of another seed."
+    )
     device: str
     dataset_digest: str
     settings_digest: str = Field(description="Of everything that decides the run.")
@@ -93,14 +97,31 @@ class Plan:
         if "pretraining" not in self.trainings:  # its model is the shape all the same
             decide["pretraining"] = {"model": decide["pretraining"]["model"]}
         decides = [decide, self.trainings, self.evaluated_on, self.run.seed, *self.n_observed]
-        if self.encoder_seed is not None:
+        if self.takes_encoder:
             decides.append(f"encoder of seed {self.encoder_seed}")
         return digest_of(decides)[:16]
 
     @property
-    def pretrains(self) -> bool:
-        """Whether the run has an encoder of its own; others finetune that of the first seed."""
-        return "pretraining" in self.trainings and self.encoder_seed in (None, self.run.seed)
+    def takes_encoder(self) -> bool:
+        """Whether the run finetunes the encoder of another seed."""
+        return "pretraining" in self.trainings and self.encoder_seed not in (None, self.run.seed)
+
+    @property
+    def encoder(self) -> str | None:
+        """Digest of the pretraining; one job makes the encoder of all runs that have it. None: no encoder."""
+        if "pretraining" not in self.trainings:
+            return None
+        trainer = self.trainer("pretraining").model_dump(mode="json")
+        decide = [self.dataset, self.experiment.pretraining]
+        return digest_of([*(part.model_dump(mode="json") for part in decide), trainer])[:16]
+
+    @property
+    def dataset(self) -> DatasetConfig:
+        """With the seed, where observations are dropped by it."""
+        config = self.experiment.dataset
+        return (
+            config.model_copy(update={"drop_seed": self.run.seed}) if config.drop_rate else config
+        )
 
     def trainer(self, training: Training) -> TrainerConfig:
         stage: Stage = getattr(self.experiment, training)
@@ -116,10 +137,7 @@ class Plan:
             DataError: that fails.
         """
         log(f"data of {self.run.name}: found, or built now …")
-        config = self.experiment.dataset
-        if config.drop_rate:
-            config = config.model_copy(update={"drop_seed": self.run.seed})
-        return build_dataset(config, storage.datasets, storage.cache, progress=False)
+        return build_dataset(self.dataset, storage.datasets, storage.cache, progress=False)
 
 
 def record_path(storage: Storage, run: Run) -> Path:
@@ -132,18 +150,19 @@ def read_record(storage: Storage, run: Run) -> Record | None:
     return Record.model_validate(read_json(path)) if path.exists() else None
 
 
-def expected_s(plan: Plan, storage: Storage, log: Log) -> float:
+def expected_s(plan: Plan, storage: Storage, log: Log, has_encoder: bool = False) -> float:
     """About how long a run's trainings take: as another seed did, else by model and amount of data.
 
-    The data set is built for it if need be.
+    The data set is built for it if need be. ``has_encoder``: the pretraining is done, or another run's.
 
     Raises:
         DataError: that fails.
     """
-    trainings = [name for name in plan.trainings if name != "pretraining" or plan.pretrains]
+    trainings = [name for name in plan.trainings if name != "pretraining" or not has_encoder]
     for path in sorted(record_path(storage, plan.run).parent.glob("*.json")):
         record = Record.model_validate(read_json(path))
-        if replace(plan, run=record.run).digest == record.settings_digest:
+        same = replace(plan, run=record.run).digest == record.settings_digest
+        if same and record.seconds.keys() >= set(trainings):
             return sum(record.seconds[training] for training in trainings)
     manifest = read_manifest(plan.built(storage, log))
     counts, schema = manifest.counts["train"], manifest.data_schema
@@ -196,7 +215,9 @@ def execute(plan: Plan, resources: Resources, storage: Storage, log: Log) -> Rec
         metrics=metrics,
         n_series=manifest.counts[plan.evaluated_on].n_series,
         seconds={
-            name: float(done.result.facts.get("training_s", 0)) for name, done in trained.items()
+            name: float(done.result.facts.get("training_s", 0))
+            for name, done in trained.items()
+            if name == "finetuning" or not plan.takes_encoder
         },
         device=str(last.result.facts.get("device", "?")),
         dataset_digest=manifest.digest,
@@ -266,6 +287,12 @@ def _evaluated(
     return {k: v["value"] for k, v in metrics.items() if isinstance(v, dict) and "value" in v}
 
 
+@cache
+def _code() -> str:
+    """The code of this process; the tables that it writes change the checkout."""
+    return code_version()
+
+
 class _Done:
     """A completed job."""
 
@@ -295,11 +322,13 @@ class _Jobs:
         key = job_key(f"results/{command}", digest_of(document))
         folder = JobFolder(self.storage.jobs / key)
         resources = self.resources.of(_STAGES[command])
+        threads = resources.threads_per_process or 1  # times are told of one core
+        resources = resources.model_copy(update={"threads_per_process": threads})
         about = (key, roma_command(command, folder.path), digest_of(document))
         spec = job_spec(resources.target, resources, *about)
         if not (folder.path / _CODE).exists():
             folder.path.mkdir(parents=True, exist_ok=True)
-            write_json(folder.path / _CODE, {"code": code_version()})
+            write_json(folder.path / _CODE, {"code": _code()})
         what = f"{self.run.name} {command}"
         self.log(f"{what}: job {key}")
         try:

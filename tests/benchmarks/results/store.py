@@ -41,6 +41,11 @@ class ResultsStore:
                     benchmark.n_observed,
                     benchmark.encoder_seed(changed[run.case]),
                 )
+        self._encoders = {
+            plan.encoder
+            for run, plan in self._plans.items()
+            if read_record(storage, run) is not None and not self.is_outdated(run)
+        }
 
     def plan(self, run: Run) -> Plan:
         """Everything that decides the run."""
@@ -58,12 +63,15 @@ class ResultsStore:
     def expected_s(self, run: Run, log: Log) -> float:
         """About how long the run takes, seconds; as long as another seed of its case.
 
-        Builds a data set if nothing else is known of the case.
+        Builds a data set if nothing else is known of the case. An encoder of several runs counts once: for
+        the first one that is asked about, or for none if a run with it was recorded.
         """
         plan = self._plans[run]
-        of_case = run.benchmark, run.case, plan.pretrains
+        has_encoder = plan.encoder in self._encoders
+        self._encoders.add(plan.encoder)
+        of_case = run.benchmark, run.case, has_encoder
         if of_case not in self._seconds:
-            self._seconds[of_case] = expected_s(plan, self.storage, log)
+            self._seconds[of_case] = expected_s(plan, self.storage, log, has_encoder)
         return self._seconds[of_case]
 
     def state(self, run: Run) -> str:

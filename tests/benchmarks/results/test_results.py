@@ -29,6 +29,7 @@ from tests.benchmarks.results.runs import (
     read_record,
     record_path,
 )
+from tests.benchmarks.results.store import ResultsStore
 from tests.benchmarks.results.table import put_in_place, section_text
 from tests.pipelines.tiny import attributes
 
@@ -315,13 +316,49 @@ def test_seeds_share_an_encoder_only_where_they_have_the_same_observations(tiny)
         for changes in ({"dataset.drop_rate": 0}, {"dataset.drop_rate": 0.5})
     )
     assert (kept, dropped, BENCHMARK.encoder_seed(tiny)) == (3, None, None)
-    own = plan(tiny, Run(benchmark="waves", case="c", seed=4))
+    whole = benchmark.changed(tiny, Case(name="c", changes={"dataset.drop_rate": 0}))
+    own = plan(whole, Run(benchmark="waves", case="c", seed=4))
     shared = replace(own, encoder_seed=3)
     seeds = [shared.trainer(training).random_seed for training in ("pretraining", "finetuning")]
     assert seeds == [3, 4]
     assert own.trainer("pretraining").random_seed == 4
     assert shared.digest != own.digest
-    assert own.pretrains and not shared.pretrains
+    first = replace(shared, run=Run(benchmark="waves", case="c", seed=3))
+    assert first.digest == replace(first, encoder_seed=None).digest
+    assert first.encoder == shared.encoder != own.encoder
+    new = replace(shared, trainings=("finetuning",))
+    assert new.digest == replace(new, encoder_seed=None).digest and new.encoder is None
+
+
+def test_a_shared_encoder_is_expected_and_recorded_once(tiny):
+    benchmark = BENCHMARK.model_copy(
+        update={
+            "experiment": read_benchmarks()["waves"].experiment,
+            "changes": {"dataset.drop_rate": 0},
+            "share_encoder": True,
+            "evaluated_on": "validation",
+        }
+    )
+    first, second = (Run(benchmark="waves", case="0%", seed=seed) for seed in (0, 1))
+
+    def expected(*runs):
+        store = ResultsStore(Storage.open(), {"waves": benchmark})
+        return [store.expected_s(run, lambda line: None) for run in runs]
+
+    (alone,), both = expected(second), expected(first, second)
+    assert both[0] == alone > both[1] > 0
+    plans = ResultsStore(Storage.open(), {"waves": benchmark})
+    execute(plans.plan(first), tiny.resources, Storage.open(), lambda line: None)
+    (alone,) = expected(second)
+    record = execute(plans.plan(second), tiny.resources, Storage.open(), lambda line: None)
+    assert alone == read_record(Storage.open(), first).seconds["finetuning"]
+    assert set(record.seconds) == {"finetuning"}
+    jobs = [
+        read_json(path)["task"]
+        for path in Storage.open().jobs.glob("*/config.json")
+        if "task" in read_json(path)
+    ]
+    assert sorted(jobs) == ["finetune", "finetune", "pretrain"]
 
 
 def test_a_change_that_fits_nothing_is_refused(tiny):
