@@ -12,12 +12,12 @@ def pytest_collection_modifyitems(items):
 
     Workers of ``pytest -n`` take whole files in this order: none is left with a long one at the end.
     Where daemons of SLURM or a browser take part, one failure may be theirs: such a test is run a second
-    time, and the summary names it. All other tests have one try.
+    time, and the summary names it. All other tests have one try, also those that look for rare faults.
     """
     for item in items:
-        if "shared_cluster" in getattr(item, "fixturenames", ()) or item.get_closest_marker(
-            "browser"
-        ):
+        seeks_faults = item.get_closest_marker("chaos") or item.path.name == "test_interruptions.py"
+        of_slurm = "shared_cluster" in getattr(item, "fixturenames", ()) and not seeks_faults
+        if of_slurm or item.get_closest_marker("browser"):
             item.add_marker(pytest.mark.flaky(reruns=1))
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     tests = Counter(item.path for item in items)

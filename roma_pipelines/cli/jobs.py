@@ -36,6 +36,9 @@ _PASSTHROUGH_ENV = ("ROMA", "WANDB", "MLFLOW")
 _FOLLOW_EVERY_S = 0.5
 
 
+_AT_LEAST_ONE = click.IntRange(min=1)
+
+
 @click.command(
     context_settings={"allow_interspersed_args": False},
     epilog="Example: roma-pipeline launch --target slurm --gpus 1 -m my_package.train",
@@ -48,13 +51,21 @@ _FOLLOW_EVERY_S = 0.5
     shell_complete=complete_profile,
     help="Profile of the cluster (default: ROMA_SLURM_PROFILE or ROMA_KUBERNETES_PROFILE).",
 )
-@click.option("--nodes", type=int, default=1, show_default=True, help="Nodes of the job.")
-@click.option("--processes", "processes_per_node", default=1, show_default=True, help="Per node.")
+@click.option("--nodes", type=_AT_LEAST_ONE, default=1, show_default=True, help="Nodes of the job.")
+@click.option(
+    "--processes",
+    "processes_per_node",
+    type=_AT_LEAST_ONE,
+    default=1,
+    show_default=True,
+    help="Per node.",
+)
 @click.option(
     "--threads",
     "threads_per_process",
-    type=int,
-    help="Per process (default: this computer's cores, shared by its processes; 1 on a cluster).",
+    type=_AT_LEAST_ONE,
+    help="Per process (default: the cores of this computer shared by the processes, at most 8 each, or "
+    "OMP_NUM_THREADS; 1 on a cluster).",
 )
 @click.option("--gpus", "gpus_per_node", default=0, show_default=True, help="Per node.")
 @click.option("--memory-gb", type=float, help="Memory per node (default: the profile's).")
@@ -111,15 +122,13 @@ def _new_job(
     config = {"module": module, "arguments": list(arguments), "working_folder": here}
     key = job_key(module, secrets.token_hex(8))
     launcher = launcher_for(options["target"], options["profile"], storage)
-    n_processes = options["nodes"] * options["processes_per_node"]
-    options["threads_per_process"] = options["threads_per_process"] or default_threads(
-        options["target"], n_processes
-    )
+    size = JobSize(**{name: options[name] for name in JobSize.model_fields})
+    threads = size.threads_per_process or default_threads(options["target"], size.world_size)
     spec = JobSpec(
         key=key,
         command=module_command(launcher, here, module, *arguments),
         config_digest=digest_of(config),
-        **{name: options[name] for name in JobSize.model_fields},
+        **{**dict(size), "threads_per_process": threads},
         env_names=tuple(sorted(name for name in os.environ if name.startswith(_PASSTHROUGH_ENV))),
     )
     if options["target"] == "local":

@@ -41,8 +41,8 @@ _children: dict[tuple[int, str], subprocess.Popen[bytes]] = {}
 
 _FREE_PORT = "FREE_PORT"
 _MAX_THREADS = 8  # small models gain little from more
-# Threads that wait for others sleep soon: else they keep these from the cores where two jobs share them,
-# and both were 28 times slower on two cores.
+# Of GNU OpenMP, which torch has on Linux. Threads that wait for others sleep soon: else they keep these from
+# the cores where two jobs share them, and both were 28 times slower on two cores.
 _SHARED_CORES = {"GOMP_SPINCOUNT": "1000"}
 _KILL_TIMEOUT_S = 10.0
 _POLL_S = 0.05
@@ -67,7 +67,8 @@ class LocalLauncher:
         scratch = str(folder.attempt(attempt).path / "torchrun")
         argv = program(spec, python, "0", "127.0.0.1", _FREE_PORT, scratch)
         argv = claimed(folder, attempt, python, argv)
-        return Plan(spec, folder, attempt, render(spec, argv, process_variables(spec)), argv)
+        variables = process_variables(spec) | _SHARED_CORES
+        return Plan(spec, folder, attempt, render(spec, argv, variables), argv)
 
     def preflight(self, plan: Plan) -> list[str]:
         return []  # whatever is wrong shows at the start, which is at once

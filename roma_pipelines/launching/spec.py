@@ -26,7 +26,8 @@ class JobSize(Frozen):
     nodes: int = Field(1, gt=0, description="Nodes; the local target runs all processes on one.")
     processes_per_node: int = Field(1, gt=0, description="Training processes per node.")
     threads_per_process: int | None = Field(None, gt=0)
-    """CPU threads per process; null: the cores of this computer, shared by its processes; 1 on a cluster."""
+    """CPU threads per process; null: the cores of this computer shared by its processes, at most 8
+    each, or OMP_NUM_THREADS; 1 on a cluster."""
     gpus_per_node: int = Field(0, ge=0, description="GPUs per node; 0 trains on CPUs.")
     memory_gb: float | None = Field(None, gt=0, description="Per node; null: profile's default.")
     time_limit_min: int | None = Field(None, gt=0)

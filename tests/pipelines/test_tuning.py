@@ -229,6 +229,18 @@ def test_every_trial_counts_once_and_the_best_is_compared_with_the_file(searched
     assert len(other.run().rows) == 1 and other.name != search.name
 
 
+@pytest.mark.parametrize("parallel, each", [(1, 6), (2, 3)])
+def test_trials_share_the_cores_of_this_computer(searched, monkeypatch, parallel, each):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 6)
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 6)
+    search, _ = searched([[0.5], [0.6]], parallel=parallel)
+    search.run()
+
+    specs = [json.loads(path.read_text()) for path in search.storage.jobs.glob("*/spec.json")]
+    assert [spec["threads_per_process"] for spec in specs] == [each, each]
+
+
 def test_a_failure_of_all_first_trials_ends_the_search(searched):
     search, _ = searched([None] * 9, parallel=1)
     with pytest.raises(tuning.TuningError, match=r"no trial of the study waves-.*no such axis"):

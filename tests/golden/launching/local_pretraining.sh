@@ -5,6 +5,7 @@ PYTHONUNBUFFERED=1 \
     OMP_NUM_THREADS=1 \
     MKL_NUM_THREADS=1 \
     CUDA_VISIBLE_DEVICES='' \
+    GOMP_SPINCOUNT=1000 \
     python \
     -m roma_core.claim JOB_FOLDER 1 \
     -- python \

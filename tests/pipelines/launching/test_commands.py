@@ -275,6 +275,16 @@ def test_launch_asks_this_computer_for_no_more_than_it_has(run, root, monkeypatc
     assert not list((root / "jobs").glob("*"))
 
 
+@pytest.mark.parametrize("option", ["--nodes", "--processes", "--threads"])
+def test_a_job_of_none_is_refused(run, root, monkeypatch, option):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    code, text = run("launch", option, "0", "-m", "json.tool")
+
+    assert code == 2 and f"Invalid value for '{option}': 0 is not in the range" in text, text
+    assert not (root / "jobs").exists()
+
+
 @pytest.mark.parametrize(
     "words",
     [
