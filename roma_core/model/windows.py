@@ -144,7 +144,10 @@ class Stem(nn.Module):
         return features[steps.observed], windows
 
     def _gather(self, tokens: Tensor, positions: Tensor, series: Tensor) -> tuple[_Steps, Windows]:
-        """Find the windows of all observations, and put the observations at their steps."""
+        """Find the windows of all observations, and put the observations at their steps.
+
+        Sizes that depend on the data are read on the host, which waits for a GPU.
+        """
         rows = self._sort(positions[:, 0], series)
         head, window = rows.head, rows.window
         begin = rows.index[head].div(self.window, rounding_mode="floor") * self.window  # (W,)
@@ -183,7 +186,7 @@ class Stem(nn.Module):
         )
 
     def _sort(self, time: Tensor, series: Tensor) -> _Rows:
-        """Sort observations and number their windows, which are counted on the host: a GPU is waited for."""
+        """Sort observations and number their windows."""
         order = time.argsort(stable=True)
         order = order[series[order].argsort(stable=True)]
         series, time = series[order], time[order]
