@@ -232,8 +232,8 @@ def test_every_trial_counts_once_and_the_best_is_compared_with_the_file(searched
 @pytest.mark.parametrize("parallel, each", [(1, 6), (2, 3)])
 def test_trials_share_the_cores_of_this_computer(searched, monkeypatch, parallel, each):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("joblib.cpu_count", lambda: 6)
-    monkeypatch.setattr("psutil.cpu_count", lambda logical: 6)
+    monkeypatch.setattr("joblib.cpu_count", lambda **_: 6)
+    monkeypatch.setattr("psutil.cpu_count", lambda logical=True: 6)
     search, _ = searched([[0.5], [0.6]], parallel=parallel)
     search.run()
 

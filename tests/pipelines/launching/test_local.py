@@ -84,8 +84,8 @@ def test_a_job_sees_what_it_was_handed_on_and_no_other_setting(submit, end_of, f
 
 
 def test_the_cores_of_this_computer_are_shared_by_the_processes_of_a_job(monkeypatch):
-    monkeypatch.setattr("joblib.cpu_count", lambda: 12)
-    monkeypatch.setattr("psutil.cpu_count", lambda logical: 6)
+    monkeypatch.setattr("joblib.cpu_count", lambda **_: 12)
+    monkeypatch.setattr("psutil.cpu_count", lambda logical=True: 6)
     one, two, seven = (JobSize(nodes=n, processes_per_node=1) for n in (1, 2, 7))
     about = ("0123456789abcdef0123", ("job.py",), "digest")
 
@@ -96,10 +96,10 @@ def test_the_cores_of_this_computer_are_shared_by_the_processes_of_a_job(monkeyp
     assert [threads("local", size) for size in (one, two, seven)] == [6, 3, 1]
     assert threads("slurm", two) == 1
     assert threads("local", JobSize(threads_per_process=12)) == 12
-    monkeypatch.setattr("joblib.cpu_count", lambda: 4)  # the quota of a container
+    monkeypatch.setattr("joblib.cpu_count", lambda **_: 4)  # the quota of a container
     assert threads("local", one) == 4
-    monkeypatch.setattr("joblib.cpu_count", lambda: 64)
-    monkeypatch.setattr("psutil.cpu_count", lambda logical: None)  # not known everywhere
+    monkeypatch.setattr("joblib.cpu_count", lambda **_: 64)
+    monkeypatch.setattr("psutil.cpu_count", lambda logical=True: None)  # not known everywhere
     assert threads("local", one) == 8
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert threads("local", one) == 2
