@@ -40,7 +40,7 @@ _FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, s
 _children: dict[tuple[int, str], subprocess.Popen[bytes]] = {}
 
 _FREE_PORT = "FREE_PORT"
-_MAX_THREADS = 8  # small models gain little from more
+_MAX_THREADS = 8  # a guess for small models: more than 2 were not measured
 # Of GNU OpenMP, which torch has on Linux. Threads that wait for others sleep soon: else they keep these from
 # the cores where two jobs share them, and both were 28 times slower on two cores.
 _SHARED_CORES = {"GOMP_SPINCOUNT": "1000"}
