@@ -23,24 +23,17 @@ from roma_core.sources.base import RawSeries, Source, trait
 class RepairOptions(Frozen):
     """Repairs of series that are not well formed."""
 
-    unsorted: Literal["sort", "keep", "refuse"] = Field(
-        "sort", description="Observations not in order of the first axis: sort them, stably."
-    )
-    duplicates: Literal["refuse", "first", "mean", "keep"] = Field(
-        "refuse",
-        description="Observations of one series at equal positions on all axes: keep the first, or "
-        "the mean of their values. A duplicate of a masked observation leaks its value to the model.",
-    )
-    not_finite: Literal["refuse", "drop"] = Field(
-        "refuse",
-        description="Observations whose position or target is not finite, or with a value that is "
-        "infinite or too large. Of a series whose own target is not finite, the series.",
-    )
-    missing: Literal["keep", "drop", "refuse"] = Field(
-        "keep",
-        description="Observations that lack the values of some channels: keep the others, drop the "
-        "observation, or refuse. An observation without any value is dropped.",
-    )
+    unsorted: Literal["sort", "keep", "refuse"] = "sort"
+    """Observations not in order of the first axis: sort them, stably."""
+    duplicates: Literal["refuse", "first", "mean", "keep"] = "refuse"
+    """Observations of one series at equal positions on all axes: keep the first, or the mean of
+    their values. A duplicate of a masked observation leaks its value to the model."""
+    not_finite: Literal["refuse", "drop"] = "refuse"
+    """Observations whose position or target is not finite, or with a value that is infinite or too
+    large. Of a series whose own target is not finite, the series."""
+    missing: Literal["keep", "drop", "refuse"] = "keep"
+    """Observations that lack the values of some channels: keep the others, drop the observation, or
+    refuse. An observation without any value is dropped."""
     empty: Literal["refuse", "drop"] = Field("refuse", description="Series without observations.")
 
 

@@ -32,63 +32,44 @@ class AxisOptions(Frozen):
 
     anchor: Literal["none", "first"] = "none"
     offset: float = Field(0.0, allow_inf_nan=False, description="Subtracted after anchoring.")
-    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = Field(
-        1.0,
-        description="Axis units per radian; 'auto' derives it from the gaps and spans of the train "
-        "split (see schema.AxisScaleFit).",
-    )
-    encoding: Literal["auto", "rotary", "embedding"] = Field(
-        "auto",
-        description="'embedding': a learned vector per category; 'auto' takes it for an axis of words.",
-    )
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = 1.0
+    """Axis units per radian; 'auto' derives it from the gaps and spans of the train split (see
+    schema.AxisScaleFit)."""
+    encoding: Literal["auto", "rotary", "embedding"] = "auto"
+    """'embedding': a learned vector per category; 'auto' takes it for an axis of words."""
 
 
 class DatasetConfig(Frozen):
     """A data set: its source, repairs and drops, splits, axes and channels."""
 
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$",
-        description="Name of the data set; part of the split rule, so a new name splits anew.",
-    )
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    """Name of the data set; part of the split rule, so a new name splits anew."""
     source: Annotated[
         SerializeAsAny[SourceConfig],
         BeforeValidator(source_config),
         WithJsonSchema({"type": "object", "required": ["kind"]}),  # each kind has fields of its own
     ]
-    drop_rate: Rate = Field(
-        0.0, description="Fraction of each series' observations to drop, in every split."
-    )
-    drop_by: Literal["observation", "value"] = Field(
-        "observation",
-        description="What drop_rate drops: whole observations, or the values of every channel "
-        "independently of the other channels.",
-    )
+    drop_rate: Rate = 0.0
+    """Fraction of each series' observations to drop, in every split."""
+    drop_by: Literal["observation", "value"] = "observation"
+    """What drop_rate drops: whole observations, or the values of every channel independently of the
+    other channels."""
     drop_seed: int = Field(0, ge=0, description="Seed of the choice of dropped observations.")
-    validation_fraction: Rate = Field(
-        0.1,
-        description="Fraction of the objects *outside test* that goes to validation, not of all "
-        "objects: 0.1 beside a test_fraction of 0.2 is 8 % of all. Recorded validation comes on top.",
-    )
-    test_fraction: Rate = Field(
-        0.2, description="Fraction of objects that go to test if the source records no split."
-    )
+    validation_fraction: Rate = 0.1
+    """Fraction of the objects *outside test* that goes to validation, not of all objects: 0.1
+    beside a test_fraction of 0.2 is 8 % of all. Recorded validation comes on top."""
+    test_fraction: Rate = 0.2
+    """Fraction of objects that go to test if the source records no split."""
     split: SplitOptions = SplitOptions()
-    leakage: Leakage = Field(
-        "error",
-        exclude_if=lambda leakage: leakage == "error",
-        description="What the checks make of a group or equal content in two splits.",
-    )
+    leakage: Leakage = Field("error", exclude_if=lambda leakage: leakage == "error")
+    """What the checks make of a group or equal content in two splits."""
     repair: RepairOptions = RepairOptions()
-    layout: Literal["auto", "joint", "per_channel"] = Field(
-        "auto",
-        description="'joint': an observation has all channels, some of which may be missing; "
-        "'per_channel': it has the value of one; 'auto' decides by the source's first series.",
-    )
-    normalise_by: str | None = Field(
-        None,
-        description="Axis with categories that have a normalisation each, such as bands. The "
-        "per_channel layout always has one per channel.",
-    )
+    layout: Literal["auto", "joint", "per_channel"] = "auto"
+    """'joint': an observation has all channels, some of which may be missing; 'per_channel': it has
+    the value of one; 'auto' decides by the source's first series."""
+    normalise_by: str | None = None
+    """Axis with categories that have a normalisation each, such as bands. The per_channel layout
+    always has one per channel."""
     axes: dict[str, AxisOptions] = Field({}, description="Options by axis name.")
     channels: dict[str, ChannelTransform] = Field({}, description="Options by channel name.")
 

@@ -73,12 +73,10 @@ class Repairs(Frozen):
     duplicate_observations: int = Field(0, description="Dropped, or merged into a mean.")
     observations_not_finite: int = Field(0, description="Observations dropped.")
     empty_series_dropped: int = 0
-    observations_without_values: int = Field(
-        0, exclude_if=lambda n: n == 0, description="Dropped, of series with missing values."
-    )
-    series_without_targets: int = Field(
-        0, exclude_if=lambda n: n == 0, description="Dropped, as a target of theirs is not finite."
-    )
+    observations_without_values: int = Field(0, exclude_if=lambda n: n == 0)
+    """Dropped, of series with missing values."""
+    series_without_targets: int = Field(0, exclude_if=lambda n: n == 0)
+    """Dropped, as a target of theirs is not finite."""
 
 
 class Provenance(Frozen):
@@ -93,31 +91,25 @@ class Provenance(Frozen):
 class Manifest(Frozen):
     """Everything about a data set except its numbers."""
 
-    schema_version: Literal[1, 2, 3, 4] = Field(
-        1,
-        description="4 for a set with targets (2 for an older one), else 3 for one with missing values, "
-        "categories, covariates or the per_channel layout, 1 for others.",
-    )
+    schema_version: Literal[1, 2, 3, 4] = 1
+    """4 for a set with targets (2 for an older one), else 3 for one with missing values,
+    categories, covariates or the per_channel layout, 1 for others."""
     name: str
     data_schema: DataSchema
     counts: dict[Split, SplitCounts]
-    shards: tuple[int, ...] = Field(
-        (), description="First series of every further file of values, positions and targets."
-    )
+    shards: tuple[int, ...] = ()
+    """First series of every further file of values, positions and targets."""
     split_rule: str
     irregularity: Irregularity | None = None
     repairs: Repairs | None = None
-    leakage: Leakage = Field(
-        "error",
-        exclude_if=lambda leakage: leakage == "error",  # manifests without it keep their digest
-        description="What a group or equal content in two splits is.",
-    )
+    # manifests without it keep their digest
+    leakage: Leakage = Field("error", exclude_if=lambda leakage: leakage == "error")
+    """What a group or equal content in two splits is."""
     provenance: Provenance
     files: dict[str, FileRecord]
-    digest: str = Field(
-        description="sha256 over every other field but `provenance.source`: the version of the data. "
-        "Equal input gives an equal digest."
-    )
+    digest: str
+    """sha256 over every other field but `provenance.source`: the version of the data. Equal input
+    gives an equal digest."""
 
     def computed_digest(self) -> str:
         """What ``digest`` must be, from the other fields."""

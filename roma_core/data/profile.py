@@ -61,27 +61,21 @@ class DataProfile(Frozen):
     name: str
     digest: str
     splits: dict[Split, SplitProfile]
-    gaps: dict[str, Quantiles | None] = Field(
-        description="Axis name -> differences of consecutive positions, in stored order and in the "
-        "axis's unit; None if no series has two observations."
-    )
-    values: dict[str, Quantiles | None] = Field(
-        description="Channel name -> values as delivered; None if none was profiled."
-    )
+    gaps: dict[str, Quantiles | None]
+    """Axis name -> differences of consecutive positions, in stored order and in the axis's unit;
+    None if no series has two observations."""
+    values: dict[str, Quantiles | None]
+    """Channel name -> values as delivered; None if none was profiled."""
     covariates: dict[str, Quantiles | None] = Field({}, description="Numbers as delivered.")
-    observed: dict[str, dict[str, float]] = Field(
-        {},
-        description="Channel or covariate -> fraction of the observations, or objects, that have a value "
-        "of it: of 'all', and of each class unless it is all of them.",
-    )
-    categories: dict[str, dict[str, int]] = Field(
-        {}, description="Axis or covariate -> category -> observations, or objects, of it."
-    )
+    observed: dict[str, dict[str, float]] = Field({})
+    """Channel or covariate -> fraction of the observations, or objects, that have a value of it: of
+    'all', and of each class unless it is all of them."""
+    categories: dict[str, dict[str, int]] = Field({})
+    """Axis or covariate -> category -> observations, or objects, of it."""
     targets: dict[str, Quantiles] = Field({}, description="Target name -> numbers as delivered.")
     fraction_dropped: float = Field(description="Fraction of the delivered observations dropped.")
-    n_observations_profiled: int = Field(
-        description="Observations that gaps and values are taken from: whole series, evenly spaced."
-    )
+    n_observations_profiled: int
+    """Observations that gaps and values are taken from: whole series, evenly spaced."""
 
     def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
         """Title, head and rows of every table; the first column holds names, the others numbers."""

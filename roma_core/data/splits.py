@@ -28,21 +28,16 @@ _GOLDEN = 0.6180339887498949  # multiples of it fill the unit interval most even
 class SplitOptions(Frozen):
     """How objects are assigned to splits."""
 
-    by: Literal["object", "group", "time"] = Field(
-        "object",
-        description="'group' keeps objects of one group together; 'time' trains on series that end "
-        "before validation_from and tests on those that end after test_from.",
-    )
-    stratified: bool = Field(
-        False,
-        description="The same fractions of every class, exactly. Objects of an earlier version in the "
-        "same folder of data sets keep their split.",
-    )
+    by: Literal["object", "group", "time"] = "object"
+    """'group' keeps objects of one group together; 'time' trains on series that end before
+    validation_from and tests on those that end after test_from."""
+    stratified: bool = False
+    """The same fractions of every class, exactly. Objects of an earlier version in the same folder
+    of data sets keep their split."""
     folds: int | None = Field(None, ge=2, description="Cross-validation: number of test folds.")
     fold: int = Field(0, ge=0, description="Index of the fold that is the test split, from 0.")
-    validation_from: float | None = Field(
-        None, description="Time, on the first axis, at which validation begins; by: time."
-    )
+    validation_from: float | None = None
+    """Time, on the first axis, at which validation begins; by: time."""
     test_from: float | None = Field(None, description="Time at which test begins; by: time.")
 
     @model_validator(mode="after")
