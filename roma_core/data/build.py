@@ -26,20 +26,12 @@ from filelock import FileLock, Timeout
 
 from roma_core.data.cleaning import SeriesCleaner
 from roma_core.data.config import DatasetConfig
-from roma_core.data.manifest import (
-    MANIFEST,
-    ColumnFiles,
-    Manifest,
-    find_damage,
-    read_manifest,
-)
+from roma_core.data.manifest import MANIFEST, ColumnFiles, Manifest, find_damage, read_manifest
 from roma_core.data.writer import DatasetWriter, state_file
 from roma_core.files import digest_of, sha256_of, sync_folder, write_bytes
 from roma_core.job import Interrupted
 from roma_core.progress import Progress
-from roma_core.schema import (
-    DataError,
-)
+from roma_core.schema import DataError
 from roma_core.sources.base import Source
 
 log = logging.getLogger(__name__)

@@ -158,6 +158,18 @@ def large_columns(schema: DataSchema) -> dict[str, tuple[type[np.generic], int]]
     return columns
 
 
+def series_columns(schema: DataSchema) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
+    """Names of the columns with a row per series, with their dtypes and the shapes of a row."""
+    columns: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {"splits": (np.int8, ())}
+    if schema.classes:
+        columns["labels"] = np.int64, ()
+    if schema.covariates:
+        columns["covariates"] = np.float32, (len(schema.covariates),)
+    if schema.targets and schema.target_level == "series":
+        columns["targets"] = np.float32, (len(schema.targets),)
+    return columns
+
+
 def shard_name(column: str, k: int) -> str:
     """Name of the k-th file of one of the ``large_columns``."""
     return f"{column}.npy" if k == 0 else f"{column}-{k}.npy"
@@ -196,11 +208,9 @@ def find_damage(folder: Path, manifest: Manifest) -> list[str]:
             f"{MANIFEST}: its content has the digest {expected}, it says {manifest.digest}"
         )
     columns, shards = large_columns(manifest.data_schema), range(len(manifest.shards) + 1)
-    needed = {"offsets.npy", "splits.npy", "ids.json"}
+    needed = {"offsets.npy", "ids.json"}
+    needed |= {f"{column}.npy" for column in series_columns(manifest.data_schema)}
     needed |= {shard_name(column, k) for column in columns for k in shards}
-    needed |= {"labels.npy"} if manifest.data_schema.classes else set()
-    needed |= {"covariates.npy"} if manifest.data_schema.covariates else set()
-    needed |= {"targets.npy"} if manifest.data_schema.targets else set()
     if set(manifest.files) - {"groups.json"} != needed:
         return [*found, f"{MANIFEST}: lists {sorted(manifest.files)}, expected {sorted(needed)}"]
 

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from roma_core.data.manifest import SPLITS, Split
-from roma_core.data.ragged import RaggedBatch
-from roma_core.data.store import StoredDataset
+from roma_core.data.store import RaggedBatch, StoredDataset
 from roma_core.figures import label_of, log_scale, png_of, short
 from roma_core.settings import Frozen
 
@@ -217,15 +216,12 @@ def _gaps(parts: Sequence[RaggedBatch]) -> NDArray[np.float64]:
 
 
 def _split_profile(dataset: StoredDataset, name: Split) -> SplitProfile:
-    subset, classes = dataset.split(name), dict.fromkeys(dataset.schema.classes, 0)
-    if dataset.labels is not None:
-        counts = np.bincount(dataset.labels[subset.indices], minlength=len(classes))
-        classes = dict(zip(classes, counts.tolist(), strict=True))
+    subset = dataset.split(name)
     return SplitProfile(
         n_series=len(subset),
         n_observations=int(subset.lengths.sum()),
         lengths=Quantiles.of(subset.lengths) if len(subset) else None,
-        classes=classes,
+        classes=subset.class_counts,
     )
 
 

@@ -22,10 +22,11 @@ from roma_core.data.manifest import (
     find_damage,
     large_columns,
     read_manifest,
+    series_columns,
     shard_name,
     split_counts,
 )
-from roma_core.data.store import StoredDataset
+from roma_core.data.store import StoredDataset, Subset
 from roma_core.schema import DataError, Normaliser
 from roma_core.settings import Frozen
 
@@ -123,19 +124,15 @@ def _broken_layout(dataset: StoredDataset) -> list[str]:
     schema, n = dataset.schema, len(dataset.splits)
     columns: dict[str, tuple[NDArray[Any], tuple[int, ...], Any]] = {
         "offsets.npy": (dataset.offsets, (n + 1,), np.int64),
-        "splits.npy": (dataset.splits, (n,), np.int8),
     }
     if dataset.offsets.shape == (n + 1,):
         for k, part in enumerate(dataset.parts()):
             for name, (dtype, width) in large_columns(schema).items():
                 shape = (int(part.lengths.sum()), width)
                 columns[shard_name(name, k)] = (getattr(part, name), shape, dtype)
-    if dataset.labels is not None:
-        columns["labels.npy"] = (dataset.labels, (n,), np.int64)
-    if dataset.covariates is not None:
-        columns["covariates.npy"] = (dataset.covariates, (n, len(schema.covariates)), np.float32)
-    if dataset.series_targets is not None:
-        columns["targets.npy"] = (dataset.series_targets, (n, len(schema.targets)), np.float32)
+    for name, (dtype, row) in series_columns(schema).items():
+        field = "series_targets" if name == "targets" else name
+        columns[f"{name}.npy"] = (getattr(dataset, field), (n, *row), dtype)
     if found := [
         f"{name}: {array.dtype} of shape {array.shape}, expected {np.dtype(dtype)} of {shape}"
         for name, (array, shape, dtype) in columns.items()
@@ -298,10 +295,9 @@ def _splits_and_covariates(dataset: StoredDataset) -> list[Finding]:
         if not len(rows):
             lacking.append(f"{split} has no series, so nothing can be measured on it")
         elif dataset.labels is not None:
-            counts = np.bincount(dataset.labels[rows], minlength=len(schema.classes))
             lacking += [
                 f"class {name!r} has no series in {split}, so that its recall there is unknown"
-                for name, n in zip(schema.classes, counts, strict=True)
+                for name, n in dataset.split(split).class_counts.items()
                 if not n
             ]
     n_train = len(dataset.split("train"))
@@ -339,14 +335,12 @@ def _units_and_classes(dataset: StoredDataset) -> list[Finding]:
         for part in parts
         if not part.unit.strip()
     ]
-    rare = []
-    if dataset.labels is not None:
-        in_train = dataset.labels[dataset.split("train").indices]
-        rare = [
-            f"class {name!r} has {n} series in train and {(dataset.labels == k).sum()} in all"
-            for k, name in enumerate(schema.classes)
-            if (n := (in_train == k).sum()) < 5
-        ]
+    in_all = Subset(dataset, np.arange(len(dataset))).class_counts
+    rare = [
+        f"class {name!r} has {n} series in train and {in_all[name]} in all"
+        for name, n in dataset.split("train").class_counts.items()
+        if n < 5
+    ]
     return [*findings_of("units", "warning", no_unit), *findings_of("classes", "warning", rare)]
 
 

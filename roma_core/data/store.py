@@ -2,6 +2,9 @@
 
 The files are those of ``roma_core.data.manifest``. Columns are memory-mapped, so any number of
 processes share one copy in the page cache, and a data-loading worker costs no memory.
+
+Shapes of a ragged batch:
+    B series   T observations of all series   C numbers of an observation   D axes   K targets
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import json
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -27,15 +30,94 @@ from roma_core.data.manifest import (
     find_damage,
     large_columns,
     read_manifest,
+    series_columns,
     shard_name,
 )
-from roma_core.data.ragged import RaggedBatch
 from roma_core.files import read_json
 from roma_core.hashing import hash_ints, hash_text
 from roma_core.schema import DataError, DataSchema, Normaliser
 
 Sample = dict[str, Any]
 _ROW_GROUP = 1 << 18  # observations in a row group of Parquet, unless one series has more
+
+Ints = NDArray[np.int64]
+
+
+def _of_series(columns: Any, rows: slice | Ints) -> dict[str, Any]:
+    """The optional columns of some series, of a batch or of a data set."""
+    names = ("labels", "series_targets", "covariates")
+    arrays = ((name, getattr(columns, name)) for name in names)
+    return {name: array[rows] for name, array in arrays if array is not None}
+
+
+@dataclass(frozen=True)
+class RaggedBatch:
+    """Some series, one after the other, without padding."""
+
+    values: NDArray[np.float32]  # (T, C), NaN where missing; for a model of tubelets, (T, P) tokens
+    positions: NDArray[Any]  # (T, D) float64 as delivered, or float32 as the model takes them
+    lengths: Ints  # (B,) observations of each series, at least 1
+    ids: Ints  # (B,) stable names of the series
+    labels: NDArray[Any] | None = None  # (B,) int64 or (B, K) float, one per series
+    targets: NDArray[Any] | None = None  # (T,) or (T, K), one per observation
+    series_targets: NDArray[np.float32] | None = None  # (B, K), one per series
+    covariates: NDArray[np.float32] | None = None  # (B, K) of each series, NaN where missing
+
+    @classmethod
+    def of(
+        cls,
+        values: Sequence[NDArray[Any]],
+        positions: Sequence[NDArray[Any]],
+        ids: Sequence[int] | Ints,
+    ) -> RaggedBatch:
+        """Copy single series, each ``(N, C)`` and ``(N, D)``, into one batch."""
+        return cls(
+            np.ascontiguousarray(np.concatenate(values)),
+            np.ascontiguousarray(np.concatenate(positions)),
+            np.array([len(v) for v in values]),
+            np.asarray(ids),
+        )
+
+    @cached_property
+    def starts(self) -> Ints:
+        """``(B,)`` row of the first observation of each series."""
+        return np.cumsum(self.lengths) - self.lengths
+
+    @cached_property
+    def series(self) -> Ints:
+        """``(T,)`` index into ``lengths`` and ``ids`` of each observation's series."""
+        return np.repeat(np.arange(len(self.lengths)), self.lengths)
+
+    @cached_property
+    def index(self) -> Ints:
+        """``(T,)`` 0 for the first observation of each series."""
+        return np.arange(len(self.series)) - np.repeat(self.starts, self.lengths)
+
+    def select(self, kept: NDArray[np.bool_]) -> RaggedBatch:
+        """The observations where ``(T,)`` kept is True; at least one of every series must be."""
+        lengths = np.bincount(self.series[kept], minlength=len(self.lengths))
+        return replace(self._take(np.flatnonzero(kept)), lengths=lengths)
+
+    def reorder(self, order: Ints) -> RaggedBatch:
+        """Series in another order, or fewer: ``(B,)`` indices into the present ones."""
+        lengths = self.lengths[order]
+        shift = self.starts[order] - (np.cumsum(lengths) - lengths)  # of each series' rows
+        rows = np.arange(lengths.sum()) + np.repeat(shift, lengths)
+        own = _of_series(self, order)
+        return replace(self._take(rows), lengths=lengths, ids=self.ids[order], **own)
+
+    def split(self) -> tuple[list[NDArray[np.float32]], list[NDArray[Any]]]:
+        """Values and positions of each series."""
+        return np.split(self.values, self.starts[1:]), np.split(self.positions, self.starts[1:])
+
+    def _take(self, rows: Ints) -> RaggedBatch:
+        """Only the ``(n,)`` rows given; ``lengths`` is not updated."""
+        return replace(
+            self,
+            values=self.values.take(rows, axis=0),
+            positions=self.positions.take(rows, axis=0),
+            targets=None if self.targets is None else self.targets.take(rows, axis=0),
+        )
 
 
 class StoredDataset:
@@ -65,19 +147,14 @@ class StoredDataset:
         }
         self._values, self._positions = files["values"], files["positions"]
         self._targets = files.get("targets")
-        of_series = self.schema.targets and self.schema.target_level == "series"
-        self.series_targets: NDArray[np.float32] | None = (  # (n_series, K) as delivered
-            self._column("targets.npy") if of_series else None
-        )
         self.offsets: NDArray[np.int64] = self._column("offsets.npy")
         self.lengths: NDArray[np.int64] = np.diff(self.offsets)
-        self.splits: NDArray[np.int8] = self._column("splits.npy")
-        self.labels: NDArray[np.int64] | None = (
-            self._column("labels.npy") if self.schema.classes else None
-        )
-        self.covariates: NDArray[np.float32] | None = (  # (n_series, K) as delivered
-            self._column("covariates.npy") if self.schema.covariates else None
-        )
+        of_series = {name: self._column(f"{name}.npy") for name in series_columns(self.schema)}
+        self.splits: NDArray[np.int8] = of_series["splits"]
+        self.labels: NDArray[np.int64] | None = of_series.get("labels")
+        # (n_series, K) each, as delivered
+        self.covariates: NDArray[np.float32] | None = of_series.get("covariates")
+        self.series_targets: NDArray[np.float32] | None = of_series.get("targets")
         self._normaliser = Normaliser(self.schema)
 
     @cached_property
@@ -155,12 +232,8 @@ class StoredDataset:
                     positions=self._positions[k][rows],
                     lengths=self.lengths[a:b],
                     ids=np.arange(a, b),
-                    labels=None if self.labels is None else self.labels[a:b],
                     targets=None if self._targets is None else self._targets[k][rows],
-                    series_targets=None
-                    if self.series_targets is None
-                    else self.series_targets[a:b],
-                    covariates=None if self.covariates is None else self.covariates[a:b],
+                    **_of_series(self, slice(a, b)),
                 )
 
     def joint_parts(self, n_observations: int, every: int = 1) -> Iterator[RaggedBatch]:
@@ -217,18 +290,18 @@ class StoredDataset:
         def of(column: list[NDArray[Any]]) -> NDArray[Any]:
             return np.concatenate([column[k][a:b] for k, a, b in slices])
 
-        lengths, positions, covariates = self.lengths[rows], of(self._positions), self.covariates
+        lengths, positions = self.lengths[rows], of(self._positions)
+        of_series = _of_series(self, rows)
+        if self.covariates is not None:
+            numbers = self._normaliser.normalise_covariates(of_series["covariates"])
+            of_series["covariates"] = numbers
         return RaggedBatch(
             values=self._normaliser.normalise(of(self._values), positions),
             positions=self._normaliser.normalise_positions(positions, lengths),
             lengths=lengths,
             ids=rows,
-            labels=None if self.labels is None else self.labels[rows],
             targets=None if self._targets is None else of(self._targets),
-            series_targets=None if self.series_targets is None else self.series_targets[rows],
-            covariates=None
-            if covariates is None
-            else self._normaliser.normalise_covariates(covariates[rows]),
+            **of_series,
         )
 
     def split(self, name: Split) -> Subset:
@@ -258,9 +331,7 @@ class StoredDataset:
             texts["label"] = [schema.classes[k] for k in self.labels.tolist()]
         if self.groups is not None:
             texts["group"] = self.groups
-        lists: dict[str, Sequence[Any]] = {
-            "axis": schema.given_axes, "channel": schema.channels,
-        }  # fmt: skip
+        lists: dict[str, Sequence[Any]] = {"axis": schema.given_axes, "channel": schema.channels}
         singles: dict[str, Sequence[Any]] = {"covariate": schema.covariates}
         (singles if schema.target_level == "series" else lists)["target"] = schema.targets
         fields = [pa.field(name, pa.string()) for name in texts]
@@ -293,12 +364,10 @@ class StoredDataset:
             arrays = (part.positions, part.values, part.targets)
             for parts, array in zip(lists.values(), arrays, strict=False):
                 for one, column in zip(parts, () if array is None else array.T, strict=True):
-                    has_words = bool(getattr(one, "categories", ()))
-                    # NaN is null
-                    entries = (
-                        _as_delivered(one, column) if has_words else np.ascontiguousarray(column)
-                    )
-                    entries = pa.array(entries, from_pandas=True)
+                    entries: Any = np.ascontiguousarray(column)
+                    if getattr(one, "categories", ()):
+                        entries = _as_delivered(one, column)
+                    entries = pa.array(entries, from_pandas=True)  # NaN is null
                     columns.append(pa.ListArray.from_arrays(offsets, entries))
             return pa.table(columns, schema=pa.schema(fields))
 
@@ -387,7 +456,7 @@ def as_delivered(
         "id": dataset.ids[i],
         "positions": {axis.name: _as_delivered(axis, column) for axis, column in columns},
         "values": {
-            channel.name: _with_none(column)
+            channel.name: _as_delivered(channel, column)
             for channel, column in zip(schema.channels, values.T, strict=True)
         },
         "units": schema.units,
@@ -401,10 +470,6 @@ def as_delivered(
 def _as_delivered(one: Any, column: NDArray[Any]) -> list[Any]:
     """Numbers, or names of categories; None where one is missing."""
     if not getattr(one, "categories", ()):
-        return _with_none(column)
+        return [None if number != number else number for number in column.tolist()]
     names = (*one.categories, "unknown")  # of an axis that accepts others
     return [None if k != k else names[int(k)] for k in column.tolist()]
-
-
-def _with_none(column: NDArray[Any]) -> list[float | None]:
-    return [None if number != number else number for number in column.tolist()]

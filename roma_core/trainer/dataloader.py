@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from roma_core.data.ragged import RaggedBatch
+from roma_core.data.store import RaggedBatch
 from roma_core.hashing import hash_ints
 from roma_core.job import STOP_SIGNALS, Interrupted, StopRequests
 from roma_core.model.config import RoMAConfig, RoMAForPreTrainingConfig
@@ -49,7 +49,7 @@ class MapStyle(Protocol):
     name; without it the index is taken. The model's ``position_axes``, if it has any, are applied to
     positions.
     The set may have ``lengths``, tokens by index; ``gather(indices)``, which returns a
-    :class:`~roma_core.data.ragged.RaggedBatch`; a ``schema``; and ``augmentations`` for training: functions of one
+    :class:`~roma_core.data.store.RaggedBatch`; a ``schema``; and ``augmentations`` for training: functions of one
     series, see :class:`CustomAugmentation`.
     """
 

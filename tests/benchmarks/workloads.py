@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from roma_core.data.ragged import RaggedBatch
+from roma_core.data.store import RaggedBatch
 from roma_core.model.config import (
     EncoderConfig,
     RoMAForClassificationConfig,

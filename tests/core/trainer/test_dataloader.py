@@ -16,7 +16,7 @@ from roma_core import (
     Trainer,
     TrainerConfig,
 )
-from roma_core.data.ragged import RaggedBatch
+from roma_core.data.store import RaggedBatch
 from roma_core.schema import (
     Channel,
     ChannelNormalisation,
