@@ -195,7 +195,6 @@ class SourceStatistics:
     repairs: Repairs | None
     layout: Layout  # that `auto` chooses; what is counted is its observations
     layout_reason: str
-    has_gaps: bool  # whether observations of the source lack the values of some channels
     grid_fill: float = 0.0  # observed share of the steps of the first axis's grid; 0: no grid
     targets: tuple[str, ...] = ()
     target_level: TargetLevel = "observation"
@@ -212,9 +211,7 @@ def source_statistics(source: Source) -> SourceStatistics:
     layout, reason = choose_layout("auto", source, cleaner)
     cleaner = SeriesCleaner(source, _LENIENT)
     n_channels = len(source.channels)
-    sample: list[
-        tuple[NDArray[Any], NDArray[Any]]
-    ] = []  # channels and values of every step-th series
+    sample: list[tuple[Any, Any]] = []  # channels and values of every step-th series
     step, n_sampled = 1, 0
     classes: Counter[str] = Counter(dict.fromkeys(source.classes, 0))
     splits: Counter[str] = Counter()
@@ -222,14 +219,13 @@ def source_statistics(source: Source) -> SourceStatistics:
     max_abs = np.zeros(len(source.axes))
     varies = np.zeros(n_channels, dtype=bool)
     classes_of_group: dict[str, set[str | None]] = {}
-    lengths, has_gaps = array("q"), False
+    lengths = array("q")
     times: list[NDArray[np.float64]] = []  # on the first axis, of the first series
     n_timed = 0
     for series in cleaner:
         positions, values = series.positions, series.values
         if given == "joint":
             positions, values, _ = melt(positions, values)
-            has_gaps |= len(values) < series.values.size
         lengths.append(len(values) if layout == "per_channel" else n_times_of(series, given))
         classes.update(filter(None, [series.label]))
         splits.update(filter(None, [series.recorded_split]))
@@ -255,8 +251,12 @@ def source_statistics(source: Source) -> SourceStatistics:
     if not lengths:
         raise DataError("the source has no series")
     channels, values = map(np.concatenate, zip(*sample, strict=True))
-    of_channel = [values[channels == k].astype(np.float64) for k in range(n_channels)]
-    quartiles = [np.quantile(x, (0.25, 0.5, 0.75)) if len(x) else np.zeros(3) for x in of_channel]
+    found = []
+    for k, channel in enumerate(source.channels):
+        x = values[channels == k].astype(np.float64)
+        q25, median, q75 = np.quantile(x, (0.25, 0.5, 0.75)) if len(x) else np.zeros(3)
+        most = float(np.abs(x - median).max(initial=0))
+        found.append(ChannelStatistics(channel.name, float(q75 - q25), most, bool(varies[k])))
     return SourceStatistics(
         n_series=len(lengths),
         n_single=lengths.count(1),
@@ -265,17 +265,7 @@ def source_statistics(source: Source) -> SourceStatistics:
         classes=dict(classes),
         recorded_splits=dict(splits),
         classes_of_group=classes_of_group,
-        channels=tuple(
-            ChannelStatistics(
-                channel.name,
-                float(q[2] - q[0]),
-                float(np.abs(x - q[1]).max(initial=0)),
-                bool(changes),
-            )
-            for channel, x, q, changes in zip(
-                source.channels, of_channel, quartiles, varies, strict=True
-            )
-        ),
+        channels=tuple(found),
         axes=tuple(
             AxisStatistics(axis.name, fit.gap(), fit.span(0.5), float(most))
             for axis, fit, most in zip(source.axes, steps, max_abs, strict=True)
@@ -283,7 +273,6 @@ def source_statistics(source: Source) -> SourceStatistics:
         repairs=cleaner.repairs(),
         layout=layout,
         layout_reason=reason,
-        has_gaps=has_gaps,
         grid_fill=0.0 if (grid := grid_of(times)) is None else grid.fill,
         targets=tuple(target.name for target in trait(source, "targets")),
         target_level=trait(source, "target_level"),

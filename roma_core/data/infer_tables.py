@@ -231,9 +231,8 @@ class TableInference:
             if not found or (len(found) > 1 and not usual + dates):
                 raise self._not_found("time", columns)
             time, *others = found
-            self.notes += [f"time: {time}; pass --time COLUMN if it is {_listed(others)}"] * bool(
-                others
-            )
+            if others:
+                self.notes.append(f"time: {time}; pass --time COLUMN if it is {_listed(others)}")
         first = {} if kinds[time] == "list" else self.rows.first([*{*dates, time}])
         if kinds[time] == "number" and oddity(first[time]) == DATES:
             raise DataError(
