@@ -49,11 +49,8 @@ def predict_packaged(
     Raises:
         NotComparable: it is damaged, or was made for another schema.
     """
-    package = _opened(folder)
-    schema = test.dataset.schema
-    is_regression = table_class is RegressionTable
-    if package.kind != (kind := "regressor" if is_regression else "classifier"):
-        raise NotComparable(f"it is a package of kind {package.kind}, expected a {kind}")
+    schema, is_regression = test.dataset.schema, table_class is RegressionTable
+    package = _opened(folder, "a regressor" if is_regression else "a classifier")
     what, own, wanted = "classes", str(package.classes), str(list(schema.classes))
     if is_regression:
         what, targets = "targets", {target.name: target.unit for target in schema.targets}
@@ -69,13 +66,16 @@ def predict_packaged(
     return table_class.of_split(test, outputs, {"package": str(folder)})
 
 
-def _opened(folder: Path) -> Package:
+def _opened(folder: Path, expected: str) -> Package:
     try:
-        return open_package(folder)
+        package = open_package(folder)
     except Exception as error:  # a damaged file may raise anything
         raise NotComparable(
             f"the package does not load: {type(error).__name__}: {error}"
         ) from error
+    if package.kind != expected.split()[1]:
+        raise NotComparable(f"it is a package of kind {package.kind}, expected {expected}")
+    return package
 
 
 def interpolate_packaged(
@@ -86,9 +86,7 @@ def interpolate_packaged(
     Raises:
         NotComparable: it is damaged, no autoencoder, or was made for another schema.
     """
-    package = _opened(folder)
-    if package.kind != "autoencoder":
-        raise NotComparable(f"it is a package of kind {package.kind}, expected an autoencoder")
+    package = _opened(folder, "an autoencoder")
     try:
         answers = package.predict(series for _, series in requests(table, test))
         columns = [[answer.mean[channel.name] for channel in table.channels] for answer in answers]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -226,6 +226,26 @@ class _ObservationTable(_Table):
         ids = pa.array(self.ids, pa.string()).take(pa.array(self.series))
         return {"id": ids, **own, **by_channel}
 
+    @staticmethod
+    def _fields(table: Any, channels: Mapping[str, str], *fields: str) -> dict[str, Any]:
+        """What ``_columns`` wrote: ids, series, channels, and the fields, None where one was."""
+        names = table["id"].to_pylist()
+        row_of = {name: k for k, name in enumerate(dict.fromkeys(names))}
+        return {
+            "ids": list(row_of),
+            "series": np.array([row_of[name] for name in names]),
+            "channels": tuple(Channel(name=name, unit=unit) for name, unit in channels.items()),
+            **{field: _stacked(table, field, channels) for field in fields},
+        }
+
+
+def _stacked(table: Any, field: str, names: Iterable[str]) -> NDArray[Any] | None:
+    """``(T, K)`` of the columns ``field_NAME``; None if there are none."""
+    columns = [f"{field}_{name}" for name in names]
+    if not columns or columns[0] not in table.column_names:
+        return None
+    return np.column_stack([table[column].to_numpy() for column in columns])
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RegressionTable(_ObservationTable):
@@ -320,28 +340,15 @@ class RegressionTable(_ObservationTable):
     def load(cls, path: Path) -> RegressionTable:
         """Read a table that ``save`` wrote; raises as that of :class:`PredictionTable`."""
         table, header = cls._read(path, "targets")
-        names = table["id"].to_pylist()
-        row_of = {name: k for k, name in enumerate(dict.fromkeys(names))}
-        series = np.array([row_of[name] for name in names])
-        first = np.unique(series, return_index=True)[1]
-
-        def columns(field: str, names: Mapping[str, str]) -> Floats | None:
-            if not names or f"{field}_{next(iter(names))}" not in table.column_names:
-                return None
-            return np.column_stack([table[f"{field}_{name}"].to_numpy() for name in names])
-
-        targets = header["targets"]
-        found = {name: columns(name, targets) for name in ("true", "predicted", "std")}
+        fields = cls._fields(table, header["targets"], "true", "predicted", "std")
+        first = np.unique(fields["series"], return_index=True)[1]
         return cls(
-            ids=list(row_of),
-            series=series,
-            channels=tuple(Channel(name=name, unit=unit) for name, unit in targets.items()),
+            **fields,
             scale=np.array(header["scale"]),
             lengths=table["length"].to_numpy()[first],
             axes=tuple(PositionAxis(name=n, unit=unit) for n, unit in header["axes"].items()),
-            positions=columns("position", header["axes"]),
+            positions=_stacked(table, "position", header["axes"]),
             lineage=header["lineage"],
-            **found,  # type: ignore[arg-type]
         )
 
 
@@ -364,16 +371,9 @@ class ReconstructionTable(_ObservationTable):
 
     def select(self, rows: Bools) -> ReconstructionTable:
         """The observations where ``(T,)`` is True."""
-        return replace(
-            self,
-            series=self.series[rows],
-            index=self.index[rows],
-            true=self.true[rows],
-            predicted=self.predicted[rows],
-            std=None if self.std is None else self.std[rows],
-            clean=None if self.clean is None else self.clean[rows],
-            squared=None if self.squared is None else self.squared[rows],
-        )
+        of_rows = ("series", "index", "true", "predicted", "std", "clean", "squared")
+        arrays = {name: getattr(self, name) for name in of_rows}
+        return replace(self, **{name: x[rows] for name, x in arrays.items() if x is not None})
 
     def save(self, path: Path) -> None:
         """Write a row per hidden observation, in one step."""
@@ -387,20 +387,10 @@ class ReconstructionTable(_ObservationTable):
     def load(cls, path: Path) -> ReconstructionTable:
         """Read a table that ``save`` wrote, without ``std`` and ``clean``; raises as the others."""
         table, header = cls._read(path, "channels")
-        names, channels = table["id"].to_pylist(), header["channels"]
-        row_of = {name: k for k, name in enumerate(dict.fromkeys(names))}
-
-        def stacked(*columns: str) -> Any:
-            return np.column_stack([table[column].to_numpy() for column in columns])
-
         return cls(
-            ids=list(row_of),
-            series=np.array([row_of[name] for name in names]),
-            channels=tuple(Channel(name=name, unit=unit) for name, unit in channels.items()),
+            **cls._fields(table, header["channels"], "true", "predicted"),
             index=table["observation"].to_numpy(),
-            true=stacked(*(f"true_{name}" for name in channels)),
-            predicted=stacked(*(f"predicted_{name}" for name in channels)),
-            squared=stacked(*_SQUARED),
+            squared=np.column_stack([table[column].to_numpy() for column in _SQUARED]),
         )
 
     def differs_from(self, other: ReconstructionTable) -> str | None:
