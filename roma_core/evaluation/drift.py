@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from roma_core.data.store import StoredDataset
+from roma_core.data.store import StoredDataset, Subset
 from roma_core.data.versions import bin_edges, psi
 from roma_core.evaluation.predictions import Floats
 from roma_core.schema import DataError, DataSchema
@@ -130,17 +130,13 @@ def reference_profile(
     """Profile the train split; of a large one, evenly spaced series."""
     indices = dataset.split("train").indices
     indices = indices[:: max(1, -(-len(indices) // _MAX_SERIES))]
-    counts: dict[str, int] = {}
-    schema = dataset.schema
-    if dataset.labels is not None:
-        numbers = np.bincount(dataset.labels[indices], minlength=len(schema.classes))
-        counts = dict(zip(schema.classes, numbers.tolist(), strict=True))
     pairs = [dataset.joint(int(i)) for i in indices]
     covariates = np.empty((len(pairs), 0))
     if dataset.covariates is not None:
         covariates = dataset.covariates[indices].astype(np.float64)
     arrays = [p for p, _ in pairs], [v for _, v in pairs], covariates
-    profile = profile_of_sample(_sample(_parts(schema), *arrays, counts), dataset.manifest.digest)
+    sample = _sample(_parts(dataset.schema), *arrays, Subset(dataset, indices).class_counts)
+    profile = profile_of_sample(sample, dataset.manifest.digest)
     return profile.model_copy(update={"embedding": embedding})
 
 
@@ -262,16 +258,10 @@ def drift_effects(profile: ReferenceProfile, sample: InputSample) -> list[Effect
         chance = 9 * before * (1 - before) * (1 / profile.n_series + 1 / sample.n)
         size = max(0.0, (fraction - before) ** 2 - chance) ** 0.5
         found.append(Effect(quantity=name, measure="missing", size=size))
-    compared = {"class": (profile.classes, sample.classes)}
-    compared |= {
-        name: (profile.categories[name], counts)
-        for name, counts in sample.categories.items()
-        if name in profile.categories
-    }
-    for quantity, (reference_fractions, counts) in compared.items():
-        if counts and reference_fractions:
-            names = sorted({*reference_fractions, *counts})
-            both = (reference_fractions, _fractions(counts))
+    references = {"class": profile.classes, **profile.categories}
+    for quantity, counts in {"class": sample.classes, **sample.categories}.items():
+        if counts and (expected := references.get(quantity)):
+            names, both = sorted({*expected, *counts}), (expected, _fractions(counts))
             p, q = (np.array([fractions.get(name, 0.0) for name in names]) for fractions in both)
             size = _psi(p, profile.n_series, q, sample.n)
             found.append(Effect(quantity=quantity, measure="psi", size=size))

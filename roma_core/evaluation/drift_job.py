@@ -59,12 +59,11 @@ def run_drift_job(folder: JobFolder, attempt: Attempt) -> Work:
         schema = read_manifest(dataset).data_schema
         sample = sample_from_parquet(files, schema, config.class_column)
         progress.say(f"{sample.n} series of {len(files)} files")
-        document = read_json(Path(config.package) / "profile.json") if config.package else None
-        profile = (
-            ReferenceProfile.model_validate(document)
-            if document
-            else reference_profile(StoredDataset(dataset))
-        )
+        if config.package:
+            document = read_json(Path(config.package) / "profile.json")
+            profile = ReferenceProfile.model_validate(document)
+        else:
+            profile = reference_profile(StoredDataset(dataset))
         features, remark = [], config.encoder_problem
         if config.encoder is not None:
             try:
