@@ -31,7 +31,6 @@ from roma_core.settings import Frozen
 from roma_core.trainer.defaults import PrimaryMetric, primary_metric
 
 N_BINS, N_ACCURACY_BINS = 15, 4
-_COUNTS_AT_ONCE = 4_000_000  # entries of the (R, N) matrix held in memory, 32 MB
 
 
 class ClassMetrics(Frozen):

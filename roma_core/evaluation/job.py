@@ -18,7 +18,7 @@ import torch
 from scipy.special import softmax
 
 from roma_core.data.store import StoredDataset, Subset
-from roma_core.evaluation import plots, report
+from roma_core.evaluation import packaging, plots, report
 from roma_core.evaluation.baselines import measure_baselines
 from roma_core.evaluation.classification_metrics import (
     ClassificationMetrics,
@@ -29,17 +29,15 @@ from roma_core.evaluation.classification_metrics import (
 from roma_core.evaluation.config import EvaluationJobConfig, ServingChecks
 from roma_core.evaluation.drift import embedding_profile, reference_profile
 from roma_core.evaluation.leakage import check_leakage, split_digest
-from roma_core.evaluation.metrics import Change, MeasuredBaseline
-from roma_core.evaluation.packaging import (
-    N_PARITY,
-    NotComparable,
-    evenly_spaced,
-    interpolate_packaged,
-    predict_packaged,
-    serving_difference,
-    shared_fields,
-    try_smoke_test,
-    write_package,
+from roma_core.evaluation.metrics import (
+    Change,
+    MeasuredBaseline,
+    ReconstructionMetrics,
+    RegressionMetrics,
+    compare_regressions,
+    evaluate_regression,
+    r2_samples,
+    regression_samples,
 )
 from roma_core.evaluation.predictions import (
     Floats,
@@ -59,14 +57,6 @@ from roma_core.evaluation.reconstruction import (
     reconstruct_examples,
     reconstruction_errors,
     requests,
-)
-from roma_core.evaluation.regression_metrics import (
-    ReconstructionMetrics,
-    RegressionMetrics,
-    compare_regressions,
-    evaluate_regression,
-    r2_samples,
-    regression_samples,
 )
 from roma_core.files import read_json, write_bytes, write_json
 from roma_core.job import Attempt, JobFolder
@@ -173,10 +163,6 @@ class _Evaluator:
         self.n_steps += 1
         self.progress.update(self.n_steps, metrics, force=True)
 
-    def _is_unseen(self) -> bool:
-        """Whether it was checked, and true, that no test series was in the training data."""
-        return not self.leaks and self.dataset.manifest.leakage != "ignore"
-
     def _outputs(self, model: RoMAForClassification) -> Floats:
         """``(n, K)`` outputs for the test split as a package of the model gives them."""
         collate = Collate(model.config, seed=0)
@@ -195,6 +181,7 @@ class _Evaluator:
     ) -> None:
         """Write metrics, figures and the report; ``does``: what the model does, for its summary."""
         config = self.config
+        is_unseen = not self.leaks and self.dataset.manifest.leakage != "ignore"  # it was checked
         write_json(self.out / "metrics.json", metrics.document())
         for name, path in config.curves.items():
             if records := [record for _, record in read_records(Path(path))]:
@@ -209,14 +196,14 @@ class _Evaluator:
         content = report.ReportContent(
             title=f"{title} of {config.name}",
             summary=f"RoMA, the Rotary Masked Autoencoder, {does}, evaluated on {metrics.n_series} "
-            f"test series{' not used in training' if self._is_unseen() else ''}.",
+            f"test series{' not used in training' * is_unseen}.",
             created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             metrics=metrics,
             leaks=self.leaks,
             plots=tuple(report.plot_of(n, png, self.svgs.get(n, "")) for n, png in figures.items()),
             limits=tuple(limits),
             n_observed=config.n_observed,
-            **shared_fields(config) | fields,
+            **packaging.shared_fields(config) | fields,
         )
         write_bytes(self.out / "report.html", report.render_report(content).encode())
 
@@ -238,7 +225,7 @@ class _Evaluator:
         self.step()
 
         changes, problem = self._against_champion(
-            lambda folder: predict_packaged(folder, test, table_class),
+            lambda folder: packaging.predict_packaged(folder, test, table_class),
             lambda found: compare(table, found),
         )
         figures, profile = self._figures(table, metrics), None
@@ -254,7 +241,7 @@ class _Evaluator:
 
         reference = reference_profile(dataset, profile)
         package = out / "package"
-        self.digests["manifest_sha256"] = write_package(
+        self.digests["manifest_sha256"] = packaging.write_package(
             config,
             model,
             test,
@@ -265,10 +252,10 @@ class _Evaluator:
             champion_problem=problem,
         )
         if encoder is not None:
-            self.digests["encoder_manifest_sha256"] = write_package(
+            self.digests["encoder_manifest_sha256"] = packaging.write_package(
                 config, encoder, test, reference, out / "encoder_package"
             )
-        difference = serving_difference(package, test, outputs)
+        difference = packaging.serving_difference(package, test, outputs)
         checks = self._check_serving(package, difference, problem)
         self.step(serving_difference=difference)
         self.tracked |= {f"baseline_{one.slug}": one.value.value for one in baselines}
@@ -306,7 +293,7 @@ class _Evaluator:
             return (), config.champion_problem
         try:
             found = predict(Path(config.champion))
-        except NotComparable as error:
+        except packaging.NotComparable as error:
             return (), f"champion version {config.champion_version}: {error}"
         found.save(self.out / "champion_predictions.parquet")
         return compare(found), None
@@ -382,10 +369,10 @@ class _Evaluator:
         self, package: Path, difference: float, champion_problem: str | None
     ) -> ServingChecks:
         """Test the package, and right after it the champion's, so that latencies are comparable."""
-        smoke_test, problem = try_smoke_test(package)
+        smoke_test, problem = packaging.try_smoke_test(package)
         champion = None
         if self.config.champion is not None and champion_problem is None:
-            champion, champion_problem = try_smoke_test(Path(self.config.champion))
+            champion, champion_problem = packaging.try_smoke_test(Path(self.config.champion))
         checks = ServingChecks(
             serving_difference=difference,
             size_mb=size_mb(package),
@@ -413,7 +400,7 @@ class _Evaluator:
         metrics = evaluate_reconstruction(table, test)
         ours, n_series = r2_samples(table), metrics.n_series
         changes, problem = self._against_champion(
-            lambda folder: interpolate_packaged(folder, table, test),
+            lambda folder: packaging.interpolate_packaged(folder, table, test),
             lambda found: (Change.of("R²", ours, r2_samples(found), n_series),),
         )
         checks = None
@@ -464,25 +451,25 @@ class _Evaluator:
     ) -> ServingChecks:
         """Write the package that answers queries, and compare its answers with the model's."""
         series = np.unique(table.series)
-        few = table.select(np.isin(table.series, series[:: -(-len(series) // N_PARITY)]))
+        few = table.select(np.isin(table.series, series[:: -(-len(series) // packaging.N_PARITY)]))
         by_length = sorted(
             (request for _, request in requests(few, self.test)),
             key=lambda one: len(next(iter(one["positions"].values()))),
         )
         package = self.out / "package"
-        self.digests["manifest_sha256"] = write_package(
+        self.digests["manifest_sha256"] = packaging.write_package(
             self.config,
             model,
             self.test,
             reference_profile(self.dataset),
             package,
-            golden=[Series(**one) for one in evenly_spaced(by_length)],
+            golden=[Series(**one) for one in packaging.evenly_spaced(by_length)],
             metrics=metrics,
             changes=changes,
             champion_problem=champion_problem,
         )
         model.to(self.device)
-        served = interpolate_packaged(package, few, self.test).predicted
+        served = packaging.interpolate_packaged(package, few, self.test).predicted
         spread = np.nanstd(table.true.astype(np.float64), axis=0)
         differences = np.abs(served - few.predicted) / np.where(spread > 0, spread, 1)
         return self._check_serving(package, float(np.nanmax(differences)), champion_problem)

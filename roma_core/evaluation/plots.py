@@ -26,9 +26,8 @@ from roma_core.evaluation.drift import (
     bin_fractions,
     drift_effects,
 )
-from roma_core.evaluation.metrics import Estimate
+from roma_core.evaluation.metrics import Estimate, GroupErrors, RegressionMetrics
 from roma_core.evaluation.predictions import Floats, Ints, PredictionTable, RegressionTable
-from roma_core.evaluation.regression_metrics import GroupErrors, RegressionMetrics
 from roma_core.figures import (
     BLUE,
     GREEN,

@@ -15,15 +15,16 @@ import torch
 
 from roma_core.data.store import StoredDataset, Subset, as_delivered
 from roma_core.evaluation.config import Fact, FactSheet
-from roma_core.evaluation.metrics import Estimate, means_with_resamples
-from roma_core.evaluation.plots import ReconstructionExample
-from roma_core.evaluation.predictions import Float32, Floats, Ints, ReconstructionTable
-from roma_core.evaluation.regression_metrics import (
+from roma_core.evaluation.metrics import (
+    Estimate,
     GroupErrors,
     ReconstructionMetrics,
     error_estimates,
+    means_with_resamples,
     r2_samples,
 )
+from roma_core.evaluation.plots import ReconstructionExample
+from roma_core.evaluation.predictions import Float32, Floats, Ints, ReconstructionTable
 from roma_core.figures import label_of
 from roma_core.model import masking
 from roma_core.model.backbone import Backbone

@@ -13,8 +13,14 @@ from pydantic import Field, field_validator
 
 from roma_core.evaluation.classification_metrics import ClassificationMetrics
 from roma_core.evaluation.config import Baseline, FactSheet, ServingChecks
-from roma_core.evaluation.metrics import LABELS, Change, MeasuredBaseline, PartEstimate
-from roma_core.evaluation.regression_metrics import ReconstructionMetrics, RegressionMetrics
+from roma_core.evaluation.metrics import (
+    LABELS,
+    Change,
+    MeasuredBaseline,
+    PartEstimate,
+    ReconstructionMetrics,
+    RegressionMetrics,
+)
 from roma_core.schema import DataSchema
 from roma_core.settings import Frozen
 

@@ -22,13 +22,18 @@ from roma_core.evaluation.classification_metrics import (
     metric_samples,
 )
 from roma_core.evaluation.config import ServingChecks
-from roma_core.evaluation.metrics import LABELS, MeasuredBaseline, resample_sums
+from roma_core.evaluation.metrics import (
+    LABELS,
+    MeasuredBaseline,
+    r2_samples,
+    regression_samples,
+    resample_sums,
+)
 from roma_core.evaluation.predictions import (
     PredictionTable,
     ReconstructionTable,
     RegressionTable,
 )
-from roma_core.evaluation.regression_metrics import r2_samples, regression_samples
 from roma_core.files import read_json, write_json
 from roma_core.job import JobFolder
 from roma_core.settings import Frozen

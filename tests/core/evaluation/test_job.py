@@ -15,9 +15,9 @@ from roma_core.data import DatasetConfig, StoredDataset, build_dataset
 from roma_core.data.store import raw_series
 from roma_core.evaluation.config import EvaluationJobConfig
 from roma_core.evaluation.drift import reference_profile
+from roma_core.evaluation.metrics import r2_samples
 from roma_core.evaluation.packaging import write_package
 from roma_core.evaluation.predictions import ReconstructionTable, RegressionTable
-from roma_core.evaluation.regression_metrics import r2_samples
 from roma_core.files import read_json, write_json
 from roma_core.model import (
     EncoderConfig,

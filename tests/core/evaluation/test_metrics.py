@@ -13,7 +13,15 @@ from roma_core.evaluation.classification_metrics import (
     evaluate,
     metric_samples,
 )
-from roma_core.evaluation.metrics import Estimate, equal_mass_bins, headline, wilson
+from roma_core.evaluation.metrics import (
+    Estimate,
+    ReconstructionMetrics,
+    compare_regressions,
+    equal_mass_bins,
+    evaluate_regression,
+    headline,
+    wilson,
+)
 from roma_core.evaluation.plots import errors_by_group
 from roma_core.evaluation.predictions import PredictionTable
 from roma_core.evaluation.reconstruction import (
@@ -21,11 +29,6 @@ from roma_core.evaluation.reconstruction import (
     errors_by_class,
     noise_error,
     reconstruction_errors,
-)
-from roma_core.evaluation.regression_metrics import (
-    ReconstructionMetrics,
-    compare_regressions,
-    evaluate_regression,
 )
 from roma_core.evaluation.report import ReportContent, render_report
 from roma_core.trainer.defaults import PrimaryMetric

@@ -11,14 +11,13 @@ from roma_core.data import StoredDataset, build_dataset
 from roma_core.evaluation import plots
 from roma_core.evaluation.classification_metrics import evaluate
 from roma_core.evaluation.drift import InputSample, profile_of_sample
-from roma_core.evaluation.metrics import Estimate, PartEstimate
+from roma_core.evaluation.metrics import Estimate, GroupErrors, PartEstimate, evaluate_regression
 from roma_core.evaluation.plots import (
     drift_figure,
     embedding_map,
     principal_components,
 )
 from roma_core.evaluation.reconstruction import reconstruct_examples
-from roma_core.evaluation.regression_metrics import GroupErrors, evaluate_regression
 from roma_core.figures import MAX_BYTES, ORANGE, png_of
 from roma_core.model.config import EncoderConfig, RoMAForPreTrainingConfig
 from roma_core.model.pretraining import RoMAForPreTraining
