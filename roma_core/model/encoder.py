@@ -2,16 +2,11 @@
 
 The last block computes only the rows that are read (hidden tokens in pretraining, CLS in
 classification). On CPU, large products go through oneDNN, and RMSNorm has a faster gradient.
-``packed_attention`` is one operator to the compiler; on CPU it calls the fused kernel once per run of
-neighbouring series of equal length, on views and without a mask. ``padded_attention`` holds nothing
-but standard operators, so that an exported program runs anywhere.
 """
 
 from __future__ import annotations
 
-import itertools
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from roma_core.model.attention import packed_attention, padded_attention
 from roma_core.model.config import EncoderConfig
 from roma_core.model.packing import Segments
 from roma_core.model.positions import Rotations, rotate
 
-log = logging.getLogger(__name__)
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 MIN_ONEDNN_ROWS = 2048  # with fewer, the cost of the call outweighs the gain
 
@@ -126,162 +121,6 @@ class _CpuRMSNorm(torch.autograd.Function):
         )
         grad_x.add_((grad @ gain).unsqueeze(-1).mul_(rstd).div_(x.shape[-1]))
         return grad_x, grad_gain, None
-
-
-def padded_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
-    """``(B, S, h, w)`` queries, keys, values with ``(B, S)`` bool ``valid`` keys → ``(B, S, h, w)``."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, h, S, w)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None, :]).transpose(
-        1, 2
-    )
-
-
-def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, q_seg: Segments, k_seg: Segments, dropout: float = 0.0
-) -> Tensor:
-    """Every query attends to the keys of its own series, of which each has at least one.
-
-    ``(Tq, h, w)`` queries, ``(Tk, h, w)`` keys and values → ``(Tq, h, w)``, all of one dtype.
-    """
-    fused = not q.is_cuda or _runs_packed(q.device, q.dtype, q.shape[-1], dropout > 0)
-    if dropout > 0 or not fused:
-        return _padded_call(q, k, v, q_seg, k_seg, dropout)
-    if q.is_cuda:
-        from torch.nn.attention.varlen import varlen_attn
-
-        seqlens = q_seg.cu_seqlens, k_seg.cu_seqlens
-        longest = q_seg.max_seqlen, k_seg.max_seqlen
-        heads = varlen_attn(q, k, v, *seqlens, *longest)
-        assert isinstance(heads, Tensor)  # a tuple only if auxiliary outputs were asked for
-        return heads
-    exact = torch.float32 if q.requires_grad and q.dtype == torch.bfloat16 else q.dtype
-    # in 16 bits the fused gradient is slower than in 32, the casts included
-    out, _ = _cpu_attention(
-        q.to(exact), k.to(exact), v.to(exact), q_seg.cu_seqlens, k_seg.cu_seqlens
-    )
-    return out.to(q.dtype)
-
-
-@cache
-def _runs_packed(device: torch.device, dtype: torch.dtype, width: int, drops: bool) -> bool:
-    """Whether a GPU's fused kernel computes heads of this width; logged once for each case."""
-    fits = torch.cuda.get_device_capability(device) >= (8, 0) and width in range(8, 257, 8)
-    if fits and dtype in (torch.bfloat16, torch.float16) and not drops:
-        log.info("attention on %s in %s: packed, by varlen_attn", device, dtype)
-        return True
-    what = f"attention on {device} in {dtype} with heads {width} wide{' and dropout' * drops}"
-    log.warning(
-        f"{what} pads series to the longest of a batch; to be packed it needs 16 bits "
-        f"(ROMA_TRAINER_MIXED_PRECISION=bf16), head widths of a multiple of 8 up to 256, attn_drop_rate=0 "
-        f"and compute capability 8.0"
-    )
-    return False
-
-
-def _runs(q_seqlens: Tensor, k_seqlens: Tensor) -> Iterator[tuple[int, int, int, int, int]]:
-    """(series, first query row, queries each, first key row, keys each) of every run of equal lengths."""
-    q0 = k0 = 0
-    lengths = zip(q_seqlens.diff().tolist(), k_seqlens.diff().tolist(), strict=True)
-    for (n_q, n_k), run in itertools.groupby(lengths):
-        n = len(list(run))
-        if n_q:
-            yield n, q0, n_q, k0, n_k
-        q0, k0 = q0 + n * n_q, k0 + n * n_k
-
-
-def _view(x: Tensor, n: int, start: int, each: int) -> Tensor:
-    """Rows of a run as ``(n, h, each, w)``, without a copy."""
-    return x[start : start + n * each].unflatten(0, (n, each)).transpose(1, 2)
-
-
-@torch.library.custom_op("roma::cpu_attention", mutates_args=())
-def _cpu_attention(
-    q: Tensor, k: Tensor, v: Tensor, q_seqlens: Tensor, k_seqlens: Tensor
-) -> tuple[Tensor, Tensor]:
-    out = q.new_empty(q.shape)
-    # the kernel reports its log-sum-exp in float32 for 16-bit inputs
-    lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-    for n, q0, n_q, k0, n_k in _runs(q_seqlens, k_seqlens):
-        run_out, run_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _view(q, n, q0, n_q), _view(k, n, k0, n_k), _view(v, n, k0, n_k)
-        )
-        _view(out, n, q0, n_q).copy_(run_out)
-        _view(lse.unsqueeze(-1), n, q0, n_q).copy_(run_lse.unsqueeze(-1))
-    return out, lse
-
-
-@_cpu_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Tensor, k_seqlens: Tensor):
-    lse_dtype = torch.promote_types(q.dtype, torch.float32)
-    return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=lse_dtype)
-
-
-@torch.library.custom_op("roma::cpu_attention_backward", mutates_args=())
-def _cpu_attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q_seqlens: Tensor,
-    k_seqlens: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_q, grad_k, grad_v = (
-        torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)
-    )
-    for n, q0, n_q, k0, n_k in _runs(q_seqlens, k_seqlens):
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            _view(grad, n, q0, n_q),
-            _view(q, n, q0, n_q),
-            _view(k, n, k0, n_k),
-            _view(v, n, k0, n_k),
-            _view(out, n, q0, n_q),
-            _view(lse.unsqueeze(-1), n, q0, n_q).squeeze(-1),
-            0.0,
-            False,
-        )
-        _view(grad_q, n, q0, n_q).copy_(grads[0])
-        _view(grad_k, n, k0, n_k).copy_(grads[1])
-        _view(grad_v, n, k0, n_k).copy_(grads[2])
-    return grad_q, grad_k, grad_v
-
-
-@_cpu_attention_backward.register_fake
-def _(grad, q, k, v, out, lse, q_seqlens, k_seqlens):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:])  # q, k, v, out, lse, both seqlens
-
-
-def _backward(ctx, grad_out: Tensor, grad_lse: Tensor | None):
-    return *_cpu_attention_backward(grad_out, *ctx.saved_tensors), None, None
-
-
-_cpu_attention.register_autograd(_backward, setup_context=_save)
-
-
-def _pad(x: Tensor, segments: Segments) -> Tensor:
-    """``(T, h, w)`` → ``(B, h, longest, w)``, zeros past the end."""
-    out = x.new_zeros(segments.count, segments.max_seqlen, *x.shape[1:])
-    return out.index_put((segments.ids, segments.index_in_series), x).transpose(1, 2)
-
-
-def _padded_call(
-    q: Tensor, k: Tensor, v: Tensor, q_seg: Segments, k_seg: Segments, dropout: float
-) -> Tensor:
-    index = torch.arange(k_seg.max_seqlen, device=k.device)
-    valid = index < k_seg.sizes[:, None]  # (B, S)
-    out = F.scaled_dot_product_attention(
-        _pad(q, q_seg),
-        _pad(k, k_seg),
-        _pad(v, k_seg),
-        attn_mask=valid[:, None, None, :],
-        dropout_p=dropout,
-    )
-    return out.transpose(1, 2)[q_seg.ids, q_seg.index_in_series]
 
 
 Rows = Tensor | tuple[slice, slice]  # (R,) int64 of packed rows; series and tokens of padded ones
@@ -393,7 +232,9 @@ class Block(nn.Module):
         """``(T, d)`` → ``(T, d)``, or ``(R, d)`` with ``rows``."""
         index = None if rows is None else rows.index
         before, after = Block.before, Block.after
-        if self.compiles:
+        if (
+            self.compiles and rows is None
+        ):  # few rows are read of the last block: not worth a minute
             before, after = _compiled(before), _compiled(after)
         q, k, v = before(self, x, rotations, index)
         queried = segments if rows is None else rows.segments
@@ -435,6 +276,8 @@ class Encoder(nn.Module):
 
     def compile_regions(self) -> None:
         """Compile the token-wise parts, once for all layers, lengths and copies of the model.
+
+        A last block of which only some rows are read is not compiled.
 
         Attention stays one operator between the regions, so lengths never cause a recompilation.
         The first step after this takes up to a minute; ``tests/benchmarks/model.py`` measures the gain.

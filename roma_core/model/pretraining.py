@@ -293,6 +293,7 @@ class RoMAForPreTraining(Backbone):
         encoded = visible.layout.segments
         x = F.dropout(visible.rows, drop, self.training)
         x = self.encoder_decoder_proj(self.encoder(x, visible.rotations, encoded))
+        x = x.to(visible.rows.dtype)  # the residual stream keeps its precision here, too
 
         # the decoder has the rows of the encoder and then the mask tokens, series after series
         lengths = [a + b for a, b in zip(encoded.lengths, hidden.lengths, strict=True)]

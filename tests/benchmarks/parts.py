@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from roma_core.model.encoder import RMSNorm, linear, linear_silu, packed_attention, padded_attention
+from roma_core.model.attention import packed_attention, padded_attention
+from roma_core.model.encoder import RMSNorm, linear, linear_silu
 from roma_core.model.packing import Segments
 from roma_core.model.positions import RotaryEmbedding, rotate
 from tests.benchmarks.timing import Clock, Work

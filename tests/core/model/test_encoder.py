@@ -19,11 +19,8 @@ from roma_core.model.encoder import (
     MIN_ONEDNN_ROWS,
     Encoder,
     RMSNorm,
-    _runs_packed,
     linear,
     linear_silu,
-    packed_attention,
-    padded_attention,
 )
 from roma_core.model.packing import Segments
 from roma_core.model.positions import RotaryEmbedding
@@ -142,54 +139,6 @@ def test_products_and_their_gradients_are_those_of_the_framework(rows, autocast)
         with torch.no_grad():
             torch.testing.assert_close(linear_silu(x, weight), F.silu(expected), **close)
         torch.testing.assert_close(linear_silu(x, weight), F.silu(expected), **close)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "width", "drops", "capability", "packed"),
-    [
-        (torch.bfloat16, 64, False, (9, 0), True),
-        (torch.float16, 256, False, (8, 0), True),
-        (torch.bfloat16, 60, False, (9, 0), False),
-        (torch.bfloat16, 264, False, (9, 0), False),
-        (torch.bfloat16, 64, True, (9, 0), False),
-        (torch.bfloat16, 64, False, (7, 5), False),
-        (torch.float32, 64, False, (9, 0), False),
-    ],
-)
-def test_a_gpu_attends_to_packed_rows_where_its_kernel_can_and_says_so_once(
-    monkeypatch, caplog, dtype, width, drops, capability, packed
-):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    _runs_packed.cache_clear()
-    with caplog.at_level("INFO"):
-        for _ in range(2):
-            case = torch.device("cuda"), dtype, width, drops
-            assert _runs_packed(*case) is packed
-    _runs_packed.cache_clear()
-    (record,) = caplog.records
-    assert record.levelname == ("INFO" if packed else "WARNING")
-    assert ("varlen_attn" if packed else "ROMA_TRAINER_MIXED_PRECISION") in record.message
-
-
-def test_packed_attention_and_its_gradient_agree_with_the_padded_body():
-    torch.manual_seed(0)
-    lengths = [2, 2, 5, 1]
-    segments = Segments(lengths)
-    q, k, v = (torch.randn(10, 2, 6, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    places = (segments.ids, segments.index_in_series)
-
-    def padded():
-        spread_out = [x.new_zeros(4, 5, 2, 6).index_put(places, x) for x in (q, k, v)]
-        valid = torch.arange(5) < segments.sizes[:, None]
-        return padded_attention(*spread_out, valid)[places]
-
-    packed = packed_attention(q, k, v, segments, segments)
-    torch.testing.assert_close(packed, padded())
-    weight = torch.randn_like(packed)
-    grads = torch.autograd.grad((packed * weight).sum(), (q, k, v))
-    expected = torch.autograd.grad((padded() * weight).sum(), (q, k, v))
-    for ours, theirs in zip(grads, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(

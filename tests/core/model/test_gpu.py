@@ -7,7 +7,7 @@ import torch
 from torch.export.passes import move_to_device_pass
 
 from roma_core import EncoderConfig, RoMAForPreTraining, RoMAForPreTrainingConfig
-from roma_core.model.encoder import packed_attention
+from roma_core.model.attention import packed_attention
 from roma_core.model.masking import draw_mask
 from roma_core.model.packing import Segments
 from tests.core.model.small_models import autoencoder, classifier, every_part
