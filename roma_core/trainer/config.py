@@ -94,7 +94,7 @@ class TrainerConfig(RomaSettings):
     layer_lr_decay: float | None = Field(None, gt=0, le=1)
     """Factor of the learning rate from each encoder block to the one before it; null: one rate."""
     encoder_lr_scale: float = Field(1.0, gt=0, le=1)
-    """Factor of the learning rate of the encoder's blocks. 0.1 lets the convolutions of windows learn
+    """Factor of the learning rate of the encoder's blocks. 0.03 lets the convolutions of windows learn
     shapes before attention fits few series by heart."""
     best_metric: str = "eval/loss"
     """Evaluation metric by which checkpoints are ranked: eval/loss or, of a classifier, eval/accuracy,

@@ -40,6 +40,7 @@ _MIN_SERIES_FOR_BEST = 1000
 _WINDOW = 8
 _MIN_STEPS_OF_GRID = 64  # of a series, from which windows take the place of single observations
 _MIN_FILL = 0.2  # observed share of these steps; convolutions compute the others, too
+_COMPLETE = 0.95  # observed share from which training series stay as they are
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,17 @@ def default_settings(size: DatasetSize, targets: TargetLevel | None = None) -> D
         "value_features": f"value_features {value_features}: {features}",
         "neighbours": f"neighbours {neighbours}: {differences}",
     }
+    finetrainer["augment_drop_rate"] = 0.3
     if is_dense:
+        is_complete = size.grid_fill >= _COMPLETE
+        finetrainer["augment_drop_rate"] = 0.0 if is_complete else 0.75
+        if is_complete:
+            finetuning_reason += "; none are dropped at random: a complete series shows its shape"
         embedding = {"window": _WINDOW}
         on_grid = f"{size.mean_length:.0f} observations on a regular grid, {size.grid_fill:.0%} of its steps"
         of_embedding = {"window": f"window {_WINDOW}: {on_grid}; a token is {_WINDOW} steps"}
         if size.n_series < _MIN_SERIES_FOR_BEST:
-            depth, finetrainer["encoder_lr_scale"] = 2, 0.1
+            depth, finetrainer["encoder_lr_scale"] = 2, 0.03
             finetuning_reason += (
                 "; the encoder's blocks learn slower: attention fits few series by heart"
             )
@@ -134,7 +140,7 @@ def default_settings(size: DatasetSize, targets: TargetLevel | None = None) -> D
                 # the mean also where there is a CLS token
                 "pooling": "token" if targets == "observation" else "mean",
             },
-            "trainer": {**finetrainer, "augment_drop_rate": 0.75 if is_dense else 0.3},
+            "trainer": finetrainer,
         },
         steps={"pretraining": pretraining_steps, "finetuning": finetuning_steps},
         size=size,
