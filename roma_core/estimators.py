@@ -64,6 +64,7 @@ from roma_core.trainer.job import (
     MODEL_OUTPUT,
     TrainingJobConfig,
     grid_of_split,
+    observed_of_split,
     train,
     validation_metric,
 )
@@ -196,6 +197,7 @@ class _Estimator(BaseEstimator):
             schema.n_values,
             max(1, n_axes),
             0.0 if grid is None else grid.fill,
+            1.0 if grid is None else observed_of_split(split),
         )
         is_regression = self._kind == "regressor"
         defaults = default_settings(size, "series" if is_regression else None)

@@ -184,6 +184,7 @@ def propose(
         grid_fill=0.0
         if categorical or statistics.layout == "per_channel"
         else statistics.grid_fill,
+        observed=statistics.observed,
     )
     warnings = [*_warnings(statistics), *(_LACKS for reason in reasons if _LACKS in reason)]
     if targets:

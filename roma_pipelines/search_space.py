@@ -157,7 +157,8 @@ def default_space(experiment: Any) -> dict[str, Dimension]:
     trainer = experiment.finetuning.trainer
     rate = float(trainer.get("base_lr", default))
     stack = "model.encoder_config"
-    dropped = max(0.5, trainer.get("augment_drop_rate", 0.0))  # windows bear more
+    dropped = 0.75 if experiment.pretraining.model.get("window") else 0.5
+    dropped = max(dropped, trainer.get("augment_drop_rate", 0.0))
     limits = {"trainer.augment_drop_rate": dropped, "model.head_drop_rate": 0.5}
     limits |= {f"{stack}.drop_path_rate": 0.3, f"{stack}.hidden_drop_rate": 0.3}
     if experiment.task == "classification":

@@ -196,6 +196,7 @@ class SourceStatistics:
     layout: Layout  # that `auto` chooses; what is counted is its observations
     layout_reason: str
     grid_fill: float = 0.0  # observed share of the steps of the first axis's grid; 0: no grid
+    observed: float = 1.0  # share of the numbers of all observations that is not missing
     targets: tuple[str, ...] = ()
     target_level: TargetLevel = "observation"
 
@@ -220,6 +221,7 @@ def source_statistics(source: Source) -> SourceStatistics:
     varies = np.zeros(n_channels, dtype=bool)
     classes_of_group: dict[str, set[str | None]] = {}
     lengths = array("q")
+    n_numbers = n_places = 0
     times: list[NDArray[np.float64]] = []  # on the first axis, of the first series
     n_timed = 0
     for series in cleaner:
@@ -227,6 +229,8 @@ def source_statistics(source: Source) -> SourceStatistics:
         if given == "joint":
             positions, values, _ = melt(positions, values)
         lengths.append(len(values) if layout == "per_channel" else n_times_of(series, given))
+        n_numbers += len(values)
+        n_places += lengths[-1] * (n_channels if layout == "joint" else 1)
         classes.update(filter(None, [series.label]))
         splits.update(filter(None, [series.recorded_split]))
         if series.group is not None:
@@ -274,6 +278,7 @@ def source_statistics(source: Source) -> SourceStatistics:
         layout=layout,
         layout_reason=reason,
         grid_fill=0.0 if (grid := grid_of(times)) is None else grid.fill,
+        observed=n_numbers / n_places,
         targets=tuple(target.name for target in trait(source, "targets")),
         target_level=trait(source, "target_level"),
     )

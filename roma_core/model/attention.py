@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -19,10 +19,6 @@ from torch import Tensor
 from roma_core.model.packing import Segments
 
 log = logging.getLogger(__name__)
-_MIN_PRODUCTS = (
-    160  # keys from which products of 16-bit matrices are faster than the fused gradient
-)
-_MAX_SCORES = 2**20  # at a time
 
 
 def padded_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
@@ -90,6 +86,11 @@ def _runs(q_seqlens: Tensor, k_seqlens: Tensor) -> list[_Run]:
     return [(len(list(run)), *each) for each, run in itertools.groupby(lengths)]
 
 
+def _each(runs: list[_Run], *sides: tuple[Tensor, int]) -> Iterator[tuple[Tensor, ...]]:
+    """Of every run its part of each tensor, whose side is 1 for queries and 2 for keys."""
+    return zip(*(_split(x, runs, side) for x, side in sides), strict=True)
+
+
 def _split(x: Tensor, runs: list[_Run], side: int) -> list[Tensor]:
     """``(T, h, w)`` → ``(n, h, each, w)`` of every run, without a copy; side 1: queries, 2: keys."""
     rows = x.transpose(0, 1)[None].split([run[0] * run[side] for run in runs], dim=2)
@@ -99,31 +100,30 @@ def _split(x: Tensor, runs: list[_Run], side: int) -> list[Tensor]:
     ]
 
 
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    """The inverse of :func:`_split`."""
-    return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])
-
-
 @torch.library.custom_op("roma::cpu_attention", mutates_args=())
 def _cpu_attention(
     q: Tensor, k: Tensor, v: Tensor, q_seqlens: Tensor, k_seqlens: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Also gives the log-sum-exp of the scores, ``(T, h, 1)``, in float32 for 16-bit inputs."""
-    if not q.numel():
-        return q.new_empty(q.shape), q.new_empty((*q.shape[:2], 1))
+    out, lse = _empty_outputs(q)
     runs = _runs(q_seqlens, k_seqlens)
-    results = [
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*parts)
-        for parts in zip(_split(q, runs, 1), _split(k, runs, 2), _split(v, runs, 2), strict=True)
-        if parts[0].numel()
-    ]
-    return _join([out for out, _ in results]), _join([lse[..., None] for _, lse in results])
+    sides = (q, 1), (k, 2), (v, 2), (out, 1), (lse, 1)
+    for *inputs, run_out, run_lse in _each(runs, *sides):
+        if run_out.numel():
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*inputs)
+            run_out.copy_(found[0])
+            run_lse.copy_(found[1].unsqueeze(-1))
+    return out, lse
+
+
+def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty((*q.shape[:2], 1), dtype=lse_dtype)
 
 
 @_cpu_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, q_seqlens: Tensor, k_seqlens: Tensor):
-    lse_dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty((*q.shape[:2], 1), dtype=lse_dtype)
+    return _empty_outputs(q)
 
 
 @torch.library.custom_op("roma::cpu_attention_backward", mutates_args=())
@@ -137,29 +137,23 @@ def _cpu_attention_backward(
     q_seqlens: Tensor,
     k_seqlens: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     runs = _runs(q_seqlens, k_seqlens)
     sides = (grad, 1), (q, 1), (k, 2), (v, 2), (out, 1), (lse, 1)
-    grads = [
-        _run_backward(*parts)
-        for parts in zip(*(_split(x, runs, side) for x, side in sides), strict=True)
-    ]
-    of_q, of_k, of_v = zip(*grads, strict=True)
-    return _join(of_q), _join(of_k), _join(of_v)
-
-
-def _run_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, ...]:
-    """Gradients of q, k and v of a run, all ``(n, h, each, w)``."""
-    if not q.numel():
-        return q, torch.zeros_like(k), torch.zeros_like(v)
+    of_grads = (grads[0], 1), (grads[1], 2), (grads[2], 2)
     # the fused gradient in 16 bits is slower than in 32, the casts included
     exact = torch.float32 if q.dtype == torch.bfloat16 else q.dtype
-    inputs = (x.to(exact) for x in (grad, q, k, v, out))
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *inputs, lse.squeeze(-1), 0.0, False
-    )
-    return tuple(x.to(q.dtype) for x in grads)
+    for *inputs, run_lse, grad_q, grad_k, grad_v in _each(runs, *sides, *of_grads):
+        if not grad_q.numel():  # keys that nobody asked for
+            grad_k.zero_()
+            grad_v.zero_()
+            continue
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(x.to(exact) for x in inputs), run_lse.squeeze(-1), 0.0, False
+        )
+        for target, run_grad in zip((grad_q, grad_k, grad_v), found, strict=True):
+            target.copy_(run_grad)
+    return grads
 
 
 @_cpu_attention_backward.register_fake

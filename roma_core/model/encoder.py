@@ -232,12 +232,10 @@ class Block(nn.Module):
         """``(T, d)`` → ``(T, d)``, or ``(R, d)`` with ``rows``."""
         index = None if rows is None else rows.index
         before, after = Block.before, Block.after
-        if (
-            self.compiles and rows is None
-        ):  # few rows are read of the last block: not worth a minute
+        queried = segments if rows is None else rows.segments
+        if self.compiles and 4 * queried.total > segments.total:  # few rows gain little
             before, after = _compiled(before), _compiled(after)
         q, k, v = before(self, x, rotations, index)
-        queried = segments if rows is None else rows.segments
         dropout = self.attn_drop_rate if self.training else 0.0
         heads = packed_attention(q, k, v, queried, segments, dropout)
         return after(self, x if index is None else x[index], heads, self._drop_path(queried))
@@ -277,7 +275,7 @@ class Encoder(nn.Module):
     def compile_regions(self) -> None:
         """Compile the token-wise parts, once for all layers, lengths and copies of the model.
 
-        A last block of which only some rows are read is not compiled.
+        A last block of which few rows are read, as of a classifier's CLS, is not compiled.
 
         Attention stays one operator between the regions, so lengths never cause a recompilation.
         The first step after this takes up to a minute; ``tests/benchmarks/model.py`` measures the gain.

@@ -40,7 +40,7 @@ _MIN_SERIES_FOR_BEST = 1000
 _WINDOW = 8
 _MIN_STEPS_OF_GRID = 64  # of a series, from which windows take the place of single observations
 _MIN_FILL = 0.2  # observed share of these steps; convolutions compute the others, too
-_COMPLETE = 0.95  # observed share from which training series stay as they are
+_COMPLETE = 0.95  # observed share of numbers from which training series stay as they are
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class DatasetSize:
     n_channels: int
     n_axes: int = 1
     grid_fill: float = 0.0  # observed share of the steps of a regular grid; 0: there is none
+    observed: float = 1.0  # share of the numbers of all observations that is not missing
 
     @property
     def is_dense(self) -> bool:
@@ -109,10 +110,10 @@ def default_settings(size: DatasetSize, targets: TargetLevel | None = None) -> D
     }
     finetrainer["augment_drop_rate"] = 0.3
     if is_dense:
-        is_complete = size.grid_fill >= _COMPLETE
+        is_complete = size.grid_fill * size.observed >= _COMPLETE
         finetrainer["augment_drop_rate"] = 0.0 if is_complete else 0.75
         if is_complete:
-            finetuning_reason += "; none are dropped at random: a complete series shows its shape"
+            finetuning_reason += "; no observations are dropped: hardly any are missing"
         embedding = {"window": _WINDOW}
         on_grid = f"{size.mean_length:.0f} observations on a regular grid, {size.grid_fill:.0%} of its steps"
         of_embedding = {"window": f"window {_WINDOW}: {on_grid}; a token is {_WINDOW} steps"}

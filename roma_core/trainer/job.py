@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+import numpy as np
 from pydantic import Field
 
 from roma_core.data.layout import Grid, grid_of
@@ -144,8 +145,18 @@ _SAMPLE = 200  # series whose times are read to find a grid
 
 def grid_of_split(series: Subset) -> Grid | None:
     """The grid that the observations of a split lie on, on the first axis."""
-    chosen = series.indices[:: -(-len(series) // _SAMPLE) or 1]
-    return grid_of(series.dataset.raw(int(row))[0][:, 0] for row in chosen)
+    return grid_of(series.dataset.raw(row)[0][:, 0] for row in _sample(series))
+
+
+def observed_of_split(series: Subset) -> float:
+    """Share of the numbers of a split's observations that is not missing."""
+    values = (series.dataset.raw(row)[1] for row in _sample(series))
+    return float(np.mean([np.isfinite(one).mean() for one in values]))
+
+
+def _sample(series: Subset) -> list[int]:
+    rows: list[int] = series.indices[:: -(-len(series) // _SAMPLE) or 1].tolist()
+    return rows
 
 
 def _grid_step(dataset: StoredDataset, given: float | None) -> float:

@@ -255,6 +255,21 @@ def test_a_target_column_makes_a_regression(tmp_path, has_objects, target, level
     assert (schema.target_level, schema.targets[0].name) == (level, target)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.75])
+def test_dense_series_of_which_numbers_are_missing_are_not_complete(tmp_path, share):
+    series, time = np.divmod(np.arange(8 * 100), 100)
+    table = pd.DataFrame({"id": series, "label": series % 2, "time": time, "x": np.sin(time)})
+    table["y"] = np.where(time % 2 < 4 * share - 2, np.cos(time), np.nan)
+    table.to_csv(tmp_path / "dense.csv", index=False)
+
+    inferred = infer_source([tmp_path / "dense.csv"], ColumnRoles())
+    statistics = source_statistics(source_config(inferred.config).open(tmp_path))
+    trainer = propose(statistics).sizes.finetuning["trainer"]
+
+    assert (statistics.grid_fill, statistics.observed) == (1.0, share)
+    assert trainer["augment_drop_rate"] == (0.0 if share == 1 else 0.75)
+
+
 def test_a_number_that_recurs_far_away_is_pointed_at(tmp_path):
     flux = BANDS.flux.where(np.arange(200) % 20 > 0, 1e20)
     BANDS.assign(flux=flux).to_csv(tmp_path / "a.csv", index=False)

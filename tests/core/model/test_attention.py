@@ -84,3 +84,18 @@ def test_rows_of_which_none_is_queried_give_nothing(dtype):
     none, keys = Segments([0, 0]), Segments([1, 2])
     q, k = torch.zeros(0, 2, 8, dtype=dtype), torch.ones(3, 2, 8, dtype=dtype)
     assert packed_attention(q, k, k, none, keys).shape == (0, 2, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lengths", [[1, 4, 4], [0, 2, 2], [0, 0, 0]])
+def test_the_operator_is_what_its_shape_for_the_compiler_says(dtype, lengths):
+    queries, keys = Segments(lengths), Segments([1, 4, 4])
+    inputs = [torch.randn(s.total, 2, 8, dtype=dtype) for s in (queries, keys, keys)]
+    arguments = *inputs, queries.cu_seqlens, keys.cu_seqlens
+    torch.library.opcheck(attention._cpu_attention, arguments, test_utils="test_faketensor")
+
+
+def test_no_series_at_all_have_gradients_of_no_rows():
+    none, x = Segments([]), torch.zeros(0, 2, 8, requires_grad=True)
+    packed_attention(x, x, x, none, none).sum().backward()
+    assert x.grad.shape == x.shape

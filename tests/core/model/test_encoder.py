@@ -15,9 +15,11 @@ from roma_core import (
     RoMAForPreTraining,
     RoMAForPreTrainingConfig,
 )
+from roma_core.model import encoder as encoder_module
 from roma_core.model.encoder import (
     MIN_ONEDNN_ROWS,
     Encoder,
+    OutputRows,
     RMSNorm,
     linear,
     linear_silu,
@@ -61,6 +63,21 @@ def test_the_encoder_is_one_graph_that_serves_other_lengths():
         graphs.append(counter.frame_count)
     # no length made another graph; a size that happens to equal a width would make one
     assert graphs == graphs[:1] * 4
+
+
+@pytest.mark.parametrize(("n_read", "compiles"), [(3, False), (20, True)])
+def test_a_last_block_is_compiled_unless_few_of_its_rows_are_read(monkeypatch, n_read, compiles):
+    compiled = []
+    monkeypatch.setattr(
+        encoder_module, "_compiled", lambda method: compiled.append(method) or method
+    )
+    encoder = Encoder(STACK.model_copy(update={"depth": 1}))
+    encoder.compile_regions()
+    x, rotations, segments = packed([30])
+    rows = OutputRows(torch.arange(n_read), Segments([n_read]))
+
+    assert encoder(x, rotations, segments, rows).shape[0] == n_read
+    assert bool(compiled) is compiles
 
 
 @pytest.mark.slow

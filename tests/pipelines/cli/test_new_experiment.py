@@ -315,14 +315,15 @@ def test_long_series_on_a_grid_get_windows():
 
 
 @pytest.mark.parametrize(
-    ("grid_fill", "dropped"), [(1.0, 0.0), (0.95, 0.0), (0.9, 0.75), (0.5, 0.75), (0.0, 0.3)]
+    ("grid_fill", "observed", "dropped"),
+    [(1, 1, 0), (0.95, 1, 0), (0.9, 1, 0.75), (0.5, 1, 0.75), (1, 0.9, 0.75), (0, 1, 0.3)],
 )
-def test_observations_are_dropped_at_random_where_some_are_missing(grid_fill, dropped):
-    size = DatasetSize(n_series=200, n_observations=40_000, n_channels=1, grid_fill=grid_fill)
+def test_observations_are_dropped_at_random_where_some_are_missing(grid_fill, observed, dropped):
+    size = DatasetSize(200, 40_000, n_channels=1, grid_fill=grid_fill, observed=observed)
     finetuning = default_settings(size)
 
     assert finetuning.finetuning["trainer"]["augment_drop_rate"] == dropped
-    assert ("complete series" in finetuning.reasons["finetuning"]) is (dropped == 0)
+    assert ("no observations are dropped" in finetuning.reasons["finetuning"]) is (dropped == 0)
 
 
 def test_every_choice_is_valid_for_the_trainer():
