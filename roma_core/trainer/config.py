@@ -81,7 +81,8 @@ class TrainerConfig(RomaSettings):
     """'fsdp' shards weights, gradients and optimiser state over all processes (FSDP2), for a model
     that does not fit into one device; 'none' keeps a full copy in each."""
     compile: Resumable[bool] = False
-    """Compile the token-wise parts of every block, which takes up to a minute; only faster on GPUs."""
+    """Compile the token-wise parts of the blocks, which takes up to a minute; meant for GPUs. In bf16 on
+    a CPU with AMX, a training step took up to 15 % less."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay of the exponential moving average (EMA) of the weights, for evaluation; null: off."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
