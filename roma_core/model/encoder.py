@@ -233,7 +233,7 @@ class Block(nn.Module):
         index = None if rows is None else rows.index
         before, after = Block.before, Block.after
         queried = segments if rows is None else rows.segments
-        if self.compiles and 4 * queried.total > segments.total:  # few rows gain little
+        if self.compiles and 4 * queried.total > segments.total:  # else too few rows to bother
             before, after = _compiled(before), _compiled(after)
         q, k, v = before(self, x, rotations, index)
         dropout = self.attn_drop_rate if self.training else 0.0
