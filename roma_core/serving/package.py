@@ -123,6 +123,7 @@ def build_package(
             f"a regressor has an output per target, or two with a deviation: expected outputs for {k} "
             f"targets, got {n_outputs}"
         )
+    step = model_config.get("grid_step")
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
@@ -143,6 +144,8 @@ def build_package(
                 "n_outputs": n_outputs,
                 "per_observation": kind == "regressor" and schema.target_level == "observation",
                 "units_required": True,
+                # of windows, in the unit of the first axis
+                "grid_step": None if step is None else step * schema.axes[0].scale,
                 "max_length": max_length,
                 "max_batch_tokens": max_batch_tokens,
                 "torch": torch.__version__,

@@ -48,6 +48,7 @@ from pydantic import (
 
 SCHEMA_VERSION = 1
 MANIFEST = "MANIFEST.json"
+_MAX_OFF_GRID = 0.2  # of a step, as of the data sets that a model learns from
 _FEW_TOKENS, _MAX_PADDING = 2048, 1.03  # of a batch: larger ones are not faster
 REQUIRED_FILES = (
     "model.pt2",
@@ -344,6 +345,7 @@ class Package:
             if not one.get("categories")
         }
         self.units_required: bool = package["units_required"]
+        self.grid_step: float | None = package.get("grid_step")  # in the unit of the first axis
         self.n_outputs: int = package["n_outputs"]
         targets = schema.get("targets", []) if self.kind == "regressor" else []
         self.targets: dict[str, str] = {one["name"]: one["unit"] for one in targets}
@@ -665,6 +667,7 @@ class Package:
             raise InvalidSeries(
                 f"{names[i]}: expected 1 to {self.max_length} {what}, got {lengths[i]}"
             )
+        self._check_grid(positions[:, 0], lengths, names)
         with np.errstate(over="ignore"):
             tokens = normalise_values(values, self.normalisation, self._group(positions))
             # as in training, where hidden tokens count for the first position of a series
@@ -677,6 +680,23 @@ class Package:
                 where = names[series[min(row, len(series) - 1)]]
                 raise InvalidSeries(f"{where}: {field}: a number is too large for float32")
         return tokens, at, lengths
+
+    def _check_grid(
+        self, times: NDArray[np.float64], lengths: NDArray[np.int64], names: Sequence[str]
+    ) -> None:
+        """Refuse times between the steps of a model's grid, which it would move to the nearest step."""
+        if self.grid_step is None:
+            return
+        first = np.minimum.reduceat(times, np.cumsum(lengths) - lengths)
+        places = (times - np.repeat(first, lengths)) / self.grid_step
+        off = np.abs(places - places.round()) > _MAX_OFF_GRID
+        for row in np.flatnonzero(off)[:1].tolist():
+            one = int(np.searchsorted(np.cumsum(lengths), row, side="right"))
+            raise InvalidSeries(
+                f"{names[one]}: positions: {self.axes[0]['name']!r} should lie on steps of "
+                f"{self.grid_step:g} {self.axes[0]['unit']} from the first, {first[one]:.10g}, "
+                f"got {times[row]:.10g}"
+            )
 
     def _group(self, positions: NDArray[np.float64]) -> NDArray[np.int64] | None:
         """``(n,)`` group of normalisation of ``(n, D)`` positions; None if there is only one."""

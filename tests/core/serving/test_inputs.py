@@ -29,9 +29,10 @@ from roma_core.serving.client import ServedModel, ServerError
 from roma_core.serving.package import build_package, json_schema, verify_package
 from roma_core.serving.pyfunc_model import InvalidSeries, Series, _category, open_package
 from roma_core.sources.base import RawSeries
+from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.dataloader import Collate
-from roma_core.trainer.job import data_fields
-from tests.core.hand_made import HandMade, built
+from roma_core.trainer.job import TrainingJobConfig, data_fields, model_of
+from tests.core.hand_made import HandMade, built, series
 
 COVARIATES = (Covariate(name="age", unit="y"), Covariate(name="sex", categories=("f", "m")))
 WARD = PositionAxis(
@@ -420,3 +421,33 @@ def test_a_number_is_no_index_of_categories_that_are_called_by_numbers(names, en
         band |= {"unknown": True}
     index = len(names) if index is None else index
     assert _category(band, entry, "series 0") == _number(band, entry) == index
+
+
+def test_times_between_the_steps_of_windows_are_refused(tmp_path):
+    """In both forms, and by the name of the series; a little off is of the nearest step."""
+    given = [
+        series(f"s{k}", 24, "xy"[k % 2], "train", k, positions=np.arange(24.0)[:, None] / 2 + k)
+        for k in range(4)
+    ]
+    dataset = StoredDataset(built(tmp_path, *given, axes={"t": {"scale": 2.0}}))
+    config = TrainingJobConfig.resolve(
+        "finetune", dataset.path, {"window": 4, "encoder_config": STACK}, TrainerConfig()
+    )
+    model = model_of(config, 0, resumes=False).eval()
+    golden = list(raw_series(dataset.split("train"), [0, 1]))
+    package = packaged(tmp_path, model, model.export(), dataset.schema, golden)
+    name = package.axes[0]["name"]
+    times = np.array(golden[1]["positions"][name])
+
+    def moved(by):
+        return golden[1] | {"positions": {name: np.where(times == times[5], times + by, times)}}
+
+    whole, near = package.predict([golden[1], moved(0.05)])
+    assert near.probabilities == pytest.approx(whole.probabilities, abs=1e-6)
+    message = rf"'{name}' should lie on steps of 0.5 \S+ from the first, 1, got 3.7$"
+    with pytest.raises(InvalidSeries, match="^series 1 .*" + message):
+        package.predict([golden[0], moved(0.2)])
+    one = moved(0.2)
+    columns = {key: np.array(column) for key, column in (one["positions"] | one["values"]).items()}
+    with pytest.raises(InvalidSeries, match=message):
+        package.outputs_of_columns(np.array([24]), columns, units=one["units"])
