@@ -48,7 +48,7 @@ def packed_attention(
         assert isinstance(heads, Tensor)  # a tuple only if auxiliary outputs were asked for
         return heads
     # the gradient is computed in 32 bits; without matrix units, so is what it is taken of
-    casts = q.requires_grad and q.dtype == torch.bfloat16 and not _has_matrix_units()
+    casts = q.requires_grad and q.dtype == torch.bfloat16 and not has_matrix_units()
     exact = torch.float32 if casts else q.dtype
     out, _ = _cpu_attention(
         q.to(exact), k.to(exact), v.to(exact), q_seg.cu_seqlens, k_seg.cu_seqlens
@@ -57,7 +57,7 @@ def packed_attention(
 
 
 @cache
-def _has_matrix_units() -> bool:
+def has_matrix_units() -> bool:
     """Whether this processor multiplies 16-bit matrices by AMX."""
     return bool(torch.cpu._is_amx_tile_supported())
 

@@ -197,8 +197,8 @@ def _trainer(
     interval = max(10, total // 10)  # a tenth of the steps, to one digit
     digit = 10 ** (len(str(interval)) - 1)
     interval = min(500, interval // digit * digit)
-    trainer = {"epochs": epochs, "tokens_per_batch": tokens, "base_lr": rate}
-    trainer |= {"eval_every": interval, "save_every": interval}
+    trainer: dict[str, Any] = {"epochs": epochs, "tokens_per_batch": tokens, "base_lr": rate}
+    trainer |= {"eval_every": interval, "save_every": interval, "mixed_precision": "auto"}
     reason = (
         f"{epochs} epochs of {per_epoch} step{'s' if per_epoch > 1 else ''} with about "
         f"{tokens / size.mean_length:.0f} series each: about {total:,} steps"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import Tensor, nn
 
+from roma_core.model.attention import has_matrix_units
 from roma_core.model.encoder import Block
 from roma_core.trainer.config import TrainerConfig
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:  # half a second, which only a sharded training needs
     from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 def init_accelerator(config: TrainerConfig) -> Accelerator:
@@ -28,9 +31,11 @@ def init_accelerator(config: TrainerConfig) -> Accelerator:
 
     Raises ValueError if the launcher is configured to shard the model.
     """
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision
-    )
+    precision = config.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if _multiplies_16_bits() else "no"
+        log.info(f"mixed_precision auto: {precision}")
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
             f"the launcher selected {accelerator.distributed_type}, whose checkpoints cannot be resumed by "
@@ -42,6 +47,12 @@ def init_accelerator(config: TrainerConfig) -> Accelerator:
     elif accelerator.device.type != "cuda" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     return accelerator
+
+
+def _multiplies_16_bits() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_capability() >= (8, 0)
+    return not torch.accelerator.is_available() and has_matrix_units()
 
 
 class HostGroup:

@@ -58,7 +58,7 @@ def test_packed_attention_and_its_gradient_agree_with_the_padded_body():
 
 @pytest.mark.parametrize("matrix_units", [True, False])
 def test_training_in_16_bits_has_nearly_the_gradients_of_32_bits(monkeypatch, matrix_units):
-    monkeypatch.setattr(attention, "_has_matrix_units", lambda: matrix_units)
+    monkeypatch.setattr(attention, "has_matrix_units", lambda: matrix_units)
     torch.manual_seed(0)
     queries, keys = (
         Segments([3, 1, 1, 0, 200]),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from roma_core import (
     EncoderConfig,
@@ -19,7 +20,9 @@ from roma_core import (
     Trainer,
     TrainerConfig,
 )
+from roma_core.trainer import distributed
 from roma_core.trainer.checkpoint import committed
+from roma_core.trainer.distributed import init_accelerator
 from roma_core.trainer.optim import learning_rate_factor
 from roma_core.trainer.step import TrainStep
 from tests.benchmarks.timing import HostReads
@@ -61,6 +64,22 @@ def test_training_learns_and_records_each_metric_once(tmp_path):
     assert [p.name for p in committed(tmp_path / "checkpoints")] == [
         f"step-{s:08d}" for s in (50, 55, 56, 60)
     ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about processors")
+@pytest.mark.parametrize(("matrix_units", "expected"), [(True, "bf16"), (False, "no")])
+def test_the_processor_determines_the_precision_of_auto(
+    tmp_path, monkeypatch, caplog, matrix_units, expected
+):
+    monkeypatch.setattr(distributed, "has_matrix_units", lambda: matrix_units)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    caplog.set_level("INFO")
+    try:
+        accelerator = init_accelerator(config(tmp_path, mixed_precision="auto"))
+        assert accelerator.mixed_precision == expected
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert f"mixed_precision auto: {expected}" in caplog.text
 
 
 @pytest.mark.parametrize(
