@@ -77,8 +77,21 @@ def window_of(positions: Tensor, series: Tensor, n_series: int, config: RoMAConf
     return index.div(config.window, rounding_mode="floor")
 
 
+def _runs(inside: Tensor) -> list[int]:
+    """Lengths of the runs of zeros and ones in turn, of which the first is of zeros and may be empty."""
+    kinds, counts = inside.unique_consecutive(return_counts=True)
+    return [0] * int(kinds[0].item()) + counts.tolist()
+
+
+def _between(x: Tensor, runs: list[int]) -> Tensor:
+    """Put the ``(f, n)`` columns of the odd ``runs`` into place, and zeros into the even ones."""
+    parts = [x.new_zeros(x.shape[0], size) for size in runs]
+    parts[1::2] = x.split(runs[1::2], 1)
+    return torch.cat(parts, 1)
+
+
 class BatchNorm(nn.Module):
-    """Batch normalisation of ``(f, S)`` steps, of which only those ``inside`` count, in float32."""
+    """Batch normalisation of ``(f, S)`` steps; sums are in float32 whatever the steps' type."""
 
     mean: Tensor
     variance: Tensor
@@ -90,22 +103,11 @@ class BatchNorm(nn.Module):
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("variance", torch.ones(width))
 
-    def forward(self, x: Tensor, inside: Tensor) -> Tensor:
-        """``(f, S)`` and ``(S,)`` → ``(f, S)``; running statistics are those of training batches."""
-        exact = x if x.dtype == torch.float64 else x.float()
-        mean, variance = self.mean, self.variance
-        if self.training:
-            share = inside.to(exact.dtype)
-            share = share / share.sum()
-            with torch.autocast(x.device.type, enabled=False):  # sums would be in 16 bits
-                mean = exact @ share
-                variance = (exact - mean[:, None]).square() @ share
-            with torch.no_grad():
-                self.mean.lerp_(mean.to(self.mean.dtype), _MOMENTUM)
-                self.variance.lerp_(variance.to(self.mean.dtype), _MOMENTUM)
-        scale = self.weight * (variance + 1e-5).rsqrt()
-        shift = self.bias - mean * scale
-        return (exact * scale[:, None] + shift[:, None]).to(self.weight.dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        """``(f, S)`` → ``(f, S)``; running statistics are those of training batches."""
+        learns = self.training and x.shape[1] > 1  # one step has no variance
+        running = self.mean, self.variance
+        return F.batch_norm(x[None], *running, self.weight, self.bias, learns, _MOMENTUM)[0]
 
 
 class Stem(nn.Module):
@@ -137,8 +139,14 @@ class Stem(nn.Module):
         time, inside = steps.index[:, None].to(positions.dtype), steps.inside
         numbers = filled(steps.numbers, steps.flags, time, steps.series[:, None])
         x = torch.cat((numbers, steps.flags), dim=1).T * inside
+        runs = _runs(inside) if self.training else None
         for n, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
-            found = F.silu(norm(convolution(x[None])[0], inside)) * inside
+            found = convolution(x[None])[0]
+            if runs is None:
+                found = F.silu(norm(found)) * inside
+            else:  # statistics are those of the steps inside, which are moved together
+                found = _between(F.silu(norm(torch.cat(found.split(runs, 1)[1::2], 1))), runs)
+            found = found.to(tokens.dtype)  # under autocast the sum over layers stays in 32 bits
             x = x + found if n else found
         features = x.unflatten(1, (-1, self.window)).mean(2).T
         return features[steps.observed], windows
