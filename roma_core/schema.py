@@ -50,31 +50,21 @@ class PositionAxis(Frozen):
 
     name: str
     unit: str = Field(description="Unit of the positions as delivered.")
-    categories: tuple[str, ...] = Field(
-        (),
-        exclude_if=lambda categories: not categories,
-        description="Names of a categorical axis, in the order of their indices.",
-    )
+    categories: tuple[str, ...] = Field((), exclude_if=lambda categories: not categories)
+    """Names of a categorical axis, in the order of their indices."""
     encoding: Literal["rotary", "embedding"] = Field(
-        "rotary",
-        exclude_if=lambda encoding: encoding == "rotary",
-        description="How the model takes the axis: 'embedding' adds a learned vector per category.",
+        "rotary", exclude_if=lambda encoding: encoding == "rotary"
     )
-    unknown: bool = Field(
-        False,
-        exclude_if=lambda unknown: not unknown,
-        description="Whether other categories than these are accepted, as one learned 'unknown'; its "
-        "index is that after the last.",
-    )
-    anchor: Literal["none", "first"] = Field(
-        "none",
-        description="'first' subtracts each series' smallest position, so that dates such as "
-        "MJD 60000.001 keep their fraction in float32.",
-    )
+    """How the model takes the axis: 'embedding' adds a learned vector per category."""
+    unknown: bool = Field(False, exclude_if=lambda unknown: not unknown)
+    """Whether other categories than these are accepted, as one learned 'unknown'; its index is that
+    after the last."""
+    anchor: Literal["none", "first"] = "none"
+    """'first' subtracts each series' smallest position, so that dates such as MJD 60000.001 keep
+    their fraction in float32."""
     offset: float = Field(0.0, description="Subtracted after anchoring, in `unit`.")
-    scale: float = Field(
-        1.0, gt=0, description="Units of the axis per radian of the fastest rotation."
-    )
+    scale: float = Field(1.0, gt=0)
+    """Units of the axis per radian of the fastest rotation."""
 
     @model_validator(mode="after")
     def _categories_fit_the_encoding(self) -> Self:
@@ -108,9 +98,8 @@ class ChannelTransform(Frozen):
     """Transform of the values of one channel, applied before mean and std are computed."""
 
     transform: Literal["identity", "arcsinh"] = "identity"
-    transform_scale: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="arcsinh(value / transform_scale)."
-    )
+    transform_scale: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """arcsinh(value / transform_scale)."""
 
 
 class ChannelNormalisation(ChannelTransform):
@@ -156,32 +145,21 @@ class DataSchema(Frozen):
     channels: tuple[Channel, ...]
     axes: tuple[PositionAxis, ...]
     layout: Layout = Field("joint", exclude_if=lambda layout: layout == "joint")
-    missing_values: bool = Field(
-        False,
-        exclude_if=lambda missing: not missing,
-        description="Whether observations of the joint layout may lack the value of a channel.",
-    )
-    normalise_by: str | None = Field(
-        None,
-        exclude_if=lambda axis: axis is None,
-        description="Axis with categories that have a normalisation each.",
-    )
+    missing_values: bool = Field(False, exclude_if=lambda missing: not missing)
+    """Whether observations of the joint layout may lack the value of a channel."""
+    normalise_by: str | None = Field(None, exclude_if=lambda axis: axis is None)
+    """Axis with categories that have a normalisation each."""
     covariates: tuple[Covariate, ...] = Field((), exclude_if=lambda covariates: not covariates)
     classes: tuple[str, ...] = ()
-    targets: tuple[Target, ...] = Field(
-        (),
-        exclude_if=lambda targets: not targets,
-        description="Numbers that a model may predict; never its input.",
-    )
+    targets: tuple[Target, ...] = Field((), exclude_if=lambda targets: not targets)
+    """Numbers that a model may predict; never its input."""
     target_level: TargetLevel = Field(
-        "observation",
-        exclude_if=lambda level: level == "observation",
-        description="Whether every observation has the targets, or every series.",
+        "observation", exclude_if=lambda level: level == "observation"
     )
-    normalisation: tuple[ChannelNormalisation, ...] = Field(
-        description="One entry per number of an observation, in the order of `channels`; with "
-        "`normalise_by` those of the first category, of the second, and so on."
-    )
+    """Whether every observation has the targets, or every series."""
+    normalisation: tuple[ChannelNormalisation, ...]
+    """One entry per number of an observation, in the order of `channels`; with `normalise_by` those
+    of the first category, of the second, and so on."""
 
     @property
     def n_values(self) -> int:

@@ -12,10 +12,7 @@ from pydantic import BaseModel, Field
 
 from roma_pipelines.assets.dataset import dataset_asset
 from roma_pipelines.assets.evaluation_report import evaluation_report_asset
-from roma_pipelines.assets.registered_model import (
-    batch_predictions_asset,
-    registered_model_asset,
-)
+from roma_pipelines.assets.registered_model import batch_predictions_asset, registered_model_asset
 from roma_pipelines.assets.training import finetuned_model_asset, pretrained_encoder_asset
 from roma_pipelines.assets.tuning_study import tuning_study_asset
 from roma_pipelines.automation.drift import recent_inputs_asset

@@ -13,12 +13,7 @@ import dagster as dg
 from roma_pipelines.automation.alerts import alert_on_failure
 from roma_pipelines.automation.sensors import reconcile_jobs
 from roma_pipelines.components import RomaExperiment
-from roma_pipelines.experiment import (
-    ENCODER,
-    DagsterSettings,
-    Experiment,
-    all_experiments,
-)
+from roma_pipelines.experiment import ENCODER, DagsterSettings, Experiment, all_experiments
 from roma_pipelines.resources import JOB_CLIENTS
 from roma_pipelines.storage import defs_files, project_folder
 

@@ -72,9 +72,8 @@ class Stage(Frozen):
 class Predictions(Frozen):
     """Input of the asset ``batch_predictions``, made by the champion."""
 
-    input: str = Field(
-        description="Parquet file, folder or bucket of such files, .jsonl file, or data set."
-    )
+    input: str
+    """Parquet file, folder or bucket of such files, .jsonl file, or data set."""
     split: Literal["train", "validation", "test"] = "test"
     """Split to predict if the input is a data set."""
 
@@ -145,9 +144,8 @@ class Experiment(Frozen):
     a regression or an interpolation."""
     gate: GateThresholds = Field(GateThresholds(), description="Conditions of promotion.")
     baselines: tuple[Baseline, ...] = Field((), description="Published results of other methods.")
-    measure_baselines: bool = Field(
-        True, description="Train and evaluate other methods beside the model, in its evaluation."
-    )
+    measure_baselines: bool = True
+    """Train and evaluate other methods beside the model, in its evaluation."""
     predictions: Predictions | None = None
     """Adds the asset batch_predictions; null: none."""
     tuning: Tuning | None = Field(None, exclude_if=lambda tuning: tuning is None)

@@ -245,11 +245,7 @@ def _group_fractions(
             found |= {(splitter.assign(series), label) for label in classes}
         if len(found) == 3 * n_classes:
             return test, validation, "no group is in two splits"
-    return (
-        _TEST_FRACTION,
-        _VALIDATION_FRACTION,
-        _LACKS,
-    )
+    return (_TEST_FRACTION, _VALIDATION_FRACTION, _LACKS)
 
 
 def _warnings(statistics: SourceStatistics) -> list[str]:

@@ -30,9 +30,8 @@ class Dimension(Frozen):
     low: float | None = Field(None, allow_inf_nan=False)
     high: float | None = Field(None, allow_inf_nan=False)
     log: bool = Field(False, description="Sample the logarithm.")
-    step: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="Distance between values; null: any."
-    )
+    step: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Distance between values; null: any."""
     choices: tuple[Value, ...] = ()
 
     @model_validator(mode="after")

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from dotenv import dotenv_values
-from pydantic import Field, SecretStr
+from pydantic import SecretStr
 from pydantic_settings import SettingsConfigDict
 
 from roma_core.files import create_json, read_json, write_bytes
@@ -71,16 +71,12 @@ class StorageSettings(RomaSettings):
 
     model_config = SettingsConfigDict(env_prefix="ROMA_STORAGE_")
 
-    root: Path = Field(
-        Path(".roma"),
-        description="Folder of data sets, jobs and the embedded stores; relative to the working "
-        "directory. Jobs on a cluster need it on a file system that both sides mount.",
-    )
-    database_url: SecretStr | None = Field(
-        None,
-        description="postgresql://USER:PASSWORD@HOST:PORT/DATABASE for the state of Dagster, MLflow "
-        "and Optuna, each in its own schema; null uses SQLite files under the root.",
-    )
+    root: Path = Path(".roma")
+    """Folder of data sets, jobs and the embedded stores; relative to the working directory. Jobs on
+    a cluster need it on a file system that both sides mount."""
+    database_url: SecretStr | None = None
+    """postgresql://USER:PASSWORD@HOST:PORT/DATABASE for the state of Dagster, MLflow and Optuna,
+    each in its own schema; null uses SQLite files under the root."""
 
 
 class StorageError(RuntimeError):

@@ -123,7 +123,7 @@ def _broken_layout(dataset: StoredDataset) -> list[str]:
     """Columns and lists whose shape, dtype or content contradicts the manifest or each other."""
     schema, n = dataset.schema, len(dataset.splits)
     columns: dict[str, tuple[NDArray[Any], tuple[int, ...], Any]] = {
-        "offsets.npy": (dataset.offsets, (n + 1,), np.int64),
+        "offsets.npy": (dataset.offsets, (n + 1,), np.int64)
     }
     if dataset.offsets.shape == (n + 1,):
         for k, part in enumerate(dataset.parts()):

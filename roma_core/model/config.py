@@ -46,21 +46,17 @@ class EncoderConfig(Frozen):
     d_model: PositiveInt = Field(192, description="Token width.")
     nhead: PositiveInt = Field(3, description="Attention heads; each is d_model // nhead wide.")
     depth: int = Field(6, ge=0, description="Transformer blocks.")
-    dim_feedforward: PositiveInt | None = Field(
-        None, description="Width inside the MLP; null takes round(mlp_ratio * d_model)."
-    )
+    dim_feedforward: PositiveInt | None = None
+    """Width inside the MLP; null takes round(mlp_ratio * d_model)."""
     mlp_ratio: PositiveFloat = Field(4.0, description="MLP width as a multiple of d_model.")
     layer_norm_eps: PositiveFloat = Field(1e-12, description="Added to RMSNorm's mean square.")
-    drop_path_rate: Rate = Field(
-        0.0,
-        description="Probability to skip a branch, per series; grows from 0 to this with depth.",
-    )
+    drop_path_rate: Rate = 0.0
+    """Probability to skip a branch, per series; grows from 0 to this with depth."""
     hidden_drop_rate: Rate = Field(0.0, description="Dropout after the MLP.")
     attn_proj_drop_rate: Rate = Field(0.0, description="Dropout after attention's output.")
     attn_drop_rate: Rate = Field(0.0, description="Dropout on attention probabilities.")
-    pos_drop_rate: Rate = Field(
-        0.0, description="Dropout on rotated queries and keys; in pretraining on inputs too."
-    )
+    pos_drop_rate: Rate = 0.0
+    """Dropout on rotated queries and keys; in pretraining on inputs too."""
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:

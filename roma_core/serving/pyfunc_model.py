@@ -37,14 +37,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 SCHEMA_VERSION = 1
 MANIFEST = "MANIFEST.json"
@@ -967,9 +960,7 @@ def denormalise_values(
 
 
 def _constants(
-    values: NDArray[np.float64],
-    constants: list[dict[str, Any]],
-    group: NDArray[np.int64] | None,
+    values: NDArray[np.float64], constants: list[dict[str, Any]], group: NDArray[np.int64] | None
 ) -> Iterator[NDArray[Any]]:
     """Transform, its scale, mean and std, each as ``(n, P)`` or ``(P,)``."""
     rows = 0 if group is None else group

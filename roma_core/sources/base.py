@@ -158,17 +158,13 @@ class MetadataColumns(Frozen):
     """Columns, or arrays, with one value per object; each may be absent."""
 
     label: str | None = Field(None, description="Column of the class.")
-    group: str | None = Field(
-        None, description="Column of what must stay in one split: patient, host."
-    )
-    split: str | None = Field(
-        None, description="Column of the publisher's split: train, validation or test."
-    )
-    classes: tuple[str, ...] | None = Field(
-        None,
-        description="All classes in the order of their indices; None takes those found, sorted. "
-        "List them where a delivery may bring new ones.",
-    )
+    group: str | None = None
+    """Column of what must stay in one split: patient, host."""
+    split: str | None = None
+    """Column of the publisher's split: train, validation or test."""
+    classes: tuple[str, ...] | None = None
+    """All classes in the order of their indices; None takes those found, sorted. List them where a
+    delivery may bring new ones."""
     class_names: dict[str, str] = Field({}, description="Word in the column → name of the class.")
 
     def columns(self) -> list[str]:

@@ -19,13 +19,7 @@ from pydantic import Field
 
 from roma_core.files import sha256_of
 from roma_core.schema import Channel, DataError, PositionAxis
-from roma_core.sources.base import (
-    SPLIT_WORDS,
-    RawSeries,
-    RecordedSplit,
-    Source,
-    SourceConfig,
-)
+from roma_core.sources.base import SPLIT_WORDS, RawSeries, RecordedSplit, Source, SourceConfig
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
@@ -37,10 +31,8 @@ class ImageFolderConfig(SourceConfig):
     folder: Path
     patch: int = Field(16, gt=0, description="Pixels along a side of a patch.")
     colours: Literal["rgb", "grey"] = "rgb"
-    resize: tuple[int, int] | None = Field(
-        None,
-        description="Height and width to scale every image to; None leaves them as they are.",
-    )
+    resize: tuple[int, int] | None = None
+    """Height and width to scale every image to; None leaves them as they are."""
 
     def open(self, cache: Path) -> ImageFolderSource:
         return ImageFolderSource(self)

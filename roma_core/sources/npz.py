@@ -43,10 +43,9 @@ class NpzConfig(SourceConfig):
     channels: tuple[Channel, ...] = Field(min_length=1, description="Names and units.")
     targets: tuple[Channel, ...] = Field((), description="Names and units of the array 'targets'.")
     target_level: TargetLevel = Field(
-        "observation",
-        exclude_if=lambda level: level == "observation",
-        description="Whether 'targets' are of every observation, or of every series.",
+        "observation", exclude_if=lambda level: level == "observation"
     )
+    """Whether 'targets' are of every observation, or of every series."""
 
     def open(self, cache: Path) -> NpzSource:
         return NpzSource(self)

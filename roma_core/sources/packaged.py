@@ -49,9 +49,8 @@ class PackageFileConfig(SourceConfig):
     kind: Literal["package_file"] = "package_file"
     package: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Package name.")
     version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.!+]*$", description="Exact version.")
-    wheel_sha256: Sha256 | None = Field(
-        None, description="sha256 of the wheel, where one file serves all computers."
-    )
+    wheel_sha256: Sha256 | None = None
+    """sha256 of the wheel, where one file serves all computers."""
     members: tuple[PackageMember, ...] = Field(min_length=1)
     format: TsFormat = TsFormat()
 
@@ -163,9 +162,8 @@ class PlasticcConfig(SourceConfig):
         path=f"{_FOLDER}metadata.csv",
         sha256="3d7fe4298e820244677437fe371c8b56cc8e3633dc8c196a9866aff427c88ee0",
     )
-    channels: tuple[str, ...] = Field(
-        ("flux", "flux_err"), min_length=1, description="Values of an observation."
-    )
+    channels: tuple[str, ...] = Field(("flux", "flux_err"), min_length=1)
+    """Values of an observation."""
     citation: str = (
         "The PLAsTiCC team (2018), The Photometric LSST Astronomical Time-series Classification "
         "Challenge, arXiv:1810.00001: a simulated survey"

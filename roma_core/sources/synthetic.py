@@ -204,12 +204,8 @@ PROCESSES = {
     "sines": Process(sines, _axis("time", "s"), _ONE, _columns("clean"), _TONE_CLASSES),
     "spirals": Process(spirals, _axis("time", "1"), _XY, _CLEAN_XY, _TURNS),
 }
-_NOISY = (
-    "damped",
-    "rbf",
-    "sines",
-    "spirals",
-)  # processes with a standard deviation of noise, 0.1 by default
+_NOISY = ("damped", "rbf", "sines", "spirals")
+"""Processes with a standard deviation of noise, 0.1 by default."""
 
 
 class SyntheticConfig(SourceConfig):
@@ -219,9 +215,8 @@ class SyntheticConfig(SourceConfig):
     process: Literal["damped", "pendulum", "positions", "rbf", "sines", "spirals"]
     n_series: int = Field(gt=0)
     seed: int = Field(0, ge=0)
-    noise: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="Standard deviation of the noise; null: 0.1."
-    )
+    noise: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """Standard deviation of the noise; null: 0.1."""
     citation: str = "generated as in arXiv:2505.20535"
     licence: str = "generated; free of rights"
 

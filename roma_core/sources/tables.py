@@ -61,14 +61,11 @@ class ChannelColumn(Frozen):
 class AxisColumn(ChannelColumn):
     """A column whose numbers, dates or categories are positions on one axis."""
 
-    categories: tuple[str, ...] | dict[str, str] = Field(
-        (),
-        description="For a column such as bands or sensors: all its words, or each with its name. A "
-        "position is the word's index here, so append new words at the end.",
-    )
-    unknown: bool = Field(
-        False, description="Take any other word as one more category, 'unknown', which is learned."
-    )
+    categories: tuple[str, ...] | dict[str, str] = ()
+    """For a column such as bands or sensors: all its words, or each with its name. A position is
+    the word's index here, so append new words at the end."""
+    unknown: bool = False
+    """Take any other word as one more category, 'unknown', which is learned."""
 
     def axis(self, kind: str) -> PositionAxis:
         channel = self.channel(kind)
@@ -88,9 +85,8 @@ class AxisColumn(ChannelColumn):
 class CovariateColumn(ChannelColumn):
     """A column with one number or category per object, such as age or sex; empty where unknown."""
 
-    categories: tuple[str, ...] = Field(
-        (), description="For a column of text: all its words; append new words at the end."
-    )
+    categories: tuple[str, ...] = ()
+    """For a column of text: all its words; append new words at the end."""
 
     def covariate(self) -> Covariate:
         name = self.name or self.column
@@ -118,9 +114,8 @@ class QuantityColumn(Frozen):
 
     column: str = Field(description="Column of the quantity's word.")
     value: str = Field(description="Column of the number.")
-    others: Literal["refuse", "drop"] = Field(
-        "refuse", description="Rows of a quantity that is no channel: raise an error, or drop them."
-    )
+    others: Literal["refuse", "drop"] = "refuse"
+    """Rows of a quantity that is no channel: raise an error, or drop them."""
 
 
 class ObjectTable(Frozen):
@@ -133,14 +128,12 @@ class ObjectTable(Frozen):
 class _Columns(Frozen):
     axes: tuple[AxisColumn, ...] = Field(min_length=1, description="Position axes; time first.")
     channels: tuple[ChannelColumn, ...] = Field(min_length=1, description="Values, errors.")
-    targets: tuple[ChannelColumn, ...] = Field(
-        (), description="Numbers that a model may be trained to predict."
-    )
+    targets: tuple[ChannelColumn, ...] = ()
+    """Numbers that a model may be trained to predict."""
     target_level: TargetLevel = Field(
-        "observation",
-        exclude_if=lambda level: level == "observation",
-        description="'series': every object has the targets, in a column as those of metadata.",
+        "observation", exclude_if=lambda level: level == "observation"
     )
+    """'series': every object has the targets, in a column as those of metadata."""
     covariates: tuple[CovariateColumn, ...] = Field((), description="Inputs that are an object's.")
     metadata: MetadataColumns = MetadataColumns()
 
@@ -148,32 +141,22 @@ class _Columns(Frozen):
 class TableColumns(_Columns):
     """The role of each column."""
 
-    object: str = Field(
-        description="Column of the object's id; 'filename' if each file is an object."
-    )
-    quantity: QuantityColumn | None = Field(
-        None,
-        description="For a table with a row per value; the `column` of a channel is then a word of "
-        "this one.",
-    )
+    object: str
+    """Column of the object's id; 'filename' if each file is an object."""
+    quantity: QuantityColumn | None = None
+    """For a table with a row per value; the `column` of a channel is then a word of this one."""
 
 
 class _FilesConfig(SourceConfig):
-    files: tuple[Path, ...] = Field(
-        min_length=1, description="Parquet or CSV files, or patterns such as data/*.parquet."
-    )
-    missing_values: tuple[float | str, ...] = Field(
-        (), description="Numbers and words that stand for a missing number, such as -9999 or 'bad'."
-    )
-    memory_limit_mb: int | None = Field(
-        None,
-        ge=16,
-        description="Memory for reading and sorting; sorts beyond it spill to disk. None starts with "
-        "about 100 and takes more for a table that cannot be sorted in it.",
-    )
-    threads: int = Field(
-        1, gt=0, description="Threads that read and sort; a job uses at least its own threads."
-    )
+    files: tuple[Path, ...] = Field(min_length=1)
+    """Parquet or CSV files, or patterns such as data/*.parquet."""
+    missing_values: tuple[float | str, ...] = ()
+    """Numbers and words that stand for a missing number, such as -9999 or 'bad'."""
+    memory_limit_mb: int | None = Field(None, ge=16)
+    """Memory for reading and sorting; sorts beyond it spill to disk. None starts with about 100 and
+    takes more for a table that cannot be sorted in it."""
+    threads: int = Field(1, gt=0)
+    """Threads that read and sort; a job uses at least its own threads."""
 
 
 class TableConfig(_FilesConfig):
@@ -181,9 +164,8 @@ class TableConfig(_FilesConfig):
 
     kind: Literal["table"] = "table"
     columns: TableColumns
-    objects: ObjectTable | None = Field(
-        None, description="A table with one row per object that holds the metadata."
-    )
+    objects: ObjectTable | None = None
+    """A table with one row per object that holds the metadata."""
 
     def open(self, cache: Path) -> TableSource:
         files = expand(self.files)

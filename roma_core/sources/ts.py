@@ -37,9 +37,8 @@ class TsFormat(Frozen):
     kind: Literal["ts"] = "ts"
     axis: str = Field("step", description="Name of the position axis.")
     axis_unit: str = Field("step", description="Unit of the position axis.")
-    channels: tuple[str, ...] | None = Field(
-        None, description="Names of the channels, in file order; None gives c01, c02, …"
-    )
+    channels: tuple[str, ...] | None = None
+    """Names of the channels, in file order; None gives c01, c02, …"""
     channel_unit: str = Field("1", description="Unit of all channels; '1' for a pure number.")
     target: Channel = Field(
         Channel(name="target", unit="1"),

@@ -20,11 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from roma_core.model.config import (
-    NEIGHBOUR_FEATURES,
-    EncoderConfig,
-    RoMAForPreTrainingConfig,
-)
+from roma_core.model.config import NEIGHBOUR_FEATURES, EncoderConfig, RoMAForPreTrainingConfig
 from roma_core.schema import TargetLevel
 from roma_core.trainer.config import TrainerConfig
 

@@ -377,9 +377,7 @@ def model_of(
 
 
 def train(
-    folder: JobFolder,
-    attempt: Attempt,
-    progress: Callable[[str, int, int], Progress] | None = None,
+    folder: JobFolder, attempt: Attempt, progress: Callable[[str, int, int], Progress] | None = None
 ) -> Work:
     """Run or resume the training that ``config.json`` describes; ``progress`` shows its steps."""
     from roma_core.trainer.checkpoint import committed

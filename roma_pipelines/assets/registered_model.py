@@ -190,14 +190,7 @@ def batch_predictions_asset(experiment: Experiment) -> dg.AssetsDefinition:
                 output=str(file) if is_one else None,
             )
         model = {name: config.lineage[name] for name in ("model_version", "model_sha256")}
-        job = run_tracked_job(
-            context,
-            experiment,
-            "predict",
-            config,
-            resources,
-            params=model,
-        )
+        job = run_tracked_job(context, experiment, "predict", config, resources, params=model)
         output = job.output("predictions")
         counts: dict[str, int] = {}
         if experiment.task == "classification":

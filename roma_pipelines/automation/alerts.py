@@ -18,7 +18,7 @@ from pathlib import Path
 
 import dagster as dg
 from filelock import FileLock
-from pydantic import Field, SecretStr
+from pydantic import SecretStr
 from pydantic_settings import SettingsConfigDict
 
 from roma_core.job import JobFolder
@@ -43,15 +43,11 @@ class AlertSettings(RomaSettings):
 
     model_config = SettingsConfigDict(env_prefix="ROMA_ALERT_")
 
-    command: str | None = Field(
-        None,
-        description="Command that receives the alert on standard input; split like a shell command "
-        "line, but run without a shell. Example: mail -s 'RoMA' team@example.org",
-    )
-    webhook_url: SecretStr | None = Field(
-        None,
-        description='URL that receives {"text": …} as JSON by POST, the format of chat services.',
-    )
+    command: str | None = None
+    """Command that receives the alert on standard input; split like a shell command line, but run
+    without a shell. Example: mail -s 'RoMA' team@example.org"""
+    webhook_url: SecretStr | None = None
+    """URL that receives {"text": …} as JSON by POST, the format of chat services."""
 
 
 def send_alert(storage: Storage, kind: str, subject: str, text: str, *, key: Sequence[str]) -> bool:

@@ -71,13 +71,7 @@ def sensors_of(experiment: Experiment) -> list[dg.SensorDefinition]:
     if (drift := section.drift) is not None:
         text = f"Materialises recent_inputs of {name} when there are new files; sends an alert on "
         text += "drift and retrains within the budget."
-        add(
-            "drift",
-            None,
-            30,
-            text,
-            lambda *tick: check_inputs(experiment, drift, *tick),
-        )
+        add("drift", None, 30, text, lambda *tick: check_inputs(experiment, drift, *tick))
     if found or experiment.schedule is not None:  # acts only on data sets that automation built
         text = f"Trains {name} when its schedule or a sensor built a data set that differs from "
         text += "the one of the current model."

@@ -54,12 +54,7 @@ _PLACEHOLDERS = {
 @click.option("--check", is_flag=True, help="Also run the preflight checks of all jobs.")
 @json_option
 def plan(
-    experiment: str,
-    target: str | None,
-    profile: str | None,
-    asset: str,
-    check: bool,
-    as_json: bool,
+    experiment: str, target: str | None, profile: str | None, asset: str, check: bool, as_json: bool
 ) -> None:
     """Print the exact script of an EXPERIMENT's job, how it differs from the last one, and where all
     jobs of the experiment run.

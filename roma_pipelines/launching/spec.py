@@ -48,13 +48,11 @@ class JobSpec(JobSize):
     schema_version: Literal[1] = 1
     key: str = Field(pattern=r"^[0-9a-f]{12,64}$", description="From job_key().")
     threads_per_process: int = Field(1, gt=0, description="CPU threads per process.")
-    command: tuple[str, ...] = Field(
-        min_length=1, description="After `python`: a script or `-m module`, and arguments."
-    )
+    command: tuple[str, ...] = Field(min_length=1)
+    """After `python`: a script or `-m module`, and arguments."""
     config_digest: str = Field(description="files.digest_of() of the resolved configuration.")
-    runner: Literal["torchrun", "plain"] = Field(
-        "torchrun", description="What starts the processes; plain: one process, no rendezvous."
-    )
+    runner: Literal["torchrun", "plain"] = "torchrun"
+    """What starts the processes; plain: one process, no rendezvous."""
     env_names: tuple[str, ...] = Field((), description="Variables passed to it, secrets included.")
 
     def attempt_name(self, attempt: int) -> str:

@@ -29,11 +29,7 @@ from roma_core.evaluation.metrics import (
     regression_samples,
     resample_sums,
 )
-from roma_core.evaluation.predictions import (
-    PredictionTable,
-    ReconstructionTable,
-    RegressionTable,
-)
+from roma_core.evaluation.predictions import PredictionTable, ReconstructionTable, RegressionTable
 from roma_core.files import read_json, write_json
 from roma_core.job import JobFolder
 from roma_core.settings import Frozen
@@ -77,48 +73,29 @@ def checks_of(task: str) -> dict[str, str]:
 class GateThresholds(Frozen):
     """Section ``gate`` of an experiment; None disables a condition."""
 
-    mode: Literal["automatic", "needs_approval"] = Field(
-        "automatic",
-        description="After a pass, the candidate becomes champion, or it waits for "
-        "`roma-pipeline promote NAME VERSION --reason …`.",
-    )
-    min_primary: float | None = Field(
-        None, ge=0, le=1, description="Smallest value of the primary metric."
-    )
-    max_primary_drop: float = Field(
-        0.01,
-        ge=0,
-        lt=1,
-        description="Largest drop of the primary metric below the champion's that the lower "
-        "confidence bound of the paired difference may show.",
-    )
-    min_baseline_gain: float | None = Field(
-        None,
-        gt=-1,
-        lt=1,
-        description="Smallest difference of the primary metric to the best baseline of the same run that "
-        "the lower end of its paired 95 % interval may show.",
-    )
+    mode: Literal["automatic", "needs_approval"] = "automatic"
+    """After a pass, the candidate becomes champion, or it waits for `roma-pipeline promote NAME
+    VERSION --reason …`."""
+    min_primary: float | None = Field(None, ge=0, le=1)
+    """Smallest value of the primary metric."""
+    max_primary_drop: float = Field(0.01, ge=0, lt=1)
+    """Largest drop of the primary metric below the champion's that the lower confidence bound of
+    the paired difference may show."""
+    min_baseline_gain: float | None = Field(None, gt=-1, lt=1)
+    """Smallest difference of the primary metric to the best baseline of the same run that the lower
+    end of its paired 95 % interval may show."""
     confidence: float = Field(0.95, gt=0.5, lt=1, description="Level of one-sided bounds.")
-    min_class_recall: float | None = Field(
-        None, ge=0, le=1, description="Smallest recall of any class that has series."
-    )
-    max_recall_drop: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="Largest drop of any class's recall below the champion's that is certain at "
-        "the level `confidence`.",
-    )
-    max_calibration_error: float | None = Field(
-        None, ge=0, le=1, description="Largest expected calibration error."
-    )
-    max_latency_ms: float | None = Field(
-        None, gt=0, description="Largest median time of a single series."
-    )
-    max_latency_ratio: float | None = Field(
-        3.0, gt=0, description="Largest latency relative to the champion's, measured side by side."
-    )
+    min_class_recall: float | None = Field(None, ge=0, le=1)
+    """Smallest recall of any class that has series."""
+    max_recall_drop: float | None = Field(None, ge=0, le=1)
+    """Largest drop of any class's recall below the champion's that is certain at the level
+    `confidence`."""
+    max_calibration_error: float | None = Field(None, ge=0, le=1)
+    """Largest expected calibration error."""
+    max_latency_ms: float | None = Field(None, gt=0)
+    """Largest median time of a single series."""
+    max_latency_ratio: float | None = Field(3.0, gt=0)
+    """Largest latency relative to the champion's, measured side by side."""
     max_size_mb: float | None = Field(None, gt=0, description="Largest size of the package.")
     n_bootstrap: int = Field(2000, ge=100, description="Resamples of a bootstrap.")
     seed: int = Field(0, description="Seed of the bootstrap.")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from filelock import FileLock
-from pydantic import Field, SecretStr
+from pydantic import SecretStr
 from pydantic_settings import SettingsConfigDict
 
 from roma_core.files import sync_folder
@@ -56,23 +56,17 @@ class MlflowSettings(RomaSettings):
 
     model_config = SettingsConfigDict(env_prefix="ROMA_MLFLOW_")
 
-    tracking_uri: str | None = Field(
-        None, description="URI of the tracking server; null uses the store under the storage root."
-    )
-    registry_uri: str | None = Field(
-        None, description="URI of the model registry; null uses the tracking server."
-    )
-    username: str | None = Field(
-        None,
-        description="User name for a server with authentication; null uses "
-        "MLFLOW_TRACKING_USERNAME. Jobs receive user name and password by their environment.",
-    )
-    password: SecretStr | None = Field(
-        None, description="Password for that server; null uses MLFLOW_TRACKING_PASSWORD."
-    )
-    experiment_prefix: str = Field(
-        "roma", description="MLflow experiments are named <prefix>/<experiment>."
-    )
+    tracking_uri: str | None = None
+    """URI of the tracking server; null uses the store under the storage root."""
+    registry_uri: str | None = None
+    """URI of the model registry; null uses the tracking server."""
+    username: str | None = None
+    """User name for a server with authentication; null uses MLFLOW_TRACKING_USERNAME. Jobs receive
+    user name and password by their environment."""
+    password: SecretStr | None = None
+    """Password for that server; null uses MLFLOW_TRACKING_PASSWORD."""
+    experiment_prefix: str = "roma"
+    """MLflow experiments are named <prefix>/<experiment>."""
 
 
 def tracking_uri(settings: MlflowSettings, root: Path) -> str:

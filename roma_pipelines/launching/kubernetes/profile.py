@@ -29,9 +29,8 @@ class Volume(Frozen):
 
     mount: Mount = Field(description="Path in the pod; for job folders, the orchestrator's own.")
     claim: Label | None = Field(None, description="Name of a PersistentVolumeClaim.")
-    host_path: Mount | None = Field(
-        None, description="Path on the nodes; needs a namespace with PodSecurity `privileged`."
-    )
+    host_path: Mount | None = None
+    """Path on the nodes; needs a namespace with PodSecurity `privileged`."""
     nfs: str | None = Field(None, pattern=r"^[A-Za-z0-9.-]+:/[^\n]*$", description="SERVER:/PATH.")
     sub_path: str | None = Field(None, pattern=r"^[^/\n][^\n]*$", description="Folder inside it.")
     read_only: bool = False
@@ -62,10 +61,9 @@ class KubernetesSettings(RomaSettings):
     model_config = SettingsConfigDict(env_prefix="ROMA_KUBERNETES_")
 
     profile: str = Field("generic", description="Profile of jobs that select none.")
-    profiles: Path | None = Field(
-        None,
-        description="Folder of profiles; null takes profiles/kubernetes of the project, and those that are shipped.",
-    )
+    profiles: Path | None = None
+    """Folder of profiles; null takes profiles/kubernetes of the project, and those that are
+    shipped."""
     kubeconfig: Path | None = Field(None, description="null takes the profile's.")
     context: str | None = Field(None, description="Of the kubeconfig; null takes the profile's.")
     namespace: Label | None = Field(None, description="null takes the profile's.")
@@ -79,9 +77,8 @@ class KubernetesProfile(ClusterProfile):
     kind, settings = "Kubernetes", KubernetesSettings
 
     name: Label = Field(description="Name of the profile and of its file.")
-    kubeconfig: Path | None = Field(
-        None, description="null: KUBECONFIG, else the service account of this pod."
-    )
+    kubeconfig: Path | None = None
+    """null: KUBECONFIG, else the service account of this pod."""
     context: str | None = Field(None, description="Its context; null: the current one.")
     namespace: Label = Field("roma", description="Namespace of the jobs.")
     image: Image = Field("roma-pipeline:latest", description="Image with Python and this project.")
@@ -90,9 +87,8 @@ class KubernetesProfile(ClusterProfile):
     python: str = Field("python", pattern=r"^[^\n]+$", description="Interpreter in the image.")
     command_prefix: tuple[str, ...] = Field((), description="Words in front of the interpreter.")
     service_account: Label = Field("default", description="Account of the pods; needs no rights.")
-    volumes: tuple[Volume, ...] = Field(
-        (), description="One of them holds ROMA_STORAGE_ROOT, under the same path as here."
-    )
+    volumes: tuple[Volume, ...] = ()
+    """One of them holds ROMA_STORAGE_ROOT, under the same path as here."""
     secrets: tuple[Label, ...] = Field((), description="Secrets whose keys become variables.")
     queue: Label | None = Field(None, description="Kueue's LocalQueue.")
     priority_class: Label | None = None
@@ -108,18 +104,15 @@ class KubernetesProfile(ClusterProfile):
     run_as_user: int | None = Field(None, gt=0, description="null: the image's.")
     run_as_group: int | None = Field(None, ge=0)
     fs_group: int | None = Field(None, ge=0, description="Group of the volumes' files.")
-    cpus_per_process: float | None = Field(
-        None, gt=0, description="CPUs to request, also 0.5; null: as many as a process has threads."
-    )
+    cpus_per_process: float | None = Field(None, gt=0)
+    """CPUs to request, also 0.5; null: as many as a process has threads."""
     shared_memory_gb: float = Field(1.0, gt=0, description="Size of /dev/shm; part of the memory.")
     time_limit_min: int = Field(1440, gt=0, description="Of an attempt; the default of jobs.")
     grace_s: int = Field(120, gt=0, description="Between TERM and KILL; a checkpoint must fit.")
-    start_timeout_s: float = Field(
-        900.0, gt=0, description="For pods that cannot start: image, account, volume, some nodes."
-    )
-    queue_timeout_s: float = Field(
-        86400.0, gt=0, description="For pods that wait for a node; a Kueue queue has no limit."
-    )
+    start_timeout_s: float = Field(900.0, gt=0)
+    """For pods that cannot start: image, account, volume, some nodes."""
+    queue_timeout_s: float = Field(86400.0, gt=0)
+    """For pods that wait for a node; a Kueue queue has no limit."""
     keep_days: float = Field(7.0, gt=0, description="Finished Jobs are removed after this.")
     port: int = Field(29500, gt=1023, lt=65536, description="Port of the rendezvous.")
 

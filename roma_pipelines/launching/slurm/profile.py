@@ -51,14 +51,11 @@ _PLANNED_OPTIONS = frozenset([  # the batch script sets them itself
 class SlurmSettings(RomaSettings):
     """The SLURM cluster to use, and the user's own settings on it; the rest is in its profile."""
 
-    # every field has a description; reading attribute docstrings would cost 0.15 s per submission
-    model_config = SettingsConfigDict(env_prefix="ROMA_SLURM_", use_attribute_docstrings=False)
+    model_config = SettingsConfigDict(env_prefix="ROMA_SLURM_")
 
     profile: str = Field("generic", description="Profile of jobs that name none.")
-    profiles: Path | None = Field(
-        None,
-        description="Folder of profiles; null takes profiles/slurm of the project, and those that are shipped.",
-    )
+    profiles: Path | None = None
+    """Folder of profiles; null takes profiles/slurm of the project, and those that are shipped."""
     account: Name | None = Field(None, description="Account to charge; null takes the profile's.")
     partition: Names | None = Field(None, description="null takes the profile's.")
     qos: Name | None = Field(None, description="Quality of service; null takes the profile's.")
@@ -70,30 +67,23 @@ class SlurmProfile(ClusterProfile):
     kind, settings = "SLURM", SlurmSettings
 
     name: Name = Field(description="Name of the profile and of its file.")
-    ssh: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@-]*$",
-        description="Login node, as ssh names it; null: SLURM's commands are on this computer.",
-    )
+    ssh: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@-]*$")
+    """Login node, as ssh names it; null: SLURM's commands are on this computer."""
     partition: Names | None = Field(None, description="null: the cluster's default.")
     account: Name | None = Field(None, description="Account to charge.")
     qos: Name | None = Field(None, description="Quality of service.")
     constraint: Names | None = Field(None, description="Features nodes must have.")
     gpu_type: Name | None = Field(None, description="null: GPUs of any type.")
-    gpu_option: Literal["gpus-per-node", "gres"] = Field(
-        "gpus-per-node", description="Option of sbatch that asks for GPUs."
-    )
+    gpu_option: Literal["gpus-per-node", "gres"] = "gpus-per-node"
+    """Option of sbatch that asks for GPUs."""
     exclusive: bool = Field(False, description="Take whole nodes.")
     cpus_per_process: int | None = Field(None, gt=0, description="null: its number of threads.")
     time_limit_min: int = Field(60, gt=1, description="Of one attempt, for jobs that name none.")
     stop_before_end_s: int = Field(120, gt=0, description="Save this long before the limit.")
     modules: tuple[Name, ...] = Field((), description="Names for `module load`, in order.")
     setup: tuple[str, ...] = Field((), description="Bash lines before the job, on the first node.")
-    python: str | None = Field(
-        None,
-        pattern=r"^[^\n]+$",
-        description="Interpreter on the nodes, or in the container; null: the one that launches.",
-    )
+    python: str | None = Field(None, pattern=r"^[^\n]+$")
+    """Interpreter on the nodes, or in the container; null: the one that launches."""
     container: tuple[str, ...] = Field((), description="Command in front: apptainer exec IMAGE.")
     sbatch_options: tuple[Option, ...] = Field((), description="Further options of sbatch.")
     srun_options: tuple[Option, ...] = Field((), description="Further options of srun.")
