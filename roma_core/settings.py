@@ -25,13 +25,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, PrivateAttr, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
-from pydantic_settings import (
-    BaseSettings,
-    DotEnvSettingsSource,
-    EnvSettingsSource,
-    InitSettingsSource,
-    SettingsConfigDict,
-)
 
 ENV_FILE_VARIABLE = "ROMA_ENV_FILE"
 _DELIMITER = "__"
@@ -97,7 +90,7 @@ def _closest(name: str, known: Iterable[str]) -> str:
     return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 
-class _Environment(EnvSettingsSource):
+class _Environment(pydantic_settings.EnvSettingsSource):
     """Variables with checked names (lower-case); ``ROMAE_X`` is read as ``ROMA_X``, which wins."""
 
     where = "the environment"
@@ -148,7 +141,7 @@ class _Environment(EnvSettingsSource):
             ) from error
 
 
-class _EnvFile(_Environment, DotEnvSettingsSource):
+class _EnvFile(_Environment, pydantic_settings.DotEnvSettingsSource):
     @property
     def where(self) -> str:  # type: ignore[override]
         return str(self.env_file)
@@ -169,14 +162,14 @@ def _flat(
             yield prefix + name, value
 
 
-class RomaSettings(BaseSettings):
+class RomaSettings(pydantic_settings.BaseSettings):
     """Base of every settings class that reads the environment; equality ignores the sources.
 
     Raises:
         SettingsError: naming every value that is wrong, where it came from, and what was expected.
     """
 
-    model_config = SettingsConfigDict(
+    model_config = pydantic_settings.SettingsConfigDict(
         env_nested_delimiter=_DELIMITER,
         extra="forbid",
         dotenv_filtering="match_prefix",
@@ -221,7 +214,9 @@ class RomaSettings(BaseSettings):
                 here = here.setdefault(part, {})
             here[last] = value
         try:
-            super().__init__(_build_sources=((InitSettingsSource(cls, nested),), {}))
+            super().__init__(
+                _build_sources=((pydantic_settings.InitSettingsSource(cls, nested),), {})
+            )
         except ValidationError as error:
             problems, lines = validation_errors(error, cls), []
             for problem in problems:

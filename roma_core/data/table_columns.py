@@ -12,14 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from roma_core.sources.table_files import (
-    FILE_NAME,
-    Number,
-    connect,
-    literal,
-    open_tables,
-    read_errors,
-)
+from roma_core.sources import table_files
 
 USUAL_NAMES = {  # by role, the most specific first; as ``key_of`` leaves them
     "object": "object objectid series seriesid stayid icustayid hadmid encounterid admissionid episodeid "
@@ -104,24 +97,24 @@ class TableContents:
     """The rows of several files, for queries."""
 
     def __init__(self, paths: Sequence[Path], missing_values: Sequence[float | str] = ()) -> None:
-        self._database = connect(Path(tempfile.gettempdir()), _MEMORY_MB)
-        self.tables = open_tables(paths, self._database, missing_values)
+        self._database = table_files.connect(Path(tempfile.gettempdir()), _MEMORY_MB)
+        self.tables = table_files.open_tables(paths, self._database, missing_values)
         first = self.tables[0]
         self.marks = first.marks  # of our own exports
         self.names = [n for n in first.names if all(n in table.names for table in self.tables)]
-        self.kinds = {name: first.kinds[name] for name in (*self.names, FILE_NAME)}
+        self.kinds = {name: first.kinds[name] for name in (*self.names, table_files.FILE_NAME)}
         for name in self.names:  # a later file may hold words
             if any(table.kinds[name] == "text" for table in self.tables):
                 self.kinds[name] = "text"
-        self.missing = literal(first.missing_words)
+        self.missing = table_files.literal(first.missing_words)
 
     def query(self, sql: str, text: Sequence[str], numbers: Sequence[str] = ()) -> list[Any]:
         """Rows of a query in which ``ROWS`` has the columns ``t*`` and ``n*``; see ``select``."""
-        with read_errors(self.tables):
+        with table_files.read_errors(self.tables):
             return self._execute(sql, text, numbers).fetchall()
 
     def _execute(self, sql: str, text: Sequence[str], numbers: Sequence[str]) -> Any:
-        columns = [Number(name, "1") for name in numbers]
+        columns = [table_files.Number(name, "1") for name in numbers]
         rows = " UNION ALL ".join(t.select(text, columns, strict=False) for t in self.tables)
         words = ", ".join(f"nullif(CAST(t{k} AS VARCHAR), '') AS t{k}" for k in range(len(text)))
         rows = f"(SELECT * REPLACE ({words}) FROM ({rows}))" if words else f"({rows})"
@@ -131,7 +124,7 @@ class TableContents:
         """The numbers of columns that a query leaves, without those that are missing."""
         if not names:
             return {}
-        with read_errors(self.tables):
+        with table_files.read_errors(self.tables):
             found = self._execute(sql, [], names).fetchnumpy()
         columns = (
             np.ma.filled(found[f"n{k}"].astype(np.float64), np.nan) for k in range(len(names))

@@ -16,16 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from roma_core.evaluation import drift
 from roma_core.evaluation.classification_metrics import ClassificationMetrics, ranked_classes
-from roma_core.evaluation.drift import (
-    LARGE_PSI,
-    MODERATE_PSI,
-    InputSample,
-    Quantity,
-    ReferenceProfile,
-    bin_fractions,
-    drift_effects,
-)
 from roma_core.evaluation.metrics import Estimate, GroupErrors, RegressionMetrics
 from roma_core.evaluation.predictions import Floats, Ints, PredictionTable, RegressionTable
 from roma_core.figures import (
@@ -463,31 +455,31 @@ def principal_components(features: NDArray[np.floating]) -> tuple[Floats, Floats
 
 
 @as_png
-def drift_figure(profile: ReferenceProfile, sample: InputSample) -> Figure:
+def drift_figure(profile: drift.ReferenceProfile, sample: drift.InputSample) -> Figure:
     """The stability index of each quantity as a bar, and histograms of the most drifted ones.
 
     Raises:
         ValueError: the sample and the profile have no quantity in common.
     """
-    found = [e for e in drift_effects(profile, sample) if e.measure == "psi"]
+    found = [e for e in drift.drift_effects(profile, sample) if e.measure == "psi"]
     if not found:
         raise ValueError(
             "no quantity of the series is in the profile, so there is no drift to draw"
         )
-    fractions = bin_fractions(profile, sample)
+    fractions = drift.bin_fractions(profile, sample)
     drawn = [e.quantity for e in found if e.quantity in fractions][:_N_HISTOGRAMS]
     figure = Figure((10.5, max(3.6, 0.9 + 0.28 * min(len(found), _N_BARS))))
     bars, panels = figure.subfigures(1, 2, squeeze=False, width_ratios=[1, 1.5])[0]
     axes, shown = bars.subplots(), found[:_N_BARS][::-1]
     sizes = [e.size for e in shown]
-    colours = [ORANGE if size > LARGE_PSI else BLUE for size in sizes]
+    colours = [ORANGE if size > drift.LARGE_PSI else BLUE for size in sizes]
     axes.barh(range(len(sizes)), sizes, color=colours, height=0.7)
     axes.set_yticks(range(len(sizes)), [short(e.quantity, 22) for e in shown])
-    for limit in (MODERATE_PSI, LARGE_PSI):
+    for limit in (drift.MODERATE_PSI, drift.LARGE_PSI):
         axes.axvline(limit, color=GREY, linewidth=1, linestyle=_DASHED)
-    axes.set_xlim(0, max(1.15 * max(sizes), 1.4 * LARGE_PSI))
+    axes.set_xlim(0, max(1.15 * max(sizes), 1.4 * drift.LARGE_PSI))
     axes.set_xlabel(
-        f"population stability index\n(dashed: {MODERATE_PSI} moderate, {LARGE_PSI} large drift)"
+        f"population stability index\n(dashed: {drift.MODERATE_PSI} moderate, {drift.LARGE_PSI} large drift)"
     )
     axes.grid(axis="y", visible=False)
     columns = 2 if len(drawn) > 1 else 1
@@ -501,7 +493,7 @@ def drift_figure(profile: ReferenceProfile, sample: InputSample) -> Figure:
     return figure
 
 
-def _draw_histograms(axes: Axes, name: str, quantity: Quantity, recent: Floats) -> None:
+def _draw_histograms(axes: Axes, name: str, quantity: drift.Quantity, recent: Floats) -> None:
     """Two bars per bin; tick labels are edges between bins."""
     x = np.arange(len(quantity.fractions))
     axes.bar(x - 0.2, quantity.fractions, 0.4, color=GREY, label="training")

@@ -11,16 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from roma_core.model import embedding
 from roma_core.model.config import SCHEMA_VERSION, EncoderConfig, RoMAConfig
-from roma_core.model.embedding import (
-    EMBEDDINGS,
-    CategoryEmbedding,
-    CovariateEmbedding,
-    Neighbourhood,
-    Projection,
-    prefix_tokens,
-    token_vectors,
-)
 from roma_core.model.encoder import Encoder, OutputRows, initialise
 from roma_core.model.packing import Layout, PackedBatch, Segments, pack, scatter
 from roma_core.model.positions import RotaryEmbedding, Rotations, SinusoidalEmbedding
@@ -56,13 +48,15 @@ class Backbone(nn.Module):
         self.data_schema: dict[str, Any] | None = None  # DataSchema of the training data, if known
         self.stem = Stem(config) if config.window else None
         n_inputs = config.stem_width if config.window else config.n_inputs
-        self.projection = Projection(n_inputs, stack.d_model, config.value_features)
-        self.neighbourhood: Neighbourhood | None = None
+        self.projection = embedding.Projection(n_inputs, stack.d_model, config.value_features)
+        self.neighbourhood: embedding.Neighbourhood | None = None
         if config.neighbours:
-            self.neighbourhood = Neighbourhood(config)
+            self.neighbourhood = embedding.Neighbourhood(config)
         self.categories = self.category_embedding(stack)
         self.covariates = (
-            CovariateEmbedding(config.covariates, stack.d_model) if config.covariates else None
+            embedding.CovariateEmbedding(config.covariates, stack.d_model)
+            if config.covariates
+            else None
         )
         self.cls = nn.Parameter(torch.empty(stack.d_model)) if config.use_cls else None
         self.encoder = Encoder(stack)
@@ -76,16 +70,16 @@ class Backbone(nn.Module):
             return None, SinusoidalEmbedding(c.max_len, stack.d_model)
         return RotaryEmbedding(stack.head_width, c.rotary_axes, c.p_rope_val), None
 
-    def category_embedding(self, stack: EncoderConfig) -> CategoryEmbedding | None:
+    def category_embedding(self, stack: EncoderConfig) -> embedding.CategoryEmbedding | None:
         if not any(self.config.axis_categories):
             return None
-        return CategoryEmbedding(self.config.axis_categories, stack.d_model)
+        return embedding.CategoryEmbedding(self.config.axis_categories, stack.d_model)
 
     def initialise(self) -> None:
         """Draw the initial weights of all parts that exist by now."""
         initialise(self)
         for part in self.modules():
-            if isinstance(part, EMBEDDINGS):
+            if isinstance(part, embedding.EMBEDDINGS):
                 part.initialise()
 
     def set_loss_fn(self, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -239,7 +233,7 @@ class Backbone(nn.Module):
         dtype = self.projection.weight.dtype
         of_observation = None
         if self.stem is None:
-            x = token_vectors(self, tokens.to(dtype), positions, segments.ids)
+            x = embedding.token_vectors(self, tokens.to(dtype), positions, segments.ids)
         else:
             features, windows = self.stem(tokens.to(dtype), positions, segments.ids)
             x = self.projection(features).to(dtype)
@@ -251,7 +245,7 @@ class Backbone(nn.Module):
             shift = 0 if self.cls is None else 1
             x = x + self.sinusoidal(index + shift)
         layout = segments.with_prefix(self.config.n_prefix)
-        prefix = prefix_tokens(self, segments.count, covariates)
+        prefix = embedding.prefix_tokens(self, segments.count, covariates)
         if prefix is None:
             rotations = self._rotations(positions)
             return Embedded(x, rotations, layout, segments, positions, of_observation)
@@ -317,13 +311,13 @@ class PaddedModel(nn.Module):
         series = torch.where(valid, series, n_series)  # padding is a series of its own
         of_observation = None
         if self.stem is None:
-            x = token_vectors(self, values, positions, series)  # (B, N, d)
+            x = embedding.token_vectors(self, values, positions, series)  # (B, N, d)
         else:
             x, positions, valid, of_observation = self._windows(values, positions, series)
         if self.sinusoidal is not None:
             shift = 0 if self.cls is None else 1
             x = x + self.sinusoidal.table[shift : shift + x.shape[1]]
-        if (prefix := prefix_tokens(self, x.shape[0], covariates)) is not None:
+        if (prefix := embedding.prefix_tokens(self, x.shape[0], covariates)) is not None:
             first = prefix.shape[1]
             x = torch.cat((prefix, x), dim=1)
             zeros = torch.zeros_like(positions[:, :1]).expand(-1, first, -1)

@@ -22,19 +22,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from roma_core.schema import Channel, DataError, PositionAxis, TargetLevel
-from roma_core.sources.base import (
-    MetadataColumns,
-    RawSeries,
-    Source,
-    SourceConfig,
-    hash_files,
-    text_encoding,
-)
+from roma_core.sources import base
 
 _METADATA = {"labels": "label", "groups": "group", "splits": "split"}
 
 
-class NpzConfig(SourceConfig):
+class NpzConfig(base.SourceConfig):
     """One ``.npz`` file on this computer."""
 
     kind: Literal["npz"] = "npz"
@@ -51,14 +44,14 @@ class NpzConfig(SourceConfig):
         return NpzSource(self)
 
 
-class NpzSource(Source):
+class NpzSource(base.Source):
     """The series of one file, in its order."""
 
     def __init__(self, config: NpzConfig) -> None:
         super().__init__(config)
         self.axes, self.channels, self.targets = config.axes, config.channels, config.targets
         self.target_level = config.target_level
-        self.files = hash_files([config.file])
+        self.files = base.hash_files([config.file])
         self._where = str(config.file)
         arrays = read_arrays(config.file)
         if ("targets" in arrays) != bool(config.targets):
@@ -87,7 +80,7 @@ class NpzSource(Source):
         self._ids = _texts(config.file, "ids", arrays.get("ids", np.arange(self._n)))
         cells = {n: _texts(config.file, n, arrays[n]) for n in _METADATA if n in arrays}
         self._cells = list(cells.values())
-        self._metadata = MetadataColumns(**{_METADATA[name]: name for name in cells})
+        self._metadata = base.MetadataColumns(**{_METADATA[name]: name for name in cells})
         self.classes = self._metadata.all_classes(cells.get("labels", ()))
 
     def __length_hint__(self) -> int:
@@ -137,14 +130,14 @@ class NpzSource(Source):
                 )
         return len(values)
 
-    def read(self) -> Iterator[RawSeries]:
+    def read(self) -> Iterator[base.RawSeries]:
         for i, name in enumerate(self._ids):
             targets = None
             if self._targets is not None and self.target_level == "series":
                 targets = self._targets[i].astype(np.float32)
             elif self._targets is not None:
                 targets = self._rows(self._targets, i, len(self.targets)).astype(np.float32)
-            yield RawSeries(
+            yield base.RawSeries(
                 id=name,
                 positions=self._rows(self._positions, i, len(self.axes)).astype(np.float64),
                 values=self._rows(self._values, i, len(self.channels)).astype(np.float32),
@@ -200,6 +193,6 @@ def _texts(path: Path, name: str, array: NDArray[Any]) -> list[str]:
             )
         return ["" if x != x else str(int(x) if x.is_integer() else x) for x in cells]
     if array.dtype.kind == "S":
-        encoding = text_encoding(path, b" ".join(cells))
+        encoding = base.text_encoding(path, b" ".join(cells))
         cells = [cell.decode(encoding) for cell in cells]
     return [str(cell).strip() for cell in cells]

@@ -19,14 +19,7 @@ from pydantic import Field
 
 from roma_core.schema import Channel, DataError, PositionAxis
 from roma_core.settings import Frozen
-from roma_core.sources.base import (
-    RawSeries,
-    RecordedSplit,
-    Source,
-    SourceConfig,
-    hash_files,
-    text_encoding,
-)
+from roma_core.sources import base
 
 _START = 1 << 20  # bytes by which the encoding is recognised
 
@@ -51,10 +44,10 @@ class TsFile(Frozen):
     """One file and the split its publisher made it for."""
 
     path: Path = Field(description="Absolute, or relative to the working directory.")
-    split: RecordedSplit | None = None
+    split: base.RecordedSplit | None = None
 
 
-class TsConfig(SourceConfig):
+class TsConfig(base.SourceConfig):
     """``.ts`` files on this computer."""
 
     kind: Literal["ts"] = "ts"
@@ -62,7 +55,7 @@ class TsConfig(SourceConfig):
     format: TsFormat = TsFormat()
 
     def open(self, cache: Path) -> TsSource:
-        hashes = hash_files(file.path for file in self.files)
+        hashes = base.hash_files(file.path for file in self.files)
         return TsSource(self, self.files, self.format, hashes)
 
 
@@ -76,7 +69,7 @@ class _Header:
     n_lines: int
 
 
-class TsSource(Source):
+class TsSource(base.Source):
     """Series of ``.ts`` files that agree in channels and classes.
 
     Ids are ``<split or file name>-0001`` and so on, in the order of the lines, so a file may grow
@@ -85,7 +78,7 @@ class TsSource(Source):
 
     def __init__(
         self,
-        config: SourceConfig,
+        config: base.SourceConfig,
         files: tuple[TsFile, ...],
         format: TsFormat,
         hashes: Mapping[str, str],
@@ -115,7 +108,7 @@ class TsSource(Source):
         self.channels = tuple(Channel(name=name, unit=format.channel_unit) for name in names)
         self.axes = (PositionAxis(name=format.axis, unit=format.axis_unit),)
 
-    def read(self) -> Iterator[RawSeries]:
+    def read(self) -> Iterator[base.RawSeries]:
         counter: Counter[str] = Counter()
         for file, header in zip(self.file_list, self._headers, strict=True):
             prefix = file.split or file.path.stem
@@ -123,7 +116,7 @@ class TsSource(Source):
                 values, last = self._parse(line, header, where := f"{file.path}, line {n_line}")
                 targets = np.array(_numbers(last, where), np.float32) if self.targets else None
                 counter[prefix] += 1
-                yield RawSeries(
+                yield base.RawSeries(
                     id=f"{prefix}-{counter[prefix]:04d}",
                     positions=np.arange(len(values), dtype=np.float64)[:, None],  # (N, 1)
                     values=values,
@@ -173,7 +166,7 @@ def _lines(path: Path, encoding: str, after: int = 0) -> Iterator[tuple[int, str
 def _read_header(path: Path) -> _Header:
     words: dict[str, list[str]] = {}
     with path.open("rb") as file:
-        encoding = text_encoding(path, file.read(_START))
+        encoding = base.text_encoding(path, file.read(_START))
     for n_line, text in _lines(path, encoding):
         if not text.startswith("@"):
             raise DataError(

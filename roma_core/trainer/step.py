@@ -20,24 +20,8 @@ from roma_core.hashing import hash_ints
 from roma_core.model.packing import PackedBatch, Segments
 from roma_core.model.prediction import RoMAForClassification
 from roma_core.model.weights import named_state
+from roma_core.trainer import distributed, optim
 from roma_core.trainer.config import TrainerConfig
-from roma_core.trainer.distributed import (
-    HostGroup,
-    cpu_copies,
-    fsdp_copy,
-    full_tensor,
-    no_gradient_sync,
-    overwrite_from_main,
-)
-from roma_core.trainer.optim import (
-    EMA,
-    Loss,
-    Model,
-    learning_rate_factor,
-    load_optimizer_state,
-    make_optimizer,
-    set_learning_rate,
-)
 
 
 class NonFiniteLoss(RuntimeError):
@@ -55,9 +39,9 @@ class TrainStep:
     def __init__(
         self,
         accelerator: Accelerator,
-        group: HostGroup,
-        model: Model,
-        loss: Loss,
+        group: distributed.HostGroup,
+        model: optim.Model,
+        loss: optim.Loss,
         config: TrainerConfig,
         total_steps: int,
         first_world_size: int,
@@ -89,28 +73,32 @@ class TrainStep:
             model.load_state_dict(resume["model"])
         if config.compile:
             model.compile_regions()
-        self._trained = fsdp_copy(model, accelerator.device, group) if self.is_sharded else model
+        self._trained = (
+            distributed.fsdp_copy(model, accelerator.device, group) if self.is_sharded else model
+        )
         self._trained.set_loss_fn(loss)
         self._named = list(self._trained.named_parameters())
         self._trainable = [p for _, p in self._named if p.requires_grad]
-        optimizer = make_optimizer(self._named, config)
+        optimizer = optim.make_optimizer(self._named, config)
         if self.is_sharded:
             # shards are on their devices and need no other wrapper; this adds only the precision
             self._wrapped = accelerator.prepare_model(
                 self._trained, device_placement=False, evaluation_mode=True
             )
             self._optimizer = accelerator.prepare_optimizer(optimizer)
-            self._no_sync = functools.partial(no_gradient_sync, self._trained)
+            self._no_sync = functools.partial(distributed.no_gradient_sync, self._trained)
         else:
             self._wrapped, self._optimizer = accelerator.prepare(model, optimizer)
             self._no_sync = functools.partial(accelerator.no_sync, self._wrapped)
         state = named_state(self._trained).values()
         self._statistics = [x for x in state if not isinstance(x, nn.Parameter)]
-        self._ema: EMA | None = None
+        self._ema: optim.EMA | None = None
         if config.ema_decay is not None:
-            self._ema = EMA(self._trained, config.ema_decay, resume.get("ema") if resume else None)
+            self._ema = optim.EMA(
+                self._trained, config.ema_decay, resume.get("ema") if resume else None
+            )
         if resume:
-            load_optimizer_state(self._optimizer.optimizer, self._named, resume["optimizer"])
+            optim.load_optimizer_state(self._optimizer.optimizer, self._named, resume["optimizer"])
 
     def __call__(
         self, step: int, micro_batches: list[PackedBatch], count: float
@@ -131,10 +119,10 @@ class TrainStep:
             ValueError: there are no labels.
         """
         torch.manual_seed(hash_ints(self.config.random_seed, step, self.rank))
-        self.lr = self.peak_lr * learning_rate_factor(
+        self.lr = self.peak_lr * optim.learning_rate_factor(
             self.config.lr_schedule, step, self.total_steps, self.warmup_steps
         )
-        set_learning_rate(self._optimizer, self.lr)
+        optim.set_learning_rate(self._optimizer, self.lr)
         self._wrapped.train(not self.is_probe)  # a probe's features are those of evaluation
         if isinstance(self._trained, RoMAForClassification):
             self._trained.require_head().train()
@@ -156,13 +144,13 @@ class TrainStep:
             self.accelerator.unscale_gradients(self._optimizer)
             gradients = [p.grad for p in self._trainable if p.grad is not None]
             norm = nn.utils.get_total_norm(gradients)
-        norm = full_tensor(norm)
+        norm = distributed.full_tensor(norm)
         if self.checks_every_step and not self.is_finite(float(total), float(norm)):
             raise NonFiniteLoss
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         if self._statistics and self.world_size > 1:  # each process had its own batch
-            overwrite_from_main(self._statistics)
+            distributed.overwrite_from_main(self._statistics)
         if self._ema is not None:
             self._ema.update(step)
         return total, norm
@@ -174,7 +162,7 @@ class TrainStep:
         return math.isfinite(loss) and math.isfinite(norm)
 
     @contextmanager
-    def evaluation_model(self) -> Iterator[Model]:
+    def evaluation_model(self) -> Iterator[optim.Model]:
         """The model, with the weights and the loss of evaluation inside the ``with`` block."""
         if self.is_sharded:
             self._fill_model()
@@ -201,11 +189,11 @@ class TrainStep:
             if isinstance(value, Tensor)
         )
         tensors = {
-            "model": cpu_copies(self._trained.state_dict().items(), keep),
-            "optimizer": cpu_copies(optimizer_state, keep),
+            "model": distributed.cpu_copies(self._trained.state_dict().items(), keep),
+            "optimizer": distributed.cpu_copies(optimizer_state, keep),
         }
         if self._ema is not None:
-            tensors["ema"] = cpu_copies(self._ema.tensors.items(), keep)
+            tensors["ema"] = distributed.cpu_copies(self._ema.tensors.items(), keep)
         return tensors
 
     def finish(self) -> None:
@@ -225,7 +213,7 @@ class TrainStep:
         """Copy the trained weights, or their average, to the unsharded model."""
         named = self._ema.tensors if self._ema else named_state(self._trained)
         for name, tensor in named_state(self.model).items():
-            tensor.copy_(full_tensor(named[name].detach()))
+            tensor.copy_(distributed.full_tensor(named[name].detach()))
 
 
 def _with_hidden_copy(batch: PackedBatch) -> PackedBatch:

@@ -13,30 +13,17 @@ from roma_core.evaluation.config import EvaluationJobConfig, Fact, FactSheet, Se
 from roma_core.evaluation.metrics import LABELS, headline
 from roma_core.files import read_json
 from roma_core.serving.registry_client import FetchError, fetch, package_of, resolve
+from roma_pipelines import tracked_job
 from roma_pipelines.automation.state import TRAINED_WITH
 from roma_pipelines.experiment import Experiment
 from roma_pipelines.launching.pipes import job_folder
 from roma_pipelines.pictures import Metadata, against_true, confusion, picture
-from roma_pipelines.registry.gate import (
-    GATE_TAG,
-    SPLIT_TAG,
-    GateDecision,
-    checks_of,
-    decide,
-    decided_before,
-)
+from roma_pipelines.registry import gate
 from roma_pipelines.registry.promotion import CHAMPION
 from roma_pipelines.registry.runs import code_version
 from roma_pipelines.registry.store import MlflowSettings, answers
 from roma_pipelines.registry.versions import version_at
 from roma_pipelines.storage import Storage
-from roma_pipelines.tracked_job import (
-    TrackedJob,
-    of_this_run,
-    registry,
-    run_tracked_job,
-    upstream_metadata,
-)
 
 
 def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
@@ -49,16 +36,16 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
         description=f"Metrics on the test split, report and gate. {experiment.description}",
         check_specs=[
             dg.AssetCheckSpec(name, asset=key, blocking=True, description=text)
-            for name, text in checks_of(experiment.task).items()
+            for name, text in gate.checks_of(experiment.task).items()
         ],
     )
     def evaluation_report(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         from roma_core.data.store import StoredDataset
         from roma_core.evaluation.leakage import split_digest, training_datasets
 
-        resources = of_this_run(context, experiment).resources.of("evaluation")
+        resources = tracked_job.of_this_run(context, experiment).resources.of("evaluation")
         upstream = names[: names.index("evaluation_report")]
-        data, *trained = upstream_metadata(context, experiment, *upstream)
+        data, *trained = tracked_job.upstream_metadata(context, experiment, *upstream)
         encoder, model = trained[0], trained[-1]  # the same without finetuning
         folder = job_folder(context)
         if folder.config.exists():  # a retry adopts the job, and so the champion of that time
@@ -67,7 +54,7 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
             path = Path(data["path"])
             test_split = split_digest(StoredDataset(path, verify=False).split("test"))
             runs = f"{MlflowSettings().experiment_prefix}/{experiment.name}"
-            with registry(context, *trained) as client:
+            with tracked_job.registry(context, *trained) as client:
                 config = EvaluationJobConfig(
                     name=experiment.name,
                     dataset=str(path),
@@ -89,20 +76,22 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
                             for found in training_datasets(Path(job["weights"]))
                         )
                     ),
-                    decided_before=decided_before(client, runs, test_split, folder.path.name),
+                    decided_before=gate.decided_before(client, runs, test_split, folder.path.name),
                     lineage=_lineage(client, names[1:], trained, context.run_id),
                     **_champion(client, experiment.name, Storage.open().cache / "models"),
                 )
         params = {"dataset_digest": data["digest"][:36]}
-        job = run_tracked_job(context, experiment, "evaluate", config, resources, params=params)
-        decision = decide(job.folder, experiment.gate)
+        job = tracked_job.run_tracked_job(
+            context, experiment, "evaluate", config, resources, params=params
+        )
+        decision = gate.decide(job.folder, experiment.gate)
         evaluated_split = ServingChecks.load(job.output("serving_checks")).test_split
         outputs = ("report", "metrics", "baselines", "serving_checks", "predictions")
         results = {
             "results": {f"test/{name}": value for name, value in job.result.metrics.items()},
             "final_tags": {
-                SPLIT_TAG: evaluated_split,
-                GATE_TAG: "passed" if decision.passed else "failed",
+                gate.SPLIT_TAG: evaluated_split,
+                gate.GATE_TAG: "passed" if decision.passed else "failed",
             },
             "artifacts": {job.result.outputs[name]: "" for name in outputs}
             | {"config.json": "", "result.json": "", "outputs/gate.json": ""}
@@ -155,7 +144,7 @@ def _lineage(
 
 
 def _materialised(
-    job: TrackedJob, decision: GateDecision, config: EvaluationJobConfig
+    job: tracked_job.TrackedJob, decision: gate.GateDecision, config: EvaluationJobConfig
 ) -> dg.MaterializeResult:
     from roma_core.evaluation.report import FIGURES
 
@@ -198,7 +187,7 @@ def _materialised(
     )
 
 
-def _summary_plot(job: TrackedJob, metrics: Mapping[str, Any]) -> Metadata:
+def _summary_plot(job: tracked_job.TrackedJob, metrics: Mapping[str, Any]) -> Metadata:
     """The confusion matrix, or predicted against true values of the first channel or target."""
     import numpy as np
     import pyarrow.parquet as pq

@@ -22,15 +22,7 @@ import psutil
 
 from roma_core.claim import ATTEMPT_VARIABLE, FOLDER_VARIABLE, is_running, process_start
 from roma_core.job import JobFolder
-from roma_pipelines.launching.launcher import (
-    PLANNED_FOLDER,
-    claimed,
-    inherited,
-    passthrough_env,
-    process_variables,
-    program,
-    render,
-)
+from roma_pipelines.launching import launcher
 from roma_pipelines.launching.spec import JobHandle, JobSpec, JobState, Phase, Plan
 
 # Signals by which a process is ended from outside; any other is the process's own crash.
@@ -57,18 +49,20 @@ class LocalLauncher:
         """``grace_s``: seconds between SIGTERM and SIGKILL; a checkpoint should fit in."""
         self.python, self.grace_s = python, grace_s
 
-    def plan(self, spec: JobSpec, folder: JobFolder = PLANNED_FOLDER, attempt: int = 1) -> Plan:
+    def plan(
+        self, spec: JobSpec, folder: JobFolder = launcher.PLANNED_FOLDER, attempt: int = 1
+    ) -> Plan:
         if spec.nodes != 1:
             raise ValueError(
                 f"the target local is one computer, the job asks for nodes={spec.nodes}; "
                 f"use nodes=1 with more processes_per_node, or another target"
             )
-        python = "python" if folder == PLANNED_FOLDER else self.python
+        python = "python" if folder == launcher.PLANNED_FOLDER else self.python
         scratch = str(folder.attempt(attempt).path / "torchrun")
-        argv = program(spec, python, "0", "127.0.0.1", _FREE_PORT, scratch)
-        argv = claimed(folder, attempt, python, argv)
-        variables = process_variables(spec) | _SHARED_CORES
-        return Plan(spec, folder, attempt, render(spec, argv, variables), argv)
+        argv = launcher.program(spec, python, "0", "127.0.0.1", _FREE_PORT, scratch)
+        argv = launcher.claimed(folder, attempt, python, argv)
+        variables = launcher.process_variables(spec) | _SHARED_CORES
+        return Plan(spec, folder, attempt, launcher.render(spec, argv, variables), argv)
 
     def preflight(self, plan: Plan) -> list[str]:
         return []  # whatever is wrong shows at the start, which is at once
@@ -85,12 +79,12 @@ class LocalLauncher:
                 argv,
                 cwd=plan.folder.path,
                 env={
-                    **inherited(),
-                    **process_variables(plan.spec),
+                    **launcher.inherited(),
+                    **launcher.process_variables(plan.spec),
                     **_SHARED_CORES,
                     "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
                     **_mark(plan),
-                    **passthrough_env(plan.spec, environment),
+                    **launcher.passthrough_env(plan.spec, environment),
                 },
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -105,7 +99,7 @@ class LocalLauncher:
     def find(self, plan: Plan) -> JobHandle | None:
         owner = plan.files.read_owner()
         if owner is None:  # a process may have been started that has not claimed it yet
-            mark = claimed(plan.folder, plan.attempt, "", [])[1:5]
+            mark = launcher.claimed(plan.folder, plan.attempt, "", [])[1:5]
             for process in psutil.process_iter(["cmdline"]):
                 start = process_start(process.pid)
                 if (process.info["cmdline"] or [])[1:5] == mark and start is not None:

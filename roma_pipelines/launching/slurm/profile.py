@@ -24,13 +24,7 @@ from pydantic_settings import SettingsConfigDict
 from roma_core.claim import ATTEMPT_VARIABLE, FOLDER_VARIABLE
 from roma_core.job import JobFolder
 from roma_core.settings import RomaSettings
-from roma_pipelines.launching.launcher import (
-    ClusterProfile,
-    claimed,
-    header,
-    process_variables,
-    program,
-)
+from roma_pipelines.launching import launcher
 from roma_pipelines.launching.spec import JobSpec
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+/-]*$")]
@@ -61,7 +55,7 @@ class SlurmSettings(RomaSettings):
     qos: Name | None = Field(None, description="Quality of service; null takes the profile's.")
 
 
-class SlurmProfile(ClusterProfile):
+class SlurmProfile(launcher.ClusterProfile):
     """A SLURM cluster: how jobs are submitted to it, and what they ask for there."""
 
     kind, settings = "SLURM", SlurmSettings
@@ -154,11 +148,11 @@ def batch_script(
             f"the job folder {path!r} has a quote, a backslash or a line break in its name, which "
             f"SLURM does not accept; set ROMA_STORAGE_ROOT to another folder"
         )
-    variables = {**process_variables(spec), **profile.environment}
+    variables = {**launcher.process_variables(spec), **profile.environment}
     parts = [
         # a login shell defines `module`, a function that the environment does not pass on
         "#!/bin/bash -l" if profile.modules or profile.setup else "#!/bin/bash",
-        *header(spec),
+        *launcher.header(spec),
         *(f"#SBATCH {option}" for option in _options(spec, profile, path, attempt)),
         "",
         f"folder={shlex.quote(path)}",
@@ -236,7 +230,7 @@ def _step(
     spec: JobSpec, profile: SlurmProfile, folder: JobFolder, attempt: int, python: str
 ) -> list[str]:
     # one task per node that becomes the runner itself: else no signal would reach the processes
-    argv = program(spec, python, "RANK", "ADDRESS", "PORT", "SCRATCH")
+    argv = launcher.program(spec, python, "RANK", "ADDRESS", "PORT", "SCRATCH")
     if spec.runner == "torchrun":
         n = len(spec.command)
         options = shlex.join(argv[3:-n]).replace("--node-rank=RANK ", "")  # each task's own
@@ -244,7 +238,7 @@ def _step(
             options = options.replace(f"={name}", f'="{value}"')
         lines = [shlex.join(["bash", "-c", _TASK, python]), options, shlex.join(argv[-n:])]
     else:
-        lines = [shlex.join(claimed(folder, attempt, python, [])), shlex.join(argv)]
+        lines = [shlex.join(launcher.claimed(folder, attempt, python, [])), shlex.join(argv)]
     further = [shlex.join(words) for words in (profile.srun_options, profile.container) if words]
     srun = 'srun --kill-on-bad-exit=1 --wait=600 --cpus-per-task="$SLURM_CPUS_PER_TASK"'
     return [" \\\n    ".join([srun, *further, *lines]) + " &", "step=$!", ""]
