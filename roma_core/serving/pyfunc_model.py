@@ -44,14 +44,9 @@ MANIFEST = "MANIFEST.json"
 _MAX_OFF_GRID = 0.2  # of a step, as of the data sets that a model learns from
 _FEW_TOKENS, _MAX_PADDING = 2048, 1.03  # of a batch: larger ones are not faster
 REQUIRED_FILES = (
-    "model.pt2",
-    "weights.safetensors",
-    "model_config.json",
-    "schema.json",
-    "series.schema.json",
-    "golden.jsonl",
-    "package.json",
-)
+    "model.pt2", "weights.safetensors", "model_config.json", "schema.json", "series.schema.json",
+    "golden.jsonl", "package.json",
+)  # fmt: skip
 
 
 class InvalidSeries(ValueError):
@@ -174,65 +169,53 @@ class Series(BaseModel):
         return {name: _entry(name, x, text=True) for name, x in numbers.items()}
 
 
-class Prediction(BaseModel):
-    """The class of one series, with the probability of every class."""
-
+class _Answer(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     id: str | None = None
+
+
+_STD: Any = Field(None, description="Predicted standard deviations, of a model that predicts them.")
+
+
+class Prediction(_Answer):
+    """The class of one series, with the probability of every class."""
+
     label: str = Field(description="The most probable class.")
     probabilities: dict[str, float] = Field(description="Class name -> probability; they sum to 1.")
 
 
-class TargetValues(BaseModel):
+class TargetValues(_Answer):
     """The targets of one series, in their units."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    id: str | None = None
     values: dict[str, float] = Field(description="Target -> predicted number.")
-    std: dict[str, float] | None = Field(
-        None, description="Predicted standard deviations, of a model that predicts them."
-    )
+    std: dict[str, float] | None = _STD
 
 
-class ObservationValues(BaseModel):
+class ObservationValues(_Answer):
     """The targets of every observation of one series, in their units and in the order given.
 
     An observation without a value has null; one with several tokens, the mean of theirs.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
-    id: str | None = None
     values: dict[str, list[float | None]] = Field(description="Target -> predicted numbers.")
-    std: dict[str, list[float | None]] | None = Field(
-        None, description="Predicted standard deviations, of a model that predicts them."
-    )
+    std: dict[str, list[float | None]] | None = _STD
 
 
-class Features(BaseModel):
+class Features(_Answer):
     """Encoder features of one series: the mean of its encoded tokens."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    id: str | None = None
     features: list[float] = Field(description="Same length for every series.")
 
 
-class Interpolation(BaseModel):
+class Interpolation(_Answer):
     """Predicted values at the queries of one series, in the units of the data.
 
     Every channel has a number per query, null where the query names another channel.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
-    id: str | None = None
     mean: dict[str, list[float | None]] = Field(description="Channel name -> predicted values.")
-    std: dict[str, list[float | None]] | None = Field(
-        None, description="Predicted standard deviations, of a model that predicts them."
-    )
+    std: dict[str, list[float | None]] | None = _STD
 
 
 def answer_type(kind: str, per_observation: bool) -> type[BaseModel]:
