@@ -34,7 +34,7 @@ from roma_core.job import committed
 from roma_core.settings import Frozen
 from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.distributed import SINGLE_PROCESS, HostGroup
-from roma_core.trainer.run_logger import RunLogger
+from roma_core.trainer.trackers import RunLogger
 
 Tensors = dict[str, dict[str, Tensor]]
 """``model``, ``optimizer`` and, if weights are averaged, ``ema``: full CPU tensors by name."""

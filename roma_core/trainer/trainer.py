@@ -26,9 +26,9 @@ from roma_core.trainer.distributed import init_accelerator, init_group
 from roma_core.trainer.evaluator import EarlyStopping, evaluate, unknown_metric
 from roma_core.trainer.metrics import ThroughputMeter
 from roma_core.trainer.optim import Model, labels_of, training_loss
-from roma_core.trainer.run_logger import RunLogger
 from roma_core.trainer.sampler import make_sampler
 from roma_core.trainer.step import NonFiniteLoss, TrainStep, raise_non_finite
+from roma_core.trainer.trackers import RunLogger
 
 __all__ = ["NonFiniteLoss", "Trainer", "TrainingEnd"]
 
