@@ -86,9 +86,8 @@ def _from_folder(
     if errors:
         raise ValueError("; ".join(errors.values()))
     found = [*made.values(), operations]
-    if any(
-        path.suffix in (".py", ".yaml") for path in folder.rglob("*")
-    ):  # else a tree has no root
+    # else a tree has no root
+    if any(path.suffix in (".py", ".yaml") for path in folder.rglob("*")):
         # load_from_defs_folder would need a pyproject.toml, and definitions of two trees cannot be merged
         module = sys.modules["defs"] = types.ModuleType("defs")
         module.__path__, module.__file__ = [str(folder)], None

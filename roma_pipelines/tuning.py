@@ -119,9 +119,8 @@ class Search:
         self._ended: queue.Queue[tuple[int, Exception | None]] = queue.Queue()
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # of encoders
         self._stopping, self.hours = False, 0.0
-        self._failures: list[
-            str
-        ] = []  # reasons of the newest trials here, back to one with a value
+        # reasons of the newest trials here, back to one with a value
+        self._failures: list[str] = []
         self.plain = self.experiment.model_copy(update={"tuning": None})
         self.tuning = self.experiment.tuning or Tuning()
         self.space = self.tuning.space or default_space(self.plain)

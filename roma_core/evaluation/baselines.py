@@ -48,9 +48,8 @@ _EARLY_STOPPING = 10_000  # more series than these, in scikit-learn
 _N_GRID_SERIES = 500  # behind the decision whether there is a grid
 MIN_LENGTH = 9  # of a grid: that of a kernel
 _KERNEL, _N_FEATURES, _MAX_DILATIONS = MIN_LENGTH, 10_000, 32
-_THREES = list(
-    itertools.combinations(range(_KERNEL), 3)
-)  # places of the weights 2; the other six are -1
+# places of the weights 2; the other six are -1
+_THREES = list(itertools.combinations(range(_KERNEL), 3))
 _GOLDEN = (5**0.5 + 1) / 2
 _CONVOLVED_AT_ONCE = 20_000_000  # of convolved values: 80 MB
 

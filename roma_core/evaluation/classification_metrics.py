@@ -257,9 +257,8 @@ def _areas(counts: Floats, positive: Bools, scores: Floats) -> tuple[Floats, Flo
     )
     n_true = true[:, -1]
     n_false = total[:, -1] - n_true
-    above = (
-        at[0] - at[1] + before[0] - before[1]
-    ) / 2  # others of a larger score; half of equal ones
+    # others of a larger score; half of equal ones
+    above = (at[0] - at[1] + before[0] - before[1]) / 2
     with np.errstate(invalid="ignore", divide="ignore"):
         auroc = 1 - (weight * above).sum(axis=1) / (n_true * n_false)
         precision = (weight * (at[1] / np.maximum(at[0], 1))).sum(axis=1) / n_true

@@ -130,9 +130,8 @@ class CovariateEmbedding(nn.Module):
     def __init__(self, sizes: tuple[int, ...], width: int) -> None:
         """``sizes``: categories of each covariate, 0 for a number."""
         super().__init__()
-        n_rows = [
-            1 + max(1, size) for size in sizes
-        ]  # 'missing', then the number or the categories
+        # 'missing', then the number or the categories
+        n_rows = [1 + max(1, size) for size in sizes]
         offsets = torch.tensor([sum(n_rows[:k]) for k in range(len(sizes))])
         self.register_buffer("offsets", offsets, persistent=False)
         self.register_buffer("is_number", torch.tensor([size == 0 for size in sizes]), False)

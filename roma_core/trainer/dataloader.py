@@ -243,9 +243,8 @@ class Collate:
     config: RoMAConfig  # of the model the batch is for
     seed: int  # of masks and drops
     augmentations: tuple[Augmentation, ...] = ()  # redrawn in every epoch; none in evaluation
-    masks: bool = (
-        True  # drawn for a pretraining model; off where all is visible or the caller hides
-    )
+    # drawn for a pretraining model; off where all is visible or the caller hides
+    masks: bool = True
 
     def __post_init__(self) -> None:
         is_custom = [isinstance(a, CustomAugmentation) for a in self.augmentations]

@@ -19,9 +19,8 @@ from roma_pipelines.cli import complete_experiment
 from roma_pipelines.storage import Storage, defs_files, project_folder
 
 _MARK = "# tuned by "
-_EVIDENCE = re.compile(
-    rf"(?m)^ *{_MARK}\S+-[0-9a-f]{{12}}, trial \d+: .*\n\Z"
-)  # of an earlier search
+# of an earlier search
+_EVIDENCE = re.compile(rf"(?m)^ *{_MARK}\S+-[0-9a-f]{{12}}, trial \d+: .*\n\Z")
 
 
 @click.command(epilog="Example: roma-pipeline tune japanese_vowels --trials 30 --parallel 4")
