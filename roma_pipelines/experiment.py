@@ -246,22 +246,15 @@ class Experiment(Frozen):
 
     @model_validator(mode="after")
     def _trainings_are_valid(self) -> Self:
+        """Those of the file, with the run config of automation, and in a search."""
         if errors := training_errors(self.pretraining, self.finetuning, self.task):
             raise ValueError("\n".join(errors))
-        return self
-
-    @model_validator(mode="after")
-    def _run_config_is_valid(self) -> Self:
         try:
             if self.automation.run_config:
                 self.with_run_config(self.automation.run_config)
         except ValueError as error:
             lines = str(error).removeprefix(f"experiment {self.name}: ").splitlines()
             raise ValueError("\n".join(f"automation.run_config: {ln}" for ln in lines)) from None
-        return self
-
-    @model_validator(mode="after")
-    def _can_be_tuned(self) -> Self:
         if self.tuning is not None:
             plain = self.model_copy(update={"tuning": None})
             if errors := self.tuning.problems(plain, plain.with_settings):
