@@ -67,28 +67,18 @@ def registered_model_asset(experiment: Experiment) -> dg.AssetsDefinition:
         }
         encoder_uri = {}  # of a model with a head, whose encoder is packaged beside it
         with registry(context, *upstream) as client:
+
+            def register(name: str, package: str, job: Any, tags: Any, metrics: Any) -> str:
+                path, run_id = folder.path / result.outputs[package], job["mlflow_run_id"]
+                return versions.register(client, path, name, result.job_key, run_id, tags, metrics)
+
             if "encoder_package" in result.outputs:
                 name = versions.encoder_name(experiment.name)
-                encoder_version = versions.register(
-                    client,
-                    folder.path / result.outputs["encoder_package"],
-                    name,
-                    result.job_key,
-                    encoder["mlflow_run_id"],
-                    tags | {"roma.config_digest": digest_of(pretraining)},
-                    {},
-                )
+                of_encoder = tags | {"roma.config_digest": digest_of(pretraining)}
+                encoder_version = register(name, "encoder_package", encoder, of_encoder, {})
                 tags[versions.ENCODER_TAG] = encoder_version
                 encoder_uri["encoder"] = f"models:/{name}/{encoder_version}"
-            version = versions.register(
-                client,
-                folder.path / result.outputs["package"],
-                experiment.name,
-                result.job_key,
-                model["mlflow_run_id"],
-                tags,
-                metrics,
-            )
+            version = register(experiment.name, "package", model, tags, metrics)
             waits = experiment.gate.mode == "needs_approval" and decision.passed
             if decision.passed and not waits:
                 promote(
