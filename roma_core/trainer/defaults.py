@@ -114,9 +114,11 @@ def default_settings(size: DatasetSize, targets: TargetLevel | None = None) -> D
         on_grid = f"{size.mean_length:.0f} observations on a regular grid, {size.grid_fill:.0%} of its steps"
         of_embedding = {"window": f"window {_WINDOW}: {on_grid}; a token is {_WINDOW} steps"}
         if size.n_series < _MIN_SERIES_FOR_BEST:
-            depth, finetrainer["encoder_lr_scale"] = 2, 0.03
+            depth = 2
+            finetrainer |= {"base_lr": 0.001, "encoder_lr_scale": 0.03}
             finetuning_reason += (
-                "; the encoder's blocks learn slower: attention fits few series by heart"
+                "; convolutions learn few series better at a lower rate, and the encoder's blocks are slower "
+                "still: attention fits few series by heart"
             )
     return DefaultSettings(
         pretraining={
