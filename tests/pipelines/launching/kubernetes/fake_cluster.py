@@ -26,6 +26,7 @@ from tests.pipelines.launching.kubernetes.fake_api import FakeApi
 from tests.pipelines.launching.kubernetes.fake_store import Object, now
 
 _TICK_S = 0.02
+_READS_MEMORY_EVERY_S = 1.0  # which scans all processes of this computer
 _MARK = "FAKE_POD"
 _TRACKING = "batch.kubernetes.io/job-tracking"
 
@@ -412,10 +413,13 @@ class FakeCluster:
     def _wait(self, run: _Run, memory: float) -> int:
         """The exit code; a pod is killed once its grace period is over, or beyond its memory."""
         assert run.process is not None
+        read_at = 0.0 if memory < float("inf") else float("inf")
         while (code := run.process.poll()) is None:
-            if memory < float("inf") and _used(run.process.pid) > memory:
-                run.ended_as = "OOMKilled"
-                _signal_all(run, signal.SIGKILL)
+            if time.monotonic() > read_at:
+                read_at = time.monotonic() + _READS_MEMORY_EVERY_S
+                if _used(run.process.pid) > memory:
+                    run.ended_as = "OOMKilled"
+                    _signal_all(run, signal.SIGKILL)
             if self._ended or (run.kill_at is not None and time.monotonic() > run.kill_at):
                 _signal_all(run, signal.SIGKILL)
             time.sleep(_TICK_S)
