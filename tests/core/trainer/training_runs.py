@@ -1,13 +1,8 @@
-"""Small trainings in processes of their own, to be killed, stopped and resumed.
-
-The processes are forked from a server that has imported torch and MLflow once, so that a start takes
-a tenth of a second instead of five.
-"""
+"""Small trainings in forked processes of their own, to be killed, stopped and resumed."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -35,6 +30,7 @@ from roma_core import (
 )
 from roma_core.trainer.checkpoint import load_newest
 from roma_core.trainer.metrics import WALL_CLOCK
+from tests import forked
 from tests.time_limits import wait_until, within
 
 SHAPE = {
@@ -163,12 +159,7 @@ class Plan:
     prepare: Callable[[Trainer], None] | None = None
 
 
-def _train(plan: Plan, environment: dict[str, str], log: Path) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
+def _train(plan: Plan) -> None:
     trainer = Trainer(config(plan.folder, **plan.changes))
     if plan.prepare is not None:
         plan.prepare(trainer)
@@ -180,10 +171,6 @@ def _train(plan: Plan, environment: dict[str, str], log: Path) -> None:
     os.write(1, line.encode())  # at once: several processes may share the pipe
 
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["roma_core.trainer.trainer", "torch", "accelerate", "mlflow"])
-
-
 class Started:
     """The processes of one training."""
 
@@ -191,12 +178,6 @@ class Started:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
-        shared = {
-            "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": "lo",
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-        }
-        os.environ.update(shared)  # the server inherits them when it starts
         plan.folder.mkdir(parents=True, exist_ok=True)
         self.folder = plan.folder
         number = len(list(plan.folder.glob("*.log")))
@@ -213,10 +194,8 @@ class Started:
                 "MASTER_PORT": str(port),
             }
             world = ranks if processes > 1 else {}
-            values = dict(os.environ) | world | environment
-            process = _context.Process(target=_train, args=(plan, values, log))
-            process.start()
-            self.processes.append(process)
+            values = dict(os.environ) | forked.ENVIRONMENT | world | environment
+            self.processes.append(forked.start(_train, plan, output=log, environment=values))
 
     @property
     def output(self) -> str:
