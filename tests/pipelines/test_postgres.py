@@ -23,7 +23,7 @@ from roma_pipelines.storage import (
 )
 from roma_pipelines.tuning import open_study
 from tests.pipelines import tiny
-from tests.pipelines.registry.contender import add_rivals, contender, held, locks, said
+from tests.pipelines.registry.contender import add_rivals, contender, locks
 
 
 @pytest.fixture
@@ -173,10 +173,10 @@ def test_a_lock_of_a_model_ends_with_the_connection_that_holds_it(state):
     add_rivals(client)
     uri = client.tracking_uri
     with contender(uri, "wait:1") as dead:
-        held(dead)
+        dead.holds()
         with contender(uri, "promote:2") as other:
             dead.kill()
-            assert "error" not in said(other)
+            assert "error" not in other.result()
     assert version_at(client, "rivals", "champion") == "2"
     assert locks(client) == []
 

@@ -1,9 +1,6 @@
-"""Processes that want the lock of the model ``rivals``: URI LEASE_S CALL_S TASK:VERSION."""
+"""Processes that want the lock of the model ``rivals``, each with a task: ``TASK:VERSION``."""
 
 import contextlib
-import json
-import subprocess
-import sys
 import time
 
 from roma_core.serving.registry_client import connect
@@ -12,6 +9,7 @@ from roma_pipelines.registry.gate import GATE_TAG
 from roma_pipelines.registry.promotion import PromotionRefused, promote
 from roma_pipelines.registry.versions import COMPARED_TAG
 from roma_pipelines.storage import StorageError
+from tests import forked
 from tests.time_limits import within
 
 
@@ -27,34 +25,55 @@ def locks(client):
     return [m.name for m in client.search_registered_models() if ".lock" in m.name]
 
 
+class Contender:
+    """A process with a task."""
+
+    def __init__(self, uri, task, lease_s, call_s):
+        self.connection, theirs = forked.Pipe()
+        self.process = forked.start(_contend, theirs, uri, task, lease_s, call_s)
+        theirs.close()
+
+    def _receive(self):
+        assert self.connection.poll(within(60)), "it says nothing"
+        return self.connection.recv()
+
+    def holds(self):
+        """Wait until it has the lock."""
+        assert self._receive() == "held"
+
+    def go_on(self):
+        self.connection.send("go on")
+
+    def result(self):
+        """What it did; the task is over."""
+        while not isinstance(said := self._receive(), dict):
+            pass
+        return said
+
+    def wait(self):
+        """The exit code."""
+        self.process.join(within(60))
+        assert self.process.exitcode is not None
+        return self.process.exitcode
+
+    def kill(self):
+        self.process.kill()
+        self.process.join()
+
+
 @contextlib.contextmanager
 def contender(uri, task, lease_s=60.0, call_s=10.0):
     """A process with a task; yields it, and kills it at the end."""
-    command = [sys.executable, "-m", "tests.pipelines.registry.contender"]
-    process = subprocess.Popen(
-        [*command, uri, str(lease_s), str(call_s), task],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    contender = Contender(uri, task, lease_s, call_s)
     try:
-        yield process
+        yield contender
     finally:
-        process.kill()
-        process.communicate()
+        contender.kill()
 
 
-def held(process):
-    assert process.stdout.readline() == "held\n"
-
-
-def said(process):
-    return json.loads(process.communicate(timeout=within(60))[0].splitlines()[-1])
-
-
-def main(uri, lease_s, call_s, task):
-    """``promote`` a version; ``enter`` the lock and leave it; or move an alias after a line of input."""
-    store._LEASE_S, store._CALL_S = float(lease_s), float(call_s)
+def _contend(connection, uri, task, lease_s, call_s):
+    """``promote`` a version; ``enter`` the lock and leave it; or ``wait`` in it, then move an alias."""
+    store._LEASE_S, store._CALL_S = lease_s, call_s
     store._WAIT_S = 20 * store._LEASE_S
     task, version = task.split(":")
     client = connect(uri)
@@ -66,17 +85,13 @@ def main(uri, lease_s, call_s, task):
         else:
             with store.model_lock(client, "rivals") as lock:
                 entered = time.monotonic()  # of the computer, so equal in all processes
-                print("held", flush=True)
+                connection.send("held")
                 if task == "wait":
-                    sys.stdin.readline()
+                    connection.recv()
                     lock.set_alias("rivals", "champion", version)
                 else:
                     time.sleep(0.3)
                 result["held"] = [entered, time.monotonic()]
     except (PromotionRefused, store.RegistryBusy, StorageError) as error:
         result["error"] = f"{type(error).__name__}: {error}"
-    print(json.dumps(result), flush=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    connection.send(result)

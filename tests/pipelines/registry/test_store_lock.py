@@ -5,7 +5,6 @@ import http.client
 import itertools
 import os
 import re
-import signal
 import threading
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,7 +16,7 @@ from roma_pipelines.registry import store
 from roma_pipelines.registry.promotion import CHAMPION, PREVIOUS, PromotionRefused, audit, promote
 from roma_pipelines.registry.store import MlflowSettings, RegistryBusy, model_lock
 from roma_pipelines.registry.versions import version_at
-from tests.pipelines.registry.contender import add_rivals, contender, held, locks, said
+from tests.pipelines.registry.contender import add_rivals, contender, locks
 from tests.time_limits import wait_until, within
 
 pytestmark = pytest.mark.slow
@@ -75,7 +74,7 @@ def test_of_promotions_at_once_through_a_server_one_wins(rivals):
         started = [
             stack.enter_context(contender(rivals.tracking_uri, f"promote:{v}")) for v in "123"
         ]
-        results = [said(process) for process in started]
+        results = [process.result() for process in started]
 
     (event,) = audit(rivals, "rivals")
     assert version_at(rivals, "rivals", CHAMPION) == event.version
@@ -92,7 +91,7 @@ def test_a_slow_server_delays_a_promotion_and_nothing_else(rivals):
         contender(address, "promote:1") as first,
         contender(rivals.tracking_uri, "promote:2") as second,
     ):
-        results = [said(first), said(second)]
+        results = [first.result(), second.result()]
 
     (event,) = audit(rivals, "rivals")
     assert version_at(rivals, "rivals", CHAMPION) == event.version
@@ -106,7 +105,7 @@ def test_a_holder_that_the_server_delays_beyond_its_lease_moves_nothing(rivals):
     ):
         wait_until(lambda: locks(rivals), 30)
         with contender(rivals.tracking_uri, "promote:2", lease_s=12, call_s=6) as other:
-            results = {one["version"]: one for one in (said(late), said(other))}
+            results = {one["version"]: one for one in (late.result(), other.result())}
 
     events = audit(rivals, "rivals")
     moved = [version for version, one in results.items() if "error" not in one]
@@ -125,7 +124,7 @@ def test_a_move_that_arrives_after_it_was_given_up_comes_before_the_next(
         slow(rivals.tracking_uri, 5, moves) as address,
         contender(address, "promote:1", lease_s=6, call_s=2) as late,
     ):
-        assert late.wait(within(60)) != 0, "the request is given up"
+        assert late.wait() != 0, "the request is given up"
         with pytest.raises(PromotionRefused, match="the champion is now 1"):
             promote(rivals, "rivals", "2", reason="better", actor="tester", evidence={})
 
@@ -143,7 +142,7 @@ def test_a_release_that_arrives_late_leaves_the_lock_of_another(rivals):
         slow(rivals.tracking_uri, within(60), release, let_go, arrived) as address,
         contender(address, "enter:1", lease_s=20, call_s=2) as late,
     ):
-        said(late)
+        late.result()
         # as one that had waited for the lock breaks it
         dead = rivals.get_registered_model("rivals.lock").tags["roma.holder"]
         rivals.rename_registered_model("rivals.lock", f"rivals.lock.of.{dead}")
@@ -184,13 +183,13 @@ def test_a_lock_that_is_released_while_it_is_asked_for_is_asked_for_again(rivals
 def test_a_holder_that_wakes_up_late_moves_no_alias_and_keeps_the_lock_of_another(rivals):
     uri = rivals.tracking_uri
     with contender(uri, "wait:1", 8, 4) as first:
-        held(first)
+        first.holds()
         with contender(uri, "wait:2", 8, 4) as second:
-            held(second)  # after the lease of the first
+            second.holds()  # after the lease of the first
             mine = rivals.get_registered_model("rivals.lock").tags
 
-            first.stdin.write("go on\n")
-            error = said(first)["error"]
+            first.go_on()
+            error = first.result()["error"]
 
             assert "rivals.lock was lost, or expires before an alias could be moved" in error
             assert rivals.get_registered_model("rivals.lock").tags == mine
@@ -204,7 +203,7 @@ def test_a_lock_whose_holder_died_is_broken_and_a_living_one_is_not(rivals, monk
         started = [
             stack.enter_context(contender(uri, f"enter:{n}", within(2), 1)) for n in range(3)
         ]
-        spans = sorted(said(process)["held"] for process in started)
+        spans = sorted(process.result()["held"] for process in started)
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
     assert locks(rivals) == ["rivals.lock.of.dead-1"], "so that no late process breaks another one"
 
@@ -242,8 +241,8 @@ def test_requests_are_bounded_while_the_lock_is_held_and_as_before_afterwards(ri
 def test_the_own_store_releases_the_lock_of_a_killed_process(client):
     add_rivals(client)
     with contender(client.tracking_uri, "wait:1") as dead:
-        held(dead)
-        dead.send_signal(signal.SIGKILL)
+        dead.holds()
+        dead.kill()
         promote(client, "rivals", "2", reason="better", actor="tester", evidence={})
     assert version_at(client, "rivals", CHAMPION) == "2"
     assert locks(client) == []
