@@ -6,9 +6,7 @@ import contextlib
 import io
 import logging
 import os
-import signal
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +17,12 @@ import yaml
 from click.testing import CliRunner
 
 from roma_core.cli import main
+from tests import forked
 from tests.time_limits import wait_until, within
 
-ROOT = Path(__file__).parents[2]
 STACK = "{d_model: 16, nhead: 2, depth: 1}"
 SMALL = ["--set", f"model.encoder_config={STACK}"]
 DECODER = ["--set", f"model.decoder_config={STACK}"]
-
-
-def process(*arguments: Any, cwd: Path, **environment: str) -> subprocess.Popen[str]:
-    """``roma ARGUMENTS``, its output in one stream."""
-    env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HOME": str(cwd)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "roma_core.cli", *map(str, arguments)],
-        env=os.environ | env | environment,
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 def roma(*arguments: Any, cwd: Path, code: int = 0) -> str:
@@ -57,16 +42,23 @@ def roma(*arguments: Any, cwd: Path, code: int = 0) -> str:
 def interrupted(*arguments: Any, run: Path, cwd: Path, **environment: str) -> str:
     """Output of a training that was asked to stop after its next checkpoint."""
     before = {path.name for path in run.glob("checkpoints/step-*")}
-    started = process(*arguments, cwd=cwd, **environment)
     saved = lambda: {path.name for path in run.glob("checkpoints/step-*")} - before  # noqa: E731
-    try:
-        wait_until(lambda: saved() or started.poll() is not None, 40, "a checkpoint")
-        started.send_signal(signal.SIGTERM)
-        output, _ = started.communicate(timeout=within(30))
-    finally:
-        started.kill()
-    assert started.returncode == 75, output
-    return output
+    with tempfile.NamedTemporaryFile("r") as output:
+        started = forked.start(
+            *(forked.run_module, "roma_core.cli", *map(str, arguments)),
+            output=Path(output.name),
+            cwd=cwd,
+            environment=os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(cwd)} | environment,
+        )
+        try:
+            wait_until(lambda: saved() or not started.is_alive(), 40, "a checkpoint")
+            started.terminate()
+            started.join(within(30))
+        finally:
+            started.kill()
+        said = output.read()
+    assert started.exitcode == 75, said
+    return said
 
 
 def build(folder: Path, lengths: list[int], name: str = "s") -> Path:

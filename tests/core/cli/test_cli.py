@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +17,7 @@ from roma_core.evaluation.predictions import PredictionTable
 from roma_core.files import read_json
 from roma_core.model.pretraining import RoMAForPreTraining
 from roma_core.trainer.dataloader import Collate
+from tests import forked
 from tests.time_limits import within
 
 SMALL = ["--set", "model.encoder_config={d_model: 16, nhead: 2, depth: 1}"]
@@ -31,13 +29,7 @@ def roma(*arguments, ok=True, process=False):
     """``roma``, in this process or in one of its own; what it says."""
     arguments = list(map(str, arguments))
     if process:
-        done = subprocess.run(
-            [sys.executable, "-m", "roma_core.cli", *arguments],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])},
-            capture_output=True,
-            text=True,
-            timeout=within(60),
-        )
+        done = forked.run("roma_core.cli", *arguments, seconds=within(60))
         code, said = done.returncode, done.stdout + done.stderr
     else:
         result = CliRunner().invoke(main, arguments)

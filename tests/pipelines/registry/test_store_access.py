@@ -2,8 +2,6 @@
 
 import importlib.util
 import os
-import subprocess
-import sys
 import urllib.parse
 
 import dagster as dg
@@ -14,6 +12,7 @@ from roma_pipelines.registry.promotion import promote
 from roma_pipelines.registry.store import MlflowSettings, StoreError, answers, connect
 from roma_pipelines.registry.versions import aliases_without_mlflow, version_at
 from roma_pipelines.storage import Storage, prepare_instance
+from tests import forked
 from tests.pipelines import tiny
 from tests.pipelines.registry.conftest import registered_as, served
 
@@ -32,6 +31,7 @@ def guarded(store_template, tmp_path_factory):
     (folder / "auth.ini").write_text(
         f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{folder}/users.db\n"
         "admin_username = admin\n"
+        "auth_cache_ttl_seconds = 600\n"  # else every request computes the password's slow hash
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
     )
     command = [
@@ -63,12 +63,8 @@ def known(guarded, tmp_path, monkeypatch):
 
 def refused(storage, *command):
     """Output of a command that the server refuses."""
-    done = subprocess.run(
-        [sys.executable, "-m", "roma_pipelines.cli", *command],
-        env=os.environ | {"ROMA_STORAGE_ROOT": str(storage.root)},
-        capture_output=True,
-        text=True,
-    )
+    environment = os.environ | {"ROMA_STORAGE_ROOT": str(storage.root)}
+    done = forked.run("roma_pipelines.cli", *command, environment=environment)
     assert done.returncode == 1
     return done.stdout + done.stderr
 
