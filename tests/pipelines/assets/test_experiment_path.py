@@ -1,17 +1,18 @@
 """The whole path on a tiny experiment: real jobs, a real Dagster instance, a real MLflow store.
 
+The jobs of ``first`` start as they do for users, those of all later events by a fork.
+
 The tests follow one story; each fixture is its next event: ``first`` (two processes a training),
 ``interrupted`` and ``second`` (a failure after finetuning, and its retry, both with a run config), ``refused`` (a gate that
 nothing passes), ``waiting`` (one that asks a person), ``damaged`` (a champion with a broken file),
 ``continued`` (the champion trained further), ``failed`` (a loss that is not finite).
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ from roma_pipelines.registry.gate import CHECKS
 from roma_pipelines.registry.promotion import audit
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.registry.versions import version_at
+from tests import forked
 from tests.pipelines import tiny
+from tests.pipelines.forked_jobs import jobs_are_forked
 from tests.time_limits import within
 
 pytestmark = pytest.mark.slow
@@ -55,15 +58,16 @@ class House:
     def materialise(self, *nouns, tags=None, run_config=None, **changes):
         """Materialise the experiment, or some of its assets, with some settings changed."""
         definitions = tiny.definitions(tiny.attributes(self.folder, **changes))
-        return definitions.resolve_implicit_global_asset_job_def().execute_in_process(
-            instance=self.instance,
-            asset_selection=[dg.AssetKey(["waves", noun]) for noun in nouns or tiny.ASSET_NAMES],
-            tags=tags,
-            run_config={
-                "ops": {f"waves__{k}": {"config": v} for k, v in (run_config or {}).items()}
-            },
-            raise_on_error=False,
-        )
+        with jobs_are_forked() if nouns else contextlib.nullcontext():
+            return definitions.resolve_implicit_global_asset_job_def().execute_in_process(
+                instance=self.instance,
+                asset_selection=[dg.AssetKey(["waves", n]) for n in nouns or tiny.ASSET_NAMES],
+                tags=tags,
+                run_config={
+                    "ops": {f"waves__{k}": {"config": v} for k, v in (run_config or {}).items()}
+                },
+                raise_on_error=False,
+            )
 
     def aliases(self):
         return {name: version_at(self.client, "waves", name) for name in ("champion", "previous")}
@@ -225,16 +229,11 @@ def test_the_command_predicts_what_the_report_says(house, first, tmp_path):
     expected = {name: (table.classes[label], p) for name, label, p in rows}
     assert len({label for label, _ in expected.values()}) == 3, "it learnt to tell them apart"
 
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "roma_core.cli", "predict"),
-            *("--model", "models:/waves@champion", "--tracking-uri", house.client.tracking_uri),
-            *(metadata_of(first, "dataset")["path"], str(tmp_path / "served.parquet")),
-        ],
+    done = forked.run(
+        *("roma_core.cli", "predict"),
+        *("--model", "models:/waves@champion", "--tracking-uri", house.client.tracking_uri),
+        *(metadata_of(first, "dataset")["path"], str(tmp_path / "served.parquet")),
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
     )
 
     assert done.returncode == 0, done.stderr
@@ -361,12 +360,8 @@ def operate(house, *arguments, ok=True, process=False):
     """``roma-pipeline`` on the house's state, in this process or in its own; what it says."""
     settings = {"ROMA_STORAGE_ROOT": str(house.folder / "roma")}
     if process:
-        done = subprocess.run(
-            [sys.executable, "-m", "roma_pipelines.cli", *arguments],
-            cwd=house.folder,
-            env=os.environ | {"PYTHONPATH": str(ROOT)} | settings,
-            capture_output=True,
-            text=True,
+        done = forked.run(
+            "roma_pipelines.cli", *arguments, cwd=house.folder, environment=os.environ | settings
         )
         code, said = done.returncode, done.stdout + done.stderr
     else:
@@ -470,11 +465,9 @@ def test_a_replay_plans_the_same_training_and_gives_the_same_weights(house, seco
     # from the same pretrained weights: pretraining used two processes
     planned["weights"] = recorded["weights"]
     write_json(house.folder / "again" / "finetune" / "config.json", planned)
-    command = ["-m", "roma_core.cli", "finetune", "--job", str(house.folder / "again" / "finetune")]
+    command = ["roma_core.cli", "finetune", "--job", str(house.folder / "again" / "finetune")]
     env = os.environ | {"OMP_NUM_THREADS": "1"}  # as the launcher sets it
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    done = forked.run(*command, cwd=ROOT, environment=env)
     assert done.returncode == 0, done.stderr
     weights = house.folder / "again" / "finetune" / "outputs" / "model" / "model.safetensors"
     assert weights.read_bytes() == (Path(facts["weights"]) / "model.safetensors").read_bytes()

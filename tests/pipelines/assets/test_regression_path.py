@@ -21,6 +21,7 @@ from roma_pipelines.registry.lineage import plan_replay
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.storage import Storage
 from tests.pipelines import tiny
+from tests.pipelines.forked_jobs import jobs_are_forked
 from tests.pipelines.registry.test_versions import installed_packages_alone
 
 pytestmark = pytest.mark.slow
@@ -53,7 +54,10 @@ def materialised(sections, tmp_path, monkeypatch):
     (tmp_path / "empty.env").touch()
     (tmp_path / "dagster").mkdir()
     definitions, experiment = tiny.definitions(sections), tiny.RomaExperiment(**sections)
-    with dg.DagsterInstance.local_temp(str(tmp_path / "dagster")) as instance:
+    with (
+        dg.DagsterInstance.local_temp(str(tmp_path / "dagster")) as instance,
+        jobs_are_forked(),
+    ):
         job = definitions.resolve_implicit_global_asset_job_def()
         done = job.execute_in_process(instance=instance, raise_on_error=False)
         client = connect(MlflowSettings(), tmp_path / "roma" / "mlflow")

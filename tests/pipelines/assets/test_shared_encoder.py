@@ -8,6 +8,7 @@ from roma_pipelines.automation.state import Step, request
 from roma_pipelines.components import RomaExperiment
 from roma_pipelines.definitions import load_experiments
 from tests.pipelines import tiny
+from tests.pipelines.forked_jobs import jobs_are_forked
 
 pytestmark = pytest.mark.slow
 
@@ -34,9 +35,10 @@ def instance(tmp_path, monkeypatch):
 
 
 def materialise(definitions, instance, *keys):
-    return definitions.resolve_implicit_global_asset_job_def().execute_in_process(
-        instance=instance, asset_selection=list(keys), raise_on_error=False
-    )
+    with jobs_are_forked():
+        return definitions.resolve_implicit_global_asset_job_def().execute_in_process(
+            instance=instance, asset_selection=list(keys), raise_on_error=False
+        )
 
 
 @pytest.fixture(scope="module")
