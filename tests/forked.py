@@ -20,18 +20,13 @@ from typing import Any
 from unittest.mock import patch
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    # the first step of an optimiser imports torch._dynamo
-    [
-        *("roma_core.evaluation.job", "roma_core.trainer.trainer", "accelerate", "torch._dynamo"),
-        *("mlflow", "mlflow.cli"),
-    ]
-)
+_context.set_forkserver_preload(["tests.preloaded"])
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+_TMPDIR = tempfile.gettempdir()
 Pipe = _context.Pipe
 
 
@@ -54,7 +49,11 @@ def start(
     process = _context.Process(
         target=_begin, args=(target, arguments, streams, cwd or Path.cwd(), values)
     )
-    with patch.dict(os.environ, ENVIRONMENT):  # which the server inherits when it starts
+    # the server inherits them when it starts; its socket lies in no TMPDIR of a test
+    with (
+        patch.dict(os.environ, ENVIRONMENT | {"TMPDIR": _TMPDIR}),
+        patch.object(tempfile, "tempdir", None),
+    ):
         process.start()
     return process
 
@@ -83,6 +82,12 @@ def run_module(module: str, *arguments: str) -> None:
     sys.argv = [module, *arguments]
     sys.path.insert(0, str(Path.cwd()))
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def run_server(module: str, *arguments: str) -> None:
+    """The same, in a session of its own, which can be killed with what it started."""
+    os.setsid()
+    run_module(module, *arguments)
 
 
 def run(

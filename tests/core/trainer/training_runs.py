@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 import urllib.request
@@ -328,26 +327,23 @@ class MlflowServer:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Any = None
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             self.port = listener.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
+        command = ["server", "--workers", "1"]
         command += ["--backend-store-uri", f"sqlite:///{self.root / 'mlflow.db'}"]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # starts faster
-        with (self.root / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                cwd=self.root,
-                env=environment,
-            )
+        self.process = forked.start(
+            *(forked.run_server, "mlflow", *command),
+            output=self.root / "server.log",
+            cwd=self.root,
+            environment=environment,
+        )
         wait_until(self.answers, 60, f"a server (log: {self.root / 'server.log'})")
 
     def answers(self) -> bool:
@@ -363,6 +359,6 @@ class MlflowServer:
         os.killpg(self.process.pid, signal.SIGSTOP)
 
     def kill(self) -> None:
-        if self.process is not None and self.process.poll() is None:
+        if self.process is not None and self.process.is_alive():
             os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+            self.process.join()

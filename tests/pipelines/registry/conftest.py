@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 import urllib.request
@@ -17,6 +16,7 @@ from roma_pipelines.registry.gate import GATE_TAG
 from roma_pipelines.registry.runs import find_or_create_run
 from roma_pipelines.registry.store import MlflowSettings, connect
 from roma_pipelines.registry.versions import COMPARED_TAG, EVIDENCE_TAGS, register
+from tests import forked
 from tests.core.serving import toy
 from tests.time_limits import within
 
@@ -46,24 +46,22 @@ def served(command, folder, ready, port=0, **environment):
     """A server process on a port of 127.0.0.1; yields its address and ends it afterwards."""
     with socket.create_server(("127.0.0.1", port)) as listener:
         port = listener.getsockname()[1]
-    log = (folder / "server.log").open("wb")
     # mlflow starts uvicorn by its name
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     further = {"MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1", "PATH": path}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", *command, "--host", "127.0.0.1", "--port", str(port)],
+    log = folder / "server.log"
+    process = forked.start(
+        *(forked.run_server, "mlflow", *command, "--host", "127.0.0.1", "--port", str(port)),
+        output=log,
         cwd=folder,
-        env=os.environ | further | environment,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
+        environment=os.environ | further | environment,
     )
     address = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + within(60)
         while True:
-            assert process.poll() is None, (folder / "server.log").read_text()
-            assert time.monotonic() < deadline, (folder / "server.log").read_text()
+            assert process.is_alive(), log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(address + ready, timeout=5).close()
                 break
@@ -72,12 +70,11 @@ def served(command, folder, ready, port=0, **environment):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
+        process.join(20)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        log.close()
+        process.kill()
+        process.join()
 
 
 def tracking_server(folder, port=0):
