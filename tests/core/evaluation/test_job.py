@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import subprocess
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -29,8 +31,16 @@ from roma_core.model import (
 from roma_core.serving.package import MAX_LENGTH, verify_package
 from roma_core.serving.pyfunc_model import open_package
 from roma_core.trainer.job import data_fields
+from tests import forked
 from tests.core.cli.test_cli import roma
 from tests.core.hand_made import built, series
+
+
+@pytest.fixture(autouse=True)
+def smoke_tests_start_quickly(monkeypatch):
+    """In forked processes; ``test_package.py`` has them in one that Python starts."""
+    stand_in = SimpleNamespace(run=forked.run_python, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr("roma_core.serving.package.subprocess", stand_in)
 
 
 @pytest.mark.parametrize("longest", [9, MAX_LENGTH + 1])
