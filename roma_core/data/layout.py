@@ -122,20 +122,6 @@ def grid_of(times: Iterable[NDArray[np.float64]]) -> Grid | None:
     return Grid(float(step), sum(map(len, ordered)) / n_steps)
 
 
-def first_off_grid(
-    times: NDArray[np.float64], starts: Rows, series: Rows, step: float
-) -> int | None:
-    """Row of the first of ``(T,)`` times that lies between the steps from the earliest of its series.
-
-    Args:
-        starts: ``(B,)`` row of the first time of each series.
-        series: ``(T,)`` series of each time.
-    """
-    places = (times - np.minimum.reduceat(times, starts)[series]) / step
-    rows = np.flatnonzero(np.abs(places - places.round()) > _MAX_OFF_GRID)
-    return int(rows[0]) if len(rows) else None
-
-
 def n_times_of(series: RawSeries, layout: Layout) -> int:
     """Observations of a series in the ``joint`` layout; ``layout`` is that of the series."""
     if layout == "joint":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 from torch import Tensor, nn
 
 from roma_core.model.attention import has_matrix_units
@@ -31,11 +31,12 @@ def init_accelerator(config: TrainerConfig) -> Accelerator:
 
     Raises ValueError if the launcher is configured to shard the model.
     """
-    precision = config.mixed_precision
+    on_cpu, precision = not torch.accelerator.is_available(), config.mixed_precision
     if precision == "auto":
-        precision = "bf16" if _multiplies_16_bits() else "no"
+        device = PartialState(cpu=on_cpu).device
+        precision = "bf16" if all(gather_object([_multiplies_16_bits(device)])) else "no"
         log.info(f"mixed_precision auto: {precision}")
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision)
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
             f"the launcher selected {accelerator.distributed_type}, whose checkpoints cannot be resumed by "
@@ -49,10 +50,10 @@ def init_accelerator(config: TrainerConfig) -> Accelerator:
     return accelerator
 
 
-def _multiplies_16_bits() -> bool:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_capability() >= (8, 0)
-    return not torch.accelerator.is_available() and has_matrix_units()
+def _multiplies_16_bits(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and has_matrix_units()
 
 
 class HostGroup:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from pydantic import Field
 
-from roma_core.data.layout import Grid, first_off_grid, grid_of
+from roma_core.data.layout import Grid, grid_of
 from roma_core.data.manifest import Manifest, read_manifest
 from roma_core.data.store import StoredDataset, Subset
 from roma_core.files import read_json, sha256_of
@@ -162,18 +162,17 @@ def _sample(series: Subset) -> list[int]:
 def _grid_step(dataset: StoredDataset, given: float | None) -> float:
     """Distance of two steps of the data's grid, in the model's positions, or the ``given`` one of weights.
 
-    Raises ValueError without a grid, if its steps are no steps of the weights' grid, or if an observation
-    lies between them.
+    Raises ValueError without a grid, or if its steps are no steps of the weights' grid.
     """
-    name, scale = dataset.manifest.name, dataset.schema.axes[0].scale
-    grid = grid_of_split(dataset.split("train"))
-    step = 0.0 if grid is None else float(f"{grid.step / scale:.7g}")
+    name, grid = dataset.manifest.name, grid_of_split(dataset.split("train"))
+    step = 0.0 if grid is None else float(f"{grid.step / dataset.schema.axes[0].scale:.7g}")
     if given is None and not step:
         raise ValueError(
             f"model.window needs series on a regular grid, and the observations of {name} are on none; "
             f"set window: 0"
         )
-    given = given or step
+    if given is None:
+        return step
     ratio = step / given
     if abs(ratio - max(1, round(ratio))) > _MAX_RATIO_ERROR * ratio:
         found = f"on steps of {step:g}" if step else "on no regular grid"
@@ -181,16 +180,6 @@ def _grid_step(dataset: StoredDataset, given: float | None) -> float:
             f"grid_step: the windows of the weights are on steps of {given:g} in the model's positions, but "
             f"the observations of {name} are {found}, between them; pretrain on this data set"
         )
-    for part in dataset.parts():  # the grid is that of a sample of the training series
-        times = part.positions[:, 0]
-        row = first_off_grid(times, part.starts, part.series, given * scale)
-        if row is not None:
-            number = int(part.ids[part.series[row]])
-            raise ValueError(
-                f"series {dataset.ids[number]!r} of {name} has an observation at {times[row]:.10g}, between "
-                f"two steps of {given * scale:g} from its first one, and model.window needs all of them on "
-                f"one grid; correct its times, or set window: 0"
-            )
     return given
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import jsonschema
 import numpy as np
@@ -423,8 +424,8 @@ def test_a_number_is_no_index_of_categories_that_are_called_by_numbers(names, en
     assert _category(band, entry, "series 0") == _number(band, entry) == index
 
 
-def test_times_between_the_steps_of_windows_are_refused(tmp_path):
-    """In both forms, and by the name of the series; a little off is of the nearest step."""
+def test_times_between_the_steps_of_windows_are_warned_of(tmp_path):
+    """In both forms, by the name of the series; rounded times are of the nearest step without a word."""
     given = [
         series(f"s{k}", 24, "xy"[k % 2], "train", k, positions=np.arange(24.0)[:, None] / 2 + k)
         for k in range(4)
@@ -437,17 +438,32 @@ def test_times_between_the_steps_of_windows_are_refused(tmp_path):
     golden = list(raw_series(dataset.split("train"), [0, 1]))
     package = packaged(tmp_path, model, model.export(), dataset.schema, golden)
     name = package.axes[0]["name"]
-    times = np.array(golden[1]["positions"][name])
+    g = np.random.default_rng(0)
 
-    def moved(by):
-        return golden[1] | {"positions": {name: np.where(times == times[5], times + by, times)}}
+    def at(times):
+        n = len(times)
+        values = {key: column[:n] for key, column in golden[1]["values"].items()}
+        return golden[1] | {"positions": {name: np.asarray(times)}, "values": values}
 
-    whole, near = package.predict([golden[1], moved(0.05)])
-    assert near.probabilities == pytest.approx(whole.probabilities, abs=1e-6)
-    message = rf"'{name}' should lie on steps of 0.5 \S+ from the first, 1, got 3.7$"
-    with pytest.raises(InvalidSeries, match="^series 1 .*" + message):
-        package.predict([golden[0], moved(0.2)])
-    one = moved(0.2)
-    columns = {key: np.array(column) for key, column in (one["positions"] | one["values"]).items()}
-    with pytest.raises(InvalidSeries, match=message):
-        package.outputs_of_columns(np.array([24]), columns, units=one["units"])
+    on_grid = np.array(golden[1]["positions"][name])
+    (whole,) = package.predict([golden[1]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (near,) = package.predict([at(on_grid + g.uniform(-0.1, 0.1, 24))])
+        for n in (1, 2, 3, 8):  # whatever is left of it, and at a rate that is not quite the same
+            package.predict([at(1e6 + 1.002 * g.permutation(on_grid)[:n])])
+    assert near.probabilities == pytest.approx(whole.probabilities, abs=1e-3)
+
+    message = (
+        rf"'{name}' lies between the steps of 0.5 \S+ that this model learnt from \(on average 0.2"
+    )
+    irregular = at(np.sort(g.uniform(0, 12, 24)))
+    with pytest.warns(UserWarning, match="^series 1 .*" + message):
+        package.predict([golden[0], irregular])
+    arrays = {key: np.array(column) for key, column in irregular["values"].items()}
+    arrays[name] = irregular["positions"][name]
+    twice = {key: np.tile(column, 2) for key, column in arrays.items()}
+    with pytest.warns(UserWarning, match="^a series and 1 more series: " + message):
+        package.outputs_of_columns(np.array([24, 24]), twice, units=irregular["units"])
+    with pytest.warns(UserWarning, match=r"on average 0.[45]"):
+        package.predict([at(on_grid * 1.5)])  # another rate

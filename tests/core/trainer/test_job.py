@@ -246,22 +246,6 @@ def test_windows_that_the_environment_asks_for_are_on_the_grid_of_the_data(tmp_p
     assert (model["window"], model["grid_step"]) == (0, None)
 
 
-def test_a_single_time_between_the_steps_of_windows_is_refused_when_they_are_planned(tmp_path):
-    """Also in a split that the grid is not found from."""
-    times = np.arange(40.0) * 0.25 + 7
-    rows = [series(f"s{k}", 40, seed=k, positions=times[:, None]) for k in range(4)]
-    times = times + 0.1 * (np.arange(40) == 12)
-    rows.append(series("odd", 40, split="test", positions=times[:, None]))
-    data = built(tmp_path, *rows, axes={"t": {"scale": 0.5}})
-    message = (
-        r"series 'odd' of small has an observation at 10.1, between two steps of 0.25 from its"
-    )
-    with pytest.raises(ValueError, match=message):
-        TrainingJobConfig.resolve("finetune", data, {"window": 8}, TrainerConfig())
-    model = TrainingJobConfig.resolve("finetune", data, {"window": 0}, TrainerConfig()).model
-    assert model["grid_step"] is None
-
-
 def test_windows_of_series_that_are_on_no_grid_are_refused_when_they_are_planned(tmp_path):
     g = np.random.default_rng(0)
     rows = [series("s", 40, positions=np.sort(g.uniform(0, 40, 40))[:, None])]

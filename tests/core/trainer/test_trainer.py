@@ -66,7 +66,7 @@ def test_training_learns_and_records_each_metric_once(tmp_path):
     ]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about processors")
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="is about processors")
 @pytest.mark.parametrize(("matrix_units", "expected"), [(True, "bf16"), (False, "no")])
 def test_the_processor_determines_the_precision_of_auto(
     tmp_path, monkeypatch, caplog, matrix_units, expected
