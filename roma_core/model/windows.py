@@ -79,7 +79,7 @@ def window_of(positions: Tensor, series: Tensor, n_series: int, config: RoMAConf
 
 def _runs(inside: Tensor) -> list[int]:
     """Lengths of the runs of zeros and ones in turn, of which the first is of zeros and may be empty."""
-    kinds, counts = inside.unique_consecutive(return_counts=True)
+    kinds, counts = (inside > 0).unique_consecutive(return_counts=True)
     return [0] * int(kinds[0].item()) + counts.tolist()
 
 

@@ -110,15 +110,16 @@ def default_settings(size: DatasetSize, targets: TargetLevel | None = None) -> D
         finetrainer["augment_drop_rate"] = 0.0 if is_complete else 0.75
         if is_complete:
             finetuning_reason += "; no observations are dropped: hardly any are missing"
+            if size.n_series < _MIN_SERIES_FOR_BEST:
+                finetrainer["base_lr"] = 0.001
+                finetuning_reason += "; then few series are learnt better at a third of the rate"
         embedding = {"window": _WINDOW}
         on_grid = f"{size.mean_length:.0f} observations on a regular grid, {size.grid_fill:.0%} of its steps"
         of_embedding = {"window": f"window {_WINDOW}: {on_grid}; a token is {_WINDOW} steps"}
         if size.n_series < _MIN_SERIES_FOR_BEST:
-            depth = 2
-            finetrainer |= {"base_lr": 0.001, "encoder_lr_scale": 0.03}
+            depth, finetrainer["encoder_lr_scale"] = 2, 0.03
             finetuning_reason += (
-                "; convolutions learn few series better at a lower rate, and the encoder's blocks are slower "
-                "still: attention fits few series by heart"
+                "; the encoder's blocks learn slower: attention fits few series by heart"
             )
     return DefaultSettings(
         pretraining={
