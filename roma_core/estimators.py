@@ -58,7 +58,7 @@ from roma_core.schema import Channel, PositionAxis
 from roma_core.serving.pyfunc_model import Package, Series, open_package
 from roma_core.sources.in_memory import Floats, Table, is_path, series_of, tables_of, with_values
 from roma_core.sources.npz import NpzConfig
-from roma_core.trainer.config import TrainerConfig
+from roma_core.trainer.config import MAX_THREADS, TrainerConfig
 from roma_core.trainer.defaults import DatasetSize, default_settings
 from roma_core.trainer.job import (
     MODEL_OUTPUT,
@@ -74,7 +74,6 @@ _CONFIGS = RoMAForPreTrainingConfig, RoMAForClassificationConfig
 _FEW = 5  # series of a class that a stratified split needs
 _N_GOLDEN = 10
 _HIDDEN = 0.2  # fraction of the observations that the score of an imputer is of
-_MAX_THREADS = 8  # as of the pipeline's jobs; more than 2 were not measured
 
 
 class _Estimator(BaseEstimator):
@@ -205,7 +204,7 @@ class _Estimator(BaseEstimator):
         own, other = fields if task == "pretrain" else fields[::-1]
         # the run is not resumed: no checkpoint is needed but that of the best weights
         fixed = {"random_seed": seed, "save_every": 10**9, "log_wandb": False}
-        fixed["threads"] = min(_MAX_THREADS, torch.get_num_threads())
+        fixed["threads"] = min(MAX_THREADS, torch.get_num_threads())
         model, trainer = defaults.pretraining["model"], defaults.pretraining["trainer"] | fixed
         if self._kind == "autoencoder":
             model = {"predict_variance": True} | model

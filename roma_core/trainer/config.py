@@ -17,6 +17,7 @@ from roma_core.settings import RomaSettings
 T = TypeVar("T")
 Resumable = Annotated[T, Field(json_schema_extra={"resumable": True})]
 """Type of a setting that may change when a run resumes."""
+MAX_THREADS = 8  # of a process that nobody gave a number: a guess, more than 2 were not measured
 
 
 class TrainerConfig(RomaSettings):

@@ -22,6 +22,7 @@ import psutil
 
 from roma_core.claim import ATTEMPT_VARIABLE, FOLDER_VARIABLE, is_running, process_start
 from roma_core.job import JobFolder
+from roma_core.trainer.config import MAX_THREADS
 from roma_pipelines.launching import launcher
 from roma_pipelines.launching.spec import JobHandle, JobSpec, JobState, Phase, Plan
 
@@ -32,7 +33,6 @@ _FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, s
 _children: dict[tuple[int, str], subprocess.Popen[bytes]] = {}
 
 _FREE_PORT = "FREE_PORT"
-_MAX_THREADS = 8  # a guess for small models: more than 2 were not measured
 # Of GNU OpenMP, which torch has on Linux. Threads that wait for others sleep soon: else they keep these from
 # the cores where two jobs share them, and both were 28 times slower on two cores.
 _SHARED_CORES = {"GOMP_SPINCOUNT": "1000"}
@@ -194,7 +194,7 @@ def threads_here(n_processes: int) -> int:
     from joblib import cpu_count  # respects affinity and the quota of a container
 
     n_cores = min(cpu_count(), psutil.cpu_count(logical=False) or cpu_count())
-    return max(1, min(_MAX_THREADS, n_cores // n_processes))
+    return max(1, min(MAX_THREADS, n_cores // n_processes))
 
 
 def exceeds_this_computer(spec: JobSpec) -> list[str]:
