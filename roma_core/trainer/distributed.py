@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 from torch import Tensor, nn
 
@@ -36,6 +37,7 @@ def init_accelerator(config: TrainerConfig) -> Accelerator:
         device = PartialState(cpu=on_cpu).device
         precision = "bf16" if all(gather_object([_multiplies_16_bits(device)])) else "no"
         log.info(f"mixed_precision auto: {precision}")
+    AcceleratorState._reset_state()  # an earlier training of this process may have had another one
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(

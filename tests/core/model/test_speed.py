@@ -10,7 +10,7 @@ from tests.benchmarks.workloads import Setting, make
 
 
 @pytest.mark.slow
-def test_a_pretraining_step_reaches_two_fifths_of_the_matmul_rate():
+def test_a_pretraining_step_reaches_a_quarter_of_the_matmul_rate():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -20,5 +20,5 @@ def test_a_pretraining_step_reaches_two_fifths_of_the_matmul_rate():
         seconds = clock.interleaved(workload.contenders, repeats=3)["ours"].low
     finally:
         torch.set_num_threads(threads)
-    share = workload.flops / seconds / rate
-    assert share > 0.4, f"{share:.0%} of {rate / 1e9:.0f} GFLOP/s"
+    share = workload.flops / seconds / rate  # about a half on an idle computer
+    assert share > 0.25, f"{share:.0%} of {rate / 1e9:.0f} GFLOP/s"

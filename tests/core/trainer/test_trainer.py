@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from roma_core import (
     EncoderConfig,
@@ -67,19 +66,17 @@ def test_training_learns_and_records_each_metric_once(tmp_path):
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="is about processors")
-@pytest.mark.parametrize(("matrix_units", "expected"), [(True, "bf16"), (False, "no")])
-def test_the_processor_determines_the_precision_of_auto(
-    tmp_path, monkeypatch, caplog, matrix_units, expected
+def test_the_processor_determines_the_precision_of_auto_in_every_training(
+    tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr(distributed, "has_matrix_units", lambda: matrix_units)
-    AcceleratorState._reset_state(reset_partial_state=True)
     caplog.set_level("INFO")
-    try:
+    for matrix_units, expected in ((True, "bf16"), (False, "no"), (True, "bf16")):
+        monkeypatch.setattr(distributed, "has_matrix_units", lambda units=matrix_units: units)
         accelerator = init_accelerator(config(tmp_path, mixed_precision="auto"))
         assert accelerator.mixed_precision == expected
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-    assert f"mixed_precision auto: {expected}" in caplog.text
+        assert caplog.messages[-1] == f"mixed_precision auto: {expected}"
+    # null is that of the launcher, not that of the training before
+    assert init_accelerator(config(tmp_path)).mixed_precision == "no"
 
 
 @pytest.mark.parametrize(
