@@ -42,7 +42,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 SCHEMA_VERSION = 1
 MANIFEST = "MANIFEST.json"
-_MAX_OFF_GRID = 0.15  # of a step, mean of a series; a quarter for times at random
+_MAX_OFF_GRID = 0.15  # of a step, mean of a series; times at random have a quarter
 _MAX_GAP = 16.5  # steps
 _FEW_TOKENS, _MAX_PADDING = 2048, 1.03  # of a batch: larger ones are not faster
 REQUIRED_FILES = (
@@ -674,7 +674,7 @@ class Package:
             off = np.abs(gaps - gaps.round())[counts]
         n = np.bincount(series[1:][counts], minlength=len(lengths))
         mean = np.bincount(series[1:][counts], off, minlength=len(lengths)) / n.clip(1)
-        # times that are rounded to a grid's fifths pass, however few there are
+        # the mean of few gaps scatters; data sets have times of up to a fifth of a step off
         found = np.flatnonzero(mean > _MAX_OFF_GRID + 0.25 / np.sqrt(n.clip(1))).tolist()
         if found:
             more = f" and {len(found) - 1} more series" if len(found) > 1 else ""
