@@ -59,7 +59,7 @@ from roma_core.serving.pyfunc_model import Package, Series, open_package
 from roma_core.sources.in_memory import Floats, Table, is_path, series_of, tables_of, with_values
 from roma_core.sources.npz import NpzConfig
 from roma_core.trainer.config import MAX_THREADS, TrainerConfig
-from roma_core.trainer.defaults import DatasetSize, default_settings
+from roma_core.trainer.defaults import DatasetSize, DefaultSettings, default_settings
 from roma_core.trainer.job import (
     MODEL_OUTPUT,
     TrainingJobConfig,
@@ -84,7 +84,7 @@ class _Estimator(BaseEstimator):
     def __init__(
         self,
         *,
-        pretrain: bool | str | os.PathLike[str] = True,
+        pretrain: bool | str | os.PathLike[str] | None = None,
         model: Mapping[str, Any] | None = None,
         trainer: Mapping[str, Any] | None = None,
         validation_fraction: float = 0.1,
@@ -133,12 +133,14 @@ class _Estimator(BaseEstimator):
                 root, weights = Path(name), None
                 folder = Path(X) if is_path(X) else self._built(root, seed, X, arrays)
                 dataset = StoredDataset(folder, verify=is_path(X))
-                if not isinstance(self.pretrain, bool):
+                if not isinstance(self.pretrain, bool | None):
                     weights = _weights(Path(self.pretrain), root / "encoder")
-                if self.pretrain is True or self._kind == "autoencoder":
-                    weights = self._trained(root, "pretrain", dataset, seed, weights)
+                defaults = self._defaults(dataset, weights)
+                has_encoder = weights is not None or defaults.pretraining is None
+                if self._kind == "autoencoder" or not has_encoder:
+                    weights = self._trained(root, "pretrain", dataset, seed, weights, defaults)
                 if self._kind != "autoencoder":
-                    weights = self._trained(root, "finetune", dataset, seed, weights)
+                    weights = self._trained(root, "finetune", dataset, seed, weights, defaults)
                 assert weights is not None
                 return self._use(self._packed(root / "package", weights, dataset, facts))
         finally:
@@ -172,12 +174,8 @@ class _Estimator(BaseEstimator):
         config = DatasetConfig(name=f"seed-{seed}", source=source, **options)
         return build_dataset(config, root, root, progress=False)
 
-    def _trained(
-        self, root: Path, task: Task, dataset: StoredDataset, seed: int, weights: Path | None
-    ) -> Path:
-        """The folder of the weights of a training that starts from these, or from new ones."""
-        import torch
-
+    def _defaults(self, dataset: StoredDataset, weights: Path | None) -> DefaultSettings:
+        """For this data set, and finetuning without the fields that weights or pretraining determine."""
         schema, split = dataset.schema, dataset.split("train")
         n_axes = sum(not axis.n_embedded for axis in schema.axes)
         asked = self.model or {}
@@ -198,25 +196,38 @@ class _Estimator(BaseEstimator):
             0.0 if grid is None else grid.fill,
             1.0 if grid is None else observed_of_split(split),
         )
-        is_regression = self._kind == "regressor"
-        defaults = default_settings(size, "series" if is_regression else None)
+        has_encoder = weights is not None or self._kind == "autoencoder" or self.pretrain is True
+        pretrains = True if has_encoder else None if self.pretrain is None else False
+        return default_settings(size, "series" if self._kind == "regressor" else None, pretrains)
+
+    def _trained(
+        self,
+        root: Path,
+        task: Task,
+        dataset: StoredDataset,
+        seed: int,
+        weights: Path | None,
+        defaults: DefaultSettings,
+    ) -> Path:
+        """The folder of the weights of a training that starts from these, or from new ones."""
+        import torch
+
         fields = [set(config.model_fields) for config in _CONFIGS]
         own, other = fields if task == "pretrain" else fields[::-1]
         # the run is not resumed: no checkpoint is needed but that of the best weights
         fixed = {"random_seed": seed, "save_every": 10**9, "log_wandb": False}
         fixed["threads"] = min(MAX_THREADS, torch.get_num_threads())
-        model, trainer = defaults.pretraining["model"], defaults.pretraining["trainer"] | fixed
+        stage = defaults.pretraining if task == "pretrain" else defaults.finetuning
+        assert stage is not None
+        model, trainer = stage["model"], stage["trainer"] | fixed
         if self._kind == "autoencoder":
             model = {"predict_variance": True} | model
         if task == "finetune":
-            problem = "regression" if is_regression else "classification"
-            shape = {name: x for name, x in model.items() if name in own and weights is None}
-            model = _merged(shape, defaults.finetuning["model"]) | {"problem_type": problem}
+            problem = "regression" if self._kind == "regressor" else "classification"
+            model = model | {"problem_type": problem}
             metric, _, is_defined = validation_metric(dataset.path, problem)
-            best = (
-                {"best_metric": f"eval/{metric}", "best_metric_mode": "max"} if is_defined else {}
-            )
-            trainer = defaults.finetuning["trainer"] | fixed | best
+            if is_defined:
+                trainer |= {"best_metric": f"eval/{metric}", "best_metric_mode": "max"}
         if not len(dataset.split("validation")):
             trainer.pop("final_weights", None)
         trainer |= self.trainer or {}
@@ -302,7 +313,8 @@ class RoMAClassifier(_Scored, ClassifierMixin, _Estimator):
     Args:
         pretrain: pretrain an autoencoder on the same series first (True), start from new weights
             (False), or from those in a folder: ``outputs/model`` of a pretraining, or what
-            :meth:`RoMAImputer.save` wrote, for the same channels.
+            :meth:`RoMAImputer.save` wrote, for the same channels. None pretrains, unless they are fewer
+            than 1000 series of windows (``model.window``), which are learnt better from new weights.
         model: fields of ``RoMAForPreTrainingConfig`` and ``RoMAForClassificationConfig`` in place of
             those chosen, such as ``{"encoder_config": {"depth": 6}, "mask_ratio": 0.5}``.
         trainer: fields of ``TrainerConfig`` of all trainings, such as ``{"epochs": 20}``.

@@ -17,7 +17,7 @@ from roma_pipelines.assets.training import finetuned_model_asset, pretrained_enc
 from roma_pipelines.assets.tuning_study import tuning_study_asset
 from roma_pipelines.automation.drift import recent_inputs_asset
 from roma_pipelines.automation.sensors import retraining_schedule, sensors_of
-from roma_pipelines.experiment import FINETUNED, Experiment
+from roma_pipelines.experiment import ENCODER, FINETUNED, Experiment
 
 
 class ExperimentParams(BaseModel):
@@ -73,7 +73,7 @@ class RomaExperiment(Experiment, dg.Component):
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
         assets = [
             dataset_asset(self),
-            *([] if self.pretrained_from else [pretrained_encoder_asset(self)]),
+            *([pretrained_encoder_asset(self)] if ENCODER in self.own_assets else []),
             *([finetuned_model_asset(self, name)] if (name := FINETUNED.get(self.task)) else []),
             evaluation_report_asset(self),
             registered_model_asset(self),

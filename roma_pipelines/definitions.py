@@ -128,7 +128,7 @@ def load_experiments(
                 )
             component = RomaExperiment.model_construct(**dict(one))
             found[one.name] = dg.build_defs_for_component(component)
-            if one.pretrained_from is None:
+            if ENCODER in one.own_assets:
                 encoders.add(one.name)
         except Exception as error:
             errors[folder] = f"{defs_files().get(folder, folder)}: {error}"

@@ -128,7 +128,9 @@ class Experiment(Frozen):
     interpolation registers the pretrained autoencoder and finetunes nothing; its pretraining has
     predict_variance unless it is set to false."""
     dataset: ExperimentDataset = Field(description="Source and preparation of the data.")
-    pretraining: Stage = Field(Stage(), description="Pretraining of the encoder.")
+    pretraining: Stage | None = Stage()
+    """Pretraining of the encoder. null: none; finetuning starts from new weights, and its ``model`` has the
+    fields of the input and the encoder, too."""
     pretrained_from: Name | None = None
     """Experiment whose encoder is finetuned here instead of pretraining one."""
     finetuning: Stage = Field(Stage(), description="Finetuning of the classifier or regressor.")
@@ -192,6 +194,10 @@ class Experiment(Frozen):
                 f"pretrained_from: {self.pretrained_from}: the encoder comes from that experiment, so "
                 f"`pretraining` has no effect; remove one of the two"
             )
+        if self.pretraining is None and self.task == "interpolation":
+            raise ValueError(
+                "pretraining: null: an interpolation registers the model that it pretrains; remove it"
+            )
         if self.pretrained_from == self.name:
             raise ValueError(f"pretrained_from: {self.name} is this experiment; remove it")
         return self
@@ -235,9 +241,8 @@ class Experiment(Frozen):
             raise ValueError(
                 "pretrained_from: an interpolation registers the model that it pretrains; remove it"
             )
-        model = self.pretraining.model
         for name, wrong in {"normalize_targets": True, "pos_encoding": "absolute"}.items():
-            if self.task == "interpolation" and model.get(name) == wrong:
+            if self.task == "interpolation" and self.shape.get(name) == wrong:
                 raise ValueError(
                     f"pretraining.model.{name}: {wrong}: such a model cannot predict values at other "
                     f"positions in the units of the data, which an interpolation serves; remove it"
@@ -279,7 +284,10 @@ class Experiment(Frozen):
         """
         changed: dict[str, Any] = {}
         for name, values in (("pretraining", pretraining), ("finetuning", finetuning)):
-            changed[name] = _merged(dict(getattr(self, name)), values, ("model", "trainer"))
+            if (stage := getattr(self, name)) is not None:
+                changed[name] = _merged(dict(stage), values, ("model", "trainer"))
+            elif values:
+                raise ValueError(f"experiment {self.name}: {name}: null: there is no such training")
         given = self.resources.model_dump(exclude_unset=True)
         if resources.get("target", self.resources.target) != self.resources.target:
             given.pop("profile", None)
@@ -328,10 +336,20 @@ class Experiment(Frozen):
         return {"ops": ops}
 
     @property
+    def shape(self) -> dict[str, Any]:
+        """The fields of input and encoder, among others: ``model`` of the first training."""
+        return (self.pretraining or self.finetuning).model
+
+    @property
+    def training_names(self) -> tuple[str, ...]:
+        """Assets of the trainings, in their order: an encoder, a finetuned model, or both."""
+        encoder = [] if self.pretraining is None else [ENCODER]
+        return (*encoder, *([name] if (name := FINETUNED.get(self.task)) else []))
+
+    @property
     def asset_names(self) -> tuple[str, ...]:
         """In the order in which they are materialised; all before an asset are upstream of it."""
-        finetuned = [name] if (name := FINETUNED.get(self.task)) else []
-        return ("dataset", ENCODER, *finetuned, "evaluation_report", self.registered)
+        return ("dataset", *self.training_names, "evaluation_report", self.registered)
 
     @property
     def own_assets(self) -> tuple[str, ...]:
@@ -399,26 +417,34 @@ _FROM_DATA = (
 
 
 def training_errors(
-    pretraining: Stage, finetuning: Stage, task: str = "classification"
+    pretraining: Stage | None, finetuning: Stage, task: str = "classification"
 ) -> list[str]:
-    """One sentence for each wrong setting of the two trainings, named by its path in the file."""
+    """One sentence for each wrong setting of the trainings, named by its path in the file."""
     found = []
-    for where, stage in (("pretraining", pretraining), ("finetuning", finetuning)):
+    trainings = {"finetuning": finetuning}
+    if pretraining is not None:
+        trainings = {"pretraining": pretraining, **trainings}
+    for where, stage in trainings.items():
         if "checkpoint_dir" in stage.trainer:
             found.append(
                 f"{where}.trainer.checkpoint_dir: every job has a folder of its own; remove it"
             )
         found += _errors(TrainerConfig, stage.trainer, f"{where}.trainer")
+    first, stage = next(iter(trainings.items()))
     found += [
-        f"pretraining.model.{name}: determined by the data set; remove it"
+        f"{first}.model.{name}: determined by the data set; remove it"
         for name in _FROM_DATA
-        if name in pretraining.model
+        if name in stage.model
     ]
     # the data are unknown here: assume axes, channels and missing values that the settings refer to
-    channel_axis = pretraining.model.get("channel_axis")
+    channel_axis = stage.model.get("channel_axis")
     n_axes = max(1, 1 + channel_axis) if isinstance(channel_axis, int) else 1
     shape: dict[str, Any] = {"tubelet_size": [1, 1, 1], "n_channels": 2, "n_pos_dims": n_axes}
     shape |= {"grid_step": 1.0}
+    if pretraining is None:
+        shape |= {"missing_values": True, "problem_type": task}
+        model = {**finetuning.model, **shape}
+        return found + _errors(RoMAForClassificationConfig, model, "finetuning.model")
     shape["missing_values"] = not pretraining.model.get("normalize_targets")
     encoder = {**pretraining.model, **shape}
     wrong = _errors(RoMAForPreTrainingConfig, encoder, "pretraining.model")

@@ -29,6 +29,7 @@ from roma_core.trainer.config import TrainerConfig
 from roma_core.trainer.defaults import (
     DatasetSize,
     DefaultSettings,
+    Stage,
     cost_s,
     default_settings,
     primary_metric,
@@ -283,7 +284,10 @@ def _text(
     target: str,
 ) -> str:
     sizes = proposal.sizes
-    of_pretraining = [text for name, text in sizes.reasons.items() if name != "finetuning"]
+    reasons = dict(sizes.reasons)
+    of_finetuning, of_pretraining = [reasons.pop("finetuning")], [reasons.pop("pretraining")]
+    of_first = of_finetuning if sizes.pretraining is None else of_pretraining
+    of_first[:0] = reasons.values()  # it has the fields of input and encoder
     resources = {"target": target, "nodes": 1, "processes_per_node": 1}
     of_task = [f"of the gate, the best checkpoint and reports: {proposal.metric}"]
     is_regression = proposal.task == "regression"
@@ -293,7 +297,7 @@ def _text(
         _block({"owners": []}, ["e-mail addresses or team:NAME"]),
         _block({"dataset": dict(dataset)}, [*inferred.notes, *proposal.reasons]),
         _block({"pretraining": sizes.pretraining}, of_pretraining),
-        _block({"finetuning": sizes.finetuning}, [sizes.reasons["finetuning"]]),
+        _block({"finetuning": sizes.finetuning}, of_finetuning),
         _block(
             {"resources": resources},
             [
@@ -342,14 +346,15 @@ def _amount(found: SourceStatistics) -> str:
 def _cost(proposal: Proposal) -> str:
     sizes = proposal.sizes
     data = {"n_channels": sizes.size.n_channels, "n_pos_dims": sizes.size.n_axes, "grid_step": 1.0}
-    shape = RoMAForPreTrainingConfig.from_values(
-        {**sizes.pretraining["model"], "tubelet_size": (1, 1, 1), **data}
-    )
-    pretrainer, finetrainer = (
-        TrainerConfig.from_values(training["trainer"])
-        for training in (sizes.pretraining, sizes.finetuning)
-    )
-    seconds = cost_s("pretraining", shape, pretrainer, sizes.size)
-    seconds += cost_s("finetuning", shape, finetrainer, sizes.size)
+    fields = {n: x for n, x in sizes.shape.items() if n in RoMAForPreTrainingConfig.model_fields}
+    shape = RoMAForPreTrainingConfig.from_values({**fields, "tubelet_size": (1, 1, 1), **data})
+    seconds = 0.0
+    trainings: dict[Stage, dict[str, Any] | None]
+    trainings = {"pretraining": sizes.pretraining, "finetuning": sizes.finetuning}
+    for name, training in trainings.items():
+        if training is not None:
+            trainer = TrainerConfig.from_values(training["trainer"])
+            seconds += cost_s(name, shape, trainer, sizes.size)
     steps, minutes = sum(sizes.steps.values()), max(1, round(seconds / 60))
-    return f"both trainings: about {steps:,} steps, {minutes:,} min on one CPU core"
+    both = "The training" if sizes.pretraining is None else "Both trainings"
+    return f"{both}: about {steps:,} steps, {minutes:,} min on one CPU core"

@@ -97,6 +97,8 @@ class Tuning(Frozen):
             here, step = f"tuning.space.{path}", dimension.step or 1.0
             if stage not in _MODELS or not field.startswith(("model.", "trainer.")):
                 found.append(f"{here}: expected a path such as finetuning.trainer.base_lr")
+            elif getattr(experiment, stage) is None:
+                found.append(f"{here}: {stage} is null; remove it")
             elif field in _FIXED:
                 found.append(f"{here}: {_FIXED[field]}; remove it")
             elif _is_integer(path) and not step.is_integer():
@@ -156,7 +158,7 @@ def default_space(experiment: Any) -> dict[str, Dimension]:
     trainer = experiment.finetuning.trainer
     rate = float(trainer.get("base_lr", default))
     stack = "model.encoder_config"
-    dropped = 0.75 if experiment.pretraining.model.get("window") else 0.5
+    dropped = 0.75 if experiment.shape.get("window") else 0.5
     dropped = max(dropped, trainer.get("augment_drop_rate", 0.0))
     limits = {"trainer.augment_drop_rate": dropped, "model.head_drop_rate": 0.5}
     limits |= {f"{stack}.drop_path_rate": 0.3, f"{stack}.hidden_drop_rate": 0.3}

@@ -261,7 +261,9 @@ class Search:
             if job and (job.status == "failed" or (was_pruned and job.status == "cancelled")):
                 raise TuningError(str(job.records[-1].end and job.records[-1].end.reason))
             experiment = self.plain.with_settings(**sections(self.plain, values))
-            weights = self._shared or self._encoder(experiment, name)
+            weights = self._shared
+            if weights is None and experiment.pretraining is not None:
+                weights = self._encoder(experiment, name)
             config = training_config(experiment, "finetune", self.dataset, weights)
             self._supervise("finetune", experiment, config, name)
         except Exception as caught:

@@ -229,12 +229,12 @@ class _Evaluator:
             lambda found: compare(table, found),
         )
         figures, profile = self._figures(table, metrics), None
+        if isinstance(table, PredictionTable):
+            features = embed(self.autoencoder or model, test, config.batch_size)
+            points = features, table.labels, table.classes
+            figures["embedding_map"] = plots.embedding_map(*points)
+            self.svgs["embedding_map"] = plots.embedding_svg(features, table)
         if (encoder := self.autoencoder) is not None:
-            if isinstance(table, PredictionTable):
-                features = embed(encoder, test, config.batch_size)
-                points = features, table.labels, table.classes
-                figures["embedding_map"] = plots.embedding_map(*points)
-                self.svgs["embedding_map"] = plots.embedding_svg(features, table)
             rows = np.concatenate([dataset.split(name).indices for name in ("train", "validation")])
             few = Subset(dataset, rows[:: -(-len(rows) // _MAX_EMBEDDED)])
             profile = embedding_profile(embed(encoder, few, config.batch_size))

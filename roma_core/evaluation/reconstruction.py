@@ -79,7 +79,7 @@ def reconstruct(
 
 
 @torch.no_grad()
-def embed(encoder: RoMAForPreTraining, series: Subset, batch_size: int) -> Float32:
+def embed(encoder: Backbone, series: Subset, batch_size: int) -> Float32:
     """``(len(series), d_model)`` features: the mean of every series' tokens, all of them visible."""
     collate = Collate(encoder.config, seed=0, masks=False)
     device = encoder.projection.weight.device

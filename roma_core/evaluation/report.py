@@ -65,8 +65,9 @@ FIGURES = {
     ),
     "embedding_map": (
         "Embedding map",
-        "The first two principal components of the pretrained encoder's features of test series. The "
-        "encoder was trained without labels. Pointing at a series shows its id, class and prediction.",
+        "The first two principal components of the features of test series: of the pretrained encoder, "
+        "which saw no labels, or without one of the model's own. Pointing at a series shows its id, "
+        "class and prediction.",
         "Test series on two principal components of their features, coloured by class.",
     ),
     "series": (

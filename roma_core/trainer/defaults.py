@@ -64,17 +64,29 @@ class DatasetSize:
 
 @dataclass
 class DefaultSettings:
-    """Settings of both trainings, ``model`` and ``trainer``, as in an experiment's file."""
+    """Settings of the trainings, ``model`` and ``trainer``, as in an experiment's file."""
 
-    pretraining: dict[str, Any]
+    pretraining: dict[str, Any] | None  # None: finetuning starts from new weights
     finetuning: dict[str, Any]
     steps: dict[str, int]  # optimiser steps of each
     size: DatasetSize
     reasons: dict[str, str]  # a sentence for each choice, by section or setting
 
+    @property
+    def shape(self) -> dict[str, Any]:
+        """``model`` of the first training, with the fields of input and encoder."""
+        return (self.pretraining or self.finetuning)["model"]
 
-def default_settings(size: DatasetSize, targets: TargetLevel | None = None) -> DefaultSettings:
-    """Model and training settings for this much data; ``targets``: what has those of a regression."""
+
+def default_settings(
+    size: DatasetSize, targets: TargetLevel | None = None, pretrains: bool | None = None
+) -> DefaultSettings:
+    """Model and training settings for this much data.
+
+    Args:
+        targets: what has the targets of a regression; None: classes.
+        pretrains: whether there is a pretraining; None: unless there are few dense series.
+    """
     is_wide = size.n_channels > 64
     is_dense = size.is_dense and targets != "observation"
     at_once = _WINDOW if is_dense else 1
@@ -121,38 +133,45 @@ def default_settings(size: DatasetSize, targets: TargetLevel | None = None) -> D
             finetuning_reason += (
                 "; the encoder's blocks learn slower: attention fits few series by heart"
             )
-    return DefaultSettings(
-        pretraining={
-            "model": {
-                "encoder_config": {**stack, "depth": depth},
-                "decoder_config": {**stack, "depth": 1},
-                # without CLS at position 0, a second axis such as a band is known by differences only
-                "use_cls": use_cls,
-                **embedding,
-                "mask_ratio": mask_ratio,
-            },
-            "trainer": pretrainer,
-        },
+    # without CLS at position 0, a second axis such as a band is known by differences only
+    encoder = {**stack, "depth": depth}
+    shape = {"encoder_config": encoder, "use_cls": use_cls, **embedding}
+    of_head = {
+        "head_drop_rate": 0.1,
+        # the mean also where there is a CLS token
+        "pooling": "token" if targets == "observation" else "mean",
+    }
+    dropouts = {"drop_path_rate": 0.1, "hidden_drop_rate": 0.1}
+    found = DefaultSettings(
+        pretraining=None,
         finetuning={
             "model": {
-                "encoder_config": {"drop_path_rate": 0.1, "hidden_drop_rate": 0.1},
-                "head_drop_rate": 0.1,
-                # the mean also where there is a CLS token
-                "pooling": "token" if targets == "observation" else "mean",
+                **shape,
+                "encoder_config": {**encoder, **dropouts},
+                **of_head,
             },
             "trainer": finetrainer,
         },
-        steps={"pretraining": pretraining_steps, "finetuning": finetuning_steps},
+        steps={"finetuning": finetuning_steps},
         size=size,
         reasons={
             "model": f"width {width}, {depth} layers: {amount}",
-            "mask_ratio": f"mask_ratio {mask_ratio}: {size.mean_length:.0f} observations per series",
             "use_cls": f"use_cls {str(use_cls).lower()}: {cls}",
             **of_embedding,
-            "pretraining": pretraining_reason,
+            "pretraining": "no pretraining: few dense series are learnt better from new weights",
             "finetuning": finetuning_reason,
         },
     )
+    if pretrains or (pretrains is None and not (is_dense and size.n_series < _MIN_SERIES_FOR_BEST)):
+        decoder = {"decoder_config": {**stack, "depth": 1}, "mask_ratio": mask_ratio}
+        found.pretraining = {"model": {**shape, **decoder}, "trainer": pretrainer}
+        found.finetuning["model"] = {"encoder_config": dropouts, **of_head}
+        found.steps = {"pretraining": pretraining_steps, **found.steps}
+        found.reasons["mask_ratio"] = (
+            f"mask_ratio {mask_ratio}: {size.mean_length:.0f} observations per series"
+        )
+        found.reasons["pretraining"] = pretraining_reason
+    return found
 
 
 def primary_metric(

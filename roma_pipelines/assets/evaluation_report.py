@@ -23,12 +23,14 @@ from roma_pipelines.registry.promotion import CHAMPION
 from roma_pipelines.registry.runs import code_version
 from roma_pipelines.registry.store import MlflowSettings, answers
 from roma_pipelines.registry.versions import version_at
+from roma_pipelines.run_config import STAGES
 from roma_pipelines.storage import Storage
 
 
 def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
     """The asset ``evaluation_report``; its checks block registration of a candidate that fails."""
-    key, names = experiment.key("evaluation_report"), experiment.asset_names
+    key, names = experiment.key("evaluation_report"), experiment.training_names
+    stages = [STAGES[name] for name in names]
 
     @dg.asset(
         **experiment.asset_arguments("evaluation_report"),
@@ -44,9 +46,8 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
         from roma_core.evaluation.leakage import split_digest, training_datasets
 
         resources = tracked_job.of_this_run(context, experiment).resources.of("evaluation")
-        upstream = names[: names.index("evaluation_report")]
-        data, *trained = tracked_job.upstream_metadata(context, experiment, *upstream)
-        encoder, model = trained[0], trained[-1]  # the same without finetuning
+        data, *trained = tracked_job.upstream_metadata(context, experiment, "dataset", *names)
+        weights = dict(zip(stages, (job["weights"] for job in trained), strict=True))
         folder = job_folder(context)
         if folder.config.exists():  # a retry adopts the job, and so the champion of that time
             config = EvaluationJobConfig.model_validate(read_json(folder.config))
@@ -59,16 +60,13 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
                     name=experiment.name,
                     dataset=str(path),
                     dataset_digest=data["digest"],
-                    classifier=None if model is encoder else model["weights"],
-                    autoencoder=encoder["weights"],
-                    curves={
-                        stage: job["metrics"]
-                        for stage, job in zip(("pretraining", "finetuning"), trained, strict=False)
-                    },
+                    classifier=weights.get("finetuning"),
+                    autoencoder=weights.get("pretraining"),
+                    curves=dict(zip(stages, (job["metrics"] for job in trained), strict=True)),
                     primary_metric=experiment.primary_metric,
                     baselines=experiment.baselines,
                     measure_baselines=experiment.measure_baselines,
-                    facts=_report_facts(read_manifest(path), trained, context.run_id),
+                    facts=_report_facts(read_manifest(path), stages, trained, context.run_id),
                     trained_on=tuple(
                         dict.fromkeys(
                             str(found)
@@ -77,7 +75,7 @@ def evaluation_report_asset(experiment: Experiment) -> dg.AssetsDefinition:
                         )
                     ),
                     decided_before=gate.decided_before(client, runs, test_split, folder.path.name),
-                    lineage=_lineage(client, names[1:], trained, context.run_id),
+                    lineage=_lineage(client, names, trained, context.run_id),
                     **_champion(client, experiment.name, Storage.open().cache / "models"),
                 )
         params = {"dataset_digest": data["digest"][:36]}
@@ -128,12 +126,11 @@ def _lineage(
     from roma_core.serving.package import lock_hash
 
     run = trained[-1]["mlflow_run_id"]
-    jobs = ("pretraining_job", "finetuning_job")
     start = trained[-1].get("started_from")  # the job of the champion that was trained further
-    given = zip(names, (job.get("run_config") for job in trained), strict=False)
+    given = zip(names, (job.get("run_config") for job in trained), strict=True)
     changes = {name: config for name, config in given if config}
     return {
-        **{name: job["job_key"] for name, job in zip(jobs, trained, strict=False)},
+        **{f"{STAGES[name]}_job": job["job_key"] for name, job in zip(names, trained, strict=True)},
         **({"started_from": start} if start else {}),
         **({"run_config": json.dumps(changes, sort_keys=True)} if changes else {}),
         "mlflow_run_id": run,
@@ -203,7 +200,10 @@ def _summary_plot(job: tracked_job.TrackedJob, metrics: Mapping[str, Any]) -> Me
 
 
 def _report_facts(
-    manifest: Manifest, trained: Sequence[Mapping[str, Any]], dagster_run: str
+    manifest: Manifest,
+    stages: Sequence[str],
+    trained: Sequence[Mapping[str, Any]],
+    dagster_run: str,
 ) -> tuple[FactSheet, ...]:
     last = trained[-1]
     model = read_json(Path(last["weights"]) / "model_config.json")
@@ -228,7 +228,7 @@ def _report_facts(
         },
         "Training": {
             stage: f"{job['training_s']:.1f} s, validation loss {job['eval/loss']:.4f}"
-            for stage, job in zip(("pretraining", "finetuning"), trained, strict=False)
+            for stage, job in zip(stages, trained, strict=True)
         }
         | {"processes": last["processes"], "device": last["device"]},
         "Lineage": {

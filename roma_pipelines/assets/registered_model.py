@@ -40,7 +40,7 @@ def registered_model_asset(experiment: Experiment) -> dg.AssetsDefinition:
     def registered_model(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         upstream = upstream_metadata(context, experiment, *experiment.asset_names[1:-1])
         *trained, evaluation = upstream
-        encoder, model = trained[0], trained[-1]  # the same without finetuning
+        encoder, model = trained[0], trained[-1]  # the same of one training
         folder = JobFolder(evaluation["job_folder"])
         result = folder.read_result()
         if result is None:

@@ -1,6 +1,6 @@
 """Assets: the pretrained encoder and the finetuned model, each from a training job."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,41 +44,45 @@ def pretrained_encoder_asset(experiment: Experiment) -> dg.AssetsDefinition:
 
 
 def finetuned_model_asset(experiment: Experiment, name: str) -> dg.AssetsDefinition:
-    """The asset ``finetuned_classifier`` or its like, initialised from the pretrained encoder."""
+    """The asset ``finetuned_classifier`` or its like, from the pretrained encoder if there is one."""
+    is_new = experiment.pretraining is None
+    trained = "trained from new weights" if is_new else "finetuned from the pretrained encoder"
 
     @dg.asset(
         **experiment.asset_arguments(name),
         kinds={"pytorch"},
-        description=f"Model of {experiment.task}, finetuned from the pretrained encoder. "
-        f"{experiment.description}",
+        description=f"Model of {experiment.task}, {trained}. {experiment.description}",
     )
     def finetuned_model(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        data, encoder = upstream_metadata(context, experiment, "dataset", "pretrained_encoder")
-        path, weights = Path(data["path"]), Path(encoder["weights"])
-        if experiment.pretrained_from is not None:
+        upstream = experiment.asset_names[: experiment.asset_names.index(name)]
+        data, *encoders = upstream_metadata(context, experiment, *upstream)
+        path = Path(data["path"])
+        encoder = weights = Path(encoders[0]["weights"]) if encoders else None
+        if experiment.pretrained_from is not None and weights is not None:
             for line in _differences(weights, read_manifest(path).data_schema):
                 context.log.warning(f"encoder of {experiment.pretrained_from}: {line}")
         job = job_folder(context).config
         if job.exists():  # a retry adopts the job, and so the champion of that time
-            weights = Path(read_json(job)["weights"])
+            weights = None if (start := read_json(job)["weights"]) is None else Path(start)
         elif experiment.start_from == "champion":
-            weights = _champion_weights(context, experiment, encoder) or weights
-        is_encoder = experiment.start_from == "encoder" or weights == Path(encoder["weights"])
-        start = {} if is_encoder else {"started_from": weights.parts[-3]}
-        return _materialised(_trained(context, experiment, "finetune", path, weights), start)
+            weights = _champion_weights(context, experiment, encoders) or weights
+        is_further = experiment.start_from == "champion" and weights not in (None, encoder)
+        lineage = {"started_from": weights.parts[-3]} if weights and is_further else {}
+        return _materialised(_trained(context, experiment, "finetune", path, weights), lineage)
 
     return finetuned_model
 
 
 def _champion_weights(
-    context: dg.AssetExecutionContext, experiment: Experiment, encoder: dict[str, Any]
+    context: dg.AssetExecutionContext, experiment: Experiment, encoders: Sequence[dict[str, Any]]
 ) -> Path | None:
     """Weights of the training behind the champion; None if there is no champion."""
     name = experiment.name
-    with registry(context, encoder) as client:
+    with registry(context, *encoders) as client:
         version = version_at(client, name, CHAMPION)
         if version is None:
-            context.log.info(f"{name} has no champion yet; starting from the pretrained encoder")
+            instead = "the pretrained encoder" if encoders else "new weights"
+            context.log.info(f"{name} has no champion yet; starting from {instead}")
             return None
         job = client.get_model_version(name, version).tags.get("roma.finetuning_job", "")
     weights = Storage.open().jobs / job / MODEL_OUTPUT
@@ -86,7 +90,7 @@ def _champion_weights(
         reason = f"are not in {weights}" if job else "come from no finetuning"
         raise dg.Failure(
             f"start_from: champion: the weights of version {version} of {name} {reason}; remove "
-            f"start_from to train from the encoder, or promote a version that was trained here",
+            f"start_from to train without it, or promote a version that was trained here",
             allow_retries=False,
         )
     context.log.info(f"starting from version {version} of {name}, the champion")
@@ -123,6 +127,7 @@ def training_config(
 ) -> TrainingJobConfig:
     """The configuration of one of the two trainings; ValueError if the data set does not fit."""
     stage = experiment.pretraining if command == "pretrain" else experiment.finetuning
+    assert stage is not None  # else there is no such asset
     trainer = TrainerConfig(**stage.trainer)
     if command == "finetune" and "best_metric" not in trainer.model_fields_set:
         metric, _, is_defined = validation_metric(

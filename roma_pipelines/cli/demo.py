@@ -122,8 +122,8 @@ def _keys(definitions: dg.Definitions, experiment: str) -> list[dg.AssetKey]:
     (registered,) = (key for key in report.child_keys if key.path[-1].startswith("registered_"))
     parents = graph.get(registered).parent_keys
     own = [key for key in graph.toposorted_asset_keys if key in {*parents, registered}]
-    encoder = next(key for key in own if key.path[-1] == ENCODER)
-    if encoder.path[0] == experiment:
+    encoder = next((key for key in own if key.path[-1] == ENCODER), None)
+    if encoder is None or encoder.path[0] == experiment:
         return own
     own.remove(encoder)
     return [dg.AssetKey([encoder.path[0], "dataset"]), encoder, *own]

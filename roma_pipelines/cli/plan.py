@@ -47,14 +47,17 @@ _PLACEHOLDERS = {
 @click.option(
     "--asset",
     type=click.Choice(list(_COMMANDS)),
-    default="pretrained_encoder",
-    show_default=True,
-    help="Asset whose job to print.",
+    help="Asset whose job to print.  [default: that of the first training]",
 )
 @click.option("--check", is_flag=True, help="Also run the preflight checks of all jobs.")
 @json_option
 def plan(
-    experiment: str, target: str | None, profile: str | None, asset: str, check: bool, as_json: bool
+    experiment: str,
+    target: str | None,
+    profile: str | None,
+    asset: str | None,
+    check: bool,
+    as_json: bool,
 ) -> None:
     """Print the exact script of an EXPERIMENT's job, how it differs from the last one, and where all
     jobs of the experiment run.
@@ -72,9 +75,10 @@ def plan(
     if found.pretrained_from is not None and asset == ENCODER:
         raise ValueError(
             f"{found.name} finetunes the encoder of {found.pretrained_from}; plan that experiment, "
-            f"or give --asset {found.asset_names[2]}"
+            f"or give --asset {found.training_names[-1]}"
         )
     names = [name for name in found.own_assets if name in _COMMANDS]
+    asset = asset or next(name for name in names if name in found.training_names)
     if found.resources.dataset is None:
         if asset == "dataset":
             raise ValueError(
@@ -84,10 +88,11 @@ def plan(
         names.remove("dataset")
     if asset not in names:
         raise ValueError(
-            f"{found.name} has no {asset}, its task is {found.task}; give another --asset, one of "
-            f"{', '.join(names)}"
+            f"{found.name} has no {asset}"
+            + (": pretraining is null" if asset == ENCODER else f", its task is {found.task}")
+            + f"; give another --asset, one of {', '.join(names)}"
         )
-    for stage in (found.pretraining, found.finetuning):
+    for stage in filter(None, (found.pretraining, found.finetuning)):
         TrainerConfig(**stage.trainer)  # raises if a setting of it is wrong
     try:
         resources = found.resources.at(target, profile)

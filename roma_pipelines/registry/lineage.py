@@ -124,6 +124,8 @@ def plan_replay(
     stages = dict(_STAGES)
     if versions.ENCODER_TAG not in tags and stages["finetune"] not in tags:
         del stages["finetune"]  # an autoencoder has no encoder of its own
+    elif stages["finetune"] in tags and stages["pretrain"] not in tags:
+        del stages["pretrain"]  # it was trained from new weights
     if missing := [tag for tag in stages.values() if tag not in tags]:
         raise ValueError(f"version {version} of {name!r} has no {', '.join(missing)} to replay")
     if run_dir.exists() and any(run_dir.iterdir()):
@@ -145,7 +147,7 @@ def plan_replay(
     weights = {stage: str(folder / "outputs" / "model") for stage, folder in folders.items()}
     if "finetune" in stages and _STARTED_FROM not in tags:
         # else from the champion of that time, which is not trained again
-        configs["finetune"]["weights"] = weights["pretrain"]
+        configs["finetune"]["weights"] = weights.get("pretrain")
     elif "finetune" in stages and not Path(start := configs["finetune"]["weights"]).exists():
         raise ValueError(
             f"the finetuning started from the champion of that time, whose weights are not in {start}; restore "
@@ -158,7 +160,7 @@ def plan_replay(
     names = {"pretrain": "pretraining", "finetune": "finetuning"}
     configs["evaluate"] |= {
         "classifier": weights.get("finetune"),
-        "autoencoder": weights["pretrain"],
+        "autoencoder": weights.get("pretrain"),
         "champion": None,
         "champion_version": None,
         "champion_problem": None,

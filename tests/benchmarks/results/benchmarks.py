@@ -112,8 +112,10 @@ class Benchmark(_Document):
     def case(self, name: str) -> Case:
         return next(case for case in self.cases if case.name == name)
 
-    def trainings_of(self, case: Case) -> tuple[Training, ...]:
-        return self.trainings if case.trainings is None else case.trainings
+    def trainings_of(self, case: Case, experiment: Experiment) -> tuple[Training, ...]:
+        """Those of the case that the experiment has."""
+        wanted = self.trainings if case.trainings is None else case.trainings
+        return tuple(name for name in wanted if getattr(experiment, name) is not None)
 
     def changed(self, experiment: Experiment, case: Case) -> Experiment:
         """The experiment as it is in this case.

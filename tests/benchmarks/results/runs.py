@@ -94,8 +94,8 @@ class Plan:
         decide = self.experiment.model_dump(
             mode="json", include={"dataset", "pretraining", "finetuning"}
         )
-        if "pretraining" not in self.trainings:  # its model is the shape all the same
-            decide["pretraining"] = {"model": decide["pretraining"]["model"]}
+        if (before := decide["pretraining"]) and "pretraining" not in self.trainings:
+            decide["pretraining"] = {"model": before["model"]}  # the shape all the same
         decides = [decide, self.trainings, self.evaluated_on, self.run.seed, *self.n_observed]
         if self.takes_encoder:
             decides.append(f"encoder of seed {self.encoder_seed}")
@@ -169,8 +169,11 @@ def expected_s(plan: Plan, storage: Storage, log: Log, has_encoder: bool = False
     size = DatasetSize(
         counts.n_series, counts.n_observations, len(schema.channels), n_axes=len(schema.axes)
     )
+    known = RoMAForPreTrainingConfig.model_fields  # without those of a head
     shape = RoMAForPreTrainingConfig.from_values(
-        plan.experiment.pretraining.model | data_fields(schema) | {"grid_step": 1.0}
+        {n: x for n, x in plan.experiment.shape.items() if n in known}
+        | data_fields(schema)
+        | {"grid_step": 1.0}
     )
     return sum(
         cost_s(
@@ -232,8 +235,8 @@ def execute(plan: Plan, resources: Resources, storage: Storage, log: Log) -> Rec
 
 
 def _pretraining(plan: Plan, data: Path) -> TrainingJobConfig:
-    stage = plan.experiment.pretraining
-    trainer = plan.trainer("pretraining")
+    stage, trainer = plan.experiment.pretraining, plan.trainer("pretraining")
+    assert stage is not None  # else it is none of the plan's trainings
     return TrainingJobConfig.resolve(
         "pretrain", data, stage.model, trainer, train_fraction=stage.train_fraction
     )
@@ -243,7 +246,7 @@ def _finetuning(plan: Plan, data: Path, weights: Path | None) -> TrainingJobConf
     stage = plan.experiment.finetuning
     model = stage.model
     if weights is None:  # new weights, in the shape that pretraining would have given them
-        model = from_scratch(plan.experiment.pretraining.model, model)
+        model = from_scratch(plan.experiment.shape, model)
     trainer = plan.trainer("finetuning")
     return TrainingJobConfig.resolve(
         "finetune", data, model, trainer, weights=weights, train_fraction=stage.train_fraction

@@ -32,7 +32,8 @@ class ResultsStore:
                 )
             changed = {case.name: benchmark.changed(experiment, case) for case in benchmark.cases}
             for run in benchmark.runs():
-                trainings = benchmark.trainings_of(benchmark.case(run.case))
+                case = benchmark.case(run.case)
+                trainings = benchmark.trainings_of(case, changed[run.case])
                 self._plans[run] = Plan(
                     run,
                     changed[run.case],

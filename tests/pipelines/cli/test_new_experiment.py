@@ -299,19 +299,37 @@ def test_a_second_axis_needs_cls_and_wide_observations_no_features():
 
 def test_long_series_on_a_grid_get_windows():
     size = DatasetSize(n_series=200, n_observations=20_000, n_channels=1, grid_fill=0.5)
-    windows = default_settings(size).pretraining["model"]
+    windows = default_settings(size).shape
 
     assert windows["window"] > 1 and "neighbours" not in windows
     for other in (
         {"grid_fill": 0.0}, {"grid_fill": 0.01}, {"n_axes": 2}, {"n_channels": 900},
         {"n_observations": 2_000},
     ):  # fmt: skip
-        assert (
-            "window"
-            not in default_settings(dataclasses.replace(size, **other)).pretraining["model"]
-        )
-    per_observation = default_settings(size, "observation").pretraining["model"]
-    assert "window" not in per_observation
+        assert "window" not in default_settings(dataclasses.replace(size, **other)).shape
+    assert "window" not in default_settings(size, "observation").shape
+
+
+def test_few_dense_series_are_not_pretrained_unless_that_is_asked_for():
+    few = DatasetSize(n_series=200, n_observations=20_000, n_channels=1, grid_fill=1.0)
+    many, ragged = dataclasses.replace(few, n_series=1000), dataclasses.replace(few, grid_fill=0.0)
+    many = dataclasses.replace(many, n_observations=100_000)
+
+    new = default_settings(few)
+    assert new.pretraining is None and set(new.steps) == {"finetuning"}
+    assert "no pretraining" in new.reasons["pretraining"]
+    for pretrained in (
+        default_settings(many),
+        default_settings(ragged),
+        default_settings(few, pretrains=True),
+    ):
+        assert pretrained.pretraining is not None
+        assert "window" not in pretrained.finetuning["model"]
+    assert default_settings(ragged, pretrains=False).pretraining is None
+    shape = default_settings(few, pretrains=True).shape
+    same = {name: value for name, value in new.shape.items() if name in shape}
+    stack = same.pop("encoder_config")
+    assert same.items() <= shape.items() and shape["encoder_config"].items() <= stack.items()
 
 
 @pytest.mark.parametrize(
@@ -334,7 +352,8 @@ def test_every_choice_is_valid_for_the_trainer():
         DatasetSize(n_series=200, n_observations=40_000, n_channels=2, grid_fill=1.0),
     ):
         sizes = default_settings(size)
-        assert not training_errors(Stage(**sizes.pretraining), Stage(**sizes.finetuning))
+        first = None if sizes.pretraining is None else Stage(**sizes.pretraining)
+        assert not training_errors(first, Stage(**sizes.finetuning))
 
 
 def test_the_file_holds_no_setting_twice(waves):
